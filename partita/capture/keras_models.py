@@ -1,0 +1,104 @@
+"""Captures a Keras model's training step. All that touches Keras' insides for capturing is in this file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+from keras.src.backend.common.stateless_scope import StatelessScope
+
+from partita.capture.jax_functions import Captured, Leaf, capture_step
+from partita.errors import CaptureError
+
+
+@contextmanager
+def abstract() -> Iterator[None]:
+    """Models built inside have shapes and no values: nothing is allocated, so a model of any size can be planned.
+
+    >>> with abstract():
+    ...     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> model.count_params()
+    36
+    """
+    with StatelessScope(initialize_variables=False):
+        yield
+
+
+def shape_of(value: Any) -> Any:
+    """The shape and dtype of an array-like leaf, as the step sees it after Keras and JAX have converted it."""
+    if value is None:
+        return None
+    dtype = jax.dtypes.canonicalize_dtype(getattr(value, "dtype", None) or np.asarray(value).dtype)
+    return jax.ShapeDtypeStruct(tuple(value.shape) if hasattr(value, "shape") else np.shape(value), dtype)
+
+
+def build(model: keras.Model, batch: Any) -> None:
+    """Builds what is not built yet (layers, losses, metrics, optimizer) for a batch of this shape, allocating nothing new
+    for models that were made under `abstract()`."""
+    symbolic = jax.tree.map(shape_of, batch)
+    abstractly = any(v._value is None for v in model.variables)
+    if not getattr(model, "compiled", False):
+        raise CaptureError(
+            f"The model '{model.name}' is not compiled, so it has no loss and no optimizer. Call model.compile(...) before planning."
+        )
+    if abstractly:
+        with StatelessScope(initialize_variables=False):
+            if model.optimizer is not None and not model.optimizer.built:
+                model.optimizer.build(model.trainable_variables)
+    model._symbolic_build(data_batch=symbolic)
+
+
+@dataclass(frozen=True)
+class State:
+    """The variables of a model in the order of its step: trainable, non-trainable, optimizer, metrics."""
+
+    trainable: list[Any]
+    non_trainable: list[Any]
+    optimizer: list[Any]
+    metrics: list[Any]
+
+    @staticmethod
+    def of(model: keras.Model) -> State:
+        return State(
+            model.trainable_variables, model.non_trainable_variables, list(model.optimizer.variables), model.metrics_variables
+        )
+
+    def groups(self) -> tuple[list[Any], ...]:
+        return (self.trainable, self.non_trainable, self.optimizer, self.metrics)
+
+
+def capture_model(model: keras.Model, batch: Any) -> Captured:
+    """The training step of a compiled Keras model on batches like `batch` (x, y[, sample_weight]; arrays or shapes)."""
+    build(model, batch)
+    state = State.of(model)
+    if not state.trainable:
+        raise CaptureError(f"The model '{model.name}' has no trainable variables, so there is no training step to plan.")
+    data = jax.tree.map(shape_of, batch)
+    abstract_state = tuple([jax.ShapeDtypeStruct(v.shape, v.dtype) for v in group] for group in state.groups())
+    slots = _slots(model, state)
+    leaves = (
+        [Leaf(v.path, "parameter") for v in state.trainable]
+        + [Leaf(v.path, "state") for v in state.non_trainable]
+        + [Leaf(v.path, "optimizer", slots.get(v.path)) for v in state.optimizer]
+        + [Leaf(v.path, "state") for v in state.metrics]
+    )
+    size = next((leaf.shape[0] for leaf in jax.tree.leaves(data) if leaf.shape), 0)
+    return capture_step(model.train_step, abstract_state, data, leaves, name=model.name, batch_size=size)
+
+
+def _slots(model: keras.Model, state: State) -> dict[str, str]:
+    """Optimizer variable -> the parameter it belongs to: Keras names a slot `<optimizer>/<parameter path with _>_<slot>`."""
+    found = {}
+    names = sorted(((v.path.replace("/", "_"), v.path, tuple(v.shape)) for v in state.trainable), key=lambda n: -len(n[0]))
+    for slot in state.optimizer:
+        last = slot.path.split("/")[-1]
+        for name, path, shape in names:
+            if last.startswith(name) and tuple(slot.shape) == shape:
+                found[slot.path] = path
+                break
+    return found

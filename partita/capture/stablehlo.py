@@ -1,0 +1,481 @@
+"""Reads a StableHLO module: calls inlined, Shardy's rules on every instruction, layer paths, phases, FLOPs, loops.
+
+The numbering of values is the contract of the whole project: `walk` visits a module in one fixed order, here to number
+the tensors of a Graph and in `execute.annotate` to find them again in a fresh parse of the same text.
+
+All that touches MLIR's Python bindings and JAX's dialect registry is in this file and in `execute.annotate`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jax._src.interpreters import mlir as jax_mlir  # the only way to a context with every dialect registered
+from jax.extend.mlir import deserialize_portable_artifact, ir, passmanager
+from jax.extend.mlir.dialects import sdy
+
+from partita.errors import CaptureError
+from partita.graph.graph import Instruction, Loop, Phase, Rule, Tensor
+
+OPAQUE = {"reduce", "reduce_window", "scatter", "select_and_scatter", "sort", "map", "all_reduce", "reduce_scatter", "custom_call"}
+"""Instructions whose regions only say how two elements combine."""
+
+DTYPES = {
+    "i1": "bool", "i4": "int4", "i8": "int8", "i16": "int16", "i32": "int32", "i64": "int64", "ui4": "int4", "ui8": "uint8",
+    "ui16": "uint16", "ui32": "uint32", "ui64": "uint64", "f16": "float16", "bf16": "bfloat16", "f32": "float32",
+    "f64": "float64", "complex<f32>": "complex64", "complex<f64>": "complex128",
+}  # fmt: skip
+
+TRANSCENDENTAL = {
+    "exponential", "exponential_minus_one", "log", "log_plus_one", "logistic", "power", "sqrt", "rsqrt", "cbrt", "tanh", "sine",
+    "cosine", "tan", "atan2", "erf", "erf_inv",
+}  # fmt: skip
+FREE = {
+    "constant", "iota", "broadcast_in_dim", "reshape", "transpose", "bitcast_convert", "slice", "concatenate", "pad", "reverse",
+    "dynamic_slice", "dynamic_update_slice", "gather", "get_tuple_element", "tuple", "return", "optimization_barrier", "copy",
+    "while", "case", "if", "sort", "custom_call", "create_token", "dynamic_reshape", "get_dimension_size",
+}  # fmt: skip
+
+
+def context() -> ir.Context:
+    """An MLIR context that knows StableHLO, CHLO and Shardy."""
+    return jax_mlir.make_ir_context()
+
+
+def parse(source: bytes) -> ir.Module:
+    """A fresh module from the bytes that `prepare` made, in the current context. Edit only what this returned."""
+    return ir.Module.parse(source)
+
+
+def run(module: ir.Module, pipeline: str) -> None:
+    passmanager.PassManager.parse(pipeline).run(module.operation)
+
+
+def main_block(module: ir.Module) -> ir.Block:
+    for op in module.body:
+        if op.operation.name == "func.func" and ir.StringAttr(op.operation.attributes["sym_name"]).value == "main":
+            return op.operation.regions[0].blocks[0]
+    raise CaptureError("The program has no function 'main': export it with jax.export.")
+
+
+def walk(block: ir.Block) -> Iterator[Any]:
+    """Every operation of a block in program order, the bodies of loops and branches before what follows them."""
+    for op in block:
+        operation = op.operation
+        yield operation
+        if short(operation.name) not in OPAQUE:
+            for region in operation.regions:
+                for inner in region.blocks:
+                    yield from walk(inner)
+
+
+def short(name: str) -> str:
+    return name.split(".", 1)[1]
+
+
+# ------------------------------------------------------------------------------------------------- inlining of calls
+
+
+def inline_calls(module: ir.Module) -> None:
+    """Replaces every `func.call` by the body that it calls, with the caller's name before the callee's.
+
+    MLIR's own `inline` pass leaves the calls of jitted helpers standing (no inliner interface is registered for them),
+    and Shardy's rules stop at a call.
+    """
+    functions = {
+        ir.StringAttr(op.operation.attributes["sym_name"]).value: op.operation
+        for op in module.body
+        if op.operation.name == "func.func"
+    }
+
+    def visit(operations: list[Any]) -> None:
+        for operation in operations:
+            if operation.name == "func.call":
+                visit(_expand(operation, functions[ir.FlatSymbolRefAttr(operation.attributes["callee"]).value]))
+            elif short(operation.name) not in OPAQUE:
+                for region in operation.regions:
+                    for block in region.blocks:
+                        visit([op.operation for op in block])
+
+    visit([op.operation for op in main_block(module)])
+    for name, function in functions.items():
+        if name != "main":
+            function.erase()
+
+
+def _expand(call: Any, function: Any) -> list[Any]:
+    """Puts a copy of the function's body in place of the call; returns the copied operations."""
+    body = function.regions[0].blocks[0]
+    known = dict(zip(body.arguments, call.operands, strict=True))
+    prefix, point, copies = location_name(call), ir.InsertionPoint(call), []
+    for op in body:
+        source = op.operation
+        if source.name == "func.return":
+            for result, value in zip(call.results, source.operands, strict=True):
+                result.replace_all_uses_with(known.get(value, value))
+        else:
+            copy = source.clone(point)
+            _rewire(copy, known, prefix)
+            known.update(zip(source.results, copy.results, strict=True))
+            copies.append(copy)
+    call.erase()
+    return copies
+
+
+def _rewire(operation: Any, known: dict[Any, Any], prefix: str) -> None:
+    for position, operand in enumerate(operation.operands):
+        if operand in known:
+            operation.operands[position] = known[operand]
+    operation.location = ir.Location.name(f"{prefix}/{location_name(operation)}")
+    for region in operation.regions:
+        for block in region.blocks:
+            for inner in block:
+                _rewire(inner.operation, known, prefix)
+
+
+def location_name(operation: Any) -> str:
+    """The name that JAX gave an instruction, e.g. `jit(train_step)/jvp(conv1)/conv_general_dilated`; '' if it gave none."""
+    match = re.match(r'loc\("((?:[^"\\]|\\.)*)"', str(operation.location))
+    return match.group(1) if match else ""
+
+
+# ---------------------------------------------------------------------------------------------- names: path and phase
+
+_NOISE = re.compile(
+    r"^(jit|vmap|pmap|custom_jvp_call|custom_vjp_call|remat\d?|xla_call|cond|scan)(\(.*\))?$"
+    r"|^(while|body|closed_call|checkpoint|rematted_computation|branch_\d+_fun|custom_jvp_call|custom_vjp_call|fori_loop.*)$|->"
+)
+_WRAP = re.compile(r"^(transpose|jvp|vmap|remat|checkpoint|linearize)\((.*)\)$")
+
+
+def split_name(name: str) -> list[str]:
+    """The parts of a name between slashes that are not inside brackets."""
+    parts, depth, start = [], 0, 0
+    for position, letter in enumerate(name):
+        depth += (letter == "(") - (letter == ")")
+        if letter == "/" and depth == 0:
+            parts.append(name[start:position])
+            start = position + 1
+    return [*parts, name[start:]]
+
+
+def layer_path(name: str) -> str:
+    """The layer path in a location name: wrappers of transformations unwrapped, jitted helpers and the primitive dropped."""
+    kept: list[str] = []
+    for position, part in enumerate(split_name(name)[:-1]):
+        while match := _WRAP.match(part):
+            part = match.group(2)
+        if part and not (position == 0 and part.startswith("jit(")) and not _NOISE.search(part):
+            kept += [p for p in part.split("/") if p]
+    return "/".join(kept)
+
+
+def phase_of(name: str) -> Phase:
+    return "backward" if "transpose(" in name else "forward" if "jvp(" in name else "update"
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def _sink_constants(block: ir.Block, region_values: set[Any] | None) -> None:
+    """Copies constants into the loop bodies that use them.
+
+    A loop that captures a value gets it as an extra carried value when it becomes HLO, and then no longer has as many values
+    as shardings.
+    """
+    inside = set(block.arguments)
+    for op in list(block):
+        operation = op.operation
+        if region_values is not None:
+            for position, operand in enumerate(operation.operands):
+                if operand not in inside and not isinstance(operand.owner, ir.Block):
+                    source = operand.owner.operation
+                    if source.name == "stablehlo.constant":
+                        operation.operands[position] = source.clone(ir.InsertionPoint(operation)).results[0]
+        inside.update(operation.results)
+        if short(operation.name) not in OPAQUE:
+            for region in operation.regions:
+                for inner in region.blocks:
+                    _sink_constants(inner, inside)
+
+
+@dataclass
+class Program:
+    """What `read` found: the flat program, before instructions are grouped into operators."""
+
+    tensors: list[Tensor] = field(default_factory=list)
+    instructions: list[Instruction] = field(default_factory=list)
+    loops: list[Loop] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare(portable: bytes) -> bytes:
+    """The module with calls inlined and constants split per use, as MLIR bytecode: the text that is planned and run.
+
+    Not as a portable artifact: writing one hoists constants out of loops again.
+    """
+    with context(), ir.Location.unknown():
+        module = deserialize_portable_artifact(portable)
+        inline_calls(module)
+        run(module, "builtin.module(sdy-constant-or-scalar-splitter)")
+        _plain_constants(module)
+        _sink_constants(main_block(module), None)
+        return serialize(module)
+
+
+def _plain_constants(module: ir.Module) -> None:
+    """Turns the `sdy.constant` that the splitter leaves back into StableHLO's, which can be serialised."""
+    for operation in list(walk(main_block(module))):
+        if operation.name == "sdy.constant":
+            plain = ir.Operation.create(
+                "stablehlo.constant",
+                results=[operation.results[0].type],
+                attributes={"value": operation.attributes["value"]},
+                loc=operation.location,
+                ip=ir.InsertionPoint(operation),
+            )
+            operation.results[0].replace_all_uses_with(plain.results[0])
+            operation.erase()
+
+
+def serialize(module: ir.Module) -> bytes:
+    buffer = io.BytesIO()
+    module.operation.write_bytecode(buffer)
+    return buffer.getvalue()
+
+
+def read(source: bytes) -> Program:
+    """The flat program of prepared bytes: tensors, instructions with rules, loops, inputs and outputs."""
+    with context(), ir.Location.unknown():
+        module = parse(source)
+        run(module, "builtin.module(func.func(sdy-populate-op-sharding-rules))")
+        reader = _Reader()
+        block = main_block(module)
+        reader.program.inputs = [reader.tensor(a) for a in block.arguments]
+        reader.block(block, 1)
+        return reader.program
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self.program = Program()
+        self.ids: dict[Any, int] = {}
+        self.constants: dict[int, int] = {}
+
+    def tensor(self, value: Any) -> int:
+        found = self.ids.get(value)
+        if found is None:
+            found = self.ids[value] = len(self.program.tensors)
+            kind = value.type
+            if isinstance(kind, ir.RankedTensorType):
+                element = str(kind.element_type)
+                dtype = DTYPES.get(element, "float8" if element.startswith("f8") else element)
+                self.program.tensors.append(Tensor(tuple(kind.shape), dtype))
+            else:
+                self.program.tensors.append(Tensor((), "token"))
+        return found
+
+    def block(self, block: ir.Block, trips: int) -> list[int]:
+        """Reads a block; returns the tensors that its terminator yields."""
+        yielded: list[int] = []
+        for op in block:
+            operation = op.operation
+            name = short(operation.name)
+            if name == "return":
+                yielded = [self.tensor(v) for v in operation.operands]
+                if operation.name == "func.return":
+                    self.program.outputs = yielded
+                continue
+            self.instruction(operation, name, trips)
+        return yielded
+
+    def instruction(self, operation: Any, name: str, trips: int) -> None:
+        program = self.program
+        operands = tuple(self.tensor(v) for v in operation.operands)
+        full = location_name(operation)
+        if name == "constant":
+            self._note_constant(operation)
+        index = len(program.instructions)
+        results = tuple(self.tensor(v) for v in operation.results)
+        rule = _rule(operation, name, [program.tensors[t] for t in operands], [program.tensors[t] for t in results])
+        flops = _flops(operation, name, [program.tensors[t] for t in operands], [program.tensors[t] for t in results])
+        halo = _halo(operation, name, rule)
+        program.instructions.append(
+            Instruction(name, layer_path(full), phase_of(full), operands, results, rule, flops, trips, halo)
+        )
+        if name == "while":
+            self._while(operation, index, operands, results, trips)
+        elif name in ("case", "if"):
+            # Branches yield the results: one of them runs. Each is read; a branch's tensors are tied to the results.
+            first = len(program.instructions)
+            branches = [self.block(b, trips) for region in operation.regions for b in region.blocks]
+            carried = tuple((r, r, y, r) for branch in branches for r, y in zip(results, branch, strict=True))
+            program.loops.append(Loop(index, carried, (first, len(program.instructions)), 1))
+
+    def _while(self, operation: Any, index: int, operands: tuple[int, ...], results: tuple[int, ...], trips: int) -> None:
+        program = self.program
+        condition, body = (region.blocks[0] for region in operation.regions)
+        count = self._trip_count(condition, body, operands)
+        if count is None:
+            program.notes.append(f"The trip count of a loop in '{program.instructions[index].path}' is unknown; it is costed once.")
+        first = len(program.instructions)
+        before = [self.tensor(a) for a in condition.arguments]
+        self.block(condition, trips * (count or 1))
+        inside = [self.tensor(a) for a in body.arguments]
+        after = self.block(body, trips * (count or 1))
+        carried = [(o, i, y, r) for o, i, y, r in zip(operands, inside, after, results, strict=True)]
+        carried += [(o, b, b, r) for o, b, r in zip(operands, before, results, strict=True)]
+        program.loops.append(Loop(index, tuple(carried), (first, len(program.instructions)), count or 1))
+
+    def _note_constant(self, operation: Any) -> None:
+        attribute = operation.attributes["value"]
+        kind = operation.results[0].type
+        if not list(kind.shape) and str(kind.element_type) in ("i32", "i64", "ui32"):
+            self.constants[len(self.program.tensors)] = int(np.asarray(ir.DenseElementsAttr(attribute)).item())
+
+    def _trip_count(self, condition: ir.Block, body: ir.Block, operands: tuple[int, ...]) -> int | None:
+        """N of a loop `i = start; while i < N: i += 1` as JAX writes scan and fori_loop, else None."""
+        arguments = list(condition.arguments)
+        limits: dict[Any, int] = {}
+        for op in condition:
+            operation = op.operation
+            if operation.name == "stablehlo.constant" and not list(operation.results[0].type.shape):
+                limits[operation.results[0]] = int(np.asarray(ir.DenseElementsAttr(operation.attributes["value"])).item())
+            if operation.name == "stablehlo.compare":
+                left, right = operation.operands
+                if left in arguments:
+                    start = self.constants.get(operands[arguments.index(left)])
+                    limit = limits.get(right)
+                    if limit is None and right in arguments:
+                        limit = self.constants.get(operands[arguments.index(right)])
+                    if limit is None and right in self.ids:
+                        limit = self.constants.get(self.ids[right])
+                    if start is not None and limit is not None:
+                        return max(0, limit - start)
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------ details
+
+
+def _rule(operation: Any, name: str, operands: list[Tensor], results: list[Tensor]) -> Rule | None:
+    if "sdy.sharding_rule" in operation.attributes:
+        r = sdy.OpShardingRuleAttr(operation.attributes["sdy.sharding_rule"])
+        maps = lambda ms: tuple(  # noqa: E731
+            tuple(tuple(sdy.DimMappingAttr(d).factor_indices) for d in sdy.TensorMappingAttr(m).dim_mappings) for m in ms
+        )
+        return Rule(
+            tuple(r.factor_sizes), maps(r.operand_mappings), maps(r.result_mappings), tuple(r.reduction_factors),
+            tuple(r.permutation_factors), tuple(r.need_replication_factors),
+        )  # fmt: skip
+    shaped = [t for t in operands + results if t.shape]
+    if name not in FREE and shaped and all(t.shape == shaped[0].shape for t in shaped):
+        # CHLO's element-wise functions, which Shardy meets only after they have been expanded.
+        label = tuple((d,) for d in range(len(shaped[0].shape)))
+        side = lambda ts: tuple(label if t.shape else () for t in ts)  # noqa: E731
+        return Rule(shaped[0].shape, side(operands), side(results))
+    if name == "iota":
+        return Rule(results[0].shape, (), (tuple((d,) for d in range(len(results[0].shape))),))
+    return None
+
+
+def _flops(operation: Any, name: str, operands: list[Tensor], results: list[Tensor]) -> float:
+    """FLOPs by XLA's own counting (HloCostAnalysis): products as 2, element-wise as 1, transcendentals and moves as 0."""
+    if name == "dot_general":
+        numbers = str(operation.attributes["dot_dimension_numbers"])
+        match = re.search(r"lhs_contracting_dimensions = \[([\d, ]*)\]", numbers)
+        contracted = [int(d) for d in match.group(1).split(",")] if match else []
+        return 2.0 * results[0].size * math.prod(operands[0].shape[d] for d in contracted)
+    if name == "convolution":
+        return _convolution(operation, operands, results)
+    if name == "reduce":
+        outer = sum(r.size for r in results)
+        return float(sum(o.size for o in operands[: len(results)]) - outer)
+    if name == "reduce_window":
+        window = math.prod(ir.DenseI64ArrayAttr(operation.attributes["window_dimensions"]))
+        return float(sum(r.size for r in results) * (window - 1))
+    if name == "select_and_scatter":
+        window = math.prod(ir.DenseI64ArrayAttr(operation.attributes["window_dimensions"]))
+        return float(operands[1].size * window)
+    if name == "scatter":
+        return float(operands[-1].size)
+    if name in FREE or name in TRANSCENDENTAL or name.startswith("rng"):
+        return 0.0
+    return float(results[0].size) if results else 0.0
+
+
+def _dimensions(operation: Any) -> dict[str, list[int]]:
+    """The dims of a convolution: 'lhs', 'rhs', 'out', each listed as batch/output, feature/input, then spatial."""
+    text = str(operation.attributes["dimension_numbers"])
+    match = re.search(r"\[([^\]]*)\]x\[([^\]]*)\]->\[([^\]]*)\]", text)
+    assert match, text
+    found = {}
+    for key, letters, group in (("lhs", "bf", 1), ("rhs", "oi", 2), ("out", "bf", 3)):
+        parts = [p.strip() for p in match.group(group).split(",")]
+        spatial = [parts.index(str(s)) for s in range(len(parts) - 2)]
+        found[key] = [parts.index(letters[0]), parts.index(letters[1]), *spatial]
+    return found
+
+
+def _window(operation: Any, rank: int) -> list[tuple[int, int, int, int, int]]:
+    """Per spatial dim: stride, padding low, padding high, dilation of the input, dilation of the kernel."""
+
+    def array(key: str, default: int) -> list[int]:
+        return list(ir.DenseI64ArrayAttr(operation.attributes[key])) if key in operation.attributes else [default] * rank
+
+    padding = np.zeros((rank, 2), np.int64)
+    if "padding" in operation.attributes:
+        padding = np.asarray(ir.DenseIntElementsAttr(operation.attributes["padding"])).reshape(-1, 2)
+    strides, lhs, rhs = array("window_strides", 1), array("lhs_dilation", 1), array("rhs_dilation", 1)
+    return [(strides[i], int(padding[i, 0]), int(padding[i, 1]), lhs[i], rhs[i]) for i in range(rank)]
+
+
+def _convolution(operation: Any, operands: list[Tensor], results: list[Tensor]) -> float:
+    dims = _dimensions(operation)
+    lhs, rhs, out = operands[0].shape, operands[1].shape, results[0].shape
+    valid = 1
+    for s, (stride, low, _, base, dilation) in enumerate(_window(operation, len(dims["lhs"]) - 2)):
+        position = np.arange(out[dims["out"][2 + s]])[:, None] * stride - low + np.arange(rhs[dims["rhs"][2 + s]]) * dilation
+        size = lhs[dims["lhs"][2 + s]]
+        valid *= int(((position % base == 0) & (position >= 0) & (position < (size - 1) * base + 1)).sum())
+    batch_groups = int(operation.attributes["batch_group_count"]) if "batch_group_count" in operation.attributes else 1
+    return 2.0 * valid * (out[dims["out"][0]]) * out[dims["out"][1]] * rhs[dims["rhs"][1]] * max(
+        1, lhs[dims["lhs"][0]] // batch_groups // max(1, out[dims["out"][0]])
+    )  # fmt: skip
+
+
+def _halo(operation: Any, name: str, rule: Rule | None) -> tuple[tuple[int, int], ...]:
+    """Per halo factor of the rule, rows that a shard of the first operand needs from its two neighbours."""
+    if rule is None or not rule.halo:
+        return ()
+    rows: dict[int, tuple[int, int]] = {}
+    if name == "convolution":
+        dims = _dimensions(operation)
+        kernel = list(operation.operands[1].type.shape)
+        for s, (stride, low, _, base, dilation) in enumerate(_window(operation, len(dims["lhs"]) - 2)):
+            reach = (kernel[dims["rhs"][2 + s]] - 1) * dilation
+            need = (max(0, -(-low // base)), max(0, -(-(reach - low - stride + 1) // base)))
+            for f in rule.operands[0][dims["lhs"][2 + s]]:
+                rows[f] = need
+    elif name == "reduce_window":
+        sizes = list(ir.DenseI64ArrayAttr(operation.attributes["window_dimensions"]))
+        strides = (
+            list(ir.DenseI64ArrayAttr(operation.attributes["window_strides"]))
+            if "window_strides" in operation.attributes
+            else [1] * len(sizes)
+        )
+        low = [0] * len(sizes)
+        if "padding" in operation.attributes:
+            low = list(np.asarray(ir.DenseIntElementsAttr(operation.attributes["padding"])).reshape(-1, 2)[:, 0])
+        for d, mapped in enumerate(rule.operands[0]):
+            for f in mapped:
+                rows[f] = (int(low[d]), max(0, int(sizes[d] - 1 - low[d] - strides[d] + 1)))
+    return tuple(rows.get(f, (0, 0)) for f in rule.halo)

@@ -1,0 +1,129 @@
+"""The collectives that a plan causes, one by one: what XLA's partitioner is expected to emit for a laid-out graph.
+
+Four causes: a reduction over a split factor (an all-reduce of the result), a window that reaches over a split dim (a halo
+exchange by permutes), a read under another sharding (the steps of its reshard), and a variable stored apart (the same).
+The search's tables (`cost.terms`) sum the same formulas; a test holds them equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from partita.cost.reshard import emitted_steps, step_bytes
+from partita.graph.graph import ITEMSIZE, Graph, Instruction, Phase
+from partita.plan.layout import Layout, Sharding, resolve
+from partita.plan.plan import Mesh
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """One expected collective. `nbytes` is per device and execution: the result of an all_gather, else the operand."""
+
+    kind: str
+    nbytes: int
+    axes: tuple[int, ...]
+    trips: int
+    operator: int
+    phase: Phase
+    cause: str
+    path: str
+
+    @property
+    def total(self) -> int:
+        return self.nbytes * self.trips
+
+
+def local_bytes(shape: Sequence[int], itemsize: int, sharding: Sharding, sizes: Sequence[int]) -> int:
+    """Bytes of one device's part of a tensor; a dim that does not divide evenly is rounded up."""
+    return itemsize * math.prod(-(-n // math.prod(sizes[a] for a in axes)) for n, axes in zip(shape, sharding, strict=True))
+
+
+def collectives(graph: Graph, mesh: Mesh, layout: Layout) -> list[Collective]:
+    """Every collective of one step under the layout, in program order of their causes."""
+    return [*_computed(graph, mesh, layout), *_moved(graph, mesh, layout)]
+
+
+def seen_labels(graph: Graph) -> dict[tuple[int, int], tuple[int, ...]]:
+    """(instruction, operand position) -> the label under which it reads, where that is not the tensor's own."""
+    return {read: use.label for use in graph.uses for read in use.instructions}
+
+
+def reduced_factors(x: Instruction, labels: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The graph's factors that an instruction sums away, given the labels under which it reads its operands."""
+    if x.rule is None or not x.rule.reduction:
+        return ()
+    found: dict[int, None] = {}
+    for label, mapped in zip(labels, x.rule.operands, strict=False):
+        for f, dim in zip(label, mapped, strict=False):
+            if f >= 0 and dim and dim[0] in x.rule.reduction:
+                found[f] = None
+    return tuple(found)
+
+
+def halo_factors(x: Instruction, labels: Sequence[tuple[int, ...]]) -> tuple[tuple[int, int, int, int], ...]:
+    """(graph factor, dim of operand 0, rows from the previous shard, rows from the next) of a windowed instruction."""
+    if x.rule is None or not x.halo_rows:
+        return ()
+    rows = dict(zip(x.rule.halo, x.halo_rows, strict=True))
+    found = []
+    for dim, (f, mapped) in enumerate(zip(labels[0], x.rule.operands[0], strict=False)):
+        if f >= 0 and mapped and mapped[0] in rows and rows[mapped[0]] != (0, 0):
+            found.append((f, dim, *rows[mapped[0]]))
+    return tuple(found)
+
+
+def _computed(graph: Graph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:
+    seen = seen_labels(graph)
+    for i, x in enumerate(graph.instructions):
+        operator = graph.owner[i]
+        if operator < 0 or x.rule is None:
+            continue
+        assignment = layout.assignments[operator]
+        labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
+        axes = tuple(sorted({a for f in reduced_factors(x, labels) for a in assignment.get(f, ())}))
+        if axes:
+            kind = "all_reduce" if len(x.results) == 1 else "all_gather"
+            group = math.prod(mesh.sizes[a] for a in axes) if kind == "all_gather" else 1
+            for t in x.results:
+                tensor = graph.tensors[t]
+                natural = resolve(graph.labels[t], assignment)
+                nbytes = local_bytes(tensor.shape, ITEMSIZE.get(tensor.dtype, 4), natural, mesh.sizes) * group
+                yield Collective(kind, nbytes, axes, x.trips, operator, x.phase, "reduction", x.path)
+        for f, dim, low, high in halo_factors(x, labels):
+            axes = assignment.get(f, ())
+            if axes:
+                tensor = graph.tensors[x.operands[0]]
+                read = resolve(labels[0], assignment)
+                part = local_bytes(tensor.shape, ITEMSIZE.get(tensor.dtype, 4), read, mesh.sizes)
+                rows = -(-tensor.shape[dim] // math.prod(mesh.sizes[a] for a in axes))
+                for need in (low, high):
+                    if need:
+                        yield Collective(
+                            "collective_permute", part // rows * min(need, rows), axes, x.trips, operator, x.phase, "halo", x.path
+                        )
+
+
+def _moved(graph: Graph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:
+    trips = {t: x.trips for x in graph.instructions for t in x.results}
+    phase: dict[int, Phase] = {t: x.phase for x in graph.instructions for t in x.results}
+    path = {t: x.path for x in graph.instructions for t in x.results} | {a.tensor: a.path for a in graph.arguments}
+    for loop in graph.loops:
+        for _, inside, _, _ in loop.carried:
+            trips.setdefault(inside, graph.instructions[loop.instruction].trips * loop.trips)
+    done: set[tuple[int, Sharding]] = set()
+    free = {t for x in graph.instructions if not any(graph.tensors[o].shape for o in x.operands) for t in x.results}
+    for read in layout.reads:
+        if read.tensor in free:
+            continue
+        tensor, before = graph.tensors[read.tensor], layout.own[read.tensor]
+        for step in emitted_steps(before, read.target, mesh.sizes, tensor.shape):
+            nbytes = step_bytes(step, before, tensor.shape, ITEMSIZE.get(tensor.dtype, 4), mesh.sizes)
+            before = step.result
+            if nbytes and (read.tensor, step.result) not in done:
+                yield Collective(
+                    step.kind, nbytes, step.axes, trips.get(read.tensor, 1), read.operator, phase.get(read.tensor, "forward"),
+                    "reshard", path.get(read.tensor, ""),
+                )  # fmt: skip
+            done.add((read.tensor, step.result))

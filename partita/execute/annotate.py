@@ -1,0 +1,182 @@
+"""Writes a plan into the program text: a mesh, a sharding on every value, and every reshard as a chain of constraints.
+
+The module that comes out is the captured one, instruction for instruction. Nothing is left for propagation to decide:
+each value is pinned to the sharding of its operator's choice, and where a reader wants another one the steps between are
+pinned too, so that XLA's partitioner emits the collectives that were planned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.extend.mlir import ir
+
+from partita.capture import stablehlo
+from partita.cost.reshard import reshard_steps
+from partita.graph.graph import Graph
+from partita.graph.grouping import HEAVY
+from partita.plan.layout import Layout, Sharding
+from partita.plan.plan import Mesh
+
+MESH = "partita_mesh"
+LOOPS = {"while", "case", "if"}
+
+
+def annotate(source: bytes, graph: Graph, mesh: Mesh, layout: Layout) -> bytes:
+    """The captured program with the plan's layout written into it, as portable bytes."""
+    with stablehlo.context(), ir.Location.unknown():
+        module = stablehlo.parse(source)
+        writer = _Writer(graph, mesh, layout)
+        writer.write(module)
+        return stablehlo.serialize(module)
+
+
+class _Writer:
+    def __init__(self, graph: Graph, mesh: Mesh, layout: Layout) -> None:
+        self.graph, self.mesh, self.layout = graph, mesh, layout
+        self.values: list[Any] = []
+        self.ids: dict[Any, int] = {}
+        self.operations: list[Any] = []
+        self.cache: dict[Sharding, str] = {}
+        self.pinned: set[int] = set()
+
+    def write(self, module: ir.Module) -> None:
+        axes = ", ".join(f'"{a.name}"={a.size}' for a in self.mesh.axes)
+        ir.InsertionPoint.at_block_begin(module.body).insert(ir.Operation.parse(f"sdy.mesh @{MESH} = <[{axes}]>"))
+        block = stablehlo.main_block(module)
+        self._number(block)
+        assert len(self.values) == len(self.graph.tensors), "the text and the graph number the same values"
+        for operation, instruction in zip(self.operations, self.graph.instructions, strict=True):
+            if instruction.name in LOOPS:
+                self._pin_carried(operation)
+            elif instruction.name in HEAVY or instruction.rule is not None and instruction.rule.reduction:
+                for value in operation.results:
+                    if not any(self.layout.own[self.ids[value]]):
+                        self._pin(value)
+        self._constraints(block)
+        for operation in self.operations:
+            if stablehlo.short(operation.name) in LOOPS:
+                continue
+            shardings = [self.layout.own[self.ids[r]] for r in operation.results]
+            if any(self.graph.tensors[self.ids[r]].shape for r in operation.results):
+                text = ", ".join(f"<@{MESH}, {self._dims(s)}>" for s in shardings)
+                operation.attributes["sdy.sharding"] = ir.Attribute.parse(f"#sdy.sharding_per_value<[{text}]>")
+        function = block.owner
+        arguments = [
+            ir.DictAttr.get({"sdy.sharding": ir.Attribute.parse(self._text(self.layout.own[self.ids[a]]))}) for a in block.arguments
+        ]
+        function.attributes["arg_attrs"] = ir.ArrayAttr.get(arguments)
+
+    def _pin_carried(self, loop: Any) -> None:
+        """Pins what a loop carries by constraints: XLA loses count when the loop itself has shardings and captures a constant."""
+        carried = list(loop.results)
+        if stablehlo.short(loop.name) == "while":
+            body = loop.regions[1].blocks[0]
+            carried += list(body.arguments)
+            for entering in (loop, list(body)[-1].operation):
+                for position, (value, inside) in enumerate(zip(entering.operands, body.arguments, strict=True)):
+                    t, entered = self.ids[inside], self.ids.get(value)
+                    if self.graph.tensors[t].shape and entered is not None and self.layout.own[entered] == self.layout.own[t]:
+                        entering.operands[position] = self._constrain(value, self.layout.own[t])
+        for value in carried:
+            self._pin(value)
+
+    def _pin(self, value: Any) -> None:
+        """Puts a constraint between a value and its readers.
+
+        A `sdy.sharding` on an instruction is enough to split its result, but XLA forgets one that says replicated.
+        """
+        t = self.ids[value]
+        if self.graph.tensors[t].shape and t not in self.pinned:
+            self.pinned.add(t)
+            pinned = self._constrain(value, self.layout.own[t])
+            value.replace_all_uses_except(pinned, pinned.owner.operation)
+
+    def _number(self, block: Any) -> None:
+        """Numbers values in the order of `stablehlo.read`."""
+        for a in block.arguments:
+            self._value(a)
+        self._number_block(block)
+
+    def _value(self, value: Any) -> None:
+        if value not in self.ids:
+            self.ids[value] = len(self.values)
+            self.values.append(value)
+
+    def _number_block(self, block: Any) -> None:
+        for op in block:
+            operation = op.operation
+            name = stablehlo.short(operation.name)
+            for v in operation.operands:
+                self._value(v)
+            if name == "return":
+                continue
+            for v in operation.results:
+                self._value(v)
+            self.operations.append(operation)
+            if name == "while":
+                condition, body = (r.blocks[0] for r in operation.regions)
+                for a in condition.arguments:
+                    self._value(a)
+                self._number_block(condition)
+                for a in body.arguments:
+                    self._value(a)
+                self._number_block(body)
+            elif name in ("case", "if"):
+                for region in operation.regions:
+                    for inner in region.blocks:
+                        self._number_block(inner)
+
+    def _dims(self, sharding: Sharding) -> str:
+        dims = ", ".join("{" + ", ".join(f'"{self.mesh.axes[a].name}"' for a in d) + "}" for d in sharding)
+        return f"[{dims}]"
+
+    def _text(self, sharding: Sharding) -> str:
+        if sharding not in self.cache:
+            self.cache[sharding] = f"#sdy.sharding<@{MESH}, {self._dims(sharding)}>"
+        return self.cache[sharding]
+
+    def _constraints(self, block: Any) -> None:
+        """Puts the steps of every reshard between a value and the readers that want it otherwise.
+
+        Shardy moves later readers of a value to the end of a chain of constraints that starts at it, unless another constraint
+        reads the value too. So the value is pinned for its plain readers, and every target has a chain of its own.
+        """
+        chains: dict[tuple[int, Sharding], Any] = {}
+        later: list[tuple[int, int, Any]] = []
+        for read in self.layout.reads:
+            self._pin(self.values[read.tensor])
+        for read in self.layout.reads:
+            source, key = self.layout.own[read.tensor], (read.tensor, read.target)
+            if key not in chains:
+                value = self._constrain(self.values[read.tensor], source)
+                for step in reshard_steps(source, read.target, self.mesh.sizes, self.graph.tensors[read.tensor].shape):
+                    value = self._constrain(value, step.result)
+                chains[key] = value
+            for index, position in read.readers:
+                later.append((index, position, chains[key]))
+        terminator = list(block)[-1].operation
+        for index, position, value in later:
+            if index < 0:
+                terminator.operands[position] = value
+            elif position < len(self.operations[index].operands):
+                self.operations[index].operands[position] = value
+            else:
+                # A value that a loop's body yields: `position` counts on from the loop's operands.
+                loop = self.operations[index]
+                yielded = list(loop.regions[1].blocks[0])[-1].operation
+                yielded.operands[(position - len(loop.operands)) % len(loop.operands)] = value
+
+    def _constrain(self, value: Any, sharding: Sharding) -> Any:
+        owner = value.owner
+        made = ir.Operation.create(
+            "sdy.sharding_constraint",
+            results=[value.type],
+            operands=[value],
+            attributes={"sharding": ir.Attribute.parse(self._text(sharding))},
+            loc=ir.Location.unknown() if isinstance(owner, ir.Block) else owner.location,
+            ip=ir.InsertionPoint.at_block_begin(owner if isinstance(owner, ir.Block) else owner.operation.block),
+        )
+        if not isinstance(owner, ir.Block):
+            made.move_after(owner.operation)
+        return made.results[0]

@@ -1,0 +1,73 @@
+"""A plan as a compiled step: the annotated program under `jax.jit`, on a mesh of real devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from partita.capture.jax_functions import Captured, Text
+from partita.execute.annotate import annotate
+from partita.plan.layout import Layout, Sharding, layout
+from partita.plan.plan import Mesh, Plan, check
+
+
+def device_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The plan's logical mesh over real devices, in their order."""
+    devices = list(jax.devices() if devices is None else devices)[: mesh.size]
+    shape = mesh.sizes or (1,)
+    names = tuple(a.name for a in mesh.axes) or ("a",)
+    return jax.sharding.Mesh(np.array(devices, dtype=object).reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def named(sharding: Sharding, mesh: Mesh, devices: jax.sharding.Mesh) -> NamedSharding:
+    return NamedSharding(devices, PartitionSpec(*(tuple(mesh.axes[a].name for a in dim) or None for dim in sharding)))
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step that runs as planned: `step(state, batch) -> (outputs, state)`, its state donated."""
+
+    step: Any
+    captured: Captured
+    plan: Plan
+    layout: Layout
+    mesh: jax.sharding.Mesh
+    state_shardings: Any
+    batch_shardings: Any
+
+    def lower(self) -> Any:
+        return self.step.lower(self.captured.state, self.captured.batch)
+
+    def place_state(self, state: Any) -> Any:
+        return jax.device_put(state, self.state_shardings)
+
+    def place_batch(self, batch: Any) -> Any:
+        return jax.device_put(batch, self.batch_shardings)
+
+
+def planned_step(captured: Captured, plan: Plan, devices: Sequence[Any] | None = None) -> PlannedStep:
+    """The captured step, annotated with the plan and ready to compile for the devices (default: the first ones of JAX)."""
+    graph = captured.graph
+    check(plan, graph)
+    where = layout(graph, plan)
+    mesh = device_mesh(plan.mesh, devices)
+    text = Text.of(captured.text, annotate(captured.text.mlir_module_serialized, graph, plan.mesh, where))
+    position = {kept: n for n, kept in enumerate(text.module_kept_var_idx)}
+    leaves, tree = jax.tree.flatten((captured.state, captured.batch))
+    shardings = [
+        named(where.own[position[i]], plan.mesh, mesh) if i in position else NamedSharding(mesh, PartitionSpec())
+        for i in range(len(leaves))
+    ]
+    state_shardings, batch_shardings = jax.tree.unflatten(tree, shardings)
+    step = jax.jit(
+        text.call,
+        in_shardings=(state_shardings, batch_shardings),
+        out_shardings=(None, state_shardings),
+        donate_argnums=0,
+    )
+    return PlannedStep(step, captured, plan, where, mesh, state_shardings, batch_shardings)

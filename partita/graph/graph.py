@@ -1,0 +1,309 @@
+"""What is computed: a training step as instructions on tensors, grouped into operators with factors.
+
+A Graph is a frozen value. Tensors and instructions are numbered in program order, and that numbering is the contract
+with the program text: tensor 17 here is the 17th value of the captured module, so a plan for the graph is a plan for
+the text. Operators own instructions; every dim of a tensor is labelled with the factors of its operator, so that a
+choice (mesh axes on factors) fixes the sharding of every value in the operator at once.
+
+Not here: how instructions are grouped (`grouping`), what a split costs (`cost`), how a program is read (`capture`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from partita.errors import PartitaError
+
+SCHEMA = 1
+
+Phase = Literal["forward", "backward", "update"]
+Kind = Literal["S", "A", "P", "R"]
+Mapping = tuple[tuple[int, ...], ...]
+"""Per dim of a tensor, the factors of a rule (major to minor) that index it."""
+Label = tuple[int, ...]
+"""Per dim of a tensor, the factor of the graph that may split it (the major one where several index it), -1 for none."""
+
+ITEMSIZE = {
+    "bool": 1, "int4": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8, "uint64": 8,
+    "float8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16, "token": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A value of the program: its global shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * ITEMSIZE.get(self.dtype, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Shardy's sharding rule of one instruction: its iteration space, and which dims it indexes.
+
+    `operands` and `results` give, per tensor and dim, the factors (indices into `sizes`, major to minor).
+    `reduction` factors are summed away, `halo` factors need neighbouring elements, `gathered` ones must not be split.
+    """
+
+    sizes: tuple[int, ...]
+    operands: tuple[Mapping, ...]
+    results: tuple[Mapping, ...]
+    reduction: tuple[int, ...] = ()
+    halo: tuple[int, ...] = ()
+    gathered: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One StableHLO operation. `flops` counts its global work once; `trips` is how often a loop around it runs."""
+
+    name: str
+    path: str
+    phase: Phase
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+    rule: Rule | None
+    flops: float = 0.0
+    trips: int = 1
+    halo_rows: tuple[tuple[int, int], ...] = ()
+    """Per halo factor of the rule: rows needed from the previous and from the next shard of operand 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """A `while`: per carried value the tensors (before, in the body, yielded by the body, after) that are one value."""
+
+    instruction: int
+    carried: tuple[tuple[int, int, int, int], ...]
+    body: tuple[int, int]
+    """First and one past last instruction of its condition and body."""
+    trips: int
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """An input of the step. `result` is the tensor that replaces it after the step, None for batch data."""
+
+    path: str
+    role: Literal["parameter", "optimizer", "state", "batch"]
+    tensor: int
+    result: int | None = None
+    parameter: str | None = None
+    """For an optimizer slot, the path of the parameter that it belongs to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """An independent iteration dimension of an operator that may be split over mesh axes."""
+
+    name: str
+    size: int
+    kind: Kind
+    operator: int
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A tensor as one operator reads it: `label` is in the reader's factors. Equal labels share one reshard."""
+
+    tensor: int
+    operator: int
+    label: Label
+    instructions: tuple[tuple[int, int], ...]
+    """(instruction, operand position) pairs that read it so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """The unit of choice: a heavy instruction, the light ones fused around it, its backward and update parts."""
+
+    name: str
+    path: str
+    kind: str
+    heavy: int
+    instructions: tuple[int, ...]
+    factors: tuple[int, ...]
+    """Factors that a choice may split (a subset of those in labels)."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A captured training step.
+
+    `owner[i]` is the operator of instruction i (-1: none, e.g. a scalar of the step). `labels[t]` is the label of
+    tensor t in the factors of `home[t]`, the operator that produces it. `uses` lists every read whose label differs from
+    the tensor's own, within an operator or between two.
+    """
+
+    name: str
+    tensors: tuple[Tensor, ...]
+    instructions: tuple[Instruction, ...]
+    loops: tuple[Loop, ...]
+    arguments: tuple[Argument, ...]
+    outputs: tuple[int, ...]
+    operators: tuple[Operator, ...]
+    factors: tuple[Factor, ...]
+    owner: tuple[int, ...]
+    home: tuple[int, ...]
+    labels: tuple[Label, ...]
+    uses: tuple[Use, ...]
+    batch_size: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of one step, global."""
+        return sum(i.flops * i.trips for i in self.instructions)
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(self.tensors[a.tensor].size for a in self.arguments if a.role == "parameter")
+
+    def bytes_of(self, *roles: str) -> int:
+        """Bytes of all arguments in the given roles, global."""
+        return sum(self.tensors[a.tensor].nbytes for a in self.arguments if a.role in roles)
+
+    def factor(self, operator: int, name: str) -> int | None:
+        """The factor of an operator by its name, None when it has no such factor."""
+        return next((f for f in self.operators[operator].factors if self.factors[f].name == name), None)
+
+    def __str__(self) -> str:
+        return "\n".join(lines(self))
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain JSON value; `from_json` of it equals this graph."""
+        return {"schema": SCHEMA, "graph": _plain(self)}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Graph:
+        if value.get("schema") != SCHEMA:
+            raise PartitaError(f"The graph has schema {value.get('schema')!r}; this version reads {SCHEMA}. Capture it again.")
+        g = value["graph"]
+        rule = lambda r: None if r is None else Rule(*map(_tuple, r))  # noqa: E731
+        return Graph(
+            g[0],
+            tuple(Tensor(tuple(s), d) for s, d in g[1]),
+            tuple(
+                Instruction(n, p, ph, tuple(o), tuple(r), rule(ru), f, t, _tuple(h)) for n, p, ph, o, r, ru, f, t, h in g[2]
+            ),
+            tuple(Loop(i, _tuple(c), (b[0], b[1]), t) for i, c, b, t in g[3]),
+            tuple(Argument(*a) for a in g[4]),
+            tuple(g[5]),
+            tuple(Operator(n, p, k, h, tuple(i), tuple(f)) for n, p, k, h, i, f in g[6]),
+            tuple(Factor(*f) for f in g[7]),
+            tuple(g[8]),
+            tuple(g[9]),
+            _tuple(g[10]),
+            tuple(Use(t, o, _tuple(la), _tuple(i)) for t, o, la, i in g[11]),
+            g[12],
+            tuple(g[13]),
+        )
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_json(), separators=(",", ":")))
+
+    @staticmethod
+    def load(path: str | Path) -> Graph:
+        try:
+            value = json.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise PartitaError(f"There is no graph file {str(path)!r}.") from None
+        except json.JSONDecodeError as error:
+            raise PartitaError(f"{str(path)!r} is not a graph file: {error.msg} in line {error.lineno}.") from None
+        if not isinstance(value, dict) or "graph" not in value:
+            raise PartitaError(f"{str(path)!r} is JSON but not a graph: it needs the keys 'schema' and 'graph'.")
+        return Graph.from_json(value)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return [_plain(getattr(value, f.name)) for f in dataclasses.fields(value)]
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(_tuple(v) for v in value) if isinstance(value, list) else value
+
+
+def lines(graph: Graph) -> Iterable[str]:
+    """The graph as text: a line per operator with its factors, instruction counts per phase, FLOPs and parameters."""
+    owned = parameters_of(graph)
+    yield (
+        f"{graph.name}: {len(graph.operators)} operators, {len(graph.instructions)} instructions, "
+        f"{graph.parameter_count:,} parameters, {graph.flops / 1e9:.3g} GFLOP a step"
+    )
+    width = max((len(o.name) for o in graph.operators), default=0)
+    for index, operator in enumerate(graph.operators):
+        factors = " ".join(f"{graph.factors[f].name}={graph.factors[f].size}" for f in operator.factors)
+        phases = "/".join(
+            str(sum(graph.instructions[i].phase == p for i in operator.instructions)) for p in ("forward", "backward", "update")
+        )
+        flops = sum(graph.instructions[i].flops * graph.instructions[i].trips for i in operator.instructions)
+        count = sum(graph.tensors[a.tensor].size for a in owned[index] if a.role == "parameter")
+        yield f"  {operator.name:{width}}  {operator.kind:8} {factors:32} {phases:>12}  {flops / 1e6:10.3f} MFLOP  {count:>10,} parameters"
+
+
+def parameters_of(graph: Graph) -> list[list[Argument]]:
+    """Per operator, the arguments that live with it (an argument's home is the operator that reads it first)."""
+    owned: list[list[Argument]] = [[] for _ in graph.operators]
+    for argument in graph.arguments:
+        if graph.home[argument.tensor] >= 0:
+            owned[graph.home[argument.tensor]].append(argument)
+    return owned
+
+
+def check(graph: Graph) -> Graph:
+    """The graph itself, if later stages may rely on it; AssertionError with the reason otherwise.
+
+    Every instruction has one owner or none; labels have the tensor's rank, use factors of the tensor's home only, use no
+    factor twice, and their sizes multiply to the dim; every read of another operator's tensor is a Use.
+    """
+    count = len(graph.tensors)
+    assert len(graph.labels) == len(graph.home) == count, "a label and a home per tensor"
+    assert len(graph.owner) == len(graph.instructions), "an owner per instruction"
+    known = {f for o in graph.operators for f in o.factors}
+    assert known == set(range(len(graph.factors))), "every factor may be split by its operator"
+    names = [o.name for o in graph.operators]
+    assert len(set(names)) == len(names), "operator names are unique"
+    for index, operator in enumerate(graph.operators):
+        assert graph.owner[operator.heavy] == index, f"{operator.name} owns its heavy instruction"
+        assert all(graph.owner[i] == index for i in operator.instructions), f"{operator.name} owns its instructions"
+        assert all(graph.factors[f].operator == index for f in operator.factors), f"{operator.name} owns its factors"
+    for t, label in enumerate(graph.labels):
+        _check_label(graph, t, label, graph.home[t])
+    read = {(i, p) for u in graph.uses for i, p in u.instructions}
+    for use in graph.uses:
+        _check_label(graph, use.tensor, use.label, use.operator)
+    for i, instruction in enumerate(graph.instructions):
+        assert all(0 <= t < count for t in instruction.operands + instruction.results), f"instruction {i} names tensors"
+        for position, t in enumerate(instruction.operands):
+            if 0 <= graph.owner[i] != graph.home[t] and max(graph.labels[t], default=-1) >= 0:
+                assert (i, position) in read, f"instruction {i} ({instruction.name}) reads tensor {t} of another operator without a Use"
+    return graph
+
+
+def _check_label(graph: Graph, t: int, label: Label, operator: int) -> None:
+    tensor = graph.tensors[t]
+    assert len(label) == len(tensor.shape), f"tensor {t} has {len(tensor.shape)} dims, its label {len(label)}"
+    used = [f for f in label if f >= 0]
+    assert len(set(used)) == len(used), f"tensor {t} uses a factor twice: {label}"
+    for f, size in zip(label, tensor.shape, strict=True):
+        if f >= 0:
+            assert graph.factors[f].operator == operator, f"tensor {t} is labelled with a factor of another operator"
+            assert size % graph.factors[f].size == 0, f"tensor {t} {tensor.shape} has factor {graph.factors[f]} in label {label}"

@@ -1,0 +1,318 @@
+"""How a step is split: a mesh, a choice per operator, a storage per variable. A Plan is a small text file.
+
+A choice says, for each mesh axis, which factor of the operator it splits; an axis that is not named replicates the operator.
+Factors are called by their kind (S sample, A attribute, P parameter, R reduction), numbered where an operator has several.
+A storage says over which further axes a variable's optimizer slots (ZeRO 1), its gradient (2) and the variable itself (3)
+are kept split.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from partita.errors import PlanError
+from partita.graph.graph import Graph
+from partita.units import format_bytes, format_seconds
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """An axis of the logical mesh: `level` is the index of the machine's level whose links it crosses (0 outermost)."""
+
+    name: str
+    size: int
+    level: int = 0
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The logical mesh over a machine's devices: small prime axes, ordered from slow links to fast.
+
+    >>> Mesh.of((2, 2, 3)).size
+    12
+    """
+
+    axes: tuple[Axis, ...]
+
+    @staticmethod
+    def of(sizes: Iterable[int], levels: Iterable[int] | None = None) -> Mesh:
+        sizes = tuple(sizes)
+        levels = tuple(levels) if levels is not None else (0,) * len(sizes)
+        names = [chr(97 + i) if i < 26 else f"a{i}" for i in range(len(sizes))]
+        return Mesh(tuple(Axis(*a) for a in zip(names, sizes, levels, strict=True)))
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(a.size for a in self.axes)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.sizes)
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        return {a.name: i for i, a in enumerate(self.axes)}
+
+
+def prime_factors(n: int) -> list[int]:
+    """Prime factors of n, largest first.
+
+    >>> prime_factors(12)
+    [3, 2, 2]
+    """
+    found, p = [], 2
+    while n > 1:
+        while n % p == 0:
+            found.append(p)
+            n //= p
+        p += 1
+    return found[::-1]
+
+
+def mesh_for(level_sizes: Iterable[int]) -> Mesh:
+    """The mesh over levels of the given sizes (outer and slow first): every level split into prime axes."""
+    sizes, levels = [], []
+    for level, size in enumerate(level_sizes):
+        for p in prime_factors(size):
+            sizes.append(p)
+            levels.append(level)
+    return Mesh.of(sizes, levels)
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How a variable is kept beyond its operator's choice: dim `dim` split over `axes` too.
+
+    `zero` 1: the optimizer slots and the update; 2: the gradient also; 3: the variable itself also.
+    """
+
+    dim: int
+    axes: tuple[str, ...]
+    zero: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each operator's mesh axes do, and how variables are stored.
+
+    `choices` maps operator name -> {axis name: factor name}; `storage` maps variable path -> Storage.
+    `predicted` holds what the plan was predicted to cost, each figure with where it came from.
+    """
+
+    graph: str
+    machine: str
+    mesh: Mesh
+    choices: Mapping[str, Mapping[str, str]]
+    storage: Mapping[str, Storage] = field(default_factory=dict)
+    name: str = "found"
+    batch_size: int = 0
+    predicted: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def devices(self) -> int:
+        return self.mesh.size
+
+    def __str__(self) -> str:
+        return "\n".join(lines(self))
+
+    def to_json(self) -> dict[str, Any]:
+        levels = {a.name: {"size": a.size, "level": a.level} for a in self.mesh.axes}
+        operators = {}
+        for operator, choice in self.choices.items():
+            by_factor: dict[str, list[str]] = {}
+            for axis in self.mesh.axes:
+                if axis.name in choice:
+                    by_factor.setdefault(choice[axis.name], []).append(axis.name)
+            operators[operator] = " ".join(f"{f}:{','.join(axes)}" for f, axes in by_factor.items()) or "replicate"
+        return {
+            "schema": SCHEMA,
+            "name": self.name,
+            "graph": self.graph,
+            "machine": self.machine,
+            "batch_size": self.batch_size,
+            "mesh": levels,
+            "operators": operators,
+            "storage": {p: {"dim": s.dim, "axes": list(s.axes), "zero": s.zero} for p, s in self.storage.items()},
+            "predicted": dict(self.predicted),
+            "notes": list(self.notes),
+        }
+
+    @staticmethod
+    def from_json(value: Any, where: str = "The plan") -> Plan:
+        """The plan of a JSON value; PlanError names the key that is wrong and what is allowed."""
+        if not isinstance(value, dict):
+            raise PlanError(f"{where} is not a JSON object: a plan starts with '{{'.")
+        allowed = {"schema", "name", "graph", "machine", "batch_size", "mesh", "operators", "storage", "predicted", "notes"}
+        for key in value:
+            if key not in allowed:
+                raise PlanError(f"{where} has an unknown key {key!r}. Allowed: {', '.join(sorted(allowed))}.")
+        for key in ("schema", "graph", "machine", "mesh", "operators"):
+            if key not in value:
+                raise PlanError(f"{where} lacks the key {key!r}.")
+        if value["schema"] != SCHEMA:
+            raise PlanError(f"{where} has schema {value['schema']!r}; this version of Partita reads {SCHEMA}. Plan again.")
+        axes = []
+        for name, entry in value["mesh"].items():
+            if not isinstance(entry, dict) or not isinstance(entry.get("size"), int) or entry["size"] < 2:
+                raise PlanError(f"{where}, mesh.{name}: needs {{\"size\": at least 2, \"level\": number}}, not {entry!r}.")
+            axes.append(Axis(name, entry["size"], int(entry.get("level", 0))))
+        mesh = Mesh(tuple(axes))
+        choices = {}
+        for operator, text in value["operators"].items():
+            choices[operator] = _parse_choice(text, mesh, f"{where}, operators.{operator}")
+        storage = {}
+        for path, entry in value.get("storage", {}).items():
+            if not isinstance(entry, dict) or set(entry) != {"dim", "axes", "zero"} or entry["zero"] not in (1, 2, 3):
+                raise PlanError(f"{where}, storage.{path}: needs {{\"dim\", \"axes\", \"zero\": 1, 2 or 3}}, not {entry!r}.")
+            for axis in entry["axes"]:
+                if axis not in mesh.index:
+                    raise PlanError(f"{where}, storage.{path}: there is no axis {axis!r}; the mesh has {', '.join(mesh.index)}.")
+            storage[path] = Storage(entry["dim"], tuple(entry["axes"]), entry["zero"])
+        return Plan(
+            value["graph"], value["machine"], mesh, choices, storage, value.get("name", "found"), value.get("batch_size", 0),
+            value.get("predicted", {}), tuple(value.get("notes", ())),
+        )  # fmt: skip
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        try:
+            text = Path(path).read_text()
+        except FileNotFoundError:
+            raise PlanError(f"There is no plan file {str(path)!r}.") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"The plan file {str(path)!r} cannot be read: {error}.") from None
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"{str(path)!r} is not a plan: {error.msg} in line {error.lineno}, column {error.colno}.") from None
+        return Plan.from_json(value, f"The plan {str(path)!r}")
+
+    def with_predicted(self, predicted: Mapping[str, Any]) -> Plan:
+        return replace(self, predicted=predicted)
+
+
+def _parse_choice(text: Any, mesh: Mesh, where: str) -> dict[str, str]:
+    if not isinstance(text, str):
+        raise PlanError(f'{where}: needs a text like "S:a,b P:c" or "replicate", not {text!r}.')
+    choice: dict[str, str] = {}
+    for part in [] if text == "replicate" else text.split():
+        factor, colon, axes = part.partition(":")
+        if not colon or not axes:
+            raise PlanError(f'{where}: {part!r} is not factor:axes, e.g. "S:a,b".')
+        for axis in axes.split(","):
+            if axis not in mesh.index:
+                raise PlanError(f"{where}: there is no axis {axis!r}; the mesh has {', '.join(mesh.index)}.")
+            if axis in choice:
+                raise PlanError(f"{where}: axis {axis!r} is used twice, for {choice[axis]} and {factor}.")
+            choice[axis] = factor
+    return choice
+
+
+def check(plan: Plan, graph: Graph) -> Plan:
+    """The plan itself if it fits the graph; PlanError says which operators, factors or sizes do not match."""
+    names = {o.name: i for i, o in enumerate(graph.operators)}
+    missing = [n for n in names if n not in plan.choices]
+    unknown = [n for n in plan.choices if n not in names]
+    if missing or unknown:
+        parts = []
+        if unknown:
+            parts.append(f"the model has no {_some(unknown)}")
+        if missing:
+            parts.append(f"the plan says nothing about {_some(missing)}")
+        raise PlanError(f"The plan was made for another model ('{plan.graph}', not '{graph.name}'): {'; '.join(parts)}. Plan again.")
+    for name, choice in plan.choices.items():
+        operator = graph.operators[names[name]]
+        split: dict[str, int] = {}
+        for axis, factor in choice.items():
+            if graph.factor(names[name], factor) is None:
+                has = ", ".join(f"{graph.factors[f].name} ({graph.factors[f].size})" for f in operator.factors)
+                raise PlanError(f"'{name}' has no factor {factor!r} to split over axis {axis!r}. It has: {has or 'none'}.")
+            split[factor] = split.get(factor, 1) * plan.mesh.axes[plan.mesh.index[axis]].size
+        for factor, count in split.items():
+            f = graph.factor(names[name], factor)
+            assert f is not None
+            size = graph.factors[f].size
+            if size % count:
+                divisors = [d for d in range(2, size + 1) if size % d == 0][:6]
+                raise PlanError(
+                    f"Cannot split factor {factor} of '{name}' ({size}) {count} ways: {size} is not a multiple of {count}. "
+                    f"It can be split {', '.join(map(str, divisors)) or 'no'} ways."
+                )
+    paths = {a.path: a for a in graph.arguments}
+    for path, storage in plan.storage.items():
+        if path not in paths:
+            raise PlanError(f"The plan stores a variable {path!r} that the model does not have. Plan again.")
+        rank = len(graph.tensors[paths[path].tensor].shape)
+        if not 0 <= storage.dim < rank:
+            raise PlanError(f"The plan splits dim {storage.dim} of {path!r}, which has {rank} dims.")
+    return plan
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(repr(n) for n in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def diff(left: Plan, right: Plan) -> list[str]:
+    """What differs between two plans, a line each; empty when they do the same."""
+    found = []
+    if left.mesh != right.mesh:
+        found.append(f"mesh: {_mesh(left.mesh)} -> {_mesh(right.mesh)}")
+    if left.machine != right.machine:
+        found.append(f"machine: {left.machine} -> {right.machine}")
+    a, b = left.to_json(), right.to_json()
+    for key in ("operators", "storage"):
+        for name in [*a[key], *(n for n in b[key] if n not in a[key])]:
+            x, y = a[key].get(name, "absent"), b[key].get(name, "absent")
+            if x != y:
+                found.append(f"{name}: {_store(x)} -> {_store(y)}")
+    for key, text in (("seconds", format_seconds), ("peak_bytes", format_bytes)):
+        x, y = left.predicted.get(key), right.predicted.get(key)
+        if x is not None and y is not None and x != y:
+            found.append(f"predicted {key.replace('_', ' ')}: {text(x)} -> {text(y)}")
+    return found
+
+
+def _store(value: Any) -> str:
+    return value if isinstance(value, str) else f"ZeRO-{value['zero']} dim {value['dim']} over {','.join(value['axes'])}"
+
+
+def _mesh(mesh: Mesh) -> str:
+    return " x ".join(f"{a.name}={a.size}" for a in mesh.axes) or "one device"
+
+
+def lines(plan: Plan) -> Iterable[str]:
+    """The plan as text: runs of operators with the same choice on one line."""
+    yield f"plan '{plan.name}' for {plan.graph} on {plan.machine}: {_mesh(plan.mesh)}"
+    text = plan.to_json()["operators"]
+    previous, first, last, count = None, "", "", 0
+    for name, choice in [*text.items(), ("", None)]:
+        if choice != previous:
+            if previous is not None:
+                yield f"  {first if count == 1 else f'{first} ... {last} ({count})'}: {previous}"
+            previous, first, count = choice, name, 0
+        last, count = name, count + 1
+    kinds: dict[str, int] = {}
+    for s in plan.storage.values():
+        key = f"ZeRO-{s.zero} over {','.join(s.axes)}"
+        kinds[key] = kinds.get(key, 0) + 1
+    for key, n in kinds.items():
+        yield f"  {n} variables stored {key}"
+    if "seconds" in plan.predicted:
+        yield f"  predicted step {format_seconds(plan.predicted['seconds'])}"
+    if "peak_bytes" in plan.predicted:
+        yield f"  predicted peak {format_bytes(plan.predicted['peak_bytes'])} a device"
+    for note in plan.notes:
+        yield f"  note: {note}"
