@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from partita.graph.graph import Graph, Operator
-from partita.plan.plan import Mesh, Plan, Storage
+from partita.plan.plan import Mesh, Plan, Storage, illegal
 
 Choice = Mapping[str, str]
 
@@ -139,7 +139,7 @@ def spatial(graph: Graph, machine: str, mesh: Mesh) -> Plan:
     """Images by height, sequences by position, as far as sizes divide; the rest by sample."""
     everything = range(len(mesh.axes))
     choices = {}
-    for o in graph.operators:
+    for index, o in enumerate(graph.operators):
         first = [graph.factors[f] for f in o.factors if graph.factors[f].kind == "A"][:1]
         left, choice = (first[0].size if first else 1), {}
         for number in everything:
@@ -148,7 +148,8 @@ def spatial(graph: Graph, machine: str, mesh: Mesh) -> Plan:
                 choice[axis.name] = first[0].name
                 left //= axis.size
         rest = [n for n in everything if mesh.axes[n].name not in choice]
-        choices[o.name] = {**choice, **spread(graph, o, mesh, [("S", rest)])}
+        both = {**choice, **spread(graph, o, mesh, [("S", rest)])}
+        choices[o.name] = both if illegal(graph, index, both, mesh) is None else spread(graph, o, mesh, [("S", everything)])
     return Plan(graph.name, machine, mesh, choices, name="spatial", batch_size=graph.batch_size)
 
 

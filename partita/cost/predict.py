@@ -1,0 +1,102 @@
+"""What one plan is predicted to cost: seconds by cause and operator, bytes held, bytes moved, FLOPs; and how sure that is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from partita.cost.collectives import collectives
+from partita.cost.evaluate import Placement, move_seconds, operator_cost
+from partita.cost.memory import memory
+from partita.cost.terms import Terms, terms
+from partita.cost.work import local_flops
+from partita.graph.graph import Graph
+from partita.machine import Machine
+from partita.plan.layout import Layout, layout, resolve
+from partita.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class OperatorPrediction:
+    """One operator's part of a step: seconds by cause, bytes held per device, bytes sent per device."""
+
+    name: str
+    compute: float
+    activations: float
+    gradients: float
+    moves: float
+    nbytes: float
+    traffic: int
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.activations + self.gradients + self.moves
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A step under a plan, predicted. `status` is that of the least sure number of the machine it rests on."""
+
+    plan: str
+    machine: str
+    seconds: float
+    operators: tuple[OperatorPrediction, ...]
+    peak_bytes: int
+    traffic: Mapping[str, int]
+    flops: float
+    status: str
+
+    def by_cause(self) -> dict[str, float]:
+        """Seconds of compute, of collectives on activations and on gradients, and of moves between operators."""
+        causes = ("compute", "activations", "gradients", "moves")
+        return {c: sum(getattr(o, c) for o in self.operators) for c in causes}
+
+    def to_json(self) -> dict[str, Any]:
+        """What a plan file keeps of its prediction."""
+        return {
+            "seconds": self.seconds,
+            **{f"seconds_{cause}": seconds for cause, seconds in self.by_cause().items()},
+            "peak_bytes": self.peak_bytes,
+            "traffic_bytes": dict(self.traffic),
+            "flops": self.flops,
+            "provenance": {
+                "seconds": f"roofline over {self.machine}'s figures ({self.status} at worst)",
+                "peak_bytes": "liveness over the program",
+                "traffic_bytes": "the collectives of the laid-out program",
+                "flops": "counted from the program",
+            },
+        }
+
+
+def predict(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = None, where: Layout | None = None) -> Prediction:
+    """The cost of a plan on a machine. `found` and `where` may be given if they are known already."""
+    found = found or terms(graph)
+    where = where or layout(graph, plan)
+    place = Placement(machine, plan.mesh)
+    zero = {path: 1 if s.zero == 2 else s.zero for path, s in plan.storage.items()}
+    costs = []
+    for o, own in enumerate(found.operators):
+        level = max((zero.get(s.path, 0) for s in own.stored), default=0)
+        costs.append(operator_cost(own, place, [where.assignments[o]], level))
+    moves = [0.0] * len(costs)
+    for move in found.edges:
+        a, b = where.assignments[move.home], where.assignments[move.reader]
+        moves[move.reader] += move_seconds(move, place, resolve(move.source, a), resolve(move.target, b))
+    sent: Counter[int] = Counter()
+    traffic: Counter[str] = Counter()
+    for c in collectives(graph, plan.mesh, where):
+        sent[c.operator] += c.total
+        traffic[c.kind] += c.total
+    operators = tuple(
+        OperatorPrediction(
+            graph.operators[o].name, float(c.compute[0]), float(c.activations[0]), float(c.gradients[0]), moves[o],
+            float(c.nbytes[0]), sent[o],
+        )
+        for o, c in enumerate(costs)
+    )  # fmt: skip
+    return Prediction(
+        plan.name, machine.name, sum(o.seconds for o in operators), operators, memory(graph, plan.mesh, where).peak,
+        dict(sorted(traffic.items())), local_flops(graph, plan.mesh, where), machine.weakest_status(),
+    )  # fmt: skip

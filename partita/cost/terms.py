@@ -1,0 +1,348 @@
+"""What an operator costs, before any choice: work, reductions, halos, moves, stored variables, all labelled with factors.
+
+`terms(graph)` is computed once. A choice then only divides: a piece of work indexed by factors f, g that are split n_f and
+n_g ways costs 1/(n_f n_g) of itself. That is what makes a search over thousands of choices a few array operations
+(`cost.evaluate`), and equal operators, the repeated blocks of a network, share one evaluation (`OperatorTerms.key`).
+
+Light instructions are grouped as XLA fuses them: an element-wise instruction joins the group of its largest operand, a
+reduction ends a group, and only what leaves a group is written to memory.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from partita.cost.collectives import halo_factors, reduced_factors, seen_labels
+from partita.graph.graph import Graph, Instruction, Label, Phase
+from partita.graph.grouping import HEAVY
+from partita.plan.layout import families
+
+DEAR = {"exponential", "log", "tanh", "power", "divide", "rsqrt", "sqrt", "logistic", "erf", "sine", "cosine", "reduce"}
+"""Light instructions that XLA computes once and writes, instead of again in every reader."""
+OP_CLASS = {
+    "dot_general": "dot", "convolution": "conv", "gather": "gather", "scatter": "gather", "reduce": "reduce",
+    "reduce_window": "reduce", "select_and_scatter": "reduce", "sort": "sort",
+}  # fmt: skip
+WEIGHTLESS = {"constant", "iota", "broadcast_in_dim", "reshape", "bitcast_convert", "while", "case", "if", "optimization_barrier"}
+"""Instructions that move nothing of their own: XLA folds them into their readers."""
+
+Factors = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A kernel: FLOPs over an iteration space, and bytes read and written, each piece indexed by factors."""
+
+    op_class: str
+    dtype: str
+    flops: float
+    factors: Factors
+    traffic: tuple[tuple[int, Factors], ...]
+    trips: int
+    phase: Phase
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """A result summed over factors: where one is split, its axes all-reduce `nbytes` (or gather, for several results)."""
+
+    kind: str
+    nbytes: int
+    factors: Factors
+    reduced: Factors
+    trips: int
+    phase: Phase
+    parameter: int
+    """The parameter (argument tensor) whose gradient this is, -1 for an activation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Halo:
+    """Rows that neighbours exchange along a split factor: `nbytes` is one row of the whole tensor."""
+
+    nbytes: int
+    factors: Factors
+    split: int
+    low: int
+    high: int
+    rows: int
+    trips: int
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A tensor that `reader` wants under another label than its home's: a reshard wherever the two differ."""
+
+    tensor: int
+    nbytes: int
+    home: int
+    source: Label
+    reader: int
+    target: Label
+    trips: int
+    phase: Phase
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A parameter with its slots: bytes, the label they are kept under, and the traffic of their update."""
+
+    path: str
+    tensor: int
+    shape: tuple[int, ...]
+    label: Label
+    nbytes: int
+    slots: int
+    traffic: int
+
+
+@dataclass
+class OperatorTerms:
+    """All terms of one operator. Factors are numbers of the graph; `key` is the same for equal operators."""
+
+    work: list[Work] = field(default_factory=list)
+    reductions: list[Reduction] = field(default_factory=list)
+    halos: list[Halo] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)
+    stored: list[Stored] = field(default_factory=list)
+    resident: list[tuple[int, Factors]] = field(default_factory=list)
+    """Bytes held all the time besides parameters: state, batch, optimizer variables without a parameter."""
+    kept: list[tuple[int, Factors]] = field(default_factory=list)
+    """Bytes of forward values that the backward pass reads."""
+
+    def key(self, graph: Graph, operator: int) -> tuple[object, ...]:
+        """Equal for operators that cost the same under equal choices."""
+        own = graph.operators[operator].factors
+        number = {f: i for i, f in enumerate(own)}
+        at = lambda fs: tuple(number.get(f, -1) for f in fs)  # noqa: E731
+        return (
+            tuple((graph.factors[f].name, graph.factors[f].size) for f in own),
+            tuple(
+                (w.op_class, w.dtype, w.flops, at(w.factors), tuple((b, at(f)) for b, f in w.traffic), w.trips) for w in self.work
+            ),
+            tuple((r.kind, r.nbytes, at(r.factors), at(r.reduced), r.trips, r.parameter >= 0) for r in self.reductions),
+            tuple((h.nbytes, at(h.factors), at((h.split,)), h.low, h.high, h.rows, h.trips) for h in self.halos),
+            tuple((m.nbytes, at(m.source), at(m.target), m.trips) for m in self.moves),
+            tuple((s.shape, at(s.label), s.nbytes, s.slots, s.traffic) for s in self.stored),
+            tuple((b, at(f)) for b, f in self.resident),
+            tuple((b, at(f)) for b, f in self.kept),
+        )
+
+
+@dataclass
+class Terms:
+    """The terms of every operator, and the moves between different operators."""
+
+    operators: list[OperatorTerms]
+    edges: list[Move]
+
+
+def terms(graph: Graph) -> Terms:
+    """The cost terms of a graph."""
+    seen = seen_labels(graph)
+    found = [OperatorTerms() for _ in graph.operators]
+    family = families(graph)
+    _works(graph, seen, found)
+    _communication(graph, seen, family, found)
+    edges = _moves(graph, found)
+    _memory(graph, family, found)
+    return Terms(found, edges)
+
+
+def free_tensors(graph: Graph) -> set[int]:
+    """Values made from nothing but scalars (constants, iotas, broadcasts): every device makes its own part."""
+    return {t for x in graph.instructions if not any(graph.tensors[o].shape for o in x.operands) for t in x.results}
+
+
+def _factors(label: Label) -> Factors:
+    return tuple(f for f in label if f >= 0)
+
+
+def _iteration(x: Instruction, labels: list[Label], results: list[Label]) -> Factors:
+    """All factors of an instruction's iteration space that its labels name."""
+    return tuple(dict.fromkeys(f for label in [*labels, *results] for f in label if f >= 0))
+
+
+def _works(graph: Graph, seen: dict[tuple[int, int], Label], found: list[OperatorTerms]) -> None:
+    free = free_tensors(graph)
+    made = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
+    written = _written(graph, made)
+    group_of: dict[int, int] = {}
+    members: dict[int, list[int]] = defaultdict(list)
+    for i, x in enumerate(graph.instructions):
+        if graph.owner[i] < 0 or x.name in ("constant", "while", "case", "if"):
+            continue
+        joined = -1
+        if x.name not in HEAVY:
+            for t in sorted(x.operands, key=lambda t: -graph.tensors[t].nbytes):
+                before = made.get(t, -1)
+                if before in group_of and graph.tensors[t].shape and t not in free and graph.instructions[before].name != "reduce":
+                    y = graph.instructions[before]
+                    if y.name not in HEAVY and graph.owner[before] == graph.owner[i] and (y.phase, y.trips) == (x.phase, x.trips):
+                        joined = group_of[before]
+                        break
+        group_of[i] = joined if joined >= 0 else i
+        members[group_of[i]].append(i)
+    sources: dict[int, frozenset[int]] = {}
+
+    def read_from(t: int) -> frozenset[int]:
+        """The written tensors that a read of `t` comes down to when what is between is computed again."""
+        if t not in sources:
+            if t in written or t not in made:
+                sources[t] = frozenset((t,))
+            else:
+                sources[t] = frozenset().union(*(read_from(o) for o in graph.instructions[made[t]].operands if graph.tensors[o].shape))
+        return sources[t]
+
+    for x in graph.instructions:  # in program order, so that the recursion above stays shallow
+        for t in x.results:
+            read_from(t)
+    for group in members.values():
+        _work(graph, seen, group, read_from, written, found)
+
+
+def _written(graph: Graph, made: dict[int, int]) -> set[int]:
+    """Tensors that exist in memory: results of heavy and dear instructions, inputs of heavy ones, outputs, loop values."""
+    written = set(graph.outputs) | {t for loop in graph.loops for carried in loop.carried for t in carried}
+    for x in graph.instructions:
+        if x.name in HEAVY or x.name in DEAR:
+            written.update(x.results)
+        if x.name in HEAVY:
+            written.update(t for t in x.operands if t not in made or graph.instructions[made[t]].name not in WEIGHTLESS)
+    return written
+
+
+def _work(
+    graph: Graph, seen: dict[tuple[int, int], Label], group: list[int], read_from: Callable[[int], frozenset[int]],
+    written: set[int], found: list[OperatorTerms],
+) -> None:  # fmt: skip
+    """Adds the kernel of a group of fused instructions to its operator."""
+    first, operator = graph.instructions[group[0]], graph.owner[group[0]]
+    made = {t for i in group for t in graph.instructions[i].results}
+    traffic: dict[int, tuple[int, Factors]] = {}
+    flops, spaces = 0.0, {}
+    for i in group:
+        x = graph.instructions[i]
+        labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
+        for t, label in zip(x.operands, labels, strict=True):
+            for source in () if t in made else read_from(t):
+                if graph.tensors[source].shape:
+                    nbytes = graph.tensors[source].nbytes
+                    if x.name in ("gather", "dynamic_slice", "slice"):
+                        nbytes = min(nbytes, 2 * sum(graph.tensors[r].nbytes for r in x.results))
+                    own = graph.home[source] == operator and source != t
+                    traffic[source] = (nbytes, _factors(graph.labels[source] if own else label))
+        for t in x.results:
+            if t in written:
+                traffic[t] = (graph.tensors[t].nbytes, _factors(graph.labels[t]))
+        if x.flops:
+            space = _iteration(x, labels, [graph.labels[t] for t in x.results])
+            flops += x.flops
+            spaces[space] = spaces.get(space, 0.0) + x.flops
+    moved: dict[Factors, int] = {}
+    for nbytes, factors in traffic.values():
+        moved[factors] = moved.get(factors, 0) + nbytes
+    if flops < 64 and sum(moved.values()) < 256:
+        return
+    space = max(spaces, key=lambda s: spaces[s]) if spaces else max(moved, key=len, default=())
+    classes = [OP_CLASS.get(graph.instructions[i].name, "elementwise") for i in group]
+    op_class = classes[0] if len(group) == 1 else "reduce" if "reduce" in classes else "elementwise"
+    results = [t for i in group for t in graph.instructions[i].results]
+    dtype = graph.tensors[max(results, key=lambda t: graph.tensors[t].nbytes)].dtype
+    traffic_list = tuple(sorted((b, f) for f, b in moved.items()))
+    found[operator].work.append(Work(op_class, dtype, flops, space, traffic_list, first.trips, first.phase))
+
+
+def _communication(graph: Graph, seen: dict[tuple[int, int], Label], family: dict[int, int], found: list[OperatorTerms]) -> None:
+    gradient = _gradients(graph, family)
+    for i, x in enumerate(graph.instructions):
+        operator = graph.owner[i]
+        if operator < 0 or x.rule is None:
+            continue
+        labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
+        reduced = reduced_factors(x, labels)
+        if reduced:
+            kind = "all_reduce" if len(x.results) == 1 else "all_gather"
+            for t in x.results:
+                tensor = graph.tensors[t]
+                found[operator].reductions.append(
+                    Reduction(kind, tensor.nbytes, _factors(graph.labels[t]), reduced, x.trips, x.phase, gradient.get(t, -1))
+                )
+        for f, dim, low, high in halo_factors(x, labels):
+            tensor = graph.tensors[x.operands[0]]
+            others = tuple(g for g in _factors(labels[0]) if g != f)
+            rows = tensor.shape[dim]
+            found[operator].halos.append(Halo(tensor.nbytes // rows, others, f, low, high, rows, x.trips))
+
+
+def _gradients(graph: Graph, family: dict[int, int]) -> dict[int, int]:
+    """Backward tensor -> the parameter whose update reads it, followed back through shape changes."""
+    producer = {t: x for x in graph.instructions for t in x.results}
+    found: dict[int, int] = {}
+    for x in graph.instructions:
+        if x.phase != "update":
+            continue
+        roots = {family[t] for t in x.results if t in family}
+        if len(roots) != 1:
+            continue
+        for t in x.operands:
+            while t in producer and t not in family and producer[t].phase == "backward" and graph.tensors[t].shape:
+                found[t] = next(iter(roots))
+                if producer[t].name not in ("reshape", "transpose", "convert", "negate"):
+                    break
+                t = producer[t].operands[0]
+    return found
+
+
+def _moves(graph: Graph, found: list[OperatorTerms]) -> list[Move]:
+    made = {t: x for x in graph.instructions for t in x.results}
+    inside = {t: loop for loop in graph.loops for _, t, _, _ in loop.carried}
+    free, batch = free_tensors(graph), {a.tensor for a in graph.arguments if a.role == "batch"}
+    edges = []
+    for use in graph.uses:
+        home = graph.home[use.tensor]
+        if use.tensor in free or use.tensor in batch or home < 0:
+            continue
+        x = made.get(use.tensor)
+        trips = x.trips if x else inside[use.tensor].trips if use.tensor in inside else 1
+        move = Move(
+            use.tensor, graph.tensors[use.tensor].nbytes, home, graph.labels[use.tensor], use.operator, use.label, trips,
+            x.phase if x else "forward",
+        )  # fmt: skip
+        if home == use.operator:
+            found[home].moves.append(move)
+        else:
+            edges.append(move)
+    return edges
+
+
+def _memory(graph: Graph, family: dict[int, int], found: list[OperatorTerms]) -> None:
+    slots: dict[int, int] = defaultdict(int)
+    for a in graph.arguments:
+        if a.role == "optimizer" and a.tensor in family:
+            slots[family[a.tensor]] += graph.tensors[a.tensor].nbytes
+    for a in graph.arguments:
+        home = graph.home[a.tensor]
+        if home < 0 or not graph.tensors[a.tensor].shape:
+            continue
+        tensor = graph.tensors[a.tensor]
+        if a.role == "parameter":
+            own = slots[a.tensor]
+            traffic = 3 * tensor.nbytes + 2 * own
+            found[home].stored.append(
+                Stored(a.path, a.tensor, tensor.shape, graph.labels[a.tensor], tensor.nbytes, own, traffic)
+            )
+        elif a.tensor not in family:
+            found[home].resident.append((tensor.nbytes, _factors(graph.labels[a.tensor])))
+    written = _written(graph, {t: i for i, x in enumerate(graph.instructions) for t in x.results})
+    read_later = {t for x in graph.instructions if x.phase == "backward" for t in x.operands}
+    free = free_tensors(graph)
+    for x in graph.instructions:
+        if x.phase == "forward" and x.name not in WEIGHTLESS:
+            for t in x.results:
+                if t in read_later and t in written and t not in free and graph.tensors[t].nbytes > 64 and graph.home[t] >= 0:
+                    found[graph.home[t]].kept.append((graph.tensors[t].nbytes, _factors(graph.labels[t])))
+
+

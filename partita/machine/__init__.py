@@ -1,0 +1,36 @@
+"""WHERE a step runs: machines, and the time of collectives on them. `load("h100:8")` is the usual way in."""
+
+from partita.machine.check import check
+from partita.machine.collectives import KINDS, collective_lines, collective_seconds
+from partita.machine.load import host, load, presets, read
+from partita.machine.machine import (
+    Backend,
+    Device,
+    Domain,
+    Engine,
+    Level,
+    Machine,
+    Memory,
+    OperatingPoint,
+    Source,
+)
+
+__all__ = [
+    "KINDS",
+    "Backend",
+    "Device",
+    "Domain",
+    "Engine",
+    "Level",
+    "Machine",
+    "Memory",
+    "OperatingPoint",
+    "Source",
+    "check",
+    "collective_lines",
+    "collective_seconds",
+    "host",
+    "load",
+    "presets",
+    "read",
+]

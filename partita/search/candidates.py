@@ -1,0 +1,106 @@
+"""The choices that a search looks at, per operator.
+
+Axes of one level of the machine are alike, so a choice is a number of axes per use (a factor, or replicate) and level, and the
+axes are dealt out in one fixed order of uses (sample first, on the slowest axes; replicate last). Operators then agree on
+which axis does what wherever they agree on how many, and 6 equal axes with 6 uses are 462 choices instead of 46,656. On large
+meshes a choice may have at most two uses per level. Choices of baselines are added whatever they are, so that a search can
+never end above a baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import combinations
+
+from partita.graph.graph import Graph
+from partita.plan.plan import Mesh, illegal
+
+ORDER = "SAPR"
+LIMIT = 400
+"""Choices per operator above which fewer uses per level are allowed."""
+
+Choice = tuple[int, ...]
+"""Per mesh axis, the factor that it splits, -1 where the operator is replicated."""
+
+
+def candidates(graph: Graph, operator: int, mesh: Mesh, extra: Iterable[Choice] = ()) -> list[Choice]:
+    """The choices of an operator on a mesh, without repetition; the first is to replicate it everywhere."""
+    factors = sorted(graph.operators[operator].factors, key=lambda f: (ORDER.index(graph.factors[f].kind), f))
+    uses = [*factors, -1]
+    everything = [-1] * len(mesh.axes)
+    found: dict[Choice, None] = {tuple(everything): None}
+    for most in (4, 3, 2, 1):
+        here = dict(found)
+        for choice in _dealt(graph, mesh, uses, most):
+            here[choice] = None
+            if len(here) > LIMIT and most > 1:
+                break
+        else:
+            found = here
+            break
+    for choice in extra:
+        found[choice] = None
+    return [choice for choice in found if illegal(graph, operator, names_of(graph, mesh, choice), mesh) is None]
+
+
+def _dealt(graph: Graph, mesh: Mesh, uses: list[int], most: int) -> Iterator[Choice]:
+    """All choices with at most `most` uses, dealt to the axes of each level in the order of uses."""
+    levels: dict[tuple[int, int], list[int]] = {}
+    for number, axis in enumerate(mesh.axes):
+        levels.setdefault((axis.level, axis.size), []).append(number)
+    groups = list(levels.values())
+
+    def deal(level: int, choice: list[int], chosen: tuple[int, ...], left: dict[int, int]) -> Iterator[Choice]:
+        if level == len(groups):
+            yield tuple(choice)
+            return
+        axes = groups[level]
+        size = mesh.axes[axes[0]].size
+        for counts in _compositions(len(axes), len(chosen)):
+            rest, fits = dict(left), True
+            for use, count in zip(chosen, counts, strict=True):
+                if use >= 0 and count:
+                    if rest[use] % size**count:
+                        fits = False
+                        break
+                    rest[use] //= size**count
+            if fits:
+                dealt = [use for use, count in zip(chosen, counts, strict=True) for _ in range(count)]
+                for a, use in zip(axes, dealt, strict=True):
+                    choice[a] = use
+                yield from deal(level + 1, choice, chosen, rest)
+
+    for count in range(1, min(most, len(uses)) + 1):
+        for chosen in combinations(uses, count):
+            sizes = {f: graph.factors[f].size for f in chosen if f >= 0}
+            yield from deal(0, [-1] * len(mesh.axes), chosen, sizes)
+
+
+def _compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write `total` as an ordered sum of `parts` numbers, zeros allowed."""
+    if parts == 1:
+        yield (total,)
+        return
+    for first in range(total, -1, -1):
+        for rest in _compositions(total - first, parts - 1):
+            yield (first, *rest)
+
+
+def assignment_of(choice: Choice) -> dict[int, tuple[int, ...]]:
+    """Factor -> axes of a choice."""
+    found: dict[int, tuple[int, ...]] = {}
+    for axis, factor in enumerate(choice):
+        if factor >= 0:
+            found[factor] = (*found.get(factor, ()), axis)
+    return found
+
+
+def choice_of(graph: Graph, operator: int, mesh: Mesh, named: Mapping[str, str]) -> Choice:
+    """A plan's choice for an operator, {axis name: factor name}, as numbers."""
+    by_name = {graph.factors[f].name: f for f in graph.operators[operator].factors}
+    return tuple(by_name[named[a.name]] if a.name in named else -1 for a in mesh.axes)
+
+
+def names_of(graph: Graph, mesh: Mesh, choice: Choice) -> dict[str, str]:
+    """A choice as a plan writes it."""
+    return {a.name: graph.factors[f].name for a, f in zip(mesh.axes, choice, strict=True) if f >= 0}

@@ -1,0 +1,156 @@
+"""The best plan for a graph on a machine: baselines, cost network, exact search, and the memory of what it found.
+
+The search minimises the additive cost of `cost.evaluate` within a budget of bytes that is additive too. Real peak memory is
+not a sum, so the plan found is measured by `cost.memory`, and where it does not fit the budget is lowered by what was
+missed and the search runs again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from partita.cost.memory import memory
+from partita.cost.predict import Prediction, predict
+from partita.errors import MemoryBudgetError
+from partita.graph.graph import Graph
+from partita.machine import Machine
+from partita.plan.baselines import BASELINES
+from partita.plan.layout import layout
+from partita.plan.plan import Mesh, Plan, mesh_for
+from partita.search.base import Progress, SearchResult
+from partita.search.candidates import names_of
+from partita.search.elimination import eliminate
+from partita.search.network import Network, build
+from partita.search.reduce import reduce
+from partita.units import format_bytes, format_seconds
+
+RESERVE = 0.05
+"""The part of a device's memory that is left to the runtime."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plan with its prediction, the search that found it, and what the baselines are predicted to cost."""
+
+    plan: Plan
+    prediction: Prediction
+    result: SearchResult
+    network: Network
+    baselines: Mapping[str, tuple[Plan, Prediction]]
+
+
+def mesh_of(machine: Machine) -> Mesh:
+    """The logical mesh over a machine's devices: every level split into prime axes, slow levels first."""
+    return mesh_for(level.size for level in machine.levels)
+
+
+def capacity(machine: Machine) -> int:
+    """Bytes of a device that a plan may use."""
+    return int(machine.memory_bytes * (1 - RESERVE))
+
+
+def find(graph: Graph, machine: Machine, report: Callable[[Progress], None] | None = None) -> Found:
+    """The plan of least predicted step time that fits the machine's memory.
+
+    Never worse than any baseline by its own measure. Raises MemoryBudgetError, with the smallest need, if nothing fits.
+    """
+    mesh, limit = mesh_of(machine), capacity(machine)
+    plans = {name: make(graph, machine.name, mesh) for name, make in BASELINES.items()}
+    network = build(graph, machine, mesh, list(plans.values()))
+    predictions = {name: predict(graph, machine, plan, network.terms) for name, plan in plans.items()}
+    reduced = reduce(network.problem)
+    budget = float(limit)
+    states, result, plan, smallest = (), None, None, None
+    for _ in range(6):
+        result = eliminate(reduced.problem, budget, report)
+        states = reduced.lift(result.states)
+        plan = network.plan(states)
+        peak = memory(graph, mesh, layout(graph, plan)).peak
+        smallest = peak if smallest is None else min(smallest, peak)
+        if peak <= limit or not result.feasible or result.stopped:
+            break
+        budget = min(budget, result.nbytes) * limit / peak * 0.98
+    assert result is not None and plan is not None and smallest is not None
+    prediction = predict(graph, machine, plan, network.terms)
+    fitting = [name for name, p in predictions.items() if p.peak_bytes <= limit]
+    if prediction.peak_bytes > limit:
+        if not fitting:
+            least = min(smallest, min(p.peak_bytes for p in predictions.values()))
+            raise MemoryBudgetError(
+                f"'{graph.name}' with batch {graph.batch_size} fits {machine.name} under no plan: the smallest needs "
+                f"{format_bytes(least)} per device, and a device has {format_bytes(machine.memory_bytes)}, of which {format_bytes(limit)} "
+                f"may be used. Use more devices, a smaller batch, or devices with more memory."
+            )
+        best = min(fitting, key=lambda name: predictions[name].seconds)
+        plan, prediction = replace(plans[best], name="found"), predictions[best]
+    better = [name for name in fitting if predictions[name].seconds < prediction.seconds * (1 - 1e-12)]
+    if better:
+        # Only after an interrupted search, or one that memory has pushed above a baseline that fits.
+        best = min(better, key=lambda name: predictions[name].seconds)
+        plan, prediction = replace(plans[best], name="found"), predictions[best]
+    plan, prediction = _one_device(graph, machine, plan, prediction, predictions)
+    notes = (*plan.notes, *_notes(graph, prediction, predictions, result))
+    plan = replace(plan, notes=notes, predicted=_predicted(prediction, result))
+    return Found(plan, prediction, result, network, {n: (plans[n], predictions[n]) for n in plans})
+
+
+def _one_device(
+    graph: Graph, machine: Machine, plan: Plan, prediction: Prediction, predictions: Mapping[str, Prediction]
+) -> tuple[Plan, Prediction]:
+    """If nothing is split, or splitting does not pay, the plan is one device."""
+    alone = predictions["one device"]
+    split = any(plan.choices.values()) or bool(plan.storage)
+    if plan.mesh.size > 1 and (not split or prediction.seconds >= alone.seconds and alone.peak_bytes <= capacity(machine)):
+        mesh = Mesh(())
+        one = Plan(graph.name, plan.machine, mesh, {o.name: {} for o in graph.operators}, {}, plan.name, plan.batch_size)
+        others = [p for n, p in predictions.items() if n != "one device"]
+        best = min(others, key=lambda p: p.seconds)
+        why = (
+            f"one of {plan.mesh.size} devices is used: splitting does not pay, the best split ('{best.plan}') is predicted at "
+            f"{format_seconds(best.seconds)} against {format_seconds(alone.seconds)}"
+        )
+        return replace(one, notes=(why,)), replace(predict(graph, machine, one), plan=plan.name)
+    return plan, prediction
+
+
+def _notes(
+    graph: Graph, prediction: Prediction, predictions: Mapping[str, Prediction], result: SearchResult
+) -> tuple[str, ...]:
+    notes = list(graph.notes)
+    base = predictions["data parallel"]
+    if prediction.seconds > 0:
+        notes.append(f"predicted {base.seconds / prediction.seconds:.2f} x as fast as data parallel")
+    if result.stopped:
+        notes.append("the search was stopped; this is the best plan it had")
+    return tuple(notes)
+
+
+def _predicted(prediction: Prediction, result: SearchResult) -> dict:
+    found = prediction.to_json()
+    found["bound_seconds"] = min(result.bound, prediction.seconds)
+    return found
+
+
+def alternatives(network: Network, plan: Plan, operator: int, most: int = 8) -> list[tuple[dict[str, str], int, float, float]]:
+    """Other choices for one operator, all others as planned: (choice, ZeRO level, seconds more, bytes more), best first."""
+    states = network.states_of(plan)
+    if states is None:
+        return []
+    problem, o = network.problem, operator
+    seconds = problem.seconds[o].copy()
+    for (u, v), table in problem.tables.items():
+        if u == o:
+            seconds += table[:, states[v]]
+        elif v == o:
+            seconds += table[states[u], :]
+
+    found = []
+    for i in np.argsort(seconds, kind="stable"):
+        state = network.states[o][i]
+        more = float(seconds[i] - seconds[states[o]]), float(problem.nbytes[o][i] - problem.nbytes[o][states[o]])
+        if i != states[o]:
+            found.append((names_of(network.graph, network.place.mesh, state.choice), state.zero, *more))
+    return found[:most]

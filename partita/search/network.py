@@ -1,0 +1,152 @@
+"""A graph on a machine as a cost network: candidates per operator, their costs, and tables of moves between operators.
+
+A state of an operator is a choice together with how its variables are stored (plainly, ZeRO-1, ZeRO-3). States that no
+neighbour can tell apart are merged, cheapest first, when the search runs (`Network.problem` keeps the best for a price).
+Equal operators are costed once, and equal tables of moves are computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from partita.cost.evaluate import Placement, move_table, operator_cost, storage_axes
+from partita.cost.terms import Move, Terms, terms
+from partita.graph.graph import Graph, Label
+from partita.machine import Machine
+from partita.plan.layout import Sharding, resolve
+from partita.plan.plan import Mesh, Plan, Storage
+from partita.search.base import Problem
+from partita.search.candidates import Choice, assignment_of, candidates, choice_of, names_of
+
+LEVELS = (0, 1, 3)
+"""Ways to store variables that differ in cost: ZeRO-2 is ZeRO-1 in a step that is one program."""
+
+
+@dataclass(frozen=True)
+class State:
+    """One way to run an operator: its choice, and the ZeRO level of its variables."""
+
+    choice: Choice
+    zero: int
+
+
+@dataclass
+class Network:
+    """The cost network of a graph on a placed mesh, with what its states stand for."""
+
+    graph: Graph
+    place: Placement
+    terms: Terms
+    states: list[list[State]]
+    problem: Problem
+    causes: list[np.ndarray] = field(default_factory=list)
+    """Per operator, per state: seconds by cause, rows compute, activations, gradients."""
+
+    def plan(self, states: Sequence[int], name: str = "found", notes: tuple[str, ...] = ()) -> Plan:
+        """The plan that states stand for."""
+        graph, mesh = self.graph, self.place.mesh
+        choices, storage = {}, {}
+        for o, i in enumerate(states):
+            state = self.states[o][i]
+            choices[graph.operators[o].name] = names_of(graph, mesh, state.choice)
+            if state.zero:
+                storage |= stored_by(self, o, state)
+        return Plan(graph.name, self.place.machine.name, mesh, choices, storage, name, graph.batch_size, notes=notes)
+
+    def states_of(self, plan: Plan) -> tuple[int, ...] | None:
+        """The states that stand for a plan, None where it has a choice that is no candidate."""
+        found = []
+        for o, operator in enumerate(self.graph.operators):
+            choice = choice_of(self.graph, o, self.place.mesh, plan.choices[operator.name])
+            levels = {plan.storage[s.path].zero for s in self.terms.operators[o].stored if s.path in plan.storage}
+            zero = max((1 if level == 2 else level for level in levels), default=0)
+            state = State(choice, zero)
+            if state not in self.states[o]:
+                return None
+            found.append(self.states[o].index(state))
+        return tuple(found)
+
+
+def stored_by(network: Network, operator: int, state: State) -> dict[str, Storage]:
+    """The storage of an operator's variables in a state."""
+    found = {}
+    for s in network.terms.operators[operator].stored:
+        where = storage_axes(s, network.place.mesh, assignment_of(state.choice))
+        if where:
+            names = tuple(network.place.mesh.axes[a].name for a in where[1])
+            found[s.path] = Storage(where[0], names, state.zero)
+    return found
+
+
+def build(graph: Graph, machine: Machine, mesh: Mesh, baselines: Sequence[Plan] = ()) -> Network:
+    """The cost network of a graph on a machine's mesh. Every choice of the baselines is among the candidates."""
+    place = Placement(machine, mesh)
+    found = terms(graph)
+    states: list[list[State]] = []
+    seconds, nbytes, causes = [], [], []
+    costed: dict[tuple[object, ...], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    for o, operator in enumerate(graph.operators):
+        extra = [choice_of(graph, o, mesh, plan.choices[operator.name]) for plan in baselines]
+        choices = candidates(graph, o, mesh, extra)
+        levels = LEVELS if found.operators[o].stored else (0,)
+        states.append([State(choice, zero) for zero in levels for choice in choices])
+        number = {f: i for i, f in enumerate(operator.factors)}
+        local = tuple(tuple(number.get(f, -1) for f in choice) for choice in choices)
+        key = (found.operators[o].key(graph, o), local)
+        if key not in costed:
+            assignments = [assignment_of(choice) for choice in choices]
+            costs = [operator_cost(found.operators[o], place, assignments, zero) for zero in levels]
+            costed[key] = (
+                np.concatenate([c.seconds for c in costs]),
+                np.concatenate([c.nbytes for c in costs]),
+                np.concatenate([np.stack([c.compute, c.activations, c.gradients]) for c in costs], axis=1),
+            )
+        seconds.append(costed[key][0])
+        nbytes.append(costed[key][1])
+        causes.append(costed[key][2])
+    problem = Problem(seconds, nbytes)
+    network = Network(graph, place, found, states, problem, causes)
+    _add_moves(network)
+    return network
+
+
+def _add_moves(network: Network) -> None:
+    views: dict[tuple[int, Label], tuple[list[Sharding], np.ndarray]] = {}
+
+    def view(operator: int, label: Label) -> tuple[list[Sharding], np.ndarray]:
+        """(distinct shardings of a tensor under this label, which of them each state gives)."""
+        key = (operator, label)
+        if key not in views:
+            number: dict[Sharding, int] = {}
+            ids = [number.setdefault(resolve(label, assignment_of(s.choice)), len(number)) for s in network.states[operator]]
+            views[key] = (list(number), np.array(ids))
+        return views[key]
+
+    by_pair: dict[tuple[int, int], list[Move]] = {}
+    for move in network.terms.edges:
+        by_pair.setdefault((move.home, move.reader), []).append(move)
+    expanded: dict[tuple[object, ...], np.ndarray] = {}
+    for (home, reader), moves in by_pair.items():
+        total: np.ndarray | None = None
+        for move in moves:
+            sources, rows = view(home, move.source)
+            targets, columns = view(reader, move.target)
+            if len(sources) == len(targets) == 1 and sources == targets:
+                continue
+            key = (tuple(sources), tuple(targets), move.nbytes, move.trips, rows.tobytes(), columns.tobytes())
+            if key not in expanded:
+                expanded[key] = move_table(move, network.place, sources, targets)[np.ix_(rows, columns)]
+            total = expanded[key] if total is None else total + expanded[key]
+        if total is not None:
+            network.problem.add_table(home, reader, total)
+
+
+def seconds_by_cause(network: Network, states: Sequence[int]) -> Mapping[str, float]:
+    """Predicted seconds of a plan's states: compute, collectives on activations, on gradients, moves between operators."""
+    rows = sum(network.causes[o][:, i] for o, i in enumerate(states))
+    assert not isinstance(rows, int)
+    moves = sum(t[states[u], states[v]] for (u, v), t in network.problem.tables.items())
+    return {"compute": float(rows[0]), "activations": float(rows[1]), "gradients": float(rows[2]), "moves": float(moves)}
