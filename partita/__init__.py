@@ -1,0 +1,27 @@
+"""Partita: takes a training program, finds the fastest way to split it over devices, proves that it fits, runs it, shows why.
+
+>>> import partita
+>>> model = partita.parallelize(model)                        # then fit as always      # doctest: +SKIP
+>>> plan = partita.plan(model, batch_size=256, devices=8)     # doctest: +SKIP
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from partita.api import compare, parallelize, plan
+from partita.errors import PartitaError
+from partita.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from partita.capture.keras_models import abstract
+
+__version__ = "0.1.0"
+__all__ = ["PartitaError", "Plan", "abstract", "compare", "parallelize", "plan"]
+
+
+def __getattr__(name: str) -> Any:
+    """`abstract` is fetched when it is first asked for: it needs Keras, and planning from a file does not."""
+    if name == "abstract":
+        from partita.capture.keras_models import abstract
+
+        return abstract
+    raise AttributeError(f"module 'partita' has no attribute {name!r}")

@@ -48,9 +48,9 @@ def build(model: keras.Model, batch: Any) -> None:
         )
     if abstractly:
         with StatelessScope(initialize_variables=False):
-            if model.optimizer is not None and not model.optimizer.built:
-                model.optimizer.build(model.trainable_variables)
-    model._symbolic_build(data_batch=symbolic)
+            model._symbolic_build(data_batch=symbolic)
+    else:
+        model._symbolic_build(data_batch=symbolic)
 
 
 @dataclass(frozen=True)
@@ -102,3 +102,43 @@ def _slots(model: keras.Model, state: State) -> dict[str, str]:
                 found[slot.path] = path
                 break
     return found
+
+
+def batch_like(model: keras.Model, batch_size: int) -> Any:
+    """(x, y) shapes of a training batch of a compiled model with known inputs: y as its loss wants it.
+
+    A loss on sparse labels takes integers without the last dim; any other takes what the model puts out.
+    """
+    inputs = getattr(model, "inputs", None)
+    if not inputs:
+        raise CaptureError(
+            f"The model '{model.name}' has not been called yet, so its input shapes are unknown. Give a batch: "
+            f"partita.plan(model, batch=(x, y)), or build the model first."
+        )
+    for tensor in inputs:
+        unknown = [d for d, n in enumerate(tensor.shape) if n is None and d > 0]
+        if unknown:
+            raise CaptureError(
+                f"Input '{tensor.name}' of '{model.name}' has shape {tuple(tensor.shape)}: dim {unknown[0]} is not fixed. "
+                f"Give a batch of the shapes you train on: partita.plan(model, batch=(x, y))."
+            )
+    shaped = lambda t: jax.ShapeDtypeStruct((batch_size, *t.shape[1:]), jax.dtypes.canonicalize_dtype(t.dtype))  # noqa: E731
+    x = jax.tree.map(shaped, model._inputs_struct if hasattr(model, "_inputs_struct") else inputs)
+    outputs = model._outputs_struct if hasattr(model, "_outputs_struct") else model.outputs
+    losses = model._compile_loss._user_loss if model._compile_loss is not None else None
+
+    def target(tensor: Any, loss: Any) -> Any:
+        name = loss if isinstance(loss, str) else type(loss).__name__ if not hasattr(loss, "__name__") else loss.__name__
+        if "sparse" in str(name).lower():
+            return jax.ShapeDtypeStruct((batch_size, *tensor.shape[1:-1]), np.dtype("int32"))
+        return jax.ShapeDtypeStruct((batch_size, *tensor.shape[1:]), jax.dtypes.canonicalize_dtype(tensor.dtype))
+
+    if isinstance(outputs, dict):
+        y = {k: target(t, losses.get(k) if isinstance(losses, dict) else losses) for k, t in outputs.items()}
+    elif isinstance(outputs, (list, tuple)):
+        each = losses if isinstance(losses, (list, tuple)) else [losses] * len(outputs)
+        y = [target(t, loss) for t, loss in zip(outputs, each, strict=True)]
+        y = y[0] if len(y) == 1 else y
+    else:
+        y = target(outputs, losses)
+    return (x, y)

@@ -117,7 +117,7 @@ def operator_cost(terms: OperatorTerms, place: Placement, assignments: Sequence[
                 if found:
                     extra[i] = place.ways(found[1])
                     nbytes = np.array([s.nbytes / split[i]])
-                    gradients[i] += _joined(place, "all_gather", nbytes, found[1])[0] * (1 - machine.backend.overlap)
+                    gradients[i] += _seconds(place, "all_gather", nbytes, found[1])[0] * (1 - machine.backend.overlap)
             # The update itself is split as the slots are.
             compute -= s.traffic / split * (1 - 1 / extra) / machine.memory_bandwidth
         state = state + s.nbytes / split / (extra if zero == 3 else 1) + s.slots / split / extra

@@ -200,7 +200,11 @@ def _own_backward(flat: _Flat, owner: list[int], heavy: list[int]) -> None:
             best = max(range(len(heavy)), key=score)
             if any(score(best)[:3]):
                 owner[index] = best
+    imports = _forward_imports(flat, owner)
     for index in order:
+        if owner[index] >= 0:
+            continue
+        owner[index] = _accumulates_for(flat, owner, imports, index)
         if owner[index] >= 0:
             continue
         candidates = set(by_path.get(flat.instructions[index].path, ()))
@@ -212,6 +216,40 @@ def _own_backward(flat: _Flat, owner: list[int], heavy: list[int]) -> None:
             if owner[index] >= 0:
                 break
     _from_readers(flat, owner, order)
+
+
+def _forward_imports(flat: _Flat, owner: list[int]) -> dict[int, set[tuple[int, tuple[int, ...]]]]:
+    """Per operator, (owner, shape) of the forward values that it takes from other operators."""
+    found: dict[int, set[tuple[int, tuple[int, ...]]]] = defaultdict(set)
+    for index, instruction in enumerate(flat.instructions):
+        if instruction.phase == "forward" and owner[index] >= 0:
+            for t in instruction.operands:
+                producer = flat.producer.get(t)
+                if producer is not None and 0 <= owner[producer] != owner[index]:
+                    found[owner[index]].add((owner[producer], flat.tensors[t].shape))
+    return found
+
+
+def _accumulates_for(flat: _Flat, owner: list[int], imports: dict[int, set[tuple[int, tuple[int, ...]]]], index: int) -> int:
+    """The owner of the forward value whose gradient a backward addition of several readers' gradients is, else -1.
+
+    Left to the readers, the sum would tie them to each other (query, key and value of attention); it belongs to what they read.
+    """
+    instruction = flat.instructions[index]
+    if instruction.name != "add" or len(instruction.operands) != 2:
+        return -1
+    sides = []
+    for t in instruction.operands:
+        producer = flat.producer.get(t)
+        if producer is None or owner[producer] < 0 or flat.instructions[producer].phase != "backward":
+            return -1
+        sides.append(owner[producer])
+    if sides[0] == sides[1]:
+        return -1
+    shape = flat.tensors[instruction.results[0]].shape
+    values = [{(o, shape)} | imports[o] for o in sides]
+    common = {o for o, s in values[0] & values[1] if s == shape}
+    return max(common) if common else -1
 
 
 def _own_update(flat: _Flat, owner: list[int], parameter_owner: dict[int, int]) -> None:

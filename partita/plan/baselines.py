@@ -30,7 +30,7 @@ def spread(graph: Graph, operator: Operator, mesh: Mesh, wishes: Iterable[tuple[
                     choice[axis.name] = name
                     left[name] //= axis.size
                     break
-    return choice
+    return choice if illegal(graph, graph.operators.index(operator), choice, mesh) is None else {}
 
 
 def one_device(graph: Graph, machine: str, mesh: Mesh) -> Plan:
@@ -149,7 +149,8 @@ def spatial(graph: Graph, machine: str, mesh: Mesh) -> Plan:
                 left //= axis.size
         rest = [n for n in everything if mesh.axes[n].name not in choice]
         both = {**choice, **spread(graph, o, mesh, [("S", rest)])}
-        choices[o.name] = both if illegal(graph, index, both, mesh) is None else spread(graph, o, mesh, [("S", everything)])
+        legal = illegal(graph, index, both, mesh) is None
+        choices[o.name] = both if legal else spread(graph, o, mesh, [("S", everything)])
     return Plan(graph.name, machine, mesh, choices, name="spatial", batch_size=graph.batch_size)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,8 @@ class Plan:
     batch_size: int = 0
     predicted: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    why: Mapping[str, Any] = field(default_factory=dict)
+    """Per operator, its predicted cost and what its alternatives would cost: what `partita explain` shows."""
 
     @property
     def devices(self) -> int:
@@ -128,11 +130,7 @@ class Plan:
         levels = {a.name: {"size": a.size, "level": a.level} for a in self.mesh.axes}
         operators = {}
         for operator, choice in self.choices.items():
-            by_factor: dict[str, list[str]] = {}
-            for axis in self.mesh.axes:
-                if axis.name in choice:
-                    by_factor.setdefault(choice[axis.name], []).append(axis.name)
-            operators[operator] = " ".join(f"{f}:{','.join(axes)}" for f, axes in by_factor.items()) or "replicate"
+            operators[operator] = choice_text(choice, self.mesh)
         return {
             "schema": SCHEMA,
             "name": self.name,
@@ -144,6 +142,7 @@ class Plan:
             "storage": {p: {"dim": s.dim, "axes": list(s.axes), "zero": s.zero} for p, s in self.storage.items()},
             "predicted": dict(self.predicted),
             "notes": list(self.notes),
+            "why": dict(self.why),
         }
 
     @staticmethod
@@ -151,7 +150,7 @@ class Plan:
         """The plan of a JSON value; PlanError names the key that is wrong and what is allowed."""
         if not isinstance(value, dict):
             raise PlanError(f"{where} is not a JSON object: a plan starts with '{{'.")
-        allowed = {"schema", "name", "graph", "machine", "batch_size", "mesh", "operators", "storage", "predicted", "notes"}
+        allowed = {"schema", "name", "graph", "machine", "batch_size", "mesh", "operators", "storage", "predicted", "notes", "why"}
         for key in value:
             if key not in allowed:
                 raise PlanError(f"{where} has an unknown key {key!r}. Allowed: {', '.join(sorted(allowed))}.")
@@ -179,7 +178,7 @@ class Plan:
             storage[path] = Storage(entry["dim"], tuple(entry["axes"]), entry["zero"])
         return Plan(
             value["graph"], value["machine"], mesh, choices, storage, value.get("name", "found"), value.get("batch_size", 0),
-            value.get("predicted", {}), tuple(value.get("notes", ())),
+            value.get("predicted", {}), tuple(value.get("notes", ())), value.get("why", {}),
         )  # fmt: skip
 
     def save(self, path: str | Path) -> None:
@@ -199,8 +198,30 @@ class Plan:
             raise PlanError(f"{str(path)!r} is not a plan: {error.msg} in line {error.lineno}, column {error.colno}.") from None
         return Plan.from_json(value, f"The plan {str(path)!r}")
 
-    def with_predicted(self, predicted: Mapping[str, Any]) -> Plan:
-        return replace(self, predicted=predicted)
+    def apply(self, model: Any) -> Any:
+        """The model, set up so that its own `fit` runs this plan."""
+        from partita.api import parallelize  # the way back up, for `plan.apply(model)`
+
+        return parallelize(model, plan=self)
+
+    def layout_map(self, model: Any) -> Any:
+        """A plain `keras.distribution.LayoutMap` with this plan's variable layouts, for use without Partita."""
+        from partita.api import layout_map  # the way back up
+
+        return layout_map(self, model)
+
+
+def choice_text(choice: Mapping[str, str], mesh: Mesh) -> str:
+    """A choice as people read it.
+
+    >>> choice_text({"a": "S", "b": "S", "c": "P"}, Mesh.of((2, 2, 2)))
+    'S:a,b P:c'
+    """
+    by_factor: dict[str, list[str]] = {}
+    for axis in mesh.axes:
+        if axis.name in choice:
+            by_factor.setdefault(choice[axis.name], []).append(axis.name)
+    return " ".join(f"{f}:{','.join(axes)}" for f, axes in by_factor.items()) or "replicate"
 
 
 def _parse_choice(text: Any, mesh: Mesh, where: str) -> dict[str, str]:
@@ -223,17 +244,29 @@ def _parse_choice(text: Any, mesh: Mesh, where: str) -> dict[str, str]:
 def illegal(graph: Graph, operator: int, used: Mapping[str, str], mesh: Mesh) -> str | None:
     """Why a choice cannot be run although its sizes divide, None if it can.
 
-    XLA's partitioner sums the weight gradient of a convolution that is split in space over all devices instead of over those
-    that share the sum (seen on jax 0.10.2, CPU: the gradient comes out too large by the number of devices left over). It is
-    right when every device takes part, so a convolution split in space must split every axis, by S or A.
+    XLA's partitioner sums the weight gradient of some convolutions over all devices instead of over those that share the sum
+    (seen on jax 0.10.2, CPU: it comes out too large by the number of devices left over). That is so for a convolution split
+    in space and for a grouped one; it is right when every device takes part.
     """
-    if graph.operators[operator].kind != "conv":
+    if graph.operators[operator].kind != "conv" or not mesh.axes:
         return None
-    kinds = {axis: graph.factors[f].kind for f in graph.operators[operator].factors for axis, n in used.items()
-             if graph.factors[f].name == n}  # fmt: skip
-    if "A" in kinds.values() and (len(kinds) < len(mesh.axes) or not set(kinds.values()) <= {"S", "A"}):
+    by_name = {graph.factors[f].name: graph.factors[f].kind for f in graph.operators[operator].factors}
+    kinds = {by_name[name] for name in used.values() if name in by_name}
+    whole = len(used) == len(mesh.axes)
+    if "A" in kinds and not (whole and kinds <= {"S", "A"}):
         return "a convolution that is split in space (A) must split every other axis by S or A too"
+    if "S" in kinds and not whole and _grouped(graph, operator):
+        return "a grouped convolution that is split by S must split every axis"
     return None
+
+
+def _grouped(graph: Graph, operator: int) -> bool:
+    """Whether a convolution has groups: a factor that indexes its input, its kernel and its result."""
+    rule = graph.instructions[graph.operators[operator].heavy].rule
+    if rule is None or len(rule.operands) < 2:
+        return False
+    sides = [{f for dim in side for f in dim if rule.sizes[f] > 1} for side in (*rule.operands[:2], rule.results[0])]
+    return bool(set.intersection(*sides))
 
 
 def check(plan: Plan, graph: Graph) -> Plan:

@@ -8,25 +8,27 @@ than two dims.
 Memory is priced: seconds + price x bytes is minimised for a rising price until the bytes fit (Lagrangian relaxation). For
 every price, the minimum less price x budget is a lower bound on any plan that fits, so the search returns a bound with it.
 
-Two reductions come first, both exact: of states that look the same to all neighbours only the cheapest is kept, and equal
-tables are reduced once (the blocks of a transformer).
+Equal buckets are reduced once (the blocks of a transformer). A bucket whose joint table would be too large is cut into
+mini-buckets (Dechter and Rish, JACM 2003), each minimised by itself: still a lower bound, and a plan that may be above it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from partita.search.base import Problem, Progress, Report, SearchResult
 
-MOST_ENTRIES = 30_000_000
-"""Entries of a table above which a problem is refused; networks of layers stay far below."""
+MOST_ENTRIES = 120_000_000
+"""Entries of a joint table above which a bucket is cut: the result is then a plan and a bound that may lie apart."""
 ROUNDS = 24
 
-
-class TooWide(ValueError):
-    """The network is too entangled to be eliminated within `MOST_ENTRIES`."""
+Factor = tuple[tuple[int, ...], np.ndarray]
+"""Variables and a table over their states."""
+Memo = dict[bytes, np.ndarray]
 
 
 def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = None) -> SearchResult:
@@ -34,7 +36,8 @@ def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = 
 
     If nothing fits, the result is the smallest in bytes that was found, and `feasible` is False.
     """
-    order, history, memo = _order(problem), [], {}
+    order, history = _order(problem), []
+    memo: Memo = {}
 
     def say(step: str, best: float, bound: float) -> None:
         history.append(Progress(step, best, bound))
@@ -43,14 +46,15 @@ def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = 
 
     bound, best, smallest, stopped = 0.0, None, None, False
     try:
-        states = _solve(problem, order, 0.0, memo)
-        bound = problem.cost(states)
+        states, bound = _solve(problem, order, 0.0, memo)
+        states = _polish(problem, np.inf, states)
+        bound = min(bound, problem.cost(states))
         smallest = best = states
         if problem.held(states) > budget:
             say("without a limit on memory", problem.cost(states), bound)
             best, smallest, bound = _price_memory(problem, order, budget, memo, states, bound, say)
         else:
-            say("exact", bound, bound)
+            say("exact" if problem.cost(states) <= bound * (1 + 1e-9) else "bounded", problem.cost(states), bound)
     except KeyboardInterrupt:
         stopped = True
         if best is None and smallest is None:
@@ -64,31 +68,31 @@ def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = 
 
 
 def _price_memory(
-    problem: Problem, order: Sequence[int], budget: float, memo: dict, fastest: tuple[int, ...], bound: float,
+    problem: Problem, order: Sequence[int], budget: float, memo: Memo, fastest: tuple[int, ...], bound: float,
     say: Callable[[str, float, float], None],
 ) -> tuple[tuple[int, ...] | None, tuple[int, ...], float]:  # fmt: skip
     """Raises the price of a byte until the plan fits, then searches between: (best that fits, smallest, bound)."""
     smallest, best = fastest, None
-    low, high = 0.0, bound / max(budget, 1.0)
+    scale = max(bound, sum(float(np.ptp(s)) for s in problem.seconds), 1e-12) / max(budget, 1.0)
+    low, high = 0.0, scale / 16
     for _ in range(ROUNDS):
-        states = _solve(problem, order, high, memo)
-        bound = max(bound, problem.cost(states) + high * (problem.held(states) - budget))
+        states, least = _solve(problem, order, high, memo)
+        bound = max(bound, least - high * budget)
         if problem.held(states) < problem.held(smallest):
             smallest = states
         if problem.held(states) <= budget:
             best = states
             break
         low, high = high, high * 4
-        if high > 1e6 * (bound / max(budget, 1.0) + 1e-300):
-            least = tuple(int(np.argmin(b)) for b in problem.nbytes)
-            smallest = min(smallest, least, key=problem.held)
+        if high > 1e6 * scale:
+            smallest = min(smallest, tuple(int(np.argmin(b)) for b in problem.nbytes), key=problem.held)
             best = smallest if problem.held(smallest) <= budget else None
             break
     if best is not None:
         for _ in range(ROUNDS):
             price = (low + high) / 2
-            states = _solve(problem, order, price, memo)
-            bound = max(bound, problem.cost(states) + price * (problem.held(states) - budget))
+            states, least = _solve(problem, order, price, memo)
+            bound = max(bound, least - price * budget)
             if problem.held(states) <= budget:
                 high = price
                 if problem.cost(states) < problem.cost(best):
@@ -129,17 +133,15 @@ def _polish(problem: Problem, budget: float, states: Sequence[int]) -> tuple[int
 
 
 def _order(problem: Problem) -> list[int]:
-    """Variables in the order of elimination: fewest table entries first, then the earliest."""
+    """Variables in the order of elimination: smallest table first, then the earliest."""
     near: list[set[int]] = [set() for _ in range(problem.size)]
     for u, v in problem.tables:
         near[u].add(v)
         near[v].add(u)
-    sizes = [len(s) for s in problem.seconds]
+    sizes = [float(len(s)) for s in problem.seconds]
     left, order = set(range(problem.size)), []
     while left:
-        v = min(left, key=lambda x: (len(near[x]), float(np.prod([sizes[n] for n in near[x]], dtype=float)), x))
-        if np.prod([sizes[n] for n in near[v]], dtype=float) * sizes[v] > MOST_ENTRIES * 60:
-            raise TooWide(f"variable {v} has {len(near[v])} neighbours left")
+        v = min(left, key=lambda x: (math.prod(sizes[n] for n in near[x]), x))
         for n in near[v]:
             near[n] |= near[v] - {n}
             near[n].discard(v)
@@ -148,68 +150,72 @@ def _order(problem: Problem) -> list[int]:
     return order
 
 
-def _solve(problem: Problem, order: Sequence[int], price: float, memo: dict) -> tuple[int, ...]:
-    """The states that minimise seconds + price x bytes, exactly."""
-    buckets: list[list[tuple[tuple[int, ...], np.ndarray]]] = [[] for _ in order]
+def _solve(problem: Problem, order: Sequence[int], price: float, memo: Memo) -> tuple[tuple[int, ...], float]:
+    """(states, lower bound) for seconds + price x bytes; the states attain the bound wherever no bucket had to be cut."""
+    buckets: list[list[Factor]] = [[] for _ in order]
     rank = {v: i for i, v in enumerate(order)}
+    bound = 0.0
 
-    def put(scope: tuple[int, ...], table: np.ndarray) -> None:
-        if scope:
-            buckets[min(rank[v] for v in scope)].append((scope, table))
+    def put(factor: Factor) -> None:
+        buckets[min(rank[v] for v in factor[0])].append(factor)
 
     for v in range(problem.size):
-        put((v,), problem.seconds[v] + price * problem.nbytes[v])
+        put(((v,), problem.seconds[v] + price * problem.nbytes[v]))
     for scope, table in problem.tables.items():
-        put(scope, table)
-    choices: list[tuple[int, tuple[int, ...], np.ndarray]] = []
+        put((scope, table))
+    sizes = [len(s) for s in problem.seconds]
     for v in order:
-        scope, best, argument = _minimum(v, buckets[rank[v]], memo)
-        choices.append((v, scope, argument))
-        put(scope, best)
-    states = [0] * problem.size
-    for v, scope, argument in reversed(choices):
-        states[v] = int(argument[tuple(states[n] for n in scope)])
-    return tuple(states)
+        for part in _parts(v, buckets[rank[v]], sizes):
+            scope, best = _minimum(v, part, sizes, memo)
+            if scope:
+                put((scope, best))
+            else:
+                bound += float(best)
+    states = [-1] * problem.size
+    for v in reversed(order):
+        total = np.zeros(sizes[v])
+        for scope, table in buckets[rank[v]]:
+            total = total + table[tuple(slice(None) if n == v else states[n] for n in scope)]
+        states[v] = int(np.argmin(total))
+    return tuple(states), bound
 
 
-def _minimum(
-    v: int, tables: list[tuple[tuple[int, ...], np.ndarray]], memo: dict
-) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
-    """(remaining scope, least sum over v, the v that attains it) of a bucket of tables that all hold v."""
-    others = tuple(sorted({n for scope, _ in tables for n in scope} - {v}))
-    place = {n: i for i, n in enumerate(others)}
-    shaped = []
-    for scope, table in tables:
-        axes = [place[n] if n != v else -1 for n in scope]
-        shaped.append((tuple(axes), table))
-    key = tuple((axes, table.shape, table.tobytes()) for axes, table in shaped) if sum(t.size for _, t in shaped) < 400_000 else None
-    if key is not None and key in memo:
-        return others, *memo[key]
-    count = next(t.shape[0] for axes, t in shaped if axes == (-1,))
-    full = [
-        np.transpose(t, sorted(range(t.ndim), key=lambda d, a=axes: a[d] if a[d] >= 0 else len(others))) for axes, t in shaped
-    ]
-    kept = [sorted(a for a in axes if a >= 0) for axes, _ in shaped]
-    if not others:
-        total = sum(full)
-        i = int(np.argmin(total))
-        result = (np.array(total[i]), np.array(i))
-    else:
-        sizes = {}
-        for held, t in zip(kept, full, strict=True):
-            for d, a in enumerate(held):
-                sizes[a] = t.shape[d]
-        shape = tuple(sizes[a] for a in range(len(others)))
-        best, argument = np.empty(shape), np.empty(shape, np.int32)
-        for i in range(shape[0]):  # one row at a time: the sum over v is never held whole
-            row = np.zeros((*shape[1:], count))
-            for held, t in zip(kept, full, strict=True):
-                part = t[i] if held and held[0] == 0 else t
-                rest = [a for a in held if a != 0]
-                row = row + part.reshape([sizes[a] if a in rest else 1 for a in range(1, len(others))] + [count])
-            argument[i] = np.argmin(row, axis=-1)
-            best[i] = np.take_along_axis(row, argument[i][..., None], -1)[..., 0]
-        result = (best, argument)
-    if key is not None:
-        memo[key] = result
-    return others, *result
+def _parts(v: int, factors: list[Factor], sizes: Sequence[int]) -> list[list[Factor]]:
+    """A bucket, whole if its joint table is small enough, else cut into parts that are (mini-buckets)."""
+    parts: list[tuple[set[int], list[Factor]]] = []
+    for factor in sorted(factors, key=lambda f: -f[1].size):
+        scope = set(factor[0])
+        for held, members in parts:
+            if math.prod(float(sizes[n]) for n in held | scope) <= MOST_ENTRIES:
+                held |= scope
+                members.append(factor)
+                break
+        else:
+            parts.append((scope | {v}, [factor]))
+    return [members for _, members in parts]
+
+
+def _minimum(v: int, factors: list[Factor], sizes: Sequence[int], memo: Memo) -> Factor:
+    """The least sum of factors over v, for every combination of the other variables' states."""
+    others = tuple(sorted({n for scope, _ in factors for n in scope} - {v}))
+    place = {n: i for i, n in enumerate((*others, v))}
+    aligned = []
+    for scope, table in factors:
+        wanted = sorted(scope, key=lambda n: place[n])
+        turned = np.transpose(table, [scope.index(n) for n in wanted])
+        shape = [sizes[n] if n in scope else 1 for n in (*others, v)]
+        aligned.append(np.ascontiguousarray(turned).reshape(shape))
+    digest = hashlib.blake2b(digest_size=16)
+    for table in sorted(aligned, key=lambda t: (t.shape, t.flat[0])):
+        digest.update(repr(table.shape).encode())
+        digest.update(table.tobytes())
+    key = digest.digest()
+    if key not in memo:
+        if not others:
+            memo[key] = np.asarray(sum(aligned)).min(axis=-1)
+        else:
+            best = np.empty([sizes[n] for n in others])
+            for i in range(sizes[others[0]]):  # a row at a time: the sum over v is never held whole
+                best[i] = np.asarray(sum(t[i if t.shape[0] > 1 else 0] for t in aligned)).min(axis=-1)
+            memo[key] = best
+    return others, memo[key]

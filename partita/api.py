@@ -1,0 +1,200 @@
+"""The whole way on one screen: model -> capture -> graph -> search -> plan -> run, verified -> report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from partita.cost.predict import Prediction, predict
+from partita.errors import PlanError
+from partita.graph.graph import Graph
+from partita.machine import Machine, load
+from partita.plan.adapt import fit_plan
+from partita.plan.layout import layout
+from partita.plan.plan import Plan, check, choice_text
+from partita.search.base import Progress
+from partita.search.find import Found, alternatives, capacity, find
+
+Report = Callable[[Progress], None]
+
+
+def plan(
+    model: Any, batch_size: int | None = None, *, devices: int | None = None, machine: str | Machine | None = None,
+    batch: Any = None, report: Report | None = None,
+) -> Plan:  # fmt: skip
+    """The fastest plan found for a compiled Keras model on a machine.
+
+    Give `batch_size` if the model knows its input shapes, else a `batch` (x, y) of arrays or shapes. The machine is the
+    devices at hand unless `machine` names another ("dgx-h100:8", a .toml file); `devices` takes that many of it.
+    """
+    return found(capture(model, batch_size, batch).graph, machine_of(machine, devices), report)
+
+
+def capture(model: Any, batch_size: int | None = None, batch: Any = None) -> Any:
+    """The captured training step of a compiled Keras model: its `.graph` prints, saves and plans."""
+    from partita.capture.keras_models import batch_like, capture_model
+
+    if batch is None:
+        batch = batch_like(model, batch_size or 32)
+    return capture_model(model, batch)
+
+
+def machine_of(machine: str | Machine | None, devices: int | None = None) -> Machine:
+    """The machine of that name, or the devices at hand; `devices` of it."""
+    if isinstance(machine, Machine):
+        return machine.with_devices(devices) if devices else machine
+    if machine is not None:
+        whole = load(machine)
+        return whole.with_devices(devices) if devices else whole
+    from partita.execute.devices import detect
+
+    return detect(devices)
+
+
+def found(graph: Graph, machine: Machine, report: Report | None = None) -> Plan:
+    """The fastest plan for a graph on a machine, with what its alternatives would cost."""
+    return explained(find(graph, machine, report))
+
+
+def explained(result: Found) -> Plan:
+    """The plan of a search, with the reasons that `partita explain` shows: per operator, its cost and its alternatives."""
+    why, mesh = {}, result.plan.mesh
+    chosen = result.plan if mesh.axes else result.baselines["one device"][0]
+    for index, o in enumerate(result.prediction.operators):
+        others = [
+            {
+                "choice": choice_text(choice, result.network.place.mesh) + (f" ZeRO-{zero}" if zero else ""),
+                "seconds": seconds,
+                "bytes": nbytes,
+            }
+            for choice, zero, seconds, nbytes in alternatives(result.network, chosen, index, 5)
+        ]
+        why[o.name] = {
+            "compute": o.compute, "activations": o.activations, "gradients": o.gradients, "moves": o.moves, "bytes": o.nbytes,
+            "traffic": o.traffic, "alternatives": others,
+        }  # fmt: skip
+    baselines = {name: {"seconds": p.seconds, "peak_bytes": p.peak_bytes} for name, (_, p) in result.baselines.items()}
+    return replace(result.plan, why={"operators": why, "baselines": baselines})
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One plan of a comparison: what it is predicted, and if asked for, measured to take."""
+
+    name: str
+    plan: Plan
+    prediction: Prediction
+    fits: bool
+    measured: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every baseline and the found plan, fastest first by prediction."""
+
+    graph: str
+    machine: str
+    rows: tuple[Compared, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "graph": self.graph,
+            "machine": self.machine,
+            "plans": [
+                {"name": r.name, "fits": r.fits, "measured_seconds": r.measured, **r.prediction.to_json()} for r in self.rows
+            ],
+        }
+
+
+def compare(
+    model: Any, batch_size: int | None = None, *, devices: int | None = None, machine: str | Machine | None = None,
+    batch: Any = None, measure: bool = False, report: Report | None = None,
+) -> Comparison:  # fmt: skip
+    """Every baseline and the found plan side by side; with `measure`, each is compiled and timed on the devices at hand."""
+    captured = capture(model, batch_size, batch)
+    return compare_captured(captured, machine_of(machine, devices), measure, report)
+
+
+def compare_captured(captured: Any, machine: Machine, measure: bool = False, report: Report | None = None) -> Comparison:
+    """`compare` for a step that is captured already."""
+    result = find(captured.graph, machine, report)
+    plans = {**{n: p for n, (p, _) in result.baselines.items()}, "found": result.plan}
+    predictions = {**{n: p for n, (_, p) in result.baselines.items()}, "found": result.prediction}
+    times: Mapping[str, float | None] = {}
+    if measure:
+        from partita.execute.measure import step_seconds
+
+        times = step_seconds(captured, plans)
+    rows = [
+        Compared(n, plans[n], predictions[n], predictions[n].peak_bytes <= capacity(machine), times.get(n)) for n in plans
+    ]
+    return Comparison(captured.graph.name, machine.name, tuple(sorted(rows, key=lambda r: r.prediction.seconds)))
+
+
+def parallelize(
+    model: Any, *, devices: int | None = None, machine: str | Machine | None = None, plan: Plan | str | Path | None = None,
+    say: Callable[[str], None] | None = None, report: Report | None = None,
+) -> Any:  # fmt: skip
+    """The same Keras model, whose `fit` trains over several devices by the plan given, else by the best one found.
+
+    Built or not, compiled or not: planning waits for the first batch. Weights are moved, never made anew.
+    """
+    from partita.keras.fit import attach
+
+    return attach(model, planner(devices, machine, plan, report), report=say)
+
+
+def planner(
+    devices: int | None = None, machine: str | Machine | None = None, plan: Plan | str | Path | None = None,
+    report: Report | None = None, seen: Callable[[Any, Machine, Plan], None] | None = None,
+) -> Callable[[Any], Plan]:  # fmt: skip
+    """What turns a captured step into its plan: the given one if it fits, else a search. `seen` is told of it."""
+    given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+
+    def choose(captured: Any) -> Plan:
+        where = machine_of(machine, devices or (given.devices if given is not None else None))
+        chosen = check_plan(given, captured.graph, where) if given is not None else found(captured.graph, where, report)
+        if seen is not None:
+            seen(captured, where, chosen)
+        return chosen
+
+    return choose
+
+
+def check_plan(given: Plan, graph: Graph, machine: Machine) -> Plan:
+    """A loaded plan, if it fits this graph and the devices at hand; PlanError says what to do otherwise."""
+    if given.devices > machine.devices:
+        raise PlanError(
+            f"The plan '{given.name}' is for {given.devices} devices; {machine.name} has {machine.devices}. "
+            f"Plan again for {machine.devices}, or run with --devices {given.devices}."
+        )
+    if given.batch_size and graph.batch_size and given.batch_size != graph.batch_size:
+        given = fit_plan(given, graph)
+    return check(given, graph)
+
+
+def predicted(graph: Graph, machine: Machine, plan: Plan) -> Prediction:
+    """What a plan is predicted to cost on a machine."""
+    return predict(graph, machine, check(plan, graph))
+
+
+def layout_map(plan: Plan, model: Any, batch_size: int | None = None) -> Any:
+    """A `keras.distribution.LayoutMap` that lays the model's variables out as the plan does.
+
+    Keras then partitions the step by its own propagation: the variables' layouts are the plan's, the rest is XLA's guess.
+    """
+    import keras
+
+    captured = capture(model, batch_size or plan.batch_size)
+    where = layout(captured.graph, check(plan, captured.graph))
+    names = [a.name for a in plan.mesh.axes] or ["a"]
+    device_mesh = keras.distribution.DeviceMesh(plan.mesh.sizes or (1,), names)
+    found_map = keras.distribution.LayoutMap(device_mesh)
+    for a in captured.graph.arguments:
+        if a.role == "parameter":
+            axes = [tuple(names[x] for x in dim) for dim in where.own[a.tensor]]
+            found_map[a.path] = tuple((dim[0] if len(dim) == 1 else dim) if dim else None for dim in axes)
+    return found_map
+

@@ -1,0 +1,282 @@
+"""The command line: parse, call the API, print. `partita run train.py` is the door most people come in by."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from partita.errors import PartitaError, PlanError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Trains a Keras 3 program over several devices: finds the fastest way to split it, proves that it fits, runs it, shows why.",
+)  # fmt: skip
+machines = typer.Typer(no_args_is_help=True, help="The machines that plans can be made for.")
+app.add_typer(machines, name="machine")
+out, err = Console(), Console(stderr=True, highlight=False)
+
+THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+Script = Annotated[Path, typer.Argument(help="A Keras training script. What follows it and is not listed below is passed to it.", show_default=False)]
+Devices = Annotated[int | None, typer.Option(help="How many devices to use; default: those at hand.", min=1)]
+MachineName = Annotated[str | None, typer.Option(help="A machine to plan for, owned or not: 'dgx-h100:8', 'h100:16', or a .toml file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables for people.")]
+
+
+@app.command(context_settings=THROUGH)
+def run(
+    context: typer.Context, script: Script, devices: Devices = None,
+    plan: Annotated[Path | None, typer.Option(help="Run this plan instead of searching for one.")] = None,
+    save_plan: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Also run one step on one device first and print the differences.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing of Partita's own but errors.")] = False,
+) -> None:  # fmt: skip
+    """Run an existing Keras script, unchanged, its training split over the devices.
+
+    Example: partita run train.py --devices 4 --save-plan plan.json -- --epochs 3
+    """
+    with _errors():
+        start_devices(devices or _planned_devices(plan))
+        from partita.api import planner
+        from partita.keras.script import run_script
+
+        def seen(captured: Any, machine: Any, chosen: Any) -> None:
+            if save_plan is not None:
+                _write(save_plan, lambda: chosen.save(save_plan))
+            if not quiet:
+                from partita.report.tables import plan_table, summary
+
+                if chosen.why:
+                    err.print(plan_table(chosen))
+                for line in summary(chosen):
+                    err.print(line)
+                if save_plan is not None:
+                    err.print(f"plan written to {save_plan}")
+
+        with progress(quiet) as report:
+            code = run_script(
+                script, context.args, planner(devices, None, plan, report, seen), report=_say(quiet), verify=verify
+            )
+    raise typer.Exit(code)
+
+
+@app.command(context_settings=THROUGH)
+def plan(
+    context: typer.Context, script: Script, devices: Devices = None, machine: MachineName = None,
+    save_plan: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Find the fastest plan for a script, without training: table, prediction, comparison with the baselines.
+
+    Example: partita plan train.py --machine dgx-h100:4
+    """
+    with _errors():
+        captured, where = _captured(script, context.args, devices, machine, as_json)
+        from partita.api import found
+        from partita.report.tables import comparison_table, plan_table, summary
+
+        with progress(as_json) as report:
+            chosen = found(captured.graph, where, report)
+        if save_plan is not None:
+            _write(save_plan, lambda: chosen.save(save_plan))
+        if as_json:
+            print(json.dumps(chosen.to_json()))
+            return
+        out.print(plan_table(chosen))
+        rows = [{"name": n, **b} for n, b in chosen.why["baselines"].items()] + [{"name": "found", **chosen.predicted}]
+        out.print(comparison_table(sorted(rows, key=lambda r: r["seconds"]), "predicted, against what an expert would write"))
+        for line in summary(chosen):
+            out.print(line, highlight=False)
+
+
+@app.command(context_settings=THROUGH)
+def compare(
+    context: typer.Context, script: Script, devices: Devices = None, machine: MachineName = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Also compile every plan and time it on the devices at hand.")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Every baseline and the found plan side by side, predicted; with --measure, measured too.
+
+    Example: partita compare train.py --devices 8
+    """
+    with _errors():
+        captured, where = _captured(script, context.args, devices, machine, as_json, measure)
+        from partita.api import compare_captured
+        from partita.report.tables import comparison_table
+
+        with progress(as_json) as report:
+            result = compare_captured(captured, where, measure, report)
+        if as_json:
+            print(json.dumps(result.to_json()))
+        else:
+            out.print(comparison_table(result.to_json()["plans"], f"{result.graph} on {result.machine}"))
+
+
+@app.command()
+def explain(
+    plan_file: Annotated[Path, typer.Argument(help="A plan that Partita saved.", show_default=False)],
+    layer: Annotated[str | None, typer.Argument(help="A layer path of the plan; default: the whole plan.")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Why a plan is as it is: what was chosen, and what the alternatives would cost in time and memory."""
+    with _errors():
+        from partita.plan.plan import Plan
+        from partita.report.tables import explain_table, plan_table, summary
+
+        loaded = Plan.load(plan_file)
+        reasons = loaded.why.get("operators", {})
+        if layer is not None and layer not in loaded.choices:
+            import difflib
+
+            near = difflib.get_close_matches(layer, loaded.choices, 3, 0.4)
+            hint = f"Did you mean {' or '.join(repr(n) for n in near)}?" if near else f"It has {', '.join(list(loaded.choices)[:8])}, ..."
+            raise PlanError(f"The plan {str(plan_file)!r} has no layer {layer!r}. {hint}")
+        if layer is not None and layer not in reasons:
+            raise PlanError(f"The plan {str(plan_file)!r} keeps no reasons for {layer!r}: save it with 'partita plan --save-plan'.")
+        if as_json:
+            print(json.dumps(reasons.get(layer, {}) if layer else loaded.to_json()))
+        elif layer is not None:
+            out.print(explain_table(loaded, layer))
+        else:
+            out.print(plan_table(loaded))
+            for line in summary(loaded):
+                out.print(line, highlight=False)
+
+
+@app.command()
+def diff(
+    left: Annotated[Path, typer.Argument(show_default=False)], right: Annotated[Path, typer.Argument(show_default=False)]
+) -> None:  # fmt: skip
+    """What two plans do differently, a line each."""
+    with _errors():
+        from partita.plan.plan import Plan
+        from partita.plan.plan import diff as differences
+
+        for line in differences(Plan.load(left), Plan.load(right)) or ["The plans do the same."]:
+            out.print(line, highlight=False, markup=False)
+
+
+@machines.command("list")
+def machine_list() -> None:
+    """The machines that come with Partita."""
+    with _errors():
+        from partita.machine import load, presets
+
+        for name in presets():
+            found = load(name)
+            out.print(f"{name:14} {found.devices:5} x {found.device.name}", highlight=False)
+
+
+@machines.command("show")
+def machine_show(name: Annotated[str, typer.Argument(help="A preset, with a count ('h100:16'), or a .toml file.")]) -> None:
+    """A machine's devices and links, and where each number comes from."""
+    with _errors():
+        from partita.machine import load
+
+        found = load(name)
+        out.print(str(found), highlight=False, markup=False)
+        for path, (value, source, status) in found.provenance().items():
+            out.print(f"  {path} = {value:g}  [{status}] {source}", highlight=False, markup=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- shared
+
+
+def main() -> None:
+    """The entry point of the `partita` command."""
+    app()
+
+
+def start_devices(count: int | None) -> None:
+    """Before JAX starts: on a CPU, as many virtual devices as asked for, one per core by default; Keras on JAX."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    from partita.execute.devices import request_cpu_devices
+
+    request_cpu_devices(count or os.cpu_count() or 1)
+
+
+def _planned_devices(plan: Path | None) -> int | None:
+    from partita.plan.plan import Plan
+
+    return Plan.load(plan).devices if plan is not None else None
+
+
+def _captured(
+    script: Path, arguments: list[str], devices: int | None, machine: str | None, quiet: bool, execute: bool = False
+) -> tuple[Any, Any]:
+    """The step of a script's first fit, and the machine to plan it for."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    from partita.machine import load
+
+    where = None
+    if machine is not None:
+        where = load(machine) if devices is None else load(machine).with_devices(devices)
+    if execute or where is None:
+        start_devices(devices)
+    from partita.api import machine_of
+    from partita.keras.script import plan_script
+
+    if where is None:
+        where = machine_of(None, devices)
+    with err.status(f"running {script} up to its first fit", spinner="dots") if not quiet and err.is_terminal else _nothing():
+        captured = plan_script(script, arguments)
+    return captured, where
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[Any], None] | None]:
+    """A line that follows a search: best so far and bound. None where there is no terminal to show it on."""
+    if quiet or not err.is_terminal:
+        yield None
+        return
+    from partita.units import format_seconds
+
+    status = err.status("searching", spinner="dots")
+
+    def report(p: Any) -> None:
+        status.start()
+        status.update(f"searching ({p.step}): best {format_seconds(p.best)}, bound {format_seconds(p.bound)}; Ctrl-C takes the best")
+
+    try:
+        yield report
+    finally:
+        status.stop()
+
+
+def _say(quiet: bool) -> Callable[[str], None]:
+    return (lambda text: None) if quiet else (lambda text: err.print(f"partita: {text}", markup=False))
+
+
+def _write(path: Path, write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise PlanError(f"The plan cannot be written to {str(path)!r}: {error.strerror}. Name a file in a folder that exists.") from None
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """A user's mistake is one sentence and exit code 2; Ctrl-C is one word and 130."""
+    try:
+        yield
+    except PartitaError as error:
+        err.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        err.print("stopped.", markup=False)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise typer.Exit(0) from None

@@ -1,0 +1,387 @@
+"""Keras's own `fit`, training as planned. All that touches Keras' insides for running is in this file.
+
+`attach(model, planner)` gives one model its own `make_train_function`. The first training batch shows all shapes: the step
+is captured, planned, compiled, and the model's variables are moved onto the mesh. From then on `fit` and `train_on_batch`
+run the planned step; `evaluate` and `predict` run Keras's own functions on the mesh, their batches split over it.
+Every other shape of batch (the last one of an epoch) gets a step of its own under the same plan, as far as it divides.
+
+Batches are not read ahead here: where there is an accelerator, Keras's iterator already keeps one batch ahead, and since
+steps are dispatched before they are done, its way onto the mesh overlaps with the step before. The price of an unusual
+shape is a capture and a compilation.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import signal
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from keras.src.backend.jax.trainer import JAXTrainer
+
+from partita.capture.jax_functions import Captured
+from partita.capture.keras_models import capture_model
+from partita.errors import CaptureError, PartitaError, PlanError
+from partita.execute.program import PlannedStep, planned_step
+from partita.execute.verify import check_compiled
+from partita.plan.adapt import fit_plan
+from partita.plan.plan import Plan, check
+
+Planner = Callable[[Captured], Plan]
+Verifier = Callable[[PlannedStep, Any, Any, Any], Sequence[str]]
+"""Called with a planned step, its compiled program, and the state and batch (not yet placed) that it is about to run on,
+which it must leave as they are. Returns lines to report; raises to refuse the step before anything has run."""
+
+_make_keras_train_function = JAXTrainer.make_train_function
+_GROUPS = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
+_KEY = "_partita"
+
+
+def attach(
+    model: keras.Model, planner: Planner, *, report: Callable[[str], None] | None = None, verifier: Verifier = check_compiled
+) -> keras.Model:
+    """The model itself; its `fit` and `train_on_batch` now run the step that `planner` plans for its first training batch.
+
+    `report` gets what `verifier` has to say of that step. What cannot be planned (a step that runs eagerly, or cannot be
+    captured) trains as Keras trains it, and `report` (without one: a warning) gets one sentence that says why.
+    """
+    if not isinstance(model, JAXTrainer):
+        raise PartitaError(
+            f"Only a Keras model on the JAX backend can be attached, and this is a '{type(model).__name__}'. Build the model with "
+            "keras (KERAS_BACKEND=jax)."
+        )
+    owner = next(c for c in type(model).__mro__ if "make_train_function" in vars(c))
+    if not issubclass(JAXTrainer, owner):
+        raise PartitaError(
+            f"'{owner.__name__}' makes its own train function, which cannot be planned. Override train_step instead of "
+            "make_train_function."
+        )
+    fit = PlannedFit(model, planner, report, verifier)
+    model.__dict__.update(
+        {
+            _KEY: fit,
+            "make_train_function": fit.make_train_function,
+            "make_test_function": fit.make_test_function,
+            "make_predict_function": fit.make_predict_function,
+        }
+    )
+    model.train_function = model.test_function = model.predict_function = None
+    return model
+
+
+def attached(model: keras.Model) -> PlannedFit | None:
+    """How an attached model trains: its plan, its compiled steps, their time. None for a model that is not attached."""
+    return vars(model).get(_KEY)
+
+
+@contextmanager
+def attaching(planner: Planner, report: Callable[[str], None], verifier: Verifier) -> Iterator[None]:
+    """Inside, every model that is not attached yet is, when Keras first makes its train function."""
+
+    def make_train_function(model: Any, force: bool = False) -> None:
+        if attached(model) is not None:
+            return _make_keras_train_function(model, force)
+        try:
+            attach(model, planner, report=report, verifier=verifier)
+        except PartitaError as error:
+            report(str(error))
+            return _make_keras_train_function(model, force)
+        model.make_train_function(force)
+
+    with _instead(make_train_function=make_train_function):
+        yield
+
+
+@contextmanager
+def first_step(stop: Callable[[Captured], None]) -> Iterator[None]:
+    """Inside, the first training step of any model is captured and given to `stop`, which is to raise; nothing is trained."""
+
+    def make_train_function(model: Any, force: bool = False) -> None:
+        def train_function(state: Any, iterator: Iterator[Any]) -> None:
+            try:
+                stop(capture_model(model, next(iterator)))
+            finally:
+                _give_back(model, state)
+
+        model.train_function = train_function
+
+    def instead_of(method: Any) -> Any:
+        signature = inspect.signature(method)
+
+        @functools.wraps(method)
+        def quietly(model: Any, *positional: Any, **named: Any) -> Any:
+            given = signature.bind(model, *positional, **named)
+            if "verbose" in signature.parameters:
+                given.arguments["verbose"] = 0
+            vars(model).pop("make_train_function", None)
+            model.train_function = None
+            return method(*given.args, **given.kwargs)
+
+        return quietly
+
+    with _instead(
+        make_train_function=make_train_function,
+        fit=instead_of(JAXTrainer.fit),
+        train_on_batch=instead_of(JAXTrainer.train_on_batch),
+    ):
+        yield
+
+
+@contextmanager
+def _instead(**methods: Any) -> Iterator[None]:
+    """Inside, Keras's trainer has these methods instead of its own."""
+    own = {name: getattr(JAXTrainer, name) for name in methods}
+    try:
+        for name, method in methods.items():
+            setattr(JAXTrainer, name, method)
+        yield
+    finally:
+        for name, method in own.items():
+            setattr(JAXTrainer, name, method)
+
+
+def _give_back(model: Any, state: Any) -> None:
+    """Puts a state into the variables, which Keras has emptied: an error or Ctrl-C must not lose them."""
+    if not any(x.is_deleted() for x in jax.tree.leaves(state)):
+        vars(model)["_jax_state"] = dict(zip(_GROUPS, state, strict=True))
+        model._jax_state_synced = False
+        model.jax_state_sync()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A planned step and its compiled program, for one shape of state and batch."""
+
+    planned: PlannedStep
+    program: Any
+
+
+class PlannedFit:
+    """What `attach` keeps with a model. `plan` is None until the first training batch, and where Keras trains alone."""
+
+    def __init__(
+        self, model: keras.Model, planner: Planner, report: Callable[[str], None] | None, verifier: Verifier
+    ) -> None:  # fmt: skip
+        self.model, self.planner, self.report, self.verifier = model, planner, report, verifier
+        self.plan: Plan | None = None
+        self.steps: dict[Any, Compiled | None] = {}
+        """By shapes of state and batch; None where Keras's own step runs."""
+        self.running: Compiled | None = None
+        """The step that ran last: its mesh is where the variables are."""
+        self._new = True
+        self._placed: Any = None
+        """The state that the last planned step returned: it is where it belongs."""
+        self._valid: Any = None
+        """The state that has not been donated yet."""
+        self._state_key: Any = None
+        self._keras_function: Any = None
+        self._began: float | None = None
+        self._took: deque[float] = deque(maxlen=1000)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Measured seconds per step: the median time from one step's start to the next one's; None before the third step."""
+        return median(self._took) if self._took else None
+
+    def make_train_function(self, force: bool = False) -> None:
+        """Keras calls this at every `fit`; `compile` has set the train function to None."""
+        model: Any = self.model
+        if model.train_function is not None and not force:
+            return
+        self.steps, self._new, self._keras_function = {}, True, None
+        why = "run_eagerly=True" if model.run_eagerly else "" if model.jit_compile else "jit_compile=False"
+        if why:
+            self._warn(f"The model '{model.name}' is compiled with {why}, so it trains on one device, as Keras runs it.")
+        elif keras.distribution.distribution() is not None:
+            why = "a distribution"
+            self._warn(f"A keras.distribution is set, so it distributes '{model.name}'. Set it to None to train as planned.")
+        if why:
+            _make_keras_train_function(model, force=True)
+            return
+        function = model._make_function(self._step)
+
+        def train_function(state: Any, iterator: Iterator[Any]) -> tuple[Any, Any]:
+            self._valid = state
+            try:
+                return function(state, iterator)
+            except BaseException:
+                _give_back(model, self._valid)
+                raise
+            finally:
+                self._valid = None
+
+        model.train_function = train_function
+
+    def _step(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        """One training step: Keras's step function, `(state, batch) -> (logs, state)`."""
+        if state is not self._placed:
+            self._state_key = _key(state)
+        key = (self._state_key, _key(batch))
+        if key not in self.steps:
+            self.steps[key], self._began = self._compile(state, batch), None
+        step = self.steps[key]
+        if step is None:
+            logs, self._valid = self._keras_step(state, batch)
+            return logs, self._valid
+        before, self._began = self._began, time.perf_counter()
+        if before is not None:
+            self._took.append(self._began - before)
+        batch = step.planned.place_batch(batch)
+        with _uninterrupted():
+            if state is not self._placed or step is not self.running:
+                state = self._valid = _move(state, step.planned.state_shardings)
+            logs, state = step.program(state, batch)
+            self.running, self._placed, self._valid = step, state, state
+            self.model.__dict__["_jax_state"] = dict(zip(_GROUPS, state, strict=True))
+        return logs, state
+
+    def _compile(self, state: Any, batch: Any) -> Compiled | None:
+        """The planned step for these shapes, checked and ready to run; None where Keras has to run it."""
+        model: Any = self.model
+        try:
+            captured = capture_model(model, batch)
+        except Exception as error:  # noqa: BLE001  whatever it is, Keras can still train, and says better what the user did wrong
+            says = str(error) if isinstance(error, CaptureError) else (
+                f"The training step of '{model.name}' cannot be captured: {type(error).__name__}: {error}"
+            )  # fmt: skip
+            self._warn(f"{says.splitlines()[0].rstrip('.')}. It trains on one device, as Keras runs it.")
+            return self._alone()
+        plan = self._plan(captured)
+        if not plan.storage and not any(plan.choices.values()):
+            return self._alone()
+        if plan.devices > len(jax.devices()):
+            raise PlanError(
+                f"The plan '{plan.name}' is for {plan.devices} devices, and JAX has {len(jax.devices())}. "
+                f"Plan for {len(jax.devices())}, or start with {plan.devices}."
+            )
+        planned = planned_step(captured, plan)
+        program = planned.lower().compile()
+        lines = self.verifier(planned, program, state, batch)
+        for line in lines if self.report is not None and self.running is None else ():
+            self.report(line)
+        return Compiled(planned, program)
+
+    def _warn(self, sentence: str) -> None:
+        if self.report is not None:
+            self.report(sentence)
+        else:
+            warnings.warn(sentence, stacklevel=2)
+
+    def _plan(self, captured: Captured) -> Plan:
+        """The model's plan for these shapes: made once, kept over compilations as long as it fits."""
+        new, self._new = self._new, False
+        if self.plan is not None and not new:
+            return fit_plan(self.plan, captured.graph)
+        if self.plan is not None:
+            try:
+                return check(self.plan, captured.graph)
+            except PlanError:
+                pass
+        self.plan = self.planner(captured)
+        return self.plan
+
+    def _alone(self) -> None:
+        """Leaves this shape to Keras; where it is the first, all shapes, at no cost per step."""
+        if not self.steps:
+            self.model.train_function = self._keras()
+
+    def _keras(self) -> Any:
+        if self._keras_function is None:
+            model: Any = self.model
+            ours = model.train_function
+            _make_keras_train_function(model, force=True)
+            self._keras_function, model.train_function = model.train_function, ours
+        return self._keras_function
+
+    def _keras_step(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        function: Any = self._keras()
+        return function(state, iter((batch,)))
+
+    def make_test_function(self, force: bool = False) -> None:
+        model: Any = self.model
+        type(model).make_test_function(model, force)
+        model.test_function = self._on_mesh(model.test_function)
+
+    def make_predict_function(self, force: bool = False) -> Any:
+        model: Any = self.model
+        type(model).make_predict_function(model, force)
+        model.predict_function = self._on_mesh(model.predict_function)
+        return model.predict_function
+
+    def _on_mesh(self, function: Any) -> Any:
+        """Keras's test or predict function, on the mesh once training has moved the variables there."""
+        if hasattr(function, "on_mesh"):
+            return function
+
+        def on_mesh(state: Any, iterator: Iterator[Any]) -> tuple[Any, Any]:
+            if self.running is None:
+                return function(state, iterator)
+            mesh = self.running.planned.mesh
+            self._placed = None
+            return function(jax.tree.map(lambda x: _onto(x, mesh), state), (_split(batch, mesh) for batch in iterator))
+
+        on_mesh.on_mesh = True  # type: ignore[attr-defined]
+        return on_mesh
+
+
+def _key(values: Any) -> Any:
+    leaves, tree = jax.tree.flatten(values)
+    return tree, tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in leaves)
+
+
+def _move(state: Any, shardings: Any) -> Any:
+    """The state under other shardings. What was whole on one device and is now split is freed there at once."""
+    moved = jax.device_put(state, shardings)
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(moved), strict=True):
+        if len(old.sharding.device_set) == 1 and new.sharding.shard_shape(new.shape) != new.shape:
+            old.delete()
+    return moved
+
+
+def _onto(value: Any, mesh: jax.sharding.Mesh) -> Any:
+    """A value of the state on the mesh: where it is, or on every device if it is not on the mesh yet."""
+    on_it = value.sharding.device_set == set(mesh.devices.flat)
+    return value if on_it else jax.device_put(value, NamedSharding(mesh, PartitionSpec()))
+
+
+def _split(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+    """A batch split by sample over as many axes of the mesh as divide it."""
+
+    def put(x: Any) -> Any:
+        axes, left = [], np.shape(x)[0] if np.ndim(x) else 1
+        for name, size in mesh.shape.items():
+            if left % size == 0:
+                axes.append(name)
+                left //= size
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(tuple(axes)) if axes else PartitionSpec()))
+
+    return jax.tree.map(put, batch)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block is done: inside it, the state is donated and its successor not yet known."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    caught: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if caught:
+        handler(*caught[0])

@@ -1,0 +1,160 @@
+"""Runs a user's script as Python itself would, with every Keras model in it attached at its first training call.
+
+Keras is told to use JAX before it is first imported, so nothing here imports it at the top. While a script runs, and only
+then, the class method by which Keras makes train functions is wrapped; it is put back when the script ends.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partita.errors import CaptureError, PartitaError
+
+if TYPE_CHECKING:
+    from partita.capture.jax_functions import Captured
+    from partita.keras.fit import Planner
+
+PACKAGE = str(Path(__file__).parents[1]) + os.sep
+
+
+def run_script(
+    path: str | Path, arguments: Sequence[str], planner: Planner, *, report: Callable[[str], None] | None = None,
+    verify: bool = False,
+) -> int:  # fmt: skip
+    """The exit code of a script that ran with the training of all its models planned by `planner`.
+
+    An error of the script prints its traceback without frames of ours and gives 1; Ctrl-C gives 130; `sys.exit` its code.
+    A PartitaError is raised. `verify` also runs one step of each model on one device and reports the differences.
+    """
+    _use_jax()
+    from partita.execute.verify import check_and_compare, check_compiled
+    from partita.keras.fit import attaching
+
+    say = report or (lambda sentence: None)
+    source = _read(path)
+    try:
+        with attaching(planner, say, check_and_compare if verify else check_compiled), _as_main(path, arguments) as main:
+            exec(compile(source, str(path), "exec", dont_inherit=True), vars(main))  # noqa: S102
+    except SystemExit as stop:
+        return _exit_code(stop)
+    except KeyboardInterrupt:
+        say(f"{path} was interrupted. What its models had learned by then was in their variables.")
+        return 130
+    except PartitaError:
+        raise
+    except BaseException as error:  # noqa: BLE001  whatever the script raises is shown as Python would show it
+        _show(error)
+        return 1
+    return 0
+
+
+def plan_script(path: str | Path, arguments: Sequence[str]) -> Captured:
+    """The training step of a script's first `fit` or `train_on_batch`, captured there; the script is stopped, nothing is trained."""
+    _use_jax()
+    from partita.keras.fit import first_step
+
+    source = _read(path)
+    found: list[Captured] = []
+
+    def stop(captured: Captured) -> None:
+        found.append(captured)
+        raise _Stop
+
+    try:
+        with first_step(stop), _as_main(path, arguments) as main:
+            exec(compile(source, str(path), "exec", dont_inherit=True), vars(main))  # noqa: S102
+    except _Stop:
+        pass
+    except SystemExit as ended:
+        if not found:
+            code = _exit_code(ended)
+            raise CaptureError(f"{path} called sys.exit({code}) before it trained a Keras model, so there is nothing to plan.") from None
+    except (KeyboardInterrupt, PartitaError):
+        raise
+    except BaseException as error:  # noqa: BLE001  whatever the script raises is shown as Python would show it
+        if not found:
+            _show(error)
+            what = type(error).__name__
+            raise CaptureError(f"{path} raised {what} before it trained a Keras model, so there is nothing to plan.") from None
+    if not found:
+        raise CaptureError(
+            f"{path} ended without calling fit or train_on_batch of a Keras model, so there is nothing to plan. "
+            "Give the script that trains."
+        )
+    return found[0]
+
+
+class _Stop(BaseException):
+    """Ends a script at its first training call. Not an Exception, so that the script does not catch it as one."""
+
+
+def _use_jax() -> None:
+    """Keras on the JAX backend; PartitaError where it is already imported on another."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    keras: Any = sys.modules.get("keras")
+    if keras is not None and hasattr(keras, "backend") and keras.backend.backend() != "jax":
+        raise PartitaError(
+            f"Keras is already imported on the {keras.backend.backend()} backend, and only JAX programs can be planned. "
+            "Set KERAS_BACKEND=jax before importing Keras."
+        )
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise PartitaError(f"There is no script {str(path)!r}. Give the path of a Python file.") from None
+    except OSError as error:
+        raise PartitaError(f"The script {str(path)!r} cannot be read: {error.strerror}. Give the path of a Python file.") from None
+
+
+@contextmanager
+def _as_main(path: str | Path, arguments: Sequence[str]) -> Iterator[types.ModuleType]:
+    """A `__main__` module, `sys.argv` and `sys.path` for a script, as Python itself makes them; all put back afterwards."""
+    main = types.ModuleType("__main__")
+    vars(main).update(__file__=str(path), __builtins__=__builtins__, __spec__=None, __cached__=None)
+    before = sys.modules["__main__"], sys.argv, sys.path[:]
+    sys.modules["__main__"] = main
+    sys.argv = [str(path), *arguments]
+    sys.path[0:1] = [str(Path(path).resolve().parent)]
+    try:
+        yield main
+    finally:
+        sys.modules["__main__"], sys.argv, sys.path[:] = before
+
+
+def _exit_code(stop: SystemExit) -> int:
+    """The exit code that Python gives for a `sys.exit`; a text goes to stderr."""
+    if stop.code is None or isinstance(stop.code, int):
+        return stop.code or 0
+    sys.stderr.write(f"{stop.code}\n")
+    return 1
+
+
+def _show(error: BaseException) -> None:
+    """Shows an error of the script as Python does, with the script's `sys.excepthook`, without the frames of this package."""
+    seen: set[int] = set()
+    chain: list[BaseException | None] = [error]
+    while chain:
+        link = chain.pop()
+        if link is not None and id(link) not in seen:
+            seen.add(id(link))
+            link.__traceback__ = _without_ours(link.__traceback__)
+            chain += [link.__cause__, link.__context__]
+    sys.stdout.flush()
+    sys.excepthook(type(error), error, error.__traceback__)
+
+
+def _without_ours(trace: types.TracebackType | None) -> types.TracebackType | None:
+    if trace is None:
+        return None
+    rest = _without_ours(trace.tb_next)
+    if trace.tb_frame.f_code.co_filename.startswith(PACKAGE):
+        return rest
+    return types.TracebackType(rest, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)

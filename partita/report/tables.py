@@ -1,0 +1,107 @@
+"""Plans, comparisons and progress as a person reads them in a terminal: values in, rich tables out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.table import Table
+
+from partita.plan.plan import Plan
+from partita.units import format_bytes, format_seconds
+
+CAUSES = ("compute", "activations", "gradients", "moves")
+
+
+def plan_table(plan: Plan) -> Table:
+    """Per layer: what each mesh axis does to it, its time by cause, its memory and traffic per device."""
+    axes = ", ".join(f"{a.name}={a.size}" for a in plan.mesh.axes) or "one device"
+    table = Table(title=f"{plan.graph} on {plan.machine} ({axes})", title_justify="left", caption=_legend(), caption_justify="left")
+    table.add_column("layer", overflow="fold")
+    table.add_column("split", overflow="fold")
+    for column in ("compute", "exchange", "memory", "sent"):
+        table.add_column(column, justify="right", no_wrap=True)
+    text = plan.to_json()["operators"]
+    stored = _stored(plan)
+    for name, choice in text.items():
+        cost = plan.why.get("operators", {}).get(name, {})
+        table.add_row(
+            name,
+            choice + (f"  {stored[name]}" if name in stored else ""),
+            format_seconds(cost["compute"]) if cost else "",
+            format_seconds(sum(cost[c] for c in CAUSES[1:])) if cost else "",
+            format_bytes(cost["bytes"]) if cost else "",
+            format_bytes(cost["traffic"]) if cost else "",
+        )
+    return table
+
+
+def _legend() -> str:
+    return (
+        "split: S by sample, A by attribute (height, width, position), P by parameter, R by reduction; replicate: every device does it.\n"
+        "memory: variables, optimizer slots and activations kept; sent: bytes a device exchanges, both per step."
+    )
+
+
+def _stored(plan: Plan) -> dict[str, str]:
+    """Per operator, how its variables are stored, where that is not plainly."""
+    found: dict[str, str] = {}
+    for path, storage in plan.storage.items():
+        owner = max((n for n in plan.choices if path.startswith(n.split(":")[0] + "/")), key=len, default=None)
+        if owner is not None:
+            found[owner] = f"ZeRO-{storage.zero}:{','.join(storage.axes)}"
+    return found
+
+
+def comparison_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
+    """Plans side by side: {name, seconds, seconds by cause, peak_bytes, traffic_bytes, fits, measured_seconds}."""
+    rows = list(rows)
+    base = next((r["seconds"] for r in rows if r["name"] == "data parallel"), None)
+    table = Table(title=title, title_justify="left")
+    table.add_column("plan")
+    measured = any(r.get("measured_seconds") for r in rows)
+    columns = ["step", "compute", "exchange", "memory", "sent", "vs data parallel"]
+    for column in columns + (["measured"] if measured else []):
+        table.add_column(column, justify="right", no_wrap=True)
+    for r in rows:
+        sent = sum(r["traffic_bytes"].values()) if "traffic_bytes" in r else None
+        compute = r.get("seconds_compute")
+        cells = [
+            r["name"], format_seconds(r["seconds"]), format_seconds(compute) if compute is not None else "",
+            format_seconds(r["seconds"] - compute) if compute is not None else "",
+            format_bytes(r["peak_bytes"]) + ("" if r.get("fits", True) else " (does not fit)"),
+            format_bytes(sent) if sent is not None else "", f"{base / r['seconds']:.2f} x" if base and r["seconds"] else "",
+        ]  # fmt: skip
+        if measured:
+            cells.append(format_seconds(r["measured_seconds"]) if r.get("measured_seconds") else "")
+        table.add_row(*cells, style="bold" if r["name"] == "found" else None)
+    return table
+
+
+def explain_table(plan: Plan, layer: str) -> Table:
+    """One layer: what was chosen and what its alternatives would cost, all else as planned."""
+    text, cost = plan.to_json()["operators"][layer], plan.why["operators"][layer]
+    table = Table(title=f"{layer}: {text}", title_justify="left")
+    table.add_column("choice")
+    for column in ("step", "memory a device"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row(f"{text} (chosen)", format_seconds(sum(cost[c] for c in CAUSES)), format_bytes(cost["bytes"]), style="bold")
+    for other in cost["alternatives"]:
+        sign = "+" if other["seconds"] >= 0 else "-"
+        more = "+" if other["bytes"] >= 0 else "-"
+        table.add_row(
+            other["choice"], f"{sign}{format_seconds(abs(other['seconds']))}", f"{more}{format_bytes(abs(other['bytes']))}"
+        )
+    return table
+
+
+def summary(plan: Plan) -> Iterable[str]:
+    """The plan's prediction in a few lines, with how sure it is."""
+    p = plan.predicted
+    if "seconds" in p:
+        source = p.get("provenance", {}).get("seconds", "")
+        gap = p["seconds"] / p["bound_seconds"] - 1 if p.get("bound_seconds") else None
+        proof = "proved best in its space" if gap is not None and gap < 1e-6 else f"within {gap:.1%} of the bound" if gap else ""
+        yield f"step {format_seconds(p['seconds'])} predicted ({source}){'; ' + proof if proof else ''}"
+        yield f"memory {format_bytes(p['peak_bytes'])} a device at the peak; {format_bytes(sum(p['traffic_bytes'].values()))} sent"
+    yield from (f"note: {n}" for n in plan.notes)
