@@ -65,7 +65,7 @@ def detect(devices: int | None = None) -> Machine:
             f"{count} devices are asked for, and JAX has {len(found)} ({kind}).{more if kind == 'CPU' else ' Ask for fewer.'}"
         )
     if found[0].platform == "cpu":
-        return host(count, host_memory_bytes() * count // len(found))
+        return host(count, host_memory_bytes())
     return accelerator(found[0].device_kind, count, ((found[0].memory_stats() or {}).get("bytes_limit")))
 
 

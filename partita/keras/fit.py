@@ -186,7 +186,7 @@ class PlannedFit:
         self._valid: Any = None
         """The state that has not been donated yet."""
         self._state_key: Any = None
-        self._keras_function: Any = None
+        self._keras_function: Callable[[Any, Any], Any] | None = None
         self._began: float | None = None
         self._took: deque[float] = deque(maxlen=1000)
 
@@ -233,7 +233,7 @@ class PlannedFit:
             self.steps[key], self._began = self._compile(state, batch), None
         step = self.steps[key]
         if step is None:
-            logs, self._valid = self._keras_step(state, batch)
+            logs, self._valid = self._keras()(state, iter((batch,)))
             return logs, self._valid
         before, self._began = self._began, time.perf_counter()
         if before is not None:
@@ -297,17 +297,15 @@ class PlannedFit:
         if not self.steps:
             self.model.train_function = self._keras()
 
-    def _keras(self) -> Any:
+    def _keras(self) -> Callable[[Any, Any], Any]:
+        """Keras's own train function, made by Keras."""
         if self._keras_function is None:
             model: Any = self.model
             ours = model.train_function
             _make_keras_train_function(model, force=True)
             self._keras_function, model.train_function = model.train_function, ours
+        assert self._keras_function is not None
         return self._keras_function
-
-    def _keras_step(self, state: Any, batch: Any) -> tuple[Any, Any]:
-        function: Any = self._keras()
-        return function(state, iter((batch,)))
 
     def make_test_function(self, force: bool = False) -> None:
         model: Any = self.model

@@ -44,7 +44,7 @@ def run_script(
     except SystemExit as stop:
         return _exit_code(stop)
     except KeyboardInterrupt:
-        say(f"{path} was interrupted. What its models had learned by then was in their variables.")
+        say(f"{path} was interrupted; its models keep what they had learned by then.")
         return 130
     except PartitaError:
         raise

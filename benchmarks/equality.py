@@ -1,0 +1,218 @@
+"""Random models under random legal plans against one device: loss, metrics, and every updated variable.
+
+    python benchmarks/equality.py --models 60 --plans 5            # 300 pairs in float32
+    python benchmarks/equality.py --models 60 --plans 5 --float64  # the same in float64, to 1e-9
+
+The optimizer is SGD with momentum, so that an updated variable and its slot are the gradient itself; Adam would turn the
+rounding of a gradient that is zero in mathematics (a bias before a normalisation) into a full step. A difference is
+relative to the largest value of its tensor, and at least to a thousandth of the largest value of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+import keras
+import numpy as np
+from keras import layers
+
+from partita.capture.keras_models import State, capture_model
+from partita.execute.program import planned_step
+from partita.plan.baselines import storage_for
+from partita.plan.plan import Plan, mesh_for
+from partita.search.candidates import candidates, names_of
+
+TOLERANCE = {"float32": 2e-3, "float64": 1e-9}
+
+
+class Standardize(keras.layers.Layer):
+    """A normalisation over some axes in the model's own precision; Keras' layers compute theirs in float32, whatever it is."""
+
+    def __init__(self, axes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.axes = axes
+
+    def build(self, shape: tuple[int, ...]) -> None:
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", name="scale")
+
+    def call(self, x):  # noqa: ANN001, ANN201
+        x = x - keras.ops.mean(x, self.axes, keepdims=True)
+        return x * keras.ops.rsqrt(keras.ops.mean(x * x, self.axes, keepdims=True) + 1e-3) * self.scale
+
+
+def normalization(r: random.Random, rank: int) -> keras.layers.Layer:
+    """A normalisation layer of random kind: Keras' own in float32."""
+    if keras.config.floatx() == "float64":
+        return Standardize(r.choice([(-1,), tuple(range(rank - 1)), tuple(range(1, rank))]))
+    images = [layers.BatchNormalization, lambda: layers.GroupNormalization(4), layers.LayerNormalization]
+    return r.choice(images if rank == 4 else [layers.LayerNormalization, layers.RMSNormalization])()
+
+
+def image_model(r: random.Random) -> tuple[keras.Model, np.ndarray]:
+    """A few convolutional blocks of random kind: strides, groups, dilation, normalisation, residuals, gates, pooling."""
+    size, channels = r.choice([8, 16]), r.choice([4, 8])
+    x = inputs = keras.Input((size, size, channels))
+    for _ in range(r.randint(1, 3)):
+        before, width = x, r.choice([8, 16])
+        kind = r.choice(["conv", "stride", "separable", "depthwise", "dilated", "grouped", "transposed"])
+        if kind == "conv":
+            x = layers.Conv2D(width, r.choice([1, 3]), padding="same")(x)
+        elif kind == "stride":
+            x = layers.Conv2D(width, 3, strides=2, padding=r.choice(["same", "valid"]))(layers.ZeroPadding2D(1)(x))
+        elif kind == "separable":
+            x = layers.SeparableConv2D(width, 3, padding="same")(x)
+        elif kind == "depthwise":
+            x = layers.DepthwiseConv2D(3, strides=r.choice([1, 2]), padding="same")(x)
+        elif kind == "dilated":
+            x = layers.Conv2D(width, 3, padding="same", dilation_rate=2)(x)
+        elif kind == "grouped":
+            x = layers.Conv2D(width, 3, padding="same", groups=2)(x)
+        else:
+            x = layers.Conv2DTranspose(width, 3, strides=2, padding="same")(x)
+        x = normalization(r, 4)(x)
+        x = layers.Activation(r.choice(["relu", "gelu", "silu"]))(x)
+        if x.shape == before.shape and r.random() < 0.5:
+            x = layers.Add()([x, before])
+        elif x.shape[1:3] == before.shape[1:3] and r.random() < 0.3:
+            x = layers.Concatenate()([x, before])
+        if r.random() < 0.3:
+            gate = layers.Dense(x.shape[-1], activation="sigmoid")(layers.GlobalAveragePooling2D(keepdims=True)(x))
+            x = layers.Multiply()([x, gate])
+        if r.random() < 0.4 and x.shape[1] >= 4:
+            x = r.choice([layers.MaxPooling2D, layers.AveragePooling2D])(r.choice([2, 3]), strides=2, padding="same")(x)
+    x = r.choice([layers.Flatten, layers.GlobalAveragePooling2D, layers.GlobalMaxPooling2D])()(x)
+    return keras.Model(inputs, layers.Dense(16, activation="softmax")(x)), np.zeros((16, size, size, channels))
+
+
+def sequence_model(r: random.Random) -> tuple[keras.Model, np.ndarray]:
+    """Embedding, then attention, recurrent or convolutional layers over a sequence."""
+    length, width = r.choice([8, 16]), r.choice([16, 32])
+    inputs = keras.Input((length,), dtype="int32")
+    x = layers.Embedding(64, width)(inputs)
+    for _ in range(r.randint(1, 2)):
+        kind = r.choice(["attention", "grouped", "lstm", "gru", "rnn", "conv", "both"])
+        if kind == "rnn" and keras.config.floatx() == "float64":
+            kind = "lstm"  # Keras' SimpleRNN cannot run in float64
+        h = normalization(r, 3)(x)
+        if kind == "attention":
+            h = layers.MultiHeadAttention(4, width // 4)(h, h, use_causal_mask=r.random() < 0.5)
+        elif kind == "grouped":
+            h = layers.GroupQueryAttention(8, 4, 2)(h, h)
+        elif kind == "conv":
+            h = layers.Conv1D(width, 3, padding="causal")(h)
+        elif kind == "both":
+            h = layers.Bidirectional(layers.GRU(width // 2, return_sequences=True))(h)
+        else:
+            cell = {"lstm": layers.LSTM, "gru": layers.GRU, "rnn": layers.SimpleRNN}[kind]
+            h = cell(width, return_sequences=True)(h)
+        x = x + h
+        if r.random() < 0.5:
+            x = x + layers.Dense(width)(layers.Dense(4 * width, activation="gelu")(x))
+    x = r.choice([layers.GlobalAveragePooling1D, layers.Flatten, layers.GlobalMaxPooling1D])()(x)
+    return keras.Model(inputs, layers.Dense(16, activation="softmax")(x)), np.zeros((16, length), "int32")
+
+
+def dense_model(r: random.Random) -> tuple[keras.Model, np.ndarray]:
+    """A multi-layer perceptron, its layers sometimes shared, with dropout."""
+    x = inputs = keras.Input((32,))
+    shared = layers.Dense(32, activation="relu")
+    for _ in range(r.randint(1, 4)):
+        x = r.choice([layers.Dense(r.choice([32, 64]), activation="tanh"), layers.Dense(32), layers.Dropout(0.3)])(x)
+        if x.shape[-1] == 32 and r.random() < 0.4:
+            x = shared(x)
+    return keras.Model(inputs, layers.Dense(16, activation="softmax")(x)), np.zeros((16, 32))
+
+
+MAKERS = (image_model, image_model, sequence_model, sequence_model, dense_model)
+
+
+def random_model(seed: int) -> tuple[keras.Model, tuple[np.ndarray, np.ndarray]]:
+    """A compiled model and a batch, the same for the same seed."""
+    r, rng = random.Random(seed), np.random.default_rng(seed)
+    keras.utils.set_random_seed(seed)
+    model, x = r.choice(MAKERS)(r)
+    x = rng.integers(0, 64, x.shape).astype("int32") if x.dtype == np.int32 else rng.standard_normal(x.shape).astype(keras.config.floatx())
+    model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model, (x, rng.integers(0, 16, 16).astype("int32"))
+
+
+def random_plan(graph, mesh, r: random.Random) -> Plan:
+    """A legal plan: per operator any candidate, half of the plans with some variables stored apart."""
+    choices = {o.name: names_of(graph, mesh, r.choice(candidates(graph, i, mesh))) for i, o in enumerate(graph.operators)}
+    storage = {}
+    if r.random() < 0.5:
+        level = r.choice([1, 3])
+        storage = {p: s for p, s in storage_for(graph, mesh, choices, level).items() if r.random() < 0.7}
+    return Plan(graph.name, "host", mesh, choices, storage, "random", graph.batch_size)
+
+
+def difference(left, right, precision: str) -> float:
+    """The largest difference of any leaf of this precision, relative as the module's docstring says.
+
+    In float64, leaves that are float32 all the same (Keras keeps metrics so) must agree to float32 rounding.
+    """
+    a, b = ([np.asarray(v) for v in jax.tree.leaves(tree)] for tree in (left, right))
+    typical = 1e-3 * max(float(np.abs(v).max()) for v in a if v.dtype.kind == "f" and v.size)
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.dtype.kind == "f" and x.size:
+            error = float(np.abs(x - y).max()) / max(float(np.abs(x).max()), typical)
+            if x.dtype == precision:
+                worst = max(worst, error)
+            elif error > 1e-5:
+                return float("inf")
+        elif (x != y).any():
+            return float("inf")
+    return worst
+
+
+def pairs(models: int, plans: int, precision: str, first: int = 0):
+    """(seed, plan number, plan, difference) of every pair."""
+    mesh = mesh_for((8,))
+    for seed in range(first, first + models):
+        model, batch = random_model(seed)
+        captured = capture_model(model, batch)
+        state = tuple([np.asarray(v.value) for v in group] for group in State.of(model).groups())
+        plain = jax.jit(model.train_step)(jax.tree.map(jax.numpy.asarray, state), batch)
+        plain = jax.tree.map(np.asarray, plain)
+        r = random.Random(1000 + seed)
+        for number in range(plans):
+            plan = random_plan(captured.graph, mesh, r)
+            step = planned_step(captured, plan)
+            outputs = step.step(step.place_state(jax.tree.map(jax.numpy.asarray, state)), step.place_batch(batch))
+            yield seed, number, plan, difference(plain, outputs, precision)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=int, default=60)
+    parser.add_argument("--plans", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="first seed")
+    parser.add_argument("--float64", action="store_true")
+    arguments = parser.parse_args()
+    precision = "float64" if arguments.float64 else "float32"
+    if arguments.float64:
+        jax.config.update("jax_enable_x64", True)
+    keras.config.set_floatx(precision)
+    keras.config.set_dtype_policy(precision)
+    start, worst, failed, count = time.time(), 0.0, 0, 0
+    for seed, number, plan, error in pairs(arguments.models, arguments.plans, precision, arguments.first):
+        count, worst = count + 1, max(worst, error)
+        if not error <= TOLERANCE[precision]:
+            failed += 1
+            print(f"model {seed} plan {number}: differs by {error:.3g}\n{plan}", flush=True)
+    print(f"{count} pairs in {precision}, {failed} differ by more than {TOLERANCE[precision]:g}, largest {worst:.3g}, {time.time() - start:.0f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

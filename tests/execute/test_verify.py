@@ -1,0 +1,126 @@
+"""The compiler's account of a planned step, and the planned step against one device."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from partita.capture.jax_functions import Leaf, capture_step
+from partita.cost.collectives import collectives
+from partita.errors import MemoryBudgetError
+from partita.execute.program import planned_step
+from partita.execute.verify import Traffic, check_and_compare, compare_steps, verify
+from partita.plan.adapt import fit_plan
+from partita.plan.baselines import BASELINES
+from partita.plan.plan import Storage, check, mesh_for
+
+
+def captured(batch=16):
+    """A dense layer with its gradient step: 8 x 6 weights."""
+
+    def step(state, data):
+        (weights,) = state
+        loss, slope = jax.value_and_grad(lambda w: ((data @ w) ** 2).mean())(weights)
+        return {"loss": loss}, (weights - slope,)
+
+    shape = jax.ShapeDtypeStruct
+    return capture_step(step, (shape((8, 6), "float32"),), shape((batch, 8), "float32"), [Leaf("w", "parameter")], batch_size=batch)
+
+
+def planned(name, batch=16, ways=4):
+    found = captured(batch)
+    return planned_step(found, BASELINES[name](found.graph, "host", mesh_for((ways,))))
+
+
+@pytest.fixture(scope="module")
+def data_parallel():
+    step = planned("data parallel")
+    return step, step.lower().compile()
+
+
+def expected(step):
+    return collectives(step.captured.graph, step.plan.mesh, step.layout)
+
+
+def test_the_compiler_agrees_with_the_plan(data_parallel):
+    step, compiled = data_parallel
+    found = verify(step, compiled, expected(step), 1 << 20, 400.0)
+    (traffic,) = found.traffic
+    assert found.ok
+    assert (traffic.kind, traffic.planned) == ("all_reduce", 8 * 6 * 4 + 4)
+    assert 16 * 8 * 4 / 4 + 8 * 6 * 4 <= found.peak_bytes < 2000
+    text = str(found).splitlines()
+    assert text[0].endswith("of 1.0 MiB a device")
+    assert text[1] == "all_reduce: 196 B planned, 196 B emitted"
+    assert text[2].startswith("work a device: 400 FLOP planned, ")
+
+
+def test_a_difference_names_its_layer(data_parallel):
+    step, compiled = data_parallel
+    found = verify(step, compiled, [c for c in expected(step) if c.nbytes > 4], None, None)
+    assert not verify(step, compiled, [], None, None).ok
+    (traffic,) = found.traffic
+    assert traffic.planned == 192
+    assert sum(emitted - planned for _, planned, emitted in traffic.layers) == 4
+    assert found.ok is False
+    assert "\n  (no layer): 192 B planned" in str(found)
+
+
+def test_a_step_that_does_not_fit_is_refused_with_the_numbers(data_parallel):
+    step, compiled = data_parallel
+    with pytest.raises(MemoryBudgetError, match=r"'data parallel' for step needs .* B of memory on every device .* has 100 B\. Use a"):
+        verify(step, compiled, expected(step), 100, None)
+
+
+@pytest.mark.parametrize("name", ["data parallel", "tensor parallel", "ZeRO-3"])
+def test_the_planned_step_equals_the_one_on_one_device(name):
+    step = planned(name, ways=2)
+    rng = np.random.RandomState(0)
+    state, batch = (rng.rand(8, 6).astype("float32"),), rng.rand(16, 8).astype("float32")
+    before = state[0].copy()
+    differences = compare_steps(step.captured, step, state, batch)
+    assert [d.name for d in differences] == ["loss", "w"]
+    assert max(d.relative for d in differences) < 1e-6
+    np.testing.assert_array_equal(before, state[0])
+
+
+def test_a_wrong_step_is_seen():
+    """The planned step of other weights than the plain one's is not the same step."""
+    step, other = planned("data parallel"), captured()
+    wrong = jax.jit(lambda state, batch: ({"loss": batch.sum()}, (state[0] * 2,)))
+    state, batch = (np.ones((8, 6), "float32"),), np.ones((16, 8), "float32")
+    differences = compare_steps(other, dataclasses.replace(step, step=wrong), state, batch)
+    assert {d.name: d.relative > 0.1 for d in differences} == {"loss": True, "w": True}
+
+
+def test_the_standard_check_reports_lines(data_parallel):
+    step, compiled = data_parallel
+    lines = check_and_compare(step, compiled, (np.ones((8, 6), "float32"),), np.ones((16, 8), "float32"))
+    assert lines[-3] == "one step on one device and as planned: 2 values compared, largest differences"
+    assert lines[-1].endswith("of its largest value")
+
+
+def test_a_plan_for_a_smaller_batch_keeps_what_divides():
+    plan = planned("data parallel", ways=4).plan
+    small = captured(6).graph
+    (name,) = plan.choices
+    fitted = check(fit_plan(plan, small), small)
+    assert fitted.choices[name] == {"a": "S"}
+    assert fitted.batch_size == 6
+    assert fitted.notes == (f"at batch size 6 split fewer ways, because sizes do not divide: {name}",)
+    assert fit_plan(plan, captured(16).graph).choices == plan.choices
+    odd = captured(5).graph
+    assert check(fit_plan(plan, odd), odd).choices[name] == {}
+
+
+def test_an_unknown_operator_is_not_split_and_a_variable_that_does_not_divide_is_not_stored_apart():
+    step = planned("ZeRO-3")
+    plan, graph = step.plan, step.captured.graph
+    assert fit_plan(plan, graph).storage == plan.storage
+    unknown = dataclasses.replace(plan, choices={}, storage={"w": Storage(1, ("a", "b"), 3), "gone": Storage(0, ("a",), 3)})
+    fitted = check(fit_plan(unknown, graph), graph)
+    assert [dict(c) for c in fitted.choices.values()] == [{}]
+    assert fitted.storage == {}
+    assert fitted.notes[-1] == "not stored apart: w, gone"
+    assert Traffic("all_reduce", 1, 1).layers == ()
