@@ -75,7 +75,8 @@ def explained(result: Found) -> Plan:
             "compute": o.compute, "activations": o.activations, "gradients": o.gradients, "moves": o.moves, "bytes": o.nbytes,
             "traffic": o.traffic, "alternatives": others,
         }  # fmt: skip
-    baselines = {name: {"seconds": p.seconds, "peak_bytes": p.peak_bytes} for name, (_, p) in result.baselines.items()}
+    kept = ("seconds", "seconds_compute", "peak_bytes", "traffic_bytes")
+    baselines = {n: {k: v for k, v in p.to_json().items() if k in kept} for n, (_, p) in result.baselines.items()}
     return replace(result.plan, why={"operators": why, "baselines": baselines})
 
 
@@ -127,9 +128,7 @@ def compare_captured(captured: Any, machine: Machine, measure: bool = False, rep
         from partita.execute.measure import step_seconds
 
         times = step_seconds(captured, plans)
-    rows = [
-        Compared(n, plans[n], predictions[n], predictions[n].peak_bytes <= capacity(machine), times.get(n)) for n in plans
-    ]
+    rows = [Compared(n, plans[n], predictions[n], predictions[n].peak_bytes <= capacity(machine), times.get(n)) for n in plans]
     return Comparison(captured.graph.name, machine.name, tuple(sorted(rows, key=lambda r: r.prediction.seconds)))
 
 
@@ -197,4 +196,3 @@ def layout_map(plan: Plan, model: Any, batch_size: int | None = None) -> Any:
             axes = [tuple(names[x] for x in dim) for dim in where.own[a.tensor]]
             found_map[a.path] = tuple((dim[0] if len(dim) == 1 else dim) if dim else None for dim in axes)
     return found_map
-

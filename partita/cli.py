@@ -24,9 +24,16 @@ app.add_typer(machines, name="machine")
 out, err = Console(), Console(stderr=True, highlight=False)
 
 THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
-Script = Annotated[Path, typer.Argument(help="A Keras training script. What follows it and is not listed below is passed to it.", show_default=False)]
+Script = Annotated[
+    Path,
+    typer.Argument(
+        help="A Keras training script. What follows it and is not listed below is passed to it.", show_default=False
+    ),
+]
 Devices = Annotated[int | None, typer.Option(help="How many devices to use; default: those at hand.", min=1)]
-MachineName = Annotated[str | None, typer.Option(help="A machine to plan for, owned or not: 'dgx-h100:8', 'h100:16', or a .toml file.")]
+MachineName = Annotated[
+    str | None, typer.Option(help="A machine to plan for, owned or not: 'dgx-h100:8', 'h100:16', or a .toml file.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables for people.")]
 
 
@@ -136,10 +143,16 @@ def explain(
             import difflib
 
             near = difflib.get_close_matches(layer, loaded.choices, 3, 0.4)
-            hint = f"Did you mean {' or '.join(repr(n) for n in near)}?" if near else f"It has {', '.join(list(loaded.choices)[:8])}, ..."
+            hint = (
+                f"Did you mean {' or '.join(repr(n) for n in near)}?"
+                if near
+                else f"It has {', '.join(list(loaded.choices)[:8])}, ..."
+            )
             raise PlanError(f"The plan {str(plan_file)!r} has no layer {layer!r}. {hint}")
         if layer is not None and layer not in reasons:
-            raise PlanError(f"The plan {str(plan_file)!r} keeps no reasons for {layer!r}: save it with 'partita plan --save-plan'.")
+            raise PlanError(
+                f"The plan {str(plan_file)!r} keeps no reasons for {layer!r}: save it with 'partita plan --save-plan'."
+            )
         if as_json:
             print(json.dumps(reasons.get(layer, {}) if layer else loaded.to_json()))
         elif layer is not None:
@@ -197,6 +210,7 @@ def main() -> None:
 def start_devices(count: int | None) -> None:
     """Before JAX starts: on a CPU, as many virtual devices as asked for, one per core by default; Keras on JAX."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's partitioner tells everyone of reshards in evaluate()
     from partita.execute.devices import request_cpu_devices
 
     request_cpu_devices(count or os.cpu_count() or 1)
@@ -247,7 +261,9 @@ def progress(quiet: bool) -> Iterator[Callable[[Any], None] | None]:
 
     def report(p: Any) -> None:
         status.start()
-        status.update(f"searching ({p.step}): best {format_seconds(p.best)}, bound {format_seconds(p.bound)}; Ctrl-C takes the best")
+        status.update(
+            f"searching ({p.step}): best {format_seconds(p.best)}, bound {format_seconds(p.bound)}; Ctrl-C takes the best"
+        )
 
     try:
         yield report
@@ -263,7 +279,9 @@ def _write(path: Path, write: Callable[[], None]) -> None:
     try:
         write()
     except OSError as error:
-        raise PlanError(f"The plan cannot be written to {str(path)!r}: {error.strerror}. Name a file in a folder that exists.") from None
+        raise PlanError(
+            f"The plan cannot be written to {str(path)!r}: {error.strerror}. Name a file in a folder that exists."
+        ) from None
 
 
 @contextmanager

@@ -23,7 +23,17 @@ from jax.extend.mlir.dialects import sdy
 from partita.errors import CaptureError
 from partita.graph.graph import Instruction, Loop, Phase, Rule, Tensor
 
-OPAQUE = {"reduce", "reduce_window", "scatter", "select_and_scatter", "sort", "map", "all_reduce", "reduce_scatter", "custom_call"}
+OPAQUE = {
+    "reduce",
+    "reduce_window",
+    "scatter",
+    "select_and_scatter",
+    "sort",
+    "map",
+    "all_reduce",
+    "reduce_scatter",
+    "custom_call",
+}
 """Instructions whose regions only say how two elements combine."""
 
 DTYPES = {
@@ -189,7 +199,7 @@ def _sink_constants(block: ir.Block, region_values: set[Any] | None) -> None:
     A loop that captures a value gets it as an extra carried value when it becomes HLO, and then no longer has as many values
     as shardings.
     """
-    inside = set(block.arguments)
+    inside: set[Any] = set(block.arguments)
     for op in list(block):
         operation = op.operation
         if region_values is not None:
@@ -325,7 +335,9 @@ class _Reader:
         condition, body = (region.blocks[0] for region in operation.regions)
         count = self._trip_count(condition, body, operands)
         if count is None:
-            program.notes.append(f"The trip count of a loop in '{program.instructions[index].path}' is unknown; it is costed once.")
+            program.notes.append(
+                f"The trip count of a loop in '{program.instructions[index].path}' is unknown; it is costed once."
+            )
         first = len(program.instructions)
         before = [self.tensor(a) for a in condition.arguments]
         self.block(condition, trips * (count or 1))
@@ -343,7 +355,7 @@ class _Reader:
 
     def _trip_count(self, condition: ir.Block, body: ir.Block, operands: tuple[int, ...]) -> int | None:
         """N of a loop `i = start; while i < N: i += 1` as JAX writes scan and fori_loop, else None."""
-        arguments = list(condition.arguments)
+        arguments: list[Any] = list(condition.arguments)
         limits: dict[Any, int] = {}
         for op in condition:
             operation = op.operation

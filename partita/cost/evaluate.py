@@ -158,7 +158,9 @@ def _joined(place: Placement, kind: str, nbytes: np.ndarray, axes: Sequence[int]
     """What `nbytes` add to a combined collective."""
     group = place.group(axes)
     whole = np.array([float(COMBINED)])
-    return collective_seconds(place.machine, kind, nbytes + COMBINED, group) - collective_seconds(place.machine, kind, whole, group)
+    return collective_seconds(place.machine, kind, nbytes + COMBINED, group) - collective_seconds(
+        place.machine, kind, whole, group
+    )
 
 
 def _float(dtype: str) -> str:

@@ -25,7 +25,17 @@ OP_CLASS = {
     "dot_general": "dot", "convolution": "conv", "gather": "gather", "scatter": "gather", "reduce": "reduce",
     "reduce_window": "reduce", "select_and_scatter": "reduce", "sort": "sort",
 }  # fmt: skip
-WEIGHTLESS = {"constant", "iota", "broadcast_in_dim", "reshape", "bitcast_convert", "while", "case", "if", "optimization_barrier"}
+WEIGHTLESS = {
+    "constant",
+    "iota",
+    "broadcast_in_dim",
+    "reshape",
+    "bitcast_convert",
+    "while",
+    "case",
+    "if",
+    "optimization_barrier",
+}
 """Instructions that move nothing of their own: XLA folds them into their readers."""
 
 Factors = tuple[int, ...]
@@ -120,7 +130,8 @@ class OperatorTerms:
         return (
             tuple((graph.factors[f].name, graph.factors[f].size) for f in own),
             tuple(
-                (w.op_class, w.dtype, w.flops, at(w.factors), tuple((b, at(f)) for b, f in w.traffic), w.trips) for w in self.work
+                (w.op_class, w.dtype, w.flops, at(w.factors), tuple((b, at(f)) for b, f in w.traffic), w.trips)
+                for w in self.work
             ),
             tuple((r.kind, r.nbytes, at(r.factors), at(r.reduced), r.trips, r.parameter >= 0) for r in self.reductions),
             tuple((h.nbytes, at(h.factors), at((h.split,)), h.low, h.high, h.rows, h.trips) for h in self.halos),
@@ -178,9 +189,18 @@ def _works(graph: Graph, seen: dict[tuple[int, int], Label], found: list[Operato
         if x.name not in HEAVY:
             for t in sorted(x.operands, key=lambda t: -graph.tensors[t].nbytes):
                 before = made.get(t, -1)
-                if before in group_of and graph.tensors[t].shape and t not in free and graph.instructions[before].name != "reduce":
+                if (
+                    before in group_of
+                    and graph.tensors[t].shape
+                    and t not in free
+                    and graph.instructions[before].name != "reduce"
+                ):
                     y = graph.instructions[before]
-                    if y.name not in HEAVY and graph.owner[before] == graph.owner[i] and (y.phase, y.trips) == (x.phase, x.trips):
+                    if (
+                        y.name not in HEAVY
+                        and graph.owner[before] == graph.owner[i]
+                        and (y.phase, y.trips) == (x.phase, x.trips)
+                    ):
                         joined = group_of[before]
                         break
         group_of[i] = joined if joined >= 0 else i
@@ -193,7 +213,9 @@ def _works(graph: Graph, seen: dict[tuple[int, int], Label], found: list[Operato
             if t in written or t not in made:
                 sources[t] = frozenset((t,))
             else:
-                sources[t] = frozenset().union(*(read_from(o) for o in graph.instructions[made[t]].operands if graph.tensors[o].shape))
+                sources[t] = frozenset().union(
+                    *(read_from(o) for o in graph.instructions[made[t]].operands if graph.tensors[o].shape)
+                )
         return sources[t]
 
     for x in graph.instructions:  # in program order, so that the recursion above stays shallow
@@ -255,7 +277,9 @@ def _work(
     found[operator].work.append(Work(op_class, dtype, flops, space, traffic_list, first.trips, first.phase))
 
 
-def _communication(graph: Graph, seen: dict[tuple[int, int], Label], family: dict[int, int], found: list[OperatorTerms]) -> None:
+def _communication(
+    graph: Graph, seen: dict[tuple[int, int], Label], family: dict[int, int], found: list[OperatorTerms]
+) -> None:
     gradient = _gradients(graph, family)
     for i, x in enumerate(graph.instructions):
         operator = graph.owner[i]
@@ -344,5 +368,3 @@ def _memory(graph: Graph, family: dict[int, int], found: list[OperatorTerms]) ->
             for t in x.results:
                 if t in read_later and t in written and t not in free and graph.tensors[t].nbytes > 64 and graph.home[t] >= 0:
                     found[graph.home[t]].kept.append((graph.tensors[t].nbytes, _factors(graph.labels[t])))
-
-

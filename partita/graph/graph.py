@@ -197,9 +197,7 @@ class Graph:
         return Graph(
             g[0],
             tuple(Tensor(tuple(s), d) for s, d in g[1]),
-            tuple(
-                Instruction(n, p, ph, tuple(o), tuple(r), rule(ru), f, t, _tuple(h)) for n, p, ph, o, r, ru, f, t, h in g[2]
-            ),
+            tuple(Instruction(n, p, ph, tuple(o), tuple(r), rule(ru), f, t, _tuple(h)) for n, p, ph, o, r, ru, f, t, h in g[2]),
             tuple(Loop(i, _tuple(c), (b[0], b[1]), t) for i, c, b, t in g[3]),
             tuple(Argument(*a) for a in g[4]),
             tuple(g[5]),
@@ -294,7 +292,9 @@ def check(graph: Graph) -> Graph:
         assert all(0 <= t < count for t in instruction.operands + instruction.results), f"instruction {i} names tensors"
         for position, t in enumerate(instruction.operands):
             if 0 <= graph.owner[i] != graph.home[t] and max(graph.labels[t], default=-1) >= 0:
-                assert (i, position) in read, f"instruction {i} ({instruction.name}) reads tensor {t} of another operator without a Use"
+                assert (i, position) in read, (
+                    f"instruction {i} ({instruction.name}) reads tensor {t} of another operator without a Use"
+                )
     return graph
 
 
@@ -306,4 +306,6 @@ def _check_label(graph: Graph, t: int, label: Label, operator: int) -> None:
     for f, size in zip(label, tensor.shape, strict=True):
         if f >= 0:
             assert graph.factors[f].operator == operator, f"tensor {t} is labelled with a factor of another operator"
-            assert size % graph.factors[f].size == 0, f"tensor {t} {tensor.shape} has factor {graph.factors[f]} in label {label}"
+            assert size % graph.factors[f].size == 0, (
+                f"tensor {t} {tensor.shape} has factor {graph.factors[f]} in label {label}"
+            )

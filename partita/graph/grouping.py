@@ -58,7 +58,11 @@ class _Flat:
     """The program with who produces and who reads each tensor."""
 
     def __init__(
-        self, tensors: Sequence[Tensor], instructions: Sequence[Instruction], loops: Sequence[Loop], arguments: Sequence[Argument]
+        self,
+        tensors: Sequence[Tensor],
+        instructions: Sequence[Instruction],
+        loops: Sequence[Loop],
+        arguments: Sequence[Argument],
     ) -> None:
         self.tensors, self.instructions, self.loops, self.arguments = tensors, instructions, loops, arguments
         self.producer: dict[int, int] = {}
@@ -106,7 +110,9 @@ def _owners(flat: _Flat) -> tuple[list[int], list[int]]:
     if not heavy:
         # Nothing heavy at all: the instruction with the largest result stands for the whole step.
         forward = [i for i, x in enumerate(instructions) if x.phase == "forward" and x.results and i not in flat.loop_of]
-        index = max(forward or range(len(instructions)), key=lambda i: sum(flat.tensors[t].size for t in instructions[i].results))
+        index = max(
+            forward or range(len(instructions)), key=lambda i: sum(flat.tensors[t].size for t in instructions[i].results)
+        )
         owner[index] = 0
         heavy.append(index)
     _own_forward(flat, owner)
@@ -160,7 +166,9 @@ def _from_readers(flat: _Flat, owner: list[int], order: Iterable[int]) -> None:
     """What has no owned operand (casts of the input, broadcast parameters) goes to its first owned reader."""
     for index in reversed(list(order)):
         if owner[index] < 0:
-            readers = [owner[r] for t in flat.instructions[index].results for r in _outer(flat, flat.readers[t]) if owner[r] >= 0]
+            readers = [
+                owner[r] for t in flat.instructions[index].results for r in _outer(flat, flat.readers[t]) if owner[r] >= 0
+            ]
             if readers:
                 owner[index] = min(readers)
 
@@ -175,7 +183,9 @@ def _argument_owners(flat: _Flat, owner: list[int]) -> dict[int, int]:
     found = {}
     for argument in flat.arguments:
         readers = [
-            owner[i] for i in _outer(flat, flat.readers[argument.tensor]) if owner[i] >= 0 and flat.instructions[i].phase == "forward"
+            owner[i]
+            for i in _outer(flat, flat.readers[argument.tensor])
+            if owner[i] >= 0 and flat.instructions[i].phase == "forward"
         ]
         if readers:
             found[argument.tensor] = readers[0]
@@ -259,7 +269,9 @@ def _own_update(flat: _Flat, owner: list[int], parameter_owner: dict[int, int]) 
             parameter_owner[argument.tensor] = parameter_owner[path_tensor[argument.parameter]]
     order = [i for i, x in enumerate(flat.instructions) if x.phase == "update" and i not in flat.loop_of]
     for index in order:
-        owned = [parameter_owner[t] for t in flat.instructions[index].operands if t in parameter_owner and flat.tensors[t].shape]
+        owned = [
+            parameter_owner[t] for t in flat.instructions[index].operands if t in parameter_owner and flat.tensors[t].shape
+        ]
         owner[index] = owned[0] if owned else _largest(flat, owner, index)
         if owner[index] >= 0 and not owned:
             for t in flat.instructions[index].operands:
@@ -539,7 +551,13 @@ class _View:
                             reduced.add(a)
         majors = {a[0] for a in self._resolved_views() if a}
         parameters = {a.tensor for a in flat.arguments if a.role == "parameter"}
-        indexing = {a for t in parameters for seen in self.labeller.variants.get(t, ()) for d in seen.dims for a in self.atoms.resolve(d)}
+        indexing = {
+            a
+            for t in parameters
+            for seen in self.labeller.variants.get(t, ())
+            for d in seen.dims
+            for a in self.atoms.resolve(d)
+        }
         for a in chosen:
             if a in majors:
                 kind: Kind = "R" if a in reduced else "P" if a in indexing else "A"
@@ -578,7 +596,10 @@ class _View:
         found = []
         for index, but in minor.items():
             for position, t in enumerate(self.flat.instructions[index].operands):
-                seen = next((s.dims for s in self.labeller.variants.get(t, ()) if (index, position) in s.reads), self.labeller.own.get(t))
+                seen = next(
+                    (s.dims for s in self.labeller.variants.get(t, ()) if (index, position) in s.reads),
+                    self.labeller.own.get(t),
+                )
                 if seen is not None and but:
                     label = self.label(seen, frozenset(but))
                     if label != self.label(seen):

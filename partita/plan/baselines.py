@@ -35,7 +35,9 @@ def spread(graph: Graph, operator: Operator, mesh: Mesh, wishes: Iterable[tuple[
 
 def one_device(graph: Graph, machine: str, mesh: Mesh) -> Plan:
     """Everything replicated: every device does all the work of one."""
-    return Plan(graph.name, machine, mesh, {o.name: {} for o in graph.operators}, name="one device", batch_size=graph.batch_size)
+    return Plan(
+        graph.name, machine, mesh, {o.name: {} for o in graph.operators}, name="one device", batch_size=graph.batch_size
+    )
 
 
 def data_parallel(graph: Graph, machine: str, mesh: Mesh) -> Plan:

@@ -46,7 +46,7 @@ def resolve(label: Label, assignment: Mapping[int, tuple[int, ...]]) -> Sharding
 def assignments_of(graph: Graph, plan: Plan) -> tuple[dict[int, tuple[int, ...]], ...]:
     """Per operator, factor -> the mesh axes that split it, in mesh order."""
     found = []
-    for index, operator in enumerate(graph.operators):
+    for operator in graph.operators:
         by_name = {graph.factors[f].name: f for f in operator.factors}
         assignment: dict[int, tuple[int, ...]] = defaultdict(tuple)
         choice = plan.choices[operator.name]
@@ -66,7 +66,11 @@ def families(graph: Graph) -> dict[int, int]:
     tensor_of = {a.path: a.tensor for a in graph.arguments}
     family = {a.tensor: a.tensor for a in graph.arguments if a.role == "parameter"}
     for a in graph.arguments:
-        if a.role == "optimizer" and a.parameter in tensor_of and graph.labels[a.tensor] == graph.labels[tensor_of[a.parameter]]:
+        if (
+            a.role == "optimizer"
+            and a.parameter in tensor_of
+            and graph.labels[a.tensor] == graph.labels[tensor_of[a.parameter]]
+        ):
             family[a.tensor] = tensor_of[a.parameter]
     update = [x for x in graph.instructions if x.phase == "update" and x.trips == 1]
     computed = {t for x in update for t in x.results}
@@ -101,14 +105,20 @@ def layout(graph: Graph, plan: Plan) -> Layout:
     for t, p in family.items():
         if p in stored and (t not in kept or kept[t].role == "optimizer" or stored[p][0].zero == 3):
             base[t], own[t] = own[t], stored[p][1]
-    updates = {i for i, x in enumerate(graph.instructions) if any(family.get(t) in stored for t in x.results)} if stored else set()
+    updates = (
+        {i for i, x in enumerate(graph.instructions) if any(family.get(t) in stored for t in x.results)} if stored else set()
+    )
     named = {(i, position) for use in graph.uses for i, position in use.instructions}
     for i in sorted(updates):
         x = graph.instructions[i]
         p = next(family[t] for t in x.results if family.get(t) in stored)
         extended = stored[p][1]
         for position, t in enumerate(x.operands):
-            if graph.labels[t] == graph.labels[p] and family.get(t, p) == p and graph.tensors[t].shape == graph.tensors[p].shape:
+            if (
+                graph.labels[t] == graph.labels[p]
+                and family.get(t, p) == p
+                and graph.tensors[t].shape == graph.tensors[p].shape
+            ):
                 if own[t] != extended:
                     reads[t, graph.home[p], extended].append((i, position))
                 named.add((i, position))

@@ -150,7 +150,19 @@ class Plan:
         """The plan of a JSON value; PlanError names the key that is wrong and what is allowed."""
         if not isinstance(value, dict):
             raise PlanError(f"{where} is not a JSON object: a plan starts with '{{'.")
-        allowed = {"schema", "name", "graph", "machine", "batch_size", "mesh", "operators", "storage", "predicted", "notes", "why"}
+        allowed = {
+            "schema",
+            "name",
+            "graph",
+            "machine",
+            "batch_size",
+            "mesh",
+            "operators",
+            "storage",
+            "predicted",
+            "notes",
+            "why",
+        }
         for key in value:
             if key not in allowed:
                 raise PlanError(f"{where} has an unknown key {key!r}. Allowed: {', '.join(sorted(allowed))}.")
@@ -162,7 +174,7 @@ class Plan:
         axes = []
         for name, entry in value["mesh"].items():
             if not isinstance(entry, dict) or not isinstance(entry.get("size"), int) or entry["size"] < 2:
-                raise PlanError(f"{where}, mesh.{name}: needs {{\"size\": at least 2, \"level\": number}}, not {entry!r}.")
+                raise PlanError(f'{where}, mesh.{name}: needs {{"size": at least 2, "level": number}}, not {entry!r}.')
             axes.append(Axis(name, entry["size"], int(entry.get("level", 0))))
         mesh = Mesh(tuple(axes))
         choices = {}
@@ -171,10 +183,12 @@ class Plan:
         storage = {}
         for path, entry in value.get("storage", {}).items():
             if not isinstance(entry, dict) or set(entry) != {"dim", "axes", "zero"} or entry["zero"] not in (1, 2, 3):
-                raise PlanError(f"{where}, storage.{path}: needs {{\"dim\", \"axes\", \"zero\": 1, 2 or 3}}, not {entry!r}.")
+                raise PlanError(f'{where}, storage.{path}: needs {{"dim", "axes", "zero": 1, 2 or 3}}, not {entry!r}.')
             for axis in entry["axes"]:
                 if axis not in mesh.index:
-                    raise PlanError(f"{where}, storage.{path}: there is no axis {axis!r}; the mesh has {', '.join(mesh.index)}.")
+                    raise PlanError(
+                        f"{where}, storage.{path}: there is no axis {axis!r}; the mesh has {', '.join(mesh.index)}."
+                    )
             storage[path] = Storage(entry["dim"], tuple(entry["axes"]), entry["zero"])
         return Plan(
             value["graph"], value["machine"], mesh, choices, storage, value.get("name", "found"), value.get("batch_size", 0),
@@ -290,7 +304,9 @@ def check(plan: Plan, graph: Graph) -> Plan:
             parts.append(f"the model has no {_some(unknown)}")
         if missing:
             parts.append(f"the plan says nothing about {_some(missing)}")
-        raise PlanError(f"The plan was made for another model ('{plan.graph}', not '{graph.name}'): {'; '.join(parts)}. Plan again.")
+        raise PlanError(
+            f"The plan was made for another model ('{plan.graph}', not '{graph.name}'): {'; '.join(parts)}. Plan again."
+        )
     for name, choice in plan.choices.items():
         operator = graph.operators[names[name]]
         split: dict[str, int] = {}

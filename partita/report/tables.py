@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from partita.plan.plan import Plan
@@ -13,10 +14,15 @@ from partita.units import format_bytes, format_seconds
 CAUSES = ("compute", "activations", "gradients", "moves")
 
 
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+
+
 def plan_table(plan: Plan) -> Table:
     """Per layer: what each mesh axis does to it, its time by cause, its memory and traffic per device."""
     axes = ", ".join(f"{a.name}={a.size}" for a in plan.mesh.axes) or "one device"
-    table = Table(title=f"{plan.graph} on {plan.machine} ({axes})", title_justify="left", caption=_legend(), caption_justify="left")
+    table = _table(f"{plan.graph} on {plan.machine} ({axes})")
+    table.caption, table.caption_justify = _legend(), "left"
     table.add_column("layer", overflow="fold")
     table.add_column("split", overflow="fold")
     for column in ("compute", "exchange", "memory", "sent"):
@@ -57,10 +63,10 @@ def comparison_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
     """Plans side by side: {name, seconds, seconds by cause, peak_bytes, traffic_bytes, fits, measured_seconds}."""
     rows = list(rows)
     base = next((r["seconds"] for r in rows if r["name"] == "data parallel"), None)
-    table = Table(title=title, title_justify="left")
-    table.add_column("plan")
+    table = _table(title)
+    table.add_column("plan", no_wrap=True)
     measured = any(r.get("measured_seconds") for r in rows)
-    columns = ["step", "compute", "exchange", "memory", "sent", "vs data parallel"]
+    columns = ["step", "compute", "exchange", "memory", "sent", "gain"]
     for column in columns + (["measured"] if measured else []):
         table.add_column(column, justify="right", no_wrap=True)
     for r in rows:
@@ -81,7 +87,7 @@ def comparison_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
 def explain_table(plan: Plan, layer: str) -> Table:
     """One layer: what was chosen and what its alternatives would cost, all else as planned."""
     text, cost = plan.to_json()["operators"][layer], plan.why["operators"][layer]
-    table = Table(title=f"{layer}: {text}", title_justify="left")
+    table = _table(f"{layer}: {text}")
     table.add_column("choice")
     for column in ("step", "memory a device"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -101,7 +107,9 @@ def summary(plan: Plan) -> Iterable[str]:
     if "seconds" in p:
         source = p.get("provenance", {}).get("seconds", "")
         gap = p["seconds"] / p["bound_seconds"] - 1 if p.get("bound_seconds") else None
-        proof = "proved best in its space" if gap is not None and gap < 1e-6 else f"within {gap:.1%} of the bound" if gap else ""
+        proof = (
+            "proved best in its space" if gap is not None and gap < 1e-6 else f"within {gap:.1%} of the bound" if gap else ""
+        )
         yield f"step {format_seconds(p['seconds'])} predicted ({source}){'; ' + proof if proof else ''}"
         yield f"memory {format_bytes(p['peak_bytes'])} a device at the peak; {format_bytes(sum(p['traffic_bytes'].values()))} sent"
     yield from (f"note: {n}" for n in plan.notes)

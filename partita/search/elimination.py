@@ -62,9 +62,7 @@ def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = 
     chosen = best if best is not None else smallest
     assert chosen is not None
     fits = problem.held(chosen) <= budget
-    return SearchResult(
-        tuple(chosen), problem.cost(chosen), problem.held(chosen), bound, fits, tuple(history), stopped
-    )
+    return SearchResult(tuple(chosen), problem.cost(chosen), problem.held(chosen), bound, fits, tuple(history), stopped)
 
 
 def _price_memory(

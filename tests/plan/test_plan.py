@@ -19,8 +19,12 @@ def small(**changes: object) -> Plan:
 
 
 @given(
-    st.dictionaries(st.text(min_size=1, max_size=8), st.dictionaries(st.sampled_from("ab"), st.sampled_from(["S", "A1", "P", "R"]))),
-    st.dictionaries(st.text(max_size=8), st.builds(Storage, st.integers(0, 3), st.just(("a", "b")), st.sampled_from([1, 2, 3]))),
+    st.dictionaries(
+        st.text(min_size=1, max_size=8), st.dictionaries(st.sampled_from("ab"), st.sampled_from(["S", "A1", "P", "R"]))
+    ),
+    st.dictionaries(
+        st.text(max_size=8), st.builds(Storage, st.integers(0, 3), st.just(("a", "b")), st.sampled_from([1, 2, 3]))
+    ),
 )
 def test_saving_and_loading_is_the_identity(choices: dict, storage: dict) -> None:
     plan = small(choices=choices, storage=storage, notes=("a note",), predicted={"seconds": 0.5})
