@@ -124,6 +124,8 @@ def batch_like(model: keras.Model, batch_size: int) -> Any:
             )
     shaped = lambda t: jax.ShapeDtypeStruct((batch_size, *t.shape[1:]), jax.dtypes.canonicalize_dtype(t.dtype))  # noqa: E731
     x = jax.tree.map(shaped, model._inputs_struct if hasattr(model, "_inputs_struct") else inputs)
+    if isinstance(x, list) and len(x) == 1:
+        x = x[0]
     outputs = model._outputs_struct if hasattr(model, "_outputs_struct") else model.outputs
     losses = model._compile_loss._user_loss if model._compile_loss is not None else None
 

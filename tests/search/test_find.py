@@ -1,0 +1,124 @@
+"""Planning a saved graph, without JAX: the found plan beats every baseline by its own measure, fits, and is proved."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from partita.cost.predict import predict
+from partita.errors import MemoryBudgetError
+from partita.graph.graph import Graph
+from partita.graph.graph import check as check_graph
+from partita.machine import Machine, host, load
+from partita.plan.baselines import BASELINES
+from partita.plan.plan import Mesh, check
+from partita.search.candidates import candidates
+from partita.search.find import Found, alternatives, find, mesh_of
+from partita.search.network import build
+
+DATA = Path(__file__).parents[1] / "data"
+GRAPHS = {name: Graph.load(DATA / f"{name}.graph.json") for name in ("mlp", "cnn", "transformer")}
+
+
+def eight() -> Machine:
+    return host(8, 8 << 30)
+
+
+@pytest.fixture(scope="module", params=GRAPHS)
+def found(request: pytest.FixtureRequest) -> Found:
+    return find(GRAPHS[request.param], eight())
+
+
+def test_a_saved_graph_is_sound_and_loads_as_it_was(tmp_path: Path) -> None:
+    for graph in GRAPHS.values():
+        check_graph(graph)
+        graph.save(tmp_path / "again.json")
+        assert Graph.load(tmp_path / "again.json") == graph
+
+
+def test_the_found_plan_is_never_worse_than_a_baseline(found: Found) -> None:
+    assert set(found.baselines) == set(BASELINES)
+    for name, (_, prediction) in found.baselines.items():
+        assert found.prediction.seconds <= prediction.seconds * (1 + 1e-12), name
+
+
+def test_the_bound_is_below_every_plan_and_met_by_the_found_one(found: Found) -> None:
+    assert found.result.bound <= found.prediction.seconds * (1 + 1e-9)
+    assert found.result.gap == pytest.approx(0, abs=1e-9)
+
+
+def test_what_is_predicted_is_what_was_minimised(found: Found) -> None:
+    for name, (plan, prediction) in found.baselines.items():
+        states = found.network.states_of(plan)
+        assert states is not None, name
+        assert found.network.problem.cost(states) == pytest.approx(prediction.seconds, rel=1e-9), name
+
+
+def test_found_and_baseline_plans_fit_their_graph(found: Found) -> None:
+    check(found.plan, found.network.graph)
+    for plan, _ in found.baselines.values():
+        check(plan, found.network.graph)
+
+
+def test_no_other_choice_for_one_layer_is_faster(found: Found) -> None:
+    for index in range(len(found.network.graph.operators)):
+        assert all(seconds >= -1e-12 for _, _, seconds, _ in alternatives(found.network, found.plan, index))
+
+
+def test_less_memory_never_makes_a_plan_faster_and_too_little_is_refused() -> None:
+    graph = GRAPHS["cnn"]
+    free = find(graph, eight())
+    tight = find(graph, host(8, int(8 * free.prediction.peak_bytes * 0.9)))
+    assert tight.prediction.peak_bytes <= 0.9 * free.prediction.peak_bytes
+    assert tight.prediction.seconds >= free.prediction.seconds
+    with pytest.raises(MemoryBudgetError, match="'cnn' with batch 32 fits host:8 under no plan: the smallest needs .* per device"):
+        find(graph, host(8, 8 << 10))
+
+
+def test_one_device_can_be_the_answer_and_says_why() -> None:
+    slow = eight()
+    slow = slow.revised({"level.process.bandwidth": 1e3, "level.process.latency": 1.0}, "a link that nobody would use")
+    result = find(GRAPHS["mlp"], slow)
+    assert result.plan.mesh == Mesh(())
+    assert "one of 8 devices is used: splitting does not pay" in result.plan.notes[0]
+
+
+def test_more_bandwidth_never_hurts() -> None:
+    times = []
+    for bandwidth in (1e8, 1e9, 1e10):
+        machine = eight().revised({"level.process.bandwidth": bandwidth}, "varied")
+        times.append(find(GRAPHS["transformer"], machine).prediction.seconds)
+    assert times == sorted(times, reverse=True)
+
+
+def test_a_plan_of_one_device_has_no_communication() -> None:
+    machine = host(1, 1 << 30)
+    result = find(GRAPHS["cnn"], machine)
+    assert result.prediction.traffic == {}
+    assert all(not choice for choice in result.plan.choices.values())
+
+
+def test_large_machines_keep_the_space_small_and_prove_their_plan() -> None:
+    machine = load("dgx-h100:8")
+    graph = replace(GRAPHS["transformer"])
+    mesh = mesh_of(machine)
+    assert max(len(candidates(graph, o, mesh)) for o in range(len(graph.operators))) <= 400
+    result = find(graph, machine)
+    assert result.result.gap < 0.05
+
+
+def test_data_parallel_halves_per_device_work_worked_by_hand() -> None:
+    """Twice the devices, half the FLOPs of a split operator: compute seconds fall by the same part of every kernel's work."""
+    graph, one, two = GRAPHS["mlp"], host(1, 1 << 30), host(2, 1 << 30)
+    alone = predict(graph, one, BASELINES["data parallel"](graph, one.name, mesh_of(one)))
+    pair = predict(graph, two, BASELINES["data parallel"](graph, two.name, mesh_of(two)))
+    assert alone.by_cause()["compute"] / 2 < pair.by_cause()["compute"] < alone.by_cause()["compute"]
+    gradient_bytes = 4 * (64 * 256 + 256 + 256 * 256 + 256 + 256 * 16 + 16)
+    assert pair.traffic["all_reduce"] == pytest.approx(gradient_bytes, rel=0.01)
+
+
+def test_equal_blocks_are_costed_once() -> None:
+    graph = GRAPHS["transformer"]
+    network = build(graph, eight(), mesh_of(eight()))
+    keys = {terms.key(graph, o) for o, terms in enumerate(network.terms.operators)}
+    assert len(keys) < len(graph.operators)
