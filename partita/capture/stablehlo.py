@@ -9,6 +9,7 @@ All that touches MLIR's Python bindings and JAX's dialect registry is in this fi
 from __future__ import annotations
 
 import io
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -384,10 +385,11 @@ def _rule(operation: Any, name: str, operands: list[Tensor], results: list[Tenso
         maps = lambda ms: tuple(  # noqa: E731
             tuple(tuple(sdy.DimMappingAttr(d).factor_indices) for d in sdy.TensorMappingAttr(m).dim_mappings) for m in ms
         )
-        return Rule(
+        rule = Rule(
             tuple(r.factor_sizes), maps(r.operand_mappings), maps(r.result_mappings), tuple(r.reduction_factors),
             tuple(r.permutation_factors), tuple(r.need_replication_factors),
         )  # fmt: skip
+        return _scatter_rule(operation, operands, rule) if name == "scatter" else rule
     shaped = [t for t in operands + results if t.shape]
     if name not in FREE and shaped and all(t.shape == shaped[0].shape for t in shaped):
         # CHLO's element-wise functions, which Shardy meets only after they have been expanded.
@@ -397,6 +399,21 @@ def _rule(operation: Any, name: str, operands: list[Tensor], results: list[Tenso
     if name == "iota":
         return Rule(results[0].shape, (), (tuple((d,) for d in range(len(results[0].shape))),))
     return None
+
+
+def _scatter_rule(operation: Any, operands: list[Tensor], rule: Rule) -> Rule:
+    """The rule of a scatter, whose scattered dims must stay whole where there is but one index.
+
+    XLA's partitioner writes the wrong rows there if the operand has just been split (seen on jax 0.10.2, CPU: `x.at[5].set(v)`
+    with x constrained to be split by rows); with two indices or more it is right.
+    """
+    indices, updates = (len(operands) - 1) // 2, len(operands) - 1
+    scattered = re.search(r"scatter_dims_to_operand_dims = \[([\d, ]*)\]", str(operation.attributes["scatter_dimension_numbers"]))
+    if scattered is None or operands[indices].size > len(scattered.group(1).split(",")):
+        return rule
+    updated = {f for dim in rule.operands[updates] for f in dim}
+    kept_whole = tuple(f for dim in rule.operands[0] for f in dim if f not in updated and f not in rule.gathered)
+    return dataclasses.replace(rule, gathered=rule.gathered + kept_whole)
 
 
 def _flops(operation: Any, name: str, operands: list[Tensor], results: list[Tensor]) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from partita.cost.reshard import emitted_steps, step_bytes
-from partita.graph.graph import ITEMSIZE, Graph, Instruction, Phase
+from partita.graph.graph import ITEMSIZE, Graph, Instruction, Phase, constant_tensors
 from partita.plan.layout import Layout, Sharding, resolve
 from partita.plan.plan import Mesh
 
@@ -75,10 +75,10 @@ def halo_factors(x: Instruction, labels: Sequence[tuple[int, ...]]) -> tuple[tup
 
 
 def _computed(graph: Graph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:
-    seen = seen_labels(graph)
+    seen, free = seen_labels(graph), constant_tensors(graph)
     for i, x in enumerate(graph.instructions):
         operator = graph.owner[i]
-        if operator < 0 or x.rule is None:
+        if operator < 0 or x.rule is None or all(t in free for t in x.results):
             continue
         assignment = layout.assignments[operator]
         labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
@@ -101,7 +101,14 @@ def _computed(graph: Graph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:
                 for need in (low, high):
                     if need:
                         yield Collective(
-                            "collective_permute", part // rows * min(need, rows), axes, x.trips, operator, x.phase, "halo", x.path
+                            "collective_permute",
+                            part // rows * min(need, rows),
+                            axes,
+                            x.trips,
+                            operator,
+                            x.phase,
+                            "halo",
+                            x.path,
                         )
 
 
@@ -113,7 +120,7 @@ def _moved(graph: Graph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:
         for _, inside, _, _ in loop.carried:
             trips.setdefault(inside, graph.instructions[loop.instruction].trips * loop.trips)
     done: set[tuple[int, Sharding]] = set()
-    free = {t for x in graph.instructions if not any(graph.tensors[o].shape for o in x.operands) for t in x.results}
+    free = constant_tensors(graph)
     for read in layout.reads:
         if read.tensor in free:
             continue

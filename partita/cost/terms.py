@@ -15,29 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from partita.cost.collectives import halo_factors, reduced_factors, seen_labels
-from partita.graph.graph import Graph, Instruction, Label, Phase
+from partita.cost.memory import WEIGHTLESS, written_tensors
+from partita.graph.graph import Graph, Instruction, Label, Phase, constant_tensors
 from partita.graph.grouping import HEAVY
 from partita.plan.layout import families
 
-DEAR = {"exponential", "log", "tanh", "power", "divide", "rsqrt", "sqrt", "logistic", "erf", "sine", "cosine", "reduce"}
-"""Light instructions that XLA computes once and writes, instead of again in every reader."""
 OP_CLASS = {
     "dot_general": "dot", "convolution": "conv", "gather": "gather", "scatter": "gather", "reduce": "reduce",
     "reduce_window": "reduce", "select_and_scatter": "reduce", "sort": "sort",
 }  # fmt: skip
-WEIGHTLESS = {
-    "constant",
-    "iota",
-    "broadcast_in_dim",
-    "reshape",
-    "bitcast_convert",
-    "while",
-    "case",
-    "if",
-    "optimization_barrier",
-}
-"""Instructions that move nothing of their own: XLA folds them into their readers."""
-
 Factors = tuple[int, ...]
 
 
@@ -162,11 +148,6 @@ def terms(graph: Graph) -> Terms:
     return Terms(found, edges)
 
 
-def free_tensors(graph: Graph) -> set[int]:
-    """Values made from nothing but scalars (constants, iotas, broadcasts): every device makes its own part."""
-    return {t for x in graph.instructions if not any(graph.tensors[o].shape for o in x.operands) for t in x.results}
-
-
 def _factors(label: Label) -> Factors:
     return tuple(f for f in label if f >= 0)
 
@@ -177,9 +158,9 @@ def _iteration(x: Instruction, labels: list[Label], results: list[Label]) -> Fac
 
 
 def _works(graph: Graph, seen: dict[tuple[int, int], Label], found: list[OperatorTerms]) -> None:
-    free = free_tensors(graph)
+    free = constant_tensors(graph)
     made = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
-    written = _written(graph, made)
+    written = written_tensors(graph)
     group_of: dict[int, int] = {}
     members: dict[int, list[int]] = defaultdict(list)
     for i, x in enumerate(graph.instructions):
@@ -223,17 +204,6 @@ def _works(graph: Graph, seen: dict[tuple[int, int], Label], found: list[Operato
             read_from(t)
     for group in members.values():
         _work(graph, seen, group, read_from, written, found)
-
-
-def _written(graph: Graph, made: dict[int, int]) -> set[int]:
-    """Tensors that exist in memory: results of heavy and dear instructions, inputs of heavy ones, outputs, loop values."""
-    written = set(graph.outputs) | {t for loop in graph.loops for carried in loop.carried for t in carried}
-    for x in graph.instructions:
-        if x.name in HEAVY or x.name in DEAR:
-            written.update(x.results)
-        if x.name in HEAVY:
-            written.update(t for t in x.operands if t not in made or graph.instructions[made[t]].name not in WEIGHTLESS)
-    return written
 
 
 def _work(
@@ -280,10 +250,10 @@ def _work(
 def _communication(
     graph: Graph, seen: dict[tuple[int, int], Label], family: dict[int, int], found: list[OperatorTerms]
 ) -> None:
-    gradient = _gradients(graph, family)
+    gradient, free = _gradients(graph, family), constant_tensors(graph)
     for i, x in enumerate(graph.instructions):
         operator = graph.owner[i]
-        if operator < 0 or x.rule is None:
+        if operator < 0 or x.rule is None or all(t in free for t in x.results):
             continue
         labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
         reduced = reduced_factors(x, labels)
@@ -323,7 +293,7 @@ def _gradients(graph: Graph, family: dict[int, int]) -> dict[int, int]:
 def _moves(graph: Graph, found: list[OperatorTerms]) -> list[Move]:
     made = {t: x for x in graph.instructions for t in x.results}
     inside = {t: loop for loop in graph.loops for _, t, _, _ in loop.carried}
-    free, batch = free_tensors(graph), {a.tensor for a in graph.arguments if a.role == "batch"}
+    free, batch = constant_tensors(graph), {a.tensor for a in graph.arguments if a.role == "batch"}
     edges = []
     for use in graph.uses:
         home = graph.home[use.tensor]
@@ -360,9 +330,9 @@ def _memory(graph: Graph, family: dict[int, int], found: list[OperatorTerms]) ->
             )
         elif a.tensor not in family:
             found[home].resident.append((tensor.nbytes, _factors(graph.labels[a.tensor])))
-    written = _written(graph, {t: i for i, x in enumerate(graph.instructions) for t in x.results})
+    written = written_tensors(graph)
     read_later = {t for x in graph.instructions if x.phase == "backward" for t in x.operands}
-    free = free_tensors(graph)
+    free = constant_tensors(graph)
     for x in graph.instructions:
         if x.phase == "forward" and x.name not in WEIGHTLESS:
             for t in x.results:

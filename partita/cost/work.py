@@ -1,9 +1,27 @@
-"""INTERIM placeholder by the search author, to be replaced whole by the fidelity engineer: local_flops(graph, mesh, layout)"""
+"""FLOPs of one device in a step: every instruction's work over the factors that split its iteration space."""
 
+from __future__ import annotations
+
+import math
+
+from partita.cost.collectives import seen_labels
 from partita.graph.graph import Graph
 from partita.plan.layout import Layout
 from partita.plan.plan import Mesh
 
 
-def local_flops(graph: Graph, mesh: Mesh, layout: Layout) -> float:
-    return graph.flops / max(1, mesh.size)
+def local_flops(graph: Graph, mesh: Mesh, layout: Layout, loops_once: bool = False) -> float:
+    """FLOPs per device of one step by XLA's counting; `loops_once` counts a loop's body once, as XLA's cost analysis does."""
+    seen, total = seen_labels(graph), 0.0
+    for i, x in enumerate(graph.instructions):
+        if not x.flops:
+            continue
+        trips = 1 if loops_once else x.trips
+        if graph.owner[i] < 0:
+            total += x.flops * trips
+            continue
+        assignment = layout.assignments[graph.owner[i]]
+        labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)] + [graph.labels[t] for t in x.results]
+        axes = {a for label in labels for f in label for a in assignment.get(f, ())}
+        total += x.flops * trips / math.prod(mesh.sizes[a] for a in axes)
+    return total

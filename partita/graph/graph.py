@@ -257,6 +257,17 @@ def lines(graph: Graph) -> Iterable[str]:
         yield f"  {operator.name:{width}}  {operator.kind:8} {factors:32} {phases:>12}  {flops / 1e6:10.3f} MFLOP  {count:>10,} parameters"
 
 
+def constant_tensors(graph: Graph) -> frozenset[int]:
+    """Tensors that depend on no argument (broadcast constants, iotas, a causal mask): every device makes its own part."""
+    carried = {t for loop in graph.loops for values in loop.carried for t in values}
+    found: set[int] = set()
+    for x in graph.instructions:
+        if all(t in found for t in x.operands) and not carried & set(x.results):
+            found.update(x.results)
+    scalars = {t for x in graph.instructions if not any(graph.tensors[o].shape for o in x.operands) for t in x.results}
+    return frozenset(found | scalars)
+
+
 def parameters_of(graph: Graph) -> list[list[Argument]]:
     """Per operator, the arguments that live with it (an argument's home is the operator that reads it first)."""
     owned: list[list[Argument]] = [[] for _ in graph.operators]

@@ -74,6 +74,12 @@ class _Flat:
                 self.producer[t] = index
             for t in instruction.operands:
                 self.readers[t].append(index)
+        self.fixed: set[int] = set()
+        """Tensors that depend on no argument (a causal mask): XLA computes them once, nobody needs to plan them."""
+        carried = {t for loop in loops for values in loop.carried for t in values}
+        for instruction in instructions:
+            if all(t in self.fixed for t in instruction.operands) and not carried & set(instruction.results):
+                self.fixed.update(instruction.results)
         for number, loop in enumerate(loops):
             for index in range(*loop.body):
                 self.loop_of.setdefault(index, number)
@@ -127,6 +133,8 @@ def _owners(flat: _Flat) -> tuple[list[int], list[int]]:
 
 def _is_heavy(flat: _Flat, index: int) -> bool:
     instruction = flat.instructions[index]
+    if all(t in flat.fixed for t in instruction.results):
+        return False
     if instruction.name == "while":
         return any(
             flat.instructions[i].name in HEAVY for n, loop in enumerate(flat.loops) if loop.instruction == index
@@ -149,7 +157,8 @@ def _largest(flat: _Flat, owner: list[int], index: int, allowed: set[int] | None
             continue
         if allowed is not None and owner[producer] not in allowed or phase and flat.instructions[producer].phase != phase:
             continue
-        size = 0 if instruction.name == "concatenate" else flat.tensors[t].nbytes
+        # A broadcast weighs what it is made from: a mask must not claim what it masks.
+        size = 0 if instruction.name == "concatenate" else min(flat.tensors[t].nbytes, flat.tensors[flat.base(t)].nbytes)
         best = max(best, (size, owner[producer]))
     return best[1]
 

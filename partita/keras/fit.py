@@ -30,6 +30,7 @@ import keras
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from keras.src.backend.jax.trainer import JAXTrainer
+from keras.src.trainers.trainer import model_supports_jit
 
 from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import capture_model
@@ -201,7 +202,7 @@ class PlannedFit:
         if model.train_function is not None and not force:
             return
         self.steps, self._new, self._keras_function = {}, True, None
-        why = "run_eagerly=True" if model.run_eagerly else "" if model.jit_compile else "jit_compile=False"
+        why = "run_eagerly=True" if model.run_eagerly else "jit_compile=False" if _unjitted(model) else ""
         if why:
             self._warn(f"The model '{model.name}' is compiled with {why}, so it trains on one device, as Keras runs it.")
         elif keras.distribution.distribution() is not None:
@@ -253,11 +254,9 @@ class PlannedFit:
         try:
             captured = capture_model(model, batch)
         except Exception as error:  # noqa: BLE001  whatever it is, Keras can still train, and says better what the user did wrong
-            says = str(error) if isinstance(error, CaptureError) else (
-                f"The training step of '{model.name}' cannot be captured: {type(error).__name__}: {error}"
-            )  # fmt: skip
-            self._warn(f"{says.splitlines()[0].rstrip('.')}. It trains on one device, as Keras runs it.")
-            return self._alone()
+            if isinstance(error, CaptureError):
+                return self._alone(str(error))
+            return self._alone(f"The training step of '{model.name}' cannot be captured: {type(error).__name__}: {error}")
         plan = self._plan(captured)
         if not plan.storage and not any(plan.choices.values()):
             return self._alone()
@@ -266,11 +265,15 @@ class PlannedFit:
                 f"The plan '{plan.name}' is for {plan.devices} devices, and JAX has {len(jax.devices())}. "
                 f"Plan for {len(jax.devices())}, or start with {plan.devices}."
             )
-        planned = planned_step(captured, plan)
-        program = planned.lower().compile()
+        try:
+            planned = planned_step(captured, plan)
+            program = planned.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            return self._alone(f"The planned step of '{model.name}' cannot be compiled: {error}")
         lines = self.verifier(planned, program, state, batch)
-        for line in lines if self.report is not None and self.running is None else ():
-            self.report(line)
+        if self.report is not None and self.running is None:
+            for line in lines:
+                self.report(line)
         return Compiled(planned, program)
 
     def _warn(self, sentence: str) -> None:
@@ -292,10 +295,13 @@ class PlannedFit:
         self.plan = self.planner(captured)
         return self.plan
 
-    def _alone(self) -> None:
+    def _alone(self, why: str = "") -> None:
         """Leaves this shape to Keras; where it is the first, all shapes, at no cost per step."""
+        model: Any = self.model
+        if why:
+            self._warn(f"{why.splitlines()[0].rstrip('.')}. It trains on one device, as Keras runs it.")
         if not self.steps:
-            self.model.train_function = self._keras()
+            model.train_function = self._keras()
 
     def _keras(self) -> Callable[[Any, Any], Any]:
         """Keras's own train function, made by Keras."""
@@ -322,12 +328,14 @@ class PlannedFit:
         make = model._make_function
 
         def make_on_mesh(step: Any, **how: Any) -> Any:
+            on_mesh = step if model.jit_compile else jax.jit(step)
+
             def step_on_mesh(state: Any, batch: Any) -> tuple[Any, Any]:
                 if self.running is None:
                     return step(state, batch)
                 mesh = self.running.planned.mesh
                 self._placed = None
-                return _settled(step(jax.tree.map(lambda x: _onto(x, mesh), state), _split(batch, mesh)))
+                return _settled(on_mesh(jax.tree.map(lambda x: _onto(x, mesh), state), _split(batch, mesh)))
 
             return make(step_on_mesh, **how)
 
@@ -345,6 +353,14 @@ def _settled(values: Any) -> Any:
     until XLA ends the process (seen on jax 0.10.2 within 100 steps, with `keras.distribution` too).
     """
     return jax.block_until_ready(values) if jax.default_backend() == "cpu" else values
+
+
+def _unjitted(model: Any) -> bool:
+    """Whether the user wants steps that are not compiled.
+
+    Where a layer is one that TensorFlow cannot compile (RandomRotation and its like), Keras itself decides so; JAX can.
+    """
+    return not model.jit_compile and model_supports_jit(model)
 
 
 def _key(values: Any) -> Any:

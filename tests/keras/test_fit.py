@@ -1,7 +1,12 @@
 """A planned `fit` does what Keras's own does: same losses, metrics and weights, to float32 rounding."""
 
+import copy
+import dataclasses
 import itertools
+import pickle
+import signal
 import warnings
+from typing import Any
 
 import jax
 import keras
@@ -70,7 +75,7 @@ MODELS = {
 }
 
 
-def made(build=mlp, plan=None, optimizer="adam", report=None, calls=None, **compiling):
+def made(build=mlp, plan=None, optimizer: Any = "adam", report=None, calls=None, **compiling) -> Any:
     """A model from fixed seeds; attached to the plan of a baseline if one is named."""
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
@@ -283,6 +288,17 @@ def test_what_runs_eagerly_trains_unplanned_with_one_sentence(compiling):
     assert said == [f"The model 'sequential' is compiled with {given}, so it trains on one device, as Keras runs it."]
 
 
+def test_augmentation_that_keras_does_not_compile_is_planned_all_the_same():
+    def build():
+        return keras.Sequential([keras.Input((8, 8, 3)), layers.RandomRotation(0.1), layers.Flatten(), layers.Dense(5)])
+
+    x, y = MODELS["cnn"][1]
+    plain, planned = plain_and_planned(build=build, x=x[:24], y=y[:24], epochs=1)
+    close(plain.evaluate(x[:8], y[:8], verbose=0), planned.evaluate(x[:8], y[:8], verbose=0), 1e-4)
+    assert not planned.jit_compile
+    assert devices_of(planned) == 4
+
+
 def test_what_cannot_be_captured_trains_unplanned_with_one_sentence():
     def build():
         return keras.Sequential([layers.Dense(8), layers.Lambda(tapped), layers.Dense(5)])
@@ -356,6 +372,36 @@ def test_an_interrupt_or_an_error_in_the_data_keeps_what_was_learned():
         with pytest.raises(error):
             model.fit((raising(error) for _ in range(1)), verbose=0, steps_per_epoch=1)
         close(before, model.get_weights(), 0)
+
+
+def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end():
+    x, y = MODELS["mlp"][1]
+    plain = made()
+    plain.train_on_batch(x[:16], y[:16])
+    plain.train_on_batch(x[16:32], y[16:32])
+    model = made(plan="data parallel")
+    model.train_on_batch(x[:16], y[:16])
+    fit = attached(model)
+    ((key, step),) = fit.steps.items()
+
+    def interrupted(*arguments):
+        found = step.program(*arguments)
+        signal.raise_signal(signal.SIGINT)
+        return found
+
+    fit.steps[key] = dataclasses.replace(step, program=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.train_on_batch(x[16:32], y[16:32])
+    close(plain.get_weights(), model.get_weights())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_attached_model_is_copied_and_pickled_as_keras_does():
+    model = made(plan="data parallel")
+    trained(model, *MODELS["mlp"][1], epochs=1)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        close(model.get_weights(), other.get_weights(), 0)
+    assert attached(keras.models.clone_model(model)) is None
 
 
 def raising(error):
