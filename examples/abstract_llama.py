@@ -1,7 +1,7 @@
-"""Plans the training of a transformer with 8 billion parameters for 16 nodes of 8 H100s, without allocating one of them.
+"""Plans the training of a transformer with 8 billion parameters for eight H200s, without allocating one of them.
 
     python examples/abstract_llama.py
-    python examples/abstract_llama.py --machine dgx-h200:4 --batch 32 --save llama.json
+    python examples/abstract_llama.py --machine dgx-h200:16 --batch 128 --save llama.json
 """
 
 import argparse
@@ -36,8 +36,8 @@ def llama(width=4096, blocks=32, heads=32, hidden=14336, vocabulary=128256, leng
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--machine", default="dgx-h100:16")
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--machine", default="h200:8")
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--save")
     arguments = parser.parse_args()
 
@@ -49,7 +49,8 @@ def main() -> None:
     plan = partita.plan(model, batch_size=arguments.batch, machine=arguments.machine)
     seconds = time.perf_counter() - start
 
-    print(plan)
+    lines = str(plan).splitlines()
+    print(*lines[:9], f"  ... {len(lines) - 15} lines ...", *lines[-6:], sep="\n")
     tokens = arguments.batch * model.inputs[0].shape[1]
     print(f"{model.count_params():,} parameters; {tokens / plan.predicted['seconds']:,.0f} tokens a second predicted")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -8,8 +8,8 @@ All that touches MLIR's Python bindings and JAX's dialect registry is in this fi
 
 from __future__ import annotations
 
-import io
 import dataclasses
+import io
 import math
 import re
 from collections.abc import Iterator

@@ -23,5 +23,6 @@ def local_flops(graph: Graph, mesh: Mesh, layout: Layout, loops_once: bool = Fal
         assignment = layout.assignments[graph.owner[i]]
         labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)] + [graph.labels[t] for t in x.results]
         axes = {a for label in labels for f in label for a in assignment.get(f, ())}
+        axes |= {a for t in x.results for dim in layout.own[t] for a in dim}  # an update is done where its slots are kept
         total += x.flops * trips / math.prod(mesh.sizes[a] for a in axes)
     return total

@@ -88,8 +88,9 @@ def attached(model: keras.Model) -> PlannedFit | None:
 
 
 @contextmanager
-def attaching(planner: Planner, report: Callable[[str], None], verifier: Verifier) -> Iterator[None]:
-    """Inside, every model that is not attached yet is, when Keras first makes its train function."""
+def attaching(planner: Planner, report: Callable[[str], None], verifier: Verifier) -> Iterator[list[keras.Model]]:
+    """Inside, every model that is not attached yet is, when Keras first makes its train function; gives those that were."""
+    models: list[keras.Model] = []
 
     def make_train_function(model: Any, force: bool = False) -> None:
         if attached(model) is not None:
@@ -99,10 +100,11 @@ def attaching(planner: Planner, report: Callable[[str], None], verifier: Verifie
         except PartitaError as error:
             report(str(error))
             return _make_keras_train_function(model, force)
+        models.append(model)
         model.make_train_function(force)
 
     with _instead(make_train_function=make_train_function):
-        yield
+        yield models
 
 
 @contextmanager
@@ -253,7 +255,7 @@ class PlannedFit:
         model: Any = self.model
         try:
             captured = capture_model(model, batch)
-        except Exception as error:  # noqa: BLE001  whatever it is, Keras can still train, and says better what the user did wrong
+        except Exception as error:  # whatever it is, Keras can still train, and says better what the user did wrong
             if isinstance(error, CaptureError):
                 return self._alone(str(error))
             return self._alone(f"The training step of '{model.name}' cannot be captured: {type(error).__name__}: {error}")

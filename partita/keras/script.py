@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partita.errors import CaptureError, PartitaError
+from partita.units import format_seconds
 
 if TYPE_CHECKING:
     from partita.capture.jax_functions import Captured
@@ -39,8 +40,11 @@ def run_script(
     say = report or (lambda sentence: None)
     source = _read(path)
     try:
-        with attaching(planner, say, check_and_compare if verify else check_compiled), _as_main(path, arguments) as main:
-            exec(compile(source, str(path), "exec", dont_inherit=True), vars(main))  # noqa: S102
+        checks = check_and_compare if verify else check_compiled
+        with attaching(planner, say, checks) as models, _as_main(path, arguments) as main:
+            exec(compile(source, str(path), "exec", dont_inherit=True), vars(main))
+        for model in models:
+            _tell_time(model, say)
     except SystemExit as stop:
         return _exit_code(stop)
     except KeyboardInterrupt:
@@ -48,10 +52,20 @@ def run_script(
         return 130
     except PartitaError:
         raise
-    except BaseException as error:  # noqa: BLE001  whatever the script raises is shown as Python would show it
+    except BaseException as error:  # whatever the script raises is shown as Python would show it
         _show(error)
         return 1
     return 0
+
+
+def _tell_time(model: Any, say: Callable[[str], None]) -> None:
+    """Says how long a step took against what was predicted, once enough steps have run."""
+    from partita.keras.fit import attached
+
+    fit = attached(model)
+    if fit is not None and fit.plan is not None and fit.step_seconds is not None and "seconds" in fit.plan.predicted:
+        predicted = format_seconds(fit.plan.predicted["seconds"])
+        say(f"'{model.name}': {format_seconds(fit.step_seconds)} a step measured (median), {predicted} predicted")
 
 
 def plan_script(path: str | Path, arguments: Sequence[str]) -> Captured:
@@ -68,7 +82,7 @@ def plan_script(path: str | Path, arguments: Sequence[str]) -> Captured:
 
     try:
         with first_step(stop), _as_main(path, arguments) as main:
-            exec(compile(source, str(path), "exec", dont_inherit=True), vars(main))  # noqa: S102
+            exec(compile(source, str(path), "exec", dont_inherit=True), vars(main))
     except _Stop:
         pass
     except SystemExit as ended:
@@ -77,7 +91,7 @@ def plan_script(path: str | Path, arguments: Sequence[str]) -> Captured:
             raise CaptureError(f"{path} called sys.exit({code}) before it trained a Keras model, so there is nothing to plan.") from None
     except (KeyboardInterrupt, PartitaError):
         raise
-    except BaseException as error:  # noqa: BLE001  whatever the script raises is shown as Python would show it
+    except BaseException as error:  # whatever the script raises is shown as Python would show it
         if not found:
             _show(error)
             what = type(error).__name__

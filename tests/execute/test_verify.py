@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -83,6 +84,27 @@ def test_the_planned_step_equals_the_one_on_one_device(name):
     assert [d.name for d in differences] == ["loss", "w"]
     assert max(d.relative for d in differences) < 1e-6
     np.testing.assert_array_equal(before, state[0])
+
+
+@pytest.mark.parametrize("indices", [[5], [5, 2]])
+def test_rows_written_at_one_index_are_not_split(indices):
+    """XLA's partitioner writes them wrongly; capture keeps the written dim whole, and the split step equals the plain one."""
+
+    def step(state, data):
+        (weights,) = state
+        written = (weights * 2).at[np.array(indices)].set(data.sum(0))
+        return {}, (written @ jnp.ones((6, 6)),)
+
+    shape = jax.ShapeDtypeStruct
+    found = capture_step(step, (shape((8, 6), "float32"),), shape((4, 6), "float32"), [Leaf("w", "parameter")], batch_size=4)
+    state, batch = (np.arange(48, dtype="float32").reshape(8, 6),), np.ones((4, 6), "float32")
+    mesh = mesh_for((2,))
+    for o in found.graph.operators:
+        for f in o.factors:
+            plan = BASELINES["one device"](found.graph, "host", mesh)
+            split = dataclasses.replace(plan, choices={**plan.choices, o.name: {"a": found.graph.factors[f].name}})
+            differences = compare_steps(found, planned_step(found, split), state, batch)
+            assert max(d.relative for d in differences) < 1e-6
 
 
 def test_a_wrong_step_is_seen():
