@@ -1,8 +1,9 @@
 # On a fresh machine with Python 3.11 to 3.13 and make: `make demo` shows what Partita does, `make test` that it works.
+# Another interpreter: make PYTHON=python3.12 test
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format benchmark clean
+.PHONY: demo test lint format golden benchmark clean
 
 demo: .venv/installed
 	$(BIN)/partita run --devices 4 examples/train_digits.py --epochs 3
@@ -18,6 +19,11 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Rewrites what tests compare with: saved graphs, stored output of the examples. Look at the difference before you commit it.
+golden: .venv/installed
+	$(BIN)/python tests/data/make_graphs.py
+	$(BIN)/python tests/test_examples.py
+
 benchmark: .venv/installed
 	$(BIN)/python benchmarks/fidelity.py
 	$(BIN)/python benchmarks/equality.py
@@ -26,6 +32,8 @@ clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 .venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 14) or \
+	  sys.exit(f"Partita needs Python 3.11 to 3.13, and $(PYTHON) is {v.major}.{v.minor}: name another, make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	touch $@
+	@touch $@

@@ -10,43 +10,79 @@ import partita
 
 ROOT = Path(partita.__file__).parent
 ORDER = [
-    {"errors"}, {"units"}, {"graph", "machine"}, {"plan"}, {"cost"}, {"simulate"}, {"search"}, {"capture", "execute"},
+    {"errors"}, {"units"}, {"graph", "machine"}, {"plan"}, {"cost"}, {"simulate"}, {"search"}, {"capture"}, {"execute"},
     {"keras", "gnn", "manage", "report"}, {"api"}, {"cli"}, {"__init__", "__main__"},
 ]  # fmt: skip
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 PURE = {"errors", "units", "graph", "machine", "plan", "cost", "simulate", "search"}
 DOORS = {
-    ("plan", "api"): "plan.apply(model) and plan.layout_map(model) are the way back up, inside functions",
+    ("plan", "api"): "plan.apply(model) and plan.layout_map(model) are the way back up",
 }
-RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-MODULES = sorted(ROOT.rglob("*.py"))
+"""Imports against the order that are allowed inside functions, and why."""
 
 
-def folder_of(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return parts[0]
-
-
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """(imported module, whether inside a function) of every import of a file."""
-    tree = ast.parse(path.read_text())
+def imports(source: str) -> Iterator[tuple[str, bool]]:
+    """(imported module, whether inside a function) of every import of a source; a relative one begins with a dot."""
+    tree = ast.parse(source)
     inside = {n for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node in inside) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module, node in inside
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            names = [f"partita.{a.name}" for a in node.names] if module == "partita" else [module]
+            yield from ((name, node in inside) for name in names)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def offences(mine: str, source: str) -> list[str]:
+    """What a module of the folder (or top-level module) `mine` imports and must not."""
+    found = []
+    for name, inside in imports(source):
+        package, *rest = name.split(".")
+        if package == "":
+            found.append(f"the relative import {name}")
+        elif package == "partita":
+            theirs = rest[0] if rest and rest[0] in RANK else "__init__"
+            if theirs != mine and RANK[theirs] >= RANK[mine] and not (inside and (mine, theirs) in DOORS):
+                found.append(f"{name}, which does not come before {mine}")
+        elif mine in PURE and package in ("jax", "jaxlib", "keras"):
+            found.append(f"{name}: {mine} works without it")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_module_imports_only_what_comes_before_it(path: Path) -> None:
-    mine = folder_of(path)
-    for name, inside in imports(path):
-        parts = name.split(".")
-        if parts[0] == "partita":
-            theirs = parts[1] if len(parts) > 1 else "__init__"
-            if inside and (mine, theirs) in DOORS:
-                continue
-            same_rank_allowed = theirs == mine or {mine, theirs} == {"capture", "execute"}
-            assert RANK[theirs] < RANK[mine] or same_rank_allowed, f"{path.name} imports {name}, which comes after {mine}"
-        if mine in PURE:
-            assert parts[0] not in ("jax", "jaxlib", "keras"), f"{path.name} imports {name}: '{mine}' is planned without it"
+    mine = path.relative_to(ROOT).with_suffix("").parts[0]
+    assert mine in RANK, f"{mine} has no place in the order yet"
+    assert offences(mine, path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("mine", "source"),
+    [
+        ("plan", "from partita.cost.terms import terms"),
+        ("plan", "def f():\n    from partita.cost.terms import terms"),
+        ("plan", "from partita.api import parallelize"),
+        ("graph", "import partita.machine"),
+        ("capture", "from partita.execute import program"),
+        ("cost", "import partita"),
+        ("cost", "from partita import api"),
+        ("report", "from partita.keras.fit import attach"),
+        ("search", "def f():\n    import jax.numpy as jnp"),
+        ("search", "if True:\n    from keras import layers"),
+        ("execute", "from . import program"),
+    ],
+)
+def test_an_import_against_the_order_is_found(mine: str, source: str) -> None:
+    assert len(offences(mine, source)) == 1
+
+
+def test_imports_down_the_order_and_through_a_door_are_none_of_its_business() -> None:
+    assert offences("cli", "import json\nfrom partita import errors\ndef f():\n    from partita.api import plan") == []
+    assert offences("plan", "def f():\n    from partita.api import parallelize") == []
+
+
+def test_the_doors_are_all_in_use() -> None:
+    for (mine, theirs), why in DOORS.items():
+        sources = [p.read_text() for p in (ROOT / mine).rglob("*.py")]
+        assert any((f"partita.{theirs}", True) in set(imports(s)) for s in sources), f"nothing uses the door: {why}"

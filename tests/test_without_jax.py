@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = """
+import pytest
+
+DATA = Path(__file__).parent / "data"
+REFUSE = """
 import sys
 
 class Refuse:
@@ -13,18 +16,49 @@ class Refuse:
             raise ImportError(f"{name} must not be needed")
 
 sys.meta_path.insert(0, Refuse())
-from partita.api import found
-from partita.graph.graph import Graph
+"""
+PLAN = """
+from partita.api import check_plan, found, predicted
+from partita.graph.graph import Graph, check
 from partita.machine import load
+from partita.plan.baselines import BASELINES
+from partita.plan.layout import layout
+from partita.plan.plan import Plan, diff
+from partita.search.find import mesh_of
 
-plan = found(Graph.load(sys.argv[1]), load("dgx-h100"))
+graph, machine = check(Graph.load(sys.argv[1])), load("dgx-h100")
+for make in BASELINES.values():
+    baseline = make(graph, machine.name, mesh_of(machine))
+    assert len(layout(graph, baseline).own) == len(graph.tensors)
+plan = found(graph, machine)
 print(plan)
-assert plan.choices and plan.predicted["seconds"] > 0
+assert plan.predicted["seconds"] <= min(b["seconds"] for b in plan.why["baselines"].values())
+plan.save(sys.argv[2])
+again = check_plan(Plan.load(sys.argv[2]), graph, machine)
+assert again == plan and diff(again, plan) == []
+assert abs(predicted(graph, machine, again).seconds - plan.predicted["seconds"]) <= 1e-9 * plan.predicted["seconds"]
 """
 
 
-def test_a_saved_graph_is_planned_without_jax() -> None:
-    graph = Path(__file__).parent / "data" / "cnn.graph.json"
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(graph)], capture_output=True, text=True, timeout=120)
+def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", REFUSE + program, *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer"])
+def test_a_saved_graph_is_planned(name: str, tmp_path: Path) -> None:
+    done = run(PLAN, str(DATA / f"{name}.graph.json"), str(tmp_path / "plan.json"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("plan 'found' for cnn on dgx-h100")
+    assert done.stdout.startswith(f"plan 'found' for {name} on dgx-h100")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["machine", "show", "h100:8"], ["explain", "PLAN"], ["diff", "PLAN", "PLAN"]])
+def test_plans_and_machines_are_shown(arguments: list[str], tmp_path: Path) -> None:
+    path = str(tmp_path / "plan.json")
+    assert run(PLAN, str(DATA / "mlp.graph.json"), path).returncode == 0
+    arguments = [path if a == "PLAN" else a for a in arguments]
+    done = run("from partita.cli import main\nsys.argv[0] = 'partita'\nmain()", *arguments)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_what_needs_jax_says_so() -> None:
+    assert "jax must not be needed" in run("import partita.capture.jax_functions").stderr

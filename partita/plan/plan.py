@@ -261,7 +261,7 @@ def illegal(graph: Graph, operator: int, used: Mapping[str, str], mesh: Mesh) ->
     XLA's partitioner sums the weight gradient of some convolutions over all devices instead of over those that share the sum
     (seen on jax 0.10.2, CPU: it comes out too large by the number of devices left over). That is so for a convolution split
     in space and for a grouped one; it is right when every device takes part. On some splits of a grouped convolution by its
-    groups it aborts the process.
+    channels it is wrong too, or aborts the process.
     """
     if graph.operators[operator].kind != "conv" or not mesh.axes:
         return None
@@ -270,18 +270,9 @@ def illegal(graph: Graph, operator: int, used: Mapping[str, str], mesh: Mesh) ->
     whole = len(used) == len(mesh.axes)
     if "A" in kinds and not (whole and kinds <= {"S", "A"}):
         return "a convolution that is split in space (A) must split every other axis by S or A too"
-    if kinds and _grouped(graph, operator):
-        if "S" in kinds and not whole:
-            return "a grouped convolution that is split by S must split every axis"
-        if kinds != {"S"} and not _depthwise(graph, operator):
-            return "a grouped convolution can only be split by S"
+    if kinds and _grouped(graph, operator) and not (whole and kinds == {"S"}):
+        return "a grouped convolution can only be split by S, over every axis"
     return None
-
-
-def _depthwise(graph: Graph, operator: int) -> bool:
-    """Whether a convolution sums over no channels: one group per channel."""
-    rule = graph.instructions[graph.operators[operator].heavy].rule
-    return rule is None or all(rule.sizes[f] == 1 for f in rule.reduction)
 
 
 def _grouped(graph: Graph, operator: int) -> bool:

@@ -16,7 +16,7 @@ from partita.graph.graph import Graph
 from partita.plan.plan import Mesh, illegal
 
 ORDER = "SAPR"
-LIMIT = 400
+LIMIT = 200
 """Choices per operator above which fewer uses per level are allowed."""
 
 Choice = tuple[int, ...]

@@ -373,7 +373,15 @@ def test_an_interrupt_or_an_error_in_the_data_keeps_what_was_learned():
         close(before, model.get_weights(), 0)
 
 
-def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end():
+@pytest.fixture
+def interrupts():
+    """Python's own SIGINT handler, also where tests run in the background and the shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(interrupts):
     x, y = MODELS["mlp"][1]
     plain = made()
     plain.train_on_batch(x[:16], y[:16])

@@ -1,8 +1,0 @@
-import os
-
-os.environ["KERAS_BACKEND"] = "jax"
-# Devices as in the rest of the tests; machine code that compiles a third faster and runs slower (the partitioner is the same).
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
-os.environ["NPROC"] = "1"
