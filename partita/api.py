@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -169,7 +170,8 @@ def check_plan(given: Plan, graph: Graph, machine: Machine) -> Plan:
             f"The plan '{given.name}' is for {given.devices} devices; {machine.name} has {machine.devices}. "
             f"Plan again for {machine.devices}, or run with --devices {given.devices}."
         )
-    if given.batch_size and graph.batch_size and given.batch_size != graph.batch_size:
+    same_model = set(given.choices) == {o.name for o in graph.operators}
+    if same_model and given.batch_size and graph.batch_size and given.batch_size != graph.batch_size:
         given = fit_plan(given, graph)
     return check(given, graph)
 
@@ -188,11 +190,31 @@ def layout_map(plan: Plan, model: Any, batch_size: int | None = None) -> Any:
 
     captured = capture(model, batch_size or plan.batch_size)
     where = layout(captured.graph, check(plan, captured.graph))
-    names = [a.name for a in plan.mesh.axes] or ["a"]
-    device_mesh = keras.distribution.DeviceMesh(plan.mesh.sizes or (1,), names)
+    wanted = {a.path: [tuple(axes) for axes in where.own[a.tensor]] for a in captured.graph.arguments if a.role == "parameter"}
+    # A Keras layout takes one axis per dim: axes that always split a dim together become one.
+    blocks = sorted({axes for dims in wanted.values() for axes in dims if axes}, key=lambda b: (-len(b), b))
+    kept: list[tuple[int, ...]] = []
+    for block in blocks:
+        if any(set(block) & set(other) for other in kept):
+            path = next(p for p, dims in wanted.items() if block in dims)
+            raise PlanError(
+                f"This plan has no LayoutMap: it splits a dim of '{path}' over part of the axes that another variable's dim is "
+                f"split over, and a Keras layout takes one whole axis per dim. Use plan.apply(model) instead."
+            )
+        kept.append(block)
+    used = {x for block in kept for x in block}
+    grid = sorted([*kept, *((x,) for x in range(len(plan.mesh.axes)) if x not in used)])
+    if [x for block in grid for x in block] != list(range(len(plan.mesh.axes))):
+        raise PlanError(
+            "This plan has no LayoutMap: the axes that it combines are not neighbours. Use plan.apply(model) instead."
+        )
+    names = {block: "_".join(plan.mesh.axes[x].name for x in block) for block in grid}
+    shape = [math.prod(plan.mesh.sizes[x] for x in block) for block in grid]
+    at_hand = keras.distribution.list_devices()
+    if len(at_hand) < plan.devices:
+        raise PlanError(f"The plan is for {plan.devices} devices, and Keras sees {len(at_hand)}. Plan again for {len(at_hand)}.")
+    device_mesh = keras.distribution.DeviceMesh(shape or [1], list(names.values()) or ["a"], at_hand[: plan.devices])
     found_map = keras.distribution.LayoutMap(device_mesh)
-    for a in captured.graph.arguments:
-        if a.role == "parameter":
-            axes = [tuple(names[x] for x in dim) for dim in where.own[a.tensor]]
-            found_map[a.path] = tuple((dim[0] if len(dim) == 1 else dim) if dim else None for dim in axes)
+    for path, dims in wanted.items():
+        found_map[path] = tuple(names[axes] if axes else None for axes in dims)
     return found_map

@@ -236,7 +236,7 @@ def _work(
     moved: dict[Factors, int] = {}
     for nbytes, factors in traffic.values():
         moved[factors] = moved.get(factors, 0) + nbytes
-    if flops < 64 and sum(moved.values()) < 256:
+    if flops < 64 and sum(moved.values()) < 256 and first.name not in HEAVY:
         return
     space = max(spaces, key=lambda s: spaces[s]) if spaces else max(moved, key=len, default=())
     classes = [OP_CLASS.get(graph.instructions[i].name, "elementwise") for i in group]

@@ -106,7 +106,13 @@ def _one_device(
     if plan.mesh.size > 1 and (not split or prediction.seconds >= alone.seconds and alone.peak_bytes <= capacity(machine)):
         mesh = Mesh(())
         one = Plan(graph.name, plan.machine, mesh, {o.name: {} for o in graph.operators}, {}, plan.name, plan.batch_size)
-        others = [p for n, p in predictions.items() if n != "one device"]
+        others = [p for p in predictions.values() if p.traffic]
+        if not others:
+            why = (
+                f"one of {plan.mesh.size} devices is used: nothing can be split {plan.mesh.size} ways, because no size (batch "
+                f"{graph.batch_size}, channels, units) is a multiple of its prime factors that a plan could use"
+            )
+            return replace(one, notes=(why,)), replace(predict(graph, machine, one), plan=plan.name)
         best = min(others, key=lambda p: p.seconds)
         why = (
             f"one of {plan.mesh.size} devices is used: splitting does not pay, the best split ('{best.plan}') is predicted at "

@@ -1,0 +1,52 @@
+"""The doors of the package: a plan for another model is refused, and one can be taken away as a plain Keras layout."""
+
+import keras
+import pytest
+from keras import layers
+
+import partita
+from partita.api import capture, check_plan
+from partita.errors import CaptureError, PlanError
+from partita.machine import host
+
+
+def made(width: int = 512) -> keras.Model:
+    model = keras.Sequential([keras.Input((64,)), layers.Dense(width, activation="relu", name="wide"), layers.Dense(8, name="out")])
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+def test_a_plan_of_another_model_batch_or_machine() -> None:
+    graph = capture(made(), 32).graph
+    plan = partita.plan(made(), 32, machine=host(4, 1 << 30))
+    assert check_plan(plan, graph, host(4, 1 << 30)) == plan
+    smaller = check_plan(plan, capture(made(), 2).graph, host(4, 1 << 30))
+    assert smaller.batch_size == 2
+    with pytest.raises(PlanError, match=r"is for 4 devices; host:2 has 2. Plan again for 2, or run with --devices 4"):
+        check_plan(plan, graph, host(2, 1 << 30))
+    other = keras.Sequential([keras.Input((8,)), layers.Dense(4, name="else")])
+    other.compile("sgd", "mse")
+    with pytest.raises(PlanError, match="made for another model .* the model has no 'wide', 'out'; the plan says nothing about 'else'"):
+        check_plan(plan, capture(other, 16).graph, host(4, 1 << 30))
+
+
+def test_a_plan_as_a_keras_layout_map() -> None:
+    model = made(4096)
+    plan = partita.plan(model, 32, machine=host(4, 1 << 30))
+    layout_map = plan.layout_map(model)
+    assert plan.to_json()["operators"] == {"wide": "P:a,b", "out": "R:a,b"}
+    (kernel,) = [path for path in layout_map if path.endswith("wide/kernel")]
+    assert layout_map[kernel].axes == (None, "a_b")
+
+
+def test_what_is_missing_is_said() -> None:
+    with pytest.raises(CaptureError, match="is not compiled, so it has no loss and no optimizer. Call model.compile"):
+        capture(keras.Sequential([keras.Input((4,)), layers.Dense(2)]), 8)
+    model = keras.Sequential([keras.Input((None, 4)), layers.LSTM(2)])
+    model.compile("sgd", "mse")
+    with pytest.raises(CaptureError, match="dim 1 is not fixed. Give a batch of the shapes you train on"):
+        capture(model, 8)
+    frozen = made()
+    frozen.trainable = False
+    with pytest.raises(CaptureError, match="has no trainable variables"):
+        capture(frozen, 8)
