@@ -12,7 +12,7 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from jax.extend.mlir import deserialize_portable_artifact, ir, passmanager
 from jax.extend.mlir.dialects import sdy
 
 from partita.errors import CaptureError
-from partita.graph.graph import Instruction, Loop, Phase, Rule, Tensor
+from partita.graph.graph import Instruction, Loop, Phase, Rule, Tensor, Window
 
 OPAQUE = {
     "reduce",
@@ -160,7 +160,7 @@ def location_name(operation: Any) -> str:
 
 _NOISE = re.compile(
     r"^(jit|vmap|pmap|custom_jvp_call|custom_vjp_call|remat\d?|xla_call|cond|scan)(\(.*\))?$"
-    r"|^(while|body|closed_call|checkpoint|rematted_computation|branch_\d+_fun|custom_jvp_call|custom_vjp_call|fori_loop.*)$|->"
+    r"|^(while|body|call_exported|closed_call|checkpoint|rematted_computation|branch_\d+_fun|custom_jvp_call|custom_vjp_call|fori_loop.*)$|->"
 )
 _WRAP = re.compile(r"^(transpose|jvp|vmap|remat|checkpoint|linearize)\((.*)\)$")
 
@@ -318,9 +318,9 @@ class _Reader:
         results = tuple(self.tensor(v) for v in operation.results)
         rule = _rule(operation, name, [program.tensors[t] for t in operands], [program.tensors[t] for t in results])
         flops = _flops(operation, name, [program.tensors[t] for t in operands], [program.tensors[t] for t in results])
-        halo = _halo(operation, name, rule)
+        windows, groups = _windows(operation, name, rule), _number(operation, "batch_group_count")
         program.instructions.append(
-            Instruction(name, layer_path(full), phase_of(full), operands, results, rule, flops, trips, halo)
+            Instruction(name, layer_path(full), phase_of(full), operands, results, rule, flops, trips, windows, groups)
         )
         if name == "while":
             self._while(operation, index, operands, results, trips)
@@ -389,6 +389,8 @@ def _rule(operation: Any, name: str, operands: list[Tensor], results: list[Tenso
             tuple(r.factor_sizes), maps(r.operand_mappings), maps(r.result_mappings), tuple(r.reduction_factors),
             tuple(r.permutation_factors), tuple(r.need_replication_factors),
         )  # fmt: skip
+        if name == "select_and_scatter":
+            return _select_rule(operation, operands, rule)
         return _scatter_rule(operation, operands, rule) if name == "scatter" else rule
     shaped = [t for t in operands + results if t.shape]
     if name not in FREE and shaped and all(t.shape == shaped[0].shape for t in shaped):
@@ -399,6 +401,26 @@ def _rule(operation: Any, name: str, operands: list[Tensor], results: list[Tenso
     if name == "iota":
         return Rule(results[0].shape, (), (tuple((d,) for d in range(len(results[0].shape))),))
     return None
+
+
+def _select_rule(operation: Any, operands: list[Tensor], rule: Rule) -> Rule:
+    """The rule of the backward pass of pooling by maximum: split where windows do not overlap, whole elsewhere.
+
+    Shardy names the dims of operand and source apart. Where every window is as long as its stride, a part of the source belongs
+    to a part of the operand, and they are one factor; elsewhere XLA would exchange halos of both, back and forth.
+    """
+    windows = _pooling(operation, operands[0].shape)
+    merged, whole = {}, set(rule.gathered) | set(rule.halo)
+    for d, (window, wide, narrow) in enumerate(zip(windows, rule.operands[0], rule.operands[1], strict=True)):
+        aligned = window.step == window.reach and window.low == 0 and window.size == window.count * window.step
+        if wide != narrow and aligned and operands[1].shape[d] > 1:
+            merged[wide[0]] = narrow[0]
+            whole -= {wide[0], narrow[0]}
+    side = lambda mapping: tuple(tuple(merged.get(f, f) for f in dim) for dim in mapping)  # noqa: E731
+    return dataclasses.replace(
+        rule, operands=tuple(side(m) for m in rule.operands), results=tuple(side(m) for m in rule.results),
+        halo=tuple(merged.values()), gathered=tuple(sorted(whole)),
+    )  # fmt: skip
 
 
 def _scatter_rule(operation: Any, operands: list[Tensor], rule: Rule) -> Rule:
@@ -475,36 +497,59 @@ def _convolution(operation: Any, operands: list[Tensor], results: list[Tensor]) 
         position = np.arange(out[dims["out"][2 + s]])[:, None] * stride - low + np.arange(rhs[dims["rhs"][2 + s]]) * dilation
         size = lhs[dims["lhs"][2 + s]]
         valid *= int(((position % base == 0) & (position >= 0) & (position < (size - 1) * base + 1)).sum())
-    batch_groups = int(operation.attributes["batch_group_count"]) if "batch_group_count" in operation.attributes else 1
+    batch_groups = _number(operation, "batch_group_count")
     return 2.0 * valid * (out[dims["out"][0]]) * out[dims["out"][1]] * rhs[dims["rhs"][1]] * max(
         1, lhs[dims["lhs"][0]] // batch_groups // max(1, out[dims["out"][0]])
     )  # fmt: skip
 
 
-def _halo(operation: Any, name: str, rule: Rule | None) -> tuple[tuple[int, int], ...]:
-    """Per halo factor of the rule, rows that a shard of the first operand needs from its two neighbours."""
-    if rule is None or not rule.halo:
+def _number(operation: Any, key: str) -> int:
+    return int(operation.attributes[key]) if key in operation.attributes else 1
+
+
+def _windows(operation: Any, name: str, rule: Rule | None) -> tuple[tuple[int, Window], ...]:
+    """Per factor that moves a window over a dim of operand 0: how it moves.
+
+    A convolution's positions are those of its result, or, in a weight gradient, those of its second operand: there every element of the
+    result is one place of the window.
+    """
+    if rule is None or name not in ("convolution", "reduce_window", "select_and_scatter"):
         return ()
-    rows: dict[int, tuple[int, int]] = {}
+    shape = tuple(operation.operands[0].type.shape)
+    found: dict[int, Window] = {}
     if name == "convolution":
         dims = _dimensions(operation)
-        kernel = list(operation.operands[1].type.shape)
+        kernel, out = list(operation.operands[1].type.shape), list(operation.results[0].type.shape)
         for s, (stride, low, _, base, dilation) in enumerate(_window(operation, len(dims["lhs"]) - 2)):
-            reach = (kernel[dims["rhs"][2 + s]] - 1) * dilation
-            need = (max(0, -(-low // base)), max(0, -(-(reach - low - stride + 1) // base)))
-            for f in rule.operands[0][dims["lhs"][2 + s]]:
-                rows[f] = need
-    elif name == "reduce_window":
-        sizes = list(ir.DenseI64ArrayAttr(operation.attributes["window_dimensions"]))
-        strides = (
-            list(ir.DenseI64ArrayAttr(operation.attributes["window_strides"]))
-            if "window_strides" in operation.attributes
-            else [1] * len(sizes)
-        )
-        low = [0] * len(sizes)
-        if "padding" in operation.attributes:
-            low = list(np.asarray(ir.DenseIntElementsAttr(operation.attributes["padding"])).reshape(-1, 2)[:, 0])
-        for d, mapped in enumerate(rule.operands[0]):
-            for f in mapped:
-                rows[f] = (int(low[d]), max(0, int(sizes[d] - 1 - low[d] - strides[d] + 1)))
-    return tuple(rows.get(f, (0, 0)) for f in rule.halo)
+            at, rhs, to = dims["lhs"][2 + s], dims["rhs"][2 + s], dims["out"][2 + s]
+            for f in rule.operands[0][at][:1]:
+                if f in rule.results[0][to][:1]:
+                    found[f] = Window(shape[at], out[to], stride, low, (kernel[rhs] - 1) * dilation + 1, base)
+                elif f in rule.operands[1][rhs][:1]:
+                    found[f] = Window(shape[at], kernel[rhs], dilation, low, (out[to] - 1) * stride + 1, base)
+    else:
+        for mapped, window in zip(rule.operands[0], _pooling(operation, shape), strict=True):
+            for f in mapped[:1]:
+                if f in rule.halo:
+                    found[f] = window
+    return tuple(sorted(found.items()))
+
+
+def _pooling(operation: Any, shape: Sequence[int]) -> list[Window]:
+    """Per dim of operand 0, the window of a reduce_window or select_and_scatter."""
+
+    def array(key: str) -> list[int]:
+        return list(ir.DenseI64ArrayAttr(operation.attributes[key])) if key in operation.attributes else [1] * len(shape)
+
+    padding = np.zeros((len(shape), 2), np.int64)
+    if "padding" in operation.attributes:
+        padding = np.asarray(ir.DenseIntElementsAttr(operation.attributes["padding"])).reshape(-1, 2)
+    found = []
+    sizes, steps, bases, dilations = (
+        array(k) for k in ("window_dimensions", "window_strides", "base_dilations", "window_dilations")
+    )
+    for n, size, step, base, dilation, (low, high) in zip(shape, sizes, steps, bases, dilations, padding, strict=True):
+        reach = (size - 1) * dilation + 1
+        count = ((n - 1) * base + 1 + int(low) + int(high) - reach) // step + 1
+        found.append(Window(n, count, step, int(low), reach, base))
+    return found

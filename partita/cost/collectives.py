@@ -1,6 +1,6 @@
 """The collectives that a plan causes, one by one: what XLA's partitioner is expected to emit for a laid-out graph.
 
-Four causes: a reduction over a split factor (an all-reduce of the result), a window that reaches over a split dim (a halo
+Four causes: a reduction over a split factor (an all-reduce of the result, one for each dim that is summed), a window that reaches over a split dim (a halo
 exchange by permutes), a read under another sharding (the steps of its reshard), and a variable stored apart (the same).
 The search's tables (`cost.terms`) sum the same formulas; a test holds them equal.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from partita.cost.reshard import emitted_steps, step_bytes
-from partita.graph.graph import ITEMSIZE, Graph, Instruction, Phase, constant_tensors
+from partita.graph.graph import ITEMSIZE, Graph, Instruction, Phase, Window, constant_tensors
 from partita.plan.layout import Layout, Sharding, resolve
 from partita.plan.plan import Mesh
 
@@ -62,16 +62,36 @@ def reduced_factors(x: Instruction, labels: Sequence[tuple[int, ...]]) -> tuple[
     return tuple(found)
 
 
-def halo_factors(x: Instruction, labels: Sequence[tuple[int, ...]]) -> tuple[tuple[int, int, int, int], ...]:
-    """(graph factor, dim of operand 0, rows from the previous shard, rows from the next) of a windowed instruction."""
-    if x.rule is None or not x.halo_rows:
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """A window over a split dim of operand 0: the graph's factor, the dim, the window, and the factors that split the operand."""
+
+    factor: int
+    dim: int
+    window: Window
+    label: tuple[int, ...]
+
+
+def reaches(x: Instruction, labels: Sequence[tuple[int, ...]], result: tuple[int, ...]) -> tuple[Reach, ...]:
+    """The windows of an instruction that reach over dims that may be split.
+
+    XLA cuts the whole operand of a convolution as its result is split, and its parts then exchange halos as well; pooling reads its
+    window from the whole.
+    """
+    if x.rule is None or not x.windows:
         return ()
-    rows = dict(zip(x.rule.halo, x.halo_rows, strict=True))
-    found = []
-    for dim, (f, mapped) in enumerate(zip(labels[0], x.rule.operands[0], strict=False)):
-        if f >= 0 and mapped and mapped[0] in rows and rows[mapped[0]] != (0, 0):
-            found.append((f, dim, *rows[mapped[0]]))
-    return tuple(found)
+    split: dict[int, int] = {}
+    if x.name == "convolution":
+        split = {m[0]: f for f, m in zip(result, x.rule.results[0], strict=False) if m and f >= 0}
+    label = tuple(
+        f if f >= 0 or not m else split.get(m[0], -1) for f, m in zip(labels[0], x.rule.operands[0], strict=False)
+    )
+    windows = dict(x.windows)
+    return tuple(
+        Reach(f, dim, windows[m[0]], label)
+        for dim, (f, m) in enumerate(zip(label, x.rule.operands[0], strict=False))
+        if f >= 0 and m and m[0] in windows and windows[m[0]].rows(2) != (0, 0)
+    )
 
 
 def _computed(graph: Graph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:
@@ -82,8 +102,10 @@ def _computed(graph: Graph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:
             continue
         assignment = layout.assignments[operator]
         labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
-        axes = tuple(sorted({a for f in reduced_factors(x, labels) for a in assignment.get(f, ())}))
-        if axes:
+        for f in reduced_factors(x, labels):
+            axes = assignment.get(f, ())
+            if not axes:
+                continue
             kind = "all_reduce" if len(x.results) == 1 else "all_gather"
             group = math.prod(mesh.sizes[a] for a in axes) if kind == "all_gather" else 1
             for t in x.results:
@@ -91,25 +113,16 @@ def _computed(graph: Graph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:
                 natural = resolve(graph.labels[t], assignment)
                 nbytes = local_bytes(tensor.shape, ITEMSIZE.get(tensor.dtype, 4), natural, mesh.sizes) * group
                 yield Collective(kind, nbytes, axes, x.trips, operator, x.phase, "reduction", x.path)
-        for f, dim, low, high in halo_factors(x, labels):
-            axes = assignment.get(f, ())
+        for reach in reaches(x, labels, graph.labels[x.results[0]]):
+            axes = assignment.get(reach.factor, ())
             if axes:
-                tensor = graph.tensors[x.operands[0]]
-                read = resolve(labels[0], assignment)
+                tensor, parts = graph.tensors[x.operands[0]], math.prod(mesh.sizes[a] for a in axes)
+                read = resolve(reach.label, assignment)
                 part = local_bytes(tensor.shape, ITEMSIZE.get(tensor.dtype, 4), read, mesh.sizes)
-                rows = -(-tensor.shape[dim] // math.prod(mesh.sizes[a] for a in axes))
-                for need in (low, high):
+                row = part // -(-tensor.shape[reach.dim] // parts)
+                for need in reach.window.rows(parts):
                     if need:
-                        yield Collective(
-                            "collective_permute",
-                            part // rows * min(need, rows),
-                            axes,
-                            x.trips,
-                            operator,
-                            x.phase,
-                            "halo",
-                            x.path,
-                        )
+                        yield Collective("collective_permute", row * need, axes, x.trips, operator, x.phase, "halo", x.path)
 
 
 def _moved(graph: Graph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:

@@ -92,19 +92,18 @@ def operator_cost(terms: OperatorTerms, place: Placement, assignments: Sequence[
     for r in terms.reductions:
         payload = r.nbytes / ways.of(r.factors)
         grows = r.kind == "all_gather"
-        for axes, chosen in ways.axes_of(r.reduced):
+        for axes, chosen in (pair for f in r.reduced for pair in ways.axes_of(f)):
             nbytes = payload[chosen] * (place.ways(axes) if grows else 1)
             if r.parameter >= 0 and r.trips == 1:
                 gradients[chosen] += _joined(place, r.kind, nbytes, axes) * (1 - machine.backend.overlap)
             else:
                 activations[chosen] += _seconds(place, r.kind, nbytes, axes) * r.trips
     for h in terms.halos:
-        for axes, chosen in ways.axes_of((h.split,)):
-            rows = h.rows / place.ways(axes)
+        for axes, chosen in ways.axes_of(h.split):
             row = h.nbytes / ways.of(h.factors)[chosen]
-            for need in (h.low, h.high):
+            for need in h.window.rows(place.ways(axes)):
                 if need:
-                    activations[chosen] += _seconds(place, "collective_permute", row * min(need, rows), axes) * h.trips
+                    activations[chosen] += _seconds(place, "collective_permute", row * need, axes) * h.trips
     for m in terms.moves:
         activations += np.array([move_seconds(m, place, resolve(m.source, a), resolve(m.target, a)) for a in assignments])
     state = sum((b / ways.of(f) for b, f in terms.resident), np.zeros(count))
@@ -140,13 +139,12 @@ class _Ways:
             found = found * self.one[f]
         return found
 
-    def axes_of(self, factors: Sequence[int]) -> list[tuple[tuple[int, ...], np.ndarray]]:
-        """(axes over which any of the factors is split, indices of the assignments that split them so)."""
+    def axes_of(self, factor: int) -> list[tuple[tuple[int, ...], np.ndarray]]:
+        """(axes over which the factor is split, indices of the assignments that split it so)."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, a in enumerate(self.assignments):
-            axes = tuple(sorted({x for f in factors for x in a.get(f, ())}))
-            if axes:
-                groups.setdefault(axes, []).append(i)
+            if a.get(factor):
+                groups.setdefault(a[factor], []).append(i)
         return [(axes, np.array(chosen)) for axes, chosen in groups.items()]
 
 

@@ -14,9 +14,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from partita.cost.collectives import halo_factors, reduced_factors, seen_labels
+from partita.cost.collectives import reaches, reduced_factors, seen_labels
 from partita.cost.memory import WEIGHTLESS, written_tensors
-from partita.graph.graph import Graph, Instruction, Label, Phase, constant_tensors
+from partita.graph.graph import Graph, Instruction, Label, Phase, Window, constant_tensors
 from partita.graph.grouping import HEAVY
 from partita.plan.layout import families
 
@@ -56,14 +56,12 @@ class Reduction:
 
 @dataclass(frozen=True, slots=True)
 class Halo:
-    """Rows that neighbours exchange along a split factor: `nbytes` is one row of the whole tensor."""
+    """Rows that neighbours exchange where a window reaches over a split factor: `nbytes` is one row of the whole tensor."""
 
     nbytes: int
     factors: Factors
     split: int
-    low: int
-    high: int
-    rows: int
+    window: Window
     trips: int
 
 
@@ -120,7 +118,7 @@ class OperatorTerms:
                 for w in self.work
             ),
             tuple((r.kind, r.nbytes, at(r.factors), at(r.reduced), r.trips, r.parameter >= 0) for r in self.reductions),
-            tuple((h.nbytes, at(h.factors), at((h.split,)), h.low, h.high, h.rows, h.trips) for h in self.halos),
+            tuple((h.nbytes, at(h.factors), at((h.split,)), h.window, h.trips) for h in self.halos),
             tuple((m.nbytes, at(m.source), at(m.target), m.trips) for m in self.moves),
             tuple((s.shape, at(s.label), s.nbytes, s.slots, s.traffic) for s in self.stored),
             tuple((b, at(f)) for b, f in self.resident),
@@ -264,11 +262,11 @@ def _communication(
                 found[operator].reductions.append(
                     Reduction(kind, tensor.nbytes, _factors(graph.labels[t]), reduced, x.trips, x.phase, gradient.get(t, -1))
                 )
-        for f, dim, low, high in halo_factors(x, labels):
+        for reach in reaches(x, labels, graph.labels[x.results[0]]):
             tensor = graph.tensors[x.operands[0]]
-            others = tuple(g for g in _factors(labels[0]) if g != f)
-            rows = tensor.shape[dim]
-            found[operator].halos.append(Halo(tensor.nbytes // rows, others, f, low, high, rows, x.trips))
+            others = tuple(f for f in _factors(reach.label) if f != reach.factor)
+            row = tensor.nbytes // tensor.shape[reach.dim]
+            found[operator].halos.append(Halo(row, others, reach.factor, reach.window, x.trips))
 
 
 def _gradients(graph: Graph, family: dict[int, int]) -> dict[int, int]:

@@ -39,6 +39,7 @@ class _Writer:
         self.operations: list[Any] = []
         self.cache: dict[Sharding, str] = {}
         self.pinned: set[int] = set()
+        self.arguments = {a.tensor: a.path for a in graph.arguments}
 
     def write(self, module: ir.Module) -> None:
         axes = ", ".join(f'"{a.name}"={a.size}' for a in self.mesh.axes)
@@ -53,6 +54,10 @@ class _Writer:
                 for value in operation.results:
                     if not any(self.layout.own[self.ids[value]]):
                         self._pin(value)
+                if instruction.windows and any(any(self.layout.own[t]) for t in instruction.results):
+                    # XLA would split a whole value that a split window reads, and with it what else reads it.
+                    if not any(self.layout.own[instruction.operands[0]]):
+                        self._pin(self.values[instruction.operands[0]])
         self._constraints(block)
         for operation in self.operations:
             if stablehlo.short(operation.name) in LOOPS:
@@ -140,21 +145,35 @@ class _Writer:
         """Puts the steps of every reshard between a value and the readers that want it otherwise.
 
         Shardy moves later readers of a value to the end of a chain of constraints that starts at it, unless another constraint
-        reads the value too. So the value is pinned for its plain readers, and every target has a chain of its own.
+        reads the value too. So the value is pinned for its plain readers, and wherever ways part each gets a constraint of its own.
         """
-        chains: dict[tuple[int, Sharding], Any] = {}
+        ways: dict[tuple[int, Sharding], list[Sharding]] = {}
+        for read in self.layout.reads:
+            source = self.layout.own[read.tensor]
+            steps = reshard_steps(source, read.target, self.mesh.sizes, self.graph.tensors[read.tensor].shape)
+            ways[read.tensor, read.target] = [source, *(s.result for s in steps)]
+            self._pin(self.values[read.tensor])
+        # What two ways begin with is done once: a step is known by the tensor and the shardings up to it.
+        leads: dict[tuple[int, tuple[Sharding, ...]], set[Sharding | None]] = {}
+        for (t, _), way in ways.items():
+            for n in range(1, len(way) + 1):
+                leads.setdefault((t, tuple(way[:n])), set()).add(way[n] if n < len(way) else None)
+        made: dict[tuple[int, tuple[Sharding, ...]], Any] = {}
         later: list[tuple[int, int, Any]] = []
         for read in self.layout.reads:
-            self._pin(self.values[read.tensor])
-        for read in self.layout.reads:
-            source, key = self.layout.own[read.tensor], (read.tensor, read.target)
-            if key not in chains:
-                value = self._constrain(self.values[read.tensor], source)
-                for step in reshard_steps(source, read.target, self.mesh.sizes, self.graph.tensors[read.tensor].shape):
-                    value = self._constrain(value, step.result)
-                chains[key] = value
+            way = ways[read.tensor, read.target]
+            value = self.values[read.tensor]
+            for n in range(1, len(way)):
+                key = (read.tensor, tuple(way[: n + 1]))
+                if key not in made:
+                    if n == 1 or len(leads[read.tensor, tuple(way[:n])]) > 1:
+                        value = self._constrain(value, way[n - 1])
+                    made[key] = self._constrain(value, way[n])
+                value = made[key]
+            if len(leads[read.tensor, tuple(way)]) > 1:
+                value = self._constrain(value, way[-1])
             for index, position in read.readers:
-                later.append((index, position, chains[key]))
+                later.append((index, position, value))
         terminator = list(block)[-1].operation
         for index, position, value in later:
             if index < 0:
@@ -174,9 +193,14 @@ class _Writer:
             results=[value.type],
             operands=[value],
             attributes={"sharding": ir.Attribute.parse(self._text(sharding))},
-            loc=ir.Location.unknown() if isinstance(owner, ir.Block) else owner.location,
+            loc=self._location(value) if isinstance(owner, ir.Block) else owner.location,
             ip=ir.InsertionPoint.at_block_begin(owner if isinstance(owner, ir.Block) else owner.operation.block),
         )
         if not isinstance(owner, ir.Block):
             made.move_after(owner.operation)
         return made.results[0]
+
+    def _location(self, value: Any) -> ir.Location:
+        """An argument of the step has no location of its own: what is made of it is named by its path."""
+        path = self.arguments.get(self.ids[value])
+        return ir.Location.name(f"{path}/reshard") if path else ir.Location.unknown()

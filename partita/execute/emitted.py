@@ -56,17 +56,17 @@ def emitted(text: str) -> list[Emitted]:
 
 
 def _collectives(computations: dict[str, list[str]], name: str, trips: int) -> Iterator[Emitted]:
+    names: dict[str, str] = {}
     for line in computations.get(name, ()):
         match = _INSTRUCTION.match(line)
         if not match:
             continue
         opcode = match.group(3)
+        own = re.search(r'op_name="([^"]*)"', line)
+        names[match.group(1)] = own.group(1) if own else ""
         kind = KINDS.get(opcode.removesuffix("-start"))
         if kind:
-            op_name = re.search(r'op_name="([^"]*)"', line)
-            size = _nbytes(match.group(2), opcode)
-            full = op_name.group(1) if op_name else ""
-            yield Emitted(kind, size, _group(line), trips, layer_path(full), full)
+            yield from _parts(line, match, kind, names, trips)
         elif opcode == "while":
             body = re.search(r"body=%?([\w.\-]+)", line)
             count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
@@ -77,14 +77,23 @@ def _collectives(computations: dict[str, list[str]], name: str, trips: int) -> I
                 yield from _collectives(computations, called, trips)
 
 
-def _nbytes(shape: str, opcode: str) -> int:
-    sizes = [
-        math.prod(int(d) for d in dims.split(",") if d) * ITEMSIZE.get(HLO_DTYPES.get(dtype, ""), 4)
-        for dtype, dims in _SHAPE.findall(shape)
-    ]
-    if opcode.endswith("-start") and len(sizes) > 1:
-        return max(sizes)
-    return sum(sizes)
+def _parts(line: str, match: re.Match[str], kind: str, names: dict[str, str], trips: int) -> Iterator[Emitted]:
+    """One entry per tensor of a collective: XLA combines several into one, whose name then says little; that of its operand does."""
+    own, group = names[match.group(1)], _group(line)
+    shapes = _SHAPE.findall(match.group(2))
+    operands = re.findall(r"%([\w.\-]+)", line[match.end() : line.index(")", match.end())])
+    if match.group(3).endswith("-start"):
+        size = max(_nbytes(*s) for s in shapes) if len(shapes) <= 2 else sum(_nbytes(*s) for s in shapes) // 2
+        yield Emitted(kind, size, group, trips, layer_path(own), own)
+        return
+    for position, shape in enumerate(shapes):
+        source = names.get(operands[position], "") if len(shapes) == len(operands) > 1 else ""
+        full = source or own
+        yield Emitted(kind, _nbytes(*shape), group, trips, layer_path(full), full)
+
+
+def _nbytes(dtype: str, dims: str) -> int:
+    return math.prod(int(d) for d in dims.split(",") if d) * ITEMSIZE.get(HLO_DTYPES.get(dtype, ""), 4)
 
 
 def _group(line: str) -> int:

@@ -68,6 +68,36 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """What positions 0..count-1 of a windowed dim read: position p reads elements (p*step - low + [0, reach)) / base.
+
+    Split over devices, each holds an even part of the positions and of the elements, and asks its neighbours for the rest.
+
+    >>> Window(32, 32, 1, 1, 3, 1).rows(4), Window(16, 8, 2, 2, 7, 1).rows(4)
+    ((1, 1), (2, 3))
+    """
+
+    size: int
+    """Elements of the dim of operand 0 that is read through the window."""
+    count: int
+    step: int
+    low: int
+    reach: int
+    base: int
+
+    def rows(self, parts: int) -> tuple[int, int]:
+        """Elements that a device needs from those before and from those after it, at most, when split into `parts`."""
+        positions, elements = -(-self.count // parts), -(-self.size // parts)
+        before, after = 0, 0
+        for i in range(parts):
+            first = -((self.low - i * positions * self.step) // self.base)
+            last = (((i + 1) * positions - 1) * self.step - self.low + self.reach - 1) // self.base
+            before = max(before, i * elements - first if i else 0)
+            after = max(after, last + 1 - (i + 1) * elements if i < parts - 1 else 0)
+        return before, after
+
+
+@dataclass(frozen=True, slots=True)
 class Instruction:
     """One StableHLO operation. `flops` counts its global work once; `trips` is how often a loop around it runs."""
 
@@ -79,8 +109,10 @@ class Instruction:
     rule: Rule | None
     flops: float = 0.0
     trips: int = 1
-    halo_rows: tuple[tuple[int, int], ...] = ()
-    """Per halo factor of the rule: rows needed from the previous and from the next shard of operand 0."""
+    windows: tuple[tuple[int, Window], ...] = ()
+    """Per factor of the rule that moves a window over a dim of operand 0: how it moves."""
+    batch_groups: int = 1
+    """Groups in the batch of a convolution: more than 1 for the weight gradient of a grouped one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +229,10 @@ class Graph:
         return Graph(
             g[0],
             tuple(Tensor(tuple(s), d) for s, d in g[1]),
-            tuple(Instruction(n, p, ph, tuple(o), tuple(r), rule(ru), f, t, _tuple(h)) for n, p, ph, o, r, ru, f, t, h in g[2]),
+            tuple(
+                Instruction(n, p, ph, tuple(o), tuple(r), rule(ru), f, t, tuple((i, Window(*w)) for i, w in ws), bg)
+                for n, p, ph, o, r, ru, f, t, ws, bg in g[2]
+            ),
             tuple(Loop(i, _tuple(c), (b[0], b[1]), t) for i, c, b, t in g[3]),
             tuple(Argument(*a) for a in g[4]),
             tuple(g[5]),

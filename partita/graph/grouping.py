@@ -30,7 +30,6 @@ KIND = {
     "dot_general": "dot", "convolution": "conv", "reduce_window": "pool", "gather": "gather", "sort": "sort", "while": "loop",
     "select_and_scatter": "pool", "scatter": "scatter", "top_k": "sort",
 }  # fmt: skip
-WINDOWS = {"convolution", "reduce_window", "select_and_scatter"}
 RESHAPING = {"reshape", "bitcast_convert"}
 CONTRACTING = {"dot_general", "convolution", "gather"}
 
@@ -441,18 +440,21 @@ class _Labeller:
         factors = [self.atoms.new(n, [key]) for n in rule.sizes]
         self.iteration[index] = factors
         # Only a window exchanges a halo; slicing, padding or reversing a split dim moves nearly all of it, so it is gathered.
-        whole = set(rule.gathered) | (set() if instruction.name in WINDOWS else set(rule.halo))
+        windowed = {f for f, _ in instruction.windows}
+        whole = set(rule.gathered) | (set(rule.halo) - windowed) | self._inside(instruction, windowed)
 
         def dims(t: int, label: Mapping) -> list[tuple[int, ...]]:
             found: list[tuple[int, ...]] = []
             for n, mapped in zip(self.flat.tensors[t].shape, label, strict=True):
+                if mapped and mapped[0] in windowed:
+                    # Each position of the window covers several elements where it moves by several.
+                    mapped = mapped[:1]
                 covered = math.prod(rule.sizes[f] for f in mapped)
                 dim: tuple[int, ...] = ()
                 if n > 1 and not whole & set(mapped) and covered > 1:
                     if covered == n:
                         dim = tuple(factors[f] for f in mapped if rule.sizes[f] > 1)
-                    elif n % covered == 0 and set(mapped) <= set(rule.halo):
-                        # A strided window: each position of the factor covers several of the dim.
+                    elif n % covered == 0 and set(mapped) <= windowed:
                         dim = (*(factors[f] for f in mapped), self.atoms.new(n // covered, [key]))
                 found.append(dim)
             return found
@@ -467,6 +469,18 @@ class _Labeller:
                 atom = (self.atoms.new(n, [("t", t)]),) if want else ()
                 own.append(atom if atom and self.atoms.tie(atom, want) else ())
             self.own[t] = own
+
+    def _inside(self, instruction: Instruction, windowed: set[int]) -> set[int]:
+        """Factors of windows that are never split: places in a window, and positions that are summed and do not divide the dim."""
+        rule, found = instruction.rule, set()
+        if rule is None or not windowed:
+            return found
+        for n, mapped in zip(self.flat.tensors[instruction.operands[0]].shape, rule.operands[0], strict=True):
+            if mapped and mapped[0] in windowed:
+                found.update(mapped[1:])
+                if mapped[0] in rule.reduction and n % rule.sizes[mapped[0]]:
+                    found.add(mapped[0])
+        return found
 
     def _loop(self, loop: Loop) -> None:
         operands = len(self.flat.instructions[loop.instruction].operands)

@@ -1,0 +1,201 @@
+"""Which instructions XLA fuses into one kernel: what is written to memory, and what is computed more than once.
+
+XLA's instruction fusion goes from the last instruction to the first and pulls producers into their consumer. A cheap producer
+with several consumers is computed again in each of them; a dear one is written once and read. This is that algorithm on a Graph, as the
+CPU backend runs it (xla/service/instruction_fusion.cc and cpu/cpu_instruction_fusion.cc), without what depends on layouts and
+index arithmetic. FLOPs, traffic and peak memory of light instructions all follow from it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from partita.graph.graph import Graph, Instruction
+
+ALONE = {
+    "dot_general", "convolution", "reduce_window", "scatter", "select_and_scatter", "sort", "while", "case", "if", "custom_call",
+    "optimization_barrier", "all_reduce", "fft", "cholesky", "triangular_solve", "rng_bit_generator", "top_k", "dynamic_reshape",
+}  # fmt: skip
+"""Instructions that are kernels of their own."""
+DEAR = {
+    "exponential", "exponential_minus_one", "log", "log_plus_one", "tanh", "power", "divide", "remainder", "rsqrt", "sqrt", "cbrt",
+    "logistic", "erf", "sine", "cosine", "tan", "atan2", "reduce", "gather",
+}  # fmt: skip
+"""Instructions that are computed once and written, rather than again in every reader."""
+FREE = {"constant", "iota", "broadcast_in_dim", "reshape", "bitcast_convert"}
+"""Instructions that neither read nor write where they are a kernel of their own: XLA makes them part of their readers."""
+OUTSIDE = 1 << 60
+"""Stands for a reader that is no instruction: the results of the step, the values that a loop yields."""
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Kernels of a graph: `kernels[r]` are the instructions computed in the kernel whose result is that of instruction r.
+
+    `times[i]` is in how many kernels instruction i is computed.
+    """
+
+    kernels: dict[int, tuple[int, ...]]
+    times: tuple[int, ...]
+
+    def written(self, graph: Graph) -> set[int]:
+        """The tensors that exist in memory: results of kernels, and what loops carry."""
+        found = {t for r in self.kernels for t in graph.instructions[r].results}
+        return found | {t for loop in graph.loops for values in loop.carried for t in values}
+
+
+class _Key:
+    """A graph by identity: hashing it by value would take longer than the work that is kept."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+    def __hash__(self) -> int:
+        return id(self.graph)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and other.graph is self.graph
+
+
+def fusion(graph: Graph) -> Fusion:
+    """The kernels of a graph; kept, so that asking again costs nothing."""
+    return _fusion(_Key(graph))
+
+
+@lru_cache(maxsize=8)
+def _fusion(key: _Key) -> Fusion:
+    return _Fuser(key.graph).run()
+
+
+class _Fuser:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        instructions, tensors = graph.instructions, graph.tensors
+        self.producer = {t: i for i, x in enumerate(instructions) for t in x.results}
+        self.producers = [
+            [self.producer[t] for t in dict.fromkeys(x.operands) if t in self.producer] for x in instructions
+        ]
+        self.readers: list[set[int]] = [set() for _ in instructions]
+        for i, found in enumerate(self.producers):
+            for p in found:
+                self.readers[p].add(i)
+        yielded = [y for loop in graph.loops for _, _, y, _ in loop.carried]
+        for t in (*graph.outputs, *yielded):
+            if t in self.producer:
+                self.readers[self.producer[t]].add(OUTSIDE)
+        self.nbytes = [sum(tensors[t].nbytes for t in x.results) for x in instructions]
+        self.rank = [max((len(tensors[t].shape) for t in x.results), default=0) for x in instructions]
+        self.dear = [x.name in DEAR and r > 0 for x, r in zip(instructions, self.rank, strict=True)]
+        self.joins = [self._joins(x) for x in instructions]
+        self.members: list[set[int]] = [set() for _ in instructions]
+        """Per instruction, the kernels that compute it."""
+
+    def run(self) -> Fusion:
+        single = self._once()
+        kernels = {}
+        for root in reversed(range(len(self.joins))):
+            if self.graph.instructions[root].name != "constant" and self._needed(root):
+                kernels[root] = self._kernel(root, single)
+        return Fusion(dict(sorted(kernels.items())), tuple(len(m) for m in self.members))
+
+    def _joins(self, x: Instruction) -> bool:
+        """Whether an instruction can be computed inside its reader."""
+        if x.name in ALONE or len(x.results) != 1:
+            return False
+        shapes = [self.graph.tensors[t].shape for t in (*x.operands[:1], *x.results)]
+        if x.name == "reduce":
+            # Reductions over the major dims have a kernel of their own.
+            dims = x.rule.operands[0] if x.rule else ()
+            return bool(dims and dims[-1] and x.rule and dims[-1][0] in x.rule.reduction)
+        # Joined along the minor dim, every element would ask which part it is of.
+        return x.name != "concatenate" or shapes[0][-1] == shapes[1][-1]
+
+    def _needed(self, i: int) -> bool:
+        """Whether some kernel reads the instruction's result without computing it."""
+        mine = self.members[i]
+        return not self.readers[i] or any(r == OUTSIDE or not self.members[r] <= mine for r in self.readers[i])
+
+    def _kernel(self, root: int, single: set[int]) -> tuple[int, ...]:
+        """The instructions that the kernel of `root` computes: producers are asked latest first."""
+        inside = {root: False}  # instruction -> whether its elements are read more than once
+        self.members[root].add(root)
+        name = self.graph.instructions[root].name
+        library = name == "reduce" and not self.joins[root]
+        waiting = [] if name in ALONE else [-p for p in self.producers[root]]
+        heapq.heapify(waiting)
+        asked: set[int] = set()
+        while waiting:
+            p = -heapq.heappop(waiting)
+            if p in asked or not self.joins[p]:
+                continue
+            asked.add(p)
+            shared = any(r not in inside or len(self.members[r]) > 1 for r in self.readers[p])
+            reused = any(inside[r] or self._spreads(r, p) for r in self.readers[p] if r in inside)
+            if shared and (self.dear[p] or library or p in single) or reused and self.dear[p]:
+                continue
+            inside[p] = reused
+            self.members[p].add(root)
+            for q in self.producers[p]:
+                heapq.heappush(waiting, -q)
+        return tuple(sorted(inside))
+
+    def _spreads(self, reader: int, producer: int) -> bool:
+        return self.graph.instructions[reader].name == "broadcast_in_dim" and self.nbytes[reader] > self.nbytes[producer]
+
+    def _once(self) -> set[int]:
+        """Producers that are never computed twice: to do so would read more than it saves, and some reader needs them written."""
+        found: set[int] = set()
+        for p, readers in enumerate(self.readers):
+            if len(readers) > 1 and self.joins[p] and self._gathers(p) and not all(self._absorbed(p, r, found) for r in readers):
+                found.add(p)
+        return found
+
+    def _gathers(self, p: int) -> bool:
+        """Whether an instruction reads several tensors of its own rank, and more bytes than it makes."""
+        x, tensors = self.graph.instructions[p], self.graph.tensors
+        made = {t: self.graph.instructions[self.producer[t]].name for t in x.operands if t in self.producer}
+        full = [t for t in x.operands if made.get(t) not in FREE - {"reshape", "bitcast_convert"} and len(tensors[t].shape) >= self.rank[p]]
+        return len(full) > 1 and sum(tensors[t].nbytes for t in dict.fromkeys(x.operands)) > self.nbytes[p]
+
+    def _absorbed(self, p: int, reader: int, single: set[int]) -> bool:
+        """Whether everything on the ways from `p` to one of its readers can be fused into that reader."""
+        if reader == OUTSIDE:
+            return False
+        leads: dict[int, bool] = {p: True}
+        fused: dict[int, bool] = {p: True}
+
+        def from_p(i: int) -> bool:
+            if i not in leads:
+                leads[i] = i > p and any([from_p(q) for q in self.producers[i] if q >= p])
+            return leads[i]
+
+        def whole(i: int) -> bool:
+            if i not in fused:
+                fused[i] = all(
+                    (q == p or q not in single) and self._fits(q, i) and whole(q) for q in self.producers[i] if q >= p and from_p(q)
+                )
+            return fused[i]
+
+        return whole(reader)
+
+    def _fits(self, p: int, reader: int) -> bool:
+        """Whether a producer may be pulled into one reader, taken by itself."""
+        name = self.graph.instructions[reader].name
+        if not self.joins[p] or name in ALONE or name == "reduce" and not self.joins[reader]:
+            return False
+        return not self.dear[p] or len(self.readers[p]) == 1 and not self._spreads(reader, p)
+
+
+def reads(graph: Graph, kernel: Sequence[int]) -> dict[int, list[tuple[int, int]]]:
+    """The tensors that a kernel reads from memory, each with the (instruction, operand position) pairs that read it."""
+    made = {t for i in kernel for t in graph.instructions[i].results}
+    found: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for i in kernel:
+        for position, t in enumerate(graph.instructions[i].operands):
+            if t not in made:
+                found[t].append((i, position))
+    return found
