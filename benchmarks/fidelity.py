@@ -91,14 +91,14 @@ def main() -> int:
             plan = find(graph, machine).plan if plan_name == "found" else BASELINES[plan_name](graph, machine.name, mesh)
             step = planned_step(captured, plan)
             compiled = step.lower().compile()
-            mine = sum(c.total for c in collectives(graph, plan.mesh, step.layout))
+            mine = sum(c.total for c in collectives(graph, plan.mesh, step.layout, machine.backend))
             theirs = sum(e.nbytes * e.trips for e in emitted(compiled.as_text()))
             cost = compiled.cost_analysis()
             flops = (cost[0] if isinstance(cost, list) else cost)["flops"]
             row = {
                 "traffic": mine / theirs if theirs else 1.0 if not mine else float("inf"),
                 "memory": memory(graph, plan.mesh, step.layout).peak / peak_bytes(compiled),
-                "flops": local_flops(graph, plan.mesh, step.layout, loops_once=True) / flops,
+                "flops": local_flops(graph, plan.mesh, step.layout, machine.backend, loops_once=True) / flops,
             }
             for key, value in row.items():
                 ratios[key].append(value)

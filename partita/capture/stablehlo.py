@@ -236,6 +236,7 @@ def prepare(portable: bytes) -> bytes:
     with context(), ir.Location.unknown():
         module = deserialize_portable_artifact(portable)
         inline_calls(module)
+        run(module, "builtin.module(cse)")
         run(module, "builtin.module(sdy-constant-or-scalar-splitter)")
         _plain_constants(module)
         _sink_constants(main_block(module), None)
@@ -430,7 +431,9 @@ def _scatter_rule(operation: Any, operands: list[Tensor], rule: Rule) -> Rule:
     with x constrained to be split by rows); with two indices or more it is right.
     """
     indices, updates = (len(operands) - 1) // 2, len(operands) - 1
-    scattered = re.search(r"scatter_dims_to_operand_dims = \[([\d, ]*)\]", str(operation.attributes["scatter_dimension_numbers"]))
+    scattered = re.search(
+        r"scatter_dims_to_operand_dims = \[([\d, ]*)\]", str(operation.attributes["scatter_dimension_numbers"])
+    )
     if scattered is None or operands[indices].size > len(scattered.group(1).split(",")):
         return rule
     updated = {f for dim in rule.operands[updates] for f in dim}

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 
 from partita.cost.reshard import emitted_steps, step_bytes
 from partita.graph.graph import ITEMSIZE, Graph, Instruction, Phase, Window, constant_tensors
+from partita.machine import Backend
 from partita.plan.layout import Layout, Sharding, resolve
 from partita.plan.plan import Mesh
+
+DEFAULT = Backend()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,7 @@ class Collective:
     phase: Phase
     cause: str
     path: str
+    itemsize: int = 4
 
     @property
     def total(self) -> int:
@@ -40,9 +44,9 @@ def local_bytes(shape: Sequence[int], itemsize: int, sharding: Sharding, sizes: 
     return itemsize * math.prod(-(-n // math.prod(sizes[a] for a in axes)) for n, axes in zip(shape, sharding, strict=True))
 
 
-def collectives(graph: Graph, mesh: Mesh, layout: Layout) -> list[Collective]:
+def collectives(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend = DEFAULT) -> list[Collective]:
     """Every collective of one step under the layout, in program order of their causes."""
-    return [*_computed(graph, mesh, layout), *_moved(graph, mesh, layout)]
+    return [*_computed(graph, mesh, layout, backend), *_moved(graph, mesh, layout)]
 
 
 def seen_labels(graph: Graph) -> dict[tuple[int, int], tuple[int, ...]]:
@@ -83,9 +87,7 @@ def reaches(x: Instruction, labels: Sequence[tuple[int, ...]], result: tuple[int
     split: dict[int, int] = {}
     if x.name == "convolution":
         split = {m[0]: f for f, m in zip(result, x.rule.results[0], strict=False) if m and f >= 0}
-    label = tuple(
-        f if f >= 0 or not m else split.get(m[0], -1) for f, m in zip(labels[0], x.rule.operands[0], strict=False)
-    )
+    label = tuple(f if f >= 0 or not m else split.get(m[0], -1) for f, m in zip(labels[0], x.rule.operands[0], strict=False))
     windows = dict(x.windows)
     return tuple(
         Reach(f, dim, windows[m[0]], label)
@@ -94,7 +96,7 @@ def reaches(x: Instruction, labels: Sequence[tuple[int, ...]], result: tuple[int
     )
 
 
-def _computed(graph: Graph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:
+def _computed(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend) -> Iterator[Collective]:
     seen, free = seen_labels(graph), constant_tensors(graph)
     for i, x in enumerate(graph.instructions):
         operator = graph.owner[i]
@@ -112,7 +114,10 @@ def _computed(graph: Graph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:
                 tensor = graph.tensors[t]
                 natural = resolve(graph.labels[t], assignment)
                 nbytes = local_bytes(tensor.shape, ITEMSIZE.get(tensor.dtype, 4), natural, mesh.sizes) * group
-                yield Collective(kind, nbytes, axes, x.trips, operator, x.phase, "reduction", x.path)
+                itemsize = ITEMSIZE.get(tensor.dtype, 4)
+                if kind == "all_reduce" and tensor.dtype in ("bfloat16", "float16") and backend.promotes_16_bit_all_reduce:
+                    nbytes, itemsize = 2 * nbytes, 4
+                yield Collective(kind, nbytes, axes, x.trips, operator, x.phase, "reduction", x.path, itemsize)
         for reach in reaches(x, labels, graph.labels[x.results[0]]):
             axes = assignment.get(reach.factor, ())
             if axes:

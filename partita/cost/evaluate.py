@@ -84,6 +84,8 @@ def operator_cost(terms: OperatorTerms, place: Placement, assignments: Sequence[
     compute = np.zeros(count)
     for w in terms.work:
         flops = w.flops / ways.of(w.factors)
+        if w.groups > 1 and machine.backend.dense_grouped_gradients:
+            flops = flops * w.groups / ways.of(w.group_factors)
         nbytes = sum((b / ways.of(f) for b, f in w.traffic), np.zeros(count))
         rate = machine.rate(w.op_class, _float(w.dtype))
         seconds = np.maximum(flops / rate, nbytes / machine.memory_bandwidth) + machine.overhead

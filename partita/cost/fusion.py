@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Generic, TypeVar
 
+from partita.cost.collectives import reduced_factors, seen_labels
 from partita.graph.graph import Graph, Instruction
+from partita.plan.layout import Layout
 
 ALONE = {
     "dot_general", "convolution", "reduce_window", "scatter", "select_and_scatter", "sort", "while", "case", "if", "custom_call",
@@ -36,11 +39,11 @@ OUTSIDE = 1 << 60
 class Fusion:
     """Kernels of a graph: `kernels[r]` are the instructions computed in the kernel whose result is that of instruction r.
 
-    `times[i]` is in how many kernels instruction i is computed.
+    `computed_in[i]` are the kernels that compute instruction i: several where doing it again is cheaper than to write it.
     """
 
     kernels: dict[int, tuple[int, ...]]
-    times: tuple[int, ...]
+    computed_in: tuple[tuple[int, ...], ...]
 
     def written(self, graph: Graph) -> set[int]:
         """The tensors that exist in memory: results of kernels, and what loops carry."""
@@ -48,27 +51,38 @@ class Fusion:
         return found | {t for loop in graph.loops for values in loop.carried for t in values}
 
 
-class _Key:
-    """A graph by identity: hashing it by value would take longer than the work that is kept."""
+T = TypeVar("T")
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+
+class Key(Generic[T]):
+    """A value by identity, for a cache: hashing it by what it holds would take longer than the work that is kept."""
+
+    def __init__(self, value: T) -> None:
+        self.value = value
 
     def __hash__(self) -> int:
-        return id(self.graph)
+        return id(self.value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and other.graph is self.graph
+        return isinstance(other, Key) and other.value is self.value
 
 
 def fusion(graph: Graph) -> Fusion:
     """The kernels of a graph; kept, so that asking again costs nothing."""
-    return _fusion(_Key(graph))
+    return _fusion(Key(graph))
 
 
 @lru_cache(maxsize=8)
-def _fusion(key: _Key) -> Fusion:
-    return _Fuser(key.graph).run()
+def _fusion(key: Key[Graph]) -> Fusion:
+    return _Fuser(key.value).run()
+
+
+def transposes(x: Instruction) -> bool:
+    """Whether an instruction first transposes its operands, and so computes them once more: the weight gradient of a convolution.
+
+    There the batch, dim 0 of the first operand, is summed away.
+    """
+    return x.name == "convolution" and x.rule is not None and any(f in x.rule.reduction for f in x.rule.operands[0][0])
 
 
 class _Fuser:
@@ -76,9 +90,7 @@ class _Fuser:
         self.graph = graph
         instructions, tensors = graph.instructions, graph.tensors
         self.producer = {t: i for i, x in enumerate(instructions) for t in x.results}
-        self.producers = [
-            [self.producer[t] for t in dict.fromkeys(x.operands) if t in self.producer] for x in instructions
-        ]
+        self.producers = [[self.producer[t] for t in dict.fromkeys(x.operands) if t in self.producer] for x in instructions]
         self.readers: list[set[int]] = [set() for _ in instructions]
         for i, found in enumerate(self.producers):
             for p in found:
@@ -100,7 +112,7 @@ class _Fuser:
         for root in reversed(range(len(self.joins))):
             if self.graph.instructions[root].name != "constant" and self._needed(root):
                 kernels[root] = self._kernel(root, single)
-        return Fusion(dict(sorted(kernels.items())), tuple(len(m) for m in self.members))
+        return Fusion(dict(sorted(kernels.items())), tuple(tuple(sorted(m)) for m in self.members))
 
     def _joins(self, x: Instruction) -> bool:
         """Whether an instruction can be computed inside its reader."""
@@ -125,7 +137,8 @@ class _Fuser:
         self.members[root].add(root)
         name = self.graph.instructions[root].name
         library = name == "reduce" and not self.joins[root]
-        waiting = [] if name in ALONE else [-p for p in self.producers[root]]
+        alone = name in ALONE and not transposes(self.graph.instructions[root])
+        waiting = [] if alone else [-p for p in self.producers[root]]
         heapq.heapify(waiting)
         asked: set[int] = set()
         while waiting:
@@ -150,7 +163,12 @@ class _Fuser:
         """Producers that are never computed twice: to do so would read more than it saves, and some reader needs them written."""
         found: set[int] = set()
         for p, readers in enumerate(self.readers):
-            if len(readers) > 1 and self.joins[p] and self._gathers(p) and not all(self._absorbed(p, r, found) for r in readers):
+            if (
+                len(readers) > 1
+                and self.joins[p]
+                and self._gathers(p)
+                and not all(self._absorbed(p, r, found) for r in readers)
+            ):
                 found.add(p)
         return found
 
@@ -158,7 +176,11 @@ class _Fuser:
         """Whether an instruction reads several tensors of its own rank, and more bytes than it makes."""
         x, tensors = self.graph.instructions[p], self.graph.tensors
         made = {t: self.graph.instructions[self.producer[t]].name for t in x.operands if t in self.producer}
-        full = [t for t in x.operands if made.get(t) not in FREE - {"reshape", "bitcast_convert"} and len(tensors[t].shape) >= self.rank[p]]
+        full = [
+            t
+            for t in x.operands
+            if made.get(t) not in FREE - {"reshape", "bitcast_convert"} and len(tensors[t].shape) >= self.rank[p]
+        ]
         return len(full) > 1 and sum(tensors[t].nbytes for t in dict.fromkeys(x.operands)) > self.nbytes[p]
 
     def _absorbed(self, p: int, reader: int, single: set[int]) -> bool:
@@ -176,7 +198,9 @@ class _Fuser:
         def whole(i: int) -> bool:
             if i not in fused:
                 fused[i] = all(
-                    (q == p or q not in single) and self._fits(q, i) and whole(q) for q in self.producers[i] if q >= p and from_p(q)
+                    (q == p or q not in single) and self._fits(q, i) and whole(q)
+                    for q in self.producers[i]
+                    if q >= p and from_p(q)
                 )
             return fused[i]
 
@@ -188,6 +212,68 @@ class _Fuser:
         if not self.joins[p] or name in ALONE or name == "reduce" and not self.joins[reader]:
             return False
         return not self.dear[p] or len(self.readers[p]) == 1 and not self._spreads(reader, p)
+
+
+def cut(graph: Graph, fused: Fusion, barriers: Set[tuple[int, int]], ends: Set[int]) -> Fusion:
+    """The kernels where collectives are in between: at the reads (instruction, operand position) of `barriers`, and after `ends`."""
+    producer = _producers(Key(graph))
+    touched = {root for i, _ in barriers for root in fused.computed_in[i]}
+    touched |= {root for i in ends for root in fused.computed_in[i] if root != i}
+    kernels = {root: kernel for root, kernel in fused.kernels.items() if root not in touched}
+    waiting = sorted(touched, reverse=True)
+    allowed = {root: set(fused.kernels[root]) for root in touched}
+    while waiting:
+        root = waiting.pop()
+        inside, stack, within = {root}, [root], allowed[root]
+        while stack:
+            i = stack.pop()
+            for position, t in enumerate(graph.instructions[i].operands):
+                p = producer.get(t)
+                if p is None or p not in within or p in inside:
+                    continue
+                if p in ends or (i, position) in barriers:
+                    if p not in fused.kernels and graph.instructions[p].name != "constant":
+                        if p not in allowed:
+                            allowed[p] = set()
+                            waiting.append(p)
+                        allowed[p] |= within
+                else:
+                    inside.add(p)
+                    stack.append(p)
+        kernels[root] = tuple(sorted(inside))
+    changed = {i for root in touched for i in fused.kernels[root]}
+    computed = list(fused.computed_in)
+    where: dict[int, list[int]] = {i: [r for r in computed[i] if r not in touched] for i in changed}
+    for root in allowed:
+        for i in kernels[root]:
+            where[i].append(root)
+    for i, roots in where.items():
+        computed[i] = tuple(sorted(roots))
+    return Fusion(dict(sorted(kernels.items())), tuple(computed))
+
+
+def fused_under(graph: Graph, layout: Layout) -> Fusion:
+    """The kernels of a laid-out graph: what is moved to another sharding, and sums over split dims, are written in between."""
+    return _fused_under(Key(graph), Key(layout))
+
+
+@lru_cache(maxsize=2)
+def _fused_under(graph_key: Key[Graph], layout_key: Key[Layout]) -> Fusion:
+    graph, layout = graph_key.value, layout_key.value
+    seen, ends = seen_labels(graph), set()
+    for i, x in enumerate(graph.instructions):
+        if x.rule is not None and x.rule.reduction and graph.owner[i] >= 0:
+            assignment = layout.assignments[graph.owner[i]]
+            labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
+            if any(assignment.get(f) for f in reduced_factors(x, labels)):
+                ends.add(i)
+    barriers = {read for r in layout.reads for read in r.readers if read[0] >= 0}
+    return cut(graph, fusion(graph), barriers, ends)
+
+
+@lru_cache(maxsize=8)
+def _producers(key: Key[Graph]) -> dict[int, int]:
+    return {t: i for i, x in enumerate(key.value.instructions) for t in x.results}
 
 
 def reads(graph: Graph, kernel: Sequence[int]) -> dict[int, list[tuple[int, int]]]:

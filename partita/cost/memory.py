@@ -1,7 +1,7 @@
 """Peak memory of a step per device: liveness over the program at local sizes.
 
-A value takes memory from the instruction that makes it to the last one that reads it. Not every value does: what XLA fuses is
-computed again inside its readers (`written_tensors`), and reads of it are reads of what it is made from. The state is donated, so new
+A value takes memory from the kernel that makes it to the last one that reads it. Not every value does: what XLA fuses is computed
+inside its readers (`cost.fusion`), and reads of it are reads of what it is made from. The state is donated, so new
 variables take the place of the old ones. A reshard is a value of its own. Gradients that are reduced wait for each other, because XLA
 combines their all-reduces, and the sums are new values.
 
@@ -18,29 +18,11 @@ from functools import lru_cache
 import numpy as np
 
 from partita.cost.collectives import reduced_factors, seen_labels
+from partita.cost.fusion import Key, fused_under, reads, transposes
+from partita.cost.work import group_factors
 from partita.graph.graph import ITEMSIZE, Graph, constant_tensors
-from partita.graph.grouping import HEAVY
 from partita.plan.layout import Layout, Sharding
 from partita.plan.plan import Mesh
-
-DEAR = {
-    "exponential", "log", "tanh", "power", "divide", "rsqrt", "sqrt", "logistic", "erf", "sine", "cosine", "reduce", "concatenate",
-    "pad",
-}  # fmt: skip
-"""Light instructions that XLA computes once and writes, instead of again in every reader."""
-WEIGHTLESS = {
-    "constant",
-    "iota",
-    "broadcast_in_dim",
-    "reshape",
-    "bitcast_convert",
-    "while",
-    "case",
-    "if",
-    "optimization_barrier",
-}
-"""Instructions that move nothing of their own: XLA folds them into their readers."""
-
 
 MARGIN = 1.05
 """What is added for what is not seen (copies for another layout, padding): too little is worse than too much."""
@@ -66,97 +48,97 @@ class Memory:
 class _Program:
     """What of a graph's memory does not depend on the layout."""
 
-    written: frozenset[int]
     free: frozenset[int]
     """Values made from nothing but scalars: every device makes its own part, inside its readers."""
-    born: dict[int, int]
-    dies: dict[int, int]
+    made: dict[int, int]
     reduces: tuple[tuple[int, tuple[int, ...], int], ...]
     """(instruction, factors it sums away, result) of the reductions of gradients."""
-    scatters: tuple[int, ...]
-    """Backward passes of pooling by maximum."""
+    scatters: tuple[tuple[int, int], ...]
+    """(instruction, when its operand is first there) of backward passes of pooling by maximum."""
     kernels: tuple[tuple[int, int], ...]
     """(instruction, result) of the weight gradients of convolutions."""
-    grouped: tuple[tuple[int, int, int], ...]
-    """(instruction, result, factor of the groups) of those of grouped ones."""
-
-
-def written_tensors(graph: Graph) -> set[int]:
-    """Tensors that exist in memory: results of heavy and dear instructions, inputs of heavy ones, outputs, loop values."""
-    made = {t: x.name for x in graph.instructions for t in x.results}
-    written = set(graph.outputs) | {t for loop in graph.loops for carried in loop.carried for t in carried}
-    for x in graph.instructions:
-        if x.name in HEAVY or x.name in DEAR:
-            written.update(x.results)
-        if x.name in HEAVY:
-            written.update(t for t in x.operands if made.get(t) not in WEIGHTLESS)
-    return written
+    loops: dict[int, tuple[int, dict[int, int]]]
+    """Per loop, the last instruction of its body, and result -> operand."""
+    zeros: tuple[tuple[int, int], ...]
+    """(instruction, operand) of scatters into a constant, which XLA makes early."""
+    flipped: tuple[tuple[int, int, int], ...]
+    """(instruction, kernel, when it is first there) of input gradients of convolutions, which read the kernel transposed."""
 
 
 @lru_cache(maxsize=8)
-def _program(key: _Key) -> _Program:
-    graph = key.graph
-    written = written_tensors(graph)
-    made = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
-    last: dict[int, int] = {}
-    for i in reversed(range(len(graph.instructions))):
-        x = graph.instructions[i]
-        # A value that is not written is computed in its readers, so what it reads must live until their last.
-        until = i
-        for t in x.results:
-            if t not in written:
-                until = max(until, last.get(t, i))
-        for t in x.operands:
-            last[t] = max(last.get(t, -1), until)
+def _program(key: Key[Graph]) -> _Program:
+    graph = key.value
     seen = seen_labels(graph)
-    scatters = [i for i, x in enumerate(graph.instructions) if x.name == "select_and_scatter"]
-    reduces, kernels, grouped = [], [], []
+    reduces, kernels = [], []
     for i, x in enumerate(graph.instructions):
-        if x.name == "convolution" and x.phase == "backward" and x.rule is not None:
-            rule, t = x.rule, x.results[0]
-            sides = [{f for dim in side for f in dim if rule.sizes[f] > 1} for side in (*rule.operands[:2], rule.results[0])]
-            shared = set.intersection(*sides)
-            if graph.instructions[last.get(t, i)].phase == "update":
-                kernels.append((i, t))
-            if shared and any(rule.sizes[f] > 1 for f in rule.reduction):
-                at = next((d for d, dim in enumerate(rule.results[0]) if dim and dim[0] in shared), None)
-                if at is not None and graph.labels[t][at] >= 0:
-                    grouped.append((i, t, graph.labels[t][at]))
+        if transposes(x):
+            kernels.append((i, x.results[0]))
         if x.phase == "backward" and x.rule is not None and x.rule.reduction and x.trips == 1:
             labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
             factors = reduced_factors(x, labels)
             if factors:
                 reduces.append((i, factors, x.results[0]))
+    made = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
+    first: dict[int, int] = {}
+    for i, x in enumerate(graph.instructions):
+        for t in x.operands:
+            first.setdefault(t, i)
+
+    def since(t: int) -> int:
+        """When a value, or what it is a mere rearrangement of, is first there."""
+        while t in made and graph.instructions[made[t]].name in ("reverse", "transpose", "reshape", "convert", "pad"):
+            t = graph.instructions[made[t]].operands[0]
+        return made.get(t, first[t])
+
+    flipped = [
+        (i, x.operands[1], since(x.operands[1]))
+        for i, x in enumerate(graph.instructions)
+        if x.name == "convolution" and x.phase == "backward" and not transposes(x)
+    ]
+    scatters = [(i, since(x.operands[0])) for i, x in enumerate(graph.instructions) if x.name == "select_and_scatter"]
     free = constant_tensors(graph)
-    written -= free
-    return _Program(
-        frozenset(written),
-        free,
-        {t: made.get(t, -1) for t in written},
-        last,
-        tuple(reduces),
-        tuple(scatters),
-        tuple(kernels),
-        tuple(grouped),
-    )
+    loops = {
+        loop.instruction: (loop.body[1] - 1, dict(zip(x.results, x.operands, strict=False)))
+        for loop in graph.loops
+        for x in [graph.instructions[loop.instruction]]
+        if x.name == "while"
+    }
+    zeros = tuple((i, x.operands[0]) for i, x in enumerate(graph.instructions) if x.name == "scatter" and x.operands[0] in free)
+    return _Program(free, made, tuple(reduces), tuple(scatters), tuple(kernels), loops, zeros, tuple(flipped))
 
 
-class _Key:
-    """A graph by identity: hashing it by value would take longer than the work that is kept."""
+@dataclass(frozen=True)
+class _Lives:
+    """When values are there, in instructions: from the kernel that makes one (`born`) to the last that reads it (`dies`)."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    born: dict[int, int]
+    dies: dict[int, int]
+    until: tuple[int, ...]
+    """Per instruction, the last kernel that computes it."""
 
-    def __hash__(self) -> int:
-        return id(self.graph)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and other.graph is self.graph
+def _lives(graph: Graph, program: _Program, layout: Layout) -> _Lives:
+    fused = fused_under(graph, layout)
+    dies: dict[int, int] = {}
+    for root, kernel in fused.kernels.items():
+        x = graph.instructions[root]
+        # Transposed copies of operands are made as soon as the operands could be, and kept.
+        copied = sorted(program.made.get(t, -1) for t in x.operands) if transposes(x) else []
+        for t, readers in reads(graph, kernel).items():
+            when = program.loops[root][0] if root in program.loops else root
+            if copied:
+                latest = max(program.made.get(t, -1) if i == root else i for i, _ in readers)
+                when = next((c for c in copied if c >= latest), root)
+            if dies.get(t, -1) < when:
+                dies[t] = when
+    born = {t: program.made.get(t, -1) for t in fused.written(graph) - program.free}
+    return _Lives(born, dies, tuple(max(roots, default=i) for i, roots in enumerate(fused.computed_in)))
 
 
 def memory(graph: Graph, mesh: Mesh, layout: Layout) -> Memory:
     """Bytes per device at the peak of one step under a layout."""
-    program = _program(_Key(graph))
+    program = _program(Key(graph))
+    lives = _lives(graph, program, layout)
     sizes = _Sizes(graph, mesh)
     count = len(graph.instructions)
     held: dict[str, int] = defaultdict(int)
@@ -176,10 +158,20 @@ def memory(graph: Graph, mesh: Mesh, layout: Layout) -> Memory:
             kinds[kind][stop + 1] -= nbytes
 
     first_backward = next((i for i, x in enumerate(graph.instructions) if x.phase == "backward"), count)
-    for t in program.written:
+    for t, start in lives.born.items():
         if t in arguments or t in replaced:
             continue
-        start, stop = program.born.get(t, -1), program.dies.get(t, -1)
+        stop = lives.dies.get(t, -1)
+        if start in program.loops:
+            # What a loop carries stays where it is: its result is in the place of its operand.
+            end, carried = program.loops[start]
+            operand = carried.get(t, -1)
+            if operand in program.free:
+                stop = max(stop, end)
+            elif lives.dies.get(operand, -1) <= end:
+                if stop <= end:
+                    continue
+                start = end + 1
         if start < 0 or not graph.tensors[t].shape:
             continue
         kept = start < first_backward <= stop
@@ -188,18 +180,20 @@ def memory(graph: Graph, mesh: Mesh, layout: Layout) -> Memory:
         if read.tensor in program.free:
             continue
         readers = [i for i, _ in read.readers if i >= 0]
-        born = program.born.get(read.tensor, 0)
-        stop = max(
-            [program.dies.get(t, i) if t not in program.written else i for i in readers for t in graph.instructions[i].results]
-            or [count]
-        )
+        born = lives.born.get(read.tensor, 0)
+        stop = max([lives.until[i] for i in readers] or [count])
         live(sizes(read.tensor, read.target), max(0, min(readers, default=count) if read.tensor in arguments else born), stop)
-    _combined(graph, layout, program, sizes, live)
-    for i in program.scatters:
-        # XLA:CPU expands it into a window over positions: an index per dim for every element of operand and source.
+    _combined(graph, layout, program, lives, sizes, live)
+    for i, t in program.zeros:
+        live(sizes(t, layout.own[graph.instructions[i].results[0]]), 0, i - 1)
+    for i, start in program.scatters:
+        # XLA:CPU finds the largest of every window early, by a window over positions (an index per dim for every element), and keeps them.
         x = graph.instructions[i]
-        rank, labels = len(graph.tensors[x.operands[0]].shape), (layout.own[x.operands[0]], layout.own[x.operands[1]])
-        live(rank * sizes(x.operands[0], labels[0]) + (rank + 1) * sizes(x.operands[1], labels[1]), i, i)
+        operand, source = (sizes(t, layout.own[t]) for t in x.operands[:2])
+        rank = len(graph.tensors[x.operands[0]].shape)
+        live(rank * operand, 0, start)
+        live(rank * source, start, i)
+        live(operand, 0, i - 1)
     running = np.cumsum(delta) * MARGIN
     at = int(np.argmax(running))
     constant = sum(held.values())
@@ -211,24 +205,31 @@ def memory(graph: Graph, mesh: Mesh, layout: Layout) -> Memory:
     )  # fmt: skip
 
 
-def _combined(graph: Graph, layout: Layout, program: _Program, sizes: _Sizes, live) -> None:  # noqa: ANN001
+def _combined(graph: Graph, layout: Layout, program: _Program, lives: _Lives, sizes: _Sizes, live) -> None:  # noqa: ANN001
     """Gradients that wait for one combined all-reduce, and its sums: both live from the first one made to the last reader."""
     groups: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
     for i, factors, t in program.reduces:
         assignment = layout.assignments[graph.owner[i]] if graph.owner[i] >= 0 else {}
         axes = tuple(sorted({a for f in factors for a in assignment.get(f, ())}))
-        if axes and program.dies.get(t, -1) >= 0 and graph.instructions[program.dies[t]].phase == "update":
+        if axes and lives.dies.get(t, -1) >= 0 and graph.instructions[lives.dies[t]].phase == "update":
             groups[axes].append((i, t))
     waiting = {t for members in groups.values() for _, t in members}
+    targets = {r: read.target for read in layout.reads for r in read.readers}
     for i, t in program.kernels:
         # XLA:CPU keeps the weight gradient of a convolution as it is computed and as it is wanted, transposed.
         if t not in waiting:
-            live(sizes(t, layout.own[t]), i, max(i, program.dies.get(t, i)))
-    for i, t, factor in program.grouped:
-        # It computes that of a grouped one for all pairs of groups, and then takes the diagonal.
-        own = layout.assignments[graph.owner[i]].get(factor, ()) if graph.owner[i] >= 0 else ()
-        groups_here = graph.factors[factor].size // math.prod(sizes.mesh.sizes[a] for a in own)
-        live(2 * sizes(t, layout.own[t]) * groups_here, i, i)
+            live(sizes(t, layout.own[t]), i, max(i, lives.dies.get(t, i)))
+        x = graph.instructions[i]
+        for position, o in enumerate(x.operands):
+            live(sizes(o, targets.get((i, position), layout.own[o])), max(0, program.made.get(o, 0)), i)
+        if x.batch_groups > 1:
+            # It computes that of a grouped one for all pairs of groups, and then takes the diagonal.
+            label = [*(graph.labels[o] for o in x.operands), graph.labels[t]]
+            assignment = layout.assignments[graph.owner[i]] if graph.owner[i] >= 0 else {}
+            ways = math.prod(sizes.mesh.sizes[a] for f in group_factors(x, label) for a in assignment.get(f, ()))
+            live(2 * sizes(t, layout.own[t]) * x.batch_groups // ways, i, i)
+    for i, t, start in program.flipped:
+        live(sizes(t, targets.get((i, 1), layout.own[t])), start, i)
     for members in groups.values():
         meet = max(i for i, _ in members)
         # Where they meet, every gradient is there twice: as it was made, and summed.

@@ -86,7 +86,7 @@ def predict(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = No
         moves[move.reader] += move_seconds(move, place, resolve(move.source, a), resolve(move.target, b))
     sent: Counter[int] = Counter()
     traffic: Counter[str] = Counter()
-    for c in collectives(graph, plan.mesh, where):
+    for c in collectives(graph, plan.mesh, where, machine.backend):
         sent[c.operator] += c.total
         traffic[c.kind] += c.total
     operators = tuple(
@@ -98,5 +98,5 @@ def predict(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = No
     )  # fmt: skip
     return Prediction(
         plan.name, machine.name, sum(o.seconds for o in operators), operators, memory(graph, plan.mesh, where).peak,
-        dict(sorted(traffic.items())), local_flops(graph, plan.mesh, where), machine.weakest_status(),
+        dict(sorted(traffic.items())), local_flops(graph, plan.mesh, where, machine.backend), machine.weakest_status(),
     )  # fmt: skip

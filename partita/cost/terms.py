@@ -4,18 +4,17 @@
 n_g ways costs 1/(n_f n_g) of itself. That is what makes a search over thousands of choices a few array operations
 (`cost.evaluate`), and equal operators, the repeated blocks of a network, share one evaluation (`OperatorTerms.key`).
 
-Light instructions are grouped as XLA fuses them: an element-wise instruction joins the group of its largest operand, a
-reduction ends a group, and only what leaves a group is written to memory.
+Light instructions are fused as XLA fuses them (`cost.fusion`): a kernel reads what it does not compute, and writes its result.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from partita.cost.collectives import reaches, reduced_factors, seen_labels
-from partita.cost.memory import WEIGHTLESS, written_tensors
+from partita.cost.fusion import FREE, fusion, reads
+from partita.cost.work import group_factors
 from partita.graph.graph import Graph, Instruction, Label, Phase, Window, constant_tensors
 from partita.graph.grouping import HEAVY
 from partita.plan.layout import families
@@ -38,6 +37,9 @@ class Work:
     traffic: tuple[tuple[int, Factors], ...]
     trips: int
     phase: Phase
+    groups: int = 1
+    """Groups of a grouped convolution whose weight gradient this is, which some backends compute for all pairs of them."""
+    group_factors: Factors = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ class OperatorTerms:
         return (
             tuple((graph.factors[f].name, graph.factors[f].size) for f in own),
             tuple(
-                (w.op_class, w.dtype, w.flops, at(w.factors), tuple((b, at(f)) for b, f in w.traffic), w.trips)
+                (w.op_class, w.dtype, w.flops, at(w.factors), tuple((b, at(f)) for b, f in w.traffic), w.trips, w.groups)
                 for w in self.work
             ),
             tuple((r.kind, r.nbytes, at(r.factors), at(r.reduced), r.trips, r.parameter >= 0) for r in self.reductions),
@@ -156,93 +158,68 @@ def _iteration(x: Instruction, labels: list[Label], results: list[Label]) -> Fac
 
 
 def _works(graph: Graph, seen: dict[tuple[int, int], Label], found: list[OperatorTerms]) -> None:
+    """Adds every kernel to its operator; one that is fused across operators is shared out between them."""
     free = constant_tensors(graph)
-    made = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
-    written = written_tensors(graph)
-    group_of: dict[int, int] = {}
-    members: dict[int, list[int]] = defaultdict(list)
-    for i, x in enumerate(graph.instructions):
-        if graph.owner[i] < 0 or x.name in ("constant", "while", "case", "if"):
+    for root, kernel in fusion(graph).kernels.items():
+        x = graph.instructions[root]
+        if x.name in ("while", "case", "if", *FREE) or all(t in free for t in x.results):
             continue
-        joined = -1
-        if x.name not in HEAVY:
-            for t in sorted(x.operands, key=lambda t: -graph.tensors[t].nbytes):
-                before = made.get(t, -1)
-                if (
-                    before in group_of
-                    and graph.tensors[t].shape
-                    and t not in free
-                    and graph.instructions[before].name != "reduce"
-                ):
-                    y = graph.instructions[before]
-                    if (
-                        y.name not in HEAVY
-                        and graph.owner[before] == graph.owner[i]
-                        and (y.phase, y.trips) == (x.phase, x.trips)
-                    ):
-                        joined = group_of[before]
-                        break
-        group_of[i] = joined if joined >= 0 else i
-        members[group_of[i]].append(i)
-    sources: dict[int, frozenset[int]] = {}
-
-    def read_from(t: int) -> frozenset[int]:
-        """The written tensors that a read of `t` comes down to when what is between is computed again."""
-        if t not in sources:
-            if t in written or t not in made:
-                sources[t] = frozenset((t,))
-            else:
-                sources[t] = frozenset().union(
-                    *(read_from(o) for o in graph.instructions[made[t]].operands if graph.tensors[o].shape)
-                )
-        return sources[t]
-
-    for x in graph.instructions:  # in program order, so that the recursion above stays shallow
-        for t in x.results:
-            read_from(t)
-    for group in members.values():
-        _work(graph, seen, group, read_from, written, found)
+        parts: dict[int, list[int]] = defaultdict(list)
+        for i in kernel:
+            if graph.owner[i] >= 0:
+                parts[graph.owner[i]].append(i)
+        outside = reads(graph, kernel)
+        for operator, members in parts.items():
+            _work(graph, seen, root, operator, members, outside, found)
 
 
 def _work(
-    graph: Graph, seen: dict[tuple[int, int], Label], group: list[int], read_from: Callable[[int], frozenset[int]],
-    written: set[int], found: list[OperatorTerms],
+    graph: Graph, seen: dict[tuple[int, int], Label], root: int, operator: int, members: list[int],
+    outside: dict[int, list[tuple[int, int]]], found: list[OperatorTerms],
 ) -> None:  # fmt: skip
-    """Adds the kernel of a group of fused instructions to its operator."""
-    first, operator = graph.instructions[group[0]], graph.owner[group[0]]
-    made = {t for i in group for t in graph.instructions[i].results}
+    """Adds an operator's part of a kernel: the work of its instructions, what they read from memory, and what is written."""
     traffic: dict[int, tuple[int, Factors]] = {}
     flops, spaces = 0.0, {}
-    for i in group:
+    groups: Factors = ()
+    for i in members:
         x = graph.instructions[i]
         labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
-        for t, label in zip(x.operands, labels, strict=True):
-            for source in () if t in made else read_from(t):
-                if graph.tensors[source].shape:
-                    nbytes = graph.tensors[source].nbytes
-                    if x.name in ("gather", "dynamic_slice", "slice"):
-                        nbytes = min(nbytes, 2 * sum(graph.tensors[r].nbytes for r in x.results))
-                    own = graph.home[source] == operator and source != t
-                    traffic[source] = (nbytes, _factors(graph.labels[source] if own else label))
-        for t in x.results:
-            if t in written:
+        for position, t in enumerate(x.operands):
+            if (i, position) in outside.get(t, ()) and graph.tensors[t].shape:
+                nbytes = graph.tensors[t].nbytes
+                if x.name in ("gather", "dynamic_slice", "slice"):
+                    nbytes = min(nbytes, 2 * sum(graph.tensors[r].nbytes for r in x.results))
+                traffic[t] = (nbytes, _factors(labels[position]))
+        if i == root:
+            for t in x.results:
                 traffic[t] = (graph.tensors[t].nbytes, _factors(graph.labels[t]))
         if x.flops:
             space = _iteration(x, labels, [graph.labels[t] for t in x.results])
             flops += x.flops
             spaces[space] = spaces.get(space, 0.0) + x.flops
+        if x.batch_groups > 1:
+            groups = group_factors(x, [*labels, *(graph.labels[t] for t in x.results)])
     moved: dict[Factors, int] = {}
     for nbytes, factors in traffic.values():
         moved[factors] = moved.get(factors, 0) + nbytes
-    if flops < 64 and sum(moved.values()) < 256 and first.name not in HEAVY:
+    x = graph.instructions[root]
+    if flops < 64 and sum(moved.values()) < 256 and x.name not in HEAVY:
         return
     space = max(spaces, key=lambda s: spaces[s]) if spaces else max(moved, key=len, default=())
-    classes = [OP_CLASS.get(graph.instructions[i].name, "elementwise") for i in group]
-    op_class = classes[0] if len(group) == 1 else "reduce" if "reduce" in classes else "elementwise"
-    results = [t for i in group for t in graph.instructions[i].results]
-    dtype = graph.tensors[max(results, key=lambda t: graph.tensors[t].nbytes)].dtype
-    traffic_list = tuple(sorted((b, f) for f, b in moved.items()))
-    found[operator].work.append(Work(op_class, dtype, flops, space, traffic_list, first.trips, first.phase))
+    dtype = graph.tensors[max(x.results, key=lambda t: graph.tensors[t].nbytes)].dtype
+    found[operator].work.append(
+        Work(
+            OP_CLASS.get(x.name, "elementwise"),
+            dtype,
+            flops,
+            space,
+            tuple(sorted((b, f) for f, b in moved.items())),
+            x.trips,
+            x.phase,
+            x.batch_groups,
+            groups,
+        )  # fmt: skip
+    )
 
 
 def _communication(
@@ -328,11 +305,16 @@ def _memory(graph: Graph, family: dict[int, int], found: list[OperatorTerms]) ->
             )
         elif a.tensor not in family:
             found[home].resident.append((tensor.nbytes, _factors(graph.labels[a.tensor])))
-    written = written_tensors(graph)
-    read_later = {t for x in graph.instructions if x.phase == "backward" for t in x.operands}
+    written = fusion(graph).written(graph)
+    read_later = {
+        t
+        for root, kernel in fusion(graph).kernels.items()
+        if graph.instructions[root].phase == "backward"
+        for t in reads(graph, kernel)
+    }
     free = constant_tensors(graph)
     for x in graph.instructions:
-        if x.phase == "forward" and x.name not in WEIGHTLESS:
+        if x.phase == "forward" and x.name not in FREE:
             for t in x.results:
                 if t in read_later and t in written and t not in free and graph.tensors[t].nbytes > 64 and graph.home[t] >= 0:
                     found[graph.home[t]].kept.append((graph.tensors[t].nbytes, _factors(graph.labels[t])))

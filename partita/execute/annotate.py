@@ -54,10 +54,10 @@ class _Writer:
                 for value in operation.results:
                     if not any(self.layout.own[self.ids[value]]):
                         self._pin(value)
-                if instruction.windows and any(any(self.layout.own[t]) for t in instruction.results):
+                own = [any(self.layout.own[t]) for t in (*instruction.operands[:1], *instruction.results)]
+                if instruction.windows and not own[0] and any(own):
                     # XLA would split a whole value that a split window reads, and with it what else reads it.
-                    if not any(self.layout.own[instruction.operands[0]]):
-                        self._pin(self.values[instruction.operands[0]])
+                    self._pin(self.values[instruction.operands[0]])
         self._constraints(block)
         for operation in self.operations:
             if stablehlo.short(operation.name) in LOOPS:
@@ -68,7 +68,8 @@ class _Writer:
                 operation.attributes["sdy.sharding"] = ir.Attribute.parse(f"#sdy.sharding_per_value<[{text}]>")
         function = block.owner
         arguments = [
-            ir.DictAttr.get({"sdy.sharding": ir.Attribute.parse(self._text(self.layout.own[self.ids[a]]))}) for a in block.arguments
+            ir.DictAttr.get({"sdy.sharding": ir.Attribute.parse(self._text(self.layout.own[self.ids[a]]))})
+            for a in block.arguments
         ]
         function.attributes["arg_attrs"] = ir.ArrayAttr.get(arguments)
 

@@ -73,7 +73,9 @@ def _collectives(computations: dict[str, list[str]], name: str, trips: int) -> I
             if body:
                 yield from _collectives(computations, body.group(1), trips * (int(count.group(1)) if count else 1))
         elif opcode in ("call", "conditional", "fusion", "async-start"):
-            for called in re.findall(r"(?:to_apply|calls|called_computations=\{|true_computation|false_computation)=?%?([\w.\-]+)", line):
+            for called in re.findall(
+                r"(?:to_apply|calls|called_computations=\{|true_computation|false_computation)=?%?([\w.\-]+)", line
+            ):
                 yield from _collectives(computations, called, trips)
 
 

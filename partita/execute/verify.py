@@ -56,7 +56,9 @@ class Verification:
         lines = [f"memory by the compiler: {format_bytes(self.peak_bytes)}{of} a device"]
         for t in self.traffic:
             lines.append(f"{t.kind}: {format_bytes(t.planned)} planned, {format_bytes(t.emitted)} emitted")
-            lines += [f"  {path or '(no layer)'}: {format_bytes(a)} planned, {format_bytes(b)} emitted" for path, a, b in t.layers]
+            lines += [
+                f"  {path or '(no layer)'}: {format_bytes(a)} planned, {format_bytes(b)} emitted" for path, a, b in t.layers
+            ]
         if not self.traffic:
             lines.append("no collectives, planned or emitted")
         if self.compiled_flops is not None and self.planned_flops is not None:
@@ -110,9 +112,10 @@ def _traffic(expected: Sequence[Collective], found: Sequence[Any]) -> tuple[Traf
 def check_compiled(step: PlannedStep, compiled: Any, state: Any = None, batch: Any = None) -> list[str]:
     """The standard check of every planned step before it first runs: `verify` against the devices at hand, as lines."""
     graph, mesh = step.captured.graph, step.plan.mesh
-    expected = collectives(graph, mesh, step.layout)
-    capacity = detect(mesh.size).memory_bytes
-    return str(verify(step, compiled, expected, capacity, local_flops(graph, mesh, step.layout))).splitlines()
+    machine = detect(mesh.size)
+    expected = collectives(graph, mesh, step.layout, machine.backend)
+    flops = local_flops(graph, mesh, step.layout, machine.backend)
+    return str(verify(step, compiled, expected, machine.memory_bytes, flops)).splitlines()
 
 
 def check_and_compare(step: PlannedStep, compiled: Any, state: Any, batch: Any) -> list[str]:
@@ -147,7 +150,9 @@ def compare_steps(captured: Captured, step: PlannedStep, state: Any, batch: Any)
     planned = jax.tree.map(np.array, step.step(step.place_state(state), step.place_batch(batch)))
     names = _state_names(captured)
     found = []
-    for i, ((path, left), right) in enumerate(zip(jax.tree_util.tree_flatten_with_path(one)[0], jax.tree.leaves(planned), strict=True)):
+    for i, ((path, left), right) in enumerate(
+        zip(jax.tree_util.tree_flatten_with_path(one)[0], jax.tree.leaves(planned), strict=True)
+    ):
         first = len(jax.tree.leaves(one)) - len(names)
         name = names[i - first] if i >= first else "".join(str(getattr(k, "key", k)) for k in path[1:])
         found.append(_difference(name, left, right))

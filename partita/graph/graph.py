@@ -96,6 +96,15 @@ class Window:
             after = max(after, last + 1 - (i + 1) * elements if i < parts - 1 else 0)
         return before, after
 
+    def edges(self) -> float:
+        """Elements that all positions read where the dim is split, over those where it is whole: halos make padding explicit."""
+        inside = 0
+        for p in range(self.count):
+            first = -((self.low - p * self.step) // self.base)
+            last = (p * self.step - self.low + self.reach - 1) // self.base
+            inside += max(0, min(last, self.size - 1) - max(first, 0) + 1)
+        return self.count * self.reach / self.base / inside if inside else 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Instruction:

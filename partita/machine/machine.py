@@ -120,12 +120,14 @@ class Backend:
     overlap: the part of a collective's time that hides behind independent compute.
     promotes_16_bit_all_reduce: bfloat16 and float16 are summed, and sent, as float32.
     float32_products: the dtype in which float32 dots and convolutions run unless the program asks for more precision.
+    dense_grouped_gradients: the weight gradient of a grouped convolution is computed for all pairs of groups.
     """
 
     reduce_scatter: bool = True
     overlap: Fraction = 0.0
     promotes_16_bit_all_reduce: bool = False
     float32_products: str = "float32"
+    dense_grouped_gradients: bool = False
 
 
 @dataclass(frozen=True)
