@@ -97,7 +97,7 @@ def main() -> int:
             flops = (cost[0] if isinstance(cost, list) else cost)["flops"]
             row = {
                 "traffic": mine / theirs if theirs else 1.0 if not mine else float("inf"),
-                "memory": memory(graph, plan.mesh, step.layout).peak / peak_bytes(compiled),
+                "memory": memory(graph, plan.mesh, step.layout, machine.backend).peak / peak_bytes(compiled),
                 "flops": local_flops(graph, plan.mesh, step.layout, machine.backend, loops_once=True) / flops,
             }
             for key, value in row.items():

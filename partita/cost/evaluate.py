@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
-from partita.cost.reshard import emitted_steps
-from partita.cost.terms import Move, OperatorTerms, Stored
+from partita.cost.moves import Placement, move_seconds
+from partita.cost.terms import Factors, OperatorTerms, Stored
 from partita.machine import Machine, collective_seconds
 from partita.plan.layout import Sharding, resolve
 from partita.plan.plan import Mesh
@@ -26,32 +25,6 @@ Assignment = Mapping[int, tuple[int, ...]]
 
 COMBINED = 32 << 20
 """Gradient all-reduces are combined by the compiler: each is charged what it adds to one of this many bytes."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """A mesh on a machine: what a cost needs to know of where a plan runs."""
-
-    machine: Machine
-    mesh: Mesh
-    times: dict[Any, float] = field(default_factory=dict, compare=False, repr=False)
-    """Seconds of reshards already asked for."""
-
-    def group(self, axes: Sequence[int]) -> tuple[tuple[int, int], ...]:
-        """The participants of a collective over axes, as (level, parts) pairs for `collective_seconds`."""
-        return _group(tuple(sorted(axes)), self.mesh)
-
-    def ways(self, axes: Sequence[int]) -> int:
-        return math.prod(self.mesh.sizes[a] for a in axes)
-
-
-@lru_cache(maxsize=1 << 14)
-def _group(axes: tuple[int, ...], mesh: Mesh) -> tuple[tuple[int, int], ...]:
-    parts: dict[int, int] = {}
-    for a in axes:
-        level = mesh.axes[a].level
-        parts[level] = parts.get(level, 1) * mesh.axes[a].size
-    return tuple(sorted(parts.items()))
 
 
 @dataclass
@@ -81,15 +54,7 @@ def operator_cost(terms: OperatorTerms, place: Placement, assignments: Sequence[
     """The cost of an operator under each assignment, its parameters stored by ZeRO level `zero` over the axes left over."""
     machine, count = place.machine, len(assignments)
     ways = _Ways(place, assignments)
-    compute = np.zeros(count)
-    for w in terms.work:
-        flops = w.flops / ways.of(w.factors)
-        if w.groups > 1 and machine.backend.dense_grouped_gradients:
-            flops = flops * w.groups / ways.of(w.group_factors)
-        nbytes = sum((b / ways.of(f) for b, f in w.traffic), np.zeros(count))
-        rate = machine.rate(w.op_class, _float(w.dtype))
-        seconds = np.maximum(flops / rate, nbytes / machine.memory_bandwidth) + machine.overhead
-        compute += seconds * w.trips
+    compute = _compute(terms, machine, ways)
     activations, gradients = np.zeros(count), np.zeros(count)
     for r in terms.reductions:
         payload = r.nbytes / ways.of(r.factors)
@@ -108,7 +73,7 @@ def operator_cost(terms: OperatorTerms, place: Placement, assignments: Sequence[
                     activations[chosen] += _seconds(place, "collective_permute", row * need, axes) * h.trips
     for m in terms.moves:
         activations += np.array([move_seconds(m, place, resolve(m.source, a), resolve(m.target, a)) for a in assignments])
-    state = sum((b / ways.of(f) for b, f in terms.resident), np.zeros(count))
+    state = ways.shared(terms.resident)
     for s in terms.stored:
         split = ways.of(tuple(f for f in s.label if f >= 0))
         extra = np.ones(count)
@@ -117,13 +82,35 @@ def operator_cost(terms: OperatorTerms, place: Placement, assignments: Sequence[
                 found = storage_axes(s, place.mesh, a)
                 if found:
                     extra[i] = place.ways(found[1])
-                    nbytes = np.array([s.nbytes / split[i]])
-                    gradients[i] += _seconds(place, "all_gather", nbytes, found[1])[0] * (1 - machine.backend.overlap)
+                    seconds = place.seconds("all_gather", float(s.nbytes / split[i]), place.group(found[1]))
+                    gradients[i] += seconds * (1 - machine.backend.overlap)
             # The update itself is split as the slots are.
             compute -= s.traffic / split * (1 - 1 / extra) / machine.memory_bandwidth
         state = state + s.nbytes / split / (extra if zero == 3 else 1) + s.slots / split / extra
-    kept = sum((b / ways.of(f) for b, f in terms.kept), np.zeros(count))
-    return OperatorCost(np.maximum(compute, 0), activations, gradients, state, kept)
+    return OperatorCost(np.maximum(compute, 0), activations, gradients, state, ways.shared(terms.kept))
+
+
+def _compute(terms: OperatorTerms, machine: Machine, ways: _Ways) -> np.ndarray:
+    """Roofline seconds of an operator's kernels per assignment: all kernels at once, as arrays of [kernel, assignment]."""
+    if not terms.work:
+        return np.zeros(len(ways.assignments))
+    kinds: dict[Factors, int] = {}
+    flops, bound, rates = [], [], []
+    moved: list[tuple[int, int, float]] = []
+    for n, w in enumerate(terms.work):
+        dense = w.groups > 1 and machine.backend.dense_grouped_gradients
+        space = (*w.factors, *w.group_factors) if dense else w.factors
+        flops.append(w.flops * w.groups if dense else w.flops)
+        bound.append(kinds.setdefault(space, len(kinds)))
+        rates.append(machine.rate(w.op_class, _float(w.dtype)))
+        moved += [(n, kinds.setdefault(f, len(kinds)), b) for b, f in w.traffic]
+    share = np.stack([1.0 / ways.of(f) for f in kinds])
+    traffic = np.zeros((len(terms.work), len(kinds)))
+    for n, kind, nbytes in moved:
+        traffic[n, kind] += nbytes
+    busy = (np.array(flops) / np.array(rates))[:, None] * share[bound]
+    seconds = np.maximum(busy, traffic @ share / machine.memory_bandwidth) + machine.overhead
+    return np.array([float(w.trips) for w in terms.work]) @ seconds
 
 
 class _Ways:
@@ -132,14 +119,24 @@ class _Ways:
     def __init__(self, place: Placement, assignments: Sequence[Assignment]) -> None:
         self.place, self.assignments = place, assignments
         self.one: dict[int, np.ndarray] = {}
+        self.many: dict[Factors, np.ndarray] = {}
 
-    def of(self, factors: Sequence[int]) -> np.ndarray:
-        found = np.ones(len(self.assignments))
-        for f in factors:
-            if f not in self.one:
-                self.one[f] = np.array([float(self.place.ways(a.get(f, ()))) for a in self.assignments])
-            found = found * self.one[f]
-        return found
+    def of(self, factors: Factors) -> np.ndarray:
+        if factors not in self.many:
+            found = np.ones(len(self.assignments))
+            for f in factors:
+                if f not in self.one:
+                    self.one[f] = np.array([float(self.place.ways(a.get(f, ()))) for a in self.assignments])
+                found = found * self.one[f]
+            self.many[factors] = found
+        return self.many[factors]
+
+    def shared(self, pieces: Sequence[tuple[int, Factors]]) -> np.ndarray:
+        """Bytes of a device of pieces (bytes, factors that split them), per assignment."""
+        together: dict[Factors, int] = {}
+        for nbytes, factors in pieces:
+            together[factors] = together.get(factors, 0) + nbytes
+        return sum((b / self.of(f) for f, b in together.items()), np.zeros(len(self.assignments)))
 
     def axes_of(self, factor: int) -> list[tuple[tuple[int, ...], np.ndarray]]:
         """(axes over which the factor is split, indices of the assignments that split it so)."""
@@ -187,53 +184,3 @@ def spare_axes(shape: tuple[int, ...], sharding: Sharding, mesh: Mesh) -> tuple[
                 left //= size
         best = max(best, (whole // left, d, tuple(found)))
     return (best[1], best[2]) if best[2] else None
-
-
-Profile = tuple[tuple[str, tuple[tuple[int, int], ...], float], ...]
-
-
-@lru_cache(maxsize=1 << 18)
-def move_profile(source: Sharding, target: Sharding, mesh: Mesh) -> Profile:
-    """The steps of a reshard as (kind, group, part of the whole tensor that a device sends or receives)."""
-    found, before = [], source
-    for step in emitted_steps(source, target, mesh.sizes):
-        if step.kind != "all_slice":
-            held = step.result if step.kind == "all_gather" else before
-            part = 1.0 / math.prod(mesh.sizes[a] for dim in held for a in dim)
-            found.append((step.kind, _group(step.axes, mesh), part))
-        before = step.result
-    return tuple(found)
-
-
-def profile_seconds(profile: Profile, nbytes: int, place: Placement) -> float:
-    """Seconds of the steps of a reshard for a tensor of `nbytes`."""
-    key = (profile, nbytes)
-    if key not in place.times:
-        place.times[key] = sum(collective_seconds(place.machine, kind, part * nbytes, group) for kind, group, part in profile)
-    return place.times[key]
-
-
-def move_seconds(move: Move, place: Placement, source: Sharding, target: Sharding) -> float:
-    """Seconds of a move between two shardings of its tensor."""
-    if source == target:
-        return 0.0
-    return move.trips * profile_seconds(move_profile(source, target, place.mesh), move.nbytes, place)
-
-
-def move_table(move: Move, place: Placement, sources: Sequence[Sharding], targets: Sequence[Sharding]) -> np.ndarray:
-    """Seconds of a move for every pair of shardings, [source, target]."""
-    ids, profiles = _profile_table(tuple(sources), tuple(targets), place.mesh)
-    return (np.array([profile_seconds(p, move.nbytes, place) for p in profiles]) * move.trips)[ids]
-
-
-@lru_cache(maxsize=1 << 12)
-def _profile_table(
-    sources: tuple[Sharding, ...], targets: tuple[Sharding, ...], mesh: Mesh
-) -> tuple[np.ndarray, tuple[Profile, ...]]:
-    number: dict[Profile, int] = {}
-    ids = np.empty((len(sources), len(targets)), np.int64)
-    for i, s in enumerate(sources):
-        for j, t in enumerate(targets):
-            profile = () if s == t else move_profile(s, t, mesh)
-            ids[i, j] = number.setdefault(profile, len(number))
-    return ids, tuple(number)

@@ -67,14 +67,14 @@ class Key(Generic[T]):
         return isinstance(other, Key) and other.value is self.value
 
 
-def fusion(graph: Graph) -> Fusion:
-    """The kernels of a graph; kept, so that asking again costs nothing."""
-    return _fusion(Key(graph))
+def fusion(graph: Graph, recompute: bool = False) -> Fusion:
+    """The kernels of a graph; kept, so that asking again costs nothing. For `recompute` see `Backend.recomputes`."""
+    return _fusion(Key(graph), recompute)
 
 
 @lru_cache(maxsize=8)
-def _fusion(key: Key[Graph]) -> Fusion:
-    return _Fuser(key.value).run()
+def _fusion(key: Key[Graph], recompute: bool) -> Fusion:
+    return _Fuser(key.value, recompute).run()
 
 
 def transposes(x: Instruction) -> bool:
@@ -86,8 +86,8 @@ def transposes(x: Instruction) -> bool:
 
 
 class _Fuser:
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, recompute: bool) -> None:
+        self.graph, self.recompute = graph, recompute
         instructions, tensors = graph.instructions, graph.tensors
         self.producer = {t: i for i, x in enumerate(instructions) for t in x.results}
         self.producers = [[self.producer[t] for t in dict.fromkeys(x.operands) if t in self.producer] for x in instructions]
@@ -160,15 +160,12 @@ class _Fuser:
         return self.graph.instructions[reader].name == "broadcast_in_dim" and self.nbytes[reader] > self.nbytes[producer]
 
     def _once(self) -> set[int]:
-        """Producers that are never computed twice: to do so would read more than it saves, and some reader needs them written."""
+        """Producers that are never computed twice, because that would read more than it saves. A backend that recomputes does it even
+        then, unless some reader needs them written."""
         found: set[int] = set()
         for p, readers in enumerate(self.readers):
-            if (
-                len(readers) > 1
-                and self.joins[p]
-                and self._gathers(p)
-                and not all(self._absorbed(p, r, found) for r in readers)
-            ):
+            costly = len(readers) > 1 and self.joins[p] and self._gathers(p)
+            if costly and not (self.recompute and all(self._absorbed(p, r, found) for r in readers)):
                 found.add(p)
         return found
 
@@ -252,13 +249,13 @@ def cut(graph: Graph, fused: Fusion, barriers: Set[tuple[int, int]], ends: Set[i
     return Fusion(dict(sorted(kernels.items())), tuple(computed))
 
 
-def fused_under(graph: Graph, layout: Layout) -> Fusion:
+def fused_under(graph: Graph, layout: Layout, recompute: bool) -> Fusion:
     """The kernels of a laid-out graph: what is moved to another sharding, and sums over split dims, are written in between."""
-    return _fused_under(Key(graph), Key(layout))
+    return _fused_under(Key(graph), Key(layout), recompute)
 
 
 @lru_cache(maxsize=2)
-def _fused_under(graph_key: Key[Graph], layout_key: Key[Layout]) -> Fusion:
+def _fused_under(graph_key: Key[Graph], layout_key: Key[Layout], recompute: bool) -> Fusion:
     graph, layout = graph_key.value, layout_key.value
     seen, ends = seen_labels(graph), set()
     for i, x in enumerate(graph.instructions):
@@ -268,7 +265,7 @@ def _fused_under(graph_key: Key[Graph], layout_key: Key[Layout]) -> Fusion:
             if any(assignment.get(f) for f in reduced_factors(x, labels)):
                 ends.add(i)
     barriers = {read for r in layout.reads for read in r.readers if read[0] >= 0}
-    return cut(graph, fusion(graph), barriers, ends)
+    return cut(graph, fusion(graph, recompute), barriers, ends)
 
 
 @lru_cache(maxsize=8)

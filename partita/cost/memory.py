@@ -17,10 +17,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from partita.cost.collectives import reduced_factors, seen_labels
+from partita.cost.collectives import DEFAULT, reduced_factors, seen_labels
 from partita.cost.fusion import Key, fused_under, reads, transposes
 from partita.cost.work import group_factors
 from partita.graph.graph import ITEMSIZE, Graph, constant_tensors
+from partita.machine import Backend
 from partita.plan.layout import Layout, Sharding
 from partita.plan.plan import Mesh
 
@@ -117,13 +118,13 @@ class _Lives:
     """Per instruction, the last kernel that computes it."""
 
 
-def _lives(graph: Graph, program: _Program, layout: Layout) -> _Lives:
-    fused = fused_under(graph, layout)
+def _lives(graph: Graph, program: _Program, layout: Layout, backend: Backend) -> _Lives:
+    fused = fused_under(graph, layout, backend.recomputes)
     dies: dict[int, int] = {}
     for root, kernel in fused.kernels.items():
         x = graph.instructions[root]
         # Transposed copies of operands are made as soon as the operands could be, and kept.
-        copied = sorted(program.made.get(t, -1) for t in x.operands) if transposes(x) else []
+        copied = sorted(program.made.get(t, -1) for t in x.operands) if backend.transposed_copies and transposes(x) else []
         for t, readers in reads(graph, kernel).items():
             when = program.loops[root][0] if root in program.loops else root
             if copied:
@@ -135,10 +136,10 @@ def _lives(graph: Graph, program: _Program, layout: Layout) -> _Lives:
     return _Lives(born, dies, tuple(max(roots, default=i) for i, roots in enumerate(fused.computed_in)))
 
 
-def memory(graph: Graph, mesh: Mesh, layout: Layout) -> Memory:
+def memory(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend = DEFAULT) -> Memory:
     """Bytes per device at the peak of one step under a layout."""
     program = _program(Key(graph))
-    lives = _lives(graph, program, layout)
+    lives = _lives(graph, program, layout, backend)
     sizes = _Sizes(graph, mesh)
     count = len(graph.instructions)
     held: dict[str, int] = defaultdict(int)
@@ -183,7 +184,7 @@ def memory(graph: Graph, mesh: Mesh, layout: Layout) -> Memory:
         born = lives.born.get(read.tensor, 0)
         stop = max([lives.until[i] for i in readers] or [count])
         live(sizes(read.tensor, read.target), max(0, min(readers, default=count) if read.tensor in arguments else born), stop)
-    _combined(graph, layout, program, lives, sizes, live)
+    _combined(graph, layout, program, lives, sizes, backend, live)
     for i, t in program.zeros:
         live(sizes(t, layout.own[graph.instructions[i].results[0]]), 0, i - 1)
     for i, start in program.scatters:
@@ -205,7 +206,7 @@ def memory(graph: Graph, mesh: Mesh, layout: Layout) -> Memory:
     )  # fmt: skip
 
 
-def _combined(graph: Graph, layout: Layout, program: _Program, lives: _Lives, sizes: _Sizes, live) -> None:  # noqa: ANN001
+def _combined(graph: Graph, layout: Layout, program: _Program, lives: _Lives, sizes: _Sizes, backend: Backend, live) -> None:  # noqa: ANN001
     """Gradients that wait for one combined all-reduce, and its sums: both live from the first one made to the last reader."""
     groups: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
     for i, factors, t in program.reduces:
@@ -215,20 +216,20 @@ def _combined(graph: Graph, layout: Layout, program: _Program, lives: _Lives, si
             groups[axes].append((i, t))
     waiting = {t for members in groups.values() for _, t in members}
     targets = {r: read.target for read in layout.reads for r in read.readers}
-    for i, t in program.kernels:
+    for i, t in program.kernels if backend.transposed_copies else ():
         # XLA:CPU keeps the weight gradient of a convolution as it is computed and as it is wanted, transposed.
         if t not in waiting:
             live(sizes(t, layout.own[t]), i, max(i, lives.dies.get(t, i)))
         x = graph.instructions[i]
         for position, o in enumerate(x.operands):
             live(sizes(o, targets.get((i, position), layout.own[o])), max(0, program.made.get(o, 0)), i)
-        if x.batch_groups > 1:
+        if x.batch_groups > 1 and backend.dense_grouped_gradients:
             # It computes that of a grouped one for all pairs of groups, and then takes the diagonal.
             label = [*(graph.labels[o] for o in x.operands), graph.labels[t]]
             assignment = layout.assignments[graph.owner[i]] if graph.owner[i] >= 0 else {}
             ways = math.prod(sizes.mesh.sizes[a] for f in group_factors(x, label) for a in assignment.get(f, ()))
             live(2 * sizes(t, layout.own[t]) * x.batch_groups // ways, i, i)
-    for i, t, start in program.flipped:
+    for i, t, start in program.flipped if backend.transposed_copies else ():
         live(sizes(t, targets.get((i, 1), layout.own[t])), start, i)
     for members in groups.values():
         meet = max(i for i, _ in members)

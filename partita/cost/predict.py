@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from partita.cost.collectives import collectives
-from partita.cost.evaluate import Placement, move_seconds, operator_cost
+from partita.cost.evaluate import operator_cost
 from partita.cost.memory import memory
+from partita.cost.moves import Placement, move_seconds
 from partita.cost.terms import Terms, terms
 from partita.cost.work import local_flops
 from partita.graph.graph import Graph
@@ -72,7 +73,7 @@ class Prediction:
 
 def predict(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = None, where: Layout | None = None) -> Prediction:
     """The cost of a plan on a machine. `found` and `where` may be given if they are known already."""
-    found = found or terms(graph)
+    found = found or terms(graph, machine.backend)
     where = where or layout(graph, plan)
     place = Placement(machine, plan.mesh)
     zero = {path: 1 if s.zero == 2 else s.zero for path, s in plan.storage.items()}
@@ -97,6 +98,6 @@ def predict(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = No
         for o, c in enumerate(costs)
     )  # fmt: skip
     return Prediction(
-        plan.name, machine.name, sum(o.seconds for o in operators), operators, memory(graph, plan.mesh, where).peak,
+        plan.name, machine.name, sum(o.seconds for o in operators), operators, memory(graph, plan.mesh, where, machine.backend).peak,
         dict(sorted(traffic.items())), local_flops(graph, plan.mesh, where, machine.backend), machine.weakest_status(),
     )  # fmt: skip

@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from partita.cost.collectives import reaches, reduced_factors, seen_labels
-from partita.cost.fusion import FREE, fusion, reads
+from partita.cost.collectives import DEFAULT, reaches, reduced_factors, seen_labels
+from partita.cost.fusion import FREE, Fusion, fusion, reads
 from partita.cost.work import group_factors
 from partita.graph.graph import Graph, Instruction, Label, Phase, Window, constant_tensors
 from partita.graph.grouping import HEAVY
+from partita.machine import Backend
 from partita.plan.layout import families
 
 OP_CLASS = {
@@ -136,15 +137,15 @@ class Terms:
     edges: list[Move]
 
 
-def terms(graph: Graph) -> Terms:
-    """The cost terms of a graph."""
+def terms(graph: Graph, backend: Backend = DEFAULT) -> Terms:
+    """The cost terms of a graph, compiled as a backend does."""
     seen = seen_labels(graph)
     found = [OperatorTerms() for _ in graph.operators]
     family = families(graph)
-    _works(graph, seen, found)
+    _works(graph, seen, fusion(graph, backend.recomputes), found)
     _communication(graph, seen, family, found)
     edges = _moves(graph, found)
-    _memory(graph, family, found)
+    _memory(graph, family, fusion(graph, backend.recomputes), found)
     return Terms(found, edges)
 
 
@@ -157,10 +158,10 @@ def _iteration(x: Instruction, labels: list[Label], results: list[Label]) -> Fac
     return tuple(dict.fromkeys(f for label in [*labels, *results] for f in label if f >= 0))
 
 
-def _works(graph: Graph, seen: dict[tuple[int, int], Label], found: list[OperatorTerms]) -> None:
+def _works(graph: Graph, seen: dict[tuple[int, int], Label], fused: Fusion, found: list[OperatorTerms]) -> None:
     """Adds every kernel to its operator; one that is fused across operators is shared out between them."""
     free = constant_tensors(graph)
-    for root, kernel in fusion(graph).kernels.items():
+    for root, kernel in fused.kernels.items():
         x = graph.instructions[root]
         if x.name in ("while", "case", "if", *FREE) or all(t in free for t in x.results):
             continue
@@ -287,7 +288,7 @@ def _moves(graph: Graph, found: list[OperatorTerms]) -> list[Move]:
     return edges
 
 
-def _memory(graph: Graph, family: dict[int, int], found: list[OperatorTerms]) -> None:
+def _memory(graph: Graph, family: dict[int, int], fused: Fusion, found: list[OperatorTerms]) -> None:
     slots: dict[int, int] = defaultdict(int)
     for a in graph.arguments:
         if a.role == "optimizer" and a.tensor in family:
@@ -305,10 +306,10 @@ def _memory(graph: Graph, family: dict[int, int], found: list[OperatorTerms]) ->
             )
         elif a.tensor not in family:
             found[home].resident.append((tensor.nbytes, _factors(graph.labels[a.tensor])))
-    written = fusion(graph).written(graph)
+    written = fused.written(graph)
     read_later = {
         t
-        for root, kernel in fusion(graph).kernels.items()
+        for root, kernel in fused.kernels.items()
         if graph.instructions[root].phase == "backward"
         for t in reads(graph, kernel)
     }

@@ -18,7 +18,7 @@ def local_flops(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend = DEF
 
     `loops_once` counts a loop's body once, as XLA's cost analysis does.
     """
-    seen, total, fused = seen_labels(graph), 0.0, fused_under(graph, layout)
+    seen, total, fused = seen_labels(graph), 0.0, fused_under(graph, layout, backend.recomputes)
     for i, x in enumerate(graph.instructions):
         if not x.flops:
             continue

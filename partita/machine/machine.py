@@ -121,6 +121,8 @@ class Backend:
     promotes_16_bit_all_reduce: bfloat16 and float16 are summed, and sent, as float32.
     float32_products: the dtype in which float32 dots and convolutions run unless the program asks for more precision.
     dense_grouped_gradients: the weight gradient of a grouped convolution is computed for all pairs of groups.
+    recomputes: what several kernels read is computed in each where that is possible, not only where it saves reads.
+    transposed_copies: convolutions of the backward pass read transposed copies, made early and kept.
     """
 
     reduce_scatter: bool = True
@@ -128,6 +130,8 @@ class Backend:
     promotes_16_bit_all_reduce: bool = False
     float32_products: str = "float32"
     dense_grouped_gradients: bool = False
+    recomputes: bool = False
+    transposed_copies: bool = False
 
 
 @dataclass(frozen=True)

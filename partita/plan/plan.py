@@ -58,6 +58,13 @@ class Mesh:
         return math.prod(self.sizes)
 
     @cached_property
+    def _hash(self) -> int:
+        return hash(self.axes)
+
+    def __hash__(self) -> int:
+        return self._hash  # asked for once per reshard of a search
+
+    @cached_property
     def index(self) -> dict[str, int]:
         return {a.name: i for i, a in enumerate(self.axes)}
 

@@ -29,7 +29,7 @@ class Problem:
         """Adds seconds between u and v, whose states are the rows and columns of the table."""
         if u > v:
             u, v, table = v, u, table.T
-        self.tables[u, v] = self.tables[u, v] + table if (u, v) in self.tables else np.array(table, float)
+        self.tables[u, v] = self.tables[u, v] + table if (u, v) in self.tables else table
 
     def cost(self, states: Sequence[int]) -> float:
         """Seconds of a full assignment of states."""

@@ -3,7 +3,7 @@
 Axes of one level of the machine are alike, so a choice is a number of axes per use (a factor, or replicate) and level, and the
 axes are dealt out in one fixed order of uses (sample first, on the slowest axes; replicate last). Operators then agree on
 which axis does what wherever they agree on how many, and 6 equal axes with 6 uses are 462 choices instead of 46,656. On large
-meshes a choice may have at most two uses per level. Choices of baselines are added whatever they are, so that a search can
+meshes a choice has fewer uses, and axes are dealt out several at a time. Choices of baselines are added whatever they are, so that a search can
 never end above a baseline.
 """
 
@@ -16,8 +16,10 @@ from partita.graph.graph import Graph
 from partita.plan.plan import Mesh, illegal
 
 ORDER = "SAPR"
-LIMIT = 200
-"""Choices per operator above which fewer uses per level are allowed."""
+LIMIT = 150
+"""Choices per operator above which fewer uses, or larger portions of axes, are allowed."""
+PORTIONS = ((4, 1), (3, 1), (2, 1), (3, 2), (2, 2), (2, 3), (2, 64), (1, 64))
+"""(uses, axes dealt out together), from many choices to few."""
 
 Choice = tuple[int, ...]
 """Per mesh axis, the factor that it splits, -1 where the operator is replicated."""
@@ -29,9 +31,9 @@ def candidates(graph: Graph, operator: int, mesh: Mesh, extra: Iterable[Choice] 
     uses = [*factors, -1]
     everything = [-1] * len(mesh.axes)
     found: dict[Choice, None] = {tuple(everything): None}
-    for most in (4, 3, 2, 1):
+    for most, portion in PORTIONS:
         here = dict(found)
-        for choice in _dealt(graph, mesh, uses, most):
+        for choice in _dealt(graph, mesh, uses, most, portion):
             here[choice] = None
             if len(here) > LIMIT and most > 1:
                 break
@@ -43,8 +45,8 @@ def candidates(graph: Graph, operator: int, mesh: Mesh, extra: Iterable[Choice] 
     return [choice for choice in found if illegal(graph, operator, names_of(graph, mesh, choice), mesh) is None]
 
 
-def _dealt(graph: Graph, mesh: Mesh, uses: list[int], most: int) -> Iterator[Choice]:
-    """All choices with at most `most` uses, dealt to the axes of each level in the order of uses."""
+def _dealt(graph: Graph, mesh: Mesh, uses: list[int], most: int, portion: int) -> Iterator[Choice]:
+    """All choices with at most `most` uses, dealt to the axes of each level in the order of uses, `portion` axes at a time."""
     levels: dict[tuple[int, int], list[int]] = {}
     for number, axis in enumerate(mesh.axes):
         levels.setdefault((axis.level, axis.size), []).append(number)
@@ -56,7 +58,7 @@ def _dealt(graph: Graph, mesh: Mesh, uses: list[int], most: int) -> Iterator[Cho
             return
         axes = groups[level]
         size = mesh.axes[axes[0]].size
-        for counts in _compositions(len(axes), len(chosen)):
+        for counts in _compositions(len(axes), len(chosen), portion):
             rest, fits = dict(left), True
             for use, count in zip(chosen, counts, strict=True):
                 if use >= 0 and count:
@@ -76,13 +78,17 @@ def _dealt(graph: Graph, mesh: Mesh, uses: list[int], most: int) -> Iterator[Cho
             yield from deal(0, [-1] * len(mesh.axes), chosen, sizes)
 
 
-def _compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write `total` as an ordered sum of `parts` numbers, zeros allowed."""
+def _compositions(total: int, parts: int, portion: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write `total` as an ordered sum of `parts` multiples of `portion`, zeros allowed; what is over goes to one of them.
+
+    >>> list(_compositions(3, 2, 2))
+    [(3, 0), (2, 1), (0, 3)]
+    """
     if parts == 1:
         yield (total,)
         return
-    for first in range(total, -1, -1):
-        for rest in _compositions(total - first, parts - 1):
+    for first in sorted({total, *range(0, total, portion)}, reverse=True):
+        for rest in _compositions(total - first, parts - 1, portion):
             yield (first, *rest)
 
 

@@ -68,7 +68,7 @@ def find(graph: Graph, machine: Machine, report: Callable[[Progress], None] | No
         result = eliminate(reduced.problem, budget, report)
         states = reduced.lift(result.states)
         plan = network.plan(states)
-        peak = memory(graph, mesh, layout(graph, plan)).peak
+        peak = memory(graph, mesh, layout(graph, plan), machine.backend).peak
         smallest = peak if smallest is None else min(smallest, peak)
         if peak <= limit or not result.feasible or result.stopped:
             break

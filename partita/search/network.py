@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from partita.cost.evaluate import Placement, move_table, operator_cost, storage_axes
+from partita.cost.evaluate import operator_cost, storage_axes
+from partita.cost.moves import Placement, move_table
 from partita.cost.terms import Move, Terms, terms
 from partita.graph.graph import Graph, Label
 from partita.machine import Machine
@@ -84,18 +85,23 @@ def stored_by(network: Network, operator: int, state: State) -> dict[str, Storag
 def build(graph: Graph, machine: Machine, mesh: Mesh, baselines: Sequence[Plan] = ()) -> Network:
     """The cost network of a graph on a machine's mesh. Every choice of the baselines is among the candidates."""
     place = Placement(machine, mesh)
-    found = terms(graph)
+    found = terms(graph, machine.backend)
     states: list[list[State]] = []
     seconds, nbytes, causes = [], [], []
     costed: dict[tuple[object, ...], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    offered: dict[tuple[object, ...], tuple[Choice, ...]] = {}
     for o, operator in enumerate(graph.operators):
         extra = [choice_of(graph, o, mesh, plan.choices[operator.name]) for plan in baselines]
-        choices = candidates(graph, o, mesh, extra)
         levels = LEVELS if found.operators[o].stored else (0,)
+        number = {f: i for i, f in enumerate(operator.factors)} | {-1: -1}
+        same = found.operators[o].key(graph, o), operator.kind, tuple(tuple(number[f] for f in choice) for choice in extra)
+        if same not in offered:
+            offered[same] = tuple(tuple(number[f] for f in choice) for choice in candidates(graph, o, mesh, extra))
+        local = offered[same]
+        back = (*operator.factors, -1)
+        choices = [tuple(back[i] for i in choice) for choice in local]
         states.append([State(choice, zero) for zero in levels for choice in choices])
-        number = {f: i for i, f in enumerate(operator.factors)}
-        local = tuple(tuple(number.get(f, -1) for f in choice) for choice in choices)
-        key = (found.operators[o].key(graph, o), local)
+        key = (same, local)
         if key not in costed:
             assignments = [assignment_of(choice) for choice in choices]
             costs = [operator_cost(found.operators[o], place, assignments, zero) for zero in levels]
@@ -114,34 +120,45 @@ def build(graph: Graph, machine: Machine, mesh: Mesh, baselines: Sequence[Plan] 
 
 
 def _add_moves(network: Network) -> None:
-    views: dict[tuple[int, Label], tuple[list[Sharding], np.ndarray]] = {}
+    views: dict[tuple[object, ...], tuple[tuple[Sharding, ...], np.ndarray]] = {}
+    alike: dict[tuple[object, ...], int] = {}
+    kind: list[int] = []
+    for o, operator in enumerate(network.graph.operators):
+        number = {f: i for i, f in enumerate(operator.factors)} | {-1: -1}
+        mine = tuple(tuple(number[f] for f in s.choice) for s in network.states[o])
+        kind.append(alike.setdefault(mine, len(alike)))
 
-    def view(operator: int, label: Label) -> tuple[list[Sharding], np.ndarray]:
-        """(distinct shardings of a tensor under this label, which of them each state gives)."""
-        key = (operator, label)
+    def view(operator: int, label: Label) -> tuple[tuple[Sharding, ...], np.ndarray]:
+        """(distinct shardings of a tensor under this label, which of them each state gives); the same for operators alike."""
+        factors = network.graph.operators[operator].factors
+        key = (kind[operator], tuple(factors.index(f) if f in factors else -1 for f in label))
         if key not in views:
             number: dict[Sharding, int] = {}
             ids = [number.setdefault(resolve(label, assignment_of(s.choice)), len(number)) for s in network.states[operator]]
-            views[key] = (list(number), np.array(ids))
+            views[key] = (tuple(number), np.array(ids))
         return views[key]
 
     by_pair: dict[tuple[int, int], list[Move]] = {}
     for move in network.terms.edges:
         by_pair.setdefault((move.home, move.reader), []).append(move)
     expanded: dict[tuple[object, ...], np.ndarray] = {}
+    totals: dict[tuple[int, ...], np.ndarray] = {}
     for (home, reader), moves in by_pair.items():
-        total: np.ndarray | None = None
+        tables = []
         for move in moves:
             sources, rows = view(home, move.source)
             targets, columns = view(reader, move.target)
             if len(sources) == len(targets) == 1 and sources == targets:
                 continue
-            key = (tuple(sources), tuple(targets), move.nbytes, move.trips, rows.tobytes(), columns.tobytes())
+            key = (id(sources), id(targets), move.nbytes, move.trips)
             if key not in expanded:
                 expanded[key] = move_table(move, network.place, sources, targets)[np.ix_(rows, columns)]
-            total = expanded[key] if total is None else total + expanded[key]
-        if total is not None:
-            network.problem.add_table(home, reader, total)
+            tables.append(expanded[key])
+        if tables:
+            same = tuple(sorted(map(id, tables)))
+            if same not in totals:
+                totals[same] = sum(tables[1:], tables[0])
+            network.problem.add_table(home, reader, totals[same])
 
 
 def seconds_by_cause(network: Network, states: Sequence[int]) -> Mapping[str, float]:

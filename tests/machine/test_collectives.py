@@ -206,10 +206,10 @@ def test_no_collective_beats_its_slowest_link(case, nbytes):
     what, _, group = case
     inside = 1
     for index, p in reversed(group):
-        level = what.levels[index]
         if p > 1:
             needed = nbytes * (p - 1) / p  # of an all_gather's result, the part does not have these
-            links = inside * level.bandwidth  # at most one link for each of its members
+            # At most one link for each of its members at this level, and at every level further out.
+            links = inside * sum(what.levels[outer].bandwidth for outer, parts in group if outer <= index and parts > 1)
             assert collective_seconds(what, "all_gather", nbytes, group) >= needed / links * (1 - 1e-12)
         inside *= p
 

@@ -98,7 +98,7 @@ def test_host_divides_its_memory():
         "derived",
     )
     assert machine.rate("dot", "float32") == 30e9
-    assert machine.backend == Backend(reduce_scatter=False, promotes_16_bit_all_reduce=True, dense_grouped_gradients=True)
+    assert machine.backend == Backend(reduce_scatter=False, promotes_16_bit_all_reduce=True, dense_grouped_gradients=True, recomputes=True, transposed_copies=True)
     assert read(machine.to_toml()) == machine
 
 

@@ -1,0 +1,219 @@
+"""Seconds of reshards on a placed mesh: one, or a table over all shardings of two operators at once.
+
+A search asks for some hundred thousand reshards, and few of them differ: axes of one level and size are alike, so a reshard
+is known by how many axes go from which place to which; dims that stay as they are only share the bytes. Tables are computed by
+numbering the pairs that differ (array operations), running Shardy's algorithm (`cost.reshard`) once for each, and timing each
+different collective once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from partita.cost.reshard import emitted_steps
+from partita.cost.terms import Move
+from partita.machine import Machine, collective_seconds
+from partita.plan.layout import Sharding
+from partita.plan.plan import Mesh
+
+Group = tuple[tuple[int, int], ...]
+Profile = tuple[tuple[str, Group, float], ...]
+"""The steps of a reshard as (kind, group, part of the whole tensor that a device sends or receives)."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A mesh on a machine: what a cost needs to know of where a plan runs."""
+
+    machine: Machine
+    mesh: Mesh
+    times: dict[Any, float] = field(default_factory=dict, compare=False, repr=False)
+    """Seconds of collectives already asked for."""
+
+    def group(self, axes: Sequence[int]) -> Group:
+        """The participants of a collective over axes, as (level, parts) pairs for `collective_seconds`."""
+        return group_of(tuple(sorted(axes)), self.mesh)
+
+    def ways(self, axes: Sequence[int]) -> int:
+        return math.prod(self.mesh.sizes[a] for a in axes)
+
+    def seconds(self, kind: str, nbytes: float, group: Group) -> float:
+        """Seconds of a collective; kept, since a search asks for few different ones, many times."""
+        key = (kind, group, nbytes)
+        if key not in self.times:
+            self.times[key] = collective_seconds(self.machine, kind, nbytes, group)
+        return self.times[key]
+
+
+@lru_cache(maxsize=1 << 14)
+def group_of(axes: tuple[int, ...], mesh: Mesh) -> Group:
+    parts: dict[int, int] = {}
+    for a in axes:
+        level = mesh.axes[a].level
+        parts[level] = parts.get(level, 1) * mesh.axes[a].size
+    return tuple(sorted(parts.items()))
+
+
+def move_seconds(move: Move, place: Placement, source: Sharding, target: Sharding) -> float:
+    """Seconds of a move between two shardings of its tensor."""
+    if source == target:
+        return 0.0
+    profile = _profile(source, target, place.mesh)
+    return move.trips * sum(place.seconds(kind, part * move.nbytes, group) for kind, group, part in profile)
+
+
+def move_table(move: Move, place: Placement, sources: Sequence[Sharding], targets: Sequence[Sharding]) -> np.ndarray:
+    """Seconds of a move for every pair of shardings, [source, target]."""
+    # Dims that nobody splits are left out: tensors of other ranks then ask for the same table.
+    split = [d for d in range(len(sources[0])) if any(s[d] for s in (*sources, *targets))]
+    without = lambda shardings: tuple(tuple(s[d] for d in split) for s in shardings)  # noqa: E731
+    table = _table(without(sources), without(targets), place.mesh)
+    once = np.zeros((len(table.ways), len(table.steps) + 1))
+    for i, ways in enumerate(table.ways):
+        once[i, :-1] = [place.seconds(kind, part / ways * move.nbytes, group) for kind, group, part in table.steps]
+    return move.trips * once[:, table.rows].sum(axis=2)[table.idle, table.ids]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Reshards between all pairs of shardings [source, target]: `ids` are rows of `rows`, which list steps (-1 for none), and
+    `idle` are indices of `ways`, into how many parts dims that stay as they are are split."""
+
+    ids: np.ndarray
+    idle: np.ndarray
+    rows: np.ndarray
+    ways: tuple[int, ...]
+    steps: tuple[tuple[str, Group, float], ...]
+
+
+@lru_cache(maxsize=1 << 10)
+def _table(sources: tuple[Sharding, ...], targets: tuple[Sharding, ...], mesh: Mesh) -> _Table:
+    keys, idle = _keys(sources, targets, mesh)
+    known = _known(mesh)
+    names, first, ids = np.unique(keys.reshape(-1), return_index=True, return_inverse=True)
+    number: dict[tuple[str, Group, float], int] = {}
+    rows = []
+    for key, pair in zip(names.tolist(), first.tolist(), strict=True):
+        if key not in known:
+            before, after, _ = _simplest(sources[pair // len(targets)], targets[pair % len(targets)], mesh)
+            known[key] = _steps(before, after, mesh)
+        rows.append([number.setdefault(step, len(number)) for step in known[key]])
+    width = max(map(len, rows))
+    padded = np.array([row + [-1] * (width - len(row)) for row in rows], np.int64).reshape(len(rows), width)
+    ways, which = np.unique(idle.reshape(-1), return_inverse=True)
+    return _Table(ids.reshape(keys.shape), which.reshape(keys.shape), padded, tuple(ways.tolist()), tuple(number))
+
+
+@lru_cache(maxsize=8)
+def _known(mesh: Mesh) -> dict[int, Profile]:
+    return {}
+
+
+RANK = 8
+"""Dims of a tensor that reshards are told apart by."""
+
+
+def _keys(sources: Sequence[Sharding], targets: Sequence[Sharding], mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+    """Per pair of shardings [source, target]: a number, equal where the same reshard is to be done, and the ways of dims that stay.
+
+    An axis is known by its level and size and by its place (dim and digit) before and after. What a reshard costs depends on how
+    many axes of each description there are, so a random number for each is added up; 64 bits make a chance agreement unlikely.
+    """
+    dims, axes = len(sources[0]), len(mesh.axes)
+    assert dims <= RANK, f"a tensor split in more than {RANK} dims"
+    first = [alike[0] for alike in _alike_axes(mesh)]
+    random = _random_numbers(axes)
+    before, after = _places(sources, axes), _places(targets, axes)
+    moves = np.zeros((len(sources), len(targets), dims + 1), bool)  # whether a dim is split otherwise after than before
+    for d in range(dims):
+        number: dict[tuple[int, ...], int] = {}
+        one, other = (np.array([number.setdefault(s[d], len(number)) for s in side]) for side in (sources, targets))
+        moves[:, :, d] = one[:, None] != other[None, :]
+    rank = np.cumsum(moves, axis=2)  # of dims that stay, only that they are there matters
+    rows, columns = np.arange(len(sources))[:, None], np.arange(len(targets))[None, :]
+    found = np.zeros((len(sources), len(targets)), np.uint64)
+    ways = np.ones((len(sources), len(targets)), np.int64)
+    for a in range(axes):
+        here, there = before[:, a][:, None], after[:, a][None, :]
+        d, e = np.where(here, (here - 1) // axes, dims), np.where(there, (there - 1) // axes, dims)
+        one = np.where(here, (rank[rows, columns, d] - 1) * axes + (here - 1) % axes + 1, 0)
+        other = np.where(there, (rank[rows, columns, e] - 1) * axes + (there - 1) % axes + 1, 0)
+        idle = (here > 0) & ~moves[rows, columns, d]
+        found += np.where(idle, np.uint64(0), random[first[a]][one, other])
+        ways *= np.where(idle, mesh.sizes[a], 1)
+    return found, ways
+
+
+@lru_cache(maxsize=8)
+def _random_numbers(axes: int) -> np.ndarray:
+    found = np.random.default_rng(0).integers(0, 1 << 63, (axes, RANK * axes + 1, RANK * axes + 1), dtype=np.uint64)
+    found[:, 0, 0] = 0
+    return found
+
+
+def _places(shardings: Sequence[Sharding], axes: int) -> np.ndarray:
+    """[sharding, axis]: 1 + dim x axes + digit of the axis, 0 where it splits nothing."""
+    found = np.zeros((len(shardings), axes), np.int64)
+    for i, sharding in enumerate(shardings):
+        for d, dim in enumerate(sharding):
+            for digit, a in enumerate(dim):
+                found[i, a] = 1 + d * axes + digit
+    return found
+
+
+def _profile(source: Sharding, target: Sharding, mesh: Mesh) -> Profile:
+    if source == target:
+        return ()
+    before, after, idle = _simplest(source, target, mesh)
+    return tuple((kind, group, part / idle) for kind, group, part in _steps(before, after, mesh))
+
+
+@lru_cache(maxsize=1 << 18)
+def _steps(source: Sharding, target: Sharding, mesh: Mesh) -> Profile:
+    found, before = [], source
+    for step in emitted_steps(source, target, mesh.sizes):
+        if step.kind != "all_slice":
+            held = step.result if step.kind == "all_gather" else before
+            part = 1.0 / math.prod(mesh.sizes[a] for dim in held for a in dim)
+            found.append((step.kind, group_of(step.axes, mesh), part))
+        before = step.result
+    return tuple(found)
+
+
+def _simplest(source: Sharding, target: Sharding, mesh: Mesh) -> tuple[Sharding, Sharding, int]:
+    """One reshard for all that cost the same: (source, target, ways in which dims that stay as they are are split).
+
+    Dims that stay are left out, and of axes that are alike the first are used first.
+    """
+    alike = _alike_axes(mesh)
+    name: dict[int, int] = {}
+    used: dict[int, int] = {}
+    before, after, idle = [], [], 1
+    for dims in zip(source, target, strict=True):
+        if dims[0] == dims[1]:
+            for a in dims[0]:
+                idle *= mesh.axes[a].size
+            continue
+        for axes, found in ((dims[0], before), (dims[1], after)):
+            for a in axes:
+                if a not in name:
+                    first = alike[a][0]
+                    name[a] = alike[a][used.get(first, 0)]
+                    used[first] = used.get(first, 0) + 1
+            found.append(tuple(name[a] for a in axes))
+    return tuple(before), tuple(after), idle
+
+
+@lru_cache(maxsize=64)
+def _alike_axes(mesh: Mesh) -> tuple[tuple[int, ...], ...]:
+    """Per axis, all axes of its level and size."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for a, axis in enumerate(mesh.axes):
+        groups.setdefault((axis.level, axis.size), []).append(a)
+    return tuple(tuple(groups[x.level, x.size]) for x in mesh.axes)
