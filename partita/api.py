@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from partita.cost.predict import Prediction, predict
-from partita.errors import PlanError
+from partita.errors import MemoryBudgetError, PlanError
 from partita.graph.graph import Graph
 from partita.machine import Machine, load
 from partita.plan.adapt import fit_plan
@@ -17,6 +18,7 @@ from partita.plan.layout import layout
 from partita.plan.plan import Plan, check, choice_text
 from partita.search.base import Progress
 from partita.search.find import Found, alternatives, capacity, find
+from partita.units import format_bytes, format_seconds
 
 Report = Callable[[Progress], None]
 
@@ -149,18 +151,45 @@ def parallelize(
 def planner(
     devices: int | None = None, machine: str | Machine | None = None, plan: Plan | str | Path | None = None,
     report: Report | None = None, seen: Callable[[Any, Machine, Plan], None] | None = None,
-) -> Callable[[Any], Plan]:  # fmt: skip
-    """What turns a captured step into its plan: the given one if it fits, else a search. `seen` is told of it."""
+) -> Callable[..., Plan]:  # fmt: skip
+    """What turns a captured step into its plan: the given one if it fits, else a search. `seen` is told of it.
+
+    Given the error of a compiler that refused the plan for its memory, it finds the next one.
+    """
     given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
 
-    def choose(captured: Any) -> Plan:
+    def choose(captured: Any, refused: MemoryBudgetError | None = None) -> Plan:
         where = machine_of(machine, devices or (given.devices if given is not None else None))
+        if refused is not None:
+            return _smaller(captured.graph, where, given, refused, report)
         chosen = check_plan(given, captured.graph, where) if given is not None else found(captured.graph, where, report)
         if seen is not None:
             seen(captured, where, chosen)
         return chosen
 
     return choose
+
+
+def _smaller(graph: Graph, machine: Machine, given: Plan | None, refused: MemoryBudgetError, report: Report | None) -> Plan:
+    """The fastest plan that fits when the compiler's word is taken; a given plan is not replaced, but the error names the other."""
+    nearest = explained(find(graph, machine, report, refused.excess or 1.0))
+    if given is None:
+        return nearest
+    need, seconds = nearest.predicted["peak_bytes"] * (refused.excess or 1.0), nearest.predicted["seconds"]
+    raise MemoryBudgetError(
+        f"{refused} The nearest plan that fits: {describe(nearest)}; {format_bytes(int(need))} a device, a step predicted at "
+        f"{format_seconds(seconds)}. Leave the plan away to run it."
+    )
+
+
+def describe(plan: Plan) -> str:
+    """A plan in a few words: how many operators each kind of split is used for, and how variables are stored."""
+    if not plan.mesh.axes:
+        return "one device"
+    kinds = Counter(kind[0] for choice in plan.choices.values() for kind in set(choice.values()))
+    split = ", ".join(f"{count} of {len(plan.choices)} operators by {kind}" for kind, count in kinds.most_common())
+    stored = f", {len(plan.storage)} variables stored in parts" if plan.storage else ""
+    return f"{split or 'nothing split'}{stored}"
 
 
 def check_plan(given: Plan, graph: Graph, machine: Machine) -> Plan:

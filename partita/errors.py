@@ -19,4 +19,11 @@ class CaptureError(PartitaError):
 
 
 class MemoryBudgetError(PartitaError):
-    """A plan, or every plan, that needs more memory than the machine has."""
+    """A plan, or every plan, that needs more memory than the machine has.
+
+    `excess` is how many times its predicted peak a plan needs by the compiler's account; None where no compiler was asked.
+    """
+
+    def __init__(self, sentence: str, excess: float | None = None) -> None:
+        super().__init__(sentence)
+        self.excess = excess

@@ -5,8 +5,8 @@ import pytest
 from keras import layers
 
 import partita
-from partita.api import capture, check_plan
-from partita.errors import CaptureError, PlanError
+from partita.api import capture, check_plan, planner
+from partita.errors import CaptureError, MemoryBudgetError, PlanError
 from partita.machine import host
 
 
@@ -50,3 +50,17 @@ def test_what_is_missing_is_said() -> None:
     frozen.trainable = False
     with pytest.raises(CaptureError, match="has no trainable variables"):
         capture(frozen, 8)
+
+
+def test_what_a_compiler_refused_is_planned_smaller_and_a_given_plan_is_answered_with_the_nearest() -> None:
+    captured = capture(made(1 << 14), 256)
+    machine = host(4, 1 << 28)
+    free = partita.plan(made(1 << 14), 256, machine=machine)
+    excess = 2.0
+    refused = MemoryBudgetError("The plan 'found' needs too much.", excess)
+    again = planner(machine=machine)(captured, refused)
+    assert again.predicted["peak_bytes"] <= machine.memory_bytes / excess
+    with pytest.raises(MemoryBudgetError, match=r"needs too much\. The nearest plan that fits: .* a device, a step predicted at .*"):
+        planner(machine=machine, plan=free)(captured, refused)
+    with pytest.raises(MemoryBudgetError, match="under no plan: the smallest needs"):
+        planner(machine=machine)(captured, MemoryBudgetError("", 1e6))

@@ -15,6 +15,7 @@ import numpy as np
 
 from partita.capture.jax_functions import Captured
 from partita.cost.collectives import Collective, collectives
+from partita.cost.memory import memory
 from partita.cost.work import local_flops
 from partita.errors import MemoryBudgetError
 from partita.execute.devices import detect
@@ -78,10 +79,13 @@ def verify(
     """
     peak = peak_bytes(compiled)
     if capacity_bytes is not None and peak > capacity_bytes:
+        graph, mesh = step.captured.graph, step.plan.mesh
+        excess = peak / max(1, memory(graph, mesh, step.layout, detect(mesh.size).backend).peak)
         raise MemoryBudgetError(
             f"The plan '{step.plan.name}' for {step.plan.graph} needs {format_bytes(peak)} of memory on every device by the "
             f"compiler's account, and a device has {format_bytes(capacity_bytes)}. Use a smaller batch, more devices, or a plan "
-            "that splits variables (ZeRO-3)."
+            "that splits variables (ZeRO-3).",
+            excess,
         )
     cost = compiled.cost_analysis() or {}
     graph = step.captured.graph

@@ -34,13 +34,16 @@ from keras.src.trainers.trainer import model_supports_jit
 
 from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import capture_model
-from partita.errors import CaptureError, PartitaError, PlanError
+from partita.errors import CaptureError, MemoryBudgetError, PartitaError, PlanError
 from partita.execute.program import PlannedStep, planned_step
 from partita.execute.verify import check_compiled
 from partita.plan.adapt import fit_plan
 from partita.plan.plan import Plan, check
 
-Planner = Callable[[Captured], Plan]
+Planner = Callable[..., Plan]
+"""Captured step -> plan; with a MemoryBudgetError as second argument, the plan to try after one that the compiler refused."""
+REFUSALS = 3
+"""Plans that the compiler may refuse before training gives up."""
 Verifier = Callable[[PlannedStep, Any, Any, Any], Sequence[str]]
 """Called with a planned step, its compiled program, and the state and batch (not yet placed) that it is about to run on,
 which it must leave as they are. Returns lines to report; raises to refuse the step before anything has run."""
@@ -260,19 +263,27 @@ class PlannedFit:
                 return self._alone(str(error))
             return self._alone(f"The training step of '{model.name}' cannot be captured: {type(error).__name__}: {error}")
         plan = self._plan(captured)
-        if not plan.storage and not any(plan.choices.values()):
-            return self._alone()
         if plan.devices > len(jax.devices()):
             raise PlanError(
                 f"The plan '{plan.name}' is for {plan.devices} devices, and JAX has {len(jax.devices())}. "
                 f"Plan for {len(jax.devices())}, or start with {plan.devices}."
             )
-        try:
-            planned = planned_step(captured, plan)
-            program = planned.lower().compile()
-        except jax.errors.JaxRuntimeError as error:
-            return self._alone(f"The planned step of '{model.name}' cannot be compiled: {error}")
-        lines = self.verifier(planned, program, state, batch)
+        for refusals in range(REFUSALS + 1):
+            if not plan.storage and not any(plan.choices.values()):
+                return self._alone()
+            try:
+                planned = planned_step(captured, plan)
+                program = planned.lower().compile()
+            except jax.errors.JaxRuntimeError as error:
+                return self._alone(f"The planned step of '{model.name}' cannot be compiled: {error}")
+            try:
+                lines = self.verifier(planned, program, state, batch)
+                break
+            except MemoryBudgetError as error:
+                if error.excess is None or refusals == REFUSALS:
+                    raise
+                plan = self.plan = self.planner(captured, error)
+                self._warn(f"{str(error).split('. Use')[0]}. Planned again with that in mind.")
         if self.report is not None and self.running is None:
             for line in lines:
                 self.report(line)

@@ -52,12 +52,15 @@ def capacity(machine: Machine) -> int:
     return int(machine.memory_bytes * (1 - RESERVE))
 
 
-def find(graph: Graph, machine: Machine, report: Callable[[Progress], None] | None = None) -> Found:
+def find(
+    graph: Graph, machine: Machine, report: Callable[[Progress], None] | None = None, excess: float = 1.0
+) -> Found:  # fmt: skip
     """The plan of least predicted step time that fits the machine's memory.
 
-    Never worse than any baseline by its own measure. Raises MemoryBudgetError, with the smallest need, if nothing fits.
+    Never worse than any baseline by its own measure. Raises MemoryBudgetError, with the smallest need, if nothing fits. `excess`
+    is how many times what is predicted a plan was seen to need.
     """
-    mesh, limit = mesh_of(machine), capacity(machine)
+    mesh, limit = mesh_of(machine), int(capacity(machine) / max(1.0, excess))
     plans = {name: make(graph, machine.name, mesh) for name, make in BASELINES.items()}
     network = build(graph, machine, mesh, list(plans.values()))
     predictions = {name: predict(graph, machine, plan, network.terms) for name, plan in plans.items()}

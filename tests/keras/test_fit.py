@@ -335,6 +335,26 @@ def test_a_plan_for_more_devices_than_there_are_is_refused_and_nothing_is_lost()
     close(before, model.get_weights(), 0)
 
 
+def test_what_the_compiler_refuses_is_planned_again_with_its_word():
+    said, asked = [], []
+
+    def choose(captured, refused=None):
+        asked.append(refused and refused.excess)
+        return planner("ZeRO-3" if refused else "data parallel")(captured)
+
+    def refuse(step, compiled, state, batch):
+        if step.plan.name == "data parallel":
+            raise MemoryBudgetError("The plan needs 9 GiB, and a device has 1 GiB. Use a smaller batch.", 1.5)
+        return ["fits"]
+
+    model = made()
+    attach(model, choose, report=said.append, verifier=refuse)
+    trained(model, *MODELS["mlp"][1])
+    assert asked == [None, 1.5]
+    assert said[:2] == ["The plan needs 9 GiB, and a device has 1 GiB. Planned again with that in mind.", "fits"]
+    assert attached(model).plan.name == "ZeRO-3"
+
+
 def test_a_step_that_does_not_fit_is_refused_before_it_runs_and_nothing_is_lost():
     def refuse(step, compiled, state, batch):
         raise MemoryBudgetError("too large")
