@@ -1,0 +1,113 @@
+"""What is read of a program: names, phases, trip counts, FLOPs and windows; and that it is read the same every time."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from partita.capture.jax_functions import Leaf, capture_step
+from partita.capture.stablehlo import layer_path, phase_of, split_name
+from partita.graph.graph import Window
+
+F32 = "float32"
+
+
+def captured(loss, *shapes, batch=(8, 4)):
+    """The graph of a step of gradient descent on `loss(*weights, data)`."""
+
+    def step(state, data):
+        value, slopes = jax.value_and_grad(lambda s: loss(*s, data))(state)
+        return {"loss": value}, tuple(w - s for w, s in zip(state, slopes, strict=True))
+
+    state = tuple(jax.ShapeDtypeStruct(s, F32) for s in shapes)
+    leaves = [Leaf(f"w{i}", "parameter") for i in range(len(shapes))]
+    return capture_step(step, state, jax.ShapeDtypeStruct(batch, F32), leaves, batch_size=batch[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "phase"),
+    [
+        ("jit(train_step)/jvp(conv1)/conv_general_dilated", "conv1", "forward"),
+        ("jit(train_step)/transpose(jvp(block/dense))/dot_general", "block/dense", "backward"),
+        ("jit(train_step)/jvp(bn)/jit(_var)/reduce_sum", "bn", "forward"),
+        ("jit(train_step)/jvp(lstm)/while/body/closed_call/mul", "lstm", "forward"),
+        ("jit(call)/call_exported/jit(train_step)/jvp(out)/dot_general", "out", "forward"),
+        ("jit(train_step)/adam/mul", "adam", "update"),
+    ],
+)
+def test_a_location_names_its_layer_and_phase(name, path, phase):
+    assert layer_path(name) == path
+    assert phase_of(name) == phase
+
+
+def test_a_name_is_split_only_outside_brackets():
+    assert split_name("a/jvp(b/c)/d") == ["a", "jvp(b/c)", "d"]
+
+
+def test_calls_are_inlined_and_reading_again_gives_the_same_graph():
+    helper = jax.jit(lambda x: jnp.tanh(x) * 2)
+    make = lambda: captured(lambda w, x: helper(helper(x @ w)).sum(), (4, 6))  # noqa: E731
+    found = make()
+    assert "func.call" not in found.text.mlir_module() and " call @" not in found.text.mlir_module()
+    assert found.graph == make().graph
+
+
+def test_equal_instructions_are_one():
+    graph = captured(lambda w, x: (jnp.exp(x @ w) + jnp.exp(x @ w)).sum(), (4, 6)).graph
+    assert sum(x.name == "exponential" for x in graph.instructions) == 1
+
+
+@pytest.mark.parametrize("loop", ["scan", "fori", "nested"])
+def test_a_loop_counts_its_trips(loop):
+    def loss(w, x):
+        once = lambda h: jnp.tanh(h @ w)  # noqa: E731
+        if loop == "scan":
+            h = jax.lax.scan(lambda h, _: (once(h), None), x, None, length=7)[0]
+        elif loop == "fori":
+            h = jax.lax.fori_loop(0, 7, lambda _, h: once(h), x)
+        else:
+            inner = lambda h: jax.lax.scan(lambda g, _: (once(g), None), h, None, length=7)[0]  # noqa: E731
+            h = jax.lax.scan(lambda h, _: (inner(h), None), x, None, length=3)[0]
+        return h.sum()
+
+    graph = captured(loss, (4, 4)).graph
+    trips = {x.trips for x in graph.instructions if x.name == "dot_general" and x.phase == "forward"}
+    assert trips == {21 if loop == "nested" else 7}
+    assert graph.flops >= 2 * 8 * 4 * 4 * next(iter(trips))
+
+
+def test_a_loop_of_unknown_length_is_said_to_be():
+    def loss(w, x):
+        h = jax.lax.stop_gradient(jax.lax.while_loop(lambda h: h.sum() < 5, lambda h: h @ jnp.ones((4, 4)) + 1, x))
+        return (h @ w).sum()
+
+    assert any("trip count" in note for note in captured(loss, (4, 2)).graph.notes)
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation", "groups"),
+    [(1, "SAME", 1, 1), (2, "SAME", 1, 1), (2, "VALID", 1, 1), (1, "SAME", 2, 1), (1, "SAME", 1, 4)],
+)
+def test_a_convolution_counts_as_the_compiler_counts(stride, padding, dilation, groups):
+    def convolve(w, x):
+        return jax.lax.conv_general_dilated(
+            x, w, (stride, stride), padding, rhs_dilation=(dilation, dilation), feature_group_count=groups,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+
+    weights, images = (3, 3, 8 // groups, 16), (2, 12, 12, 8)
+    graph = captured(lambda w, x: convolve(w, x).sum(), weights, batch=images).graph
+    (mine,) = [x.flops for x in graph.instructions if x.name == "convolution" and x.phase == "forward"]
+    shape = jax.ShapeDtypeStruct
+    theirs = jax.jit(convolve).lower(shape(weights, F32), shape(images, F32)).compile().cost_analysis()["flops"]
+    assert mine == pytest.approx(theirs, rel=1e-3)
+
+
+def test_the_windows_of_a_strided_convolution_forwards_and_backwards():
+    def loss(w, x):
+        y = jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return (y * y).sum()
+
+    graph = captured(loss, (7, 7, 3, 8), batch=(2, 16, 16, 3)).graph
+    found = {(x.phase, w) for x in graph.instructions if x.name == "convolution" for _, w in x.windows}
+    assert ("forward", Window(16, 8, 2, 2, 7, 1)) in found
+    assert ("backward", Window(16, 8, 2, 2, 7, 1)) in found  # the weight gradient: the result's places are the window's
