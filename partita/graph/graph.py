@@ -92,6 +92,8 @@ class Window:
         for i in range(parts):
             first = -((self.low - i * positions * self.step) // self.base)
             last = (((i + 1) * positions - 1) * self.step - self.low + self.reach - 1) // self.base
+            if first > last:
+                continue  # between two elements of a dilated dim
             before = max(before, i * elements - first if i else 0)
             after = max(after, last + 1 - (i + 1) * elements if i < parts - 1 else 0)
         return before, after

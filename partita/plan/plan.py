@@ -302,8 +302,9 @@ def check(plan: Plan, graph: Graph) -> Plan:
             parts.append(f"the model has no {_some(unknown)}")
         if missing:
             parts.append(f"the plan says nothing about {_some(missing)}")
+        other = f" ('{plan.graph}', not '{graph.name}')" if plan.graph != graph.name else ""
         raise PlanError(
-            f"The plan was made for another model ('{plan.graph}', not '{graph.name}'): {'; '.join(parts)}. Plan again."
+            f"The plan was made for another model{other}: {'; '.join(parts)}. Plan again."
         )
     for name, choice in plan.choices.items():
         operator = graph.operators[names[name]]

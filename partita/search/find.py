@@ -23,7 +23,7 @@ from partita.plan.plan import Mesh, Plan, mesh_for
 from partita.search.base import Progress, SearchResult
 from partita.search.candidates import names_of
 from partita.search.elimination import eliminate
-from partita.search.network import Network, build
+from partita.search.network import Network, build, stored_by
 from partita.search.reduce import reduce
 from partita.units import format_bytes, format_seconds
 
@@ -160,6 +160,7 @@ def alternatives(network: Network, plan: Plan, operator: int, most: int = 8) -> 
     for i in np.argsort(seconds, kind="stable"):
         state = network.states[o][i]
         more = float(seconds[i] - seconds[states[o]]), float(problem.nbytes[o][i] - problem.nbytes[o][states[o]])
-        if i != states[o]:
+        # Variables that cannot be split further are stored the same whatever the level says.
+        if i != states[o] and (not state.zero or stored_by(network, o, state)):
             found.append((names_of(network.graph, network.place.mesh, state.choice), state.zero, *more))
     return found[:most]
