@@ -79,11 +79,19 @@ def comparison_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
             "exchange": format_seconds(r["seconds"] - compute) if compute is not None else "",
             "memory": format_bytes(r["peak_bytes"]) + ("" if r.get("fits", True) else " (does not fit)"),
             "sent": format_bytes(sent) if sent is not None else "",
-            "gain": f"{base / r['seconds']:.2f} x" if base and r["seconds"] else "",
+            "gain": _ratio(base / r["seconds"]) if base and r["seconds"] else "",
             "measured": format_seconds(r["measured_seconds"]) if r.get("measured_seconds") else "",
         }
         table.add_row(r["name"], *(cells[c] for c in columns + (["measured"] if measured else [])), style="bold" if r["name"] == "found" else None)
     return table
+
+
+def _ratio(ratio: float) -> str:
+    """
+    >>> _ratio(1.5), _ratio(13.73), _ratio(214.2)
+    ('1.50 x', '13.7 x', '214 x')
+    """
+    return f"{ratio:.{max(0, 2 - (ratio >= 10) - (ratio >= 100))}f} x"
 
 
 def explain_table(plan: Plan, layer: str) -> Table:
