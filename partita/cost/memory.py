@@ -29,6 +29,10 @@ MARGIN = 1.05
 """What is added for what is not seen (copies for another layout, padding): too little is worse than too much."""
 
 
+KINDS = ("parameters", "optimizer", "state", "batch", "activations", "gradients", "temporaries")
+"""What holds memory at the peak of a step: the fields of `Memory` beside the peak itself."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes per device at the peak of a step, by what holds them."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from partita.cost.collectives import collectives
 from partita.cost.evaluate import operator_cost
-from partita.cost.memory import memory
+from partita.cost.memory import KINDS, Memory, memory
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.terms import Terms, terms
 from partita.cost.work import local_flops
@@ -44,10 +44,14 @@ class Prediction:
     machine: str
     seconds: float
     operators: tuple[OperatorPrediction, ...]
-    peak_bytes: int
+    memory: Memory
     traffic: Mapping[str, int]
     flops: float
     status: str
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.memory.peak
 
     def by_cause(self) -> dict[str, float]:
         """Seconds of compute, of collectives on activations and on gradients, and of moves between operators."""
@@ -60,6 +64,7 @@ class Prediction:
             "seconds": self.seconds,
             **{f"seconds_{cause}": seconds for cause, seconds in self.by_cause().items()},
             "peak_bytes": self.peak_bytes,
+            "memory_bytes": {kind: getattr(self.memory, kind) for kind in KINDS},
             "traffic_bytes": dict(self.traffic),
             "flops": self.flops,
             "provenance": {
@@ -98,6 +103,6 @@ def predict(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = No
         for o, c in enumerate(costs)
     )  # fmt: skip
     return Prediction(
-        plan.name, machine.name, sum(o.seconds for o in operators), operators, memory(graph, plan.mesh, where, machine.backend).peak,
+        plan.name, machine.name, sum(o.seconds for o in operators), operators, memory(graph, plan.mesh, where, machine.backend),
         dict(sorted(traffic.items())), local_flops(graph, plan.mesh, where, machine.backend), machine.weakest_status(),
     )  # fmt: skip
