@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from partita.cost.predict import Prediction, predict
-from partita.errors import MemoryBudgetError, PlanError
+from partita.errors import CaptureError, MemoryBudgetError, PlanError
 from partita.graph.graph import Graph
 from partita.machine import Machine, load
 from partita.plan.adapt import fit_plan
@@ -24,19 +25,30 @@ Report = Callable[[Progress], None]
 
 
 def plan(
-    model: Any, batch_size: int | None = None, *, devices: int | None = None, machine: str | Machine | None = None,
+    model: Any, batch_size: int | None = None, *, args: Sequence[Any] | None = None, devices: int | None = None, machine: str | Machine | None = None,
     batch: Any = None, report: Report | None = None,
 ) -> Plan:  # fmt: skip
-    """The fastest plan found for a compiled Keras model on a machine.
+    """The fastest plan found for a compiled Keras model, or for any jittable training step, on a machine.
 
-    Give `batch_size` if the model knows its input shapes, else a `batch` (x, y) of arrays or shapes. The machine is the
-    devices at hand unless `machine` names another ("dgx-h100:8", a .toml file); `devices` takes that many of it.
+    For a model, give `batch_size` if it knows its input shapes, else a `batch` (x, y) of arrays or shapes. For a step, give the
+    `args` of a call, arrays or shapes. The machine is the devices at hand unless `machine` names another ("dgx-h100:8", a
+    .toml file); `devices` takes that many of it.
     """
-    return found(capture(model, batch_size, batch).graph, machine_of(machine, devices), report)
+    return found(capture(model, batch_size, batch, args).graph, machine_of(machine, devices), report)
 
 
-def capture(model: Any, batch_size: int | None = None, batch: Any = None) -> Any:
-    """The captured training step of a compiled Keras model: its `.graph` prints, saves and plans."""
+def is_model(program: Any) -> bool:
+    """Whether a program is a Keras model; what is not one is taken for a training step."""
+    keras = sys.modules.get("keras")
+    return keras is not None and isinstance(program, keras.Model)
+
+
+def capture(model: Any, batch_size: int | None = None, batch: Any = None, args: Sequence[Any] | None = None) -> Any:
+    """The captured training step of a compiled Keras model, or of a step called with `args`: its `.graph` prints, saves and plans."""
+    if not is_model(model):
+        from partita.capture.functions import call_of, capture_call
+
+        return capture_call(_step(model, args), call_of(model, args or (), {})).captured
     from partita.capture.keras_models import batch_like, capture_model
 
     if batch is None:
@@ -135,14 +147,43 @@ def compare_captured(captured: Any, machine: Machine, measure: bool = False, rep
     return Comparison(captured.graph.name, machine.name, tuple(sorted(rows, key=lambda r: r.prediction.seconds)))
 
 
+def _step(program: Any, args: Sequence[Any] | None) -> Any:
+    """A training step that was given with the arguments of a call; CaptureError where it is something else."""
+    if not callable(program):
+        raise CaptureError(
+            f"A {type(program).__name__} cannot be parallelized. Give a Keras model, or a function: "
+            "partita.parallelize(train_step, (params, opt_state, batch))."
+        )
+    if args is None or isinstance(args, (str, dict)) or not isinstance(args, Sequence):
+        raise CaptureError(
+            f"The step '{getattr(program, '__name__', program)}' needs the arguments of a call, arrays or shapes, as a tuple: "
+            "partita.parallelize(train_step, (params, opt_state, batch))."
+        )
+    return program
+
+
 def parallelize(
-    model: Any, *, devices: int | None = None, machine: str | Machine | None = None, plan: Plan | str | Path | None = None,
+    model: Any, args: Sequence[Any] | None = None, *, devices: int | None = None, machine: str | Machine | None = None,
+    plan: Plan | str | Path | None = None, static_argnums: Sequence[int] = (), donate: bool | None = None,
     say: Callable[[str], None] | None = None, report: Report | None = None,
 ) -> Any:  # fmt: skip
-    """The same Keras model, whose `fit` trains over several devices by the plan given, else by the best one found.
+    """The same program, training over several devices by the plan given, else by the best one found.
 
-    Built or not, compiled or not: planning waits for the first batch. Weights are moved, never made anew.
+    A Keras model, built or not, compiled or not: planning waits for the first batch of its `fit`; weights are moved, never made
+    anew. Any jittable training step (plain JAX, Optax, Linen, NNX, Equinox) with the `args` of a call, arrays or shapes: what
+    comes back is called like it. The arguments that it gives back changed are its state. The old state is donated, as `jax.jit` of
+    the step says; of a step that is not jitted yet always, unless `donate` says otherwise.
+
+    >>> step = parallelize(train_step, (params, opt_state, batch))       # doctest: +SKIP
+    >>> params, opt_state, loss = step(params, opt_state, batch)         # doctest: +SKIP
     """
+    if not is_model(model):
+        from partita.execute.function import ParallelStep
+
+        wanted = planner(devices, machine, plan, report)
+        step = ParallelStep(_step(model, args), wanted, static_argnums=static_argnums, donate=donate, say=say)
+        step.prepare(args or ())
+        return step
     from partita.keras.fit import attach
 
     return attach(model, planner(devices, machine, plan, report), report=say)
@@ -241,7 +282,9 @@ def layout_map(plan: Plan, model: Any, batch_size: int | None = None) -> Any:
     shape = [math.prod(plan.mesh.sizes[x] for x in block) for block in grid]
     at_hand = keras.distribution.list_devices()
     if len(at_hand) < plan.devices:
-        raise PlanError(f"The plan is for {plan.devices} devices, and Keras sees {len(at_hand)}. Plan again for {len(at_hand)}.")
+        raise PlanError(
+            f"The plan is for {plan.devices} devices, and Keras sees {len(at_hand)}. Plan again for {len(at_hand)}."
+        )
     device_mesh = keras.distribution.DeviceMesh(shape or [1], list(names.values()) or ["a"], at_hand[: plan.devices])
     found_map = keras.distribution.LayoutMap(device_mesh)
     for path, dims in wanted.items():

@@ -50,8 +50,11 @@ class PlannedStep:
         return jax.device_put(batch, self.batch_shardings)
 
 
-def planned_step(captured: Captured, plan: Plan, devices: Sequence[Any] | None = None) -> PlannedStep:
-    """The captured step, annotated with the plan and ready to compile for the devices (default: the first ones of JAX)."""
+def planned_step(captured: Captured, plan: Plan, devices: Sequence[Any] | None = None, donate: bool = True) -> PlannedStep:
+    """The captured step, annotated with the plan and ready to compile for the devices (default: the first ones of JAX).
+
+    `donate`: the step may take the old state's memory for the new one, and the old one is gone after it.
+    """
     graph = captured.graph
     check(plan, graph)
     where = layout(graph, plan)
@@ -68,6 +71,6 @@ def planned_step(captured: Captured, plan: Plan, devices: Sequence[Any] | None =
         text.call,
         in_shardings=(state_shardings, batch_shardings),
         out_shardings=(None, state_shardings),
-        donate_argnums=0,
+        donate_argnums=0 if donate else (),
     )
     return PlannedStep(step, captured, plan, where, mesh, state_shardings, batch_shardings)

@@ -48,9 +48,18 @@ def group(
     if not any(i.phase == "forward" for i in instructions):
         # A step without a gradient: everything it does is its forward part.
         instructions = [replace(i, phase="forward") for i in instructions]
-    flat = _Flat(tensors, instructions, loops, arguments)
+    flat = _Flat(tensors, _with_loops_forward(instructions, loops), loops, arguments)
     owner, heavy = _owners(flat)
     return _label(name, flat, owner, heavy, tuple(outputs), batch_size, tuple(notes))
+
+
+def _with_loops_forward(instructions: Sequence[Instruction], loops: Sequence[Loop]) -> list[Instruction]:
+    """The instructions, a loop around forward ones being forward: one over microbatches has whole passes in its body."""
+    found = list(instructions)
+    for loop in loops:
+        if any(instructions[i].phase == "forward" for i in range(*loop.body)) and found[loop.instruction].phase == "update":
+            found[loop.instruction] = replace(found[loop.instruction], phase="forward")
+    return found
 
 
 class _Flat:
@@ -682,10 +691,24 @@ def _sample_factors(flat: _Flat, labels: Sequence[Label], uses: Sequence[Use]) -
 
 
 def _operator_names(flat: _Flat, heavy: Sequence[int]) -> list[str]:
-    plain = [flat.instructions[i].path or KIND.get(flat.instructions[i].name, flat.instructions[i].name) for i in heavy]
-    count, names = Counter(plain), []
+    """The layer path of each operator; without one, where the weight that it reads is in the state; else what it does."""
+    weights = {a.tensor: a.path for a in flat.arguments if a.role == "parameter"}
+    kernels = Counter(path.rpartition("/")[0] for t, path in weights.items() if len(flat.tensors[t].shape) > 1)
+    """Weights that are no vectors, by what they are in: a layer has one, a plain dict of weights several."""
+
+    def by_weight(path: str) -> str:
+        above = path.rpartition("/")[0]
+        return above if above and kernels[above] < 2 else path
+
+    def plain(index: int) -> str:
+        instruction = flat.instructions[index]
+        read = [weights[t] for t in map(flat.base, instruction.operands) if t in weights]
+        return instruction.path or (by_weight(read[0]) if read else "") or KIND.get(instruction.name, instruction.name)
+
+    names_of = [plain(i) for i in heavy]
+    count, names = Counter(names_of), []
     seen: Counter[str] = Counter()
-    for name in plain:
+    for name in names_of:
         seen[name] += 1
         names.append(f"{name}:{seen[name]}" if count[name] > 1 else name)
     return names

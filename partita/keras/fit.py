@@ -34,16 +34,13 @@ from keras.src.trainers.trainer import model_supports_jit
 
 from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import capture_model
-from partita.errors import CaptureError, MemoryBudgetError, PartitaError, PlanError
-from partita.execute.program import PlannedStep, planned_step
+from partita.errors import CaptureError, PartitaError, PlanError
+from partita.execute.function import Planner, compiled_in_turn, settled
+from partita.execute.program import PlannedStep
 from partita.execute.verify import check_compiled
 from partita.plan.adapt import fit_plan
 from partita.plan.plan import Plan, check
 
-Planner = Callable[..., Plan]
-"""Captured step -> plan; with a MemoryBudgetError as second argument, the plan to try after one that the compiler refused."""
-REFUSALS = 3
-"""Plans that the compiler may refuse before training gives up."""
 Verifier = Callable[[PlannedStep, Any, Any, Any], Sequence[str]]
 """Called with a planned step, its compiled program, and the state and batch (not yet placed) that it is about to run on,
 which it must leave as they are. Returns lines to report; raises to refuse the step before anything has run."""
@@ -251,7 +248,7 @@ class PlannedFit:
             logs, state = step.program(state, batch)
             self.running, self._placed, self._valid = step, state, state
             self.model.__dict__["_jax_state"] = dict(zip(_GROUPS, state, strict=True))
-        return _settled((logs, state))
+        return settled((logs, state))
 
     def _compile(self, state: Any, batch: Any) -> Compiled | None:
         """The planned step for these shapes, checked and ready to run; None where Keras has to run it."""
@@ -268,22 +265,15 @@ class PlannedFit:
                 f"The plan '{plan.name}' is for {plan.devices} devices, and JAX has {len(jax.devices())}. "
                 f"Plan for {len(jax.devices())}, or start with {plan.devices}."
             )
-        for refusals in range(REFUSALS + 1):
-            if not plan.storage and not any(plan.choices.values()):
-                return self._alone()
-            try:
-                planned = planned_step(captured, plan)
-                program = planned.lower().compile()
-            except jax.errors.JaxRuntimeError as error:
-                return self._alone(f"The planned step of '{model.name}' cannot be compiled: {error}")
-            try:
-                lines = self.verifier(planned, program, state, batch)
-                break
-            except MemoryBudgetError as error:
-                if error.excess is None or refusals == REFUSALS:
-                    raise
-                plan = self.plan = self.planner(captured, error)
-                self._warn(f"{str(error).split('. Use')[0]}. Planned again with that in mind.")
+        check_it = lambda planned, program: self.verifier(planned, program, state, batch)
+        try:
+            planned, program, plan, lines = compiled_in_turn(captured, plan, self.planner, check_it, self._warn)
+        except jax.errors.JaxRuntimeError as error:
+            return self._alone(f"The planned step of '{model.name}' cannot be compiled: {error}")
+        if len(self.steps) == 0:
+            self.plan = plan
+        if planned is None:
+            return self._alone()
         if self.report is not None and self.running is None:
             for line in lines:
                 self.report(line)
@@ -348,7 +338,7 @@ class PlannedFit:
                     return step(state, batch)
                 mesh = self.running.planned.mesh
                 self._placed = None
-                return _settled(on_mesh(jax.tree.map(lambda x: _onto(x, mesh), state), _split(batch, mesh)))
+                return settled(on_mesh(jax.tree.map(lambda x: _onto(x, mesh), state), _split(batch, mesh)))
 
             return make(step_on_mesh, **how)
 
@@ -357,15 +347,6 @@ class PlannedFit:
             yield
         finally:
             del model.__dict__["_make_function"]
-
-
-def _settled(values: Any) -> Any:
-    """The values, on a CPU when they are done.
-
-    There a device is a thread of one pool. Programs with collectives that overlap take all threads and wait for each other
-    until XLA ends the process (seen on jax 0.10.2 within 100 steps, with `keras.distribution` too).
-    """
-    return jax.block_until_ready(values) if jax.default_backend() == "cpu" else values
 
 
 def _unjitted(model: Any) -> bool:
