@@ -3,12 +3,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format golden benchmark clean
+.PHONY: demo test chromium lint format golden benchmark clean
 
 demo: .venv/installed
 	$(BIN)/partita run --devices 4 examples/train_digits.py --epochs 3
 
-test: lint
+test: lint chromium
 	$(BIN)/python -m pytest -n 2
 
 lint: .venv/installed
@@ -18,6 +18,11 @@ lint: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The tests look at reports in a browser. Where there is none, Debian's is installed; elsewhere, install Chromium or Chrome.
+chromium:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { apt-get update -q && apt-get install -qy chromium; }
 
 # Rewrites what tests compare with: saved graphs, stored output of the examples. Look at the difference before you commit it.
 golden: .venv/installed

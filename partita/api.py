@@ -174,19 +174,29 @@ def parallelize(
     comes back is called like it. The arguments that it gives back changed are its state. The old state is donated, as `jax.jit` of
     the step says; of a step that is not jitted yet always, unless `donate` says otherwise.
 
+    In a script under `partita run` or `partita plan`, the command's devices and plan are taken where none are given here.
+
     >>> step = parallelize(train_step, (params, opt_state, batch))       # doctest: +SKIP
     >>> params, opt_state, loss = step(params, opt_state, batch)         # doctest: +SKIP
     """
-    if not is_model(model):
-        from partita.execute.function import ParallelStep
+    from partita.execute.function import ParallelStep, current
 
-        wanted = planner(devices, machine, plan, report)
-        step = ParallelStep(_step(model, args), wanted, static_argnums=static_argnums, donate=donate, say=say)
-        step.prepare(args or ())
-        return step
-    from partita.keras.fit import attach
+    session = current()
+    unsaid = devices is None and machine is None and plan is None
+    wanted = session.planner if session is not None and unsaid else planner(devices, machine, plan, report)
+    say = say if say is not None or session is None else session.say
+    if is_model(model):
+        from partita.keras.fit import attach, attached
 
-    return attach(model, planner(devices, machine, plan, report), report=say)
+        attach(model, wanted, report=say)
+        if session is not None:
+            session.started.append(attached(model))
+        return model
+    step = ParallelStep(_step(model, args), wanted, static_argnums=static_argnums, donate=donate, say=say)
+    step.prepare(args or ())
+    if session is not None:
+        session.started.append(step)
+    return step
 
 
 def planner(

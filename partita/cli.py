@@ -34,6 +34,9 @@ Devices = Annotated[int | None, typer.Option(help="How many devices to use; defa
 MachineName = Annotated[
     str | None, typer.Option(help="A machine to plan for, owned or not: 'dgx-h100:8', 'h100:16', or a .toml file.")
 ]
+Report = Annotated[
+    Path | None, typer.Option(help="Write a page that shows the plan to this .html file: splits, time, memory, traffic.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables for people.")]
 
 
@@ -43,6 +46,7 @@ def run(
     plan: Annotated[Path | None, typer.Option(help="Run this plan instead of searching for one.")] = None,
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Also run one step on one device first and print the differences.")] = False,
+    report: Report = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing of Partita's own but errors.")] = False,
 ) -> None:  # fmt: skip
     """Run an existing Keras script, unchanged, its training split over the devices.
@@ -67,10 +71,19 @@ def run(
                 if save_plan is not None:
                     err.print(f"plan written to {save_plan}")
 
-        with progress(quiet) as report:
-            code = run_script(
-                script, context.args, planner(devices, None, plan, report, seen), report=_say(quiet), verify=verify
-            )
+        pages: list[Path] = []
+
+        def trained(job: Any) -> None:
+            if report is not None:
+                number = f"-{len(pages) + 1}" if pages else ""
+                pages.append(report.with_name(f"{report.stem}{number}{report.suffix}"))
+                _write_page(pages[-1], job.plan, job.measured)
+
+        with progress(quiet) as shown:
+            choose = planner(devices, None, plan, shown, seen)
+            code = run_script(script, context.args, choose, report=_say(quiet), verify=verify, trained=trained)
+        if report is not None and not quiet:
+            err.print(f"report written to {', '.join(map(str, pages))}" if pages else "nothing was trained, so there is no report")
     raise typer.Exit(code)
 
 
@@ -78,7 +91,7 @@ def run(
 def plan(
     context: typer.Context, script: Script, devices: Devices = None, machine: MachineName = None,
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
-    as_json: Json = False,
+    report: Report = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Find the fastest plan for a script, without training: table, prediction, comparison with the baselines.
 
@@ -89,10 +102,12 @@ def plan(
         from partita.api import found
         from partita.report.tables import comparison_table, plan_table, summary
 
-        with progress(as_json) as report:
-            chosen = found(captured.graph, where, report)
+        with progress(as_json) as shown:
+            chosen = found(captured.graph, where, shown)
         if save_plan is not None:
             _write(save_plan, lambda: chosen.save(save_plan))
+        if report is not None:
+            _write_page(report, chosen)
         if as_json:
             print(json.dumps(chosen.to_json()))
             return
@@ -211,9 +226,9 @@ def start_devices(count: int | None) -> None:
     """Before JAX starts: on a CPU, as many virtual devices as asked for, one per core by default; Keras on JAX."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's partitioner tells everyone of reshards in evaluate()
-    from partita.execute.devices import request_cpu_devices
+    from partita.execute.devices import start_host_devices
 
-    request_cpu_devices(count or os.cpu_count() or 1)
+    start_host_devices(count)
 
 
 def _planned_devices(plan: Path | None) -> int | None:
@@ -275,12 +290,22 @@ def _say(quiet: bool) -> Callable[[str], None]:
     return (lambda text: None) if quiet else (lambda text: err.print(f"partita: {text}", markup=False))
 
 
-def _write(path: Path, write: Callable[[], None]) -> None:
+def _write_page(path: Path, plan: Any, measured: Any = None) -> None:
+    from partita.report.html import page
+
+    _write(path, lambda: _save(path, page(plan, measured)), "report")
+
+
+def _save(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _write(path: Path, write: Callable[[], None], what: str = "plan") -> None:
     try:
         write()
     except OSError as error:
         raise PlanError(
-            f"The plan cannot be written to {str(path)!r}: {error.strerror}. Name a file in a folder that exists."
+            f"The {what} cannot be written to {str(path)!r}: {error.strerror}. Name a file in a folder that exists."
         ) from None
 
 

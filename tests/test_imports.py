@@ -17,6 +17,7 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 PURE = {"errors", "units", "graph", "machine", "plan", "cost", "simulate", "search"}
 DOORS = {
     ("plan", "api"): "plan.apply(model) and plan.layout_map(model) are the way back up",
+    ("keras", "api"): "import partita.keras is a way in",
 }
 """Imports against the order that are allowed inside functions, and why."""
 

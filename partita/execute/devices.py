@@ -6,6 +6,7 @@ and links are those of the preset of that kind. A kind without a preset gets a g
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import replace
@@ -120,3 +121,16 @@ def request_cpu_devices(count: int) -> None:
             ) from None
         return
     os.environ["NPROC"] = "1"  # XLA reads it when it starts: one thread per device
+
+
+def start_host_devices(count: int | None = None) -> None:
+    """Before JAX starts: a CPU stands for `count` devices, else for as many as the environment says, else for one per core.
+
+    Where JAX has started already, its devices are what there is.
+    """
+    said = getattr(jax.config, "jax_num_cpu_devices", -1) != -1 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if count is not None:
+        request_cpu_devices(count)
+    elif not said:
+        with contextlib.suppress(MachineError):
+            request_cpu_devices(os.cpu_count() or 1)

@@ -7,8 +7,12 @@ that is not where the plan wants it is moved there; the batch is put there at ev
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import jax
@@ -17,7 +21,7 @@ from partita.capture.functions import Call, CapturedCall, call_of, capture_call
 from partita.capture.jax_functions import Captured
 from partita.errors import CaptureError, MemoryBudgetError
 from partita.execute.program import PlannedStep, planned_step
-from partita.execute.verify import check_compiled
+from partita.execute.verify import Verification, check_compiled
 from partita.plan.adapt import fit_plan
 from partita.plan.plan import Plan
 
@@ -42,16 +46,16 @@ def is_split(plan: Plan) -> bool:
 
 
 def compiled_in_turn(
-    captured: Captured, plan: Plan, planner: Planner, check: Callable[[PlannedStep, Any], Sequence[str]],
+    captured: Captured, plan: Plan, planner: Planner, check: Callable[[PlannedStep, Any], Verification],
     warn: Callable[[str], None], donate: bool = True,
-) -> tuple[PlannedStep | None, Any, Plan, Sequence[str]]:  # fmt: skip
-    """(planned step, its program, the plan, the check's lines): of the first plan that the compiler's account of memory allows.
+) -> tuple[PlannedStep | None, Any, Plan, Verification | None]:  # fmt: skip
+    """(planned step, its program, the plan, what was verified): of the first plan that the compiler's account of memory allows.
 
     No planned step where the plan comes down to one device.
     """
     for refusals in range(REFUSALS + 1):
         if not is_split(plan):
-            return None, None, plan, ()
+            return None, None, plan, None
         planned = planned_step(captured, plan, donate=donate)
         program = planned.lower().compile()
         try:
@@ -62,6 +66,34 @@ def compiled_in_turn(
             plan = planner(captured, error)
             warn(f"{str(error).split('. Use')[0]}. Planned again with that in mind.")
     raise AssertionError("the loop returns or raises")
+
+
+@dataclass
+class Session:
+    """What a command that runs a script wants of all that the script makes parallel, where the script itself does not say."""
+
+    planner: Planner
+    say: Callable[[str], None]
+    started: list[Any] = field(default_factory=list)
+    """What the script made parallel itself: steps, and how models train."""
+
+
+_session: list[Session] = []
+
+
+@contextmanager
+def running(session: Session) -> Iterator[Session]:
+    """Inside, `current()` is this session."""
+    _session.append(session)
+    try:
+        yield session
+    finally:
+        _session.remove(session)
+
+
+def current() -> Session | None:
+    """The session of the command that runs this script, if there is one."""
+    return _session[-1] if _session else None
 
 
 @dataclass(frozen=True)
@@ -84,12 +116,28 @@ class ParallelStep:
         self._donate = donate
         self._numbers_static = False
         self.plan: Plan | None = None
+        self.verified: Verification | None = None
+        """What the compiler said of the first planned step."""
         self.steps: dict[Any, _Compiled] = {}
         self._placed: dict[int, Any] = {}
         """The leaves of the state that the last step gave back, by identity: they are where they belong."""
+        self._began: float | None = None
+        self._took: deque[float] = deque(maxlen=1000)
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Measured seconds per step: the median time from one call to the next one of the same shapes; None before the second."""
+        return median(self._took) if self._took else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call, step = self._step(args, kwargs)
+        before, self._began = self._began, time.perf_counter()
+        if before is not None:
+            self._took.append(self._began - before)
         if step.planned is None and not step.call.roles.in_place:
             return step.program(*args, **kwargs)
         state, batch = step.call.split(call)
@@ -123,7 +171,7 @@ class ParallelStep:
         call = self._call(args, kwargs)
         found = self.steps.get(call.key)
         if found is None:
-            found = self._compile(call, args, kwargs)
+            found, self._began = self._compile(call, args, kwargs), None
             call = self._call(args, kwargs)
             self.steps[call.key] = found
         return call, found
@@ -133,10 +181,10 @@ class ParallelStep:
         captured, in_place = captured_call.captured, bool(captured_call.roles.in_place)
         plan = self.planner(captured) if self.plan is None else fit_plan(self.plan, captured.graph)
         donate = self.donates(args, kwargs, in_place)
-        planned, program, plan, lines = compiled_in_turn(captured, plan, self.planner, check_compiled, self._say, donate)
+        planned, program, plan, verified = compiled_in_turn(captured, plan, self.planner, check_compiled, self._say, donate)
         if self.plan is None:
-            self.plan = plan
-            for line in lines:
+            self.plan, self.verified = plan, verified
+            for line in str(verified or "").splitlines():
                 self._say(line)
         if planned is None and in_place:
             program = jax.jit(captured.text.call, donate_argnums=0 if donate else ())

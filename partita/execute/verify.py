@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -47,6 +47,14 @@ class Verification:
     traffic: tuple[Traffic, ...]
     compiled_flops: float | None
     planned_flops: float | None
+    notes: tuple[str, ...] = ()
+    """What else was compared, as lines."""
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """The compiler's figures of a device as a report takes them: peak bytes, bytes by collective, FLOPs where they are counted."""
+        found: dict[str, Any] = {"peak_bytes": self.peak_bytes, "traffic_bytes": {t.kind: t.emitted for t in self.traffic}}
+        return found if self.compiled_flops is None else found | {"flops": self.compiled_flops}
 
     @property
     def ok(self) -> bool:
@@ -66,7 +74,7 @@ class Verification:
             lines.append(
                 f"work a device: {format_flops(self.planned_flops)} planned, {format_flops(self.compiled_flops)} compiled"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def verify(
@@ -113,21 +121,21 @@ def _traffic(expected: Sequence[Collective], found: Sequence[Any]) -> tuple[Traf
     return tuple(result)
 
 
-def check_compiled(step: PlannedStep, compiled: Any, state: Any = None, batch: Any = None) -> list[str]:
-    """The standard check of every planned step before it first runs: `verify` against the devices at hand, as lines."""
+def check_compiled(step: PlannedStep, compiled: Any, state: Any = None, batch: Any = None) -> Verification:
+    """The standard check of every planned step before it first runs: `verify` against the devices at hand."""
     graph, mesh = step.captured.graph, step.plan.mesh
     machine = detect(mesh.size)
     expected = collectives(graph, mesh, step.layout, machine.backend)
     flops = local_flops(graph, mesh, step.layout, machine.backend)
-    return str(verify(step, compiled, expected, machine.memory_bytes, flops)).splitlines()
+    return verify(step, compiled, expected, machine.memory_bytes, flops)
 
 
-def check_and_compare(step: PlannedStep, compiled: Any, state: Any, batch: Any) -> list[str]:
-    """The standard check, and one step run both on one device and as planned: the largest differences, as lines."""
-    lines = check_compiled(step, compiled)
+def check_and_compare(step: PlannedStep, compiled: Any, state: Any, batch: Any) -> Verification:
+    """The standard check, and one step run both on one device and as planned: the largest differences as notes."""
+    found = check_compiled(step, compiled)
     differences = sorted(compare_steps(step.captured, step, state, batch), key=lambda d: -d.relative)
-    lines.append(f"one step on one device and as planned: {len(differences)} values compared, largest differences")
-    return lines + [f"  {d}" for d in differences[:5]]
+    said = f"one step on one device and as planned: {len(differences)} values compared, largest differences"
+    return replace(found, notes=(said, *(f"  {d}" for d in differences[:5])))
 
 
 @dataclass(frozen=True)

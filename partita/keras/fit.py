@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -37,13 +37,13 @@ from partita.capture.keras_models import capture_model
 from partita.errors import CaptureError, PartitaError, PlanError
 from partita.execute.function import Planner, compiled_in_turn, settled
 from partita.execute.program import PlannedStep
-from partita.execute.verify import check_compiled
+from partita.execute.verify import Verification, check_compiled
 from partita.plan.adapt import fit_plan
 from partita.plan.plan import Plan, check
 
-Verifier = Callable[[PlannedStep, Any, Any, Any], Sequence[str]]
+Verifier = Callable[[PlannedStep, Any, Any, Any], Verification]
 """Called with a planned step, its compiled program, and the state and batch (not yet placed) that it is about to run on,
-which it must leave as they are. Returns lines to report; raises to refuse the step before anything has run."""
+which it must leave as they are. What it returns is reported; it raises to refuse the step before anything has run."""
 
 _make_keras_train_function = JAXTrainer.make_train_function
 _GROUPS = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
@@ -179,6 +179,8 @@ class PlannedFit:
     ) -> None:  # fmt: skip
         self.model, self.planner, self.report, self.verifier = model, planner, report, verifier
         self.plan: Plan | None = None
+        self.verified: Verification | None = None
+        """What the compiler said of the first planned step."""
         self.steps: dict[Any, Compiled | None] = {}
         """By shapes of state and batch; None where Keras's own step runs."""
         self.running: Compiled | None = None
@@ -192,6 +194,10 @@ class PlannedFit:
         self._keras_function: Callable[[Any, Any], Any] | None = None
         self._began: float | None = None
         self._took: deque[float] = deque(maxlen=1000)
+
+    @property
+    def name(self) -> str:
+        return str(self.model.name)
 
     @property
     def step_seconds(self) -> float | None:
@@ -267,15 +273,15 @@ class PlannedFit:
             )
         check_it = lambda planned, program: self.verifier(planned, program, state, batch)
         try:
-            planned, program, plan, lines = compiled_in_turn(captured, plan, self.planner, check_it, self._warn)
+            planned, program, plan, verified = compiled_in_turn(captured, plan, self.planner, check_it, self._warn)
         except jax.errors.JaxRuntimeError as error:
             return self._alone(f"The planned step of '{model.name}' cannot be compiled: {error}")
         if len(self.steps) == 0:
-            self.plan = plan
+            self.plan, self.verified = plan, verified
         if planned is None:
             return self._alone()
         if self.report is not None and self.running is None:
-            for line in lines:
+            for line in str(verified).splitlines():
                 self.report(line)
         return Compiled(planned, program)
 

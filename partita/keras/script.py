@@ -9,42 +9,51 @@ from __future__ import annotations
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partita.errors import CaptureError, PartitaError
+from partita.keras import use_jax
 from partita.units import format_seconds
 
 if TYPE_CHECKING:
     from partita.capture.jax_functions import Captured
-    from partita.keras.fit import Planner
+    from partita.execute.function import Planner
+    from partita.plan.plan import Plan
 
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 
 def run_script(
     path: str | Path, arguments: Sequence[str], planner: Planner, *, report: Callable[[str], None] | None = None,
-    verify: bool = False,
+    verify: bool = False, trained: Callable[[Trained], None] | None = None,
 ) -> int:  # fmt: skip
-    """The exit code of a script that ran with the training of all its models planned by `planner`.
+    """The exit code of a script that ran with the training of all its models planned by `planner`, and its JAX steps that
+    `partita.parallelize` is given. `trained` is told of each that ran, in the end.
 
     An error of the script prints its traceback without frames of ours and gives 1; Ctrl-C gives 130; `sys.exit` its code.
     A PartitaError is raised. `verify` also runs one step of each model on one device and reports the differences.
     """
-    _use_jax()
+    use_jax()
+    from partita.execute.function import Session, running
     from partita.execute.verify import check_and_compare, check_compiled
-    from partita.keras.fit import attaching
+    from partita.keras.aliases import tensorflow_spelling
+    from partita.keras.fit import attached, attaching
 
     say = report or (lambda sentence: None)
     source = _read(path)
     try:
         checks = check_and_compare if verify else check_compiled
-        with attaching(planner, say, checks) as models, _as_main(path, arguments) as main:
-            exec(compile(source, str(path), "exec", dont_inherit=True), vars(main))
-        for model in models:
-            _tell_time(model, say)
+        with running(Session(planner, say)) as session, attaching(planner, say, checks) as models:
+            try:
+                with _as_main(path, arguments) as main, tensorflow_spelling(say):
+                    exec(compile(source, str(path), "exec", dont_inherit=True), vars(main))
+            finally:
+                for job in [*filter(None, map(attached, models)), *session.started]:
+                    _tell(job, say, trained)
     except SystemExit as stop:
         return _exit_code(stop)
     except KeyboardInterrupt:
@@ -58,65 +67,72 @@ def run_script(
     return 0
 
 
-def _tell_time(model: Any, say: Callable[[str], None]) -> None:
-    """Says how long a step took against what was predicted, once enough steps have run."""
-    from partita.keras.fit import attached
+@dataclass(frozen=True)
+class Trained:
+    """What a script trained: the plan, and what was measured of it as a report takes it."""
 
-    fit = attached(model)
-    if fit is not None and fit.plan is not None and fit.step_seconds is not None and "seconds" in fit.plan.predicted:
-        predicted = format_seconds(fit.plan.predicted["seconds"])
-        say(f"'{model.name}': {format_seconds(fit.step_seconds)} a step measured (median), {predicted} predicted")
+    plan: Plan
+    measured: Mapping[str, Any]
+
+
+def _tell(job: Any, say: Callable[[str], None], trained: Callable[[Trained], None] | None) -> None:
+    """Says how long a step took against what was predicted, once enough steps have run."""
+    if job.plan is None:
+        return
+    measured = dict(job.verified.measured) if job.verified is not None else {}
+    if job.step_seconds is not None:
+        measured["seconds"] = job.step_seconds
+        if "seconds" in job.plan.predicted:
+            predicted = format_seconds(job.plan.predicted["seconds"])
+            say(f"'{job.name}': {format_seconds(job.step_seconds)} a step measured (median), {predicted} predicted")
+    if trained is not None:
+        trained(Trained(job.plan, measured))
 
 
 def plan_script(path: str | Path, arguments: Sequence[str]) -> Captured:
-    """The training step of a script's first `fit` or `train_on_batch`, captured there; the script is stopped, nothing is trained."""
-    _use_jax()
+    """The training step of a script's first `fit`, `train_on_batch` or `partita.parallelize(step, ...)`, captured there.
+
+    The script is stopped there; nothing is trained.
+    """
+    use_jax()
+    from partita.execute.function import Session, running
+    from partita.keras.aliases import tensorflow_spelling
     from partita.keras.fit import first_step
 
     source = _read(path)
     found: list[Captured] = []
 
-    def stop(captured: Captured) -> None:
+    def stop(captured: Captured, refused: Any = None) -> Any:
         found.append(captured)
         raise _Stop
 
     try:
-        with first_step(stop), _as_main(path, arguments) as main:
+        silent = lambda sentence: None
+        with first_step(stop), running(Session(stop, silent)), _as_main(path, arguments) as main, tensorflow_spelling(silent):
             exec(compile(source, str(path), "exec", dont_inherit=True), vars(main))
     except _Stop:
         pass
     except SystemExit as ended:
         if not found:
             code = _exit_code(ended)
-            raise CaptureError(f"{path} called sys.exit({code}) before it trained a Keras model, so there is nothing to plan.") from None
+            raise CaptureError(f"{path} called sys.exit({code}) before it trained anything, so there is nothing to plan.") from None
     except (KeyboardInterrupt, PartitaError):
         raise
     except BaseException as error:  # whatever the script raises is shown as Python would show it
         if not found:
             _show(error)
             what = type(error).__name__
-            raise CaptureError(f"{path} raised {what} before it trained a Keras model, so there is nothing to plan.") from None
+            raise CaptureError(f"{path} raised {what} before it trained anything, so there is nothing to plan.") from None
     if not found:
         raise CaptureError(
-            f"{path} ended without calling fit or train_on_batch of a Keras model, so there is nothing to plan. "
-            "Give the script that trains."
+            f"{path} ended without calling fit or train_on_batch of a Keras model or partita.parallelize(step, ...), so there is "
+            "nothing to plan. Give the script that trains."
         )
     return found[0]
 
 
 class _Stop(BaseException):
     """Ends a script at its first training call. Not an Exception, so that the script does not catch it as one."""
-
-
-def _use_jax() -> None:
-    """Keras on the JAX backend; PartitaError where it is already imported on another."""
-    os.environ["KERAS_BACKEND"] = "jax"
-    keras: Any = sys.modules.get("keras")
-    if keras is not None and hasattr(keras, "backend") and keras.backend.backend() != "jax":
-        raise PartitaError(
-            f"Keras is already imported on the {keras.backend.backend()} backend, and only JAX programs can be planned. "
-            "Set KERAS_BACKEND=jax before importing Keras."
-        )
 
 
 def _read(path: str | Path) -> bytes:

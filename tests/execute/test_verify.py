@@ -118,7 +118,7 @@ def test_a_wrong_step_is_seen():
 
 def test_the_standard_check_reports_lines(data_parallel):
     step, compiled = data_parallel
-    lines = check_and_compare(step, compiled, (np.ones((8, 6), "float32"),), np.ones((16, 8), "float32"))
+    lines = str(check_and_compare(step, compiled, (np.ones((8, 6), "float32"),), np.ones((16, 8), "float32"))).splitlines()
     assert lines[-3] == "one step on one device and as planned: 2 values compared, largest differences"
     assert lines[-1].endswith("of its largest value")
 

@@ -15,6 +15,7 @@ import pytest
 from keras import layers
 
 from partita.errors import MemoryBudgetError, PartitaError, PlanError
+from partita.execute.verify import Verification
 from partita.keras.fit import attach, attached
 from partita.plan.baselines import BASELINES
 from partita.plan.plan import mesh_for
@@ -345,13 +346,13 @@ def test_what_the_compiler_refuses_is_planned_again_with_its_word():
     def refuse(step, compiled, state, batch):
         if step.plan.name == "data parallel":
             raise MemoryBudgetError("The plan needs 9 GiB, and a device has 1 GiB. Use a smaller batch.", 1.5)
-        return ["fits"]
+        return Verification(1 << 20, None, (), None, None)
 
     model = made()
     attach(model, choose, report=said.append, verifier=refuse)
     trained(model, *MODELS["mlp"][1])
     assert asked == [None, 1.5]
-    assert said[:2] == ["The plan needs 9 GiB, and a device has 1 GiB. Planned again with that in mind.", "fits"]
+    assert said[:2] == ["The plan needs 9 GiB, and a device has 1 GiB. Planned again with that in mind.", "memory by the compiler: 1.0 MiB a device"]
     assert attached(model).plan.name == "ZeRO-3"
 
 
