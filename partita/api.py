@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections import Counter
@@ -208,12 +209,16 @@ def planner(
     Given the error of a compiler that refused the plan for its memory, it finds the next one.
     """
     given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+    from partita.execute.processes import from_first
 
     def choose(captured: Any, refused: MemoryBudgetError | None = None) -> Plan:
         where = machine_of(machine, devices or (given.devices if given is not None else None))
         if refused is not None:
             return _smaller(captured.graph, where, given, refused, report)
-        chosen = check_plan(given, captured.graph, where) if given is not None else found(captured.graph, where, report)
+        if given is not None:
+            chosen = check_plan(given, captured.graph, where)
+        else:
+            chosen = Plan.from_json(json.loads(from_first("plan", lambda: json.dumps(found(captured.graph, where, report).to_json()))))
         if seen is not None:
             seen(captured, where, chosen)
         return chosen

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
-from partita.errors import PartitaError, PlanError
+from partita.errors import LostProcessError, PartitaError, PlanError, ProcessError
+from partita.launch import LOST
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -47,6 +48,7 @@ def run(
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Also run one step on one device first and print the differences.")] = False,
     report: Report = None,
+    processes: Annotated[int, typer.Option(help="Start so many processes on this host, a share of its cores each, that train together.", min=1)] = 1,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing of Partita's own but errors.")] = False,
 ) -> None:  # fmt: skip
     """Run an existing Keras script, unchanged, its training split over the devices.
@@ -54,6 +56,11 @@ def run(
     Example: partita run train.py --devices 4 --save-plan plan.json -- --epochs 3
     """
     with _errors():
+        if processes > 1 and not os.environ.get("PARTITA_LAUNCHED"):
+            from partita.launch import launch
+
+            raise typer.Exit(launch(processes, _arguments_of_one(), devices or _planned_devices(plan), _say(False)))
+        quiet = not join() or quiet
         start_devices(devices or _planned_devices(plan))
         from partita.api import planner
         from partita.keras.script import run_script
@@ -84,7 +91,7 @@ def run(
             code = run_script(script, context.args, choose, report=_say(quiet), verify=verify, trained=trained)
         if report is not None and not quiet:
             err.print(f"report written to {', '.join(map(str, pages))}" if pages else "nothing was trained, so there is no report")
-    raise typer.Exit(code)
+    _leave(code)
 
 
 @app.command(context_settings=THROUGH)
@@ -231,6 +238,39 @@ def start_devices(count: int | None) -> None:
     start_host_devices(count)
 
 
+def join() -> bool:
+    """Where this process was started as one of several: waits for the others, and seeds what scripts draw alike in all of them.
+
+    Whether it is the one that prints.
+    """
+    from partita.execute.processes import group, is_first
+    from partita.execute.processes import join as join_group
+
+    who = group()
+    if who is None:
+        return True
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    from partita.execute.devices import start_host_devices
+
+    local = os.environ.get("PARTITA_LOCAL_DEVICES", "1")
+    start_host_devices(int(local) if local.isdigit() else 1)
+    join_group(who, _say(False))
+    from partita.execute.processes import from_first
+
+    seed = from_first("seed", lambda: os.environ.get("PARTITA_SEED", str(int.from_bytes(os.urandom(4)) >> 1)))
+    import keras
+
+    keras.utils.set_random_seed(int(seed))
+    return is_first()
+
+
+def _arguments_of_one() -> list[str]:
+    """The command line of one of several processes: this one's, less --processes."""
+    given = sys.argv[1:]
+    at = next(i for i, argument in enumerate(given) if argument.partition("=")[0] == "--processes")
+    return given[:at] + given[at + (1 if "=" in given[at] else 2) :]
+
+
 def _planned_devices(plan: Path | None) -> int | None:
     from partita.plan.plan import Plan
 
@@ -287,7 +327,7 @@ def progress(quiet: bool) -> Iterator[Callable[[Any], None] | None]:
 
 
 def _say(quiet: bool) -> Callable[[str], None]:
-    return (lambda text: None) if quiet else (lambda text: err.print(f"partita: {text}", markup=False))
+    return (lambda text: None) if quiet else (lambda text: err.print(f"partita: {text}", markup=False, soft_wrap=True))
 
 
 def _write_page(path: Path, plan: Any, measured: Any = None) -> None:
@@ -309,14 +349,29 @@ def _write(path: Path, write: Callable[[], None], what: str = "plan") -> None:
         ) from None
 
 
+def _leave(code: int) -> NoReturn:
+    """Ends with an exit code; one of several processes at once, where JAX would wait for the others to end well too."""
+    processes = sys.modules.get("partita.execute.processes")
+    if code and processes is not None and processes.joined:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise typer.Exit(code) from None
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     """A user's mistake is one sentence and exit code 2; Ctrl-C is one word and 130."""
     try:
         yield
+    except ProcessError as error:
+        lost = isinstance(error, LostProcessError)
+        if not (lost and os.environ.get("PARTITA_LAUNCHED")):  # who launched it names the process that is gone
+            err.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
+        _leave(LOST if lost else 2)
     except PartitaError as error:
         err.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
-        raise typer.Exit(2) from None
+        _leave(2)
     except KeyboardInterrupt:
         err.print("stopped.", markup=False)
         raise typer.Exit(130) from None

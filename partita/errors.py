@@ -27,3 +27,11 @@ class MemoryBudgetError(PartitaError):
     def __init__(self, sentence: str, excess: float | None = None) -> None:
         super().__init__(sentence)
         self.excess = excess
+
+
+class ProcessError(PartitaError):
+    """Processes that train together do not: one has not come, or does something else."""
+
+
+class LostProcessError(ProcessError):
+    """A process that trained with this one is gone."""

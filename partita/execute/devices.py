@@ -66,7 +66,8 @@ def detect(devices: int | None = None) -> Machine:
             f"{count} devices are asked for, and JAX has {len(found)} ({kind}).{more if kind == 'CPU' else ' Ask for fewer.'}"
         )
     if found[0].platform == "cpu":
-        return host(count, host_memory_bytes())
+        here = count if os.environ.get("PARTITA_LAUNCHED") else jax.local_device_count()
+        return host(count, host_memory_bytes() * count // min(here, count))
     return accelerator(found[0].device_kind, count, ((found[0].memory_stats() or {}).get("bytes_limit")))
 
 

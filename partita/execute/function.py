@@ -20,6 +20,7 @@ import jax
 from partita.capture.functions import Call, CapturedCall, call_of, capture_call
 from partita.capture.jax_functions import Captured
 from partita.errors import CaptureError, MemoryBudgetError
+from partita.execute.processes import alone, digest, put, same, together
 from partita.execute.program import PlannedStep, planned_step
 from partita.execute.verify import Verification, check_compiled
 from partita.plan.adapt import fit_plan
@@ -66,6 +67,16 @@ def compiled_in_turn(
             plan = planner(captured, error)
             warn(f"{str(error).split('. Use')[0]}. Planned again with that in mind.")
     raise AssertionError("the loop returns or raises")
+
+
+def same_everywhere(captured: Captured, plan: Plan, values: Any) -> None:
+    """Compares what processes that train together must have in common before they compile a step; ProcessError where they have not."""
+    if alone():
+        return
+    same("The training step", digest(f"{captured.graph}{captured.graph.instructions}"), "Run the same script, with the same arguments, in all.")
+    same("The plan", digest(str(plan)), "Give all of them the same plan.")
+    hint = "Read the same batches in all of them, and draw what is random from a seed: keras.utils.set_random_seed(0)."
+    same("What the first step reads (weights and batch)", digest(values), hint)
 
 
 @dataclass
@@ -143,9 +154,10 @@ class ParallelStep:
         state, batch = step.call.split(call)
         if step.planned is not None:
             where = step.planned.state_shardings
-            state = [x if id(x) in self._placed else jax.device_put(x, s) for x, s in zip(state, where, strict=True)]
+            state = [x if id(x) in self._placed else put(x, s) for x, s in zip(state, where, strict=True)]
             batch = step.planned.place_batch(batch)
-        outputs, state = settled(step.program(state, batch))
+        with together("a step"):
+            outputs, state = settled(step.program(state, batch))
         self._placed = {id(x): x for x in state}
         step.call.update_in_place(call, args, kwargs, state)
         return step.call.result(outputs, state)
@@ -181,6 +193,7 @@ class ParallelStep:
         captured, in_place = captured_call.captured, bool(captured_call.roles.in_place)
         plan = self.planner(captured) if self.plan is None else fit_plan(self.plan, captured.graph)
         donate = self.donates(args, kwargs, in_place)
+        same_everywhere(captured, plan, call.arrays)
         planned, program, plan, verified = compiled_in_turn(captured, plan, self.planner, check_compiled, self._say, donate)
         if self.plan is None:
             self.plan, self.verified = plan, verified

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from partita.capture.jax_functions import Captured, Text
 from partita.execute.annotate import annotate
+from partita.execute.processes import put
 from partita.plan.layout import Layout, Sharding, layout
 from partita.plan.plan import Mesh, Plan, check
 
@@ -44,10 +45,10 @@ class PlannedStep:
         return self.step.lower(self.captured.state, self.captured.batch)
 
     def place_state(self, state: Any) -> Any:
-        return jax.device_put(state, self.state_shardings)
+        return put(state, self.state_shardings)
 
     def place_batch(self, batch: Any) -> Any:
-        return jax.device_put(batch, self.batch_shardings)
+        return put(batch, self.batch_shardings)
 
 
 def planned_step(captured: Captured, plan: Plan, devices: Sequence[Any] | None = None, donate: bool = True) -> PlannedStep:

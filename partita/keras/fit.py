@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 import warnings
@@ -35,7 +38,8 @@ from keras.src.trainers.trainer import model_supports_jit
 from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import capture_model
 from partita.errors import CaptureError, PartitaError, PlanError
-from partita.execute.function import Planner, compiled_in_turn, settled
+from partita.execute.function import Planner, compiled_in_turn, same_everywhere, settled
+from partita.execute.processes import alone, is_first, put, together, wait_for_all, whole
 from partita.execute.program import PlannedStep
 from partita.execute.verify import Verification, check_compiled
 from partita.plan.adapt import fit_plan
@@ -69,6 +73,8 @@ def attach(
             f"'{owner.__name__}' makes its own train function, which cannot be planned. Override train_step instead of "
             "make_train_function."
         )
+    if not alone():
+        _keep_together()
     fit = PlannedFit(model, planner, report, verifier)
     model.__dict__.update(
         {
@@ -80,6 +86,47 @@ def attach(
     )
     model.train_function = model.test_function = model.predict_function = None
     return model
+
+
+def _replace(new: str, old: str) -> None:
+    """Puts a file or folder in the place of another: a save that is interrupted leaves the one before."""
+    if os.path.isdir(new) and os.path.isdir(old):
+        shutil.rmtree(old)
+    os.replace(new, old)
+
+
+@functools.cache
+def _keep_together() -> None:
+    """Makes Keras's variables readable where they are split over processes, and its files written by process 0 alone.
+
+    The others go through the same motions in a folder that is thrown away: reading a variable is something that all do together.
+    """
+
+    def array(variable: Any, dtype: Any = None, copy: bool | None = None) -> Any:
+        value = variable.value
+        if not isinstance(value, jax.Array):
+            return np.array(value, dtype)
+        return np.asarray(whole(value), dtype)
+
+    def once(name: str, method: Any) -> Any:
+        @functools.wraps(method)
+        def write(model: Any, filepath: Any, *positional: Any, **named: Any) -> Any:
+            folder, file = os.path.split(os.path.abspath(str(filepath)))
+            with tempfile.TemporaryDirectory(dir=folder if is_first() else None, prefix=".partita-") as aside:
+                result = method(model, os.path.join(aside, file), *positional, **named)
+                for written in os.listdir(aside) if is_first() else ():
+                    _replace(os.path.join(aside, written), os.path.join(folder, written))
+            wait_for_all(name)
+            return result
+
+        return write
+
+    keras.Variable.__array__ = array
+    for name in ("save", "save_weights", "export"):
+        setattr(keras.Model, name, once(name, getattr(keras.Model, name)))
+    if not is_first():
+        for name in ("on_train_begin", "on_epoch_end", "on_train_end"):
+            setattr(keras.callbacks.CSVLogger, name, lambda *arguments, **named: None)
 
 
 def attached(model: keras.Model) -> PlannedFit | None:
@@ -248,13 +295,14 @@ class PlannedFit:
         if before is not None:
             self._took.append(self._began - before)
         batch = step.planned.place_batch(batch)
-        with _uninterrupted():
+        with together("a step"), _uninterrupted():
             if state is not self._placed or step is not self.running:
                 state = self._valid = _move(state, step.planned.state_shardings)
             logs, state = step.program(state, batch)
             self.running, self._placed, self._valid = step, state, state
             self.model.__dict__["_jax_state"] = dict(zip(_GROUPS, state, strict=True))
-        return settled((logs, state))
+        with together("a step"):
+            return settled((logs, state))
 
     def _compile(self, state: Any, batch: Any) -> Compiled | None:
         """The planned step for these shapes, checked and ready to run; None where Keras has to run it."""
@@ -266,6 +314,7 @@ class PlannedFit:
                 return self._alone(str(error))
             return self._alone(f"The training step of '{model.name}' cannot be captured: {type(error).__name__}: {error}")
         plan = self._plan(captured)
+        same_everywhere(captured, plan, (state, batch))
         if plan.devices > len(jax.devices()):
             raise PlanError(
                 f"The plan '{plan.name}' is for {plan.devices} devices, and JAX has {len(jax.devices())}. "
@@ -344,7 +393,9 @@ class PlannedFit:
                     return step(state, batch)
                 mesh = self.running.planned.mesh
                 self._placed = None
-                return settled(on_mesh(jax.tree.map(lambda x: _onto(x, mesh), state), _split(batch, mesh)))
+                with together("an evaluation"):
+                    results, state = settled(on_mesh(jax.tree.map(lambda x: _onto(x, mesh), state), _split(batch, mesh)))
+                    return results if alone() else jax.tree.map(whole, results), state
 
             return make(step_on_mesh, **how)
 
@@ -370,7 +421,7 @@ def _key(values: Any) -> Any:
 
 def _move(state: Any, shardings: Any) -> Any:
     """The state under other shardings. What was whole on one device and is now split is freed there at once."""
-    moved = jax.device_put(state, shardings)
+    moved = put(state, shardings)
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(moved), strict=True):
         if len(old.sharding.device_set) == 1 and new.sharding.shard_shape(new.shape) != new.shape:
             old.delete()
@@ -380,21 +431,21 @@ def _move(state: Any, shardings: Any) -> Any:
 def _onto(value: Any, mesh: jax.sharding.Mesh) -> Any:
     """A value of the state on the mesh: where it is, or on every device if it is not on the mesh yet."""
     on_it = value.sharding.device_set == set(mesh.devices.flat)
-    return value if on_it else jax.device_put(value, NamedSharding(mesh, PartitionSpec()))
+    return value if on_it else put(value, NamedSharding(mesh, PartitionSpec()))
 
 
 def _split(batch: Any, mesh: jax.sharding.Mesh) -> Any:
     """A batch split by sample over as many axes of the mesh as divide it."""
 
-    def put(x: Any) -> Any:
+    def place(x: Any) -> Any:
         axes, left = [], np.shape(x)[0] if np.ndim(x) else 1
         for name, size in mesh.shape.items():
             if left % size == 0:
                 axes.append(name)
                 left //= size
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(tuple(axes)) if axes else PartitionSpec()))
+        return put(x, NamedSharding(mesh, PartitionSpec(tuple(axes)) if axes else PartitionSpec()))
 
-    return jax.tree.map(put, batch)
+    return jax.tree.map(place, batch)
 
 
 @contextmanager

@@ -1,0 +1,283 @@
+"""Several processes that train one program together. `jax.distributed` joins them; XLA's collectives (gloo, NCCL) carry the work.
+
+Every process runs the same script from the same seed and reads the same batches; on its devices it puts only its own part of
+them. What must be equal in all of them (the plan, the step, the first weights and batch) is compared through the
+coordinator's store before the first step, so that a difference is a sentence and not a wrong result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from partita.errors import LostProcessError, PartitaError, ProcessError
+
+TIMEOUT = 300
+"""Seconds that a process waits for the others to come."""
+HEARTBEAT = 30
+"""Seconds after which a process that says nothing is taken for dead."""
+LAUNCHERS = {
+    "Slurm": ("SLURM_NTASKS", "SLURM_PROCID"),
+    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    "MPI": ("PMI_SIZE", "PMI_RANK"),
+}
+"""Who starts processes, and the variables in which it says how many there are and which one this is."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that train together. `address` is where process 0 listens; None where JAX asks the launcher for it."""
+
+    count: int
+    index: int
+    address: str | None
+    timeout: int = TIMEOUT
+
+
+def group(environment: Mapping[str, str] | None = None) -> Group | None:
+    """The group that this process was started in, by what its environment says; None where it is alone.
+
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it by hand; Slurm and MPI say it themselves.
+
+    >>> group({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"})
+    Group(count=2, index=1, address='10.0.0.1:1234', timeout=300)
+    >>> group({"SLURM_NTASKS": "4", "SLURM_PROCID": "3"})
+    Group(count=4, index=3, address=None, timeout=300)
+    >>> group({})
+    """
+    said = os.environ if environment is None else environment
+    timeout = _number(said, "PARTITA_TIMEOUT", TIMEOUT)
+    address = said.get("JAX_COORDINATOR_ADDRESS")
+    if address:
+        missing = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name not in said]
+        if missing:
+            raise PartitaError(
+                f"JAX_COORDINATOR_ADDRESS is set to '{address}', and {' and '.join(missing)} is not. Set all three: how many processes "
+                "there are, and which one this is, from 0."
+            )
+        count, index = _number(said, "JAX_NUM_PROCESSES"), _number(said, "JAX_PROCESS_ID")
+        if not 0 <= index < count:
+            raise PartitaError(f"JAX_PROCESS_ID is {index}, and there are {count} processes: number them 0 to {count - 1}.")
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise PartitaError(f"JAX_COORDINATOR_ADDRESS is '{address}': write the host of process 0 and a port, as in '10.0.0.1:1234'.")
+        return Group(count, index, address, timeout) if count > 1 else None
+    for many, which in LAUNCHERS.values():
+        if many in said and which in said and _number(said, many) > 1:
+            return Group(_number(said, many), _number(said, which), None, timeout)
+    return None
+
+
+def _number(said: Mapping[str, str], name: str, default: int | None = None) -> int:
+    if name not in said and default is not None:
+        return default
+    if not said[name].isdigit():
+        raise PartitaError(f"{name} is '{said[name]}': write a whole number.")
+    return int(said[name])
+
+
+def join(who: Group, say: Callable[[str], None]) -> None:
+    """Waits for the other processes. Where they do not come in time, this process ends with a sentence and code 3.
+
+    Not by an error: JAX ends a process that waited in vain with a stack trace of its own, so a watch ends it just before.
+    """
+    until = time.strftime("%H:%M:%S", time.localtime(time.time() + who.timeout))
+    where = f" at {who.address}" if who.address else ""
+    mine = f"process {who.index} of {who.count}"
+    there = threading.Event()
+
+    def watch() -> None:
+        if not there.wait(3):
+            say(f"{mine} waits{where} for the others, until {until}")
+        if not there.wait(max(0, who.timeout - 3)):
+            others = "one of the others has not started" if who.index == 0 else f"process 0 does not answer{where}"
+            say(
+                f"error: {mine} has waited {who.timeout} s for the others: {others}. Start all {who.count} with the same address, "
+                "and see that it can be reached from every host."
+            )
+            os._exit(3)
+
+    threading.Thread(target=watch, daemon=True).start()
+    if who.index == 0 and who.address is not None:
+        _listen(who.address)
+    local = who.address is not None and who.address.startswith("127.")
+    how: dict[str, Any] = {"initialization_timeout": who.timeout + 30, "heartbeat_timeout_seconds": HEARTBEAT}
+    if who.address is not None:
+        how |= {"coordinator_address": who.address, "num_processes": who.count, "process_id": who.index}
+    if local:
+        how["coordinator_bind_address"] = who.address
+    try:
+        jax.distributed.initialize(**how)
+    except (RuntimeError, ValueError) as error:
+        raise ProcessError(f"{mine} cannot join the others{where}: {str(error).strip().splitlines()[0]}") from None
+    finally:
+        there.set()
+    global joined
+    joined = True
+
+
+def _listen(address: str) -> None:
+    """ProcessError if another program listens on the port; JAX would share it, and wait for processes that come to the other one."""
+    port = int(address.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            raise ProcessError(f"Port {port} of {address} is in use. Give another one, or end the program that has it.") from None
+
+
+joined = False
+"""Whether this process has joined others."""
+
+
+def alone() -> bool:
+    """Whether this process trains by itself."""
+    return jax.process_count() == 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes files."""
+    return jax.process_index() == 0
+
+
+_asked: dict[str, int] = {}
+
+
+def _store() -> Any:
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _key(name: str) -> str:
+    """A key that is the same in all processes the n-th time that each asks for `name`."""
+    _asked[name] = _asked.get(name, 0) + 1
+    return f"partita/{name}/{_asked[name]}"
+
+
+def from_first(name: str, make: Callable[[], str], seconds: int = 3600) -> str:
+    """What process 0 makes, in every process. An error of process 0 is raised in all of them, as a ProcessError in the others."""
+    if alone():
+        return make()
+    key = _key(name)
+    if is_first():
+        try:
+            value = make()
+        except BaseException as error:
+            _store().key_value_set(key, f"error {error}")
+            raise
+        _store().key_value_set(key, f"value {value}")
+        return value
+    kind, _, value = _store().blocking_key_value_get(key, seconds * 1000).partition(" ")
+    if kind == "error":
+        raise ProcessError(value)
+    return value
+
+
+def same(what: str, digest: str, hint: str) -> None:
+    """Compares a digest over all processes; a ProcessError names those that differ from process 0."""
+    if alone():
+        return
+    key, store = _key(f"same/{what}"), _store()
+    store.key_value_set(f"{key}/{jax.process_index()}", digest)
+    found = []
+    for i in range(jax.process_count()):
+        try:
+            found.append(store.blocking_key_value_get(f"{key}/{i}", TIMEOUT * 1000))
+        except jax.errors.JaxRuntimeError:
+            raise ProcessError(f"Process {i} has not come to its first step after {TIMEOUT} s, and the others have. Do all run the same script?") from None
+    other = [str(i) for i, one in enumerate(found) if one != found[0]]
+    if other:
+        raise ProcessError(f"{what} of process {', '.join(other)} differs from that of process 0. {hint}")
+
+
+def digest(values: Any) -> str:
+    """A digest of a text, or of the arrays of a tree as far as they are here."""
+    if isinstance(values, str):
+        return hashlib.sha256(values.encode()).hexdigest()
+    found = 0
+    for x in jax.tree.leaves(values):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            found = zlib.crc32(np.ascontiguousarray(np.asarray(x)).tobytes(), found)
+    return f"{found:08x}"
+
+
+def put(values: Any, shardings: Any) -> Any:
+    """Values where the shardings want them, of a tree of either. Every process puts what it has of a value that all have."""
+    if alone():
+        return jax.device_put(values, shardings)
+    if isinstance(shardings, jax.sharding.Sharding):
+        return jax.tree.map(lambda x: _put(x, shardings), values)
+    return jax.tree.map(_put, values, shardings)
+
+
+def _put(value: Any, sharding: Any) -> Any:
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        if value.sharding.is_equivalent_to(sharding, value.ndim):
+            return value
+        return _resharded(sharding)(value)
+    here = np.asarray(value)
+    if isinstance(value, (bool, int, float, complex)):
+        here = here.astype(jax.dtypes.canonicalize_dtype(here.dtype))
+    return jax.make_array_from_callback(here.shape, sharding, lambda index: here[index])
+
+
+_reshards: dict[Any, Any] = {}
+
+
+def _resharded(sharding: Any) -> Any:
+    if sharding not in _reshards:
+        _reshards[sharding] = jax.jit(lambda x: x, out_shardings=sharding)
+    return _reshards[sharding]
+
+
+def whole(value: Any) -> np.ndarray:
+    """An array's values, all of them. Of one that is split over processes, all processes have to ask at the same point."""
+    if not isinstance(value, jax.Array) or value.is_fully_addressable or value.is_fully_replicated:
+        return np.asarray(value)
+    mesh = value.sharding.mesh  # type: ignore[union-attr]
+    with together("reading the weights"):
+        return np.asarray(_resharded(jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))(value))
+
+
+@contextmanager
+def together(doing: str) -> Iterator[None]:
+    """Inside, all processes compute together; where one of them is gone, a ProcessError says so instead of what gloo says."""
+    try:
+        yield
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        text = str(error)
+        if alone() or not any(word in text for word in ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "Connection closed", "heartbeat")):
+            raise
+        raise LostProcessError(f"{_gone()} in the middle of {doing}, so the others stop. What was saved last is whole: start again from it.") from None
+
+
+def _gone() -> str:
+    """Which processes no longer answer, by the coordinator's heartbeats."""
+    everyone: Sequence[int] = range(jax.process_count())
+    if os.environ.get("PARTITA_LAUNCHED"):
+        return "Another process ended"  # the launcher names it
+    try:
+        alive = _store().get_live_nodes(list(everyone))
+    except Exception:
+        return "Another process ended"
+    gone = [str(i) for i in everyone if i not in alive]
+    return f"Process {', '.join(gone)} ended" if gone else "Another process ended"
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here, so that what process 0 has written can be read."""
+    if not alone():
+        _store().wait_at_barrier(_key(name), TIMEOUT * 1000)

@@ -1,0 +1,121 @@
+"""Starts several processes on this host that train together, and ends them together. Only process 0 prints."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import IO
+
+from partita.errors import PartitaError
+
+GRACE = 5.0
+"""Seconds that the other processes have to end by themselves when one has failed, and again after they are asked to."""
+LOST = 75
+"""Exit code of a process that stops because another one is gone."""
+
+
+def launch(count: int, arguments: Sequence[str], devices: int | None, say: Callable[[str], None]) -> int:
+    """The exit code of `count` processes that each run `partita` with these arguments: of the first that failed, else 0.
+
+    Each gets its share of the cores. One that fails, is killed or ends early stops the others within 2 * GRACE seconds.
+    """
+    if devices is not None and devices % count:
+        raise PartitaError(f"{devices} devices cannot be shared out to {count} processes: give a multiple of {count}, or no --devices.")
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    share = max(1, len(cores) // count)
+    port = _free_port()
+    common = {
+        **os.environ,
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "PARTITA_LAUNCHED": "1",
+        "PARTITA_SEED": os.environ.get("PARTITA_SEED", str(random.SystemRandom().randrange(2**31))),
+        "PARTITA_LOCAL_DEVICES": str((devices or count) // count),
+        "NPROC": str(share),
+    }
+    running: list[subprocess.Popen[bytes]] = []
+    errors: list[IO[bytes] | None] = []
+    try:
+        for i in range(count):
+            mine = {cores[(i * share + k) % len(cores)] for k in range(share)} if cores else set()
+            stderr = tempfile.TemporaryFile() if i else None  # noqa: SIM115
+            errors.append(stderr)
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "partita", *arguments],
+                    env={**common, "JAX_PROCESS_ID": str(i)},
+                    stdout=subprocess.DEVNULL if i else None,
+                    stderr=stderr,
+                    preexec_fn=(lambda cores=mine: os.sched_setaffinity(0, cores)) if mine else None,
+                )
+            )
+        return _watch(running, errors, say)
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _watch(running: list[subprocess.Popen[bytes]], errors: list[IO[bytes] | None], say: Callable[[str], None]) -> int:
+    """Waits for all processes; when one fails, gives the others time to end, then ends them, and says which one it was."""
+    try:
+        while all(p.poll() in (None, 0) for p in running):
+            if all(p.poll() == 0 for p in running):
+                return 0
+            time.sleep(0.05)
+        _wait(running, GRACE)
+    except KeyboardInterrupt:
+        _wait(running, GRACE)
+    for process in running:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    _wait(running, GRACE)
+    codes = [p.poll() for p in running]
+    if any(code == 130 for code in codes):
+        return 130
+    first = _culprit(codes)
+    if first is None:
+        return 0
+    code = codes[first] or 0
+    errors_of = errors[first]
+    if errors_of is not None:
+        errors_of.seek(0)
+        tail = errors_of.read().decode(errors="replace").splitlines()[-20:]
+        sys.stderr.write("".join(f"[process {first}] {line}\n" for line in tail))
+    how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"stopped with code {code}" if code else "ended before the others"
+    say(f"process {first} of {len(running)} {how}; the others were stopped.")
+    return 128 - code if code < 0 else code or 1
+
+
+def _culprit(codes: Sequence[int | None]) -> int | None:
+    """The process that failed for a reason of its own, not because another one or the launcher ended it.
+
+    >>> _culprit([75, -9]), _culprit([2, 2]), _culprit([75, 0]), _culprit([0, 0]), _culprit([-6, 1])
+    (1, 0, 1, None, 1)
+    """
+    if all(code == 0 for code in codes):
+        return None
+    consequences = (0, LOST, -signal.SIGABRT, -signal.SIGTERM, None)
+    own = [i for i, code in enumerate(codes) if code not in consequences]
+    early = [i for i, code in enumerate(codes) if code == 0]
+    return next(iter([*own, *early, *(i for i, code in enumerate(codes) if code)]))
+
+
+def _wait(running: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and any(p.poll() is None for p in running):
+        time.sleep(0.05)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

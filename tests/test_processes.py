@@ -1,0 +1,134 @@
+"""Several processes that train together: the figures of one, files written once, and whatever goes wrong in one said in a sentence."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPT = """
+    import os, signal, sys, keras, numpy as np
+    from keras import layers
+
+    me = int(os.environ.get("JAX_PROCESS_ID", 0))
+
+    class Fault(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            {fault}
+
+    x = np.random.default_rng({seed}).normal(size=(200, 128)).astype("float32")
+    y = (x[:, 0] > 0).astype("int32")
+    model = keras.Sequential([layers.Dense(512, activation="relu"), layers.Dropout(0.2), layers.Dense(256, activation="relu"), layers.Dense(2)])
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    saved = [keras.callbacks.ModelCheckpoint("best.keras"), keras.callbacks.CSVLogger("log.csv")]
+    history = model.fit(x, y, batch_size=48, epochs=2, validation_split=0.1, verbose=0, callbacks=[*saved, Fault()]).history
+    loss = model.evaluate(x, y, verbose=0)[0]
+    print("figures", *(repr(float(v)) for v in (*history["loss"], *history["val_loss"], loss, model.predict(x[:7], verbose=0).sum())))
+    print("weights", repr(float(sum(np.abs(w).sum() for w in model.get_weights()))))
+    again = keras.models.load_model("best.keras")
+    print("restored", repr(float(sum(np.abs(w).sum() for w in again.get_weights()))))
+"""
+
+
+def start(folder: Path, processes: int, fault: str = "pass", seed: str = "0", **more: str) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    (folder / "train.py").write_text(textwrap.dedent(SCRIPT).format(fault=fault, seed=seed))
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} | {"PARTITA_SEED": "5", **more}
+    command = [sys.executable, "-m", "partita", "run", "train.py", *(["--processes", str(processes)] if processes else ["--quiet"])]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment)
+
+
+def figures(out: str, what: str) -> list[float]:
+    (line,) = re.findall(rf"^{what} (.*)$", out, re.M)  # one process prints
+    return [float(x) for x in line.split()]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("plain")
+    code = "import keras; keras.utils.set_random_seed(5)\n" + textwrap.dedent(SCRIPT).format(fault="pass", seed="0")
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder).stdout
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_compute_what_one_computes_and_write_once(processes: int, plain: str, tmp_path: Path) -> None:
+    job = start(tmp_path, processes)
+    out, err = job.communicate(timeout=200)
+    assert job.returncode == 0, err
+    assert f"host:{processes}" in err and "predicted" in err
+    for what in ("figures", "weights", "restored"):
+        np.testing.assert_allclose(figures(out, what), figures(plain, what), rtol=2e-4)
+    lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert len(lines) == 3, "a header and two epochs, written by one process"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.keras", "log.csv", "train.py"]
+
+
+def test_the_death_of_one_process_ends_all_and_names_it(tmp_path: Path) -> None:
+    job = start(tmp_path, 2, "if me == 1 and epoch == 1: os.kill(os.getpid(), signal.SIGKILL)")
+    _, err = job.communicate(timeout=100)
+    assert job.returncode == 128 + 9
+    assert err.strip().endswith("partita: process 1 of 2 was killed (SIGKILL); the others were stopped.")
+    assert "Traceback" not in err and "Gloo AllGather" not in err
+    assert (tmp_path / "best.keras").stat().st_size > 100_000, "what the first epoch saved is whole"
+
+
+def test_an_error_in_one_process_is_shown_and_named(tmp_path: Path) -> None:
+    job = start(tmp_path, 2, "if me == 1: raise ValueError('only here')")
+    _, err = job.communicate(timeout=100)
+    assert job.returncode == 1
+    assert "[process 1] ValueError: only here" in err
+    assert "process 1 of 2 stopped with code 1" in err
+
+
+def test_different_data_is_found_before_the_first_step(tmp_path: Path) -> None:
+    job = start(tmp_path, 2, seed="me")
+    _, err = job.communicate(timeout=100)
+    assert job.returncode == 2
+    assert "What the first step reads (weights and batch) of process 1 differs from that of process 0." in err
+
+
+def alone(folder: Path, port: int, index: str = "0") -> tuple[int, str, float]:
+    """A process of two that is started by hand, and how long it waited for the other."""
+    began = time.monotonic()
+    said = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": index, "PARTITA_TIMEOUT": "4"}
+    job = start(folder, 0, **said)
+    _, err = job.communicate(timeout=100)
+    return job.returncode, err, time.monotonic() - began
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize(("index", "missing"), [("0", "one of the others has not started"), ("1", "process 0 does not answer")])
+def test_who_waits_in_vain_says_for_what_and_until_when(index: str, missing: str, tmp_path: Path) -> None:
+    code, err, _ = alone(tmp_path, free_port(), index)
+    assert code == 3
+    assert missing in err and "has waited 4 s" in err
+
+
+def test_a_port_in_use_is_said(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        code, err, _ = alone(tmp_path, taken.getsockname()[1])
+    assert code == 2
+    assert "is in use. Give another one" in err
+
+
+def test_devices_that_cannot_be_shared_out_are_said(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("")
+    command = [sys.executable, "-m", "partita", "run", "--processes", "2", "--devices", "3", "train.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "3 devices cannot be shared out to 2 processes" in done.stderr.replace("\n", " ")
