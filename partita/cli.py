@@ -198,6 +198,40 @@ def diff(
             out.print(line, highlight=False, markup=False)
 
 
+@machines.command("measure")
+def machine_measure(
+    devices: Devices = None,
+    processes: Annotated[int, typer.Option(help="Measure so many processes on this host, joined as 'run --processes' joins them.", min=1)] = 1,
+    as_json: Json = False,
+) -> None:
+    """Measure what this machine's devices and links really do, and keep it for the plans that are made here.
+
+    Takes under a minute. Example: partita machine measure --processes 2
+    """
+    with _errors():
+        if processes > 1 and not os.environ.get("PARTITA_LAUNCHED"):
+            from partita.launch import launch
+
+            raise typer.Exit(launch(processes, _arguments_of_one(), devices, _say(False)))
+        first = join()
+        start_devices(devices)
+        from partita.execute.calibrate import calibrate, file_of
+        from partita.execute.devices import at_hand
+        from partita.report.tables import calibration_table
+
+        with err.status("measuring", spinner="dots") if err.is_terminal and first else _nothing() as status:
+            found = calibrate(at_hand(devices), lambda what: status.update(f"measuring {what}") if status is not None else None)
+        if first:
+            path = file_of(found.key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, lambda: _save(path, found.to_toml()), "calibration")
+            if as_json:
+                print(json.dumps({"file": str(path), "key": found.key, "values": found.values, "error": found.error}))
+            else:
+                out.print(calibration_table(found.measured))
+                out.print(f"the model is {found.error:.0%} off its own measurements in the median; kept in {path}", highlight=False, soft_wrap=True)
+
+
 @machines.command("list")
 def machine_list() -> None:
     """The machines that come with Partita."""

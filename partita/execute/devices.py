@@ -56,7 +56,15 @@ promotes_16_bit_all_reduce = false
 
 
 def detect(devices: int | None = None) -> Machine:
-    """The machine that JAX runs on here, or `devices` of its devices."""
+    """The machine that JAX runs on here, or `devices` of its devices, with what was measured of it."""
+    from partita.execute.calibrate import calibrated
+
+    machine = at_hand(devices)
+    return calibrated(machine, machine.devices)
+
+
+def at_hand(devices: int | None = None) -> Machine:
+    """The machine that JAX runs on here as it is before anything was measured."""
     found: list[Any] = jax.devices()
     count = len(found) if devices is None else devices
     if count > len(found):

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from partita.plan.plan import Plan
-from partita.units import format_bytes, format_seconds
+from partita.units import format_bandwidth, format_bytes, format_flops, format_seconds
 
 CAUSES = ("compute", "activations", "gradients", "moves")
 
@@ -108,6 +108,18 @@ def explain_table(plan: Plan, layer: str) -> Table:
         table.add_row(
             other["choice"], f"{sign}{format_seconds(abs(other['seconds']))}", f"{more}{format_bytes(abs(other['bytes']))}"
         )
+    return table
+
+
+def calibration_table(measured: Iterable[Any]) -> Table:
+    """What was measured of a machine: programs, their time, and what a device does in it."""
+    table = _table("measured, all devices at once")
+    table.add_column("program")
+    for column in ("size", "time", "rate of a device"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for m in measured:
+        text = format_bandwidth if m.what in ("stream", "all_reduce") else lambda rate: f"{format_flops(rate)}/s"
+        table.add_row(m.what, m.size, format_seconds(m.seconds), text(m.rate) if m.rate else "")
     return table
 
 

@@ -1,0 +1,158 @@
+"""The found plan against what an expert would write, on two processes of one core each, over links of three speeds.
+
+    sudo python benchmarks/processes.py                     # all models, full speed, 1 Gbit/s and 200 Mbit/s
+    python benchmarks/processes.py --links full --models lstm
+
+Each link is a network namespace whose loopback `tc tbf` shapes (this needs root and iproute2). In it the machine is measured
+first, as `partita machine measure` does; then every plan is compiled and the plans take turns. Medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LINKS = {"full": "", "1gbit": "1gbit", "200mbit": "200mbit"}
+PLANS = ("data parallel", "one weird trick", "tensor parallel", "data x tensor", "ZeRO-3", "one device")
+MODELS = ("alexnet", "transformer", "recommender", "lstm")
+
+
+def model_of(name: str):  # noqa: ANN201
+    import keras
+    from keras import layers
+
+    if name == "alexnet":
+        convs = [
+            layers.Conv2D(64, 11, 4, padding="same", activation="relu"), layers.MaxPooling2D(3, 2),
+            layers.Conv2D(192, 5, padding="same", activation="relu"), layers.MaxPooling2D(3, 2),
+            layers.Conv2D(384, 3, padding="same", activation="relu"), layers.Conv2D(256, 3, padding="same", activation="relu"),
+            layers.Conv2D(256, 3, padding="same", activation="relu"), layers.MaxPooling2D(3, 2),
+        ]  # fmt: skip
+        dense = [layers.Flatten(), layers.Dense(4096, activation="relu"), layers.Dense(4096, activation="relu"), layers.Dense(1000)]
+        model = keras.Sequential([keras.Input((224, 224, 3)), *convs, *dense], name=name)
+        batch = 32
+    elif name == "transformer":
+        words = keras.Input((64,), dtype="int32")
+        x = layers.Embedding(8192, 256)(words)
+        for _ in range(2):
+            y = layers.LayerNormalization()(x)
+            x = x + layers.MultiHeadAttention(4, 64)(y, y, use_causal_mask=True)
+            y = layers.LayerNormalization()(x)
+            x = x + layers.Dense(256)(layers.Dense(1024, activation="gelu")(y))
+        model, batch = keras.Model(words, layers.Dense(8192)(x), name=name), 16
+    elif name == "recommender":
+        inputs = [keras.Input((), dtype="int32", name=f"column{i}") for i in range(8)]
+        x = layers.Concatenate()([layers.Embedding(50_000, 32)(i) for i in inputs])
+        for width in (1024, 512, 256):
+            x = layers.Dense(width, activation="relu")(x)
+        model, batch = keras.Model(inputs, layers.Dense(2)(x), name=name), 512
+    else:
+        words = keras.Input((32,), dtype="int32")
+        x = layers.Embedding(8192, 256)(words)
+        x = layers.LSTM(512)(layers.LSTM(512, return_sequences=True)(x))
+        model, batch = keras.Model(words, layers.Dense(8192)(x), name=name), 64
+    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model, batch
+
+
+def child(models: list[str], rounds: int) -> None:
+    os.environ["KERAS_BACKEND"] = "jax"
+    from partita.execute.devices import at_hand, request_cpu_devices
+    from partita.execute.processes import from_first, group, is_first, join
+
+    request_cpu_devices(1)
+    who = group()
+    assert who is not None
+    join(who, lambda text: None)
+    from partita.api import capture
+    from partita.execute.calibrate import calibrate
+    from partita.execute.measure import step_seconds
+    from partita.search.find import find
+
+    found = calibrate(at_hand(), lambda what: None)
+    machine = at_hand().revised(json.loads(from_first("machine", lambda: json.dumps(found.values))), "measured")
+    for name in models:
+        model, batch = model_of(name)
+        captured = capture(model, batch)
+        result = find(captured.graph, machine)
+        both = {n: (p, result.baselines[n][1]) for n in PLANS if n in result.baselines for p in [result.baselines[n][0]]}
+        both["found"] = (result.plan, result.prediction)
+        plans = {n: p for n, (p, _) in both.items() if p.devices == 2 or n == "found"}
+        times = step_seconds(captured, plans, rounds) if result.plan.devices == 2 else {}
+        if is_first():
+            rows = {n: {"predicted": both[n][1].seconds, "measured": times.get(n)} for n in both}
+            print("RESULT " + json.dumps({"model": name, "plan": dict(result.plan.choices), "rows": rows}), flush=True)
+
+
+@contextmanager
+def namespace(rate: str) -> Iterator[list[str]]:
+    """A network namespace with a loopback of this rate, as the start of a command; none for full speed."""
+    if not rate:
+        yield []
+        return
+    name = f"slow{os.getpid()}"
+    run = lambda *words: subprocess.run(words, check=True)
+    run("ip", "netns", "add", name)
+    try:
+        run("ip", "-n", name, "link", "set", "lo", "up")
+        run("tc", "-n", name, "qdisc", "add", "dev", "lo", "root", "tbf", "rate", rate, "burst", "256kb", "latency", "400ms")
+        yield ["ip", "netns", "exec", name]
+    finally:
+        run("ip", "netns", "del", name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        child(given.models, given.rounds)
+        return 0
+    for link in given.links:
+        with namespace(LINKS[link]) as start, tempfile.TemporaryFile("w+") as errors:
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                port = s.getsockname()[1]
+            running = []
+            for i in range(2):
+                said = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i), "NPROC": "1"}
+                command = [*start, "taskset", "-c", str(i), sys.executable, __file__, "--child", "--models", *given.models]
+                command += ["--rounds", str(given.rounds)]
+                out = subprocess.PIPE if i == 0 else subprocess.DEVNULL
+                running.append(subprocess.Popen(command, env={**os.environ, **said}, stdout=out, stderr=errors, text=True))
+            assert running[0].stdout is not None
+            for line in running[0].stdout:
+                if line.startswith("RESULT "):
+                    show(link, json.loads(line[7:]))
+            if any(p.wait() for p in running):
+                errors.seek(0)
+                print(errors.read()[-3000:])
+                return 1
+    return 0
+
+
+def show(link: str, result: dict) -> None:
+    rows = result["rows"]
+    times = {n: r["measured"] for n, r in rows.items() if r["measured"]}
+    print(f"{result['model']} over {link}:", flush=True)
+    for n, r in sorted(rows.items(), key=lambda x: x[1]["measured"] or x[1]["predicted"]):
+        measured = f"{r['measured']:8.3f} s" if r["measured"] else "         -"
+        print(f"  {n:16s} predicted {r['predicted']:8.3f} s  measured {measured}")
+    if times:
+        best = min((t, n) for n, t in times.items() if n != "found")
+        print(f"  data parallel / found {times['data parallel'] / times['found']:.2f}; found / best baseline ({best[1]}) {times['found'] / best[0]:.3f}")
+    print(f"  {result['plan']}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
