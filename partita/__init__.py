@@ -13,15 +13,20 @@ from partita.plan.plan import Plan
 
 if TYPE_CHECKING:
     from partita.capture.keras_models import abstract
+    from partita.keras.checkpoint import Checkpoint
 
 __version__ = "0.1.0"
-__all__ = ["PartitaError", "Plan", "abstract", "compare", "parallelize", "plan"]
+__all__ = ["Checkpoint", "PartitaError", "Plan", "abstract", "compare", "parallelize", "plan"]
 
 
 def __getattr__(name: str) -> Any:
-    """`abstract` is fetched when it is first asked for: it needs Keras, and planning from a file does not."""
+    """What needs Keras is fetched when it is first asked for: planning from a file does not."""
     if name == "abstract":
         from partita.capture.keras_models import abstract
 
         return abstract
+    if name == "Checkpoint":
+        from partita.keras.checkpoint import Checkpoint
+
+        return Checkpoint
     raise AttributeError(f"module 'partita' has no attribute {name!r}")

@@ -132,3 +132,60 @@ def test_devices_that_cannot_be_shared_out_are_said(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert "3 devices cannot be shared out to 2 processes" in done.stderr.replace("\n", " ")
+
+
+CHECKPOINTED = """
+    import os, sys, keras, numpy as np, partita
+    from keras import layers
+
+    keras.utils.set_random_seed(3)
+    x = np.random.default_rng(0).normal(size=(192, 128)).astype("float32")
+    model = keras.Sequential([layers.Dense(int(os.environ.get("WIDTH", "512")), activation="relu"), layers.Dense(256, activation="relu"), layers.Dense(2)])
+    model.compile("adam", "mse")
+    kept = partita.Checkpoint("kept")
+    losses = model.fit(x, x[:, :2], batch_size=48, epochs=int(sys.argv[1]), shuffle=False, verbose=0, callbacks=[kept]).history["loss"]
+    print("losses", *map(repr, losses))
+"""
+
+
+def checkpointed(folder: Path, epochs: int, *how: str, **more: str) -> subprocess.CompletedProcess[str]:
+    folder.mkdir(exist_ok=True)
+    (folder / "train.py").write_text(textwrap.dedent(CHECKPOINTED))
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} | more
+    command = [sys.executable, "-m", "partita", "run", *how, "train.py", str(epochs)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=200)
+
+
+def test_a_checkpoint_resumes_under_another_plan_and_number_of_processes(tmp_path: Path) -> None:
+    straight = checkpointed(tmp_path / "straight", 4, "--devices", "1")
+    first = checkpointed(tmp_path / "resumed", 2, "--processes", "2")
+    second = checkpointed(tmp_path / "resumed", 3, "--devices", "3")
+    third = checkpointed(tmp_path / "resumed", 4, "--processes", "4")
+    resumed = [loss for done in (first, second, third) for loss in figures(done.stdout, "losses")]
+    assert len(resumed) == 4, first.stderr + second.stderr + third.stderr
+    np.testing.assert_allclose(resumed, figures(straight.stdout, "losses"), rtol=1e-4)
+    other = checkpointed(tmp_path / "resumed", 5, "--devices", "1", WIDTH="300")
+    assert other.returncode == 2
+    assert "are of another model: '00000 sequential/dense/kernel' is float32[128, 512] there" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_and_the_weights_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import keras
+
+    import partita
+    from partita.errors import PartitaError
+
+    model = keras.Sequential([keras.layers.Dense(3)])
+    model.compile("sgd", "mse")
+    x = np.ones((8, 4), "float32")
+    kept = partita.Checkpoint(tmp_path / "kept")
+    model.fit(x, x[:, :3], verbose=0, callbacks=[kept])
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(kept._manager, "save", lambda *a, **k: (_ for _ in ()).throw(full))
+    with pytest.raises(PartitaError, match="epoch 2 cannot be written .*: No space left on device. The last whole one is that of epoch 1; the model"):
+        model.fit(x, x[:, :3], verbose=0, epochs=2, callbacks=[kept])
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+    with pytest.raises(PartitaError, match="cannot be kept in"):
+        (tmp_path / "file").write_text("")
+        partita.Checkpoint(tmp_path / "file")

@@ -109,7 +109,8 @@ def _compute(terms: OperatorTerms, machine: Machine, ways: _Ways) -> np.ndarray:
     for n, kind, nbytes in moved:
         traffic[n, kind] += nbytes
     busy = (np.array(flops) / np.array(rates))[:, None] * share[bound]
-    seconds = np.maximum(busy, traffic @ share / machine.memory_bandwidth) + machine.overhead
+    touched = traffic @ share
+    seconds = np.maximum(busy, touched / machine.bandwidth_for(touched)) + machine.overhead
     return np.array([float(w.trips) for w in terms.work]) @ seconds
 
 

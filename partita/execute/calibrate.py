@@ -36,8 +36,8 @@ DOTS = ((64, 1024, 1024), (256, 512, 512), (512, 512, 512), (32, 4096, 1024), (1
 """Matrix products: rows, inner width, columns."""
 CONVS = ((8, 32, 32, 3, 5), (8, 16, 64, 64, 3), (8, 28, 32, 64, 3), (4, 56, 16, 32, 3))
 """Convolutions with their gradients: samples, height and width, channels in, channels out, kernel."""
-STREAM = 1 << 24
-"""Values of a device's arrays when its memory is measured."""
+STREAMS = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
+"""float32 values of a device's arrays when its memories are measured: the last ones are in its main memory."""
 CHAIN = 200
 """Dependent small products that show what starting one costs."""
 REDUCED = (1 << 10, 1 << 14, 1 << 18, 1 << 21)
@@ -115,19 +115,16 @@ def calibrate(machine: Machine, report: Callable[[str], None]) -> Calibration:
     report("convolutions")
     found += [_conv(mesh, *shape) for shape in CONVS]
     report("memory")
-    found += [_stream(mesh)]
+    found += [_stream(mesh, size) for size in STREAMS]
     report("starting an operation")
     found += [_chain(mesh)]
     dots, convs = ([m.rate for m in found if m.what == what and m.rate] for what in ("dot", "conv"))
-    memory = machine.device.memories[0].name
     known = machine.provenance()
-    stream, chain = next(m for m in found if m.what == "stream"), next(m for m in found if m.what == "chain")
-    assert stream.rate is not None
+    chain = next(m for m in found if m.what == "chain")
     rates = {"dot": geometric_mean(dots), "conv": geometric_mean(convs)}
-    values = {f"device.memory.{memory}.bandwidth": stream.rate * machine.device.memories[0].shared_by, "device.overhead": chain.seconds}
+    values = _memories(machine, [m for m in found if m.what == "stream"]) | {"device.overhead": chain.seconds}
     for kind, rate in rates.items():
         values |= {f"device.engine.{kind}.float32.peak": rate, f"device.engine.{kind}.float32.efficiency": 1.0}
-    values[f"device.memory.{memory}.efficiency"] = 1.0
     errors = [abs(rates[m.what] / m.rate - 1) for m in found if m.what in rates and m.rate]
     if len(devices) > 1:
         report("collectives")
@@ -178,10 +175,31 @@ def _conv(mesh: Any, samples: int, side: int, inputs: int, outputs: int, kernel:
     return Measured("conv", f"{samples}x{side}x{side}x{inputs} to {outputs} by {kernel}x{kernel}", seconds, flops / seconds)
 
 
-def _stream(mesh: Any) -> Measured:
-    shape = ((mesh.size * STREAM,), SPLIT)
-    seconds = _timed(mesh, lambda x, y: x * 0.5 + y, shape, shape)
-    return Measured("stream", f"{4 * STREAM >> 20} MiB", seconds, 3 * 4 * STREAM / seconds)
+def _stream(mesh: Any, size: int) -> Measured:
+    """x / 2 + y, as often in a row as makes the start of the program small beside it."""
+    repeats = max(1, (1 << 22) // size)
+
+    def one(x: Any, y: Any) -> Any:
+        return jax.lax.fori_loop(0, repeats, lambda _, z: z * 0.5 + y, x)
+
+    shape = ((mesh.size * size,), SPLIT)
+    each = jax.shard_map(one, mesh=mesh, in_specs=(SPLIT, SPLIT), out_specs=SPLIT)
+    seconds = _timed(mesh, each, shape, shape) / repeats
+    return Measured("stream", f"{3 * 4 * size >> 10} KiB", seconds, 3 * 4 * size / seconds)
+
+
+def _memories(machine: Machine, streams: Sequence[Measured]) -> dict[str, float]:
+    """Bandwidth of the main memory, and capacity and bandwidth of the cache: the largest stream that is twice as fast."""
+    rates = [m.rate or 0.0 for m in streams]
+    main, *caches = machine.device.memories
+    values = {f"device.memory.{main.name}.bandwidth": rates[-1] * main.shared_by, f"device.memory.{main.name}.efficiency": 1.0}
+    fast = [i for i, rate in enumerate(rates) if rate > 2 * rates[-1]]
+    if caches and fast:
+        cache, last = caches[0], fast[-1]
+        values[f"device.memory.{cache.name}.capacity"] = int(3 * 4 * STREAMS[last] * cache.shared_by)
+        values[f"device.memory.{cache.name}.bandwidth"] = median(rates[: last + 1]) * cache.shared_by
+        values[f"device.memory.{cache.name}.efficiency"] = 1.0
+    return values
 
 
 def _chain(mesh: Any) -> Measured:

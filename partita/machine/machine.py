@@ -17,6 +17,8 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from partita.errors import MachineError
 from partita.units import exact, format_bandwidth, format_bytes, format_flops, format_seconds
 
@@ -169,6 +171,14 @@ class Machine:
         """Achievable bytes per second of one device to its main memory."""
         memory = self.device.memories[0]
         return memory.bandwidth * memory.efficiency / memory.shared_by
+
+    def bandwidth_for(self, nbytes: np.ndarray) -> np.ndarray:
+        """Achievable bytes per second of one device for kernels that touch so many bytes: of the fastest memory that holds them."""
+        found = np.full(np.shape(nbytes), self.memory_bandwidth)
+        for memory in self.device.memories[1:]:
+            fits = np.asarray(nbytes) <= memory.capacity / memory.shared_by
+            found = np.where(fits, np.maximum(found, memory.bandwidth * memory.efficiency / memory.shared_by), found)
+        return found
 
     @property
     def overhead(self) -> float:
