@@ -59,7 +59,7 @@ def difference(program: Program, devices: int) -> Difference:
     plain = _run(program, lambda target, args=None, **how: target)
     said: list[str] = []
     made: list[Any] = []
-    machine = _slow(devices)
+    machine = slow(devices)
 
     def par(target: Any, args: Any = None, **how: Any) -> Any:
         made.append(partita.parallelize(target, args, machine=machine, say=said.append, **how))
@@ -83,7 +83,8 @@ def difference(program: Program, devices: int) -> Difference:
     return Difference(worst, where, split, said)
 
 
-def _slow(devices: int) -> Any:
+def slow(devices: int) -> Any:
+    """A machine of so many devices of this host, so slow at computing that everything is worth splitting."""
     machine = read(SLOW, "the slow machine").with_devices(devices)
     return machine.__class__(**{**vars(machine), "backend": host(devices, 1 << 34).backend})
 
