@@ -23,19 +23,41 @@ from partita.search.find import Found, alternatives, capacity, find
 from partita.units import format_bytes, format_seconds
 
 Report = Callable[[Progress], None]
+Say = Callable[[int, int], None]
+"""Told how many of how many operators have been timed."""
+SEARCHES = 4
+"""Searches at most while operators are measured: each may find a plan with some that have not been."""
 
 
 def plan(
     model: Any, batch_size: int | None = None, *, args: Sequence[Any] | None = None, devices: int | None = None, machine: str | Machine | None = None,
-    batch: Any = None, report: Report | None = None,
+    batch: Any = None, measure_operators: bool = False, report: Report | None = None,
 ) -> Plan:  # fmt: skip
     """The fastest plan found for a compiled Keras model, or for any jittable training step, on a machine.
 
     For a model, give `batch_size` if it knows its input shapes, else a `batch` (x, y) of arrays or shapes. For a step, give the
     `args` of a call, arrays or shapes. The machine is the devices at hand unless `machine` names another ("dgx-h100:8", a
-    .toml file); `devices` takes that many of it.
+    .toml file); `devices` takes that many of it. With `measure_operators`, operators are timed on the devices at hand first.
     """
-    return found(capture(model, batch_size, batch, args).graph, machine_of(machine, devices), report)
+    captured = capture(model, batch_size, batch, args)
+    return explained(search(captured, machine_of(machine, devices), report, measure_operators and here(machine)))
+
+
+def here(machine: str | Machine | None) -> bool:
+    """Whether operators can be measured for that machine: PlanError unless it is the devices at hand, of one process."""
+    from partita.execute.processes import alone
+
+    if machine is not None:
+        raise PlanError(
+            f"Operators can be measured only on the devices at hand, and a plan for the machine {str(machine)!r} is asked for. "
+            "Leave the machine or the measuring away."
+        )
+    if not alone():
+        raise PlanError(
+            "Operators are measured by one process, and several train together here. Measure links and rates instead "
+            "(partita machine measure --processes N): every plan uses them."
+        )
+    return True
 
 
 def is_model(program: Any) -> bool:
@@ -96,6 +118,28 @@ def explained(result: Found) -> Plan:
     return replace(result.plan, why={"operators": why, "baselines": baselines})
 
 
+def search(captured: Any, machine: Machine, report: Report | None = None, measure: bool = False, say: Say | None = None) -> Found:
+    """The fastest plan for a captured step. With `measure`, by operators timed on the devices at hand.
+
+    What is timed are the operators of the baselines and of the plan found; with their times the search goes on, until it finds a
+    plan whose operators have all been timed.
+    """
+    result = find(captured.graph, machine, report)
+    if not measure:
+        return result
+    from partita.execute.operators import measured_operators
+
+    plans = [plan for plan, _ in result.baselines.values()]
+    for _ in range(SEARCHES):
+        plans.append(result.plan)
+        better = measured_operators(captured, machine, plans, say)
+        if better is machine or machine.times is not None and better.times.seconds.keys() == machine.times.seconds.keys():
+            break
+        machine = better
+        result = find(captured.graph, machine, report)
+    return result
+
+
 @dataclass(frozen=True)
 class Compared:
     """One plan of a comparison: what it is predicted, and if asked for, measured to take."""
@@ -127,16 +171,19 @@ class Comparison:
 
 def compare(
     model: Any, batch_size: int | None = None, *, devices: int | None = None, machine: str | Machine | None = None,
-    batch: Any = None, measure: bool = False, report: Report | None = None,
+    batch: Any = None, measure: bool = False, measure_operators: bool = False, report: Report | None = None,
 ) -> Comparison:  # fmt: skip
     """Every baseline and the found plan side by side; with `measure`, each is compiled and timed on the devices at hand."""
     captured = capture(model, batch_size, batch)
-    return compare_captured(captured, machine_of(machine, devices), measure, report)
+    return compare_captured(captured, machine_of(machine, devices), measure, report, measure_operators)
 
 
-def compare_captured(captured: Any, machine: Machine, measure: bool = False, report: Report | None = None) -> Comparison:
+def compare_captured(
+    captured: Any, machine: Machine, measure: bool = False, report: Report | None = None, measure_operators: bool = False,
+    say: Say | None = None,
+) -> Comparison:  # fmt: skip
     """`compare` for a step that is captured already."""
-    result = find(captured.graph, machine, report)
+    result = search(captured, machine, report, measure_operators, say)
     plans = {**{n: p for n, (p, _) in result.baselines.items()}, "found": result.plan}
     predictions = {**{n: p for n, (_, p) in result.baselines.items()}, "found": result.prediction}
     times: Mapping[str, float | None] = {}
@@ -166,7 +213,7 @@ def _step(program: Any, args: Sequence[Any] | None) -> Any:
 def parallelize(
     model: Any, args: Sequence[Any] | None = None, *, devices: int | None = None, machine: str | Machine | None = None,
     plan: Plan | str | Path | None = None, static_argnums: Sequence[int] = (), donate: bool | None = None,
-    say: Callable[[str], None] | None = None, report: Report | None = None,
+    measure_operators: bool = False, say: Callable[[str], None] | None = None, report: Report | None = None,
 ) -> Any:  # fmt: skip
     """The same program, training over several devices by the plan given, else by the best one found.
 
@@ -184,7 +231,7 @@ def parallelize(
 
     session = current()
     unsaid = devices is None and machine is None and plan is None
-    wanted = session.planner if session is not None and unsaid else planner(devices, machine, plan, report)
+    wanted = session.planner if session is not None and unsaid else planner(devices, machine, plan, report, measure=measure_operators)
     say = say if say is not None or session is None else session.say
     if is_model(model):
         from partita.keras.fit import attach, attached
@@ -202,11 +249,12 @@ def parallelize(
 
 def planner(
     devices: int | None = None, machine: str | Machine | None = None, plan: Plan | str | Path | None = None,
-    report: Report | None = None, seen: Callable[[Any, Machine, Plan], None] | None = None,
+    report: Report | None = None, seen: Callable[[Any, Machine, Plan], None] | None = None, measure: bool = False,
+    say: Say | None = None,
 ) -> Callable[..., Plan]:  # fmt: skip
     """What turns a captured step into its plan: the given one if it fits, else a search. `seen` is told of it.
 
-    Given the error of a compiler that refused the plan for its memory, it finds the next one.
+    With `measure`, operators are timed first, which `say` is told of. Given the error of a compiler that refused the plan for its memory, it finds the next one.
     """
     given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     from partita.execute.processes import from_first
@@ -218,7 +266,10 @@ def planner(
         if given is not None:
             chosen = check_plan(given, captured.graph, where)
         else:
-            chosen = Plan.from_json(json.loads(from_first("plan", lambda: json.dumps(found(captured.graph, where, report).to_json()))))
+            if measure:
+                here(machine)
+            best = lambda: json.dumps(explained(search(captured, where, report, measure, say)).to_json())  # noqa: E731
+            chosen = Plan.from_json(json.loads(from_first("plan", best)))
         if seen is not None:
             seen(captured, where, chosen)
         return chosen

@@ -38,6 +38,13 @@ MachineName = Annotated[
 Report = Annotated[
     Path | None, typer.Option(help="Write a page that shows the plan to this .html file: splits, time, memory, traffic.")
 ]
+MeasureOperators = Annotated[
+    bool,
+    typer.Option(
+        "--measure-operators",
+        help="Time operators on the devices at hand first, forward and backward; kept, so that it takes its time once.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables for people.")]
 
 
@@ -47,7 +54,7 @@ def run(
     plan: Annotated[Path | None, typer.Option(help="Run this plan instead of searching for one.")] = None,
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Also run one step on one device first and print the differences.")] = False,
-    report: Report = None,
+    measure_operators: MeasureOperators = False, report: Report = None,
     processes: Annotated[int, typer.Option(help="Start so many processes on this host, a share of its cores each, that train together.", min=1)] = 1,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing of Partita's own but errors.")] = False,
 ) -> None:  # fmt: skip
@@ -87,7 +94,7 @@ def run(
                 _write_page(pages[-1], job.plan, job.measured)
 
         with progress(quiet) as shown:
-            choose = planner(devices, None, plan, shown, seen)
+            choose = planner(devices, None, plan, shown, seen, measure_operators, timing(quiet))
             code = run_script(script, context.args, choose, report=_say(quiet), verify=verify, trained=trained)
         if report is not None and not quiet:
             err.print(f"report written to {', '.join(map(str, pages))}" if pages else "nothing was trained, so there is no report")
@@ -98,7 +105,7 @@ def run(
 def plan(
     context: typer.Context, script: Script, devices: Devices = None, machine: MachineName = None,
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
-    report: Report = None, as_json: Json = False,
+    measure_operators: MeasureOperators = False, report: Report = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Find the fastest plan for a script, without training: table, prediction, comparison with the baselines.
 
@@ -106,11 +113,11 @@ def plan(
     """
     with _errors():
         captured, where = _captured(script, context.args, devices, machine, as_json)
-        from partita.api import found
+        from partita.api import explained, here, search
         from partita.report.tables import comparison_table, plan_table, summary
 
         with progress(as_json) as shown:
-            chosen = found(captured.graph, where, shown)
+            chosen = explained(search(captured, where, shown, measure_operators and here(machine), timing(as_json)))
         if save_plan is not None:
             _write(save_plan, lambda: chosen.save(save_plan))
         if report is not None:
@@ -129,7 +136,7 @@ def plan(
 def compare(
     context: typer.Context, script: Script, devices: Devices = None, machine: MachineName = None,
     measure: Annotated[bool, typer.Option("--measure", help="Also compile every plan and time it on the devices at hand.")] = False,
-    as_json: Json = False,
+    measure_operators: MeasureOperators = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Every baseline and the found plan side by side, predicted; with --measure, measured too.
 
@@ -137,11 +144,12 @@ def compare(
     """
     with _errors():
         captured, where = _captured(script, context.args, devices, machine, as_json, measure)
-        from partita.api import compare_captured
+        from partita.api import compare_captured, here
         from partita.report.tables import comparison_table
 
         with progress(as_json) as report:
-            result = compare_captured(captured, where, measure, report)
+            measured = measure_operators and here(machine)
+            result = compare_captured(captured, where, measure, report, measured, timing(as_json))
         if as_json:
             print(json.dumps(result.to_json()))
         else:
@@ -358,6 +366,13 @@ def progress(quiet: bool) -> Iterator[Callable[[Any], None] | None]:
         yield report
     finally:
         status.stop()
+
+
+def timing(quiet: bool) -> Callable[[int, int], None] | None:
+    """Says how many operators have been timed."""
+    if quiet:
+        return None
+    return lambda done, whole: err.print(f"partita: {done} of {whole} operators timed", markup=False)
 
 
 def _say(quiet: bool) -> Callable[[str], None]:

@@ -86,6 +86,30 @@ def walk(block: ir.Block) -> Iterator[Any]:
                     yield from walk(inner)
 
 
+def numbered(block: ir.Block) -> tuple[list[Any], list[Any]]:
+    """The values and operations of a block and of all inside it, in the order in which `read` numbers tensors and instructions."""
+    values: dict[Any, None] = dict.fromkeys(block.arguments)
+    operations: list[Any] = []
+
+    def visit(block: ir.Block) -> None:
+        for op in block:
+            operation = op.operation
+            name = short(operation.name)
+            values.update(dict.fromkeys(operation.operands))
+            if name == "return":
+                continue
+            values.update(dict.fromkeys(operation.results))
+            operations.append(operation)
+            if name in ("while", "case", "if"):
+                for region in operation.regions:
+                    for inner in region.blocks:
+                        values.update(dict.fromkeys(inner.arguments))
+                        visit(inner)
+
+    visit(block)
+    return list(values), operations
+
+
 def short(name: str) -> str:
     return name.split(".", 1)[1]
 

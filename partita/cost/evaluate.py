@@ -17,6 +17,7 @@ import numpy as np
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.terms import Factors, OperatorTerms, Stored
 from partita.machine import Machine, collective_seconds
+from partita.machine.times import START
 from partita.plan.layout import Sharding, resolve
 from partita.plan.plan import Mesh
 
@@ -90,10 +91,8 @@ def operator_cost(terms: OperatorTerms, place: Placement, assignments: Sequence[
     return OperatorCost(np.maximum(compute, 0), activations, gradients, state, ways.shared(terms.kept))
 
 
-def _compute(terms: OperatorTerms, machine: Machine, ways: _Ways) -> np.ndarray:
-    """Roofline seconds of an operator's kernels per assignment: all kernels at once, as arrays of [kernel, assignment]."""
-    if not terms.work:
-        return np.zeros(len(ways.assignments))
+def _roofline(terms: OperatorTerms, machine: Machine, ways: _Ways) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of an operator's kernels at work, [kernel, assignment], and how often each runs, [kernel]."""
     kinds: dict[Factors, int] = {}
     flops, bound, rates = [], [], []
     moved: list[tuple[int, int, float]] = []
@@ -110,8 +109,44 @@ def _compute(terms: OperatorTerms, machine: Machine, ways: _Ways) -> np.ndarray:
         traffic[n, kind] += nbytes
     busy = (np.array(flops) / np.array(rates))[:, None] * share[bound]
     touched = traffic @ share
-    seconds = np.maximum(busy, touched / machine.bandwidth_for(touched)) + machine.overhead
-    return np.array([float(w.trips) for w in terms.work]) @ seconds
+    return np.maximum(busy, touched / machine.bandwidth_for(touched)), np.array([float(w.trips) for w in terms.work])
+
+
+def _compute(terms: OperatorTerms, machine: Machine, ways: _Ways) -> np.ndarray:
+    """Seconds of an operator's kernels per assignment: measured, else by the fit to what was measured, else by the roofline."""
+    if not terms.work:
+        return np.zeros(len(ways.assignments))
+    kernels, trips = _roofline(terms, machine, ways)
+    times = machine.times
+    if times is None:
+        return trips @ (kernels + machine.overhead)
+    scale = np.array([times.of(w.op_class) for w in terms.work])
+    seconds = trips @ (scale[:, None] * kernels + times.of(START) * machine.overhead)
+    for i, assignment in enumerate(ways.assignments):
+        seconds[i] = times.seconds.get(local_key(terms, ways.place, assignment), seconds[i])
+    return seconds
+
+
+def local_key(terms: OperatorTerms, place: Placement, assignment: Assignment) -> tuple[str, tuple[int, ...]]:
+    """What an operator at its local shape is known by in `OperatorTimes`."""
+    return terms.digest, tuple(place.ways(assignment.get(f, ())) for f in terms.factors)
+
+
+def compute_source(terms: OperatorTerms, place: Placement, assignment: Assignment) -> str:
+    """Where the seconds of an operator's kernels come from: "measured", "fitted" or "roofline"."""
+    times = place.machine.times
+    if times is None:
+        return "roofline"
+    return "measured" if local_key(terms, place, assignment) in times.seconds else "fitted"
+
+
+def roofline_features(terms: OperatorTerms, place: Placement, assignment: Assignment) -> dict[str, float]:
+    """The roofline's seconds of an operator by class of its kernels, and those of starting them: what a fit scales."""
+    kernels, trips = _roofline(terms, place.machine, _Ways(place, [assignment]))
+    found = {START: float(sum(trips)) * place.machine.overhead}
+    for w, seconds, n in zip(terms.work, kernels[:, 0], trips, strict=True):
+        found[w.op_class] = found.get(w.op_class, 0.0) + float(seconds * n)
+    return found
 
 
 class _Ways:

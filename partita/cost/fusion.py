@@ -184,24 +184,18 @@ class _Fuser:
         """Whether everything on the ways from `p` to one of its readers can be fused into that reader."""
         if reader == OUTSIDE:
             return False
-        leads: dict[int, bool] = {p: True}
-        fused: dict[int, bool] = {p: True}
-
-        def from_p(i: int) -> bool:
-            if i not in leads:
-                leads[i] = i > p and any([from_p(q) for q in self.producers[i] if q >= p])
-            return leads[i]
-
-        def whole(i: int) -> bool:
-            if i not in fused:
-                fused[i] = all(
-                    (q == p or q not in single) and self._fits(q, i) and whole(q)
-                    for q in self.producers[i]
-                    if q >= p and from_p(q)
-                )
-            return fused[i]
-
-        return whole(reader)
+        behind, waiting = {reader}, [reader]
+        while waiting:
+            new = {q for q in self.producers[waiting.pop()] if q > p} - behind
+            behind |= new
+            waiting += new
+        leads = {p}
+        for i in sorted(behind):
+            if not leads.isdisjoint(self.producers[i]):
+                leads.add(i)
+        return all(
+            (q == p or q not in single) and self._fits(q, i) for i in behind & leads for q in self.producers[i] if q in leads
+        )
 
     def _fits(self, p: int, reader: int) -> bool:
         """Whether a producer may be pulled into one reader, taken by itself."""

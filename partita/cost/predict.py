@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from partita.cost.collectives import collectives
-from partita.cost.evaluate import operator_cost
+from partita.cost.evaluate import compute_source, operator_cost
 from partita.cost.memory import KINDS, Memory, memory
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.terms import Terms, terms
@@ -30,6 +30,8 @@ class OperatorPrediction:
     moves: float
     nbytes: float
     traffic: int
+    source: str
+    """Where `compute` comes from: "measured", "fitted" or "roofline"."""
 
     @property
     def seconds(self) -> float:
@@ -48,6 +50,20 @@ class Prediction:
     traffic: Mapping[str, int]
     flops: float
     status: str
+    fit_error: float = 0.0
+    """Median relative error of the fit, where operators are "fitted"."""
+
+    def source(self) -> str:
+        """Where the seconds come from, in words: the part of the compute time that was measured, fitted, read off a roofline."""
+        whole = self.by_cause()["compute"] or 1.0
+        parts = {s: sum(o.compute for o in self.operators if o.source == s) / whole for s in ("measured", "fitted")}
+        figures = f"{self.machine}'s figures ({self.status} at worst)"
+        if not any(parts.values()):
+            return f"roofline over {figures}"
+        return (
+            f"of the compute, {parts['measured']:.0%} measured operator by operator and {parts['fitted']:.0%} fitted to such "
+            f"measurements ({self.fit_error:.0%} error in the median); the rest from {figures}"
+        )
 
     @property
     def peak_bytes(self) -> int:
@@ -68,7 +84,7 @@ class Prediction:
             "traffic_bytes": dict(self.traffic),
             "flops": self.flops,
             "provenance": {
-                "seconds": f"roofline over {self.machine}'s figures ({self.status} at worst)",
+                "seconds": self.source(),
                 "peak_bytes": "liveness over the program",
                 "traffic_bytes": "the collectives of the laid-out program",
                 "flops": "counted from the program",
@@ -98,11 +114,12 @@ def predict(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = No
     operators = tuple(
         OperatorPrediction(
             graph.operators[o].name, float(c.compute[0]), float(c.activations[0]), float(c.gradients[0]), moves[o],
-            float(c.nbytes[0]), sent[o],
+            float(c.nbytes[0]), sent[o], compute_source(found.operators[o], place, where.assignments[o]),
         )
         for o, c in enumerate(costs)
     )  # fmt: skip
     return Prediction(
         plan.name, machine.name, sum(o.seconds for o in operators), operators, memory(graph, plan.mesh, where, machine.backend),
         dict(sorted(traffic.items())), local_flops(graph, plan.mesh, where, machine.backend), machine.weakest_status(),
+        machine.times.error if machine.times else 0.0,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 from partita.cost.collectives import DEFAULT, reaches, reduced_factors, seen_labels
 from partita.cost.fusion import FREE, Fusion, fusion, reads
@@ -108,6 +109,10 @@ class OperatorTerms:
     """Bytes held all the time besides parameters: state, batch, optimizer variables without a parameter."""
     kept: list[tuple[int, Factors]] = field(default_factory=list)
     """Bytes of forward values that the backward pass reads."""
+    factors: Factors = ()
+    """The operator's own, which a choice may split."""
+    digest: str = ""
+    """Of `key`."""
 
     def key(self, graph: Graph, operator: int) -> tuple[object, ...]:
         """Equal for operators that cost the same under equal choices."""
@@ -146,6 +151,9 @@ def terms(graph: Graph, backend: Backend = DEFAULT) -> Terms:
     _communication(graph, seen, family, found)
     edges = _moves(graph, found)
     _memory(graph, family, fusion(graph, backend.recomputes), found)
+    for o, operator in enumerate(graph.operators):
+        found[o].factors = operator.factors
+        found[o].digest = sha256(repr(found[o].key(graph, o)).encode()).hexdigest()[:16]
     return Terms(found, edges)
 
 

@@ -45,7 +45,8 @@ class _Writer:
         axes = ", ".join(f'"{a.name}"={a.size}' for a in self.mesh.axes)
         ir.InsertionPoint.at_block_begin(module.body).insert(ir.Operation.parse(f"sdy.mesh @{MESH} = <[{axes}]>"))
         block = stablehlo.main_block(module)
-        self._number(block)
+        self.values, self.operations = stablehlo.numbered(block)
+        self.ids = {value: t for t, value in enumerate(self.values)}
         assert len(self.values) == len(self.graph.tensors), "the text and the graph number the same values"
         for operation, instruction in zip(self.operations, self.graph.instructions, strict=True):
             if instruction.name in LOOPS:
@@ -97,41 +98,6 @@ class _Writer:
             self.pinned.add(t)
             pinned = self._constrain(value, self.layout.own[t])
             value.replace_all_uses_except(pinned, pinned.owner.operation)
-
-    def _number(self, block: Any) -> None:
-        """Numbers values in the order of `stablehlo.read`."""
-        for a in block.arguments:
-            self._value(a)
-        self._number_block(block)
-
-    def _value(self, value: Any) -> None:
-        if value not in self.ids:
-            self.ids[value] = len(self.values)
-            self.values.append(value)
-
-    def _number_block(self, block: Any) -> None:
-        for op in block:
-            operation = op.operation
-            name = stablehlo.short(operation.name)
-            for v in operation.operands:
-                self._value(v)
-            if name == "return":
-                continue
-            for v in operation.results:
-                self._value(v)
-            self.operations.append(operation)
-            if name == "while":
-                condition, body = (r.blocks[0] for r in operation.regions)
-                for a in condition.arguments:
-                    self._value(a)
-                self._number_block(condition)
-                for a in body.arguments:
-                    self._value(a)
-                self._number_block(body)
-            elif name in ("case", "if"):
-                for region in operation.regions:
-                    for inner in region.blocks:
-                        self._number_block(inner)
 
     def _dims(self, sharding: Sharding) -> str:
         dims = ", ".join("{" + ", ".join(f'"{self.mesh.axes[a].name}"' for a in d) + "}" for d in sharding)

@@ -14,6 +14,7 @@ from partita.machine.machine import (
     OperatingPoint,
     Source,
 )
+from partita.machine.times import OperatorTimes, fitted
 
 __all__ = [
     "KINDS",
@@ -25,10 +26,12 @@ __all__ = [
     "Machine",
     "Memory",
     "OperatingPoint",
+    "OperatorTimes",
     "Source",
     "check",
     "collective_lines",
     "collective_seconds",
+    "fitted",
     "host",
     "load",
     "presets",

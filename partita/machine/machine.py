@@ -20,6 +20,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from partita.errors import MachineError
+from partita.machine.times import OperatorTimes
 from partita.units import exact, format_bandwidth, format_bytes, format_flops, format_seconds
 
 Bytes = Annotated[int, "B"]
@@ -155,6 +156,8 @@ class Machine:
     domains: tuple[Domain, ...] = ()
     notes: str = ""
     sources: tuple[Source, ...] = ()
+    times: OperatorTimes | None = None
+    """What operators were measured to take, where they were: no part of the description."""
 
     @property
     def devices(self) -> int:

@@ -1,0 +1,390 @@
+"""Measures operators: each as a program of its own at the shape that one device computes, forward and backward.
+
+What is timed is cut out of the captured text: the operator's own instructions with the types of their local parts, no
+collectives. All devices compute it at once, so that what they share is shared while it is measured. Programs are timed in turns,
+as a step runs through them, so that one does not find its own data still in the cache. Equal operators are measured once, and
+every time is kept in a file for the next plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+from jax.extend.mlir import ir
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from partita.capture import stablehlo
+from partita.capture.jax_functions import Captured, Text
+from partita.cost.collectives import seen_labels
+from partita.cost.evaluate import Assignment, local_key, roofline_features
+from partita.cost.moves import Placement
+from partita.cost.terms import terms
+from partita.execute.calibrate import file_of, key_of
+from partita.graph.graph import Graph, constant_tensors
+from partita.machine import Machine, OperatorTimes, fitted
+from partita.plan.layout import assignments_of, resolve
+from partita.plan.plan import Mesh as PlanMesh
+from partita.plan.plan import Plan
+
+ROUNDS = 5
+"""Times that each program is run, after one to warm up; the median counts."""
+AT_ONCE = 1 << 30
+"""Bytes of operands and results of the programs that are timed in turns."""
+
+
+class NotLocal(Exception):
+    """An operator that cannot be cut out at this split: a loop shared with others, a window split in space, an uneven part."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A program of one operator: bytecode of its module, its operands and results, and its text to be known by."""
+
+    bytecode: bytes
+    operands: tuple[jax.ShapeDtypeStruct, ...]
+    results: tuple[jax.ShapeDtypeStruct, ...]
+    text: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(int(np.prod(s.shape)) * s.dtype.itemsize for s in (*self.operands, *self.results))
+
+
+@dataclass
+class Asked:
+    """An operator at one split, to be measured: its parts, and the roofline's seconds by class."""
+
+    operator: str
+    key: tuple[str, tuple[int, ...]]
+    parts: tuple[Part, ...]
+    features: Mapping[str, float]
+
+    @property
+    def text(self) -> str:
+        return sha256("\n".join(p.text for p in self.parts).encode()).hexdigest()[:24]
+
+
+def measured_operators(
+    captured: Captured, machine: Machine, plans: Sequence[Plan], report: Callable[[int, int], None] | None = None
+) -> Machine:
+    """The machine with the times of the operators of these plans, as far as they can be cut out, and a fit to all ever measured.
+
+    `report` is told how many of how many programs have been compiled and timed.
+    """
+    known = dict(machine.times.seconds) if machine.times is not None else {}
+    path = file_of_operators(machine)
+    records = load(path, key_of(machine.devices))
+    asked = list(_asked(captured, machine, plans, known))
+    new = {a.text: a for a in asked if a.text not in records}
+    waiting, done = list(new.values()), 0
+    while waiting:
+        chunk, nbytes = [], 0
+        while waiting and (not chunk or nbytes + sum(p.nbytes for p in waiting[0].parts) < AT_ONCE):
+            chunk.append(waiting.pop(0))
+            nbytes += sum(p.nbytes for p in chunk[-1].parts)
+        for a, seconds in zip(chunk, _timed(chunk, machine.devices), strict=True):
+            if seconds is not None:
+                records[a.text] = {"operator": a.operator, "seconds": seconds, "features": dict(a.features)}
+        done += len(chunk)
+        if report is not None:
+            report(done, len(new))
+    if new:
+        _save(path, key_of(machine.devices), records)
+    known |= {a.key: records[a.text]["seconds"] for a in asked if a.text in records}
+    if not records:
+        return machine
+    rows = list(records.values())
+    scale, error = fitted([r["features"] for r in rows], [r["seconds"] for r in rows])
+    return replace(machine, times=OperatorTimes(known, scale, error, len(rows)))
+
+
+def _asked(captured: Captured, machine: Machine, plans: Sequence[Plan], known: Mapping[Any, float]) -> Iterator[Asked]:
+    """The operators of the plans that are not known yet, each once."""
+    graph = captured.graph
+    found = terms(graph, machine.backend)
+    seen = set(known)
+    with stablehlo.context(), ir.Location.unknown():
+        cutter = Cutter(stablehlo.parse(captured.text.mlir_module_serialized), graph)
+        for plan in plans:
+            place = Placement(machine, plan.mesh)
+            for o, assignment in enumerate(assignments_of(graph, plan)):
+                own = found.operators[o]
+                key = local_key(own, place, assignment)
+                if key in seen or not own.work:
+                    continue
+                seen.add(key)
+                try:
+                    parts = cutter.parts(o, assignment, plan.mesh)
+                except (NotLocal, ir.MLIRError, ValueError, TypeError):
+                    continue
+                yield Asked(graph.operators[o].name, key, parts, roofline_features(own, place, assignment))
+
+
+class Cutter:
+    """Cuts operators out of a program at their local shapes."""
+
+    def __init__(self, module: ir.Module, graph: Graph) -> None:
+        self.graph = graph
+        self.module = module  # values live as long as it does
+        self.values, self.operations = stablehlo.numbered(stablehlo.main_block(module))
+        self.seen = seen_labels(graph)
+        self.free = constant_tensors(graph)
+        self.maker = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
+        self.readers: dict[int, list[int]] = {}
+        for i, x in enumerate(graph.instructions):
+            for t in x.operands:
+                self.readers.setdefault(t, []).append(i)
+        self.outputs = set(graph.outputs)
+        self.ids = {value: t for t, value in enumerate(self.values)}
+        self.owned: list[list[int]] = [[] for _ in graph.operators]
+        owners, self.shared = _owners(graph)
+        for i, o in enumerate(owners):
+            if o >= 0:
+                self.owned[o].append(i)
+
+    def parts(self, operator: int, assignment: Assignment, mesh: PlanMesh) -> tuple[Part, ...]:
+        """The forward and the backward (with the update) program of an operator under an assignment; NotLocal where there is none."""
+        if operator in self.shared:
+            raise NotLocal
+        forward = [i for i in self.owned[operator] if self.graph.instructions[i].phase == "forward"]
+        later = [i for i in self.owned[operator] if self.graph.instructions[i].phase != "forward"]
+        found = [_Cut(self, assignment, mesh).part(members) for members in (forward, later) if members]
+        return tuple(part for part in found if part is not None)
+
+
+def _owners(graph: Graph) -> tuple[list[int], set[int]]:
+    """Per instruction its operator, and the operators that share a loop.
+
+    A loop goes whole to the operator whose instructions it holds, and to none if they are of several.
+    """
+    found, shared = list(graph.owner), set()
+    for loop in graph.loops:
+        inside = range(*loop.body)
+        owners = {graph.owner[i] for i in (loop.instruction, *inside)} - {-1}
+        found[loop.instruction] = next(iter(owners)) if len(owners) == 1 else -1
+        shared |= owners if len(owners) > 1 else set()
+        for i in inside:
+            found[i] = -1
+    return found, shared
+
+
+class _Cut:
+    """One program being cut out: values of the original by tensor and sharding, as values of the new function."""
+
+    def __init__(self, cutter: Cutter, assignment: Assignment, mesh: PlanMesh) -> None:
+        self.cutter, self.assignment, self.sizes = cutter, assignment, mesh.sizes
+        self.made: dict[tuple[int, tuple[int, ...]], Any] = {}
+        self.operands: list[tuple[int, tuple[int, ...]]] = []
+
+    def shape(self, tensor: int, label: Sequence[int]) -> tuple[int, ...]:
+        """The part of a tensor that a device has when it is labelled so."""
+        local = []
+        for size, axes in zip(self.cutter.graph.tensors[tensor].shape, resolve(tuple(label), self.assignment), strict=True):
+            ways = int(np.prod([self.sizes[a] for a in axes], initial=1))
+            if size % ways:
+                raise NotLocal
+            local.append(size // ways)
+        return tuple(local)
+
+    def part(self, members: Sequence[int]) -> Part | None:
+        graph, cutter = self.cutter.graph, self.cutter
+        inside = set(members)
+        module = ir.Module.parse("module { func.func public @main() { return } }")
+        function = next(iter(module.body)).operation
+        self.block = function.regions[0].blocks[0]
+        end = list(self.block)[0].operation
+        self.point = ir.InsertionPoint(end)
+        for i in members:
+            if not all(t in cutter.free for t in graph.instructions[i].results):
+                self.copy(i)
+        results = [
+            t
+            for i in members
+            for t in graph.instructions[i].results
+            if t in self.local and (t in cutter.outputs or any(r not in inside for r in cutter.readers.get(t, ())))
+        ]
+        if not results:
+            return None
+        values = [self.local[t] for t in results]
+        ir.Operation.create("func.return", operands=values, ip=self.point)
+        end.erase()
+        kinds = [a.type for a in self.block.arguments], [v.type for v in values]
+        function.attributes["function_type"] = ir.TypeAttr.get(ir.FunctionType.get(*kinds))
+        module.operation.verify()
+        shapes = [
+            tuple(
+                jax.ShapeDtypeStruct(tuple(ir.RankedTensorType(kind).shape), np.dtype(graph.tensors[t].dtype))
+                for kind, t in zip(side, ts, strict=True)
+            )
+            for side, ts in zip(kinds, ([t for t, _ in self.operands], results), strict=True)
+        ]
+        return Part(stablehlo.serialize(module), *shapes, str(module))
+
+    @property
+    def local(self) -> dict[int, Any]:
+        """Tensor -> its value in the new function, as its own operator has it."""
+        return {t: v for (t, shape), v in self.made.items() if shape == self.shape(t, self.cutter.graph.labels[t])}
+
+    def value(self, tensor: int, label: Sequence[int]) -> Any:
+        """The value of a tensor as it is read: made inside, a constant, or an operand."""
+        graph = self.cutter.graph
+        key = (tensor, self.shape(tensor, label))
+        if key not in self.made:
+            maker = self.cutter.maker.get(tensor)
+            x = graph.instructions[maker] if maker is not None else None
+            if x is not None and tensor in self.cutter.free and not any(graph.tensors[t].shape for t in x.operands):
+                self.copy(maker, label)
+            else:
+                kind = self.kind(self.cutter.values[tensor].type, key[1])
+                self.made[key] = self.block.add_argument(kind, ir.Location.unknown())
+                self.operands.append(key)
+        return self.made[key]
+
+    def copy(self, i: int, wanted: Sequence[int] | None = None) -> None:
+        """Copies an instruction, after its operands, with local types; a constant is made as it is `wanted`."""
+        graph, source = self.cutter.graph, self.cutter.operations[i]
+        x = graph.instructions[i]
+        labels = [self.cutter.seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
+        operands = [self.value(t, label) for t, label in zip(x.operands, labels, strict=True)]
+        copy = source.clone(self.point)
+        for position, value in enumerate(operands):
+            copy.operands[position] = value
+        for t, result in zip(x.results, copy.results, strict=True):
+            shape = self.shape(t, graph.labels[t] if wanted is None else wanted)
+            result.set_type(self.kind(result.type, shape))
+            self.made[t, shape] = result
+        if x.name in ("while", "case", "if"):
+            for region, whole in zip(copy.regions, source.regions, strict=True):
+                for block, original in zip(region.blocks, whole.blocks, strict=True):
+                    self.body(block, original)
+        _localise(copy)
+
+    def body(self, block: Any, original: Any) -> None:
+        """Gives all that is inside a copied loop or branch its local types."""
+        labels, ids = self.cutter.graph.labels, self.cutter.ids
+        for value, source in zip(block.arguments, original.arguments, strict=True):
+            value.set_type(self.kind(value.type, self.shape(ids[source], labels[ids[source]])))
+        for op, source in zip(block, original, strict=True):
+            copy = op.operation
+            for value, was in zip(copy.results, source.operation.results, strict=True):
+                value.set_type(self.kind(value.type, self.shape(ids[was], labels[ids[was]])))
+            if stablehlo.short(copy.name) in ("while", "case", "if"):
+                raise NotLocal  # a loop in a loop
+            _localise(copy)
+
+    @staticmethod
+    def kind(whole: Any, shape: Sequence[int]) -> Any:
+        return ir.RankedTensorType.get(list(shape), ir.RankedTensorType(whole).element_type)
+
+
+def _localise(operation: Any) -> None:
+    """Gives an instruction the attributes that its local types ask for."""
+    name = stablehlo.short(operation.name)
+    shape = lambda value: list(ir.RankedTensorType(value.type).shape)  # noqa: E731
+    numbers = lambda key: list(ir.DenseI64ArrayAttr(operation.attributes[key]))  # noqa: E731
+    if name == "constant":
+        value, kind = ir.DenseElementsAttr(operation.attributes["value"]), operation.results[0].type
+        if shape(operation.results[0]) != list(ir.RankedTensorType(value.type).shape):
+            if not value.is_splat:
+                raise NotLocal
+            operation.attributes["value"] = ir.DenseElementsAttr.get_splat(kind, value.get_splat_value())
+    elif name == "slice":
+        start, stride, size, into = numbers("start_indices"), numbers("strides"), shape(operation.operands[0]), shape(operation.results[0])
+        start = [max(0, min(b, n - (r - 1) * s - 1)) for b, n, r, s in zip(start, size, into, stride, strict=True)]
+        operation.attributes["start_indices"] = ir.DenseI64ArrayAttr.get(start)
+        limits = [b + (r - 1) * s + 1 for b, r, s in zip(start, into, stride, strict=True)]
+        operation.attributes["limit_indices"] = ir.DenseI64ArrayAttr.get(limits)
+    elif name == "dynamic_slice":
+        operation.attributes["slice_sizes"] = ir.DenseI64ArrayAttr.get(shape(operation.results[0]))
+    elif name == "gather":
+        sizes = [min(a, b) for a, b in zip(numbers("slice_sizes"), shape(operation.operands[0]), strict=True)]
+        operation.attributes["slice_sizes"] = ir.DenseI64ArrayAttr.get(sizes)
+
+
+def _timed(asked: Sequence[Asked], devices: int) -> list[float | None]:
+    """Seconds of each operator, all devices computing it at once; None where the compiler refuses a program."""
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("a",))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def ready(part: Part) -> tuple[Any, list[Any]]:
+        values = [jax.device_put(np.full(s.shape, 0.01 if np.issubdtype(s.dtype, np.inexact) else 0).astype(s.dtype), whole) for s in part.operands]
+        run = jax.jit(_callable(part), in_shardings=[whole] * len(values), out_shardings=whole).lower(*values).compile()
+        jax.block_until_ready(run(*values))
+        return run, values
+
+    programs: list[tuple[int, Any, list[Any]]] = []
+    refused: set[int] = set()
+    for n, a in enumerate(asked):
+        try:
+            programs += [(n, *ready(part)) for part in a.parts]
+        except (ValueError, RuntimeError, NotImplementedError):
+            refused.add(n)
+    nothing = jax.jit(lambda x: x, in_shardings=whole, out_shardings=whole).lower(np.float32(0)).compile()
+    zero = jax.device_put(np.float32(0), whole)
+    times: list[list[float]] = [[] for _ in programs]
+    starts: list[float] = []
+    for _ in range(ROUNDS):
+        for n, (_, run, values) in enumerate(programs):
+            starts.append(_seconds(nothing, [zero]))
+            times[n].append(_seconds(run, values))
+    start = median(starts) if starts else 0.0
+    found = [0.0] * len(asked)
+    for (n, _, _), taken in zip(programs, times, strict=True):
+        found[n] += max(1e-7, median(taken) - start)
+    return [None if n in refused or not asked[n].parts else seconds for n, seconds in enumerate(found)]
+
+
+def _seconds(run: Any, values: Sequence[Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run(*values))
+    return time.perf_counter() - start
+
+
+def _callable(part: Part) -> Callable[..., Any]:
+    """The part as a function that `jax.jit` takes."""
+
+    def like(*operands: Any) -> tuple[Any, ...]:
+        return tuple(jax.numpy.zeros(s.shape, s.dtype) for s in part.results)
+
+    shell = export.export(jax.jit(like))(*part.operands)
+    text = Text.of(shell, part.bytecode)
+    return dataclasses.replace(text, module_kept_var_idx=tuple(range(len(part.operands)))).call
+
+
+def file_of_operators(machine: Machine) -> Path:
+    return file_of(key_of(machine.devices)).with_name(
+        re.sub(r"^machine-", "operators-", file_of(key_of(machine.devices)).name).replace(".toml", ".json")
+    )
+
+
+def load(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured before, by text; nothing where the file is of other devices or libraries."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return dict(kept["operators"]) if isinstance(kept, dict) and kept.get("key") == dict(key) else {}
+
+
+def _save(path: Path, key: Mapping[str, Any], records: Mapping[str, Any]) -> None:
+    """Keeps the file whole if two processes write at once; a disk that is full loses the cache and nothing else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(f"  {json.dumps(text)}: {json.dumps(record)}" for text, record in records.items())
+        fresh = path.with_suffix(".new")
+        fresh.write_text(f'{{"key": {json.dumps(key)},\n"operators": {{\n{lines}\n}}}}\n', encoding="utf-8")
+        fresh.replace(path)
+    except OSError:
+        path.with_suffix(".new").unlink(missing_ok=True)

@@ -1,0 +1,52 @@
+"""What operators really take on one device of a machine: those that were measured, and a fit for those that were not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import nnls
+
+START = "start"
+"""The feature of a kernel's fixed cost, beside one feature per operator class."""
+Key = tuple[str, tuple[int, ...]]
+"""An operator at its local shape: the digest of its terms, and into how many parts each of its factors is split."""
+
+
+@dataclass(frozen=True, eq=False)
+class OperatorTimes:
+    """Seconds of operators on one device. `scale` multiplies the roofline's seconds of a class, and those of starting kernels.
+
+    `error` is the median relative error of the fit on the `samples` operators that it was made from.
+    """
+
+    seconds: Mapping[Key, float]
+    scale: Mapping[str, float]
+    error: float
+    samples: int
+
+    def of(self, op_class: str) -> float:
+        return self.scale.get(op_class, 1.0)
+
+
+def fitted(features: Sequence[Mapping[str, float]], seconds: Sequence[float]) -> tuple[dict[str, float], float]:
+    """(scale per feature, median relative error): non-negative least squares of relative errors.
+
+    `features` are the roofline's seconds per class of each operator. A little is paid for leaving what the roofline says, so a
+    class that hardly occurs stays near 1.
+
+    >>> scale, error = fitted([{"dot": 1.0}, {"dot": 2.0}, {"dot": 1.0, "reduce": 3.0}] * 9, [2.0, 4.0, 8.0] * 9)
+    >>> round(scale["dot"], 1), round(scale["reduce"], 1), round(error, 2)
+    (2.0, 2.0, 0.02)
+    """
+    names = sorted({name for f in features for name in f})
+    if not names:
+        return {}, 0.0
+    matrix = np.array([[f.get(name, 0.0) for name in names] for f in features]) / np.array(seconds)[:, None]
+    weight = 0.3
+    held = np.concatenate([matrix, weight * np.eye(len(names))])
+    wanted = np.concatenate([np.ones(len(features)), np.full(len(names), weight)])
+    scale, _ = nnls(held, wanted)
+    error = float(np.median(np.abs(matrix @ scale - 1)))
+    return dict(zip(names, map(float, scale), strict=True)), error

@@ -1,0 +1,105 @@
+"""Operators measured as programs of their own: what is cut out, what is kept, and what predictions say of it."""
+
+import json
+
+import keras
+import pytest
+from jax.extend.mlir import ir
+from keras import layers
+
+import partita
+from partita.api import capture, predicted, search
+from partita.capture import stablehlo
+from partita.errors import PlanError
+from partita.execute import operators
+from partita.execute.devices import detect
+from partita.plan.layout import assignments_of
+from partita.search.find import find
+
+
+@pytest.fixture
+def captured(monkeypatch, tmp_path):
+    monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
+    convolutions = [layers.Conv2D(8, 3, padding="same", activation="relu"), layers.MaxPooling2D(), layers.Flatten(), layers.Dropout(0.5)]
+    model = keras.Sequential([keras.Input((8, 8, 4)), *convolutions, layers.Dense(32, activation="relu"), layers.Dense(4)])
+    model.compile("adam", "mse")
+    return capture(model, 8)
+
+
+def cut(captured, plan, name):
+    graph = captured.graph
+    o = next(i for i, operator in enumerate(graph.operators) if operator.name == name)
+    with stablehlo.context(), ir.Location.unknown():
+        cutter = operators.Cutter(stablehlo.parse(captured.text.mlir_module_serialized), graph)
+        return cutter.parts(o, assignments_of(graph, plan)[o], plan.mesh)
+
+
+def test_a_part_is_what_one_device_computes(captured):
+    result = find(captured.graph, detect(2))
+    name = next(o.name for o in captured.graph.operators if o.path.startswith("dense"))
+    local = {
+        "one device": ((8, 128), (128, 32), (8, 32)),
+        "data parallel": ((4, 128), (128, 32), (4, 32)),
+        "tensor parallel": ((8, 64), (64, 32), (8, 32)),
+    }
+    for plan, (x, w, y) in local.items():
+        forward, backward = cut(captured, result.baselines[plan][0], name)
+        assert (forward.text.count("stablehlo.dot_general"), backward.text.count("stablehlo.dot_general")) == (1, 2)
+        assert {x, w} <= {s.shape for s in forward.operands} and y in {s.shape for s in forward.results}, plan
+        assert {x, w} <= {s.shape for s in backward.results}, "the gradients of the input and of the weight, or the new weight"
+
+
+def test_every_operator_of_every_plan_is_measured_and_said_to_be(captured):
+    machine = detect(2)
+    result = search(captured, machine, measure=True)
+    assert {o.name for o in result.prediction.operators if o.source != "measured"} == set()
+    assert "100% measured operator by operator" in result.plan.predicted["provenance"]["seconds"]
+    assert predicted(captured.graph, machine, result.plan).operators[0].source == "roofline"
+    assert all(o.compute > 0 for o in result.prediction.operators if o.name.startswith(("conv", "dense")))
+
+
+def test_what_was_measured_is_kept_for_equal_operators_of_other_models(captured):
+    machine, told = detect(2), []
+    plans = [p for p, _ in find(captured.graph, machine).baselines.values()]
+    first = operators.measured_operators(captured, machine, plans, lambda done, whole: told.append(whole))
+    again = operators.measured_operators(captured, machine, plans, lambda done, whole: told.append(whole))
+    assert told and len(told) == 1, "the second time nothing is timed"
+    assert first.times.seconds == again.times.seconds
+    path = operators.file_of_operators(machine)
+    kept = json.loads(path.read_text())
+    assert len(kept["operators"]) == first.times.samples
+    kept["key"]["jaxlib"] = "0.0.1"
+    path.write_text(json.dumps(kept))
+    operators.measured_operators(captured, machine, plans, lambda done, whole: told.append(whole))
+    assert len(told) == 2, "figures of another jaxlib are not taken"
+
+
+def test_what_cannot_be_cut_out_is_fitted(monkeypatch, tmp_path):
+    """A window that is split in space reads its neighbours' rows: no program of one device alone does the same."""
+    monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
+    model = keras.Sequential([keras.Input((16, 16, 4)), layers.Conv2D(8, 3, activation="relu"), layers.Flatten(), layers.Dense(4)])
+    model.compile("sgd", "mse")
+    c, machine = capture(model, 8), detect(2)
+    plans = {n: p for n, (p, _) in find(c.graph, machine).baselines.items()}
+    machine = operators.measured_operators(c, machine, list(plans.values()))
+    sources = {n: {o.source for o in predicted(c.graph, machine, p).operators} for n, p in plans.items()}
+    assert sources["data parallel"] == {"measured"} and "fitted" in sources["spatial"], sources
+    assert predicted(c.graph, machine, plans["spatial"]).to_json()["provenance"]["seconds"].count("% fitted to such measurements") == 1
+
+
+def test_a_loop_is_measured_whole(monkeypatch, tmp_path):
+    monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
+    model = keras.Sequential([keras.Input((6, 4)), layers.LSTM(8), layers.Dense(4)])
+    model.compile("sgd", "mse")
+    c = capture(model, 8)
+    plan = find(c.graph, detect(2)).baselines["data parallel"][0]
+    forward, backward = cut(c, plan, next(o.name for o in c.graph.operators if o.path.startswith("lstm")))
+    assert forward.text.count("stablehlo.while") == backward.text.count("stablehlo.while") == 1
+    assert (4, 6, 4) in {s.shape for s in forward.operands}, "half of the batch of 8"
+
+
+def test_only_devices_at_hand_are_measured(captured):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(4)])
+    model.compile("sgd", "mse")
+    with pytest.raises(PlanError, match=r"only on the devices at hand, and a plan for the machine 'dgx-h100:8'"):
+        partita.plan(model, 8, machine="dgx-h100:8", measure_operators=True)
