@@ -28,7 +28,7 @@ from scipy.optimize import minimize
 from partita.errors import MachineError
 from partita.execute.processes import put
 from partita.machine import Machine
-from partita.machine.collectives import Group, collective_seconds
+from partita.machine.collectives import collective_seconds
 
 ROUNDS = 7
 """Times that each program is run; the median counts."""
@@ -38,10 +38,14 @@ CONVS = ((8, 32, 32, 3, 5), (8, 16, 64, 64, 3), (8, 28, 32, 64, 3), (4, 56, 16, 
 """Convolutions with their gradients: samples, height and width, channels in, channels out, kernel."""
 STREAMS = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 """float32 values of a device's arrays when its memories are measured: the last ones are in its main memory."""
+LIGHT = 1 << 16
+"""Values of a device's arrays when its element-wise, reduction, gather and sort rates are measured: they stay in its caches."""
+WIDE = ("float32", "bfloat16", "float16")
+"""The dtypes that rates are measured in, as far as the machine's model tells them apart."""
 CHAIN = 200
 """Dependent small products that show what starting one costs."""
 REDUCED = (1 << 10, 1 << 14, 1 << 18, 1 << 21)
-"""float32 values per all-reduce."""
+"""float32 values of a device that a collective sends."""
 
 
 @dataclass(frozen=True)
@@ -110,36 +114,40 @@ def calibrate(machine: Machine, report: Callable[[str], None]) -> Calibration:
     devices = jax.devices()[: machine.devices]
     mesh = jax.sharding.Mesh(np.array(devices), ("a",))
     found: list[Measured] = []
-    report("matrix products")
-    found += [_dot(mesh, *shape) for shape in DOTS]
-    report("convolutions")
-    found += [_conv(mesh, *shape) for shape in CONVS]
+    known = machine.provenance()
+    rates: dict[str, list[Measured]] = {}
+    for op_class, make in (("dot", _dots), ("conv", _convs), ("elementwise", _elementwise), ("reduce", _reduce), ("gather", _gather), ("sort", _sort)):
+        for dtype in WIDE:
+            if f"device.engine.{op_class}.{dtype}.peak" in known:
+                report(f"{NAMES[op_class]}, {dtype}")
+                rates[f"{op_class}.{dtype}"] = make(mesh, dtype)
+                found += rates[f"{op_class}.{dtype}"]
     report("memory")
     found += [_stream(mesh, size) for size in STREAMS]
     report("starting an operation")
     found += [_chain(mesh)]
-    dots, convs = ([m.rate for m in found if m.what == what and m.rate] for what in ("dot", "conv"))
-    known = machine.provenance()
     chain = next(m for m in found if m.what == "chain")
-    rates = {"dot": geometric_mean(dots), "conv": geometric_mean(convs)}
     values = _memories(machine, [m for m in found if m.what == "stream"]) | {"device.overhead": chain.seconds}
-    for kind, rate in rates.items():
-        values |= {f"device.engine.{kind}.float32.peak": rate, f"device.engine.{kind}.float32.efficiency": 1.0}
-    errors = [abs(rates[m.what] / m.rate - 1) for m in found if m.what in rates and m.rate]
+    errors = []
+    for engine, programs in rates.items():
+        rate = geometric_mean([m.rate for m in programs if m.rate])
+        values |= {f"device.engine.{engine}.peak": rate, f"device.engine.{engine}.efficiency": 1.0}
+        errors += [abs(rate / m.rate - 1) for m in programs if m.rate]
     if len(devices) > 1:
-        report("collectives")
-        reduced = [_all_reduce(mesh, size) for size in REDUCED]
-        found += reduced
-        level = machine.levels[-1].name
-        links, off = _fit_links(machine, level, len(devices), reduced)
+        sent = []
+        for kind in COLLECTIVES:
+            report(kind.replace("_", "-"))
+            sent += [_collective(mesh, kind, group, size) for group in _groups(len(devices)) for size in REDUCED]
+        found += [s.measured for s in sent]
+        links, off = _fit_links(machine, machine.levels[-1].name, sent)
         values |= links
         errors += off
     return Calibration(key_of(len(devices)), {k: v for k, v in values.items() if k in known}, tuple(found), median(errors))
 
 
-def _timed(mesh: Any, function: Any, *arrays: tuple[tuple[int, ...], PartitionSpec]) -> float:
+def _timed(mesh: Any, function: Any, *arrays: tuple[tuple[int, ...], PartitionSpec], dtype: str = "float32") -> float:
     """Median seconds of a jitted function of arrays laid out so, whose first dim is one part per device where it is split."""
-    values = [put(np.full(shape, 0.5, "float32"), NamedSharding(mesh, spec)) for shape, spec in arrays]
+    values = [put(np.full(shape, 0.5).astype(dtype), NamedSharding(mesh, spec)) for shape, spec in arrays]
     run = jax.jit(function)
     jax.block_until_ready(run(*values))
     times = []
@@ -151,28 +159,78 @@ def _timed(mesh: Any, function: Any, *arrays: tuple[tuple[int, ...], PartitionSp
 
 
 SPLIT, WHOLE = PartitionSpec("a"), PartitionSpec()
+NAMES = {
+    "dot": "matrix products", "conv": "convolutions", "elementwise": "element-wise operations", "reduce": "reductions",
+    "gather": "gathers", "sort": "sorts",
+}  # fmt: skip
 
 
-def _dot(mesh: Any, rows: int, inner: int, columns: int) -> Measured:
-    n = mesh.size
-    each = jax.shard_map(lambda x, w: (x[0] @ w[0])[None], mesh=mesh, in_specs=(SPLIT, SPLIT), out_specs=SPLIT)
-    seconds = _timed(mesh, each, ((n, rows, inner), SPLIT), ((n, inner, columns), SPLIT))
-    return Measured("dot", f"{rows}x{inner}x{columns}", seconds, 2 * rows * inner * columns / seconds)
+def _each(mesh: Any, function: Any, *shapes: tuple[int, ...], dtype: str) -> float:
+    """Median seconds of a function of arrays of these shapes, every device computing it on its own."""
+    each = jax.shard_map(
+        lambda *xs: jax.tree.map(lambda y: y[None], function(*(x[0] for x in xs))), mesh=mesh, in_specs=SPLIT, out_specs=SPLIT
+    )
+    return _timed(mesh, each, *(((mesh.size, *shape), SPLIT) for shape in shapes), dtype=dtype)
 
 
-def _conv(mesh: Any, samples: int, side: int, inputs: int, outputs: int, kernel: int) -> Measured:
+def _dots(mesh: Any, dtype: str) -> list[Measured]:
+    found = []
+    for rows, inner, columns in DOTS:
+        seconds = _each(mesh, lambda x, w: x @ w, (rows, inner), (inner, columns), dtype=dtype)
+        found.append(Measured("dot", f"{rows}x{inner}x{columns} {dtype}", seconds, 2 * rows * inner * columns / seconds))
+    return found
+
+
+def _convs(mesh: Any, dtype: str) -> list[Measured]:
     def loss(x: Any, w: Any) -> Any:
         return jnp.sum(jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")) ** 2)
 
-    def one(x: Any, w: Any) -> Any:
-        dx, dw = jax.grad(loss, argnums=(0, 1))(x[0], w[0])
-        return dx[None], dw[None]
+    found = []
+    for samples, side, inputs, outputs, kernel in CONVS:
+        seconds = _each(mesh, jax.grad(loss, argnums=(0, 1)), (samples, side, side, inputs), (kernel, kernel, inputs, outputs), dtype=dtype)
+        flops = 3 * 2 * samples * side * side * inputs * outputs * kernel * kernel
+        size = f"{samples}x{side}x{side}x{inputs} to {outputs} by {kernel}x{kernel} {dtype}"
+        found.append(Measured("conv", size, seconds, flops / seconds))
+    return found
 
-    n = mesh.size
-    each = jax.shard_map(one, mesh=mesh, in_specs=(SPLIT, SPLIT), out_specs=(SPLIT, SPLIT))
-    seconds = _timed(mesh, each, ((n, samples, side, side, inputs), SPLIT), ((n, kernel, kernel, inputs, outputs), SPLIT))
-    flops = 3 * 2 * samples * side * side * inputs * outputs * kernel * kernel
-    return Measured("conv", f"{samples}x{side}x{side}x{inputs} to {outputs} by {kernel}x{kernel}", seconds, flops / seconds)
+
+def _light(mesh: Any, dtype: str, what: str, functions: dict[str, tuple[Any, int]]) -> list[Measured]:
+    """The rate of functions x -> x of so many FLOPs a value, each often in a row on values that stay in the cache."""
+    found = []
+    for name, (function, flops) in functions.items():
+        seconds = _each(mesh, lambda x, f=function: jax.lax.fori_loop(0, REPEATS, lambda _, y: f(y), x), (LIGHT,), dtype=dtype) / REPEATS
+        found.append(Measured(what, f"{name} of {LIGHT} {dtype}", seconds, flops * LIGHT / seconds if flops else None))
+    return found
+
+
+REPEATS = 32
+
+
+def _elementwise(mesh: Any, dtype: str) -> list[Measured]:
+    functions = {  # FLOPs as they are counted in a graph: none for a transcendental
+        "tanh": (jnp.tanh, 0),
+        "relu": (lambda x: jnp.maximum(x * x, 0) + x, 3),
+        "polynomial": (lambda x: ((x * 0.5 - 0.25) * x + 0.125) * x, 5),
+        "division": (lambda x: x / (x + 1), 2),
+    }
+    return _light(mesh, dtype, "elementwise", functions)
+
+
+def _reduce(mesh: Any, dtype: str) -> list[Measured]:
+    functions = {
+        "rows": (lambda x: x + jnp.sum(x.reshape(256, -1), 1).astype(dtype)[0], 1),
+        "columns": (lambda x: x + jnp.sum(x.reshape(256, -1), 0).astype(dtype)[0], 1),
+    }
+    return _light(mesh, dtype, "reduce", functions)
+
+
+def _gather(mesh: Any, dtype: str) -> list[Measured]:
+    at = jnp.asarray(np.random.default_rng(0).permutation(LIGHT // 64), "int32")
+    return _light(mesh, dtype, "gather", {"rows of 64": (lambda x: x.reshape(-1, 64)[at].reshape(-1), 1)})
+
+
+def _sort(mesh: Any, dtype: str) -> list[Measured]:
+    return _light(mesh, dtype, "sort", {"values": (lambda x: jnp.sort(-x), 1)})
 
 
 def _stream(mesh: Any, size: int) -> Measured:
@@ -213,23 +271,53 @@ def _chain(mesh: Any) -> Measured:
     return Measured("chain", "8x8x8", _timed(mesh, each, ((mesh.size, 8, 8), SPLIT)) / CHAIN)
 
 
-def _all_reduce(mesh: Any, size: int) -> Measured:
-    reduce = jax.shard_map(lambda x: jax.lax.psum(x, "a"), mesh=mesh, in_specs=SPLIT, out_specs=WHOLE)
-    seconds = _timed(mesh, reduce, ((mesh.size, size), SPLIT))
-    return Measured("all_reduce", f"{4 * size >> 10} KiB", seconds, 4 * size / seconds)
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "collective_permute")
 
 
-def _fit_links(machine: Machine, level: str, devices: int, reduced: Sequence[Measured]) -> tuple[dict[str, float], list[float]]:
-    """The latency and bandwidth with which the model of an all-reduce is nearest to the measured ones, and its errors."""
+@dataclass(frozen=True)
+class Sent:
+    """A collective that was timed: `nbytes` are counted as `collective_seconds` counts them."""
+
+    kind: str
+    group: int
+    nbytes: float
+    measured: Measured
+
+
+def _groups(devices: int) -> list[int]:
+    """Sizes of groups of neighbours that divide the devices."""
+    return [n for n in range(2, devices + 1) if devices % n == 0]
+
+
+def _collective(mesh: Any, kind: str, group: int, size: int) -> Sent:
+    """One collective on `size` float32 values a device, in groups of neighbours, all at once."""
+    lax, n = jax.lax, mesh.size
+    own = jax.sharding.Mesh(mesh.devices.reshape(n // group, group), ("a", "b"))
+    function = {
+        "all_reduce": lambda x: lax.psum(x, "b"),
+        "all_gather": lambda x: lax.all_gather(x, "b", tiled=True),
+        "reduce_scatter": lambda x: lax.psum_scatter(x, "b", tiled=True),
+        "all_to_all": lambda x: lax.all_to_all(x, "b", 0, 0, tiled=True),
+        "collective_permute": lambda x: lax.ppermute(x, "b", [(i, (i + 1) % group) for i in range(group)]),
+    }[kind]
+    size -= size % group
+    spec = PartitionSpec(("a", "b"))
+    each = jax.shard_map(function, mesh=own, in_specs=spec, out_specs=spec, check_vma=False)
+    seconds = _timed(own, each, ((n * size,), spec))
+    what = Measured(kind, f"{4 * size >> 10} KiB of each of {group}", seconds, 4 * size / seconds)
+    return Sent(kind, group, 4.0 * size * (group if kind == "all_gather" else 1), what)
+
+
+def _fit_links(machine: Machine, level: str, sent: Sequence[Sent]) -> tuple[dict[str, float], list[float]]:
+    """The latency and bandwidth with which the model of collectives is nearest to the measured ones, and its errors."""
     paths = (f"level.{level}.latency", f"level.{level}.bandwidth")
-    group: Group = ((len(machine.levels) - 1, devices),)
-    sizes = [float(4 * size) for size in REDUCED]
 
     def times(logs: Any) -> np.ndarray:
         guess = machine.revised(dict(zip(paths, map(float, np.exp(logs)), strict=True)), "a guess")
-        return np.array([collective_seconds(guess, "all_reduce", nbytes, group) for nbytes in sizes])
+        return np.array([collective_seconds(guess, s.kind, s.nbytes, ((len(machine.levels) - 1, s.group),)) for s in sent])
 
-    real = np.array([m.seconds for m in reduced])
-    start = np.log([max(1e-7, real[0]), sizes[-1] / real[-1]])
+    real = np.array([s.measured.seconds for s in sent])
+    most = max(sent, key=lambda s: s.nbytes)
+    start = np.log([max(1e-7, real.min()), most.nbytes / most.measured.seconds])
     best = minimize(lambda logs: float(np.sum(np.log(times(logs) / real) ** 2)), start, method="Nelder-Mead")
     return dict(zip(paths, map(float, np.exp(best.x)), strict=True)), list(np.abs(times(best.x) / real - 1))

@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from partita.machine import KINDS
 from partita.plan.plan import Plan
 from partita.units import format_bandwidth, format_bytes, format_flops, format_seconds
 
@@ -118,7 +119,7 @@ def calibration_table(measured: Iterable[Any]) -> Table:
     for column in ("size", "time", "rate of a device"):
         table.add_column(column, justify="right", no_wrap=True)
     for m in measured:
-        text = format_bandwidth if m.what in ("stream", "all_reduce") else lambda rate: f"{format_flops(rate)}/s"
+        text = format_bandwidth if m.what == "stream" or m.what in KINDS else lambda rate: f"{format_flops(rate)}/s"
         table.add_row(m.what, m.size, format_seconds(m.seconds), text(m.rate) if m.rate else "")
     return table
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from partita.errors import MachineError
-from partita.execute.calibrate import REDUCED, Calibration, Measured, _fit_links, calibrated, file_of, key_of
+from partita.execute.calibrate import COLLECTIVES, REDUCED, Calibration, Measured, Sent, _fit_links, calibrated, file_of, key_of
 from partita.execute.devices import at_hand
 from partita.machine import host
 from partita.machine.collectives import collective_seconds
@@ -55,8 +55,9 @@ def test_a_broken_file_is_named(cache: Path) -> None:
 
 def test_links_are_those_whose_model_gives_the_measured_times() -> None:
     machine = host(2, 1 << 30).revised({"level.process.latency": 3e-4, "level.process.bandwidth": 7e8}, "made up")
-    times = [collective_seconds(machine, "all_reduce", 4.0 * size, ((0, 2),)) for size in REDUCED]
-    values, errors = _fit_links(host(2, 1 << 30), "process", 2, [Measured("all_reduce", "", t) for t in times])
+    asked = [(kind, 4.0 * size) for kind in COLLECTIVES for size in REDUCED]
+    sent = [Sent(kind, 2, n, Measured(kind, "", collective_seconds(machine, kind, n, ((0, 2),)))) for kind, n in asked]
+    values, errors = _fit_links(host(2, 1 << 30), "process", sent)
     assert values["level.process.latency"] == pytest.approx(3e-4, rel=1e-2)
     assert values["level.process.bandwidth"] == pytest.approx(7e8, rel=1e-2)
     assert max(errors) < 1e-2
@@ -80,5 +81,6 @@ def test_measuring_writes_what_plans_use(processes: int, cache: Path) -> None:
     written = tomllib.loads(file.read_text())
     assert said["file"] == str(file)
     assert written["key"] == said["key"] and written["key"]["processes"] == processes
-    assert {m["what"] for m in written["measured"]} == {"dot", "conv", "stream", "chain", "all_reduce"}
+    computed = {"dot", "conv", "elementwise", "reduce", "gather", "sort", "stream", "chain"}
+    assert {m["what"] for m in written["measured"]} == computed | set(COLLECTIVES)
     assert all(value > 0 for value in written["values"].values())
