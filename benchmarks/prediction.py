@@ -145,14 +145,13 @@ def child(models: list[str], devices: int, rounds: int) -> None:
         plans = {n: p for n, (p, _) in result.baselines.items()} | {"found": result.plan}
         plans = plans if devices > 1 else {"one device": plans["one device"]}
         measured = operators.measured_operators(captured, machine, list(plans.values()))
-        done.append((name, captured, plans, measured, operators.load(operators.file_of_operators(machine), key_of(devices))))
-    everything = done[-1][-1]
-    for name, captured, plans, measured, after in done:
-        before = {} if done[0][0] == name else done[[d[0] for d in done].index(name) - 1][-1]
-        others = [r for text, r in everything.items() if text not in after or text in before]
+        records = operators.load(operators.file_of_operators(machine), key_of(devices))
+        done.append((name, captured, plans, measured, records, step_seconds(captured, plans, rounds)))
+    for n, (name, captured, plans, measured, records, seconds) in enumerate(done):
+        mine = records.keys() - (done[n - 1][4].keys() if n else set())
+        others = [r for text, r in done[-1][4].items() if text not in mine]
         scale, error = operators.fitted([r["features"] for r in others], [r["seconds"] for r in others])
-        fit = replace(machine, times=replace(measured.times, seconds={}, scale=scale, error=error, samples=len(others)))
-        seconds = step_seconds(captured, plans, rounds)
+        fit = replace(machine, times=replace(measured.times, seconds={}, own={}, scale=scale, error=error, samples=len(others)))
         for plan_name, plan in plans.items():
             ways = {w: predicted(captured.graph, m, plan).seconds for w, m in zip(WAYS, (machine, fit, measured), strict=True)}
             print(json.dumps({"devices": devices, "model": name, "plan": plan_name, "seconds": seconds[plan_name], **ways}), flush=True)

@@ -490,7 +490,7 @@ def _flops(operation: Any, name: str, operands: list[Tensor], results: list[Tens
     return float(results[0].size) if results else 0.0
 
 
-def _dimensions(operation: Any) -> dict[str, list[int]]:
+def convolution_dims(operation: Any) -> dict[str, list[int]]:
     """The dims of a convolution: 'lhs', 'rhs', 'out', each listed as batch/output, feature/input, then spatial."""
     text = str(operation.attributes["dimension_numbers"])
     match = re.search(r"\[([^\]]*)\]x\[([^\]]*)\]->\[([^\]]*)\]", text)
@@ -503,7 +503,7 @@ def _dimensions(operation: Any) -> dict[str, list[int]]:
     return found
 
 
-def _window(operation: Any, rank: int) -> list[tuple[int, int, int, int, int]]:
+def convolution_window(operation: Any, rank: int) -> list[tuple[int, int, int, int, int]]:
     """Per spatial dim: stride, padding low, padding high, dilation of the input, dilation of the kernel."""
 
     def array(key: str, default: int) -> list[int]:
@@ -517,10 +517,10 @@ def _window(operation: Any, rank: int) -> list[tuple[int, int, int, int, int]]:
 
 
 def _convolution(operation: Any, operands: list[Tensor], results: list[Tensor]) -> float:
-    dims = _dimensions(operation)
+    dims = convolution_dims(operation)
     lhs, rhs, out = operands[0].shape, operands[1].shape, results[0].shape
     valid = 1
-    for s, (stride, low, _, base, dilation) in enumerate(_window(operation, len(dims["lhs"]) - 2)):
+    for s, (stride, low, _, base, dilation) in enumerate(convolution_window(operation, len(dims["lhs"]) - 2)):
         position = np.arange(out[dims["out"][2 + s]])[:, None] * stride - low + np.arange(rhs[dims["rhs"][2 + s]]) * dilation
         size = lhs[dims["lhs"][2 + s]]
         valid *= int(((position % base == 0) & (position >= 0) & (position < (size - 1) * base + 1)).sum())
@@ -545,9 +545,9 @@ def _windows(operation: Any, name: str, rule: Rule | None) -> tuple[tuple[int, W
     shape = tuple(operation.operands[0].type.shape)
     found: dict[int, Window] = {}
     if name == "convolution":
-        dims = _dimensions(operation)
+        dims = convolution_dims(operation)
         kernel, out = list(operation.operands[1].type.shape), list(operation.results[0].type.shape)
-        for s, (stride, low, _, base, dilation) in enumerate(_window(operation, len(dims["lhs"]) - 2)):
+        for s, (stride, low, _, base, dilation) in enumerate(convolution_window(operation, len(dims["lhs"]) - 2)):
             at, rhs, to = dims["lhs"][2 + s], dims["rhs"][2 + s], dims["out"][2 + s]
             for f in rule.operands[0][at][:1]:
                 if f in rule.results[0][to][:1]:

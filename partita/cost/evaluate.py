@@ -17,7 +17,7 @@ import numpy as np
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.terms import Factors, OperatorTerms, Stored
 from partita.machine import Machine, collective_seconds
-from partita.machine.times import START
+from partita.machine.times import START, Key
 from partita.plan.layout import Sharding, resolve
 from partita.plan.plan import Mesh
 
@@ -121,15 +121,15 @@ def _compute(terms: OperatorTerms, machine: Machine, ways: _Ways) -> np.ndarray:
     if times is None:
         return trips @ (kernels + machine.overhead)
     scale = np.array([times.of(w.op_class) for w in terms.work])
-    seconds = trips @ (scale[:, None] * kernels + times.of(START) * machine.overhead)
+    seconds = trips @ (scale[:, None] * kernels + times.of(START) * machine.overhead) * times.own.get(terms.digest, 1.0)
     for i, assignment in enumerate(ways.assignments):
         seconds[i] = times.seconds.get(local_key(terms, ways.place, assignment), seconds[i])
     return seconds
 
 
-def local_key(terms: OperatorTerms, place: Placement, assignment: Assignment) -> tuple[str, tuple[int, ...]]:
+def local_key(terms: OperatorTerms, place: Placement, assignment: Assignment) -> Key:
     """What an operator at its local shape is known by in `OperatorTimes`."""
-    return terms.digest, tuple(place.ways(assignment.get(f, ())) for f in terms.factors)
+    return terms.digest, place.mesh.size, tuple(place.ways(assignment.get(f, ())) for f in terms.factors)
 
 
 def compute_source(terms: OperatorTerms, place: Placement, assignment: Assignment) -> str:

@@ -7,6 +7,7 @@ and links are those of the preset of that kind. A kind without a preset gets a g
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 from dataclasses import replace
@@ -74,6 +75,7 @@ def at_hand(devices: int | None = None) -> Machine:
             f"{count} devices are asked for, and JAX has {len(found)} ({kind}).{more if kind == 'CPU' else ' Ask for fewer.'}"
         )
     if found[0].platform == "cpu":
+        keep_freed_memory()
         here = count if os.environ.get("PARTITA_LAUNCHED") else jax.local_device_count()
         return host(count, host_memory_bytes() * count // min(here, count))
     return accelerator(found[0].device_kind, count, ((found[0].memory_stats() or {}).get("bytes_limit")))
@@ -132,11 +134,29 @@ def request_cpu_devices(count: int) -> None:
     os.environ["NPROC"] = "1"  # XLA reads it when it starts: one thread per device
 
 
+def keep_freed_memory() -> bool:
+    """Lets the C library keep what XLA frees on a CPU, instead of giving it back to the system; whether it could be told.
+
+    XLA allocates a step's temporary values as a whole at each step. glibc maps what is larger than 32 MiB anew every time, and the
+    system then clears it page by page: up to a third of a training step (`docs/execute.md`). The settings are those of mallopt(3):
+    no mapping, no trimming, one arena. `PARTITA_RETURN_MEMORY=1` leaves the C library alone.
+    """
+    if os.environ.get("PARTITA_RETURN_MEMORY", "0") != "0":
+        return False
+    trim_threshold, mmap_max, arena_max = -1, -4, -8
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return False
+    return all([mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1), mallopt(arena_max, 1)])
+
+
 def start_host_devices(count: int | None = None) -> None:
     """Before JAX starts: a CPU stands for `count` devices, else for as many as the environment says, else for one per core.
 
     Where JAX has started already, its devices are what there is.
     """
+    keep_freed_memory()
     said = getattr(jax.config, "jax_num_cpu_devices", -1) != -1 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if count is not None:
         request_cpu_devices(count)

@@ -34,6 +34,7 @@ from partita.cost.terms import terms
 from partita.execute.calibrate import file_of, key_of
 from partita.graph.graph import Graph, constant_tensors
 from partita.machine import Machine, OperatorTimes, fitted
+from partita.machine.times import Key
 from partita.plan.layout import assignments_of, resolve
 from partita.plan.plan import Mesh as PlanMesh
 from partita.plan.plan import Plan
@@ -67,13 +68,22 @@ class Asked:
     """An operator at one split, to be measured: its parts, and the roofline's seconds by class."""
 
     operator: str
-    key: tuple[str, tuple[int, ...]]
+    key: Key
     parts: tuple[Part, ...]
     features: Mapping[str, float]
 
     @property
+    def devices(self) -> int:
+        return self.key[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.devices * sum(p.nbytes for p in self.parts)
+
+    @property
     def text(self) -> str:
-        return sha256("\n".join(p.text for p in self.parts).encode()).hexdigest()[:24]
+        """What its time is kept under: the programs, and how many devices run them at once."""
+        return sha256("\n".join([str(self.devices), *(p.text for p in self.parts)]).encode()).hexdigest()[:24]
 
 
 def measured_operators(
@@ -88,13 +98,14 @@ def measured_operators(
     records = load(path, key_of(machine.devices))
     asked = list(_asked(captured, machine, plans, known))
     new = {a.text: a for a in asked if a.text not in records}
-    waiting, done = list(new.values()), 0
+    waiting, done = sorted(new.values(), key=lambda a: a.devices), 0
     while waiting:
-        chunk, nbytes = [], 0
-        while waiting and (not chunk or nbytes + sum(p.nbytes for p in waiting[0].parts) < AT_ONCE):
+        chunk: list[Asked] = []
+        nbytes = 0
+        while waiting and (not chunk or waiting[0].devices == chunk[0].devices and nbytes + waiting[0].nbytes < AT_ONCE):
             chunk.append(waiting.pop(0))
-            nbytes += sum(p.nbytes for p in chunk[-1].parts)
-        for a, seconds in zip(chunk, _timed(chunk, machine.devices), strict=True):
+            nbytes += chunk[-1].nbytes
+        for a, seconds in zip(chunk, _timed(chunk, chunk[0].devices), strict=True):
             if seconds is not None:
                 records[a.text] = {"operator": a.operator, "seconds": seconds, "features": dict(a.features)}
         done += len(chunk)
@@ -102,12 +113,19 @@ def measured_operators(
             report(done, len(new))
     if new:
         _save(path, key_of(machine.devices), records)
-    known |= {a.key: records[a.text]["seconds"] for a in asked if a.text in records}
+    here = [(a, records[a.text]["seconds"]) for a in asked if a.text in records]
+    known |= {a.key: seconds for a, seconds in here}
     if not records:
         return machine
     rows = list(records.values())
     scale, error = fitted([r["features"] for r in rows], [r["seconds"] for r in rows])
-    return replace(machine, times=OperatorTimes(known, scale, error, len(rows)))
+    times = OperatorTimes(known, scale, {}, error, len(rows))
+    off: dict[str, list[float]] = {}
+    for a, seconds in here:
+        off.setdefault(a.key[0], []).append(seconds / times.fit(a.features))
+    own = dict(machine.times.own) if machine.times is not None else {}
+    own |= {digest: median(ratios) for digest, ratios in off.items()}
+    return replace(machine, times=replace(times, own=own))
 
 
 def _asked(captured: Captured, machine: Machine, plans: Sequence[Plan], known: Mapping[Any, float]) -> Iterator[Asked]:
@@ -311,6 +329,26 @@ def _localise(operation: Any) -> None:
     elif name == "gather":
         sizes = [min(a, b) for a, b in zip(numbers("slice_sizes"), shape(operation.operands[0]), strict=True)]
         operation.attributes["slice_sizes"] = ir.DenseI64ArrayAttr.get(sizes)
+    elif name == "convolution":
+        _pad_convolution(operation)
+
+
+def _pad_convolution(operation: Any) -> None:
+    """Pads a convolution that is split in space so that it makes its part of the result; what it reads of its neighbours is zeros.
+
+    One that is split by its groups has as many groups as it has channels left.
+    """
+    dims = stablehlo.convolution_dims(operation)
+    lhs, rhs, out = (ir.RankedTensorType(v.type).shape for v in (*operation.operands, *operation.results))
+    padding = []
+    for s, (step, low, high, base, dilation) in enumerate(stablehlo.convolution_window(operation, len(dims["lhs"]) - 2)):
+        size, window, count = lhs[dims["lhs"][2 + s]], rhs[dims["rhs"][2 + s]], out[dims["out"][2 + s]]
+        need = (count - 1) * step + (window - 1) * dilation + 1 - ((size - 1) * base + 1)
+        padding.append((low, high) if need <= low + high < need + step else (need // 2, need - need // 2))
+    operation.attributes["padding"] = ir.DenseElementsAttr.get(np.array(padding, np.int64))
+    groups = ir.IntegerAttr(operation.attributes["feature_group_count"])
+    if groups.value > 1:
+        operation.attributes["feature_group_count"] = ir.IntegerAttr.get(groups.type, lhs[dims["lhs"][1]] // rhs[dims["rhs"][1]])
 
 
 def _timed(asked: Sequence[Asked], devices: int) -> list[float | None]:

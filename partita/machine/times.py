@@ -10,24 +10,30 @@ from scipy.optimize import nnls
 
 START = "start"
 """The feature of a kernel's fixed cost, beside one feature per operator class."""
-Key = tuple[str, tuple[int, ...]]
-"""An operator at its local shape: the digest of its terms, and into how many parts each of its factors is split."""
+Key = tuple[str, int, tuple[int, ...]]
+"""An operator at its local shape: the digest of its terms, how many devices work, and into how many parts each factor is split."""
 
 
 @dataclass(frozen=True, eq=False)
 class OperatorTimes:
     """Seconds of operators on one device. `scale` multiplies the roofline's seconds of a class, and those of starting kernels.
 
-    `error` is the median relative error of the fit on the `samples` operators that it was made from.
+    `own` is by how much the operators of a digest were slower than the fit, in the median of the splits that were measured: what of
+    an operator the fit does not see, its other splits have too. `error` is the median relative error of the fit on the `samples` operators that it was made from.
     """
 
     seconds: Mapping[Key, float]
     scale: Mapping[str, float]
+    own: Mapping[str, float]
     error: float
     samples: int
 
     def of(self, op_class: str) -> float:
         return self.scale.get(op_class, 1.0)
+
+    def fit(self, features: Mapping[str, float]) -> float:
+        """Seconds of an operator with these features, if nothing is known of it."""
+        return sum(self.of(name) * seconds for name, seconds in features.items())
 
 
 def fitted(features: Sequence[Mapping[str, float]], seconds: Sequence[float]) -> tuple[dict[str, float], float]:

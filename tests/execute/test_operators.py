@@ -1,6 +1,7 @@
 """Operators measured as programs of their own: what is cut out, what is kept, and what predictions say of it."""
 
 import json
+from dataclasses import replace
 
 import keras
 import pytest
@@ -74,17 +75,29 @@ def test_what_was_measured_is_kept_for_equal_operators_of_other_models(captured)
     assert len(told) == 2, "figures of another jaxlib are not taken"
 
 
-def test_what_cannot_be_cut_out_is_fitted(monkeypatch, tmp_path):
-    """A window that is split in space reads its neighbours' rows: no program of one device alone does the same."""
+def test_a_window_split_in_space_makes_its_part_of_the_result(monkeypatch, tmp_path):
     monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
-    model = keras.Sequential([keras.Input((16, 16, 4)), layers.Conv2D(8, 3, activation="relu"), layers.Flatten(), layers.Dense(4)])
+    model = keras.Sequential([keras.Input((16, 16, 4)), layers.Conv2D(8, 3, strides=2, padding="same"), layers.Flatten(), layers.Dense(4)])
     model.compile("sgd", "mse")
     c, machine = capture(model, 8), detect(2)
-    plans = {n: p for n, (p, _) in find(c.graph, machine).baselines.items()}
-    machine = operators.measured_operators(c, machine, list(plans.values()))
-    sources = {n: {o.source for o in predicted(c.graph, machine, p).operators} for n, p in plans.items()}
-    assert sources["data parallel"] == {"measured"} and "fitted" in sources["spatial"], sources
-    assert predicted(c.graph, machine, plans["spatial"]).to_json()["provenance"]["seconds"].count("% fitted to such measurements") == 1
+    plan = find(c.graph, machine).baselines["spatial"][0]
+    forward, backward = cut(c, plan, next(o.name for o in c.graph.operators if o.path.startswith("conv")))
+    assert (8, 8, 16, 4) in {s.shape for s in forward.operands} and "tensor<8x4x8x8xf32>" in forward.text
+    assert (3, 3, 4, 8) in {s.shape for s in backward.results}, "the gradient or the new value of the whole kernel"
+    machine = operators.measured_operators(c, machine, [plan])
+    assert {o.source for o in predicted(c.graph, machine, plan).operators if o.name.startswith("conv")} == {"measured"}
+
+
+def test_what_was_not_measured_is_fitted_and_slower_where_its_operator_was_slower(captured):
+    machine = detect(2)
+    plans = {n: p for n, (p, _) in find(captured.graph, machine).baselines.items()}
+    machine = operators.measured_operators(captured, machine, [plans["data parallel"]])
+    other = predicted(captured.graph, machine, plans["tensor parallel"])
+    assert "fitted" in {o.source for o in other.operators}
+    assert "fitted to such measurements" in other.to_json()["provenance"]["seconds"]
+    slow = replace(machine, times=replace(machine.times, own={digest: 2 * ratio for digest, ratio in machine.times.own.items()}))
+    for before, after in zip(other.operators, predicted(captured.graph, slow, plans["tensor parallel"]).operators, strict=True):
+        assert after.compute == pytest.approx(before.compute * (2 if before.source == "fitted" else 1))
 
 
 def test_a_loop_is_measured_whole(monkeypatch, tmp_path):
