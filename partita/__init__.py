@@ -7,7 +7,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from partita.api import compare, parallelize, plan
+from partita.api import compare, parallelize, plan, simulate
 from partita.errors import PartitaError
 from partita.plan.plan import Plan
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from partita.keras.checkpoint import Checkpoint
 
 __version__ = "0.1.0"
-__all__ = ["Checkpoint", "PartitaError", "Plan", "abstract", "compare", "parallelize", "plan"]
+__all__ = ["Checkpoint", "PartitaError", "Plan", "abstract", "compare", "parallelize", "plan", "simulate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,10 +16,13 @@ from partita.errors import CaptureError, MemoryBudgetError, PlanError
 from partita.graph.graph import Graph
 from partita.machine import Machine, load
 from partita.plan.adapt import fit_plan
+from partita.plan.baselines import BASELINES
 from partita.plan.layout import layout
 from partita.plan.plan import Plan, check, choice_text
 from partita.search.base import Progress
-from partita.search.find import Found, alternatives, capacity, find
+from partita.search.find import Found, alternatives, capacity, find, mesh_of
+from partita.simulate.simulate import simulate as simulated
+from partita.simulate.timeline import Timeline
 from partita.units import format_bytes, format_seconds
 
 Report = Callable[[Progress], None]
@@ -133,11 +136,48 @@ def search(captured: Any, machine: Machine, report: Report | None = None, measur
     for _ in range(SEARCHES):
         plans.append(result.plan)
         better = measured_operators(captured, machine, plans, say)
-        if better is machine or machine.times is not None and better.times.seconds.keys() == machine.times.seconds.keys():
+        known, timed = (m.times.seconds.keys() if m.times is not None else None for m in (machine, better))
+        if known == timed:
             break
         machine = better
         result = find(captured.graph, machine, report)
     return result
+
+
+def simulate(
+    model: Any, batch_size: int | None = None, *, plan: Plan | str | Path = "found", args: Sequence[Any] | None = None,
+    devices: int | None = None, machine: str | Machine | None = None, batch: Any = None, report: Report | None = None,
+) -> Timeline:  # fmt: skip
+    """One training step of a compiled Keras model, or any jittable training step, under a plan on a machine, owned or not: its timeline.
+
+    The plan is a Plan, a plan's file, or a name: "found" (the fastest, searched for), or one of what an expert would write ("dp", "owt",
+    "tensor parallel", ...: `named_plan`).
+    """
+    return simulate_captured(capture(model, batch_size, batch, args), machine_of(machine, devices), plan, report)
+
+
+def simulate_captured(captured: Any, machine: Machine, plan: Plan | str | Path = "found", report: Report | None = None) -> Timeline:
+    """`simulate` for a step that is captured already."""
+    return simulated(captured.graph, machine, named_plan(plan, captured.graph, machine, report))
+
+
+SHORT = {"dp": "data parallel", "tp": "tensor parallel", "owt": "one weird trick", "fsdp": "ZeRO-3", "dp-tp": "data x tensor", "one": "one device"}
+
+
+def named_plan(plan: Plan | str | Path, graph: Graph, machine: Machine, report: Report | None = None) -> Plan:
+    """The plan of that name or file for a graph on a machine, checked; PlanError says which names there are."""
+    if isinstance(plan, Plan):
+        return check_plan(plan, graph, machine)
+    name = SHORT.get(str(plan).lower(), str(plan))
+    plain = {n.lower().replace(" ", "-"): n for n in BASELINES}
+    if name == "found":
+        return found(graph, machine, report)
+    if name in BASELINES or name.lower().replace(" ", "-") in plain:
+        return BASELINES[plain.get(name.lower().replace(" ", "-"), name)](graph, machine.name, mesh_of(machine))
+    if not Path(name).exists():
+        names = ", ".join(sorted({*SHORT, *(n for n in plain if n not in SHORT)}))
+        raise PlanError(f"There is no plan file {str(plan)!r}, nor a plan of that name. Give a file that 'partita plan --save-plan' wrote, 'found', or one of {names}.")
+    return check_plan(Plan.load(name), graph, machine)
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,37 @@ def compare(
             out.print(comparison_table(result.to_json()["plans"], f"{result.graph} on {result.machine}"))
 
 
+@app.command(context_settings=THROUGH)
+def simulate(
+    context: typer.Context, script: Script, devices: Devices = None, machine: MachineName = None,
+    plan: Annotated[str, typer.Option(help="A plan file, 'found' (searched for), or what an expert would write: dp, tp, owt, fsdp, ...")] = "found",
+    trace: Annotated[Path | None, typer.Option(help="Write the timeline to this file, for ui.perfetto.dev or chrome://tracing.")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """One training step under a plan, simulated: time, what waits for what, memory and traffic. No device is needed.
+
+    Example: partita simulate train.py --machine k80-cluster --plan dp --trace trace.json
+    """
+    with _errors():
+        captured, where = _captured(script, context.args, devices, machine, as_json)
+        from partita.api import simulate_captured
+        from partita.report.tables import timeline_summary, timeline_table
+        from partita.report.trace import trace as trace_of
+
+        with progress(as_json) as shown:
+            timeline = simulate_captured(captured, where, plan, shown)
+        if trace is not None:
+            _write(trace, lambda: _save(trace, json.dumps(trace_of(timeline))), "trace")
+        if as_json:
+            print(json.dumps(timeline.to_json()))
+            return
+        out.print(timeline_table(timeline))
+        for line in timeline_summary(timeline):
+            out.print(line, highlight=False, markup=False)
+        if trace is not None:
+            err.print(f"trace written to {trace}: open it at ui.perfetto.dev or chrome://tracing", markup=False, soft_wrap=True)
+
+
 @app.command()
 def explain(
     plan_file: Annotated[Path, typer.Argument(help="A plan that Partita saved.", show_default=False)],

@@ -15,11 +15,12 @@ from functools import lru_cache
 import numpy as np
 
 from partita.cost.moves import Placement, move_seconds
-from partita.cost.terms import Factors, OperatorTerms, Stored
+from partita.cost.terms import Factors, OperatorTerms, Stored, Terms
+from partita.graph.graph import Phase
 from partita.machine import Machine, collective_seconds
 from partita.machine.times import START, Key
-from partita.plan.layout import Sharding, resolve
-from partita.plan.plan import Mesh
+from partita.plan.layout import Layout, Sharding, resolve
+from partita.plan.plan import Mesh, Plan
 
 Assignment = Mapping[int, tuple[int, ...]]
 """Factor -> the mesh axes that split it."""
@@ -28,19 +29,40 @@ COMBINED = 32 << 20
 """Gradient all-reduces are combined by the compiler: each is charged what it adds to one of this many bytes."""
 
 
+PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
+
+
 @dataclass
 class OperatorCost:
-    """Per choice (arrays of one length): seconds by cause, and bytes held."""
+    """Per choice (the last dim of every array): seconds by cause, and bytes held."""
 
-    compute: np.ndarray
-    activations: np.ndarray
-    """Seconds of collectives on activations: reductions, halos, reshards inside the operator."""
-    gradients: np.ndarray
-    """Seconds of gradient reductions and of gathering stored parameters, after overlap."""
+    computed: np.ndarray
+    """[phase, choice]: seconds of kernels, in the order of PHASES."""
+    exchanged: np.ndarray
+    """[phase, choice]: seconds of collectives on activations: reductions, halos, reshards inside the operator."""
+    summed: np.ndarray
+    """Seconds of gradient reductions, as if nothing hid them."""
+    gathered: np.ndarray
+    """Seconds of gathering stored parameters, as if nothing hid them."""
     state: np.ndarray
     """Bytes of parameters, optimizer slots and other state."""
     kept: np.ndarray
     """Bytes of activations kept for the backward pass."""
+    overlap: float
+    """The part of `summed` and `gathered` that hides behind compute."""
+
+    @property
+    def compute(self) -> np.ndarray:
+        return self.computed.sum(axis=0)
+
+    @property
+    def activations(self) -> np.ndarray:
+        return self.exchanged.sum(axis=0)
+
+    @property
+    def gradients(self) -> np.ndarray:
+        """Seconds of gradient reductions and of gathering stored parameters, after overlap."""
+        return (self.summed + self.gathered) * (1 - self.overlap)
 
     @property
     def seconds(self) -> np.ndarray:
@@ -55,25 +77,25 @@ def operator_cost(terms: OperatorTerms, place: Placement, assignments: Sequence[
     """The cost of an operator under each assignment, its parameters stored by ZeRO level `zero` over the axes left over."""
     machine, count = place.machine, len(assignments)
     ways = _Ways(place, assignments)
-    compute = _compute(terms, machine, ways)
-    activations, gradients = np.zeros(count), np.zeros(count)
+    computed, exchanged = _compute(terms, machine, ways), np.zeros((len(PHASES), count))
+    summed, gathered = np.zeros(count), np.zeros(count)
     for r in terms.reductions:
         payload = r.nbytes / ways.of(r.factors)
         grows = r.kind == "all_gather"
         for axes, chosen in (pair for f in r.reduced for pair in ways.axes_of(f)):
             nbytes = payload[chosen] * (place.ways(axes) if grows else 1)
             if r.parameter >= 0 and r.trips == 1:
-                gradients[chosen] += _joined(place, r.kind, nbytes, axes) * (1 - machine.backend.overlap)
+                summed[chosen] += _joined(place, r.kind, nbytes, axes)
             else:
-                activations[chosen] += _seconds(place, r.kind, nbytes, axes) * r.trips
+                exchanged[PHASES.index(r.phase), chosen] += _seconds(place, r.kind, nbytes, axes) * r.trips
     for h in terms.halos:
         for axes, chosen in ways.axes_of(h.split):
             row = h.nbytes / ways.of(h.factors)[chosen]
             for need in h.window.rows(place.ways(axes)):
                 if need:
-                    activations[chosen] += _seconds(place, "collective_permute", row * need, axes) * h.trips
+                    exchanged[PHASES.index(h.phase), chosen] += _seconds(place, "collective_permute", row * need, axes) * h.trips
     for m in terms.moves:
-        activations += np.array([move_seconds(m, place, resolve(m.source, a), resolve(m.target, a)) for a in assignments])
+        exchanged[PHASES.index(m.phase)] += [move_seconds(m, place, resolve(m.source, a), resolve(m.target, a)) for a in assignments]
     state = ways.shared(terms.resident)
     for s in terms.stored:
         split = ways.of(tuple(f for f in s.label if f >= 0))
@@ -83,12 +105,22 @@ def operator_cost(terms: OperatorTerms, place: Placement, assignments: Sequence[
                 found = storage_axes(s, place.mesh, a)
                 if found:
                     extra[i] = place.ways(found[1])
-                    seconds = place.seconds("all_gather", float(s.nbytes / split[i]), place.group(found[1]))
-                    gradients[i] += seconds * (1 - machine.backend.overlap)
+                    gathered[i] += place.seconds("all_gather", float(s.nbytes / split[i]), place.group(found[1]))
             # The update itself is split as the slots are.
-            compute -= s.traffic / split * (1 - 1 / extra) / machine.memory_bandwidth
+            computed[-1] -= s.traffic / split * (1 - 1 / extra) / machine.memory_bandwidth
         state = state + s.nbytes / split / (extra if zero == 3 else 1) + s.slots / split / extra
-    return OperatorCost(np.maximum(compute, 0), activations, gradients, state, ways.shared(terms.kept))
+    computed[-1] = np.maximum(computed[-1], 0)
+    return OperatorCost(computed, exchanged, summed, gathered, state, ways.shared(terms.kept), machine.backend.overlap)
+
+
+def operator_costs(terms: Terms, place: Placement, where: Layout, plan: Plan) -> list[OperatorCost]:
+    """The cost of every operator under the one choice and storage that a plan gives it."""
+    zero = {path: 1 if s.zero == 2 else s.zero for path, s in plan.storage.items()}
+    costs = []
+    for o, own in enumerate(terms.operators):
+        level = max((zero.get(s.path, 0) for s in own.stored), default=0)
+        costs.append(operator_cost(own, place, [where.assignments[o]], level))
+    return costs
 
 
 def _roofline(terms: OperatorTerms, machine: Machine, ways: _Ways) -> tuple[np.ndarray, np.ndarray]:
@@ -113,17 +145,20 @@ def _roofline(terms: OperatorTerms, machine: Machine, ways: _Ways) -> tuple[np.n
 
 
 def _compute(terms: OperatorTerms, machine: Machine, ways: _Ways) -> np.ndarray:
-    """Seconds of an operator's kernels per assignment: measured, else by the fit to what was measured, else by the roofline."""
+    """Seconds of an operator's kernels, [phase, assignment]: measured, else by the fit to what was measured, else by the roofline."""
     if not terms.work:
-        return np.zeros(len(ways.assignments))
+        return np.zeros((len(PHASES), len(ways.assignments)))
     kernels, trips = _roofline(terms, machine, ways)
     times = machine.times
+    phases = np.array([[float(w.phase == phase) for w in terms.work] for phase in PHASES]) * trips
     if times is None:
-        return trips @ (kernels + machine.overhead)
+        return phases @ (kernels + machine.overhead)
     scale = np.array([times.of(w.op_class) for w in terms.work])
-    seconds = trips @ (scale[:, None] * kernels + times.of(START) * machine.overhead) * times.own.get(terms.digest, 1.0)
+    seconds = phases @ (scale[:, None] * kernels + times.of(START) * machine.overhead) * times.own.get(terms.digest, 1.0)
     for i, assignment in enumerate(ways.assignments):
-        seconds[i] = times.seconds.get(local_key(terms, ways.place, assignment), seconds[i])
+        measured = times.seconds.get(local_key(terms, ways.place, assignment))
+        if measured is not None:  # of the whole operator: its phases share it as the fit would have it
+            seconds[:, i] *= measured / seconds[:, i].sum()
     return seconds
 
 
@@ -218,5 +253,5 @@ def spare_axes(shape: tuple[int, ...], sharding: Sharding, mesh: Mesh) -> tuple[
             if a not in taken and left % size == 0:
                 found.append(a)
                 left //= size
-        best = max(best, (whole // left, d, tuple(found)))
-    return (best[1], best[2]) if best[2] else None
+        best = max(best, (whole // left, -d, tuple(found)))
+    return (-best[1], best[2]) if best[2] else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -47,6 +47,8 @@ class Memory:
     temporaries: int
     operator: str
     """The operator that runs at the peak."""
+    course: np.ndarray = field(compare=False, repr=False)
+    """Bytes held while each instruction runs, and when all have."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ def memory(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend = DEFAULT)
     return Memory(
         constant + int(running[at]), held["parameters"], held["optimizer"], held["state"], held["batch"], activations, gradients,
         int(running[at]) - activations - gradients, graph.operators[owner].name if owner >= 0 else "",
+        constant + running[: count + 1].astype(np.int64),
     )  # fmt: skip
 
 

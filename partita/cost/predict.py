@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from partita.cost.collectives import collectives
-from partita.cost.evaluate import compute_source, operator_cost
+from partita.cost.evaluate import compute_source, operator_costs
 from partita.cost.memory import KINDS, Memory, memory
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.terms import Terms, terms
@@ -97,11 +97,7 @@ def predict(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = No
     found = found or terms(graph, machine.backend)
     where = where or layout(graph, plan)
     place = Placement(machine, plan.mesh)
-    zero = {path: 1 if s.zero == 2 else s.zero for path, s in plan.storage.items()}
-    costs = []
-    for o, own in enumerate(found.operators):
-        level = max((zero.get(s.path, 0) for s in own.stored), default=0)
-        costs.append(operator_cost(own, place, [where.assignments[o]], level))
+    costs = operator_costs(found, place, where, plan)
     moves = [0.0] * len(costs)
     for move in found.edges:
         a, b = where.assignments[move.home], where.assignments[move.reader]

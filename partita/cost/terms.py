@@ -67,6 +67,7 @@ class Halo:
     split: int
     window: Window
     trips: int
+    phase: Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,9 @@ class Move:
     target: Label
     trips: int
     phase: Phase
+    """When the tensor is made."""
+    wanted: Phase
+    """When it is first read so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +126,12 @@ class OperatorTerms:
         return (
             tuple((graph.factors[f].name, graph.factors[f].size) for f in own),
             tuple(
-                (w.op_class, w.dtype, w.flops, at(w.factors), tuple((b, at(f)) for b, f in w.traffic), w.trips, w.groups)
+                (w.op_class, w.dtype, w.flops, at(w.factors), tuple((b, at(f)) for b, f in w.traffic), w.trips, w.phase, w.groups)
                 for w in self.work
             ),
-            tuple((r.kind, r.nbytes, at(r.factors), at(r.reduced), r.trips, r.parameter >= 0) for r in self.reductions),
-            tuple((h.nbytes, at(h.factors), at((h.split,)), h.window, h.trips) for h in self.halos),
-            tuple((m.nbytes, at(m.source), at(m.target), m.trips) for m in self.moves),
+            tuple((r.kind, r.nbytes, at(r.factors), at(r.reduced), r.trips, r.phase, r.parameter >= 0) for r in self.reductions),
+            tuple((h.nbytes, at(h.factors), at((h.split,)), h.window, h.trips, h.phase) for h in self.halos),
+            tuple((m.nbytes, at(m.source), at(m.target), m.trips, m.phase) for m in self.moves),
             tuple((s.shape, at(s.label), s.nbytes, s.slots, s.traffic) for s in self.stored),
             tuple((b, at(f)) for b, f in self.resident),
             tuple((b, at(f)) for b, f in self.kept),
@@ -252,7 +256,7 @@ def _communication(
             tensor = graph.tensors[x.operands[0]]
             others = tuple(f for f in _factors(reach.label) if f != reach.factor)
             row = tensor.nbytes // tensor.shape[reach.dim]
-            found[operator].halos.append(Halo(row, others, reach.factor, reach.window, x.trips))
+            found[operator].halos.append(Halo(row, others, reach.factor, reach.window, x.trips, x.phase))
 
 
 def _gradients(graph: Graph, family: dict[int, int]) -> dict[int, int]:
@@ -268,9 +272,11 @@ def _gradients(graph: Graph, family: dict[int, int]) -> dict[int, int]:
         for t in x.operands:
             while t in producer and t not in family and producer[t].phase == "backward" and graph.tensors[t].shape:
                 found[t] = next(iter(roots))
-                if producer[t].name not in ("reshape", "transpose", "convert", "negate"):
+                source = producer[t].operands[0]
+                sums_nothing = producer[t].name == "reduce" and graph.tensors[source].size == graph.tensors[t].size
+                if producer[t].name not in ("reshape", "transpose", "convert", "negate") and not sums_nothing:
                     break
-                t = producer[t].operands[0]
+                t = source
     return found
 
 
@@ -287,7 +293,7 @@ def _moves(graph: Graph, found: list[OperatorTerms]) -> list[Move]:
         trips = x.trips if x else inside[use.tensor].trips if use.tensor in inside else 1
         move = Move(
             use.tensor, graph.tensors[use.tensor].nbytes, home, graph.labels[use.tensor], use.operator, use.label, trips,
-            x.phase if x else "forward",
+            x.phase if x else "forward", graph.instructions[min(i for i, _ in use.instructions)].phase,
         )  # fmt: skip
         if home == use.operator:
             found[home].moves.append(move)

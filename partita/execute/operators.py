@@ -57,6 +57,8 @@ class Part:
     operands: tuple[jax.ShapeDtypeStruct, ...]
     results: tuple[jax.ShapeDtypeStruct, ...]
     text: str
+    replaced: Mapping[int, int]
+    """Operands whose place is taken by a result, as a variable's by its new value: as in a step, they are donated."""
 
     @property
     def nbytes(self) -> int:
@@ -165,6 +167,7 @@ class Cutter:
             for t in x.operands:
                 self.readers.setdefault(t, []).append(i)
         self.outputs = set(graph.outputs)
+        self.renewed = {a.tensor: a.result for a in graph.arguments if a.result is not None}
         self.ids = {value: t for t, value in enumerate(self.values)}
         self.owned: list[list[int]] = [[] for _ in graph.operators]
         owners, self.shared = _owners(graph)
@@ -248,7 +251,14 @@ class _Cut:
             )
             for side, ts in zip(kinds, ([t for t, _ in self.operands], results), strict=True)
         ]
-        return Part(stablehlo.serialize(module), *shapes, str(module))
+        place = {t: n for n, t in enumerate(results)}
+        replaced = {
+            n: place[new]
+            for n, (t, _) in enumerate(self.operands)
+            for new in [cutter.renewed.get(t, -1)]
+            if new in place and shapes[0][n] == shapes[1][place[new]]
+        }
+        return Part(stablehlo.serialize(module), shapes[0], shapes[1], str(module), replaced)
 
     @property
     def local(self) -> dict[int, Any]:
@@ -260,9 +270,9 @@ class _Cut:
         graph = self.cutter.graph
         key = (tensor, self.shape(tensor, label))
         if key not in self.made:
-            maker = self.cutter.maker.get(tensor)
-            x = graph.instructions[maker] if maker is not None else None
-            if x is not None and tensor in self.cutter.free and not any(graph.tensors[t].shape for t in x.operands):
+            maker = self.cutter.maker.get(tensor, -1)
+            made = maker >= 0 and tensor in self.cutter.free
+            if made and not any(graph.tensors[t].shape for t in graph.instructions[maker].operands):
                 self.copy(maker, label)
             else:
                 kind = self.kind(self.cutter.values[tensor].type, key[1])
@@ -345,7 +355,7 @@ def _pad_convolution(operation: Any) -> None:
         size, window, count = lhs[dims["lhs"][2 + s]], rhs[dims["rhs"][2 + s]], out[dims["out"][2 + s]]
         need = (count - 1) * step + (window - 1) * dilation + 1 - ((size - 1) * base + 1)
         padding.append((low, high) if need <= low + high < need + step else (need // 2, need - need // 2))
-    operation.attributes["padding"] = ir.DenseElementsAttr.get(np.array(padding, np.int64))
+    operation.attributes["padding"] = ir.DenseElementsAttr.get(np.array(padding, np.int64))  # pyright: ignore
     groups = ir.IntegerAttr(operation.attributes["feature_group_count"])
     if groups.value > 1:
         operation.attributes["feature_group_count"] = ir.IntegerAttr.get(groups.type, lhs[dims["lhs"][1]] // rhs[dims["rhs"][1]])
@@ -356,13 +366,14 @@ def _timed(asked: Sequence[Asked], devices: int) -> list[float | None]:
     mesh = Mesh(np.array(jax.devices()[:devices]), ("a",))
     whole = NamedSharding(mesh, PartitionSpec())
 
-    def ready(part: Part) -> tuple[Any, list[Any]]:
+    def ready(part: Part) -> tuple[Part, Any, list[Any]]:
         values = [jax.device_put(np.full(s.shape, 0.01 if np.issubdtype(s.dtype, np.inexact) else 0).astype(s.dtype), whole) for s in part.operands]
-        run = jax.jit(_callable(part), in_shardings=[whole] * len(values), out_shardings=whole).lower(*values).compile()
-        jax.block_until_ready(run(*values))
-        return run, values
+        shardings: dict[str, Any] = {"in_shardings": [whole] * len(values), "out_shardings": whole}
+        run = jax.jit(_callable(part), donate_argnums=tuple(part.replaced), **shardings).lower(*values).compile()
+        _seconds(part, run, values)
+        return part, run, values
 
-    programs: list[tuple[int, Any, list[Any]]] = []
+    programs: list[tuple[int, Part, Any, list[Any]]] = []
     refused: set[int] = set()
     for n, a in enumerate(asked):
         try:
@@ -371,23 +382,28 @@ def _timed(asked: Sequence[Asked], devices: int) -> list[float | None]:
             refused.add(n)
     nothing = jax.jit(lambda x: x, in_shardings=whole, out_shardings=whole).lower(np.float32(0)).compile()
     zero = jax.device_put(np.float32(0), whole)
+    empty = Part(b"", (), (), "", {})
     times: list[list[float]] = [[] for _ in programs]
     starts: list[float] = []
     for _ in range(ROUNDS):
-        for n, (_, run, values) in enumerate(programs):
-            starts.append(_seconds(nothing, [zero]))
-            times[n].append(_seconds(run, values))
+        for n, (_, part, run, values) in enumerate(programs):
+            starts.append(_seconds(empty, nothing, [zero]))
+            times[n].append(_seconds(part, run, values))
     start = median(starts) if starts else 0.0
     found = [0.0] * len(asked)
-    for (n, _, _), taken in zip(programs, times, strict=True):
+    for (n, *_), taken in zip(programs, times, strict=True):
         found[n] += max(1e-7, median(taken) - start)
     return [None if n in refused or not asked[n].parts else seconds for n, seconds in enumerate(found)]
 
 
-def _seconds(run: Any, values: Sequence[Any]) -> float:
+def _seconds(part: Part, run: Any, values: list[Any]) -> float:
+    """Seconds of one run; what it replaces of `values` is replaced."""
     start = time.perf_counter()
-    jax.block_until_ready(run(*values))
-    return time.perf_counter() - start
+    results = jax.block_until_ready(run(*values))
+    taken = time.perf_counter() - start
+    for operand, result in part.replaced.items():
+        values[operand] = results[result]
+    return taken
 
 
 def _callable(part: Part) -> Callable[..., Any]:

@@ -83,9 +83,9 @@ def storage_for(graph: Graph, mesh: Mesh, choices: Mapping[str, Choice], level: 
                 if size % axis.size == 0:
                     axes.append(axis.name)
                     size //= axis.size
-            best = max(best, (shape[d] // size, d, tuple(axes)))
+            best = max(best, (shape[d] // size, -d, tuple(axes)))
         if best[2]:
-            found[a.path] = Storage(best[1], best[2], level)
+            found[a.path] = Storage(-best[1], best[2], level)
     return found
 
 

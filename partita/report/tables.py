@@ -10,6 +10,7 @@ from rich.table import Table
 
 from partita.machine import KINDS
 from partita.plan.plan import Plan
+from partita.simulate.timeline import Timeline
 from partita.units import format_bandwidth, format_bytes, format_flops, format_seconds
 
 CAUSES = ("compute", "activations", "gradients", "moves")
@@ -110,6 +111,45 @@ def explain_table(plan: Plan, layer: str) -> Table:
             other["choice"], f"{sign}{format_seconds(abs(other['seconds']))}", f"{more}{format_bytes(abs(other['bytes']))}"
         )
     return table
+
+
+PARTS = {
+    "compute": "kernels", "exchange": "collectives inside layers", "move": "moves between layers", "sum": "sums of gradients",
+    "gather": "gathering stored variables", "held up": "kernels held up by collectives",
+}  # fmt: skip
+"""What the kinds of spans of a timeline are called."""
+WAITS = {"links": "waiting for a collective", "held up": "held up by collectives", "end": "waiting for the last collectives"}
+
+
+def timeline_table(timeline: Timeline) -> Table:
+    """A simulated step: what takes how much of it, by phase, and how much of each is on the critical path."""
+    table = _table(f"{timeline.graph} on {timeline.machine}, plan '{timeline.plan}': a step of {format_seconds(timeline.seconds)}")
+    table.add_column("what a device does")
+    for column in ("forward", "backward", "update", "in all", "critical"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for kind, name in PARTS.items():
+        spans = [s for s in timeline.spans if s.kind == kind]
+        if spans:
+            phases = [sum(s.seconds for s in spans if s.phase == phase) for phase in ("forward", "backward", "update")]
+            cells = [*phases, sum(phases), sum(s.seconds for s in spans if s.critical)]
+            table.add_row(name, *(format_seconds(c) if c else "" for c in cells))
+    return table
+
+
+def timeline_summary(timeline: Timeline, most: int = 5) -> Iterable[str]:
+    """What a simulated step waits for, holds and sends, and the longest tasks on its critical path, a line each."""
+    idle = {WAITS[k]: s for k, s in timeline.idle.items() if s > 0}
+    waits = ", ".join(f"{format_seconds(s)} {name}" for name, s in idle.items())
+    yield f"kernels run {timeline.busy_part():.0%} of the step" + (f"; {waits}" if waits else "")
+    held = ", ".join(f"{format_bytes(n)} {kind}" for kind, n in timeline.held.items() if n)
+    yield f"memory {format_bytes(timeline.peak_bytes)} a device at the peak, in {timeline.peak_operator or 'the update'}: {held}"
+    if timeline.traffic:
+        kinds = ", ".join(f"{format_bytes(n)} by {kind.replace('_', '-')}" for kind, n in timeline.traffic.items())
+        yield f"each device sends {kinds}; all together {format_bytes(timeline.total_traffic)} a step"
+    longest = sorted(timeline.critical_path(), key=lambda s: -s.seconds)[:most]
+    yield "longest on the critical path: " + ", ".join(f"{s.name} {format_seconds(s.seconds)}" for s in longest)
+    yield f"seconds are {timeline.source}"
+    yield from (f"note: {n}" for n in timeline.notes)
 
 
 def calibration_table(measured: Iterable[Any]) -> Table:

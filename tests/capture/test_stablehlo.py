@@ -2,9 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import export
 
-from partita.capture.jax_functions import Leaf, capture_step
+from partita.capture import stablehlo
+from partita.capture.jax_functions import Leaf, Text, capture_step
 from partita.capture.stablehlo import layer_path, phase_of, split_name
 from partita.graph.graph import Window
 
@@ -111,3 +114,25 @@ def test_the_windows_of_a_strided_convolution_forwards_and_backwards():
     found = {(x.phase, w) for x in graph.instructions if x.name == "convolution" for _, w in x.windows}
     assert ("forward", Window(16, 8, 2, 2, 7, 1)) in found
     assert ("backward", Window(16, 8, 2, 2, 7, 1)) in found  # the weight gradient: the result's places are the window's
+
+
+@pytest.mark.parametrize(
+    ("einsum", "left", "right"),
+    [
+        ("bi,io->bo", (8, 16), (16, 32)),
+        ("bti,ihk->bthk", (2, 3, 4), (4, 5, 6)),
+        ("zti,zio->zto", (2, 3, 4), (2, 4, 5)),
+        ("bi,io->ob", (8, 16), (16, 32)),
+    ],
+)
+def test_products_that_are_only_read_transposed_exchange_their_sides(einsum: str, left: tuple, right: tuple) -> None:
+    def gradient(x, w):
+        return jax.grad(lambda w: jnp.sum(jnp.einsum(einsum, x, w, precision=("highest", "default")) ** 3))(w)
+
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=left).astype("float32"), rng.normal(size=right).astype("float32")
+    exported = export.export(jax.jit(gradient))(x, w)
+    source = stablehlo.prepare(exported.mlir_module_serialized)
+    names = [i.name for i in stablehlo.read(source).instructions]
+    assert "transpose" not in names and names.count("dot_general") == 2
+    assert np.allclose(Text.of(exported, source).call(x, w), gradient(x, w), rtol=1e-5)

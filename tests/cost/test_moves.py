@@ -14,7 +14,7 @@ from partita.search.find import mesh_of
 
 MACHINE = load("dgx-h100:4")
 PLACE = Placement(MACHINE, mesh_of(MACHINE))
-MOVE = Move(0, 1 << 24, 0, (0, 1, 2), 1, (3, 4, 5), 2, "forward")
+MOVE = Move(0, 1 << 24, 0, (0, 1, 2), 1, (3, 4, 5), 2, "forward", "forward")
 
 
 def sharding(draw: random.Random) -> tuple[tuple[int, ...], ...]:
