@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from partita.cost.predict import Prediction, predict
+from partita.cost.predict import Prediction
 from partita.errors import CaptureError, MemoryBudgetError, PlanError
 from partita.graph.graph import Graph
 from partita.machine import Machine, load
@@ -21,6 +21,7 @@ from partita.plan.layout import layout
 from partita.plan.plan import Plan, check, choice_text
 from partita.search.base import Progress
 from partita.search.find import Found, alternatives, capacity, find, mesh_of
+from partita.simulate.simulate import predicted as simulated_prediction
 from partita.simulate.simulate import simulate as simulated
 from partita.simulate.timeline import Timeline
 from partita.units import format_bytes, format_seconds
@@ -34,16 +35,17 @@ SEARCHES = 4
 
 def plan(
     model: Any, batch_size: int | None = None, *, args: Sequence[Any] | None = None, devices: int | None = None, machine: str | Machine | None = None,
-    batch: Any = None, measure_operators: bool = False, report: Report | None = None,
+    batch: Any = None, measure_operators: bool = False, seconds: float | None = None, report: Report | None = None,
 ) -> Plan:  # fmt: skip
     """The fastest plan found for a compiled Keras model, or for any jittable training step, on a machine.
 
     For a model, give `batch_size` if it knows its input shapes, else a `batch` (x, y) of arrays or shapes. For a step, give the
     `args` of a call, arrays or shapes. The machine is the devices at hand unless `machine` names another ("dgx-h100:8", a
-    .toml file); `devices` takes that many of it. With `measure_operators`, operators are timed on the devices at hand first.
+    .toml file); `devices` takes that many of it. With `measure_operators`, operators are timed on the devices at hand first. `seconds` is how
+    long to look beyond the exact search where collectives hide behind kernels; by default a second or two, always to the same plan.
     """
     captured = capture(model, batch_size, batch, args)
-    return explained(search(captured, machine_of(machine, devices), report, measure_operators and here(machine)))
+    return explained(search(captured, machine_of(machine, devices), report, measure_operators and here(machine), seconds=seconds))
 
 
 def here(machine: str | Machine | None) -> bool:
@@ -121,13 +123,15 @@ def explained(result: Found) -> Plan:
     return replace(result.plan, why={"operators": why, "baselines": baselines})
 
 
-def search(captured: Any, machine: Machine, report: Report | None = None, measure: bool = False, say: Say | None = None) -> Found:
+def search(
+    captured: Any, machine: Machine, report: Report | None = None, measure: bool = False, say: Say | None = None, seconds: float | None = None
+) -> Found:  # fmt: skip
     """The fastest plan for a captured step. With `measure`, by operators timed on the devices at hand.
 
     What is timed are the operators of the baselines and of the plan found; with their times the search goes on, until it finds a
     plan whose operators have all been timed.
     """
-    result = find(captured.graph, machine, report)
+    result = find(captured.graph, machine, report, seconds=seconds)
     if not measure:
         return result
     from partita.execute.operators import measured_operators
@@ -140,7 +144,7 @@ def search(captured: Any, machine: Machine, report: Report | None = None, measur
         if known == timed:
             break
         machine = better
-        result = find(captured.graph, machine, report)
+        result = find(captured.graph, machine, report, seconds=seconds)
     return result
 
 
@@ -354,7 +358,7 @@ def check_plan(given: Plan, graph: Graph, machine: Machine) -> Plan:
 
 def predicted(graph: Graph, machine: Machine, plan: Plan) -> Prediction:
     """What a plan is predicted to cost on a machine."""
-    return predict(graph, machine, check(plan, graph))
+    return simulated_prediction(graph, machine, check(plan, graph))
 
 
 def layout_map(plan: Plan, model: Any, batch_size: int | None = None) -> Any:

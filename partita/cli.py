@@ -105,7 +105,9 @@ def run(
 def plan(
     context: typer.Context, script: Script, devices: Devices = None, machine: MachineName = None,
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
-    measure_operators: MeasureOperators = False, report: Report = None, as_json: Json = False,
+    measure_operators: MeasureOperators = False,
+    seconds: Annotated[float | None, typer.Option(help="How long to look for a better plan than the exact search's; default: a second or two.", min=0)] = None,
+    report: Report = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Find the fastest plan for a script, without training: table, prediction, comparison with the baselines.
 
@@ -117,7 +119,7 @@ def plan(
         from partita.report.tables import comparison_table, plan_table, summary
 
         with progress(as_json) as shown:
-            chosen = explained(search(captured, where, shown, measure_operators and here(machine), timing(as_json)))
+            chosen = explained(search(captured, where, shown, measure_operators and here(machine), timing(as_json), seconds))
         if save_plan is not None:
             _write(save_plan, lambda: chosen.save(save_plan))
         if report is not None:

@@ -30,6 +30,8 @@ COMBINED = 32 << 20
 
 
 PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
+PARTS = (*(("compute", p) for p in PHASES), *(("exchange", p) for p in PHASES), ("sum", "backward"), ("gather", "forward"))
+"""What a step may do for an operator, as (kind, phase): the rows of `OperatorCost.parts`."""
 
 
 @dataclass
@@ -71,6 +73,10 @@ class OperatorCost:
     @property
     def nbytes(self) -> np.ndarray:
         return self.state + self.kept
+
+    def parts(self) -> np.ndarray:
+        """[PARTS, choice]: the seconds of everything that a step may do for the operator, hidden or not."""
+        return np.concatenate([self.computed, self.exchanged, self.summed[None], self.gathered[None]])
 
 
 def operator_cost(terms: OperatorTerms, place: Placement, assignments: Sequence[Assignment], zero: int = 0) -> OperatorCost:

@@ -1,30 +1,34 @@
-"""The best plan for a graph on a machine: baselines, cost network, exact search, and the memory of what it found.
+"""The best plan for a graph on a machine: baselines, cost network, exact search, walks on the simulator, and the memory of what it found.
 
-The search minimises the additive cost of `cost.evaluate` within a budget of bytes that is additive too. Real peak memory is
-not a sum, so the plan found is measured by `cost.memory`, and where it does not fit the budget is lowered by what was
-missed and the search runs again.
+Exact search minimises the additive cost of `cost.evaluate` within a budget of bytes that is additive too. Where the machine's collectives
+hide behind kernels a step is less than a sum: walks from the exact plan and all baselines then minimise the simulated step, against
+a bound that holds for every plan. Real peak memory is not a sum either, so the plan found is measured by `cost.memory`, and
+where it does not fit the budget is lowered by what was missed and the search runs again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from partita.cost.memory import memory
-from partita.cost.predict import Prediction, predict
+from partita.cost.predict import Prediction
 from partita.errors import MemoryBudgetError
 from partita.graph.graph import Graph
 from partita.machine import Machine
 from partita.plan.baselines import BASELINES
 from partita.plan.layout import layout
 from partita.plan.plan import Mesh, Plan, mesh_for
-from partita.search.base import Progress, SearchResult
+from partita.search.base import Progress, Report, SearchResult
 from partita.search.candidates import names_of
 from partita.search.elimination import eliminate
+from partita.search.mcmc import walk
 from partita.search.network import Network, build, stored_by
-from partita.search.reduce import reduce
+from partita.search.reduce import Reduced, reduce
+from partita.search.simulated import Simulated, relaxed, simulated
+from partita.simulate.simulate import predicted
 from partita.units import format_bytes, format_seconds
 
 RESERVE = 0.05
@@ -53,31 +57,37 @@ def capacity(machine: Machine) -> int:
 
 
 def find(
-    graph: Graph, machine: Machine, report: Callable[[Progress], None] | None = None, excess: float = 1.0
+    graph: Graph, machine: Machine, report: Callable[[Progress], None] | None = None, excess: float = 1.0, seconds: float | None = None,
+    seed: int = 0,
 ) -> Found:  # fmt: skip
     """The plan of least predicted step time that fits the machine's memory.
 
     Never worse than any baseline by its own measure. Raises MemoryBudgetError, with the smallest need, if nothing fits. `excess`
-    is how many times what is predicted a plan was seen to need.
+    is how many times what is predicted a plan was seen to need. Walks take so many `seconds`, else a number of proposals that makes
+    the same plan of the same `seed`.
     """
     mesh, limit = mesh_of(machine), int(capacity(machine) / max(1.0, excess))
     plans = {name: make(graph, machine.name, mesh) for name, make in BASELINES.items()}
     network = build(graph, machine, mesh, list(plans.values()))
-    predictions = {name: predict(graph, machine, plan, network.terms) for name, plan in plans.items()}
+    predictions = {name: predicted(graph, machine, plan, network.terms) for name, plan in plans.items()}
     reduced = reduce(network.problem)
+    course = _Course.of(network) if machine.backend.overlap > 0 else None
+    starts = [states for plan in plans.values() for states in [network.states_of(plan)] if states is not None]
     budget = float(limit)
-    states, result, plan, smallest = (), None, None, None
+    result, plan, smallest = None, None, None
     for _ in range(6):
         result = eliminate(reduced.problem, budget, report)
-        states = reduced.lift(result.states)
-        plan = network.plan(states)
+        result = replace(result, states=reduced.lift(result.states))
+        if course is not None and result.feasible and not result.stopped:
+            result = course.walk(result, starts, budget, seconds, seed, report)
+        plan = network.plan(result.states)
         peak = memory(graph, mesh, layout(graph, plan), machine.backend).peak
         smallest = peak if smallest is None else min(smallest, peak)
         if peak <= limit or not result.feasible or result.stopped:
             break
         budget = min(budget, result.nbytes) * limit / peak * 0.98
     assert result is not None and plan is not None and smallest is not None
-    prediction = predict(graph, machine, plan, network.terms)
+    prediction = predicted(graph, machine, plan, network.terms)
     fitting = [name for name, p in predictions.items() if p.peak_bytes <= limit]
     if prediction.peak_bytes > limit:
         if not fitting:
@@ -100,6 +110,35 @@ def find(
     return Found(plan, prediction, result, network, {n: (plans[n], predictions[n]) for n in plans})
 
 
+PROPOSALS = 1 << 27
+"""Proposals of a walk times tasks of the step, unless seconds are given: a second or two."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Course:
+    """What walks on the simulator need of a network: the simulation, an additive problem below it, and which operators are alike."""
+
+    simulated: Simulated
+    below: Reduced
+    alike: np.ndarray
+
+    @staticmethod
+    def of(network: Network) -> _Course:
+        number: dict[int, int] = {}
+        alike = np.array([number.setdefault(id(p), len(number)) for p in network.parts])
+        return _Course(simulated(network), reduce(relaxed(network)), alike)
+
+    def walk(
+        self, exact: SearchResult, starts: Sequence[Sequence[int]], budget: float, seconds: float | None, seed: int, report: Report | None
+    ) -> SearchResult:  # fmt: skip
+        """The best states that walks find, with a bound on the simulated step of any."""
+        least = eliminate(self.below.problem, budget)
+        most = None if seconds is not None else max(20_000, PROPOSALS // self.simulated.tasks.count)
+        starts = [exact.states, self.below.lift(least.states), *starts]
+        found, _ = walk(self.simulated, self.alike, starts, budget, least.bound, seconds or np.inf, seed, report, most)
+        return replace(found, history=(*exact.history, *found.history))
+
+
 def _one_device(
     graph: Graph, machine: Machine, plan: Plan, prediction: Prediction, predictions: Mapping[str, Prediction]
 ) -> tuple[Plan, Prediction]:
@@ -115,13 +154,13 @@ def _one_device(
                 f"one of {plan.mesh.size} devices is used: nothing can be split {plan.mesh.size} ways, because no size (batch "
                 f"{graph.batch_size}, channels, units) is a multiple of its prime factors that a plan could use"
             )
-            return replace(one, notes=(why,)), replace(predict(graph, machine, one), plan=plan.name)
+            return replace(one, notes=(why,)), replace(predicted(graph, machine, one), plan=plan.name)
         best = min(others, key=lambda p: p.seconds)
         why = (
             f"one of {plan.mesh.size} devices is used: splitting does not pay, the best split ('{best.plan}') is predicted at "
             f"{format_seconds(best.seconds)} against {format_seconds(alone.seconds)}"
         )
-        return replace(one, notes=(why,)), replace(predict(graph, machine, one), plan=plan.name)
+        return replace(one, notes=(why,)), replace(predicted(graph, machine, one), plan=plan.name)
     return plan, prediction
 
 

@@ -7,7 +7,7 @@ Equal operators are costed once, and equal tables of moves are computed once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from partita.cost.evaluate import operator_cost, storage_axes
 from partita.cost.moves import Placement, move_table
 from partita.cost.terms import Move, Terms, terms
-from partita.graph.graph import Graph, Label
+from partita.graph.graph import Graph, Label, Phase
 from partita.machine import Machine
 from partita.plan.layout import Sharding, resolve
 from partita.plan.plan import Mesh, Plan, Storage
@@ -43,8 +43,10 @@ class Network:
     terms: Terms
     states: list[list[State]]
     problem: Problem
-    causes: list[np.ndarray] = field(default_factory=list)
-    """Per operator, per state: seconds by cause, rows compute, activations, gradients."""
+    parts: list[np.ndarray]
+    """Per operator, [PARTS, state]: the seconds of what a step does for it, hidden or not. Equal operators share their array."""
+    moves: dict[tuple[int, int, Phase, Phase], np.ndarray] = field(default_factory=dict)
+    """(home, reader, phase, phase in which it is read) -> seconds by state of either."""
 
     def plan(self, states: Sequence[int], name: str = "found", notes: tuple[str, ...] = ()) -> Plan:
         """The plan that states stand for."""
@@ -87,7 +89,7 @@ def build(graph: Graph, machine: Machine, mesh: Mesh, baselines: Sequence[Plan] 
     place = Placement(machine, mesh)
     found = terms(graph, machine.backend)
     states: list[list[State]] = []
-    seconds, nbytes, causes = [], [], []
+    seconds, nbytes, parts = [], [], []
     costed: dict[tuple[object, ...], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
     offered: dict[tuple[object, ...], tuple[Choice, ...]] = {}
     for o, operator in enumerate(graph.operators):
@@ -108,13 +110,13 @@ def build(graph: Graph, machine: Machine, mesh: Mesh, baselines: Sequence[Plan] 
             costed[key] = (
                 np.concatenate([c.seconds for c in costs]),
                 np.concatenate([c.nbytes for c in costs]),
-                np.concatenate([np.stack([c.compute, c.activations, c.gradients]) for c in costs], axis=1),
+                np.concatenate([c.parts() for c in costs], axis=1),
             )
         seconds.append(costed[key][0])
         nbytes.append(costed[key][1])
-        causes.append(costed[key][2])
+        parts.append(costed[key][2])
     problem = Problem(seconds, nbytes)
-    network = Network(graph, place, found, states, problem, causes)
+    network = Network(graph, place, found, states, problem, parts)
     _add_moves(network)
     return network
 
@@ -138,12 +140,21 @@ def _add_moves(network: Network) -> None:
             views[key] = (tuple(number), np.array(ids))
         return views[key]
 
-    by_pair: dict[tuple[int, int], list[Move]] = {}
+    by_pair: dict[tuple[int, int, Phase, Phase], list[Move]] = {}
     for move in network.terms.edges:
-        by_pair.setdefault((move.home, move.reader), []).append(move)
+        by_pair.setdefault((move.home, move.reader, move.phase, move.wanted), []).append(move)
     expanded: dict[tuple[object, ...], np.ndarray] = {}
     totals: dict[tuple[int, ...], np.ndarray] = {}
-    for (home, reader), moves in by_pair.items():
+
+    def total(tables: list[np.ndarray]) -> np.ndarray:
+        """Their sum; of the same tables the same array."""
+        same = tuple(sorted(map(id, tables)))
+        if same not in totals:
+            totals[same] = sum(tables[1:], tables[0])
+        return totals[same]
+
+    between: dict[tuple[int, int], list[np.ndarray]] = {}
+    for (home, reader, phase, wanted), moves in by_pair.items():
         tables = []
         for move in moves:
             sources, rows = view(home, move.source)
@@ -155,15 +166,7 @@ def _add_moves(network: Network) -> None:
                 expanded[key] = move_table(move, network.place, sources, targets)[np.ix_(rows, columns)]
             tables.append(expanded[key])
         if tables:
-            same = tuple(sorted(map(id, tables)))
-            if same not in totals:
-                totals[same] = sum(tables[1:], tables[0])
-            network.problem.add_table(home, reader, totals[same])
-
-
-def seconds_by_cause(network: Network, states: Sequence[int]) -> Mapping[str, float]:
-    """Predicted seconds of a plan's states: compute, collectives on activations, on gradients, moves between operators."""
-    rows = sum(network.causes[o][:, i] for o, i in enumerate(states))
-    assert not isinstance(rows, int)
-    moves = sum(t[states[u], states[v]] for (u, v), t in network.problem.tables.items())
-    return {"compute": float(rows[0]), "activations": float(rows[1]), "gradients": float(rows[2]), "moves": float(moves)}
+            network.moves[home, reader, phase, wanted] = total(tables)
+            between.setdefault((home, reader), []).extend(tables)
+    for (home, reader), tables in between.items():
+        network.problem.add_table(home, reader, total(tables))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from partita.cost.evaluate import operator_costs
@@ -11,13 +13,28 @@ from partita.cost.predict import Prediction, predict
 from partita.cost.terms import Terms, terms
 from partita.graph.graph import Graph
 from partita.machine import Machine
-from partita.plan.layout import layout
+from partita.plan.layout import Layout, layout
 from partita.plan.plan import Plan
 from partita.simulate.engine import Times, critical, run
 from partita.simulate.step import Laid, Slot, Structure, durations, lay_out, structure
 from partita.simulate.timeline import KERNELS, LINKS, Span, Timeline
 
-__all__ = ["simulate"]
+
+def predicted(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = None, where: Layout | None = None) -> Prediction:
+    """The prediction of a plan, its step simulated: where collectives hide behind kernels, a step takes less than the sum of its parts."""
+    found, where = found or terms(graph, machine.backend), where or layout(graph, plan)
+    prediction = predict(graph, machine, plan, found, where)
+    if machine.backend.overlap == 0:
+        return prediction
+    _, _, times = _simulated(graph, machine, plan, found, where)
+    return replace(prediction, seconds=times.seconds)
+
+
+def _simulated(graph: Graph, machine: Machine, plan: Plan, found: Terms, where: Layout) -> tuple[Structure, Laid, Times]:
+    place, step = Placement(machine, plan.mesh), structure(graph, found)
+    seconds = durations(step, operator_costs(found, place, where, plan), found.edges, place, where)
+    laid = lay_out(step, seconds, machine.backend.overlap)
+    return step, laid, run(laid.tasks)
 
 
 def simulate(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = None) -> Timeline:
@@ -25,14 +42,9 @@ def simulate(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = N
 
     The machine needs not be at hand. `found` are the graph's terms, if they are known already.
     """
-    found = found or terms(graph, machine.backend)
-    where, place = layout(graph, plan), Placement(machine, plan.mesh)
+    found, where = found or terms(graph, machine.backend), layout(graph, plan)
     prediction = predict(graph, machine, plan, found, where)
-    step = structure(graph, found)
-    seconds = durations(step, operator_costs(found, place, where, plan), found.edges, place, where)
-    laid = lay_out(step, seconds, machine.backend.overlap)
-    times = run(laid.tasks)
-    return _timeline(graph, plan, machine, step, laid, times, prediction)
+    return _timeline(graph, plan, machine, *_simulated(graph, machine, plan, found, where), prediction)
 
 
 def _timeline(

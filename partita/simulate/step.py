@@ -27,7 +27,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-from partita.cost.evaluate import PHASES, OperatorCost
+from partita.cost.evaluate import PARTS, PHASES, OperatorCost
 from partita.cost.fusion import Key
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.terms import Move, Terms
@@ -245,18 +245,13 @@ def durations(
     for m in edges:
         a, b = layout.assignments[m.home], layout.assignments[m.reader]
         moves[m.home, m.reader, m.phase, m.wanted] += move_seconds(m, place, resolve(m.source, a), resolve(m.target, b))
+    parts = [cost.parts()[:, 0] for cost in costs]
     found = np.zeros(len(step.slots))
     for n, slot in enumerate(step.slots):
         if slot.kind == "move":
-            found[n] = moves.pop((slot.operator, slot.reader, slot.phase, slot.wanted), 0.0)
+            found[n] = moves[slot.operator, slot.reader, slot.phase, slot.wanted]
         elif slot.kind != "join":
-            cost = costs[slot.operator]
-            found[n] = {
-                "compute": cost.computed[PHASES.index(slot.phase), 0] * slot.share,
-                "exchange": cost.exchanged[PHASES.index(slot.phase), 0],
-                "sum": cost.summed[0],
-                "gather": cost.gathered[0],
-            }[slot.kind]
+            found[n] = parts[slot.operator][PARTS.index((slot.kind, slot.phase))] * slot.share
     return found
 
 
