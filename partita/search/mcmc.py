@@ -19,7 +19,7 @@ import numpy as np
 from numba import njit
 
 from partita.search.base import Progress, Report, SearchResult
-from partita.search.simulated import Simulated, fill
+from partita.search.simulated import Simulated, change, fill
 from partita.simulate.engine import sweep
 
 HOT, COLD = 0.02, 0.0005
@@ -118,7 +118,7 @@ def _chain(  # noqa: ANN202, PLR0913
     now, held = end.max(), 0.0
     for o in range(operators):
         held += nbytes[nbytes_first[o] + chosen[o]]
-    before_end, touched, was = np.empty(n), np.empty(n, np.int64), np.empty(n)
+    before_end, touched, was = np.empty(n), np.empty(4 * n, np.int64), np.empty(4 * n)
     changed, previous = np.empty(operators, np.int64), np.empty(operators, np.int64)
     for step in range(count):
         heat = hot * (cold / hot) ** (step / count)
@@ -147,18 +147,10 @@ def _chain(  # noqa: ANN202, PLR0913
             chosen[changed[i]] = to
         count_touched, begin = 0, n
         for i in range(size):
-            p = changed[i]
-            for s in range(own_first[p], own_first[p + 1]):
-                value = data[own_row[s] + to] * own_share[s]
-                count_touched, begin = _set(own_task[s], value, seconds, touched, was, count_touched, begin)
-                if own_hold[s] >= 0:
-                    count_touched, begin = _set(own_hold[s], value * (1 - overlap), seconds, touched, was, count_touched, begin)
-            for j in range(near_first[p], near_first[p + 1]):
-                m = near[j]
-                value = data[move_table[m] + chosen[move_ends[m, 0]] * states[move_ends[m, 1]] + chosen[move_ends[m, 1]]]
-                count_touched, begin = _set(move_task[m], value, seconds, touched, was, count_touched, begin)
-                if move_hold[m] >= 0:
-                    count_touched, begin = _set(move_hold[m], value * (1 - overlap), seconds, touched, was, count_touched, begin)
+            count_touched, begin = change(
+                changed[i], chosen, seconds, touched, was, count_touched, begin, near_first, near, overlap, data, states, own_first, own_task,
+                own_hold, own_row, own_share, move_task, move_hold, move_ends, move_table,
+            )  # fmt: skip
         before_end[begin:] = end[begin:]
         sweep(begin, seconds, stream, streams, first, before, start, end)
         new = end.max()
@@ -174,16 +166,6 @@ def _chain(  # noqa: ANN202, PLR0913
                 seconds[touched[i]] = was[i]
             end[begin:] = before_end[begin:]
     return best
-
-
-@njit(cache=True)
-def _set(task, value, seconds, touched, was, count, begin):  # noqa: ANN001, ANN202
-    """Gives a task other seconds, and remembers what it had."""
-    if seconds[task] == value:
-        return count, begin
-    touched[count], was[count] = task, seconds[task]
-    seconds[task] = value
-    return count + 1, min(begin, task)
 
 
 @njit(cache=True)

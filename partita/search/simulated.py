@@ -17,7 +17,7 @@ from partita.cost.evaluate import PARTS
 from partita.search.base import Problem
 from partita.search.network import Network
 from partita.simulate.engine import Tasks, sweep
-from partita.simulate.step import lay_out, structure
+from partita.simulate.step import Slot, lay_out, structure, thinned
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +78,7 @@ class Simulated:
 def simulated(network: Network) -> Simulated:
     """The simulation of a cost network."""
     step, overlap = structure(network.graph, network.terms), network.place.machine.backend.overlap
+    step, _ = thinned(step, [_takes_time(network, slot) for slot in step.slots])
     laid = lay_out(step, np.zeros(len(step.slots)), overlap)
     data: list[np.ndarray] = []
     at: dict[int, int] = {}
@@ -96,15 +97,14 @@ def simulated(network: Network) -> Simulated:
     moves: list[tuple[int, int, int, int, int]] = []
     for n, slot in enumerate(step.slots):
         task, hold = int(laid.task[n]), int(laid.hold[n])
+        if not _takes_time(network, slot):
+            continue
         if slot.kind == "move":
-            table = network.moves.get((slot.operator, slot.reader, slot.phase, slot.wanted))
-            if table is not None:
-                moves.append((task, hold, slot.operator, slot.reader, put(table)))
-        elif slot.kind != "join":
+            table = network.moves[slot.operator, slot.reader, slot.phase, slot.wanted]
+            moves.append((task, hold, slot.operator, slot.reader, put(table)))
+        else:
             parts = network.parts[slot.operator]
-            row = PARTS.index((slot.kind, slot.phase))
-            if parts[row].any():
-                own[slot.operator].append((task, hold, put(parts) + row * parts.shape[1], slot.share))
+            own[slot.operator].append((task, hold, put(parts) + PARTS.index((slot.kind, slot.phase)) * parts.shape[1], slot.share))
     near: list[list[int]] = [[] for _ in network.graph.operators]
     for m, (_, _, home, reader, _) in enumerate(moves):
         near[home].append(m)
@@ -118,6 +118,14 @@ def simulated(network: Network) -> Simulated:
         np.array([share for *_, share in flat], float), moved[:, 0].copy(), moved[:, 1].copy(), moved[:, 2:4].copy(), moved[:, 4].copy(),
         starts(near), np.array([m for mine in near for m in mine], np.int64), starts(network.states), np.concatenate(network.problem.nbytes),
     )  # fmt: skip
+
+
+def _takes_time(network: Network, slot: Slot) -> bool:
+    """Whether a task takes time under any states."""
+    if slot.kind == "move":
+        table = network.moves.get((slot.operator, slot.reader, slot.phase, slot.wanted))
+        return table is not None and bool(table.any())
+    return slot.kind != "join" and bool(network.parts[slot.operator][PARTS.index((slot.kind, slot.phase))].any())
 
 
 def relaxed(network: Network) -> Problem:
@@ -153,3 +161,35 @@ def fill(chosen, into, overlap, data, states, own_first, own_task, own_hold, own
         into[move_task[m]] = seconds
         if move_hold[m] >= 0:
             into[move_hold[m]] = seconds * (1 - overlap)
+
+
+@njit(cache=True)
+def change(  # noqa: ANN201, PLR0913
+    o, chosen, into, touched, was, count, begin, near_first, near,  # noqa: ANN001
+    overlap, data, states, own_first, own_task, own_hold, own_row, own_share, move_task, move_hold, move_ends, move_table,  # noqa: ANN001
+):  # fmt: skip
+    """Writes the seconds that operator o changes: (how many tasks are `touched` by now, the first of them); `was` is what they took."""
+    for s in range(own_first[o], own_first[o + 1]):
+        seconds = data[own_row[s] + chosen[o]] * own_share[s]
+        count, begin = _set(own_task[s], own_hold[s], seconds, overlap, into, touched, was, count, begin)
+    for j in range(near_first[o], near_first[o + 1]):
+        m = near[j]
+        reader = move_ends[m, 1]
+        seconds = data[move_table[m] + chosen[move_ends[m, 0]] * states[reader] + chosen[reader]]
+        count, begin = _set(move_task[m], move_hold[m], seconds, overlap, into, touched, was, count, begin)
+    return count, begin
+
+
+@njit(cache=True)
+def _set(task, hold, seconds, overlap, into, touched, was, count, begin):  # noqa: ANN001, ANN202
+    """Gives a task, and what it holds up, other seconds."""
+    if into[task] == seconds:
+        return count, begin
+    touched[count], was[count] = task, into[task]
+    into[task] = seconds
+    count += 1
+    if hold >= 0:
+        touched[count], was[count] = hold, into[hold]
+        into[hold] = seconds * (1 - overlap)
+        count += 1
+    return count, min(begin, task)

@@ -237,6 +237,28 @@ def _ordered(
     return Structure(tuple(slots[node] for node in place), before, tuple(-1 if node is None else place[node] for node in nodes))
 
 
+def thinned(step: Structure, keep: Sequence[bool]) -> tuple[Structure, tuple[int, ...]]:
+    """The structure without slots that never take time, and the numbers of those left: what waited for one waits for what it waited for.
+
+    One that is not to be kept stays where it joins many to many: it stands for as many pairs.
+    """
+    readers = np.bincount([b for mine in step.before for b in mine], minlength=len(step.slots))
+    left: list[int] = []
+    place: dict[int, int] = {}
+    through: list[frozenset[int]] = []
+    before: list[tuple[int, ...]] = []
+    for n, mine in enumerate(step.before):
+        sources: frozenset[int] = frozenset().union(*(through[b] for b in mine))
+        if keep[n] or len(sources) * readers[n] > len(sources) + readers[n]:
+            place[n] = len(left)
+            left.append(n)
+            before.append(tuple(sorted(place[s] for s in sources)))
+            sources = frozenset((n,))
+        through.append(sources)
+    of = tuple(place.get(slot, -1) for slot in step.of)
+    return Structure(tuple(step.slots[n] for n in left), tuple(before), of), tuple(left)
+
+
 def durations(
     step: Structure, costs: Sequence[OperatorCost], edges: Iterable[Move], place: Placement, layout: Layout
 ) -> np.ndarray:
