@@ -124,6 +124,15 @@ def tau(rows: list[dict], way: str) -> float | None:
     return float(kendalltau([r[way] for r in rows], [r["seconds"] for r in rows])[0]) if len(rows) > 1 else None
 
 
+def distinct(plans: dict) -> dict:
+    """The plans without those that are the same program as one before: data x tensor on two devices, ZeRO-2 beside ZeRO-1."""
+    found: dict[str, tuple] = {}
+    for name, plan in plans.items():
+        stored = sorted((path, s.dim, s.axes, s.zero == 3) for path, s in plan.storage.items())
+        found.setdefault(repr((plan.to_json()["operators"], stored)), (name, plan))
+    return dict(found.values())
+
+
 def child(models: list[str], devices: int, rounds: int) -> None:
     """Measures rates once, then per model: steps under every plan, and its operators."""
     from partita.api import capture, predicted, search
@@ -142,7 +151,7 @@ def child(models: list[str], devices: int, rounds: int) -> None:
         model.compile("adam", loss)
         captured = capture(model, batch)
         result = search(captured, machine, measure=True)
-        plans = {n: p for n, (p, _) in result.baselines.items()} | {"found": result.plan}
+        plans = distinct({n: p for n, (p, _) in result.baselines.items()} | {"found": result.plan})
         plans = plans if devices > 1 else {"one device": plans["one device"]}
         measured = operators.measured_operators(captured, machine, list(plans.values()))
         records = operators.load(operators.file_of_operators(machine), key_of(devices))

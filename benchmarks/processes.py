@@ -1,4 +1,4 @@
-"""The found plan against what an expert would write, on two processes of one core each, over links of three speeds.
+"""The found plan against what an expert would write and against `keras.distribution`, on two processes of one core each, three links.
 
     sudo python benchmarks/processes.py                     # all models, full speed, 1 Gbit/s and 200 Mbit/s
     python benchmarks/processes.py --links full --models lstm
@@ -13,14 +13,17 @@ import argparse
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 LINKS = {"full": "", "1gbit": "1gbit", "200mbit": "200mbit"}
 PLANS = ("data parallel", "one weird trick", "tensor parallel", "data x tensor", "ZeRO-3", "one device")
+KERAS = "keras.distribution"
 MODELS = ("alexnet", "transformer", "recommender", "lstm")
 
 
@@ -62,6 +65,25 @@ def model_of(name: str):  # noqa: ANN201
     return model, batch
 
 
+def keras_seconds(name: str, rounds: int) -> float:
+    """Median seconds of a step under `keras.distribution.DataParallel`, each process reading its own half of the batch."""
+    import keras
+    import numpy as np
+
+    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=keras.distribution.list_devices(), auto_shard_dataset=False))
+    model, batch = model_of(name)
+    part = batch // 2
+    inputs = [np.zeros((part, *i.shape[1:]), i.dtype) for i in model.inputs]
+    labels = np.zeros((part, *model.output_shape[1:-1]), "int32")
+    times = []
+    for _ in range(rounds + 1):
+        begun = time.perf_counter()
+        model.train_on_batch(inputs[0] if len(inputs) == 1 else inputs, labels)
+        times.append(time.perf_counter() - begun)
+    keras.distribution.set_distribution(None)
+    return statistics.median(times[1:])
+
+
 def child(models: list[str], rounds: int) -> None:
     os.environ["KERAS_BACKEND"] = "jax"
     from partita.execute.devices import at_hand, request_cpu_devices
@@ -88,6 +110,7 @@ def child(models: list[str], rounds: int) -> None:
         if result.plan.devices == 1:  # what it comes down to: both processes do all of it
             plans["found"] = plans["one device"]
         times = step_seconds(captured, plans, rounds)
+        both[KERAS], times[KERAS] = both["data parallel"], keras_seconds(name, rounds)
         if is_first():
             rows = {n: {"predicted": both[n][1].seconds, "measured": times.get(n)} for n in both}
             print("RESULT " + json.dumps({"model": name, "plan": dict(result.plan.choices), "rows": rows}), flush=True)
@@ -151,8 +174,9 @@ def show(link: str, result: dict) -> None:
         measured = f"{r['measured']:8.3f} s" if r["measured"] else "         -"
         print(f"  {n:16s} predicted {r['predicted']:8.3f} s  measured {measured}")
     if times:
-        best = min((t, n) for n, t in times.items() if n != "found")
-        print(f"  data parallel / found {times['data parallel'] / times['found']:.2f}; found / best baseline ({best[1]}) {times['found'] / best[0]:.3f}")
+        best = min((t, n) for n, t in times.items() if n not in ("found", KERAS))
+        gains = "; ".join(f"{n} / found {times[n] / times['found']:.2f}" for n in (KERAS, "data parallel"))
+        print(f"  {gains}; found / best baseline ({best[1]}) {times['found'] / best[0]:.3f}")
     print(f"  {result['plan']}", flush=True)
 
 
