@@ -2,7 +2,7 @@
 
     python benchmarks/applications.py                       # all: about an hour on two cores
     python benchmarks/applications.py --only mobilenet --check 99
-    python benchmarks/applications.py --machine dgx-h100:8
+    python benchmarks/applications.py --machine dgx-h100:8               # planned for 64
 
 No weights are loaded and, for capturing and planning, none allocated. The smallest, by FLOPs of a step, are then trained one
 step on 8 virtual devices under the plan found for a machine so slow at computing that everything is worth splitting.
@@ -36,7 +36,7 @@ TOLERANCE = 2e-3
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="models whose name has this in it")
-    parser.add_argument("--machine", default="dgx-h100:8")
+    parser.add_argument("--machine", default="h100:8")
     parser.add_argument("--check", type=int, default=10, help="how many of the smallest to run")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--one", help=argparse.SUPPRESS)

@@ -119,6 +119,11 @@ def _chain(  # noqa: ANN202, PLR0913
     for o in range(operators):
         held += nbytes[nbytes_first[o] + chosen[o]]
     before_end, touched, was = np.empty(n), np.empty(4 * n, np.int64), np.empty(4 * n)
+    busy, last = np.zeros(streams), np.full(n, -1.0)
+    for k in range(n):
+        if stream[k] >= 0:
+            busy[stream[k]] += seconds[k]
+    work, new = busy.copy(), now
     changed, previous = np.empty(operators, np.int64), np.empty(operators, np.int64)
     for step in range(count):
         heat = hot * (cold / hot) ** (step / count)
@@ -151,11 +156,27 @@ def _chain(  # noqa: ANN202, PLR0913
                 changed[i], chosen, seconds, touched, was, count_touched, begin, near_first, near, overlap, data, states, own_first, own_task,
                 own_hold, own_row, own_share, move_task, move_hold, move_ends, move_table,
             )  # fmt: skip
-        before_end[begin:] = end[begin:]
-        sweep(begin, seconds, stream, streams, first, before, start, end)
-        new = end.max()
-        if new <= now or np.random.random() < np.exp((now - new) / (heat * now)):
+        most = now - heat * now * np.log(np.random.random())
+        work[:] = busy
+        for i in range(count_touched - 1, -1, -1):  # the first of a task's entries has what it took before
+            last[touched[i]] = was[i]
+        for i in range(count_touched):
+            k = touched[i]
+            if last[k] >= 0:
+                if stream[k] >= 0:
+                    work[stream[k]] += seconds[k] - last[k]
+                last[k] = -1.0
+        accepted = work.max() <= most * (1 + 1e-9)  # what a stream has to do is below the step: most proposals end here
+        if accepted:
+            before_end[begin:] = end[begin:]
+            sweep(begin, seconds, stream, streams, first, before, start, end)
+            new = end.max()
+            accepted = new <= most
+            if not accepted:
+                end[begin:] = before_end[begin:]
+        if accepted:
             now, held = new, held + more
+            busy[:] = work
             if now < best * (1 - 1e-12):
                 best = now
                 top[:] = chosen
@@ -164,7 +185,6 @@ def _chain(  # noqa: ANN202, PLR0913
                 chosen[changed[i]] = previous[i]
             for i in range(count_touched - 1, -1, -1):
                 seconds[touched[i]] = was[i]
-            end[begin:] = before_end[begin:]
     return best
 
 
