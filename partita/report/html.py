@@ -687,7 +687,8 @@ dl,dd{margin:0}
 .box .seg:not(.none){background-image:repeating-linear-gradient(to right,transparent 0 calc(var(--w) - 1px),var(--cut) calc(var(--w) - 1px) var(--w))}
 .seg.none,.mark.none{background:repeating-linear-gradient(135deg,var(--same) 0 5px,var(--same2) 5px 7px);color:var(--ink)}
 .box .seg.none i{background:var(--same)}
-.legend .seg{height:1.4em;line-height:1.4em;margin:0 .5em 0 0;vertical-align:-.35em}
+.legend .seg{height:1.4em;line-height:1.4em;margin:0 .5em 0 0}
+.legend .mark:not(.key-zero){vertical-align:-.35em}
 .zero{grid-row:2;height:3px;background:var(--zero);margin:0}
 .key-zero{height:3px;background:var(--zero);border-radius:0;vertical-align:.35em}
 .time{display:grid;grid-template-columns:minmax(0,1fr) 7.2em;gap:.6rem;align-items:center;font-size:.84rem}
