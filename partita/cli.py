@@ -69,10 +69,14 @@ def run(
             raise typer.Exit(launch(processes, _arguments_of_one(), devices or _planned_devices(plan), _say(False)))
         quiet = not join() or quiet
         start_devices(devices or _planned_devices(plan))
-        from partita.api import planner
+        from partita.api import planner, simulate_captured
         from partita.keras.script import run_script
 
+        simulated: list[tuple[Any, Any]] = []
+
         def seen(captured: Any, machine: Any, chosen: Any) -> None:
+            if report is not None:
+                simulated.append((chosen, simulate_captured(captured, machine, chosen)))
             if save_plan is not None:
                 _write(save_plan, lambda: chosen.save(save_plan))
             if not quiet:
@@ -91,7 +95,7 @@ def run(
             if report is not None:
                 number = f"-{len(pages) + 1}" if pages else ""
                 pages.append(report.with_name(f"{report.stem}{number}{report.suffix}"))
-                _write_page(pages[-1], job.plan, job.measured)
+                _write_page(pages[-1], job.plan, job.measured, next((step for plan, step in simulated if plan is job.plan), None))
 
         with progress(quiet) as shown:
             choose = planner(devices, None, plan, shown, seen, measure_operators, timing(quiet))
@@ -115,15 +119,16 @@ def plan(
     """
     with _errors():
         captured, where = _captured(script, context.args, devices, machine, as_json)
-        from partita.api import explained, here, search
+        from partita.api import explained, here, search, simulate_captured
         from partita.report.tables import comparison_table, plan_table, summary
 
         with progress(as_json) as shown:
-            chosen = explained(search(captured, where, shown, measure_operators and here(machine), timing(as_json), seconds))
+            result = search(captured, where, shown, measure_operators and here(machine), timing(as_json), seconds)
+            chosen = explained(result)
         if save_plan is not None:
             _write(save_plan, lambda: chosen.save(save_plan))
         if report is not None:
-            _write_page(report, chosen)
+            _write_page(report, chosen, timeline=simulate_captured(captured, result.network.place.machine, chosen))
         if as_json:
             print(json.dumps(chosen.to_json()))
             return
@@ -163,6 +168,7 @@ def simulate(
     context: typer.Context, script: Script, devices: Devices = None, machine: MachineName = None,
     plan: Annotated[str, typer.Option(help="A plan file, 'found' (searched for), or what an expert would write: dp, tp, owt, fsdp, ...")] = "found",
     trace: Annotated[Path | None, typer.Option(help="Write the timeline to this file, for ui.perfetto.dev or chrome://tracing.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a page that shows the timeline, and the plan if it has reasons, to this .html file.")] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """One training step under a plan, simulated: time, what waits for what, memory and traffic. No device is needed.
@@ -171,14 +177,17 @@ def simulate(
     """
     with _errors():
         captured, where = _captured(script, context.args, devices, machine, as_json)
-        from partita.api import simulate_captured
+        from partita.api import named_plan, simulate_captured
         from partita.report.tables import timeline_summary, timeline_table
         from partita.report.trace import trace as trace_of
 
         with progress(as_json) as shown:
-            timeline = simulate_captured(captured, where, plan, shown)
+            chosen = named_plan(plan, captured.graph, where, shown)
+        timeline = simulate_captured(captured, where, chosen)
         if trace is not None:
             _write(trace, lambda: _save(trace, json.dumps(trace_of(timeline))), "trace")
+        if report is not None:
+            _write_page(report, chosen if chosen.why and chosen.machine == where.name else None, timeline=timeline)
         if as_json:
             print(json.dumps(timeline.to_json()))
             return
@@ -187,6 +196,8 @@ def simulate(
             out.print(line, highlight=False, markup=False)
         if trace is not None:
             err.print(f"trace written to {trace}: open it at ui.perfetto.dev or chrome://tracing", markup=False, soft_wrap=True)
+        if report is not None:
+            err.print(f"report written to {report}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -412,10 +423,11 @@ def _say(quiet: bool) -> Callable[[str], None]:
     return (lambda text: None) if quiet else (lambda text: err.print(f"partita: {text}", markup=False, soft_wrap=True))
 
 
-def _write_page(path: Path, plan: Any, measured: Any = None) -> None:
-    from partita.report.html import page
+def _write_page(path: Path, plan: Any, measured: Any = None, timeline: Any = None) -> None:
+    """The page of a plan, with its simulated step if there is one; without a plan, that of the step alone."""
+    from partita.report.html import page, timeline_page
 
-    _write(path, lambda: _save(path, page(plan, measured)), "report")
+    _write(path, lambda: _save(path, timeline_page(timeline) if plan is None else page(plan, measured, timeline)), "report")
 
 
 def _save(path: Path, text: str) -> None:

@@ -1,9 +1,8 @@
 """A plan as one web page: the split of every layer as a picture, where the time, the memory and the traffic go, and what was given up.
 
-`page` takes values and gives text. The page is one file that asks for nothing: no script, no font, no picture from elsewhere; its own
-content policy forbids them. Pictures are boxes laid out by the browser, so that they fit a phone and can be read aloud.
-
-Every text goes through `tag`, which escapes it unless it is `Html` already: a layer may be called anything.
+`page` takes values and gives text; `timeline_page` shows a simulated step alone. A page is one file that asks for nothing: no font, no
+picture from elsewhere, and no script but the one that zooms a timeline; its own content policy forbids all others. Pictures are boxes laid out
+by the browser, so that they fit a phone and can be read aloud.
 """
 
 from __future__ import annotations
@@ -13,11 +12,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from html import escape
 from typing import Any
 
 from partita.plan.plan import Plan, Storage, choice_text
-from partita.units import format_bytes, format_flops, format_seconds
+from partita.report import timeline as picture
+from partita.report.elements import Html, bar_of, join, line_of, marked, seconds_text, section_of, table_of, tag
+from partita.simulate.timeline import Timeline
+from partita.units import format_bytes, format_flops
 
 EXCHANGE = ("activations", "gradients", "moves")
 KINDS = {
@@ -47,33 +48,6 @@ TOP = 15
 """How many layers a list shows before the rest is summed up or folded."""
 
 
-class Html(str):
-    """Text that is HTML already; every other text is escaped where it enters a tag."""
-
-
-def tag(name: str, /, *inside: str | Iterable[str], **attributes: Any) -> Html:
-    """One element, with all that is not `Html` escaped. `class_` is class, `aria_label` is aria-label; None leaves one out.
-
-    >>> print(tag("p", "a < b", tag("br"), class_="note"))
-    <p class="note">a &lt; b<br></p>
-    """
-    given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
-    start = name + "".join(f' {key}="{escape(str(value))}"' for key, value in given.items())
-    if name in ("br", "meta", "link"):
-        return Html(f"<{start}>")
-    return Html(f"<{start}>{_join(inside)}</{name}>")
-
-
-def _join(inside: Iterable[str | Iterable[str]]) -> Html:
-    parts = []
-    for one in inside:
-        if isinstance(one, Html):
-            parts.append(one)
-        else:
-            parts.append(escape(one) if isinstance(one, str) else _join(one))
-    return Html("".join(parts))
-
-
 @dataclass(frozen=True)
 class Layer:
     """A layer of the plan: what each axis does to it, how its variables are stored, what it is predicted to cost."""
@@ -97,16 +71,18 @@ class Layer:
         return self.compute + self.exchange
 
 
-def page(plan: Plan, measured: Mapping[str, Any] | None = None) -> str:
+def page(plan: Plan, measured: Mapping[str, Any] | None = None, timeline: Timeline | None = None) -> str:
     """One HTML page that shows a plan, whole in itself; what the plan does not hold is left out.
 
     `measured` may hold "seconds" (median of a step), "peak_bytes" (by the compiler), "traffic_bytes" by collective, and "flops".
+    `timeline` is a step of the plan, simulated.
     """
     measured = measured or {}
     layers = _layers(plan)
     body = [
         _header(plan, measured),
         _splits(plan, layers),
+        picture.section(timeline) if timeline is not None else Html(""),
         _memory(plan, measured),
         _traffic(plan, measured, layers),
         _compared(plan, measured),
@@ -114,21 +90,46 @@ def page(plan: Plan, measured: Mapping[str, Any] | None = None) -> str:
         _given_up(plan, layers),
         _sources(plan),
     ]
+    return _document(f"{plan.graph} on {plan.machine}", body, timeline is not None)
+
+
+def timeline_page(timeline: Timeline) -> str:
+    """One HTML page that shows a simulated step alone, whole in itself."""
+    said = f"{seconds_text(timeline.seconds)} a step simulated on {timeline.machine}"
+    facts = {
+        "plan": timeline.plan,
+        "devices": str(timeline.devices),
+        "kernels run": f"{timeline.busy_part():.0%} of the step".replace("%", " %"),
+        "memory a device": format_bytes(timeline.peak_bytes),
+        "sent by a device": format_bytes(sum(timeline.traffic.values())),
+    }
+    header = tag("header", tag("p", "Partita · ", timeline.graph, class_="kicker"), tag("h1", said), _listed(facts, "facts"))
+    notes = tag("ul", (tag("li", note) for note in timeline.notes), class_="notes") if timeline.notes else Html("")
+    sources = {"time": timeline.source, "model": timeline.graph, "machine": timeline.machine}
+    body = [header, notes, picture.section(timeline), section_of("Where the figures come from", _listed(sources, "sources"))]
+    return _document(f"{timeline.graph} on {timeline.machine}", body, True)
+
+
+def _document(title: str, body: Iterable[Html], zooms: bool) -> str:
+    """The whole file: what stands in it, its style, and a policy that allows nothing else."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:" + (f"; script-src '{picture.HASH}'" if zooms else "")
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
-        tag(
-            "meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-        ),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
         tag("link", rel="icon", href="data:,"),
-        tag("title", f"{plan.graph} on {plan.machine} - Partita"),
-        tag("style", Html(STYLE)),
+        tag("title", f"{title} - Partita"),
+        tag("style", Html(STYLE + (picture.STYLE if zooms else ""))),
     )
-    return (
-        f"<!doctype html>\n{tag('html', head, tag('body', tag('main', (Html(b + chr(10)) for b in body if b))), lang='en')}\n"
-    )
+    script = tag("script", Html(picture.SCRIPT)) if zooms else ""
+    main = tag("main", (Html(b + "\n") for b in body if b))
+    return f"<!doctype html>\n{tag('html', head, tag('body', main, script), lang='en')}\n"
+
+
+def _listed(facts: Mapping[str, str | None], class_: str) -> Html:
+    return tag("dl", (tag("div", tag("dt", k), tag("dd", v)) for k, v in facts.items() if v), class_=class_)
 
 
 def _layers(plan: Plan) -> list[Layer]:
@@ -154,10 +155,6 @@ def _owner(path: str, plan: Plan) -> str | None:
 
 
 # Numbers
-
-
-def _seconds(value: float) -> str:
-    return format_seconds(value).replace(" us", " µs")
 
 
 def _signed(value: float, text: Any) -> str:
@@ -190,7 +187,7 @@ def _off(predicted: float, measured: float) -> str:
 
 
 def _range(values: Sequence[float]) -> str:
-    low, high = _seconds(min(values)), _seconds(max(values))
+    low, high = seconds_text(min(values)), seconds_text(max(values))
     if low == high:
         return low
     return f"{low.split()[0]} – {high}" if low.split()[1] == high.split()[1] else f"{low} – {high}"
@@ -209,13 +206,13 @@ def _headline(plan: Plan, measured: Mapping[str, Any]) -> str:
     seconds, real = plan.predicted.get("seconds"), measured.get("seconds")
     if seconds is None:
         said = f"How {plan.graph} is split"
-        return f"{said} on {plan.machine}" if real is None else f"{_seconds(real)} a step measured on {plan.machine}"
+        return f"{said} on {plan.machine}" if real is None else f"{seconds_text(real)} a step measured on {plan.machine}"
     base = plan.why.get("baselines", {}).get("data parallel", {}).get("seconds")
     gain = f", {_times(base / seconds)}× as fast as data parallel" if base and seconds else ""
     if real is None:
-        return f"{_seconds(seconds)} a step predicted on {plan.machine}{gain}"
+        return f"{seconds_text(seconds)} a step predicted on {plan.machine}{gain}"
     off = _off(seconds, real)
-    return f"{_seconds(seconds)} a step predicted on {plan.machine}{gain}; {_seconds(real)} measured, {off}"
+    return f"{seconds_text(seconds)} a step predicted on {plan.machine}{gain}; {seconds_text(real)} measured, {off}"
 
 
 def _facts(plan: Plan) -> Html:
@@ -228,7 +225,7 @@ def _facts(plan: Plan) -> Html:
         "work a device": format_flops(p["flops"]) if "flops" in p else None,
         "how sure": _proof(p),
     }
-    return tag("dl", (tag("div", tag("dt", k), tag("dd", v)) for k, v in facts.items() if v), class_="facts")
+    return _listed(facts, "facts")
 
 
 def _proof(predicted: Mapping[str, Any]) -> str | None:
@@ -246,18 +243,13 @@ def _splits(plan: Plan, layers: Sequence[Layer]) -> Html:
     blocks = fold(layers)
     longest = max((layer.seconds for layer in layers), default=0.0)
     rows = (_block(plan, rounds, longest) for rounds in blocks)
-    return _section(
+    return section_of(
         "How each layer is split",
         tag("p", _reading(plan, layers)),
         _legend(plan, layers),
         tag("div", _axes(plan), tag("ol", rows, class_="layers"), class_="picture"),
         _unowned(plan),
     )
-
-
-def _section(title: str, *inside: str | Iterable[str]) -> Html:
-    name = re.sub("[^a-z]+", "-", title.lower())
-    return tag("section", tag("h2", title, id=name), *inside, aria_labelledby=name)
 
 
 def _reading(plan: Plan, layers: Sequence[Layer]) -> str:
@@ -325,11 +317,11 @@ def _runs(values: Sequence[Any]) -> list[tuple[int, int, Any]]:
 def _block(plan: Plan, rounds: Sequence[Sequence[Layer]], longest: float) -> Html:
     rows = [_row(plan, [r[i] for r in rounds], longest) for i in range(len(rounds[0]))]
     if len(rounds) == 1:
-        return _join(tag("li", row) for row in rows)
+        return join(tag("li", row) for row in rows)
     count = len(rounds[0])
     title = f"× {len(rounds)}"
     what = f"this layer, {len(rounds)} times" if count == 1 else f"these {count} layers, {len(rounds)} times"
-    names = (tag("li", layer.name, tag("span", _seconds(layer.seconds)) if layer.cost else "") for r in rounds for layer in r)
+    names = (tag("li", layer.name, tag("span", seconds_text(layer.seconds)) if layer.cost else "") for r in rounds for layer in r)
     listing = tag("details", tag("summary", tag("b", title), f" {what}"), tag("ol", names, class_="names"))
     return tag("li", tag("ol", (tag("li", row) for row in rows)), listing, class_="fold")
 
@@ -381,15 +373,10 @@ def _time(layers: Sequence[Layer], longest: float) -> Html:
         return tag("div", class_="time")
     compute, exchange = (sum(values) / len(layers) for values in ([x.compute for x in layers], [x.exchange for x in layers]))
     causes = {c: sum(x.cost.get(c, 0.0) for x in layers) / len(layers) for c in EXCHANGE}
-    parts = [f"compute {_seconds(compute)}", *(f"{c} {_seconds(s)}" for c, s in causes.items() if s)]
+    parts = [f"compute {seconds_text(compute)}", *(f"{c} {seconds_text(s)}" for c, s in causes.items() if s)]
     title = ("on average: " if len(layers) > 1 else "") + ", ".join(parts)
-    bar = _bar([("compute", compute), ("exchange", exchange)], longest, title)
+    bar = bar_of([("compute", compute), ("exchange", exchange)], longest, title)
     return tag("div", bar, tag("span", _range([x.seconds for x in layers]), class_="figure"), class_="time")
-
-
-def _bar(parts: Iterable[tuple[str, float]], whole: float, title: str) -> Html:
-    spans = (tag("span", class_=name, style=f"width:{100 * part / whole:.3f}%") for name, part in parts if whole and part > 0)
-    return tag("div", spans, class_="bar", role="img", aria_label=title, title=title)
 
 
 def _unowned(plan: Plan) -> Html:
@@ -397,7 +384,7 @@ def _unowned(plan: Plan) -> Html:
     for path, storage in plan.storage.items():
         if _owner(path, plan) is None:
             found.setdefault(_storage(storage), []).append(path)
-    return _join(tag("p", f"Also stored {way}: {', '.join(paths)}.", class_="note") for way, paths in found.items())
+    return join(tag("p", f"Also stored {way}: {', '.join(paths)}.", class_="note") for way, paths in found.items())
 
 
 def _storage(storage: Storage) -> str:
@@ -476,31 +463,12 @@ def _memory(plan: Plan, measured: Mapping[str, Any]) -> Html:
     parts = [(f"m{min(i, 7)}", kind, count) for i, (kind, count) in enumerate((kinds or {"peak": total}).items())]
     bars = []
     if total:
-        bars.append(_line("predicted peak", [(c, n) for c, _, n in parts], whole, format_bytes(total)))
+        bars.append(line_of("predicted peak", [(c, n) for c, _, n in parts], whole, format_bytes(total)))
     if real is not None:
-        bars.append(_line("by the compiler", [("real", real)], whole, format_bytes(real)))
-    rows = ([_mark(c, kind), format_bytes(count), _percent(count / total)] for c, kind, count in parts)
-    table = _table("Memory of one device by kind", ["kind", "at the peak", "share"], rows) if kinds else ""
-    return _section("Memory per device by kind", tag("div", bars, class_="bars"), table)
-
-
-def _mark(classes: str, text: str) -> Html:
-    return tag("span", tag("span", class_=f"mark {classes}", aria_hidden="true"), text, class_="marked")
-
-
-def _line(name: str, parts: Sequence[tuple[str, float]], whole: float, *figures: str | None, class_: str | None = None) -> Html:
-    """One bar with its name before and its figures after it."""
-    said = f"{name}: {', '.join(f for f in figures if f)}"
-    shown = tag("span", (tag("span", f) for f in figures if f), class_="figure")
-    return tag("div", tag("span", name, class_="name"), _bar(parts, whole, said), shown, class_=f"line {class_ or ''}".strip())
-
-
-def _table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
-    """A table whose first column names the row; it scrolls in a box of its own where it is too wide."""
-    head = tag("thead", tag("tr", (tag("th", c, scope="col") for c in columns)))
-    body = tag("tbody", (tag("tr", tag("th", row[0], scope="row"), (tag("td", cell) for cell in row[1:])) for row in rows))
-    inside = tag("table", tag("caption", caption, class_="unseen"), head, body)
-    return tag("div", inside, class_="scroll", tabindex="0", role="region", aria_label=caption)
+        bars.append(line_of("by the compiler", [("real", real)], whole, format_bytes(real)))
+    rows = ([marked(c, kind), format_bytes(count), _percent(count / total)] for c, kind, count in parts)
+    table = table_of("Memory of one device by kind", ["kind", "at the peak", "share"], rows) if kinds else ""
+    return section_of("Memory per device by kind", tag("div", bars, class_="bars"), table)
 
 
 def _traffic(plan: Plan, measured: Mapping[str, Any], layers: Sequence[Layer]) -> Html:
@@ -509,8 +477,8 @@ def _traffic(plan: Plan, measured: Mapping[str, Any], layers: Sequence[Layer]) -
     if sent is None and real is None and not per_layer:
         return Html("")
     if not (sent or real or per_layer):
-        return _section("Traffic", tag("p", "The devices exchange nothing."))
-    return _section(
+        return section_of("Traffic", tag("p", "The devices exchange nothing."))
+    return section_of(
         "Traffic", tag("p", "Bytes that one device exchanges in a step."), _by_collective(sent, real), _by_layer(per_layer)
     )
 
@@ -524,12 +492,12 @@ def _by_collective(sent: Mapping[str, float] | None, real: Mapping[str, float] |
     for kind in kinds:
         if sent is not None:
             bars.append(
-                _line(kind.replace("_", "-"), [("exchange", sent.get(kind, 0))], whole, format_bytes(sent.get(kind, 0)))
+                line_of(kind.replace("_", "-"), [("exchange", sent.get(kind, 0))], whole, format_bytes(sent.get(kind, 0)))
             )
         if real is not None:
             name = "emitted" if sent is not None else kind.replace("_", "-")
-            bars.append(_line(name, [("real", real.get(kind, 0))], whole, format_bytes(real.get(kind, 0))))
-    return _join([tag("h3", "By collective"), tag("div", bars, class_="bars")])
+            bars.append(line_of(name, [("real", real.get(kind, 0))], whole, format_bytes(real.get(kind, 0))))
+    return join([tag("h3", "By collective"), tag("div", bars, class_="bars")])
 
 
 def _collectives(sent: Mapping[str, float] | None, real: Mapping[str, float] | None) -> list[str]:
@@ -543,10 +511,10 @@ def _by_layer(per_layer: Mapping[str, float]) -> Html:
         return Html("")
     order = sorted(per_layer, key=lambda name: -per_layer[name])
     whole = per_layer[order[0]]
-    bars = [_line(name, [("exchange", per_layer[name])], whole, format_bytes(per_layer[name])) for name in order[:TOP]]
+    bars = [line_of(name, [("exchange", per_layer[name])], whole, format_bytes(per_layer[name])) for name in order[:TOP]]
     rest = sum(per_layer[name] for name in order[TOP:])
     more = f"{len(order) - TOP} more layers exchange {format_bytes(rest)} together." if rest else ""
-    return _join([tag("h3", "By layer"), tag("div", bars, class_="bars"), tag("p", more, class_="note") if more else ""])
+    return join([tag("h3", "By layer"), tag("div", bars, class_="bars"), tag("p", more, class_="note") if more else ""])
 
 
 # Other plans, and the real run
@@ -565,10 +533,10 @@ def _compared(plan: Plan, measured: Mapping[str, Any]) -> Html:
         lines.append(_plan_line(name, rows[name], whole, base, name == plan.name))
         if name == plan.name and "seconds" in measured:
             real = measured["seconds"]
-            lines.append(_line(f"{name}, measured", [("real", real)], whole, _seconds(real), "", "", class_="found"))
-    keys = [_mark("compute", "compute"), _mark("exchange", "exchange")]
+            lines.append(line_of(f"{name}, measured", [("real", real)], whole, seconds_text(real), "", "", class_="found"))
+    keys = [marked("compute", "compute"), marked("exchange", "exchange")]
     said = "Predicted seconds of a step, against what an expert would write; then the gain over data parallel and the memory of a device."
-    return _section("Plans compared", tag("p", said), tag("p", keys, class_="keys"), tag("div", lines, class_="bars plans"))
+    return section_of("Plans compared", tag("p", said), tag("p", keys, class_="keys"), tag("div", lines, class_="bars plans"))
 
 
 def _plan_line(name: str, row: Mapping[str, Any], whole: float, base: float | None, found: bool) -> Html:
@@ -576,8 +544,8 @@ def _plan_line(name: str, row: Mapping[str, Any], whole: float, base: float | No
     memory = format_bytes(row["peak_bytes"]) if "peak_bytes" in row else ""
     memory += "" if row.get("fits", True) else ", does not fit"
     parts = [("compute", compute), ("exchange", row["seconds"] - compute)]
-    return _line(
-        name, parts, whole, _seconds(row["seconds"]), _gain(base, row["seconds"]), memory, class_="found" if found else None
+    return line_of(
+        name, parts, whole, seconds_text(row["seconds"]), _gain(base, row["seconds"]), memory, class_="found" if found else None
     )
 
 
@@ -588,17 +556,17 @@ def _gain(base: float | None, seconds: float) -> str:
 def _checked(plan: Plan, measured: Mapping[str, Any]) -> Html:
     title = "Predicted against measured"
     if not measured:
-        return _section(title, tag("p", "Nothing was measured: every figure on this page is a prediction."))
+        return section_of(title, tag("p", "Nothing was measured: every figure on this page is a prediction."))
     p = plan.predicted
     rows = [
-        _against("time of a step", p.get("seconds"), measured.get("seconds"), _seconds),
+        _against("time of a step", p.get("seconds"), measured.get("seconds"), seconds_text),
         _against("memory of a device at the peak", p.get("peak_bytes"), measured.get("peak_bytes"), format_bytes),
         *_traffic_rows(p.get("traffic_bytes"), measured.get("traffic_bytes")),
         _against("work of a device", p.get("flops"), measured.get("flops"), format_flops),
     ]
-    table = _table(title, ["", "predicted", "measured", "difference"], [row for row in rows if row])
+    table = table_of(title, ["", "predicted", "measured", "difference"], [row for row in rows if row])
     said = "Time is the median step; memory, traffic and work are the compiler's count of the program that ran."
-    return _section(title, tag("p", said), table)
+    return section_of(title, tag("p", said), table)
 
 
 def _traffic_rows(sent: Mapping[str, float] | None, real: Mapping[str, float] | None) -> list[list[str]]:
@@ -628,7 +596,7 @@ def _given_up(plan: Plan, layers: Sequence[Layer]) -> Html:
     close = sorted((layer for layer in layers if layer.cost.get("alternatives")), key=_closest)
     notes = tag("ul", (tag("li", note) for note in plan.notes), class_="notes") if plan.notes else Html("")
     if not close:
-        return _section("What it gave up, and why", notes) if notes else Html("")
+        return section_of("What it gave up, and why", notes) if notes else Html("")
     said = (
         "What a step and the memory of a device would change by, if this one layer were split otherwise and all others as planned. "
         "The layers whose second best was closest come first."
@@ -636,7 +604,7 @@ def _given_up(plan: Plan, layers: Sequence[Layer]) -> Html:
     first = [_alternatives(layer) for layer in close[:TOP]]
     rest = [_alternatives(layer) for layer in close[TOP:]]
     more = tag("details", tag("summary", f"{len(rest)} more layers"), rest, class_="more") if rest else ""
-    return _section("What it gave up, and why", notes, tag("p", said), tag("div", first, more, class_="reasons"))
+    return section_of("What it gave up, and why", notes, tag("p", said), tag("div", first, more, class_="reasons"))
 
 
 def _closest(layer: Layer) -> float:
@@ -646,13 +614,13 @@ def _closest(layer: Layer) -> float:
 def _alternatives(layer: Layer) -> Html:
     others = sorted(layer.cost["alternatives"], key=lambda other: other["seconds"])
     best = others[0]
-    short = f"{best['choice']} {_signed(best['seconds'], _seconds)}"
+    short = f"{best['choice']} {_signed(best['seconds'], seconds_text)}"
     summary = tag("summary", tag("b", layer.name), tag("span", f"{layer.text}, next ", short, class_="figure"))
-    rows = [[o["choice"], _signed(o["seconds"], _seconds), _signed(o["bytes"], format_bytes)] for o in others]
+    rows = [[o["choice"], _signed(o["seconds"], seconds_text), _signed(o["bytes"], format_bytes)] for o in others]
     chosen = (
-        [f"{layer.text} (chosen)", _seconds(layer.seconds), format_bytes(layer.cost["bytes"])] if "bytes" in layer.cost else []
+        [f"{layer.text} (chosen)", seconds_text(layer.seconds), format_bytes(layer.cost["bytes"])] if "bytes" in layer.cost else []
     )
-    table = _table(f"Choices for {layer.name}", ["choice", "step", "memory a device"], [chosen, *rows] if chosen else rows)
+    table = table_of(f"Choices for {layer.name}", ["choice", "step", "memory a device"], [chosen, *rows] if chosen else rows)
     return tag("details", summary, table)
 
 
@@ -661,10 +629,10 @@ def _sources(plan: Plan) -> Html:
     rows = [(str(names.get(k, k)), str(v)) for k, v in plan.predicted.get("provenance", {}).items()]
     bound, proof = plan.predicted.get("bound_seconds"), _proof(plan.predicted)
     if bound and proof:
-        rows.append(("bound", f"no plan of the space takes less than {_seconds(bound)}: {proof}"))
+        rows.append(("bound", f"no plan of the space takes less than {seconds_text(bound)}: {proof}"))
     mesh = " × ".join(f"{a.name} = {a.size}" for a in plan.mesh.axes) or "one device"
     rows += [("model", plan.graph), ("machine", plan.machine), ("mesh", mesh)]
-    return _section(
+    return section_of(
         "Where the figures come from", tag("dl", (tag("div", tag("dt", k), tag("dd", v)) for k, v in rows), class_="sources")
     )
 
@@ -719,7 +687,8 @@ dl,dd{margin:0}
 .box .seg:not(.none){background-image:repeating-linear-gradient(to right,transparent 0 calc(var(--w) - 1px),var(--cut) calc(var(--w) - 1px) var(--w))}
 .seg.none,.mark.none{background:repeating-linear-gradient(135deg,var(--same) 0 5px,var(--same2) 5px 7px);color:var(--ink)}
 .box .seg.none i{background:var(--same)}
-.legend .seg{height:1.4em;line-height:1.4em;margin-left:0}
+.legend .seg{height:1.4em;line-height:1.4em;margin:0 .5em 0 0}
+.legend .mark:not(.key-zero){vertical-align:-.35em}
 .zero{grid-row:2;height:3px;background:var(--zero);margin:0}
 .key-zero{height:3px;background:var(--zero);border-radius:0;vertical-align:.35em}
 .time{display:grid;grid-template-columns:minmax(0,1fr) 7.2em;gap:.6rem;align-items:center;font-size:.84rem}

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from partita.api import found
 from partita.graph.graph import Graph
 from partita.machine import load
 from partita.plan.plan import Mesh, Plan
 from partita.report.html import page
+from partita.simulate.simulate import simulate
 
 DATA = Path(__file__).parents[1] / "data"
 MEASURED = {"seconds": 2e-4, "peak_bytes": 1 << 20, "traffic_bytes": {"all_reduce": 4096, "all_gather": 10}, "flops": 1e6}
@@ -23,6 +21,12 @@ MEASURED = {"seconds": 2e-4, "peak_bytes": 1 << 20, "traffic_bytes": {"all_reduc
 
 def plan(name: str = "transformer", machine: str = "k80-cluster:2") -> Plan:
     return found(Graph.load(DATA / f"{name}.graph.json"), load(machine))
+
+
+def timed() -> str:
+    graph, machine = Graph.load(DATA / "transformer.graph.json"), load("k80-cluster:2")
+    made = found(graph, machine)
+    return page(made, timeline=simulate(graph, machine, made))
 
 
 def odd() -> Plan:
@@ -34,45 +38,25 @@ PAGES = {
     "searched": lambda: page(plan()),
     "measured": lambda: page(plan("cnn"), MEASURED),
     "one device": lambda: page(plan("mlp", "dgx-h100:1")),
+    "with its timeline": timed,
     "bare": lambda: page(odd()),
 }
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    where = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    assert where, "this test looks at pages in Chromium: install it, as 'make chromium' does on Debian"
-    with sync_playwright() as p:
-        opened = p.chromium.launch(executable_path=where, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
 @pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (360, "dark")])
-def test_a_page_renders_without_errors_or_requests(name: str, width: int, scheme: Any, browser: Any, tmp_path: Path) -> None:
-    file = tmp_path / "report.html"
-    file.write_text(PAGES[name](), encoding="utf-8")
-    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    tab = context.new_page()
-    errors: list[str] = []
-    asked: list[str] = []
-    tab.on("console", lambda message: errors.append(message.text))
-    tab.on("pageerror", lambda error: errors.append(str(error)))
-    tab.on("dialog", lambda dialog: errors.append(dialog.message))
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.goto(file.as_uri())
+def test_a_page_renders_without_errors_or_requests(name: str, width: int, scheme: str, opened: Any) -> None:
+    shown = opened(PAGES[name](), width, scheme)
+    tab = shown.tab
     for summary in tab.query_selector_all("summary"):
         if summary.is_visible():
             summary.click()
-    assert errors == []
-    assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
+    assert shown.fails() == []
     assert tab.evaluate("document.documentElement.scrollWidth") <= width, "wider than the window"
     back, ink = (_luminance(tab.evaluate(f"getComputedStyle(document.body).{what}")) for what in ("backgroundColor", "color"))
     assert (back < 0.1) == (scheme == "dark")
     assert (max(back, ink) + 0.05) / (min(back, ink) + 0.05) >= 7, "contrast of text, WCAG AAA"
     assert tab.evaluate("Math.min(...[...document.querySelectorAll('p,td,th,dd')].map(x => parseFloat(getComputedStyle(x).fontSize)))") >= 11
-    context.close()
 
 
 def _luminance(colour: str) -> float:
@@ -82,18 +66,14 @@ def _luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_every_layer_has_a_box_that_shows_its_split(browser: Any, tmp_path: Path) -> None:
+def test_every_layer_has_a_box_that_shows_its_split(opened: Any) -> None:
     made = plan("cnn")
-    file = tmp_path / "report.html"
-    file.write_text(page(made), encoding="utf-8")
-    tab = browser.new_page()
-    tab.goto(file.as_uri())
+    tab = opened(page(made)).tab
     boxes = tab.eval_on_selector_all(".box", "all => all.map(x => [x.getAttribute('aria-label'), x.getBoundingClientRect().width])")
     for name, choice in made.choices.items():
         words, width = next((w, n) for w, n in boxes if w.startswith(f"{name}:"))
         assert width > 100
         assert ("split" in words) and (not choice or "ways" in words or "not split" in words)
-    tab.close()
 
 
 def test_the_page_says_what_was_measured_and_what_was_given_up() -> None:
