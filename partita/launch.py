@@ -24,7 +24,8 @@ LOST = 75
 def launch(count: int, arguments: Sequence[str], devices: int | None, say: Callable[[str], None]) -> int:
     """The exit code of `count` processes that each run `partita` with these arguments: of the first that failed, else 0.
 
-    Each gets its share of the cores. One that fails, is killed or ends early stops the others within 2 * GRACE seconds.
+    Each gets its share of the cores and stands for as many CPU devices, or for its share of `devices`. One that fails, is killed or
+    ends early stops the others within 2 * GRACE seconds.
     """
     if devices is not None and devices % count:
         raise PartitaError(f"{devices} devices cannot be shared out to {count} processes: give a multiple of {count}, or no --devices.")
@@ -37,8 +38,7 @@ def launch(count: int, arguments: Sequence[str], devices: int | None, say: Calla
         "JAX_NUM_PROCESSES": str(count),
         "PARTITA_LAUNCHED": "1",
         "PARTITA_SEED": os.environ.get("PARTITA_SEED", str(random.SystemRandom().randrange(2**31))),
-        "PARTITA_LOCAL_DEVICES": str((devices or count) // count),
-        "NPROC": str(share),
+        "PARTITA_LOCAL_DEVICES": str(devices // count if devices else share),
     }
     running: list[subprocess.Popen[bytes]] = []
     errors: list[IO[bytes] | None] = []

@@ -14,6 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from partita.errors import PartitaError
+from partita.execute.processes import group
+
 SCRIPT = """
     import os, signal, sys, keras, numpy as np
     from keras import layers
@@ -42,7 +45,8 @@ def start(folder: Path, processes: int, fault: str = "pass", seed: str = "0", **
     folder.mkdir(exist_ok=True)
     (folder / "train.py").write_text(textwrap.dedent(SCRIPT).format(fault=fault, seed=seed))
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} | {"PARTITA_SEED": "5", **more}
-    command = [sys.executable, "-m", "partita", "run", "train.py", *(["--processes", str(processes)] if processes else ["--quiet"])]
+    together = ["--processes", str(processes), "--devices", str(processes)] if processes else ["--quiet"]
+    command = [sys.executable, "-m", "partita", "run", "train.py", *together]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment)
 
 
@@ -134,6 +138,77 @@ def test_devices_that_cannot_be_shared_out_are_said(tmp_path: Path) -> None:
     assert "3 devices cannot be shared out to 2 processes" in done.stderr.replace("\n", " ")
 
 
+OPEN_MPI = {  # what mpirun of Open MPI 4.1 gives to process 1 of 2, inside a Slurm allocation
+    "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "PMIX_NAMESPACE": "308805633", "OMPI_MCA_orte_hnp_uri": "308805632.0;tcp://192.0.2.2,10.0.0.9:48009;tcp6://[fd00::2]:38673",
+    "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "3",
+}  # fmt: skip
+SLURM = {  # what srun of Slurm 22.05 gives to task 3 of 5, the first of the second node
+    "SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "0", "SLURM_NODEID": "1", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "3,2", "SLURM_STEP_NODELIST": "node[007-008]", "SLURM_NTASKS": "5",
+}  # fmt: skip
+MPICH = {"PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "1"}
+BY_HAND = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("said", "count", "index", "host", "here", "local"),
+    [
+        (BY_HAND, 2, 1, "10.0.0.1", 1, 0),
+        (OPEN_MPI, 2, 1, "192.0.2.2", 1, 0),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, 2, 1, "127.0.0.1", 2, 1),
+        ({**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "1.0;tcp6://[fd00::2]:38673"}, 2, 1, "[fd00::2]", 1, 0),
+        (SLURM, 5, 3, "node007", 2, 0),
+        ({**SLURM, "SLURM_STEP_NODELIST": "a1,b[2-3]", "SLURM_STEP_TASKS_PER_NODE": "1(x5)"}, 5, 3, "a1", 1, 0),
+        ({**SLURM, "SLURM_STEP_NODELIST": "n[2,4]-ib", "SLURM_NODEID": "0"}, 5, 3, "n2-ib", 3, 0),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "5", "SLURM_NODEID": "0"}, 5, 3, "127.0.0.1", 5, 0),
+        ({**SLURM, **MPICH}, 2, 1, "127.0.0.1", 2, 1),
+        ({**SLURM, **BY_HAND}, 2, 1, "10.0.0.1", 1, 0),
+        ({**SLURM, "JAX_COORDINATOR_ADDRESS": "head:1234"}, 5, 3, "head", 2, 0),
+        ({**MPICH, "JAX_COORDINATOR_ADDRESS": "head:1234"}, 2, 1, "head", 2, 1),
+    ],
+)
+def test_what_a_launcher_says_is_read(said: dict[str, str], count: int, index: int, host: str, here: int, local: int) -> None:
+    found = group(said)
+    assert found is not None
+    assert (found.count, found.index, found.address.rpartition(":")[0], found.here, found.local) == (count, index, host, here, local)
+    assert found.address.endswith(":1234") or 61440 <= int(found.address.rpartition(":")[2]) < 65536
+
+
+def test_processes_of_one_job_find_one_port_and_another_job_another() -> None:
+    port = lambda said: found.address if (found := group(said)) else ""
+    assert port(SLURM) == port({**SLURM, "SLURM_PROCID": "0", "SLURM_NODEID": "0"}) != port({**SLURM, "SLURM_STEP_ID": "1"})
+    assert port({**SLURM, "JAX_COORDINATOR_PORT": "4321"}) == "node007:4321"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "3", "SLURM_JOB_NODELIST": "vm"},  # a batch script
+        {**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+        {**BY_HAND, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
+    ],
+)
+def test_a_process_that_is_alone_waits_for_nobody(said: dict[str, str]) -> None:
+    assert group(said) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        (MPICH, "MPICH has started 2 processes and does not say where process 0 listens. Give all of them its host and a free port"),
+        ({"JAX_COORDINATOR_ADDRESS": "head:1234"}, "is set to 'head:1234', and JAX_NUM_PROCESSES and JAX_PROCESS_ID are not. Set all three"),
+        ({**BY_HAND, "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2, and there are 2 processes: number them 0 to 1."),
+        ({**BY_HAND, "JAX_COORDINATOR_ADDRESS": "head"}, "write the host of process 0 and a port, as in '10.0.0.1:1234'"),
+        ({**SLURM, "SLURM_PROCID": "x"}, "SLURM_PROCID is 'x': write a whole number."),
+    ],
+)
+def test_what_a_launcher_does_not_say_is_asked_for(said: dict[str, str], error: str) -> None:
+    with pytest.raises(PartitaError, match=re.escape(error)):
+        group(said)
+
+
 CHECKPOINTED = """
     import os, sys, keras, numpy as np, partita
     from keras import layers
@@ -174,7 +249,6 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_the_weights_stay(tmp_pa
     import keras
 
     import partita
-    from partita.errors import PartitaError
 
     model = keras.Sequential([keras.layers.Dense(3)])
     model.compile("sgd", "mse")

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import socket
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -27,56 +28,118 @@ TIMEOUT = 300
 """Seconds that a process waits for the others to come."""
 HEARTBEAT = 30
 """Seconds after which a process that says nothing is taken for dead."""
-LAUNCHERS = {
-    "Slurm": ("SLURM_NTASKS", "SLURM_PROCID"),
-    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    "MPI": ("PMI_SIZE", "PMI_RANK"),
-}
-"""Who starts processes, and the variables in which it says how many there are and which one this is."""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Who starts processes, and the variables in which it says how many there are and which one this is, in all and on this host.
+
+    `job` has what tells one run from others on the same hosts.
+    """
+
+    name: str
+    count: str
+    index: str
+    here: str
+    local: str
+    job: tuple[str, ...]
+
+
+LAUNCHERS = (  # mpirun inside a Slurm allocation comes first: Slurm then numbers what starts the processes
+    Launcher(
+        "Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+        ("PMIX_NAMESPACE",),
+    ),
+    Launcher("MPICH", "PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID", ("SLURM_JOB_ID",)),
+    Launcher(
+        "Slurm", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_LOCALID", ("SLURM_JOB_ID", "SLURM_STEP_ID"),
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that train together. `address` is where process 0 listens; None where JAX asks the launcher for it."""
+    """The processes that train together. Process 0 listens at `address`; `here` of them are on this host, of which this is `local`.
+
+    Started by hand, a process knows nothing of others on its host: `here` is then 1.
+    """
 
     count: int
     index: int
-    address: str | None
+    address: str
     timeout: int = TIMEOUT
+    here: int = 1
+    local: int = 0
 
 
 def group(environment: Mapping[str, str] | None = None) -> Group | None:
     """The group that this process was started in, by what its environment says; None where it is alone.
 
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it by hand; Slurm and MPI say it themselves.
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it by hand; Slurm and MPI say it themselves, all or but
+    the address. A batch script of Slurm is no step of several tasks, however many were asked for: what it starts is alone.
 
     >>> group({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"})
-    Group(count=2, index=1, address='10.0.0.1:1234', timeout=300)
-    >>> group({"SLURM_NTASKS": "4", "SLURM_PROCID": "3"})
-    Group(count=4, index=3, address=None, timeout=300)
+    Group(count=2, index=1, address='10.0.0.1:1234', timeout=300, here=1, local=0)
     >>> group({})
     """
     said = os.environ if environment is None else environment
     timeout = _number(said, "PARTITA_TIMEOUT", TIMEOUT)
     address = said.get("JAX_COORDINATOR_ADDRESS")
+    missing = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name not in said]
+    if address and not missing:
+        return _group(said, address, "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", timeout)
+    for launcher in LAUNCHERS:
+        if launcher.count in said and launcher.index in said and _number(said, launcher.count) > 1:
+            here, local = _here(said, launcher), _number(said, launcher.local, 0)
+            found = _group(said, address or _address(said, launcher, here), launcher.count, launcher.index, timeout)
+            return found and replace(found, here=here, local=local)
     if address:
-        missing = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name not in said]
-        if missing:
-            raise PartitaError(
-                f"JAX_COORDINATOR_ADDRESS is set to '{address}', and {' and '.join(missing)} is not. Set all three: how many processes "
-                "there are, and which one this is, from 0."
-            )
-        count, index = _number(said, "JAX_NUM_PROCESSES"), _number(said, "JAX_PROCESS_ID")
-        if not 0 <= index < count:
-            raise PartitaError(f"JAX_PROCESS_ID is {index}, and there are {count} processes: number them 0 to {count - 1}.")
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
-            raise PartitaError(f"JAX_COORDINATOR_ADDRESS is '{address}': write the host of process 0 and a port, as in '10.0.0.1:1234'.")
-        return Group(count, index, address, timeout) if count > 1 else None
-    for many, which in LAUNCHERS.values():
-        if many in said and which in said and _number(said, many) > 1:
-            return Group(_number(said, many), _number(said, which), None, timeout)
+        raise PartitaError(
+            f"JAX_COORDINATOR_ADDRESS is set to '{address}', and {' and '.join(missing)} {'are' if missing[1:] else 'is'} not. Set all three: how many processes "
+            "there are, and which one this is, from 0."
+        )
     return None
+
+
+def _group(said: Mapping[str, str], address: str, count_name: str, index_name: str, timeout: int) -> Group | None:
+    count, index = _number(said, count_name), _number(said, index_name)
+    if not 0 <= index < count:
+        raise PartitaError(f"{index_name} is {index}, and there are {count} processes: number them 0 to {count - 1}.")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise PartitaError(f"JAX_COORDINATOR_ADDRESS is '{address}': write the host of process 0 and a port, as in '10.0.0.1:1234'.")
+    return Group(count, index, address, timeout) if count > 1 else None
+
+
+def _here(said: Mapping[str, str], launcher: Launcher) -> int:
+    """How many processes of the group are on this host; Slurm says it for all nodes, as in '2(x3),1'."""
+    if launcher.name != "Slurm":
+        return _number(said, launcher.here, 1)
+    nodes = [int(n) for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", said.get(launcher.here, "1")) for _ in range(int(times or 1))]
+    return nodes[min(_number(said, "SLURM_NODEID", 0), len(nodes) - 1)]
+
+
+def _address(said: Mapping[str, str], launcher: Launcher, here: int) -> str:
+    """Where process 0 of what a launcher started listens: on its first host, at a port above those that the system gives out.
+
+    The port comes from the name of the job, so that all processes find the same one and two jobs seldom do.
+    """
+    job = [said[name] for name in launcher.job if name in said]
+    port = said.get("JAX_COORDINATOR_PORT") or (str(61440 + zlib.crc32(".".join(job).encode()) % 4096) if job else "")
+    head = re.search(r"tcp://([^,:]+)|tcp6://\[([^,\]]+)", said.get("OMPI_MCA_orte_hnp_uri", ""))
+    nodes = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", said.get("SLURM_STEP_NODELIST", said.get("SLURM_JOB_NODELIST", "")))
+    if here == _number(said, launcher.count):
+        host = "127.0.0.1"
+    elif head and launcher.name == "Open MPI":
+        host = head[1] or f"[{head[2]}]"
+    else:
+        host = "".join(part or "" for part in nodes.groups()) if nodes else ""
+    if not host or not port:
+        raise PartitaError(
+            f"{launcher.name} has started {said[launcher.count]} processes and does not say where process 0 listens. Give all of them "
+            "its host and a free port, as in JAX_COORDINATOR_ADDRESS=10.0.0.1:1234."
+        )
+    return f"{host}:{port}"
 
 
 def _number(said: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -93,7 +156,7 @@ def join(who: Group, say: Callable[[str], None]) -> None:
     Not by an error: JAX ends a process that waited in vain with a stack trace of its own, so a watch ends it just before.
     """
     until = time.strftime("%H:%M:%S", time.localtime(time.time() + who.timeout))
-    where = f" at {who.address}" if who.address else ""
+    where = f" at {who.address}"
     mine = f"process {who.index} of {who.count}"
     there = threading.Event()
 
@@ -109,14 +172,14 @@ def join(who: Group, say: Callable[[str], None]) -> None:
             os._exit(3)
 
     threading.Thread(target=watch, daemon=True).start()
-    if who.index == 0 and who.address is not None:
+    if who.index == 0:
         _listen(who.address)
-    local = who.address is not None and who.address.startswith("127.")
-    how: dict[str, Any] = {"initialization_timeout": who.timeout + 30, "heartbeat_timeout_seconds": HEARTBEAT}
-    if who.address is not None:
-        how |= {"coordinator_address": who.address, "num_processes": who.count, "process_id": who.index}
-    if local:
+    how: dict[str, Any] = {"coordinator_address": who.address, "num_processes": who.count, "process_id": who.index}
+    how |= {"initialization_timeout": who.timeout + 30, "heartbeat_timeout_seconds": HEARTBEAT, "cluster_detection_method": "deactivate"}
+    if who.address.startswith("127."):
         how["coordinator_bind_address"] = who.address
+    if own_accelerator(who):
+        how["local_device_ids"] = [who.local]
     try:
         jax.distributed.initialize(**how)
     except (RuntimeError, ValueError) as error:
@@ -127,6 +190,20 @@ def join(who: Group, say: Callable[[str], None]) -> None:
     joined = True
 
 
+def own_accelerator(who: Group, environment: Mapping[str, str] | None = None) -> bool:
+    """Whether this process takes the one accelerator of its number on this host, and not all that it sees.
+
+    A process that is the only one of its host drives all of them; so does one that was given its own by the launcher.
+
+    >>> alone, third = Group(2, 1, "a:1"), Group(8, 2, "a:1", here=4, local=2)
+    >>> own_accelerator(alone, {}), own_accelerator(third, {}), own_accelerator(third, {"CUDA_VISIBLE_DEVICES": "2"})
+    (False, True, False)
+    """
+    said = os.environ if environment is None else environment
+    visible = said.get("CUDA_VISIBLE_DEVICES")
+    return who.here > 1 and "JAX_LOCAL_DEVICE_IDS" not in said and (visible is None or who.local < len(visible.split(",")))
+
+
 def _listen(address: str) -> None:
     """ProcessError if another program listens on the port; JAX would share it, and wait for processes that come to the other one."""
     port = int(address.rpartition(":")[2])
@@ -135,7 +212,10 @@ def _listen(address: str) -> None:
         try:
             probe.bind(("", port))
         except OSError:
-            raise ProcessError(f"Port {port} of {address} is in use. Give another one, or end the program that has it.") from None
+            raise ProcessError(
+                f"Port {port} of {address} is in use. Give another one (in JAX_COORDINATOR_ADDRESS; in JAX_COORDINATOR_PORT where a launcher "
+                "says the host), or end the program that has it."
+            ) from None
 
 
 joined = False

@@ -1,8 +1,8 @@
 """All of Keras, with training made parallel: `import partita.keras as keras` instead of `import keras`.
 
-Nothing happens before a name of Keras is asked for. Then Keras starts on JAX, a CPU stands for one device per core, and every
-model that is trained from there on is planned at its first batch, as by `partita run`. A plan is said on stderr, in a line;
-PARTITA_QUIET=1 keeps it quiet.
+Importing it only asks for JAX, since TensorFlow, where a script imports that next, imports Keras too. When a name of Keras is
+first asked for, Keras starts, a CPU stands for one device per core, and every model that is trained from there on is planned at
+its first batch, as by `partita run`. A plan is said on stderr, in a line; PARTITA_QUIET=1 keeps it quiet.
 """
 
 from __future__ import annotations
@@ -68,9 +68,10 @@ def use_jax() -> None:
     if keras is not None and hasattr(keras, "backend") and keras.backend.backend() != "jax":
         raise PartitaError(
             f"Keras is already imported on the {keras.backend.backend()} backend, and only JAX programs can be planned. "
-            "Set KERAS_BACKEND=jax before importing Keras."
+            "Set KERAS_BACKEND=jax before importing Keras or TensorFlow, which imports it."
         )
 
 
+os.environ["KERAS_BACKEND"] = "jax"
 if not any(isinstance(finder, Alias) and finder.alias == __name__ for finder in sys.meta_path):
     sys.meta_path.append(Alias(__name__, "keras", lambda: _keras() is not None))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from partita.plan.plan import Plan
 
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
+TENSORFLOW_OPERATIONS = (
+    "Keras runs on JAX here. TensorFlow's own operations (tf.GradientTape, tf.nn in a layer) cannot work on what it computes: write "
+    "keras.ops and train_step instead. Tensors for train_on_batch, test_on_batch and predict_on_batch: give x.numpy()."
+)
 
 
 def run_script(
@@ -63,6 +68,8 @@ def run_script(
         raise
     except BaseException as error:  # whatever the script raises is shown as Python would show it
         _show(error)
+        if _of_tensorflow(error):
+            say(TENSORFLOW_OPERATIONS)
         return 1
     return 0
 
@@ -167,16 +174,30 @@ def _exit_code(stop: SystemExit) -> int:
     return 1
 
 
-def _show(error: BaseException) -> None:
-    """Shows an error of the script as Python does, with the script's `sys.excepthook`, without the frames of this package."""
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and all that it came of."""
     seen: set[int] = set()
     chain: list[BaseException | None] = [error]
     while chain:
         link = chain.pop()
         if link is not None and id(link) not in seen:
             seen.add(id(link))
-            link.__traceback__ = _without_ours(link.__traceback__)
+            yield link
             chain += [link.__cause__, link.__context__]
+
+
+def _of_tensorflow(error: BaseException) -> bool:
+    """Whether TensorFlow itself was given what it cannot use, or gave what JAX cannot use; errors of its own, as of a file, are not."""
+    if "tensorflow" not in sys.modules or type(error).__module__.partition(".")[0] == "tensorflow":
+        return False
+    inside = (frame.f_globals.get("__name__", "") for e in _chain(error) for frame, _ in traceback.walk_tb(e.__traceback__))
+    return "'tf." in str(error) or any(name.startswith("tensorflow.python") for name in inside)
+
+
+def _show(error: BaseException) -> None:
+    """Shows an error of the script as Python does, with the script's `sys.excepthook`, without the frames of this package."""
+    for link in _chain(error):
+        link.__traceback__ = _without_ours(link.__traceback__)
     sys.stdout.flush()
     sys.excepthook(type(error), error, error.__traceback__)
 

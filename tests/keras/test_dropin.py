@@ -80,6 +80,35 @@ def test_what_the_alias_cannot_serve_says_what_to_install(tmp_path: Path) -> Non
     assert done.stderr.strip().endswith("Install it with: pip install tensorflow")
 
 
+def test_partita_keras_asks_for_jax_before_anything_else_imports_keras(tmp_path: Path) -> None:
+    done = python("import partita.keras\nimport keras\nprint('backend', keras.config.backend())", tmp_path)
+    assert done.stdout.split() == ["backend", "jax"], done.stderr
+
+
+TENSORFLOW = """
+    class errors: NotFoundError = type("NotFoundError", (Exception,), {"__module__": "tensorflow.errors"})
+    from tensorflow.python.tape import gradient
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("tf.gradient(None)", True),
+        ("raise TypeError(\"Cannot interpret 'tf.float32' as a data type\")", True),
+        ("raise tf.errors.NotFoundError", False),
+        ("raise ValueError", False),
+    ],
+)
+def test_what_tensorflow_cannot_do_on_jax_says_what_to_write(line: str, hint: bool, tmp_path: Path) -> None:
+    (tmp_path / "tensorflow/python").mkdir(parents=True)
+    (tmp_path / "tensorflow/__init__.py").write_text(textwrap.dedent(TENSORFLOW))
+    (tmp_path / "tensorflow/python/tape.py").write_text("def gradient(loss): return loss._id\n")
+    done = python(f"import tensorflow as tf\n{line}", tmp_path, "run", "--devices", "2")
+    assert done.returncode == 1
+    assert ("Keras runs on JAX here. TensorFlow's own operations" in done.stderr) == hint, done.stderr
+
+
 STEP = """
     import jax, jax.numpy as jnp
     import partita
