@@ -13,24 +13,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import keras
 from keras import layers
 
 from partita.capture.keras_models import abstract
 
+Family = Literal["convolutional", "recurrent", "transformer"]
 VOCABULARY, STEPS = 32_000, 40
+applications: Any = keras.applications  # their annotations forbid the None that their documentation asks for
 
 
 @dataclass(frozen=True)
 class Network:
-    """How to build a network's layers, and how it is trained: batch of one device, optimizer, dtype policy."""
+    """How to build a network's layers, how it is trained (batch of one device, optimizer, dtype policy), and what experts take it for."""
 
     build: Callable[[], keras.Model]
     batch: int
+    family: Family = "convolutional"
     optimizer: str = "sgd"
     dtype: str = "float32"
-    recurrent: bool = False
 
 
 def model(name: str) -> keras.Model:
@@ -83,15 +86,15 @@ def alexnet() -> keras.Model:
 
 
 def vgg16() -> keras.Model:
-    return keras.applications.VGG16(weights=None, classifier_activation=None, name="vgg16")
+    return applications.VGG16(weights=None, classifier_activation=None, name="vgg16")
 
 
 def inception_v3() -> keras.Model:
-    return keras.applications.InceptionV3(weights=None, classifier_activation=None, input_shape=(299, 299, 3), name="inception-v3")
+    return applications.InceptionV3(weights=None, classifier_activation=None, input_shape=(299, 299, 3), name="inception-v3")
 
 
 def resnet101() -> keras.Model:
-    return keras.applications.ResNet101(weights=None, classifier_activation=None, name="resnet-101")
+    return applications.ResNet101(weights=None, classifier_activation=None, name="resnet-101")
 
 
 # ---------------------------------------------------------------------------------------------------------- recurrent
@@ -183,10 +186,10 @@ NETWORKS = {
     "vgg16": Network(vgg16, 32),
     "inception-v3": Network(inception_v3, 64),
     "resnet-101": Network(resnet101, 64),
-    "rnntc": Network(rnntc, 64, recurrent=True),
-    "rnnlm": Network(rnnlm, 64, recurrent=True),
-    "rnnlm-2": Network(lambda: rnnlm(2), 64, recurrent=True),
-    "nmt": Network(nmt, 64, recurrent=True),
-    "llama": Network(llama, 1, "adam", "mixed_bfloat16"),
-    "gpt3": Network(gpt3, 1, "adam", "mixed_bfloat16"),
+    "rnntc": Network(rnntc, 64, "recurrent"),
+    "rnnlm": Network(rnnlm, 64, "recurrent"),
+    "rnnlm-2": Network(lambda: rnnlm(2), 64, "recurrent"),
+    "nmt": Network(nmt, 64, "recurrent"),
+    "llama": Network(llama, 1, "transformer", "adam", "mixed_bfloat16"),
+    "gpt3": Network(gpt3, 1, "transformer", "adam", "mixed_bfloat16"),
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -26,7 +26,7 @@ from partita.graph.graph import Graph
 from partita.machine import Machine, load
 from partita.plan.layout import layout
 from partita.plan.plan import Plan
-from partita.search.find import find, mesh_of
+from partita.search.find import capacity, find, mesh_of
 from partita.simulate.simulate import simulate
 
 FLEXFLOW = ("alexnet", "inception-v3", "resnet-101", "rnntc", "rnnlm", "nmt")
@@ -56,6 +56,8 @@ class Figures:
     sent_bytes: float
     kernel_seconds: float
     peak_bytes: int
+    fits: bool
+    """Whether a device has so much memory."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,6 @@ class Row:
     layers: Mapping[str, float] = field(default_factory=dict)
     """OptCNN's VGG-16 claim: bytes that the first dense layer sends, by sample and by parameter."""
     note: str = ""
-
-    @property
-    def samples_per_second(self) -> float:
-        return self.case.batch * self.case.devices / self.plans[FOUND].seconds
 
     def to_json(self) -> dict[str, Any]:
         plans = {name: vars(f) for name, f in self.plans.items()}
@@ -143,7 +141,7 @@ def run(case: Case) -> Row:
     except MemoryBudgetError as error:
         return Row(**{**vars(row), "search_seconds": time.perf_counter() - start, "note": str(error)})
     searched = time.perf_counter() - start
-    plans = {DATA_PARALLEL: result.baselines[DATA_PARALLEL][0], EXPERT: expert(graph, machine.name, mesh, NETWORKS[case.network].recurrent)}
+    plans = {DATA_PARALLEL: result.baselines[DATA_PARALLEL][0], EXPERT: expert(graph, machine.name, mesh, NETWORKS[case.network].family)}
     if case.network == "vgg16" and case.devices == 4:
         plans[OPTCNN_PLAN] = optcnn_vgg16(graph, machine.name, mesh)
     plans[FOUND] = result.plan
@@ -159,7 +157,8 @@ def figures_of(graph: Graph, machine: Machine, plan: Plan) -> Figures:
     """What one plan is predicted to take and send."""
     timeline = simulate(graph, machine, plan)
     kernels = plan.devices * timeline.by_kind().get("compute", 0.0)
-    return Figures(timeline.seconds, predict(graph, machine, plan).seconds, sent_bytes(graph, machine, plan), kernels, timeline.peak_bytes)
+    fits = timeline.peak_bytes <= capacity(machine)
+    return Figures(timeline.seconds, predict(graph, machine, plan).seconds, sent_bytes(graph, machine, plan), kernels, timeline.peak_bytes, fits)
 
 
 def sent_bytes(graph: Graph, machine: Machine, plan: Plan, layer: str | None = None) -> float:
@@ -181,9 +180,3 @@ def on_links(kind: str, group: int) -> float:
     if kind == "collective_permute":
         return 1.0
     return (2 if kind == "all_reduce" else 1) * (group - 1) / group
-
-
-def rows(chosen: Iterable[Case]) -> Iterator[Row]:
-    """The row of every case, one by one."""
-    for case in chosen:
-        yield run(case)

@@ -2,19 +2,23 @@
 
 `expert` is what FlexFlow calls the expert-designed strategy of a network: one weird trick (arXiv 1404.5997) for convolutional ones,
 data parallel across nodes and model parallel in a node (arXiv 1609.08144) for recurrent ones. The latter places whole layers on
-devices; plans cannot say that yet, so the weights of each layer are split over the node's devices instead.
+devices; plans cannot say that yet, so the weights of each layer are split over the node's devices instead. For transformers, which FlexFlow
+has none of, it is Megatron's (arXiv 1909.08053) over half of the axes, samples over the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from partita.bench.networks import Family
 from partita.graph.graph import Graph
 from partita.plan.baselines import BASELINES, spread
 from partita.plan.plan import Mesh, Plan, check
 
 
-def expert(graph: Graph, machine: str, mesh: Mesh, recurrent: bool) -> Plan:
-    """The expert-designed plan of a network, as FlexFlow compares with it."""
-    return (nodes_by_sample if recurrent else one_weird_trick)(graph, machine, mesh)
+def expert(graph: Graph, machine: str, mesh: Mesh, family: Family) -> Plan:
+    """The plan that an expert would write for a network of a family."""
+    return EXPERTS[family](graph, machine, mesh)
 
 
 def one_weird_trick(graph: Graph, machine: str, mesh: Mesh) -> Plan:
@@ -51,3 +55,15 @@ def optcnn_vgg16(graph: Graph, machine: str, mesh: Mesh) -> Plan:
         else:
             choices[o.name] = {a: "S", b: "S"}
     return check(Plan(graph.name, machine, mesh, choices, name="OptCNN's", batch_size=graph.batch_size), graph)
+
+
+def megatron(graph: Graph, machine: str, mesh: Mesh) -> Plan:
+    """Samples over the outer half of the axes, weights over the inner half, by column and by row in turn."""
+    return check(BASELINES["data x tensor"](graph, machine, mesh), graph)
+
+
+EXPERTS: dict[Family, Callable[[Graph, str, Mesh], Plan]] = {
+    "convolutional": one_weird_trick,
+    "recurrent": nodes_by_sample,
+    "transformer": megatron,
+}

@@ -155,14 +155,15 @@ def timeline_summary(timeline: Timeline, most: int = 5) -> Iterable[str]:
 def papers_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
     """The papers' cells on one machine: a step under each plan, how much faster the found one is, and bytes on links."""
     table = _table(title)
-    table.caption, table.caption_justify = "data parallel / expert / found; gain: of found over the first two; sent: by all devices", "left"
+    table.caption_justify = "left"
+    table.caption = "data parallel / expert / found; gain: of found over the first two; sent: by all devices; *: does not fit in memory"
     table.add_column("network", no_wrap=True)
     for column in ("devices", "step in ms", "gain", "sent in GB"):
         table.add_column(column, justify="right", no_wrap=True)
     for r in rows:
         three = [r["plans"][n] for n in ("data parallel", "expert", "found") if n in r["plans"]]
         cells = (
-            " / ".join(_three(f["seconds"] * 1e3) for f in three),
+            " / ".join(_three(f["seconds"] * 1e3) + ("" if f["fits"] else "*") for f in three),
             " / ".join(_ratio(f["seconds"] / three[-1]["seconds"]) for f in three[:-1]),
             " / ".join(_three(f["sent_bytes"] / 1e9) for f in three),
         )
