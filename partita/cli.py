@@ -22,6 +22,8 @@ app = typer.Typer(
 )  # fmt: skip
 machines = typer.Typer(no_args_is_help=True, help="The machines that plans can be made for.")
 app.add_typer(machines, name="machine")
+benches = typer.Typer(no_args_is_help=True, help="How good Partita is: tables to hold it against.")
+app.add_typer(benches, name="bench")
 out, err = Console(), Console(stderr=True, highlight=False)
 
 THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -305,6 +307,43 @@ def machine_show(name: Annotated[str, typer.Argument(help="A preset, with a coun
         out.print(str(found), highlight=False, markup=False)
         for path, (value, source, status) in found.provenance().items():
             out.print(f"  {path} = {value:g}  [{status}] {source}", highlight=False, markup=False)
+
+
+@benches.callback()
+def bench() -> None:
+    """How good Partita is: tables to hold it against."""
+
+
+@benches.command("papers")
+def bench_papers(
+    only: Annotated[str | None, typer.Option(help="One network: lenet, alexnet, vgg16, inception-v3, resnet-101, rnntc, rnnlm, rnnlm-2, nmt, llama, gpt3.")] = None,
+    machine: Annotated[str | None, typer.Option(help="One machine, the papers' ('k80-cluster', 'p100-cluster') or any other; default: both clusters.")] = None,
+    devices: Annotated[int | None, typer.Option(help="One device count; default: 4, 8, 16, 32 and 64, as far as the machine goes.", min=2)] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """The tables of FlexFlow and OptCNN beside ours: networks of the papers' sizes, planned and simulated on the papers' clusters.
+
+    No GPU is needed, no weight is allocated. Example: partita bench papers --only vgg16
+    """
+    with _errors():
+        os.environ.setdefault("KERAS_BACKEND", "jax")
+        from partita.bench.papers import cases, run
+        from partita.report.tables import papers_lines, papers_table, searches_table
+
+        chosen, rows = cases(only, machine, devices), []
+        with err.status("", spinner="dots") if err.is_terminal and not as_json else _nothing() as status:
+            for number, case in enumerate(chosen, 1):
+                if status is not None:
+                    status.update(f"{number} of {len(chosen)}: {case.network} on {case.devices} devices of {case.machine}")
+                rows.append(run(case).to_json())
+        if as_json:
+            print(json.dumps(rows))
+            return
+        for paper, name in dict.fromkeys((r["case"]["paper"], r["case"]["machine"]) for r in rows):
+            out.print(papers_table([r for r in rows if (r["case"]["paper"], r["case"]["machine"]) == (paper, name)], f"{paper}'s networks on {name}" if paper else name))
+        out.print(searches_table(rows))
+        for line in papers_lines(rows):
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- shared

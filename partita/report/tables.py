@@ -152,6 +152,77 @@ def timeline_summary(timeline: Timeline, most: int = 5) -> Iterable[str]:
     yield from (f"note: {n}" for n in timeline.notes)
 
 
+def papers_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
+    """The papers' cells on one machine: a step under each plan, how much faster the found one is, and bytes on links."""
+    table = _table(title)
+    table.caption_justify = "left"
+    table.caption = "data parallel / expert / found; gain: of found over the first two; sent: by all devices; *: does not fit in memory"
+    table.add_column("network", no_wrap=True)
+    for column in ("devices", "step in ms", "gain", "sent in GB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for r in rows:
+        three = [r["plans"][n] for n in ("data parallel", "expert", "found") if n in r["plans"]]
+        cells = (
+            " / ".join(_three(f["seconds"] * 1e3) + ("" if f["fits"] else "*") for f in three),
+            " / ".join(_ratio(f["seconds"] / three[-1]["seconds"]) for f in three[:-1]),
+            " / ".join(_three(f["sent_bytes"] / 1e9) for f in three),
+        )
+        table.add_row(r["case"]["network"], str(r["case"]["devices"]), *(cells if three else ("fits under no plan", "", "")))
+    return table
+
+
+def papers_lines(rows: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    """What the papers report for cells, each with ours, a line each; then what could not be planned, and why."""
+    for r in rows:
+        case, plans, paper = r["case"], r["plans"], r["paper"]
+        where = f"{case['network']} on {case['devices']} devices of {case['machine']}"
+        if r["note"]:
+            yield f"{where}: {r['note']}"
+            continue
+        for key, unit, ours, scale in (
+            ("seconds", "s a step", "seconds", 1), ("gigabytes", "GB sent", "sent_bytes", 1e-9), ("kernel_seconds", "s of kernels", "kernel_seconds", 1),
+        ):  # fmt: skip
+            if key in paper:
+                theirs = " / ".join(f"{v:g}" for v in paper[key].values())
+                yield f"{where}: published {theirs} {unit}; here {' / '.join(_three(plans[n][ours] * scale) for n in paper[key])}"
+        if "found_over_data_parallel" in paper:
+            gain = plans["data parallel"]["seconds"] / plans["found"]["seconds"]
+            yield f"{where}: published gain over data parallel {_ratio(paper['found_over_data_parallel'])}; here {_ratio(gain)}"
+        if "samples_per_second" in paper:
+            yield f"{where}: published {paper['samples_per_second']} samples/s; here {case['batch'] * case['devices'] / plans['found']['seconds']:.0f}"
+        if "megabytes" in paper:
+            theirs, ours = " / ".join(f"{v}" for v in paper["megabytes"].values()), " / ".join(f"{v / 1e6:.0f}" for v in r["layers"].values())
+            yield f"{where}, first dense layer {' / '.join(r['layers'])}: published {theirs} MB sent; here {ours}"
+        for name, f in plans.items():
+            if name not in ("data parallel", "expert", "found"):
+                found = plans["found"]
+                yield f"{where}: {name} plan takes {_three(f['seconds'] * 1e3)} ms and sends {_three(f['sent_bytes'] / 1e9)} GB; found {_three(found['seconds'] * 1e3)} ms, {_three(found['sent_bytes'] / 1e9)} GB"
+
+
+def searches_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """How long capturing and searching took, and how far the plans found may be from the best ones."""
+    table = _table("capture and search, on this machine")
+    table.add_column("network", no_wrap=True)
+    for column in ("machine", "devices", "operators", "capture", "search", "gap"):
+        table.add_column(column, justify="left" if column == "machine" else "right", no_wrap=True)
+    for r in rows:
+        case, gap = r["case"], r["gap"]
+        table.add_row(
+            case["network"], case["machine"], str(case["devices"]), str(r["operators"]), format_seconds(r["capture_seconds"]),
+            format_seconds(r["search_seconds"]), "" if gap is None else "proved" if gap < 1e-6 else f"{gap:.2%}",
+        )  # fmt: skip
+    return table
+
+
+def _three(value: float) -> str:
+    """
+    >>> _three(0.02341), _three(66.51), _three(1234.5)
+    ('0.0234', '66.5', '1230')
+    """
+    digits = f"{value:.3g}"
+    return f"{float(digits):.0f}" if "e+" in digits else digits
+
+
 def calibration_table(measured: Iterable[Any]) -> Table:
     """What was measured of a machine: programs, their time, and what a device does in it."""
     table = _table("measured, all devices at once")

@@ -1,0 +1,69 @@
+"""Plans as the papers publish them: what an expert wrote, and what OptCNN found.
+
+`expert` is what FlexFlow calls the expert-designed strategy of a network: one weird trick (arXiv 1404.5997) for convolutional ones,
+data parallel across nodes and model parallel in a node (arXiv 1609.08144) for recurrent ones. The latter places whole layers on
+devices; plans cannot say that yet, so the weights of each layer are split over the node's devices instead. For transformers, which FlexFlow
+has none of, it is Megatron's (arXiv 1909.08053) over half of the axes, samples over the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from partita.bench.networks import Family
+from partita.graph.graph import Graph
+from partita.plan.baselines import BASELINES, spread
+from partita.plan.plan import Mesh, Plan, check
+
+
+def expert(graph: Graph, machine: str, mesh: Mesh, family: Family) -> Plan:
+    """The plan that an expert would write for a network of a family."""
+    return EXPERTS[family](graph, machine, mesh)
+
+
+def one_weird_trick(graph: Graph, machine: str, mesh: Mesh) -> Plan:
+    """Convolutions by sample, dense layers by parameter."""
+    return check(BASELINES["one weird trick"](graph, machine, mesh), graph)
+
+
+def nodes_by_sample(graph: Graph, machine: str, mesh: Mesh) -> Plan:
+    """Samples over the nodes (the machine's outermost level), weights over the devices of a node; what has no weights by sample in it too."""
+    nodes = [n for n, axis in enumerate(mesh.axes) if axis.level == 0]
+    inside = [n for n, axis in enumerate(mesh.axes) if axis.level > 0]
+    choices = {o.name: spread(graph, o, mesh, [("S", nodes), ("PS", inside)]) for o in graph.operators}
+    return check(Plan(graph.name, machine, mesh, choices, name="nodes by sample", batch_size=graph.batch_size), graph)
+
+
+def optcnn_vgg16(graph: Graph, machine: str, mesh: Mesh) -> Plan:
+    """The plan that OptCNN found for VGG-16 on 4 devices (arXiv 1802.04924, table 5).
+
+    Early convolutions n=4, the last three n=1 h=2 w=2, the first two dense layers c=4, the third c=2, softmax 1. Poolings are split like
+    the convolution before them; the last one, whose 7 x 7 results no two devices can share evenly, by sample. The softmax is light and
+    computed where the third dense layer is.
+    """
+    assert mesh.sizes == (2, 2), "published for 4 devices"
+    a, b = (axis.name for axis in mesh.axes)
+    choices = {}
+    for o in graph.operators:
+        if o.name.startswith("block5_conv"):
+            high, wide = [graph.factors[f].name for f in o.factors if graph.factors[f].kind == "A"][:2]
+            choices[o.name] = {a: high, b: wide}
+        elif o.name in ("fc1", "fc2"):
+            choices[o.name] = {a: "P", b: "P"}
+        elif o.name == "predictions":
+            choices[o.name] = {a: "P"}
+        else:
+            choices[o.name] = {a: "S", b: "S"}
+    return check(Plan(graph.name, machine, mesh, choices, name="OptCNN's", batch_size=graph.batch_size), graph)
+
+
+def megatron(graph: Graph, machine: str, mesh: Mesh) -> Plan:
+    """Samples over the outer half of the axes, weights over the inner half, by column and by row in turn."""
+    return check(BASELINES["data x tensor"](graph, machine, mesh), graph)
+
+
+EXPERTS: dict[Family, Callable[[Graph, str, Mesh], Plan]] = {
+    "convolutional": one_weird_trick,
+    "recurrent": nodes_by_sample,
+    "transformer": megatron,
+}

@@ -1,0 +1,131 @@
+"""The papers' networks have the papers' sizes, and their published plans are never better than what is found for them."""
+
+import json
+
+import pytest
+import typer.testing
+
+from partita.api import capture
+from partita.bench.networks import NETWORKS, model
+from partita.bench.papers import cases, on_links, run
+from partita.bench.published import nodes_by_sample, one_weird_trick, optcnn_vgg16
+from partita.cli import app
+from partita.errors import PartitaError
+from partita.graph.graph import Graph
+from partita.machine import load
+from partita.plan.baselines import data_parallel
+from partita.search.find import mesh_of
+
+COUNTS = {
+    "lenet": 61_706,  # LeCun 1998 with all of conv2 connected
+    "alexnet": 61_100_840,  # torchvision's alexnet
+    "vgg16": 138_357_544,  # keras.applications
+    "inception-v3": 23_851_784,
+    "resnet-101": 44_707_176,
+    "rnntc": 32_000 * 1024 + 4 * 8 * (1024 * 1024 + 512) + 2 * 1025,
+    "rnnlm": 32_000 * 2048 + 2 * 8 * (2048 * 2048 + 1024) + 32_000 * 2049,
+    "rnnlm-2": 32_000 * 2048 + 2 * 8 * (2048 * 2048 + 1024) + 32_000 * 2049,
+    "nmt": 2 * 32_000 * 1024 + 4 * 8 * (1024 * 1024 + 512) + 2 * 1024 * 1024 + 32_000 * 1025,
+    "llama": 8_030_261_248,  # Meta-Llama-3-8B
+    "gpt3": 96 * 12 * 12288**2 + (2 * 51_200 + 2048) * 12288 + 96 * 13 * 12288 + 2 * 12288,
+}
+
+
+def test_every_network_has_a_known_size() -> None:
+    assert COUNTS.keys() == NETWORKS.keys()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_has_the_published_number_of_parameters_and_allocates_none(name: str) -> None:
+    built = model(name)
+    assert built.count_params() == COUNTS[name]
+    assert all(v._value is None for v in built.variables)
+
+
+def test_building_a_network_in_16_bit_leaves_the_dtype_policy_as_it_was() -> None:
+    assert {layer.compute_dtype for layer in model("llama").layers[1:4]} == {"bfloat16"}
+    assert model("lenet").layers[0].compute_dtype == "float32"
+
+
+@pytest.fixture(scope="module")
+def vgg16() -> Graph:
+    return capture(model("vgg16"), 128).graph
+
+
+def test_every_step_of_a_recurrent_layer_is_operators_of_its_own() -> None:
+    graph = capture(model("rnnlm-2"), 8).graph
+    assert sum(o.path.startswith("lstm0") and o.kind == "dot" for o in graph.operators) == 2 * 2
+
+
+# -------------------------------------------------------------------------------------------------------------- plans
+
+
+def test_optcnns_plan_splits_the_last_convolutions_in_space_and_the_dense_layers_by_parameter(vgg16: Graph) -> None:
+    text = optcnn_vgg16(vgg16, "p100-cluster", mesh_of(load("p100-cluster:1"))).to_json()["operators"]
+    assert text["block1_conv1"] == "S:a,b"
+    assert text["block5_conv3"] == "A1:a A2:b"
+    assert (text["fc1"], text["fc2"], text["predictions"]) == ("P:a,b", "P:a,b", "P:a")
+
+
+def test_experts_split_recurrent_layers_by_sample_over_nodes_and_by_parameter_in_them() -> None:
+    graph = capture(model("rnnlm-2"), 16).graph
+    mesh = mesh_of(load("k80-cluster:4"))
+    text = nodes_by_sample(graph, "k80-cluster", mesh).to_json()["operators"]
+    assert set(text.values()) == {"S:a,b P:c,d"}
+
+
+@pytest.mark.parametrize(("network", "batch"), [("lenet", 32), ("alexnet", 32), ("vgg16", 32)])
+def test_what_is_published_is_never_better_than_what_is_found(network: str, batch: int) -> None:
+    (case,) = (c for c in cases(network, "p100-cluster", 4) if c.batch == batch)
+    plans = run(case).plans
+    assert {"data parallel", "expert", "found"} <= plans.keys()
+    assert ("OptCNN's" in plans) == (network == "vgg16")
+    for name, figures in plans.items():
+        assert plans["found"].additive_seconds <= figures.additive_seconds * (1 + 1e-9), name
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def test_what_a_collective_puts_on_links() -> None:
+    assert on_links("all_reduce", 64) == 2 * on_links("reduce_scatter", 64) == 2 * on_links("all_gather", 64) == 126 / 64
+    assert on_links("collective_permute", 64) == 1
+
+
+def test_data_parallel_sends_every_gradient_once_around_the_ring() -> None:
+    case = cases("alexnet", "p100-cluster", 4)[0]
+    gradients = 2 * (4 - 1) * 4 * COUNTS["alexnet"]  # 2 (n-1) times their bytes, over all devices
+    assert run(case).plans["data parallel"].sent_bytes == pytest.approx(gradients, rel=1e-4)
+
+
+def test_cells_are_the_papers() -> None:
+    chosen = cases()
+    assert len([c for c in chosen if c.paper == "FlexFlow"]) == 6 * (5 + 3)
+    assert {c.network for c in chosen if c.paper == "OptCNN"} == {"lenet", "alexnet", "vgg16", "inception-v3"}
+    assert {(c.network, c.devices) for c in chosen if not c.paper} == {("llama", 64), ("gpt3", 1024)}
+
+
+@pytest.mark.parametrize(("only", "devices", "says"), [("resnet", None, "There are lenet, alexnet"), ("lenet", 64, "Counts are 4, 8")])
+def test_a_cell_that_is_not_there_is_one_sentence(only: str, devices: int | None, says: str) -> None:
+    with pytest.raises(PartitaError, match=says):
+        cases(only, None, devices)
+
+
+def test_the_command_prints_tables_and_json() -> None:
+    runner = typer.testing.CliRunner()
+    shown = runner.invoke(app, ["bench", "papers", "--only", "lenet"])
+    assert shown.exit_code == 0 and "OptCNN's networks on p100-cluster" in shown.output and "proved" in shown.output
+    (row,) = json.loads(runner.invoke(app, ["bench", "papers", "--only", "lenet", "--json"]).output)
+    assert row["case"]["devices"] == 4 and row["plans"]["found"]["seconds"] > 0
+
+
+def test_the_published_figures_stand_beside_ours() -> None:
+    shown = typer.testing.CliRunner().invoke(app, ["bench", "papers", "--only", "vgg16", "--devices", "2"])
+    assert "first dense layer by sample / by parameter: published 408 / 32 MB sent; here" in shown.output
+
+
+def test_one_weird_trick_is_data_parallel_for_convolutions(vgg16: Graph) -> None:
+    mesh = mesh_of(load("p100-cluster:1"))
+    trick, plain = one_weird_trick(vgg16, "m", mesh), data_parallel(vgg16, "m", mesh)
+    differs = [o.name for o in vgg16.operators if trick.choices[o.name] != plain.choices[o.name]]
+    assert differs == ["fc1", "fc2", "predictions"]
