@@ -46,6 +46,8 @@ def build(model: keras.Model, batch: Any) -> None:
         raise CaptureError(
             f"The model '{model.name}' is not compiled, so it has no loss and no optimizer. Call model.compile(...) before planning."
         )
+    if any(v._value is None and v._initializer is None for v in model.variables):
+        return  # in the middle of a fit, which has built all that is called and holds the values itself
     if abstractly:
         with StatelessScope(initialize_variables=False):
             model._symbolic_build(data_batch=symbolic)

@@ -117,8 +117,12 @@ def short(name: str) -> str:
 # ------------------------------------------------------------------------------------------------- inlining of calls
 
 
+CALLS = {"func.call": "callee", "stablehlo.composite": "decomposition"}
+"""Instructions that stand for a function, and the attribute that names it."""
+
+
 def inline_calls(module: ir.Module) -> None:
-    """Replaces every `func.call` by the body that it calls, with the caller's name before the callee's.
+    """Replaces every call, and every composite (JAX's `top_k` is one), by the body that it names, with the caller's name before the callee's.
 
     MLIR's own `inline` pass leaves the calls of jitted helpers standing (no inliner interface is registered for them),
     and Shardy's rules stop at a call.
@@ -131,8 +135,8 @@ def inline_calls(module: ir.Module) -> None:
 
     def visit(operations: list[Any]) -> None:
         for operation in operations:
-            if operation.name == "func.call":
-                visit(_expand(operation, functions[ir.FlatSymbolRefAttr(operation.attributes["callee"]).value]))
+            if operation.name in CALLS:
+                visit(_expand(operation, functions[ir.FlatSymbolRefAttr(operation.attributes[CALLS[operation.name]]).value]))
             elif short(operation.name) not in OPAQUE:
                 for region in operation.regions:
                     for block in region.blocks:
@@ -305,13 +309,15 @@ def _plain_constants(module: ir.Module) -> None:
     """Turns the `sdy.constant` that the splitter leaves back into StableHLO's, which can be serialised."""
     for operation in list(walk(main_block(module))):
         if operation.name == "sdy.constant":
-            plain = ir.Operation.create(
-                "stablehlo.constant",
-                results=[operation.results[0].type],
-                attributes={"value": operation.attributes["value"]},
-                loc=operation.location,
-                ip=ir.InsertionPoint(operation),
-            )
+            at = ir.InsertionPoint(operation)
+            if "complex" in str(operation.results[0].type):  # MLIR's Python cannot hold the value of one
+                text = operation.get_asm(print_generic_op_form=True)
+                plain = ir.Operation.parse(text.replace("sdy.constant", "stablehlo.constant", 1))
+                at.insert(plain)
+            else:
+                attributes = {"value": operation.attributes["value"]}
+                types = [operation.results[0].type]
+                plain = ir.Operation.create("stablehlo.constant", results=types, attributes=attributes, loc=operation.location, ip=at)
             operation.results[0].replace_all_uses_with(plain.results[0])
             operation.erase()
 
@@ -408,10 +414,9 @@ class _Reader:
         program.loops.append(Loop(index, tuple(carried), (first, len(program.instructions)), count or 1))
 
     def _note_constant(self, operation: Any) -> None:
-        attribute = operation.attributes["value"]
-        kind = operation.results[0].type
-        if not list(kind.shape) and str(kind.element_type) in ("i32", "i64", "ui32"):
-            self.constants[len(self.program.tensors)] = int(np.asarray(ir.DenseElementsAttr(attribute)).item())
+        count = _count(operation)
+        if count is not None:
+            self.constants[len(self.program.tensors)] = count
 
     def _trip_count(self, condition: ir.Block, body: ir.Block, operands: tuple[int, ...]) -> int | None:
         """N of a loop `i = start; while i < N: i += 1` as JAX writes scan and fori_loop, else None."""
@@ -419,8 +424,9 @@ class _Reader:
         limits: dict[Any, int] = {}
         for op in condition:
             operation = op.operation
-            if operation.name == "stablehlo.constant" and not list(operation.results[0].type.shape):
-                limits[operation.results[0]] = int(np.asarray(ir.DenseElementsAttr(operation.attributes["value"])).item())
+            count = _count(operation) if operation.name == "stablehlo.constant" else None
+            if count is not None:
+                limits[operation.results[0]] = count
             if operation.name == "stablehlo.compare":
                 left, right = operation.operands
                 if left in arguments:
@@ -436,6 +442,14 @@ class _Reader:
 
 
 # ------------------------------------------------------------------------------------------------------------ details
+
+
+def _count(constant: Any) -> int | None:
+    """The value of a constant that is one whole number."""
+    kind = constant.results[0].type
+    if list(kind.shape) or str(kind.element_type) not in ("i32", "i64", "ui32"):
+        return None
+    return int(np.asarray(ir.DenseElementsAttr(constant.attributes["value"])).item())
 
 
 def _rule(operation: Any, name: str, operands: list[Tensor], results: list[Tensor]) -> Rule | None:

@@ -322,6 +322,8 @@ def _localise(operation: Any) -> None:
     name = stablehlo.short(operation.name)
     shape = lambda value: list(ir.RankedTensorType(value.type).shape)  # noqa: E731
     numbers = lambda key: list(ir.DenseI64ArrayAttr(operation.attributes[key]))  # noqa: E731
+    if name == "constant" and "complex" in str(operation.results[0].type):
+        raise NotLocal  # MLIR's Python cannot hold its value
     if name == "constant":
         value, kind = ir.DenseElementsAttr(operation.attributes["value"]), operation.results[0].type
         if shape(operation.results[0]) != list(ir.RankedTensorType(value.type).shape):

@@ -136,3 +136,16 @@ def test_products_that_are_only_read_transposed_exchange_their_sides(einsum: str
     names = [i.name for i in stablehlo.read(source).instructions]
     assert "transpose" not in names and names.count("dot_general") == 2
     assert np.allclose(Text.of(exported, source).call(x, w), gradient(x, w), rtol=1e-5)
+
+
+def test_the_largest_values_and_fourier_transforms_are_read_and_run() -> None:
+    def loss(w, x):
+        largest, where = jax.lax.top_k(x @ w, 3)
+        wave = jnp.fft.rfft(x @ w) * (1 + 2j)
+        return jnp.sum(largest * jnp.take(w, where)[..., 0, :1]) + jnp.sum(jnp.abs(wave))
+
+    found = captured(loss, (4, 6))
+    assert {"sort", "fft"} <= {x.name for x in found.graph.instructions}
+    w, x = np.linspace(-1, 2, 24, dtype=F32).reshape(4, 6), np.linspace(0, 1, 32, dtype=F32).reshape(8, 4)
+    outputs, _ = jax.jit(found.text.call)((w,), x)
+    np.testing.assert_allclose(outputs["loss"], loss(w, x), rtol=1e-5)

@@ -204,6 +204,22 @@ def test_a_trained_model_is_moved_and_keeps_its_optimizer_and_a_second_compile_k
     assert calls == [16]
 
 
+def test_a_layer_that_is_never_called_is_no_obstacle():
+    class Deep(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = [layers.Dense(8, activation="relu") for _ in range(3)]
+            self.last = layers.Dense(5)
+
+        def call(self, x, training=False, depth=2):
+            for layer in self.inner[:depth]:
+                x = layer(x)
+            return self.last(x * 2 if training else x)
+
+    _, planned = plain_and_planned(build=Deep)
+    assert devices_of(planned) == 4
+
+
 def test_another_model_size_after_a_compile_is_planned_again():
     x, y = MODELS["mlp"][1]
     calls = []
