@@ -117,6 +117,7 @@ def _structure(key: Key[Graph], terms_key: Key[Terms]) -> Structure:
 
     made = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
     free = constant_tensors(graph)
+    feeds: dict[Node, Node | None] = {}
     for i, (x, node) in enumerate(zip(graph.instructions, nodes, strict=True)):
         if node is None:
             continue
@@ -133,8 +134,9 @@ def _structure(key: Key[Graph], terms_key: Key[Terms]) -> Structure:
                 if between not in slots:
                     slots[between] = Slot("move", move.home, move.phase, move.reader, wanted=move.wanted)
                     order[between] = (order[source] + 0.6) if source is not None and source in order else order[node] - 0.1
-                if order[between] < order[node]:
+                    feeds[between] = source
                     after[between].update(ends)
+                if feeds[between] == source:  # what comes from another piece of the operator is waited for by itself
                     after[node].add(between)
                     continue
             after[node].update(ends)

@@ -123,3 +123,19 @@ def test_every_term_of_a_graph_has_its_task() -> None:
         assert all(total == pytest.approx(1.0) for total in shares.values())
         moved = {(m.home, m.reader, m.phase, m.wanted) for m in found.edges}
         assert moved == {(s.operator, s.reader, s.phase, s.wanted) for s in step.slots if s.kind == "move"}
+
+
+
+def test_operators_that_run_in_pieces_with_others_in_between_have_an_order() -> None:
+    import keras
+
+    import partita
+    from partita.api import capture
+
+    with partita.abstract():
+        model = keras.applications.MobileNetV3Small(weights=None, input_shape=(64, 64, 3), classes=16)  # squeezes and excites
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    graph = capture(model, 16).graph
+    step = structure(graph, terms(graph, machine(0.5).backend))
+    assert all(b < n for n, before in enumerate(step.before) for b in before)
+    assert any(s.share < 1 for s in step.slots)
