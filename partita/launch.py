@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import signal
@@ -10,8 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from typing import IO
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
 
 from partita.errors import PartitaError
 
@@ -53,10 +55,11 @@ def launch(count: int, arguments: Sequence[str], devices: int | None, say: Calla
                     env={**common, "JAX_PROCESS_ID": str(i)},
                     stdout=subprocess.DEVNULL if i else None,
                     stderr=stderr,
-                    preexec_fn=(lambda cores=mine: os.sched_setaffinity(0, cores)) if mine else None,
+                    preexec_fn=_beginning(mine),
                 )
             )
-        return _watch(running, errors, say)
+        with _told_of_sigterm():
+            return _watch(running, errors, say)
     finally:
         for process in running:
             if process.poll() is None:
@@ -64,22 +67,59 @@ def launch(count: int, arguments: Sequence[str], devices: int | None, say: Calla
                 process.wait()
 
 
+class _Terminated(Exception):
+    """This process was sent SIGTERM, or its terminal is gone."""
+
+
+@contextmanager
+def _told_of_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise `_Terminated`: the processes started here must not outlive this one."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _beginning(cores: set[int]) -> Callable[[], None]:
+    """What a process does first: keeps to its cores, and on Linux asks to be ended when the one that started it is."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    parent_death_signal = 1
+
+    def begin() -> None:
+        if cores:
+            os.sched_setaffinity(0, cores)
+        if prctl is not None:
+            prctl(parent_death_signal, signal.SIGTERM)
+
+    return begin
+
+
 def _watch(running: list[subprocess.Popen[bytes]], errors: list[IO[bytes] | None], say: Callable[[str], None]) -> int:
     """Waits for all processes; when one fails, gives the others time to end, then ends them, and says which one it was."""
+    interrupted, asks = False, [signal.SIGTERM]
     try:
         while all(p.poll() in (None, 0) for p in running):
             if all(p.poll() == 0 for p in running):
                 return 0
             time.sleep(0.05)
         _wait(running, GRACE)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # from a terminal, the others have it too
+        interrupted, asks = True, [signal.SIGINT, signal.SIGTERM]
         _wait(running, GRACE)
-    for process in running:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-    _wait(running, GRACE)
+    except _Terminated:
+        _ask(running, signal.SIGTERM)
+        say(f"told to end; the {len(running)} processes were stopped.")
+        return 128 + signal.SIGTERM
+    for ask in asks:
+        _ask(running, ask)
     codes = [p.poll() for p in running]
-    if any(code == 130 for code in codes):
+    if interrupted or any(code in (130, -signal.SIGINT) for code in codes):
         return 130
     first = _culprit(codes)
     if first is None:
@@ -107,6 +147,14 @@ def _culprit(codes: Sequence[int | None]) -> int | None:
     own = [i for i, code in enumerate(codes) if code not in consequences]
     early = [i for i, code in enumerate(codes) if code == 0]
     return next(iter([*own, *early, *(i for i, code in enumerate(codes) if code)]))
+
+
+def _ask(running: Sequence[subprocess.Popen[bytes]], ask: signal.Signals) -> None:
+    """Sends a signal to all that still run, and gives them time to end."""
+    for process in running:
+        if process.poll() is None:
+            process.send_signal(ask)
+    _wait(running, GRACE)
 
 
 def _wait(running: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:

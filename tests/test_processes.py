@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -209,6 +210,56 @@ def test_what_a_launcher_does_not_say_is_asked_for(said: dict[str, str], error: 
         group(said)
 
 
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_processes_do_not_outlive_the_one_that_started_them(sent: signal.Signals, code: int, tmp_path: Path) -> None:
+    job = start(tmp_path, 2, "open(f'{me}.pid', 'w').write(str(os.getpid())); __import__('time').sleep(60)")
+    until = time.monotonic() + 100
+    while not all((tmp_path / f"{i}.pid").exists() and (tmp_path / f"{i}.pid").read_text() for i in range(2)):
+        assert time.monotonic() < until and job.poll() is None
+        time.sleep(0.1)
+    job.send_signal(sent)
+    _, err = job.communicate(timeout=30)
+    assert job.returncode == code
+    assert "Traceback" not in err
+    if sent == signal.SIGTERM:
+        assert err.strip().endswith("partita: told to end; the 2 processes were stopped.")
+    for i in range(2):
+        pid = int((tmp_path / f"{i}.pid").read_text())
+        while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
+
+UNWRITABLE = """
+    import os, keras, numpy as np
+    from keras import layers
+
+    model = keras.Sequential([layers.Dense(64), layers.Dense(3)])
+    model.compile("sgd", "mse")
+    x = np.ones((8, 64), "float32")
+    model.fit(x, x[:, :3], verbose=0)
+    model.save("model.keras")
+    before = os.path.getsize("model.keras")
+    for name in ("nowhere/model.keras", "nowhere/model.weights.h5"):
+        try:
+            (model.save if name.endswith("keras") else model.save_weights)(name)
+        except OSError as error:
+            print("said", error.strerror)
+    model.fit(x, x[:, :3], verbose=0)
+    print("trained on", os.path.getsize("model.keras") == before, sorted(os.listdir()))
+"""
+
+
+def test_a_save_that_one_process_cannot_write_fails_in_all_and_training_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(textwrap.dedent(UNWRITABLE))
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
+    command = [sys.executable, "-m", "partita", "run", "--quiet", "--processes", "2", "train.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("said No such file or directory") == 2
+    assert "trained on True ['model.keras', 'train.py']" in done.stdout
+
+
 CHECKPOINTED = """
     import os, sys, keras, numpy as np, partita
     from keras import layers
@@ -260,6 +311,9 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_the_weights_stay(tmp_pa
     with pytest.raises(PartitaError, match="epoch 2 cannot be written .*: No space left on device. The last whole one is that of epoch 1; the model"):
         model.fit(x, x[:, :3], verbose=0, epochs=2, callbacks=[kept])
     assert all(np.isfinite(w).all() for w in model.get_weights())
+    (tmp_path / "kept" / "0" / "model" / "metadata").write_text("{")
+    with pytest.raises(PartitaError, match="The checkpoint of epoch 1 in .* cannot be read: .* Delete the folder .*0' to go on from the one before"):
+        model.fit(x, x[:, :3], verbose=0, callbacks=[partita.Checkpoint(tmp_path / "kept")])
     with pytest.raises(PartitaError, match="cannot be kept in"):
         (tmp_path / "file").write_text("")
         partita.Checkpoint(tmp_path / "file")

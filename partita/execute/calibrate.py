@@ -7,6 +7,7 @@ Rates and links are those of the machine's model that come closest to the measur
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -100,12 +101,17 @@ def calibrated(machine: Machine, devices: int) -> Machine:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError:
         return machine
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise MachineError(f"{path} is not TOML: {error}. Delete it, or measure again: partita machine measure.") from None
     if found.get("key") != key:
         return machine
-    known = machine.provenance()
-    values = {k: float(v) for k, v in found.get("values", {}).items() if k in known}
+    known, given = machine.provenance(), found.get("values", {})
+    values = {k: v for k, v in given.items() if k in known} if isinstance(given, dict) else {"values": given}
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise MachineError(
+                f"{path} says that {name} is {value!r}, and a number above 0 is needed. Delete it, or measure again: partita machine measure."
+            )
     return machine.revised(values, f"partita machine measure, {path.name}")
 
 

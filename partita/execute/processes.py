@@ -180,6 +180,7 @@ def join(who: Group, say: Callable[[str], None]) -> None:
         how["coordinator_bind_address"] = who.address
     if own_accelerator(who):
         how["local_device_ids"] = [who.local]
+    jax.config.update("jax_enable_preemption_service", False)  # it catches SIGTERM, and would train on
     try:
         jax.distributed.initialize(**how)
     except (RuntimeError, ValueError) as error:
@@ -355,9 +356,3 @@ def _gone() -> str:
         return "Another process ended"
     gone = [str(i) for i in everyone if i not in alive]
     return f"Process {', '.join(gone)} ended" if gone else "Another process ended"
-
-
-def wait_for_all(name: str) -> None:
-    """Returns when every process has come here, so that what process 0 has written can be read."""
-    if not alone():
-        _store().wait_at_barrier(_key(name), TIMEOUT * 1000)

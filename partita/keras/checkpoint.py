@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +52,8 @@ class Checkpoint(keras.callbacks.Callback):
         model: Any = self.model
         variables = self._variables()
         here = {name: (tuple(v.shape), str(v.dtype)) for name, v in variables.items()}
-        kept = self._described(epoch)
+        with self._readable(epoch):
+            kept = self._described(epoch)
         if here != kept:
             names = sorted(n for n in {*here, *kept} if here.get(n) != kept.get(n))
             raise PartitaError(
@@ -53,7 +61,8 @@ class Checkpoint(keras.callbacks.Callback):
                 f"{_shape(here.get(names[0]))} in '{model.name}'. Name another folder, or give the model that they were made of."
             )
         target = {name: np.empty(v.shape, v.dtype) for name, v in variables.items()}
-        restored: Any = self._manager.restore(epoch, args=self._ocp.args.Composite(state=self._ocp.args.StandardRestore(target)))
+        with self._readable(epoch):
+            restored: Any = self._manager.restore(epoch, args=self._ocp.args.Composite(state=self._ocp.args.StandardRestore(target)))
         for name, variable in variables.items():
             variable.assign(restored["state"][name])
         model._initial_epoch = epoch + 1  # as Keras's own BackupAndRestore does
@@ -68,7 +77,8 @@ class Checkpoint(keras.callbacks.Callback):
         ocp = self._ocp
         try:
             args = ocp.args.Composite(state=ocp.args.StandardSave(values), model=ocp.args.JsonSave(described))
-            self._manager.save(epoch, args=args)
+            with _quietly():
+                self._manager.save(epoch, args=args)
         except (OSError, ValueError) as error:
             last = self._manager.latest_step()
             whole_one = f"The last whole one is that of epoch {last + 1}" if last is not None else "There is no whole one yet"
@@ -79,6 +89,17 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Any = None) -> None:
         self._manager.wait_until_finished()
+
+    @contextmanager
+    def _readable(self, epoch: int) -> Iterator[None]:
+        """Inside, whatever Orbax raises of files that are not whole is one sentence."""
+        try:
+            yield
+        except Exception as error:
+            raise PartitaError(
+                f"The checkpoint of epoch {epoch + 1} in {str(self.folder)!r} cannot be read: {_reason(error)}. Delete the folder "
+                f"{str(self.folder / str(epoch))!r} to go on from the one before, or name another folder."
+            ) from None
 
     def _variables(self) -> dict[str, Any]:
         """Every variable of the training state by its place and path; places tell two of one path apart."""
@@ -98,7 +119,30 @@ def _shape(described: tuple[tuple[int, ...], str] | None) -> str:
     return f"{described[1]}{list(described[0])}" if described is not None else "missing"
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Inside, nothing is logged: Orbax and TensorStore show what goes wrong in their threads, and raise it again in this one."""
+    before, hook = logging.root.manager.disable, sys.excepthook
+    logging.disable(logging.CRITICAL)
+    sys.excepthook = lambda *_: None
+    try:
+        yield
+    finally:
+        gc.collect()  # what is never asked for a result complains when it goes
+        logging.disable(before)
+        sys.excepthook = hook
+
+
 def _reason(error: Exception) -> str:
+    """Why, in a few words.
+
+    >>> _reason(ValueError("RESOURCE_EXHAUSTED: Error writing: Failed to write 8 bytes to file 14 [os_error_code='28']"))
+    'No space left on device'
+    """
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return os.strerror(int(code[1]))
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    said = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    return said.splitlines()[0].rstrip(".") if said else type(error).__name__

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import os
 import shutil
 import signal
@@ -39,7 +40,7 @@ from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import capture_model
 from partita.errors import CaptureError, PartitaError, PlanError
 from partita.execute.function import Planner, compiled_in_turn, same_everywhere, settled
-from partita.execute.processes import alone, is_first, put, together, wait_for_all, whole
+from partita.execute.processes import alone, from_first, is_first, put, together, whole
 from partita.execute.program import PlannedStep
 from partita.execute.verify import Verification, check_compiled
 from partita.plan.adapt import fit_plan
@@ -88,18 +89,26 @@ def attach(
     return model
 
 
-def _replace(new: str, old: str) -> None:
-    """Puts a file or folder in the place of another: a save that is interrupted leaves the one before."""
-    if os.path.isdir(new) and os.path.isdir(old):
-        shutil.rmtree(old)
-    os.replace(new, old)
+def _bring(source: str, target: str) -> tuple[int, str, str]:
+    """Puts all that is in a folder into another, in the place of what is there; what fails leaves that. (errno, why, file), or zero."""
+    try:
+        with tempfile.TemporaryDirectory(dir=target, prefix=".partita-") as beside:
+            for name in os.listdir(source):
+                new, old = shutil.move(os.path.join(source, name), beside), os.path.join(target, name)
+                if os.path.isdir(new) and os.path.isdir(old):
+                    shutil.rmtree(old)
+                os.replace(new, old)
+    except OSError as error:
+        return error.errno or 5, error.strerror or str(error), str(error.filename or target)
+    return 0, "", ""
 
 
 @functools.cache
 def _keep_together() -> None:
     """Makes Keras's variables readable where they are split over processes, and its files written by process 0 alone.
 
-    The others go through the same motions in a folder that is thrown away: reading a variable is something that all do together.
+    All go through the same motions in a folder of their own, since reading a variable is something that all do together; then process 0
+    brings what it has written to its place. Where it cannot, all have the same error.
     """
 
     def array(variable: Any, dtype: Any = None, copy: bool | None = None) -> Any:
@@ -112,11 +121,11 @@ def _keep_together() -> None:
         @functools.wraps(method)
         def write(model: Any, filepath: Any, *positional: Any, **named: Any) -> Any:
             folder, file = os.path.split(os.path.abspath(str(filepath)))
-            with tempfile.TemporaryDirectory(dir=folder if is_first() else None, prefix=".partita-") as aside:
+            with tempfile.TemporaryDirectory(prefix="partita-") as aside:
                 result = method(model, os.path.join(aside, file), *positional, **named)
-                for written in os.listdir(aside) if is_first() else ():
-                    _replace(os.path.join(aside, written), os.path.join(folder, written))
-            wait_for_all(name)
+                errno, why, path = json.loads(from_first(name, lambda: json.dumps(_bring(aside, folder))))
+            if errno:
+                raise OSError(errno, why, path)
             return result
 
         return write
@@ -233,6 +242,8 @@ class PlannedFit:
         self.running: Compiled | None = None
         """The step that ran last: its mesh is where the variables are."""
         self._new = True
+        self._why = ""
+        """Why the step being compiled is left to Keras."""
         self._placed: Any = None
         """The state that the last planned step returned: it is where it belongs."""
         self._valid: Any = None
@@ -289,8 +300,7 @@ class PlannedFit:
             self.steps[key], self._began = self._compile(state, batch), None
         step = self.steps[key]
         if step is None:
-            logs, self._valid = self._keras()(state, iter((batch,)))
-            return logs, self._valid
+            return self._by_keras(key, state, batch)
         before, self._began = self._began, time.perf_counter()
         if before is not None:
             self._took.append(self._began - before)
@@ -354,12 +364,26 @@ class PlannedFit:
         return self.plan
 
     def _alone(self, why: str = "") -> None:
-        """Leaves this shape to Keras; where it is the first, all shapes, at no cost per step."""
-        model: Any = self.model
-        if why:
-            self._warn(f"{why.splitlines()[0].rstrip('.')}. It trains on one device, as Keras runs it.")
-        if not self.steps:
+        """Leaves this shape to Keras, which `_by_keras` says once it has run."""
+        self._why = why
+
+    def _by_keras(self, key: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        """The step as Keras runs it; where it is the first, so are all, at no cost per step.
+
+        What Keras cannot run either is the user's to mend: nothing is said, and the next batch is planned as if this one had not been.
+        """
+        try:
+            logs, self._valid = self._keras()(state, iter((batch,)))
+        except Exception:
+            del self.steps[key]
+            raise
+        if self._why:
+            self._warn(f"{self._why.splitlines()[0].rstrip('.')}. It trains on one device, as Keras runs it.")
+            self._why = ""
+        if len(self.steps) == 1:
+            model: Any = self.model
             model.train_function = self._keras()
+        return logs, self._valid
 
     def _keras(self) -> Callable[[Any, Any], Any]:
         """Keras's own train function, made by Keras."""

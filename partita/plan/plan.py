@@ -178,18 +178,27 @@ class Plan:
                 raise PlanError(f"{where} lacks the key {key!r}.")
         if value["schema"] != SCHEMA:
             raise PlanError(f"{where} has schema {value['schema']!r}; this version of Partita reads {SCHEMA}. Plan again.")
+        kinds = {"graph": str, "machine": str, "mesh": dict, "operators": dict, "name": str, "batch_size": int, "storage": dict}
+        kinds |= {"predicted": dict, "notes": list, "why": dict}
+        words = {str: "a text", dict: "an object", int: "a whole number", list: "a list"}
+        for key, kind in kinds.items():
+            if key in value and not isinstance(value[key], kind):
+                raise PlanError(f"{where}, {key}: needs {words[kind]}, not {value[key]!r}. Plan again.")
+        for key in ("seconds", "peak_bytes"):
+            if not isinstance(value.get("predicted", {}).get(key, 0), (int, float)):
+                raise PlanError(f"{where}, predicted.{key}: needs a number, not {value['predicted'][key]!r}. Plan again.")
         axes = []
         for name, entry in value["mesh"].items():
-            if not isinstance(entry, dict) or not isinstance(entry.get("size"), int) or entry["size"] < 2:
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(k, 0), int) for k in ("size", "level")) or entry.get("size", 0) < 2:
                 raise PlanError(f'{where}, mesh.{name}: needs {{"size": at least 2, "level": number}}, not {entry!r}.')
-            axes.append(Axis(name, entry["size"], int(entry.get("level", 0))))
+            axes.append(Axis(name, entry["size"], entry.get("level", 0)))
         mesh = Mesh(tuple(axes))
         choices = {}
         for operator, text in value["operators"].items():
             choices[operator] = _parse_choice(text, mesh, f"{where}, operators.{operator}")
         storage = {}
         for path, entry in value.get("storage", {}).items():
-            if not isinstance(entry, dict) or set(entry) != {"dim", "axes", "zero"} or entry["zero"] not in (1, 2, 3):
+            if not isinstance(entry, dict) or set(entry) != {"dim", "axes", "zero"} or entry["zero"] not in (1, 2, 3) or not isinstance(entry["dim"], int):
                 raise PlanError(f'{where}, storage.{path}: needs {{"dim", "axes", "zero": 1, 2 or 3}}, not {entry!r}.')
             for axis in entry["axes"]:
                 if axis not in mesh.index:
@@ -211,8 +220,10 @@ class Plan:
             text = Path(path).read_text()
         except FileNotFoundError:
             raise PlanError(f"There is no plan file {str(path)!r}.") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"The plan file {str(path)!r} cannot be read: {error}.") from None
+        except OSError as error:
+            raise PlanError(f"The plan file {str(path)!r} cannot be read: {error.strerror}. Give a file that 'partita plan --save-plan' wrote.") from None
+        except UnicodeDecodeError:
+            raise PlanError(f"{str(path)!r} is not a plan: it is not text. Give a file that 'partita plan --save-plan' wrote.") from None
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:

@@ -48,8 +48,16 @@ def test_figures_of_another_machine_or_library_are_left_alone(what: str, cache: 
 
 
 def test_a_broken_file_is_named(cache: Path) -> None:
-    file_of(key_of(2)).write_text("[key\n")
-    with pytest.raises(MachineError, match="is not TOML.*Delete it, or measure again"):
+    for broken in (b"[key\n", b"\x80\x81"):
+        file_of(key_of(2)).write_bytes(broken)
+        with pytest.raises(MachineError, match="is not TOML.*Delete it, or measure again"):
+            calibrated(at_hand(2), 2)
+
+
+@pytest.mark.parametrize("value", ['"fast"', "0", "-1", "nan", "inf"])
+def test_a_figure_that_cannot_be_is_named(value: str, cache: Path) -> None:
+    file_of(key_of(2)).write_text(kept().to_toml().replace('"device.overhead" = 0.001', f'"device.overhead" = {value}'))
+    with pytest.raises(MachineError, match="says that device.overhead is .*, and a number above 0 is needed. Delete it, or measure again"):
         calibrated(at_hand(2), 2)
 
 

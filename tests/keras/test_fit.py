@@ -335,6 +335,19 @@ def test_what_cannot_be_captured_trains_unplanned_with_one_sentence():
     assert seen
 
 
+def test_a_first_batch_that_is_wrong_is_an_error_of_keras_and_the_next_one_is_planned():
+    said = []
+    model = made(report=said.append)
+    x, y = MODELS["mlp"][1]
+    trained(model, x, y, epochs=1)
+    attach(model, planner("data parallel"), report=said.append)
+    with pytest.raises(ValueError, match="expected axis -1 of input shape to have value 12, but received input with shape"):
+        trained(model, x[:, :11], y, epochs=1)
+    assert said == []
+    trained(model, x, y, epochs=1)
+    assert devices_of(model) == 4
+
+
 def test_a_plan_of_one_device_leaves_training_to_keras():
     model = made(plan="one device")
     trained(model, *MODELS["mlp"][1])

@@ -51,6 +51,12 @@ def test_a_plan_prints_runs_of_layers_on_one_line() -> None:
         ({"operators": {"conv": "S:a P:a"}}, "operators.conv: axis 'a' is used twice, for S and P."),
         ({"operators": {"conv": 3}}, 'operators.conv: needs a text like "S:a,b P:c" or "replicate", not 3.'),
         ({"mesh": {"a": {"size": 1}}}, 'mesh.a: needs {"size": at least 2, "level": number}'),
+        ({"mesh": ["a"]}, "mesh: needs an object, not ['a']. Plan again."),
+        ({"mesh": {"a": {"size": 2, "level": "x"}}}, 'mesh.a: needs {"size": at least 2, "level": number}'),
+        ({"operators": 3}, "operators: needs an object, not 3. Plan again."),
+        ({"notes": 5}, "notes: needs a list, not 5. Plan again."),
+        ({"predicted": {"seconds": "fast"}}, "predicted.seconds: needs a number, not 'fast'. Plan again."),
+        ({"storage": {"k": {"dim": "x", "axes": ["a"], "zero": 1}}}, 'storage.k: needs {"dim", "axes", "zero": 1, 2 or 3}'),
         ({"storage": {"k": {"dim": 0}}}, 'storage.k: needs {"dim", "axes", "zero": 1, 2 or 3}'),
         ({"storage": {"k": {"dim": 0, "axes": ["q"], "zero": 1}}}, "storage.k: there is no axis 'q'; the mesh has a, b."),
     ],
@@ -74,6 +80,11 @@ def test_files_that_are_no_plans(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text('{"schema": 1,\n oops}')
     with pytest.raises(PlanError, match="is not a plan: .* in line 2, column 2"):
         Plan.load(tmp_path / "bad.json")
+    (tmp_path / "binary.json").write_bytes(b"\x80\x81")
+    with pytest.raises(PlanError, match="is not a plan: it is not text. Give a file that 'partita plan --save-plan' wrote."):
+        Plan.load(tmp_path / "binary.json")
+    with pytest.raises(PlanError, match="cannot be read: Is a directory. Give a file that"):
+        Plan.load(tmp_path)
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(PlanError, match="is not a JSON object"):
         Plan.load(tmp_path / "list.json")
