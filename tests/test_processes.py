@@ -218,7 +218,7 @@ def test_processes_do_not_outlive_the_one_that_started_them(sent: signal.Signals
         assert time.monotonic() < until and job.poll() is None
         time.sleep(0.1)
     job.send_signal(sent)
-    _, err = job.communicate(timeout=30)
+    _, err = job.communicate(timeout=120)
     assert job.returncode == code
     assert "Traceback" not in err
     if sent == signal.SIGTERM:
