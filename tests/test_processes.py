@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,9 @@ def start(folder: Path, processes: int, fault: str = "pass", seed: str = "0", **
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} | {"PARTITA_SEED": "5", **more}
     together = ["--processes", str(processes), "--devices", str(processes)] if processes else ["--quiet"]
     command = [sys.executable, "-m", "partita", "run", "train.py", *together]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment)
+    listening = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # a shell's background jobs are born deaf to it
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes, cwd=folder, env=environment, preexec_fn=listening)
 
 
 def figures(out: str, what: str) -> list[float]:
@@ -218,7 +221,7 @@ def test_processes_do_not_outlive_the_one_that_started_them(sent: signal.Signals
         assert time.monotonic() < until and job.poll() is None
         time.sleep(0.1)
     job.send_signal(sent)
-    _, err = job.communicate(timeout=120)
+    _, err = job.communicate(timeout=30)
     assert job.returncode == code
     assert "Traceback" not in err
     if sent == signal.SIGTERM:
