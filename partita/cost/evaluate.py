@@ -7,10 +7,8 @@ a value under another sharding pays for its own reshard.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -19,7 +17,7 @@ from partita.cost.terms import Factors, OperatorTerms, Stored, Terms
 from partita.graph.graph import Phase
 from partita.machine import Machine, collective_seconds
 from partita.machine.times import START, Key
-from partita.plan.layout import Layout, Sharding, resolve
+from partita.plan.layout import Layout, resolve, spare_axes
 from partita.plan.plan import Mesh, Plan
 
 Assignment = Mapping[int, tuple[int, ...]]
@@ -245,19 +243,3 @@ def _float(dtype: str) -> str:
 def storage_axes(stored: Stored, mesh: Mesh, assignment: Assignment) -> tuple[int, tuple[int, ...]] | None:
     """(dim, axes) over which a parameter can be kept split beyond its operator's choice; None if no dim divides."""
     return spare_axes(stored.shape, resolve(stored.label, assignment), mesh)
-
-
-@lru_cache(maxsize=1 << 16)
-def spare_axes(shape: tuple[int, ...], sharding: Sharding, mesh: Mesh) -> tuple[int, tuple[int, ...]] | None:
-    """The dim of a tensor that can be split furthest over the axes that its sharding leaves free, and those axes."""
-    taken = {a for dim in sharding for a in dim}
-    best: tuple[int, int, tuple[int, ...]] = (0, 0, ())
-    for d, (n, axes) in enumerate(zip(shape, sharding, strict=True)):
-        left, found = n // math.prod(mesh.sizes[a] for a in axes), []
-        whole = left
-        for a, size in enumerate(mesh.sizes):
-            if a not in taken and left % size == 0:
-                found.append(a)
-                left //= size
-        best = max(best, (whole // left, -d, tuple(found)))
-    return (-best[1], best[2]) if best[2] else None

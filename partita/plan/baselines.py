@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from partita.graph.graph import Graph, Operator
+from partita.plan.layout import assignments_of, resolve, spare_axes
 from partita.plan.plan import Mesh, Plan, Storage, illegal
 
 Choice = Mapping[str, str]
@@ -52,40 +53,20 @@ def zero(level: int) -> Callable[[Graph, str, Mesh], Plan]:
 
     def make(graph: Graph, machine: str, mesh: Mesh) -> Plan:
         plan = data_parallel(graph, machine, mesh)
-        return replace(plan, name=f"ZeRO-{level}", storage=storage_for(graph, mesh, plan.choices, level))
+        return replace(plan, name=f"ZeRO-{level}", storage=storage_for(graph, plan, level))
 
     return make
 
 
-def storage_for(graph: Graph, mesh: Mesh, choices: Mapping[str, Choice], level: int) -> dict[str, Storage]:
+def storage_for(graph: Graph, plan: Plan, level: int) -> dict[str, Storage]:
     """Storage of every parameter over the axes that its operator's choice leaves it replicated on."""
-    found = {}
+    found, assignments = {}, assignments_of(graph, plan)
     for a in graph.arguments:
         home = graph.home[a.tensor]
-        if a.role != "parameter" or home < 0:
-            continue
-        operator = graph.operators[home]
-        by_factor = {name: f for f in operator.factors for name in [graph.factors[f].name]}
-        used: dict[int, list[str]] = {}
-        for axis, factor in choices[operator.name].items():
-            used.setdefault(by_factor[factor], []).append(axis)
-        label, shape = graph.labels[a.tensor], list(graph.tensors[a.tensor].shape)
-        taken: set[str] = set()
-        for d, dim in enumerate(label):
-            for axis in used.get(dim, []):
-                shape[d] //= mesh.axes[mesh.index[axis]].size
-                taken.add(axis)
-        free = [x for x in mesh.axes if x.name not in taken]
-        best: tuple[int, int, tuple[str, ...]] = (0, 0, ())
-        for d in range(len(label)):
-            axes, size = [], shape[d]
-            for axis in free:
-                if size % axis.size == 0:
-                    axes.append(axis.name)
-                    size //= axis.size
-            best = max(best, (shape[d] // size, -d, tuple(axes)))
-        if best[2]:
-            found[a.path] = Storage(-best[1], best[2], level)
+        if a.role == "parameter" and home >= 0:
+            spare = spare_axes(graph.tensors[a.tensor].shape, resolve(graph.labels[a.tensor], assignments[home]), plan.mesh)
+            if spare is not None:
+                found[a.path] = Storage(spare[0], tuple(plan.mesh.axes[x].name for x in spare[1]), level)
     return found
 
 

@@ -6,12 +6,14 @@ with the compiler all read it, so that they cannot mean different things.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from partita.graph.graph import Graph, Label
-from partita.plan.plan import Plan, Storage
+from partita.plan.plan import Mesh, Plan, Storage
 
 Sharding = tuple[tuple[int, ...], ...]
 """Per dim of a tensor, the mesh axes (by index) that split it, major to minor."""
@@ -55,6 +57,22 @@ def assignments_of(graph: Graph, plan: Plan) -> tuple[dict[int, tuple[int, ...]]
                 assignment[by_name[choice[axis.name]]] += (number,)
         found.append(dict(assignment))
     return tuple(found)
+
+
+@lru_cache(maxsize=1 << 16)
+def spare_axes(shape: tuple[int, ...], sharding: Sharding, mesh: Mesh) -> tuple[int, tuple[int, ...]] | None:
+    """The dim of a tensor that can be split furthest over the axes that its sharding leaves free, and those axes."""
+    taken = {a for dim in sharding for a in dim}
+    best: tuple[int, int, tuple[int, ...]] = (0, 0, ())
+    for d, (n, axes) in enumerate(zip(shape, sharding, strict=True)):
+        left, found = n // math.prod(mesh.sizes[a] for a in axes), []
+        whole = left
+        for a, size in enumerate(mesh.sizes):
+            if a not in taken and left % size == 0:
+                found.append(a)
+                left //= size
+        best = max(best, (whole // left, -d, tuple(found)))
+    return (-best[1], best[2]) if best[2] else None
 
 
 def families(graph: Graph) -> dict[int, int]:
