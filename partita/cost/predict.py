@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from partita.cost.collectives import collectives
-from partita.cost.evaluate import compute_source, operator_costs
+from partita.cost.evaluate import OperatorCost, compute_source, operator_costs
 from partita.cost.memory import KINDS, Memory, memory
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.terms import Terms, terms
@@ -92,12 +92,14 @@ class Prediction:
         }
 
 
-def predict(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = None, where: Layout | None = None) -> Prediction:
-    """The cost of a plan on a machine. `found` and `where` may be given if they are known already."""
+def predict(
+    graph: Graph, machine: Machine, plan: Plan, found: Terms | None = None, where: Layout | None = None, costs: Sequence[OperatorCost] | None = None
+) -> Prediction:  # fmt: skip
+    """The cost of a plan on a machine. `found`, `where` and the operators' `costs` may be given if they are known already."""
     found = found or terms(graph, machine.backend)
     where = where or layout(graph, plan)
     place = Placement(machine, plan.mesh)
-    costs = operator_costs(found, place, where, plan)
+    costs = costs or operator_costs(found, place, where, plan)
     moves = [0.0] * len(costs)
     for move in found.edges:
         a, b = where.assignments[move.home], where.assignments[move.reader]

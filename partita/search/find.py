@@ -112,25 +112,20 @@ def find(
 
 PROPOSALS = 1 << 27
 """Proposals of a walk times tasks of the step, unless seconds are given: a second or two."""
-
-
 WORTH = 0.01
 """What a walk must gain over the exact plan, which is the more regular one: less than predictions can tell apart is not worth it."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Course:
-    """What walks on the simulator need of a network: the simulation, an additive problem below it, and which operators are alike."""
+    """What walks on the simulator need of a network: the simulation, and an additive problem below it."""
 
     simulated: Simulated
     below: Reduced
-    alike: np.ndarray
 
     @staticmethod
     def of(network: Network) -> _Course:
-        number: dict[int, int] = {}
-        alike = np.array([number.setdefault(id(p), len(number)) for p in network.parts])
-        return _Course(simulated(network), reduce(relaxed(network)), alike)
+        return _Course(simulated(network), reduce(relaxed(network)))
 
     def walk(
         self, exact: SearchResult, starts: Sequence[Sequence[int]], budget: float, seconds: float | None, seed: int, report: Report | None
@@ -139,7 +134,7 @@ class _Course:
         least = eliminate(self.below.problem, budget)
         most = None if seconds is not None else max(20_000, PROPOSALS // self.simulated.tasks.count)
         starts = [exact.states, self.below.lift(least.states), *starts]
-        found, _ = walk(self.simulated, self.alike, starts, budget, least.bound, np.inf if seconds is None else seconds, seed, report, most)
+        found, _ = walk(self.simulated, starts, budget, least.bound, np.inf if seconds is None else seconds, seed, report, most)
         plain = self.simulated.seconds(exact.states)
         if plain <= found.seconds * (1 + WORTH):
             found = replace(found, states=exact.states, seconds=plain, nbytes=exact.nbytes)

@@ -11,9 +11,10 @@ splitting along the edges; and the same new state for all equal operators that a
 
 from __future__ import annotations
 
+import itertools
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numba import njit
@@ -32,65 +33,57 @@ LENGTH = 40
 """Proposals of a chain, per operator and state that it may change (at least one chunk)."""
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How much a search has done: simulations, of them full ones, and chains."""
-
-    proposals: int
-    chains: int
-    seconds: float
-
-
 def walk(
-    problem: Simulated, alike: np.ndarray, starts: Sequence[Sequence[int]], budget: float = np.inf, bound: float = 0.0, seconds: float = 2.0,
-    seed: int = 0, report: Report | None = None, most: int | None = None,
-) -> tuple[SearchResult, Effort]:  # fmt: skip
-    """The best states found within `seconds` (or `most` proposals), from starts of which at least one fits the budget of bytes.
+    problem: Simulated, starts: Sequence[Sequence[int]], budget: float = np.inf, bound: float = 0.0, seconds: float = 2.0, seed: int = 0,
+    report: Report | None = None, most: int | None = None,
+) -> tuple[SearchResult, int]:  # fmt: skip
+    """The best states found within `seconds` (or `most` proposals), and the proposals made, from starts of which one fits the budget of bytes.
 
-    `alike[o]` is a number that operators with equal states share. `bound` is what is known of all plans.
+    `bound` is what is known of all plans.
     """
-    begun = time.perf_counter()
+    until = time.perf_counter() + seconds
     fitting = [np.asarray(s, np.int64) for s in starts if problem.held(s) <= budget]
     fitting.sort(key=problem.seconds)
-    best = fitting[0].copy()
-    history = [Progress("simulated", problem.seconds(best), bound)]
-    cheap, cheap_first = _cheap(problem)
+    best, least = fitting[0].copy(), problem.seconds(fitting[0])
+    state, history, proposals, stopped = best, [Progress("simulated", least, bound)], 0, False
+    cheap, free, rng = _cheap(problem), np.flatnonzero(problem.states > 1), np.random.default_rng(seed)
     length = max(CHUNK, LENGTH * int(problem.states.sum()))
-    proposals, chains, stopped = 0, 0, False
-    rng = np.random.default_rng(seed)
-    free = np.flatnonzero(problem.states > 1)
     try:
-        while len(free) and best_seconds(history) > bound * (1 + 1e-9):
-            state = (fitting[chains % len(fitting)] if chains < 2 * len(fitting) else best).copy()
-            done = 0
-            while done < length:
-                take = min(CHUNK, length - done, (most or 1 << 62) - proposals)
-                hot, cold = (HOT * (COLD / HOT) ** ((done + n) / length) for n in (0, take))
-                top = best.copy()
-                found = _chain(
-                    take, int(rng.integers(1 << 31)), hot, cold, free, state, top, best_seconds(history), budget, cheap, cheap_first, alike,
-                    problem.near_first, problem.near, problem.nbytes_first, problem.nbytes, *problem.order, *problem.where,
-                )  # fmt: skip
-                done, proposals = done + take, proposals + take
-                if found < best_seconds(history):
-                    best = top
-                    history.append(Progress("simulated", problem.seconds(best), bound))
-                if report is not None:
-                    report(history[-1])
-                if time.perf_counter() - begun > seconds or most is not None and proposals >= most:
-                    raise StopIteration
-            chains += 1
-    except StopIteration:
-        chains += 1
+        for chain, done, take in _schedule(length, most) if len(free) else ():
+            if done == 0 and least <= bound * (1 + 1e-9):
+                break
+            if done == 0:
+                state = (fitting[chain % len(fitting)] if chain < 2 * len(fitting) else best).copy()
+            hot, cold = (HOT * (COLD / HOT) ** ((done + n) / length) for n in (0, take))
+            top = best.copy()
+            found = _chain(
+                take, int(rng.integers(1 << 31)), hot, cold, free, state, top, least, budget, *cheap, problem.alike, problem.near_first,
+                problem.near, problem.nbytes_first, problem.nbytes, *problem.order, *problem.where,
+            )  # fmt: skip
+            proposals += take
+            if found < least:
+                best, least = top, problem.seconds(top)
+                history.append(Progress("simulated", least, bound))
+            if report is not None:
+                report(history[-1])
+            if time.perf_counter() > until:
+                break
     except KeyboardInterrupt:
         stopped = True
-    least = min(bound, best_seconds(history))
-    result = SearchResult(tuple(map(int, best)), best_seconds(history), problem.held(best), least, True, tuple(history), stopped)
-    return result, Effort(proposals, chains, time.perf_counter() - begun)
+    result = SearchResult(tuple(map(int, best)), least, problem.held(best), min(bound, least), True, tuple(history), stopped)
+    return result, proposals
 
 
-def best_seconds(history: Sequence[Progress]) -> float:
-    return history[-1].best
+def _schedule(length: int, most: int | None) -> Iterator[tuple[int, int, int]]:
+    """(chain, proposals that it has made, how many come next), chain after chain, until `most` are made."""
+    left = most if most is not None else sys.maxsize
+    for chain in itertools.count():
+        for done in range(0, length, CHUNK):
+            take = min(CHUNK, length - done, left)
+            yield chain, done, take
+            left -= take
+            if left == 0:
+                return
 
 
 def _cheap(problem: Simulated) -> tuple[np.ndarray, np.ndarray]:
@@ -105,75 +98,51 @@ def _cheap(problem: Simulated) -> tuple[np.ndarray, np.ndarray]:
 
 @njit(cache=True)
 def _chain(  # noqa: ANN202, PLR0913
-    count, seed, hot, cold, free, chosen, top, best, budget, cheap, cheap_first, alike, near_first, near, nbytes_first, nbytes,  # noqa: ANN001
+    proposals, seed, hot, cold, free, chosen, top, best, budget, cheap, cheap_first, alike, near_first, near, nbytes_first, nbytes,  # noqa: ANN001
     stream, streams, first, before, overlap, data, states, own_first, own_task, own_hold, own_row, own_share, move_task, move_hold,  # noqa: ANN001
     move_ends, move_table,  # noqa: ANN001
 ):  # fmt: skip
     """Makes proposals from `chosen`, which it changes; the best seconds seen, with their states in `top`."""
     np.random.seed(seed)
     n, operators = len(stream), len(states)
-    seconds, start, end = np.zeros(n), np.zeros(n), np.zeros(n)
+    seconds, start, end, kept_end = np.zeros(n), np.zeros(n), np.zeros(n), np.empty(n)
     fill(chosen, seconds, overlap, data, states, own_first, own_task, own_hold, own_row, own_share, move_task, move_hold, move_ends, move_table)
     sweep(0, seconds, stream, streams, first, before, start, end)
-    now, held = end.max(), 0.0
+    now, held, busy = end.max(), 0.0, np.zeros(streams)
     for o in range(operators):
         held += nbytes[nbytes_first[o] + chosen[o]]
-    before_end, touched, was = np.empty(n), np.empty(4 * n, np.int64), np.empty(4 * n)
-    busy, last = np.zeros(streams), np.full(n, -1.0)
     for k in range(n):
         if stream[k] >= 0:
             busy[stream[k]] += seconds[k]
-    work, new = busy.copy(), now
+    touched, was, last, work, new = np.empty(4 * n, np.int64), np.empty(4 * n), np.full(n, -1.0), busy.copy(), now
     changed, previous = np.empty(operators, np.int64), np.empty(operators, np.int64)
-    for step in range(count):
-        heat = hot * (cold / hot) ** (step / count)
+    for step in range(proposals):
+        heat = hot * (cold / hot) ** (step / proposals)
         o = free[np.random.randint(len(free))]
-        kind = np.random.random()
-        if kind < 0.35:
-            to = np.random.randint(states[o])
-        elif kind < 0.7 or near_first[o] == near_first[o + 1]:
-            to = cheap[cheap_first[o] + np.random.randint(cheap_first[o + 1] - cheap_first[o])]
-        else:
-            m = near[near_first[o] + np.random.randint(near_first[o + 1] - near_first[o])]
-            to = _suited(o, m, chosen, cheap, cheap_first, data, states, own_first, own_row, own_share, move_ends, move_table)
+        to = _proposed(o, chosen, cheap, cheap_first, near_first, near, data, states, own_first, own_row, own_share, move_ends, move_table)
         if to == chosen[o]:
             continue
-        size, from_state = 0, chosen[o]
-        whole_run = np.random.random() < 0.3
-        more = 0.0
-        for p in range(operators):
-            if p == o or whole_run and alike[p] == alike[o] and chosen[p] == from_state:
-                changed[size], previous[size] = p, chosen[p]
-                more += nbytes[nbytes_first[p] + to] - nbytes[nbytes_first[p] + chosen[p]]
-                size += 1
+        size, more = _alike(o, to, chosen, alike, nbytes_first, nbytes, changed, previous)
         if held + more > budget and more > 0:
             continue
+        count_touched, begin = 0, n
         for i in range(size):
             chosen[changed[i]] = to
-        count_touched, begin = 0, n
         for i in range(size):
             count_touched, begin = change(
                 changed[i], chosen, seconds, touched, was, count_touched, begin, near_first, near, overlap, data, states, own_first, own_task,
                 own_hold, own_row, own_share, move_task, move_hold, move_ends, move_table,
             )  # fmt: skip
         most = now - heat * now * np.log(np.random.random())
-        work[:] = busy
-        for i in range(count_touched - 1, -1, -1):  # the first of a task's entries has what it took before
-            last[touched[i]] = was[i]
-        for i in range(count_touched):
-            k = touched[i]
-            if last[k] >= 0:
-                if stream[k] >= 0:
-                    work[stream[k]] += seconds[k] - last[k]
-                last[k] = -1.0
+        _add_work(seconds, stream, touched, was, count_touched, last, busy, work)
         accepted = work.max() <= most * (1 + 1e-9)  # what a stream has to do is below the step: most proposals end here
         if accepted:
-            before_end[begin:] = end[begin:]
+            kept_end[begin:] = end[begin:]
             sweep(begin, seconds, stream, streams, first, before, start, end)
             new = end.max()
             accepted = new <= most
             if not accepted:
-                end[begin:] = before_end[begin:]
+                end[begin:] = kept_end[begin:]
         if accepted:
             now, held = new, held + more
             busy[:] = work
@@ -189,7 +158,45 @@ def _chain(  # noqa: ANN202, PLR0913
 
 
 @njit(cache=True)
-def _suited(o, m, chosen, cheap, cheap_first, data, states, own_first, own_row, own_share, move_ends, move_table):  # noqa: ANN001, ANN202
+def _proposed(o, chosen, cheap, cheap_first, near_first, near, data, states, own_first, own_row, own_share, move_ends, move_table):  # noqa: ANN001, ANN202
+    """A state for an operator: any, a cheap one, or the one that suits a neighbour."""
+    kind = np.random.random()
+    if kind < 0.35:
+        return np.random.randint(states[o])
+    if kind < 0.7 or near_first[o] == near_first[o + 1]:
+        return cheap[cheap_first[o] + np.random.randint(cheap_first[o + 1] - cheap_first[o])]
+    m = near[near_first[o] + np.random.randint(near_first[o + 1] - near_first[o])]
+    return _suited(o, m, chosen, data, states, own_first, own_row, own_share, move_ends, move_table)
+
+
+@njit(cache=True)
+def _alike(o, to, chosen, alike, nbytes_first, nbytes, changed, previous):  # noqa: ANN001, ANN202
+    """Who changes: the operator, or at times all equal ones that agree with it. (How many, bytes more); `changed`, `previous` say who had what."""
+    size, more, together = 0, 0.0, np.random.random() < 0.3
+    for p in range(len(alike)):
+        if p == o or together and alike[p] == alike[o] and chosen[p] == chosen[o]:
+            changed[size], previous[size] = p, chosen[p]
+            more += nbytes[nbytes_first[p] + to] - nbytes[nbytes_first[p] + chosen[p]]
+            size += 1
+    return size, more
+
+
+@njit(cache=True)
+def _add_work(seconds, stream, touched, was, count, last, busy, work):  # noqa: ANN001, ANN202
+    """Writes what each stream has to do after a change into `work`; `busy` is before it. A task may be touched twice: its first entry counts."""
+    work[:] = busy
+    for i in range(count - 1, -1, -1):
+        last[touched[i]] = was[i]
+    for i in range(count):
+        k = touched[i]
+        if last[k] >= 0:
+            if stream[k] >= 0:
+                work[stream[k]] += seconds[k] - last[k]
+            last[k] = -1.0
+
+
+@njit(cache=True)
+def _suited(o, m, chosen, data, states, own_first, own_row, own_share, move_ends, move_table):  # noqa: ANN001, ANN202
     """Of all states of an operator the one that takes least together with one move."""
     least, found = np.inf, chosen[o]
     for state in range(states[o]):

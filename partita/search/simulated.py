@@ -32,6 +32,8 @@ class Simulated:
     data: np.ndarray
     states: np.ndarray
     """How many states each operator has."""
+    alike: np.ndarray
+    """A number per operator, the same for those with equal states and costs."""
     own_first: np.ndarray
     own_task: np.ndarray
     own_hold: np.ndarray
@@ -78,7 +80,7 @@ class Simulated:
 def simulated(network: Network) -> Simulated:
     """The simulation of a cost network."""
     step, overlap = structure(network.graph, network.terms), network.place.machine.backend.overlap
-    step, _ = thinned(step, [_takes_time(network, slot) for slot in step.slots])
+    step = thinned(step, [_takes_time(network, slot) for slot in step.slots])
     laid = lay_out(step, np.zeros(len(step.slots)), overlap)
     data: list[np.ndarray] = []
     at: dict[int, int] = {}
@@ -113,8 +115,10 @@ def simulated(network: Network) -> Simulated:
     task, hold, row = np.array([slot[:3] for slot in flat], np.int64).reshape(-1, 3).T.copy()
     moved = np.array(moves, np.int64).reshape(-1, 5)
     starts = lambda rows: np.cumsum([0, *map(len, rows)])  # noqa: E731
+    number: dict[int, int] = {}
     return Simulated(
-        laid.tasks, overlap, np.concatenate([*data, np.zeros(1)]), np.array([len(s) for s in network.states]), starts(own), task, hold, row,
+        laid.tasks, overlap, np.concatenate([*data, np.zeros(1)]), np.array([len(s) for s in network.states]),
+        np.array([number.setdefault(id(p), len(number)) for p in network.parts]), starts(own), task, hold, row,
         np.array([share for *_, share in flat], float), moved[:, 0].copy(), moved[:, 1].copy(), moved[:, 2:4].copy(), moved[:, 4].copy(),
         starts(near), np.array([m for mine in near for m in mine], np.int64), starts(network.states), np.concatenate(network.problem.nbytes),
     )  # fmt: skip

@@ -13,28 +13,26 @@ from partita.cost.predict import Prediction, predict
 from partita.cost.terms import Terms, terms
 from partita.graph.graph import Graph
 from partita.machine import Machine
-from partita.plan.layout import Layout, layout
+from partita.plan.layout import layout
 from partita.plan.plan import Plan
 from partita.simulate.engine import Times, critical, run
 from partita.simulate.step import Laid, Slot, Structure, durations, lay_out, structure
 from partita.simulate.timeline import KERNELS, LINKS, Span, Timeline
 
 
-def predicted(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = None, where: Layout | None = None) -> Prediction:
+def predicted(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = None) -> Prediction:
     """The prediction of a plan, its step simulated: where collectives hide behind kernels, a step takes less than the sum of its parts."""
-    found, where = found or terms(graph, machine.backend), where or layout(graph, plan)
-    prediction = predict(graph, machine, plan, found, where)
     if machine.backend.overlap == 0:
-        return prediction
-    _, _, times = _simulated(graph, machine, plan, found, where)
+        return predict(graph, machine, plan, found)
+    prediction, _, _, times = _simulated(graph, machine, plan, found)
     return replace(prediction, seconds=times.seconds)
 
 
-def _simulated(graph: Graph, machine: Machine, plan: Plan, found: Terms, where: Layout) -> tuple[Structure, Laid, Times]:
-    place, step = Placement(machine, plan.mesh), structure(graph, found)
-    seconds = durations(step, operator_costs(found, place, where, plan), found.edges, place, where)
-    laid = lay_out(step, seconds, machine.backend.overlap)
-    return step, laid, run(laid.tasks)
+def _simulated(graph: Graph, machine: Machine, plan: Plan, found: Terms | None) -> tuple[Prediction, Structure, Laid, Times]:
+    found, where, place = found or terms(graph, machine.backend), layout(graph, plan), Placement(machine, plan.mesh)
+    costs, step = operator_costs(found, place, where, plan), structure(graph, found)
+    laid = lay_out(step, durations(step, costs, found.edges, place, where), machine.backend.overlap)
+    return predict(graph, machine, plan, found, where, costs), step, laid, run(laid.tasks)
 
 
 def simulate(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = None) -> Timeline:
@@ -42,13 +40,11 @@ def simulate(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = N
 
     The machine needs not be at hand. `found` are the graph's terms, if they are known already.
     """
-    found, where = found or terms(graph, machine.backend), layout(graph, plan)
-    prediction = predict(graph, machine, plan, found, where)
-    return _timeline(graph, plan, machine, *_simulated(graph, machine, plan, found, where), prediction)
+    return _timeline(graph, plan, machine, *_simulated(graph, machine, plan, found))
 
 
 def _timeline(
-    graph: Graph, plan: Plan, machine: Machine, step: Structure, laid: Laid, times: Times, prediction: Prediction
+    graph: Graph, plan: Plan, machine: Machine, prediction: Prediction, step: Structure, laid: Laid, times: Times
 ) -> Timeline:  # fmt: skip
     on_path = critical(laid.tasks, times)
     spans = []

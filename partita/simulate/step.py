@@ -239,8 +239,8 @@ def _ordered(
     return Structure(tuple(slots[node] for node in place), before, tuple(-1 if node is None else place[node] for node in nodes))
 
 
-def thinned(step: Structure, keep: Sequence[bool]) -> tuple[Structure, tuple[int, ...]]:
-    """The structure without slots that never take time, and the numbers of those left: what waited for one waits for what it waited for.
+def thinned(step: Structure, keep: Sequence[bool]) -> Structure:
+    """The structure without slots that never take time: what waited for one waits for what it waited for.
 
     One that is not to be kept stays where it joins many to many: it stands for as many pairs.
     """
@@ -258,7 +258,7 @@ def thinned(step: Structure, keep: Sequence[bool]) -> tuple[Structure, tuple[int
             sources = frozenset((n,))
         through.append(sources)
     of = tuple(place.get(slot, -1) for slot in step.of)
-    return Structure(tuple(step.slots[n] for n in left), tuple(before), of), tuple(left)
+    return Structure(tuple(step.slots[n] for n in left), tuple(before), of)
 
 
 def durations(
@@ -306,13 +306,7 @@ def lay_out(step: Structure, seconds: np.ndarray, overlap: float) -> Laid:
             hold[n] = len(before)
             before.append(wait)
             stream.append(KERNELS)
-    laid = Laid(Tasks.of([0.0] * len(before), before, stream), task, hold, overlap)
-    set_seconds(laid, seconds, laid.tasks.seconds)
-    return laid
-
-
-def set_seconds(laid: Laid, seconds: np.ndarray, into: np.ndarray) -> None:
-    """Writes the seconds of every slot, and of what it holds up, into those of the tasks."""
-    into[laid.task] = seconds
-    held = laid.hold >= 0
-    into[laid.hold[held]] = seconds[held] * (1 - laid.overlap)
+    tasks, held = Tasks.of([0.0] * len(before), before, stream), hold >= 0
+    tasks.seconds[task] = seconds
+    tasks.seconds[hold[held]] = seconds[held] * (1 - overlap)
+    return Laid(tasks, task, hold, overlap)
