@@ -71,6 +71,7 @@ def keras_seconds(name: str, rounds: int) -> float:
     import numpy as np
 
     keras.distribution.set_distribution(keras.distribution.DataParallel(devices=keras.distribution.list_devices(), auto_shard_dataset=False))
+    keras.utils.set_random_seed(0)  # Keras wants the same first weights in all processes
     model, batch = model_of(name)
     part = batch // 2
     inputs = [np.zeros((part, *i.shape[1:]), i.dtype) for i in model.inputs]
