@@ -227,7 +227,9 @@ def _seconds(place: Placement, kind: str, nbytes: np.ndarray, axes: Sequence[int
 
 
 def _joined(place: Placement, kind: str, nbytes: np.ndarray, axes: Sequence[int]) -> np.ndarray:
-    """What `nbytes` add to a combined collective."""
+    """What `nbytes` add to a combined collective; all that they take where none is combined."""
+    if not place.machine.backend.combines:
+        return _seconds(place, kind, nbytes, axes)
     group = place.group(axes)
     whole = np.array([float(COMBINED)])
     return collective_seconds(place.machine, kind, nbytes + COMBINED, group) - collective_seconds(

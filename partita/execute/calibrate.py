@@ -80,11 +80,15 @@ class Calibration:
         return "\n".join(lines) + "\n"
 
 
+MANNER = 2
+"""Which way of measuring: raised where figures of before no longer hold."""
+
+
 def key_of(devices: int) -> dict[str, Any]:
     """What a calibration holds for: it is used where all of it is the same."""
     return {
         "host": platform.node(), "device": jax.devices()[0].device_kind, "devices": devices, "processes": jax.process_count(),
-        "threads": os.environ.get("NPROC", "all"), "jax": jax.__version__, "jaxlib": version("jaxlib"),
+        "threads": os.environ.get("NPROC", "all"), "jax": jax.__version__, "jaxlib": version("jaxlib"), "manner": MANNER,
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from partita.errors import MachineError
+from partita.execute.processes import alone, group
 from partita.machine import Machine, host, load, read
 
 PRESETS = (
@@ -75,9 +76,12 @@ def at_hand(devices: int | None = None) -> Machine:
             f"{count} devices are asked for, and JAX has {len(found)} ({kind}).{more if kind == 'CPU' else ' Ask for fewer.'}"
         )
     if found[0].platform == "cpu":
-        keep_freed_memory()
-        here = count if os.environ.get("PARTITA_LAUNCHED") else jax.local_device_count()
-        return host(count, host_memory_bytes() * count // min(here, count))
+        if count > 1:
+            keep_freed_memory()
+        who = group()
+        here = count if os.environ.get("PARTITA_LAUNCHED") else jax.local_device_count() * (who.here if who is not None else 1)
+        machine = host(count, host_memory_bytes() * count // min(here, count))
+        return machine if alone() else replace(machine, backend=replace(machine.backend, combines=False))
     return accelerator(found[0].device_kind, count, ((found[0].memory_stats() or {}).get("bytes_limit")))
 
 
@@ -139,7 +143,8 @@ def keep_freed_memory() -> bool:
 
     XLA allocates a step's temporary values as a whole at each step. glibc maps what is larger than 32 MiB anew every time, and the
     system then clears it page by page: up to a third of a training step (`docs/execute.md`). The settings are those of mallopt(3):
-    no mapping, no trimming, one arena. `PARTITA_RETURN_MEMORY=1` leaves the C library alone.
+    no mapping, no trimming, one arena. Threads then wait for each other's small allocations, some 25 us of a step, so for a device alone
+    nothing is changed. `PARTITA_RETURN_MEMORY=1` leaves the C library alone.
     """
     if os.environ.get("PARTITA_RETURN_MEMORY", "0") != "0":
         return False
@@ -156,7 +161,8 @@ def start_host_devices(count: int | None = None) -> None:
 
     Where JAX has started already, its devices are what there is.
     """
-    keep_freed_memory()
+    if count != 1 or group() is not None:
+        keep_freed_memory()
     said = getattr(jax.config, "jax_num_cpu_devices", -1) != -1 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if count is not None:
         request_cpu_devices(count)

@@ -15,7 +15,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -189,6 +189,36 @@ def join(who: Group, say: Callable[[str], None]) -> None:
         there.set()
     global joined
     joined = True
+    jax.devices()  # starts gloo
+    _let_compute_first()
+
+
+def _let_compute_first() -> None:
+    """Makes gloo's thread one that does not push others aside when it wakes (SCHED_BATCH), where the system has such.
+
+    It wakes when a message comes, and asks for events in a circle until the thread that computes has said where to put it. Where both
+    share a core, that thread then waits for the end of a time slice: 4 ms for a collective that takes 0.1 (Linux 6.18, jaxlib 0.10.2). What gloo's thread is
+    known by: it waits for at most 64 events for 10 ms (gloo/transport/tcp/loop.cc).
+    """
+    if not hasattr(os, "SCHED_BATCH"):
+        return
+    for _ in range(50):
+        threads = [int(name) for name in os.listdir("/proc/self/task") if _call_of(name)[3:5] == ["0x40", "0xa"]]
+        for thread in threads:
+            with suppress(OSError):
+                os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+        if threads:
+            return
+        time.sleep(0.002)
+
+
+def _call_of(thread: str) -> list[str]:
+    """The number and the arguments of the system call that a thread of this process is in, as /proc says it; nothing where it does not."""
+    try:
+        with open(f"/proc/self/task/{thread}/syscall") as file:
+            return file.read().split()
+    except OSError:
+        return []
 
 
 def own_accelerator(who: Group, environment: Mapping[str, str] | None = None) -> bool:
@@ -331,6 +361,14 @@ def whole(value: Any) -> np.ndarray:
     mesh = value.sharding.mesh  # type: ignore[union-attr]
     with together("reading the weights"):
         return np.asarray(_resharded(jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))(value))
+
+
+def meet() -> None:
+    """Returns when all processes have come here."""
+    if not alone():
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices("partita")
 
 
 @contextmanager

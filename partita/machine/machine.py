@@ -126,6 +126,7 @@ class Backend:
     dense_grouped_gradients: the weight gradient of a grouped convolution is computed for all pairs of groups.
     recomputes: what several kernels read is computed in each where that is possible, not only where it saves reads.
     transposed_copies: convolutions of the backward pass read transposed copies, made early and kept.
+    combines: sums of gradients that are done at once are started once; if not, each is started by itself.
     """
 
     reduce_scatter: bool = True
@@ -135,6 +136,7 @@ class Backend:
     dense_grouped_gradients: bool = False
     recomputes: bool = False
     transposed_copies: bool = False
+    combines: bool = True
 
 
 @dataclass(frozen=True)
