@@ -4,7 +4,8 @@
     python benchmarks/processes.py --links full --models lstm
 
 Each link is a network namespace whose loopback `tc tbf` shapes (this needs root and iproute2). In it the machine is measured
-first, as `partita machine measure` does; then every plan is compiled and the plans take turns. Medians.
+first, as `partita machine measure` does, then operators; then every plan is compiled and the plans take turns. Medians. The processes of
+`keras.distribution` are of their own, without Partita.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 LINKS = {"full": "", "1gbit": "1gbit", "200mbit": "200mbit"}
 PLANS = ("data parallel", "one weird trick", "tensor parallel", "data x tensor", "ZeRO-3", "one device")
 KERAS = "keras.distribution"
+FOUND, BY_RATES = "found", "found by rates"
+"""The plan for operators that were timed (`--measure-operators`), and the one for a machine that was only measured (`partita machine measure`)."""
+ROUNDS = {"full": 15, "1gbit": 3, "200mbit": 2}
 MODELS = ("alexnet", "transformer", "recommender", "lstm")
 
 
@@ -65,38 +70,47 @@ def model_of(name: str):  # noqa: ANN201
     return model, batch
 
 
-def keras_seconds(name: str, rounds: int) -> float:
-    """Median seconds of a step under `keras.distribution.DataParallel`, each process reading its own half of the batch."""
+def peer(models: list[str], rounds: int) -> None:
+    """Median seconds of a step under `keras.distribution.DataParallel`, each process reading its own half of the batch: nothing of Partita."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    import jax
+
+    jax.distributed.initialize(
+        os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"]),
+        cluster_detection_method="deactivate",
+    )  # fmt: skip
     import keras
     import numpy as np
 
     keras.distribution.set_distribution(keras.distribution.DataParallel(devices=keras.distribution.list_devices(), auto_shard_dataset=False))
-    keras.utils.set_random_seed(0)  # Keras wants the same first weights in all processes
-    model, batch = model_of(name)
-    part = batch // 2
-    inputs = [np.zeros((part, *i.shape[1:]), i.dtype) for i in model.inputs]
-    labels = np.zeros((part, *model.output_shape[1:-1]), "int32")
-    times = []
-    for _ in range(rounds + 1):
-        begun = time.perf_counter()
-        model.train_on_batch(inputs[0] if len(inputs) == 1 else inputs, labels)
-        times.append(time.perf_counter() - begun)
-    keras.distribution.set_distribution(None)
-    return statistics.median(times[1:])
+    for name in models:
+        keras.utils.set_random_seed(0)  # Keras wants the same first weights in all processes
+        model, batch = model_of(name)
+        inputs = [np.zeros((batch // 2, *i.shape[1:]), i.dtype) for i in model.inputs]
+        labels = np.zeros((batch // 2, *model.output_shape[1:-1]), "int32")
+        times = []
+        for _ in range(rounds + 1):
+            begun = time.perf_counter()
+            model.train_on_batch(inputs[0] if len(inputs) == 1 else inputs, labels)
+            times.append(time.perf_counter() - begun)
+        if jax.process_index() == 0:
+            print("RESULT " + json.dumps({"model": name, "seconds": statistics.median(times[1:])}), flush=True)
 
 
 def child(models: list[str], rounds: int) -> None:
     os.environ["KERAS_BACKEND"] = "jax"
-    from partita.execute.devices import at_hand, request_cpu_devices
+    from partita.execute.devices import at_hand, keep_freed_memory, request_cpu_devices
     from partita.execute.processes import from_first, group, is_first, join
 
+    keep_freed_memory()  # before JAX starts, as `partita run` does
     request_cpu_devices(1)
     who = group()
     assert who is not None
     join(who, lambda text: None)
-    from partita.api import capture
+    from partita.api import capture, timed_search
     from partita.execute.calibrate import calibrate
     from partita.execute.measure import step_seconds
+    from partita.plan.plan import Plan
     from partita.search.find import find
 
     found = calibrate(at_hand(), lambda what: None)
@@ -104,17 +118,22 @@ def child(models: list[str], rounds: int) -> None:
     for name in models:
         model, batch = model_of(name)
         captured = capture(model, batch)
-        result = find(captured.graph, machine)
-        both = {n: (p, result.baselines[n][1]) for n in PLANS if n in result.baselines for p in [result.baselines[n][0]]}
-        both["found"] = (result.plan, result.prediction)
-        plans = {n: p for n, (p, _) in both.items()}
-        if result.plan.devices == 1:  # what it comes down to: both processes do all of it
-            plans["found"] = plans["one device"]
-        times = step_seconds(captured, plans, rounds)
-        both[KERAS], times[KERAS] = both["data parallel"], keras_seconds(name, rounds)
+        timed = timed_search(captured, machine, None, None, None)
+
+        def plans_of(captured: Any = captured, timed: Any = timed) -> str:
+            by_rates = find(captured.graph, machine)
+            known = {n: timed.baselines[n] for n in PLANS if n in timed.baselines}
+            known |= {BY_RATES: (by_rates.plan, by_rates.prediction), FOUND: (timed.plan, timed.prediction)}
+            for n in (BY_RATES, FOUND):
+                if known[n][0].devices == 1:  # what it comes down to: both processes do all of it
+                    known[n] = (known["one device"][0], known[n][1])
+            return json.dumps({n: (plan.to_json(), prediction.seconds) for n, (plan, prediction) in known.items()})
+
+        said = json.loads(from_first("plans to run", plans_of))
+        times = step_seconds(captured, {n: Plan.from_json(plan) for n, (plan, _) in said.items()}, rounds)
         if is_first():
-            rows = {n: {"predicted": both[n][1].seconds, "measured": times.get(n)} for n in both}
-            print("RESULT " + json.dumps({"model": name, "plan": dict(result.plan.choices), "rows": rows}), flush=True)
+            rows = {n: {"predicted": seconds, "measured": times[n]} for n, (_, seconds) in said.items()}
+            print("RESULT " + json.dumps({"model": name, "plan": said[FOUND][0]["operators"], "rows": rows}), flush=True)
 
 
 @contextmanager
@@ -138,46 +157,51 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, help=f"default: {ROUNDS}, after one to warm up")
+    parser.add_argument("--part", choices=("partita", "peer"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.child:
-        child(given.models, given.rounds)
+    if given.part:
+        {"partita": child, "peer": peer}[given.part](given.models, given.rounds)
         return 0
     for link in given.links:
-        with namespace(LINKS[link]) as start, tempfile.TemporaryFile("w+") as errors:
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                port = s.getsockname()[1]
-            running = []
-            for i in range(2):
-                said = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i), "NPROC": "1"}
-                command = [*start, "taskset", "-c", str(i), sys.executable, __file__, "--child", "--models", *given.models]
-                command += ["--rounds", str(given.rounds)]
-                out = subprocess.PIPE if i == 0 else subprocess.DEVNULL
-                running.append(subprocess.Popen(command, env={**os.environ, **said}, stdout=out, stderr=errors, text=True))
-            assert running[0].stdout is not None
-            for line in running[0].stdout:
-                if line.startswith("RESULT "):
-                    show(link, json.loads(line[7:]))
-            if any(p.wait() for p in running):
-                errors.seek(0)
-                print(errors.read()[-3000:])
-                return 1
+        with namespace(LINKS[link]) as start:
+            rounds = given.rounds or ROUNDS[link]
+            peers = {r["model"]: r["seconds"] for r in results(start, "peer", given.models, rounds)}
+            for result in results(start, "partita", given.models, rounds):
+                show(link, result, peers[result["model"]])
     return 0
 
 
-def show(link: str, result: dict) -> None:
-    rows = result["rows"]
-    times = {n: r["measured"] for n, r in rows.items() if r["measured"]}
+def results(start: list[str], part: str, models: list[str], rounds: int) -> Iterator[dict]:
+    """What two processes of one core each find, model by model."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with tempfile.TemporaryFile("w+") as errors:
+        running = []
+        for i in range(2):
+            said = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i), "NPROC": "1"}
+            command = [*start, "taskset", "-c", str(i), sys.executable, __file__, "--part", part, "--rounds", str(rounds), "--models", *models]
+            out = subprocess.PIPE if i == 0 else subprocess.DEVNULL
+            running.append(subprocess.Popen(command, env={**os.environ, **said}, stdout=out, stderr=errors, text=True))
+        assert running[0].stdout is not None
+        for line in running[0].stdout:
+            if line.startswith("RESULT "):
+                yield json.loads(line[7:])
+        if any(p.wait() for p in running):
+            errors.seek(0)
+            raise SystemExit(errors.read()[-3000:])
+
+
+def show(link: str, result: dict, peer: float) -> None:
+    rows = result["rows"] | {KERAS: {"predicted": result["rows"]["data parallel"]["predicted"], "measured": peer}}
+    times = {n: r["measured"] for n, r in rows.items()}
     print(f"{result['model']} over {link}:", flush=True)
-    for n, r in sorted(rows.items(), key=lambda x: x[1]["measured"] or x[1]["predicted"]):
-        measured = f"{r['measured']:8.3f} s" if r["measured"] else "         -"
-        print(f"  {n:16s} predicted {r['predicted']:8.3f} s  measured {measured}")
-    if times:
-        best = min((t, n) for n, t in times.items() if n not in ("found", KERAS))
-        gains = "; ".join(f"{n} / found {times[n] / times['found']:.2f}" for n in (KERAS, "data parallel"))
-        print(f"  {gains}; found / best baseline ({best[1]}) {times['found'] / best[0]:.3f}")
+    for n, r in sorted(rows.items(), key=lambda x: x[1]["measured"]):
+        print(f"  {n:18s} predicted {r['predicted']:8.3f} s  measured {r['measured']:8.3f} s")
+    best = min((t, n) for n, t in times.items() if n not in (FOUND, BY_RATES, KERAS))
+    gains = "; ".join(f"{n} / found {times[n] / times[FOUND]:.2f}" for n in (KERAS, "data parallel"))
+    print(f"  {gains}; found / best baseline ({best[1]}) {times[FOUND] / best[0]:.3f}, by rates {times[BY_RATES] / best[0]:.3f}")
     print(f"  {result['plan']}", flush=True)
 
 

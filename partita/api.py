@@ -18,7 +18,8 @@ from partita.machine import Machine, load
 from partita.plan.adapt import fit_plan
 from partita.plan.baselines import BASELINES
 from partita.plan.layout import layout
-from partita.plan.plan import Plan, check, choice_text
+from partita.plan.plan import Plan, check, choice_text, slice_of
+from partita.plan.stages import count_of
 from partita.search.base import Progress
 from partita.search.find import Found, alternatives, capacity, find, mesh_of
 from partita.simulate.simulate import predicted as simulated_prediction
@@ -35,32 +36,27 @@ SEARCHES = 4
 
 def plan(
     model: Any, batch_size: int | None = None, *, args: Sequence[Any] | None = None, devices: int | None = None, machine: str | Machine | None = None,
-    batch: Any = None, measure_operators: bool = False, seconds: float | None = None, report: Report | None = None,
+    batch: Any = None, measure_operators: bool = False, seconds: float | None = None, stages: bool = False, report: Report | None = None,
 ) -> Plan:  # fmt: skip
     """The fastest plan found for a compiled Keras model, or for any jittable training step, on a machine.
 
     For a model, give `batch_size` if it knows its input shapes, else a `batch` (x, y) of arrays or shapes. For a step, give the
     `args` of a call, arrays or shapes. The machine is the devices at hand unless `machine` names another ("dgx-h100:8", a
     .toml file); `devices` takes that many of it. With `measure_operators`, operators are timed on the devices at hand first. `seconds` is how
-    long to look beyond the exact search where collectives hide behind kernels; by default a second or two, always to the same plan.
+    long to look beyond the exact search where collectives hide behind kernels; by default a second or two, always to the same plan. With `stages`,
+    pipelines, microbatches and recomputation are in the space: such plans can be simulated, and not yet run.
     """
     captured = capture(model, batch_size, batch, args)
-    return explained(search(captured, machine_of(machine, devices), report, measure_operators and here(machine), seconds=seconds))
+    measure = measure_operators and here(machine)
+    return explained(search(captured, machine_of(machine, devices), report, measure, seconds=seconds, stages=stages))
 
 
 def here(machine: str | Machine | None) -> bool:
-    """Whether operators can be measured for that machine: PlanError unless it is the devices at hand, of one process."""
-    from partita.execute.processes import alone
-
+    """Whether operators can be measured for that machine: PlanError unless it is the devices at hand."""
     if machine is not None:
         raise PlanError(
             f"Operators can be measured only on the devices at hand, and a plan for the machine {str(machine)!r} is asked for. "
             "Leave the machine or the measuring away."
-        )
-    if not alone():
-        raise PlanError(
-            "Operators are measured by one process, and several train together here. Measure links and rates instead "
-            "(partita machine measure --processes N): every plan uses them."
         )
     return True
 
@@ -124,28 +120,106 @@ def explained(result: Found) -> Plan:
 
 
 def search(
-    captured: Any, machine: Machine, report: Report | None = None, measure: bool = False, say: Say | None = None, seconds: float | None = None
+    captured: Any, machine: Machine, report: Report | None = None, measure: bool = False, say: Say | None = None, seconds: float | None = None,
+    stages: bool = False,
 ) -> Found:  # fmt: skip
-    """The fastest plan for a captured step. With `measure`, by operators timed on the devices at hand.
+    """The fastest plan for a captured step. With `measure`, by operators timed on the devices at hand; with `stages`, pipelines too.
 
     What is timed are the operators of the baselines and of the plan found; with their times the search goes on, until it finds a
     plan whose operators have all been timed.
     """
-    result = find(captured.graph, machine, report, seconds=seconds)
     if not measure:
-        return result
-    from partita.execute.operators import measured_operators
+        return find(captured.graph, machine, report, seconds=seconds, stages=stages)
+    result = timed_search(captured, machine, report, say, seconds)
+    assert result is not None, "process 0 searches"
+    return result
 
-    plans = [plan for plan, _ in result.baselines.values()]
+
+def timed_search(captured: Any, machine: Machine, report: Report | None, say: Say | None, seconds: float | None) -> Found | None:
+    """`search` with operators timed. Of several processes process 0 searches, and all time: the others have no result."""
+    from partita.execute.operators import measured_operators
+    from partita.execute.processes import from_first
+
+    found: list[Found] = []
+
+    def plans() -> str:
+        """Searches; the plans that there are by now."""
+        found.append(find(captured.graph, machine, report, seconds=seconds))
+        known = [*(plan for plan, _ in found[0].baselines.values()), *(result.plan for result in found)]
+        return json.dumps([plan.to_json() for plan in known])
+
     for _ in range(SEARCHES):
-        plans.append(result.plan)
-        better = measured_operators(captured, machine, plans, say)
+        wanted = [Plan.from_json(value) for value in json.loads(from_first("plans", plans))]
+        better = measured_operators(captured, machine, wanted, say)
         known, timed = (m.times.seconds.keys() if m.times is not None else None for m in (machine, better))
+        machine = better
         if known == timed:
             break
-        machine = better
-        result = find(captured.graph, machine, report, seconds=seconds)
-    return result
+    else:
+        from_first("plans", plans)
+    return found[-1] if found else None
+
+
+OBJECTIVES = ("step", "cost-per-epoch")
+SAMPLES = 1_000_000
+"""Samples of an epoch, unless it is said."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one machine would do for a program. `device_hours` and `cost` are those of an epoch; no plan where none fits, and why."""
+
+    machine: Machine
+    found: Found | None
+    seconds: float = math.inf
+    """Of a step."""
+    samples_per_second: float = 0.0
+    epoch_seconds: float = math.inf
+    device_hours: float = math.inf
+    cost: float | None = None
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        known = ("seconds", "samples_per_second", "epoch_seconds", "device_hours", "cost")
+        figures = {k: getattr(self, k) if self.found is not None else None for k in known}
+        return {"machine": self.machine.name, "devices": self.machine.devices, **figures, "note": self.note}
+
+
+def offers(
+    captured: Any, machines: Sequence[Machine], objective: str = "step", prices: Mapping[str, float] | None = None, samples: int = SAMPLES,
+    report: Report | None = None, seconds: float | None = None, stages: bool = False,
+) -> list[Offer]:  # fmt: skip
+    """Each machine with the best plan for a captured step, best offer first: the fastest step, or the cheapest epoch of so many samples.
+
+    `prices` are those of a device for an hour, in any currency, by the name of the device, of the machine or of its preset; "" for all others. Without
+    a price the cheapest epoch is that of the fewest device hours. A machine that no plan fits comes last, and its offer says why.
+    """
+    if objective not in OBJECTIVES:
+        raise PlanError(f"There is no objective {objective!r}: use {' or '.join(map(repr, OBJECTIVES))}.")
+    batch = captured.graph.batch_size
+    if objective != "step" and not batch:
+        raise PlanError("An epoch has no cost here: the step has no batch of samples to count. Use the objective 'step'.")
+    price_of = [next((prices[k] for k in (m.name, m.name.partition(":")[0], m.device.name, "") if k in prices), None) if prices else None for m in machines]
+    missing = [m.name for m, price in zip(machines, price_of, strict=True) if prices and price is None]
+    if missing:
+        raise PlanError(
+            f"There is no price for {', '.join(missing)}: give one of a device for an hour, for all machines or for none, as in --price h100=2.5,a100=1.5."
+        )
+    found = []
+    for machine, price in zip(machines, price_of, strict=True):
+        try:
+            best = search(captured, machine, report, seconds=seconds, stages=stages)
+        except MemoryBudgetError as error:
+            found.append(Offer(machine, None, note=str(error)))
+            continue
+        step = best.prediction.seconds
+        epoch = step * samples / batch if batch else math.inf
+        hours = epoch * machine.devices / 3600
+        cost = hours * price if price is not None else None
+        found.append(Offer(machine, best, step, batch / step, epoch, hours, cost, "; ".join(best.plan.notes)))
+    if objective == "step":
+        return sorted(found, key=lambda o: o.seconds)
+    return sorted(found, key=lambda o: o.device_hours if o.cost is None else o.cost)  # one that does not fit has neither, and comes last
 
 
 def simulate(
@@ -310,9 +384,8 @@ def planner(
         if given is not None:
             chosen = check_plan(given, captured.graph, where)
         else:
-            if measure:
-                here(machine)
-            best = lambda: json.dumps(explained(search(captured, where, report, measure, say)).to_json())  # noqa: E731
+            timed = timed_search(captured, where, report, say, None) if measure and here(machine) else None
+            best = lambda: json.dumps(explained(timed or search(captured, where, report)).to_json())  # noqa: E731
             chosen = Plan.from_json(json.loads(from_first("plan", best)))
         if seen is not None:
             seen(captured, where, chosen)
@@ -337,10 +410,13 @@ def describe(plan: Plan) -> str:
     """A plan in a few words: how many operators each kind of split is used for, and how variables are stored."""
     if not plan.mesh.axes:
         return "one device"
-    kinds = Counter(kind[0] for choice in plan.choices.values() for kind in set(choice.values()))
+    splits = [{kind for kind in choice.values() if slice_of(kind) is None} for choice in plan.choices.values()]
+    kinds = Counter(kind[0] for found in splits for kind in found)
     split = ", ".join(f"{count} of {len(plan.choices)} operators by {kind}" for kind, count in kinds.most_common())
     stored = f", {len(plan.storage)} variables stored in parts" if plan.storage else ""
-    return f"{split or 'nothing split'}{stored}"
+    staged = f", {count_of(plan)} stages" if count_of(plan) > 1 else ""
+    staged += f", {plan.microbatches} microbatches" if plan.microbatches > 1 else ""
+    return f"{split or 'nothing split'}{stored}{staged}{', recomputing' if plan.recompute else ''}"
 
 
 def check_plan(given: Plan, graph: Graph, machine: Machine) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
@@ -27,10 +28,27 @@ app.add_typer(benches, name="bench")
 out, err = Console(), Console(stderr=True, highlight=False)
 
 THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def _meant(context: typer.Context, word: str, likeness: float) -> str:
+    """The option of a command that a word is a slip of, or nothing."""
+    options = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
+    return next(iter(difflib.get_close_matches(word.partition("=")[0], options, 1, likeness)), "")
+
+
+def _no_option(context: typer.Context, script: Path) -> Path:
+    """The script itself; a usage error if an option that there is not stands in its place."""
+    word = str(script)
+    if word.startswith("-"):
+        near = _meant(context, word, 0.5)
+        raise typer.BadParameter(f"there is no option {word!r}.{f' Did you mean {near!r}?' if near else ''} Options for the script come after the script.")
+    return script
+
+
 Script = Annotated[
     Path,
     typer.Argument(
-        help="A Keras training script. What follows it and is not listed below is passed to it.", show_default=False
+        help="A Keras training script. What follows it and is not listed below is passed to it.", show_default=False, callback=_no_option
     ),
 ]
 Devices = Annotated[int | None, typer.Option(help="How many devices to use; default: those at hand.", min=1)]
@@ -65,6 +83,9 @@ def run(
     Example: partita run train.py --devices 4 --save-plan plan.json -- --epochs 3
     """
     with _errors():
+        if not os.environ.get("PARTITA_LAUNCHED"):
+            _can_write(report=report, plan=save_plan)
+            _note_slips(context)
         if processes > 1 and not os.environ.get("PARTITA_LAUNCHED"):
             from partita.launch import launch
 
@@ -113,19 +134,31 @@ def plan(
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
     measure_operators: MeasureOperators = False,
     seconds: Annotated[float | None, typer.Option(help="How long to look for a better plan than the exact search's; default: a second or two.", min=0)] = None,
+    stages: Annotated[bool | None, typer.Option("--stages/--no-stages", help="Whether to look at pipelines, microbatches and recomputation too, which can be simulated and not yet run; default: with --machine.", show_default=False)] = None,
+    objective: Annotated[str, typer.Option(help="What is best where there are several machines: 'step' (the fastest) or 'cost-per-epoch'.")] = "step",
+    price: Annotated[str, typer.Option(help="What a device costs for an hour: a number, or by machine, 'h100=2.5,a100=1.5'; without, device hours are counted.", show_default=False)] = "",
+    samples: Annotated[int, typer.Option(help="Samples of an epoch.", min=1)] = 1_000_000,
     report: Report = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Find the fastest plan for a script, without training: table, prediction, comparison with the baselines.
 
+    Of several machines, separated by commas, a table says what each would do and cost; what is saved is the best one's plan.
+
     Example: partita plan train.py --machine dgx-h100:4
+    Example: partita plan train.py --machine h100:8,h100:64,a100:64 --objective cost-per-epoch --price h100=2.5,a100=1.5
     """
     with _errors():
-        captured, where = _captured(script, context.args, devices, machine, as_json)
+        _can_write(report=report, plan=save_plan)
+        if machine is not None and "," in machine or objective != "step":
+            _compare_machines(context, script, devices, machine, objective, price, samples, seconds, stages, save_plan, report, as_json)
+            return
+        captured, where = _captured(context, script, devices, machine, as_json)
         from partita.api import explained, here, search, simulate_captured
         from partita.report.tables import comparison_table, plan_table, summary
 
         with progress(as_json) as shown:
-            result = search(captured, where, shown, measure_operators and here(machine), timing(as_json), seconds)
+            staged = machine is not None if stages is None else stages
+            result = search(captured, where, shown, measure_operators and here(machine), timing(as_json), seconds, staged)
             chosen = explained(result)
         if save_plan is not None:
             _write(save_plan, lambda: chosen.save(save_plan))
@@ -141,6 +174,58 @@ def plan(
             out.print(line, highlight=False)
 
 
+def _compare_machines(
+    context: typer.Context, script: Path, devices: int | None, machine: str | None, objective: str, price: str, samples: int, seconds: float | None,
+    stages: bool | None, save_plan: Path | None, report: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """`plan` for several machines."""
+    from partita.machine import load
+
+    if machine is None:
+        raise PlanError("An objective compares machines: name them, as in --machine h100:8,h100:64.")
+    if devices is not None:
+        raise PlanError("Of several machines each says how many devices it has: write --machine h100:8,h100:64 without --devices.")
+    prices = _prices(price)
+    machines = [load(name.strip()) for name in machine.split(",") if name.strip()]
+    captured, _ = _captured(context, script, None, machines[0].name, as_json)
+    from partita.api import explained, offers, simulate_captured
+    from partita.report.tables import offers_table
+
+    with progress(as_json) as shown:
+        found = offers(captured, machines, objective, prices, samples, shown, seconds, stages is not False)
+    rows, best = [offer.to_json() for offer in found], found[0].found
+    if best is not None and (save_plan is not None or report is not None):
+        chosen = explained(best)
+        if save_plan is not None:
+            _write(save_plan, lambda: chosen.save(save_plan))
+        if report is not None:
+            _write_page(report, chosen, timeline=simulate_captured(captured, found[0].machine, chosen))
+    if as_json:
+        print(json.dumps(rows))
+        return
+    out.print(offers_table(rows, captured.graph.name, samples))
+    for row in rows:
+        out.print(f"{row['machine']}: {row['note']}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _prices(text: str) -> dict[str, float]:
+    """Prices by name of what was written, "" for one that holds for all.
+
+    >>> _prices("2.5"), _prices("h100=2.5, a100=1.5")
+    ({'': 2.5}, {'h100': 2.5, 'a100': 1.5})
+    """
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, number = part.rpartition("=")
+        try:
+            found[name.strip()] = float(number)
+        except ValueError:
+            found[name.strip()] = -1.0
+        if not 0 < found[name.strip()] < float("inf"):
+            raise PlanError(f"{part!r} is no price: write a number above 0, or names with numbers, as in --price h100=2.5,a100=1.5.")
+    return found
+
+
 @app.command(context_settings=THROUGH)
 def compare(
     context: typer.Context, script: Script, devices: Devices = None, machine: MachineName = None,
@@ -152,7 +237,7 @@ def compare(
     Example: partita compare train.py --devices 8
     """
     with _errors():
-        captured, where = _captured(script, context.args, devices, machine, as_json, measure)
+        captured, where = _captured(context, script, devices, machine, as_json, measure)
         from partita.api import compare_captured, here
         from partita.report.tables import comparison_table
 
@@ -178,7 +263,8 @@ def simulate(
     Example: partita simulate train.py --machine k80-cluster --plan dp --trace trace.json
     """
     with _errors():
-        captured, where = _captured(script, context.args, devices, machine, as_json)
+        _can_write(trace=trace, report=report)
+        captured, where = _captured(context, script, devices, machine, as_json)
         from partita.api import named_plan, simulate_captured
         from partita.report.tables import timeline_summary, timeline_table
         from partita.report.trace import trace as trace_of
@@ -216,8 +302,6 @@ def explain(
         loaded = Plan.load(plan_file)
         reasons = loaded.why.get("operators", {})
         if layer is not None and layer not in loaded.choices:
-            import difflib
-
             near = difflib.get_close_matches(layer, loaded.choices, 3, 0.4)
             hint = (
                 f"Did you mean {' or '.join(repr(n) for n in near)}?"
@@ -267,6 +351,8 @@ def machine_measure(
             from partita.launch import launch
 
             raise typer.Exit(launch(processes, _arguments_of_one(), devices, _say(False)))
+        if as_json:
+            _keep_stdout()
         first = join()
         start_devices(devices)
         from partita.execute.calibrate import calibrate, file_of
@@ -403,9 +489,10 @@ def _planned_devices(plan: Path | None) -> int | None:
 
 
 def _captured(
-    script: Path, arguments: list[str], devices: int | None, machine: str | None, quiet: bool, execute: bool = False
+    context: typer.Context, script: Path, devices: int | None, machine: str | None, quiet: bool, execute: bool = False
 ) -> tuple[Any, Any]:
     """The step of a script's first fit, and the machine to plan it for."""
+    _note_slips(context)
     os.environ.setdefault("KERAS_BACKEND", "jax")
     from partita.machine import load
 
@@ -420,8 +507,39 @@ def _captured(
     if where is None:
         where = machine_of(None, devices)
     with err.status(f"running {script} up to its first fit", spinner="dots") if not quiet and err.is_terminal else _nothing():
-        captured = plan_script(script, arguments)
+        captured = plan_script(script, context.args)
     return captured, where
+
+
+def _note_slips(context: typer.Context) -> None:
+    """Says which of the script's options are nearly the command's own: a slip would pass unseen."""
+    for word in context.args:
+        near = _meant(context, word, 0.8) if word.startswith("--") else ""
+        if near:
+            _say(False)(f"{word!r} is passed to the script. If you mean {near!r}, write that.")
+
+
+def _can_write(**files: Path | None) -> None:
+    """PlanError if one of the files, by what it is, cannot be written: it is better known before an hour's work than after."""
+
+    def touch(path: Path) -> None:
+        there = path.exists()
+        with path.open("a"):
+            pass
+        if not there:
+            path.unlink()
+
+    for what, path in files.items():
+        if path is not None:
+            _write(path, lambda path=path: touch(path), what)
+
+
+def _keep_stdout() -> None:
+    """From here on only Python prints to the standard output: gloo, which greets there, writes to the standard error."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(own, "w", encoding="utf-8")
 
 
 @contextmanager

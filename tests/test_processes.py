@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,12 @@ SCRIPT = """
 """
 
 
-def start(folder: Path, processes: int, fault: str = "pass", seed: str = "0", **more: str) -> subprocess.Popen[str]:
+def start(folder: Path, processes: int, fault: str = "pass", seed: str = "0", more: Sequence[str] = (), **said: str) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
     (folder / "train.py").write_text(textwrap.dedent(SCRIPT).format(fault=fault, seed=seed))
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} | {"PARTITA_SEED": "5", **more}
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} | {"PARTITA_SEED": "5", **said}
     together = ["--processes", str(processes), "--devices", str(processes)] if processes else ["--quiet"]
-    command = [sys.executable, "-m", "partita", "run", "train.py", *together]
+    command = [sys.executable, "-m", "partita", "run", "train.py", *together, *more]
     listening = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # a shell's background jobs are born deaf to it
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, **pipes, cwd=folder, env=environment, preexec_fn=listening)
@@ -77,6 +78,17 @@ def test_processes_compute_what_one_computes_and_write_once(processes: int, plai
     lines = (tmp_path / "log.csv").read_text().splitlines()
     assert len(lines) == 3, "a header and two epochs, written by one process"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.keras", "log.csv", "train.py"]
+
+
+def test_processes_time_operators_together_and_the_thread_of_their_links_lets_compute_first(tmp_path: Path) -> None:
+    fault = "if epoch == 0 and hasattr(os, 'SCHED_BATCH'): print('batch', [os.sched_getscheduler(int(t)) for t in os.listdir('/proc/self/task')].count(os.SCHED_BATCH))"
+    job = start(tmp_path, 2, fault, more=["--measure-operators"], PARTITA_CACHE=str(tmp_path / "cache"))
+    out, err = job.communicate(timeout=200)
+    assert job.returncode == 0, err
+    assert re.search(r"of the compute, \d+% measured operator by operator", " ".join(err.split())), err
+    assert re.search(r"(\d+) of \1 operators timed", err)
+    assert [p.name.startswith("operators-") for p in (tmp_path / "cache").iterdir()] == [True], "one process keeps the times"
+    assert ("batch 1" in out) == hasattr(os, "SCHED_BATCH"), "gloo's thread, and no other"
 
 
 def test_the_death_of_one_process_ends_all_and_names_it(tmp_path: Path) -> None:

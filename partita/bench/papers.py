@@ -26,6 +26,7 @@ from partita.graph.graph import Graph
 from partita.machine import Machine, load
 from partita.plan.layout import layout
 from partita.plan.plan import Plan
+from partita.plan.stages import is_staged
 from partita.search.find import capacity, find, mesh_of
 from partita.simulate.simulate import simulate
 
@@ -137,7 +138,7 @@ def run(case: Case) -> Row:
     row = Row(case, graph.parameter_count, len(graph.operators), seconds, paper=PAPER.get((case.network, case.machine, case.devices), {}))
     start = time.perf_counter()
     try:
-        result = find(graph, machine)
+        result = find(graph, machine, stages=not case.paper)
     except MemoryBudgetError as error:
         return Row(**{**vars(row), "search_seconds": time.perf_counter() - start, "note": str(error)})
     searched = time.perf_counter() - start
@@ -158,6 +159,8 @@ def figures_of(graph: Graph, machine: Machine, plan: Plan) -> Figures:
     timeline = simulate(graph, machine, plan)
     kernels = plan.devices * timeline.by_kind().get("compute", 0.0)
     fits = timeline.peak_bytes <= capacity(machine)
+    if is_staged(plan):  # what stages send is known by stage: operands, as in the table of plans
+        return Figures(timeline.seconds, timeline.seconds, float(timeline.total_traffic), kernels / timeline.groups, timeline.peak_bytes, fits)
     return Figures(timeline.seconds, predict(graph, machine, plan).seconds, sent_bytes(graph, machine, plan), kernels, timeline.peak_bytes, fits)
 
 

@@ -142,11 +142,11 @@ def _lives(graph: Graph, program: _Program, layout: Layout, backend: Backend) ->
     return _Lives(born, dies, tuple(max(roots, default=i) for i, roots in enumerate(fused.computed_in)))
 
 
-def memory(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend = DEFAULT) -> Memory:
-    """Bytes per device at the peak of one step under a layout."""
+def memory(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend = DEFAULT, here: frozenset[int] | None = None) -> Memory:
+    """Bytes per device at the peak of one step under a layout; of a device that only some operators are on, those `here`."""
     program = _program(Key(graph))
     lives = _lives(graph, program, layout, backend)
-    sizes = _Sizes(graph, mesh)
+    sizes = _Sizes(graph, mesh, here)
     count = len(graph.instructions)
     held: dict[str, int] = defaultdict(int)
     arguments = {a.tensor: a for a in graph.arguments}
@@ -247,10 +247,12 @@ def _combined(graph: Graph, layout: Layout, program: _Program, lives: _Lives, si
 class _Sizes:
     """Bytes of a device's part of a tensor, dims rounded up."""
 
-    def __init__(self, graph: Graph, mesh: Mesh) -> None:
-        self.graph, self.mesh = graph, mesh
+    def __init__(self, graph: Graph, mesh: Mesh, here: frozenset[int] | None) -> None:
+        self.graph, self.mesh, self.here = graph, mesh, here
 
     def __call__(self, t: int, sharding: Sharding) -> int:
+        if self.here is not None and self.graph.home[t] not in self.here:
+            return 0
         tensor = self.graph.tensors[t]
         size = ITEMSIZE.get(tensor.dtype, 4)
         for n, axes in zip(tensor.shape, sharding, strict=True):

@@ -56,7 +56,8 @@ def group_of(axes: tuple[int, ...], mesh: Mesh) -> Group:
     parts: dict[int, int] = {}
     for a in axes:
         level = mesh.axes[a].level
-        parts[level] = parts.get(level, 1) * mesh.axes[a].size
+        if level >= 0:
+            parts[level] = parts.get(level, 1) * mesh.axes[a].size
     return tuple(sorted(parts.items()))
 
 

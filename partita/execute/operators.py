@@ -32,6 +32,7 @@ from partita.cost.evaluate import Assignment, local_key, roofline_features
 from partita.cost.moves import Placement
 from partita.cost.terms import terms
 from partita.execute.calibrate import file_of, key_of
+from partita.execute.processes import from_first, is_first, meet
 from partita.graph.graph import Graph, constant_tensors
 from partita.machine import Machine, OperatorTimes, fitted
 from partita.machine.times import Key
@@ -93,11 +94,12 @@ def measured_operators(
 ) -> Machine:
     """The machine with the times of the operators of these plans, as far as they can be cut out, and a fit to all ever measured.
 
-    `report` is told how many of how many programs have been compiled and timed.
+    `report` is told how many of how many programs have been compiled and timed. Several processes call this together: all time at once,
+    and what process 0 finds holds for all.
     """
     known = dict(machine.times.seconds) if machine.times is not None else {}
     path = file_of_operators(machine)
-    records = load(path, key_of(machine.devices))
+    records: dict[str, Any] = json.loads(from_first("times of operators", lambda: json.dumps(load(path, key_of(machine.devices)))))
     asked = list(_asked(captured, machine, plans, known))
     new = {a.text: a for a in asked if a.text not in records}
     waiting, done = sorted(new.values(), key=lambda a: a.devices), 0
@@ -107,13 +109,14 @@ def measured_operators(
         while waiting and (not chunk or waiting[0].devices == chunk[0].devices and nbytes + waiting[0].nbytes < AT_ONCE):
             chunk.append(waiting.pop(0))
             nbytes += chunk[-1].nbytes
-        for a, seconds in zip(chunk, _timed(chunk, chunk[0].devices), strict=True):
+        mine = _timed(chunk, chunk[0].devices)
+        for a, seconds in zip(chunk, json.loads(from_first("times of operators", lambda mine=mine: json.dumps(mine))), strict=True):
             if seconds is not None:
                 records[a.text] = {"operator": a.operator, "seconds": seconds, "features": dict(a.features)}
         done += len(chunk)
         if report is not None:
             report(done, len(new))
-    if new:
+    if new and is_first():
         _save(path, key_of(machine.devices), records)
     here = [(a, records[a.text]["seconds"]) for a in asked if a.text in records]
     known |= {a.key: seconds for a, seconds in here}
@@ -364,8 +367,9 @@ def _pad_convolution(operation: Any) -> None:
 
 
 def _timed(asked: Sequence[Asked], devices: int) -> list[float | None]:
-    """Seconds of each operator, all devices computing it at once; None where the compiler refuses a program."""
-    mesh = Mesh(np.array(jax.devices()[:devices]), ("a",))
+    """Seconds of each operator, all devices here computing it at once; None where the compiler refuses a program."""
+    mesh = Mesh(np.array(jax.local_devices()[: -(-devices // jax.process_count())]), ("a",))
+    meet()
     whole = NamedSharding(mesh, PartitionSpec())
 
     def ready(part: Part) -> tuple[Part, Any, list[Any]]:

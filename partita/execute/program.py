@@ -11,10 +11,12 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from partita.capture.jax_functions import Captured, Text
+from partita.errors import PlanError
 from partita.execute.annotate import annotate
 from partita.execute.processes import put
 from partita.plan.layout import Layout, Sharding, layout
 from partita.plan.plan import Mesh, Plan, check
+from partita.plan.stages import is_staged
 
 
 def device_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
@@ -58,6 +60,11 @@ def planned_step(captured: Captured, plan: Plan, devices: Sequence[Any] | None =
     """
     graph = captured.graph
     check(plan, graph)
+    if is_staged(plan):
+        raise PlanError(
+            f"The plan '{plan.name}' cuts the step into stages, microbatches or recomputed runs, which can be planned and simulated, and not yet run. "
+            "Plan for the devices at hand, or with --no-stages."
+        )
     where = layout(graph, plan)
     mesh = device_mesh(plan.mesh, devices)
     text = Text.of(captured.text, annotate(captured.text.mlir_module_serialized, graph, plan.mesh, where))

@@ -93,6 +93,12 @@ def host(devices: int, memory_bytes: int) -> Machine:
 
     Its rates are assumed ones per core; measure the host and use `Machine.revised` for better ones.
     """
+    most = _preset("host").devices
+    if devices > most:
+        raise MachineError(
+            f"{devices} devices are asked for, and a CPU stands for at most {most}. Ask for fewer, or plan for a machine that has so many, as in "
+            f"--machine h100:{devices}."
+        )
     machine = replace(_preset("host"), name=f"host:{devices}").with_devices(devices)
     share = {"device.memory.dram.capacity": memory_bytes // devices}
     return machine.revised(share, f"an equal part of {format_bytes(memory_bytes)}, as given", "derived")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from partita.graph.graph import Graph, Label
-from partita.plan.plan import Mesh, Plan, Storage
+from partita.plan.plan import Mesh, Plan, Storage, slice_of
 
 Sharding = tuple[tuple[int, ...], ...]
 """Per dim of a tensor, the mesh axes (by index) that split it, major to minor."""
@@ -53,7 +53,7 @@ def assignments_of(graph: Graph, plan: Plan) -> tuple[dict[int, tuple[int, ...]]
         assignment: dict[int, tuple[int, ...]] = defaultdict(tuple)
         choice = plan.choices[operator.name]
         for number, axis in enumerate(plan.mesh.axes):
-            if axis.name in choice:
+            if axis.name in choice and slice_of(choice[axis.name]) is None:
                 assignment[by_name[choice[axis.name]]] += (number,)
         found.append(dict(assignment))
     return tuple(found)
@@ -68,7 +68,7 @@ def spare_axes(shape: tuple[int, ...], sharding: Sharding, mesh: Mesh) -> tuple[
         left, found = n // math.prod(mesh.sizes[a] for a in axes), []
         whole = left
         for a, size in enumerate(mesh.sizes):
-            if a not in taken and left % size == 0:
+            if a not in taken and left % size == 0 and mesh.axes[a].level >= 0:
                 found.append(a)
                 left //= size
         best = max(best, (whole // left, -d, tuple(found)))

@@ -1,7 +1,8 @@
 """How a step is split: a mesh, a choice per operator, a storage per variable. A Plan is a small text file.
 
 A choice says, for each mesh axis, which factor of the operator it splits; an axis that is not named replicates the operator.
-Factors are called by their kind (S sample, A attribute, P parameter, R reduction), numbered where an operator has several.
+Factors are called by their kind (S sample, A attribute, P parameter, R reduction), numbered where an operator has several. `at(i)` in the
+place of a factor pins the operator to slice i of the axis: `plan.stages`.
 A storage says over which further axes a variable's optimizer slots (ZeRO 1), its gradient (2) and the variable itself (3)
 are kept split.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +23,9 @@ from partita.graph.graph import Graph
 from partita.units import format_bytes, format_seconds
 
 SCHEMA = 1
+TIME = "time"
+"""The axis along which microbatches follow each other: it has level -1, no links and no devices (`plan.stages`)."""
+SCHEDULES = ("1f1b", "gpipe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +130,12 @@ class Plan:
     notes: tuple[str, ...] = ()
     why: Mapping[str, Any] = field(default_factory=dict)
     """Per operator, its predicted cost and what its alternatives would cost: what `partita explain` shows."""
+    microbatches: int = 1
+    """Even parts of the batch that go through the step one after the other, their gradients added up."""
+    schedule: str = "1f1b"
+    """The order of microbatches where there are stages: one of SCHEDULES."""
+    recompute: tuple[tuple[str, str], ...] = ()
+    """Runs of operators (first, last, in the order of the model) whose forward values are computed again in the backward pass, and not kept."""
 
     @property
     def devices(self) -> int:
@@ -150,7 +161,10 @@ class Plan:
             "predicted": dict(self.predicted),
             "notes": list(self.notes),
             "why": dict(self.why),
-        }
+        } | (  # what most plans do not have is not in their files
+            ({"microbatches": self.microbatches, "schedule": self.schedule} if self.microbatches > 1 else {})
+            | ({"recompute": [list(run) for run in self.recompute]} if self.recompute else {})
+        )
 
     @staticmethod
     def from_json(value: Any, where: str = "The plan") -> Plan:
@@ -169,6 +183,9 @@ class Plan:
             "predicted",
             "notes",
             "why",
+            "microbatches",
+            "schedule",
+            "recompute",
         }
         for key in value:
             if key not in allowed:
@@ -179,7 +196,7 @@ class Plan:
         if value["schema"] != SCHEMA:
             raise PlanError(f"{where} has schema {value['schema']!r}; this version of Partita reads {SCHEMA}. Plan again.")
         kinds = {"graph": str, "machine": str, "mesh": dict, "operators": dict, "name": str, "batch_size": int, "storage": dict}
-        kinds |= {"predicted": dict, "notes": list, "why": dict}
+        kinds |= {"predicted": dict, "notes": list, "why": dict, "microbatches": int, "schedule": str, "recompute": list}
         words = {str: "a text", dict: "an object", int: "a whole number", list: "a list"}
         for key, kind in kinds.items():
             if key in value and not isinstance(value[key], kind):
@@ -187,6 +204,14 @@ class Plan:
         for key in ("seconds", "peak_bytes"):
             if not isinstance(value.get("predicted", {}).get(key, 0), (int, float)):
                 raise PlanError(f"{where}, predicted.{key}: needs a number, not {value['predicted'][key]!r}. Plan again.")
+        _check_why(value.get("why", {}), f"{where}, why")
+        if value.get("microbatches", 1) < 1:
+            raise PlanError(f"{where}, microbatches: needs a number from 1 on, not {value['microbatches']}.")
+        if value.get("schedule", SCHEDULES[0]) not in SCHEDULES:
+            raise PlanError(f"{where}, schedule: needs {' or '.join(map(repr, SCHEDULES))}, not {value['schedule']!r}.")
+        for run in value.get("recompute", ()):
+            if not isinstance(run, list) or len(run) != 2 or not all(isinstance(name, str) for name in run):
+                raise PlanError(f'{where}, recompute: needs pairs of operators ["first", "last"], not {run!r}.')
         axes = []
         for name, entry in value["mesh"].items():
             if not isinstance(entry, dict) or not all(isinstance(entry.get(k, 0), int) for k in ("size", "level")) or entry.get("size", 0) < 2:
@@ -208,7 +233,8 @@ class Plan:
             storage[path] = Storage(entry["dim"], tuple(entry["axes"]), entry["zero"])
         return Plan(
             value["graph"], value["machine"], mesh, choices, storage, value.get("name", "found"), value.get("batch_size", 0),
-            value.get("predicted", {}), tuple(value.get("notes", ())), value.get("why", {}),
+            value.get("predicted", {}), tuple(value.get("notes", ())), value.get("why", {}), value.get("microbatches", 1),
+            value.get("schedule", SCHEDULES[0]), tuple((run[0], run[1]) for run in value.get("recompute", ())),
         )  # fmt: skip
 
     def save(self, path: str | Path) -> None:
@@ -243,6 +269,16 @@ class Plan:
         return layout_map(self, model)
 
 
+def slice_of(use: str) -> int | None:
+    """The slice that an axis pins an operator to, None where it splits a factor.
+
+    >>> slice_of("at(3)"), slice_of("S")
+    (3, None)
+    """
+    found = re.fullmatch(r"at\((\d+)\)", use)
+    return int(found[1]) if found else None
+
+
 def choice_text(choice: Mapping[str, str], mesh: Mesh) -> str:
     """A choice as people read it.
 
@@ -254,6 +290,21 @@ def choice_text(choice: Mapping[str, str], mesh: Mesh) -> str:
         if axis.name in choice:
             by_factor.setdefault(choice[axis.name], []).append(axis.name)
     return " ".join(f"{f}:{','.join(axes)}" for f, axes in by_factor.items()) or "replicate"
+
+
+def _check_why(why: Mapping[str, Any], where: str) -> None:
+    """PlanError if the reasons of a plan are not those that a search writes."""
+    numbers = lambda entry, *keys: isinstance(entry, dict) and all(isinstance(entry.get(k), (int, float)) for k in keys)  # noqa: E731
+    for kind in ("operators", "baselines"):
+        if not isinstance(why.get(kind, {}), dict):
+            raise PlanError(f"{where}.{kind}: needs an object, not {why[kind]!r}. Plan again.")
+    for name, entry in why.get("baselines", {}).items():
+        if not numbers(entry, "seconds"):
+            raise PlanError(f"{where}.baselines.{name}: needs the number of seconds, not {entry!r}. Plan again.")
+    for name, entry in why.get("operators", {}).items():
+        whole = numbers(entry, "compute", "activations", "gradients", "moves", "bytes") and isinstance(entry.get("alternatives"), list)
+        if not whole or not all(numbers(a, "seconds", "bytes") and isinstance(a.get("choice"), str) for a in entry["alternatives"]):
+            raise PlanError(f"{where}.operators.{name}: is not what a search writes. Plan again, or delete 'why' from the plan: it runs without.")
 
 
 def _parse_choice(text: Any, mesh: Mesh, where: str) -> dict[str, str]:
@@ -321,21 +372,27 @@ def check(plan: Plan, graph: Graph) -> Plan:
         operator = graph.operators[names[name]]
         split: dict[str, int] = {}
         for axis, factor in choice.items():
+            at, size = slice_of(factor), plan.mesh.axes[plan.mesh.index[axis]].size
+            if at is not None and at >= size:
+                raise PlanError(f"'{name}' is pinned at slice {at} of axis {axis!r}, which has slices 0 to {size - 1}.")
+            if at is not None:
+                continue
             if graph.factor(names[name], factor) is None:
                 has = ", ".join(f"{graph.factors[f].name} ({graph.factors[f].size})" for f in operator.factors)
                 raise PlanError(f"'{name}' has no factor {factor!r} to split over axis {axis!r}. It has: {has or 'none'}.")
-            split[factor] = split.get(factor, 1) * plan.mesh.axes[plan.mesh.index[axis]].size
+            split[factor] = split.get(factor, 1) * size
         for factor, count in split.items():
             f = graph.factor(names[name], factor)
             assert f is not None
-            size = graph.factors[f].size
-            if size % count:
-                divisors = [d for d in range(2, size + 1) if size % d == 0][:6]
+            whole = graph.factors[f].size
+            if whole % count:
+                divisors = [d for d in range(2, whole + 1) if whole % d == 0][:6]
                 raise PlanError(
-                    f"Cannot split factor {factor} of '{name}' ({size}) {count} ways: {size} is not a multiple of {count}. "
+                    f"Cannot split factor {factor} of '{name}' ({whole}) {count} ways: {whole} is not a multiple of {count}. "
                     f"It can be split {', '.join(map(str, divisors)) or 'no'} ways."
                 )
-        why = illegal(graph, names[name], choice, plan.mesh)
+        splits = {a: use for a, use in choice.items() if slice_of(use) is None}
+        why = illegal(graph, names[name], splits, Mesh(tuple(a for a in plan.mesh.axes if slice_of(choice.get(a.name, "")) is None)))
         if why:
             raise PlanError(f"'{name}' cannot run as planned: {why}.")
     paths = {a.path: a for a in graph.arguments}
@@ -345,6 +402,9 @@ def check(plan: Plan, graph: Graph) -> Plan:
         rank = len(graph.tensors[paths[path].tensor].shape)
         if not 0 <= storage.dim < rank:
             raise PlanError(f"The plan splits dim {storage.dim} of {path!r}, which has {rank} dims.")
+    from partita.plan.stages import check_stages
+
+    check_stages(plan, graph)
     return plan
 
 
@@ -366,11 +426,19 @@ def diff(left: Plan, right: Plan) -> list[str]:
             x, y = a[key].get(name, "absent"), b[key].get(name, "absent")
             if x != y:
                 found.append(f"{name}: {_store(x)} -> {_store(y)}")
+    for what in ("microbatches", "schedule", "recompute"):
+        x, y = getattr(left, what), getattr(right, what)
+        if x != y and not (what == "schedule" and left.microbatches == right.microbatches == 1):
+            found.append(f"{what}: {_runs(x)} -> {_runs(y)}")
     for key, text in (("seconds", format_seconds), ("peak_bytes", format_bytes)):
         x, y = left.predicted.get(key), right.predicted.get(key)
         if x is not None and y is not None and x != y:
             found.append(f"predicted {key.replace('_', ' ')}: {text(x)} -> {text(y)}")
     return found
+
+
+def _runs(value: Any) -> Any:
+    return ", ".join(f"{first} ... {last}" for first, last in value) or "nothing" if isinstance(value, tuple) else value
 
 
 def _store(value: Any) -> str:
@@ -398,6 +466,10 @@ def lines(plan: Plan) -> Iterable[str]:
         kinds[key] = kinds.get(key, 0) + 1
     for key, n in kinds.items():
         yield f"  {n} variables stored {key}"
+    if plan.microbatches > 1:
+        yield f"  {plan.microbatches} microbatches, {plan.schedule}"
+    if plan.recompute:
+        yield f"  recomputed in the backward pass: {_runs(plan.recompute)}"
     if "seconds" in plan.predicted:
         yield f"  predicted step {format_seconds(plan.predicted['seconds'])}"
     if "peak_bytes" in plan.predicted:

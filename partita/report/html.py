@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from partita.plan.plan import Plan, Storage, choice_text
+from partita.plan.plan import Plan, Storage, choice_text, slice_of
 from partita.report import timeline as picture
 from partita.report.elements import Html, bar_of, join, line_of, marked, seconds_text, section_of, table_of, tag
 from partita.simulate.timeline import Timeline
@@ -356,7 +356,7 @@ def _words(plan: Plan, layer: Layer) -> str:
     for axis in plan.mesh.axes:
         ways[layer.choice.get(axis.name, "")] = ways.get(layer.choice.get(axis.name, ""), 1) * axis.size
     same = ways.pop("", 1)
-    said = [f"{_factor(factor)} split {n} ways" for factor, n in ways.items()]
+    said = [f"only on slice {slice_of(factor)} of {n}" if slice_of(factor) is not None else f"{_factor(factor)} split {n} ways" for factor, n in ways.items()]
     said += [f"the same on {same} devices" if said else f"not split: the same on all {same} devices"] if same > 1 else []
     said += [f"{STORED[stage]} kept in parts over {', '.join(axes)}" for stage, axes in layer.stored]
     return f"{layer.name}: {'; '.join(said) or 'one device'}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -46,7 +47,7 @@ def plan_table(plan: Plan) -> Table:
 
 def _legend() -> str:
     return (
-        "split: S by sample, A by attribute (height, width, position), P by parameter, R by reduction; replicate: every device does it.\n"
+        "split: S by sample, A by attribute (height, width, position), P by parameter, R by reduction; at(i): only on slice i of an axis; replicate: every device does it.\n"
         "memory: variables, optimizer slots and activations kept; sent: bytes a device exchanges, both per step."
     )
 
@@ -96,6 +97,23 @@ def _ratio(ratio: float) -> str:
     return f"{ratio:.{max(0, 2 - (ratio >= 10) - (ratio >= 100))}f} x"
 
 
+def offers_table(rows: Sequence[Mapping[str, Any]], graph: str, samples: int) -> Table:
+    """What each machine would do for a program, best first: step, throughput, and time, device hours and cost of an epoch."""
+    table = _table(f"{graph}: an epoch of {samples:,} samples")
+    table.add_column("machine", no_wrap=True)
+    priced = any(r["cost"] is not None for r in rows)
+    for column in ("devices", "step", "samples/s", "epoch", "device hours", *(["cost"] if priced else [])):
+        table.add_column(column, justify="right", no_wrap=True)
+    for r in rows:
+        if r["seconds"] is None:
+            table.add_row(r["machine"], str(r["devices"]), "does not fit", *[""] * (3 + priced))
+            continue
+        cost = [f"{r['cost']:,.2f}" if r["cost"] is not None else ""] if priced else []
+        epoch = format_seconds(r["epoch_seconds"]) if math.isfinite(r["epoch_seconds"]) else ""
+        table.add_row(r["machine"], str(r["devices"]), format_seconds(r["seconds"]), f"{r['samples_per_second']:,.0f}", epoch, f"{r['device_hours']:.3g}", *cost)
+    return table
+
+
 def explain_table(plan: Plan, layer: str) -> Table:
     """One layer: what was chosen and what its alternatives would cost, all else as planned."""
     text, cost = plan.to_json()["operators"][layer], plan.why["operators"][layer]
@@ -118,13 +136,13 @@ PARTS = {
     "gather": "gathering stored variables", "held up": "kernels held up by collectives",
 }  # fmt: skip
 """What the kinds of spans of a timeline are called."""
-WAITS = {"links": "waiting for a collective", "held up": "held up by collectives", "end": "waiting for the last collectives"}
+WAITS = {"links": "waiting for a collective", "held up": "held up by collectives", "end": "waiting for the last collectives", "bubble": "waiting for other stages"}
 
 
 def timeline_table(timeline: Timeline) -> Table:
     """A simulated step: what takes how much of it, by phase, and how much of each is on the critical path."""
     table = _table(f"{timeline.graph} on {timeline.machine}, plan '{timeline.plan}': a step of {format_seconds(timeline.seconds)}")
-    table.add_column("what a device does")
+    table.add_column("what a device does" if timeline.groups == 1 else f"what {timeline.groups} stages do together")
     for column in ("forward", "backward", "update", "in all", "critical"):
         table.add_column(column, justify="right", no_wrap=True)
     for kind, name in PARTS.items():

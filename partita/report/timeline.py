@@ -44,6 +44,8 @@ def section(timeline: Timeline) -> Html:
 
 def _reading(timeline: Timeline) -> str:
     who = f"each of the {timeline.devices} devices does the same" if timeline.devices > 1 else "one device does it all"
+    if timeline.groups > 1:
+        who = f"{timeline.devices} devices in {timeline.groups} stages"
     waits = [f"{seconds_text(s)} {WAITS.get(cause, cause)}" for cause, s in timeline.idle.items() if s > 0]
     idle = f"the rest is {', '.join(waits)}" if waits else "nothing waits"
     run = f"{timeline.busy_part():.1%}".replace("%", "\u00a0%")
@@ -78,15 +80,17 @@ def _key(classes: str, words: str, figure: str) -> Html:
 # The picture
 
 
-def _rows(timeline: Timeline) -> list[str]:
-    return sorted(dict.fromkeys(s.stream for s in timeline.spans), key=lambda stream: stream != KERNELS)
+def _rows(timeline: Timeline) -> list[tuple[str, str]]:
+    """(group of devices, stream) of every row: group after group as they begin, kernels first."""
+    groups = {group: n for n, group in enumerate(dict.fromkeys(s.group for s in timeline.spans))}
+    return sorted(dict.fromkeys((s.group, s.stream) for s in timeline.spans), key=lambda row: (groups[row[0]], row[1] != KERNELS))
 
 
 def _row_names(timeline: Timeline) -> list[str]:
     rows = _rows(timeline)
-    if rows == [KERNELS] and any(s.kind != "compute" for s in timeline.spans):
+    if rows == [("", KERNELS)] and any(s.kind != "compute" for s in timeline.spans):
         return ["kernels and collectives, in turn"]
-    return [ROWS.get(row, row) for row in rows]
+    return [f"{group}: {stream}" if group else ROWS.get(stream, stream) for group, stream in rows]
 
 
 def _tops(rows: int) -> tuple[list[int], int, int]:
@@ -124,7 +128,7 @@ def _still(timeline: Timeline) -> Html:
     drawn = {_class(c): "" for c in (*COLOURS, "other")}
     critical, names = "", []
     for s in timeline.spans:
-        at, wide, top = s.start * scale, s.seconds * scale, tops[rows[s.stream]]
+        at, wide, top = s.start * scale, s.seconds * scale, tops[rows[s.group, s.stream]]
         inside = wide - 1 if wide > 4 else wide  # neighbours of one colour are told apart
         drawn[_class(_colour(s))] += f"M{at:.2f} {top}h{inside:.2f}v{SIZES['bar']}h-{inside:.2f}z"
         if s.critical:
@@ -157,7 +161,7 @@ def _data(timeline: Timeline) -> Html:
     rows, colours = {name: r for r, name in enumerate(_rows(timeline))}, [*COLOURS, "other"]
     tops, curve, height = _tops(len(rows))
     spans = [
-        [_short(s.start), _short(s.seconds), rows[s.stream], colours.index(_colour(s)), s.name, s.operator, int(s.critical), s.phase]
+        [_short(s.start), _short(s.seconds), rows[s.group, s.stream], colours.index(_colour(s)), s.name, s.operator, int(s.critical), s.phase]
         for s in timeline.spans
     ]
     value: dict[str, Any] = {

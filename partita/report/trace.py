@@ -15,19 +15,20 @@ from partita.simulate.timeline import KERNELS, Timeline
 def trace(timeline: Timeline) -> dict[str, Any]:
     """The timeline as a JSON value: a row for every stream, kernels first, and the memory of a device as a curve."""
     who = "every device" if timeline.devices > 1 else "the device"
-    streams = sorted(dict.fromkeys(s.stream for s in timeline.spans), key=lambda stream: stream != KERNELS)
+    groups = {group: n for n, group in enumerate(dict.fromkeys(s.group for s in timeline.spans))}
+    streams = sorted(dict.fromkeys((s.group, s.stream) for s in timeline.spans), key=lambda row: (groups[row[0]], row[1] != KERNELS))
     rows = {stream: row for row, stream in enumerate(streams)}
     events: list[dict[str, Any]] = [
         {"ph": "M", "pid": 0, "tid": 0, "name": "process_name", "args": {"name": f"{timeline.graph} on {timeline.machine}: {who}"}}
     ]
-    for name, row in rows.items():
-        events.append({"ph": "M", "pid": 0, "tid": row, "name": "thread_name", "args": {"name": name}})
+    for (group, stream), row in rows.items():
+        events.append({"ph": "M", "pid": 0, "tid": row, "name": "thread_name", "args": {"name": f"{group}: {stream}" if group else stream}})
         events.append({"ph": "M", "pid": 0, "tid": row, "name": "thread_sort_index", "args": {"sort_index": row}})
     for s in timeline.spans:
         begin, end = round(s.start * 1e9), round(s.end * 1e9)
         events.append(
             {
-                "ph": "X", "pid": 0, "tid": rows[s.stream], "ts": _micro(begin), "dur": _micro(end - begin), "name": s.name, "cat": f"{s.phase},{s.kind}",
+                "ph": "X", "pid": 0, "tid": rows[s.group, s.stream], "ts": _micro(begin), "dur": _micro(end - begin), "name": s.name, "cat": f"{s.phase},{s.kind}",
                 "args": {"layer": s.operator, "kind": s.kind, "phase": s.phase, "critical": s.critical},
             }
         )  # fmt: skip

@@ -14,6 +14,7 @@ from itertools import combinations
 
 from partita.graph.graph import Graph
 from partita.plan.plan import Mesh, illegal
+from partita.plan.stages import samples_of
 
 ORDER = "SAPR"
 LIMIT = 150
@@ -29,11 +30,16 @@ def candidates(graph: Graph, operator: int, mesh: Mesh, extra: Iterable[Choice] 
     """The choices of an operator on a mesh, without repetition; the first is to replicate it everywhere."""
     factors = sorted(graph.operators[operator].factors, key=lambda f: (ORDER.index(graph.factors[f].kind), f))
     uses = [*factors, -1]
-    everything = [-1] * len(mesh.axes)
+    everything, sizes = [-1] * len(mesh.axes), {f: graph.factors[f].size for f in factors}
+    for number, axis in enumerate(mesh.axes):
+        samples = samples_of(graph, operator, {}, axis.size) if axis.level < 0 else -1
+        if samples >= 0:
+            everything[number] = samples
+            sizes[samples] //= axis.size
     found: dict[Choice, None] = {tuple(everything): None}
     for most, portion in PORTIONS:
         here = dict(found)
-        for choice in _dealt(graph, mesh, uses, most, portion):
+        for choice in _dealt(mesh, uses, everything, sizes, most, portion):
             here[choice] = None
             if len(here) > LIMIT and most > 1:
                 break
@@ -45,11 +51,12 @@ def candidates(graph: Graph, operator: int, mesh: Mesh, extra: Iterable[Choice] 
     return [choice for choice in found if illegal(graph, operator, names_of(graph, mesh, choice), mesh) is None]
 
 
-def _dealt(graph: Graph, mesh: Mesh, uses: list[int], most: int, portion: int) -> Iterator[Choice]:
+def _dealt(mesh: Mesh, uses: list[int], start: list[int], sizes: Mapping[int, int], most: int, portion: int) -> Iterator[Choice]:
     """All choices with at most `most` uses, dealt to the axes of each level in the order of uses, `portion` axes at a time."""
     levels: dict[tuple[int, int], list[int]] = {}
     for number, axis in enumerate(mesh.axes):
-        levels.setdefault((axis.level, axis.size), []).append(number)
+        if axis.level >= 0:
+            levels.setdefault((axis.level, axis.size), []).append(number)
     groups = list(levels.values())
 
     def deal(level: int, choice: list[int], chosen: tuple[int, ...], left: dict[int, int]) -> Iterator[Choice]:
@@ -74,8 +81,7 @@ def _dealt(graph: Graph, mesh: Mesh, uses: list[int], most: int, portion: int) -
 
     for count in range(1, min(most, len(uses)) + 1):
         for chosen in combinations(uses, count):
-            sizes = {f: graph.factors[f].size for f in chosen if f >= 0}
-            yield from deal(0, [-1] * len(mesh.axes), chosen, sizes)
+            yield from deal(0, list(start), chosen, {f: sizes[f] for f in chosen if f >= 0})
 
 
 def _compositions(total: int, parts: int, portion: int) -> Iterator[tuple[int, ...]]:

@@ -25,14 +25,15 @@ from partita.search.base import Problem, Progress, Report, SearchResult
 MOST_ENTRIES = 120_000_000
 """Entries of a joint table above which a bucket is cut: the result is then a plan and a bound that may lie apart."""
 ROUNDS = 24
+"""How often a byte's price is raised until a plan fits, and then how often it is refined."""
 
 Factor = tuple[tuple[int, ...], np.ndarray]
 """Variables and a table over their states."""
 Memo = dict[bytes, np.ndarray]
 
 
-def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = None) -> SearchResult:
-    """The states of least seconds whose bytes are within `budget`, with a lower bound.
+def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = None, rounds: int = ROUNDS) -> SearchResult:
+    """The states of least seconds whose bytes are within `budget`, with a lower bound. A price at which they fit is refined `rounds` times.
 
     If nothing fits, the result is the smallest in bytes that was found, and `feasible` is False.
     """
@@ -52,7 +53,7 @@ def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = 
         smallest = best = states
         if problem.held(states) > budget:
             say("without a limit on memory", problem.cost(states), bound)
-            best, smallest, bound = _price_memory(problem, order, budget, memo, states, bound, say)
+            best, smallest, bound = _price_memory(problem, order, budget, memo, states, bound, say, rounds)
         else:
             say("exact" if problem.cost(states) <= bound * (1 + 1e-9) else "bounded", problem.cost(states), bound)
     except KeyboardInterrupt:
@@ -67,7 +68,7 @@ def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = 
 
 def _price_memory(
     problem: Problem, order: Sequence[int], budget: float, memo: Memo, fastest: tuple[int, ...], bound: float,
-    say: Callable[[str, float, float], None],
+    say: Callable[[str, float, float], None], rounds: int,
 ) -> tuple[tuple[int, ...] | None, tuple[int, ...], float]:  # fmt: skip
     """Raises the price of a byte until the plan fits, then searches between: (best that fits, smallest, bound)."""
     smallest, best = fastest, None
@@ -87,7 +88,7 @@ def _price_memory(
             best = smallest if problem.held(smallest) <= budget else None
             break
     if best is not None:
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             price = (low + high) / 2
             states, least = _solve(problem, order, price, memo)
             bound = max(bound, least - price * budget)

@@ -21,6 +21,7 @@ from partita.machine import Machine
 from partita.plan.baselines import BASELINES
 from partita.plan.layout import layout
 from partita.plan.plan import Mesh, Plan, mesh_for
+from partita.plan.stages import is_staged
 from partita.search.base import Progress, Report, SearchResult
 from partita.search.candidates import names_of
 from partita.search.elimination import eliminate
@@ -28,7 +29,10 @@ from partita.search.mcmc import walk
 from partita.search.network import Network, build, stored_by
 from partita.search.reduce import Reduced, reduce
 from partita.search.simulated import Simulated, relaxed, simulated
+from partita.search.stages import least_seconds, stage
 from partita.simulate.simulate import predicted
+from partita.simulate.stages import Staged
+from partita.simulate.stages import predicted as staged_prediction
 from partita.units import format_bytes, format_seconds
 
 RESERVE = 0.05
@@ -58,14 +62,50 @@ def capacity(machine: Machine) -> int:
 
 def find(
     graph: Graph, machine: Machine, report: Callable[[Progress], None] | None = None, excess: float = 1.0, seconds: float | None = None,
-    seed: int = 0,
+    seed: int = 0, stages: bool = False,
 ) -> Found:  # fmt: skip
     """The plan of least predicted step time that fits the machine's memory.
 
     Never worse than any baseline by its own measure. Raises MemoryBudgetError, with the smallest need, if nothing fits. `excess`
     is how many times what is predicted a plan was seen to need. Walks take so many `seconds`, else a number of proposals that makes
-    the same plan of the same `seed`.
+    the same plan of the same `seed`. With `stages`, plans that place operators on parts of the machine, cut the batch into microbatches or
+    recompute are in the space too: they can be simulated, and not yet run.
     """
+    found, error = _whole(graph, machine, report, excess, seconds, seed)
+    if stages and machine.devices > 1:
+        limit = int(capacity(machine) / max(1.0, excess))
+        most = found.prediction.seconds if error is None else np.inf
+        bound = min(found.result.bound, least_seconds(found.network.terms, machine, machine.devices))
+        better = stage(graph, machine, mesh_of(machine), found.network.terms, limit, most * (1 - WORTH), report, bound, seconds)
+        found = replace(found, result=replace(found.result, bound=bound))
+        if better is not None:
+            return _staged(found, better)
+        note = "of the plans in stages that were looked at none is predicted to be faster; what is proved is proved of those without"
+        found = replace(found, plan=replace(found.plan, notes=(*found.plan.notes, note)))
+    if error is not None:
+        raise error
+    return found
+
+
+def _staged(found: Found, staged: Staged) -> Found:
+    """The same search with a staged plan as what was found."""
+    prediction = staged_prediction(staged)
+    result = replace(found.result, seconds=prediction.seconds, feasible=True)
+    base, graph = found.baselines["data parallel"][1], staged.graph
+    notes = [*graph.notes]
+    if base.peak_bytes <= capacity(staged.machine):
+        notes.append(f"predicted {base.seconds / prediction.seconds:.2f} x as fast as data parallel")
+    else:
+        notes.append("data parallel does not fit in memory")
+    notes.append("stages, microbatches and recomputed runs can be planned and simulated, and not yet run")
+    plan = replace(staged.plan, notes=tuple(notes), predicted=_predicted(prediction, result))
+    return Found(plan, prediction, result, found.network, found.baselines)
+
+
+def _whole(
+    graph: Graph, machine: Machine, report: Callable[[Progress], None] | None, excess: float, seconds: float | None, seed: int
+) -> tuple[Found, MemoryBudgetError | None]:  # fmt: skip
+    """The best plan that all devices run at once, and the error if it does not fit."""
     mesh, limit = mesh_of(machine), int(capacity(machine) / max(1.0, excess))
     plans = {name: make(graph, machine.name, mesh) for name, make in BASELINES.items()}
     network = build(graph, machine, mesh, list(plans.values()))
@@ -87,18 +127,19 @@ def find(
             break
         budget = min(budget, result.nbytes) * limit / peak * 0.98
     assert result is not None and plan is not None and smallest is not None
-    prediction = predicted(graph, machine, plan, network.terms)
+    prediction, error = predicted(graph, machine, plan, network.terms), None
     fitting = [name for name, p in predictions.items() if p.peak_bytes <= limit]
     if prediction.peak_bytes > limit:
-        if not fitting:
+        if fitting:
+            best = min(fitting, key=lambda name: predictions[name].seconds)
+            plan, prediction = replace(plans[best], name="found"), predictions[best]
+        else:
             least = min(smallest, min(p.peak_bytes for p in predictions.values()))
-            raise MemoryBudgetError(
+            error = MemoryBudgetError(
                 f"'{graph.name}' with batch {graph.batch_size} fits {machine.name} under no plan: the smallest needs "
                 f"{format_bytes(least)} per device, and a device has {format_bytes(machine.memory_bytes)}, of which {format_bytes(limit)} "
                 f"may be used. Use more devices, a smaller batch, or devices with more memory."
             )
-        best = min(fitting, key=lambda name: predictions[name].seconds)
-        plan, prediction = replace(plans[best], name="found"), predictions[best]
     better = [name for name in fitting if predictions[name].seconds < prediction.seconds * (1 - 1e-12)]
     if better:
         # Only after an interrupted search, or one that memory has pushed above a baseline that fits.
@@ -107,7 +148,7 @@ def find(
     plan, prediction = _one_device(graph, machine, plan, prediction, predictions)
     notes = (*plan.notes, *_notes(graph, prediction, predictions, result))
     plan = replace(plan, notes=notes, predicted=_predicted(prediction, result))
-    return Found(plan, prediction, result, network, {n: (plans[n], predictions[n]) for n in plans})
+    return Found(plan, prediction, result, network, {n: (plans[n], predictions[n]) for n in plans}), error
 
 
 PROPOSALS = 1 << 27
@@ -186,7 +227,7 @@ def _predicted(prediction: Prediction, result: SearchResult) -> dict:
 
 def alternatives(network: Network, plan: Plan, operator: int, most: int = 8) -> list[tuple[dict[str, str], int, float, float]]:
     """Other choices for one operator, all others as planned: (choice, ZeRO level, seconds more, bytes more), best first."""
-    states = network.states_of(plan)
+    states = network.states_of(plan) if not is_staged(plan) else None
     if states is None:
         return []
     problem, o = network.problem, operator

@@ -14,7 +14,8 @@ import numpy as np
 
 from partita.cost.evaluate import operator_cost, storage_axes
 from partita.cost.moves import Placement, move_table
-from partita.cost.terms import Move, Terms, terms
+from partita.cost.terms import Move, Terms
+from partita.cost.terms import terms as terms_of
 from partita.graph.graph import Graph, Label, Phase
 from partita.machine import Machine
 from partita.plan.layout import Sharding, resolve
@@ -45,6 +46,8 @@ class Network:
     problem: Problem
     parts: list[np.ndarray]
     """Per operator, [PARTS, state]: the seconds of what a step does for it, hidden or not. Equal operators share their array."""
+    kept: list[np.ndarray]
+    """Per operator, by state: of its bytes those of forward values that the backward pass reads."""
     moves: dict[tuple[int, int, Phase, Phase], np.ndarray] = field(default_factory=dict)
     """(home, reader, phase, phase in which it is read) -> seconds by state of either."""
 
@@ -84,13 +87,13 @@ def stored_by(network: Network, operator: int, state: State) -> dict[str, Storag
     return found
 
 
-def build(graph: Graph, machine: Machine, mesh: Mesh, baselines: Sequence[Plan] = ()) -> Network:
+def build(graph: Graph, machine: Machine, mesh: Mesh, baselines: Sequence[Plan] = (), terms: Terms | None = None) -> Network:
     """The cost network of a graph on a machine's mesh. Every choice of the baselines is among the candidates."""
     place = Placement(machine, mesh)
-    found = terms(graph, machine.backend)
+    found = terms or terms_of(graph, machine.backend)
     states: list[list[State]] = []
-    seconds, nbytes, parts = [], [], []
-    costed: dict[tuple[object, ...], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    seconds, nbytes, parts, kept = [], [], [], []
+    costed: dict[tuple[object, ...], tuple[np.ndarray, ...]] = {}
     offered: dict[tuple[object, ...], tuple[Choice, ...]] = {}
     for o, operator in enumerate(graph.operators):
         extra = [choice_of(graph, o, mesh, plan.choices[operator.name]) for plan in baselines]
@@ -111,12 +114,14 @@ def build(graph: Graph, machine: Machine, mesh: Mesh, baselines: Sequence[Plan] 
                 np.concatenate([c.seconds for c in costs]),
                 np.concatenate([c.nbytes for c in costs]),
                 np.concatenate([c.parts() for c in costs], axis=1),
+                np.concatenate([c.kept for c in costs]),
             )
         seconds.append(costed[key][0])
         nbytes.append(costed[key][1])
         parts.append(costed[key][2])
+        kept.append(costed[key][3])
     problem = Problem(seconds, nbytes)
-    network = Network(graph, place, found, states, problem, parts)
+    network = Network(graph, place, found, states, problem, parts, kept)
     _add_moves(network)
     return network
 

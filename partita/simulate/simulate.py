@@ -15,6 +15,8 @@ from partita.graph.graph import Graph
 from partita.machine import Machine
 from partita.plan.layout import layout
 from partita.plan.plan import Plan
+from partita.plan.stages import is_staged
+from partita.simulate import stages
 from partita.simulate.engine import Times, critical, run
 from partita.simulate.step import Laid, Slot, Structure, durations, lay_out, structure
 from partita.simulate.timeline import KERNELS, LINKS, Span, Timeline
@@ -22,6 +24,8 @@ from partita.simulate.timeline import KERNELS, LINKS, Span, Timeline
 
 def predicted(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = None) -> Prediction:
     """The prediction of a plan, its step simulated: where collectives hide behind kernels, a step takes less than the sum of its parts."""
+    if is_staged(plan):
+        return stages.predicted(stages.Staged.of(graph, machine, plan, found))
     if machine.backend.overlap == 0:
         return predict(graph, machine, plan, found)
     prediction, _, _, times = _simulated(graph, machine, plan, found)
@@ -40,6 +44,8 @@ def simulate(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = N
 
     The machine needs not be at hand. `found` are the graph's terms, if they are known already.
     """
+    if is_staged(plan):
+        return stages.timeline(stages.Staged.of(graph, machine, plan, found))
     return _timeline(graph, plan, machine, *_simulated(graph, machine, plan, found))
 
 

@@ -25,6 +25,8 @@ class Span:
     seconds: float
     critical: bool = False
     """On the critical path: were it shorter, the step would be."""
+    group: str = ""
+    """The devices that do it, where not all do the same."""
 
     @property
     def end(self) -> float:
@@ -35,8 +37,9 @@ class Span:
 class Timeline:
     """One simulated step under a plan, in seconds from its start.
 
-    `idle` is the time in which a device runs no kernels, by what it waits for: "links" (a collective that its next kernel needs), or
-    "end" (nothing left to do but to wait for the last collectives). `memory` are (seconds, bytes held by a device from then on).
+    `idle` is the time in which a device runs no kernels, by what it waits for: "links" (a collective that its next kernel needs),
+    "end" (nothing left to do but to wait for the last collectives), or "bubble" (another stage). Where groups of devices do different things, it is the mean
+    of theirs. `memory` are (seconds, bytes held by a device from then on).
     """
 
     plan: str
@@ -56,6 +59,8 @@ class Timeline:
     source: str
     """Where the seconds come from."""
     notes: tuple[str, ...] = field(default=())
+    groups: int = 1
+    """How many groups of devices do different things."""
 
     @property
     def total_traffic(self) -> int:
@@ -64,7 +69,7 @@ class Timeline:
 
     def busy_part(self) -> float:
         """The part of the step in which a device runs kernels."""
-        return sum(s.seconds for s in self.spans if s.kind == "compute") / self.seconds if self.seconds else 1.0
+        return sum(s.seconds for s in self.spans if s.kind == "compute") / self.seconds / self.groups if self.seconds else 1.0
 
     def by_kind(self) -> dict[str, float]:
         """Seconds by kind of task, hidden or not."""
@@ -84,7 +89,7 @@ class Timeline:
             "peak_operator": self.peak_operator, "traffic_bytes": dict(self.traffic), "total_traffic_bytes": self.total_traffic,
             "source": self.source, "notes": list(self.notes),
             "spans": [
-                {"name": s.name, "operator": s.operator, "kind": s.kind, "phase": s.phase, "stream": s.stream, "start": s.start, "seconds": s.seconds, "critical": s.critical}
+                {"name": s.name, "operator": s.operator, "kind": s.kind, "phase": s.phase, "stream": s.stream, "start": s.start, "seconds": s.seconds, "critical": s.critical, "group": s.group}
                 for s in self.spans
             ],
         }  # fmt: skip

@@ -89,6 +89,12 @@ def test_a_cut_torus_is_open_and_a_whole_one_closed():
     assert [level.fabric for level in load("tpu-v5e:256").levels] == ["torus", "torus"]
 
 
+def test_a_cpu_stands_for_so_many_devices_and_no_more() -> None:
+    assert host(64, 2**36).devices == 64
+    with pytest.raises(MachineError, match="1000 devices are asked for, and a CPU stands for at most 64. Ask for fewer"):
+        host(1000, 2**36)
+
+
 def test_host_divides_its_memory():
     machine = host(4, 8 * 2**30)
     check(machine)
