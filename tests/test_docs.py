@@ -54,7 +54,7 @@ def test_a_command_and_its_options_exist(line: str) -> None:
     for word in line.split()[1:]:
         command = getattr(command, "commands", {}).get(word, command)
     assert command.name != "partita" and not hasattr(command, "commands"), f"there is no such command: {line}"
-    known = {option for parameter in command.params for option in parameter.opts}
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert set(re.findall(r"--[\w-]+", line)) - OF_THE_SCRIPT <= known
 
 
