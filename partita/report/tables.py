@@ -11,6 +11,7 @@ from rich.table import Table
 
 from partita.machine import KINDS
 from partita.plan.plan import Plan
+from partita.plan.stages import is_staged
 from partita.simulate.timeline import Timeline
 from partita.units import format_bandwidth, format_bytes, format_flops, format_seconds
 
@@ -25,7 +26,7 @@ def plan_table(plan: Plan) -> Table:
     """Per layer: what each mesh axis does to it, its time by cause, its memory and traffic per device."""
     axes = ", ".join(f"{a.name}={a.size}" for a in plan.mesh.axes) or "one device"
     table = _table(f"{plan.graph} on {plan.machine} ({axes})")
-    table.caption, table.caption_justify = _legend(), "left"
+    table.caption, table.caption_justify = _legend(is_staged(plan)), "left"
     table.add_column("layer", overflow="fold")
     table.add_column("split", overflow="fold")
     for column in ("compute", "exchange", "memory", "sent"):
@@ -45,9 +46,10 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def _legend() -> str:
+def _legend(staged: bool) -> str:
     return (
-        "split: S by sample, A by attribute (height, width, position), P by parameter, R by reduction; at(i): only on slice i of an axis; replicate: every device does it.\n"
+        "split: S by sample, A by attribute (height, width, position), P by parameter, R by reduction; replicate: every device does it"
+        f"{'; at(i): only slice i of the axis does' if staged else ''}.\n"
         "memory: variables, optimizer slots and activations kept; sent: bytes a device exchanges, both per step."
     )
 
