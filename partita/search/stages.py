@@ -57,23 +57,27 @@ def stage(
     graph: Graph, machine: Machine, mesh: Mesh, terms: Terms, limit: int, most: float, report: Report | None = None, bound: float = 0.0,
     seconds: float | None = None,
 ) -> Staged | None:  # fmt: skip
-    """The fastest staged plan found within `seconds` that takes less than `most` and fits `limit` bytes a device; None if there is none."""
+    """The fastest staged plan found within `seconds` that takes less than `most` and fits `limit` bytes a device; None if there is none.
+
+    The number of stages and microbatches that is being looked at when the time is up is looked at to the end. Ctrl-C ends with the best so far.
+    """
     until, best = time.perf_counter() + (SECONDS if seconds is None else seconds), None
     narrow = _narrow(graph, terms)
     networks: dict[tuple[int, int], Network] = {}
-    for shape in _shapes(graph, mesh):
-        if time.perf_counter() > until:
-            break
-        key = (shape.axes, shape.microbatches)
-        if key not in networks:
-            inner = [Axis(TIME, shape.microbatches, -1)] if shape.microbatches > 1 else []
-            networks[key] = build(graph, machine, Mesh((*inner, *mesh.axes[shape.axes :])), terms=terms)
-        least = most if best is None else best.seconds
-        found = _fitting(networks[key], mesh, shape, narrow, limit, least)
-        if found is not None and found.seconds < least:
-            best = found
-        if report is not None and best is not None:
-            report(Progress(f"{shape.stages} stages, {shape.microbatches} microbatches", best.seconds, bound))
+    try:
+        for shape in _shapes(graph, mesh):
+            if time.perf_counter() > until:
+                break
+            key = (shape.axes, shape.microbatches)
+            if key not in networks:
+                inner = [Axis(TIME, shape.microbatches, -1)] if shape.microbatches > 1 else []
+                networks[key] = build(graph, machine, Mesh((*inner, *mesh.axes[shape.axes :])), terms=terms)
+            best = _fitting(networks[key], mesh, shape, narrow, limit, most if best is None else best.seconds) or best
+            if report is not None:
+                so_far = min(most, best.seconds if best is not None else most)
+                report(Progress(f"{shape.stages} stages, {shape.microbatches} microbatches", so_far, bound))
+    except KeyboardInterrupt:  # the best so far
+        pass
     return best
 
 
@@ -100,6 +104,8 @@ def _fitting(network: Network, mesh: Mesh, shape: _Shape, narrow: Sequence[int],
     reduced = reduce(problem)
     for _ in range(TRIES):
         result = eliminate(reduced.problem, budget, rounds=ROUNDS)
+        if result.stopped:
+            raise KeyboardInterrupt
         if not result.feasible or result.bound / shape.stages > most:
             return None
         states = reduced.lift(result.states)
