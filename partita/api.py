@@ -15,7 +15,7 @@ from partita.cost.predict import Prediction
 from partita.errors import CaptureError, MemoryBudgetError, PlanError
 from partita.graph.graph import Graph
 from partita.machine import Machine, load
-from partita.plan.adapt import fit_plan
+from partita.plan.adapt import fit_mesh, fit_plan
 from partita.plan.baselines import BASELINES
 from partita.plan.layout import layout
 from partita.plan.plan import Plan, check, choice_text, slice_of
@@ -429,7 +429,7 @@ def check_plan(given: Plan, graph: Graph, machine: Machine) -> Plan:
     same_model = set(given.choices) == {o.name for o in graph.operators}
     if same_model and given.batch_size and graph.batch_size and given.batch_size != graph.batch_size:
         given = fit_plan(given, graph)
-    return check(given, graph)
+    return fit_mesh(check(given, graph), machine)
 
 
 def predicted(graph: Graph, machine: Machine, plan: Plan) -> Prediction:

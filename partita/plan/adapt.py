@@ -1,12 +1,14 @@
-"""A plan for another shape of the same step: what still divides is kept, the rest is done without."""
+"""A plan for another shape of the same step, or for another machine: what still divides is kept, the rest is done without."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 
+from partita.errors import PlanError
 from partita.graph.graph import Graph
-from partita.plan.plan import Plan, Storage, illegal
+from partita.machine import Machine
+from partita.plan.plan import Mesh, Plan, Storage, illegal
 
 
 def fit_plan(plan: Plan, graph: Graph) -> Plan:
@@ -56,3 +58,26 @@ def _stores(plan: Plan, storage: Storage, shape: tuple[int, ...]) -> bool:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def fit_mesh(plan: Plan, machine: Machine) -> Plan:
+    """The plan with its axes on levels that the machine has: as they are where they fit, else from the fastest links outwards."""
+    ways: dict[int, int] = {}
+    for axis in plan.mesh.axes:
+        ways[axis.level] = ways.get(axis.level, 1) * axis.size
+    if all(level < len(machine.levels) and n <= machine.levels[level].size for level, n in ways.items()):
+        return plan
+    level, left, placed = len(machine.levels) - 1, machine.levels[-1].size, []
+    for axis in reversed(plan.mesh.axes):
+        while level >= 0 and left % axis.size:
+            level -= 1
+            left = machine.levels[level].size
+        if level < 0:
+            parts = " x ".join(f"{x.size} ({x.name})" for x in machine.levels)
+            raise PlanError(
+                f"The plan '{plan.name}' splits {' x '.join(str(a.size) for a in plan.mesh.axes)} ways, into which {machine.name}, of {parts}, cannot be divided. "
+                "Plan again for it."
+            )
+        placed.append(replace(axis, level=level))
+        left //= axis.size
+    return replace(plan, mesh=Mesh(tuple(reversed(placed))))

@@ -9,6 +9,7 @@ import pytest
 from partita.errors import PlanError
 from partita.graph.graph import Graph
 from partita.machine import Machine, load
+from partita.plan.adapt import fit_mesh
 from partita.plan.baselines import BASELINES
 from partita.plan.plan import Mesh, Plan, check, diff
 from partita.plan.stages import in_flight, inside, schedule_of, stages_of
@@ -146,3 +147,14 @@ def test_what_does_not_fit_is_one_sentence() -> None:
     backwards = {name: {**choice, axis: f"at({1 - int(choice[axis][3])})"} for name, choice in plan.choices.items()}
     with pytest.raises(PlanError, match="number the stages in the order of the model"):
         simulate(graph, where, check(replace(plan, choices=backwards), graph))
+
+
+def test_a_plan_of_other_levels_is_put_on_those_of_the_machine_or_refused() -> None:
+    graph = GRAPHS["mlp"]
+    plan = in_two(graph, load("h100:4"), microbatches=4)
+    strange = replace(plan, mesh=Mesh(tuple(replace(a, level=0) for a in plan.mesh.axes)))
+    assert fit_mesh(plan, load("h100:4")) is plan
+    assert [a.level for a in fit_mesh(strange, load("h100:4")).mesh.axes] == [1, 1]
+    assert simulate(graph, load("h100:4"), fit_mesh(strange, load("h100:4"))).seconds == simulate(graph, load("h100:4"), plan).seconds
+    with pytest.raises(PlanError, match=r"splits 2 x 2 ways, into which h100:6, of 1 \(network\) x 6 \(node\), cannot be divided. Plan again"):
+        fit_mesh(strange, load("h100:6"))
