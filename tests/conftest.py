@@ -1,6 +1,9 @@
 """Every test sees eight virtual CPU devices of one thread each, whatever it imports first."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ["KERAS_BACKEND"] = "jax"
 # Machine code that compiles a third faster and runs slower; the partitioner is the same.
@@ -10,3 +13,18 @@ os.environ["XLA_FLAGS"] = (
 os.environ["PARTITA_CACHE"] = "/nonexistent"  # nothing that was measured on this machine
 os.environ["NPROC"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+
+SCRIPT = """
+import keras, numpy as np
+model = keras.Sequential([keras.layers.Dense(256, activation="relu", name="wide"), keras.layers.Dense(4, name="out")])
+model.compile("sgd", "mse")
+x = np.ones((64, 64), "float32")
+model.fit(x, x[:, :4], batch_size=32, verbose=0)
+"""
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> str:
+    """The path of a small script that trains."""
+    (tmp_path / "training.py").write_text(SCRIPT)
+    return str(tmp_path / "training.py")

@@ -90,30 +90,15 @@ def test_a_plan_in_stages_is_refused_by_run_with_one_sentence(tmp_path: Path) ->
     assert "can be planned and simulated, and not yet run" in done.stderr and "Traceback" not in done.output
 
 
-STEP = """
-import keras, numpy as np
-model = keras.Sequential([keras.layers.Dense(256, activation="relu", name="wide"), keras.layers.Dense(4, name="out")])
-model.compile("sgd", "mse")
-x = np.ones((64, 64), "float32")
-model.fit(x, x[:, :4], batch_size=32, verbose=0)
-"""
-
-
-@pytest.fixture
-def step(tmp_path: Path) -> str:
-    (tmp_path / "step.py").write_text(STEP)
-    return str(tmp_path / "step.py")
-
-
-def test_machines_are_compared_by_what_an_epoch_costs(step: str) -> None:
-    done = partita("plan", step, "--machine", "h100:1,h100:4,a100:1", "--objective", "cost-per-epoch", "--price", "h100=2.5,a100=1", "--samples", "3200", "--json", "--seconds", "0")
+def test_machines_are_compared_by_what_an_epoch_costs(training: str) -> None:
+    done = partita("plan", training, "--machine", "h100:1,h100:4,a100:1", "--objective", "cost-per-epoch", "--price", "h100=2.5,a100=1", "--samples", "3200", "--json", "--seconds", "0")
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)
     assert [r["cost"] for r in rows] == sorted(r["cost"] for r in rows) and len(rows) == 3
     for r in rows:
         assert r["epoch_seconds"] == pytest.approx(r["seconds"] * 100) and r["device_hours"] == pytest.approx(r["epoch_seconds"] * r["devices"] / 3600)
         assert r["cost"] == pytest.approx(r["device_hours"] * (1 if r["machine"].startswith("a100") else 2.5))
-    shown = partita("plan", step, "--machine", "h100:1,h100:4", "--objective", "cost-per-epoch", "--seconds", "0")
+    shown = partita("plan", training, "--machine", "h100:1,h100:4", "--objective", "cost-per-epoch", "--seconds", "0")
     assert "device hours" in shown.stdout and "cost" not in shown.stdout.splitlines()[2]
 
 
@@ -124,6 +109,6 @@ def test_machines_are_compared_by_what_an_epoch_costs(step: str) -> None:
     (["--machine", "h100:1,a100:2", "--price", "h100=2", "--objective", "cost-per-epoch"], "There is no price for a100:2"),
     (["--machine", "h100:1,h100:2", "--devices", "2"], "each says how many devices it has"),
 ])  # fmt: skip
-def test_wrong_comparisons_are_one_sentence(arguments: list[str], said: str, step: str) -> None:
-    done = partita("plan", step, "--seconds", "0", *arguments)
+def test_wrong_comparisons_are_one_sentence(arguments: list[str], said: str, training: str) -> None:
+    done = partita("plan", training, "--seconds", "0", *arguments)
     assert done.exit_code == 2 and said in done.stderr and "Traceback" not in done.output, done.output

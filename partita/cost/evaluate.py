@@ -118,12 +118,17 @@ def operator_cost(terms: OperatorTerms, place: Placement, assignments: Sequence[
 
 
 def operator_costs(terms: Terms, place: Placement, where: Layout, plan: Plan) -> list[OperatorCost]:
-    """The cost of every operator under the one choice and storage that a plan gives it."""
+    """The cost of every operator under the one choice and storage that a plan gives it. Equal operators that are split alike share theirs."""
     zero = {path: 1 if s.zero == 2 else s.zero for path, s in plan.storage.items()}
+    known: dict[tuple[object, ...], OperatorCost] = {}
     costs = []
-    for o, own in enumerate(terms.operators):
+    for own, assignment in zip(terms.operators, where.assignments, strict=True):
         level = max((zero.get(s.path, 0) for s in own.stored), default=0)
-        costs.append(operator_cost(own, place, [where.assignments[o]], level))
+        number = {f: n for n, f in enumerate(own.factors)}
+        key = (own.digest, level, *sorted((number[f], axes) for f, axes in assignment.items()))
+        if key not in known:
+            known[key] = operator_cost(own, place, [assignment], level)
+        costs.append(known[key])
     return costs
 
 
@@ -137,7 +142,7 @@ def _roofline(terms: OperatorTerms, machine: Machine, ways: _Ways) -> tuple[np.n
         space = (*w.factors, *w.group_factors) if dense else w.factors
         flops.append(w.flops * w.groups if dense else w.flops)
         bound.append(kinds.setdefault(space, len(kinds)))
-        rates.append(machine.rate(w.op_class, _float(w.dtype)))
+        rates.append(machine.rate(w.op_class, engine_dtype(w.dtype)))
         moved += [(n, kinds.setdefault(f, len(kinds)), b) for b, f in w.traffic]
     share = np.stack([1.0 / ways.of(f) for f in kinds])
     traffic = np.zeros((len(terms.work), len(kinds)))
@@ -237,7 +242,7 @@ def _joined(place: Placement, kind: str, nbytes: np.ndarray, axes: Sequence[int]
     )
 
 
-def _float(dtype: str) -> str:
+def engine_dtype(dtype: str) -> str:
     """The dtype whose engine computes this one."""
     return dtype if dtype in ("float64", "float32", "bfloat16", "float16", "int8") else "float32"
 

@@ -80,14 +80,8 @@ def _key(classes: str, words: str, figure: str) -> Html:
 # The picture
 
 
-def _rows(timeline: Timeline) -> list[tuple[str, str]]:
-    """(group of devices, stream) of every row: group after group as they begin, kernels first."""
-    groups = {group: n for n, group in enumerate(dict.fromkeys(s.group for s in timeline.spans))}
-    return sorted(dict.fromkeys((s.group, s.stream) for s in timeline.spans), key=lambda row: (groups[row[0]], row[1] != KERNELS))
-
-
 def _row_names(timeline: Timeline) -> list[str]:
-    rows = _rows(timeline)
+    rows = timeline.rows()
     if rows == [("", KERNELS)] and any(s.kind != "compute" for s in timeline.spans):
         return ["kernels and collectives, in turn"]
     return [f"{group}: {stream}" if group else ROWS.get(stream, stream) for group, stream in rows]
@@ -122,7 +116,7 @@ def _figure(timeline: Timeline) -> Html:
 
 def _still(timeline: Timeline) -> Html:
     """The whole step as one drawing that stretches to the width it is given, with the names that surely fit."""
-    rows = {name: r for r, name in enumerate(_rows(timeline))}
+    rows = {name: r for r, name in enumerate(timeline.rows())}
     tops, curve, height = _tops(len(rows))
     scale = UNITS / timeline.seconds
     drawn = {_class(c): "" for c in (*COLOURS, "other")}
@@ -158,7 +152,7 @@ def _memory_name(timeline: Timeline) -> str:
 
 def _data(timeline: Timeline) -> Html:
     """What the script draws: times in seconds, spans as [start, seconds, row, colour, name, layer, critical, phase]."""
-    rows, colours = {name: r for r, name in enumerate(_rows(timeline))}, [*COLOURS, "other"]
+    rows, colours = {name: r for r, name in enumerate(timeline.rows())}, [*COLOURS, "other"]
     tops, curve, height = _tops(len(rows))
     spans = [
         [_short(s.start), _short(s.seconds), rows[s.group, s.stream], colours.index(_colour(s)), s.name, s.operator, int(s.critical), s.phase]

@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from partita.simulate.timeline import KERNELS, Timeline
+from partita.simulate.timeline import Timeline
 
 
 def trace(timeline: Timeline) -> dict[str, Any]:
     """The timeline as a JSON value: a row for every stream, kernels first, and the memory of a device as a curve."""
     who = "every device" if timeline.devices > 1 else "the device"
-    groups = {group: n for n, group in enumerate(dict.fromkeys(s.group for s in timeline.spans))}
-    streams = sorted(dict.fromkeys((s.group, s.stream) for s in timeline.spans), key=lambda row: (groups[row[0]], row[1] != KERNELS))
-    rows = {stream: row for row, stream in enumerate(streams)}
+    rows = {stream: row for row, stream in enumerate(timeline.rows())}
     events: list[dict[str, Any]] = [
         {"ph": "M", "pid": 0, "tid": 0, "name": "process_name", "args": {"name": f"{timeline.graph} on {timeline.machine}: {who}"}}
     ]

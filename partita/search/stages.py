@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from partita.cost.evaluate import PARTS
+from partita.cost.evaluate import PARTS, engine_dtype
 from partita.cost.terms import Terms
 from partita.errors import PlanError
 from partita.graph.graph import Graph
@@ -242,7 +242,6 @@ def least_seconds(terms: Terms, machine: Machine, devices: int) -> float:
     fastest = float(machine.bandwidth_for(np.zeros(1))[0])
     least = 0.0
     for w in (w for own in terms.operators for w in own.work):
-        dtype = w.dtype if w.dtype in ("float64", "float32", "bfloat16", "float16", "int8") else "float32"
         moved = sum(nbytes for nbytes, _ in w.traffic)
-        least += w.trips * max(w.flops / machine.rate(w.op_class, dtype), moved / fastest)
+        least += w.trips * max(w.flops / machine.rate(w.op_class, engine_dtype(w.dtype)), moved / fastest)
     return least / devices

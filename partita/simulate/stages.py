@@ -18,14 +18,14 @@ from functools import cached_property
 import numpy as np
 
 from partita.cost.collectives import collectives
-from partita.cost.evaluate import PARTS, OperatorCost, compute_source, operator_cost
+from partita.cost.evaluate import PARTS, OperatorCost, compute_source, operator_costs
 from partita.cost.memory import KINDS, Memory, memory
 from partita.cost.moves import Group, Placement, group_of, move_seconds
 from partita.cost.predict import OperatorPrediction, Prediction
-from partita.cost.terms import Stored, Terms, terms
+from partita.cost.terms import Terms, terms
 from partita.cost.work import local_flops
 from partita.errors import PlanError
-from partita.graph.graph import Graph, Phase
+from partita.graph.graph import Graph, Label, Phase
 from partita.machine import Machine
 from partita.plan.layout import Layout, layout, resolve
 from partita.plan.plan import TIME, Plan
@@ -54,18 +54,10 @@ class Staged:
 
     @staticmethod
     def of(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = None) -> Staged:
-        """A checked plan with its costs. Equal operators that are split alike are costed once."""
+        """A checked plan with its costs."""
         found, inner = found or terms(graph, machine.backend), inside(graph, plan)
-        where, place = layout(graph, inner), Placement(machine, inner.mesh)
-        known: dict[tuple[object, ...], OperatorCost] = {}
-        costs = []
-        for o, own in enumerate(found.operators):
-            level = max((1 if plan.storage[s.path].zero == 2 else plan.storage[s.path].zero for s in own.stored if s.path in plan.storage), default=0)
-            number = {f: n for n, f in enumerate(own.factors)}
-            key = (own.digest, level, tuple(sorted((number[f], axes) for f, axes in where.assignments[o].items())))
-            if key not in known:
-                known[key] = operator_cost(own, place, [where.assignments[o]], level)
-            costs.append(known[key])
+        where = layout(graph, inner)
+        costs = operator_costs(found, Placement(machine, inner.mesh), where, inner)
         return Staged(graph, machine, plan, found, inner, where, stages_of(graph, plan), recomputed(graph, plan), costs)
 
     @property
@@ -81,6 +73,10 @@ class Staged:
         """The links that tell stages apart, for transfers."""
         return group_of(stage_axes(self.plan), self.plan.mesh)
 
+    def _part(self, nbytes: int, label: Label, operator: int) -> float:
+        """Bytes of a device's part of a tensor that is labelled in an operator's factors."""
+        return nbytes / self.place.ways([a for axes in resolve(label, self.layout.assignments[operator]) for a in axes])
+
     @cached_property
     def transfers(self) -> Mapping[Edge, tuple[float, float]]:
         """(seconds, bytes of a device) that go from one stage to another with every microbatch: each value once, as its first reader wants it."""
@@ -88,10 +84,9 @@ class Staged:
         for m in self.terms.edges:
             a, b = self.stage[m.home], self.stage[m.reader]
             if a != b:
-                split = resolve(m.target, self.layout.assignments[m.reader])
-                nbytes = m.trips * m.nbytes / np.prod([self.place.ways(axes) for axes in split])
+                nbytes = m.trips * self._part(m.nbytes, m.target, m.reader)
                 edge: Edge = (a, b, m.phase, m.wanted)
-                sent[edge, m.tensor] = max(sent.get((edge, m.tensor), 0.0), float(nbytes))
+                sent[edge, m.tensor] = max(sent.get((edge, m.tensor), 0.0), nbytes)
         total: dict[Edge, float] = defaultdict(float)
         for (edge, _), nbytes in sent.items():
             total[edge] += nbytes
@@ -131,9 +126,8 @@ class Staged:
         for m in self.terms.edges:
             run_ = self.run_of[m.reader]
             if run_ >= 0 and (self.run_of[m.home], self.stage[m.home]) != (run_, self.stage[m.reader]) and (m.phase, m.wanted) == ("forward", "forward"):
-                split = resolve(m.source, self.layout.assignments[m.home])
                 key = (self.stage[m.reader], run_, m.tensor)
-                sent[key] = max(sent.get(key, 0.0), float(m.nbytes / np.prod([self.place.ways(axes) for axes in split])))
+                sent[key] = max(sent.get(key, 0.0), self._part(m.nbytes, m.source, m.home))
         total: dict[tuple[int, int], float] = defaultdict(float)
         for (stage, run_, _), nbytes in sent.items():
             total[stage, run_] += nbytes
@@ -172,7 +166,7 @@ class Staged:
                 known[key] = self._held(own)
             parts.append(known[key])
         fixed = {kind: sum(getattr(p, kind) for p in parts) for kind in ("parameters", "optimizer", "state", "batch")}
-        gradients = int(sum(s.nbytes / self.place.ways(axes_of(s, self.layout, o)) for o in members for s in self.terms.operators[o].stored))
+        gradients = int(sum(self._part(s.nbytes, s.label, o) for o in members for s in self.terms.operators[o].stored))
         working = [p.peak - sum(getattr(p, kind) for kind in fixed) for p in parts]
         most = max(range(len(parts)), key=lambda n: working[n])
         each = sum(nbytes for (s, _), nbytes in self.entering.items() if s == stage) + sum(self.kept[o] for o in runs.get(-1, ()))
@@ -197,11 +191,6 @@ class Staged:
                 known[key] = self.memory(stage)
             found.append(known[key])
         return found
-
-
-def axes_of(stored: Stored, where: Layout, operator: int) -> tuple[int, ...]:
-    """The axes that split a variable as its operator uses it."""
-    return tuple(a for axes in resolve(stored.label, where.assignments[operator]) for a in axes)
 
 
 def _length(step: Structure, seconds: np.ndarray, machine: Machine) -> float:

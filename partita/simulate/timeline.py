@@ -71,6 +71,11 @@ class Timeline:
         """The part of the step in which a device runs kernels."""
         return sum(s.seconds for s in self.spans if s.kind == "compute") / self.seconds / self.groups if self.seconds else 1.0
 
+    def rows(self) -> list[tuple[str, str]]:
+        """(group, stream) of every row of a picture: group after group as they begin, kernels first."""
+        groups = {group: n for n, group in enumerate(dict.fromkeys(s.group for s in self.spans))}
+        return sorted(dict.fromkeys((s.group, s.stream) for s in self.spans), key=lambda row: (groups[row[0]], row[1] != KERNELS))
+
     def by_kind(self) -> dict[str, float]:
         """Seconds by kind of task, hidden or not."""
         found: dict[str, float] = {}
