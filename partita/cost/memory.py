@@ -13,14 +13,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 
 from partita.cost.collectives import DEFAULT, reduced_factors, seen_labels
-from partita.cost.fusion import Key, fused_under, reads, transposes
+from partita.cost.fusion import fused_under, reads, transposes
 from partita.cost.work import group_factors
-from partita.graph.graph import ITEMSIZE, Graph, constant_tensors
+from partita.graph.graph import ITEMSIZE, Graph, constant_tensors, per_graph
 from partita.machine import Backend
 from partita.plan.layout import Layout, Sharding
 from partita.plan.plan import Mesh
@@ -72,9 +71,8 @@ class _Program:
     """(instruction, kernel, when it is first there) of input gradients of convolutions, which read the kernel transposed."""
 
 
-@lru_cache(maxsize=8)
-def _program(key: Key[Graph]) -> _Program:
-    graph = key.value
+@per_graph
+def _program(graph: Graph) -> _Program:
     seen = seen_labels(graph)
     reduces, kernels = [], []
     for i, x in enumerate(graph.instructions):
@@ -144,7 +142,7 @@ def _lives(graph: Graph, program: _Program, layout: Layout, backend: Backend) ->
 
 def memory(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend = DEFAULT, here: frozenset[int] | None = None) -> Memory:
     """Bytes per device at the peak of one step under a layout; of a device that only some operators are on, those `here`."""
-    program = _program(Key(graph))
+    program = _program(graph)
     lives = _lives(graph, program, layout, backend)
     sizes = _Sizes(graph, mesh, here)
     count = len(graph.instructions)
