@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -92,11 +93,15 @@ def find(
     return found
 
 
+HOPELESS = 2.0
+"""Where variables and kept activations alone are so many times a device's memory, the peak is not worked out to see that it does not fit."""
+
+
 class _Baselines(Mapping[str, tuple[Plan, Prediction]]):
     """All baselines with their predictions, each predicted when it is asked for: most are seen to be slower before."""
 
-    def __init__(self, network: Network, plans: Mapping[str, Plan], course: _Course | None) -> None:
-        self.network, self.plans, self.course = network, plans, course
+    def __init__(self, network: Network, plans: Mapping[str, Plan]) -> None:
+        self.network, self.plans = network, plans
         self.states = {name: network.states_of(plan) for name, plan in plans.items()}
         self.known: dict[str, Prediction] = {}
 
@@ -119,11 +124,16 @@ class _Baselines(Mapping[str, tuple[Plan, Prediction]]):
         states = self.states[name]
         if states is None or name in self.known:
             return self[name][1].seconds
-        return self.course.simulated.seconds(states) if self.course is not None else self.network.problem.cost(states)
+        return self.simulated.seconds(states) if self.network.place.machine.backend.overlap > 0 else self.network.problem.cost(states)
+
+    @cached_property
+    def simulated(self) -> Simulated:
+        return simulated(self.network)
 
     def fastest(self, limit: int, under: float = np.inf) -> str | None:
         """The fastest that takes less than so many seconds and fits; None if none does."""
-        faster = sorted((s, name) for name in self.plans for s in [self.seconds(name)] if s < under)
+        hopeless = {name for name, states in self.states.items() if states is not None and self.network.problem.held(states) > HOPELESS * limit}
+        faster = sorted((s, name) for name in self.plans if name not in hopeless for s in [self.seconds(name)] if s < under)
         return next((name for _, name in faster if self[name][1].peak_bytes <= limit), None)
 
 
@@ -154,15 +164,15 @@ def _whole(
     plans = {name: make(graph, machine.name, mesh) for name, make in BASELINES.items()}
     network = build(graph, machine, mesh, list(plans.values()))
     reduced = reduce(network.problem)
-    course = _Course.of(network) if machine.backend.overlap > 0 else None
-    baselines = _Baselines(network, plans, course)
+    baselines = _Baselines(network, plans)
     starts = [states for states in baselines.states.values() if states is not None]
     budget = float(limit)
-    result, plan, smallest = None, None, None
+    result, plan, smallest, course = None, None, None, None
     for _ in range(6):
         result = eliminate(reduced.problem, budget, report)
         result = replace(result, states=reduced.lift(result.states))
-        if course is not None and result.feasible and not result.stopped:
+        if machine.backend.overlap > 0 and result.feasible and not result.stopped:
+            course = course or _Course(baselines.simulated, reduce(relaxed(network)))
             result = course.walk(result, starts, budget, seconds, seed, report)
         plan = network.plan(result.states)
         peak = memory(graph, mesh, layout(graph, plan), machine.backend).peak
@@ -197,10 +207,6 @@ class _Course:
 
     simulated: Simulated
     below: Reduced
-
-    @staticmethod
-    def of(network: Network) -> _Course:
-        return _Course(simulated(network), reduce(relaxed(network)))
 
     def walk(
         self, exact: SearchResult, starts: Sequence[Sequence[int]], budget: float, seconds: float | None, seed: int, report: Report | None
