@@ -151,14 +151,15 @@ def _order(problem: Problem) -> list[int]:
     for u, v in problem.tables:
         near[u].add(v)
         near[v].add(u)
-    sizes = [float(len(s)) for s in problem.seconds]
-    left, order = set(range(problem.size)), []
-    while left:
-        v = min(left, key=lambda x: (math.prod(sizes[n] for n in near[x]), x))
+    logs = np.log([len(s) for s in problem.seconds])
+    table, order = np.array([sum(logs[n] for n in mine) for mine in near], float), []
+    for _ in range(problem.size):
+        v = int(np.argmin(table))
         for n in near[v]:
             near[n] |= near[v] - {n}
             near[n].discard(v)
-        left.remove(v)
+            table[n] = sum(logs[m] for m in near[n])
+        table[v] = np.inf
         order.append(v)
     return order
 
@@ -197,6 +198,7 @@ class _Priced:
 
 def _eliminated(problem: Problem) -> tuple[list[int], float]:
     """(states, lower bound) of a problem without a price."""
+    problem = _settled(problem)
     order = _order(problem)
     buckets: list[list[Factor]] = [[] for _ in order]
     rank = {v: i for i, v in enumerate(order)}
@@ -226,6 +228,19 @@ def _eliminated(problem: Problem) -> tuple[list[int], float]:
             total = total + table[tuple(slice(None) if n == v else states[n] for n in scope)]
         states[v] = int(np.argmin(total))
     return states, bound
+
+
+def _settled(problem: Problem) -> Problem:
+    """The problem with the tables of variables of one state as costs of the others: they tie nobody together."""
+    seconds, tables = [s.copy() for s in problem.seconds], {}
+    for (u, v), table in problem.tables.items():
+        if len(seconds[v]) == 1:
+            seconds[u] += table[:, 0]
+        elif len(seconds[u]) == 1:
+            seconds[v] += table[0]
+        else:
+            tables[u, v] = table
+    return Problem(seconds, problem.nbytes, tables)
 
 
 def _parts(v: int, factors: list[Factor], sizes: Sequence[int]) -> list[list[Factor]]:
