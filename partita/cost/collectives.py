@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from partita.cost.partial import reduced_factors, seen_labels, waiting
 from partita.cost.reshard import emitted_steps, step_bytes
 from partita.graph.graph import ITEMSIZE, Graph, Instruction, Phase, Window, constant_tensors
 from partita.machine import Backend
@@ -49,23 +50,6 @@ def collectives(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend = DEF
     return [*_computed(graph, mesh, layout, backend), *_moved(graph, mesh, layout)]
 
 
-def seen_labels(graph: Graph) -> dict[tuple[int, int], tuple[int, ...]]:
-    """(instruction, operand position) -> the label under which it reads, where that is not the tensor's own."""
-    return {read: use.label for use in graph.uses for read in use.instructions}
-
-
-def reduced_factors(x: Instruction, labels: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The graph's factors that an instruction sums away, given the labels under which it reads its operands."""
-    if x.rule is None or not x.rule.reduction:
-        return ()
-    found: dict[int, None] = {}
-    for label, mapped in zip(labels, x.rule.operands, strict=False):
-        for f, dim in zip(label, mapped, strict=False):
-            if f >= 0 and dim and dim[0] in x.rule.reduction:
-                found[f] = None
-    return tuple(found)
-
-
 @dataclass(frozen=True, slots=True)
 class Reach:
     """A window over a split dim of operand 0: the graph's factor, the dim, the window, and the factors that split the operand."""
@@ -98,16 +82,19 @@ def reaches(x: Instruction, labels: Sequence[tuple[int, ...]], result: tuple[int
 
 def _computed(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend) -> Iterator[Collective]:
     seen, free = seen_labels(graph), constant_tensors(graph)
+    wait, tops = waiting(graph, layout)
     for i, x in enumerate(graph.instructions):
         operator = graph.owner[i]
         if operator < 0 or x.rule is None or all(t in free for t in x.results):
             continue
         assignment = layout.assignments[operator]
         labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
-        for f in reduced_factors(x, labels):
-            axes = assignment.get(f, ())
-            if not axes:
-                continue
+        summed = [assignment.get(f, ()) for f in reduced_factors(x, labels)]
+        if not tops.isdisjoint(x.results):  # what the operands have left to this addition
+            summed = [wait[x.results[0]]]
+        elif not wait.keys().isdisjoint(x.results):
+            summed = []
+        for axes in filter(None, summed):
             kind = "all_reduce" if len(x.results) == 1 else "all_gather"
             group = math.prod(mesh.sizes[a] for a in axes) if kind == "all_gather" else 1
             for t in x.results:

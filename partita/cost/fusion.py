@@ -13,10 +13,9 @@ from collections import defaultdict
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Generic, TypeVar
 
-from partita.cost.collectives import reduced_factors, seen_labels
-from partita.graph.graph import Graph, Instruction
+from partita.cost.partial import reduced_factors, seen_labels, waiting
+from partita.graph.graph import Graph, Instruction, Key
 from partita.plan.layout import Layout
 
 ALONE = {
@@ -49,22 +48,6 @@ class Fusion:
         """The tensors that exist in memory: results of kernels, and what loops carry."""
         found = {t for r in self.kernels for t in graph.instructions[r].results}
         return found | {t for loop in graph.loops for values in loop.carried for t in values}
-
-
-T = TypeVar("T")
-
-
-class Key(Generic[T]):
-    """A value by identity, for a cache: hashing it by what it holds would take longer than the work that is kept."""
-
-    def __init__(self, value: T) -> None:
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Key) and other.value is self.value
 
 
 def fusion(graph: Graph, recompute: bool = False) -> Fusion:
@@ -251,13 +234,15 @@ def fused_under(graph: Graph, layout: Layout, recompute: bool) -> Fusion:
 @lru_cache(maxsize=2)
 def _fused_under(graph_key: Key[Graph], layout_key: Key[Layout], recompute: bool) -> Fusion:
     graph, layout = graph_key.value, layout_key.value
-    seen, ends = seen_labels(graph), set()
+    seen, ends, (wait, tops) = seen_labels(graph), set(), waiting(graph, layout)
     for i, x in enumerate(graph.instructions):
         if x.rule is not None and x.rule.reduction and graph.owner[i] >= 0:
             assignment = layout.assignments[graph.owner[i]]
             labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
-            if any(assignment.get(f) for f in reduced_factors(x, labels)):
+            if any(assignment.get(f) for f in reduced_factors(x, labels)) and not wait.keys() & set(x.results):
                 ends.add(i)
+        elif not tops.isdisjoint(x.results):
+            ends.add(i)
     barriers = {read for r in layout.reads for read in r.readers if read[0] >= 0}
     return cut(graph, fusion(graph, recompute), barriers, ends)
 

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from partita.errors import PartitaError
 
@@ -124,6 +124,8 @@ class Instruction:
     """Per factor of the rule that moves a window over a dim of operand 0: how it moves."""
     batch_groups: int = 1
     """Groups in the batch of a convolution: more than 1 for the weight gradient of a grouped one."""
+    adds: bool = True
+    """Whether elements that meet in a result are added: not where a reduce or a scatter takes, say, the largest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +243,8 @@ class Graph:
             g[0],
             tuple(Tensor(tuple(s), d) for s, d in g[1]),
             tuple(
-                Instruction(n, p, ph, tuple(o), tuple(r), rule(ru), f, t, tuple((i, Window(*w)) for i, w in ws), bg)
-                for n, p, ph, o, r, ru, f, t, ws, bg in g[2]
+                Instruction(n, p, ph, tuple(o), tuple(r), rule(ru), f, t, tuple((i, Window(*w)) for i, w in ws), *rest)
+                for n, p, ph, o, r, ru, f, t, ws, *rest in g[2]
             ),
             tuple(Loop(i, _tuple(c), (b[0], b[1]), t) for i, c, b, t in g[3]),
             tuple(Argument(*a) for a in g[4]),
@@ -301,6 +303,22 @@ def lines(graph: Graph) -> Iterable[str]:
         flops = sum(graph.instructions[i].flops * graph.instructions[i].trips for i in operator.instructions)
         count = sum(graph.tensors[a.tensor].size for a in owned[index] if a.role == "parameter")
         yield f"  {operator.name:{width}}  {operator.kind:8} {factors:32} {phases:>12}  {flops / 1e6:10.3f} MFLOP  {count:>10,} parameters"
+
+
+T = TypeVar("T")
+
+
+class Key(Generic[T]):
+    """A value by identity, for a cache: hashing it by what it holds would take longer than the work that is kept."""
+
+    def __init__(self, value: T) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Key) and other.value is self.value
 
 
 def constant_tensors(graph: Graph) -> frozenset[int]:
