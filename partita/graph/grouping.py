@@ -242,7 +242,7 @@ def _own_backward(flat: _Flat, owner: list[int], heavy: list[int]) -> None:
     for index in order:
         if owner[index] >= 0:
             continue
-        owner[index] = _accumulates_for(flat, owner, imports, index)
+        owner[index] = _accumulates_for(flat, owner, imports, by_path, index)
         if owner[index] >= 0:
             continue
         candidates = set(by_path.get(flat.instructions[index].path, ()))
@@ -276,22 +276,23 @@ def _reads_of_products(flat: _Flat, order: Sequence[int]) -> tuple[dict[int, set
     return reads, together
 
 
-def _forward_imports(flat: _Flat, owner: list[int]) -> dict[int, set[tuple[int, tuple[int, ...]]]]:
-    """Per operator, (owner, shape) of the forward values that it takes from other operators."""
-    found: dict[int, set[tuple[int, tuple[int, ...]]]] = defaultdict(set)
+def _forward_imports(flat: _Flat, owner: list[int]) -> dict[int, set[int]]:
+    """Per operator, the forward values that it takes from other operators, as what they are rearrangements of."""
+    found: dict[int, set[int]] = defaultdict(set)
     for index, instruction in enumerate(flat.instructions):
         if instruction.phase == "forward" and owner[index] >= 0:
-            for t in instruction.operands:
+            for t in map(flat.base, instruction.operands):
                 producer = flat.producer.get(t)
                 if producer is not None and 0 <= owner[producer] != owner[index]:
-                    found[owner[index]].add((owner[producer], flat.tensors[t].shape))
+                    found[owner[index]].add(t)
     return found
 
 
-def _accumulates_for(flat: _Flat, owner: list[int], imports: dict[int, set[tuple[int, tuple[int, ...]]]], index: int) -> int:
+def _accumulates_for(flat: _Flat, owner: list[int], imports: dict[int, set[int]], by_path: dict[str, Counter[int]], index: int) -> int:
     """The owner of the forward value whose gradient a backward addition of several readers' gradients is, else -1.
 
-    Left to the readers, the sum would tie them to each other (query, key and value of attention); it belongs to what they read.
+    Left to the readers, the sum would tie them to each other (query, key and value of attention); it belongs to what they read. Where that
+    may be several values (both read the encoder and the decoder), the gradient goes on to the layer that it is of.
     """
     instruction = flat.instructions[index]
     if instruction.name != "add" or len(instruction.operands) != 2:
@@ -304,10 +305,23 @@ def _accumulates_for(flat: _Flat, owner: list[int], imports: dict[int, set[tuple
         sides.append(owner[producer])
     if sides[0] == sides[1]:
         return -1
-    shape = flat.tensors[instruction.results[0]].shape
-    values = [{(o, shape)} | imports[o] for o in sides]
-    common = {o for o, s in values[0] & values[1] if s == shape}
+    one, other = sides
+    size = flat.tensors[instruction.results[0]].size
+    of = {t: owner[flat.producer[t]] for t in imports[one] | imports[other] if flat.tensors[t].size == size}
+    common = {o for t, o in of.items() if (o == one or t in imports[one]) and (o == other or t in imports[other])}
+    if len(common) > 1:
+        common = common & set(by_path.get(_next_path(flat, index), ())) or common
     return max(common) if common else -1
+
+
+def _next_path(flat: _Flat, index: int) -> str:
+    """The path of the layer that a value goes on to: of the first reader, or reader's reader, in another layer."""
+    path = flat.instructions[index].path
+    while True:
+        readers = [r for t in flat.instructions[index].results for r in flat.readers[t]]
+        if not readers or flat.instructions[index].path != path:
+            return flat.instructions[index].path
+        index = readers[0]
 
 
 def _own_update(flat: _Flat, owner: list[int], parameter_owner: dict[int, int]) -> None:
