@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from partita.graph.graph import Graph, Instruction, Key
+from partita.graph.graph import Graph, Instruction, Key, per_graph
 from partita.graph.sums import gradient_sums
 from partita.plan.layout import Layout
 
 
+@per_graph
 def seen_labels(graph: Graph) -> dict[tuple[int, int], tuple[int, ...]]:
     """(instruction, operand position) -> the label under which it reads, where that is not the tensor's own."""
     return {read: use.label for use in graph.uses for read in use.instructions}
@@ -45,9 +46,9 @@ class Gradient:
     """Tensor that is added -> the factors, of its own operator, over which it is still to be summed."""
 
 
-@lru_cache(maxsize=8)
-def _gradients(key: Key[Graph]) -> tuple[Gradient, ...]:
-    graph = key.value
+@per_graph
+def gradients(graph: Graph) -> tuple[Gradient, ...]:
+    """The gradients that an operator adds up from several, one of them its own."""
     seen, found = seen_labels(graph), []
     for s in gradient_sums(graph.instructions, graph.loops, graph.outputs):
         leaves, operator = {}, graph.owner[s.additions[-1]]
@@ -62,13 +63,8 @@ def _gradients(key: Key[Graph]) -> tuple[Gradient, ...]:
     return tuple(found)
 
 
-def gradients(graph: Graph) -> tuple[Gradient, ...]:
-    """The gradients that an operator adds up from several, one of them its own; computed once per graph."""
-    return _gradients(Key(graph))
-
-
-def waiting(graph: Graph, layout: Layout) -> tuple[Mapping[int, tuple[int, ...]], frozenset[int]]:
-    """(tensor -> the axes over which it is still to be summed when it is read; those that are summed before they are read further).
+def waiting(graph: Graph, layout: Layout) -> tuple[Mapping[int, tuple[int, ...]], Mapping[int, int]]:
+    """(tensor -> the axes over which it is still to be summed as it is made; those that are summed then -> the addition that makes it).
 
     A tensor that is summed over devices as soon as it is made is in neither.
     """
@@ -76,11 +72,11 @@ def waiting(graph: Graph, layout: Layout) -> tuple[Mapping[int, tuple[int, ...]]
 
 
 @lru_cache(maxsize=4)
-def _waiting(graph_key: Key[Graph], layout_key: Key[Layout]) -> tuple[Mapping[int, tuple[int, ...]], frozenset[int]]:
+def _waiting(graph_key: Key[Graph], layout_key: Key[Layout]) -> tuple[Mapping[int, tuple[int, ...]], Mapping[int, int]]:
     graph, layout = graph_key.value, layout_key.value
     moved = {reader for read in layout.reads for reader in read.readers}
     wait: dict[int, tuple[int, ...]] = {}
-    tops: set[int] = set()
+    tops: dict[int, int] = {}
     for g in gradients(graph):
         left: dict[int, tuple[int, ...]] = {}
         for t, factors in g.leaves.items():
@@ -93,6 +89,7 @@ def _waiting(graph_key: Key[Graph], layout_key: Key[Layout]) -> tuple[Mapping[in
             if a and a == b and stays:
                 left[x.results[0]] = a
                 wait |= dict.fromkeys((*x.operands, x.results[0]), a)
-                tops -= set(x.operands)
-                tops.add(x.results[0])
-    return wait, frozenset(tops)
+                for t in x.operands:
+                    tops.pop(t, None)
+                tops[x.results[0]] = i
+    return wait, tops

@@ -13,8 +13,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -306,6 +307,7 @@ def lines(graph: Graph) -> Iterable[str]:
 
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Key(Generic[T]):
@@ -321,6 +323,13 @@ class Key(Generic[T]):
         return isinstance(other, Key) and other.value is self.value
 
 
+def per_graph(of: Callable[[Graph], U]) -> Callable[[Graph], U]:
+    """A function of a graph that is computed once for each of the last few graphs. What it returns must not be changed."""
+    known = lru_cache(maxsize=8)(lambda key: of(key.value))
+    return wraps(of)(lambda graph: known(Key(graph)))
+
+
+@per_graph
 def constant_tensors(graph: Graph) -> frozenset[int]:
     """Tensors that depend on no argument (broadcast constants, iotas, a causal mask): every device makes its own part."""
     carried = {t for loop in graph.loops for values in loop.carried for t in values}
