@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from partita.cost.partial import reduced_factors, seen_labels, waiting
 from partita.cost.reshard import emitted_steps, step_bytes
 from partita.graph.graph import ITEMSIZE, Graph, Instruction, Phase, Window, constant_tensors, per_graph
 from partita.machine import Backend
@@ -47,24 +48,6 @@ def local_bytes(shape: Sequence[int], itemsize: int, sharding: Sharding, sizes: 
 def collectives(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend = DEFAULT) -> list[Collective]:
     """Every collective of one step under the layout, in program order of their causes."""
     return [*_computed(graph, mesh, layout, backend), *_moved(graph, mesh, layout)]
-
-
-@per_graph
-def seen_labels(graph: Graph) -> dict[tuple[int, int], tuple[int, ...]]:
-    """(instruction, operand position) -> the label under which it reads, where that is not the tensor's own."""
-    return {read: use.label for use in graph.uses for read in use.instructions}
-
-
-def reduced_factors(x: Instruction, labels: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The graph's factors that an instruction sums away, given the labels under which it reads its operands."""
-    if x.rule is None or not x.rule.reduction:
-        return ()
-    found: dict[int, None] = {}
-    for label, mapped in zip(labels, x.rule.operands, strict=False):
-        for f, dim in zip(label, mapped, strict=False):
-            if f >= 0 and dim and dim[0] in x.rule.reduction:
-                found[f] = None
-    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,25 +94,19 @@ def sums_and_reaches(graph: Graph) -> tuple[tuple[int, int, tuple[int, ...], tup
 
 
 def _computed(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend) -> Iterator[Collective]:
-    free = constant_tensors(graph)
+    free, (wait, tops) = constant_tensors(graph), waiting(graph, layout)
+    for t, i in tops.items():  # gradients that were added up first
+        yield _reduction(graph, mesh, backend, i, t, layout.own[t], wait[t])
     for i, operator, factors, over in sums_and_reaches(graph):
         x, assignment = graph.instructions[i], layout.assignments[operator]
         if all(t in free for t in x.results):
             continue
-        for f in factors:
+        for f in factors if wait.keys().isdisjoint(x.results) else ():
             axes = assignment.get(f, ())
             if not axes:
                 continue
-            kind = "all_reduce" if len(x.results) == 1 else "all_gather"
-            group = math.prod(mesh.sizes[a] for a in axes) if kind == "all_gather" else 1
             for t in x.results:
-                tensor = graph.tensors[t]
-                natural = resolve(graph.labels[t], assignment)
-                nbytes = local_bytes(tensor.shape, ITEMSIZE.get(tensor.dtype, 4), natural, mesh.sizes) * group
-                itemsize = ITEMSIZE.get(tensor.dtype, 4)
-                if kind == "all_reduce" and tensor.dtype in ("bfloat16", "float16") and backend.promotes_16_bit_all_reduce:
-                    nbytes, itemsize = 2 * nbytes, 4
-                yield Collective(kind, nbytes, axes, x.trips, operator, x.phase, "reduction", x.path, itemsize)
+                yield _reduction(graph, mesh, backend, i, t, resolve(graph.labels[t], assignment), axes)
         for reach in over:
             axes = assignment.get(reach.factor, ())
             if axes:
@@ -140,6 +117,18 @@ def _computed(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend) -> Ite
                 for need in reach.window.rows(parts):
                     if need:
                         yield Collective("collective_permute", row * need, axes, x.trips, operator, x.phase, "halo", x.path)
+
+
+def _reduction(graph: Graph, mesh: Mesh, backend: Backend, i: int, t: int, sharding: Sharding, axes: tuple[int, ...]) -> Collective:
+    """The sum over axes of a result of an instruction: an all-reduce, or where it has several results a gathering of each."""
+    x, tensor = graph.instructions[i], graph.tensors[t]
+    kind = "all_reduce" if len(x.results) == 1 else "all_gather"
+    itemsize = ITEMSIZE.get(tensor.dtype, 4)
+    if kind == "all_reduce" and tensor.dtype in ("bfloat16", "float16") and backend.promotes_16_bit_all_reduce:
+        itemsize = 4
+    group = math.prod(mesh.sizes[a] for a in axes) if kind == "all_gather" else 1
+    nbytes = local_bytes(tensor.shape, itemsize, sharding, mesh.sizes) * group
+    return Collective(kind, nbytes, axes, x.trips, graph.owner[i], x.phase, "reduction", x.path, itemsize)
 
 
 @per_graph

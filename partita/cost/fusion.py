@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from partita.cost.collectives import sums_and_reaches
+from partita.cost.partial import waiting
 from partita.graph.graph import Graph, Instruction, Key, per_graph
 from partita.plan.layout import Layout
 
@@ -234,7 +235,9 @@ def fused_under(graph: Graph, layout: Layout, recompute: bool) -> Fusion:
 @lru_cache(maxsize=2)
 def _fused_under(graph_key: Key[Graph], layout_key: Key[Layout], recompute: bool) -> Fusion:
     graph, layout = graph_key.value, layout_key.value
+    wait, tops = waiting(graph, layout)
     ends = {i for i, o, factors, _ in sums_and_reaches(graph) if any(layout.assignments[o].get(f) for f in factors)}
+    ends = {i for i in ends if wait.keys().isdisjoint(graph.instructions[i].results)} | set(tops.values())
     barriers = {read for r in layout.reads for read in r.readers if read[0] >= 0}
     return cut(graph, fusion(graph, recompute), barriers, ends)
 

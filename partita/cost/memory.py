@@ -17,8 +17,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from partita.cost.collectives import DEFAULT, reduced_factors, seen_labels
+from partita.cost.collectives import DEFAULT
 from partita.cost.fusion import fused_under, reads, transposes
+from partita.cost.partial import gradients, reduced_factors, seen_labels
 from partita.cost.work import group_factors
 from partita.graph.graph import ITEMSIZE, Graph, Key, constant_tensors, per_graph
 from partita.machine import Backend
@@ -84,6 +85,7 @@ def _program(graph: Graph) -> _Program:
             factors = reduced_factors(x, labels)
             if factors:
                 reduces.append((i, factors, x.results[0]))
+    reduces += [(g.additions[-1], g.reduced, g.result) for g in gradients(graph)]
     made = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
     first: dict[int, int] = {}
     for i, x in enumerate(graph.instructions):

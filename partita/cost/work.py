@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from partita.cost.collectives import DEFAULT, Collective, Reach, collectives, reaches, seen_labels
+from partita.cost.collectives import DEFAULT, Collective, Reach, collectives, reaches
 from partita.cost.fusion import fused_under
+from partita.cost.partial import seen_labels
 from partita.graph.graph import Graph, Instruction, Label, per_graph
 from partita.machine import Backend
 from partita.plan.layout import Layout, Sharding

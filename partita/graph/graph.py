@@ -125,6 +125,8 @@ class Instruction:
     """Per factor of the rule that moves a window over a dim of operand 0: how it moves."""
     batch_groups: int = 1
     """Groups in the batch of a convolution: more than 1 for the weight gradient of a grouped one."""
+    adds: bool = True
+    """Whether elements that meet in a result are added: not where a reduce or a scatter takes, say, the largest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +244,8 @@ class Graph:
             g[0],
             tuple(Tensor(tuple(s), d) for s, d in g[1]),
             tuple(
-                Instruction(n, p, ph, tuple(o), tuple(r), rule(ru), f, t, tuple((i, Window(*w)) for i, w in ws), bg)
-                for n, p, ph, o, r, ru, f, t, ws, bg in g[2]
+                Instruction(n, p, ph, tuple(o), tuple(r), rule(ru), f, t, tuple((i, Window(*w)) for i, w in ws), *rest)
+                for n, p, ph, o, r, ru, f, t, ws, *rest in g[2]
             ),
             tuple(Loop(i, _tuple(c), (b[0], b[1]), t) for i, c, b, t in g[3]),
             tuple(Argument(*a) for a in g[4]),

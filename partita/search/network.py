@@ -167,7 +167,7 @@ def _add_moves(network: Network) -> None:
             targets, columns = view(reader, move.target)
             if len(sources) == len(targets) == 1 and sources == targets:
                 continue
-            key = (id(sources), id(targets), move.nbytes, move.trips)
+            key = (id(sources), id(targets), move.nbytes, move.trips, move.sums)
             if key not in expanded:
                 expanded[key] = move_table(move, network.place, sources, targets)[np.ix_(rows, columns)]
             tables.append(expanded[key])
