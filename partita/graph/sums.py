@@ -2,7 +2,8 @@
 
 An LSTM of 40 steps reads its weights 40 times, and its backward pass adds up 40 products for each. Where samples are split, every product is itself a
 sum over devices. Adding is linear, so the products of a device are added first, and the sum over devices is made once: each addition works
-on values that are still to be summed. Only what is added right away can wait so: products, convolutions, scatters and sums, and additions of these.
+on values that are still to be summed. Only what is added right away can wait so: products, scatters and sums, and additions of these. Convolutions
+cannot: XLA's partitioner sums the weight gradient of one that is split in space before it looks whether it should.
 
 Here: which additions those are. Which of them wait under a plan is in `cost.partial`.
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from partita.graph.graph import Instruction, Loop
 
-SUMMING = {"dot_general", "convolution", "scatter", "reduce"}
+SUMMING = {"dot_general", "scatter", "reduce"}
 PASSING = {"reshape", "transpose", "convert", "negate", "copy"}
 
 
