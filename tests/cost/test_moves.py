@@ -1,6 +1,7 @@
 """A table of moves is what each move costs alone, and costs do not depend on which of equal axes are used."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from partita.search.find import mesh_of
 MACHINE = load("dgx-h100:4")
 PLACE = Placement(MACHINE, mesh_of(MACHINE))
 MOVE = Move(0, 1 << 24, 0, (0, 1, 2), 1, (3, 4, 5), 2, "forward", "forward")
+
+ADDED = replace(MOVE, sums=1)
+"""The same of a gradient whose last entry is what it is still to be summed over."""
 
 
 def sharding(draw: random.Random) -> tuple[tuple[int, ...], ...]:
@@ -31,9 +35,23 @@ def sharding(draw: random.Random) -> tuple[tuple[int, ...], ...]:
 def test_a_table_is_its_moves(seed: int) -> None:
     draw = random.Random(seed)
     sources, targets = ([sharding(draw) for _ in range(6)] for _ in range(2))
-    table = move_table(MOVE, PLACE, sources, targets)
-    alone = [[move_seconds(MOVE, PLACE, s, t) for t in targets] for s in sources]
-    assert table == pytest.approx(np.array(alone), rel=1e-9)
+    for move in (MOVE, ADDED):
+        table = move_table(move, PLACE, sources, [*targets, sources[0]])
+        alone = [[move_seconds(move, PLACE, s, t) for t in [*targets, sources[0]]] for s in sources]
+        assert table == pytest.approx(np.array(alone), rel=1e-9)
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=30, deadline=None)
+def test_what_is_still_to_be_summed_is_summed_unless_the_reader_sums_it(seed: int) -> None:
+    draw = random.Random(seed)
+    source, target = sharding(draw), sharding(draw)
+    plain = replace(ADDED, sums=0, source=ADDED.source[:-1], target=ADDED.target[:-1])
+    part = ADDED.nbytes / PLACE.ways([a for dim in source[:-1] for a in dim])
+    summed = PLACE.seconds("all_reduce", part, PLACE.group(source[-1])) if source[-1] else 0.0
+    there = move_seconds(plain, PLACE, source[:-1], target[:-1])
+    assert move_seconds(ADDED, PLACE, source, source) == 0.0
+    assert move_seconds(ADDED, PLACE, source, target) == pytest.approx(0.0 if source == target else summed + there)
 
 
 @given(st.integers(0, 2**32))
