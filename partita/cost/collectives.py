@@ -138,7 +138,8 @@ def _makers(graph: Graph) -> dict[int, tuple[int, Phase, str]]:
     for loop in graph.loops:
         for _, inside, _, _ in loop.carried:
             found[inside] = graph.instructions[loop.instruction].trips * loop.trips, "forward", ""
-    return found | {t: (x.trips, x.phase, x.path) for x in graph.instructions for t in x.results}
+    found.update({t: (x.trips, x.phase, x.path) for x in graph.instructions for t in x.results})
+    return found
 
 
 def _moved(graph: Graph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:
