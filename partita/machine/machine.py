@@ -107,6 +107,15 @@ class Level:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """`count` consecutive devices of a machine whose devices differ."""
+
+    name: str
+    count: Count
+    device: Device
+
+
+@dataclass(frozen=True)
 class Domain:
     """Every `devices` consecutive devices clock, draw power or fail together."""
 
@@ -158,12 +167,22 @@ class Machine:
     domains: tuple[Domain, ...] = ()
     notes: str = ""
     sources: tuple[Source, ...] = ()
+    kinds: tuple[Kind, ...] = ()
+    """Where devices differ: what they are, in their order; `device` is then the one that others wait for. Empty where all are alike."""
     times: OperatorTimes | None = None
     """What operators were measured to take, where they were: no part of the description."""
 
     @property
     def devices(self) -> int:
         return math.prod(level.size for level in self.levels)
+
+    def kind_of_devices(self) -> list[int]:
+        """Per device the number of its kind; empty where all are alike."""
+        return [n for n, kind in enumerate(self.kinds) for _ in range(kind.count)] if len(self.kinds) > 1 else []
+
+    def of_kind(self, number: int) -> Machine:
+        """This machine as if all of its devices were of one kind."""
+        return replace(self, device=self.kinds[number].device, kinds=()) if self.kinds else self
 
     @property
     def memory_bytes(self) -> int:

@@ -5,13 +5,14 @@ backward; the sum of its gradients; the gathering of variables that are stored i
 under another sharding is a task between the two. Which tasks there are, and what comes before what, follows from the graph alone
 (`structure`); a plan only gives them seconds (`durations`), none where a task is not needed.
 
-Every device does the same at the same time, so one device stands for all of them: the number of devices changes seconds, not tasks.
-A device runs its kernels in program order, and its collectives in the order in which what they send is made, as XLA issues them. What
+Devices that do the same at the same time are one cell (`simulate.cells`), which one of them stands for: their number changes seconds, not
+tasks. A device runs its kernels in program order, and its collectives in the order in which what they send is made, as XLA issues them. What
 runs at the same time follows from the machine's backend. Where it hides nothing (`overlap` 0, XLA:CPU), kernels and collectives are one
 sequence, and a step takes the sum of its parts. Where it does, collectives have a stream of their own, and hinder the kernels
 beside them for the part of their time that is not hidden.
 
-Times are those of `cost.evaluate` and `cost.moves`; placement on parts of the machine and microbatches are not here yet.
+Times are those of `cost.evaluate` and `cost.moves`. Who does what of a slot where there are several cells: `simulate.placed`; microbatches:
+`simulate.stages`.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from partita.plan.layout import Layout, resolve
 from partita.simulate.engine import Tasks
 
 Kind = Literal["compute", "exchange", "sum", "gather", "move", "join"]
-KERNELS, LINKS = 0, 1
-"""The streams of a device."""
+BETWEEN, KERNELS, LINKS = -1, 0, 1
+"""The streams of a cell, and none of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,34 +280,98 @@ def durations(
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What some cells do together of a slot, for so many seconds. `cells` have to be ready for it; in `reach` its result is then there.
+
+    On `KERNELS` or `LINKS` it takes the turn of that stream in all its cells; on `BETWEEN` it takes none, but links out of and into cells: `out`, `into`.
+    """
+
+    cells: tuple[int, ...]
+    seconds: float
+    stream: int
+    reach: tuple[int, ...] = ()
+    out: tuple[int, ...] = ()
+    into: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Laid:
-    """A step's slots laid out in streams: `task[n]` is the task of slot n, `hold[n]` the one that holds up kernels meanwhile, or -1."""
+    """A step laid out in tasks. `task[n]` is the first task of slot n, `hold[n]` the one that holds up kernels meanwhile, or -1.
+
+    Per task: the slot that it is of, the share of it, the cells that do it, and whether it only holds up kernels.
+    """
 
     tasks: Tasks
     task: np.ndarray
     hold: np.ndarray
     overlap: float
+    slot: Sequence[int]
+    share: Sequence[Share]
+    cells: Sequence[tuple[int, ...]]
+    holds: Sequence[bool]
+
+
+def shares_of_one(step: Structure, seconds: np.ndarray) -> list[list[Share]]:
+    """What one cell does, alone: per slot all of it."""
+    stream = {"join": BETWEEN, "compute": KERNELS}
+    return [[Share((0,), float(t), stream.get(slot.kind, LINKS), (0,))] for slot, t in zip(step.slots, seconds, strict=True)]
 
 
 def lay_out(step: Structure, seconds: np.ndarray, overlap: float) -> Laid:
-    """What the engine runs: the slots of a step, kernels and collectives in streams. Seconds are those of `durations`.
+    """What the engine runs where one device stands for all: the slots of a step in its two streams. Seconds are those of `durations`."""
+    return lay_out_shares(step, shares_of_one(step, seconds), overlap)
 
-    Where part of a collective hides behind kernels, a task in their stream holds them up for the rest of its time.
+
+def lay_out_shares(step: Structure, shares: Sequence[Sequence[Share]], overlap: float) -> Laid:
+    """What the engine runs: the shares of all slots, kernels and collectives in streams of every cell.
+
+    Where part of a collective hides behind kernels, a task in their stream holds them up for the rest of its time. What several cells do together
+    begins when the last of their streams has come to it.
     """
     before: list[list[int]] = []
-    stream: list[int] = []
+    made: list[tuple[float, int, Sequence[tuple[int, float]], int, Share, tuple[int, ...], bool]] = []
     task, hold = np.zeros(len(step.slots), np.int64), np.full(len(step.slots), -1)
-    for n, slot in enumerate(step.slots):
-        wait = [int(task[b]) for b in step.before[n]]
+    last: dict[int, int] = {}
+    """Per stream its last task that takes time; `joint`: its last one that other streams had to come to as well."""
+    joint: dict[int, int] = {}
+
+    def put(n: int, share: Share, cells: tuple[int, ...], which: int, seconds: float, wait: set[int], holds: bool = False) -> int:
+        number, streams = len(before), [] if which == BETWEEN else [2 * c + which for c in cells]
+        turns = {(last if len(streams) > 1 else joint).get(s, -1) for s in streams} - {-1} if seconds > 0 else set()
+        before.append(sorted(wait | turns))
+        uses = [(2 * c, 1.0) for c in share.out] + [(2 * c + 1, 1.0) for c in share.into]
+        made.append((seconds, streams[0] if len(streams) == 1 else -1, uses, n, share, cells, holds))
+        for s in streams if seconds > 0 else ():
+            last[s] = number
+            if len(streams) > 1:
+                joint[s] = number
+        return number
+
+    ends: list[dict[int, list[int]]] = []
+    """Per slot, and cell in which its result is there, the tasks after which it is."""
+    for n, mine in enumerate(shares):
+        found: dict[int, list[int]] = {}
+        within: dict[int, list[int]] = {}
         task[n] = len(before)
-        before.append(wait)
-        stream.append(-1 if slot.kind == "join" else KERNELS if overlap == 0 or slot.kind == "compute" else LINKS)
-        if stream[-1] == LINKS and overlap < 1:
-            hold[n] = len(before)
-            before.append(wait)
-            stream.append(KERNELS)
-    tasks, held = Tasks.of([0.0] * len(before), before, stream), hold >= 0
-    tasks.seconds[task] = seconds
-    tasks.seconds[hold[held]] = seconds[held] * (1 - overlap)
-    return Laid(tasks, task, hold, overlap)
+        for share in mine:
+            wait: set[int] = set()
+            for c in share.cells:
+                for b in step.before[n] if c not in within else ():
+                    there = ends[b].get(c)
+                    wait.update(there if there is not None else (k for other in ends[b].values() for k in other))
+                wait.update(within.get(c, ()))
+            which = KERNELS if share.stream == LINKS and overlap == 0 else share.stream
+            number = put(n, share, share.cells, which, share.seconds, wait)
+            for c in share.reach:
+                found.setdefault(c, []).append(number)
+            if not share.reach:  # the first part of a move, which the second waits for
+                for c in share.cells:
+                    within.setdefault(c, []).append(number)
+            if which == LINKS and overlap < 1:
+                for c in share.cells:
+                    k = put(n, share, (c,), KERNELS, share.seconds * (1 - overlap), wait, True)
+                    hold[n] = k if hold[n] < 0 else hold[n]
+        ends.append(found)
+    seconds, stream, uses, *rest = zip(*made, strict=True) if made else ((),) * 7
+    return Laid(Tasks.of(seconds, before, stream, uses), task, hold, overlap, *rest)
