@@ -107,7 +107,7 @@ class Placed:
 
     @cached_property
     def step(self) -> Structure:
-        return structure(self.graph, self.terms)
+        return structure(self.graph, self.terms, any(self.pins))
 
     @cached_property
     def place(self) -> Placement:

@@ -33,6 +33,7 @@ from partita.cost.fusion import Key
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.terms import Move, Terms
 from partita.graph.graph import Graph, Phase, constant_tensors
+from partita.graph.grouping import HEAVY
 from partita.plan.layout import Layout, resolve
 from partita.simulate.engine import Tasks
 
@@ -72,9 +73,9 @@ Node = tuple[str, int, str, int]
 
 
 @lru_cache(maxsize=8)
-def _structure(key: Key[Graph], terms_key: Key[Terms]) -> Structure:
+def _structure(key: Key[Graph], terms_key: Key[Terms], placed: bool) -> Structure:
     graph, terms = key.value, terms_key.value
-    nodes = _pieces(graph)
+    nodes = _pieces(graph, placed)
     work = _shares(graph, nodes)
     moved = {(m.tensor, m.reader): m for m in terms.edges}
     after: dict[Node, set[Node]] = defaultdict(set)
@@ -86,7 +87,8 @@ def _structure(key: Key[Graph], terms_key: Key[Terms]) -> Structure:
             _, o, phase, _ = node
             slots[node] = Slot("compute", o, graph.instructions[i].phase, share=work[node][1])
             order[node] = work[node][0]
-            last[o, phase] = max(last.get((o, phase), node), node, key=lambda n: n[3])
+            if 0 <= node[3] < POST:
+                last[o, phase] = max(last.get((o, phase), node), node, key=lambda n: n[3])
     for o, own in enumerate(terms.operators):
         for phase in PHASES:
             end = last.get((o, phase))
@@ -144,16 +146,62 @@ def _structure(key: Key[Graph], terms_key: Key[Terms]) -> Structure:
     return _ordered(slots, after, order, nodes)
 
 
-def structure(graph: Graph, terms: Terms) -> Structure:
-    """The tasks that a step of this graph may have, whatever its plan; computed once per graph."""
-    return _structure(Key(graph), Key(terms))
+def structure(graph: Graph, terms: Terms, placed: bool = False) -> Structure:
+    """The tasks that a step of this graph may have, whatever its plan; computed once per graph.
+
+    Where operators are `placed` apart, what one only passes on between others is a task by itself.
+    """
+    return _structure(Key(graph), Key(terms), placed)
 
 
-def _pieces(graph: Graph) -> list[Node | None]:
+PRE, POST = -1 << 20, 1 << 20
+"""Numbers of the pieces of an operator before and after those with its heavy instructions."""
+
+
+def _passing(graph: Graph) -> dict[int, int]:
+    """Instruction -> PRE or POST, where it is light and not on the way from what its operator's heavy instructions of that phase read to what they make.
+
+    A branch's values are joined, and their gradients taken apart again, in the operator of one of the branches; the other branches do not wait for the
+    heavy work of that one, nor it for theirs.
+    """
+    made = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
+    home = lambda i: (graph.owner[i], graph.instructions[i].phase)  # noqa: E731
+    before: list[frozenset[int]] = []
+    behind, read_by_others = [False] * len(graph.instructions), [False] * len(graph.instructions)
+    needs: dict[tuple[int, Phase], frozenset[int]] = {}
+    for i, x in enumerate(graph.instructions):
+        found, heavy = set(), x.name in HEAVY
+        for j in (made[t] for t in x.operands if t in made and made[t] < i):
+            if home(j) == home(i):
+                found |= before[j]
+                heavy |= behind[j]
+            else:
+                found |= {graph.owner[j]} - {-1, graph.owner[i]}
+                read_by_others[j] |= graph.owner[i] not in (-1, graph.owner[j])
+        before.append(frozenset(found))
+        behind[i] = heavy
+        if x.name in HEAVY:
+            needs[home(i)] = needs.get(home(i), frozenset()) | before[i]
+    place: dict[int, int] = {}
+    for i in reversed(range(len(graph.instructions))):
+        x = graph.instructions[i]
+        if graph.owner[i] < 0 or home(i) not in needs:
+            continue
+        if not before[i] <= needs[home(i)]:
+            place[i] = POST
+        elif not behind[i] and read_by_others[i]:
+            place[i] = PRE
+            for j in (made[t] for t in x.operands if t in made and made[t] < i):
+                read_by_others[j] |= home(j) == home(i)
+    return place
+
+
+def _pieces(graph: Graph, placed: bool) -> list[Node | None]:
     """Per instruction the task that its kernels belong to; None for what takes no time and waits for nothing.
 
     An operator's phase is one task, unless another operator's work comes between two parts of it; then each part is a task.
     """
+    passing = _passing(graph) if placed else {}
     free = constant_tensors(graph)
     made = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
     loops = {loop.instruction for loop in graph.loops}
@@ -162,7 +210,7 @@ def _pieces(graph: Graph) -> list[Node | None]:
         if all(t in free for t in x.results) and i not in loops:
             nodes.append(None)
         elif graph.owner[i] >= 0:
-            nodes.append(("compute", graph.owner[i], x.phase, 0))
+            nodes.append(("compute", graph.owner[i], x.phase, passing.get(i, 0)))
         else:
             sources = {node for t in x.operands if t in made and made[t] < i for node in [nodes[made[t]]] if node is not None}
             joins = [node for node in sources if node[0] == "join"]
@@ -185,7 +233,7 @@ def _pieces(graph: Graph) -> list[Node | None]:
             piece[node] += 1
         piece.setdefault(node, 0)
         before[tied] = node
-        nodes[i] = (*node[:3], piece[node])
+        nodes[i] = (*node[:3], node[3] + piece[node])
     return nodes
 
 
