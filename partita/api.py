@@ -21,7 +21,7 @@ from partita.plan.layout import layout
 from partita.plan.plan import Plan, check, choice_text, slice_of
 from partita.plan.stages import count_of
 from partita.search.base import Progress
-from partita.search.find import Found, alternatives, capacity, find, mesh_of
+from partita.search.find import Found, alternatives, find, fits, mesh_of
 from partita.simulate.simulate import predicted as simulated_prediction
 from partita.simulate.simulate import simulate as simulated
 from partita.simulate.timeline import Timeline
@@ -309,7 +309,7 @@ def compare_captured(
         from partita.execute.measure import step_seconds
 
         times = step_seconds(captured, plans)
-    rows = [Compared(n, plans[n], predictions[n], predictions[n].peak_bytes <= capacity(machine), times.get(n)) for n in plans]
+    rows = [Compared(n, plans[n], predictions[n], fits(machine, predictions[n]), times.get(n)) for n in plans]
     return Comparison(captured.graph.name, machine.name, tuple(sorted(rows, key=lambda r: r.prediction.seconds)))
 
 

@@ -60,6 +60,11 @@ def capacity(machine: Machine) -> int:
     return int(machine.memory_bytes * (1 - RESERVE))
 
 
+def fits(machine: Machine, prediction: Prediction) -> bool:
+    """Whether the device that holds most of what it has may hold that."""
+    return prediction.peak_bytes <= capacity(machine.of_kind(prediction.kind))
+
+
 def find(
     graph: Graph, machine: Machine, report: Callable[[Progress], None] | None = None, excess: float = 1.0, seconds: float | None = None,
     seed: int = 0, stages: bool = False,
@@ -72,7 +77,7 @@ def find(
     recompute are in the space too: they can be simulated, and not yet run.
     """
     found, error = _whole(graph, machine, report, excess, seconds, seed)
-    if stages and machine.devices > 1:
+    if stages and machine.devices > 1 and not machine.kinds:
         limit = int(capacity(machine) / max(1.0, excess))
         most = found.prediction.seconds if error is None else np.inf
         bound = min(found.result.bound, least_seconds(found.network.terms, machine, machine.devices))

@@ -63,9 +63,9 @@ class Cells:
         return tuple(slice(pins[a], pins[a] + 1) if a in pins else slice(None) for a in self.told)
 
     def name(self, cell: int) -> str:
-        """What a person calls a cell: the slices of pinned axes that tell it apart."""
-        place = np.argwhere(self.number == cell)[0].tolist()
-        return " ".join(f"{self.mesh.axes[a].name}={i}" for a, i in zip(self.told, place, strict=True))
+        """What a person calls a cell: the slices that all of its devices are in."""
+        places = np.argwhere(self.number == cell)
+        return " ".join(f"{self.mesh.axes[a].name}={i[0]}" for a, i in zip(self.told, places.T.tolist(), strict=True) if len(set(i)) == 1)
 
 
 def pins_of(graph: Graph, plan: Plan) -> list[dict[int, int]]:

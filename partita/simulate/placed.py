@@ -298,8 +298,16 @@ class Placed:
 
     def name(self, cell: int) -> str:
         """What a person calls the devices of a cell."""
-        kind = self.machine.kinds[self.cells.kinds[cell]].name if self.machine.kinds else ""
-        return " ".join(word for word in (self.cells.name(cell), kind) if word)
+        return self._names[cell]
+
+    @cached_property
+    def _names(self) -> list[str]:
+        cells, kinds, found = self.cells, self.machine.kinds, []
+        for c in range(cells.count):
+            words = [cells.name(c), kinds[cells.kinds[c]].key if kinds else ""]
+            name = " ".join(word for word in words if word)
+            found.append(name if name not in found else f"{name} ({c})")
+        return found
 
     def members(self, cell: int) -> frozenset[int]:
         """The operators that run in a cell."""
@@ -360,7 +368,7 @@ class Placed:
         traffic = {kind: round(nbytes / self.plan.devices) for kind, nbytes in self.traffic.items()}
         return Prediction(
             self.plan.name, self.machine.name, self.seconds, tuple(operators), held, traffic, flops, self.machine.weakest_status(),
-            measured.error if measured else 0.0,
+            measured.error if measured else 0.0, self.cells.kinds[self.fullest],
         )  # fmt: skip
 
 

@@ -332,7 +332,7 @@ STATUS_LIST = "measured, verified, derived, recalled, assumed"
             "[domain.rack]",
             "[zone.rack]",
             "m.toml, line 50: zone is not a key that Partita knows: "
-            "Keys here are name, notes, device, level, domain, backend, source, status.",
+            "Keys here are name, notes, device, kind, level, domain, backend, source, status.",
         ),
         (
             'bandwidth = "300 GB/s"',

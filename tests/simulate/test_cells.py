@@ -12,10 +12,12 @@ from partita.cost.predict import predict
 from partita.cost.terms import terms
 from partita.errors import PlanError
 from partita.graph.graph import Graph
-from partita.machine import Machine, load
+from partita.machine import Kind, Machine, load
+from partita.machine import check as check_machine
+from partita.machine.machine import slowest
 from partita.plan.baselines import BASELINES
 from partita.plan.plan import Plan, check, diff
-from partita.search.find import mesh_of
+from partita.search.find import fits, mesh_of
 from partita.search.stages import least_seconds
 from partita.simulate.placed import Placed
 from partita.simulate.simulate import predicted, simulate
@@ -194,3 +196,73 @@ def test_tasks_do_not_grow_with_devices() -> None:
         choices = {o.name: {axis: f"at({n % 2})"} for n, o in enumerate(graph.operators)}
         tasks.append(Placed.of(graph, where, Plan(graph.name, where.name, mesh_of(where), choices)).laid.tasks.count)
     assert tasks[0] == tasks[1]
+
+
+def mixed(where: Machine, *counts: int, slower: float = 1.0) -> Machine:
+    """The machine with kinds of devices, every second one slower; it has to be one of equal devices before."""
+    of = lambda n: replace(where.device, engines=tuple(replace(e, peak=e.peak / (slower if n % 2 else 1.0)) for e in where.device.engines))  # noqa: E731
+    kinds = tuple(
+        Kind(d.name, d.overhead, d.memories, d.engines, d.points, f"kind{n}", count) for n, count in enumerate(counts) for d in [of(n)]
+    )
+    found = replace(where, kinds=kinds, device=slowest(kinds))
+    check_machine(found)
+    return found
+
+
+@pytest.mark.parametrize("graph", [GRAPHS["mlp"], GRAPHS["cnn"]], ids=["mlp", "cnn"])
+def test_two_equal_kinds_are_one_and_slower_devices_are_waited_for(graph: Graph) -> None:
+    for overlap in (0.0, 0.4):
+        where = machine(overlap)
+        for make in BASELINES.values():
+            plan = make(graph, where.name, mesh_of(where))
+            plain, equal = predicted(graph, where, plan), predicted(graph, mixed(where, 3, 5), plan)
+            assert equal.seconds == pytest.approx(plain.seconds, rel=1e-12) and (equal.peak_bytes, equal.traffic) == (plain.peak_bytes, plain.traffic)
+            slow = mixed(where, 3, 5, slower=100.0)
+            waits = predicted(graph, slow, plan).seconds
+            assert predicted(graph, slow.of_kind(0), plan).seconds < waits <= predicted(graph, slow.of_kind(1), plan).seconds * (1 + 1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(plans(), st.data())
+def test_devices_that_differ_are_folded_as_far_as_they_wait_for_the_same(case: tuple[Graph, Machine, Plan], data: st.DataObject) -> None:
+    graph, where, plan = case
+    first = data.draw(st.integers(1, where.devices - 1))
+    where = mixed(where, first, where.devices - first, slower=7.0)
+    folded, unfolded = Placed.of(graph, where, plan), Placed.of(graph, where, plan, fold=False)
+    assert folded.seconds == unfolded.seconds
+    assert folded.traffic == pytest.approx(unfolded.traffic)
+    assert folded.cells.count <= unfolded.cells.count
+
+
+def test_one_collective_over_all_devices_needs_one_cell_a_kind() -> None:
+    graph = GRAPHS["mlp"]
+    where = mixed(machine(0.4, devices=64), 13, 51, slower=3.0)
+    plan = BASELINES["data parallel"](graph, where.name, mesh_of(where))
+    timeline = simulate(graph, where, plan)
+    assert timeline.groups == 2 and Placed.of(graph, where, plan).cells.devices == [13, 51]
+    assert all(group.endswith(("kind0", "kind1")) for group, _ in timeline.rows())
+
+
+def test_memory_is_that_of_the_device_that_holds_it() -> None:
+    graph, plain = GRAPHS["mlp"], machine(0.0, "h100:2", 2)
+    where = mixed(plain, 1, 1)
+    first, last = graph.operators[0].name, graph.operators[-1].name
+    plan = Plan(graph.name, where.name, mesh_of(where), {o.name: {"a": f"at({int(o.name == last)})"} for o in graph.operators})
+    assert first != last
+    big, small = predicted(graph, where, plan).peak_bytes, Placed.of(graph, where, plan).memories[1].peak
+    assert small < big
+    room = (big + small) // 2
+
+    def capacity(*amounts: int) -> Machine:
+        return where.revised({f"kind.kind{n}.memory.{where.device.memories[0].name}.capacity": int(amount / 0.95) + 1 for n, amount in enumerate(amounts)}, "a test")
+
+    assert fits(capacity(big, small), predicted(graph, capacity(big, small), plan))
+    for amounts in ((room, big), (big, small // 2)):
+        assert not fits(capacity(*amounts), predicted(graph, capacity(*amounts), plan))
+
+
+def test_microbatches_on_devices_that_differ_are_one_sentence() -> None:
+    graph, where = GRAPHS["mlp"], mixed(machine(), 4, 4)
+    plan = replace(BASELINES["one device"](graph, where.name, mesh_of(where)), microbatches=2)
+    with pytest.raises(PlanError, match="the devices of k80-cluster differ, where that cannot be simulated yet"):
+        simulate(graph, where, plan)
