@@ -135,7 +135,7 @@ class Placed:
         found: dict[tuple[int, int, str, str], list[tuple[Move, Sharding, Sharding, Crossing]]] = defaultdict(list)
         for m in self.terms.edges:
             source, target = (resolve(label, self.layout.assignments[o]) for label, o in ((m.source, m.home), (m.target, m.reader)))
-            crossing = Crossing.of(self.pins[m.home], self.pins[m.reader], source, target)
+            crossing = Crossing.of(self.pins[m.home], self.pins[m.reader], _dims(m, source), _dims(m, target))
             found[m.home, m.reader, m.phase, m.wanted].append((m, source, target, crossing))
         return found
 
@@ -149,8 +149,8 @@ class Placed:
             return ()
         found: set[int] = set()
         if slot.kind == "move":
-            for _, source, target, crossing in self.moves[slot.operator, slot.reader, slot.phase, slot.wanted]:
-                found |= _differ(source, target) - set(crossing.axes)
+            for m, source, target, crossing in self.moves[slot.operator, slot.reader, slot.phase, slot.wanted]:
+                found |= _talking(m, source, target) - set(crossing.axes)
             return tuple(sorted(found))
         own, assignment = self.terms.operators[slot.operator], self.layout.assignments[slot.operator]
         mesh = _without(self.plan.mesh, tuple(self.pins[slot.operator]))
@@ -161,7 +161,7 @@ class Placed:
             found |= {a for h in own.halos if h.phase == slot.phase for a in assignment.get(h.split, ())}
             for m in own.moves:
                 if m.phase == slot.phase:
-                    found |= _differ(resolve(m.source, assignment), resolve(m.target, assignment))
+                    found |= _talking(m, resolve(m.source, assignment), resolve(m.target, assignment))
         for s in own.stored if slot.kind == "gather" else ():
             found |= set((storage_axes(s, mesh, assignment) or (0, ()))[1])
         return tuple(sorted(found))
@@ -210,7 +210,7 @@ class Placed:
                 continue
             for m, _, target, crossing in moves:
                 if crossing.axes:
-                    rest = [a for dim in target for a in dim if a not in crossing.axes]
+                    rest = [a for dim in _dims(m, target) for a in dim if a not in crossing.axes]
                     crossings[crossing] += m.trips * m.nbytes / self.place.ways(rest)
             inside = most + sum(self._inside(*move) for move in moves)
             first = [Share(group, inside, LINKS) for group in groups] if inside > 0 else []
@@ -223,7 +223,8 @@ class Placed:
         """Seconds in which a value is brought to the sharding that its reader wants over axes that it does not cross."""
         if not crossing.axes:
             return 0.0
-        without = lambda sharding: tuple(tuple(a for a in dim if a not in crossing.axes) for dim in sharding)  # noqa: E731
+        count = len(source) - move.sums  # what is still to be summed is summed where it is, unless its reader goes on adding to it
+        without = lambda sharding: tuple(tuple(a for a in dim if d >= count or a not in crossing.axes) for d, dim in enumerate(sharding))  # noqa: E731
         smaller = replace(move, nbytes=int(move.nbytes / self.place.ways(crossing.gather)))
         return move_seconds(smaller, self.place, without(source), without(target))
 
@@ -286,7 +287,7 @@ class Placed:
         for (home, reader, _, _), moves in self.moves.items():
             for m, _, target, crossing in moves:
                 if crossing.axes:
-                    rest = [a for dim in target for a in dim if a not in crossing.axes]
+                    rest = [a for dim in _dims(m, target) for a in dim if a not in crossing.axes]
                     groups = sum(count for *_, remote, count in self._ways(home, reader, crossing) if remote)
                     sent = crossing.sent(self.place, m.trips * m.nbytes / self.place.ways(rest))
                     found += [(reader, kind, nbytes * groups) for kind, nbytes in sent.items()]
@@ -333,7 +334,7 @@ class Placed:
         sent: dict[int, float] = {}
         for m in self.terms.edges:
             if m.reader in here and m.home not in here and m.phase == "forward":
-                target = resolve(m.target, self.layout.assignments[m.reader])
+                target = resolve(m.dims[1], self.layout.assignments[m.reader])
                 sent[m.tensor] = max(sent.get(m.tensor, 0.0), m.nbytes / self.place.ways([a for dim in target for a in dim]))
         received = int(sum(sent.values()))
         return replace(own, peak=own.peak + received, activations=own.activations + received, course=own.course + received)
@@ -353,7 +354,7 @@ class Placed:
         flops = 0.0
         for (_, reader, _, _), moves in self.moves.items():
             for m, source, target, crossing in moves:
-                rest = [a for dim in target for a in dim if a not in crossing.axes]
+                rest = [a for dim in _dims(m, target) for a in dim if a not in crossing.axes]
                 over = crossing.seconds(self.place, m.trips * m.nbytes / self.place.ways(rest)) if crossing.axes else 0.0
                 crossed[reader] += over + (self._inside(m, source, target, crossing) if crossing.axes else move_seconds(m, self.place, source, target))
         operators = []
@@ -378,7 +379,14 @@ def _without(mesh: Mesh, axes: Iterable[int]) -> Mesh:
     return Mesh(tuple(replace(axis, level=-1) if n in gone else axis for n, axis in enumerate(mesh.axes))) if gone else mesh
 
 
-def _differ(source: Sharding, target: Sharding) -> set[int]:
-    """The axes of dims that are split otherwise after than before."""
-    return {a for before, after in zip(source, target, strict=True) if before != after for a in (*before, *after)}
+def _dims(move: Move, sharding: Sharding) -> Sharding:
+    """How the dims of a moved tensor are split, without what it is still to be summed over."""
+    return sharding[: len(sharding) - move.sums]
 
+
+def _talking(move: Move, source: Sharding, target: Sharding) -> set[int]:
+    """The axes over which a move between operators that are pinned alike sends: those of dims that are split otherwise, and those that are summed."""
+    if source == target:
+        return set()
+    pairs = zip(_dims(move, source), _dims(move, target), strict=True)
+    return {a for before, after in pairs if before != after for a in (*before, *after)} | {a for dim in source[len(source) - move.sums :] for a in dim}
