@@ -61,10 +61,11 @@ def check(machine: Machine) -> None:
             one_of(f"{where}.engine.{engine.op_class}.{engine.dtype}", "dtype", engine.dtype, DTYPES)
     counts = [kind.count for kind in machine.kinds]
     if counts and sum(counts) != machine.devices:
+        given = f"{' + '.join(map(str, counts))} = {sum(counts)} devices" if len(counts) > 1 else f"{counts[0]} devices"
+        if not machine.levels:
+            raise Wrong("kind", f"has {given} and no link reaches them: add [level.NAME] with the size, fabric, latency and bandwidth of what joins them.")
         sizes = " x ".join(str(level.size) for level in machine.levels)
-        raise Wrong(
-            "kind", f"has {' + '.join(map(str, counts))} = {sum(counts)} devices, and the levels have {sizes} = {machine.devices}: change a count or a size, so that they agree."
-        )
+        raise Wrong("kind", f"has {given}, and the levels have {sizes} = {machine.devices}: change a count or a size, so that they agree.")
     for kind, parts in named:
         names = [part.name for part in parts]
         for name in names:

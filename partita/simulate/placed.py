@@ -244,17 +244,17 @@ class Placed:
         at = lambda pins: tuple(slice(pins[a], pins[a] + 1) if a in pins else slice(None) for a in axes)  # noqa: E731
         alike = self.plan.mesh.size // self.cells.number.size
         found: dict[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], bool], int] = defaultdict(int)
+        order = lambda cells: tuple(sorted(cells))  # noqa: E731
         for row in rows:
             homes, readers = (set(row[at(pins)].reshape(-1).tolist()) for pins in (ours, theirs))
-            sides = lambda *sets: tuple(tuple(sorted(s)) for s in sets)  # noqa: E731
             if crossing.gather:
-                found[(*sides(homes, readers, homes - readers, readers), True)] += alike
+                found[order(homes), order(readers), order(homes - readers), order(readers), True] += alike
                 continue
             remote = readers - homes
             if remote:
-                found[(*sides(homes, remote, homes, remote), True)] += alike
+                found[order(homes), order(remote), order(homes), order(remote), True] += alike
             for c in readers & homes:
-                found[((c,), (c,), (), (), False)] += alike
+                found[(c,), (c,), (), (), False] += alike
         return [(*way, count) for way, count in found.items()]
 
     @cached_property
