@@ -32,7 +32,7 @@ from partita.cost.predict import OperatorPrediction, Prediction
 from partita.cost.terms import Move, Terms, terms
 from partita.graph.graph import Graph
 from partita.machine import Machine
-from partita.plan.layout import Layout, Sharding, layout, resolve
+from partita.plan.layout import Layout, Sharding, assignments_of, layout, resolve
 from partita.plan.plan import Mesh, Plan
 from partita.simulate.cells import Cells, Pins, folded, pins_of, unfolded
 from partita.simulate.engine import Times, run
@@ -96,14 +96,19 @@ class Placed:
     machine: Machine
     plan: Plan
     terms: Terms
-    layout: Layout
+    assignments: Sequence[Mapping[int, tuple[int, ...]]]
+    """Per operator: factor -> the mesh axes that split it."""
     pins: Sequence[Pins]
     fold: bool = True
 
     @staticmethod
     def of(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = None, fold: bool = True) -> Placed:
         """A checked plan, without microbatches and recomputation. Without `fold` every device is a cell: the same, for as much more work."""
-        return Placed(graph, machine, plan, found or terms(graph, machine.backend), layout(graph, plan), pins_of(graph, plan), fold)
+        return Placed(graph, machine, plan, found or terms(graph, machine.backend), assignments_of(graph, plan), pins_of(graph, plan), fold)
+
+    @cached_property
+    def layout(self) -> Layout:
+        return layout(self.graph, self.plan)
 
     @cached_property
     def step(self) -> Structure:
@@ -121,11 +126,11 @@ class Placed:
     def _costs(self, machine: Machine) -> list[OperatorCost]:
         """Axes on which an operator is pinned have no links for it: nothing is stored or sent over them."""
         known: dict[tuple[int, ...], list[OperatorCost]] = {}
-        found = []
+        where, found = Layout((), (), tuple(dict(a) for a in self.assignments)), []
         for o, pins in enumerate(self.pins):
             key = tuple(sorted(pins))
             if key not in known:
-                known[key] = operator_costs(self.terms, Placement(machine, _without(self.plan.mesh, key)), self.layout, self.plan)
+                known[key] = operator_costs(self.terms, Placement(machine, _without(self.plan.mesh, key)), where, self.plan)
             found.append(known[key][o])
         return found
 
@@ -134,7 +139,7 @@ class Placed:
         """Per slot of a move, by (home, reader, phase, wanted): its values, how they are split before and after, and how they get there."""
         found: dict[tuple[int, int, str, str], list[tuple[Move, Sharding, Sharding, Crossing]]] = defaultdict(list)
         for m in self.terms.edges:
-            source, target = (resolve(label, self.layout.assignments[o]) for label, o in ((m.source, m.home), (m.target, m.reader)))
+            source, target = (resolve(label, self.assignments[o]) for label, o in ((m.source, m.home), (m.target, m.reader)))
             crossing = Crossing.of(self.pins[m.home], self.pins[m.reader], _dims(m, source), _dims(m, target))
             found[m.home, m.reader, m.phase, m.wanted].append((m, source, target, crossing))
         return found
@@ -152,7 +157,7 @@ class Placed:
             for m, source, target, crossing in self.moves[slot.operator, slot.reader, slot.phase, slot.wanted]:
                 found |= _talking(m, source, target) - set(crossing.axes)
             return tuple(sorted(found))
-        own, assignment = self.terms.operators[slot.operator], self.layout.assignments[slot.operator]
+        own, assignment = self.terms.operators[slot.operator], self.assignments[slot.operator]
         mesh = _without(self.plan.mesh, tuple(self.pins[slot.operator]))
         for r in own.reductions if slot.kind in ("exchange", "sum") else ():
             if (r.parameter >= 0 and r.trips == 1) == (slot.kind == "sum") and (slot.kind == "sum" or r.phase == slot.phase):
@@ -171,7 +176,10 @@ class Placed:
         kinds = self.machine.kind_of_devices()
         if not self.fold:
             return unfolded(self.plan.mesh, kinds or [0] * self.plan.mesh.size)
-        together = {frozenset(axes) for axes in self.axes} | {frozenset(c.axes) for mine in self.moves.values() for *_, c in mine}
+        if kinds:
+            together = {frozenset(axes) for axes in self.axes} | {frozenset(c.axes) for mine in self.moves.values() for *_, c in mine}
+        else:  # slices of pinned axes are all there is to tell apart
+            together = set()
         return folded(self.plan.mesh, kinds, self.pins, together)
 
     @cached_property
@@ -257,6 +265,15 @@ class Placed:
                 found[(c,), (c,), (), (), False] += alike
         return [(*way, count) for way, count in found.items()]
 
+    @property
+    def least_seconds(self) -> float:
+        """What a device of the busiest cell computes, whatever it waits for: no step is shorter. For equal devices."""
+        busy = [0.0] * self.cells.count
+        for pins, cost in zip(self.pins, self.costs, strict=True):
+            for c in self.cells.on(pins):
+                busy[c] += float(cost.compute[0])
+        return max(busy)
+
     @cached_property
     def laid(self) -> Laid:
         return lay_out_shares(self.step, self.shares, self.machine.backend.overlap)
@@ -334,7 +351,7 @@ class Placed:
         sent: dict[int, float] = {}
         for m in self.terms.edges:
             if m.reader in here and m.home not in here and m.phase == "forward":
-                target = resolve(m.dims[1], self.layout.assignments[m.reader])
+                target = resolve(m.dims[1], self.assignments[m.reader])
                 sent[m.tensor] = max(sent.get(m.tensor, 0.0), m.nbytes / self.place.ways([a for dim in target for a in dim]))
         received = int(sum(sent.values()))
         return replace(own, peak=own.peak + received, activations=own.activations + received, course=own.course + received)
@@ -359,7 +376,7 @@ class Placed:
                 crossed[reader] += over + (self._inside(m, source, target, crossing) if crossing.axes else move_seconds(m, self.place, source, target))
         operators = []
         for o, cost in enumerate(self.costs):
-            assignment = self.layout.assignments[o]
+            assignment = self.assignments[o]
             part = 1 / self.place.ways(tuple(self.pins[o]))
             flops += part * sum(w.flops * w.trips / self.place.ways([a for f in w.factors for a in assignment.get(f, ())]) for w in self.terms.operators[o].work)
             source = compute_source(self.terms.operators[o], self.place, assignment)
