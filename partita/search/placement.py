@@ -112,9 +112,10 @@ def at(plan: Plan, graph: Graph, places: Mapping[int, int | None], axes: Sequenc
     for o, slot in places.items():
         names = [mesh.axes[a].name for a in axes]
         choice = {a: use for a, use in choices[graph.operators[o].name].items() if a not in names}
+        left = slot or 0
         for a in reversed(axes) if slot is not None else ():
-            choice[mesh.axes[a].name] = f"at({slot % mesh.sizes[a]})"
-            slot //= mesh.sizes[a]
+            choice[mesh.axes[a].name] = f"at({left % mesh.sizes[a]})"
+            left //= mesh.sizes[a]
         choices[graph.operators[o].name] = choice
     home = {a.path: graph.operators[graph.home[a.tensor]].name for a in graph.arguments if graph.home[a.tensor] >= 0}
     storage = {p: s for p, s in plan.storage.items() if p not in home or all(slice_of(choices[home[p]].get(a, "")) is None for a in s.axes)}
