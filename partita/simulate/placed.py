@@ -206,21 +206,21 @@ class Placed:
             if slot.kind == "compute":
                 found.append([Share((c,), seconds[c], KERNELS, (c,)) for c in where[slot.operator]])
                 continue
-            pins, most = self.pins[slot.operator], max(seconds)
+            pins, on_links = self.pins[slot.operator], seconds[0]  # links are the same for all kinds
             moves = self.moves[slot.operator, slot.reader, slot.phase, slot.wanted] if slot.kind == "move" else []
             crossings = {crossing: 0.0 for *_, crossing in moves if crossing.axes}
-            key = (self.axes[n] if most > 0 or crossings else (), *sorted(pins.items()))
+            key = (self.axes[n] if on_links > 0 or crossings else (), *sorted(pins.items()))
             if key not in known:
                 known[key] = cells.groups(key[0], pins)  # type: ignore[arg-type]
             groups = known[key]
             if not crossings:
-                found.append([Share(group, most, LINKS, group) for group in groups])
+                found.append([Share(group, on_links, LINKS, group) for group in groups])
                 continue
             for m, _, target, crossing in moves:
                 if crossing.axes:
                     rest = [a for dim in _dims(m, target) for a in dim if a not in crossing.axes]
                     crossings[crossing] += m.trips * m.nbytes / self.place.ways(rest)
-            inside = most + sum(self._inside(*move) for move in moves)
+            inside = on_links + sum(self._inside(*move) for move in moves)
             first = [Share(group, inside, LINKS) for group in groups] if inside > 0 else []
             found.append(first + [share for c, nbytes in crossings.items() for share in self._between(slot, c, nbytes)])
             if any(not crossing.axes for *_, crossing in moves):
@@ -358,9 +358,8 @@ class Placed:
 
     @property
     def fullest(self) -> int:
-        """The cell whose devices have least memory left at their peak."""
-        left = [self.machine.of_kind(kind).memory_bytes - held.peak for kind, held in zip(self.cells.kinds, self.memories, strict=True)]
-        return int(np.argmin(left))
+        """The cell whose devices hold most of what they may at their peak."""
+        return int(np.argmax([held.peak / self.machine.of_kind(kind).memory_bytes for kind, held in zip(self.cells.kinds, self.memories, strict=True)]))
 
     def prediction(self) -> Prediction:
         """Seconds and bytes of the step. Memory is that of the fullest cell; traffic and FLOPs are means over devices."""

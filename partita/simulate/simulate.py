@@ -77,7 +77,7 @@ def _timeline(
     m, notes = prediction.memory, plan.notes
     if len(names) > 1:
         spans.sort(key=lambda s: names.index(s.group))
-        notes = (*notes, f"memory is that of {names[placed.fullest]}, which has least left" if placed else "")
+        notes = (*notes, f"memory is that of {names[placed.fullest]}, which holds most of what it may" if placed else "")
     return Timeline(
         plan.name, graph.name, machine.name, plan.devices, times.seconds, tuple(spans), _idle(step, laid, times, len(names)),
         _course(step, laid, times, m.course, placed.fullest if placed else 0), m.peak, {k: getattr(m, k) for k in KINDS}, m.operator,

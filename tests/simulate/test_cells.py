@@ -256,8 +256,8 @@ def test_memory_is_that_of_the_device_that_holds_it() -> None:
     def capacity(*amounts: int) -> Machine:
         return where.revised({f"kind.kind{n}.memory.{where.device.memories[0].name}.capacity": int(amount / 0.95) + 1 for n, amount in enumerate(amounts)}, "a test")
 
-    assert fits(capacity(big, small), predicted(graph, capacity(big, small), plan))
-    for amounts in ((room, big), (big, small // 2)):
+    assert fits(capacity(big, 2 * small), predicted(graph, capacity(big, 2 * small), plan))
+    for amounts in ((room, big), (2 * big, small // 2)):
         assert not fits(capacity(*amounts), predicted(graph, capacity(*amounts), plan))
 
 
