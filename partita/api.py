@@ -19,7 +19,7 @@ from partita.plan.adapt import fit_mesh, fit_plan
 from partita.plan.baselines import BASELINES
 from partita.plan.layout import layout
 from partita.plan.plan import Plan, check, choice_text, slice_of
-from partita.plan.stages import count_of
+from partita.plan.stages import count_of, is_pipeline
 from partita.search.base import Progress
 from partita.search.find import Found, alternatives, find, fits, mesh_of
 from partita.simulate.simulate import predicted as simulated_prediction
@@ -415,6 +415,8 @@ def describe(plan: Plan) -> str:
     split = ", ".join(f"{count} of {len(plan.choices)} operators by {kind}" for kind, count in kinds.most_common())
     stored = f", {len(plan.storage)} variables stored in parts" if plan.storage else ""
     staged = f", {count_of(plan)} stages" if count_of(plan) > 1 else ""
+    if staged and not is_pipeline(plan):
+        staged = f", {sum(any(slice_of(use) is not None for use in choice.values()) for choice in plan.choices.values())} placed"
     staged += f", {plan.microbatches} microbatches" if plan.microbatches > 1 else ""
     return f"{split or 'nothing split'}{stored}{staged}{', recomputing' if plan.recompute else ''}"
 
