@@ -19,9 +19,9 @@ from partita.plan.adapt import fit_mesh, fit_plan
 from partita.plan.baselines import BASELINES
 from partita.plan.layout import layout
 from partita.plan.plan import Plan, check, choice_text, slice_of
-from partita.plan.stages import count_of
+from partita.plan.stages import count_of, is_pipeline
 from partita.search.base import Progress
-from partita.search.find import Found, alternatives, capacity, find, mesh_of
+from partita.search.find import Found, alternatives, find, fits, mesh_of
 from partita.simulate.simulate import predicted as simulated_prediction
 from partita.simulate.simulate import simulate as simulated
 from partita.simulate.timeline import Timeline
@@ -309,7 +309,7 @@ def compare_captured(
         from partita.execute.measure import step_seconds
 
         times = step_seconds(captured, plans)
-    rows = [Compared(n, plans[n], predictions[n], predictions[n].peak_bytes <= capacity(machine), times.get(n)) for n in plans]
+    rows = [Compared(n, plans[n], predictions[n], fits(machine, predictions[n]), times.get(n)) for n in plans]
     return Comparison(captured.graph.name, machine.name, tuple(sorted(rows, key=lambda r: r.prediction.seconds)))
 
 
@@ -415,6 +415,8 @@ def describe(plan: Plan) -> str:
     split = ", ".join(f"{count} of {len(plan.choices)} operators by {kind}" for kind, count in kinds.most_common())
     stored = f", {len(plan.storage)} variables stored in parts" if plan.storage else ""
     staged = f", {count_of(plan)} stages" if count_of(plan) > 1 else ""
+    if staged and not is_pipeline(plan):
+        staged = f", {sum(any(slice_of(use) is not None for use in choice.values()) for choice in plan.choices.values())} placed"
     staged += f", {plan.microbatches} microbatches" if plan.microbatches > 1 else ""
     return f"{split or 'nothing split'}{stored}{staged}{', recomputing' if plan.recompute else ''}"
 

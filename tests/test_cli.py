@@ -112,3 +112,57 @@ def test_machines_are_compared_by_what_an_epoch_costs(training: str) -> None:
 def test_wrong_comparisons_are_one_sentence(arguments: list[str], said: str, training: str) -> None:
     done = partita("plan", training, "--seconds", "0", *arguments)
     assert done.exit_code == 2 and said in done.stderr and "Traceback" not in done.output, done.output
+
+
+LAB = """name = "lab"
+source = "a test"
+status = "assumed"
+[device]
+name = "Device"
+overhead = "4 us"
+memory.main = { capacity = "40 GiB", bandwidth = "1555 GB/s", efficiency = 0.8, shared_by = 1 }
+engine."*"."*" = { peak = "20 TFLOP/s", efficiency = 0.5 }
+[level.node]
+size = 2
+fabric = "switch"
+latency = "1 us"
+bandwidth = "300 GB/s"
+shared_by = 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ('bandwidth = "300 GB/s"\n', "", "level.node lacks bandwidth"),
+        ('"300 GB/s"', '"0 GB/s"', "level.node.bandwidth is 0 B/s: it must be more than zero."),
+        ('"300 GB/s"', '"-1 GB/s"', "level.node.bandwidth is"),
+    ],
+)
+def test_a_link_that_is_none_is_said_before_the_script_is_started(before: str, after: str, says: str, script: str, tmp_path: Path) -> None:
+    (tmp_path / "lab.toml").write_text(LAB.replace(before, after))
+    done = partita("simulate", script, "--machine", str(tmp_path / "lab.toml"))
+    assert done.exit_code != 0 and says in " ".join(done.stderr.split()) and "lab.toml, line" in done.stderr and "Traceback" not in done.output
+
+
+def test_an_operator_that_a_machine_has_no_engine_for_is_named_with_what_it_has(training: str, tmp_path: Path) -> None:
+    (tmp_path / "lab.toml").write_text(LAB.replace('engine."*"."*"', "engine.elementwise.float32"))
+    done = partita("simulate", training, "--machine", str(tmp_path / "lab.toml"), "--plan", "dp")
+    said = " ".join(done.stderr.split())
+    assert done.exit_code != 0 and "Traceback" not in done.output
+    assert "'wide' cannot be computed. Machine 'lab' has no engine for 'dot' in float32: its engines are elementwise/float32. Add float32 = { peak" in said
+
+
+def test_a_plan_that_places_operators_is_simulated_traced_and_compared_and_not_yet_run(training: str, tmp_path: Path) -> None:
+    (tmp_path / "lab.toml").write_text(LAB)
+    plan, trace = tmp_path / "plan.json", tmp_path / "trace.json"
+    value = {"schema": 1, "graph": "sequential", "machine": "lab", "mesh": {"a": {"size": 2, "level": 0}}, "operators": {"wide": "at(0):a", "out": "at(1):a"}}
+    plan.write_text(json.dumps(value))
+    asked = ("simulate", training, "--machine", str(tmp_path / "lab.toml"), "--plan", str(plan))
+    said = " ".join(partita(*asked).output.split())
+    assert "what 2 groups of devices do" in said and "memory is that of a=0" in said
+    assert partita(*asked, "--trace", str(trace)).exit_code == 0
+    rows = {e["args"]["name"] for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "thread_name"}
+    assert {"a=0: kernels", "a=1: kernels", "a=0: links"} <= rows
+    refused = partita("run", training, "--plan", str(plan), "--devices", "2")
+    assert refused.exit_code != 0 and "which can be planned and simulated, and not yet run" in " ".join(refused.output.split())

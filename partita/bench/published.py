@@ -1,13 +1,14 @@
 """Plans as the papers publish them: what an expert wrote, and what OptCNN found.
 
 `expert` is what FlexFlow calls the expert-designed strategy of a network: one weird trick (arXiv 1404.5997) for convolutional ones,
-data parallel across nodes and model parallel in a node (arXiv 1609.08144) for recurrent ones. The latter places whole layers on
-devices; plans cannot say that yet, so the weights of each layer are split over the node's devices instead. For transformers, which FlexFlow
+data parallel across nodes and model parallel in a node (arXiv 1609.08144) for recurrent ones: every recurrent layer, with all of its
+steps, on a device of its own. For transformers, which FlexFlow
 has none of, it is Megatron's (arXiv 1909.08053) over half of the axes, samples over the others.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from partita.bench.networks import Family
@@ -26,12 +27,28 @@ def one_weird_trick(graph: Graph, machine: str, mesh: Mesh) -> Plan:
     return check(BASELINES["one weird trick"](graph, machine, mesh), graph)
 
 
-def nodes_by_sample(graph: Graph, machine: str, mesh: Mesh) -> Plan:
-    """Samples over the nodes (the machine's outermost level), weights over the devices of a node; what has no weights by sample in it too."""
+def layers_on_devices(graph: Graph, machine: str, mesh: Mesh) -> Plan:
+    """Samples over the nodes (the machine's outermost level); in a node every recurrent layer, all steps of it, on a device of its own.
+
+    Embeddings are where the layer is that reads them. What follows the recurrent layers is split over the devices of the node, the softmax's weights by
+    word (arXiv 1609.08144, section 3.2 and figure 1). Where there are more layers than devices they take turns.
+    """
     nodes = [n for n, axis in enumerate(mesh.axes) if axis.level == 0]
     inside = [n for n, axis in enumerate(mesh.axes) if axis.level > 0]
-    choices = {o.name: spread(graph, o, mesh, [("S", nodes), ("PS", inside)]) for o in graph.operators}
-    return check(Plan(graph.name, machine, mesh, choices, name="nodes by sample", batch_size=graph.batch_size), graph)
+    recurrent = {o.name: o.name.split("/")[0] for o in graph.operators if "cell" in o.name.split("/")[-1]}
+    number = {layer: n for n, layer in enumerate(dict.fromkeys(recurrent.values()))}
+    choices, device = {}, None
+    for o in reversed(graph.operators):
+        device = number[recurrent[o.name]] if o.name in recurrent else device
+        choices[o.name] = spread(graph, o, mesh, [("S", nodes), ("PS", inside)])
+        if device is not None:
+            left = device % math.prod(mesh.sizes[n] for n in inside)
+            choices[o.name] = spread(graph, o, mesh, [("S", nodes)])
+            for n in reversed(inside):
+                choices[o.name][mesh.axes[n].name] = f"at({left % mesh.sizes[n]})"
+                left //= mesh.sizes[n]
+    choices = {o.name: choices[o.name] for o in graph.operators}
+    return check(Plan(graph.name, machine, mesh, choices, name="layers on devices", batch_size=graph.batch_size), graph)
 
 
 def optcnn_vgg16(graph: Graph, machine: str, mesh: Mesh) -> Plan:
@@ -64,6 +81,6 @@ def megatron(graph: Graph, machine: str, mesh: Mesh) -> Plan:
 
 EXPERTS: dict[Family, Callable[[Graph, str, Mesh], Plan]] = {
     "convolutional": one_weird_trick,
-    "recurrent": nodes_by_sample,
+    "recurrent": layers_on_devices,
     "transformer": megatron,
 }

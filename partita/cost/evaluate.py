@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from partita.cost.moves import Placement, move_seconds
-from partita.cost.terms import Factors, OperatorTerms, Stored, Terms
+from partita.cost.terms import Factors, OperatorTerms, Stored, Terms, Work
+from partita.errors import MachineError
 from partita.graph.graph import Phase
 from partita.machine import Machine, collective_seconds
 from partita.machine.times import START, Key
@@ -142,7 +143,7 @@ def _roofline(terms: OperatorTerms, machine: Machine, ways: _Ways) -> tuple[np.n
         space = (*w.factors, *w.group_factors) if dense else w.factors
         flops.append(w.flops * w.groups if dense else w.flops)
         bound.append(kinds.setdefault(space, len(kinds)))
-        rates.append(machine.rate(w.op_class, engine_dtype(w.dtype)))
+        rates.append(_rate(terms.name, w, machine))
         moved += [(n, kinds.setdefault(f, len(kinds)), b) for b, f in w.traffic]
     share = np.stack([1.0 / ways.of(f) for f in kinds])
     traffic = np.zeros((len(terms.work), len(kinds)))
@@ -151,6 +152,13 @@ def _roofline(terms: OperatorTerms, machine: Machine, ways: _Ways) -> tuple[np.n
     busy = (np.array(flops) / np.array(rates))[:, None] * share[bound]
     touched = traffic @ share
     return np.maximum(busy, touched / machine.bandwidth_for(touched)), np.array([float(w.trips) for w in terms.work])
+
+
+def _rate(name: str, work: Work, machine: Machine) -> float:
+    try:
+        return machine.rate(work.op_class, engine_dtype(work.dtype))
+    except MachineError as error:
+        raise MachineError(f"'{name}' cannot be computed. {error}") from None
 
 
 def _compute(terms: OperatorTerms, machine: Machine, ways: _Ways) -> np.ndarray:

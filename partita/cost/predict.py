@@ -52,6 +52,8 @@ class Prediction:
     status: str
     fit_error: float = 0.0
     """Median relative error of the fit, where operators are "fitted"."""
+    kind: int = 0
+    """Of the device whose memory it is, where a machine's devices differ."""
 
     def source(self) -> str:
         """Where the seconds come from, in words: the part of the compute time that was measured, fitted, read off a roofline."""

@@ -131,6 +131,8 @@ class OperatorTerms:
     """The operator's own, which a choice may split."""
     digest: str = ""
     """Of `key`."""
+    name: str = ""
+    """Of the operator, for what is said of it."""
 
     def key(self, graph: Graph, operator: int) -> tuple[object, ...]:
         """Equal for operators that cost the same under equal choices."""
@@ -170,7 +172,7 @@ def terms(graph: Graph, backend: Backend = DEFAULT) -> Terms:
     edges = _moves(graph, found)
     _memory(graph, family, fusion(graph, backend.recomputes), found)
     for o, operator in enumerate(graph.operators):
-        found[o].factors = operator.factors
+        found[o].factors, found[o].name = operator.factors, operator.name
         found[o].digest = sha256(repr(found[o].key(graph, o)).encode()).hexdigest()[:16]
     return Terms(found, edges)
 

@@ -62,7 +62,7 @@ def planned_step(captured: Captured, plan: Plan, devices: Sequence[Any] | None =
     check(plan, graph)
     if is_staged(plan):
         raise PlanError(
-            f"The plan '{plan.name}' cuts the step into stages, microbatches or recomputed runs, which can be planned and simulated, and not yet run. "
+            f"The plan '{plan.name}' places operators on parts of the machine, or cuts the step into stages, microbatches or recomputed runs, which can be planned and simulated, and not yet run. "
             "Plan for the devices at hand, or with --no-stages."
         )
     where = layout(graph, plan)

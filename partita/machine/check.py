@@ -5,10 +5,22 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from partita.errors import MachineError
-from partita.machine.machine import DOMAINS, DTYPES, FABRICS, OP_CLASSES, STATUSES, Machine, numbers
+from partita.machine.machine import (
+    DOMAINS,
+    DTYPES,
+    FABRICS,
+    OP_CLASSES,
+    STATUSES,
+    Domain,
+    Level,
+    Machine,
+    Memory,
+    OperatingPoint,
+    numbers,
+)
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _BOUNDS = {  # dimension: (what is allowed, whether a value is)
@@ -34,29 +46,33 @@ def check(machine: Machine) -> None:
     - every number is in its range: sizes, capacities, bandwidths and rates above zero, latencies not negative,
       efficiencies and fractions within 0 to 1;
     - there is a main memory and an engine; parts of one kind have different names; no link or memory is shared by
-      nobody, and fabrics, operator classes, dtypes, domain kinds and statuses are ones that Partita knows;
+      nobody, kinds of devices fill the levels, and fabrics, operator classes, dtypes, domain kinds and statuses are ones that Partita knows;
     - every number has a source and a status (`Machine.provenance`).
     """
-    device = machine.device
-    if not device.memories:
-        raise Wrong("device.memory", "is missing: add [device.memory.main] with its capacity and bandwidth.")
-    if not device.engines:
-        raise Wrong("device.engine", 'is missing: add [device.engine."*"] with "*" = { peak = ..., efficiency = ... }.')
-    for kind, parts in (
-        ("device.memory", device.memories),
-        ("device.operating_point", device.points),
-        ("level", machine.levels),
-        ("domain", machine.domains),
-    ):
+    named: list[tuple[str, Sequence[Memory | OperatingPoint | Level | Domain]]] = [("level", machine.levels), ("domain", machine.domains)]
+    for where, device in [(f"kind.{kind.key}", kind) for kind in machine.kinds] or [("device", machine.device)]:
+        if not device.memories:
+            raise Wrong(f"{where}.memory", f"is missing: add [{where}.memory.main] with its capacity and bandwidth.")
+        if not device.engines:
+            raise Wrong(f"{where}.engine", f'is missing: add [{where}.engine."*"] with "*" = {{ peak = ..., efficiency = ... }}.')
+        named += [(f"{where}.memory", device.memories), (f"{where}.operating_point", device.points)]
+        for engine in device.engines:
+            one_of(f"{where}.engine.{engine.op_class}", "operator class", engine.op_class, OP_CLASSES)
+            one_of(f"{where}.engine.{engine.op_class}.{engine.dtype}", "dtype", engine.dtype, DTYPES)
+    counts = [kind.count for kind in machine.kinds]
+    if counts and sum(counts) != machine.devices:
+        given = f"{' + '.join(map(str, counts))} = {sum(counts)} devices" if len(counts) > 1 else f"{counts[0]} devices"
+        if not machine.levels:
+            raise Wrong("kind", f"has {given} and no link reaches them: add [level.NAME] with the size, fabric, latency and bandwidth of what joins them.")
+        sizes = " x ".join(str(level.size) for level in machine.levels)
+        raise Wrong("kind", f"has {given}, and the levels have {sizes} = {machine.devices}: change a count or a size, so that they agree.")
+    for kind, parts in named:
         names = [part.name for part in parts]
         for name in names:
             if not _NAME.fullmatch(name):
                 raise Wrong(f"{kind}.{name}", "is no good name: use letters, digits, '-' and '_'.")
             if names.count(name) > 1:
                 raise Wrong(f"{kind}.{name}", "stands twice: give each its own name.")
-    for engine in device.engines:
-        one_of(f"device.engine.{engine.op_class}", "operator class", engine.op_class, OP_CLASSES)
-        one_of(f"device.engine.{engine.op_class}.{engine.dtype}", "dtype", engine.dtype, DTYPES)
     for level in machine.levels:
         one_of(f"level.{level.name}.fabric", "fabric", level.fabric, FABRICS)
     for domain in machine.domains:

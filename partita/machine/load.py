@@ -25,6 +25,7 @@ from partita.machine.machine import (
     Device,
     Domain,
     Engine,
+    Kind,
     Level,
     Machine,
     Memory,
@@ -32,6 +33,7 @@ from partita.machine.machine import (
     Source,
     number_fields,
     path_fields,
+    slowest,
 )
 from partita.units import EXAMPLES, format_bytes, parse
 
@@ -43,6 +45,7 @@ _NODES = {  # presets counted in nodes (the outermost level): the file that desc
     "p100-cluster": "p100-cluster",
     "k80-cluster": "k80-cluster",
 }
+BOTH = "device and kind stand together: describe equal devices as [device], or every kind of them as [kind.NAME] with its count."
 _ALL = ("p100-cluster", "k80-cluster")  # taken whole where no count is given; of all others one
 
 
@@ -132,29 +135,40 @@ class _Reader:
         self.sources: list[Source] = []
 
     def machine(self, table: dict[str, Any]) -> Machine:
-        _known("", table, ("name", "notes", "device", "level", "domain", "backend"))
+        _known("", table, ("name", "notes", "device", "kind", "level", "domain", "backend"))
         default = _origin(table, (None, None))
-        for key in ("name", "device"):
-            if key not in table:
-                raise Wrong("", f"{key} is missing: a machine needs a name and a [device].")
-        given = _table("device", table["device"])
-        _known("device", given, ("name", "overhead", "memory", "engine", "operating_point"))
-        inherited = _origin(given, default)
-        parts = {
-            "memories": self.named(Memory, "device.memory", given.get("memory", {}), inherited),
-            "engines": self.engines(given.get("engine", {}), inherited),
-            "points": self.named(OperatingPoint, "device.operating_point", given.get("operating_point", {}), inherited),
-        }
-        own = {key: value for key, value in given.items() if key not in ("memory", "engine", "operating_point")}
+        if "name" not in table or ("device" in table) == ("kind" in table):
+            lacks = [key for key in ("name", "device") if key not in table and (key == "name" or "kind" not in table)]
+            raise Wrong("", f"{lacks[0]} is missing: a machine needs a name and a [device]." if lacks else BOTH)
+        kinds = tuple(
+            self.device(Kind, f"kind.{key}", given, default, key=key)
+            for key, given in _table("kind", table.get("kind", {})).items()
+        )
+        if "kind" in table and not kinds:
+            raise Wrong("kind", "is empty: add [kind.NAME] for every kind of device, with its count.")
         return Machine(
             name=_string("name", table["name"]),
             notes=_string("notes", table.get("notes", "")),
-            device=self.part(Device, "device", own, default, **parts),
+            device=slowest(kinds) if kinds else self.device(Device, "device", table["device"], default),
+            kinds=kinds,
             levels=self.named(Level, "level", table.get("level", {}), default),
             domains=self.named(Domain, "domain", table.get("domain", {}), default),
             backend=self.part(Backend, "backend", table["backend"], default) if "backend" in table else Backend(),
             sources=tuple(sorted(self.sources, key=lambda known: known.path)),
         )
+
+    def device(self, cls: type, path: str, table: Any, default: tuple[Any, Any], **given: Any) -> Any:
+        """A device, or a kind of them, with its memories and engines."""
+        table = _table(path, table)
+        inside = ("memory", "engine", "operating_point")
+        _known(path, table, ("name", "overhead", *inside, *(("count",) if given else ())))
+        inherited = _origin(table, default)
+        parts = {
+            "memories": self.named(Memory, f"{path}.memory", table.get("memory", {}), inherited),
+            "engines": self.engines(f"{path}.engine", table.get("engine", {}), inherited),
+            "points": self.named(OperatingPoint, f"{path}.operating_point", table.get("operating_point", {}), inherited),
+        }
+        return self.part(cls, path, {key: value for key, value in table.items() if key not in inside}, default, **parts, **given)
 
     def named(self, cls: type, path: str, tables: Any, default: tuple[Any, Any]) -> tuple[Any, ...]:
         tables = _table(path, tables)
@@ -165,13 +179,13 @@ class _Reader:
             if name not in ("source", "status")
         )
 
-    def engines(self, tables: Any, default: tuple[Any, Any]) -> tuple[Engine, ...]:
-        tables = _table("device.engine", tables)
+    def engines(self, where: str, tables: Any, default: tuple[Any, Any]) -> tuple[Engine, ...]:
+        tables = _table(where, tables)
         found = []
         for op_class, table in tables.items():
             if op_class in ("source", "status"):
                 continue
-            path = f"device.engine.{op_class}"
+            path = f"{where}.{op_class}"
             one_of(path, "operator class", op_class, OP_CLASSES)
             table = _table(path, table)
             inherited = _origin(table, _origin(tables, default))

@@ -3,8 +3,8 @@
 A value, not a model: what a machine is, as its description says. What follows from it is elsewhere: collective times in
 `collectives.py`, reading a description in `load.py`, what later stages may rely on in `check.py`.
 
-Devices are all alike and stand at the leaves of a tree of `levels`, outermost (slow links) to innermost (fast links);
-there are as many as the product of the level sizes. A number's annotation says its unit, and that is the whole schema:
+Devices stand at the leaves of a tree of `levels`, outermost (slow links) to innermost (fast links); there are as many as the product of the level
+sizes. They are all alike, or of `kinds`, whose counts follow each other along the leaves. A number's annotation says its unit, and that is the whole schema:
 the reader, the writer, the checks and the provenance all walk the same annotations (`numbers`).
 """
 
@@ -90,6 +90,14 @@ class Device:
 
 
 @dataclass(frozen=True)
+class Kind(Device):
+    """`count` consecutive devices of a machine whose devices differ; `key` is what its description calls them."""
+
+    key: str = ""
+    count: Count = 1
+
+
+@dataclass(frozen=True)
 class Level:
     """`size` equal parts joined by links: the parts are devices at the innermost level, else levels of the next one.
 
@@ -158,6 +166,8 @@ class Machine:
     domains: tuple[Domain, ...] = ()
     notes: str = ""
     sources: tuple[Source, ...] = ()
+    kinds: tuple[Kind, ...] = ()
+    """Where devices differ: what they are, in their order; `device` is then the slowest. Empty where all are alike."""
     times: OperatorTimes | None = None
     """What operators were measured to take, where they were: no part of the description."""
 
@@ -165,11 +175,21 @@ class Machine:
     def devices(self) -> int:
         return math.prod(level.size for level in self.levels)
 
+    def kind_of_devices(self) -> list[int]:
+        """Per device the number of its kind; empty where all are alike."""
+        return [n for n, kind in enumerate(self.kinds) for _ in range(kind.count)] if len(self.kinds) > 1 else []
+
+    def of_kind(self, number: int) -> Machine:
+        """This machine as if all of its devices were of one kind."""
+        if not self.kinds:
+            return self
+        kind = self.kinds[number]
+        return replace(self, device=Device(kind.name, kind.overhead, kind.memories, kind.engines, kind.points), kinds=())
+
     @property
     def memory_bytes(self) -> int:
-        """One device's share of its main memory, in bytes."""
-        memory = self.device.memories[0]
-        return memory.capacity // memory.shared_by
+        """One device's share of its main memory, in bytes; the smallest where devices differ."""
+        return min(device.memories[0].capacity // device.memories[0].shared_by for device in self.kinds or (self.device,))
 
     @property
     def memory_bandwidth(self) -> float:
@@ -214,6 +234,12 @@ class Machine:
 
         Neighbouring torus levels are cut as square as they can be. A cut ring or torus no longer closes: it is a mesh.
         """
+        if self.kinds and count == self.devices:
+            return self
+        if self.kinds:
+            raise MachineError(
+                f"Cannot take {count} devices of '{self.name}': its {self.devices} devices differ, and which ones is not said. Describe the smaller machine in a file."
+            )
         sizes = _layout(self.levels, count) if 1 <= count <= self.devices else None
         if sizes is None:
             parts = " x ".join(f"{level.size} ({level.name})" for level in self.levels)
@@ -309,17 +335,22 @@ class Machine:
         return "\n".join(lines) + "\n"
 
     def __str__(self) -> str:
-        device = self.device
-        memory = f"{format_bytes(self.memory_bytes)} at {format_bandwidth(self.memory_bandwidth)}"
-        lines = [f"machine {self.name}: {self.devices} x {device.name}, {memory} each"]
+        lines = []
+        for number, device in enumerate(self.kinds or (self.device,)):
+            one = self.of_kind(number)
+            memory = f"{format_bytes(one.memory_bytes)} at {format_bandwidth(one.memory_bandwidth)}"
+            count = f"{device.count} of {self.devices}" if isinstance(device, Kind) else self.devices
+            lines.append(f"machine {self.name}: {count} x {device.name}, {memory} each")
         for level in self.levels:
             if level.size > 1:
                 shared = f", shared by {level.shared_by}" if level.shared_by > 1 else ""
                 link = f"{format_bandwidth(level.bandwidth)}, {format_seconds(level.latency)}{shared}"
                 lines.append(f"  {level.name}: {level.size} by {level.fabric}, {link}")
-        for engine in device.engines:
-            rate = f"{format_flops(engine.peak * engine.efficiency)}/s of {format_flops(engine.peak)}/s"
-            lines.append(f"  {engine.op_class} {engine.dtype}: {rate}")
+        for device in self.kinds or (self.device,):
+            for engine in device.engines:
+                rate = f"{format_flops(engine.peak * engine.efficiency)}/s of {format_flops(engine.peak)}/s"
+                kind = f"{device.key}: " if isinstance(device, Kind) else ""
+                lines.append(f"  {kind}{engine.op_class} {engine.dtype}: {rate}")
         lines.append(f"  numbers: {self.weakest_status()} at worst")
         return "\n".join(lines)
 
@@ -353,7 +384,7 @@ def number_fields(part: type) -> tuple[tuple[str, str], ...]:
 
 def path_fields(part: type) -> tuple[str, ...]:
     """The fields of a class of parts that its key path already says."""
-    return {Device: (), Backend: (), Engine: ("op_class", "dtype")}.get(part, ("name",))
+    return {Device: (), Backend: (), Kind: ("key",), Engine: ("op_class", "dtype")}.get(part, ("name",))
 
 
 def _rebuilt(machine: Machine, change: Callable[[str, Any], Any]) -> Machine:
@@ -365,19 +396,29 @@ def _rebuilt(machine: Machine, change: Callable[[str, Any], Any]) -> Machine:
             for part in parts
         )
 
-    device = replace(
-        change("device", machine.device),
-        memories=all_of("device.memory", machine.device.memories),
-        engines=all_of("device.engine", machine.device.engines),
-        points=all_of("device.operating_point", machine.device.points),
-    )
+    def whole(path: str, device: Any) -> Any:
+        return replace(
+            change(path, device),
+            memories=all_of(f"{path}.memory", device.memories),
+            engines=all_of(f"{path}.engine", device.engines),
+            points=all_of(f"{path}.operating_point", device.points),
+        )
+
+    kinds = tuple(whole(f"kind.{kind.key}", kind) for kind in machine.kinds)
     return replace(
         machine,
-        device=device,
+        device=slowest(kinds) if kinds else whole("device", machine.device),
+        kinds=kinds,
         levels=all_of("level", machine.levels),
         domains=all_of("domain", machine.domains),
         backend=change("backend", machine.backend),
     )
+
+
+def slowest(kinds: Sequence[Kind]) -> Kind:
+    """The kind that others wait for: that of the lowest best rate, then of the lowest bandwidth."""
+    rate = lambda kind: max((e.peak * e.efficiency for e in kind.engines), default=0.0)  # noqa: E731
+    return min(kinds, key=lambda kind: (rate(kind), [m.bandwidth * m.efficiency / m.shared_by for m in kind.memories[:1]]))
 
 
 def _layout(levels: Sequence[Level], count: int) -> tuple[int, ...] | None:

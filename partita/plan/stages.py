@@ -1,7 +1,8 @@
-"""Plans that place operators on parts of the machine: stages, microbatches, recomputation.
+"""Plans that place operators on parts of the machine: at slices of axes, in stages, with microbatches and recomputation.
 
-`at(i)` in a choice pins an operator to slice i of a mesh axis (the O of SOAP). All operators are pinned on the same axes or none is; the
-slices are the *stages* of a pipeline. What happens inside a stage is a plan like any other, over the axes that are left (`inside`): it is
+`at(i)` in a choice pins an operator to slice i of a mesh axis (the O of SOAP); one that is not pinned on an axis uses all of its slices. Any operator may
+be, in any order of slices (`simulate.placed`). With microbatches or recomputation a plan is a *pipeline*: all operators are pinned on the same axes or none
+is, and the slices are its *stages*. What happens inside a stage is a plan like any other, over the axes that are left (`inside`): it is
 what all stages do with one microbatch, and everything that is known of plans (costs, layouts, memory) holds for it.
 
 A microbatch is an even part of the samples. In `inside` it is one more axis, in front of all others, that splits samples over time
@@ -30,7 +31,7 @@ def stage_axes(plan: Plan) -> tuple[int, ...]:
 
 
 def stages_of(graph: Graph, plan: Plan) -> tuple[int, ...]:
-    """Per operator the stage that it is in: 0 for all where none is pinned. PlanError where some are pinned and others not."""
+    """Per operator of a pipeline the stage that it is in: 0 for all where none is pinned. PlanError where some are pinned and others not."""
     axes = [plan.mesh.axes[n] for n in stage_axes(plan)]
     found = []
     for o in graph.operators:
@@ -39,7 +40,8 @@ def stages_of(graph: Graph, plan: Plan) -> tuple[int, ...]:
             at = slice_of(choice.get(axis.name, ""))
             if at is None:
                 raise PlanError(
-                    f"'{o.name}' is not pinned on axis {axis.name!r}, and other operators are: pin all of them, as in \"at(0):{axis.name}\", or none."
+                    f"'{o.name}' is not pinned on axis {axis.name!r}, and other operators are: with microbatches or recomputation pin all of them, as in "
+                    f"\"at(0):{axis.name}\", or none."
                 )
             stage = stage * axis.size + at
         found.append(stage)
@@ -114,8 +116,18 @@ def recomputed(graph: Graph, plan: Plan) -> tuple[int, ...]:
 
 
 def check_stages(plan: Plan, graph: Graph) -> None:
-    """PlanError if stages, microbatches or recomputed runs of a plan do not fit the graph."""
-    stages_of(graph, plan)
+    """PlanError if places, stages, microbatches or recomputed runs of a plan do not fit the graph."""
+    if is_pipeline(plan):
+        stages_of(graph, plan)
+    for a in graph.arguments:
+        storage, home = plan.storage.get(a.path), graph.home[a.tensor]
+        for axis in storage.axes if storage is not None and home >= 0 else ():
+            at = slice_of(plan.choices[graph.operators[home].name].get(axis, ""))
+            if at is not None:
+                raise PlanError(
+                    f"The plan stores {a.path!r} over axis {axis!r}, and '{graph.operators[home].name}', which it is of, is only on slice {at} of it: store it over "
+                    "other axes."
+                )
     if graph.batch_size and graph.batch_size % plan.microbatches:
         raise PlanError(f"A batch of {graph.batch_size} cannot be cut into {plan.microbatches} microbatches: give a number that divides it.")
     number = {o.name: n for n, o in enumerate(graph.operators)}
@@ -135,6 +147,10 @@ def check_stages(plan: Plan, graph: Graph) -> None:
 
 def is_staged(plan: Plan) -> bool:
     """Whether a plan is more than one program that all devices run at once."""
-    return plan.microbatches > 1 or bool(plan.recompute) or bool(stage_axes(plan))
+    return is_pipeline(plan) or bool(stage_axes(plan))
 
+
+def is_pipeline(plan: Plan) -> bool:
+    """Whether a plan goes through its operators by microbatch, or computes some of them again."""
+    return plan.microbatches > 1 or bool(plan.recompute)
 

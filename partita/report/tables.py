@@ -138,13 +138,13 @@ PARTS = {
     "gather": "gathering stored variables", "held up": "kernels held up by collectives",
 }  # fmt: skip
 """What the kinds of spans of a timeline are called."""
-WAITS = {"links": "waiting for a collective", "held up": "held up by collectives", "end": "waiting for the last collectives", "bubble": "waiting for other stages"}
+WAITS = {"links": "waiting for a collective", "held up": "held up by collectives", "end": "waiting for the last collectives", "bubble": "waiting for other devices"}
 
 
 def timeline_table(timeline: Timeline) -> Table:
     """A simulated step: what takes how much of it, by phase, and how much of each is on the critical path."""
     table = _table(f"{timeline.graph} on {timeline.machine}, plan '{timeline.plan}': a step of {format_seconds(timeline.seconds)}")
-    table.add_column("what a device does" if timeline.groups == 1 else f"what {timeline.groups} stages do together")
+    table.add_column("what a device does" if timeline.groups == 1 else f"what {timeline.groups} groups of devices do together")
     for column in ("forward", "backward", "update", "in all", "critical"):
         table.add_column(column, justify="right", no_wrap=True)
     for kind, name in PARTS.items():

@@ -45,7 +45,7 @@ def section(timeline: Timeline) -> Html:
 def _reading(timeline: Timeline) -> str:
     who = f"each of the {timeline.devices} devices does the same" if timeline.devices > 1 else "one device does it all"
     if timeline.groups > 1:
-        who = f"{timeline.devices} devices in {timeline.groups} stages"
+        who = f"{timeline.devices} devices in {timeline.groups} groups"
     waits = [f"{seconds_text(s)} {WAITS.get(cause, cause)}" for cause, s in timeline.idle.items() if s > 0]
     idle = f"the rest is {', '.join(waits)}" if waits else "nothing waits"
     run = f"{timeline.busy_part():.1%}".replace("%", "\u00a0%")

@@ -28,11 +28,11 @@ from partita.search.candidates import names_of
 from partita.search.elimination import eliminate
 from partita.search.mcmc import walk
 from partita.search.network import Network, build, stored_by
+from partita.search.placement import place
 from partita.search.reduce import Reduced, reduce
 from partita.search.simulated import Simulated, relaxed, simulated
 from partita.search.stages import least_seconds, stage
 from partita.simulate.simulate import predicted
-from partita.simulate.stages import Staged
 from partita.simulate.stages import predicted as staged_prediction
 from partita.units import format_bytes, format_seconds
 
@@ -61,6 +61,11 @@ def capacity(machine: Machine) -> int:
     return int(machine.memory_bytes * (1 - RESERVE))
 
 
+def fits(machine: Machine, prediction: Prediction, excess: float = 1.0) -> bool:
+    """Whether the device that holds most of what it has may hold that, and `excess` times as much if that was seen."""
+    return prediction.peak_bytes <= int(capacity(machine.of_kind(prediction.kind)) / max(1.0, excess))
+
+
 def find(
     graph: Graph, machine: Machine, report: Callable[[Progress], None] | None = None, excess: float = 1.0, seconds: float | None = None,
     seed: int = 0, stages: bool = False,
@@ -77,11 +82,18 @@ def find(
         limit = int(capacity(machine) / max(1.0, excess))
         most = found.prediction.seconds if smallest is None else np.inf
         bound = min(found.result.bound, least_seconds(found.network.terms, machine, machine.devices))
-        better = stage(graph, machine, mesh_of(machine), found.network.terms, limit, most * (1 - WORTH), report, bound, seconds)
+        terms, best = found.network.terms, None
+        if not machine.kinds:
+            staged = stage(graph, machine, mesh_of(machine), terms, limit, most * (1 - WORTH), report, bound, seconds)
+            best = staged and (staged.plan, staged_prediction(staged))
+        start = found.plan if found.plan.mesh.axes else found.baselines["one device"][0]
+        enough = lambda placed: fits(machine, placed.prediction(), excess)  # noqa: E731
+        placed = place(graph, machine, start, terms, (best[1].seconds if best else most) * (1 - WORTH), enough, report, bound, seconds, seed)
+        best = (replace(placed.plan, name="found"), replace(placed.prediction(), plan="found")) if placed else best
         found = replace(found, result=replace(found.result, bound=bound))
-        if better is not None:
-            return _staged(found, better)
-        note = "of the plans in stages that were looked at none is predicted to be faster; what is proved is proved of those without"
+        if best is not None:
+            return _elsewhere(found, graph, machine, *best)
+        note = "of the plans in stages and with placed operators that were looked at none is predicted to be faster; what is proved is proved of those without"
         found = replace(found, plan=replace(found.plan, notes=(*found.plan.notes, note)))
     if smallest is not None:
         limit, least = int(capacity(machine) / max(1.0, excess)), min(smallest, *(p.peak_bytes for _, p in found.baselines.values()))
@@ -141,18 +153,17 @@ def _alike(one: Plan, other: Plan) -> bool:
     return one.mesh == other.mesh and one.choices == other.choices and one.storage == other.storage
 
 
-def _staged(found: Found, staged: Staged) -> Found:
-    """The same search with a staged plan as what was found."""
-    prediction = staged_prediction(staged)
+def _elsewhere(found: Found, graph: Graph, machine: Machine, plan: Plan, prediction: Prediction) -> Found:
+    """The same search with a plan in stages or with placed operators as what was found."""
     result = replace(found.result, seconds=prediction.seconds, feasible=True)
-    base, graph = found.baselines["data parallel"][1], staged.graph
+    base = found.baselines["data parallel"][1]
     notes = [*graph.notes]
-    if base.peak_bytes <= capacity(staged.machine):
+    if fits(machine, base):
         notes.append(f"predicted {base.seconds / prediction.seconds:.2f} x as fast as data parallel")
     else:
         notes.append("data parallel does not fit in memory")
-    notes.append("stages, microbatches and recomputed runs can be planned and simulated, and not yet run")
-    plan = replace(staged.plan, notes=tuple(notes), predicted=_predicted(prediction, result))
+    notes.append("placed operators, stages, microbatches and recomputed runs can be planned and simulated, and not yet run")
+    plan = replace(plan, notes=tuple(notes), predicted=_predicted(prediction, result))
     return Found(plan, prediction, result, found.network, found.baselines)
 
 

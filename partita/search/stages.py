@@ -239,9 +239,11 @@ def least_seconds(terms: Terms, machine: Machine, devices: int) -> float:
 
     No split, place or order makes a kernel less work, and recomputation makes more of it.
     """
-    fastest = float(machine.bandwidth_for(np.zeros(1))[0])
+    kinds = [machine.of_kind(n) for n in range(len(machine.kinds) or 1)]  # where devices differ, each kernel on those that are fastest at it
+    fastest = [float(kind.bandwidth_for(np.zeros(1))[0]) for kind in kinds]
     least = 0.0
     for w in (w for own in terms.operators for w in own.work):
         moved = sum(nbytes for nbytes, _ in w.traffic)
-        least += w.trips * max(w.flops / machine.rate(w.op_class, engine_dtype(w.dtype)), moved / fastest)
+        rates = [(kind.rate(w.op_class, engine_dtype(w.dtype)), bandwidth) for kind, bandwidth in zip(kinds, fastest, strict=True)]
+        least += w.trips * min(max(w.flops / rate, moved / bandwidth) for rate, bandwidth in rates)
     return least / devices

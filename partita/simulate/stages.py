@@ -54,7 +54,12 @@ class Staged:
 
     @staticmethod
     def of(graph: Graph, machine: Machine, plan: Plan, found: Terms | None = None) -> Staged:
-        """A checked plan with its costs."""
+        """A checked plan with its costs. PlanError where the machine's devices differ."""
+        if machine.kinds:
+            raise PlanError(
+                f"The plan '{plan.name}' has microbatches or recomputes, and the devices of {machine.name} differ, where that cannot be simulated yet: give a plan "
+                "without them, which may place operators."
+            )
         found, inner = found or terms(graph, machine.backend), inside(graph, plan)
         where = layout(graph, inner)
         costs = operator_costs(found, Placement(machine, inner.mesh), where, inner)

@@ -5,13 +5,14 @@ backward; the sum of its gradients; the gathering of variables that are stored i
 under another sharding is a task between the two. Which tasks there are, and what comes before what, follows from the graph alone
 (`structure`); a plan only gives them seconds (`durations`), none where a task is not needed.
 
-Every device does the same at the same time, so one device stands for all of them: the number of devices changes seconds, not tasks.
-A device runs its kernels in program order, and its collectives in the order in which what they send is made, as XLA issues them. What
+Devices that do the same at the same time are one cell (`simulate.cells`), which one of them stands for: their number changes seconds, not
+tasks. A device runs its kernels in program order, and its collectives in the order in which what they send is made, as XLA issues them. What
 runs at the same time follows from the machine's backend. Where it hides nothing (`overlap` 0, XLA:CPU), kernels and collectives are one
 sequence, and a step takes the sum of its parts. Where it does, collectives have a stream of their own, and hinder the kernels
 beside them for the part of their time that is not hidden.
 
-Times are those of `cost.evaluate` and `cost.moves`; placement on parts of the machine and microbatches are not here yet.
+Times are those of `cost.evaluate` and `cost.moves`. Who does what of a slot where there are several cells: `simulate.placed`; microbatches:
+`simulate.stages`.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from partita.cost.evaluate import PARTS, PHASES, OperatorCost
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.terms import Move, Terms
 from partita.graph.graph import Graph, Key, Phase, constant_tensors
+from partita.graph.grouping import HEAVY
 from partita.plan.layout import Layout, resolve
 from partita.simulate.engine import Tasks
 
 Kind = Literal["compute", "exchange", "sum", "gather", "move", "join"]
-KERNELS, LINKS = 0, 1
-"""The streams of a device."""
+BETWEEN, KERNELS, LINKS = -1, 0, 1
+"""The streams of a cell, and none of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +72,9 @@ Node = tuple[str, int, str, int]
 
 
 @lru_cache(maxsize=8)
-def _structure(key: Key[Graph], terms_key: Key[Terms]) -> Structure:
+def _structure(key: Key[Graph], terms_key: Key[Terms], placed: bool) -> Structure:
     graph, terms = key.value, terms_key.value
-    nodes = _pieces(graph)
+    nodes = _pieces(graph, placed)
     work = _shares(graph, nodes)
     moved = {(m.tensor, m.reader): m for m in terms.edges}
     after: dict[Node, set[Node]] = defaultdict(set)
@@ -84,7 +86,8 @@ def _structure(key: Key[Graph], terms_key: Key[Terms]) -> Structure:
             _, o, phase, _ = node
             slots[node] = Slot("compute", o, graph.instructions[i].phase, share=work[node][1])
             order[node] = work[node][0]
-            last[o, phase] = max(last.get((o, phase), node), node, key=lambda n: n[3])
+            if 0 <= node[3] < POST:
+                last[o, phase] = max(last.get((o, phase), node), node, key=lambda n: n[3])
     for o, own in enumerate(terms.operators):
         for phase in PHASES:
             end = last.get((o, phase))
@@ -142,16 +145,62 @@ def _structure(key: Key[Graph], terms_key: Key[Terms]) -> Structure:
     return _ordered(slots, after, order, nodes)
 
 
-def structure(graph: Graph, terms: Terms) -> Structure:
-    """The tasks that a step of this graph may have, whatever its plan; computed once per graph."""
-    return _structure(Key(graph), Key(terms))
+def structure(graph: Graph, terms: Terms, placed: bool = False) -> Structure:
+    """The tasks that a step of this graph may have, whatever its plan; computed once per graph.
+
+    Where operators are `placed` apart, what one only passes on between others is a task by itself.
+    """
+    return _structure(Key(graph), Key(terms), placed)
 
 
-def _pieces(graph: Graph) -> list[Node | None]:
+PRE, POST = -1 << 20, 1 << 20
+"""Numbers of the pieces of an operator before and after those with its heavy instructions."""
+
+
+def _passing(graph: Graph) -> dict[int, int]:
+    """Instruction -> PRE or POST, where it is light and not on the way from what its operator's heavy instructions of that phase read to what they make.
+
+    A branch's values are joined, and their gradients taken apart again, in the operator of one of the branches; the other branches do not wait for the
+    heavy work of that one, nor it for theirs.
+    """
+    made = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
+    home = lambda i: (graph.owner[i], graph.instructions[i].phase)  # noqa: E731
+    before: list[frozenset[int]] = []
+    behind, read_by_others = [False] * len(graph.instructions), [False] * len(graph.instructions)
+    needs: dict[tuple[int, Phase], frozenset[int]] = {}
+    for i, x in enumerate(graph.instructions):
+        found, heavy = set(), x.name in HEAVY
+        for j in (made[t] for t in x.operands if t in made and made[t] < i):
+            if home(j) == home(i):
+                found |= before[j]
+                heavy |= behind[j]
+            else:
+                found |= {graph.owner[j]} - {-1, graph.owner[i]}
+                read_by_others[j] |= graph.owner[i] not in (-1, graph.owner[j])
+        before.append(frozenset(found))
+        behind[i] = heavy
+        if x.name in HEAVY:
+            needs[home(i)] = needs.get(home(i), frozenset()) | before[i]
+    place: dict[int, int] = {}
+    for i in reversed(range(len(graph.instructions))):
+        x = graph.instructions[i]
+        if graph.owner[i] < 0 or home(i) not in needs:
+            continue
+        if not before[i] <= needs[home(i)]:
+            place[i] = POST
+        elif not behind[i] and read_by_others[i]:
+            place[i] = PRE
+            for j in (made[t] for t in x.operands if t in made and made[t] < i):
+                read_by_others[j] |= home(j) == home(i)
+    return place
+
+
+def _pieces(graph: Graph, placed: bool) -> list[Node | None]:
     """Per instruction the task that its kernels belong to; None for what takes no time and waits for nothing.
 
     An operator's phase is one task, unless another operator's work comes between two parts of it; then each part is a task.
     """
+    passing = _passing(graph) if placed else {}
     free = constant_tensors(graph)
     made = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
     loops = {loop.instruction for loop in graph.loops}
@@ -160,7 +209,7 @@ def _pieces(graph: Graph) -> list[Node | None]:
         if all(t in free for t in x.results) and i not in loops:
             nodes.append(None)
         elif graph.owner[i] >= 0:
-            nodes.append(("compute", graph.owner[i], x.phase, 0))
+            nodes.append(("compute", graph.owner[i], x.phase, passing.get(i, 0)))
         else:
             sources = {node for t in x.operands if t in made and made[t] < i for node in [nodes[made[t]]] if node is not None}
             joins = [node for node in sources if node[0] == "join"]
@@ -183,7 +232,7 @@ def _pieces(graph: Graph) -> list[Node | None]:
             piece[node] += 1
         piece.setdefault(node, 0)
         before[tied] = node
-        nodes[i] = (*node[:3], piece[node])
+        nodes[i] = (*node[:3], node[3] + piece[node])
     return nodes
 
 
@@ -278,34 +327,98 @@ def durations(
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What some cells do together of a slot, for so many seconds. `cells` have to be ready for it; in `reach` its result is then there.
+
+    On `KERNELS` or `LINKS` it takes the turn of that stream in all its cells; on `BETWEEN` it takes none, but links out of and into cells: `out`, `into`.
+    """
+
+    cells: tuple[int, ...]
+    seconds: float
+    stream: int
+    reach: tuple[int, ...] = ()
+    out: tuple[int, ...] = ()
+    into: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Laid:
-    """A step's slots laid out in streams: `task[n]` is the task of slot n, `hold[n]` the one that holds up kernels meanwhile, or -1."""
+    """A step laid out in tasks. `task[n]` is the first task of slot n, `hold[n]` the one that holds up kernels meanwhile, or -1.
+
+    Per task: the slot that it is of, the share of it, the cells that do it, and whether it only holds up kernels.
+    """
 
     tasks: Tasks
     task: np.ndarray
     hold: np.ndarray
     overlap: float
+    slot: Sequence[int]
+    share: Sequence[Share]
+    cells: Sequence[tuple[int, ...]]
+    holds: Sequence[bool]
+
+
+def shares_of_one(step: Structure, seconds: np.ndarray) -> list[list[Share]]:
+    """What one cell does, alone: per slot all of it."""
+    stream = {"join": BETWEEN, "compute": KERNELS}
+    return [[Share((0,), float(t), stream.get(slot.kind, LINKS), (0,))] for slot, t in zip(step.slots, seconds, strict=True)]
 
 
 def lay_out(step: Structure, seconds: np.ndarray, overlap: float) -> Laid:
-    """What the engine runs: the slots of a step, kernels and collectives in streams. Seconds are those of `durations`.
+    """What the engine runs where one device stands for all: the slots of a step in its two streams. Seconds are those of `durations`."""
+    return lay_out_shares(step, shares_of_one(step, seconds), overlap)
 
-    Where part of a collective hides behind kernels, a task in their stream holds them up for the rest of its time.
+
+def lay_out_shares(step: Structure, shares: Sequence[Sequence[Share]], overlap: float) -> Laid:
+    """What the engine runs: the shares of all slots, kernels and collectives in streams of every cell.
+
+    Where part of a collective hides behind kernels, a task in their stream holds them up for the rest of its time. What several cells do together
+    begins when the last of their streams has come to it.
     """
     before: list[list[int]] = []
-    stream: list[int] = []
+    made: list[tuple[float, int, Sequence[tuple[int, float]], int, Share, tuple[int, ...], bool]] = []
     task, hold = np.zeros(len(step.slots), np.int64), np.full(len(step.slots), -1)
-    for n, slot in enumerate(step.slots):
-        wait = [int(task[b]) for b in step.before[n]]
+    last: dict[int, int] = {}
+    """Per stream its last task that takes time; `joint`: its last one that other streams had to come to as well."""
+    joint: dict[int, int] = {}
+
+    def put(n: int, share: Share, cells: tuple[int, ...], which: int, seconds: float, wait: set[int], holds: bool = False) -> int:
+        number, streams = len(before), [] if which == BETWEEN else [2 * c + which for c in cells]
+        turns = {(last if len(streams) > 1 else joint).get(s, -1) for s in streams} - {-1} if seconds > 0 else set()
+        before.append(sorted(wait | turns))
+        uses = [(2 * c, 1.0) for c in share.out] + [(2 * c + 1, 1.0) for c in share.into]
+        made.append((seconds, streams[0] if len(streams) == 1 else -1, uses, n, share, cells, holds))
+        for s in streams if seconds > 0 else ():
+            last[s] = number
+            if len(streams) > 1:
+                joint[s] = number
+        return number
+
+    ends: list[dict[int, list[int]]] = []
+    """Per slot, and cell in which its result is there, the tasks after which it is."""
+    for n, mine in enumerate(shares):
+        found: dict[int, list[int]] = {}
+        within: dict[int, list[int]] = {}
         task[n] = len(before)
-        before.append(wait)
-        stream.append(-1 if slot.kind == "join" else KERNELS if overlap == 0 or slot.kind == "compute" else LINKS)
-        if stream[-1] == LINKS and overlap < 1:
-            hold[n] = len(before)
-            before.append(wait)
-            stream.append(KERNELS)
-    tasks, held = Tasks.of([0.0] * len(before), before, stream), hold >= 0
-    tasks.seconds[task] = seconds
-    tasks.seconds[hold[held]] = seconds[held] * (1 - overlap)
-    return Laid(tasks, task, hold, overlap)
+        for share in mine:
+            wait: set[int] = set()
+            for c in share.cells:
+                for b in step.before[n] if c not in within else ():
+                    there = ends[b].get(c)
+                    wait.update(there if there is not None else (k for other in ends[b].values() for k in other))
+                wait.update(within.get(c, ()))
+            which = KERNELS if share.stream == LINKS and overlap == 0 else share.stream
+            number = put(n, share, share.cells, which, share.seconds, wait)
+            for c in share.reach:
+                found.setdefault(c, []).append(number)
+            if not share.reach:  # the first part of a move, which the second waits for
+                for c in share.cells:
+                    within.setdefault(c, []).append(number)
+            if which == LINKS and overlap < 1:
+                for c in share.cells:
+                    k = put(n, share, (c,), KERNELS, share.seconds * (1 - overlap), wait, True)
+                    hold[n] = k if hold[n] < 0 else hold[n]
+        ends.append(found)
+    seconds, stream, uses, *rest = zip(*made, strict=True) if made else ((),) * 7
+    return Laid(Tasks.of(seconds, before, stream, uses), task, hold, overlap, *rest)

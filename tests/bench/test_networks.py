@@ -8,13 +8,14 @@ import typer.testing
 from partita.api import capture
 from partita.bench.networks import NETWORKS, model
 from partita.bench.papers import cases, on_links, run
-from partita.bench.published import nodes_by_sample, one_weird_trick, optcnn_vgg16
+from partita.bench.published import layers_on_devices, one_weird_trick, optcnn_vgg16
 from partita.cli import app
 from partita.errors import PartitaError
 from partita.graph.graph import Graph
 from partita.machine import load
 from partita.plan.baselines import data_parallel
 from partita.search.find import WORTH, mesh_of
+from partita.simulate.simulate import simulate
 
 COUNTS = {
     "lenet": 61_706,  # LeCun 1998 with all of conv2 connected
@@ -67,11 +68,17 @@ def test_optcnns_plan_splits_the_last_convolutions_in_space_and_the_dense_layers
     assert (text["fc1"], text["fc2"], text["predictions"]) == ("P:a,b", "P:a,b", "P:a")
 
 
-def test_experts_split_recurrent_layers_by_sample_over_nodes_and_by_parameter_in_them() -> None:
-    graph = capture(model("rnnlm-2"), 16).graph
-    mesh = mesh_of(load("k80-cluster:4"))
-    text = nodes_by_sample(graph, "k80-cluster", mesh).to_json()["operators"]
-    assert set(text.values()) == {"S:a,b P:c,d"}
+def test_experts_split_samples_over_nodes_and_give_every_recurrent_layer_a_device_of_its_own() -> None:
+    graph, where = capture(model("rnnlm-2"), 16).graph, load("k80-cluster:4")
+    plan = layers_on_devices(graph, "k80-cluster", mesh_of(where))
+    text = plan.to_json()["operators"]
+    assert {text[name] for name in text if name.startswith(("embedding", "lstm0"))} == {"S:a,b at(0):c,d"}
+    assert {text[name] for name in text if name.startswith("lstm1")} == {"S:a,b at(0):c at(1):d"} and text["logits"] == "S:a,b P:c,d"
+    timeline = simulate(graph, where, plan)
+    assert timeline.groups == 4
+    kernels = [s for s in timeline.spans if s.kind == "compute"]
+    assert {s.group for s in kernels if s.operator.startswith("lstm0")} == {"c=0 d=0"} and {s.group for s in kernels if s.operator.startswith("lstm1")} == {"c=0 d=1"}
+    assert {s.group for s in kernels if s.operator == "logits"} == set(dict.fromkeys(s.group for s in kernels)) == {f"c={c} d={d}" for c in (0, 1) for d in (0, 1)}
 
 
 @pytest.mark.parametrize(("network", "batch"), [("lenet", 32), ("alexnet", 32), ("vgg16", 32)])

@@ -332,7 +332,7 @@ STATUS_LIST = "measured, verified, derived, recalled, assumed"
             "[domain.rack]",
             "[zone.rack]",
             "m.toml, line 50: zone is not a key that Partita knows: "
-            "Keys here are name, notes, device, level, domain, backend, source, status.",
+            "Keys here are name, notes, device, kind, level, domain, backend, source, status.",
         ),
         (
             'bandwidth = "300 GB/s"',
@@ -519,4 +519,58 @@ def test_a_machine_made_in_code_is_checked_too():
 def test_an_unknown_machine(name, message):
     with pytest.raises(MachineError) as error:
         load(name)
+    assert str(error.value) == message
+
+
+KINDS_OF_DEVICES = """name = "two"
+source = "a test"
+status = "assumed"
+[kind.new]
+count = 3
+name = "New"
+overhead = "4 us"
+memory.hbm = { capacity = "40 GiB", bandwidth = "1555 GB/s", efficiency = 0.8, shared_by = 1 }
+engine."*"."*" = { peak = "20 TFLOP/s", efficiency = 0.5 }
+[kind.old]
+count = 5
+name = "Old"
+overhead = "8 us"
+memory.main = { capacity = "16 GiB", bandwidth = "500 GB/s", efficiency = 0.8, shared_by = 1 }
+engine."*"."*" = { peak = "10 TFLOP/s", efficiency = 0.5 }
+[level.node]
+size = 8
+fabric = "switch"
+latency = "1 us"
+bandwidth = "300 GB/s"
+shared_by = 1
+"""
+
+
+def test_devices_that_differ_are_kinds_and_a_file_like_any_other() -> None:
+    machine = read(KINDS_OF_DEVICES, "two.toml")
+    assert [(k.key, k.count, k.name) for k in machine.kinds] == [("new", 3, "New"), ("old", 5, "Old")] and machine.devices == 8
+    assert machine.kind_of_devices() == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert machine.device.name == "Old" and machine.memory_bytes == 16 << 30 and machine.of_kind(0).memory_bytes == 40 << 30
+    assert replace(read(machine.to_toml()), sources=()) == replace(machine, sources=()) and read(machine.to_toml()).provenance() == machine.provenance()
+    faster = machine.revised({"kind.old.engine.*.*.peak": 1e14}, "a test")
+    assert faster.device.name == "New" and faster.provenance()["kind.old.engine.*.*.peak"] == (1e14, "a test", "measured")
+    assert "3 of 8 x New" in str(machine) and "old: * *:" in str(machine)
+    assert machine.with_devices(8) is machine
+    with pytest.raises(MachineError, match="Cannot take 4 devices of 'two': its 8 devices differ"):
+        machine.with_devices(4)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("count = 5", "count = 4", "two.toml, line 4: kind has 3 + 4 = 7 devices, and the levels have 8 = 8: change a count or a size, so that they agree."),
+        ("count = 3\n", "", "two.toml, line 4: kind.new lacks count, for example 4."),
+        ("[kind.old]", '[device]\nname = "Old"\n[kind.old]', "two.toml: device and kind stand together: describe equal devices as [device], or every kind of them as [kind.NAME] with its count."),
+        ('"16 GiB"', '"0 GiB"', "two.toml, line 14: kind.old.memory.main.capacity is 0 B: it must be more than zero."),
+        (KINDS_OF_DEVICES[KINDS_OF_DEVICES.index("[level") :], "", "two.toml, line 4: kind has 3 + 5 = 8 devices and no link reaches them: add [level.NAME] with the size, fabric, latency and bandwidth of what joins them."),
+    ],
+)  # fmt: skip
+def test_kinds_that_do_not_fit_are_one_sentence(before: str, after: str, message: str) -> None:
+    with pytest.raises(MachineError) as error:
+        read(KINDS_OF_DEVICES.replace(before, after), "two.toml")
     assert str(error.value) == message

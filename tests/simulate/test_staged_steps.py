@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_one_sentence() -> None:
     axis, other = (a.name for a in plan.mesh.axes[:2])
     wrong = {
         f"'{first}' is pinned at slice 7 of axis '{axis}', which has slices 0 to 1.": {"choices": {**plan.choices, first: {axis: "at(7)"}}},
-        f"'{first}' is not pinned on axis '{axis}'": {"choices": {**plan.choices, first: {other: "S"}}},
+        f"'{first}' is not pinned on axis '{axis}'": {"choices": {**plan.choices, first: {other: "S"}}, "microbatches": 2},
         f"A batch of {graph.batch_size} cannot be cut into 7 microbatches": {"microbatches": 7},
         "The plan recomputes 'nobody', which the model does not have": {"recompute": (("nobody", last),)},
         "overlap with others or end before they begin": {"recompute": ((last, first),)},
@@ -146,7 +146,8 @@ def test_what_does_not_fit_is_one_sentence() -> None:
         assert sentence in str(error.value)
     backwards = {name: {**choice, axis: f"at({1 - int(choice[axis][3])})"} for name, choice in plan.choices.items()}
     with pytest.raises(PlanError, match="number the stages in the order of the model"):
-        simulate(graph, where, check(replace(plan, choices=backwards), graph))
+        simulate(graph, where, check(replace(plan, choices=backwards, microbatches=2), graph))
+    assert simulate(graph, where, check(replace(plan, choices=backwards), graph)).seconds == simulate(graph, where, plan).seconds  # once is no order
 
 
 def test_a_plan_of_other_levels_is_put_on_those_of_the_machine_or_refused() -> None:

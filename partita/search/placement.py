@@ -1,0 +1,183 @@
+"""Plans that place operators: branches and layers at slices of axes, so that they run at the same time on devices of their own.
+
+Only what need not wait for each other can gain. `branches` reads off the graph where it forks and joins. From a plan that all devices run at once, the
+branches, and the layers that have parallel parts (unrolled steps follow each other from layer to layer), are dealt to the slices of an axis or of a level's
+axes; then single moves are tried: an operator, a branch, or all equal branches at another slice, or back on all of them, and a neighbour to where its reader
+is. Each is simulated (`simulate.placed`), unless its kernels alone take too long; the best that fits is kept. A hill climb, not a walk: a step with
+places costs milliseconds where a compiled one costs microseconds. FlexFlow's proposals are single operators (MLSys 2019, section 6.2).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from partita.cost.terms import Terms
+from partita.errors import PlanError
+from partita.graph.graph import Graph
+from partita.machine import Machine
+from partita.plan.plan import Plan, check, slice_of
+from partita.search.base import Progress, Report
+from partita.simulate.placed import Placed
+
+SECONDS = 5.0
+"""How long to look at most, unless it is said."""
+MOVES = 200
+"""Single moves that are tried, at most."""
+
+
+def place(
+    graph: Graph, machine: Machine, start: Plan, terms: Terms, most: float, fits: Callable[[Placed], bool], report: Report | None = None, bound: float = 0.0,
+    seconds: float | None = None, seed: int = 0,
+) -> Placed | None:  # fmt: skip
+    """The fastest plan found with operators placed on the axes of `start` that takes less than `most` seconds and fits; None if there is none.
+
+    A step that is being simulated when the time is up is simulated to the end. Ctrl-C ends with the best so far.
+    """
+    until, best, rng = time.perf_counter() + (SECONDS if seconds is None else seconds), None, random.Random(seed)
+    parallel = branches(graph)
+    if not (parallel or machine.kinds) or not start.mesh.axes:
+        return None
+
+    def better(plan: Plan) -> Placed | None:
+        try:
+            placed = Placed.of(graph, machine, check(plan, graph), terms)
+        except PlanError:
+            return None
+        least = most if best is None else best.seconds
+        if not machine.kinds and placed.least_seconds >= least or placed.seconds >= least or not fits(placed):
+            return None
+        if report is not None:
+            report(Progress("places", placed.seconds, bound))
+        return placed
+
+    try:
+        for plan in _dealt(graph, start, terms, parallel, bool(machine.kinds)):
+            if time.perf_counter() > until:
+                return best
+            best = better(plan) or best
+        units = _units(graph, terms, parallel)
+        for _ in range(MOVES if units else 0):
+            if time.perf_counter() > until:
+                break
+            best = better(_moved(start if best is None else best.plan, graph, terms, units, rng)) or best
+    except KeyboardInterrupt:  # the best so far
+        pass
+    return best
+
+
+def branches(graph: Graph) -> list[list[list[int]]]:
+    """Fork by fork, the branches up to where they join: operators that are connected with each other, and need not wait for another branch forward.
+
+    An operator before and after which all others have to run forks or joins, and is in none.
+    """
+    before, after = [0] * len(graph.operators), [0] * len(graph.operators)
+    heavy = {operator.heavy: o for o, operator in enumerate(graph.operators)}
+    upstream: dict[int, int] = {}
+    for i, x in enumerate(graph.instructions):  # what only joins branches is light: its operator's heavy instruction waits for none of them
+        found = 0
+        for t in x.operands:
+            found |= upstream.get(t, 0)
+        if i in heavy:
+            before[heavy[i]] = found
+            found |= 1 << heavy[i]
+        upstream |= dict.fromkeys(x.results, found)
+    for o, mine in enumerate(before):
+        for other in range(len(after)) if mine else ():
+            after[other] |= (mine >> other & 1) << o
+    everyone = (1 << len(before)) - 1
+    forks: list[list[list[int]]] = []
+    run: list[int] = []
+    for o in range(len(before) + 1):
+        if o < len(before) and before[o] | after[o] | 1 << o != everyone:
+            run.append(o)
+            continue
+        parts: list[list[int]] = []
+        for member in run:
+            joined = [p for p in parts if any(before[member] >> other & 1 for other in p)]
+            parts = [p for p in parts if p not in joined] + [sorted([*(x for p in joined for x in p), member])]
+        if len(parts) > 1 or any(before[a] >> b & 1 == after[a] >> b & 1 == 0 for p in parts for a in p for b in p if a != b):
+            forks.append(sorted(parts))
+        run = []
+    return forks
+
+
+def at(plan: Plan, graph: Graph, places: Mapping[int, int | None], axes: Sequence[int]) -> Plan:
+    """The plan with some operators at slices of axes (counted over all of them together), or on all slices where None."""
+    choices, mesh = dict(plan.choices), plan.mesh
+    for o, slot in places.items():
+        names = [mesh.axes[a].name for a in axes]
+        choice = {a: use for a, use in choices[graph.operators[o].name].items() if a not in names}
+        left = slot or 0
+        for a in reversed(axes) if slot is not None else ():
+            choice[mesh.axes[a].name] = f"at({left % mesh.sizes[a]})"
+            left //= mesh.sizes[a]
+        choices[graph.operators[o].name] = choice
+    home = {a.path: graph.operators[graph.home[a.tensor]].name for a in graph.arguments if graph.home[a.tensor] >= 0}
+    storage = {p: s for p, s in plan.storage.items() if p not in home or all(slice_of(choices[home[p]].get(a, "")) is None for a in s.axes)}
+    return replace(plan, choices=choices, storage=storage)
+
+
+def _dealt(graph: Graph, start: Plan, terms: Terms, parallel: Sequence[Sequence[Sequence[int]]], differ: bool) -> Iterator[Plan]:
+    """Branches and layers dealt to slices; where devices differ, also everything at one slice."""
+    work = [sum(w.flops * w.trips for w in own.work) for own in terms.operators]
+    inside = {o for fork in parallel for branch in fork for o in branch}
+    layers: dict[str, list[int]] = defaultdict(list)
+    for o in sorted(inside):
+        layers[graph.operators[o].name.split("/")[0]].append(o)
+    for axes in _targets(start):
+        slices = math.prod(start.mesh.sizes[a] for a in axes)
+        if differ:
+            yield from (at(start, graph, dict.fromkeys(range(len(work)), i), axes) for i in range(slices))
+        places: dict[int, int | None] = {}
+        for fork in parallel:
+            load = [0.0] * slices
+            for branch in sorted(fork, key=lambda b: -sum(work[o] for o in b)):
+                least = min(range(slices), key=load.__getitem__)
+                places |= dict.fromkeys(branch, least)
+                load[least] += sum(work[o] for o in branch)
+        yield at(start, graph, places, axes)
+        if 1 < len(layers) < len(inside):
+            yield at(start, graph, {o: n * slices // len(layers) for n, mine in enumerate(layers.values()) for o in mine}, axes)
+
+
+def _targets(start: Plan) -> list[tuple[int, ...]]:
+    """The axes on which operators are placed together: those of a level, and each by itself; fast links first, of equal axes one."""
+    levels: dict[int, list[int]] = defaultdict(list)
+    for n, axis in enumerate(start.mesh.axes):
+        levels[axis.level].append(n)
+    found = []
+    for _, axes in sorted(levels.items(), reverse=True):
+        found += dict.fromkeys([tuple(axes), *((a,) for a in axes)])
+    return found
+
+
+def _units(graph: Graph, terms: Terms, parallel: Sequence[Sequence[Sequence[int]]]) -> list[tuple[int, ...]]:
+    """What is moved at once: operators of branches, branches, and all branches that are equal."""
+    equal: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    found: dict[tuple[int, ...], None] = {}
+    for fork in parallel:
+        for branch in fork:
+            equal[tuple(terms.operators[o].digest for o in branch)] += branch
+            found |= dict.fromkeys([tuple(branch), *((o,) for o in branch)])
+    return [*found, *(mine for mine in map(tuple, equal.values()) if mine not in found)]
+
+
+def _moved(plan: Plan, graph: Graph, terms: Terms, units: Sequence[tuple[int, ...]], rng: random.Random) -> Plan:
+    """The plan with one unit elsewhere: at a slice, on all slices, or where a neighbour is."""
+    unit, axes = rng.choice(units), rng.choice(_targets(plan))
+    slices = math.prod(plan.mesh.sizes[a] for a in axes)
+    near = [m.reader if m.home in unit else m.home for m in terms.edges if (m.home in unit) != (m.reader in unit)]
+    if near and rng.random() < 0.3:
+        choice = plan.choices[graph.operators[rng.choice(near)].name]
+        uses = [slice_of(choice.get(plan.mesh.axes[a].name, "")) for a in axes]
+        if None not in uses:
+            slot = 0
+            for a, i in zip(axes, uses, strict=True):
+                slot = slot * plan.mesh.sizes[a] + (i or 0)
+            return at(plan, graph, dict.fromkeys(unit, slot), axes)
+    return at(plan, graph, dict.fromkeys(unit, rng.choice([None, *range(slices)])), axes)
