@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from partita import gnn_cli
 from partita.errors import LostProcessError, PartitaError, PlanError, ProcessError
 from partita.launch import LOST
 
@@ -25,6 +26,7 @@ machines = typer.Typer(no_args_is_help=True, help="The machines that plans can b
 app.add_typer(machines, name="machine")
 benches = typer.Typer(no_args_is_help=True, help="How good Partita is: tables to hold it against.")
 app.add_typer(benches, name="bench")
+app.add_typer(gnn_cli.app, name="gnn")
 out, err = Console(), Console(stderr=True, highlight=False)
 
 THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}

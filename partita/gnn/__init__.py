@@ -1,0 +1,10 @@
+"""Full-graph training of graph neural networks: the graph store.
+
+>>> import partita.gnn as gnn
+>>> gnn.Graph.from_edges([0, 1], [1, 0], features=[[1.0], [2.0]])
+graph: 2 vertices, 2 edges, 1 features
+"""
+
+from partita.gnn.graph import Graph, Transposed, check
+
+__all__ = ["Graph", "Transposed", "check"]
