@@ -27,6 +27,13 @@ Output = Annotated[
         show_default=False,
     ),
 ]
+Transpose = Annotated[
+    bool,
+    typer.Option(
+        "--transpose",
+        help="Also write the transpose beside a .lux file, so that training need not make it in memory (8 bytes an edge).",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table for people.")]
 
 
@@ -46,6 +53,7 @@ def generate(
     classes: Annotated[int, typer.Option(help="Classes of the vertices.")] = 16,
     within: Annotated[float, typer.Option(help="For blocks: the share of the edges that stays in a class.")] = 0.8,
     undirected: Annotated[bool, typer.Option("--undirected", help="Add the reverse of every edge too.")] = False,
+    transpose: Transpose = False,
     seed: Annotated[int, typer.Option(help="Another seed is another graph; the same seed is the same graph.", min=0)] = 0,
 ) -> None:  # fmt: skip
     """Draw a graph of any size, in little memory.
@@ -55,10 +63,11 @@ def generate(
     Example: partita gnn generate blocks --vertices 10000 --edges 200k --features 32 --classes 5 -o blocks.lux
     """
     with errors():
+        from partita.gnn import files
         from partita.gnn import generate as draw
-        from partita.gnn.files import gather
         from partita.units import parse_count
 
+        _can_transpose(transpose, output)
         count = parse_count(edges)
         tables: dict[str, Any] = {"features": features, "classes": classes, "seed": seed}
         if kind == "rmat":
@@ -75,7 +84,9 @@ def generate(
         else:
             raise GraphError(f"There is no generator {kind!r}: use rmat, erdos-renyi or blocks.")
         with progress() as report:
-            made = gather(stream.with_reverse_edges() if undirected else stream, output, report)
+            made = files.gather(stream.with_reverse_edges() if undirected else stream, output, report)
+            if transpose:
+                files.transpose(output, report)
         err.print(f"{made}, written to {output}", markup=False, soft_wrap=True)
 
 
@@ -85,6 +96,7 @@ def convert(
     output: Annotated[Path, typer.Argument(help="The .lux or .npz file to write.", show_default=False)],
     undirected: Annotated[bool, typer.Option("--undirected", help="Add the reverse of every edge, where each is kept in one direction (ogbn-products).")] = False,
     split: Annotated[str | None, typer.Option(help="Which split of an OGB data set, where it has several.")] = None,
+    transpose: Transpose = False,
 ) -> None:  # fmt: skip
     """Make a .lux or .npz file of another; edge lists and OGB folders of any size become .lux in little memory.
 
@@ -95,8 +107,11 @@ def convert(
     with errors():
         from partita.gnn import files
 
+        _can_transpose(transpose, output)
         with progress() as report:
             made = files.convert(source, output, undirected=undirected, split=split, report=report)
+            if transpose:
+                files.transpose(output, report)
         err.print(f"{made}, written to {output}", markup=False, soft_wrap=True)
 
 
@@ -121,6 +136,13 @@ def info(
             print(json.dumps(found))
         else:
             out.print(facts_table(found))
+
+
+def _can_transpose(transpose: bool, output: Path) -> None:
+    if transpose and output.suffix != ".lux":
+        raise GraphError(
+            f"A transpose lies beside a .lux file, and {output.name!r} is none: call it {output.stem + '.lux'!r}, or leave --transpose away."
+        )
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from partita.gnn.lux import read_lux, save_lux
 from partita.gnn.npz import open_npz, save_npz
 from partita.gnn.ogb import is_ogb, stream
 from partita.gnn.parquet import edge_table
-from partita.gnn.stream import EdgeStream, Report, silent
+from partita.gnn.stream import EdgeStream, Report, save_transposed, silent
 from partita.gnn.text import blocks, edge_list
 
 
@@ -69,6 +69,17 @@ def gather(edges: EdgeStream, into: Path, report: Report = silent) -> Graph:
         return edges.save(into, report)
     save(edges.graph(report), into)
     return open(into)
+
+
+def transpose(path: str | Path, report: Report = silent) -> Graph:
+    """Writes the transpose of a .lux file beside it, in bounded memory; the graph, which has it mapped, as `open` will from now on.
+
+    Otherwise training makes it in memory, 8 bytes an edge.
+    """
+    path = Path(path)
+    if _kind(path) != "lux":
+        raise GraphError(f"A transpose lies beside a .lux file, and {str(path)!r} is none: convert it first.")
+    return save_transposed(path, report)
 
 
 def edges_of(path: Path, split: str | None = None) -> EdgeStream | None:

@@ -32,6 +32,11 @@ TABLES = {"features": np.float32, "labels": np.int32, "train": np.bool_, "valida
 """The fields with a row per vertex, and their types."""
 
 
+def position_type(edges: int) -> type[np.signedinteger[Any]]:
+    """The type of positions of so many edges."""
+    return np.int32 if edges <= NARROW else np.int64
+
+
 def id_type(vertices: int) -> type[np.signedinteger[Any]]:
     """The type of vertex ids in a graph of so many vertices."""
     return np.int32 if vertices <= NARROW else np.int64
@@ -273,7 +278,7 @@ class Graph:
     def _transposed(self) -> Transposed:
         offsets = offsets_of(self.out_degrees())
         destinations = np.empty(self.edges, self.sources.dtype)
-        order = np.empty(self.edges, np.int32 if self.edges <= NARROW else np.int64)
+        order = np.empty(self.edges, position_type(self.edges))
         _transpose(self.offsets, self.sources, offsets[:-1].copy(), destinations, order)
         return Transposed(offsets, destinations, order)
 
@@ -350,6 +355,8 @@ def check(graph: Graph) -> Graph:
     try:
         _check_edges(graph)
         _check_tables(graph)
+        if (back := graph.__dict__.get("_transposed")) is not None:
+            _check_transposed(graph, back)
     except GraphError as error:
         raise GraphError(f"{graph.name}: {error}") from None
     return graph
@@ -390,6 +397,22 @@ def _check_edges(graph: Graph) -> None:
             if not np.isfinite(part).all():
                 at = start + int(np.argmin(np.isfinite(part)))
                 raise GraphError(f"the weight of edge {at:,} is {graph.weights[at]}: weights must be finite.")
+
+
+def _check_transposed(graph: Graph, back: Transposed) -> None:
+    """The transpose that a file brought along: of as many vertices and edges, and in range."""
+    try:
+        _check_edges(Graph(back.offsets, back.destinations))
+    except GraphError as error:
+        raise GraphError(f"in the transpose, {error}") from None
+    order = back.order
+    if (
+        back.offsets.shape != graph.offsets.shape
+        or not graph.edges == len(back.destinations) == len(order)
+        or len(order)
+        and (order.min() < 0 or order.max() >= graph.edges)
+    ):
+        raise GraphError("the transpose is of another graph: remove its files, and transpose again.")
 
 
 def _check_tables(graph: Graph) -> None:
@@ -456,7 +479,17 @@ def _vertices(source: np.ndarray, target: np.ndarray, features: Any, labels: Any
             return int(table.shape[0]) if hasattr(table, "shape") else len(table)
     if not len(source):
         raise GraphError("Without edges it is not known how many vertices there are: say vertices=.")
-    return max(int(source.max()), int(target.max())) + 1
+    largest = max(int(source.max()), int(target.max()))
+    plausible(largest, len(source))
+    return largest + 1
+
+
+def plausible(largest: int, edges: int) -> None:
+    """GraphError if ids are so large for so few edges that they are numbers of something else, which would take all memory."""
+    if largest >= 2**28 and largest > 256 * edges:
+        raise GraphError(
+            f"The largest id is {largest:,} and there are {edges:,} edges: number the vertices from 0 without gaps, or say vertices=."
+        )
 
 
 def within(source: np.ndarray, target: np.ndarray, vertices: int, before: int = 0) -> None:
@@ -548,11 +581,27 @@ def count(keys, counts):
 
 @njit(cache=True)
 def fill(keys, values, cursor, out):
-    """The stable counting sort's second pass: values[i] goes to where the cursor of keys[i] stands, which moves on."""
+    """The stable counting sort's second pass: values[i] goes to where the cursor of keys[i] stands, which moves on.
+
+    How many were placed: fewer than there are if one has no place.
+    """
     for i in range(len(keys)):
         k = keys[i]
+        if k < 0 or k >= len(cursor) or cursor[k] >= len(out):
+            return i
         out[cursor[k]] = values[i]
         cursor[k] += 1
+    return len(keys)
+
+
+@njit(cache=True)
+def targets_of(offsets, begin, out):
+    """The targets of the edges from position `begin` on."""
+    v = np.searchsorted(offsets, begin, "right") - 1
+    for i in range(len(out)):
+        while offsets[v + 1] <= begin + i:
+            v += 1
+        out[i] = v
 
 
 @njit(cache=True)

@@ -6,6 +6,7 @@
 | `<p>.feats.bin` | f32 [vertices, F], F by the file's length | Roc's; `<p>.feats.csv` is read too |
 | `<p>.label.bin` | i32 [vertices] | Roc's `<p>.label`, a number a line, is read too |
 | `<p>.train.bin`, `<p>.validation.bin`, `<p>.test.bin` | a byte per vertex, 0 or 1 | Roc's `<p>.mask`, a word a line, is read too |
+| `<p>.transposed.lux`, `<p>.transposed.order.bin` | the transpose, where it was asked for: i32 or i64 [edges] | |
 | `<p>.weights.bin` | f32 [edges] in the order of the sources | |
 
 All little-endian. Beyond 2^31 vertices sources are 64 bits wide, which shows in the file's length. (Roc, MLSys 2020; the layout is that of its
@@ -21,13 +22,14 @@ import numpy as np
 
 from partita.errors import GraphError
 from partita.gnn.drafts import Drafts, drafts
-from partita.gnn.graph import NARROW, TABLES, Graph, check, id_type, parts
+from partita.gnn.graph import NARROW, TABLES, Graph, Transposed, check, id_type, parts, position_type
 
 HEADER = 12
 WIDEST = 2**32
 """A header has 32 bits for the number of vertices."""
 
 FILES = {"features": ".feats.bin", "labels": ".label.bin", "train": ".train.bin", "validation": ".validation.bin", "test": ".test.bin", "weights": ".weights.bin"}  # fmt: skip
+TRANSPOSED = (".transposed.lux", ".transposed.order.bin")
 TEXTS = (".feats.csv", ".label", ".mask")
 MASKS = {"Train": "train", "Val": "validation", "Test": "test", "None": None}
 
@@ -56,7 +58,16 @@ def read_lux(path: Path) -> Graph:
     vertices, edges = len(offsets) - 1, len(sources)
     tables: dict[str, Any] = {what: _binary(path, what, vertices, edges) for what in FILES}
     tables |= {what: table for what, table in _texts(path, vertices).items() if tables[what] is None}
-    return Graph(offsets, sources, **tables, name=beside(path, "").name)
+    graph = Graph(offsets, sources, **tables, name=beside(path, "").name)
+    back, order = (beside(path, ending) for ending in TRANSPOSED)
+    if back.exists() and order.exists():
+        kind = np.dtype(position_type(edges))
+        if order.stat().st_size != kind.itemsize * edges:
+            raise GraphError(
+                f"{str(order)!r} is truncated or of another graph: {edges:,} positions take {kind.itemsize * edges:,} bytes, and it has {order.stat().st_size:,}."
+            )
+        graph.__dict__["_transposed"] = Transposed(*read_edges(back), _mapped(order, kind.newbyteorder("<").str, 0, (edges,)))
+    return graph
 
 
 def read_edges(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -190,6 +201,6 @@ def write(file: Any, array: np.ndarray) -> None:
 
 def forget(made: Drafts, path: Path) -> None:
     """Removes what lies beside a .lux file and is not of the graph that is about to take its place."""
-    for ending in (*FILES.values(), *TEXTS):
+    for ending in (*FILES.values(), *TRANSPOSED, *TEXTS):
         if not made.has(beside(path, ending)):
             beside(path, ending).unlink(missing_ok=True)

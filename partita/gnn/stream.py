@@ -21,11 +21,23 @@ import numpy as np
 
 from partita.errors import GraphError
 from partita.gnn.drafts import Drafts, drafts
-from partita.gnn.graph import TABLES, Graph, check, count, fill, id_type, offsets_of, within
-from partita.gnn.lux import FILES, WIDEST, beside, forget, read_lux, size, write, write_header
+from partita.gnn.graph import (
+    TABLES,
+    Graph,
+    check,
+    count,
+    fill,
+    id_type,
+    offsets_of,
+    plausible,
+    position_type,
+    targets_of,
+    within,
+)
+from partita.gnn.lux import FILES, TRANSPOSED, WIDEST, beside, forget, read_lux, size, write, write_header
 
 Piece = tuple[np.ndarray, np.ndarray, np.ndarray | None]
-"""Sources, targets and weights (or None) of some edges."""
+"""Sources, targets and weights (or None) of some edges; while transposing, positions are in the place of weights."""
 
 Report = Callable[[str, int, int | None], None]
 """Is told what is being done, how much of it is done, and of how much, where that is known."""
@@ -88,18 +100,13 @@ class EdgeStream:
         """
         offsets, heavy = self._counted(report)
         vertices, edges = len(offsets) - 1, int(offsets[-1])
-        row, weight = np.dtype(id_type(vertices)).itemsize, 4 * heavy
-        bounds = _bounds(offsets, max(1, memory // (row + weight)))
-        scratch = 0 if len(bounds) == 2 else (2 * row + weight) * edges
-        with drafts(path, size(vertices, edges) + weight * edges + scratch) as made:
+        weight = np.float32 if heavy else None
+        bounds, scratch = _ranges(offsets, weight, memory)
+        with drafts(path, size(vertices, edges) + 4 * heavy * edges + scratch) as made:
             for what, table in self.tables.items():
                 with made.open(beside(path, FILES[what])) as file:
                     self._write_table(what, table(), file, vertices, report)
-            with ExitStack() as stack:
-                weights = stack.enter_context(made.open(beside(path, FILES["weights"]))) if heavy else None
-                file = stack.enter_context(made.open(path))
-                write_header(file, offsets, edges)
-                self._sort(made, offsets, bounds, file, weights, report)
+            _sort(self.pieces, offsets, bounds, made, path, beside(path, FILES["weights"]), weight, report)
             report("checking", 0, None)
             check(read_lux(made.path(path)))
             forget(made, path)
@@ -123,6 +130,7 @@ class EdgeStream:
             elif len(source):
                 largest = max(largest, int(source.max()), int(target.max()))
                 within(source, target, WIDEST, edges)
+                plausible(largest, edges + len(source))
                 if largest >= len(counts):
                     counts = np.concatenate([counts, np.zeros(max(len(counts), largest + 1 - len(counts)), np.int64)])
             count(target, counts)
@@ -132,36 +140,74 @@ class EdgeStream:
             raise GraphError(f"{self.name} has no edge: it is not known how many vertices there are.")
         return offsets_of(counts[: self.vertices or largest + 1]), heavy
 
-    def _sort(
-        self,
-        made: Drafts,
-        offsets: np.ndarray,
-        bounds: np.ndarray,
-        file: BinaryIO,
-        weights_file: BinaryIO | None,
-        report: Report,
-    ) -> None:
-        """Writes sources, and weights, by destination: range by range of destinations."""
-        edges, kind, heavy, done = int(offsets[-1]), id_type(len(offsets) - 1), weights_file is not None, 0
-        if len(bounds) == 2:
-            ranges: list[Callable[[], Iterator[Piece]]] = [self.pieces]
-        else:
-            ranges = _dropped(self.pieces(), bounds, made, kind, edges, report)
-        for begin, end, pieces in zip(bounds[:-1], bounds[1:], ranges, strict=True):
+
+def save_transposed(path: Path, report: Report = silent, memory: int = MEMORY) -> Graph:
+    """Writes the transpose of a .lux file beside it, in bounded memory; the graph, whose `transposed()` is mapped from now on."""
+    graph = check(read_lux(path))
+    order = position_type(graph.edges)
+
+    def pieces() -> Iterator[Piece]:
+        for begin in range(0, graph.edges, PIECE):
+            end = min(begin + PIECE, graph.edges)
+            target = np.empty(end - begin, graph.sources.dtype)
+            targets_of(graph.offsets, begin, target)
+            yield target, graph.sources[begin:end], np.arange(begin, end, dtype=order)
+
+    offsets = offsets_of(graph.out_degrees())
+    bounds, scratch = _ranges(offsets, order, memory)
+    final, positions = (beside(path, ending) for ending in TRANSPOSED)
+    with drafts(final, size(graph.vertices, graph.edges) + np.dtype(order).itemsize * graph.edges + scratch) as made:
+        _sort(pieces, offsets, bounds, made, final, positions, order, report)
+    return read_lux(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------- sorting
+
+
+def _ranges(offsets: np.ndarray, third: type[np.generic] | None, memory: int) -> tuple[np.ndarray, int]:
+    """Where to cut the destinations so that a range's edges fit in memory, and the bytes of scratch files that it takes."""
+    row, more = np.dtype(id_type(len(offsets) - 1)).itemsize, np.dtype(third).itemsize if third else 0
+    bounds = _bounds(offsets, max(1, memory // (row + more)))
+    return bounds, 0 if len(bounds) == 2 else (2 * row + more) * int(offsets[-1])
+
+
+def _sort(
+    pieces: Callable[[], Iterator[Piece]], offsets: np.ndarray, bounds: np.ndarray, made: Drafts, path: Path, third_path: Path,
+    third: type[np.generic] | None, report: Report,
+) -> None:  # fmt: skip
+    """Writes a .lux file of the sources by destination, and the third column of the pieces, of this type, in the same order to another file."""
+    edges, kind, done = int(offsets[-1]), id_type(len(offsets) - 1), 0
+    if len(bounds) == 2:
+        ranges: list[Callable[[], Iterator[Piece]]] = [pieces]
+    else:
+        ranges = _dropped(pieces(), bounds, made, kind, third, edges, report)
+    with ExitStack() as stack:
+        third_file = stack.enter_context(made.open(third_path)) if third else None
+        file = stack.enter_context(made.open(path))
+        write_header(file, offsets, edges)
+        for begin, end, read in zip(bounds[:-1], bounds[1:], ranges, strict=True):
             cursor = offsets[begin:end] - offsets[begin]
-            second = cursor.copy() if heavy else cursor
+            second = cursor.copy() if third else cursor
             sources = np.empty(offsets[end] - offsets[begin], kind)
-            weights = np.empty(len(sources) if heavy else 0, np.float32)
-            for source, target, weight in pieces():
+            thirds = np.empty(len(sources) if third else 0, third)
+            for source, target, values in read():
                 local = target if begin == 0 else target - kind(begin)
-                fill(local, source, cursor, sources)
-                if weight is not None:
-                    fill(local, weight, second, weights)
+                placed = fill(local, source, cursor, sources)
+                if values is not None:
+                    placed = min(placed, fill(local, values, second, thirds))
+                if placed < len(source):
+                    raise GraphError(
+                        "The edges changed between their counting and their sorting: convert again when nobody writes to them."
+                    )
                 done += len(source)
                 report("sorting edges", done, edges)
             write(file, sources)
-            if weights_file is not None:
-                write(weights_file, weights)
+            if third_file is not None:
+                write(third_file, thirds)
+    if done != edges:
+        raise GraphError(
+            "The edges changed between their counting and their sorting: convert again when nobody writes to them."
+        )
 
 
 def _bounds(offsets: np.ndarray, most: int) -> np.ndarray:
@@ -178,19 +224,19 @@ def _bounds(offsets: np.ndarray, most: int) -> np.ndarray:
 
 
 def _dropped(
-    pieces: Iterator[Piece], bounds: np.ndarray, made: Drafts, kind: type[np.signedinteger[Any]], edges: int, report: Report
+    pieces: Iterator[Piece], bounds: np.ndarray, made: Drafts, kind: type[np.signedinteger[Any]], third: type[np.generic] | None, edges: int, report: Report
 ) -> list[Callable[[], Iterator[Piece]]]:  # fmt: skip
     """Edges dropped into a scratch file per range of destinations, in their order; how to read each range again."""
     n, done = len(bounds) - 1, 0
     with ExitStack() as stack:
         files = [[stack.enter_context(made.scratch(f"{i}.{column}").open("wb")) for column in range(3)] for i in range(n)]
-        for source, target, weights in pieces:
+        for source, target, values in pieces:
             into = np.searchsorted(bounds, target, "right") - 1
             cuts = offsets_of(np.bincount(into, minlength=n))
-            for column, (values, dtype) in enumerate([(source, kind), (target, kind), (weights, np.float32)]):
-                if values is not None:
-                    gathered = np.empty(len(values), dtype)
-                    fill(into, values, cuts[:-1].copy(), gathered)
+            for column, (given, dtype) in enumerate([(source, kind), (target, kind), (values, third)]):
+                if given is not None:
+                    gathered = np.empty(len(given), dtype)
+                    fill(into, given, cuts[:-1].copy(), gathered)
                     for i in np.flatnonzero(np.diff(cuts)):
                         files[i][column].write(gathered[cuts[i] : cuts[i + 1]].data)
             done += len(source)
@@ -200,7 +246,6 @@ def _dropped(
         with ExitStack() as stack:
             columns = [stack.enter_context(made.scratch(f"{i}.{column}").open("rb")) for column in range(3)]
             while len(source := np.fromfile(columns[0], kind, PIECE)):
-                weights = np.fromfile(columns[2], np.float32, PIECE)
-                yield source, np.fromfile(columns[1], kind, PIECE), weights if len(weights) else None
+                yield source, np.fromfile(columns[1], kind, PIECE), np.fromfile(columns[2], third, PIECE) if third else None
 
     return [partial(read, i) for i in range(n)]
