@@ -121,10 +121,13 @@ def _kind(path: Path) -> str:
 
 
 def _written(path: Path) -> None:
+    """GraphError if a graph cannot be written there: it is better known before an hour's work than after."""
     if path.suffix not in (".lux", ".npz"):
         raise GraphError(
             f"A graph is written to a .lux or an .npz file, and {path.name!r} is neither: call it {path.stem + '.lux'!r}."
         )
+    if not path.parent.is_dir():
+        raise GraphError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}.")
 
 
 def _named(path: Path, make: Callable[[], Graph]) -> Graph:

@@ -35,9 +35,9 @@ def open_npz(path: Path) -> Graph:
         tables: dict[str, Any] = {what: arrays[what] for what in ("train", "validation", "test") if what in arrays}
         if all(name in arrays for name in CSR):
             try:
-                tables["features"] = scipy.sparse.csr_array(
-                    tuple(arrays[name] for name in CSR[:3]), shape=tuple(arrays["feature_shape"])
-                )
+                features = scipy.sparse.csr_array(tuple(arrays[name] for name in CSR[:3]), shape=tuple(arrays["feature_shape"]))
+                features.check_format(full_check=True)  # SciPy writes beyond its arrays otherwise
+                tables["features"] = features
             except ValueError as error:
                 raise GraphError(f"{str(path)!r}: the features are no CSR matrix: {error}.") from None
         try:

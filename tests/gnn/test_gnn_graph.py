@@ -45,7 +45,10 @@ def pairs(graph: Graph) -> list[tuple[int, int, float]]:
 def equal(a: Graph, b: Graph) -> bool:
     """Whether two graphs have the same arrays of the same types."""
     both = [(getattr(a, f), getattr(b, f)) for f in FIELDS]
-    return all((x is None and y is None) or (x is not None and y is not None and x.dtype == y.dtype and np.array_equal(x, y)) for x, y in both)
+    return all(
+        (x is None and y is None) or (x is not None and y is not None and x.dtype == y.dtype and np.array_equal(x, y))
+        for x, y in both
+    )
 
 
 @LAW
@@ -155,14 +158,18 @@ PLAIN = Graph.from_edges(SOURCE, TARGET, 4, features=X, labels=Y, train=TRAIN)
 
 
 def test_from_pyg_reads_data_with_edge_index() -> None:
-    data = SimpleNamespace(edge_index=Tensor([SOURCE, TARGET]), x=Tensor(X), y=Tensor(Y[:, None]), train_mask=Tensor(TRAIN), num_nodes=4)
+    data = SimpleNamespace(
+        edge_index=Tensor([SOURCE, TARGET]), x=Tensor(X), y=Tensor(Y[:, None]), train_mask=Tensor(TRAIN), num_nodes=4
+    )
     assert equal(Graph.from_pyg(data), PLAIN)
 
 
 def test_from_pyg_reads_data_with_adj_t() -> None:
     rows = SimpleNamespace(coo=lambda: (Tensor(TARGET), Tensor(SOURCE), Tensor([1.0, 2, 3, 4])))
     data = SimpleNamespace(adj_t=rows, x=Tensor(X), y=Tensor(Y), train_mask=Tensor(TRAIN), num_nodes=4)
-    assert equal(Graph.from_pyg(data), Graph.from_edges(SOURCE, TARGET, features=X, labels=Y, train=TRAIN, weights=[1, 2, 3, 4]))
+    assert equal(
+        Graph.from_pyg(data), Graph.from_edges(SOURCE, TARGET, features=X, labels=Y, train=TRAIN, weights=[1, 2, 3, 4])
+    )
 
 
 def test_from_dgl_reads_a_homogeneous_graph() -> None:
@@ -171,7 +178,10 @@ def test_from_dgl_reads_a_homogeneous_graph() -> None:
         ndata={"feat": Tensor(X), "label": Tensor(Y), "train_mask": Tensor(TRAIN.astype(np.uint8))}, edata={"w": Tensor([[1.0], [2], [3], [4]])},
     )  # fmt: skip
     assert equal(Graph.from_dgl(graph), PLAIN)
-    assert equal(Graph.from_dgl(graph, weights="w"), Graph.from_edges(SOURCE, TARGET, features=X, labels=Y, train=TRAIN, weights=[1, 2, 3, 4]))
+    assert equal(
+        Graph.from_dgl(graph, weights="w"),
+        Graph.from_edges(SOURCE, TARGET, features=X, labels=Y, train=TRAIN, weights=[1, 2, 3, 4]),
+    )
 
 
 class Networkx:
@@ -191,7 +201,9 @@ class Networkx:
 @pytest.mark.parametrize("directed", [True, False])
 def test_from_networkx_reads_both_kinds_of_graph(directed: bool) -> None:
     nodes = {n: {"x": [float(i), 1.0], "y": i} for i, n in enumerate("abc")}
-    graph = Graph.from_networkx(Networkx(nodes, [("a", "b", {"w": 2.0}), ("c", "c", {"w": 3.0})], directed), features="x", labels="y", weights="w")
+    graph = Graph.from_networkx(
+        Networkx(nodes, [("a", "b", {"w": 2.0}), ("c", "c", {"w": 3.0})], directed), features="x", labels="y", weights="w"
+    )
     assert pairs(graph) == sorted([(0, 1, 2.0), (2, 2, 3.0)] + ([] if directed else [(1, 0, 2.0)]))
     assert graph.features is not None and graph.labels is not None
     assert graph.features.tolist() == [[0, 1], [1, 1], [2, 1]] and graph.labels.tolist() == [0, 1, 2]
@@ -207,7 +219,9 @@ def test_from_scipy_takes_every_format_and_keeps_values_that_are_not_all_one(kin
 def test_sparse_features_lists_of_vertices_and_unlabelled_vertices_are_understood() -> None:
     graph = Graph.from_edges(SOURCE, TARGET, features=scipy.sparse.csr_array(X), labels=[1.0, np.nan, 2, 1], train=[2, 0])
     assert graph.features is not None and graph.labels is not None and graph.train is not None
-    assert np.array_equal(graph.features, X) and graph.labels.tolist() == [1, -1, 2, 1] and graph.train.tolist() == TRAIN.tolist()
+    assert (
+        np.array_equal(graph.features, X) and graph.labels.tolist() == [1, -1, 2, 1] and graph.train.tolist() == TRAIN.tolist()
+    )
     assert graph.classes == 3 and graph.vertices == 4
 
 
