@@ -9,13 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from partita.errors import LostProcessError, PartitaError, PlanError, ProcessError
-from partita.launch import LOST
+from partita import gnn_cli
+from partita.errors import PlanError
+from partita.terminal import err, errors, leave, out
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -25,7 +25,7 @@ machines = typer.Typer(no_args_is_help=True, help="The machines that plans can b
 app.add_typer(machines, name="machine")
 benches = typer.Typer(no_args_is_help=True, help="How good Partita is: tables to hold it against.")
 app.add_typer(benches, name="bench")
-out, err = Console(), Console(stderr=True, highlight=False)
+app.add_typer(gnn_cli.app, name="gnn")
 
 THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -82,7 +82,7 @@ def run(
 
     Example: partita run train.py --devices 4 --save-plan plan.json -- --epochs 3
     """
-    with _errors():
+    with errors():
         if not os.environ.get("PARTITA_LAUNCHED"):
             _can_write(report=report, plan=save_plan)
             _note_slips(context)
@@ -125,7 +125,7 @@ def run(
             code = run_script(script, context.args, choose, report=_say(quiet), verify=verify, trained=trained)
         if report is not None and not quiet:
             err.print(f"report written to {', '.join(map(str, pages))}" if pages else "nothing was trained, so there is no report")
-    _leave(code)
+    leave(code)
 
 
 @app.command(context_settings=THROUGH)
@@ -147,7 +147,7 @@ def plan(
     Example: partita plan train.py --machine dgx-h100:4
     Example: partita plan train.py --machine h100:8,h100:64,a100:64 --objective cost-per-epoch --price h100=2.5,a100=1.5
     """
-    with _errors():
+    with errors():
         _can_write(report=report, plan=save_plan)
         if machine is not None and "," in machine or objective != "step":
             _compare_machines(context, script, devices, machine, objective, price, samples, seconds, stages, save_plan, report, as_json)
@@ -236,7 +236,7 @@ def compare(
 
     Example: partita compare train.py --devices 8
     """
-    with _errors():
+    with errors():
         captured, where = _captured(context, script, devices, machine, as_json, measure)
         from partita.api import compare_captured, here
         from partita.report.tables import comparison_table
@@ -262,7 +262,7 @@ def simulate(
 
     Example: partita simulate train.py --machine k80-cluster --plan dp --trace trace.json
     """
-    with _errors():
+    with errors():
         _can_write(trace=trace, report=report)
         captured, where = _captured(context, script, devices, machine, as_json)
         from partita.api import named_plan, simulate_captured
@@ -295,7 +295,7 @@ def explain(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Why a plan is as it is: what was chosen, and what the alternatives would cost in time and memory."""
-    with _errors():
+    with errors():
         from partita.plan.plan import Plan
         from partita.report.tables import explain_table, plan_table, summary
 
@@ -328,7 +328,7 @@ def diff(
     left: Annotated[Path, typer.Argument(show_default=False)], right: Annotated[Path, typer.Argument(show_default=False)]
 ) -> None:  # fmt: skip
     """What two plans do differently, a line each."""
-    with _errors():
+    with errors():
         from partita.plan.plan import Plan
         from partita.plan.plan import diff as differences
 
@@ -346,7 +346,7 @@ def machine_measure(
 
     Takes under a minute. Example: partita machine measure --processes 2
     """
-    with _errors():
+    with errors():
         if processes > 1 and not os.environ.get("PARTITA_LAUNCHED"):
             from partita.launch import launch
 
@@ -375,7 +375,7 @@ def machine_measure(
 @machines.command("list")
 def machine_list() -> None:
     """The machines that come with Partita."""
-    with _errors():
+    with errors():
         from partita.machine import load, presets
 
         for name in presets():
@@ -386,7 +386,7 @@ def machine_list() -> None:
 @machines.command("show")
 def machine_show(name: Annotated[str, typer.Argument(help="A preset, with a count ('h100:16'), or a .toml file.")]) -> None:
     """A machine's devices and links, and where each number comes from."""
-    with _errors():
+    with errors():
         from partita.machine import load
 
         found = load(name)
@@ -411,7 +411,7 @@ def bench_papers(
 
     No GPU is needed, no weight is allocated. Example: partita bench papers --only vgg16
     """
-    with _errors():
+    with errors():
         os.environ.setdefault("KERAS_BACKEND", "jax")
         from partita.bench.papers import cases, run
         from partita.report.tables import papers_lines, papers_table, searches_table
@@ -598,34 +598,3 @@ def _write(path: Path, write: Callable[[], None], what: str = "plan") -> None:
         raise PlanError(
             f"The {what} cannot be written to {str(path)!r}: {error.strerror}. Name a file in a folder that exists."
         ) from None
-
-
-def _leave(code: int) -> NoReturn:
-    """Ends with an exit code; one of several processes at once, where JAX would wait for the others to end well too."""
-    processes = sys.modules.get("partita.execute.processes")
-    if code and processes is not None and processes.joined:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    raise typer.Exit(code) from None
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """A user's mistake is one sentence and exit code 2; Ctrl-C is one word and 130."""
-    try:
-        yield
-    except ProcessError as error:
-        lost = isinstance(error, LostProcessError)
-        if not (lost and os.environ.get("PARTITA_LAUNCHED")):  # who launched it names the process that is gone
-            err.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
-        _leave(LOST if lost else 2)
-    except PartitaError as error:
-        err.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
-        _leave(2)
-    except KeyboardInterrupt:
-        err.print("stopped.", markup=False)
-        raise typer.Exit(130) from None
-    except BrokenPipeError:
-        sys.stderr.close()
-        raise typer.Exit(0) from None

@@ -35,3 +35,7 @@ class ProcessError(PartitaError):
 
 class LostProcessError(ProcessError):
     """A process that trained with this one is gone."""
+
+
+class GraphError(PartitaError):
+    """A graph to train on that is wrong in itself, or a file that does not hold one."""

@@ -1,4 +1,4 @@
-"""Imports go one way: errors, units; graph, machine; plan; cost; simulate; search; capture, execute; keras, report; api; bench; cli."""
+"""Imports go one way: errors, units; graph, machine; plan; cost; simulate; search; capture, execute; keras, report; api; bench; terminal; gnn_cli; cli."""
 
 import ast
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import partita
 ROOT = Path(partita.__file__).parent
 ORDER = [
     {"errors"}, {"units"}, {"graph", "machine"}, {"plan"}, {"cost"}, {"simulate"}, {"search"}, {"capture"}, {"execute"},
-    {"keras", "gnn", "manage", "report"}, {"api"}, {"bench"}, {"launch"}, {"cli"}, {"__init__", "__main__"},
+    {"keras", "gnn", "manage", "report"}, {"api"}, {"bench"}, {"launch"}, {"terminal"}, {"gnn_cli"}, {"cli"}, {"__init__", "__main__"},
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 PURE = {"errors", "units", "graph", "machine", "plan", "cost", "simulate", "search"}
