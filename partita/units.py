@@ -68,6 +68,19 @@ def parse(text: str, dimension: str | None = None) -> float:
     return _scaled(number, UNITS[found][unit])
 
 
+def parse_count(text: str) -> int:
+    """The whole number that is meant by "16M", "2.4 G", "1e9" or "10,556".
+
+    >>> parse_count("16M"), parse_count("2.4 G"), parse_count("1e9"), parse_count("10,556")
+    (16000000, 2400000000, 1000000000, 10556)
+    """
+    match = _QUANTITY.fullmatch(text)
+    number = float(match[1].replace(",", "").replace("_", "")) * _DECIMAL.get(match[2], math.nan) if match else math.nan
+    if not number.is_integer():
+        raise PartitaError(f"'{text}' is not a whole number: write for example \"16M\", \"2.4G\" or \"10,556\".")
+    return int(number)
+
+
 def _scaled(number: float, scale: float) -> float:
     # 1e-6 has no exact float, 1e6 has: dividing gives the float nearest to what was written, multiplying may not
     return number / round(1 / scale) if scale < 1 else number * scale

@@ -5,6 +5,9 @@
 graph: 2 vertices, 2 edges, 1 features
 """
 
+from partita.gnn import generate, order
+from partita.gnn.files import convert, open, save, transpose
 from partita.gnn.graph import Graph, Transposed, check
+from partita.gnn.stream import EdgeStream
 
-__all__ = ["Graph", "Transposed", "check"]
+__all__ = ["EdgeStream", "Graph", "Transposed", "check", "convert", "generate", "open", "order", "save", "transpose"]

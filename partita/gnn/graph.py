@@ -28,8 +28,13 @@ NARROW = 2**31
 ROWS_AT_ONCE = 2**18
 """Rows that a check looks at in one go, so that it needs little memory whatever the graph."""
 
-TABLES = ("features", "labels", "train", "validation", "test")
-"""The fields with a row per vertex."""
+TABLES = {"features": np.float32, "labels": np.int32, "train": np.bool_, "validation": np.bool_, "test": np.bool_}
+"""The fields with a row per vertex, and their types."""
+
+
+def position_type(edges: int) -> type[np.signedinteger[Any]]:
+    """The type of positions of so many edges."""
+    return np.int32 if edges <= NARROW else np.int64
 
 
 def id_type(vertices: int) -> type[np.signedinteger[Any]]:
@@ -94,7 +99,7 @@ class Graph:
             raise GraphError(f"There are {len(source):,} sources and {len(target):,} targets: an edge needs one of each.")
         if vertices is None:
             vertices = _vertices(source, target, features, labels)
-        _within(source, target, vertices)
+        within(source, target, vertices)
         weights = None if weights is None else _array(weights).reshape(-1)
         if weights is not None and len(weights) != len(source):
             raise GraphError(
@@ -128,8 +133,8 @@ class Graph:
                 f"A matrix of {rows:,} rows and {columns:,} columns is no graph: both are the vertices, so they must be equal."
             )
         entries = matrix.tocoo()
-        weights = None if (entries.data == 1).all() else entries.data
-        return Graph.from_edges(entries.row, entries.col, rows, **({"weights": weights} | tables))
+        given: dict[str, Any] = {"weights": None if (entries.data == 1).all() else entries.data} | tables
+        return Graph.from_edges(entries.row, entries.col, rows, **given)
 
     @staticmethod
     def from_networkx(graph: Any, *, weights: str | None = None, name: str = "graph", **tables: Any) -> Graph:
@@ -158,7 +163,8 @@ class Graph:
     @staticmethod
     def from_pyg(data: Any, *, name: str = "graph") -> Graph:
         """The graph of a PyG `Data`: edge_index or adj_t, and x, y, train_mask, val_mask, test_mask, edge_weight where it has them."""
-        edges, rows = getattr(data, "edge_index", None), getattr(data, "adj_t", None)
+        edges: Any = getattr(data, "edge_index", None)
+        rows: Any = getattr(data, "adj_t", None)
         if edges is None and rows is None:
             kinds = (
                 f" It has the edge types {', '.join(map(str, data.edge_types))}." if getattr(data, "edge_types", None) else ""
@@ -206,14 +212,14 @@ class Graph:
         return Graph.from_edges(source, target, int(graph.num_nodes()), weights=heavy, name=name, **tables)
 
     @staticmethod
-    def from_ogb(folder: str | Path, *, both_directions: bool = False) -> Graph:
+    def from_ogb(folder: str | Path, *, split: str | None = None) -> Graph:
         """The graph of a node-property data set of OGB as it lies on disk: the folder with `raw/` and `split/` in it.
 
-        Undirected sets (ogbn-products) are stored in one direction: `both_directions` adds the other.
+        Undirected sets (ogbn-products) are kept in one direction: `with_reverse_edges()` adds the other. `split` names one of several.
         """
-        from partita.gnn.ogb import read
+        from partita.gnn.ogb import stream
 
-        return read(Path(folder), both_directions)
+        return stream(Path(folder), split).graph()
 
     # ------------------------------------------------------------------------------------------------------- what it is
 
@@ -272,7 +278,7 @@ class Graph:
     def _transposed(self) -> Transposed:
         offsets = offsets_of(self.out_degrees())
         destinations = np.empty(self.edges, self.sources.dtype)
-        order = np.empty(self.edges, np.int32 if self.edges <= NARROW else np.int64)
+        order = np.empty(self.edges, position_type(self.edges))
         _transpose(self.offsets, self.sources, offsets[:-1].copy(), destinations, order)
         return Transposed(offsets, destinations, order)
 
@@ -349,6 +355,8 @@ def check(graph: Graph) -> Graph:
     try:
         _check_edges(graph)
         _check_tables(graph)
+        if (back := graph.__dict__.get("_transposed")) is not None:
+            _check_transposed(graph, back)
     except GraphError as error:
         raise GraphError(f"{graph.name}: {error}") from None
     return graph
@@ -373,7 +381,7 @@ def _check_edges(graph: Graph) -> None:
     if len(sources) and (sources.min() < 0 or sources.max() >= graph.vertices):
         at = next(
             start + int(np.argmax(bad))
-            for start, part in _parts(sources)
+            for start, part in parts(sources)
             if (bad := (part < 0) | (part >= graph.vertices)).any()
         )
         v = int(np.searchsorted(offsets, at, "right")) - 1
@@ -385,15 +393,31 @@ def _check_edges(graph: Graph) -> None:
             raise GraphError(
                 f"weights are {graph.weights.dtype} {list(graph.weights.shape)}: float32 [{len(sources)}] is needed, one for each edge."
             )
-        for start, part in _parts(graph.weights):
+        for start, part in parts(graph.weights):
             if not np.isfinite(part).all():
                 at = start + int(np.argmin(np.isfinite(part)))
                 raise GraphError(f"the weight of edge {at:,} is {graph.weights[at]}: weights must be finite.")
 
 
+def _check_transposed(graph: Graph, back: Transposed) -> None:
+    """The transpose that a file brought along: of as many vertices and edges, and in range."""
+    try:
+        _check_edges(Graph(back.offsets, back.destinations))
+    except GraphError as error:
+        raise GraphError(f"in the transpose, {error}") from None
+    order = back.order
+    if (
+        back.offsets.shape != graph.offsets.shape
+        or not graph.edges == len(back.destinations) == len(order)
+        or len(order)
+        and (order.min() < 0 or order.max() >= graph.edges)
+    ):
+        raise GraphError("the transpose is of another graph: remove its files, and transpose again.")
+
+
 def _check_tables(graph: Graph) -> None:
-    for what in TABLES:
-        table, dtype = getattr(graph, what), {"features": np.float32, "labels": np.int32}.get(what, np.bool_)
+    for what, dtype in TABLES.items():
+        table = getattr(graph, what)
         if table is None:
             continue
         if table.ndim != (2 if what == "features" else 1) or table.dtype != dtype:
@@ -402,7 +426,7 @@ def _check_tables(graph: Graph) -> None:
         if len(table) != graph.vertices:
             raise GraphError(f"{what} has {len(table):,} rows for {graph.vertices:,} vertices: it needs one for each.")
     if graph.features is not None:
-        for start, part in _parts(graph.features):
+        for start, part in parts(graph.features):
             if not np.isfinite(part).all():
                 row, column = (int(i) for i in np.argwhere(~np.isfinite(part))[0])
                 value = part[row, column]
@@ -421,7 +445,7 @@ def _check_tables(graph: Graph) -> None:
             raise GraphError(f"vertex {v:,} is in the {what} mask and has no label (-1): take it out of the mask, or label it.")
 
 
-def _parts(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def parts(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """An array in pieces of a few rows, each with where it begins."""
     rows = max(1, ROWS_AT_ONCE * 16 // max(1, int(np.prod(array.shape[1:]))))
     for start in range(0, len(array), rows):
@@ -455,11 +479,21 @@ def _vertices(source: np.ndarray, target: np.ndarray, features: Any, labels: Any
             return int(table.shape[0]) if hasattr(table, "shape") else len(table)
     if not len(source):
         raise GraphError("Without edges it is not known how many vertices there are: say vertices=.")
-    return max(int(source.max()), int(target.max())) + 1
+    largest = max(int(source.max()), int(target.max()))
+    plausible(largest, len(source))
+    return largest + 1
 
 
-def _within(source: np.ndarray, target: np.ndarray, vertices: int) -> None:
-    """GraphError for the first edge one of whose ends is not a vertex."""
+def plausible(largest: int, edges: int) -> None:
+    """GraphError if ids are so large for so few edges that they are numbers of something else, which would take all memory."""
+    if largest >= 2**28 and largest > 256 * edges:
+        raise GraphError(
+            f"The largest id is {largest:,} and there are {edges:,} edges: number the vertices from 0 without gaps, or say vertices=."
+        )
+
+
+def within(source: np.ndarray, target: np.ndarray, vertices: int, before: int = 0) -> None:
+    """GraphError for the first edge one of whose ends is not a vertex; `before` edges came before these."""
     bad = [
         np.argmax(m)
         for ids in (source, target)
@@ -469,7 +503,7 @@ def _within(source: np.ndarray, target: np.ndarray, vertices: int) -> None:
     if bad:
         i = int(min(bad))
         raise GraphError(
-            f"Edge {i:,} leads from {source[i]:,} to {target[i]:,}, and there are {vertices:,} vertices: ids must be 0 to {vertices - 1:,}."
+            f"Edge {before + i:,} leads from {source[i]:,} to {target[i]:,}, and there are {vertices:,} vertices: ids must be 0 to {vertices - 1:,}."
         )
 
 
@@ -484,9 +518,11 @@ def _table(what: str, values: Any, vertices: int) -> np.ndarray:
         if found.ndim != 2 or found.dtype.kind not in "fiub":
             raise GraphError(f"features is {found.dtype} {list(found.shape)}: numbers [vertices, features] are needed.")
         return np.ascontiguousarray(found, np.float32)
-    found = _array(values)
-    if what == "labels":
-        return _labels(found)
+    return as_labels(_array(values)) if what == "labels" else as_mask(what, _array(values), vertices)
+
+
+def as_mask(what: str, found: np.ndarray, vertices: int) -> np.ndarray:
+    """bool [vertices] of a mask, or of a list of vertices."""
     if found.ndim != 1 or found.dtype.kind not in "biu" and found.size:
         raise GraphError(f"{what} is {found.dtype} {list(found.shape)}: one bool per vertex or a list of vertices is needed.")
     if found.dtype == np.bool_ or (found.dtype == np.uint8 and len(found) == vertices and found.max(initial=0) <= 1):
@@ -501,8 +537,8 @@ def _table(what: str, values: Any, vertices: int) -> np.ndarray:
     return mask
 
 
-def _labels(found: np.ndarray) -> np.ndarray:
-    """Labels as int32; NaN (OGB's papers100M) is none."""
+def as_labels(found: np.ndarray) -> np.ndarray:
+    """int32 [vertices] of labels; NaN (OGB's papers100M) is none."""
     if found.ndim == 2 and found.shape[1] == 1:
         found = found[:, 0]
     if found.ndim != 1 or found.dtype.kind not in "iufb":
@@ -545,11 +581,27 @@ def count(keys, counts):
 
 @njit(cache=True)
 def fill(keys, values, cursor, out):
-    """The stable counting sort's second pass: values[i] goes to where the cursor of keys[i] stands, which moves on."""
+    """The stable counting sort's second pass: values[i] goes to where the cursor of keys[i] stands, which moves on.
+
+    How many were placed: fewer than there are if one has no place.
+    """
     for i in range(len(keys)):
         k = keys[i]
+        if k < 0 or k >= len(cursor) or cursor[k] >= len(out):
+            return i
         out[cursor[k]] = values[i]
         cursor[k] += 1
+    return len(keys)
+
+
+@njit(cache=True)
+def targets_of(offsets, begin, out):
+    """The targets of the edges from position `begin` on."""
+    v = np.searchsorted(offsets, begin, "right") - 1
+    for i in range(len(out)):
+        while offsets[v + 1] <= begin + i:
+            v += 1
+        out[i] = v
 
 
 @njit(cache=True)

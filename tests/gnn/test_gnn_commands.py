@@ -1,0 +1,93 @@
+"""`partita gnn generate`, `convert` and `info`: from nothing to a file to what is in it, and slips in one sentence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from partita.cli import app
+
+RMAT = ["generate", "rmat", "--scale", "8", "--edges", "3k", "--features", "5", "--classes", "3"]
+
+
+def gnn(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["gnn", *map(str, arguments)])
+
+
+def info(path: Path) -> dict:
+    done = gnn("info", path, "--json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_a_graph_is_drawn_converted_and_looked_at(tmp_path: Path) -> None:
+    done = gnn(*RMAT, "-o", tmp_path / "g.lux", "--transpose")
+    assert done.exit_code == 0, done.output
+    assert (
+        "g: 256 vertices, 3,000 edges, 5 features, 3 classes; " in done.stderr
+        and f"written to {tmp_path / 'g.lux'}" in done.stderr
+    )
+    assert (tmp_path / "g.transposed.order.bin").stat().st_size == 4 * 3000
+    found = info(tmp_path / "g.lux")
+    assert (found["vertices"], found["edges"], found["features"], found["classes"], found["labelled"]) == (256, 3000, 5, 3, 256)
+    assert sum(found["masks"].values()) == 256 and found["bytes"]["features"] == 4 * 5 * 256 and not found["weights"]
+    assert found["in_degrees"]["mean"] == found["out_degrees"]["mean"] == 3000 / 256
+    assert gnn("convert", tmp_path / "g.lux", tmp_path / "h.npz").exit_code == 0
+    assert {**info(tmp_path / "h.npz"), "name": "g"} == found
+    assert gnn("convert", tmp_path / "h.npz", tmp_path / "both.lux", "--undirected", "--transpose").exit_code == 0
+    both = info(tmp_path / "both.lux")
+    assert both["edges"] == 6000 and both["in_degrees"] == both["out_degrees"]
+
+
+def test_info_is_a_table_for_people(tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("0 1\n0 2\n4 0\n")
+    shown = " ".join(gnn("info", tmp_path / "few.txt").stdout.replace("│", " ").split())
+    for line in ("few", "vertices 5, 1 of them isolated", "edges 3", "in-degrees 0 to 1, median 1, mean 0.6", "out-degrees 0 to 2, median 0, mean 0.6",
+                 "features none", "classes none", "masks none", "bytes 60 B: offsets 48 B, sources 12 B"):  # fmt: skip
+        assert line in shown, shown
+
+
+@pytest.mark.parametrize("kind", ["erdos-renyi", "blocks"])
+def test_the_other_generators_say_how_many_vertices(kind: str, tmp_path: Path) -> None:
+    done = gnn(
+        "generate", kind, "--vertices", "1k", "--edges", "2e3", "--features", "2", "--undirected", "-o", tmp_path / "g.npz"
+    )
+    assert done.exit_code == 0, done.output
+    found = info(tmp_path / "g.npz")
+    assert (found["vertices"], found["edges"], found["features"]) == (1000, 4000, 2)
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["generate", "rmat", "--edges", "3", "-o", "g.lux"], "An rmat graph has 2^scale vertices: say --scale 20 for about a million"),
+    (["generate", "blocks", "--edges", "3", "-o", "g.lux"], "For blocks say how many vertices, as in --vertices 10000, and no --scale."),
+    (["generate", "ring", "--edges", "3", "-o", "g.lux"], "There is no generator 'ring': use rmat, erdos-renyi or blocks."),
+    (["generate", "rmat", "--scale", "3", "--edges", "1.5", "-o", "g.lux"], "'1.5' is not a whole number: write for example \"16M\""),
+    (["generate", "rmat", "--scale", "3", "--edges", "16Q", "-o", "g.lux"], "'16Q' is not a whole number"),
+    (["generate", "rmat", "--scale", "3", "--edges", "9", "-o", "g.txt"], "'g.txt' is neither: call it 'g.lux'"),
+    (["generate", "rmat", "--scale", "3", "--edges", "9", "-o", "g.npz", "--transpose"], "A transpose lies beside a .lux file, and 'g.npz' is none"),
+    (["generate", "rmat", "--scale", "3", "--edges", "9", "-o", "none/g.lux"], "cannot be written: there is no folder 'none'."),
+    (["convert", "nothing.lux", "g.lux"], "There is no file 'nothing.lux'."),
+    (["info", "nothing.lux"], "There is no file 'nothing.lux'."),
+])  # fmt: skip
+def test_slips_are_one_sentence(arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = gnn(*arguments)
+    assert (
+        done.exit_code == 2 and done.stderr.startswith("error: ") and said in done.stderr and "Traceback" not in done.output
+    ), done.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["generate", "convert", "info"])
+def test_help_teaches_with_an_example(command: str) -> None:
+    assert f"Example: partita gnn {command} " in " ".join(gnn(command, "--help").stdout.split())
+
+
+def test_the_command_line_starts_without_jax_and_keras() -> None:
+    code = "import sys, partita.gnn_cli; print([m for m in ('jax', 'keras') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100).stdout.strip() == "[]"
