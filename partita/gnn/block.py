@@ -10,7 +10,7 @@ All that is here are arrays, so that a graph is an argument of a compiled step a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -19,6 +19,8 @@ import numpy as np
 
 from partita.errors import GraphError
 from partita.gnn.graph import Graph, Transposed
+from partita.gnn.kernels.attention import attend
+from partita.gnn.kernels.largest import largest, largest_back
 from partita.gnn.kernels.total import targets, total
 
 AXIS = "parts"
@@ -88,6 +90,25 @@ def _weighted_backward(saved: Any, dy: Any) -> Any:
 weighted_sum.defvjp(_weighted_forward, _weighted_backward)
 
 
+@jax.custom_vjp
+def edge_max(edges: Edges, x: Any) -> Any:
+    """[rows, features]: the maximum of x over the edges of each row, 0 where there is none. Of equal ones the first has the gradient."""
+    return largest(edges.offsets, edges.ids, x)[0]
+
+
+def _max_forward(edges: Edges, x: Any) -> Any:
+    top, edge = largest(edges.offsets, edges.ids, x)
+    return top, (edges, edge)
+
+
+def _max_backward(saved: Any, dy: Any) -> Any:
+    edges, edge = saved
+    return None, largest_back(edges.back_offsets, edges.back_ids, edges.back_order, edge, dy)
+
+
+edge_max.defvjp(_max_forward, _max_backward)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Block:
@@ -132,6 +153,17 @@ class Block:
         """[rows, features]: the mean over in-edges; zero where there is none."""
         return self.sum(x) / jnp.maximum(self.degree, 1)[:, None]
 
+    def max(self, x: Any) -> Any:
+        """[rows, features]: the maximum over in-edges; zero where there is none."""
+        return edge_max(self.edges, self.fetched(x))
+
+    def attention(self, left: Any, right: Any, a: Any) -> Any:
+        """[rows, heads, features]: attention over in-edges and an edge to itself, as in `kernels.attention`; a [heads, features]."""
+        rows, heads, width = left.shape
+        left = self.fetched(left.reshape(rows, heads * width)).reshape(-1, heads, width)
+        edges = self.edges
+        return attend((edges.offsets, edges.ids), (edges.back_offsets, edges.back_ids), self.alone, left, right, a)
+
 
 def block_of(graph: Graph) -> Block:
     """The block of a whole graph, for one device."""
@@ -160,11 +192,3 @@ def alone(graph: Graph) -> np.ndarray:
     found = np.ones(graph.vertices, np.int32)
     found[to[to == graph.sources]] = 0
     return found
-
-
-def placed(block: Block, device: Any) -> Block:
-    """The block on a device."""
-    return jax.device_put(block, device)
-
-
-__all__ = ["AXIS", "Block", "Edges", "Halo", "block_of", "edge_sum", "placed", "replace", "weighted_sum"]

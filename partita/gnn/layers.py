@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from partita.errors import GraphError
 from partita.gnn.block import Block
 
 PACKAGE = "partita"
@@ -78,3 +79,134 @@ class GCNConv(AbstractConv):
         wide = x.shape[-1] > self.units
         y = spread(keras.ops.matmul(x, self.kernel)) if wide else keras.ops.matmul(spread(x), self.kernel)
         return self.finished(y, self.shift)
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class SAGEConv(AbstractConv):
+    """The vertex's own row and the `aggregation` ('mean' or 'max') of those it has edges from, each times a matrix."""
+
+    def __init__(self, units: int, aggregation: str = "mean", **named: Any) -> None:
+        super().__init__(units, **named)
+        if aggregation not in ("mean", "max"):
+            raise GraphError(f"SAGEConv aggregates by 'mean' or 'max', and not by {aggregation!r}.")
+        self.aggregation = aggregation
+
+    def build(self, input_shape: Any) -> None:
+        self.own = self.matrix("own", input_shape[-1], self.units)
+        self.kernel = self.matrix("kernel", input_shape[-1], self.units)
+        self.shift = self.bias()
+
+    def call(self, x: Any, graph: Block) -> Any:
+        if self.aggregation == "max":
+            y = keras.ops.matmul(graph.max(x), self.kernel)
+        elif x.shape[-1] > self.units:
+            y = graph.mean(keras.ops.matmul(x, self.kernel))
+        else:
+            y = keras.ops.matmul(graph.mean(x), self.kernel)
+        return self.finished(keras.ops.matmul(x, self.own) + y, self.shift)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "aggregation": self.aggregation}
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class GINConv(AbstractConv):
+    """Two dense layers, of `units` each and a ReLU between, of the sum over in-edges and (1 + e) times the vertex's own row; e is learned."""
+
+    def build(self, input_shape: Any) -> None:
+        self.epsilon = self.add_weight(shape=(), initializer="zeros", name="epsilon")
+        self.kernel = self.matrix("kernel", input_shape[-1], self.units)
+        self.shift = self.bias()
+        self.second = self.matrix("second", self.units, self.units)
+        self.second_shift = self.bias(name="second_bias")
+
+    def call(self, x: Any, graph: Block) -> Any:
+        gather = lambda rows: graph.sum(rows) + keras.ops.multiply(rows, 1 + self.epsilon)
+        if x.shape[-1] > self.units:
+            y = gather(keras.ops.matmul(x, self.kernel))
+        else:
+            y = keras.ops.matmul(gather(x), self.kernel)
+        y = y if self.shift is None else keras.ops.add(y, self.shift)
+        return self.finished(keras.ops.matmul(keras.ops.relu(y), self.second), self.second_shift)
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class GATv2Conv(AbstractConv):
+    """Attention of `heads` heads over in-edges and an edge to itself; their results stand side by side, `units` features in all."""
+
+    def __init__(self, units: int, heads: int = 1, **named: Any) -> None:
+        super().__init__(units, **named)
+        if heads < 1 or units % heads:
+            raise GraphError(f"{units} features cannot be shared out to {heads} heads: units must be a multiple of heads.")
+        self.heads = heads
+
+    def build(self, input_shape: Any) -> None:
+        self.kernel = self.matrix("kernel", input_shape[-1], self.units)
+        self.destination = self.matrix("destination", input_shape[-1], self.units)
+        self.score = self.matrix("score", self.heads, self.units // self.heads)
+        self.shift = self.bias()
+
+    def call(self, x: Any, graph: Block) -> Any:
+        by_heads = lambda kernel: keras.ops.matmul(x, kernel).reshape(-1, self.heads, self.units // self.heads)
+        y = graph.attention(by_heads(self.kernel), by_heads(self.destination), keras.ops.convert_to_tensor(self.score))
+        return self.finished(y.reshape(-1, self.units), self.shift)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "heads": self.heads}
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class CommNetConv(AbstractConv):
+    """The vertex's own row and the mean of those it has edges from, each times a matrix; tanh of the sum, no bias."""
+
+    def __init__(self, units: int, activation: Any = "tanh", use_bias: bool = False, **named: Any) -> None:
+        super().__init__(units, activation, use_bias, **named)
+
+    def build(self, input_shape: Any) -> None:
+        self.own = self.matrix("own", input_shape[-1], self.units)
+        self.kernel = self.matrix("kernel", input_shape[-1], self.units)
+        self.shift = self.bias()
+
+    def call(self, x: Any, graph: Block) -> Any:
+        if x.shape[-1] > self.units:
+            y = graph.mean(keras.ops.matmul(x, self.kernel))
+        else:
+            y = keras.ops.matmul(graph.mean(x), self.kernel)
+        return self.finished(keras.ops.matmul(x, self.own) + y, self.shift)
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class GatedGraphConv(AbstractConv):
+    """`steps` steps of a gated recurrent unit whose input is the sum over in-edges of rows times that step's matrix.
+
+    Rows begin as the vertex's, filled up with zeros to `units` features; they cannot have more.
+    """
+
+    def __init__(self, units: int, steps: int = 2, **named: Any) -> None:
+        super().__init__(units, **named)
+        self.steps = steps
+
+    def build(self, input_shape: Any) -> None:
+        if input_shape[-1] > self.units:
+            raise GraphError(
+                f"GatedGraphConv of {self.units} units cannot take rows of {input_shape[-1]} features: use more units, or a Dense layer before it."
+            )
+        self.kernels = [self.matrix(f"kernel_{i}", self.units, self.units) for i in range(self.steps)]
+        self.gates = self.matrix("gates", self.units, 3 * self.units)
+        self.recurrent = self.matrix("recurrent", self.units, 3 * self.units)
+        self.shift, self.recurrent_shift = self.bias(3 * self.units), self.bias(3 * self.units, "recurrent_bias")
+
+    def call(self, x: Any, graph: Block) -> Any:
+        state = jnp.pad(x, ((0, 0), (0, self.units - x.shape[-1])))
+        for kernel in self.kernels:
+            message = graph.sum(keras.ops.matmul(state, kernel), weighted=True)
+            fed, kept = keras.ops.matmul(message, self.gates), keras.ops.matmul(state, self.recurrent)
+            if self.shift is not None:
+                fed, kept = keras.ops.add(fed, self.shift), keras.ops.add(kept, self.recurrent_shift)
+            (r1, z1, n1), (r2, z2, n2) = jnp.split(fed, 3, axis=1), jnp.split(kept, 3, axis=1)
+            reset, update = jax.nn.sigmoid(r1 + r2), jax.nn.sigmoid(z1 + z2)
+            state = update * state + (1 - update) * jnp.tanh(n1 + reset * n2)
+        return self.activation(state)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "steps": self.steps}

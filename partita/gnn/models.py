@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import keras
 
 from partita.gnn import layers
 from partita.gnn.block import Block
-from partita.gnn.layers import PACKAGE
+from partita.gnn.layers import PACKAGE, GatedGraphConv
 from partita.gnn.train import FullGraphTraining
 
 
@@ -103,3 +102,81 @@ class GCN(GraphModel):
 
     def conv(self, last: bool, **named: Any) -> layers.AbstractConv:
         return layers.GCNConv(self.units(last), **named)
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class SAGE(GraphModel):
+    """GraphSAGE on whole neighbourhoods (Hamilton et al. 2017); `aggregation` is 'mean' or 'max'."""
+
+    def __init__(self, hidden: int = 16, classes: int = 2, *, aggregation: str = "mean", **named: Any) -> None:
+        self.aggregation = aggregation
+        super().__init__(hidden, classes, **named)
+
+    def conv(self, last: bool, **named: Any) -> layers.AbstractConv:
+        return layers.SAGEConv(self.units(last), self.aggregation, **named)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "aggregation": self.aggregation}
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class GIN(GraphModel):
+    """Graph isomorphism network (Xu et al. 2019), without batch normalisation."""
+
+    def conv(self, last: bool, **named: Any) -> layers.AbstractConv:
+        return layers.GINConv(self.units(last), **named)
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class GATv2(GraphModel):
+    """Graph attention network (Brody et al. 2022): `heads` heads share `hidden` features, one head makes the last layer."""
+
+    def __init__(self, hidden: int = 16, classes: int = 2, *, heads: int = 8, activation: str = "elu", **named: Any) -> None:
+        self.heads = heads
+        super().__init__(hidden, classes, activation=activation, **named)
+
+    def conv(self, last: bool, **named: Any) -> layers.AbstractConv:
+        return layers.GATv2Conv(self.units(last), 1 if last else self.heads, **named)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "heads": self.heads}
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class CommNet(GraphModel):
+    """Communication network (Sukhbaatar et al. 2016)."""
+
+    def __init__(self, hidden: int = 16, classes: int = 2, *, activation: str = "tanh", **named: Any) -> None:
+        super().__init__(hidden, classes, activation=activation, **named)
+
+    def conv(self, last: bool, **named: Any) -> layers.AbstractConv:
+        return layers.CommNetConv(self.units(last), **named)
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class GatedGraph(GraphModel):
+    """Gated graph network (Li et al. 2016): a dense layer, `layers` steps of one recurrent unit, a dense layer to the classes."""
+
+    def __init__(self, hidden: int = 16, classes: int = 2, layers: int = 2, dropout: float = 0.5, l2: float = 0.0, output: str | None = "softmax",
+                 activation: str = "relu", **named: Any) -> None:  # fmt: skip
+        super().__init__(hidden, classes, 0, dropout, l2, output, activation, **named)
+        self.depth = layers
+        self.drop, self.last_drop = VertexDropout(dropout, name="dropout"), VertexDropout(dropout, name="last_dropout")
+        regularizer = keras.regularizers.L2(l2 / 2) if l2 else None
+        self.enter = keras.layers.Dense(hidden, activation, kernel_regularizer=regularizer, name="enter")
+        self.gated = GatedGraphConv(hidden, layers, name="gated")
+        self.leave = keras.layers.Dense(classes, output, name="leave")
+
+    def build(self, input_shape: Any) -> None:
+        self.enter.build(input_shape)
+        self.gated.build((None, self.hidden))
+        self.leave.build((None, self.hidden))
+        self.built = True
+
+    def call(self, x: Any, graph: Block, training: bool = False) -> Any:
+        x = self.gated(self.enter(self.drop(x, graph=graph, training=training)), graph=graph)
+        return self.leave(self.last_drop(x, graph=graph, training=training))
+
+
+MODELS = {"gcn": GCN, "sage": SAGE, "gin": GIN, "gatv2": GATv2, "commnet": CommNet, "gatedgraph": GatedGraph}
+"""Models by the names that the command line knows."""
