@@ -122,10 +122,8 @@ class GINConv(AbstractConv):
 
     def call(self, x: Any, graph: Block) -> Any:
         gather = lambda rows: graph.sum(rows) + keras.ops.multiply(rows, 1 + self.epsilon)
-        if x.shape[-1] > self.units:
-            y = gather(keras.ops.matmul(x, self.kernel))
-        else:
-            y = keras.ops.matmul(gather(x), self.kernel)
+        wide = x.shape[-1] > self.units
+        y = gather(keras.ops.matmul(x, self.kernel)) if wide else keras.ops.matmul(gather(x), self.kernel)
         y = y if self.shift is None else keras.ops.add(y, self.shift)
         return self.finished(keras.ops.matmul(keras.ops.relu(y), self.second), self.second_shift)
 

@@ -15,10 +15,13 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from partita.errors import GraphError
-from partita.gnn.block import Block, block_of
+from partita.execute.devices import at_hand
+from partita.gnn.block import AXIS, Block, block_of
 from partita.gnn.graph import Graph, check
+from partita.gnn.partition import Parts, split, split_points
 
 MASKS = ("train", "validation", "test")
 
@@ -42,20 +45,23 @@ class FullGraphTraining:
     ) -> None:
         """Keras's own; metrics are of the vertices of a mask."""
         super().compile(optimizer, loss, weighted_metrics=metrics, **named)  # type: ignore[misc]
-        self._steps: dict[str, Any] = {}
+        self.__dict__["_steps"] = {}
 
     def fit(
         self, graph: Graph, epochs: int = 1, *, callbacks: Sequence[Any] | None = None, verbose: Any = "auto", validation_freq: int = 1,
-        initial_epoch: int = 0,
+        initial_epoch: int = 0, devices: int = 1, partition: Any = "edges",
     ) -> Any:  # fmt: skip
         """Keras's history: loss and metrics of the training mask, and with `val_` of the validation mask, of every epoch.
 
         An epoch is one step. Training values are of the step itself (dropout on, weights before the update), as in Keras.
+        Over several `devices` each has a part of the vertices, cut by `partition`: 'edges', 'vertices', or split points [devices + 1].
+        `evaluate` and `predict` then use the same devices.
         """
         model: Any = self
         model._assert_compile_called("fit")
+        self.__dict__["_split"] = (devices, partition)
         data = self._prepared(graph, "train")
-        validates = float(data.masks["validation"].sum()) > 0
+        validates = graph.validation is not None and bool(graph.validation.any())
         model.stop_training = False
         model.optimizer.build(model.trainable_variables)
         run = callbacks if isinstance(callbacks, keras.callbacks.CallbackList) else keras.callbacks.CallbackList(
@@ -106,105 +112,158 @@ class FullGraphTraining:
     def predict(self, graph: Graph, vertices: Any = None) -> np.ndarray:
         """float32 [vertices, classes]: the model's output for every vertex of a graph, or for those asked for, in their order."""
         data = self._prepared(graph, None)
-        found = np.asarray(self._step("predict", self._predict_step)(self._state()[:2], data))[: graph.vertices]
+        found = np.asarray(self._step("predict", self._predict_step, rows=True)(self._state()[:2], data))
+        found = found if self.parts is None else self.parts.joined(found)
         return found if vertices is None else found[np.asarray(vertices)]
 
     # --------------------------------------------------------------------------------------------------------- what it needs
 
     def _prepared(self, graph: Graph, mask: str | None) -> Data:
         """A graph as a step reads it; the last one is kept."""
+        split_as = self.__dict__.setdefault("_split", (1, "edges"))
         kept = self.__dict__.get("_kept")
-        if kept is None or kept[0] is not graph:
+        if kept is None or kept[0] is not graph or kept[1] is not split_as:
             model: Any = self
             check(graph)
             if graph.features is None:
                 raise GraphError(f"'{graph.name}' has no features: give Graph.from_edges(features=...) a row for every vertex.")
             if not model.built:
                 model.build((None, graph.feature_count))
-            kept = graph, jax.device_put(_data(graph))
-            self.__dict__["_kept"] = kept
+            expected = self.__dict__.get("feature_count", graph.feature_count)
+            if expected != graph.feature_count:
+                raise GraphError(f"'{graph.name}' has {graph.feature_count} features, and the model was built for {expected}.")
+            kept = graph, split_as, *_placed(graph, *split_as)
+            self.__dict__.update(_kept=kept, feature_count=graph.feature_count, _steps={})
         if mask is not None:
             _can_learn(graph, mask, self.__dict__.get("classes"))
-        return kept[1]
+        return kept[2]
+
+    @property
+    def parts(self) -> Parts | None:
+        """What each device holds; None on one device or before the first graph."""
+        return self.__dict__["_kept"][3] if "_kept" in self.__dict__ else None
+
+    @property
+    def _mesh(self) -> Mesh | None:
+        return None if self.parts is None else _mesh(self.parts.count)
 
     def _state(self) -> Any:
-        """(trainable, other, optimizer's variables) as arrays."""
+        """(trainable, other, optimizer's variables) as arrays, on every device."""
         model: Any = self
         optimizer = model.optimizer.variables if getattr(model, "optimizer", None) is not None else []
-        return tuple(
-            [v.value for v in group] for group in (model.trainable_variables, model.non_trainable_variables, optimizer)
-        )
+        groups = (model.trainable_variables, model.non_trainable_variables, optimizer)
+        state = tuple([v.value for v in group] for group in groups)
+        return state if self._mesh is None else jax.device_put(state, NamedSharding(self._mesh, PartitionSpec()))
 
     def _keep(self, state: Any) -> None:
         """Puts arrays back into the model's variables."""
         model: Any = self
         groups = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables)
+        if self._mesh is not None:
+            state = jax.device_put(state, jax.devices()[0])
         for variables, values in zip(groups, state, strict=True):
             for variable, value in zip(variables, values, strict=True):
                 variable._value = value
 
-    def _step(self, name: str, function: Any, donate: bool = False) -> Any:
-        steps = self.__dict__.setdefault("_steps", {})
+    def _step(self, name: str, function: Any, donate: bool = False, rows: bool = False) -> Any:
+        """A step over the placed graph, compiled once; `rows`: what it returns has a row per vertex."""
+        steps, mesh = self.__dict__["_steps"], self._mesh
         if name not in steps:
-            steps[name] = jax.jit(lambda state, data: function(state, data, name), donate_argnums=0 if donate else ())
+            step = lambda state, data: function(state, data, name)
+            if mesh is not None:
+                alone, spec = step, PartitionSpec(AXIS)
+                mine = lambda state, data: alone(state, jax.tree.map(lambda x: x[0], data))
+                result = (lambda *args: mine(*args)[None]) if rows else mine
+                step = jax.shard_map(
+                    result, mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=spec if rows else PartitionSpec(), check_vma=False
+                )
+            compiled = jax.jit(step, donate_argnums=0 if donate else ())
+            steps[name] = lambda state, data: jax.block_until_ready(compiled(state, data))
         return steps[name]
 
     # -------------------------------------------------------------------------------------------------------------- the steps
 
     def _train_step(self, state: Any, data: Data, mask: str) -> Any:
+        """Each device differentiates its own vertices' share of the loss; the exchange of rows takes gradients to where rows came from."""
         model: Any = self
         trainable, others, optimizer = state
-        count = data.masks[mask].sum()
+        count = _over_parts(data.masks[mask].sum(), data)
 
         def loss(trainable: Any) -> Any:
             predicted, others_after, penalties = model.stateless_call(
                 trainable, others, data.x, graph=data.graph, training=True, return_losses=True
             )
             value = self._summed_loss(predicted, data, mask) / count
-            return value + sum(penalties), (value, predicted, others_after)
+            penalty = sum(penalties) / data.graph.parts
+            return value + penalty, (value + penalty, predicted, others_after)
 
         gradients, (value, predicted, others) = jax.grad(loss, has_aux=True)(trainable)
+        gradients, value = _over_parts((gradients, value), data)
         trainable, optimizer = model.optimizer.stateless_apply(optimizer, gradients, trainable)
         return {"loss": value, **self._judged(predicted, data, mask)}, (trainable, others, optimizer)
 
     def _test_step(self, state: Any, data: Data, mask: str) -> Any:
         model: Any = self
-        predicted, _ = model.stateless_call(*state, data.x, graph=data.graph, training=False)
-        return {
-            "loss": self._summed_loss(predicted, data, mask) / data.masks[mask].sum(),
-            **self._judged(predicted, data, mask),
-        }
+        predicted, _, penalties = model.stateless_call(*state, data.x, graph=data.graph, training=False, return_losses=True)
+        total, count = _over_parts((self._summed_loss(predicted, data, mask), data.masks[mask].sum()), data)
+        return {"loss": total / count + sum(penalties), **self._judged(predicted, data, mask)}
 
     def _predict_step(self, state: Any, data: Data, mask: str) -> Any:
         model: Any = self
         return model.stateless_call(*state, data.x, graph=data.graph, training=False)[0]
 
     def _summed_loss(self, predicted: Any, data: Data, mask: str) -> Any:
-        """The sum of the loss over the vertices of a mask."""
+        """The sum of the loss over this device's vertices of a mask."""
         model: Any = self
         loss = keras.losses.get(model.loss)
         values = loss.call(data.labels, predicted) if isinstance(loss, keras.losses.Loss) else loss(data.labels, predicted)
         return jnp.where(data.masks[mask] > 0, values, 0).sum()
 
     def _judged(self, predicted: Any, data: Data, mask: str) -> dict[str, Any]:
-        """The metrics over the vertices of a mask."""
+        """The metrics over the vertices of a mask. What a metric counts adds up over devices."""
         model: Any = self
-        if model._compile_metrics is None:
+        metrics = model._compile_metrics
+        if metrics is None:
             return {}
-        if not model._compile_metrics.built:
-            model._compile_metrics.build(data.labels, predicted)
-        metrics = model._compile_metrics.variables
-        fresh = [(v, jnp.zeros(v.shape, v.dtype)) for v in metrics]
-        with keras.StatelessScope(state_mapping=fresh):
-            model._compile_metrics.update_state(data.labels, predicted, sample_weight=data.masks[mask])
-            return dict(model._compile_metrics.result())
+        if not metrics.built:
+            metrics.build(data.labels, predicted)
+        with keras.StatelessScope(state_mapping=[(v, jnp.zeros(v.shape, v.dtype)) for v in metrics.variables]):
+            metrics.update_state(data.labels, predicted, sample_weight=data.masks[mask])
+            for variable in metrics.variables:
+                variable.assign(_over_parts(variable.value, data))
+            return dict(metrics.result())
+
+
+def _over_parts(values: Any, data: Data) -> Any:
+    """The sums of values over all devices."""
+    return jax.lax.psum(values, AXIS) if data.graph.parts > 1 else values
+
+
+def _mesh(parts: int) -> Mesh:
+    return Mesh(np.array(jax.devices()[:parts]), (AXIS,))
+
+
+def _placed(graph: Graph, devices: int, partition: Any) -> tuple[Data, Parts | None]:
+    """The graph's data on its devices."""
+    at_hand(devices)
+    if devices == 1:
+        return jax.device_put(_data(graph)), None
+    block, parts = split(graph, split_points(graph, devices, partition))
+    whole = _tables(graph)
+    data = Data(*jax.tree.map(parts.stacked, whole), block)
+    return jax.device_put(data, NamedSharding(_mesh(devices), PartitionSpec(AXIS))), parts
 
 
 def _data(graph: Graph) -> Data:
+    return Data(*_tables(graph), block_of(graph))
+
+
+def _tables(graph: Graph) -> tuple[Any, Any, dict[str, Any]]:
+    """(x, labels, masks) of all vertices."""
     none = np.zeros(graph.vertices, np.float32)
     labels = np.zeros(graph.vertices, np.int32) if graph.labels is None else np.maximum(graph.labels, 0)
     masks = {what: none if getattr(graph, what) is None else getattr(graph, what).astype(np.float32) for what in MASKS}
-    return Data(graph.features, labels, masks, block_of(graph))
+    return graph.features, labels, masks
 
 
 def _numbers(logs: dict[str, Any]) -> dict[str, float]:
