@@ -179,7 +179,11 @@ class Graph:
                 raise GraphError(f"edge_index has the shape {edges.shape}: [2, edges] is needed, sources above targets.")
             source, target = edges
         else:
-            target, source, weights = rows.coo()  # adj_t is already by destination
+            if hasattr(rows, "coo"):  # torch_sparse
+                target, source, weights = rows.coo()
+            else:
+                entries = rows.to_sparse_coo().coalesce()
+                (target, source), weights = entries.indices(), entries.values()
         kept = {"features": "x", "labels": "y", "train": "train_mask", "validation": "val_mask", "test": "test_mask"}
         tables = {ours: _array(getattr(data, theirs, None)) for ours, theirs in kept.items()}
         for ours in ("train", "validation", "test"):

@@ -16,14 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_gnn_graph import LAW, PLAIN, SOURCE, TARGET, TRAIN, X, Y, equal, graphs, pairs
+from test_gnn_graph import PLAIN, SOURCE, TARGET, TRAIN, X, Y, equal, graphs, pairs
 
 import partita.gnn as gnn
 from partita.errors import GraphError
 from partita.gnn import Graph, text
 from partita.gnn.stream import EdgeStream, save_transposed
+
+FILES = settings(deadline=None, max_examples=25)
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def stream_of(graph: Graph, piece: int = 3) -> EdgeStream:
 # ------------------------------------------------------------------------------------------------------------------- laws
 
 
-@LAW
+@FILES
 @given(graphs(), st.sampled_from([".lux", ".npz"]))
 def test_what_is_saved_is_opened_again(graph: Graph, ending: str) -> None:
     with folder() as at:
@@ -63,7 +65,7 @@ def test_what_is_saved_is_opened_again(graph: Graph, ending: str) -> None:
             assert equal(gnn.convert(at / f"g{ending}", at / f"h{other}"), graph)
 
 
-@LAW
+@FILES
 @given(graphs(), st.integers(1, 60), st.integers(1, 7))
 def test_sorting_in_little_memory_gives_the_same_graph(graph: Graph, memory: int, piece: int) -> None:
     assume(graph.edges or graph.weights is None)  # where no edge comes, no weight does
@@ -75,7 +77,7 @@ def test_sorting_in_little_memory_gives_the_same_graph(graph: Graph, memory: int
         assert not list(at.glob(".*"))
 
 
-@LAW
+@FILES
 @given(graphs(), st.integers(1, 60))
 def test_a_transpose_in_files_is_the_one_in_memory(graph: Graph, memory: int) -> None:
     with folder() as at:
@@ -92,7 +94,7 @@ def test_a_transpose_in_files_is_the_one_in_memory(graph: Graph, memory: int) ->
         assert not list(at.glob("*transposed*"))
 
 
-@LAW
+@FILES
 @given(
     graphs(), st.sampled_from([" ", "\t", ",", ", ", " ; "]), st.sampled_from(["\n", "\r\n"]), st.booleans(), st.integers(5, 40)
 )
@@ -115,7 +117,7 @@ def test_an_edge_list_is_the_graph_that_it_lists(graph: Graph, separator: str, n
         assert pairs(gnn.convert(at / "edges.txt", at / "both.lux", undirected=True)) == pairs(bare.with_reverse_edges())
 
 
-@LAW
+@FILES
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=False, width=32), min_size=1, max_size=30))
 def test_numbers_are_read_as_python_reads_them(numbers: list[float]) -> None:
     with folder() as at:

@@ -164,8 +164,17 @@ def test_from_pyg_reads_data_with_edge_index() -> None:
     assert equal(Graph.from_pyg(data), PLAIN)
 
 
-def test_from_pyg_reads_data_with_adj_t() -> None:
-    rows = SimpleNamespace(coo=lambda: (Tensor(TARGET), Tensor(SOURCE), Tensor([1.0, 2, 3, 4])))
+@pytest.mark.parametrize("torch_sparse", [True, False])
+def test_from_pyg_reads_data_with_adj_t(torch_sparse: bool) -> None:
+    heavy = Tensor([1.0, 2, 3, 4])
+    entries = SimpleNamespace(
+        coalesce=lambda: SimpleNamespace(indices=lambda: (Tensor(TARGET), Tensor(SOURCE)), values=lambda: heavy)
+    )
+    rows = (
+        SimpleNamespace(coo=lambda: (Tensor(TARGET), Tensor(SOURCE), heavy))
+        if torch_sparse
+        else SimpleNamespace(to_sparse_coo=lambda: entries)
+    )
     data = SimpleNamespace(adj_t=rows, x=Tensor(X), y=Tensor(Y), train_mask=Tensor(TRAIN), num_nodes=4)
     assert equal(
         Graph.from_pyg(data), Graph.from_edges(SOURCE, TARGET, features=X, labels=Y, train=TRAIN, weights=[1, 2, 3, 4])
