@@ -266,6 +266,7 @@ def prepare(portable: bytes) -> bytes:
         inline_calls(module)
         run(module, "builtin.module(cse)")
         _fold_transposes(module)
+        _fold_sums(module)
         run(module, "builtin.module(sdy-constant-or-scalar-splitter)")
         _plain_constants(module)
         _sink_constants(main_block(module), None)
@@ -302,6 +303,66 @@ def _fold_transposes(module: ir.Module) -> None:
         )  # fmt: skip
         operation.results[0].replace_all_uses_with(made.results[0])
         operation.erase()
+        dot.erase()
+
+
+def _fold_sums(module: ir.Module) -> None:
+    """Sums over dims of size 1 become reshapes, reshapes of reshapes one, and products that are widened to be added have wide results.
+
+    JAX writes the gradient of a bias as a sum, a reshape and a sum over nothing, and that of a weight kept in float32 as a product in bfloat16
+    that is converted. Where a weight is used more than once, such gradients are added up: then the addition reads them directly, so that
+    they can be added before they are summed over devices (`graph.sums`), and not rounded in between.
+    """
+    for operation in list(walk(main_block(module))):
+        if operation.name == "stablehlo.reduce":
+            _reduce_as_reshape(operation)
+        elif operation.name == "stablehlo.reshape":
+            _reshape_once(operation)
+        elif operation.name == "stablehlo.convert":
+            _widen(operation)
+
+
+def _reduce_as_reshape(reduce: Any) -> None:
+    shapes = [list(v.type.shape) for v in (*reduce.operands[:1], *reduce.results)]
+    start = reduce.operands[-1].owner
+    if len(reduce.results) > 1 or math.prod(shapes[0]) != math.prod(shapes[1]) or not _adds(reduce, "reduce") or isinstance(start, ir.Block):
+        return
+    if start.operation.name != "stablehlo.constant" or np.any(np.asarray(ir.DenseElementsAttr(start.operation.attributes["value"]))):
+        return
+    at = ir.InsertionPoint(reduce)
+    made = ir.Operation.create(
+        "stablehlo.reshape", results=[reduce.results[0].type], operands=[reduce.operands[0]], loc=reduce.location, ip=at
+    )
+    reduce.results[0].replace_all_uses_with(made.results[0])
+    reduce.erase()
+    _reshape_once(made)
+
+
+def _reshape_once(reshape: Any) -> None:
+    source = reshape.operands[0].owner
+    if not isinstance(source, ir.Block) and source.operation.name == "stablehlo.reshape":
+        reshape.operands[0] = source.operation.operands[0]
+        if not list(source.operation.results[0].uses):
+            source.operation.erase()
+    if reshape.operands[0].type == reshape.results[0].type:
+        reshape.results[0].replace_all_uses_with(reshape.operands[0])
+        reshape.erase()
+
+
+def _widen(convert: Any) -> None:
+    source, readers = convert.operands[0].owner, list(convert.results[0].uses)
+    if isinstance(source, ir.Block) or source.operation.name != "stablehlo.dot_general" or "algorithm" in source.operation.attributes:
+        return
+    dot, (narrow, wide) = source.operation, (DTYPES.get(str(v.type.element_type)) for v in (convert.operands[0], convert.results[0]))
+    once = len(list(dot.results[0].uses)) == len(readers) == 1
+    added = once and readers[0].owner.name == "stablehlo.add" and phase_of(location_name(readers[0].owner)) == "backward"
+    if added and narrow in ("bfloat16", "float16") and wide == "float32":
+        made = ir.Operation.create(
+            dot.name, results=[convert.results[0].type], operands=list(dot.operands), attributes=dict(dot.attributes.items()), loc=dot.location,
+            ip=ir.InsertionPoint(dot),
+        )  # fmt: skip
+        convert.results[0].replace_all_uses_with(made.results[0])
+        convert.erase()
         dot.erase()
 
 
@@ -385,7 +446,7 @@ class _Reader:
         flops = _flops(operation, name, [program.tensors[t] for t in operands], [program.tensors[t] for t in results])
         windows, groups = _windows(operation, name, rule), _number(operation, "batch_group_count")
         program.instructions.append(
-            Instruction(name, layer_path(full), phase_of(full), operands, results, rule, flops, trips, windows, groups)
+            Instruction(name, layer_path(full), phase_of(full), operands, results, rule, flops, trips, windows, groups, _adds(operation, name))
         )
         if name == "while":
             self._while(operation, index, operands, results, trips)
@@ -581,6 +642,13 @@ def _convolution(operation: Any, operands: list[Tensor], results: list[Tensor]) 
     return 2.0 * valid * (out[dims["out"][0]]) * out[dims["out"][1]] * rhs[dims["rhs"][1]] * max(
         1, lhs[dims["lhs"][0]] // batch_groups // max(1, out[dims["out"][0]])
     )  # fmt: skip
+
+
+def _adds(operation: Any, name: str) -> bool:
+    """Whether elements that meet in a result are added up."""
+    if name not in ("reduce", "reduce_window", "scatter", "select_and_scatter"):
+        return True
+    return [op.operation.name for op in operation.regions[-1].blocks[0]] == ["stablehlo.add", "stablehlo.return"]
 
 
 def _number(operation: Any, key: str) -> int:

@@ -11,8 +11,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from partita.cost.partial import reduced_factors, seen_labels, waiting
 from partita.cost.reshard import emitted_steps, step_bytes
-from partita.graph.graph import ITEMSIZE, Graph, Instruction, Phase, Window, constant_tensors
+from partita.graph.graph import ITEMSIZE, Graph, Instruction, Phase, Window, constant_tensors, per_graph
 from partita.machine import Backend
 from partita.plan.layout import Layout, Sharding, resolve
 from partita.plan.plan import Mesh
@@ -49,23 +50,6 @@ def collectives(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend = DEF
     return [*_computed(graph, mesh, layout, backend), *_moved(graph, mesh, layout)]
 
 
-def seen_labels(graph: Graph) -> dict[tuple[int, int], tuple[int, ...]]:
-    """(instruction, operand position) -> the label under which it reads, where that is not the tensor's own."""
-    return {read: use.label for use in graph.uses for read in use.instructions}
-
-
-def reduced_factors(x: Instruction, labels: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The graph's factors that an instruction sums away, given the labels under which it reads its operands."""
-    if x.rule is None or not x.rule.reduction:
-        return ()
-    found: dict[int, None] = {}
-    for label, mapped in zip(labels, x.rule.operands, strict=False):
-        for f, dim in zip(label, mapped, strict=False):
-            if f >= 0 and dim and dim[0] in x.rule.reduction:
-                found[f] = None
-    return tuple(found)
-
-
 @dataclass(frozen=True, slots=True)
 class Reach:
     """A window over a split dim of operand 0: the graph's factor, the dim, the window, and the factors that split the operand."""
@@ -96,29 +80,34 @@ def reaches(x: Instruction, labels: Sequence[tuple[int, ...]], result: tuple[int
     )
 
 
-def _computed(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend) -> Iterator[Collective]:
-    seen, free = seen_labels(graph), constant_tensors(graph)
+@per_graph
+def sums_and_reaches(graph: Graph) -> tuple[tuple[int, int, tuple[int, ...], tuple[Reach, ...]], ...]:
+    """The instructions that sum factors away or reach over dims: (instruction, its operator, the factors, the windows)."""
+    seen, found = seen_labels(graph), []
     for i, x in enumerate(graph.instructions):
-        operator = graph.owner[i]
-        if operator < 0 or x.rule is None or all(t in free for t in x.results):
+        if graph.owner[i] >= 0 and x.rule is not None:
+            labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
+            factors, over = reduced_factors(x, labels), reaches(x, labels, graph.labels[x.results[0]])
+            if factors or over:
+                found.append((i, graph.owner[i], factors, over))
+    return tuple(found)
+
+
+def _computed(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend) -> Iterator[Collective]:
+    free, (wait, tops) = constant_tensors(graph), waiting(graph, layout)
+    for t, i in tops.items():  # gradients that were added up first
+        yield _reduction(graph, mesh, backend, i, t, layout.own[t], wait[t])
+    for i, operator, factors, over in sums_and_reaches(graph):
+        x, assignment = graph.instructions[i], layout.assignments[operator]
+        if all(t in free for t in x.results):
             continue
-        assignment = layout.assignments[operator]
-        labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
-        for f in reduced_factors(x, labels):
+        for f in factors if wait.keys().isdisjoint(x.results) else ():
             axes = assignment.get(f, ())
             if not axes:
                 continue
-            kind = "all_reduce" if len(x.results) == 1 else "all_gather"
-            group = math.prod(mesh.sizes[a] for a in axes) if kind == "all_gather" else 1
             for t in x.results:
-                tensor = graph.tensors[t]
-                natural = resolve(graph.labels[t], assignment)
-                nbytes = local_bytes(tensor.shape, ITEMSIZE.get(tensor.dtype, 4), natural, mesh.sizes) * group
-                itemsize = ITEMSIZE.get(tensor.dtype, 4)
-                if kind == "all_reduce" and tensor.dtype in ("bfloat16", "float16") and backend.promotes_16_bit_all_reduce:
-                    nbytes, itemsize = 2 * nbytes, 4
-                yield Collective(kind, nbytes, axes, x.trips, operator, x.phase, "reduction", x.path, itemsize)
-        for reach in reaches(x, labels, graph.labels[x.results[0]]):
+                yield _reduction(graph, mesh, backend, i, t, resolve(graph.labels[t], assignment), axes)
+        for reach in over:
             axes = assignment.get(reach.factor, ())
             if axes:
                 tensor, parts = graph.tensors[x.operands[0]], math.prod(mesh.sizes[a] for a in axes)
@@ -130,13 +119,30 @@ def _computed(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend) -> Ite
                         yield Collective("collective_permute", row * need, axes, x.trips, operator, x.phase, "halo", x.path)
 
 
-def _moved(graph: Graph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:
-    trips = {t: x.trips for x in graph.instructions for t in x.results}
-    phase: dict[int, Phase] = {t: x.phase for x in graph.instructions for t in x.results}
-    path = {t: x.path for x in graph.instructions for t in x.results} | {a.tensor: a.path for a in graph.arguments}
+def _reduction(graph: Graph, mesh: Mesh, backend: Backend, i: int, t: int, sharding: Sharding, axes: tuple[int, ...]) -> Collective:
+    """The sum over axes of a result of an instruction: an all-reduce, or where it has several results a gathering of each."""
+    x, tensor = graph.instructions[i], graph.tensors[t]
+    kind = "all_reduce" if len(x.results) == 1 else "all_gather"
+    itemsize = ITEMSIZE.get(tensor.dtype, 4)
+    if kind == "all_reduce" and tensor.dtype in ("bfloat16", "float16") and backend.promotes_16_bit_all_reduce:
+        itemsize = 4
+    group = math.prod(mesh.sizes[a] for a in axes) if kind == "all_gather" else 1
+    nbytes = local_bytes(tensor.shape, itemsize, sharding, mesh.sizes) * group
+    return Collective(kind, nbytes, axes, x.trips, graph.owner[i], x.phase, "reduction", x.path, itemsize)
+
+
+@per_graph
+def _makers(graph: Graph) -> dict[int, tuple[int, Phase, str]]:
+    """Tensor -> how often it is made in a step, in which phase, and the path of what makes it."""
+    found: dict[int, tuple[int, Phase, str]] = {a.tensor: (1, "forward", a.path) for a in graph.arguments}
     for loop in graph.loops:
         for _, inside, _, _ in loop.carried:
-            trips.setdefault(inside, graph.instructions[loop.instruction].trips * loop.trips)
+            found[inside] = graph.instructions[loop.instruction].trips * loop.trips, "forward", ""
+    return found | {t: (x.trips, x.phase, x.path) for x in graph.instructions for t in x.results}
+
+
+def _moved(graph: Graph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:
+    makers = _makers(graph)
     done: set[tuple[int, Sharding]] = set()
     free = constant_tensors(graph)
     for read in layout.reads:
@@ -147,8 +153,6 @@ def _moved(graph: Graph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:
             nbytes = step_bytes(step, before, tensor.shape, ITEMSIZE.get(tensor.dtype, 4), mesh.sizes)
             before = step.result
             if nbytes and (read.tensor, step.result) not in done:
-                yield Collective(
-                    step.kind, nbytes, step.axes, trips.get(read.tensor, 1), read.operator, phase.get(read.tensor, "forward"),
-                    "reshard", path.get(read.tensor, ""),
-                )  # fmt: skip
+                trips, phase, path = makers.get(read.tensor, (1, "forward", ""))
+                yield Collective(step.kind, nbytes, step.axes, trips, read.operator, phase, "reshard", path)
             done.add((read.tensor, step.result))

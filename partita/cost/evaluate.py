@@ -86,7 +86,7 @@ def operator_cost(terms: OperatorTerms, place: Placement, assignments: Sequence[
     for r in terms.reductions:
         payload = r.nbytes / ways.of(r.factors)
         grows = r.kind == "all_gather"
-        for axes, chosen in (pair for f in r.reduced for pair in ways.axes_of(f)):
+        for axes, chosen in (pair for fs in ([r.reduced] if r.together else [(f,) for f in r.reduced]) for pair in ways.axes_of(*fs)):
             nbytes = payload[chosen] * (place.ways(axes) if grows else 1)
             if r.parameter >= 0 and r.trips == 1:
                 summed[chosen] += _joined(place, r.kind, nbytes, axes)
@@ -218,12 +218,13 @@ class _Ways:
             together[factors] = together.get(factors, 0) + nbytes
         return sum((b / self.of(f) for f, b in together.items()), np.zeros(len(self.assignments)))
 
-    def axes_of(self, factor: int) -> list[tuple[tuple[int, ...], np.ndarray]]:
-        """(axes over which the factor is split, indices of the assignments that split it so)."""
+    def axes_of(self, *factors: int) -> list[tuple[tuple[int, ...], np.ndarray]]:
+        """(axes over which the factors are split, indices of the assignments that split them so)."""
         groups: dict[tuple[int, ...], list[int]] = {}
-        for i, a in enumerate(self.assignments):
-            if a.get(factor):
-                groups.setdefault(a[factor], []).append(i)
+        for i, assignment in enumerate(self.assignments):
+            axes = tuple(a for f in factors for a in assignment.get(f, ()))
+            if axes:
+                groups.setdefault(axes, []).append(i)
         return [(axes, np.array(chosen)) for axes, chosen in groups.items()]
 
 

@@ -13,10 +13,10 @@ from collections import defaultdict
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Generic, TypeVar
 
-from partita.cost.collectives import reduced_factors, seen_labels
-from partita.graph.graph import Graph, Instruction
+from partita.cost.collectives import sums_and_reaches
+from partita.cost.partial import waiting
+from partita.graph.graph import Graph, Instruction, Key, per_graph
 from partita.plan.layout import Layout
 
 ALONE = {
@@ -49,22 +49,6 @@ class Fusion:
         """The tensors that exist in memory: results of kernels, and what loops carry."""
         found = {t for r in self.kernels for t in graph.instructions[r].results}
         return found | {t for loop in graph.loops for values in loop.carried for t in values}
-
-
-T = TypeVar("T")
-
-
-class Key(Generic[T]):
-    """A value by identity, for a cache: hashing it by what it holds would take longer than the work that is kept."""
-
-    def __init__(self, value: T) -> None:
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Key) and other.value is self.value
 
 
 def fusion(graph: Graph, recompute: bool = False) -> Fusion:
@@ -207,7 +191,7 @@ class _Fuser:
 
 def cut(graph: Graph, fused: Fusion, barriers: Set[tuple[int, int]], ends: Set[int]) -> Fusion:
     """The kernels where collectives are in between: at the reads (instruction, operand position) of `barriers`, and after `ends`."""
-    producer = _producers(Key(graph))
+    producer = _producers(graph)
     touched = {root for i, _ in barriers for root in fused.computed_in[i]}
     touched |= {root for i in ends for root in fused.computed_in[i] if root != i}
     kernels = {root: kernel for root, kernel in fused.kernels.items() if root not in touched}
@@ -251,20 +235,16 @@ def fused_under(graph: Graph, layout: Layout, recompute: bool) -> Fusion:
 @lru_cache(maxsize=2)
 def _fused_under(graph_key: Key[Graph], layout_key: Key[Layout], recompute: bool) -> Fusion:
     graph, layout = graph_key.value, layout_key.value
-    seen, ends = seen_labels(graph), set()
-    for i, x in enumerate(graph.instructions):
-        if x.rule is not None and x.rule.reduction and graph.owner[i] >= 0:
-            assignment = layout.assignments[graph.owner[i]]
-            labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
-            if any(assignment.get(f) for f in reduced_factors(x, labels)):
-                ends.add(i)
+    wait, tops = waiting(graph, layout)
+    ends = {i for i, o, factors, _ in sums_and_reaches(graph) if any(layout.assignments[o].get(f) for f in factors)}
+    ends = {i for i in ends if wait.keys().isdisjoint(graph.instructions[i].results)} | set(tops.values())
     barriers = {read for r in layout.reads for read in r.readers if read[0] >= 0}
     return cut(graph, fusion(graph, recompute), barriers, ends)
 
 
-@lru_cache(maxsize=8)
-def _producers(key: Key[Graph]) -> dict[int, int]:
-    return {t: i for i, x in enumerate(key.value.instructions) for t in x.results}
+@per_graph
+def _producers(graph: Graph) -> dict[int, int]:
+    return {t: i for i, x in enumerate(graph.instructions) for t in x.results}
 
 
 def reads(graph: Graph, kernel: Sequence[int]) -> dict[int, list[tuple[int, int]]]:

@@ -17,10 +17,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from partita.cost.collectives import DEFAULT, reduced_factors, seen_labels
-from partita.cost.fusion import Key, fused_under, reads, transposes
+from partita.cost.collectives import DEFAULT
+from partita.cost.fusion import fused_under, reads, transposes
+from partita.cost.partial import gradients, reduced_factors, seen_labels
 from partita.cost.work import group_factors
-from partita.graph.graph import ITEMSIZE, Graph, constant_tensors
+from partita.graph.graph import ITEMSIZE, Graph, Key, constant_tensors, per_graph
 from partita.machine import Backend
 from partita.plan.layout import Layout, Sharding
 from partita.plan.plan import Mesh
@@ -72,9 +73,8 @@ class _Program:
     """(instruction, kernel, when it is first there) of input gradients of convolutions, which read the kernel transposed."""
 
 
-@lru_cache(maxsize=8)
-def _program(key: Key[Graph]) -> _Program:
-    graph = key.value
+@per_graph
+def _program(graph: Graph) -> _Program:
     seen = seen_labels(graph)
     reduces, kernels = [], []
     for i, x in enumerate(graph.instructions):
@@ -85,6 +85,7 @@ def _program(key: Key[Graph]) -> _Program:
             factors = reduced_factors(x, labels)
             if factors:
                 reduces.append((i, factors, x.results[0]))
+    reduces += [(g.additions[-1], g.reduced, g.result) for g in gradients(graph)]
     made = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
     first: dict[int, int] = {}
     for i, x in enumerate(graph.instructions):
@@ -124,7 +125,10 @@ class _Lives:
     """Per instruction, the last kernel that computes it."""
 
 
-def _lives(graph: Graph, program: _Program, layout: Layout, backend: Backend) -> _Lives:
+@lru_cache(maxsize=2)
+def _lives(graph_key: Key[Graph], layout_key: Key[Layout], backend: Backend) -> _Lives:
+    graph, layout = graph_key.value, layout_key.value
+    program = _program(graph)
     fused = fused_under(graph, layout, backend.recomputes)
     dies: dict[int, int] = {}
     for root, kernel in fused.kernels.items():
@@ -144,8 +148,8 @@ def _lives(graph: Graph, program: _Program, layout: Layout, backend: Backend) ->
 
 def memory(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend = DEFAULT, here: frozenset[int] | None = None) -> Memory:
     """Bytes per device at the peak of one step under a layout; of a device that only some operators are on, those `here`."""
-    program = _program(Key(graph))
-    lives = _lives(graph, program, layout, backend)
+    program = _program(graph)
+    lives = _lives(Key(graph), Key(layout), backend)
     sizes = _Sizes(graph, mesh, here)
     count = len(graph.instructions)
     held: dict[str, int] = defaultdict(int)

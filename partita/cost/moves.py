@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -65,12 +65,33 @@ def move_seconds(move: Move, place: Placement, source: Sharding, target: Shardin
     """Seconds of a move between two shardings of its tensor."""
     if source == target:
         return 0.0
+    if move.sums:
+        (source, sums), (target, _) = (_parted(move, s) for s in (source, target))
+        return _summed(move, place, source, sums) + move_seconds(replace(move, sums=0), place, source, target)
     profile = _profile(source, target, place.mesh)
     return move.trips * sum(place.seconds(kind, part * move.nbytes, group) for kind, group, part in profile)
 
 
+def _parted(move: Move, sharding: Sharding) -> tuple[Sharding, tuple[int, ...]]:
+    """How the dims are split, and the axes over which the tensor is still to be summed."""
+    count = len(sharding) - move.sums
+    return sharding[:count], tuple(sorted(a for axes in sharding[count:] for a in axes))
+
+
+def _summed(move: Move, place: Placement, source: Sharding, axes: tuple[int, ...]) -> float:
+    """Seconds of summing a tensor that is still to be summed, as its home has it split."""
+    part = move.nbytes / place.ways([a for dim in source for a in dim])
+    return move.trips * place.seconds("all_reduce", part, place.group(axes)) if axes else 0.0
+
+
 def move_table(move: Move, place: Placement, sources: Sequence[Sharding], targets: Sequence[Sharding]) -> np.ndarray:
     """Seconds of a move for every pair of shardings, [source, target]."""
+    if move.sums:
+        left, right = [_parted(move, s) for s in sources], [_parted(move, t)[0] for t in targets]
+        moved = move_table(replace(move, sums=0), place, [s for s, _ in left], right)
+        summed = np.array([_summed(move, place, *s) for s in left])
+        alike = np.array([[s == t for t in targets] for s in sources])
+        return np.where(alike, 0.0, moved + summed[:, None])
     # Dims that nobody splits are left out: tensors of other ranks then ask for the same table.
     split = [d for d in range(len(sources[0])) if any(s[d] for s in (*sources, *targets))]
     without = lambda shardings: tuple(tuple(s[d] for d in split) for s in shardings)  # noqa: E731

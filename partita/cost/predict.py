@@ -106,7 +106,8 @@ def predict(
         moves[move.reader] += move_seconds(move, place, resolve(move.source, a), resolve(move.target, b))
     sent: Counter[int] = Counter()
     traffic: Counter[str] = Counter()
-    for c in collectives(graph, plan.mesh, where, machine.backend):
+    every = collectives(graph, plan.mesh, where, machine.backend)
+    for c in every:
         sent[c.operator] += c.total
         traffic[c.kind] += c.total
     operators = tuple(
@@ -118,6 +119,6 @@ def predict(
     )  # fmt: skip
     return Prediction(
         plan.name, machine.name, sum(o.seconds for o in operators), operators, memory(graph, plan.mesh, where, machine.backend),
-        dict(sorted(traffic.items())), local_flops(graph, plan.mesh, where, machine.backend), machine.weakest_status(),
+        dict(sorted(traffic.items())), local_flops(graph, plan.mesh, where, machine.backend, sent=every), machine.weakest_status(),
         machine.times.error if machine.times else 0.0,
     )  # fmt: skip

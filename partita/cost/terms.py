@@ -13,8 +13,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from hashlib import sha256
 
-from partita.cost.collectives import DEFAULT, reaches, reduced_factors, seen_labels
+from partita.cost.collectives import DEFAULT, reaches
 from partita.cost.fusion import FREE, Fusion, fusion, reads
+from partita.cost.partial import Gradient, gradients, reduced_factors, seen_labels
 from partita.cost.work import group_factors
 from partita.graph.graph import Graph, Instruction, Label, Phase, Window, constant_tensors
 from partita.graph.grouping import HEAVY
@@ -56,6 +57,8 @@ class Reduction:
     phase: Phase
     parameter: int
     """The parameter (argument tensor) whose gradient this is, -1 for an activation."""
+    together: bool = False
+    """Whether one collective sums over all factors; else there is one for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,11 @@ class Halo:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A tensor that `reader` wants under another label than its home's: a reshard wherever the two differ."""
+    """A tensor that `reader` wants under another label than its home's: a reshard wherever the two differ.
+
+    Of a gradient that the reader adds to others, the last `sums` entries of both labels are factors over which it is still to be summed. It is
+    summed before, unless the reader's own gradient is still to be summed over the same axes, and split alike.
+    """
 
     tensor: int
     nbytes: int
@@ -85,6 +92,13 @@ class Move:
     """When the tensor is made."""
     wanted: Phase
     """When it is first read so."""
+    sums: int = 0
+
+    @property
+    def dims(self) -> tuple[Label, Label]:
+        """Both labels without what is still to be summed."""
+        count = len(self.source) - self.sums
+        return self.source[:count], self.target[:count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +143,9 @@ class OperatorTerms:
                 (w.op_class, w.dtype, w.flops, at(w.factors), tuple((b, at(f)) for b, f in w.traffic), w.trips, w.phase, w.groups)
                 for w in self.work
             ),
-            tuple((r.kind, r.nbytes, at(r.factors), at(r.reduced), r.trips, r.phase, r.parameter >= 0) for r in self.reductions),
+            tuple((r.kind, r.nbytes, at(r.factors), at(r.reduced), r.trips, r.phase, r.parameter >= 0, r.together) for r in self.reductions),
             tuple((h.nbytes, at(h.factors), at((h.split,)), h.window, h.trips, h.phase) for h in self.halos),
-            tuple((m.nbytes, at(m.source), at(m.target), m.trips, m.phase) for m in self.moves),
+            tuple((m.nbytes, at(m.source), at(m.target), m.trips, m.phase, m.sums) for m in self.moves),
             tuple((s.shape, at(s.label), s.nbytes, s.slots, s.traffic) for s in self.stored),
             tuple((b, at(f)) for b, f in self.resident),
             tuple((b, at(f)) for b, f in self.kept),
@@ -239,13 +253,19 @@ def _communication(
     graph: Graph, seen: dict[tuple[int, int], Label], family: dict[int, int], found: list[OperatorTerms]
 ) -> None:
     gradient, free = _gradients(graph, family), constant_tensors(graph)
+    waits = {t for g in gradients(graph) for t in g.leaves}
+    for g in gradients(graph):
+        label, nbytes = graph.labels[g.result], graph.tensors[g.result].nbytes
+        found[g.operator].reductions.append(
+            Reduction("all_reduce", nbytes, _factors(label), g.reduced, 1, "backward", gradient.get(g.result, -1), together=True)
+        )
     for i, x in enumerate(graph.instructions):
         operator = graph.owner[i]
         if operator < 0 or x.rule is None or all(t in free for t in x.results):
             continue
         labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
         reduced = reduced_factors(x, labels)
-        if reduced:
+        if reduced and waits.isdisjoint(x.results):
             kind = "all_reduce" if len(x.results) == 1 else "all_gather"
             for t in x.results:
                 tensor = graph.tensors[t]
@@ -284,9 +304,15 @@ def _moves(graph: Graph, found: list[OperatorTerms]) -> list[Move]:
     made = {t: x for x in graph.instructions for t in x.results}
     inside = {t: loop for loop in graph.loops for _, t, _, _ in loop.carried}
     free, batch = constant_tensors(graph), {a.tensor for a in graph.arguments if a.role == "batch"}
-    edges = []
+    edges = [m for g in gradients(graph) for m in _added(graph, g)]
+    for m in [m for m in edges if m.home == m.reader]:
+        edges.remove(m)
+        found[m.home].moves.append(m)
+    added = {(t, g.operator) for g in gradients(graph) for t in g.leaves}
     for use in graph.uses:
         home = graph.home[use.tensor]
+        if (use.tensor, use.operator) in added:
+            continue
         if use.tensor in free or use.tensor in batch or home < 0:
             continue
         x = made.get(use.tensor)
@@ -300,6 +326,24 @@ def _moves(graph: Graph, found: list[OperatorTerms]) -> list[Move]:
         else:
             edges.append(move)
     return edges
+
+
+def _added(graph: Graph, gradient: Gradient) -> list[Move]:
+    """The moves of gradients to the operator that adds them up: what is its own, split alike and still to be summed alike, does not move."""
+    seen, reads = seen_labels(graph), {t: (i, p) for i in gradient.additions for p, t in enumerate(graph.instructions[i].operands)}
+    found = []
+    for t, reduced in gradient.leaves.items():
+        source, target = graph.labels[t], seen.get(reads[t], graph.labels[t])
+        pad = max(len(reduced), len(gradient.reduced))
+        whole = lambda label, sums, pad=pad: (*label, *sums, *(-1 for _ in range(pad - len(sums))))  # noqa: E731
+        if graph.home[t] != gradient.operator or source != target or reduced != gradient.reduced:
+            found.append(
+                Move(
+                    t, graph.tensors[t].nbytes, graph.home[t], whole(source, reduced), gradient.operator, whole(target, gradient.reduced), 1,
+                    "backward", "backward", pad,
+                )  # fmt: skip
+            )
+    return found
 
 
 def _memory(graph: Graph, family: dict[int, int], fused: Fusion, found: list[OperatorTerms]) -> None:

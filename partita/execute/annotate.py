@@ -12,6 +12,7 @@ from typing import Any
 from jax.extend.mlir import ir
 
 from partita.capture import stablehlo
+from partita.cost.partial import waiting
 from partita.cost.reshard import reshard_steps
 from partita.graph.graph import Graph
 from partita.graph.grouping import HEAVY
@@ -40,6 +41,7 @@ class _Writer:
         self.cache: dict[Sharding, str] = {}
         self.pinned: set[int] = set()
         self.arguments = {a.tensor: a.path for a in graph.arguments}
+        self.wait, self.tops = waiting(graph, layout)
 
     def write(self, module: ir.Module) -> None:
         axes = ", ".join(f'"{a.name}"={a.size}' for a in self.mesh.axes)
@@ -53,19 +55,20 @@ class _Writer:
                 self._pin_carried(operation)
             elif instruction.name in HEAVY or instruction.rule is not None and instruction.rule.reduction:
                 for value in operation.results:
-                    if not any(self.layout.own[self.ids[value]]):
+                    if self.ids[value] not in self.wait and not any(self.layout.own[self.ids[value]]):
                         self._pin(value)
                 own = [any(self.layout.own[t]) for t in (*instruction.operands[:1], *instruction.results)]
                 if instruction.windows and not own[0] and any(own):
                     # XLA would split a whole value that a split window reads, and with it what else reads it.
                     self._pin(self.values[instruction.operands[0]])
+        for t in self.wait:
+            self._leave_unsummed(t)
         self._constraints(block)
         for operation in self.operations:
             if stablehlo.short(operation.name) in LOOPS:
                 continue
-            shardings = [self.layout.own[self.ids[r]] for r in operation.results]
             if any(self.graph.tensors[self.ids[r]].shape for r in operation.results):
-                text = ", ".join(f"<@{MESH}, {self._dims(s)}>" for s in shardings)
+                text = ", ".join(f"<@{MESH}, {self._of(self.ids[r])}>" for r in operation.results)
                 operation.attributes["sdy.sharding"] = ir.Attribute.parse(f"#sdy.sharding_per_value<[{text}]>")
         function = block.owner
         arguments = [
@@ -102,6 +105,25 @@ class _Writer:
     def _dims(self, sharding: Sharding) -> str:
         dims = ", ".join("{" + ", ".join(f'"{self.mesh.axes[a].name}"' for a in d) + "}" for d in sharding)
         return f"[{dims}]"
+
+    def _of(self, t: int) -> str:
+        """How a tensor is split as it is made, and over what it is then still to be summed."""
+        axes = ", ".join(f'"{self.mesh.axes[a].name}"' for a in self.wait.get(t, ()))
+        return self._dims(self.layout.own[t]) + (f", unreduced={{{axes}}}" if axes else "")
+
+    def _leave_unsummed(self, t: int) -> None:
+        """Says of a value that it is still to be summed over devices; behind the last addition of such values, that it no longer is.
+
+        XLA believes what a constraint says, not what the instruction says. It keeps a sum waiting through additions only.
+        """
+        value = self.values[t]
+        pinned = self._constrained(value, f"#sdy.sharding<@{MESH}, {self._of(t)}>")
+        value.replace_all_uses_except(pinned, pinned.owner.operation)
+        if t in self.tops:
+            whole = self._constrain(pinned, self.layout.own[t])
+            pinned.replace_all_uses_except(whole, whole.owner.operation)
+            self.values[t] = whole
+            self.ids[whole] = t
 
     def _text(self, sharding: Sharding) -> str:
         if sharding not in self.cache:
@@ -154,12 +176,15 @@ class _Writer:
                 yielded.operands[(position - len(loop.operands)) % len(loop.operands)] = value
 
     def _constrain(self, value: Any, sharding: Sharding) -> Any:
+        return self._constrained(value, self._text(sharding))
+
+    def _constrained(self, value: Any, sharding: str) -> Any:
         owner = value.owner
         made = ir.Operation.create(
             "sdy.sharding_constraint",
             results=[value.type],
             operands=[value],
-            attributes={"sharding": ir.Attribute.parse(self._text(sharding))},
+            attributes={"sharding": ir.Attribute.parse(sharding)},
             loc=self._location(value) if isinstance(owner, ir.Block) else owner.location,
             ip=ir.InsertionPoint.at_block_begin(owner if isinstance(owner, ir.Block) else owner.operation.block),
         )

@@ -13,10 +13,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from partita.errors import PartitaError
 
@@ -124,6 +125,8 @@ class Instruction:
     """Per factor of the rule that moves a window over a dim of operand 0: how it moves."""
     batch_groups: int = 1
     """Groups in the batch of a convolution: more than 1 for the weight gradient of a grouped one."""
+    adds: bool = True
+    """Whether elements that meet in a result are added: not where a reduce or a scatter takes, say, the largest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +244,8 @@ class Graph:
             g[0],
             tuple(Tensor(tuple(s), d) for s, d in g[1]),
             tuple(
-                Instruction(n, p, ph, tuple(o), tuple(r), rule(ru), f, t, tuple((i, Window(*w)) for i, w in ws), bg)
-                for n, p, ph, o, r, ru, f, t, ws, bg in g[2]
+                Instruction(n, p, ph, tuple(o), tuple(r), rule(ru), f, t, tuple((i, Window(*w)) for i, w in ws), *rest)
+                for n, p, ph, o, r, ru, f, t, ws, *rest in g[2]
             ),
             tuple(Loop(i, _tuple(c), (b[0], b[1]), t) for i, c, b, t in g[3]),
             tuple(Argument(*a) for a in g[4]),
@@ -303,6 +306,30 @@ def lines(graph: Graph) -> Iterable[str]:
         yield f"  {operator.name:{width}}  {operator.kind:8} {factors:32} {phases:>12}  {flops / 1e6:10.3f} MFLOP  {count:>10,} parameters"
 
 
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Key(Generic[T]):
+    """A value by identity, for a cache: hashing it by what it holds would take longer than the work that is kept."""
+
+    def __init__(self, value: T) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Key) and other.value is self.value
+
+
+def per_graph(of: Callable[[Graph], U]) -> Callable[[Graph], U]:
+    """A function of a graph that is computed once for each of the last few graphs. What it returns must not be changed."""
+    known = lru_cache(maxsize=8)(lambda key: of(key.value))
+    return wraps(of)(lambda graph: known(Key(graph)))
+
+
+@per_graph
 def constant_tensors(graph: Graph) -> frozenset[int]:
     """Tensors that depend on no argument (broadcast constants, iotas, a causal mask): every device makes its own part."""
     carried = {t for loop in graph.loops for values in loop.carried for t in values}

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from partita.graph.graph import Argument, Factor, Graph, Instruction, Kind, Label, Loop, Mapping, Operator, Tensor, Use
+from partita.graph.sums import gradient_sums
 
 HEAVY = {
     "dot_general", "convolution", "gather", "reduce_window", "sort", "fft", "cholesky", "triangular_solve", "custom_call",
@@ -49,7 +50,7 @@ def group(
         # A step without a gradient: everything it does is its forward part.
         instructions = [replace(i, phase="forward") for i in instructions]
     flat = _Flat(tensors, _with_loops_forward(instructions, loops), loops, arguments)
-    owner, heavy = _owners(flat)
+    owner, heavy = _owners(flat, outputs)
     return _label(name, flat, owner, heavy, tuple(outputs), batch_size, tuple(notes))
 
 
@@ -112,7 +113,7 @@ class _Flat:
 # --------------------------------------------------------------------------------------------------------- ownership
 
 
-def _owners(flat: _Flat) -> tuple[list[int], list[int]]:
+def _owners(flat: _Flat, outputs: Sequence[int]) -> tuple[list[int], list[int]]:
     """(owner per instruction, heavy instruction per operator)."""
     instructions = flat.instructions
     owner = [-1] * len(instructions)
@@ -132,6 +133,11 @@ def _owners(flat: _Flat) -> tuple[list[int], list[int]]:
     _own_forward(flat, owner)
     parameter_owner = _argument_owners(flat, owner)
     _own_backward(flat, owner, heavy)
+    for found in gradient_sums(flat.instructions, flat.loops, outputs):
+        # The operator that uses the weight first has the weight, and makes one of the gradients that are added.
+        first = min(owner[i] for i in found.leaves)
+        for i in found.additions if first >= 0 else ():
+            owner[i] = first
     _own_update(flat, owner, parameter_owner)
     _own_rest(flat, owner)
     for index, number in flat.loop_of.items():
@@ -218,20 +224,25 @@ def _own_backward(flat: _Flat, owner: list[int], heavy: list[int]) -> None:
     for operator, index in enumerate(heavy):
         reads[operator] = {flat.base(t) for t in flat.instructions[index].operands if flat.tensors[t].shape}
     order = [i for i, x in enumerate(flat.instructions) if x.phase == "backward" and i not in flat.loop_of]
-    for index in order:
-        instruction = flat.instructions[index]
-        if _is_heavy(flat, index):
-            bases = {flat.base(t) for t in instruction.operands if flat.tensors[t].shape}
-            paths = by_path.get(instruction.path, Counter())
-            score = lambda o: (len(bases & reads[o]), instruction.path == flat.instructions[heavy[o]].path, paths[o], o)  # noqa: E731, B023
-            best = max(range(len(heavy)), key=score)
-            if any(score(best)[:3]):
-                owner[index] = best
+    forward_of, together = _reads_of_products(flat, order)
+    users: dict[int, set[int]] = defaultdict(set)
+    for operator, bases in reads.items():
+        for t in bases:
+            users[t].add(operator)
+    for index, bases in forward_of.items():
+        instruction, beside = flat.instructions[index], together[index]
+        paths = by_path.get(instruction.path, Counter())
+        score = lambda o: (  # noqa: E731
+            len(bases & reads[o]), len(beside & reads[o]), instruction.path == flat.instructions[heavy[o]].path, paths[o], o  # noqa: B023
+        )  # fmt: skip
+        best = max(set().union(*(users[t] for t in bases)) or range(len(heavy)), key=score)
+        if any(score(best)[:4]):
+            owner[index] = best
     imports = _forward_imports(flat, owner)
     for index in order:
         if owner[index] >= 0:
             continue
-        owner[index] = _accumulates_for(flat, owner, imports, index)
+        owner[index] = _accumulates_for(flat, owner, imports, by_path, index)
         if owner[index] >= 0:
             continue
         candidates = set(by_path.get(flat.instructions[index].path, ()))
@@ -245,22 +256,43 @@ def _own_backward(flat: _Flat, owner: list[int], heavy: list[int]) -> None:
     _from_readers(flat, owner, order)
 
 
-def _forward_imports(flat: _Flat, owner: list[int]) -> dict[int, set[tuple[int, tuple[int, ...]]]]:
-    """Per operator, (owner, shape) of the forward values that it takes from other operators."""
-    found: dict[int, set[tuple[int, tuple[int, ...]]]] = defaultdict(set)
+def _reads_of_products(flat: _Flat, order: Sequence[int]) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
+    """Per heavy backward instruction what it reads, and what those read that share a gradient with it.
+
+    The two gradients of a product read one gradient, and between them both operands of the product. That tells apart the uses of a weight,
+    of which the one gradient reads only the weight.
+    """
+    reads: dict[int, set[int]] = {}
+    sharing: dict[int, set[int]] = defaultdict(set)
+    for index in order:
+        if _is_heavy(flat, index):
+            reads[index] = {flat.base(t) for t in flat.instructions[index].operands if flat.tensors[t].shape}
+            for t in reads[index]:
+                if t in flat.producer and flat.instructions[flat.producer[t]].phase == "backward":
+                    sharing[t].add(index)
+    together = {
+        index: set().union(*(reads[i] for t in bases for i in sharing.get(t, ()))) - bases for index, bases in reads.items()
+    }
+    return reads, together
+
+
+def _forward_imports(flat: _Flat, owner: list[int]) -> dict[int, set[int]]:
+    """Per operator, the forward values that it takes from other operators, as what they are rearrangements of."""
+    found: dict[int, set[int]] = defaultdict(set)
     for index, instruction in enumerate(flat.instructions):
         if instruction.phase == "forward" and owner[index] >= 0:
-            for t in instruction.operands:
+            for t in map(flat.base, instruction.operands):
                 producer = flat.producer.get(t)
                 if producer is not None and 0 <= owner[producer] != owner[index]:
-                    found[owner[index]].add((owner[producer], flat.tensors[t].shape))
+                    found[owner[index]].add(t)
     return found
 
 
-def _accumulates_for(flat: _Flat, owner: list[int], imports: dict[int, set[tuple[int, tuple[int, ...]]]], index: int) -> int:
+def _accumulates_for(flat: _Flat, owner: list[int], imports: dict[int, set[int]], by_path: dict[str, Counter[int]], index: int) -> int:
     """The owner of the forward value whose gradient a backward addition of several readers' gradients is, else -1.
 
-    Left to the readers, the sum would tie them to each other (query, key and value of attention); it belongs to what they read.
+    Left to the readers, the sum would tie them to each other (query, key and value of attention); it belongs to what they read. Where that
+    may be several values (both read the encoder and the decoder), the gradient goes on to the layer that it is of.
     """
     instruction = flat.instructions[index]
     if instruction.name != "add" or len(instruction.operands) != 2:
@@ -273,10 +305,23 @@ def _accumulates_for(flat: _Flat, owner: list[int], imports: dict[int, set[tuple
         sides.append(owner[producer])
     if sides[0] == sides[1]:
         return -1
-    shape = flat.tensors[instruction.results[0]].shape
-    values = [{(o, shape)} | imports[o] for o in sides]
-    common = {o for o, s in values[0] & values[1] if s == shape}
+    one, other = sides
+    size = flat.tensors[instruction.results[0]].size
+    of = {t: owner[flat.producer[t]] for t in imports[one] | imports[other] if flat.tensors[t].size == size}
+    common = {o for t, o in of.items() if (o == one or t in imports[one]) and (o == other or t in imports[other])}
+    if len(common) > 1:
+        common = common & set(by_path.get(_next_path(flat, index), ())) or common
     return max(common) if common else -1
+
+
+def _next_path(flat: _Flat, index: int) -> str:
+    """The path of the layer that a value goes on to: of the first reader, or reader's reader, in another layer."""
+    path = flat.instructions[index].path
+    while True:
+        readers = [r for t in flat.instructions[index].results for r in flat.readers[t]]
+        if not readers or flat.instructions[index].path != path:
+            return flat.instructions[index].path
+        index = readers[0]
 
 
 def _own_update(flat: _Flat, owner: list[int], parameter_owner: dict[int, int]) -> None:

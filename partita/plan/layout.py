@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from partita.graph.graph import Graph, Label
+from partita.graph.graph import Graph, Label, per_graph
 from partita.plan.plan import Mesh, Plan, Storage, slice_of
 
 Sharding = tuple[tuple[int, ...], ...]
@@ -75,6 +75,7 @@ def spare_axes(shape: tuple[int, ...], sharding: Sharding, mesh: Mesh) -> tuple[
     return (-best[1], best[2]) if best[2] else None
 
 
+@per_graph
 def families(graph: Graph) -> dict[int, int]:
     """Tensor -> the parameter (argument tensor) whose update it belongs to.
 
@@ -111,10 +112,10 @@ def families(graph: Graph) -> dict[int, int]:
 def layout(graph: Graph, plan: Plan) -> Layout:
     """Every tensor's sharding under the plan, and every read that wants another one."""
     assignments = assignments_of(graph, plan)
-    own = [
-        resolve(label, assignments[home]) if home >= 0 else ((),) * len(label)
-        for label, home in zip(graph.labels, graph.home, strict=True)
-    ]
+    alike: dict[tuple[int, Label], Sharding] = {}
+    for known in set(zip(graph.home, graph.labels, strict=True)):
+        alike[known] = resolve(known[1], assignments[known[0]]) if known[0] >= 0 else ((),) * len(known[1])
+    own = [alike[known] for known in zip(graph.home, graph.labels, strict=True)]
     stored = _stored(graph, plan, assignments)
     family = families(graph) if stored else {}
     kept = {a.tensor: a for a in graph.arguments}
@@ -123,9 +124,7 @@ def layout(graph: Graph, plan: Plan) -> Layout:
     for t, p in family.items():
         if p in stored and (t not in kept or kept[t].role == "optimizer" or stored[p][0].zero == 3):
             base[t], own[t] = own[t], stored[p][1]
-    updates = (
-        {i for i, x in enumerate(graph.instructions) if any(family.get(t) in stored for t in x.results)} if stored else set()
-    )
+    updates = {made[t] for made in [_makers(graph)] for t, p in family.items() if p in stored and t in made}
     named = {(i, position) for use in graph.uses for i, position in use.instructions}
     for i in sorted(updates):
         x = graph.instructions[i]
@@ -158,6 +157,12 @@ def layout(graph: Graph, plan: Plan) -> Layout:
             reads[a.result, graph.home[a.tensor], own[a.tensor]].append((-1, place[a.result]))
     found = tuple(Read(t, o, target, tuple(readers)) for (t, o, target), readers in reads.items())
     return Layout(tuple(own), found, assignments)
+
+
+@per_graph
+def _makers(graph: Graph) -> dict[int, int]:
+    """Tensor -> the instruction that makes it."""
+    return {t: i for i, x in enumerate(graph.instructions) for t in x.results}
 
 
 def _stored(

@@ -1,35 +1,43 @@
-"""The best states of a cost network, exactly: variable elimination with min-plus products (bucket elimination).
+"""The best states of a cost network, exactly: messages, then variable elimination with min-plus products (bucket elimination).
 
-Take a variable, write down for every combination of its neighbours' states the best it can add, and drop it: OptCNN's node
-and edge elimination (Jia et al., ICML 2018, section 5) for any graph. What is dropped is found again backwards. The
-time follows the largest table, so variables with few neighbours go first; on chains and nested branches no table has more
-than two dims.
+Messages (`search.messages`) give a bound and states; on most networks the two meet and all is said. Else what no better plan has is dropped, and
+variables are eliminated: take one, write down for every combination of its neighbours' states the best it can add, and drop it: OptCNN's
+node and edge elimination (Jia et al., ICML 2018, section 5) for any graph. What is dropped is found again backwards. The time follows the
+largest table, so variables with few neighbours go first. A bucket whose joint table would be too large is cut into mini-buckets (Dechter
+and Rish, JACM 2003), each minimised by itself: still a lower bound, and a plan that may be above it.
 
 Memory is priced: seconds + price x bytes is minimised for a rising price until the bytes fit (Lagrangian relaxation). For
 every price, the minimum less price x budget is a lower bound on any plan that fits, so the search returns a bound with it.
-
-Equal buckets are reduced once (the blocks of a transformer). A bucket whose joint table would be too large is cut into
-mini-buckets (Dechter and Rish, JACM 2003), each minimised by itself: still a lower bound, and a plan that may be above it.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
+from numba import njit
 
 from partita.search.base import Problem, Progress, Report, SearchResult
+from partita.search.messages import Messages
 
 MOST_ENTRIES = 120_000_000
 """Entries of a joint table above which a bucket is cut: the result is then a plan and a bound that may lie apart."""
+RISES = 24
+"""How often a byte's price is raised until a plan fits."""
 ROUNDS = 24
-"""How often a byte's price is raised until a plan fits, and then how often it is refined."""
+"""How often the price at which plans fit is refined, at most."""
+
+SWEEPS = 5
+"""Sweeps of messages between two looks at what they say."""
+MOST_SWEEPS = 100
+CLOSE = 1e-9
+"""States whose cost is above a bound by no more than this part of it are the best."""
 
 Factor = tuple[tuple[int, ...], np.ndarray]
 """Variables and a table over their states."""
-Memo = dict[bytes, np.ndarray]
 
 
 def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = None, rounds: int = ROUNDS) -> SearchResult:
@@ -37,8 +45,7 @@ def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = 
 
     If nothing fits, the result is the smallest in bytes that was found, and `feasible` is False.
     """
-    order, history = _order(problem), []
-    memo: Memo = {}
+    priced, history = _Priced(problem), []
 
     def say(step: str, best: float, bound: float) -> None:
         history.append(Progress(step, best, bound))
@@ -47,15 +54,14 @@ def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = 
 
     bound, best, smallest, stopped = 0.0, None, None, False
     try:
-        states, bound = _solve(problem, order, 0.0, memo)
-        states = _polish(problem, np.inf, states)
+        states, bound = priced.solve(0.0)
         bound = min(bound, problem.cost(states))
         smallest = best = states
         if problem.held(states) > budget:
             say("without a limit on memory", problem.cost(states), bound)
-            best, smallest, bound = _price_memory(problem, order, budget, memo, states, bound, say, rounds)
+            best, smallest, bound = _price_memory(priced, budget, states, bound, say, rounds)
         else:
-            say("exact" if problem.cost(states) <= bound * (1 + 1e-9) else "bounded", problem.cost(states), bound)
+            say("exact" if problem.cost(states) <= bound * (1 + CLOSE) else "bounded", problem.cost(states), bound)
     except KeyboardInterrupt:
         stopped = True
         if best is None and smallest is None:
@@ -67,40 +73,48 @@ def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = 
 
 
 def _price_memory(
-    problem: Problem, order: Sequence[int], budget: float, memo: Memo, fastest: tuple[int, ...], bound: float,
-    say: Callable[[str, float, float], None], rounds: int,
+    priced: _Priced, budget: float, fastest: tuple[int, ...], bound: float, say: Callable[[str, float, float], None], rounds: int
 ) -> tuple[tuple[int, ...] | None, tuple[int, ...], float]:  # fmt: skip
-    """Raises the price of a byte until the plan fits, then searches between: (best that fits, smallest, bound)."""
-    smallest, best = fastest, None
+    """Raises the price of a byte until a plan fits, then searches between: (best that fits, smallest, bound).
+
+    A plan's seconds + price x bytes is a line over the price, and the least of all plans a concave curve of such lines: the next price is where
+    the lines of the last plan that does not fit and the last that does meet. Where neither is beaten there, no price tells more.
+    """
+    problem, smallest, best = priced.problem, fastest, None
     scale = max(bound, sum(float(np.ptp(s)) for s in problem.seconds), 1e-12) / max(budget, 1.0)
-    low, high = 0.0, scale / 16
-    for _ in range(ROUNDS):
-        states, least = _solve(problem, order, high, memo)
+    low, high, under, over = 0.0, scale / 16, fastest, fastest
+    for _ in range(RISES):
+        states, least = priced.solve(high)
         bound = max(bound, least - high * budget)
         if problem.held(states) < problem.held(smallest):
             smallest = states
         if problem.held(states) <= budget:
-            best = states
+            best = over = states
             break
-        low, high = high, high * 4
+        low, high, under = high, high * 4, states
         if high > 1e6 * scale:
             smallest = min(smallest, tuple(int(np.argmin(b)) for b in problem.nbytes), key=problem.held)
             best = smallest if problem.held(smallest) <= budget else None
             break
-    if best is not None:
+    if best is not None and over is best:
         for _ in range(rounds):
-            price = (low + high) / 2
-            states, least = _solve(problem, order, price, memo)
+            more, less = problem.cost(over) - problem.cost(under), problem.held(under) - problem.held(over)
+            price = more / less if less > 0 else low
+            if not low < price < high:
+                break
+            states, least = priced.solve(price)
             bound = max(bound, least - price * budget)
+            meets = problem.cost(over) + price * problem.held(over)
             if problem.held(states) <= budget:
-                high = price
+                high, over = price, states
                 if problem.cost(states) < problem.cost(best):
                     best = states
             else:
-                low = price
+                low, under = price, states
             say("pricing memory", problem.cost(best), bound)
-            if problem.cost(best) <= bound * (1 + 1e-9) or high - low <= 1e-6 * high:
+            if problem.cost(best) <= bound * (1 + CLOSE) or problem.cost(states) + price * problem.held(states) >= meets * (1 - 1e-12):
                 break
+    if best is not None:
         best = _polish(problem, budget, best)
         bound = min(bound, problem.cost(best))
     return best, smallest, bound
@@ -137,37 +151,74 @@ def _order(problem: Problem) -> list[int]:
     for u, v in problem.tables:
         near[u].add(v)
         near[v].add(u)
-    sizes = [float(len(s)) for s in problem.seconds]
-    left, order = set(range(problem.size)), []
-    while left:
-        v = min(left, key=lambda x: (math.prod(sizes[n] for n in near[x]), x))
+    logs = np.log([len(s) for s in problem.seconds])
+    table, order = np.array([sum(logs[n] for n in mine) for mine in near], float), []
+    for _ in range(problem.size):
+        v = int(np.argmin(table))
         for n in near[v]:
             near[n] |= near[v] - {n}
             near[n].discard(v)
-        left.remove(v)
+            table[n] = sum(logs[m] for m in near[n])
+        table[v] = np.inf
         order.append(v)
     return order
 
 
-def _solve(problem: Problem, order: Sequence[int], price: float, memo: Memo) -> tuple[tuple[int, ...], float]:
-    """(states, lower bound) for seconds + price x bytes; the states attain the bound wherever no bucket had to be cut."""
+class _Priced:
+    """A problem whose bytes have a price."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.messages = Messages(problem)
+        self.seconds, self.nbytes = np.concatenate(problem.seconds), np.concatenate(problem.nbytes)
+
+    def solve(self, price: float) -> tuple[tuple[int, ...], float]:
+        """(states, lower bound) for seconds + price x bytes; the states attain the bound wherever no bucket had to be cut."""
+        own = self.seconds + price * self.nbytes
+        alone = replace(self.problem, seconds=[own[a:b] for a, b in itertools.pairwise(self.messages.first)])
+        best, least, bound = None, np.inf, -np.inf
+        for _ in range(0, MOST_SWEEPS, SWEEPS):
+            before, bound = bound, max(bound, self.messages.sweep(own, SWEEPS))
+            states = _polish(alone, np.inf, self.messages.states(own))
+            if alone.cost(states) < least:
+                best, least = states, alone.cost(states)
+            if least - bound <= CLOSE * abs(least) or bound - before < 0.02 * (least - bound):
+                break
+        assert best is not None
+        if least - bound > CLOSE * abs(least):
+            reached = self.messages.sweep(own)
+            kept = self.messages.kept(own, (least - reached) * (1 + CLOSE) + CLOSE * abs(least))
+            states, more = _eliminated(self.messages.moved(own, kept))
+            states = _polish(alone, np.inf, [int(k[i]) for k, i in zip(kept, states, strict=True)])
+            bound = max(bound, min(more, least))
+            if alone.cost(states) < least:
+                best, least = states, alone.cost(states)
+        return best, min(bound, least)
+
+
+def _eliminated(problem: Problem) -> tuple[list[int], float]:
+    """(states, lower bound) of a problem without a price."""
+    problem = _settled(problem)
+    order = _order(problem)
     buckets: list[list[Factor]] = [[] for _ in order]
     rank = {v: i for i, v in enumerate(order)}
+    sizes = [len(s) for s in problem.seconds]
     bound = 0.0
 
-    def put(factor: Factor) -> None:
-        buckets[min(rank[v] for v in factor[0])].append(factor)
+    def put(scope: tuple[int, ...], table: np.ndarray) -> None:
+        buckets[min(rank[v] for v in scope)].append((scope, table))
 
-    for v in range(problem.size):
-        put(((v,), problem.seconds[v] + price * problem.nbytes[v]))
+    for v, seconds in enumerate(problem.seconds):
+        put((v,), seconds)
     for scope, table in problem.tables.items():
-        put((scope, table))
-    sizes = [len(s) for s in problem.seconds]
+        put(scope, table)
     for v in order:
         for part in _parts(v, buckets[rank[v]], sizes):
-            scope, best = _minimum(v, part, sizes, memo)
-            if scope:
-                put((scope, best))
+            others = tuple(sorted({n for scope, _ in part for n in scope} - {v}))
+            place = {n: i for i, n in enumerate((*others, v))}
+            best = _least([(tuple(place[n] for n in scope), table) for scope, table in part], tuple(sizes[n] for n in others))
+            if others:
+                put(others, best)
             else:
                 bound += float(best)
     states = [-1] * problem.size
@@ -176,7 +227,20 @@ def _solve(problem: Problem, order: Sequence[int], price: float, memo: Memo) -> 
         for scope, table in buckets[rank[v]]:
             total = total + table[tuple(slice(None) if n == v else states[n] for n in scope)]
         states[v] = int(np.argmin(total))
-    return tuple(states), bound
+    return states, bound
+
+
+def _settled(problem: Problem) -> Problem:
+    """The problem with the tables of variables of one state as costs of the others: they tie nobody together."""
+    seconds, tables = [s.copy() for s in problem.seconds], {}
+    for (u, v), table in problem.tables.items():
+        if len(seconds[v]) == 1:
+            seconds[u] += table[:, 0]
+        elif len(seconds[u]) == 1:
+            seconds[v] += table[0]
+        else:
+            tables[u, v] = table
+    return Problem(seconds, problem.nbytes, tables)
 
 
 def _parts(v: int, factors: list[Factor], sizes: Sequence[int]) -> list[list[Factor]]:
@@ -194,27 +258,68 @@ def _parts(v: int, factors: list[Factor], sizes: Sequence[int]) -> list[list[Fac
     return [members for _, members in parts]
 
 
-def _minimum(v: int, factors: list[Factor], sizes: Sequence[int], memo: Memo) -> Factor:
-    """The least sum of factors over v, for every combination of the other variables' states."""
-    others = tuple(sorted({n for scope, _ in factors for n in scope} - {v}))
-    place = {n: i for i, n in enumerate((*others, v))}
-    aligned = []
-    for scope, table in factors:
-        wanted = sorted(scope, key=lambda n: place[n])
-        turned = np.transpose(table, [scope.index(n) for n in wanted])
-        shape = [sizes[n] if n in scope else 1 for n in (*others, v)]
-        aligned.append(np.ascontiguousarray(turned).reshape(shape))
-    digest = hashlib.blake2b(digest_size=16)
-    for table in sorted(aligned, key=lambda t: (t.shape, t.flat[0])):
-        digest.update(repr(table.shape).encode())
-        digest.update(table.tobytes())
-    key = digest.digest()
-    if key not in memo:
-        if not others:
-            memo[key] = np.asarray(sum(aligned)).min(axis=-1)
+def _least(factors: Sequence[Factor], shape: tuple[int, ...]) -> np.ndarray:
+    """The least over the last dim of a sum of tables: `factors` say which dims of `shape` (and the last, as its length) each has."""
+    last, together = len(shape), {}
+    for at, table in factors:
+        turned = np.transpose(table, np.argsort(at))
+        at = tuple(sorted(at))
+        together[at] = together[at] + turned if at in together else turned
+    # What has fewer dims is added to what has them all: then the loops add few tables.
+    for at in sorted(together, key=len):
+        wider = min((b for b in together if len(b) > len(at) and set(at) <= set(b)), key=lambda b: together[b].size, default=None)
+        if wider is not None:
+            spread = together.pop(at)
+            together[wider] = together[wider] + spread.reshape([n if d in at else 1 for d, n in zip(wider, together[wider].shape, strict=True)])
+    if len(together) == 1:
+        return next(iter(together.values())).min(axis=-1)
+    count = len(together)
+    steps = np.zeros((count, last), np.int64)
+    first, flat, size = np.zeros(count, np.int64), [], 0
+    for n, (at, table) in enumerate(together.items()):
+        step = 1  # in rows
+        for d, length in zip(reversed(at[:-1]), reversed(table.shape[:-1]), strict=True):
+            steps[n, d] = step
+            step *= length
+        first[n] = size
+        flat.append(np.ascontiguousarray(table).reshape(-1))
+        size += table.size
+    found = np.empty(math.prod(shape))
+    width = next(iter(together.values())).shape[-1]
+    _sweep(np.concatenate(flat), first, steps, np.array(shape, np.int64), width, found)
+    return found.reshape(shape)
+
+
+@njit(cache=True, fastmath={"nnan", "nsz", "reassoc"})
+def _sweep(data, first, steps, shape, width, found):  # noqa: ANN001, ANN202
+    """found[c] = least over k < width of the sum of data[first[n] + width * (rows that combination c stands for) + k] over tables n."""
+    count, dims = steps.shape
+    at, index = first.copy(), np.zeros(dims, np.int64)
+    for c in range(len(found)):
+        least = np.inf
+        if count == 2:
+            a, b = at[0], at[1]
+            for k in range(width):
+                least = min(least, data[a + k] + data[b + k])
+        elif count == 3:
+            a, b, e = at[0], at[1], at[2]
+            for k in range(width):
+                least = min(least, data[a + k] + data[b + k] + data[e + k])
         else:
-            best = np.empty([sizes[n] for n in others])
-            for i in range(sizes[others[0]]):  # a row at a time: the sum over v is never held whole
-                best[i] = np.asarray(sum(t[i if t.shape[0] > 1 else 0] for t in aligned)).min(axis=-1)
-            memo[key] = best
-    return others, memo[key]
+            for k in range(width):
+                total = 0.0
+                for n in range(count):
+                    total += data[at[n] + k]
+                least = min(least, total)
+        found[c] = least
+        d = dims - 1
+        while d >= 0:
+            index[d] += 1
+            if index[d] < shape[d]:
+                for n in range(count):
+                    at[n] += steps[n, d] * width
+                break
+            for n in range(count):
+                at[n] -= steps[n, d] * width * (shape[d] - 1)
+            index[d] = 0
+            d -= 1

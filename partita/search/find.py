@@ -8,8 +8,9 @@ where it does not fit the budget is lowered by what was missed and the search ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -71,10 +72,10 @@ def find(
     the same plan of the same `seed`. With `stages`, plans that place operators on parts of the machine, cut the batch into microbatches or
     recompute are in the space too: they can be simulated, and not yet run.
     """
-    found, error = _whole(graph, machine, report, excess, seconds, seed)
+    found, smallest = _whole(graph, machine, report, excess, seconds, seed)
     if stages and machine.devices > 1:
         limit = int(capacity(machine) / max(1.0, excess))
-        most = found.prediction.seconds if error is None else np.inf
+        most = found.prediction.seconds if smallest is None else np.inf
         bound = min(found.result.bound, least_seconds(found.network.terms, machine, machine.devices))
         better = stage(graph, machine, mesh_of(machine), found.network.terms, limit, most * (1 - WORTH), report, bound, seconds)
         found = replace(found, result=replace(found.result, bound=bound))
@@ -82,9 +83,62 @@ def find(
             return _staged(found, better)
         note = "of the plans in stages that were looked at none is predicted to be faster; what is proved is proved of those without"
         found = replace(found, plan=replace(found.plan, notes=(*found.plan.notes, note)))
-    if error is not None:
-        raise error
+    if smallest is not None:
+        limit, least = int(capacity(machine) / max(1.0, excess)), min(smallest, *(p.peak_bytes for _, p in found.baselines.values()))
+        raise MemoryBudgetError(
+            f"'{graph.name}' with batch {graph.batch_size} fits {machine.name} under no plan: the smallest needs "
+            f"{format_bytes(least)} per device, and a device has {format_bytes(machine.memory_bytes)}, of which {format_bytes(limit)} "
+            f"may be used. Use more devices, a smaller batch, or devices with more memory."
+        )
     return found
+
+
+HOPELESS = 2.0
+"""Where variables and kept activations alone are so many times a device's memory, the peak is not worked out to see that it does not fit."""
+
+
+class _Baselines(Mapping[str, tuple[Plan, Prediction]]):
+    """All baselines with their predictions, each predicted when it is asked for: most are seen to be slower before."""
+
+    def __init__(self, network: Network, plans: Mapping[str, Plan]) -> None:
+        self.network, self.plans = network, plans
+        self.states = {name: network.states_of(plan) for name, plan in plans.items()}
+        self.known: dict[str, Prediction] = {}
+
+    def __getitem__(self, name: str) -> tuple[Plan, Prediction]:
+        plan = self.plans[name]
+        if name not in self.known:
+            n = self.network
+            same = next((p for other, p in self.known.items() if _alike(self.plans[other], plan)), None)
+            self.known[name] = replace(same, plan=name) if same else predicted(n.graph, n.place.machine, plan, n.terms)
+        return plan, self.known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.plans)
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def seconds(self, name: str) -> float:
+        """Predicted seconds of one: of states of the network they are known without a prediction."""
+        states = self.states[name]
+        if states is None or name in self.known:
+            return self[name][1].seconds
+        return self.simulated.seconds(states) if self.network.place.machine.backend.overlap > 0 else self.network.problem.cost(states)
+
+    @cached_property
+    def simulated(self) -> Simulated:
+        return simulated(self.network)
+
+    def fastest(self, limit: int, under: float = np.inf) -> str | None:
+        """The fastest that takes less than so many seconds and fits; None if none does."""
+        hopeless = {name for name, states in self.states.items() if states is not None and self.network.problem.held(states) > HOPELESS * limit}
+        faster = sorted((s, name) for name in self.plans if name not in hopeless for s in [self.seconds(name)] if s < under)
+        return next((name for _, name in faster if self[name][1].peak_bytes <= limit), None)
+
+
+def _alike(one: Plan, other: Plan) -> bool:
+    return one.mesh == other.mesh and one.choices == other.choices and one.storage == other.storage
 
 
 def _staged(found: Found, staged: Staged) -> Found:
@@ -104,21 +158,21 @@ def _staged(found: Found, staged: Staged) -> Found:
 
 def _whole(
     graph: Graph, machine: Machine, report: Callable[[Progress], None] | None, excess: float, seconds: float | None, seed: int
-) -> tuple[Found, MemoryBudgetError | None]:  # fmt: skip
-    """The best plan that all devices run at once, and the error if it does not fit."""
+) -> tuple[Found, int | None]:  # fmt: skip
+    """The best plan that all devices run at once; if it does not fit, the bytes of the smallest that was found."""
     mesh, limit = mesh_of(machine), int(capacity(machine) / max(1.0, excess))
     plans = {name: make(graph, machine.name, mesh) for name, make in BASELINES.items()}
     network = build(graph, machine, mesh, list(plans.values()))
-    predictions = {name: predicted(graph, machine, plan, network.terms) for name, plan in plans.items()}
     reduced = reduce(network.problem)
-    course = _Course.of(network) if machine.backend.overlap > 0 else None
-    starts = [states for plan in plans.values() for states in [network.states_of(plan)] if states is not None]
+    baselines = _Baselines(network, plans)
+    starts = [states for states in baselines.states.values() if states is not None]
     budget = float(limit)
-    result, plan, smallest = None, None, None
+    result, plan, smallest, course = None, None, None, None
     for _ in range(6):
         result = eliminate(reduced.problem, budget, report)
         result = replace(result, states=reduced.lift(result.states))
-        if course is not None and result.feasible and not result.stopped:
+        if machine.backend.overlap > 0 and result.feasible and not result.stopped:
+            course = course or _Course(baselines.simulated, reduce(relaxed(network)))
             result = course.walk(result, starts, budget, seconds, seed, report)
         plan = network.plan(result.states)
         peak = memory(graph, mesh, layout(graph, plan), machine.backend).peak
@@ -127,28 +181,18 @@ def _whole(
             break
         budget = min(budget, result.nbytes) * limit / peak * 0.98
     assert result is not None and plan is not None and smallest is not None
-    prediction, error = predicted(graph, machine, plan, network.terms), None
-    fitting = [name for name, p in predictions.items() if p.peak_bytes <= limit]
+    prediction, unfit = predicted(graph, machine, plan, network.terms), None
     if prediction.peak_bytes > limit:
-        if fitting:
-            best = min(fitting, key=lambda name: predictions[name].seconds)
-            plan, prediction = replace(plans[best], name="found"), predictions[best]
-        else:
-            least = min(smallest, min(p.peak_bytes for p in predictions.values()))
-            error = MemoryBudgetError(
-                f"'{graph.name}' with batch {graph.batch_size} fits {machine.name} under no plan: the smallest needs "
-                f"{format_bytes(least)} per device, and a device has {format_bytes(machine.memory_bytes)}, of which {format_bytes(limit)} "
-                f"may be used. Use more devices, a smaller batch, or devices with more memory."
-            )
-    better = [name for name in fitting if predictions[name].seconds < prediction.seconds * (1 - 1e-12)]
-    if better:
-        # Only after an interrupted search, or one that memory has pushed above a baseline that fits.
-        best = min(better, key=lambda name: predictions[name].seconds)
-        plan, prediction = replace(plans[best], name="found"), predictions[best]
-    plan, prediction = _one_device(graph, machine, plan, prediction, predictions)
-    notes = (*plan.notes, *_notes(graph, prediction, predictions, result))
+        best = baselines.fastest(limit)
+        unfit = smallest if best is None else None
+    else:  # only an interrupted search, or one that memory has pushed up, ends above a baseline that fits
+        best = baselines.fastest(limit, prediction.seconds * (1 - 1e-12))
+    if best is not None:
+        plan, prediction = replace(plans[best], name="found"), baselines[best][1]
+    plan, prediction = _one_device(graph, machine, plan, prediction, baselines)
+    notes = (*plan.notes, *_notes(graph, prediction, baselines, result))
     plan = replace(plan, notes=notes, predicted=_predicted(prediction, result))
-    return Found(plan, prediction, result, network, {n: (plans[n], predictions[n]) for n in plans}), error
+    return Found(plan, prediction, result, network, baselines), unfit
 
 
 PROPOSALS = 1 << 27
@@ -163,10 +207,6 @@ class _Course:
 
     simulated: Simulated
     below: Reduced
-
-    @staticmethod
-    def of(network: Network) -> _Course:
-        return _Course(simulated(network), reduce(relaxed(network)))
 
     def walk(
         self, exact: SearchResult, starts: Sequence[Sequence[int]], budget: float, seconds: float | None, seed: int, report: Report | None
@@ -183,15 +223,15 @@ class _Course:
 
 
 def _one_device(
-    graph: Graph, machine: Machine, plan: Plan, prediction: Prediction, predictions: Mapping[str, Prediction]
+    graph: Graph, machine: Machine, plan: Plan, prediction: Prediction, baselines: _Baselines
 ) -> tuple[Plan, Prediction]:
     """If nothing is split, or splitting does not pay, the plan is one device."""
-    alone = predictions["one device"]
+    alone = baselines.seconds("one device")
     split = any(plan.choices.values()) or bool(plan.storage)
-    if plan.mesh.size > 1 and (not split or prediction.seconds >= alone.seconds and alone.peak_bytes <= capacity(machine)):
+    if plan.mesh.size > 1 and (not split or prediction.seconds >= alone and baselines["one device"][1].peak_bytes <= capacity(machine)):
         mesh = Mesh(())
         one = Plan(graph.name, plan.machine, mesh, {o.name: {} for o in graph.operators}, {}, plan.name, plan.batch_size)
-        others = [p for p in predictions.values() if p.traffic]
+        others = [p for _, p in baselines.values() if p.traffic]
         if not others:
             why = (
                 f"one of {plan.mesh.size} devices is used: nothing can be split {plan.mesh.size} ways, because no size (batch "
@@ -201,19 +241,18 @@ def _one_device(
         best = min(others, key=lambda p: p.seconds)
         why = (
             f"one of {plan.mesh.size} devices is used: splitting does not pay, the best split ('{best.plan}') is predicted at "
-            f"{format_seconds(best.seconds)} against {format_seconds(alone.seconds)}"
+            f"{format_seconds(best.seconds)} against {format_seconds(alone)}"
         )
         return replace(one, notes=(why,)), replace(predicted(graph, machine, one), plan=plan.name)
     return plan, prediction
 
 
 def _notes(
-    graph: Graph, prediction: Prediction, predictions: Mapping[str, Prediction], result: SearchResult
+    graph: Graph, prediction: Prediction, baselines: _Baselines, result: SearchResult
 ) -> tuple[str, ...]:
     notes = list(graph.notes)
-    base = predictions["data parallel"]
     if prediction.seconds > 0:
-        notes.append(f"predicted {base.seconds / prediction.seconds:.2f} x as fast as data parallel")
+        notes.append(f"predicted {baselines.seconds('data parallel') / prediction.seconds:.2f} x as fast as data parallel")
     if result.stopped:
         notes.append("the search was stopped; this is the best plan it had")
     return tuple(notes)

@@ -158,6 +158,7 @@ def _add_moves(network: Network) -> None:
             totals[same] = sum(tables[1:], tables[0])
         return totals[same]
 
+    turned: dict[int, np.ndarray] = {}
     between: dict[tuple[int, int], list[np.ndarray]] = {}
     for (home, reader, phase, wanted), moves in by_pair.items():
         tables = []
@@ -166,12 +167,13 @@ def _add_moves(network: Network) -> None:
             targets, columns = view(reader, move.target)
             if len(sources) == len(targets) == 1 and sources == targets:
                 continue
-            key = (id(sources), id(targets), move.nbytes, move.trips)
+            key = (id(sources), id(targets), move.nbytes, move.trips, move.sums)
             if key not in expanded:
                 expanded[key] = move_table(move, network.place, sources, targets)[np.ix_(rows, columns)]
             tables.append(expanded[key])
         if tables:
             network.moves[home, reader, phase, wanted] = total(tables)
-            between.setdefault((home, reader), []).extend(tables)
-    for (home, reader), tables in between.items():
-        network.problem.add_table(home, reader, total(tables))
+            if home > reader:
+                tables = [turned.setdefault(id(t), t.T) for t in tables]
+            between.setdefault((min(home, reader), max(home, reader)), []).extend(tables)
+    network.problem.tables |= {ends: total(tables) for ends, tables in between.items()}

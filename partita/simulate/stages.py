@@ -84,7 +84,7 @@ class Staged:
         for m in self.terms.edges:
             a, b = self.stage[m.home], self.stage[m.reader]
             if a != b:
-                nbytes = m.trips * self._part(m.nbytes, m.target, m.reader)
+                nbytes = m.trips * self._part(m.nbytes, m.dims[1], m.reader)
                 edge: Edge = (a, b, m.phase, m.wanted)
                 sent[edge, m.tensor] = max(sent.get((edge, m.tensor), 0.0), nbytes)
         total: dict[Edge, float] = defaultdict(float)
@@ -127,7 +127,7 @@ class Staged:
             run_ = self.run_of[m.reader]
             if run_ >= 0 and (self.run_of[m.home], self.stage[m.home]) != (run_, self.stage[m.reader]) and (m.phase, m.wanted) == ("forward", "forward"):
                 key = (self.stage[m.reader], run_, m.tensor)
-                sent[key] = max(sent.get(key, 0.0), self._part(m.nbytes, m.source, m.home))
+                sent[key] = max(sent.get(key, 0.0), self._part(m.nbytes, m.dims[0], m.home))
         total: dict[tuple[int, int], float] = defaultdict(float)
         for (stage, run_, _), nbytes in sent.items():
             total[stage, run_] += nbytes

@@ -28,10 +28,9 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
 from partita.cost.evaluate import PARTS, PHASES, OperatorCost
-from partita.cost.fusion import Key
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.terms import Move, Terms
-from partita.graph.graph import Graph, Phase, constant_tensors
+from partita.graph.graph import Graph, Key, Phase, constant_tensors
 from partita.plan.layout import Layout, resolve
 from partita.simulate.engine import Tasks
 
