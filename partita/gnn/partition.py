@@ -47,7 +47,9 @@ def split_points(graph: Graph, parts: int, partition: Any) -> np.ndarray:
     """The split points of a named partitioner, or those that are given, checked."""
     if isinstance(partition, str):
         if partition not in PARTITIONERS:
-            raise GraphError(f"There is no partitioner {partition!r}: use {' or '.join(map(repr, PARTITIONERS))}, or give split points.")
+            raise GraphError(
+                f"There is no partitioner {partition!r}: use {' or '.join(map(repr, PARTITIONERS))}, or give split points."
+            )
         return PARTITIONERS[partition](graph, parts)
     points = np.asarray(partition)
     if points.shape != (parts + 1,) or points[0] != 0 or points[-1] != graph.vertices or (np.diff(points) < 0).any():
@@ -147,7 +149,13 @@ def _edges(offsets: np.ndarray, ids: np.ndarray, rows: int, most: int) -> Edges:
     """Edges of as many rows and of room for as many edges as asked for."""
     back = Graph(offsets, ids).transposed()
     edges = edges_of(offsets[: rows + 1], ids, back)
-    return Edges(edges.offsets, _filled(edges.ids, most), edges.back_offsets, _filled(edges.back_ids, most), _filled(edges.back_order, most))
+    return Edges(
+        edges.offsets,
+        _filled(edges.ids, most),
+        edges.back_offsets,
+        _filled(edges.back_ids, most),
+        _filled(edges.back_order, most),
+    )
 
 
 def _filled(array: np.ndarray, rows: int) -> np.ndarray:

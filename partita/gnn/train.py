@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,11 +17,16 @@ import keras
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from partita.errors import GraphError
+from partita.errors import GraphError, PartitaError
 from partita.execute.devices import at_hand
 from partita.gnn.block import AXIS, Block, block_of
 from partita.gnn.graph import Graph, check
 from partita.gnn.partition import Parts, split, split_points
+
+if keras.backend.backend() != "jax":
+    raise PartitaError(
+        f"Keras is already imported on the {keras.backend.backend()} backend, and graph networks need JAX. Set KERAS_BACKEND=jax first."
+    )
 
 MASKS = ("train", "validation", "test")
 
@@ -41,11 +46,20 @@ class FullGraphTraining:
     """Trains a Keras model whose call is `call(x, block, training)` on whole graphs. Comes before `keras.Model` among the bases."""
 
     def compile(
-        self, optimizer: Any = "adam", loss: Any = "sparse_categorical_crossentropy", *, metrics: Any = None, **named: Any
-    ) -> None:
-        """Keras's own; metrics are of the vertices of a mask."""
-        super().compile(optimizer, loss, weighted_metrics=metrics, **named)  # type: ignore[misc]
+        self, optimizer: Any = "adam", loss: Any = "sparse_categorical_crossentropy", *, metrics: Any = None, weighted_metrics: Any = None,
+        **named: Any,
+    ) -> None:  # fmt: skip
+        """Keras's own; all metrics are of the vertices of a mask."""
+        judged = [*(metrics or []), *(weighted_metrics or [])]
+        super().compile(optimizer, loss, weighted_metrics=judged or None, **named)  # type: ignore[misc]
         self.__dict__["_steps"] = {}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """As Keras does it: compiled as before it was saved, with room for the optimizer's state."""
+        model: Any = self
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if model.built:
+            model.optimizer.build(model.trainable_variables)
 
     def fit(
         self, graph: Graph, epochs: int = 1, *, callbacks: Sequence[Any] | None = None, verbose: Any = "auto", validation_freq: int = 1,
@@ -77,7 +91,7 @@ class FullGraphTraining:
             if observed:
                 state = self._state()
             began = time.perf_counter()
-            logs, state = self._step("train", self._train_step, donate=True)(state, data)
+            logs, state = jax.block_until_ready(self._step("train", self._train_step, donate=True)(state, data))
             logs = _numbers(logs)
             self.epoch_seconds.append(time.perf_counter() - began)
             if observed:
@@ -97,6 +111,12 @@ class FullGraphTraining:
     def epoch_seconds(self) -> list[float]:
         """Seconds of every training step so far, the compilation in the first."""
         return self.__dict__.setdefault("_epoch_seconds", [])
+
+    def traffic(self, graph: Graph) -> int:
+        """Bytes of vertices' rows that the devices send each other in a training step on a graph, forward and backward, filling included."""
+        data = self._prepared(graph, "train")
+        step = self._step("train", self._train_step, donate=True)
+        return _sent(step.trace(self._state(), data).jaxpr, self.parts.count if self.parts is not None else 1)
 
     def evaluate(self, graph: Graph, mask: str = "test", *, return_dict: bool = False, verbose: Any = 0) -> Any:
         """Loss and metrics over the vertices of a mask: 'train', 'validation' or 'test'."""
@@ -165,21 +185,24 @@ class FullGraphTraining:
             for variable, value in zip(variables, values, strict=True):
                 variable._value = value
 
-    def _step(self, name: str, function: Any, donate: bool = False, rows: bool = False) -> Any:
-        """A step over the placed graph, compiled once; `rows`: what it returns has a row per vertex."""
-        steps, mesh = self.__dict__["_steps"], self._mesh
-        if name not in steps:
-            step = lambda state, data: function(state, data, name)
+    def _step(self, mask: str, function: Any, donate: bool = False, rows: bool = False) -> Any:
+        """A step for a mask over the placed graph, compiled once; `rows`: what it returns has a row per vertex."""
+        steps, mesh, key = self.__dict__["_steps"], self._mesh, (function.__name__, mask)
+        if key not in steps:
+            step = lambda state, data: function(state, data, mask)
             if mesh is not None:
-                alone, spec = step, PartitionSpec(AXIS)
-                mine = lambda state, data: alone(state, jax.tree.map(lambda x: x[0], data))
+                whole, spec = step, PartitionSpec(AXIS)
+                mine = lambda state, data: whole(state, jax.tree.map(lambda x: x[0], data))
                 result = (lambda *args: mine(*args)[None]) if rows else mine
                 step = jax.shard_map(
-                    result, mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=spec if rows else PartitionSpec(), check_vma=False
+                    result,
+                    mesh=mesh,
+                    in_specs=(PartitionSpec(), spec),
+                    out_specs=spec if rows else PartitionSpec(),
+                    check_vma=False,
                 )
-            compiled = jax.jit(step, donate_argnums=0 if donate else ())
-            steps[name] = lambda state, data: jax.block_until_ready(compiled(state, data))
-        return steps[name]
+            steps[key] = jax.jit(step, donate_argnums=0 if donate else ())
+        return steps[key]
 
     # -------------------------------------------------------------------------------------------------------------- the steps
 
@@ -232,6 +255,52 @@ class FullGraphTraining:
             for variable in metrics.variables:
                 variable.assign(_over_parts(variable.value, data))
             return dict(metrics.result())
+
+
+def trained_facts(model: Any, graph: Graph) -> dict[str, Any]:
+    """What there is to say of a trained model, as JSON has it: loss, accuracy of every mask, seconds, parts, bytes sent an epoch."""
+    judged = {
+        what: model.evaluate(graph, what, return_dict=True)
+        for what in MASKS
+        if (m := getattr(graph, what)) is not None and m.any()
+    }
+    parts, seconds = model.parts, model.epoch_seconds
+    return {
+        "graph": graph.name,
+        "epochs": len(seconds),
+        "loss": judged["train"]["loss"],
+        "accuracy": {what: logs["accuracy"] for what, logs in judged.items()},
+        "epoch_seconds": float(np.median(seconds[1:] or seconds)),
+        "first_seconds": seconds[0],
+        "parts": [] if parts is None else [
+            {"vertices": int(v), "edges": int(e), "fetched": int(f)} for v, e, f in zip(parts.vertices, parts.edges, parts.fetched, strict=True)
+        ],
+        "traffic": model.traffic(graph) if parts is not None else 0,
+    }  # fmt: skip
+
+
+def _sent(jaxpr: Any, parts: int) -> int:
+    """Bytes of the exchanges of a program, those of inner programs among them, over all devices."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "ppermute":
+            total += parts * sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            total += _sent(inner, parts) if hasattr(inner, "eqns") else 0
+    return total
+
+
+def normalised(graph: Graph) -> Graph:
+    """The graph with features divided by their row's sum, as is usual for counts of words; rows of zeros stay.
+
+    >>> normalised(Graph.from_edges([0], [1], features=[[1, 3], [0, 0]])).features.tolist()
+    [[0.25, 0.75], [0.0, 0.0]]
+    """
+    if graph.features is None or (graph.features < 0).any():
+        raise GraphError(f"The features of '{graph.name}' cannot be divided by their sum: there are none, or negative ones.")
+    sums = graph.features.sum(axis=1, keepdims=True)
+    return replace(graph, features=graph.features / np.where(sums > 0, sums, 1))
 
 
 def _over_parts(values: Any, data: Data) -> Any:

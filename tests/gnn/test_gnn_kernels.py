@@ -66,7 +66,10 @@ def bent(y: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def both(how: str, kind: str, block: Block, a: Any, w: Any, x: Any) -> Any:
     """(value, gradient) of a block's aggregation and of the dense one."""
-    return [(f(x), jax.grad(lambda x, f=f: bent(f(x)))(x)) for f in (lambda x: HOW[how][0](block, x), lambda x: HOW[how][1](a, w, x))]
+    return [
+        (f(x), jax.grad(lambda x, f=f: bent(f(x)))(x))
+        for f in (lambda x: HOW[how][0](block, x), lambda x: HOW[how][1](a, w, x))
+    ]
 
 
 @pytest.fixture(params=["compiled", "plain"])
@@ -77,7 +80,21 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any
     return request.param
 
 
-@pytest.mark.parametrize(("how", "columns"), [("sum", 3), ("sum", 6), ("sum", 12), ("sum", 213), ("weighted", 3), ("weighted", 6), ("weighted", 12), ("weighted", 213), ("mean", 5), ("max", 5)])
+@pytest.mark.parametrize(
+    ("how", "columns"),
+    [
+        ("sum", 3),
+        ("sum", 6),
+        ("sum", 12),
+        ("sum", 213),
+        ("weighted", 3),
+        ("weighted", 6),
+        ("weighted", 12),
+        ("weighted", 213),
+        ("mean", 5),
+        ("max", 5),
+    ],
+)
 def test_an_aggregation_is_that_of_the_dense_matrix(how: str, columns: int, kind: str) -> None:
     @settings(max_examples=12, deadline=None, derandomize=True)
     @given(graphs())
@@ -149,6 +166,8 @@ def test_a_kernel_that_does_not_work_is_said_once_and_replaced() -> None:
     def broken() -> None:
         raise OSError("no such code")
 
-    with pytest.warns(UserWarning, match=r"The sum kernel does not work here \(OSError: no such code\); XLA's own operations take its place"):
+    with pytest.warns(
+        UserWarning, match=r"The sum kernel does not work here \(OSError: no such code\); XLA's own operations take its place"
+    ):
         assert not bridge.works(broken, "sum")
     assert not bridge.works(broken, "sum")

@@ -1,6 +1,7 @@
 """Training on whole graphs: every model gives the same numbers however the graph is split, learns, is saved, and says what is wrong."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import partita.gnn as gnn
 from partita.errors import GraphError, MachineError
 from partita.gnn import models
-from partita.gnn.partition import by_edges, by_vertices, split_points
+from partita.gnn.partition import by_edges, by_vertices, split, split_points
 
 
 def drawn(vertices: int = 23, edges: int = 60, weights: bool = False) -> gnn.Graph:
@@ -35,7 +36,7 @@ def trained(make: Callable[..., Any], graph: gnn.Graph, **how: Any) -> tuple[Any
 
 
 MODELS = {**models.MODELS, "sage-max": lambda **named: models.SAGE(aggregation="max", **named)}
-WAYS = [(2, "edges"), (3, "vertices"), (4, [0, 0, 20, 20, 23])]
+WAYS = [(3, "vertices"), (4, [0, 0, 20, 20, 23])]
 """Parts and how they are cut; the last has two empty parts."""
 
 
@@ -48,25 +49,31 @@ def test_split_training_gives_the_numbers_of_one_device(name: str) -> None:
         model, found = trained(MODELS[name], graph, devices=devices, partition=partition)
         for what, values in history.items():
             np.testing.assert_allclose(found[what], values, rtol=2e-4, atol=1e-5, err_msg=f"{what}, {devices} by {partition}")
-        np.testing.assert_allclose(model.predict(graph), alone.predict(graph), rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(model.evaluate(graph), alone.evaluate(graph), rtol=1e-3, atol=1e-4)
         for mine, theirs in zip(model.get_weights(), alone.get_weights(), strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("parts", [5, 6, 7])
-def test_any_number_of_parts_gives_the_same_predictions(parts: int) -> None:
+def test_any_number_of_parts_gives_the_same_predictions() -> None:
     graph = drawn()
-    alone, _ = trained(models.GCN, graph)
-    model, _ = trained(models.GCN, graph, devices=parts)
-    np.testing.assert_allclose(model.predict(graph), alone.predict(graph), rtol=1e-3, atol=1e-4)
-    assert model.parts.edges.sum() == graph.edges and model.parts.vertices.sum() == graph.vertices
+    model, _ = trained(models.GCN, graph)
+    alone = model.predict(graph)
+    for parts in range(2, 8):
+        model.__dict__["_split"] = (parts, "edges")
+        np.testing.assert_allclose(model.predict(graph), alone, rtol=1e-4, atol=1e-5)
+        assert model.parts.edges.sum() == graph.edges and model.parts.vertices.sum() == graph.vertices
+
+
+def test_evaluate_and_traffic_of_a_split_graph() -> None:
+    graph = drawn()
+    alone, split = (trained(models.GCN, graph, devices=devices)[0] for devices in (1, 2))
+    for mask in ("train", "validation", "test"):
+        np.testing.assert_allclose(split.evaluate(graph, mask), alone.evaluate(graph, mask), rtol=1e-4)
+    turn = int(split.parts.fetched.max())
+    assert alone.traffic(graph) == 0 and split.traffic(graph) == 2 * turn * 4 * (8 + 8 + 3 + 3)  # two layers, there and back
 
 
 def test_a_part_fetches_only_rows_that_it_needs_and_each_once() -> None:
     graph = gnn.Graph.from_edges([2, 2, 2, 3, 0], [0, 1, 0, 1, 0], 4)
-    from partita.gnn.partition import split
-
     _, parts = split(graph, np.array([0, 2, 4]))
     assert parts.fetched.tolist() == [2, 0] and parts.edges.tolist() == [5, 0]
 
@@ -81,12 +88,22 @@ def test_partitioners_cover_the_vertices_and_share_out_what_they_say() -> None:
 
 def test_a_saved_model_predicts_the_same_and_trains_on(tmp_path: Path) -> None:
     graph = drawn()
-    for name, make in MODELS.items():
-        model, _ = trained(make, graph)
-        model.save(tmp_path / f"{name}.keras")
-        again = keras.saving.load_model(tmp_path / f"{name}.keras")
-        np.testing.assert_allclose(again.predict(graph), model.predict(graph), rtol=1e-6)
-        assert np.isfinite(again.fit(graph, verbose=0).history["loss"]).all()
+    model, _ = trained(models.GCN, graph)
+    model.save(tmp_path / "gcn.keras")
+    again = keras.saving.load_model(tmp_path / "gcn.keras")
+    np.testing.assert_allclose(again.predict(graph), model.predict(graph), rtol=1e-6)
+    found, expected = (m.fit(graph, epochs=2, verbose=0).history for m in (again, model))
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
+    model = MODELS[name](hidden=8, classes=3, layers=3, dropout=0.1)
+    model.build((None, 9))
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert again.get_config() == model.get_config() and again.get_config()["layers"] == 3
+    assert [w.tolist() for w in again.get_weights()] == [w.tolist() for w in model.get_weights()]
 
 
 def test_callbacks_see_epochs_and_can_stop() -> None:
@@ -124,12 +141,13 @@ def test_a_network_learns_classes_that_keep_to_themselves() -> None:
         ({"features": None}, "has no features: give Graph.from_edges(features=...) a row for every vertex."),
         ({"labels": None}, "has no labels: give Graph.from_edges(labels=...) one for every vertex, -1 where there is none."),
         ({"train": None}, "The training mask of 'graph' is empty: mark at least one vertex, train=[...]."),
-        ({"labels": np.full(23, 7, np.int32)}, "Vertex 0 has the label 7, and the model has 3 classes, 0 to 2: make it with classes=8."),
+        (
+            {"labels": np.full(23, 7, np.int32)},
+            "Vertex 0 has the label 7, and the model has 3 classes, 0 to 2: make it with classes=8.",
+        ),
     ],
 )
 def test_what_cannot_be_learnt_is_one_sentence(broken: dict[str, Any], sentence: str) -> None:
-    from dataclasses import replace
-
     with pytest.raises(GraphError) as error:
         trained(models.GCN, replace(drawn(), **broken))
     assert sentence in str(error.value)
@@ -138,7 +156,10 @@ def test_what_cannot_be_learnt_is_one_sentence(broken: dict[str, Any], sentence:
 def test_bad_splits_are_one_sentence() -> None:
     with pytest.raises(GraphError, match="There is no partitioner 'metis': use 'vertices' or 'edges', or give split points"):
         split_points(drawn(), 2, "metis")
-    with pytest.raises(GraphError, match=r"The split points \[0, 30\] do not cut 23 vertices into 1 parts: give 2 numbers that rise from 0 to 23"):
+    with pytest.raises(
+        GraphError,
+        match=r"The split points \[0, 30\] do not cut 23 vertices into 1 parts: give 2 numbers that rise from 0 to 23",
+    ):
         split_points(drawn(), 1, [0, 30])
     with pytest.raises(MachineError, match="99 devices are asked for, and JAX has"):
         trained(models.GCN, drawn(), devices=99)

@@ -192,7 +192,9 @@ def _handlers(version: int, threaded: bool) -> dict[str, Any]:
         if not asked(frame, version):
             threads, offsets, ids, alone, left, right, a = _edges(frame)
             log, dot, dy = _gradient(frame)
-            _by_source_rows(0, len(offsets) - 1, offsets, ids, alone, left, right, a, log, dot, dy, cube(buffer(frame, RESULTS, 0)))
+            _by_source_rows(
+                0, len(offsets) - 1, offsets, ids, alone, left, right, a, log, dot, dy, cube(buffer(frame, RESULTS, 0))
+            )
         return 0
 
     def by_source_threaded(frame):  # type: ignore[no-untyped-def]
@@ -259,7 +261,9 @@ def _attend_backward(saved: Any, dy: Any) -> Any:
     dright, da = jax.ffi.ffi_call("partita_gnn_attend_by_destination", (shape(right), shape(a)))(
         *_arguments(*edges, alone, left, right, a, log, dot, dy)
     )
-    dleft = jax.ffi.ffi_call("partita_gnn_attend_by_source", shape(left))(*_arguments(*back, alone, left, right, a, log, dot, dy))
+    dleft = jax.ffi.ffi_call("partita_gnn_attend_by_source", shape(left))(
+        *_arguments(*back, alone, left, right, a, log, dot, dy)
+    )
     return None, None, None, dleft, dright, da
 
 

@@ -1,7 +1,7 @@
 """Maxima over in-edges, and which edge each came from, so that the gradient goes to that edge's source and to no other.
 
-    out[v] = max over edges e into v of x[source[e]], 0 where there is none;  edge[v] = the first e that has it, -1 where there is none
-    dx[u]  = sum over edges e out of u of dy[target[e]] where edge[target[e]] = e
+out[v] = max over edges e into v of x[source[e]], 0 where there is none;  edge[v] = the first e that has it, -1 where there is none
+dx[u]  = sum over edges e out of u of dy[target[e]] where edge[target[e]] = e
 """
 
 from __future__ import annotations
@@ -63,7 +63,11 @@ def _back_threads(threads, offsets, ids, order, edge, dy, dx):
 @njit(nogil=True, inline="always")
 def _largest(frame):
     """Arguments: threads, offsets [rows + 1], ids [edges], x [vertices, columns]; results [rows, columns], int32 [rows, columns]."""
-    threads, offsets, ids = ints(buffer(frame, ARGUMENTS, 0)), ints(buffer(frame, ARGUMENTS, 1)), ints(buffer(frame, ARGUMENTS, 2))
+    threads, offsets, ids = (
+        ints(buffer(frame, ARGUMENTS, 0)),
+        ints(buffer(frame, ARGUMENTS, 1)),
+        ints(buffer(frame, ARGUMENTS, 2)),
+    )
     x, out, edge = matrix(buffer(frame, ARGUMENTS, 3)), matrix(buffer(frame, RESULTS, 0)), int_matrix(buffer(frame, RESULTS, 1))
     return threads[0], offsets, ids, x, out, edge
 
@@ -71,7 +75,11 @@ def _largest(frame):
 @njit(nogil=True, inline="always")
 def _back(frame):
     """Arguments: threads, offsets [vertices + 1], ids, order [edges], edge, dy [rows, columns]; result [vertices, columns]."""
-    threads, offsets, ids = ints(buffer(frame, ARGUMENTS, 0)), ints(buffer(frame, ARGUMENTS, 1)), ints(buffer(frame, ARGUMENTS, 2))
+    threads, offsets, ids = (
+        ints(buffer(frame, ARGUMENTS, 0)),
+        ints(buffer(frame, ARGUMENTS, 1)),
+        ints(buffer(frame, ARGUMENTS, 2)),
+    )
     order, edge = ints(buffer(frame, ARGUMENTS, 3)), int_matrix(buffer(frame, ARGUMENTS, 4))
     return threads[0], offsets, ids, order, edge, matrix(buffer(frame, ARGUMENTS, 5)), matrix(buffer(frame, RESULTS, 0))
 
@@ -108,7 +116,11 @@ def _handlers(version: int, threaded: bool) -> dict[str, Any]:
 def _try() -> None:
     bridge.register(_handlers(bridge.version(), bridge.threads() > 1))
     offsets, ids = np.array([0, 2, 2, 5], np.int32), np.array([1, 2, 0, 0, 1], np.int32)
-    back_offsets, back_ids, order = np.array([0, 2, 4, 5], np.int32), np.array([2, 2, 0, 2, 0], np.int32), np.array([2, 3, 0, 4, 1], np.int32)
+    back_offsets, back_ids, order = (
+        np.array([0, 2, 4, 5], np.int32),
+        np.array([2, 2, 0, 2, 0], np.int32),
+        np.array([2, 3, 0, 4, 1], np.int32),
+    )
     x = np.array([[1], [3], [2]], np.float32)
     with jax.ensure_compile_time_eval():
         out, edge = _call(offsets, ids, x)
@@ -125,7 +137,9 @@ def _call(offsets: Any, ids: Any, x: Any) -> Any:
 
 def _call_back(offsets: Any, ids: Any, order: Any, edge: Any, dy: Any) -> Any:
     result = jax.ShapeDtypeStruct((offsets.shape[0] - 1, dy.shape[1]), jnp.float32)
-    return jax.ffi.ffi_call("partita_gnn_largest_back", result)(np.array([bridge.threads()], np.int32), offsets, ids, order, edge, dy)
+    return jax.ffi.ffi_call("partita_gnn_largest_back", result)(
+        np.array([bridge.threads()], np.int32), offsets, ids, order, edge, dy
+    )
 
 
 def largest(offsets: Any, ids: Any, x: Any) -> tuple[Any, Any]:
@@ -146,4 +160,6 @@ def largest_back(offsets: Any, ids: Any, order: Any, edge: Any, dy: Any) -> Any:
     if bridge.works(_try, "maximum"):
         return _call_back(offsets, ids, order, edge, dy)
     to = targets(offsets, ids.shape[0])
-    return jax.ops.segment_sum(jnp.where(edge[ids] == order[:, None], dy[ids], 0), to, offsets.shape[0] - 1, indices_are_sorted=True)
+    return jax.ops.segment_sum(
+        jnp.where(edge[ids] == order[:, None], dy[ids], 0), to, offsets.shape[0] - 1, indices_are_sorted=True
+    )
