@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import keras
+import numpy as np
 
 from partita.gnn import layers
 from partita.gnn.block import Block
@@ -35,6 +36,13 @@ class VertexDropout(keras.layers.Layer):
         bits = _mixed(_mixed(vertex ^ seed[0])[:, None] + column)
         kept = bits >= jnp.uint32(min(self.rate * 2.0**32, 2**32 - 1))
         return jnp.where(kept, x / (1 - self.rate), 0)
+
+    def save_own_variables(self, store: Any) -> None:
+        """The seed too, which Keras's own Dropout forgets: training goes on from a file as it would have."""
+        store["seed"] = np.asarray(self.seed_generator.state.value)
+
+    def load_own_variables(self, store: Any) -> None:
+        self.seed_generator.state.assign(np.asarray(store["seed"]))
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "rate": self.rate}
