@@ -25,6 +25,8 @@ from partita.errors import GraphError
 from partita.gnn.block import Block
 
 PACKAGE = "partita"
+product: Any = keras.ops.matmul
+plus: Any = keras.ops.add
 
 
 class AbstractConv(keras.layers.Layer):
@@ -48,7 +50,7 @@ class AbstractConv(keras.layers.Layer):
         return self.add_weight(shape=(width or self.units,), initializer="zeros", name=name) if self.use_bias else None
 
     def finished(self, y: Any, bias: Any) -> Any:
-        return self.activation(y if bias is None else keras.ops.add(y, bias))
+        return self.activation(y if bias is None else plus(y, bias))
 
     def compute_output_shape(self, input_shape: Any, *_: Any) -> Any:
         return (*input_shape[:-1], self.units)
@@ -77,7 +79,7 @@ class GCNConv(AbstractConv):
             return (graph.sum(rows, weighted=True) + rows * graph.alone[:, None]) * scale
 
         wide = x.shape[-1] > self.units
-        y = spread(keras.ops.matmul(x, self.kernel)) if wide else keras.ops.matmul(spread(x), self.kernel)
+        y = spread(product(x, self.kernel)) if wide else product(spread(x), self.kernel)
         return self.finished(y, self.shift)
 
 
@@ -98,12 +100,12 @@ class SAGEConv(AbstractConv):
 
     def call(self, x: Any, graph: Block) -> Any:
         if self.aggregation == "max":
-            y = keras.ops.matmul(graph.max(x), self.kernel)
+            y = product(graph.max(x), self.kernel)
         elif x.shape[-1] > self.units:
-            y = graph.mean(keras.ops.matmul(x, self.kernel))
+            y = graph.mean(product(x, self.kernel))
         else:
-            y = keras.ops.matmul(graph.mean(x), self.kernel)
-        return self.finished(keras.ops.matmul(x, self.own) + y, self.shift)
+            y = product(graph.mean(x), self.kernel)
+        return self.finished(product(x, self.own) + y, self.shift)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "aggregation": self.aggregation}
@@ -123,9 +125,9 @@ class GINConv(AbstractConv):
     def call(self, x: Any, graph: Block) -> Any:
         gather = lambda rows: graph.sum(rows) + keras.ops.multiply(rows, 1 + self.epsilon)
         wide = x.shape[-1] > self.units
-        y = gather(keras.ops.matmul(x, self.kernel)) if wide else keras.ops.matmul(gather(x), self.kernel)
-        y = y if self.shift is None else keras.ops.add(y, self.shift)
-        return self.finished(keras.ops.matmul(keras.ops.relu(y), self.second), self.second_shift)
+        y = gather(product(x, self.kernel)) if wide else product(gather(x), self.kernel)
+        y = y if self.shift is None else plus(y, self.shift)
+        return self.finished(product(keras.ops.relu(y), self.second), self.second_shift)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -145,7 +147,7 @@ class GATv2Conv(AbstractConv):
         self.shift = self.bias()
 
     def call(self, x: Any, graph: Block) -> Any:
-        by_heads = lambda kernel: keras.ops.matmul(x, kernel).reshape(-1, self.heads, self.units // self.heads)
+        by_heads = lambda kernel: product(x, kernel).reshape(-1, self.heads, self.units // self.heads)
         y = graph.attention(by_heads(self.kernel), by_heads(self.destination), keras.ops.convert_to_tensor(self.score))
         return self.finished(y.reshape(-1, self.units), self.shift)
 
@@ -166,11 +168,8 @@ class CommNetConv(AbstractConv):
         self.shift = self.bias()
 
     def call(self, x: Any, graph: Block) -> Any:
-        if x.shape[-1] > self.units:
-            y = graph.mean(keras.ops.matmul(x, self.kernel))
-        else:
-            y = keras.ops.matmul(graph.mean(x), self.kernel)
-        return self.finished(keras.ops.matmul(x, self.own) + y, self.shift)
+        y = graph.mean(product(x, self.kernel)) if x.shape[-1] > self.units else product(graph.mean(x), self.kernel)
+        return self.finished(product(x, self.own) + y, self.shift)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -197,10 +196,10 @@ class GatedGraphConv(AbstractConv):
     def call(self, x: Any, graph: Block) -> Any:
         state = jnp.pad(x, ((0, 0), (0, self.units - x.shape[-1])))
         for kernel in self.kernels:
-            message = graph.sum(keras.ops.matmul(state, kernel), weighted=True)
-            fed, kept = keras.ops.matmul(message, self.gates), keras.ops.matmul(state, self.recurrent)
+            message = graph.sum(product(state, kernel), weighted=True)
+            fed, kept = product(message, self.gates), product(state, self.recurrent)
             if self.shift is not None:
-                fed, kept = keras.ops.add(fed, self.shift), keras.ops.add(kept, self.recurrent_shift)
+                fed, kept = plus(fed, self.shift), plus(kept, self.recurrent_shift)
             (r1, z1, n1), (r2, z2, n2) = jnp.split(fed, 3, axis=1), jnp.split(kept, 3, axis=1)
             reset, update = jax.nn.sigmoid(r1 + r2), jax.nn.sigmoid(z1 + z2)
             state = update * state + (1 - update) * jnp.tanh(n1 + reset * n2)

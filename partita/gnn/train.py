@@ -238,7 +238,7 @@ class FullGraphTraining:
     def _summed_loss(self, predicted: Any, data: Data, mask: str) -> Any:
         """The sum of the loss over this device's vertices of a mask."""
         model: Any = self
-        loss = keras.losses.get(model.loss)
+        loss: Any = keras.losses.get(model.loss)
         values = loss.call(data.labels, predicted) if isinstance(loss, keras.losses.Loss) else loss(data.labels, predicted)
         return jnp.where(data.masks[mask] > 0, values, 0).sum()
 
@@ -318,8 +318,8 @@ def _placed(graph: Graph, devices: int, partition: Any) -> tuple[Data, Parts | N
     if devices == 1:
         return jax.device_put(_data(graph)), None
     block, parts = split(graph, split_points(graph, devices, partition))
-    whole = _tables(graph)
-    data = Data(*jax.tree.map(parts.stacked, whole), block)
+    x, labels, masks = jax.tree.map(parts.stacked, _tables(graph))
+    data = Data(x, labels, masks, block)
     return jax.device_put(data, NamedSharding(_mesh(devices), PartitionSpec(AXIS))), parts
 
 

@@ -246,11 +246,11 @@ def _plain_forward(offsets: Any, ids: Any, alone: Any, left: Any, right: Any, a:
 
 @jax.custom_vjp
 def _attend(edges: Any, back: Any, alone: Any, left: Any, right: Any, a: Any) -> Any:
-    return _forward(*edges, alone, left, right, a)[0]
+    return _forward(edges[0], edges[1], alone, left, right, a)[0]
 
 
 def _attend_forward(edges: Any, back: Any, alone: Any, left: Any, right: Any, a: Any) -> Any:
-    out, log = _forward(*edges, alone, left, right, a)
+    out, log = _forward(edges[0], edges[1], alone, left, right, a)
     return out, (edges, back, alone, left, right, a, out, log)
 
 
@@ -278,4 +278,4 @@ def attend(edges: Any, back: Any, alone: Any, left: Any, right: Any, a: Any) -> 
     """
     if bridge.works(_try, "attention"):
         return _attend(edges, back, alone, left, right, a)
-    return _plain_forward(*edges, alone, left, right, a)[0]
+    return _plain_forward(edges[0], edges[1], alone, left, right, a)[0]

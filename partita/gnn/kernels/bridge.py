@@ -22,8 +22,10 @@ from typing import Any
 import jax
 import numba
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import cfunc, njit, types
 from numba.extending import intrinsic
+
+carray: Any = vars(numba)["carray"]  # its types are for pure Python
 
 
 def _pointer_to(kind: Any) -> Any:
@@ -147,7 +149,7 @@ def _threadsafe() -> bool:
     numba.config.THREADING_LAYER = "threadsafe"  # type: ignore[attr-defined]
     try:
         _start()
-        return numba.threading_layer() in ("omp", "tbb")
+        return numba.threading_layer() in ("omp", "tbb")  # type: ignore[attr-defined]
     except ValueError:
         return False
 
