@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental.sparse import BCSR
 
 import partita.gnn as gnn
+from partita.execute.devices import keep_freed_memory
 from partita.gnn.block import block_of
 
 parser = argparse.ArgumentParser(description="Aggregations against JAX's own.")
@@ -28,6 +29,7 @@ parser.add_argument("--features", type=int, default=64)
 parser.add_argument("--rounds", type=int, default=7)
 arguments = parser.parse_args()
 
+keep_freed_memory()  # or every result is cleared page by page
 graph = gnn.open(arguments.graph)
 vertices, features = graph.vertices, arguments.features
 block = jax.device_put(block_of(graph))
@@ -55,7 +57,7 @@ def layer(way):  # noqa: ANN001, ANN201
 
 print(f"{graph}, {features} features, {os.cpu_count()} cores")
 cores = os.cpu_count() or 1
-source, target = np.zeros((cores, 2**26), np.float32), np.ones((cores, 2**26), np.float32)
+source, target = np.ones((cores, 2**26), np.float32), np.ones((cores, 2**26), np.float32)
 copies = []
 with ThreadPoolExecutor(cores) as pool:
     for _ in range(5):
