@@ -6,6 +6,7 @@ What it calls is imported inside the commands, so that other commands do not wai
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,9 @@ import typer
 
 from partita.errors import GraphError
 from partita.terminal import err, errors, out
+from partita.units import format_bytes, format_seconds
 
-app = typer.Typer(no_args_is_help=True, help="Full-graph training of graph neural networks: make, convert and look at graphs.")
+app = typer.Typer(no_args_is_help=True, help="Full-graph training of graph neural networks: make, convert and look at graphs, train on them.")
 
 Output = Annotated[
     Path,
@@ -39,7 +41,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines inst
 
 @app.callback()
 def gnn() -> None:
-    """Full-graph training of graph neural networks: make, convert and look at graphs."""
+    """Full-graph training of graph neural networks: make, convert and look at graphs, train on them."""
 
 
 @app.command()
@@ -136,6 +138,73 @@ def info(
             print(json.dumps(found))
         else:
             out.print(facts_table(found))
+
+
+@app.command()
+def train(
+    file: Annotated[Path, typer.Argument(help="A graph with features, labels and a training mask: .npz, .lux, or an OGB folder.", show_default=False)],
+    model: Annotated[str, typer.Option(help="gcn, sage, gin, gatv2, commnet or gatedgraph.")] = "gcn",
+    hidden: Annotated[int, typer.Option(help="Features of a vertex between layers.", min=1)] = 16,
+    layers: Annotated[int, typer.Option(help="Layers of the network.", min=1)] = 2,
+    epochs: Annotated[int, typer.Option(help="Steps, each over the whole graph.", min=1)] = 200,
+    dropout: Annotated[float, typer.Option(help="Share of features left out at random before each layer.", min=0, max=0.99)] = 0.5,
+    rate: Annotated[float, typer.Option(help="Learning rate of Adam.", min=0)] = 0.01,
+    decay: Annotated[float, typer.Option(help="Weight decay of the first layer.", min=0)] = 5e-4,
+    normalise: Annotated[bool, typer.Option("--normalise", help="Divide the features of every vertex by their sum, as is usual for counts of words.")] = False,
+    devices: Annotated[int, typer.Option(help="Split the vertices over so many devices; a CPU stands for as many as asked for.", min=1)] = 1,
+    partition: Annotated[str, typer.Option(help="Parts of as many 'edges', or of as many 'vertices'.")] = "edges",
+    seed: Annotated[int, typer.Option(help="The same seed is the same training, on any number of devices.", min=0)] = 0,
+    save: Annotated[Path | None, typer.Option(help="Write the trained model to this .keras file.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Train a graph network on the whole graph, every epoch: accuracy, time per epoch, parts, traffic.
+
+    Example: partita gnn train cora.npz --model gcn --normalise --epochs 200 --devices 4
+    """
+    with errors():
+        if save is not None and save.suffix != ".keras":
+            raise GraphError(f"A model is saved to a .keras file, and {save.name!r} is none: call it {save.stem + '.keras'!r}.")
+        from partita.gnn import files
+
+        with progress() as report:
+            graph = files.open(file, report)
+        os.environ.setdefault("KERAS_BACKEND", "jax")
+        from partita.execute.devices import request_cpu_devices
+
+        if devices > 1:
+            request_cpu_devices(devices)
+        import keras
+
+        from partita.gnn.models import MODELS
+        from partita.gnn.train import normalised, trained_facts
+
+        if model not in MODELS:
+            raise GraphError(f"There is no model {model!r}: use {', '.join(MODELS)}.")
+        keras.utils.set_random_seed(seed)
+        network = MODELS[model](hidden=hidden, classes=max(1, graph.classes), layers=layers, dropout=dropout, l2=decay)
+        network.compile(keras.optimizers.Adam(rate), metrics=["accuracy"])
+        graph = normalised(graph) if normalise else graph
+        with progress() as report:
+            follow = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: report("training", epoch + 1, epochs))
+            network.fit(graph, epochs, callbacks=[follow], verbose=0, devices=devices, partition=partition)
+        if save is not None:
+            network.save(save)
+        found = {"model": model, **trained_facts(network, graph)}
+        if as_json:
+            print(json.dumps(found))
+        else:
+            _print_trained(found)
+
+
+def _print_trained(found: dict[str, Any]) -> None:
+    out.print(f"{found['model']} on {found['graph']}: {found['epochs']} epochs, loss {found['loss']:.4f}", markup=False)
+    for mask, accuracy in found["accuracy"].items():
+        out.print(f"accuracy, {mask}: {accuracy:.1%}", markup=False)
+    out.print(f"time per epoch: {format_seconds(found['epoch_seconds'])}; the first, compiled on the way: {format_seconds(found['first_seconds'])}")
+    for i, part in enumerate(found["parts"]):
+        out.print(f"part {i}: {part['vertices']:,} vertices, {part['edges']:,} in-edges, {part['fetched']:,} rows of other parts")
+    if found["parts"]:
+        out.print(f"traffic: {format_bytes(found['traffic'])} an epoch between {len(found['parts'])} parts")
 
 
 def _can_transpose(transpose: bool, output: Path) -> None:

@@ -1,13 +1,44 @@
-"""Full-graph training of graph neural networks: the graph store.
+"""Full-graph training of graph neural networks: the graph store, and models that train on whole graphs.
 
 >>> import partita.gnn as gnn
 >>> gnn.Graph.from_edges([0, 1], [1, 0], features=[[1.0], [2.0]])
 graph: 2 vertices, 2 edges, 1 features
+
+Models and layers need Keras on JAX; they are imported when they are first asked for, so that graphs alone need neither.
 """
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
 
 from partita.gnn import generate, order
 from partita.gnn.files import convert, open, save, transpose
 from partita.gnn.graph import Graph, Transposed, check
 from partita.gnn.stream import EdgeStream
 
-__all__ = ["EdgeStream", "Graph", "Transposed", "check", "convert", "generate", "open", "order", "save", "transpose"]
+if TYPE_CHECKING:
+    from partita.gnn.layers import CommNetConv, GatedGraphConv, GATv2Conv, GCNConv, GINConv, SAGEConv
+    from partita.gnn.models import GCN, GIN, SAGE, CommNet, GatedGraph, GATv2, GraphModel
+    from partita.gnn.train import normalised
+
+__all__ = [
+    "GCN", "GIN", "SAGE", "CommNet", "CommNetConv", "EdgeStream", "GATv2", "GATv2Conv", "GCNConv", "GINConv", "GatedGraph",
+    "GatedGraphConv", "Graph", "GraphModel", "SAGEConv", "Transposed", "check", "convert", "generate", "normalised", "open", "order",
+    "save", "transpose",
+]  # fmt: skip
+
+_LATER = {
+    "partita.gnn.layers": ("CommNetConv", "GATv2Conv", "GatedGraphConv", "GCNConv", "GINConv", "SAGEConv"),
+    "partita.gnn.models": ("GCN", "GIN", "SAGE", "CommNet", "GatedGraph", "GATv2", "GraphModel"),
+    "partita.gnn.train": ("normalised",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    module = next((module for module, names in _LATER.items() if name in names), None)
+    if module is None:
+        raise AttributeError(f"module 'partita.gnn' has no attribute {name!r}")
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    return getattr(importlib.import_module(module), name)

@@ -1,4 +1,4 @@
-"""`partita gnn generate`, `convert` and `info`: from nothing to a file to what is in it, and slips in one sentence."""
+"""`partita gnn generate`, `convert`, `info` and `train`: from nothing to a file to what is in it to a model, and slips in one sentence."""
 
 from __future__ import annotations
 
@@ -91,3 +91,26 @@ def test_help_teaches_with_an_example(command: str) -> None:
 def test_the_command_line_starts_without_jax_and_keras() -> None:
     code = "import sys, partita.gnn_cli; print([m for m in ('jax', 'keras') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_train_says_accuracy_time_parts_and_traffic(tmp_path: Path) -> None:
+    gnn(*RMAT, "-o", tmp_path / "g.lux")
+    model = tmp_path / "model.keras"
+    done = gnn("train", tmp_path / "g.lux", "--model", "sage", "--epochs", "3", "--devices", "2", "--json", "--save", model)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["epochs"] == 3 and set(found["accuracy"]) == {"train", "validation", "test"} and found["traffic"] > 0
+    assert sum(part["edges"] for part in found["parts"]) == 3000 and found["epoch_seconds"] > 0 and model.exists()
+    plain = gnn("train", tmp_path / "g.lux", "--model", "sage", "--epochs", "3", "--devices", "2")
+    assert f"loss {found['loss']:.4f}" in plain.stdout and "part 1: " in plain.stdout and "traffic: " in plain.stdout
+
+
+def test_slips_in_training_are_one_sentence(tmp_path: Path) -> None:
+    gnn("generate", "rmat", "--scale", "5", "--edges", "100", "-o", tmp_path / "bare.lux")
+    for arguments, sentence in (
+        ([], "'bare' has no features: give Graph.from_edges(features=...) a row for every vertex."),
+        (["--model", "gat"], "There is no model 'gat': use gcn, sage, gin, gatv2, commnet, gatedgraph."),
+        (["--save", "model.h5"], "A model is saved to a .keras file, and 'model.h5' is none: call it 'model.keras'."),
+    ):
+        done = gnn("train", tmp_path / "bare.lux", *arguments)
+        assert done.exit_code == 2 and sentence in done.stderr and "Traceback" not in done.output

@@ -1,0 +1,357 @@
+"""Full-graph training: every step is one forward and backward pass over the whole graph, compiled once.
+
+`FullGraphTraining` gives a Keras model `fit`, `evaluate` and `predict` on a Graph. The loss is the mean over the vertices of the training
+mask, whatever Keras loss it is; metrics are weighted by the mask. The graph is an argument of the step, not a part of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from partita.errors import GraphError, PartitaError
+from partita.execute.devices import at_hand
+from partita.gnn.block import AXIS, Block, block_of
+from partita.gnn.graph import Graph, check
+from partita.gnn.partition import Parts, split, split_points
+
+if keras.backend.backend() != "jax":
+    raise PartitaError(
+        f"Keras is already imported on the {keras.backend.backend()} backend, and graph networks need JAX. Set KERAS_BACKEND=jax first."
+    )
+
+MASKS = ("train", "validation", "test")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Data:
+    """What a step reads: x [rows, features], labels [rows] (0 where there is none), a mask float32 [rows] for each split, the edges."""
+
+    x: Any
+    labels: Any
+    masks: dict[str, Any]
+    graph: Block
+
+
+class FullGraphTraining:
+    """Trains a Keras model whose call is `call(x, block, training)` on whole graphs. Comes before `keras.Model` among the bases."""
+
+    def compile(
+        self, optimizer: Any = "adam", loss: Any = "sparse_categorical_crossentropy", *, metrics: Any = None, weighted_metrics: Any = None,
+        **named: Any,
+    ) -> None:  # fmt: skip
+        """Keras's own; all metrics are of the vertices of a mask."""
+        judged = [*(metrics or []), *(weighted_metrics or [])]
+        super().compile(optimizer, loss, weighted_metrics=judged or None, **named)  # type: ignore[misc]
+        self.__dict__["_steps"] = {}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """As Keras does it: compiled as before it was saved, with room for the optimizer's state."""
+        model: Any = self
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if model.built:
+            model.optimizer.build(model.trainable_variables)
+
+    def fit(
+        self, graph: Graph, epochs: int = 1, *, callbacks: Sequence[Any] | None = None, verbose: Any = "auto", validation_freq: int = 1,
+        initial_epoch: int = 0, devices: int = 1, partition: Any = "edges",
+    ) -> Any:  # fmt: skip
+        """Keras's history: loss and metrics of the training mask, and with `val_` of the validation mask, of every epoch.
+
+        An epoch is one step. Training values are of the step itself (dropout on, weights before the update), as in Keras.
+        Over several `devices` each has a part of the vertices, cut by `partition`: 'edges', 'vertices', or split points [devices + 1].
+        `evaluate` and `predict` then use the same devices.
+        """
+        model: Any = self
+        model._assert_compile_called("fit")
+        self.__dict__["_split"] = (devices, partition)
+        data = self._prepared(graph, "train")
+        validates = graph.validation is not None and bool(graph.validation.any())
+        model.stop_training = False
+        model.optimizer.build(model.trainable_variables)
+        run = callbacks if isinstance(callbacks, keras.callbacks.CallbackList) else keras.callbacks.CallbackList(
+            callbacks, add_history=True, add_progbar=verbose not in (0, "auto"), verbose=verbose, epochs=epochs, steps=1, model=model
+        )  # fmt: skip
+        observed = bool(callbacks)
+        run.on_train_begin()
+        state = self._state()
+        logs: dict[str, Any] = {}
+        for epoch in range(initial_epoch, epochs):
+            run.on_epoch_begin(epoch)
+            run.on_train_batch_begin(0)
+            if observed:
+                state = self._state()
+            began = time.perf_counter()
+            logs, state = jax.block_until_ready(self._step("train", self._train_step, donate=True)(state, data))
+            logs = _numbers(logs)
+            self.epoch_seconds.append(time.perf_counter() - began)
+            if observed:
+                self._keep(state)
+            run.on_train_batch_end(0, logs)
+            if validates and (epoch + 1) % validation_freq == 0:
+                values = self._step("validation", self._test_step)(state[:2], data)
+                logs |= {f"val_{name}": value for name, value in _numbers(values).items()}
+            run.on_epoch_end(epoch, logs)
+            if model.stop_training:
+                break
+        self._keep(state if not observed else self._state())
+        run.on_train_end(logs)
+        return model.history
+
+    @property
+    def epoch_seconds(self) -> list[float]:
+        """Seconds of every training step so far, the compilation in the first."""
+        return self.__dict__.setdefault("_epoch_seconds", [])
+
+    def traffic(self, graph: Graph) -> int:
+        """Bytes of vertices' rows that the devices send each other in a training step on a graph, forward and backward, filling included."""
+        data = self._prepared(graph, "train")
+        step = self._step("train", self._train_step, donate=True)
+        return _sent(step.trace(self._state(), data).jaxpr, self.parts.count if self.parts is not None else 1)
+
+    def evaluate(self, graph: Graph, mask: str = "test", *, return_dict: bool = False, verbose: Any = 0) -> Any:
+        """Loss and metrics over the vertices of a mask: 'train', 'validation' or 'test'."""
+        model: Any = self
+        model._assert_compile_called("evaluate")
+        if mask not in MASKS:
+            raise GraphError(f"There is no mask {mask!r}: a graph has {', '.join(MASKS)}.")
+        data = self._prepared(graph, mask)
+        logs = self._step(mask, self._test_step)(self._state()[:2], data)
+        logs = _numbers(logs)
+        return logs if return_dict else list(logs.values()) if len(logs) > 1 else logs["loss"]
+
+    def predict(self, graph: Graph, vertices: Any = None) -> np.ndarray:
+        """float32 [vertices, classes]: the model's output for every vertex of a graph, or for those asked for, in their order."""
+        data = self._prepared(graph, None)
+        found = np.asarray(self._step("predict", self._predict_step, rows=True)(self._state()[:2], data))
+        found = found if self.parts is None else self.parts.joined(found)
+        return found if vertices is None else found[np.asarray(vertices)]
+
+    # --------------------------------------------------------------------------------------------------------- what it needs
+
+    def _prepared(self, graph: Graph, mask: str | None) -> Data:
+        """A graph as a step reads it; the last one is kept."""
+        split_as = self.__dict__.setdefault("_split", (1, "edges"))
+        kept = self.__dict__.get("_kept")
+        if kept is None or kept[0] is not graph or kept[1] is not split_as:
+            model: Any = self
+            check(graph)
+            if graph.features is None:
+                raise GraphError(f"'{graph.name}' has no features: give Graph.from_edges(features=...) a row for every vertex.")
+            if not model.built:
+                model.build((None, graph.feature_count))
+            expected = self.__dict__.get("feature_count", graph.feature_count)
+            if expected != graph.feature_count:
+                raise GraphError(f"'{graph.name}' has {graph.feature_count} features, and the model was built for {expected}.")
+            kept = graph, split_as, *_placed(graph, *split_as)
+            self.__dict__.update(_kept=kept, feature_count=graph.feature_count, _steps={})
+        if mask is not None:
+            _can_learn(graph, mask, self.__dict__.get("classes"))
+        return kept[2]
+
+    @property
+    def parts(self) -> Parts | None:
+        """What each device holds; None on one device or before the first graph."""
+        return self.__dict__["_kept"][3] if "_kept" in self.__dict__ else None
+
+    @property
+    def _mesh(self) -> Mesh | None:
+        return None if self.parts is None else _mesh(self.parts.count)
+
+    def _state(self) -> Any:
+        """(trainable, other, optimizer's variables) as arrays, on every device."""
+        model: Any = self
+        optimizer = model.optimizer.variables if getattr(model, "optimizer", None) is not None else []
+        groups = (model.trainable_variables, model.non_trainable_variables, optimizer)
+        state = tuple([v.value for v in group] for group in groups)
+        return state if self._mesh is None else jax.device_put(state, NamedSharding(self._mesh, PartitionSpec()))
+
+    def _keep(self, state: Any) -> None:
+        """Puts arrays back into the model's variables."""
+        model: Any = self
+        groups = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables)
+        if self._mesh is not None:
+            state = jax.device_put(state, jax.devices()[0])
+        for variables, values in zip(groups, state, strict=True):
+            for variable, value in zip(variables, values, strict=True):
+                variable._value = value
+
+    def _step(self, mask: str, function: Any, donate: bool = False, rows: bool = False) -> Any:
+        """A step for a mask over the placed graph, compiled once; `rows`: what it returns has a row per vertex."""
+        steps, mesh, key = self.__dict__["_steps"], self._mesh, (function.__name__, mask)
+        if key not in steps:
+            step = lambda state, data: function(state, data, mask)
+            if mesh is not None:
+                whole, spec = step, PartitionSpec(AXIS)
+                mine = lambda state, data: whole(state, jax.tree.map(lambda x: x[0], data))
+                result = (lambda *args: mine(*args)[None]) if rows else mine
+                step = jax.shard_map(
+                    result,
+                    mesh=mesh,
+                    in_specs=(PartitionSpec(), spec),
+                    out_specs=spec if rows else PartitionSpec(),
+                    check_vma=False,
+                )
+            steps[key] = jax.jit(step, donate_argnums=0 if donate else ())
+        return steps[key]
+
+    # -------------------------------------------------------------------------------------------------------------- the steps
+
+    def _train_step(self, state: Any, data: Data, mask: str) -> Any:
+        """Each device differentiates its own vertices' share of the loss; the exchange of rows takes gradients to where rows came from."""
+        model: Any = self
+        trainable, others, optimizer = state
+        count = _over_parts(data.masks[mask].sum(), data)
+
+        def loss(trainable: Any) -> Any:
+            predicted, others_after, penalties = model.stateless_call(
+                trainable, others, data.x, graph=data.graph, training=True, return_losses=True
+            )
+            value = self._summed_loss(predicted, data, mask) / count
+            penalty = sum(penalties) / data.graph.parts
+            return value + penalty, (value + penalty, predicted, others_after)
+
+        gradients, (value, predicted, others) = jax.grad(loss, has_aux=True)(trainable)
+        gradients, value = _over_parts((gradients, value), data)
+        trainable, optimizer = model.optimizer.stateless_apply(optimizer, gradients, trainable)
+        return {"loss": value, **self._judged(predicted, data, mask)}, (trainable, others, optimizer)
+
+    def _test_step(self, state: Any, data: Data, mask: str) -> Any:
+        model: Any = self
+        predicted, _, penalties = model.stateless_call(*state, data.x, graph=data.graph, training=False, return_losses=True)
+        total, count = _over_parts((self._summed_loss(predicted, data, mask), data.masks[mask].sum()), data)
+        return {"loss": total / count + sum(penalties), **self._judged(predicted, data, mask)}
+
+    def _predict_step(self, state: Any, data: Data, mask: str) -> Any:
+        model: Any = self
+        return model.stateless_call(*state, data.x, graph=data.graph, training=False)[0]
+
+    def _summed_loss(self, predicted: Any, data: Data, mask: str) -> Any:
+        """The sum of the loss over this device's vertices of a mask."""
+        model: Any = self
+        loss: Any = keras.losses.get(model.loss)
+        values = loss.call(data.labels, predicted) if isinstance(loss, keras.losses.Loss) else loss(data.labels, predicted)
+        return jnp.where(data.masks[mask] > 0, values, 0).sum()
+
+    def _judged(self, predicted: Any, data: Data, mask: str) -> dict[str, Any]:
+        """The metrics over the vertices of a mask. What a metric counts adds up over devices."""
+        model: Any = self
+        metrics = model._compile_metrics
+        if metrics is None:
+            return {}
+        if not metrics.built:
+            metrics.build(data.labels, predicted)
+        with keras.StatelessScope(state_mapping=[(v, jnp.zeros(v.shape, v.dtype)) for v in metrics.variables]):
+            metrics.update_state(data.labels, predicted, sample_weight=data.masks[mask])
+            for variable in metrics.variables:
+                variable.assign(_over_parts(variable.value, data))
+            return dict(metrics.result())
+
+
+def trained_facts(model: Any, graph: Graph) -> dict[str, Any]:
+    """What there is to say of a trained model, as JSON has it: loss, accuracy of every mask, seconds, parts, bytes sent an epoch."""
+    judged = {
+        what: model.evaluate(graph, what, return_dict=True)
+        for what in MASKS
+        if (m := getattr(graph, what)) is not None and m.any()
+    }
+    parts, seconds = model.parts, model.epoch_seconds
+    return {
+        "graph": graph.name,
+        "epochs": len(seconds),
+        "loss": judged["train"]["loss"],
+        "accuracy": {what: logs["accuracy"] for what, logs in judged.items()},
+        "epoch_seconds": float(np.median(seconds[1:] or seconds)),
+        "first_seconds": seconds[0],
+        "parts": [] if parts is None else [
+            {"vertices": int(v), "edges": int(e), "fetched": int(f)} for v, e, f in zip(parts.vertices, parts.edges, parts.fetched, strict=True)
+        ],
+        "traffic": model.traffic(graph) if parts is not None else 0,
+    }  # fmt: skip
+
+
+def _sent(jaxpr: Any, parts: int) -> int:
+    """Bytes of the exchanges of a program, those of inner programs among them, over all devices."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "ppermute":
+            total += parts * sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            total += _sent(inner, parts) if hasattr(inner, "eqns") else 0
+    return total
+
+
+def normalised(graph: Graph) -> Graph:
+    """The graph with features divided by their row's sum, as is usual for counts of words; rows of zeros stay.
+
+    >>> normalised(Graph.from_edges([0], [1], features=[[1, 3], [0, 0]])).features.tolist()
+    [[0.25, 0.75], [0.0, 0.0]]
+    """
+    if graph.features is None or (graph.features < 0).any():
+        raise GraphError(f"The features of '{graph.name}' cannot be divided by their sum: there are none, or negative ones.")
+    sums = graph.features.sum(axis=1, keepdims=True)
+    return replace(graph, features=graph.features / np.where(sums > 0, sums, 1))
+
+
+def _over_parts(values: Any, data: Data) -> Any:
+    """The sums of values over all devices."""
+    return jax.lax.psum(values, AXIS) if data.graph.parts > 1 else values
+
+
+def _mesh(parts: int) -> Mesh:
+    return Mesh(np.array(jax.devices()[:parts]), (AXIS,))
+
+
+def _placed(graph: Graph, devices: int, partition: Any) -> tuple[Data, Parts | None]:
+    """The graph's data on its devices."""
+    at_hand(devices)
+    if devices == 1:
+        return jax.device_put(_data(graph)), None
+    block, parts = split(graph, split_points(graph, devices, partition))
+    x, labels, masks = jax.tree.map(parts.stacked, _tables(graph))
+    data = Data(x, labels, masks, block)
+    return jax.device_put(data, NamedSharding(_mesh(devices), PartitionSpec(AXIS))), parts
+
+
+def _data(graph: Graph) -> Data:
+    return Data(*_tables(graph), block_of(graph))
+
+
+def _tables(graph: Graph) -> tuple[Any, Any, dict[str, Any]]:
+    """(x, labels, masks) of all vertices."""
+    none = np.zeros(graph.vertices, np.float32)
+    labels = np.zeros(graph.vertices, np.int32) if graph.labels is None else np.maximum(graph.labels, 0)
+    masks = {what: none if getattr(graph, what) is None else getattr(graph, what).astype(np.float32) for what in MASKS}
+    return graph.features, labels, masks
+
+
+def _numbers(logs: dict[str, Any]) -> dict[str, float]:
+    """What a step says of itself as plain numbers, the loss first."""
+    return {name: float(logs[name]) for name in sorted(logs, key=lambda name: name != "loss")}
+
+
+def _can_learn(graph: Graph, mask: str, classes: int | None) -> None:
+    """GraphError where a mask of the graph holds nothing to learn from or to be judged by."""
+    if graph.labels is None:
+        raise GraphError(
+            f"'{graph.name}' has no labels: give Graph.from_edges(labels=...) one for every vertex, -1 where there is none."
+        )
+    marked = getattr(graph, mask)
+    if marked is None or not marked.any():
+        what = {"train": "training", "validation": "validation", "test": "test"}[mask]
+        raise GraphError(f"The {what} mask of '{graph.name}' is empty: mark at least one vertex, {mask}=[...].")
+    if classes is not None and graph.classes > classes:
+        v = int(np.argmax(graph.labels >= classes))
+        raise GraphError(
+            f"Vertex {v:,} has the label {graph.labels[v]}, and the model has {classes} classes, 0 to {classes - 1}: make it with classes={graph.classes}."
+        )

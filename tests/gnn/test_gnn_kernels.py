@@ -1,0 +1,173 @@
+"""Aggregations and their gradients are those of the dense matrix, for any directed graph, compiled or by XLA's own operations."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from partita.gnn import Graph
+from partita.gnn.block import Block, block_of, weighted_sum
+from partita.gnn.kernels import bridge
+from partita.gnn.kernels.attention import SLOPE
+
+VERTICES, EDGES = 6, 20
+"""One size, so that few programs are compiled."""
+
+
+@st.composite
+def graphs(draw: Any) -> Graph:
+    """Graphs with isolated vertices, repeated edges and self edges."""
+    ids = st.lists(st.integers(0, VERTICES - 1), min_size=EDGES, max_size=EDGES)
+    weights = draw(st.lists(st.sampled_from((-1.0, 0.0, 0.5, 2.0)), min_size=EDGES, max_size=EDGES))
+    return Graph.from_edges(draw(ids), draw(ids), VERTICES, weights=weights)
+
+
+NONE = Graph.from_edges([], [], 6, weights=[])
+REPEATED = Graph.from_edges([0, 0, 0, 2, 2] * 4, [1, 1, 0, 2, 5] * 4, VERTICES, weights=range(20))
+
+
+def matrix(graph: Graph, weighted: bool = False) -> np.ndarray:
+    """A[v, u]: how many edges lead from u to v, or the sum of their weights."""
+    dense = np.zeros((graph.vertices, graph.vertices), np.float32)
+    to = np.repeat(np.arange(graph.vertices), graph.in_degrees())
+    np.add.at(dense, (to, graph.sources), graph.weights if weighted else 1)
+    return dense
+
+
+def dense_max(a: Any, w: Any, x: Any) -> Any:
+    top = jnp.where((a > 0)[:, :, None], x[None], -jnp.inf).max(axis=1)
+    return jnp.where((a > 0).any(1)[:, None], top, 0)
+
+
+HOW: dict[str, tuple[Callable[[Block, Any], Any], Callable[[Any, Any, Any], Any]]] = {
+    "sum": (Block.sum, lambda a, w, x: a @ x),
+    "weighted": (functools.partial(Block.sum, weighted=True), lambda a, w, x: w @ x),
+    "mean": (Block.mean, lambda a, w, x: a @ x / jnp.maximum(a.sum(1, keepdims=True), 1)),
+    "max": (Block.max, dense_max),
+}
+"""Each aggregation of a block, and of the dense matrix a with the weights w."""
+
+
+def values(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def bent(y: Any) -> Any:
+    """A loss that is not linear, so that the gradient depends on y."""
+    return jnp.sum(jnp.sin(y) * jnp.arange(1, y.size + 1).reshape(y.shape) / (y.size + 1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def both(how: str, kind: str, block: Block, a: Any, w: Any, x: Any) -> Any:
+    """(value, gradient) of a block's aggregation and of the dense one."""
+    return [
+        (f(x), jax.grad(lambda x, f=f: bent(f(x)))(x))
+        for f in (lambda x: HOW[how][0](block, x), lambda x: HOW[how][1](a, w, x))
+    ]
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """With the compiled kernels, and with what takes their place."""
+    if request.param == "plain":
+        monkeypatch.setattr(bridge, "works", lambda kernel, what: False)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("how", "columns"),
+    [
+        ("sum", 3),
+        ("sum", 6),
+        ("sum", 12),
+        ("sum", 213),
+        ("weighted", 3),
+        ("weighted", 6),
+        ("weighted", 12),
+        ("weighted", 213),
+        ("mean", 5),
+        ("max", 5),
+    ],
+)
+def test_an_aggregation_is_that_of_the_dense_matrix(how: str, columns: int, kind: str) -> None:
+    @settings(max_examples=12, deadline=None, derandomize=True)
+    @given(graphs())
+    @example(NONE)
+    @example(REPEATED)
+    def holds(graph: Graph) -> None:
+        x = values(graph.vertices, columns)
+        (y, dx), (expected, dx_expected) = both(how, kind, block_of(graph), matrix(graph), matrix(graph, True), x)
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(dx, dx_expected, rtol=1e-3, atol=1e-4)
+
+    holds()
+
+
+def test_of_equal_maxima_the_first_edge_has_the_gradient(kind: str) -> None:
+    graph = Graph.from_edges([2, 0, 1], [0, 0, 0], 3)
+    y, dx = jax.jit(jax.value_and_grad(lambda x, block: block.max(x).sum()))(np.ones((3, 1), np.float32), block_of(graph))
+    assert y == 1 and dx.tolist() == [[0], [0], [1]]
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(graphs())
+@example(REPEATED)
+def test_a_weight_of_an_edge_has_its_gradient_too(graph: Graph) -> None:
+    x, to = values(graph.vertices, 3), np.repeat(np.arange(graph.vertices), graph.in_degrees())
+    mine, expected = weight_gradients(block_of(graph), graph.weights, x, graph.sources, to)
+    np.testing.assert_allclose(mine, expected, rtol=1e-3, atol=1e-4)
+
+
+@jax.jit
+def weight_gradients(block: Block, w: Any, x: Any, source: Any, target: Any) -> Any:
+    mine = lambda w: bent(weighted_sum(block.edges, w, x))
+    return jax.grad(mine)(w), jax.grad(lambda w: bent(jnp.zeros_like(x).at[target].add(w[:, None] * x[source])))(w)
+
+
+def dense_attention(edges: Any, left: Any, right: Any, a: Any) -> Any:
+    counts = edges + jnp.diag(jnp.diag(edges) == 0)
+    z = left[None] + right[:, None]
+    score = (a * jnp.where(z > 0, z, SLOPE * z)).sum(-1)
+    top = jnp.where(counts[:, :, None] > 0, score, -jnp.inf).max(axis=1, keepdims=True)
+    w = counts[:, :, None] * jnp.exp(score - jax.lax.stop_gradient(top))
+    return jnp.einsum("vuh,uhc->vhc", w / w.sum(axis=1, keepdims=True), left)
+
+
+def test_attention_is_that_of_the_dense_matrix(kind: str) -> None:
+    @jax.jit
+    def both(block: Block, edges: Any, args: Any) -> Any:
+        ways = (lambda args: block.attention(*args), lambda args: dense_attention(edges, *args))
+        return [(f(args), jax.grad(lambda args, f=f: bent(f(args)))(args)) for f in ways]
+
+    @settings(max_examples=12, deadline=None, derandomize=True)
+    @given(graphs())
+    @example(REPEATED)
+    def holds(graph: Graph) -> None:
+        args = values(graph.vertices, 2, 5), 3 * values(graph.vertices, 2, 5, seed=1), values(2, 5, seed=2)
+        mine, dense = both(block_of(graph), matrix(graph), args)
+        for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(dense), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+    holds()
+
+
+def test_threads_share_the_rows_by_their_edges() -> None:
+    graph = Graph.from_edges([0] * 90 + [1] * 10, [3] * 90 + list(range(10)), 10)
+    assert [bridge.rows_of(graph.offsets, part, 3) for part in range(3)] == [(0, 4), (4, 4), (4, 10)]
+
+
+def test_a_kernel_that_does_not_work_is_said_once_and_replaced() -> None:
+    def broken() -> None:
+        raise OSError("no such code")
+
+    with pytest.warns(
+        UserWarning, match=r"The sum kernel does not work here \(OSError: no such code\); XLA's own operations take its place"
+    ):
+        assert not bridge.works(broken, "sum")
+    assert not bridge.works(broken, "sum")

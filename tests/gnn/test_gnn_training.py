@@ -1,0 +1,169 @@
+"""Training on whole graphs: every model gives the same numbers however the graph is split, learns, is saved, and says what is wrong."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import partita.gnn as gnn
+from partita.errors import GraphError, MachineError
+from partita.gnn import models
+from partita.gnn.partition import by_edges, by_vertices, split, split_points
+
+
+def drawn(vertices: int = 23, edges: int = 60, weights: bool = False) -> gnn.Graph:
+    """A directed graph with self edges, repeated edges and isolated vertices, of three classes."""
+    random = np.random.default_rng(0)
+    source, target = random.integers(0, vertices - 3, (2, edges)) ** 2 // vertices
+    split = random.permutation(vertices)
+    return gnn.Graph.from_edges(
+        np.append(source, source[:5]), np.append(target, target[:5]), vertices,
+        features=random.standard_normal((vertices, 9)), labels=random.integers(0, 3, vertices),
+        train=split[:12], validation=split[12:17], test=split[17:], weights=random.random(edges + 5) if weights else None,
+    )  # fmt: skip
+
+
+def trained(make: Callable[..., Any], graph: gnn.Graph, **how: Any) -> tuple[Any, Any]:
+    """(model, history) of three epochs from the same weights."""
+    keras.utils.set_random_seed(0)
+    model = make(hidden=8, classes=3, l2=0.01)
+    model.compile(keras.optimizers.Adam(0.05), metrics=["accuracy"])
+    return model, model.fit(graph, epochs=3, verbose=0, **how).history
+
+
+MODELS = {**models.MODELS, "sage-max": lambda **named: models.SAGE(aggregation="max", **named)}
+WAYS = [(3, "vertices"), (4, [0, 0, 20, 20, 23])]
+"""Parts and how they are cut; the last has two empty parts."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_split_training_gives_the_numbers_of_one_device(name: str) -> None:
+    graph = drawn(weights=name in ("gcn", "gatedgraph"))
+    alone, history = trained(MODELS[name], graph)
+    assert set(history) == {"loss", "accuracy", "val_loss", "val_accuracy"} and len(history["loss"]) == 3
+    for devices, partition in WAYS:
+        model, found = trained(MODELS[name], graph, devices=devices, partition=partition)
+        for what, values in history.items():
+            np.testing.assert_allclose(found[what], values, rtol=2e-4, atol=1e-5, err_msg=f"{what}, {devices} by {partition}")
+        for mine, theirs in zip(model.get_weights(), alone.get_weights(), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-2, atol=1e-3)
+
+
+def test_any_number_of_parts_gives_the_same_predictions() -> None:
+    graph = drawn()
+    model, _ = trained(models.GCN, graph)
+    alone = model.predict(graph)
+    for parts in range(2, 8):
+        model.__dict__["_split"] = (parts, "edges")
+        np.testing.assert_allclose(model.predict(graph), alone, rtol=1e-4, atol=1e-5)
+        assert model.parts.edges.sum() == graph.edges and model.parts.vertices.sum() == graph.vertices
+
+
+def test_evaluate_and_traffic_of_a_split_graph() -> None:
+    graph = drawn()
+    alone, split = (trained(models.GCN, graph, devices=devices)[0] for devices in (1, 2))
+    for mask in ("train", "validation", "test"):
+        np.testing.assert_allclose(split.evaluate(graph, mask), alone.evaluate(graph, mask), rtol=1e-4)
+    turn = int(split.parts.fetched.max())
+    assert alone.traffic(graph) == 0 and split.traffic(graph) == 2 * turn * 4 * (8 + 8 + 3 + 3)  # two layers, there and back
+
+
+def test_a_part_fetches_only_rows_that_it_needs_and_each_once() -> None:
+    graph = gnn.Graph.from_edges([2, 2, 2, 3, 0], [0, 1, 0, 1, 0], 4)
+    _, parts = split(graph, np.array([0, 2, 4]))
+    assert parts.fetched.tolist() == [2, 0] and parts.edges.tolist() == [5, 0]
+
+
+def test_partitioners_cover_the_vertices_and_share_out_what_they_say() -> None:
+    graph = gnn.Graph.from_edges([0] * 12, [0] * 6 + [1] * 3 + [5] * 3, 9)
+    for parts in range(1, 12):
+        for points in (by_edges(graph, parts), by_vertices(graph, parts)):
+            assert points[0] == 0 and points[-1] == 9 and (np.diff(points) >= 0).all() and len(points) == parts + 1
+    assert by_edges(graph, 2).tolist() == [0, 1, 9] and by_vertices(graph, 3).tolist() == [0, 3, 6, 9]
+
+
+def test_a_saved_model_predicts_the_same_and_trains_on(tmp_path: Path) -> None:
+    graph = drawn()
+    model, _ = trained(models.GCN, graph)
+    model.save(tmp_path / "gcn.keras")
+    again = keras.saving.load_model(tmp_path / "gcn.keras")
+    np.testing.assert_allclose(again.predict(graph), model.predict(graph), rtol=1e-6)
+    found, expected = (m.fit(graph, epochs=2, verbose=0).history for m in (again, model))
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
+    model = MODELS[name](hidden=8, classes=3, layers=3, dropout=0.1)
+    model.build((None, 9))
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert again.get_config() == model.get_config() and again.get_config()["layers"] == 3
+    assert [w.tolist() for w in again.get_weights()] == [w.tolist() for w in model.get_weights()]
+
+
+def test_callbacks_see_epochs_and_can_stop() -> None:
+    seen: list[float] = []
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            seen.append(float(np.abs(self.model.get_weights()[0]).sum()))
+            self.model.stop_training = epoch == 1
+
+    model = models.GCN(4, 3)
+    model.compile("adam")
+    assert len(model.fit(drawn(), epochs=9, callbacks=[Stop()], verbose=0).epoch) == 2 and seen[0] != seen[1]
+
+
+def test_a_network_learns_classes_that_keep_to_themselves() -> None:
+    random = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    source = random.integers(0, 20, 400) * 3
+    graph = gnn.Graph.from_edges(
+        source + (kind := random.integers(0, 3, 400)), random.integers(0, 20, 400) * 3 + kind, 60,
+        features=np.eye(60), labels=labels, train=range(6), test=range(6, 60),
+    )  # fmt: skip
+    keras.utils.set_random_seed(0)
+    model = models.GCN(16, 3, dropout=0.0)
+    model.compile(keras.optimizers.Adam(0.05), metrics=["accuracy"])
+    model.fit(graph, epochs=60, verbose=0)
+    assert model.evaluate(graph, return_dict=True)["accuracy"] > 0.9
+    assert model.predict(graph, [5, 4]).argmax(axis=1).tolist() == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("broken", "sentence"),
+    [
+        ({"features": None}, "has no features: give Graph.from_edges(features=...) a row for every vertex."),
+        ({"labels": None}, "has no labels: give Graph.from_edges(labels=...) one for every vertex, -1 where there is none."),
+        ({"train": None}, "The training mask of 'graph' is empty: mark at least one vertex, train=[...]."),
+        (
+            {"labels": np.full(23, 7, np.int32)},
+            "Vertex 0 has the label 7, and the model has 3 classes, 0 to 2: make it with classes=8.",
+        ),
+    ],
+)
+def test_what_cannot_be_learnt_is_one_sentence(broken: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(GraphError) as error:
+        trained(models.GCN, replace(drawn(), **broken))
+    assert sentence in str(error.value)
+
+
+def test_bad_splits_are_one_sentence() -> None:
+    with pytest.raises(GraphError, match="There is no partitioner 'metis': use 'vertices' or 'edges', or give split points"):
+        split_points(drawn(), 2, "metis")
+    with pytest.raises(
+        GraphError,
+        match=r"The split points \[0, 30\] do not cut 23 vertices into 1 parts: give 2 numbers that rise from 0 to 23",
+    ):
+        split_points(drawn(), 1, [0, 30])
+    with pytest.raises(MachineError, match="99 devices are asked for, and JAX has"):
+        trained(models.GCN, drawn(), devices=99)
+    with pytest.raises(GraphError, match="30 features cannot be shared out to 8 heads"):
+        models.GATv2(hidden=30, classes=3)
+    with pytest.raises(GraphError, match="SAGEConv aggregates by 'mean' or 'max', and not by 'median'"):
+        models.SAGE(aggregation="median")
