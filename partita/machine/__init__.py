@@ -14,7 +14,7 @@ from partita.machine.machine import (
     OperatingPoint,
     Source,
 )
-from partita.machine.times import OperatorTimes, fitted
+from partita.machine.times import OperatorTimes, fitted_times
 
 __all__ = [
     "KINDS",
@@ -31,7 +31,7 @@ __all__ = [
     "check",
     "collective_lines",
     "collective_seconds",
-    "fitted",
+    "fitted_times",
     "host",
     "load",
     "presets",

@@ -234,6 +234,52 @@ def searches_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
+def fidelity_table(steps: Iterable[Mapping[str, Any]]) -> Table:
+    """Every step that was measured, with what was predicted and how far that is off; the plan that Partita finds is marked."""
+    rows = list(steps)
+    several = rows[0]["processes"] > 1
+    table = _table(f"{rows[0]['processes'] if several else rows[0]['devices']} {'processes' if several else 'devices'}, seconds of a step")
+    table.add_column("model", no_wrap=True)
+    table.add_column("plan (*: found)", no_wrap=True)
+    for column in ("measured", "by rates", "by a fit", "by operators", "of them timed"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for before, r in zip([None, *rows], rows, strict=False):
+        cells = [_off(r[way], r["seconds"]) for way in ("rates", "fitted", "measured")]
+        name = r["model"] if before is None or before["model"] != r["model"] else ""
+        table.add_row(name, r["plan"] + (" *" if r["chosen"] else ""), format_seconds(r["seconds"]), *cells, f"{r['shares']['measured']:.0%}")
+    return table
+
+
+def _off(predicted: float | None, seconds: float) -> str:
+    """
+    >>> _off(0.0012, 0.001), _off(None, 0.001)
+    ('1.2 ms (+20%)', '')
+    """
+    return "" if predicted is None else f"{format_seconds(predicted)} ({predicted / seconds - 1:+.0%})"
+
+
+FIDELITY = """rates: by what 'partita machine measure' finds alone. fitted: operators by a regression to those of the other models, none of its own.
+measured: operators timed one by one, as --measure-operators does; what cannot be cut out of the program is fitted.
+tau: Kendall's, of predicted and measured order. chosen / best: the measured step of the plan found over the fastest that was measured."""
+"""What the figures of `fidelity_summary` are."""
+
+
+def fidelity_summary(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """How good each way to predict is, on each of the settings and over all."""
+    table = _table("predicted against measured")
+    table.add_column("on", no_wrap=True)
+    table.add_column("by", no_wrap=True)
+    for column in ("steps", "median error", "95 %", "worst", "tau", "of a model's plans", "chosen / best"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for r in rows:
+        pair = lambda values, text="{:.2f}": " to ".join(text.format(v) for v in values) if values else ""  # noqa: E731
+        table.add_row(
+            r["place"], r["way"], str(r["steps"]), f"{r['median']:.1%}", f"{r['p95']:.0%}", f"{r['worst']:.0%}",
+            "" if r["tau"] is None else f"{r['tau']:.2f}", pair(r["tau_within"], "{:.2f}"), pair(r["chosen_over_best"], "{:.3f}"),
+        )  # fmt: skip
+    return table
+
+
 def _three(value: float) -> str:
     """
     >>> _three(0.02341), _three(66.51), _three(1234.5)
