@@ -27,12 +27,12 @@ from partita.graph.graph import Graph
 from partita.machine import Machine, fitted_times
 from partita.plan.plan import Mesh, Plan, check
 from partita.search.candidates import candidates, names_of
-from partita.search.find import mesh_of
+from partita.search.find import find, mesh_of
 
 WAYS = ("rates", "fitted", "measured")
 """By what a step is predicted: what `machine measure` finds; a fit to other models' operators; operators that were timed."""
 LEAST = 6
-"""Plans of a model on several devices: baselines that differ, the one found, one or more at random."""
+"""Plans of a model on several devices, at least: as many are made at random as are missing."""
 ROUNDS = 5
 
 
@@ -40,8 +40,8 @@ ROUNDS = 5
 class Step:
     """A model's step under a plan: seconds measured (median) and predicted. `fitted` is None where there is no other model to fit to."""
 
-    devices: int
-    processes: int
+    place: str
+    """What it ran on: "1 device", "2 processes"."""
     model: str
     plan: str
     chosen: bool
@@ -54,16 +54,6 @@ class Step:
     """The error that the fit to the other models states of itself: its median on operators of models that it has not seen."""
     shares: Mapping[str, float]
     """The part of the compute of the `measured` prediction whose operators were "measured" or "fitted"."""
-
-    @property
-    def place(self) -> str:
-        """What it ran on, in words."""
-        return f"{self.processes} processes" if self.processes > 1 else f"{self.devices} device{'s' if self.devices > 1 else ''}"
-
-    @property
-    def cell(self) -> tuple[int, int, str]:
-        """What plans are compared within."""
-        return self.devices, self.processes, self.model
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ def summary(steps: Sequence[Step], way: str) -> Summary | None:
     errors = sorted(abs(value / s.seconds - 1) for s, value in pairs)
     cells: dict[Any, list[tuple[float, float]]] = {}
     for s, value in pairs:
-        cells.setdefault(s.cell, []).append((value, s.seconds))
+        cells.setdefault((s.place, s.model), []).append((value, s.seconds))
     within = sorted(t for cell in cells.values() if (t := tau(cell)) is not None)
     return Summary(
         len(pairs), statistics.median(errors), percentile(errors, 0.95), errors[-1], tau([(value, s.seconds) for s, value in pairs]),
@@ -116,11 +106,11 @@ def tau(pairs: Sequence[tuple[float, float]]) -> float | None:
     return None if found != found else found  # noqa: PLR0124 (not a number where all are alike)
 
 
-def chosen_over_best(steps: Iterable[Step]) -> dict[tuple[int, int, str], float]:
+def chosen_over_best(steps: Iterable[Step]) -> dict[tuple[str, str], float]:
     """Per model with several plans, the measured step of the plan found over the fastest one's."""
-    cells: dict[tuple[int, int, str], list[Step]] = {}
+    cells: dict[tuple[str, str], list[Step]] = {}
     for s in steps:
-        cells.setdefault(s.cell, []).append(s)
+        cells.setdefault((s.place, s.model), []).append(s)
     return {
         cell: next(s.seconds for s in found if s.chosen) / min(s.seconds for s in found)
         for cell, found in cells.items()
@@ -174,22 +164,24 @@ def settings(devices: str, processes: str) -> list[tuple[int, int]]:
 # --------------------------------------------------------------------------------------------------------------- plans
 
 
-def plans_of(graph: Graph, machine: Machine, known: Mapping[str, Plan], chosen: Plan, least: int = LEAST) -> tuple[dict[str, Plan], str]:
-    """The plans to measure, each a program of its own, and the name of the one that is `chosen`: `known`, that one, and some at random.
+def plans_of(graph: Graph, machine: Machine, known: Mapping[str, Plan], chosen: Plan, by_rates: Plan) -> tuple[dict[str, Plan], str]:
+    """The plans to measure, each a program of its own, and the name of the one that is `chosen`.
 
-    On one device there is one.
+    They are the `known` ones, what is found with and without timing operators, and plans at random, one or as many as LEAST asks for. On one device there is
+    one.
     """
     if machine.devices == 1:
         return {"one device": known["one device"]}, "one device"
     found: dict[str, tuple[str, Plan]] = {}
-    for name, plan in known.items():
+    for name, plan in {**known, "found": chosen, "found by rates": by_rates}.items():
         found.setdefault(program(plan), (name, plan))
-    name = found.setdefault(program(chosen), ("found", chosen))[0]
-    missing = max(1, least - len(found))
-    for seed in range(missing):
+    missing = max(1, LEAST - len(found))
+    for seed in range(1, 4 * missing + 1):
         plan = random_plan(graph, machine, mesh_of(machine), seed)
-        found.setdefault(program(plan), (f"random {seed + 1}", plan))
-    return dict(found.values()), name
+        if missing and program(plan) not in found:
+            found[program(plan)] = (f"random {seed}", plan)
+            missing -= 1
+    return dict(found.values()), found[program(chosen)][0]
 
 
 def program(plan: Plan) -> str:
@@ -227,34 +219,40 @@ class _Done:
 def run(models: Sequence[str], rounds: int = ROUNDS, say: Callable[[str], None] = lambda text: None) -> list[Step]:
     """The steps of these models on the devices at hand; of several processes, which call this together, process 0 has them.
 
-    Takes about a minute a model, and one for rates and links.
+    Takes a minute for rates and links, and about one for each model.
     """
     from partita.execute.calibrate import calibrate
     from partita.execute.devices import at_hand
+    from partita.execute.processes import from_first
+
+    found = calibrate(at_hand(), lambda what: say(f"measuring {what}"))
+    machine = at_hand().revised(json.loads(from_first("rates", lambda: json.dumps(found.values))), "measured for this run")
+    return measured(models, machine, rounds, say)
+
+
+def measured(models: Sequence[str], machine: Machine, rounds: int = ROUNDS, say: Callable[[str], None] = lambda text: None) -> list[Step]:
+    """`run` where the rates and links of the machine are known."""
     from partita.execute.measure import step_seconds
     from partita.execute.operators import measured_operators
     from partita.execute.processes import alone, from_first, is_first
 
-    say("rates and links")
-    found = calibrate(at_hand(), lambda what: None)
-    machine = at_hand().revised(json.loads(from_first("rates", lambda: json.dumps(found.values))), "measured for this run")
     done: list[_Done] = []
-    for name in models:
-        say(f"{name}: operators")
+    for number, name in enumerate(models, 1):
+        say(f"model {number} of {len(models)}, {name}: timing operators, looking for a plan")
         model, batch = MODELS[name]()
         captured = capture(model, batch)
         result = timed_search(captured, machine, None, None, None)
 
         def wanted(captured: Any = captured, result: Any = result) -> str:
             known = {n: plan for n, (plan, _) in result.baselines.items()}
-            best = result.plan if result.plan.devices > 1 or alone() else known["one device"]
-            plans, chosen = plans_of(captured.graph, machine, known, best)
+            best, by_rates = (p if p.devices > 1 or alone() else known["one device"] for p in (result.plan, find(captured.graph, machine).plan))
+            plans, chosen = plans_of(captured.graph, machine, known, best, by_rates)
             return json.dumps([chosen, {n: plan.to_json() for n, plan in plans.items()}])
 
         chosen, texts = json.loads(from_first("plans to measure", wanted))
         plans = {n: Plan.from_json(text) for n, text in texts.items()}
         timed = measured_operators(captured, machine, list(plans.values()))
-        say(f"{name}: {len(plans)} step{'s' if len(plans) > 1 else ''}")
+        say(f"model {number} of {len(models)}, {name}: compiling and timing {len(plans)} plan{'s' if len(plans) > 1 else ''}")
         done.append(_Done(name, captured.graph, plans, chosen, timed, step_seconds(captured, plans, rounds)))
     return predictions(done, machine) if is_first() else []
 
@@ -266,6 +264,8 @@ def predictions(done: Sequence[_Done], machine: Machine) -> list[Step]:
     from partita.execute.calibrate import key_of
     from partita.execute.operators import file_of_operators, load
 
+    count, what = (jax.process_count(), "process") if jax.process_count() > 1 else (machine.devices, "device")
+    place = f"{count} {what}{'' if count == 1 else 'es' if what == 'process' else 's'}"
     records = load(file_of_operators(machine), key_of(machine.devices)).values()
     found = []
     for d in done:
@@ -277,7 +277,7 @@ def predictions(done: Sequence[_Done], machine: Machine) -> list[Step]:
             whole = sum(o.compute for o in by_operators.operators) or 1.0
             found.append(
                 Step(
-                    machine.devices, jax.process_count(), d.model, name, name == d.chosen, d.seconds[name], predicted(d.graph, machine, plan).seconds,
+                    place, d.model, name, name == d.chosen, d.seconds[name], predicted(d.graph, machine, plan).seconds,
                     predicted(d.graph, fit, plan).seconds if fit is not None else None, by_operators.seconds, fit.times.error if fit is not None and fit.times else None,
                     {s: sum(o.compute for o in by_operators.operators if o.source == s) / whole for s in ("measured", "fitted")},
                 )

@@ -234,49 +234,40 @@ def searches_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
-def fidelity_table(steps: Iterable[Mapping[str, Any]]) -> Table:
-    """Every step that was measured, with what was predicted and how far that is off; the plan that Partita finds is marked."""
-    rows = list(steps)
-    several = rows[0]["processes"] > 1
-    table = _table(f"{rows[0]['processes'] if several else rows[0]['devices']} {'processes' if several else 'devices'}, seconds of a step")
-    table.add_column("model", no_wrap=True)
-    table.add_column("plan (*: found)", no_wrap=True)
-    for column in ("measured", "by rates", "by a fit", "by operators", "of them timed"):
+def fidelity_table(steps: Sequence[Mapping[str, Any]]) -> Table:
+    """Every step that was measured on a setting, with what was predicted by its operators, and how far off each way to predict is."""
+    table = _table(f"steps on {steps[0]['place']}")
+    table.caption_justify, table.caption = "left", "*: the plan found; predicted by operators, of whose compute so much was timed and not fitted"
+    for column in ("model", "plan"):
+        table.add_column(column, overflow="fold")
+    for column in ("measured", "predicted", "error", "timed", "fitted", "rates"):
         table.add_column(column, justify="right", no_wrap=True)
-    for before, r in zip([None, *rows], rows, strict=False):
-        cells = [_off(r[way], r["seconds"]) for way in ("rates", "fitted", "measured")]
-        name = r["model"] if before is None or before["model"] != r["model"] else ""
-        table.add_row(name, r["plan"] + (" *" if r["chosen"] else ""), format_seconds(r["seconds"]), *cells, f"{r['shares']['measured']:.0%}")
+    for r in steps:
+        off = ["" if r[way] is None else f"{r[way] / r['seconds'] - 1:+.0%}" for way in ("measured", "fitted", "rates")]
+        times = (format_seconds(r["seconds"]), format_seconds(r["measured"]))
+        table.add_row(r["model"], r["plan"] + "*" * r["chosen"], *times, off[0], f"{r['shares']['measured']:.0%}", *off[1:])
     return table
 
 
-def _off(predicted: float | None, seconds: float) -> str:
-    """
-    >>> _off(0.0012, 0.001), _off(None, 0.001)
-    ('1.2 ms (+20%)', '')
-    """
-    return "" if predicted is None else f"{format_seconds(predicted)} ({predicted / seconds - 1:+.0%})"
-
-
-FIDELITY = """rates: by what 'partita machine measure' finds alone. fitted: operators by a regression to those of the other models, none of its own.
-measured: operators timed one by one, as --measure-operators does; what cannot be cut out of the program is fitted.
-tau: Kendall's, of predicted and measured order. chosen / best: the measured step of the plan found over the fastest that was measured."""
-"""What the figures of `fidelity_summary` are."""
+FIDELITY = (
+    "measured: operators timed one by one, as --measure-operators does; fitted: operators by a regression to the other models', none of its own; "
+    "rates: by what 'partita machine measure' finds alone. tau: Kendall's, of predicted and measured times, over all steps, then of one model's plans (median, lowest). "
+    "chosen / best: the plan found over the fastest that was measured (median, highest)."
+)
+"""What the columns and rows of these tables are."""
 
 
 def fidelity_summary(rows: Iterable[Mapping[str, Any]]) -> Table:
     """How good each way to predict is, on each of the settings and over all."""
-    table = _table("predicted against measured")
-    table.add_column("on", no_wrap=True)
-    table.add_column("by", no_wrap=True)
-    for column in ("steps", "median error", "95 %", "worst", "tau", "of a model's plans", "chosen / best"):
+    table = _table("relative errors, and order")
+    table.add_column("on", overflow="fold")
+    table.add_column("predicted by", overflow="fold")
+    for column in ("steps", "median", "95 %", "worst", "tau", "of plans", "chosen / best"):
         table.add_column(column, justify="right", no_wrap=True)
     for r in rows:
-        pair = lambda values, text="{:.2f}": " to ".join(text.format(v) for v in values) if values else ""  # noqa: E731
-        table.add_row(
-            r["place"], r["way"], str(r["steps"]), f"{r['median']:.1%}", f"{r['p95']:.0%}", f"{r['worst']:.0%}",
-            "" if r["tau"] is None else f"{r['tau']:.2f}", pair(r["tau_within"], "{:.2f}"), pair(r["chosen_over_best"], "{:.3f}"),
-        )  # fmt: skip
+        errors = (f"{r['median']:.1%}", f"{r['p95']:.0%}", f"{r['worst']:.0%}")
+        pairs = (", ".join(f"{v:.2f}" for v in r[key] or ()) for key in ("tau_within", "chosen_over_best"))
+        table.add_row(r["place"], r["way"], str(r["steps"]), *errors, "" if r["tau"] is None else f"{r['tau']:.2f}", *pairs)
     return table
 
 
