@@ -51,7 +51,7 @@ class Step:
     fitted: float | None
     measured: float
     fit_error: float | None
-    """The error that the fit to the other models states of itself: its median on operators of models that it has not seen."""
+    """The error that the fit to the other models states of itself."""
     shares: Mapping[str, float]
     """The part of the compute of the `measured` prediction whose operators were "measured" or "fitted"."""
 

@@ -10,14 +10,26 @@ import typer.testing
 from keras import layers
 
 from partita.bench import fidelity
-from partita.bench.fidelity import LEAST, MODELS, Step, chosen_models, chosen_over_best, plans_of, program, random_plan, settings, summaries, summary
+from partita.bench.fidelity import (
+    LEAST,
+    MODELS,
+    Step,
+    chosen_models,
+    chosen_over_best,
+    plans_of,
+    program,
+    random_plan,
+    settings,
+    summaries,
+    summary,
+)
 from partita.cli import app
 from partita.errors import PartitaError
 from partita.graph.graph import Graph
 from partita.machine import host
 from partita.plan.baselines import BASELINES
 from partita.plan.plan import check
-from partita.search.find import find, mesh_of
+from partita.search.find import mesh_of
 
 GRAPH = Graph.load(Path(__file__).parent.parent / "data" / "transformer.graph.json")
 
