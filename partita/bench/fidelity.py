@@ -11,6 +11,7 @@ The models are small ones of every kind that people train. Nothing in Partita is
 from __future__ import annotations
 
 import json
+import math
 import random
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -91,19 +92,21 @@ def percentile(values: Sequence[float], part: float) -> float:
     >>> percentile([1.0, 2.0, 3.0, 4.0], 0.5), percentile([1.0, 2.0, 3.0, 4.0], 0.95)
     (2.0, 4.0)
     """
-    return values[max(0, -int(-part * len(values) // 1) - 1)]
+    return values[max(0, math.ceil(part * len(values)) - 1)]
 
 
 def tau(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Kendall's tau of predicted and measured times; None for a single one.
+    """Kendall's tau of predicted and measured times; None for a single one, or where all are alike.
 
     >>> tau([(1.0, 2.0), (2.0, 3.0), (3.0, 9.0)]), tau([(1.0, 3.0), (2.0, 2.0)]), tau([(1.0, 1.0)])
     (1.0, -1.0, None)
     """
     from scipy.stats import kendalltau
 
-    found = float(kendalltau(*zip(*pairs, strict=True))[0]) if len(pairs) > 1 else None
-    return None if found != found else found  # noqa: PLR0124 (not a number where all are alike)
+    if len(pairs) < 2:
+        return None
+    found = float(kendalltau([predicted for predicted, _ in pairs], [seconds for _, seconds in pairs])[0])
+    return None if math.isnan(found) else found
 
 
 def chosen_over_best(steps: Iterable[Step]) -> dict[tuple[str, str], float]:
@@ -129,7 +132,8 @@ def summaries(steps: Sequence[Step]) -> list[dict[str, Any]]:
             found = summary(here, way)
             if found is not None:
                 chosen = (statistics.median(over), over[-1]) if over and way == "measured" else None
-                rows.append({"place": place, "way": way, **vars(found), "chosen_over_best": chosen})
+                said = [s.fit_error for s in here if s.fit_error is not None] if way == "fitted" else []
+                rows.append({"place": place, "way": way, **vars(found), "chosen_over_best": chosen, "fit_error": statistics.median(said) if said else None})
     return rows
 
 

@@ -250,7 +250,7 @@ def fidelity_table(steps: Sequence[Mapping[str, Any]]) -> Table:
 
 
 FIDELITY = (
-    "measured: operators timed one by one, as --measure-operators does; fitted: operators by a regression to the other models', none of its own; "
+    "measured: operators timed one by one, as --measure-operators does; fitted: operators by a regression to the other models', none of its own, and what it says to be off; "
     "rates: by what 'partita machine measure' finds alone. tau: Kendall's, of predicted and measured times, over all steps, then of one model's plans (median, lowest). "
     "chosen / best: the plan found over the fastest that was measured (median, highest)."
 )
@@ -267,7 +267,8 @@ def fidelity_summary(rows: Iterable[Mapping[str, Any]]) -> Table:
     for r in rows:
         errors = (f"{r['median']:.1%}", f"{r['p95']:.0%}", f"{r['worst']:.0%}")
         pairs = (", ".join(f"{v:.2f}" for v in r[key] or ()) for key in ("tau_within", "chosen_over_best"))
-        table.add_row(r["place"], r["way"], str(r["steps"]), *errors, "" if r["tau"] is None else f"{r['tau']:.2f}", *pairs)
+        way = r["way"] if r["fit_error"] is None else f"{r['way']} (±{r['fit_error']:.0%})"
+        table.add_row(r["place"], way, str(r["steps"]), *errors, "" if r["tau"] is None else f"{r['tau']:.2f}", *pairs)
     return table
 
 
