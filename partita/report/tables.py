@@ -252,7 +252,7 @@ def fidelity_table(steps: Sequence[Mapping[str, Any]]) -> Table:
 FIDELITY = (
     "measured: operators timed one by one, as --measure-operators does; fitted: operators by a regression to the other models', none of its own, and what it says to be off; "
     "rates: by what 'partita machine measure' finds alone. tau: Kendall's, of predicted and measured times, over all steps, then of one model's plans (median, lowest). "
-    "chosen / best: the plan found over the fastest that was measured (median, highest)."
+    "chosen/best: the plan found over the fastest that was measured (median, highest)."
 )
 """What the columns and rows of these tables are."""
 
@@ -261,8 +261,8 @@ def fidelity_summary(rows: Iterable[Mapping[str, Any]]) -> Table:
     """How good each way to predict is, on each of the settings and over all."""
     table = _table("relative errors, and order")
     table.add_column("on", overflow="fold")
-    table.add_column("predicted by", overflow="fold")
-    for column in ("steps", "median", "95 %", "worst", "tau", "of plans", "chosen / best"):
+    table.add_column("predicted by", no_wrap=True)
+    for column in ("steps", "median", "95 %", "worst", "tau", "of plans", "chosen/best"):
         table.add_column(column, justify="right", no_wrap=True)
     for r in rows:
         errors = (f"{r['median']:.1%}", f"{r['p95']:.0%}", f"{r['worst']:.0%}")

@@ -153,7 +153,7 @@ def test_the_command_shows_every_step_with_three_predictions_and_how_good_they_a
         assert all(s.shares["measured"] == 1.0 for s in mine)
     assert [r for r in found["summaries"] if r["place"] == "all" and r["way"] == "measured"][0]["steps"] == len(steps)
     shown = runner.invoke(app, arguments)
-    assert shown.exit_code == 0 and all(word in shown.stdout for word in ("steps on 2 devices", "data parallel", "relative errors, and order", "chosen / best", "fitted (±"))
+    assert shown.exit_code == 0 and all(word in shown.stdout for word in ("steps on 2 devices", "data parallel", "relative errors, and order", "chosen/best", "fitted (±"))
 
 
 def test_a_setting_that_fails_ends_the_command_with_its_code(monkeypatch) -> None:
