@@ -30,7 +30,8 @@ golden: .venv/installed
 	$(BIN)/python tests/test_examples.py
 
 benchmark: .venv/installed
-	$(BIN)/python benchmarks/fidelity.py
+	$(BIN)/python benchmarks/compiler.py
+	$(BIN)/partita bench fidelity
 	$(BIN)/python benchmarks/equality.py
 
 clean:

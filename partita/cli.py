@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -430,6 +431,61 @@ def bench_papers(
         out.print(searches_table(rows))
         for line in papers_lines(rows):
             out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@benches.command("fidelity")
+def bench_fidelity(
+    models: Annotated[str, typer.Option(help="Models, separated by commas: mlp, cnn, alexnet, transformer, resnet, recommender, lstm, unet; default: all.")] = "",
+    devices: Annotated[str, typer.Option(help="Devices of one process, of one thread each; counts separated by commas, '' for none.")] = "1,2",
+    processes: Annotated[str, typer.Option(help="Processes with a share of the cores each, joined by gloo; counts separated by commas, '' for none.")] = "2",
+    rounds: Annotated[int, typer.Option(help="Times that every plan takes its turn, after one to warm up.", min=1)] = 5,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Predicted against measured on this host: steps of models under what experts would write, plans at random, and the plan found.
+
+    A quarter of an hour where nothing else runs. Example: partita bench fidelity --models mlp,lstm --devices 2 --processes ''
+    """
+    with _errors():
+        os.environ.setdefault("KERAS_BACKEND", "jax")
+        from partita.bench.fidelity import Step, chosen_models, settings, summaries
+        from partita.launch import launch
+        from partita.report.tables import FIDELITY, fidelity_summary, fidelity_table
+
+        names, steps = chosen_models(models), []
+        for processes_of_it, devices_of_it in settings(devices, processes):
+            with tempfile.TemporaryDirectory() as folder:
+                into = Path(folder) / "steps.json"
+                said = ["--models", ",".join(names), "--rounds", str(rounds), "--into", str(into), *(["--quiet"] if as_json else [])]
+                code = launch(processes_of_it, ["bench", "fidelity-here", *said], devices_of_it, _say(False))
+                if code:
+                    raise typer.Exit(code)
+                found = json.loads(into.read_text(encoding="utf-8"))
+            if not as_json:
+                out.print(fidelity_table(found))
+            steps += found
+        summed = summaries([Step(**s) for s in steps])
+        if as_json:
+            print(json.dumps({"steps": steps, "summaries": summed}))
+            return
+        out.print(fidelity_summary(summed))
+        out.print(FIDELITY, highlight=False, markup=False)
+
+
+@benches.command("fidelity-here", hidden=True)
+def bench_fidelity_here(
+    models: Annotated[str, typer.Option()], rounds: Annotated[int, typer.Option()], into: Annotated[Path, typer.Option()], quiet: Annotated[bool, typer.Option("--quiet")] = False,
+) -> None:  # fmt: skip
+    """What `bench fidelity` starts: measures in this process, or in this group of processes, and writes the steps to a file."""
+    with _errors():
+        _keep_stdout()
+        os.environ["PARTITA_CACHE"] = str(into.parent)  # what was measured before, and what will be, stays out of it
+        first = join()
+        start_devices(int(os.environ["PARTITA_LOCAL_DEVICES"]))
+        from partita.bench.fidelity import run
+
+        found = run(models.split(","), rounds, _say(quiet or not first))
+        if first:
+            _save(into, json.dumps([vars(s) for s in found]))
 
 
 # ------------------------------------------------------------------------------------------------------------- shared

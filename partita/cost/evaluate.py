@@ -17,7 +17,7 @@ from partita.cost.terms import Factors, OperatorTerms, Stored, Terms, Work
 from partita.errors import MachineError
 from partita.graph.graph import Phase
 from partita.machine import Machine, collective_seconds
-from partita.machine.times import START, Key
+from partita.machine.times import CAUSES, START, Key, feature
 from partita.plan.layout import Layout, resolve, spare_axes
 from partita.plan.plan import Mesh, Plan
 
@@ -133,8 +133,8 @@ def operator_costs(terms: Terms, place: Placement, where: Layout, plan: Plan) ->
     return costs
 
 
-def _roofline(terms: OperatorTerms, machine: Machine, ways: _Ways) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of an operator's kernels at work, [kernel, assignment], and how often each runs, [kernel]."""
+def _roofline(terms: OperatorTerms, machine: Machine, ways: _Ways) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Seconds that an operator's kernels compute and that they move bytes, [kernel, assignment], and how often each runs, [kernel]."""
     kinds: dict[Factors, int] = {}
     flops, bound, rates = [], [], []
     moved: list[tuple[int, int, float]] = []
@@ -151,7 +151,7 @@ def _roofline(terms: OperatorTerms, machine: Machine, ways: _Ways) -> tuple[np.n
         traffic[n, kind] += nbytes
     busy = (np.array(flops) / np.array(rates))[:, None] * share[bound]
     touched = traffic @ share
-    return np.maximum(busy, touched / machine.bandwidth_for(touched)), np.array([float(w.trips) for w in terms.work])
+    return busy, touched / machine.bandwidth_for(touched), np.array([float(w.trips) for w in terms.work])
 
 
 def _rate(name: str, work: Work, machine: Machine) -> float:
@@ -165,13 +165,13 @@ def _compute(terms: OperatorTerms, machine: Machine, ways: _Ways) -> np.ndarray:
     """Seconds of an operator's kernels, [phase, assignment]: measured, else by the fit to what was measured, else by the roofline."""
     if not terms.work:
         return np.zeros((len(PHASES), len(ways.assignments)))
-    kernels, trips = _roofline(terms, machine, ways)
+    busy, moving, trips = _roofline(terms, machine, ways)
     times = machine.times
     phases = np.array([[float(w.phase == phase) for w in terms.work] for phase in PHASES]) * trips
     if times is None:
-        return phases @ (kernels + machine.overhead)
-    scale = np.array([times.of(w.op_class) for w in terms.work])
-    seconds = phases @ (scale[:, None] * kernels + times.of(START) * machine.overhead) * times.own.get(terms.digest, 1.0)
+        return phases @ (np.maximum(busy, moving) + machine.overhead)
+    work, traffic = (np.array([times.of(feature(w.kind, what)) for w in terms.work])[:, None] for what in CAUSES)
+    seconds = phases @ (work * busy + traffic * moving + times.of(START) * machine.overhead) * times.own.get(terms.digest, 1.0)
     for i, assignment in enumerate(ways.assignments):
         measured = times.seconds.get(local_key(terms, ways.place, assignment))
         if measured is not None:  # of the whole operator: its phases share it as the fit would have it
@@ -193,12 +193,14 @@ def compute_source(terms: OperatorTerms, place: Placement, assignment: Assignmen
 
 
 def roofline_features(terms: OperatorTerms, place: Placement, assignment: Assignment) -> dict[str, float]:
-    """The roofline's seconds of an operator by class of its kernels, and those of starting them: what a fit scales."""
-    kernels, trips = _roofline(terms, place.machine, _Ways(place, [assignment]))
+    """Both sides of the roofline, in seconds by kind of kernel, and the seconds of starting them: what a fit scales."""
+    busy, moving, trips = _roofline(terms, place.machine, _Ways(place, [assignment]))
     found = {START: float(sum(trips)) * place.machine.overhead}
-    for w, seconds, n in zip(terms.work, kernels[:, 0], trips, strict=True):
-        found[w.op_class] = found.get(w.op_class, 0.0) + float(seconds * n)
-    return found
+    for what, kernels in zip(CAUSES, (busy, moving), strict=True):
+        for w, seconds, n in zip(terms.work, kernels[:, 0], trips, strict=True):
+            name = feature(w.kind, what)
+            found[name] = found.get(name, 0.0) + float(seconds * n)
+    return {name: seconds for name, seconds in found.items() if seconds}
 
 
 class _Ways:

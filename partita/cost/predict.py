@@ -51,7 +51,7 @@ class Prediction:
     flops: float
     status: str
     fit_error: float = 0.0
-    """Median relative error of the fit, where operators are "fitted"."""
+    """Relative error to expect of the seconds that are "fitted"."""
     kind: int = 0
     """Of the device whose memory it is, where a machine's devices differ."""
 
@@ -64,7 +64,7 @@ class Prediction:
             return f"roofline over {figures}"
         return (
             f"of the compute, {parts['measured']:.0%} measured operator by operator and {parts['fitted']:.0%} fitted to such "
-            f"measurements ({self.fit_error:.0%} error in the median); the rest from {figures}"
+            f"measurements (±{self.fit_error:.0%}); the rest from {figures}"
         )
 
     @property

@@ -10,11 +10,12 @@ Light instructions are fused as XLA fuses them (`cost.fusion`): a kernel reads w
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
 from partita.cost.collectives import DEFAULT, reaches
-from partita.cost.fusion import FREE, Fusion, fusion, reads
+from partita.cost.fusion import DEAR, FREE, Fusion, fusion, reads, transposes
 from partita.cost.partial import Gradient, gradients, reduced_factors, seen_labels
 from partita.cost.work import group_factors
 from partita.graph.graph import Graph, Instruction, Label, Phase, Window, constant_tensors
@@ -40,6 +41,8 @@ class Work:
     traffic: tuple[tuple[int, Factors], ...]
     trips: int
     phase: Phase
+    kind: str = ""
+    """What a fit to measured operators tells kernels apart by, finer than engines do: `kind_of`."""
     groups: int = 1
     """Groups of a grouped convolution whose weight gradient this is, which some backends compute for all pairs of them."""
     group_factors: Factors = ()
@@ -142,7 +145,7 @@ class OperatorTerms:
         return (
             tuple((graph.factors[f].name, graph.factors[f].size) for f in own),
             tuple(
-                (w.op_class, w.dtype, w.flops, at(w.factors), tuple((b, at(f)) for b, f in w.traffic), w.trips, w.phase, w.groups)
+                (w.op_class, w.dtype, w.flops, at(w.factors), tuple((b, at(f)) for b, f in w.traffic), w.trips, w.phase, w.kind, w.groups)
                 for w in self.work
             ),
             tuple((r.kind, r.nbytes, at(r.factors), at(r.reduced), r.trips, r.phase, r.parameter >= 0, r.together) for r in self.reductions),
@@ -245,10 +248,28 @@ def _work(
             tuple(sorted((b, f) for f, b in moved.items())),
             x.trips,
             x.phase,
+            kind_of(graph, x, members),
             x.batch_groups,
             groups,
         )  # fmt: skip
     )
+
+
+KINDS = {
+    "reduce_window": "pooling", "select_and_scatter": "gradient of pooling", "scatter": "scatter", "dynamic_update_slice": "scatter",
+    "transpose": "transpose", "concatenate": "concatenate",
+}  # fmt: skip
+"""Root of a kernel -> what it is to a fit, where that is not its class."""
+TRANSCENDENTAL = DEAR - {"divide", "remainder", "reduce", "gather"}
+
+
+def kind_of(graph: Graph, x: Instruction, members: Sequence[int]) -> str:
+    """What kind of kernel one is to a fit: its root's class or finer. Libraries have other loops for each of them."""
+    if x.name == "convolution":
+        return "convolution for a kernel" if transposes(x) else "dilated convolution" if any(w.base > 1 for _, w in x.windows) else "conv"
+    own = KINDS.get(x.name) or OP_CLASS.get(x.name, "elementwise")
+    transcendental = own == "elementwise" and any(graph.instructions[i].name in TRANSCENDENTAL for i in members)
+    return "transcendental" if transcendental else own
 
 
 def _communication(

@@ -80,7 +80,7 @@ class Calibration:
         return "\n".join(lines) + "\n"
 
 
-MANNER = 2
+MANNER = 3
 """Which way of measuring: raised where figures of before no longer hold."""
 
 

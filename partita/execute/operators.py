@@ -34,7 +34,7 @@ from partita.cost.terms import terms
 from partita.execute.calibrate import file_of, key_of
 from partita.execute.processes import from_first, is_first, meet
 from partita.graph.graph import Graph, constant_tensors
-from partita.machine import Machine, OperatorTimes, fitted
+from partita.machine import Machine, fitted_times
 from partita.machine.times import Key
 from partita.plan.layout import assignments_of, resolve
 from partita.plan.plan import Mesh as PlanMesh
@@ -112,7 +112,9 @@ def measured_operators(
         mine = _timed(chunk, chunk[0].devices)
         for a, seconds in zip(chunk, json.loads(from_first("times of operators", lambda mine=mine: json.dumps(mine))), strict=True):
             if seconds is not None:
-                records[a.text] = {"operator": a.operator, "seconds": seconds, "features": dict(a.features)}
+                records[a.text] = {
+                    "model": captured.graph.name, "operator": a.operator, "digest": a.key[0], "seconds": seconds, "features": dict(a.features),
+                }  # fmt: skip
         done += len(chunk)
         if report is not None:
             report(done, len(new))
@@ -122,15 +124,13 @@ def measured_operators(
     known |= {a.key: seconds for a, seconds in here}
     if not records:
         return machine
-    rows = list(records.values())
-    scale, error = fitted([r["features"] for r in rows], [r["seconds"] for r in rows])
-    times = OperatorTimes(known, scale, {}, error, len(rows))
+    times = fitted_times(records.values())
     off: dict[str, list[float]] = {}
     for a, seconds in here:
         off.setdefault(a.key[0], []).append(seconds / times.fit(a.features))
     own = dict(machine.times.own) if machine.times is not None else {}
     own |= {digest: median(ratios) for digest, ratios in off.items()}
-    return replace(machine, times=replace(times, own=own))
+    return replace(machine, times=replace(times, seconds=known, own=own))
 
 
 def _asked(captured: Captured, machine: Machine, plans: Sequence[Plan], known: Mapping[Any, float]) -> Iterator[Asked]:

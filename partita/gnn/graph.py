@@ -105,7 +105,9 @@ class Graph:
             raise GraphError(
                 f"There are {len(weights):,} weights for {len(source):,} edges: give one for each edge, in their order."
             )
-        offsets = offsets_of(np.bincount(target, minlength=vertices) if len(target) else np.zeros(vertices, np.int64))
+        degrees = np.zeros(vertices, np.int64)
+        count(target, degrees)
+        offsets = offsets_of(degrees)
         sources = np.empty(len(source), id_type(vertices))
         fill(target, source, offsets[:-1].copy(), sources)
         placed = None

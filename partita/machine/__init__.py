@@ -15,7 +15,7 @@ from partita.machine.machine import (
     OperatingPoint,
     Source,
 )
-from partita.machine.times import OperatorTimes, fitted
+from partita.machine.times import OperatorTimes, fitted_times
 
 __all__ = [
     "KINDS",
@@ -33,7 +33,7 @@ __all__ = [
     "check",
     "collective_lines",
     "collective_seconds",
-    "fitted",
+    "fitted_times",
     "host",
     "load",
     "presets",

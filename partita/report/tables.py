@@ -234,6 +234,44 @@ def searches_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
+def fidelity_table(steps: Sequence[Mapping[str, Any]]) -> Table:
+    """Every step that was measured on a setting, with what was predicted by its operators, and how far off each way to predict is."""
+    table = _table(f"steps on {steps[0]['place']}")
+    table.caption_justify, table.caption = "left", "*: the plan found; predicted by operators, of whose compute so much was timed and not fitted"
+    for column in ("model", "plan"):
+        table.add_column(column, overflow="fold")
+    for column in ("measured", "predicted", "error", "timed", "fitted", "rates"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for r in steps:
+        off = ["" if r[way] is None else f"{r[way] / r['seconds'] - 1:+.0%}" for way in ("measured", "fitted", "rates")]
+        times = (format_seconds(r["seconds"]), format_seconds(r["measured"]))
+        table.add_row(r["model"], r["plan"] + "*" * r["chosen"], *times, off[0], f"{r['shares']['measured']:.0%}", *off[1:])
+    return table
+
+
+FIDELITY = (
+    "measured: operators timed one by one, as --measure-operators does; fitted: operators by a regression to the other models', none of its own, and what it says to be off; "
+    "rates: by what 'partita machine measure' finds alone. tau: Kendall's, of predicted and measured times, over all steps, then of one model's plans (median, lowest). "
+    "chosen/best: the plan found over the fastest that was measured (median, highest)."
+)
+"""What the columns and rows of these tables are."""
+
+
+def fidelity_summary(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """How good each way to predict is, on each of the settings and over all."""
+    table = _table("relative errors, and order")
+    table.add_column("on", overflow="fold")
+    table.add_column("predicted by", no_wrap=True)
+    for column in ("steps", "median", "95 %", "worst", "tau", "of plans", "chosen/best"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for r in rows:
+        errors = (f"{r['median']:.1%}", f"{r['p95']:.0%}", f"{r['worst']:.0%}")
+        pairs = (", ".join(f"{v:.2f}" for v in r[key] or ()) for key in ("tau_within", "chosen_over_best"))
+        way = r["way"] if r["fit_error"] is None else f"{r['way']} (±{r['fit_error']:.0%})"
+        table.add_row(r["place"], way, str(r["steps"]), *errors, "" if r["tau"] is None else f"{r['tau']:.2f}", *pairs)
+    return table
+
+
 def _three(value: float) -> str:
     """
     >>> _three(0.02341), _three(66.51), _three(1234.5)

@@ -225,6 +225,11 @@ def test_from_scipy_takes_every_format_and_keeps_values_that_are_not_all_one(kin
     assert pairs(Graph.from_scipy(2 * ones)) == [(a, b, 2.0) for a, b, _ in pairs(PLAIN)]
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.int64, np.uint64])
+def test_ids_may_be_of_any_whole_type(dtype: Any) -> None:
+    assert equal(Graph.from_edges(np.array(SOURCE, dtype), np.array(TARGET, dtype), features=X, labels=Y.astype(dtype), train=TRAIN), PLAIN)
+
+
 def test_sparse_features_lists_of_vertices_and_unlabelled_vertices_are_understood() -> None:
     graph = Graph.from_edges(SOURCE, TARGET, features=scipy.sparse.csr_array(X), labels=[1.0, np.nan, 2, 1], train=[2, 0])
     assert graph.features is not None and graph.labels is not None and graph.train is not None

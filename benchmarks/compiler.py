@@ -1,6 +1,6 @@
 """The compiler's word against ours: collectives, peak memory and FLOPs of models under plans, on 8 virtual CPU devices.
 
-    python benchmarks/fidelity.py --models resnet50,gpt --plans "data parallel,found"
+    python benchmarks/compiler.py --models resnet50,gpt --plans "data parallel,found"
 
 Ratios are planned / emitted; a line per pair as it is done, then medians and worst cases.
 """
