@@ -445,7 +445,7 @@ def bench_fidelity(
 
     A quarter of an hour where nothing else runs. Example: partita bench fidelity --models mlp,lstm --devices 2 --processes ''
     """
-    with _errors():
+    with errors():
         os.environ.setdefault("KERAS_BACKEND", "jax")
         from partita.bench.fidelity import Step, chosen_models, settings, summaries
         from partita.launch import launch
@@ -476,7 +476,7 @@ def bench_fidelity_here(
     models: Annotated[str, typer.Option()], rounds: Annotated[int, typer.Option()], into: Annotated[Path, typer.Option()], quiet: Annotated[bool, typer.Option("--quiet")] = False,
 ) -> None:  # fmt: skip
     """What `bench fidelity` starts: measures in this process, or in this group of processes, and writes the steps to a file."""
-    with _errors():
+    with errors():
         _keep_stdout()
         os.environ["PARTITA_CACHE"] = str(into.parent)  # what was measured before, and what will be, stays out of it
         first = join()

@@ -105,8 +105,8 @@ def tau(pairs: Sequence[tuple[float, float]]) -> float | None:
 
     if len(pairs) < 2:
         return None
-    found = float(kendalltau([predicted for predicted, _ in pairs], [seconds for _, seconds in pairs])[0])
-    return None if math.isnan(found) else found
+    result: Any = kendalltau([predicted for predicted, _ in pairs], [seconds for _, seconds in pairs])
+    return None if math.isnan(result[0]) else float(result[0])
 
 
 def chosen_over_best(steps: Iterable[Step]) -> dict[tuple[str, str], float]:

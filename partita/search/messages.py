@@ -29,7 +29,7 @@ class Messages:
 
     def __post_init__(self) -> None:
         tables, sizes = self.problem.tables, np.array([len(s) for s in self.problem.seconds])
-        self.first = np.cumsum([0, *sizes])
+        self.first = np.concatenate([[0], np.cumsum(sizes)])
         self._ends = np.array([*tables], np.int64).reshape(-1, 2)
         at: dict[int, int] = {}
         data, size = [], 0
@@ -44,7 +44,7 @@ class Messages:
         for e, (u, v) in enumerate(self._ends):
             near[u].append(e)
             near[v].append(e)
-        self._near_first = np.cumsum([0, *map(len, near)])
+        self._near_first = np.concatenate([[0], np.cumsum([len(mine) for mine in near])])
         self._near = np.array([e for mine in near for e in mine], np.int64)
         lengths = sizes[self._ends] if len(self._ends) else np.zeros((0, 2), np.int64)
         self._to = np.cumsum([0, *lengths.reshape(-1)])[:-1].reshape(-1, 2)  # [e, 0]: the message to u begins here; [e, 1]: that to v
