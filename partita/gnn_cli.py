@@ -169,10 +169,10 @@ def train(
         with progress() as report:
             graph = files.open(file, report)
         os.environ.setdefault("KERAS_BACKEND", "jax")
-        from partita.execute.devices import request_cpu_devices
+        from partita.execute.devices import start_host_devices
 
         if devices > 1:
-            request_cpu_devices(devices)
+            start_host_devices(devices)
         import keras
 
         from partita.gnn.models import MODELS

@@ -47,7 +47,7 @@ class Messages:
         self._near_first = np.concatenate([[0], np.cumsum([len(mine) for mine in near])])
         self._near = np.array([e for mine in near for e in mine], np.int64)
         lengths = sizes[self._ends] if len(self._ends) else np.zeros((0, 2), np.int64)
-        self._to = np.cumsum([0, *lengths.reshape(-1)])[:-1].reshape(-1, 2)  # [e, 0]: the message to u begins here; [e, 1]: that to v
+        self._to = (np.cumsum(lengths.reshape(-1)) - lengths.reshape(-1)).reshape(-1, 2)  # [e, 0]: the message to u begins here; [e, 1]: that to v
         self._messages = np.zeros(int(lengths.sum()))
 
     @property

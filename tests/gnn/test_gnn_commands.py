@@ -7,12 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from typer.testing import CliRunner, Result
 
 from partita.cli import app
 
 RMAT = ["generate", "rmat", "--scale", "8", "--edges", "3k", "--features", "5", "--classes", "3"]
+
+
+@pytest.fixture(autouse=True)
+def started() -> None:
+    """JAX has started with the devices of all tests: what a command asks for would hold for every test after it."""
+    jax.devices()
 
 
 def gnn(*arguments: str | Path) -> Result:
