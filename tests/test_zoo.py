@@ -11,12 +11,50 @@ from pathlib import Path
 import pytest
 from zoo.compare import PROGRAMS, difference
 
-ONE_OF_A_KIND = (
-    "accumulated adam autoencoder callbacks columns custom_gradients dataclass_state eagerly einsum_and_ops equinox_mlp experts frozen_then_tuned gan "
-    "generator gpt gradient_accumulation jitted_donated jitted_kept linen_cnn lora lstm mixed_bfloat16 moving_average nnx_in_place not_jitted odd_batches "
-    "optax_chain own_train_step plain_sgd py_dataset random_keys regularised resnet saving scanned_layers shared_layers static_and_keywords subclassed "
-    "two_in_two_out two_models validation weighted"
-).split()
+ONE_OF_A_KIND = [
+    "accumulated",
+    "adam",
+    "autoencoder",
+    "callbacks",
+    "columns",
+    "custom_gradients",
+    "dataclass_state",
+    "eagerly",
+    "einsum_and_ops",
+    "equinox_mlp",
+    "experts",
+    "frozen_then_tuned",
+    "gan",
+    "generator",
+    "gpt",
+    "gradient_accumulation",
+    "jitted_donated",
+    "jitted_kept",
+    "linen_cnn",
+    "lora",
+    "lstm",
+    "mixed_bfloat16",
+    "moving_average",
+    "nnx_in_place",
+    "not_jitted",
+    "odd_batches",
+    "optax_chain",
+    "own_train_step",
+    "plain_sgd",
+    "py_dataset",
+    "random_keys",
+    "regularised",
+    "resnet",
+    "saving",
+    "scanned_layers",
+    "shared_layers",
+    "static_and_keywords",
+    "subclassed",
+    "two_in_two_out",
+    "two_models",
+    "validation",
+    "weighted",
+]
 
 
 @pytest.mark.parametrize("name", ONE_OF_A_KIND)
