@@ -247,3 +247,50 @@ def fetched_rows(graph: Graph, points: np.ndarray) -> np.ndarray:
     out = np.zeros(len(points) - 1, np.int64)
     _others(graph.offsets, graph.sources, points, np.full(graph.vertices, -1, np.int32), out)
     return out
+
+
+# --------------------------------------------------------------------------------------------------------------- in training
+
+LEAST = 0.02
+"""Share of an epoch that another split must save at least."""
+
+
+class Balance:
+    """The learnt split of a graph in training: measured seconds of every epoch in, new split points out when they pay."""
+
+    def __init__(self, graph: Graph, points: np.ndarray) -> None:
+        self.sums, self.points = prefix_sums(graph), points
+        self.learner = Learner(len(points) - 1)
+        self.moves: list[list[int]] = []
+        self._epochs = 0
+
+    def measured(self, seconds: np.ndarray, rows: int) -> None:
+        """Takes the computing seconds of every device in an epoch; `rows`: those it has place for."""
+        features = features_of(self.sums, self.points)
+        features[:, 0] = rows
+        self.learner.add(features, seconds)
+        self._epochs += 1
+
+    def better(self, epochs: int, cost: float) -> np.ndarray | None:
+        """Split points that save more than `cost` seconds in the `epochs` that are left; None if there are none, or too little was seen yet."""
+        learnt = self.learner.cost
+        if learnt is None or self._epochs < 2:
+            return None
+        points = best_points(self.sums, learnt)
+        now, then = (learnt.seconds(self.sums, p).max() for p in (self.points, points))
+        return points if then < (1 - LEAST) * now and (now - then) * epochs > cost else None
+
+    def moved(self, points: np.ndarray) -> None:
+        """Goes on with other split points."""
+        self.points, self._epochs = points, 0
+        self.moves.append([int(p) for p in points])
+
+    def facts(self) -> dict[str, Any]:
+        """What was learnt, as JSON has it: moves, predicted seconds, slowness of the devices (1: the middle one), error of predictions."""
+        cost = self.learner.cost
+        found: dict[str, Any] = {"moves": len(self.moves), "points": [int(p) for p in self.points], "error": self.learner.error}
+        if cost is not None:
+            middle = float(np.median(cost.slowness))
+            found |= {"seconds": cost.seconds(self.sums, self.points).tolist(), "slowness": (cost.slowness / middle).tolist(),
+                      "weights": dict(zip(NAMES, (cost.weights * middle).tolist(), strict=True))}  # fmt: skip
+        return found
