@@ -166,7 +166,7 @@ class FullGraphTraining:
                 stamp.ready()
             began = time.perf_counter()
             kept = graph, split_as, *_placed(graph, *split_as, timed=learns)
-            balance = Balance(graph, kept[3].points) if learns else None
+            balance = Balance(graph, kept[3].points) if learns and kept[3] is not None else None
             self.__dict__.update(_kept=kept, feature_count=graph.feature_count, _steps={}, _balance=balance)
             self.__dict__["_moving"] = [time.perf_counter() - began, 0.0]
         if mask is not None:
