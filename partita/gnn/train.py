@@ -303,7 +303,8 @@ class FullGraphTraining:
 
 
 def trained_facts(model: Any, graph: Graph) -> dict[str, Any]:
-    """What there is to say of a trained model, as JSON has it: loss, accuracy of every mask, seconds, parts, bytes sent an epoch."""
+    """What there is to say of a trained model, as JSON has it: loss, accuracy of every mask, seconds of epochs (median, first, all), parts, bytes sent
+    an epoch, what was learnt of the parts."""
     judged = {
         what: model.evaluate(graph, what, return_dict=True)
         for what in MASKS
@@ -317,6 +318,7 @@ def trained_facts(model: Any, graph: Graph) -> dict[str, Any]:
         "accuracy": {what: logs["accuracy"] for what, logs in judged.items()},
         "epoch_seconds": float(np.median(seconds[1:] or seconds)),
         "first_seconds": seconds[0],
+        "seconds": seconds,
         "parts": [] if parts is None else [
             {"vertices": int(v), "edges": int(e), "fetched": int(f)} for v, e, f in zip(parts.vertices, parts.edges, parts.fetched, strict=True)
         ],
