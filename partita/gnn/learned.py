@@ -10,7 +10,7 @@ factor of a device and the rows that all devices have place for are added here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -255,30 +255,51 @@ LEAST = 0.02
 """Share of an epoch that another split must save at least."""
 
 
-class Balance:
-    """The learnt split of a graph in training: measured seconds of every epoch in, new split points out when they pay."""
+ENOUGH = 3
+"""Epochs that a split is measured for at least."""
+TRIED = 0.1
+"""Share of the time left that must be worth more than a move for a split to be tried only to learn from it."""
 
-    def __init__(self, graph: Graph, points: np.ndarray) -> None:
-        self.sums, self.points = prefix_sums(graph), points
+
+class Balance:
+    """The learnt split of a graph in training: measured seconds of every epoch in, new split points out when they pay.
+
+    Times of one split alone cannot tell what they are made of, so `trials`, other split points, are measured first if training is long enough.
+    A split that was measured to be better than what was predicted is taken again.
+    """
+
+    def __init__(self, graph: Graph, points: np.ndarray, trials: Sequence[np.ndarray] = ()) -> None:
+        self.sums, self.points, self.trials = prefix_sums(graph), points, list(trials)
         self.learner = Learner(len(points) - 1)
         self.moves: list[list[int]] = []
         self._epochs = 0
+        self._slowest: dict[tuple[int, ...], list[float]] = {}
 
     def measured(self, seconds: np.ndarray, rows: int) -> None:
         """Takes the computing seconds of every device in an epoch; `rows`: those it has place for."""
         features = features_of(self.sums, self.points)
         features[:, 0] = rows
         self.learner.add(features, seconds)
+        self._slowest.setdefault(tuple(self.points.tolist()), []).append(float(seconds.max()))
         self._epochs += 1
 
     def better(self, epochs: int, cost: float) -> np.ndarray | None:
         """Split points that save more than `cost` seconds in the `epochs` that are left; None if there are none, or too little was seen yet."""
         learnt = self.learner.cost
-        if learnt is None or self._epochs < 2:
+        if learnt is None or self._epochs < ENOUGH:
             return None
+        was = {points: float(np.median(seconds[-KEPT:])) for points, seconds in self._slowest.items()}
+        now = was[tuple(self.points.tolist())]
+        if self.trials:
+            points = self.trials.pop(0)
+            if TRIED * now * epochs > cost and tuple(points.tolist()) not in was:
+                return points
+            self.trials.clear()
         points = best_points(self.sums, learnt)
-        now, then = (learnt.seconds(self.sums, p).max() for p in (self.points, points))
-        return points if then < (1 - LEAST) * now and (now - then) * epochs > cost else None
+        key, then = min(was.items(), key=lambda item: item[1])
+        if tuple(points.tolist()) not in was and (guess := learnt.seconds(self.sums, points).max()) < (1 - LEAST) * then:
+            key, then = tuple(points.tolist()), guess
+        return np.array(key, np.int64) if then < (1 - LEAST) * now and (now - then) * epochs > cost else None
 
     def moved(self, points: np.ndarray) -> None:
         """Goes on with other split points."""

@@ -23,7 +23,7 @@ from partita.gnn.block import AXIS, Block, block_of
 from partita.gnn.graph import Graph, check
 from partita.gnn.kernels import stamp
 from partita.gnn.learned import Balance
-from partita.gnn.partition import Parts, Room, arranged, split
+from partita.gnn.partition import Parts, Room, arranged, by_vertices, split
 
 if keras.backend.backend() != "jax":
     raise PartitaError(
@@ -166,7 +166,7 @@ class FullGraphTraining:
                 stamp.ready()
             began = time.perf_counter()
             kept = graph, split_as, *_placed(graph, *split_as, timed=learns)
-            balance = Balance(graph, kept[3].points) if learns and kept[3] is not None else None
+            balance = _balance(graph, kept[3]) if learns and kept[3] is not None else None
             self.__dict__.update(_kept=kept, feature_count=graph.feature_count, _steps={}, _balance=balance)
             self.__dict__["_moving"] = [time.perf_counter() - began, 0.0]
         if mask is not None:
@@ -378,6 +378,12 @@ def _placed(
     x, labels, masks = jax.tree.map(parts.stacked, _tables(graph))
     data = Data(x, labels, masks, block)
     return jax.device_put(data, NamedSharding(_mesh(devices), PartitionSpec(AXIS))), parts
+
+
+def _balance(graph: Graph, parts: Parts) -> Balance:
+    """Learning that starts from the parts, and tries equal vertices and what lies half-way."""
+    even = by_vertices(graph, parts.count)
+    return Balance(graph, parts.points, [even, (even + parts.points) // 2])
 
 
 def _data(graph: Graph) -> Data:
