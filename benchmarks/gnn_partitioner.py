@@ -33,9 +33,7 @@ PERIOD = 0.01
 
 def below(pid: int) -> list[int]:
     """Processes that a process started, and those that they started; in the order of their numbers."""
-    children = [
-        int(c) for task in Path(f"/proc/{pid}/task").glob("*") for c in (task / "children").read_text().split()
-    ]
+    children = [int(c) for task in Path(f"/proc/{pid}/task").glob("*") for c in (task / "children").read_text().split()]
     return sorted(p for child in children for p in [child, *below(child)])
 
 
@@ -87,10 +85,15 @@ for partition in ("vertices", "edges", "learned"):
     found = trained(partition)
     late[partition] = statistics.median(found["seconds"][5:])
     last = statistics.median(found["seconds"][-10:])
-    print(f"{partition:9} {1e3 * late[partition]:8.1f} ms an epoch after the fifth, {1e3 * last:8.1f} ms in the last ten", end="")
+    print(
+        f"{partition:9} {1e3 * late[partition]:8.1f} ms an epoch after the fifth, {1e3 * last:8.1f} ms in the last ten", end=""
+    )
     if partition == "learned":
         learnt = found["learned"]
-        print(f"; {learnt['moves']} moves, slowness {[round(s, 2) for s in learnt['slowness']]}, error {learnt['error']:.1%}", end="")
+        print(
+            f"; {learnt['moves']} moves, slowness {[round(s, 2) for s in learnt['slowness']]}, error {learnt['error']:.1%}",
+            end="",
+        )
     print()
 for partition in ("vertices", "edges"):
     print(f"learned is {late[partition] / late['learned']:.2f} times as fast as equal {partition}")

@@ -56,7 +56,13 @@ def source_of(found: Mapping[str, Any]) -> str:
 
 
 def _row(name: str, one: Mapping[str, Any]) -> list[str]:
-    return [TITLES[name], format_seconds(one["largest_seconds"]), f"{one['imbalance']:.2f}", f"{one['fetched']:,}", format_bytes(one["bytes"])]
+    return [
+        TITLES[name],
+        format_seconds(one["largest_seconds"]),
+        f"{one['imbalance']:.2f}",
+        f"{one['fetched']:,}",
+        format_bytes(one["bytes"]),
+    ]
 
 
 COLUMNS = ("partitioner", "slowest part", "imbalance", "rows fetched", "bytes per epoch")
@@ -99,7 +105,10 @@ def page(found: Mapping[str, Any]) -> str:
     header = tag(
         "header",
         tag("p", "Partita · ", found["graph"], class_="kicker"),
-        tag("h1", f"{TITLES[best]}: the slowest of {found['devices']} parts takes {seconds_text(partitioners[best]['largest_seconds'])}"),
+        tag(
+            "h1",
+            f"{TITLES[best]}: the slowest of {found['devices']} parts takes {seconds_text(partitioners[best]['largest_seconds'])}",
+        ),
         listed(facts, "facts"),
     )
     whole = max(one["largest_seconds"] for one in partitioners.values())

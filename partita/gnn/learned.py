@@ -29,6 +29,10 @@ FORGET = 0.98
 """What an epoch's measurements weigh after one more epoch."""
 KEPT = 64
 """Epochs whose measurements are kept."""
+ROUNDS = 8
+"""Turns of the fit between coefficients and devices."""
+ALIKE = 0.002
+"""Pull of a device's factor to 1, beside its measurements: devices are alike where parts alone explain the times."""
 OUTLIER = 3.0
 """Residuals beyond so many typical ones weigh less, as in Huber's estimator."""
 
@@ -161,22 +165,20 @@ class Learner:
         varied = len(np.unique(np.round(x, 3), axis=0)) / self.devices
         pull, toward = 0.1 / varied**2, np.zeros(x.shape[1])
         toward[NAMES.index("edges")] = y.mean()
-        slowness, weights = np.ones(self.devices), toward
-        for _ in range(12):
-            plain = x @ weights
-            for d in range(self.devices):
-                mine = device == d
-                t, f, z = trust[mine], plain[mine], y[mine]
-                tie = 0.02 * max((plain**2).mean(), 1e-12)
-                slowness[d] = ((t * f * z).sum() + tie) / ((t * f * f).sum() + tie) if mine.any() else 1.0
-            slowness = np.maximum(slowness, 1e-3)
-            slowness /= np.exp(np.log(slowness).mean()) if self.devices > 1 else slowness[0]
+        slowness, weights = (np.ones(self.devices) if self.cost is None else self.cost.slowness), toward
+        for _ in range(ROUNDS):
             root = np.sqrt(trust)
             rows = (root * slowness[device])[:, None] * x
-            weights, _ = nnls(
-                np.concatenate([rows, np.sqrt(pull) * np.eye(x.shape[1])]), np.concatenate([root * y, np.sqrt(pull) * toward])
+            square, right = rows.T @ rows + pull * np.eye(x.shape[1]), rows.T @ (root * y) + pull * toward
+            lower = np.linalg.cholesky(square + 1e-12 * np.trace(square) * np.eye(x.shape[1]))
+            weights, _ = nnls(lower.T, np.linalg.solve(lower, right))  # the same minimum, of 6 rows
+            plain = x @ weights
+            tie = ALIKE * np.bincount(device, trust, self.devices) * (plain**2).mean() + 1e-12
+            slowness = (np.bincount(device, trust * plain * y, self.devices) + tie) / (
+                np.bincount(device, trust * plain**2, self.devices) + tie
             )
-            left = np.abs(y - slowness[device] * (x @ weights))
+            slowness = np.maximum(slowness, 1e-3) / np.exp(np.log(np.maximum(slowness, 1e-3)).mean())
+            left = np.abs(y - slowness[device] * plain)
             usual = OUTLIER * max(1.4826 * float(np.median(left)), 1e-9)
             trust = FORGET**age * np.minimum(1, usual / np.maximum(left, 1e-12))
         return Cost(weights * unit / scale, slowness)
@@ -188,7 +190,9 @@ RANGES = 48
 """Ranges of vertices that a calibration times."""
 
 
-def calibrated(graph: Graph, sums: np.ndarray, width: int, report: Callable[..., Any] | None = None) -> tuple[np.ndarray, float]:
+def calibrated(
+    graph: Graph, sums: np.ndarray, width: int, report: Callable[..., Any] | None = None
+) -> tuple[np.ndarray, float]:
     """(weights [6], relative error): sums over the in-edges of random contiguous ranges, timed on this machine by one core.
 
     The error is the median one of ranges that the fit had not seen. `width`: features of a vertex. Sums of a layer alone: not of dense layers.
@@ -297,9 +301,11 @@ class Balance:
             self.trials.clear()
         points = best_points(self.sums, learnt)
         key, then = min(was.items(), key=lambda item: item[1])
-        if tuple(points.tolist()) not in was and (guess := learnt.seconds(self.sums, points).max()) < (1 - LEAST) * then:
+        guess, here = (learnt.seconds(self.sums, p).max() for p in (points, self.points))
+        if tuple(points.tolist()) not in was and guess < (1 - LEAST) * here and guess < (1 - LEAST) * then:
             key, then = tuple(points.tolist()), guess
-        return np.array(key, np.int64) if then < (1 - LEAST) * now and (now - then) * epochs > cost else None
+        sure = max(LEAST, min(self.learner.error or 0.0, 0.2) / 2)  # or noise would be followed
+        return np.array(key, np.int64) if then < (1 - sure) * now and (now - then) * epochs > cost else None
 
     def moved(self, points: np.ndarray) -> None:
         """Goes on with other split points."""

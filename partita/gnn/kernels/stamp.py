@@ -56,7 +56,9 @@ def ready() -> None:
         jax.ffi.register_ffi_target("partita_gnn_stamp", bridge._new_capsule(handler.address, None, None), platform="cpu")
 
     if not bridge.works(register, "time stamp"):
-        raise MachineError("Times of parts cannot be measured on this machine, which the partitioner 'learned' needs: use partition='edges'.")
+        raise MachineError(
+            "Times of parts cannot be measured on this machine, which the partitioner 'learned' needs: use partition='edges'."
+        )
 
 
 def _stamped(values: Any, device: Any, kind: int) -> Any:
