@@ -215,6 +215,7 @@ def compare(
             raise GraphError(f"A report is an .html file, and {report.name!r} is none: call it {report.stem + '.html'!r}.")
         from partita.gnn import compare as comparing
         from partita.gnn import files
+        from partita.report.parts import page
 
         with progress() as follow:
             graph = files.open(file, follow)
@@ -223,7 +224,7 @@ def compare(
             found = comparing.compare(graph, devices, features, follow)
         if report is not None:
             try:
-                report.write_text(comparing.page(found), encoding="utf-8")
+                report.write_text(page(found), encoding="utf-8")
             except OSError as error:
                 raise GraphError(f"{str(report)!r} cannot be written: {error.strerror}. Name a file in a folder that exists.") from None
         if as_json:

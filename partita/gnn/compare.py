@@ -1,4 +1,4 @@
-"""What each partitioner makes of a graph: predicted seconds of every device, rows fetched, bytes; as JSON, a table and a page."""
+"""What each partitioner makes of a graph: predicted seconds of every device, rows fetched, bytes; as JSON and as tables (`partita.report.parts` makes a page)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def source_of(found: Mapping[str, Any]) -> str:
     )
 
 
-def _row(name: str, one: Mapping[str, Any]) -> list[str]:
+def row_of(name: str, one: Mapping[str, Any]) -> list[str]:
     return [
         TITLES[name],
         format_seconds(one["largest_seconds"]),
@@ -76,7 +76,7 @@ def comparison_table(found: Mapping[str, Any]) -> Any:
     for i, column in enumerate(COLUMNS):
         table.add_column(column, justify="right" if i else "left")
     for name, one in found["partitioners"].items():
-        table.add_row(*_row(name, one))
+        table.add_row(*row_of(name, one))
     return table
 
 
@@ -91,39 +91,3 @@ def device_table(found: Mapping[str, Any]) -> Any:
     for d in range(found["devices"]):
         table.add_row(str(d), *(format_seconds(one["parts"][d]["seconds"]) for one in found["partitioners"].values()))
     return table
-
-
-def page(found: Mapping[str, Any]) -> str:
-    """The comparison as one web page that asks for nothing else."""
-    from partita.report.elements import join, line_of, seconds_text, section_of, table_of, tag
-    from partita.report.html import document, listed
-
-    partitioners = found["partitioners"]
-    best = min(partitioners, key=lambda name: partitioners[name]["largest_seconds"])
-    facts = {"vertices": f"{found['vertices']:,}", "edges": f"{found['edges']:,}", "devices": str(found["devices"]),
-             "features": str(found["features"]), "error of predictions": f"{found['error']:.1%}".replace("%", " %")}  # fmt: skip
-    header = tag(
-        "header",
-        tag("p", "Partita · ", found["graph"], class_="kicker"),
-        tag(
-            "h1",
-            f"{TITLES[best]}: the slowest of {found['devices']} parts takes {seconds_text(partitioners[best]['largest_seconds'])}",
-        ),
-        listed(facts, "facts"),
-    )
-    whole = max(one["largest_seconds"] for one in partitioners.values())
-    bars = [
-        join([tag("h3", TITLES[name]), tag("div", (
-            line_of(f"device {d}", [("compute", part["seconds"])], whole, seconds_text(part["seconds"]), f"{part['edges']:,} edges".replace(" edges", ""))
-            for d, part in enumerate(one["parts"])
-        ), class_="bars")])
-        for name, one in partitioners.items()
-    ]  # fmt: skip
-    notes = [source_of(found)] if "metis" in partitioners else [source_of(found), WITHOUT_METIS]
-    body = [
-        header,
-        section_of("Partitioners", table_of("Partitioners", COLUMNS, (_row(name, one) for name, one in partitioners.items()))),
-        section_of("Time of every device", tag("p", "Predicted time of each part, and its in-edges."), *bars),
-        section_of("Where the figures come from", *(tag("p", note) for note in notes)),
-    ]
-    return document(f"{found['graph']} over {found['devices']} devices", body, False)

@@ -261,7 +261,7 @@ LEAST = 0.02
 
 ENOUGH = 3
 """Epochs that a split is measured for at least."""
-TRIED = 0.1
+TRIED = 0.25
 """Share of the time left that must be worth more than a move for a split to be tried only to learn from it."""
 
 
