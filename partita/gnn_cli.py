@@ -222,9 +222,12 @@ def compare(
             if devices > max(1, graph.vertices):
                 raise GraphError(f"{graph.vertices:,} vertices cannot be cut into {devices:,} parts: use --devices {max(1, graph.vertices)} at most.")
             found = comparing.compare(graph, devices, features, follow)
+        partitioners = found["partitioners"]
+        rows = [comparing.row_of(name, one) for name, one in partitioners.items()]
+        notes = [comparing.source_of(found), *([] if "metis" in partitioners else [comparing.WITHOUT_METIS])]
         if report is not None:
             try:
-                report.write_text(page(found), encoding="utf-8")
+                report.write_text(page(found, comparing.TITLES, comparing.COLUMNS, rows, notes), encoding="utf-8")
             except OSError as error:
                 raise GraphError(f"{str(report)!r} cannot be written: {error.strerror}. Name a file in a folder that exists.") from None
         if as_json:
