@@ -9,7 +9,13 @@ from partita.report.elements import join, line_of, seconds_text, section_of, tab
 from partita.report.html import document, listed
 
 
-def page(found: Mapping[str, Any], titles: Mapping[str, str], columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+def page(
+    found: Mapping[str, Any],
+    titles: Mapping[str, str],
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[str],
+) -> str:
     """The comparison as one web page that asks for nothing else: what `partita.gnn.compare` found, its titles, table and notes."""
     partitioners = found["partitioners"]
     best = min(partitioners, key=lambda name: partitioners[name]["largest_seconds"])
@@ -34,9 +40,7 @@ def page(found: Mapping[str, Any], titles: Mapping[str, str], columns: Sequence[
     ]  # fmt: skip
     body = [
         header,
-        section_of(
-            "Partitioners", table_of("Partitioners", columns, rows)),
-        ),
+        section_of("Partitioners", table_of("Partitioners", columns, rows)),
         section_of("Time of every device", tag("p", "Predicted time of each part, and its in-edges."), *bars),
         section_of("Where the figures come from", *(tag("p", note) for note in notes)),
     ]
