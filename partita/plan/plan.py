@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +269,7 @@ class Plan:
         return layout_map(self, model)
 
 
+@cache
 def slice_of(use: str) -> int | None:
     """The slice that an axis pins an operator to, None where it splits a factor.
 

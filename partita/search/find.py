@@ -90,8 +90,9 @@ def find(
             best = staged and (staged.plan, staged_prediction(staged))
         start = found.plan if found.plan.mesh.axes else found.baselines["one device"][0]
         enough = lambda placed: fits(machine, placed.prediction(), excess)  # noqa: E731
-        placed = place(graph, machine, start, terms, (best[1].seconds if best else most) * (1 - WORTH), enough, report, bound, clock.share(1.0), seed)
-        best = (replace(placed.plan, name="found"), replace(placed.prediction(), plan="found")) if placed else best
+        if smallest is None or smallest <= HOPELESS * limit:  # places hold what the plan holds that they begin from, or little less
+            placed = place(graph, machine, start, terms, (best[1].seconds if best else most) * (1 - WORTH), enough, report, bound, clock.share(1.0), seed)
+            best = (replace(placed.plan, name="found"), replace(placed.prediction(), plan="found")) if placed else best
         found = replace(found, result=replace(found.result, bound=bound))
         if best is not None:
             return _elsewhere(found, graph, machine, *best)
@@ -129,7 +130,7 @@ class _Clock:
 
 
 HOPELESS = 2.0
-"""Where variables and kept activations alone are so many times a device's memory, the peak is not worked out to see that it does not fit."""
+"""What holds so many times a device's memory, by a count of variables and kept activations alone, is not looked at closer."""
 
 
 class _Baselines(Mapping[str, tuple[Plan, Prediction]]):

@@ -39,8 +39,14 @@ SECONDS = 10.0
 """How long to look, unless it is said."""
 ROUNDS = 10
 """How often the exact search prices memory: what it finds is only the start of a plan in stages."""
-TRIES = 2
+TRIES = 3
 """Budgets of memory that are tried for one number of stages and microbatches."""
+ROOM = 0.95
+"""The part of a device's memory that operators may be dealt into: what runs need for themselves comes on top."""
+SLACK = (1.001, 1.1, 1.5)
+"""How much slower than it could be the slowest stage may be, for stages that hold less."""
+HALVINGS = 40
+"""Halvings of an interval until its middle is taken for the answer."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +65,27 @@ def stage(
 ) -> Staged | None:  # fmt: skip
     """The fastest staged plan found within `seconds` that takes less than `most` and fits `limit` bytes a device; None if there is none.
 
-    Where no plan at all is known to fit (`most` is infinite), it is looked for until one is found. The number of stages and microbatches that is being looked at when the time is up is looked at to the end. Ctrl-C ends with the best so far.
+    Where no plan at all is known to fit (`most` is infinite), it is looked for until one is found. The number of stages and microbatches that
+    is being looked at when the time is up is looked at to the end. Ctrl-C ends with the best so far.
     """
     until, best = time.perf_counter() + (SECONDS if seconds is None else seconds), None
     narrow = _narrow(graph, terms)
     networks: dict[tuple[int, int], Network] = {}
+    hopeless: set[tuple[int, int]] = set()
     try:
         for shape in _shapes(graph, mesh):
             if time.perf_counter() > until and (best is not None or math.isfinite(most)):
                 break
             key = (shape.axes, shape.microbatches)
+            if not shape.recompute and key in hopeless:
+                continue
             if key not in networks:
                 inner = [Axis(TIME, shape.microbatches, -1)] if shape.microbatches > 1 else []
                 networks[key] = build(graph, machine, Mesh((*inner, *mesh.axes[shape.axes :])), terms=terms)
-            best = _fitting(networks[key], mesh, shape, narrow, limit, most if best is None else best.seconds) or best
+            found = _fitting(networks[key], mesh, shape, narrow, limit, most if best is None else best.seconds)
+            if found is None and best is None and not math.isfinite(most):
+                hopeless.add(key)  # what does not fit with runs recomputed does not fit without
+            best = found or best
             if report is not None:
                 so_far = min(most, best.seconds if best is not None else most)
                 report(Progress(f"{shape.stages} stages, {shape.microbatches} microbatches", so_far, bound))
@@ -89,7 +102,7 @@ def _shapes(graph: Graph, mesh: Mesh) -> Iterator[_Shape]:
             microbatches = alone if stages == 1 else stages * per_stage
             if stages > len(graph.operators) or not microbatches or graph.batch_size % microbatches:
                 continue
-            for recompute in (False, True):
+            for recompute in (True, False):
                 if (stages, microbatches, recompute) != (1, 1, False):
                     yield _Shape(axes, stages, microbatches, recompute)
 
@@ -109,17 +122,17 @@ def _fitting(network: Network, mesh: Mesh, shape: _Shape, narrow: Sequence[int],
         if not result.feasible or result.bound / shape.stages > most:
             return None
         states = reduced.lift(result.states)
-        for ends in _dealt(network, problem, shape, states, narrow, limit):
-            plan = _plan(network, mesh, shape, states, ends, narrow)
-            try:
-                staged = Staged.of(graph, machine, plan, network.terms)
-                if staged.seconds >= most:
-                    return None
-                if staged.peak <= limit:
-                    return staged
-            except PlanError:
-                return None
-        budget = min(budget, result.nbytes) * 0.8
+        dealt = [_plan(network, mesh, shape, states, ends, narrow) for ends in _dealt(network, problem, shape, states, narrow, limit)]
+        if not dealt:
+            return None
+        try:  # bytes are looked at first: they are known without simulating; the last plan holds least
+            least = Staged.of(graph, machine, dealt[-1], network.terms).peak
+            if least <= limit:
+                staged = next(s for s in (Staged.of(graph, machine, plan, network.terms) for plan in dealt) if s.peak <= limit)
+                return staged if staged.seconds < most else None
+        except PlanError:
+            return None
+        budget = min(budget, result.nbytes) * min(0.8, limit / least)
     return None
 
 
@@ -172,7 +185,7 @@ def _narrow(graph: Graph, terms: Terms) -> list[int]:
 def _dealt(
     network: Network, problem: Problem, shape: _Shape, states: Sequence[int], narrow: Sequence[int], limit: int
 ) -> Iterator[list[int]]:  # fmt: skip
-    """Last operators of the stages: dealt for the least time of the slowest stage within so much memory, then within less."""
+    """Last operators of the stages: the slowest stage takes least, and of those the fullest holds least; then somewhat slower ones that hold less."""
     count = len(states)
     seconds = np.array([problem.seconds[o][states[o]] for o in range(count)])
     for (u, v), table in problem.tables.items():
@@ -201,16 +214,21 @@ def _dealt(
             at = most
         return found if at == len(ends) - 1 else None
 
-    for share in (0.95, 0.8, 0.6):
-        low, high = float(time_to[-1]) / shape.stages, float(time_to[-1])
-        best = fill(high, limit * share)
-        if best is None:
-            continue
-        for _ in range(40):
-            middle = (low + high) / 2
-            found = fill(middle, limit * share)
-            low, high, best = (low, middle, found) if found is not None else (middle, high, best)
-        yield [ends[e] for e in best]
+    low, high = float(time_to[-1]) / shape.stages, float(time_to[-1])
+    best = fill(high, limit * ROOM)
+    if best is None:
+        return
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        found = fill(middle, limit * ROOM)
+        low, high, best = (low, middle, found) if found is not None else (middle, high, best)
+    for slack in SLACK:  # of the divisions that are so fast, the one whose fullest stage holds least
+        least, room, even = 0.0, limit * ROOM, best
+        for _ in range(HALVINGS):
+            middle = (least + room) / 2
+            found = fill(high * slack, middle)
+            least, room, even = (least, middle, found) if found is not None else (middle, room, even)
+        yield [ends[e] for e in even]
 
 
 def _plan(network: Network, mesh: Mesh, shape: _Shape, states: Sequence[int], ends: Sequence[int], narrow: Sequence[int]) -> Plan:

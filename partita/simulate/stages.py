@@ -65,7 +65,7 @@ class Staged:
         costs = operator_costs(found, Placement(machine, inner.mesh), where, inner)
         return Staged(graph, machine, plan, found, inner, where, stages_of(graph, plan), recomputed(graph, plan), costs)
 
-    @property
+    @cached_property
     def stages(self) -> int:
         return count_of(self.plan)
 
