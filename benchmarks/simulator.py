@@ -2,6 +2,7 @@
 
     python benchmarks/simulator.py                                     # Inception-v3 on 8, 64 and 1024 GPUs
     python benchmarks/simulator.py --model ResNet50 --machines dgx-h100:8
+    python benchmarks/simulator.py --model nmt --machines k80-cluster
 
 A simulation from nothing reads all tasks' seconds off the cost tables and runs every task; an incremental one gives a random operator a
 random choice, or takes it back, and replays the tasks from the first that changed. What compiling takes is said apart. FlexFlow's
@@ -24,6 +25,8 @@ from numba import njit
 
 import partita
 from partita.api import capture
+from partita.bench.networks import NETWORKS
+from partita.bench.networks import model as published
 from partita.machine import load
 from partita.plan.baselines import BASELINES
 from partita.search.find import mesh_of
@@ -90,14 +93,17 @@ def measure(problem: Simulated, count: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="InceptionV3", help="a model of keras.applications")
+    parser.add_argument("--model", default="InceptionV3", help="a model of keras.applications, or a network of partita.bench.networks, as nmt")
     parser.add_argument("--machines", nargs="+", default=["p100-cluster:2", "k80-cluster:16", "dgx-a100:128"])
     parser.add_argument("--batch", type=int, default=64, help="samples of a device")
     parser.add_argument("--count", type=int, default=20_000)
     given = parser.parse_args()
-    with partita.abstract():
-        model = getattr(keras.applications, given.model)(weights=None)
-    model.compile("sgd", "sparse_categorical_crossentropy")
+    if given.model in NETWORKS:
+        model = published(given.model)
+    else:
+        with partita.abstract():
+            model = getattr(keras.applications, given.model)(weights=None)
+        model.compile("sgd", "sparse_categorical_crossentropy")
     for name in given.machines:
         machine = load(name)
         graph = capture(model, given.batch * machine.devices).graph
