@@ -22,6 +22,8 @@ from partita.execute.devices import at_hand
 from partita.gnn.block import AXIS, Block, block_of
 from partita.gnn.graph import Graph, check
 from partita.gnn.partition import Parts, split, split_points
+from partita.gnn.spill import Planned
+from partita.units import parse
 
 if keras.backend.backend() != "jax":
     raise PartitaError(
@@ -63,18 +65,20 @@ class FullGraphTraining:
 
     def fit(
         self, graph: Graph, epochs: int = 1, *, callbacks: Sequence[Any] | None = None, verbose: Any = "auto", validation_freq: int = 1,
-        initial_epoch: int = 0, devices: int = 1, partition: Any = "edges",
+        initial_epoch: int = 0, devices: int = 1, partition: Any = "edges", memory: str | int | None = None,
     ) -> Any:  # fmt: skip
         """Keras's history: loss and metrics of the training mask, and with `val_` of the validation mask, of every epoch.
 
         An epoch is one step. Training values are of the step itself (dropout on, weights before the update), as in Keras.
         Over several `devices` each has a part of the vertices, cut by `partition`: 'edges', 'vertices', or split points [devices + 1].
-        `evaluate` and `predict` then use the same devices.
+        `evaluate` and `predict` then use the same devices. Within a `memory` ("4GiB" or bytes) on one device what does not fit goes to the
+        host and comes back, as a plan says that `model.memory` then shows.
         """
         model: Any = self
         model._assert_compile_called("fit")
         self.__dict__["_split"] = (devices, partition)
-        data = self._prepared(graph, "train")
+        within = self._within(graph, memory, devices)
+        data = self._prepared(graph, "train") if within is None else None
         validates = graph.validation is not None and bool(graph.validation.any())
         model.stop_training = False
         model.optimizer.build(model.trainable_variables)
@@ -91,21 +95,42 @@ class FullGraphTraining:
             if observed:
                 state = self._state()
             began = time.perf_counter()
-            logs, state = jax.block_until_ready(self._step("train", self._train_step, donate=True)(state, data))
+            logs, state = jax.block_until_ready(
+                self._step("train", self._train_step, donate=True)(state, data) if within is None else within.step(state, data)
+            )
             logs = _numbers(logs)
             self.epoch_seconds.append(time.perf_counter() - began)
             if observed:
                 self._keep(state)
             run.on_train_batch_end(0, logs)
             if validates and (epoch + 1) % validation_freq == 0:
-                values = self._step("validation", self._test_step)(state[:2], data)
+                values = self._step("validation", self._test_step)(state[:2], data) if within is None else within.judged(state, "validation")
                 logs |= {f"val_{name}": value for name, value in _numbers(values).items()}
             run.on_epoch_end(epoch, logs)
             if model.stop_training:
                 break
+            if within is not None and epoch + 1 < epochs:
+                within.replan()
         self._keep(state if not observed else self._state())
         run.on_train_end(logs)
         return model.history
+
+    def _within(self, graph: Graph, memory: str | int | None, devices: int) -> Planned | None:
+        """The step that keeps to a memory, where one is given."""
+        self.__dict__["memory"] = None
+        if memory is None:
+            return None
+        if devices > 1:
+            raise GraphError(f"A memory plan is of one device, and here are {devices}: leave out memory, or use devices=1.")
+        model: Any = self
+        self._checked(graph)
+        _can_learn(graph, "train", self.__dict__.get("classes"))
+        model.optimizer.build(model.trainable_variables)
+        budget = int(parse(memory, "B")) if isinstance(memory, str) else memory
+        self.__dict__.pop("_kept", None)  # features of an earlier fit
+        data = jax.device_put(replace(_data(graph), x=None))
+        within = self.__dict__["memory"] = Planned(model, graph.features, data, self._state(), budget)
+        return within
 
     @property
     def epoch_seconds(self) -> list[float]:
@@ -143,20 +168,24 @@ class FullGraphTraining:
         split_as = self.__dict__.setdefault("_split", (1, "edges"))
         kept = self.__dict__.get("_kept")
         if kept is None or kept[0] is not graph or kept[1] is not split_as:
-            model: Any = self
-            check(graph)
-            if graph.features is None:
-                raise GraphError(f"'{graph.name}' has no features: give Graph.from_edges(features=...) a row for every vertex.")
-            if not model.built:
-                model.build((None, graph.feature_count))
-            expected = self.__dict__.get("feature_count", graph.feature_count)
-            if expected != graph.feature_count:
-                raise GraphError(f"'{graph.name}' has {graph.feature_count} features, and the model was built for {expected}.")
+            self._checked(graph)
             kept = graph, split_as, *_placed(graph, *split_as)
             self.__dict__.update(_kept=kept, feature_count=graph.feature_count, _steps={})
         if mask is not None:
             _can_learn(graph, mask, self.__dict__.get("classes"))
         return kept[2]
+
+    def _checked(self, graph: Graph) -> None:
+        """GraphError where a graph is not one for this model, which is built for its features if it is not yet."""
+        model: Any = self
+        check(graph)
+        if graph.features is None:
+            raise GraphError(f"'{graph.name}' has no features: give Graph.from_edges(features=...) a row for every vertex.")
+        if not model.built:
+            model.build((None, graph.feature_count))
+        expected = self.__dict__.get("feature_count", graph.feature_count)
+        if expected != graph.feature_count:
+            raise GraphError(f"'{graph.name}' has {graph.feature_count} features, and the model was built for {expected}.")
 
     @property
     def parts(self) -> Parts | None:
