@@ -36,19 +36,20 @@ SEARCHES = 4
 
 def plan(
     model: Any, batch_size: int | None = None, *, args: Sequence[Any] | None = None, devices: int | None = None, machine: str | Machine | None = None,
-    batch: Any = None, measure_operators: bool = False, seconds: float | None = None, stages: bool = False, report: Report | None = None,
+    batch: Any = None, measure_operators: bool = False, seconds: float | None = None, stages: bool = False, search: str = "portfolio",
+    report: Report | None = None,
 ) -> Plan:  # fmt: skip
     """The fastest plan found for a compiled Keras model, or for any jittable training step, on a machine.
 
     For a model, give `batch_size` if it knows its input shapes, else a `batch` (x, y) of arrays or shapes. For a step, give the
     `args` of a call, arrays or shapes. The machine is the devices at hand unless `machine` names another ("dgx-h100:8", a
     .toml file); `devices` takes that many of it. With `measure_operators`, operators are timed on the devices at hand first. `seconds` is how
-    long to look beyond the exact search where collectives hide behind kernels; by default a second or two, always to the same plan. With `stages`,
-    pipelines, microbatches and recomputation are in the space: such plans can be simulated, and not yet run.
+    long the whole search may take; by default it takes as long as it needs, always to the same plan. With `stages`, pipelines, microbatches and
+    recomputation are in the space: such plans can be simulated, and not yet run. `search` is one of `search.portfolio.SEARCHES`.
     """
     captured = capture(model, batch_size, batch, args)
     measure = measure_operators and here(machine)
-    return explained(search(captured, machine_of(machine, devices), report, measure, seconds=seconds, stages=stages))
+    return explained(searched(captured, machine_of(machine, devices), report, measure, seconds=seconds, stages=stages, search=search))
 
 
 def here(machine: str | Machine | None) -> bool:
@@ -119,9 +120,9 @@ def explained(result: Found) -> Plan:
     return replace(result.plan, why={"operators": why, "baselines": baselines})
 
 
-def search(
+def searched(
     captured: Any, machine: Machine, report: Report | None = None, measure: bool = False, say: Say | None = None, seconds: float | None = None,
-    stages: bool = False,
+    stages: bool = False, search: str = "portfolio",
 ) -> Found:  # fmt: skip
     """The fastest plan for a captured step. With `measure`, by operators timed on the devices at hand; with `stages`, pipelines too.
 
@@ -129,14 +130,16 @@ def search(
     plan whose operators have all been timed.
     """
     if not measure:
-        return find(captured.graph, machine, report, seconds=seconds, stages=stages)
-    result = timed_search(captured, machine, report, say, seconds)
+        return find(captured.graph, machine, report, seconds=seconds, stages=stages, search=search)
+    result = timed_search(captured, machine, report, say, seconds, search)
     assert result is not None, "process 0 searches"
     return result
 
 
-def timed_search(captured: Any, machine: Machine, report: Report | None, say: Say | None, seconds: float | None) -> Found | None:
-    """`search` with operators timed. Of several processes process 0 searches, and all time: the others have no result."""
+def timed_search(
+    captured: Any, machine: Machine, report: Report | None, say: Say | None, seconds: float | None, search: str = "portfolio"
+) -> Found | None:  # fmt: skip
+    """`searched` with operators timed. Of several processes process 0 searches, and all time: the others have no result."""
     from partita.execute.operators import measured_operators
     from partita.execute.processes import from_first
 
@@ -144,7 +147,7 @@ def timed_search(captured: Any, machine: Machine, report: Report | None, say: Sa
 
     def plans() -> str:
         """Searches; the plans that there are by now."""
-        found.append(find(captured.graph, machine, report, seconds=seconds))
+        found.append(find(captured.graph, machine, report, seconds=seconds, search=search))
         known = [*(plan for plan, _ in found[0].baselines.values()), *(result.plan for result in found)]
         return json.dumps([plan.to_json() for plan in known])
 
@@ -187,7 +190,7 @@ class Offer:
 
 def offers(
     captured: Any, machines: Sequence[Machine], objective: str = "step", prices: Mapping[str, float] | None = None, samples: int = SAMPLES,
-    report: Report | None = None, seconds: float | None = None, stages: bool = False,
+    report: Report | None = None, seconds: float | None = None, stages: bool = False, search: str = "portfolio",
 ) -> list[Offer]:  # fmt: skip
     """Each machine with the best plan for a captured step, best offer first: the fastest step, or the cheapest epoch of so many samples.
 
@@ -208,7 +211,7 @@ def offers(
     found = []
     for machine, price in zip(machines, price_of, strict=True):
         try:
-            best = search(captured, machine, report, seconds=seconds, stages=stages)
+            best = searched(captured, machine, report, seconds=seconds, stages=stages, search=search)
         except MemoryBudgetError as error:
             found.append(Offer(machine, None, note=str(error)))
             continue
@@ -301,7 +304,7 @@ def compare_captured(
     say: Say | None = None,
 ) -> Comparison:  # fmt: skip
     """`compare` for a step that is captured already."""
-    result = search(captured, machine, report, measure_operators, say)
+    result = searched(captured, machine, report, measure_operators, say)
     plans = {**{n: p for n, (p, _) in result.baselines.items()}, "found": result.plan}
     predictions = {**{n: p for n, (_, p) in result.baselines.items()}, "found": result.prediction}
     times: Mapping[str, float | None] = {}
@@ -385,7 +388,7 @@ def planner(
             chosen = check_plan(given, captured.graph, where)
         else:
             timed = timed_search(captured, where, report, say, None) if measure and here(machine) else None
-            best = lambda: json.dumps(explained(timed or search(captured, where, report)).to_json())  # noqa: E731
+            best = lambda: json.dumps(explained(timed or searched(captured, where, report)).to_json())  # noqa: E731
             chosen = Plan.from_json(json.loads(from_first("plan", best)))
         if seen is not None:
             seen(captured, where, chosen)

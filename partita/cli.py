@@ -134,7 +134,8 @@ def plan(
     context: typer.Context, script: Script, devices: Devices = None, machine: MachineName = None,
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
     measure_operators: MeasureOperators = False,
-    seconds: Annotated[float | None, typer.Option(help="How long to look for a better plan than the exact search's; default: a second or two.", min=0)] = None,
+    seconds: Annotated[float | None, typer.Option(help="How long the whole search may take; default: exact search, then a second or two of walks, then some seconds of stages and places.", min=0)] = None,
+    search: Annotated[str, typer.Option(help="portfolio (all that pay), elimination (the least sum), mcmc (walks from the baselines) or exhaustive (proves the fastest; small networks).")] = "portfolio",
     stages: Annotated[bool | None, typer.Option("--stages/--no-stages", help="Whether to look at pipelines, microbatches and recomputation too, which can be simulated and not yet run; default: with --machine.", show_default=False)] = None,
     objective: Annotated[str, typer.Option(help="What is best where there are several machines: 'step' (the fastest) or 'cost-per-epoch'.")] = "step",
     price: Annotated[str, typer.Option(help="What a device costs for an hour: a number, or by machine, 'h100=2.5,a100=1.5'; without, device hours are counted.", show_default=False)] = "",
@@ -151,20 +152,20 @@ def plan(
     with errors():
         _can_write(report=report, plan=save_plan)
         if machine is not None and "," in machine or objective != "step":
-            _compare_machines(context, script, devices, machine, objective, price, samples, seconds, stages, save_plan, report, as_json)
+            _compare_machines(context, script, devices, machine, objective, price, samples, seconds, search, stages, save_plan, report, as_json)
             return
         captured, where = _captured(context, script, devices, machine, as_json)
-        from partita.api import explained, here, search, simulate_captured
+        from partita import api
         from partita.report.tables import comparison_table, plan_table, summary
 
         with progress(as_json) as shown:
             staged = machine is not None if stages is None else stages
-            result = search(captured, where, shown, measure_operators and here(machine), timing(as_json), seconds, staged)
-            chosen = explained(result)
+            result = api.searched(captured, where, shown, measure_operators and api.here(machine), timing(as_json), seconds, staged, search)
+            chosen = api.explained(result)
         if save_plan is not None:
             _write(save_plan, lambda: chosen.save(save_plan))
         if report is not None:
-            _write_page(report, chosen, timeline=simulate_captured(captured, result.network.place.machine, chosen))
+            _write_page(report, chosen, timeline=api.simulate_captured(captured, result.network.place.machine, chosen))
         if as_json:
             print(json.dumps(chosen.to_json()))
             return
@@ -177,7 +178,7 @@ def plan(
 
 def _compare_machines(
     context: typer.Context, script: Path, devices: int | None, machine: str | None, objective: str, price: str, samples: int, seconds: float | None,
-    stages: bool | None, save_plan: Path | None, report: Path | None, as_json: bool,
+    search: str, stages: bool | None, save_plan: Path | None, report: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """`plan` for several machines."""
     from partita.machine import load
@@ -193,7 +194,7 @@ def _compare_machines(
     from partita.report.tables import offers_table
 
     with progress(as_json) as shown:
-        found = offers(captured, machines, objective, prices, samples, shown, seconds, stages is not False)
+        found = offers(captured, machines, objective, prices, samples, shown, seconds, stages is not False, search)
     rows, best = [offer.to_json() for offer in found], found[0].found
     if best is not None and (save_plan is not None or report is not None):
         chosen = explained(best)

@@ -152,7 +152,7 @@ def train(
     decay: Annotated[float, typer.Option(help="Weight decay of the first layer.", min=0)] = 5e-4,
     normalise: Annotated[bool, typer.Option("--normalise", help="Divide the features of every vertex by their sum, as is usual for counts of words.")] = False,
     devices: Annotated[int, typer.Option(help="Split the vertices over so many devices; a CPU stands for as many as asked for.", min=1)] = 1,
-    partition: Annotated[str, typer.Option(help="Parts of as many 'edges', or of as many 'vertices'.")] = "edges",
+    partition: Annotated[str, typer.Option(help="Parts of as many 'edges', of as many 'vertices', 'learned' from measured times, or by 'metis'.")] = "edges",
     seed: Annotated[int, typer.Option(help="The same seed is the same training, on any number of devices.", min=0)] = 0,
     save: Annotated[Path | None, typer.Option(help="Write the trained model to this .keras file.", show_default=False)] = None,
     as_json: Json = False,
@@ -196,6 +196,52 @@ def train(
             _print_trained(found)
 
 
+@app.command("partition")
+def compare(
+    file: Annotated[Path, typer.Argument(help="A graph: a .lux, .npz or .parquet file, an edge list, or an OGB folder.", show_default=False)],
+    devices: Annotated[int, typer.Option(help="Parts to cut it into.", min=1)] = 2,
+    features: Annotated[int, typer.Option(help="Features of a vertex where rows are summed and fetched.", min=1)] = 64,
+    report: Annotated[Path | None, typer.Option(help="Also write a page with the times of all devices to this .html file.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Compare the ways to split a graph: the slowest part, imbalance, rows and bytes that are fetched.
+
+    Times are predicted from sums over random ranges, timed on this machine in some seconds.
+
+    Example: partita gnn partition graph.lux --devices 8 --report parts.html
+    """
+    with errors():
+        if report is not None and report.suffix != ".html":
+            raise GraphError(f"A report is an .html file, and {report.name!r} is none: call it {report.stem + '.html'!r}.")
+        from partita.gnn import compare as comparing
+        from partita.gnn import files
+        from partita.report.parts import page
+
+        with progress() as follow:
+            graph = files.open(file, follow)
+            if devices > max(1, graph.vertices):
+                raise GraphError(f"{graph.vertices:,} vertices cannot be cut into {devices:,} parts: use --devices {max(1, graph.vertices)} at most.")
+            found = comparing.compare(graph, devices, features, follow)
+        partitioners = found["partitioners"]
+        rows = [comparing.row_of(name, one) for name, one in partitioners.items()]
+        notes = [comparing.source_of(found), *([] if "metis" in partitioners else [comparing.WITHOUT_METIS])]
+        if report is not None:
+            try:
+                report.write_text(page(found, comparing.TITLES, comparing.COLUMNS, rows, notes), encoding="utf-8")
+            except OSError as error:
+                raise GraphError(f"{str(report)!r} cannot be written: {error.strerror}. Name a file in a folder that exists.") from None
+        if as_json:
+            print(json.dumps(found))
+            return
+        out.print(comparing.comparison_table(found))
+        out.print(comparing.device_table(found))
+        out.print(comparing.source_of(found), markup=False)
+        if "metis" not in found["partitioners"]:
+            out.print(comparing.WITHOUT_METIS, markup=False)
+        if report is not None:
+            err.print(f"written to {report}", markup=False, soft_wrap=True)
+
+
 def _print_trained(found: dict[str, Any]) -> None:
     out.print(f"{found['model']} on {found['graph']}: {found['epochs']} epochs, loss {found['loss']:.4f}", markup=False)
     for mask, accuracy in found["accuracy"].items():
@@ -205,6 +251,10 @@ def _print_trained(found: dict[str, Any]) -> None:
         out.print(f"part {i}: {part['vertices']:,} vertices, {part['edges']:,} in-edges, {part['fetched']:,} rows of other parts")
     if found["parts"]:
         out.print(f"traffic: {format_bytes(found['traffic'])} an epoch between {len(found['parts'])} parts")
+    if "learned" in found:
+        learnt = found["learned"]
+        off = "" if learnt["error"] is None else f"; predictions were {learnt['error']:.0%} off (median)"
+        out.print(f"learned: the split moved {learnt['moves']} times{off}", markup=False)
 
 
 def _can_transpose(transpose: bool, output: Path) -> None:

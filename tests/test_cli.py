@@ -91,7 +91,7 @@ def test_a_plan_in_stages_is_refused_by_run_with_one_sentence(tmp_path: Path) ->
 
 
 def test_machines_are_compared_by_what_an_epoch_costs(training: str) -> None:
-    done = partita("plan", training, "--machine", "h100:1,h100:4,a100:1", "--objective", "cost-per-epoch", "--price", "h100=2.5,a100=1", "--samples", "3200", "--json", "--seconds", "0")
+    done = partita("plan", training, "--machine", "h100:1,h100:4,a100:1", "--objective", "cost-per-epoch", "--price", "h100=2.5,a100=1", "--samples", "3200", "--json", "--seconds", "1")
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)
     assert [r["cost"] for r in rows] == sorted(r["cost"] for r in rows) and len(rows) == 3

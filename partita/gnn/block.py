@@ -19,6 +19,7 @@ import numpy as np
 
 from partita.errors import GraphError
 from partita.gnn.graph import Graph, Transposed
+from partita.gnn.kernels import stamp
 from partita.gnn.kernels.attention import attend
 from partita.gnn.kernels.largest import largest, largest_back
 from partita.gnn.kernels.total import targets, total
@@ -119,6 +120,8 @@ class Block:
     first      int32 [1]: the number of the first vertex in the whole graph
     weights    float32 [edges], or None
     load       float32 [rows]: the sum of the weights of the in-edges; `degree` without weights
+    vertex     int32 [rows]: the user's numbers of the vertices where the graph was relabelled, else None
+    timed      whether the times of exchanges are noted (`kernels.stamp`)
     """
 
     edges: Edges
@@ -129,6 +132,8 @@ class Block:
     weights: Any = None
     halo: tuple[Halo, ...] = ()
     parts: int = field(default=1, metadata={"static": True})
+    vertex: Any = None
+    timed: bool = field(default=False, metadata={"static": True})
 
     @property
     def rows(self) -> int:
@@ -136,11 +141,20 @@ class Block:
 
     def fetched(self, x: Any) -> Any:
         """The device's rows, and below them those of the halo."""
-        pieces = [x]
-        for halo in self.halo:
-            perm = [(i, (i + halo.shift) % self.parts) for i in range(self.parts)]
-            pieces.append(jax.lax.ppermute(edge_sum(halo.pick, x), AXIS, perm))
-        return jnp.concatenate(pieces) if len(pieces) > 1 else x
+        if not self.halo:
+            return x
+        sent = self.entered(tuple(edge_sum(halo.pick, x) for halo in self.halo))
+        perms = [[(i, (i + halo.shift) % self.parts) for i in range(self.parts)] for halo in self.halo]
+        came = [jax.lax.ppermute(rows, AXIS, perm) for rows, perm in zip(sent, perms, strict=True)]
+        return jnp.concatenate([x, *self.left(tuple(came))])
+
+    def entered(self, values: Any) -> Any:
+        """Values that go into an exchange, the time noted if it is wanted."""
+        return stamp.enter(values, jax.lax.axis_index(AXIS)) if self.timed else values
+
+    def left(self, values: Any) -> Any:
+        """Values that came out of an exchange, the time noted if it is wanted."""
+        return stamp.leave(values, jax.lax.axis_index(AXIS)) if self.timed else values
 
     def sum(self, x: Any, weighted: bool = False) -> Any:
         """[rows, features]: the sum over in-edges, of rows times the edges' weights if `weighted` and the graph has some."""

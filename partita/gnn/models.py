@@ -36,7 +36,8 @@ class VertexDropout(keras.layers.Layer):
         if not training or not self.rate:
             return x
         seed = jnp.asarray(self.seed_generator.next()).astype(jnp.uint32)
-        vertex = (graph.first[0] + jnp.arange(x.shape[0], dtype=jnp.int32)).astype(jnp.uint32)
+        number = graph.first[0] + jnp.arange(x.shape[0], dtype=jnp.int32) if graph.vertex is None else graph.vertex
+        vertex = number.astype(jnp.uint32)
         column = _mixed(jnp.arange(x.shape[1], dtype=jnp.uint32) + seed[1])
         bits = _mixed(_mixed(vertex ^ seed[0])[:, None] + column)
         kept = bits >= jnp.uint32(min(self.rate * 2.0**32, 2**32 - 1))

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import scipy.sparse
 
 from partita.errors import GraphError
 from partita.gnn.block import Block, Edges, Halo, block_of, edges_of
@@ -40,7 +41,41 @@ def by_edges(graph: Graph, parts: int) -> np.ndarray:
     return np.array([0, *inner, graph.vertices], np.int64)
 
 
-PARTITIONERS: dict[str, Callable[[Graph, int], np.ndarray]] = {"vertices": by_vertices, "edges": by_edges}
+PARTITIONERS: dict[str, Callable[[Graph, int], np.ndarray]] = {"vertices": by_vertices, "edges": by_edges, "learned": by_edges}
+"""Partitioners that cut the vertices as they are numbered; 'learned' is where learning begins."""
+
+
+def by_metis(graph: Graph, parts: int) -> np.ndarray:
+    """int64 [vertices]: the part of every vertex by METIS: as many vertices and in-edges together in each, and few edges between them.
+
+    METIS (Karypis and Kumar 1998) cuts the undirected graph without self edges. GraphError where pymetis is not installed.
+    """
+    try:
+        import pymetis  # type: ignore[import-not-found]
+    except ImportError:
+        raise GraphError(
+            "The partitioner 'metis' needs the package pymetis: run `pip install pymetis`, or use 'edges' or 'learned'."
+        ) from None
+    ones = scipy.sparse.csr_array((np.ones(graph.edges, np.int8), graph.sources, graph.offsets), shape=(graph.vertices,) * 2)
+    both = scipy.sparse.csr_array(((ones + ones.T) != 0).astype(np.int8))
+    both.setdiag(0)
+    both.eliminate_zeros()
+    _, part = pymetis.part_graph(parts, xadj=both.indptr.tolist(), adjncy=both.indices.tolist(), vweights=(graph.in_degrees() + 1).tolist())
+    return np.asarray(part, np.int64)
+
+
+def arranged(graph: Graph, parts: int, partition: Any) -> tuple[Graph, np.ndarray, np.ndarray | None]:
+    """(graph to split, split points, order it was relabelled by or None): `partition` is a name, split points, or the part of every vertex."""
+    if isinstance(partition, str) and partition == "metis":
+        partition = by_metis(graph, parts)
+    elif isinstance(partition, str) or len(partition) == parts + 1 or len(partition) != graph.vertices:
+        return graph, split_points(graph, parts, partition), None
+    part = np.asarray(partition)
+    if part.min() < 0 or part.max() >= parts:
+        v = int(np.argmax((part < 0) | (part >= parts)))
+        raise GraphError(f"Vertex {v:,} is given to part {part[v]}, and there are parts 0 to {parts - 1}.")
+    order = np.argsort(part, kind="stable")
+    return graph.relabelled(order), np.concatenate([[0], np.cumsum(np.bincount(part, minlength=parts))]), order
 
 
 def split_points(graph: Graph, parts: int, partition: Any) -> np.ndarray:
@@ -48,7 +83,7 @@ def split_points(graph: Graph, parts: int, partition: Any) -> np.ndarray:
     if isinstance(partition, str):
         if partition not in PARTITIONERS:
             raise GraphError(
-                f"There is no partitioner {partition!r}: use {' or '.join(map(repr, PARTITIONERS))}, or give split points."
+                f"There is no partitioner {partition!r}: use {', '.join(map(repr, PARTITIONERS))} or 'metis', or give split points."
             )
         return PARTITIONERS[partition](graph, parts)
     points = np.asarray(partition)
@@ -60,14 +95,42 @@ def split_points(graph: Graph, parts: int, partition: Any) -> np.ndarray:
     return points.astype(np.int64)
 
 
+SPARE = 0.0625
+"""Share of place left free when a graph is split again, for the times after that."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What every device has place for: rows, edges, and in which turns how many rows of others."""
+
+    rows: int
+    edges: int
+    turns: tuple[tuple[int, int], ...]
+
+    def holds(self, other: Room) -> bool:
+        """Whether parts that need `other` fit in here."""
+        turns = dict(self.turns)
+        return self.rows >= other.rows and self.edges >= other.edges and all(turns.get(k, 0) >= n for k, n in other.turns)
+
+    def wider(self, share: float) -> Room:
+        """With place for so much more."""
+        more = lambda n: int(n * (1 + share))
+        return Room(more(self.rows), more(self.edges), tuple((k, more(n)) for k, n in self.turns))
+
+
 @dataclass(frozen=True)
 class Parts:
-    """What the parts of a graph hold: split points [parts + 1]; vertices, in-edges and fetched rows [parts] of each."""
+    """What the parts of a graph hold: split points [parts + 1]; vertices, in-edges and fetched rows [parts] of each; the place for them.
+
+    `order`: by which the vertices were relabelled first, if they were.
+    """
 
     points: np.ndarray
     vertices: np.ndarray
     edges: np.ndarray
     fetched: np.ndarray
+    room: Room
+    order: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -76,7 +139,7 @@ class Parts:
     @property
     def rows(self) -> int:
         """Rows that every device has place for."""
-        return int(self.vertices.max())
+        return self.room.rows
 
     def stacked(self, table: np.ndarray) -> np.ndarray:
         """[parts, rows, ...]: a table of vertices cut into parts, filled up with zeros."""
@@ -86,18 +149,32 @@ class Parts:
         return out
 
     def joined(self, stacked: np.ndarray) -> np.ndarray:
-        """[vertices, ...]: the way back."""
-        return np.concatenate([stacked[i, : self.vertices[i]] for i in range(self.count)])
+        """[vertices, ...]: the way back, to the user's numbers."""
+        found = np.concatenate([stacked[i, : self.vertices[i]] for i in range(self.count)])
+        if self.order is None:
+            return found
+        out = np.empty_like(found)
+        out[self.order] = found
+        return out
 
 
-def split(graph: Graph, points: np.ndarray) -> tuple[Block, Parts]:
-    """(block of arrays with a first dim of parts, what the parts hold)."""
+def split(graph: Graph, points: np.ndarray, room: Room | None = None) -> tuple[Block, Parts]:
+    """(block of arrays with a first dim of parts, what the parts hold).
+
+    With `room` of an earlier split the arrays have its sizes if the parts fit, so that no step is compiled anew, and some more than needed if not.
+    """
     parts, whole = len(points) - 1, block_of(graph)
     needed = [_needed(graph, points, i) for i in range(parts)]
-    held = Parts(points, np.diff(points), np.diff(graph.offsets[points]), np.array([sum(map(len, n)) for n in needed]))
-    turns = [(k, longest) for k in range(1, parts) if (longest := max(len(needed[i][k]) for i in range(parts)))]
+    vertices, edges = np.diff(points), np.diff(graph.offsets[points])
+    turns = tuple((k, longest) for k in range(1, parts) if (longest := max(len(needed[i][k]) for i in range(parts))))
+    least = Room(int(vertices.max()), int(edges.max()), turns)
+    if room is None:
+        room = least
+    elif not room.holds(least) or room.rows > least.rows * (1 + 2 * SPARE):
+        room = least.wider(SPARE)
+    held = Parts(points, vertices, edges, np.array([sum(map(len, n)) for n in needed]), room)
+    turns, most = room.turns, room.edges
     places = held.rows + sum(longest for _, longest in turns)
-    most = int(held.edges.max())
     blocks = []
     for i in range(parts):
         first, last = points[i], points[i + 1]

@@ -21,7 +21,9 @@ from partita.errors import GraphError, PartitaError
 from partita.execute.devices import at_hand
 from partita.gnn.block import AXIS, Block, block_of
 from partita.gnn.graph import Graph, check
-from partita.gnn.partition import Parts, split, split_points
+from partita.gnn.kernels import stamp
+from partita.gnn.learned import Balance
+from partita.gnn.partition import Parts, Room, arranged, by_vertices, split
 from partita.gnn.spill import Planned
 from partita.units import parse
 
@@ -70,14 +72,15 @@ class FullGraphTraining:
         """Keras's history: loss and metrics of the training mask, and with `val_` of the validation mask, of every epoch.
 
         An epoch is one step. Training values are of the step itself (dropout on, weights before the update), as in Keras.
-        Over several `devices` each has a part of the vertices, cut by `partition`: 'edges', 'vertices', or split points [devices + 1].
+        Over several `devices` each has a part of the vertices, cut by `partition`: 'edges', 'vertices', 'learned' (from measured times, moved
+        between epochs when that pays), 'metis' (needs pymetis), split points [devices + 1], or the part of every vertex [vertices].
         `evaluate` and `predict` then use the same devices. Within a `memory` ("4GiB" or bytes) on one device what does not fit goes to the
         host and comes back, as a plan says that `model.memory` then shows.
         """
         model: Any = self
         model._assert_compile_called("fit")
-        self.__dict__["_split"] = (devices, partition)
         within = self._within(graph, memory, devices)
+        self.__dict__["_split"] = (devices, partition)
         data = self._prepared(graph, "train") if within is None else None
         validates = graph.validation is not None and bool(graph.validation.any())
         model.stop_training = False
@@ -94,12 +97,16 @@ class FullGraphTraining:
             run.on_train_batch_begin(0)
             if observed:
                 state = self._state()
+            step = within.step if within is not None else self._step("train", self._train_step, donate=True)
+            compiled = 0 if within is not None else step._cache_size()
+            stamp.clear()
             began = time.perf_counter()
-            logs, state = jax.block_until_ready(
-                self._step("train", self._train_step, donate=True)(state, data) if within is None else within.step(state, data)
-            )
+            logs, state = jax.block_until_ready(step(state, data))
+            ended = time.perf_counter()
             logs = _numbers(logs)
             self.epoch_seconds.append(time.perf_counter() - began)
+            if self.balance is not None:
+                data = self._rebalanced(graph, data, began, ended, step._cache_size() > compiled, epochs - epoch - 1)
             if observed:
                 self._keep(state)
             run.on_train_batch_end(0, logs)
@@ -127,7 +134,9 @@ class FullGraphTraining:
         _can_learn(graph, "train", self.__dict__.get("classes"))
         model.optimizer.build(model.trainable_variables)
         budget = int(parse(memory, "B")) if isinstance(memory, str) else memory
-        self.__dict__.pop("_kept", None)  # features of an earlier fit
+        for kept in ("_kept", "_balance"):  # of an earlier fit
+            self.__dict__.pop(kept, None)
+        self.__dict__["feature_count"] = graph.feature_count
         data = jax.device_put(replace(_data(graph), x=None))
         within = self.__dict__["memory"] = Planned(model, graph.features, data, self._state(), budget)
         return within
@@ -169,8 +178,14 @@ class FullGraphTraining:
         kept = self.__dict__.get("_kept")
         if kept is None or kept[0] is not graph or kept[1] is not split_as:
             self._checked(graph)
-            kept = graph, split_as, *_placed(graph, *split_as)
-            self.__dict__.update(_kept=kept, feature_count=graph.feature_count, _steps={})
+            learns = split_as[0] > 1 and isinstance(split_as[1], str) and split_as[1] == "learned"
+            if learns:
+                stamp.ready()
+            began = time.perf_counter()
+            kept = graph, split_as, *_placed(graph, *split_as, timed=learns)
+            balance = _balance(graph, kept[3]) if learns and kept[3] is not None else None
+            self.__dict__.update(_kept=kept, feature_count=graph.feature_count, _steps={}, _balance=balance)
+            self.__dict__["_moving"] = [time.perf_counter() - began, 0.0]
         if mask is not None:
             _can_learn(graph, mask, self.__dict__.get("classes"))
         return kept[2]
@@ -191,6 +206,36 @@ class FullGraphTraining:
     def parts(self) -> Parts | None:
         """What each device holds; None on one device or before the first graph."""
         return self.__dict__["_kept"][3] if "_kept" in self.__dict__ else None
+
+    @property
+    def balance(self) -> Balance | None:
+        """What was learnt of the parts' times with partition='learned'; None otherwise."""
+        return self.__dict__.get("_balance")
+
+    def _rebalanced(self, graph: Graph, data: Data, began: float, ended: float, compiled: bool, left: int) -> Data:
+        """The data of the next epoch: learns from the times of this one, and splits the graph anew if that pays in the epochs left."""
+        balance, parts, moving = self.balance, self.parts, self.__dict__["_moving"]
+        assert balance is not None and parts is not None
+        if compiled:  # what it took says what it costs, not how fast a part is
+            moving[1] = ended - began
+            return data
+        seen = np.append(stamp.computed(began, ended, parts.count), moving)
+        if jax.process_count() > 1:  # each has noted the times of its own devices, and all must decide alike
+            from jax.experimental import multihost_utils
+
+            every = np.asarray(multihost_utils.process_allgather(seen.astype(np.float32)), float)
+            seen = np.append(every[:, : parts.count].sum(axis=0), every[:, parts.count :].max(axis=0))
+        balance.measured(seen[: parts.count], parts.rows)
+        points = balance.better(left, float(seen[parts.count :].sum()))
+        if points is None:
+            return data
+        split_as = self.__dict__["_split"]
+        started = time.perf_counter()
+        placed = _placed(graph, split_as[0], points, timed=True, room=parts.room)
+        moving[0] = time.perf_counter() - started
+        self.__dict__["_kept"] = graph, split_as, *placed
+        balance.moved(points)
+        return placed[0]
 
     @property
     def _mesh(self) -> Mesh | None:
@@ -287,7 +332,8 @@ class FullGraphTraining:
 
 
 def trained_facts(model: Any, graph: Graph) -> dict[str, Any]:
-    """What there is to say of a trained model, as JSON has it: loss, accuracy of every mask, seconds, parts, bytes sent an epoch."""
+    """What there is to say of a trained model, as JSON has it: loss, accuracy of every mask, seconds of epochs (median, first, all), parts, bytes sent
+    an epoch, what was learnt of the parts."""
     judged = {
         what: model.evaluate(graph, what, return_dict=True)
         for what in MASKS
@@ -301,10 +347,12 @@ def trained_facts(model: Any, graph: Graph) -> dict[str, Any]:
         "accuracy": {what: logs["accuracy"] for what, logs in judged.items()},
         "epoch_seconds": float(np.median(seconds[1:] or seconds)),
         "first_seconds": seconds[0],
+        "seconds": seconds,
         "parts": [] if parts is None else [
             {"vertices": int(v), "edges": int(e), "fetched": int(f)} for v, e, f in zip(parts.vertices, parts.edges, parts.fetched, strict=True)
         ],
         "traffic": model.traffic(graph) if parts is not None else 0,
+        **({"learned": model.balance.facts()} if model.balance is not None else {}),
     }  # fmt: skip
 
 
@@ -334,22 +382,37 @@ def normalised(graph: Graph) -> Graph:
 
 def _over_parts(values: Any, data: Data) -> Any:
     """The sums of values over all devices."""
-    return jax.lax.psum(values, AXIS) if data.graph.parts > 1 else values
+    if data.graph.parts == 1:
+        return values
+    return data.graph.left(jax.lax.psum(data.graph.entered(values), AXIS))
 
 
 def _mesh(parts: int) -> Mesh:
     return Mesh(np.array(jax.devices()[:parts]), (AXIS,))
 
 
-def _placed(graph: Graph, devices: int, partition: Any) -> tuple[Data, Parts | None]:
+def _placed(
+    graph: Graph, devices: int, partition: Any, timed: bool = False, room: Room | None = None
+) -> tuple[Data, Parts | None]:
     """The graph's data on its devices."""
     at_hand(devices)
     if devices == 1:
         return jax.device_put(_data(graph)), None
-    block, parts = split(graph, split_points(graph, devices, partition))
+    graph, points, order = arranged(graph, devices, partition)
+    block, parts = split(graph, points, room)
+    block = replace(block, timed=timed)
+    if order is not None:
+        parts = replace(parts, order=order)
+        block = replace(block, vertex=parts.stacked(order.astype(np.int32)))
     x, labels, masks = jax.tree.map(parts.stacked, _tables(graph))
     data = Data(x, labels, masks, block)
     return jax.device_put(data, NamedSharding(_mesh(devices), PartitionSpec(AXIS))), parts
+
+
+def _balance(graph: Graph, parts: Parts) -> Balance:
+    """Learning that starts from the parts, and tries equal vertices and what lies half-way."""
+    even = by_vertices(graph, parts.count)
+    return Balance(graph, parts.points, [even, (even + parts.points) // 2])
 
 
 def _data(graph: Graph) -> Data:

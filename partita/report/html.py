@@ -90,7 +90,7 @@ def page(plan: Plan, measured: Mapping[str, Any] | None = None, timeline: Timeli
         _given_up(plan, layers),
         _sources(plan),
     ]
-    return _document(f"{plan.graph} on {plan.machine}", body, timeline is not None)
+    return document(f"{plan.graph} on {plan.machine}", body, timeline is not None)
 
 
 def timeline_page(timeline: Timeline) -> str:
@@ -103,14 +103,14 @@ def timeline_page(timeline: Timeline) -> str:
         "memory a device": format_bytes(timeline.peak_bytes),
         "sent by a device": format_bytes(sum(timeline.traffic.values())),
     }
-    header = tag("header", tag("p", "Partita · ", timeline.graph, class_="kicker"), tag("h1", said), _listed(facts, "facts"))
+    header = tag("header", tag("p", "Partita · ", timeline.graph, class_="kicker"), tag("h1", said), listed(facts, "facts"))
     notes = tag("ul", (tag("li", note) for note in timeline.notes), class_="notes") if timeline.notes else Html("")
     sources = {"time": timeline.source, "model": timeline.graph, "machine": timeline.machine}
-    body = [header, notes, picture.section(timeline), section_of("Where the figures come from", _listed(sources, "sources"))]
-    return _document(f"{timeline.graph} on {timeline.machine}", body, True)
+    body = [header, notes, picture.section(timeline), section_of("Where the figures come from", listed(sources, "sources"))]
+    return document(f"{timeline.graph} on {timeline.machine}", body, True)
 
 
-def _document(title: str, body: Iterable[Html], zooms: bool) -> str:
+def document(title: str, body: Iterable[Html], zooms: bool) -> str:
     """The whole file: what stands in it, its style, and a policy that allows nothing else."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:" + (f"; script-src '{picture.HASH}'" if zooms else "")
     head = tag(
@@ -128,7 +128,7 @@ def _document(title: str, body: Iterable[Html], zooms: bool) -> str:
     return f"<!doctype html>\n{tag('html', head, tag('body', main, script), lang='en')}\n"
 
 
-def _listed(facts: Mapping[str, str | None], class_: str) -> Html:
+def listed(facts: Mapping[str, str | None], class_: str) -> Html:
     return tag("dl", (tag("div", tag("dt", k), tag("dd", v)) for k, v in facts.items() if v), class_=class_)
 
 
@@ -225,7 +225,7 @@ def _facts(plan: Plan) -> Html:
         "work a device": format_flops(p["flops"]) if "flops" in p else None,
         "how sure": _proof(p),
     }
-    return _listed(facts, "facts")
+    return listed(facts, "facts")
 
 
 def _proof(predicted: Mapping[str, Any]) -> str | None:

@@ -8,15 +8,16 @@ where it does not fit the budget is lowered by what was missed and the search ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from partita.cost.memory import memory
 from partita.cost.predict import Prediction
-from partita.errors import MemoryBudgetError
+from partita.errors import MemoryBudgetError, PlanError
 from partita.graph.graph import Graph
 from partita.machine import Machine
 from partita.plan.baselines import BASELINES
@@ -25,12 +26,9 @@ from partita.plan.plan import Mesh, Plan, mesh_for
 from partita.plan.stages import is_staged
 from partita.search.base import Progress, Report, SearchResult
 from partita.search.candidates import names_of
-from partita.search.elimination import eliminate
-from partita.search.mcmc import walk
 from partita.search.network import Network, build, stored_by
 from partita.search.placement import place
-from partita.search.reduce import Reduced, reduce
-from partita.search.simulated import Simulated, relaxed, simulated
+from partita.search.portfolio import SEARCHES, WORTH, Limits, Search, Space
 from partita.search.stages import least_seconds, stage
 from partita.simulate.simulate import predicted
 from partita.simulate.stages import predicted as staged_prediction
@@ -68,27 +66,31 @@ def fits(machine: Machine, prediction: Prediction, excess: float = 1.0) -> bool:
 
 def find(
     graph: Graph, machine: Machine, report: Callable[[Progress], None] | None = None, excess: float = 1.0, seconds: float | None = None,
-    seed: int = 0, stages: bool = False,
+    seed: int = 0, stages: bool = False, search: str = "portfolio",
 ) -> Found:  # fmt: skip
     """The plan of least predicted step time that fits the machine's memory.
 
     Never worse than any baseline by its own measure. Raises MemoryBudgetError, with the smallest need, if nothing fits. `excess`
-    is how many times what is predicted a plan was seen to need. Walks take so many `seconds`, else a number of proposals that makes
-    the same plan of the same `seed`. With `stages`, plans that place operators on parts of the machine, cut the batch into microbatches or
-    recompute are in the space too: they can be simulated, and not yet run.
+    is how many times what is predicted a plan was seen to need. The whole search takes about so many `seconds`, else walks make a number of
+    proposals that finds the same plan for the same `seed`. With `stages`, plans that place operators on parts of the machine, cut the batch into
+    microbatches or recompute are in the space too: they can be simulated, and not yet run. `search` is one of `portfolio.SEARCHES`.
+    Raises PlanError where there is no such search, and where the seconds do not suffice for a look at one plan.
     """
-    found, smallest = _whole(graph, machine, report, excess, seconds, seed)
+    if search not in SEARCHES:
+        raise PlanError(f"There is no search {search!r}: use {', '.join(map(repr, SEARCHES))}.")
+    clock = _Clock(seconds)
+    found, smallest = _whole(graph, machine, report, excess, clock, 0.5 if stages else 1.0, seed, SEARCHES[search])
     if stages and machine.devices > 1:
         limit = int(capacity(machine) / max(1.0, excess))
         most = found.prediction.seconds if smallest is None else np.inf
         bound = min(found.result.bound, least_seconds(found.network.terms, machine, machine.devices))
         terms, best = found.network.terms, None
         if not machine.kinds:
-            staged = stage(graph, machine, mesh_of(machine), terms, limit, most * (1 - WORTH), report, bound, seconds)
+            staged = stage(graph, machine, mesh_of(machine), terms, limit, most * (1 - WORTH), report, bound, clock.share(0.6))
             best = staged and (staged.plan, staged_prediction(staged))
         start = found.plan if found.plan.mesh.axes else found.baselines["one device"][0]
         enough = lambda placed: fits(machine, placed.prediction(), excess)  # noqa: E731
-        placed = place(graph, machine, start, terms, (best[1].seconds if best else most) * (1 - WORTH), enough, report, bound, seconds, seed)
+        placed = place(graph, machine, start, terms, (best[1].seconds if best else most) * (1 - WORTH), enough, report, bound, clock.share(1.0), seed)
         best = (replace(placed.plan, name="found"), replace(placed.prediction(), plan="found")) if placed else best
         found = replace(found, result=replace(found.result, bound=bound))
         if best is not None:
@@ -105,6 +107,27 @@ def find(
     return found
 
 
+@dataclass(frozen=True)
+class _Clock:
+    """The seconds that a search may take, from when it is made."""
+
+    seconds: float | None
+    begun: float = field(default_factory=time.perf_counter)
+
+    def share(self, part: float) -> float | None:
+        """A part of what is left."""
+        return None if self.seconds is None else max(0.0, self.seconds - (time.perf_counter() - self.begun)) * part
+
+    def check(self, graph: Graph, machine: Machine) -> None:
+        """PlanError where the time is up before one plan could be looked at."""
+        taken = time.perf_counter() - self.begun
+        if self.seconds is not None and taken > self.seconds:
+            raise PlanError(
+                f"{format_seconds(self.seconds)} are too short to look at one plan of '{graph.name}' on {machine.name}: its costs alone took "
+                f"{format_seconds(taken)}. Write at least --seconds {math.ceil(taken + 1)}, or leave --seconds away."
+            )
+
+
 HOPELESS = 2.0
 """Where variables and kept activations alone are so many times a device's memory, the peak is not worked out to see that it does not fit."""
 
@@ -115,6 +138,7 @@ class _Baselines(Mapping[str, tuple[Plan, Prediction]]):
     def __init__(self, network: Network, plans: Mapping[str, Plan]) -> None:
         self.network, self.plans = network, plans
         self.states = {name: network.states_of(plan) for name, plan in plans.items()}
+        self.space = Space(network, [states for states in self.states.values() if states is not None])
         self.known: dict[str, Prediction] = {}
 
     def __getitem__(self, name: str) -> tuple[Plan, Prediction]:
@@ -136,11 +160,7 @@ class _Baselines(Mapping[str, tuple[Plan, Prediction]]):
         states = self.states[name]
         if states is None or name in self.known:
             return self[name][1].seconds
-        return self.simulated.seconds(states) if self.network.place.machine.backend.overlap > 0 else self.network.problem.cost(states)
-
-    @cached_property
-    def simulated(self) -> Simulated:
-        return simulated(self.network)
+        return self.space.simulated.seconds(states) if self.space.overlaps else self.network.problem.cost(states)
 
     def fastest(self, limit: int, under: float = np.inf) -> str | None:
         """The fastest that takes less than so many seconds and fits; None if none does."""
@@ -168,23 +188,19 @@ def _elsewhere(found: Found, graph: Graph, machine: Machine, plan: Plan, predict
 
 
 def _whole(
-    graph: Graph, machine: Machine, report: Callable[[Progress], None] | None, excess: float, seconds: float | None, seed: int
+    graph: Graph, machine: Machine, report: Report | None, excess: float, clock: _Clock, part: float, seed: int, search: Search
 ) -> tuple[Found, int | None]:  # fmt: skip
     """The best plan that all devices run at once; if it does not fit, the bytes of the smallest that was found."""
     mesh, limit = mesh_of(machine), int(capacity(machine) / max(1.0, excess))
     plans = {name: make(graph, machine.name, mesh) for name, make in BASELINES.items()}
     network = build(graph, machine, mesh, list(plans.values()))
-    reduced = reduce(network.problem)
+    clock.check(graph, machine)
     baselines = _Baselines(network, plans)
-    starts = [states for states in baselines.states.values() if states is not None]
+    space = baselines.space
     budget = float(limit)
-    result, plan, smallest, course = None, None, None, None
+    result, plan, smallest = None, None, None
     for _ in range(6):
-        result = eliminate(reduced.problem, budget, report)
-        result = replace(result, states=reduced.lift(result.states))
-        if machine.backend.overlap > 0 and result.feasible and not result.stopped:
-            course = course or _Course(baselines.simulated, reduce(relaxed(network)))
-            result = course.walk(result, starts, budget, seconds, seed, report)
+        result = search(space, Limits(budget, clock.share(part), seed, report))
         plan = network.plan(result.states)
         peak = memory(graph, mesh, layout(graph, plan), machine.backend).peak
         smallest = peak if smallest is None else min(smallest, peak)
@@ -204,33 +220,6 @@ def _whole(
     notes = (*plan.notes, *_notes(graph, prediction, baselines, result))
     plan = replace(plan, notes=notes, predicted=_predicted(prediction, result))
     return Found(plan, prediction, result, network, baselines), unfit
-
-
-PROPOSALS = 1 << 27
-"""Proposals of a walk times tasks of the step, unless seconds are given: a second or two."""
-WORTH = 0.01
-"""What a walk must gain over the exact plan, which is the more regular one: less than predictions can tell apart is not worth it."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Course:
-    """What walks on the simulator need of a network: the simulation, and an additive problem below it."""
-
-    simulated: Simulated
-    below: Reduced
-
-    def walk(
-        self, exact: SearchResult, starts: Sequence[Sequence[int]], budget: float, seconds: float | None, seed: int, report: Report | None
-    ) -> SearchResult:  # fmt: skip
-        """The best states that walks find, with a bound on the simulated step of any."""
-        least = eliminate(self.below.problem, budget)
-        most = None if seconds is not None else max(20_000, PROPOSALS // self.simulated.tasks.count)
-        starts = [exact.states, self.below.lift(least.states), *starts]
-        found, _ = walk(self.simulated, starts, budget, least.bound, np.inf if seconds is None else seconds, seed, report, most)
-        plain = self.simulated.seconds(exact.states)
-        if plain <= found.seconds * (1 + WORTH):
-            found = replace(found, states=exact.states, seconds=plain, nbytes=exact.nbytes)
-        return replace(found, history=(*exact.history, *found.history))
 
 
 def _one_device(

@@ -59,14 +59,14 @@ def stage(
 ) -> Staged | None:  # fmt: skip
     """The fastest staged plan found within `seconds` that takes less than `most` and fits `limit` bytes a device; None if there is none.
 
-    The number of stages and microbatches that is being looked at when the time is up is looked at to the end. Ctrl-C ends with the best so far.
+    Where no plan at all is known to fit (`most` is infinite), it is looked for until one is found. The number of stages and microbatches that is being looked at when the time is up is looked at to the end. Ctrl-C ends with the best so far.
     """
     until, best = time.perf_counter() + (SECONDS if seconds is None else seconds), None
     narrow = _narrow(graph, terms)
     networks: dict[tuple[int, int], Network] = {}
     try:
         for shape in _shapes(graph, mesh):
-            if time.perf_counter() > until:
+            if time.perf_counter() > until and (best is not None or math.isfinite(most)):
                 break
             key = (shape.axes, shape.microbatches)
             if key not in networks:

@@ -14,7 +14,8 @@ from partita.errors import PartitaError
 from partita.graph.graph import Graph
 from partita.machine import load
 from partita.plan.baselines import data_parallel
-from partita.search.find import WORTH, mesh_of
+from partita.search.find import mesh_of
+from partita.search.portfolio import WORTH
 from partita.simulate.simulate import simulate
 
 COUNTS = {

@@ -9,7 +9,7 @@ from jax.extend.mlir import ir
 from keras import layers
 
 import partita
-from partita.api import capture, predicted, search
+from partita.api import capture, predicted, searched
 from partita.capture import stablehlo
 from partita.errors import PlanError
 from partita.execute import operators
@@ -52,7 +52,7 @@ def test_a_part_is_what_one_device_computes(captured):
 
 def test_every_operator_of_every_plan_is_measured_and_said_to_be(captured):
     machine = detect(2)
-    result = search(captured, machine, measure=True)
+    result = searched(captured, machine, measure=True)
     assert {o.name for o in result.prediction.operators if o.source != "measured"} == set()
     assert "100% measured operator by operator" in result.plan.predicted["provenance"]["seconds"]
     assert predicted(captured.graph, machine, result.plan).operators[0].source == "roofline"

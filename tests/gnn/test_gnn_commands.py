@@ -112,6 +112,23 @@ def test_train_says_accuracy_time_parts_and_traffic(tmp_path: Path) -> None:
     assert f"loss {found['loss']:.4f}" in plain.stdout and "part 1: " in plain.stdout and "traffic: " in plain.stdout
 
 
+def test_partitioners_are_compared_in_a_table_a_page_and_json(tmp_path: Path) -> None:
+    gnn(*RMAT, "-o", tmp_path / "g.lux")
+    done = gnn("partition", tmp_path / "g.lux", "--devices", "3", "--json", "--report", tmp_path / "parts.html")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    slowest = {name: one["largest_seconds"] for name, one in found["partitioners"].items()}
+    assert {"vertices", "edges", "learned"} <= set(slowest) and slowest["learned"] <= min(slowest["vertices"], slowest["edges"]) * 1.001
+    for one in found["partitioners"].values():
+        assert sum(part["edges"] for part in one["parts"]) == 3000 and one["bytes"] == one["fetched"] * 64 * 4 * 2
+    page = (tmp_path / "parts.html").read_text()
+    assert page.count("device 2: ") >= 3 and "http" not in page.replace("http-equiv", "") and f"{found['error']:.1%} off" in page
+    shown = gnn("partition", tmp_path / "g.lux", "--devices", "3").stdout
+    assert "equal edges" in shown and "Nothing was measured in training" in shown
+    done = gnn("partition", tmp_path / "g.lux", "--report", "parts.pdf")
+    assert done.exit_code == 2 and "A report is an .html file, and 'parts.pdf' is none: call it 'parts.html'." in done.stderr
+
+
 def test_slips_in_training_are_one_sentence(tmp_path: Path) -> None:
     gnn("generate", "rmat", "--scale", "5", "--edges", "100", "-o", tmp_path / "bare.lux")
     for arguments, sentence in (

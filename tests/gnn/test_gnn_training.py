@@ -12,7 +12,7 @@ import pytest
 import partita.gnn as gnn
 from partita.errors import GraphError, MachineError
 from partita.gnn import models
-from partita.gnn.partition import by_edges, by_vertices, split, split_points
+from partita.gnn.partition import arranged, by_edges, by_vertices, split, split_points
 
 
 def drawn(vertices: int = 23, edges: int = 60, weights: bool = False) -> gnn.Graph:
@@ -36,8 +36,8 @@ def trained(make: Callable[..., Any], graph: gnn.Graph, **how: Any) -> tuple[Any
 
 
 MODELS = {**models.MODELS, "sage-max": lambda **named: models.SAGE(aggregation="max", **named)}
-WAYS = [(3, "vertices"), (4, [0, 0, 20, 20, 23])]
-"""Parts and how they are cut; the last has two empty parts."""
+WAYS = [(3, np.arange(23) * 7 % 23 % 3), (4, [0, 0, 20, 20, 23])]
+"""Parts and how they are cut: by a part for every vertex, as METIS gives them, and by split points with two empty parts."""
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -49,6 +49,7 @@ def test_split_training_gives_the_numbers_of_one_device(name: str) -> None:
         model, found = trained(MODELS[name], graph, devices=devices, partition=partition)
         for what, values in history.items():
             np.testing.assert_allclose(found[what], values, rtol=2e-4, atol=1e-5, err_msg=f"{what}, {devices} by {partition}")
+        np.testing.assert_allclose(model.predict(graph), alone.predict(graph), rtol=1e-2, atol=1e-3)
         for mine, theirs in zip(model.get_weights(), alone.get_weights(), strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=1e-2, atol=1e-3)
 
@@ -154,8 +155,10 @@ def test_what_cannot_be_learnt_is_one_sentence(broken: dict[str, Any], sentence:
 
 
 def test_bad_splits_are_one_sentence() -> None:
-    with pytest.raises(GraphError, match="There is no partitioner 'metis': use 'vertices' or 'edges', or give split points"):
-        split_points(drawn(), 2, "metis")
+    with pytest.raises(GraphError, match="There is no partitioner 'fair': use 'vertices', 'edges', 'learned' or 'metis', or give split"):
+        split_points(drawn(), 2, "fair")
+    with pytest.raises(GraphError, match="Vertex 22 is given to part 2, and there are parts 0 to 1"):
+        arranged(drawn(), 2, [0] * 22 + [2])
     with pytest.raises(
         GraphError,
         match=r"The split points \[0, 30\] do not cut 23 vertices into 1 parts: give 2 numbers that rise from 0 to 23",

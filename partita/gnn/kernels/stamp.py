@@ -1,0 +1,119 @@
+"""When devices enter and leave their exchanges, so that the seconds that each computes for can be told from those that it waits.
+
+`enter(values)` and `leave(values)` give the values back, and note the time at which they were there; backward, leaving is entering. What
+is noted hangs on the data: the first numbers of the values go into the stamp, and its result, a zero that XLA cannot know, is added to
+them, so that nothing moves past it. The price is one addition an exchanged number. Times are this process's own, by device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numba import cfunc, types
+
+from partita.errors import MachineError
+from partita.gnn.kernels import bridge
+from partita.gnn.kernels.bridge import ARGUMENTS, RESULTS, asked, buffer, carray, floats, ints
+
+MOST, DEVICES = 4096, 1024
+"""Stamps of a step that a device can keep, and devices."""
+_noted = np.zeros((DEVICES, MOST + 1), np.int64)
+"""Of each device: how many, then nanoseconds, the last bit telling entering (1) from leaving (0)."""
+
+
+@functools.cache
+def ready() -> None:
+    """Registers the stamp: MachineError where there is none."""
+
+    def register() -> None:
+        clock = ctypes.CDLL(None).clock_gettime
+        clock.argtypes, clock.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_int
+        # addresses of this process: never kept on disk
+        address, version, words, which, most = _noted.ctypes.data, bridge.version(), MOST + 1, time.CLOCK_MONOTONIC, MOST
+
+        def stamp(frame):  # type: ignore[no-untyped-def]
+            if asked(frame, version):
+                return 0
+            floats(buffer(frame, RESULTS, 0))[0] = np.float32(0)
+            about = ints(buffer(frame, ARGUMENTS, 0))
+            mine = carray(bridge._words(address), (1024 * words,))
+            now = np.empty(2, np.int64)
+            clock(which, now.ctypes.data)
+            at = about[0] * words
+            if mine[at] < most:
+                mine[at] += 1
+                mine[at + mine[at]] = (now[0] * 1_000_000_000 + now[1]) // 2 * 2 + about[1]
+            return 0
+
+        handler = cfunc(types.int64(types.int64))(stamp)
+        bridge._kept.append(handler)
+        jax.ffi.register_ffi_target("partita_gnn_stamp", bridge._new_capsule(handler.address, None, None), platform="cpu")
+
+    if not bridge.works(register, "time stamp"):
+        raise MachineError(
+            "Times of parts cannot be measured on this machine, which the partitioner 'learned' needs: use partition='edges'."
+        )
+
+
+def _stamped(values: Any, device: Any, kind: int) -> Any:
+    leaves = [x for x in jax.tree.leaves(values) if x.size]
+    if not leaves:
+        return values
+    first = jnp.stack([x[(0,) * x.ndim].astype(jnp.float32) for x in leaves])
+    about = jnp.stack([jnp.asarray(device, jnp.int32), jnp.int32(kind)])
+    zero = jax.ffi.ffi_call("partita_gnn_stamp", jax.ShapeDtypeStruct((1,), jnp.float32))(about, first)[0]
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), values)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _tied(values: Any, device: Any, kind: int) -> Any:
+    return _stamped(values, device, kind)
+
+
+_tied.defvjp(
+    lambda values, device, kind: (_stamped(values, device, kind), device),
+    lambda kind, device, dy: (_stamped(dy, device, 1 - kind), None),
+)
+
+
+def enter(values: Any, device: Any) -> Any:
+    """Arrays, when they are all ready to be sent; `device`: its number, int32."""
+    return _tied(values, device, 1)
+
+
+def leave(values: Any, device: Any) -> Any:
+    """Arrays, when they have all come."""
+    return _tied(values, device, 0)
+
+
+def clear() -> None:
+    """Forgets what was noted, before a step."""
+    _noted[:, 0] = 0
+
+
+def computed(began: float, ended: float, devices: int) -> np.ndarray:
+    """float64 [devices]: seconds of a step (its `time.perf_counter` before and after) that each device was in no exchange; 0 where none is noted."""
+    shift = time.clock_gettime_ns(time.CLOCK_MONOTONIC) - time.perf_counter_ns()
+    first, last = (int(t * 1e9) + shift for t in (began, ended))
+    return np.array([_outside(_noted[d, 1 : _noted[d, 0] + 1], first, last) for d in range(devices)])
+
+
+def _outside(events: np.ndarray, first: int, last: int) -> float:
+    """Seconds between first and last outside all exchanges, which may overlap.
+
+    >>> _outside(np.array([100 + 1, 300, 400 + 1, 900]), 0, 1000) * 1e9
+    300.0
+    """
+    if not len(events):
+        return 0.0
+    events = np.sort(events)
+    times, steps = events & ~np.int64(1), np.where(events & 1, 1, -1)
+    depth = np.concatenate([[0], np.cumsum(steps)])
+    ends = np.concatenate([[first], times, [last]])
+    return float(np.diff(ends)[depth <= 0].sum()) / 1e9

@@ -1,0 +1,323 @@
+"""What a part of a graph costs, learnt from measured times, and the split points that make the slowest device least slow.
+
+The time of a device is linear in a few sums over its part: of vertices, edges, and what says how well rows are found in the cache (`NAMES`).
+`prefix_sums` makes the sums of any contiguous range a subtraction. `Learner` fits the coefficients, none negative, together with a factor for
+every device, so that one that is slow gets less. `best_points` finds the split points.
+
+Source: Jia et al., "Improving the Accuracy, Scalability, and Performance of Graph Neural Networks with Roc", MLSys 2020, section 4. The
+factor of a device and the rows that all devices have place for are added here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit
+from scipy.optimize import nnls
+
+from partita.gnn.graph import Graph
+
+NAMES = ("rows", "vertices", "edges", "runs", "ranges", "cold")
+"""What the time of a part is made of: rows that every device has place for (those of the largest part, which dense layers compute on every
+device); vertices; in-edges; maximal runs of in-neighbours with consecutive numbers; ranges of `RANGE` vertices that a vertex's in-edges begin in,
+in their order; in-edges that begin at a vertex outside the `HOT` most read."""
+RANGE, HOT = 64, 16384
+FORGET = 0.98
+"""What an epoch's measurements weigh after one more epoch."""
+KEPT = 64
+"""Epochs whose measurements are kept."""
+ROUNDS = 8
+"""Turns of the fit between coefficients and devices."""
+ALIKE = 0.002
+"""Pull of a device's factor to 1, beside its measurements: devices are alike where parts alone explain the times."""
+OUTLIER = 3.0
+"""Residuals beyond so many typical ones weigh less, as in Huber's estimator."""
+
+
+@njit(nogil=True, cache=True)
+def _add_up(offsets, sources, hot, span, out):
+    for v in range(len(offsets) - 1):
+        runs, ranges, cold = 0, 0, 0
+        last, place = np.int64(-2), np.int64(-1)
+        for e in range(offsets[v], offsets[v + 1]):
+            source = np.int64(sources[e])
+            runs += source != last + 1 and source != last
+            ranges += source // span != place
+            cold += not hot[source]
+            last, place = source, source // span
+        out[v + 1, 0] = out[v, 0] + 1
+        out[v + 1, 1] = out[v, 1] + offsets[v + 1] - offsets[v]
+        out[v + 1, 2] = out[v, 2] + runs
+        out[v + 1, 3] = out[v, 3] + ranges
+        out[v + 1, 4] = out[v, 4] + cold
+
+
+def prefix_sums(graph: Graph) -> np.ndarray:
+    """float64 [vertices + 1, 5]: the sums of all features but `rows` over the vertices before each.
+
+    >>> prefix_sums(Graph.from_edges([0, 1, 3], [1, 1, 1], 4))[-1].tolist()
+    [4.0, 3.0, 2.0, 1.0, 0.0]
+    """
+    hot = np.ones(graph.vertices, np.bool_)
+    if graph.vertices > HOT:
+        hot[np.argpartition(graph.out_degrees(), graph.vertices - HOT)[: graph.vertices - HOT]] = False
+    out = np.zeros((graph.vertices + 1, len(NAMES) - 1))
+    _add_up(graph.offsets, graph.sources, hot, RANGE, out)
+    return out
+
+
+def features_of(sums: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """float64 [parts, 6]: the features of every part."""
+    own = np.diff(sums[points], axis=0)
+    return np.column_stack([np.full(len(own), np.diff(points).max()), own])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """seconds of device d = slowness[d] x (weights . features of its part)."""
+
+    weights: np.ndarray
+    slowness: np.ndarray
+
+    def seconds(self, sums: np.ndarray, points: np.ndarray) -> np.ndarray:
+        """float64 [parts]: what each device is predicted to compute for."""
+        return self.slowness * (features_of(sums, points) @ self.weights)
+
+
+def best_points(sums: np.ndarray, cost: Cost) -> np.ndarray:
+    """int64 [devices + 1]: split points of the least greatest predicted seconds.
+
+    For a given number of rows that every device has place for, the least time by which a sweep that gives every device as much as it can do
+    gets to the end is found by halving, each sweep O(devices log vertices). Numbers of rows are tried from the fewest possible upwards.
+    """
+    vertices, devices = len(sums) - 1, len(cost.slowness)
+    before = sums @ cost.weights[1:]
+    least = -(-vertices // devices)
+    tried = [vertices]
+    if cost.weights[0] > 0:  # otherwise more room costs nothing
+        tried += sorted({min(vertices, int(np.ceil(least * vertices ** (k / 24) / least ** (k / 24)))) for k in range(24)})
+    return min((_sweeps(before, cost, rows) for rows in tried), key=lambda points: cost.seconds(sums, points).max())
+
+
+def _sweeps(before: np.ndarray, cost: Cost, rows: int) -> np.ndarray:
+    """The split points of the least greatest seconds among those of at most so many vertices a part."""
+    constant, low = cost.weights[0] * rows, 0.0
+    high = float(cost.slowness.max() * (before[-1] + constant))
+    found = _sweep(before, high * (1 + 1e-9) / cost.slowness - constant, rows)
+    for _ in range(64):
+        middle = (low + high) / 2
+        points = _sweep(before, middle / cost.slowness - constant, rows)
+        if points[-1] == len(before) - 1:
+            high, found = middle, points
+        else:
+            low = middle
+        if high - low <= 1e-12 * high:
+            break
+    found[-1] = len(before) - 1
+    return found
+
+
+def _sweep(before: np.ndarray, budgets: np.ndarray, rows: int) -> np.ndarray:
+    points = np.zeros(len(budgets) + 1, np.int64)
+    for d, budget in enumerate(budgets):
+        at = points[d]
+        last = np.searchsorted(before, before[at] + budget, side="right") - 1 if budget >= 0 else at
+        points[d + 1] = max(at, min(last, at + rows, len(before) - 1))
+    return points
+
+
+class Learner:
+    """Measured seconds in, a `Cost` out. `error` says how far its predictions were from what came next."""
+
+    def __init__(self, devices: int) -> None:
+        self.devices = devices
+        self._seen: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._errors: list[float] = []
+        self.cost: Cost | None = None
+
+    def add(self, features: np.ndarray, seconds: np.ndarray, devices: np.ndarray | None = None) -> Cost:
+        """The cost after what was measured: features [n, 6], seconds [n], by which device [n] (one after the other if None)."""
+        devices = np.arange(len(seconds)) if devices is None else devices
+        if self.cost is not None:
+            off = np.abs(self.cost.slowness[devices] * (features @ self.cost.weights) / np.maximum(seconds, 1e-12) - 1)
+            self._errors = [*self._errors[1 - KEPT :], float(np.median(off))]
+        self._seen = [*self._seen[1 - KEPT :], (features, np.asarray(seconds, float), devices)]
+        self.cost = self._fitted()
+        return self.cost
+
+    @property
+    def error(self) -> float | None:
+        """The median relative error of predictions made before what they predicted was measured; None before there was one."""
+        return float(np.median(self._errors[-8:])) if self._errors else None
+
+    def _fitted(self) -> Cost:
+        """Least squares, in turn over the coefficients (with a pull to 'it is all edges' that ends when parts have varied) and the devices."""
+        features = np.concatenate([f for f, _, _ in self._seen])
+        seconds = np.concatenate([s for _, s, _ in self._seen])
+        device = np.concatenate([d for _, _, d in self._seen])
+        age = np.concatenate([np.full(len(s), len(self._seen) - 1 - i) for i, (_, s, _) in enumerate(self._seen)])
+        trust, unit = FORGET**age, max(seconds.mean(), 1e-12)
+        scale = np.where(features.mean(axis=0) > 0, features.mean(axis=0), 1)
+        x, y = features / scale, seconds / unit
+        varied = len(np.unique(np.round(x, 3), axis=0)) / self.devices
+        pull, toward = 0.1 / varied**2, np.zeros(x.shape[1])
+        toward[NAMES.index("edges")] = y.mean()
+        slowness, weights = (np.ones(self.devices) if self.cost is None else self.cost.slowness), toward
+        for _ in range(ROUNDS):
+            root = np.sqrt(trust)
+            rows = (root * slowness[device])[:, None] * x
+            square, right = rows.T @ rows + pull * np.eye(x.shape[1]), rows.T @ (root * y) + pull * toward
+            lower = np.linalg.cholesky(square + 1e-12 * np.trace(square) * np.eye(x.shape[1]))
+            weights, _ = nnls(lower.T, np.linalg.solve(lower, right))  # the same minimum, of 6 rows
+            plain = x @ weights
+            tie = ALIKE * np.bincount(device, trust, self.devices) * (plain**2).mean() + 1e-12
+            slowness = (np.bincount(device, trust * plain * y, self.devices) + tie) / (
+                np.bincount(device, trust * plain**2, self.devices) + tie
+            )
+            slowness = np.maximum(slowness, 1e-3) / np.exp(np.log(np.maximum(slowness, 1e-3)).mean())
+            left = np.abs(y - slowness[device] * plain)
+            usual = OUTLIER * max(1.4826 * float(np.median(left)), 1e-9)
+            trust = FORGET**age * np.minimum(1, usual / np.maximum(left, 1e-12))
+        return Cost(weights * unit / scale, slowness)
+
+
+# ------------------------------------------------------------------------------------------------------------ nothing measured
+
+RANGES = 48
+"""Ranges of vertices that a calibration times."""
+
+
+def calibrated(
+    graph: Graph, sums: np.ndarray, width: int, report: Callable[..., Any] | None = None
+) -> tuple[np.ndarray, float]:
+    """(weights [6], relative error): sums over the in-edges of random contiguous ranges, timed on this machine by one core.
+
+    The error is the median one of ranges that the fit had not seen. `width`: features of a vertex. Sums of a layer alone: not of dense layers.
+    """
+    import time
+
+    from partita.gnn.kernels.total import _plain_rows
+
+    random = np.random.default_rng(0)
+    offsets, ids = graph.offsets.astype(np.int32), np.asarray(graph.sources).astype(np.int32, copy=False)
+    x, out = np.ones((graph.vertices, width), np.float32), np.zeros((graph.vertices, width), np.float32)
+    _plain_rows(0, min(graph.vertices, 1), offsets, ids, x, out)
+    features, seconds = [], []
+    for i in range(RANGES):
+        # ranges of equal edges, of equal vertices and in between: hubs alone, and many vertices with few edges
+        length = random.uniform(0.02, 0.2)
+        first = random.uniform(0, 1 - length)
+        if i % 2:
+            a, b = (np.array([first, first + length]) * graph.vertices).astype(int)
+        else:
+            a, b = np.searchsorted(graph.offsets[:-1], np.array([first, first + length]) * graph.edges)
+        b = min(graph.vertices, max(b, a + 1))
+        a = min(a, b - 1)
+        took = []
+        for _ in range(3):
+            began = time.perf_counter()
+            _plain_rows(a, b, offsets, ids, x, out)
+            took.append(time.perf_counter() - began)
+        features.append(np.append(0.0, sums[b] - sums[a]))
+        seconds.append(min(took))
+        if report is not None:
+            report("timing ranges", i + 1, RANGES)
+    features, seconds, half = np.array(features), np.array(seconds), RANGES // 2
+    learner, one = Learner(1), np.zeros(RANGES, int)
+    for part in (slice(half), slice(half, None)):
+        cost = learner.add(features[part], seconds[part], one[part])
+    return cost.weights, learner.error or 0.0  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+@njit(nogil=True, cache=True)
+def _others(offsets, sources, points, seen, out):
+    for i in range(len(out)):
+        for e in range(offsets[points[i]], offsets[points[i + 1]]):
+            source = sources[e]
+            if (source < points[i] or source >= points[i + 1]) and seen[source] != i:
+                seen[source] = i
+                out[i] += 1
+
+
+def fetched_rows(graph: Graph, points: np.ndarray) -> np.ndarray:
+    """int64 [parts]: rows of other parts that the edges of each begin at.
+
+    >>> fetched_rows(Graph.from_edges([2, 2, 3, 0], [0, 1, 1, 0], 4), np.array([0, 2, 4])).tolist()
+    [2, 0]
+    """
+    out = np.zeros(len(points) - 1, np.int64)
+    _others(graph.offsets, graph.sources, points, np.full(graph.vertices, -1, np.int32), out)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------- in training
+
+LEAST = 0.02
+"""Share of an epoch that another split must save at least."""
+
+
+ENOUGH = 3
+"""Epochs that a split is measured for at least."""
+TRIED = 0.25
+"""Share of the time left that must be worth more than a move for a split to be tried only to learn from it."""
+
+
+class Balance:
+    """The learnt split of a graph in training: measured seconds of every epoch in, new split points out when they pay.
+
+    Times of one split alone cannot tell what they are made of, so `trials`, other split points, are measured first if training is long enough.
+    A split that was measured to be better than what was predicted is taken again.
+    """
+
+    def __init__(self, graph: Graph, points: np.ndarray, trials: Sequence[np.ndarray] = ()) -> None:
+        self.sums, self.points, self.trials = prefix_sums(graph), points, list(trials)
+        self.learner = Learner(len(points) - 1)
+        self.moves: list[list[int]] = []
+        self._epochs = 0
+        self._slowest: dict[tuple[int, ...], list[float]] = {}
+
+    def measured(self, seconds: np.ndarray, rows: int) -> None:
+        """Takes the computing seconds of every device in an epoch; `rows`: those it has place for."""
+        features = features_of(self.sums, self.points)
+        features[:, 0] = rows
+        self.learner.add(features, seconds)
+        self._slowest.setdefault(tuple(self.points.tolist()), []).append(float(seconds.max()))
+        self._epochs += 1
+
+    def better(self, epochs: int, cost: float) -> np.ndarray | None:
+        """Split points that save more than `cost` seconds in the `epochs` that are left; None if there are none, or too little was seen yet."""
+        learnt = self.learner.cost
+        if learnt is None or self._epochs < ENOUGH:
+            return None
+        was = {points: float(np.median(seconds[-KEPT:])) for points, seconds in self._slowest.items()}
+        now = was[tuple(self.points.tolist())]
+        if self.trials:
+            points = self.trials.pop(0)
+            if TRIED * now * epochs > cost and tuple(points.tolist()) not in was:
+                return points
+            self.trials.clear()
+        points = best_points(self.sums, learnt)
+        key, then = min(was.items(), key=lambda item: item[1])
+        guess, here = (learnt.seconds(self.sums, p).max() for p in (points, self.points))
+        if tuple(points.tolist()) not in was and guess < (1 - LEAST) * here and guess < (1 - LEAST) * then:
+            key, then = tuple(points.tolist()), guess
+        sure = max(LEAST, min(self.learner.error or 0.0, 0.2) / 2)  # or noise would be followed
+        return np.array(key, np.int64) if then < (1 - sure) * now and (now - then) * epochs > cost else None
+
+    def moved(self, points: np.ndarray) -> None:
+        """Goes on with other split points."""
+        self.points, self._epochs = points, 0
+        self.moves.append([int(p) for p in points])
+
+    def facts(self) -> dict[str, Any]:
+        """What was learnt, as JSON has it: moves, predicted seconds, slowness of the devices (1: the middle one), error of predictions."""
+        cost = self.learner.cost
+        found: dict[str, Any] = {"moves": len(self.moves), "points": [int(p) for p in self.points], "error": self.learner.error}
+        if cost is not None:
+            middle = float(np.median(cost.slowness))
+            found |= {"seconds": cost.seconds(self.sums, self.points).tolist(), "slowness": (cost.slowness / middle).tolist(),
+                      "weights": dict(zip(NAMES, (cost.weights * middle).tolist(), strict=True))}  # fmt: skip
+        return found

@@ -1,0 +1,137 @@
+"""The searches behind one form: each takes a `Space` and `Limits` and returns a SearchResult whose seconds are those of the simulated step.
+
+    elimination  the least sum, exactly; where collectives hide behind kernels the best step may be another
+    mcmc         walks from the baselines alone, as FlexFlow walks
+    exhaustive   the shortest step, proved; as long as it takes
+    portfolio    elimination, walks from what it found and from all baselines, and a proof where the space is small
+
+A bound holds for every plan of the space, whichever search states it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from partita.search.base import Report, SearchResult
+from partita.search.elimination import eliminate
+from partita.search.exhaustive import prove
+from partita.search.mcmc import walk
+from partita.search.network import Network
+from partita.search.reduce import Reduced, reduce
+from partita.search.simulated import Simulated, relaxed, simulated
+
+PROPOSALS = 1 << 27
+"""Proposals of a walk times tasks of the step, unless seconds are given: a second or two."""
+WORTH = 0.01
+"""What a walk must gain over the exact plan, which is the more regular one: less than predictions can tell apart is not worth it."""
+SMALL = 24
+"""Operators of a network for which the portfolio tries a proof."""
+NODES = 3_000_000
+"""Choices that such a proof may make: a second or two."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a search may use: bytes of a device, seconds (None: a fixed number of proposals), and what its random numbers begin with."""
+
+    budget: float = np.inf
+    seconds: float | None = None
+    seed: int = 0
+    report: Report | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """A cost network with what searches need of it, made when it is first asked for. `baselines` are states to begin walks from."""
+
+    network: Network
+    baselines: Sequence[Sequence[int]]
+
+    @cached_property
+    def reduced(self) -> Reduced:
+        return reduce(self.network.problem)
+
+    @cached_property
+    def simulated(self) -> Simulated:
+        return simulated(self.network)
+
+    @cached_property
+    def below(self) -> Reduced:
+        """An additive problem whose optimum no simulated step is shorter than."""
+        return reduce(relaxed(self.network))
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step may be shorter than the sum of its parts."""
+        return self.network.place.machine.backend.overlap > 0
+
+    def least_sum(self, limits: Limits) -> SearchResult:
+        """The least sum; its seconds are the sum."""
+        result = eliminate(self.reduced.problem, limits.budget, limits.report)
+        return replace(result, states=self.reduced.lift(result.states))
+
+    def least(self, limits: Limits) -> tuple[SearchResult, tuple[int, ...]]:
+        """(least sum; what is least below all steps). The result's seconds are the step's, and its bound that of every step."""
+        exact = self.least_sum(limits)
+        if not self.overlaps or not exact.feasible or exact.stopped:
+            return exact, exact.states
+        below = eliminate(self.below.problem, limits.budget)
+        seconds = self.simulated.seconds(exact.states)
+        return replace(exact, seconds=seconds, bound=min(below.bound, seconds)), self.below.lift(below.states)
+
+
+Search = Callable[[Space, Limits], SearchResult]
+
+
+def elimination(space: Space, limits: Limits) -> SearchResult:
+    """The least sum of a plan's parts, exactly."""
+    return space.least(limits)[0]
+
+
+def mcmc(space: Space, limits: Limits) -> SearchResult:
+    """Walks on the simulator from those baselines that fit; where none does, from the least sum."""
+    exact, _ = space.least(limits)
+    if not exact.feasible or exact.stopped:
+        return exact
+    starts = [s for s in space.baselines if space.simulated.held(s) <= limits.budget] or [exact.states]
+    return _walked(space, limits, starts, exact.bound)
+
+
+def exhaustive(space: Space, limits: Limits) -> SearchResult:
+    """The shortest step, proved; where the seconds run out, the best so far."""
+    exact, _ = space.least(limits)
+    if not exact.feasible or exact.stopped:
+        return exact
+    found = _walked(space, replace(limits, seconds=None), [exact.states, *space.baselines], exact.bound)
+    seconds = np.inf if limits.seconds is None else limits.seconds
+    return prove(space.simulated, relaxed(space.network), found.states, limits.budget, seconds, report=limits.report)
+
+
+def portfolio(space: Space, limits: Limits) -> SearchResult:
+    """The least sum, then walks from it and from all baselines, then a proof where the space is small."""
+    begun = time.perf_counter()
+    exact, below = space.least(limits)
+    if not space.overlaps or not exact.feasible or exact.stopped:
+        return exact
+    found = _walked(space, limits, [exact.states, below, *space.baselines], exact.bound)
+    over = limits.seconds is not None and time.perf_counter() - begun > limits.seconds
+    if found.gap > 0 and len(space.network.states) <= SMALL and not found.stopped and not over:
+        proved = prove(space.simulated, relaxed(space.network), found.states, limits.budget, nodes=NODES, report=limits.report)
+        found = replace(proved, history=(*found.history, *proved.history), stopped=False)
+    if exact.seconds <= found.seconds * (1 + WORTH):
+        found = replace(found, states=exact.states, seconds=exact.seconds, nbytes=exact.nbytes)
+    return replace(found, history=(*exact.history, *found.history))
+
+
+def _walked(space: Space, limits: Limits, starts: Sequence[Sequence[int]], bound: float) -> SearchResult:
+    problem, seconds = space.simulated, limits.seconds
+    most = None if seconds is not None else max(20_000, PROPOSALS // max(1, problem.tasks.count))
+    return walk(problem, starts, limits.budget, bound, np.inf if seconds is None else seconds, limits.seed, limits.report, most)[0]
+
+
+SEARCHES: Mapping[str, Search] = {"portfolio": portfolio, "elimination": elimination, "mcmc": mcmc, "exhaustive": exhaustive}

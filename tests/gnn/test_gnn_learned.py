@@ -1,0 +1,163 @@
+"""The learnt partitioner: it recovers what made synthetic times, splits as well as can be, and training with it gives one device's numbers."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import partita.gnn as gnn
+from partita.errors import GraphError
+from partita.gnn import learned, models
+from partita.gnn.kernels import stamp
+from partita.gnn.learned import Balance, Cost, Learner, best_points, features_of, fetched_rows, prefix_sums
+from partita.gnn.partition import arranged, by_edges, by_metis, split
+
+
+def skewed(vertices: int = 600, edges: int = 6000) -> gnn.Graph:
+    """A graph whose first vertices have most in-edges, and whose last read the first more often."""
+    random = np.random.default_rng(0)
+    target = (random.random(edges) ** 3 * vertices).astype(int)
+    source = (random.random(edges) ** 2 * vertices).astype(int)
+    return gnn.Graph.from_edges(
+        source, target, vertices, features=random.standard_normal((vertices, 6)), labels=random.integers(0, 3, vertices),
+        train=random.random(vertices) < 0.5,
+    )  # fmt: skip
+
+
+def test_features_of_parts_are_those_counted_one_by_one() -> None:
+    graph = gnn.Graph.from_edges([0, 1, 2, 70, 5, 5], [0, 0, 0, 0, 2, 2], 80)
+    found = features_of(prefix_sums(graph), np.array([0, 1, 80]))
+    assert found.tolist() == [[79, 1, 4, 2, 2, 0], [79, 79, 2, 1, 1, 0]]
+
+
+def test_few_most_read_vertices_are_hot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learned, "HOT", 1)
+    assert prefix_sums(gnn.Graph.from_edges([3, 3, 1], [0, 1, 1], 4))[-1, 4] == 1
+
+
+def test_the_fit_recovers_costs_and_a_slow_device_from_noisy_times() -> None:
+    graph = skewed()
+    sums, random = prefix_sums(graph), np.random.default_rng(1)
+    truth = Cost(np.array([0, 2e-6, 1e-6, 0, 0, 0]), np.array([1.0, 1, 2, 1]))
+    learner = Learner(4)
+    for epoch in range(40):
+        points = np.sort([0, *random.integers(0, graph.vertices, 3), graph.vertices])
+        features = features_of(sums, points)
+        seconds = (truth.slowness * (features @ truth.weights) + 1e-5) * random.lognormal(0, 0.03, 4)
+        if epoch % 10 == 5:
+            seconds[1] *= 8  # somebody else had the core
+        cost = learner.add(features, seconds)
+    assert cost.slowness / np.median(cost.slowness) == pytest.approx([1, 1, 2, 1], rel=0.08)
+    points = by_edges(graph, 4)
+    assert cost.seconds(sums, points) == pytest.approx(truth.seconds(sums, points) + 1e-5, rel=0.1)
+    assert learner.error is not None and learner.error < 0.1
+    assert truth.seconds(sums, best_points(sums, cost)).max() < 1.05 * truth.seconds(sums, best_points(sums, truth)).max()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(*[st.integers(0, 9)] * 5), min_size=1, max_size=9),
+    st.lists(st.integers(0, 3), min_size=6, max_size=6),
+    st.lists(st.sampled_from([0.5, 1, 2]), min_size=1, max_size=3),
+)
+def test_split_points_are_as_good_as_any(rows: list[tuple[int, ...]], weights: list[int], slowness: list[float]) -> None:
+    sums = np.concatenate([np.zeros((1, 5)), np.cumsum(np.array(rows, float), axis=0)])
+    cost, vertices, parts = Cost(np.array(weights, float), np.array(slowness)), len(rows), len(slowness)
+    inner = np.stack(np.meshgrid(*[np.arange(vertices + 1)] * (parts - 1)), -1).reshape(-1, parts - 1) if parts > 1 else [[]]
+    all_points = [np.array([0, *cuts, vertices], int) for cuts in inner if list(cuts) == sorted(cuts)]
+    points = best_points(sums, cost)
+    assert points[0] == 0 and points[-1] == vertices and (np.diff(points) >= 0).all()
+    least = min(cost.seconds(sums, p).max() for p in all_points)
+    assert cost.seconds(sums, points).max() <= least * (1 + 1e-6) + 1e-9
+
+
+def test_a_split_moves_only_when_the_epochs_left_pay_for_it() -> None:
+    graph = skewed()
+    balance = Balance(graph, np.array([0, 300, 600]))
+    for _ in range(3):
+        seconds = features_of(balance.sums, balance.points)[:, 2] * 1e-3
+        balance.measured(seconds, 300)
+    saved = seconds.max() - seconds.mean()
+    assert balance.better(10, saved * 20) is None
+    points = balance.better(10, saved * 5)
+    assert points is not None
+    balance.moved(points)
+    now = features_of(balance.sums, points)[:, 2]
+    assert now.max() < 1.05 * now.mean() and balance.better(10, 0) is None and balance.facts()["moves"] == 1
+
+
+def test_a_part_fetches_what_split_says() -> None:
+    graph = skewed()
+    for points in ([0, 20, 90, 600], [0, 0, 300, 600]):
+        assert fetched_rows(graph, np.array(points)).tolist() == split(graph, np.array(points))[1].fetched.tolist()
+
+
+def test_computing_is_what_lies_outside_exchanges() -> None:
+    begin, end = 1, 0
+    events = [200 + begin, 400 + end, 500 + begin, 600 + begin, 700 + end, 800 + end]  # the last two overlap
+    assert stamp._outside(np.array(events[::-1]), 0, 1000) == pytest.approx(500e-9)
+
+
+@pytest.fixture
+def moving(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """Training that takes these split points one after the other, whatever they gain."""
+    splits = [np.array([0, 10, 50, 600]), np.array([0, 20, 40, 600]), np.array([0, 200, 200, 600])]
+    monkeypatch.setattr(Balance, "better", lambda self, epochs, cost: splits.pop(0) if splits else None)
+    return splits
+
+
+def fitted(make: Any, graph: gnn.Graph, epochs: int = 9, **how: Any) -> tuple[Any, dict[str, Any]]:
+    keras.utils.set_random_seed(0)
+    model = make(hidden=8, classes=3)
+    model.compile(keras.optimizers.Adam(0.02), metrics=["accuracy"])
+    return model, model.fit(graph, epochs=epochs, verbose=0, **how).history
+
+
+def test_training_that_moves_the_split_gives_the_numbers_of_one_device(moving: list[np.ndarray]) -> None:
+    graph = skewed()
+    alone, expected = fitted(models.GCN, graph)
+    model, found = fitted(models.GCN, graph, devices=3, partition="learned")
+    assert not moving and model.balance.facts()["moves"] == 3 and model.parts.points.tolist() == [0, 200, 200, 600]
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=2e-4)
+    np.testing.assert_allclose(model.predict(graph), alone.predict(graph), rtol=1e-2, atol=1e-3)
+
+
+def test_stamps_tell_a_device_with_more_to_do_from_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, seconds = skewed(2000, 600_000), []
+    most = np.array([0, by_edges(graph, 20)[1], 2000])
+    monkeypatch.setattr(Balance, "measured", lambda self, took, rows: seconds.append(took))
+    monkeypatch.setattr(Balance, "better", lambda self, epochs, cost: most if len(seconds) == 1 else None)
+    model, _ = fitted(models.GCN, graph, epochs=16, devices=2, partition="learned")
+    assert model.parts.edges[1] > 10 * model.parts.edges[0]
+    little, much = np.median(seconds[2:], axis=0)
+    assert 0 < little < 0.7 * much
+
+
+def test_metis_is_asked_for_the_undirected_graph_and_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pymetis", None)
+    with pytest.raises(GraphError, match="needs the package pymetis: run `pip install pymetis`, or use 'edges' or 'learned'"):
+        by_metis(skewed(), 2)
+    graph, asked = gnn.Graph.from_edges([0, 0, 1, 3], [0, 2, 3, 1], 4, labels=[5, 6, 7, 8]), []
+
+    def part_graph(parts: int, xadj: list[int], adjncy: list[int], vweights: list[int]) -> tuple[int, list[int]]:
+        asked.append((parts, xadj, adjncy, vweights))
+        return 0, [1, 0, 1, 0]
+
+    monkeypatch.setitem(sys.modules, "pymetis", types.SimpleNamespace(part_graph=part_graph))
+    found, points, order = arranged(graph, 2, "metis")
+    assert asked == [(2, [0, 1, 2, 3, 4], [2, 3, 0, 1], [2, 2, 2, 2])]
+    assert points.tolist() == [0, 2, 4] and order is not None and order.tolist() == [1, 3, 0, 2]
+    assert found.labels is not None and found.labels.tolist() == [6, 8, 5, 7]
+
+
+def test_one_device_measures_nothing() -> None:
+    model, _ = fitted(models.GCN, skewed(), epochs=1, partition="learned")
+    assert model.balance is None and jax.device_count() > 1
