@@ -18,18 +18,27 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from partita.errors import GraphError
 from partita.gnn.memory import MemoryPlan, Operator, Work, lru, planned
-from partita.units import format_bytes
 
 
 class Planned:
     """The training step of a built model on a graph within `budget` bytes. `data` is the graph's data without features."""
 
-    def __init__(self, model: Any, features: np.ndarray, data: Any, state: Any, budget: int) -> None:
-        self.model, self.features, self.data, self.budget = model, features, data, budget
+    def __init__(self, model: Any, graph: Any, data: Any, state: Any, budget: int) -> None:
+        mro = type(model).__mro__
+        first = next((c for c in mro if "call" in vars(c) or "stages" in vars(c)), None)
+        if first is None or "stages" not in vars(first):
+            raise GraphError(
+                f"{type(model).__name__} has a call of its own, and a memory plan runs a model's stages: give it stages() beside call, or leave out memory."
+            )
+        self.model, self.graph, self.features, self.data, self.budget = model, graph, graph.features, data, budget
         self.stages = model.stages()
         self.moved, self.seconds, self.copied = 0, {}, [0.0, 0]
         self.measured = False
+        self.judges = [
+            jax.jit(lambda t, o, x, g, i=i: self._stage(i, t, o, x, g, training=False)[0]) for i in range(len(self.stages))
+        ]
         self.folder = tempfile.TemporaryDirectory(prefix="partita-")
         self.work = self._compiled(state)
         self.plan: MemoryPlan = planned(self.work, budget, 1e10)
@@ -147,18 +156,17 @@ class Planned:
         """Loss and metrics of a mask without dropout, one stage after the other."""
         trainable, others = state[:2]
         x = jnp.array(self.features, jnp.float32)
-        for i in range(len(self.stages)):
-            x = jax.jit(lambda t, o, x, g, i=i: self._stage(i, t, o, x, g, False)[0])(trainable, others, x, self.data.graph)
+        for judge in self.judges:
+            x = jax.block_until_ready(judge(trainable, others, x, self.data.graph))
         value = self.model._summed_loss(x, self.data, mask) / self.data.masks[mask].sum()
         return {"loss": value + self._penalty(trainable), **self.model._judged(x, self.data, mask)}
 
-    def __str__(self) -> str:
-        return (
-            f"memory: {format_bytes(self.work.need())} needed, {format_bytes(self.budget)} given, {format_bytes(self.work.least())} the least; "
-            f"an epoch moves {format_bytes(self.plan.traffic)} as planned, {format_bytes(self.moved)} in the last one, "
-            f"{format_bytes(self.lru.traffic)} with a least-recently-used cache"
-            f"{'' if self.plan.exact else ' (too many tensors to search them all: the plan is that cache)'}"
-        )
+    def facts(self) -> dict[str, Any]:
+        """In bytes: what all needs, what was given, the least possible; traffic of an epoch as planned, as it was, and of the cache; if the plan is exact."""
+        return {
+            "need": self.work.need(), "budget": self.budget, "least": self.work.least(), "traffic": self.plan.traffic, "moved": self.moved,
+            "lru_traffic": self.lru.traffic, "again": sum(a.what == "again" for a in self.plan.actions), "exact": self.plan.exact,
+        }  # fmt: skip
 
     def _loaded(self, name: str) -> Any:
         source = self.features if name == "x0" else np.load(self._file(name), mmap_mode="r")

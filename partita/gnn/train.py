@@ -75,7 +75,7 @@ class FullGraphTraining:
         Over several `devices` each has a part of the vertices, cut by `partition`: 'edges', 'vertices', 'learned' (from measured times, moved
         between epochs when that pays), 'metis' (needs pymetis), split points [devices + 1], or the part of every vertex [vertices].
         `evaluate` and `predict` then use the same devices. Within a `memory` ("4GiB" or bytes) on one device what does not fit goes to the
-        host and comes back, as a plan says that `model.memory` then shows.
+        host and comes back, by a plan that `model.memory.facts()` then states.
         """
         model: Any = self
         model._assert_compile_called("fit")
@@ -133,12 +133,12 @@ class FullGraphTraining:
         self._checked(graph)
         _can_learn(graph, "train", self.__dict__.get("classes"))
         model.optimizer.build(model.trainable_variables)
-        budget = int(parse(memory, "B")) if isinstance(memory, str) else memory
+        budget = int(parse(memory, "B") if isinstance(memory, str) else memory)
         for kept in ("_kept", "_balance"):  # of an earlier fit
             self.__dict__.pop(kept, None)
         self.__dict__["feature_count"] = graph.feature_count
         data = jax.device_put(replace(_data(graph), x=None))
-        within = self.__dict__["memory"] = Planned(model, graph.features, data, self._state(), budget)
+        within = self.__dict__["memory"] = Planned(model, graph, data, self._state(), budget)
         return within
 
     @property
@@ -158,8 +158,13 @@ class FullGraphTraining:
         model._assert_compile_called("evaluate")
         if mask not in MASKS:
             raise GraphError(f"There is no mask {mask!r}: a graph has {', '.join(MASKS)}.")
-        data = self._prepared(graph, mask)
-        logs = self._step(mask, self._test_step)(self._state()[:2], data)
+        within = self.__dict__.get("memory")
+        if within is not None and within.graph is graph:
+            _can_learn(graph, mask, self.__dict__.get("classes"))
+            logs = within.judged(self._state(), mask)
+        else:
+            data = self._prepared(graph, mask)
+            logs = self._step(mask, self._test_step)(self._state()[:2], data)
         logs = _numbers(logs)
         return logs if return_dict else list(logs.values()) if len(logs) > 1 else logs["loss"]
 
@@ -333,7 +338,7 @@ class FullGraphTraining:
 
 def trained_facts(model: Any, graph: Graph) -> dict[str, Any]:
     """What there is to say of a trained model, as JSON has it: loss, accuracy of every mask, seconds of epochs (median, first, all), parts, bytes sent
-    an epoch, what was learnt of the parts."""
+    an epoch, what was learnt of the parts, the memory plan."""
     judged = {
         what: model.evaluate(graph, what, return_dict=True)
         for what in MASKS
@@ -353,6 +358,7 @@ def trained_facts(model: Any, graph: Graph) -> dict[str, Any]:
         ],
         "traffic": model.traffic(graph) if parts is not None else 0,
         **({"learned": model.balance.facts()} if model.balance is not None else {}),
+        **({"memory": model.memory.facts()} if model.__dict__.get("memory") is not None else {}),
     }  # fmt: skip
 
 

@@ -88,10 +88,11 @@ def test_plans_cost_the_least_and_a_cache_no_less(data: Any) -> None:
 
 
 def test_what_fits_is_loaded_once_and_what_is_cheap_is_run_again() -> None:
-    work = network([2, 4, 4, 4], [None, 0.5, 0.5])
+    work = network([2, 4, 4, 4], [0.5, None, None])
     assert planned(work, work.need(), 1.0).traffic == 2
     plan = planned(work, work.least(), 1.0)
-    assert Action("again", "f1") in plan.actions and plan.cost < planned(network([2, 4, 4, 4], [None] * 3), 12, 1.0).cost
+    assert Action("again", "f0") in plan.actions and (plan.traffic, plan.cost) == (6, 6.5)  # x0 three times, f0 again
+    assert planned(network([2, 4, 4, 4], [None] * 3), 12, 1.0).cost == 12  # x1 saved and loaded, x0 twice
 
 
 def test_a_budget_below_the_least_is_refused() -> None:
@@ -127,9 +128,20 @@ def test_training_within_the_least_memory_gives_the_same_numbers(name: str) -> N
         np.testing.assert_allclose(found[what], values, rtol=1e-4, atol=1e-6, err_msg=what)
     for a, b in zip(model.get_weights(), alone.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
+    for mask in ("train", "validation"):
+        np.testing.assert_allclose(model.evaluate(graph, mask), alone.evaluate(graph, mask), rtol=1e-3, atol=1e-5)
     within = model.memory
     assert within.moved == within.plan.traffic == keeps_to(within.work, within.plan, least)
     assert within.plan.exact and within.plan.traffic <= within.lru.traffic
+
+
+def test_a_model_with_a_call_of_its_own_is_refused() -> None:
+    class Mine(models.GCN):
+        def call(self, x: Any, graph: Any, training: bool = False) -> Any:
+            return 2 * super().call(x, graph, training)
+
+    with pytest.raises(GraphError, match="Mine has a call of its own, and a memory plan runs a model's stages"):
+        trained(Mine, drawn(), memory="1GiB")
 
 
 def test_several_devices_are_refused() -> None:
