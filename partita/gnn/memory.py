@@ -116,7 +116,7 @@ def lru(work: Work, budget: int) -> MemoryPlan:
     """What a cache does that loads on demand and drops what was used longest ago, saved first where the host has no copy."""
     if budget < work.least():
         raise GraphError(
-            f"A memory of {format_bytes(budget)} is too little: the largest operator alone needs {work.least():,} bytes; give memory=\"{work.least()} B\" or more."
+            f'A memory of {format_bytes(budget)} is too little: the largest operator alone needs {work.least():,} bytes; give memory="{work.least()} B" or more.'
         )
     room, actions, moved = budget - work.fixed, [], 0
     held: list[str] = []  # used longest ago first

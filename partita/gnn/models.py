@@ -17,7 +17,6 @@ from partita.gnn.block import Block
 from partita.gnn.layers import PACKAGE, GatedGraphConv
 from partita.gnn.train import FullGraphTraining
 
-
 Stage = Callable[[Any, Block, bool], Any]
 """A piece of a model: rows from rows, over a graph, in training or not."""
 

@@ -49,10 +49,16 @@ class Planned:
     def _stage(self, i: int, trainable: Any, others: Any, x: Any, graph: Any, training: bool = True) -> tuple[Any, Any]:
         """(rows, other variables after)."""
         model = self.model
-        pairs = [*zip(model.trainable_variables, trainable, strict=True), *zip(model.non_trainable_variables, others, strict=True)]
+        pairs = [
+            *zip(model.trainable_variables, trainable, strict=True),
+            *zip(model.non_trainable_variables, others, strict=True),
+        ]
         with keras.StatelessScope(state_mapping=pairs) as scope:
             y = self.stages[i](x, graph, training)
-        after = [v if (found := scope.get_current_value(k)) is None else found for k, v in zip(model.non_trainable_variables, others, strict=True)]
+        after = [
+            v if (found := scope.get_current_value(k)) is None else found
+            for k, v in zip(model.non_trainable_variables, others, strict=True)
+        ]
         return y, after
 
     def _back(self, i: int, trainable: Any, others: Any, x: Any, dy: Any, total: Any, graph: Any) -> Any:
@@ -81,6 +87,7 @@ class Planned:
         graph, n = self.data.graph, len(self.stages)
         shapes: list[Any] = [jax.ShapeDtypeStruct(self.features.shape, jnp.float32)]
         self.programs, operators, sizes = {}, [], {"x0": _bytes(shapes[0])}
+
         def add(name: str, function: Any, reads: tuple[str, ...], writes: tuple[str, ...], *given: Any) -> Any:
             program = jax.jit(function).lower(*given).compile()
             self.programs[name] = program
@@ -99,7 +106,9 @@ class Planned:
             add(f"backward {i}", back, reads, writes, trainable, others, shapes[i], shapes[i + 1], trainable, graph)
         update = lambda o, g, t: self.model.optimizer.stateless_apply(o, g, t)
         add("update", update, (), (), optimizer, trainable, trainable)
-        fixed = sum(map(_bytes, jax.tree.leaves((self.data, others)))) + 2 * sum(map(_bytes, jax.tree.leaves((trainable, optimizer, trainable))))
+        fixed = sum(map(_bytes, jax.tree.leaves((self.data, others)))) + 2 * sum(
+            map(_bytes, jax.tree.leaves((trainable, optimizer, trainable)))
+        )
         return Work(tuple(operators), sizes, fixed)
 
     # ------------------------------------------------------------------------------------------------------------- the step
@@ -123,7 +132,9 @@ class Planned:
                 held.pop(action.name).delete()
             elif kind == "forward":
                 i = int(number)
-                y, after = self.programs[action.name](trainable, others if action.what == "run" else before, held[f"x{i}"], graph)
+                y, after = self.programs[action.name](
+                    trainable, others if action.what == "run" else before, held[f"x{i}"], graph
+                )
                 others = after if action.what == "run" else others
                 held[f"x{i + 1}"] = jax.block_until_ready(y)
                 self.seconds[action.name] = time.perf_counter() - began

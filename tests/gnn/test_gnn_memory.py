@@ -30,14 +30,15 @@ def least(work: Work, budget: int, bandwidth: float) -> float:
     while True:
         before = dict(costs)
         for (done, device, host), cost in before.items():
+
             def reach(state: Any, price: float, cost: float = cost) -> None:
                 costs[state] = min(costs.get(state, float("inf")), cost + price)
 
             for i, o in enumerate(work.operators[: done + 1]):
                 after = device | set(o.writes)
-                if i == done or o.seconds is not None:
-                    if device >= set(o.reads) and work.size(after) + o.scratch <= budget:
-                        reach((max(done, i + 1), after, host), 0.0 if i == done else o.seconds * bandwidth)  # type: ignore[operator]
+                price = 0.0 if i == done else None if o.seconds is None else o.seconds * bandwidth
+                if price is not None and device >= set(o.reads) and work.size(after) + o.scratch <= budget:
+                    reach((max(done, i + 1), after, host), price)
             for t in work.bytes:
                 if t in device:
                     reach((done, device - {t}, host), 0.0)
