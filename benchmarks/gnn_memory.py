@@ -29,8 +29,9 @@ arguments = parser.parse_args()
 
 random = np.random.default_rng(0)
 vertices = 2**arguments.scale
+sources, targets = random.integers(0, vertices, (2, vertices * arguments.degree))
 graph = gnn.Graph.from_edges(
-    *random.integers(0, vertices, (2, vertices * arguments.degree)), vertices,
+    sources, targets, vertices,
     features=random.standard_normal((vertices, arguments.features), np.float32), labels=random.integers(0, 8, vertices),
     train=np.arange(vertices // 2),
 )  # fmt: skip

@@ -89,7 +89,7 @@ class Planned:
         self.programs, operators, sizes = {}, [], {"x0": _bytes(shapes[0])}
 
         def add(name: str, function: Any, reads: tuple[str, ...], writes: tuple[str, ...], *given: Any) -> Any:
-            program = jax.jit(function).lower(*given).compile()
+            program: Any = jax.jit(function).lower(*given).compile()
             self.programs[name] = program
             operators.append(Operator(name, reads, writes, program.memory_analysis().temp_size_in_bytes))
             return jax.eval_shape(function, *given)

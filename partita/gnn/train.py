@@ -81,7 +81,7 @@ class FullGraphTraining:
         model._assert_compile_called("fit")
         within = self._within(graph, memory, devices)
         self.__dict__["_split"] = (devices, partition)
-        data = self._prepared(graph, "train") if within is None else None
+        data: Any = self._prepared(graph, "train") if within is None else None
         validates = graph.validation is not None and bool(graph.validation.any())
         model.stop_training = False
         model.optimizer.build(model.trainable_variables)
@@ -97,7 +97,7 @@ class FullGraphTraining:
             run.on_train_batch_begin(0)
             if observed:
                 state = self._state()
-            step = within.step if within is not None else self._step("train", self._train_step, donate=True)
+            step: Any = within.step if within is not None else self._step("train", self._train_step, donate=True)
             compiled = 0 if within is not None else step._cache_size()
             stamp.clear()
             began = time.perf_counter()

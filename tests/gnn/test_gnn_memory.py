@@ -104,8 +104,9 @@ def test_a_budget_below_the_least_is_refused() -> None:
 
 def drawn(vertices: int = 500, edges: int = 900) -> gnn.Graph:
     random = np.random.default_rng(0)
+    sources, targets = random.integers(0, vertices, (2, edges))
     return gnn.Graph.from_edges(
-        *random.integers(0, vertices, (2, edges)), vertices, features=random.standard_normal((vertices, 9)),
+        sources, targets, vertices, features=random.standard_normal((vertices, 9)),
         labels=random.integers(0, 3, vertices), train=np.arange(200), validation=np.arange(200, 300),
     )  # fmt: skip
 
