@@ -153,6 +153,7 @@ def train(
     normalise: Annotated[bool, typer.Option("--normalise", help="Divide the features of every vertex by their sum, as is usual for counts of words.")] = False,
     devices: Annotated[int, typer.Option(help="Split the vertices over so many devices; a CPU stands for as many as asked for.", min=1)] = 1,
     partition: Annotated[str, typer.Option(help="Parts of as many 'edges', of as many 'vertices', 'learned' from measured times, or by 'metis'.")] = "edges",
+    memory: Annotated[str | None, typer.Option(help="Keep to so much memory of one device, as 4GiB: what does not fit goes to the host's disk and comes back.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="The same seed is the same training, on any number of devices.", min=0)] = 0,
     save: Annotated[Path | None, typer.Option(help="Write the trained model to this .keras file.", show_default=False)] = None,
     as_json: Json = False,
@@ -186,7 +187,7 @@ def train(
         graph = normalised(graph) if normalise else graph
         with progress() as report:
             follow = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: report("training", epoch + 1, epochs))
-            network.fit(graph, epochs, callbacks=[follow], verbose=0, devices=devices, partition=partition)
+            network.fit(graph, epochs, callbacks=[follow], verbose=0, devices=devices, partition=partition, memory=memory)
         if save is not None:
             network.save(save)
         found = {"model": model, **trained_facts(network, graph)}
@@ -255,6 +256,14 @@ def _print_trained(found: dict[str, Any]) -> None:
         learnt = found["learned"]
         off = "" if learnt["error"] is None else f"; predictions were {learnt['error']:.0%} off (median)"
         out.print(f"learned: the split moved {learnt['moves']} times{off}", markup=False)
+    if "memory" in found:
+        held = found["memory"]
+        out.print(f"memory: {format_bytes(held['need'])} needed, {format_bytes(held['budget'])} given, {format_bytes(held['least'])} the least", markup=False)
+        out.print(
+            f"to the host and back: {format_bytes(held['traffic'])} an epoch as planned, {format_bytes(held['lru_traffic'])} by a least-recently-used cache"
+            f"{'' if held['exact'] else '; too many tensors to search them all, so the plan is that cache'}",
+            markup=False,
+        )
 
 
 def _can_transpose(transpose: bool, output: Path) -> None:

@@ -5,6 +5,7 @@ A model is a Keras model in all else: compile, callbacks, saving and loading, we
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from partita.gnn import layers
 from partita.gnn.block import Block
 from partita.gnn.layers import PACKAGE, GatedGraphConv
 from partita.gnn.train import FullGraphTraining
+
+Stage = Callable[[Any, Block, bool], Any]
+"""A piece of a model: rows from rows, over a graph, in training or not."""
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -93,9 +97,16 @@ class GraphModel(FullGraphTraining, keras.Model):
             width = conv.compute_output_shape((None, width))[-1]
         self.built = True
 
+    def stages(self) -> list[Stage]:
+        """The model as functions of (x, graph, training), one after the other: what a memory plan runs one at a time."""
+        return [
+            lambda x, graph, training, drop=drop, conv=conv: conv(drop(x, graph=graph, training=training), graph=graph)
+            for drop, conv in zip(self.drops, self.convs, strict=True)
+        ]
+
     def call(self, x: Any, graph: Block, training: bool = False) -> Any:
-        for drop, conv in zip(self.drops, self.convs, strict=True):
-            x = conv(drop(x, graph=graph, training=training), graph=graph)
+        for stage in self.stages():
+            x = stage(x, graph, training)
         return x
 
     def get_config(self) -> dict[str, Any]:
@@ -182,9 +193,12 @@ class GatedGraph(GraphModel):
         self.leave.build((None, self.hidden))
         self.built = True
 
-    def call(self, x: Any, graph: Block, training: bool = False) -> Any:
-        x = self.gated(self.enter(self.drop(x, graph=graph, training=training)), graph=graph)
-        return self.leave(self.last_drop(x, graph=graph, training=training))
+    def stages(self) -> list[Stage]:
+        return [
+            lambda x, graph, training: self.enter(self.drop(x, graph=graph, training=training)),
+            lambda x, graph, training: self.gated(x, graph=graph),
+            lambda x, graph, training: self.leave(self.last_drop(x, graph=graph, training=training)),
+        ]
 
 
 MODELS = {"gcn": GCN, "sage": SAGE, "gin": GIN, "gatv2": GATv2, "commnet": CommNet, "gatedgraph": GatedGraph}

@@ -24,6 +24,8 @@ from partita.gnn.graph import Graph, check
 from partita.gnn.kernels import stamp
 from partita.gnn.learned import Balance
 from partita.gnn.partition import Parts, Room, arranged, by_vertices, split
+from partita.gnn.spill import Planned
+from partita.units import parse
 
 if keras.backend.backend() != "jax":
     raise PartitaError(
@@ -65,19 +67,21 @@ class FullGraphTraining:
 
     def fit(
         self, graph: Graph, epochs: int = 1, *, callbacks: Sequence[Any] | None = None, verbose: Any = "auto", validation_freq: int = 1,
-        initial_epoch: int = 0, devices: int = 1, partition: Any = "edges",
+        initial_epoch: int = 0, devices: int = 1, partition: Any = "edges", memory: str | int | None = None,
     ) -> Any:  # fmt: skip
         """Keras's history: loss and metrics of the training mask, and with `val_` of the validation mask, of every epoch.
 
         An epoch is one step. Training values are of the step itself (dropout on, weights before the update), as in Keras.
         Over several `devices` each has a part of the vertices, cut by `partition`: 'edges', 'vertices', 'learned' (from measured times, moved
         between epochs when that pays), 'metis' (needs pymetis), split points [devices + 1], or the part of every vertex [vertices].
-        `evaluate` and `predict` then use the same devices.
+        `evaluate` and `predict` then use the same devices. Within a `memory` ("4GiB" or bytes) on one device what does not fit goes to the
+        host and comes back, by a plan that `model.memory.facts()` then states.
         """
         model: Any = self
         model._assert_compile_called("fit")
+        within = self._within(graph, memory, devices)
         self.__dict__["_split"] = (devices, partition)
-        data = self._prepared(graph, "train")
+        data: Any = self._prepared(graph, "train") if within is None else None
         validates = graph.validation is not None and bool(graph.validation.any())
         model.stop_training = False
         model.optimizer.build(model.trainable_variables)
@@ -93,8 +97,8 @@ class FullGraphTraining:
             run.on_train_batch_begin(0)
             if observed:
                 state = self._state()
-            step = self._step("train", self._train_step, donate=True)
-            compiled = step._cache_size()
+            step: Any = within.step if within is not None else self._step("train", self._train_step, donate=True)
+            compiled = 0 if within is not None else step._cache_size()
             stamp.clear()
             began = time.perf_counter()
             logs, state = jax.block_until_ready(step(state, data))
@@ -107,14 +111,35 @@ class FullGraphTraining:
                 self._keep(state)
             run.on_train_batch_end(0, logs)
             if validates and (epoch + 1) % validation_freq == 0:
-                values = self._step("validation", self._test_step)(state[:2], data)
+                values = self._step("validation", self._test_step)(state[:2], data) if within is None else within.judged(state, "validation")
                 logs |= {f"val_{name}": value for name, value in _numbers(values).items()}
             run.on_epoch_end(epoch, logs)
             if model.stop_training:
                 break
+            if within is not None and epoch + 1 < epochs:
+                within.replan()
         self._keep(state if not observed else self._state())
         run.on_train_end(logs)
         return model.history
+
+    def _within(self, graph: Graph, memory: str | int | None, devices: int) -> Planned | None:
+        """The step that keeps to a memory, where one is given."""
+        self.__dict__["memory"] = None
+        if memory is None:
+            return None
+        if devices > 1:
+            raise GraphError(f"A memory plan is of one device, and here are {devices}: leave out memory, or use devices=1.")
+        model: Any = self
+        self._checked(graph)
+        _can_learn(graph, "train", self.__dict__.get("classes"))
+        model.optimizer.build(model.trainable_variables)
+        budget = int(parse(memory, "B") if isinstance(memory, str) else memory)
+        for kept in ("_kept", "_balance"):  # of an earlier fit
+            self.__dict__.pop(kept, None)
+        self.__dict__["feature_count"] = graph.feature_count
+        data = jax.device_put(replace(_data(graph), x=None))
+        within = self.__dict__["memory"] = Planned(model, graph, data, self._state(), budget)
+        return within
 
     @property
     def epoch_seconds(self) -> list[float]:
@@ -133,8 +158,13 @@ class FullGraphTraining:
         model._assert_compile_called("evaluate")
         if mask not in MASKS:
             raise GraphError(f"There is no mask {mask!r}: a graph has {', '.join(MASKS)}.")
-        data = self._prepared(graph, mask)
-        logs = self._step(mask, self._test_step)(self._state()[:2], data)
+        within = self.__dict__.get("memory")
+        if within is not None and within.graph is graph:
+            _can_learn(graph, mask, self.__dict__.get("classes"))
+            logs = within.judged(self._state(), mask)
+        else:
+            data = self._prepared(graph, mask)
+            logs = self._step(mask, self._test_step)(self._state()[:2], data)
         logs = _numbers(logs)
         return logs if return_dict else list(logs.values()) if len(logs) > 1 else logs["loss"]
 
@@ -152,15 +182,7 @@ class FullGraphTraining:
         split_as = self.__dict__.setdefault("_split", (1, "edges"))
         kept = self.__dict__.get("_kept")
         if kept is None or kept[0] is not graph or kept[1] is not split_as:
-            model: Any = self
-            check(graph)
-            if graph.features is None:
-                raise GraphError(f"'{graph.name}' has no features: give Graph.from_edges(features=...) a row for every vertex.")
-            if not model.built:
-                model.build((None, graph.feature_count))
-            expected = self.__dict__.get("feature_count", graph.feature_count)
-            if expected != graph.feature_count:
-                raise GraphError(f"'{graph.name}' has {graph.feature_count} features, and the model was built for {expected}.")
+            self._checked(graph)
             learns = split_as[0] > 1 and isinstance(split_as[1], str) and split_as[1] == "learned"
             if learns:
                 stamp.ready()
@@ -172,6 +194,18 @@ class FullGraphTraining:
         if mask is not None:
             _can_learn(graph, mask, self.__dict__.get("classes"))
         return kept[2]
+
+    def _checked(self, graph: Graph) -> None:
+        """GraphError where a graph is not one for this model, which is built for its features if it is not yet."""
+        model: Any = self
+        check(graph)
+        if graph.features is None:
+            raise GraphError(f"'{graph.name}' has no features: give Graph.from_edges(features=...) a row for every vertex.")
+        if not model.built:
+            model.build((None, graph.feature_count))
+        expected = self.__dict__.get("feature_count", graph.feature_count)
+        if expected != graph.feature_count:
+            raise GraphError(f"'{graph.name}' has {graph.feature_count} features, and the model was built for {expected}.")
 
     @property
     def parts(self) -> Parts | None:
@@ -304,7 +338,7 @@ class FullGraphTraining:
 
 def trained_facts(model: Any, graph: Graph) -> dict[str, Any]:
     """What there is to say of a trained model, as JSON has it: loss, accuracy of every mask, seconds of epochs (median, first, all), parts, bytes sent
-    an epoch, what was learnt of the parts."""
+    an epoch, what was learnt of the parts, the memory plan."""
     judged = {
         what: model.evaluate(graph, what, return_dict=True)
         for what in MASKS
@@ -324,6 +358,7 @@ def trained_facts(model: Any, graph: Graph) -> dict[str, Any]:
         ],
         "traffic": model.traffic(graph) if parts is not None else 0,
         **({"learned": model.balance.facts()} if model.balance is not None else {}),
+        **({"memory": model.memory.facts()} if model.__dict__.get("memory") is not None else {}),
     }  # fmt: skip
 
 
