@@ -236,9 +236,8 @@ def compare(
             return
         out.print(comparing.comparison_table(found))
         out.print(comparing.device_table(found))
-        out.print(comparing.source_of(found), markup=False)
-        if "metis" not in found["partitioners"]:
-            out.print(comparing.WITHOUT_METIS, markup=False)
+        for note in notes:
+            out.print(note, markup=False)
         if report is not None:
             err.print(f"written to {report}", markup=False, soft_wrap=True)
 

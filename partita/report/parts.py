@@ -20,7 +20,7 @@ def page(
     partitioners = found["partitioners"]
     best = min(partitioners, key=lambda name: partitioners[name]["largest_seconds"])
     facts = {"vertices": f"{found['vertices']:,}", "edges": f"{found['edges']:,}", "devices": str(found["devices"]),
-             "features": str(found["features"]), "error of predictions": f"{found['error']:.1%}".replace("%", " %")}  # fmt: skip
+             "features": str(found["features"]), "error of predictions": f"{100 * found['error']:.1f} %"}  # fmt: skip
     header = tag(
         "header",
         tag("p", "Partita · ", found["graph"], class_="kicker"),
@@ -33,7 +33,7 @@ def page(
     whole = max(one["largest_seconds"] for one in partitioners.values())
     bars = [
         join([tag("h3", titles[name]), tag("div", (
-            line_of(f"device {d}", [("compute", part["seconds"])], whole, seconds_text(part["seconds"]), f"{part['edges']:,} edges".replace(" edges", ""))
+            line_of(f"device {d}", [("compute", part["seconds"])], whole, seconds_text(part["seconds"]), f"{part['edges']:,}")
             for d, part in enumerate(one["parts"])
         ), class_="bars")])
         for name, one in partitioners.items()

@@ -17,7 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
-from partita.search.base import Report, SearchResult
+from partita.search.base import Problem, Report, SearchResult
 from partita.search.elimination import eliminate
 from partita.search.exhaustive import prove
 from partita.search.mcmc import walk
@@ -61,9 +61,14 @@ class Space:
         return simulated(self.network)
 
     @cached_property
+    def relaxed(self) -> Problem:
+        """An additive problem that no simulated step is shorter than."""
+        return relaxed(self.network)
+
+    @cached_property
     def below(self) -> Reduced:
-        """An additive problem whose optimum no simulated step is shorter than."""
-        return reduce(relaxed(self.network))
+        """The same, with less to look at and the same optimum."""
+        return reduce(self.relaxed)
 
     @property
     def overlaps(self) -> bool:
@@ -109,7 +114,7 @@ def exhaustive(space: Space, limits: Limits) -> SearchResult:
         return exact
     found = _walked(space, replace(limits, seconds=None), [exact.states, *space.baselines], exact.bound)
     seconds = np.inf if limits.seconds is None else limits.seconds
-    return prove(space.simulated, relaxed(space.network), found.states, limits.budget, seconds, report=limits.report)
+    return prove(space.simulated, space.relaxed, found.states, limits.budget, seconds, report=limits.report)
 
 
 def portfolio(space: Space, limits: Limits) -> SearchResult:
@@ -121,7 +126,7 @@ def portfolio(space: Space, limits: Limits) -> SearchResult:
     found = _walked(space, limits, [exact.states, below, *space.baselines], exact.bound)
     over = limits.seconds is not None and time.perf_counter() - begun > limits.seconds
     if found.gap > 0 and len(space.network.states) <= SMALL and not found.stopped and not over:
-        proved = prove(space.simulated, relaxed(space.network), found.states, limits.budget, nodes=NODES, report=limits.report)
+        proved = prove(space.simulated, space.relaxed, found.states, limits.budget, nodes=NODES, report=limits.report)
         found = replace(proved, history=(*found.history, *proved.history), stopped=False)
     if exact.seconds <= found.seconds * (1 + WORTH):
         found = replace(found, states=exact.states, seconds=exact.seconds, nbytes=exact.nbytes)

@@ -122,13 +122,14 @@ def _fitting(network: Network, mesh: Mesh, shape: _Shape, narrow: Sequence[int],
         if not result.feasible or result.bound / shape.stages > most:
             return None
         states = reduced.lift(result.states)
-        dealt = [_plan(network, mesh, shape, states, ends, narrow) for ends in _dealt(network, problem, shape, states, narrow, limit)]
-        if not dealt:
+        plans = [_plan(network, mesh, shape, states, ends, narrow) for ends in _dealt(network, problem, shape, states, narrow, limit)]
+        if not plans:
             return None
         try:  # bytes are looked at first: they are known without simulating; the last plan holds least
-            least = Staged.of(graph, machine, dealt[-1], network.terms).peak
+            dealt = [Staged.of(graph, machine, plan, network.terms) for plan in plans]
+            least = dealt[-1].peak
             if least <= limit:
-                staged = next(s for s in (Staged.of(graph, machine, plan, network.terms) for plan in dealt) if s.peak <= limit)
+                staged = next(s for s in dealt if s.peak <= limit)
                 return staged if staged.seconds < most else None
         except PlanError:
             return None

@@ -35,18 +35,18 @@ def ready() -> None:
         clock = ctypes.CDLL(None).clock_gettime
         clock.argtypes, clock.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_int
         # addresses of this process: never kept on disk
-        address, version, words, which, most = _noted.ctypes.data, bridge.version(), MOST + 1, time.CLOCK_MONOTONIC, MOST
+        address, version, words, which = _noted.ctypes.data, bridge.version(), MOST + 1, time.CLOCK_MONOTONIC
 
         def stamp(frame):  # type: ignore[no-untyped-def]
             if asked(frame, version):
                 return 0
             floats(buffer(frame, RESULTS, 0))[0] = np.float32(0)
             about = ints(buffer(frame, ARGUMENTS, 0))
-            mine = carray(bridge._words(address), (1024 * words,))
+            mine = carray(bridge._words(address), (DEVICES * words,))
             now = np.empty(2, np.int64)
             clock(which, now.ctypes.data)
             at = about[0] * words
-            if mine[at] < most:
+            if mine[at] < MOST:
                 mine[at] += 1
                 mine[at + mine[at]] = (now[0] * 1_000_000_000 + now[1]) // 2 * 2 + about[1]
             return 0
