@@ -16,7 +16,7 @@ import typer
 
 from partita import gnn_cli
 from partita.errors import PlanError
-from partita.terminal import err, errors, leave, out
+from partita.terminal import arguments_of_one, err, errors, join, leave, out, say
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -90,7 +90,7 @@ def run(
         if processes > 1 and not os.environ.get("PARTITA_LAUNCHED"):
             from partita.launch import launch
 
-            raise typer.Exit(launch(processes, _arguments_of_one(), devices or _planned_devices(plan), _say(False)))
+            raise typer.Exit(launch(processes, arguments_of_one(), devices or _planned_devices(plan), say(False)))
         quiet = not join() or quiet
         start_devices(devices or _planned_devices(plan))
         from partita.api import planner, simulate_captured
@@ -123,7 +123,7 @@ def run(
 
         with progress(quiet) as shown:
             choose = planner(devices, None, plan, shown, seen, measure_operators, timing(quiet))
-            code = run_script(script, context.args, choose, report=_say(quiet), verify=verify, trained=trained)
+            code = run_script(script, context.args, choose, report=say(quiet), verify=verify, trained=trained)
         if report is not None and not quiet:
             err.print(f"report written to {', '.join(map(str, pages))}" if pages else "nothing was trained, so there is no report")
     leave(code)
@@ -352,7 +352,7 @@ def machine_measure(
         if processes > 1 and not os.environ.get("PARTITA_LAUNCHED"):
             from partita.launch import launch
 
-            raise typer.Exit(launch(processes, _arguments_of_one(), devices, _say(False)))
+            raise typer.Exit(launch(processes, arguments_of_one(), devices, say(False)))
         if as_json:
             _keep_stdout()
         first = join()
@@ -457,7 +457,7 @@ def bench_fidelity(
             with tempfile.TemporaryDirectory() as folder:
                 into = Path(folder) / "steps.json"
                 said = ["--models", ",".join(names), "--rounds", str(rounds), "--into", str(into), *(["--quiet"] if as_json else [])]
-                code = launch(processes_of_it, ["bench", "fidelity-here", *said], devices_of_it, _say(False))
+                code = launch(processes_of_it, ["bench", "fidelity-here", *said], devices_of_it, say(False))
                 if code:
                     raise typer.Exit(code)
                 found = json.loads(into.read_text(encoding="utf-8"))
@@ -484,7 +484,7 @@ def bench_fidelity_here(
         start_devices(int(os.environ["PARTITA_LOCAL_DEVICES"]))
         from partita.bench.fidelity import run
 
-        found = run(models.split(","), rounds, _say(quiet or not first))
+        found = run(models.split(","), rounds, say(quiet or not first))
         if first:
             _save(into, json.dumps([vars(s) for s in found]))
 
@@ -504,39 +504,6 @@ def start_devices(count: int | None) -> None:
     from partita.execute.devices import start_host_devices
 
     start_host_devices(count)
-
-
-def join() -> bool:
-    """Where this process was started as one of several: waits for the others, and seeds what scripts draw alike in all of them.
-
-    Whether it is the one that prints.
-    """
-    from partita.execute.processes import group, is_first
-    from partita.execute.processes import join as join_group
-
-    who = group()
-    if who is None:
-        return True
-    os.environ.setdefault("KERAS_BACKEND", "jax")
-    from partita.execute.devices import start_host_devices
-
-    local = os.environ.get("PARTITA_LOCAL_DEVICES", "1")
-    start_host_devices(int(local) if local.isdigit() else 1)
-    join_group(who, _say(False))
-    from partita.execute.processes import from_first
-
-    seed = from_first("seed", lambda: os.environ.get("PARTITA_SEED", str(int.from_bytes(os.urandom(4)) >> 1)))
-    import keras
-
-    keras.utils.set_random_seed(int(seed))
-    return is_first()
-
-
-def _arguments_of_one() -> list[str]:
-    """The command line of one of several processes: this one's, less --processes."""
-    given = sys.argv[1:]
-    at = next(i for i, argument in enumerate(given) if argument.partition("=")[0] == "--processes")
-    return given[:at] + given[at + (1 if "=" in given[at] else 2) :]
 
 
 def _planned_devices(plan: Path | None) -> int | None:
@@ -573,7 +540,7 @@ def _note_slips(context: typer.Context) -> None:
     for word in context.args:
         near = _meant(context, word, 0.8) if word.startswith("--") else ""
         if near:
-            _say(False)(f"{word!r} is passed to the script. If you mean {near!r}, write that.")
+            say(False)(f"{word!r} is passed to the script. If you mean {near!r}, write that.")
 
 
 def _can_write(**files: Path | None) -> None:
@@ -631,10 +598,6 @@ def timing(quiet: bool) -> Callable[[int, int], None] | None:
     if quiet:
         return None
     return lambda done, whole: err.print(f"partita: {done} of {whole} operators timed", markup=False)
-
-
-def _say(quiet: bool) -> Callable[[str], None]:
-    return (lambda text: None) if quiet else (lambda text: err.print(f"partita: {text}", markup=False, soft_wrap=True))
 
 
 def _write_page(path: Path, plan: Any, measured: Any = None, timeline: Any = None) -> None:

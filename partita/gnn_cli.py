@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from partita.errors import GraphError
-from partita.terminal import err, errors, out
+from partita.terminal import arguments_of_one, err, errors, join, out, say
 from partita.units import format_bytes, format_seconds
 
 app = typer.Typer(no_args_is_help=True, help="Full-graph training of graph neural networks: make, convert and look at graphs, train on them.")
@@ -151,11 +151,15 @@ def train(
     rate: Annotated[float, typer.Option(help="Learning rate of Adam.", min=0)] = 0.01,
     decay: Annotated[float, typer.Option(help="Weight decay of the first layer.", min=0)] = 5e-4,
     normalise: Annotated[bool, typer.Option("--normalise", help="Divide the features of every vertex by their sum, as is usual for counts of words.")] = False,
-    devices: Annotated[int, typer.Option(help="Split the vertices over so many devices; a CPU stands for as many as asked for.", min=1)] = 1,
+    devices: Annotated[int, typer.Option(help="Split the vertices over so many devices; a CPU stands for as many as asked for. With --processes: one a core.", min=1)] = 1,
+    processes: Annotated[int, typer.Option(help="Start so many processes on this host, a share of its cores each, that train together.", min=1)] = 1,
     partition: Annotated[str, typer.Option(help="Parts of as many 'edges', of as many 'vertices', 'learned' from measured times, or by 'metis'.")] = "edges",
+    columns: Annotated[int | None, typer.Option(help="Groups of so many devices share their vertices and split the features of an aggregation; default: as is cheapest.", min=1, show_default=False)] = None,
     memory: Annotated[str | None, typer.Option(help="Keep to so much memory of one device, as 4GiB: what does not fit goes to the host's disk and comes back.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="The same seed is the same training, on any number of devices.", min=0)] = 0,
     save: Annotated[Path | None, typer.Option(help="Write the trained model to this .keras file.", show_default=False)] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Save the training in this folder on the way, and go on from what is there.", show_default=False)] = None,
+    every: Annotated[int, typer.Option(help="With --checkpoint: epochs from one to the next.", min=1)] = 1,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Train a graph network on the whole graph, every epoch: accuracy, time per epoch, parts, traffic.
@@ -165,6 +169,11 @@ def train(
     with errors():
         if save is not None and save.suffix != ".keras":
             raise GraphError(f"A model is saved to a .keras file, and {save.name!r} is none: call it {save.stem + '.keras'!r}.")
+        if processes > 1 and not os.environ.get("PARTITA_LAUNCHED"):
+            from partita.launch import launch
+
+            raise typer.Exit(launch(processes, arguments_of_one(), devices if devices > 1 else None, say(False)))
+        first = join()
         from partita.gnn import files
 
         with progress() as report:
@@ -186,14 +195,18 @@ def train(
         network.compile(keras.optimizers.Adam(rate), metrics=["accuracy"])
         graph = normalised(graph) if normalise else graph
         with progress() as report:
-            follow = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: report("training", epoch + 1, epochs))
-            network.fit(graph, epochs, callbacks=[follow], verbose=0, devices=devices, partition=partition, memory=memory)
-        if save is not None:
-            network.save(save)
+            follow = [keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: report("training", epoch + 1, epochs))]
+            if checkpoint is not None:
+                from partita.keras.checkpoint import Checkpoint
+
+                follow.insert(0, Checkpoint(checkpoint, every=every))
+            network.fit(graph, epochs, callbacks=follow, verbose=0, devices=devices, partition=partition, columns=columns, memory=memory)
         found = {"model": model, **trained_facts(network, graph)}
-        if as_json:
+        if first and save is not None:
+            network.save(save)
+        if first and as_json:
             print(json.dumps(found))
-        else:
+        elif first:
             _print_trained(found)
 
 
@@ -246,7 +259,10 @@ def _print_trained(found: dict[str, Any]) -> None:
     out.print(f"{found['model']} on {found['graph']}: {found['epochs']} epochs, loss {found['loss']:.4f}", markup=False)
     for mask, accuracy in found["accuracy"].items():
         out.print(f"accuracy, {mask}: {accuracy:.1%}", markup=False)
-    out.print(f"time per epoch: {format_seconds(found['epoch_seconds'])}; the first, compiled on the way: {format_seconds(found['first_seconds'])}")
+    if found["epoch_seconds"] is None:
+        out.print("nothing was left to train: the checkpoint is of the last epoch")
+    else:
+        out.print(f"time per epoch: {format_seconds(found['epoch_seconds'])}; the first, compiled on the way: {format_seconds(found['first_seconds'])}")
     for i, part in enumerate(found["parts"]):
         out.print(f"part {i}: {part['vertices']:,} vertices, {part['edges']:,} in-edges, {part['fetched']:,} rows of other parts")
     if found["parts"]:

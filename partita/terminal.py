@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -46,3 +46,41 @@ def errors() -> Iterator[None]:
     except BrokenPipeError:
         sys.stderr.close()
         raise typer.Exit(0) from None
+
+
+def say(quiet: bool) -> Callable[[str], None]:
+    """What prints a line of Partita's own, or nothing."""
+    return (lambda text: None) if quiet else (lambda text: err.print(f"partita: {text}", markup=False, soft_wrap=True))
+
+
+def join() -> bool:
+    """Where this process was started as one of several: waits for the others, and seeds what scripts draw alike in all of them.
+
+    Whether it is the one that prints.
+    """
+    from partita.execute.processes import group, is_first
+    from partita.execute.processes import join as join_group
+
+    who = group()
+    if who is None:
+        return True
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    from partita.execute.devices import start_host_devices
+
+    local = os.environ.get("PARTITA_LOCAL_DEVICES", "1")
+    start_host_devices(int(local) if local.isdigit() else 1)
+    join_group(who, say(False))
+    from partita.execute.processes import from_first
+
+    seed = from_first("seed", lambda: os.environ.get("PARTITA_SEED", str(int.from_bytes(os.urandom(4)) >> 1)))
+    import keras
+
+    keras.utils.set_random_seed(int(seed))
+    return is_first()
+
+
+def arguments_of_one() -> list[str]:
+    """The command line of one of several processes: this one's, less --processes."""
+    given = sys.argv[1:]
+    at = next(i for i, argument in enumerate(given) if argument.partition("=")[0] == "--processes")
+    return given[:at] + given[at + (1 if "=" in given[at] else 2) :]

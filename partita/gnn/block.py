@@ -1,16 +1,19 @@
 """A graph on the devices, as layers see it: `Block` is the in-edges of one device's vertices, and what may be asked of them.
 
 A layer asks for a sum, a mean, a maximum or attention over in-edges, and gets a row for each of its device's vertices. Where there are
-several devices, each has a contiguous range of vertices, and the block first fetches the rows of other devices that its edges begin
-at (`Halo`), each once. Gradients go back along the transpose, and through the same exchange the other way: they are exact for directed
-graphs, repeated edges and self edges.
+several devices, each has a contiguous range of vertices, and rows come together in one of two ways, or both (`Way`): the rows of other devices that
+edges begin at are fetched, each once (`Halo`); or devices share their vertices and each sums a slice of the features. Gradients go back along the
+transpose, and through the same exchanges the other way: they are exact for directed graphs, repeated edges and self edges.
 
 All that is here are arrays, so that a graph is an argument of a compiled step and not a part of it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -33,15 +36,15 @@ AXIS = "parts"
 class Edges:
     """Edges from columns to rows, both ways; all int32.
 
-    `ids[offsets[r]:offsets[r + 1]]` are the columns of row r, `back_ids[back_offsets[c]:back_offsets[c + 1]]` the rows of column c;
-    `back_order[k]` is the position in `ids` of the edge at k in `back_ids`.
+    `ids[offsets[r]:offsets[r + 1]]` are the columns of row r, `back_ids[back_offsets[c]:back_offsets[c + 1]]` the rows of column c, ascending;
+    `back_order[k]` is the position in `ids` of the edge at k in `back_ids`, which only edges with weights need.
     """
 
     offsets: Any
     ids: Any
     back_offsets: Any
     back_ids: Any
-    back_order: Any
+    back_order: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -98,13 +101,13 @@ def edge_max(edges: Edges, x: Any) -> Any:
 
 
 def _max_forward(edges: Edges, x: Any) -> Any:
-    top, edge = largest(edges.offsets, edges.ids, x)
-    return top, (edges, edge)
+    top, source = largest(edges.offsets, edges.ids, x)
+    return top, (edges, source)
 
 
 def _max_backward(saved: Any, dy: Any) -> Any:
-    edges, edge = saved
-    return None, largest_back(edges.back_offsets, edges.back_ids, edges.back_order, edge, dy)
+    edges, source = saved
+    return None, largest_back(edges.back_offsets, edges.back_ids, source, dy)
 
 
 edge_max.defvjp(_max_forward, _max_backward)
@@ -112,41 +115,133 @@ edge_max.defvjp(_max_forward, _max_backward)
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Block:
-    """The in-edges of a device's vertices (its rows), from its own vertices and then those of the halo, in this order.
+class Way:
+    """The edges that a device sums over, and how the rows come together that they begin at.
 
-    degree     float32 [rows]: in-edges
-    alone      int32 [rows]: 1 where a vertex has no edge to itself
-    first      int32 [1]: the number of the first vertex in the whole graph
-    weights    float32 [edges], or None
-    load       float32 [rows]: the sum of the weights of the in-edges; `degree` without weights
-    vertex     int32 [rows]: the user's numbers of the vertices where the graph was relabelled, else None
-    timed      whether the times of exchanges are noted (`kernels.stamp`)
+    `columns` devices, neighbours in number, share their vertices: their rows are exchanged for a slice of the features of all, summed over all in-edges of
+    these vertices, and exchanged back. With 1, each has the in-edges of its own vertices. `halo`: rows of devices beyond those. `near`: only edges into
+    vertices from which a training vertex is so many edges away at most are there; -1: all are. weights float32 [edges], or None.
     """
 
     edges: Edges
+    weights: Any = None
+    halo: tuple[Halo, ...] = ()
+    columns: int = field(default=1, metadata={"static": True})
+    near: int = field(default=-1, metadata={"static": True})
+
+
+class Calls:
+    """The aggregations of a model in the order in which they are traced: (features, whether they may be sliced) of each.
+
+    `whole`: how many there will be, where nothing is wanted but what the training vertices need; else 0.
+    """
+
+    def __init__(self, whole: int) -> None:
+        self.whole = whole
+        self.seen: list[tuple[int, bool]] = []
+
+
+_calls: ContextVar[Calls | None] = ContextVar("calls", default=None)
+
+
+@contextmanager
+def counted(whole: int = 0) -> Iterator[Calls]:
+    """Notes the aggregations that are traced inside."""
+    calls = Calls(whole)
+    token = _calls.set(calls)
+    try:
+        yield calls
+    finally:
+        _calls.reset(token)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Block:
+    """The in-edges of a device's vertices, which are its rows.
+
+    degree     float32 [rows]: in-edges
+    alone      int32 [rows]: 1 where a vertex has no edge to itself
+    load       float32 [rows]: the sum of the weights of the in-edges; `degree` without weights
+    first      int32 [1]: the number of the first vertex in the whole graph
+    ways       in which aggregations can be done, at least one of them with all edges
+    vertex     int32 [rows]: the user's numbers of the vertices where the graph was relabelled, else None
+    columns    (features, `Way.columns` of aggregations of so many)
+    timed      whether the times of exchanges are noted (`kernels.stamp`)
+    """
+
     degree: Any
     alone: Any
     load: Any
     first: Any
-    weights: Any = None
-    halo: tuple[Halo, ...] = ()
+    ways: tuple[Way, ...]
     parts: int = field(default=1, metadata={"static": True})
     vertex: Any = None
+    columns: tuple[tuple[int, int], ...] = field(default=(), metadata={"static": True})
     timed: bool = field(default=False, metadata={"static": True})
 
     @property
     def rows(self) -> int:
         return self.degree.shape[0]
 
-    def fetched(self, x: Any) -> Any:
-        """The device's rows, and below them those of the halo."""
-        if not self.halo:
+    def sum(self, x: Any, weighted: bool = False) -> Any:
+        """[rows, features]: the sum over in-edges, of rows times the edges' weights if `weighted` and the graph has some."""
+        way = self._way(x.shape[1])
+        rows = self._gathered(way, x)
+        if weighted and way.weights is not None:
+            return self._returned(way, weighted_sum(way.edges, way.weights, rows), x.shape[1])
+        return self._returned(way, edge_sum(way.edges, rows), x.shape[1])
+
+    def mean(self, x: Any) -> Any:
+        """[rows, features]: the mean over in-edges; zero where there is none."""
+        return self.sum(x) / jnp.maximum(self.degree, 1)[:, None]
+
+    def max(self, x: Any) -> Any:
+        """[rows, features]: the maximum over in-edges; zero where there is none."""
+        way = self._way(x.shape[1])
+        return self._returned(way, edge_max(way.edges, self._gathered(way, x)), x.shape[1])
+
+    def attention(self, left: Any, right: Any, a: Any) -> Any:
+        """[rows, heads, features]: attention over in-edges and an edge to itself, as in `kernels.attention`; a [heads, features]."""
+        rows, heads, width = left.shape
+        way = self._way(heads * width, sliced=False)
+        left = self._gathered(way, left.reshape(rows, heads * width)).reshape(-1, heads, width)
+        edges = way.edges
+        return attend((edges.offsets, edges.ids), (edges.back_offsets, edges.back_ids), self.alone, left, right, a)
+
+    # ------------------------------------------------------------------------------------------------------------- exchanges
+
+    def _way(self, width: int, sliced: bool = True) -> Way:
+        """The way of the next aggregation."""
+        calls, left = _calls.get(), None
+        if calls is not None:
+            calls.seen.append((width, sliced))
+            left = calls.whole - len(calls.seen) if calls.whole else None
+        columns = dict(self.columns).get(width, 1) if sliced else 1
+        found = [w for w in self.ways if w.columns == columns] or [w for w in self.ways if sliced or w.columns == 1]
+        near = [w for w in found if left is not None and w.near >= left]
+        return min(near, key=lambda w: w.near) if near else next(w for w in found if w.near < 0)
+
+    def _gathered(self, way: Way, x: Any) -> Any:
+        """The rows that the edges of a way begin at: a slice of the features where devices share vertices, then the rows of the halo."""
+        if way.columns > 1:
+            slices = jnp.pad(x, ((0, 0), (0, -x.shape[1] % way.columns)))
+            x = self._exchanged(way, slices, 1, 0)
+        if not way.halo:
             return x
-        sent = self.entered(tuple(edge_sum(halo.pick, x) for halo in self.halo))
-        perms = [[(i, (i + halo.shift) % self.parts) for i in range(self.parts)] for halo in self.halo]
-        came = [jax.lax.ppermute(rows, AXIS, perm) for rows, perm in zip(sent, perms, strict=True)]
+        sent = self.entered(tuple(edge_sum(halo.pick, x) for halo in way.halo))
+        there = lambda shift: [(i, (i + shift * way.columns) % self.parts) for i in range(self.parts)]
+        came = [jax.lax.ppermute(rows, AXIS, there(halo.shift)) for rows, halo in zip(sent, way.halo, strict=True)]
         return jnp.concatenate([x, *self.left(tuple(came))])
+
+    def _returned(self, way: Way, y: Any, width: int) -> Any:
+        """[rows, features] of what a way has summed."""
+        return y if way.columns == 1 else self._exchanged(way, y, 0, 1)[:, :width]
+
+    def _exchanged(self, way: Way, x: Any, cut: int, join: int) -> Any:
+        """x cut along a dim and joined along the other, by the devices that share vertices."""
+        groups = [list(range(i, i + way.columns)) for i in range(0, self.parts, way.columns)]
+        return self.left(jax.lax.all_to_all(self.entered(x), AXIS, cut, join, axis_index_groups=groups, tiled=True))
 
     def entered(self, values: Any) -> Any:
         """Values that go into an exchange, the time noted if it is wanted."""
@@ -156,38 +251,23 @@ class Block:
         """Values that came out of an exchange, the time noted if it is wanted."""
         return stamp.leave(values, jax.lax.axis_index(AXIS)) if self.timed else values
 
-    def sum(self, x: Any, weighted: bool = False) -> Any:
-        """[rows, features]: the sum over in-edges, of rows times the edges' weights if `weighted` and the graph has some."""
-        x = self.fetched(x)
-        if weighted and self.weights is not None:
-            return weighted_sum(self.edges, self.weights, x)
-        return edge_sum(self.edges, x)
-
-    def mean(self, x: Any) -> Any:
-        """[rows, features]: the mean over in-edges; zero where there is none."""
-        return self.sum(x) / jnp.maximum(self.degree, 1)[:, None]
-
-    def max(self, x: Any) -> Any:
-        """[rows, features]: the maximum over in-edges; zero where there is none."""
-        return edge_max(self.edges, self.fetched(x))
-
-    def attention(self, left: Any, right: Any, a: Any) -> Any:
-        """[rows, heads, features]: attention over in-edges and an edge to itself, as in `kernels.attention`; a [heads, features]."""
-        rows, heads, width = left.shape
-        left = self.fetched(left.reshape(rows, heads * width)).reshape(-1, heads, width)
-        edges = self.edges
-        return attend((edges.offsets, edges.ids), (edges.back_offsets, edges.back_ids), self.alone, left, right, a)
-
 
 def block_of(graph: Graph) -> Block:
     """The block of a whole graph, for one device."""
-    edges = edges_of(graph.offsets, graph.sources, graph.transposed())
-    degree = graph.in_degrees().astype(np.float32)
+    back = graph.transposed(graph.weights is not None)
+    edges = edges_of(graph.offsets, graph.sources, back if graph.weights is not None else replace(back, order=None))
+    return Block(*of_vertices(graph, 0, graph.vertices), np.zeros(1, np.int32), (Way(edges, graph.weights),))
+
+
+def of_vertices(graph: Graph, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(degree, alone, load) of a block of the vertices from `first` to before `last`."""
+    offsets = graph.offsets[first : last + 1]
+    degree = np.diff(offsets).astype(np.float32)
     load = degree
     if graph.weights is not None:
-        load = np.add.reduceat(np.append(graph.weights, np.float32(0)), graph.offsets[:-1]).astype(np.float32)
+        load = np.add.reduceat(np.append(graph.weights[offsets[0] : offsets[-1]], np.float32(0)), offsets[:-1] - offsets[0]).astype(np.float32)
         load[degree == 0] = 0
-    return Block(edges, degree, alone(graph), load, np.zeros(1, np.int32), graph.weights)
+    return degree, graph.without_self_edge(first, last).astype(np.int32), load
 
 
 def edges_of(offsets: np.ndarray, ids: np.ndarray, back: Transposed) -> Edges:
@@ -196,13 +276,5 @@ def edges_of(offsets: np.ndarray, ids: np.ndarray, back: Transposed) -> Edges:
         raise GraphError(
             f"A device can hold {2**31 - 1:,} edges, and here are {len(ids):,}: split the graph over more devices."
         )
-    narrow = lambda a: np.asarray(a).astype(np.int32, copy=False)
+    narrow = lambda a: None if a is None else np.asarray(a).astype(np.int32, copy=False)
     return Edges(*map(narrow, (offsets, ids, back.offsets, back.destinations, back.order)))
-
-
-def alone(graph: Graph) -> np.ndarray:
-    """int32 [vertices]: 1 where a vertex has no edge to itself."""
-    to = np.repeat(np.arange(graph.vertices), graph.in_degrees())
-    found = np.ones(graph.vertices, np.int32)
-    found[to[to == graph.sources]] = 0
-    return found

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from partita.gnn.graph import Graph
-from partita.gnn.learned import RANGES, Cost, best_points, calibrated, features_of, fetched_rows, prefix_sums
-from partita.gnn.partition import arranged
+from partita.gnn.learned import RANGES, Cost, best_points, calibrated, features_of, prefix_sums
+from partita.gnn.partition import arranged, cut
 from partita.units import format_bytes, format_seconds
 
 TITLES = {"vertices": "equal vertices", "edges": "equal edges", "metis": "METIS", "learned": "learned"}
@@ -29,9 +29,9 @@ def compare(graph: Graph, devices: int, width: int, report: Callable[..., Any] |
     for name in TITLES:
         if name == "metis" and importlib.util.find_spec("pymetis") is None:
             continue
-        cut, points, order = (graph, best_points(sums, cost), None) if name == "learned" else arranged(graph, devices, name)
-        of = sums if order is None else prefix_sums(cut)
-        seconds, features, fetched = cost.seconds(of, points), features_of(of, points), fetched_rows(cut, points)
+        split, points, order = (graph, best_points(sums, cost), None) if name == "learned" else arranged(graph, devices, name)
+        of = sums if order is None else prefix_sums(split)
+        seconds, features, fetched = cost.seconds(of, points), features_of(of, points), cut(split, points).fetched
         found[name] = {
             "largest_seconds": float(seconds.max()),
             "imbalance": float(seconds.max() / seconds.mean()) if seconds.any() else 1.0,

@@ -46,12 +46,12 @@ def id_type(vertices: int) -> type[np.signedinteger[Any]]:
 class Transposed:
     """A graph by source: `destinations[offsets[v]:offsets[v + 1]]` are the vertices that v sends to.
 
-    `order[k]` is the position of that edge in the graph's `sources`, so `weights[order]` are its weights.
+    `order[k]` is the position of that edge in the graph's `sources`, so `weights[order]` are its weights; None where nobody asked for it.
     """
 
     offsets: np.ndarray
     destinations: np.ndarray
-    order: np.ndarray
+    order: np.ndarray | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -276,17 +276,31 @@ class Graph:
         count(self.sources, counts)
         return counts
 
-    def transposed(self) -> Transposed:
-        """The graph by source; made once."""
-        return self._transposed
+    def transposed(self, ordered: bool = True) -> Transposed:
+        """The graph by source, with `order` if it is wanted; made once of each kind."""
+        if ordered or "_transposed" in self.__dict__:
+            return self._transposed
+        return self._unordered
 
     @cached_property
     def _transposed(self) -> Transposed:
+        return self._turned(np.empty(self.edges, position_type(self.edges)))
+
+    @cached_property
+    def _unordered(self) -> Transposed:
+        return self._turned(None)
+
+    def _turned(self, order: np.ndarray | None) -> Transposed:
         offsets = offsets_of(self.out_degrees())
         destinations = np.empty(self.edges, self.sources.dtype)
-        order = np.empty(self.edges, position_type(self.edges))
-        _transpose(self.offsets, self.sources, offsets[:-1].copy(), destinations, order)
+        _transpose(self.offsets, self.sources, offsets[:-1].copy(), destinations, np.empty(0, np.int32) if order is None else order)
         return Transposed(offsets, destinations, order)
+
+    def without_self_edge(self, first: int, last: int) -> np.ndarray:
+        """bool [last - first]: whether each vertex from `first` on has no edge to itself."""
+        missing = np.ones(last - first, np.bool_)
+        _find_self_edges(self.offsets[first : last + 1], self.sources, missing, first)
+        return missing
 
     # --------------------------------------------------------------------------------------------------- made of this one
 
@@ -296,8 +310,7 @@ class Graph:
         >>> Graph.from_edges([0, 1], [1, 1]).with_self_edges().sources
         array([0, 0, 1], dtype=int32)
         """
-        missing = np.ones(self.vertices, np.bool_)
-        _find_self_edges(self.offsets, self.sources, missing)
+        missing = self.without_self_edge(0, self.vertices)
         offsets = offsets_of(self.in_degrees() + missing)
         sources = np.empty(offsets[-1], self.sources.dtype)
         weights = None if self.weights is None else np.empty(offsets[-1], np.float32)
@@ -612,20 +625,22 @@ def targets_of(offsets, begin, out):
 
 @njit(cache=True)
 def _transpose(offsets, sources, cursor, destinations, order):
+    ordered = len(order) > 0
     for v in range(len(offsets) - 1):
         for e in range(offsets[v], offsets[v + 1]):
             s = sources[e]
             k = cursor[s]
             cursor[s] = k + 1
             destinations[k] = v
-            order[k] = e
+            if ordered:
+                order[k] = e
 
 
 @njit(cache=True)
-def _find_self_edges(offsets, sources, missing):
+def _find_self_edges(offsets, sources, missing, first):
     for v in range(len(offsets) - 1):
         for e in range(offsets[v], offsets[v + 1]):
-            if sources[e] == v:
+            if sources[e] == first + v:
                 missing[v] = False
                 break
 

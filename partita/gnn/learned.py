@@ -232,27 +232,6 @@ def calibrated(
     return cost.weights, learner.error or 0.0  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
-@njit(nogil=True, cache=True)
-def _others(offsets, sources, points, seen, out):
-    for i in range(len(out)):
-        for e in range(offsets[points[i]], offsets[points[i + 1]]):
-            source = sources[e]
-            if (source < points[i] or source >= points[i + 1]) and seen[source] != i:
-                seen[source] = i
-                out[i] += 1
-
-
-def fetched_rows(graph: Graph, points: np.ndarray) -> np.ndarray:
-    """int64 [parts]: rows of other parts that the edges of each begin at.
-
-    >>> fetched_rows(Graph.from_edges([2, 2, 3, 0], [0, 1, 1, 0], 4), np.array([0, 2, 4])).tolist()
-    [2, 0]
-    """
-    out = np.zeros(len(points) - 1, np.int64)
-    _others(graph.offsets, graph.sources, points, np.full(graph.vertices, -1, np.int32), out)
-    return out
-
-
 # --------------------------------------------------------------------------------------------------------------- in training
 
 LEAST = 0.02

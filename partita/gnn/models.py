@@ -203,3 +203,6 @@ class GatedGraph(GraphModel):
 
 MODELS = {"gcn": GCN, "sage": SAGE, "gin": GIN, "gatv2": GATv2, "commnet": CommNet, "gatedgraph": GatedGraph}
 """Models by the names that the command line knows."""
+
+for _model in MODELS.values():
+    _model.by_vertex = True

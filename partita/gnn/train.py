@@ -6,6 +6,7 @@ mask, whatever Keras loss it is; metrics are weighted by the mask. The graph is 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +19,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from partita.errors import GraphError, PartitaError
-from partita.execute.devices import at_hand
-from partita.gnn.block import AXIS, Block, block_of
+from partita.execute import processes
+from partita.execute.devices import at_hand, detect
+from partita.gnn.block import AXIS, Block, block_of, counted
+from partita.gnn.choice import columns_of
 from partita.gnn.graph import Graph, check
 from partita.gnn.kernels import stamp
 from partita.gnn.learned import Balance
-from partita.gnn.partition import Parts, Room, arranged, by_vertices, split
+from partita.gnn.partition import Parts, Room, arranged, block_of_part, by_vertices, cut, near_training
 from partita.gnn.spill import Planned
 from partita.units import parse
 
@@ -47,7 +50,11 @@ class Data:
 
 
 class FullGraphTraining:
-    """Trains a Keras model whose call is `call(x, block, training)` on whole graphs. Comes before `keras.Model` among the bases."""
+    """Trains a Keras model whose call is `call(x, block, training)` on whole graphs. Comes before `keras.Model` among the bases.
+
+    A class that says `by_vertex = True` itself promises that its vertices meet in the block's aggregations only, each of them traced once: then a
+    training step sums only over edges that the training vertices can see.
+    """
 
     def compile(
         self, optimizer: Any = "adam", loss: Any = "sparse_categorical_crossentropy", *, metrics: Any = None, weighted_metrics: Any = None,
@@ -67,20 +74,22 @@ class FullGraphTraining:
 
     def fit(
         self, graph: Graph, epochs: int = 1, *, callbacks: Sequence[Any] | None = None, verbose: Any = "auto", validation_freq: int = 1,
-        initial_epoch: int = 0, devices: int = 1, partition: Any = "edges", memory: str | int | None = None,
+        initial_epoch: int = 0, devices: int = 1, partition: Any = "edges", columns: int | None = None, memory: str | int | None = None,
     ) -> Any:  # fmt: skip
         """Keras's history: loss and metrics of the training mask, and with `val_` of the validation mask, of every epoch.
 
         An epoch is one step. Training values are of the step itself (dropout on, weights before the update), as in Keras.
         Over several `devices` each has a part of the vertices, cut by `partition`: 'edges', 'vertices', 'learned' (from measured times, moved
         between epochs when that pays), 'metis' (needs pymetis), split points [devices + 1], or the part of every vertex [vertices].
-        `evaluate` and `predict` then use the same devices. Within a `memory` ("4GiB" or bytes) on one device what does not fit goes to the
+        In an aggregation, groups of `columns` devices each take a slice of the features of their vertices; None: as is cheapest for each, by the
+        machine. `evaluate` and `predict` then use the same devices. Of several processes each makes the parts of its own devices only, and `devices` are those
+        of all of them; 1 stands for all. Within a `memory` ("4GiB" or bytes) on one device what does not fit goes to the
         host and comes back, by a plan that `model.memory.facts()` then states.
         """
         model: Any = self
         model._assert_compile_called("fit")
         within = self._within(graph, memory, devices)
-        self.__dict__["_split"] = (devices, partition)
+        self.__dict__["_split"] = (_all_devices(devices), partition, columns)
         data: Any = self._prepared(graph, "train") if within is None else None
         validates = graph.validation is not None and bool(graph.validation.any())
         model.stop_training = False
@@ -89,7 +98,9 @@ class FullGraphTraining:
             callbacks, add_history=True, add_progbar=verbose not in (0, "auto"), verbose=verbose, epochs=epochs, steps=1, model=model
         )  # fmt: skip
         observed = bool(callbacks)
+        model._initial_epoch = None
         run.on_train_begin()
+        initial_epoch = model._initial_epoch or initial_epoch  # a checkpoint says where it was
         state = self._state()
         logs: dict[str, Any] = {}
         for epoch in range(initial_epoch, epochs):
@@ -101,7 +112,8 @@ class FullGraphTraining:
             compiled = 0 if within is not None else step._cache_size()
             stamp.clear()
             began = time.perf_counter()
-            logs, state = jax.block_until_ready(step(state, data))
+            with processes.together("training"):
+                logs, state = jax.block_until_ready(step(state, data))
             ended = time.perf_counter()
             logs = _numbers(logs)
             self.epoch_seconds.append(time.perf_counter() - began)
@@ -127,8 +139,8 @@ class FullGraphTraining:
         self.__dict__["memory"] = None
         if memory is None:
             return None
-        if devices > 1:
-            raise GraphError(f"A memory plan is of one device, and here are {devices}: leave out memory, or use devices=1.")
+        if _all_devices(devices) > 1:
+            raise GraphError(f"A memory plan is of one device, and here are {_all_devices(devices)}: leave out memory, or use devices=1.")
         model: Any = self
         self._checked(graph)
         _can_learn(graph, "train", self.__dict__.get("classes"))
@@ -171,7 +183,7 @@ class FullGraphTraining:
     def predict(self, graph: Graph, vertices: Any = None) -> np.ndarray:
         """float32 [vertices, classes]: the model's output for every vertex of a graph, or for those asked for, in their order."""
         data = self._prepared(graph, None)
-        found = np.asarray(self._step("predict", self._predict_step, rows=True)(self._state()[:2], data))
+        found = processes.whole(self._step("predict", self._predict_step, rows=True)(self._state()[:2], data))
         found = found if self.parts is None else self.parts.joined(found)
         return found if vertices is None else found[np.asarray(vertices)]
 
@@ -179,7 +191,7 @@ class FullGraphTraining:
 
     def _prepared(self, graph: Graph, mask: str | None) -> Data:
         """A graph as a step reads it; the last one is kept."""
-        split_as = self.__dict__.setdefault("_split", (1, "edges"))
+        split_as = self.__dict__.setdefault("_split", (_all_devices(1), "edges", None))
         kept = self.__dict__.get("_kept")
         if kept is None or kept[0] is not graph or kept[1] is not split_as:
             self._checked(graph)
@@ -187,7 +199,7 @@ class FullGraphTraining:
             if learns:
                 stamp.ready()
             began = time.perf_counter()
-            kept = graph, split_as, *_placed(graph, *split_as, timed=learns)
+            kept = graph, split_as, *self._placed(graph, *split_as, timed=learns)
             balance = _balance(graph, kept[3]) if learns and kept[3] is not None else None
             self.__dict__.update(_kept=kept, feature_count=graph.feature_count, _steps={}, _balance=balance)
             self.__dict__["_moving"] = [time.perf_counter() - began, 0.0]
@@ -206,6 +218,72 @@ class FullGraphTraining:
         expected = self.__dict__.get("feature_count", graph.feature_count)
         if expected != graph.feature_count:
             raise GraphError(f"'{graph.name}' has {graph.feature_count} features, and the model was built for {expected}.")
+
+    def _placed(
+        self, graph: Graph, devices: int, partition: Any, columns: int | None, timed: bool = False, room: Room | None = None
+    ) -> tuple[Data, Parts | None]:  # fmt: skip
+        """The graph's data on its devices; of several processes each makes what its own devices have."""
+        at_hand(devices)
+        _check_columns(columns, devices)
+        if devices == 1:
+            data = _data(graph)
+            calls = self._aggregations(data, None)
+            near = [(1, k, keep) for k, keep in enumerate(self._near(graph, len(calls)))]
+            if near:
+                ways = block_of_part(graph, cut(graph, np.array([0, graph.vertices]), others=near), 0).ways
+                data = replace(data, graph=replace(data.graph, ways=(*data.graph.ways, *ways[1:])))
+            self.__dict__["_calls"] = len(calls)
+            return jax.device_put(data), None
+        graph, points, order = arranged(graph, devices, partition)
+        parts = replace(cut(graph, points, room), order=order)
+        processes.same("The graph, or how it is split,", _digest(graph, parts), "Do all read the same file?")
+        mesh = _mesh(devices)
+        mine = [i for i, device in enumerate(mesh.devices) if device.process_index == jax.process_index()]
+        tables = _tables(graph)
+        of_part = lambda i: Data(
+            *jax.tree.map(lambda table: parts.of_part(i, table), tables), replace(block_of_part(graph, parts, i), timed=timed)
+        )
+        calls = self._aggregations(first := of_part(mine[0]), mesh)
+        if columns is None and not timed:
+            chosen = lambda: json.dumps(columns_of(calls, graph, parts, detect(devices)))
+            by_width = tuple((width, c) for width, c in json.loads(processes.from_first("columns", chosen)))
+        else:
+            by_width = tuple((width, columns or 1) for width, sliced in sorted(set(calls)) if sliced)
+        others = [(c, -1, None) for c in sorted({c for _, c in by_width if c > 1})]
+        others += [(1, k, keep) for k, keep in enumerate(self._near(graph, len(calls)))]
+        if others:
+            parts = replace(cut(graph, points, room, others), order=order)
+        self.__dict__["_calls"] = len(calls)
+        pieces = []
+        for i in mine:
+            data = first if i == mine[0] and not others else of_part(i)
+            data = replace(data, graph=replace(data.graph, columns=by_width))
+            pieces.append(jax.device_put(jax.tree.map(lambda x: x[None], data), mesh.devices[i]))
+        sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+        joined = lambda *own: jax.make_array_from_single_device_arrays((devices, *own[0].shape[1:]), sharding, list(own))
+        return jax.tree.map(joined, *pieces), parts
+
+    def _aggregations(self, data: Data, mesh: Mesh | None) -> list[tuple[int, bool]]:
+        """(features, whether they may be sliced) of every aggregation of the model, in their order; nothing is computed."""
+        model: Any = self
+        state = jax.tree.map(
+            lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), ([v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables])
+        )
+        step = lambda state, data: self._predict_step(state, data, "")
+        if mesh is not None:
+            whole, count = step, mesh.size
+            data = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), data)
+            step = jax.shard_map(
+                lambda state, data: whole(state, jax.tree.map(lambda x: x[0], data))[None],
+                mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec(AXIS)), out_specs=PartitionSpec(AXIS), check_vma=False,
+            )  # fmt: skip
+        with counted() as calls:
+            jax.eval_shape(step, state, data)
+        return calls.seen
+
+    def _near(self, graph: Graph, calls: int) -> list[np.ndarray]:
+        """The vertices whose aggregations a training step needs, from the last one backwards, as far as that spares much."""
+        return near_training(graph, calls) if vars(type(self)).get("by_vertex") else []
 
     @property
     def parts(self) -> Parts | None:
@@ -236,7 +314,7 @@ class FullGraphTraining:
             return data
         split_as = self.__dict__["_split"]
         started = time.perf_counter()
-        placed = _placed(graph, split_as[0], points, timed=True, room=parts.room)
+        placed = self._placed(graph, split_as[0], points, split_as[2], timed=True, room=parts.room)
         moving[0] = time.perf_counter() - started
         self.__dict__["_kept"] = graph, split_as, *placed
         balance.moved(points)
@@ -252,14 +330,14 @@ class FullGraphTraining:
         optimizer = model.optimizer.variables if getattr(model, "optimizer", None) is not None else []
         groups = (model.trainable_variables, model.non_trainable_variables, optimizer)
         state = tuple([v.value for v in group] for group in groups)
-        return state if self._mesh is None else jax.device_put(state, NamedSharding(self._mesh, PartitionSpec()))
+        return state if self._mesh is None else processes.put(state, NamedSharding(self._mesh, PartitionSpec()))
 
     def _keep(self, state: Any) -> None:
         """Puts arrays back into the model's variables."""
         model: Any = self
         groups = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables)
         if self._mesh is not None:
-            state = jax.device_put(state, jax.devices()[0])
+            state = jax.tree.map(lambda x: x.addressable_data(0), state)
         for variables, values in zip(groups, state, strict=True):
             for variable, value in zip(variables, values, strict=True):
                 variable._value = value
@@ -292,9 +370,10 @@ class FullGraphTraining:
         count = _over_parts(data.masks[mask].sum(), data)
 
         def loss(trainable: Any) -> Any:
-            predicted, others_after, penalties = model.stateless_call(
-                trainable, others, data.x, graph=data.graph, training=True, return_losses=True
-            )
+            with counted(self.__dict__["_calls"]):
+                predicted, others_after, penalties = model.stateless_call(
+                    trainable, others, data.x, graph=data.graph, training=True, return_losses=True
+                )
             value = self._summed_loss(predicted, data, mask) / count
             penalty = sum(penalties) / data.graph.parts
             return value + penalty, (value + penalty, predicted, others_after)
@@ -350,8 +429,8 @@ def trained_facts(model: Any, graph: Graph) -> dict[str, Any]:
         "epochs": len(seconds),
         "loss": judged["train"]["loss"],
         "accuracy": {what: logs["accuracy"] for what, logs in judged.items()},
-        "epoch_seconds": float(np.median(seconds[1:] or seconds)),
-        "first_seconds": seconds[0],
+        "epoch_seconds": float(np.median(seconds[1:] or seconds)) if seconds else None,
+        "first_seconds": seconds[0] if seconds else None,
         "seconds": seconds,
         "parts": [] if parts is None else [
             {"vertices": int(v), "edges": int(e), "fetched": int(f)} for v, e, f in zip(parts.vertices, parts.edges, parts.fetched, strict=True)
@@ -366,8 +445,10 @@ def _sent(jaxpr: Any, parts: int) -> int:
     """Bytes of the exchanges of a program, those of inner programs among them, over all devices."""
     total = 0
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "ppermute":
-            total += parts * sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
+        if equation.primitive.name in ("ppermute", "all_to_all"):
+            groups = equation.params.get("axis_index_groups")
+            stays = parts // len(groups[0]) if groups else 0  # of an all-to-all, what a device keeps
+            total += (parts - stays) * sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
         for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
             inner = getattr(inner, "jaxpr", inner)
             total += _sent(inner, parts) if hasattr(inner, "eqns") else 0
@@ -397,22 +478,24 @@ def _mesh(parts: int) -> Mesh:
     return Mesh(np.array(jax.devices()[:parts]), (AXIS,))
 
 
-def _placed(
-    graph: Graph, devices: int, partition: Any, timed: bool = False, room: Room | None = None
-) -> tuple[Data, Parts | None]:
-    """The graph's data on its devices."""
-    at_hand(devices)
-    if devices == 1:
-        return jax.device_put(_data(graph)), None
-    graph, points, order = arranged(graph, devices, partition)
-    block, parts = split(graph, points, room)
-    block = replace(block, timed=timed)
-    if order is not None:
-        parts = replace(parts, order=order)
-        block = replace(block, vertex=parts.stacked(order.astype(np.int32)))
-    x, labels, masks = jax.tree.map(parts.stacked, _tables(graph))
-    data = Data(x, labels, masks, block)
-    return jax.device_put(data, NamedSharding(_mesh(devices), PartitionSpec(AXIS))), parts
+def _check_columns(columns: int | None, devices: int) -> None:
+    if columns is not None and (columns < 1 or devices % columns):
+        raise GraphError(f"{devices} devices cannot be put into groups of {columns}: columns must divide the devices.")
+
+
+def _digest(graph: Graph, parts: Parts) -> str:
+    """Of what all processes must have alike."""
+    return processes.digest([np.array([graph.vertices, graph.edges, graph.feature_count]), parts.points, parts.edges, parts.fetched])
+
+
+def _all_devices(devices: int) -> int:
+    """How many devices take part: of several processes all, whoever's they are."""
+    if processes.alone():
+        return devices
+    there = jax.device_count()
+    if devices not in (1, there):
+        raise GraphError(f"{jax.process_count()} processes have {there} devices in all, and devices={devices} was asked for: give {there}, or leave it out.")
+    return there
 
 
 def _balance(graph: Graph, parts: Parts) -> Balance:

@@ -22,7 +22,7 @@ from partita.execute.processes import whole
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """A Keras callback that saves weights, optimizer and epoch after every epoch, and resumes where the last save ended.
+    """A Keras callback that saves weights, optimizer and epoch after every epoch, or `every` so many and at the end, and resumes where the last save ended.
 
     >>> model.fit(x, y, epochs=10, callbacks=[partita.Checkpoint("checkpoints")])     # doctest: +SKIP
 
@@ -31,8 +31,11 @@ class Checkpoint(keras.callbacks.Callback):
     orbax-checkpoint (pip install "partita[checkpoint]").
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2) -> None:
+    def __init__(self, folder: str | Path, keep: int = 2, every: int = 1) -> None:
         super().__init__()
+        if every < 1:
+            raise PartitaError(f"A checkpoint every {every} epochs cannot be made: give every=1 or more.")
+        self.every, self._unsaved = every, None
         try:
             import orbax.checkpoint as ocp
         except ImportError:
@@ -68,6 +71,11 @@ class Checkpoint(keras.callbacks.Callback):
         model._initial_epoch = epoch + 1  # as Keras's own BackupAndRestore does
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._unsaved = epoch if (epoch + 1) % self.every else None
+        if self._unsaved is None:
+            self._save(epoch)
+
+    def _save(self, epoch: int) -> None:
         values, described = {}, {}
         for name, variable in self._variables().items():
             value = variable.value
@@ -88,6 +96,8 @@ class Checkpoint(keras.callbacks.Callback):
             ) from None
 
     def on_train_end(self, logs: Any = None) -> None:
+        if self._unsaved is not None:
+            self._save(self._unsaved)
         self._manager.wait_until_finished()
 
     @contextmanager

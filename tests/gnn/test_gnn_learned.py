@@ -17,8 +17,8 @@ import partita.gnn as gnn
 from partita.errors import GraphError
 from partita.gnn import learned, models
 from partita.gnn.kernels import stamp
-from partita.gnn.learned import Balance, Cost, Learner, best_points, features_of, fetched_rows, prefix_sums
-from partita.gnn.partition import arranged, by_edges, by_metis, split
+from partita.gnn.learned import Balance, Cost, Learner, best_points, features_of, prefix_sums
+from partita.gnn.partition import arranged, by_edges, by_metis
 
 
 def skewed(vertices: int = 600, edges: int = 6000) -> gnn.Graph:
@@ -92,12 +92,6 @@ def test_a_split_moves_only_when_the_epochs_left_pay_for_it() -> None:
     balance.moved(points)
     now = features_of(balance.sums, points)[:, 2]
     assert now.max() < 1.05 * now.mean() and balance.better(10, 0) is None and balance.facts()["moves"] == 1
-
-
-def test_a_part_fetches_what_split_says() -> None:
-    graph = skewed()
-    for points in ([0, 20, 90, 600], [0, 0, 300, 600]):
-        assert fetched_rows(graph, np.array(points)).tolist() == split(graph, np.array(points))[1].fetched.tolist()
 
 
 def test_computing_is_what_lies_outside_exchanges() -> None:

@@ -12,7 +12,9 @@ import pytest
 import partita.gnn as gnn
 from partita.errors import GraphError, MachineError
 from partita.gnn import models
-from partita.gnn.partition import arranged, by_edges, by_vertices, split, split_points
+from partita.gnn.choice import columns_of, group_of
+from partita.gnn.partition import arranged, by_edges, by_vertices, cut, near_training, split_points
+from partita.machine import load
 
 
 def drawn(vertices: int = 23, edges: int = 60, weights: bool = False) -> gnn.Graph:
@@ -36,8 +38,9 @@ def trained(make: Callable[..., Any], graph: gnn.Graph, **how: Any) -> tuple[Any
 
 
 MODELS = {**models.MODELS, "sage-max": lambda **named: models.SAGE(aggregation="max", **named)}
-WAYS = [(3, np.arange(23) * 7 % 23 % 3), (4, [0, 0, 20, 20, 23])]
-"""Parts and how they are cut: by a part for every vertex, as METIS gives them, and by split points with two empty parts."""
+WAYS = [(3, np.arange(23) * 7 % 23 % 3, 1), (4, [0, 0, 20, 20, 23], 1), (4, [0, 0, 20, 20, 23], 2), (3, "edges", 3)]
+"""Devices, how the vertices are cut, and how many devices share theirs and split features: by a part for every vertex, as METIS gives them; by split points
+with two empty parts; both kinds of splits; features alone."""
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -45,10 +48,10 @@ def test_split_training_gives_the_numbers_of_one_device(name: str) -> None:
     graph = drawn(weights=name in ("gcn", "gatedgraph"))
     alone, history = trained(MODELS[name], graph)
     assert set(history) == {"loss", "accuracy", "val_loss", "val_accuracy"} and len(history["loss"]) == 3
-    for devices, partition in WAYS:
-        model, found = trained(MODELS[name], graph, devices=devices, partition=partition)
+    for devices, partition, columns in WAYS:
+        model, found = trained(MODELS[name], graph, devices=devices, partition=partition, columns=columns)
         for what, values in history.items():
-            np.testing.assert_allclose(found[what], values, rtol=2e-4, atol=1e-5, err_msg=f"{what}, {devices} by {partition}")
+            np.testing.assert_allclose(found[what], values, rtol=2e-4, atol=1e-5, err_msg=f"{what}, {devices} by {partition}, {columns}")
         np.testing.assert_allclose(model.predict(graph), alone.predict(graph), rtol=1e-2, atol=1e-3)
         for mine, theirs in zip(model.get_weights(), alone.get_weights(), strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=1e-2, atol=1e-3)
@@ -59,14 +62,14 @@ def test_any_number_of_parts_gives_the_same_predictions() -> None:
     model, _ = trained(models.GCN, graph)
     alone = model.predict(graph)
     for parts in range(2, 8):
-        model.__dict__["_split"] = (parts, "edges")
+        model.__dict__["_split"] = (parts, "edges", None)
         np.testing.assert_allclose(model.predict(graph), alone, rtol=1e-4, atol=1e-5)
         assert model.parts.edges.sum() == graph.edges and model.parts.vertices.sum() == graph.vertices
 
 
 def test_evaluate_and_traffic_of_a_split_graph() -> None:
     graph = drawn()
-    alone, split = (trained(models.GCN, graph, devices=devices)[0] for devices in (1, 2))
+    alone, split = (trained(models.GCN, graph, devices=devices, columns=1)[0] for devices in (1, 2))
     for mask in ("train", "validation", "test"):
         np.testing.assert_allclose(split.evaluate(graph, mask), alone.evaluate(graph, mask), rtol=1e-4)
     turn = int(split.parts.fetched.max())
@@ -75,8 +78,62 @@ def test_evaluate_and_traffic_of_a_split_graph() -> None:
 
 def test_a_part_fetches_only_rows_that_it_needs_and_each_once() -> None:
     graph = gnn.Graph.from_edges([2, 2, 2, 3, 0], [0, 1, 0, 1, 0], 4)
-    _, parts = split(graph, np.array([0, 2, 4]))
+    parts = cut(graph, np.array([0, 2, 4]))
     assert parts.fetched.tolist() == [2, 0] and parts.edges.tolist() == [5, 0]
+
+
+def test_parts_fetch_the_rows_that_their_edges_begin_at() -> None:
+    graph = drawn(200, 900)
+    to = np.repeat(np.arange(200), graph.in_degrees())
+    for points in ([0, 20, 90, 200], [0, 0, 100, 200]):
+        edges = [graph.sources[(to >= a) & (to < b)] for a, b in zip(points, points[1:], strict=False)]
+        expected = [len({s for s in e if not a <= s < b}) for e, a, b in zip(edges, points, points[1:], strict=False)]
+        assert cut(graph, np.array(points)).fetched.tolist() == expected
+
+
+def few_training() -> gnn.Graph:
+    """A graph of 200 vertices, three of them to learn from."""
+    graph = drawn(200, 500, weights=True)
+    train = np.zeros(200, bool)
+    train[[5, 6, 50]] = True
+    return replace(graph, train=train)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_sums_only_over_what_the_training_vertices_see(name: str) -> None:
+    graph = few_training()
+    for how in ({}, {"devices": 3, "columns": 1}):
+        model, history = trained(MODELS[name], graph, **how)
+        ways = model.__dict__["_kept"][2].graph.ways
+        assert [w.near for w in ways[:2]] == [-1, 0] and ways[1].edges.ids.size < ways[0].edges.ids.size / 4
+        kind = type(model)
+        type(model).by_vertex = False
+        try:
+            whole, expected = trained(MODELS[name], graph, **how)
+        finally:
+            kind.by_vertex = True
+        assert len(whole.__dict__["_kept"][2].graph.ways) == 1
+        for what, values in expected.items():
+            np.testing.assert_allclose(history[what], values, rtol=2e-4, atol=1e-5, err_msg=f"{what}, {how}")
+        for mine, theirs in zip(model.get_weights(), whole.get_weights(), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-2, atol=1e-3)
+
+
+def test_vertices_near_training_grow_by_an_edge_at_a_time_while_their_edges_are_few() -> None:
+    path = gnn.Graph.from_edges(range(9), range(1, 10), 10, train=[9])
+    assert [np.flatnonzero(near).tolist() for near in near_training(path, 9)] == [[9], [8, 9]]  # the third would make 6 of 9 edges
+    assert near_training(replace(path, train=np.ones(10, bool)), 9) == [] == near_training(path, 0)
+
+
+def test_features_are_split_where_every_part_needs_most_rows_of_all() -> None:
+    random = np.random.default_rng(0)
+    dense = gnn.Graph.from_edges(*random.integers(0, 400, (2, 40000)), 400)
+    ring = gnn.Graph.from_edges(np.arange(400), (np.arange(400) + 1) % 400)
+    machine = load("h100:4")
+    for graph, columns in ((dense, 4), (ring, 1)):
+        parts = cut(graph, by_vertices(graph, 4))
+        assert dict(columns_of([(64, True), (32, False)], graph, parts, machine)).get(64, 1) == columns
+    assert group_of(load("dgx-h100:16"), 12) == ((0, 2), (1, 8))
 
 
 def test_partitioners_cover_the_vertices_and_share_out_what_they_say() -> None:
@@ -164,6 +221,8 @@ def test_bad_splits_are_one_sentence() -> None:
         match=r"The split points \[0, 30\] do not cut 23 vertices into 1 parts: give 2 numbers that rise from 0 to 23",
     ):
         split_points(drawn(), 1, [0, 30])
+    with pytest.raises(GraphError, match="4 devices cannot be put into groups of 3: columns must divide the devices"):
+        trained(models.GCN, drawn(), devices=4, columns=3)
     with pytest.raises(MachineError, match="99 devices are asked for, and JAX has"):
         trained(models.GCN, drawn(), devices=99)
     with pytest.raises(GraphError, match="30 features cannot be shared out to 8 heads"):

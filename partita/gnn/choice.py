@@ -1,0 +1,53 @@
+"""Which way each aggregation of a model goes: vertices split, features split, or both, by what the machine says of it.
+
+A sum over in-edges of `width` features, in groups of `columns` devices: bytes read for the fullest group's edges at the device's memory
+bandwidth, the rows of the halo turn by turn, and the exchange of features before and after. Splitting vertices alone moves what other parts have and
+edges begin at; splitting features moves every row once each way, whatever the edges, and shares out the work evenly; it costs every device the edges
+of its whole group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from partita.gnn.graph import Graph
+from partita.gnn.partition import Parts, exchange_of
+from partita.machine import Machine
+from partita.machine.collectives import Group, collective_seconds
+
+ROOM = 0.25
+"""Share of a device's memory that edges of whole groups may take."""
+
+
+def columns_of(calls: Sequence[tuple[int, bool]], graph: Graph, parts: Parts, machine: Machine) -> tuple[tuple[int, int], ...]:
+    """(features, columns) for the aggregations that are cheaper with more than one."""
+    widths = sorted({width for width, sliced in calls if sliced})
+    costs: dict[int, list[float]] = {}
+    for columns in (c for c in range(1, parts.count + 1) if parts.count % c == 0):
+        place = exchange_of(graph, parts.points, columns, -1, None).least if columns > 1 else parts.exchanges[0].least
+        if columns == 1 or 8 * place.edges <= ROOM * machine.memory_bytes:
+            turns = [rows for _, rows in place.turns]
+            costs[columns] = [_seconds(machine, parts, columns, place.edges, turns, width) for width in widths]
+    best = [min(costs, key=lambda c, i=i: (costs[c][i], c)) for i in range(len(widths))]
+    return tuple((width, c) for width, c in zip(widths, best, strict=True) if c > 1)
+
+
+def _seconds(machine: Machine, parts: Parts, columns: int, edges: int, turns: Sequence[int], width: int) -> float:
+    """Of one aggregation, forward."""
+    slice_bytes = 4 * -(-width // columns)
+    seconds = edges * slice_bytes / machine.memory_bandwidth
+    everyone = group_of(machine, parts.count)
+    seconds += sum(collective_seconds(machine, "collective_permute", rows * slice_bytes, everyone) for rows in turns)
+    if columns > 1:
+        seconds += 2 * collective_seconds(machine, "all_to_all", parts.rows * 4 * width, group_of(machine, columns))
+    return seconds
+
+
+def group_of(machine: Machine, devices: int) -> Group:
+    """So many neighbouring devices, as parts of the machine's levels."""
+    found: list[tuple[int, int]] = []
+    for index in reversed(range(len(machine.levels))):
+        here = min(devices, machine.levels[index].size)
+        found.append((index, here))
+        devices = -(-devices // here)
+    return tuple(reversed(found))
