@@ -265,6 +265,8 @@ def _print_trained(found: dict[str, Any]) -> None:
         out.print(f"time per epoch: {format_seconds(found['epoch_seconds'])}; the first, compiled on the way: {format_seconds(found['first_seconds'])}")
     for i, part in enumerate(found["parts"]):
         out.print(f"part {i}: {part['vertices']:,} vertices, {part['edges']:,} in-edges, {part['fetched']:,} rows of other parts")
+    for width, columns in found["columns"].items():
+        out.print(f"aggregations of {width} features: split over {columns} devices")
     if found["parts"]:
         out.print(f"traffic: {format_bytes(found['traffic'])} an epoch between {len(found['parts'])} parts")
     if "learned" in found:

@@ -120,25 +120,27 @@ class Way:
 
     `columns` devices, neighbours in number, share their vertices: their rows are exchanged for a slice of the features of all, summed over all in-edges of
     these vertices, and exchanged back. With 1, each has the in-edges of its own vertices. `halo`: rows of devices beyond those. `near`: only edges into
-    vertices from which a training vertex is so many edges away at most are there; -1: all are. weights float32 [edges], or None.
+    vertices from which a training vertex is so many edges away at most are there; -1: all are. weights float32 [edges], or None. `far`: the edges from the
+    halo, where they lie apart, so that others need not wait for it; their weights.
     """
 
     edges: Edges
     weights: Any = None
     halo: tuple[Halo, ...] = ()
+    far: tuple[Edges, Any] | None = None
     columns: int = field(default=1, metadata={"static": True})
     near: int = field(default=-1, metadata={"static": True})
 
 
 class Calls:
-    """The aggregations of a model in the order in which they are traced: (features, whether they may be sliced) of each.
+    """The aggregations of a model in the order in which they are traced: (features, 'sum', 'max' or 'attention') of each.
 
     `whole`: how many there will be, where nothing is wanted but what the training vertices need; else 0.
     """
 
     def __init__(self, whole: int) -> None:
         self.whole = whole
-        self.seen: list[tuple[int, bool]] = []
+        self.seen: list[tuple[int, str]] = []
 
 
 _calls: ContextVar[Calls | None] = ContextVar("calls", default=None)
@@ -186,11 +188,13 @@ class Block:
 
     def sum(self, x: Any, weighted: bool = False) -> Any:
         """[rows, features]: the sum over in-edges, of rows times the edges' weights if `weighted` and the graph has some."""
-        way = self._way(x.shape[1])
-        rows = self._gathered(way, x)
-        if weighted and way.weights is not None:
-            return self._returned(way, weighted_sum(way.edges, way.weights, rows), x.shape[1])
-        return self._returned(way, edge_sum(way.edges, rows), x.shape[1])
+        width = x.shape[1]
+        way = self._way(width, "sum")
+        over = lambda edges, weights, rows: edge_sum(edges, rows) if weights is None or not weighted else weighted_sum(edges, weights, rows)
+        x, came = self._gathered(way, x)
+        if way.far is not None:
+            return over(way.edges, way.weights, x) + over(*way.far, came)
+        return self._returned(way, over(way.edges, way.weights, _below(x, came)))[:, :width]
 
     def mean(self, x: Any) -> Any:
         """[rows, features]: the mean over in-edges; zero where there is none."""
@@ -198,45 +202,46 @@ class Block:
 
     def max(self, x: Any) -> Any:
         """[rows, features]: the maximum over in-edges; zero where there is none."""
-        way = self._way(x.shape[1])
-        return self._returned(way, edge_max(way.edges, self._gathered(way, x)), x.shape[1])
+        way = self._way(x.shape[1], "max")
+        return self._returned(way, edge_max(way.edges, _below(*self._gathered(way, x))))[:, : x.shape[1]]
 
     def attention(self, left: Any, right: Any, a: Any) -> Any:
         """[rows, heads, features]: attention over in-edges and an edge to itself, as in `kernels.attention`; a [heads, features]."""
         rows, heads, width = left.shape
-        way = self._way(heads * width, sliced=False)
-        left = self._gathered(way, left.reshape(rows, heads * width)).reshape(-1, heads, width)
+        way = self._way(heads * width, "attention")
+        left = _below(*self._gathered(way, left.reshape(rows, heads * width))).reshape(-1, heads, width)
         edges = way.edges
         return attend((edges.offsets, edges.ids), (edges.back_offsets, edges.back_ids), self.alone, left, right, a)
 
     # ------------------------------------------------------------------------------------------------------------- exchanges
 
-    def _way(self, width: int, sliced: bool = True) -> Way:
+    def _way(self, width: int, kind: str) -> Way:
         """The way of the next aggregation."""
-        calls, left = _calls.get(), None
+        calls = _calls.get()
         if calls is not None:
-            calls.seen.append((width, sliced))
-            left = calls.whole - len(calls.seen) if calls.whole else None
-        columns = dict(self.columns).get(width, 1) if sliced else 1
-        found = [w for w in self.ways if w.columns == columns] or [w for w in self.ways if sliced or w.columns == 1]
-        near = [w for w in found if left is not None and w.near >= left]
-        return min(near, key=lambda w: w.near) if near else next(w for w in found if w.near < 0)
+            calls.seen.append((width, kind))
+            near = [w for w in self.ways if w.near >= calls.whole - len(calls.seen)] if calls.whole else []
+            if near:
+                return min(near, key=lambda w: w.near)
+        columns = dict(self.columns).get(width, 1) if kind != "attention" else 1
+        whole = [w for w in self.ways if w.near < 0]
+        return next((w for w in whole if w.columns == columns), whole[0])
 
-    def _gathered(self, way: Way, x: Any) -> Any:
-        """The rows that the edges of a way begin at: a slice of the features where devices share vertices, then the rows of the halo."""
+    def _gathered(self, way: Way, x: Any) -> tuple[Any, Any]:
+        """(a slice of the features of all rows where devices share vertices, else the device's rows; the rows of the halo, or None)."""
         if way.columns > 1:
             slices = jnp.pad(x, ((0, 0), (0, -x.shape[1] % way.columns)))
             x = self._exchanged(way, slices, 1, 0)
         if not way.halo:
-            return x
+            return x, None
         sent = self.entered(tuple(edge_sum(halo.pick, x) for halo in way.halo))
         there = lambda shift: [(i, (i + shift * way.columns) % self.parts) for i in range(self.parts)]
         came = [jax.lax.ppermute(rows, AXIS, there(halo.shift)) for rows, halo in zip(sent, way.halo, strict=True)]
-        return jnp.concatenate([x, *self.left(tuple(came))])
+        return x, jnp.concatenate(self.left(tuple(came)))
 
-    def _returned(self, way: Way, y: Any, width: int) -> Any:
-        """[rows, features] of what a way has summed."""
-        return y if way.columns == 1 else self._exchanged(way, y, 0, 1)[:, :width]
+    def _returned(self, way: Way, y: Any) -> Any:
+        """Rows of all features, some columns of zeros behind them, of what a way has summed."""
+        return y if way.columns == 1 else self._exchanged(way, y, 0, 1)
 
     def _exchanged(self, way: Way, x: Any, cut: int, join: int) -> Any:
         """x cut along a dim and joined along the other, by the devices that share vertices."""
@@ -250,6 +255,11 @@ class Block:
     def left(self, values: Any) -> Any:
         """Values that came out of an exchange, the time noted if it is wanted."""
         return stamp.leave(values, jax.lax.axis_index(AXIS)) if self.timed else values
+
+
+def _below(x: Any, came: Any) -> Any:
+    """Rows, and those of the halo below them."""
+    return x if came is None else jnp.concatenate([x, came])
 
 
 def block_of(graph: Graph) -> Block:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from partita.gnn.graph import Graph
-from partita.gnn.partition import Parts, exchange_of
+from partita.gnn.partition import Kind, exchange_of
 from partita.machine import Machine
 from partita.machine.collectives import Group, collective_seconds
 
@@ -19,27 +21,28 @@ ROOM = 0.25
 """Share of a device's memory that edges of whole groups may take."""
 
 
-def columns_of(calls: Sequence[tuple[int, bool]], graph: Graph, parts: Parts, machine: Machine) -> tuple[tuple[int, int], ...]:
-    """(features, columns) for the aggregations that are cheaper with more than one."""
-    widths = sorted({width for width, sliced in calls if sliced})
+def columns_of(calls: Sequence[tuple[int, str]], graph: Graph, points: np.ndarray, machine: Machine) -> tuple[tuple[int, int], ...]:
+    """(features, columns) for aggregations, `block.Calls.seen`, of a graph split at these points, that are cheaper with more than one."""
+    widths = sorted({width for width, kind in calls if kind != "attention"})
+    parts, rows = len(points) - 1, int(np.diff(points).max())
     costs: dict[int, list[float]] = {}
-    for columns in (c for c in range(1, parts.count + 1) if parts.count % c == 0):
-        place = exchange_of(graph, parts.points, columns, -1, None).least if columns > 1 else parts.exchanges[0].least
+    for columns in (c for c in range(1, parts + 1) if parts % c == 0):
+        place = exchange_of(graph, points, Kind(columns)).least
         if columns == 1 or 8 * place.edges <= ROOM * machine.memory_bytes:
             turns = [rows for _, rows in place.turns]
-            costs[columns] = [_seconds(machine, parts, columns, place.edges, turns, width) for width in widths]
+            costs[columns] = [_seconds(machine, parts, rows, columns, place.edges, turns, width) for width in widths]
     best = [min(costs, key=lambda c, i=i: (costs[c][i], c)) for i in range(len(widths))]
     return tuple((width, c) for width, c in zip(widths, best, strict=True) if c > 1)
 
 
-def _seconds(machine: Machine, parts: Parts, columns: int, edges: int, turns: Sequence[int], width: int) -> float:
+def _seconds(machine: Machine, parts: int, rows: int, columns: int, edges: int, turns: Sequence[int], width: int) -> float:
     """Of one aggregation, forward."""
     slice_bytes = 4 * -(-width // columns)
     seconds = edges * slice_bytes / machine.memory_bandwidth
-    everyone = group_of(machine, parts.count)
-    seconds += sum(collective_seconds(machine, "collective_permute", rows * slice_bytes, everyone) for rows in turns)
+    everyone = group_of(machine, parts)
+    seconds += sum(collective_seconds(machine, "collective_permute", came * slice_bytes, everyone) for came in turns)
     if columns > 1:
-        seconds += 2 * collective_seconds(machine, "all_to_all", parts.rows * 4 * width, group_of(machine, columns))
+        seconds += 2 * collective_seconds(machine, "all_to_all", rows * 4 * width, group_of(machine, columns))
     return seconds
 
 

@@ -277,18 +277,14 @@ class Graph:
         return counts
 
     def transposed(self, ordered: bool = True) -> Transposed:
-        """The graph by source, with `order` if it is wanted; made once of each kind."""
+        """The graph by source; made once with `order`, and without each time anew, for who keeps a copy."""
         if ordered or "_transposed" in self.__dict__:
             return self._transposed
-        return self._unordered
+        return self._turned(None)
 
     @cached_property
     def _transposed(self) -> Transposed:
         return self._turned(np.empty(self.edges, position_type(self.edges)))
-
-    @cached_property
-    def _unordered(self) -> Transposed:
-        return self._turned(None)
 
     def _turned(self, order: np.ndarray | None) -> Transposed:
         offsets = offsets_of(self.out_degrees())

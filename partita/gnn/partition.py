@@ -102,15 +102,16 @@ SPARE = 0.0625
 
 @dataclass(frozen=True)
 class Place:
-    """What every device has place for of one way to aggregate: edges, and in which turns how many rows of others."""
+    """What every device has place for of one way to aggregate: edges, in which turns how many rows of others, and of edges from those that lie apart."""
 
     edges: int
     turns: tuple[tuple[int, int], ...]
+    far: int
 
     def holds(self, other: Place) -> bool:
         """Whether what needs `other` fits in here."""
         turns = dict(self.turns)
-        return self.edges >= other.edges and all(turns.get(k, 0) >= n for k, n in other.turns)
+        return self.edges >= other.edges and self.far >= other.far and all(turns.get(k, 0) >= n for k, n in other.turns)
 
 
 @dataclass(frozen=True)
@@ -128,20 +129,26 @@ class Room:
     def wider(self, share: float) -> Room:
         """With place for so much more."""
         more = lambda n: int(n * (1 + share))
-        return Room(more(self.rows), tuple(Place(more(w.edges), tuple((k, more(n)) for k, n in w.turns)) for w in self.ways))
+        return Room(more(self.rows), tuple(Place(more(w.edges), tuple((k, more(n)) for k, n in w.turns), more(w.far)) for w in self.ways))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to aggregate (`block.Way`): groups of `columns` parts; edges into vertices of `keep` [vertices] only, which are `near` the training ones, if it is
+    given; whether edges from the rows of other groups lie apart."""
+
+    columns: int = 1
+    near: int = -1
+    keep: np.ndarray | None = None
+    apart: bool = False
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What one way to aggregate needs (`block.Way`): groups of `columns` parts, and edges into vertices of `keep` [vertices] only, if it is given.
+    """What a way to aggregate needs. `needed[i][k]` are the vertices whose rows group i needs of the group k before it, round the end; ascending, none of its
+    own. `least`: the place for it."""
 
-    `needed[i][k]` are the vertices whose rows group i needs of the group k before it, round the end; ascending, none of its own. `least`: the place
-    for it.
-    """
-
-    columns: int
-    near: int
-    keep: np.ndarray | None
+    kind: Kind
     needed: list[list[np.ndarray]]
     least: Place
 
@@ -150,7 +157,7 @@ class Exchange:
 class Parts:
     """What the parts of a graph hold: split points [parts + 1]; vertices, in-edges and fetched rows [parts] of each; the place for them.
 
-    `exchanges`: in which ways they aggregate, the first by vertices alone and of all edges. `order`: by which the vertices were relabelled first, if they
+    `exchanges`: in which ways they aggregate. `order`: by which the vertices were relabelled first, if they
     were.
     """
 
@@ -185,29 +192,32 @@ class Parts:
         return out
 
 
-def cut(graph: Graph, points: np.ndarray, room: Room | None = None, others: Sequence[tuple[int, int, np.ndarray | None]] = ()) -> Parts:
-    """What the parts between split points hold. `others`: (columns, near, keep) of ways to aggregate beside the first.
+def cut(graph: Graph, points: np.ndarray, room: Room | None = None, kinds: Sequence[Kind] = (Kind(),)) -> Parts:
+    """What the parts between split points hold, for these ways to aggregate.
 
     With `room` of an earlier cut they have its sizes if they fit, so that no step is compiled anew, and some more than needed if not.
     """
-    exchanges = tuple(exchange_of(graph, points, *way) for way in ((1, -1, None), *others))
+    exchanges = tuple(exchange_of(graph, points, kind) for kind in kinds)
     vertices, edges = np.diff(points), np.diff(graph.offsets[points])
     least = Room(int(vertices.max()), tuple(e.least for e in exchanges))
     if room is None:
         room = least
     elif not room.holds(least) or room.rows > least.rows * (1 + 2 * SPARE):
         room = least.wider(SPARE)
-    return Parts(points, vertices, edges, np.array([sum(map(len, n)) for n in exchanges[0].needed]), room, exchanges)
+    by_vertices = [e.needed for e in exchanges if e.kind.columns == 1][:1]
+    fetched = [sum(map(len, needed)) for needed in by_vertices[0]] if by_vertices else [0] * len(vertices)
+    return Parts(points, vertices, edges, np.array(fetched), room, exchanges)
 
 
-def exchange_of(graph: Graph, points: np.ndarray, columns: int, near: int, keep: np.ndarray | None) -> Exchange:
+def exchange_of(graph: Graph, points: np.ndarray, kind: Kind) -> Exchange:
     """What one way to aggregate needs."""
-    whose = points[::columns]
-    groups = len(whose) - 1
-    needed = [_needed(graph, whose, i, keep) for i in range(groups)]
-    turns = tuple((k, longest) for k in range(1, groups) if (longest := max(len(needed[i][k]) for i in range(groups))))
-    before = graph.offsets[whose] if keep is None else np.append(0, np.cumsum(graph.in_degrees() * keep))[whose]
-    return Exchange(columns, near, keep, needed, Place(int(np.diff(before).max()), turns))
+    whose = points[:: kind.columns]
+    groups, found = len(whose) - 1, [_needed(graph, whose, i, kind.keep) for i in range((len(points) - 1) // kind.columns)]
+    needed, far = [n for n, _ in found], [f for _, f in found]
+    turns = tuple((k, longest) for k in range(1, groups) if (longest := max(len(n[k]) for n in needed)))
+    before = graph.offsets[whose] if kind.keep is None else np.append(0, np.cumsum(graph.in_degrees() * kind.keep))[whose]
+    edges = np.diff(before) - (np.array(far) if kind.apart else 0)
+    return Exchange(kind, needed, Place(int(edges.max()), turns, max(far) if kind.apart else 0))
 
 
 def block_of_part(graph: Graph, parts: Parts, i: int) -> Block:
@@ -221,7 +231,8 @@ def block_of_part(graph: Graph, parts: Parts, i: int) -> Block:
 
 def _way(graph: Graph, parts: Parts, exchange: Exchange, room: Place, i: int) -> Way:
     """One way to aggregate, for part i."""
-    columns, rows, keep = exchange.columns, parts.rows, exchange.keep
+    kind, rows = exchange.kind, parts.rows
+    columns, keep = kind.columns, kind.keep
     group, groups = i // columns, parts.count // columns
     ends = parts.points[group * columns : (group + 1) * columns + 1]
     first, last, own = int(ends[0]), int(ends[-1]), columns * rows
@@ -235,13 +246,19 @@ def _way(graph: Graph, parts: Parts, exchange: Exchange, room: Place, i: int) ->
         place[came] = start + np.arange(len(came))
         start += longest
     degrees, edges = np.diff(graph.offsets[first : last + 1]), slice(graph.offsets[first], graph.offsets[last])
-    kept = None if keep is None else np.repeat(keep[first:last], degrees)
-    of_edges = lambda values: values[edges] if kept is None else values[edges][kept]
-    spread = np.zeros(start, np.int64)
-    spread[place[first:last]] = degrees if keep is None else degrees * keep[first:last]
-    weights = None if graph.weights is None else _filled(of_edges(graph.weights), room.edges)
-    mine = _edges(offsets_of(spread), place[of_edges(graph.sources)], own, room.edges, weights is not None)
-    return Way(mine, weights, tuple(halos), columns, exchange.near)
+    ids, weights = place[graph.sources[edges]], None if graph.weights is None else graph.weights[edges]
+    if keep is not None:
+        kept, degrees = np.repeat(keep[first:last], degrees), degrees * keep[first:last]
+        ids, weights = ids[kept], None if weights is None else weights[kept]
+    spread = np.zeros(own, np.int64)
+    spread[place[first:last]] = degrees
+    if not kind.apart or not halos:
+        return Way(*_edges(spread, ids, start, weights, room.edges), tuple(halos), None, columns, kind.near)
+    far, row = ids >= own, np.repeat(np.arange(own, dtype=np.int32), spread)
+    some = lambda mask, less, width, most: _edges(
+        np.bincount(row[mask], minlength=own), ids[mask] - np.int32(less), width, None if weights is None else weights[mask], most
+    )
+    return Way(*some(~far, 0, own, room.edges), tuple(halos), some(far, own, start - own, room.far), columns, kind.near)
 
 
 def near_training(graph: Graph, most: int) -> list[np.ndarray]:
@@ -275,35 +292,39 @@ def _reach(offsets, sources, into, reached):
 
 @njit(nogil=True, cache=True)
 def _mark(offsets, sources, first, last, keep, seen):
+    count = 0
     for v in range(first, last):
         if len(keep) == 0 or keep[v]:
             for e in range(offsets[v], offsets[v + 1]):
                 s = sources[e]
                 if s < first or s >= last:
                     seen[s] = True
+                    count += 1
+    return count
 
 
-def _needed(graph: Graph, points: np.ndarray, i: int, keep: np.ndarray | None) -> list[np.ndarray]:
-    """Vertices whose rows part i needs, by how many parts before it they lie, round the end; ascending, none of its own."""
+def _needed(graph: Graph, points: np.ndarray, i: int, keep: np.ndarray | None) -> tuple[list[np.ndarray], int]:
+    """(vertices whose rows part i needs, by how many parts before it they lie, round the end, ascending, none of its own; the edges from them)."""
     parts, seen = len(points) - 1, np.zeros(graph.vertices, np.bool_)
-    _mark(graph.offsets, graph.sources, points[i], points[i + 1], np.zeros(0, np.bool_) if keep is None else keep, seen)
+    far = _mark(graph.offsets, graph.sources, points[i], points[i + 1], np.zeros(0, np.bool_) if keep is None else keep, seen)
     ids = np.flatnonzero(seen)
     between = np.searchsorted(ids, points)
-    return [ids[between[j] : between[j + 1]] for j in ((i - k) % parts for k in range(parts))]
+    return [ids[between[j] : between[j + 1]] for j in ((i - k) % parts for k in range(parts))], far
 
 
 def _picked(ids: np.ndarray, longest: int, rows: int) -> Edges:
     """Rows that are sent, as edges: row r of the message is row ids[r] of the device, beyond them nothing."""
-    offsets = np.minimum(np.arange(max(longest, rows) + 1), len(ids)).astype(np.int64)
-    edges = _edges(offsets, ids.astype(np.int32), longest, longest, False)
-    return Edges(edges.offsets, edges.ids, edges.back_offsets[: rows + 1], edges.back_ids)
+    return _edges((np.arange(longest) < len(ids)).astype(np.int64), ids.astype(np.int32), rows, None, longest)[0]
 
 
-def _edges(offsets: np.ndarray, ids: np.ndarray, rows: int, most: int, weighted: bool) -> Edges:
-    """Edges of as many rows and of room for as many edges as asked for."""
-    edges = edges_of(offsets[: rows + 1], ids, Graph(offsets, ids).transposed(weighted))
+def _edges(degrees: np.ndarray, ids: np.ndarray, columns: int, weights: np.ndarray | None, most: int) -> tuple[Edges, np.ndarray | None]:
+    """(edges from so many columns to rows of these degrees, their weights), with room for `most` of them."""
+    rows = len(degrees)
+    offsets = offsets_of(np.append(degrees, np.zeros(max(0, columns - rows), np.int64)))  # the transpose is of a square
+    edges = edges_of(offsets[: rows + 1], ids, Graph(offsets, ids).transposed(weights is not None))
     order = None if edges.back_order is None else _filled(edges.back_order, most)
-    return Edges(edges.offsets, _filled(edges.ids, most), edges.back_offsets, _filled(edges.back_ids, most), order)
+    made = Edges(edges.offsets, _filled(edges.ids, most), edges.back_offsets[: columns + 1], _filled(edges.back_ids, most), order)
+    return made, None if weights is None else _filled(weights, most)
 
 
 def _filled(array: np.ndarray, rows: int) -> np.ndarray:

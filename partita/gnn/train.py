@@ -26,7 +26,7 @@ from partita.gnn.choice import columns_of
 from partita.gnn.graph import Graph, check
 from partita.gnn.kernels import stamp
 from partita.gnn.learned import Balance
-from partita.gnn.partition import Parts, Room, arranged, block_of_part, by_vertices, cut, near_training
+from partita.gnn.partition import Kind, Parts, Room, arranged, block_of_part, by_vertices, cut, near_training
 from partita.gnn.spill import Planned
 from partita.units import parse
 
@@ -158,6 +158,16 @@ class FullGraphTraining:
         """Seconds of every training step so far, the compilation in the first."""
         return self.__dict__.setdefault("_epoch_seconds", [])
 
+    @property
+    def columns(self) -> tuple[tuple[int, int], ...]:
+        """(features, devices that share them) of aggregations of so many features; nothing on one device."""
+        return self.__dict__["_kept"][2].graph.columns if "_kept" in self.__dict__ else ()
+
+    @property
+    def prepare_seconds(self) -> float:
+        """Seconds that it took to make what the devices hold of the last graph."""
+        return self.__dict__.get("_prepare_seconds", 0.0)
+
     def traffic(self, graph: Graph) -> int:
         """Bytes of vertices' rows that the devices send each other in a training step on a graph, forward and backward, filling included."""
         data = self._prepared(graph, "train")
@@ -202,7 +212,8 @@ class FullGraphTraining:
             kept = graph, split_as, *self._placed(graph, *split_as, timed=learns)
             balance = _balance(graph, kept[3]) if learns and kept[3] is not None else None
             self.__dict__.update(_kept=kept, feature_count=graph.feature_count, _steps={}, _balance=balance)
-            self.__dict__["_moving"] = [time.perf_counter() - began, 0.0]
+            self.__dict__["_prepare_seconds"] = time.perf_counter() - began
+            self.__dict__["_moving"] = [self.prepare_seconds, 0.0]
         if mask is not None:
             _can_learn(graph, mask, self.__dict__.get("classes"))
         return kept[2]
@@ -225,60 +236,43 @@ class FullGraphTraining:
         """The graph's data on its devices; of several processes each makes what its own devices have."""
         at_hand(devices)
         _check_columns(columns, devices)
+        calls = self._aggregations(graph)
+        self.__dict__["_calls"] = len(calls)
+        apart = all(kind == "sum" for _, kind in calls)
+        near = lambda graph: [Kind(1, k, keep, apart) for k, keep in enumerate(self._near(graph, len(calls)))]
         if devices == 1:
             data = _data(graph)
-            calls = self._aggregations(data, None)
-            near = [(1, k, keep) for k, keep in enumerate(self._near(graph, len(calls)))]
-            if near:
-                ways = block_of_part(graph, cut(graph, np.array([0, graph.vertices]), others=near), 0).ways
-                data = replace(data, graph=replace(data.graph, ways=(*data.graph.ways, *ways[1:])))
-            self.__dict__["_calls"] = len(calls)
-            return jax.device_put(data), None
+            ways = block_of_part(graph, cut(graph, np.array([0, graph.vertices]), None, near(graph)), 0).ways
+            return jax.device_put(replace(data, graph=replace(data.graph, ways=(*data.graph.ways, *ways)))), None
         graph, points, order = arranged(graph, devices, partition)
-        parts = replace(cut(graph, points, room), order=order)
-        processes.same("The graph, or how it is split,", _digest(graph, parts), "Do all read the same file?")
-        mesh = _mesh(devices)
-        mine = [i for i, device in enumerate(mesh.devices) if device.process_index == jax.process_index()]
-        tables = _tables(graph)
-        of_part = lambda i: Data(
-            *jax.tree.map(lambda table: parts.of_part(i, table), tables), replace(block_of_part(graph, parts, i), timed=timed)
-        )
-        calls = self._aggregations(first := of_part(mine[0]), mesh)
         if columns is None and not timed:
-            chosen = lambda: json.dumps(columns_of(calls, graph, parts, detect(devices)))
+            chosen = lambda: json.dumps(columns_of(calls, graph, points, detect(devices)))
             by_width = tuple((width, c) for width, c in json.loads(processes.from_first("columns", chosen)))
         else:
-            by_width = tuple((width, columns or 1) for width, sliced in sorted(set(calls)) if sliced)
-        others = [(c, -1, None) for c in sorted({c for _, c in by_width if c > 1})]
-        others += [(1, k, keep) for k, keep in enumerate(self._near(graph, len(calls)))]
-        if others:
-            parts = replace(cut(graph, points, room, others), order=order)
-        self.__dict__["_calls"] = len(calls)
-        pieces = []
-        for i in mine:
-            data = first if i == mine[0] and not others else of_part(i)
-            data = replace(data, graph=replace(data.graph, columns=by_width))
-            pieces.append(jax.device_put(jax.tree.map(lambda x: x[None], data), mesh.devices[i]))
+            by_width = tuple((width, columns) for width, kind in sorted(set(calls)) if kind != "attention" and columns not in (None, 1))
+        used = {dict(by_width).get(width, 1) if kind != "attention" else 1 for width, kind in calls} or {1}
+        kinds = [Kind(c, apart=apart and c == 1) for c in sorted(used)]
+        parts = replace(cut(graph, points, room, [*kinds, *near(graph)]), order=order)
+        processes.same("The graph, or how it is split,", _digest(graph, parts), "Do all read the same file?")
+        mesh, tables, pieces = _mesh(devices), _tables(graph), []
+        for i, device in enumerate(mesh.devices):
+            if device.process_index == jax.process_index():
+                block = replace(block_of_part(graph, parts, i), columns=by_width, timed=timed)
+                data = Data(*jax.tree.map(lambda table, i=i: parts.of_part(i, table), tables), block)
+                pieces.append(jax.device_put(jax.tree.map(lambda x: x[None], data), device))
         sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         joined = lambda *own: jax.make_array_from_single_device_arrays((devices, *own[0].shape[1:]), sharding, list(own))
         return jax.tree.map(joined, *pieces), parts
 
-    def _aggregations(self, data: Data, mesh: Mesh | None) -> list[tuple[int, bool]]:
-        """(features, whether they may be sliced) of every aggregation of the model, in their order; nothing is computed."""
+    def _aggregations(self, graph: Graph) -> list[tuple[int, str]]:
+        """(features, kind) of every aggregation of the model on a graph, in their order, as one vertex without edges tells: nothing is computed."""
         model: Any = self
-        state = jax.tree.map(
-            lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), ([v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables])
-        )
-        step = lambda state, data: self._predict_step(state, data, "")
-        if mesh is not None:
-            whole, count = step, mesh.size
-            data = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), data)
-            step = jax.shard_map(
-                lambda state, data: whole(state, jax.tree.map(lambda x: x[0], data))[None],
-                mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec(AXIS)), out_specs=PartitionSpec(AXIS), check_vma=False,
-            )  # fmt: skip
+        weights = None if graph.weights is None else np.zeros(0, np.float32)
+        one = Graph(np.zeros(2, np.int64), np.zeros(0, np.int32), np.zeros((1, graph.feature_count), np.float32), weights=weights)
+        shapes = lambda group: [jax.ShapeDtypeStruct(v.value.shape, v.value.dtype) for v in group]
+        state = shapes(model.trainable_variables), shapes(model.non_trainable_variables)
         with counted() as calls:
-            jax.eval_shape(step, state, data)
+            jax.eval_shape(lambda state, data: self._predict_step(state, data, ""), state, _data(one))
         return calls.seen
 
     def _near(self, graph: Graph, calls: int) -> list[np.ndarray]:
@@ -416,7 +410,7 @@ class FullGraphTraining:
 
 
 def trained_facts(model: Any, graph: Graph) -> dict[str, Any]:
-    """What there is to say of a trained model, as JSON has it: loss, accuracy of every mask, seconds of epochs (median, first, all), parts, bytes sent
+    """What there is to say of a trained model, as JSON has it: loss, accuracy of every mask, seconds of epochs (median, first, all) and of making the parts, parts, features split, bytes sent
     an epoch, what was learnt of the parts, the memory plan."""
     judged = {
         what: model.evaluate(graph, what, return_dict=True)
@@ -426,7 +420,9 @@ def trained_facts(model: Any, graph: Graph) -> dict[str, Any]:
     parts, seconds = model.parts, model.epoch_seconds
     return {
         "graph": graph.name,
+        "edges": graph.edges,
         "epochs": len(seconds),
+        "prepare_seconds": model.prepare_seconds,
         "loss": judged["train"]["loss"],
         "accuracy": {what: logs["accuracy"] for what, logs in judged.items()},
         "epoch_seconds": float(np.median(seconds[1:] or seconds)) if seconds else None,
@@ -435,6 +431,7 @@ def trained_facts(model: Any, graph: Graph) -> dict[str, Any]:
         "parts": [] if parts is None else [
             {"vertices": int(v), "edges": int(e), "fetched": int(f)} for v, e, f in zip(parts.vertices, parts.edges, parts.fetched, strict=True)
         ],
+        "columns": {} if parts is None else {str(width): c for width, c in model.columns if c > 1},
         "traffic": model.traffic(graph) if parts is not None else 0,
         **({"learned": model.balance.facts()} if model.balance is not None else {}),
         **({"memory": model.memory.facts()} if model.__dict__.get("memory") is not None else {}),
