@@ -40,13 +40,13 @@ ones = jnp.ones(graph.edges, jnp.float32)
 
 
 def by_bcsr(b, to, x):  # noqa: ANN001, ANN201
-    return BCSR((ones, b.edges.ids, b.edges.offsets), shape=(vertices, vertices)) @ x
+    return BCSR((ones, b.ways[0].edges.ids, b.ways[0].edges.offsets), shape=(vertices, vertices)) @ x
 
 
 WAYS = {
     "compiled kernel": lambda b, to, x: b.sum(x),
     "JAX BCSR @ dense": by_bcsr,
-    "jax.ops.segment_sum": lambda b, to, x: jax.ops.segment_sum(x[b.edges.ids], to, vertices, indices_are_sorted=True),
+    "jax.ops.segment_sum": lambda b, to, x: jax.ops.segment_sum(x[b.ways[0].edges.ids], to, vertices, indices_are_sorted=True),
 }
 
 

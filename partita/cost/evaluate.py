@@ -96,9 +96,12 @@ def operator_cost(terms: OperatorTerms, place: Placement, assignments: Sequence[
     for h in terms.halos:
         for axes, chosen in ways.axes_of(h.split):
             row = h.nbytes / ways.of(h.factors)[chosen]
-            for need in h.window.rows(place.ways(axes)):
-                if need:
-                    exchanged[PHASES.index(h.phase), chosen] += _seconds(place, "collective_permute", row * need, axes) * h.trips
+            needs = [need for need in h.window.rows(place.ways(axes)) if need]
+            if needs:  # a kernel puts what came and the device's own part together: both are read, and written
+                copied = row * (2 * h.rows / place.ways(axes) + 2 * sum(needs))
+                computed[PHASES.index(h.phase), chosen] += (copied / machine.bandwidth_for(copied) + machine.overhead) * h.trips
+            for need in needs:
+                exchanged[PHASES.index(h.phase), chosen] += _seconds(place, "collective_permute", row * need, axes) * h.trips
     for m in terms.moves:
         exchanged[PHASES.index(m.phase)] += [move_seconds(m, place, resolve(m.source, a), resolve(m.target, a)) for a in assignments]
     state = ways.shared(terms.resident)

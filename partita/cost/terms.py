@@ -66,9 +66,10 @@ class Reduction:
 
 @dataclass(frozen=True, slots=True)
 class Halo:
-    """Rows that neighbours exchange where a window reaches over a split factor: `nbytes` is one row of the whole tensor."""
+    """Rows that neighbours exchange where a window reaches over a split factor: `nbytes` is one of the `rows` of the whole tensor."""
 
     nbytes: int
+    rows: int
     factors: Factors
     split: int
     window: Window
@@ -149,7 +150,7 @@ class OperatorTerms:
                 for w in self.work
             ),
             tuple((r.kind, r.nbytes, at(r.factors), at(r.reduced), r.trips, r.phase, r.parameter >= 0, r.together) for r in self.reductions),
-            tuple((h.nbytes, at(h.factors), at((h.split,)), h.window, h.trips, h.phase) for h in self.halos),
+            tuple((h.nbytes, h.rows, at(h.factors), at((h.split,)), h.window, h.trips, h.phase) for h in self.halos),
             tuple((m.nbytes, at(m.source), at(m.target), m.trips, m.phase, m.sums) for m in self.moves),
             tuple((s.shape, at(s.label), s.nbytes, s.slots, s.traffic) for s in self.stored),
             tuple((b, at(f)) for b, f in self.resident),
@@ -299,7 +300,7 @@ def _communication(
             tensor = graph.tensors[x.operands[0]]
             others = tuple(f for f in _factors(reach.label) if f != reach.factor)
             row = tensor.nbytes // tensor.shape[reach.dim]
-            found[operator].halos.append(Halo(row, others, reach.factor, reach.window, x.trips, x.phase))
+            found[operator].halos.append(Halo(row, tensor.shape[reach.dim], others, reach.factor, reach.window, x.trips, x.phase))
 
 
 def _gradients(graph: Graph, family: dict[int, int]) -> dict[int, int]:
