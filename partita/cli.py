@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import typer
 
 from partita import gnn_cli
 from partita.errors import PlanError
-from partita.terminal import arguments_of_one, err, errors, join, leave, out, say
+from partita.terminal import arguments_of_one, err, errors, join, keep_stdout, leave, out, say
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -354,7 +353,7 @@ def machine_measure(
 
             raise typer.Exit(launch(processes, arguments_of_one(), devices, say(False)))
         if as_json:
-            _keep_stdout()
+            keep_stdout()
         first = join()
         start_devices(devices)
         from partita.execute.calibrate import calibrate, file_of
@@ -478,7 +477,7 @@ def bench_fidelity_here(
 ) -> None:  # fmt: skip
     """What `bench fidelity` starts: measures in this process, or in this group of processes, and writes the steps to a file."""
     with errors():
-        _keep_stdout()
+        keep_stdout()
         os.environ["PARTITA_CACHE"] = str(into.parent)  # what was measured before, and what will be, stays out of it
         first = join()
         start_devices(int(os.environ["PARTITA_LOCAL_DEVICES"]))
@@ -556,14 +555,6 @@ def _can_write(**files: Path | None) -> None:
     for what, path in files.items():
         if path is not None:
             _write(path, lambda path=path: touch(path), what)
-
-
-def _keep_stdout() -> None:
-    """From here on only Python prints to the standard output: gloo, which greets there, writes to the standard error."""
-    sys.stdout.flush()
-    own = os.dup(1)
-    os.dup2(2, 1)
-    sys.stdout = os.fdopen(own, "w", encoding="utf-8")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from partita.errors import GraphError
-from partita.terminal import arguments_of_one, err, errors, join, out, say
+from partita.terminal import arguments_of_one, err, errors, join, keep_stdout, out, say
 from partita.units import format_bytes, format_seconds
 
 app = typer.Typer(no_args_is_help=True, help="Full-graph training of graph neural networks: make, convert and look at graphs, train on them.")
@@ -173,6 +173,8 @@ def train(
             from partita.launch import launch
 
             raise typer.Exit(launch(processes, arguments_of_one(), devices if devices > 1 else None, say(False)))
+        if os.environ.get("PARTITA_LAUNCHED"):
+            keep_stdout()
         first = join()
         from partita.gnn import files
 

@@ -84,3 +84,11 @@ def arguments_of_one() -> list[str]:
     given = sys.argv[1:]
     at = next(i for i, argument in enumerate(given) if argument.partition("=")[0] == "--processes")
     return given[:at] + given[at + (1 if "=" in given[at] else 2) :]
+
+
+def keep_stdout() -> None:
+    """From here on only Python prints to the standard output: gloo, which greets there, writes to the standard error."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(own, "w", encoding="utf-8")
