@@ -197,7 +197,7 @@ def train(
         network.compile(keras.optimizers.Adam(rate), metrics=["accuracy"])
         graph = normalised(graph) if normalise else graph
         with progress() as report:
-            follow = [keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: report("training", epoch + 1, epochs))]
+            follow: list[Any] = [keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: report("training", epoch + 1, epochs))]
             if checkpoint is not None:
                 from partita.keras.checkpoint import Checkpoint
 

@@ -420,7 +420,7 @@ def _check_transposed(graph: Graph, back: Transposed) -> None:
         _check_edges(Graph(back.offsets, back.destinations))
     except GraphError as error:
         raise GraphError(f"in the transpose, {error}") from None
-    order = back.order
+    order: Any = back.order
     if (
         back.offsets.shape != graph.offsets.shape
         or not graph.edges == len(back.destinations) == len(order)

@@ -258,8 +258,8 @@ class FullGraphTraining:
         for i, device in enumerate(mesh.devices):
             if device.process_index == jax.process_index():
                 block = replace(block_of_part(graph, parts, i), columns=by_width, timed=timed)
-                data = Data(*jax.tree.map(lambda table, i=i: parts.of_part(i, table), tables), block)
-                pieces.append(jax.device_put(jax.tree.map(lambda x: x[None], data), device))
+                x, labels, masks = jax.tree.map(lambda table, i=i: parts.of_part(i, table), tables)
+                pieces.append(jax.device_put(jax.tree.map(lambda x: x[None], Data(x, labels, masks, block)), device))
         sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         joined = lambda *own: jax.make_array_from_single_device_arrays((devices, *own[0].shape[1:]), sharding, list(own))
         return jax.tree.map(joined, *pieces), parts
