@@ -20,7 +20,7 @@ from numba import njit
 
 from partita.errors import GraphError
 from partita.gnn.block import Block, Edges, Halo, Way, edges_of, of_vertices
-from partita.gnn.graph import Graph, offsets_of
+from partita.gnn.graph import Graph, aligned, offsets_of
 
 
 def by_vertices(graph: Graph, parts: int) -> np.ndarray:
@@ -246,7 +246,8 @@ def _way(graph: Graph, parts: Parts, exchange: Exchange, room: Place, i: int) ->
         place[came] = start + np.arange(len(came))
         start += longest
     degrees, edges = np.diff(graph.offsets[first : last + 1]), slice(graph.offsets[first], graph.offsets[last])
-    ids, weights = place[graph.sources[edges]], None if graph.weights is None else graph.weights[edges]
+    sources, weights = graph.sources[edges], None if graph.weights is None else graph.weights[edges]
+    ids = np.take(place, sources, out=aligned(len(sources), np.int32), mode="clip")
     if keep is not None:
         kept, degrees = np.repeat(keep[first:last], degrees), degrees * keep[first:last]
         ids, weights = ids[kept], None if weights is None else weights[kept]
@@ -331,6 +332,8 @@ def _filled(array: np.ndarray, rows: int) -> np.ndarray:
     """An array with zeros behind it, up to so many rows; itself where it has them."""
     if len(array) == rows:
         return array
-    out = np.zeros((rows, *array.shape[1:]), array.dtype)
+    shape = (rows, *array.shape[1:])
+    out = aligned(int(np.prod(shape)), array.dtype).reshape(shape)
     out[: len(array)] = array
+    out[len(array) :] = 0
     return out

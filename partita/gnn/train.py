@@ -6,6 +6,7 @@ mask, whatever Keras loss it is; metrics are weighted by the mask. The graph is 
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -352,7 +353,7 @@ class FullGraphTraining:
                     out_specs=spec if rows else PartitionSpec(),
                     check_vma=False,
                 )
-            steps[key] = jax.jit(step, donate_argnums=0 if donate else ())
+            steps[key] = jax.jit(step, donate_argnums=0 if donate else (), compiler_options=_options())
         return steps[key]
 
     # -------------------------------------------------------------------------------------------------------------- the steps
@@ -469,6 +470,18 @@ def _over_parts(values: Any, data: Data) -> Any:
     if data.graph.parts == 1:
         return values
     return data.graph.left(jax.lax.psum(data.graph.entered(values), AXIS))
+
+
+@functools.cache
+def _options() -> dict[str, Any]:
+    """How a step is compiled. On a CPU, XLA may give a product and all that is around it to a library as one, and then makes every number that is spread over
+    rows a table of its own: twice the memory of a step, and half as long again (jaxlib 0.10.2, two layers of 16 features)."""
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    try:
+        jax.jit(lambda: jnp.zeros(()), compiler_options=options)()
+    except jax.errors.JaxRuntimeError:  # another backend, or another version
+        return {}
+    return options
 
 
 def _mesh(parts: int) -> Mesh:
