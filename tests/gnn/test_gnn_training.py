@@ -38,9 +38,9 @@ def trained(make: Callable[..., Any], graph: gnn.Graph, **how: Any) -> tuple[Any
 
 
 MODELS = {**models.MODELS, "sage-max": lambda **named: models.SAGE(aggregation="max", **named)}
-WAYS = [(3, np.arange(23) * 7 % 23 % 3, 1), (4, [0, 0, 20, 20, 23], 1), (4, [0, 0, 20, 20, 23], 2), (3, "edges", 3)]
-"""Devices, how the vertices are cut, and how many devices share theirs and split features: by a part for every vertex, as METIS gives them; by split points
-with two empty parts; both kinds of splits; features alone."""
+WAYS = [(4, np.arange(23) * 7 % 23 % 4 // 2 * 3, 1), (4, [0, 0, 20, 20, 23], 2)]
+"""Devices, how the vertices are cut, and how many devices share theirs and split features: by a part for every vertex, as METIS gives them, two of them empty;
+by split points with two empty parts, both kinds of splits at once."""
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -62,7 +62,7 @@ def test_any_number_of_parts_gives_the_same_predictions() -> None:
     model, _ = trained(models.GCN, graph)
     alone = model.predict(graph)
     for parts in range(2, 8):
-        model.__dict__["_split"] = (parts, "edges", None)
+        model.__dict__["_split"] = (parts, "edges", parts if parts == 3 else None)
         np.testing.assert_allclose(model.predict(graph), alone, rtol=1e-4, atol=1e-5)
         assert model.parts.edges.sum() == graph.edges and model.parts.vertices.sum() == graph.vertices
 
@@ -99,7 +99,7 @@ def few_training() -> gnn.Graph:
     return replace(graph, train=train)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["gcn", "sage-max", "gatv2"])
 def test_a_step_sums_only_over_what_the_training_vertices_see(name: str) -> None:
     graph = few_training()
     for how in ({}, {"devices": 3, "columns": 1}):
