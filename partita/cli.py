@@ -443,7 +443,7 @@ def bench_fidelity(
 ) -> None:  # fmt: skip
     """Predicted against measured on this host: steps of models under what experts would write, plans at random, and the plan found.
 
-    A quarter of an hour where nothing else runs. Example: partita bench fidelity --models mlp,lstm --devices 2 --processes ''
+    Half an hour or more where nothing else runs. Example: partita bench fidelity --models mlp,lstm --devices 2 --processes ''
     """
     with errors():
         os.environ.setdefault("KERAS_BACKEND", "jax")
