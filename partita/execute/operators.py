@@ -68,12 +68,13 @@ class Part:
 
 @dataclass
 class Asked:
-    """An operator at one split, to be measured: its parts, and the roofline's seconds by class."""
+    """An operator at one split, to be measured: its parts, the roofline's seconds by class, and whether it reads rows of its neighbours."""
 
     operator: str
     key: Key
     parts: tuple[Part, ...]
     features: Mapping[str, float]
+    reaches: bool = False
 
     @property
     def devices(self) -> int:
@@ -120,7 +121,7 @@ def measured_operators(
             report(done, len(new))
     if new and is_first():
         _save(path, key_of(machine.devices), records)
-    here = [(a, records[a.text]["seconds"]) for a in asked if a.text in records]
+    here = _likely([(a, records[a.text]["seconds"]) for a in asked if a.text in records], known)
     known |= {a.key: seconds for a, seconds in here}
     if not records:
         return machine
@@ -131,6 +132,17 @@ def measured_operators(
     own = dict(machine.times.own) if machine.times is not None else {}
     own |= {digest: median(ratios) for digest, ratios in off.items()}
     return replace(machine, times=replace(times, seconds=known, own=own))
+
+
+def _likely(found: Sequence[tuple[Asked, float]], known: Mapping[Key, float]) -> list[tuple[Asked, float]]:
+    """What was measured, without parts that read rows of their neighbours and took longer than the whole operator.
+
+    Alone they have zeros in place of those rows, and are then not always the program that they are in a step: XLA:CPU computes some gradients of convolutions over few
+    rows without its library, fifty times as slowly.
+    """
+    whole = {a.key[:2]: seconds for a, seconds in found if set(a.key[2]) <= {1}}
+    whole |= {key[:2]: seconds for key, seconds in known.items() if set(key[2]) <= {1}}
+    return [(a, seconds) for a, seconds in found if not a.reaches or seconds <= whole.get(a.key[:2], seconds)]
 
 
 def _asked(captured: Captured, machine: Machine, plans: Sequence[Plan], known: Mapping[Any, float]) -> Iterator[Asked]:
@@ -152,7 +164,8 @@ def _asked(captured: Captured, machine: Machine, plans: Sequence[Plan], known: M
                     parts = cutter.parts(o, assignment, plan.mesh)
                 except (NotLocal, ir.MLIRError, ValueError, TypeError):
                     continue
-                yield Asked(graph.operators[o].name, key, parts, roofline_features(own, place, assignment))
+                reaches = any(assignment.get(h.split) for h in own.halos)
+                yield Asked(graph.operators[o].name, key, parts, roofline_features(own, place, assignment), reaches)
 
 
 class Cutter:

@@ -20,18 +20,18 @@ from partita.gnn.stream import EdgeStream
 
 if TYPE_CHECKING:
     from partita.gnn.layers import CommNetConv, GatedGraphConv, GATv2Conv, GCNConv, GINConv, SAGEConv
-    from partita.gnn.models import GCN, GIN, SAGE, CommNet, GatedGraph, GATv2, GraphModel
+    from partita.gnn.models import GCN, GIN, SAGE, CommNet, GatedGraph, GATv2, GraphModel, VertexDropout
     from partita.gnn.train import normalised
 
 __all__ = [
     "GCN", "GIN", "SAGE", "CommNet", "CommNetConv", "EdgeStream", "GATv2", "GATv2Conv", "GCNConv", "GINConv", "GatedGraph",
     "GatedGraphConv", "Graph", "GraphModel", "SAGEConv", "Transposed", "check", "convert", "generate", "normalised", "open", "order",
-    "save", "transpose",
+    "VertexDropout", "save", "transpose",
 ]  # fmt: skip
 
 _LATER = {
     "partita.gnn.layers": ("CommNetConv", "GATv2Conv", "GatedGraphConv", "GCNConv", "GINConv", "SAGEConv"),
-    "partita.gnn.models": ("GCN", "GIN", "SAGE", "CommNet", "GatedGraph", "GATv2", "GraphModel"),
+    "partita.gnn.models": ("GCN", "GIN", "SAGE", "CommNet", "GatedGraph", "GATv2", "GraphModel", "VertexDropout"),
     "partita.gnn.train": ("normalised",),
 }
 

@@ -116,3 +116,18 @@ def test_only_devices_at_hand_are_measured(captured):
     model.compile("sgd", "mse")
     with pytest.raises(PlanError, match=r"only on the devices at hand, and a plan for the machine 'dgx-h100:8'"):
         partita.plan(model, 8, machine="dgx-h100:8", measure_operators=True)
+
+
+def test_a_part_in_space_that_takes_longer_than_the_whole_is_not_taken_for_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
+    model = keras.Sequential([keras.Input((8, 8, 4)), layers.Conv2D(8, 3, padding="same"), layers.Flatten(), layers.Dense(4)])
+    model.compile("sgd", "mse")
+    c, machine = capture(model, 8), detect(2)
+    plans = {n: p for n, (p, _) in find(c.graph, machine).baselines.items()}
+    slow = {"spatial": 3.0, "one device": 1.0, "data parallel": 2.0}
+    for name, source in {"spatial": "fitted", "data parallel": "measured"}.items():
+        chosen = [plans["one device"], plans[name]]
+        monkeypatch.setattr(operators, "_timed", lambda chunk, devices, name=name: [slow[name] if set(a.key[2]) > {1} else 1.0 for a in chunk])
+        monkeypatch.setenv("PARTITA_CACHE", str(tmp_path / name))
+        found = operators.measured_operators(c, machine, chosen)
+        assert {o.source for o in predicted(c.graph, found, plans[name]).operators if o.name.startswith("conv")} == {source}
