@@ -92,14 +92,30 @@ def move_table(move: Move, place: Placement, sources: Sequence[Sharding], target
         summed = np.array([_summed(move, place, *s) for s in left])
         alike = np.array([[s == t for t in targets] for s in sources])
         return np.where(alike, 0.0, moved + summed[:, None])
+    mesh, nbytes = place.mesh, move.nbytes
+    if _timed(mesh, (*sources, *targets)):  # all are cut alike in time: however many parts there are, they ask for the same table
+        nbytes /= mesh.sizes[0]
+        sources, targets, mesh = _untimed(sources), _untimed(targets), Mesh(mesh.axes[1:])
     # Dims that nobody splits are left out: tensors of other ranks then ask for the same table.
     split = [d for d in range(len(sources[0])) if any(s[d] for s in (*sources, *targets))]
     without = lambda shardings: tuple(tuple(s[d] for d in split) for s in shardings)  # noqa: E731
-    table = _table(without(sources), without(targets), place.mesh)
+    table = _table(without(sources), without(targets), mesh)
     once = np.zeros((len(table.ways), len(table.steps) + 1))
     for i, ways in enumerate(table.ways):
-        once[i, :-1] = [place.seconds(kind, part / ways * move.nbytes, group) for kind, group, part in table.steps]
+        once[i, :-1] = [place.seconds(kind, part / ways * nbytes, group) for kind, group, part in table.steps]
     return move.trips * once[:, table.rows].sum(axis=2)[table.idle, table.ids]
+
+
+def _timed(mesh: Mesh, shardings: Sequence[Sharding]) -> bool:
+    """Whether the first axis is that of microbatches, and splits the same dim first everywhere."""
+    if not mesh.axes or mesh.axes[0].level >= 0:
+        return False
+    return any(all(s[d][:1] == (0,) for s in shardings) for d in range(len(shardings[0])))
+
+
+def _untimed(shardings: Sequence[Sharding]) -> list[Sharding]:
+    """The same on the mesh without its first axis."""
+    return [tuple(tuple(a - 1 for a in axes if a) for axes in s) for s in shardings]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from partita.graph.graph import Graph
 from partita.machine import Machine
 from partita.plan.plan import Plan, check, slice_of
 from partita.search.base import Progress, Report
+from partita.search.bound import least_by_operator
 from partita.simulate.placed import Placed
 
 SECONDS = 5.0
@@ -43,12 +44,17 @@ def place(
     if not (parallel or machine.kinds) or not start.mesh.axes:
         return None
 
+    floor, seen = None if machine.kinds else _Floor(graph, machine, start, terms), set()
+
     def better(plan: Plan) -> Placed | None:
+        least, places = most if best is None else best.seconds, tuple(tuple(choice.items()) for choice in plan.choices.values())
+        if places in seen or floor is not None and floor.seconds(plan) >= least:
+            return None
+        seen.add(places)
         try:
             placed = Placed.of(graph, machine, check(plan, graph), terms)
         except PlanError:
             return None
-        least = most if best is None else best.seconds
         if not machine.kinds and placed.least_seconds >= least or placed.seconds >= least or not fits(placed):
             return None
         if report is not None:
@@ -120,6 +126,28 @@ def at(plan: Plan, graph: Graph, places: Mapping[int, int | None], axes: Sequenc
     home = {a.path: graph.operators[graph.home[a.tensor]].name for a in graph.arguments if graph.home[a.tensor] >= 0}
     storage = {p: s for p, s in plan.storage.items() if p not in home or all(slice_of(choices[home[p]].get(a, "")) is None for a in s.axes)}
     return replace(plan, choices=choices, storage=storage)
+
+
+class _Floor:
+    """Seconds that no placed plan is shorter than, in which operators that are on all devices are split as in `start`: what the busiest devices compute.
+
+    An operator on a part of the devices is at best shared out to them without a rest.
+    """
+
+    def __init__(self, graph: Graph, machine: Machine, start: Plan, terms: Terms) -> None:
+        self.names, self.mesh = [o.name for o in graph.operators], start.mesh
+        self.everywhere = [float(cost.compute[0]) for cost in Placed.of(graph, machine, start, terms).costs]
+        self.least = [seconds / machine.devices for seconds in least_by_operator(terms, machine)]
+
+    def seconds(self, plan: Plan) -> float:
+        common, apart = 0.0, defaultdict(float)
+        for name, everywhere, least in zip(self.names, self.everywhere, self.least, strict=True):
+            pins = tuple((a, use) for a, use in plan.choices[name].items() if slice_of(use) is not None)
+            if pins:
+                apart[tuple(sorted(pins))] += least * math.prod(self.mesh.sizes[self.mesh.index[a]] for a, _ in pins)
+            else:
+                common += everywhere
+        return common + max(apart.values(), default=0.0)
 
 
 def _dealt(graph: Graph, start: Plan, terms: Terms, parallel: Sequence[Sequence[Sequence[int]]], differ: bool) -> Iterator[Plan]:

@@ -11,8 +11,9 @@ from partita.machine import Machine, load
 from partita.plan.plan import Plan, check
 from partita.plan.stages import is_staged
 from partita.search import stages
+from partita.search.bound import least_seconds
 from partita.search.find import capacity, find, mesh_of
-from partita.search.stages import least_seconds, stage
+from partita.search.stages import stage
 from partita.simulate.simulate import predicted
 
 DATA = Path(__file__).parents[1] / "data"
@@ -62,15 +63,15 @@ def test_looking_at_stages_never_makes_it_slower(graph: Graph) -> None:
 
 def test_ctrl_c_takes_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, where, asked = GRAPHS["cnn"], load("k80-cluster").with_devices(8), []
-    real = stages._fitting
+    real = stages._Shapes.simulated
 
-    def fitting(*arguments: object) -> object:
-        asked.append(arguments)
+    def simulated(self: stages._Shapes, sketch: stages._Sketch) -> object:
+        asked.append(sketch)
         if len(asked) > 2:
             raise KeyboardInterrupt
-        return real(*arguments)  # type: ignore[arg-type]
+        return real(self, sketch)
 
-    monkeypatch.setattr(stages, "_fitting", fitting)
+    monkeypatch.setattr(stages._Shapes, "simulated", simulated)
     network = find(graph, where).network
     best = stages.stage(graph, where, mesh_of(where), network.terms, capacity(where), float("inf"), seconds=60)
     assert best is not None and len(asked) == 3
