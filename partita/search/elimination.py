@@ -45,7 +45,7 @@ def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = 
 
     If nothing fits, the result is the smallest in bytes that was found, and `feasible` is False.
     """
-    priced, history = _Priced(problem), []
+    priced, history = Priced(problem), []
 
     def say(step: str, best: float, bound: float) -> None:
         history.append(Progress(step, best, bound))
@@ -73,7 +73,7 @@ def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = 
 
 
 def _price_memory(
-    priced: _Priced, budget: float, fastest: tuple[int, ...], bound: float, say: Callable[[str, float, float], None], rounds: int
+    priced: Priced, budget: float, fastest: tuple[int, ...], bound: float, say: Callable[[str, float, float], None], rounds: int
 ) -> tuple[tuple[int, ...] | None, tuple[int, ...], float]:  # fmt: skip
     """Raises the price of a byte until a plan fits, then searches between: (best that fits, smallest, bound).
 
@@ -164,8 +164,8 @@ def _order(problem: Problem) -> list[int]:
     return order
 
 
-class _Priced:
-    """A problem whose bytes have a price."""
+class Priced:
+    """A problem whose bytes have a price. Each solution starts from the messages of the last."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem

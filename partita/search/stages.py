@@ -12,11 +12,12 @@ Alpa (Zheng et al., OSDI 2022) has the two levels, stages outside and splits ins
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -33,7 +34,7 @@ from partita.plan.stages import recomputed, stages_of
 from partita.search.base import Problem, Progress, Report
 from partita.search.bound import least_by_phase
 from partita.search.candidates import assignment_of
-from partita.search.elimination import eliminate
+from partita.search.elimination import Priced
 from partita.search.fold import fold
 from partita.search.network import Network, build
 from partita.search.reduce import reduce
@@ -50,14 +51,16 @@ SECONDS = 10.0
 INSTRUCTIONS = 150_000
 """Instructions of all steps that are simulated, at most: some seconds. At least FEWEST steps are."""
 FEWEST = 4
-ROUNDS = 10
-"""How often the exact search prices memory: what it finds is only the start of a plan in stages."""
+PRICES = 5
+"""Prices of a byte that are tried until a shape fits, and as many between the last two."""
 TRIES = 4
-"""Budgets of memory that are tried for one shape."""
+"""Limits of memory that are tried for one shape."""
 ROOM = 0.95
 """The part of a device's memory that operators may be dealt into: what runs need for themselves comes on top."""
 SLACK = (1.001, 1.1, 1.5)
 """How much slower than it could be the slowest stage may be, for stages that hold less."""
+NETWORKS = 4
+"""Cost networks that are kept: shapes with and without recomputation share theirs."""
 HALVINGS = 24
 """Halvings of an interval until its middle is taken for the answer."""
 
@@ -94,15 +97,17 @@ class _Sketch:
     shape: _Shape
     seconds: float
     least: float
-    nbytes: float
-    """Of all stages together, as the search adds them up."""
+    price: float
+    """Seconds that a byte cost."""
+    held: float
+    """Bytes that a device of the fullest stage holds, in the division that holds least."""
     states: tuple[int, ...]
     ends: Sequence[Sequence[int]]
     """Last operators of the stages: the fastest division, then some that hold less."""
     inside: Network
     """What the states stand for; without tables."""
     tries: int
-    """Budgets that are left to try where it does not fit."""
+    """Limits that are left to try where it does not fit."""
 
 
 def stage(
@@ -117,63 +122,65 @@ def stage(
     begun, best = time.perf_counter(), None
     late = lambda part: time.perf_counter() - begun > part * (SECONDS if seconds is None else seconds)  # noqa: E731
     looks = max(FEWEST, INSTRUCTIONS // max(1, len(graph.instructions)))
-    shapes = _Shapes(graph, machine, mesh, terms, limit)
-    queue = _Queue()
-    for shape in shapes.every():  # both ways of a shape at once: they share the costs of operators
-        queue.put(shapes.least(replace(shape, recompute=False)), shape)
+    queue = _Queue(_Shapes(graph, machine, mesh, terms, limit))
     try:
-        while queue.entries and not ((best is not None or math.isfinite(most)) and (late(1.0) or looks <= 0)):
-            seen, what = queue.pop(late(0.5))
+        while (best is None and math.isinf(most)) or (looks > 0 and not late(1.0)):
             least = most if best is None else best.seconds
+            what = queue.next(least, late(0.5))
+            if what is None:
+                break
             if isinstance(what, _Shape):
-                own = shapes.least(what)
-                if seen < own and own >= min(least, queue.promising):
-                    queue.put(own, what)
-                elif own < least:
-                    queue.put_sketch(shapes.sketch(what, float(limit) * what.stages, TRIES))
-            elif what.least < least:
-                looks -= 1
-                found = shapes.simulated(what)
-                if isinstance(found, Staged) and found.seconds < least:
-                    best, least = found, found.seconds
-                elif isinstance(found, _Sketch):
-                    queue.put_sketch(found)
-                if report is not None:
-                    report(Progress(f"{what.shape.stages} stages, {what.shape.microbatches} microbatches", least, bound))
+                queue.put(queue.shapes.sketch(what, limit, TRIES))
+                continue
+            looks -= 1
+            found = queue.shapes.simulated(what)
+            if isinstance(found, _Sketch):
+                queue.put(found)
+            elif found is not None and found.seconds < least:
+                best, least = found, found.seconds
+            if report is not None:
+                report(Progress(f"{what.shape.stages} stages, {what.shape.microbatches} microbatches", least, bound))
     except KeyboardInterrupt:  # the best so far
         pass
     return best
 
 
 class _Queue:
-    """What may come next, by the seconds that it would take: shapes by a lower bound on them, sketches by theirs. Of equal ones the first."""
+    """What comes next: one sketch of every number of stages, then whatever looks fastest, a shape to be sketched or a sketch to be simulated.
 
-    def __init__(self) -> None:
-        self.entries: list[tuple[float, int, _Shape | _Sketch]] = []
+    A shape not sketched yet is taken to need as much more than its lower bound as others of as many stages: most of that is sent inside stages.
+    """
+
+    def __init__(self, shapes: _Shapes) -> None:
+        self.shapes = shapes
+        self.sketches: list[tuple[float, int, _Sketch]] = []
         self.count = 0
+        self.left = {axes: sorted(shapes.every(axes), key=shapes.least, reverse=True) for axes in reversed(range(len(shapes.mesh.axes) + 1))}
+        """Shapes by axes, the fastest last; small meshes first."""
+        self.more: dict[int, float] = {}
+        """Axes -> the least seconds of a sketch over its lower bound."""
 
-    def put(self, seconds: float, what: _Shape | _Sketch) -> None:
-        heapq.heappush(self.entries, (seconds, self.count, what))
-        self.count += 1
-
-    def put_sketch(self, sketch: _Sketch | None) -> None:
+    def put(self, sketch: _Sketch | None) -> None:
         if sketch is not None:
-            self.put(sketch.seconds, sketch)
+            heapq.heappush(self.sketches, (sketch.seconds, self.count, sketch))
+            self.count += 1
+            more = sketch.seconds / self.shapes.least(sketch.shape)
+            self.more[sketch.shape.axes] = min(more, self.more.get(sketch.shape.axes, math.inf))
 
-    @property
-    def promising(self) -> float:
-        """The least seconds of a sketch."""
-        return min((seconds for seconds, _, what in self.entries if isinstance(what, _Sketch)), default=math.inf)
-
-    def pop(self, late: bool) -> tuple[float, _Shape | _Sketch]:
-        """The first; where it is `late`, the first sketch, if there is one."""
-        entry = min((e for e in self.entries if isinstance(e[2], _Sketch)), default=None) if late else None
-        if entry is None:
-            entry = heapq.heappop(self.entries)
-        else:
-            self.entries.remove(entry)
-            heapq.heapify(self.entries)
-        return entry[0], entry[2]
+    def next(self, most: float, late: bool) -> _Shape | _Sketch | None:
+        """What may take less than `most`; where it is `late`, a sketch if there is one."""
+        while self.sketches and self.sketches[0][-1].least >= most:
+            heapq.heappop(self.sketches)
+        promising = min(most, self.sketches[0][0] if self.sketches else math.inf)
+        if not (late and self.sketches):
+            first = {axes: self.shapes.least(left[-1]) for axes, left in self.left.items() if left}
+            new = next((axes for axes, seconds in first.items() if axes not in self.more and seconds < promising), None)
+            if new is None and first:
+                axes = min(first, key=lambda axes: first[axes] * self.more.get(axes, 1.0))
+                new = axes if first[axes] * self.more.get(axes, 1.0) < promising else None
+            if new is not None:
+                return self.left[new].pop()
+        return heapq.heappop(self.sketches)[-1] if self.sketches else None
 
 
 @dataclass(eq=False)
@@ -185,7 +192,7 @@ class _Shapes:
     mesh: Mesh
     terms: Terms
     limit: int
-    _last: tuple[tuple[int, int], Network] | None = None
+    _networks: dict[tuple[int, int], Network] = field(default_factory=dict)
 
     @cached_property
     def narrow(self) -> list[int]:
@@ -213,15 +220,14 @@ class _Shapes:
         resident = sum(nbytes for own in self.terms.operators for nbytes, _ in own.resident)
         return sum(2 * s.nbytes + s.slots for s in stored) + resident, sum(nbytes for own in self.terms.operators for nbytes, _ in own.kept)
 
-    def every(self) -> Iterator[_Shape]:
-        """All shapes: few stages first."""
-        for axes in range(len(self.mesh.axes) + 1):
-            stages = math.prod(self.mesh.sizes[:axes])
-            if stages <= len(self.narrow) + 1:
-                for microbatches in ALONE if stages == 1 else [stages * n for n in PER_STAGE]:
-                    if self.graph.batch_size % microbatches == 0:
-                        for recompute in (False, True) if (stages, microbatches) != (1, 1) else (True,):
-                            yield _Shape(axes, stages, microbatches, recompute)
+    def every(self, axes: int) -> Iterator[_Shape]:
+        """All shapes whose stages these first axes tell apart."""
+        stages = math.prod(self.mesh.sizes[:axes])
+        if stages <= len(self.narrow) + 1:
+            for microbatches in ALONE if stages == 1 else [stages * n for n in PER_STAGE]:
+                if self.graph.batch_size % microbatches == 0:
+                    for recompute in (False, True) if (stages, microbatches) != (1, 1) else (True,):
+                        yield _Shape(axes, stages, microbatches, recompute)
 
     def least(self, shape: _Shape) -> float:
         """Seconds of a step in which nothing is sent and stages are equal."""
@@ -236,34 +242,49 @@ class _Shapes:
 
     def _network(self, shape: _Shape) -> Network:
         key = (shape.axes, shape.microbatches)
-        if self._last is None or self._last[0] != key:
+        if key not in self._networks:
             inner = [Axis(TIME, shape.microbatches, -1)] if shape.microbatches > 1 else []
-            self._last = key, build(self.graph, self.machine, Mesh((*inner, *self.mesh.axes[shape.axes :])), terms=self.terms)
-        return self._last[1]
+            if len(self._networks) == NETWORKS:
+                del self._networks[next(iter(self._networks))]
+            self._networks[key] = build(self.graph, self.machine, Mesh((*inner, *self.mesh.axes[shape.axes :])), terms=self.terms)
+        return self._networks[key]
 
-    def sketch(self, shape: _Shape, budget: float, tries: int) -> _Sketch | None:
-        """What a shape comes to within `budget` bytes of all stages together; None where it does not fit."""
-        if not tries or self.holds(shape) > budget:
+    def sketch(self, shape: _Shape, limit: float, tries: int, price: float = 0.0) -> _Sketch | None:
+        """What a shape comes to if a device may hold so many bytes, a byte at `price` or more seconds; None where it does not fit."""
+        if not tries or self.holds(shape) > limit * shape.stages:
             return None
         costs = _Costs(self._network(shape), shape)
         problem = costs.problem
-        if sum(float(nbytes.min()) for nbytes in problem.nbytes) > budget:
+        if sum(float(nbytes.min()) for nbytes in problem.nbytes) > limit * shape.stages:
             return None
         folded = fold(problem)
         reduced = reduce(folded.problem)
-        while tries > 0:
-            result = eliminate(reduced.problem, budget, rounds=ROUNDS)
-            if result.stopped:
-                raise KeyboardInterrupt
-            if not result.feasible:
-                return None
-            states = folded.lift(reduced.lift(result.states))
-            dealt, tries = costs.dealt(self, states), tries - 1
-            if dealt is not None:
-                inside = replace(costs.network, problem=Problem([], []), parts=[], kept=[], gradients=[], moves={})
-                return _Sketch(shape, *dealt[:2], result.nbytes, states, dealt[2], inside, tries)
-            budget = min(budget, result.nbytes) * 0.8
-        return None
+        priced = Priced(reduced.problem)
+        inside = replace(costs.network, problem=Problem([], []), parts=[], kept=[], gradients=[], moves={})
+
+        def at(price: float) -> _Sketch | None:
+            states = folded.lift(reduced.lift(priced.solve(price)[0]))
+            dealt = costs.dealt(self, states, limit)
+            return dealt and _Sketch(shape, dealt[0], dealt[1], price, dealt[2], states, dealt[3], inside, tries - 1)
+
+        low, found = 0.0, at(price)
+        if found is None:
+            low, price = price, max(8 * price, sum(float(s.min()) for s in reduced.problem.seconds) / (limit * shape.stages) / 64)
+            for _ in range(PRICES):
+                found = at(price)
+                if found is not None:
+                    break
+                low, price = price, 8 * price
+            for _ in range(PRICES if found is not None else 0):  # cheaper bytes are faster, as long as it fits
+                if price < 1.1 * low:
+                    break
+                middle = math.sqrt(low * price) if low else price / 8
+                cheaper = at(middle)
+                if cheaper is None:
+                    low = middle
+                    continue
+                price, found = middle, min(found, cheaper, key=lambda sketch: sketch.seconds) if found else cheaper
+        return found
 
     def simulated(self, sketch: _Sketch) -> Staged | _Sketch | None:
         """The plan of a sketch that fits, its step to be simulated; where none does, a sketch that holds less."""
@@ -280,7 +301,7 @@ class _Shapes:
                 least = min(least, staged.peak)
         except PlanError:
             return None
-        return self.sketch(sketch.shape, sketch.nbytes * min(0.95, self.limit / least), sketch.tries)
+        return self.sketch(sketch.shape, sketch.held * 0.97 * self.limit / least, sketch.tries, sketch.price)
 
 
 @dataclass(frozen=True, eq=False)
@@ -331,28 +352,29 @@ class _Costs:
             problem.tables[ends] = tables[id(table)]
         return problem
 
-    def dealt(self, shapes: _Shapes, states: Sequence[int]) -> tuple[float, float, list[list[int]]] | None:
-        """(about the seconds of a step, those that do not hide, last operators of stages in some divisions); None where no division fits."""
+    def dealt(self, shapes: _Shapes, states: Sequence[int], limit: float) -> tuple[float, float, float, list[list[int]]] | None:
+        """(about the seconds of a step, those that do not hide, bytes held, last operators of stages in some divisions); None where no division fits."""
         shape, network, narrow = self.shape, self.network, shapes.narrow
         of = lambda what: np.array([getattr(own, what)[i] for own, i in zip(self.own, states, strict=True)])  # noqa: E731
         each, shown, once, fixed, kept = (of(what) for what in ("each", "shown", "once", "fixed", "kept"))
         for (u, v), table in network.problem.tables.items():
             each[v] += table[states[u], states[v]]
             shown[v] += table[states[u], states[v]] * self.shown
-        handed, working = self._handed(shapes, states), 0.0
+        handed, begins = self._handed(shapes, states), np.array([0, *(c + 1 for c in narrow)])
+        working = shape.again * float(np.add.reduceat(kept, begins)[:-1].max(initial=0.0))  # of a run in its backward pass: gradients, and values made again
         if shape.recompute:  # what enters a run is kept; what ends the forward pass is needed at once, and not recomputed
-            begins = np.array([0, *(c + 1 for c in narrow)])
-            working = float(np.add.reduceat(kept, begins)[:-1].max(initial=0.0))
             entering = np.zeros(len(kept))
             entering[begins[1:]] = handed
             entering[begins[-1] :] += kept[begins[-1] :]
             kept = entering
         ends = [*narrow, len(kept) - 1]
         sums = lambda x: [float(s) for s in np.concatenate([[0.0], np.cumsum(x)])[[0, *(e + 1 for e in ends)]]]  # noqa: E731
-        busy = sums(each * shape.microbatches + once)
-        divisions = [*_divided(shape, busy, sums(fixed), sums(kept), shapes.limit * ROOM - working)]
+        busy, fixed, kept = sums(each * shape.microbatches + once), sums(fixed), sums(kept)
+        divisions = [*_divided(shape, busy, fixed, kept, limit * ROOM - working)]
         if not divisions:
             return None
+        stages = [(e + 1, at + 1, min(shape.microbatches, shape.stages - n)) for n, (at, e) in enumerate(itertools.pairwise([-1, *divisions[-1]]))]
+        held = working + max(fixed[e] - fixed[at] + (kept[e] - kept[at]) * flying for e, at, flying in stages)
         cuts = np.array([0, *(e + 1 for e in divisions[0])])
         sent = [handed[e] for e in divisions[0][:-1]]
         hop = network.place.seconds("collective_permute", max(sent, default=0.0), group_of(tuple(range(shape.axes)), shapes.mesh))
@@ -361,7 +383,7 @@ class _Costs:
         last = shape.microbatches - 1
         seconds = float(every.sum() + (last * np.maximum(every, 2 * hop) + ending).max() + 2 * hop * (shape.stages - 1))
         before = np.cumsum(least) - least  # a stage begins when those before it have passed one microbatch on, and ends before they take the last one back
-        return seconds, float((before + (last + 1) * least + ending).max()), [[ends[e] for e in division] for division in divisions]
+        return seconds, float((before + (last + 1) * least + ending).max()), held, [[ends[e] for e in division] for division in divisions]
 
     def _handed(self, shapes: _Shapes, states: Sequence[int]) -> list[float]:
         """Bytes of a device and microbatch that go from before to after every place where a stage may end."""
