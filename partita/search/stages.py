@@ -16,7 +16,7 @@ import itertools
 import math
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -50,18 +50,20 @@ SECONDS = 10.0
 """How long to look at most, unless it is said."""
 INSTRUCTIONS = 150_000
 """Instructions of all steps that are simulated, at most: some seconds. At least FEWEST steps are."""
-FEWEST = 4
+FEWEST = 8
 PRICES = 5
 """Prices of a byte that are tried until a shape fits, and as many between the last two."""
-TRIES = 4
-"""Limits of memory that are tried for one shape."""
+TRIES, DIVISIONS = 3, 3
+"""Splits that are tried for one shape until one fits, and divisions into stages for one split."""
 ROOM = 0.95
 """The part of a device's memory that operators may be dealt into: what runs need for themselves comes on top."""
-SLACK = (1.001, 1.1, 1.5)
+SLACK = 1.001
 """How much slower than it could be the slowest stage may be, for stages that hold less."""
+FAR = 1.25
+"""Where a number of stages is so much slower than another, the next smaller one is not looked at."""
 NETWORKS = 4
 """Cost networks that are kept: shapes with and without recomputation share theirs."""
-HALVINGS = 24
+HALVINGS = 16
 """Halvings of an interval until its middle is taken for the answer."""
 
 
@@ -99,11 +101,11 @@ class _Sketch:
     least: float
     price: float
     """Seconds that a byte cost."""
-    held: float
-    """Bytes that a device of the fullest stage holds, in the division that holds least."""
+    limit: float
+    """Bytes that a device was to hold."""
     states: tuple[int, ...]
-    ends: Sequence[Sequence[int]]
-    """Last operators of the stages: the fastest division, then some that hold less."""
+    runs: _Runs
+    """What is divided into stages."""
     inside: Network
     """What the states stand for; without tables."""
     tries: int
@@ -158,7 +160,8 @@ class _Queue:
         self.left = {axes: sorted(shapes.every(axes), key=shapes.least, reverse=True) for axes in reversed(range(len(shapes.mesh.axes) + 1))}
         """Shapes by axes, the fastest last; small meshes first."""
         self.more: dict[int, float] = {}
-        """Axes -> the least seconds of a sketch over its lower bound."""
+        """Axes -> the least seconds of a sketch over its lower bound; `seconds`: those of the first sketch."""
+        self.seconds: dict[int, float] = {}
 
     def put(self, sketch: _Sketch | None) -> None:
         if sketch is not None:
@@ -166,6 +169,7 @@ class _Queue:
             self.count += 1
             more = sketch.seconds / self.shapes.least(sketch.shape)
             self.more[sketch.shape.axes] = min(more, self.more.get(sketch.shape.axes, math.inf))
+            self.seconds.setdefault(sketch.shape.axes, sketch.seconds)
 
     def next(self, most: float, late: bool) -> _Shape | _Sketch | None:
         """What may take less than `most`; where it is `late`, a sketch if there is one."""
@@ -174,10 +178,12 @@ class _Queue:
         promising = min(most, self.sketches[0][0] if self.sketches else math.inf)
         if not (late and self.sketches):
             first = {axes: self.shapes.least(left[-1]) for axes, left in self.left.items() if left}
-            new = next((axes for axes, seconds in first.items() if axes not in self.more and seconds < promising), None)
+            far = {axes for axes in first if self.seconds.get(axes + 1, 0.0) > FAR * promising}
+            new = next((axes for axes, seconds in first.items() if axes not in self.more and axes not in far and seconds < promising), None)
             if new is None and first:
-                axes = min(first, key=lambda axes: first[axes] * self.more.get(axes, 1.0))
-                new = axes if first[axes] * self.more.get(axes, 1.0) < promising else None
+                guess = {axes: seconds * self.more.get(axes, math.inf if axes in far else 1.0) for axes, seconds in first.items()}
+                axes = min(guess, key=lambda axes: guess[axes])
+                new = axes if guess[axes] < promising else None
             if new is not None:
                 return self.left[new].pop()
         return heapq.heappop(self.sketches)[-1] if self.sketches else None
@@ -200,12 +206,29 @@ class _Shapes:
         return _narrow(len(self.graph.operators), _handed_on(self.terms))
 
     @cached_property
-    def crossing(self) -> list[list[tuple[int, Label, int]]]:
-        """Per such place, (home, label, bytes) of what is handed on over it."""
-        found: list[list[tuple[int, Label, int]]] = [[] for _ in self.narrow]
+    def crossing(self) -> list[_Crossing]:
+        """Per such place, what is handed on over it in the forward pass, as it is kept where it was made."""
+        found: list[_Crossing] = [[] for _ in self.narrow]
         for home, reader, label, nbytes in _handed_on(self.terms):
             for n in range(bisect_left(self.narrow, home), bisect_left(self.narrow, reader)):
                 found[n].append((home, label, nbytes))
+        return found
+
+    @cached_property
+    def sent(self) -> tuple[list[_Crossing], list[_Crossing]]:
+        """Per such place, what goes over it in the forward pass and in the backward pass, as the next that reads it wants it."""
+        found: tuple[list[_Crossing], list[_Crossing]] = [[] for _ in self.narrow], [[] for _ in self.narrow]
+        readers: dict[tuple[int, int, bool], list[tuple[int, Label, int]]] = {}
+        for m in self.terms.edges:
+            if m.phase == m.wanted != "update" and (m.phase == "forward") == (m.home < m.reader):
+                readers.setdefault((m.tensor, m.home, m.phase == "forward"), []).append((m.reader, m.dims[1], m.nbytes * m.trips))
+        for (_, home, forward), every in readers.items():
+            every.sort(key=lambda reader: reader[0], reverse=not forward)
+            at = home
+            for reader, label, nbytes in every:
+                for n in range(bisect_left(self.narrow, min(at, reader)), bisect_left(self.narrow, max(at, reader))):
+                    found[0 if forward else 1][n].append((reader, label, nbytes))
+                at = reader
         return found
 
     @cached_property
@@ -265,7 +288,7 @@ class _Shapes:
         def at(price: float) -> _Sketch | None:
             states = folded.lift(reduced.lift(priced.solve(price)[0]))
             dealt = costs.dealt(self, states, limit)
-            return dealt and _Sketch(shape, dealt[0], dealt[1], price, dealt[2], states, dealt[3], inside, tries - 1)
+            return dealt and _Sketch(shape, dealt[0], dealt[1], price, limit, states, dealt[2], inside, tries - 1)
 
         low, found = 0.0, at(price)
         if found is None:
@@ -288,31 +311,51 @@ class _Shapes:
 
     def simulated(self, sketch: _Sketch) -> Staged | _Sketch | None:
         """The plan of a sketch that fits, its step to be simulated; where none does, a sketch that holds less."""
-        inner, least, staged = sketch.inside.plan(sketch.states), math.inf, None
+        inner, limit, staged = sketch.inside.plan(sketch.states), sketch.limit, None
         try:  # bytes are looked at first: they are known without simulating
-            for ends in sketch.ends:
-                plan = _plan(inner, self.graph, self.mesh, sketch.shape, ends, self.narrow)
+            for _ in range(DIVISIONS):
+                division = sketch.runs.divided(limit)
+                if division is None:
+                    break
+                plan = _plan(inner, self.graph, self.mesh, sketch.shape, division, self.narrow)
                 if staged is None:
                     staged = Staged.of(self.graph, self.machine, plan, self.terms)
                 else:  # split alike
                     staged = replace(staged, plan=plan, stage=stages_of(self.graph, plan), run_of=recomputed(self.graph, plan))
                 if staged.peak <= self.limit:
                     return staged if staged.seconds < math.inf else None  # simulated here: what waits in a circle is a PlanError
-                least = min(least, staged.peak)
+                limit *= min(0.98, self.limit / staged.peak)
         except PlanError:
             return None
-        return self.sketch(sketch.shape, sketch.held * 0.97 * self.limit / least, sketch.tries, sketch.price)
+        return self.sketch(sketch.shape, limit, sketch.tries, sketch.price)
 
 
 @dataclass(frozen=True, eq=False)
 class _Own:
-    """By state of an operator: seconds of a microbatch, those that do not hide, seconds once a step; bytes, those of forward values by microbatch."""
+    """By state of an operator: seconds of a microbatch, and of them those forward; the same without what may hide; seconds once a step; bytes.
+
+    `kept` are bytes of a microbatch's forward values, `fixed` all others.
+    """
 
     each: np.ndarray
+    forward: np.ndarray
     shown: np.ndarray
+    shown_forward: np.ndarray
     once: np.ndarray
     fixed: np.ndarray
     kept: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Division:
+    """Where stages end, as numbers of runs, and which runs are recomputed."""
+
+    ends: Sequence[int]
+    again: Sequence[int]
+
+
+_Crossing = list[tuple[int, Label, int]]
+"""Values: (operator, label in its factors, bytes)."""
 
 
 class _Costs:
@@ -332,64 +375,57 @@ class _Costs:
     def _own(self, parts: np.ndarray, nbytes: np.ndarray, kept: np.ndarray, gradients: np.ndarray, apart: np.ndarray) -> _Own:
         """`apart`: whether variables are stored in parts, and gathered whenever a microbatch goes forward."""
         row = {part: parts[n] for n, part in enumerate(PARTS)}
-        again, shown = self.shape.again, self.shown
-        gather = row["gather", "forward"] * shown
-        computed = again * row["compute", "forward"] + row["compute", "backward"] + np.where(apart, again * gather, 0.0)
-        sent = again * row["exchange", "forward"] + row["exchange", "backward"]
-        once = row["compute", "update"] + row["exchange", "update"] + row["sum", "backward"] * shown + np.where(apart, 0.0, gather)
-        return _Own(computed + sent, computed + shown * sent, once, nbytes - kept + gradients, kept)
+        gather = row["gather", "forward"] * self.shown
+        once = row["compute", "update"] + row["exchange", "update"] + row["sum", "backward"] * self.shown + np.where(apart, 0.0, gather)
+        computed, sent = row["compute", "forward"] + np.where(apart, gather, 0.0), row["exchange", "forward"]
+        back, sent_back = row["compute", "backward"], row["exchange", "backward"]
+        forward, shown = computed + sent, computed + self.shown * sent
+        return _Own(forward + back + sent_back, forward, shown + back + self.shown * sent_back, shown, once, nbytes - kept + gradients, kept)
 
     @property
     def problem(self) -> Problem:
         """Seconds of all stages together in a step that waits as this shape does, and bytes of all stages: what is in flight is kept so often."""
-        flying = 0.0 if self.shape.recompute else self.shape.flying
-        made = {id(own): (own.each * self.shape.passes + own.once, own.fixed + own.kept * flying) for own in self.own}
+        flying, again, passes = 0.0 if self.shape.recompute else self.shape.flying, self.shape.again - 1, self.shape.passes
+        made = {id(own): ((own.each + again * own.forward) * passes + own.once, own.fixed + own.kept * flying) for own in self.own}
         problem = Problem([made[id(own)][0] for own in self.own], [made[id(own)][1] for own in self.own])
         tables: dict[int, np.ndarray] = {}
         for ends, table in self.network.problem.tables.items():
             if id(table) not in tables:
-                tables[id(table)] = table * self.shape.passes
+                tables[id(table)] = table * passes
             problem.tables[ends] = tables[id(table)]
         return problem
 
-    def dealt(self, shapes: _Shapes, states: Sequence[int], limit: float) -> tuple[float, float, float, list[list[int]]] | None:
-        """(about the seconds of a step, those that do not hide, bytes held, last operators of stages in some divisions); None where no division fits."""
-        shape, network, narrow = self.shape, self.network, shapes.narrow
-        of = lambda what: np.array([getattr(own, what)[i] for own, i in zip(self.own, states, strict=True)])  # noqa: E731
-        each, shown, once, fixed, kept = (of(what) for what in ("each", "shown", "once", "fixed", "kept"))
+    def dealt(self, shapes: _Shapes, states: Sequence[int], limit: float) -> tuple[float, float, _Runs] | None:
+        """(about the seconds of a step, those that do not hide, what is divided into stages); None where it does not fit."""
+        shape, network, last = self.shape, self.network, self.shape.microbatches - 1
+        begins = np.array([0, *(c + 1 for c in shapes.narrow)])
+        of = {what: np.array([getattr(own, what)[i] for own, i in zip(self.own, states, strict=True)]) for what in _Own.__annotations__}
         for (u, v), table in network.problem.tables.items():
-            each[v] += table[states[u], states[v]]
-            shown[v] += table[states[u], states[v]] * self.shown
-        handed, begins = self._handed(shapes, states), np.array([0, *(c + 1 for c in narrow)])
-        working = shape.again * float(np.add.reduceat(kept, begins)[:-1].max(initial=0.0))  # of a run in its backward pass: gradients, and values made again
-        if shape.recompute:  # what enters a run is kept; what ends the forward pass is needed at once, and not recomputed
-            entering = np.zeros(len(kept))
-            entering[begins[1:]] = handed
-            entering[begins[-1] :] += kept[begins[-1] :]
-            kept = entering
-        ends = [*narrow, len(kept) - 1]
-        sums = lambda x: [float(s) for s in np.concatenate([[0.0], np.cumsum(x)])[[0, *(e + 1 for e in ends)]]]  # noqa: E731
-        busy, fixed, kept = sums(each * shape.microbatches + once), sums(fixed), sums(kept)
-        divisions = [*_divided(shape, busy, fixed, kept, limit * ROOM - working)]
-        if not divisions:
+            of["each"][v] += table[states[u], states[v]]
+            of["shown"][v] += table[states[u], states[v]] * self.shown
+        run = {what: np.add.reduceat(values, begins) for what, values in of.items()}
+        handed, forth, back = ([0.0, *self._nbytes(crossing, states)] for crossing in (shapes.crossing, *shapes.sent))
+        links = group_of(tuple(range(shape.axes)), shapes.mesh)
+        hops = [network.place.seconds("collective_permute", there, links) + network.place.seconds("collective_permute", here, links) for there, here in zip(forth, back, strict=True)]
+        runs = _Runs(shape, run, handed, hops)
+        division = runs.divided(limit)
+        if division is None:
             return None
-        stages = [(e + 1, at + 1, min(shape.microbatches, shape.stages - n)) for n, (at, e) in enumerate(itertools.pairwise([-1, *divisions[-1]]))]
-        held = working + max(fixed[e] - fixed[at] + (kept[e] - kept[at]) * flying for e, at, flying in stages)
-        cuts = np.array([0, *(e + 1 for e in divisions[0])])
-        sent = [handed[e] for e in divisions[0][:-1]]
-        hop = network.place.seconds("collective_permute", max(sent, default=0.0), group_of(tuple(range(shape.axes)), shapes.mesh))
-        added = [np.array(sums(x))[cuts] for x in (each, shown, once)]
-        every, least, ending = (np.diff(x) for x in added)
-        last = shape.microbatches - 1
-        seconds = float(every.sum() + (last * np.maximum(every, 2 * hop) + ending).max() + 2 * hop * (shape.stages - 1))
+        again, cuts = np.zeros(len(begins)), np.array([0, *(e + 1 for e in division.ends)])
+        again[list(division.again)] = 1.0
+        stages = lambda values: np.add.reduceat(values, cuts[:-1])  # noqa: E731
+        every, least = (stages(run[what] + again * run[forward]) for what, forward in (("each", "forward"), ("shown", "shown_forward")))
+        ending = stages(run["once"])
+        every = every + np.array([*(hops[c] for c in cuts[1:-1]), 0.0])  # a stage has no microbatch to spare for the time in which one is on its way
+        seconds = float(every.sum() + (last * every + ending).max())
         before = np.cumsum(least) - least  # a stage begins when those before it have passed one microbatch on, and ends before they take the last one back
-        return seconds, float((before + (last + 1) * least + ending).max()), held, [[ends[e] for e in division] for division in divisions]
+        return seconds, float((before + (last + 1) * least + ending).max()), runs
 
-    def _handed(self, shapes: _Shapes, states: Sequence[int]) -> list[float]:
-        """Bytes of a device and microbatch that go from before to after every place where a stage may end."""
+    def _nbytes(self, places: Sequence[_Crossing], states: Sequence[int]) -> list[float]:
+        """Bytes of a device and microbatch, place by place."""
         ways: dict[tuple[int, Label], int] = {}
         found = []
-        for crossing in shapes.crossing:
+        for crossing in places:
             total = 0.0
             for home, label, nbytes in crossing:
                 if (home, label) not in ways:
@@ -400,43 +436,82 @@ class _Costs:
         return found
 
 
-def _divided(shape: _Shape, busy: Sequence[float], fixed: Sequence[float], kept: Sequence[float], room: float) -> Iterator[list[int]]:
-    """Places where stages end: the slowest stage takes least, and of those the fullest holds least; then somewhat slower ones that hold less.
+class _Runs:
+    """Operators in runs, which are dealt to stages and recomputed as wholes: as few as memory needs, those first that free most bytes in a second.
 
-    The arguments are sums of what comes before every place, 0 first.
+    Stages near the first hold more microbatches at once, so that it is their runs that are recomputed, or they that have fewer.
     """
-    places = len(busy) - 1
 
-    def fill(slowest: float, room: float) -> list[int] | None:
-        """Stages as full as they may be, from the first on; the later ones get at least one place each."""
-        found, at = [], 0
-        for s in range(shape.stages):
-            flying = min(shape.microbatches, shape.stages - s)
-            most = min(bisect_right(busy, busy[at] + slowest, at), places - shape.stages + s + 2) - 1
-            held = lambda e, at=at, flying=flying: fixed[e] - fixed[at] + (kept[e] - kept[at]) * flying  # noqa: E731
-            if most > at and held(most) > room:
-                most = bisect_right(range(places + 1), room, at + 1, most, key=held) - 1
-            if most <= at:
+    def __init__(self, shape: _Shape, run: Mapping[str, np.ndarray], handed: Sequence[float], hops: Sequence[float]) -> None:
+        """`handed` is what enters every run, `hops` the seconds in which a microbatch goes there and comes back."""
+        self.shape, self.handed, self.count = shape, handed, len(handed)
+        self.hops = [*(shape.microbatches * seconds for seconds in hops), 0.0]
+        self.working = shape.again * float(run["kept"][:-1].max(initial=0.0))  # what a run needs in its backward pass: gradients, and values made again
+        sums = lambda values: [0.0, *np.cumsum(values).tolist()]  # noqa: E731
+        self.busy = sums(run["each"] * shape.microbatches + run["once"])
+        self.fixed, self.kept = sums(run["fixed"]), sums(run["kept"])
+        kinds: dict[tuple[str, str], list[int]] = {}
+        for n, (freed, seconds) in enumerate(zip(run["kept"] - np.array(handed), run["forward"] * shape.microbatches, strict=True)):
+            if freed > 0 and n < self.count - 1:  # what ends the forward pass is needed at once
+                kinds.setdefault((f"{freed:.6g}", f"{seconds:.6g}"), []).append(n)
+        self.kinds = sorted(((float(freed), float(seconds), runs) for (freed, seconds), runs in kinds.items()), key=lambda kind: kind[1] / kind[0])
+
+    def _again(self, begin: int, end: int, stage: int, room: float) -> tuple[float, float, list[tuple[int, int, int]]]:
+        """(bytes that are missing however much is recomputed, seconds of a stage of these runs, (kind, first, how many) that are recomputed)."""
+        flying = min(self.shape.microbatches, self.shape.stages - stage)
+        over = self.fixed[end] - self.fixed[begin] + (self.kept[end] - self.kept[begin] + self.handed[begin]) * flying - room
+        seconds, found = self.busy[end] - self.busy[begin] + self.hops[end], []
+        for k, (freed, more, runs) in enumerate(self.kinds):
+            if over <= 0:
+                break
+            first = bisect_left(runs, begin)
+            count = min(bisect_left(runs, end) - first, math.ceil(over / (freed * flying)))
+            over, seconds = over - count * freed * flying, seconds + count * more
+            found.append((k, first, count))
+        return over, seconds, found
+
+    def _fill(self, slowest: float, room: float) -> list[int] | None:
+        """Where stages end that are as full as they may be, from the first on; the later ones get at least one run each."""
+        found, begin = [], 0
+        for stage in range(self.shape.stages):
+
+            def fits(end: int, begin: int = begin, stage: int = stage) -> bool:
+                over, seconds, _ = self._again(begin, end, stage, room)
+                return over <= 0 and seconds <= slowest
+
+            low, high = begin, min(self.count - self.shape.stages + stage + 1, bisect_right(self.busy, self.busy[begin] + slowest, begin) - 1)
+            while low < high:
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if fits(middle) else (low, middle - 1)
+            if low == begin:
                 return None
-            found.append(most - 1)
-            at = most
-        return found if at == places else None
+            found.append(low - 1)
+            begin = low
+        return found if begin == self.count else None
 
-    low, high = busy[-1] / shape.stages, busy[-1]
-    best = fill(high, room)
-    if best is None:
-        return
-    for _ in range(HALVINGS if shape.stages > 1 else 0):
-        middle = (low + high) / 2
-        found = fill(middle, room)
-        low, high, best = (low, middle, found) if found is not None else (middle, high, best)
-    for slack in SLACK if shape.stages > 1 else (1.0,):  # of the divisions that are so fast, the one whose fullest stage holds least
-        least, most, even = 0.0, room, best
-        for _ in range(HALVINGS if shape.stages > 1 else 0):
-            middle = (least + most) / 2
-            found = fill(high * slack, middle)
-            least, most, even = (least, middle, found) if found is not None else (middle, most, even)
-        yield even
+    def divided(self, limit: float) -> _Division | None:
+        """The division in which the slowest stage takes least, and of those the fullest holds least, of so many bytes a device; None if none fits."""
+        room, whole = limit * ROOM - self.working, self.busy[-1] + max(self.hops) + sum(more * len(runs) for _, more, runs in self.kinds)
+        low, high, best = self.busy[-1] / self.shape.stages, whole, self._fill(whole, room)
+        if best is None:
+            return None
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            found = self._fill(middle, room)
+            low, high, best = (low, middle, found) if found is not None else (middle, high, best)
+        least = 0.0
+        for _ in range(HALVINGS):
+            middle = (least + room) / 2
+            found = self._fill(high * SLACK, middle)
+            least, room, best = (least, middle, found) if found is not None else (middle, room, best)
+        again = [n for stage, (begin, end) in enumerate(self._pairs(best)) for n in self._chosen(begin, end, stage, room)]
+        return _Division(best, sorted(again))
+
+    def _pairs(self, ends: Sequence[int]) -> Iterator[tuple[int, int]]:
+        return itertools.pairwise([0, *(e + 1 for e in ends)])
+
+    def _chosen(self, begin: int, end: int, stage: int, room: float) -> list[int]:
+        return [n for k, first, count in self._again(begin, end, stage, room)[2] for n in self.kinds[k][2][first : first + count]]
 
 
 def _handed_on(terms: Terms) -> list[tuple[int, int, Label, int]]:
@@ -460,11 +535,10 @@ def _narrow(count: int, handed_on: Sequence[tuple[int, int, Label, int]]) -> lis
     return [o for o in range(count - 1) if handed[o] <= NARROW * handed[max(0, o - reach) : min(count - 1, o + reach + 1)].min()]
 
 
-def _plan(inner: Plan, graph: Graph, mesh: Mesh, shape: _Shape, ends: Sequence[int], narrow: Sequence[int]) -> Plan:
-    """The plan that splits inside stages as `inner` does, its stages ending after these operators."""
-    choices, stage_of, begins = {}, 0, [0, *(e + 1 for e in ends[:-1])]
-    runs: list[tuple[str, str]] = []
-    names = [o.name for o in graph.operators]
+def _plan(inner: Plan, graph: Graph, mesh: Mesh, shape: _Shape, division: _Division, narrow: Sequence[int]) -> Plan:
+    """The plan that splits inside stages as `inner` does, its stages and recomputed runs those of a division."""
+    names, lasts = [o.name for o in graph.operators], [*narrow, len(graph.operators) - 1]
+    choices, stage_of, ends = {}, 0, [lasts[n] for n in division.ends]
     for o, name in enumerate(names):
         if o > ends[stage_of]:
             stage_of += 1
@@ -473,8 +547,5 @@ def _plan(inner: Plan, graph: Graph, mesh: Mesh, shape: _Shape, ends: Sequence[i
             at[axis.name] = f"at({left % axis.size})"
             left //= axis.size
         choices[name] = at | {a: use for a, use in inner.choices[name].items() if a != TIME}
-    if shape.recompute:
-        cuts = sorted({*narrow, *ends})
-        firsts = sorted({0, *begins, *(c + 1 for c in cuts if c + 1 < len(names))})
-        runs = [(names[a], names[b - 1]) for a, b in zip(firsts, firsts[1:], strict=False)]  # what ends the forward pass is needed at once
-    return replace(inner, mesh=mesh, choices=choices, microbatches=shape.microbatches, recompute=tuple(runs))
+    runs = tuple((names[lasts[n - 1] + 1 if n else 0], names[lasts[n]]) for n in division.again)
+    return replace(inner, mesh=mesh, choices=choices, microbatches=shape.microbatches, recompute=runs)

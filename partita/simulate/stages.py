@@ -191,7 +191,8 @@ class Staged:
             parts.append(self._runs[key])
         fixed = {kind: sum(getattr(p, kind) for p in parts) for kind in ("parameters", "optimizer", "state", "batch")}
         gradients = int(sum(self._part(s.nbytes, s.label, o) for o in members for s in self.terms.operators[o].stored))
-        working = [p.peak - sum(getattr(p, kind) for kind in fixed) for p in parts]
+        kept = [sum(self.kept[o] for o in own) if run_ < 0 else 0.0 for run_, own in runs.items()]  # of what is not recomputed, a part of `each`
+        working = [p.peak - sum(getattr(p, kind) for kind in fixed) - min(k, p.activations) for p, k in zip(parts, kept, strict=True)]
         most = max(range(len(parts)), key=lambda n: working[n])
         each = sum(nbytes for (s, _), nbytes in self.entering.items() if s == stage) + sum(self.kept[o] for o in runs.get(-1, ()))
         peak = int(sum(fixed.values()) + gradients + flying * each + working[most])
