@@ -22,7 +22,7 @@ from partita.machine import Machine
 from partita.plan.layout import Sharding, resolve
 from partita.plan.plan import Mesh, Plan, Storage
 from partita.search.base import Problem
-from partita.search.candidates import Choice, assignment_of, candidates, choice_of, names_of
+from partita.search.candidates import LIMIT, Choice, assignment_of, candidates, choice_of, names_of
 
 LEVELS = (0, 1, 3)
 """Ways to store variables that differ in cost: ZeRO-2 is ZeRO-1 in a step that is one program."""
@@ -114,8 +114,10 @@ def stored_by(network: Network, operator: int, state: int) -> dict[str, Storage]
     return found
 
 
-def build(graph: Graph, machine: Machine, mesh: Mesh, baselines: Sequence[Plan] = (), terms: Terms | None = None) -> Network:
-    """The cost network of a graph on a machine's mesh. Every choice of the baselines is among the candidates."""
+def build(
+    graph: Graph, machine: Machine, mesh: Mesh, baselines: Sequence[Plan] = (), terms: Terms | None = None, limit: int = LIMIT
+) -> Network:
+    """The cost network of a graph on a machine's mesh. Every choice of the baselines is among the candidates, of which there are about `limit` at most."""
     place = Placement(machine, mesh)
     found = terms or terms_of(graph, machine.backend)
     known: dict[tuple[object, ...], _Costed] = {}
@@ -124,7 +126,7 @@ def build(graph: Graph, machine: Machine, mesh: Mesh, baselines: Sequence[Plan] 
         extra = [choice_of(graph, o, mesh, plan.choices[operator.name]) for plan in baselines]
         key = (found.operators[o].digest, operator.kind, *(_placed(graph, o, choice) for choice in extra))
         if key not in known:
-            known[key] = _costed(graph, o, place, found.operators[o], extra)
+            known[key] = _costed(graph, o, place, found.operators[o], extra, limit)
         every.append(known[key])
     states, seconds, nbytes, parts, kept, gradients = (list(mine) for mine in zip(*every, strict=True)) if every else ([] for _ in range(6))
     network = Network(graph, place, found, states, Problem(seconds, nbytes), parts, kept, gradients)
@@ -136,10 +138,10 @@ _Costed = tuple[Sequence[State], np.ndarray, np.ndarray, np.ndarray, np.ndarray,
 """States, and by state: seconds, bytes, parts, kept, gradients."""
 
 
-def _costed(graph: Graph, operator: int, place: Placement, terms: OperatorTerms, extra: Sequence[Choice]) -> _Costed:
+def _costed(graph: Graph, operator: int, place: Placement, terms: OperatorTerms, extra: Sequence[Choice], limit: int) -> _Costed:
     """The states of an operator, and of all that are equal to it, with what they cost."""
     levels = LEVELS if terms.stored else (0,)
-    choices = candidates(graph, operator, place.mesh, extra)
+    choices = candidates(graph, operator, place.mesh, extra, limit)
     assignments = [assignment_of(choice) for choice in choices]
     costs = [operator_cost(terms, place, assignments, zero) for zero in levels]
     part = lambda s, assignment: s.nbytes / place.ways([a for axes in resolve(s.label, assignment) for a in axes])  # noqa: E731

@@ -42,6 +42,8 @@ from partita.simulate.stages import Staged
 
 PER_STAGE = (1, 2, 4, 8, 16)
 """Microbatches per stage that are tried."""
+USUAL = 8
+"""Microbatches per stage that are tried first."""
 ALONE = (1, 4, 16, 64)
 """Microbatches where there is one stage: fewer are faster, more hold less."""
 NARROW = 1.2
@@ -61,6 +63,8 @@ SLACK = 1.001
 """How much slower than it could be the slowest stage may be, for stages that hold less."""
 FAR = 1.25
 """Where a number of stages is so much slower than another, the next smaller one is not looked at."""
+CHOICES = 50
+"""Choices per operator inside a stage, about: fewer than where nothing but them is looked for."""
 NETWORKS = 4
 """Cost networks that are kept: shapes with and without recomputation share theirs."""
 HALVINGS = 16
@@ -185,7 +189,12 @@ class _Queue:
                 axes = min(guess, key=lambda axes: guess[axes])
                 new = axes if guess[axes] < promising else None
             if new is not None:
-                return self.left[new].pop()
+                left = self.left[new]
+                if new not in self.more:  # a usual one stands for all
+                    usual = min(left, key=lambda shape: (abs(math.log(shape.microbatches / (USUAL * shape.stages))), shape.recompute))
+                    left.remove(usual)
+                    return usual
+                return left.pop()
         return heapq.heappop(self.sketches)[-1] if self.sketches else None
 
 
@@ -269,7 +278,7 @@ class _Shapes:
             inner = [Axis(TIME, shape.microbatches, -1)] if shape.microbatches > 1 else []
             if len(self._networks) == NETWORKS:
                 del self._networks[next(iter(self._networks))]
-            self._networks[key] = build(self.graph, self.machine, Mesh((*inner, *self.mesh.axes[shape.axes :])), terms=self.terms)
+            self._networks[key] = build(self.graph, self.machine, Mesh((*inner, *self.mesh.axes[shape.axes :])), terms=self.terms, limit=CHOICES)
         return self._networks[key]
 
     def sketch(self, shape: _Shape, limit: float, tries: int, price: float = 0.0) -> _Sketch | None:
