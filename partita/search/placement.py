@@ -29,6 +29,9 @@ SECONDS = 5.0
 """How long to look at most, unless it is said."""
 MOVES = 200
 """Single moves that are tried, at most."""
+INSTRUCTIONS = 50_000
+"""Instructions of the steps that are simulated one after the other without a better one: then it ends. At least FEWEST steps are."""
+FEWEST = 4
 
 
 def place(
@@ -43,10 +46,11 @@ def place(
     parallel = branches(graph)
     if not (parallel or machine.kinds) or not start.mesh.axes:
         return None
-
     floor, seen = None if machine.kinds else _Floor(graph, machine, start, terms), set()
+    patience = left = max(FEWEST, INSTRUCTIONS // len(graph.instructions))
 
     def better(plan: Plan) -> Placed | None:
+        nonlocal left
         least, places = most if best is None else best.seconds, tuple(tuple(choice.items()) for choice in plan.choices.values())
         if places in seen or floor is not None and floor.seconds(plan) >= least:
             return None
@@ -55,20 +59,24 @@ def place(
             placed = Placed.of(graph, machine, check(plan, graph), terms)
         except PlanError:
             return None
-        if not machine.kinds and placed.least_seconds >= least or placed.seconds >= least or not fits(placed):
+        if not machine.kinds and placed.least_seconds >= least:
             return None
+        left -= 1
+        if placed.seconds >= least or not fits(placed):
+            return None
+        left = patience
         if report is not None:
             report(Progress("places", placed.seconds, bound))
         return placed
 
     try:
         for plan in _dealt(graph, start, terms, parallel, bool(machine.kinds)):
-            if time.perf_counter() > until:
+            if time.perf_counter() > until or not left:
                 return best
             best = better(plan) or best
         units = _units(graph, terms, parallel)
         for _ in range(MOVES if units else 0):
-            if time.perf_counter() > until:
+            if time.perf_counter() > until or not left:
                 break
             best = better(_moved(start if best is None else best.plan, graph, terms, units, rng)) or best
     except KeyboardInterrupt:  # the best so far

@@ -62,7 +62,7 @@ ROOM = 0.95
 SLACK = 1.001
 """How much slower than it could be the slowest stage may be, for stages that hold less."""
 FAR = 1.25
-"""Where a number of stages is so much slower than another, the next smaller one is not looked at."""
+"""Where a number of stages looks so much slower than another, the next smaller one is not looked at."""
 CHOICES = 50
 """Choices per operator inside a stage, about: fewer than where nothing but them is looked for."""
 NETWORKS = 4
@@ -182,7 +182,7 @@ class _Queue:
         promising = min(most, self.sketches[0][0] if self.sketches else math.inf)
         if not (late and self.sketches):
             first = {axes: self.shapes.least(left[-1]) for axes, left in self.left.items() if left}
-            far = {axes for axes in first if self.seconds.get(axes + 1, 0.0) > FAR * promising}
+            far = {axes for axes in first if self.seconds.get(axes + 1, 0.0) > FAR * min(self.seconds.values(), default=math.inf)}
             new = next((axes for axes, seconds in first.items() if axes not in self.more and axes not in far and seconds < promising), None)
             if new is None and first:
                 guess = {axes: seconds * self.more.get(axes, math.inf if axes in far else 1.0) for axes, seconds in first.items()}

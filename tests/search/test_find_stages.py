@@ -10,7 +10,7 @@ from partita.graph.graph import Graph
 from partita.machine import Machine, load
 from partita.plan.plan import Plan, check
 from partita.plan.stages import is_staged
-from partita.search import stages
+from partita.search.base import Progress
 from partita.search.bound import least_seconds
 from partita.search.find import capacity, find, mesh_of
 from partita.search.stages import stage
@@ -61,17 +61,13 @@ def test_looking_at_stages_never_makes_it_slower(graph: Graph) -> None:
     assert is_staged(staged.plan) or "that were looked at none is predicted to be faster" in staged.plan.notes[-1]
 
 
-def test_ctrl_c_takes_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_takes_the_best_so_far() -> None:
     graph, where, asked = GRAPHS["cnn"], load("k80-cluster").with_devices(8), []
-    real = stages._Shapes.simulated
 
-    def simulated(self: stages._Shapes, sketch: stages._Sketch) -> object:
-        asked.append(sketch)
-        if len(asked) > 2:
-            raise KeyboardInterrupt
-        return real(self, sketch)
+    def stop(progress: Progress) -> None:
+        asked.append(progress.best)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages._Shapes, "simulated", simulated)
     network = find(graph, where).network
-    best = stages.stage(graph, where, mesh_of(where), network.terms, capacity(where), float("inf"), seconds=60)
-    assert best is not None and len(asked) == 3
+    best = stage(graph, where, mesh_of(where), network.terms, capacity(where), float("inf"), stop)
+    assert best is not None and asked == [best.seconds]
