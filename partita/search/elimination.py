@@ -36,6 +36,8 @@ SWEEPS = 5
 MOST_SWEEPS = 100
 CLOSE = 1e-9
 """States whose cost is above a bound by no more than this part of it are the best."""
+ENOUGH = 1e-3
+"""The same where all that is wanted is a bound at one price."""
 
 Factor = tuple[tuple[int, ...], np.ndarray]
 """Variables and a table over their states."""
@@ -94,7 +96,7 @@ def _price_folded(
     best, smallest, _, price = _price_memory(small, budget, fastest, least, lambda *_: None, rounds)
     if best is None:
         return None
-    states, least = priced.solve(price)
+    states, least = priced.solve(price, ENOUGH)
     found = min((_polish(problem, budget, s) for s in (folded.lift(best), states) if problem.held(s) <= budget), key=problem.cost)
     bound = min(least - price * budget, problem.cost(found))
     say("pricing memory", problem.cost(found), bound)
@@ -203,8 +205,8 @@ class Priced:
         self.messages = Messages(problem)
         self.seconds, self.nbytes = np.concatenate(problem.seconds), np.concatenate(problem.nbytes)
 
-    def solve(self, price: float) -> tuple[tuple[int, ...], float]:
-        """(states, lower bound) for seconds + price x bytes; the states attain the bound wherever no bucket had to be cut."""
+    def solve(self, price: float, close: float = CLOSE) -> tuple[tuple[int, ...], float]:
+        """(states, lower bound) for seconds + price x bytes; the states attain the bound, to `close` of it, wherever no bucket had to be cut."""
         own = self.seconds + price * self.nbytes
         alone = replace(self.problem, seconds=[own[a:b] for a, b in itertools.pairwise(self.messages.first)])
         best, least, bound = None, np.inf, -np.inf
@@ -213,10 +215,10 @@ class Priced:
             states = _polish(alone, np.inf, self.messages.states(own))
             if alone.cost(states) < least:
                 best, least = states, alone.cost(states)
-            if least - bound <= CLOSE * abs(least) or bound - before < 0.02 * (least - bound):
+            if least - bound <= close * abs(least) or bound - before < 0.02 * (least - bound):
                 break
         assert best is not None
-        if least - bound > CLOSE * abs(least):
+        if least - bound > close * abs(least):
             reached = self.messages.sweep(own)
             kept = self.messages.kept(own, (least - reached) * (1 + CLOSE) + CLOSE * abs(least))
             states, more = _eliminated(self.messages.moved(own, kept))
