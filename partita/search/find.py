@@ -80,10 +80,10 @@ def find(
     if search not in SEARCHES:
         raise PlanError(f"There is no search {search!r}: use {', '.join(map(repr, SEARCHES))}.")
     clock = _Clock(seconds)
-    found, smallest = _whole(graph, machine, report, excess, clock, 0.5 if stages else 1.0, seed, SEARCHES[search])
+    found = _whole(graph, machine, report, excess, clock, 0.5 if stages else 1.0, seed, SEARCHES[search])
     if stages and machine.devices > 1:
         limit = int(capacity(machine) / max(1.0, excess))
-        most = found.prediction.seconds if smallest is None else np.inf
+        most = found.prediction.seconds if isinstance(found, Found) else np.inf
         bound = min(found.result.bound, least_seconds(found.network.terms, machine, machine.devices))
         terms, best = found.network.terms, None
         if not machine.kinds:
@@ -91,7 +91,7 @@ def find(
             best = staged and (staged.plan, staged_prediction(staged))
         start = found.plan if found.plan.mesh.axes else found.baselines["one device"][0]
         enough = lambda placed: fits(machine, placed.prediction(), excess)  # noqa: E731
-        if smallest is None or smallest <= HOPELESS * limit:  # places hold what the plan holds that they begin from, or little less
+        if isinstance(found, Found) or found.smallest <= HOPELESS * limit:  # places hold what the plan holds that they begin from, or little less
             placed = place(graph, machine, start, terms, (best[1].seconds if best else most) * (1 - WORTH), enough, report, bound, clock.share(1.0), seed)
             best = (replace(placed.plan, name="found"), replace(placed.prediction(), plan="found")) if placed else best
         found = replace(found, result=replace(found.result, bound=bound))
@@ -99,8 +99,8 @@ def find(
             return _elsewhere(found, graph, machine, *best)
         note = "of the plans in stages and with placed operators that were looked at none is predicted to be faster; what is proved is proved of those without"
         found = replace(found, plan=replace(found.plan, notes=(*found.plan.notes, note)))
-    if smallest is not None:
-        limit, least = int(capacity(machine) / max(1.0, excess)), min(smallest, *(p.peak_bytes for _, p in found.baselines.values()))
+    if isinstance(found, _Unfit):
+        limit, least = int(capacity(machine) / max(1.0, excess)), min(found.smallest, *(found.baselines.peak(name) for name in found.baselines))
         raise MemoryBudgetError(
             f"'{graph.name}' with batch {graph.batch_size} fits {machine.name} under no plan: the smallest needs "
             f"{format_bytes(least)} per device, and a device has {format_bytes(machine.memory_bytes)}, of which {format_bytes(limit)} "
@@ -165,15 +165,18 @@ class Baselines(Mapping[str, tuple[Plan, Prediction]]):
             return self[name][1].seconds
         return self.space.simulated.seconds(states) if self.space.overlaps else self.network.problem.cost(states)
 
-    def fits(self, name: str, limit: int) -> bool:
-        """Whether one holds no more than so many bytes: what is far from it is seen without looking at its values."""
-        states, plan, n = self.states[name], self.plans[name], self.network
-        if states is not None and n.problem.held(states) > HOPELESS * limit:
-            return False
+    def peak(self, name: str) -> int:
+        """Bytes that one holds at its peak."""
+        plan, n = self.plans[name], self.network
         if name not in self.peaks:
             same = next((peak for other, peak in self.peaks.items() if _alike(self.plans[other], plan)), None)
             self.peaks[name] = same or memory(n.graph, plan.mesh, layout(n.graph, plan), n.place.machine.backend).peak
-        return self.peaks[name] <= limit
+        return self.peaks[name]
+
+    def fits(self, name: str, limit: int) -> bool:
+        """Whether one holds no more than so many bytes: what is far from it is seen without looking at its values."""
+        states = self.states[name]
+        return (states is None or self.network.problem.held(states) <= HOPELESS * limit) and self.peak(name) <= limit
 
     def fastest(self, limit: int, under: float = np.inf) -> str | None:
         """The fastest that takes less than so many seconds and fits; None if none does."""
@@ -185,7 +188,18 @@ def _alike(one: Plan, other: Plan) -> bool:
     return one.mesh == other.mesh and one.choices == other.choices and one.storage == other.storage
 
 
-def _elsewhere(found: Found, graph: Graph, machine: Machine, plan: Plan, prediction: Prediction) -> Found:
+@dataclass(frozen=True)
+class _Unfit:
+    """A search that found nothing that fits: the plan that holds least, and the bytes of the smallest that was seen."""
+
+    plan: Plan
+    smallest: int
+    result: SearchResult
+    network: Network
+    baselines: Baselines
+
+
+def _elsewhere(found: Found | _Unfit, graph: Graph, machine: Machine, plan: Plan, prediction: Prediction) -> Found:
     """The same search with a plan in stages or with placed operators as what was found."""
     result = replace(found.result, seconds=prediction.seconds, feasible=True)
     base, notes = found.baselines, [*graph.notes]
@@ -200,32 +214,32 @@ def _elsewhere(found: Found, graph: Graph, machine: Machine, plan: Plan, predict
 
 def _whole(
     graph: Graph, machine: Machine, report: Report | None, excess: float, clock: _Clock, part: float, seed: int, search: Search
-) -> tuple[Found, int | None]:  # fmt: skip
-    """The best plan that all devices run at once; if it does not fit, the bytes of the smallest that was found."""
+) -> Found | _Unfit:  # fmt: skip
+    """The best plan that all devices run at once."""
     mesh, limit = mesh_of(machine), int(capacity(machine) / max(1.0, excess))
     plans = {name: make(graph, machine.name, mesh) for name, make in BASELINES.items()}
     network = build(graph, machine, mesh, list(plans.values()))
     clock.check(graph, machine)
     baselines = Baselines(network, plans)
     space = baselines.space
-    result, smallest = _fitting(space, search, limit, lambda budget: Limits(budget, clock.share(part), seed, report))
+    result, peak, smallest = _fitting(space, search, limit, lambda budget: Limits(budget, clock.share(part), seed, report))
     plan = network.plan(result.states)
-    prediction, unfit = predicted(graph, machine, plan, network.terms), None
-    if prediction.peak_bytes > limit:
-        best = baselines.fastest(limit)
-        unfit = smallest if best is None else None
-    else:  # only an interrupted search, or one that memory has pushed up, ends above a baseline that fits
+    best = baselines.fastest(limit) if peak > limit else None
+    if peak > limit and best is None:
+        return _Unfit(plan, smallest, result, network, baselines)
+    prediction = predicted(graph, machine, plan, network.terms)
+    if best is None:  # only an interrupted search, or one that memory has pushed up, ends above a baseline that fits
         best = baselines.fastest(limit, prediction.seconds * (1 - 1e-12))
     if best is not None:
         plan, prediction = replace(plans[best], name="found"), baselines[best][1]
     plan, prediction = _one_device(graph, machine, plan, prediction, baselines)
     notes = (*plan.notes, *_notes(graph, prediction, baselines, result))
     plan = replace(plan, notes=notes, predicted=_predicted(prediction, result))
-    return Found(plan, prediction, result, network, baselines), unfit
+    return Found(plan, prediction, result, network, baselines)
 
 
-def _fitting(space: Space, search: Search, limit: int, limits: Callable[[float], Limits]) -> tuple[SearchResult, int]:
-    """(what a search finds that fits so many bytes, or else what it found last; the least that anything seen needs).
+def _fitting(space: Space, search: Search, limit: int, limits: Callable[[float], Limits]) -> tuple[SearchResult, int, int]:
+    """(what a search finds that fits so many bytes, or else what it found last; what that needs; the least that anything seen needs).
 
     The exact search comes first, its budget lowered until what it finds fits; the whole search then has that budget, and starts from plans that do.
     """
@@ -246,7 +260,8 @@ def _fitting(space: Space, search: Search, limit: int, limits: Callable[[float],
             break
         else:
             budget = min(budget, result.nbytes) * limit / peak * 0.98
-    return fitting or result, min(seen.values())
+    found = fitting or result
+    return found, seen[found.states], min(seen.values())
 
 
 def _one_device(

@@ -58,7 +58,7 @@ def pipeline(graph: Graph, where: Machine, axes: int, microbatches: int, again: 
         for axis in reversed(mesh.axes[:axes]):
             at[axis.name] = f"at({left % axis.size})"
             left //= axis.size
-        choices[name] = at | inner.choices[name]
+        choices[name] = at | dict(inner.choices[name])
     assert len(set(block)) == BLOCKS + 1
     recompute = tuple((names[a], names[b - 1]) for a, b in zip([0, *runs], [*runs, len(names) - 1], strict=True)) if again else ()
     return check(replace(inner, mesh=mesh, choices=choices, microbatches=microbatches, recompute=recompute), graph)
