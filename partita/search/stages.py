@@ -154,26 +154,27 @@ def stage(
 class _Queue:
     """What comes next: one sketch of every number of stages, then whatever looks fastest, a shape to be sketched or a sketch to be simulated.
 
-    A shape not sketched yet is taken to need as much more than its lower bound as others of as many stages: most of that is sent inside stages.
+    How much more than its lower bound a shape takes is guessed from those sketched with as many stages: a power of the number of microbatches.
     """
 
     def __init__(self, shapes: _Shapes) -> None:
         self.shapes = shapes
         self.sketches: list[tuple[float, int, _Sketch]] = []
         self.count = 0
-        self.left = {axes: sorted(shapes.every(axes), key=shapes.least, reverse=True) for axes in reversed(range(len(shapes.mesh.axes) + 1))}
-        """Shapes by axes, the fastest last; small meshes first."""
-        self.more: dict[int, float] = {}
-        """Axes -> the least seconds of a sketch over its lower bound; `seconds`: those of the first sketch."""
+        self.left = {axes: sorted(shapes.every(axes), key=shapes.usual) for axes in reversed(range(len(shapes.mesh.axes) + 1))}
+        """Shapes by axes, the usual ones first; small meshes first."""
+        self.more: dict[int, dict[int, float]] = {}
+        """Axes -> microbatches -> seconds of a sketch over its lower bound."""
         self.seconds: dict[int, float] = {}
+        """Axes -> those of the fastest sketch."""
 
     def put(self, sketch: _Sketch | None) -> None:
         if sketch is not None:
             heapq.heappush(self.sketches, (sketch.seconds, self.count, sketch))
             self.count += 1
-            more = sketch.seconds / self.shapes.least(sketch.shape)
-            self.more[sketch.shape.axes] = min(more, self.more.get(sketch.shape.axes, math.inf))
-            self.seconds.setdefault(sketch.shape.axes, sketch.seconds)
+            shape = sketch.shape
+            self.more.setdefault(shape.axes, {}).setdefault(shape.microbatches, sketch.seconds / self.shapes.least(shape))
+            self.seconds[shape.axes] = min(sketch.seconds, self.seconds.get(shape.axes, math.inf))
 
     def next(self, most: float, late: bool) -> _Shape | _Sketch | None:
         """What may take less than `most`; where it is `late`, a sketch if there is one."""
@@ -181,21 +182,29 @@ class _Queue:
             heapq.heappop(self.sketches)
         promising = min(most, self.sketches[0][0] if self.sketches else math.inf)
         if not (late and self.sketches):
-            first = {axes: self.shapes.least(left[-1]) for axes, left in self.left.items() if left}
-            far = {axes for axes in first if self.seconds.get(axes + 1, 0.0) > FAR * min(self.seconds.values(), default=math.inf)}
-            new = next((axes for axes, seconds in first.items() if axes not in self.more and axes not in far and seconds < promising), None)
-            if new is None and first:
-                guess = {axes: seconds * self.more.get(axes, math.inf if axes in far else 1.0) for axes, seconds in first.items()}
-                axes = min(guess, key=lambda axes: guess[axes])
-                new = axes if guess[axes] < promising else None
-            if new is not None:
-                left = self.left[new]
-                if new not in self.more:  # a usual one stands for all
-                    usual = min(left, key=lambda shape: (abs(math.log(shape.microbatches / (USUAL * shape.stages))), shape.recompute))
-                    left.remove(usual)
-                    return usual
-                return left.pop()
+            for left in self.left.values():
+                left[:] = [shape for shape in left if self.shapes.least(shape) < most]
+            first = next((axes for axes, left in self.left.items() if left and axes not in self.more and not self._far(axes)), None)
+            if first is not None:
+                return self.left[first].pop(0)
+            guess, axes, n = min(((self._guess(shape), axes, n) for axes, left in self.left.items() for n, shape in enumerate(left)), default=(math.inf, 0, 0))
+            if guess < promising:
+                return self.left[axes].pop(n)
         return heapq.heappop(self.sketches)[-1] if self.sketches else None
+
+    def _far(self, axes: int) -> bool:
+        """Whether so few stages are not looked at, as a few more are slow."""
+        return self.seconds.get(axes + 1, 0.0) > FAR * min(self.seconds.values(), default=math.inf)
+
+    def _guess(self, shape: _Shape) -> float:
+        """About the seconds of a shape that is not sketched."""
+        known = self.more.get(shape.axes)
+        if known is None:
+            return math.inf if self._far(shape.axes) else self.shapes.least(shape)
+        distance = lambda m: abs(math.log(m / shape.microbatches))  # noqa: E731
+        near, *others = sorted(known, key=distance)
+        power = math.log(known[others[0]] / known[near]) / math.log(others[0] / near) if others else 0.0
+        return self.shapes.least(shape) * max(1.0, known[near] * (shape.microbatches / near) ** power)
 
 
 @dataclass(eq=False)
@@ -260,6 +269,10 @@ class _Shapes:
                 if self.graph.batch_size % microbatches == 0:
                     for recompute in (False, True) if (stages, microbatches) != (1, 1) else (True,):
                         yield _Shape(axes, stages, microbatches, recompute)
+
+    def usual(self, shape: _Shape) -> tuple[float, bool]:
+        """How far a shape is from what is usual: the less, the sooner it is looked at."""
+        return abs(math.log(shape.microbatches / (USUAL * shape.stages))), shape.recompute
 
     def least(self, shape: _Shape) -> float:
         """Seconds of a step in which nothing is sent and stages are equal."""
