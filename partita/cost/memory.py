@@ -183,7 +183,9 @@ def memory(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend = DEFAULT,
     at = int(np.argmax(running))
     constant = sum(held.values())
     owner = graph.owner[at] if at < count else -1
-    activations, gradients = (int(course(present & (every.kind == KINDS.index(kind)))[at]) for kind in ("activations", "gradients"))
+    activations, gradients = (
+        int(course(present & (every.kind == KINDS.index(kind)))[at]) for kind in ("activations", "gradients")
+    )
     return Memory(
         constant + int(running[at]), held["parameters"], held["optimizer"], held["state"], held["batch"], activations, gradients,
         int(running[at]) - activations - gradients, graph.operators[owner].name if owner >= 0 else "",
@@ -232,7 +234,12 @@ def _held(graph_key: Key[Graph], layout_key: Key[Layout], mesh: Mesh, backend: B
         readers = [i for i, _ in read.readers if i >= 0]
         born = lives.born.get(read.tensor, 0)
         stop = max([lives.until[i] for i in readers] or [count])
-        live(read.tensor, sizes(read.tensor, read.target), max(0, min(readers, default=count) if read.tensor in arguments else born), stop)
+        live(
+            read.tensor,
+            sizes(read.tensor, read.target),
+            max(0, min(readers, default=count) if read.tensor in arguments else born),
+            stop,
+        )
     _combined(graph, layout, program, lives, sizes, backend, live)
     for i, t in program.zeros:
         live(t, sizes(t, layout.own[graph.instructions[i].results[0]]), 0, i - 1)

@@ -93,7 +93,9 @@ def move_table(move: Move, place: Placement, sources: Sequence[Sharding], target
         alike = np.array([[s == t for t in targets] for s in sources])
         return np.where(alike, 0.0, moved + summed[:, None])
     mesh, nbytes = place.mesh, move.nbytes
-    if _timed(mesh, (*sources, *targets)):  # all are cut alike in time: however many parts there are, they ask for the same table
+    if _timed(
+        mesh, (*sources, *targets)
+    ):  # all are cut alike in time: however many parts there are, they ask for the same table
         nbytes /= mesh.sizes[0]
         sources, targets, mesh = _untimed(sources), _untimed(targets), Mesh(mesh.axes[1:])
     # Dims that nobody splits are left out: tensors of other ranks then ask for the same table.

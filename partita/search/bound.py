@@ -39,6 +39,11 @@ def _kernels(terms: Terms, machine: Machine) -> list[list[tuple[Phase, float]]]:
             known[own.digest] = []
             for w in own.work:
                 moved = sum(nbytes for nbytes, _ in w.traffic)
-                rates = [(kind.rate(w.op_class, engine_dtype(w.dtype)), bandwidth) for kind, bandwidth in zip(kinds, fastest, strict=True)]
-                known[own.digest].append((w.phase, w.trips * min(max(w.flops / rate, moved / bandwidth) for rate, bandwidth in rates)))
+                rates = [
+                    (kind.rate(w.op_class, engine_dtype(w.dtype)), bandwidth)
+                    for kind, bandwidth in zip(kinds, fastest, strict=True)
+                ]
+                known[own.digest].append(
+                    (w.phase, w.trips * min(max(w.flops / rate, moved / bandwidth) for rate, bandwidth in rates))
+                )
     return [known[own.digest] for own in terms.operators]

@@ -128,7 +128,9 @@ def build(
         if key not in known:
             known[key] = _costed(graph, o, place, found.operators[o], extra, limit)
         every.append(known[key])
-    states, seconds, nbytes, parts, kept, gradients = (list(mine) for mine in zip(*every, strict=True)) if every else ([] for _ in range(6))
+    states, seconds, nbytes, parts, kept, gradients = (
+        (list(mine) for mine in zip(*every, strict=True)) if every else ([] for _ in range(6))
+    )
     network = Network(graph, place, found, states, Problem(seconds, nbytes), parts, kept, gradients)
     _add_moves(network)
     return network
@@ -138,7 +140,9 @@ _Costed = tuple[Sequence[State], np.ndarray, np.ndarray, np.ndarray, np.ndarray,
 """States, and by state: seconds, bytes, parts, kept, gradients."""
 
 
-def _costed(graph: Graph, operator: int, place: Placement, terms: OperatorTerms, extra: Sequence[Choice], limit: int) -> _Costed:
+def _costed(
+    graph: Graph, operator: int, place: Placement, terms: OperatorTerms, extra: Sequence[Choice], limit: int
+) -> _Costed:
     """The states of an operator, and of all that are equal to it, with what they cost."""
     levels = LEVELS if terms.stored else (0,)
     choices = candidates(graph, operator, place.mesh, extra, limit)
@@ -159,7 +163,10 @@ def _add_moves(network: Network) -> None:
     graph = network.graph
     views: dict[tuple[object, ...], tuple[tuple[Sharding, ...], np.ndarray]] = {}
     alike: dict[tuple[Choice, ...], int] = {}
-    kinds = {id(states): alike.setdefault(tuple(s.choice for s in states), len(alike)) for states in {id(s): s for s in network.states}.values()}
+    kinds = {
+        id(states): alike.setdefault(tuple(s.choice for s in states), len(alike))
+        for states in {id(s): s for s in network.states}.values()
+    }
     assignments = {kind: [assignment_of(choice) for choice in choices] for choices, kind in alike.items()}
 
     def view(operator: int, label: Label) -> tuple[tuple[Sharding, ...], np.ndarray]:

@@ -30,7 +30,7 @@ from partita.graph.graph import Graph, Label, Phase
 from partita.machine import Machine
 from partita.plan.layout import resolve
 from partita.plan.plan import TIME, Axis, Mesh, Plan
-from partita.plan.stages import recomputed, stages_of
+from partita.plan.stages import is_pipeline, recomputed, stages_of
 from partita.search.base import Problem, Progress, Report
 from partita.search.bound import least_by_phase
 from partita.search.candidates import assignment_of
@@ -184,10 +184,15 @@ class _Queue:
         if not (late and self.sketches):
             for left in self.left.values():
                 left[:] = [shape for shape in left if self.shapes.least(shape) < most]
-            first = next((axes for axes, left in self.left.items() if left and axes not in self.more and not self._far(axes)), None)
+            first = next(
+                (axes for axes, left in self.left.items() if left and axes not in self.more and not self._far(axes)), None
+            )
             if first is not None:
                 return self.left[first].pop(0)
-            guess, axes, n = min(((self._guess(shape), axes, n) for axes, left in self.left.items() for n, shape in enumerate(left)), default=(math.inf, 0, 0))
+            guess, axes, n = min(
+                ((self._guess(shape), axes, n) for axes, left in self.left.items() for n, shape in enumerate(left)),
+                default=(math.inf, 0, 0),
+            )
             if guess < promising:
                 return self.left[axes].pop(n)
         return heapq.heappop(self.sketches)[-1] if self.sketches else None
@@ -239,7 +244,9 @@ class _Shapes:
         readers: dict[tuple[int, int, bool], list[tuple[int, Label, int]]] = {}
         for m in self.terms.edges:
             if m.phase == m.wanted != "update" and (m.phase == "forward") == (m.home < m.reader):
-                readers.setdefault((m.tensor, m.home, m.phase == "forward"), []).append((m.reader, m.dims[1], m.nbytes * m.trips))
+                readers.setdefault((m.tensor, m.home, m.phase == "forward"), []).append(
+                    (m.reader, m.dims[1], m.nbytes * m.trips)
+                )
         for (_, home, forward), every in readers.items():
             every.sort(key=lambda reader: reader[0], reverse=not forward)
             at = home
@@ -259,7 +266,9 @@ class _Shapes:
         """Bytes of variables, their slots and gradients, and of forward values that the backward pass reads, of all devices together."""
         stored = [s for own in self.terms.operators for s in own.stored]
         resident = sum(nbytes for own in self.terms.operators for nbytes, _ in own.resident)
-        return sum(2 * s.nbytes + s.slots for s in stored) + resident, sum(nbytes for own in self.terms.operators for nbytes, _ in own.kept)
+        return sum(2 * s.nbytes + s.slots for s in stored) + resident, sum(
+            nbytes for own in self.terms.operators for nbytes, _ in own.kept
+        )
 
     def every(self, axes: int) -> Iterator[_Shape]:
         """All shapes whose stages these first axes tell apart."""
@@ -291,7 +300,9 @@ class _Shapes:
             inner = [Axis(TIME, shape.microbatches, -1)] if shape.microbatches > 1 else []
             if len(self._networks) == NETWORKS:
                 del self._networks[next(iter(self._networks))]
-            self._networks[key] = build(self.graph, self.machine, Mesh((*inner, *self.mesh.axes[shape.axes :])), terms=self.terms, limit=CHOICES)
+            self._networks[key] = build(
+                self.graph, self.machine, Mesh((*inner, *self.mesh.axes[shape.axes :])), terms=self.terms, limit=CHOICES
+            )
         return self._networks[key]
 
     def sketch(self, shape: _Shape, limit: float, tries: int, price: float = 0.0) -> _Sketch | None:
@@ -314,7 +325,10 @@ class _Shapes:
 
         low, found = 0.0, at(price)
         if found is None:
-            low, price = price, max(8 * price, sum(float(s.min()) for s in reduced.problem.seconds) / (limit * shape.stages) / 64)
+            low, price = (
+                price,
+                max(8 * price, sum(float(s.min()) for s in reduced.problem.seconds) / (limit * shape.stages) / 64),
+            )
             for _ in range(PRICES):
                 found = at(price)
                 if found is not None:
@@ -340,12 +354,16 @@ class _Shapes:
                 if division is None:
                     break
                 plan = _plan(inner, self.graph, self.mesh, sketch.shape, division, self.narrow)
+                if not is_pipeline(plan):  # all fits as it is: that is no plan in stages
+                    return None
                 if staged is None:
                     staged = Staged.of(self.graph, self.machine, plan, self.terms)
                 else:  # split alike
                     staged = replace(staged, plan=plan, stage=stages_of(self.graph, plan), run_of=recomputed(self.graph, plan))
                 if staged.peak <= self.limit:
-                    return staged if staged.seconds < math.inf else None  # simulated here: what waits in a circle is a PlanError
+                    return (
+                        staged if staged.seconds < math.inf else None
+                    )  # simulated here: what waits in a circle is a PlanError
                 limit *= min(0.98, self.limit / staged.peak)
         except PlanError:
             return None
@@ -398,17 +416,32 @@ class _Costs:
         """`apart`: whether variables are stored in parts, and gathered whenever a microbatch goes forward."""
         row = {part: parts[n] for n, part in enumerate(PARTS)}
         gather = row["gather", "forward"] * self.shown
-        once = row["compute", "update"] + row["exchange", "update"] + row["sum", "backward"] * self.shown + np.where(apart, 0.0, gather)
+        once = (
+            row["compute", "update"]
+            + row["exchange", "update"]
+            + row["sum", "backward"] * self.shown
+            + np.where(apart, 0.0, gather)
+        )
         computed, sent = row["compute", "forward"] + np.where(apart, gather, 0.0), row["exchange", "forward"]
         back, sent_back = row["compute", "backward"], row["exchange", "backward"]
         forward, shown = computed + sent, computed + self.shown * sent
-        return _Own(forward + back + sent_back, forward, shown + back + self.shown * sent_back, shown, once, nbytes - kept + gradients, kept)
+        return _Own(
+            forward + back + sent_back,
+            forward,
+            shown + back + self.shown * sent_back,
+            shown,
+            once,
+            nbytes - kept + gradients,
+            kept,
+        )
 
     @property
     def problem(self) -> Problem:
         """Seconds of all stages together in a step that waits as this shape does, and bytes of all stages: what is in flight is kept so often."""
         flying, again, passes = 0.0 if self.shape.recompute else self.shape.flying, self.shape.again - 1, self.shape.passes
-        made = {id(own): ((own.each + again * own.forward) * passes + own.once, own.fixed + own.kept * flying) for own in self.own}
+        made = {
+            id(own): ((own.each + again * own.forward) * passes + own.once, own.fixed + own.kept * flying) for own in self.own
+        }
         problem = Problem([made[id(own)][0] for own in self.own], [made[id(own)][1] for own in self.own])
         tables: dict[int, np.ndarray] = {}
         for ends, table in self.network.problem.tables.items():
@@ -421,14 +454,20 @@ class _Costs:
         """(about the seconds of a step, those that do not hide, what is divided into stages); None where it does not fit."""
         shape, network, last = self.shape, self.network, self.shape.microbatches - 1
         begins = np.array([0, *(c + 1 for c in shapes.narrow)])
-        of = {what: np.array([getattr(own, what)[i] for own, i in zip(self.own, states, strict=True)]) for what in _Own.__annotations__}
+        of = {
+            what: np.array([getattr(own, what)[i] for own, i in zip(self.own, states, strict=True)])
+            for what in _Own.__annotations__
+        }
         for (u, v), table in network.problem.tables.items():
             of["each"][v] += table[states[u], states[v]]
             of["shown"][v] += table[states[u], states[v]] * self.shown
         run = {what: np.add.reduceat(values, begins) for what, values in of.items()}
         handed, forth, back = ([0.0, *self._nbytes(crossing, states)] for crossing in (shapes.crossing, *shapes.sent))
         links = group_of(tuple(range(shape.axes)), shapes.mesh)
-        hops = [network.place.seconds("collective_permute", there, links) + network.place.seconds("collective_permute", here, links) for there, here in zip(forth, back, strict=True)]
+        hops = [
+            network.place.seconds("collective_permute", there, links) + network.place.seconds("collective_permute", here, links)
+            for there, here in zip(forth, back, strict=True)
+        ]
         runs = _Runs(shape, run, handed, hops)
         division = runs.divided(limit)
         if division is None:
@@ -436,11 +475,17 @@ class _Costs:
         again, cuts = np.zeros(len(begins)), np.array([0, *(e + 1 for e in division.ends)])
         again[list(division.again)] = 1.0
         stages = lambda values: np.add.reduceat(values, cuts[:-1])  # noqa: E731
-        every, least = (stages(run[what] + again * run[forward]) for what, forward in (("each", "forward"), ("shown", "shown_forward")))
+        every, least = (
+            stages(run[what] + again * run[forward]) for what, forward in (("each", "forward"), ("shown", "shown_forward"))
+        )
         ending = stages(run["once"])
-        every = every + np.array([*(hops[c] for c in cuts[1:-1]), 0.0])  # a stage has no microbatch to spare for the time in which one is on its way
+        every = every + np.array(
+            [*(hops[c] for c in cuts[1:-1]), 0.0]
+        )  # a stage has no microbatch to spare for the time in which one is on its way
         seconds = float(every.sum() + (last * every + ending).max())
-        before = np.cumsum(least) - least  # a stage begins when those before it have passed one microbatch on, and ends before they take the last one back
+        before = (
+            np.cumsum(least) - least
+        )  # a stage begins when those before it have passed one microbatch on, and ends before they take the last one back
         return seconds, float((before + (last + 1) * least + ending).max()), runs
 
     def _nbytes(self, places: Sequence[_Crossing], states: Sequence[int]) -> list[float]:
@@ -468,15 +513,22 @@ class _Runs:
         """`handed` is what enters every run, `hops` the seconds in which a microbatch goes there and comes back."""
         self.shape, self.handed, self.count = shape, handed, len(handed)
         self.hops = [*(shape.microbatches * seconds for seconds in hops), 0.0]
-        self.working = shape.again * float(run["kept"][:-1].max(initial=0.0))  # what a run needs in its backward pass: gradients, and values made again
+        self.working = shape.again * float(
+            run["kept"][:-1].max(initial=0.0)
+        )  # what a run needs in its backward pass: gradients, and values made again
         sums = lambda values: [0.0, *np.cumsum(values).tolist()]  # noqa: E731
         self.busy = sums(run["each"] * shape.microbatches + run["once"])
         self.fixed, self.kept = sums(run["fixed"]), sums(run["kept"])
         kinds: dict[tuple[str, str], list[int]] = {}
-        for n, (freed, seconds) in enumerate(zip(run["kept"] - np.array(handed), run["forward"] * shape.microbatches, strict=True)):
+        for n, (freed, seconds) in enumerate(
+            zip(run["kept"] - np.array(handed), run["forward"] * shape.microbatches, strict=True)
+        ):
             if freed > 0 and n < self.count - 1:  # what ends the forward pass is needed at once
                 kinds.setdefault((f"{freed:.6g}", f"{seconds:.6g}"), []).append(n)
-        self.kinds = sorted(((float(freed), float(seconds), runs) for (freed, seconds), runs in kinds.items()), key=lambda kind: kind[1] / kind[0])
+        self.kinds = sorted(
+            ((float(freed), float(seconds), runs) for (freed, seconds), runs in kinds.items()),
+            key=lambda kind: kind[1] / kind[0],
+        )
 
     def _again(self, begin: int, end: int, stage: int, room: float) -> tuple[float, float, list[tuple[int, int, int]]]:
         """(bytes that are missing however much is recomputed, seconds of a stage of these runs, (kind, first, how many) that are recomputed)."""
@@ -501,7 +553,10 @@ class _Runs:
                 over, seconds, _ = self._again(begin, end, stage, room)
                 return over <= 0 and seconds <= slowest
 
-            low, high = begin, min(self.count - self.shape.stages + stage + 1, bisect_right(self.busy, self.busy[begin] + slowest, begin) - 1)
+            low, high = (
+                begin,
+                min(self.count - self.shape.stages + stage + 1, bisect_right(self.busy, self.busy[begin] + slowest, begin) - 1),
+            )
             while low < high:
                 middle = (low + high + 1) // 2
                 low, high = (middle, high) if fits(middle) else (low, middle - 1)
@@ -513,7 +568,10 @@ class _Runs:
 
     def divided(self, limit: float) -> _Division | None:
         """The division in which the slowest stage takes least, and of those the fullest holds least, of so many bytes a device; None if none fits."""
-        room, whole = limit * ROOM - self.working, self.busy[-1] + max(self.hops) + sum(more * len(runs) for _, more, runs in self.kinds)
+        room, whole = (
+            limit * ROOM - self.working,
+            self.busy[-1] + max(self.hops) + sum(more * len(runs) for _, more, runs in self.kinds),
+        )
         low, high, best = self.busy[-1] / self.shape.stages, whole, self._fill(whole, room)
         if best is None:
             return None
@@ -533,7 +591,9 @@ class _Runs:
         return itertools.pairwise([0, *(e + 1 for e in ends)])
 
     def _chosen(self, begin: int, end: int, stage: int, room: float) -> list[int]:
-        return [n for k, first, count in self._again(begin, end, stage, room)[2] for n in self.kinds[k][2][first : first + count]]
+        return [
+            n for k, first, count in self._again(begin, end, stage, room)[2] for n in self.kinds[k][2][first : first + count]
+        ]
 
 
 def _handed_on(terms: Terms) -> list[tuple[int, int, Label, int]]:
@@ -554,7 +614,9 @@ def _narrow(count: int, handed_on: Sequence[tuple[int, int, Label, int]]) -> lis
         handed[reader] -= nbytes
     handed = np.cumsum(handed)[:-1]
     reach = max(4, count // 64)
-    return [o for o in range(count - 1) if handed[o] <= NARROW * handed[max(0, o - reach) : min(count - 1, o + reach + 1)].min()]
+    return [
+        o for o in range(count - 1) if handed[o] <= NARROW * handed[max(0, o - reach) : min(count - 1, o + reach + 1)].min()
+    ]
 
 
 def _plan(inner: Plan, graph: Graph, mesh: Mesh, shape: _Shape, division: _Division, narrow: Sequence[int]) -> Plan:

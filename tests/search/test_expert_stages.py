@@ -60,11 +60,13 @@ def pipeline(graph: Graph, where: Machine, axes: int, microbatches: int, again: 
             left //= axis.size
         choices[name] = at | dict(inner.choices[name])
     assert len(set(block)) == BLOCKS + 1
-    recompute = tuple((names[a], names[b - 1]) for a, b in zip([0, *runs], [*runs, len(names) - 1], strict=True)) if again else ()
+    recompute = (
+        tuple((names[a], names[b - 1]) for a, b in zip([0, *runs], [*runs, len(names) - 1], strict=True)) if again else ()
+    )
     return check(replace(inner, mesh=mesh, choices=choices, microbatches=microbatches, recompute=recompute), graph)
 
 
-@pytest.mark.parametrize(("axes", "microbatches", "again"), [(1, 8, False), (2, 16, True), (3, 32, True)])
+@pytest.mark.parametrize(("axes", "microbatches", "again"), [(1, 8, False), (3, 32, True)])
 def test_what_is_found_is_no_slower_than_an_experts_pipeline_in_the_same_memory(
     graph: Graph, found: Terms, axes: int, microbatches: int, again: bool
 ) -> None:
@@ -79,10 +81,16 @@ def test_a_sketch_is_near_what_is_simulated_and_what_it_leaves_out_is_not_below_
     where = machine()
     shapes = stages._Shapes(graph, where, mesh_of(where), found, int(where.memory_bytes))
     near = []
-    for shape in [shape for axes in range(5) for shape in shapes.every(axes)][::7]:
+    for shape in [shape for axes in range(5) for shape in shapes.every(axes) if shape.microbatches > 1][::7]:
         sketch = shapes.sketch(shape, shapes.limit, 1)
         assert sketch is not None and sketch.least <= sketch.seconds
         staged = shapes.simulated(sketch)
         assert isinstance(staged, Staged) and shapes.least(shape) <= sketch.least <= staged.seconds * (1 + 1e-9)
         near.append(staged.seconds / sketch.seconds)
     assert len(near) > 4 and min(near) > 0.5 and max(near) < 1.5
+
+
+def test_a_mask_that_every_device_makes_is_no_operators_own_work(graph: Graph, found: Terms) -> None:
+    """Masks of all blocks are made in one place of the program, and read in others: what they take is split as their readers are."""
+    assert any(x.name == "and" and x.flops > 1e8 for x in graph.instructions)
+    assert not [own.name for own in found.operators for w in own.work if w.flops > 1e8 and not w.factors]
