@@ -208,10 +208,9 @@ class _Queue:
             return math.inf if self._far(shape.axes) else self.shapes.least(shape)
         distance = lambda m: abs(math.log(m / shape.microbatches))  # noqa: E731
         near, *others = sorted(known, key=distance)
-        if others:
-            power = math.log(known[others[0]] / known[near]) / math.log(others[0] / near)
-        else:  # fewer may be as much faster as there are fewer: until two are known
-            power = 1.0 if shape.microbatches < near else 0.0
+        if not others:  # what is more may fall with the number of microbatches, until two are known
+            return self.shapes.least(shape) * (1 + (known[near] - 1) * min(1.0, shape.microbatches / near))
+        power = math.log(known[others[0]] / known[near]) / math.log(others[0] / near)
         return self.shapes.least(shape) * max(1.0, known[near] * (shape.microbatches / near) ** power)
 
 
