@@ -102,14 +102,14 @@ def explained(result: Found) -> Plan:
     """The plan of a search, with the reasons that `partita explain` shows: per operator, its cost and its alternatives."""
     why, mesh = {}, result.plan.mesh
     chosen = result.plan if mesh.axes else result.baselines["one device"][0]
-    for index, o in enumerate(result.prediction.operators):
+    for o, found in zip(result.prediction.operators, alternatives(result.network, chosen, 5), strict=True):
         others = [
             {
                 "choice": choice_text(choice, result.network.place.mesh) + (f" ZeRO-{zero}" if zero else ""),
                 "seconds": seconds,
                 "bytes": nbytes,
             }
-            for choice, zero, seconds, nbytes in alternatives(result.network, chosen, index, 5)
+            for choice, zero, seconds, nbytes in found
         ]
         why[o.name] = {
             "compute": o.compute, "activations": o.activations, "gradients": o.gradients, "moves": o.moves, "bytes": o.nbytes,

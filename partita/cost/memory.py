@@ -146,27 +146,68 @@ def _lives(graph_key: Key[Graph], layout_key: Key[Layout], backend: Backend) -> 
     return _Lives(born, dies, tuple(max(roots, default=i) for i, roots in enumerate(fused.computed_in)))
 
 
+@dataclass(frozen=True)
+class _Held:
+    """Everything that takes memory under a layout: an entry per value and reason, with the operator at home with it (-1: none).
+
+    Bytes of a device's part from instruction `start` to `stop`; `kind` is a place in KINDS, -1 where the value is a temporary. Arguments are held all the time.
+    """
+
+    arguments: tuple[tuple[str, int, int], ...]
+    """(kind, home, bytes)."""
+    home: np.ndarray
+    nbytes: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    kind: np.ndarray
+
+
 def memory(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend = DEFAULT, here: frozenset[int] | None = None) -> Memory:
     """Bytes per device at the peak of one step under a layout; of a device that only some operators are on, those `here`."""
-    program = _program(graph)
-    lives = _lives(Key(graph), Key(layout), backend)
-    sizes = _Sizes(graph, mesh, here)
-    count = len(graph.instructions)
+    every, count = _held(Key(graph), Key(layout), mesh, backend), len(graph.instructions)
+    kept = np.full(len(graph.operators) + 1, here is None)
+    kept[[*(here or ())]] = True
     held: dict[str, int] = defaultdict(int)
-    arguments = {a.tensor: a for a in graph.arguments}
-    roles = {"parameter": "parameters", "optimizer": "optimizer", "state": "state", "batch": "batch"}
-    for a in graph.arguments:
-        held[roles[a.role]] += sizes(a.tensor, layout.own[a.tensor])
-    replaced = {a.result: a.tensor for a in graph.arguments if a.result is not None}
-    delta = np.zeros(count + 2, np.int64)
-    kinds: dict[str, np.ndarray] = {k: np.zeros(count + 2, np.int64) for k in ("activations", "gradients")}
+    for kind, home, nbytes in every.arguments:
+        held[kind] += nbytes if kept[home] else 0
 
-    def live(nbytes: int, start: int, stop: int, kind: str | None = None) -> None:
-        delta[start] += nbytes
-        delta[stop + 1] -= nbytes
-        if kind:
-            kinds[kind][start] += nbytes
-            kinds[kind][stop + 1] -= nbytes
+    def course(chosen: np.ndarray) -> np.ndarray:
+        """Bytes of the chosen entries by instruction."""
+        delta = np.zeros(count + 2, np.int64)
+        np.add.at(delta, every.start[chosen], every.nbytes[chosen])
+        np.subtract.at(delta, every.stop[chosen] + 1, every.nbytes[chosen])
+        return np.cumsum(delta)
+
+    present = kept[every.home]
+    running = course(present) * MARGIN
+    at = int(np.argmax(running))
+    constant = sum(held.values())
+    owner = graph.owner[at] if at < count else -1
+    activations, gradients = (
+        int(course(present & (every.kind == KINDS.index(kind)))[at]) for kind in ("activations", "gradients")
+    )
+    return Memory(
+        constant + int(running[at]), held["parameters"], held["optimizer"], held["state"], held["batch"], activations, gradients,
+        int(running[at]) - activations - gradients, graph.operators[owner].name if owner >= 0 else "",
+        constant + running[: count + 1].astype(np.int64),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=2)
+def _held(graph_key: Key[Graph], layout_key: Key[Layout], mesh: Mesh, backend: Backend) -> _Held:
+    graph, layout = graph_key.value, layout_key.value
+    program = _program(graph)
+    lives = _lives(graph_key, layout_key, backend)
+    sizes = _Sizes(graph, mesh)
+    count = len(graph.instructions)
+    roles = {"parameter": "parameters", "optimizer": "optimizer", "state": "state", "batch": "batch"}
+    arguments = {a.tensor: a for a in graph.arguments}
+    constant = tuple((roles[a.role], graph.home[a.tensor], sizes(a.tensor, layout.own[a.tensor])) for a in graph.arguments)
+    replaced = {a.result: a.tensor for a in graph.arguments if a.result is not None}
+    entries: list[tuple[int, int, int, int, int]] = []
+
+    def live(t: int, nbytes: int, start: int, stop: int, kind: str | None = None) -> None:
+        entries.append((graph.home[t], nbytes, start, stop, KINDS.index(kind) if kind else -1))
 
     first_backward = next((i for i, x in enumerate(graph.instructions) if x.phase == "backward"), count)
     for t, start in lives.born.items():
@@ -186,35 +227,30 @@ def memory(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend = DEFAULT,
         if start < 0 or not graph.tensors[t].shape:
             continue
         kept = start < first_backward <= stop
-        live(sizes(t, layout.own[t]), start, max(start, stop), "activations" if kept else None)
+        live(t, sizes(t, layout.own[t]), start, max(start, stop), "activations" if kept else None)
     for read in layout.reads:
         if read.tensor in program.free:
             continue
         readers = [i for i, _ in read.readers if i >= 0]
         born = lives.born.get(read.tensor, 0)
         stop = max([lives.until[i] for i in readers] or [count])
-        live(sizes(read.tensor, read.target), max(0, min(readers, default=count) if read.tensor in arguments else born), stop)
+        live(
+            read.tensor,
+            sizes(read.tensor, read.target),
+            max(0, min(readers, default=count) if read.tensor in arguments else born),
+            stop,
+        )
     _combined(graph, layout, program, lives, sizes, backend, live)
     for i, t in program.zeros:
-        live(sizes(t, layout.own[graph.instructions[i].results[0]]), 0, i - 1)
+        live(t, sizes(t, layout.own[graph.instructions[i].results[0]]), 0, i - 1)
     for i, start in program.scatters:
         # XLA:CPU finds the largest of every window early, by a window over positions (an index per dim for every element), and keeps them.
-        x = graph.instructions[i]
-        operand, source = (sizes(t, layout.own[t]) for t in x.operands[:2])
-        rank = len(graph.tensors[x.operands[0]].shape)
-        live(rank * operand, 0, start)
-        live(rank * source, start, i)
-        live(operand, 0, i - 1)
-    running = np.cumsum(delta) * MARGIN
-    at = int(np.argmax(running))
-    constant = sum(held.values())
-    owner = graph.owner[at] if at < count else -1
-    activations, gradients = (int(np.cumsum(kinds[k])[at]) for k in ("activations", "gradients"))
-    return Memory(
-        constant + int(running[at]), held["parameters"], held["optimizer"], held["state"], held["batch"], activations, gradients,
-        int(running[at]) - activations - gradients, graph.operators[owner].name if owner >= 0 else "",
-        constant + running[: count + 1].astype(np.int64),
-    )  # fmt: skip
+        t, source = graph.instructions[i].operands[:2]
+        rank = len(graph.tensors[t].shape)
+        live(t, rank * sizes(t, layout.own[t]), 0, start)
+        live(source, rank * sizes(source, layout.own[source]), start, i)
+        live(t, sizes(t, layout.own[t]), 0, i - 1)
+    return _Held(constant, *np.array(entries, np.int64).reshape(-1, 5).T.copy())
 
 
 def _combined(graph: Graph, layout: Layout, program: _Program, lives: _Lives, sizes: _Sizes, backend: Backend, live) -> None:  # noqa: ANN001
@@ -230,33 +266,32 @@ def _combined(graph: Graph, layout: Layout, program: _Program, lives: _Lives, si
     for i, t in program.kernels if backend.transposed_copies else ():
         # XLA:CPU keeps the weight gradient of a convolution as it is computed and as it is wanted, transposed.
         if t not in waiting:
-            live(sizes(t, layout.own[t]), i, max(i, lives.dies.get(t, i)))
+            live(t, sizes(t, layout.own[t]), i, max(i, lives.dies.get(t, i)))
         x = graph.instructions[i]
         for position, o in enumerate(x.operands):
-            live(sizes(o, targets.get((i, position), layout.own[o])), max(0, program.made.get(o, 0)), i)
+            live(o, sizes(o, targets.get((i, position), layout.own[o])), max(0, program.made.get(o, 0)), i)
         if x.batch_groups > 1 and backend.dense_grouped_gradients:
             # It computes that of a grouped one for all pairs of groups, and then takes the diagonal.
             label = [*(graph.labels[o] for o in x.operands), graph.labels[t]]
             assignment = layout.assignments[graph.owner[i]] if graph.owner[i] >= 0 else {}
             ways = math.prod(sizes.mesh.sizes[a] for f in group_factors(x, label) for a in assignment.get(f, ()))
-            live(2 * sizes(t, layout.own[t]) * x.batch_groups // ways, i, i)
+            live(t, 2 * sizes(t, layout.own[t]) * x.batch_groups // ways, i, i)
     for i, t, start in program.flipped if backend.transposed_copies else ():
-        live(sizes(t, targets.get((i, 1), layout.own[t])), start, i)
+        live(t, sizes(t, targets.get((i, 1), layout.own[t])), start, i)
     for members in groups.values():
         meet = max(i for i, _ in members)
         # Where they meet, every gradient is there twice: as it was made, and summed.
-        live(sum(sizes(t, layout.own[t]) for _, t in members), meet, meet, "gradients")
+        for _, t in members:
+            live(t, sizes(t, layout.own[t]), meet, meet, "gradients")
 
 
 class _Sizes:
     """Bytes of a device's part of a tensor, dims rounded up."""
 
-    def __init__(self, graph: Graph, mesh: Mesh, here: frozenset[int] | None) -> None:
-        self.graph, self.mesh, self.here = graph, mesh, here
+    def __init__(self, graph: Graph, mesh: Mesh) -> None:
+        self.graph, self.mesh = graph, mesh
 
     def __call__(self, t: int, sharding: Sharding) -> int:
-        if self.here is not None and self.graph.home[t] not in self.here:
-            return 0
         tensor = self.graph.tensors[t]
         size = ITEMSIZE.get(tensor.dtype, 4)
         for n, axes in zip(tensor.shape, sharding, strict=True):

@@ -92,14 +92,32 @@ def move_table(move: Move, place: Placement, sources: Sequence[Sharding], target
         summed = np.array([_summed(move, place, *s) for s in left])
         alike = np.array([[s == t for t in targets] for s in sources])
         return np.where(alike, 0.0, moved + summed[:, None])
+    mesh, nbytes = place.mesh, move.nbytes
+    if _timed(
+        mesh, (*sources, *targets)
+    ):  # all are cut alike in time: however many parts there are, they ask for the same table
+        nbytes /= mesh.sizes[0]
+        sources, targets, mesh = _untimed(sources), _untimed(targets), Mesh(mesh.axes[1:])
     # Dims that nobody splits are left out: tensors of other ranks then ask for the same table.
     split = [d for d in range(len(sources[0])) if any(s[d] for s in (*sources, *targets))]
     without = lambda shardings: tuple(tuple(s[d] for d in split) for s in shardings)  # noqa: E731
-    table = _table(without(sources), without(targets), place.mesh)
+    table = _table(without(sources), without(targets), mesh)
     once = np.zeros((len(table.ways), len(table.steps) + 1))
     for i, ways in enumerate(table.ways):
-        once[i, :-1] = [place.seconds(kind, part / ways * move.nbytes, group) for kind, group, part in table.steps]
+        once[i, :-1] = [place.seconds(kind, part / ways * nbytes, group) for kind, group, part in table.steps]
     return move.trips * once[:, table.rows].sum(axis=2)[table.idle, table.ids]
+
+
+def _timed(mesh: Mesh, shardings: Sequence[Sharding]) -> bool:
+    """Whether the first axis is that of microbatches, and splits the same dim first everywhere."""
+    if not mesh.axes or mesh.axes[0].level >= 0:
+        return False
+    return any(all(s[d][:1] == (0,) for s in shardings) for d in range(len(shardings[0])))
+
+
+def _untimed(shardings: Sequence[Sharding]) -> list[Sharding]:
+    """The same on the mesh without its first axis."""
+    return [tuple(tuple(a - 1 for a in axes if a) for axes in s) for s in shardings]
 
 
 @dataclass(frozen=True)
@@ -117,7 +135,7 @@ class _Table:
 @lru_cache(maxsize=1 << 10)
 def _table(sources: tuple[Sharding, ...], targets: tuple[Sharding, ...], mesh: Mesh) -> _Table:
     keys, idle = _keys(sources, targets, mesh)
-    known = _known(mesh)
+    known = _known()
     names, first, ids = np.unique(keys.reshape(-1), return_index=True, return_inverse=True)
     number: dict[tuple[str, Group, float], int] = {}
     rows = []
@@ -132,13 +150,16 @@ def _table(sources: tuple[Sharding, ...], targets: tuple[Sharding, ...], mesh: M
     return _Table(ids.reshape(keys.shape), which.reshape(keys.shape), padded, tuple(ways.tolist()), tuple(number))
 
 
-@lru_cache(maxsize=8)
-def _known(mesh: Mesh) -> dict[int, Profile]:
+@lru_cache(maxsize=1)
+def _known() -> dict[int, Profile]:
+    """The steps of reshards by their number, on whatever mesh: what is asked for on a part of one has mostly been asked for on the whole."""
     return {}
 
 
 RANK = 8
 """Dims of a tensor that reshards are told apart by."""
+MOST_AXES = 32
+"""Axes of a mesh, at most: 2 to that power of devices."""
 
 
 def _keys(sources: Sequence[Sharding], targets: Sequence[Sharding], mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
@@ -149,8 +170,7 @@ def _keys(sources: Sequence[Sharding], targets: Sequence[Sharding], mesh: Mesh) 
     """
     dims, axes = len(sources[0]), len(mesh.axes)
     assert dims <= RANK, f"a tensor split in more than {RANK} dims"
-    first = [alike[0] for alike in _alike_axes(mesh)]
-    random = _random_numbers(axes)
+    assert axes <= MOST_AXES, f"a mesh of more than {MOST_AXES} axes"
     before, after = _places(sources, axes), _places(targets, axes)
     moves = np.zeros((len(sources), len(targets), dims + 1), bool)  # whether a dim is split otherwise after than before
     for d in range(dims):
@@ -163,29 +183,31 @@ def _keys(sources: Sequence[Sharding], targets: Sequence[Sharding], mesh: Mesh) 
     ways = np.ones((len(sources), len(targets)), np.int64)
     for a in range(axes):
         here, there = before[:, a][:, None], after[:, a][None, :]
-        d, e = np.where(here, (here - 1) // axes, dims), np.where(there, (there - 1) // axes, dims)
-        one = np.where(here, (rank[rows, columns, d] - 1) * axes + (here - 1) % axes + 1, 0)
-        other = np.where(there, (rank[rows, columns, e] - 1) * axes + (there - 1) % axes + 1, 0)
+        d, e = np.where(here, (here - 1) // MOST_AXES, dims), np.where(there, (there - 1) // MOST_AXES, dims)
+        one = np.where(here, (rank[rows, columns, d] - 1) * MOST_AXES + (here - 1) % MOST_AXES + 1, 0)
+        other = np.where(there, (rank[rows, columns, e] - 1) * MOST_AXES + (there - 1) % MOST_AXES + 1, 0)
         idle = (here > 0) & ~moves[rows, columns, d]
-        found += np.where(idle, np.uint64(0), random[first[a]][one, other])
+        found += np.where(idle, np.uint64(0), _random_numbers(mesh.axes[a].level, mesh.axes[a].size)[one, other])
         ways *= np.where(idle, mesh.sizes[a], 1)
     return found, ways
 
 
-@lru_cache(maxsize=8)
-def _random_numbers(axes: int) -> np.ndarray:
-    found = np.random.default_rng(0).integers(0, 1 << 63, (axes, RANK * axes + 1, RANK * axes + 1), dtype=np.uint64)
-    found[:, 0, 0] = 0
+@lru_cache(maxsize=64)
+def _random_numbers(level: int, size: int) -> np.ndarray:
+    """[place before, place after] of an axis of a level and size."""
+    places = RANK * MOST_AXES + 1
+    found = np.random.default_rng((level + 1, size)).integers(0, 1 << 63, (places, places), dtype=np.uint64)
+    found[0, 0] = 0
     return found
 
 
 def _places(shardings: Sequence[Sharding], axes: int) -> np.ndarray:
-    """[sharding, axis]: 1 + dim x axes + digit of the axis, 0 where it splits nothing."""
+    """[sharding, axis]: 1 + dim x MOST_AXES + digit of the axis, 0 where it splits nothing."""
     found = np.zeros((len(shardings), axes), np.int64)
     for i, sharding in enumerate(shardings):
         for d, dim in enumerate(sharding):
             for digit, a in enumerate(dim):
-                found[i, a] = 1 + d * axes + digit
+                found[i, a] = 1 + d * MOST_AXES + digit
     return found
 
 

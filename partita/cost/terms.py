@@ -191,7 +191,10 @@ def _iteration(x: Instruction, labels: list[Label], results: list[Label]) -> Fac
 
 
 def _works(graph: Graph, seen: dict[tuple[int, int], Label], fused: Fusion, found: list[OperatorTerms]) -> None:
-    """Adds every kernel to its operator; one that is fused across operators is shared out between them."""
+    """Adds every kernel to its operator; one that is fused across operators is shared out between them.
+
+    What depends on no argument, a mask say, every device makes as far as its readers need it: it belongs to the kernel that it is fused into.
+    """
     free = constant_tensors(graph)
     for root, kernel in fused.kernels.items():
         x = graph.instructions[root]
@@ -199,8 +202,9 @@ def _works(graph: Graph, seen: dict[tuple[int, int], Label], fused: Fusion, foun
             continue
         parts: dict[int, list[int]] = defaultdict(list)
         for i in kernel:
-            if graph.owner[i] >= 0:
-                parts[graph.owner[i]].append(i)
+            owner = graph.owner[root if all(t in free for t in graph.instructions[i].results) else i]
+            if owner >= 0:
+                parts[owner].append(i)
         outside = reads(graph, kernel)
         for operator, members in parts.items():
             _work(graph, seen, root, operator, members, outside, found)
@@ -212,7 +216,7 @@ def _work(
 ) -> None:  # fmt: skip
     """Adds an operator's part of a kernel: the work of its instructions, what they read from memory, and what is written."""
     traffic: dict[int, tuple[int, Factors]] = {}
-    flops, spaces = 0.0, {}
+    flops, spaces, free = 0.0, {}, constant_tensors(graph)
     groups: Factors = ()
     for i in members:
         x = graph.instructions[i]
@@ -227,9 +231,10 @@ def _work(
             for t in x.results:
                 traffic[t] = (graph.tensors[t].nbytes, _factors(graph.labels[t]))
         if x.flops:
-            space = _iteration(x, labels, [graph.labels[t] for t in x.results])
             flops += x.flops
-            spaces[space] = spaces.get(space, 0.0) + x.flops
+            if not all(t in free for t in x.results):
+                space = _iteration(x, labels, [graph.labels[t] for t in x.results])
+                spaces[space] = spaces.get(space, 0.0) + x.flops
         if x.batch_groups > 1:
             groups = group_factors(x, [*labels, *(graph.labels[t] for t in x.results)])
     moved: dict[Factors, int] = {}

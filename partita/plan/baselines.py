@@ -31,7 +31,7 @@ def spread(graph: Graph, operator: Operator, mesh: Mesh, wishes: Iterable[tuple[
                     choice[axis.name] = name
                     left[name] //= axis.size
                     break
-    return choice if illegal(graph, graph.operators.index(operator), choice, mesh) is None else {}
+    return choice if not choice or illegal(graph, graph.factors[operator.factors[0]].operator, choice, mesh) is None else {}
 
 
 def one_device(graph: Graph, machine: str, mesh: Mesh) -> Plan:

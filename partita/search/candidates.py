@@ -26,7 +26,7 @@ Choice = tuple[int, ...]
 """Per mesh axis, the factor that it splits, -1 where the operator is replicated."""
 
 
-def candidates(graph: Graph, operator: int, mesh: Mesh, extra: Iterable[Choice] = ()) -> list[Choice]:
+def candidates(graph: Graph, operator: int, mesh: Mesh, extra: Iterable[Choice] = (), limit: int = LIMIT) -> list[Choice]:
     """The choices of an operator on a mesh, without repetition; the first is to replicate it everywhere."""
     factors = sorted(graph.operators[operator].factors, key=lambda f: (ORDER.index(graph.factors[f].kind), f))
     uses = [*factors, -1]
@@ -41,7 +41,7 @@ def candidates(graph: Graph, operator: int, mesh: Mesh, extra: Iterable[Choice] 
         here = dict(found)
         for choice in _dealt(mesh, uses, everything, sizes, most, portion):
             here[choice] = None
-            if len(here) > LIMIT and most > 1:
+            if len(here) > limit and most > 1:
                 break
         else:
             found = here

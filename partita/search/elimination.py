@@ -21,6 +21,7 @@ import numpy as np
 from numba import njit
 
 from partita.search.base import Problem, Progress, Report, SearchResult
+from partita.search.fold import fold
 from partita.search.messages import Messages
 
 MOST_ENTRIES = 120_000_000
@@ -35,6 +36,8 @@ SWEEPS = 5
 MOST_SWEEPS = 100
 CLOSE = 1e-9
 """States whose cost is above a bound by no more than this part of it are the best."""
+ENOUGH = 1e-3
+"""The same where all that is wanted is a bound at one price."""
 
 Factor = tuple[tuple[int, ...], np.ndarray]
 """Variables and a table over their states."""
@@ -45,7 +48,7 @@ def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = 
 
     If nothing fits, the result is the smallest in bytes that was found, and `feasible` is False.
     """
-    priced, history = _Priced(problem), []
+    priced, history = Priced(problem), []
 
     def say(step: str, best: float, bound: float) -> None:
         history.append(Progress(step, best, bound))
@@ -54,14 +57,18 @@ def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = 
 
     bound, best, smallest, stopped = 0.0, None, None, False
     try:
-        states, bound = priced.solve(0.0)
-        bound = min(bound, problem.cost(states))
-        smallest = best = states
-        if problem.held(states) > budget:
-            say("without a limit on memory", problem.cost(states), bound)
-            best, smallest, bound = _price_memory(priced, budget, states, bound, say, rounds)
+        found = _price_folded(priced, budget, say, rounds) if math.isfinite(budget) else None
+        if found is not None:
+            best, smallest, bound = found
         else:
-            say("exact" if problem.cost(states) <= bound * (1 + CLOSE) else "bounded", problem.cost(states), bound)
+            states, bound = priced.solve(0.0)
+            bound = min(bound, problem.cost(states))
+            smallest = best = states
+            if problem.held(states) > budget:
+                say("without a limit on memory", problem.cost(states), bound)
+                best, smallest, bound, _ = _price_memory(priced, budget, states, bound, say, rounds)
+            else:
+                say("exact" if problem.cost(states) <= bound * (1 + CLOSE) else "bounded", problem.cost(states), bound)
     except KeyboardInterrupt:
         stopped = True
         if best is None and smallest is None:
@@ -72,20 +79,45 @@ def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = 
     return SearchResult(tuple(chosen), problem.cost(chosen), problem.held(chosen), bound, fits, tuple(history), stopped)
 
 
+def _price_folded(
+    priced: Priced, budget: float, say: Callable[[str, float, float], None], rounds: int
+) -> tuple[tuple[int, ...], tuple[int, ...], float] | None:
+    """Where half of the variables are equal to others: the price of a byte found with equal ones as one, and the whole problem solved at it once.
+
+    (best that fits, smallest, bound); None where little is equal, where nothing fits so, or where no price is needed.
+    """
+    problem, folded = priced.problem, fold(priced.problem)
+    if 2 * folded.problem.size > problem.size:
+        return None
+    small = Priced(folded.problem)
+    fastest, least = small.solve(0.0)
+    if folded.problem.held(fastest) <= budget:
+        return None
+    best, smallest, _, price = _price_memory(small, budget, fastest, least, lambda *_: None, rounds)
+    if best is None:
+        return None
+    states, least = priced.solve(price, ENOUGH)
+    found = min((_polish(problem, budget, s) for s in (folded.lift(best), states) if problem.held(s) <= budget), key=problem.cost)
+    bound = min(least - price * budget, problem.cost(found))
+    say("pricing memory", problem.cost(found), bound)
+    return found, folded.lift(smallest), bound
+
+
 def _price_memory(
-    priced: _Priced, budget: float, fastest: tuple[int, ...], bound: float, say: Callable[[str, float, float], None], rounds: int
-) -> tuple[tuple[int, ...] | None, tuple[int, ...], float]:  # fmt: skip
-    """Raises the price of a byte until a plan fits, then searches between: (best that fits, smallest, bound).
+    priced: Priced, budget: float, fastest: tuple[int, ...], bound: float, say: Callable[[str, float, float], None], rounds: int
+) -> tuple[tuple[int, ...] | None, tuple[int, ...], float, float]:  # fmt: skip
+    """Raises the price of a byte until a plan fits, then searches between: (best that fits, smallest, bound, the price that gives the bound).
 
     A plan's seconds + price x bytes is a line over the price, and the least of all plans a concave curve of such lines: the next price is where
     the lines of the last plan that does not fit and the last that does meet. Where neither is beaten there, no price tells more.
     """
     problem, smallest, best = priced.problem, fastest, None
     scale = max(bound, sum(float(np.ptp(s)) for s in problem.seconds), 1e-12) / max(budget, 1.0)
-    low, high, under, over = 0.0, scale / 16, fastest, fastest
+    low, high, under, over, dual = 0.0, scale / 16, fastest, fastest, 0.0
     for _ in range(RISES):
         states, least = priced.solve(high)
-        bound = max(bound, least - high * budget)
+        if least - high * budget > bound:
+            bound, dual = least - high * budget, high
         if problem.held(states) < problem.held(smallest):
             smallest = states
         if problem.held(states) <= budget:
@@ -103,7 +135,8 @@ def _price_memory(
             if not low < price < high:
                 break
             states, least = priced.solve(price)
-            bound = max(bound, least - price * budget)
+            if least - price * budget > bound:
+                bound, dual = least - price * budget, price
             meets = problem.cost(over) + price * problem.held(over)
             if problem.held(states) <= budget:
                 high, over = price, states
@@ -117,7 +150,7 @@ def _price_memory(
     if best is not None:
         best = _polish(problem, budget, best)
         bound = min(bound, problem.cost(best))
-    return best, smallest, bound
+    return best, smallest, bound, dual
 
 
 def _polish(problem: Problem, budget: float, states: Sequence[int]) -> tuple[int, ...]:
@@ -164,16 +197,16 @@ def _order(problem: Problem) -> list[int]:
     return order
 
 
-class _Priced:
-    """A problem whose bytes have a price."""
+class Priced:
+    """A problem whose bytes have a price. Each solution starts from the messages of the last."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.messages = Messages(problem)
         self.seconds, self.nbytes = np.concatenate(problem.seconds), np.concatenate(problem.nbytes)
 
-    def solve(self, price: float) -> tuple[tuple[int, ...], float]:
-        """(states, lower bound) for seconds + price x bytes; the states attain the bound wherever no bucket had to be cut."""
+    def solve(self, price: float, close: float = CLOSE) -> tuple[tuple[int, ...], float]:
+        """(states, lower bound) for seconds + price x bytes; the states attain the bound, to `close` of it, wherever no bucket had to be cut."""
         own = self.seconds + price * self.nbytes
         alone = replace(self.problem, seconds=[own[a:b] for a, b in itertools.pairwise(self.messages.first)])
         best, least, bound = None, np.inf, -np.inf
@@ -182,10 +215,10 @@ class _Priced:
             states = _polish(alone, np.inf, self.messages.states(own))
             if alone.cost(states) < least:
                 best, least = states, alone.cost(states)
-            if least - bound <= CLOSE * abs(least) or bound - before < 0.02 * (least - bound):
+            if least - bound <= close * abs(least) or bound - before < 0.02 * (least - bound):
                 break
         assert best is not None
-        if least - bound > CLOSE * abs(least):
+        if least - bound > close * abs(least):
             reached = self.messages.sweep(own)
             kept = self.messages.kept(own, (least - reached) * (1 + CLOSE) + CLOSE * abs(least))
             states, more = _eliminated(self.messages.moved(own, kept))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,11 +25,12 @@ from partita.plan.layout import layout
 from partita.plan.plan import Mesh, Plan, mesh_for
 from partita.plan.stages import is_staged
 from partita.search.base import Progress, Report, SearchResult
+from partita.search.bound import least_seconds
 from partita.search.candidates import names_of
 from partita.search.network import Network, build, stored_by
 from partita.search.placement import place
-from partita.search.portfolio import SEARCHES, WORTH, Limits, Search, Space
-from partita.search.stages import least_seconds, stage
+from partita.search.portfolio import SEARCHES, WORTH, Limits, Search, Space, elimination
+from partita.search.stages import stage
 from partita.simulate.simulate import predicted
 from partita.simulate.stages import predicted as staged_prediction
 from partita.units import format_bytes, format_seconds
@@ -46,7 +47,7 @@ class Found:
     prediction: Prediction
     result: SearchResult
     network: Network
-    baselines: Mapping[str, tuple[Plan, Prediction]]
+    baselines: Baselines
 
 
 def mesh_of(machine: Machine) -> Mesh:
@@ -79,10 +80,10 @@ def find(
     if search not in SEARCHES:
         raise PlanError(f"There is no search {search!r}: use {', '.join(map(repr, SEARCHES))}.")
     clock = _Clock(seconds)
-    found, smallest = _whole(graph, machine, report, excess, clock, 0.5 if stages else 1.0, seed, SEARCHES[search])
+    found = _whole(graph, machine, report, excess, clock, 0.5 if stages else 1.0, seed, SEARCHES[search])
     if stages and machine.devices > 1:
         limit = int(capacity(machine) / max(1.0, excess))
-        most = found.prediction.seconds if smallest is None else np.inf
+        most = found.prediction.seconds if isinstance(found, Found) else np.inf
         bound = min(found.result.bound, least_seconds(found.network.terms, machine, machine.devices))
         terms, best = found.network.terms, None
         if not machine.kinds:
@@ -90,7 +91,7 @@ def find(
             best = staged and (staged.plan, staged_prediction(staged))
         start = found.plan if found.plan.mesh.axes else found.baselines["one device"][0]
         enough = lambda placed: fits(machine, placed.prediction(), excess)  # noqa: E731
-        if smallest is None or smallest <= HOPELESS * limit:  # places hold what the plan holds that they begin from, or little less
+        if isinstance(found, Found) or found.smallest <= HOPELESS * limit:  # places hold what the plan holds that they begin from, or little less
             placed = place(graph, machine, start, terms, (best[1].seconds if best else most) * (1 - WORTH), enough, report, bound, clock.share(1.0), seed)
             best = (replace(placed.plan, name="found"), replace(placed.prediction(), plan="found")) if placed else best
         found = replace(found, result=replace(found.result, bound=bound))
@@ -98,8 +99,8 @@ def find(
             return _elsewhere(found, graph, machine, *best)
         note = "of the plans in stages and with placed operators that were looked at none is predicted to be faster; what is proved is proved of those without"
         found = replace(found, plan=replace(found.plan, notes=(*found.plan.notes, note)))
-    if smallest is not None:
-        limit, least = int(capacity(machine) / max(1.0, excess)), min(smallest, *(p.peak_bytes for _, p in found.baselines.values()))
+    if isinstance(found, _Unfit):
+        limit, least = int(capacity(machine) / max(1.0, excess)), min(found.smallest, *(found.baselines.peak(name) for name in found.baselines))
         raise MemoryBudgetError(
             f"'{graph.name}' with batch {graph.batch_size} fits {machine.name} under no plan: the smallest needs "
             f"{format_bytes(least)} per device, and a device has {format_bytes(machine.memory_bytes)}, of which {format_bytes(limit)} "
@@ -133,7 +134,7 @@ HOPELESS = 2.0
 """What holds so many times a device's memory, by a count of variables and kept activations alone, is not looked at closer."""
 
 
-class _Baselines(Mapping[str, tuple[Plan, Prediction]]):
+class Baselines(Mapping[str, tuple[Plan, Prediction]]):
     """All baselines with their predictions, each predicted when it is asked for: most are seen to be slower before."""
 
     def __init__(self, network: Network, plans: Mapping[str, Plan]) -> None:
@@ -141,6 +142,7 @@ class _Baselines(Mapping[str, tuple[Plan, Prediction]]):
         self.states = {name: network.states_of(plan) for name, plan in plans.items()}
         self.space = Space(network, [states for states in self.states.values() if states is not None])
         self.known: dict[str, Prediction] = {}
+        self.peaks: dict[str, int] = {}
 
     def __getitem__(self, name: str) -> tuple[Plan, Prediction]:
         plan = self.plans[name]
@@ -163,24 +165,46 @@ class _Baselines(Mapping[str, tuple[Plan, Prediction]]):
             return self[name][1].seconds
         return self.space.simulated.seconds(states) if self.space.overlaps else self.network.problem.cost(states)
 
+    def peak(self, name: str) -> int:
+        """Bytes that one holds at its peak."""
+        plan, n = self.plans[name], self.network
+        if name not in self.peaks:
+            same = next((peak for other, peak in self.peaks.items() if _alike(self.plans[other], plan)), None)
+            self.peaks[name] = same or memory(n.graph, plan.mesh, layout(n.graph, plan), n.place.machine.backend).peak
+        return self.peaks[name]
+
+    def fits(self, name: str, limit: int) -> bool:
+        """Whether one holds no more than so many bytes: what is far from it is seen without looking at its values."""
+        states = self.states[name]
+        return (states is None or self.network.problem.held(states) <= HOPELESS * limit) and self.peak(name) <= limit
+
     def fastest(self, limit: int, under: float = np.inf) -> str | None:
         """The fastest that takes less than so many seconds and fits; None if none does."""
-        hopeless = {name for name, states in self.states.items() if states is not None and self.network.problem.held(states) > HOPELESS * limit}
-        faster = sorted((s, name) for name in self.plans if name not in hopeless for s in [self.seconds(name)] if s < under)
-        return next((name for _, name in faster if self[name][1].peak_bytes <= limit), None)
+        faster = sorted((s, name) for name in self.plans for s in [self.seconds(name)] if s < under)
+        return next((name for _, name in faster if self.fits(name, limit)), None)
 
 
 def _alike(one: Plan, other: Plan) -> bool:
     return one.mesh == other.mesh and one.choices == other.choices and one.storage == other.storage
 
 
-def _elsewhere(found: Found, graph: Graph, machine: Machine, plan: Plan, prediction: Prediction) -> Found:
+@dataclass(frozen=True)
+class _Unfit:
+    """A search that found nothing that fits: the plan that holds least, and the bytes of the smallest that was seen."""
+
+    plan: Plan
+    smallest: int
+    result: SearchResult
+    network: Network
+    baselines: Baselines
+
+
+def _elsewhere(found: Found | _Unfit, graph: Graph, machine: Machine, plan: Plan, prediction: Prediction) -> Found:
     """The same search with a plan in stages or with placed operators as what was found."""
     result = replace(found.result, seconds=prediction.seconds, feasible=True)
-    base = found.baselines["data parallel"][1]
-    notes = [*graph.notes]
-    if fits(machine, base):
-        notes.append(f"predicted {base.seconds / prediction.seconds:.2f} x as fast as data parallel")
+    base, notes = found.baselines, [*graph.notes]
+    if base.fits("data parallel", capacity(machine)):
+        notes.append(f"predicted {base.seconds('data parallel') / prediction.seconds:.2f} x as fast as data parallel")
     else:
         notes.append("data parallel does not fit in memory")
     notes.append("placed operators, stages, microbatches and recomputed runs can be planned and simulated, and not yet run")
@@ -190,41 +214,58 @@ def _elsewhere(found: Found, graph: Graph, machine: Machine, plan: Plan, predict
 
 def _whole(
     graph: Graph, machine: Machine, report: Report | None, excess: float, clock: _Clock, part: float, seed: int, search: Search
-) -> tuple[Found, int | None]:  # fmt: skip
-    """The best plan that all devices run at once; if it does not fit, the bytes of the smallest that was found."""
+) -> Found | _Unfit:  # fmt: skip
+    """The best plan that all devices run at once."""
     mesh, limit = mesh_of(machine), int(capacity(machine) / max(1.0, excess))
     plans = {name: make(graph, machine.name, mesh) for name, make in BASELINES.items()}
     network = build(graph, machine, mesh, list(plans.values()))
     clock.check(graph, machine)
-    baselines = _Baselines(network, plans)
+    baselines = Baselines(network, plans)
     space = baselines.space
-    budget = float(limit)
-    result, plan, smallest = None, None, None
-    for _ in range(6):
-        result = search(space, Limits(budget, clock.share(part), seed, report))
-        plan = network.plan(result.states)
-        peak = memory(graph, mesh, layout(graph, plan), machine.backend).peak
-        smallest = peak if smallest is None else min(smallest, peak)
-        if peak <= limit or not result.feasible or result.stopped:
-            break
-        budget = min(budget, result.nbytes) * limit / peak * 0.98
-    assert result is not None and plan is not None and smallest is not None
-    prediction, unfit = predicted(graph, machine, plan, network.terms), None
-    if prediction.peak_bytes > limit:
-        best = baselines.fastest(limit)
-        unfit = smallest if best is None else None
-    else:  # only an interrupted search, or one that memory has pushed up, ends above a baseline that fits
+    result, peak, smallest = _fitting(space, search, limit, lambda budget: Limits(budget, clock.share(part), seed, report))
+    plan = network.plan(result.states)
+    best = baselines.fastest(limit) if peak > limit else None
+    if peak > limit and best is None:
+        return _Unfit(plan, smallest, result, network, baselines)
+    prediction = predicted(graph, machine, plan, network.terms)
+    if best is None:  # only an interrupted search, or one that memory has pushed up, ends above a baseline that fits
         best = baselines.fastest(limit, prediction.seconds * (1 - 1e-12))
     if best is not None:
         plan, prediction = replace(plans[best], name="found"), baselines[best][1]
     plan, prediction = _one_device(graph, machine, plan, prediction, baselines)
     notes = (*plan.notes, *_notes(graph, prediction, baselines, result))
     plan = replace(plan, notes=notes, predicted=_predicted(prediction, result))
-    return Found(plan, prediction, result, network, baselines), unfit
+    return Found(plan, prediction, result, network, baselines)
+
+
+def _fitting(space: Space, search: Search, limit: int, limits: Callable[[float], Limits]) -> tuple[SearchResult, int, int]:
+    """(what a search finds that fits so many bytes, or else what it found last; what that needs; the least that anything seen needs).
+
+    The exact search comes first, its budget lowered until what it finds fits; the whole search then has that budget, and starts from plans that do.
+    """
+    network, budget, run = space.network, float(limit), elimination
+    seen: dict[tuple[int, ...], int] = {}
+    fitting = None
+    for _ in range(6):
+        result = run(space, limits(budget))
+        if result.states not in seen:
+            plan = network.plan(result.states)
+            seen[result.states] = memory(network.graph, plan.mesh, layout(network.graph, plan), network.place.machine.backend).peak
+        peak = seen[result.states]
+        if peak <= limit:
+            fitting, done, run = result, run is search, search
+            if done or result.stopped:
+                break
+        elif not result.feasible or result.stopped:
+            break
+        else:
+            budget = min(budget, result.nbytes) * limit / peak * 0.98
+    found = fitting or result
+    return found, seen[found.states], min(seen.values())
 
 
 def _one_device(
-    graph: Graph, machine: Machine, plan: Plan, prediction: Prediction, baselines: _Baselines
+    graph: Graph, machine: Machine, plan: Plan, prediction: Prediction, baselines: Baselines
 ) -> tuple[Plan, Prediction]:
     """If nothing is split, or splitting does not pay, the plan is one device."""
     alone = baselines.seconds("one device")
@@ -249,7 +290,7 @@ def _one_device(
 
 
 def _notes(
-    graph: Graph, prediction: Prediction, baselines: _Baselines, result: SearchResult
+    graph: Graph, prediction: Prediction, baselines: Baselines, result: SearchResult
 ) -> tuple[str, ...]:
     notes = list(graph.notes)
     if prediction.seconds > 0:
@@ -265,24 +306,22 @@ def _predicted(prediction: Prediction, result: SearchResult) -> dict:
     return found
 
 
-def alternatives(network: Network, plan: Plan, operator: int, most: int = 8) -> list[tuple[dict[str, str], int, float, float]]:
-    """Other choices for one operator, all others as planned: (choice, ZeRO level, seconds more, bytes more), best first."""
+def alternatives(network: Network, plan: Plan, most: int = 8) -> list[list[tuple[dict[str, str], int, float, float]]]:
+    """Per operator other choices for it, all others as planned: (choice, ZeRO level, seconds more, bytes more), best first."""
     states = network.states_of(plan) if not is_staged(plan) else None
-    if states is None:
-        return []
-    problem, o = network.problem, operator
-    seconds = problem.seconds[o].copy()
-    for (u, v), table in problem.tables.items():
-        if u == o:
-            seconds += table[:, states[v]]
-        elif v == o:
-            seconds += table[states[u], :]
+    return [[] if states is None else _alternatives(network, states, o, most) for o in range(len(network.states))]
 
+
+def _alternatives(network: Network, states: Sequence[int], o: int, most: int) -> list[tuple[dict[str, str], int, float, float]]:
+    problem = network.problem
+    seconds = problem.seconds[o] + sum(table[:, states[other]] for other, table in network.near[o])
     found = []
     for i in np.argsort(seconds, kind="stable"):
         state = network.states[o][i]
         more = float(seconds[i] - seconds[states[o]]), float(problem.nbytes[o][i] - problem.nbytes[o][states[o]])
         # Variables that cannot be split further are stored the same whatever the level says.
-        if i != states[o] and (not state.zero or stored_by(network, o, state)):
-            found.append((names_of(network.graph, network.place.mesh, state.choice), state.zero, *more))
-    return found[:most]
+        if i != states[o] and (not state.zero or stored_by(network, o, i)):
+            found.append((names_of(network.graph, network.place.mesh, network.choice(o, i)), state.zero, *more))
+        if len(found) == most:
+            break
+    return found

@@ -2,26 +2,27 @@
 
 A state of an operator is a choice together with how its variables are stored (plainly, ZeRO-1, ZeRO-3). States that no
 neighbour can tell apart are merged, cheapest first, when the search runs (`Network.problem` keeps the best for a price).
-Equal operators are costed once, and equal tables of moves are computed once.
+Equal operators share their states and costs, and equal tables of moves are one array: what is the same is computed once, and is known by being the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from partita.cost.evaluate import operator_cost, storage_axes
 from partita.cost.moves import Placement, move_table
-from partita.cost.terms import Move, Terms
+from partita.cost.terms import Move, OperatorTerms, Terms
 from partita.cost.terms import terms as terms_of
 from partita.graph.graph import Graph, Label, Phase
 from partita.machine import Machine
 from partita.plan.layout import Sharding, resolve
 from partita.plan.plan import Mesh, Plan, Storage
 from partita.search.base import Problem
-from partita.search.candidates import Choice, assignment_of, candidates, choice_of, names_of
+from partita.search.candidates import LIMIT, Choice, assignment_of, candidates, choice_of, names_of
 
 LEVELS = (0, 1, 3)
 """Ways to store variables that differ in cost: ZeRO-2 is ZeRO-1 in a step that is one program."""
@@ -29,7 +30,7 @@ LEVELS = (0, 1, 3)
 
 @dataclass(frozen=True)
 class State:
-    """One way to run an operator: its choice, and the ZeRO level of its variables."""
+    """One way to run an operator: per mesh axis the place of the factor that it splits among the operator's own, -1 for none; and a ZeRO level."""
 
     choice: Choice
     zero: int
@@ -37,113 +38,145 @@ class State:
 
 @dataclass
 class Network:
-    """The cost network of a graph on a placed mesh, with what its states stand for."""
+    """The cost network of a graph on a placed mesh, with what its states stand for. Equal operators share their lists and arrays."""
 
     graph: Graph
     place: Placement
     terms: Terms
-    states: list[list[State]]
+    states: list[Sequence[State]]
     problem: Problem
     parts: list[np.ndarray]
-    """Per operator, [PARTS, state]: the seconds of what a step does for it, hidden or not. Equal operators share their array."""
+    """Per operator, [PARTS, state]: the seconds of what a step does for it, hidden or not."""
     kept: list[np.ndarray]
     """Per operator, by state: of its bytes those of forward values that the backward pass reads."""
+    gradients: list[np.ndarray]
+    """Per operator, by state: bytes of the gradients of its variables."""
     moves: dict[tuple[int, int, Phase, Phase], np.ndarray] = field(default_factory=dict)
     """(home, reader, phase, phase in which it is read) -> seconds by state of either."""
+
+    @cached_property
+    def near(self) -> list[list[tuple[int, np.ndarray]]]:
+        """Per operator, (other operator, table with its own states as rows)."""
+        found: list[list[tuple[int, np.ndarray]]] = [[] for _ in self.states]
+        for (u, v), table in self.problem.tables.items():
+            found[u].append((v, table))
+            found[v].append((u, table.T))
+        return found
+
+    @cached_property
+    def _number(self) -> dict[int, dict[State, int]]:
+        """Per list of states, state -> its number."""
+        return {id(states): {state: i for i, state in enumerate(states)} for states in {id(s): s for s in self.states}.values()}
+
+    def choice(self, operator: int, state: int) -> Choice:
+        """What an operator does in one of its states, in factors of the graph."""
+        factors = (*self.graph.operators[operator].factors, -1)
+        return tuple(factors[place] for place in self.states[operator][state].choice)
 
     def plan(self, states: Sequence[int], name: str = "found", notes: tuple[str, ...] = ()) -> Plan:
         """The plan that states stand for."""
         graph, mesh = self.graph, self.place.mesh
         choices, storage = {}, {}
         for o, i in enumerate(states):
-            state = self.states[o][i]
-            choices[graph.operators[o].name] = names_of(graph, mesh, state.choice)
-            if state.zero:
-                storage |= stored_by(self, o, state)
+            choices[graph.operators[o].name] = names_of(graph, mesh, self.choice(o, i))
+            if self.states[o][i].zero:
+                storage |= stored_by(self, o, i)
         return Plan(graph.name, self.place.machine.name, mesh, choices, storage, name, graph.batch_size, notes=notes)
 
     def states_of(self, plan: Plan) -> tuple[int, ...] | None:
         """The states that stand for a plan, None where it has a choice that is no candidate."""
         found = []
         for o, operator in enumerate(self.graph.operators):
-            choice = choice_of(self.graph, o, self.place.mesh, plan.choices[operator.name])
+            choice = _placed(self.graph, o, choice_of(self.graph, o, self.place.mesh, plan.choices[operator.name]))
             levels = {plan.storage[s.path].zero for s in self.terms.operators[o].stored if s.path in plan.storage}
             zero = max((1 if level == 2 else level for level in levels), default=0)
-            state = State(choice, zero)
-            if state not in self.states[o]:
+            state = self._number[id(self.states[o])].get(State(choice, zero))
+            if state is None:
                 return None
-            found.append(self.states[o].index(state))
+            found.append(state)
         return tuple(found)
 
 
-def stored_by(network: Network, operator: int, state: State) -> dict[str, Storage]:
+def _placed(graph: Graph, operator: int, factors: Sequence[int]) -> tuple[int, ...]:
+    """Factors of the graph as places among those of an operator, -1 for what is none of them."""
+    place = {f: n for n, f in enumerate(graph.operators[operator].factors)}
+    return tuple(place.get(f, -1) for f in factors)
+
+
+def stored_by(network: Network, operator: int, state: int) -> dict[str, Storage]:
     """The storage of an operator's variables in a state."""
-    found = {}
+    found, mesh = {}, network.place.mesh
+    assignment = assignment_of(network.choice(operator, state))
     for s in network.terms.operators[operator].stored:
-        where = storage_axes(s, network.place.mesh, assignment_of(state.choice))
+        where = storage_axes(s, mesh, assignment)
         if where:
-            names = tuple(network.place.mesh.axes[a].name for a in where[1])
-            found[s.path] = Storage(where[0], names, state.zero)
+            found[s.path] = Storage(where[0], tuple(mesh.axes[a].name for a in where[1]), network.states[operator][state].zero)
     return found
 
 
-def build(graph: Graph, machine: Machine, mesh: Mesh, baselines: Sequence[Plan] = (), terms: Terms | None = None) -> Network:
-    """The cost network of a graph on a machine's mesh. Every choice of the baselines is among the candidates."""
+def build(
+    graph: Graph, machine: Machine, mesh: Mesh, baselines: Sequence[Plan] = (), terms: Terms | None = None, limit: int = LIMIT
+) -> Network:
+    """The cost network of a graph on a machine's mesh. Every choice of the baselines is among the candidates, of which there are about `limit` at most."""
     place = Placement(machine, mesh)
     found = terms or terms_of(graph, machine.backend)
-    states: list[list[State]] = []
-    seconds, nbytes, parts, kept = [], [], [], []
-    costed: dict[tuple[object, ...], tuple[np.ndarray, ...]] = {}
-    offered: dict[tuple[object, ...], tuple[Choice, ...]] = {}
+    known: dict[tuple[object, ...], _Costed] = {}
+    every: list[_Costed] = []
     for o, operator in enumerate(graph.operators):
         extra = [choice_of(graph, o, mesh, plan.choices[operator.name]) for plan in baselines]
-        levels = LEVELS if found.operators[o].stored else (0,)
-        number = {f: i for i, f in enumerate(operator.factors)} | {-1: -1}
-        same = found.operators[o].key(graph, o), operator.kind, tuple(tuple(number[f] for f in choice) for choice in extra)
-        if same not in offered:
-            offered[same] = tuple(tuple(number[f] for f in choice) for choice in candidates(graph, o, mesh, extra))
-        local = offered[same]
-        back = (*operator.factors, -1)
-        choices = [tuple(back[i] for i in choice) for choice in local]
-        states.append([State(choice, zero) for zero in levels for choice in choices])
-        key = (same, local)
-        if key not in costed:
-            assignments = [assignment_of(choice) for choice in choices]
-            costs = [operator_cost(found.operators[o], place, assignments, zero) for zero in levels]
-            costed[key] = (
-                np.concatenate([c.seconds for c in costs]),
-                np.concatenate([c.nbytes for c in costs]),
-                np.concatenate([c.parts() for c in costs], axis=1),
-                np.concatenate([c.kept for c in costs]),
-            )
-        seconds.append(costed[key][0])
-        nbytes.append(costed[key][1])
-        parts.append(costed[key][2])
-        kept.append(costed[key][3])
-    problem = Problem(seconds, nbytes)
-    network = Network(graph, place, found, states, problem, parts, kept)
+        key = (found.operators[o].digest, operator.kind, *(_placed(graph, o, choice) for choice in extra))
+        if key not in known:
+            known[key] = _costed(graph, o, place, found.operators[o], extra, limit)
+        every.append(known[key])
+    states, seconds, nbytes, parts, kept, gradients = (
+        (list(mine) for mine in zip(*every, strict=True)) if every else ([] for _ in range(6))
+    )
+    network = Network(graph, place, found, states, Problem(seconds, nbytes), parts, kept, gradients)
     _add_moves(network)
     return network
 
 
+_Costed = tuple[Sequence[State], np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""States, and by state: seconds, bytes, parts, kept, gradients."""
+
+
+def _costed(
+    graph: Graph, operator: int, place: Placement, terms: OperatorTerms, extra: Sequence[Choice], limit: int
+) -> _Costed:
+    """The states of an operator, and of all that are equal to it, with what they cost."""
+    levels = LEVELS if terms.stored else (0,)
+    choices = candidates(graph, operator, place.mesh, extra, limit)
+    assignments = [assignment_of(choice) for choice in choices]
+    costs = [operator_cost(terms, place, assignments, zero) for zero in levels]
+    part = lambda s, assignment: s.nbytes / place.ways([a for axes in resolve(s.label, assignment) for a in axes])  # noqa: E731
+    return (
+        [State(_placed(graph, operator, choice), zero) for zero in levels for choice in choices],
+        np.concatenate([c.seconds for c in costs]),
+        np.concatenate([c.nbytes for c in costs]),
+        np.concatenate([c.parts() for c in costs], axis=1),
+        np.concatenate([c.kept for c in costs]),
+        np.tile([float(sum(part(s, assignment) for s in terms.stored)) for assignment in assignments], len(levels)),
+    )
+
+
 def _add_moves(network: Network) -> None:
+    graph = network.graph
     views: dict[tuple[object, ...], tuple[tuple[Sharding, ...], np.ndarray]] = {}
-    alike: dict[tuple[object, ...], int] = {}
-    kind: list[int] = []
-    for o, operator in enumerate(network.graph.operators):
-        number = {f: i for i, f in enumerate(operator.factors)} | {-1: -1}
-        mine = tuple(tuple(number[f] for f in s.choice) for s in network.states[o])
-        kind.append(alike.setdefault(mine, len(alike)))
+    alike: dict[tuple[Choice, ...], int] = {}
+    kinds = {
+        id(states): alike.setdefault(tuple(s.choice for s in states), len(alike))
+        for states in {id(s): s for s in network.states}.values()
+    }
+    assignments = {kind: [assignment_of(choice) for choice in choices] for choices, kind in alike.items()}
 
     def view(operator: int, label: Label) -> tuple[tuple[Sharding, ...], np.ndarray]:
         """(distinct shardings of a tensor under this label, which of them each state gives); the same for operators alike."""
-        factors = network.graph.operators[operator].factors
-        key = (kind[operator], tuple(factors.index(f) if f in factors else -1 for f in label))
-        if key not in views:
+        kind, places = kinds[id(network.states[operator])], _placed(graph, operator, label)
+        if (kind, places) not in views:
             number: dict[Sharding, int] = {}
-            ids = [number.setdefault(resolve(label, assignment_of(s.choice)), len(number)) for s in network.states[operator]]
-            views[key] = (tuple(number), np.array(ids))
-        return views[key]
+            ids = [number.setdefault(resolve(places, assignment), len(number)) for assignment in assignments[kind]]
+            views[kind, places] = (tuple(number), np.array(ids))
+        return views[kind, places]
 
     by_pair: dict[tuple[int, int, Phase, Phase], list[Move]] = {}
     for move in network.terms.edges:

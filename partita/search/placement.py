@@ -22,12 +22,16 @@ from partita.graph.graph import Graph
 from partita.machine import Machine
 from partita.plan.plan import Plan, check, slice_of
 from partita.search.base import Progress, Report
+from partita.search.bound import least_by_operator
 from partita.simulate.placed import Placed
 
 SECONDS = 5.0
 """How long to look at most, unless it is said."""
 MOVES = 200
 """Single moves that are tried, at most."""
+INSTRUCTIONS = 50_000
+"""Instructions of the steps that are simulated one after the other without a better one: then it ends. At least FEWEST steps are."""
+FEWEST = 4
 
 
 def place(
@@ -42,27 +46,37 @@ def place(
     parallel = branches(graph)
     if not (parallel or machine.kinds) or not start.mesh.axes:
         return None
+    floor, seen = None if machine.kinds else _Floor(graph, machine, start, terms), set()
+    patience = left = max(FEWEST, INSTRUCTIONS // len(graph.instructions))
 
     def better(plan: Plan) -> Placed | None:
+        nonlocal left
+        least, places = most if best is None else best.seconds, tuple(tuple(choice.items()) for choice in plan.choices.values())
+        if places in seen or floor is not None and floor.seconds(plan) >= least:
+            return None
+        seen.add(places)
         try:
             placed = Placed.of(graph, machine, check(plan, graph), terms)
         except PlanError:
             return None
-        least = most if best is None else best.seconds
-        if not machine.kinds and placed.least_seconds >= least or placed.seconds >= least or not fits(placed):
+        if not machine.kinds and placed.least_seconds >= least:
             return None
+        left -= 1
+        if placed.seconds >= least or not fits(placed):
+            return None
+        left = patience
         if report is not None:
             report(Progress("places", placed.seconds, bound))
         return placed
 
     try:
         for plan in _dealt(graph, start, terms, parallel, bool(machine.kinds)):
-            if time.perf_counter() > until:
+            if time.perf_counter() > until or not left:
                 return best
             best = better(plan) or best
         units = _units(graph, terms, parallel)
         for _ in range(MOVES if units else 0):
-            if time.perf_counter() > until:
+            if time.perf_counter() > until or not left:
                 break
             best = better(_moved(start if best is None else best.plan, graph, terms, units, rng)) or best
     except KeyboardInterrupt:  # the best so far
@@ -120,6 +134,28 @@ def at(plan: Plan, graph: Graph, places: Mapping[int, int | None], axes: Sequenc
     home = {a.path: graph.operators[graph.home[a.tensor]].name for a in graph.arguments if graph.home[a.tensor] >= 0}
     storage = {p: s for p, s in plan.storage.items() if p not in home or all(slice_of(choices[home[p]].get(a, "")) is None for a in s.axes)}
     return replace(plan, choices=choices, storage=storage)
+
+
+class _Floor:
+    """Seconds that no placed plan is shorter than, in which operators that are on all devices are split as in `start`: what the busiest devices compute.
+
+    An operator on a part of the devices is at best shared out to them without a rest.
+    """
+
+    def __init__(self, graph: Graph, machine: Machine, start: Plan, terms: Terms) -> None:
+        self.names, self.mesh = [o.name for o in graph.operators], start.mesh
+        self.everywhere = [float(cost.compute[0]) for cost in Placed.of(graph, machine, start, terms).costs]
+        self.least = [seconds / machine.devices for seconds in least_by_operator(terms, machine)]
+
+    def seconds(self, plan: Plan) -> float:
+        common, apart = 0.0, defaultdict(float)
+        for name, everywhere, least in zip(self.names, self.everywhere, self.least, strict=True):
+            pins = tuple((a, use) for a, use in plan.choices[name].items() if slice_of(use) is not None)
+            if pins:
+                apart[tuple(sorted(pins))] += least * math.prod(self.mesh.sizes[self.mesh.index[a]] for a, _ in pins)
+            else:
+                common += everywhere
+        return common + max(apart.values(), default=0.0)
 
 
 def _dealt(graph: Graph, start: Plan, terms: Terms, parallel: Sequence[Sequence[Sequence[int]]], differ: bool) -> Iterator[Plan]:

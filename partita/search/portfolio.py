@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -51,6 +51,7 @@ class Space:
 
     network: Network
     baselines: Sequence[Sequence[int]]
+    _least: dict[float, tuple[SearchResult, tuple[int, ...]]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def reduced(self) -> Reduced:
@@ -81,7 +82,18 @@ class Space:
         return replace(result, states=self.reduced.lift(result.states))
 
     def least(self, limits: Limits) -> tuple[SearchResult, tuple[int, ...]]:
-        """(least sum; what is least below all steps). The result's seconds are the step's, and its bound that of every step."""
+        """(least sum; what is least below all steps). The result's seconds are the step's, and its bound that of every step.
+
+        Searches begin with it, one after the other: it is made once for a budget.
+        """
+        if limits.budget not in self._least:
+            found = self._searched(limits)
+            if found[0].stopped:
+                return found
+            self._least[limits.budget] = found
+        return self._least[limits.budget]
+
+    def _searched(self, limits: Limits) -> tuple[SearchResult, tuple[int, ...]]:
         exact = self.least_sum(limits)
         if not self.overlaps or not exact.feasible or exact.stopped:
             return exact, exact.states

@@ -99,12 +99,17 @@ class Staged:
 
     @cached_property
     def passes(self) -> list[tuple[float, float, float]]:
-        """Per stage: seconds of a microbatch forward and backward, and of the last one backward with the sums of gradients and the update."""
+        """Per stage: seconds of a microbatch forward and backward, and of the last one backward with the sums of gradients and the update.
+
+        Variables that are stored in parts are gathered for every microbatch; those of which only the slots are, once, when they are updated.
+        """
         step = structure(self.graph, self.terms)
         seconds = durations(step, self.costs, [m for m in self.terms.edges if self.stage[m.home] == self.stage[m.reader]], self.place, self.layout)
-        once = np.array([slot.phase == "update" or slot.kind == "sum" for slot in step.slots])
+        apart = {path for path, storage in self.plan.storage.items() if storage.zero == 3}
+        whole = [apart.isdisjoint(s.path for s in own.stored) for own in self.terms.operators]
+        once = np.array([slot.phase == "update" or slot.kind == "sum" or slot.kind == "gather" and whole[slot.operator] for slot in step.slots])
         mine = np.array([self.stage[slot.operator] if slot.operator >= 0 else -1 for slot in step.slots])
-        forward = np.array([slot.phase == "forward" for slot in step.slots])
+        forward = np.array([slot.phase == "forward" for slot in step.slots]) & ~once
         again = np.array([slot.operator >= 0 and self.run_of[slot.operator] >= 0 for slot in step.slots])
         known: dict[bytes, tuple[float, float, float]] = {}
         found = []
@@ -139,9 +144,24 @@ class Staged:
         return total
 
     @cached_property
+    def pipeline(self) -> _Pipeline:
+        """The tasks of the step."""
+        return _pipeline(self)
+
+    @cached_property
+    def times(self) -> Times:
+        """When they run."""
+        return run(self.pipeline.tasks)
+
+    @property
     def seconds(self) -> float:
         """Of a whole step."""
-        return run(_pipeline(self).tasks).seconds
+        return self.times.seconds
+
+    @cached_property
+    def _runs(self) -> dict[tuple[object, ...], Memory]:
+        """What a device holds that computes one recomputed run, of equal ones once."""
+        return {}
 
     def _held(self, members: Sequence[int]) -> Memory:
         """What a device holds at its peak that does one microbatch of these operators alone."""
@@ -163,16 +183,16 @@ class Staged:
         runs: dict[int, list[int]] = defaultdict(list)
         for o in members:
             runs[self.run_of[o]].append(o)
-        known: dict[tuple[object, ...], Memory] = {}
         parts = []
         for own in runs.values():
             key = tuple((self.terms.operators[o].digest, id(self.costs[o])) for o in own)
-            if key not in known:
-                known[key] = self._held(own)
-            parts.append(known[key])
+            if key not in self._runs:
+                self._runs[key] = self._held(own)
+            parts.append(self._runs[key])
         fixed = {kind: sum(getattr(p, kind) for p in parts) for kind in ("parameters", "optimizer", "state", "batch")}
         gradients = int(sum(self._part(s.nbytes, s.label, o) for o in members for s in self.terms.operators[o].stored))
-        working = [p.peak - sum(getattr(p, kind) for kind in fixed) for p in parts]
+        kept = [sum(self.kept[o] for o in own) if run_ < 0 else 0.0 for run_, own in runs.items()]  # of what is not recomputed, a part of `each`
+        working = [p.peak - sum(getattr(p, kind) for kind in fixed) - min(k, p.activations) for p, k in zip(parts, kept, strict=True)]
         most = max(range(len(parts)), key=lambda n: working[n])
         each = sum(nbytes for (s, _), nbytes in self.entering.items() if s == stage) + sum(self.kept[o] for o in runs.get(-1, ()))
         peak = int(sum(fixed.values()) + gradients + flying * each + working[most])
@@ -216,10 +236,12 @@ def _pipeline(staged: Staged) -> _Pipeline:
     plan, stages, last = staged.plan, staged.stages, staged.plan.microbatches - 1
     orders = [schedule_of(plan, stage) for stage in range(stages)]
     reads: dict[tuple[int, Phase], list[Edge]] = defaultdict(list)
-    for edge in staged.transfers:
+    sent: dict[tuple[int, int, Phase], float] = defaultdict(float)
+    for edge, (length, _) in staged.transfers.items():
         a, b, made, wanted = edge
         if wanted != "update":
             reads[b, wanted].append(edge)
+            sent[a, b, made] += length
         if (made, wanted) == ("forward", "forward") and a > b:
             raise PlanError(f"Stage {b} needs what stage {a} computes in the forward pass, and comes before it: number the stages in the order of the model.")
     number: dict[tuple[int, Phase, int, int], int] = {}
@@ -255,8 +277,7 @@ def _pipeline(staged: Staged) -> _Pipeline:
                 for edge, made in needs:
                     name = (edge[0], edge[2], i, s)
                     if name not in number:
-                        whole = sum(t for other, (t, _) in staged.transfers.items() if other[:3] == edge[:3] and other[3] != "update")
-                        put(name, whole, [made], -1, [(2 * edge[0], 1.0), (2 * s + 1, 1.0)])
+                        put(name, sent[edge[:3]], [made], -1, [(2 * edge[0], 1.0), (2 * s + 1, 1.0)])
                     wait.append(number[name])
                 forward, backward, end = staged.passes[s]
                 put((s, phase, i, -1), forward if phase == "forward" else end if i == last else backward, sorted(set(wait)), s)
@@ -272,10 +293,6 @@ def _pipeline(staged: Staged) -> _Pipeline:
 
 def predicted(staged: Staged) -> Prediction:
     """The prediction of a staged plan. Of its memory, the stage that holds most is given; seconds of operators are those of their own stage."""
-    return _prediction(staged, run(_pipeline(staged).tasks))
-
-
-def _prediction(staged: Staged, times: Times) -> Prediction:
     graph, plan, m = staged.graph, staged.plan, staged.plan.microbatches
     weights = np.array([1.0 if kind == "sum" or phase == "update" else m for kind, phase in PARTS])
     moves = np.zeros(len(graph.operators))
@@ -286,7 +303,8 @@ def _prediction(staged: Staged, times: Times) -> Prediction:
     traffic: dict[str, float] = defaultdict(float)
     by_operator = np.zeros(len(graph.operators))
     time = staged.inner.mesh.index.get(TIME, -1)
-    for c in collectives(graph, staged.inner.mesh, staged.layout, staged.machine.backend):
+    every = collectives(graph, staged.inner.mesh, staged.layout, staged.machine.backend)
+    for c in every:
         if any(a != time for a in c.axes):
             sent = c.total * (1 if time in c.axes else m)  # what sums over microbatches is sent when all are done
             traffic[c.kind] += sent / staged.stages  # a device is in one stage: on the average of all
@@ -307,19 +325,18 @@ def _prediction(staged: Staged, times: Times) -> Prediction:
             )
         )  # fmt: skip
     fullest = max((held for held, _ in staged.memories), key=lambda held: held.peak)
-    flops = m * local_flops(graph, staged.inner.mesh, staged.layout, staged.machine.backend) / staged.stages
-    times_of = staged.machine.times
+    flops = m * local_flops(graph, staged.inner.mesh, staged.layout, staged.machine.backend, sent=every) / staged.stages
+    measured = staged.machine.times
     return Prediction(
-        plan.name, staged.machine.name, times.seconds, tuple(operators), fullest, {k: int(v) for k, v in sorted(traffic.items())}, flops,
-        staged.machine.weakest_status(), times_of.error if times_of else 0.0,
+        plan.name, staged.machine.name, staged.seconds, tuple(operators), fullest, {k: int(v) for k, v in sorted(traffic.items())}, flops,
+        staged.machine.weakest_status(), measured.error if measured else 0.0,
     )  # fmt: skip
 
 
 def timeline(staged: Staged) -> Timeline:
     """The timeline of a staged plan: a row of kernels and one of links per stage; memory is that of the fullest stage."""
-    pipeline = _pipeline(staged)
-    times = run(pipeline.tasks)
-    prediction, on_path = _prediction(staged, times), critical(pipeline.tasks, times)
+    pipeline, times = staged.pipeline, staged.times
+    prediction, on_path = predicted(staged), critical(pipeline.tasks, times)
     count, spans = staged.plan.microbatches, []
     for k, (stage, phase, i, to) in enumerate(pipeline.names):
         length = float(pipeline.tasks.seconds[k])

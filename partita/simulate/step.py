@@ -20,7 +20,7 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -359,15 +359,20 @@ class Laid:
     holds: Sequence[bool]
 
 
-def shares_of_one(step: Structure, seconds: np.ndarray) -> list[list[Share]]:
-    """What one cell does, alone: per slot all of it."""
-    stream = {"join": BETWEEN, "compute": KERNELS}
-    return [[Share((0,), float(t), stream.get(slot.kind, LINKS), (0,))] for slot, t in zip(step.slots, seconds, strict=True)]
-
-
 def lay_out(step: Structure, seconds: np.ndarray, overlap: float) -> Laid:
     """What the engine runs where one device stands for all: the slots of a step in its two streams. Seconds are those of `durations`."""
-    return lay_out_shares(step, shares_of_one(step, seconds), overlap)
+    laid = _laid_of_one(Key(step), overlap)
+    into, held = np.zeros(laid.tasks.count), laid.hold >= 0
+    into[laid.task] = seconds
+    into[laid.hold[held]] = np.asarray(seconds)[held] * (1 - overlap)
+    return replace(laid, tasks=replace(laid.tasks, seconds=into))
+
+
+@lru_cache(maxsize=8)
+def _laid_of_one(key: Key[Structure], overlap: float) -> Laid:
+    """The same without seconds: one cell waits for no other, and so its tasks are the same whatever they take."""
+    stream = {"join": BETWEEN, "compute": KERNELS}
+    return lay_out_shares(key.value, [[Share((0,), 0.0, stream.get(slot.kind, LINKS), (0,))] for slot in key.value.slots], overlap)
 
 
 def lay_out_shares(step: Structure, shares: Sequence[Sequence[Share]], overlap: float) -> Laid:

@@ -10,9 +10,10 @@ from partita.graph.graph import Graph
 from partita.machine import Machine, load
 from partita.plan.plan import Plan, check
 from partita.plan.stages import is_staged
-from partita.search import stages
+from partita.search.base import Progress
+from partita.search.bound import least_seconds
 from partita.search.find import capacity, find, mesh_of
-from partita.search.stages import least_seconds, stage
+from partita.search.stages import stage
 from partita.simulate.simulate import predicted
 
 DATA = Path(__file__).parents[1] / "data"
@@ -60,17 +61,14 @@ def test_looking_at_stages_never_makes_it_slower(graph: Graph) -> None:
     assert is_staged(staged.plan) or "that were looked at none is predicted to be faster" in staged.plan.notes[-1]
 
 
-def test_ctrl_c_takes_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_takes_the_best_so_far() -> None:
     graph, where, asked = GRAPHS["cnn"], load("k80-cluster").with_devices(8), []
-    real = stages._fitting
 
-    def fitting(*arguments: object) -> object:
-        asked.append(arguments)
-        if len(asked) > 2:
+    def stop(progress: Progress) -> None:
+        if progress.best < float("inf"):
+            asked.append(progress.best)
             raise KeyboardInterrupt
-        return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stages, "_fitting", fitting)
     network = find(graph, where).network
-    best = stages.stage(graph, where, mesh_of(where), network.terms, capacity(where), float("inf"), seconds=60)
-    assert best is not None and len(asked) == 3
+    best = stage(graph, where, mesh_of(where), network.terms, capacity(where), float("inf"), stop)
+    assert best is not None and asked == [best.seconds]

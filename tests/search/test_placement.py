@@ -11,10 +11,10 @@ from partita.plan.baselines import BASELINES
 from partita.plan.plan import Plan, check
 from partita.plan.stages import stage_axes
 from partita.search import placement
+from partita.search.bound import least_seconds
 from partita.search.find import find, mesh_of
 from partita.search.placement import at, branches, place
 from partita.search.portfolio import WORTH
-from partita.search.stages import least_seconds
 from partita.simulate.simulate import predicted
 
 DATA = Path(__file__).parents[1] / "data"

@@ -17,8 +17,8 @@ from partita.machine import check as check_machine
 from partita.machine.machine import slowest
 from partita.plan.baselines import BASELINES
 from partita.plan.plan import Plan, check, diff
+from partita.search.bound import least_seconds
 from partita.search.find import fits, mesh_of
-from partita.search.stages import least_seconds
 from partita.simulate.placed import Placed
 from partita.simulate.simulate import predicted, simulate
 

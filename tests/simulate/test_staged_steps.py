@@ -104,6 +104,28 @@ def test_microbatches_and_recomputation_hold_less_and_compute_more() -> None:
     assert cut_.seconds > whole.seconds  # weights are read four times
 
 
+def test_the_less_is_recomputed_the_faster_and_the_more_is_held() -> None:
+    graph, where = GRAPHS["transformer"], machine()
+    plan = replace(BASELINES["one device"](graph, where.name, mesh_of(where)), microbatches=4)
+    names = [o.name for o in graph.operators]
+    half = len(names) // 2
+    first, second = (names[0], names[half - 1]), (names[half], names[-1])
+    none, some, all_ = (predicted(graph, where, check(replace(plan, recompute=runs), graph)) for runs in ((), (first,), (first, second)))
+    assert none.seconds < some.seconds < all_.seconds
+    assert some.peak_bytes > all_.peak_bytes
+
+
+def test_slots_in_parts_are_gathered_once_a_step_and_variables_in_parts_for_every_microbatch() -> None:
+    graph, where = GRAPHS["mlp"], machine()
+    passes = {}
+    for name in ("data parallel", "ZeRO-1", "ZeRO-3"):
+        plan = replace(BASELINES[name](graph, where.name, mesh_of(where)), microbatches=4)
+        (passes[name],) = Staged.of(graph, where, check(plan, graph)).passes
+    plain, slots, variables = passes.values()
+    assert slots[:2] == plain[:2] and slots[2] != plain[2]
+    assert variables[0] > plain[0] and variables[1] == plain[1]
+
+
 def test_the_timeline_has_a_row_for_every_stage_and_the_same_length() -> None:
     graph, where = GRAPHS["transformer"], machine(0.5)
     plan = in_two(graph, where, microbatches=4)

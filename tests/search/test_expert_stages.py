@@ -1,0 +1,96 @@
+"""A transformer too large for data parallelism: what is found is no slower than the pipeline that an expert would write."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+
+from partita.cost.terms import Terms, terms
+from partita.graph.graph import Graph
+from partita.machine import Machine, load
+from partita.plan.baselines import BASELINES
+from partita.plan.plan import Mesh, Plan, check
+from partita.search import stages
+from partita.search.find import mesh_of
+from partita.search.stages import stage
+from partita.simulate.stages import Staged
+
+BLOCKS = 8
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    import keras
+
+    import partita
+    from partita.api import capture
+    from partita.bench.networks import gpt3
+
+    with partita.abstract():
+        model = gpt3(width=1024, blocks=BLOCKS, heads=8, length=512, vocabulary=8192)
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return capture(model, 128).graph
+
+
+@pytest.fixture(scope="module")
+def found(graph: Graph) -> Terms:
+    return terms(graph, machine().backend)
+
+
+def machine() -> Machine:
+    return load("dgx-a100:8")
+
+
+def pipeline(graph: Graph, where: Machine, axes: int, microbatches: int, again: bool) -> Plan:
+    """Equal numbers of blocks over the nodes; inside, samples over half of the axes and Megatron's pattern over the others; blocks recomputed."""
+    mesh = mesh_of(where)
+    count, names = math.prod(mesh.sizes[:axes]), [o.name for o in graph.operators]
+    inner = BASELINES["data x tensor"](graph, where.name, Mesh(mesh.axes[axes:]))
+    found = [re.search(r"attention(\d+)", name) for name in names]
+    block = [int(match[1]) if match else -1 for match in found]
+    choices, stage_of, runs = {}, 0, []
+    for o, name in enumerate(names):
+        if block[o] > 0 and block[o] not in block[:o]:  # the first of its block
+            stage_of = block[o] * count // BLOCKS
+            runs.append(o)
+        at, left = {}, stage_of
+        for axis in reversed(mesh.axes[:axes]):
+            at[axis.name] = f"at({left % axis.size})"
+            left //= axis.size
+        choices[name] = at | dict(inner.choices[name])
+    assert len(set(block)) == BLOCKS + 1
+    recompute = (
+        tuple((names[a], names[b - 1]) for a, b in zip([0, *runs], [*runs, len(names) - 1], strict=True)) if again else ()
+    )
+    return check(replace(inner, mesh=mesh, choices=choices, microbatches=microbatches, recompute=recompute), graph)
+
+
+@pytest.mark.parametrize(("axes", "microbatches", "again"), [(1, 8, False), (3, 32, True)])
+def test_what_is_found_is_no_slower_than_an_experts_pipeline_in_the_same_memory(
+    graph: Graph, found: Terms, axes: int, microbatches: int, again: bool
+) -> None:
+    where = machine()
+    expert = Staged.of(graph, where, pipeline(graph, where, axes, microbatches, again), found)
+    best = stage(graph, where, mesh_of(where), found, expert.peak, math.inf, seconds=60)
+    assert best is not None and best.peak <= expert.peak
+    assert best.seconds <= expert.seconds
+
+
+def test_a_sketch_is_near_what_is_simulated_and_what_it_leaves_out_is_not_below_it(graph: Graph, found: Terms) -> None:
+    where = machine()
+    shapes = stages._Shapes(graph, where, mesh_of(where), found, int(where.memory_bytes))
+    near = []
+    for shape in [shape for axes in range(5) for shape in shapes.every(axes) if shape.microbatches > 1][::7]:
+        sketch = shapes.sketch(shape, shapes.limit, 1)
+        assert sketch is not None and sketch.least <= sketch.seconds
+        staged = shapes.simulated(sketch)
+        assert isinstance(staged, Staged) and shapes.least(shape) <= sketch.least <= staged.seconds * (1 + 1e-9)
+        near.append(staged.seconds / sketch.seconds)
+    assert len(near) > 4 and min(near) > 0.5 and max(near) < 1.5
+
+
+def test_a_mask_that_every_device_makes_is_no_operators_own_work(graph: Graph, found: Terms) -> None:
+    """Masks of all blocks are made in one place of the program, and read in others: what they take is split as their readers are."""
+    assert any(x.name == "and" and x.flops > 1e8 for x in graph.instructions)
+    assert not [own.name for own in found.operators for w in own.work if w.flops > 1e8 and not w.factors]
