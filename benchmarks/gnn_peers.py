@@ -51,6 +51,7 @@ def ours(folder: Path, features: int) -> None:
     from partita.execute.devices import keep_freed_memory
     from partita.gnn.block import block_of
     from partita.gnn.layers import GCNConv
+    from partita.gnn.train import step_options
 
     keep_freed_memory()
     graph = gnn.Graph(np.load(folder / "offsets.npy"), np.load(folder / "sources.npy"))
@@ -59,7 +60,7 @@ def ours(folder: Path, features: int) -> None:
     layer.build((None, features))
     block = jax.device_put(block_of(graph))
     loss = lambda w, x, block: jnp.sum(layer.stateless_call([w], [], x, graph=block)[0] ** 2)
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), compiler_options=step_options())
     serve(lambda: float(jax.block_until_ready(step(w, x, block))[0]))
 
 

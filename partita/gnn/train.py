@@ -353,7 +353,7 @@ class FullGraphTraining:
                     out_specs=spec if rows else PartitionSpec(),
                     check_vma=False,
                 )
-            steps[key] = jax.jit(step, donate_argnums=0 if donate else (), compiler_options=_options())
+            steps[key] = jax.jit(step, donate_argnums=0 if donate else (), compiler_options=step_options())
         return steps[key]
 
     # -------------------------------------------------------------------------------------------------------------- the steps
@@ -473,7 +473,7 @@ def _over_parts(values: Any, data: Data) -> Any:
 
 
 @functools.cache
-def _options() -> dict[str, Any]:
+def step_options() -> dict[str, Any]:
     """How a step is compiled. On a CPU, XLA may give a product and all that is around it to a library as one, and then makes every number that is spread over
     rows a table of its own: twice the memory of a step, and half as long again (jaxlib 0.10.2, two layers of 16 features)."""
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
