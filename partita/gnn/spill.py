@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,6 +33,10 @@ FINENESS = (1, 2, 4, 8, 16)
 
 NARROW = 4
 """Columns that a tile has at least."""
+
+
+Cuts = tuple[tuple[slice, ...], tuple[slice, ...]]
+"""Rows and columns of tiles."""
 
 
 @dataclass(frozen=True)
@@ -63,24 +68,18 @@ class Table:
         columns = [k] if by == "columns" else range(len(self.columns))
         return [(r, c) for r in rows for c in columns]
 
-    def tile(self, r: int, c: int) -> Any:
-        """A tile's shape and type."""
+    def part(self, by: str, k: int) -> Any:
+        """Shape and type of what these tiles are together."""
         if len(self.rows) == len(self.columns) == 1:
             return jax.ShapeDtypeStruct(self.shape, self.dtype)
         size = lambda part: part.stop - part.start
-        return jax.ShapeDtypeStruct((size(self.rows[r]), size(self.columns[c])), self.dtype)
+        height = size(self.rows[k]) if by == "rows" else self.shape[0]
+        return jax.ShapeDtypeStruct((height, size(self.columns[k]) if by == "columns" else self.shape[1]), self.dtype)
 
-    def joined(self, by: str, tiles: Sequence[Any]) -> Any:
-        """The range of the table that its tiles are."""
-        wide = 1 if by == "columns" else len(self.columns)
-        rows = [_concatenated(tiles[i : i + wide], 1) for i in range(0, len(tiles), wide)]
-        return _concatenated(rows, 0)
-
-    def split(self, by: str, x: Any) -> list[Any]:
-        """The tiles of a range of the table."""
+    def cuts(self, by: str) -> Cuts:
+        """Where the tiles of a range begin and end in it."""
         every = (slice(None),)
-        rows, columns = every if by == "rows" else self.rows, every if by == "columns" else self.columns
-        return [x] if len(rows) == len(columns) == 1 else [x[r, c] for r in rows for c in columns]
+        return every if by == "rows" else self.rows, every if by == "columns" else self.columns
 
 
 @jax.tree_util.register_dataclass
@@ -106,12 +105,14 @@ class Carry:
 
 @dataclass(frozen=True)
 class Run:
-    """An operator as it is run: its program, the first row or column, and the tiles that it reads and writes."""
+    """An operator as it is run: its program, the first row or column, the tiles that it reads and writes, and how they lie in each table."""
 
     program: Any
     first: Any
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    read: tuple[Cuts, ...] = ()
+    written: tuple[Cuts, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -263,9 +264,7 @@ class Planned:
         options = FINENESS if any(g.by != "whole" for g in groups) else FINENESS[:1]
         for fineness in options:
             tables = self._tables(groups, shapes, fineness)
-            largest = max(
-                sum(_bytes(tables[t].tile(*at)) for t in g.reads + g.writes for at in tables[t].tiles(g.by, 0)) for g in groups
-            )
+            largest = max(sum(_bytes(tables[t].part(g.by, 0)) for t in g.reads + g.writes) for g in groups)
             guess = 2 * sum(map(_bytes, shapes.values())) if fineness == 1 else 9 * largest
             if fineness < options[-1] and guess > room:
                 continue
@@ -293,12 +292,12 @@ class Planned:
 
         def tiles(table: str, name: str, by: str, k: int) -> list[str]:
             """Names of tiles of a table, or of another that is cut as it is."""
-            found = []
-            for r, c in tables[table].tiles(by, k):
+            found, at = [], tables[table]
+            for r, c in at.tiles(by, k):
                 found.append(f"{name}[{r},{c}]")
-                sizes[found[-1]] = _bytes(tables[table].tile(r, c))
+                sizes[found[-1]] = _bytes(at.part("rows", r)) * _bytes(at.part("columns", c)) // _bytes(at.part("whole", 0))
                 if name == "x0":
-                    features[found[-1]] = tables[table].rows[r], tables[table].columns[c]
+                    features[found[-1]] = at.rows[r], at.columns[c]
             return found
 
         def add(what: str, function: Any, i: int, reads: Sequence[tuple[str, str]], writes: Sequence[tuple[str, str]]) -> None:
@@ -307,27 +306,32 @@ class Planned:
             ranges = self._cuts(groups[i], tables)
             for k, part in reversed(list(enumerate(ranges))) if what == "backward" else enumerate(ranges):
                 key = what, i, part.stop - part.start
-                given = [tables[t].tile(*at) for t, _ in reads for at in tables[t].tiles(by, k)]
-                read, written = ([n for t, name in names for n in tiles(t, name, by, k)] for names in (reads, writes))
+                given, made = ([tables[t].part(by, k) for t, _ in names] for names in (reads, writes))
+                read, written = (tuple(n for t, name in names for n in tiles(t, name, by, k)) for names in (reads, writes))
+                cuts = [tuple(tables[t].cuts(by) for t, _ in names) for names in (reads, writes)]
                 if key not in programs:
                     program: Any = jax.jit(_apart(function, key[2]), donate_argnums=0).lower(
                         carry, *self.like[:2], self.data, jax.ShapeDtypeStruct((), jnp.int32), *given
                     ).compile()  # fmt: skip
-                    programs[key] = program, _scratch(program, sum(sizes[t] for t in read + written))
-                program, scratch = programs[key]
+                    programs[key] = program, _scratch(program, sum(map(_bytes, given + made)))
+                program, inside = programs[key]
+                joined, split = (
+                    sum(_bytes(x) for x, at in zip(*both, strict=True) if _tiled(at))
+                    for both in zip((given, made), cuts, strict=True)
+                )
                 if what == "predict":
-                    scratch += sum(_bytes(tables[t].tile(*at)) for t in groups[i].writes for at in tables[t].tiles(by, k))
+                    inside += sum(_bytes(tables[t].part(by, k)) for t in groups[i].writes)
                 name = f"{what} {i}" + (f"[{k}]" if len(ranges) > 1 else "")
-                operators.append(Operator(name, tuple(read), tuple(written), scratch, family=f"{what} {i}"))
-                runs[name] = Run(program, np.int32(part.start), tuple(read), tuple(written))
+                operators.append(Operator(name, read, written, max(inside + joined, split), family=f"{what} {i}"))
+                runs[name] = Run(program, np.int32(part.start), read, written, *cuts)
 
         last = len(groups) - 1
         for i, group in enumerate(groups[:-1]):
-            forward = lambda size, *given, group=group: self._forward(group, tables, *given)
+            forward = lambda size, *given, group=group: self._forward(group, *given)
             add("forward", forward, i, [(t, t) for t in group.reads], [(t, t) for t in group.writes])
         end, reads = groups[last], [(t, t) for t in groups[last].reads]
         if kind != "train":
-            add(kind, lambda size, *given: self._end(kind, end, tables, size, *given), last, reads, [])
+            add(kind, lambda size, *given: self._end(kind, end, size, *given), last, reads, [])
             return Passage(Work(tuple(operators), sizes, self._fixed()), runs, features)
         learns: set[str] = set()  # tables that have a gradient
         for group, weights in zip(groups, used, strict=True):
@@ -335,7 +339,7 @@ class Planned:
                 learns |= set(group.writes)
         wanted = [t for t in end.reads if t in learns]
         gradient = {t: f"d{t}" for t in wanted}  # how the sum so far is called
-        turn = lambda size, *given: self._turn(end, tables, used[last], wanted, size, *given)
+        turn = lambda size, *given: self._turn(end, used[last], wanted, size, *given)
         add("turn", turn, last, reads, [(t, gradient[t]) for t in wanted])
         for i in reversed(range(last)):
             group = groups[i]
@@ -349,7 +353,7 @@ class Planned:
             if not wanted and not used[i]:
                 continue
             back = lambda size, *given, group=group, i=i, wanted=wanted, known=known, sums=sums: self._backward(
-                group, tables, used[i], wanted, [t for t, _ in known], [t for t, _ in sums], *given
+                group, used[i], wanted, [t for t, _ in known], [t for t, _ in sums], *given
             )
             add("backward", back, i, [*known, *above, *sums], [(t, gradient[t]) for t in wanted])
         update: Any = jax.jit(self.model.optimizer.stateless_apply).lower(self.like[2], self.like[0], self.like[0]).compile()
@@ -362,30 +366,15 @@ class Planned:
         table = tables[(group.reads + group.writes)[0]]
         return table.rows if group.by == "rows" else table.columns if group.by == "columns" else (slice(0, 0),)
 
-    def _joined(
-        self, by: str, tables: dict[str, Table], names: Sequence[str], tiles: Sequence[Any]
-    ) -> tuple[dict[str, Any], Any]:
-        """(ranges of the tables by their names, tiles left over)."""
-        found = {}
-        for name in names:
-            count = len(tables[name].tiles(by, 0))
-            found[name], tiles = tables[name].joined(by, tiles[:count]), tiles[count:]
-        return found, tiles
-
-    def _split(self, by: str, tables: dict[str, Table], values: dict[str, Any]) -> list[Any]:
-        return [tile for name, value in values.items() for tile in tables[name].split(by, value)]
-
     def _at(self, group: Group, graph: Any, first: Any) -> tuple[Any, Any]:
         """(the graph as a range of rows sees it, the first column)."""
         return (replace(graph, first=first.reshape(1)), 0) if group.by == "rows" else (graph, first)
 
-    def _forward(
-        self, group: Group, tables: Any, carry: Carry, trainable: Any, others: Any, data: Any, first: Any, *tiles: Any
-    ) -> Any:
-        """(carry, tiles written)."""
-        given, _ = self._joined(group.by, tables, group.reads, tiles)
-        written, changed = self._run(group, trainable, others, *self._at(group, data.graph, first), given)
-        return carry.changed(changed), self._split(group.by, tables, dict(zip(group.writes, written, strict=True)))
+    def _forward(self, group: Group, carry: Carry, trainable: Any, others: Any, data: Any, first: Any, *given: Any) -> Any:
+        """(carry, tables written)."""
+        known = dict(zip(group.reads, given, strict=True))
+        written, changed = self._run(group, trainable, others, *self._at(group, data.graph, first), known)
+        return carry.changed(changed), written
 
     def _part(self, group: Group, data: Any, first: Any, size: int) -> Any:
         """Labels and training mask of a range of rows."""
@@ -395,11 +384,11 @@ class Planned:
         return replace(data, labels=cut(data.labels), masks={"train": cut(data.masks["train"])})
 
     def _end(
-        self, kind: str, group: Group, tables: Any, size: int, carry: Carry, trainable: Any, others: Any, data: Any, first: Any, *tiles: Any
-    ) -> Any:  # fmt: skip
-        """Loss and metrics added to the carry, or rows of the model's output."""
-        given, _ = self._joined(group.by, tables, group.reads, tiles)
-        (y,), _ = self._run(group, trainable, others, *self._at(group, data.graph, first), given)
+        self, kind: str, group: Group, size: int, carry: Carry, trainable: Any, others: Any, data: Any, first: Any, *given: Any
+    ) -> Any:
+        """(carry with loss and metrics added, nothing), or for 'predict' (carry, rows of the model's output)."""
+        known = dict(zip(group.reads, given, strict=True))
+        (y,), _ = self._run(group, trainable, others, *self._at(group, data.graph, first), known)
         if kind == "predict":
             return carry, [y]
         part = self._part(group, data, first, size)
@@ -407,44 +396,41 @@ class Planned:
         return carry.judged(value, self._counted(y, part)), []
 
     def _turn(
-        self, group: Group, tables: Any, used: list[int], wanted: list[str], size: int, carry: Carry, trainable: Any, others: Any, data: Any, first: Any, *tiles: Any
+        self, group: Group, used: list[int], wanted: list[str], size: int, carry: Carry, trainable: Any, others: Any, data: Any, first: Any, *given: Any
     ) -> Any:  # fmt: skip
-        """Forward, loss, metrics and backward: (carry, tiles of gradients)."""
-        given, _ = self._joined(group.by, tables, group.reads, tiles)
+        """Forward, loss, metrics and backward: (carry, gradients of tables)."""
+        known = dict(zip(group.reads, given, strict=True))
         part = self._part(group, data, first, size)
 
         def loss(weights: Any, some: dict[str, Any]) -> Any:
             (y,), changed = self._run(
-                group, _replaced(trainable, used, weights), others, *self._at(group, data.graph, first), given | some
+                group, _replaced(trainable, used, weights), others, *self._at(group, data.graph, first), known | some
             )
             return self.model._summed_loss(y, part, "train") / data.masks["train"].sum(), (y, changed)
 
         (value, (y, changed)), (grads, slopes) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
-            [trainable[k] for k in used], {t: given[t] for t in wanted}
+            [trainable[k] for k in used], {t: known[t] for t in wanted}
         )
         carry = carry.changed(changed).judged(value, self._counted(y, part)).learned(used, grads)
-        return carry, self._split(group.by, tables, {t: slopes[t] for t in wanted})
+        return carry, [slopes[t] for t in wanted]
 
     def _backward(
-        self, group: Group, tables: Any, used: list[int], wanted: list[str], known: list[str], sums: list[str], carry: Carry, trainable: Any, others: Any,
-        data: Any, first: Any, *tiles: Any,
+        self, group: Group, used: list[int], wanted: list[str], reads: list[str], sums: list[str], carry: Carry, trainable: Any, others: Any, data: Any,
+        first: Any, *given: Any,
     ) -> Any:  # fmt: skip
-        """(carry, tiles of gradients), added to what other operators gave to the same tables."""
-        given, tiles = self._joined(group.by, tables, known, tiles)
-        above, tiles = self._joined(group.by, tables, group.writes, tiles)
-        before, _ = self._joined(group.by, tables, sums, tiles)
-        like = next(iter(above.values()))
-        given = given or {t: jnp.zeros(like.shape, like.dtype) for t in group.reads}  # of no influence
+        """(carry, gradients of tables), added to what other operators gave. Given are tables read, gradients of those written, sums so far."""
+        known, given = dict(zip(reads, given, strict=False)), given[len(reads) :]
+        above, before = list(given[: len(group.writes)]), dict(zip(sums, given[len(group.writes) :], strict=True))
+        known = known or {t: jnp.zeros_like(above[0]) for t in group.reads}  # of no influence
 
         def run(weights: Any, some: dict[str, Any]) -> Any:
             return self._run(
-                group, _replaced(trainable, used, weights), others, *self._at(group, data.graph, first), given | some
+                group, _replaced(trainable, used, weights), others, *self._at(group, data.graph, first), known | some
             )[0]
 
-        _, back = jax.vjp(run, [trainable[k] for k in used], {t: given[t] for t in wanted})
-        grads, slopes = back([above[t] for t in group.writes])
-        slopes = {t: slopes[t] + before[t] if t in before else slopes[t] for t in wanted}
-        return carry.learned(used, grads), self._split(group.by, tables, slopes)
+        _, back = jax.vjp(run, [trainable[k] for k in used], {t: known[t] for t in wanted})
+        grads, slopes = back(above)
+        return carry.learned(used, grads), [slopes[t] + before[t] if t in before else slopes[t] for t in wanted]
 
     # ------------------------------------------------------------------------------------------------------------- the step
 
@@ -475,12 +461,13 @@ class Planned:
                 self.host.save(name, np.asarray(held[name]))
             elif name != "update":
                 run = passage.runs[name]
-                carry, written = run.program(carry, trainable, others, data, run.first, *(held[t] for t in run.reads))
+                carry, written = run.program(carry, trainable, others, data, run.first, *_joined(run, held))
                 jax.block_until_ready((carry, written))
                 if run.writes:
-                    held.update(zip(run.writes, written, strict=True))
+                    held.update(zip(run.writes, jax.block_until_ready(_split(run, written)), strict=True))
                 else:
                     rows += map(np.asarray, written)
+                del written
                 seconds[name] = time.perf_counter() - began
             if action.what in ("load", "save"):
                 moved += held[name].nbytes
@@ -586,8 +573,38 @@ def _apart(function: Any, size: int) -> Any:
     return whole
 
 
-def _concatenated(parts: Sequence[Any], axis: int) -> Any:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
+def _tiled(at: Cuts) -> bool:
+    return len(at[0]) * len(at[1]) > 1
+
+
+def _joined(run: Run, held: dict[str, Any]) -> list[Any]:
+    """The tables that an operator reads, of their tiles."""
+    found, n = [], 0
+    for at in run.read:
+        tiles = [held[t] for t in run.reads[n : n + len(at[0]) * len(at[1])]]
+        n += len(tiles)
+        found.append(_concatenated(len(at[1]), tiles) if _tiled(at) else tiles[0])
+    return found
+
+
+def _split(run: Run, tables: Sequence[Any]) -> list[Any]:
+    """The tiles of the tables that an operator writes."""
+    found = []
+    for at, table in zip(run.written, tables, strict=True):
+        found += _cut(tuple(tuple((s.start, s.stop) for s in cuts) for cuts in at), table) if _tiled(at) else [table]
+    return found
+
+
+@partial(jax.jit, static_argnums=0)
+def _concatenated(wide: int, tiles: list[Any]) -> Any:
+    rows = [jnp.concatenate(tiles[i : i + wide], 1) for i in range(0, len(tiles), wide)]
+    return jnp.concatenate(rows, 0)
+
+
+@partial(jax.jit, static_argnums=0)
+def _cut(at: Any, table: Any) -> list[Any]:
+    rows, columns = at
+    return [table[slice(*r), slice(*c)] for r in rows for c in columns]
 
 
 def _replaced(values: Sequence[Any], at: Sequence[int], new: Sequence[Any]) -> list[Any]:
