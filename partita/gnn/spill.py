@@ -12,6 +12,7 @@ the optimizer's state are always on the device. Counted are arrays and what XLA 
 from __future__ import annotations
 
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -30,6 +31,9 @@ from partita.gnn.pieces import Piece, by_rows
 
 FINENESS = (1, 2, 4, 8, 16)
 """Into how many columns tables may be cut, and into twice as many rows; 1 is not at all."""
+
+PLACES = 16
+"""Tables are cut until so many times what the largest operator reads and writes has place: its scratch, and what waits."""
 
 NARROW = 4
 """Columns that a tile has at least."""
@@ -265,7 +269,7 @@ class Planned:
         for fineness in options:
             tables = self._tables(groups, shapes, fineness)
             largest = max(sum(_bytes(tables[t].part(g.by, 0)) for t in g.reads + g.writes) for g in groups)
-            guess = 2 * sum(map(_bytes, shapes.values())) if fineness == 1 else 9 * largest
+            guess = 2 * sum(map(_bytes, shapes.values())) if fineness == 1 else PLACES * largest
             if fineness < options[-1] and guess > room:
                 continue
             passage = self._passage("train", fineness)
@@ -479,8 +483,12 @@ class Planned:
         if self.measured or self.last is None or not self.last.moved:
             return
         self.measured, last = True, self.last
-        seconds = lambda o: last.seconds[o.name] if o.family.startswith("forward") else None
-        work = replace(self.work, operators=tuple(replace(o, seconds=seconds(o)) for o in self.work.operators))
+        families: dict[str, list[float]] = {}
+        for o in self.work.operators:
+            if o.family.startswith("forward"):
+                families.setdefault(o.family, []).append(last.seconds[o.name])
+        seconds = {family: statistics.median(found) for family, found in families.items()}  # the first of them compiles
+        work = replace(self.work, operators=tuple(replace(o, seconds=seconds.get(o.family)) for o in self.work.operators))
         self.passage = replace(self.passage, work=work)
         self.plan = planned(work, self.budget, last.moved / max(last.copying, 1e-9))
 
