@@ -11,10 +11,12 @@
 
 Sums and products with weights can change places: a layer whose aggregation is linear aggregates where rows are narrower, before or
 after the product. The price of rounding apart, the result is the same. Weights of edges count in GCNConv and GatedGraphConv.
+A layer is written as pieces (`pieces.Piece`): products by rows, aggregations by columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ import keras
 
 from partita.errors import GraphError
 from partita.gnn.block import Block
+from partita.gnn.pieces import Piece, by_columns, by_rows, run
 
 PACKAGE = "partita"
 product: Any = keras.ops.matmul
@@ -52,6 +55,13 @@ class AbstractConv(keras.layers.Layer):
     def finished(self, y: Any, bias: Any) -> Any:
         return self.activation(y if bias is None else plus(y, bias))
 
+    def pieces(self, width: int) -> Sequence[Piece]:
+        """The layer of rows of `width` features: from "x", the last one writes the result."""
+        raise NotImplementedError
+
+    def call(self, x: Any, graph: Block) -> Any:
+        return run(self.pieces(x.shape[-1]), graph, x)
+
     def compute_output_shape(self, input_shape: Any, *_: Any) -> Any:
         return (*input_shape[:-1], self.units)
 
@@ -71,16 +81,16 @@ class GCNConv(AbstractConv):
         self.kernel = self.matrix("kernel", input_shape[-1], self.units)
         self.shift = self.bias()
 
-    def call(self, x: Any, graph: Block) -> Any:
-        scale = jax.lax.rsqrt(jnp.maximum(graph.load + graph.alone, 1e-12))[:, None]
-
-        def spread(rows: Any) -> Any:
+    def pieces(self, width: int) -> Sequence[Piece]:
+        def spread(graph: Block, column: Any, rows: Any) -> Any:
+            scale = jax.lax.rsqrt(jnp.maximum(graph.load + graph.alone, 1e-12))[:, None]
             rows = rows * scale
             return (graph.sum(rows, weighted=True) + rows * graph.alone[:, None]) * scale
 
-        wide = x.shape[-1] > self.units
-        y = spread(product(x, self.kernel)) if wide else product(spread(x), self.kernel)
-        return self.finished(y, self.shift)
+        if width > self.units:
+            multiply = by_rows("x", "p", lambda x: product(x, self.kernel))
+            return multiply, by_columns("p", "s", spread), by_rows("s", "y", lambda s: self.finished(s, self.shift))
+        return by_columns("x", "s", spread), by_rows("s", "y", lambda s: self.finished(product(s, self.kernel), self.shift))
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -98,14 +108,10 @@ class SAGEConv(AbstractConv):
         self.kernel = self.matrix("kernel", input_shape[-1], self.units)
         self.shift = self.bias()
 
-    def call(self, x: Any, graph: Block) -> Any:
+    def pieces(self, width: int) -> Sequence[Piece]:
         if self.aggregation == "max":
-            y = product(graph.max(x), self.kernel)
-        elif x.shape[-1] > self.units:
-            y = graph.mean(product(x, self.kernel))
-        else:
-            y = product(graph.mean(x), self.kernel)
-        return self.finished(product(x, self.own) + y, self.shift)
+            return _beside(self, lambda graph, column, x: graph.max(x), linear=False)
+        return _beside(self, _mean, multiply_first=width > self.units)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "aggregation": self.aggregation}
@@ -122,12 +128,17 @@ class GINConv(AbstractConv):
         self.second = self.matrix("second", self.units, self.units)
         self.second_shift = self.bias(name="second_bias")
 
-    def call(self, x: Any, graph: Block) -> Any:
-        gather = lambda rows: graph.sum(rows) + keras.ops.multiply(rows, 1 + self.epsilon)
-        wide = x.shape[-1] > self.units
-        y = gather(product(x, self.kernel)) if wide else product(gather(x), self.kernel)
-        y = y if self.shift is None else plus(y, self.shift)
-        return self.finished(product(keras.ops.relu(y), self.second), self.second_shift)
+    def pieces(self, width: int) -> Sequence[Piece]:
+        gather = lambda x, s: s + keras.ops.multiply(x, 1 + self.epsilon)
+
+        def dense(y: Any) -> Any:
+            y = y if self.shift is None else plus(y, self.shift)
+            return self.finished(product(keras.ops.relu(y), self.second), self.second_shift)
+
+        if width > self.units:
+            multiply = by_rows("x", "p", lambda x: product(x, self.kernel))
+            return multiply, by_columns("p", "s", _sum), by_rows("p s", "y", lambda p, s: dense(gather(p, s)))
+        return by_columns("x", "s", _sum), by_rows("x s", "y", lambda x, s: dense(product(gather(x, s), self.kernel)))
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -146,10 +157,21 @@ class GATv2Conv(AbstractConv):
         self.score = self.matrix("score", self.heads, self.units // self.heads)
         self.shift = self.bias()
 
-    def call(self, x: Any, graph: Block) -> Any:
-        by_heads = lambda kernel: product(x, kernel).reshape(-1, self.heads, self.units // self.heads)
-        y = graph.attention(by_heads(self.kernel), by_heads(self.destination), keras.ops.convert_to_tensor(self.score))
-        return self.finished(y.reshape(-1, self.units), self.shift)
+    def pieces(self, width: int) -> Sequence[Piece]:
+        each = self.units // self.heads
+
+        def attention(graph: Block, column: Any, left: Any, right: Any) -> Any:
+            heads = left.shape[1] // each
+            score = jax.lax.dynamic_slice_in_dim(keras.ops.convert_to_tensor(self.score), column // each, heads)
+            return graph.attention(left.reshape(-1, heads, each), right.reshape(-1, heads, each), score).reshape(
+                -1, heads * each
+            )
+
+        return (
+            by_rows("x", "l r", lambda x: (product(x, self.kernel), product(x, self.destination))),
+            by_columns("l r", "s", attention, linear=False, grain=each),
+            by_rows("s", "y", lambda s: self.finished(s, self.shift)),
+        )
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "heads": self.heads}
@@ -167,9 +189,8 @@ class CommNetConv(AbstractConv):
         self.kernel = self.matrix("kernel", input_shape[-1], self.units)
         self.shift = self.bias()
 
-    def call(self, x: Any, graph: Block) -> Any:
-        y = graph.mean(product(x, self.kernel)) if x.shape[-1] > self.units else product(graph.mean(x), self.kernel)
-        return self.finished(product(x, self.own) + y, self.shift)
+    def pieces(self, width: int) -> Sequence[Piece]:
+        return _beside(self, _mean, multiply_first=width > self.units)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -193,17 +214,46 @@ class GatedGraphConv(AbstractConv):
         self.recurrent = self.matrix("recurrent", self.units, 3 * self.units)
         self.shift, self.recurrent_shift = self.bias(3 * self.units), self.bias(3 * self.units, "recurrent_bias")
 
-    def call(self, x: Any, graph: Block) -> Any:
-        state = jnp.pad(x, ((0, 0), (0, self.units - x.shape[-1])))
-        for kernel in self.kernels:
-            message = graph.sum(product(state, kernel), weighted=True)
+    def pieces(self, width: int) -> Sequence[Piece]:
+        def recurrent(state: Any, message: Any) -> Any:
             fed, kept = product(message, self.gates), product(state, self.recurrent)
             if self.shift is not None:
                 fed, kept = plus(fed, self.shift), plus(kept, self.recurrent_shift)
             (r1, z1, n1), (r2, z2, n2) = jnp.split(fed, 3, axis=1), jnp.split(kept, 3, axis=1)
             reset, update = jax.nn.sigmoid(r1 + r2), jax.nn.sigmoid(z1 + z2)
-            state = update * state + (1 - update) * jnp.tanh(n1 + reset * n2)
-        return self.activation(state)
+            return update * state + (1 - update) * jnp.tanh(n1 + reset * n2)
+
+        found = [by_rows("x", "h0", lambda x: jnp.pad(x, ((0, 0), (0, self.units - x.shape[-1]))))]
+        for i, kernel in enumerate(self.kernels):
+            found += [
+                by_rows(f"h{i}", f"p{i}", lambda h, kernel=kernel: product(h, kernel)),
+                by_columns(f"p{i}", f"s{i}", lambda graph, column, p: graph.sum(p, weighted=True)),
+                by_rows(f"h{i} s{i}", f"h{i + 1}", recurrent),
+            ]
+        return [*found, by_rows(f"h{self.steps}", "y", self.activation)]
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "steps": self.steps}
+
+
+def _sum(graph: Block, column: Any, rows: Any) -> Any:
+    return graph.sum(rows)
+
+
+def _mean(graph: Block, column: Any, rows: Any) -> Any:
+    return graph.mean(rows)
+
+
+def _beside(layer: Any, aggregate: Callable[..., Any], linear: bool = True, multiply_first: bool = False) -> Sequence[Piece]:
+    """The vertex's own row times `own` and what is aggregated times `kernel`, added, with bias and activation."""
+    done = lambda y: layer.finished(y, layer.shift)
+    if multiply_first:
+        return (
+            by_rows("x", "p q", lambda x: (product(x, layer.kernel), product(x, layer.own))),
+            by_columns("p", "s", aggregate, linear),
+            by_rows("q s", "y", lambda q, s: done(q + s)),
+        )
+    return (
+        by_columns("x", "s", aggregate, linear),
+        by_rows("x s", "y", lambda x, s: done(product(x, layer.own) + product(s, layer.kernel))),
+    )

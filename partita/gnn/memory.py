@@ -1,33 +1,48 @@
-"""Which tensors stay on a device of too little memory: the plan of least traffic between host and device, by dynamic programming.
+"""Which tensors stay on a device of too little memory: a plan of little traffic between host and device.
 
-`planned` gives the cheapest way through the states COST(S, T) of Roc (Jia et al., MLSys 2020, section 5): S, the operators done, always
-the first ones of the order given; T, the tensors on the device and on the host. Beside loading and saving, a tensor may be made again by
-running its operator again. `lru` is the ordinary cache to compare with. The time is exponential in the tensors alive at once: beyond
-`LIMIT` states the plan is that of `lru`, and says so by `exact`. No jax here.
+`planned` gives the cheapest way through the states COST(S, T) of Roc (Jia et al., MLSys 2020, section 5) where there are few tensors: S, the
+operators done, always the first ones of the order given; T, the tensors on the device and on the host. Beside loading and saving, a tensor
+may be made again by running its operator again. The time is exponential in the tensors alive at once: beyond `SMALL` tensors or `LIMIT`
+states the plan is the best of several caches that know the future, and says so by `exact`. They drop what is used furthest ahead (Belady 1966),
+rather what the host has already, and may run families of operators again. `lru` is the ordinary cache to compare with. No jax here.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from partita.errors import GraphError
 from partita.units import format_bytes
 
-LIMIT = 200_000
+SMALL = 24
+"""Tensors up to which the least is searched for."""
+
+LIMIT = 20_000
 """States after which a search ends."""
+
+WEIGHTS = (1.0, 1.5, 2.0, 3.0)
+"""How much rather a cache drops a tensor that the host has than one that would have to be saved first."""
 
 
 @dataclass(frozen=True)
 class Operator:
-    """What an operator reads and writes; `scratch` bytes while it runs; `seconds` to run it again, None where it must not be."""
+    """What an operator reads and writes; `scratch` bytes while it runs; `seconds` to run it again, None where it must not be; `family`, those that are
+    run again alike."""
 
     name: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     scratch: int = 0
     seconds: float | None = None
+    family: str = ""
+
+    @cached_property
+    def tensors(self) -> frozenset[str]:
+        return frozenset(self.reads + self.writes)
 
 
 @dataclass(frozen=True)
@@ -38,28 +53,38 @@ class Work:
     bytes: dict[str, int]
     fixed: int = 0
 
+    @cached_property
+    def uses(self) -> dict[str, list[int]]:
+        """The positions of the operators that read each tensor."""
+        found: dict[str, list[int]] = {t: [] for t in self.bytes}
+        for i, operator in enumerate(self.operators):
+            for tensor in dict.fromkeys(operator.reads):
+                found[tensor].append(i)
+        return found
+
     def alive(self, done: int) -> frozenset[str]:
         """Tensors that operators still read after the first `done`."""
-        return frozenset(t for o in self.operators[done:] for t in o.reads)
+        return frozenset(t for t, uses in self.uses.items() if uses and uses[-1] >= done)
 
     def given(self) -> frozenset[str]:
         """Tensors that begin on the host."""
         return frozenset(self.bytes) - {t for o in self.operators for t in o.writes}
 
-    def size(self, tensors: frozenset[str]) -> int:
+    def size(self, tensors: Iterable[str]) -> int:
         return sum(self.bytes[t] for t in tensors)
 
     def least(self) -> int:
         """The smallest possible budget in bytes: the largest operator with what it reads and writes."""
-        return self.fixed + max(self.size(frozenset(o.reads + o.writes)) + o.scratch for o in self.operators)
+        return self.fixed + max(self.size(o.tensors) + o.scratch for o in self.operators)
 
     def need(self) -> int:
         """Bytes of the fullest moment where all stays on the device from when it is made, or given, to its last use."""
-        held, most = self.given() & self.alive(0), 0
+        held = self.size(self.given() & self.alive(0))
+        most = 0
         for i, o in enumerate(self.operators):
-            held |= frozenset(o.writes)
-            most = max(most, self.size(held) + o.scratch)
-            held &= self.alive(i + 1)
+            held += self.size(dict.fromkeys(o.writes))
+            most = max(most, held + o.scratch)
+            held -= self.size(t for t in o.tensors if not self.uses[t] or self.uses[t][-1] <= i)
         return self.fixed + most
 
 
@@ -81,13 +106,152 @@ class MemoryPlan:
     exact: bool
 
 
+def planned(work: Work, budget: int, bandwidth: float) -> MemoryPlan:
+    """A plan of little cost within a budget in bytes; `bandwidth` in bytes a second makes bytes of seconds. GraphError below `work.least()`."""
+    best = lru(work, budget)
+    compulsory = work.size(t for t in work.given() if work.uses[t])
+    if best.cost == compulsory:
+        return MemoryPlan(best.actions, best.traffic, best.cost, True)
+    weights = {weight: _Cache(work, budget, bandwidth, weight).plan() for weight in WEIGHTS}
+    weight = min(weights, key=lambda w: weights[w].cost)
+    best = min(best, weights[weight], key=lambda plan: plan.cost)
+    again: frozenset[str] = frozenset()
+    for family in dict.fromkeys(o.family for o in work.operators if o.family and o.seconds is not None):
+        try:
+            other = _Cache(work, budget, bandwidth, weight, again | {family}).plan()
+        except _NoRoom:
+            continue
+        if other.cost < best.cost:
+            best, again = other, again | {family}
+    if best.cost == compulsory:
+        return MemoryPlan(best.actions, best.traffic, best.cost, True)
+    return (_searched(work, budget, bandwidth, best.cost) if len(work.bytes) <= SMALL else None) or best
+
+
+def lru(work: Work, budget: int) -> MemoryPlan:
+    """What a cache does that loads on demand and drops what was used longest ago, saved first where the host has no copy."""
+    if budget < work.least():
+        raise GraphError(
+            f'A memory of {format_bytes(budget)} is too little: the largest operator alone needs {work.least():,} bytes; give memory="{work.least()} B" or more.'
+        )
+    return _Cache(work, budget).plan()
+
+
+class _NoRoom(Exception):
+    """What is wanted at once does not fit."""
+
+
+class _Cache:
+    """A device's memory while operators run in their order. With a `weight` it drops what is used furthest ahead, the distance times the weight where the
+    host has a copy, or can have it made again by an operator of the families `again`; without, what was used longest ago."""
+
+    def __init__(
+        self, work: Work, budget: int, bandwidth: float = 0.0, weight: float | None = None, again: frozenset[str] = frozenset()
+    ) -> None:
+        self.work, self.room, self.bandwidth, self.weight = work, budget - work.fixed, bandwidth, weight
+        self.makers = {t: o for o in work.operators if o.family in again and o.seconds is not None for t in o.writes}
+        self.uses = work.uses
+        if self.makers:  # what another tensor is made from is used whenever that one is
+            self.uses = {t: list(uses) for t, uses in work.uses.items()}
+            for operator in reversed(work.operators):
+                later = sorted({u for t in operator.writes if t in self.makers for u in self.uses[t]})
+                for tensor in operator.reads if later else ():
+                    self.uses[tensor] = sorted({*self.uses[tensor], *later})
+        self.held: dict[str, None] = {}  # used longest ago first
+        self.host = set(work.given())
+        self.actions: list[Action] = []
+        self.bytes, self.moved, self.cost, self.now = 0, 0, 0.0, 0
+
+    def plan(self) -> MemoryPlan:
+        for i, operator in enumerate(self.work.operators):
+            self.now = i
+            self._have(operator.reads, operator.tensors)
+            self._run("run", operator, operator.tensors)
+            for tensor in [t for t in dict.fromkeys(operator.reads + operator.writes) if t in self.held]:
+                self._touch(tensor)
+                if self._next(tensor, self.now + 1) is None:
+                    self._drop(tensor)
+        return MemoryPlan(tuple(self.actions), self.moved, self.moved + self.cost, False)
+
+    def _have(self, tensors: tuple[str, ...], wanted: frozenset[str]) -> None:
+        """Makes or loads what is not there, and drops nothing of `wanted`."""
+        for tensor in tensors:
+            if tensor not in self.held and tensor not in self.host:
+                self._make_again(self.makers[tensor], wanted)
+        missing = [t for t in dict.fromkeys(tensors) if t not in self.held]
+        self._make_room(self.work.size(missing), wanted)
+        for tensor in missing:
+            self._copy("load", tensor)
+            self._hold(tensor)
+
+    def _make_again(self, maker: Operator, wanted: frozenset[str]) -> None:
+        for held in [t for t in maker.writes if t in self.held]:
+            self._drop(held)
+        wanted |= maker.tensors
+        self._have(maker.reads, wanted)
+        self._run("again", maker, wanted)
+        self.cost += (maker.seconds or 0.0) * self.bandwidth
+        for unused in [t for t in maker.tensors if t in self.held and self._next(t, self.now) is None]:
+            self._drop(unused)
+
+    def _run(self, what: str, operator: Operator, wanted: frozenset[str]) -> None:
+        new = [t for t in dict.fromkeys(operator.writes) if t not in self.held]
+        self._make_room(self.work.size(new) + operator.scratch, wanted)
+        self.actions.append(Action(what, operator.name))
+        for tensor in new:
+            self._hold(tensor)
+
+    def _next(self, tensor: str, after: int) -> int | None:
+        uses = self.uses[tensor]
+        at = bisect_left(uses, after)
+        return uses[at] if at < len(uses) else None
+
+    def _make_room(self, size: int, wanted: frozenset[str]) -> None:
+        if self.bytes + size <= self.room:
+            return
+        others = [t for t in self.held if t not in wanted]
+        if self.weight is not None:
+            others.sort(key=self._distance)
+            others.reverse()
+        for tensor in others:
+            if tensor not in self.host and tensor not in self.makers and self._next(tensor, self.now) is not None:
+                self._copy("save", tensor)
+                self.host.add(tensor)
+            self._drop(tensor)
+            if self.bytes + size <= self.room:
+                return
+        raise _NoRoom
+
+    def _distance(self, tensor: str) -> float:
+        ahead = self._next(tensor, self.now)
+        if ahead is None or self.weight is None:  # kept for what was not made again after all
+            return float("inf")
+        return (ahead - self.now) * (self.weight if tensor in self.host or tensor in self.makers else 1.0)
+
+    def _copy(self, what: str, tensor: str) -> None:
+        self.actions.append(Action(what, tensor))
+        self.moved += self.work.bytes[tensor]
+
+    def _hold(self, tensor: str) -> None:
+        self.held[tensor] = None
+        self.bytes += self.work.bytes[tensor]
+
+    def _touch(self, tensor: str) -> None:
+        del self.held[tensor]
+        self.held[tensor] = None
+
+    def _drop(self, tensor: str) -> None:
+        self.actions.append(Action("drop", tensor))
+        del self.held[tensor]
+        self.bytes -= self.work.bytes[tensor]
+
+
 State = tuple[int, frozenset[str], frozenset[str]]
 """(operators done, tensors on the device, tensors on the host)"""
 
 
-def planned(work: Work, budget: int, bandwidth: float) -> MemoryPlan:
-    """The plan of least cost within a budget in bytes; `bandwidth` in bytes a second makes bytes of seconds. GraphError below `work.least()`."""
-    fallback = lru(work, budget)
+def _searched(work: Work, budget: int, bandwidth: float, most: float) -> MemoryPlan | None:
+    """The plan of least cost, which is `most` or less; None where the search is too long."""
     room = budget - work.fixed
     alive = [_needed(work, i) for i in range(len(work.operators) + 1)]
     start: State = (0, frozenset(), work.given() & alive[0])
@@ -105,49 +269,11 @@ def planned(work: Work, budget: int, bandwidth: float) -> MemoryPlan:
             break
         for after, actions, moved, price in _next(work, state, room, bandwidth, alive):
             total = cost + price
-            if total <= fallback.cost and total < best.get(after, float("inf")):
+            if total <= most and total < best.get(after, float("inf")):
                 best[after], came[after] = total, (state, actions, moved)
                 count += 1
                 heapq.heappush(queue, (total, -after[0], count, after))
-    return fallback
-
-
-def lru(work: Work, budget: int) -> MemoryPlan:
-    """What a cache does that loads on demand and drops what was used longest ago, saved first where the host has no copy."""
-    if budget < work.least():
-        raise GraphError(
-            f'A memory of {format_bytes(budget)} is too little: the largest operator alone needs {work.least():,} bytes; give memory="{work.least()} B" or more.'
-        )
-    room, actions, moved = budget - work.fixed, [], 0
-    held: list[str] = []  # used longest ago first
-    host = set(work.given())
-    for i, operator in enumerate(work.operators):
-        wanted = frozenset(operator.reads + operator.writes)
-        for tensor in [t for t in dict.fromkeys(operator.reads) if t not in held]:
-            moved += _make_room(work, held, host, wanted, room - work.bytes[tensor], actions)
-            actions.append(Action("load", tensor))
-            moved += work.bytes[tensor]
-            held.append(tensor)
-        more = work.size(frozenset(operator.writes) - set(held)) + operator.scratch
-        moved += _make_room(work, held, host, wanted, room - more, actions)
-        actions.append(Action("run", operator.name))
-        held = [t for t in held if t not in wanted] + [t for t in dict.fromkeys(operator.reads + operator.writes)]
-        actions += [Action("drop", t) for t in held if t not in work.alive(i + 1)]
-        held = [t for t in held if t in work.alive(i + 1)]
-    return MemoryPlan(tuple(actions), moved, float(moved), False)
-
-
-def _make_room(work: Work, held: list[str], host: set[str], wanted: frozenset[str], room: int, actions: list[Action]) -> int:
-    moved = 0
-    while work.size(frozenset(held)) > room:
-        tensor = next(t for t in held if t not in wanted)
-        if tensor not in host:
-            actions.append(Action("save", tensor))
-            host.add(tensor)
-            moved += work.bytes[tensor]
-        actions.append(Action("drop", tensor))
-        held.remove(tensor)
-    return moved
+    return None
 
 
 def _needed(work: Work, done: int) -> frozenset[str]:
@@ -169,7 +295,7 @@ def _next(
         operator = work.operators[i]
         new = frozenset(operator.writes) - device
         again = i < done
-        if again and (operator.seconds is None or not new & alive[done]):
+        if again and (operator.seconds is None or len(new) < len(set(operator.writes)) or not new & alive[done]):
             continue
         if not device.issuperset(operator.reads) or work.size(new) + operator.scratch > free:
             continue

@@ -5,7 +5,9 @@ A model is a Keras model in all else: compile, callbacks, saving and loading, we
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,11 +16,12 @@ import numpy as np
 
 from partita.gnn import layers
 from partita.gnn.block import Block
-from partita.gnn.layers import PACKAGE, GatedGraphConv
+from partita.gnn.layers import PACKAGE, AbstractConv, GatedGraphConv
+from partita.gnn.pieces import Piece, by_rows
 from partita.gnn.train import FullGraphTraining
 
 Stage = Callable[[Any, Block, bool], Any]
-"""A piece of a model: rows from rows, over a graph, in training or not."""
+"""A part of a model: rows from rows, over a graph, in training or not. One that has `pieces` can be cut."""
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -31,14 +34,15 @@ class VertexDropout(keras.layers.Layer):
         self.seed_generator = keras.random.SeedGenerator()
         self.built = True
 
-    def call(self, x: Any, graph: Block, training: bool = False) -> Any:
+    def call(self, x: Any, graph: Block, training: bool = False, column: Any = 0) -> Any:
+        """`column` is the number of the first column of x."""
         if not training or not self.rate:
             return x
         seed = jnp.asarray(self.seed_generator.next()).astype(jnp.uint32)
         number = graph.first[0] + jnp.arange(x.shape[0], dtype=jnp.int32) if graph.vertex is None else graph.vertex
         vertex = number.astype(jnp.uint32)
-        column = _mixed(jnp.arange(x.shape[1], dtype=jnp.uint32) + seed[1])
-        bits = _mixed(_mixed(vertex ^ seed[0])[:, None] + column)
+        columns = _mixed(jnp.arange(x.shape[1], dtype=jnp.uint32) + jnp.asarray(column).astype(jnp.uint32) + seed[1])
+        bits = _mixed(_mixed(vertex ^ seed[0])[:, None] + columns)
         kept = bits >= jnp.uint32(min(self.rate * 2.0**32, 2**32 - 1))
         return jnp.where(kept, x / (1 - self.rate), 0)
 
@@ -58,6 +62,45 @@ def _mixed(bits: Any) -> Any:
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
     bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
     return bits ^ (bits >> 16)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """The stage of a layer, one over a graph or a Dense, after dropout if there is some."""
+
+    drop: VertexDropout | None
+    layer: Any
+
+    def __call__(self, x: Any, graph: Block, training: bool) -> Any:
+        x = x if self.drop is None else self.drop(x, graph=graph, training=training)
+        return self.layer(x, graph=graph) if isinstance(self.layer, AbstractConv) else self.layer(x)
+
+    def pieces(self, width: int, training: bool) -> Sequence[Piece] | None:
+        """The stage from rows of `width` features, in pieces; None where it cannot be cut: a layer with a call of its own, an activation that is not
+        one of Keras's functions, or numbers other than float32."""
+        layer = self.layer
+        if not (inspect.isfunction(layer.activation) and layer.activation.__module__.startswith("keras.")):
+            return None
+        if layer.compute_dtype != "float32":
+            return None
+        if type(layer) is keras.layers.Dense:
+            pieces: Sequence[Piece] = [by_rows("x", "y", layer)]
+        elif isinstance(layer, AbstractConv) and type(layer).call is AbstractConv.call:
+            pieces = layer.pieces(width)
+        else:
+            return None
+        return [self._dropped(p, training) if "x" in p.reads and self.drop is not None else p for p in pieces]
+
+    def _dropped(self, piece: Piece, training: bool) -> Piece:
+        """Dropout of "x" anew in every piece that reads it, so that its result need not be kept."""
+        drop: Any = self.drop
+
+        def function(graph: Block, column: Any, *tables: Any) -> tuple[Any, ...]:
+            named = dict(zip(piece.reads, tables, strict=True))
+            named["x"] = drop(named["x"], graph=graph, training=training, column=column)
+            return piece.function(graph, column, *named.values())
+
+        return replace(piece, function=function)
 
 
 class GraphModel(FullGraphTraining, keras.Model):
@@ -99,10 +142,7 @@ class GraphModel(FullGraphTraining, keras.Model):
 
     def stages(self) -> list[Stage]:
         """The model as functions of (x, graph, training), one after the other: what a memory plan runs one at a time."""
-        return [
-            lambda x, graph, training, drop=drop, conv=conv: conv(drop(x, graph=graph, training=training), graph=graph)
-            for drop, conv in zip(self.drops, self.convs, strict=True)
-        ]
+        return [Dropped(drop, conv) for drop, conv in zip(self.drops, self.convs, strict=True)]
 
     def call(self, x: Any, graph: Block, training: bool = False) -> Any:
         for stage in self.stages():
@@ -194,11 +234,7 @@ class GatedGraph(GraphModel):
         self.built = True
 
     def stages(self) -> list[Stage]:
-        return [
-            lambda x, graph, training: self.enter(self.drop(x, graph=graph, training=training)),
-            lambda x, graph, training: self.gated(x, graph=graph),
-            lambda x, graph, training: self.leave(self.last_drop(x, graph=graph, training=training)),
-        ]
+        return [Dropped(self.drop, self.enter), Dropped(None, self.gated), Dropped(self.last_drop, self.leave)]
 
 
 MODELS = {"gcn": GCN, "sage": SAGE, "gin": GIN, "gatv2": GATv2, "commnet": CommNet, "gatedgraph": GatedGraph}

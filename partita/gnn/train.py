@@ -193,6 +193,10 @@ class FullGraphTraining:
 
     def predict(self, graph: Graph, vertices: Any = None) -> np.ndarray:
         """float32 [vertices, classes]: the model's output for every vertex of a graph, or for those asked for, in their order."""
+        within = self.__dict__.get("memory")
+        if within is not None and within.graph is graph:
+            found = within.predicted(self._state())
+            return found if vertices is None else found[np.asarray(vertices)]
         data = self._prepared(graph, None)
         found = processes.whole(self._step("predict", self._predict_step, rows=True)(self._state()[:2], data))
         found = found if self.parts is None else self.parts.joined(found)
