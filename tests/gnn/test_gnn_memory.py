@@ -169,6 +169,13 @@ def few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spill, "FINENESS", (1, 3))
 
 
+def least_of(make: Callable[..., Any], graph: gnn.Graph) -> int:
+    """Bytes that the refusal of too little names."""
+    with pytest.raises(GraphError, match="give memory=") as refused:
+        trained(make, graph, memory=1)
+    return int(str(refused.value).split('memory="')[1].split(" B")[0])
+
+
 def same(make: Callable[..., Any], graph: gnn.Graph, budget: int) -> Any:
     """A model trained within a budget, which gives the numbers of training without."""
     alone, history = trained(make, graph)
@@ -192,8 +199,8 @@ MODELS = {**models.MODELS, "sage-max": lambda **named: models.SAGE(aggregation="
 @pytest.mark.parametrize("name", MODELS)
 def test_training_within_the_least_memory_gives_the_same_numbers(name: str) -> None:
     graph = drawn(weights=name in ("gcn", "gatedgraph"), vertices=500 if name == "gcn" else 480)
-    model = same(MODELS[name], graph, 110_000)
-    assert len(model.memory.work.operators) > 50
+    model = same(MODELS[name], graph, least_of(MODELS[name], graph))
+    assert len(model.memory.work.operators) > 40
 
 
 class Mixed(models.GCN):
@@ -212,7 +219,7 @@ class Mixed(models.GCN):
 @pytest.mark.parametrize("make", [Mixed, lambda **named: models.GCN(activation=lambda y: y / (1 + abs(y).max()), **named)])
 def test_stages_that_cannot_be_cut_are_whole(make: Callable[..., Any]) -> None:
     graph = drawn()
-    model = same(make, graph, 110_000)
+    model = same(make, graph, least_of(make, graph))
     whole = {o.name for o in model.memory.work.operators if o.family and "[" not in o.name}
     assert {"forward 3", "backward 3"} <= whole if make is Mixed else len(whole) > 3
 
@@ -251,7 +258,7 @@ def test_a_layer_in_two_stages_is_refused() -> None:
             first, second, last = super().stages()
             return [first, second, second, last]
 
-    with pytest.raises(GraphError, match="Stages 1 and 2 both change dropout_1.*give each stage layers of its own"):
+    with pytest.raises(GraphError, match="Stages 1 and 2 both change .*give each stage layers of its own"):
         trained(Twice, drawn(), memory="1GiB")
 
 
