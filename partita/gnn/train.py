@@ -111,11 +111,7 @@ class FullGraphTraining:
                 self._keep(state)
             run.on_train_batch_end(0, logs)
             if validates and (epoch + 1) % validation_freq == 0:
-                values = (
-                    self._step("validation", self._test_step)(state[:2], data)
-                    if within is None
-                    else within.judged(state, "validation")
-                )
+                values = self._step("validation", self._test_step)(state[:2], data) if within is None else within.judged(state, "validation")
                 logs |= {f"val_{name}": value for name, value in _numbers(values).items()}
             run.on_epoch_end(epoch, logs)
             if model.stop_training:
