@@ -162,7 +162,8 @@ class GATv2Conv(AbstractConv):
 
         def attention(graph: Block, column: Any, left: Any, right: Any) -> Any:
             heads = left.shape[1] // each
-            score = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.score.value), column // each, heads)
+            score: Any = keras.ops.convert_to_tensor(self.score)
+            score = jax.lax.dynamic_slice_in_dim(score, column // each, heads)
             return graph.attention(left.reshape(-1, heads, each), right.reshape(-1, heads, each), score).reshape(
                 -1, heads * each
             )
