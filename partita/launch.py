@@ -102,12 +102,13 @@ def _beginning(cores: set[int]) -> Callable[[], None]:
 
 def _watch(running: list[subprocess.Popen[bytes]], errors: list[IO[bytes] | None], say: Callable[[str], None]) -> int:
     """Waits for all processes; when one fails, gives the others time to end, then ends them, and says which one it was."""
-    interrupted, asks = False, [signal.SIGTERM]
+    interrupted, asks, sooner = False, [signal.SIGTERM], None
     try:
         while all(p.poll() in (None, 0) for p in running):
             if all(p.poll() == 0 for p in running):
                 return 0
             time.sleep(0.05)
+        sooner = _by_itself([p.poll() for p in running])  # others may fail because of it, and not know
         _wait(running, GRACE)
     except KeyboardInterrupt:  # from a terminal, the others have it too
         interrupted, asks = True, [signal.SIGINT, signal.SIGTERM]
@@ -121,7 +122,7 @@ def _watch(running: list[subprocess.Popen[bytes]], errors: list[IO[bytes] | None
     codes = [p.poll() for p in running]
     if interrupted or any(code in (130, -signal.SIGINT) for code in codes):
         return 130
-    first = _culprit(codes)
+    first = _culprit(codes) if sooner is None else sooner
     if first is None:
         return 0
     code = codes[first] or 0
@@ -143,10 +144,15 @@ def _culprit(codes: Sequence[int | None]) -> int | None:
     """
     if all(code == 0 for code in codes):
         return None
-    consequences = (0, LOST, -signal.SIGABRT, -signal.SIGTERM, None)
-    own = [i for i, code in enumerate(codes) if code not in consequences]
+    own = _by_itself(codes)
     early = [i for i, code in enumerate(codes) if code == 0]
-    return next(iter([*own, *early, *(i for i, code in enumerate(codes) if code)]))
+    return own if own is not None else next(iter([*early, *(i for i, code in enumerate(codes) if code)]))
+
+
+def _by_itself(codes: Sequence[int | None]) -> int | None:
+    """The first process that ended with a code that is no consequence of another one's end."""
+    consequences = (0, LOST, -signal.SIGABRT, -signal.SIGTERM, None)
+    return next((i for i, code in enumerate(codes) if code not in consequences), None)
 
 
 def _ask(running: Sequence[subprocess.Popen[bytes]], ask: signal.Signals) -> None:

@@ -18,7 +18,7 @@ import keras
 import numpy as np
 
 from partita.errors import PartitaError
-from partita.execute.processes import whole
+from partita.execute.processes import together, whole
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -85,7 +85,7 @@ class Checkpoint(keras.callbacks.Callback):
         ocp = self._ocp
         try:
             args = ocp.args.Composite(state=ocp.args.StandardSave(values), model=ocp.args.JsonSave(described))
-            with _quietly():
+            with _quietly(), together("saving a checkpoint"):
                 self._manager.save(epoch, args=args)
         except (OSError, ValueError) as error:
             last = self._manager.latest_step()
