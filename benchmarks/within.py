@@ -16,7 +16,8 @@ os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from partita.api import capture
-from partita.bench.networks import FLEXFLOW, NETWORKS, model
+from partita.bench.networks import NETWORKS, model
+from partita.bench.papers import FLEXFLOW
 from partita.machine import load
 from partita.search.find import find
 
