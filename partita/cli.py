@@ -15,7 +15,7 @@ import typer
 
 from partita import gnn_cli
 from partita.errors import PlanError
-from partita.terminal import arguments_of_one, err, errors, join, keep_stdout, leave, out, say
+from partita.terminal import err, errors, in_processes, join, keep_stdout, leave, out, say
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -86,12 +86,10 @@ def run(
         if not os.environ.get("PARTITA_LAUNCHED"):
             _can_write(report=report, plan=save_plan)
             _note_slips(context)
-        if processes > 1 and not os.environ.get("PARTITA_LAUNCHED"):
-            from partita.launch import launch
-
-            raise typer.Exit(launch(processes, arguments_of_one(), devices or _planned_devices(plan), say(False)))
+        wanted = devices or _planned_devices(plan)
+        in_processes(processes, wanted)
         quiet = not join() or quiet
-        start_devices(devices or _planned_devices(plan))
+        start_devices(wanted)
         from partita.api import planner, simulate_captured
         from partita.keras.script import run_script
 
@@ -348,10 +346,7 @@ def machine_measure(
     Takes under a minute. Example: partita machine measure --processes 2
     """
     with errors():
-        if processes > 1 and not os.environ.get("PARTITA_LAUNCHED"):
-            from partita.launch import launch
-
-            raise typer.Exit(launch(processes, arguments_of_one(), devices, say(False)))
+        in_processes(processes, devices)
         if as_json:
             keep_stdout()
         first = join()

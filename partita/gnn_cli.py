@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from partita.errors import GraphError
-from partita.terminal import arguments_of_one, err, errors, join, keep_stdout, out, say
+from partita.terminal import err, errors, in_processes, join, keep_stdout, out
 from partita.units import format_bytes, format_seconds
 
 app = typer.Typer(no_args_is_help=True, help="Full-graph training of graph neural networks: make, convert and look at graphs, train on them.")
@@ -169,10 +169,7 @@ def train(
     with errors():
         if save is not None and save.suffix != ".keras":
             raise GraphError(f"A model is saved to a .keras file, and {save.name!r} is none: call it {save.stem + '.keras'!r}.")
-        if processes > 1 and not os.environ.get("PARTITA_LAUNCHED"):
-            from partita.launch import launch
-
-            raise typer.Exit(launch(processes, arguments_of_one(), devices if devices > 1 else None, say(False)))
+        in_processes(processes, devices if devices > 1 else None)
         if os.environ.get("PARTITA_LAUNCHED"):
             keep_stdout()
         first = join()

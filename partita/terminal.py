@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from partita.errors import LostProcessError, PartitaError, ProcessError
-from partita.launch import LOST
+from partita.launch import LOST, launch
 
 out, err = Console(), Console(stderr=True, highlight=False)
 
@@ -79,7 +79,13 @@ def join() -> bool:
     return is_first()
 
 
-def arguments_of_one() -> list[str]:
+def in_processes(count: int, devices: int | None) -> None:
+    """Where several processes are asked for: starts them, with so many devices in all, and ends as they end. One of them goes on."""
+    if count > 1 and not os.environ.get("PARTITA_LAUNCHED"):
+        raise typer.Exit(launch(count, _arguments_of_one(), devices, say(False)))
+
+
+def _arguments_of_one() -> list[str]:
     """The command line of one of several processes: this one's, less --processes."""
     given = sys.argv[1:]
     at = next(i for i, argument in enumerate(given) if argument.partition("=")[0] == "--processes")

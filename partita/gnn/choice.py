@@ -39,14 +39,14 @@ def _seconds(machine: Machine, parts: int, rows: int, columns: int, edges: int, 
     """Of one aggregation, forward."""
     slice_bytes = 4 * -(-width // columns)
     seconds = edges * slice_bytes / machine.memory_bandwidth
-    everyone = group_of(machine, parts)
+    everyone = neighbours(machine, parts)
     seconds += sum(collective_seconds(machine, "collective_permute", came * slice_bytes, everyone) for came in turns)
     if columns > 1:
-        seconds += 2 * collective_seconds(machine, "all_to_all", rows * 4 * width, group_of(machine, columns))
+        seconds += 2 * collective_seconds(machine, "all_to_all", rows * 4 * width, neighbours(machine, columns))
     return seconds
 
 
-def group_of(machine: Machine, devices: int) -> Group:
+def neighbours(machine: Machine, devices: int) -> Group:
     """So many neighbouring devices, as parts of the machine's levels."""
     found: list[tuple[int, int]] = []
     for index in reversed(range(len(machine.levels))):

@@ -204,8 +204,8 @@ def cut(graph: Graph, points: np.ndarray, room: Room | None = None, kinds: Seque
         room = least
     elif not room.holds(least) or room.rows > least.rows * (1 + 2 * SPARE):
         room = least.wider(SPARE)
-    by_vertices = [e.needed for e in exchanges if e.kind.columns == 1][:1]
-    fetched = [sum(map(len, needed)) for needed in by_vertices[0]] if by_vertices else [0] * len(vertices)
+    needed = next((e.needed for e in exchanges if e.kind.columns == 1), [[] for _ in vertices])
+    fetched = [sum(map(len, n)) for n in needed]
     return Parts(points, vertices, edges, np.array(fetched), room, exchanges)
 
 
@@ -224,9 +224,13 @@ def block_of_part(graph: Graph, parts: Parts, i: int) -> Block:
     """The block of part i, of the sizes that all have."""
     first, last = int(parts.points[i]), int(parts.points[i + 1])
     degree, alone, load = (_filled(table, parts.rows) for table in of_vertices(graph, first, last))
-    ways = tuple(_way(graph, parts, exchange, place, i) for exchange, place in zip(parts.exchanges, parts.room.ways, strict=True))
     vertex = None if parts.order is None else parts.of_part(i, parts.order.astype(np.int32))
-    return Block(degree, alone, load, np.array([first], np.int32), ways, parts.count, vertex)
+    return Block(degree, alone, load, np.array([first], np.int32), ways_of_part(graph, parts, i), parts.count, vertex)
+
+
+def ways_of_part(graph: Graph, parts: Parts, i: int) -> tuple[Way, ...]:
+    """The ways of part i to aggregate, one for each of `parts.exchanges`."""
+    return tuple(_way(graph, parts, exchange, place, i) for exchange, place in zip(parts.exchanges, parts.room.ways, strict=True))
 
 
 def _way(graph: Graph, parts: Parts, exchange: Exchange, room: Place, i: int) -> Way:

@@ -15,7 +15,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -105,6 +105,17 @@ class Carry:
     def learned(self, used: list[int], grads: list[Any]) -> Carry:
         more = dict(zip(used, grads, strict=True))
         return replace(self, total=[v + more[k] if k in more else v for k, v in enumerate(self.total)])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is done with every range of a group, of this number: `function(size, carry, ...)`. Tables are (one that is cut alike, name)."""
+
+    what: str
+    group: int
+    function: Callable[..., Any]
+    reads: Sequence[tuple[str, str]]
+    writes: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -304,17 +315,18 @@ class Planned:
                     features[found[-1]] = at.rows[r], at.columns[c]
             return found
 
-        def add(what: str, function: Any, i: int, reads: Sequence[tuple[str, str]], writes: Sequence[tuple[str, str]]) -> None:
-            """An operator for each range of a group; tables are (one cut alike, name)."""
-            by = groups[i].by
-            ranges = self._cuts(groups[i], tables)
-            for k, part in reversed(list(enumerate(ranges))) if what == "backward" else enumerate(ranges):
-                key = what, i, part.stop - part.start
-                given, made = ([tables[t].part(by, k) for t, _ in names] for names in (reads, writes))
-                read, written = (tuple(n for t, name in names for n in tiles(t, name, by, k)) for names in (reads, writes))
-                cuts = [tuple(tables[t].cuts(by) for t, _ in names) for names in (reads, writes)]
+        for job in self._jobs(kind, groups, used):
+            group = groups[job.group]
+            ranges = self._cuts(group, tables)
+            for k, part in reversed(list(enumerate(ranges))) if job.what == "backward" else enumerate(ranges):
+                key = job.what, job.group, part.stop - part.start
+                given, made = ([tables[t].part(group.by, k) for t, _ in names] for names in (job.reads, job.writes))
+                read, written = (
+                    tuple(n for t, name in names for n in tiles(t, name, group.by, k)) for names in (job.reads, job.writes)
+                )
+                cuts = [tuple(tables[t].cuts(group.by) for t, _ in names) for names in (job.reads, job.writes)]
                 if key not in programs:
-                    program: Any = jax.jit(_apart(function, key[2]), donate_argnums=0).lower(
+                    program: Any = jax.jit(_apart(job.function, key[2]), donate_argnums=0).lower(
                         carry, *self.like[:2], self.data, jax.ShapeDtypeStruct((), jnp.int32), *given
                     ).compile()  # fmt: skip
                     programs[key] = program, _scratch(program, sum(map(_bytes, given + made)))
@@ -323,47 +335,52 @@ class Planned:
                     sum(_bytes(x) for x, at in zip(*both, strict=True) if _tiled(at))
                     for both in zip((given, made), cuts, strict=True)
                 )
-                if what == "predict":
-                    inside += sum(_bytes(tables[t].part(by, k)) for t in groups[i].writes)
-                name = f"{what} {i}" + (f"[{k}]" if len(ranges) > 1 else "")
-                operators.append(Operator(name, read, written, max(inside + joined, split), family=f"{what} {i}"))
+                if job.what == "predict":
+                    inside += sum(_bytes(tables[t].part(group.by, k)) for t in group.writes)
+                family = f"{job.what} {job.group}"
+                name = family + (f"[{k}]" if len(ranges) > 1 else "")
+                operators.append(Operator(name, read, written, max(inside + joined, split), family=family))
                 runs[name] = Run(program, np.int32(part.start), read, written, *cuts)
+        if kind == "train":
+            update: Any = jax.jit(self.model.optimizer.stateless_apply).lower(self.like[2], self.like[0], self.like[0]).compile()
+            operators.append(Operator("update", (), (), _scratch(update, 0)))
+            runs["update"] = Run(update, None, (), ())
+        return Passage(Work(tuple(operators), sizes, self._fixed()), runs, features)
 
+    def _jobs(self, kind: str, groups: list[Group], used: list[list[int]]) -> Iterator[Job]:
+        """What is done with the groups of a step of this kind, in order: forward, the end, and where it trains backward."""
+        same = lambda tables: [(t, t) for t in tables]
         last = len(groups) - 1
         for i, group in enumerate(groups[:-1]):
             forward = lambda size, *given, group=group: self._forward(group, *given)
-            add("forward", forward, i, [(t, t) for t in group.reads], [(t, t) for t in group.writes])
-        end, reads = groups[last], [(t, t) for t in groups[last].reads]
+            yield Job("forward", i, forward, same(group.reads), same(group.writes))
+        end = groups[last]
         if kind != "train":
-            add(kind, lambda size, *given: self._end(kind, end, size, *given), last, reads, [])
-            return Passage(Work(tuple(operators), sizes, self._fixed()), runs, features)
+            yield Job(kind, last, lambda size, *given: self._end(kind, end, size, *given), same(end.reads), [])
+            return
         learns: set[str] = set()  # tables that have a gradient
         for group, weights in zip(groups, used, strict=True):
             if weights or learns & set(group.reads):
                 learns |= set(group.writes)
         wanted = [t for t in end.reads if t in learns]
         gradient = {t: f"d{t}" for t in wanted}  # how the sum so far is called
-        turn = lambda size, *given: self._turn(end, used[last], wanted, size, *given)
-        add("turn", turn, last, reads, [(t, gradient[t]) for t in wanted])
+        turn = lambda size, *given, wanted=wanted: self._turn(end, used[last], wanted, size, *given)
+        yield Job("turn", last, turn, same(end.reads), [(t, gradient[t]) for t in wanted])
         for i in reversed(range(last)):
             group = groups[i]
             if not learns & set(group.writes):
                 continue
             wanted = [t for t in group.reads if t in learns]
-            known = [] if group.linear and not used[i] else [(t, t) for t in group.reads]
+            known = [] if group.linear and not used[i] else [*group.reads]
             above = [(t, gradient[t]) for t in group.writes]
             sums = [(t, gradient[t]) for t in wanted if t in gradient]
             gradient |= {t: gradient[t] + "+" if t in gradient else f"d{t}" for t in wanted}
             if not wanted and not used[i]:
                 continue
             back = lambda size, *given, group=group, i=i, wanted=wanted, known=known, sums=sums: self._backward(
-                group, used[i], wanted, [t for t, _ in known], [t for t, _ in sums], *given
+                group, used[i], wanted, known, [t for t, _ in sums], *given
             )
-            add("backward", back, i, [*known, *above, *sums], [(t, gradient[t]) for t in wanted])
-        update: Any = jax.jit(self.model.optimizer.stateless_apply).lower(self.like[2], self.like[0], self.like[0]).compile()
-        operators.append(Operator("update", (), (), _scratch(update, 0)))
-        runs["update"] = Run(update, None, (), ())
-        return Passage(Work(tuple(operators), sizes, self._fixed()), runs, features)
+            yield Job("backward", i, back, [*same(known), *above, *sums], [(t, gradient[t]) for t in wanted])
 
     def _cuts(self, group: Group, tables: dict[str, Table]) -> Sequence[slice]:
         """The ranges that an operator runs on one after the other."""

@@ -27,7 +27,7 @@ from partita.gnn.choice import columns_of
 from partita.gnn.graph import Graph, check
 from partita.gnn.kernels import stamp
 from partita.gnn.learned import Balance
-from partita.gnn.partition import Kind, Parts, Room, arranged, block_of_part, by_vertices, cut, near_training
+from partita.gnn.partition import Kind, Parts, Room, arranged, block_of_part, by_vertices, cut, near_training, ways_of_part
 from partita.gnn.spill import Planned
 from partita.units import parse
 
@@ -196,10 +196,10 @@ class FullGraphTraining:
         within = self.__dict__.get("memory")
         if within is not None and within.graph is graph:
             found = within.predicted(self._state())
-            return found if vertices is None else found[np.asarray(vertices)]
-        data = self._prepared(graph, None)
-        found = processes.whole(self._step("predict", self._predict_step, rows=True)(self._state()[:2], data))
-        found = found if self.parts is None else self.parts.joined(found)
+        else:
+            data = self._prepared(graph, None)
+            found = processes.whole(self._step("predict", self._predict_step, rows=True)(self._state()[:2], data))
+            found = found if self.parts is None else self.parts.joined(found)
         return found if vertices is None else found[np.asarray(vertices)]
 
     # --------------------------------------------------------------------------------------------------------- what it needs
@@ -247,7 +247,7 @@ class FullGraphTraining:
         near = lambda graph: [Kind(1, k, keep, apart) for k, keep in enumerate(self._near(graph, len(calls)))]
         if devices == 1:
             data = _data(graph)
-            ways = block_of_part(graph, cut(graph, np.array([0, graph.vertices]), None, near(graph)), 0).ways
+            ways = ways_of_part(graph, cut(graph, np.array([0, graph.vertices]), None, near(graph)), 0)
             return jax.device_put(replace(data, graph=replace(data.graph, ways=(*data.graph.ways, *ways)))), None
         graph, points, order = arranged(graph, devices, partition)
         if columns is None and not timed:
@@ -415,8 +415,8 @@ class FullGraphTraining:
 
 
 def trained_facts(model: Any, graph: Graph) -> dict[str, Any]:
-    """What there is to say of a trained model, as JSON has it: loss, accuracy of every mask, seconds of epochs (median, first, all) and of making the parts, parts, features split, bytes sent
-    an epoch, what was learnt of the parts, the memory plan."""
+    """What there is to say of a trained model, as JSON has it: loss, accuracy of every mask, seconds of epochs (median, first, all) and of making the parts,
+    parts, features split, bytes sent an epoch, what was learnt of the parts, the memory plan."""
     judged = {
         what: model.evaluate(graph, what, return_dict=True)
         for what in MASKS

@@ -96,13 +96,18 @@ def keeps_to(work: Work, plan: MemoryPlan, budget: int) -> int:
     return moved
 
 
+def drawn_network(data: Any, layers: int) -> tuple[Work, int]:
+    """Work of so many layers, and a budget that it can be done in."""
+    sizes = data.draw(st.lists(st.integers(1, 5), min_size=layers + 1, max_size=layers + 1))
+    seconds = data.draw(st.lists(st.none() | st.integers(0, 4).map(float), min_size=layers, max_size=layers))
+    work = network(sizes, seconds)
+    return work, work.least() + data.draw(st.integers(0, 5))
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_plans_cost_the_least_and_a_cache_no_less(data: Any) -> None:
-    sizes = data.draw(st.lists(st.integers(1, 5), min_size=3, max_size=3))
-    seconds = data.draw(st.lists(st.none() | st.integers(0, 4).map(float), min_size=2, max_size=2))
-    work = network(sizes, seconds)
-    budget = work.least() + data.draw(st.integers(0, 5))
+    work, budget = drawn_network(data, 2)
     plan, cache = planned(work, budget, 1.0), lru(work, budget)
     assert plan.exact and plan.cost == least(work, budget, 1.0)
     assert plan.cost <= cache.cost == cache.traffic == keeps_to(work, cache, budget)
@@ -112,10 +117,7 @@ def test_plans_cost_the_least_and_a_cache_no_less(data: Any) -> None:
 @settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_plans_too_large_to_search_keep_to_the_budget_and_say_so(data: Any) -> None:
-    sizes = data.draw(st.lists(st.integers(1, 5), min_size=4, max_size=4))
-    seconds = data.draw(st.lists(st.none() | st.integers(0, 4).map(float), min_size=3, max_size=3))
-    work = network(sizes, seconds)
-    budget = work.least() + data.draw(st.integers(0, 5))
+    work, budget = drawn_network(data, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "SMALL", 0)
         plan = planned(work, budget, 1.0)

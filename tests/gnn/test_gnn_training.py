@@ -12,7 +12,7 @@ import pytest
 import partita.gnn as gnn
 from partita.errors import GraphError, MachineError
 from partita.gnn import models
-from partita.gnn.choice import columns_of, group_of
+from partita.gnn.choice import columns_of, neighbours
 from partita.gnn.partition import arranged, by_edges, by_vertices, cut, near_training, split_points
 from partita.machine import load
 
@@ -133,7 +133,7 @@ def test_features_are_split_where_every_part_needs_most_rows_of_all() -> None:
     calls = [(64, "sum"), (32, "attention")]
     found = dict(columns_of(calls, dense, by_vertices(dense, 4), machine))
     assert set(found) == {64} and found[64] in (2, 4) and columns_of(calls, ring, by_vertices(ring, 4), machine) == ()
-    assert group_of(load("dgx-h100:16"), 12) == ((0, 2), (1, 8))
+    assert neighbours(load("dgx-h100:16"), 12) == ((0, 2), (1, 8))
 
 
 def test_partitioners_cover_the_vertices_and_share_out_what_they_say() -> None:
