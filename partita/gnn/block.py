@@ -74,6 +74,32 @@ edge_sum.defvjp(_sum_forward, _sum_backward)
 
 
 @jax.custom_vjp
+def scaled_sum(edges: Edges, before: Any, share: Any, after: Any, x: Any) -> Any:
+    """[rows, features]: after[v] x (share[v] x before[v] x x[v] + the sum of before[u] x x[u] over the edges of row v), in one go.
+
+    Rows are the columns' own. Factors are float32 [rows], 1, 0 and 1 where they are None, and constants: they have no gradient.
+    """
+    return _scaled(edges.offsets, edges.ids, before, share, after, x)
+
+
+def _scaled(offsets: Any, ids: Any, before: Any, share: Any, after: Any, x: Any) -> Any:
+    own = share if share is None or before is None else share * before
+    return total(offsets, ids, x, before, None if before is None else ids, own, after)
+
+
+def _scaled_forward(edges: Edges, before: Any, share: Any, after: Any, x: Any) -> Any:
+    return scaled_sum(edges, before, share, after, x), (edges, before, share, after)
+
+
+def _scaled_backward(saved: Any, dy: Any) -> Any:
+    edges, before, share, after = saved
+    return None, None, None, None, _scaled(edges.back_offsets, edges.back_ids, after, share, before, dy)
+
+
+scaled_sum.defvjp(_scaled_forward, _scaled_backward)
+
+
+@jax.custom_vjp
 def weighted_sum(edges: Edges, weights: Any, x: Any) -> Any:
     """[rows, features]: the sum of x times the edge's weight over the edges of each row; weights float32 [edges] as `edges.ids`."""
     return total(edges.offsets, edges.ids, x, weights)
@@ -186,10 +212,26 @@ class Block:
     def rows(self) -> int:
         return self.degree.shape[0]
 
-    def sum(self, x: Any, weighted: bool = False) -> Any:
-        """[rows, features]: the sum over in-edges, of rows times the edges' weights if `weighted` and the graph has some."""
+    def sum(self, x: Any, weighted: bool = False, before: Any = None, share: Any = None, after: Any = None) -> Any:
+        """[rows, features]: the sum over in-edges, of rows times the edges' weights if `weighted` and the graph has some.
+
+        Rows count `before` times their own, in the sum and, `share` times, beside it; the result counts `after` times. These are float32 [rows], or
+        None where all count once and nothing is beside; the graph's, not trained ones: they have no gradient.
+        """
         width = x.shape[1]
         way = self._way(width, "sum")
+        weights = way.weights if weighted else None
+        if weights is None and way.columns == 1 and not way.halo and way.far is None:
+            return scaled_sum(way.edges, before, share, after, x)
+        fixed = jax.lax.stop_gradient
+        x = x if before is None else x * fixed(before)[:, None]
+        found = self._summed(way, x, weighted)
+        found = found if share is None else found + x * fixed(share)[:, None]
+        return found if after is None else found * fixed(after)[:, None]
+
+    def _summed(self, way: Way, x: Any, weighted: bool) -> Any:
+        """The sum of rows of all devices, by any way."""
+        width = x.shape[1]
         over = lambda edges, weights, rows: edge_sum(edges, rows) if weights is None or not weighted else weighted_sum(edges, weights, rows)
         x, came = self._gathered(way, x)
         if way.far is not None:
@@ -198,7 +240,7 @@ class Block:
 
     def mean(self, x: Any) -> Any:
         """[rows, features]: the mean over in-edges; zero where there is none."""
-        return self.sum(x) / jnp.maximum(self.degree, 1)[:, None]
+        return self.sum(x, after=1 / jnp.maximum(self.degree, 1))
 
     def max(self, x: Any) -> Any:
         """[rows, features]: the maximum over in-edges; zero where there is none."""

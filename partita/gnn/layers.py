@@ -25,11 +25,16 @@ import keras
 
 from partita.errors import GraphError
 from partita.gnn.block import Block
+from partita.gnn.kernels import tall
 from partita.gnn.pieces import Piece, by_columns, by_rows, run
 
 PACKAGE = "partita"
-product: Any = keras.ops.matmul
 plus: Any = keras.ops.add
+
+
+def product(x: Any, kernel: Any) -> Any:
+    """x [rows, features] times a layer's matrix."""
+    return tall.product(x, jnp.asarray(keras.ops.convert_to_tensor(kernel, x.dtype)))
 
 
 class AbstractConv(keras.layers.Layer):
@@ -83,9 +88,8 @@ class GCNConv(AbstractConv):
 
     def pieces(self, width: int) -> Sequence[Piece]:
         def spread(graph: Block, column: Any, rows: Any) -> Any:
-            scale = jax.lax.rsqrt(jnp.maximum(graph.load + graph.alone, 1e-12))[:, None]
-            rows = rows * scale
-            return (graph.sum(rows, weighted=True) + rows * graph.alone[:, None]) * scale
+            scale = jax.lax.rsqrt(jnp.maximum(graph.load + graph.alone, 1e-12))
+            return graph.sum(rows, weighted=True, before=scale, share=graph.alone.astype(scale.dtype), after=scale)
 
         if width > self.units:
             multiply = by_rows("x", "p", lambda x: product(x, self.kernel))

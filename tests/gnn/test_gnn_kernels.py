@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from partita.gnn import Graph
 from partita.gnn.block import Block, block_of, weighted_sum
-from partita.gnn.kernels import bridge
+from partita.gnn.kernels import bridge, tall
 from partita.gnn.kernels.attention import SLOPE
 
 VERTICES, EDGES = 6, 20
@@ -45,9 +45,22 @@ def dense_max(a: Any, w: Any, x: Any) -> Any:
     return jnp.where((a > 0).any(1)[:, None], top, 0)
 
 
+FACTORS = tuple(np.random.default_rng(3).uniform(-1, 2, (3, VERTICES)).astype(np.float32))
+"""What rows count before a sum, beside it and after it; the second vertex has nothing beside."""
+FACTORS[1][1] = 0
+
+
+def scaled(a: Any, x: Any) -> Any:
+    before, share, after = (f[:, None] for f in FACTORS)
+    return after * (a @ (before * x) + share * before * x)
+
+
 HOW: dict[str, tuple[Callable[[Block, Any], Any], Callable[[Any, Any, Any], Any]]] = {
     "sum": (Block.sum, lambda a, w, x: a @ x),
     "weighted": (functools.partial(Block.sum, weighted=True), lambda a, w, x: w @ x),
+    "scaled": (lambda block, x: Block.sum(block, x, False, *FACTORS), lambda a, w, x: scaled(a, x)),
+    "after": (lambda block, x: block.sum(x, after=FACTORS[2]), lambda a, w, x: a @ x * FACTORS[2][:, None]),
+    "weighted and scaled": (lambda block, x: Block.sum(block, x, True, *FACTORS), lambda a, w, x: scaled(w, x)),
     "mean": (Block.mean, lambda a, w, x: a @ x / jnp.maximum(a.sum(1, keepdims=True), 1)),
     "max": (Block.max, dense_max),
 }
@@ -91,6 +104,10 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any
         ("weighted", 6),
         ("weighted", 12),
         ("weighted", 213),
+        ("scaled", 3),
+        ("scaled", 90),
+        ("after", 6),
+        ("weighted and scaled", 6),
         ("mean", 5),
         ("max", 5),
     ],
@@ -155,6 +172,14 @@ def test_attention_is_that_of_the_dense_matrix(kind: str) -> None:
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
     holds()
+
+
+@pytest.mark.parametrize(("rows", "a", "b"), [(1, 1, 1), (63, 3, 64), (64, 64, 3), (130, 5, 29), (1000, 66, 90), (200, 300, 300)])
+def test_the_gradient_of_a_matrix_is_the_product_over_all_rows(rows: int, a: int, b: int, kind: str) -> None:
+    x, w, y = values(rows, a), values(a, b, seed=1), values(rows, b, seed=2)
+    dx, dw = jax.jit(jax.grad(lambda x, w: jnp.sum(tall.product(x, w) * y), (0, 1)))(x, w)
+    np.testing.assert_allclose(dx, y @ w.T, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(dw, np.float64(x).T @ y, rtol=1e-4, atol=1e-4)
 
 
 def test_threads_share_the_rows_by_their_edges() -> None:

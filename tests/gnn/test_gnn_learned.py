@@ -131,7 +131,7 @@ def test_stamps_tell_a_device_with_more_to_do_from_one_that_waits(monkeypatch: p
     monkeypatch.setattr(Balance, "better", lambda self, epochs, cost: most if len(seconds) == 1 else None)
     model, _ = fitted(models.GCN, graph, epochs=16, devices=2, partition="learned")
     assert model.parts.edges[1] > 10 * model.parts.edges[0]
-    little, much = np.median(seconds[2:], axis=0)
+    little, much = np.min(seconds[2:], axis=0)  # whatever else the machine does
     assert 0 < little < 0.7 * much
 
 

@@ -1,9 +1,9 @@
 """Sums over in-edges, Y = A X, and A^T dY for their gradient: the heart of a graph layer.
 
-    out[v] = sum over edges e into v of weight[e] * x[source[e]]          (weight[e] = 1 without weights)
+    out[v] = factor[v] * (share[v] * x[v] + sum over edges e into v of weight[e] * x[source[e]])          (1, 0 and 1 where there are none)
 
 A row of the result is summed in vector registers over its edges while rows further ahead are fetched, so what remains is the memory's
-speed. Rows wider than the registers are summed in blocks of columns; what is left over at the end is a block that overlaps the one before.
+speed; the vertex's own row and the factor are added there too, since each pass over a table costs as much as a tenth of a sum. Rows wider than the registers are summed in blocks of columns; what is left over at the end is a block that overlaps the one before.
 `pick` and `order` say where an edge's weight is: the transpose has its edges in an order of its own.
 """
 
@@ -26,31 +26,50 @@ AHEAD = 12
 
 
 def _block(vectors: int, width: int, weighted: bool) -> Any:
-    """Adds up `vectors` times `width` columns of one row, in registers. All arguments are int64: addresses, edges, bytes."""
+    """Adds up `vectors` times `width` columns of one row, in registers: factor x (share x the row at `own` + the edges' sum), without `own` if share is 0.
+
+    Addresses, edges and bytes are int64.
+    """
 
     @intrinsic
-    def add(typing, x, ids, weights, order, out, first, stop, last, row_bytes, column):  # type: ignore[no-untyped-def]
+    def add(typing, x, ids, weights, order, own, out, first, stop, last, row_bytes, column, share, factor):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             b, long, int32, float32 = builder, ir.IntType(64), ir.IntType(32), ir.FloatType()
             vector = ir.VectorType(float32, width)
-            x, ids, weights, order, out, first, stop, last, row_bytes, column = arguments
+            x, ids, weights, order, own, out, first, stop, last, row_bytes, column, share, factor = arguments
             number = lambda value: ir.Constant(long, value)
             at = lambda base, index, kind: b.load(b.inttoptr(b.add(base, b.mul(index, number(4))), kind.as_pointer()), align=4)
+            column_of = lambda base, j: b.inttoptr(b.add(base, number(j * width * 4)), vector.as_pointer())
+            spread = lambda value: b.shuffle_vector(
+                b.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(int32, 0)),
+                ir.Constant(vector, ir.Undefined),
+                ir.Constant(ir.VectorType(int32, width), [0] * width),
+            )
             name = "llvm.prefetch.p0"
             fetch = b.module.globals.get(name) or ir.Function(
                 b.module, ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), int32, int32, int32]), name
             )
-            entry, function = b.basic_block, b.function
-            body, done = function.append_basic_block("edges"), function.append_basic_block("done")
+            function = b.function
+            begin, mine, body, done = (function.append_basic_block(what) for what in ("begin", "own", "edges", "done"))
             zero = ir.Constant(vector, None)
-            x0, out0 = b.add(x, b.mul(column, number(4))), b.add(out, b.mul(column, number(4)))
+            x0, own0, out0 = (b.add(base, b.mul(column, number(4))) for base in (x, own, out))
+            entry = b.block
+            b.cbranch(b.fcmp_unordered("!=", share, ir.Constant(float32, 0.0)), mine, begin)
+            b.position_at_end(mine)
+            shares = [b.fmul(b.load(column_of(own0, j), align=4), spread(share)) for j in range(vectors)]
+            b.branch(begin)
+            b.position_at_end(begin)
+            start = [b.phi(vector) for _ in range(vectors)]
+            for s, of_own in zip(start, shares, strict=True):
+                s.add_incoming(zero, entry)
+                s.add_incoming(of_own, mine)
             b.cbranch(b.icmp_signed("<", first, stop), body, done)
             b.position_at_end(body)
             edge = b.phi(long)
-            edge.add_incoming(first, entry)
+            edge.add_incoming(first, begin)
             sums = [b.phi(vector) for _ in range(vectors)]
-            for s in sums:
-                s.add_incoming(zero, entry)
+            for s, of_own in zip(sums, start, strict=True):
+                s.add_incoming(of_own, begin)
             row = lambda e: b.add(x0, b.mul(b.sext(at(ids, e, int32), long), row_bytes))
             far = b.add(edge, number(AHEAD))
             far = row(b.select(b.icmp_signed("<", far, last), far, last))
@@ -65,17 +84,11 @@ def _block(vectors: int, width: int, weighted: bool) -> Any:
                     ],
                 )
             here, new = row(edge), []
-            if weighted:
-                weight = at(weights, b.sext(at(order, edge, int32), long), float32)
-                spread = b.shuffle_vector(
-                    b.insert_element(ir.Constant(vector, ir.Undefined), weight, ir.Constant(int32, 0)),
-                    ir.Constant(vector, ir.Undefined),
-                    ir.Constant(ir.VectorType(int32, width), [0] * width),
-                )
+            weight = spread(at(weights, b.sext(at(order, edge, int32), long), float32)) if weighted else None
             for j, s in enumerate(sums):
-                v = b.load(b.inttoptr(b.add(here, number(j * width * 4)), vector.as_pointer()), align=4)
-                if weighted:
-                    v = b.fmul(v, spread, flags=("contract",))
+                v = b.load(column_of(here, j), align=4)
+                if weight is not None:
+                    v = b.fmul(v, weight, flags=("contract",))
                 new.append(b.fadd(s, v, flags=("contract",)))
             after = b.add(edge, number(1))
             edge.add_incoming(after, body)
@@ -83,16 +96,15 @@ def _block(vectors: int, width: int, weighted: bool) -> Any:
                 s.add_incoming(n, body)
             b.cbranch(b.icmp_signed("<", after, stop), body, done)
             b.position_at_end(done)
-            for j, n in enumerate(new):
-                total = b.phi(vector)
-                total.add_incoming(zero, entry)
-                total.add_incoming(n, body)
-                new[j] = total
-            for j, total in enumerate(new):
-                b.store(total, b.inttoptr(b.add(out0, number(j * width * 4)), vector.as_pointer()), align=4)
+            totals = [b.phi(vector) for _ in range(vectors)]
+            for t, of_own, n in zip(totals, start, new, strict=True):
+                t.add_incoming(of_own, begin)
+                t.add_incoming(n, body)
+            for j, t in enumerate(totals):
+                b.store(b.fmul(t, spread(factor)), column_of(out0, j), align=4)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 10), generate
+        return types.void(*[types.int64] * 11, types.float32, types.float32), generate
 
     return add
 
@@ -102,175 +114,144 @@ _w128, _w64, _w16, _w8, _w4 = (_block(v, w, True) for v, w in ((8, 16), (4, 16),
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
-def _plain_rows(first, stop, offsets, ids, x, out):
-    last, columns = np.int64(offsets[len(offsets) - 1]) - 1, x.shape[1]
-    xp, ip, op, row = np.int64(x.ctypes.data), np.int64(ids.ctypes.data), np.int64(out.ctypes.data), np.int64(4 * columns)
-    for v in range(first, stop):
-        e0, e1, here, c = np.int64(offsets[v]), np.int64(offsets[v + 1]), op + v * row, 0
-        while c + 128 <= columns:
-            _p128(xp, ip, 0, 0, here, e0, e1, last, row, np.int64(c))
-            c += 128
-        while c + 64 <= columns:
-            _p64(xp, ip, 0, 0, here, e0, e1, last, row, np.int64(c))
-            c += 64
-        while c + 16 <= columns:
-            _p16(xp, ip, 0, 0, here, e0, e1, last, row, np.int64(c))
-            c += 16
-        if c < columns:
-            if columns >= 16:
-                _p16(xp, ip, 0, 0, here, e0, e1, last, row, np.int64(columns - 16))
-            elif columns >= 8:
-                _p8(xp, ip, 0, 0, here, e0, e1, last, row, np.int64(0))
-                _p8(xp, ip, 0, 0, here, e0, e1, last, row, np.int64(columns - 8))
-            elif columns >= 4:
-                _p4(xp, ip, 0, 0, here, e0, e1, last, row, np.int64(0))
-                _p4(xp, ip, 0, 0, here, e0, e1, last, row, np.int64(columns - 4))
-            else:
-                for q in range(columns):
-                    total = np.float32(0)
-                    for e in range(e0, e1):
-                        total += x[ids[e], q]
-                    out[v, q] = total
-
-
-@njit(nogil=True, boundscheck=False, cache=True)
-def _weighted_rows(first, stop, offsets, ids, weights, order, x, out):
+def sum_rows(first, stop, offsets, ids, weights, order, share, factor, x, out):
+    """Rows from `first` to before `stop` of `total`; what is absent is empty."""
     last, columns = np.int64(offsets[len(offsets) - 1]) - 1, x.shape[1]
     xp, ip, op, row = np.int64(x.ctypes.data), np.int64(ids.ctypes.data), np.int64(out.ctypes.data), np.int64(4 * columns)
     wp, rp = np.int64(weights.ctypes.data), np.int64(order.ctypes.data)
+    plain, one, none = len(order) == 0, np.float32(1), np.float32(0)
     for v in range(first, stop):
-        e0, e1, here, c = np.int64(offsets[v]), np.int64(offsets[v + 1]), op + v * row, 0
-        while c + 128 <= columns:
-            _w128(xp, ip, wp, rp, here, e0, e1, last, row, np.int64(c))
-            c += 128
-        while c + 64 <= columns:
-            _w64(xp, ip, wp, rp, here, e0, e1, last, row, np.int64(c))
-            c += 64
-        while c + 16 <= columns:
-            _w16(xp, ip, wp, rp, here, e0, e1, last, row, np.int64(c))
-            c += 16
-        if c < columns:
-            if columns >= 16:
-                _w16(xp, ip, wp, rp, here, e0, e1, last, row, np.int64(columns - 16))
-            elif columns >= 8:
-                _w8(xp, ip, wp, rp, here, e0, e1, last, row, np.int64(0))
-                _w8(xp, ip, wp, rp, here, e0, e1, last, row, np.int64(columns - 8))
-            elif columns >= 4:
-                _w4(xp, ip, wp, rp, here, e0, e1, last, row, np.int64(0))
-                _w4(xp, ip, wp, rp, here, e0, e1, last, row, np.int64(columns - 4))
-            else:
-                for q in range(columns):
-                    total = np.float32(0)
-                    for e in range(e0, e1):
-                        total += weights[order[e]] * x[ids[e], q]
-                    out[v, q] = total
+        e0, e1, here, own, c = np.int64(offsets[v]), np.int64(offsets[v + 1]), op + v * row, xp + v * row, 0
+        s, f = share[v] if len(share) else none, factor[v] if len(factor) else one
+        if columns < 4:
+            for q in range(columns):
+                total = s * x[v, q] if s != 0 else none
+                for e in range(e0, e1):
+                    total += x[ids[e], q] if plain else weights[order[e]] * x[ids[e], q]
+                out[v, q] = f * total
+        elif plain:
+            while c + 128 <= columns:
+                _p128(xp, ip, 0, 0, own, here, e0, e1, last, row, np.int64(c), s, f)
+                c += 128
+            while c + 64 <= columns:
+                _p64(xp, ip, 0, 0, own, here, e0, e1, last, row, np.int64(c), s, f)
+                c += 64
+            while c + 16 <= columns:
+                _p16(xp, ip, 0, 0, own, here, e0, e1, last, row, np.int64(c), s, f)
+                c += 16
+            if c < columns:
+                if columns >= 16:
+                    _p16(xp, ip, 0, 0, own, here, e0, e1, last, row, np.int64(columns - 16), s, f)
+                elif columns >= 8:
+                    _p8(xp, ip, 0, 0, own, here, e0, e1, last, row, np.int64(0), s, f)
+                    _p8(xp, ip, 0, 0, own, here, e0, e1, last, row, np.int64(columns - 8), s, f)
+                else:
+                    _p4(xp, ip, 0, 0, own, here, e0, e1, last, row, np.int64(0), s, f)
+                    _p4(xp, ip, 0, 0, own, here, e0, e1, last, row, np.int64(columns - 4), s, f)
+        else:
+            while c + 128 <= columns:
+                _w128(xp, ip, wp, rp, own, here, e0, e1, last, row, np.int64(c), s, f)
+                c += 128
+            while c + 64 <= columns:
+                _w64(xp, ip, wp, rp, own, here, e0, e1, last, row, np.int64(c), s, f)
+                c += 64
+            while c + 16 <= columns:
+                _w16(xp, ip, wp, rp, own, here, e0, e1, last, row, np.int64(c), s, f)
+                c += 16
+            if c < columns:
+                if columns >= 16:
+                    _w16(xp, ip, wp, rp, own, here, e0, e1, last, row, np.int64(columns - 16), s, f)
+                elif columns >= 8:
+                    _w8(xp, ip, wp, rp, own, here, e0, e1, last, row, np.int64(0), s, f)
+                    _w8(xp, ip, wp, rp, own, here, e0, e1, last, row, np.int64(columns - 8), s, f)
+                else:
+                    _w4(xp, ip, wp, rp, own, here, e0, e1, last, row, np.int64(0), s, f)
+                    _w4(xp, ip, wp, rp, own, here, e0, e1, last, row, np.int64(columns - 4), s, f)
 
 
 @njit(nogil=True, parallel=True, cache=True)
-def _plain_threads(threads, offsets, ids, x, out):
+def _sum_threads(threads, offsets, ids, weights, order, share, factor, x, out):
     for part in prange(threads):
         first, stop = rows_of(offsets, part, threads)
-        _plain_rows(first, stop, offsets, ids, x, out)
-
-
-@njit(nogil=True, parallel=True, cache=True)
-def _weighted_threads(threads, offsets, ids, weights, order, x, out):
-    for part in prange(threads):
-        first, stop = rows_of(offsets, part, threads)
-        _weighted_rows(first, stop, offsets, ids, weights, order, x, out)
+        sum_rows(first, stop, offsets, ids, weights, order, share, factor, x, out)
 
 
 @njit(nogil=True, inline="always")
-def _plain(frame):
-    """Arguments: threads int32 [1], offsets [rows + 1], ids [edges], x [vertices, columns]; result [rows, columns]."""
-    threads, offsets, ids = (
-        ints(buffer(frame, ARGUMENTS, 0)),
-        ints(buffer(frame, ARGUMENTS, 1)),
-        ints(buffer(frame, ARGUMENTS, 2)),
-    )
-    return threads[0], offsets, ids, matrix(buffer(frame, ARGUMENTS, 3)), matrix(buffer(frame, RESULTS, 0))
-
-
-@njit(nogil=True, inline="always")
-def _weighted(frame):
-    """Arguments: threads, offsets, ids, weights [all edges], order [edges], x; result [rows, columns]."""
+def _arguments(frame):
+    """Arguments: threads int32 [1], offsets, ids, weights, order, share, factor, x; result [rows, columns]."""
     threads, offsets, ids = (
         ints(buffer(frame, ARGUMENTS, 0)),
         ints(buffer(frame, ARGUMENTS, 1)),
         ints(buffer(frame, ARGUMENTS, 2)),
     )
     weights, order = floats(buffer(frame, ARGUMENTS, 3)), ints(buffer(frame, ARGUMENTS, 4))
-    return threads[0], offsets, ids, weights, order, matrix(buffer(frame, ARGUMENTS, 5)), matrix(buffer(frame, RESULTS, 0))
+    share, factor = floats(buffer(frame, ARGUMENTS, 5)), floats(buffer(frame, ARGUMENTS, 6))
+    return threads[0], offsets, ids, weights, order, share, factor, matrix(buffer(frame, ARGUMENTS, 7)), matrix(buffer(frame, RESULTS, 0))
 
 
 def _handlers(version: int, threaded: bool) -> dict[str, Any]:
-    def plain(frame):  # type: ignore[no-untyped-def]
+    def alone(frame):  # type: ignore[no-untyped-def]
         if not asked(frame, version):
-            threads, offsets, ids, x, out = _plain(frame)
-            _plain_rows(0, len(offsets) - 1, offsets, ids, x, out)
+            threads, offsets, ids, weights, order, share, factor, x, out = _arguments(frame)
+            sum_rows(0, len(offsets) - 1, offsets, ids, weights, order, share, factor, x, out)
         return 0
 
-    def plain_threaded(frame):  # type: ignore[no-untyped-def]
+    def several(frame):  # type: ignore[no-untyped-def]
         if not asked(frame, version):
-            threads, offsets, ids, x, out = _plain(frame)
-            _plain_threads(threads, offsets, ids, x, out)
+            threads, offsets, ids, weights, order, share, factor, x, out = _arguments(frame)
+            _sum_threads(threads, offsets, ids, weights, order, share, factor, x, out)
         return 0
 
-    def weighted(frame):  # type: ignore[no-untyped-def]
-        if not asked(frame, version):
-            threads, offsets, ids, weights, order, x, out = _weighted(frame)
-            _weighted_rows(0, len(offsets) - 1, offsets, ids, weights, order, x, out)
-        return 0
-
-    def weighted_threaded(frame):  # type: ignore[no-untyped-def]
-        if not asked(frame, version):
-            threads, offsets, ids, weights, order, x, out = _weighted(frame)
-            _weighted_threads(threads, offsets, ids, weights, order, x, out)
-        return 0
-
-    chosen = (plain_threaded, weighted_threaded) if threaded else (plain, weighted)
-    return dict(zip(("partita_gnn_sum", "partita_gnn_weighted_sum"), chosen, strict=True))
+    return {"partita_gnn_sum": several if threaded else alone}
 
 
 def _try() -> None:
-    """Registers the kernels and sums a small graph by each: AssertionError where a sum is wrong."""
+    """Registers the kernel and sums a small graph by it: AssertionError where a sum is wrong."""
     bridge.register(_handlers(bridge.version(), bridge.threads() > 1))
     offsets, ids, order = (
         np.array([0, 2, 2, 5], np.int32),
         np.array([1, 2, 0, 0, 1], np.int32),
         np.arange(5, dtype=np.int32)[::-1].copy(),
     )
-    weights = np.arange(5, dtype=np.float32)
+    weights, share, factor = np.arange(5, dtype=np.float32), np.array([0, 2, 3], np.float32), np.array([1, 0.5, 2], np.float32)
     for columns in (1, 7, 21):
         x = np.arange(3 * columns, dtype=np.float32).reshape(3, columns)
         dense = np.array([[0, 1, 1], [0, 0, 0], [2, 1, 0]], np.float32)
         heavy = np.array([[0, 4, 3], [0, 0, 0], [3, 0, 0]], np.float32)
         with jax.ensure_compile_time_eval():
-            assert np.allclose(_call(offsets, ids, x, None, None), dense @ x), "a sum is wrong"
+            assert np.allclose(_call(offsets, ids, x), dense @ x), "a sum is wrong"
             assert np.allclose(_call(offsets, ids, x, weights, order), heavy @ x), "a weighted sum is wrong"
+            scaled = (dense @ x + share[:, None] * x) * factor[:, None]
+            assert np.allclose(_call(offsets, ids, x, share=share, factor=factor), scaled), "a scaled sum is wrong"
 
 
-def _call(offsets: Any, ids: Any, x: Any, weights: Any, order: Any) -> Any:
+def _call(offsets: Any, ids: Any, x: Any, weights: Any = None, order: Any = None, share: Any = None, factor: Any = None) -> Any:
     result = jax.ShapeDtypeStruct((offsets.shape[0] - 1, x.shape[1]), jnp.float32)
-    threads = np.array([bridge.threads()], np.int32)
-    if weights is None:
-        return jax.ffi.ffi_call("partita_gnn_sum", result)(threads, offsets, ids, x)
-    return jax.ffi.ffi_call("partita_gnn_weighted_sum", result)(threads, offsets, ids, weights, order, x)
+    no, number = np.zeros(0, np.float32), np.zeros(0, np.int32)
+    given = (v if v is not None else no for v in (share, factor))
+    pair = (no, number) if weights is None else (weights, order)
+    return jax.ffi.ffi_call("partita_gnn_sum", result)(np.array([bridge.threads()], np.int32), offsets, ids, *pair, *given, x)
 
 
-def total(offsets: Any, ids: Any, x: Any, weights: Any = None, order: Any = None) -> Any:
-    """float32 [rows, columns]: for every row the sum of x over its edges; one direction, without a gradient of its own.
+def total(
+    offsets: Any, ids: Any, x: Any, weights: Any = None, order: Any = None, share: Any = None, factor: Any = None
+) -> Any:  # fmt: skip
+    """float32 [rows, columns]: factor[v] x (share[v] x x[v] + the sum of x over the edges of row v); one direction, without a gradient of its own.
 
-    offsets int32 [rows + 1], ids int32 [edges] into x [vertices, columns]; edge e weighs `weights[order[e]]`, or `weights[e]` without order.
+    offsets int32 [rows + 1], ids int32 [edges] into x [vertices, columns]; edge e weighs `weights[order[e]]`, or `weights[e]` without order. share and
+    factor float32 [rows] are 0 and 1 where they are None; with a share, row v is of vertex v.
     """
     if bridge.works(_try, "sum"):
         if weights is not None and order is None:
             order = jnp.arange(ids.shape[0], dtype=jnp.int32)
-        return _call(offsets, ids, x, weights, order)
+        return _call(offsets, ids, x, weights, order, share, factor)
     rows = x[ids]
     if weights is not None:
-        rows = rows * (weights if order is None else weights[order])[:, None]
-    return jax.ops.segment_sum(rows, targets(offsets, ids.shape[0]), offsets.shape[0] - 1, indices_are_sorted=True)
+        rows = rows * (weights if order is None else jnp.asarray(weights)[order])[:, None]
+    found = jax.ops.segment_sum(rows, targets(offsets, ids.shape[0]), offsets.shape[0] - 1, indices_are_sorted=True)
+    if share is not None:
+        found = found + share[:, None] * x[: found.shape[0]]
+    return found if factor is None else found * factor[:, None]
 
 
 def targets(offsets: Any, edges: int) -> Any:
