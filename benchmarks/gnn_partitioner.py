@@ -1,34 +1,60 @@
 """The learnt split against the fixed ones where one device is slow: seconds of an epoch after the fifth, on a skewed graph.
 
-    partita gnn generate rmat --scale 18 --edges 4M --features 64 --classes 8 -o graph.lux
-    python benchmarks/gnn_partitioner.py graph.lux --devices 4 --processes
+    partita gnn generate rmat --scale 17 --edges 3M --features 64 --classes 8 -o graph.lux
+    sudo python benchmarks/gnn_partitioner.py graph.lux --devices 4
 
-With --processes each device is a process, and the last one is stopped half of the time (SIGSTOP and SIGCONT every few milliseconds). Without, devices are
-threads of one process, none of which can be stopped alone: a neighbour that computes for ever on the first core slows whichever runs there. The
-script starts and ends both itself.
+Each device is a process, and has by a control group's quota of processor time an equal share of the cores; the last one has half of that.
 """
 
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 parser = argparse.ArgumentParser(description="The learnt split against fixed ones, one device slow.")
 parser.add_argument("graph")
 parser.add_argument("--devices", type=int, default=4)
-parser.add_argument("--processes", action="store_true", help="each device is a process")
 parser.add_argument("--epochs", type=int, default=60)
 parser.add_argument("--hidden", type=int, default=64)
+parser.add_argument("--partitions", nargs="+", default=["vertices", "edges", "learned"])
 parser.add_argument("--even", action="store_true", help="slow no device")
 arguments = parser.parse_args()
-BUSY = "import os\ntry: os.sched_setaffinity(0, [0])\nexcept AttributeError: pass\nwhile True: pass"
-PERIOD = 0.01
+PERIOD = 4_000
+"""Microseconds in which a quota is used up and given anew."""
+
+
+class Shares:
+    """Control groups, one for each process, of version 1 or 2."""
+
+    def __init__(self, cores: list[float]) -> None:
+        first = Path("/sys/fs/cgroup/cpu")
+        self.old = first.is_dir()
+        root = first if self.old else Path("/sys/fs/cgroup")
+        self.folders = [root / f"partita-{os.getpid()}-{i}" for i in range(len(cores))]
+        for folder, share in zip(self.folders, cores, strict=True):
+            try:
+                folder.mkdir()
+                quota = int(share * PERIOD)
+                if self.old:
+                    (folder / "cpu.cfs_period_us").write_text(str(PERIOD))
+                    (folder / "cpu.cfs_quota_us").write_text(str(quota))
+                else:
+                    (folder / "cpu.max").write_text(f"{quota} {PERIOD}")
+            except OSError as error:
+                self.end()
+                sys.exit(f"{folder} cannot be used: {error.strerror}. Run this as root, on a system with control groups for processor time.")
+
+    def take(self, pids: list[int]) -> None:
+        for folder, pid in zip(self.folders, pids, strict=True):
+            (folder / "cgroup.procs").write_text(str(pid))
+
+    def end(self) -> None:
+        for folder in filter(Path.is_dir, self.folders):
+            folder.rmdir()
 
 
 def below(pid: int) -> list[int]:
@@ -37,51 +63,31 @@ def below(pid: int) -> list[int]:
     return sorted(p for child in children for p in [child, *below(child)])
 
 
-def at_half_speed(pid: int, done: threading.Event) -> None:
-    """Stops the last of a command's processes half of the time."""
-    while not done.is_set():
-        try:
-            workers = below(pid)
-            if len(workers) < arguments.devices:
-                time.sleep(0.1)
-                continue
-            slow = workers[-1]
-            while not done.is_set():
-                os.kill(slow, signal.SIGSTOP)
-                time.sleep(PERIOD / 2)
-                os.kill(slow, signal.SIGCONT)
-                time.sleep(PERIOD / 2)
-            os.kill(slow, signal.SIGCONT)
-        except (OSError, ProcessLookupError):
-            time.sleep(0.1)
-
-
 def trained(partition: str) -> dict:
     """What a training run says of itself."""
-    across = "--processes" if arguments.processes else "--devices"
     command = [sys.executable, "-m", "partita", "gnn", "train", arguments.graph, "--hidden", str(arguments.hidden), "--epochs", str(arguments.epochs),
-               across, str(arguments.devices), "--partition", partition, "--json"]  # fmt: skip
-    neighbour = None if arguments.even or arguments.processes else subprocess.Popen([sys.executable, "-c", BUSY])
-    done = threading.Event()
+               "--processes", str(arguments.devices), "--partition", partition, "--json"]  # fmt: skip
+    each = (os.cpu_count() or 1) / arguments.devices
+    shares = Shares([each] * (arguments.devices - 1) + [each if arguments.even else each / 2])
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    slower = threading.Thread(target=at_half_speed, args=(run.pid, done), daemon=True)
-    if arguments.processes and not arguments.even:
-        slower.start()
     try:
+        while run.poll() is None and len(found := below(run.pid)) < arguments.devices:
+            time.sleep(0.05)
+        if run.poll() is None:
+            shares.take(found)
         output, _ = run.communicate()
     finally:
-        done.set()
-        if neighbour is not None:
-            neighbour.kill()
-            neighbour.wait()
+        run.kill()
+        run.wait()
+        shares.end()
     if run.returncode:
         sys.exit(f"{' '.join(command)} ended with {run.returncode}.")
     return json.loads(output[output.index("{") :])
 
 
-print(f"{arguments.graph}, {arguments.devices} {'processes' if arguments.processes else 'devices'}, {os.cpu_count()} cores")
+print(f"{arguments.graph}, {arguments.devices} processes, {os.cpu_count()} cores")
 late = {}
-for partition in ("vertices", "edges", "learned"):
+for partition in arguments.partitions:
     found = trained(partition)
     late[partition] = statistics.median(found["seconds"][5:])
     last = statistics.median(found["seconds"][-10:])
@@ -95,5 +101,5 @@ for partition in ("vertices", "edges", "learned"):
             end="",
         )
     print()
-for partition in ("vertices", "edges"):
+for partition in late.keys() - {"learned"} if "learned" in late else ():
     print(f"learned is {late[partition] / late['learned']:.2f} times as fast as equal {partition}")

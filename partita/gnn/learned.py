@@ -69,10 +69,10 @@ def prefix_sums(graph: Graph) -> np.ndarray:
     return out
 
 
-def features_of(sums: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """float64 [parts, 6]: the features of every part."""
+def features_of(sums: np.ndarray, points: np.ndarray, rows: int | None = None) -> np.ndarray:
+    """float64 [parts, 6]: the features of every part, where each device has place for so many rows, or for those of the largest part."""
     own = np.diff(sums[points], axis=0)
-    return np.column_stack([np.full(len(own), np.diff(points).max()), own])
+    return np.column_stack([np.full(len(own), np.diff(points).max() if rows is None else rows), own])
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,21 @@ class Cost:
     weights: np.ndarray
     slowness: np.ndarray
 
-    def seconds(self, sums: np.ndarray, points: np.ndarray) -> np.ndarray:
-        """float64 [parts]: what each device is predicted to compute for."""
-        return self.slowness * (features_of(sums, points) @ self.weights)
+    def seconds(self, sums: np.ndarray, points: np.ndarray, rows: int | None = None) -> np.ndarray:
+        """float64 [parts]: what each device is predicted to compute for; `rows`: as in `features_of`."""
+        return self.slowness * (features_of(sums, points, rows) @ self.weights)
 
 
-def best_points(sums: np.ndarray, cost: Cost) -> np.ndarray:
-    """int64 [devices + 1]: split points of the least greatest predicted seconds.
+def best_points(sums: np.ndarray, cost: Cost, rows: int | None = None) -> np.ndarray:
+    """int64 [devices + 1]: split points of the least greatest predicted seconds; with `rows`, where every device has place for just so many.
 
     For a given number of rows that every device has place for, the least time by which a sweep that gives every device as much as it can do
     gets to the end is found by halving, each sweep O(devices log vertices). Numbers of rows are tried from the fewest possible upwards.
     """
     vertices, devices = len(sums) - 1, len(cost.slowness)
     before = sums @ cost.weights[1:]
+    if rows is not None:
+        return _sweeps(before, cost, rows)
     least = -(-vertices // devices)
     tried = [vertices]
     if cost.weights[0] > 0:  # otherwise more room costs nothing
@@ -249,44 +251,57 @@ TRIED = 0.25
 class Balance:
     """The learnt split of a graph in training: measured seconds of every epoch in, new split points out when they pay.
 
-    Times of one split alone cannot tell what they are made of, so `trials`, other split points, are measured first if training is long enough.
-    A split that was measured to be better than what was predicted is taken again.
+    A move that disappoints teaches what times are made of, and the next one is better for it. Where none promises more, `trials`, other split
+    points, are measured if training is long enough, since splits that are alike cannot tell. A split that was measured to be better than what was predicted
+    is taken again.
     """
 
     def __init__(self, graph: Graph, points: np.ndarray, trials: Sequence[np.ndarray] = ()) -> None:
         self.sums, self.points, self.trials = prefix_sums(graph), points, list(trials)
         self.learner = Learner(len(points) - 1)
         self.moves: list[list[int]] = []
+        self.rows = 0
         self._epochs = 0
         self._slowest: dict[tuple[int, ...], list[float]] = {}
 
     def measured(self, seconds: np.ndarray, rows: int) -> None:
         """Takes the computing seconds of every device in an epoch; `rows`: those it has place for."""
-        features = features_of(self.sums, self.points)
-        features[:, 0] = rows
-        self.learner.add(features, seconds)
-        self._slowest.setdefault(tuple(self.points.tolist()), []).append(float(seconds.max()))
+        self.rows = rows
+        self.learner.add(features_of(self.sums, self.points, rows), seconds)
+        self._slowest.setdefault((rows, *self.points.tolist()), []).append(float(seconds.max()))
         self._epochs += 1
 
-    def better(self, epochs: int, cost: float) -> np.ndarray | None:
-        """Split points that save more than `cost` seconds in the `epochs` that are left; None if there are none, or too little was seen yet."""
+    def better(self, epochs: int, cost: Callable[[np.ndarray, bool], float]) -> tuple[np.ndarray, bool] | None:
+        """(split points, whether with other place) that save most in the `epochs` that are left, beyond `cost` of the same in seconds.
+
+        None if there are none, or too little was seen yet. Place for other numbers of rows is worth something where rows cost something, and costs more.
+        """
         learnt = self.learner.cost
         if learnt is None or self._epochs < ENOUGH:
             return None
-        was = {points: float(np.median(seconds[-KEPT:])) for points, seconds in self._slowest.items()}
-        now = was[tuple(self.points.tolist())]
-        if self.trials:
-            points = self.trials.pop(0)
-            if TRIED * now * epochs > cost and tuple(points.tolist()) not in was:
-                return points
-            self.trials.clear()
-        points = best_points(self.sums, learnt)
-        key, then = min(was.items(), key=lambda item: item[1])
-        guess, here = (learnt.seconds(self.sums, p).max() for p in (points, self.points))
-        if tuple(points.tolist()) not in was and guess < (1 - LEAST) * here and guess < (1 - LEAST) * then:
-            key, then = tuple(points.tolist()), guess
+        was = {split: float(np.median(seconds[-KEPT:])) for split, seconds in self._slowest.items()}
+        now, here = was[self._here(self.points)], learnt.seconds(self.sums, self.points, self.rows).max()
         sure = max(LEAST, min(self.learner.error or 0.0, 0.2) / 2)  # or noise would be followed
-        return np.array(key, np.int64) if then < (1 - sure) * now and (now - then) * epochs > cost else None
+        found: list[tuple[float, np.ndarray, bool]] = [(then, np.array(split[1:], np.int64), split[0] != self.rows) for split, then in was.items()]
+        for rows in (self.rows, None):
+            points = best_points(self.sums, learnt, rows)
+            then = learnt.seconds(self.sums, points, rows).max()
+            if self._here(points) not in was and then < (1 - LEAST) * here:
+                found.append((float(then), points, rows is None))
+        saved = [((now - then) * epochs - cost(points, other), points, other) for then, points, other in found if then < (1 - sure) * now]
+        most, points, other = max(saved, key=lambda one: one[0], default=(0.0, self.points, False))
+        if most > 0:
+            return points, other
+        while self.trials:
+            points = self.trials.pop(0)
+            if self._here(points) not in was and TRIED * now * epochs > cost(points, True):
+                return points, True
+        self._epochs = 0  # what did not pay is not looked at again in every epoch
+        return None
+
+    def _here(self, points: np.ndarray) -> tuple[int, ...]:
+        """What is measured of these split points with the place that there is, as a key."""
+        return (self.rows, *points.tolist())
 
     def moved(self, points: np.ndarray) -> None:
         """Goes on with other split points."""
@@ -299,6 +314,6 @@ class Balance:
         found: dict[str, Any] = {"moves": len(self.moves), "points": [int(p) for p in self.points], "error": self.learner.error}
         if cost is not None:
             middle = float(np.median(cost.slowness))
-            found |= {"seconds": cost.seconds(self.sums, self.points).tolist(), "slowness": (cost.slowness / middle).tolist(),
+            found |= {"seconds": cost.seconds(self.sums, self.points, self.rows).tolist(), "slowness": (cost.slowness / middle).tolist(),
                       "weights": dict(zip(NAMES, (cost.weights * middle).tolist(), strict=True))}  # fmt: skip
         return found

@@ -96,8 +96,8 @@ def split_points(graph: Graph, parts: int, partition: Any) -> np.ndarray:
     return points.astype(np.int64)
 
 
-SPARE = 0.0625
-"""Share of place left free when a graph is split again, for the times after that."""
+SPARE, SPARE_EDGES = 0.0625, 0.25
+"""Shares of place left free where a graph will be split again: of rows, which every device computes and sends, and of edges."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,11 @@ class Room:
         same = len(self.ways) == len(other.ways)
         return same and self.rows >= other.rows and all(a.holds(b) for a, b in zip(self.ways, other.ways, strict=True))
 
-    def wider(self, share: float) -> Room:
-        """With place for so much more."""
-        more = lambda n: int(n * (1 + share))
-        return Room(more(self.rows), tuple(Place(more(w.edges), tuple((k, more(n)) for k, n in w.turns), more(w.far)) for w in self.ways))
+    def wider(self, share: float, edges: float | None = None) -> Room:
+        """With place for so much more; for `edges`, which take memory and no time, for another share more."""
+        more = lambda n, by=share: int(n * (1 + by))
+        far = lambda n: more(n, share if edges is None else edges)
+        return Room(more(self.rows), tuple(Place(far(w.edges), tuple((k, more(n)) for k, n in w.turns), far(w.far)) for w in self.ways))
 
 
 @dataclass(frozen=True)
@@ -192,18 +193,16 @@ class Parts:
         return out
 
 
-def cut(graph: Graph, points: np.ndarray, room: Room | None = None, kinds: Sequence[Kind] = (Kind(),)) -> Parts:
+def cut(graph: Graph, points: np.ndarray, room: Room | None = None, kinds: Sequence[Kind] = (Kind(),), moves: bool = False) -> Parts:
     """What the parts between split points hold, for these ways to aggregate.
 
-    With `room` of an earlier cut they have its sizes if they fit, so that no step is compiled anew, and some more than needed if not.
+    If the split `moves` they have more place than needed. With `room` of an earlier cut they have its sizes if they fit, so that no step is compiled anew.
     """
     exchanges = tuple(exchange_of(graph, points, kind) for kind in kinds)
     vertices, edges = np.diff(points), np.diff(graph.offsets[points])
     least = Room(int(vertices.max()), tuple(e.least for e in exchanges))
-    if room is None:
-        room = least
-    elif not room.holds(least) or room.rows > least.rows * (1 + 2 * SPARE):
-        room = least.wider(SPARE)
+    if room is None or not room.holds(least):
+        room = least.wider(SPARE, SPARE_EDGES) if moves else least
     needed = next((e.needed for e in exchanges if e.kind.columns == 1), [[] for _ in vertices])
     fetched = [sum(map(len, n)) for n in needed]
     return Parts(points, vertices, edges, np.array(fetched), room, exchanges)

@@ -211,8 +211,11 @@ class FullGraphTraining:
         if kept is None or kept[0] is not graph or kept[1] is not split_as:
             self._checked(graph)
             learns = split_as[0] > 1 and isinstance(split_as[1], str) and split_as[1] == "learned"
-            if learns:
+            if learns:  # what is done once, and waiting for the others, is no part of what a move takes
                 stamp.ready()
+                self._aggregations(graph)
+                _warm()
+                processes.meet()
             began = time.perf_counter()
             kept = graph, split_as, *self._placed(graph, *split_as, timed=learns)
             balance = _balance(graph, kept[3]) if learns and kept[3] is not None else None
@@ -235,29 +238,17 @@ class FullGraphTraining:
         if expected != graph.feature_count:
             raise GraphError(f"'{graph.name}' has {graph.feature_count} features, and the model was built for {expected}.")
 
-    def _placed(
-        self, graph: Graph, devices: int, partition: Any, columns: int | None, timed: bool = False, room: Room | None = None
-    ) -> tuple[Data, Parts | None]:  # fmt: skip
+    def _placed(self, graph: Graph, devices: int, partition: Any, columns: int | None, timed: bool = False, room: Room | None = None) -> tuple[Data, Parts | None]:
         """The graph's data on its devices; of several processes each makes what its own devices have."""
         at_hand(devices)
         _check_columns(columns, devices)
         calls = self._aggregations(graph)
         self.__dict__["_calls"] = len(calls)
-        apart = all(kind == "sum" for _, kind in calls)
-        near = lambda graph: [Kind(1, k, keep, apart) for k, keep in enumerate(self._near(graph, len(calls)))]
         if devices == 1:
-            data = _data(graph)
-            ways = ways_of_part(graph, cut(graph, np.array([0, graph.vertices]), None, near(graph)), 0)
+            data, near = _data(graph), self._near(graph, len(calls))
+            ways = ways_of_part(graph, cut(graph, np.array([0, graph.vertices]), None, near), 0)
             return jax.device_put(replace(data, graph=replace(data.graph, ways=(*data.graph.ways, *ways)))), None
-        graph, points, order = arranged(graph, devices, partition)
-        if columns is None and not timed:
-            chosen = lambda: json.dumps(columns_of(calls, graph, points, detect(devices)))
-            by_width = tuple((width, c) for width, c in json.loads(processes.from_first("columns", chosen)))
-        else:
-            by_width = tuple((width, columns) for width, kind in sorted(set(calls)) if kind != "attention" and columns not in (None, 1))
-        used = {dict(by_width).get(width, 1) if kind != "attention" else 1 for width, kind in calls} or {1}
-        kinds = [Kind(c, apart=apart and c == 1) for c in sorted(used)]
-        parts = replace(cut(graph, points, room, [*kinds, *near(graph)]), order=order)
+        graph, parts, by_width = self._cut(graph, devices, partition, columns, timed, room)
         processes.same("The graph, or how it is split,", _digest(graph, parts), "Do all read the same file?")
         mesh, tables, pieces = _mesh(devices), _tables(graph), []
         for i, device in enumerate(mesh.devices):
@@ -268,6 +259,22 @@ class FullGraphTraining:
         sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         joined = lambda *own: jax.make_array_from_single_device_arrays((devices, *own[0].shape[1:]), sharding, list(own))
         return jax.tree.map(joined, *pieces), parts
+
+    def _cut(
+        self, graph: Graph, devices: int, partition: Any, columns: int | None, timed: bool, room: Room | None
+    ) -> tuple[Graph, Parts, tuple[tuple[int, int], ...]]:  # fmt: skip
+        """(the graph as it is numbered for its parts, what they hold, devices that share the features of aggregations of so many)."""
+        calls = self._aggregations(graph)
+        apart = _linear(calls) and not timed  # where a split moves, how many edges are a part's own varies most
+        graph, points, order = arranged(graph, devices, partition)
+        if columns is None and not timed:
+            chosen = lambda: json.dumps(columns_of(calls, graph, points, detect(devices)))
+            by_width = tuple((width, c) for width, c in json.loads(processes.from_first("columns", chosen)))
+        else:
+            by_width = tuple((width, columns) for width, kind in sorted(set(calls)) if kind != "attention" and columns not in (None, 1))
+        used = {dict(by_width).get(width, 1) if kind != "attention" else 1 for width, kind in calls} or {1}
+        kinds = [*(Kind(c, apart=apart and c == 1) for c in sorted(used)), *self._near(graph, len(calls), apart)]
+        return graph, replace(cut(graph, points, room, kinds, moves=timed), order=order), by_width
 
     def _aggregations(self, graph: Graph) -> list[tuple[int, str]]:
         """(features, kind) of every aggregation of the model on a graph, in their order, as one vertex without edges tells: nothing is computed."""
@@ -280,9 +287,15 @@ class FullGraphTraining:
             jax.eval_shape(lambda state, data: self._predict_step(state, data, ""), state, _data(one))
         return calls.seen
 
-    def _near(self, graph: Graph, calls: int) -> list[np.ndarray]:
-        """The vertices whose aggregations a training step needs, from the last one backwards, as far as that spares much."""
-        return near_training(graph, calls) if vars(type(self)).get("by_vertex") else []
+    def _near(self, graph: Graph, calls: int, apart: bool = False) -> list[Kind]:
+        """Ways over the edges that a training step needs alone, from the last aggregation backwards, as far as that spares much; those of the last graph are
+        kept."""
+        if not vars(type(self)).get("by_vertex"):
+            return []
+        kept = self.__dict__.get("_near_kept")
+        if kept is None or kept[0] is not graph or kept[1] != calls:
+            kept = self.__dict__["_near_kept"] = graph, calls, near_training(graph, calls)
+        return [Kind(1, k, keep, apart) for k, keep in enumerate(kept[2])]
 
     @property
     def parts(self) -> Parts | None:
@@ -308,12 +321,19 @@ class FullGraphTraining:
             every = np.asarray(multihost_utils.process_allgather(seen.astype(np.float32)), float)
             seen = np.append(every[:, : parts.count].sum(axis=0), every[:, parts.count :].max(axis=0))
         balance.measured(seen[: parts.count], parts.rows)
-        points = balance.better(left, float(seen[parts.count :].sum()))
-        if points is None:
+        split_as, (making, compiling) = self.__dict__["_split"], seen[parts.count :]
+
+        def cost(points: np.ndarray, other: bool) -> float:
+            """Seconds; a step is compiled again where the parts have other place, or do not fit into what there is."""
+            keeps = not other and self._cut(graph, split_as[0], points, split_as[2], True, parts.room)[1].room == parts.room
+            return float(making if keeps else making + compiling)
+
+        found = balance.better(left, cost)
+        if found is None:
             return data
-        split_as = self.__dict__["_split"]
+        points, other = found
         started = time.perf_counter()
-        placed = self._placed(graph, split_as[0], points, split_as[2], timed=True, room=parts.room)
+        placed = self._placed(graph, split_as[0], points, split_as[2], timed=True, room=None if other else parts.room)
         moving[0] = time.perf_counter() - started
         self.__dict__["_kept"] = graph, split_as, *placed
         balance.moved(points)
@@ -488,6 +508,11 @@ def step_options() -> dict[str, Any]:
     return options
 
 
+def _linear(calls: Sequence[tuple[int, str]]) -> bool:
+    """Whether all aggregations are sums, which can be taken over some edges first and the others later."""
+    return all(kind == "sum" for _, kind in calls)
+
+
 def _mesh(parts: int) -> Mesh:
     return Mesh(np.array(jax.devices()[:parts]), (AXIS,))
 
@@ -510,6 +535,12 @@ def _all_devices(devices: int) -> int:
     if devices not in (1, there):
         raise GraphError(f"{jax.process_count()} processes have {there} devices in all, and devices={devices} was asked for: give {there}, or leave it out.")
     return there
+
+
+def _warm() -> None:
+    """Loads what makes parts, on a small graph."""
+    small = Graph.from_edges([0, 1], [1, 0])
+    block_of_part(small, cut(small, np.array([0, 1, 2])), 0)
 
 
 def _balance(graph: Graph, parts: Parts) -> Balance:

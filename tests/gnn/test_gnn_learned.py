@@ -82,16 +82,37 @@ def test_split_points_are_as_good_as_any(rows: list[tuple[int, ...]], weights: l
 def test_a_split_moves_only_when_the_epochs_left_pay_for_it() -> None:
     graph = skewed()
     balance = Balance(graph, np.array([0, 300, 600]))
-    for _ in range(3):
-        seconds = features_of(balance.sums, balance.points)[:, 2] * 1e-3
-        balance.measured(seconds, 300)
+
+    def measured() -> np.ndarray:
+        for _ in range(3):
+            seconds = features_of(balance.sums, balance.points)[:, 2] * 1e-3
+            balance.measured(seconds, 600)
+        return seconds
+
+    seconds = measured()
     saved = seconds.max() - seconds.mean()
-    assert balance.better(10, saved * 20) is None
-    points = balance.better(10, saved * 5)
-    assert points is not None
-    balance.moved(points)
-    now = features_of(balance.sums, points)[:, 2]
-    assert now.max() < 1.05 * now.mean() and balance.better(10, 0) is None and balance.facts()["moves"] == 1
+    assert balance.better(10, lambda points, other: saved * 20) is None
+    measured()
+    found = balance.better(10, lambda points, other: saved * (5 if not other else 8))
+    assert found is not None and not found[1]
+    balance.moved(found[0])
+    now = features_of(balance.sums, found[0])[:, 2]
+    assert now.max() < 1.05 * now.mean() and balance.facts()["moves"] == 1
+    measured()
+    assert balance.better(10, lambda points, other: 0) is None
+
+
+def test_a_step_with_place_for_fewer_rows_is_compiled_where_rows_cost_more_than_that() -> None:
+    graph = skewed()
+    found = []
+    for row in (0, 1e-2):
+        balance = Balance(graph, np.array([0, 20, 600]))
+        for _ in range(3):
+            balance.measured(features_of(balance.sums, balance.points, 600) @ np.array([row, 0, 1e-3, 0, 0, 0]), 600)
+        balance.learner.cost = Cost(np.array([row, 0, 1e-3, 0, 0, 0]), np.ones(2))
+        found.append(balance.better(10, lambda points, other: 5.0 * other))
+    assert found[0] is None or not found[0][1]
+    assert found[1] is not None and found[1][1] and np.diff(found[1][0]).max() < 600
 
 
 def test_computing_is_what_lies_outside_exchanges() -> None:
@@ -104,7 +125,7 @@ def test_computing_is_what_lies_outside_exchanges() -> None:
 def moving(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """Training that takes these split points one after the other, whatever they gain."""
     splits = [np.array([0, 10, 50, 600]), np.array([0, 20, 40, 600]), np.array([0, 200, 200, 600])]
-    monkeypatch.setattr(Balance, "better", lambda self, epochs, cost: splits.pop(0) if splits else None)
+    monkeypatch.setattr(Balance, "better", lambda self, epochs, cost: (splits.pop(0), False) if splits else None)
     return splits
 
 
@@ -128,7 +149,7 @@ def test_stamps_tell_a_device_with_more_to_do_from_one_that_waits(monkeypatch: p
     graph, seconds = skewed(2000, 600_000), []
     most = np.array([0, by_edges(graph, 20)[1], 2000])
     monkeypatch.setattr(Balance, "measured", lambda self, took, rows: seconds.append(took))
-    monkeypatch.setattr(Balance, "better", lambda self, epochs, cost: most if len(seconds) == 1 else None)
+    monkeypatch.setattr(Balance, "better", lambda self, epochs, cost: (most, False) if len(seconds) == 1 else None)
     model, _ = fitted(models.GCN, graph, epochs=16, devices=2, partition="learned")
     assert model.parts.edges[1] > 10 * model.parts.edges[0]
     little, much = np.min(seconds[2:], axis=0)  # whatever else the machine does

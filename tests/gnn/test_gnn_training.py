@@ -127,7 +127,7 @@ def test_vertices_near_training_grow_by_an_edge_at_a_time_while_their_edges_are_
 
 def test_features_are_split_where_every_part_needs_most_rows_of_all() -> None:
     random = np.random.default_rng(0)
-    dense = gnn.Graph.from_edges(*random.integers(0, 400, (2, 40000)), 400)
+    dense = gnn.Graph.from_edges(*random.integers(0, 4000, (2, 40000)), 4000)
     ring = gnn.Graph.from_edges(np.arange(400), (np.arange(400) + 1) % 400)
     machine = load("h100:4")
     calls = [(64, "sum"), (32, "attention")]
