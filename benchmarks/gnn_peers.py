@@ -25,10 +25,11 @@ parser.add_argument("graph", nargs="?")
 parser.add_argument("--python", help="the interpreter that has the peers")
 parser.add_argument("--features", type=int, nargs="+", default=[64, 128])
 parser.add_argument("--rounds", type=int, default=5)
-parser.add_argument("--way", choices=["partita", "edge_index", "csr"], help=argparse.SUPPRESS)
+parser.add_argument("--way", choices=["partita", "relabelled", "edge_index", "csr"], help=argparse.SUPPRESS)
 parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
 arguments = parser.parse_args()
-WAYS = {"partita": "Partita", "edge_index": "PyG, edge_index", "csr": "PyG, CSR"}
+WAYS = {"partita": "Partita", "relabelled": "Partita, vertices by degree", "edge_index": "PyG, edge_index", "csr": "PyG, CSR"}
+OURS = ("partita", "relabelled")
 
 
 def serve(turn) -> None:  # noqa: ANN001
@@ -40,8 +41,8 @@ def serve(turn) -> None:  # noqa: ANN001
         print(json.dumps([time.perf_counter() - began, total]), flush=True)
 
 
-def ours(folder: Path, features: int) -> None:
-    """Partita's layer, compiled."""
+def ours(folder: Path, features: int, relabelled: bool) -> None:
+    """Partita's layer, compiled; `relabelled`: the vertices most read first, their features too, which is done beforehand as for `fit(order="degree")`."""
     os.environ["KERAS_BACKEND"] = "jax"
     import jax
     import jax.numpy as jnp
@@ -50,12 +51,16 @@ def ours(folder: Path, features: int) -> None:
     import partita.gnn as gnn
     from partita.execute.devices import keep_freed_memory
     from partita.gnn.block import block_of
+    from partita.gnn.kernels.bridge import step_options
     from partita.gnn.layers import GCNConv
-    from partita.gnn.train import step_options
 
     keep_freed_memory()
     graph = gnn.Graph(np.load(folder / "offsets.npy"), np.load(folder / "sources.npy"))
-    x, w = (jax.device_put(np.load(folder / name)) for name in ("x.npy", "w.npy"))
+    x, w = (np.load(folder / name) for name in ("x.npy", "w.npy"))
+    if relabelled:
+        order = gnn.order.by_degree(graph)
+        graph, x = graph.relabelled(order), x[order]
+    x, w = jax.device_put((x, w))
     layer = GCNConv(features, use_bias=False)
     layer.build((None, features))
     block = jax.device_put(block_of(graph))
@@ -96,7 +101,10 @@ def theirs(folder: Path, features: int, way: str) -> None:
 def main() -> int:
     if arguments.way:
         features = arguments.features[0]
-        ours(arguments.folder, features) if arguments.way == "partita" else theirs(arguments.folder, features, arguments.way)
+        if arguments.way in OURS:
+            ours(arguments.folder, features, arguments.way == "relabelled")
+        else:
+            theirs(arguments.folder, features, arguments.way)
         return 0
     import numpy as np
 
@@ -113,8 +121,8 @@ def main() -> int:
             np.save(folder / "w.npy", random.standard_normal((features, features), dtype=np.float32) / features)
             running = {
                 way: subprocess.Popen(
-                    [sys.executable if way == "partita" else arguments.python, __file__, "--way", way, "--folder", name, "--features", str(features)],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={k: v for k, v in os.environ.items() if way == "partita" or k != "PYTHONPATH"},
+                    [sys.executable if way in OURS else arguments.python, __file__, "--way", way, "--folder", name, "--features", str(features)],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={k: v for k, v in os.environ.items() if way in OURS or k != "PYTHONPATH"},
                 )  # fmt: skip
                 for way in WAYS
             }
@@ -135,7 +143,7 @@ def main() -> int:
         medians = {way: statistics.median(took[1:]) for way, took in seconds.items()}
         for way, label in WAYS.items():
             ratio = "" if way == "partita" else f", {medians[way] / medians['partita']:.1f} times Partita's"
-            print(f"{features} features, {label:16} {medians[way] * 1e3:8.1f} ms{ratio}; loss {losses[way]:.6g}", flush=True)
+            print(f"{features} features, {label:27} {medians[way] * 1e3:8.1f} ms{ratio}; loss {losses[way]:.6g}", flush=True)
     return 0
 
 

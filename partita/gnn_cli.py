@@ -155,6 +155,7 @@ def train(
     processes: Annotated[int, typer.Option(help="Start so many processes on this host, a share of its cores each, that train together.", min=1)] = 1,
     partition: Annotated[str, typer.Option(help="Parts of as many 'edges', of as many 'vertices', 'learned' from measured times, or by 'metis'.")] = "edges",
     columns: Annotated[int | None, typer.Option(help="Groups of so many devices share their vertices and split the features of an aggregation; default: as is cheapest.", min=1, show_default=False)] = None,
+    order: Annotated[str | None, typer.Option(help="Number the vertices inside by 'degree' (the most read first; for skewed graphs) or 'neighbours' (for meshes and roads).", show_default=False)] = None,
     memory: Annotated[str | None, typer.Option(help="Keep to so much memory of one device, as 4GiB: what does not fit goes to the host's disk and comes back.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="The same seed is the same training, on any number of devices.", min=0)] = 0,
     save: Annotated[Path | None, typer.Option(help="Write the trained model to this .keras file.", show_default=False)] = None,
@@ -199,7 +200,7 @@ def train(
                 from partita.keras.checkpoint import Checkpoint
 
                 follow.insert(0, Checkpoint(checkpoint, every=every))
-            network.fit(graph, epochs, callbacks=follow, verbose=0, devices=devices, partition=partition, columns=columns, memory=memory)
+            network.fit(graph, epochs, callbacks=follow, verbose=0, devices=devices, partition=partition, columns=columns, order=order, memory=memory)
         found = {"model": model, **trained_facts(network, graph)}
         if first and save is not None:
             network.save(save)

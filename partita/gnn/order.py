@@ -5,10 +5,14 @@ An aggregation reads rows of features in the order of the sources. What it gains
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import scipy.sparse
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 
+from partita.errors import GraphError
 from partita.gnn.graph import Graph
 
 
@@ -33,3 +37,15 @@ def by_neighbours(graph: Graph) -> np.ndarray:
         (np.ones(graph.edges, np.int8), graph.sources, graph.offsets), shape=(graph.vertices, graph.vertices)
     )
     return reverse_cuthill_mckee(matrix.tocsr(), symmetric_mode=False).astype(np.int64)
+
+
+ORDERS: dict[str, Callable[[Graph], np.ndarray]] = {"degree": by_degree, "neighbours": by_neighbours}
+
+
+def order_of(graph: Graph, order: Any) -> np.ndarray:
+    """int64 [vertices]: the order of a name, or the one that is given."""
+    if not isinstance(order, str):
+        return np.asarray(order)
+    if order not in ORDERS:
+        raise GraphError(f"There is no order {order!r}: use {', '.join(map(repr, ORDERS))}, or give every vertex once.")
+    return ORDERS[order](graph)

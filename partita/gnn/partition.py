@@ -186,11 +186,14 @@ class Parts:
     def joined(self, stacked: np.ndarray) -> np.ndarray:
         """[vertices, ...]: the way back, to the user's numbers."""
         found = np.concatenate([stacked[i, : self.vertices[i]] for i in range(self.count)])
-        if self.order is None:
-            return found
-        out = np.empty_like(found)
-        out[self.order] = found
-        return out
+        return found if self.order is None else restored(found, self.order)
+
+
+def restored(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Rows of vertices that are in this order, in the user's numbers."""
+    out = np.empty_like(rows)
+    out[order] = rows
+    return out
 
 
 def cut(graph: Graph, points: np.ndarray, room: Room | None = None, kinds: Sequence[Kind] = (Kind(),), moves: bool = False) -> Parts:

@@ -26,6 +26,7 @@ import keras
 import numpy as np
 
 from partita.errors import GraphError
+from partita.gnn.kernels.bridge import step_options
 from partita.gnn.memory import MemoryPlan, Operator, Work, lru, planned
 from partita.gnn.pieces import Piece, by_rows
 
@@ -326,7 +327,7 @@ class Planned:
                 )
                 cuts = [tuple(tables[t].cuts(group.by) for t, _ in names) for names in (job.reads, job.writes)]
                 if key not in programs:
-                    program: Any = jax.jit(_apart(job.function, key[2]), donate_argnums=0).lower(
+                    program: Any = jax.jit(_apart(job.function, key[2]), donate_argnums=0, compiler_options=step_options()).lower(
                         carry, *self.like[:2], self.data, jax.ShapeDtypeStruct((), jnp.int32), *given
                     ).compile()  # fmt: skip
                     programs[key] = program, _scratch(program, sum(map(_bytes, given + made)))

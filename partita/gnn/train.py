@@ -6,7 +6,6 @@ mask, whatever Keras loss it is; metrics are weighted by the mask. The graph is 
 
 from __future__ import annotations
 
-import functools
 import json
 import time
 from collections.abc import Sequence
@@ -26,8 +25,21 @@ from partita.gnn.block import AXIS, Block, block_of, counted
 from partita.gnn.choice import columns_of
 from partita.gnn.graph import Graph, check
 from partita.gnn.kernels import stamp
+from partita.gnn.kernels.bridge import step_options
 from partita.gnn.learned import Balance
-from partita.gnn.partition import Kind, Parts, Room, arranged, block_of_part, by_vertices, cut, near_training, ways_of_part
+from partita.gnn.order import order_of
+from partita.gnn.partition import (
+    Kind,
+    Parts,
+    Room,
+    arranged,
+    block_of_part,
+    by_vertices,
+    cut,
+    near_training,
+    restored,
+    ways_of_part,
+)
 from partita.gnn.spill import Planned
 from partita.units import parse
 
@@ -48,6 +60,20 @@ class Data:
     labels: Any
     masks: dict[str, Any]
     graph: Block
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a graph is put on devices, as `fit` was told."""
+
+    devices: int
+    partition: Any = "edges"
+    columns: int | None = None
+    order: Any = None
+
+    @property
+    def learns(self) -> bool:
+        return self.devices > 1 and isinstance(self.partition, str) and self.partition == "learned"
 
 
 class FullGraphTraining:
@@ -75,7 +101,8 @@ class FullGraphTraining:
 
     def fit(
         self, graph: Graph, epochs: int = 1, *, callbacks: Sequence[Any] | None = None, verbose: Any = "auto", validation_freq: int = 1,
-        initial_epoch: int = 0, devices: int = 1, partition: Any = "edges", columns: int | None = None, memory: str | int | None = None,
+        initial_epoch: int = 0, devices: int = 1, partition: Any = "edges", columns: int | None = None, order: Any = None,
+        memory: str | int | None = None,
     ) -> Any:  # fmt: skip
         """Keras's history: loss and metrics of the training mask, and with `val_` of the validation mask, of every epoch.
 
@@ -84,13 +111,16 @@ class FullGraphTraining:
         between epochs when that pays), 'metis' (needs pymetis), split points [devices + 1], or the part of every vertex [vertices].
         In an aggregation, groups of `columns` devices each take a slice of the features of their vertices; None: as is cheapest for each, by the
         machine. `evaluate` and `predict` then use the same devices. Of several processes each makes the parts of its own devices only, and `devices` are those
-        of all of them; 1 stands for all. Within a `memory` ("4GiB" or bytes) on one device what does not fit goes to the
+        of all of them; 1 stands for all. With an `order` ('degree', 'neighbours', or the vertices in an order of yours) vertices are numbered by it inside, so that
+        those that are read together lie together; results are in your numbers, split points in those of the order. Within a `memory` ("4GiB" or bytes) on one device what does not fit goes to the
         host and comes back, by a plan that `model.memory.facts()` then states.
         """
         model: Any = self
         model._assert_compile_called("fit")
+        if memory is not None and order is not None:
+            raise GraphError("A memory plan trains a graph as it is numbered: give it graph.relabelled(order), and leave out order.")
         within = self._within(graph, memory, devices)
-        self.__dict__["_split"] = (_all_devices(devices), partition, columns)
+        self.__dict__["_split"] = Split(_all_devices(devices), partition, columns, order)
         data: Any = self._prepared(graph, "train") if within is None else None
         validates = graph.validation is not None and bool(graph.validation.any())
         model.stop_training = False
@@ -200,25 +230,26 @@ class FullGraphTraining:
             data = self._prepared(graph, None)
             found = processes.whole(self._step("predict", self._predict_step, rows=True)(self._state()[:2], data))
             found = found if self.parts is None else self.parts.joined(found)
+            found = found if self.parts is not None or self._order is None else restored(found, self._order)
         return found if vertices is None else found[np.asarray(vertices)]
 
     # --------------------------------------------------------------------------------------------------------- what it needs
 
     def _prepared(self, graph: Graph, mask: str | None) -> Data:
         """A graph as a step reads it; the last one is kept."""
-        split_as = self.__dict__.setdefault("_split", (_all_devices(1), "edges", None))
+        split = self.__dict__.setdefault("_split", Split(_all_devices(1)))
         kept = self.__dict__.get("_kept")
-        if kept is None or kept[0] is not graph or kept[1] is not split_as:
+        if kept is None or kept[0] is not graph or kept[1] is not split:
             self._checked(graph)
-            learns = split_as[0] > 1 and isinstance(split_as[1], str) and split_as[1] == "learned"
-            if learns:  # what is done once, and waiting for the others, is no part of what a move takes
+            if split.learns:  # what is done once, and waiting for the others, is no part of what a move takes
                 stamp.ready()
                 self._aggregations(graph)
                 _warm()
                 processes.meet()
             began = time.perf_counter()
-            kept = graph, split_as, *self._placed(graph, *split_as, timed=learns)
-            balance = _balance(graph, kept[3]) if learns and kept[3] is not None else None
+            self.__dict__["_numbered"] = _numbered(graph, split.order)
+            kept = graph, split, *self._placed(graph, split)
+            balance = _balance(self.__dict__["_numbered"][0], kept[3]) if split.learns and kept[3] is not None else None
             self.__dict__.update(_kept=kept, feature_count=graph.feature_count, _steps={}, _balance=balance)
             self.__dict__["_prepare_seconds"] = time.perf_counter() - began
             self.__dict__["_moving"] = [self.prepare_seconds, 0.0]
@@ -238,43 +269,54 @@ class FullGraphTraining:
         if expected != graph.feature_count:
             raise GraphError(f"'{graph.name}' has {graph.feature_count} features, and the model was built for {expected}.")
 
-    def _placed(self, graph: Graph, devices: int, partition: Any, columns: int | None, timed: bool = False, room: Room | None = None) -> tuple[Data, Parts | None]:
-        """The graph's data on its devices; of several processes each makes what its own devices have."""
+    def _placed(self, graph: Graph, split: Split, room: Room | None = None, points: np.ndarray | None = None) -> tuple[Data, Parts | None]:
+        """The graph's data on its devices, split at these points if given; of several processes each makes what its own devices have."""
+        devices = split.devices
         at_hand(devices)
-        _check_columns(columns, devices)
+        _check_columns(split.columns, devices)
         calls = self._aggregations(graph)
         self.__dict__["_calls"] = len(calls)
         if devices == 1:
-            data, near = _data(graph), self._near(graph, len(calls))
-            ways = ways_of_part(graph, cut(graph, np.array([0, graph.vertices]), None, near), 0)
-            return jax.device_put(replace(data, graph=replace(data.graph, ways=(*data.graph.ways, *ways)))), None
-        graph, parts, by_width = self._cut(graph, devices, partition, columns, timed, room)
+            graph, order = self.__dict__["_numbered"]
+            data = _data(graph)
+            ways = ways_of_part(graph, cut(graph, np.array([0, graph.vertices]), None, self._near(graph, len(calls))), 0)
+            vertex = None if order is None else order.astype(np.int32)
+            return jax.device_put(replace(data, graph=replace(data.graph, ways=(*data.graph.ways, *ways), vertex=vertex))), None
+        graph, parts, by_width = self._cut(graph, split, room, points)
         processes.same("The graph, or how it is split,", _digest(graph, parts), "Do all read the same file?")
         mesh, tables, pieces = _mesh(devices), _tables(graph), []
         for i, device in enumerate(mesh.devices):
             if device.process_index == jax.process_index():
-                block = replace(block_of_part(graph, parts, i), columns=by_width, timed=timed)
+                block = replace(block_of_part(graph, parts, i), columns=by_width, timed=split.learns)
                 x, labels, masks = jax.tree.map(lambda table, i=i: parts.of_part(i, table), tables)
                 pieces.append(jax.device_put(jax.tree.map(lambda x: x[None], Data(x, labels, masks, block)), device))
         sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         joined = lambda *own: jax.make_array_from_single_device_arrays((devices, *own[0].shape[1:]), sharding, list(own))
         return jax.tree.map(joined, *pieces), parts
 
-    def _cut(
-        self, graph: Graph, devices: int, partition: Any, columns: int | None, timed: bool, room: Room | None
-    ) -> tuple[Graph, Parts, tuple[tuple[int, int], ...]]:  # fmt: skip
-        """(the graph as it is numbered for its parts, what they hold, devices that share the features of aggregations of so many)."""
-        calls = self._aggregations(graph)
+    def _cut(self, graph: Graph, split: Split, room: Room | None, points: np.ndarray | None = None) -> tuple[Graph, Parts, tuple[tuple[int, int], ...]]:
+        """(the graph as it is numbered for its parts, what they hold, devices that share the features of aggregations of so many); at these points, if given."""
+        calls, columns, timed = self._aggregations(graph), split.columns, split.learns
         apart = _linear(calls) and not timed  # where a split moves, how many edges are a part's own varies most
-        graph, points, order = arranged(graph, devices, partition)
+        graph, order = self.__dict__["_numbered"]
+        partition = split.partition if points is None else points
+        if order is not None and not isinstance(partition, str) and len(partition) == graph.vertices != split.devices + 1:
+            partition = np.asarray(partition)[order]
+        graph, points, again = arranged(graph, split.devices, partition)
+        order = order if again is None else again if order is None else order[again]
         if columns is None and not timed:
-            chosen = lambda: json.dumps(columns_of(calls, graph, points, detect(devices)))
+            chosen = lambda: json.dumps(columns_of(calls, graph, points, detect(split.devices)))
             by_width = tuple((width, c) for width, c in json.loads(processes.from_first("columns", chosen)))
         else:
             by_width = tuple((width, columns) for width, kind in sorted(set(calls)) if kind != "attention" and columns not in (None, 1))
         used = {dict(by_width).get(width, 1) if kind != "attention" else 1 for width, kind in calls} or {1}
         kinds = [*(Kind(c, apart=apart and c == 1) for c in sorted(used)), *self._near(graph, len(calls), apart)]
         return graph, replace(cut(graph, points, room, kinds, moves=timed), order=order), by_width
+
+    @property
+    def _order(self) -> np.ndarray | None:
+        """The order of the vertices inside, where one was asked for."""
+        return self.__dict__["_numbered"][1]
 
     def _aggregations(self, graph: Graph) -> list[tuple[int, str]]:
         """(features, kind) of every aggregation of the model on a graph, in their order, as one vertex without edges tells: nothing is computed."""
@@ -321,11 +363,11 @@ class FullGraphTraining:
             every = np.asarray(multihost_utils.process_allgather(seen.astype(np.float32)), float)
             seen = np.append(every[:, : parts.count].sum(axis=0), every[:, parts.count :].max(axis=0))
         balance.measured(seen[: parts.count], parts.rows)
-        split_as, (making, compiling) = self.__dict__["_split"], seen[parts.count :]
+        split, (making, compiling) = self.__dict__["_split"], seen[parts.count :]
 
         def cost(points: np.ndarray, other: bool) -> float:
             """Seconds; a step is compiled again where the parts have other place, or do not fit into what there is."""
-            keeps = not other and self._cut(graph, split_as[0], points, split_as[2], True, parts.room)[1].room == parts.room
+            keeps = not other and self._cut(graph, split, parts.room, points)[1].room == parts.room
             return float(making if keeps else making + compiling)
 
         found = balance.better(left, cost)
@@ -333,9 +375,9 @@ class FullGraphTraining:
             return data
         points, other = found
         started = time.perf_counter()
-        placed = self._placed(graph, split_as[0], points, split_as[2], timed=True, room=None if other else parts.room)
+        placed = self._placed(graph, split, None if other else parts.room, points)
         moving[0] = time.perf_counter() - started
-        self.__dict__["_kept"] = graph, split_as, *placed
+        self.__dict__["_kept"] = graph, split, *placed
         balance.moved(points)
         return placed[0]
 
@@ -496,18 +538,6 @@ def _over_parts(values: Any, data: Data) -> Any:
     return data.graph.left(jax.lax.psum(data.graph.entered(values), AXIS))
 
 
-@functools.cache
-def step_options() -> dict[str, Any]:
-    """How a step is compiled. On a CPU, XLA may give a product and all that is around it to a library as one, and then makes every number that is spread over
-    rows a table of its own: twice the memory of a step, and half as long again (jaxlib 0.10.2, two layers of 16 features)."""
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-    try:
-        jax.jit(lambda: jnp.zeros(()), compiler_options=options)()
-    except jax.errors.JaxRuntimeError:  # another backend, or another version
-        return {}
-    return options
-
-
 def _linear(calls: Sequence[tuple[int, str]]) -> bool:
     """Whether all aggregations are sums, which can be taken over some edges first and the others later."""
     return all(kind == "sum" for _, kind in calls)
@@ -535,6 +565,14 @@ def _all_devices(devices: int) -> int:
     if devices not in (1, there):
         raise GraphError(f"{jax.process_count()} processes have {there} devices in all, and devices={devices} was asked for: give {there}, or leave it out.")
     return there
+
+
+def _numbered(graph: Graph, order: Any) -> tuple[Graph, np.ndarray | None]:
+    """(the graph as its vertices are numbered inside, in which order they are, if not as they were)."""
+    if order is None:
+        return graph, None
+    order = order_of(graph, order)
+    return graph.relabelled(order), np.asarray(order, np.int64)
 
 
 def _warm() -> None:

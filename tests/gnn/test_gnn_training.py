@@ -11,7 +11,7 @@ import pytest
 
 import partita.gnn as gnn
 from partita.errors import GraphError, MachineError
-from partita.gnn import models
+from partita.gnn import models, train
 from partita.gnn.choice import columns_of, neighbours
 from partita.gnn.partition import arranged, by_edges, by_vertices, cut, near_training, split_points
 from partita.machine import load
@@ -57,12 +57,31 @@ def test_split_training_gives_the_numbers_of_one_device(name: str) -> None:
             np.testing.assert_allclose(mine, theirs, rtol=1e-2, atol=1e-3)
 
 
+def test_an_order_inside_changes_no_result() -> None:
+    graph, part = drawn(weights=True), np.arange(23) % 4
+    alone, expected = trained(models.GCN, graph)
+    for order, how in (("degree", {}), (np.arange(23)[::-1], {"devices": 4, "partition": part}), ("neighbours", {"devices": 3, "partition": "learned"})):
+        model, found = trained(models.GCN, graph, order=order, **how)
+        np.testing.assert_allclose(found["loss"], expected["loss"], rtol=2e-4)
+        np.testing.assert_allclose(model.predict(graph), alone.predict(graph), rtol=1e-2, atol=1e-3)
+        if how.get("devices") == 4:
+            assert model.parts.vertices.tolist() == np.bincount(part).tolist()
+
+
+def test_an_order_that_is_none_is_refused() -> None:
+    for wrong, sentence in (("size", "There is no order 'size': use 'degree', 'neighbours', or give"), ([0, 0], "has 2 entries for 23 vertices")):
+        with pytest.raises(GraphError, match=sentence):
+            trained(models.GCN, drawn(), order=wrong)
+    with pytest.raises(GraphError, match=r"give it graph\.relabelled\(order\), and leave out order"):
+        trained(models.GCN, drawn(), order="degree", memory="1GiB")
+
+
 def test_any_number_of_parts_gives_the_same_predictions() -> None:
     graph = drawn()
     model, _ = trained(models.GCN, graph)
     alone = model.predict(graph)
     for parts in range(2, 8):
-        model.__dict__["_split"] = (parts, "edges", parts if parts == 3 else None)
+        model.__dict__["_split"] = train.Split(parts, "edges", parts if parts == 3 else None)
         np.testing.assert_allclose(model.predict(graph), alone, rtol=1e-4, atol=1e-5)
         assert model.parts.edges.sum() == graph.edges and model.parts.vertices.sum() == graph.vertices
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numba
 import numpy as np
 from numba import cfunc, njit, types
@@ -195,3 +196,15 @@ def works(kernel: Callable[[], None], what: str) -> bool:
             stacklevel=2,
         )
         return False
+
+
+@functools.cache
+def step_options() -> dict[str, Any]:
+    """How a step is compiled. On a CPU, XLA may give a product and all that is around it to a library as one, and then makes every number that is spread over
+    rows a table of its own: twice the memory of a step, and half as long again (jaxlib 0.10.2, two layers of 16 features)."""
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    try:
+        jax.jit(lambda: jnp.zeros(()), compiler_options=options)()
+    except jax.errors.JaxRuntimeError:  # another backend, or another version
+        return {}
+    return options
