@@ -19,7 +19,7 @@ import numpy as np
 
 import partita.gnn as gnn
 from partita.errors import GraphError
-from partita.gnn.memory import planned
+from partita.gnn.memory import bound, planned
 from partita.gnn.models import MODELS
 
 parser = argparse.ArgumentParser(description="A memory plan against a least-recently-used cache.")
@@ -77,7 +77,7 @@ for name in arguments.models:
         f"{name}: ordinary step {step:,} B, need uncut {uncut:,} B; always there {within.work.fixed:,} B, least {facts['least']:,} B ({facts['least'] / need:.0%}); "
         f"budget {facts['budget']:,} B ({facts['budget'] / need:.0%}); {facts['operators']} operators on {len(within.work.bytes)} tiles, planned in {planning:.1f} s\n"
         f"    plan {facts['traffic']:,} B (exact: {facts['exact']}, {facts['again']} run again, moved {facts['moved']:,} B), cache {facts['lru_traffic']:,} B, "
-        f"ratio {facts['lru_traffic'] / max(1, facts['traffic']):.2f}; largest difference of loss {np.abs(losses - found).max():.1e}; "
+        f"ratio {facts['lru_traffic'] / max(1, facts['traffic']):.2f}, at most {facts['lru_traffic'] / bound(within.work, facts['budget']):.2f} if nothing runs again; largest difference of loss {np.abs(losses - found).max():.1e}; "
         f"epoch {seconds[0]:.3f} s without, {seconds[1]:.3f} s within",
         flush=True,
     )

@@ -4,7 +4,8 @@
 operators done, always the first ones of the order given; T, the tensors on the device and on the host. Beside loading and saving, a tensor
 may be made again by running its operator again. The time is exponential in the tensors alive at once: beyond `SMALL` tensors or `LIMIT`
 states the plan is the best of several caches that know the future, and says so by `exact`. They drop what is used furthest ahead (Belady 1966),
-rather what the host has already, and may run families of operators again. `lru` is the ordinary cache to compare with. No jax here.
+rather what the host has already, and may run families of operators again. `lru` is the ordinary cache to compare with, and
+`bound` says what nothing can fall below. No jax here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import scipy.optimize
+import scipy.sparse
 
 from partita.errors import GraphError
 from partita.units import format_bytes
@@ -135,6 +141,38 @@ def lru(work: Work, budget: int) -> MemoryPlan:
             f'A memory of {format_bytes(budget)} is too little: the largest operator alone needs {work.least():,} bytes; give memory="{work.least()} B" or more.'
         )
     return _Cache(work, budget).plan()
+
+
+def bound(work: Work, budget: int) -> float:
+    """Bytes that every plan within a budget moves at least if it runs no operator again: the least of a linear programme.
+
+    A tensor stays on the device between two of its uses, in part, or is loaded for the second; where it did not begin on the host it is saved as far as it
+    ever went. During every operator what stays has place beside what that reads, writes and needs inside. Plans are the solutions in whole numbers.
+    """
+    room, inside = budget - work.fixed, lambda o: work.size(o.tensors) + o.scratch
+    free = np.array([room - inside(o) for o in work.operators], float)
+    used: dict[str, list[int]] = {t: [] for t in work.bytes}
+    for i, operator in enumerate(work.operators):
+        for tensor in operator.tensors:
+            used[tensor].append(i)
+    given = work.given()
+    always = float(work.size(t for t in given if used[t]))
+    gaps = [(t, a, b) for t, uses in used.items() for a, b in pairwise(uses) if b > a + 1]
+    saved = {t: len(gaps) + k for k, t in enumerate(dict.fromkeys(t for t, _, _ in gaps if t not in given))}
+    sizes = np.array([work.bytes[t] for t, _, _ in gaps] + [work.bytes[t] for t in saved], float)
+    if not gaps:
+        return always
+    price = np.where(np.arange(len(sizes)) < len(gaps), -sizes, sizes)
+    lengths = np.array([b - a - 1 for _, a, b in gaps])
+    between = np.concatenate([np.arange(a + 1, b) for _, a, b in gaps])
+    which = np.repeat(np.arange(len(gaps)), lengths)
+    held = scipy.sparse.csr_array((sizes[which], (between, which)), shape=(len(work.operators), len(sizes)))
+    went = [(k, saved[t]) for k, (t, _, _) in enumerate(gaps) if t in saved]  # stays or was saved
+    pairs = np.array(went, int).reshape(-1, 2)
+    row = np.repeat(np.arange(len(pairs)), 2)
+    either = scipy.sparse.csr_array((-np.ones(pairs.size), (row, pairs.ravel())), shape=(len(pairs), len(sizes)))
+    found = scipy.optimize.linprog(price, scipy.sparse.vstack([held, either]), np.append(free, -np.ones(len(pairs))), bounds=(0, 1))
+    return always + float(sizes[: len(gaps)].sum()) + found.fun
 
 
 class _NoRoom(Exception):

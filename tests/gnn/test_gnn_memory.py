@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 import partita.gnn as gnn
 from partita.errors import GraphError
 from partita.gnn import memory, models, spill
-from partita.gnn.memory import Action, MemoryPlan, Operator, Work, lru, planned
+from partita.gnn.memory import Action, MemoryPlan, Operator, Work, bound, lru, planned
 
 
 def network(sizes: list[int], seconds: list[float | None]) -> Work:
@@ -112,6 +113,8 @@ def test_plans_cost_the_least_and_a_cache_no_less(data: Any) -> None:
     assert plan.exact and plan.cost == least(work, budget, 1.0)
     assert plan.cost <= cache.cost == cache.traffic == keeps_to(work, cache, budget)
     assert plan.traffic == keeps_to(work, plan, budget)
+    once = replace(work, operators=tuple(replace(o, seconds=None) for o in work.operators))
+    assert work.size(once.given() & once.alive(0)) <= bound(once, budget) <= planned(once, budget, 1.0).traffic + 1e-6
 
 
 @settings(deadline=None, max_examples=25)
@@ -133,6 +136,7 @@ def test_in_a_quarter_of_the_need_tiles_move_half_as_often_again_in_a_cache() ->
     plan, cache = planned(work, budget, 1.0), lru(work, budget)
     assert plan.traffic == keeps_to(work, plan, budget) and cache.traffic == keeps_to(work, cache, budget)
     assert cache.traffic > 1.5 * plan.traffic and not plan.exact
+    assert plan.traffic < 1.01 * bound(work, budget)
 
 
 def test_what_fits_is_loaded_once_and_what_is_cheap_is_run_again() -> None:
