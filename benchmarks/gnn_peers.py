@@ -1,11 +1,13 @@
-"""A GCN layer, forward and backward, against PyTorch Geometric by edge_index and by CSR, in turns on one machine.
+"""A GCN layer, forward and backward, against PyTorch Geometric by edge_index and by CSR, and against DGL, in turns on one machine.
 
-    python -m venv peers && peers/bin/pip install torch torch_geometric numpy
+    python -m venv peers && peers/bin/pip install torch torch_geometric numpy scipy networkx requests tqdm psutil pandas pydantic pyyaml packaging
+    peers/bin/pip install --no-deps dgl==2.1.0
     partita gnn generate rmat --scale 19 --edges 10523921 -o graph.lux
     python benchmarks/gnn_peers.py graph.lux --python peers/bin/python --features 64 128
 
 Every library runs in a process of its own and waits for its turn. A turn: the layer's result and the gradients in its input and its weight, with
-normalisation known beforehand and an edge to every vertex itself. Medians; all cores each.
+normalisation known beforehand and an edge to every vertex itself. Medians; all cores each. DGL is left out where it is not installed; its
+graphbolt, which loads data and goes with old versions of torch only, is not used.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ parser.add_argument("graph", nargs="?")
 parser.add_argument("--python", help="the interpreter that has the peers")
 parser.add_argument("--features", type=int, nargs="+", default=[64, 128])
 parser.add_argument("--rounds", type=int, default=5)
-parser.add_argument("--way", choices=["partita", "relabelled", "edge_index", "csr"], help=argparse.SUPPRESS)
+parser.add_argument("--way", choices=["partita", "relabelled", "edge_index", "csr", "dgl"], help=argparse.SUPPRESS)
 parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
 arguments = parser.parse_args()
-WAYS = {"partita": "Partita", "relabelled": "Partita, vertices by degree", "edge_index": "PyG, edge_index", "csr": "PyG, CSR"}
+WAYS = {"partita": "Partita", "relabelled": "Partita, vertices by degree", "edge_index": "PyG, edge_index", "csr": "PyG, CSR", "dgl": "DGL"}
 OURS = ("partita", "relabelled")
 
 
@@ -70,7 +72,7 @@ def ours(folder: Path, features: int, relabelled: bool) -> None:
 
 
 def theirs(folder: Path, features: int, way: str) -> None:
-    """PyG's layer, its normalisation cached."""
+    """A layer of PyG or DGL, its normalisation cached."""
     import numpy as np
     import torch
     from torch_geometric.nn import GCNConv
@@ -83,7 +85,10 @@ def theirs(folder: Path, features: int, way: str) -> None:
     x, w = (torch.from_numpy(np.load(folder / name)).requires_grad_() for name in ("x.npy", "w.npy"))
     layer.lin.weight = torch.nn.Parameter(w.detach().T.contiguous())
     edges, weight = gcn_norm(edges, None, len(offsets) - 1, add_self_loops=True)
-    if way == "csr":
+    if way == "dgl":
+        convolution, scale = dgls(edges, features), torch.bincount(edges[1]).clamp(min=1).rsqrt()[:, None]
+        run = lambda: convolution(x * scale, layer.lin.weight.T) * scale
+    elif way == "csr":
         adjacency = torch.sparse_coo_tensor(edges.flip(0), weight, (len(offsets) - 1,) * 2).to_sparse_csr()
         run = lambda: layer(x, adjacency)
     else:
@@ -96,6 +101,27 @@ def theirs(folder: Path, features: int, way: str) -> None:
         return float(loss.detach())
 
     serve(turn)
+
+
+def dgls(edges, features: int):  # noqa: ANN001, ANN201
+    """DGL's layer without normalisation over these edges, as a function of rows and the matrix."""
+    import types
+
+    class Unused(types.ModuleType):
+        def __getattr__(self, name: str) -> type:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return object
+
+    sys.modules["dgl.graphbolt"] = Unused("dgl.graphbolt")
+    try:
+        import dgl
+        from dgl.nn.pytorch import GraphConv
+    except ImportError:
+        print("missing", flush=True)
+        sys.exit()
+    graph, layer = dgl.graph((edges[0], edges[1])), GraphConv(features, features, norm="none", weight=False, bias=False)
+    return lambda x, weight: layer(graph, x, weight=weight)
 
 
 def main() -> int:
@@ -126,10 +152,14 @@ def main() -> int:
                 )  # fmt: skip
                 for way in WAYS
             }
-            for way, job in running.items():
-                if job.stdout.readline().strip() != "ready":
+            for way, job in list(running.items()):
+                said = next((line.strip() for line in job.stdout if line.strip() in ("ready", "missing")), "")
+                if said == "missing":
+                    print(f"{WAYS[way]} is not installed there")
+                    del running[way]
+                elif said != "ready":
                     sys.exit(f"{WAYS[way]} did not start.")
-            seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+            seconds: dict[str, list[float]] = {way: [] for way in running}
             losses: dict[str, float] = {}
             for _ in range(arguments.rounds + 1):
                 for way, job in running.items():
@@ -141,7 +171,8 @@ def main() -> int:
                 job.stdin.close()
                 job.wait()
         medians = {way: statistics.median(took[1:]) for way, took in seconds.items()}
-        for way, label in WAYS.items():
+        for way in medians:
+            label = WAYS[way]
             ratio = "" if way == "partita" else f", {medians[way] / medians['partita']:.1f} times Partita's"
             print(f"{features} features, {label:27} {medians[way] * 1e3:8.1f} ms{ratio}; loss {losses[way]:.6g}", flush=True)
     return 0
