@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from partita.gnn import Graph
 from partita.gnn.block import Block, block_of, weighted_sum
-from partita.gnn.kernels import bridge, tall
+from partita.gnn.kernels import bridge, tall, total
 from partita.gnn.kernels.attention import SLOPE
 
 VERTICES, EDGES = 6, 20
@@ -124,6 +124,28 @@ def test_an_aggregation_is_that_of_the_dense_matrix(how: str, columns: int, kind
         np.testing.assert_allclose(dx, dx_expected, rtol=1e-3, atol=1e-4)
 
     holds()
+
+
+@pytest.mark.parametrize("way", ["compiled", *total.WAYS])
+def test_edges_behind_the_last_row_count_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way != "compiled":
+        monkeypatch.setattr(bridge, "works", lambda kernel, what: False)
+        monkeypatch.setattr(total, "fastest", lambda: way)
+    offsets, ids = np.array([0, 1, 3], np.int32), np.array([1, 0, 1, 0, 0, 0], np.int32)
+    x, weights = values(2, 5), np.arange(1, 7, dtype=np.float32)
+    np.testing.assert_allclose(jax.jit(total.total)(offsets, ids, x), [x[1], x[0] + x[1]], rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(total.total)(offsets, ids, x, weights), [x[1], 2 * x[0] + 3 * x[1]], rtol=1e-5)
+
+
+def test_what_takes_the_kernels_place_is_measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(offsets: Any, ids: Any, x: Any, weights: Any) -> Any:
+        return jnp.zeros((offsets.shape[0] - 1, x.shape[1]))
+
+    def broken(offsets: Any, ids: Any, x: Any, weights: Any) -> Any:
+        raise NotImplementedError("not on this device")
+
+    monkeypatch.setattr(total, "WAYS", {"wrong": wrong, "broken": broken, "segments": total.WAYS["segments"]})
+    assert total.fastest.__wrapped__() == "segments"
 
 
 def test_of_equal_maxima_the_first_edge_has_the_gradient(kind: str) -> None:
