@@ -12,7 +12,6 @@ import pytest
 from zoo.compare import PROGRAMS, difference
 
 ONE_OF_A_KIND = [
-    "accumulated",
     "callbacks",
     "custom_gradients",
     "eagerly",
@@ -21,26 +20,20 @@ ONE_OF_A_KIND = [
     "frozen_then_tuned",
     "gan",
     "generator",
-    "gpt",
     "gradient_accumulation",
-    "jitted_donated",
     "lora",
     "lstm",
     "mixed_bfloat16",
     "moving_average",
     "nnx_in_place",
-    "not_jitted",
     "odd_batches",
     "own_train_step",
-    "random_keys",
     "resnet",
     "saving",
     "scanned_layers",
     "shared_layers",
     "static_and_keywords",
     "subclassed",
-    "two_models",
-    "validation",
 ]
 
 
