@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+from children import below
+
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("graph")
 parser.add_argument("--model", default="gcn")
@@ -27,15 +29,6 @@ parser.add_argument("--epochs", type=int, default=4)
 parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
 parser.add_argument("more", nargs="*", help="further options of `partita gnn train`, after --")
 arguments = parser.parse_args()
-
-
-def tree(pid: int) -> list[int]:
-    """A process and those that it started."""
-    try:
-        children = [int(c) for task in Path(f"/proc/{pid}/task").glob("*") for c in (task / "children").read_text().split()]
-    except OSError:
-        return []
-    return [pid, *(p for child in children for p in tree(child))]
 
 
 def held(pid: int, what: str) -> int:
@@ -58,7 +51,7 @@ def run(processes: int) -> dict:
     began, anonymous, resident = time.perf_counter(), 0, 0
     job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     while job.poll() is None:
-        pids = tree(job.pid)
+        pids = [job.pid, *below(job.pid)]
         anonymous, resident = max(anonymous, sum(held(p, "RssAnon") for p in pids)), max(resident, sum(held(p, "VmRSS") for p in pids))
         time.sleep(0.25)
     if job.returncode:

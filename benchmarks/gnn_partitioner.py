@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from children import below
+
 parser = argparse.ArgumentParser(description="The learnt split against fixed ones, one device slow.")
 parser.add_argument("graph")
 parser.add_argument("--devices", type=int, default=4)
@@ -55,12 +57,6 @@ class Shares:
     def end(self) -> None:
         for folder in filter(Path.is_dir, self.folders):
             folder.rmdir()
-
-
-def below(pid: int) -> list[int]:
-    """Processes that a process started, and those that they started; in the order of their numbers."""
-    children = [int(c) for task in Path(f"/proc/{pid}/task").glob("*") for c in (task / "children").read_text().split()]
-    return sorted(p for child in children for p in [child, *below(child)])
 
 
 def trained(partition: str) -> dict:

@@ -56,28 +56,16 @@ class Halo:
     shift: int = field(metadata={"static": True})
 
 
-@jax.custom_vjp
 def edge_sum(edges: Edges, x: Any) -> Any:
     """[rows, features]: the sum of x over the edges of each row."""
-    return total(edges.offsets, edges.ids, x)
-
-
-def _sum_forward(edges: Edges, x: Any) -> Any:
-    return edge_sum(edges, x), edges
-
-
-def _sum_backward(edges: Edges, dy: Any) -> Any:
-    return None, total(edges.back_offsets, edges.back_ids, dy)
-
-
-edge_sum.defvjp(_sum_forward, _sum_backward)
+    return scaled_sum(edges, None, None, None, x)
 
 
 @jax.custom_vjp
 def scaled_sum(edges: Edges, before: Any, share: Any, after: Any, x: Any) -> Any:
     """[rows, features]: after[v] x (share[v] x before[v] x x[v] + the sum of before[u] x x[u] over the edges of row v), in one go.
 
-    Rows are the columns' own. Factors are float32 [rows], 1, 0 and 1 where they are None, and constants: they have no gradient.
+    With a share, rows are the columns' own. Factors are float32 [rows], 1, 0 and 1 where they are None, and constants: they have no gradient.
     """
     return _scaled(edges.offsets, edges.ids, before, share, after, x)
 
@@ -218,10 +206,9 @@ class Block:
         Rows count `before` times their own, in the sum and, `share` times, beside it; the result counts `after` times. These are float32 [rows], or
         None where all count once and nothing is beside; the graph's, not trained ones: they have no gradient.
         """
-        width = x.shape[1]
-        way = self._way(width, "sum")
-        weights = way.weights if weighted else None
-        if weights is None and way.columns == 1 and not way.halo and way.far is None:
+        way = self._way(x.shape[1], "sum")
+        weighted = weighted and way.weights is not None
+        if not weighted and way.columns == 1 and not way.halo and way.far is None:
             return scaled_sum(way.edges, before, share, after, x)
         fixed = jax.lax.stop_gradient
         x = x if before is None else x * fixed(before)[:, None]
@@ -232,7 +219,7 @@ class Block:
     def _summed(self, way: Way, x: Any, weighted: bool) -> Any:
         """The sum of rows of all devices, by any way."""
         width = x.shape[1]
-        over = lambda edges, weights, rows: edge_sum(edges, rows) if weights is None or not weighted else weighted_sum(edges, weights, rows)
+        over = lambda edges, weights, rows: weighted_sum(edges, weights, rows) if weighted else edge_sum(edges, rows)
         x, came = self._gathered(way, x)
         if way.far is not None:
             return over(way.edges, way.weights, x) + over(*way.far, came)

@@ -76,6 +76,10 @@ class Work:
         """Tensors that begin on the host."""
         return frozenset(self.bytes) - {t for o in self.operators for t in o.writes}
 
+    def compulsory(self) -> int:
+        """Bytes that have to come from the host, whatever the budget."""
+        return self.size(t for t in self.given() if self.uses[t])
+
     def size(self, tensors: Iterable[str]) -> int:
         return sum(self.bytes[t] for t in tensors)
 
@@ -115,7 +119,7 @@ class MemoryPlan:
 def planned(work: Work, budget: int, bandwidth: float) -> MemoryPlan:
     """A plan of little cost within a budget in bytes; `bandwidth` in bytes a second makes bytes of seconds. GraphError below `work.least()`."""
     best = lru(work, budget)
-    compulsory = work.size(t for t in work.given() if work.uses[t])
+    compulsory = work.compulsory()
     if best.cost == compulsory:
         return MemoryPlan(best.actions, best.traffic, best.cost, True)
     weights = {weight: _Cache(work, budget, bandwidth, weight).plan() for weight in WEIGHTS}
@@ -149,14 +153,12 @@ def bound(work: Work, budget: int) -> float:
     A tensor stays on the device between two of its uses, in part, or is loaded for the second; where it did not begin on the host it is saved as far as it
     ever went. During every operator what stays has place beside what that reads, writes and needs inside. Plans are the solutions in whole numbers.
     """
-    room, inside = budget - work.fixed, lambda o: work.size(o.tensors) + o.scratch
-    free = np.array([room - inside(o) for o in work.operators], float)
+    free = np.array([budget - work.fixed - work.size(o.tensors) - o.scratch for o in work.operators], float)
     used: dict[str, list[int]] = {t: [] for t in work.bytes}
     for i, operator in enumerate(work.operators):
         for tensor in operator.tensors:
             used[tensor].append(i)
-    given = work.given()
-    always = float(work.size(t for t in given if used[t]))
+    given, always = work.given(), float(work.compulsory())
     gaps = [(t, a, b) for t, uses in used.items() for a, b in pairwise(uses) if b > a + 1]
     saved = {t: len(gaps) + k for k, t in enumerate(dict.fromkeys(t for t, _, _ in gaps if t not in given))}
     sizes = np.array([work.bytes[t] for t, _, _ in gaps] + [work.bytes[t] for t in saved], float)

@@ -126,11 +126,11 @@ class Room:
         same = len(self.ways) == len(other.ways)
         return same and self.rows >= other.rows and all(a.holds(b) for a, b in zip(self.ways, other.ways, strict=True))
 
-    def wider(self, share: float, edges: float | None = None) -> Room:
-        """With place for so much more; for `edges`, which take memory and no time, for another share more."""
-        more = lambda n, by=share: int(n * (1 + by))
-        far = lambda n: more(n, share if edges is None else edges)
-        return Room(more(self.rows), tuple(Place(far(w.edges), tuple((k, more(n)) for k, n in w.turns), far(w.far)) for w in self.ways))
+    def wider(self, rows: float, edges: float) -> Room:
+        """With place for these shares more, of rows and of edges."""
+        more = lambda n, share: int(n * (1 + share))
+        place = lambda w: Place(more(w.edges, edges), tuple((k, more(n, rows)) for k, n in w.turns), more(w.far, edges))
+        return Room(more(self.rows, rows), tuple(map(place, self.ways)))
 
 
 @dataclass(frozen=True)

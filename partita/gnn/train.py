@@ -229,8 +229,11 @@ class FullGraphTraining:
         else:
             data = self._prepared(graph, None)
             found = processes.whole(self._step("predict", self._predict_step, rows=True)(self._state()[:2], data))
-            found = found if self.parts is None else self.parts.joined(found)
-            found = found if self.parts is not None or self._order is None else restored(found, self._order)
+            order = self.__dict__["_numbered"][1]
+            if self.parts is not None:
+                found = self.parts.joined(found)
+            elif order is not None:
+                found = restored(found, order)
         return found if vertices is None else found[np.asarray(vertices)]
 
     # --------------------------------------------------------------------------------------------------------- what it needs
@@ -241,9 +244,9 @@ class FullGraphTraining:
         kept = self.__dict__.get("_kept")
         if kept is None or kept[0] is not graph or kept[1] is not split:
             self._checked(graph)
+            self.__dict__["_calls"] = self._aggregations(graph)
             if split.learns:  # what is done once, and waiting for the others, is no part of what a move takes
                 stamp.ready()
-                self._aggregations(graph)
                 _warm()
                 processes.meet()
             began = time.perf_counter()
@@ -274,12 +277,10 @@ class FullGraphTraining:
         devices = split.devices
         at_hand(devices)
         _check_columns(split.columns, devices)
-        calls = self._aggregations(graph)
-        self.__dict__["_calls"] = len(calls)
         if devices == 1:
             graph, order = self.__dict__["_numbered"]
             data = _data(graph)
-            ways = ways_of_part(graph, cut(graph, np.array([0, graph.vertices]), None, self._near(graph, len(calls))), 0)
+            ways = ways_of_part(graph, cut(graph, np.array([0, graph.vertices]), None, self._near(graph)), 0)
             vertex = None if order is None else order.astype(np.int32)
             return jax.device_put(replace(data, graph=replace(data.graph, ways=(*data.graph.ways, *ways), vertex=vertex))), None
         graph, parts, by_width = self._cut(graph, split, room, points)
@@ -296,7 +297,7 @@ class FullGraphTraining:
 
     def _cut(self, graph: Graph, split: Split, room: Room | None, points: np.ndarray | None = None) -> tuple[Graph, Parts, tuple[tuple[int, int], ...]]:
         """(the graph as it is numbered for its parts, what they hold, devices that share the features of aggregations of so many); at these points, if given."""
-        calls, columns, timed = self._aggregations(graph), split.columns, split.learns
+        calls, columns, timed = self.__dict__["_calls"], split.columns, split.learns
         apart = _linear(calls) and not timed  # where a split moves, how many edges are a part's own varies most
         graph, order = self.__dict__["_numbered"]
         partition = split.partition if points is None else points
@@ -310,13 +311,8 @@ class FullGraphTraining:
         else:
             by_width = tuple((width, columns) for width, kind in sorted(set(calls)) if kind != "attention" and columns not in (None, 1))
         used = {dict(by_width).get(width, 1) if kind != "attention" else 1 for width, kind in calls} or {1}
-        kinds = [*(Kind(c, apart=apart and c == 1) for c in sorted(used)), *self._near(graph, len(calls), apart)]
+        kinds = [*(Kind(c, apart=apart and c == 1) for c in sorted(used)), *self._near(graph, apart)]
         return graph, replace(cut(graph, points, room, kinds, moves=timed), order=order), by_width
-
-    @property
-    def _order(self) -> np.ndarray | None:
-        """The order of the vertices inside, where one was asked for."""
-        return self.__dict__["_numbered"][1]
 
     def _aggregations(self, graph: Graph) -> list[tuple[int, str]]:
         """(features, kind) of every aggregation of the model on a graph, in their order, as one vertex without edges tells: nothing is computed."""
@@ -329,12 +325,12 @@ class FullGraphTraining:
             jax.eval_shape(lambda state, data: self._predict_step(state, data, ""), state, _data(one))
         return calls.seen
 
-    def _near(self, graph: Graph, calls: int, apart: bool = False) -> list[Kind]:
+    def _near(self, graph: Graph, apart: bool = False) -> list[Kind]:
         """Ways over the edges that a training step needs alone, from the last aggregation backwards, as far as that spares much; those of the last graph are
         kept."""
         if not vars(type(self)).get("by_vertex"):
             return []
-        kept = self.__dict__.get("_near_kept")
+        kept, calls = self.__dict__.get("_near_kept"), len(self.__dict__["_calls"])
         if kept is None or kept[0] is not graph or kept[1] != calls:
             kept = self.__dict__["_near_kept"] = graph, calls, near_training(graph, calls)
         return [Kind(1, k, keep, apart) for k, keep in enumerate(kept[2])]
@@ -431,7 +427,7 @@ class FullGraphTraining:
         count = _over_parts(data.masks[mask].sum(), data)
 
         def loss(trainable: Any) -> Any:
-            with counted(self.__dict__["_calls"]):
+            with counted(len(self.__dict__["_calls"])):
                 predicted, others_after, penalties = model.stateless_call(
                     trainable, others, data.x, graph=data.graph, training=True, return_losses=True
                 )
@@ -572,7 +568,7 @@ def _numbered(graph: Graph, order: Any) -> tuple[Graph, np.ndarray | None]:
     if order is None:
         return graph, None
     order = order_of(graph, order)
-    return graph.relabelled(order), np.asarray(order, np.int64)
+    return graph.relabelled(order), order
 
 
 def _warm() -> None:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
@@ -92,6 +93,30 @@ def int_matrix(buffer):
 def cube(buffer):
     """A buffer of float32 with three dims."""
     return carray(_floats(word(buffer, 3)), (size(buffer, 0), size(buffer, 1), size(buffer, 2)))
+
+
+LONG, FLOAT = ir.IntType(64), ir.FloatType()
+"""Types of LLVM's."""
+
+
+def spread(b: Any, value: Any, width: int) -> Any:
+    """A vector that has a number everywhere, in code that is being generated."""
+    none = ir.Constant(ir.VectorType(FLOAT, width), ir.Undefined)
+    first = b.insert_element(none, value, ir.Constant(ir.IntType(32), 0))
+    return b.shuffle_vector(first, none, ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width))
+
+
+def switch(b: Any, key: Any, cases: dict[int, Callable[[], None]]) -> None:
+    """Generates the code of each case for a value of `key`, of which one has to be it, and goes on behind them."""
+    end = b.append_basic_block("end")
+    choice = b.switch(key, end)
+    for value, generate in cases.items():
+        case = b.append_basic_block("case")
+        choice.add_case(ir.Constant(LONG, value), case)
+        b.position_at_end(case)
+        generate()
+        b.branch(end)
+    b.position_at_end(end)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ again as the product. Here a tile of the result stays in vector registers while 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 
 from partita.gnn.kernels import bridge
-from partita.gnn.kernels.bridge import ARGUMENTS, RESULTS, asked, buffer, cube, ints, matrix
+from partita.gnn.kernels.bridge import ARGUMENTS, FLOAT, LONG, RESULTS, asked, buffer, cube, ints, matrix, spread, switch
 
 PANEL = 64
 """Rows that are multiplied at a time: so many of 128 columns of both tables stay in a first-level cache."""
@@ -24,97 +25,73 @@ LARGEST = 2**15
 """Elements of a result, beyond which what XLA copies no longer counts and it multiplies as fast."""
 
 
-def _tile(rows: int, vectors: int, width: int) -> Any:
-    """Adds to `rows` rows of a result, `vectors` times `width` columns of each, the products of a panel. All arguments are int64: addresses, rows, bytes."""
-
-    @intrinsic
-    def multiply(typing, x, y, out, count, x_bytes, y_bytes, out_bytes):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            b, long, float32 = builder, ir.IntType(64), ir.FloatType()
-            vector = ir.VectorType(float32, width)
-            x, y, out, count, x_bytes, y_bytes, out_bytes = arguments
-            number = lambda value: ir.Constant(long, value)
-            at = lambda base, offset, kind: b.inttoptr(b.add(base, offset), kind.as_pointer())
-            spread = lambda value: b.shuffle_vector(
-                b.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0)),
-                ir.Constant(vector, ir.Undefined),
-                ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width),
-            )
-            entry = b.block
-            body, done = b.function.append_basic_block("rows"), b.function.append_basic_block("done")
-            b.branch(body)
-            b.position_at_end(body)
-            k, xk, yk = (b.phi(long) for _ in range(3))
-            sums = [[b.phi(vector) for _ in range(vectors)] for _ in range(rows)]
-            for phi, begin in ((k, number(0)), (xk, x), (yk, y)):
-                phi.add_incoming(begin, entry)
-            right = [b.load(at(yk, number(4 * width * j), vector), align=4) for j in range(vectors)]
-            new = []
-            for i, row in enumerate(sums):
-                left = spread(b.load(at(xk, number(4 * i), float32), align=4))
-                new.append([b.fadd(s, b.fmul(left, r, flags=("contract",)), flags=("contract",)) for s, r in zip(row, right, strict=True)])
-            after = b.add(k, number(1))
-            for phi, value in ((k, after), (xk, b.add(xk, x_bytes)), (yk, b.add(yk, y_bytes))):
-                phi.add_incoming(value, body)
-            for row, found in zip(sums, new, strict=True):
-                for s, n in zip(row, found, strict=True):
-                    s.add_incoming(ir.Constant(vector, None), entry)
-                    s.add_incoming(n, body)
-            b.cbranch(b.icmp_signed("<", after, count), body, done)
-            b.position_at_end(done)
-            for i, found in enumerate(new):
-                for j, n in enumerate(found):
-                    place = at(out, b.add(b.mul(number(i), out_bytes), number(4 * width * j)), vector)
-                    b.store(b.fadd(b.load(place, align=4), n), place, align=4)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 7), generate
-
-    return multiply
+TILES = {(rows, vectors * width): (rows, vectors, width) for rows in (4, 1) for vectors, width in ((4, 16), (1, 16), (1, 8), (1, 1))}
+"""(rows, columns) of the result that are made at a time, in how many rows of how many registers of how many numbers."""
 
 
-_t4x64, _t4x16, _t4x8, _t4x1 = _tile(4, 4, 16), _tile(4, 1, 16), _tile(4, 1, 8), _tile(4, 1, 1)
-_t1x64, _t1x16, _t1x8, _t1x1 = _tile(1, 4, 16), _tile(1, 1, 16), _tile(1, 1, 8), _tile(1, 1, 1)
+@intrinsic
+def _multiply(typing, rows, columns, x, y, out, count, x_bytes, y_bytes, out_bytes):  # type: ignore[no-untyped-def]
+    """Adds to a tile of the result (one of `TILES`) the products of a panel of `count` rows. All arguments are int64: addresses, rows, bytes."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        rows, columns, *rest = arguments
+        key = builder.add(builder.mul(rows, ir.Constant(LONG, 100)), columns)
+        switch(builder, key, {100 * r + c: partial(_tile, builder, *tile, *rest) for (r, c), tile in TILES.items()})
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 9), generate
+
+
+def _tile(b, rows, vectors, width, x, y, out, count, x_bytes, y_bytes, out_bytes):  # type: ignore[no-untyped-def]
+    """Code for a tile whose sums are in registers."""
+    vector = ir.VectorType(FLOAT, width)
+    number = lambda value: ir.Constant(LONG, value)
+    at = lambda base, offset, kind: b.inttoptr(b.add(base, offset), kind.as_pointer())
+    entry, body, done = b.block, b.append_basic_block("rows"), b.append_basic_block("done")
+    b.branch(body)
+    b.position_at_end(body)
+    k, xk, yk = (b.phi(LONG) for _ in range(3))
+    sums = [[b.phi(vector) for _ in range(vectors)] for _ in range(rows)]
+    right = [b.load(at(yk, number(4 * width * j), vector), align=4) for j in range(vectors)]
+    new = []
+    for i, row in enumerate(sums):
+        left = spread(b, b.load(at(xk, number(4 * i), FLOAT), align=4), width)
+        new.append([b.fadd(s, b.fmul(left, r, flags=("contract",)), flags=("contract",)) for s, r in zip(row, right, strict=True)])
+    after = b.add(k, number(1))
+    for phi, begin, value in ((k, number(0), after), (xk, x, b.add(xk, x_bytes)), (yk, y, b.add(yk, y_bytes))):
+        phi.add_incoming(begin, entry)
+        phi.add_incoming(value, body)
+    for row, found in zip(sums, new, strict=True):
+        for s, n in zip(row, found, strict=True):
+            s.add_incoming(ir.Constant(vector, None), entry)
+            s.add_incoming(n, body)
+    b.cbranch(b.icmp_signed("<", after, count), body, done)
+    b.position_at_end(done)
+    for i, found in enumerate(new):
+        for j, n in enumerate(found):
+            place = at(out, b.add(b.mul(number(i), out_bytes), number(4 * width * j)), vector)
+            b.store(b.fadd(b.load(place, align=4), n), place, align=4)
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
 def _product(x, y, first, stop, out):
     """out = x^T y over rows from `first` to before `stop`."""
     out[:, :] = np.float32(0)
-    xw, yw = np.int64(4 * x.shape[1]), np.int64(4 * y.shape[1])
     tall, wide = x.shape[1], y.shape[1]
-    op = np.int64(out.ctypes.data)
+    xw, yw, op = np.int64(4 * tall), np.int64(4 * wide), np.int64(out.ctypes.data)
     for row in range(first, stop, PANEL):
         n = np.int64(min(PANEL, stop - row))
         xp, yp = np.int64(x.ctypes.data) + row * xw, np.int64(y.ctypes.data) + row * yw
         c = np.int64(0)
         while c < wide:
             left = wide - c
-            step = 64 if left >= 64 else 16 if left >= 16 else 8 if left >= 8 else 1
+            across = np.int64(64 if left >= 64 else 16 if left >= 16 else 8 if left >= 8 else 1)
             r = np.int64(0)
             while r < tall:
-                xr, yc, here = xp + 4 * r, yp + 4 * c, op + r * yw + 4 * c
-                if tall - r >= 4:
-                    if step == 64:
-                        _t4x64(xr, yc, here, n, xw, yw, yw)
-                    elif step == 16:
-                        _t4x16(xr, yc, here, n, xw, yw, yw)
-                    elif step == 8:
-                        _t4x8(xr, yc, here, n, xw, yw, yw)
-                    else:
-                        _t4x1(xr, yc, here, n, xw, yw, yw)
-                    r += 4
-                else:
-                    if step == 64:
-                        _t1x64(xr, yc, here, n, xw, yw, yw)
-                    elif step == 16:
-                        _t1x16(xr, yc, here, n, xw, yw, yw)
-                    elif step == 8:
-                        _t1x8(xr, yc, here, n, xw, yw, yw)
-                    else:
-                        _t1x1(xr, yc, here, n, xw, yw, yw)
-                    r += 1
-            c += step
+                down = np.int64(4 if tall - r >= 4 else 1)
+                _multiply(down, across, xp + 4 * r, yp + 4 * c, op + r * yw + 4 * c, n, xw, yw, yw)  # type: ignore[reportCallIssue]
+                r += down
+            c += across
 
 
 @njit(nogil=True, parallel=True, cache=True)

@@ -14,6 +14,7 @@ import functools
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,98 +27,97 @@ from numba.extending import intrinsic
 
 from partita.execute import processes
 from partita.gnn.kernels import bridge
-from partita.gnn.kernels.bridge import ARGUMENTS, RESULTS, asked, buffer, floats, ints, matrix, rows_of
+from partita.gnn.kernels.bridge import (
+    ARGUMENTS,
+    FLOAT,
+    LONG,
+    RESULTS,
+    asked,
+    buffer,
+    floats,
+    ints,
+    matrix,
+    rows_of,
+    spread,
+    switch,
+)
 
 AHEAD = 12
 """Edges ahead of the one that is added at which rows are fetched."""
 
 
-def _block(vectors: int, width: int, weighted: bool) -> Any:
-    """Adds up `vectors` times `width` columns of one row, in registers: factor x (share x the row at `own` + the edges' sum), without `own` if share is 0.
-
-    Addresses, edges and bytes are int64.
-    """
-
-    @intrinsic
-    def add(typing, x, ids, weights, order, own, out, first, stop, last, row_bytes, column, share, factor):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            b, long, int32, float32 = builder, ir.IntType(64), ir.IntType(32), ir.FloatType()
-            vector = ir.VectorType(float32, width)
-            x, ids, weights, order, own, out, first, stop, last, row_bytes, column, share, factor = arguments
-            number = lambda value: ir.Constant(long, value)
-            at = lambda base, index, kind: b.load(b.inttoptr(b.add(base, b.mul(index, number(4))), kind.as_pointer()), align=4)
-            column_of = lambda base, j: b.inttoptr(b.add(base, number(j * width * 4)), vector.as_pointer())
-            spread = lambda value: b.shuffle_vector(
-                b.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(int32, 0)),
-                ir.Constant(vector, ir.Undefined),
-                ir.Constant(ir.VectorType(int32, width), [0] * width),
-            )
-            name = "llvm.prefetch.p0"
-            fetch = b.module.globals.get(name) or ir.Function(
-                b.module, ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), int32, int32, int32]), name
-            )
-            function = b.function
-            begin, mine, body, done = (function.append_basic_block(what) for what in ("begin", "own", "edges", "done"))
-            zero = ir.Constant(vector, None)
-            x0, own0, out0 = (b.add(base, b.mul(column, number(4))) for base in (x, own, out))
-            entry = b.block
-            b.cbranch(b.fcmp_unordered("!=", share, ir.Constant(float32, 0.0)), mine, begin)
-            b.position_at_end(mine)
-            shares = [b.fmul(b.load(column_of(own0, j), align=4), spread(share)) for j in range(vectors)]
-            b.branch(begin)
-            b.position_at_end(begin)
-            start = [b.phi(vector) for _ in range(vectors)]
-            for s, of_own in zip(start, shares, strict=True):
-                s.add_incoming(zero, entry)
-                s.add_incoming(of_own, mine)
-            b.cbranch(b.icmp_signed("<", first, stop), body, done)
-            b.position_at_end(body)
-            edge = b.phi(long)
-            edge.add_incoming(first, begin)
-            sums = [b.phi(vector) for _ in range(vectors)]
-            for s, of_own in zip(sums, start, strict=True):
-                s.add_incoming(of_own, begin)
-            row = lambda e: b.add(x0, b.mul(b.sext(at(ids, e, int32), long), row_bytes))
-            far = b.add(edge, number(AHEAD))
-            far = row(b.select(b.icmp_signed("<", far, last), far, last))
-            for q in range(0, vectors * width * 4, 64):
-                b.call(
-                    fetch,
-                    [
-                        b.inttoptr(b.add(far, number(q)), ir.IntType(8).as_pointer()),
-                        ir.Constant(int32, 0),
-                        ir.Constant(int32, 3),
-                        ir.Constant(int32, 1),
-                    ],
-                )
-            here, new = row(edge), []
-            weight = spread(at(weights, b.sext(at(order, edge, int32), long), float32)) if weighted else None
-            for j, s in enumerate(sums):
-                v = b.load(column_of(here, j), align=4)
-                if weight is not None:
-                    v = b.fmul(v, weight, flags=("contract",))
-                new.append(b.fadd(s, v, flags=("contract",)))
-            after = b.add(edge, number(1))
-            edge.add_incoming(after, body)
-            for s, n in zip(sums, new, strict=True):
-                s.add_incoming(n, body)
-            b.cbranch(b.icmp_signed("<", after, stop), body, done)
-            b.position_at_end(done)
-            totals = [b.phi(vector) for _ in range(vectors)]
-            for t, of_own, n in zip(totals, start, new, strict=True):
-                t.add_incoming(of_own, begin)
-                t.add_incoming(n, body)
-            for j, t in enumerate(totals):
-                b.store(b.fmul(t, spread(factor)), column_of(out0, j), align=4)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 11, types.float32, types.float32), generate
-
-    return add
+BLOCKS = {128: (8, 16), 64: (4, 16), 16: (1, 16), 8: (1, 8), 4: (1, 4)}
+"""Columns that are summed at a time, in how many registers of how many numbers."""
 
 
-_p128, _p64, _p16, _p8, _p4 = (_block(v, w, False) for v, w in ((8, 16), (4, 16), (1, 16), (1, 8), (1, 4)))
-_w128, _w64, _w16, _w8, _w4 = (_block(v, w, True) for v, w in ((8, 16), (4, 16), (1, 16), (1, 8), (1, 4)))
+@intrinsic
+def _add(typing, columns, weighted, x, ids, weights, order, own, out, first, stop, last, row_bytes, column, share, factor):  # type: ignore[no-untyped-def]
+    """One row of the result, from `column` on, `columns` (one of `BLOCKS`) of it. All but share and factor are int64: addresses, edges, bytes."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        columns, weighted, *rest = arguments
+        ways = {(width, heavy): 2 * width + heavy for width in BLOCKS for heavy in (0, 1)}
+        key = builder.add(builder.mul(columns, ir.Constant(LONG, 2)), weighted)
+        switch(builder, key, {n: partial(_block, builder, *BLOCKS[width], bool(heavy), *rest) for (width, heavy), n in ways.items()})
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 13, types.float32, types.float32), generate
+
+
+def _block(b, vectors, width, weighted, x, ids, weights, order, own, out, first, stop, last, row_bytes, column, share, factor):  # type: ignore[no-untyped-def]
+    """Code that sums `vectors` times `width` columns in registers: factor x (share x the row at `own` + the edges' sum), without `own` if share is 0."""
+    int32, vector = ir.IntType(32), ir.VectorType(FLOAT, width)
+    number = lambda value: ir.Constant(LONG, value)
+    at = lambda base, index, kind: b.load(b.inttoptr(b.add(base, b.mul(index, number(4))), kind.as_pointer()), align=4)
+    register = lambda base, j: b.inttoptr(b.add(base, number(j * width * 4)), vector.as_pointer())
+    begin, mine, edges, done = (b.append_basic_block(what) for what in ("begin", "own", "edges", "done"))
+    entry, zero = b.block, ir.Constant(vector, None)
+    x, own, out = (b.add(base, b.mul(column, number(4))) for base in (x, own, out))
+
+    def met(*ways):  # type: ignore[no-untyped-def]
+        """A value for every register, of those with which each block comes here."""
+        phis = [b.phi(vector) for _ in range(vectors)]
+        for values, block in ways:
+            for phi, value in zip(phis, values, strict=True):
+                phi.add_incoming(value, block)
+        return phis
+
+    b.cbranch(b.fcmp_unordered("!=", share, ir.Constant(FLOAT, 0.0)), mine, begin)
+    b.position_at_end(mine)
+    shares = [b.fmul(b.load(register(own, j), align=4), spread(b, share, width)) for j in range(vectors)]
+    b.branch(begin)
+    b.position_at_end(begin)
+    start = met(([zero] * vectors, entry), (shares, mine))
+    b.cbranch(b.icmp_signed("<", first, stop), edges, done)
+    b.position_at_end(edges)
+    edge = b.phi(LONG)
+    sums = met((start, begin))
+    row = lambda e: b.add(x, b.mul(b.sext(at(ids, e, int32), LONG), row_bytes))
+    ahead = b.add(edge, number(AHEAD))
+    _fetch(b, row(b.select(b.icmp_signed("<", ahead, last), ahead, last)), vectors * width * 4)
+    here, new = row(edge), []
+    weight = spread(b, at(weights, b.sext(at(order, edge, int32), LONG), FLOAT), width) if weighted else None
+    for j, total in enumerate(sums):
+        value = b.load(register(here, j), align=4)
+        if weight is not None:
+            value = b.fmul(value, weight, flags=("contract",))
+        new.append(b.fadd(total, value, flags=("contract",)))
+        total.add_incoming(new[-1], edges)
+    after = b.add(edge, number(1))
+    edge.add_incoming(first, begin)
+    edge.add_incoming(after, edges)
+    b.cbranch(b.icmp_signed("<", after, stop), edges, done)
+    b.position_at_end(done)
+    for j, total in enumerate(met((start, begin), (new, edges))):
+        b.store(b.fmul(total, spread(b, factor, width)), register(out, j), align=4)
+
+
+def _fetch(b, address, size):  # type: ignore[no-untyped-def]
+    """Code that fetches so many bytes into the nearest cache, to be read."""
+    int32, pointer, name = ir.IntType(32), ir.IntType(8).as_pointer(), "llvm.prefetch.p0"
+    fetch = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(ir.VoidType(), [pointer, int32, int32, int32]), name)
+    for q in range(0, size, 64):
+        b.call(fetch, [b.inttoptr(b.add(address, ir.Constant(LONG, q)), pointer), *(ir.Constant(int32, n) for n in (0, 3, 1))])
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
@@ -126,54 +126,23 @@ def sum_rows(first, stop, offsets, ids, weights, order, share, factor, x, out):
     last, columns = np.int64(offsets[len(offsets) - 1]) - 1, x.shape[1]
     xp, ip, op, row = np.int64(x.ctypes.data), np.int64(ids.ctypes.data), np.int64(out.ctypes.data), np.int64(4 * columns)
     wp, rp = np.int64(weights.ctypes.data), np.int64(order.ctypes.data)
-    plain, one, none = len(order) == 0, np.float32(1), np.float32(0)
+    weighted, one, none = np.int64(len(order) > 0), np.float32(1), np.float32(0)
     for v in range(first, stop):
-        e0, e1, here, own, c = np.int64(offsets[v]), np.int64(offsets[v + 1]), op + v * row, xp + v * row, 0
+        e0, e1, c = np.int64(offsets[v]), np.int64(offsets[v + 1]), 0
         s, f = share[v] if len(share) else none, factor[v] if len(factor) else one
         if columns < 4:
             for q in range(columns):
                 total = s * x[v, q] if s != 0 else none
                 for e in range(e0, e1):
-                    total += x[ids[e], q] if plain else weights[order[e]] * x[ids[e], q]
+                    total += weights[order[e]] * x[ids[e], q] if weighted else x[ids[e], q]
                 out[v, q] = f * total
-        elif plain:
-            while c + 128 <= columns:
-                _p128(xp, ip, 0, 0, own, here, e0, e1, last, row, np.int64(c), s, f)
-                c += 128
-            while c + 64 <= columns:
-                _p64(xp, ip, 0, 0, own, here, e0, e1, last, row, np.int64(c), s, f)
-                c += 64
-            while c + 16 <= columns:
-                _p16(xp, ip, 0, 0, own, here, e0, e1, last, row, np.int64(c), s, f)
-                c += 16
-            if c < columns:
-                if columns >= 16:
-                    _p16(xp, ip, 0, 0, own, here, e0, e1, last, row, np.int64(columns - 16), s, f)
-                elif columns >= 8:
-                    _p8(xp, ip, 0, 0, own, here, e0, e1, last, row, np.int64(0), s, f)
-                    _p8(xp, ip, 0, 0, own, here, e0, e1, last, row, np.int64(columns - 8), s, f)
-                else:
-                    _p4(xp, ip, 0, 0, own, here, e0, e1, last, row, np.int64(0), s, f)
-                    _p4(xp, ip, 0, 0, own, here, e0, e1, last, row, np.int64(columns - 4), s, f)
-        else:
-            while c + 128 <= columns:
-                _w128(xp, ip, wp, rp, own, here, e0, e1, last, row, np.int64(c), s, f)
-                c += 128
-            while c + 64 <= columns:
-                _w64(xp, ip, wp, rp, own, here, e0, e1, last, row, np.int64(c), s, f)
-                c += 64
-            while c + 16 <= columns:
-                _w16(xp, ip, wp, rp, own, here, e0, e1, last, row, np.int64(c), s, f)
-                c += 16
-            if c < columns:
-                if columns >= 16:
-                    _w16(xp, ip, wp, rp, own, here, e0, e1, last, row, np.int64(columns - 16), s, f)
-                elif columns >= 8:
-                    _w8(xp, ip, wp, rp, own, here, e0, e1, last, row, np.int64(0), s, f)
-                    _w8(xp, ip, wp, rp, own, here, e0, e1, last, row, np.int64(columns - 8), s, f)
-                else:
-                    _w4(xp, ip, wp, rp, own, here, e0, e1, last, row, np.int64(0), s, f)
-                    _w4(xp, ip, wp, rp, own, here, e0, e1, last, row, np.int64(columns - 4), s, f)
+            continue
+        while c < columns:
+            left = columns - c
+            step = np.int64(128 if left >= 128 else 64 if left >= 64 else 16 if columns >= 16 else 8 if columns >= 8 else 4)
+            at = np.int64(min(c, columns - step))  # the last block overlaps the one before
+            _add(step, weighted, xp, ip, wp, rp, xp + v * row, op + v * row, e0, e1, last, row, at, s, f)  # type: ignore[reportCallIssue]
+            c += step
 
 
 @njit(nogil=True, parallel=True, cache=True)
