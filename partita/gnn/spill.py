@@ -5,8 +5,9 @@ one, whose inner tables are made again backward. A stage without pieces is one o
 range of columns: the tensors of the plan. Where the budget is smaller, tiles are. Each piece is an operator forward and one backward, which
 computes the piece again by itself; the last one is both, with the loss between.
 
-What a plan saves lies in a temporary file ($TMPDIR); features are read from where the graph has them. The graph's edges, weights and
-the optimizer's state are always on the device. Counted are arrays and what XLA says its programs need; not what a kernel takes inside.
+What a plan saves lies in a temporary file ($TMPDIR), or, for an accelerator, in memory of the host that it copies from and to by itself (JAX's
+memory kind `pinned_host`); features are read from where the graph has them. The graph's edges, weights and the optimizer's state are always on the
+device. Counted are arrays and what XLA says its programs need; not what a kernel takes inside.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class Planned:
         self.like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
         self.measured = False
         self.last: Followed | None = None
-        self.host = Host()
+        self.host = host_of(jax.local_devices()[0])
         self.begin = jax.jit(self._carry)
         self.fineness, self.passage = self._fitted()
         self.passages: dict[str, tuple[Passage, MemoryPlan]] = {}
@@ -480,7 +481,7 @@ class Planned:
             elif action.what == "load":
                 held[name] = self._loaded(passage, name)
             elif action.what == "save":
-                self.host.save(name, np.asarray(held[name]))
+                self.host.save(name, held[name])
             elif name != "update":
                 run = passage.runs[name]
                 carry, written = run.program(carry, trainable, others, data, run.first, *_joined(run, held))
@@ -540,11 +541,12 @@ class Planned:
 
     def _loaded(self, passage: Passage, name: str) -> Any:
         place = passage.features.get(name)
-        source = self.host.load(name) if place is None else np.asarray(self.features[place], np.float32)
-        return jax.block_until_ready(jnp.array(source, copy=True))
+        if place is not None:
+            return jax.block_until_ready(jnp.array(np.asarray(self.features[place], np.float32), copy=True))
+        return jax.block_until_ready(self.host.load(name))
 
 
-class Host:
+class FileHost:
     """Arrays by their names in a temporary file."""
 
     def __init__(self) -> None:
@@ -553,18 +555,40 @@ class Host:
         self.like: dict[str, Any] = {}
         self.end = 0
 
-    def save(self, name: str, array: np.ndarray) -> None:
+    def save(self, name: str, array: jax.Array) -> None:
         """Writes over what had the name before, which was of the same shape."""
         if name not in self.places:
             self.places[name], self.end = self.end, self.end + array.nbytes
         self.like[name] = array.shape, array.dtype
         self.file.seek(self.places[name])
-        array.tofile(self.file)
+        np.asarray(array).tofile(self.file)
 
-    def load(self, name: str) -> np.ndarray:
+    def load(self, name: str) -> jax.Array:
         shape, dtype = self.like[name]
         self.file.seek(self.places[name])
-        return np.fromfile(self.file, dtype, math.prod(shape)).reshape(shape)
+        return jnp.array(np.fromfile(self.file, dtype, math.prod(shape)).reshape(shape), copy=True)
+
+
+class PinnedHost:
+    """Arrays by their names in memory of the host that a device copies from and to by itself."""
+
+    KIND = "pinned_host"
+
+    def __init__(self) -> None:
+        self.kept: dict[str, jax.Array] = {}
+
+    def save(self, name: str, array: jax.Array) -> None:
+        self.kept[name] = jax.block_until_ready(jax.device_put(array, array.sharding.with_memory_kind(self.KIND)))
+
+    def load(self, name: str) -> jax.Array:
+        kept = self.kept[name]
+        return jax.device_put(kept, kept.sharding.with_memory_kind("device"))
+
+
+def host_of(device: Any) -> FileHost | PinnedHost:
+    """Where a plan's arrays go from a device. A CPU's memory is the host's own, so beyond it is the disk."""
+    kinds = [] if device.platform == "cpu" else [memory.kind for memory in device.addressable_memories()]
+    return PinnedHost() if PinnedHost.KIND in kinds else FileHost()
 
 
 def _grouped(found: list[tuple[int, Piece]], used: list[list[int]]) -> tuple[list[Group], list[list[int]]]:

@@ -115,10 +115,12 @@ def test_a_step_with_place_for_fewer_rows_is_compiled_where_rows_cost_more_than_
     assert found[1] is not None and found[1][1] and np.diff(found[1][0]).max() < 600
 
 
-def test_computing_is_what_lies_outside_exchanges() -> None:
+def test_computing_is_all_but_waiting_for_an_exchange() -> None:
     begin, end = 1, 0
-    events = [200 + begin, 400 + end, 500 + begin, 600 + begin, 700 + end, 800 + end]  # the last two overlap
-    assert stamp._outside(np.array(events[::-1]), 0, 1000) == pytest.approx(500e-9)
+    events = [200 + begin, 400 + end, 500 + begin, 600 + begin, 700 + end, 800 + end]  # between the last two that begin it computes
+    assert stamp._outside(np.array(events[::-1]), 0, 1000) == pytest.approx(600e-9)
+    early = [100 + begin, 200 + begin, 300 + end, 800 + begin, 900 + end, 900 + end]  # nothing needs the first before the end
+    assert stamp._outside(np.array(early), 0, 1000) == pytest.approx(800e-9)
 
 
 @pytest.fixture
