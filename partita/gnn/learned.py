@@ -87,8 +87,9 @@ class Cost:
         return self.slowness * (features_of(sums, points, rows) @ self.weights)
 
 
-def best_points(sums: np.ndarray, cost: Cost, rows: int | None = None) -> np.ndarray:
-    """int64 [devices + 1]: split points of the least greatest predicted seconds; with `rows`, where every device has place for just so many.
+def best_points(sums: np.ndarray, cost: Cost, rows: int | None = None, edges: int | None = None) -> np.ndarray:
+    """int64 [devices + 1]: split points of the least greatest predicted seconds; with `rows`, where every device has place for just so many,
+    and for so many `edges` if that is said.
 
     For a given number of rows that every device has place for, the least time by which a sweep that gives every device as much as it can do
     gets to the end is found by halving, each sweep O(devices log vertices). Numbers of rows are tried from the fewest possible upwards.
@@ -96,7 +97,7 @@ def best_points(sums: np.ndarray, cost: Cost, rows: int | None = None) -> np.nda
     vertices, devices = len(sums) - 1, len(cost.slowness)
     before = sums @ cost.weights[1:]
     if rows is not None:
-        return _sweeps(before, cost, rows)
+        return _sweeps(before, cost, rows, None if edges is None else (sums[:, 1], edges))
     least = -(-vertices // devices)
     tried = [vertices]
     if cost.weights[0] > 0:  # otherwise more room costs nothing
@@ -104,14 +105,14 @@ def best_points(sums: np.ndarray, cost: Cost, rows: int | None = None) -> np.nda
     return min((_sweeps(before, cost, rows) for rows in tried), key=lambda points: cost.seconds(sums, points).max())
 
 
-def _sweeps(before: np.ndarray, cost: Cost, rows: int) -> np.ndarray:
-    """The split points of the least greatest seconds among those of at most so many vertices a part."""
+def _sweeps(before: np.ndarray, cost: Cost, rows: int, edges: tuple[np.ndarray, int] | None = None) -> np.ndarray:
+    """The split points of the least greatest seconds among those of at most so many vertices a part; `edges`: those before each vertex, the most of a part."""
     constant, low = cost.weights[0] * rows, 0.0
     high = float(cost.slowness.max() * (before[-1] + constant))
-    found = _sweep(before, high * (1 + 1e-9) / cost.slowness - constant, rows)
+    found = _sweep(before, high * (1 + 1e-9) / cost.slowness - constant, rows, edges)
     for _ in range(64):
         middle = (low + high) / 2
-        points = _sweep(before, middle / cost.slowness - constant, rows)
+        points = _sweep(before, middle / cost.slowness - constant, rows, edges)
         if points[-1] == len(before) - 1:
             high, found = middle, points
         else:
@@ -122,11 +123,14 @@ def _sweeps(before: np.ndarray, cost: Cost, rows: int) -> np.ndarray:
     return found
 
 
-def _sweep(before: np.ndarray, budgets: np.ndarray, rows: int) -> np.ndarray:
+def _sweep(before: np.ndarray, budgets: np.ndarray, rows: int, edges: tuple[np.ndarray, int] | None) -> np.ndarray:
     points = np.zeros(len(budgets) + 1, np.int64)
+    upto = lambda sums, at, most: np.searchsorted(sums, sums[at] + most, side="right") - 1
     for d, budget in enumerate(budgets):
         at = points[d]
-        last = np.searchsorted(before, before[at] + budget, side="right") - 1 if budget >= 0 else at
+        last = upto(before, at, budget) if budget >= 0 else at
+        if edges is not None:
+            last = min(last, upto(edges[0], at, edges[1]))
         points[d + 1] = max(at, min(last, at + rows, len(before) - 1))
     return points
 
@@ -260,13 +264,13 @@ class Balance:
         self.sums, self.points, self.trials = prefix_sums(graph), points, list(trials)
         self.learner = Learner(len(points) - 1)
         self.moves: list[list[int]] = []
-        self.rows = 0
+        self.rows, self.edges = 0, None
         self._epochs = 0
         self._slowest: dict[tuple[int, ...], list[float]] = {}
 
-    def measured(self, seconds: np.ndarray, rows: int) -> None:
-        """Takes the computing seconds of every device in an epoch; `rows`: those it has place for."""
-        self.rows = rows
+    def measured(self, seconds: np.ndarray, rows: int, edges: int | None = None) -> None:
+        """Takes the computing seconds of every device in an epoch; `rows`, `edges`: those it has place for."""
+        self.rows, self.edges = rows, edges
         self.learner.add(features_of(self.sums, self.points, rows), seconds)
         self._slowest.setdefault((rows, *self.points.tolist()), []).append(float(seconds.max()))
         self._epochs += 1
@@ -283,8 +287,8 @@ class Balance:
         now, here = was[self._here(self.points)], learnt.seconds(self.sums, self.points, self.rows).max()
         sure = max(LEAST, min(self.learner.error or 0.0, 0.2) / 2)  # or noise would be followed
         found: list[tuple[float, np.ndarray, bool]] = [(then, np.array(split[1:], np.int64), split[0] != self.rows) for split, then in was.items()]
-        for rows in (self.rows, None):
-            points = best_points(self.sums, learnt, rows)
+        for rows, edges in ((self.rows, self.edges), (None, None)):
+            points = best_points(self.sums, learnt, rows, edges)
             then = learnt.seconds(self.sums, points, rows).max()
             if self._here(points) not in was and then < (1 - LEAST) * here:
                 found.append((float(then), points, rows is None))

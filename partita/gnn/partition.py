@@ -179,6 +179,12 @@ class Parts:
         """Rows that every device has place for."""
         return self.room.rows
 
+    @property
+    def edge_room(self) -> int | None:
+        """In-edges of its own vertices that every device has place for; None where none has all of them as one."""
+        whole = lambda kind: kind.columns == 1 and kind.keep is None and not kind.apart
+        return next((place.edges for e, place in zip(self.exchanges, self.room.ways, strict=True) if whole(e.kind)), None)
+
     def of_part(self, i: int, table: np.ndarray) -> np.ndarray:
         """[rows, ...]: the rows of a table of vertices that part i has, filled up with zeros."""
         return _filled(table[self.points[i] : self.points[i + 1]], self.rows)

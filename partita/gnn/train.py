@@ -358,7 +358,7 @@ class FullGraphTraining:
 
             every = np.asarray(multihost_utils.process_allgather(seen.astype(np.float32)), float)
             seen = np.append(every[:, : parts.count].sum(axis=0), every[:, parts.count :].max(axis=0))
-        balance.measured(seen[: parts.count], parts.rows)
+        balance.measured(seen[: parts.count], parts.rows, parts.edge_room)
         split, (making, compiling) = self.__dict__["_split"], seen[parts.count :]
 
         def cost(points: np.ndarray, other: bool) -> float:

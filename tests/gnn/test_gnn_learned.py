@@ -77,6 +77,25 @@ def test_split_points_are_as_good_as_any(rows: list[tuple[int, ...]], weights: l
     assert points[0] == 0 and points[-1] == vertices and (np.diff(points) >= 0).all()
     least = min(cost.seconds(sums, p).max() for p in all_points)
     assert cost.seconds(sums, points).max() <= least * (1 + 1e-6) + 1e-9
+    room = int(np.median([np.diff(sums[p][:, 1]).max() for p in all_points]))  # of edges, which about half of the splits fit into
+    fitting = [p for p in all_points if np.diff(sums[p][:, 1]).max() <= room]
+    points = best_points(sums, cost, vertices, room)
+    if fitting:
+        assert np.diff(sums[points][:, 1]).max() <= room
+        assert cost.seconds(sums, points, vertices).max() <= min(cost.seconds(sums, p, vertices).max() for p in fitting) * (1 + 1e-6) + 1e-9
+
+
+def test_where_compiling_costs_more_than_it_gains_a_split_moves_as_far_as_there_is_place() -> None:
+    graph = skewed()
+    balance = Balance(graph, by_edges(graph, 2))
+    place = int(1.1 * np.diff(balance.sums[balance.points][:, 1]).max())
+    for _ in range(3):
+        balance.measured(features_of(balance.sums, balance.points)[:, 2] * np.array([3e-3, 1e-3]), 600, place)
+    balance.learner.cost = Cost(np.array([0, 0, 1e-3, 0, 0, 0]), np.array([3.0, 1.0]))
+    before = balance.points
+    fits = lambda points: np.diff(balance.sums[points][:, 1]).max() <= place
+    found = balance.better(10, lambda points, other: 0.0 if fits(points) and not other else 1e6)
+    assert found is not None and fits(found[0]) and found[0][1] < before[1]
 
 
 def test_a_split_moves_only_when_the_epochs_left_pay_for_it() -> None:
