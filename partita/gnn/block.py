@@ -220,10 +220,12 @@ class Block:
         """The sum of rows of all devices, by any way."""
         width = x.shape[1]
         over = lambda edges, weights, rows: weighted_sum(edges, weights, rows) if weighted else edge_sum(edges, rows)
-        x, came = self._gathered(way, x)
-        if way.far is not None:
-            return over(way.edges, way.weights, x) + over(*way.far, came)
-        return self._returned(way, over(way.edges, way.weights, _below(x, came)))[:, :width]
+        if way.far is not None:  # what comes is waited for when the device's own rows are summed, and gradients come back while its own are
+            mine, sent = stamp.fork(x, jax.lax.axis_index(AXIS)) if self.timed else (x, x)
+            own, came = over(way.edges, way.weights, mine), self._fetched(way, sent)
+            own, came = stamp.meet(own, came, jax.lax.axis_index(AXIS)) if self.timed else (own, came)
+            return own + over(*way.far, came)
+        return self._returned(way, over(way.edges, way.weights, _below(*self._gathered(way, x))))[:, :width]
 
     def mean(self, x: Any) -> Any:
         """[rows, features]: the mean over in-edges; zero where there is none."""
@@ -261,12 +263,14 @@ class Block:
         if way.columns > 1:
             slices = jnp.pad(x, ((0, 0), (0, -x.shape[1] % way.columns)))
             x = self._exchanged(way, slices, 1, 0)
-        if not way.halo:
-            return x, None
+        return x, self._fetched(way, x) if way.halo else None
+
+    def _fetched(self, way: Way, x: Any) -> Any:
+        """The rows of the halo."""
         sent = self.entered(tuple(edge_sum(halo.pick, x) for halo in way.halo))
         there = lambda shift: [(i, (i + shift * way.columns) % self.parts) for i in range(self.parts)]
         came = [jax.lax.ppermute(rows, AXIS, there(halo.shift)) for rows, halo in zip(sent, way.halo, strict=True)]
-        return x, jnp.concatenate(self.left(tuple(came)))
+        return jnp.concatenate(self.left(tuple(came)))
 
     def _returned(self, way: Way, y: Any) -> Any:
         """Rows of all features, some columns of zeros behind them, of what a way has summed."""

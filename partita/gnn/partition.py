@@ -127,9 +127,10 @@ class Room:
         return same and self.rows >= other.rows and all(a.holds(b) for a, b in zip(self.ways, other.ways, strict=True))
 
     def wider(self, rows: float, edges: float) -> Room:
-        """With place for these shares more, of rows and of edges."""
+        """With place for these shares more, of rows and of edges; where some lie apart, for any of them on either side."""
         more = lambda n, share: int(n * (1 + share))
-        place = lambda w: Place(more(w.edges, edges), tuple((k, more(n, rows)) for k, n in w.turns), more(w.far, edges))
+        all_edges = lambda w: more(w.edges + w.far, edges)
+        place = lambda w: Place(all_edges(w), tuple((k, more(n, rows)) for k, n in w.turns), all_edges(w) if w.far else 0)
         return Room(more(self.rows, rows), tuple(map(place, self.ways)))
 
 
@@ -181,8 +182,8 @@ class Parts:
 
     @property
     def edge_room(self) -> int | None:
-        """In-edges of its own vertices that every device has place for; None where none has all of them as one."""
-        whole = lambda kind: kind.columns == 1 and kind.keep is None and not kind.apart
+        """In-edges of its own vertices that every device has place for; None where groups share them."""
+        whole = lambda kind: kind.columns == 1 and kind.keep is None
         return next((place.edges for e, place in zip(self.exchanges, self.room.ways, strict=True) if whole(e.kind)), None)
 
     def of_part(self, i: int, table: np.ndarray) -> np.ndarray:

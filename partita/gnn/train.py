@@ -298,7 +298,7 @@ class FullGraphTraining:
     def _cut(self, graph: Graph, split: Split, room: Room | None, points: np.ndarray | None = None) -> tuple[Graph, Parts, tuple[tuple[int, int], ...]]:
         """(the graph as it is numbered for its parts, what they hold, devices that share the features of aggregations of so many); at these points, if given."""
         calls, columns, timed = self.__dict__["_calls"], split.columns, split.learns
-        apart = _linear(calls) and not timed  # where a split moves, how many edges are a part's own varies most
+        apart = _linear(calls)
         graph, order = self.__dict__["_numbered"]
         partition = split.partition if points is None else points
         if order is not None and not isinstance(partition, str) and len(partition) == graph.vertices != split.devices + 1:

@@ -169,7 +169,7 @@ def test_training_that_moves_the_split_gives_the_numbers_of_one_device(moving: l
 def test_stamps_tell_a_device_with_more_to_do_from_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, seconds = skewed(2000, 600_000), []
     most = np.array([0, by_edges(graph, 20)[1], 2000])
-    monkeypatch.setattr(Balance, "measured", lambda self, took, rows: seconds.append(took))
+    monkeypatch.setattr(Balance, "measured", lambda self, took, rows, edges: seconds.append(took))
     monkeypatch.setattr(Balance, "better", lambda self, epochs, cost: (most, False) if len(seconds) == 1 else None)
     model, _ = fitted(models.GCN, graph, epochs=16, devices=2, partition="learned")
     assert model.parts.edges[1] > 10 * model.parts.edges[0]

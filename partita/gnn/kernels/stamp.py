@@ -92,6 +92,30 @@ def leave(values: Any, device: Any) -> Any:
     return _tied(values, device, 0)
 
 
+def _both(first: Any, second: Any, device: Any) -> tuple[Any, Any]:
+    """Notes as a wait the time from when the first is there until the second is too."""
+    first = _stamped(first, device, 1)
+    return _stamped((first, second), device, 0)
+
+
+@jax.custom_vjp
+def meet(mine: Any, came: Any, device: Any) -> tuple[Any, Any]:
+    """Both arrays, when both are there: a device that has `mine` waits for what came. Backward nothing is noted."""
+    return _both(mine, came, device)
+
+
+meet.defvjp(lambda mine, came, device: (_both(mine, came, device), None), lambda _, dy: (*dy, None))
+
+
+@jax.custom_vjp
+def fork(x: Any, device: Any) -> tuple[Any, Any]:
+    """An array twice, to compute with and to send. Backward a device that has the gradient of the first waits for that of the second."""
+    return x, x
+
+
+fork.defvjp(lambda x, device: ((x, x), device), lambda device, dy: (sum(_both(dy[0], dy[1], device)), None))
+
+
 def clear() -> None:
     """Forgets what was noted, before a step."""
     _noted[:, 0] = 0
