@@ -221,9 +221,8 @@ class Block:
         width = x.shape[1]
         over = lambda edges, weights, rows: weighted_sum(edges, weights, rows) if weighted else edge_sum(edges, rows)
         if way.far is not None:  # what comes is waited for when the device's own rows are summed, and gradients come back while its own are
-            mine, sent = stamp.fork(x, jax.lax.axis_index(AXIS)) if self.timed else (x, x)
-            own, came = over(way.edges, way.weights, mine), self._fetched(way, sent)
-            own, came = stamp.meet(own, came, jax.lax.axis_index(AXIS)) if self.timed else (own, came)
+            mine, sent = self.forked(x)
+            own, came = self.met(over(way.edges, way.weights, mine), self._fetched(way, sent))
             return own + over(*way.far, came)
         return self._returned(way, over(way.edges, way.weights, _below(*self._gathered(way, x))))[:, :width]
 
@@ -288,6 +287,14 @@ class Block:
     def left(self, values: Any) -> Any:
         """Values that came out of an exchange, the time noted if it is wanted."""
         return stamp.leave(values, jax.lax.axis_index(AXIS)) if self.timed else values
+
+    def forked(self, x: Any) -> tuple[Any, Any]:
+        """Rows twice, to sum and to send; the time is noted, if it is wanted, that is waited for the gradient of what was sent."""
+        return stamp.fork(x, jax.lax.axis_index(AXIS)) if self.timed else (x, x)
+
+    def met(self, own: Any, came: Any) -> tuple[Any, Any]:
+        """What a device has and what came to it, the time noted, if it is wanted, that it waited for that."""
+        return stamp.meet(own, came, jax.lax.axis_index(AXIS)) if self.timed else (own, came)
 
 
 def _below(x: Any, came: Any) -> Any:

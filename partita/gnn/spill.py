@@ -541,9 +541,8 @@ class Planned:
 
     def _loaded(self, passage: Passage, name: str) -> Any:
         place = passage.features.get(name)
-        if place is not None:
-            return jax.block_until_ready(jnp.array(np.asarray(self.features[place], np.float32), copy=True))
-        return jax.block_until_ready(self.host.load(name))
+        loaded = self.host.load(name) if place is None else jnp.array(np.asarray(self.features[place], np.float32), copy=True)
+        return jax.block_until_ready(loaded)
 
 
 class FileHost:
