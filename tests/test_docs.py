@@ -42,7 +42,7 @@ def agree(printed: str, shown: str) -> bool:
 
 @pytest.mark.parametrize(("code", "output"), EXAMPLES)
 def test_an_example_runs(code: str, output: str, tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "NPROC")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert not output or agree(done.stdout, output), f"it prints\n{done.stdout}\nand the page shows\n{output}"

@@ -47,7 +47,7 @@ SCRIPT = """
 def start(folder: Path, processes: int, fault: str = "pass", seed: str = "0", more: Sequence[str] = (), **said: str) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
     (folder / "train.py").write_text(textwrap.dedent(SCRIPT).format(fault=fault, seed=seed))
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} | {"PARTITA_SEED": "5", **said}
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "NPROC")} | {"PARTITA_SEED": "5", **said}
     together = ["--processes", str(processes), "--devices", str(processes)] if processes else ["--quiet"]
     command = [sys.executable, "-m", "partita", "run", "train.py", *together, *more]
     listening = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # a shell's background jobs are born deaf to it
@@ -267,7 +267,7 @@ UNWRITABLE = """
 
 def test_a_save_that_one_process_cannot_write_fails_in_all_and_training_goes_on(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(textwrap.dedent(UNWRITABLE))
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "NPROC")}
     command = [sys.executable, "-m", "partita", "run", "--quiet", "--processes", "2", "train.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=100)
     assert done.returncode == 0, done.stderr
@@ -292,20 +292,20 @@ CHECKPOINTED = """
 def checkpointed(folder: Path, epochs: int, *how: str, **more: str) -> subprocess.CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
     (folder / "train.py").write_text(textwrap.dedent(CHECKPOINTED))
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} | more
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "NPROC")} | more
     command = [sys.executable, "-m", "partita", "run", *how, "train.py", str(epochs)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=200)
 
 
 def test_a_checkpoint_resumes_under_another_plan_and_number_of_processes(tmp_path: Path) -> None:
-    straight = checkpointed(tmp_path / "straight", 4, "--devices", "1")
-    first = checkpointed(tmp_path / "resumed", 2, "--processes", "2")
-    second = checkpointed(tmp_path / "resumed", 3, "--devices", "3")
-    third = checkpointed(tmp_path / "resumed", 4, "--processes", "4")
+    straight = checkpointed(tmp_path / "straight", 3, "--devices", "1")
+    first = checkpointed(tmp_path / "resumed", 1, "--devices", "3")
+    second = checkpointed(tmp_path / "resumed", 2, "--processes", "2")
+    third = checkpointed(tmp_path / "resumed", 3, "--devices", "1")
     resumed = [loss for done in (first, second, third) for loss in figures(done.stdout, "losses")]
-    assert len(resumed) == 4, first.stderr + second.stderr + third.stderr
+    assert len(resumed) == 3, first.stderr + second.stderr + third.stderr
     np.testing.assert_allclose(resumed, figures(straight.stdout, "losses"), rtol=1e-4)
-    other = checkpointed(tmp_path / "resumed", 5, "--devices", "1", WIDTH="300")
+    other = checkpointed(tmp_path / "resumed", 4, "--devices", "1", WIDTH="300")
     assert other.returncode == 2
     assert "are of another model: '00000 sequential/dense/kernel' is float32[128, 512] there" in other.stderr
     assert "Traceback" not in other.stderr

@@ -24,7 +24,7 @@ MODEL = """
 def python(code: str, folder: Path, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Runs a script in a fresh interpreter, with `partita` and its arguments if `command` is given."""
     (folder / "script.py").write_text(textwrap.dedent(code))
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC", "KERAS_BACKEND")} | more
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "NPROC", "KERAS_BACKEND")} | more
     start = [sys.executable, "-m", "partita", command[0], "script.py", *command[1:]] if command else [sys.executable, "script.py"]
     return subprocess.run(start, capture_output=True, text=True, timeout=200, cwd=folder, env=environment)
 
