@@ -21,6 +21,11 @@ EDGE = 128
 """Bytes that take as long to read as an edge does beside its row: its number, and the wait for a row that is not in the cache. A sum over 10.5 million edges of
 an RMAT graph took 43 ms for 16 features, 80 for 64 and 155 for 128 (2 cores, 2026-11)."""
 
+CACHED = 2
+"""How many times as fast as the memory rows are read that edges begin at, since caches hold many: of the same sums, 21 GB/s a core."""
+PASSES = 16
+"""Times that a step reads and writes a row around an aggregation (normalisation, dropout, activation, their gradients), by what epochs of GCN took."""
+
 ROOM = 0.25
 """Share of a device's memory that edges of whole groups may take."""
 
@@ -37,6 +42,18 @@ def columns_of(calls: Sequence[tuple[int, str]], graph: Graph, points: np.ndarra
             costs[columns] = [_seconds(machine, parts, rows, columns, place.edges, turns, width) for width in widths]
     best = [min(costs, key=lambda c, i=i: (costs[c][i], c)) for i in range(len(widths))]
     return tuple((width, c) for width, c in zip(widths, best, strict=True) if c > 1)
+
+
+def edge_seconds(calls: Sequence[tuple[int, str]], features: int, machine: Machine) -> float:
+    """What an in-edge takes in a step over vertices of so many features: in every aggregation forward, and backward but where features themselves are summed."""
+    backward = calls[1:] if calls and calls[0][0] == features else calls
+    return sum(4 * width + EDGE for width, _ in (*calls, *backward)) / (CACHED * machine.memory_bandwidth)
+
+
+def row_seconds(calls: Sequence[tuple[int, str]], parameters: int, machine: Machine) -> float:
+    """What a vertex takes in a step beside its in-edges: two operations for every parameter forward and four backward, and passes over rows."""
+    passes = 8 * PASSES * sum(width for width, _ in calls) / machine.memory_bandwidth
+    return 6 * parameters / machine.rate("dot", "float32") + passes
 
 
 def _seconds(machine: Machine, parts: int, rows: int, columns: int, edges: int, turns: Sequence[int], width: int) -> float:

@@ -43,7 +43,7 @@ def by_edges(graph: Graph, parts: int) -> np.ndarray:
 
 
 PARTITIONERS: dict[str, Callable[[Graph, int], np.ndarray]] = {"vertices": by_vertices, "edges": by_edges, "learned": by_edges}
-"""Partitioners that cut the vertices as they are numbered; 'learned' is where learning begins."""
+"""Partitioners that cut the vertices as they are numbered; 'learned' where nothing is known of the model."""
 
 
 def by_metis(graph: Graph, parts: int) -> np.ndarray:

@@ -22,11 +22,11 @@ from partita.errors import GraphError, PartitaError
 from partita.execute import processes
 from partita.execute.devices import at_hand, detect
 from partita.gnn.block import AXIS, Block, block_of, counted
-from partita.gnn.choice import columns_of
+from partita.gnn.choice import columns_of, edge_seconds, row_seconds
 from partita.gnn.graph import Graph, check
 from partita.gnn.kernels import stamp
 from partita.gnn.kernels.bridge import step_options
-from partita.gnn.learned import Balance
+from partita.gnn.learned import Balance, begun
 from partita.gnn.order import order_of
 from partita.gnn.partition import (
     Kind,
@@ -303,6 +303,8 @@ class FullGraphTraining:
         partition = split.partition if points is None else points
         if order is not None and not isinstance(partition, str) and len(partition) == graph.vertices != split.devices + 1:
             partition = np.asarray(partition)[order]
+        if points is None and timed:
+            partition = self._begun(graph, split.devices)
         graph, points, again = arranged(graph, split.devices, partition)
         order = order if again is None else again if order is None else order[again]
         if columns is None and not timed:
@@ -313,6 +315,17 @@ class FullGraphTraining:
         used = {dict(by_width).get(width, 1) if kind != "attention" else 1 for width, kind in calls} or {1}
         kinds = [*(Kind(c, apart=apart and c == 1) for c in sorted(used)), *self._near(graph, apart)]
         return graph, replace(cut(graph, points, room, kinds, moves=timed), order=order), by_width
+
+    def _begun(self, graph: Graph, devices: int) -> np.ndarray:
+        """Where learning begins: by what the machine says of rows and edges, before anything is measured."""
+        model: Any = self
+        matrices = sum(int(np.prod(v.shape)) for v in model.trainable_variables if len(v.shape) > 1)
+
+        def seconds() -> str:
+            machine, calls = detect(devices), self.__dict__["_calls"]
+            return json.dumps([row_seconds(calls, matrices, machine), edge_seconds(calls, graph.feature_count, machine)])
+
+        return begun(graph, devices, *json.loads(processes.from_first("rows and edges", seconds)))
 
     def _aggregations(self, graph: Graph) -> list[tuple[int, str]]:
         """(features, kind) of every aggregation of the model on a graph, in their order, as one vertex without edges tells: nothing is computed."""
@@ -352,7 +365,7 @@ class FullGraphTraining:
         if compiled:  # what it took says what it costs, not how fast a part is
             moving[1] = ended - began
             return data
-        seen = np.append(stamp.computed(began, ended, parts.count), moving)
+        seen = np.append(stamp.busy(began, ended, parts.count, jax.local_device_count() == 1), moving)
         if jax.process_count() > 1:  # each has noted the times of its own devices, and all must decide alike
             from jax.experimental import multihost_utils
 

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 import partita.gnn as gnn
 from partita.errors import GraphError
 from partita.gnn import learned, models
+from partita.gnn.choice import edge_seconds, row_seconds
 from partita.gnn.kernels import stamp
-from partita.gnn.learned import Balance, Cost, Learner, best_points, features_of, prefix_sums
-from partita.gnn.partition import arranged, by_edges, by_metis
+from partita.gnn.learned import Balance, Cost, Learner, begun, best_points, features_of, prefix_sums
+from partita.gnn.partition import arranged, by_edges, by_metis, by_vertices
+from partita.machine import host
 
 
 def skewed(vertices: int = 600, edges: int = 6000) -> gnn.Graph:
@@ -134,12 +136,27 @@ def test_a_step_with_place_for_fewer_rows_is_compiled_where_rows_cost_more_than_
     assert found[1] is not None and found[1][1] and np.diff(found[1][0]).max() < 600
 
 
-def test_computing_is_all_but_waiting_for_an_exchange() -> None:
+def busy(events: list[int], used: list[int], alone: bool = True) -> float:
+    """Nanoseconds of 1000 in which the process uses `used` until each event and the end."""
+    *before, all_of_it = used
+    return stamp._busy(np.array([*zip(events, before, strict=True)])[::-1], (0, 0), (1000, all_of_it), alone) * 1e9
+
+
+def test_a_device_is_busy_but_for_waiting_for_an_exchange() -> None:
     begin, end = 1, 0
     events = [200 + begin, 400 + end, 500 + begin, 600 + begin, 700 + end, 800 + end]  # between the last two that begin it computes
-    assert stamp._outside(np.array(events[::-1]), 0, 1000) == pytest.approx(600e-9)
+    assert busy(events, [0] * 7) == pytest.approx(600)
     early = [100 + begin, 200 + begin, 300 + end, 800 + begin, 900 + end, 900 + end]  # nothing needs the first before the end
-    assert stamp._outside(np.array(early), 0, 1000) == pytest.approx(800e-9)
+    assert busy(early, [0] * 7) == pytest.approx(800)
+
+
+def test_what_a_process_alone_uses_in_an_exchange_is_its_devices_work_at_the_pace_of_computing() -> None:
+    begin, end = 1, 0
+    events = [200 + begin, 600 + end]
+    assert busy(events, [100, 150, 350]) == pytest.approx(600 + 2 * 50), "computes for 600 and uses 300"
+    assert busy(events, [200, 300, 700]) == pytest.approx(600 + 100), "never faster than it is"
+    assert busy(events, [20, 320, 360]) == pytest.approx(600 + 400), "no longer than the exchange"
+    assert busy(events, [100, 150, 350], alone=False) == pytest.approx(600)
 
 
 @pytest.fixture
@@ -197,3 +214,22 @@ def test_metis_is_asked_for_the_undirected_graph_and_said_to_be_missing(monkeypa
 def test_one_device_measures_nothing() -> None:
     model, _ = fitted(models.GCN, skewed(), epochs=1, partition="learned")
     assert model.balance is None and jax.device_count() > 1
+
+
+def test_learning_begins_with_fewer_rows_in_a_part_the_more_a_row_takes() -> None:
+    graph = skewed()
+    sums, rows = prefix_sums(graph), []
+    for row in (0.0, 1e-4, 1.0):
+        points = begun(graph, 4, row, 1e-6)
+        cost = Cost(np.array([row, 0, 1e-6, 0, 0, 0]), np.ones(4))
+        assert cost.seconds(sums, points).max() <= min(cost.seconds(sums, other(graph, 4)).max() for other in (by_edges, by_vertices)) * 1.05
+        rows.append(int(np.diff(points).max()))
+    assert rows[0] > rows[1] >= rows[2]
+
+
+def test_an_edge_counts_backward_but_where_features_are_summed() -> None:
+    machine = host(1, 1 << 30)
+    first, then = [(8, "sum"), (4, "sum")], [(4, "sum"), (4, "sum")]
+    assert edge_seconds(first, 8, machine) * machine.memory_bandwidth * 2 == pytest.approx(32 + 2 * 16 + 3 * 128)
+    assert edge_seconds(then, 8, machine) * machine.memory_bandwidth * 2 == pytest.approx(4 * 16 + 4 * 128)
+    assert row_seconds(then, 1000, machine) > row_seconds(then, 10, machine) > 0

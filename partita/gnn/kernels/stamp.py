@@ -1,4 +1,4 @@
-"""When devices enter and leave their exchanges, so that the seconds that each computes for can be told from those that it waits.
+"""When devices enter and leave their exchanges, so that the seconds that each is busy for can be told from those that it waits.
 
 `enter(values)` and `leave(values)` give the values back, and note the time at which they were there; backward, leaving is entering. What
 is noted hangs on the data: the first numbers of the values go into the stamp, and its result, a zero that XLA cannot know, is added to
@@ -23,8 +23,9 @@ from partita.gnn.kernels.bridge import ARGUMENTS, RESULTS, asked, buffer, carray
 
 MOST, DEVICES = 4096, 1024
 """Stamps of a step that a device can keep, and devices."""
-_noted = np.zeros((DEVICES, MOST + 1), np.int64)
-"""Of each device: how many, then nanoseconds, the last bit telling entering (1) from leaving (0)."""
+_noted = np.zeros((DEVICES, 2 * MOST + 2), np.int64)
+"""Of each device: how many stamps, what the process had used of its processors when they were cleared, and for every stamp the time, the last bit telling
+entering (1) from leaving (0), and what the process has used. Nanoseconds."""
 
 
 @functools.cache
@@ -35,7 +36,8 @@ def ready() -> None:
         clock = ctypes.CDLL(None).clock_gettime
         clock.argtypes, clock.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_int
         # addresses of this process: never kept on disk
-        address, version, words, which = _noted.ctypes.data, bridge.version(), MOST + 1, time.CLOCK_MONOTONIC
+        address, version, words = _noted.ctypes.data, bridge.version(), _noted.shape[1]
+        wall, used = time.CLOCK_MONOTONIC, time.CLOCK_PROCESS_CPUTIME_ID
 
         def stamp(frame):  # type: ignore[no-untyped-def]
             if asked(frame, version):
@@ -43,12 +45,15 @@ def ready() -> None:
             floats(buffer(frame, RESULTS, 0))[0] = np.float32(0)
             about = ints(buffer(frame, ARGUMENTS, 0))
             mine = carray(bridge._words(address), (DEVICES * words,))
-            now = np.empty(2, np.int64)
-            clock(which, now.ctypes.data)
+            now = np.empty(4, np.int64)
+            clock(wall, now.ctypes.data)
+            clock(used, now.ctypes.data + 16)
             at = about[0] * words
             if mine[at] < MOST:
                 mine[at] += 1
-                mine[at + mine[at]] = (now[0] * 1_000_000_000 + now[1]) // 2 * 2 + about[1]
+                place = at + 2 * mine[at]
+                mine[place] = (now[0] * 1_000_000_000 + now[1]) // 2 * 2 + about[1]
+                mine[place + 1] = now[2] * 1_000_000_000 + now[3]
             return 0
 
         handler = cfunc(types.int64(types.int64))(stamp)
@@ -118,31 +123,45 @@ fork.defvjp(lambda x, device: ((x, x), device), lambda device, dy: (sum(_both(dy
 
 def clear() -> None:
     """Forgets what was noted, before a step."""
-    _noted[:, 0] = 0
+    _noted[:, :2] = 0, time.process_time_ns()
 
 
-def computed(began: float, ended: float, devices: int) -> np.ndarray:
-    """float64 [devices]: seconds of a step (its `time.perf_counter` before and after) that each device was in no exchange; 0 where none is noted."""
+def busy(began: float, ended: float, devices: int, alone: bool) -> np.ndarray:
+    """float64 [devices]: seconds of a step (its `time.perf_counter` before and after) that each device does not wait for others; 0 where nothing is noted.
+
+    `alone`: this process has one device, so that what the process uses of its processors in exchanges is what sending and receiving cost
+    the device. It counts, at the pace at which the device computes.
+    """
     shift = time.clock_gettime_ns(time.CLOCK_MONOTONIC) - time.perf_counter_ns()
-    first, last = (int(t * 1e9) + shift for t in (began, ended))
-    return np.array([_outside(_noted[d, 1 : _noted[d, 0] + 1], first, last) for d in range(devices)])
+    first, last, used = int(began * 1e9) + shift, int(ended * 1e9) + shift, time.process_time_ns()
+    events = [_noted[d, 2 : 2 * _noted[d, 0] + 2].reshape(-1, 2) for d in range(devices)]
+    return np.array([_busy(e, (first, int(_noted[d, 1])), (last, used), alone) for d, e in enumerate(events)])
 
 
-def _outside(events: np.ndarray, first: int, last: int) -> float:
-    """Seconds between first and last that were not spent waiting in an exchange.
+def _busy(events: np.ndarray, first: tuple[int, int], last: tuple[int, int], alone: bool) -> float:
+    """Seconds between first and last that were not spent waiting; these and the events are (time, used so far).
 
-    A device waits while it is in one until it leaves one. Up to the next that it enters it computes what goes into that, whatever it has
+    A device waits while it is in an exchange until it leaves one. Up to the next that it enters it computes what goes into that, whatever it has
     entered before: XLA may enter an exchange long before anything needs what comes out of it.
 
-    >>> _outside(np.array([100 + 1, 300, 400 + 1, 900]), 0, 1000) * 1e9
+    >>> _busy(np.array([(100 + 1, 100), (300, 150), (400 + 1, 250), (900, 250)]), (0, 0), (1000, 350), False) * 1e9
     300.0
-    >>> _outside(np.array([100 + 1, 400 + 1, 500, 900]), 0, 1000) * 1e9
+    >>> _busy(np.array([(100 + 1, 0), (400 + 1, 0), (500, 0), (900, 0)]), (0, 0), (1000, 0), False) * 1e9
     500.0
+
+    Here a process uses 50 in exchanges, and computes for 300 where it uses 300:
+
+    >>> _busy(np.array([(100 + 1, 100), (300, 150), (400 + 1, 250), (900, 250)]), (0, 0), (1000, 350), True) * 1e9
+    350.0
     """
     if not len(events):
         return 0.0
-    events = np.sort(events)
-    times, entering = events & ~np.int64(1), (events & 1).astype(bool)
+    events = events[np.argsort(events[:, 0], kind="stable")]
+    entering = (events[:, 0] & 1).astype(bool)
     depth = np.cumsum(np.where(entering, 1, -1))
-    waits = ~entering[1:] & (depth[:-1] > 0)
-    return (last - first - float(np.diff(times)[waits].sum())) / 1e9
+    waits = np.concatenate([[False], ~entering[1:] & (depth[:-1] > 0), [False]])
+    took, used = np.diff(np.vstack([first, events - (events & (1, 0)), last]), axis=0).T
+    computing, pace = took[~waits].sum(), 0.0
+    if alone:
+        pace = max(1.0, computing / max(used[~waits].sum(), 1))
+    return float(computing + np.minimum(took[waits], pace * used[waits]).sum()) / 1e9
