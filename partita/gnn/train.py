@@ -245,17 +245,21 @@ class FullGraphTraining:
         if kept is None or kept[0] is not graph or kept[1] is not split:
             self._checked(graph)
             self.__dict__["_calls"] = self._aggregations(graph)
-            if split.learns:  # what is done once, and waiting for the others, is no part of what a move takes
+            began = time.perf_counter()
+            numbered, points = _numbered(graph, split.order), None
+            self.__dict__["_numbered"] = numbered
+            if split.learns and split.devices > 1:  # what is done once, and waiting for the others, is no part of what a move takes
                 stamp.ready()
                 _warm()
+                points = self._begun(numbered[0], split.devices)
+                self._near(numbered[0], _linear(self.__dict__["_calls"]))
                 processes.meet()
-            began = time.perf_counter()
-            self.__dict__["_numbered"] = _numbered(graph, split.order)
-            kept = graph, split, *self._placed(graph, split)
-            balance = _balance(self.__dict__["_numbered"][0], kept[3]) if split.learns and kept[3] is not None else None
-            self.__dict__.update(_kept=kept, feature_count=graph.feature_count, _steps={}, _balance=balance)
+            placing = time.perf_counter()
+            kept = graph, split, *self._placed(graph, split, points=points)
+            moving = [time.perf_counter() - placing, 0.0]
+            balance = _balance(numbered[0], kept[3]) if split.learns and kept[3] is not None else None
+            self.__dict__.update(_kept=kept, feature_count=graph.feature_count, _steps={}, _balance=balance, _moving=moving)
             self.__dict__["_prepare_seconds"] = time.perf_counter() - began
-            self.__dict__["_moving"] = [self.prepare_seconds, 0.0]
         if mask is not None:
             _can_learn(graph, mask, self.__dict__.get("classes"))
         return kept[2]
@@ -303,8 +307,6 @@ class FullGraphTraining:
         partition = split.partition if points is None else points
         if order is not None and not isinstance(partition, str) and len(partition) == graph.vertices != split.devices + 1:
             partition = np.asarray(partition)[order]
-        if points is None and timed:
-            partition = self._begun(graph, split.devices)
         graph, points, again = arranged(graph, split.devices, partition)
         order = order if again is None else again if order is None else order[again]
         if columns is None and not timed:
