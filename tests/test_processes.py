@@ -298,14 +298,14 @@ def checkpointed(folder: Path, epochs: int, *how: str, **more: str) -> subproces
 
 
 def test_a_checkpoint_resumes_under_another_plan_and_number_of_processes(tmp_path: Path) -> None:
-    straight = checkpointed(tmp_path / "straight", 3, "--devices", "1")
-    first = checkpointed(tmp_path / "resumed", 1, "--devices", "3")
-    second = checkpointed(tmp_path / "resumed", 2, "--processes", "2")
-    third = checkpointed(tmp_path / "resumed", 3, "--devices", "1")
+    straight = checkpointed(tmp_path / "straight", 4, "--devices", "1")
+    first = checkpointed(tmp_path / "resumed", 2, "--processes", "2")
+    second = checkpointed(tmp_path / "resumed", 3, "--devices", "3")
+    third = checkpointed(tmp_path / "resumed", 4, "--processes", "4")
     resumed = [loss for done in (first, second, third) for loss in figures(done.stdout, "losses")]
-    assert len(resumed) == 3, first.stderr + second.stderr + third.stderr
+    assert len(resumed) == 4, first.stderr + second.stderr + third.stderr
     np.testing.assert_allclose(resumed, figures(straight.stdout, "losses"), rtol=1e-4)
-    other = checkpointed(tmp_path / "resumed", 4, "--devices", "1", WIDTH="300")
+    other = checkpointed(tmp_path / "resumed", 5, "--devices", "1", WIDTH="300")
     assert other.returncode == 2
     assert "are of another model: '00000 sequential/dense/kernel' is float32[128, 512] there" in other.stderr
     assert "Traceback" not in other.stderr

@@ -4,6 +4,8 @@ A sum over in-edges of `width` features, in groups of `columns` devices: bytes r
 device's memory bandwidth, the rows of the halo turn by turn, and the exchange of features before and after. Splitting vertices alone moves what other parts have and
 edges begin at; splitting features moves every row once each way, whatever the edges, and shares out the work evenly; it costs every device the edges
 of its whole group.
+
+`edge_seconds` and `row_seconds` say of the same machine what learning of parts begins with.
 """
 
 from __future__ import annotations

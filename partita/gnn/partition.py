@@ -42,8 +42,8 @@ def by_edges(graph: Graph, parts: int) -> np.ndarray:
     return np.array([0, *inner, graph.vertices], np.int64)
 
 
-PARTITIONERS: dict[str, Callable[[Graph, int], np.ndarray]] = {"vertices": by_vertices, "edges": by_edges, "learned": by_edges}
-"""Partitioners that cut the vertices as they are numbered; 'learned' where nothing is known of the model."""
+PARTITIONERS: dict[str, Callable[[Graph, int], np.ndarray]] = {"vertices": by_vertices, "edges": by_edges}
+"""Partitioners that cut the vertices as they are numbered, by the graph alone; 'learned' asks the model as well (`learned.begun`)."""
 
 
 def by_metis(graph: Graph, parts: int) -> np.ndarray:
@@ -84,7 +84,7 @@ def split_points(graph: Graph, parts: int, partition: Any) -> np.ndarray:
     if isinstance(partition, str):
         if partition not in PARTITIONERS:
             raise GraphError(
-                f"There is no partitioner {partition!r}: use {', '.join(map(repr, PARTITIONERS))} or 'metis', or give split points."
+                f"There is no partitioner {partition!r}: use {', '.join(map(repr, PARTITIONERS))}, 'learned' or 'metis', or give split points."
             )
         return PARTITIONERS[partition](graph, parts)
     points = np.asarray(partition)

@@ -248,11 +248,11 @@ class FullGraphTraining:
             began = time.perf_counter()
             numbered, points = _numbered(graph, split.order), None
             self.__dict__["_numbered"] = numbered
-            if split.learns and split.devices > 1:  # what is done once, and waiting for the others, is no part of what a move takes
+            if split.learns:  # what is done once, and waiting for the others, is no part of what a move takes
                 stamp.ready()
                 _warm()
                 points = self._begun(numbered[0], split.devices)
-                self._near(numbered[0], _linear(self.__dict__["_calls"]))
+                self._near(numbered[0])
                 processes.meet()
             placing = time.perf_counter()
             kept = graph, split, *self._placed(graph, split, points=points)
@@ -367,7 +367,7 @@ class FullGraphTraining:
         if compiled:  # what it took says what it costs, not how fast a part is
             moving[1] = ended - began
             return data
-        seen = np.append(stamp.busy(began, ended, parts.count, jax.local_device_count() == 1), moving)
+        seen = np.append(stamp.busy(began, ended, parts.count), moving)
         if jax.process_count() > 1:  # each has noted the times of its own devices, and all must decide alike
             from jax.experimental import multihost_utils
 

@@ -338,7 +338,6 @@ def test_the_compiler_emits_the_pinned_steps():
     root = Path(__file__).parents[2]
     environment = os.environ | {
         "PYTHONPATH": str(root),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }
     ran = subprocess.run(

@@ -126,12 +126,13 @@ def clear() -> None:
     _noted[:, :2] = 0, time.process_time_ns()
 
 
-def busy(began: float, ended: float, devices: int, alone: bool) -> np.ndarray:
+def busy(began: float, ended: float, devices: int) -> np.ndarray:
     """float64 [devices]: seconds of a step (its `time.perf_counter` before and after) that each device does not wait for others; 0 where nothing is noted.
 
-    `alone`: this process has one device, so that what the process uses of its processors in exchanges is what sending and receiving cost
-    the device. It counts, at the pace at which the device computes.
+    Where this process has one device, what it uses of its processors in exchanges is what sending and receiving cost the device. It counts, at
+    the pace at which the device computes.
     """
+    alone = jax.local_device_count() == 1
     shift = time.clock_gettime_ns(time.CLOCK_MONOTONIC) - time.perf_counter_ns()
     first, last, used = int(began * 1e9) + shift, int(ended * 1e9) + shift, time.process_time_ns()
     events = [_noted[d, 2 : 2 * _noted[d, 0] + 2].reshape(-1, 2) for d in range(devices)]
@@ -161,7 +162,6 @@ def _busy(events: np.ndarray, first: tuple[int, int], last: tuple[int, int], alo
     depth = np.cumsum(np.where(entering, 1, -1))
     waits = np.concatenate([[False], ~entering[1:] & (depth[:-1] > 0), [False]])
     took, used = np.diff(np.vstack([first, events - (events & (1, 0)), last]), axis=0).T
-    computing, pace = took[~waits].sum(), 0.0
-    if alone:
-        pace = max(1.0, computing / max(used[~waits].sum(), 1))
+    computing = took[~waits].sum()
+    pace = max(1.0, computing / max(used[~waits].sum(), 1)) if alone else 0.0
     return float(computing + np.minimum(took[waits], pace * used[waits]).sum()) / 1e9
