@@ -280,17 +280,11 @@ class Graph:
         """The graph by source; made once with `order`, and without each time anew, for who keeps a copy."""
         if ordered or "_transposed" in self.__dict__:
             return self._transposed
-        return self._turned(None)
+        return transpose(self.offsets, self.sources, self.out_degrees(), False)
 
     @cached_property
     def _transposed(self) -> Transposed:
-        return self._turned(np.empty(self.edges, position_type(self.edges)))
-
-    def _turned(self, order: np.ndarray | None) -> Transposed:
-        offsets = offsets_of(self.out_degrees())
-        destinations = aligned(self.edges, self.sources.dtype)
-        _transpose(self.offsets, self.sources, offsets[:-1].copy(), destinations, np.empty(0, np.int32) if order is None else order)
-        return Transposed(offsets, destinations, order)
+        return transpose(self.offsets, self.sources, self.out_degrees(), True)
 
     def without_self_edge(self, first: int, last: int) -> np.ndarray:
         """bool [last - first]: whether each vertex from `first` on has no edge to itself."""
@@ -581,9 +575,9 @@ def _attribute(graph: Any, nodes: list[Any], what: str, key: str) -> np.ndarray:
 
 
 def aligned(count: int, kind: Any) -> np.ndarray:
-    """An array of this type, not filled, that begins at a multiple of 64 bytes: XLA on a CPU then takes it as it is, without a copy."""
+    """Zeros of this type that begin at a multiple of 64 bytes: XLA on a CPU then takes them as they are, without a copy. Many take no memory yet."""
     nbytes = count * np.dtype(kind).itemsize
-    room = np.empty(nbytes + 64, np.uint8)
+    room = np.zeros(nbytes + 64, np.uint8)
     first = -room.ctypes.data % 64
     return room[first : first + nbytes].view(kind)
 
@@ -593,6 +587,17 @@ def offsets_of(degrees: np.ndarray) -> np.ndarray:
     offsets = np.zeros(len(degrees) + 1, np.int64)
     np.cumsum(degrees, out=offsets[1:])
     return offsets
+
+
+def transpose(offsets: np.ndarray, ids: np.ndarray, degrees: np.ndarray, ordered: bool) -> Transposed:
+    """Columns with their rows, of rows with their columns `ids[offsets[r]:offsets[r + 1]]`, each of which is there `degrees` times in all.
+
+    What it has has the room of `ids`, zeros behind where those are longer than the edges.
+    """
+    back = offsets_of(degrees)
+    rows, order = aligned(len(ids), ids.dtype), aligned(len(ids) if ordered else 0, position_type(len(ids)))
+    _transpose(offsets, ids, back[:-1].copy(), rows, order)
+    return Transposed(back, rows, order if ordered else None)
 
 
 @njit(cache=True)

@@ -20,7 +20,7 @@ from numba import njit
 
 from partita.errors import GraphError
 from partita.gnn.block import Block, Edges, Halo, Way, edges_of, of_vertices
-from partita.gnn.graph import Graph, aligned, offsets_of
+from partita.gnn.graph import Graph, aligned, offsets_of, transpose
 
 
 def by_vertices(graph: Graph, parts: int) -> np.ndarray:
@@ -258,21 +258,56 @@ def _way(graph: Graph, parts: Parts, exchange: Exchange, room: Place, i: int) ->
         halos.append(Halo(_picked(place[sent], longest, own), k))
         place[came] = start + np.arange(len(came))
         start += longest
-    degrees, edges = np.diff(graph.offsets[first : last + 1]), slice(graph.offsets[first], graph.offsets[last])
-    sources, weights = graph.sources[edges], None if graph.weights is None else graph.weights[edges]
-    ids = np.take(place, sources, out=aligned(len(sources), np.int32), mode="clip")
-    if keep is not None:
-        kept, degrees = np.repeat(keep[first:last], degrees), degrees * keep[first:last]
-        ids, weights = ids[kept], None if weights is None else weights[kept]
-    spread = np.zeros(own, np.int64)
-    spread[place[first:last]] = degrees
-    if not kind.apart or not halos:
-        return Way(*_edges(spread, ids, start, weights, room.edges), tuple(halos), None, columns, kind.near)
-    far, row = ids >= own, np.repeat(np.arange(own, dtype=np.int32), spread)
-    some = lambda mask, less, width, most: _edges(
-        np.bincount(row[mask], minlength=own), ids[mask] - np.int32(less), width, None if weights is None else weights[mask], most
-    )
-    return Way(*some(~far, 0, own, room.edges), tuple(halos), some(far, own, start - own, room.far), columns, kind.near)
+    apart, weighted = kind.apart and bool(halos), graph.weights is not None
+    split = own if apart else start
+    near, far = _unfilled(own, split, room.edges, weighted), _unfilled(own, start - split, room.far if apart else 0, weighted)
+    _fill(graph.offsets, graph.sources, _NO_WEIGHTS if graph.weights is None else graph.weights, first, last, _kept(keep), place, split, near, far)
+    return Way(*_edges(*near, weighted), tuple(halos), _edges(*far, weighted) if apart else None, columns, kind.near)
+
+
+def _unfilled(rows: int, columns: int, most: int, weighted: bool) -> tuple[np.ndarray, ...]:
+    """(edges of each row, of each column, the columns of at most so many edges, their weights): zeros still."""
+    return np.zeros(rows, np.int64), np.zeros(columns, np.int64), aligned(most, np.int32), aligned(most if weighted else 0, np.float32)
+
+
+_NO_WEIGHTS = np.zeros(0, np.float32)
+
+
+def _kept(keep: np.ndarray | None) -> np.ndarray:
+    """The vertices of a `Kind` as loops read them: none stands for all."""
+    return np.zeros(0, np.bool_) if keep is None else keep
+
+
+@njit(nogil=True, cache=True)
+def _fill(offsets, sources, weights, first, last, keep, place, split, near, far):
+    """The in-edges of vertices from `first` to before `last`, those that are kept; those from columns from `split` on go to `far`, counted from there."""
+    degrees, back, ids, heavy = near
+    far_degrees, far_back, far_ids, far_heavy = far
+    k = j = 0
+    for v in range(first, last):
+        if len(keep) == 0 or keep[v]:
+            row, k_before, j_before = place[v], k, j
+            for e in range(offsets[v], offsets[v + 1]):
+                column = place[sources[e]]
+                if column < split:
+                    ids[k] = column
+                    back[column] += 1
+                    if len(weights):
+                        heavy[k] = weights[e]
+                    k += 1
+                else:
+                    far_ids[j] = column - split
+                    far_back[column - split] += 1
+                    if len(weights):
+                        far_heavy[j] = weights[e]
+                    j += 1
+            degrees[row], far_degrees[row] = k - k_before, j - j_before
+
+
+def _edges(degrees: np.ndarray, back: np.ndarray, ids: np.ndarray, weights: np.ndarray, weighted: bool) -> tuple[Edges, np.ndarray | None]:
+    """(edges, their weights), of what `_unfilled` has become."""
+    offsets = offsets_of(degrees)
+    return edges_of(offsets, ids, transpose(offsets, ids, back, weighted)), weights if weighted else None
 
 
 def near_training(graph: Graph, most: int) -> list[np.ndarray]:
@@ -320,7 +355,7 @@ def _mark(offsets, sources, first, last, keep, seen):
 def _needed(graph: Graph, points: np.ndarray, i: int, keep: np.ndarray | None) -> tuple[list[np.ndarray], int]:
     """(vertices whose rows part i needs, by how many parts before it they lie, round the end, ascending, none of its own; the edges from them)."""
     parts, seen = len(points) - 1, np.zeros(graph.vertices, np.bool_)
-    far = _mark(graph.offsets, graph.sources, points[i], points[i + 1], np.zeros(0, np.bool_) if keep is None else keep, seen)
+    far = _mark(graph.offsets, graph.sources, points[i], points[i + 1], _kept(keep), seen)
     ids = np.flatnonzero(seen)
     between = np.searchsorted(ids, points)
     return [ids[between[j] : between[j + 1]] for j in ((i - k) % parts for k in range(parts))], far
@@ -328,17 +363,9 @@ def _needed(graph: Graph, points: np.ndarray, i: int, keep: np.ndarray | None) -
 
 def _picked(ids: np.ndarray, longest: int, rows: int) -> Edges:
     """Rows that are sent, as edges: row r of the message is row ids[r] of the device, beyond them nothing."""
-    return _edges((np.arange(longest) < len(ids)).astype(np.int64), ids.astype(np.int32), rows, None, longest)[0]
-
-
-def _edges(degrees: np.ndarray, ids: np.ndarray, columns: int, weights: np.ndarray | None, most: int) -> tuple[Edges, np.ndarray | None]:
-    """(edges from so many columns to rows of these degrees, their weights), with room for `most` of them."""
-    rows = len(degrees)
-    offsets = offsets_of(np.append(degrees, np.zeros(max(0, columns - rows), np.int64)))  # the transpose is of a square
-    edges = edges_of(offsets[: rows + 1], ids, Graph(offsets, ids).transposed(weights is not None))
-    order = None if edges.back_order is None else _filled(edges.back_order, most)
-    made = Edges(edges.offsets, _filled(edges.ids, most), edges.back_offsets[: columns + 1], _filled(edges.back_ids, most), order)
-    return made, None if weights is None else _filled(weights, most)
+    back = np.zeros(rows, np.int64)
+    back[ids] = 1
+    return _edges((np.arange(longest) < len(ids)).astype(np.int64), back, _filled(ids.astype(np.int32), longest), _NO_WEIGHTS, False)[0]
 
 
 def _filled(array: np.ndarray, rows: int) -> np.ndarray:
@@ -348,5 +375,4 @@ def _filled(array: np.ndarray, rows: int) -> np.ndarray:
     shape = (rows, *array.shape[1:])
     out = aligned(int(np.prod(shape)), array.dtype).reshape(shape)
     out[: len(array)] = array
-    out[len(array) :] = 0
     return out
