@@ -265,7 +265,7 @@ def _way(graph: Graph, parts: Parts, exchange: Exchange, room: Place, i: int) ->
     return Way(*_edges(*near, weighted), tuple(halos), _edges(*far, weighted) if apart else None, columns, kind.near)
 
 
-def _unfilled(rows: int, columns: int, most: int, weighted: bool) -> tuple[np.ndarray, ...]:
+def _unfilled(rows: int, columns: int, most: int, weighted: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(edges of each row, of each column, the columns of at most so many edges, their weights): zeros still."""
     return np.zeros(rows, np.int64), np.zeros(columns, np.int64), aligned(most, np.int32), aligned(most if weighted else 0, np.float32)
 
