@@ -135,17 +135,16 @@ def _sweep(before: np.ndarray, budgets: np.ndarray, rows: int, edges: tuple[np.n
     return points
 
 
-def begun(graph: Graph, parts: int, row: float, edge: float) -> np.ndarray:
+def begun(sums: np.ndarray, parts: int, row: float, edge: float) -> np.ndarray:
     """int64 [parts + 1]: split points for the first epochs, of the least greatest seconds where nothing is measured yet and devices are alike.
 
     `row`, `edge`: seconds for each row that there is place for, and for each in-edge. As many edges in every part would give a part of few edges
     a vertex many vertices, and every device computes as many rows.
 
-    >>> begun(Graph.from_edges([0] * 6 + [1, 2, 3], [0] * 6 + [1, 2, 3], 4), 2, 0.0, 1.0), begun(Graph.from_edges([0] * 6 + [1, 2, 3], [0] * 6 + [1, 2, 3], 4), 2, 9.0, 1.0)
+    >>> sums = prefix_sums(Graph.from_edges([0] * 6 + [1, 2, 3], [0] * 6 + [1, 2, 3], 4))
+    >>> begun(sums, 2, 0.0, 1.0), begun(sums, 2, 9.0, 1.0)
     (array([0, 1, 4]), array([0, 2, 4]))
     """
-    sums = np.zeros((graph.vertices + 1, len(NAMES) - 1))
-    sums[:, NAMES.index("edges") - 1] = graph.offsets
     weights = np.zeros(len(NAMES))
     weights[NAMES.index("rows")], weights[NAMES.index("edges")] = row, edge
     return best_points(sums, Cost(weights, np.ones(parts)))
@@ -269,15 +268,15 @@ TRIED = 0.25
 
 
 class Balance:
-    """The learnt split of a graph in training: measured seconds of every epoch in, new split points out when they pay.
+    """The learnt split of a graph, of these prefix `sums`, in training: measured seconds of every epoch in, new split points out when they pay.
 
     A move that disappoints teaches what times are made of, and the next one is better for it. Where none promises more, `trials`, other split
     points, are measured if training is long enough, since splits that are alike cannot tell. A split that was measured to be better than what was predicted
     is taken again.
     """
 
-    def __init__(self, graph: Graph, points: np.ndarray, trials: Sequence[np.ndarray] = ()) -> None:
-        self.sums, self.points, self.trials = prefix_sums(graph), points, list(trials)
+    def __init__(self, sums: np.ndarray, points: np.ndarray, trials: Sequence[np.ndarray] = ()) -> None:
+        self.sums, self.points, self.trials = sums, points, list(trials)
         self.learner = Learner(len(points) - 1)
         self.moves: list[list[int]] = []
         self.rows, self.edges = 0, None

@@ -259,15 +259,17 @@ def _way(graph: Graph, parts: Parts, exchange: Exchange, room: Place, i: int) ->
         place[came] = start + np.arange(len(came))
         start += longest
     apart, weighted = kind.apart and bool(halos), graph.weights is not None
-    split = own if apart else start
-    near, far = _unfilled(own, split, room.edges, weighted), _unfilled(own, start - split, room.far if apart else 0, weighted)
-    _fill(graph.offsets, graph.sources, _NO_WEIGHTS if graph.weights is None else graph.weights, first, last, _kept(keep), place, split, near, far)
-    return Way(*_edges(*near, weighted), tuple(halos), _edges(*far, weighted) if apart else None, columns, kind.near)
+    near, far = (_unfilled(own, most, weighted) for most in (room.edges, room.far if apart else 0))
+    split, back = own if apart else start, np.zeros(start, np.int64)
+    weights = graph.weights if graph.weights is not None else _NO_WEIGHTS
+    _fill(graph.offsets, graph.sources, weights, first, last, _kept(keep), place, split, back, near, far)
+    return Way(*_edges(*near, back[:split]), tuple(halos), _edges(*far, back[split:]) if apart else None, columns, kind.near)
 
 
-def _unfilled(rows: int, columns: int, most: int, weighted: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(edges of each row, of each column, the columns of at most so many edges, their weights): zeros still."""
-    return np.zeros(rows, np.int64), np.zeros(columns, np.int64), aligned(most, np.int32), aligned(most if weighted else 0, np.float32)
+def _unfilled(rows: int, most: int, weighted: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(edges of each row, the columns of at most so many edges, their weights or nothing), to be filled in: with one place more, where what is of the
+    other side may be written before it is known to be."""
+    return np.zeros(rows, np.int64), aligned(most + 1, np.int32), aligned(most + 1 if weighted else 0, np.float32)
 
 
 _NO_WEIGHTS = np.zeros(0, np.float32)
@@ -279,35 +281,33 @@ def _kept(keep: np.ndarray | None) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
-def _fill(offsets, sources, weights, first, last, keep, place, split, near, far):
-    """The in-edges of vertices from `first` to before `last`, those that are kept; those from columns from `split` on go to `far`, counted from there."""
-    degrees, back, ids, heavy = near
-    far_degrees, far_back, far_ids, far_heavy = far
+def _fill(offsets, sources, weights, first, last, keep, place, split, back, near, far):
+    """The in-edges of vertices from `first` to before `last`, those that are kept; those from columns from `split` on go to `far`, counted from there.
+
+    `back` counts the edges of each column. There are no branches on what no processor can foresee.
+    """
+    degrees, ids, heavy = near
+    far_degrees, far_ids, far_heavy = far
     k = j = 0
     for v in range(first, last):
         if len(keep) == 0 or keep[v]:
             row, k_before, j_before = place[v], k, j
             for e in range(offsets[v], offsets[v + 1]):
                 column = place[sources[e]]
-                if column < split:
-                    ids[k] = column
-                    back[column] += 1
-                    if len(weights):
-                        heavy[k] = weights[e]
-                    k += 1
-                else:
-                    far_ids[j] = column - split
-                    far_back[column - split] += 1
-                    if len(weights):
-                        far_heavy[j] = weights[e]
-                    j += 1
+                back[column] += 1
+                ids[k], far_ids[j] = column, column - split
+                if len(weights):
+                    heavy[k], far_heavy[j] = weights[e], weights[e]
+                apart = column >= split
+                k += not apart
+                j += apart
             degrees[row], far_degrees[row] = k - k_before, j - j_before
 
 
-def _edges(degrees: np.ndarray, back: np.ndarray, ids: np.ndarray, weights: np.ndarray, weighted: bool) -> tuple[Edges, np.ndarray | None]:
+def _edges(degrees: np.ndarray, ids: np.ndarray, weights: np.ndarray, back: np.ndarray) -> tuple[Edges, np.ndarray | None]:
     """(edges, their weights), of what `_unfilled` has become."""
-    offsets = offsets_of(degrees)
-    return edges_of(offsets, ids, transpose(offsets, ids, back, weighted)), weights if weighted else None
+    offsets, weighted, ids = offsets_of(degrees), len(weights) > 0, ids[:-1]
+    return edges_of(offsets, ids, transpose(offsets, ids, back, weighted)), weights[:-1] if weighted else None
 
 
 def near_training(graph: Graph, most: int) -> list[np.ndarray]:
@@ -341,14 +341,15 @@ def _reach(offsets, sources, into, reached):
 
 @njit(nogil=True, cache=True)
 def _mark(offsets, sources, first, last, keep, seen):
+    """Marks where edges come from that go from outside into a part; how many those are."""
     count = 0
     for v in range(first, last):
         if len(keep) == 0 or keep[v]:
             for e in range(offsets[v], offsets[v + 1]):
                 s = sources[e]
-                if s < first or s >= last:
-                    seen[s] = True
-                    count += 1
+                seen[s] = True
+                count += (s < first) | (s >= last)
+    seen[first:last] = False
     return count
 
 
@@ -363,9 +364,10 @@ def _needed(graph: Graph, points: np.ndarray, i: int, keep: np.ndarray | None) -
 
 def _picked(ids: np.ndarray, longest: int, rows: int) -> Edges:
     """Rows that are sent, as edges: row r of the message is row ids[r] of the device, beyond them nothing."""
-    back = np.zeros(rows, np.int64)
+    offsets = offsets_of(np.arange(longest) < len(ids))
+    sent, back = _filled(ids.astype(np.int32), longest), np.zeros(rows, np.int64)
     back[ids] = 1
-    return _edges((np.arange(longest) < len(ids)).astype(np.int64), back, _filled(ids.astype(np.int32), longest), _NO_WEIGHTS, False)[0]
+    return edges_of(offsets, sent, transpose(offsets, sent, back, False))
 
 
 def _filled(array: np.ndarray, rows: int) -> np.ndarray:

@@ -26,7 +26,7 @@ from partita.gnn.choice import columns_of, edge_seconds, row_seconds
 from partita.gnn.graph import Graph, check
 from partita.gnn.kernels import stamp
 from partita.gnn.kernels.bridge import step_options
-from partita.gnn.learned import Balance, begun
+from partita.gnn.learned import Balance, begun, prefix_sums
 from partita.gnn.order import order_of
 from partita.gnn.partition import (
     Kind,
@@ -246,18 +246,19 @@ class FullGraphTraining:
             self._checked(graph)
             self.__dict__["_calls"] = self._aggregations(graph)
             began = time.perf_counter()
-            numbered, points = _numbered(graph, split.order), None
-            self.__dict__["_numbered"] = numbered
+            numbered = self.__dict__["_numbered"] = _numbered(graph, split.order)
+            sums, points = None, None
             if split.learns:  # what is done once, and waiting for the others, is no part of what a move takes
                 stamp.ready()
                 _warm()
-                points = self._begun(numbered[0], split.devices)
+                sums = prefix_sums(numbered[0])
+                points = self._begun(sums, graph.feature_count, split.devices)
                 self._near(numbered[0])
                 processes.meet()
             placing = time.perf_counter()
             kept = graph, split, *self._placed(graph, split, points=points)
             moving = [time.perf_counter() - placing, 0.0]
-            balance = _balance(numbered[0], kept[3]) if split.learns and kept[3] is not None else None
+            balance = None if sums is None or kept[3] is None else _balance(numbered[0], sums, kept[3])
             self.__dict__.update(_kept=kept, feature_count=graph.feature_count, _steps={}, _balance=balance, _moving=moving)
             self.__dict__["_prepare_seconds"] = time.perf_counter() - began
         if mask is not None:
@@ -318,16 +319,16 @@ class FullGraphTraining:
         kinds = [*(Kind(c, apart=apart and c == 1) for c in sorted(used)), *self._near(graph, apart)]
         return graph, replace(cut(graph, points, room, kinds, moves=timed), order=order), by_width
 
-    def _begun(self, graph: Graph, devices: int) -> np.ndarray:
-        """Where learning begins: by what the machine says of rows and edges, before anything is measured."""
+    def _begun(self, sums: np.ndarray, features: int, devices: int) -> np.ndarray:
+        """Where learning begins, of a graph of these prefix sums: by what the machine says of rows and edges, before anything is measured."""
         model: Any = self
         matrices = sum(int(np.prod(v.shape)) for v in model.trainable_variables if len(v.shape) > 1)
 
         def seconds() -> str:
             machine, calls = detect(devices), self.__dict__["_calls"]
-            return json.dumps([row_seconds(calls, matrices, machine), edge_seconds(calls, graph.feature_count, machine)])
+            return json.dumps([row_seconds(calls, matrices, machine), edge_seconds(calls, features, machine)])
 
-        return begun(graph, devices, *json.loads(processes.from_first("rows and edges", seconds)))
+        return begun(sums, devices, *json.loads(processes.from_first("rows and edges", seconds)))
 
     def _aggregations(self, graph: Graph) -> list[tuple[int, str]]:
         """(features, kind) of every aggregation of the model on a graph, in their order, as one vertex without edges tells: nothing is computed."""
@@ -592,10 +593,10 @@ def _warm() -> None:
     block_of_part(small, cut(small, np.array([0, 1, 2])), 0)
 
 
-def _balance(graph: Graph, parts: Parts) -> Balance:
+def _balance(graph: Graph, sums: np.ndarray, parts: Parts) -> Balance:
     """Learning that starts from the parts, and tries equal vertices and what lies half-way."""
     even = by_vertices(graph, parts.count)
-    return Balance(graph, parts.points, [even, (even + parts.points) // 2])
+    return Balance(sums, parts.points, [even, (even + parts.points) // 2])
 
 
 def _data(graph: Graph) -> Data:

@@ -89,7 +89,7 @@ def test_split_points_are_as_good_as_any(rows: list[tuple[int, ...]], weights: l
 
 def test_where_compiling_costs_more_than_it_gains_a_split_moves_as_far_as_there_is_place() -> None:
     graph = skewed()
-    balance = Balance(graph, by_edges(graph, 2))
+    balance = Balance(prefix_sums(graph), by_edges(graph, 2))
     place = int(1.1 * np.diff(balance.sums[balance.points][:, 1]).max())
     for _ in range(3):
         balance.measured(features_of(balance.sums, balance.points)[:, 2] * np.array([3e-3, 1e-3]), 600, place)
@@ -102,7 +102,7 @@ def test_where_compiling_costs_more_than_it_gains_a_split_moves_as_far_as_there_
 
 def test_a_split_moves_only_when_the_epochs_left_pay_for_it() -> None:
     graph = skewed()
-    balance = Balance(graph, np.array([0, 300, 600]))
+    balance = Balance(prefix_sums(graph), np.array([0, 300, 600]))
 
     def measured() -> np.ndarray:
         for _ in range(3):
@@ -127,7 +127,7 @@ def test_a_step_with_place_for_fewer_rows_is_compiled_where_rows_cost_more_than_
     graph = skewed()
     found = []
     for row in (0, 1e-2):
-        balance = Balance(graph, np.array([0, 20, 600]))
+        balance = Balance(prefix_sums(graph), np.array([0, 20, 600]))
         for _ in range(3):
             balance.measured(features_of(balance.sums, balance.points, 600) @ np.array([row, 0, 1e-3, 0, 0, 0]), 600)
         balance.learner.cost = Cost(np.array([row, 0, 1e-3, 0, 0, 0]), np.ones(2))
@@ -220,7 +220,7 @@ def test_learning_begins_with_fewer_rows_in_a_part_the_more_a_row_takes() -> Non
     graph = skewed()
     sums, rows = prefix_sums(graph), []
     for row in (0.0, 1e-4, 1.0):
-        points = begun(graph, 4, row, 1e-6)
+        points = begun(sums, 4, row, 1e-6)
         cost = Cost(np.array([row, 0, 1e-6, 0, 0, 0]), np.ones(4))
         assert cost.seconds(sums, points).max() <= min(cost.seconds(sums, other(graph, 4)).max() for other in (by_edges, by_vertices)) * 1.05
         rows.append(int(np.diff(points).max()))
