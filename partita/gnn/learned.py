@@ -10,8 +10,9 @@ factor of a device and the rows that all devices have place for are added here.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,12 @@ RANGE, HOT = 64, 16384
 FORGET = 0.98
 """What an epoch's measurements weigh after one more epoch."""
 KEPT = 64
-"""Epochs whose measurements are kept."""
-ROUNDS = 8
-"""Turns of the fit between coefficients and devices."""
+"""Splits, and epochs of each, whose measurements are kept."""
+RECENT = 9
+"""Epochs of a split whose median is what it takes: one that something else disturbed does not count, and a device that changes is seen in half as many."""
+TURNS, SETTLED, FAR = 64, 1e-5, 0.98
+"""Turns of the fit between coefficients and devices at most; the change of a device's factor by which it ends; the most of a turn that the next is taken
+to go."""
 ALIKE = 0.002
 """Pull of a device's factor to 1, beside its measurements: devices are alike where parts alone explain the times."""
 OUTLIER = 3.0
@@ -150,12 +154,22 @@ def begun(sums: np.ndarray, parts: int, row: float, edge: float) -> np.ndarray:
     return best_points(sums, Cost(weights, np.ones(parts)))
 
 
+@dataclass
+class _Seen:
+    """What was measured of parts with these features, by which devices, in its last epochs; `trust`: epochs of it, older ones less."""
+
+    features: np.ndarray
+    devices: np.ndarray
+    seconds: deque[np.ndarray] = field(default_factory=lambda: deque(maxlen=RECENT))
+    trust: float = 0.0
+
+
 class Learner:
     """Measured seconds in, a `Cost` out. `error` says how far its predictions were from what came next."""
 
     def __init__(self, devices: int) -> None:
         self.devices = devices
-        self._seen: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._seen: list[_Seen] = []
         self._errors: list[float] = []
         self.cost: Cost | None = None
 
@@ -165,7 +179,12 @@ class Learner:
         if self.cost is not None:
             off = np.abs(self.cost.slowness[devices] * (features @ self.cost.weights) / np.maximum(seconds, 1e-12) - 1)
             self._errors = [*self._errors[1 - KEPT :], float(np.median(off))]
-        self._seen = [*self._seen[1 - KEPT :], (features, np.asarray(seconds, float), devices)]
+        for seen in self._seen:
+            seen.trust *= FORGET
+        if not self._seen or not np.array_equal(self._seen[-1].features, features):
+            self._seen = [*self._seen[1 - KEPT :], _Seen(features, devices)]
+        self._seen[-1].seconds.append(np.asarray(seconds, float))
+        self._seen[-1].trust += 1
         self.cost = self._fitted()
         return self.cost
 
@@ -176,18 +195,19 @@ class Learner:
 
     def _fitted(self) -> Cost:
         """Least squares, in turn over the coefficients (with a pull to 'it is all edges' that ends when parts have varied) and the devices."""
-        features = np.concatenate([f for f, _, _ in self._seen])
-        seconds = np.concatenate([s for _, s, _ in self._seen])
-        device = np.concatenate([d for _, _, d in self._seen])
-        age = np.concatenate([np.full(len(s), len(self._seen) - 1 - i) for i, (_, s, _) in enumerate(self._seen)])
-        trust, unit = FORGET**age, max(seconds.mean(), 1e-12)
+        features = np.concatenate([seen.features for seen in self._seen])
+        seconds = np.concatenate([np.median(seen.seconds, axis=0) for seen in self._seen])
+        device = np.concatenate([seen.devices for seen in self._seen])
+        known = np.concatenate([np.full(len(seen.devices), seen.trust) for seen in self._seen])
+        trust, unit = known, max(seconds.mean(), 1e-12)
         scale = np.where(features.mean(axis=0) > 0, features.mean(axis=0), 1)
         x, y = features / scale, seconds / unit
         varied = len(np.unique(np.round(x, 3), axis=0)) / self.devices
         pull, toward = 0.1 / varied**2, np.zeros(x.shape[1])
         toward[NAMES.index("edges")] = y.mean()
         slowness, weights = (np.ones(self.devices) if self.cost is None else self.cost.slowness), toward
-        for _ in range(ROUNDS):
+        turns = [np.log(slowness)]
+        for _ in range(TURNS):
             root = np.sqrt(trust)
             rows = (root * slowness[device])[:, None] * x
             square, right = rows.T @ rows + pull * np.eye(x.shape[1]), rows.T @ (root * y) + pull * toward
@@ -198,10 +218,18 @@ class Learner:
             slowness = (np.bincount(device, trust * plain * y, self.devices) + tie) / (
                 np.bincount(device, trust * plain**2, self.devices) + tie
             )
-            slowness = np.maximum(slowness, 1e-3) / np.exp(np.log(np.maximum(slowness, 1e-3)).mean())
+            turns.append(np.log(np.maximum(slowness, 1e-3)))
+            turns[-1] -= turns[-1].mean()
+            if len(turns) == 4:  # the way of turns that each go a share of the one before is gone at once
+                last, step = turns[-2] - turns[-3], turns[-1] - turns[-2]
+                share = min(max(0.0, float(last @ step) / max(float(last @ last), 1e-30)), FAR)
+                turns = [turns[-1] + step * share / (1 - share)]
+            slowness = np.exp(turns[-1])
             left = np.abs(y - slowness[device] * plain)
             usual = OUTLIER * max(1.4826 * float(np.median(left)), 1e-9)
-            trust = FORGET**age * np.minimum(1, usual / np.maximum(left, 1e-12))
+            trust = known * np.minimum(1, usual / np.maximum(left, 1e-12))
+            if len(turns) > 1 and np.abs(turns[-1] - turns[-2]).max() < SETTLED:
+                break
         return Cost(weights * unit / scale, slowness)
 
 
@@ -263,6 +291,8 @@ LEAST = 0.02
 
 ENOUGH = 3
 """Epochs that a split is measured for at least."""
+STEPS = (1.0, 0.75, 0.5, 0.25)
+"""Shares of the way to the best split that are looked at."""
 TRIED = 0.25
 """Share of the time left that must be worth more than a move for a split to be tried only to learn from it."""
 
@@ -290,10 +320,11 @@ class Balance:
         self._slowest.setdefault((rows, *self.points.tolist()), []).append(float(seconds.max()))
         self._epochs += 1
 
-    def better(self, epochs: int, cost: Callable[[np.ndarray, bool], float]) -> tuple[np.ndarray, bool] | None:
-        """(split points, whether with other place) that save most in the `epochs` that are left, beyond `cost` of the same in seconds.
+    def better(self, epochs: int, making: float, compiling: float, fits: Callable[[np.ndarray], bool]) -> tuple[np.ndarray, bool] | None:
+        """(split points, whether with other place) that save most in the `epochs` that are left, beyond the seconds that a move takes.
 
-        None if there are none, or too little was seen yet. Place for other numbers of rows is worth something where rows cost something, and costs more.
+        A move takes `making` the parts, and `compiling` too where they have other place or do not fit into what there is. None if nothing pays, or
+        too little was seen yet. Where the best split does not fit, one that goes as far in its direction may.
         """
         learnt = self.learner.cost
         if learnt is None or self._epochs < ENOUGH:
@@ -302,18 +333,23 @@ class Balance:
         now, here = was[self._here(self.points)], learnt.seconds(self.sums, self.points, self.rows).max()
         sure = max(LEAST, min(self.learner.error or 0.0, 0.2) / 2)  # or noise would be followed
         found: list[tuple[float, np.ndarray, bool]] = [(then, np.array(split[1:], np.int64), split[0] != self.rows) for split, then in was.items()]
-        for rows, edges in ((self.rows, self.edges), (None, None)):
-            points = best_points(self.sums, learnt, rows, edges)
+        straight = best_points(self.sums, learnt, self.rows, self.edges) - self.points
+        aims = [(self.points + (share * straight).astype(np.int64), self.rows) for share in STEPS]
+        for points, rows in [*aims, (best_points(self.sums, learnt), None)]:
             then = learnt.seconds(self.sums, points, rows).max()
             if self._here(points) not in was and then < (1 - LEAST) * here:
                 found.append((float(then), points, rows is None))
-        saved = [((now - then) * epochs - cost(points, other), points, other) for then, points, other in found if then < (1 - sure) * now]
-        most, points, other = max(saved, key=lambda one: one[0], default=(0.0, self.points, False))
-        if most > 0:
-            return points, other
+        most, best = 0.0, None
+        for then, points, other in sorted(found, key=lambda one: one[0]):
+            saved = (now - then) * epochs - making
+            if then < (1 - sure) * now and saved > most:  # only then it is worth looking at whether it fits
+                saved -= 0 if not other and fits(points) else compiling
+                most, best = max((most, best), (saved, (points, other)), key=lambda one: one[0])
+        if best is not None:
+            return best
         while self.trials:
             points = self.trials.pop(0)
-            if self._here(points) not in was and TRIED * now * epochs > cost(points, True):
+            if self._here(points) not in was and TRIED * now * epochs > making + compiling:
                 return points, True
         self._epochs = 0  # what did not pay is not looked at again in every epoch
         return None

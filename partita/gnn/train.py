@@ -377,12 +377,8 @@ class FullGraphTraining:
         balance.measured(seen[: parts.count], parts.rows, parts.edge_room)
         split, (making, compiling) = self.__dict__["_split"], seen[parts.count :]
 
-        def cost(points: np.ndarray, other: bool) -> float:
-            """Seconds; a step is compiled again where the parts have other place, or do not fit into what there is."""
-            keeps = not other and self._cut(graph, split, parts.room, points)[1].room == parts.room
-            return float(making if keeps else making + compiling)
-
-        found = balance.better(left, cost)
+        fits = lambda points: self._cut(graph, split, parts.room, points)[1].room == parts.room
+        found = balance.better(left, float(making), float(compiling), fits)
         if found is None:
             return data
         points, other = found
