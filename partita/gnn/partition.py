@@ -96,8 +96,9 @@ def split_points(graph: Graph, parts: int, partition: Any) -> np.ndarray:
     return points.astype(np.int64)
 
 
-SPARE, SPARE_EDGES = 0.0625, 0.25
-"""Shares of place left free where a graph will be split again: of rows, which every device computes and sends, and of edges."""
+SPARE_ROWS, SPARE_SENT, SPARE_EDGES = 0.0625, 0.125, 0.25
+"""Shares of place left free where a graph will be split again: of the rows of equal parts, which every device computes, where parts do not differ by more; of
+rows that are sent; of edges."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,12 @@ class Room:
         same = len(self.ways) == len(other.ways)
         return same and self.rows >= other.rows and all(a.holds(b) for a, b in zip(self.ways, other.ways, strict=True))
 
-    def wider(self, rows: float, edges: float) -> Room:
-        """With place for these shares more, of rows and of edges; where some lie apart, for any of them on either side."""
+    def wider(self, equal: int) -> Room:
+        """With place for other parts, where equal ones have so many rows; where some edges lie apart, for any of them on either side."""
         more = lambda n, share: int(n * (1 + share))
-        all_edges = lambda w: more(w.edges + w.far, edges)
-        place = lambda w: Place(all_edges(w), tuple((k, more(n, rows)) for k, n in w.turns), all_edges(w) if w.far else 0)
-        return Room(more(self.rows, rows), tuple(map(place, self.ways)))
+        edges = lambda w: more(w.edges + w.far, SPARE_EDGES)
+        place = lambda w: Place(edges(w), tuple((k, more(n, SPARE_SENT)) for k, n in w.turns), edges(w) if w.far else 0)
+        return Room(max(self.rows, more(equal, SPARE_ROWS)), tuple(map(place, self.ways)))
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def cut(graph: Graph, points: np.ndarray, room: Room | None = None, kinds: Seque
     vertices, edges = np.diff(points), np.diff(graph.offsets[points])
     least = Room(int(vertices.max()), tuple(e.least for e in exchanges))
     if room is None or not room.holds(least):
-        room = least.wider(SPARE, SPARE_EDGES) if moves else least
+        room = least.wider(-(-graph.vertices // len(vertices))) if moves else least
     needed = next((e.needed for e in exchanges if e.kind.columns == 1), [[] for _ in vertices])
     fetched = [sum(map(len, n)) for n in needed]
     return Parts(points, vertices, edges, np.array(fetched), room, exchanges)
