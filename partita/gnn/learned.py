@@ -341,10 +341,13 @@ class Balance:
                 found.append((float(then), points, rows is None))
         most, best = 0.0, None
         for then, points, other in sorted(found, key=lambda one: one[0]):
+            if then >= (1 - sure) * now:
+                break
             saved = (now - then) * epochs - making
-            if then < (1 - sure) * now and saved > most:  # only then it is worth looking at whether it fits
-                saved -= 0 if not other and fits(points) else compiling
-                most, best = max((most, best), (saved, (points, other)), key=lambda one: one[0])
+            if saved > most and (other or not fits(points)):  # whether it fits takes long to see
+                saved -= compiling
+            if saved > most:
+                most, best = saved, (points, other)
         if best is not None:
             return best
         while self.trials:

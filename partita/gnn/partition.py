@@ -303,6 +303,9 @@ def _fill(offsets, sources, weights, first, last, keep, place, split, back, near
                 k += not apart
                 j += apart
             degrees[row], far_degrees[row] = k - k_before, j - j_before
+    ids[k], far_ids[j] = 0, 0  # of the other side
+    if len(weights):
+        heavy[k], far_heavy[j] = 0, 0
 
 
 def _edges(degrees: np.ndarray, ids: np.ndarray, weights: np.ndarray, back: np.ndarray) -> tuple[Edges, np.ndarray | None]:

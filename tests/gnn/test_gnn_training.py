@@ -13,7 +13,7 @@ import partita.gnn as gnn
 from partita.errors import GraphError, MachineError
 from partita.gnn import models, train
 from partita.gnn.choice import columns_of, neighbours
-from partita.gnn.partition import arranged, by_edges, by_vertices, cut, near_training, split_points
+from partita.gnn.partition import Kind, arranged, by_edges, by_vertices, cut, near_training, split_points, ways_of_part
 from partita.machine import load
 
 
@@ -108,6 +108,17 @@ def test_parts_fetch_the_rows_that_their_edges_begin_at() -> None:
         edges = [graph.sources[(to >= a) & (to < b)] for a, b in zip(points, points[1:], strict=False)]
         expected = [len({s for s in e if not a <= s < b}) for e, a, b in zip(edges, points, points[1:], strict=False)]
         assert cut(graph, np.array(points)).fetched.tolist() == expected
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_place_behind_the_edges_of_a_part_holds_zeros(weights: bool) -> None:
+    graph = drawn(200, 900, weights)
+    parts = cut(graph, np.array([0, 20, 90, 200]), kinds=[Kind(apart=True), Kind()], moves=True)
+    for way in (way for i in range(parts.count) for way in ways_of_part(graph, parts, i)):
+        for edges, heavy in [(way.edges, way.weights)] + ([way.far] if way.far else []):
+            used = edges.offsets[-1]
+            behind = [a[used:] for a in (edges.ids, edges.back_ids, edges.back_order, heavy) if a is not None]
+            assert len(behind) == 2 + 2 * weights and all(len(a) and not a.any() for a in behind)
 
 
 def few_training() -> gnn.Graph:
