@@ -23,7 +23,9 @@ from typing import Any
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["NPROC"] = "1"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 SIDES = (32, 64, 75, 96, 128, 224)
@@ -34,7 +36,9 @@ TOLERANCE = 2e-3
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="models whose name has this in it")
     parser.add_argument("--machine", default="h100:8")
     parser.add_argument("--check", type=int, default=10, help="how many of the smallest to run")
@@ -48,7 +52,9 @@ def main() -> int:
     chosen = [n for n in names() if given.only.lower() in n.lower()]
     rows, failed = {}, 0
     with ThreadPoolExecutor(given.jobs) as pool:
-        for name, row in zip(chosen, pool.map(lambda n: child(n, "--machine", given.machine), chosen), strict=True):
+        for name, row in zip(
+            chosen, pool.map(lambda n: child(n, "--machine", given.machine), chosen), strict=True
+        ):
             rows[name] = row
             failed += "error" in row
             print(f"{name:20} {row.get('error') or PLANNED.format(**row)}", flush=True)
@@ -67,14 +73,23 @@ PLANNED = (
     "side {side:3}  {instructions:6} instructions  {operators:4} operators  captured in {captured:5.1f} s, planned in {planned:5.1f} s"
     "  data parallel / found {ratio:5.2f}  {text}"
 )
-CHECKED = "largest relative difference {worst:.1e} at {where}; {split} of {operators} operators split"
+CHECKED = (
+    "largest relative difference {worst:.1e} at {where}; {split} of {operators} operators split"
+)
 
 
 def child(name: str, *options: str) -> dict[str, Any]:
     """What this program says of one model, in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "--one", name, *options], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, "--one", name, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]}
+        return {
+            "error": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+        }
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -83,7 +98,11 @@ def names() -> list[str]:
     from keras import applications
 
     functions = inspect.getmembers(applications, inspect.isfunction)
-    return [n for n, f in functions if {"weights", "input_shape"} <= set(inspect.signature(f).parameters)]
+    return [
+        n
+        for n, f in functions
+        if {"weights", "input_shape"} <= set(inspect.signature(f).parameters)
+    ]
 
 
 def made(name: str) -> tuple[Any, int]:
@@ -93,7 +112,9 @@ def made(name: str) -> tuple[Any, int]:
     refused = ""
     for side in SIDES:
         try:
-            model = getattr(keras.applications, name)(weights=None, input_shape=(side, side, 3), classes=CLASSES)
+            model = getattr(keras.applications, name)(
+                weights=None, input_shape=(side, side, 3), classes=CLASSES
+            )
         except ValueError as error:
             refused = str(error)
             continue
@@ -105,7 +126,11 @@ def compiled(model: Any) -> None:
     """Compiles it with SGD, whose step is linear in the gradient: a rounding stays a rounding."""
     import keras
 
-    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.compile(
+        keras.optimizers.SGD(0.01, momentum=0.9),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+    )
 
 
 def planned(name: str, machine: str) -> dict[str, Any]:
@@ -124,10 +149,15 @@ def planned(name: str, machine: str) -> dict[str, Any]:
     start = time.perf_counter()
     plan = found(graph, where)
     return {
-        "side": side, "instructions": len(graph.instructions), "operators": len(graph.operators), "captured": captured,
-        "planned": time.perf_counter() - start, "flops": sum(x.flops * x.trips for x in graph.instructions),
-        "ratio": plan.why["baselines"]["data parallel"]["seconds"] / plan.predicted["seconds"], "text": describe(plan),
-    }  # fmt: skip
+        "side": side,
+        "instructions": len(graph.instructions),
+        "operators": len(graph.operators),
+        "captured": captured,
+        "planned": time.perf_counter() - start,
+        "flops": sum(x.flops * x.trips for x in graph.instructions),
+        "ratio": plan.why["baselines"]["data parallel"]["seconds"] / plan.predicted["seconds"],
+        "text": describe(plan),
+    }
 
 
 def run(name: str) -> dict[str, Any]:
@@ -154,16 +184,25 @@ def run(name: str) -> dict[str, Any]:
             partita.parallelize(model, machine=slow(8), say=lambda line: None)
         x = np.random.default_rng(1).normal(size=(BATCH, side, side, 3)).astype("float32")
         losses = model.train_on_batch(x, np.arange(BATCH) % CLASSES, return_dict=True)
-        results.append({"losses": list(losses.values()), **{v.path: np.asarray(v) for v in model.variables}})
+        results.append(
+            {"losses": list(losses.values()), **{v.path: np.asarray(v) for v in model.variables}}
+        )
     plain, ours = results
     worst, where = 0.0, "nothing"
     for key, value in plain.items():
         a, b = (np.asarray(v, "float64") for v in (value, ours[key]))
-        gap = float(np.max(np.abs(a - b), initial=0)) / max(1e-2, float(np.max(np.abs(a), initial=0)))
+        gap = float(np.max(np.abs(a - b), initial=0)) / max(
+            1e-2, float(np.max(np.abs(a), initial=0))
+        )
         if not gap <= worst:
             worst, where = gap, key
     choices = attached(model).plan.choices
-    return {"worst": worst, "where": where, "split": sum(bool(c) for c in choices.values()), "operators": len(choices)}
+    return {
+        "worst": worst,
+        "where": where,
+        "split": sum(bool(c) for c in choices.values()),
+        "operators": len(choices),
+    }
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ import sys
 import time
 
 os.environ["KERAS_BACKEND"] = "jax"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
@@ -28,20 +30,26 @@ from partita.cost.work import local_flops
 from partita.execute.emitted import emitted, peak_bytes
 from partita.execute.program import planned_step
 from partita.machine import host
-from partita.plan.baselines import BASELINES
+from partita.plans.baselines import BASELINES
 from partita.search.find import find, mesh_of
 
 IMAGES = (np.zeros((16, 64, 64, 3), "float32"), np.zeros(16, "int32"))
 
 
 def application(name: str):
-    return lambda: (getattr(keras.applications, name)(weights=None, input_shape=(64, 64, 3), classes=16), IMAGES)
+    return lambda: (
+        getattr(keras.applications, name)(weights=None, input_shape=(64, 64, 3), classes=16),
+        IMAGES,
+    )
 
 
 def lstm():
     tokens = keras.Input((32,), dtype="int32")
     x = layers.LSTM(64)(layers.Embedding(1024, 64)(tokens))
-    return keras.Model(tokens, layers.Dense(16, activation="softmax")(x)), (np.zeros((32, 32), "int32"), np.zeros(32, "int32"))
+    return keras.Model(tokens, layers.Dense(16, activation="softmax")(x)), (
+        np.zeros((32, 32), "int32"),
+        np.zeros(32, "int32"),
+    )
 
 
 def gpt():
@@ -52,7 +60,9 @@ def gpt():
         x = x + layers.MultiHeadAttention(8, 16)(a, a, use_causal_mask=True)
         b = layers.LayerNormalization()(x)
         x = x + layers.Dense(128)(layers.Dense(512, activation="gelu")(b))
-    return keras.Model(tokens, layers.Dense(512, activation="softmax")(x)), (np.zeros((16, 64), "int32"),) * 2
+    return keras.Model(tokens, layers.Dense(512, activation="softmax")(x)), (
+        np.zeros((16, 64), "int32"),
+    ) * 2
 
 
 def towers():
@@ -65,10 +75,15 @@ def towers():
 
 
 MODELS = {
-    "lstm": lstm, "gpt": gpt, "towers": towers, "resnet50": application("ResNet50"),
-    "mobilenetv3small": application("MobileNetV3Small"), "efficientnetb0": application("EfficientNetB0"),
-    "convnexttiny": application("ConvNeXtTiny"), "densenet121": application("DenseNet121"),
-}  # fmt: skip
+    "lstm": lstm,
+    "gpt": gpt,
+    "towers": towers,
+    "resnet50": application("ResNet50"),
+    "mobilenetv3small": application("MobileNetV3Small"),
+    "efficientnetb0": application("EfficientNetB0"),
+    "convnexttiny": application("ConvNeXtTiny"),
+    "densenet121": application("DenseNet121"),
+}
 PLANS = ["data parallel", "ZeRO-3", "tensor parallel", "spatial", "found"]
 
 
@@ -85,10 +100,17 @@ def main() -> int:
         captured = capture_model(model, batch)
         seconds = time.time() - start
         graph = captured.graph
-        print(f"{name}: captured in {seconds:.1f} s, {len(graph.instructions)} instructions", flush=True)
+        print(
+            f"{name}: captured in {seconds:.1f} s, {len(graph.instructions)} instructions",
+            flush=True,
+        )
         for plan_name in arguments.plans.split(","):
             mesh = mesh_of(machine)
-            plan = find(graph, machine).plan if plan_name == "found" else BASELINES[plan_name](graph, machine.name, mesh)
+            plan = (
+                find(graph, machine).plan
+                if plan_name == "found"
+                else BASELINES[plan_name](graph, machine.name, mesh)
+            )
             step = planned_step(captured, plan)
             compiled = step.lower().compile()
             mine = sum(c.total for c in collectives(graph, plan.mesh, step.layout, machine.backend))
@@ -97,8 +119,12 @@ def main() -> int:
             flops = (cost[0] if isinstance(cost, list) else cost)["flops"]
             row = {
                 "traffic": mine / theirs if theirs else 1.0 if not mine else float("inf"),
-                "memory": memory(graph, plan.mesh, step.layout, machine.backend).peak / peak_bytes(compiled),
-                "flops": local_flops(graph, plan.mesh, step.layout, machine.backend, loops_once=True) / flops,
+                "memory": memory(graph, plan.mesh, step.layout, machine.backend).peak
+                / peak_bytes(compiled),
+                "flops": local_flops(
+                    graph, plan.mesh, step.layout, machine.backend, loops_once=True
+                )
+                / flops,
             }
             for key, value in row.items():
                 ratios[key].append(value)
@@ -107,7 +133,9 @@ def main() -> int:
     print("planned / emitted, median and worst:")
     for key, values in ratios.items():
         worst = max(values, key=lambda v: abs(v - 1))
-        print(f"  {key:8} median {statistics.median(values):.3f}  lowest {min(values):.3f}  highest {max(values):.3f}  worst {worst:.3f}")
+        print(
+            f"  {key:8} median {statistics.median(values):.3f}  lowest {min(values):.3f}  highest {max(values):.3f}  worst {worst:.3f}"
+        )
     return 0
 
 

@@ -17,7 +17,9 @@ import sys
 import time
 
 os.environ["KERAS_BACKEND"] = "jax"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
@@ -26,10 +28,10 @@ import keras
 import numpy as np
 from keras import layers
 
-from partita.capture.keras_models import State, capture_model
+from partita.capture.keras_models import ModelVariables, capture_model
 from partita.execute.program import planned_step
-from partita.plan.baselines import storage_for
-from partita.plan.plan import Plan, mesh_for
+from partita.plans.baselines import storage_for
+from partita.plans.plan import Plan, mesh_for
 from partita.search.candidates import candidates, names_of
 
 TOLERANCE = {"float32": 2e-3, "float64": 1e-9}
@@ -55,7 +57,9 @@ class Attention(keras.layers.Layer):
 
     def build(self, shape: tuple[int, ...]) -> None:
         d = shape[-1]
-        self.kernels = [self.add_weight(shape=(d, 4, d // 4), name=n) for n in ("query", "key", "value")]
+        self.kernels = [
+            self.add_weight(shape=(d, 4, d // 4), name=n) for n in ("query", "key", "value")
+        ]
         self.out = self.add_weight(shape=(4, d // 4, d), name="out")
 
     def call(self, x):  # noqa: ANN001, ANN201
@@ -68,7 +72,11 @@ def normalization(r: random.Random, rank: int) -> keras.layers.Layer:
     """A normalisation layer of random kind: Keras' own in float32."""
     if keras.config.floatx() == "float64":
         return Standardize(r.choice([(-1,), tuple(range(rank - 1)), tuple(range(1, rank))]))
-    images = [layers.BatchNormalization, lambda: layers.GroupNormalization(4), layers.LayerNormalization]
+    images = [
+        layers.BatchNormalization,
+        lambda: layers.GroupNormalization(4),
+        layers.LayerNormalization,
+    ]
     return r.choice(images if rank == 4 else [layers.LayerNormalization, layers.RMSNormalization])()
 
 
@@ -85,11 +93,15 @@ def image_model(r: random.Random) -> tuple[keras.Model, np.ndarray]:
     x = inputs = keras.Input((size, size, channels))
     for _ in range(r.randint(1, 3)):
         before, width = x, r.choice([8, 16])
-        kind = r.choice(["conv", "stride", "separable", "depthwise", "dilated", "grouped", "transposed"])
+        kind = r.choice(
+            ["conv", "stride", "separable", "depthwise", "dilated", "grouped", "transposed"]
+        )
         if kind == "conv":
             x = layers.Conv2D(width, r.choice([1, 3]), padding="same")(x)
         elif kind == "stride":
-            x = layers.Conv2D(width, 3, strides=2, padding=r.choice(["same", "valid"]))(layers.ZeroPadding2D(1)(x))
+            x = layers.Conv2D(width, 3, strides=2, padding=r.choice(["same", "valid"]))(
+                layers.ZeroPadding2D(1)(x)
+            )
         elif kind == "separable":
             x = layers.SeparableConv2D(width, 3, padding="same")(x)
         elif kind == "depthwise":
@@ -110,9 +122,13 @@ def image_model(r: random.Random) -> tuple[keras.Model, np.ndarray]:
             gate = layers.Dense(x.shape[-1], activation="sigmoid")(pooled(2)(keepdims=True)(x))
             x = layers.Multiply()([x, gate])
         if r.random() < 0.4 and x.shape[1] >= 4:
-            x = r.choice([layers.MaxPooling2D, layers.AveragePooling2D])(r.choice([2, 3]), strides=2, padding="same")(x)
+            x = r.choice([layers.MaxPooling2D, layers.AveragePooling2D])(
+                r.choice([2, 3]), strides=2, padding="same"
+            )(x)
     x = r.choice([layers.Flatten, pooled(2), layers.GlobalMaxPooling2D])()(x)
-    return keras.Model(inputs, layers.Dense(16, activation="softmax")(x)), np.zeros((16, size, size, channels))
+    return keras.Model(inputs, layers.Dense(16, activation="softmax")(x)), np.zeros(
+        (16, size, size, channels)
+    )
 
 
 def sequence_model(r: random.Random) -> tuple[keras.Model, np.ndarray]:
@@ -142,7 +158,9 @@ def sequence_model(r: random.Random) -> tuple[keras.Model, np.ndarray]:
         if r.random() < 0.5:
             x = x + layers.Dense(width)(layers.Dense(4 * width, activation="gelu")(x))
     x = r.choice([pooled(1), layers.Flatten, layers.GlobalMaxPooling1D])()(x)
-    return keras.Model(inputs, layers.Dense(16, activation="softmax")(x)), np.zeros((16, length), "int32")
+    return keras.Model(inputs, layers.Dense(16, activation="softmax")(x)), np.zeros(
+        (16, length), "int32"
+    )
 
 
 def dense_model(r: random.Random) -> tuple[keras.Model, np.ndarray]:
@@ -150,7 +168,13 @@ def dense_model(r: random.Random) -> tuple[keras.Model, np.ndarray]:
     x = inputs = keras.Input((32,))
     shared = layers.Dense(32, activation="relu")
     for _ in range(r.randint(1, 4)):
-        x = r.choice([layers.Dense(r.choice([32, 64]), activation="tanh"), layers.Dense(32), layers.Dropout(0.3)])(x)
+        x = r.choice(
+            [
+                layers.Dense(r.choice([32, 64]), activation="tanh"),
+                layers.Dense(32),
+                layers.Dropout(0.3),
+            ]
+        )(x)
         if x.shape[-1] == 32 and r.random() < 0.4:
             x = shared(x)
     return keras.Model(inputs, layers.Dense(16, activation="softmax")(x)), np.zeros((16, 32))
@@ -169,17 +193,26 @@ def random_model(seed: int) -> tuple[keras.Model, tuple[np.ndarray, np.ndarray]]
         if x.dtype == np.int32
         else rng.standard_normal(x.shape).astype(keras.config.floatx())
     )
-    model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.compile(
+        keras.optimizers.SGD(0.05, momentum=0.9),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+    )
     return model, (x, rng.integers(0, 16, 16).astype("int32"))
 
 
 def random_plan(graph, mesh, r: random.Random) -> Plan:
     """A legal plan: per operator any candidate, half of the plans with some variables stored apart."""
-    choices = {o.name: names_of(graph, mesh, r.choice(candidates(graph, i, mesh))) for i, o in enumerate(graph.operators)}
+    choices = {
+        o.name: names_of(graph, mesh, r.choice(candidates(graph, i, mesh)))
+        for i, o in enumerate(graph.operators)
+    }
     storage = {}
     if r.random() < 0.5:
         level = r.choice([1, 3])
-        storage = {p: s for p, s in storage_for(graph, mesh, choices, level).items() if r.random() < 0.7}
+        storage = {
+            p: s for p, s in storage_for(graph, mesh, choices, level).items() if r.random() < 0.7
+        }
     return Plan(graph.name, "host", mesh, choices, storage, "random", graph.batch_size)
 
 
@@ -209,14 +242,18 @@ def pairs(models: int, plans: int, precision: str, first: int = 0):
     for seed in range(first, first + models):
         model, batch = random_model(seed)
         captured = capture_model(model, batch)
-        state = tuple([np.asarray(v.value) for v in group] for group in State.of(model).groups())
+        state = tuple(
+            [np.asarray(v.value) for v in group] for group in ModelVariables.of(model).groups()
+        )
         plain = jax.jit(model.train_step)(jax.tree.map(jax.numpy.asarray, state), batch)
         plain = jax.tree.map(np.asarray, plain)
         r = random.Random(1000 + seed)
         for number in range(plans):
             plan = random_plan(captured.graph, mesh, r)
             step = planned_step(captured, plan)
-            outputs = step.step(step.place_state(jax.tree.map(jax.numpy.asarray, state)), step.place_batch(batch))
+            outputs = step.step(
+                step.place_state(jax.tree.map(jax.numpy.asarray, state)), step.place_batch(batch)
+            )
             yield seed, number, plan, difference(plain, outputs, precision)
 
 
@@ -233,7 +270,9 @@ def main() -> int:
     keras.config.set_floatx(precision)
     keras.config.set_dtype_policy(precision)
     start, worst, failed, count = time.time(), 0.0, 0, 0
-    for seed, number, plan, error in pairs(arguments.models, arguments.plans, precision, arguments.first):
+    for seed, number, plan, error in pairs(
+        arguments.models, arguments.plans, precision, arguments.first
+    ):
         count, worst = count + 1, max(worst, error)
         if not error <= TOLERANCE[precision]:
             failed += 1

@@ -43,12 +43,17 @@ print("figures", *(repr(float(v)) for v in values))
 KERAS = "import keras"
 TF = "import keras\nimport tensorflow as tf"
 TORCH = "import keras\nimport torch\nfrom torch.utils.data import DataLoader, IterableDataset, TensorDataset"
-ARRAYS = "history = model.fit(x, y, batch_size=48, epochs=3, verbose=0, validation_split=0.1).history"
+ARRAYS = (
+    "history = model.fit(x, y, batch_size=48, epochs=3, verbose=0, validation_split=0.1).history"
+)
 SLICES = "tf.data.Dataset.from_tensor_slices((x, y))"
 SAMPLES = "TensorDataset(torch.from_numpy(x), torch.from_numpy(y))"
 FEEDS = {
     "from tensorflow import keras": ("from tensorflow import keras", ARRAYS),
-    "import tensorflow as tf": ("import tensorflow as tf\nkeras = tf.keras\nfrom tensorflow.keras.layers import Dense", ARRAYS),
+    "import tensorflow as tf": (
+        "import tensorflow as tf\nkeras = tf.keras\nfrom tensorflow.keras.layers import Dense",
+        ARRAYS,
+    ),
     "import tf_keras": ("import tf_keras as keras", ARRAYS),
     "tf.data, last batch smaller": (
         TF,
@@ -59,8 +64,14 @@ history["evaluated"] = model.evaluate({SLICES}.batch(48), verbose=0)
 history["predicted"] = [np.abs(model.predict(tf.data.Dataset.from_tensor_slices(x).batch(48), verbose=0)).sum()]
 """,
     ),
-    "tf.data, repeated": (TF, f"history = model.fit({SLICES}.shuffle(64, seed=1).repeat().batch(48), steps_per_epoch=5, epochs=3, verbose=0).history"),
-    "tf.data, repeated twice": (TF, f"history = model.fit({SLICES}.repeat(2).shuffle(64, seed=1).batch(48), epochs=2, verbose=0).history"),
+    "tf.data, repeated": (
+        TF,
+        f"history = model.fit({SLICES}.shuffle(64, seed=1).repeat().batch(48), steps_per_epoch=5, epochs=3, verbose=0).history",
+    ),
+    "tf.data, repeated twice": (
+        TF,
+        f"history = model.fit({SLICES}.repeat(2).shuffle(64, seed=1).batch(48), epochs=2, verbose=0).history",
+    ),
     "tf.data, mapped, with weights": (
         TF,
         f"""
@@ -93,7 +104,10 @@ history["evaluated"] = model.evaluate(DataLoader({SAMPLES}, batch_size=48), verb
 history["predicted"] = [np.abs(model.predict(DataLoader({SAMPLES}, batch_size=48), verbose=0)).sum()]
 """,
     ),
-    "DataLoader with workers": (TORCH, f"history = model.fit(DataLoader({SAMPLES}, batch_size=48, num_workers=2), epochs=2, verbose=0).history"),
+    "DataLoader with workers": (
+        TORCH,
+        f"history = model.fit(DataLoader({SAMPLES}, batch_size=48, num_workers=2), epochs=2, verbose=0).history",
+    ),
     "DataLoader of a stream": (
         TORCH,
         """
@@ -112,18 +126,25 @@ history["evaluated"] = model.evaluate(torch.from_numpy(x), torch.from_numpy(y), 
 history["predicted"] = [np.abs(model.predict(torch.from_numpy(x), verbose=0)).sum()]
 """,
     ),
-}  # fmt: skip
+}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("feeds", nargs="*", help="parts of the names of those to run; default: all")
     given = parser.parse_args()
     missing = [name for name in ("tensorflow", "torch") if find_spec(name) is None]
     if missing:
-        print(f"{' and '.join(missing)} must be installed beside Partita for this. Run: pip install tensorflow-cpu torch", file=sys.stderr)
+        print(
+            f"{' and '.join(missing)} must be installed beside Partita for this. Run: pip install tensorflow-cpu torch",
+            file=sys.stderr,
+        )
         return 2
-    chosen = [name for name in FEEDS if not given.feeds or any(part in name for part in given.feeds)]
+    chosen = [
+        name for name in FEEDS if not given.feeds or any(part in name for part in given.feeds)
+    ]
     installed = {name: _version(name) for name in ("keras", "jax", "tensorflow", "torch")}
     print(", ".join(f"{name} {number}" for name, number in installed.items()))
     failed = sum(not agrees(name, *FEEDS[name]) for name in chosen)
@@ -137,24 +158,45 @@ def agrees(name: str, imports: str, fit: str) -> bool:
         text = HEAD.format(imports=imports) + fit + TAIL
         (Path(folder) / "train.py").write_text(text, encoding="utf-8")
         # what Keras knows by no other name than its own, plain Keras is asked for by that name
-        (Path(folder) / "plain.py").write_text(text.replace("import tf_keras as keras", KERAS), encoding="utf-8")
+        (Path(folder) / "plain.py").write_text(
+            text.replace("import tf_keras as keras", KERAS), encoding="utf-8"
+        )
         plain = run(folder, ["plain.py"], KERAS_BACKEND="jax")
-        split = {n: run(folder, ["-m", "partita", "run", "--quiet", "--devices", str(n), "train.py"]) for n in (1, 2)}
+        split = {
+            n: run(folder, ["-m", "partita", "run", "--quiet", "--devices", str(n), "train.py"])
+            for n in (1, 2)
+        }
     errors = [found for found in (plain, *split.values()) if isinstance(found, str)]
     if errors:
         print(f"{name:32} FAILED: {errors[0]}", flush=True)
         return False
     differences = {n: difference(plain[2], found[2]) for n, found in split.items()}
-    right = all(found[0] == "jax" and found[1] == n for n, found in split.items()) and max(differences.values()) < TOLERANCE
-    said = ", ".join(f"{split[n][1]} device{'s' if n > 1 else ''} {d:.1e}" for n, d in differences.items())
+    right = (
+        all(found[0] == "jax" and found[1] == n for n, found in split.items())
+        and max(differences.values()) < TOLERANCE
+    )
+    said = ", ".join(
+        f"{split[n][1]} device{'s' if n > 1 else ''} {d:.1e}" for n, d in differences.items()
+    )
     print(f"{name:32} {'same' if right else 'DIFFERS'}: {said}", flush=True)
     return right
 
 
 def run(folder: str, command: list[str], **more: str) -> tuple[str, int, list[float]] | str:
     """Backend, number of devices and figures that a script prints; the last line of its error where it fails."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "KERAS_BACKEND")} | more | {"TF_CPP_MIN_LOG_LEVEL": "2"}
-    done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    environment = (
+        {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "KERAS_BACKEND")}
+        | more
+        | {"TF_CPP_MIN_LOG_LEVEL": "2"}
+    )
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     said = dict(re.findall(r"^(backend|devices|figures) (.*)$", done.stdout, re.M))
     if done.returncode or len(said) < 3:
         return f"{' '.join(command)}: {(done.stderr.strip() or 'it printed no figures').splitlines()[-1]}"

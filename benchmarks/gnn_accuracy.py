@@ -30,4 +30,6 @@ for seed in range(arguments.seeds):
     model.fit(graph, 200, validation_freq=200, verbose=0)
     accuracies.append(100 * model.evaluate(graph, return_dict=True)["accuracy"])
     print(f"seed {seed}: {accuracies[-1]:.1f}", flush=True)
-print(f"{graph.name}: {np.mean(accuracies):.2f} +- {np.std(accuracies):.2f} % over {arguments.seeds} seeds")
+print(
+    f"{graph.name}: {np.mean(accuracies):.2f} +- {np.std(accuracies):.2f} % over {arguments.seeds} seeds"
+)

@@ -21,7 +21,7 @@ from jax.experimental.sparse import BCSR
 
 import partita.gnn as gnn
 from partita.execute.devices import keep_freed_memory
-from partita.gnn.block import block_of
+from partita.gnn.nn.block import block_of
 
 parser = argparse.ArgumentParser(description="Aggregations against JAX's own.")
 parser.add_argument("graph")
@@ -35,26 +35,34 @@ vertices, features = graph.vertices, arguments.features
 block = jax.device_put(block_of(graph))
 near = jax.device_put(block_of(graph.relabelled(gnn.order.by_degree(graph))))
 x = jax.device_put(np.random.default_rng(0).standard_normal((vertices, features), dtype=np.float32))
-w = jax.device_put(np.random.default_rng(1).standard_normal((features, features), dtype=np.float32) / features)
+w = jax.device_put(
+    np.random.default_rng(1).standard_normal((features, features), dtype=np.float32) / features
+)
 to = jax.device_put(np.repeat(np.arange(vertices, dtype=np.int32), graph.in_degrees()))
 ones = jnp.ones(graph.edges, jnp.float32)
 
 
 def by_bcsr(b, to, x):  # noqa: ANN001, ANN201
-    return BCSR((ones, b.ways[0].edges.ids, b.ways[0].edges.offsets), shape=(vertices, vertices)) @ x
+    return (
+        BCSR((ones, b.ways[0].edges.ids, b.ways[0].edges.offsets), shape=(vertices, vertices)) @ x
+    )
 
 
 WAYS = {
     "compiled kernel": lambda b, to, x: b.sum(x),
     "the same, vertices by degree": lambda b, to, x: b.sum(x),
     "JAX BCSR @ dense": by_bcsr,
-    "jax.ops.segment_sum": lambda b, to, x: jax.ops.segment_sum(x[b.ways[0].edges.ids], to, vertices, indices_are_sorted=True),
+    "jax.ops.segment_sum": lambda b, to, x: jax.ops.segment_sum(
+        x[b.ways[0].edges.ids], to, vertices, indices_are_sorted=True
+    ),
 }
 
 
 def layer(way):  # noqa: ANN001, ANN201
     """Gradients of a layer's loss in its weights and its input; not linear, or XLA would fold the backward pass away."""
-    return lambda b, to, x: jax.grad(lambda w, x: jnp.sum(jax.nn.relu(way(b, to, x @ w)) ** 2), argnums=(0, 1))(w, x)
+    return lambda b, to, x: jax.grad(
+        lambda w, x: jnp.sum(jax.nn.relu(way(b, to, x @ w)) ** 2), argnums=(0, 1)
+    )(w, x)
 
 
 print(f"{graph}, {features} features, {os.cpu_count()} cores")

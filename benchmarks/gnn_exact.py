@@ -20,7 +20,7 @@ import keras
 import numpy as np
 
 import partita.gnn as gnn
-from partita.gnn.models import MODELS
+from partita.gnn.nn.models import MODELS
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--parts", type=int, nargs="+", default=[1, 2, 3, 4, 7])
@@ -37,9 +37,15 @@ def drawn(directed: bool) -> gnn.Graph:
         source, target = np.append(source, target), np.append(target, source)
     mask = random.permutation(60)
     return gnn.Graph.from_edges(
-        np.append(source, source[:9]), np.append(target, target[:9]), 60, features=random.standard_normal((60, 9)),
-        labels=random.integers(0, 3, 60), train=mask[:20], validation=mask[20:40], test=mask[40:],
-    )  # fmt: skip
+        np.append(source, source[:9]),
+        np.append(target, target[:9]),
+        60,
+        features=random.standard_normal((60, 9)),
+        labels=random.integers(0, 3, 60),
+        train=mask[:20],
+        validation=mask[20:40],
+        test=mask[40:],
+    )
 
 
 def trained(name: str, graph: gnn.Graph, **how: object) -> tuple[np.ndarray, np.ndarray]:
@@ -57,12 +63,22 @@ for directed in (True, False):
         losses, predicted = trained(name, graph)
         for partition in arguments.partitioners:
             for parts in arguments.parts:
-                cut = [0, 0, 30, 60][:3] + [60] * (parts - 2) if partition == "vertices" and parts > 2 and directed else partition
+                cut = (
+                    [0, 0, 30, 60][:3] + [60] * (parts - 2)
+                    if partition == "vertices" and parts > 2 and directed
+                    else partition
+                )
                 found, values = trained(name, graph, devices=parts, partition=cut)
                 off = float(np.abs(found / losses - 1).max())
                 wrong = off > 2e-4 or np.abs(values - predicted).max() > 1e-2 * np.ptp(predicted)
                 count, differ, worst = count + 1, differ + wrong, max(worst, off)
                 if wrong:
-                    print(f"{name}, {partition}, {parts} parts, {'directed' if directed else 'undirected'}: loss {off:.1e} off", flush=True)
-        print(f"{name}: {count} so far, {differ} differ, largest relative difference of a loss {worst:.1e}", flush=True)
+                    print(
+                        f"{name}, {partition}, {parts} parts, {'directed' if directed else 'undirected'}: loss {off:.1e} off",
+                        flush=True,
+                    )
+        print(
+            f"{name}: {count} so far, {differ} differ, largest relative difference of a loss {worst:.1e}",
+            flush=True,
+        )
 print(f"{differ} of {count} differ; largest relative difference of a loss {worst:.1e}")

@@ -33,7 +33,11 @@ arguments = parser.parse_args()
 
 def held(pid: int, what: str) -> int:
     try:
-        line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(what + ":"))
+        line = next(
+            line
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+            if line.startswith(what + ":")
+        )
     except (OSError, StopIteration):
         return 0
     return int(line.split()[1]) * 1024
@@ -41,8 +45,22 @@ def held(pid: int, what: str) -> int:
 
 def run(processes: int) -> dict:
     """What training says of itself, with the most memory held and seconds in all."""
-    command = [sys.executable, "-m", "partita", "gnn", "train", arguments.graph, "--model", arguments.model, "--hidden", str(arguments.hidden),
-               "--epochs", str(arguments.epochs), "--json", *arguments.more]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "partita",
+        "gnn",
+        "train",
+        arguments.graph,
+        "--model",
+        arguments.model,
+        "--hidden",
+        str(arguments.hidden),
+        "--epochs",
+        str(arguments.epochs),
+        "--json",
+        *arguments.more,
+    ]
     environment = dict(os.environ)
     if processes == 1:
         command, environment = ["taskset", "-c", "0", *command], environment | {"NPROC": "1"}
@@ -52,12 +70,20 @@ def run(processes: int) -> dict:
     job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     while job.poll() is None:
         pids = [job.pid, *below(job.pid)]
-        anonymous, resident = max(anonymous, sum(held(p, "RssAnon") for p in pids)), max(resident, sum(held(p, "VmRSS") for p in pids))
+        anonymous, resident = (
+            max(anonymous, sum(held(p, "RssAnon") for p in pids)),
+            max(resident, sum(held(p, "VmRSS") for p in pids)),
+        )
         time.sleep(0.25)
     if job.returncode:
         sys.exit(f"{' '.join(command)} ended with {job.returncode}.")
     text = job.communicate()[0]
-    return {**json.loads(text[text.index("{") :]), "all": time.perf_counter() - began, "anonymous": anonymous, "resident": resident}
+    return {
+        **json.loads(text[text.index("{") :]),
+        "all": time.perf_counter() - began,
+        "anonymous": anonymous,
+        "resident": resident,
+    }
 
 
 found = {}
@@ -74,4 +100,6 @@ for processes in arguments.processes:
 if 1 in found:
     alone = statistics.median(found[1]["seconds"][1:])
     for processes in (p for p in found if p > 1):
-        print(f"{processes} processes are {alone / statistics.median(found[processes]['seconds'][1:]):.2f} times as fast as one")
+        print(
+            f"{processes} processes are {alone / statistics.median(found[processes]['seconds'][1:]):.2f} times as fast as one"
+        )

@@ -19,8 +19,8 @@ import numpy as np
 
 import partita.gnn as gnn
 from partita.errors import GraphError
-from partita.gnn.memory import bound, planned
-from partita.gnn.models import MODELS
+from partita.gnn.nn.models import MODELS
+from partita.gnn.spill.plan import bound, planned
 
 parser = argparse.ArgumentParser(description="A memory plan against a least-recently-used cache.")
 parser.add_argument("--models", nargs="+", default=["gcn", "sage"])
@@ -37,10 +37,13 @@ random = np.random.default_rng(0)
 vertices = 2**arguments.scale
 sources, targets = random.integers(0, vertices, (2, vertices * arguments.degree))
 graph = gnn.Graph.from_edges(
-    sources, targets, vertices,
-    features=random.standard_normal((vertices, arguments.features), np.float32), labels=random.integers(0, 8, vertices),
+    sources,
+    targets,
+    vertices,
+    features=random.standard_normal((vertices, arguments.features), np.float32),
+    labels=random.integers(0, 8, vertices),
     train=np.arange(vertices // 2),
-)  # fmt: skip
+)
 
 
 def trained(name: str, memory: int | None, epochs: int) -> tuple:
@@ -55,7 +58,12 @@ def ordinary(model: gnn.GraphModel) -> int:
     """Bytes of the ordinary step, as its compiler has them."""
     step = model._step("train", model._train_step, donate=True)
     found = step.lower(model._state(), model._prepared(graph, "train")).compile().memory_analysis()
-    return found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return (
+        found.argument_size_in_bytes
+        + found.temp_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+    )
 
 
 for name in arguments.models:

@@ -17,7 +17,9 @@ from pathlib import Path
 
 from children import below
 
-parser = argparse.ArgumentParser(description="The learnt split against fixed ones, one device slow.")
+parser = argparse.ArgumentParser(
+    description="The learnt split against fixed ones, one device slow."
+)
 parser.add_argument("graph")
 parser.add_argument("--devices", type=int, default=4)
 parser.add_argument("--epochs", type=int, default=60)
@@ -48,7 +50,9 @@ class Shares:
                     (folder / "cpu.max").write_text(f"{quota} {PERIOD}")
             except OSError as error:
                 self.end()
-                sys.exit(f"{folder} cannot be used: {error.strerror}. Run this as root, on a system with control groups for processor time.")
+                sys.exit(
+                    f"{folder} cannot be used: {error.strerror}. Run this as root, on a system with control groups for processor time."
+                )
 
     def take(self, pids: list[int]) -> None:
         for folder, pid in zip(self.folders, pids, strict=True):
@@ -61,8 +65,23 @@ class Shares:
 
 def trained(partition: str) -> dict:
     """What a training run says of itself."""
-    command = [sys.executable, "-m", "partita", "gnn", "train", arguments.graph, "--hidden", str(arguments.hidden), "--epochs", str(arguments.epochs),
-               "--processes", str(arguments.devices), "--partition", partition, "--json"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "partita",
+        "gnn",
+        "train",
+        arguments.graph,
+        "--hidden",
+        str(arguments.hidden),
+        "--epochs",
+        str(arguments.epochs),
+        "--processes",
+        str(arguments.devices),
+        "--partition",
+        partition,
+        "--json",
+    ]
     each = (os.cpu_count() or 1) / arguments.devices
     shares = Shares([each] * (arguments.devices - 1) + [each if arguments.even else each / 2])
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -88,7 +107,8 @@ for partition in arguments.partitions:
     late[partition] = statistics.median(found["seconds"][5:])
     last = statistics.median(found["seconds"][-10:])
     print(
-        f"{partition:9} {1e3 * late[partition]:8.1f} ms an epoch after the fifth, {1e3 * last:8.1f} ms in the last ten", end=""
+        f"{partition:9} {1e3 * late[partition]:8.1f} ms an epoch after the fifth, {1e3 * last:8.1f} ms in the last ten",
+        end="",
     )
     if partition == "learned":
         learnt = found["learned"]

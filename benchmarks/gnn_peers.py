@@ -27,10 +27,18 @@ parser.add_argument("graph", nargs="?")
 parser.add_argument("--python", help="the interpreter that has the peers")
 parser.add_argument("--features", type=int, nargs="+", default=[64, 128])
 parser.add_argument("--rounds", type=int, default=5)
-parser.add_argument("--way", choices=["partita", "relabelled", "edge_index", "csr", "dgl"], help=argparse.SUPPRESS)
+parser.add_argument(
+    "--way", choices=["partita", "relabelled", "edge_index", "csr", "dgl"], help=argparse.SUPPRESS
+)
 parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
 arguments = parser.parse_args()
-WAYS = {"partita": "Partita", "relabelled": "Partita, vertices by degree", "edge_index": "PyG, edge_index", "csr": "PyG, CSR", "dgl": "DGL"}
+WAYS = {
+    "partita": "Partita",
+    "relabelled": "Partita, vertices by degree",
+    "edge_index": "PyG, edge_index",
+    "csr": "PyG, CSR",
+    "dgl": "DGL",
+}
 OURS = ("partita", "relabelled")
 
 
@@ -52,9 +60,9 @@ def ours(folder: Path, features: int, relabelled: bool) -> None:
 
     import partita.gnn as gnn
     from partita.execute.devices import keep_freed_memory
-    from partita.gnn.block import block_of
     from partita.gnn.kernels.bridge import step_options
-    from partita.gnn.layers import GCNConv
+    from partita.gnn.nn.block import block_of
+    from partita.gnn.nn.layers import GCNConv
 
     keep_freed_memory()
     graph = gnn.Graph(np.load(folder / "offsets.npy"), np.load(folder / "sources.npy"))
@@ -78,18 +86,28 @@ def theirs(folder: Path, features: int, way: str) -> None:
     from torch_geometric.nn import GCNConv
     from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
-    offsets, sources = np.load(folder / "offsets.npy"), np.load(folder / "sources.npy").astype(np.int64)
+    offsets, sources = (
+        np.load(folder / "offsets.npy"),
+        np.load(folder / "sources.npy").astype(np.int64),
+    )
     targets = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     edges = torch.from_numpy(np.stack([sources, targets]))
     layer = GCNConv(features, features, bias=False, normalize=False)
-    x, w = (torch.from_numpy(np.load(folder / name)).requires_grad_() for name in ("x.npy", "w.npy"))
+    x, w = (
+        torch.from_numpy(np.load(folder / name)).requires_grad_() for name in ("x.npy", "w.npy")
+    )
     layer.lin.weight = torch.nn.Parameter(w.detach().T.contiguous())
     edges, weight = gcn_norm(edges, None, len(offsets) - 1, add_self_loops=True)
     if way == "dgl":
-        convolution, scale = dgls(edges, features), torch.bincount(edges[1]).clamp(min=1).rsqrt()[:, None]
+        convolution, scale = (
+            dgls(edges, features),
+            torch.bincount(edges[1]).clamp(min=1).rsqrt()[:, None],
+        )
         run = lambda: convolution(x * scale, layer.lin.weight.T) * scale
     elif way == "csr":
-        adjacency = torch.sparse_coo_tensor(edges.flip(0), weight, (len(offsets) - 1,) * 2).to_sparse_csr()
+        adjacency = torch.sparse_coo_tensor(
+            edges.flip(0), weight, (len(offsets) - 1,) * 2
+        ).to_sparse_csr()
         run = lambda: layer(x, adjacency)
     else:
         run = lambda: layer(x, edges, weight)
@@ -120,7 +138,10 @@ def dgls(edges, features: int):  # noqa: ANN001, ANN201
     except ImportError:
         print("missing", flush=True)
         sys.exit()
-    graph, layer = dgl.graph((edges[0], edges[1])), GraphConv(features, features, norm="none", weight=False, bias=False)
+    graph, layer = (
+        dgl.graph((edges[0], edges[1])),
+        GraphConv(features, features, norm="none", weight=False, bias=False),
+    )
     return lambda x, weight: layer(graph, x, weight=weight)
 
 
@@ -143,17 +164,38 @@ def main() -> int:
             folder, random = Path(name), np.random.default_rng(0)
             np.save(folder / "offsets.npy", graph.offsets)
             np.save(folder / "sources.npy", graph.sources)
-            np.save(folder / "x.npy", random.standard_normal((graph.vertices, features), dtype=np.float32))
-            np.save(folder / "w.npy", random.standard_normal((features, features), dtype=np.float32) / features)
+            np.save(
+                folder / "x.npy",
+                random.standard_normal((graph.vertices, features), dtype=np.float32),
+            )
+            np.save(
+                folder / "w.npy",
+                random.standard_normal((features, features), dtype=np.float32) / features,
+            )
             running = {
                 way: subprocess.Popen(
-                    [sys.executable if way in OURS else arguments.python, __file__, "--way", way, "--folder", name, "--features", str(features)],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={k: v for k, v in os.environ.items() if way in OURS or k != "PYTHONPATH"},
-                )  # fmt: skip
+                    [
+                        sys.executable if way in OURS else arguments.python,
+                        __file__,
+                        "--way",
+                        way,
+                        "--folder",
+                        name,
+                        "--features",
+                        str(features),
+                    ],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env={k: v for k, v in os.environ.items() if way in OURS or k != "PYTHONPATH"},
+                )
                 for way in WAYS
             }
             for way, job in list(running.items()):
-                said = next((line.strip() for line in job.stdout if line.strip() in ("ready", "missing")), "")
+                said = next(
+                    (line.strip() for line in job.stdout if line.strip() in ("ready", "missing")),
+                    "",
+                )
                 if said == "missing":
                     print(f"{WAYS[way]} is not installed there")
                     del running[way]
@@ -173,8 +215,15 @@ def main() -> int:
         medians = {way: statistics.median(took[1:]) for way, took in seconds.items()}
         for way in medians:
             label = WAYS[way]
-            ratio = "" if way == "partita" else f", {medians[way] / medians['partita']:.1f} times Partita's"
-            print(f"{features} features, {label:27} {medians[way] * 1e3:8.1f} ms{ratio}; loss {losses[way]:.6g}", flush=True)
+            ratio = (
+                ""
+                if way == "partita"
+                else f", {medians[way] / medians['partita']:.1f} times Partita's"
+            )
+            print(
+                f"{features} features, {label:27} {medians[way] * 1e3:8.1f} ms{ratio}; loss {losses[way]:.6g}",
+                flush=True,
+            )
     return 0
 
 

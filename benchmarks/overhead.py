@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-SCRIPT = '''
+SCRIPT = """
 import json, os, sys, time
 import keras, numpy as np
 
@@ -54,11 +54,13 @@ if where == "parallelize":
 clock = Clock()
 model.fit(x, y, batch_size=batch, epochs=epochs, verbose=0, callbacks=[clock])
 print(json.dumps({"first": clock.first, "step": sorted(clock.epochs[1:])[len(clock.epochs[1:]) // 2]}), flush=True)
-'''
+"""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=12, help="of 200 steps each")
     given = parser.parse_args()
@@ -66,17 +68,38 @@ def main() -> int:
         script = Path(folder) / "train.py"
         script.write_text(SCRIPT, encoding="utf-8")
         plain = [sys.executable, str(script), "plain", str(given.epochs)]
-        run = [sys.executable, "-m", "partita", "run", "--quiet", "--devices", "1", str(script), "--", "plain", str(given.epochs)]
+        run = [
+            sys.executable,
+            "-m",
+            "partita",
+            "run",
+            "--quiet",
+            "--devices",
+            "1",
+            str(script),
+            "--",
+            "plain",
+            str(given.epochs),
+        ]
         for units, batch in ((128, 64), (512, 128)):
             size = [str(units), str(batch)]
-            show(f"one device, {units} units, batch {batch}", turns({"python": plain + size, "partita run": run + size}, 1, folder, given.rounds))
+            show(
+                f"one device, {units} units, batch {batch}",
+                turns({"python": plain + size, "partita run": run + size}, 1, folder, given.rounds),
+            )
         data_parallel = Path(folder) / "data-parallel.json"
         for units, batch in ((128, 128), (256, 256)):
             size = [str(given.epochs), str(units), str(batch)]
             _data_parallel(units, batch, data_parallel)
             ways = {
                 "keras.distribution": [sys.executable, str(script), "distribution", *size],
-                "partita, data parallel": [sys.executable, str(script), "parallelize", *size, str(data_parallel)],
+                "partita, data parallel": [
+                    sys.executable,
+                    str(script),
+                    "parallelize",
+                    *size,
+                    str(data_parallel),
+                ],
                 "partita, found": [sys.executable, str(script), "parallelize", *size],
             }
             show(f"two devices, {units} units, batch {batch}", turns(ways, 2, folder, given.rounds))
@@ -99,29 +122,53 @@ find(capture(model, {batch}).graph, machine_of(None)).baselines["data parallel"]
 
 def environment(devices: int, cache: str) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"NPROC": "1", "KERAS_BACKEND": "jax", "XLA_FLAGS": flags, "PARTITA_CACHE": cache, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    return os.environ | {
+        "NPROC": "1",
+        "KERAS_BACKEND": "jax",
+        "XLA_FLAGS": flags,
+        "PARTITA_CACHE": cache,
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
 
 
-def turns(ways: dict[str, list[str]], devices: int, cache: str, rounds: int) -> dict[str, dict[str, float]]:
+def turns(
+    ways: dict[str, list[str]], devices: int, cache: str, rounds: int
+) -> dict[str, dict[str, float]]:
     """Per way, medians over the rounds of the seconds to the first batch and of a step."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, command in ways.items():
             start = time.time()
-            done = subprocess.run(command, env=environment(devices, cache), capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command,
+                env=environment(devices, cache),
+                capture_output=True,
+                text=True,
+                check=False,
+            )
             if done.returncode:
                 raise SystemExit(f"{name} failed: {done.stderr[-2000:]}")
             said = json.loads(done.stdout.strip().splitlines()[-1])
             found[name].append({"start": said["first"] - start, "step": said["step"]})
-    return {name: {key: statistics.median(r[key] for r in rows) for key in ("start", "step")} for name, rows in found.items()}
+    return {
+        name: {key: statistics.median(r[key] for r in rows) for key in ("start", "step")}
+        for name, rows in found.items()
+    }
 
 
 def show(title: str, found: dict[str, dict[str, float]]) -> None:
     first = next(iter(found.values()))
     print(title)
     for name, row in found.items():
-        more = f"  {row['start'] - first['start']:+.2f} s of start, {row['step'] / first['step']:.3f} x a step" if row is not first else ""
-        print(f"  {name:24} start {row['start']:5.2f} s  step {row['step'] * 1e3:.3f} ms{more}", flush=True)
+        more = (
+            f"  {row['start'] - first['start']:+.2f} s of start, {row['step'] / first['step']:.3f} x a step"
+            if row is not first
+            else ""
+        )
+        print(
+            f"  {name:24} start {row['start']:5.2f} s  step {row['step'] * 1e3:.3f} ms{more}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -38,15 +38,21 @@ def peer(models: list[str], rounds: int) -> None:
     import jax
 
     jax.distributed.initialize(
-        os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"]),
+        os.environ["JAX_COORDINATOR_ADDRESS"],
+        int(os.environ["JAX_NUM_PROCESSES"]),
+        int(os.environ["JAX_PROCESS_ID"]),
         cluster_detection_method="deactivate",
-    )  # fmt: skip
+    )
     import keras
     import numpy as np
 
     from partita.bench.fidelity import MODELS as MAKE
 
-    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=keras.distribution.list_devices(), auto_shard_dataset=False))
+    keras.distribution.set_distribution(
+        keras.distribution.DataParallel(
+            devices=keras.distribution.list_devices(), auto_shard_dataset=False
+        )
+    )
     for name in models:
         keras.utils.set_random_seed(0)  # Keras wants the same first weights in all processes
         model, batch = MAKE[name]()
@@ -58,7 +64,10 @@ def peer(models: list[str], rounds: int) -> None:
             model.train_on_batch(inputs[0] if len(inputs) == 1 else inputs, labels)
             times.append(time.perf_counter() - begun)
         if jax.process_index() == 0:
-            print("RESULT " + json.dumps({"model": name, "seconds": statistics.median(times[1:])}), flush=True)
+            print(
+                "RESULT " + json.dumps({"model": name, "seconds": statistics.median(times[1:])}),
+                flush=True,
+            )
 
 
 @contextmanager
@@ -72,7 +81,23 @@ def namespace(rate: str) -> Iterator[list[str]]:
     run("ip", "netns", "add", name)
     try:
         run("ip", "-n", name, "link", "set", "lo", "up")
-        run("tc", "-n", name, "qdisc", "add", "dev", "lo", "root", "tbf", "rate", rate, "burst", "256kb", "latency", "400ms")
+        run(
+            "tc",
+            "-n",
+            name,
+            "qdisc",
+            "add",
+            "dev",
+            "lo",
+            "root",
+            "tbf",
+            "rate",
+            rate,
+            "burst",
+            "256kb",
+            "latency",
+            "400ms",
+        )
         yield ["ip", "netns", "exec", name]
     finally:
         run("ip", "netns", "del", name)
@@ -86,10 +111,31 @@ def peers(start: list[str], models: list[str], rounds: int) -> dict[str, float]:
     with tempfile.TemporaryFile("w+") as errors:
         running = []
         for i in range(2):
-            said = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i), "NPROC": "1"}
-            command = [*start, "taskset", "-c", str(i), sys.executable, __file__, "--peer", "--rounds", str(rounds), "--models", *models]
+            said = {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(i),
+                "NPROC": "1",
+            }
+            command = [
+                *start,
+                "taskset",
+                "-c",
+                str(i),
+                sys.executable,
+                __file__,
+                "--peer",
+                "--rounds",
+                str(rounds),
+                "--models",
+                *models,
+            ]
             out = subprocess.PIPE if i == 0 else subprocess.DEVNULL
-            running.append(subprocess.Popen(command, env={**os.environ, **said}, stdout=out, stderr=errors, text=True))
+            running.append(
+                subprocess.Popen(
+                    command, env={**os.environ, **said}, stdout=out, stderr=errors, text=True
+                )
+            )
         text = running[0].communicate()[0]
         if any(p.wait() for p in running):
             errors.seek(0)
@@ -99,7 +145,9 @@ def peers(start: list[str], models: list[str], rounds: int) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--rounds", type=int, help=f"default: {ROUNDS}, after one to warm up")
@@ -117,9 +165,26 @@ def main() -> int:
     out, every = Console(), []
     for link in given.links:
         rounds = str(given.rounds or ROUNDS[link])
-        bench = [sys.executable, "-m", "partita", "bench", "fidelity", "--devices", "", "--processes", "2", "--rounds", rounds]
+        bench = [
+            sys.executable,
+            "-m",
+            "partita",
+            "bench",
+            "fidelity",
+            "--devices",
+            "",
+            "--processes",
+            "2",
+            "--rounds",
+            rounds,
+        ]
         with namespace(LINKS[link]) as start:
-            done = subprocess.run([*start, *bench, "--models", ",".join(given.models), "--json"], check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                [*start, *bench, "--models", ",".join(given.models), "--json"],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             rivals = peers(start, given.models, int(rounds))
         steps = [Step(**s) for s in json.loads(done.stdout)["steps"]]
         out.print(fidelity_table([vars(s) for s in steps]))
@@ -135,11 +200,15 @@ def main() -> int:
 def show(where: str, steps: Sequence[Any], rival: float) -> None:
     """What was gained, in words."""
     times = {s.plan: s.seconds for s in steps}
-    found, (best, name) = next(s.seconds for s in steps if s.chosen), min((t, n) for n, t in times.items() if not n.startswith(("found", "random")))
+    found, (best, name) = (
+        next(s.seconds for s in steps if s.chosen),
+        min((t, n) for n, t in times.items() if not n.startswith(("found", "random"))),
+    )
     print(
         f"{where}: found {found:.3f} s, {KERAS} {rival:.3f} s; {KERAS} / found {rival / found:.2f}; "
-        f"data parallel / found {times['data parallel'] / found:.2f}; found / best baseline ({name}) {found / best:.3f}", flush=True,
-    )  # fmt: skip
+        f"data parallel / found {times['data parallel'] / found:.2f}; found / best baseline ({name}) {found / best:.3f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

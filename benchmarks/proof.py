@@ -20,13 +20,13 @@ import numpy as np
 from partita.api import capture
 from partita.bench.networks import NETWORKS, model
 from partita.bench.papers import OPTCNN, OPTCNN_BATCH
-from partita.graph.graph import Graph
+from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
-from partita.plan.baselines import BASELINES
+from partita.plans.baselines import BASELINES
 from partita.search.elimination import eliminate
 from partita.search.find import capacity, mesh_of
 from partita.search.mcmc import walk
-from partita.search.network import Network, build
+from partita.search.network import CostNetwork, build
 from partita.search.portfolio import SEARCHES, Limits, Space
 from partita.search.reduce import reduce
 
@@ -34,9 +34,11 @@ SEEDS = 10
 ROUNDS = 5
 
 
-def network_of(graph: Graph, machine: Machine) -> Network:
+def network_of(graph: OperatorGraph, machine: Machine) -> CostNetwork:
     mesh = mesh_of(machine)
-    return build(graph, machine, mesh, [make(graph, machine.name, mesh) for make in BASELINES.values()])
+    return build(
+        graph, machine, mesh, [make(graph, machine.name, mesh) for make in BASELINES.values()]
+    )
 
 
 def proof(name: str, cluster: str) -> str:

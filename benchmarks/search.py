@@ -17,7 +17,7 @@ from keras import layers
 import partita
 from partita.api import capture
 from partita.machine import load
-from partita.plan.baselines import BASELINES
+from partita.plans.baselines import BASELINES
 from partita.search.elimination import eliminate
 from partita.search.find import mesh_of
 from partita.search.network import build
@@ -46,7 +46,9 @@ for make, batch in ((resnet, 256), (transformer, 64)):
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     built = time.time()
     graph = capture(model, batch).graph
-    print(f"{model.name}: built in {built - start:.1f} s, captured in {time.time() - built:.1f} s, {len(graph.operators)} operators")
+    print(
+        f"{model.name}: built in {built - start:.1f} s, captured in {time.time() - built:.1f} s, {len(graph.operators)} operators"
+    )
     for machine in (load("dgx-h100:1"), load("dgx-h100:8"), load("dgx-h100:64")):
         start, mesh = time.time(), mesh_of(machine)
         plans = [f(graph, machine.name, mesh) for f in BASELINES.values()]
@@ -54,4 +56,7 @@ for make, batch in ((resnet, 256), (transformer, 64)):
         reduced = reduce(network.problem)
         result = eliminate(reduced.problem, float(machine.memory_bytes))
         gap = f"{result.gap:.2%}"
-        print(f"  {machine.devices:4} devices: {time.time() - start:5.2f} s, step {result.seconds * 1e3:.2f} ms, gap to the bound {gap}", flush=True)
+        print(
+            f"  {machine.devices:4} devices: {time.time() - start:5.2f} s, step {result.seconds * 1e3:.2f} ms, gap to the bound {gap}",
+            flush=True,
+        )

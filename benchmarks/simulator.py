@@ -28,11 +28,11 @@ from partita.api import capture
 from partita.bench.networks import NETWORKS
 from partita.bench.networks import model as published
 from partita.machine import load
-from partita.plan.baselines import BASELINES
+from partita.plans.baselines import BASELINES
 from partita.search.find import mesh_of
 from partita.search.network import build
 from partita.search.simulated import Simulated, change, fill, simulated
-from partita.simulate.engine import sweep
+from partita.simulation.engine import sweep
 
 ROUNDS = 5
 
@@ -42,7 +42,12 @@ def whole(count, seed, stream, streams, first, before, *where):  # noqa: ANN001,
     """Seconds of the last of `count` plans, each random and simulated from nothing."""
     np.random.seed(seed)
     states, n = where[2], len(stream)
-    chosen, seconds, start, end = np.zeros(len(states), np.int64), np.zeros(n), np.zeros(n), np.zeros(n)
+    chosen, seconds, start, end = (
+        np.zeros(len(states), np.int64),
+        np.zeros(n),
+        np.zeros(n),
+        np.zeros(n),
+    )
     total = 0.0
     for _ in range(count):
         o = np.random.randint(len(states))
@@ -58,7 +63,12 @@ def incremental(count, seed, near_first, near, stream, streams, first, before, *
     """The same walk, replayed."""
     np.random.seed(seed)
     states, n = where[2], len(stream)
-    chosen, seconds, start, end = np.zeros(len(states), np.int64), np.zeros(n), np.zeros(n), np.zeros(n)
+    chosen, seconds, start, end = (
+        np.zeros(len(states), np.int64),
+        np.zeros(n),
+        np.zeros(n),
+        np.zeros(n),
+    )
     touched, was = np.empty(n, np.int64), np.empty(n)
     fill(chosen, seconds, *where)
     sweep(0, seconds, stream, streams, first, before, start, end)
@@ -86,15 +96,25 @@ def rate(function, count: int, *arguments) -> tuple[float, float, float]:  # noq
 
 def measure(problem: Simulated, count: int) -> str:
     full, compiled, one = rate(whole, count, *problem.order, *problem.where)
-    few, more, other = rate(incremental, count, problem.near_first, problem.near, *problem.order, *problem.where)
+    few, more, other = rate(
+        incremental, count, problem.near_first, problem.near, *problem.order, *problem.where
+    )
     assert one == other, "the two ways differ"
     return f"{full:9,.0f} simulations a second from nothing, {few:9,.0f} incremental (compiled in {compiled + more:.1f} s; {problem.tasks.count} tasks)"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="InceptionV3", help="a model of keras.applications, or a network of partita.bench.networks, as nmt")
-    parser.add_argument("--machines", nargs="+", default=["p100-cluster:2", "k80-cluster:16", "dgx-a100:128"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        default="InceptionV3",
+        help="a model of keras.applications, or a network of partita.bench.networks, as nmt",
+    )
+    parser.add_argument(
+        "--machines", nargs="+", default=["p100-cluster:2", "k80-cluster:16", "dgx-a100:128"]
+    )
     parser.add_argument("--batch", type=int, default=64, help="samples of a device")
     parser.add_argument("--count", type=int, default=20_000)
     given = parser.parse_args()
@@ -108,8 +128,18 @@ def main() -> None:
         machine = load(name)
         graph = capture(model, given.batch * machine.devices).graph
         mesh = mesh_of(machine)
-        problem = simulated(build(graph, machine, mesh, [make(graph, machine.name, mesh) for make in BASELINES.values()]))
-        print(f"{model.name} on {machine.devices:4} devices ({name}): {measure(problem, given.count)}", flush=True)
+        problem = simulated(
+            build(
+                graph,
+                machine,
+                mesh,
+                [make(graph, machine.name, mesh) for make in BASELINES.values()],
+            )
+        )
+        print(
+            f"{model.name} on {machine.devices:4} devices ({name}): {measure(problem, given.count)}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

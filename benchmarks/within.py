@@ -33,10 +33,24 @@ for name in FLEXFLOW if arguments.only is None else (arguments.only,):
     graph = capture(model(name), NETWORKS[name].batch * arguments.devices).graph
     seen: list[tuple[float, float]] = []
     began = time.perf_counter()
-    result = find(graph, machine, report=lambda p, seen=seen, began=began: seen.append((time.perf_counter() - began, p.best)))
+    result = find(
+        graph,
+        machine,
+        report=lambda p, seen=seen, began=began: seen.append((time.perf_counter() - began, p.best)),
+    )
     took = time.perf_counter() - began
-    best = min([result.result.seconds, *(find(graph, machine, seconds=arguments.seconds, seed=seed).result.seconds for seed in range(4))])
-    near = next((t for t, seconds in [*seen, (took, result.result.seconds)] if seconds <= 1.01 * best), None)
+    best = min(
+        [
+            result.result.seconds,
+            *(
+                find(graph, machine, seconds=arguments.seconds, seed=seed).result.seconds
+                for seed in range(4)
+            ),
+        ]
+    )
+    near = next(
+        (t for t, seconds in [*seen, (took, result.result.seconds)] if seconds <= 1.01 * best), None
+    )
     print(
         f"{name:13} within 1 % after {'never' if near is None else f'{near:.2f} s'} of {took:.2f} s; found {result.result.seconds * 1e3:.3f} ms, "
         f"best ever {best * 1e3:.3f} ms ({result.result.seconds / best - 1:+.2%}), bound {result.result.bound * 1e3:.3f} ms",

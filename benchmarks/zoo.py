@@ -18,20 +18,30 @@ from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["NPROC"] = "1"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+)
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from zoo.compare import PROGRAMS, difference
 
-KINDS = {"keras_models": "Keras models", "keras_training": "Training, data and saving in Keras", "jax_steps": "JAX steps"}
+KINDS = {
+    "keras_models": "Keras models",
+    "keras_training": "Training, data and saving in Keras",
+    "jax_steps": "JAX steps",
+}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--only", default="", help="programs whose name has this in it")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--list", action="store_true", help="print what the programs show, as a Markdown table")
+    parser.add_argument(
+        "--list", action="store_true", help="print what the programs show, as a Markdown table"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.list:
@@ -43,9 +53,18 @@ def main() -> int:
     failed = 0
     with ThreadPoolExecutor(given.jobs) as pool:
         command = [sys.executable, __file__, "--devices", *map(str, given.devices), "--one"]
-        for name, done in zip(names, pool.map(lambda n: subprocess.run([*command, n], capture_output=True, text=True), names), strict=True):
+        for name, done in zip(
+            names,
+            pool.map(
+                lambda n: subprocess.run([*command, n], capture_output=True, text=True), names
+            ),
+            strict=True,
+        ):
             failed += done.returncode != 0
-            print(done.stdout.strip() or f"{name}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+            print(
+                done.stdout.strip() or f"{name}: {done.stderr.strip().splitlines()[-1:]}",
+                flush=True,
+            )
     print(f"{len(names)} programs on {given.devices} devices, {failed} differ")
     return int(failed > 0)
 
@@ -57,7 +76,9 @@ def one(name: str, devices: list[int]) -> int:
         found = difference(program, count)
         wrong = not found.worst <= program.tolerance
         bad += wrong
-        cells.append(f"{count}: {found.worst:.1e}{' DIFFERS at ' + found.where if wrong else ''} ({found.split} split)")
+        cells.append(
+            f"{count}: {found.worst:.1e}{' DIFFERS at ' + found.where if wrong else ''} ({found.split} split)"
+        )
     print(f"{name:32s} {'   '.join(cells)}")
     return int(bad > 0)
 
@@ -67,7 +88,11 @@ def table() -> str:
     lines: list[str] = []
     for module, title in KINDS.items():
         lines += [f"### {title}", "", "| program | shows |", "|---|---|"]
-        lines += [f"| `{p.name}` | {p.shows} |" for p in PROGRAMS.values() if p.run.__module__ == f"zoo.{module}"]
+        lines += [
+            f"| `{p.name}` | {p.shows} |"
+            for p in PROGRAMS.values()
+            if p.run.__module__ == f"zoo.{module}"
+        ]
         lines.append("")
     return "\n".join(lines).rstrip()
 

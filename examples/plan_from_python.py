@@ -1,6 +1,6 @@
 """Plans a model from Python: look at the plan and at what it beats, keep it as a file, and train by it.
 
-    python examples/plan_from_python.py
+python examples/plan_from_python.py
 """
 
 import os
@@ -54,7 +54,9 @@ def main() -> None:
     planned = again.apply(model).fit(x, y, **how).history["loss"]
     alone = classifier().fit(x, y, **how).history["loss"]
     print("same losses as on one device:", np.allclose(planned, alone, rtol=1e-5))
-    print("devices that hold the first kernel:", len(model.layers[0].kernel.value.sharding.device_set))
+    print(
+        "devices that hold the first kernel:", len(model.layers[0].kernel.value.sharding.device_set)
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """An ordinary Keras script that knows nothing of Partita: a small CNN on scikit-learn's handwritten digits.
 
-    python examples/train_digits.py --epochs 3
-    partita run --devices 4 examples/train_digits.py --epochs 3
+python examples/train_digits.py --epochs 3
+partita run --devices 4 examples/train_digits.py --epochs 3
 """
 
 import argparse
@@ -33,6 +33,8 @@ model = keras.Sequential(
     ]
 )
 model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
-model.fit(images[train], labels[train], batch_size=arguments.batch, epochs=arguments.epochs, verbose=2)
+model.fit(
+    images[train], labels[train], batch_size=arguments.batch, epochs=arguments.epochs, verbose=2
+)
 accuracy = model.evaluate(images[test], labels[test], verbose=0)[1]
 print(f"accuracy on {len(labels[test])} digits that it has not seen: {accuracy:.1%}")

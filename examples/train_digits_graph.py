@@ -26,7 +26,10 @@ def digits() -> gnn.Graph:
     nearest = kneighbors_graph(images, NEIGHBOURS).tocoo()
     turn = np.random.default_rng(0).permutation(len(labels))
     of_class = [turn[labels[turn] == digit] for digit in range(10)]
-    train, rest = (np.concatenate([c[piece] for c in of_class]) for piece in (slice(PER_CLASS), slice(PER_CLASS, None)))
+    train, rest = (
+        np.concatenate([c[piece] for c in of_class])
+        for piece in (slice(PER_CLASS), slice(PER_CLASS, None))
+    )
     return gnn.Graph.from_edges(
         nearest.col,
         nearest.row,
@@ -43,15 +46,21 @@ def main() -> None:
     request_cpu_devices(2)  # on a CPU: two virtual devices; changes nothing about accelerators
     graph = digits()
     print(graph)
-    alone = LogisticRegression(max_iter=1000).fit(graph.features[graph.train], graph.labels[graph.train])
-    print(f"without edges, a linear classifier: {alone.score(graph.features[graph.test], graph.labels[graph.test]):.1%}")
+    alone = LogisticRegression(max_iter=1000).fit(
+        graph.features[graph.train], graph.labels[graph.train]
+    )
+    print(
+        f"without edges, a linear classifier: {alone.score(graph.features[graph.test], graph.labels[graph.test]):.1%}"
+    )
     for devices in (1, 2):
         keras.utils.set_random_seed(0)
         model = gnn.SAGE(hidden=64, classes=10)
         model.compile(keras.optimizers.Adam(0.01), metrics=["accuracy"])
         history = model.fit(graph, epochs=100, devices=devices, verbose=0).history
         accuracy = model.evaluate(graph, return_dict=True)["accuracy"]
-        print(f"on {devices} device{'s' if devices > 1 else ''}: loss {history['loss'][-1]:.3f}, accuracy {accuracy:.1%}")
+        print(
+            f"on {devices} device{'s' if devices > 1 else ''}: loss {history['loss'][-1]:.3f}, accuracy {accuracy:.1%}"
+        )
     parts = model.parts
     print(
         f"each part fetches {parts.fetched.tolist()} rows of the other; {model.traffic(graph):,} bytes a step go between them"

@@ -9,14 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from partita.api import compare, parallelize, plan, simulate
 from partita.errors import PartitaError
-from partita.plan.plan import Plan
+from partita.plans.plan import Plan
 
 if TYPE_CHECKING:
     from partita.capture.keras_models import abstract
     from partita.keras.checkpoint import Checkpoint
 
 __version__ = "0.1.0"
-__all__ = ["Checkpoint", "PartitaError", "Plan", "abstract", "compare", "parallelize", "plan", "simulate"]
+__all__ = [
+    "Checkpoint",
+    "PartitaError",
+    "Plan",
+    "abstract",
+    "compare",
+    "parallelize",
+    "plan",
+    "simulate",
+]
 
 
 def __getattr__(name: str) -> Any:

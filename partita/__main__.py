@@ -1,5 +1,5 @@
 """`python -m partita` is `partita`."""
 
-from partita.cli import main
+from partita.cli.main import main
 
 main()

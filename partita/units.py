@@ -23,7 +23,11 @@ def _scales(unit: str, prefixes: dict[str, float], factor: float = 1.0) -> dict[
 
 UNITS: dict[str, dict[str, float]] = {
     "B": {**_scales("B", _DECIMAL), **_scales("B", _BINARY)},
-    "B/s": {**_scales("B/s", _DECIMAL), **_scales("B/s", _BINARY), **_scales("bit/s", _DECIMAL, 1 / 8)},
+    "B/s": {
+        **_scales("B/s", _DECIMAL),
+        **_scales("B/s", _BINARY),
+        **_scales("bit/s", _DECIMAL, 1 / 8),
+    },
     "FLOP": _scales("FLOP", _DECIMAL),
     "FLOP/s": _scales("FLOP/s", _DECIMAL),
     "s": _scales("s", _SMALL),
@@ -36,9 +40,17 @@ UNITS: dict[str, dict[str, float]] = {
 """Per dimension, named by its base unit: every unit that may be written, and what one of it is in the base unit."""
 
 EXAMPLES = {
-    "B": "80 GiB", "B/s": "900 GB/s", "FLOP": "3 GFLOP", "FLOP/s": "312 TFLOP/s", "s": "5 us", "W": "700 W",
-    "J": "2 J", "J/bit": "4 pJ/bit", "Hz": "1.4 GHz", "V": "900 mV",
-}  # fmt: skip
+    "B": "80 GiB",
+    "B/s": "900 GB/s",
+    "FLOP": "3 GFLOP",
+    "FLOP/s": "312 TFLOP/s",
+    "s": "5 us",
+    "W": "700 W",
+    "J": "2 J",
+    "J/bit": "4 pJ/bit",
+    "Hz": "1.4 GHz",
+    "V": "900 mV",
+}
 
 _QUANTITY = re.compile(r"\s*([+-]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(\S*)\s*")
 
@@ -62,7 +74,9 @@ def parse(text: str, dimension: str | None = None) -> float:
         raise PartitaError(f"'{text}' has no unit: {example}.")
     found = next((base for base, scales in UNITS.items() if unit in scales), None)
     if found is None:
-        raise PartitaError(f"'{unit}' in '{text}' is not a unit that Partita knows: {_suggestion(unit, dimension)}")
+        raise PartitaError(
+            f"'{unit}' in '{text}' is not a unit that Partita knows: {_suggestion(unit, dimension)}"
+        )
     if dimension is not None and found != dimension:
         raise PartitaError(f"'{text}' is in {found}, but {dimension} is needed: {example}.")
     return _scaled(number, UNITS[found][unit])
@@ -75,9 +89,15 @@ def parse_count(text: str) -> int:
     (16000000, 2400000000, 1000000000, 10556)
     """
     match = _QUANTITY.fullmatch(text)
-    number = float(match[1].replace(",", "").replace("_", "")) * _DECIMAL.get(match[2], math.nan) if match else math.nan
+    number = (
+        float(match[1].replace(",", "").replace("_", "")) * _DECIMAL.get(match[2], math.nan)
+        if match
+        else math.nan
+    )
     if not number.is_integer():
-        raise PartitaError(f"'{text}' is not a whole number: write for example \"16M\", \"2.4G\" or \"10,556\".")
+        raise PartitaError(
+            f'\'{text}\' is not a whole number: write for example "16M", "2.4G" or "10,556".'
+        )
     return int(number)
 
 
@@ -88,7 +108,9 @@ def _scaled(number: float, scale: float) -> float:
 
 def _suggestion(unit: str, dimension: str | None) -> str:
     if "b" in unit and "bit" not in unit:  # Gb/s: bits or bytes?
-        return f"write '{unit.replace('b', 'B')}' for bytes or '{unit.replace('b', 'bit')}' for bits."
+        return (
+            f"write '{unit.replace('b', 'B')}' for bytes or '{unit.replace('b', 'bit')}' for bits."
+        )
     known = [name for base, scales in UNITS.items() if dimension in (None, base) for name in scales]
     alike = {name.lower(): name for name in reversed(known)}
     near = difflib.get_close_matches(unit.lower(), alike, 1)
@@ -104,7 +126,12 @@ def exact(value: float, dimension: str) -> str:
     texts = [f"{value!r} {dimension}"]
     for unit, scale in UNITS[dimension].items():
         text = f"{value / scale:.12g} {unit}"
-        if "bit/s" not in unit and "µ" not in unit and "e" not in text.split()[0] and parse(text, dimension) == value:
+        if (
+            "bit/s" not in unit
+            and "µ" not in unit
+            and "e" not in text.split()[0]
+            and parse(text, dimension) == value
+        ):
             texts.append(text)
     return min(texts, key=len)
 
@@ -161,5 +188,8 @@ def format_count(count: float) -> str:
 def _prefixed(value: float, unit: str, prefixes: dict[str, float], whole: int) -> str:
     if abs(value) < whole or not math.isfinite(value):
         return f"{value:.4g} {unit}"
-    prefix, scale = max(((p, s) for p, s in prefixes.items() if p != "k" and s <= abs(value)), key=lambda item: item[1])
+    prefix, scale = max(
+        ((p, s) for p, s in prefixes.items() if p != "k" and s <= abs(value)),
+        key=lambda item: item[1],
+    )
     return f"{value / scale:.1f} {prefix}{unit}"

@@ -11,7 +11,13 @@ from partita.machine import host
 
 
 def made(width: int = 512) -> keras.Model:
-    model = keras.Sequential([keras.Input((64,)), layers.Dense(width, activation="relu", name="wide"), layers.Dense(8, name="out")])
+    model = keras.Sequential(
+        [
+            keras.Input((64,)),
+            layers.Dense(width, activation="relu", name="wide"),
+            layers.Dense(8, name="out"),
+        ]
+    )
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return model
 
@@ -22,11 +28,17 @@ def test_a_plan_of_another_model_batch_or_machine() -> None:
     assert check_plan(plan, graph, host(4, 1 << 30)) == plan
     smaller = check_plan(plan, capture(made(), 2).graph, host(4, 1 << 30))
     assert smaller.batch_size == 2
-    with pytest.raises(PlanError, match=r"is for 4 devices; host:2 has 2. Plan again for 2, or run with --devices 4"):
+    with pytest.raises(
+        PlanError,
+        match=r"is for 4 devices; host:2 has 2. Plan again for 2, or run with --devices 4",
+    ):
         check_plan(plan, graph, host(2, 1 << 30))
     other = keras.Sequential([keras.Input((8,)), layers.Dense(4, name="else")])
     other.compile("sgd", "mse")
-    with pytest.raises(PlanError, match="made for another model .* the model has no 'wide', 'out'; the plan says nothing about 'else'"):
+    with pytest.raises(
+        PlanError,
+        match="made for another model .* the model has no 'wide', 'out'; the plan says nothing about 'else'",
+    ):
         check_plan(plan, capture(other, 16).graph, host(4, 1 << 30))
 
 
@@ -40,11 +52,16 @@ def test_a_plan_as_a_keras_layout_map() -> None:
 
 
 def test_what_is_missing_is_said() -> None:
-    with pytest.raises(CaptureError, match="is not compiled, so it has no loss and no optimizer. Call model.compile"):
+    with pytest.raises(
+        CaptureError,
+        match="is not compiled, so it has no loss and no optimizer. Call model.compile",
+    ):
         capture(keras.Sequential([keras.Input((4,)), layers.Dense(2)]), 8)
     model = keras.Sequential([keras.Input((None, 4)), layers.LSTM(2)])
     model.compile("sgd", "mse")
-    with pytest.raises(CaptureError, match="dim 1 is not fixed. Give a batch of the shapes you train on"):
+    with pytest.raises(
+        CaptureError, match="dim 1 is not fixed. Give a batch of the shapes you train on"
+    ):
         capture(model, 8)
     frozen = made()
     frozen.trainable = False
@@ -52,7 +69,9 @@ def test_what_is_missing_is_said() -> None:
         capture(frozen, 8)
 
 
-def test_what_a_compiler_refused_is_planned_smaller_and_a_given_plan_is_answered_with_the_nearest() -> None:
+def test_what_a_compiler_refused_is_planned_smaller_and_a_given_plan_is_answered_with_the_nearest() -> (
+    None
+):
     captured = capture(made(1 << 14), 256)
     machine = host(4, 1 << 28)
     free = partita.plan(made(1 << 14), 256, machine=machine)
@@ -60,7 +79,10 @@ def test_what_a_compiler_refused_is_planned_smaller_and_a_given_plan_is_answered
     refused = MemoryBudgetError("The plan 'found' needs too much.", excess)
     again = planner(machine=machine)(captured, refused)
     assert again.predicted["peak_bytes"] <= machine.memory_bytes / excess
-    with pytest.raises(MemoryBudgetError, match=r"needs too much\. The nearest plan that fits: .* a device, a step predicted at .*"):
+    with pytest.raises(
+        MemoryBudgetError,
+        match=r"needs too much\. The nearest plan that fits: .* a device, a step predicted at .*",
+    ):
         planner(machine=machine, plan=free)(captured, refused)
     with pytest.raises(MemoryBudgetError, match="under no plan: the smallest needs"):
         planner(machine=machine)(captured, MemoryBudgetError("", 1e6))

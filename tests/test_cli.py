@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from partita.cli import app
-from partita.graph.graph import Graph
+from partita.cli.main import app
+from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
-from partita.plan.plan import Plan
+from partita.plans.plan import Plan
 from partita.search.find import find
 
 NEVER = "raise SystemExit('this script must not have been started')"
-GRAPH = Graph.load(Path(__file__).parent / "data" / "mlp.graph.json")
+GRAPH = OperatorGraph.load(Path(__file__).parent / "data" / "mlp.graph.json")
 
 
 @pytest.fixture
@@ -32,27 +32,50 @@ def partita(*arguments: str) -> Result:
 def test_an_option_that_there_is_not_is_not_taken_for_the_script(command: str, script: str) -> None:
     done = partita(command, "--devcies", "2", script)
     said = " ".join(done.output.split())
-    assert done.exit_code == 2 and "there is no option '--devcies'. Did you mean '--devices'?" in said, said
+    assert (
+        done.exit_code == 2 and "there is no option '--devcies'. Did you mean '--devices'?" in said
+    ), said
 
 
-def test_an_option_of_the_script_that_is_nearly_one_of_the_commands_is_pointed_at(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text("import sys; sys.exit(0 if sys.argv[1:] == ['--devcies', '2', '--epochs', '3'] else 9)")
+def test_an_option_of_the_script_that_is_nearly_one_of_the_commands_is_pointed_at(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "train.py").write_text(
+        "import sys; sys.exit(0 if sys.argv[1:] == ['--devcies', '2', '--epochs', '3'] else 9)"
+    )
     done = partita("run", str(tmp_path / "train.py"), "--devcies", "2", "--epochs", "3")
     assert done.exit_code == 0
-    assert "'--devcies' is passed to the script. If you mean '--devices', write that." in done.stderr and "--epochs" not in done.stderr
+    assert (
+        "'--devcies' is passed to the script. If you mean '--devices', write that." in done.stderr
+        and "--epochs" not in done.stderr
+    )
 
 
-@pytest.mark.parametrize(("command", "option", "what"), [
-    ("run", "--report", "report"), ("run", "--save-plan", "plan"), ("plan", "--report", "report"), ("plan", "--save-plan", "plan"),
-    ("simulate", "--trace", "trace"), ("simulate", "--report", "report"),
-])  # fmt: skip
-def test_a_file_that_cannot_be_written_is_said_before_the_script_is_started(command: str, option: str, what: str, script: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "option", "what"),
+    [
+        ("run", "--report", "report"),
+        ("run", "--save-plan", "plan"),
+        ("plan", "--report", "report"),
+        ("plan", "--save-plan", "plan"),
+        ("simulate", "--trace", "trace"),
+        ("simulate", "--report", "report"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_said_before_the_script_is_started(
+    command: str, option: str, what: str, script: str, tmp_path: Path
+) -> None:
     done = partita(command, script, option, str(tmp_path / "nowhere" / "file"))
     assert done.exit_code == 2
-    assert f"error: The {what} cannot be written to " in done.stderr and "No such file or directory" in done.stderr
+    assert (
+        f"error: The {what} cannot be written to " in done.stderr
+        and "No such file or directory" in done.stderr
+    )
 
 
-def test_looking_whether_a_file_can_be_written_leaves_it_as_it_was(script: str, tmp_path: Path) -> None:
+def test_looking_whether_a_file_can_be_written_leaves_it_as_it_was(
+    script: str, tmp_path: Path
+) -> None:
     there, new = tmp_path / "there.html", tmp_path / "new.html"
     there.write_text("kept")
     for path in (there, new):
@@ -68,11 +91,22 @@ def damaged(tmp_path: Path, why: object) -> str:
 
 
 @pytest.mark.parametrize(
-    "why", [{"operators": 3}, {"operators": {GRAPH.operators[0].name: {"compute": "x"}}}, {"baselines": {"one device": {}}}, {"operators": {"x": None}}]
+    "why",
+    [
+        {"operators": 3},
+        {"operators": {GRAPH.operators[0].name: {"compute": "x"}}},
+        {"baselines": {"one device": {}}},
+        {"operators": {"x": None}},
+    ],
 )
 def test_reasons_that_are_damaged_are_one_sentence(why: object, tmp_path: Path) -> None:
     done = partita("explain", damaged(tmp_path, why), GRAPH.operators[0].name)
-    assert done.exit_code == 2 and done.stderr.startswith("error: The plan ") and "Plan again" in done.stderr and "Traceback" not in done.output
+    assert (
+        done.exit_code == 2
+        and done.stderr.startswith("error: The plan ")
+        and "Plan again" in done.stderr
+        and "Traceback" not in done.output
+    )
 
 
 def test_a_plan_in_stages_is_refused_by_run_with_one_sentence(tmp_path: Path) -> None:
@@ -81,37 +115,87 @@ def test_a_plan_in_stages_is_refused_by_run_with_one_sentence(tmp_path: Path) ->
         "model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(8, name='a'), keras.layers.Dense(8, name='b')])\n"
         "model.compile('sgd', 'mse')\nx = np.ones((32, 64), 'float32')\nmodel.fit(x, x[:, :8], batch_size=32, verbose=0)\n"
     )
-    value = {"schema": 1, "graph": "sequential", "machine": "host:2", "mesh": {"a": {"size": 2, "level": 0}}, "operators": {"a": "at(0):a", "b": "at(1):a"}}
+    value = {
+        "schema": 1,
+        "graph": "sequential",
+        "machine": "host:2",
+        "mesh": {"a": {"size": 2, "level": 0}},
+        "operators": {"a": "at(0):a", "b": "at(1):a"},
+    }
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(value | {"batch_size": 32, "microbatches": 4}))
     assert Plan.load(path).microbatches == 4
     done = partita("run", str(tmp_path / "train.py"), "--plan", str(path))
     assert done.exit_code == 2, done.output
-    assert "can be planned and simulated, and not yet run" in done.stderr and "Traceback" not in done.output
+    assert (
+        "can be planned and simulated, and not yet run" in done.stderr
+        and "Traceback" not in done.output
+    )
 
 
 def test_machines_are_compared_by_what_an_epoch_costs(training: str) -> None:
-    done = partita("plan", training, "--machine", "h100:1,h100:4,a100:1", "--objective", "cost-per-epoch", "--price", "h100=2.5,a100=1", "--samples", "3200", "--json", "--seconds", "1")
+    done = partita(
+        "plan",
+        training,
+        "--machine",
+        "h100:1,h100:4,a100:1",
+        "--objective",
+        "cost-per-epoch",
+        "--price",
+        "h100=2.5,a100=1",
+        "--samples",
+        "3200",
+        "--json",
+        "--seconds",
+        "1",
+    )
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)
     assert [r["cost"] for r in rows] == sorted(r["cost"] for r in rows) and len(rows) == 3
     for r in rows:
-        assert r["epoch_seconds"] == pytest.approx(r["seconds"] * 100) and r["device_hours"] == pytest.approx(r["epoch_seconds"] * r["devices"] / 3600)
-        assert r["cost"] == pytest.approx(r["device_hours"] * (1 if r["machine"].startswith("a100") else 2.5))
-    shown = partita("plan", training, "--machine", "h100:1,h100:4", "--objective", "cost-per-epoch", "--seconds", "1")
+        assert r["epoch_seconds"] == pytest.approx(r["seconds"] * 100) and r[
+            "device_hours"
+        ] == pytest.approx(r["epoch_seconds"] * r["devices"] / 3600)
+        assert r["cost"] == pytest.approx(
+            r["device_hours"] * (1 if r["machine"].startswith("a100") else 2.5)
+        )
+    shown = partita(
+        "plan",
+        training,
+        "--machine",
+        "h100:1,h100:4",
+        "--objective",
+        "cost-per-epoch",
+        "--seconds",
+        "1",
+    )
     assert "device hours" in shown.stdout and "cost" not in shown.stdout.splitlines()[2]
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["--objective", "fame", "--machine", "h100:1,h100:2"], "There is no objective 'fame': use 'step' or 'cost-per-epoch'."),
-    (["--objective", "cost-per-epoch"], "An objective compares machines: name them"),
-    (["--machine", "h100:1,h100:2", "--price", "h100=free"], "'h100=free' is no price: write a number above 0"),
-    (["--machine", "h100:1,a100:2", "--price", "h100=2", "--objective", "cost-per-epoch"], "There is no price for a100:2"),
-    (["--machine", "h100:1,h100:2", "--devices", "2"], "each says how many devices it has"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--objective", "fame", "--machine", "h100:1,h100:2"],
+            "There is no objective 'fame': use 'step' or 'cost-per-epoch'.",
+        ),
+        (["--objective", "cost-per-epoch"], "An objective compares machines: name them"),
+        (
+            ["--machine", "h100:1,h100:2", "--price", "h100=free"],
+            "'h100=free' is no price: write a number above 0",
+        ),
+        (
+            ["--machine", "h100:1,a100:2", "--price", "h100=2", "--objective", "cost-per-epoch"],
+            "There is no price for a100:2",
+        ),
+        (["--machine", "h100:1,h100:2", "--devices", "2"], "each says how many devices it has"),
+    ],
+)
 def test_wrong_comparisons_are_one_sentence(arguments: list[str], said: str, training: str) -> None:
     done = partita("plan", training, "--seconds", "0", *arguments)
-    assert done.exit_code == 2 and said in done.stderr and "Traceback" not in done.output, done.output
+    assert done.exit_code == 2 and said in done.stderr and "Traceback" not in done.output, (
+        done.output
+    )
 
 
 LAB = """name = "lab"
@@ -139,30 +223,58 @@ shared_by = 1
         ('"300 GB/s"', '"-1 GB/s"', "level.node.bandwidth is"),
     ],
 )
-def test_a_link_that_is_none_is_said_before_the_script_is_started(before: str, after: str, says: str, script: str, tmp_path: Path) -> None:
+def test_a_link_that_is_none_is_said_before_the_script_is_started(
+    before: str, after: str, says: str, script: str, tmp_path: Path
+) -> None:
     (tmp_path / "lab.toml").write_text(LAB.replace(before, after))
     done = partita("simulate", script, "--machine", str(tmp_path / "lab.toml"))
-    assert done.exit_code != 0 and says in " ".join(done.stderr.split()) and "lab.toml, line" in done.stderr and "Traceback" not in done.output
+    assert (
+        done.exit_code != 0
+        and says in " ".join(done.stderr.split())
+        and "lab.toml, line" in done.stderr
+        and "Traceback" not in done.output
+    )
 
 
-def test_an_operator_that_a_machine_has_no_engine_for_is_named_with_what_it_has(training: str, tmp_path: Path) -> None:
+def test_an_operator_that_a_machine_has_no_engine_for_is_named_with_what_it_has(
+    training: str, tmp_path: Path
+) -> None:
     (tmp_path / "lab.toml").write_text(LAB.replace('engine."*"."*"', "engine.elementwise.float32"))
     done = partita("simulate", training, "--machine", str(tmp_path / "lab.toml"), "--plan", "dp")
     said = " ".join(done.stderr.split())
     assert done.exit_code != 0 and "Traceback" not in done.output
-    assert "'wide' cannot be computed. Machine 'lab' has no engine for 'dot' in float32: its engines are elementwise/float32. Add float32 = { peak" in said
+    assert (
+        "'wide' cannot be computed. Machine 'lab' has no engine for 'dot' in float32: its engines are elementwise/float32. Add float32 = { peak"
+        in said
+    )
 
 
-def test_a_plan_that_places_operators_is_simulated_traced_and_compared_and_not_yet_run(training: str, tmp_path: Path) -> None:
+def test_a_plan_that_places_operators_is_simulated_traced_and_compared_and_not_yet_run(
+    training: str, tmp_path: Path
+) -> None:
     (tmp_path / "lab.toml").write_text(LAB)
     plan, trace = tmp_path / "plan.json", tmp_path / "trace.json"
-    value = {"schema": 1, "graph": "sequential", "machine": "lab", "mesh": {"a": {"size": 2, "level": 0}}, "operators": {"wide": "at(0):a", "out": "at(1):a"}}
+    value = {
+        "schema": 1,
+        "graph": "sequential",
+        "machine": "lab",
+        "mesh": {"a": {"size": 2, "level": 0}},
+        "operators": {"wide": "at(0):a", "out": "at(1):a"},
+    }
     plan.write_text(json.dumps(value))
     asked = ("simulate", training, "--machine", str(tmp_path / "lab.toml"), "--plan", str(plan))
     said = " ".join(partita(*asked).output.split())
     assert "what 2 groups of devices do" in said and "memory is that of a=0" in said
     assert partita(*asked, "--trace", str(trace)).exit_code == 0
-    rows = {e["args"]["name"] for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "thread_name"}
+    rows = {
+        e["args"]["name"]
+        for e in json.loads(trace.read_text())["traceEvents"]
+        if e["name"] == "thread_name"
+    }
     assert {"a=0: kernels", "a=1: kernels", "a=0: links"} <= rows
     refused = partita("run", training, "--plan", str(plan), "--devices", "2")
-    assert refused.exit_code != 0 and "which can be planned and simulated, and not yet run" in " ".join(refused.output.split())
+    assert (
+        refused.exit_code != 0
+        and "which can be planned and simulated, and not yet run"
+        in " ".join(refused.output.split())
+    )

@@ -13,7 +13,7 @@ import pytest
 import typer
 from test_examples import words
 
-from partita.cli import app
+from partita.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,7 +25,13 @@ EXAMPLES = [
 ]
 COMMANDS = [
     pytest.param(line, id=line)
-    for line in sorted({c for page in PAGES for c in re.findall(r"^(?:\$ )?(partita [^#`\n]*[^#`\s])", page.read_text(), re.M)})
+    for line in sorted(
+        {
+            c
+            for page in PAGES
+            for c in re.findall(r"^(?:\$ )?(partita [^#`\n]*[^#`\s])", page.read_text(), re.M)
+        }
+    )
 ]
 OF_THE_SCRIPT = {"--epochs", "--batch"}
 
@@ -42,10 +48,23 @@ def agree(printed: str, shown: str) -> bool:
 
 @pytest.mark.parametrize(("code", "output"), EXAMPLES)
 def test_an_example_runs(code: str, output: str, tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "NPROC")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=tmp_path, env=environment)
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "NPROC")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=tmp_path,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
-    assert not output or agree(done.stdout, output), f"it prints\n{done.stdout}\nand the page shows\n{output}"
+    assert not output or agree(done.stdout, output), (
+        f"it prints\n{done.stdout}\nand the page shows\n{output}"
+    )
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -53,8 +72,14 @@ def test_a_command_and_its_options_exist(line: str) -> None:
     command = typer.main.get_command(app)
     for word in line.split()[1:]:
         command = getattr(command, "commands", {}).get(word, command)
-    assert command.name != "partita" and not hasattr(command, "commands"), f"there is no such command: {line}"
-    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    assert command.name != "partita" and not hasattr(command, "commands"), (
+        f"there is no such command: {line}"
+    )
+    known = {
+        option
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
     assert set(re.findall(r"--[\w-]+", line)) - OF_THE_SCRIPT <= known
 
 
@@ -64,7 +89,9 @@ def test_every_command_is_in_the_readme() -> None:
 
 
 def test_the_readme_shows_what_the_demo_prints() -> None:
-    command, *shown = re.findall(r"```console\n\$ (.*?)```", (ROOT / "README.md").read_text(), re.S)[0].splitlines()
+    command, *shown = re.findall(
+        r"```console\n\$ (.*?)```", (ROOT / "README.md").read_text(), re.S
+    )[0].splitlines()
     first, *stored = (ROOT / "examples/output/train_digits.txt").read_text().splitlines()
     assert first == f"$ {command.split('#')[0].rstrip()}"
     printed = [words(line) for line in stored]

@@ -9,7 +9,9 @@ import pytest
 import partita
 
 ROOT = Path(partita.__file__).parent
-MODULES = [".".join(p.relative_to(ROOT.parent).with_suffix("").parts) for p in sorted(ROOT.rglob("*.py"))]
+MODULES = [
+    ".".join(p.relative_to(ROOT.parent).with_suffix("").parts) for p in sorted(ROOT.rglob("*.py"))
+]
 HELPERS = ["test_docs", "test_examples"]
 
 
@@ -21,5 +23,10 @@ def test_the_examples_in_docstrings_hold(name: str) -> None:
 
 def test_there_are_examples_to_run() -> None:
     finder = doctest.DocTestFinder()
-    found = [t for m in MODULES if "__main__" not in m for t in finder.find(importlib.import_module(m.removesuffix(".__init__")))]
+    found = [
+        t
+        for m in MODULES
+        if "__main__" not in m
+        for t in finder.find(importlib.import_module(m.removesuffix(".__init__")))
+    ]
     assert sum(bool(t.examples) for t in found) >= 5

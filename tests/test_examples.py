@@ -14,7 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OUTPUTS = sorted((ROOT / "examples" / "output").glob("*.txt"))
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
-NUMBER = re.compile(r"(?<![\w.:/])[-+]?\d[\d,.]*(e[-+]?\d+)?(/\d+)?( ?(ns|us|ms|s|[KMGT]?i?B|[kMGT]?FLOPs?|%|x)(?![\w:]))?(/step)?")
+NUMBER = re.compile(
+    r"(?<![\w.:/])[-+]?\d[\d,.]*(e[-+]?\d+)?(/\d+)?( ?(ns|us|ms|s|[KMGT]?i?B|[kMGT]?FLOPs?|%|x)(?![\w:]))?(/step)?"
+)
 
 
 def words(text: str) -> list[str]:
@@ -32,9 +34,23 @@ def printed(command: str, folder: Path) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     unset = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "NPROC", "KERAS_BACKEND")
     kept = {k: v for k, v in os.environ.items() if k not in unset}
-    environment = {**kept, "PATH": path, "COLUMNS": "100", "TERM": "dumb", "PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    environment = {
+        **kept,
+        "PATH": path,
+        "COLUMNS": "100",
+        "TERM": "dumb",
+        "PYTHONUNBUFFERED": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
     done = subprocess.run(
-        command, shell=True, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=280
+        command,
+        shell=True,
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=280,
     )
     assert done.returncode == 0, done.stdout
     return "\n".join(line.rstrip() for line in done.stdout.splitlines()) + "\n"

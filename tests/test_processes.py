@@ -44,11 +44,22 @@ SCRIPT = """
 """
 
 
-def start(folder: Path, processes: int, fault: str = "pass", seed: str = "0", more: Sequence[str] = (), **said: str) -> subprocess.Popen[str]:
+def start(
+    folder: Path,
+    processes: int,
+    fault: str = "pass",
+    seed: str = "0",
+    more: Sequence[str] = (),
+    **said: str,
+) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
     (folder / "train.py").write_text(textwrap.dedent(SCRIPT).format(fault=fault, seed=seed))
-    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "NPROC")} | {"PARTITA_SEED": "5", **said}
-    together = ["--processes", str(processes), "--devices", str(processes)] if processes else ["--quiet"]
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "NPROC")
+    } | {"PARTITA_SEED": "5", **said}
+    together = (
+        ["--processes", str(processes), "--devices", str(processes)] if processes else ["--quiet"]
+    )
     command = [sys.executable, "-m", "partita", "run", "train.py", *together, *more]
     listening = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # a shell's background jobs are born deaf to it
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -63,12 +74,18 @@ def figures(out: str, what: str) -> list[float]:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("plain")
-    code = "import keras; keras.utils.set_random_seed(5)\n" + textwrap.dedent(SCRIPT).format(fault="pass", seed="0")
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder).stdout
+    code = "import keras; keras.utils.set_random_seed(5)\n" + textwrap.dedent(SCRIPT).format(
+        fault="pass", seed="0"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder
+    ).stdout
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_compute_what_one_computes_and_write_once(processes: int, plain: str, tmp_path: Path) -> None:
+def test_processes_compute_what_one_computes_and_write_once(
+    processes: int, plain: str, tmp_path: Path
+) -> None:
     job = start(tmp_path, processes)
     out, err = job.communicate(timeout=200)
     assert job.returncode == 0, err
@@ -80,14 +97,22 @@ def test_processes_compute_what_one_computes_and_write_once(processes: int, plai
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.keras", "log.csv", "train.py"]
 
 
-def test_processes_time_operators_together_and_the_thread_of_their_links_lets_compute_first(tmp_path: Path) -> None:
+def test_processes_time_operators_together_and_the_thread_of_their_links_lets_compute_first(
+    tmp_path: Path,
+) -> None:
     fault = "if epoch == 0 and hasattr(os, 'SCHED_BATCH'): print('batch', [os.sched_getscheduler(int(t)) for t in os.listdir('/proc/self/task')].count(os.SCHED_BATCH))"
-    job = start(tmp_path, 2, fault, more=["--measure-operators"], PARTITA_CACHE=str(tmp_path / "cache"))
+    job = start(
+        tmp_path, 2, fault, more=["--measure-operators"], PARTITA_CACHE=str(tmp_path / "cache")
+    )
     out, err = job.communicate(timeout=200)
     assert job.returncode == 0, err
-    assert re.search(r"of the compute, \d+% measured operator by operator", " ".join(err.split())), err
+    assert re.search(
+        r"of the compute, \d+% measured operator by operator", " ".join(err.split())
+    ), err
     assert re.search(r"(\d+) of \1 operators timed", err)
-    assert [p.name.startswith("operators-") for p in (tmp_path / "cache").iterdir()] == [True], "one process keeps the times"
+    assert [p.name.startswith("operators-") for p in (tmp_path / "cache").iterdir()] == [True], (
+        "one process keeps the times"
+    )
     assert ("batch 1" in out) == hasattr(os, "SCHED_BATCH"), "gloo's thread, and no other"
 
 
@@ -95,7 +120,9 @@ def test_the_death_of_one_process_ends_all_and_names_it(tmp_path: Path) -> None:
     job = start(tmp_path, 2, "if me == 1 and epoch == 1: os.kill(os.getpid(), signal.SIGKILL)")
     _, err = job.communicate(timeout=100)
     assert job.returncode == 128 + 9
-    assert err.strip().endswith("partita: process 1 of 2 was killed (SIGKILL); the others were stopped.")
+    assert err.strip().endswith(
+        "partita: process 1 of 2 was killed (SIGKILL); the others were stopped."
+    )
     assert "Traceback" not in err and "Gloo AllGather" not in err
     assert (tmp_path / "best.keras").stat().st_size > 100_000, "what the first epoch saved is whole"
 
@@ -112,13 +139,21 @@ def test_different_data_is_found_before_the_first_step(tmp_path: Path) -> None:
     job = start(tmp_path, 2, seed="me")
     _, err = job.communicate(timeout=100)
     assert job.returncode == 2
-    assert "What the first step reads (weights and batch) of process 1 differs from that of process 0." in err
+    assert (
+        "What the first step reads (weights and batch) of process 1 differs from that of process 0."
+        in err
+    )
 
 
 def alone(folder: Path, port: int, index: str = "0") -> tuple[int, str, float]:
     """A process of two that is started by hand, and how long it waited for the other."""
     began = time.monotonic()
-    said = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": index, "PARTITA_TIMEOUT": "4"}
+    said = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": index,
+        "PARTITA_TIMEOUT": "4",
+    }
     job = start(folder, 0, **said)
     _, err = job.communicate(timeout=100)
     return job.returncode, err, time.monotonic() - began
@@ -130,8 +165,13 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize(("index", "missing"), [("0", "one of the others has not started"), ("1", "process 0 does not answer")])
-def test_who_waits_in_vain_says_for_what_and_until_when(index: str, missing: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("index", "missing"),
+    [("0", "one of the others has not started"), ("1", "process 0 does not answer")],
+)
+def test_who_waits_in_vain_says_for_what_and_until_when(
+    index: str, missing: str, tmp_path: Path
+) -> None:
     code, err, _ = alone(tmp_path, free_port(), index)
     assert code == 3
     assert missing in err and "has waited 4 s" in err
@@ -148,23 +188,51 @@ def test_a_port_in_use_is_said(tmp_path: Path) -> None:
 
 def test_devices_that_cannot_be_shared_out_are_said(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("")
-    command = [sys.executable, "-m", "partita", "run", "--processes", "2", "--devices", "3", "train.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "partita",
+        "run",
+        "--processes",
+        "2",
+        "--devices",
+        "3",
+        "train.py",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert "3 devices cannot be shared out to 2 processes" in done.stderr.replace("\n", " ")
 
 
 OPEN_MPI = {  # what mpirun of Open MPI 4.1 gives to process 1 of 2, inside a Slurm allocation
-    "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
-    "PMIX_NAMESPACE": "308805633", "OMPI_MCA_orte_hnp_uri": "308805632.0;tcp://192.0.2.2,10.0.0.9:48009;tcp6://[fd00::2]:38673",
-    "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "3",
-}  # fmt: skip
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "PMIX_NAMESPACE": "308805633",
+    "OMPI_MCA_orte_hnp_uri": "308805632.0;tcp://192.0.2.2,10.0.0.9:48009;tcp6://[fd00::2]:38673",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_JOB_ID": "3",
+}
 SLURM = {  # what srun of Slurm 22.05 gives to task 3 of 5, the first of the second node
-    "SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "0", "SLURM_NODEID": "1", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0",
-    "SLURM_STEP_TASKS_PER_NODE": "3,2", "SLURM_STEP_NODELIST": "node[007-008]", "SLURM_NTASKS": "5",
-}  # fmt: skip
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "1",
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "3,2",
+    "SLURM_STEP_NODELIST": "node[007-008]",
+    "SLURM_NTASKS": "5",
+}
 MPICH = {"PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "1"}
-BY_HAND = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+BY_HAND = {
+    "JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234",
+    "JAX_NUM_PROCESSES": "2",
+    "JAX_PROCESS_ID": "1",
+}
 
 
 @pytest.mark.parametrize(
@@ -172,10 +240,31 @@ BY_HAND = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2",
     [
         (BY_HAND, 2, 1, "10.0.0.1", 1, 0),
         (OPEN_MPI, 2, 1, "192.0.2.2", 1, 0),
-        ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, 2, 1, "127.0.0.1", 2, 1),
-        ({**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "1.0;tcp6://[fd00::2]:38673"}, 2, 1, "[fd00::2]", 1, 0),
+        (
+            {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+            2,
+            1,
+            "127.0.0.1",
+            2,
+            1,
+        ),
+        (
+            {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "1.0;tcp6://[fd00::2]:38673"},
+            2,
+            1,
+            "[fd00::2]",
+            1,
+            0,
+        ),
         (SLURM, 5, 3, "node007", 2, 0),
-        ({**SLURM, "SLURM_STEP_NODELIST": "a1,b[2-3]", "SLURM_STEP_TASKS_PER_NODE": "1(x5)"}, 5, 3, "a1", 1, 0),
+        (
+            {**SLURM, "SLURM_STEP_NODELIST": "a1,b[2-3]", "SLURM_STEP_TASKS_PER_NODE": "1(x5)"},
+            5,
+            3,
+            "a1",
+            1,
+            0,
+        ),
         ({**SLURM, "SLURM_STEP_NODELIST": "n[2,4]-ib", "SLURM_NODEID": "0"}, 5, 3, "n2-ib", 3, 0),
         ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "5", "SLURM_NODEID": "0"}, 5, 3, "127.0.0.1", 5, 0),
         ({**SLURM, **MPICH}, 2, 1, "127.0.0.1", 2, 1),
@@ -184,16 +273,28 @@ BY_HAND = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2",
         ({**MPICH, "JAX_COORDINATOR_ADDRESS": "head:1234"}, 2, 1, "head", 2, 1),
     ],
 )
-def test_what_a_launcher_says_is_read(said: dict[str, str], count: int, index: int, host: str, here: int, local: int) -> None:
+def test_what_a_launcher_says_is_read(
+    said: dict[str, str], count: int, index: int, host: str, here: int, local: int
+) -> None:
     found = group(said)
     assert found is not None
-    assert (found.count, found.index, found.address.rpartition(":")[0], found.here, found.local) == (count, index, host, here, local)
+    assert (
+        found.count,
+        found.index,
+        found.address.rpartition(":")[0],
+        found.here,
+        found.local,
+    ) == (count, index, host, here, local)
     assert found.address.endswith(":1234") or 61440 <= int(found.address.rpartition(":")[2]) < 65536
 
 
 def test_processes_of_one_job_find_one_port_and_another_job_another() -> None:
     port = lambda said: found.address if (found := group(said)) else ""
-    assert port(SLURM) == port({**SLURM, "SLURM_PROCID": "0", "SLURM_NODEID": "0"}) != port({**SLURM, "SLURM_STEP_ID": "1"})
+    assert (
+        port(SLURM)
+        == port({**SLURM, "SLURM_PROCID": "0", "SLURM_NODEID": "0"})
+        != port({**SLURM, "SLURM_STEP_ID": "1"})
+    )
     assert port({**SLURM, "JAX_COORDINATOR_PORT": "4321"}) == "node007:4321"
 
 
@@ -201,7 +302,13 @@ def test_processes_of_one_job_find_one_port_and_another_job_another() -> None:
     "said",
     [
         {},
-        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "3", "SLURM_JOB_NODELIST": "vm"},  # a batch script
+        {
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+            "SLURM_JOB_ID": "3",
+            "SLURM_JOB_NODELIST": "vm",
+        },  # a batch script
         {**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
         {**BY_HAND, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
     ],
@@ -213,10 +320,22 @@ def test_a_process_that_is_alone_waits_for_nobody(said: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("said", "error"),
     [
-        (MPICH, "MPICH has started 2 processes and does not say where process 0 listens. Give all of them its host and a free port"),
-        ({"JAX_COORDINATOR_ADDRESS": "head:1234"}, "is set to 'head:1234', and JAX_NUM_PROCESSES and JAX_PROCESS_ID are not. Set all three"),
-        ({**BY_HAND, "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2, and there are 2 processes: number them 0 to 1."),
-        ({**BY_HAND, "JAX_COORDINATOR_ADDRESS": "head"}, "write the host of process 0 and a port, as in '10.0.0.1:1234'"),
+        (
+            MPICH,
+            "MPICH has started 2 processes and does not say where process 0 listens. Give all of them its host and a free port",
+        ),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "head:1234"},
+            "is set to 'head:1234', and JAX_NUM_PROCESSES and JAX_PROCESS_ID are not. Set all three",
+        ),
+        (
+            {**BY_HAND, "JAX_PROCESS_ID": "2"},
+            "JAX_PROCESS_ID is 2, and there are 2 processes: number them 0 to 1.",
+        ),
+        (
+            {**BY_HAND, "JAX_COORDINATOR_ADDRESS": "head"},
+            "write the host of process 0 and a port, as in '10.0.0.1:1234'",
+        ),
         ({**SLURM, "SLURM_PROCID": "x"}, "SLURM_PROCID is 'x': write a whole number."),
     ],
 )
@@ -225,11 +344,19 @@ def test_what_a_launcher_does_not_say_is_asked_for(said: dict[str, str], error: 
         group(said)
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_processes_do_not_outlive_the_one_that_started_them(sent: signal.Signals, code: int, tmp_path: Path) -> None:
-    job = start(tmp_path, 2, "open(f'{me}.pid', 'w').write(str(os.getpid())); __import__('time').sleep(60)")
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+)
+def test_processes_do_not_outlive_the_one_that_started_them(
+    sent: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    job = start(
+        tmp_path, 2, "open(f'{me}.pid', 'w').write(str(os.getpid())); __import__('time').sleep(60)"
+    )
     until = time.monotonic() + 100
-    while not all((tmp_path / f"{i}.pid").exists() and (tmp_path / f"{i}.pid").read_text() for i in range(2)):
+    while not all(
+        (tmp_path / f"{i}.pid").exists() and (tmp_path / f"{i}.pid").read_text() for i in range(2)
+    ):
         assert time.monotonic() < until and job.poll() is None
         time.sleep(0.1)
     job.send_signal(sent)
@@ -240,7 +367,10 @@ def test_processes_do_not_outlive_the_one_that_started_them(sent: signal.Signals
         assert err.strip().endswith("partita: told to end; the 2 processes were stopped.")
     for i in range(2):
         pid = int((tmp_path / f"{i}.pid").read_text())
-        while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+        while (
+            Path(f"/proc/{pid}/stat").exists()
+            and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+        ):
             assert time.monotonic() < until
             time.sleep(0.1)
 
@@ -265,11 +395,15 @@ UNWRITABLE = """
 """
 
 
-def test_a_save_that_one_process_cannot_write_fails_in_all_and_training_goes_on(tmp_path: Path) -> None:
+def test_a_save_that_one_process_cannot_write_fails_in_all_and_training_goes_on(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "train.py").write_text(textwrap.dedent(UNWRITABLE))
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "NPROC")}
     command = [sys.executable, "-m", "partita", "run", "--quiet", "--processes", "2", "train.py"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=100)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=100
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("said No such file or directory") == 2
     assert "trained on True ['model.keras', 'train.py']" in done.stdout
@@ -289,12 +423,18 @@ CHECKPOINTED = """
 """
 
 
-def checkpointed(folder: Path, epochs: int, *how: str, **more: str) -> subprocess.CompletedProcess[str]:
+def checkpointed(
+    folder: Path, epochs: int, *how: str, **more: str
+) -> subprocess.CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
     (folder / "train.py").write_text(textwrap.dedent(CHECKPOINTED))
-    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "NPROC")} | more
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "NPROC")
+    } | more
     command = [sys.executable, "-m", "partita", "run", *how, "train.py", str(epochs)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=200)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=200
+    )
 
 
 def test_a_checkpoint_resumes_under_another_plan_and_number_of_processes(tmp_path: Path) -> None:
@@ -307,11 +447,16 @@ def test_a_checkpoint_resumes_under_another_plan_and_number_of_processes(tmp_pat
     np.testing.assert_allclose(resumed, figures(straight.stdout, "losses"), rtol=1e-4)
     other = checkpointed(tmp_path / "resumed", 5, "--devices", "1", WIDTH="300")
     assert other.returncode == 2
-    assert "are of another model: '00000 sequential/dense/kernel' is float32[128, 512] there" in other.stderr
+    assert (
+        "are of another model: '00000 sequential/dense/kernel' is float32[128, 512] there"
+        in other.stderr
+    )
     assert "Traceback" not in other.stderr
 
 
-def test_a_checkpoint_that_cannot_be_written_is_said_and_the_weights_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_cannot_be_written_is_said_and_the_weights_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import keras
 
     import partita
@@ -323,11 +468,17 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_the_weights_stay(tmp_pa
     model.fit(x, x[:, :3], verbose=0, callbacks=[kept])
     full = OSError(28, "No space left on device")
     monkeypatch.setattr(kept._manager, "save", lambda *a, **k: (_ for _ in ()).throw(full))
-    with pytest.raises(PartitaError, match="epoch 2 cannot be written .*: No space left on device. The last whole one is that of epoch 1; the model"):
+    with pytest.raises(
+        PartitaError,
+        match="epoch 2 cannot be written .*: No space left on device. The last whole one is that of epoch 1; the model",
+    ):
         model.fit(x, x[:, :3], verbose=0, epochs=2, callbacks=[kept])
     assert all(np.isfinite(w).all() for w in model.get_weights())
     (tmp_path / "kept" / "0" / "model" / "metadata").write_text("{")
-    with pytest.raises(PartitaError, match="The checkpoint of epoch 1 in .* cannot be read: .* Delete the folder .*0' to go on from the one before"):
+    with pytest.raises(
+        PartitaError,
+        match="The checkpoint of epoch 1 in .* cannot be read: .* Delete the folder .*0' to go on from the one before",
+    ):
         model.fit(x, x[:, :3], verbose=0, callbacks=[partita.Checkpoint(tmp_path / "kept")])
     with pytest.raises(PartitaError, match="cannot be kept in"):
         (tmp_path / "file").write_text("")

@@ -19,11 +19,11 @@ sys.meta_path.insert(0, Refuse())
 """
 PLAN = """
 from partita.api import check_plan, found, predicted
-from partita.graph.graph import Graph, check
+from partita.graph.operator_graph import Graph, check
 from partita.machine import load
-from partita.plan.baselines import BASELINES
-from partita.plan.layout import layout
-from partita.plan.plan import Plan, diff
+from partita.plans.baselines import BASELINES
+from partita.plans.layout import layout
+from partita.plans.plan import Plan, diff
 from partita.search.find import mesh_of
 
 graph, machine = check(Graph.load(sys.argv[1])), load("dgx-h100")
@@ -41,7 +41,12 @@ assert abs(predicted(graph, machine, again).seconds - plan.predicted["seconds"])
 
 
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", REFUSE + program, *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", REFUSE + program, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "transformer"])
@@ -51,12 +56,15 @@ def test_a_saved_graph_is_planned(name: str, tmp_path: Path) -> None:
     assert done.stdout.startswith(f"plan 'found' for {name} on dgx-h100")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["machine", "show", "h100:8"], ["explain", "PLAN"], ["diff", "PLAN", "PLAN"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["machine", "show", "h100:8"], ["explain", "PLAN"], ["diff", "PLAN", "PLAN"]],
+)
 def test_plans_and_machines_are_shown(arguments: list[str], tmp_path: Path) -> None:
     path = str(tmp_path / "plan.json")
     assert run(PLAN, str(DATA / "mlp.graph.json"), path).returncode == 0
     arguments = [path if a == "PLAN" else a for a in arguments]
-    done = run("from partita.cli import main\nsys.argv[0] = 'partita'\nmain()", *arguments)
+    done = run("from partita.cli.main import main\nsys.argv[0] = 'partita'\nmain()", *arguments)
     assert done.returncode == 0 and done.stdout, done.stderr
 
 

@@ -48,4 +48,6 @@ def test_a_program_computes_the_same_on_three_devices(name: str) -> None:
 def test_the_programs_are_all_in_the_documentation() -> None:
     page = (Path(__file__).parents[1] / "docs" / "programs.md").read_text()
     for program in PROGRAMS.values():
-        assert f"| `{program.name}` | {program.shows} |" in page, "python benchmarks/zoo.py --list prints the table"
+        assert f"| `{program.name}` | {program.shows} |" in page, (
+            "python benchmarks/zoo.py --list prints the table"
+        )

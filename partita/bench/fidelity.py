@@ -24,9 +24,9 @@ from keras import layers
 from partita.api import capture, predicted, timed_search
 from partita.cost.terms import terms
 from partita.errors import PartitaError
-from partita.graph.graph import Graph
+from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, fitted_times
-from partita.plan.plan import Mesh, Plan, check
+from partita.plans.plan import Mesh, Plan, check
 from partita.search.candidates import candidates, names_of
 from partita.search.find import find, mesh_of
 
@@ -81,9 +81,13 @@ def summary(steps: Sequence[Step], way: str) -> Summary | None:
         cells.setdefault((s.place, s.model), []).append((value, s.seconds))
     within = sorted(t for cell in cells.values() if (t := tau(cell)) is not None)
     return Summary(
-        len(pairs), statistics.median(errors), percentile(errors, 0.95), errors[-1], tau([(value, s.seconds) for s, value in pairs]),
+        len(pairs),
+        statistics.median(errors),
+        percentile(errors, 0.95),
+        errors[-1],
+        tau([(value, s.seconds) for s, value in pairs]),
         (statistics.median(within), within[0]) if within else None,
-    )  # fmt: skip
+    )
 
 
 def percentile(values: Sequence[float], part: float) -> float:
@@ -105,7 +109,9 @@ def tau(pairs: Sequence[tuple[float, float]]) -> float | None:
 
     if len(pairs) < 2:
         return None
-    result: Any = kendalltau([predicted for predicted, _ in pairs], [seconds for _, seconds in pairs])
+    result: Any = kendalltau(
+        [predicted for predicted, _ in pairs], [seconds for _, seconds in pairs]
+    )
     return None if math.isnan(result[0]) else float(result[0])
 
 
@@ -132,8 +138,20 @@ def summaries(steps: Sequence[Step]) -> list[dict[str, Any]]:
             found = summary(here, way)
             if found is not None:
                 chosen = (statistics.median(over), over[-1]) if over and way == "measured" else None
-                said = [s.fit_error for s in here if s.fit_error is not None] if way == "fitted" else []
-                rows.append({"place": place, "way": way, **vars(found), "chosen_over_best": chosen, "fit_error": statistics.median(said) if said else None})
+                said = (
+                    [s.fit_error for s in here if s.fit_error is not None]
+                    if way == "fitted"
+                    else []
+                )
+                rows.append(
+                    {
+                        "place": place,
+                        "way": way,
+                        **vars(found),
+                        "chosen_over_best": chosen,
+                        "fit_error": statistics.median(said) if said else None,
+                    }
+                )
     return rows
 
 
@@ -142,7 +160,9 @@ def chosen_models(text: str) -> list[str]:
     names = [n for n in (part.strip() for part in text.split(",")) if n] or list(MODELS)
     unknown = [n for n in names if n not in MODELS]
     if unknown:
-        raise PartitaError(f"There is no model {unknown[0]!r} to bench. There are {', '.join(MODELS)}.")
+        raise PartitaError(
+            f"There is no model {unknown[0]!r} to bench. There are {', '.join(MODELS)}."
+        )
     return names
 
 
@@ -157,18 +177,24 @@ def settings(devices: str, processes: str) -> list[tuple[int, int]]:
         parts = [p for p in (part.strip() for part in text.split(",")) if p]
         wrong = [p for p in parts if not p.isdigit() or int(p) < least]
         if wrong:
-            raise PartitaError(f"{what} has {wrong[0]!r}: write whole numbers of at least {least}, separated by commas, as in {what} 2,4.")
+            raise PartitaError(
+                f"{what} has {wrong[0]!r}: write whole numbers of at least {least}, separated by commas, as in {what} 2,4."
+            )
         counts.append([int(p) for p in parts])
     found = [(1, n) for n in counts[0]] + [(n, n) for n in counts[1]]
     if not found:
-        raise PartitaError("There is nothing to measure on: give --devices, --processes, or both, as in --devices 1,2.")
+        raise PartitaError(
+            "There is nothing to measure on: give --devices, --processes, or both, as in --devices 1,2."
+        )
     return found
 
 
 # --------------------------------------------------------------------------------------------------------------- plans
 
 
-def plans_of(graph: Graph, machine: Machine, known: Mapping[str, Plan], chosen: Plan, by_rates: Plan) -> tuple[dict[str, Plan], str]:
+def plans_of(
+    graph: OperatorGraph, machine: Machine, known: Mapping[str, Plan], chosen: Plan, by_rates: Plan
+) -> tuple[dict[str, Plan], str]:
     """The plans to measure, each a program of its own, and the name of the one that is `chosen`.
 
     They are the `known` ones, what is found with and without timing operators, and plans at random, one or as many as LEAST asks for. On one device there is
@@ -194,15 +220,21 @@ def program(plan: Plan) -> str:
     return repr((plan.devices, plan.to_json()["operators"], stored))
 
 
-def random_plan(graph: Graph, machine: Machine, mesh: Mesh, seed: int) -> Plan:
+def random_plan(graph: OperatorGraph, machine: Machine, mesh: Mesh, seed: int) -> Plan:
     """A legal plan that gives every operator any of its choices; equal operators the same one, as in plans that people write."""
     dice, alike, choices = random.Random(seed), {}, {}
     for number, operator in enumerate(graph.operators):
         options = candidates(graph, number, mesh)
-        kind = (operator.kind, tuple((graph.factors[f].name, graph.factors[f].size) for f in operator.factors))
+        kind = (
+            operator.kind,
+            tuple((graph.factors[f].name, graph.factors[f].size) for f in operator.factors),
+        )
         wanted = alike.setdefault(kind, dice.random())
         choices[operator.name] = names_of(graph, mesh, options[int(wanted * len(options))])
-    return check(Plan(graph.name, machine.name, mesh, choices, name="random", batch_size=graph.batch_size), graph)
+    return check(
+        Plan(graph.name, machine.name, mesh, choices, name="random", batch_size=graph.batch_size),
+        graph,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -213,14 +245,16 @@ class _Done:
     """One model, measured."""
 
     model: str
-    graph: Graph
+    graph: OperatorGraph
     plans: dict[str, Plan]
     chosen: str
     machine: Machine
     seconds: dict[str, float]
 
 
-def run(models: Sequence[str], rounds: int = ROUNDS, say: Callable[[str], None] = lambda text: None) -> list[Step]:
+def run(
+    models: Sequence[str], rounds: int = ROUNDS, say: Callable[[str], None] = lambda text: None
+) -> list[Step]:
     """The steps of these models on the devices at hand; of several processes, which call this together, process 0 has them.
 
     Takes a minute for rates and links, and about one for each model.
@@ -230,11 +264,18 @@ def run(models: Sequence[str], rounds: int = ROUNDS, say: Callable[[str], None] 
     from partita.execute.processes import from_first
 
     found = calibrate(at_hand(), lambda what: say(f"measuring {what}"))
-    machine = at_hand().revised(json.loads(from_first("rates", lambda: json.dumps(found.values))), "measured for this run")
+    machine = at_hand().revised(
+        json.loads(from_first("rates", lambda: json.dumps(found.values))), "measured for this run"
+    )
     return measured(models, machine, rounds, say)
 
 
-def measured(models: Sequence[str], machine: Machine, rounds: int = ROUNDS, say: Callable[[str], None] = lambda text: None) -> list[Step]:
+def measured(
+    models: Sequence[str],
+    machine: Machine,
+    rounds: int = ROUNDS,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Step]:
     """`run` where the rates and links of the machine are known."""
     from partita.execute.measure import step_seconds
     from partita.execute.operators import measured_operators
@@ -249,15 +290,22 @@ def measured(models: Sequence[str], machine: Machine, rounds: int = ROUNDS, say:
 
         def wanted(captured: Any = captured, result: Any = result) -> str:
             known = {n: plan for n, (plan, _) in result.baselines.items()}
-            best, by_rates = (p if p.devices > 1 or alone() else known["one device"] for p in (result.plan, find(captured.graph, machine).plan))
+            best, by_rates = (
+                p if p.devices > 1 or alone() else known["one device"]
+                for p in (result.plan, find(captured.graph, machine).plan)
+            )
             plans, chosen = plans_of(captured.graph, machine, known, best, by_rates)
             return json.dumps([chosen, {n: plan.to_json() for n, plan in plans.items()}])
 
         chosen, texts = json.loads(from_first("plans to measure", wanted))
         plans = {n: Plan.from_json(text) for n, text in texts.items()}
         timed = measured_operators(captured, machine, list(plans.values()))
-        say(f"model {number} of {len(models)}, {name}: compiling and timing {len(plans)} plan{'s' if len(plans) > 1 else ''}")
-        done.append(_Done(name, captured.graph, plans, chosen, timed, step_seconds(captured, plans, rounds)))
+        say(
+            f"model {number} of {len(models)}, {name}: compiling and timing {len(plans)} plan{'s' if len(plans) > 1 else ''}"
+        )
+        done.append(
+            _Done(name, captured.graph, plans, chosen, timed, step_seconds(captured, plans, rounds))
+        )
     return predictions(done, machine) if is_first() else []
 
 
@@ -268,7 +316,9 @@ def predictions(done: Sequence[_Done], machine: Machine) -> list[Step]:
     from partita.execute.calibrate import key_of
     from partita.execute.operators import file_of_operators, load
 
-    count, what = (jax.process_count(), "process") if jax.process_count() > 1 else (machine.devices, "device")
+    count, what = (
+        (jax.process_count(), "process") if jax.process_count() > 1 else (machine.devices, "device")
+    )
     place = f"{count} {what}{'' if count == 1 else 'es' if what == 'process' else 's'}"
     records = load(file_of_operators(machine), key_of(machine.devices)).values()
     found = []
@@ -281,11 +331,21 @@ def predictions(done: Sequence[_Done], machine: Machine) -> list[Step]:
             whole = sum(o.compute for o in by_operators.operators) or 1.0
             found.append(
                 Step(
-                    place, d.model, name, name == d.chosen, d.seconds[name], predicted(d.graph, machine, plan).seconds,
-                    predicted(d.graph, fit, plan).seconds if fit is not None else None, by_operators.seconds, fit.times.error if fit is not None and fit.times else None,
-                    {s: sum(o.compute for o in by_operators.operators if o.source == s) / whole for s in ("measured", "fitted")},
+                    place,
+                    d.model,
+                    name,
+                    name == d.chosen,
+                    d.seconds[name],
+                    predicted(d.graph, machine, plan).seconds,
+                    predicted(d.graph, fit, plan).seconds if fit is not None else None,
+                    by_operators.seconds,
+                    fit.times.error if fit is not None and fit.times else None,
+                    {
+                        s: sum(o.compute for o in by_operators.operators if o.source == s) / whole
+                        for s in ("measured", "fitted")
+                    },
                 )
-            )  # fmt: skip
+            )
     return found
 
 
@@ -293,7 +353,13 @@ def predictions(done: Sequence[_Done], machine: Machine) -> list[Step]:
 
 
 def mlp() -> Any:
-    model = keras.Sequential([keras.Input((512,)), *(layers.Dense(1024, activation="relu") for _ in range(4)), layers.Dense(16)])
+    model = keras.Sequential(
+        [
+            keras.Input((512,)),
+            *(layers.Dense(1024, activation="relu") for _ in range(4)),
+            layers.Dense(16),
+        ]
+    )
     model.compile("adam", "mse")
     return model, 256
 
@@ -301,19 +367,38 @@ def mlp() -> Any:
 def cnn() -> Any:
     blocks: list[Any] = [keras.Input((32, 32, 3))]
     for width in (32, 64, 128):
-        blocks += [layers.Conv2D(width, 3, padding="same"), layers.BatchNormalization(), layers.ReLU(), layers.MaxPooling2D()]
-    return classifier(keras.Sequential([*blocks, layers.Flatten(), layers.Dense(256, activation="relu"), layers.Dense(16)]), "adam"), 64
+        blocks += [
+            layers.Conv2D(width, 3, padding="same"),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.MaxPooling2D(),
+        ]
+    return classifier(
+        keras.Sequential(
+            [*blocks, layers.Flatten(), layers.Dense(256, activation="relu"), layers.Dense(16)]
+        ),
+        "adam",
+    ), 64
 
 
 def alexnet() -> Any:
     """As in Krizhevsky 2014, 61 million parameters."""
     convolutions = [
-        layers.Conv2D(64, 11, 4, padding="same", activation="relu"), layers.MaxPooling2D(3, 2),
-        layers.Conv2D(192, 5, padding="same", activation="relu"), layers.MaxPooling2D(3, 2),
-        layers.Conv2D(384, 3, padding="same", activation="relu"), layers.Conv2D(256, 3, padding="same", activation="relu"),
-        layers.Conv2D(256, 3, padding="same", activation="relu"), layers.MaxPooling2D(3, 2),
-    ]  # fmt: skip
-    dense = [layers.Flatten(), layers.Dense(4096, activation="relu"), layers.Dense(4096, activation="relu"), layers.Dense(1000)]
+        layers.Conv2D(64, 11, 4, padding="same", activation="relu"),
+        layers.MaxPooling2D(3, 2),
+        layers.Conv2D(192, 5, padding="same", activation="relu"),
+        layers.MaxPooling2D(3, 2),
+        layers.Conv2D(384, 3, padding="same", activation="relu"),
+        layers.Conv2D(256, 3, padding="same", activation="relu"),
+        layers.Conv2D(256, 3, padding="same", activation="relu"),
+        layers.MaxPooling2D(3, 2),
+    ]
+    dense = [
+        layers.Flatten(),
+        layers.Dense(4096, activation="relu"),
+        layers.Dense(4096, activation="relu"),
+        layers.Dense(1000),
+    ]
     return classifier(keras.Sequential([keras.Input((224, 224, 3)), *convolutions, *dense])), 32
 
 
@@ -331,11 +416,19 @@ def transformer() -> Any:
 def resnet() -> Any:
     """ResNet-18 for images of 32 x 32 pixels."""
     image = keras.Input((32, 32, 3))
-    x = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(64, 3, padding="same", use_bias=False)(image)))
+    x = layers.ReLU()(
+        layers.BatchNormalization()(layers.Conv2D(64, 3, padding="same", use_bias=False)(image))
+    )
     for stage, width in enumerate((64, 128, 256, 512)):
         for stride in (1 + (stage > 0), 1):
-            y = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(width, 3, stride, padding="same", use_bias=False)(x)))
-            y = layers.BatchNormalization()(layers.Conv2D(width, 3, padding="same", use_bias=False)(y))
+            y = layers.ReLU()(
+                layers.BatchNormalization()(
+                    layers.Conv2D(width, 3, stride, padding="same", use_bias=False)(x)
+                )
+            )
+            y = layers.BatchNormalization()(
+                layers.Conv2D(width, 3, padding="same", use_bias=False)(y)
+            )
             if x.shape != y.shape:
                 x = layers.BatchNormalization()(layers.Conv2D(width, 1, stride, use_bias=False)(x))
             x = layers.ReLU()(x + y)
@@ -360,7 +453,9 @@ def lstm() -> Any:
 def unet() -> Any:
     def block(x: Any, width: int) -> Any:
         for _ in range(2):
-            x = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(width, 3, padding="same")(x)))
+            x = layers.ReLU()(
+                layers.BatchNormalization()(layers.Conv2D(width, 3, padding="same")(x))
+            )
         return x
 
     image = keras.Input((64, 64, 3))
@@ -376,9 +471,14 @@ def unet() -> Any:
 
 def classifier(model: Any, optimizer: str = "") -> Any:
     """The model, compiled to learn classes; by momentum unless another optimizer is named."""
-    model.compile(optimizer or keras.optimizers.SGD(0.01, momentum=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.compile(
+        optimizer or keras.optimizers.SGD(0.01, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
     return model
 
 
-MODELS: Mapping[str, Callable[[], Any]] = {f.__name__: f for f in (mlp, cnn, alexnet, transformer, resnet, recommender, lstm, unet)}
+MODELS: Mapping[str, Callable[[], Any]] = {
+    f.__name__: f for f in (mlp, cnn, alexnet, transformer, resnet, recommender, lstm, unet)
+}
 """By name, what makes a compiled Keras model and the batch that it is trained with."""

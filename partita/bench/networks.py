@@ -1,6 +1,6 @@
 """The networks of the papers that Partita is held against, with the papers' sizes, and two large transformers: shapes without values.
 
-A name -> Network table; `model(name)` is a compiled Keras model of which no parameter is allocated. FlexFlow's six (arXiv 1807.05358,
+A name -> PaperNetwork table; `model(name)` is a compiled Keras model of which no parameter is allocated. FlexFlow's six (arXiv 1807.05358,
 section 8.1), OptCNN's (arXiv 1802.04924, section 6), a GPT-3 (arXiv 2005.14165, table 2.1) and a Llama 3 8B (arXiv 2407.21783, table 3).
 
 What the papers leave open is chosen once, here: AlexNet is the one-tower variant (arXiv 1404.5997), a vocabulary has 32,000 words, NMT's
@@ -22,11 +22,13 @@ from partita.capture.keras_models import abstract
 
 Family = Literal["convolutional", "recurrent", "transformer"]
 VOCABULARY, STEPS = 32_000, 40
-applications: Any = keras.applications  # their annotations forbid the None that their documentation asks for
+applications: Any = (
+    keras.applications
+)  # their annotations forbid the None that their documentation asks for
 
 
 @dataclass(frozen=True)
-class Network:
+class PaperNetwork:
     """How to build a network's layers, how it is trained (batch of one device, optimizer, dtype policy), and what experts take it for."""
 
     build: Callable[[], keras.Model]
@@ -65,23 +67,39 @@ def _policy(dtype: str) -> Iterator[None]:
 def lenet() -> keras.Model:
     """LeNet-5: two convolutions, three dense layers, on 32 x 32 images."""
     stack = [
-        layers.Conv2D(6, 5, activation="tanh", name="conv1"), layers.AveragePooling2D(2, name="pool1"),
-        layers.Conv2D(16, 5, activation="tanh", name="conv2"), layers.AveragePooling2D(2, name="pool2"), layers.Flatten(),
-        layers.Dense(120, activation="tanh", name="fc1"), layers.Dense(84, activation="tanh", name="fc2"), layers.Dense(10, name="fc3"),
-    ]  # fmt: skip
+        layers.Conv2D(6, 5, activation="tanh", name="conv1"),
+        layers.AveragePooling2D(2, name="pool1"),
+        layers.Conv2D(16, 5, activation="tanh", name="conv2"),
+        layers.AveragePooling2D(2, name="pool2"),
+        layers.Flatten(),
+        layers.Dense(120, activation="tanh", name="fc1"),
+        layers.Dense(84, activation="tanh", name="fc2"),
+        layers.Dense(10, name="fc3"),
+    ]
     return keras.Sequential([keras.Input((32, 32, 1)), *stack], name="lenet")
 
 
 def alexnet() -> keras.Model:
     """AlexNet in one tower: five convolutions, three poolings, three dense layers and a softmax are twelve layers."""
-    conv = lambda name, filters, size: layers.Conv2D(filters, size, padding="same", activation="relu", name=name)  # noqa: E731
+    conv = lambda name, filters, size: layers.Conv2D(
+        filters, size, padding="same", activation="relu", name=name
+    )  # noqa: E731
     pool = lambda name: layers.MaxPooling2D(3, 2, name=name)  # noqa: E731
     stack = [
-        layers.ZeroPadding2D(2), layers.Conv2D(64, 11, 4, activation="relu", name="conv1"), pool("pool1"),
-        conv("conv2", 192, 5), pool("pool2"), conv("conv3", 384, 3), conv("conv4", 256, 3), conv("conv5", 256, 3), pool("pool3"),
-        layers.Flatten(), layers.Dense(4096, activation="relu", name="fc1"), layers.Dense(4096, activation="relu", name="fc2"),
+        layers.ZeroPadding2D(2),
+        layers.Conv2D(64, 11, 4, activation="relu", name="conv1"),
+        pool("pool1"),
+        conv("conv2", 192, 5),
+        pool("pool2"),
+        conv("conv3", 384, 3),
+        conv("conv4", 256, 3),
+        conv("conv5", 256, 3),
+        pool("pool3"),
+        layers.Flatten(),
+        layers.Dense(4096, activation="relu", name="fc1"),
+        layers.Dense(4096, activation="relu", name="fc2"),
         layers.Dense(1000, name="fc3"),
-    ]  # fmt: skip
+    ]
     return keras.Sequential([keras.Input((224, 224, 3)), *stack], name="alexnet")
 
 
@@ -90,7 +108,9 @@ def vgg16() -> keras.Model:
 
 
 def inception_v3() -> keras.Model:
-    return applications.InceptionV3(weights=None, classifier_activation=None, input_shape=(299, 299, 3), name="inception-v3")
+    return applications.InceptionV3(
+        weights=None, classifier_activation=None, input_shape=(299, 299, 3), name="inception-v3"
+    )
 
 
 def resnet101() -> keras.Model:
@@ -125,13 +145,19 @@ def nmt(width: int = 1024, depth: int = 2) -> keras.Model:
     states = []
     h = layers.Embedding(VOCABULARY, width, name="source_embedding")(source)
     for i in range(depth):
-        h, *state = layers.LSTM(width, return_sequences=True, return_state=True, unroll=True, name=f"encoder{i}")(h)
+        h, *state = layers.LSTM(
+            width, return_sequences=True, return_state=True, unroll=True, name=f"encoder{i}"
+        )(h)
         states.append(state)
     d = layers.Embedding(VOCABULARY, width, name="target_embedding")(target)
     for i in range(depth):
-        d = layers.LSTM(width, return_sequences=True, unroll=True, name=f"decoder{i}")(d, initial_state=states[i])
+        d = layers.LSTM(width, return_sequences=True, unroll=True, name=f"decoder{i}")(
+            d, initial_state=states[i]
+        )
     context = layers.Attention(name="attention")([d, h])
-    d = layers.Dense(width, "tanh", use_bias=False, name="combine")(layers.Concatenate()([context, d]))
+    d = layers.Dense(width, "tanh", use_bias=False, name="combine")(
+        layers.Concatenate()([context, d])
+    )
     return keras.Model([source, target], layers.Dense(VOCABULARY, name="logits")(d), name="nmt")
 
 
@@ -148,48 +174,69 @@ class Positions(layers.Layer):
         return x + self.table
 
 
-def gpt3(width: int = 12288, blocks: int = 96, heads: int = 96, length: int = 2048, vocabulary: int = 51_200) -> keras.Model:
+def gpt3(
+    width: int = 12288,
+    blocks: int = 96,
+    heads: int = 96,
+    length: int = 2048,
+    vocabulary: int = 51_200,
+) -> keras.Model:
     """A transformer of the GPT-3 175B shape, its vocabulary padded to a multiple of 1024."""
     words = keras.Input((length,), dtype="int32", name="words")
     h = Positions(name="positions")(layers.Embedding(vocabulary, width, name="embedding")(words))
     for i in range(blocks):
         a = layers.LayerNormalization(name=f"norm_a{i}")(h)
-        h = h + layers.MultiHeadAttention(heads, width // heads, name=f"attention{i}")(a, a, use_causal_mask=True)
+        h = h + layers.MultiHeadAttention(heads, width // heads, name=f"attention{i}")(
+            a, a, use_causal_mask=True
+        )
         b = layers.LayerNormalization(name=f"norm_b{i}")(h)
-        h = h + layers.Dense(width, name=f"down{i}")(layers.Dense(4 * width, "gelu", name=f"up{i}")(b))
+        h = h + layers.Dense(width, name=f"down{i}")(
+            layers.Dense(4 * width, "gelu", name=f"up{i}")(b)
+        )
     h = layers.LayerNormalization(name="norm")(h)
-    return keras.Model(words, layers.Dense(vocabulary, use_bias=False, name="logits")(h), name="gpt3")
+    return keras.Model(
+        words, layers.Dense(vocabulary, use_bias=False, name="logits")(h), name="gpt3"
+    )
 
 
 def llama(
-    width: int = 4096, blocks: int = 32, heads: int = 32, groups: int = 8, hidden: int = 14_336, length: int = 2048,
+    width: int = 4096,
+    blocks: int = 32,
+    heads: int = 32,
+    groups: int = 8,
+    hidden: int = 14_336,
+    length: int = 2048,
     vocabulary: int = 128_256,
-) -> keras.Model:  # fmt: skip
+) -> keras.Model:
     """A transformer of the Llama 3 8B shape: grouped queries, gated dense layers, no rotary positions."""
     words = keras.Input((length,), dtype="int32", name="words")
     h = layers.Embedding(vocabulary, width, name="embedding")(words)
     for i in range(blocks):
         a = layers.RMSNormalization(name=f"norm_a{i}")(h)
-        attention = layers.GroupQueryAttention(width // heads, heads, groups, use_bias=False, name=f"attention{i}")
+        attention = layers.GroupQueryAttention(
+            width // heads, heads, groups, use_bias=False, name=f"attention{i}"
+        )
         h = h + attention(a, a, use_causal_mask=True)
         b = layers.RMSNormalization(name=f"norm_b{i}")(h)
         gate = layers.Dense(hidden, "silu", use_bias=False, name=f"gate{i}")(b)
         up = layers.Dense(hidden, use_bias=False, name=f"up{i}")(b)
         h = h + layers.Dense(width, use_bias=False, name=f"down{i}")(gate * up)
     h = layers.RMSNormalization(name="norm")(h)
-    return keras.Model(words, layers.Dense(vocabulary, use_bias=False, name="logits")(h), name="llama")
+    return keras.Model(
+        words, layers.Dense(vocabulary, use_bias=False, name="logits")(h), name="llama"
+    )
 
 
 NETWORKS = {
-    "lenet": Network(lenet, 32),
-    "alexnet": Network(alexnet, 256),
-    "vgg16": Network(vgg16, 32),
-    "inception-v3": Network(inception_v3, 64),
-    "resnet-101": Network(resnet101, 64),
-    "rnntc": Network(rnntc, 64, "recurrent"),
-    "rnnlm": Network(rnnlm, 64, "recurrent"),
-    "rnnlm-2": Network(lambda: rnnlm(2), 64, "recurrent"),
-    "nmt": Network(nmt, 64, "recurrent"),
-    "llama": Network(llama, 1, "transformer", "adam", "mixed_bfloat16"),
-    "gpt3": Network(gpt3, 1, "transformer", "adam", "mixed_bfloat16"),
+    "lenet": PaperNetwork(lenet, 32),
+    "alexnet": PaperNetwork(alexnet, 256),
+    "vgg16": PaperNetwork(vgg16, 32),
+    "inception-v3": PaperNetwork(inception_v3, 64),
+    "resnet-101": PaperNetwork(resnet101, 64),
+    "rnntc": PaperNetwork(rnntc, 64, "recurrent"),
+    "rnnlm": PaperNetwork(rnnlm, 64, "recurrent"),
+    "rnnlm-2": PaperNetwork(lambda: rnnlm(2), 64, "recurrent"),
+    "nmt": PaperNetwork(nmt, 64, "recurrent"),
+    "llama": PaperNetwork(llama, 1, "transformer", "adam", "mixed_bfloat16"),
+    "gpt3": PaperNetwork(gpt3, 1, "transformer", "adam", "mixed_bfloat16"),
 }

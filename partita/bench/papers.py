@@ -22,13 +22,13 @@ from partita.bench.published import expert, one_weird_trick, optcnn_vgg16
 from partita.cost.collectives import collectives
 from partita.cost.predict import predict
 from partita.errors import MemoryBudgetError, PartitaError
-from partita.graph.graph import Graph
+from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
-from partita.plan.layout import layout
-from partita.plan.plan import Plan
-from partita.plan.stages import is_staged
+from partita.plans.layout import layout
+from partita.plans.pipeline import is_staged
+from partita.plans.plan import Plan
 from partita.search.find import capacity, find, mesh_of
-from partita.simulate.simulate import simulate
+from partita.simulation.simulate import simulate
 
 FLEXFLOW = ("alexnet", "inception-v3", "resnet-101", "rnntc", "rnnlm", "nmt")
 OPTCNN = ("lenet", "alexnet", "vgg16", "inception-v3")
@@ -79,7 +79,13 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         plans = {name: vars(f) for name, f in self.plans.items()}
-        return {**vars(self), "case": vars(self.case), "plans": plans, "paper": dict(self.paper), "layers": dict(self.layers)}
+        return {
+            **vars(self),
+            "case": vars(self.case),
+            "plans": plans,
+            "paper": dict(self.paper),
+            "layers": dict(self.layers),
+        }
 
 
 PAPER: Mapping[tuple[str, str, int], Mapping[str, Any]] = {
@@ -98,15 +104,23 @@ PAPER: Mapping[tuple[str, str, int], Mapping[str, Any]] = {
 """(network, machine, devices) -> what FlexFlow (arXiv 1807.05358, section 8) or OptCNN (arXiv 1802.04924, section 6) reports."""
 
 
-def cases(only: str | None = None, machine: str | None = None, devices: int | None = None) -> list[Case]:
+def cases(
+    only: str | None = None, machine: str | None = None, devices: int | None = None
+) -> list[Case]:
     """The papers' cells, then the two large transformers; only those of a network, a machine (any that `load` knows) or a device count."""
     if only is not None and only not in NETWORKS:
-        raise PartitaError(f"There is no network {only!r} to bench. There are {', '.join(NETWORKS)}.")
+        raise PartitaError(
+            f"There is no network {only!r} to bench. There are {', '.join(NETWORKS)}."
+        )
     found = []
     for cluster in [machine] if machine else ["k80-cluster", "p100-cluster"]:
         most = load(cluster).devices
         for network in FLEXFLOW:
-            found += [Case("FlexFlow", network, cluster, n, NETWORKS[network].batch) for n in COUNTS if n <= most]
+            found += [
+                Case("FlexFlow", network, cluster, n, NETWORKS[network].batch)
+                for n in COUNTS
+                if n <= most
+            ]
         if only == "rnnlm-2":
             found.append(Case("FlexFlow", only, cluster, 4, NETWORKS[only].batch))
     cluster = machine or "p100-cluster"
@@ -114,17 +128,25 @@ def cases(only: str | None = None, machine: str | None = None, devices: int | No
     found.append(Case("OptCNN", "vgg16", cluster, 2, OPTCNN_BATCH))
     for network, cluster, count in (("llama", "dgx-h100:8", 64), ("gpt3", "dgx-a100:128", 1024)):
         found.append(Case("", network, machine or cluster, count, NETWORKS[network].batch))
-    kept = [c for c in found if (not only or c.network == only) and (not devices or c.devices == devices) and c.devices <= load(c.machine).devices]
+    kept = [
+        c
+        for c in found
+        if (not only or c.network == only)
+        and (not devices or c.devices == devices)
+        and c.devices <= load(c.machine).devices
+    ]
     if not kept:
         raise PartitaError(
             f"The papers' tables have no such cell: {only or 'any network'} on {devices or 'any number of'} devices of {machine or 'the clusters'}. "
             f"Counts are {', '.join(map(str, COUNTS))}, as far as the machine has devices."
         )
-    return sorted(kept, key=lambda c: (c.paper, c.network, c.batch * c.devices))  # cells of one capture follow each other
+    return sorted(
+        kept, key=lambda c: (c.paper, c.network, c.batch * c.devices)
+    )  # cells of one capture follow each other
 
 
 @lru_cache(maxsize=1)
-def _captured(network: str, batch: int) -> tuple[Graph, float]:
+def _captured(network: str, batch: int) -> tuple[OperatorGraph, float]:
     start = time.perf_counter()
     graph = capture(model(network), batch).graph
     return graph, time.perf_counter() - start
@@ -135,36 +157,74 @@ def run(case: Case) -> Row:
     graph, seconds = _captured(case.network, case.batch * case.devices)
     machine = load(case.machine).with_devices(case.devices)
     mesh = mesh_of(machine)
-    row = Row(case, graph.parameter_count, len(graph.operators), seconds, paper=PAPER.get((case.network, case.machine, case.devices), {}))
+    row = Row(
+        case,
+        graph.parameter_count,
+        len(graph.operators),
+        seconds,
+        paper=PAPER.get((case.network, case.machine, case.devices), {}),
+    )
     start = time.perf_counter()
     try:
         result = find(graph, machine, stages=not case.paper)
     except MemoryBudgetError as error:
-        return Row(**{**vars(row), "search_seconds": time.perf_counter() - start, "note": str(error)})
+        return Row(
+            **{**vars(row), "search_seconds": time.perf_counter() - start, "note": str(error)}
+        )
     searched = time.perf_counter() - start
-    plans = {DATA_PARALLEL: result.baselines[DATA_PARALLEL][0], EXPERT: expert(graph, machine.name, mesh, NETWORKS[case.network].family)}
+    plans = {
+        DATA_PARALLEL: result.baselines[DATA_PARALLEL][0],
+        EXPERT: expert(graph, machine.name, mesh, NETWORKS[case.network].family),
+    }
     if case.network == "vgg16" and case.devices == 4:
         plans[OPTCNN_PLAN] = optcnn_vgg16(graph, machine.name, mesh)
     plans[FOUND] = result.plan
     layers = {}
     if case.network == "vgg16" and case.devices == 2:
         by_sample, by_parameter = plans[DATA_PARALLEL], one_weird_trick(graph, machine.name, mesh)
-        layers = {"by sample": sent_bytes(graph, machine, by_sample, "fc1"), "by parameter": sent_bytes(graph, machine, by_parameter, "fc1")}
+        layers = {
+            "by sample": sent_bytes(graph, machine, by_sample, "fc1"),
+            "by parameter": sent_bytes(graph, machine, by_parameter, "fc1"),
+        }
     figures = {name: figures_of(graph, machine, plan) for name, plan in plans.items()}
-    return Row(**{**vars(row), "search_seconds": searched, "gap": result.result.gap, "plans": figures, "layers": layers})
+    return Row(
+        **{
+            **vars(row),
+            "search_seconds": searched,
+            "gap": result.result.gap,
+            "plans": figures,
+            "layers": layers,
+        }
+    )
 
 
-def figures_of(graph: Graph, machine: Machine, plan: Plan) -> Figures:
+def figures_of(graph: OperatorGraph, machine: Machine, plan: Plan) -> Figures:
     """What one plan is predicted to take and send."""
     timeline = simulate(graph, machine, plan)
     kernels = plan.devices * timeline.by_kind().get("compute", 0.0)
     fits = timeline.peak_bytes <= capacity(machine)
     if is_staged(plan):  # what stages send is known by stage: operands, as in the table of plans
-        return Figures(timeline.seconds, timeline.seconds, float(timeline.total_traffic), kernels / timeline.groups, timeline.peak_bytes, fits)
-    return Figures(timeline.seconds, predict(graph, machine, plan).seconds, sent_bytes(graph, machine, plan), kernels, timeline.peak_bytes, fits)
+        return Figures(
+            timeline.seconds,
+            timeline.seconds,
+            float(timeline.total_traffic),
+            kernels / timeline.groups,
+            timeline.peak_bytes,
+            fits,
+        )
+    return Figures(
+        timeline.seconds,
+        predict(graph, machine, plan).seconds,
+        sent_bytes(graph, machine, plan),
+        kernels,
+        timeline.peak_bytes,
+        fits,
+    )
 
 
-def sent_bytes(graph: Graph, machine: Machine, plan: Plan, layer: str | None = None) -> float:
+def sent_bytes(
+    graph: OperatorGraph, machine: Machine, plan: Plan, layer: str | None = None
+) -> float:
     """Bytes that all devices together put on links in a step, or those of one layer's collectives."""
     sizes = plan.mesh.sizes
     total = 0.0

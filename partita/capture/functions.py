@@ -56,7 +56,11 @@ class Call:
 
 
 def call_of(
-    function: Any, args: Sequence[Any], kwargs: dict[str, Any], static: Sequence[int] = (), scalars: bool = False
+    function: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    static: Sequence[int] = (),
+    scalars: bool = False,
 ) -> Call:
     """A call taken apart. `static` are positions of arguments that are static; `scalars`: so are Python numbers."""
     named = _names(function, len(args))
@@ -67,7 +71,9 @@ def call_of(
         place = path[1].idx if path[0].idx == 0 else path[1].key
         name = named[place] if isinstance(place, int) else place
         paths.append(f"{name}/{inner.removesuffix('/value')}" if inner else str(name))
-        argument.append(place if isinstance(place, int) else len(args) + sorted(kwargs).index(place))
+        argument.append(
+            place if isinstance(place, int) else len(args) + sorted(kwargs).index(place)
+        )
         if _is_array(leaf) or isinstance(leaf, SCALARS) and not scalars and place not in static:
             if place in static:
                 continue
@@ -117,7 +123,9 @@ def raw(leaf: Any) -> Any:
     """An array as the captured step takes it: of a typed random key, its data."""
     if jnp.issubdtype(_dtype(leaf), jax.dtypes.prng_key):
         return (
-            jax.eval_shape(jax.random.key_data, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else jax.random.key_data(leaf)
+            jax.eval_shape(jax.random.key_data, leaf)
+            if isinstance(leaf, jax.ShapeDtypeStruct)
+            else jax.random.key_data(leaf)
         )
     return leaf
 
@@ -175,7 +183,9 @@ class CapturedCall:
                 leaves.append(values[kind][place])
         return jax.tree.unflatten(self.roles.tree, leaves)
 
-    def update_in_place(self, call: Call, args: Sequence[Any], kwargs: dict[str, Any], state: Sequence[Any]) -> None:
+    def update_in_place(
+        self, call: Call, args: Sequence[Any], kwargs: dict[str, Any], state: Sequence[Any]
+    ) -> None:
         """Puts the new state into the arguments that the step changes in place: those of a step of NNX's."""
         if not self.roles.in_place:
             return
@@ -185,7 +195,9 @@ class CapturedCall:
         for n in self.roles.in_place:
             arrays[self.roles.state[n]] = _wrapped(state[n], arrays[self.roles.state[n]])
         changed = {call.argument[call.dynamic[self.roles.state[n]]] for n in self.roles.in_place}
-        for place, (old, new) in enumerate(zip(_in_order(args, kwargs), _in_order(*call.with_arrays(arrays)), strict=True)):
+        for place, (old, new) in enumerate(
+            zip(_in_order(args, kwargs), _in_order(*call.with_arrays(arrays)), strict=True)
+        ):
             if place in changed:
                 nnx.update(old, nnx.state(new))
 
@@ -196,7 +208,7 @@ def _in_order(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
 
 
 def capture_call(function: Callable[..., Any], call: Call, name: str = "") -> CapturedCall:
-    """The training step that `function` is, for calls like this one, as a Graph. Nothing is run."""
+    """The training step that `function` is, for calls like this one, as an OperatorGraph. Nothing is run."""
     name = name or getattr(function, "__name__", type(function).__name__)
     shapes = [_shape(x) for x in call.arrays]
     seen: dict[str, Any] = {}
@@ -206,7 +218,9 @@ def capture_call(function: Callable[..., Any], call: Call, name: str = "") -> Ca
         args, kwargs = call.with_arrays(before)
         result = function(*args, **kwargs)
         after = [jax.tree.leaves((args, kwargs))[i] for i in call.dynamic]
-        seen["changed"] = [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old is not new]
+        seen["changed"] = [
+            i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old is not new
+        ]
         seen["result"], seen["tree"] = jax.tree.flatten(result)
         seen["nodes"] = result
         seen["after"] = after = [raw(x) for x in after]
@@ -238,7 +252,9 @@ def capture_call(function: Callable[..., Any], call: Call, name: str = "") -> Ca
         for i, x in zip((*role.state, *role.others), (*state, *batch), strict=True):
             arrays[i] = x
         run(arrays)
-        new: list[Any] = [seen["after"][i] if n in role.in_place else None for n, i in enumerate(role.state)]
+        new: list[Any] = [
+            seen["after"][i] if n in role.in_place else None for n, i in enumerate(role.state)
+        ]
         outputs: list[Any] = []
         for (kind, place), leaf in zip(role.places, seen["result"], strict=True):
             if kind == "state":
@@ -249,21 +265,40 @@ def capture_call(function: Callable[..., Any], call: Call, name: str = "") -> Ca
 
     path = lambda i: call.paths[call.dynamic[i]]
     size = _batch_size(call, shapes, role)
-    state_shapes, batch_shapes = ([raw(shapes[i]) for i in group] for group in (role.state, role.others))
-    is_batch = [bool(shapes[i].shape) and shapes[i].shape[0] == size and not _is_key(shapes[i]) for i in role.others]
+    state_shapes, batch_shapes = (
+        [raw(shapes[i]) for i in group] for group in (role.state, role.others)
+    )
+    is_batch = [
+        bool(shapes[i].shape) and shapes[i].shape[0] == size and not _is_key(shapes[i])
+        for i in role.others
+    ]
     captured = capture_step(
-        step, state_shapes, batch_shapes, [path(i) for i in role.state], name, size,
-        [Leaf(path(i), "batch" if b else "state") for i, b in zip(role.others, is_batch, strict=True)],
-    )  # fmt: skip
+        step,
+        state_shapes,
+        batch_shapes,
+        [path(i) for i in role.state],
+        name,
+        size,
+        [
+            Leaf(path(i), "batch" if b else "state")
+            for i, b in zip(role.others, is_batch, strict=True)
+        ],
+    )
     return CapturedCall(captured, call, role)
 
 
 def _is_key(shape: Any) -> bool:
     """Whether this is a random key: a typed one, or the two words of an old one."""
-    return jnp.issubdtype(shape.dtype, jax.dtypes.prng_key) or shape.dtype == np.uint32 and shape.shape == (2,)
+    return (
+        jnp.issubdtype(shape.dtype, jax.dtypes.prng_key)
+        or shape.dtype == np.uint32
+        and shape.shape == (2,)
+    )
 
 
-def _roles(call: Call, shapes: Sequence[Any], seen: dict[str, Any], in_place: Sequence[int]) -> Roles:
+def _roles(
+    call: Call, shapes: Sequence[Any], seen: dict[str, Any], in_place: Sequence[int]
+) -> Roles:
     """Which arrays are state: what is changed in place, and every argument that comes back whole somewhere in the result."""
     by_argument: dict[int, list[int]] = {}
     for i, leaf in enumerate(call.dynamic):
@@ -289,7 +324,10 @@ def _roles(call: Call, shapes: Sequence[Any], seen: dict[str, Any], in_place: Se
             if single or node_tree != tree or taken & set(spots):
                 continue
             given = [own[s - first] for s in spots]
-            if all(map(_is_value, given)) and [(np.shape(x), str(_dtype(x))) for x in given] == wanted:
+            if (
+                all(map(_is_value, given))
+                and [(np.shape(x), str(_dtype(x))) for x in given] == wanted
+            ):
                 taken.update(spots)
                 found.update(zip(arrays, spots, strict=True))
                 break
@@ -308,7 +346,9 @@ def _roles(call: Call, shapes: Sequence[Any], seen: dict[str, Any], in_place: Se
             outputs += 1
         else:
             places.append(("static", leaf))
-    return Roles(state, others, outputs, seen["tree"], places, frozenset(state.index(i) for i in in_place))
+    return Roles(
+        state, others, outputs, seen["tree"], places, frozenset(state.index(i) for i in in_place)
+    )
 
 
 def _subtrees(tree: Any, first: int = 0) -> Any:
@@ -327,6 +367,10 @@ def _batch_size(call: Call, shapes: Sequence[Any], roles: Roles) -> int:
     for i in reversed(roles.others):
         last = call.argument[call.dynamic[i]]
         for j in roles.others:
-            if call.argument[call.dynamic[j]] == last and shapes[j].shape and not _is_key(shapes[j]):
+            if (
+                call.argument[call.dynamic[j]] == last
+                and shapes[j].shape
+                and not _is_key(shapes[j])
+            ):
                 return shapes[j].shape[0]
     return 0

@@ -1,4 +1,4 @@
-"""Captures any jittable training step `step(state, batch) -> (anything, new_state)` as a Graph with its program text."""
+"""Captures any jittable training step `step(state, batch) -> (anything, new_state)` as an OperatorGraph with its program text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jax import export
 
 from partita.capture import stablehlo
 from partita.errors import CaptureError
-from partita.graph.graph import Argument, Graph, check
 from partita.graph.grouping import group
+from partita.graph.operator_graph import Argument, OperatorGraph, check
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,22 @@ class Text(export.Exported):
 class Captured:
     """A captured step: the graph to plan, and the program text that execution will annotate."""
 
-    graph: Graph
+    graph: OperatorGraph
     text: Text
     state: Any
     batch: Any
 
 
 def capture_step(
-    step: Callable[[Any, Any], Any], state: Any, batch: Any, leaves: Sequence[Leaf | str], name: str = "step", batch_size: int = 0,
+    step: Callable[[Any, Any], Any],
+    state: Any,
+    batch: Any,
+    leaves: Sequence[Leaf | str],
+    name: str = "step",
+    batch_size: int = 0,
     inputs: Sequence[Leaf] | None = None,
-) -> Captured:  # fmt: skip
-    """The step as a Graph. `state` and `batch` are pytrees of shapes; `leaves` describes the leaves of `state` in order.
+) -> Captured:
+    """The step as an OperatorGraph. `state` and `batch` are pytrees of shapes; `leaves` describes the leaves of `state` in order.
 
     The step must return `(outputs, new_state)` with `new_state` shaped like `state`. Nothing is allocated or run. Where a leaf
     is only a path, its role is read from the program. `inputs` describes the leaves of `batch`, if they are not all batch.
@@ -66,7 +71,9 @@ def capture_step(
     try:
         exported = export.export(jax.jit(step), disabled_checks=_CHECKS)(state, batch)
     except Exception as error:
-        raise CaptureError(f"The training step of '{name}' cannot be captured: {_reason(error)}") from error
+        raise CaptureError(
+            f"The training step of '{name}' cannot be captured: {_reason(error)}"
+        ) from error
     source = stablehlo.prepare(exported.mlir_module_serialized)
     program = stablehlo.read(source)
     state_count = len(jax.tree.leaves(state))
@@ -74,23 +81,39 @@ def capture_step(
     read = dict(zip(exported.module_kept_var_idx, program.inputs, strict=True))
     results = dict(enumerate(program.outputs[output_count - state_count :]))
     if inputs is None:
-        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(batch)[0]]
+        paths = [
+            jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(batch)[0]
+        ]
         inputs = [Leaf("batch" + path, "batch") for path in paths]
     described = _described(leaves, program, read, results)
     arguments = [
-        Argument(leaf.path, leaf.role, read[i], results[i], leaf.parameter) for i, leaf in enumerate(described) if i in read
+        Argument(leaf.path, leaf.role, read[i], results[i], leaf.parameter)
+        for i, leaf in enumerate(described)
+        if i in read
     ]
     arguments += [
-        Argument(leaf.path, leaf.role, read[state_count + i]) for i, leaf in enumerate(inputs) if state_count + i in read
+        Argument(leaf.path, leaf.role, read[state_count + i])
+        for i, leaf in enumerate(inputs)
+        if state_count + i in read
     ]
     graph = group(
-        name, program.tensors, program.instructions, program.loops, arguments, program.outputs, batch_size, program.notes
+        name,
+        program.tensors,
+        program.instructions,
+        program.loops,
+        arguments,
+        program.outputs,
+        batch_size,
+        program.notes,
     )
     return Captured(check(graph), Text.of(exported, source), state, batch)
 
 
 def _described(
-    leaves: Sequence[Leaf | str], program: stablehlo.Program, read: dict[int, int], results: dict[int, int]
+    leaves: Sequence[Leaf | str],
+    program: stablehlo.Program,
+    read: dict[int, int],
+    results: dict[int, int],
 ) -> list[Leaf]:
     """Leaves with their roles. One that is only a path is a parameter if the loss depends on it and its new value on a gradient;
     an optimizer slot, of the parameter of that shape whose path ends most like its own, if only the update reads it; else state.
@@ -112,7 +135,9 @@ def _described(
         for x in program.instructions:
             if x.phase == "backward" or trained.intersection(x.operands):
                 trained.update(x.results)
-        for loop in program.loops:  # what a loop gives back is named apart from what its body yields
+        for (
+            loop
+        ) in program.loops:  # what a loop gives back is named apart from what its body yields
             for before, inside, yielded, after in loop.carried:
                 if trained & {before, inside, yielded}:
                     trained |= {inside, after}
@@ -123,12 +148,18 @@ def _described(
             found.append(leaf)
             continue
         shape = program.tensors[read[i]].shape if i in read else ()
-        floating = i in read and program.tensors[read[i]].dtype.startswith(("float", "bfloat", "complex"))
+        floating = i in read and program.tensors[read[i]].dtype.startswith(
+            ("float", "bfloat", "complex")
+        )
         role: Any = "state"
         if shape and floating and (not any_gradient or results[i] in trained):
             role = "parameter" if not any_gradient or phases[read[i]] - {"update"} else "optimizer"
         found.append(Leaf(leaf, role))
-    parameters = [(leaf.path, program.tensors[read[i]].shape) for i, leaf in enumerate(found) if leaf.role == "parameter"]
+    parameters = [
+        (leaf.path, program.tensors[read[i]].shape)
+        for i, leaf in enumerate(found)
+        if leaf.role == "parameter"
+    ]
     for i, leaf in enumerate(found):
         if leaf.role == "optimizer" and leaf.parameter is None:
             alike = [path for path, shape in parameters if shape == program.tensors[read[i]].shape]

@@ -34,7 +34,9 @@ def shape_of(value: Any) -> Any:
     if value is None:
         return None
     dtype = jax.dtypes.canonicalize_dtype(getattr(value, "dtype", None) or np.asarray(value).dtype)
-    return jax.ShapeDtypeStruct(tuple(value.shape) if hasattr(value, "shape") else np.shape(value), dtype)
+    return jax.ShapeDtypeStruct(
+        tuple(value.shape) if hasattr(value, "shape") else np.shape(value), dtype
+    )
 
 
 def build(model: keras.Model, batch: Any) -> None:
@@ -56,7 +58,7 @@ def build(model: keras.Model, batch: Any) -> None:
 
 
 @dataclass(frozen=True)
-class State:
+class ModelVariables:
     """The variables of a model in the order of its step: trainable, non-trainable, optimizer, metrics."""
 
     trainable: list[Any]
@@ -65,9 +67,12 @@ class State:
     metrics: list[Any]
 
     @staticmethod
-    def of(model: keras.Model) -> State:
-        return State(
-            model.trainable_variables, model.non_trainable_variables, list(model.optimizer.variables), model.metrics_variables
+    def of(model: keras.Model) -> ModelVariables:
+        return ModelVariables(
+            model.trainable_variables,
+            model.non_trainable_variables,
+            list(model.optimizer.variables),
+            model.metrics_variables,
         )
 
     def groups(self) -> tuple[list[Any], ...]:
@@ -77,11 +82,15 @@ class State:
 def capture_model(model: keras.Model, batch: Any) -> Captured:
     """The training step of a compiled Keras model on batches like `batch` (x, y[, sample_weight]; arrays or shapes)."""
     build(model, batch)
-    state = State.of(model)
+    state = ModelVariables.of(model)
     if not state.trainable:
-        raise CaptureError(f"The model '{model.name}' has no trainable variables, so there is no training step to plan.")
+        raise CaptureError(
+            f"The model '{model.name}' has no trainable variables, so there is no training step to plan."
+        )
     data = jax.tree.map(shape_of, batch)
-    abstract_state = tuple([jax.ShapeDtypeStruct(v.shape, v.dtype) for v in group] for group in state.groups())
+    abstract_state = tuple(
+        [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in group] for group in state.groups()
+    )
     slots = _slots(model, state)
     leaves = (
         [Leaf(v.path, "parameter") for v in state.trainable]
@@ -90,13 +99,18 @@ def capture_model(model: keras.Model, batch: Any) -> Captured:
         + [Leaf(v.path, "state") for v in state.metrics]
     )
     size = next((leaf.shape[0] for leaf in jax.tree.leaves(data) if leaf.shape), 0)
-    return capture_step(model.train_step, abstract_state, data, leaves, name=model.name, batch_size=size)
+    return capture_step(
+        model.train_step, abstract_state, data, leaves, name=model.name, batch_size=size
+    )
 
 
-def _slots(model: keras.Model, state: State) -> dict[str, str]:
+def _slots(model: keras.Model, state: ModelVariables) -> dict[str, str]:
     """Optimizer variable -> the parameter it belongs to: Keras names a slot `<optimizer>/<parameter path with _>_<slot>`."""
     found = {}
-    names = sorted(((v.path.replace("/", "_"), v.path, tuple(v.shape)) for v in state.trainable), key=lambda n: -len(n[0]))
+    names = sorted(
+        ((v.path.replace("/", "_"), v.path, tuple(v.shape)) for v in state.trainable),
+        key=lambda n: -len(n[0]),
+    )
     for slot in state.optimizer:
         last = slot.path.split("/")[-1]
         for name, path, shape in names:
@@ -124,7 +138,9 @@ def batch_like(model: keras.Model, batch_size: int) -> Any:
                 f"Input '{tensor.name}' of '{model.name}' has shape {tuple(tensor.shape)}: dim {unknown[0]} is not fixed. "
                 f"Give a batch of the shapes you train on: partita.plan(model, batch=(x, y))."
             )
-    shaped = lambda t: jax.ShapeDtypeStruct((batch_size, *t.shape[1:]), jax.dtypes.canonicalize_dtype(t.dtype))  # noqa: E731
+    shaped = lambda t: jax.ShapeDtypeStruct(
+        (batch_size, *t.shape[1:]), jax.dtypes.canonicalize_dtype(t.dtype)
+    )  # noqa: E731
     x = jax.tree.map(shaped, model._inputs_struct if hasattr(model, "_inputs_struct") else inputs)
     if isinstance(x, list) and len(x) == 1:
         x = x[0]
@@ -132,13 +148,24 @@ def batch_like(model: keras.Model, batch_size: int) -> Any:
     losses = model._compile_loss._user_loss if model._compile_loss is not None else None
 
     def target(tensor: Any, loss: Any) -> Any:
-        name = loss if isinstance(loss, str) else type(loss).__name__ if not hasattr(loss, "__name__") else loss.__name__
+        name = (
+            loss
+            if isinstance(loss, str)
+            else type(loss).__name__
+            if not hasattr(loss, "__name__")
+            else loss.__name__
+        )
         if "sparse" in str(name).lower():
             return jax.ShapeDtypeStruct((batch_size, *tensor.shape[1:-1]), np.dtype("int32"))
-        return jax.ShapeDtypeStruct((batch_size, *tensor.shape[1:]), jax.dtypes.canonicalize_dtype(tensor.dtype))
+        return jax.ShapeDtypeStruct(
+            (batch_size, *tensor.shape[1:]), jax.dtypes.canonicalize_dtype(tensor.dtype)
+        )
 
     if isinstance(outputs, dict):
-        y = {k: target(t, losses.get(k) if isinstance(losses, dict) else losses) for k, t in outputs.items()}
+        y = {
+            k: target(t, losses.get(k) if isinstance(losses, dict) else losses)
+            for k, t in outputs.items()
+        }
     elif isinstance(outputs, (list, tuple)):
         each = losses if isinstance(losses, (list, tuple)) else [losses] * len(outputs)
         y = [target(t, loss) for t, loss in zip(outputs, each, strict=True)]

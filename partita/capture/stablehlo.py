@@ -1,7 +1,7 @@
 """Reads a StableHLO module: calls inlined, Shardy's rules on every instruction, layer paths, phases, FLOPs, loops.
 
 The numbering of values is the contract of the whole project: `walk` visits a module in one fixed order, here to number
-the tensors of a Graph and in `execute.annotate` to find them again in a fresh parse of the same text.
+the tensors of an OperatorGraph and in `execute.annotate` to find them again in a fresh parse of the same text.
 
 All that touches MLIR's Python bindings and JAX's dialect registry is in this file and in `execute.annotate`.
 """
@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jax._src.interpreters import mlir as jax_mlir  # the only way to a context with every dialect registered
+from jax._src.interpreters import (
+    mlir as jax_mlir,
+)  # the only way to a context with every dialect registered
 from jax.extend.mlir import deserialize_portable_artifact, ir, passmanager
 from jax.extend.mlir.dialects import sdy
 
 from partita.errors import CaptureError
-from partita.graph.graph import Instruction, Loop, Phase, Rule, Tensor, Window
+from partita.graph.operator_graph import Instruction, Loop, Phase, Rule, Tensor, Window
 
 OPAQUE = {
     "reduce",
@@ -38,20 +40,71 @@ OPAQUE = {
 """Instructions whose regions only say how two elements combine."""
 
 DTYPES = {
-    "i1": "bool", "i4": "int4", "i8": "int8", "i16": "int16", "i32": "int32", "i64": "int64", "ui4": "int4", "ui8": "uint8",
-    "ui16": "uint16", "ui32": "uint32", "ui64": "uint64", "f16": "float16", "bf16": "bfloat16", "f32": "float32",
-    "f64": "float64", "complex<f32>": "complex64", "complex<f64>": "complex128",
-}  # fmt: skip
+    "i1": "bool",
+    "i4": "int4",
+    "i8": "int8",
+    "i16": "int16",
+    "i32": "int32",
+    "i64": "int64",
+    "ui4": "int4",
+    "ui8": "uint8",
+    "ui16": "uint16",
+    "ui32": "uint32",
+    "ui64": "uint64",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "f32": "float32",
+    "f64": "float64",
+    "complex<f32>": "complex64",
+    "complex<f64>": "complex128",
+}
 
 TRANSCENDENTAL = {
-    "exponential", "exponential_minus_one", "log", "log_plus_one", "logistic", "power", "sqrt", "rsqrt", "cbrt", "tanh", "sine",
-    "cosine", "tan", "atan2", "erf", "erf_inv",
-}  # fmt: skip
+    "exponential",
+    "exponential_minus_one",
+    "log",
+    "log_plus_one",
+    "logistic",
+    "power",
+    "sqrt",
+    "rsqrt",
+    "cbrt",
+    "tanh",
+    "sine",
+    "cosine",
+    "tan",
+    "atan2",
+    "erf",
+    "erf_inv",
+}
 FREE = {
-    "constant", "iota", "broadcast_in_dim", "reshape", "transpose", "bitcast_convert", "slice", "concatenate", "pad", "reverse",
-    "dynamic_slice", "dynamic_update_slice", "gather", "get_tuple_element", "tuple", "return", "optimization_barrier", "copy",
-    "while", "case", "if", "sort", "custom_call", "create_token", "dynamic_reshape", "get_dimension_size",
-}  # fmt: skip
+    "constant",
+    "iota",
+    "broadcast_in_dim",
+    "reshape",
+    "transpose",
+    "bitcast_convert",
+    "slice",
+    "concatenate",
+    "pad",
+    "reverse",
+    "dynamic_slice",
+    "dynamic_update_slice",
+    "gather",
+    "get_tuple_element",
+    "tuple",
+    "return",
+    "optimization_barrier",
+    "copy",
+    "while",
+    "case",
+    "if",
+    "sort",
+    "custom_call",
+    "create_token",
+    "dynamic_reshape",
+    "get_dimension_size",
+}
 
 
 def context() -> ir.Context:
@@ -70,7 +123,10 @@ def run(module: ir.Module, pipeline: str) -> None:
 
 def main_block(module: ir.Module) -> ir.Block:
     for op in module.body:
-        if op.operation.name == "func.func" and ir.StringAttr(op.operation.attributes["sym_name"]).value == "main":
+        if (
+            op.operation.name == "func.func"
+            and ir.StringAttr(op.operation.attributes["sym_name"]).value == "main"
+        ):
             return op.operation.regions[0].blocks[0]
     raise CaptureError("The program has no function 'main': export it with jax.export.")
 
@@ -136,7 +192,14 @@ def inline_calls(module: ir.Module) -> None:
     def visit(operations: list[Any]) -> None:
         for operation in operations:
             if operation.name in CALLS:
-                visit(_expand(operation, functions[ir.FlatSymbolRefAttr(operation.attributes[CALLS[operation.name]]).value]))
+                visit(
+                    _expand(
+                        operation,
+                        functions[
+                            ir.FlatSymbolRefAttr(operation.attributes[CALLS[operation.name]]).value
+                        ],
+                    )
+                )
             elif short(operation.name) not in OPAQUE:
                 for region in operation.regions:
                     for block in region.blocks:
@@ -236,7 +299,9 @@ def _sink_constants(block: ir.Block, region_values: set[Any] | None) -> None:
                 if operand not in inside and not isinstance(operand.owner, ir.Block):
                     source = operand.owner.operation
                     if source.name == "stablehlo.constant":
-                        operation.operands[position] = source.clone(ir.InsertionPoint(operation)).results[0]
+                        operation.operands[position] = source.clone(
+                            ir.InsertionPoint(operation)
+                        ).results[0]
         inside.update(operation.results)
         if short(operation.name) not in OPAQUE:
             for region in operation.regions:
@@ -287,20 +352,41 @@ def _fold_transposes(module: ir.Module) -> None:
             continue
         dot = source.operation
         batch, contracted = _dot_dims(dot, "lhs")
-        rank, free = len(operation.results[0].type.shape), len(dot.operands[0].type.shape) - len(batch) - len(contracted)
-        exchanged = [*range(len(batch)), *range(len(batch) + free, rank), *range(len(batch), len(batch) + free)]
+        rank, free = (
+            len(operation.results[0].type.shape),
+            len(dot.operands[0].type.shape) - len(batch) - len(contracted),
+        )
+        exchanged = [
+            *range(len(batch)),
+            *range(len(batch) + free, rank),
+            *range(len(batch), len(batch) + free),
+        ]
         once = sum(1 for _ in dot.results[0].uses) == 1
-        if not once or "algorithm" in dot.attributes or list(ir.DenseI64ArrayAttr(operation.attributes["permutation"])) != exchanged:
+        if (
+            not once
+            or "algorithm" in dot.attributes
+            or list(ir.DenseI64ArrayAttr(operation.attributes["permutation"])) != exchanged
+        ):
             continue
         attributes = dict(dot.attributes.items())
-        numbers = re.sub("lhs|rhs", lambda side: "rhs" if side.group() == "lhs" else "lhs", str(dot.attributes["dot_dimension_numbers"]))
+        numbers = re.sub(
+            "lhs|rhs",
+            lambda side: "rhs" if side.group() == "lhs" else "lhs",
+            str(dot.attributes["dot_dimension_numbers"]),
+        )
         attributes["dot_dimension_numbers"] = ir.Attribute.parse(numbers)
         if "precision_config" in attributes:
-            attributes["precision_config"] = ir.ArrayAttr.get(list(ir.ArrayAttr(attributes["precision_config"]))[::-1])
+            attributes["precision_config"] = ir.ArrayAttr.get(
+                list(ir.ArrayAttr(attributes["precision_config"]))[::-1]
+            )
         made = ir.Operation.create(
-            dot.name, results=[operation.results[0].type], operands=list(dot.operands)[::-1], attributes=attributes, loc=dot.location,
+            dot.name,
+            results=[operation.results[0].type],
+            operands=list(dot.operands)[::-1],
+            attributes=attributes,
+            loc=dot.location,
             ip=ir.InsertionPoint(dot),
-        )  # fmt: skip
+        )
         operation.results[0].replace_all_uses_with(made.results[0])
         operation.erase()
         dot.erase()
@@ -325,13 +411,24 @@ def _fold_sums(module: ir.Module) -> None:
 def _reduce_as_reshape(reduce: Any) -> None:
     shapes = [list(v.type.shape) for v in (*reduce.operands[:1], *reduce.results)]
     start = reduce.operands[-1].owner
-    if len(reduce.results) > 1 or math.prod(shapes[0]) != math.prod(shapes[1]) or not _adds(reduce, "reduce") or isinstance(start, ir.Block):
+    if (
+        len(reduce.results) > 1
+        or math.prod(shapes[0]) != math.prod(shapes[1])
+        or not _adds(reduce, "reduce")
+        or isinstance(start, ir.Block)
+    ):
         return
-    if start.operation.name != "stablehlo.constant" or np.any(np.asarray(ir.DenseElementsAttr(start.operation.attributes["value"]))):
+    if start.operation.name != "stablehlo.constant" or np.any(
+        np.asarray(ir.DenseElementsAttr(start.operation.attributes["value"]))
+    ):
         return
     at = ir.InsertionPoint(reduce)
     made = ir.Operation.create(
-        "stablehlo.reshape", results=[reduce.results[0].type], operands=[reduce.operands[0]], loc=reduce.location, ip=at
+        "stablehlo.reshape",
+        results=[reduce.results[0].type],
+        operands=[reduce.operands[0]],
+        loc=reduce.location,
+        ip=at,
     )
     reduce.results[0].replace_all_uses_with(made.results[0])
     reduce.erase()
@@ -351,16 +448,31 @@ def _reshape_once(reshape: Any) -> None:
 
 def _widen(convert: Any) -> None:
     source, readers = convert.operands[0].owner, list(convert.results[0].uses)
-    if isinstance(source, ir.Block) or source.operation.name != "stablehlo.dot_general" or "algorithm" in source.operation.attributes:
+    if (
+        isinstance(source, ir.Block)
+        or source.operation.name != "stablehlo.dot_general"
+        or "algorithm" in source.operation.attributes
+    ):
         return
-    dot, (narrow, wide) = source.operation, (DTYPES.get(str(v.type.element_type)) for v in (convert.operands[0], convert.results[0]))
+    dot, (narrow, wide) = (
+        source.operation,
+        (DTYPES.get(str(v.type.element_type)) for v in (convert.operands[0], convert.results[0])),
+    )
     once = len(list(dot.results[0].uses)) == len(readers) == 1
-    added = once and readers[0].owner.name == "stablehlo.add" and phase_of(location_name(readers[0].owner)) == "backward"
+    added = (
+        once
+        and readers[0].owner.name == "stablehlo.add"
+        and phase_of(location_name(readers[0].owner)) == "backward"
+    )
     if added and narrow in ("bfloat16", "float16") and wide == "float32":
         made = ir.Operation.create(
-            dot.name, results=[convert.results[0].type], operands=list(dot.operands), attributes=dict(dot.attributes.items()), loc=dot.location,
+            dot.name,
+            results=[convert.results[0].type],
+            operands=list(dot.operands),
+            attributes=dict(dot.attributes.items()),
+            loc=dot.location,
             ip=ir.InsertionPoint(dot),
-        )  # fmt: skip
+        )
         convert.results[0].replace_all_uses_with(made.results[0])
         convert.erase()
         dot.erase()
@@ -371,14 +483,22 @@ def _plain_constants(module: ir.Module) -> None:
     for operation in list(walk(main_block(module))):
         if operation.name == "sdy.constant":
             at = ir.InsertionPoint(operation)
-            if "complex" in str(operation.results[0].type):  # MLIR's Python cannot hold the value of one
+            if "complex" in str(
+                operation.results[0].type
+            ):  # MLIR's Python cannot hold the value of one
                 text = operation.get_asm(print_generic_op_form=True)
                 plain = ir.Operation.parse(text.replace("sdy.constant", "stablehlo.constant", 1))
                 at.insert(plain)
             else:
                 attributes = {"value": operation.attributes["value"]}
                 types = [operation.results[0].type]
-                plain = ir.Operation.create("stablehlo.constant", results=types, attributes=attributes, loc=operation.location, ip=at)
+                plain = ir.Operation.create(
+                    "stablehlo.constant",
+                    results=types,
+                    attributes=attributes,
+                    loc=operation.location,
+                    ip=at,
+                )
             operation.results[0].replace_all_uses_with(plain.results[0])
             operation.erase()
 
@@ -442,11 +562,33 @@ class _Reader:
             self._note_constant(operation)
         index = len(program.instructions)
         results = tuple(self.tensor(v) for v in operation.results)
-        rule = _rule(operation, name, [program.tensors[t] for t in operands], [program.tensors[t] for t in results])
-        flops = _flops(operation, name, [program.tensors[t] for t in operands], [program.tensors[t] for t in results])
+        rule = _rule(
+            operation,
+            name,
+            [program.tensors[t] for t in operands],
+            [program.tensors[t] for t in results],
+        )
+        flops = _flops(
+            operation,
+            name,
+            [program.tensors[t] for t in operands],
+            [program.tensors[t] for t in results],
+        )
         windows, groups = _windows(operation, name, rule), _number(operation, "batch_group_count")
         program.instructions.append(
-            Instruction(name, layer_path(full), phase_of(full), operands, results, rule, flops, trips, windows, groups, _adds(operation, name))
+            Instruction(
+                name,
+                layer_path(full),
+                phase_of(full),
+                operands,
+                results,
+                rule,
+                flops,
+                trips,
+                windows,
+                groups,
+                _adds(operation, name),
+            )
         )
         if name == "while":
             self._while(operation, index, operands, results, trips)
@@ -454,10 +596,19 @@ class _Reader:
             # Branches yield the results: one of them runs. Each is read; a branch's tensors are tied to the results.
             first = len(program.instructions)
             branches = [self.block(b, trips) for region in operation.regions for b in region.blocks]
-            carried = tuple((r, r, y, r) for branch in branches for r, y in zip(results, branch, strict=True))
+            carried = tuple(
+                (r, r, y, r) for branch in branches for r, y in zip(results, branch, strict=True)
+            )
             program.loops.append(Loop(index, carried, (first, len(program.instructions)), 1))
 
-    def _while(self, operation: Any, index: int, operands: tuple[int, ...], results: tuple[int, ...], trips: int) -> None:
+    def _while(
+        self,
+        operation: Any,
+        index: int,
+        operands: tuple[int, ...],
+        results: tuple[int, ...],
+        trips: int,
+    ) -> None:
         program = self.program
         condition, body = (region.blocks[0] for region in operation.regions)
         count = self._trip_count(condition, body, operands)
@@ -470,16 +621,22 @@ class _Reader:
         self.block(condition, trips * (count or 1))
         inside = [self.tensor(a) for a in body.arguments]
         after = self.block(body, trips * (count or 1))
-        carried = [(o, i, y, r) for o, i, y, r in zip(operands, inside, after, results, strict=True)]
+        carried = [
+            (o, i, y, r) for o, i, y, r in zip(operands, inside, after, results, strict=True)
+        ]
         carried += [(o, b, b, r) for o, b, r in zip(operands, before, results, strict=True)]
-        program.loops.append(Loop(index, tuple(carried), (first, len(program.instructions)), count or 1))
+        program.loops.append(
+            Loop(index, tuple(carried), (first, len(program.instructions)), count or 1)
+        )
 
     def _note_constant(self, operation: Any) -> None:
         count = _count(operation)
         if count is not None:
             self.constants[len(self.program.tensors)] = count
 
-    def _trip_count(self, condition: ir.Block, body: ir.Block, operands: tuple[int, ...]) -> int | None:
+    def _trip_count(
+        self, condition: ir.Block, body: ir.Block, operands: tuple[int, ...]
+    ) -> int | None:
         """N of a loop `i = start; while i < N: i += 1` as JAX writes scan and fori_loop, else None."""
         arguments: list[Any] = list(condition.arguments)
         limits: dict[Any, int] = {}
@@ -517,12 +674,20 @@ def _rule(operation: Any, name: str, operands: list[Tensor], results: list[Tenso
     if "sdy.sharding_rule" in operation.attributes:
         r = sdy.OpShardingRuleAttr(operation.attributes["sdy.sharding_rule"])
         maps = lambda ms: tuple(  # noqa: E731
-            tuple(tuple(sdy.DimMappingAttr(d).factor_indices) for d in sdy.TensorMappingAttr(m).dim_mappings) for m in ms
+            tuple(
+                tuple(sdy.DimMappingAttr(d).factor_indices)
+                for d in sdy.TensorMappingAttr(m).dim_mappings
+            )
+            for m in ms
         )
         rule = Rule(
-            tuple(r.factor_sizes), maps(r.operand_mappings), maps(r.result_mappings), tuple(r.reduction_factors),
-            tuple(r.permutation_factors), tuple(r.need_replication_factors),
-        )  # fmt: skip
+            tuple(r.factor_sizes),
+            maps(r.operand_mappings),
+            maps(r.result_mappings),
+            tuple(r.reduction_factors),
+            tuple(r.permutation_factors),
+            tuple(r.need_replication_factors),
+        )
         if name == "select_and_scatter":
             return _select_rule(operation, operands, rule)
         return _scatter_rule(operation, operands, rule) if name == "scatter" else rule
@@ -545,16 +710,25 @@ def _select_rule(operation: Any, operands: list[Tensor], rule: Rule) -> Rule:
     """
     windows = _pooling(operation, operands[0].shape)
     merged, whole = {}, set(rule.gathered) | set(rule.halo)
-    for d, (window, wide, narrow) in enumerate(zip(windows, rule.operands[0], rule.operands[1], strict=True)):
-        aligned = window.step == window.reach and window.low == 0 and window.size == window.count * window.step
+    for d, (window, wide, narrow) in enumerate(
+        zip(windows, rule.operands[0], rule.operands[1], strict=True)
+    ):
+        aligned = (
+            window.step == window.reach
+            and window.low == 0
+            and window.size == window.count * window.step
+        )
         if wide != narrow and aligned and operands[1].shape[d] > 1:
             merged[wide[0]] = narrow[0]
             whole -= {wide[0], narrow[0]}
     side = lambda mapping: tuple(tuple(merged.get(f, f) for f in dim) for dim in mapping)  # noqa: E731
     return dataclasses.replace(
-        rule, operands=tuple(side(m) for m in rule.operands), results=tuple(side(m) for m in rule.results),
-        halo=tuple(merged.values()), gathered=tuple(sorted(whole)),
-    )  # fmt: skip
+        rule,
+        operands=tuple(side(m) for m in rule.operands),
+        results=tuple(side(m) for m in rule.results),
+        halo=tuple(merged.values()),
+        gathered=tuple(sorted(whole)),
+    )
 
 
 def _scatter_rule(operation: Any, operands: list[Tensor], rule: Rule) -> Rule:
@@ -565,19 +739,26 @@ def _scatter_rule(operation: Any, operands: list[Tensor], rule: Rule) -> Rule:
     """
     indices, updates = (len(operands) - 1) // 2, len(operands) - 1
     scattered = re.search(
-        r"scatter_dims_to_operand_dims = \[([\d, ]*)\]", str(operation.attributes["scatter_dimension_numbers"])
+        r"scatter_dims_to_operand_dims = \[([\d, ]*)\]",
+        str(operation.attributes["scatter_dimension_numbers"]),
     )
     if scattered is None or operands[indices].size > len(scattered.group(1).split(",")):
         return rule
     updated = {f for dim in rule.operands[updates] for f in dim}
-    kept_whole = tuple(f for dim in rule.operands[0] for f in dim if f not in updated and f not in rule.gathered)
+    kept_whole = tuple(
+        f for dim in rule.operands[0] for f in dim if f not in updated and f not in rule.gathered
+    )
     return dataclasses.replace(rule, gathered=rule.gathered + kept_whole)
 
 
 def _flops(operation: Any, name: str, operands: list[Tensor], results: list[Tensor]) -> float:
     """FLOPs by XLA's own counting (HloCostAnalysis): products as 2, element-wise as 1, transcendentals and moves as 0."""
     if name == "dot_general":
-        return 2.0 * results[0].size * math.prod(operands[0].shape[d] for d in _dot_dims(operation, "lhs")[1])
+        return (
+            2.0
+            * results[0].size
+            * math.prod(operands[0].shape[d] for d in _dot_dims(operation, "lhs")[1])
+        )
     if name == "convolution":
         return _convolution(operation, operands, results)
     if name == "reduce":
@@ -599,7 +780,10 @@ def _flops(operation: Any, name: str, operands: list[Tensor], results: list[Tens
 def _dot_dims(operation: Any, side: str) -> tuple[list[int], list[int]]:
     """The batching and the contracting dims of one side ("lhs", "rhs") of a product."""
     text = str(operation.attributes["dot_dimension_numbers"])
-    found = (re.search(rf"{side}_{kind}_dimensions = \[([\d, ]*)\]", text) for kind in ("batching", "contracting"))
+    found = (
+        re.search(rf"{side}_{kind}_dimensions = \[([\d, ]*)\]", text)
+        for kind in ("batching", "contracting")
+    )
     batching, contracting = ([int(d) for d in m.group(1).split(",")] if m else [] for m in found)
     return batching, contracting
 
@@ -621,34 +805,62 @@ def convolution_window(operation: Any, rank: int) -> list[tuple[int, int, int, i
     """Per spatial dim: stride, padding low, padding high, dilation of the input, dilation of the kernel."""
 
     def array(key: str, default: int) -> list[int]:
-        return list(ir.DenseI64ArrayAttr(operation.attributes[key])) if key in operation.attributes else [default] * rank
+        return (
+            list(ir.DenseI64ArrayAttr(operation.attributes[key]))
+            if key in operation.attributes
+            else [default] * rank
+        )
 
     padding = np.zeros((rank, 2), np.int64)
     if "padding" in operation.attributes:
-        padding = np.asarray(ir.DenseIntElementsAttr(operation.attributes["padding"])).reshape(-1, 2)
-    strides, lhs, rhs = array("window_strides", 1), array("lhs_dilation", 1), array("rhs_dilation", 1)
-    return [(strides[i], int(padding[i, 0]), int(padding[i, 1]), lhs[i], rhs[i]) for i in range(rank)]
+        padding = np.asarray(ir.DenseIntElementsAttr(operation.attributes["padding"])).reshape(
+            -1, 2
+        )
+    strides, lhs, rhs = (
+        array("window_strides", 1),
+        array("lhs_dilation", 1),
+        array("rhs_dilation", 1),
+    )
+    return [
+        (strides[i], int(padding[i, 0]), int(padding[i, 1]), lhs[i], rhs[i]) for i in range(rank)
+    ]
 
 
 def _convolution(operation: Any, operands: list[Tensor], results: list[Tensor]) -> float:
     dims = convolution_dims(operation)
     lhs, rhs, out = operands[0].shape, operands[1].shape, results[0].shape
     valid = 1
-    for s, (stride, low, _, base, dilation) in enumerate(convolution_window(operation, len(dims["lhs"]) - 2)):
-        position = np.arange(out[dims["out"][2 + s]])[:, None] * stride - low + np.arange(rhs[dims["rhs"][2 + s]]) * dilation
+    for s, (stride, low, _, base, dilation) in enumerate(
+        convolution_window(operation, len(dims["lhs"]) - 2)
+    ):
+        position = (
+            np.arange(out[dims["out"][2 + s]])[:, None] * stride
+            - low
+            + np.arange(rhs[dims["rhs"][2 + s]]) * dilation
+        )
         size = lhs[dims["lhs"][2 + s]]
-        valid *= int(((position % base == 0) & (position >= 0) & (position < (size - 1) * base + 1)).sum())
+        valid *= int(
+            ((position % base == 0) & (position >= 0) & (position < (size - 1) * base + 1)).sum()
+        )
     batch_groups = _number(operation, "batch_group_count")
-    return 2.0 * valid * (out[dims["out"][0]]) * out[dims["out"][1]] * rhs[dims["rhs"][1]] * max(
-        1, lhs[dims["lhs"][0]] // batch_groups // max(1, out[dims["out"][0]])
-    )  # fmt: skip
+    return (
+        2.0
+        * valid
+        * (out[dims["out"][0]])
+        * out[dims["out"][1]]
+        * rhs[dims["rhs"][1]]
+        * max(1, lhs[dims["lhs"][0]] // batch_groups // max(1, out[dims["out"][0]]))
+    )
 
 
 def _adds(operation: Any, name: str) -> bool:
     """Whether elements that meet in a result are added up."""
     if name not in ("reduce", "reduce_window", "scatter", "select_and_scatter"):
         return True
-    return [op.operation.name for op in operation.regions[-1].blocks[0]] == ["stablehlo.add", "stablehlo.return"]
+    return [op.operation.name for op in operation.regions[-1].blocks[0]] == [
+        "stablehlo.add",
+        "stablehlo.return",
+    ]
 
 
 def _number(operation: Any, key: str) -> int:
@@ -668,13 +880,19 @@ def _windows(operation: Any, name: str, rule: Rule | None) -> tuple[tuple[int, W
     if name == "convolution":
         dims = convolution_dims(operation)
         kernel, out = list(operation.operands[1].type.shape), list(operation.results[0].type.shape)
-        for s, (stride, low, _, base, dilation) in enumerate(convolution_window(operation, len(dims["lhs"]) - 2)):
+        for s, (stride, low, _, base, dilation) in enumerate(
+            convolution_window(operation, len(dims["lhs"]) - 2)
+        ):
             at, rhs, to = dims["lhs"][2 + s], dims["rhs"][2 + s], dims["out"][2 + s]
             for f in rule.operands[0][at][:1]:
                 if f in rule.results[0][to][:1]:
-                    found[f] = Window(shape[at], out[to], stride, low, (kernel[rhs] - 1) * dilation + 1, base)
+                    found[f] = Window(
+                        shape[at], out[to], stride, low, (kernel[rhs] - 1) * dilation + 1, base
+                    )
                 elif f in rule.operands[1][rhs][:1]:
-                    found[f] = Window(shape[at], kernel[rhs], dilation, low, (out[to] - 1) * stride + 1, base)
+                    found[f] = Window(
+                        shape[at], kernel[rhs], dilation, low, (out[to] - 1) * stride + 1, base
+                    )
     else:
         for mapped, window in zip(rule.operands[0], _pooling(operation, shape), strict=True):
             for f in mapped[:1]:
@@ -687,16 +905,25 @@ def _pooling(operation: Any, shape: Sequence[int]) -> list[Window]:
     """Per dim of operand 0, the window of a reduce_window or select_and_scatter."""
 
     def array(key: str) -> list[int]:
-        return list(ir.DenseI64ArrayAttr(operation.attributes[key])) if key in operation.attributes else [1] * len(shape)
+        return (
+            list(ir.DenseI64ArrayAttr(operation.attributes[key]))
+            if key in operation.attributes
+            else [1] * len(shape)
+        )
 
     padding = np.zeros((len(shape), 2), np.int64)
     if "padding" in operation.attributes:
-        padding = np.asarray(ir.DenseIntElementsAttr(operation.attributes["padding"])).reshape(-1, 2)
+        padding = np.asarray(ir.DenseIntElementsAttr(operation.attributes["padding"])).reshape(
+            -1, 2
+        )
     found = []
     sizes, steps, bases, dilations = (
-        array(k) for k in ("window_dimensions", "window_strides", "base_dilations", "window_dilations")
+        array(k)
+        for k in ("window_dimensions", "window_strides", "base_dilations", "window_dilations")
     )
-    for n, size, step, base, dilation, (low, high) in zip(shape, sizes, steps, bases, dilations, padding, strict=True):
+    for n, size, step, base, dilation, (low, high) in zip(
+        shape, sizes, steps, bases, dilations, padding, strict=True
+    ):
         reach = (size - 1) * dilation + 1
         count = ((n - 1) * base + 1 + int(low) + int(high) - reach) // step + 1
         found.append(Window(n, count, step, int(low), reach, base))

@@ -15,11 +15,11 @@ import numpy as np
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.terms import Factors, OperatorTerms, Stored, Terms, Work
 from partita.errors import MachineError
-from partita.graph.graph import Phase
+from partita.graph.operator_graph import Phase
 from partita.machine import Machine, collective_seconds
 from partita.machine.times import CAUSES, START, Key, feature
-from partita.plan.layout import Layout, resolve, spare_axes
-from partita.plan.plan import Mesh, Plan
+from partita.plans.layout import Layout, resolve, spare_axes
+from partita.plans.plan import Mesh, Plan
 
 Assignment = Mapping[int, tuple[int, ...]]
 """Factor -> the mesh axes that split it."""
@@ -29,7 +29,12 @@ COMBINED = 32 << 20
 
 
 PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
-PARTS = (*(("compute", p) for p in PHASES), *(("exchange", p) for p in PHASES), ("sum", "backward"), ("gather", "forward"))
+PARTS = (
+    *(("compute", p) for p in PHASES),
+    *(("exchange", p) for p in PHASES),
+    ("sum", "backward"),
+    ("gather", "forward"),
+)
 """What a step may do for an operator, as (kind, phase): the rows of `OperatorCost.parts`."""
 
 
@@ -75,10 +80,14 @@ class OperatorCost:
 
     def parts(self) -> np.ndarray:
         """[PARTS, choice]: the seconds of everything that a step may do for the operator, hidden or not."""
-        return np.concatenate([self.computed, self.exchanged, self.summed[None], self.gathered[None]])
+        return np.concatenate(
+            [self.computed, self.exchanged, self.summed[None], self.gathered[None]]
+        )
 
 
-def operator_cost(terms: OperatorTerms, place: Placement, assignments: Sequence[Assignment], zero: int = 0) -> OperatorCost:
+def operator_cost(
+    terms: OperatorTerms, place: Placement, assignments: Sequence[Assignment], zero: int = 0
+) -> OperatorCost:
     """The cost of an operator under each assignment, its parameters stored by ZeRO level `zero` over the axes left over."""
     machine, count = place.machine, len(assignments)
     ways = _Ways(place, assignments)
@@ -87,23 +96,35 @@ def operator_cost(terms: OperatorTerms, place: Placement, assignments: Sequence[
     for r in terms.reductions:
         payload = r.nbytes / ways.of(r.factors)
         grows = r.kind == "all_gather"
-        for axes, chosen in (pair for fs in ([r.reduced] if r.together else [(f,) for f in r.reduced]) for pair in ways.axes_of(*fs)):
+        for axes, chosen in (
+            pair
+            for fs in ([r.reduced] if r.together else [(f,) for f in r.reduced])
+            for pair in ways.axes_of(*fs)
+        ):
             nbytes = payload[chosen] * (place.ways(axes) if grows else 1)
             if r.parameter >= 0 and r.trips == 1:
                 summed[chosen] += _joined(place, r.kind, nbytes, axes)
             else:
-                exchanged[PHASES.index(r.phase), chosen] += _seconds(place, r.kind, nbytes, axes) * r.trips
+                exchanged[PHASES.index(r.phase), chosen] += (
+                    _seconds(place, r.kind, nbytes, axes) * r.trips
+                )
     for h in terms.halos:
         for axes, chosen in ways.axes_of(h.split):
             row = h.nbytes / ways.of(h.factors)[chosen]
             needs = [need for need in h.window.rows(place.ways(axes)) if need]
             if needs:  # a kernel puts what came and the device's own part together: both are read, and written
                 copied = row * (2 * h.rows / place.ways(axes) + 2 * sum(needs))
-                computed[PHASES.index(h.phase), chosen] += (copied / machine.bandwidth_for(copied) + machine.overhead) * h.trips
+                computed[PHASES.index(h.phase), chosen] += (
+                    copied / machine.bandwidth_for(copied) + machine.overhead
+                ) * h.trips
             for need in needs:
-                exchanged[PHASES.index(h.phase), chosen] += _seconds(place, "collective_permute", row * need, axes) * h.trips
+                exchanged[PHASES.index(h.phase), chosen] += (
+                    _seconds(place, "collective_permute", row * need, axes) * h.trips
+                )
     for m in terms.moves:
-        exchanged[PHASES.index(m.phase)] += [move_seconds(m, place, resolve(m.source, a), resolve(m.target, a)) for a in assignments]
+        exchanged[PHASES.index(m.phase)] += [
+            move_seconds(m, place, resolve(m.source, a), resolve(m.target, a)) for a in assignments
+        ]
     state = ways.shared(terms.resident)
     for s in terms.stored:
         split = ways.of(tuple(f for f in s.label if f >= 0))
@@ -113,12 +134,22 @@ def operator_cost(terms: OperatorTerms, place: Placement, assignments: Sequence[
                 found = storage_axes(s, place.mesh, a)
                 if found:
                     extra[i] = place.ways(found[1])
-                    gathered[i] += place.seconds("all_gather", float(s.nbytes / split[i]), place.group(found[1]))
+                    gathered[i] += place.seconds(
+                        "all_gather", float(s.nbytes / split[i]), place.group(found[1])
+                    )
             # The update itself is split as the slots are.
             computed[-1] -= s.traffic / split * (1 - 1 / extra) / machine.memory_bandwidth
         state = state + s.nbytes / split / (extra if zero == 3 else 1) + s.slots / split / extra
     computed[-1] = np.maximum(computed[-1], 0)
-    return OperatorCost(computed, exchanged, summed, gathered, state, ways.shared(terms.kept), machine.backend.overlap)
+    return OperatorCost(
+        computed,
+        exchanged,
+        summed,
+        gathered,
+        state,
+        ways.shared(terms.kept),
+        machine.backend.overlap,
+    )
 
 
 def operator_costs(terms: Terms, place: Placement, where: Layout, plan: Plan) -> list[OperatorCost]:
@@ -136,7 +167,9 @@ def operator_costs(terms: Terms, place: Placement, where: Layout, plan: Plan) ->
     return costs
 
 
-def _roofline(terms: OperatorTerms, machine: Machine, ways: _Ways) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _roofline(
+    terms: OperatorTerms, machine: Machine, ways: _Ways
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Seconds that an operator's kernels compute and that they move bytes, [kernel, assignment], and how often each runs, [kernel]."""
     kinds: dict[Factors, int] = {}
     flops, bound, rates = [], [], []
@@ -154,7 +187,11 @@ def _roofline(terms: OperatorTerms, machine: Machine, ways: _Ways) -> tuple[np.n
         traffic[n, kind] += nbytes
     busy = (np.array(flops) / np.array(rates))[:, None] * share[bound]
     touched = traffic @ share
-    return busy, touched / machine.bandwidth_for(touched), np.array([float(w.trips) for w in terms.work])
+    return (
+        busy,
+        touched / machine.bandwidth_for(touched),
+        np.array([float(w.trips) for w in terms.work]),
+    )
 
 
 def _rate(name: str, work: Work, machine: Machine) -> float:
@@ -173,18 +210,30 @@ def _compute(terms: OperatorTerms, machine: Machine, ways: _Ways) -> np.ndarray:
     phases = np.array([[float(w.phase == phase) for w in terms.work] for phase in PHASES]) * trips
     if times is None:
         return phases @ (np.maximum(busy, moving) + machine.overhead)
-    work, traffic = (np.array([times.of(feature(w.kind, what)) for w in terms.work])[:, None] for what in CAUSES)
-    seconds = phases @ (work * busy + traffic * moving + times.of(START) * machine.overhead) * times.own.get(terms.digest, 1.0)
+    work, traffic = (
+        np.array([times.of(feature(w.kind, what)) for w in terms.work])[:, None] for what in CAUSES
+    )
+    seconds = (
+        phases
+        @ (work * busy + traffic * moving + times.of(START) * machine.overhead)
+        * times.own.get(terms.digest, 1.0)
+    )
     for i, assignment in enumerate(ways.assignments):
         measured = times.seconds.get(local_key(terms, ways.place, assignment))
-        if measured is not None:  # of the whole operator: its phases share it as the fit would have it
+        if (
+            measured is not None
+        ):  # of the whole operator: its phases share it as the fit would have it
             seconds[:, i] *= measured / seconds[:, i].sum()
     return seconds
 
 
 def local_key(terms: OperatorTerms, place: Placement, assignment: Assignment) -> Key:
     """What an operator at its local shape is known by in `OperatorTimes`."""
-    return terms.digest, place.mesh.size, tuple(place.ways(assignment.get(f, ())) for f in terms.factors)
+    return (
+        terms.digest,
+        place.mesh.size,
+        tuple(place.ways(assignment.get(f, ())) for f in terms.factors),
+    )
 
 
 def compute_source(terms: OperatorTerms, place: Placement, assignment: Assignment) -> str:
@@ -195,7 +244,9 @@ def compute_source(terms: OperatorTerms, place: Placement, assignment: Assignmen
     return "measured" if local_key(terms, place, assignment) in times.seconds else "fitted"
 
 
-def roofline_features(terms: OperatorTerms, place: Placement, assignment: Assignment) -> dict[str, float]:
+def roofline_features(
+    terms: OperatorTerms, place: Placement, assignment: Assignment
+) -> dict[str, float]:
     """Both sides of the roofline, in seconds by kind of kernel, and the seconds of starting them: what a fit scales."""
     busy, moving, trips = _roofline(terms, place.machine, _Ways(place, [assignment]))
     found = {START: float(sum(trips)) * place.machine.overhead}
@@ -219,7 +270,9 @@ class _Ways:
             found = np.ones(len(self.assignments))
             for f in factors:
                 if f not in self.one:
-                    self.one[f] = np.array([float(self.place.ways(a.get(f, ()))) for a in self.assignments])
+                    self.one[f] = np.array(
+                        [float(self.place.ways(a.get(f, ()))) for a in self.assignments]
+                    )
                 found = found * self.one[f]
             self.many[factors] = found
         return self.many[factors]
@@ -261,6 +314,8 @@ def engine_dtype(dtype: str) -> str:
     return dtype if dtype in ("float64", "float32", "bfloat16", "float16", "int8") else "float32"
 
 
-def storage_axes(stored: Stored, mesh: Mesh, assignment: Assignment) -> tuple[int, tuple[int, ...]] | None:
+def storage_axes(
+    stored: Stored, mesh: Mesh, assignment: Assignment
+) -> tuple[int, tuple[int, ...]] | None:
     """(dim, axes) over which a parameter can be kept split beyond its operator's choice; None if no dim divides."""
     return spare_axes(stored.shape, resolve(stored.label, assignment), mesh)

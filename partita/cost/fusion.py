@@ -1,7 +1,7 @@
 """Which instructions XLA fuses into one kernel: what is written to memory, and what is computed more than once.
 
 XLA's instruction fusion goes from the last instruction to the first and pulls producers into their consumer. A cheap producer
-with several consumers is computed again in each of them; a dear one is written once and read. This is that algorithm on a Graph, as the
+with several consumers is computed again in each of them; a dear one is written once and read. This is that algorithm on an OperatorGraph, as the
 CPU backend runs it (xla/service/instruction_fusion.cc and cpu/cpu_instruction_fusion.cc), without what depends on layouts and
 index arithmetic. FLOPs, traffic and peak memory of light instructions all follow from it.
 """
@@ -16,18 +16,51 @@ from functools import lru_cache
 
 from partita.cost.collectives import sums_and_reaches
 from partita.cost.partial import waiting
-from partita.graph.graph import Graph, Instruction, Key, per_graph
-from partita.plan.layout import Layout
+from partita.graph.operator_graph import Instruction, Key, OperatorGraph, per_graph
+from partita.plans.layout import Layout
 
 ALONE = {
-    "dot_general", "convolution", "reduce_window", "scatter", "select_and_scatter", "sort", "while", "case", "if", "custom_call",
-    "optimization_barrier", "all_reduce", "fft", "cholesky", "triangular_solve", "rng_bit_generator", "top_k", "dynamic_reshape",
-}  # fmt: skip
+    "dot_general",
+    "convolution",
+    "reduce_window",
+    "scatter",
+    "select_and_scatter",
+    "sort",
+    "while",
+    "case",
+    "if",
+    "custom_call",
+    "optimization_barrier",
+    "all_reduce",
+    "fft",
+    "cholesky",
+    "triangular_solve",
+    "rng_bit_generator",
+    "top_k",
+    "dynamic_reshape",
+}
 """Instructions that are kernels of their own."""
 DEAR = {
-    "exponential", "exponential_minus_one", "log", "log_plus_one", "tanh", "power", "divide", "remainder", "rsqrt", "sqrt", "cbrt",
-    "logistic", "erf", "sine", "cosine", "tan", "atan2", "reduce", "gather",
-}  # fmt: skip
+    "exponential",
+    "exponential_minus_one",
+    "log",
+    "log_plus_one",
+    "tanh",
+    "power",
+    "divide",
+    "remainder",
+    "rsqrt",
+    "sqrt",
+    "cbrt",
+    "logistic",
+    "erf",
+    "sine",
+    "cosine",
+    "tan",
+    "atan2",
+    "reduce",
+    "gather",
+}
 """Instructions that are computed once and written, rather than again in every reader."""
 FREE = {"constant", "iota", "broadcast_in_dim", "reshape", "bitcast_convert"}
 """Instructions that neither read nor write where they are a kernel of their own: XLA makes them part of their readers."""
@@ -45,19 +78,19 @@ class Fusion:
     kernels: dict[int, tuple[int, ...]]
     computed_in: tuple[tuple[int, ...], ...]
 
-    def written(self, graph: Graph) -> set[int]:
+    def written(self, graph: OperatorGraph) -> set[int]:
         """The tensors that exist in memory: results of kernels, and what loops carry."""
         found = {t for r in self.kernels for t in graph.instructions[r].results}
         return found | {t for loop in graph.loops for values in loop.carried for t in values}
 
 
-def fusion(graph: Graph, recompute: bool = False) -> Fusion:
+def fusion(graph: OperatorGraph, recompute: bool = False) -> Fusion:
     """The kernels of a graph; kept, so that asking again costs nothing. For `recompute` see `Backend.recomputes`."""
     return _fusion(Key(graph), recompute)
 
 
 @lru_cache(maxsize=8)
-def _fusion(key: Key[Graph], recompute: bool) -> Fusion:
+def _fusion(key: Key[OperatorGraph], recompute: bool) -> Fusion:
     return _Fuser(key.value, recompute).run()
 
 
@@ -66,15 +99,22 @@ def transposes(x: Instruction) -> bool:
 
     There the batch, dim 0 of the first operand, is summed away.
     """
-    return x.name == "convolution" and x.rule is not None and any(f in x.rule.reduction for f in x.rule.operands[0][0])
+    return (
+        x.name == "convolution"
+        and x.rule is not None
+        and any(f in x.rule.reduction for f in x.rule.operands[0][0])
+    )
 
 
 class _Fuser:
-    def __init__(self, graph: Graph, recompute: bool) -> None:
+    def __init__(self, graph: OperatorGraph, recompute: bool) -> None:
         self.graph, self.recompute = graph, recompute
         instructions, tensors = graph.instructions, graph.tensors
         self.producer = {t: i for i, x in enumerate(instructions) for t in x.results}
-        self.producers = [[self.producer[t] for t in dict.fromkeys(x.operands) if t in self.producer] for x in instructions]
+        self.producers = [
+            [self.producer[t] for t in dict.fromkeys(x.operands) if t in self.producer]
+            for x in instructions
+        ]
         self.readers: list[set[int]] = [set() for _ in instructions]
         for i, found in enumerate(self.producers):
             for p in found:
@@ -84,7 +124,9 @@ class _Fuser:
             if t in self.producer:
                 self.readers[self.producer[t]].add(OUTSIDE)
         self.nbytes = [sum(tensors[t].nbytes for t in x.results) for x in instructions]
-        self.rank = [max((len(tensors[t].shape) for t in x.results), default=0) for x in instructions]
+        self.rank = [
+            max((len(tensors[t].shape) for t in x.results), default=0) for x in instructions
+        ]
         self.dear = [x.name in DEAR and r > 0 for x, r in zip(instructions, self.rank, strict=True)]
         self.joins = [self._joins(x) for x in instructions]
         self.members: list[set[int]] = [set() for _ in instructions]
@@ -113,7 +155,9 @@ class _Fuser:
     def _needed(self, i: int) -> bool:
         """Whether some kernel reads the instruction's result without computing it."""
         mine = self.members[i]
-        return not self.readers[i] or any(r == OUTSIDE or not self.members[r] <= mine for r in self.readers[i])
+        return not self.readers[i] or any(
+            r == OUTSIDE or not self.members[r] <= mine for r in self.readers[i]
+        )
 
     def _kernel(self, root: int, single: set[int]) -> tuple[int, ...]:
         """The instructions that the kernel of `root` computes: producers are asked latest first."""
@@ -141,7 +185,10 @@ class _Fuser:
         return tuple(sorted(inside))
 
     def _spreads(self, reader: int, producer: int) -> bool:
-        return self.graph.instructions[reader].name == "broadcast_in_dim" and self.nbytes[reader] > self.nbytes[producer]
+        return (
+            self.graph.instructions[reader].name == "broadcast_in_dim"
+            and self.nbytes[reader] > self.nbytes[producer]
+        )
 
     def _once(self) -> set[int]:
         """Producers that are never computed twice, because that would read more than it saves. A backend that recomputes does it even
@@ -149,20 +196,30 @@ class _Fuser:
         found: set[int] = set()
         for p, readers in enumerate(self.readers):
             costly = len(readers) > 1 and self.joins[p] and self._gathers(p)
-            if costly and not (self.recompute and all(self._absorbed(p, r, found) for r in readers)):
+            if costly and not (
+                self.recompute and all(self._absorbed(p, r, found) for r in readers)
+            ):
                 found.add(p)
         return found
 
     def _gathers(self, p: int) -> bool:
         """Whether an instruction reads several tensors of its own rank, and more bytes than it makes."""
         x, tensors = self.graph.instructions[p], self.graph.tensors
-        made = {t: self.graph.instructions[self.producer[t]].name for t in x.operands if t in self.producer}
+        made = {
+            t: self.graph.instructions[self.producer[t]].name
+            for t in x.operands
+            if t in self.producer
+        }
         full = [
             t
             for t in x.operands
-            if made.get(t) not in FREE - {"reshape", "bitcast_convert"} and len(tensors[t].shape) >= self.rank[p]
+            if made.get(t) not in FREE - {"reshape", "bitcast_convert"}
+            and len(tensors[t].shape) >= self.rank[p]
         ]
-        return len(full) > 1 and sum(tensors[t].nbytes for t in dict.fromkeys(x.operands)) > self.nbytes[p]
+        return (
+            len(full) > 1
+            and sum(tensors[t].nbytes for t in dict.fromkeys(x.operands)) > self.nbytes[p]
+        )
 
     def _absorbed(self, p: int, reader: int, single: set[int]) -> bool:
         """Whether everything on the ways from `p` to one of its readers can be fused into that reader."""
@@ -178,7 +235,10 @@ class _Fuser:
             if not leads.isdisjoint(self.producers[i]):
                 leads.add(i)
         return all(
-            (q == p or q not in single) and self._fits(q, i) for i in behind & leads for q in self.producers[i] if q in leads
+            (q == p or q not in single) and self._fits(q, i)
+            for i in behind & leads
+            for q in self.producers[i]
+            if q in leads
         )
 
     def _fits(self, p: int, reader: int) -> bool:
@@ -189,7 +249,9 @@ class _Fuser:
         return not self.dear[p] or len(self.readers[p]) == 1 and not self._spreads(reader, p)
 
 
-def cut(graph: Graph, fused: Fusion, barriers: Set[tuple[int, int]], ends: Set[int]) -> Fusion:
+def cut(
+    graph: OperatorGraph, fused: Fusion, barriers: Set[tuple[int, int]], ends: Set[int]
+) -> Fusion:
     """The kernels where collectives are in between: at the reads (instruction, operand position) of `barriers`, and after `ends`."""
     producer = _producers(graph)
     touched = {root for i, _ in barriers for root in fused.computed_in[i]}
@@ -227,27 +289,33 @@ def cut(graph: Graph, fused: Fusion, barriers: Set[tuple[int, int]], ends: Set[i
     return Fusion(dict(sorted(kernels.items())), tuple(computed))
 
 
-def fused_under(graph: Graph, layout: Layout, recompute: bool) -> Fusion:
+def fused_under(graph: OperatorGraph, layout: Layout, recompute: bool) -> Fusion:
     """The kernels of a laid-out graph: what is moved to another sharding, and sums over split dims, are written in between."""
     return _fused_under(Key(graph), Key(layout), recompute)
 
 
 @lru_cache(maxsize=2)
-def _fused_under(graph_key: Key[Graph], layout_key: Key[Layout], recompute: bool) -> Fusion:
+def _fused_under(graph_key: Key[OperatorGraph], layout_key: Key[Layout], recompute: bool) -> Fusion:
     graph, layout = graph_key.value, layout_key.value
     wait, tops = waiting(graph, layout)
-    ends = {i for i, o, factors, _ in sums_and_reaches(graph) if any(layout.assignments[o].get(f) for f in factors)}
-    ends = {i for i in ends if wait.keys().isdisjoint(graph.instructions[i].results)} | set(tops.values())
+    ends = {
+        i
+        for i, o, factors, _ in sums_and_reaches(graph)
+        if any(layout.assignments[o].get(f) for f in factors)
+    }
+    ends = {i for i in ends if wait.keys().isdisjoint(graph.instructions[i].results)} | set(
+        tops.values()
+    )
     barriers = {read for r in layout.reads for read in r.readers if read[0] >= 0}
     return cut(graph, fusion(graph, recompute), barriers, ends)
 
 
 @per_graph
-def _producers(graph: Graph) -> dict[int, int]:
+def _producers(graph: OperatorGraph) -> dict[int, int]:
     return {t: i for i, x in enumerate(graph.instructions) for t in x.results}
 
 
-def reads(graph: Graph, kernel: Sequence[int]) -> dict[int, list[tuple[int, int]]]:
+def reads(graph: OperatorGraph, kernel: Sequence[int]) -> dict[int, list[tuple[int, int]]]:
     """The tensors that a kernel reads from memory, each with the (instruction, operand position) pairs that read it."""
     made = {t for i in kernel for t in graph.instructions[i].results}
     found: dict[int, list[tuple[int, int]]] = defaultdict(list)

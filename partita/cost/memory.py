@@ -21,21 +21,21 @@ from partita.cost.collectives import DEFAULT
 from partita.cost.fusion import fused_under, reads, transposes
 from partita.cost.partial import gradients, reduced_factors, seen_labels
 from partita.cost.work import group_factors
-from partita.graph.graph import ITEMSIZE, Graph, Key, constant_tensors, per_graph
+from partita.graph.operator_graph import ITEMSIZE, Key, OperatorGraph, constant_tensors, per_graph
 from partita.machine import Backend
-from partita.plan.layout import Layout, Sharding
-from partita.plan.plan import Mesh
+from partita.plans.layout import Layout, Sharding
+from partita.plans.plan import Mesh
 
 MARGIN = 1.05
 """What is added for what is not seen (copies for another layout, padding): too little is worse than too much."""
 
 
 KINDS = ("parameters", "optimizer", "state", "batch", "activations", "gradients", "temporaries")
-"""What holds memory at the peak of a step: the fields of `Memory` beside the peak itself."""
+"""What holds memory at the peak of a step: the fields of `PeakMemory` beside the peak itself."""
 
 
 @dataclass(frozen=True)
-class Memory:
+class PeakMemory:
     """Bytes per device at the peak of a step, by what holds them."""
 
     peak: int
@@ -74,7 +74,7 @@ class _Program:
 
 
 @per_graph
-def _program(graph: Graph) -> _Program:
+def _program(graph: OperatorGraph) -> _Program:
     seen = seen_labels(graph)
     reduces, kernels = [], []
     for i, x in enumerate(graph.instructions):
@@ -94,7 +94,13 @@ def _program(graph: Graph) -> _Program:
 
     def since(t: int) -> int:
         """When a value, or what it is a mere rearrangement of, is first there."""
-        while t in made and graph.instructions[made[t]].name in ("reverse", "transpose", "reshape", "convert", "pad"):
+        while t in made and graph.instructions[made[t]].name in (
+            "reverse",
+            "transpose",
+            "reshape",
+            "convert",
+            "pad",
+        ):
             t = graph.instructions[made[t]].operands[0]
         return made.get(t, first[t])
 
@@ -103,7 +109,11 @@ def _program(graph: Graph) -> _Program:
         for i, x in enumerate(graph.instructions)
         if x.name == "convolution" and x.phase == "backward" and not transposes(x)
     ]
-    scatters = [(i, since(x.operands[0])) for i, x in enumerate(graph.instructions) if x.name == "select_and_scatter"]
+    scatters = [
+        (i, since(x.operands[0]))
+        for i, x in enumerate(graph.instructions)
+        if x.name == "select_and_scatter"
+    ]
     free = constant_tensors(graph)
     loops = {
         loop.instruction: (loop.body[1] - 1, dict(zip(x.results, x.operands, strict=False)))
@@ -111,8 +121,14 @@ def _program(graph: Graph) -> _Program:
         for x in [graph.instructions[loop.instruction]]
         if x.name == "while"
     }
-    zeros = tuple((i, x.operands[0]) for i, x in enumerate(graph.instructions) if x.name == "scatter" and x.operands[0] in free)
-    return _Program(free, made, tuple(reduces), tuple(scatters), tuple(kernels), loops, zeros, tuple(flipped))
+    zeros = tuple(
+        (i, x.operands[0])
+        for i, x in enumerate(graph.instructions)
+        if x.name == "scatter" and x.operands[0] in free
+    )
+    return _Program(
+        free, made, tuple(reduces), tuple(scatters), tuple(kernels), loops, zeros, tuple(flipped)
+    )
 
 
 @dataclass(frozen=True)
@@ -126,7 +142,7 @@ class _Lives:
 
 
 @lru_cache(maxsize=2)
-def _lives(graph_key: Key[Graph], layout_key: Key[Layout], backend: Backend) -> _Lives:
+def _lives(graph_key: Key[OperatorGraph], layout_key: Key[Layout], backend: Backend) -> _Lives:
     graph, layout = graph_key.value, layout_key.value
     program = _program(graph)
     fused = fused_under(graph, layout, backend.recomputes)
@@ -134,7 +150,11 @@ def _lives(graph_key: Key[Graph], layout_key: Key[Layout], backend: Backend) -> 
     for root, kernel in fused.kernels.items():
         x = graph.instructions[root]
         # Transposed copies of operands are made as soon as the operands could be, and kept.
-        copied = sorted(program.made.get(t, -1) for t in x.operands) if backend.transposed_copies and transposes(x) else []
+        copied = (
+            sorted(program.made.get(t, -1) for t in x.operands)
+            if backend.transposed_copies and transposes(x)
+            else []
+        )
         for t, readers in reads(graph, kernel).items():
             when = program.loops[root][0] if root in program.loops else root
             if copied:
@@ -143,7 +163,9 @@ def _lives(graph_key: Key[Graph], layout_key: Key[Layout], backend: Backend) -> 
             if dies.get(t, -1) < when:
                 dies[t] = when
     born = {t: program.made.get(t, -1) for t in fused.written(graph) - program.free}
-    return _Lives(born, dies, tuple(max(roots, default=i) for i, roots in enumerate(fused.computed_in)))
+    return _Lives(
+        born, dies, tuple(max(roots, default=i) for i, roots in enumerate(fused.computed_in))
+    )
 
 
 @dataclass(frozen=True)
@@ -162,7 +184,13 @@ class _Held:
     kind: np.ndarray
 
 
-def memory(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend = DEFAULT, here: frozenset[int] | None = None) -> Memory:
+def memory(
+    graph: OperatorGraph,
+    mesh: Mesh,
+    layout: Layout,
+    backend: Backend = DEFAULT,
+    here: frozenset[int] | None = None,
+) -> PeakMemory:
     """Bytes per device at the peak of one step under a layout; of a device that only some operators are on, those `here`."""
     every, count = _held(Key(graph), Key(layout), mesh, backend), len(graph.instructions)
     kept = np.full(len(graph.operators) + 1, here is None)
@@ -184,32 +212,52 @@ def memory(graph: Graph, mesh: Mesh, layout: Layout, backend: Backend = DEFAULT,
     constant = sum(held.values())
     owner = graph.owner[at] if at < count else -1
     activations, gradients = (
-        int(course(present & (every.kind == KINDS.index(kind)))[at]) for kind in ("activations", "gradients")
+        int(course(present & (every.kind == KINDS.index(kind)))[at])
+        for kind in ("activations", "gradients")
     )
-    return Memory(
-        constant + int(running[at]), held["parameters"], held["optimizer"], held["state"], held["batch"], activations, gradients,
-        int(running[at]) - activations - gradients, graph.operators[owner].name if owner >= 0 else "",
+    return PeakMemory(
+        constant + int(running[at]),
+        held["parameters"],
+        held["optimizer"],
+        held["state"],
+        held["batch"],
+        activations,
+        gradients,
+        int(running[at]) - activations - gradients,
+        graph.operators[owner].name if owner >= 0 else "",
         constant + running[: count + 1].astype(np.int64),
-    )  # fmt: skip
+    )
 
 
 @lru_cache(maxsize=2)
-def _held(graph_key: Key[Graph], layout_key: Key[Layout], mesh: Mesh, backend: Backend) -> _Held:
+def _held(
+    graph_key: Key[OperatorGraph], layout_key: Key[Layout], mesh: Mesh, backend: Backend
+) -> _Held:
     graph, layout = graph_key.value, layout_key.value
     program = _program(graph)
     lives = _lives(graph_key, layout_key, backend)
     sizes = _Sizes(graph, mesh)
     count = len(graph.instructions)
-    roles = {"parameter": "parameters", "optimizer": "optimizer", "state": "state", "batch": "batch"}
+    roles = {
+        "parameter": "parameters",
+        "optimizer": "optimizer",
+        "state": "state",
+        "batch": "batch",
+    }
     arguments = {a.tensor: a for a in graph.arguments}
-    constant = tuple((roles[a.role], graph.home[a.tensor], sizes(a.tensor, layout.own[a.tensor])) for a in graph.arguments)
+    constant = tuple(
+        (roles[a.role], graph.home[a.tensor], sizes(a.tensor, layout.own[a.tensor]))
+        for a in graph.arguments
+    )
     replaced = {a.result: a.tensor for a in graph.arguments if a.result is not None}
     entries: list[tuple[int, int, int, int, int]] = []
 
     def live(t: int, nbytes: int, start: int, stop: int, kind: str | None = None) -> None:
         entries.append((graph.home[t], nbytes, start, stop, KINDS.index(kind) if kind else -1))
 
-    first_backward = next((i for i, x in enumerate(graph.instructions) if x.phase == "backward"), count)
+    first_backward = next(
+        (i for i, x in enumerate(graph.instructions) if x.phase == "backward"), count
+    )
     for t, start in lives.born.items():
         if t in arguments or t in replaced:
             continue
@@ -253,13 +301,25 @@ def _held(graph_key: Key[Graph], layout_key: Key[Layout], mesh: Mesh, backend: B
     return _Held(constant, *np.array(entries, np.int64).reshape(-1, 5).T.copy())
 
 
-def _combined(graph: Graph, layout: Layout, program: _Program, lives: _Lives, sizes: _Sizes, backend: Backend, live) -> None:  # noqa: ANN001
+def _combined(
+    graph: OperatorGraph,
+    layout: Layout,
+    program: _Program,
+    lives: _Lives,
+    sizes: _Sizes,
+    backend: Backend,
+    live,
+) -> None:  # noqa: ANN001
     """Gradients that wait for one combined all-reduce, and its sums: both live from the first one made to the last reader."""
     groups: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
     for i, factors, t in program.reduces:
         assignment = layout.assignments[graph.owner[i]] if graph.owner[i] >= 0 else {}
         axes = tuple(sorted({a for f in factors for a in assignment.get(f, ())}))
-        if axes and lives.dies.get(t, -1) >= 0 and graph.instructions[lives.dies[t]].phase == "update":
+        if (
+            axes
+            and lives.dies.get(t, -1) >= 0
+            and graph.instructions[lives.dies[t]].phase == "update"
+        ):
             groups[axes].append((i, t))
     waiting = {t for members in groups.values() for _, t in members}
     targets = {r: read.target for read in layout.reads for r in read.readers}
@@ -269,12 +329,19 @@ def _combined(graph: Graph, layout: Layout, program: _Program, lives: _Lives, si
             live(t, sizes(t, layout.own[t]), i, max(i, lives.dies.get(t, i)))
         x = graph.instructions[i]
         for position, o in enumerate(x.operands):
-            live(o, sizes(o, targets.get((i, position), layout.own[o])), max(0, program.made.get(o, 0)), i)
+            live(
+                o,
+                sizes(o, targets.get((i, position), layout.own[o])),
+                max(0, program.made.get(o, 0)),
+                i,
+            )
         if x.batch_groups > 1 and backend.dense_grouped_gradients:
             # It computes that of a grouped one for all pairs of groups, and then takes the diagonal.
             label = [*(graph.labels[o] for o in x.operands), graph.labels[t]]
             assignment = layout.assignments[graph.owner[i]] if graph.owner[i] >= 0 else {}
-            ways = math.prod(sizes.mesh.sizes[a] for f in group_factors(x, label) for a in assignment.get(f, ()))
+            ways = math.prod(
+                sizes.mesh.sizes[a] for f in group_factors(x, label) for a in assignment.get(f, ())
+            )
             live(t, 2 * sizes(t, layout.own[t]) * x.batch_groups // ways, i, i)
     for i, t, start in program.flipped if backend.transposed_copies else ():
         live(t, sizes(t, targets.get((i, 1), layout.own[t])), start, i)
@@ -288,7 +355,7 @@ def _combined(graph: Graph, layout: Layout, program: _Program, lives: _Lives, si
 class _Sizes:
     """Bytes of a device's part of a tensor, dims rounded up."""
 
-    def __init__(self, graph: Graph, mesh: Mesh) -> None:
+    def __init__(self, graph: OperatorGraph, mesh: Mesh) -> None:
         self.graph, self.mesh = graph, mesh
 
     def __call__(self, t: int, sharding: Sharding) -> int:

@@ -19,8 +19,8 @@ import numpy as np
 from partita.cost.reshard import emitted_steps
 from partita.cost.terms import Move
 from partita.machine import Machine, collective_seconds
-from partita.plan.layout import Sharding
-from partita.plan.plan import Mesh
+from partita.plans.layout import Sharding
+from partita.plans.plan import Mesh
 
 Group = tuple[tuple[int, int], ...]
 Profile = tuple[tuple[str, Group, float], ...]
@@ -67,9 +67,13 @@ def move_seconds(move: Move, place: Placement, source: Sharding, target: Shardin
         return 0.0
     if move.sums:
         (source, sums), (target, _) = (_parted(move, s) for s in (source, target))
-        return _summed(move, place, source, sums) + move_seconds(replace(move, sums=0), place, source, target)
+        return _summed(move, place, source, sums) + move_seconds(
+            replace(move, sums=0), place, source, target
+        )
     profile = _profile(source, target, place.mesh)
-    return move.trips * sum(place.seconds(kind, part * move.nbytes, group) for kind, group, part in profile)
+    return move.trips * sum(
+        place.seconds(kind, part * move.nbytes, group) for kind, group, part in profile
+    )
 
 
 def _parted(move: Move, sharding: Sharding) -> tuple[Sharding, tuple[int, ...]]:
@@ -84,7 +88,9 @@ def _summed(move: Move, place: Placement, source: Sharding, axes: tuple[int, ...
     return move.trips * place.seconds("all_reduce", part, place.group(axes)) if axes else 0.0
 
 
-def move_table(move: Move, place: Placement, sources: Sequence[Sharding], targets: Sequence[Sharding]) -> np.ndarray:
+def move_table(
+    move: Move, place: Placement, sources: Sequence[Sharding], targets: Sequence[Sharding]
+) -> np.ndarray:
     """Seconds of a move for every pair of shardings, [source, target]."""
     if move.sums:
         left, right = [_parted(move, s) for s in sources], [_parted(move, t)[0] for t in targets]
@@ -104,7 +110,9 @@ def move_table(move: Move, place: Placement, sources: Sequence[Sharding], target
     table = _table(without(sources), without(targets), mesh)
     once = np.zeros((len(table.ways), len(table.steps) + 1))
     for i, ways in enumerate(table.ways):
-        once[i, :-1] = [place.seconds(kind, part / ways * nbytes, group) for kind, group, part in table.steps]
+        once[i, :-1] = [
+            place.seconds(kind, part / ways * nbytes, group) for kind, group, part in table.steps
+        ]
     return move.trips * once[:, table.rows].sum(axis=2)[table.idle, table.ids]
 
 
@@ -141,13 +149,23 @@ def _table(sources: tuple[Sharding, ...], targets: tuple[Sharding, ...], mesh: M
     rows = []
     for key, pair in zip(names.tolist(), first.tolist(), strict=True):
         if key not in known:
-            before, after, _ = _simplest(sources[pair // len(targets)], targets[pair % len(targets)], mesh)
+            before, after, _ = _simplest(
+                sources[pair // len(targets)], targets[pair % len(targets)], mesh
+            )
             known[key] = _steps(before, after, mesh)
         rows.append([number.setdefault(step, len(number)) for step in known[key]])
     width = max(map(len, rows))
-    padded = np.array([row + [-1] * (width - len(row)) for row in rows], np.int64).reshape(len(rows), width)
+    padded = np.array([row + [-1] * (width - len(row)) for row in rows], np.int64).reshape(
+        len(rows), width
+    )
     ways, which = np.unique(idle.reshape(-1), return_inverse=True)
-    return _Table(ids.reshape(keys.shape), which.reshape(keys.shape), padded, tuple(ways.tolist()), tuple(number))
+    return _Table(
+        ids.reshape(keys.shape),
+        which.reshape(keys.shape),
+        padded,
+        tuple(ways.tolist()),
+        tuple(number),
+    )
 
 
 @lru_cache(maxsize=1)
@@ -162,7 +180,9 @@ MOST_AXES = 32
 """Axes of a mesh, at most: 2 to that power of devices."""
 
 
-def _keys(sources: Sequence[Sharding], targets: Sequence[Sharding], mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+def _keys(
+    sources: Sequence[Sharding], targets: Sequence[Sharding], mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
     """Per pair of shardings [source, target]: a number, equal where the same reshard is to be done, and the ways of dims that stay.
 
     An axis is known by its level and size and by its place (dim and digit) before and after. What a reshard costs depends on how
@@ -172,10 +192,15 @@ def _keys(sources: Sequence[Sharding], targets: Sequence[Sharding], mesh: Mesh) 
     assert dims <= RANK, f"a tensor split in more than {RANK} dims"
     assert axes <= MOST_AXES, f"a mesh of more than {MOST_AXES} axes"
     before, after = _places(sources, axes), _places(targets, axes)
-    moves = np.zeros((len(sources), len(targets), dims + 1), bool)  # whether a dim is split otherwise after than before
+    moves = np.zeros(
+        (len(sources), len(targets), dims + 1), bool
+    )  # whether a dim is split otherwise after than before
     for d in range(dims):
         number: dict[tuple[int, ...], int] = {}
-        one, other = (np.array([number.setdefault(s[d], len(number)) for s in side]) for side in (sources, targets))
+        one, other = (
+            np.array([number.setdefault(s[d], len(number)) for s in side])
+            for side in (sources, targets)
+        )
         moves[:, :, d] = one[:, None] != other[None, :]
     rank = np.cumsum(moves, axis=2)  # of dims that stay, only that they are there matters
     rows, columns = np.arange(len(sources))[:, None], np.arange(len(targets))[None, :]
@@ -183,11 +208,20 @@ def _keys(sources: Sequence[Sharding], targets: Sequence[Sharding], mesh: Mesh) 
     ways = np.ones((len(sources), len(targets)), np.int64)
     for a in range(axes):
         here, there = before[:, a][:, None], after[:, a][None, :]
-        d, e = np.where(here, (here - 1) // MOST_AXES, dims), np.where(there, (there - 1) // MOST_AXES, dims)
-        one = np.where(here, (rank[rows, columns, d] - 1) * MOST_AXES + (here - 1) % MOST_AXES + 1, 0)
-        other = np.where(there, (rank[rows, columns, e] - 1) * MOST_AXES + (there - 1) % MOST_AXES + 1, 0)
+        d, e = (
+            np.where(here, (here - 1) // MOST_AXES, dims),
+            np.where(there, (there - 1) // MOST_AXES, dims),
+        )
+        one = np.where(
+            here, (rank[rows, columns, d] - 1) * MOST_AXES + (here - 1) % MOST_AXES + 1, 0
+        )
+        other = np.where(
+            there, (rank[rows, columns, e] - 1) * MOST_AXES + (there - 1) % MOST_AXES + 1, 0
+        )
         idle = (here > 0) & ~moves[rows, columns, d]
-        found += np.where(idle, np.uint64(0), _random_numbers(mesh.axes[a].level, mesh.axes[a].size)[one, other])
+        found += np.where(
+            idle, np.uint64(0), _random_numbers(mesh.axes[a].level, mesh.axes[a].size)[one, other]
+        )
         ways *= np.where(idle, mesh.sizes[a], 1)
     return found, ways
 
@@ -196,7 +230,9 @@ def _keys(sources: Sequence[Sharding], targets: Sequence[Sharding], mesh: Mesh) 
 def _random_numbers(level: int, size: int) -> np.ndarray:
     """[place before, place after] of an axis of a level and size."""
     places = RANK * MOST_AXES + 1
-    found = np.random.default_rng((level + 1, size)).integers(0, 1 << 63, (places, places), dtype=np.uint64)
+    found = np.random.default_rng((level + 1, size)).integers(
+        0, 1 << 63, (places, places), dtype=np.uint64
+    )
     found[0, 0] = 0
     return found
 

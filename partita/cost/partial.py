@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from partita.graph.graph import Graph, Instruction, Key, per_graph
-from partita.graph.sums import gradient_sums
-from partita.plan.layout import Layout
+from partita.graph.gradient_sums import gradient_sums
+from partita.graph.operator_graph import Instruction, Key, OperatorGraph, per_graph
+from partita.plans.layout import Layout
 
 
 @per_graph
-def seen_labels(graph: Graph) -> dict[tuple[int, int], tuple[int, ...]]:
+def seen_labels(graph: OperatorGraph) -> dict[tuple[int, int], tuple[int, ...]]:
     """(instruction, operand position) -> the label under which it reads, where that is not the tensor's own."""
     return {read: use.label for use in graph.uses for read in use.instructions}
 
@@ -47,7 +47,7 @@ class Gradient:
 
 
 @per_graph
-def gradients(graph: Graph) -> tuple[Gradient, ...]:
+def gradients(graph: OperatorGraph) -> tuple[Gradient, ...]:
     """The gradients that an operator adds up from several, one of them its own."""
     seen, found = seen_labels(graph), []
     for s in gradient_sums(graph.instructions, graph.loops, graph.outputs):
@@ -63,7 +63,9 @@ def gradients(graph: Graph) -> tuple[Gradient, ...]:
     return tuple(found)
 
 
-def waiting(graph: Graph, layout: Layout) -> tuple[Mapping[int, tuple[int, ...]], Mapping[int, int]]:
+def waiting(
+    graph: OperatorGraph, layout: Layout
+) -> tuple[Mapping[int, tuple[int, ...]], Mapping[int, int]]:
     """(tensor -> the axes over which it is still to be summed as it is made; those that are summed then -> the addition that makes it).
 
     A tensor that is summed over devices as soon as it is made is in neither.
@@ -72,7 +74,9 @@ def waiting(graph: Graph, layout: Layout) -> tuple[Mapping[int, tuple[int, ...]]
 
 
 @lru_cache(maxsize=4)
-def _waiting(graph_key: Key[Graph], layout_key: Key[Layout]) -> tuple[Mapping[int, tuple[int, ...]], Mapping[int, int]]:
+def _waiting(
+    graph_key: Key[OperatorGraph], layout_key: Key[Layout]
+) -> tuple[Mapping[int, tuple[int, ...]], Mapping[int, int]]:
     graph, layout = graph_key.value, layout_key.value
     moved = {reader for read in layout.reads for reader in read.readers}
     wait: dict[int, tuple[int, ...]] = {}
@@ -85,7 +89,10 @@ def _waiting(graph_key: Key[Graph], layout_key: Key[Layout]) -> tuple[Mapping[in
         for i in g.additions:
             x = graph.instructions[i]
             a, b = (left.get(t, ()) for t in x.operands)
-            stays = all(layout.own[t] == layout.own[x.results[0]] and (i, p) not in moved for p, t in enumerate(x.operands))
+            stays = all(
+                layout.own[t] == layout.own[x.results[0]] and (i, p) not in moved
+                for p, t in enumerate(x.operands)
+            )
             if a and a == b and stays:
                 left[x.results[0]] = a
                 wait |= dict.fromkeys((*x.operands, x.results[0]), a)

@@ -9,14 +9,14 @@ from typing import Any
 
 from partita.cost.collectives import collectives
 from partita.cost.evaluate import OperatorCost, compute_source, operator_costs
-from partita.cost.memory import KINDS, Memory, memory
+from partita.cost.memory import KINDS, PeakMemory, memory
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.terms import Terms, terms
 from partita.cost.work import local_flops
-from partita.graph.graph import Graph
+from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
-from partita.plan.layout import Layout, layout, resolve
-from partita.plan.plan import Plan
+from partita.plans.layout import Layout, layout, resolve
+from partita.plans.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Prediction:
     machine: str
     seconds: float
     operators: tuple[OperatorPrediction, ...]
-    memory: Memory
+    memory: PeakMemory
     traffic: Mapping[str, int]
     flops: float
     status: str
@@ -58,7 +58,10 @@ class Prediction:
     def source(self) -> str:
         """Where the seconds come from, in words: the part of the compute time that was measured, fitted, read off a roofline."""
         whole = self.by_cause()["compute"] or 1.0
-        parts = {s: sum(o.compute for o in self.operators if o.source == s) / whole for s in ("measured", "fitted")}
+        parts = {
+            s: sum(o.compute for o in self.operators if o.source == s) / whole
+            for s in ("measured", "fitted")
+        }
         figures = f"{self.machine}'s figures ({self.status} at worst)"
         if not any(parts.values()):
             return f"roofline over {figures}"
@@ -95,8 +98,13 @@ class Prediction:
 
 
 def predict(
-    graph: Graph, machine: Machine, plan: Plan, found: Terms | None = None, where: Layout | None = None, costs: Sequence[OperatorCost] | None = None
-) -> Prediction:  # fmt: skip
+    graph: OperatorGraph,
+    machine: Machine,
+    plan: Plan,
+    found: Terms | None = None,
+    where: Layout | None = None,
+    costs: Sequence[OperatorCost] | None = None,
+) -> Prediction:
     """The cost of a plan on a machine. `found`, `where` and the operators' `costs` may be given if they are known already."""
     found = found or terms(graph, machine.backend)
     where = where or layout(graph, plan)
@@ -105,7 +113,9 @@ def predict(
     moves = [0.0] * len(costs)
     for move in found.edges:
         a, b = where.assignments[move.home], where.assignments[move.reader]
-        moves[move.reader] += move_seconds(move, place, resolve(move.source, a), resolve(move.target, b))
+        moves[move.reader] += move_seconds(
+            move, place, resolve(move.source, a), resolve(move.target, b)
+        )
     sent: Counter[int] = Counter()
     traffic: Counter[str] = Counter()
     every = collectives(graph, plan.mesh, where, machine.backend)
@@ -114,13 +124,25 @@ def predict(
         traffic[c.kind] += c.total
     operators = tuple(
         OperatorPrediction(
-            graph.operators[o].name, float(c.compute[0]), float(c.activations[0]), float(c.gradients[0]), moves[o],
-            float(c.nbytes[0]), sent[o], compute_source(found.operators[o], place, where.assignments[o]),
+            graph.operators[o].name,
+            float(c.compute[0]),
+            float(c.activations[0]),
+            float(c.gradients[0]),
+            moves[o],
+            float(c.nbytes[0]),
+            sent[o],
+            compute_source(found.operators[o], place, where.assignments[o]),
         )
         for o, c in enumerate(costs)
-    )  # fmt: skip
+    )
     return Prediction(
-        plan.name, machine.name, sum(o.seconds for o in operators), operators, memory(graph, plan.mesh, where, machine.backend),
-        dict(sorted(traffic.items())), local_flops(graph, plan.mesh, where, machine.backend, sent=every), machine.weakest_status(),
+        plan.name,
+        machine.name,
+        sum(o.seconds for o in operators),
+        operators,
+        memory(graph, plan.mesh, where, machine.backend),
+        dict(sorted(traffic.items())),
+        local_flops(graph, plan.mesh, where, machine.backend, sent=every),
+        machine.weakest_status(),
         machine.times.error if machine.times else 0.0,
-    )  # fmt: skip
+    )

@@ -36,7 +36,7 @@ Kind = Literal["all_slice", "collective_permute", "all_to_all", "all_gather"]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ReshardStep:
     """One collective of a reshard: `axes` spans the groups that exchange data, `result` is the sharding it leaves."""
 
     kind: Kind
@@ -47,7 +47,7 @@ class Step:
 @lru_cache(maxsize=1 << 18)
 def reshard_steps(
     source: Sharding, target: Sharding, sizes: tuple[int, ...], shape: tuple[int, ...] | None = None
-) -> tuple[Step, ...]:
+) -> tuple[ReshardStep, ...]:
     """The collectives, in order, by which Shardy turns `source` into `target` on a mesh with axes of `sizes` (primes).
 
     `shape` is the tensor's global shape; without it every dim is taken to be divisible by any product of axes.
@@ -64,7 +64,9 @@ def reshard_steps(
     for attempt in range(4):
         if diff.done:
             break
-        if attempt == 2:  # Shardy stops here, sometimes short of the target; what follows finishes what it leaves
+        if (
+            attempt == 2
+        ):  # Shardy stops here, sometimes short of the target; what follows finishes what it leaves
             diff.ghosts = set()
         diff.slice()
         diff.permute()
@@ -78,7 +80,7 @@ def reshard_steps(
 @lru_cache(maxsize=1 << 18)
 def emitted_steps(
     source: Sharding, target: Sharding, sizes: tuple[int, ...], shape: tuple[int, ...] | None = None
-) -> tuple[Step, ...]:
+) -> tuple[ReshardStep, ...]:
     """`reshard_steps` as XLA's partitioner emits them when each result is pinned by a sharding constraint.
 
     It differs in one thing: an all-gather along several dims becomes one per dim, last dim first (XLA:CPU, jax 0.10.2).
@@ -86,7 +88,7 @@ def emitted_steps(
     >>> [step.result for step in emitted_steps(((0,), (1,)), ((), ()), (2, 2))]
     [((0,), ()), ((), ())]
     """
-    steps: list[Step] = []
+    steps: list[ReshardStep] = []
     before = source
     for step in reshard_steps(source, target, sizes, shape):
         if step.kind != "all_gather":
@@ -97,32 +99,43 @@ def emitted_steps(
             dropped = before[dim][len(step.result[dim]) :]
             if dropped:
                 before = (*before[:dim], step.result[dim], *before[dim + 1 :])
-                steps.append(Step("all_gather", tuple(sorted(dropped)), before))
+                steps.append(ReshardStep("all_gather", tuple(sorted(dropped)), before))
     return tuple(steps)
 
 
-def step_bytes(step: Step, before: Sharding, shape: Sequence[int], itemsize: int, sizes: Sequence[int]) -> int:
+def step_bytes(
+    step: ReshardStep, before: Sharding, shape: Sequence[int], itemsize: int, sizes: Sequence[int]
+) -> int:
     """Bytes per device of a step that starts from `before`: the result of an all_gather, the operand of a permute or
     an all_to_all, nothing for an all_slice. A dim that does not divide evenly is padded (rounded up), as XLA does."""
     if step.kind == "all_slice":
         return 0
     held = step.result if step.kind == "all_gather" else before
     return itemsize * math.prod(
-        -(-dim // math.prod(sizes[axis] for axis in axes)) for dim, axes in zip(shape, held, strict=True)
+        -(-dim // math.prod(sizes[axis] for axis in axes))
+        for dim, axes in zip(shape, held, strict=True)
     )
 
 
 class _Difference:
     """What still separates `current` from `target`; each method emits at most the steps of one kind."""
 
-    def __init__(self, source: Sharding, target: Sharding, sizes: tuple[int, ...], shape: tuple[int, ...] | None):
+    def __init__(
+        self,
+        source: Sharding,
+        target: Sharding,
+        sizes: tuple[int, ...],
+        shape: tuple[int, ...] | None,
+    ):
         self.current = [list(axes) for axes in source]
         self.target = target
         self.sizes = sizes
         self.shape = shape
         self.dims = range(len(source))
-        self.home = {axis: (dim, place) for dim, axes in enumerate(target) for place, axis in enumerate(axes)}
-        self.steps: list[Step] = []
+        self.home = {
+            axis: (dim, place) for dim, axes in enumerate(target) for place, axis in enumerate(axes)
+        }
+        self.steps: list[ReshardStep] = []
         self.ghosts: set[int] = set()
 
     @property
@@ -133,7 +146,7 @@ class _Difference:
         return tuple(tuple(axes) for axes in self.current)
 
     def emit(self, kind: Kind, axes: Iterable[int]) -> None:
-        self.steps.append(Step(kind, tuple(sorted(axes)), self.frozen()))
+        self.steps.append(ReshardStep(kind, tuple(sorted(axes)), self.frozen()))
 
     def kept(self, dim: int) -> int:
         """How many leading axes of a dim are already right."""
@@ -166,7 +179,9 @@ class _Difference:
     def fits(self, axis: int, room: int) -> bool:
         size = self.sizes[axis]
         if 1 < room < size and size % room == 0:
-            raise ValueError(f"this reshard would cut mesh axis {axis} ({size}) into sub-axes; use axes of prime size")
+            raise ValueError(
+                f"this reshard would cut mesh axis {axis} ({size}) into sub-axes; use axes of prime size"
+            )
         return room > 1 and room % size == 0
 
     # ---- 1. all_slice
@@ -210,7 +225,9 @@ class _Difference:
         common = 0
         while common < min(len(ahead), len(leaving)) and ahead[-1 - common] == leaving[-1 - common]:
             common += 1
-        if any(self.home.get(axis, (dim, 0))[0] == other for axis in leaving[: len(leaving) - common]):
+        if any(
+            self.home.get(axis, (dim, 0))[0] == other for axis in leaving[: len(leaving) - common]
+        ):
             return
         if self.shape is not None and self.shape[dim] % self.product(self.current[dim] + fresh):
             return
@@ -246,7 +263,9 @@ class _Difference:
         rest = list(chain.from_iterable(leavers))
         any_dim = [self.fill(room, dim, rest) for dim in self.dims]
         for dim in self.dims:  # axes bound for another dim stand last, ready for an all-to-all
-            self.current[dim][self.kept(dim) :] = placed[dim] + any_dim[dim] + same_dim[dim] + onward[dim]
+            self.current[dim][self.kept(dim) :] = (
+                placed[dim] + any_dim[dim] + same_dim[dim] + onward[dim]
+            )
         moved = self.places(before).items() ^ self.places(self.frozen()).items()
         if moved:  # now and then the best arrangement is the one we had
             self.emit("collective_permute", {axis for axis, _ in moved})

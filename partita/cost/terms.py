@@ -18,15 +18,28 @@ from partita.cost.collectives import DEFAULT, reaches
 from partita.cost.fusion import DEAR, FREE, Fusion, fusion, reads, transposes
 from partita.cost.partial import Gradient, gradients, reduced_factors, seen_labels
 from partita.cost.work import group_factors
-from partita.graph.graph import Graph, Instruction, Label, Phase, Window, constant_tensors
 from partita.graph.grouping import HEAVY
+from partita.graph.operator_graph import (
+    Instruction,
+    Label,
+    OperatorGraph,
+    Phase,
+    Window,
+    constant_tensors,
+)
 from partita.machine import Backend
-from partita.plan.layout import families
+from partita.plans.layout import families
 
 OP_CLASS = {
-    "dot_general": "dot", "convolution": "conv", "gather": "gather", "scatter": "gather", "reduce": "reduce",
-    "reduce_window": "reduce", "select_and_scatter": "reduce", "sort": "sort",
-}  # fmt: skip
+    "dot_general": "dot",
+    "convolution": "conv",
+    "gather": "gather",
+    "scatter": "gather",
+    "reduce": "reduce",
+    "reduce_window": "reduce",
+    "select_and_scatter": "reduce",
+    "sort": "sort",
+}
 Factors = tuple[int, ...]
 
 
@@ -138,7 +151,7 @@ class OperatorTerms:
     name: str = ""
     """Of the operator, for what is said of it."""
 
-    def key(self, graph: Graph, operator: int) -> tuple[object, ...]:
+    def key(self, graph: OperatorGraph, operator: int) -> tuple[object, ...]:
         """Equal for operators that cost the same under equal choices."""
         own = graph.operators[operator].factors
         number = {f: i for i, f in enumerate(own)}
@@ -146,12 +159,39 @@ class OperatorTerms:
         return (
             tuple((graph.factors[f].name, graph.factors[f].size) for f in own),
             tuple(
-                (w.op_class, w.dtype, w.flops, at(w.factors), tuple((b, at(f)) for b, f in w.traffic), w.trips, w.phase, w.kind, w.groups)
+                (
+                    w.op_class,
+                    w.dtype,
+                    w.flops,
+                    at(w.factors),
+                    tuple((b, at(f)) for b, f in w.traffic),
+                    w.trips,
+                    w.phase,
+                    w.kind,
+                    w.groups,
+                )
                 for w in self.work
             ),
-            tuple((r.kind, r.nbytes, at(r.factors), at(r.reduced), r.trips, r.phase, r.parameter >= 0, r.together) for r in self.reductions),
-            tuple((h.nbytes, h.rows, at(h.factors), at((h.split,)), h.window, h.trips, h.phase) for h in self.halos),
-            tuple((m.nbytes, at(m.source), at(m.target), m.trips, m.phase, m.sums) for m in self.moves),
+            tuple(
+                (
+                    r.kind,
+                    r.nbytes,
+                    at(r.factors),
+                    at(r.reduced),
+                    r.trips,
+                    r.phase,
+                    r.parameter >= 0,
+                    r.together,
+                )
+                for r in self.reductions
+            ),
+            tuple(
+                (h.nbytes, h.rows, at(h.factors), at((h.split,)), h.window, h.trips, h.phase)
+                for h in self.halos
+            ),
+            tuple(
+                (m.nbytes, at(m.source), at(m.target), m.trips, m.phase, m.sums) for m in self.moves
+            ),
             tuple((s.shape, at(s.label), s.nbytes, s.slots, s.traffic) for s in self.stored),
             tuple((b, at(f)) for b, f in self.resident),
             tuple((b, at(f)) for b, f in self.kept),
@@ -166,7 +206,7 @@ class Terms:
     edges: list[Move]
 
 
-def terms(graph: Graph, backend: Backend = DEFAULT) -> Terms:
+def terms(graph: OperatorGraph, backend: Backend = DEFAULT) -> Terms:
     """The cost terms of a graph, compiled as a backend does."""
     seen = seen_labels(graph)
     found = [OperatorTerms() for _ in graph.operators]
@@ -190,7 +230,12 @@ def _iteration(x: Instruction, labels: list[Label], results: list[Label]) -> Fac
     return tuple(dict.fromkeys(f for label in [*labels, *results] for f in label if f >= 0))
 
 
-def _works(graph: Graph, seen: dict[tuple[int, int], Label], fused: Fusion, found: list[OperatorTerms]) -> None:
+def _works(
+    graph: OperatorGraph,
+    seen: dict[tuple[int, int], Label],
+    fused: Fusion,
+    found: list[OperatorTerms],
+) -> None:
     """Adds every kernel to its operator; one that is fused across operators is shared out between them.
 
     What depends on no argument, a mask say, every device makes as far as its readers need it: it belongs to the kernel that it is fused into.
@@ -202,7 +247,9 @@ def _works(graph: Graph, seen: dict[tuple[int, int], Label], fused: Fusion, foun
             continue
         parts: dict[int, list[int]] = defaultdict(list)
         for i in kernel:
-            owner = graph.owner[root if all(t in free for t in graph.instructions[i].results) else i]
+            owner = graph.owner[
+                root if all(t in free for t in graph.instructions[i].results) else i
+            ]
             if owner >= 0:
                 parts[owner].append(i)
         outside = reads(graph, kernel)
@@ -211,9 +258,14 @@ def _works(graph: Graph, seen: dict[tuple[int, int], Label], fused: Fusion, foun
 
 
 def _work(
-    graph: Graph, seen: dict[tuple[int, int], Label], root: int, operator: int, members: list[int],
-    outside: dict[int, list[tuple[int, int]]], found: list[OperatorTerms],
-) -> None:  # fmt: skip
+    graph: OperatorGraph,
+    seen: dict[tuple[int, int], Label],
+    root: int,
+    operator: int,
+    members: list[int],
+    outside: dict[int, list[tuple[int, int]]],
+    found: list[OperatorTerms],
+) -> None:
     """Adds an operator's part of a kernel: the work of its instructions, what they read from memory, and what is written."""
     traffic: dict[int, tuple[int, Factors]] = {}
     flops, spaces, free = 0.0, {}, constant_tensors(graph)
@@ -257,36 +309,60 @@ def _work(
             kind_of(graph, x, members),
             x.batch_groups,
             groups,
-        )  # fmt: skip
+        )
     )
 
 
 KINDS = {
-    "reduce_window": "pooling", "select_and_scatter": "gradient of pooling", "scatter": "scatter", "dynamic_update_slice": "scatter",
-    "transpose": "transpose", "concatenate": "concatenate",
-}  # fmt: skip
+    "reduce_window": "pooling",
+    "select_and_scatter": "gradient of pooling",
+    "scatter": "scatter",
+    "dynamic_update_slice": "scatter",
+    "transpose": "transpose",
+    "concatenate": "concatenate",
+}
 """Root of a kernel -> what it is to a fit, where that is not its class."""
 TRANSCENDENTAL = DEAR - {"divide", "remainder", "reduce", "gather"}
 
 
-def kind_of(graph: Graph, x: Instruction, members: Sequence[int]) -> str:
+def kind_of(graph: OperatorGraph, x: Instruction, members: Sequence[int]) -> str:
     """What kind of kernel one is to a fit: its root's class or finer. Libraries have other loops for each of them."""
     if x.name == "convolution":
-        return "convolution for a kernel" if transposes(x) else "dilated convolution" if any(w.base > 1 for _, w in x.windows) else "conv"
+        return (
+            "convolution for a kernel"
+            if transposes(x)
+            else "dilated convolution"
+            if any(w.base > 1 for _, w in x.windows)
+            else "conv"
+        )
     own = KINDS.get(x.name) or OP_CLASS.get(x.name, "elementwise")
-    transcendental = own == "elementwise" and any(graph.instructions[i].name in TRANSCENDENTAL for i in members)
+    transcendental = own == "elementwise" and any(
+        graph.instructions[i].name in TRANSCENDENTAL for i in members
+    )
     return "transcendental" if transcendental else own
 
 
 def _communication(
-    graph: Graph, seen: dict[tuple[int, int], Label], family: dict[int, int], found: list[OperatorTerms]
+    graph: OperatorGraph,
+    seen: dict[tuple[int, int], Label],
+    family: dict[int, int],
+    found: list[OperatorTerms],
 ) -> None:
     gradient, free = _gradients(graph, family), constant_tensors(graph)
     waits = {t for g in gradients(graph) for t in g.leaves}
     for g in gradients(graph):
         label, nbytes = graph.labels[g.result], graph.tensors[g.result].nbytes
         found[g.operator].reductions.append(
-            Reduction("all_reduce", nbytes, _factors(label), g.reduced, 1, "backward", gradient.get(g.result, -1), together=True)
+            Reduction(
+                "all_reduce",
+                nbytes,
+                _factors(label),
+                g.reduced,
+                1,
+                "backward",
+                gradient.get(g.result, -1),
+                together=True,
+            )
         )
     for i, x in enumerate(graph.instructions):
         operator = graph.owner[i]
@@ -299,16 +375,34 @@ def _communication(
             for t in x.results:
                 tensor = graph.tensors[t]
                 found[operator].reductions.append(
-                    Reduction(kind, tensor.nbytes, _factors(graph.labels[t]), reduced, x.trips, x.phase, gradient.get(t, -1))
+                    Reduction(
+                        kind,
+                        tensor.nbytes,
+                        _factors(graph.labels[t]),
+                        reduced,
+                        x.trips,
+                        x.phase,
+                        gradient.get(t, -1),
+                    )
                 )
         for reach in reaches(x, labels, graph.labels[x.results[0]]):
             tensor = graph.tensors[x.operands[0]]
             others = tuple(f for f in _factors(reach.label) if f != reach.factor)
             row = tensor.nbytes // tensor.shape[reach.dim]
-            found[operator].halos.append(Halo(row, tensor.shape[reach.dim], others, reach.factor, reach.window, x.trips, x.phase))
+            found[operator].halos.append(
+                Halo(
+                    row,
+                    tensor.shape[reach.dim],
+                    others,
+                    reach.factor,
+                    reach.window,
+                    x.trips,
+                    x.phase,
+                )
+            )
 
 
-def _gradients(graph: Graph, family: dict[int, int]) -> dict[int, int]:
+def _gradients(graph: OperatorGraph, family: dict[int, int]) -> dict[int, int]:
     """Backward tensor -> the parameter whose update reads it, followed back through shape changes."""
     producer = {t: x for x in graph.instructions for t in x.results}
     found: dict[int, int] = {}
@@ -319,17 +413,28 @@ def _gradients(graph: Graph, family: dict[int, int]) -> dict[int, int]:
         if len(roots) != 1:
             continue
         for t in x.operands:
-            while t in producer and t not in family and producer[t].phase == "backward" and graph.tensors[t].shape:
+            while (
+                t in producer
+                and t not in family
+                and producer[t].phase == "backward"
+                and graph.tensors[t].shape
+            ):
                 found[t] = next(iter(roots))
                 source = producer[t].operands[0]
-                sums_nothing = producer[t].name == "reduce" and graph.tensors[source].size == graph.tensors[t].size
-                if producer[t].name not in ("reshape", "transpose", "convert", "negate") and not sums_nothing:
+                sums_nothing = (
+                    producer[t].name == "reduce"
+                    and graph.tensors[source].size == graph.tensors[t].size
+                )
+                if (
+                    producer[t].name not in ("reshape", "transpose", "convert", "negate")
+                    and not sums_nothing
+                ):
                     break
                 t = source
     return found
 
 
-def _moves(graph: Graph, found: list[OperatorTerms]) -> list[Move]:
+def _moves(graph: OperatorGraph, found: list[OperatorTerms]) -> list[Move]:
     made = {t: x for x in graph.instructions for t in x.results}
     inside = {t: loop for loop in graph.loops for _, t, _, _ in loop.carried}
     free, batch = constant_tensors(graph), {a.tensor for a in graph.arguments if a.role == "batch"}
@@ -347,9 +452,16 @@ def _moves(graph: Graph, found: list[OperatorTerms]) -> list[Move]:
         x = made.get(use.tensor)
         trips = x.trips if x else inside[use.tensor].trips if use.tensor in inside else 1
         move = Move(
-            use.tensor, graph.tensors[use.tensor].nbytes, home, graph.labels[use.tensor], use.operator, use.label, trips,
-            x.phase if x else "forward", graph.instructions[min(i for i, _ in use.instructions)].phase,
-        )  # fmt: skip
+            use.tensor,
+            graph.tensors[use.tensor].nbytes,
+            home,
+            graph.labels[use.tensor],
+            use.operator,
+            use.label,
+            trips,
+            x.phase if x else "forward",
+            graph.instructions[min(i for i, _ in use.instructions)].phase,
+        )
         if home == use.operator:
             found[home].moves.append(move)
         else:
@@ -357,9 +469,16 @@ def _moves(graph: Graph, found: list[OperatorTerms]) -> list[Move]:
     return edges
 
 
-def _added(graph: Graph, gradient: Gradient) -> list[Move]:
+def _added(graph: OperatorGraph, gradient: Gradient) -> list[Move]:
     """The moves of gradients to the operator that adds them up: what is its own, split alike and still to be summed alike, does not move."""
-    seen, reads = seen_labels(graph), {t: (i, p) for i in gradient.additions for p, t in enumerate(graph.instructions[i].operands)}
+    seen, reads = (
+        seen_labels(graph),
+        {
+            t: (i, p)
+            for i in gradient.additions
+            for p, t in enumerate(graph.instructions[i].operands)
+        },
+    )
     found = []
     for t, reduced in gradient.leaves.items():
         source, target = graph.labels[t], seen.get(reads[t], graph.labels[t])
@@ -368,14 +487,24 @@ def _added(graph: Graph, gradient: Gradient) -> list[Move]:
         if graph.home[t] != gradient.operator or source != target or reduced != gradient.reduced:
             found.append(
                 Move(
-                    t, graph.tensors[t].nbytes, graph.home[t], whole(source, reduced), gradient.operator, whole(target, gradient.reduced), 1,
-                    "backward", "backward", pad,
-                )  # fmt: skip
+                    t,
+                    graph.tensors[t].nbytes,
+                    graph.home[t],
+                    whole(source, reduced),
+                    gradient.operator,
+                    whole(target, gradient.reduced),
+                    1,
+                    "backward",
+                    "backward",
+                    pad,
+                )
             )
     return found
 
 
-def _memory(graph: Graph, family: dict[int, int], fused: Fusion, found: list[OperatorTerms]) -> None:
+def _memory(
+    graph: OperatorGraph, family: dict[int, int], fused: Fusion, found: list[OperatorTerms]
+) -> None:
     slots: dict[int, int] = defaultdict(int)
     for a in graph.arguments:
         if a.role == "optimizer" and a.tensor in family:
@@ -389,7 +518,15 @@ def _memory(graph: Graph, family: dict[int, int], fused: Fusion, found: list[Ope
             own = slots[a.tensor]
             traffic = 3 * tensor.nbytes + 2 * own
             found[home].stored.append(
-                Stored(a.path, a.tensor, tensor.shape, graph.labels[a.tensor], tensor.nbytes, own, traffic)
+                Stored(
+                    a.path,
+                    a.tensor,
+                    tensor.shape,
+                    graph.labels[a.tensor],
+                    tensor.nbytes,
+                    own,
+                    traffic,
+                )
             )
         elif a.tensor not in family:
             found[home].resident.append((tensor.nbytes, _factors(graph.labels[a.tensor])))
@@ -404,5 +541,13 @@ def _memory(graph: Graph, family: dict[int, int], fused: Fusion, found: list[Ope
     for x in graph.instructions:
         if x.phase == "forward" and x.name not in FREE:
             for t in x.results:
-                if t in read_later and t in written and t not in free and graph.tensors[t].nbytes > 64 and graph.home[t] >= 0:
-                    found[graph.home[t]].kept.append((graph.tensors[t].nbytes, _factors(graph.labels[t])))
+                if (
+                    t in read_later
+                    and t in written
+                    and t not in free
+                    and graph.tensors[t].nbytes > 64
+                    and graph.home[t] >= 0
+                ):
+                    found[graph.home[t]].kept.append(
+                        (graph.tensors[t].nbytes, _factors(graph.labels[t]))
+                    )

@@ -14,16 +14,16 @@ from jax.extend.mlir import ir
 from partita.capture import stablehlo
 from partita.cost.partial import waiting
 from partita.cost.reshard import reshard_steps
-from partita.graph.graph import Graph
 from partita.graph.grouping import HEAVY
-from partita.plan.layout import Layout, Sharding
-from partita.plan.plan import Mesh
+from partita.graph.operator_graph import OperatorGraph
+from partita.plans.layout import Layout, Sharding
+from partita.plans.plan import Mesh
 
 MESH = "partita_mesh"
 LOOPS = {"while", "case", "if"}
 
 
-def annotate(source: bytes, graph: Graph, mesh: Mesh, layout: Layout) -> bytes:
+def annotate(source: bytes, graph: OperatorGraph, mesh: Mesh, layout: Layout) -> bytes:
     """The captured program with the plan's layout written into it, as portable bytes."""
     with stablehlo.context(), ir.Location.unknown():
         module = stablehlo.parse(source)
@@ -33,7 +33,7 @@ def annotate(source: bytes, graph: Graph, mesh: Mesh, layout: Layout) -> bytes:
 
 
 class _Writer:
-    def __init__(self, graph: Graph, mesh: Mesh, layout: Layout) -> None:
+    def __init__(self, graph: OperatorGraph, mesh: Mesh, layout: Layout) -> None:
         self.graph, self.mesh, self.layout = graph, mesh, layout
         self.values: list[Any] = []
         self.ids: dict[Any, int] = {}
@@ -45,19 +45,32 @@ class _Writer:
 
     def write(self, module: ir.Module) -> None:
         axes = ", ".join(f'"{a.name}"={a.size}' for a in self.mesh.axes)
-        ir.InsertionPoint.at_block_begin(module.body).insert(ir.Operation.parse(f"sdy.mesh @{MESH} = <[{axes}]>"))
+        ir.InsertionPoint.at_block_begin(module.body).insert(
+            ir.Operation.parse(f"sdy.mesh @{MESH} = <[{axes}]>")
+        )
         block = stablehlo.main_block(module)
         self.values, self.operations = stablehlo.numbered(block)
         self.ids = {value: t for t, value in enumerate(self.values)}
-        assert len(self.values) == len(self.graph.tensors), "the text and the graph number the same values"
+        assert len(self.values) == len(self.graph.tensors), (
+            "the text and the graph number the same values"
+        )
         for operation, instruction in zip(self.operations, self.graph.instructions, strict=True):
             if instruction.name in LOOPS:
                 self._pin_carried(operation)
-            elif instruction.name in HEAVY or instruction.rule is not None and instruction.rule.reduction:
+            elif (
+                instruction.name in HEAVY
+                or instruction.rule is not None
+                and instruction.rule.reduction
+            ):
                 for value in operation.results:
-                    if self.ids[value] not in self.wait and not any(self.layout.own[self.ids[value]]):
+                    if self.ids[value] not in self.wait and not any(
+                        self.layout.own[self.ids[value]]
+                    ):
                         self._pin(value)
-                own = [any(self.layout.own[t]) for t in (*instruction.operands[:1], *instruction.results)]
+                own = [
+                    any(self.layout.own[t])
+                    for t in (*instruction.operands[:1], *instruction.results)
+                ]
                 if instruction.windows and not own[0] and any(own):
                     # XLA would split a whole value that a split window reads, and with it what else reads it.
                     self._pin(self.values[instruction.operands[0]])
@@ -69,10 +82,14 @@ class _Writer:
                 continue
             if any(self.graph.tensors[self.ids[r]].shape for r in operation.results):
                 text = ", ".join(f"<@{MESH}, {self._of(self.ids[r])}>" for r in operation.results)
-                operation.attributes["sdy.sharding"] = ir.Attribute.parse(f"#sdy.sharding_per_value<[{text}]>")
+                operation.attributes["sdy.sharding"] = ir.Attribute.parse(
+                    f"#sdy.sharding_per_value<[{text}]>"
+                )
         function = block.owner
         arguments = [
-            ir.DictAttr.get({"sdy.sharding": ir.Attribute.parse(self._text(self.layout.own[self.ids[a]]))})
+            ir.DictAttr.get(
+                {"sdy.sharding": ir.Attribute.parse(self._text(self.layout.own[self.ids[a]]))}
+            )
             for a in block.arguments
         ]
         function.attributes["arg_attrs"] = ir.ArrayAttr.get(arguments)
@@ -84,9 +101,15 @@ class _Writer:
             body = loop.regions[1].blocks[0]
             carried += list(body.arguments)
             for entering in (loop, list(body)[-1].operation):
-                for position, (value, inside) in enumerate(zip(entering.operands, body.arguments, strict=True)):
+                for position, (value, inside) in enumerate(
+                    zip(entering.operands, body.arguments, strict=True)
+                ):
                     t, entered = self.ids[inside], self.ids.get(value)
-                    if self.graph.tensors[t].shape and entered is not None and self.layout.own[entered] == self.layout.own[t]:
+                    if (
+                        self.graph.tensors[t].shape
+                        and entered is not None
+                        and self.layout.own[entered] == self.layout.own[t]
+                    ):
                         entering.operands[position] = self._constrain(value, self.layout.own[t])
         for value in carried:
             self._pin(value)
@@ -103,7 +126,9 @@ class _Writer:
             value.replace_all_uses_except(pinned, pinned.owner.operation)
 
     def _dims(self, sharding: Sharding) -> str:
-        dims = ", ".join("{" + ", ".join(f'"{self.mesh.axes[a].name}"' for a in d) + "}" for d in sharding)
+        dims = ", ".join(
+            "{" + ", ".join(f'"{self.mesh.axes[a].name}"' for a in d) + "}" for d in sharding
+        )
         return f"[{dims}]"
 
     def _of(self, t: int) -> str:
@@ -139,7 +164,9 @@ class _Writer:
         ways: dict[tuple[int, Sharding], list[Sharding]] = {}
         for read in self.layout.reads:
             source = self.layout.own[read.tensor]
-            steps = reshard_steps(source, read.target, self.mesh.sizes, self.graph.tensors[read.tensor].shape)
+            steps = reshard_steps(
+                source, read.target, self.mesh.sizes, self.graph.tensors[read.tensor].shape
+            )
             ways[read.tensor, read.target] = [source, *(s.result for s in steps)]
             self._pin(self.values[read.tensor])
         # What two ways begin with is done once: a step is known by the tensor and the shardings up to it.
@@ -186,7 +213,9 @@ class _Writer:
             operands=[value],
             attributes={"sharding": ir.Attribute.parse(sharding)},
             loc=self._location(value) if isinstance(owner, ir.Block) else owner.location,
-            ip=ir.InsertionPoint.at_block_begin(owner if isinstance(owner, ir.Block) else owner.operation.block),
+            ip=ir.InsertionPoint.at_block_begin(
+                owner if isinstance(owner, ir.Block) else owner.operation.block
+            ),
         )
         if not isinstance(owner, ir.Block):
             made.move_after(owner.operation)

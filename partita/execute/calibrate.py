@@ -71,11 +71,27 @@ class Calibration:
     """Median relative error of the model on its own measurements."""
 
     def to_toml(self) -> str:
-        lines = ["# Measured by 'partita machine measure'. Delete this file to go back to assumed figures.", "[key]"]
+        lines = [
+            "# Measured by 'partita machine measure'. Delete this file to go back to assumed figures.",
+            "[key]",
+        ]
         lines += [f"{k} = {json.dumps(v)}" for k, v in self.key.items()]
-        lines += ["", "[values]", *(f"{json.dumps(k)} = {v:.6g}" for k, v in self.values.items()), "", "[fit]", f"error = {self.error:.4f}"]
+        lines += [
+            "",
+            "[values]",
+            *(f"{json.dumps(k)} = {v:.6g}" for k, v in self.values.items()),
+            "",
+            "[fit]",
+            f"error = {self.error:.4f}",
+        ]
         for m in self.measured:
-            lines += ["", "[[measured]]", f"what = {json.dumps(m.what)}", f"size = {json.dumps(m.size)}", f"seconds = {m.seconds:.6g}"]
+            lines += [
+                "",
+                "[[measured]]",
+                f"what = {json.dumps(m.what)}",
+                f"size = {json.dumps(m.size)}",
+                f"seconds = {m.seconds:.6g}",
+            ]
             lines += [f"rate = {m.rate:.6g}"] if m.rate else []
         return "\n".join(lines) + "\n"
 
@@ -87,14 +103,26 @@ MANNER = 3
 def key_of(devices: int) -> dict[str, Any]:
     """What a calibration holds for: it is used where all of it is the same."""
     return {
-        "host": platform.node(), "device": jax.devices()[0].device_kind, "devices": devices, "processes": jax.process_count(),
-        "threads": os.environ.get("NPROC", "all"), "jax": jax.__version__, "jaxlib": version("jaxlib"), "manner": MANNER,
-    }  # fmt: skip
+        "host": platform.node(),
+        "device": jax.devices()[0].device_kind,
+        "devices": devices,
+        "processes": jax.process_count(),
+        "threads": os.environ.get("NPROC", "all"),
+        "jax": jax.__version__,
+        "jaxlib": version("jaxlib"),
+        "manner": MANNER,
+    }
 
 
 def file_of(key: dict[str, Any]) -> Path:
-    folder = Path(os.environ.get("PARTITA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "partita")
-    return folder / f"machine-{re.sub(r'[^A-Za-z0-9.]+', '-', str(key['host']))}-{key['devices']}x{key['processes']}.toml"
+    folder = Path(
+        os.environ.get("PARTITA_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "partita"
+    )
+    return (
+        folder
+        / f"machine-{re.sub(r'[^A-Za-z0-9.]+', '-', str(key['host']))}-{key['devices']}x{key['processes']}.toml"
+    )
 
 
 def calibrated(machine: Machine, devices: int) -> Machine:
@@ -106,11 +134,17 @@ def calibrated(machine: Machine, devices: int) -> Machine:
     except OSError:
         return machine
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise MachineError(f"{path} is not TOML: {error}. Delete it, or measure again: partita machine measure.") from None
+        raise MachineError(
+            f"{path} is not TOML: {error}. Delete it, or measure again: partita machine measure."
+        ) from None
     if found.get("key") != key:
         return machine
     known, given = machine.provenance(), found.get("values", {})
-    values = {k: v for k, v in given.items() if k in known} if isinstance(given, dict) else {"values": given}
+    values = (
+        {k: v for k, v in given.items() if k in known}
+        if isinstance(given, dict)
+        else {"values": given}
+    )
     for name, value in values.items():
         if not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise MachineError(
@@ -126,7 +160,14 @@ def calibrate(machine: Machine, report: Callable[[str], None]) -> Calibration:
     found: list[Measured] = []
     known = machine.provenance()
     rates: dict[str, list[Measured]] = {}
-    for op_class, make in (("dot", _dots), ("conv", _convs), ("elementwise", _elementwise), ("reduce", _reduce), ("gather", _gather), ("sort", _sort)):
+    for op_class, make in (
+        ("dot", _dots),
+        ("conv", _convs),
+        ("elementwise", _elementwise),
+        ("reduce", _reduce),
+        ("gather", _gather),
+        ("sort", _sort),
+    ):
         for dtype in WIDE:
             if f"device.engine.{op_class}.{dtype}.peak" in known:
                 report(f"{NAMES[op_class]}, {dtype}")
@@ -137,7 +178,9 @@ def calibrate(machine: Machine, report: Callable[[str], None]) -> Calibration:
     report("starting an operation")
     found += [_chain(mesh)]
     chain = next(m for m in found if m.what == "chain")
-    values = _memories(machine, [m for m in found if m.what == "stream"]) | {"device.overhead": chain.seconds}
+    values = _memories(machine, [m for m in found if m.what == "stream"]) | {
+        "device.overhead": chain.seconds
+    }
     errors = []
     for engine, programs in rates.items():
         rate = geometric_mean([m.rate for m in programs if m.rate])
@@ -147,18 +190,33 @@ def calibrate(machine: Machine, report: Callable[[str], None]) -> Calibration:
         sent = []
         for kind in COLLECTIVES:
             report(kind.replace("_", "-"))
-            every = [_collective(mesh, kind, group, size) for group in _groups(len(devices)) for size in REDUCED]
-            sent += [s for s in every if s.measured.seconds > 0]  # of the smallest, noise can be more than they take
+            every = [
+                _collective(mesh, kind, group, size)
+                for group in _groups(len(devices))
+                for size in REDUCED
+            ]
+            sent += [
+                s for s in every if s.measured.seconds > 0
+            ]  # of the smallest, noise can be more than they take
         found += [s.measured for s in sent]
         links, off = _fit_links(machine, machine.levels[-1].name, sent)
         values |= links
         errors += off
-    return Calibration(key_of(len(devices)), {k: v for k, v in values.items() if k in known}, tuple(found), median(errors))
+    return Calibration(
+        key_of(len(devices)),
+        {k: v for k, v in values.items() if k in known},
+        tuple(found),
+        median(errors),
+    )
 
 
-def _timed(mesh: Any, function: Any, *arrays: tuple[tuple[int, ...], PartitionSpec], dtype: str = "float32") -> float:
+def _timed(
+    mesh: Any, function: Any, *arrays: tuple[tuple[int, ...], PartitionSpec], dtype: str = "float32"
+) -> float:
     """Median seconds of a jitted function of arrays laid out so, whose first dim is one part per device where it is split."""
-    values = [put(np.full(shape, 0.5).astype(dtype), NamedSharding(mesh, spec)) for shape, spec in arrays]
+    values = [
+        put(np.full(shape, 0.5).astype(dtype), NamedSharding(mesh, spec)) for shape, spec in arrays
+    ]
     run = jax.jit(function)
     jax.block_until_ready(run(*values))
     times = []
@@ -171,15 +229,22 @@ def _timed(mesh: Any, function: Any, *arrays: tuple[tuple[int, ...], PartitionSp
 
 SPLIT, WHOLE = PartitionSpec("a"), PartitionSpec()
 NAMES = {
-    "dot": "matrix products", "conv": "convolutions", "elementwise": "element-wise operations", "reduce": "reductions",
-    "gather": "gathers", "sort": "sorts",
-}  # fmt: skip
+    "dot": "matrix products",
+    "conv": "convolutions",
+    "elementwise": "element-wise operations",
+    "reduce": "reductions",
+    "gather": "gathers",
+    "sort": "sorts",
+}
 
 
 def _each(mesh: Any, function: Any, *shapes: tuple[int, ...], dtype: str) -> float:
     """Median seconds of a function of arrays of these shapes, every device computing it on its own."""
     each = jax.shard_map(
-        lambda *xs: jax.tree.map(lambda y: y[None], function(*(x[0] for x in xs))), mesh=mesh, in_specs=SPLIT, out_specs=SPLIT
+        lambda *xs: jax.tree.map(lambda y: y[None], function(*(x[0] for x in xs))),
+        mesh=mesh,
+        in_specs=SPLIT,
+        out_specs=SPLIT,
     )
     return _timed(mesh, each, *(((mesh.size, *shape), SPLIT) for shape in shapes), dtype=dtype)
 
@@ -188,29 +253,64 @@ def _dots(mesh: Any, dtype: str) -> list[Measured]:
     found = []
     for rows, inner, columns in DOTS:
         seconds = _each(mesh, lambda x, w: x @ w, (rows, inner), (inner, columns), dtype=dtype)
-        found.append(Measured("dot", f"{rows}x{inner}x{columns} {dtype}", seconds, 2 * rows * inner * columns / seconds))
+        found.append(
+            Measured(
+                "dot",
+                f"{rows}x{inner}x{columns} {dtype}",
+                seconds,
+                2 * rows * inner * columns / seconds,
+            )
+        )
     return found
 
 
 def _convs(mesh: Any, dtype: str) -> list[Measured]:
     def loss(x: Any, w: Any) -> Any:
-        return jnp.sum(jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")) ** 2)
+        return jnp.sum(
+            jax.lax.conv_general_dilated(
+                x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            ** 2
+        )
 
     found = []
     for samples, side, inputs, outputs, kernel in CONVS:
-        seconds = _each(mesh, jax.grad(loss, argnums=(0, 1)), (samples, side, side, inputs), (kernel, kernel, inputs, outputs), dtype=dtype)
+        seconds = _each(
+            mesh,
+            jax.grad(loss, argnums=(0, 1)),
+            (samples, side, side, inputs),
+            (kernel, kernel, inputs, outputs),
+            dtype=dtype,
+        )
         flops = 3 * 2 * samples * side * side * inputs * outputs * kernel * kernel
         size = f"{samples}x{side}x{side}x{inputs} to {outputs} by {kernel}x{kernel} {dtype}"
         found.append(Measured("conv", size, seconds, flops / seconds))
     return found
 
 
-def _light(mesh: Any, dtype: str, what: str, functions: dict[str, tuple[Any, int]]) -> list[Measured]:
+def _light(
+    mesh: Any, dtype: str, what: str, functions: dict[str, tuple[Any, int]]
+) -> list[Measured]:
     """The rate of functions x -> x of so many FLOPs a value, each often in a row on values that stay in the cache."""
     found = []
     for name, (function, flops) in functions.items():
-        seconds = _each(mesh, lambda x, f=function: jax.lax.fori_loop(0, REPEATS, lambda _, y: f(y), x), (LIGHT,), dtype=dtype) / REPEATS
-        found.append(Measured(what, f"{name} of {LIGHT} {dtype}", seconds, flops * LIGHT / seconds if flops else None))
+        seconds = (
+            _each(
+                mesh,
+                lambda x, f=function: jax.lax.fori_loop(0, REPEATS, lambda _, y: f(y), x),
+                (LIGHT,),
+                dtype=dtype,
+            )
+            / REPEATS
+        )
+        found.append(
+            Measured(
+                what,
+                f"{name} of {LIGHT} {dtype}",
+                seconds,
+                flops * LIGHT / seconds if flops else None,
+            )
+        )
     return found
 
 
@@ -237,7 +337,9 @@ def _reduce(mesh: Any, dtype: str) -> list[Measured]:
 
 def _gather(mesh: Any, dtype: str) -> list[Measured]:
     at = jnp.asarray(np.random.default_rng(0).permutation(LIGHT // 64), "int32")
-    return _light(mesh, dtype, "gather", {"rows of 64": (lambda x: x.reshape(-1, 64)[at].reshape(-1), 1)})
+    return _light(
+        mesh, dtype, "gather", {"rows of 64": (lambda x: x.reshape(-1, 64)[at].reshape(-1), 1)}
+    )
 
 
 def _sort(mesh: Any, dtype: str) -> list[Measured]:
@@ -261,12 +363,19 @@ def _memories(machine: Machine, streams: Sequence[Measured]) -> dict[str, float]
     """Bandwidth of the main memory, and capacity and bandwidth of the cache: the largest stream that is twice as fast."""
     rates = [m.rate or 0.0 for m in streams]
     main, *caches = machine.device.memories
-    values = {f"device.memory.{main.name}.bandwidth": rates[-1] * main.shared_by, f"device.memory.{main.name}.efficiency": 1.0}
+    values = {
+        f"device.memory.{main.name}.bandwidth": rates[-1] * main.shared_by,
+        f"device.memory.{main.name}.efficiency": 1.0,
+    }
     fast = [i for i, rate in enumerate(rates) if rate > 2 * rates[-1]]
     if caches and fast:
         cache, last = caches[0], fast[-1]
-        values[f"device.memory.{cache.name}.capacity"] = int(3 * 4 * STREAMS[last] * cache.shared_by)
-        values[f"device.memory.{cache.name}.bandwidth"] = median(rates[: last + 1]) * cache.shared_by
+        values[f"device.memory.{cache.name}.capacity"] = int(
+            3 * 4 * STREAMS[last] * cache.shared_by
+        )
+        values[f"device.memory.{cache.name}.bandwidth"] = (
+            median(rates[: last + 1]) * cache.shared_by
+        )
         values[f"device.memory.{cache.name}.efficiency"] = 1.0
     return values
 
@@ -312,28 +421,42 @@ def _collective(mesh: Any, kind: str, group: int, size: int) -> Sent:
         "all_gather": lambda x: lax.all_gather(x, "b", tiled=True),
         "reduce_scatter": lambda x: lax.psum_scatter(x, "b", tiled=True),
         "all_to_all": lambda x: lax.all_to_all(x, "b", 0, 0, tiled=True),
-        "collective_permute": lambda x: lax.ppermute(x, "b", [(i, (i + 1) % group) for i in range(group)]),
+        "collective_permute": lambda x: lax.ppermute(
+            x, "b", [(i, (i + 1) % group) for i in range(group)]
+        ),
     }[kind]
     size -= size % group
     spec = PartitionSpec(("a", "b"))
     with_it, without = (
-        jax.shard_map(f, mesh=own, in_specs=spec, out_specs=spec, check_vma=False) for f in (lambda x: function(x + 1), lambda x: x + 1)
+        jax.shard_map(f, mesh=own, in_specs=spec, out_specs=spec, check_vma=False)
+        for f in (lambda x: function(x + 1), lambda x: x + 1)
     )
     seconds = _timed(own, with_it, ((n * size,), spec)) - _timed(own, without, ((n * size,), spec))
     what = Measured(kind, f"{4 * size >> 10} KiB of each of {group}", seconds, 4 * size / seconds)
     return Sent(kind, group, 4.0 * size * (group if kind == "all_gather" else 1), what)
 
 
-def _fit_links(machine: Machine, level: str, sent: Sequence[Sent]) -> tuple[dict[str, float], list[float]]:
+def _fit_links(
+    machine: Machine, level: str, sent: Sequence[Sent]
+) -> tuple[dict[str, float], list[float]]:
     """The latency and bandwidth with which the model of collectives is nearest to the measured ones, and its errors."""
     paths = (f"level.{level}.latency", f"level.{level}.bandwidth")
 
     def times(logs: Any) -> np.ndarray:
         guess = machine.revised(dict(zip(paths, map(float, np.exp(logs)), strict=True)), "a guess")
-        return np.array([collective_seconds(guess, s.kind, s.nbytes, ((len(machine.levels) - 1, s.group),)) for s in sent])
+        return np.array(
+            [
+                collective_seconds(guess, s.kind, s.nbytes, ((len(machine.levels) - 1, s.group),))
+                for s in sent
+            ]
+        )
 
     real = np.array([s.measured.seconds for s in sent])
     most = max(sent, key=lambda s: s.nbytes)
     start = np.log([max(1e-7, real.min()), most.nbytes / most.measured.seconds])
-    best = minimize(lambda logs: float(np.sum(np.log(times(logs) / real) ** 2)), start, method="Nelder-Mead")
-    return dict(zip(paths, map(float, np.exp(best.x)), strict=True)), list(np.abs(times(best.x) / real - 1))
+    best = minimize(
+        lambda logs: float(np.sum(np.log(times(logs) / real) ** 2)), start, method="Nelder-Mead"
+    )
+    return dict(zip(paths, map(float, np.exp(best.x)), strict=True)), list(
+        np.abs(times(best.x) / real - 1)
+    )

@@ -21,9 +21,14 @@ from partita.execute.processes import alone, group
 from partita.machine import Machine, host, load, read
 
 PRESETS = (
-    (r"H200", "h200"), (r"H100", "h100"), (r"A100", "a100"), (r"V100", "v100"), (r"P100", "p100-cluster"),
-    (r"K80", "k80-cluster"), (r"TPU v5 ?(e|lite)", "tpu-v5e"),
-)  # fmt: skip
+    (r"H200", "h200"),
+    (r"H100", "h100"),
+    (r"A100", "a100"),
+    (r"V100", "v100"),
+    (r"P100", "p100-cluster"),
+    (r"K80", "k80-cluster"),
+    (r"TPU v5 ?(e|lite)", "tpu-v5e"),
+)
 """What JAX calls a kind of device, and the preset that describes it."""
 
 GENERIC = """
@@ -79,17 +84,31 @@ def at_hand(devices: int | None = None) -> Machine:
         if count > 1:
             keep_freed_memory()
         who = group()
-        here = count if os.environ.get("PARTITA_LAUNCHED") else jax.local_device_count() * (who.here if who is not None else 1)
+        here = (
+            count
+            if os.environ.get("PARTITA_LAUNCHED")
+            else jax.local_device_count() * (who.here if who is not None else 1)
+        )
         machine = host(count, host_memory_bytes() * count // min(here, count))
-        return machine if alone() else replace(machine, backend=replace(machine.backend, combines=False))
-    return accelerator(found[0].device_kind, count, ((found[0].memory_stats() or {}).get("bytes_limit")))
+        return (
+            machine
+            if alone()
+            else replace(machine, backend=replace(machine.backend, combines=False))
+        )
+    return accelerator(
+        found[0].device_kind, count, ((found[0].memory_stats() or {}).get("bytes_limit"))
+    )
 
 
 def accelerator(kind: str, count: int, memory_bytes: int | None) -> Machine:
     """The machine of `count` accelerators that JAX calls `kind`, with the memory that JAX says it may use."""
-    preset = next((name for pattern, name in PRESETS if re.search(pattern, kind, re.IGNORECASE)), None)
+    preset = next(
+        (name for pattern, name in PRESETS if re.search(pattern, kind, re.IGNORECASE)), None
+    )
     if preset is None:
-        machine = replace(read(GENERIC, "a generic machine"), name=f"{kind}:{count}").with_devices(count)
+        machine = replace(read(GENERIC, "a generic machine"), name=f"{kind}:{count}").with_devices(
+            count
+        )
     elif preset.endswith("-cluster"):
         machine = load(preset).with_devices(count)
     else:
@@ -98,7 +117,9 @@ def accelerator(kind: str, count: int, memory_bytes: int | None) -> Machine:
         return machine
     memory = machine.device.memories[0]
     where = f"device.memory.{memory.name}.capacity"
-    return machine.revised({where: memory_bytes * memory.shared_by}, f"what JAX may use of a {kind}")
+    return machine.revised(
+        {where: memory_bytes * memory.shared_by}, f"what JAX may use of a {kind}"
+    )
 
 
 def host_memory_bytes() -> int:
@@ -109,7 +130,9 @@ def host_memory_bytes() -> int:
         if text.isdigit():
             limits.append(int(text))
     total = re.search(r"MemTotal:\s*(\d+) kB", _text("/proc/meminfo"))
-    limits.append(int(total[1]) * 1024 if total else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limits.append(
+        int(total[1]) * 1024 if total else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
     return min(limits)
 
 
@@ -163,7 +186,9 @@ def start_host_devices(count: int | None = None) -> None:
     """
     if count != 1 or group() is not None:
         keep_freed_memory()
-    said = getattr(jax.config, "jax_num_cpu_devices", -1) != -1 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    said = getattr(
+        jax.config, "jax_num_cpu_devices", -1
+    ) != -1 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if count is not None:
         request_cpu_devices(count)
     elif not said:

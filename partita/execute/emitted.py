@@ -9,17 +9,32 @@ from dataclasses import dataclass
 from typing import Any
 
 from partita.capture.stablehlo import layer_path
-from partita.graph.graph import ITEMSIZE
+from partita.graph.operator_graph import ITEMSIZE
 
 KINDS = {
-    "all-reduce": "all_reduce", "all-gather": "all_gather", "all-to-all": "all_to_all", "reduce-scatter": "reduce_scatter",
+    "all-reduce": "all_reduce",
+    "all-gather": "all_gather",
+    "all-to-all": "all_to_all",
+    "reduce-scatter": "reduce_scatter",
     "collective-permute": "collective_permute",
-}  # fmt: skip
+}
 HLO_DTYPES = {
-    "pred": "bool", "s8": "int8", "u8": "uint8", "s16": "int16", "u16": "uint16", "s32": "int32", "u32": "uint32", "s64": "int64",
-    "u64": "uint64", "f16": "float16", "bf16": "bfloat16", "f32": "float32", "f64": "float64", "c64": "complex64",
+    "pred": "bool",
+    "s8": "int8",
+    "u8": "uint8",
+    "s16": "int16",
+    "u16": "uint16",
+    "s32": "int32",
+    "u32": "uint32",
+    "s64": "int64",
+    "u64": "uint64",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "f32": "float32",
+    "f64": "float64",
+    "c64": "complex64",
     "c128": "complex128",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,21 +86,30 @@ def _collectives(computations: dict[str, list[str]], name: str, trips: int) -> I
             body = re.search(r"body=%?([\w.\-]+)", line)
             count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
             if body:
-                yield from _collectives(computations, body.group(1), trips * (int(count.group(1)) if count else 1))
+                yield from _collectives(
+                    computations, body.group(1), trips * (int(count.group(1)) if count else 1)
+                )
         elif opcode in ("call", "conditional", "fusion", "async-start"):
             for called in re.findall(
-                r"(?:to_apply|calls|called_computations=\{|true_computation|false_computation)=?%?([\w.\-]+)", line
+                r"(?:to_apply|calls|called_computations=\{|true_computation|false_computation)=?%?([\w.\-]+)",
+                line,
             ):
                 yield from _collectives(computations, called, trips)
 
 
-def _parts(line: str, match: re.Match[str], kind: str, names: dict[str, str], trips: int) -> Iterator[Emitted]:
+def _parts(
+    line: str, match: re.Match[str], kind: str, names: dict[str, str], trips: int
+) -> Iterator[Emitted]:
     """One entry per tensor of a collective: XLA combines several into one, whose name then says little; that of its operand does."""
     own, group = names[match.group(1)], _group(line)
     shapes = _SHAPE.findall(match.group(2))
     operands = re.findall(r"%([\w.\-]+)", line[match.end() : line.index(")", match.end())])
     if match.group(3).endswith("-start"):
-        size = max(_nbytes(*s) for s in shapes) if len(shapes) <= 2 else sum(_nbytes(*s) for s in shapes) // 2
+        size = (
+            max(_nbytes(*s) for s in shapes)
+            if len(shapes) <= 2
+            else sum(_nbytes(*s) for s in shapes) // 2
+        )
         yield Emitted(kind, size, group, trips, layer_path(own), own)
         return
     for position, shape in enumerate(shapes):
@@ -95,7 +119,9 @@ def _parts(line: str, match: re.Match[str], kind: str, names: dict[str, str], tr
 
 
 def _nbytes(dtype: str, dims: str) -> int:
-    return math.prod(int(d) for d in dims.split(",") if d) * ITEMSIZE.get(HLO_DTYPES.get(dtype, ""), 4)
+    return math.prod(int(d) for d in dims.split(",") if d) * ITEMSIZE.get(
+        HLO_DTYPES.get(dtype, ""), 4
+    )
 
 
 def _group(line: str) -> int:
@@ -112,4 +138,9 @@ def _group(line: str) -> int:
 def peak_bytes(compiled: Any) -> int:
     """Peak memory per device by the compiler's own account: arguments, outputs and temporaries, aliases counted once."""
     m = compiled.memory_analysis()
-    return int(m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes)
+    return int(
+        m.argument_size_in_bytes
+        + m.output_size_in_bytes
+        + m.temp_size_in_bytes
+        - m.alias_size_in_bytes
+    )

@@ -23,8 +23,8 @@ from partita.errors import CaptureError, MemoryBudgetError
 from partita.execute.processes import alone, digest, put, same, together
 from partita.execute.program import PlannedStep, planned_step
 from partita.execute.verify import Verification, check_compiled
-from partita.plan.adapt import fit_plan
-from partita.plan.plan import Plan
+from partita.plans.adapt import fit_plan
+from partita.plans.plan import Plan
 
 Planner = Callable[..., Plan]
 """Captured step -> plan; with a MemoryBudgetError as second argument, the plan to try after one that the compiler refused."""
@@ -47,9 +47,13 @@ def is_split(plan: Plan) -> bool:
 
 
 def compiled_in_turn(
-    captured: Captured, plan: Plan, planner: Planner, check: Callable[[PlannedStep, Any], Verification],
-    warn: Callable[[str], None], donate: bool = True,
-) -> tuple[PlannedStep | None, Any, Plan, Verification | None]:  # fmt: skip
+    captured: Captured,
+    plan: Plan,
+    planner: Planner,
+    check: Callable[[PlannedStep, Any], Verification],
+    warn: Callable[[str], None],
+    donate: bool = True,
+) -> tuple[PlannedStep | None, Any, Plan, Verification | None]:
     """(planned step, its program, the plan, what was verified): of the first plan that the compiler's account of memory allows.
 
     No planned step where the plan comes down to one device.
@@ -73,7 +77,11 @@ def same_everywhere(captured: Captured, plan: Plan, values: Any) -> None:
     """Compares what processes that train together must have in common before they compile a step; ProcessError where they have not."""
     if alone():
         return
-    same("The training step", digest(f"{captured.graph}{captured.graph.instructions}"), "Run the same script, with the same arguments, in all.")
+    same(
+        "The training step",
+        digest(f"{captured.graph}{captured.graph.instructions}"),
+        "Run the same script, with the same arguments, in all.",
+    )
     same("The plan", digest(str(plan)), "Give all of them the same plan.")
     hint = "Read the same batches in all of them, and draw what is random from a seed: keras.utils.set_random_seed(0)."
     same("What the first step reads (weights and batch)", digest(values), hint)
@@ -119,11 +127,21 @@ class ParallelStep:
     """A training step split over devices. `plan` is what it does; `lower`-like inspection is in `steps`."""
 
     def __init__(
-        self, function: Callable[..., Any], planner: Planner, *, static_argnums: Sequence[int] = (), donate: bool | None = None,
+        self,
+        function: Callable[..., Any],
+        planner: Planner,
+        *,
+        static_argnums: Sequence[int] = (),
+        donate: bool | None = None,
         say: Callable[[str], None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         functools.update_wrapper(self, function, updated=())
-        self.function, self.planner, self.static, self.say = function, planner, tuple(static_argnums), say
+        self.function, self.planner, self.static, self.say = (
+            function,
+            planner,
+            tuple(static_argnums),
+            say,
+        )
         self._donate = donate
         self._numbers_static = False
         self.plan: Plan | None = None
@@ -154,7 +172,9 @@ class ParallelStep:
         state, batch = step.call.split(call)
         if step.planned is not None:
             where = step.planned.state_shardings
-            state = [x if id(x) in self._placed else put(x, s) for x, s in zip(state, where, strict=True)]
+            state = [
+                x if id(x) in self._placed else put(x, s) for x, s in zip(state, where, strict=True)
+            ]
             batch = step.planned.place_batch(batch)
         with together("a step"):
             outputs, state = settled(step.program(state, batch))
@@ -173,7 +193,13 @@ class ParallelStep:
         if self._donate is not None:
             return self._donate
         if not in_place and hasattr(self.function, "trace"):
-            return any(jax.tree.leaves(jax.tree.map(lambda info: info.donated, self.function.trace(*args, **kwargs).args_info)))
+            return any(
+                jax.tree.leaves(
+                    jax.tree.map(
+                        lambda info: info.donated, self.function.trace(*args, **kwargs).args_info
+                    )
+                )
+            )
         return in_place or not hasattr(self.function, "lower")
 
     def _call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
@@ -194,7 +220,9 @@ class ParallelStep:
         plan = self.planner(captured) if self.plan is None else fit_plan(self.plan, captured.graph)
         donate = self.donates(args, kwargs, in_place)
         same_everywhere(captured, plan, call.arrays)
-        planned, program, plan, verified = compiled_in_turn(captured, plan, self.planner, check_compiled, self._say, donate)
+        planned, program, plan, verified = compiled_in_turn(
+            captured, plan, self.planner, check_compiled, self._say, donate
+        )
         if self.plan is None:
             self.plan, self.verified = plan, verified
             for line in str(verified or "").splitlines():
@@ -203,7 +231,11 @@ class ParallelStep:
             program = jax.jit(captured.text.call, donate_argnums=0 if donate else ())
         elif planned is None:
             jitted = hasattr(self.function, "lower")
-            program = self.function if jitted else jax.jit(self.function, static_argnums=self._static_arguments(call))
+            program = (
+                self.function
+                if jitted
+                else jax.jit(self.function, static_argnums=self._static_arguments(call))
+            )
         return _Compiled(captured_call, planned, program)
 
     def _capture(self, call: Call, args: Sequence[Any], kwargs: dict[str, Any]) -> CapturedCall:

@@ -13,10 +13,12 @@ import numpy as np
 from partita.capture.jax_functions import Captured
 from partita.execute.processes import meet
 from partita.execute.program import PlannedStep, planned_step
-from partita.plan.plan import Plan
+from partita.plans.plan import Plan
 
 
-def step_seconds(captured: Captured, plans: Mapping[str, Plan], rounds: int = 5) -> dict[str, float]:
+def step_seconds(
+    captured: Captured, plans: Mapping[str, Plan], rounds: int = 5
+) -> dict[str, float]:
     """Median seconds of a step under each plan, on random state and data, the plans taking turns.
 
     Shapes alone are needed of the model: state and batch are made up here (ones and zeros), so a step's time is what is
@@ -27,7 +29,12 @@ def step_seconds(captured: Captured, plans: Mapping[str, Plan], rounds: int = 5)
     for name, plan in plans.items():
         step = planned_step(captured, plan)
         compiled = step.lower().compile()
-        running[name] = (step, compiled, step.place_state(_made(captured.state)), step.place_batch(_made(captured.batch)))
+        running[name] = (
+            step,
+            compiled,
+            step.place_state(_made(captured.state)),
+            step.place_batch(_made(captured.batch)),
+        )
     times: dict[str, list[float]] = {name: [] for name in plans}
     for turn in range(rounds + 1):
         for name, (step, compiled, state, batch) in running.items():
@@ -44,4 +51,9 @@ def step_seconds(captured: Captured, plans: Mapping[str, Plan], rounds: int = 5)
 
 def _made(shapes: Any) -> Any:
     """Arrays of the given shapes: zeros for whole numbers, small values for others."""
-    return jax.tree.map(lambda s: np.full(s.shape, 0.01 if np.issubdtype(s.dtype, np.inexact) else 0).astype(s.dtype), shapes)
+    return jax.tree.map(
+        lambda s: np.full(s.shape, 0.01 if np.issubdtype(s.dtype, np.inexact) else 0).astype(
+            s.dtype
+        ),
+        shapes,
+    )

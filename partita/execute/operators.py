@@ -33,12 +33,12 @@ from partita.cost.moves import Placement
 from partita.cost.terms import terms
 from partita.execute.calibrate import file_of, key_of
 from partita.execute.processes import from_first, is_first, meet
-from partita.graph.graph import Graph, constant_tensors
+from partita.graph.operator_graph import OperatorGraph, constant_tensors
 from partita.machine import Machine, fitted_times
 from partita.machine.times import Key
-from partita.plan.layout import assignments_of, resolve
-from partita.plan.plan import Mesh as PlanMesh
-from partita.plan.plan import Plan
+from partita.plans.layout import assignments_of, resolve
+from partita.plans.plan import Mesh as PlanMesh
+from partita.plans.plan import Plan
 
 ROUNDS = 5
 """Times that each program is run, after one to warm up; the median counts."""
@@ -63,7 +63,9 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        return sum(int(np.prod(s.shape)) * s.dtype.itemsize for s in (*self.operands, *self.results))
+        return sum(
+            int(np.prod(s.shape)) * s.dtype.itemsize for s in (*self.operands, *self.results)
+        )
 
 
 @dataclass
@@ -87,11 +89,16 @@ class Asked:
     @property
     def text(self) -> str:
         """What its time is kept under: the programs, and how many devices run them at once."""
-        return sha256("\n".join([str(self.devices), *(p.text for p in self.parts)]).encode()).hexdigest()[:24]
+        return sha256(
+            "\n".join([str(self.devices), *(p.text for p in self.parts)]).encode()
+        ).hexdigest()[:24]
 
 
 def measured_operators(
-    captured: Captured, machine: Machine, plans: Sequence[Plan], report: Callable[[int, int], None] | None = None
+    captured: Captured,
+    machine: Machine,
+    plans: Sequence[Plan],
+    report: Callable[[int, int], None] | None = None,
 ) -> Machine:
     """The machine with the times of the operators of these plans, as far as they can be cut out, and a fit to all ever measured.
 
@@ -100,22 +107,36 @@ def measured_operators(
     """
     known = dict(machine.times.seconds) if machine.times is not None else {}
     path = file_of_operators(machine)
-    records: dict[str, Any] = json.loads(from_first("times of operators", lambda: json.dumps(load(path, key_of(machine.devices)))))
+    records: dict[str, Any] = json.loads(
+        from_first("times of operators", lambda: json.dumps(load(path, key_of(machine.devices))))
+    )
     asked = list(_asked(captured, machine, plans, known))
     new = {a.text: a for a in asked if a.text not in records}
     waiting, done = sorted(new.values(), key=lambda a: a.devices), 0
     while waiting:
         chunk: list[Asked] = []
         nbytes = 0
-        while waiting and (not chunk or waiting[0].devices == chunk[0].devices and nbytes + waiting[0].nbytes < AT_ONCE):
+        while waiting and (
+            not chunk
+            or waiting[0].devices == chunk[0].devices
+            and nbytes + waiting[0].nbytes < AT_ONCE
+        ):
             chunk.append(waiting.pop(0))
             nbytes += chunk[-1].nbytes
         mine = _timed(chunk, chunk[0].devices)
-        for a, seconds in zip(chunk, json.loads(from_first("times of operators", lambda mine=mine: json.dumps(mine))), strict=True):
+        for a, seconds in zip(
+            chunk,
+            json.loads(from_first("times of operators", lambda mine=mine: json.dumps(mine))),
+            strict=True,
+        ):
             if seconds is not None:
                 records[a.text] = {
-                    "model": captured.graph.name, "operator": a.operator, "digest": a.key[0], "seconds": seconds, "features": dict(a.features),
-                }  # fmt: skip
+                    "model": captured.graph.name,
+                    "operator": a.operator,
+                    "digest": a.key[0],
+                    "seconds": seconds,
+                    "features": dict(a.features),
+                }
         done += len(chunk)
         if report is not None:
             report(done, len(new))
@@ -134,7 +155,9 @@ def measured_operators(
     return replace(machine, times=replace(times, seconds=known, own=own))
 
 
-def _likely(found: Sequence[tuple[Asked, float]], known: Mapping[Key, float]) -> list[tuple[Asked, float]]:
+def _likely(
+    found: Sequence[tuple[Asked, float]], known: Mapping[Key, float]
+) -> list[tuple[Asked, float]]:
     """What was measured, without parts that read rows of their neighbours and took longer than the whole operator.
 
     Alone they have zeros in place of those rows, and are then not always the program that they are in a step: XLA:CPU computes some gradients of convolutions over few
@@ -142,10 +165,16 @@ def _likely(found: Sequence[tuple[Asked, float]], known: Mapping[Key, float]) ->
     """
     whole = {a.key[:2]: seconds for a, seconds in found if set(a.key[2]) <= {1}}
     whole |= {key[:2]: seconds for key, seconds in known.items() if set(key[2]) <= {1}}
-    return [(a, seconds) for a, seconds in found if not a.reaches or seconds <= whole.get(a.key[:2], seconds)]
+    return [
+        (a, seconds)
+        for a, seconds in found
+        if not a.reaches or seconds <= whole.get(a.key[:2], seconds)
+    ]
 
 
-def _asked(captured: Captured, machine: Machine, plans: Sequence[Plan], known: Mapping[Any, float]) -> Iterator[Asked]:
+def _asked(
+    captured: Captured, machine: Machine, plans: Sequence[Plan], known: Mapping[Any, float]
+) -> Iterator[Asked]:
     """The operators of the plans that are not known yet, each once."""
     graph = captured.graph
     found = terms(graph, machine.backend)
@@ -165,13 +194,19 @@ def _asked(captured: Captured, machine: Machine, plans: Sequence[Plan], known: M
                 except (NotLocal, ir.MLIRError, ValueError, TypeError):
                     continue
                 reaches = any(assignment.get(h.split) for h in own.halos)
-                yield Asked(graph.operators[o].name, key, parts, roofline_features(own, place, assignment), reaches)
+                yield Asked(
+                    graph.operators[o].name,
+                    key,
+                    parts,
+                    roofline_features(own, place, assignment),
+                    reaches,
+                )
 
 
 class Cutter:
     """Cuts operators out of a program at their local shapes."""
 
-    def __init__(self, module: ir.Module, graph: Graph) -> None:
+    def __init__(self, module: ir.Module, graph: OperatorGraph) -> None:
         self.graph = graph
         self.module = module  # values live as long as it does
         self.values, self.operations = stablehlo.numbered(stablehlo.main_block(module))
@@ -197,11 +232,13 @@ class Cutter:
             raise NotLocal
         forward = [i for i in self.owned[operator] if self.graph.instructions[i].phase == "forward"]
         later = [i for i in self.owned[operator] if self.graph.instructions[i].phase != "forward"]
-        found = [_Cut(self, assignment, mesh).part(members) for members in (forward, later) if members]
+        found = [
+            _Cut(self, assignment, mesh).part(members) for members in (forward, later) if members
+        ]
         return tuple(part for part in found if part is not None)
 
 
-def _owners(graph: Graph) -> tuple[list[int], set[int]]:
+def _owners(graph: OperatorGraph) -> tuple[list[int], set[int]]:
     """Per instruction its operator, and the operators that share a loop.
 
     A loop goes whole to the operator whose instructions it holds, and to none if they are of several.
@@ -228,7 +265,11 @@ class _Cut:
     def shape(self, tensor: int, label: Sequence[int]) -> tuple[int, ...]:
         """The part of a tensor that a device has when it is labelled so."""
         local = []
-        for size, axes in zip(self.cutter.graph.tensors[tensor].shape, resolve(tuple(label), self.assignment), strict=True):
+        for size, axes in zip(
+            self.cutter.graph.tensors[tensor].shape,
+            resolve(tuple(label), self.assignment),
+            strict=True,
+        ):
             ways = int(np.prod([self.sizes[a] for a in axes], initial=1))
             if size % ways:
                 raise NotLocal
@@ -250,7 +291,8 @@ class _Cut:
             t
             for i in members
             for t in graph.instructions[i].results
-            if t in self.local and (t in cutter.outputs or any(r not in inside for r in cutter.readers.get(t, ())))
+            if t in self.local
+            and (t in cutter.outputs or any(r not in inside for r in cutter.readers.get(t, ())))
         ]
         if not results:
             return None
@@ -262,7 +304,9 @@ class _Cut:
         module.operation.verify()
         shapes = [
             tuple(
-                jax.ShapeDtypeStruct(tuple(ir.RankedTensorType(kind).shape), np.dtype(graph.tensors[t].dtype))
+                jax.ShapeDtypeStruct(
+                    tuple(ir.RankedTensorType(kind).shape), np.dtype(graph.tensors[t].dtype)
+                )
                 for kind, t in zip(side, ts, strict=True)
             )
             for side, ts in zip(kinds, ([t for t, _ in self.operands], results), strict=True)
@@ -279,7 +323,11 @@ class _Cut:
     @property
     def local(self) -> dict[int, Any]:
         """Tensor -> its value in the new function, as its own operator has it."""
-        return {t: v for (t, shape), v in self.made.items() if shape == self.shape(t, self.cutter.graph.labels[t])}
+        return {
+            t: v
+            for (t, shape), v in self.made.items()
+            if shape == self.shape(t, self.cutter.graph.labels[t])
+        }
 
     def value(self, tensor: int, label: Sequence[int]) -> Any:
         """The value of a tensor as it is read: made inside, a constant, or an operand."""
@@ -345,17 +393,30 @@ def _localise(operation: Any) -> None:
         if shape(operation.results[0]) != list(ir.RankedTensorType(value.type).shape):
             if not value.is_splat:
                 raise NotLocal
-            operation.attributes["value"] = ir.DenseElementsAttr.get_splat(kind, value.get_splat_value())
+            operation.attributes["value"] = ir.DenseElementsAttr.get_splat(
+                kind, value.get_splat_value()
+            )
     elif name == "slice":
-        start, stride, size, into = numbers("start_indices"), numbers("strides"), shape(operation.operands[0]), shape(operation.results[0])
-        start = [max(0, min(b, n - (r - 1) * s - 1)) for b, n, r, s in zip(start, size, into, stride, strict=True)]
+        start, stride, size, into = (
+            numbers("start_indices"),
+            numbers("strides"),
+            shape(operation.operands[0]),
+            shape(operation.results[0]),
+        )
+        start = [
+            max(0, min(b, n - (r - 1) * s - 1))
+            for b, n, r, s in zip(start, size, into, stride, strict=True)
+        ]
         operation.attributes["start_indices"] = ir.DenseI64ArrayAttr.get(start)
         limits = [b + (r - 1) * s + 1 for b, r, s in zip(start, into, stride, strict=True)]
         operation.attributes["limit_indices"] = ir.DenseI64ArrayAttr.get(limits)
     elif name == "dynamic_slice":
         operation.attributes["slice_sizes"] = ir.DenseI64ArrayAttr.get(shape(operation.results[0]))
     elif name == "gather":
-        sizes = [min(a, b) for a, b in zip(numbers("slice_sizes"), shape(operation.operands[0]), strict=True)]
+        sizes = [
+            min(a, b)
+            for a, b in zip(numbers("slice_sizes"), shape(operation.operands[0]), strict=True)
+        ]
         operation.attributes["slice_sizes"] = ir.DenseI64ArrayAttr.get(sizes)
     elif name == "convolution":
         _pad_convolution(operation)
@@ -367,16 +428,28 @@ def _pad_convolution(operation: Any) -> None:
     One that is split by its groups has as many groups as it has channels left.
     """
     dims = stablehlo.convolution_dims(operation)
-    lhs, rhs, out = (ir.RankedTensorType(v.type).shape for v in (*operation.operands, *operation.results))
+    lhs, rhs, out = (
+        ir.RankedTensorType(v.type).shape for v in (*operation.operands, *operation.results)
+    )
     padding = []
-    for s, (step, low, high, base, dilation) in enumerate(stablehlo.convolution_window(operation, len(dims["lhs"]) - 2)):
-        size, window, count = lhs[dims["lhs"][2 + s]], rhs[dims["rhs"][2 + s]], out[dims["out"][2 + s]]
+    for s, (step, low, high, base, dilation) in enumerate(
+        stablehlo.convolution_window(operation, len(dims["lhs"]) - 2)
+    ):
+        size, window, count = (
+            lhs[dims["lhs"][2 + s]],
+            rhs[dims["rhs"][2 + s]],
+            out[dims["out"][2 + s]],
+        )
         need = (count - 1) * step + (window - 1) * dilation + 1 - ((size - 1) * base + 1)
-        padding.append((low, high) if need <= low + high < need + step else (need // 2, need - need // 2))
+        padding.append(
+            (low, high) if need <= low + high < need + step else (need // 2, need - need // 2)
+        )
     operation.attributes["padding"] = ir.DenseElementsAttr.get(np.array(padding, np.int64))  # pyright: ignore
     groups = ir.IntegerAttr(operation.attributes["feature_group_count"])
     if groups.value > 1:
-        operation.attributes["feature_group_count"] = ir.IntegerAttr.get(groups.type, lhs[dims["lhs"][1]] // rhs[dims["rhs"][1]])
+        operation.attributes["feature_group_count"] = ir.IntegerAttr.get(
+            groups.type, lhs[dims["lhs"][1]] // rhs[dims["rhs"][1]]
+        )
 
 
 def _timed(asked: Sequence[Asked], devices: int) -> list[float | None]:
@@ -386,9 +459,19 @@ def _timed(asked: Sequence[Asked], devices: int) -> list[float | None]:
     whole = NamedSharding(mesh, PartitionSpec())
 
     def ready(part: Part) -> tuple[Part, Any, list[Any]]:
-        values = [jax.device_put(np.full(s.shape, 0.01 if np.issubdtype(s.dtype, np.inexact) else 0).astype(s.dtype), whole) for s in part.operands]
+        values = [
+            jax.device_put(
+                np.full(s.shape, 0.01 if np.issubdtype(s.dtype, np.inexact) else 0).astype(s.dtype),
+                whole,
+            )
+            for s in part.operands
+        ]
         shardings: dict[str, Any] = {"in_shardings": [whole] * len(values), "out_shardings": whole}
-        run = jax.jit(_callable(part), donate_argnums=tuple(part.replaced), **shardings).lower(*values).compile()
+        run = (
+            jax.jit(_callable(part), donate_argnums=tuple(part.replaced), **shardings)
+            .lower(*values)
+            .compile()
+        )
         _seconds(part, run, values)
         return part, run, values
 
@@ -399,7 +482,9 @@ def _timed(asked: Sequence[Asked], devices: int) -> list[float | None]:
             programs += [(n, *ready(part)) for part in a.parts]
         except (ValueError, RuntimeError, NotImplementedError):
             refused.add(n)
-    nothing = jax.jit(lambda x: x, in_shardings=whole, out_shardings=whole).lower(np.float32(0)).compile()
+    nothing = (
+        jax.jit(lambda x: x, in_shardings=whole, out_shardings=whole).lower(np.float32(0)).compile()
+    )
     zero = jax.device_put(np.float32(0), whole)
     empty = Part(b"", (), (), "", {})
     times: list[list[float]] = [[] for _ in programs]
@@ -412,7 +497,9 @@ def _timed(asked: Sequence[Asked], devices: int) -> list[float | None]:
     found = [0.0] * len(asked)
     for (n, *_), taken in zip(programs, times, strict=True):
         found[n] += max(1e-7, median(taken) - start)
-    return [None if n in refused or not asked[n].parts else seconds for n, seconds in enumerate(found)]
+    return [
+        None if n in refused or not asked[n].parts else seconds for n, seconds in enumerate(found)
+    ]
 
 
 def _seconds(part: Part, run: Any, values: list[Any]) -> float:
@@ -438,7 +525,9 @@ def _callable(part: Part) -> Callable[..., Any]:
 
 def file_of_operators(machine: Machine) -> Path:
     return file_of(key_of(machine.devices)).with_name(
-        re.sub(r"^machine-", "operators-", file_of(key_of(machine.devices)).name).replace(".toml", ".json")
+        re.sub(r"^machine-", "operators-", file_of(key_of(machine.devices)).name).replace(
+            ".toml", ".json"
+        )
     )
 
 
@@ -448,16 +537,22 @@ def load(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return dict(kept["operators"]) if isinstance(kept, dict) and kept.get("key") == dict(key) else {}
+    return (
+        dict(kept["operators"]) if isinstance(kept, dict) and kept.get("key") == dict(key) else {}
+    )
 
 
 def _save(path: Path, key: Mapping[str, Any], records: Mapping[str, Any]) -> None:
     """Keeps the file whole if two processes write at once; a disk that is full loses the cache and nothing else."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(f"  {json.dumps(text)}: {json.dumps(record)}" for text, record in records.items())
+        lines = ",\n".join(
+            f"  {json.dumps(text)}: {json.dumps(record)}" for text, record in records.items()
+        )
         fresh = path.with_suffix(".new")
-        fresh.write_text(f'{{"key": {json.dumps(key)},\n"operators": {{\n{lines}\n}}}}\n', encoding="utf-8")
+        fresh.write_text(
+            f'{{"key": {json.dumps(key)},\n"operators": {{\n{lines}\n}}}}\n', encoding="utf-8"
+        )
         fresh.replace(path)
     except OSError:
         path.with_suffix(".new").unlink(missing_ok=True)

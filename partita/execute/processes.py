@@ -47,14 +47,25 @@ class Launcher:
 
 LAUNCHERS = (  # mpirun inside a Slurm allocation comes first: Slurm then numbers what starts the processes
     Launcher(
-        "Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+        "Open MPI",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
         ("PMIX_NAMESPACE",),
     ),
-    Launcher("MPICH", "PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID", ("SLURM_JOB_ID",)),
     Launcher(
-        "Slurm", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_LOCALID", ("SLURM_JOB_ID", "SLURM_STEP_ID"),
+        "MPICH", "PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID", ("SLURM_JOB_ID",)
     ),
-)  # fmt: skip
+    Launcher(
+        "Slurm",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_PROCID",
+        "SLURM_STEP_TASKS_PER_NODE",
+        "SLURM_LOCALID",
+        ("SLURM_JOB_ID", "SLURM_STEP_ID"),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,13 @@ def group(environment: Mapping[str, str] | None = None) -> Group | None:
     for launcher in LAUNCHERS:
         if launcher.count in said and launcher.index in said and _number(said, launcher.count) > 1:
             here, local = _here(said, launcher), _number(said, launcher.local, 0)
-            found = _group(said, address or _address(said, launcher, here), launcher.count, launcher.index, timeout)
+            found = _group(
+                said,
+                address or _address(said, launcher, here),
+                launcher.count,
+                launcher.index,
+                timeout,
+            )
             return found and replace(found, here=here, local=local)
     if address:
         raise PartitaError(
@@ -101,13 +118,19 @@ def group(environment: Mapping[str, str] | None = None) -> Group | None:
     return None
 
 
-def _group(said: Mapping[str, str], address: str, count_name: str, index_name: str, timeout: int) -> Group | None:
+def _group(
+    said: Mapping[str, str], address: str, count_name: str, index_name: str, timeout: int
+) -> Group | None:
     count, index = _number(said, count_name), _number(said, index_name)
     if not 0 <= index < count:
-        raise PartitaError(f"{index_name} is {index}, and there are {count} processes: number them 0 to {count - 1}.")
+        raise PartitaError(
+            f"{index_name} is {index}, and there are {count} processes: number them 0 to {count - 1}."
+        )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise PartitaError(f"JAX_COORDINATOR_ADDRESS is '{address}': write the host of process 0 and a port, as in '10.0.0.1:1234'.")
+        raise PartitaError(
+            f"JAX_COORDINATOR_ADDRESS is '{address}': write the host of process 0 and a port, as in '10.0.0.1:1234'."
+        )
     return Group(count, index, address, timeout) if count > 1 else None
 
 
@@ -115,7 +138,11 @@ def _here(said: Mapping[str, str], launcher: Launcher) -> int:
     """How many processes of the group are on this host; Slurm says it for all nodes, as in '2(x3),1'."""
     if launcher.name != "Slurm":
         return _number(said, launcher.here, 1)
-    nodes = [int(n) for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", said.get(launcher.here, "1")) for _ in range(int(times or 1))]
+    nodes = [
+        int(n)
+        for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", said.get(launcher.here, "1"))
+        for _ in range(int(times or 1))
+    ]
     return nodes[min(_number(said, "SLURM_NODEID", 0), len(nodes) - 1)]
 
 
@@ -125,9 +152,14 @@ def _address(said: Mapping[str, str], launcher: Launcher, here: int) -> str:
     The port comes from the name of the job, so that all processes find the same one and two jobs seldom do.
     """
     job = [said[name] for name in launcher.job if name in said]
-    port = said.get("JAX_COORDINATOR_PORT") or (str(61440 + zlib.crc32(".".join(job).encode()) % 4096) if job else "")
+    port = said.get("JAX_COORDINATOR_PORT") or (
+        str(61440 + zlib.crc32(".".join(job).encode()) % 4096) if job else ""
+    )
     head = re.search(r"tcp://([^,:]+)|tcp6://\[([^,\]]+)", said.get("OMPI_MCA_orte_hnp_uri", ""))
-    nodes = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", said.get("SLURM_STEP_NODELIST", said.get("SLURM_JOB_NODELIST", "")))
+    nodes = re.match(
+        r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)",
+        said.get("SLURM_STEP_NODELIST", said.get("SLURM_JOB_NODELIST", "")),
+    )
     if here == _number(said, launcher.count):
         host = "127.0.0.1"
     elif head and launcher.name == "Open MPI":
@@ -164,7 +196,11 @@ def join(who: Group, say: Callable[[str], None]) -> None:
         if not there.wait(3):
             say(f"{mine} waits{where} for the others, until {until}")
         if not there.wait(max(0, who.timeout - 3)):
-            others = "one of the others has not started" if who.index == 0 else f"process 0 does not answer{where}"
+            others = (
+                "one of the others has not started"
+                if who.index == 0
+                else f"process 0 does not answer{where}"
+            )
             say(
                 f"error: {mine} has waited {who.timeout} s for the others: {others}. Start all {who.count} with the same address, "
                 "and see that it can be reached from every host."
@@ -174,17 +210,29 @@ def join(who: Group, say: Callable[[str], None]) -> None:
     threading.Thread(target=watch, daemon=True).start()
     if who.index == 0:
         _listen(who.address)
-    how: dict[str, Any] = {"coordinator_address": who.address, "num_processes": who.count, "process_id": who.index}
-    how |= {"initialization_timeout": who.timeout + 30, "heartbeat_timeout_seconds": HEARTBEAT, "cluster_detection_method": "deactivate"}
+    how: dict[str, Any] = {
+        "coordinator_address": who.address,
+        "num_processes": who.count,
+        "process_id": who.index,
+    }
+    how |= {
+        "initialization_timeout": who.timeout + 30,
+        "heartbeat_timeout_seconds": HEARTBEAT,
+        "cluster_detection_method": "deactivate",
+    }
     if who.address.startswith("127."):
         how["coordinator_bind_address"] = who.address
     if own_accelerator(who):
         how["local_device_ids"] = [who.local]
-    jax.config.update("jax_enable_preemption_service", False)  # it catches SIGTERM, and would train on
+    jax.config.update(
+        "jax_enable_preemption_service", False
+    )  # it catches SIGTERM, and would train on
     try:
         jax.distributed.initialize(**how)
     except (RuntimeError, ValueError) as error:
-        raise ProcessError(f"{mine} cannot join the others{where}: {str(error).strip().splitlines()[0]}") from None
+        raise ProcessError(
+            f"{mine} cannot join the others{where}: {str(error).strip().splitlines()[0]}"
+        ) from None
     finally:
         there.set()
     global joined
@@ -203,7 +251,11 @@ def _let_compute_first() -> None:
     if not hasattr(os, "SCHED_BATCH"):
         return
     for _ in range(50):
-        threads = [int(name) for name in os.listdir("/proc/self/task") if _call_of(name)[3:5] == ["0x40", "0xa"]]
+        threads = [
+            int(name)
+            for name in os.listdir("/proc/self/task")
+            if _call_of(name)[3:5] == ["0x40", "0xa"]
+        ]
         for thread in threads:
             with suppress(OSError):
                 os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
@@ -232,7 +284,11 @@ def own_accelerator(who: Group, environment: Mapping[str, str] | None = None) ->
     """
     said = os.environ if environment is None else environment
     visible = said.get("CUDA_VISIBLE_DEVICES")
-    return who.here > 1 and "JAX_LOCAL_DEVICE_IDS" not in said and (visible is None or who.local < len(visible.split(",")))
+    return (
+        who.here > 1
+        and "JAX_LOCAL_DEVICE_IDS" not in said
+        and (visible is None or who.local < len(visible.split(",")))
+    )
 
 
 def _listen(address: str) -> None:
@@ -308,10 +364,14 @@ def same(what: str, digest: str, hint: str) -> None:
         try:
             found.append(store.blocking_key_value_get(f"{key}/{i}", TIMEOUT * 1000))
         except jax.errors.JaxRuntimeError:
-            raise ProcessError(f"Process {i} has not come to its first step after {TIMEOUT} s, and the others have. Do all run the same script?") from None
+            raise ProcessError(
+                f"Process {i} has not come to its first step after {TIMEOUT} s, and the others have. Do all run the same script?"
+            ) from None
     other = [str(i) for i, one in enumerate(found) if one != found[0]]
     if other:
-        raise ProcessError(f"{what} of process {', '.join(other)} differs from that of process 0. {hint}")
+        raise ProcessError(
+            f"{what} of process {', '.join(other)} differs from that of process 0. {hint}"
+        )
 
 
 def digest(values: Any) -> str:
@@ -360,7 +420,9 @@ def whole(value: Any) -> np.ndarray:
         return np.asarray(value)
     mesh = value.sharding.mesh  # type: ignore[union-attr]
     with together("reading the weights"):
-        return np.asarray(_resharded(jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))(value))
+        return np.asarray(
+            _resharded(jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))(value)
+        )
 
 
 def meet() -> None:
@@ -378,9 +440,14 @@ def together(doing: str) -> Iterator[None]:
         yield
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         text = str(error)
-        if alone() or not any(word in text for word in ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "Connection closed", "heartbeat")):
+        if alone() or not any(
+            word in text
+            for word in ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "Connection closed", "heartbeat")
+        ):
             raise
-        raise LostProcessError(f"{_gone()} in the middle of {doing}, so the others stop. What was saved last is whole: start again from it.") from None
+        raise LostProcessError(
+            f"{_gone()} in the middle of {doing}, so the others stop. What was saved last is whole: start again from it."
+        ) from None
 
 
 def _gone() -> str:

@@ -14,9 +14,9 @@ from partita.capture.jax_functions import Captured, Text
 from partita.errors import PlanError
 from partita.execute.annotate import annotate
 from partita.execute.processes import put
-from partita.plan.layout import Layout, Sharding, layout
-from partita.plan.plan import Mesh, Plan, check
-from partita.plan.stages import is_staged
+from partita.plans.layout import Layout, Sharding, layout
+from partita.plans.pipeline import is_staged
+from partita.plans.plan import Mesh, Plan, check
 
 
 def device_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
@@ -24,11 +24,17 @@ def device_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.shardin
     devices = list(jax.devices() if devices is None else devices)[: mesh.size]
     shape = mesh.sizes or (1,)
     names = tuple(a.name for a in mesh.axes) or ("a",)
-    return jax.sharding.Mesh(np.array(devices, dtype=object).reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
+    return jax.sharding.Mesh(
+        np.array(devices, dtype=object).reshape(shape),
+        names,
+        axis_types=(AxisType.Auto,) * len(names),
+    )
 
 
 def named(sharding: Sharding, mesh: Mesh, devices: jax.sharding.Mesh) -> NamedSharding:
-    return NamedSharding(devices, PartitionSpec(*(tuple(mesh.axes[a].name for a in dim) or None for dim in sharding)))
+    return NamedSharding(
+        devices, PartitionSpec(*(tuple(mesh.axes[a].name for a in dim) or None for dim in sharding))
+    )
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,9 @@ class PlannedStep:
         return put(batch, self.batch_shardings)
 
 
-def planned_step(captured: Captured, plan: Plan, devices: Sequence[Any] | None = None, donate: bool = True) -> PlannedStep:
+def planned_step(
+    captured: Captured, plan: Plan, devices: Sequence[Any] | None = None, donate: bool = True
+) -> PlannedStep:
     """The captured step, annotated with the plan and ready to compile for the devices (default: the first ones of JAX).
 
     `donate`: the step may take the old state's memory for the new one, and the old one is gone after it.
@@ -67,11 +75,15 @@ def planned_step(captured: Captured, plan: Plan, devices: Sequence[Any] | None =
         )
     where = layout(graph, plan)
     mesh = device_mesh(plan.mesh, devices)
-    text = Text.of(captured.text, annotate(captured.text.mlir_module_serialized, graph, plan.mesh, where))
+    text = Text.of(
+        captured.text, annotate(captured.text.mlir_module_serialized, graph, plan.mesh, where)
+    )
     position = {kept: n for n, kept in enumerate(text.module_kept_var_idx)}
     leaves, tree = jax.tree.flatten((captured.state, captured.batch))
     shardings = [
-        named(where.own[position[i]], plan.mesh, mesh) if i in position else NamedSharding(mesh, PartitionSpec())
+        named(where.own[position[i]], plan.mesh, mesh)
+        if i in position
+        else NamedSharding(mesh, PartitionSpec())
         for i in range(len(leaves))
     ]
     state_shardings, batch_shardings = jax.tree.unflatten(tree, shardings)

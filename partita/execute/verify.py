@@ -53,7 +53,10 @@ class Verification:
     @property
     def measured(self) -> dict[str, Any]:
         """The compiler's figures of a device as a report takes them: peak bytes, bytes by collective, FLOPs where they are counted."""
-        found: dict[str, Any] = {"peak_bytes": self.peak_bytes, "traffic_bytes": {t.kind: t.emitted for t in self.traffic}}
+        found: dict[str, Any] = {
+            "peak_bytes": self.peak_bytes,
+            "traffic_bytes": {t.kind: t.emitted for t in self.traffic},
+        }
         return found if self.compiled_flops is None else found | {"flops": self.compiled_flops}
 
     @property
@@ -64,9 +67,12 @@ class Verification:
         of = f" of {format_bytes(self.capacity_bytes)}" if self.capacity_bytes else ""
         lines = [f"memory by the compiler: {format_bytes(self.peak_bytes)}{of} a device"]
         for t in self.traffic:
-            lines.append(f"{t.kind}: {format_bytes(t.planned)} planned, {format_bytes(t.emitted)} emitted")
+            lines.append(
+                f"{t.kind}: {format_bytes(t.planned)} planned, {format_bytes(t.emitted)} emitted"
+            )
             lines += [
-                f"  {path or '(no layer)'}: {format_bytes(a)} planned, {format_bytes(b)} emitted" for path, a, b in t.layers
+                f"  {path or '(no layer)'}: {format_bytes(a)} planned, {format_bytes(b)} emitted"
+                for path, a, b in t.layers
             ]
         if not self.traffic:
             lines.append("no collectives, planned or emitted")
@@ -78,7 +84,11 @@ class Verification:
 
 
 def verify(
-    step: PlannedStep, compiled: Any, expected: Sequence[Collective], capacity_bytes: int | None, flops: float | None
+    step: PlannedStep,
+    compiled: Any,
+    expected: Sequence[Collective],
+    capacity_bytes: int | None,
+    flops: float | None,
 ) -> Verification:
     """What the compiler says of a step. MemoryBudgetError if it needs more than `capacity_bytes` of a device.
 
@@ -99,7 +109,9 @@ def verify(
     graph = step.captured.graph
     in_loops = sum(x.flops * x.trips for x in graph.instructions if x.trips > 1)
     counted = cost.get("flops") if in_loops <= 0.01 * graph.flops else None
-    return Verification(peak, capacity_bytes, _traffic(expected, emitted(compiled.as_text())), counted, flops)
+    return Verification(
+        peak, capacity_bytes, _traffic(expected, emitted(compiled.as_text())), counted, flops
+    )
 
 
 def _traffic(expected: Sequence[Collective], found: Sequence[Any]) -> tuple[Traffic, ...]:
@@ -121,7 +133,9 @@ def _traffic(expected: Sequence[Collective], found: Sequence[Any]) -> tuple[Traf
     return tuple(result)
 
 
-def check_compiled(step: PlannedStep, compiled: Any, state: Any = None, batch: Any = None) -> Verification:
+def check_compiled(
+    step: PlannedStep, compiled: Any, state: Any = None, batch: Any = None
+) -> Verification:
     """The standard check of every planned step before it first runs: `verify` against the devices at hand."""
     graph, mesh = step.captured.graph, step.plan.mesh
     machine = detect(mesh.size)
@@ -133,7 +147,9 @@ def check_compiled(step: PlannedStep, compiled: Any, state: Any = None, batch: A
 def check_and_compare(step: PlannedStep, compiled: Any, state: Any, batch: Any) -> Verification:
     """The standard check, and one step run both on one device and as planned: the largest differences as notes."""
     found = check_compiled(step, compiled)
-    differences = sorted(compare_steps(step.captured, step, state, batch), key=lambda d: -d.relative)
+    differences = sorted(
+        compare_steps(step.captured, step, state, batch), key=lambda d: -d.relative
+    )
     said = f"one step on one device and as planned: {len(differences)} values compared, largest differences"
     return replace(found, notes=(said, *(f"  {d}" for d in differences[:5])))
 
@@ -147,10 +163,14 @@ class Difference:
     relative: float
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.absolute:.2g} absolute, {self.relative:.2g} of its largest value"
+        return (
+            f"{self.name}: {self.absolute:.2g} absolute, {self.relative:.2g} of its largest value"
+        )
 
 
-def compare_steps(captured: Captured, step: PlannedStep, state: Any, batch: Any) -> list[Difference]:
+def compare_steps(
+    captured: Captured, step: PlannedStep, state: Any, batch: Any
+) -> list[Difference]:
     """One step on one device and one as planned, from the same state and batch (both left as they are).
 
     One Difference for each log (loss, metrics) and each variable after the step, in the order of the program.
@@ -166,7 +186,9 @@ def compare_steps(captured: Captured, step: PlannedStep, state: Any, batch: Any)
         zip(jax.tree_util.tree_flatten_with_path(one)[0], jax.tree.leaves(planned), strict=True)
     ):
         first = len(jax.tree.leaves(one)) - len(names)
-        name = names[i - first] if i >= first else "".join(str(getattr(k, "key", k)) for k in path[1:])
+        name = (
+            names[i - first] if i >= first else "".join(str(getattr(k, "key", k)) for k in path[1:])
+        )
         found.append(_difference(name, left, right))
     return found
 

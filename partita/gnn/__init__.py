@@ -13,25 +13,79 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from partita.gnn import generate, order
-from partita.gnn.files import convert, open, save, transpose
-from partita.gnn.graph import Graph, Transposed, check
-from partita.gnn.stream import EdgeStream
+from partita.gnn.data import generate, order
+from partita.gnn.data.files import convert, open, save, transpose
+from partita.gnn.data.graph import Graph, Transposed, check
+from partita.gnn.data.stream import EdgeStream
 
 if TYPE_CHECKING:
-    from partita.gnn.layers import CommNetConv, GatedGraphConv, GATv2Conv, GCNConv, GINConv, SAGEConv
-    from partita.gnn.models import GCN, GIN, SAGE, CommNet, GatedGraph, GATv2, GraphModel, VertexDropout
+    from partita.gnn.nn.layers import (
+        CommNetConv,
+        GatedGraphConv,
+        GATv2Conv,
+        GCNConv,
+        GINConv,
+        SAGEConv,
+    )
+    from partita.gnn.nn.models import (
+        GCN,
+        GIN,
+        SAGE,
+        CommNet,
+        GatedGraph,
+        GATv2,
+        GraphModel,
+        VertexDropout,
+    )
     from partita.gnn.train import normalised
 
 __all__ = [
-    "GCN", "GIN", "SAGE", "CommNet", "CommNetConv", "EdgeStream", "GATv2", "GATv2Conv", "GCNConv", "GINConv", "GatedGraph",
-    "GatedGraphConv", "Graph", "GraphModel", "SAGEConv", "Transposed", "check", "convert", "generate", "normalised", "open", "order",
-    "VertexDropout", "save", "transpose",
-]  # fmt: skip
+    "GCN",
+    "GIN",
+    "SAGE",
+    "CommNet",
+    "CommNetConv",
+    "EdgeStream",
+    "GATv2",
+    "GATv2Conv",
+    "GCNConv",
+    "GINConv",
+    "GatedGraph",
+    "GatedGraphConv",
+    "Graph",
+    "GraphModel",
+    "SAGEConv",
+    "Transposed",
+    "check",
+    "convert",
+    "generate",
+    "normalised",
+    "open",
+    "order",
+    "VertexDropout",
+    "save",
+    "transpose",
+]
 
 _LATER = {
-    "partita.gnn.layers": ("CommNetConv", "GATv2Conv", "GatedGraphConv", "GCNConv", "GINConv", "SAGEConv"),
-    "partita.gnn.models": ("GCN", "GIN", "SAGE", "CommNet", "GatedGraph", "GATv2", "GraphModel", "VertexDropout"),
+    "partita.gnn.nn.layers": (
+        "CommNetConv",
+        "GATv2Conv",
+        "GatedGraphConv",
+        "GCNConv",
+        "GINConv",
+        "SAGEConv",
+    ),
+    "partita.gnn.nn.models": (
+        "GCN",
+        "GIN",
+        "SAGE",
+        "CommNet",
+        "GatedGraph",
+        "GATv2",
+        "GraphModel",
+        "VertexDropout",
+    ),
     "partita.gnn.train": ("normalised",),
 }
 

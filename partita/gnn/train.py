@@ -21,14 +21,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from partita.errors import GraphError, PartitaError
 from partita.execute import processes
 from partita.execute.devices import at_hand, detect
-from partita.gnn.block import AXIS, Block, block_of, counted
-from partita.gnn.choice import columns_of, edge_seconds, row_seconds
-from partita.gnn.graph import Graph, check
+from partita.gnn.data.graph import Graph, check
+from partita.gnn.data.order import order_of
 from partita.gnn.kernels import stamp
 from partita.gnn.kernels.bridge import step_options
-from partita.gnn.learned import Balance, begun, prefix_sums
-from partita.gnn.order import order_of
-from partita.gnn.partition import (
+from partita.gnn.nn.block import AXIS, Block, block_of, counted
+from partita.gnn.spill.run import Planned
+from partita.gnn.split.choice import columns_of, edge_seconds, row_seconds
+from partita.gnn.split.learned import Balance, begun, prefix_sums
+from partita.gnn.split.partition import (
     Kind,
     Parts,
     Room,
@@ -40,7 +41,6 @@ from partita.gnn.partition import (
     restored,
     ways_of_part,
 )
-from partita.gnn.spill import Planned
 from partita.units import parse
 
 if keras.backend.backend() != "jax":
@@ -84,9 +84,14 @@ class FullGraphTraining:
     """
 
     def compile(
-        self, optimizer: Any = "adam", loss: Any = "sparse_categorical_crossentropy", *, metrics: Any = None, weighted_metrics: Any = None,
+        self,
+        optimizer: Any = "adam",
+        loss: Any = "sparse_categorical_crossentropy",
+        *,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
         **named: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Keras's own; all metrics are of the vertices of a mask."""
         judged = [*(metrics or []), *(weighted_metrics or [])]
         super().compile(optimizer, loss, weighted_metrics=judged or None, **named)  # type: ignore[misc]
@@ -100,10 +105,20 @@ class FullGraphTraining:
             model.optimizer.build(model.trainable_variables)
 
     def fit(
-        self, graph: Graph, epochs: int = 1, *, callbacks: Sequence[Any] | None = None, verbose: Any = "auto", validation_freq: int = 1,
-        initial_epoch: int = 0, devices: int = 1, partition: Any = "edges", columns: int | None = None, order: Any = None,
+        self,
+        graph: Graph,
+        epochs: int = 1,
+        *,
+        callbacks: Sequence[Any] | None = None,
+        verbose: Any = "auto",
+        validation_freq: int = 1,
+        initial_epoch: int = 0,
+        devices: int = 1,
+        partition: Any = "edges",
+        columns: int | None = None,
+        order: Any = None,
         memory: str | int | None = None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """Keras's history: loss and metrics of the training mask, and with `val_` of the validation mask, of every epoch.
 
         An epoch is one step. Training values are of the step itself (dropout on, weights before the update), as in Keras.
@@ -118,16 +133,28 @@ class FullGraphTraining:
         model: Any = self
         model._assert_compile_called("fit")
         if memory is not None and order is not None:
-            raise GraphError("A memory plan trains a graph as it is numbered: give it graph.relabelled(order), and leave out order.")
+            raise GraphError(
+                "A memory plan trains a graph as it is numbered: give it graph.relabelled(order), and leave out order."
+            )
         within = self._within(graph, memory, devices)
         self.__dict__["_split"] = Split(_all_devices(devices), partition, columns, order)
         data: Any = self._prepared(graph, "train") if within is None else None
         validates = graph.validation is not None and bool(graph.validation.any())
         model.stop_training = False
         model.optimizer.build(model.trainable_variables)
-        run = callbacks if isinstance(callbacks, keras.callbacks.CallbackList) else keras.callbacks.CallbackList(
-            callbacks, add_history=True, add_progbar=verbose not in (0, "auto"), verbose=verbose, epochs=epochs, steps=1, model=model
-        )  # fmt: skip
+        run = (
+            callbacks
+            if isinstance(callbacks, keras.callbacks.CallbackList)
+            else keras.callbacks.CallbackList(
+                callbacks,
+                add_history=True,
+                add_progbar=verbose not in (0, "auto"),
+                verbose=verbose,
+                epochs=epochs,
+                steps=1,
+                model=model,
+            )
+        )
         observed = bool(callbacks)
         model._initial_epoch = None
         run.on_train_begin()
@@ -139,7 +166,11 @@ class FullGraphTraining:
             run.on_train_batch_begin(0)
             if observed:
                 state = self._state()
-            step: Any = within.step if within is not None else self._step("train", self._train_step, donate=True)
+            step: Any = (
+                within.step
+                if within is not None
+                else self._step("train", self._train_step, donate=True)
+            )
             compiled = 0 if within is not None else step._cache_size()
             stamp.clear()
             began = time.perf_counter()
@@ -149,12 +180,18 @@ class FullGraphTraining:
             logs = _numbers(logs)
             self.epoch_seconds.append(time.perf_counter() - began)
             if self.balance is not None:
-                data = self._rebalanced(graph, data, began, ended, step._cache_size() > compiled, epochs - epoch - 1)
+                data = self._rebalanced(
+                    graph, data, began, ended, step._cache_size() > compiled, epochs - epoch - 1
+                )
             if observed:
                 self._keep(state)
             run.on_train_batch_end(0, logs)
             if validates and (epoch + 1) % validation_freq == 0:
-                values = self._step("validation", self._test_step)(state[:2], data) if within is None else within.judged(state, "validation")
+                values = (
+                    self._step("validation", self._test_step)(state[:2], data)
+                    if within is None
+                    else within.judged(state, "validation")
+                )
                 logs |= {f"val_{name}": value for name, value in _numbers(values).items()}
             run.on_epoch_end(epoch, logs)
             if model.stop_training:
@@ -171,7 +208,9 @@ class FullGraphTraining:
         if memory is None:
             return None
         if _all_devices(devices) > 1:
-            raise GraphError(f"A memory plan is of one device, and here are {_all_devices(devices)}: leave out memory, or use devices=1.")
+            raise GraphError(
+                f"A memory plan is of one device, and here are {_all_devices(devices)}: leave out memory, or use devices=1."
+            )
         model: Any = self
         self._checked(graph)
         _can_learn(graph, "train", self.__dict__.get("classes"))
@@ -203,9 +242,13 @@ class FullGraphTraining:
         """Bytes of vertices' rows that the devices send each other in a training step on a graph, forward and backward, filling included."""
         data = self._prepared(graph, "train")
         step = self._step("train", self._train_step, donate=True)
-        return _sent(step.trace(self._state(), data).jaxpr, self.parts.count if self.parts is not None else 1)
+        return _sent(
+            step.trace(self._state(), data).jaxpr, self.parts.count if self.parts is not None else 1
+        )
 
-    def evaluate(self, graph: Graph, mask: str = "test", *, return_dict: bool = False, verbose: Any = 0) -> Any:
+    def evaluate(
+        self, graph: Graph, mask: str = "test", *, return_dict: bool = False, verbose: Any = 0
+    ) -> Any:
         """Loss and metrics over the vertices of a mask: 'train', 'validation' or 'test'."""
         model: Any = self
         model._assert_compile_called("evaluate")
@@ -228,7 +271,9 @@ class FullGraphTraining:
             found = within.predicted(self._state())
         else:
             data = self._prepared(graph, None)
-            found = processes.whole(self._step("predict", self._predict_step, rows=True)(self._state()[:2], data))
+            found = processes.whole(
+                self._step("predict", self._predict_step, rows=True)(self._state()[:2], data)
+            )
             order = self.__dict__["_numbered"][1]
             if self.parts is not None:
                 found = self.parts.joined(found)
@@ -248,7 +293,9 @@ class FullGraphTraining:
             began = time.perf_counter()
             numbered = self.__dict__["_numbered"] = _numbered(graph, split.order)
             sums, points = None, None
-            if split.learns:  # what is done once, and waiting for the others, is no part of what a move takes
+            if (
+                split.learns
+            ):  # what is done once, and waiting for the others, is no part of what a move takes
                 stamp.ready()
                 _warm()
                 sums = prefix_sums(numbered[0])
@@ -258,8 +305,16 @@ class FullGraphTraining:
             placing = time.perf_counter()
             kept = graph, split, *self._placed(graph, split, points=points)
             moving = [time.perf_counter() - placing, 0.0]
-            balance = None if sums is None or kept[3] is None else _balance(numbered[0], sums, kept[3])
-            self.__dict__.update(_kept=kept, feature_count=graph.feature_count, _steps={}, _balance=balance, _moving=moving)
+            balance = (
+                None if sums is None or kept[3] is None else _balance(numbered[0], sums, kept[3])
+            )
+            self.__dict__.update(
+                _kept=kept,
+                feature_count=graph.feature_count,
+                _steps={},
+                _balance=balance,
+                _moving=moving,
+            )
             self.__dict__["_prepare_seconds"] = time.perf_counter() - began
         if mask is not None:
             _can_learn(graph, mask, self.__dict__.get("classes"))
@@ -270,14 +325,20 @@ class FullGraphTraining:
         model: Any = self
         check(graph)
         if graph.features is None:
-            raise GraphError(f"'{graph.name}' has no features: give Graph.from_edges(features=...) a row for every vertex.")
+            raise GraphError(
+                f"'{graph.name}' has no features: give Graph.from_edges(features=...) a row for every vertex."
+            )
         if not model.built:
             model.build((None, graph.feature_count))
         expected = self.__dict__.get("feature_count", graph.feature_count)
         if expected != graph.feature_count:
-            raise GraphError(f"'{graph.name}' has {graph.feature_count} features, and the model was built for {expected}.")
+            raise GraphError(
+                f"'{graph.name}' has {graph.feature_count} features, and the model was built for {expected}."
+            )
 
-    def _placed(self, graph: Graph, split: Split, room: Room | None = None, points: np.ndarray | None = None) -> tuple[Data, Parts | None]:
+    def _placed(
+        self, graph: Graph, split: Split, room: Room | None = None, points: np.ndarray | None = None
+    ) -> tuple[Data, Parts | None]:
         """The graph's data on its devices, split at these points if given; of several processes each makes what its own devices have."""
         devices = split.devices
         at_hand(devices)
@@ -285,38 +346,71 @@ class FullGraphTraining:
         if devices == 1:
             graph, order = self.__dict__["_numbered"]
             data = _data(graph)
-            ways = ways_of_part(graph, cut(graph, np.array([0, graph.vertices]), None, self._near(graph)), 0)
+            ways = ways_of_part(
+                graph, cut(graph, np.array([0, graph.vertices]), None, self._near(graph)), 0
+            )
             vertex = None if order is None else order.astype(np.int32)
-            return jax.device_put(replace(data, graph=replace(data.graph, ways=(*data.graph.ways, *ways), vertex=vertex))), None
+            return jax.device_put(
+                replace(
+                    data, graph=replace(data.graph, ways=(*data.graph.ways, *ways), vertex=vertex)
+                )
+            ), None
         graph, parts, by_width = self._cut(graph, split, room, points)
-        processes.same("The graph, or how it is split,", _digest(graph, parts), "Do all read the same file?")
+        processes.same(
+            "The graph, or how it is split,", _digest(graph, parts), "Do all read the same file?"
+        )
         mesh, tables, pieces = _mesh(devices), _tables(graph), []
         for i, device in enumerate(mesh.devices):
             if device.process_index == jax.process_index():
-                block = replace(block_of_part(graph, parts, i), columns=by_width, timed=split.learns)
+                block = replace(
+                    block_of_part(graph, parts, i), columns=by_width, timed=split.learns
+                )
                 x, labels, masks = jax.tree.map(lambda table, i=i: parts.of_part(i, table), tables)
-                pieces.append(jax.device_put(jax.tree.map(lambda x: x[None], Data(x, labels, masks, block)), device))
+                pieces.append(
+                    jax.device_put(
+                        jax.tree.map(lambda x: x[None], Data(x, labels, masks, block)), device
+                    )
+                )
         sharding = NamedSharding(mesh, PartitionSpec(AXIS))
-        joined = lambda *own: jax.make_array_from_single_device_arrays((devices, *own[0].shape[1:]), sharding, list(own))
+        joined = lambda *own: jax.make_array_from_single_device_arrays(
+            (devices, *own[0].shape[1:]), sharding, list(own)
+        )
         return jax.tree.map(joined, *pieces), parts
 
-    def _cut(self, graph: Graph, split: Split, room: Room | None, points: np.ndarray | None = None) -> tuple[Graph, Parts, tuple[tuple[int, int], ...]]:
+    def _cut(
+        self, graph: Graph, split: Split, room: Room | None, points: np.ndarray | None = None
+    ) -> tuple[Graph, Parts, tuple[tuple[int, int], ...]]:
         """(the graph as it is numbered for its parts, what they hold, devices that share the features of aggregations of so many); at these points, if given."""
         calls, columns, timed = self.__dict__["_calls"], split.columns, split.learns
         apart = _linear(calls)
         graph, order = self.__dict__["_numbered"]
         partition = split.partition if points is None else points
-        if order is not None and not isinstance(partition, str) and len(partition) == graph.vertices != split.devices + 1:
+        if (
+            order is not None
+            and not isinstance(partition, str)
+            and len(partition) == graph.vertices != split.devices + 1
+        ):
             partition = np.asarray(partition)[order]
         graph, points, again = arranged(graph, split.devices, partition)
         order = order if again is None else again if order is None else order[again]
         if columns is None and not timed:
             chosen = lambda: json.dumps(columns_of(calls, graph, points, detect(split.devices)))
-            by_width = tuple((width, c) for width, c in json.loads(processes.from_first("columns", chosen)))
+            by_width = tuple(
+                (width, c) for width, c in json.loads(processes.from_first("columns", chosen))
+            )
         else:
-            by_width = tuple((width, columns) for width, kind in sorted(set(calls)) if kind != "attention" and columns not in (None, 1))
-        used = {dict(by_width).get(width, 1) if kind != "attention" else 1 for width, kind in calls} or {1}
-        kinds = [*(Kind(c, apart=apart and c == 1) for c in sorted(used)), *self._near(graph, apart)]
+            by_width = tuple(
+                (width, columns)
+                for width, kind in sorted(set(calls))
+                if kind != "attention" and columns not in (None, 1)
+            )
+        used = {
+            dict(by_width).get(width, 1) if kind != "attention" else 1 for width, kind in calls
+        } or {1}
+        kinds = [
+            *(Kind(c, apart=apart and c == 1) for c in sorted(used)),
+            *self._near(graph, apart),
+        ]
         return graph, replace(cut(graph, points, room, kinds, moves=timed), order=order), by_width
 
     def _begun(self, sums: np.ndarray, features: int, devices: int) -> np.ndarray:
@@ -326,7 +420,9 @@ class FullGraphTraining:
 
         def seconds() -> str:
             machine, calls = detect(devices), self.__dict__["_calls"]
-            return json.dumps([row_seconds(calls, matrices, machine), edge_seconds(calls, features, machine)])
+            return json.dumps(
+                [row_seconds(calls, matrices, machine), edge_seconds(calls, features, machine)]
+            )
 
         return begun(sums, devices, *json.loads(processes.from_first("rows and edges", seconds)))
 
@@ -334,11 +430,18 @@ class FullGraphTraining:
         """(features, kind) of every aggregation of the model on a graph, in their order, as one vertex without edges tells: nothing is computed."""
         model: Any = self
         weights = None if graph.weights is None else np.zeros(0, np.float32)
-        one = Graph(np.zeros(2, np.int64), np.zeros(0, np.int32), np.zeros((1, graph.feature_count), np.float32), weights=weights)
+        one = Graph(
+            np.zeros(2, np.int64),
+            np.zeros(0, np.int32),
+            np.zeros((1, graph.feature_count), np.float32),
+            weights=weights,
+        )
         shapes = lambda group: [jax.ShapeDtypeStruct(v.value.shape, v.value.dtype) for v in group]
         state = shapes(model.trainable_variables), shapes(model.non_trainable_variables)
         with counted() as calls:
-            jax.eval_shape(lambda state, data: self._predict_step(state, data, ""), state, _data(one))
+            jax.eval_shape(
+                lambda state, data: self._predict_step(state, data, ""), state, _data(one)
+            )
         return calls.seen
 
     def _near(self, graph: Graph, apart: bool = False) -> list[Kind]:
@@ -361,7 +464,9 @@ class FullGraphTraining:
         """What was learnt of the parts' times with partition='learned'; None otherwise."""
         return self.__dict__.get("_balance")
 
-    def _rebalanced(self, graph: Graph, data: Data, began: float, ended: float, compiled: bool, left: int) -> Data:
+    def _rebalanced(
+        self, graph: Graph, data: Data, began: float, ended: float, compiled: bool, left: int
+    ) -> Data:
         """The data of the next epoch: learns from the times of this one, and splits the graph anew if that pays in the epochs left."""
         balance, parts, moving = self.balance, self.parts, self.__dict__["_moving"]
         assert balance is not None and parts is not None
@@ -369,11 +474,15 @@ class FullGraphTraining:
             moving[1] = ended - began
             return data
         seen = np.append(stamp.busy(began, ended, parts.count), moving)
-        if jax.process_count() > 1:  # each has noted the times of its own devices, and all must decide alike
+        if (
+            jax.process_count() > 1
+        ):  # each has noted the times of its own devices, and all must decide alike
             from jax.experimental import multihost_utils
 
             every = np.asarray(multihost_utils.process_allgather(seen.astype(np.float32)), float)
-            seen = np.append(every[:, : parts.count].sum(axis=0), every[:, parts.count :].max(axis=0))
+            seen = np.append(
+                every[:, : parts.count].sum(axis=0), every[:, parts.count :].max(axis=0)
+            )
         balance.measured(seen[: parts.count], parts.rows, parts.edge_room)
         split, (making, compiling) = self.__dict__["_split"], seen[parts.count :]
 
@@ -396,15 +505,25 @@ class FullGraphTraining:
     def _state(self) -> Any:
         """(trainable, other, optimizer's variables) as arrays, on every device."""
         model: Any = self
-        optimizer = model.optimizer.variables if getattr(model, "optimizer", None) is not None else []
+        optimizer = (
+            model.optimizer.variables if getattr(model, "optimizer", None) is not None else []
+        )
         groups = (model.trainable_variables, model.non_trainable_variables, optimizer)
         state = tuple([v.value for v in group] for group in groups)
-        return state if self._mesh is None else processes.put(state, NamedSharding(self._mesh, PartitionSpec()))
+        return (
+            state
+            if self._mesh is None
+            else processes.put(state, NamedSharding(self._mesh, PartitionSpec()))
+        )
 
     def _keep(self, state: Any) -> None:
         """Puts arrays back into the model's variables."""
         model: Any = self
-        groups = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables)
+        groups = (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.optimizer.variables,
+        )
         if self._mesh is not None:
             state = jax.tree.map(lambda x: x.addressable_data(0), state)
         for variables, values in zip(groups, state, strict=True):
@@ -427,7 +546,9 @@ class FullGraphTraining:
                     out_specs=spec if rows else PartitionSpec(),
                     check_vma=False,
                 )
-            steps[key] = jax.jit(step, donate_argnums=0 if donate else (), compiler_options=step_options())
+            steps[key] = jax.jit(
+                step, donate_argnums=0 if donate else (), compiler_options=step_options()
+            )
         return steps[key]
 
     # -------------------------------------------------------------------------------------------------------------- the steps
@@ -450,12 +571,20 @@ class FullGraphTraining:
         gradients, (value, predicted, others) = jax.grad(loss, has_aux=True)(trainable)
         gradients, value = _over_parts((gradients, value), data)
         trainable, optimizer = model.optimizer.stateless_apply(optimizer, gradients, trainable)
-        return {"loss": value, **self._judged(predicted, data, mask)}, (trainable, others, optimizer)
+        return {"loss": value, **self._judged(predicted, data, mask)}, (
+            trainable,
+            others,
+            optimizer,
+        )
 
     def _test_step(self, state: Any, data: Data, mask: str) -> Any:
         model: Any = self
-        predicted, _, penalties = model.stateless_call(*state, data.x, graph=data.graph, training=False, return_losses=True)
-        total, count = _over_parts((self._summed_loss(predicted, data, mask), data.masks[mask].sum()), data)
+        predicted, _, penalties = model.stateless_call(
+            *state, data.x, graph=data.graph, training=False, return_losses=True
+        )
+        total, count = _over_parts(
+            (self._summed_loss(predicted, data, mask), data.masks[mask].sum()), data
+        )
         return {"loss": total / count + sum(penalties), **self._judged(predicted, data, mask)}
 
     def _predict_step(self, state: Any, data: Data, mask: str) -> Any:
@@ -466,7 +595,11 @@ class FullGraphTraining:
         """The sum of the loss over this device's vertices of a mask."""
         model: Any = self
         loss: Any = keras.losses.get(model.loss)
-        values = loss.call(data.labels, predicted) if isinstance(loss, keras.losses.Loss) else loss(data.labels, predicted)
+        values = (
+            loss.call(data.labels, predicted)
+            if isinstance(loss, keras.losses.Loss)
+            else loss(data.labels, predicted)
+        )
         return jnp.where(data.masks[mask] > 0, values, 0).sum()
 
     def _judged(self, predicted: Any, data: Data, mask: str) -> dict[str, Any]:
@@ -477,7 +610,9 @@ class FullGraphTraining:
             return {}
         if not metrics.built:
             metrics.build(data.labels, predicted)
-        with keras.StatelessScope(state_mapping=[(v, jnp.zeros(v.shape, v.dtype)) for v in metrics.variables]):
+        with keras.StatelessScope(
+            state_mapping=[(v, jnp.zeros(v.shape, v.dtype)) for v in metrics.variables]
+        ):
             metrics.update_state(data.labels, predicted, sample_weight=data.masks[mask])
             for variable in metrics.variables:
                 variable.assign(_over_parts(variable.value, data))
@@ -503,14 +638,17 @@ def trained_facts(model: Any, graph: Graph) -> dict[str, Any]:
         "epoch_seconds": float(np.median(seconds[1:] or seconds)) if seconds else None,
         "first_seconds": seconds[0] if seconds else None,
         "seconds": seconds,
-        "parts": [] if parts is None else [
-            {"vertices": int(v), "edges": int(e), "fetched": int(f)} for v, e, f in zip(parts.vertices, parts.edges, parts.fetched, strict=True)
+        "parts": []
+        if parts is None
+        else [
+            {"vertices": int(v), "edges": int(e), "fetched": int(f)}
+            for v, e, f in zip(parts.vertices, parts.edges, parts.fetched, strict=True)
         ],
         "columns": {} if parts is None else {str(width): c for width, c in model.columns if c > 1},
         "traffic": model.traffic(graph) if parts is not None else 0,
         **({"learned": model.balance.facts()} if model.balance is not None else {}),
         **({"memory": model.memory.facts()} if model.__dict__.get("memory") is not None else {}),
-    }  # fmt: skip
+    }
 
 
 def _sent(jaxpr: Any, parts: int) -> int:
@@ -519,9 +657,15 @@ def _sent(jaxpr: Any, parts: int) -> int:
     for equation in jaxpr.eqns:
         if equation.primitive.name in ("ppermute", "all_to_all"):
             groups = equation.params.get("axis_index_groups")
-            stays = parts // len(groups[0]) if groups else 0  # of an all-to-all, what a device keeps
-            total += (parts - stays) * sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
-        for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            stays = (
+                parts // len(groups[0]) if groups else 0
+            )  # of an all-to-all, what a device keeps
+            total += (parts - stays) * sum(
+                v.aval.size * v.aval.dtype.itemsize for v in equation.outvars
+            )
+        for inner in jax.tree.leaves(
+            equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        ):
             inner = getattr(inner, "jaxpr", inner)
             total += _sent(inner, parts) if hasattr(inner, "eqns") else 0
     return total
@@ -534,7 +678,9 @@ def normalised(graph: Graph) -> Graph:
     [[0.25, 0.75], [0.0, 0.0]]
     """
     if graph.features is None or (graph.features < 0).any():
-        raise GraphError(f"The features of '{graph.name}' cannot be divided by their sum: there are none, or negative ones.")
+        raise GraphError(
+            f"The features of '{graph.name}' cannot be divided by their sum: there are none, or negative ones."
+        )
     sums = graph.features.sum(axis=1, keepdims=True)
     return replace(graph, features=graph.features / np.where(sums > 0, sums, 1))
 
@@ -557,12 +703,21 @@ def _mesh(parts: int) -> Mesh:
 
 def _check_columns(columns: int | None, devices: int) -> None:
     if columns is not None and (columns < 1 or devices % columns):
-        raise GraphError(f"{devices} devices cannot be put into groups of {columns}: columns must divide the devices.")
+        raise GraphError(
+            f"{devices} devices cannot be put into groups of {columns}: columns must divide the devices."
+        )
 
 
 def _digest(graph: Graph, parts: Parts) -> str:
     """Of what all processes must have alike."""
-    return processes.digest([np.array([graph.vertices, graph.edges, graph.feature_count]), parts.points, parts.edges, parts.fetched])
+    return processes.digest(
+        [
+            np.array([graph.vertices, graph.edges, graph.feature_count]),
+            parts.points,
+            parts.edges,
+            parts.fetched,
+        ]
+    )
 
 
 def _all_devices(devices: int) -> int:
@@ -571,7 +726,9 @@ def _all_devices(devices: int) -> int:
         return devices
     there = jax.device_count()
     if devices not in (1, there):
-        raise GraphError(f"{jax.process_count()} processes have {there} devices in all, and devices={devices} was asked for: give {there}, or leave it out.")
+        raise GraphError(
+            f"{jax.process_count()} processes have {there} devices in all, and devices={devices} was asked for: give {there}, or leave it out."
+        )
     return there
 
 
@@ -602,8 +759,13 @@ def _data(graph: Graph) -> Data:
 def _tables(graph: Graph) -> tuple[Any, Any, dict[str, Any]]:
     """(x, labels, masks) of all vertices."""
     none = np.zeros(graph.vertices, np.float32)
-    labels = np.zeros(graph.vertices, np.int32) if graph.labels is None else np.maximum(graph.labels, 0)
-    masks = {what: none if getattr(graph, what) is None else getattr(graph, what).astype(np.float32) for what in MASKS}
+    labels = (
+        np.zeros(graph.vertices, np.int32) if graph.labels is None else np.maximum(graph.labels, 0)
+    )
+    masks = {
+        what: none if getattr(graph, what) is None else getattr(graph, what).astype(np.float32)
+        for what in MASKS
+    }
     return graph.features, labels, masks
 
 
@@ -621,7 +783,9 @@ def _can_learn(graph: Graph, mask: str, classes: int | None) -> None:
     marked = getattr(graph, mask)
     if marked is None or not marked.any():
         what = {"train": "training", "validation": "validation", "test": "test"}[mask]
-        raise GraphError(f"The {what} mask of '{graph.name}' is empty: mark at least one vertex, {mask}=[...].")
+        raise GraphError(
+            f"The {what} mask of '{graph.name}' is empty: mark at least one vertex, {mask}=[...]."
+        )
     if classes is not None and graph.classes > classes:
         v = int(np.argmax(graph.labels >= classes))
         raise GraphError(

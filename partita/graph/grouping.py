@@ -19,18 +19,56 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from partita.graph.graph import Argument, Factor, Graph, Instruction, Kind, Label, Loop, Mapping, Operator, Tensor, Use
-from partita.graph.sums import gradient_sums
+from partita.graph.gradient_sums import gradient_sums
+from partita.graph.operator_graph import (
+    Argument,
+    Factor,
+    Instruction,
+    Kind,
+    Label,
+    Loop,
+    Mapping,
+    Operator,
+    OperatorGraph,
+    Tensor,
+    Use,
+)
 
 HEAVY = {
-    "dot_general", "convolution", "gather", "reduce_window", "sort", "fft", "cholesky", "triangular_solve", "custom_call",
-    "select_and_scatter", "scatter", "top_k",
-}  # fmt: skip
-SHAPE_ONLY = {"reshape", "transpose", "convert", "broadcast_in_dim", "reverse", "copy", "optimization_barrier", "negate"}
+    "dot_general",
+    "convolution",
+    "gather",
+    "reduce_window",
+    "sort",
+    "fft",
+    "cholesky",
+    "triangular_solve",
+    "custom_call",
+    "select_and_scatter",
+    "scatter",
+    "top_k",
+}
+SHAPE_ONLY = {
+    "reshape",
+    "transpose",
+    "convert",
+    "broadcast_in_dim",
+    "reverse",
+    "copy",
+    "optimization_barrier",
+    "negate",
+}
 KIND = {
-    "dot_general": "dot", "convolution": "conv", "reduce_window": "pool", "gather": "gather", "sort": "sort", "while": "loop",
-    "select_and_scatter": "pool", "scatter": "scatter", "top_k": "sort",
-}  # fmt: skip
+    "dot_general": "dot",
+    "convolution": "conv",
+    "reduce_window": "pool",
+    "gather": "gather",
+    "sort": "sort",
+    "while": "loop",
+    "select_and_scatter": "pool",
+    "scatter": "scatter",
+    "top_k": "sort",
+}
 RESHAPING = {"reshape", "bitcast_convert"}
 CONTRACTING = {"dot_general", "convolution", "gather"}
 
@@ -44,8 +82,8 @@ def group(
     outputs: Sequence[int],
     batch_size: int = 0,
     notes: Sequence[str] = (),
-) -> Graph:
-    """The Graph of a flat program. `batch_size` is dim 0 of the batch arguments, for information."""
+) -> OperatorGraph:
+    """The OperatorGraph of a flat program. `batch_size` is dim 0 of the batch arguments, for information."""
     if not any(i.phase == "forward" for i in instructions):
         # A step without a gradient: everything it does is its forward part.
         instructions = [replace(i, phase="forward") for i in instructions]
@@ -54,11 +92,16 @@ def group(
     return _label(name, flat, owner, heavy, tuple(outputs), batch_size, tuple(notes))
 
 
-def _with_loops_forward(instructions: Sequence[Instruction], loops: Sequence[Loop]) -> list[Instruction]:
+def _with_loops_forward(
+    instructions: Sequence[Instruction], loops: Sequence[Loop]
+) -> list[Instruction]:
     """The instructions, a loop around forward ones being forward: one over microbatches has whole passes in its body."""
     found = list(instructions)
     for loop in loops:
-        if any(instructions[i].phase == "forward" for i in range(*loop.body)) and found[loop.instruction].phase == "update":
+        if (
+            any(instructions[i].phase == "forward" for i in range(*loop.body))
+            and found[loop.instruction].phase == "update"
+        ):
             found[loop.instruction] = replace(found[loop.instruction], phase="forward")
     return found
 
@@ -73,7 +116,12 @@ class _Flat:
         loops: Sequence[Loop],
         arguments: Sequence[Argument],
     ) -> None:
-        self.tensors, self.instructions, self.loops, self.arguments = tensors, instructions, loops, arguments
+        self.tensors, self.instructions, self.loops, self.arguments = (
+            tensors,
+            instructions,
+            loops,
+            arguments,
+        )
         self.producer: dict[int, int] = {}
         self.readers: dict[int, list[int]] = defaultdict(list)
         self.loop_of: dict[int, int] = {}
@@ -87,7 +135,9 @@ class _Flat:
         """Tensors that depend on no argument (a causal mask): XLA computes them once, nobody needs to plan them."""
         carried = {t for loop in loops for values in loop.carried for t in values}
         for instruction in instructions:
-            if all(t in self.fixed for t in instruction.operands) and not carried & set(instruction.results):
+            if all(t in self.fixed for t in instruction.operands) and not carried & set(
+                instruction.results
+            ):
                 self.fixed.update(instruction.results)
         for number, loop in enumerate(loops):
             for index in range(*loop.body):
@@ -124,9 +174,14 @@ def _owners(flat: _Flat, outputs: Sequence[int]) -> tuple[list[int], list[int]]:
             heavy.append(index)
     if not heavy:
         # Nothing heavy at all: the instruction with the largest result stands for the whole step.
-        forward = [i for i, x in enumerate(instructions) if x.phase == "forward" and x.results and i not in flat.loop_of]
+        forward = [
+            i
+            for i, x in enumerate(instructions)
+            if x.phase == "forward" and x.results and i not in flat.loop_of
+        ]
         index = max(
-            forward or range(len(instructions)), key=lambda i: sum(flat.tensors[t].size for t in instructions[i].results)
+            forward or range(len(instructions)),
+            key=lambda i: sum(flat.tensors[t].size for t in instructions[i].results),
         )
         owner[index] = 0
         heavy.append(index)
@@ -151,17 +206,28 @@ def _is_heavy(flat: _Flat, index: int) -> bool:
         return False
     if instruction.name == "while":
         return any(
-            flat.instructions[i].name in HEAVY for n, loop in enumerate(flat.loops) if loop.instruction == index
+            flat.instructions[i].name in HEAVY
+            for n, loop in enumerate(flat.loops)
+            if loop.instruction == index
             for i in range(*loop.body)
-        )  # fmt: skip
+        )
     if instruction.name == "gather":
-        return len(flat.tensors[instruction.operands[0]].shape) > 1 and flat.tensors[instruction.results[0]].size > 1
+        return (
+            len(flat.tensors[instruction.operands[0]].shape) > 1
+            and flat.tensors[instruction.results[0]].size > 1
+        )
     if instruction.name == "custom_call":
         return any(len(flat.tensors[t].shape) > 1 for t in instruction.results)
     return instruction.name in HEAVY
 
 
-def _largest(flat: _Flat, owner: list[int], index: int, allowed: set[int] | None = None, phase: str | None = None) -> int:
+def _largest(
+    flat: _Flat,
+    owner: list[int],
+    index: int,
+    allowed: set[int] | None = None,
+    phase: str | None = None,
+) -> int:
     """The owner of the largest operand that has one; of equals, the latest operator. -1 if there is none."""
     instruction = flat.instructions[index]
     best = (-1, -1)
@@ -169,16 +235,27 @@ def _largest(flat: _Flat, owner: list[int], index: int, allowed: set[int] | None
         producer = flat.producer.get(t)
         if producer is None or owner[producer] < 0 or not flat.tensors[t].shape:
             continue
-        if allowed is not None and owner[producer] not in allowed or phase and flat.instructions[producer].phase != phase:
+        if (
+            allowed is not None
+            and owner[producer] not in allowed
+            or phase
+            and flat.instructions[producer].phase != phase
+        ):
             continue
         # A broadcast weighs what it is made from: a mask must not claim what it masks.
-        size = 0 if instruction.name == "concatenate" else min(flat.tensors[t].nbytes, flat.tensors[flat.base(t)].nbytes)
+        size = (
+            0
+            if instruction.name == "concatenate"
+            else min(flat.tensors[t].nbytes, flat.tensors[flat.base(t)].nbytes)
+        )
         best = max(best, (size, owner[producer]))
     return best[1]
 
 
 def _own_forward(flat: _Flat, owner: list[int]) -> None:
-    order = [i for i, x in enumerate(flat.instructions) if x.phase == "forward" and i not in flat.loop_of]
+    order = [
+        i for i, x in enumerate(flat.instructions) if x.phase == "forward" and i not in flat.loop_of
+    ]
     for index in order:
         if owner[index] < 0:
             owner[index] = _largest(flat, owner, index)
@@ -190,7 +267,10 @@ def _from_readers(flat: _Flat, owner: list[int], order: Iterable[int]) -> None:
     for index in reversed(list(order)):
         if owner[index] < 0:
             readers = [
-                owner[r] for t in flat.instructions[index].results for r in _outer(flat, flat.readers[t]) if owner[r] >= 0
+                owner[r]
+                for t in flat.instructions[index].results
+                for r in _outer(flat, flat.readers[t])
+                if owner[r] >= 0
             ]
             if readers:
                 owner[index] = min(readers)
@@ -222,8 +302,14 @@ def _own_backward(flat: _Flat, owner: list[int], heavy: list[int]) -> None:
         if instruction.phase == "forward" and owner[index] >= 0:
             by_path[instruction.path][owner[index]] += 1
     for operator, index in enumerate(heavy):
-        reads[operator] = {flat.base(t) for t in flat.instructions[index].operands if flat.tensors[t].shape}
-    order = [i for i, x in enumerate(flat.instructions) if x.phase == "backward" and i not in flat.loop_of]
+        reads[operator] = {
+            flat.base(t) for t in flat.instructions[index].operands if flat.tensors[t].shape
+        }
+    order = [
+        i
+        for i, x in enumerate(flat.instructions)
+        if x.phase == "backward" and i not in flat.loop_of
+    ]
     forward_of, together = _reads_of_products(flat, order)
     users: dict[int, set[int]] = defaultdict(set)
     for operator, bases in reads.items():
@@ -232,9 +318,13 @@ def _own_backward(flat: _Flat, owner: list[int], heavy: list[int]) -> None:
     for index, bases in forward_of.items():
         instruction, beside = flat.instructions[index], together[index]
         paths = by_path.get(instruction.path, Counter())
-        score = lambda o: (  # noqa: E731
-            len(bases & reads[o]), len(beside & reads[o]), instruction.path == flat.instructions[heavy[o]].path, paths[o], o  # noqa: B023
-        )  # fmt: skip
+        score = lambda o, bases=bases, beside=beside, instruction=instruction, paths=paths: (
+            len(bases & reads[o]),
+            len(beside & reads[o]),
+            instruction.path == flat.instructions[heavy[o]].path,
+            paths[o],
+            o,
+        )
         best = max(set().union(*(users[t] for t in bases)) or range(len(heavy)), key=score)
         if any(score(best)[:4]):
             owner[index] = best
@@ -256,7 +346,9 @@ def _own_backward(flat: _Flat, owner: list[int], heavy: list[int]) -> None:
     _from_readers(flat, owner, order)
 
 
-def _reads_of_products(flat: _Flat, order: Sequence[int]) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
+def _reads_of_products(
+    flat: _Flat, order: Sequence[int]
+) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
     """Per heavy backward instruction what it reads, and what those read that share a gradient with it.
 
     The two gradients of a product read one gradient, and between them both operands of the product. That tells apart the uses of a weight,
@@ -266,12 +358,15 @@ def _reads_of_products(flat: _Flat, order: Sequence[int]) -> tuple[dict[int, set
     sharing: dict[int, set[int]] = defaultdict(set)
     for index in order:
         if _is_heavy(flat, index):
-            reads[index] = {flat.base(t) for t in flat.instructions[index].operands if flat.tensors[t].shape}
+            reads[index] = {
+                flat.base(t) for t in flat.instructions[index].operands if flat.tensors[t].shape
+            }
             for t in reads[index]:
                 if t in flat.producer and flat.instructions[flat.producer[t]].phase == "backward":
                     sharing[t].add(index)
     together = {
-        index: set().union(*(reads[i] for t in bases for i in sharing.get(t, ()))) - bases for index, bases in reads.items()
+        index: set().union(*(reads[i] for t in bases for i in sharing.get(t, ()))) - bases
+        for index, bases in reads.items()
     }
     return reads, together
 
@@ -288,7 +383,13 @@ def _forward_imports(flat: _Flat, owner: list[int]) -> dict[int, set[int]]:
     return found
 
 
-def _accumulates_for(flat: _Flat, owner: list[int], imports: dict[int, set[int]], by_path: dict[str, Counter[int]], index: int) -> int:
+def _accumulates_for(
+    flat: _Flat,
+    owner: list[int],
+    imports: dict[int, set[int]],
+    by_path: dict[str, Counter[int]],
+    index: int,
+) -> int:
     """The owner of the forward value whose gradient a backward addition of several readers' gradients is, else -1.
 
     Left to the readers, the sum would tie them to each other (query, key and value of attention); it belongs to what they read. Where that
@@ -300,15 +401,27 @@ def _accumulates_for(flat: _Flat, owner: list[int], imports: dict[int, set[int]]
     sides = []
     for t in instruction.operands:
         producer = flat.producer.get(t)
-        if producer is None or owner[producer] < 0 or flat.instructions[producer].phase != "backward":
+        if (
+            producer is None
+            or owner[producer] < 0
+            or flat.instructions[producer].phase != "backward"
+        ):
             return -1
         sides.append(owner[producer])
     if sides[0] == sides[1]:
         return -1
     one, other = sides
     size = flat.tensors[instruction.results[0]].size
-    of = {t: owner[flat.producer[t]] for t in imports[one] | imports[other] if flat.tensors[t].size == size}
-    common = {o for t, o in of.items() if (o == one or t in imports[one]) and (o == other or t in imports[other])}
+    of = {
+        t: owner[flat.producer[t]]
+        for t in imports[one] | imports[other]
+        if flat.tensors[t].size == size
+    }
+    common = {
+        o
+        for t, o in of.items()
+        if (o == one or t in imports[one]) and (o == other or t in imports[other])
+    }
     if len(common) > 1:
         common = common & set(by_path.get(_next_path(flat, index), ())) or common
     return max(common) if common else -1
@@ -327,12 +440,19 @@ def _next_path(flat: _Flat, index: int) -> str:
 def _own_update(flat: _Flat, owner: list[int], parameter_owner: dict[int, int]) -> None:
     path_tensor = {a.path: a.tensor for a in flat.arguments}
     for argument in flat.arguments:
-        if argument.parameter is not None and path_tensor.get(argument.parameter) in parameter_owner:
+        if (
+            argument.parameter is not None
+            and path_tensor.get(argument.parameter) in parameter_owner
+        ):
             parameter_owner[argument.tensor] = parameter_owner[path_tensor[argument.parameter]]
-    order = [i for i, x in enumerate(flat.instructions) if x.phase == "update" and i not in flat.loop_of]
+    order = [
+        i for i, x in enumerate(flat.instructions) if x.phase == "update" and i not in flat.loop_of
+    ]
     for index in order:
         owned = [
-            parameter_owner[t] for t in flat.instructions[index].operands if t in parameter_owner and flat.tensors[t].shape
+            parameter_owner[t]
+            for t in flat.instructions[index].operands
+            if t in parameter_owner and flat.tensors[t].shape
         ]
         owner[index] = owned[0] if owned else _largest(flat, owner, index)
         if owner[index] >= 0 and not owned:
@@ -350,7 +470,9 @@ def _own_rest(flat: _Flat, owner: list[int]) -> None:
         if owner[index] < 0 and index not in flat.loop_of:
             shaped = any(flat.tensors[t].shape for t in instruction.operands + instruction.results)
             found = _largest(flat, owner, index)
-            owner[index] = found if found >= 0 else last if shaped or instruction.name == "while" else -1
+            owner[index] = (
+                found if found >= 0 else last if shaped or instruction.name == "while" else -1
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------ labels
@@ -478,7 +600,10 @@ class _Labeller:
         self.variants[t].append(seen)
 
     def _agree(self, own: list[tuple[int, ...]], wanted: list[tuple[int, ...]]) -> bool:
-        tied = [self.atoms.tie(a, b) if a and b else not a and not b for a, b in zip(own, wanted, strict=True)]
+        tied = [
+            self.atoms.tie(a, b) if a and b else not a and not b
+            for a, b in zip(own, wanted, strict=True)
+        ]
         return all(tied)
 
     def _instruction(self, index: int) -> None:
@@ -495,7 +620,9 @@ class _Labeller:
         self.iteration[index] = factors
         # Only a window exchanges a halo; slicing, padding or reversing a split dim moves nearly all of it, so it is gathered.
         windowed = {f for f, _ in instruction.windows}
-        whole = set(rule.gathered) | (set(rule.halo) - windowed) | self._inside(instruction, windowed)
+        whole = (
+            set(rule.gathered) | (set(rule.halo) - windowed) | self._inside(instruction, windowed)
+        )
 
         def dims(t: int, label: Mapping) -> list[tuple[int, ...]]:
             found: list[tuple[int, ...]] = []
@@ -513,11 +640,17 @@ class _Labeller:
                 found.append(dim)
             return found
 
-        for position, (t, label) in enumerate(zip(instruction.operands, rule.operands, strict=False)):
+        for position, (t, label) in enumerate(
+            zip(instruction.operands, rule.operands, strict=False)
+        ):
             if len(label) == len(self.flat.tensors[t].shape):
                 self._read(t, dims(t, label), index, position)
         for t, label in zip(instruction.results, rule.results, strict=False):
-            wanted = dims(t, label) if len(label) == len(self.flat.tensors[t].shape) else [()] * len(self.flat.tensors[t].shape)
+            wanted = (
+                dims(t, label)
+                if len(label) == len(self.flat.tensors[t].shape)
+                else [()] * len(self.flat.tensors[t].shape)
+            )
             own = []
             for n, want in zip(self.flat.tensors[t].shape, wanted, strict=True):
                 atom = (self.atoms.new(n, [("t", t)]),) if want else ()
@@ -529,7 +662,9 @@ class _Labeller:
         rule, found = instruction.rule, set()
         if rule is None or not windowed:
             return found
-        for n, mapped in zip(self.flat.tensors[instruction.operands[0]].shape, rule.operands[0], strict=True):
+        for n, mapped in zip(
+            self.flat.tensors[instruction.operands[0]].shape, rule.operands[0], strict=True
+        ):
             if mapped and mapped[0] in windowed:
                 found.update(mapped[1:])
                 if mapped[0] in rule.reduction and n % rule.sizes[mapped[0]]:
@@ -568,7 +703,7 @@ def _label(
     outputs: tuple[int, ...],
     batch_size: int,
     notes: tuple[str, ...],
-) -> Graph:
+) -> OperatorGraph:
     members: list[list[int]] = [[] for _ in heavy]
     for index, operator in enumerate(owner):
         if operator >= 0:
@@ -597,20 +732,39 @@ def _label(
     named = _name_factors(factors, usable, sample)
     operators = tuple(
         Operator(
-            n, flat.instructions[i].path, KIND.get(flat.instructions[i].name, flat.instructions[i].name), i, tuple(own), fs
+            n,
+            flat.instructions[i].path,
+            KIND.get(flat.instructions[i].name, flat.instructions[i].name),
+            i,
+            tuple(own),
+            fs,
         )
         for n, i, own, fs in zip(_operator_names(flat, heavy), heavy, members, usable, strict=True)
     )
-    return Graph(
-        name, tuple(flat.tensors), tuple(flat.instructions), tuple(flat.loops), tuple(flat.arguments), outputs, operators,
-        tuple(named), tuple(owner), tuple(home), tuple(labels), _merged(uses), batch_size, notes,
-    )  # fmt: skip
+    return OperatorGraph(
+        name,
+        tuple(flat.tensors),
+        tuple(flat.instructions),
+        tuple(flat.loops),
+        tuple(flat.arguments),
+        outputs,
+        operators,
+        tuple(named),
+        tuple(owner),
+        tuple(home),
+        tuple(labels),
+        _merged(uses),
+        batch_size,
+        notes,
+    )
 
 
 class _View:
     """One operator's atoms turned into the factors that it may split, and labels in them."""
 
-    def __init__(self, flat: _Flat, operator: int, members: Sequence[int], heavy: int, first: int) -> None:
+    def __init__(
+        self, flat: _Flat, operator: int, members: Sequence[int], heavy: int, first: int
+    ) -> None:
         self.flat, self.operator, self.members = flat, operator, members
         self.labeller = _Labeller(flat, members)
         self.atoms = self.labeller.atoms
@@ -667,14 +821,22 @@ class _View:
             if self.flat.instructions[index].name not in RESHAPING:
                 continue
             for t in self.flat.instructions[index].operands + self.flat.instructions[index].results:
-                for dims in [self.labeller.own.get(t, [])] + [s.dims for s in self.labeller.variants.get(t, ())]:
+                for dims in [self.labeller.own.get(t, [])] + [
+                    s.dims for s in self.labeller.variants.get(t, ())
+                ]:
                     for dim in dims:
-                        minor[index] |= {self.ids[a] for a in self.atoms.resolve(dim)[1:] if a in self.ids}
+                        minor[index] |= {
+                            self.ids[a] for a in self.atoms.resolve(dim)[1:] if a in self.ids
+                        }
         found = []
         for index, but in minor.items():
             for position, t in enumerate(self.flat.instructions[index].operands):
                 seen = next(
-                    (s.dims for s in self.labeller.variants.get(t, ()) if (index, position) in s.reads),
+                    (
+                        s.dims
+                        for s in self.labeller.variants.get(t, ())
+                        if (index, position) in s.reads
+                    ),
                     self.labeller.own.get(t),
                 )
                 if seen is not None and but:
@@ -696,7 +858,9 @@ def _merged(uses: list[Use]) -> tuple[Use, ...]:
     return tuple(Use(t, o, label, tuple(r)) for (t, o, label), r in reads.items())
 
 
-def _name_factors(factors: Sequence[Factor], usable: Sequence[tuple[int, ...]], sample: set[int]) -> list[Factor]:
+def _name_factors(
+    factors: Sequence[Factor], usable: Sequence[tuple[int, ...]], sample: set[int]
+) -> list[Factor]:
     """Factors with the sample kind where it applies, named by their kind, numbered where an operator has several."""
     kinds: list[Kind] = ["S" if f in sample else factor.kind for f, factor in enumerate(factors)]
     named = []
@@ -714,7 +878,11 @@ def _weighs(flat: _Flat, index: int, heavy: int) -> bool:
     if index == heavy:
         return True
     number = flat.loop_of.get(index)
-    return number is not None and flat.loops[number].instruction == heavy and flat.instructions[index].name in HEAVY
+    return (
+        number is not None
+        and flat.loops[number].instruction == heavy
+        and flat.instructions[index].name in HEAVY
+    )
 
 
 def _sample_factors(flat: _Flat, labels: Sequence[Label], uses: Sequence[Use]) -> set[int]:
@@ -725,7 +893,9 @@ def _sample_factors(flat: _Flat, labels: Sequence[Label], uses: Sequence[Use]) -
             if a >= 0 and b >= 0:
                 link[a].add(b)
                 link[b].add(a)
-    pending = [labels[a.tensor][0] for a in flat.arguments if a.role == "batch" and labels[a.tensor]]
+    pending = [
+        labels[a.tensor][0] for a in flat.arguments if a.role == "batch" and labels[a.tensor]
+    ]
     found: set[int] = {-1}
     while pending:
         f = pending.pop()
@@ -738,7 +908,9 @@ def _sample_factors(flat: _Flat, labels: Sequence[Label], uses: Sequence[Use]) -
 def _operator_names(flat: _Flat, heavy: Sequence[int]) -> list[str]:
     """The layer path of each operator; without one, where the weight that it reads is in the state; else what it does."""
     weights = {a.tensor: a.path for a in flat.arguments if a.role == "parameter"}
-    kernels = Counter(path.rpartition("/")[0] for t, path in weights.items() if len(flat.tensors[t].shape) > 1)
+    kernels = Counter(
+        path.rpartition("/")[0] for t, path in weights.items() if len(flat.tensors[t].shape) > 1
+    )
     """Weights that are no vectors, by what they are in: a layer has one, a plain dict of weights several."""
 
     def by_weight(path: str) -> str:
@@ -748,7 +920,11 @@ def _operator_names(flat: _Flat, heavy: Sequence[int]) -> list[str]:
     def plain(index: int) -> str:
         instruction = flat.instructions[index]
         read = [weights[t] for t in map(flat.base, instruction.operands) if t in weights]
-        return instruction.path or (by_weight(read[0]) if read else "") or KIND.get(instruction.name, instruction.name)
+        return (
+            instruction.path
+            or (by_weight(read[0]) if read else "")
+            or KIND.get(instruction.name, instruction.name)
+        )
 
     names_of = [plain(i) for i in heavy]
     count, names = Counter(names_of), []

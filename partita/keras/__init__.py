@@ -50,7 +50,9 @@ def _keras() -> Any:
         from partita.units import format_seconds
 
         def seen(captured: Any, machine: Any, plan: Any) -> None:
-            _say(f"'{plan.graph}' on {machine.name}: {describe(plan)}; {format_seconds(plan.predicted['seconds'])} a step predicted")
+            _say(
+                f"'{plan.graph}' on {machine.name}: {describe(plan)}; {format_seconds(plan.predicted['seconds'])} a step predicted"
+            )
 
         _on.enter_context(attaching(planner(None, None, None, None, seen), _say, check_compiled))
     return keras

@@ -29,11 +29,18 @@ class Alias(MetaPathFinder, Loader):
         self._specs: dict[str, ModuleSpec | None] = {}
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,
+        target: types.ModuleType | None = None,
     ) -> ModuleSpec | None:
         if fullname != self.alias and not fullname.startswith(self.alias + "."):
             return None
-        return ModuleSpec(fullname, self, is_package=True) if self.mine() and self._exists(fullname) else None
+        return (
+            ModuleSpec(fullname, self, is_package=True)
+            if self.mine() and self._exists(fullname)
+            else None
+        )
 
     def _exists(self, fullname: str) -> bool:
         name = self._name(fullname)
@@ -51,7 +58,9 @@ class Alias(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:
-        assert module.__spec__ is not None  # the import system has put its own here; the module keeps the one that it had
+        assert (
+            module.__spec__ is not None
+        )  # the import system has put its own here; the module keeps the one that it had
         module.__spec__ = self._specs.pop(module.__spec__.name)
 
 
@@ -76,9 +85,16 @@ class _Stand(MetaPathFinder, Loader):
         self.say = say
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,
+        target: types.ModuleType | None = None,
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self, is_package=True) if fullname == "tensorflow" and _of_the_script() else None
+        return (
+            ModuleSpec(fullname, self, is_package=True)
+            if fullname == "tensorflow" and _of_the_script()
+            else None
+        )
 
     def create_module(self, spec: ModuleSpec) -> types.ModuleType:
         self.say("TensorFlow is not installed: tensorflow.keras is Keras 3, on JAX")
@@ -106,7 +122,9 @@ def tensorflow_spelling(say: Callable[[str], None]) -> Iterator[None]:
     if find_spec("tensorflow") is None:
         from keras.src.utils import module_utils
 
-        _ = module_utils.tensorflow.available  # Keras looks once: from here on there is a module of that name
+        _ = (
+            module_utils.tensorflow.available
+        )  # Keras looks once: from here on there is a module of that name
         finders += [_Stand(say), Alias("tensorflow.keras", TENSORFLOW_KERAS)]
     sys.meta_path[:0] = finders
     before = set(sys.modules)

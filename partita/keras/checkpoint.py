@@ -34,19 +34,25 @@ class Checkpoint(keras.callbacks.Callback):
     def __init__(self, folder: str | Path, keep: int = 2, every: int = 1) -> None:
         super().__init__()
         if every < 1:
-            raise PartitaError(f"A checkpoint every {every} epochs cannot be made: give every=1 or more.")
+            raise PartitaError(
+                f"A checkpoint every {every} epochs cannot be made: give every=1 or more."
+            )
         self.every, self._unsaved = every, None
         try:
             import orbax.checkpoint as ocp
         except ImportError:
-            raise PartitaError('Checkpoints need Orbax. Install it with: pip install "partita[checkpoint]"') from None
+            raise PartitaError(
+                'Checkpoints need Orbax. Install it with: pip install "partita[checkpoint]"'
+            ) from None
         self.folder, self._ocp = Path(folder).absolute(), ocp
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except (OSError, ValueError) as error:
-            raise PartitaError(f"Checkpoints cannot be kept in {str(folder)!r}: {_reason(error)}. Name a folder that can be written.") from None
+            raise PartitaError(
+                f"Checkpoints cannot be kept in {str(folder)!r}: {_reason(error)}. Name a folder that can be written."
+            ) from None
 
     def on_train_begin(self, logs: Any = None) -> None:
         epoch = self._manager.latest_step()
@@ -65,7 +71,9 @@ class Checkpoint(keras.callbacks.Callback):
             )
         target = {name: np.empty(v.shape, v.dtype) for name, v in variables.items()}
         with self._readable(epoch):
-            restored: Any = self._manager.restore(epoch, args=self._ocp.args.Composite(state=self._ocp.args.StandardRestore(target)))
+            restored: Any = self._manager.restore(
+                epoch, args=self._ocp.args.Composite(state=self._ocp.args.StandardRestore(target))
+            )
         for name, variable in variables.items():
             variable.assign(restored["state"][name])
         model._initial_epoch = epoch + 1  # as Keras's own BackupAndRestore does
@@ -84,12 +92,18 @@ class Checkpoint(keras.callbacks.Callback):
             described[name] = [list(variable.shape), str(variable.dtype)]
         ocp = self._ocp
         try:
-            args = ocp.args.Composite(state=ocp.args.StandardSave(values), model=ocp.args.JsonSave(described))
+            args = ocp.args.Composite(
+                state=ocp.args.StandardSave(values), model=ocp.args.JsonSave(described)
+            )
             with _quietly(), together("saving a checkpoint"):
                 self._manager.save(epoch, args=args)
         except (OSError, ValueError) as error:
             last = self._manager.latest_step()
-            whole_one = f"The last whole one is that of epoch {last + 1}" if last is not None else "There is no whole one yet"
+            whole_one = (
+                f"The last whole one is that of epoch {last + 1}"
+                if last is not None
+                else "There is no whole one yet"
+            )
             raise PartitaError(
                 f"The checkpoint of epoch {epoch + 1} cannot be written to {str(self.folder)!r}: {_reason(error)}. {whole_one}; the "
                 "model keeps its weights."
@@ -115,12 +129,17 @@ class Checkpoint(keras.callbacks.Callback):
         """Every variable of the training state by its place and path; places tell two of one path apart."""
         model: Any = self.model
         model.jax_state_sync()
-        found = [*model.variables, *(model.optimizer.variables if model.optimizer is not None else [])]
+        found = [
+            *model.variables,
+            *(model.optimizer.variables if model.optimizer is not None else []),
+        ]
         return {f"{i:05d} {v.path}": v for i, v in enumerate(found)}
 
     def _described(self, epoch: int) -> dict[str, tuple[tuple[int, ...], str]]:
         ocp = self._ocp
-        read: Any = self._manager.restore(epoch, args=ocp.args.Composite(model=ocp.args.JsonRestore()))["model"]
+        read: Any = self._manager.restore(
+            epoch, args=ocp.args.Composite(model=ocp.args.JsonRestore())
+        )["model"]
         read = json.loads(read) if isinstance(read, str) else read
         return {name: (tuple(shape), dtype) for name, (shape, dtype) in read.items()}
 

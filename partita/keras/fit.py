@@ -43,20 +43,29 @@ from partita.execute.function import Planner, compiled_in_turn, same_everywhere,
 from partita.execute.processes import alone, from_first, is_first, put, together, whole
 from partita.execute.program import PlannedStep
 from partita.execute.verify import Verification, check_compiled
-from partita.plan.adapt import fit_plan
-from partita.plan.plan import Plan, check
+from partita.plans.adapt import fit_plan
+from partita.plans.plan import Plan, check
 
 Verifier = Callable[[PlannedStep, Any, Any, Any], Verification]
 """Called with a planned step, its compiled program, and the state and batch (not yet placed) that it is about to run on,
 which it must leave as they are. What it returns is reported; it raises to refuse the step before anything has run."""
 
 _make_keras_train_function = JAXTrainer.make_train_function
-_GROUPS = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
+_GROUPS = (
+    "trainable_variables",
+    "non_trainable_variables",
+    "optimizer_variables",
+    "metrics_variables",
+)
 _KEY = "_partita"
 
 
 def attach(
-    model: keras.Model, planner: Planner, *, report: Callable[[str], None] | None = None, verifier: Verifier = check_compiled
+    model: keras.Model,
+    planner: Planner,
+    *,
+    report: Callable[[str], None] | None = None,
+    verifier: Verifier = check_compiled,
 ) -> keras.Model:
     """The model itself; its `fit` and `train_on_batch` now run the step that `planner` plans for its first training batch.
 
@@ -94,7 +103,10 @@ def _bring(source: str, target: str) -> tuple[int, str, str]:
     try:
         with tempfile.TemporaryDirectory(dir=target, prefix=".partita-") as beside:
             for name in os.listdir(source):
-                new, old = shutil.move(os.path.join(source, name), beside), os.path.join(target, name)
+                new, old = (
+                    shutil.move(os.path.join(source, name), beside),
+                    os.path.join(target, name),
+                )
                 if os.path.isdir(new) and os.path.isdir(old):
                     shutil.rmtree(old)
                 os.replace(new, old)
@@ -123,7 +135,9 @@ def _keep_together() -> None:
             folder, file = os.path.split(os.path.abspath(str(filepath)))
             with tempfile.TemporaryDirectory(prefix="partita-") as aside:
                 result = method(model, os.path.join(aside, file), *positional, **named)
-                errno, why, path = json.loads(from_first(name, lambda: json.dumps(_bring(aside, folder))))
+                errno, why, path = json.loads(
+                    from_first(name, lambda: json.dumps(_bring(aside, folder)))
+                )
             if errno:
                 raise OSError(errno, why, path)
             return result
@@ -144,7 +158,9 @@ def attached(model: keras.Model) -> PlannedFit | None:
 
 
 @contextmanager
-def attaching(planner: Planner, report: Callable[[str], None], verifier: Verifier) -> Iterator[list[keras.Model]]:
+def attaching(
+    planner: Planner, report: Callable[[str], None], verifier: Verifier
+) -> Iterator[list[keras.Model]]:
     """Inside, every model that is not attached yet is, when Keras first makes its train function; gives those that were."""
     models: list[keras.Model] = []
 
@@ -231,8 +247,12 @@ class PlannedFit:
     """What `attach` keeps with a model. `plan` is None until the first training batch, and where Keras trains alone."""
 
     def __init__(
-        self, model: keras.Model, planner: Planner, report: Callable[[str], None] | None, verifier: Verifier
-    ) -> None:  # fmt: skip
+        self,
+        model: keras.Model,
+        planner: Planner,
+        report: Callable[[str], None] | None,
+        verifier: Verifier,
+    ) -> None:
         self.model, self.planner, self.report, self.verifier = model, planner, report, verifier
         self.plan: Plan | None = None
         self.verified: Verification | None = None
@@ -268,12 +288,22 @@ class PlannedFit:
         if model.train_function is not None and not force:
             return
         self.steps, self._new, self._keras_function = {}, True, None
-        why = "run_eagerly=True" if model.run_eagerly else "jit_compile=False" if _unjitted(model) else ""
+        why = (
+            "run_eagerly=True"
+            if model.run_eagerly
+            else "jit_compile=False"
+            if _unjitted(model)
+            else ""
+        )
         if why:
-            self._warn(f"The model '{model.name}' is compiled with {why}, so it trains on one device, as Keras runs it.")
+            self._warn(
+                f"The model '{model.name}' is compiled with {why}, so it trains on one device, as Keras runs it."
+            )
         elif keras.distribution.distribution() is not None:
             why = "a distribution"
-            self._warn(f"A keras.distribution is set, so it distributes '{model.name}'. Set it to None to train as planned.")
+            self._warn(
+                f"A keras.distribution is set, so it distributes '{model.name}'. Set it to None to train as planned."
+            )
         if why:
             _make_keras_train_function(model, force=True)
             return
@@ -322,7 +352,9 @@ class PlannedFit:
         except Exception as error:  # whatever it is, Keras can still train, and says better what the user did wrong
             if isinstance(error, CaptureError):
                 return self._alone(str(error))
-            return self._alone(f"The training step of '{model.name}' cannot be captured: {type(error).__name__}: {error}")
+            return self._alone(
+                f"The training step of '{model.name}' cannot be captured: {type(error).__name__}: {error}"
+            )
         plan = self._plan(captured)
         same_everywhere(captured, plan, (state, batch))
         if plan.devices > len(jax.devices()):
@@ -332,7 +364,9 @@ class PlannedFit:
             )
         check_it = lambda planned, program: self.verifier(planned, program, state, batch)
         try:
-            planned, program, plan, verified = compiled_in_turn(captured, plan, self.planner, check_it, self._warn)
+            planned, program, plan, verified = compiled_in_turn(
+                captured, plan, self.planner, check_it, self._warn
+            )
         except jax.errors.JaxRuntimeError as error:
             return self._alone(f"The planned step of '{model.name}' cannot be compiled: {error}")
         if len(self.steps) == 0:
@@ -378,7 +412,9 @@ class PlannedFit:
             del self.steps[key]
             raise
         if self._why:
-            self._warn(f"{self._why.splitlines()[0].rstrip('.')}. It trains on one device, as Keras runs it.")
+            self._warn(
+                f"{self._why.splitlines()[0].rstrip('.')}. It trains on one device, as Keras runs it."
+            )
             self._why = ""
         if len(self.steps) == 1:
             model: Any = self.model
@@ -418,7 +454,9 @@ class PlannedFit:
                 mesh = self.running.planned.mesh
                 self._placed = None
                 with together("an evaluation"):
-                    results, state = settled(on_mesh(jax.tree.map(lambda x: _onto(x, mesh), state), _split(batch, mesh)))
+                    results, state = settled(
+                        on_mesh(jax.tree.map(lambda x: _onto(x, mesh), state), _split(batch, mesh))
+                    )
                     return results if alone() else jax.tree.map(whole, results), state
 
             return make(step_on_mesh, **how)

@@ -23,7 +23,7 @@ from partita.units import format_seconds
 if TYPE_CHECKING:
     from partita.capture.jax_functions import Captured
     from partita.execute.function import Planner
-    from partita.plan.plan import Plan
+    from partita.plans.plan import Plan
 
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
 TENSORFLOW_OPERATIONS = (
@@ -33,9 +33,14 @@ TENSORFLOW_OPERATIONS = (
 
 
 def run_script(
-    path: str | Path, arguments: Sequence[str], planner: Planner, *, report: Callable[[str], None] | None = None,
-    verify: bool = False, trained: Callable[[Trained], None] | None = None,
-) -> int:  # fmt: skip
+    path: str | Path,
+    arguments: Sequence[str],
+    planner: Planner,
+    *,
+    report: Callable[[str], None] | None = None,
+    verify: bool = False,
+    trained: Callable[[Trained], None] | None = None,
+) -> int:
     """The exit code of a script that ran with the training of all its models planned by `planner`, and its JAX steps that
     `partita.parallelize` is given. `trained` is told of each that ran, in the end.
 
@@ -91,7 +96,9 @@ def _tell(job: Any, say: Callable[[str], None], trained: Callable[[Trained], Non
         measured["seconds"] = job.step_seconds
         if "seconds" in job.plan.predicted:
             predicted = format_seconds(job.plan.predicted["seconds"])
-            say(f"'{job.name}': {format_seconds(job.step_seconds)} a step measured (median), {predicted} predicted")
+            say(
+                f"'{job.name}': {format_seconds(job.step_seconds)} a step measured (median), {predicted} predicted"
+            )
     if trained is not None:
         trained(Trained(job.plan, measured))
 
@@ -115,21 +122,30 @@ def plan_script(path: str | Path, arguments: Sequence[str]) -> Captured:
 
     try:
         silent = lambda sentence: None
-        with first_step(stop), running(Session(stop, silent)), _as_main(path, arguments) as main, tensorflow_spelling(silent):
+        with (
+            first_step(stop),
+            running(Session(stop, silent)),
+            _as_main(path, arguments) as main,
+            tensorflow_spelling(silent),
+        ):
             exec(compile(source, str(path), "exec", dont_inherit=True), vars(main))
     except _Stop:
         pass
     except SystemExit as ended:
         if not found:
             code = _exit_code(ended)
-            raise CaptureError(f"{path} called sys.exit({code}) before it trained anything, so there is nothing to plan.") from None
+            raise CaptureError(
+                f"{path} called sys.exit({code}) before it trained anything, so there is nothing to plan."
+            ) from None
     except (KeyboardInterrupt, PartitaError):
         raise
     except BaseException as error:  # whatever the script raises is shown as Python would show it
         if not found:
             _show(error)
             what = type(error).__name__
-            raise CaptureError(f"{path} raised {what} before it trained anything, so there is nothing to plan.") from None
+            raise CaptureError(
+                f"{path} raised {what} before it trained anything, so there is nothing to plan."
+            ) from None
     if not found:
         raise CaptureError(
             f"{path} ended without calling fit or train_on_batch of a Keras model or partita.parallelize(step, ...), so there is "
@@ -146,9 +162,13 @@ def _read(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
-        raise PartitaError(f"There is no script {str(path)!r}. Give the path of a Python file.") from None
+        raise PartitaError(
+            f"There is no script {str(path)!r}. Give the path of a Python file."
+        ) from None
     except OSError as error:
-        raise PartitaError(f"The script {str(path)!r} cannot be read: {error.strerror}. Give the path of a Python file.") from None
+        raise PartitaError(
+            f"The script {str(path)!r} cannot be read: {error.strerror}. Give the path of a Python file."
+        ) from None
 
 
 @contextmanager
@@ -190,7 +210,11 @@ def _of_tensorflow(error: BaseException) -> bool:
     """Whether TensorFlow itself was given what it cannot use, or gave what JAX cannot use; errors of its own, as of a file, are not."""
     if "tensorflow" not in sys.modules or type(error).__module__.partition(".")[0] == "tensorflow":
         return False
-    inside = (frame.f_globals.get("__name__", "") for e in _chain(error) for frame, _ in traceback.walk_tb(e.__traceback__))
+    inside = (
+        frame.f_globals.get("__name__", "")
+        for e in _chain(error)
+        for frame, _ in traceback.walk_tb(e.__traceback__)
+    )
     return "'tf." in str(error) or any(name.startswith("tensorflow.python") for name in inside)
 
 

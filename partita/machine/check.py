@@ -49,23 +49,48 @@ def check(machine: Machine) -> None:
       nobody, kinds of devices fill the levels, and fabrics, operator classes, dtypes, domain kinds and statuses are ones that Partita knows;
     - every number has a source and a status (`Machine.provenance`).
     """
-    named: list[tuple[str, Sequence[Memory | OperatingPoint | Level | Domain]]] = [("level", machine.levels), ("domain", machine.domains)]
-    for where, device in [(f"kind.{kind.key}", kind) for kind in machine.kinds] or [("device", machine.device)]:
+    named: list[tuple[str, Sequence[Memory | OperatingPoint | Level | Domain]]] = [
+        ("level", machine.levels),
+        ("domain", machine.domains),
+    ]
+    for where, device in [(f"kind.{kind.key}", kind) for kind in machine.kinds] or [
+        ("device", machine.device)
+    ]:
         if not device.memories:
-            raise Wrong(f"{where}.memory", f"is missing: add [{where}.memory.main] with its capacity and bandwidth.")
+            raise Wrong(
+                f"{where}.memory",
+                f"is missing: add [{where}.memory.main] with its capacity and bandwidth.",
+            )
         if not device.engines:
-            raise Wrong(f"{where}.engine", f'is missing: add [{where}.engine."*"] with "*" = {{ peak = ..., efficiency = ... }}.')
+            raise Wrong(
+                f"{where}.engine",
+                f'is missing: add [{where}.engine."*"] with "*" = {{ peak = ..., efficiency = ... }}.',
+            )
         named += [(f"{where}.memory", device.memories), (f"{where}.operating_point", device.points)]
         for engine in device.engines:
-            one_of(f"{where}.engine.{engine.op_class}", "operator class", engine.op_class, OP_CLASSES)
-            one_of(f"{where}.engine.{engine.op_class}.{engine.dtype}", "dtype", engine.dtype, DTYPES)
+            one_of(
+                f"{where}.engine.{engine.op_class}", "operator class", engine.op_class, OP_CLASSES
+            )
+            one_of(
+                f"{where}.engine.{engine.op_class}.{engine.dtype}", "dtype", engine.dtype, DTYPES
+            )
     counts = [kind.count for kind in machine.kinds]
     if counts and sum(counts) != machine.devices:
-        given = f"{' + '.join(map(str, counts))} = {sum(counts)} devices" if len(counts) > 1 else f"{counts[0]} devices"
+        given = (
+            f"{' + '.join(map(str, counts))} = {sum(counts)} devices"
+            if len(counts) > 1
+            else f"{counts[0]} devices"
+        )
         if not machine.levels:
-            raise Wrong("kind", f"has {given} and no link reaches them: add [level.NAME] with the size, fabric, latency and bandwidth of what joins them.")
+            raise Wrong(
+                "kind",
+                f"has {given} and no link reaches them: add [level.NAME] with the size, fabric, latency and bandwidth of what joins them.",
+            )
         sizes = " x ".join(str(level.size) for level in machine.levels)
-        raise Wrong("kind", f"has {given}, and the levels have {sizes} = {machine.devices}: change a count or a size, so that they agree.")
+        raise Wrong(
+            "kind",
+            f"has {given}, and the levels have {sizes} = {machine.devices}: change a count or a size, so that they agree.",
+        )
     for kind, parts in named:
         names = [part.name for part in parts]
         for name in names:
@@ -94,9 +119,13 @@ def check_number(path: str, value: float, dimension: str) -> None:
 
 def check_source(path: str, source: object, status: object) -> None:
     if not source:
-        raise Wrong(path, 'has no source: add source = "where the number was read" to it or to its section.')
+        raise Wrong(
+            path, 'has no source: add source = "where the number was read" to it or to its section.'
+        )
     if not status:
-        raise Wrong(path, f"has no status: add status = one of {listed(STATUSES)} to it or to its section.")
+        raise Wrong(
+            path, f"has no status: add status = one of {listed(STATUSES)} to it or to its section."
+        )
     one_of(path, "status", status, STATUSES)
 
 

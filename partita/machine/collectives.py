@@ -77,7 +77,9 @@ class _Link(NamedTuple):
 @overload
 def collective_seconds(machine: Machine, kind: str, nbytes: float, group: Group) -> float: ...
 @overload
-def collective_seconds(machine: Machine, kind: str, nbytes: np.ndarray, group: Group) -> np.ndarray: ...
+def collective_seconds(
+    machine: Machine, kind: str, nbytes: np.ndarray, group: Group
+) -> np.ndarray: ...
 def collective_seconds(machine: Machine, kind: str, nbytes: Any, group: Group) -> Any:
     """Seconds of one collective while every other group of the machine's devices runs the same one.
 
@@ -88,7 +90,9 @@ def collective_seconds(machine: Machine, kind: str, nbytes: Any, group: Group) -
     if isinstance(nbytes, np.ndarray):
         times = np.min([line.latency + line.per_byte * nbytes for line in lines], axis=0)
         return np.where(nbytes > 0, times, 0.0)
-    return float(min(line.latency + line.per_byte * nbytes for line in lines)) if nbytes > 0 else 0.0
+    return (
+        float(min(line.latency + line.per_byte * nbytes for line in lines)) if nbytes > 0 else 0.0
+    )
 
 
 @lru_cache(maxsize=1 << 14)
@@ -104,13 +108,19 @@ def collective_lines(levels: tuple[Level, ...], kind: str, group: Group) -> tupl
     if kind == "all_to_all":
         return tuple(_all_to_all(links))
     if kind == "collective_permute":
-        return (_Line(max(link.alpha for link in links), max(link.beta * link.detour for link in links)),)
+        return (
+            _Line(
+                max(link.alpha for link in links), max(link.beta * link.detour for link in links)
+            ),
+        )
     return tuple(_all_gather(links))  # a reduce_scatter is an all_gather backwards
 
 
 def _links(levels: tuple[Level, ...], group: Group) -> list[_Link]:
     """The group's links, outer to inner, without the levels at which it has one participant."""
-    assert [index for index, _ in group] == sorted({index for index, _ in group}), f"{group} is not outer to inner"
+    assert [index for index, _ in group] == sorted({index for index, _ in group}), (
+        f"{group} is not outer to inner"
+    )
     links = []
     inside = 1
     for index, p in reversed(group):
@@ -122,7 +132,9 @@ def _links(levels: tuple[Level, ...], group: Group) -> list[_Link]:
         shared_by = within if level.fabric == "bus" else min(level.shared_by, within)
         anyone = level.fabric in ("switch", "tree", "bus")
         closed = anyone or (level.fabric in ("ring", "torus") and p == level.size)
-        beta = shared_by / level.bandwidth * (1 if closed else 2)  # at the open end only one of two directions is left
+        beta = (
+            shared_by / level.bandwidth * (1 if closed else 2)
+        )  # at the open end only one of two directions is left
         links.append(_Link(p, level.latency, beta, anyone, 1.0 if anyone else _detour(p), inside))
         inside *= p
     return links[::-1]
@@ -156,7 +168,9 @@ def _all_gather(links: list[_Link]) -> list[_Line]:
     if not any(link.anyone for link in links):
         size = math.prod(link.p for link in links)
         latency = sum(_steps(link) * link.alpha for link in links)
-        found.append(_Line(latency, (size - 1) / size * max(link.beta for link in links) / len(links)))
+        found.append(
+            _Line(latency, (size - 1) / size * max(link.beta for link in links) / len(links))
+        )
     return [*found, _ring(links)]
 
 
@@ -172,7 +186,12 @@ def _all_reduce(links: list[_Link]) -> list[_Line]:
     if all(link.anyone for link in links):  # recursive doubling, level by level
         doublings = [_steps(link) + (2 if link.p & (link.p - 1) else 0) for link in links]
         latency = sum(count * link.alpha for count, link in zip(doublings, links, strict=True))
-        found.append(_Line(latency, sum(count * link.beta for count, link in zip(doublings, links, strict=True))))
+        found.append(
+            _Line(
+                latency,
+                sum(count * link.beta for count, link in zip(doublings, links, strict=True)),
+            )
+        )
     return found
 
 
@@ -195,6 +214,9 @@ def _all_to_all(links: list[_Link]) -> list[_Line]:
     found = [level_by_level, direct]
     if all(link.anyone for link in links):
         found.append(
-            _Line(sum(_steps(link) * link.alpha for link in links), sum(_steps(link) / 2 * link.beta for link in links))
+            _Line(
+                sum(_steps(link) * link.alpha for link in links),
+                sum(_steps(link) / 2 * link.beta for link in links),
+            )
         )
     return found

@@ -23,9 +23,9 @@ from partita.machine.machine import (
     OP_CLASSES,
     Backend,
     Device,
+    DeviceKind,
     Domain,
     Engine,
-    Kind,
     Level,
     Machine,
     Memory,
@@ -52,7 +52,9 @@ _ALL = ("p100-cluster", "k80-cluster")  # taken whole where no count is given; o
 def presets() -> tuple[str, ...]:
     """The names that `load` knows."""
     files = (file.name for file in resources.files("partita.machine").joinpath("presets").iterdir())
-    return tuple(sorted({*(name.removesuffix(".toml") for name in files if name.endswith(".toml")), *_NODES}))
+    return tuple(
+        sorted({*(name.removesuffix(".toml") for name in files if name.endswith(".toml")), *_NODES})
+    )
 
 
 def load(name_or_path: str | Path) -> Machine:
@@ -65,7 +67,9 @@ def load(name_or_path: str | Path) -> Machine:
     if text.endswith(".toml"):
         path = Path(text)
         if not path.is_file():
-            raise MachineError(f"There is no file '{text}'. Presets are written without .toml: {listed(presets())}.")
+            raise MachineError(
+                f"There is no file '{text}'. Presets are written without .toml: {listed(presets())}."
+            )
         return read(path.read_text(encoding="utf-8"), text)
     name, colon, count = text.partition(":")
     if name not in presets():
@@ -76,7 +80,9 @@ def load(name_or_path: str | Path) -> Machine:
             f"your own machine is a file that ends in .toml."
         )
     if colon and not (count.isascii() and count.isdigit() and int(count) > 0):
-        raise MachineError(f"'{text}' asks for '{count}' of '{name}': write a number above 0, as in '{name}:8'.")
+        raise MachineError(
+            f"'{text}' asks for '{count}' of '{name}': write a number above 0, as in '{name}:8'."
+        )
     whole = _preset(_NODES.get(name, name))
     if name in _ALL and not colon:
         return whole
@@ -104,12 +110,18 @@ def host(devices: int, memory_bytes: int) -> Machine:
         )
     machine = replace(_preset("host"), name=f"host:{devices}").with_devices(devices)
     share = {"device.memory.dram.capacity": memory_bytes // devices}
-    return machine.revised(share, f"an equal part of {format_bytes(memory_bytes)}, as given", "derived")
+    return machine.revised(
+        share, f"an equal part of {format_bytes(memory_bytes)}, as given", "derived"
+    )
 
 
 @lru_cache
 def _preset(name: str) -> Machine:
-    text = resources.files("partita.machine").joinpath(f"presets/{name}.toml").read_text(encoding="utf-8")
+    text = (
+        resources.files("partita.machine")
+        .joinpath(f"presets/{name}.toml")
+        .read_text(encoding="utf-8")
+    )
     return read(text, f"presets/{name}.toml")
 
 
@@ -138,26 +150,41 @@ class _Reader:
         _known("", table, ("name", "notes", "device", "kind", "level", "domain", "backend"))
         default = _origin(table, (None, None))
         if "name" not in table or ("device" in table) == ("kind" in table):
-            lacks = [key for key in ("name", "device") if key not in table and (key == "name" or "kind" not in table)]
-            raise Wrong("", f"{lacks[0]} is missing: a machine needs a name and a [device]." if lacks else BOTH)
+            lacks = [
+                key
+                for key in ("name", "device")
+                if key not in table and (key == "name" or "kind" not in table)
+            ]
+            raise Wrong(
+                "",
+                f"{lacks[0]} is missing: a machine needs a name and a [device]." if lacks else BOTH,
+            )
         kinds = tuple(
-            self.device(Kind, f"kind.{key}", given, default, key=key)
+            self.device(DeviceKind, f"kind.{key}", given, default, key=key)
             for key, given in _table("kind", table.get("kind", {})).items()
         )
         if "kind" in table and not kinds:
-            raise Wrong("kind", "is empty: add [kind.NAME] for every kind of device, with its count.")
+            raise Wrong(
+                "kind", "is empty: add [kind.NAME] for every kind of device, with its count."
+            )
         return Machine(
             name=_string("name", table["name"]),
             notes=_string("notes", table.get("notes", "")),
-            device=slowest(kinds) if kinds else self.device(Device, "device", table["device"], default),
+            device=slowest(kinds)
+            if kinds
+            else self.device(Device, "device", table["device"], default),
             kinds=kinds,
             levels=self.named(Level, "level", table.get("level", {}), default),
             domains=self.named(Domain, "domain", table.get("domain", {}), default),
-            backend=self.part(Backend, "backend", table["backend"], default) if "backend" in table else Backend(),
+            backend=self.part(Backend, "backend", table["backend"], default)
+            if "backend" in table
+            else Backend(),
             sources=tuple(sorted(self.sources, key=lambda known: known.path)),
         )
 
-    def device(self, cls: type, path: str, table: Any, default: tuple[Any, Any], **given: Any) -> Any:
+    def device(
+        self, cls: type, path: str, table: Any, default: tuple[Any, Any], **given: Any
+    ) -> Any:
         """A device, or a kind of them, with its memories and engines."""
         table = _table(path, table)
         inside = ("memory", "engine", "operating_point")
@@ -166,9 +193,21 @@ class _Reader:
         parts = {
             "memories": self.named(Memory, f"{path}.memory", table.get("memory", {}), inherited),
             "engines": self.engines(f"{path}.engine", table.get("engine", {}), inherited),
-            "points": self.named(OperatingPoint, f"{path}.operating_point", table.get("operating_point", {}), inherited),
+            "points": self.named(
+                OperatingPoint,
+                f"{path}.operating_point",
+                table.get("operating_point", {}),
+                inherited,
+            ),
         }
-        return self.part(cls, path, {key: value for key, value in table.items() if key not in inside}, default, **parts, **given)
+        return self.part(
+            cls,
+            path,
+            {key: value for key, value in table.items() if key not in inside},
+            default,
+            **parts,
+            **given,
+        )
 
     def named(self, cls: type, path: str, tables: Any, default: tuple[Any, Any]) -> tuple[Any, ...]:
         tables = _table(path, tables)
@@ -193,20 +232,30 @@ class _Reader:
                 if dtype in ("source", "status"):
                     continue
                 one_of(f"{path}.{dtype}", "dtype", dtype, DTYPES)
-                found.append(self.part(Engine, f"{path}.{dtype}", engine, inherited, op_class=op_class, dtype=dtype))
+                found.append(
+                    self.part(
+                        Engine, f"{path}.{dtype}", engine, inherited, op_class=op_class, dtype=dtype
+                    )
+                )
         return tuple(found)
 
     def part(self, cls: type, path: str, table: Any, default: tuple[Any, Any], **given: Any) -> Any:
         """One dataclass from one table; what `given` and the key path say is not looked for in the table."""
         table = _table(path, table)
-        wanted = {field.name: field for field in fields(cls) if field.name not in (*given, *path_fields(cls))}
+        wanted = {
+            field.name: field
+            for field in fields(cls)
+            if field.name not in (*given, *path_fields(cls))
+        }
         _known(path, table, tuple(wanted))
         inherited = _origin(table, default)
         dimensions = dict(number_fields(cls))
         for name, field in wanted.items():
             if name in table:
                 if name in dimensions:
-                    given[name] = self.number(f"{path}.{name}", table[name], dimensions[name], inherited)
+                    given[name] = self.number(
+                        f"{path}.{name}", table[name], dimensions[name], inherited
+                    )
                 elif isinstance(field.default, bool):
                     if not isinstance(table[name], bool):
                         raise Wrong(f"{path}.{name}", f"is {table[name]!r}: write true or false.")
@@ -236,7 +285,10 @@ def _value(path: str, written: Any, dimension: str) -> float:
     if dimension in ("count", "efficiency", "fraction"):
         whole = dimension == "count"
         if isinstance(written, bool) or not isinstance(written, int if whole else (int, float)):
-            raise Wrong(path, f"is {written!r}: write a plain {'whole ' if whole else ''}number{_example(dimension)}.")
+            raise Wrong(
+                path,
+                f"is {written!r}: write a plain {'whole ' if whole else ''}number{_example(dimension)}.",
+            )
         return written if whole else float(written)
     if not isinstance(written, str):
         raise Wrong(path, f"is {written!r}, without a unit{_example(dimension)}.")
@@ -252,7 +304,9 @@ def _example(dimension: str | None) -> str:
     if dimension is None:
         return ""
     plain = {"count": "4", "efficiency": "0.8", "fraction": "0.5"}
-    return f", for example {plain[dimension] if dimension in plain else repr(EXAMPLES[dimension])}".replace("'", '"')
+    return f", for example {plain[dimension] if dimension in plain else repr(EXAMPLES[dimension])}".replace(
+        "'", '"'
+    )
 
 
 def _known(path: str, table: dict[str, Any], allowed: tuple[str, ...]) -> None:

@@ -90,7 +90,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Kind(Device):
+class DeviceKind(Device):
     """`count` consecutive devices of a machine whose devices differ; `key` is what its description calls them."""
 
     key: str = ""
@@ -166,7 +166,7 @@ class Machine:
     domains: tuple[Domain, ...] = ()
     notes: str = ""
     sources: tuple[Source, ...] = ()
-    kinds: tuple[Kind, ...] = ()
+    kinds: tuple[DeviceKind, ...] = ()
     """Where devices differ: what they are, in their order; `device` is then the slowest. Empty where all are alike."""
     times: OperatorTimes | None = None
     """What operators were measured to take, where they were: no part of the description."""
@@ -177,19 +177,30 @@ class Machine:
 
     def kind_of_devices(self) -> list[int]:
         """Per device the number of its kind; empty where all are alike."""
-        return [n for n, kind in enumerate(self.kinds) for _ in range(kind.count)] if len(self.kinds) > 1 else []
+        return (
+            [n for n, kind in enumerate(self.kinds) for _ in range(kind.count)]
+            if len(self.kinds) > 1
+            else []
+        )
 
     def of_kind(self, number: int) -> Machine:
         """This machine as if all of its devices were of one kind."""
         if not self.kinds:
             return self
         kind = self.kinds[number]
-        return replace(self, device=Device(kind.name, kind.overhead, kind.memories, kind.engines, kind.points), kinds=())
+        return replace(
+            self,
+            device=Device(kind.name, kind.overhead, kind.memories, kind.engines, kind.points),
+            kinds=(),
+        )
 
     @property
     def memory_bytes(self) -> int:
         """One device's share of its main memory, in bytes; the smallest where devices differ."""
-        return min(device.memories[0].capacity // device.memories[0].shared_by for device in self.kinds or (self.device,))
+        return min(
+            device.memories[0].capacity // device.memories[0].shared_by
+            for device in self.kinds or (self.device,)
+        )
 
     @property
     def memory_bandwidth(self) -> float:
@@ -202,7 +213,11 @@ class Machine:
         found = np.full(np.shape(nbytes), self.memory_bandwidth)
         for memory in self.device.memories[1:]:
             fits = np.asarray(nbytes) <= memory.capacity / memory.shared_by
-            found = np.where(fits, np.maximum(found, memory.bandwidth * memory.efficiency / memory.shared_by), found)
+            found = np.where(
+                fits,
+                np.maximum(found, memory.bandwidth * memory.efficiency / memory.shared_by),
+                found,
+            )
         return found
 
     @property
@@ -243,8 +258,14 @@ class Machine:
         sizes = _layout(self.levels, count) if 1 <= count <= self.devices else None
         if sizes is None:
             parts = " x ".join(f"{level.size} ({level.name})" for level in self.levels)
-            low = next((n for n in range(min(count - 1, self.devices), 0, -1) if _layout(self.levels, n)), None)
-            high = next((n for n in range(max(count, 0) + 1, self.devices + 1) if _layout(self.levels, n)), None)
+            low = next(
+                (n for n in range(min(count - 1, self.devices), 0, -1) if _layout(self.levels, n)),
+                None,
+            )
+            high = next(
+                (n for n in range(max(count, 0) + 1, self.devices + 1) if _layout(self.levels, n)),
+                None,
+            )
             use = " or ".join(str(n) for n in (low, high) if n is not None)
             raise MachineError(
                 f"Cannot take {count} devices of '{self.name}', which has {self.devices} as {parts}: "
@@ -258,23 +279,34 @@ class Machine:
                 shared_by = math.ceil(level.shared_by * after / before)
             else:
                 shared_by = math.ceil(level.shared_by * inside_after / inside_before)
-            fabric = "mesh" if level.fabric in ("ring", "torus") and size < level.size else level.fabric
+            fabric = (
+                "mesh" if level.fabric in ("ring", "torus") and size < level.size else level.fabric
+            )
             levels.append(replace(level, size=size, shared_by=shared_by, fabric=fabric))
             before, after = inside_before, inside_after
-        memories = tuple(replace(memory, shared_by=min(memory.shared_by, count)) for memory in self.device.memories)
-        domains = tuple(replace(domain, devices=min(domain.devices, count)) for domain in self.domains)
+        memories = tuple(
+            replace(memory, shared_by=min(memory.shared_by, count))
+            for memory in self.device.memories
+        )
+        domains = tuple(
+            replace(domain, devices=min(domain.devices, count)) for domain in self.domains
+        )
         device = replace(self.device, memories=memories)
         return replace(self, device=device, levels=tuple(levels), domains=domains)._sourced(
             self, f"follows from taking {count} devices", "derived"
         )
 
-    def revised(self, values: Mapping[str, float], source: str, status: str = "measured") -> Machine:
+    def revised(
+        self, values: Mapping[str, float], source: str, status: str = "measured"
+    ) -> Machine:
         """This machine with other numbers at some key paths, such as {"level.node.bandwidth": 2.1e9}."""
         left = dict(values)
 
         def change(path: str, part: Any) -> Any:
             mine = {
-                name: left.pop(f"{path}.{name}") for name, _ in number_fields(type(part)) if f"{path}.{name}" in left
+                name: left.pop(f"{path}.{name}")
+                for name, _ in number_fields(type(part))
+                if f"{path}.{name}" in left
             }
             return replace(part, **mine) if mine else part
 
@@ -308,7 +340,11 @@ class Machine:
         """The status of the least sure number that a plan can rest on; levels of one part carry no traffic."""
         idle = tuple(f"level.{level.name}." for level in self.levels if level.size == 1)
         return max(
-            (status for path, (_, _, status) in self.provenance().items() if not path.startswith(idle)),
+            (
+                status
+                for path, (_, _, status) in self.provenance().items()
+                if not path.startswith(idle)
+            ),
             key=STATUSES.index,
         )
 
@@ -323,7 +359,11 @@ class Machine:
             lines += ["", f"[{'.'.join(_key(key) for key in path.split('.'))}]"]
             for field in fields(part):
                 value = getattr(part, field.name)
-                if value is None or isinstance(value, tuple) or (field.name in path_fields(type(part))):
+                if (
+                    value is None
+                    or isinstance(value, tuple)
+                    or (field.name in path_fields(type(part)))
+                ):
                     continue
                 if field.name in dimensions:
                     _, source, status = origin[f"{path}.{field.name}"]
@@ -339,17 +379,23 @@ class Machine:
         for number, device in enumerate(self.kinds or (self.device,)):
             one = self.of_kind(number)
             memory = f"{format_bytes(one.memory_bytes)} at {format_bandwidth(one.memory_bandwidth)}"
-            count = f"{device.count} of {self.devices}" if isinstance(device, Kind) else self.devices
+            count = (
+                f"{device.count} of {self.devices}"
+                if isinstance(device, DeviceKind)
+                else self.devices
+            )
             lines.append(f"machine {self.name}: {count} x {device.name}, {memory} each")
         for level in self.levels:
             if level.size > 1:
                 shared = f", shared by {level.shared_by}" if level.shared_by > 1 else ""
-                link = f"{format_bandwidth(level.bandwidth)}, {format_seconds(level.latency)}{shared}"
+                link = (
+                    f"{format_bandwidth(level.bandwidth)}, {format_seconds(level.latency)}{shared}"
+                )
                 lines.append(f"  {level.name}: {level.size} by {level.fabric}, {link}")
         for device in self.kinds or (self.device,):
             for engine in device.engines:
                 rate = f"{format_flops(engine.peak * engine.efficiency)}/s of {format_flops(engine.peak)}/s"
-                kind = f"{device.key}: " if isinstance(device, Kind) else ""
+                kind = f"{device.key}: " if isinstance(device, DeviceKind) else ""
                 lines.append(f"  {kind}{engine.op_class} {engine.dtype}: {rate}")
         lines.append(f"  numbers: {self.weakest_status()} at worst")
         return "\n".join(lines)
@@ -384,7 +430,9 @@ def number_fields(part: type) -> tuple[tuple[str, str], ...]:
 
 def path_fields(part: type) -> tuple[str, ...]:
     """The fields of a class of parts that its key path already says."""
-    return {Device: (), Backend: (), Kind: ("key",), Engine: ("op_class", "dtype")}.get(part, ("name",))
+    return {Device: (), Backend: (), DeviceKind: ("key",), Engine: ("op_class", "dtype")}.get(
+        part, ("name",)
+    )
 
 
 def _rebuilt(machine: Machine, change: Callable[[str, Any], Any]) -> Machine:
@@ -392,7 +440,10 @@ def _rebuilt(machine: Machine, change: Callable[[str, Any], Any]) -> Machine:
 
     def all_of(prefix: str, parts: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(
-            change(f"{prefix}.{'.'.join(getattr(part, name) for name in path_fields(type(part)))}", part)
+            change(
+                f"{prefix}.{'.'.join(getattr(part, name) for name in path_fields(type(part)))}",
+                part,
+            )
             for part in parts
         )
 
@@ -415,10 +466,16 @@ def _rebuilt(machine: Machine, change: Callable[[str, Any], Any]) -> Machine:
     )
 
 
-def slowest(kinds: Sequence[Kind]) -> Kind:
+def slowest(kinds: Sequence[DeviceKind]) -> DeviceKind:
     """The kind that others wait for: that of the lowest best rate, then of the lowest bandwidth."""
     rate = lambda kind: max((e.peak * e.efficiency for e in kind.engines), default=0.0)  # noqa: E731
-    return min(kinds, key=lambda kind: (rate(kind), [m.bandwidth * m.efficiency / m.shared_by for m in kind.memories[:1]]))
+    return min(
+        kinds,
+        key=lambda kind: (
+            rate(kind),
+            [m.bandwidth * m.efficiency / m.shared_by for m in kind.memories[:1]],
+        ),
+    )
 
 
 def _layout(levels: Sequence[Level], count: int) -> tuple[int, ...] | None:

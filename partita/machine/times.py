@@ -52,11 +52,15 @@ class OperatorTimes:
 def fitted_times(records: Iterable[Mapping[str, Any]]) -> OperatorTimes:
     """What records of measured operators ("features", "seconds", and the "model" that each is of) tell of operators that were not measured."""
     rows = list(records)
-    scale, error = fitted([r["features"] for r in rows], [r["seconds"] for r in rows], [r["model"] for r in rows])
+    scale, error = fitted(
+        [r["features"] for r in rows], [r["seconds"] for r in rows], [r["model"] for r in rows]
+    )
     return OperatorTimes({}, scale, {}, error, len(rows))
 
 
-def fitted(features: Sequence[Mapping[str, float]], seconds: Sequence[float], models: Sequence[str]) -> tuple[dict[str, float], float]:
+def fitted(
+    features: Sequence[Mapping[str, float]], seconds: Sequence[float], models: Sequence[str]
+) -> tuple[dict[str, float], float]:
     """(scale per feature, error): non-negative least squares of relative errors, held near what the roofline says.
 
     `features` are the roofline's seconds of each operator, by name. The error is what is to be expected of a model that was not seen: each model's operators are
@@ -73,12 +77,21 @@ def fitted(features: Sequence[Mapping[str, float]], seconds: Sequence[float], mo
     taken = np.array(seconds)
     matrix = np.array([[f.get(name, 0.0) for name in names] for f in features]) / taken[:, None]
     several = len(set(models)) > 1
-    groups = np.unique(np.array(models), return_inverse=True)[1] if several else np.arange(len(taken)) % FOLDS
+    groups = (
+        np.unique(np.array(models), return_inverse=True)[1]
+        if several
+        else np.arange(len(taken)) % FOLDS
+    )
 
     def unseen(held: float) -> float:
         """The error of what a fit has not seen."""
         parts = [groups == g for g in range(max(groups) + 1)]
-        off = [taken[part] @ np.abs(matrix[part] @ _scales(matrix[~part], held) - 1) / taken[part].sum() for part in parts]
+        off = [
+            taken[part]
+            @ np.abs(matrix[part] @ _scales(matrix[~part], held) - 1)
+            / taken[part].sum()
+            for part in parts
+        ]
         return float(np.mean(off))
 
     errors = {held: unseen(held) for held in HELD}

@@ -23,7 +23,11 @@ def tag(name: str, /, *inside: str | Iterable[str], **attributes: Any) -> Html:
     >>> print(tag("p", "a < b", tag("br"), class_="note"))
     <p class="note">a &lt; b<br></p>
     """
-    given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
+    given = {
+        key.rstrip("_").replace("_", "-"): value
+        for key, value in attributes.items()
+        if value is not None
+    }
     start = name + "".join(f' {key}="{escape(str(value))}"' for key, value in given.items())
     if name in ("br", "meta", "link"):
         return Html(f"<{start}>")
@@ -49,27 +53,51 @@ def section_of(title: str, *inside: str | Iterable[str]) -> Html:
 
 def marked(classes: str, text: str) -> Html:
     """A text after a box of its colour, as in a legend."""
-    return tag("span", tag("span", class_=f"mark {classes}", aria_hidden="true"), text, class_="marked")
+    return tag(
+        "span", tag("span", class_=f"mark {classes}", aria_hidden="true"), text, class_="marked"
+    )
 
 
-def line_of(name: str, parts: Sequence[tuple[str, float]], whole: float, *figures: str | None, class_: str | None = None) -> Html:
+def line_of(
+    name: str,
+    parts: Sequence[tuple[str, float]],
+    whole: float,
+    *figures: str | None,
+    class_: str | None = None,
+) -> Html:
     """One bar with its name before and its figures after it."""
     said = f"{name}: {', '.join(f for f in figures if f)}"
     shown = tag("span", (tag("span", f) for f in figures if f), class_="figure")
-    return tag("div", tag("span", name, class_="name"), bar_of(parts, whole, said), shown, class_=f"line {class_ or ''}".strip())
+    return tag(
+        "div",
+        tag("span", name, class_="name"),
+        bar_of(parts, whole, said),
+        shown,
+        class_=f"line {class_ or ''}".strip(),
+    )
 
 
 def table_of(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
     """A table whose first column names the row; it scrolls in a box of its own where it is too wide."""
     head = tag("thead", tag("tr", (tag("th", c, scope="col") for c in columns)))
-    body = tag("tbody", (tag("tr", tag("th", row[0], scope="row"), (tag("td", cell) for cell in row[1:])) for row in rows))
+    body = tag(
+        "tbody",
+        (
+            tag("tr", tag("th", row[0], scope="row"), (tag("td", cell) for cell in row[1:]))
+            for row in rows
+        ),
+    )
     inside = tag("table", tag("caption", caption, class_="unseen"), head, body)
     return tag("div", inside, class_="scroll", tabindex="0", role="region", aria_label=caption)
 
 
 def bar_of(parts: Iterable[tuple[str, float]], whole: float, title: str) -> Html:
     """A bar of parts, (class, length) each, of which `whole` would fill the line; the title says what it shows."""
-    spans = (tag("span", class_=name, style=f"width:{100 * part / whole:.3f}%") for name, part in parts if whole and part > 0)
+    spans = (
+        tag("span", class_=name, style=f"width:{100 * part / whole:.3f}%")
+        for name, part in parts
+        if whole and part > 0
+    )
     return tag("div", spans, class_="bar", role="img", aria_label=title, title=title)
 
 

@@ -14,10 +14,20 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from partita.plan.plan import Plan, Storage, choice_text, slice_of
+from partita.plans.plan import Plan, Storage, choice_text, slice_of
 from partita.report import timeline as picture
-from partita.report.elements import Html, bar_of, join, line_of, marked, seconds_text, section_of, table_of, tag
-from partita.simulate.timeline import Timeline
+from partita.report.elements import (
+    Html,
+    bar_of,
+    join,
+    line_of,
+    marked,
+    seconds_text,
+    section_of,
+    table_of,
+    tag,
+)
+from partita.simulation.timeline import Timeline
 from partita.units import format_bytes, format_flops
 
 EXCHANGE = ("activations", "gradients", "moves")
@@ -26,12 +36,18 @@ KINDS = {
         "sample",
         "The batch is shared out: each part does the layer for its own samples. Splitting only these is data parallelism.",
     ),
-    "A": ("attribute", "A sample is shared out from within: the height of an image, the positions of a text."),
+    "A": (
+        "attribute",
+        "A sample is shared out from within: the height of an image, the positions of a text.",
+    ),
     "P": (
         "parameter",
         "The weights are shared out: each part computes some of the layer's outputs. This is tensor parallelism.",
     ),
-    "R": ("reduction", "A sum is shared out: each part adds up some of its terms, and the parts are then added together."),
+    "R": (
+        "reduction",
+        "A sum is shared out: each part adds up some of its terms, and the parts are then added together.",
+    ),
 }
 STORED = {
     1: "optimizer slots",
@@ -71,7 +87,9 @@ class Layer:
         return self.compute + self.exchange
 
 
-def page(plan: Plan, measured: Mapping[str, Any] | None = None, timeline: Timeline | None = None) -> str:
+def page(
+    plan: Plan, measured: Mapping[str, Any] | None = None, timeline: Timeline | None = None
+) -> str:
     """One HTML page that shows a plan, whole in itself; what the plan does not hold is left out.
 
     `measured` may hold "seconds" (median of a step), "peak_bytes" (by the compiler), "traffic_bytes" by collective, and "flops".
@@ -103,16 +121,32 @@ def timeline_page(timeline: Timeline) -> str:
         "memory a device": format_bytes(timeline.peak_bytes),
         "sent by a device": format_bytes(sum(timeline.traffic.values())),
     }
-    header = tag("header", tag("p", "Partita · ", timeline.graph, class_="kicker"), tag("h1", said), listed(facts, "facts"))
-    notes = tag("ul", (tag("li", note) for note in timeline.notes), class_="notes") if timeline.notes else Html("")
+    header = tag(
+        "header",
+        tag("p", "Partita · ", timeline.graph, class_="kicker"),
+        tag("h1", said),
+        listed(facts, "facts"),
+    )
+    notes = (
+        tag("ul", (tag("li", note) for note in timeline.notes), class_="notes")
+        if timeline.notes
+        else Html("")
+    )
     sources = {"time": timeline.source, "model": timeline.graph, "machine": timeline.machine}
-    body = [header, notes, picture.section(timeline), section_of("Where the figures come from", listed(sources, "sources"))]
+    body = [
+        header,
+        notes,
+        picture.section(timeline),
+        section_of("Where the figures come from", listed(sources, "sources")),
+    ]
     return document(f"{timeline.graph} on {timeline.machine}", body, True)
 
 
 def document(title: str, body: Iterable[Html], zooms: bool) -> str:
     """The whole file: what stands in it, its style, and a policy that allows nothing else."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:" + (f"; script-src '{picture.HASH}'" if zooms else "")
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:" + (
+        f"; script-src '{picture.HASH}'" if zooms else ""
+    )
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -129,13 +163,17 @@ def document(title: str, body: Iterable[Html], zooms: bool) -> str:
 
 
 def listed(facts: Mapping[str, str | None], class_: str) -> Html:
-    return tag("dl", (tag("div", tag("dt", k), tag("dd", v)) for k, v in facts.items() if v), class_=class_)
+    return tag(
+        "dl", (tag("div", tag("dt", k), tag("dd", v)) for k, v in facts.items() if v), class_=class_
+    )
 
 
 def _layers(plan: Plan) -> list[Layer]:
     costs, stored = plan.why.get("operators", {}), _stored(plan)
     return [
-        Layer(name, choice_text(choice, plan.mesh), choice, stored.get(name, ()), costs.get(name, {}))
+        Layer(
+            name, choice_text(choice, plan.mesh), choice, stored.get(name, ()), costs.get(name, {})
+        )
         for name, choice in plan.choices.items()
     ]
 
@@ -151,7 +189,9 @@ def _stored(plan: Plan) -> dict[str, tuple[tuple[int, tuple[str, ...]], ...]]:
 
 
 def _owner(path: str, plan: Plan) -> str | None:
-    return max((n for n in plan.choices if path.startswith(n.split(":")[0] + "/")), key=len, default=None)
+    return max(
+        (n for n in plan.choices if path.startswith(n.split(":")[0] + "/")), key=len, default=None
+    )
 
 
 # Numbers
@@ -198,7 +238,10 @@ def _range(values: Sequence[float]) -> str:
 
 def _header(plan: Plan, measured: Mapping[str, Any]) -> Html:
     return tag(
-        "header", tag("p", "Partita · ", plan.graph, class_="kicker"), tag("h1", _headline(plan, measured)), _facts(plan)
+        "header",
+        tag("p", "Partita · ", plan.graph, class_="kicker"),
+        tag("h1", _headline(plan, measured)),
+        _facts(plan),
     )
 
 
@@ -206,7 +249,11 @@ def _headline(plan: Plan, measured: Mapping[str, Any]) -> str:
     seconds, real = plan.predicted.get("seconds"), measured.get("seconds")
     if seconds is None:
         said = f"How {plan.graph} is split"
-        return f"{said} on {plan.machine}" if real is None else f"{seconds_text(real)} a step measured on {plan.machine}"
+        return (
+            f"{said} on {plan.machine}"
+            if real is None
+            else f"{seconds_text(real)} a step measured on {plan.machine}"
+        )
     base = plan.why.get("baselines", {}).get("data parallel", {}).get("seconds")
     gain = f", {_times(base / seconds)}× as fast as data parallel" if base and seconds else ""
     if real is None:
@@ -221,7 +268,9 @@ def _facts(plan: Plan) -> Html:
         "devices": str(plan.devices),
         "samples a step": str(plan.batch_size) if plan.batch_size else None,
         "memory a device": format_bytes(p["peak_bytes"]) if "peak_bytes" in p else None,
-        "sent by a device": format_bytes(sum(p["traffic_bytes"].values())) if "traffic_bytes" in p else None,
+        "sent by a device": format_bytes(sum(p["traffic_bytes"].values()))
+        if "traffic_bytes" in p
+        else None,
         "work a device": format_flops(p["flops"]) if "flops" in p else None,
         "how sure": _proof(p),
     }
@@ -255,25 +304,53 @@ def _splits(plan: Plan, layers: Sequence[Layer]) -> Html:
 def _reading(plan: Plan, layers: Sequence[Layer]) -> str:
     if not plan.mesh.axes:
         return "One device does every layer: nothing is split."
-    costs = " The bar beside it is the layer's own time in a step." if any(layer.cost for layer in layers) else ""
+    costs = (
+        " The bar beside it is the layer's own time in a step."
+        if any(layer.cost for layer in layers)
+        else ""
+    )
     return (
         f"Each row is a layer; its box is all {plan.devices} devices, one column for each axis of the mesh, slow links first. "
-        "A column's colour says what that axis splits, its cells into how many parts; the parts of a box multiply." + costs
+        "A column's colour says what that axis splits, its cells into how many parts; the parts of a box multiply."
+        + costs
     )
 
 
 def _legend(plan: Plan, layers: Sequence[Layer]) -> Html:
     used = {factor[0] for layer in layers for factor in layer.choice.values()}
-    rows = [_key(f"seg {k}", k, f"{k} · {word}", text) for k, (word, text) in KINDS.items() if k in used or not used]
+    rows = [
+        _key(f"seg {k}", k, f"{k} · {word}", text)
+        for k, (word, text) in KINDS.items()
+        if k in used or not used
+    ]
     if any(len(layer.choice) < len(plan.mesh.axes) for layer in layers):
-        rows.append(_key("seg none", "=", "replicate", "Nothing is split: the devices along this axis all do the same work."))
+        rows.append(
+            _key(
+                "seg none",
+                "=",
+                "replicate",
+                "Nothing is split: the devices along this axis all do the same work.",
+            )
+        )
     if plan.storage:
         text = "Between steps these devices each keep a part of the layer's variables: 1 of the optimizer slots, 2 and of the gradients, "
         rows.append(
-            _key("key-zero", "", "ZeRO storage", text + "3 and of the variables themselves, which are gathered for use.")
+            _key(
+                "key-zero",
+                "",
+                "ZeRO storage",
+                text + "3 and of the variables themselves, which are gathered for use.",
+            )
         )
     if any(layer.cost for layer in layers):
-        rows.append(_key("compute", "", "compute", "Seconds of the layer's kernels on one device: forward, backward, update."))
+        rows.append(
+            _key(
+                "compute",
+                "",
+                "compute",
+                "Seconds of the layer's kernels on one device: forward, backward, update.",
+            )
+        )
         text = "Seconds of its collectives: activations, gradients, and what is moved from the layers it reads."
         rows.append(_key("exchange", "", "exchange", text))
     return tag("dl", rows, class_="legend")
@@ -288,17 +365,28 @@ def _axes(plan: Plan) -> Html:
     """The line above the boxes: the mesh's axes, with the levels of the machine's links they cross."""
     if not plan.mesh.axes:
         return Html("")
-    names = [tag("span", a.name, tag("small", f" {a.size}"), title=f"axis {a.name}: {a.size} ways") for a in plan.mesh.axes]
+    names = [
+        tag("span", a.name, tag("small", f" {a.size}"), title=f"axis {a.name}: {a.size} ways")
+        for a in plan.mesh.axes
+    ]
     levels: list[Html] = []
     for first, last, level in _runs([a.level for a in plan.mesh.axes]):
         ways = math.prod(a.size for a in plan.mesh.axes[first:last])
         title = f"axes of level {level}: {ways} ways, over the {'slowest links' if level == 0 else 'faster links within level ' + str(level - 1)}"
         levels.append(
-            tag("span", f"level {level} × {ways}", style=f"grid-column:{first + 1}/{last + 1}", class_="level", title=title)
+            tag(
+                "span",
+                f"level {level} × {ways}",
+                style=f"grid-column:{first + 1}/{last + 1}",
+                class_="level",
+                title=title,
+            )
         )
     several = len({a.level for a in plan.mesh.axes}) > 1
     grid = tag("div", *(levels if several else []), *names, class_="axes", style=_columns(plan))
-    return tag("div", tag("span", "layer"), grid, tag("span", "time"), class_="row top", aria_hidden="true")
+    return tag(
+        "div", tag("span", "layer"), grid, tag("span", "time"), class_="row top", aria_hidden="true"
+    )
 
 
 def _columns(plan: Plan) -> str:
@@ -320,16 +408,28 @@ def _block(plan: Plan, rounds: Sequence[Sequence[Layer]], longest: float) -> Htm
         return join(tag("li", row) for row in rows)
     count = len(rounds[0])
     title = f"× {len(rounds)}"
-    what = f"this layer, {len(rounds)} times" if count == 1 else f"these {count} layers, {len(rounds)} times"
-    names = (tag("li", layer.name, tag("span", seconds_text(layer.seconds)) if layer.cost else "") for r in rounds for layer in r)
-    listing = tag("details", tag("summary", tag("b", title), f" {what}"), tag("ol", names, class_="names"))
+    what = (
+        f"this layer, {len(rounds)} times"
+        if count == 1
+        else f"these {count} layers, {len(rounds)} times"
+    )
+    names = (
+        tag("li", layer.name, tag("span", seconds_text(layer.seconds)) if layer.cost else "")
+        for r in rounds
+        for layer in r
+    )
+    listing = tag(
+        "details", tag("summary", tag("b", title), f" {what}"), tag("ol", names, class_="names")
+    )
     return tag("li", tag("ol", (tag("li", row) for row in rows)), listing, class_="fold")
 
 
 def _row(plan: Plan, layers: Sequence[Layer], longest: float) -> Html:
     layer = layers[0]
     zero = " ".join(f"ZeRO-{stage}:{','.join(axes)}" for stage, axes in layer.stored)
-    name = tag("div", tag("b", layer.name), tag("small", f"{layer.text} {zero}".strip()), class_="name")
+    name = tag(
+        "div", tag("b", layer.name), tag("small", f"{layer.text} {zero}".strip()), class_="name"
+    )
     return tag("div", name, _box(plan, layer), _time(layers, longest), class_="row")
 
 
@@ -337,28 +437,61 @@ def _box(plan: Plan, layer: Layer) -> Html:
     """The layer's box: a column per axis, neighbours that do the same joined, with as many cells as they make parts."""
     axes, words = plan.mesh.axes, _words(plan, layer)
     if not axes:
-        return tag("div", tag("span", "1 device", class_="seg none"), class_="box", role="img", aria_label=words, title=words)
+        return tag(
+            "div",
+            tag("span", "1 device", class_="seg none"),
+            class_="box",
+            role="img",
+            aria_label=words,
+            title=words,
+        )
     segments = []
     for first, last, factor in _runs([layer.choice.get(a.name, "") for a in axes]):
         ways = math.prod(a.size for a in axes[first:last])
         kind = factor[0] if factor and factor[0] in KINDS else "none" if not factor else "other"
         style = f"grid-column:{first + 1}/{last + 1};--n:{ways}"
-        segments.append(tag("span", tag("i", f"{factor or '='} {ways}"), class_=f"seg {kind}", style=style))
+        segments.append(
+            tag("span", tag("i", f"{factor or '='} {ways}"), class_=f"seg {kind}", style=style)
+        )
     for stage, over in layer.stored:
         spans = [i + 1 for i, a in enumerate(axes) if a.name in over]
-        segments += (tag("span", class_="zero", style=f"grid-column:{i}/{i + 1}", title=f"ZeRO-{stage}") for i in spans)
-    return tag("div", segments, class_="box", style=_columns(plan), role="img", aria_label=words, title=words)
+        segments += (
+            tag("span", class_="zero", style=f"grid-column:{i}/{i + 1}", title=f"ZeRO-{stage}")
+            for i in spans
+        )
+    return tag(
+        "div",
+        segments,
+        class_="box",
+        style=_columns(plan),
+        role="img",
+        aria_label=words,
+        title=words,
+    )
 
 
 def _words(plan: Plan, layer: Layer) -> str:
     """What the box shows, in words."""
     ways: dict[str, int] = {}
     for axis in plan.mesh.axes:
-        ways[layer.choice.get(axis.name, "")] = ways.get(layer.choice.get(axis.name, ""), 1) * axis.size
+        ways[layer.choice.get(axis.name, "")] = (
+            ways.get(layer.choice.get(axis.name, ""), 1) * axis.size
+        )
     same = ways.pop("", 1)
-    said = [f"only on slice {slice_of(factor)} of {n}" if slice_of(factor) is not None else f"{_factor(factor)} split {n} ways" for factor, n in ways.items()]
-    said += [f"the same on {same} devices" if said else f"not split: the same on all {same} devices"] if same > 1 else []
-    said += [f"{STORED[stage]} kept in parts over {', '.join(axes)}" for stage, axes in layer.stored]
+    said = [
+        f"only on slice {slice_of(factor)} of {n}"
+        if slice_of(factor) is not None
+        else f"{_factor(factor)} split {n} ways"
+        for factor, n in ways.items()
+    ]
+    said += (
+        [f"the same on {same} devices" if said else f"not split: the same on all {same} devices"]
+        if same > 1
+        else []
+    )
+    said += [
+        f"{STORED[stage]} kept in parts over {', '.join(axes)}" for stage, axes in layer.stored
+    ]
     return f"{layer.name}: {'; '.join(said) or 'one device'}"
 
 
@@ -371,12 +504,20 @@ def _time(layers: Sequence[Layer], longest: float) -> Html:
     """The bar of a layer's time; of layers shown together, that of their mean."""
     if not layers[0].cost:
         return tag("div", class_="time")
-    compute, exchange = (sum(values) / len(layers) for values in ([x.compute for x in layers], [x.exchange for x in layers]))
+    compute, exchange = (
+        sum(values) / len(layers)
+        for values in ([x.compute for x in layers], [x.exchange for x in layers])
+    )
     causes = {c: sum(x.cost.get(c, 0.0) for x in layers) / len(layers) for c in EXCHANGE}
-    parts = [f"compute {seconds_text(compute)}", *(f"{c} {seconds_text(s)}" for c, s in causes.items() if s)]
+    parts = [
+        f"compute {seconds_text(compute)}",
+        *(f"{c} {seconds_text(s)}" for c, s in causes.items() if s),
+    ]
     title = ("on average: " if len(layers) > 1 else "") + ", ".join(parts)
     bar = bar_of([("compute", compute), ("exchange", exchange)], longest, title)
-    return tag("div", bar, tag("span", _range([x.seconds for x in layers]), class_="figure"), class_="time")
+    return tag(
+        "div", bar, tag("span", _range([x.seconds for x in layers]), class_="figure"), class_="time"
+    )
 
 
 def _unowned(plan: Plan) -> Html:
@@ -384,7 +525,10 @@ def _unowned(plan: Plan) -> Html:
     for path, storage in plan.storage.items():
         if _owner(path, plan) is None:
             found.setdefault(_storage(storage), []).append(path)
-    return join(tag("p", f"Also stored {way}: {', '.join(paths)}.", class_="note") for way, paths in found.items())
+    return join(
+        tag("p", f"Also stored {way}: {', '.join(paths)}.", class_="note")
+        for way, paths in found.items()
+    )
 
 
 def _storage(storage: Storage) -> str:
@@ -431,7 +575,9 @@ def _alike(layers: Sequence[Layer], one: int, other: int) -> bool:
     if a.choice != b.choice or a.stored != b.stored or not _near(a.seconds, b.seconds):
         return False
     left, right = a.name.split("/"), b.name.split("/")
-    return len(left) == len(right) and all(_without_one(x) & _without_one(y) for x, y in zip(left, right, strict=True))
+    return len(left) == len(right) and all(
+        _without_one(x) & _without_one(y) for x, y in zip(left, right, strict=True)
+    )
 
 
 def _near(a: float, b: float) -> bool:
@@ -445,7 +591,10 @@ def _without_one(name: str) -> set[str]:
     >>> sorted(_without_one("conv2_block10_conv:1"))
     ['conv2_block10_conv:1', 'conv2_block_conv:1', 'conv_block10_conv:1']
     """
-    return {name, *(name[: m.start()] + name[m.end() :] for m in re.finditer(r"(?<![:\d])_?\d+", name))}
+    return {
+        name,
+        *(name[: m.start()] + name[m.end() :] for m in re.finditer(r"(?<![:\d])_?\d+", name)),
+    }
 
 
 # Memory and traffic
@@ -460,14 +609,25 @@ def _memory(plan: Plan, measured: Mapping[str, Any]) -> Html:
         return Html("")
     if kinds and sum(kinds.values()) < total:
         kinds["other"] = total - sum(kinds.values())
-    parts = [(f"m{min(i, 7)}", kind, count) for i, (kind, count) in enumerate((kinds or {"peak": total}).items())]
+    parts = [
+        (f"m{min(i, 7)}", kind, count)
+        for i, (kind, count) in enumerate((kinds or {"peak": total}).items())
+    ]
     bars = []
     if total:
-        bars.append(line_of("predicted peak", [(c, n) for c, _, n in parts], whole, format_bytes(total)))
+        bars.append(
+            line_of("predicted peak", [(c, n) for c, _, n in parts], whole, format_bytes(total))
+        )
     if real is not None:
         bars.append(line_of("by the compiler", [("real", real)], whole, format_bytes(real)))
-    rows = ([marked(c, kind), format_bytes(count), _percent(count / total)] for c, kind, count in parts)
-    table = table_of("Memory of one device by kind", ["kind", "at the peak", "share"], rows) if kinds else ""
+    rows = (
+        [marked(c, kind), format_bytes(count), _percent(count / total)] for c, kind, count in parts
+    )
+    table = (
+        table_of("Memory of one device by kind", ["kind", "at the peak", "share"], rows)
+        if kinds
+        else ""
+    )
     return section_of("Memory per device by kind", tag("div", bars, class_="bars"), table)
 
 
@@ -479,7 +639,10 @@ def _traffic(plan: Plan, measured: Mapping[str, Any], layers: Sequence[Layer]) -
     if not (sent or real or per_layer):
         return section_of("Traffic", tag("p", "The devices exchange nothing."))
     return section_of(
-        "Traffic", tag("p", "Bytes that one device exchanges in a step."), _by_collective(sent, real), _by_layer(per_layer)
+        "Traffic",
+        tag("p", "Bytes that one device exchanges in a step."),
+        _by_collective(sent, real),
+        _by_layer(per_layer),
     )
 
 
@@ -492,11 +655,18 @@ def _by_collective(sent: Mapping[str, float] | None, real: Mapping[str, float] |
     for kind in kinds:
         if sent is not None:
             bars.append(
-                line_of(kind.replace("_", "-"), [("exchange", sent.get(kind, 0))], whole, format_bytes(sent.get(kind, 0)))
+                line_of(
+                    kind.replace("_", "-"),
+                    [("exchange", sent.get(kind, 0))],
+                    whole,
+                    format_bytes(sent.get(kind, 0)),
+                )
             )
         if real is not None:
             name = "emitted" if sent is not None else kind.replace("_", "-")
-            bars.append(line_of(name, [("real", real.get(kind, 0))], whole, format_bytes(real.get(kind, 0))))
+            bars.append(
+                line_of(name, [("real", real.get(kind, 0))], whole, format_bytes(real.get(kind, 0)))
+            )
     return join([tag("h3", "By collective"), tag("div", bars, class_="bars")])
 
 
@@ -511,10 +681,19 @@ def _by_layer(per_layer: Mapping[str, float]) -> Html:
         return Html("")
     order = sorted(per_layer, key=lambda name: -per_layer[name])
     whole = per_layer[order[0]]
-    bars = [line_of(name, [("exchange", per_layer[name])], whole, format_bytes(per_layer[name])) for name in order[:TOP]]
+    bars = [
+        line_of(name, [("exchange", per_layer[name])], whole, format_bytes(per_layer[name]))
+        for name in order[:TOP]
+    ]
     rest = sum(per_layer[name] for name in order[TOP:])
     more = f"{len(order) - TOP} more layers exchange {format_bytes(rest)} together." if rest else ""
-    return join([tag("h3", "By layer"), tag("div", bars, class_="bars"), tag("p", more, class_="note") if more else ""])
+    return join(
+        [
+            tag("h3", "By layer"),
+            tag("div", bars, class_="bars"),
+            tag("p", more, class_="note") if more else "",
+        ]
+    )
 
 
 # Other plans, and the real run
@@ -533,19 +712,42 @@ def _compared(plan: Plan, measured: Mapping[str, Any]) -> Html:
         lines.append(_plan_line(name, rows[name], whole, base, name == plan.name))
         if name == plan.name and "seconds" in measured:
             real = measured["seconds"]
-            lines.append(line_of(f"{name}, measured", [("real", real)], whole, seconds_text(real), "", "", class_="found"))
+            lines.append(
+                line_of(
+                    f"{name}, measured",
+                    [("real", real)],
+                    whole,
+                    seconds_text(real),
+                    "",
+                    "",
+                    class_="found",
+                )
+            )
     keys = [marked("compute", "compute"), marked("exchange", "exchange")]
     said = "Predicted seconds of a step, against what an expert would write; then the gain over data parallel and the memory of a device."
-    return section_of("Plans compared", tag("p", said), tag("p", keys, class_="keys"), tag("div", lines, class_="bars plans"))
+    return section_of(
+        "Plans compared",
+        tag("p", said),
+        tag("p", keys, class_="keys"),
+        tag("div", lines, class_="bars plans"),
+    )
 
 
-def _plan_line(name: str, row: Mapping[str, Any], whole: float, base: float | None, found: bool) -> Html:
+def _plan_line(
+    name: str, row: Mapping[str, Any], whole: float, base: float | None, found: bool
+) -> Html:
     compute = row.get("seconds_compute", row["seconds"])
     memory = format_bytes(row["peak_bytes"]) if "peak_bytes" in row else ""
     memory += "" if row.get("fits", True) else ", does not fit"
     parts = [("compute", compute), ("exchange", row["seconds"] - compute)]
     return line_of(
-        name, parts, whole, seconds_text(row["seconds"]), _gain(base, row["seconds"]), memory, class_="found" if found else None
+        name,
+        parts,
+        whole,
+        seconds_text(row["seconds"]),
+        _gain(base, row["seconds"]),
+        memory,
+        class_="found" if found else None,
     )
 
 
@@ -556,20 +758,31 @@ def _gain(base: float | None, seconds: float) -> str:
 def _checked(plan: Plan, measured: Mapping[str, Any]) -> Html:
     title = "Predicted against measured"
     if not measured:
-        return section_of(title, tag("p", "Nothing was measured: every figure on this page is a prediction."))
+        return section_of(
+            title, tag("p", "Nothing was measured: every figure on this page is a prediction.")
+        )
     p = plan.predicted
     rows = [
         _against("time of a step", p.get("seconds"), measured.get("seconds"), seconds_text),
-        _against("memory of a device at the peak", p.get("peak_bytes"), measured.get("peak_bytes"), format_bytes),
+        _against(
+            "memory of a device at the peak",
+            p.get("peak_bytes"),
+            measured.get("peak_bytes"),
+            format_bytes,
+        ),
         *_traffic_rows(p.get("traffic_bytes"), measured.get("traffic_bytes")),
         _against("work of a device", p.get("flops"), measured.get("flops"), format_flops),
     ]
-    table = table_of(title, ["", "predicted", "measured", "difference"], [row for row in rows if row])
+    table = table_of(
+        title, ["", "predicted", "measured", "difference"], [row for row in rows if row]
+    )
     said = "Time is the median step; memory, traffic and work are the compiler's count of the program that ran."
     return section_of(title, tag("p", said), table)
 
 
-def _traffic_rows(sent: Mapping[str, float] | None, real: Mapping[str, float] | None) -> list[list[str]]:
+def _traffic_rows(
+    sent: Mapping[str, float] | None, real: Mapping[str, float] | None
+) -> list[list[str]]:
     if sent is None and real is None:
         return []
     kinds = _collectives(sent, real)
@@ -586,7 +799,11 @@ def _against(name: str, predicted: float | None, real: float | None, text: Any) 
     if predicted is None and real is None:
         return []
     sides = [text(side) if side is not None else "–" for side in (predicted, real)]
-    return [name, *sides, _off(predicted, real) if predicted is not None and real is not None else "–"]
+    return [
+        name,
+        *sides,
+        _off(predicted, real) if predicted is not None and real is not None else "–",
+    ]
 
 
 # What was given up, and where it all comes from
@@ -594,7 +811,11 @@ def _against(name: str, predicted: float | None, real: float | None, text: Any) 
 
 def _given_up(plan: Plan, layers: Sequence[Layer]) -> Html:
     close = sorted((layer for layer in layers if layer.cost.get("alternatives")), key=_closest)
-    notes = tag("ul", (tag("li", note) for note in plan.notes), class_="notes") if plan.notes else Html("")
+    notes = (
+        tag("ul", (tag("li", note) for note in plan.notes), class_="notes")
+        if plan.notes
+        else Html("")
+    )
     if not close:
         return section_of("What it gave up, and why", notes) if notes else Html("")
     said = (
@@ -603,8 +824,14 @@ def _given_up(plan: Plan, layers: Sequence[Layer]) -> Html:
     )
     first = [_alternatives(layer) for layer in close[:TOP]]
     rest = [_alternatives(layer) for layer in close[TOP:]]
-    more = tag("details", tag("summary", f"{len(rest)} more layers"), rest, class_="more") if rest else ""
-    return section_of("What it gave up, and why", notes, tag("p", said), tag("div", first, more, class_="reasons"))
+    more = (
+        tag("details", tag("summary", f"{len(rest)} more layers"), rest, class_="more")
+        if rest
+        else ""
+    )
+    return section_of(
+        "What it gave up, and why", notes, tag("p", said), tag("div", first, more, class_="reasons")
+    )
 
 
 def _closest(layer: Layer) -> float:
@@ -615,12 +842,23 @@ def _alternatives(layer: Layer) -> Html:
     others = sorted(layer.cost["alternatives"], key=lambda other: other["seconds"])
     best = others[0]
     short = f"{best['choice']} {_signed(best['seconds'], seconds_text)}"
-    summary = tag("summary", tag("b", layer.name), tag("span", f"{layer.text}, next ", short, class_="figure"))
-    rows = [[o["choice"], _signed(o["seconds"], seconds_text), _signed(o["bytes"], format_bytes)] for o in others]
-    chosen = (
-        [f"{layer.text} (chosen)", seconds_text(layer.seconds), format_bytes(layer.cost["bytes"])] if "bytes" in layer.cost else []
+    summary = tag(
+        "summary", tag("b", layer.name), tag("span", f"{layer.text}, next ", short, class_="figure")
     )
-    table = table_of(f"Choices for {layer.name}", ["choice", "step", "memory a device"], [chosen, *rows] if chosen else rows)
+    rows = [
+        [o["choice"], _signed(o["seconds"], seconds_text), _signed(o["bytes"], format_bytes)]
+        for o in others
+    ]
+    chosen = (
+        [f"{layer.text} (chosen)", seconds_text(layer.seconds), format_bytes(layer.cost["bytes"])]
+        if "bytes" in layer.cost
+        else []
+    )
+    table = table_of(
+        f"Choices for {layer.name}",
+        ["choice", "step", "memory a device"],
+        [chosen, *rows] if chosen else rows,
+    )
     return tag("details", summary, table)
 
 
@@ -629,11 +867,14 @@ def _sources(plan: Plan) -> Html:
     rows = [(str(names.get(k, k)), str(v)) for k, v in plan.predicted.get("provenance", {}).items()]
     bound, proof = plan.predicted.get("bound_seconds"), _proof(plan.predicted)
     if bound and proof:
-        rows.append(("bound", f"no plan of the space takes less than {seconds_text(bound)}: {proof}"))
+        rows.append(
+            ("bound", f"no plan of the space takes less than {seconds_text(bound)}: {proof}")
+        )
     mesh = " × ".join(f"{a.name} = {a.size}" for a in plan.mesh.axes) or "one device"
     rows += [("model", plan.graph), ("machine", plan.machine), ("mesh", mesh)]
     return section_of(
-        "Where the figures come from", tag("dl", (tag("div", tag("dt", k), tag("dd", v)) for k, v in rows), class_="sources")
+        "Where the figures come from",
+        tag("dl", (tag("div", tag("dt", k), tag("dd", v)) for k, v in rows), class_="sources"),
     )
 
 

@@ -16,11 +16,16 @@ def page(
     rows: Sequence[Sequence[str]],
     notes: Sequence[str],
 ) -> str:
-    """The comparison as one web page that asks for nothing else: what `partita.gnn.compare` found, its titles, table and notes."""
+    """The comparison as one web page that asks for nothing else: what `partita.gnn.split.compare` found, its titles, table and notes."""
     partitioners = found["partitioners"]
     best = min(partitioners, key=lambda name: partitioners[name]["largest_seconds"])
-    facts = {"vertices": f"{found['vertices']:,}", "edges": f"{found['edges']:,}", "devices": str(found["devices"]),
-             "features": str(found["features"]), "error of predictions": f"{100 * found['error']:.1f} %"}  # fmt: skip
+    facts = {
+        "vertices": f"{found['vertices']:,}",
+        "edges": f"{found['edges']:,}",
+        "devices": str(found["devices"]),
+        "features": str(found["features"]),
+        "error of predictions": f"{100 * found['error']:.1f} %",
+    }
     header = tag(
         "header",
         tag("p", "Partita · ", found["graph"], class_="kicker"),
@@ -32,16 +37,35 @@ def page(
     )
     whole = max(one["largest_seconds"] for one in partitioners.values())
     bars = [
-        join([tag("h3", titles[name]), tag("div", (
-            line_of(f"device {d}", [("compute", part["seconds"])], whole, seconds_text(part["seconds"]), f"{part['edges']:,}")
-            for d, part in enumerate(one["parts"])
-        ), class_="bars")])
+        join(
+            [
+                tag("h3", titles[name]),
+                tag(
+                    "div",
+                    (
+                        line_of(
+                            f"device {d}",
+                            [("compute", part["seconds"])],
+                            whole,
+                            seconds_text(part["seconds"]),
+                            f"{part['edges']:,}",
+                        )
+                        for d, part in enumerate(one["parts"])
+                    ),
+                    class_="bars",
+                ),
+            ]
+        )
         for name, one in partitioners.items()
-    ]  # fmt: skip
+    ]
     body = [
         header,
         section_of("Partitioners", table_of("Partitioners", columns, rows)),
-        section_of("Time of every device", tag("p", "Predicted time of each part, and its in-edges."), *bars),
+        section_of(
+            "Time of every device",
+            tag("p", "Predicted time of each part, and its in-edges."),
+            *bars,
+        ),
         section_of("Where the figures come from", *(tag("p", note) for note in notes)),
     ]
     return document(f"{found['graph']} over {found['devices']} devices", body, False)

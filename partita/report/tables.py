@@ -10,16 +10,18 @@ from rich import box
 from rich.table import Table
 
 from partita.machine import KINDS
-from partita.plan.plan import Plan
-from partita.plan.stages import is_staged
-from partita.simulate.timeline import Timeline
+from partita.plans.pipeline import is_staged
+from partita.plans.plan import Plan
+from partita.simulation.timeline import Timeline
 from partita.units import format_bandwidth, format_bytes, format_flops, format_seconds
 
 CAUSES = ("compute", "activations", "gradients", "moves")
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    return Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
 
 
 def plan_table(plan: Plan) -> Table:
@@ -58,7 +60,11 @@ def _stored(plan: Plan) -> dict[str, str]:
     """Per operator, how its variables are stored, where that is not plainly."""
     found: dict[str, str] = {}
     for path, storage in plan.storage.items():
-        owner = max((n for n in plan.choices if path.startswith(n.split(":")[0] + "/")), key=len, default=None)
+        owner = max(
+            (n for n in plan.choices if path.startswith(n.split(":")[0] + "/")),
+            key=len,
+            default=None,
+        )
         if owner is not None:
             found[owner] = f"ZeRO-{storage.zero}:{','.join(storage.axes)}"
     return found
@@ -72,7 +78,11 @@ def comparison_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
     table.add_column("plan", no_wrap=True)
     measured = any(r.get("measured_seconds") for r in rows)
     # Eighty columns hold seven: beside a measured time, its prediction is not taken apart.
-    columns = ["step", "memory", "sent", "gain"] if measured else ["step", "compute", "exchange", "memory", "sent", "gain"]
+    columns = (
+        ["step", "memory", "sent", "gain"]
+        if measured
+        else ["step", "compute", "exchange", "memory", "sent", "gain"]
+    )
     for column in columns + (["measured"] if measured else []):
         table.add_column(column, justify="right", no_wrap=True)
     for r in rows:
@@ -82,12 +92,17 @@ def comparison_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
             "step": format_seconds(r["seconds"]),
             "compute": format_seconds(compute) if compute is not None else "",
             "exchange": format_seconds(r["seconds"] - compute) if compute is not None else "",
-            "memory": format_bytes(r["peak_bytes"]) + ("" if r.get("fits", True) else " (does not fit)"),
+            "memory": format_bytes(r["peak_bytes"])
+            + ("" if r.get("fits", True) else " (does not fit)"),
             "sent": format_bytes(sent) if sent is not None else "",
             "gain": _ratio(base / r["seconds"]) if base and r["seconds"] else "",
             "measured": format_seconds(r["measured_seconds"]) if r.get("measured_seconds") else "",
         }
-        table.add_row(r["name"], *(cells[c] for c in columns + (["measured"] if measured else [])), style="bold" if r["name"] == "found" else None)
+        table.add_row(
+            r["name"],
+            *(cells[c] for c in columns + (["measured"] if measured else [])),
+            style="bold" if r["name"] == "found" else None,
+        )
     return table
 
 
@@ -104,7 +119,14 @@ def offers_table(rows: Sequence[Mapping[str, Any]], graph: str, samples: int) ->
     table = _table(f"{graph}: an epoch of {samples:,} samples")
     table.add_column("machine", no_wrap=True)
     priced = any(r["cost"] is not None for r in rows)
-    for column in ("devices", "step", "samples/s", "epoch", "device hours", *(["cost"] if priced else [])):
+    for column in (
+        "devices",
+        "step",
+        "samples/s",
+        "epoch",
+        "device hours",
+        *(["cost"] if priced else []),
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for r in rows:
         if r["seconds"] is None:
@@ -112,7 +134,15 @@ def offers_table(rows: Sequence[Mapping[str, Any]], graph: str, samples: int) ->
             continue
         cost = [f"{r['cost']:,.2f}" if r["cost"] is not None else ""] if priced else []
         epoch = format_seconds(r["epoch_seconds"]) if math.isfinite(r["epoch_seconds"]) else ""
-        table.add_row(r["machine"], str(r["devices"]), format_seconds(r["seconds"]), f"{r['samples_per_second']:,.0f}", epoch, f"{r['device_hours']:.3g}", *cost)
+        table.add_row(
+            r["machine"],
+            str(r["devices"]),
+            format_seconds(r["seconds"]),
+            f"{r['samples_per_second']:,.0f}",
+            epoch,
+            f"{r['device_hours']:.3g}",
+            *cost,
+        )
     return table
 
 
@@ -123,34 +153,59 @@ def explain_table(plan: Plan, layer: str) -> Table:
     table.add_column("choice")
     for column in ("step", "memory a device"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_row(f"{text} (chosen)", format_seconds(sum(cost[c] for c in CAUSES)), format_bytes(cost["bytes"]), style="bold")
+    table.add_row(
+        f"{text} (chosen)",
+        format_seconds(sum(cost[c] for c in CAUSES)),
+        format_bytes(cost["bytes"]),
+        style="bold",
+    )
     for other in cost["alternatives"]:
         sign = "+" if other["seconds"] >= 0 else "-"
         more = "+" if other["bytes"] >= 0 else "-"
         table.add_row(
-            other["choice"], f"{sign}{format_seconds(abs(other['seconds']))}", f"{more}{format_bytes(abs(other['bytes']))}"
+            other["choice"],
+            f"{sign}{format_seconds(abs(other['seconds']))}",
+            f"{more}{format_bytes(abs(other['bytes']))}",
         )
     return table
 
 
 PARTS = {
-    "compute": "kernels", "exchange": "collectives inside layers", "move": "moves between layers", "sum": "sums of gradients",
-    "gather": "gathering stored variables", "held up": "kernels held up by collectives",
-}  # fmt: skip
+    "compute": "kernels",
+    "exchange": "collectives inside layers",
+    "move": "moves between layers",
+    "sum": "sums of gradients",
+    "gather": "gathering stored variables",
+    "held up": "kernels held up by collectives",
+}
 """What the kinds of spans of a timeline are called."""
-WAITS = {"links": "waiting for a collective", "held up": "held up by collectives", "end": "waiting for the last collectives", "bubble": "waiting for other devices"}
+WAITS = {
+    "links": "waiting for a collective",
+    "held up": "held up by collectives",
+    "end": "waiting for the last collectives",
+    "bubble": "waiting for other devices",
+}
 
 
 def timeline_table(timeline: Timeline) -> Table:
     """A simulated step: what takes how much of it, by phase, and how much of each is on the critical path."""
-    table = _table(f"{timeline.graph} on {timeline.machine}, plan '{timeline.plan}': a step of {format_seconds(timeline.seconds)}")
-    table.add_column("what a device does" if timeline.groups == 1 else f"what {timeline.groups} groups of devices do together")
+    table = _table(
+        f"{timeline.graph} on {timeline.machine}, plan '{timeline.plan}': a step of {format_seconds(timeline.seconds)}"
+    )
+    table.add_column(
+        "what a device does"
+        if timeline.groups == 1
+        else f"what {timeline.groups} groups of devices do together"
+    )
     for column in ("forward", "backward", "update", "in all", "critical"):
         table.add_column(column, justify="right", no_wrap=True)
     for kind, name in PARTS.items():
         spans = [s for s in timeline.spans if s.kind == kind]
         if spans:
-            phases = [sum(s.seconds for s in spans if s.phase == phase) for phase in ("forward", "backward", "update")]
+            phases = [
+                sum(s.seconds for s in spans if s.phase == phase)
+                for phase in ("forward", "backward", "update")
+            ]
             cells = [*phases, sum(phases), sum(s.seconds for s in spans if s.critical)]
             table.add_row(name, *(format_seconds(c) if c else "" for c in cells))
     return table
@@ -164,10 +219,14 @@ def timeline_summary(timeline: Timeline, most: int = 5) -> Iterable[str]:
     held = ", ".join(f"{format_bytes(n)} {kind}" for kind, n in timeline.held.items() if n)
     yield f"memory {format_bytes(timeline.peak_bytes)} a device at the peak, in {timeline.peak_operator or 'the update'}: {held}"
     if timeline.traffic:
-        kinds = ", ".join(f"{format_bytes(n)} by {kind.replace('_', '-')}" for kind, n in timeline.traffic.items())
+        kinds = ", ".join(
+            f"{format_bytes(n)} by {kind.replace('_', '-')}" for kind, n in timeline.traffic.items()
+        )
         yield f"each device sends {kinds}; all together {format_bytes(timeline.total_traffic)} a step"
     longest = sorted(timeline.critical_path(), key=lambda s: -s.seconds)[:most]
-    yield "longest on the critical path: " + ", ".join(f"{s.name} {format_seconds(s.seconds)}" for s in longest)
+    yield "longest on the critical path: " + ", ".join(
+        f"{s.name} {format_seconds(s.seconds)}" for s in longest
+    )
     yield f"seconds are {timeline.source}"
     yield from (f"note: {n}" for n in timeline.notes)
 
@@ -187,7 +246,11 @@ def papers_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
             " / ".join(_ratio(f["seconds"] / three[-1]["seconds"]) for f in three[:-1]),
             " / ".join(_three(f["sent_bytes"] / 1e9) for f in three),
         )
-        table.add_row(r["case"]["network"], str(r["case"]["devices"]), *(cells if three else ("fits under no plan", "", "")))
+        table.add_row(
+            r["case"]["network"],
+            str(r["case"]["devices"]),
+            *(cells if three else ("fits under no plan", "", "")),
+        )
     return table
 
 
@@ -200,8 +263,10 @@ def papers_lines(rows: Iterable[Mapping[str, Any]]) -> Iterable[str]:
             yield f"{where}: {r['note']}"
             continue
         for key, unit, ours, scale in (
-            ("seconds", "s a step", "seconds", 1), ("gigabytes", "GB sent", "sent_bytes", 1e-9), ("kernel_seconds", "s of kernels", "kernel_seconds", 1),
-        ):  # fmt: skip
+            ("seconds", "s a step", "seconds", 1),
+            ("gigabytes", "GB sent", "sent_bytes", 1e-9),
+            ("kernel_seconds", "s of kernels", "kernel_seconds", 1),
+        ):
             if key in paper:
                 theirs = " / ".join(f"{v:g}" for v in paper[key].values())
                 yield f"{where}: published {theirs} {unit}; here {' / '.join(_three(plans[n][ours] * scale) for n in paper[key])}"
@@ -211,7 +276,10 @@ def papers_lines(rows: Iterable[Mapping[str, Any]]) -> Iterable[str]:
         if "samples_per_second" in paper:
             yield f"{where}: published {paper['samples_per_second']} samples/s; here {case['batch'] * case['devices'] / plans['found']['seconds']:.0f}"
         if "megabytes" in paper:
-            theirs, ours = " / ".join(f"{v}" for v in paper["megabytes"].values()), " / ".join(f"{v / 1e6:.0f}" for v in r["layers"].values())
+            theirs, ours = (
+                " / ".join(f"{v}" for v in paper["megabytes"].values()),
+                " / ".join(f"{v / 1e6:.0f}" for v in r["layers"].values()),
+            )
             yield f"{where}, first dense layer {' / '.join(r['layers'])}: published {theirs} MB sent; here {ours}"
         for name, f in plans.items():
             if name not in ("data parallel", "expert", "found"):
@@ -228,24 +296,42 @@ def searches_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     for r in rows:
         case, gap = r["case"], r["gap"]
         table.add_row(
-            case["network"], case["machine"], str(case["devices"]), str(r["operators"]), format_seconds(r["capture_seconds"]),
-            format_seconds(r["search_seconds"]), "" if gap is None else "proved" if gap < 1e-6 else f"{gap:.2%}",
-        )  # fmt: skip
+            case["network"],
+            case["machine"],
+            str(case["devices"]),
+            str(r["operators"]),
+            format_seconds(r["capture_seconds"]),
+            format_seconds(r["search_seconds"]),
+            "" if gap is None else "proved" if gap < 1e-6 else f"{gap:.2%}",
+        )
     return table
 
 
 def fidelity_table(steps: Sequence[Mapping[str, Any]]) -> Table:
     """Every step that was measured on a setting, with what was predicted by its operators, and how far off each way to predict is."""
     table = _table(f"steps on {steps[0]['place']}")
-    table.caption_justify, table.caption = "left", "*: the plan found; predicted by operators, of whose compute so much was timed and not fitted"
+    table.caption_justify, table.caption = (
+        "left",
+        "*: the plan found; predicted by operators, of whose compute so much was timed and not fitted",
+    )
     for column in ("model", "plan"):
         table.add_column(column, overflow="fold")
     for column in ("measured", "predicted", "error", "timed", "fitted", "rates"):
         table.add_column(column, justify="right", no_wrap=True)
     for r in steps:
-        off = ["" if r[way] is None else f"{r[way] / r['seconds'] - 1:+.0%}" for way in ("measured", "fitted", "rates")]
+        off = [
+            "" if r[way] is None else f"{r[way] / r['seconds'] - 1:+.0%}"
+            for way in ("measured", "fitted", "rates")
+        ]
         times = (format_seconds(r["seconds"]), format_seconds(r["measured"]))
-        table.add_row(r["model"], r["plan"] + "*" * r["chosen"], *times, off[0], f"{r['shares']['measured']:.0%}", *off[1:])
+        table.add_row(
+            r["model"],
+            r["plan"] + "*" * r["chosen"],
+            *times,
+            off[0],
+            f"{r['shares']['measured']:.0%}",
+            *off[1:],
+        )
     return table
 
 
@@ -266,9 +352,19 @@ def fidelity_summary(rows: Iterable[Mapping[str, Any]]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for r in rows:
         errors = (f"{r['median']:.1%}", f"{r['p95']:.0%}", f"{r['worst']:.0%}")
-        pairs = (", ".join(f"{v:.2f}" for v in r[key] or ()) for key in ("tau_within", "chosen_over_best"))
+        pairs = (
+            ", ".join(f"{v:.2f}" for v in r[key] or ())
+            for key in ("tau_within", "chosen_over_best")
+        )
         way = r["way"] if r["fit_error"] is None else f"{r['way']} (±{r['fit_error']:.0%})"
-        table.add_row(r["place"], way, str(r["steps"]), *errors, "" if r["tau"] is None else f"{r['tau']:.2f}", *pairs)
+        table.add_row(
+            r["place"],
+            way,
+            str(r["steps"]),
+            *errors,
+            "" if r["tau"] is None else f"{r['tau']:.2f}",
+            *pairs,
+        )
     return table
 
 
@@ -288,7 +384,11 @@ def calibration_table(measured: Iterable[Any]) -> Table:
     for column in ("size", "time", "rate of a device"):
         table.add_column(column, justify="right", no_wrap=True)
     for m in measured:
-        text = format_bandwidth if m.what == "stream" or m.what in KINDS else lambda rate: f"{format_flops(rate)}/s"
+        text = (
+            format_bandwidth
+            if m.what == "stream" or m.what in KINDS
+            else lambda rate: f"{format_flops(rate)}/s"
+        )
         table.add_row(m.what, m.size, format_seconds(m.seconds), text(m.rate) if m.rate else "")
     return table
 
@@ -300,7 +400,11 @@ def summary(plan: Plan) -> Iterable[str]:
         source = p.get("provenance", {}).get("seconds", "")
         gap = p["seconds"] / p["bound_seconds"] - 1 if p.get("bound_seconds") else None
         proof = (
-            "proved best in its space" if gap is not None and gap < 1e-6 else f"within {gap:.1%} of the bound" if gap else ""
+            "proved best in its space"
+            if gap is not None and gap < 1e-6
+            else f"within {gap:.1%} of the bound"
+            if gap
+            else ""
         )
         yield f"step {format_seconds(p['seconds'])} predicted ({source}){'; ' + proof if proof else ''}"
         yield f"memory {format_bytes(p['peak_bytes'])} a device at the peak; {format_bytes(sum(p['traffic_bytes'].values()))} sent"

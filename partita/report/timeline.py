@@ -15,13 +15,26 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from partita.report.elements import Html, bar_of, join, line_of, marked, seconds_text, section_of, table_of, tag
+from partita.report.elements import (
+    Html,
+    bar_of,
+    join,
+    line_of,
+    marked,
+    seconds_text,
+    section_of,
+    table_of,
+    tag,
+)
 from partita.report.tables import PARTS, WAITS
-from partita.simulate.timeline import KERNELS, LINKS, Span, Timeline
+from partita.simulation.timeline import KERNELS, LINKS, Span, Timeline
 from partita.units import format_bytes
 
 PHASES = ("forward", "backward", "update")
-COLOURS = {**{phase: f"kernels, {phase}" for phase in PHASES}, **{kind: words for kind, words in PARTS.items() if kind != "compute"}}
+COLOURS = {
+    **{phase: f"kernels, {phase}" for phase in PHASES},
+    **{kind: words for kind, words in PARTS.items() if kind != "compute"},
+}
 """What has a colour of its own: kernels by phase, all else by kind; and what it is called."""
 ROWS = {KERNELS: "kernels", LINKS: "links: collectives"}
 SIZES = {"axis": 22, "label": 22, "bar": 28, "mark": 7, "memory": 80}
@@ -38,15 +51,37 @@ def section(timeline: Timeline) -> Html:
     """The part of a page that shows a simulated step."""
     title = "One step as a timeline"
     if not timeline.spans or not timeline.seconds:
-        return section_of(title, tag("p", "The simulated step takes no time: nothing of this model runs long enough to be seen."))
-    return section_of(title, tag("p", _reading(timeline)), _legend(timeline), _figure(timeline), _held(timeline), _parts(timeline), _longest(timeline))
+        return section_of(
+            title,
+            tag(
+                "p",
+                "The simulated step takes no time: nothing of this model runs long enough to be seen.",
+            ),
+        )
+    return section_of(
+        title,
+        tag("p", _reading(timeline)),
+        _legend(timeline),
+        _figure(timeline),
+        _held(timeline),
+        _parts(timeline),
+        _longest(timeline),
+    )
 
 
 def _reading(timeline: Timeline) -> str:
-    who = f"each of the {timeline.devices} devices does the same" if timeline.devices > 1 else "one device does it all"
+    who = (
+        f"each of the {timeline.devices} devices does the same"
+        if timeline.devices > 1
+        else "one device does it all"
+    )
     if timeline.groups > 1:
         who = f"{timeline.devices} devices in {timeline.groups} groups"
-    waits = [f"{seconds_text(s)} {WAITS.get(cause, cause)}" for cause, s in timeline.idle.items() if s > 0]
+    waits = [
+        f"{seconds_text(s)} {WAITS.get(cause, cause)}"
+        for cause, s in timeline.idle.items()
+        if s > 0
+    ]
     idle = f"the rest is {', '.join(waits)}" if waits else "nothing waits"
     run = f"{timeline.busy_part():.1%}".replace("%", "\u00a0%")
     return (
@@ -68,8 +103,18 @@ def _legend(timeline: Timeline) -> Html:
     seconds: dict[str, float] = {}
     for span in timeline.spans:
         seconds[_colour(span)] = seconds.get(_colour(span), 0.0) + span.seconds
-    keys = [_key(_class(c), COLOURS.get(c, c), seconds_text(seconds[c])) for c in (*COLOURS, "other") if c in seconds]
-    keys.append(_key("t-critical", "critical path", f"{len(timeline.critical_path())} of {len(timeline.spans)} tasks"))
+    keys = [
+        _key(_class(c), COLOURS.get(c, c), seconds_text(seconds[c]))
+        for c in (*COLOURS, "other")
+        if c in seconds
+    ]
+    keys.append(
+        _key(
+            "t-critical",
+            "critical path",
+            f"{len(timeline.critical_path())} of {len(timeline.spans)} tasks",
+        )
+    )
     return tag("p", keys, class_="keys")
 
 
@@ -91,7 +136,11 @@ def _tops(rows: int) -> tuple[list[int], int, int]:
     """Where the spans of each row begin, where the curve of memory begins, and the height of it all, in pixels from the top."""
     each = SIZES["label"] + SIZES["bar"] + SIZES["mark"]
     end = SIZES["axis"] + rows * each
-    return [SIZES["axis"] + r * each + SIZES["label"] for r in range(rows)], end + SIZES["label"], end + SIZES["label"] + SIZES["memory"] + 2
+    return (
+        [SIZES["axis"] + r * each + SIZES["label"] for r in range(rows)],
+        end + SIZES["label"],
+        end + SIZES["label"] + SIZES["memory"] + 2,
+    )
 
 
 def _figure(timeline: Timeline) -> Html:
@@ -99,19 +148,27 @@ def _figure(timeline: Timeline) -> Html:
     buttons = [
         tag("button", text, type="button", data_do=do, aria_label=label, title=label)
         for text, do, label in (
-            ("+", "in", "zoom in"), ("−", "out", "zoom out"), ("whole step", "whole", "show the whole step"),
-            ("‹", "back", "the task before on the critical path"), ("›", "on", "the next task on the critical path"),
+            ("+", "in", "zoom in"),
+            ("−", "out", "zoom out"),
+            ("whole step", "whole", "show the whole step"),
+            ("‹", "back", "the task before on the critical path"),
+            ("›", "on", "the next task on the critical path"),
         )
-    ]  # fmt: skip
+    ]
     controls = tag("div", buttons, tag("span", class_="range"), class_="controls", hidden="")
     label = f"timeline of a step of {seconds_text(timeline.seconds)}; {keys}"
     plot = tag("div", _still(timeline), class_="plot", role="group", tabindex="0", aria_label=label)
     hint = "Drag to move. To zoom, click the picture and turn the wheel, hold Ctrl and turn it, or spread two fingers. Keys: + − ← → Home; N and P along the critical path."
     without = "Without JavaScript the picture shows the whole step; with it, it can be zoomed."
     return tag(
-        "figure", controls, tag("div", plot, tag("div", class_="tip", role="status", hidden=""), class_="frame"),
-        tag("p", hint, class_="note hint", hidden=""), tag("noscript", tag("p", without, class_="note")), _data(timeline), class_="timeline",
-    )  # fmt: skip
+        "figure",
+        controls,
+        tag("div", plot, tag("div", class_="tip", role="status", hidden=""), class_="frame"),
+        tag("p", hint, class_="note hint", hidden=""),
+        tag("noscript", tag("p", without, class_="note")),
+        _data(timeline),
+        class_="timeline",
+    )
 
 
 def _still(timeline: Timeline) -> Html:
@@ -128,22 +185,49 @@ def _still(timeline: Timeline) -> Html:
         if s.critical:
             critical += f"M{at:.2f} {top + SIZES['bar'] + SIZES['mark'] // 2}h{wide:.2f}"
         if s.seconds > NAMED * timeline.seconds and s.kind != "held up":
-            names.append(tag("i", s.operator, style=f"left:{100 * at / UNITS:.2f}%;width:{100 * wide / UNITS:.2f}%;top:{top}px"))
+            names.append(
+                tag(
+                    "i",
+                    s.operator,
+                    style=f"left:{100 * at / UNITS:.2f}%;width:{100 * wide / UNITS:.2f}%;top:{top}px",
+                )
+            )
     lanes = [tag("rect", width=UNITS, height=SIZES["bar"], y=top, class_="lane") for top in tops]
     paths = [tag("path", d=d, class_=c) for c, d in drawn.items() if d]
     paths.append(tag("path", d=critical, class_="critical"))
     paths.append(tag("path", d=_curve(timeline, scale, curve), class_="curve"))
-    picture = tag("svg", lanes, paths, viewBox=f"0 0 {UNITS} {height}", preserveAspectRatio="none", height=height, width="100%", aria_hidden="true")
-    said = [tag("span", name, style=f"top:{top - SIZES['label']}px") for name, top in zip(_row_names(timeline), tops, strict=True)]
+    picture = tag(
+        "svg",
+        lanes,
+        paths,
+        viewBox=f"0 0 {UNITS} {height}",
+        preserveAspectRatio="none",
+        height=height,
+        width="100%",
+        aria_hidden="true",
+    )
+    said = [
+        tag("span", name, style=f"top:{top - SIZES['label']}px")
+        for name, top in zip(_row_names(timeline), tops, strict=True)
+    ]
     said.append(tag("span", _memory_name(timeline), style=f"top:{curve - SIZES['label']}px"))
-    ends = [tag("span", "0", style="top:0"), tag("span", seconds_text(timeline.seconds), style="top:0;right:0")]
+    ends = [
+        tag("span", "0", style="top:0"),
+        tag("span", seconds_text(timeline.seconds), style="top:0;right:0"),
+    ]
     return join([picture, *said, *ends, *names])
 
 
 def _curve(timeline: Timeline, scale: float, top: int) -> str:
     whole = max(timeline.peak_bytes, 1)
-    steps = [(at * scale, top + SIZES["memory"] * (1 - nbytes / whole)) for at, nbytes in timeline.memory]
-    return f"M0 {top + SIZES['memory']}" + "".join(f"H{x:.2f}V{y:.1f}" for x, y in steps) + f"H{UNITS}V{top + SIZES['memory']}z"
+    steps = [
+        (at * scale, top + SIZES["memory"] * (1 - nbytes / whole)) for at, nbytes in timeline.memory
+    ]
+    return (
+        f"M0 {top + SIZES['memory']}"
+        + "".join(f"H{x:.2f}V{y:.1f}" for x, y in steps)
+        + f"H{UNITS}V{top + SIZES['memory']}z"
+    )
 
 
 def _memory_name(timeline: Timeline) -> str:
@@ -155,14 +239,32 @@ def _data(timeline: Timeline) -> Html:
     rows, colours = {name: r for r, name in enumerate(timeline.rows())}, [*COLOURS, "other"]
     tops, curve, height = _tops(len(rows))
     spans = [
-        [_short(s.start), _short(s.seconds), rows[s.group, s.stream], colours.index(_colour(s)), s.name, s.operator, int(s.critical), s.phase]
+        [
+            _short(s.start),
+            _short(s.seconds),
+            rows[s.group, s.stream],
+            colours.index(_colour(s)),
+            s.name,
+            s.operator,
+            int(s.critical),
+            s.phase,
+        ]
         for s in timeline.spans
     ]
     value: dict[str, Any] = {
-        "seconds": timeline.seconds, "rows": _row_names(timeline), "tops": tops, "curve": curve, "height": height, "sizes": SIZES,
-        "colours": [[_class(c), COLOURS.get(c, c)] for c in colours], "spans": spans, "peak": timeline.peak_bytes, "peakIn": timeline.peak_operator,
-        "memory": [[_short(at), nbytes] for at, nbytes in timeline.memory], "memoryName": _memory_name(timeline),
-    }  # fmt: skip
+        "seconds": timeline.seconds,
+        "rows": _row_names(timeline),
+        "tops": tops,
+        "curve": curve,
+        "height": height,
+        "sizes": SIZES,
+        "colours": [[_class(c), COLOURS.get(c, c)] for c in colours],
+        "spans": spans,
+        "peak": timeline.peak_bytes,
+        "peakIn": timeline.peak_operator,
+        "memory": [[_short(at), nbytes] for at, nbytes in timeline.memory],
+        "memoryName": _memory_name(timeline),
+    }
     text = json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return tag("script", Html(text), type="application/json")
 
@@ -182,8 +284,17 @@ def _held(timeline: Timeline) -> Html:
         return Html("")
     parts = [(f"m{min(i, 7)}", count) for i, count in enumerate(held.values())]
     where = f"{format_bytes(timeline.peak_bytes)} of memory at the peak, in {timeline.peak_operator or 'the update'}"
-    keys = (_key(c, kind, format_bytes(n)) for (c, _), (kind, n) in zip(parts, held.items(), strict=True))
-    return join([tag("h3", f"What holds {where}"), bar_of(parts, whole, where), tag("p", keys, class_="keys held")])
+    keys = (
+        _key(c, kind, format_bytes(n))
+        for (c, _), (kind, n) in zip(parts, held.items(), strict=True)
+    )
+    return join(
+        [
+            tag("h3", f"What holds {where}"),
+            bar_of(parts, whole, where),
+            tag("p", keys, class_="keys held"),
+        ]
+    )
 
 
 def _parts(timeline: Timeline) -> Html:
@@ -193,7 +304,11 @@ def _parts(timeline: Timeline) -> Html:
         spans = [s for s in timeline.spans if s.kind == kind]
         if spans:
             by_phase = [sum(s.seconds for s in spans if s.phase == phase) for phase in PHASES]
-            cells = [*by_phase, sum(s.seconds for s in spans), sum(s.seconds for s in spans if s.critical)]
+            cells = [
+                *by_phase,
+                sum(s.seconds for s in spans),
+                sum(s.seconds for s in spans if s.critical),
+            ]
             rows.append([PARTS.get(kind, kind), *(seconds_text(c) if c else "–" for c in cells)])
     title = "What a device does"
     return join([tag("h3", title), table_of(title, ["tasks", *PHASES, "in all", "critical"], rows)])
@@ -204,9 +319,15 @@ def _longest(timeline: Timeline) -> Html:
     if not path:
         return Html("")
     bars = [
-        line_of(s.name, [(_class(_colour(s)), s.seconds)], path[0].seconds, seconds_text(s.seconds), f"{s.seconds / timeline.seconds:.1%}".replace("%", " %"))
+        line_of(
+            s.name,
+            [(_class(_colour(s)), s.seconds)],
+            path[0].seconds,
+            seconds_text(s.seconds),
+            f"{s.seconds / timeline.seconds:.1%}".replace("%", " %"),
+        )
         for s in path
-    ]  # fmt: skip
+    ]
     return join([tag("h3", "Longest on the critical path"), tag("div", bars, class_="bars")])
 
 

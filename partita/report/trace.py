@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from partita.simulate.timeline import Timeline
+from partita.simulation.timeline import Timeline
 
 
 def trace(timeline: Timeline) -> dict[str, Any]:
@@ -17,25 +17,72 @@ def trace(timeline: Timeline) -> dict[str, Any]:
     who = "every device" if timeline.devices > 1 else "the device"
     rows = {stream: row for row, stream in enumerate(timeline.rows())}
     events: list[dict[str, Any]] = [
-        {"ph": "M", "pid": 0, "tid": 0, "name": "process_name", "args": {"name": f"{timeline.graph} on {timeline.machine}: {who}"}}
+        {
+            "ph": "M",
+            "pid": 0,
+            "tid": 0,
+            "name": "process_name",
+            "args": {"name": f"{timeline.graph} on {timeline.machine}: {who}"},
+        }
     ]
     for (group, stream), row in rows.items():
-        events.append({"ph": "M", "pid": 0, "tid": row, "name": "thread_name", "args": {"name": f"{group}: {stream}" if group else stream}})
-        events.append({"ph": "M", "pid": 0, "tid": row, "name": "thread_sort_index", "args": {"sort_index": row}})
+        events.append(
+            {
+                "ph": "M",
+                "pid": 0,
+                "tid": row,
+                "name": "thread_name",
+                "args": {"name": f"{group}: {stream}" if group else stream},
+            }
+        )
+        events.append(
+            {
+                "ph": "M",
+                "pid": 0,
+                "tid": row,
+                "name": "thread_sort_index",
+                "args": {"sort_index": row},
+            }
+        )
     for s in timeline.spans:
         begin, end = round(s.start * 1e9), round(s.end * 1e9)
         events.append(
             {
-                "ph": "X", "pid": 0, "tid": rows[s.group, s.stream], "ts": _micro(begin), "dur": _micro(end - begin), "name": s.name, "cat": f"{s.phase},{s.kind}",
-                "args": {"layer": s.operator, "kind": s.kind, "phase": s.phase, "critical": s.critical},
+                "ph": "X",
+                "pid": 0,
+                "tid": rows[s.group, s.stream],
+                "ts": _micro(begin),
+                "dur": _micro(end - begin),
+                "name": s.name,
+                "cat": f"{s.phase},{s.kind}",
+                "args": {
+                    "layer": s.operator,
+                    "kind": s.kind,
+                    "phase": s.phase,
+                    "critical": s.critical,
+                },
             }
-        )  # fmt: skip
+        )
     for at, nbytes in timeline.memory:
-        events.append({"ph": "C", "pid": 0, "tid": 0, "ts": _micro(round(at * 1e9)), "name": "memory", "args": {"bytes": nbytes}})
+        events.append(
+            {
+                "ph": "C",
+                "pid": 0,
+                "tid": 0,
+                "ts": _micro(round(at * 1e9)),
+                "name": "memory",
+                "args": {"bytes": nbytes},
+            }
+        )
     return {
         "traceEvents": events,
         "displayTimeUnit": "ms",
-        "otherData": {"plan": timeline.plan, "devices": str(timeline.devices), "seconds": repr(timeline.seconds), "source": timeline.source},
+        "otherData": {
+            "plan": timeline.plan,
+            "devices": str(timeline.devices),
+            "seconds": repr(timeline.seconds),
+            "source": timeline.source,
+        },
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from partita.cost.evaluate import PHASES, engine_dtype
 from partita.cost.terms import Terms
-from partita.graph.graph import Phase
+from partita.graph.operator_graph import Phase
 from partita.machine import Machine
 
 
@@ -44,6 +44,10 @@ def _kernels(terms: Terms, machine: Machine) -> list[list[tuple[Phase, float]]]:
                     for kind, bandwidth in zip(kinds, fastest, strict=True)
                 ]
                 known[own.digest].append(
-                    (w.phase, w.trips * min(max(w.flops / rate, moved / bandwidth) for rate, bandwidth in rates))
+                    (
+                        w.phase,
+                        w.trips
+                        * min(max(w.flops / rate, moved / bandwidth) for rate, bandwidth in rates),
+                    )
                 )
     return [known[own.digest] for own in terms.operators]

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 
-from partita.graph.graph import Graph
-from partita.plan.plan import Mesh, illegal
-from partita.plan.stages import samples_of
+from partita.graph.operator_graph import OperatorGraph
+from partita.plans.pipeline import samples_of
+from partita.plans.plan import Mesh, illegal
 
 ORDER = "SAPR"
 LIMIT = 150
@@ -26,9 +26,17 @@ Choice = tuple[int, ...]
 """Per mesh axis, the factor that it splits, -1 where the operator is replicated."""
 
 
-def candidates(graph: Graph, operator: int, mesh: Mesh, extra: Iterable[Choice] = (), limit: int = LIMIT) -> list[Choice]:
+def candidates(
+    graph: OperatorGraph,
+    operator: int,
+    mesh: Mesh,
+    extra: Iterable[Choice] = (),
+    limit: int = LIMIT,
+) -> list[Choice]:
     """The choices of an operator on a mesh, without repetition; the first is to replicate it everywhere."""
-    factors = sorted(graph.operators[operator].factors, key=lambda f: (ORDER.index(graph.factors[f].kind), f))
+    factors = sorted(
+        graph.operators[operator].factors, key=lambda f: (ORDER.index(graph.factors[f].kind), f)
+    )
     uses = [*factors, -1]
     everything, sizes = [-1] * len(mesh.axes), {f: graph.factors[f].size for f in factors}
     for number, axis in enumerate(mesh.axes):
@@ -48,10 +56,16 @@ def candidates(graph: Graph, operator: int, mesh: Mesh, extra: Iterable[Choice] 
             break
     for choice in extra:
         found[choice] = None
-    return [choice for choice in found if illegal(graph, operator, names_of(graph, mesh, choice), mesh) is None]
+    return [
+        choice
+        for choice in found
+        if illegal(graph, operator, names_of(graph, mesh, choice), mesh) is None
+    ]
 
 
-def _dealt(mesh: Mesh, uses: list[int], start: list[int], sizes: Mapping[int, int], most: int, portion: int) -> Iterator[Choice]:
+def _dealt(
+    mesh: Mesh, uses: list[int], start: list[int], sizes: Mapping[int, int], most: int, portion: int
+) -> Iterator[Choice]:
     """All choices with at most `most` uses, dealt to the axes of each level in the order of uses, `portion` axes at a time."""
     levels: dict[tuple[int, int], list[int]] = {}
     for number, axis in enumerate(mesh.axes):
@@ -59,7 +73,9 @@ def _dealt(mesh: Mesh, uses: list[int], start: list[int], sizes: Mapping[int, in
             levels.setdefault((axis.level, axis.size), []).append(number)
     groups = list(levels.values())
 
-    def deal(level: int, choice: list[int], chosen: tuple[int, ...], left: dict[int, int]) -> Iterator[Choice]:
+    def deal(
+        level: int, choice: list[int], chosen: tuple[int, ...], left: dict[int, int]
+    ) -> Iterator[Choice]:
         if level == len(groups):
             yield tuple(choice)
             return
@@ -74,7 +90,9 @@ def _dealt(mesh: Mesh, uses: list[int], start: list[int], sizes: Mapping[int, in
                         break
                     rest[use] //= size**count
             if fits:
-                dealt = [use for use, count in zip(chosen, counts, strict=True) for _ in range(count)]
+                dealt = [
+                    use for use, count in zip(chosen, counts, strict=True) for _ in range(count)
+                ]
                 for a, use in zip(axes, dealt, strict=True):
                     choice[a] = use
                 yield from deal(level + 1, choice, chosen, rest)
@@ -107,12 +125,12 @@ def assignment_of(choice: Choice) -> dict[int, tuple[int, ...]]:
     return found
 
 
-def choice_of(graph: Graph, operator: int, mesh: Mesh, named: Mapping[str, str]) -> Choice:
+def choice_of(graph: OperatorGraph, operator: int, mesh: Mesh, named: Mapping[str, str]) -> Choice:
     """A plan's choice for an operator, {axis name: factor name}, as numbers."""
     by_name = {graph.factors[f].name: f for f in graph.operators[operator].factors}
     return tuple(by_name[named[a.name]] if a.name in named else -1 for a in mesh.axes)
 
 
-def names_of(graph: Graph, mesh: Mesh, choice: Choice) -> dict[str, str]:
+def names_of(graph: OperatorGraph, mesh: Mesh, choice: Choice) -> dict[str, str]:
     """A choice as a plan writes it."""
     return {a.name: graph.factors[f].name for a, f in zip(mesh.axes, choice, strict=True) if f >= 0}

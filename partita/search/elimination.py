@@ -43,7 +43,9 @@ Factor = tuple[tuple[int, ...], np.ndarray]
 """Variables and a table over their states."""
 
 
-def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = None, rounds: int = ROUNDS) -> SearchResult:
+def eliminate(
+    problem: Problem, budget: float = np.inf, report: Report | None = None, rounds: int = ROUNDS
+) -> SearchResult:
     """The states of least seconds whose bytes are within `budget`, with a lower bound. A price at which they fit is refined `rounds` times.
 
     If nothing fits, the result is the smallest in bytes that was found, and `feasible` is False.
@@ -68,7 +70,11 @@ def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = 
                 say("without a limit on memory", problem.cost(states), bound)
                 best, smallest, bound, _ = _price_memory(priced, budget, states, bound, say, rounds)
             else:
-                say("exact" if problem.cost(states) <= bound * (1 + CLOSE) else "bounded", problem.cost(states), bound)
+                say(
+                    "exact" if problem.cost(states) <= bound * (1 + CLOSE) else "bounded",
+                    problem.cost(states),
+                    bound,
+                )
     except KeyboardInterrupt:
         stopped = True
         if best is None and smallest is None:
@@ -76,7 +82,15 @@ def eliminate(problem: Problem, budget: float = np.inf, report: Report | None = 
     chosen = best if best is not None else smallest
     assert chosen is not None
     fits = problem.held(chosen) <= budget
-    return SearchResult(tuple(chosen), problem.cost(chosen), problem.held(chosen), bound, fits, tuple(history), stopped)
+    return SearchResult(
+        tuple(chosen),
+        problem.cost(chosen),
+        problem.held(chosen),
+        bound,
+        fits,
+        tuple(history),
+        stopped,
+    )
 
 
 def _price_folded(
@@ -97,15 +111,27 @@ def _price_folded(
     if best is None:
         return None
     states, least = priced.solve(price, ENOUGH)
-    found = min((_polish(problem, budget, s) for s in (folded.lift(best), states) if problem.held(s) <= budget), key=problem.cost)
+    found = min(
+        (
+            _polish(problem, budget, s)
+            for s in (folded.lift(best), states)
+            if problem.held(s) <= budget
+        ),
+        key=problem.cost,
+    )
     bound = min(least - price * budget, problem.cost(found))
     say("pricing memory", problem.cost(found), bound)
     return found, folded.lift(smallest), bound
 
 
 def _price_memory(
-    priced: Priced, budget: float, fastest: tuple[int, ...], bound: float, say: Callable[[str, float, float], None], rounds: int
-) -> tuple[tuple[int, ...] | None, tuple[int, ...], float, float]:  # fmt: skip
+    priced: Priced,
+    budget: float,
+    fastest: tuple[int, ...],
+    bound: float,
+    say: Callable[[str, float, float], None],
+    rounds: int,
+) -> tuple[tuple[int, ...] | None, tuple[int, ...], float, float]:
     """Raises the price of a byte until a plan fits, then searches between: (best that fits, smallest, bound, the price that gives the bound).
 
     A plan's seconds + price x bytes is a line over the price, and the least of all plans a concave curve of such lines: the next price is where
@@ -125,12 +151,17 @@ def _price_memory(
             break
         low, high, under = high, high * 4, states
         if high > 1e6 * scale:
-            smallest = min(smallest, tuple(int(np.argmin(b)) for b in problem.nbytes), key=problem.held)
+            smallest = min(
+                smallest, tuple(int(np.argmin(b)) for b in problem.nbytes), key=problem.held
+            )
             best = smallest if problem.held(smallest) <= budget else None
             break
     if best is not None and over is best:
         for _ in range(rounds):
-            more, less = problem.cost(over) - problem.cost(under), problem.held(under) - problem.held(over)
+            more, less = (
+                problem.cost(over) - problem.cost(under),
+                problem.held(under) - problem.held(over),
+            )
             price = more / less if less > 0 else low
             if not low < price < high:
                 break
@@ -145,7 +176,9 @@ def _price_memory(
             else:
                 low, under = price, states
             say("pricing memory", problem.cost(best), bound)
-            if problem.cost(best) <= bound * (1 + CLOSE) or problem.cost(states) + price * problem.held(states) >= meets * (1 - 1e-12):
+            if problem.cost(best) <= bound * (1 + CLOSE) or problem.cost(
+                states
+            ) + price * problem.held(states) >= meets * (1 - 1e-12):
                 break
     if best is not None:
         best = _polish(problem, budget, best)
@@ -208,7 +241,9 @@ class Priced:
     def solve(self, price: float, close: float = CLOSE) -> tuple[tuple[int, ...], float]:
         """(states, lower bound) for seconds + price x bytes; the states attain the bound, to `close` of it, wherever no bucket had to be cut."""
         own = self.seconds + price * self.nbytes
-        alone = replace(self.problem, seconds=[own[a:b] for a, b in itertools.pairwise(self.messages.first)])
+        alone = replace(
+            self.problem, seconds=[own[a:b] for a, b in itertools.pairwise(self.messages.first)]
+        )
         best, least, bound = None, np.inf, -np.inf
         for _ in range(0, MOST_SWEEPS, SWEEPS):
             before, bound = bound, max(bound, self.messages.sweep(own, SWEEPS))
@@ -249,7 +284,10 @@ def _eliminated(problem: Problem) -> tuple[list[int], float]:
         for part in _parts(v, buckets[rank[v]], sizes):
             others = tuple(sorted({n for scope, _ in part for n in scope} - {v}))
             place = {n: i for i, n in enumerate((*others, v))}
-            best = _least([(tuple(place[n] for n in scope), table) for scope, table in part], tuple(sizes[n] for n in others))
+            best = _least(
+                [(tuple(place[n] for n in scope), table) for scope, table in part],
+                tuple(sizes[n] for n in others),
+            )
             if others:
                 put(others, best)
             else:
@@ -300,10 +338,16 @@ def _least(factors: Sequence[Factor], shape: tuple[int, ...]) -> np.ndarray:
         together[at] = together[at] + turned if at in together else turned
     # What has fewer dims is added to what has them all: then the loops add few tables.
     for at in sorted(together, key=len):
-        wider = min((b for b in together if len(b) > len(at) and set(at) <= set(b)), key=lambda b: together[b].size, default=None)
+        wider = min(
+            (b for b in together if len(b) > len(at) and set(at) <= set(b)),
+            key=lambda b: together[b].size,
+            default=None,
+        )
         if wider is not None:
             spread = together.pop(at)
-            together[wider] = together[wider] + spread.reshape([n if d in at else 1 for d, n in zip(wider, together[wider].shape, strict=True)])
+            together[wider] = together[wider] + spread.reshape(
+                [n if d in at else 1 for d, n in zip(wider, together[wider].shape, strict=True)]
+            )
     if len(together) == 1:
         return next(iter(together.values())).min(axis=-1)
     count = len(together)

@@ -19,7 +19,7 @@ from numba import njit
 from partita.search.base import Problem, Progress, Report, SearchResult
 from partita.search.messages import Messages
 from partita.search.simulated import Simulated, fill
-from partita.simulate.engine import sweep
+from partita.simulation.engine import sweep
 
 SWEEPS = 200
 """Sweeps of messages before states are chosen, at most."""
@@ -30,9 +30,14 @@ CHUNK = 1_000_000
 
 
 def prove(
-    problem: Simulated, below: Problem, start: Sequence[int], budget: float = np.inf, seconds: float = np.inf, nodes: int = sys.maxsize,
+    problem: Simulated,
+    below: Problem,
+    start: Sequence[int],
+    budget: float = np.inf,
+    seconds: float = np.inf,
+    nodes: int = sys.maxsize,
     report: Report | None = None,
-) -> SearchResult:  # fmt: skip
+) -> SearchResult:
     """The states of the shortest simulated step within a budget of bytes; `start` fits it, and no step is shorter than `below`.
 
     Where `seconds` or `nodes` (choices of a state) run out, or on Ctrl-C, the result is the best so far, `stopped`, and its bound that of `below`.
@@ -46,7 +51,12 @@ def prove(
         if bound - before <= 0.001 * (least - bound):
             break
     kept = messages.kept(own, least * (1 + MARGIN) - bound)
-    tree, history, stopped, done = _Tree(messages.moved(own, kept), kept, problem, bound, budget), [], False, False
+    tree, history, stopped, done = (
+        _Tree(messages.moved(own, kept), kept, problem, bound, budget),
+        [],
+        False,
+        False,
+    )
     try:
         while not done:
             history.append(Progress("proving", least, min(bound, least)))
@@ -61,13 +71,28 @@ def prove(
         stopped = True
     least = problem.seconds(best)
     bound = min(bound, least) if stopped else least
-    return SearchResult(tuple(map(int, best)), least, problem.held(best), bound, True, (*history, Progress("proving", least, bound)), stopped)
+    return SearchResult(
+        tuple(map(int, best)),
+        least,
+        problem.held(best),
+        bound,
+        True,
+        (*history, Progress("proving", least, bound)),
+        stopped,
+    )
 
 
 class _Tree:
     """A search, depth first, that goes on where it was left. `moved` is the sum of the `kept` states, its costs above `bound`."""
 
-    def __init__(self, moved: Problem, kept: list[np.ndarray], problem: Simulated, bound: float, budget: float) -> None:
+    def __init__(
+        self,
+        moved: Problem,
+        kept: list[np.ndarray],
+        problem: Simulated,
+        bound: float,
+        budget: float,
+    ) -> None:
         self.problem, self.bound, self.budget = problem, bound, budget
         order = _order(moved)
         rank, sizes = np.argsort(order), [len(kept[v]) for v in order]
@@ -81,10 +106,16 @@ class _Tree:
         nbytes = [moved.nbytes[v] for v in order]
         lightest = np.cumsum([0.0, *(b.min() for b in reversed(nbytes))])[::-1].copy()
         self.data = (
-            np.array(order, np.int64), np.concatenate([[0], np.cumsum(sizes)]), np.concatenate([moved.seconds[v] - moved.seconds[v].min() for v in order]),
-            np.concatenate([kept[v] for v in order]).astype(np.int64), np.concatenate(nbytes), lightest,
-            np.cumsum([0, *map(len, back)]), np.array([pair for mine in back for pair in mine], np.int64).reshape(-1, 2), np.concatenate([*data, np.zeros(1)]),
-        )  # fmt: skip
+            np.array(order, np.int64),
+            np.concatenate([[0], np.cumsum(sizes)]),
+            np.concatenate([moved.seconds[v] - moved.seconds[v].min() for v in order]),
+            np.concatenate([kept[v] for v in order]).astype(np.int64),
+            np.concatenate(nbytes),
+            lightest,
+            np.cumsum([0, *map(len, back)]),
+            np.array([pair for mine in back for pair in mine], np.int64).reshape(-1, 2),
+            np.concatenate([*data, np.zeros(1)]),
+        )
         n = len(order)
         self.at, self.depth = np.full(n + 1, -1, np.int64), 0
         self.over, self.held, self.chosen = np.zeros(n + 1), np.zeros(n + 1), np.zeros(n, np.int64)
@@ -92,9 +123,20 @@ class _Tree:
     def search(self, best: np.ndarray, least: float, nodes: int) -> tuple[float, bool]:
         """(seconds of the best step so far, its states in `best`; whether all was looked at), after so many more choices."""
         self.depth, least = _search(
-            self.depth, nodes, self.at, self.over, self.held, self.chosen, *self.data, best, least, self.bound, self.budget, *self.problem.order,
+            self.depth,
+            nodes,
+            self.at,
+            self.over,
+            self.held,
+            self.chosen,
+            *self.data,
+            best,
+            least,
+            self.bound,
+            self.budget,
+            *self.problem.order,
             *self.problem.where,
-        )  # fmt: skip
+        )
         return least, self.depth < 0
 
 
@@ -107,16 +149,40 @@ def _order(problem: Problem) -> list[int]:
     order: list[int] = []
     left = set(range(problem.size))
     while left:
-        order.append(min(left, key=lambda v: (-len(near[v] & set(order)), len(problem.seconds[v]), v)))
+        order.append(
+            min(left, key=lambda v: (-len(near[v] & set(order)), len(problem.seconds[v]), v))
+        )
         left.remove(order[-1])
     return order
 
 
 @njit(cache=True)
 def _search(  # noqa: ANN202, PLR0913
-    d, nodes, at, over, held, chosen, order, first, own, state, nbytes, lightest, back_first, back, data, best, least, bound, budget,  # noqa: ANN001
-    stream, streams, task_first, before, *where,  # noqa: ANN001, ANN002
-):  # fmt: skip
+    d,
+    nodes,
+    at,
+    over,
+    held,
+    chosen,
+    order,
+    first,
+    own,
+    state,
+    nbytes,
+    lightest,
+    back_first,
+    back,
+    data,
+    best,
+    least,
+    bound,
+    budget,  # noqa: ANN001
+    stream,
+    streams,
+    task_first,
+    before,
+    *where,  # noqa: ANN001, ANN002
+):
     """`nodes` more choices from depth d on: (depth, -1 if nothing is left; seconds of the best step). Its states are written into `best`."""
     n, tasks = len(order), len(stream)
     seconds, start, end = np.zeros(tasks), np.zeros(tasks), np.zeros(tasks)

@@ -18,21 +18,21 @@ import numpy as np
 from partita.cost.memory import memory
 from partita.cost.predict import Prediction
 from partita.errors import MemoryBudgetError, PlanError
-from partita.graph.graph import Graph
+from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
-from partita.plan.baselines import BASELINES
-from partita.plan.layout import layout
-from partita.plan.plan import Mesh, Plan, mesh_for
-from partita.plan.stages import is_staged
+from partita.plans.baselines import BASELINES
+from partita.plans.layout import layout
+from partita.plans.pipeline import is_staged
+from partita.plans.plan import Mesh, Plan, mesh_for
 from partita.search.base import Progress, Report, SearchResult
 from partita.search.bound import least_seconds
 from partita.search.candidates import names_of
-from partita.search.network import Network, build, stored_by
+from partita.search.network import CostNetwork, build, stored_by
+from partita.search.pipelines import stage
 from partita.search.placement import place
 from partita.search.portfolio import SEARCHES, WORTH, Limits, Search, Space, elimination
-from partita.search.stages import stage
-from partita.simulate.simulate import predicted
-from partita.simulate.stages import predicted as staged_prediction
+from partita.simulation.pipelined import predicted as staged_prediction
+from partita.simulation.simulate import predicted
 from partita.units import format_bytes, format_seconds
 
 RESERVE = 0.05
@@ -46,7 +46,7 @@ class Found:
     plan: Plan
     prediction: Prediction
     result: SearchResult
-    network: Network
+    network: CostNetwork
     baselines: Baselines
 
 
@@ -62,13 +62,21 @@ def capacity(machine: Machine) -> int:
 
 def fits(machine: Machine, prediction: Prediction, excess: float = 1.0) -> bool:
     """Whether the device that holds most of what it has may hold that, and `excess` times as much if that was seen."""
-    return prediction.peak_bytes <= int(capacity(machine.of_kind(prediction.kind)) / max(1.0, excess))
+    return prediction.peak_bytes <= int(
+        capacity(machine.of_kind(prediction.kind)) / max(1.0, excess)
+    )
 
 
 def find(
-    graph: Graph, machine: Machine, report: Callable[[Progress], None] | None = None, excess: float = 1.0, seconds: float | None = None,
-    seed: int = 0, stages: bool = False, search: str = "portfolio",
-) -> Found:  # fmt: skip
+    graph: OperatorGraph,
+    machine: Machine,
+    report: Callable[[Progress], None] | None = None,
+    excess: float = 1.0,
+    seconds: float | None = None,
+    seed: int = 0,
+    stages: bool = False,
+    search: str = "portfolio",
+) -> Found:
     """The plan of least predicted step time that fits the machine's memory.
 
     Never worse than any baseline by its own measure. Raises MemoryBudgetError, with the smallest need, if nothing fits. `excess`
@@ -80,27 +88,61 @@ def find(
     if search not in SEARCHES:
         raise PlanError(f"There is no search {search!r}: use {', '.join(map(repr, SEARCHES))}.")
     clock = _Clock(seconds)
-    found = _whole(graph, machine, report, excess, clock, 0.5 if stages else 1.0, seed, SEARCHES[search])
+    found = _whole(
+        graph, machine, report, excess, clock, 0.5 if stages else 1.0, seed, SEARCHES[search]
+    )
     if stages and machine.devices > 1:
         limit = int(capacity(machine) / max(1.0, excess))
         most = found.prediction.seconds if isinstance(found, Found) else np.inf
-        bound = min(found.result.bound, least_seconds(found.network.terms, machine, machine.devices))
+        bound = min(
+            found.result.bound, least_seconds(found.network.terms, machine, machine.devices)
+        )
         terms, best = found.network.terms, None
         if not machine.kinds:
-            staged = stage(graph, machine, mesh_of(machine), terms, limit, most * (1 - WORTH), report, bound, clock.share(0.6))
+            staged = stage(
+                graph,
+                machine,
+                mesh_of(machine),
+                terms,
+                limit,
+                most * (1 - WORTH),
+                report,
+                bound,
+                clock.share(0.6),
+            )
             best = staged and (staged.plan, staged_prediction(staged))
         start = found.plan if found.plan.mesh.axes else found.baselines["one device"][0]
         enough = lambda placed: fits(machine, placed.prediction(), excess)  # noqa: E731
-        if isinstance(found, Found) or found.smallest <= HOPELESS * limit:  # places hold what the plan holds that they begin from, or little less
-            placed = place(graph, machine, start, terms, (best[1].seconds if best else most) * (1 - WORTH), enough, report, bound, clock.share(1.0), seed)
-            best = (replace(placed.plan, name="found"), replace(placed.prediction(), plan="found")) if placed else best
+        if (
+            isinstance(found, Found) or found.smallest <= HOPELESS * limit
+        ):  # places hold what the plan holds that they begin from, or little less
+            placed = place(
+                graph,
+                machine,
+                start,
+                terms,
+                (best[1].seconds if best else most) * (1 - WORTH),
+                enough,
+                report,
+                bound,
+                clock.share(1.0),
+                seed,
+            )
+            best = (
+                (replace(placed.plan, name="found"), replace(placed.prediction(), plan="found"))
+                if placed
+                else best
+            )
         found = replace(found, result=replace(found.result, bound=bound))
         if best is not None:
             return _elsewhere(found, graph, machine, *best)
         note = "of the plans in stages and with placed operators that were looked at none is predicted to be faster; what is proved is proved of those without"
         found = replace(found, plan=replace(found.plan, notes=(*found.plan.notes, note)))
     if isinstance(found, _Unfit):
-        limit, least = int(capacity(machine) / max(1.0, excess)), min(found.smallest, *(found.baselines.peak(name) for name in found.baselines))
+        limit, least = (
+            int(capacity(machine) / max(1.0, excess)),
+            min(found.smallest, *(found.baselines.peak(name) for name in found.baselines)),
+        )
         raise MemoryBudgetError(
             f"'{graph.name}' with batch {graph.batch_size} fits {machine.name} under no plan: the smallest needs "
             f"{format_bytes(least)} per device, and a device has {format_bytes(machine.memory_bytes)}, of which {format_bytes(limit)} "
@@ -118,9 +160,13 @@ class _Clock:
 
     def share(self, part: float) -> float | None:
         """A part of what is left."""
-        return None if self.seconds is None else max(0.0, self.seconds - (time.perf_counter() - self.begun)) * part
+        return (
+            None
+            if self.seconds is None
+            else max(0.0, self.seconds - (time.perf_counter() - self.begun)) * part
+        )
 
-    def check(self, graph: Graph, machine: Machine) -> None:
+    def check(self, graph: OperatorGraph, machine: Machine) -> None:
         """PlanError where the time is up before one plan could be looked at."""
         taken = time.perf_counter() - self.begun
         if self.seconds is not None and taken > self.seconds:
@@ -137,10 +183,12 @@ HOPELESS = 2.0
 class Baselines(Mapping[str, tuple[Plan, Prediction]]):
     """All baselines with their predictions, each predicted when it is asked for: most are seen to be slower before."""
 
-    def __init__(self, network: Network, plans: Mapping[str, Plan]) -> None:
+    def __init__(self, network: CostNetwork, plans: Mapping[str, Plan]) -> None:
         self.network, self.plans = network, plans
         self.states = {name: network.states_of(plan) for name, plan in plans.items()}
-        self.space = Space(network, [states for states in self.states.values() if states is not None])
+        self.space = Space(
+            network, [states for states in self.states.values() if states is not None]
+        )
         self.known: dict[str, Prediction] = {}
         self.peaks: dict[str, int] = {}
 
@@ -148,8 +196,14 @@ class Baselines(Mapping[str, tuple[Plan, Prediction]]):
         plan = self.plans[name]
         if name not in self.known:
             n = self.network
-            same = next((p for other, p in self.known.items() if _alike(self.plans[other], plan)), None)
-            self.known[name] = replace(same, plan=name) if same else predicted(n.graph, n.place.machine, plan, n.terms)
+            same = next(
+                (p for other, p in self.known.items() if _alike(self.plans[other], plan)), None
+            )
+            self.known[name] = (
+                replace(same, plan=name)
+                if same
+                else predicted(n.graph, n.place.machine, plan, n.terms)
+            )
         return plan, self.known[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -163,20 +217,32 @@ class Baselines(Mapping[str, tuple[Plan, Prediction]]):
         states = self.states[name]
         if states is None or name in self.known:
             return self[name][1].seconds
-        return self.space.simulated.seconds(states) if self.space.overlaps else self.network.problem.cost(states)
+        return (
+            self.space.simulated.seconds(states)
+            if self.space.overlaps
+            else self.network.problem.cost(states)
+        )
 
     def peak(self, name: str) -> int:
         """Bytes that one holds at its peak."""
         plan, n = self.plans[name], self.network
         if name not in self.peaks:
-            same = next((peak for other, peak in self.peaks.items() if _alike(self.plans[other], plan)), None)
-            self.peaks[name] = same or memory(n.graph, plan.mesh, layout(n.graph, plan), n.place.machine.backend).peak
+            same = next(
+                (peak for other, peak in self.peaks.items() if _alike(self.plans[other], plan)),
+                None,
+            )
+            self.peaks[name] = (
+                same
+                or memory(n.graph, plan.mesh, layout(n.graph, plan), n.place.machine.backend).peak
+            )
         return self.peaks[name]
 
     def fits(self, name: str, limit: int) -> bool:
         """Whether one holds no more than so many bytes: what is far from it is seen without looking at its values."""
         states = self.states[name]
-        return (states is None or self.network.problem.held(states) <= HOPELESS * limit) and self.peak(name) <= limit
+        return (
+            states is None or self.network.problem.held(states) <= HOPELESS * limit
+        ) and self.peak(name) <= limit
 
     def fastest(self, limit: int, under: float = np.inf) -> str | None:
         """The fastest that takes less than so many seconds and fits; None if none does."""
@@ -195,26 +261,43 @@ class _Unfit:
     plan: Plan
     smallest: int
     result: SearchResult
-    network: Network
+    network: CostNetwork
     baselines: Baselines
 
 
-def _elsewhere(found: Found | _Unfit, graph: Graph, machine: Machine, plan: Plan, prediction: Prediction) -> Found:
+def _elsewhere(
+    found: Found | _Unfit,
+    graph: OperatorGraph,
+    machine: Machine,
+    plan: Plan,
+    prediction: Prediction,
+) -> Found:
     """The same search with a plan in stages or with placed operators as what was found."""
     result = replace(found.result, seconds=prediction.seconds, feasible=True)
     base, notes = found.baselines, [*graph.notes]
     if base.fits("data parallel", capacity(machine)):
-        notes.append(f"predicted {base.seconds('data parallel') / prediction.seconds:.2f} x as fast as data parallel")
+        notes.append(
+            f"predicted {base.seconds('data parallel') / prediction.seconds:.2f} x as fast as data parallel"
+        )
     else:
         notes.append("data parallel does not fit in memory")
-    notes.append("placed operators, stages, microbatches and recomputed runs can be planned and simulated, and not yet run")
+    notes.append(
+        "placed operators, stages, microbatches and recomputed runs can be planned and simulated, and not yet run"
+    )
     plan = replace(plan, notes=tuple(notes), predicted=_predicted(prediction, result))
     return Found(plan, prediction, result, found.network, found.baselines)
 
 
 def _whole(
-    graph: Graph, machine: Machine, report: Report | None, excess: float, clock: _Clock, part: float, seed: int, search: Search
-) -> Found | _Unfit:  # fmt: skip
+    graph: OperatorGraph,
+    machine: Machine,
+    report: Report | None,
+    excess: float,
+    clock: _Clock,
+    part: float,
+    seed: int,
+    search: Search,
+) -> Found | _Unfit:
     """The best plan that all devices run at once."""
     mesh, limit = mesh_of(machine), int(capacity(machine) / max(1.0, excess))
     plans = {name: make(graph, machine.name, mesh) for name, make in BASELINES.items()}
@@ -222,13 +305,17 @@ def _whole(
     clock.check(graph, machine)
     baselines = Baselines(network, plans)
     space = baselines.space
-    result, peak, smallest = _fitting(space, search, limit, lambda budget: Limits(budget, clock.share(part), seed, report))
+    result, peak, smallest = _fitting(
+        space, search, limit, lambda budget: Limits(budget, clock.share(part), seed, report)
+    )
     plan = network.plan(result.states)
     best = baselines.fastest(limit) if peak > limit else None
     if peak > limit and best is None:
         return _Unfit(plan, smallest, result, network, baselines)
     prediction = predicted(graph, machine, plan, network.terms)
-    if best is None:  # only an interrupted search, or one that memory has pushed up, ends above a baseline that fits
+    if (
+        best is None
+    ):  # only an interrupted search, or one that memory has pushed up, ends above a baseline that fits
         best = baselines.fastest(limit, prediction.seconds * (1 - 1e-12))
     if best is not None:
         plan, prediction = replace(plans[best], name="found"), baselines[best][1]
@@ -238,7 +325,9 @@ def _whole(
     return Found(plan, prediction, result, network, baselines)
 
 
-def _fitting(space: Space, search: Search, limit: int, limits: Callable[[float], Limits]) -> tuple[SearchResult, int, int]:
+def _fitting(
+    space: Space, search: Search, limit: int, limits: Callable[[float], Limits]
+) -> tuple[SearchResult, int, int]:
     """(what a search finds that fits so many bytes, or else what it found last; what that needs; the least that anything seen needs).
 
     The exact search comes first, its budget lowered until what it finds fits; the whole search then has that budget, and starts from plans that do.
@@ -250,7 +339,9 @@ def _fitting(space: Space, search: Search, limit: int, limits: Callable[[float],
         result = run(space, limits(budget))
         if result.states not in seen:
             plan = network.plan(result.states)
-            seen[result.states] = memory(network.graph, plan.mesh, layout(network.graph, plan), network.place.machine.backend).peak
+            seen[result.states] = memory(
+                network.graph, plan.mesh, layout(network.graph, plan), network.place.machine.backend
+            ).peak
         peak = seen[result.states]
         if peak <= limit:
             fitting, done, run = result, run is search, search
@@ -265,21 +356,35 @@ def _fitting(space: Space, search: Search, limit: int, limits: Callable[[float],
 
 
 def _one_device(
-    graph: Graph, machine: Machine, plan: Plan, prediction: Prediction, baselines: Baselines
+    graph: OperatorGraph, machine: Machine, plan: Plan, prediction: Prediction, baselines: Baselines
 ) -> tuple[Plan, Prediction]:
     """If nothing is split, or splitting does not pay, the plan is one device."""
     alone = baselines.seconds("one device")
     split = any(plan.choices.values()) or bool(plan.storage)
-    if plan.mesh.size > 1 and (not split or prediction.seconds >= alone and baselines["one device"][1].peak_bytes <= capacity(machine)):
+    if plan.mesh.size > 1 and (
+        not split
+        or prediction.seconds >= alone
+        and baselines["one device"][1].peak_bytes <= capacity(machine)
+    ):
         mesh = Mesh(())
-        one = Plan(graph.name, plan.machine, mesh, {o.name: {} for o in graph.operators}, {}, plan.name, plan.batch_size)
+        one = Plan(
+            graph.name,
+            plan.machine,
+            mesh,
+            {o.name: {} for o in graph.operators},
+            {},
+            plan.name,
+            plan.batch_size,
+        )
         others = [p for _, p in baselines.values() if p.traffic]
         if not others:
             why = (
                 f"one of {plan.mesh.size} devices is used: nothing can be split {plan.mesh.size} ways, because no size (batch "
                 f"{graph.batch_size}, channels, units) is a multiple of its prime factors that a plan could use"
             )
-            return replace(one, notes=(why,)), replace(predicted(graph, machine, one), plan=plan.name)
+            return replace(one, notes=(why,)), replace(
+                predicted(graph, machine, one), plan=plan.name
+            )
         best = min(others, key=lambda p: p.seconds)
         why = (
             f"one of {plan.mesh.size} devices is used: splitting does not pay, the best split ('{best.plan}') is predicted at "
@@ -290,11 +395,13 @@ def _one_device(
 
 
 def _notes(
-    graph: Graph, prediction: Prediction, baselines: Baselines, result: SearchResult
+    graph: OperatorGraph, prediction: Prediction, baselines: Baselines, result: SearchResult
 ) -> tuple[str, ...]:
     notes = list(graph.notes)
     if prediction.seconds > 0:
-        notes.append(f"predicted {baselines.seconds('data parallel') / prediction.seconds:.2f} x as fast as data parallel")
+        notes.append(
+            f"predicted {baselines.seconds('data parallel') / prediction.seconds:.2f} x as fast as data parallel"
+        )
     if result.stopped:
         notes.append("the search was stopped; this is the best plan it had")
     return tuple(notes)
@@ -306,22 +413,38 @@ def _predicted(prediction: Prediction, result: SearchResult) -> dict:
     return found
 
 
-def alternatives(network: Network, plan: Plan, most: int = 8) -> list[list[tuple[dict[str, str], int, float, float]]]:
+def alternatives(
+    network: CostNetwork, plan: Plan, most: int = 8
+) -> list[list[tuple[dict[str, str], int, float, float]]]:
     """Per operator other choices for it, all others as planned: (choice, ZeRO level, seconds more, bytes more), best first."""
     states = network.states_of(plan) if not is_staged(plan) else None
-    return [[] if states is None else _alternatives(network, states, o, most) for o in range(len(network.states))]
+    return [
+        [] if states is None else _alternatives(network, states, o, most)
+        for o in range(len(network.states))
+    ]
 
 
-def _alternatives(network: Network, states: Sequence[int], o: int, most: int) -> list[tuple[dict[str, str], int, float, float]]:
+def _alternatives(
+    network: CostNetwork, states: Sequence[int], o: int, most: int
+) -> list[tuple[dict[str, str], int, float, float]]:
     problem = network.problem
     seconds = problem.seconds[o] + sum(table[:, states[other]] for other, table in network.near[o])
     found = []
     for i in np.argsort(seconds, kind="stable"):
         state = network.states[o][i]
-        more = float(seconds[i] - seconds[states[o]]), float(problem.nbytes[o][i] - problem.nbytes[o][states[o]])
+        more = (
+            float(seconds[i] - seconds[states[o]]),
+            float(problem.nbytes[o][i] - problem.nbytes[o][states[o]]),
+        )
         # Variables that cannot be split further are stored the same whatever the level says.
         if i != states[o] and (not state.zero or stored_by(network, o, i)):
-            found.append((names_of(network.graph, network.place.mesh, network.choice(o, i)), state.zero, *more))
+            found.append(
+                (
+                    names_of(network.graph, network.place.mesh, network.choice(o, i)),
+                    state.zero,
+                    *more,
+                )
+            )
         if len(found) == most:
             break
     return found

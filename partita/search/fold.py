@@ -54,10 +54,15 @@ def _colours(problem: Problem) -> list[int]:
     for (u, v), table in problem.tables.items():
         near[u].append((v, id(table), False))
         near[v].append((u, id(table), True))
-    colours = _numbered([(id(s), id(b)) for s, b in zip(problem.seconds, problem.nbytes, strict=True)])
+    colours = _numbered(
+        [(id(s), id(b)) for s, b in zip(problem.seconds, problem.nbytes, strict=True)]
+    )
     for _ in range(ROUNDS):
         colours = _numbered(
-            [(colours[v], *sorted((colours[n], table, turned) for n, table, turned in mine)) for v, mine in enumerate(near)]
+            [
+                (colours[v], *sorted((colours[n], table, turned) for n, table, turned in mine))
+                for v, mine in enumerate(near)
+            ]
         )
     return colours
 

@@ -21,7 +21,7 @@ from numba import njit
 
 from partita.search.base import Progress, Report, SearchResult
 from partita.search.simulated import Simulated, change, fill
-from partita.simulate.engine import sweep
+from partita.simulation.engine import sweep
 
 HOT, COLD = 0.02, 0.0005
 """T at the beginning and at the end of a chain."""
@@ -34,9 +34,15 @@ LENGTH = 40
 
 
 def walk(
-    problem: Simulated, starts: Sequence[Sequence[int]], budget: float = np.inf, bound: float = 0.0, seconds: float = 2.0, seed: int = 0,
-    report: Report | None = None, most: int | None = None,
-) -> tuple[SearchResult, int]:  # fmt: skip
+    problem: Simulated,
+    starts: Sequence[Sequence[int]],
+    budget: float = np.inf,
+    bound: float = 0.0,
+    seconds: float = 2.0,
+    seed: int = 0,
+    report: Report | None = None,
+    most: int | None = None,
+) -> tuple[SearchResult, int]:
     """The best states found within `seconds` (or `most` proposals), and the proposals made, from starts of which one fits the budget of bytes.
 
     `bound` is what is known of all plans.
@@ -46,7 +52,11 @@ def walk(
     fitting.sort(key=problem.seconds)
     best, least = fitting[0].copy(), problem.seconds(fitting[0])
     state, history, proposals, stopped = best, [Progress("simulated", least, bound)], 0, False
-    cheap, free, rng = _cheap(problem), np.flatnonzero(problem.states > 1), np.random.default_rng(seed)
+    cheap, free, rng = (
+        _cheap(problem),
+        np.flatnonzero(problem.states > 1),
+        np.random.default_rng(seed),
+    )
     length = max(CHUNK, LENGTH * int(problem.states.sum()))
     try:
         for chain, done, take in _schedule(length, most) if len(free) else ():
@@ -57,9 +67,24 @@ def walk(
             hot, cold = (HOT * (COLD / HOT) ** ((done + n) / length) for n in (0, take))
             top = best.copy()
             found = _chain(
-                take, int(rng.integers(1 << 31)), hot, cold, free, state, top, least, budget, *cheap, problem.alike, problem.near_first,
-                problem.near, problem.nbytes_first, problem.nbytes, *problem.order, *problem.where,
-            )  # fmt: skip
+                take,
+                int(rng.integers(1 << 31)),
+                hot,
+                cold,
+                free,
+                state,
+                top,
+                least,
+                budget,
+                *cheap,
+                problem.alike,
+                problem.near_first,
+                problem.near,
+                problem.nbytes_first,
+                problem.nbytes,
+                *problem.order,
+                *problem.where,
+            )
             proposals += take
             if found < least:
                 best, least = top, problem.seconds(top)
@@ -70,7 +95,15 @@ def walk(
                 break
     except KeyboardInterrupt:
         stopped = True
-    result = SearchResult(tuple(map(int, best)), least, problem.held(best), min(bound, least), True, tuple(history), stopped)
+    result = SearchResult(
+        tuple(map(int, best)),
+        least,
+        problem.held(best),
+        min(bound, least),
+        True,
+        tuple(history),
+        stopped,
+    )
     return result, proposals
 
 
@@ -91,22 +124,72 @@ def _cheap(problem: Simulated) -> tuple[np.ndarray, np.ndarray]:
     rows = []
     for o, count in enumerate(problem.states):
         slots = range(problem.own_first[o], problem.own_first[o + 1])
-        whole = sum((problem.data[problem.own_row[s] : problem.own_row[s] + count] * problem.own_share[s] for s in slots), np.zeros(count))
+        whole = sum(
+            (
+                problem.data[problem.own_row[s] : problem.own_row[s] + count] * problem.own_share[s]
+                for s in slots
+            ),
+            np.zeros(count),
+        )
         rows.append(np.argsort(whole, kind="stable")[:CHEAP])
     return np.concatenate(rows), np.cumsum([0, *map(len, rows)])
 
 
 @njit(cache=True)
 def _chain(  # noqa: ANN202, PLR0913
-    proposals, seed, hot, cold, free, chosen, top, best, budget, cheap, cheap_first, alike, near_first, near, nbytes_first, nbytes,  # noqa: ANN001
-    stream, streams, first, before, overlap, data, states, own_first, own_task, own_hold, own_row, own_share, move_task, move_hold,  # noqa: ANN001
-    move_ends, move_table,  # noqa: ANN001
-):  # fmt: skip
+    proposals,
+    seed,
+    hot,
+    cold,
+    free,
+    chosen,
+    top,
+    best,
+    budget,
+    cheap,
+    cheap_first,
+    alike,
+    near_first,
+    near,
+    nbytes_first,
+    nbytes,  # noqa: ANN001
+    stream,
+    streams,
+    first,
+    before,
+    overlap,
+    data,
+    states,
+    own_first,
+    own_task,
+    own_hold,
+    own_row,
+    own_share,
+    move_task,
+    move_hold,  # noqa: ANN001
+    move_ends,
+    move_table,  # noqa: ANN001
+):
     """Makes proposals from `chosen`, which it changes; the best seconds seen, with their states in `top`."""
     np.random.seed(seed)
     n, operators = len(stream), len(states)
     seconds, start, end, kept_end = np.zeros(n), np.zeros(n), np.zeros(n), np.empty(n)
-    fill(chosen, seconds, overlap, data, states, own_first, own_task, own_hold, own_row, own_share, move_task, move_hold, move_ends, move_table)
+    fill(
+        chosen,
+        seconds,
+        overlap,
+        data,
+        states,
+        own_first,
+        own_task,
+        own_hold,
+        own_row,
+        own_share,
+        move_task,
+        move_hold,
+        move_ends,
+        move_table,
+    )
     sweep(0, seconds, stream, streams, first, before, start, end)
     now, held, busy = end.max(), 0.0, np.zeros(streams)
     for o in range(operators):
@@ -114,12 +197,32 @@ def _chain(  # noqa: ANN202, PLR0913
     for k in range(n):
         if stream[k] >= 0:
             busy[stream[k]] += seconds[k]
-    touched, was, last, work, new = np.empty(4 * n, np.int64), np.empty(4 * n), np.full(n, -1.0), busy.copy(), now
+    touched, was, last, work, new = (
+        np.empty(4 * n, np.int64),
+        np.empty(4 * n),
+        np.full(n, -1.0),
+        busy.copy(),
+        now,
+    )
     changed, previous = np.empty(operators, np.int64), np.empty(operators, np.int64)
     for step in range(proposals):
         heat = hot * (cold / hot) ** (step / proposals)
         o = free[np.random.randint(len(free))]
-        to = _proposed(o, chosen, cheap, cheap_first, near_first, near, data, states, own_first, own_row, own_share, move_ends, move_table)
+        to = _proposed(
+            o,
+            chosen,
+            cheap,
+            cheap_first,
+            near_first,
+            near,
+            data,
+            states,
+            own_first,
+            own_row,
+            own_share,
+            move_ends,
+            move_table,
+        )
         if to == chosen[o]:
             continue
         size, more = _alike(o, to, chosen, alike, nbytes_first, nbytes, changed, previous)
@@ -130,12 +233,33 @@ def _chain(  # noqa: ANN202, PLR0913
             chosen[changed[i]] = to
         for i in range(size):
             count_touched, begin = change(
-                changed[i], chosen, seconds, touched, was, count_touched, begin, near_first, near, overlap, data, states, own_first, own_task,
-                own_hold, own_row, own_share, move_task, move_hold, move_ends, move_table,
-            )  # fmt: skip
+                changed[i],
+                chosen,
+                seconds,
+                touched,
+                was,
+                count_touched,
+                begin,
+                near_first,
+                near,
+                overlap,
+                data,
+                states,
+                own_first,
+                own_task,
+                own_hold,
+                own_row,
+                own_share,
+                move_task,
+                move_hold,
+                move_ends,
+                move_table,
+            )
         most = now - heat * now * np.log(np.random.random())
         _add_work(seconds, stream, touched, was, count_touched, last, busy, work)
-        accepted = work.max() <= most * (1 + 1e-9)  # what a stream has to do is below the step: most proposals end here
+        accepted = work.max() <= most * (
+            1 + 1e-9
+        )  # what a stream has to do is below the step: most proposals end here
         if accepted:
             kept_end[begin:] = end[begin:]
             sweep(begin, seconds, stream, streams, first, before, start, end)
@@ -158,7 +282,21 @@ def _chain(  # noqa: ANN202, PLR0913
 
 
 @njit(cache=True)
-def _proposed(o, chosen, cheap, cheap_first, near_first, near, data, states, own_first, own_row, own_share, move_ends, move_table):  # noqa: ANN001, ANN202
+def _proposed(
+    o,
+    chosen,
+    cheap,
+    cheap_first,
+    near_first,
+    near,
+    data,
+    states,
+    own_first,
+    own_row,
+    own_share,
+    move_ends,
+    move_table,
+):  # noqa: ANN001, ANN202
     """A state for an operator: any, a cheap one, or the one that suits a neighbour."""
     kind = np.random.random()
     if kind < 0.35:

@@ -47,12 +47,22 @@ class Messages:
         self._near_first = np.concatenate([[0], np.cumsum([len(mine) for mine in near])])
         self._near = np.array([e for mine in near for e in mine], np.int64)
         lengths = sizes[self._ends] if len(self._ends) else np.zeros((0, 2), np.int64)
-        self._to = (np.cumsum(lengths.reshape(-1)) - lengths.reshape(-1)).reshape(-1, 2)  # [e, 0]: the message to u begins here; [e, 1]: that to v
+        self._to = (np.cumsum(lengths.reshape(-1)) - lengths.reshape(-1)).reshape(
+            -1, 2
+        )  # [e, 0]: the message to u begins here; [e, 1]: that to v
         self._messages = np.zeros(int(lengths.sum()))
 
     @property
     def _where(self) -> tuple[np.ndarray, ...]:
-        return self.first, self._ends, self._data, self._table, self._near_first, self._near, self._to
+        return (
+            self.first,
+            self._ends,
+            self._data,
+            self._table,
+            self._near_first,
+            self._near,
+            self._to,
+        )
 
     def sweep(self, own: np.ndarray, times: int = 1) -> float:
         """Passes over all variables forth and back, `times` over; the bound that holds for costs `own` of all states and the tables."""
@@ -84,7 +94,11 @@ class Messages:
             to_v = self._messages[self._to[e, 1] : self._to[e, 1] + table.shape[1]][kept[v]]
             given = share[v] * hat[self.first[v] : self.first[v + 1]][kept[v]]
             tables[u, v] = table[np.ix_(kept[u], kept[v])] - to_u[:, None] - (to_v - given)[None, :]
-        return Problem(seconds, [b[states] for b, states in zip(self.problem.nbytes, kept, strict=True)], tables)
+        return Problem(
+            seconds,
+            [b[states] for b, states in zip(self.problem.nbytes, kept, strict=True)],
+            tables,
+        )
 
 
 @njit(cache=True)
@@ -164,7 +178,9 @@ def _hats(own, messages, first, ends, data, table, near_first, near, to):  # noq
     count = len(first) - 1
     hat, share = np.empty(first[count]), np.empty(count)
     for v in range(count):
-        earlier, later = _hat(v, own, messages, first, ends, near_first, near, to, hat[first[v] : first[v + 1]])
+        earlier, later = _hat(
+            v, own, messages, first, ends, near_first, near, to, hat[first[v] : first[v + 1]]
+        )
         share[v] = 1.0 / max(earlier, later, 1)
     return hat, share
 
@@ -189,7 +205,12 @@ def _over(own, messages, first, ends, data, table, near_first, near, to):  # noq
         for x in range(n):
             to_u = messages[to[e, 0] + x]
             for y in range(k):
-                cost = data[at + x * k + y] - to_u - messages[to[e, 1] + y] + share[v] * hat[first[v] + y]
+                cost = (
+                    data[at + x * k + y]
+                    - to_u
+                    - messages[to[e, 1] + y]
+                    + share[v] * hat[first[v] + y]
+                )
                 rows[x] = min(rows[x], cost)
                 columns[y] = min(columns[y], cost)
         least = rows.min()

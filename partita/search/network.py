@@ -1,7 +1,7 @@
 """A graph on a machine as a cost network: candidates per operator, their costs, and tables of moves between operators.
 
 A state of an operator is a choice together with how its variables are stored (plainly, ZeRO-1, ZeRO-3). States that no
-neighbour can tell apart are merged, cheapest first, when the search runs (`Network.problem` keeps the best for a price).
+neighbour can tell apart are merged, cheapest first, when the search runs (`CostNetwork.problem` keeps the best for a price).
 Equal operators share their states and costs, and equal tables of moves are one array: what is the same is computed once, and is known by being the same.
 """
 
@@ -17,10 +17,10 @@ from partita.cost.evaluate import operator_cost, storage_axes
 from partita.cost.moves import Placement, move_table
 from partita.cost.terms import Move, OperatorTerms, Terms
 from partita.cost.terms import terms as terms_of
-from partita.graph.graph import Graph, Label, Phase
+from partita.graph.operator_graph import Label, OperatorGraph, Phase
 from partita.machine import Machine
-from partita.plan.layout import Sharding, resolve
-from partita.plan.plan import Mesh, Plan, Storage
+from partita.plans.layout import Sharding, resolve
+from partita.plans.plan import Mesh, Plan, Storage
 from partita.search.base import Problem
 from partita.search.candidates import LIMIT, Choice, assignment_of, candidates, choice_of, names_of
 
@@ -29,7 +29,7 @@ LEVELS = (0, 1, 3)
 
 
 @dataclass(frozen=True)
-class State:
+class OperatorState:
     """One way to run an operator: per mesh axis the place of the factor that it splits among the operator's own, -1 for none; and a ZeRO level."""
 
     choice: Choice
@@ -37,13 +37,13 @@ class State:
 
 
 @dataclass
-class Network:
+class CostNetwork:
     """The cost network of a graph on a placed mesh, with what its states stand for. Equal operators share their lists and arrays."""
 
-    graph: Graph
+    graph: OperatorGraph
     place: Placement
     terms: Terms
-    states: list[Sequence[State]]
+    states: list[Sequence[OperatorState]]
     problem: Problem
     parts: list[np.ndarray]
     """Per operator, [PARTS, state]: the seconds of what a step does for it, hidden or not."""
@@ -64,9 +64,12 @@ class Network:
         return found
 
     @cached_property
-    def _number(self) -> dict[int, dict[State, int]]:
+    def _number(self) -> dict[int, dict[OperatorState, int]]:
         """Per list of states, state -> its number."""
-        return {id(states): {state: i for i, state in enumerate(states)} for states in {id(s): s for s in self.states}.values()}
+        return {
+            id(states): {state: i for i, state in enumerate(states)}
+            for states in {id(s): s for s in self.states}.values()
+        }
 
     def choice(self, operator: int, state: int) -> Choice:
         """What an operator does in one of its states, in factors of the graph."""
@@ -81,42 +84,68 @@ class Network:
             choices[graph.operators[o].name] = names_of(graph, mesh, self.choice(o, i))
             if self.states[o][i].zero:
                 storage |= stored_by(self, o, i)
-        return Plan(graph.name, self.place.machine.name, mesh, choices, storage, name, graph.batch_size, notes=notes)
+        return Plan(
+            graph.name,
+            self.place.machine.name,
+            mesh,
+            choices,
+            storage,
+            name,
+            graph.batch_size,
+            notes=notes,
+        )
 
     def states_of(self, plan: Plan) -> tuple[int, ...] | None:
         """The states that stand for a plan, None where it has a choice that is no candidate."""
         found = []
         for o, operator in enumerate(self.graph.operators):
-            choice = _placed(self.graph, o, choice_of(self.graph, o, self.place.mesh, plan.choices[operator.name]))
-            levels = {plan.storage[s.path].zero for s in self.terms.operators[o].stored if s.path in plan.storage}
+            choice = _placed(
+                self.graph,
+                o,
+                choice_of(self.graph, o, self.place.mesh, plan.choices[operator.name]),
+            )
+            levels = {
+                plan.storage[s.path].zero
+                for s in self.terms.operators[o].stored
+                if s.path in plan.storage
+            }
             zero = max((1 if level == 2 else level for level in levels), default=0)
-            state = self._number[id(self.states[o])].get(State(choice, zero))
+            state = self._number[id(self.states[o])].get(OperatorState(choice, zero))
             if state is None:
                 return None
             found.append(state)
         return tuple(found)
 
 
-def _placed(graph: Graph, operator: int, factors: Sequence[int]) -> tuple[int, ...]:
+def _placed(graph: OperatorGraph, operator: int, factors: Sequence[int]) -> tuple[int, ...]:
     """Factors of the graph as places among those of an operator, -1 for what is none of them."""
     place = {f: n for n, f in enumerate(graph.operators[operator].factors)}
     return tuple(place.get(f, -1) for f in factors)
 
 
-def stored_by(network: Network, operator: int, state: int) -> dict[str, Storage]:
+def stored_by(network: CostNetwork, operator: int, state: int) -> dict[str, Storage]:
     """The storage of an operator's variables in a state."""
     found, mesh = {}, network.place.mesh
     assignment = assignment_of(network.choice(operator, state))
     for s in network.terms.operators[operator].stored:
         where = storage_axes(s, mesh, assignment)
         if where:
-            found[s.path] = Storage(where[0], tuple(mesh.axes[a].name for a in where[1]), network.states[operator][state].zero)
+            found[s.path] = Storage(
+                where[0],
+                tuple(mesh.axes[a].name for a in where[1]),
+                network.states[operator][state].zero,
+            )
     return found
 
 
 def build(
-    graph: Graph, machine: Machine, mesh: Mesh, baselines: Sequence[Plan] = (), terms: Terms | None = None, limit: int = LIMIT
-) -> Network:
+    graph: OperatorGraph,
+    machine: Machine,
+    mesh: Mesh,
+    baselines: Sequence[Plan] = (),
+    terms: Terms | None = None,
+    limit: int = LIMIT,
+) -> CostNetwork:
     """The cost network of a graph on a machine's mesh. Every choice of the baselines is among the candidates, of which there are about `limit` at most."""
     place = Placement(machine, mesh)
     found = terms or terms_of(graph, machine.backend)
@@ -124,42 +153,62 @@ def build(
     every: list[_Costed] = []
     for o, operator in enumerate(graph.operators):
         extra = [choice_of(graph, o, mesh, plan.choices[operator.name]) for plan in baselines]
-        key = (found.operators[o].digest, operator.kind, *(_placed(graph, o, choice) for choice in extra))
+        key = (
+            found.operators[o].digest,
+            operator.kind,
+            *(_placed(graph, o, choice) for choice in extra),
+        )
         if key not in known:
             known[key] = _costed(graph, o, place, found.operators[o], extra, limit)
         every.append(known[key])
     states, seconds, nbytes, parts, kept, gradients = (
         (list(mine) for mine in zip(*every, strict=True)) if every else ([] for _ in range(6))
     )
-    network = Network(graph, place, found, states, Problem(seconds, nbytes), parts, kept, gradients)
+    network = CostNetwork(
+        graph, place, found, states, Problem(seconds, nbytes), parts, kept, gradients
+    )
     _add_moves(network)
     return network
 
 
-_Costed = tuple[Sequence[State], np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+_Costed = tuple[Sequence[OperatorState], np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """States, and by state: seconds, bytes, parts, kept, gradients."""
 
 
 def _costed(
-    graph: Graph, operator: int, place: Placement, terms: OperatorTerms, extra: Sequence[Choice], limit: int
+    graph: OperatorGraph,
+    operator: int,
+    place: Placement,
+    terms: OperatorTerms,
+    extra: Sequence[Choice],
+    limit: int,
 ) -> _Costed:
     """The states of an operator, and of all that are equal to it, with what they cost."""
     levels = LEVELS if terms.stored else (0,)
     choices = candidates(graph, operator, place.mesh, extra, limit)
     assignments = [assignment_of(choice) for choice in choices]
     costs = [operator_cost(terms, place, assignments, zero) for zero in levels]
-    part = lambda s, assignment: s.nbytes / place.ways([a for axes in resolve(s.label, assignment) for a in axes])  # noqa: E731
+    part = lambda s, assignment: (
+        s.nbytes / place.ways([a for axes in resolve(s.label, assignment) for a in axes])
+    )  # noqa: E731
     return (
-        [State(_placed(graph, operator, choice), zero) for zero in levels for choice in choices],
+        [
+            OperatorState(_placed(graph, operator, choice), zero)
+            for zero in levels
+            for choice in choices
+        ],
         np.concatenate([c.seconds for c in costs]),
         np.concatenate([c.nbytes for c in costs]),
         np.concatenate([c.parts() for c in costs], axis=1),
         np.concatenate([c.kept for c in costs]),
-        np.tile([float(sum(part(s, assignment) for s in terms.stored)) for assignment in assignments], len(levels)),
+        np.tile(
+            [float(sum(part(s, assignment) for s in terms.stored)) for assignment in assignments],
+            len(levels),
+        ),
     )
 
 
-def _add_moves(network: Network) -> None:
+def _add_moves(network: CostNetwork) -> None:
     graph = network.graph
     views: dict[tuple[object, ...], tuple[tuple[Sharding, ...], np.ndarray]] = {}
     alike: dict[tuple[Choice, ...], int] = {}
@@ -167,14 +216,19 @@ def _add_moves(network: Network) -> None:
         id(states): alike.setdefault(tuple(s.choice for s in states), len(alike))
         for states in {id(s): s for s in network.states}.values()
     }
-    assignments = {kind: [assignment_of(choice) for choice in choices] for choices, kind in alike.items()}
+    assignments = {
+        kind: [assignment_of(choice) for choice in choices] for choices, kind in alike.items()
+    }
 
     def view(operator: int, label: Label) -> tuple[tuple[Sharding, ...], np.ndarray]:
         """(distinct shardings of a tensor under this label, which of them each state gives); the same for operators alike."""
         kind, places = kinds[id(network.states[operator])], _placed(graph, operator, label)
         if (kind, places) not in views:
             number: dict[Sharding, int] = {}
-            ids = [number.setdefault(resolve(places, assignment), len(number)) for assignment in assignments[kind]]
+            ids = [
+                number.setdefault(resolve(places, assignment), len(number))
+                for assignment in assignments[kind]
+            ]
             views[kind, places] = (tuple(number), np.array(ids))
         return views[kind, places]
 
@@ -202,7 +256,9 @@ def _add_moves(network: Network) -> None:
                 continue
             key = (id(sources), id(targets), move.nbytes, move.trips, move.sums)
             if key not in expanded:
-                expanded[key] = move_table(move, network.place, sources, targets)[np.ix_(rows, columns)]
+                expanded[key] = move_table(move, network.place, sources, targets)[
+                    np.ix_(rows, columns)
+                ]
             tables.append(expanded[key])
         if tables:
             network.moves[home, reader, phase, wanted] = total(tables)

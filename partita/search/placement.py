@@ -18,12 +18,12 @@ from dataclasses import replace
 
 from partita.cost.terms import Terms
 from partita.errors import PlanError
-from partita.graph.graph import Graph
+from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
-from partita.plan.plan import Plan, check, slice_of
+from partita.plans.plan import Plan, check, slice_of
 from partita.search.base import Progress, Report
 from partita.search.bound import least_by_operator
-from partita.simulate.placed import Placed
+from partita.simulation.placed import Placed
 
 SECONDS = 5.0
 """How long to look at most, unless it is said."""
@@ -35,14 +35,26 @@ FEWEST = 4
 
 
 def place(
-    graph: Graph, machine: Machine, start: Plan, terms: Terms, most: float, fits: Callable[[Placed], bool], report: Report | None = None, bound: float = 0.0,
-    seconds: float | None = None, seed: int = 0,
-) -> Placed | None:  # fmt: skip
+    graph: OperatorGraph,
+    machine: Machine,
+    start: Plan,
+    terms: Terms,
+    most: float,
+    fits: Callable[[Placed], bool],
+    report: Report | None = None,
+    bound: float = 0.0,
+    seconds: float | None = None,
+    seed: int = 0,
+) -> Placed | None:
     """The fastest plan found with operators placed on the axes of `start` that takes less than `most` seconds and fits; None if there is none.
 
     A step that is being simulated when the time is up is simulated to the end. Ctrl-C ends with the best so far.
     """
-    until, best, rng = time.perf_counter() + (SECONDS if seconds is None else seconds), None, random.Random(seed)
+    until, best, rng = (
+        time.perf_counter() + (SECONDS if seconds is None else seconds),
+        None,
+        random.Random(seed),
+    )
     parallel = branches(graph)
     if not (parallel or machine.kinds) or not start.mesh.axes:
         return None
@@ -51,7 +63,10 @@ def place(
 
     def better(plan: Plan) -> Placed | None:
         nonlocal left
-        least, places = most if best is None else best.seconds, tuple(tuple(choice.items()) for choice in plan.choices.values())
+        least, places = (
+            most if best is None else best.seconds,
+            tuple(tuple(choice.items()) for choice in plan.choices.values()),
+        )
         if places in seen or floor is not None and floor.seconds(plan) >= least:
             return None
         seen.add(places)
@@ -78,13 +93,16 @@ def place(
         for _ in range(MOVES if units else 0):
             if time.perf_counter() > until or not left:
                 break
-            best = better(_moved(start if best is None else best.plan, graph, terms, units, rng)) or best
+            best = (
+                better(_moved(start if best is None else best.plan, graph, terms, units, rng))
+                or best
+            )
     except KeyboardInterrupt:  # the best so far
         pass
     return best
 
 
-def branches(graph: Graph) -> list[list[list[int]]]:
+def branches(graph: OperatorGraph) -> list[list[list[int]]]:
     """Fork by fork, the branches up to where they join: operators that are connected with each other, and need not wait for another branch forward.
 
     An operator before and after which all others have to run forks or joins, and is in none.
@@ -92,7 +110,9 @@ def branches(graph: Graph) -> list[list[list[int]]]:
     before, after = [0] * len(graph.operators), [0] * len(graph.operators)
     heavy = {operator.heavy: o for o, operator in enumerate(graph.operators)}
     upstream: dict[int, int] = {}
-    for i, x in enumerate(graph.instructions):  # what only joins branches is light: its operator's heavy instruction waits for none of them
+    for i, x in enumerate(
+        graph.instructions
+    ):  # what only joins branches is light: its operator's heavy instruction waits for none of them
         found = 0
         for t in x.operands:
             found |= upstream.get(t, 0)
@@ -113,14 +133,24 @@ def branches(graph: Graph) -> list[list[list[int]]]:
         parts: list[list[int]] = []
         for member in run:
             joined = [p for p in parts if any(before[member] >> other & 1 for other in p)]
-            parts = [p for p in parts if p not in joined] + [sorted([*(x for p in joined for x in p), member])]
-        if len(parts) > 1 or any(before[a] >> b & 1 == after[a] >> b & 1 == 0 for p in parts for a in p for b in p if a != b):
+            parts = [p for p in parts if p not in joined] + [
+                sorted([*(x for p in joined for x in p), member])
+            ]
+        if len(parts) > 1 or any(
+            before[a] >> b & 1 == after[a] >> b & 1 == 0
+            for p in parts
+            for a in p
+            for b in p
+            if a != b
+        ):
             forks.append(sorted(parts))
         run = []
     return forks
 
 
-def at(plan: Plan, graph: Graph, places: Mapping[int, int | None], axes: Sequence[int]) -> Plan:
+def at(
+    plan: Plan, graph: OperatorGraph, places: Mapping[int, int | None], axes: Sequence[int]
+) -> Plan:
     """The plan with some operators at slices of axes (counted over all of them together), or on all slices where None."""
     choices, mesh = dict(plan.choices), plan.mesh
     for o, slot in places.items():
@@ -131,8 +161,16 @@ def at(plan: Plan, graph: Graph, places: Mapping[int, int | None], axes: Sequenc
             choice[mesh.axes[a].name] = f"at({left % mesh.sizes[a]})"
             left //= mesh.sizes[a]
         choices[graph.operators[o].name] = choice
-    home = {a.path: graph.operators[graph.home[a.tensor]].name for a in graph.arguments if graph.home[a.tensor] >= 0}
-    storage = {p: s for p, s in plan.storage.items() if p not in home or all(slice_of(choices[home[p]].get(a, "")) is None for a in s.axes)}
+    home = {
+        a.path: graph.operators[graph.home[a.tensor]].name
+        for a in graph.arguments
+        if graph.home[a.tensor] >= 0
+    }
+    storage = {
+        p: s
+        for p, s in plan.storage.items()
+        if p not in home or all(slice_of(choices[home[p]].get(a, "")) is None for a in s.axes)
+    }
     return replace(plan, choices=choices, storage=storage)
 
 
@@ -142,23 +180,35 @@ class _Floor:
     An operator on a part of the devices is at best shared out to them without a rest.
     """
 
-    def __init__(self, graph: Graph, machine: Machine, start: Plan, terms: Terms) -> None:
+    def __init__(self, graph: OperatorGraph, machine: Machine, start: Plan, terms: Terms) -> None:
         self.names, self.mesh = [o.name for o in graph.operators], start.mesh
-        self.everywhere = [float(cost.compute[0]) for cost in Placed.of(graph, machine, start, terms).costs]
+        self.everywhere = [
+            float(cost.compute[0]) for cost in Placed.of(graph, machine, start, terms).costs
+        ]
         self.least = [seconds / machine.devices for seconds in least_by_operator(terms, machine)]
 
     def seconds(self, plan: Plan) -> float:
         common, apart = 0.0, defaultdict(float)
         for name, everywhere, least in zip(self.names, self.everywhere, self.least, strict=True):
-            pins = tuple((a, use) for a, use in plan.choices[name].items() if slice_of(use) is not None)
+            pins = tuple(
+                (a, use) for a, use in plan.choices[name].items() if slice_of(use) is not None
+            )
             if pins:
-                apart[tuple(sorted(pins))] += least * math.prod(self.mesh.sizes[self.mesh.index[a]] for a, _ in pins)
+                apart[tuple(sorted(pins))] += least * math.prod(
+                    self.mesh.sizes[self.mesh.index[a]] for a, _ in pins
+                )
             else:
                 common += everywhere
         return common + max(apart.values(), default=0.0)
 
 
-def _dealt(graph: Graph, start: Plan, terms: Terms, parallel: Sequence[Sequence[Sequence[int]]], differ: bool) -> Iterator[Plan]:
+def _dealt(
+    graph: OperatorGraph,
+    start: Plan,
+    terms: Terms,
+    parallel: Sequence[Sequence[Sequence[int]]],
+    differ: bool,
+) -> Iterator[Plan]:
     """Branches and layers dealt to slices; where devices differ, also everything at one slice."""
     work = [sum(w.flops * w.trips for w in own.work) for own in terms.operators]
     inside = {o for fork in parallel for branch in fork for o in branch}
@@ -168,7 +218,9 @@ def _dealt(graph: Graph, start: Plan, terms: Terms, parallel: Sequence[Sequence[
     for axes in _targets(start):
         slices = math.prod(start.mesh.sizes[a] for a in axes)
         if differ:
-            yield from (at(start, graph, dict.fromkeys(range(len(work)), i), axes) for i in range(slices))
+            yield from (
+                at(start, graph, dict.fromkeys(range(len(work)), i), axes) for i in range(slices)
+            )
         places: dict[int, int | None] = {}
         for fork in parallel:
             load = [0.0] * slices
@@ -178,7 +230,16 @@ def _dealt(graph: Graph, start: Plan, terms: Terms, parallel: Sequence[Sequence[
                 load[least] += sum(work[o] for o in branch)
         yield at(start, graph, places, axes)
         if 1 < len(layers) < len(inside):
-            yield at(start, graph, {o: n * slices // len(layers) for n, mine in enumerate(layers.values()) for o in mine}, axes)
+            yield at(
+                start,
+                graph,
+                {
+                    o: n * slices // len(layers)
+                    for n, mine in enumerate(layers.values())
+                    for o in mine
+                },
+                axes,
+            )
 
 
 def _targets(start: Plan) -> list[tuple[int, ...]]:
@@ -192,7 +253,9 @@ def _targets(start: Plan) -> list[tuple[int, ...]]:
     return found
 
 
-def _units(graph: Graph, terms: Terms, parallel: Sequence[Sequence[Sequence[int]]]) -> list[tuple[int, ...]]:
+def _units(
+    graph: OperatorGraph, terms: Terms, parallel: Sequence[Sequence[Sequence[int]]]
+) -> list[tuple[int, ...]]:
     """What is moved at once: operators of branches, branches, and all branches that are equal."""
     equal: dict[tuple[str, ...], list[int]] = defaultdict(list)
     found: dict[tuple[int, ...], None] = {}
@@ -203,11 +266,21 @@ def _units(graph: Graph, terms: Terms, parallel: Sequence[Sequence[Sequence[int]
     return [*found, *(mine for mine in map(tuple, equal.values()) if mine not in found)]
 
 
-def _moved(plan: Plan, graph: Graph, terms: Terms, units: Sequence[tuple[int, ...]], rng: random.Random) -> Plan:
+def _moved(
+    plan: Plan,
+    graph: OperatorGraph,
+    terms: Terms,
+    units: Sequence[tuple[int, ...]],
+    rng: random.Random,
+) -> Plan:
     """The plan with one unit elsewhere: at a slice, on all slices, or where a neighbour is."""
     unit, axes = rng.choice(units), rng.choice(_targets(plan))
     slices = math.prod(plan.mesh.sizes[a] for a in axes)
-    near = [m.reader if m.home in unit else m.home for m in terms.edges if (m.home in unit) != (m.reader in unit)]
+    near = [
+        m.reader if m.home in unit else m.home
+        for m in terms.edges
+        if (m.home in unit) != (m.reader in unit)
+    ]
     if near and rng.random() < 0.3:
         choice = plan.choices[graph.operators[rng.choice(near)].name]
         uses = [slice_of(choice.get(plan.mesh.axes[a].name, "")) for a in axes]

@@ -21,7 +21,7 @@ from partita.search.base import Problem, Report, SearchResult
 from partita.search.elimination import eliminate
 from partita.search.exhaustive import prove
 from partita.search.mcmc import walk
-from partita.search.network import Network
+from partita.search.network import CostNetwork
 from partita.search.reduce import Reduced, reduce
 from partita.search.simulated import Simulated, relaxed, simulated
 
@@ -49,9 +49,11 @@ class Limits:
 class Space:
     """A cost network with what searches need of it, made when it is first asked for. `baselines` are states to begin walks from."""
 
-    network: Network
+    network: CostNetwork
     baselines: Sequence[Sequence[int]]
-    _least: dict[float, tuple[SearchResult, tuple[int, ...]]] = field(default_factory=dict, repr=False)
+    _least: dict[float, tuple[SearchResult, tuple[int, ...]]] = field(
+        default_factory=dict, repr=False
+    )
 
     @cached_property
     def reduced(self) -> Reduced:
@@ -99,7 +101,9 @@ class Space:
             return exact, exact.states
         below = eliminate(self.below.problem, limits.budget)
         seconds = self.simulated.seconds(exact.states)
-        return replace(exact, seconds=seconds, bound=min(below.bound, seconds)), self.below.lift(below.states)
+        return replace(exact, seconds=seconds, bound=min(below.bound, seconds)), self.below.lift(
+            below.states
+        )
 
 
 Search = Callable[[Space, Limits], SearchResult]
@@ -115,7 +119,9 @@ def mcmc(space: Space, limits: Limits) -> SearchResult:
     exact, _ = space.least(limits)
     if not exact.feasible or exact.stopped:
         return exact
-    starts = [s for s in space.baselines if space.simulated.held(s) <= limits.budget] or [exact.states]
+    starts = [s for s in space.baselines if space.simulated.held(s) <= limits.budget] or [
+        exact.states
+    ]
     return _walked(space, limits, starts, exact.bound)
 
 
@@ -124,9 +130,13 @@ def exhaustive(space: Space, limits: Limits) -> SearchResult:
     exact, _ = space.least(limits)
     if not exact.feasible or exact.stopped:
         return exact
-    found = _walked(space, replace(limits, seconds=None), [exact.states, *space.baselines], exact.bound)
+    found = _walked(
+        space, replace(limits, seconds=None), [exact.states, *space.baselines], exact.bound
+    )
     seconds = np.inf if limits.seconds is None else limits.seconds
-    return prove(space.simulated, space.relaxed, found.states, limits.budget, seconds, report=limits.report)
+    return prove(
+        space.simulated, space.relaxed, found.states, limits.budget, seconds, report=limits.report
+    )
 
 
 def portfolio(space: Space, limits: Limits) -> SearchResult:
@@ -138,17 +148,40 @@ def portfolio(space: Space, limits: Limits) -> SearchResult:
     found = _walked(space, limits, [exact.states, below, *space.baselines], exact.bound)
     over = limits.seconds is not None and time.perf_counter() - begun > limits.seconds
     if found.gap > 0 and len(space.network.states) <= SMALL and not found.stopped and not over:
-        proved = prove(space.simulated, space.relaxed, found.states, limits.budget, nodes=NODES, report=limits.report)
+        proved = prove(
+            space.simulated,
+            space.relaxed,
+            found.states,
+            limits.budget,
+            nodes=NODES,
+            report=limits.report,
+        )
         found = replace(proved, history=(*found.history, *proved.history), stopped=False)
     if exact.seconds <= found.seconds * (1 + WORTH):
         found = replace(found, states=exact.states, seconds=exact.seconds, nbytes=exact.nbytes)
     return replace(found, history=(*exact.history, *found.history))
 
 
-def _walked(space: Space, limits: Limits, starts: Sequence[Sequence[int]], bound: float) -> SearchResult:
+def _walked(
+    space: Space, limits: Limits, starts: Sequence[Sequence[int]], bound: float
+) -> SearchResult:
     problem, seconds = space.simulated, limits.seconds
     most = None if seconds is not None else max(20_000, PROPOSALS // max(1, problem.tasks.count))
-    return walk(problem, starts, limits.budget, bound, np.inf if seconds is None else seconds, limits.seed, limits.report, most)[0]
+    return walk(
+        problem,
+        starts,
+        limits.budget,
+        bound,
+        np.inf if seconds is None else seconds,
+        limits.seed,
+        limits.report,
+        most,
+    )[0]
 
 
-SEARCHES: Mapping[str, Search] = {"portfolio": portfolio, "elimination": elimination, "mcmc": mcmc, "exhaustive": exhaustive}
+SEARCHES: Mapping[str, Search] = {
+    "portfolio": portfolio,
+    "elimination": elimination,
+    "mcmc": mcmc,
+    "exhaustive": exhaustive,
+}

@@ -120,4 +120,6 @@ def _best(seconds: np.ndarray, nbytes: np.ndarray, tables: list[np.ndarray]) -> 
 def _classes(table: np.ndarray) -> np.ndarray:
     """Per row, a number that equal rows share."""
     seen: dict[bytes, int] = {}
-    return np.array([seen.setdefault(row.tobytes(), len(seen)) for row in np.ascontiguousarray(table)])
+    return np.array(
+        [seen.setdefault(row.tobytes(), len(seen)) for row in np.ascontiguousarray(table)]
+    )

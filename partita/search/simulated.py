@@ -15,9 +15,9 @@ from numba import njit
 
 from partita.cost.evaluate import PARTS
 from partita.search.base import Problem
-from partita.search.network import Network
-from partita.simulate.engine import Tasks, sweep
-from partita.simulate.step import Slot, lay_out, structure, thinned
+from partita.search.network import CostNetwork
+from partita.simulation.engine import Tasks, sweep
+from partita.simulation.step import Slot, lay_out, structure, thinned
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +72,22 @@ class Simulated:
     def where(self) -> tuple[object, ...]:
         """What `fill` needs besides the states."""
         return (
-            self.overlap, self.data, self.states, self.own_first, self.own_task, self.own_hold, self.own_row, self.own_share, self.move_task,
-            self.move_hold, self.move_ends, self.move_table,
-        )  # fmt: skip
+            self.overlap,
+            self.data,
+            self.states,
+            self.own_first,
+            self.own_task,
+            self.own_hold,
+            self.own_row,
+            self.own_share,
+            self.move_task,
+            self.move_hold,
+            self.move_ends,
+            self.move_table,
+        )
 
 
-def simulated(network: Network) -> Simulated:
+def simulated(network: CostNetwork) -> Simulated:
     """The simulation of a cost network."""
     step, overlap = structure(network.graph, network.terms), network.place.machine.backend.overlap
     step = thinned(step, [_takes_time(network, slot) for slot in step.slots])
@@ -106,7 +116,14 @@ def simulated(network: Network) -> Simulated:
             moves.append((task, hold, slot.operator, slot.reader, put(table)))
         else:
             parts = network.parts[slot.operator]
-            own[slot.operator].append((task, hold, put(parts) + PARTS.index((slot.kind, slot.phase)) * parts.shape[1], slot.share))
+            own[slot.operator].append(
+                (
+                    task,
+                    hold,
+                    put(parts) + PARTS.index((slot.kind, slot.phase)) * parts.shape[1],
+                    slot.share,
+                )
+            )
     near: list[list[int]] = [[] for _ in network.graph.operators]
     for m, (_, _, home, reader, _) in enumerate(moves):
         near[home].append(m)
@@ -117,22 +134,38 @@ def simulated(network: Network) -> Simulated:
     starts = lambda rows: np.cumsum([0, *map(len, rows)])  # noqa: E731
     number: dict[int, int] = {}
     return Simulated(
-        laid.tasks, overlap, np.concatenate([*data, np.zeros(1)]), np.array([len(s) for s in network.states]),
-        np.array([number.setdefault(id(p), len(number)) for p in network.parts]), starts(own), task, hold, row,
-        np.array([share for *_, share in flat], float), moved[:, 0].copy(), moved[:, 1].copy(), moved[:, 2:4].copy(), moved[:, 4].copy(),
-        starts(near), np.array([m for mine in near for m in mine], np.int64), starts(network.states), np.concatenate(network.problem.nbytes),
-    )  # fmt: skip
+        laid.tasks,
+        overlap,
+        np.concatenate([*data, np.zeros(1)]),
+        np.array([len(s) for s in network.states]),
+        np.array([number.setdefault(id(p), len(number)) for p in network.parts]),
+        starts(own),
+        task,
+        hold,
+        row,
+        np.array([share for *_, share in flat], float),
+        moved[:, 0].copy(),
+        moved[:, 1].copy(),
+        moved[:, 2:4].copy(),
+        moved[:, 4].copy(),
+        starts(near),
+        np.array([m for mine in near for m in mine], np.int64),
+        starts(network.states),
+        np.concatenate(network.problem.nbytes),
+    )
 
 
-def _takes_time(network: Network, slot: Slot) -> bool:
+def _takes_time(network: CostNetwork, slot: Slot) -> bool:
     """Whether a task takes time under any states."""
     if slot.kind == "move":
         table = network.moves.get((slot.operator, slot.reader, slot.phase, slot.wanted))
         return table is not None and bool(table.any())
-    return slot.kind != "join" and bool(network.parts[slot.operator][PARTS.index((slot.kind, slot.phase))].any())
+    return slot.kind != "join" and bool(
+        network.parts[slot.operator][PARTS.index((slot.kind, slot.phase))].any()
+    )
 
 
-def relaxed(network: Network) -> Problem:
+def relaxed(network: CostNetwork) -> Problem:
     """An additive problem below the simulation: what a device's kernels take, and what collectives hold them up for.
 
     One stream runs all of that, task after task, so no plan's step is shorter. Its optimum is a bound on every plan's.
@@ -151,7 +184,22 @@ def relaxed(network: Network) -> Problem:
 
 
 @njit(cache=True)
-def fill(chosen, into, overlap, data, states, own_first, own_task, own_hold, own_row, own_share, move_task, move_hold, move_ends, move_table):  # noqa: ANN001, ANN201
+def fill(
+    chosen,
+    into,
+    overlap,
+    data,
+    states,
+    own_first,
+    own_task,
+    own_hold,
+    own_row,
+    own_share,
+    move_task,
+    move_hold,
+    move_ends,
+    move_table,
+):  # noqa: ANN001, ANN201
     """Writes the seconds of every task under the chosen states."""
     for o in range(len(states)):
         for s in range(own_first[o], own_first[o + 1]):
@@ -169,18 +217,41 @@ def fill(chosen, into, overlap, data, states, own_first, own_task, own_hold, own
 
 @njit(cache=True)
 def change(  # noqa: ANN201, PLR0913
-    o, chosen, into, touched, was, count, begin, near_first, near,  # noqa: ANN001
-    overlap, data, states, own_first, own_task, own_hold, own_row, own_share, move_task, move_hold, move_ends, move_table,  # noqa: ANN001
-):  # fmt: skip
+    o,
+    chosen,
+    into,
+    touched,
+    was,
+    count,
+    begin,
+    near_first,
+    near,  # noqa: ANN001
+    overlap,
+    data,
+    states,
+    own_first,
+    own_task,
+    own_hold,
+    own_row,
+    own_share,
+    move_task,
+    move_hold,
+    move_ends,
+    move_table,  # noqa: ANN001
+):
     """Writes the seconds that operator o changes: (how many tasks are `touched` by now, the first of them); `was` is what they took."""
     for s in range(own_first[o], own_first[o + 1]):
         seconds = data[own_row[s] + chosen[o]] * own_share[s]
-        count, begin = _set(own_task[s], own_hold[s], seconds, overlap, into, touched, was, count, begin)
+        count, begin = _set(
+            own_task[s], own_hold[s], seconds, overlap, into, touched, was, count, begin
+        )
     for j in range(near_first[o], near_first[o + 1]):
         m = near[j]
         reader = move_ends[m, 1]
         seconds = data[move_table[m] + chosen[move_ends[m, 0]] * states[reader] + chosen[reader]]
-        count, begin = _set(move_task[m], move_hold[m], seconds, overlap, into, touched, was, count, begin)
+        count, begin = _set(
+            move_task[m], move_hold[m], seconds, overlap, into, touched, was, count, begin
+        )
     return count, begin
 
 

@@ -9,14 +9,14 @@ from partita.api import capture
 from partita.bench.networks import NETWORKS, model
 from partita.bench.papers import cases, on_links, run
 from partita.bench.published import layers_on_devices, one_weird_trick, optcnn_vgg16
-from partita.cli import app
+from partita.cli.main import app
 from partita.errors import PartitaError
-from partita.graph.graph import Graph
+from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
-from partita.plan.baselines import data_parallel
+from partita.plans.baselines import data_parallel
 from partita.search.find import mesh_of
 from partita.search.portfolio import WORTH
-from partita.simulate.simulate import simulate
+from partita.simulation.simulate import simulate
 
 COUNTS = {
     "lenet": 61_706,  # LeCun 1998 with all of conv2 connected
@@ -50,7 +50,7 @@ def test_building_a_network_in_16_bit_leaves_the_dtype_policy_as_it_was() -> Non
 
 
 @pytest.fixture(scope="module")
-def vgg16() -> Graph:
+def vgg16() -> OperatorGraph:
     return capture(model("vgg16"), 128).graph
 
 
@@ -62,24 +62,40 @@ def test_every_step_of_a_recurrent_layer_is_operators_of_its_own() -> None:
 # -------------------------------------------------------------------------------------------------------------- plans
 
 
-def test_optcnns_plan_splits_the_last_convolutions_in_space_and_the_dense_layers_by_parameter(vgg16: Graph) -> None:
-    text = optcnn_vgg16(vgg16, "p100-cluster", mesh_of(load("p100-cluster:1"))).to_json()["operators"]
+def test_optcnns_plan_splits_the_last_convolutions_in_space_and_the_dense_layers_by_parameter(
+    vgg16: OperatorGraph,
+) -> None:
+    text = optcnn_vgg16(vgg16, "p100-cluster", mesh_of(load("p100-cluster:1"))).to_json()[
+        "operators"
+    ]
     assert text["block1_conv1"] == "S:a,b"
     assert text["block5_conv3"] == "A1:a A2:b"
     assert (text["fc1"], text["fc2"], text["predictions"]) == ("P:a,b", "P:a,b", "P:a")
 
 
-def test_experts_split_samples_over_nodes_and_give_every_recurrent_layer_a_device_of_its_own() -> None:
+def test_experts_split_samples_over_nodes_and_give_every_recurrent_layer_a_device_of_its_own() -> (
+    None
+):
     graph, where = capture(model("rnnlm-2"), 16).graph, load("k80-cluster:4")
     plan = layers_on_devices(graph, "k80-cluster", mesh_of(where))
     text = plan.to_json()["operators"]
-    assert {text[name] for name in text if name.startswith(("embedding", "lstm0"))} == {"S:a,b at(0):c,d"}
-    assert {text[name] for name in text if name.startswith("lstm1")} == {"S:a,b at(0):c at(1):d"} and text["logits"] == "S:a,b P:c,d"
+    assert {text[name] for name in text if name.startswith(("embedding", "lstm0"))} == {
+        "S:a,b at(0):c,d"
+    }
+    assert {text[name] for name in text if name.startswith("lstm1")} == {
+        "S:a,b at(0):c at(1):d"
+    } and text["logits"] == "S:a,b P:c,d"
     timeline = simulate(graph, where, plan)
     assert timeline.groups == 4
     kernels = [s for s in timeline.spans if s.kind == "compute"]
-    assert {s.group for s in kernels if s.operator.startswith("lstm0")} == {"c=0 d=0"} and {s.group for s in kernels if s.operator.startswith("lstm1")} == {"c=0 d=1"}
-    assert {s.group for s in kernels if s.operator == "logits"} == set(dict.fromkeys(s.group for s in kernels)) == {f"c={c} d={d}" for c in (0, 1) for d in (0, 1)}
+    assert {s.group for s in kernels if s.operator.startswith("lstm0")} == {"c=0 d=0"} and {
+        s.group for s in kernels if s.operator.startswith("lstm1")
+    } == {"c=0 d=1"}
+    assert (
+        {s.group for s in kernels if s.operator == "logits"}
+        == set(dict.fromkeys(s.group for s in kernels))
+        == {f"c={c} d={d}" for c in (0, 1) for d in (0, 1)}
+    )
 
 
 @pytest.mark.parametrize(("network", "batch"), [("lenet", 32), ("alexnet", 32), ("vgg16", 32)])
@@ -97,7 +113,12 @@ def test_what_is_published_is_never_better_than_what_is_found(network: str, batc
 
 
 def test_what_a_collective_puts_on_links() -> None:
-    assert on_links("all_reduce", 64) == 2 * on_links("reduce_scatter", 64) == 2 * on_links("all_gather", 64) == 126 / 64
+    assert (
+        on_links("all_reduce", 64)
+        == 2 * on_links("reduce_scatter", 64)
+        == 2 * on_links("all_gather", 64)
+        == 126 / 64
+    )
     assert on_links("collective_permute", 64) == 1
 
 
@@ -110,12 +131,25 @@ def test_data_parallel_sends_every_gradient_once_around_the_ring() -> None:
 def test_cells_are_the_papers() -> None:
     chosen = cases()
     assert len([c for c in chosen if c.paper == "FlexFlow"]) == 6 * (5 + 3)
-    assert {c.network for c in chosen if c.paper == "OptCNN"} == {"lenet", "alexnet", "vgg16", "inception-v3"}
-    assert {(c.network, c.devices) for c in chosen if not c.paper} == {("llama", 64), ("gpt3", 1024)}
+    assert {c.network for c in chosen if c.paper == "OptCNN"} == {
+        "lenet",
+        "alexnet",
+        "vgg16",
+        "inception-v3",
+    }
+    assert {(c.network, c.devices) for c in chosen if not c.paper} == {
+        ("llama", 64),
+        ("gpt3", 1024),
+    }
 
 
-@pytest.mark.parametrize(("only", "devices", "says"), [("resnet", None, "There are lenet, alexnet"), ("lenet", 64, "Counts are 4, 8")])
-def test_a_cell_that_is_not_there_is_one_sentence(only: str, devices: int | None, says: str) -> None:
+@pytest.mark.parametrize(
+    ("only", "devices", "says"),
+    [("resnet", None, "There are lenet, alexnet"), ("lenet", 64, "Counts are 4, 8")],
+)
+def test_a_cell_that_is_not_there_is_one_sentence(
+    only: str, devices: int | None, says: str
+) -> None:
     with pytest.raises(PartitaError, match=says):
         cases(only, None, devices)
 
@@ -125,16 +159,24 @@ def test_the_command_prints_tables_and_json() -> None:
     shown = runner.invoke(app, ["bench", "papers", "--only", "lenet"])
     (row,) = json.loads(runner.invoke(app, ["bench", "papers", "--only", "lenet", "--json"]).output)
     assert shown.exit_code == 0 and "OptCNN's networks on p100-cluster" in shown.output
-    assert 0 <= row["gap"] < 0.05 and ("proved" if row["gap"] < 1e-6 else f"{row['gap']:.2%}") in shown.output
+    assert (
+        0 <= row["gap"] < 0.05
+        and ("proved" if row["gap"] < 1e-6 else f"{row['gap']:.2%}") in shown.output
+    )
     assert row["case"]["devices"] == 4 and row["plans"]["found"]["seconds"] > 0
 
 
 def test_the_published_figures_stand_beside_ours() -> None:
-    shown = typer.testing.CliRunner().invoke(app, ["bench", "papers", "--only", "vgg16", "--devices", "2"])
-    assert "first dense layer by sample / by parameter: published 408 / 32 MB sent; here" in shown.output
+    shown = typer.testing.CliRunner().invoke(
+        app, ["bench", "papers", "--only", "vgg16", "--devices", "2"]
+    )
+    assert (
+        "first dense layer by sample / by parameter: published 408 / 32 MB sent; here"
+        in shown.output
+    )
 
 
-def test_one_weird_trick_is_data_parallel_for_convolutions(vgg16: Graph) -> None:
+def test_one_weird_trick_is_data_parallel_for_convolutions(vgg16: OperatorGraph) -> None:
     mesh = mesh_of(load("p100-cluster:1"))
     trick, plain = one_weird_trick(vgg16, "m", mesh), data_parallel(vgg16, "m", mesh)
     differs = [o.name for o in vgg16.operators if trick.choices[o.name] != plain.choices[o.name]]

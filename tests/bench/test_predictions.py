@@ -23,25 +23,46 @@ from partita.bench.fidelity import (
     summaries,
     summary,
 )
-from partita.cli import app
+from partita.cli.main import app
 from partita.errors import PartitaError
-from partita.graph.graph import Graph
+from partita.graph.operator_graph import OperatorGraph
 from partita.machine import host
-from partita.plan.baselines import BASELINES
-from partita.plan.plan import check
+from partita.plans.baselines import BASELINES
+from partita.plans.plan import check
 from partita.search.find import mesh_of
 
-GRAPH = Graph.load(Path(__file__).parent.parent / "data" / "transformer.graph.json")
+GRAPH = OperatorGraph.load(Path(__file__).parent.parent / "data" / "transformer.graph.json")
 
 
-def step(model: str, plan: str, seconds: float, predicted: float, chosen: bool = False, place: str = "2 devices") -> Step:
-    return Step(place, model, plan, chosen, seconds, 2 * predicted, None, predicted, None, {"measured": 1.0, "fitted": 0.0})
+def step(
+    model: str,
+    plan: str,
+    seconds: float,
+    predicted: float,
+    chosen: bool = False,
+    place: str = "2 devices",
+) -> Step:
+    return Step(
+        place,
+        model,
+        plan,
+        chosen,
+        seconds,
+        2 * predicted,
+        None,
+        predicted,
+        None,
+        {"measured": 1.0, "fitted": 0.0},
+    )
 
 
 STEPS = [
-    step("a", "data parallel", 1.0, 1.1), step("a", "ZeRO-3", 2.0, 1.5, chosen=True), step("a", "spatial", 3.0, 1.4),
-    step("b", "data parallel", 10.0, 10.0, chosen=True), step("b", "ZeRO-3", 12.0, 12.12),
-]  # fmt: skip
+    step("a", "data parallel", 1.0, 1.1),
+    step("a", "ZeRO-3", 2.0, 1.5, chosen=True),
+    step("a", "spatial", 3.0, 1.4),
+    step("b", "data parallel", 10.0, 10.0, chosen=True),
+    step("b", "ZeRO-3", 12.0, 12.12),
+]
 
 
 def test_figures_are_those_that_one_adds_up_by_hand() -> None:
@@ -56,21 +77,30 @@ def test_figures_are_those_that_one_adds_up_by_hand() -> None:
 
 
 def test_plans_are_compared_on_one_setting_and_figures_are_of_each_and_of_all() -> None:
-    slow = [replace(s, place="2 processes", seconds=100 * s.seconds, measured=100 * s.measured) for s in STEPS]
+    slow = [
+        replace(s, place="2 processes", seconds=100 * s.seconds, measured=100 * s.measured)
+        for s in STEPS
+    ]
     rows = summaries([*STEPS, *slow])
     assert [(r["place"], r["way"], r["steps"]) for r in rows] == [
-        (place, way, n) for place, n in (("2 devices", 5), ("2 processes", 5), ("all", 10)) for way in ("rates", "measured")
+        (place, way, n)
+        for place, n in (("2 devices", 5), ("2 processes", 5), ("all", 10))
+        for way in ("rates", "measured")
     ]
     measured = {r["place"]: r for r in rows if r["way"] == "measured"}
     assert measured["2 devices"]["median"] == pytest.approx(measured["all"]["median"])
-    assert measured["all"]["tau_within"] == measured["2 devices"]["tau_within"], "plans of one setting only are compared"
+    assert measured["all"]["tau_within"] == measured["2 devices"]["tau_within"], (
+        "plans of one setting only are compared"
+    )
     assert measured["all"]["chosen_over_best"] == (1.5, 2.0)
 
 
 def test_ninety_five_in_a_hundred_are_no_more_off_than_said() -> None:
     hundred = [step("a", str(n), 1.0, 1.0 + n / 100) for n in range(1, 101)]
     found = summary(hundred, "measured")
-    assert found is not None and found.p95 == pytest.approx(0.95) and found.worst == pytest.approx(1.0)
+    assert (
+        found is not None and found.p95 == pytest.approx(0.95) and found.worst == pytest.approx(1.0)
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- plans
@@ -79,13 +109,26 @@ def test_ninety_five_in_a_hundred_are_no_more_off_than_said() -> None:
 def test_plans_are_programs_of_their_own_and_at_least_as_many_as_asked_for() -> None:
     machine, mesh = host(2, 8 << 30), mesh_of(host(2, 8 << 30))
     known = {name: make(GRAPH, machine.name, mesh) for name, make in BASELINES.items()}
-    plans, chosen = plans_of(GRAPH, machine, known, replace(known["tensor parallel"], name="found"), known["ZeRO-3"])
-    assert chosen == "tensor parallel", "the plan found is that of an expert: measured once, under the expert's name"
+    plans, chosen = plans_of(
+        GRAPH, machine, known, replace(known["tensor parallel"], name="found"), known["ZeRO-3"]
+    )
+    assert chosen == "tensor parallel", (
+        "the plan found is that of an expert: measured once, under the expert's name"
+    )
     assert len(plans) >= LEAST and len({program(p) for p in plans.values()}) == len(plans)
     assert "ZeRO-2" not in plans and any(name.startswith("random") for name in plans)
-    few, chosen = plans_of(GRAPH, machine, {n: known[n] for n in ("one device", "data parallel")}, known["data parallel"], known["one device"])
+    few, chosen = plans_of(
+        GRAPH,
+        machine,
+        {n: known[n] for n in ("one device", "data parallel")},
+        known["data parallel"],
+        known["one device"],
+    )
     assert len(few) == LEAST and chosen == "data parallel"
-    assert plans_of(GRAPH, host(1, 8 << 30), known, known["ZeRO-3"], known["ZeRO-3"]) == ({"one device": known["one device"]}, "one device")
+    assert plans_of(GRAPH, host(1, 8 << 30), known, known["ZeRO-3"], known["ZeRO-3"]) == (
+        {"one device": known["one device"]},
+        "one device",
+    )
 
 
 def test_a_plan_at_random_is_legal_the_same_each_time_and_alike_for_equal_layers() -> None:
@@ -93,19 +136,28 @@ def test_a_plan_at_random_is_legal_the_same_each_time_and_alike_for_equal_layers
     plans = [random_plan(GRAPH, machine, mesh_of(machine), seed) for seed in range(4)]
     for seed, plan in enumerate(plans):
         assert check(plan, GRAPH) == plan == random_plan(GRAPH, machine, mesh_of(machine), seed)
-        assert plan.choices["multi_head_attention/query"] == plan.choices["multi_head_attention_1/query"]
+        assert (
+            plan.choices["multi_head_attention/query"]
+            == plan.choices["multi_head_attention_1/query"]
+        )
     assert len({program(p) for p in plans}) == len(plans)
 
 
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-@pytest.mark.parametrize(("ask", "says"), [
-    (lambda: chosen_models("mlp, gpt"), "There is no model 'gpt' to bench. There are mlp, cnn"),
-    (lambda: settings("1,two", ""), "--devices has 'two': write whole numbers of at least 1"),
-    (lambda: settings("", "1"), "--processes has '1': write whole numbers of at least 2"),
-    (lambda: settings("", " "), "There is nothing to measure on: give --devices, --processes, or both"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ask", "says"),
+    [
+        (lambda: chosen_models("mlp, gpt"), "There is no model 'gpt' to bench. There are mlp, cnn"),
+        (lambda: settings("1,two", ""), "--devices has 'two': write whole numbers of at least 1"),
+        (lambda: settings("", "1"), "--processes has '1': write whole numbers of at least 2"),
+        (
+            lambda: settings("", " "),
+            "There is nothing to measure on: give --devices, --processes, or both",
+        ),
+    ],
+)
 def test_what_cannot_be_measured_is_one_sentence(ask, says: str) -> None:
     with pytest.raises(PartitaError, match=says):
         ask()
@@ -118,14 +170,18 @@ def test_all_models_are_meant_where_none_is_named() -> None:
 
 def tiny(width: int):
     def make():
-        model = keras.Sequential([keras.Input((8,)), layers.Dense(width, activation="relu"), layers.Dense(4)])
+        model = keras.Sequential(
+            [keras.Input((8,)), layers.Dense(width, activation="relu"), layers.Dense(4)]
+        )
         model.compile("sgd", "mse")
         return model, 16
 
     return make
 
 
-def test_the_command_shows_every_step_with_three_predictions_and_how_good_they_are(monkeypatch, tmp_path) -> None:
+def test_the_command_shows_every_step_with_three_predictions_and_how_good_they_are(
+    monkeypatch, tmp_path
+) -> None:
     monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
     monkeypatch.setattr(fidelity, "MODELS", {"small": tiny(8), "large": tiny(32)})
 
@@ -134,28 +190,62 @@ def test_the_command_shows_every_step_with_three_predictions_and_how_good_they_a
     def here(processes: int, arguments: list[str], devices: int, say) -> int:
         """What the launched process does, but for measuring rates, in this one."""
         said = dict(zip(arguments[2::2], arguments[3::2], strict=False))
-        assert arguments[:2] == ["bench", "fidelity-here"] and processes == 1 and said["--rounds"] == "1"
+        assert (
+            arguments[:2] == ["bench", "fidelity-here"]
+            and processes == 1
+            and said["--rounds"] == "1"
+        )
         if devices not in written:
-            written[devices] = json.dumps([vars(s) for s in fidelity.measured(said["--models"].split(","), host(devices, 8 << 30), 1)])
+            written[devices] = json.dumps(
+                [
+                    vars(s)
+                    for s in fidelity.measured(
+                        said["--models"].split(","), host(devices, 8 << 30), 1
+                    )
+                ]
+            )
         Path(said["--into"]).write_text(written[devices])
         return 0
 
-    monkeypatch.setattr("partita.launch.launch", here)
-    runner, arguments = typer.testing.CliRunner(), ["bench", "fidelity", "--devices", "1,2", "--processes", "", "--rounds", "1"]
+    monkeypatch.setattr("partita.cli.launch.launch", here)
+    runner, arguments = (
+        typer.testing.CliRunner(),
+        ["bench", "fidelity", "--devices", "1,2", "--processes", "", "--rounds", "1"],
+    )
     given = runner.invoke(app, [*arguments, "--json"])
     found = json.loads(given.stdout)
     steps = [Step(**s) for s in found["steps"]]
-    assert {s.place for s in steps} == {"1 device", "2 devices"} and {s.model for s in steps} == {"small", "large"}
+    assert {s.place for s in steps} == {"1 device", "2 devices"} and {s.model for s in steps} == {
+        "small",
+        "large",
+    }
     for model in ("small", "large"):
         mine = [s for s in steps if (s.place, s.model) == ("2 devices", model)]
         assert len(mine) >= LEAST and sum(s.chosen for s in mine) == 1
-        assert all(s.seconds > 0 and s.measured > 0 and s.rates > 0 and s.fitted and s.fit_error for s in mine)
+        assert all(
+            s.seconds > 0 and s.measured > 0 and s.rates > 0 and s.fitted and s.fit_error
+            for s in mine
+        )
         assert all(s.shares["measured"] == 1.0 for s in mine)
-    assert [r for r in found["summaries"] if r["place"] == "all" and r["way"] == "measured"][0]["steps"] == len(steps)
+    assert [r for r in found["summaries"] if r["place"] == "all" and r["way"] == "measured"][0][
+        "steps"
+    ] == len(steps)
     shown = runner.invoke(app, arguments)
-    assert shown.exit_code == 0 and all(word in shown.stdout for word in ("steps on 2 devices", "data parallel", "relative errors, and order", "chosen/best", "fitted (±"))
+    assert shown.exit_code == 0 and all(
+        word in shown.stdout
+        for word in (
+            "steps on 2 devices",
+            "data parallel",
+            "relative errors, and order",
+            "chosen/best",
+            "fitted (±",
+        )
+    )
 
 
 def test_a_setting_that_fails_ends_the_command_with_its_code(monkeypatch) -> None:
-    monkeypatch.setattr("partita.launch.launch", lambda *given: 7)
-    assert typer.testing.CliRunner().invoke(app, ["bench", "fidelity", "--models", "mlp"]).exit_code == 7
+    monkeypatch.setattr("partita.cli.launch.launch", lambda *given: 7)
+    assert (
+        typer.testing.CliRunner().invoke(app, ["bench", "fidelity", "--models", "mlp"]).exit_code
+        == 7
+    )

@@ -9,7 +9,7 @@ from jax import export
 from partita.capture import stablehlo
 from partita.capture.jax_functions import Leaf, Text, capture_step
 from partita.capture.stablehlo import layer_path, phase_of, split_name
-from partita.graph.graph import Window
+from partita.graph.operator_graph import Window
 
 F32 = "float32"
 
@@ -73,14 +73,18 @@ def test_a_loop_counts_its_trips(loop):
         return h.sum()
 
     graph = captured(loss, (4, 4)).graph
-    trips = {x.trips for x in graph.instructions if x.name == "dot_general" and x.phase == "forward"}
+    trips = {
+        x.trips for x in graph.instructions if x.name == "dot_general" and x.phase == "forward"
+    }
     assert trips == {21 if loop == "nested" else 7}
     assert graph.flops >= 2 * 8 * 4 * 4 * next(iter(trips))
 
 
 def test_a_loop_of_unknown_length_is_said_to_be():
     def loss(w, x):
-        h = jax.lax.stop_gradient(jax.lax.while_loop(lambda h: h.sum() < 5, lambda h: h @ jnp.ones((4, 4)) + 1, x))
+        h = jax.lax.stop_gradient(
+            jax.lax.while_loop(lambda h: h.sum() < 5, lambda h: h @ jnp.ones((4, 4)) + 1, x)
+        )
         return (h @ w).sum()
 
     assert any("trip count" in note for note in captured(loss, (4, 2)).graph.notes)
@@ -88,32 +92,57 @@ def test_a_loop_of_unknown_length_is_said_to_be():
 
 @pytest.mark.parametrize(
     ("stride", "padding", "dilation", "groups"),
-    [(1, "SAME", 1, 1), (2, "SAME", 1, 1), (2, "VALID", 1, 1), (1, "SAME", 2, 1), (1, "SAME", 1, 4)],
+    [
+        (1, "SAME", 1, 1),
+        (2, "SAME", 1, 1),
+        (2, "VALID", 1, 1),
+        (1, "SAME", 2, 1),
+        (1, "SAME", 1, 4),
+    ],
 )
 def test_a_convolution_counts_as_the_compiler_counts(stride, padding, dilation, groups):
     def convolve(w, x):
         return jax.lax.conv_general_dilated(
-            x, w, (stride, stride), padding, rhs_dilation=(dilation, dilation), feature_group_count=groups,
+            x,
+            w,
+            (stride, stride),
+            padding,
+            rhs_dilation=(dilation, dilation),
+            feature_group_count=groups,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )  # fmt: skip
+        )
 
     weights, images = (3, 3, 8 // groups, 16), (2, 12, 12, 8)
     graph = captured(lambda w, x: convolve(w, x).sum(), weights, batch=images).graph
-    (mine,) = [x.flops for x in graph.instructions if x.name == "convolution" and x.phase == "forward"]
+    (mine,) = [
+        x.flops for x in graph.instructions if x.name == "convolution" and x.phase == "forward"
+    ]
     shape = jax.ShapeDtypeStruct
-    theirs = jax.jit(convolve).lower(shape(weights, F32), shape(images, F32)).compile().cost_analysis()["flops"]
+    theirs = (
+        jax.jit(convolve)
+        .lower(shape(weights, F32), shape(images, F32))
+        .compile()
+        .cost_analysis()["flops"]
+    )
     assert mine == pytest.approx(theirs, rel=1e-3)
 
 
 def test_the_windows_of_a_strided_convolution_forwards_and_backwards():
     def loss(w, x):
-        y = jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        y = jax.lax.conv_general_dilated(
+            x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
         return (y * y).sum()
 
     graph = captured(loss, (7, 7, 3, 8), batch=(2, 16, 16, 3)).graph
-    found = {(x.phase, w) for x in graph.instructions if x.name == "convolution" for _, w in x.windows}
+    found = {
+        (x.phase, w) for x in graph.instructions if x.name == "convolution" for _, w in x.windows
+    }
     assert ("forward", Window(16, 8, 2, 2, 7, 1)) in found
-    assert ("backward", Window(16, 8, 2, 2, 7, 1)) in found  # the weight gradient: the result's places are the window's
+    assert (
+        "backward",
+        Window(16, 8, 2, 2, 7, 1),
+    ) in found  # the weight gradient: the result's places are the window's
 
 
 @pytest.mark.parametrize(
@@ -125,9 +154,13 @@ def test_the_windows_of_a_strided_convolution_forwards_and_backwards():
         ("bi,io->ob", (8, 16), (16, 32)),
     ],
 )
-def test_products_that_are_only_read_transposed_exchange_their_sides(einsum: str, left: tuple, right: tuple) -> None:
+def test_products_that_are_only_read_transposed_exchange_their_sides(
+    einsum: str, left: tuple, right: tuple
+) -> None:
     def gradient(x, w):
-        return jax.grad(lambda w: jnp.sum(jnp.einsum(einsum, x, w, precision=("highest", "default")) ** 3))(w)
+        return jax.grad(
+            lambda w: jnp.sum(jnp.einsum(einsum, x, w, precision=("highest", "default")) ** 3)
+        )(w)
 
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=left).astype("float32"), rng.normal(size=right).astype("float32")
@@ -146,6 +179,9 @@ def test_the_largest_values_and_fourier_transforms_are_read_and_run() -> None:
 
     found = captured(loss, (4, 6))
     assert {"sort", "fft"} <= {x.name for x in found.graph.instructions}
-    w, x = np.linspace(-1, 2, 24, dtype=F32).reshape(4, 6), np.linspace(0, 1, 32, dtype=F32).reshape(8, 4)
+    w, x = (
+        np.linspace(-1, 2, 24, dtype=F32).reshape(4, 6),
+        np.linspace(0, 1, 32, dtype=F32).reshape(8, 4),
+    )
     outputs, _ = jax.jit(found.text.call)((w,), x)
     np.testing.assert_allclose(outputs["loss"], loss(w, x), rtol=1e-5)

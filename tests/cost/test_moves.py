@@ -48,10 +48,16 @@ def test_what_is_still_to_be_summed_is_summed_unless_the_reader_sums_it(seed: in
     source, target = sharding(draw), sharding(draw)
     plain = replace(ADDED, sums=0, source=ADDED.source[:-1], target=ADDED.target[:-1])
     part = ADDED.nbytes / PLACE.ways([a for dim in source[:-1] for a in dim])
-    summed = ADDED.trips * PLACE.seconds("all_reduce", part, PLACE.group(source[-1])) if source[-1] else 0.0
+    summed = (
+        ADDED.trips * PLACE.seconds("all_reduce", part, PLACE.group(source[-1]))
+        if source[-1]
+        else 0.0
+    )
     there = move_seconds(plain, PLACE, source[:-1], target[:-1])
     assert move_seconds(ADDED, PLACE, source, source) == 0.0
-    assert move_seconds(ADDED, PLACE, source, target) == pytest.approx(0.0 if source == target else summed + there)
+    assert move_seconds(ADDED, PLACE, source, target) == pytest.approx(
+        0.0 if source == target else summed + there
+    )
 
 
 @given(st.integers(0, 2**32))
@@ -62,6 +68,12 @@ def test_equal_axes_may_be_exchanged(seed: int) -> None:
     levels: dict[int, list[int]] = {}
     for a, axis in enumerate(PLACE.mesh.axes):
         levels.setdefault(axis.level, []).append(a)
-    name = {a: b for axes in levels.values() for a, b in zip(axes, draw.sample(axes, len(axes)), strict=True)}
+    name = {
+        a: b
+        for axes in levels.values()
+        for a, b in zip(axes, draw.sample(axes, len(axes)), strict=True)
+    }
     renamed = [tuple(tuple(name[a] for a in d) for d in s) for s in (source, target)]
-    assert move_seconds(MOVE, PLACE, *renamed) == pytest.approx(move_seconds(MOVE, PLACE, source, target), rel=1e-9)
+    assert move_seconds(MOVE, PLACE, *renamed) == pytest.approx(
+        move_seconds(MOVE, PLACE, source, target), rel=1e-9
+    )

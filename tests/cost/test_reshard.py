@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from partita.cost.reshard import Sharding, Step, emitted_steps, reshard_steps, step_bytes
+from partita.cost.reshard import ReshardStep, Sharding, emitted_steps, reshard_steps, step_bytes
 
 Reshard = tuple[tuple[int, ...], tuple[int, ...], Sharding, Sharding]
 """Global shape, axis sizes, source, target."""
@@ -37,7 +37,8 @@ def reshards(draw, primes=(2, 3, 5), max_rank=4, max_axes=4) -> Reshard:
         order = draw(st.permutations(range(len(sizes))))
         dims = [draw(st.integers(0, rank)) for _ in order]  # dim == rank: the axis is not used
         return tuple(
-            tuple(axis for axis, place in zip(order, dims, strict=True) if place == dim) for dim in range(rank)
+            tuple(axis for axis, place in zip(order, dims, strict=True) if place == dim)
+            for dim in range(rank)
         )
 
     source, target = sharding(), sharding()
@@ -59,7 +60,11 @@ def shardy_steps(cases: list[Reshard]) -> list[list[tuple[str, Sharding]]]:
     from jax.extend.mlir.dialects import sdy
 
     def text(sharding: Sharding) -> str:
-        return "[" + ", ".join("{" + ", ".join(f'"{axis}"' for axis in axes) + "}" for axes in sharding) + "]"
+        return (
+            "["
+            + ", ".join("{" + ", ".join(f'"{axis}"' for axis in axes) + "}" for axes in sharding)
+            + "]"
+        )
 
     meshes: dict[tuple[int, ...], str] = {}
     functions = []
@@ -76,22 +81,32 @@ def shardy_steps(cases: list[Reshard]) -> list[list[tuple[str, Sharding]]]:
         lines.append(f"sdy.mesh {mesh} = <[{axes}]>")
 
     def read(attribute) -> Sharding:
-        dims = [sdy.DimensionShardingAttr(dim) for dim in sdy.TensorShardingAttr(attribute).dimension_shardings]
+        dims = [
+            sdy.DimensionShardingAttr(dim)
+            for dim in sdy.TensorShardingAttr(attribute).dimension_shardings
+        ]
         axes = [[sdy.AxisRefAttr(axis) for axis in dim.axes] for dim in dims]
-        assert all(axis.sub_axis_info is None for dim in axes for axis in dim), "prime axes are never cut"
+        assert all(axis.sub_axis_info is None for dim in axes for axis in dim), (
+            "prime axes are never cut"
+        )
         return tuple(tuple(int(axis.name) for axis in dim) for dim in axes)
 
     program = jax.jit(lambda x: x).lower(0.0).compiler_ir()
     assert program is not None
     with program.context:  # it knows every dialect
         module = ir.Module.parse("\n".join(lines + functions))
-        passmanager.PassManager.parse("builtin.module(func.func(sdy-reshard-to-collectives))").run(module.operation)
+        passmanager.PassManager.parse("builtin.module(func.func(sdy-reshard-to-collectives))").run(
+            module.operation
+        )
         found = []
         for function in (op for op in module.body.operations if op.operation.name == "func.func"):
             before = cases[len(found)][2]
             steps = []
             for op in (op.operation for op in function.regions[0].blocks[0]):
-                if op.name != "func.return" and (result := read(op.attributes["out_sharding"])) != before:
+                if (
+                    op.name != "func.return"
+                    and (result := read(op.attributes["out_sharding"])) != before
+                ):
                     steps.append((op.name.removeprefix("sdy."), result))
                     before = result
             found.append(steps)
@@ -161,8 +176,8 @@ def test_rare_turns_are_taken_as_shardy_takes_them(case):
 def test_what_no_third_round_finishes_is_gathered_and_sliced_anew():
     shape, sizes, source, target = RARE[-1]
     *_, gather, cut = reshard_steps(source, target, sizes, shape)
-    assert gather == Step("all_gather", (3, 6), ((), *target[1:]))
-    assert cut == Step("all_slice", (), target)
+    assert gather == ReshardStep("all_gather", (3, 6), ((), *target[1:]))
+    assert cut == ReshardStep("all_slice", (), target)
 
 
 # ---- laws
@@ -172,12 +187,18 @@ def test_what_no_third_round_finishes_is_gathered_and_sliced_anew():
 @given(reshards(max_axes=9))
 def test_steps_lead_from_source_to_target_and_each_changes_something(case):
     shape, sizes, source, target = case
-    for steps in (reshard_steps(source, target, sizes, shape), emitted_steps(source, target, sizes, shape)):
+    for steps in (
+        reshard_steps(source, target, sizes, shape),
+        emitted_steps(source, target, sizes, shape),
+    ):
         path = [source, *(step.result for step in steps)]
         assert path[-1] == target
         assert all(before != after for before, after in itertools.pairwise(path))
         for before, step in zip(path, steps, strict=False):
-            local, after = (math.prod(sizes[axis] for axes in held for axis in axes) for held in (before, step.result))
+            local, after = (
+                math.prod(sizes[axis] for axes in held for axis in axes)
+                for held in (before, step.result)
+            )
             group = math.prod(sizes[axis] for axis in step.axes)
             if step.kind == "all_slice":
                 assert step.axes == () and after > local
@@ -200,10 +221,10 @@ def test_dropping_axes_from_the_end_is_one_gather_and_adding_them_is_free(case):
     if sharding == bare:
         return
     (gather,) = reshard_steps(sharding, bare, sizes, shape)
-    assert gather == Step("all_gather", tuple(sorted(itertools.chain(*sharding))), bare)
+    assert gather == ReshardStep("all_gather", tuple(sorted(itertools.chain(*sharding))), bare)
     assert step_bytes(gather, sharding, shape, 4, sizes) == 4 * math.prod(shape)
     (cut,) = reshard_steps(bare, sharding, sizes, shape)
-    assert cut == Step("all_slice", (), sharding)
+    assert cut == ReshardStep("all_slice", (), sharding)
     assert step_bytes(cut, bare, shape, 4, sizes) == 0
 
 
@@ -212,13 +233,13 @@ def test_dropping_axes_from_the_end_is_one_gather_and_adding_them_is_free(case):
 
 def test_an_axis_moves_to_another_dim_by_one_all_to_all():
     (step,) = reshard_steps(((0,), ()), ((), (0,)), (2,))
-    assert step == Step("all_to_all", (0,), ((), (0,)))
+    assert step == ReshardStep("all_to_all", (0,), ((), (0,)))
     assert step_bytes(step, ((0,), ()), (6, 8), 4, (2,)) == 3 * 8 * 4
 
 
 def test_two_axes_change_places_by_one_permute_over_both():
     steps = reshard_steps(((0,), (1,)), ((1,), (0,)), (2, 2))
-    assert steps == (Step("collective_permute", (0, 1), ((1,), (0,))),)
+    assert steps == (ReshardStep("collective_permute", (0, 1), ((1,), (0,))),)
     assert step_bytes(steps[0], ((0,), (1,)), (8, 8), 4, (2, 2)) == 4 * 4 * 4
 
 
@@ -231,50 +252,57 @@ def test_a_permute_spans_only_the_axes_whose_place_changes():
 def test_a_permute_over_unequal_axes_moves_the_one_in_the_middle_too():
     # axis 0 stays second of three, but its stride in the block number goes from 3 to 2
     permute = reshard_steps(((1, 0),), ((2, 0),), (2, 2, 3))[1]
-    assert permute == Step("collective_permute", (0, 1, 2), ((2, 0, 1),))
+    assert permute == ReshardStep("collective_permute", (0, 1, 2), ((2, 0, 1),))
 
 
 def test_the_middle_axis_is_brought_to_the_end_carried_over_and_the_rest_gathered():
     before, after = ((0, 1, 2), ()), ((), (1,))
     steps = reshard_steps(before, after, (2, 2, 2))
     assert steps == (
-        Step("collective_permute", (1, 2), ((0, 2, 1), ())),
-        Step("all_to_all", (1,), ((0, 2), (1,))),
-        Step("all_gather", (0, 2), ((), (1,))),
+        ReshardStep("collective_permute", (1, 2), ((0, 2, 1), ())),
+        ReshardStep("all_to_all", (1,), ((0, 2), (1,))),
+        ReshardStep("all_gather", (0, 2), ((), (1,))),
     )
     path = (before, *(step.result for step in steps))
-    costs = [step_bytes(step, held, (8, 8), 1, (2, 2, 2)) for held, step in zip(path, steps, strict=False)]
+    costs = [
+        step_bytes(step, held, (8, 8), 1, (2, 2, 2))
+        for held, step in zip(path, steps, strict=False)
+    ]
     assert costs == [8, 8, 32]  # 64 elements: an eighth, an eighth, and the gathered half
 
 
 def test_a_dim_is_sliced_ahead_of_an_all_to_all_only_where_it_divides():
     source, target = ((0,), ()), ((), (0, 1))
     assert reshard_steps(source, target, (2, 2), (8, 8)) == (
-        Step("all_slice", (), ((0, 1), ())),
-        Step("all_to_all", (0, 1), target),
+        ReshardStep("all_slice", (), ((0, 1), ())),
+        ReshardStep("all_to_all", (0, 1), target),
     )
-    assert reshard_steps(source, target, (2, 2), (2, 8))[0] == Step("all_slice", (), ((0,), (1,)))
+    assert reshard_steps(source, target, (2, 2), (2, 8))[0] == ReshardStep(
+        "all_slice", (), ((0,), (1,))
+    )
 
 
 def test_a_gather_along_two_dims_is_emitted_as_two_and_costs_both():
     source, bare, sizes = ((0,), (1,)), ((), ()), (2, 3)
-    assert reshard_steps(source, bare, sizes) == (Step("all_gather", (0, 1), bare),)
+    assert reshard_steps(source, bare, sizes) == (ReshardStep("all_gather", (0, 1), bare),)
     first, second = emitted_steps(source, bare, sizes)
-    assert first == Step("all_gather", (1,), ((0,), ()))
-    assert second == Step("all_gather", (0,), bare)
+    assert first == ReshardStep("all_gather", (1,), ((0,), ()))
+    assert second == ReshardStep("all_gather", (0,), bare)
     assert step_bytes(first, source, (6, 6), 1, sizes) == 18
     assert step_bytes(second, first.result, (6, 6), 1, sizes) == 36
 
 
 def test_what_does_not_divide_is_padded():
-    step = Step("all_gather", (0,), ((), (1,)))
+    step = ReshardStep("all_gather", (0,), ((), (1,)))
     assert step_bytes(step, ((0,), (1,)), (5, 5), 4, (2, 2)) == 5 * 3 * 4
-    move = Step("all_to_all", (0,), ((), (0,)))
+    move = ReshardStep("all_to_all", (0,), ((), (0,)))
     assert step_bytes(move, ((0,), ()), (5, 5), 4, (2,)) == 3 * 5 * 4
 
 
 def test_a_composite_axis_that_would_be_cut_is_refused():
-    with pytest.raises(ValueError, match=r"cut mesh axis 0 \(4\) into sub-axes; use axes of prime size"):
+    with pytest.raises(
+        ValueError, match=r"cut mesh axis 0 \(4\) into sub-axes; use axes of prime size"
+    ):
         reshard_steps(((0,), ()), ((1,), ()), (4, 2))
 
 
@@ -282,7 +310,9 @@ def test_shardy_stops_short_on_some_unequal_meshes_and_we_do_not():
     shape, sizes, source, target = (12, 12, 12), (2, 2, 3), ((), (1, 0), (2,)), ((), (2, 0), (1,))
     (theirs,) = shardy_steps([(shape, sizes, source, target)])
     assert theirs[-1][1] == ((), (0, 2), (1,))
-    assert reshard_steps(source, target, sizes, shape)[-1] == Step("collective_permute", (0, 2), target)
+    assert reshard_steps(source, target, sizes, shape)[-1] == ReshardStep(
+        "collective_permute", (0, 2), target
+    )
 
 
 # ---- what the compiler makes of it
@@ -341,6 +371,10 @@ def test_the_compiler_emits_the_pinned_steps():
         "JAX_PLATFORMS": "cpu",
     }
     ran = subprocess.run(
-        [sys.executable, "-c", EMITTED, repr(cases)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", EMITTED, repr(cases)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ran.returncode == 0, ran.stderr

@@ -13,7 +13,13 @@ from partita.api import capture
 
 def mlp() -> keras.Model:
     return keras.Sequential(
-        [keras.Input((64,)), layers.Dense(256, activation="relu"), layers.Dense(256, activation="relu"), layers.Dense(16)], name="mlp"
+        [
+            keras.Input((64,)),
+            layers.Dense(256, activation="relu"),
+            layers.Dense(256, activation="relu"),
+            layers.Dense(16),
+        ],
+        name="mlp",
     )
 
 

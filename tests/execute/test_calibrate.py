@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 
 from partita.errors import MachineError
-from partita.execute.calibrate import COLLECTIVES, REDUCED, Calibration, Measured, Sent, _fit_links, calibrated, file_of, key_of
+from partita.execute.calibrate import (
+    COLLECTIVES,
+    REDUCED,
+    Calibration,
+    Measured,
+    Sent,
+    _fit_links,
+    calibrated,
+    file_of,
+    key_of,
+)
 from partita.execute.devices import at_hand
 from partita.machine import host
 from partita.machine.collectives import collective_seconds
@@ -27,7 +37,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def kept(**changes: object) -> Calibration:
-    found = Calibration(key_of(2), {"device.overhead": 1e-3, "device.engine.dot.float32.peak": 5e9}, (Measured("dot", "8", 1e-3, 5e9),), 0.1)
+    found = Calibration(
+        key_of(2),
+        {"device.overhead": 1e-3, "device.engine.dot.float32.peak": 5e9},
+        (Measured("dot", "8", 1e-3, 5e9),),
+        0.1,
+    )
     return dataclasses.replace(found, **changes)  # type: ignore[arg-type]
 
 
@@ -56,15 +71,25 @@ def test_a_broken_file_is_named(cache: Path) -> None:
 
 @pytest.mark.parametrize("value", ['"fast"', "0", "-1", "nan", "inf"])
 def test_a_figure_that_cannot_be_is_named(value: str, cache: Path) -> None:
-    file_of(key_of(2)).write_text(kept().to_toml().replace('"device.overhead" = 0.001', f'"device.overhead" = {value}'))
-    with pytest.raises(MachineError, match="says that device.overhead is .*, and a number above 0 is needed. Delete it, or measure again"):
+    file_of(key_of(2)).write_text(
+        kept().to_toml().replace('"device.overhead" = 0.001', f'"device.overhead" = {value}')
+    )
+    with pytest.raises(
+        MachineError,
+        match="says that device.overhead is .*, and a number above 0 is needed. Delete it, or measure again",
+    ):
         calibrated(at_hand(2), 2)
 
 
 def test_links_are_those_whose_model_gives_the_measured_times() -> None:
-    machine = host(2, 1 << 30).revised({"level.process.latency": 3e-4, "level.process.bandwidth": 7e8}, "made up")
+    machine = host(2, 1 << 30).revised(
+        {"level.process.latency": 3e-4, "level.process.bandwidth": 7e8}, "made up"
+    )
     asked = [(kind, 4.0 * size) for kind in COLLECTIVES for size in REDUCED]
-    sent = [Sent(kind, 2, n, Measured(kind, "", collective_seconds(machine, kind, n, ((0, 2),)))) for kind, n in asked]
+    sent = [
+        Sent(kind, 2, n, Measured(kind, "", collective_seconds(machine, kind, n, ((0, 2),))))
+        for kind, n in asked
+    ]
     values, errors = _fit_links(host(2, 1 << 30), "process", sent)
     assert values["level.process.latency"] == pytest.approx(3e-4, rel=1e-2)
     assert values["level.process.bandwidth"] == pytest.approx(7e8, rel=1e-2)
@@ -72,8 +97,14 @@ def test_links_are_those_whose_model_gives_the_measured_times() -> None:
 
 
 def test_a_kernel_that_fits_the_cache_is_timed_by_it() -> None:
-    machine = host(1, 1 << 30).revised({"device.memory.cache.capacity": 1000, "device.memory.cache.bandwidth": 5e10}, "made up")
-    assert machine.bandwidth_for(np.array([10.0, 1000.0, 1001.0])).tolist() == [5e10, 5e10, machine.memory_bandwidth]
+    machine = host(1, 1 << 30).revised(
+        {"device.memory.cache.capacity": 1000, "device.memory.cache.bandwidth": 5e10}, "made up"
+    )
+    assert machine.bandwidth_for(np.array([10.0, 1000.0, 1001.0])).tolist() == [
+        5e10,
+        5e10,
+        machine.memory_bandwidth,
+    ]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -81,7 +112,11 @@ def test_measuring_writes_what_plans_use(processes: int, cache: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "NPROC")}
     many = ["--devices", "2"] if processes == 1 else ["--processes", "2"]
     done = subprocess.run(
-        [sys.executable, "-m", "partita", "machine", "measure", *many, "--json"], capture_output=True, text=True, env=environment, timeout=200
+        [sys.executable, "-m", "partita", "machine", "measure", *many, "--json"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])

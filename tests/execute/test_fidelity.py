@@ -12,7 +12,7 @@ from partita.cost.work import local_flops
 from partita.execute.emitted import emitted, peak_bytes
 from partita.execute.program import planned_step
 from partita.machine import host
-from partita.plan.baselines import BASELINES
+from partita.plans.baselines import BASELINES
 from partita.search.find import mesh_of
 
 MACHINE = host(8, 8 << 30)
@@ -20,7 +20,9 @@ MACHINE = host(8, 8 << 30)
 
 def strided():
     x = inputs = keras.Input((32, 32, 3))
-    x = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(16, 7, strides=2, padding="same")(x)))
+    x = layers.ReLU()(
+        layers.BatchNormalization()(layers.Conv2D(16, 7, strides=2, padding="same")(x))
+    )
     x = layers.MaxPooling2D()(x)
     x = layers.Conv2D(32, 1, strides=2)(layers.Conv2D(32, 3, padding="same", activation="relu")(x))
     return keras.Model(inputs, layers.Dense(8)(layers.GlobalAveragePooling2D()(x))), (32, 32, 3)
@@ -29,7 +31,9 @@ def strided():
 def patches():
     x = inputs = keras.Input((32, 32, 3))
     x = layers.DepthwiseConv2D(3, padding="same")(layers.Conv2D(16, 4, strides=4)(x))
-    return keras.Model(inputs, layers.Dense(8)(layers.GlobalAveragePooling2D()(layers.LayerNormalization()(x)))), (32, 32, 3)
+    return keras.Model(
+        inputs, layers.Dense(8)(layers.GlobalAveragePooling2D()(layers.LayerNormalization()(x)))
+    ), (32, 32, 3)
 
 
 def attention():
@@ -39,7 +43,9 @@ def attention():
     return keras.Model(inputs, layers.Dense(8)(layers.Flatten()(x))), (16, 32)
 
 
-@pytest.mark.parametrize("plan", ["data parallel", "ZeRO-3", "tensor parallel", "spatial", "data x tensor"])
+@pytest.mark.parametrize(
+    "plan", ["data parallel", "ZeRO-3", "tensor parallel", "spatial", "data x tensor"]
+)
 @pytest.mark.parametrize("make", [strided, patches, attention])
 def test_the_compiler_emits_what_was_planned(make, plan):
     keras.utils.clear_session()

@@ -14,15 +14,27 @@ from partita.capture import stablehlo
 from partita.errors import PlanError
 from partita.execute import operators
 from partita.execute.devices import detect
-from partita.plan.layout import assignments_of
+from partita.plans.layout import assignments_of
 from partita.search.find import find
 
 
 @pytest.fixture
 def captured(monkeypatch, tmp_path):
     monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
-    convolutions = [layers.Conv2D(8, 3, padding="same", activation="relu"), layers.MaxPooling2D(), layers.Flatten(), layers.Dropout(0.5)]
-    model = keras.Sequential([keras.Input((8, 8, 4)), *convolutions, layers.Dense(32, activation="relu"), layers.Dense(4)])
+    convolutions = [
+        layers.Conv2D(8, 3, padding="same", activation="relu"),
+        layers.MaxPooling2D(),
+        layers.Flatten(),
+        layers.Dropout(0.5),
+    ]
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 4)),
+            *convolutions,
+            layers.Dense(32, activation="relu"),
+            layers.Dense(4),
+        ]
+    )
     model.compile("adam", "mse")
     return capture(model, 8)
 
@@ -45,9 +57,16 @@ def test_a_part_is_what_one_device_computes(captured):
     }
     for plan, (x, w, y) in local.items():
         forward, backward = cut(captured, result.baselines[plan][0], name)
-        assert (forward.text.count("stablehlo.dot_general"), backward.text.count("stablehlo.dot_general")) == (1, 2)
-        assert {x, w} <= {s.shape for s in forward.operands} and y in {s.shape for s in forward.results}, plan
-        assert {x, w} <= {s.shape for s in backward.results}, "the gradients of the input and of the weight, or the new weight"
+        assert (
+            forward.text.count("stablehlo.dot_general"),
+            backward.text.count("stablehlo.dot_general"),
+        ) == (1, 2)
+        assert {x, w} <= {s.shape for s in forward.operands} and y in {
+            s.shape for s in forward.results
+        }, plan
+        assert {x, w} <= {s.shape for s in backward.results}, (
+            "the gradients of the input and of the weight, or the new weight"
+        )
 
 
 def test_every_operator_of_every_plan_is_measured_and_said_to_be(captured):
@@ -56,14 +75,20 @@ def test_every_operator_of_every_plan_is_measured_and_said_to_be(captured):
     assert {o.name for o in result.prediction.operators if o.source != "measured"} == set()
     assert "100% measured operator by operator" in result.plan.predicted["provenance"]["seconds"]
     assert predicted(captured.graph, machine, result.plan).operators[0].source == "roofline"
-    assert all(o.compute > 0 for o in result.prediction.operators if o.name.startswith(("conv", "dense")))
+    assert all(
+        o.compute > 0 for o in result.prediction.operators if o.name.startswith(("conv", "dense"))
+    )
 
 
 def test_what_was_measured_is_kept_for_equal_operators_of_other_models(captured):
     machine, told = detect(2), []
     plans = [p for p, _ in find(captured.graph, machine).baselines.values()]
-    first = operators.measured_operators(captured, machine, plans, lambda done, whole: told.append(whole))
-    again = operators.measured_operators(captured, machine, plans, lambda done, whole: told.append(whole))
+    first = operators.measured_operators(
+        captured, machine, plans, lambda done, whole: told.append(whole)
+    )
+    again = operators.measured_operators(
+        captured, machine, plans, lambda done, whole: told.append(whole)
+    )
     assert told and len(told) == 1, "the second time nothing is timed"
     assert first.times.seconds == again.times.seconds
     path = operators.file_of_operators(machine)
@@ -77,15 +102,30 @@ def test_what_was_measured_is_kept_for_equal_operators_of_other_models(captured)
 
 def test_a_window_split_in_space_makes_its_part_of_the_result(monkeypatch, tmp_path):
     monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
-    model = keras.Sequential([keras.Input((16, 16, 4)), layers.Conv2D(8, 3, strides=2, padding="same"), layers.Flatten(), layers.Dense(4)])
+    model = keras.Sequential(
+        [
+            keras.Input((16, 16, 4)),
+            layers.Conv2D(8, 3, strides=2, padding="same"),
+            layers.Flatten(),
+            layers.Dense(4),
+        ]
+    )
     model.compile("sgd", "mse")
     c, machine = capture(model, 8), detect(2)
     plan = find(c.graph, machine).baselines["spatial"][0]
-    forward, backward = cut(c, plan, next(o.name for o in c.graph.operators if o.path.startswith("conv")))
-    assert (8, 8, 16, 4) in {s.shape for s in forward.operands} and "tensor<8x4x8x8xf32>" in forward.text
-    assert (3, 3, 4, 8) in {s.shape for s in backward.results}, "the gradient or the new value of the whole kernel"
+    forward, backward = cut(
+        c, plan, next(o.name for o in c.graph.operators if o.path.startswith("conv"))
+    )
+    assert (8, 8, 16, 4) in {
+        s.shape for s in forward.operands
+    } and "tensor<8x4x8x8xf32>" in forward.text
+    assert (3, 3, 4, 8) in {s.shape for s in backward.results}, (
+        "the gradient or the new value of the whole kernel"
+    )
     machine = operators.measured_operators(c, machine, [plan])
-    assert {o.source for o in predicted(c.graph, machine, plan).operators if o.name.startswith("conv")} == {"measured"}
+    assert {
+        o.source for o in predicted(c.graph, machine, plan).operators if o.name.startswith("conv")
+    } == {"measured"}
 
 
 def test_what_was_not_measured_is_fitted_and_slower_where_its_operator_was_slower(captured):
@@ -95,9 +135,20 @@ def test_what_was_not_measured_is_fitted_and_slower_where_its_operator_was_slowe
     other = predicted(captured.graph, machine, plans["tensor parallel"])
     assert "fitted" in {o.source for o in other.operators}
     assert "fitted to such measurements" in other.to_json()["provenance"]["seconds"]
-    slow = replace(machine, times=replace(machine.times, own={digest: 2 * ratio for digest, ratio in machine.times.own.items()}))
-    for before, after in zip(other.operators, predicted(captured.graph, slow, plans["tensor parallel"]).operators, strict=True):
-        assert after.compute == pytest.approx(before.compute * (2 if before.source == "fitted" else 1))
+    slow = replace(
+        machine,
+        times=replace(
+            machine.times, own={digest: 2 * ratio for digest, ratio in machine.times.own.items()}
+        ),
+    )
+    for before, after in zip(
+        other.operators,
+        predicted(captured.graph, slow, plans["tensor parallel"]).operators,
+        strict=True,
+    ):
+        assert after.compute == pytest.approx(
+            before.compute * (2 if before.source == "fitted" else 1)
+        )
 
 
 def test_a_loop_is_measured_whole(monkeypatch, tmp_path):
@@ -106,7 +157,9 @@ def test_a_loop_is_measured_whole(monkeypatch, tmp_path):
     model.compile("sgd", "mse")
     c = capture(model, 8)
     plan = find(c.graph, detect(2)).baselines["data parallel"][0]
-    forward, backward = cut(c, plan, next(o.name for o in c.graph.operators if o.path.startswith("lstm")))
+    forward, backward = cut(
+        c, plan, next(o.name for o in c.graph.operators if o.path.startswith("lstm"))
+    )
     assert forward.text.count("stablehlo.while") == backward.text.count("stablehlo.while") == 1
     assert (4, 6, 4) in {s.shape for s in forward.operands}, "half of the batch of 8"
 
@@ -114,20 +167,41 @@ def test_a_loop_is_measured_whole(monkeypatch, tmp_path):
 def test_only_devices_at_hand_are_measured(captured):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(4)])
     model.compile("sgd", "mse")
-    with pytest.raises(PlanError, match=r"only on the devices at hand, and a plan for the machine 'dgx-h100:8'"):
+    with pytest.raises(
+        PlanError, match=r"only on the devices at hand, and a plan for the machine 'dgx-h100:8'"
+    ):
         partita.plan(model, 8, machine="dgx-h100:8", measure_operators=True)
 
 
-def test_a_part_in_space_that_takes_longer_than_the_whole_is_not_taken_for_measured(monkeypatch, tmp_path):
+def test_a_part_in_space_that_takes_longer_than_the_whole_is_not_taken_for_measured(
+    monkeypatch, tmp_path
+):
     monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
-    model = keras.Sequential([keras.Input((8, 8, 4)), layers.Conv2D(8, 3, padding="same"), layers.Flatten(), layers.Dense(4)])
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 4)),
+            layers.Conv2D(8, 3, padding="same"),
+            layers.Flatten(),
+            layers.Dense(4),
+        ]
+    )
     model.compile("sgd", "mse")
     c, machine = capture(model, 8), detect(2)
     plans = {n: p for n, (p, _) in find(c.graph, machine).baselines.items()}
     slow = {"spatial": 3.0, "one device": 1.0, "data parallel": 2.0}
     for name, source in {"spatial": "fitted", "data parallel": "measured"}.items():
         chosen = [plans["one device"], plans[name]]
-        monkeypatch.setattr(operators, "_timed", lambda chunk, devices, name=name: [slow[name] if set(a.key[2]) > {1} else 1.0 for a in chunk])
+        monkeypatch.setattr(
+            operators,
+            "_timed",
+            lambda chunk, devices, name=name: [
+                slow[name] if set(a.key[2]) > {1} else 1.0 for a in chunk
+            ],
+        )
         monkeypatch.setenv("PARTITA_CACHE", str(tmp_path / name))
         found = operators.measured_operators(c, machine, chosen)
-        assert {o.source for o in predicted(c.graph, found, plans[name]).operators if o.name.startswith("conv")} == {source}
+        assert {
+            o.source
+            for o in predicted(c.graph, found, plans[name]).operators
+            if o.name.startswith("conv")
+        } == {source}

@@ -20,13 +20,19 @@ from partita.cost.partial import gradients, waiting
 from partita.execute.emitted import emitted
 from partita.execute.program import PlannedStep, planned_step
 from partita.execute.verify import compare_steps
-from partita.graph.graph import Graph
-from partita.plan.baselines import BASELINES
-from partita.plan.plan import Mesh, Plan, check, mesh_for
+from partita.graph.operator_graph import OperatorGraph
+from partita.plans.baselines import BASELINES
+from partita.plans.plan import Mesh, Plan, check, mesh_for
 from partita.search.candidates import candidates, names_of
 
 WORDS, WIDTH, BATCH, STEPS = 12, 8, 8, 3
-SHAPES = {"table": (WORDS, WIDTH), "kernel": (WIDTH, WIDTH), "recurrent": (WIDTH, WIDTH), "bias": (WIDTH,), "filters": (3, 3, 2, 2)}
+SHAPES = {
+    "table": (WORDS, WIDTH),
+    "kernel": (WIDTH, WIDTH),
+    "recurrent": (WIDTH, WIDTH),
+    "bias": (WIDTH,),
+    "filters": (3, 3, 2, 2),
+}
 
 
 def recurrent(p: dict[str, Any], x: Any) -> Any:
@@ -46,7 +52,9 @@ def tied(p: dict[str, Any], x: Any) -> Any:
 
 def pyramid(p: dict[str, Any], x: Any) -> Any:
     """One convolution for images of three sizes."""
-    convolve = lambda y: jax.lax.conv_general_dilated(y, p["filters"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))  # noqa: E731
+    convolve = lambda y: jax.lax.conv_general_dilated(
+        y, p["filters"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )  # noqa: E731
     return sum((convolve(x["image"][:, ::s, ::s]) ** 2).mean() for s in (1, 2, 4))
 
 
@@ -79,34 +87,50 @@ PROGRAMS = {f.__name__: f for f in (recurrent, tied, pyramid, half, largest)}
 
 def captured(loss: Any) -> Captured:
     def step(state, batch):
-        value, slopes = jax.value_and_grad(lambda state: loss(dict(zip(SHAPES, state, strict=True)), batch))(state)
+        value, slopes = jax.value_and_grad(
+            lambda state: loss(dict(zip(SHAPES, state, strict=True)), batch)
+        )(state)
         return {"loss": value}, jax.tree.map(lambda w, g: w - 0.1 * g, state, slopes)
 
     shape = jax.ShapeDtypeStruct
     state, batch = arrays()
     like = lambda tree: jax.tree.map(lambda v: shape(v.shape, v.dtype), tree)  # noqa: E731
-    return capture_step(step, like(state), like(batch), [Leaf(n, "parameter") for n in SHAPES], batch_size=BATCH)
+    return capture_step(
+        step, like(state), like(batch), [Leaf(n, "parameter") for n in SHAPES], batch_size=BATCH
+    )
 
 
 def arrays() -> tuple[Any, Any]:
     rng = np.random.default_rng(0)
     state = tuple(rng.normal(size=s).astype("float32") for s in SHAPES.values())
     words = rng.integers(0, WORDS, (BATCH, STEPS)).astype("int32")
-    rows, image = rng.normal(size=(BATCH, WIDTH)).astype("float32"), rng.normal(size=(BATCH, 8, 8, 2)).astype("float32")
+    rows, image = (
+        rng.normal(size=(BATCH, WIDTH)).astype("float32"),
+        rng.normal(size=(BATCH, 8, 8, 2)).astype("float32"),
+    )
     return state, {"image": image, "rows": rows, "words": words}
 
 
-def random_plan(graph: Graph, mesh: Mesh, draw: random.Random) -> Plan:
+def random_plan(graph: OperatorGraph, mesh: Mesh, draw: random.Random) -> Plan:
     """Most operators by sample, the others any way they can be."""
     plan = BASELINES["data parallel"](graph, "host", mesh)
     some = [o for o in range(len(graph.operators)) if draw.random() < 0.4]
-    choices = {graph.operators[o].name: names_of(graph, mesh, draw.choice(candidates(graph, o, mesh))) for o in some}
+    choices = {
+        graph.operators[o].name: names_of(graph, mesh, draw.choice(candidates(graph, o, mesh)))
+        for o in some
+    }
     return check(replace(plan, choices={**plan.choices, **choices}), graph)
 
 
 def sums(found: Any) -> Counter[tuple[str, int]]:
     """How many collectives there are of each kind and size."""
-    return Counter({key: n for key, n in Counter((c.kind, c.nbytes * c.trips) for c in found).items() if key[1] > 4})
+    return Counter(
+        {
+            key: n
+            for key, n in Counter((c.kind, c.nbytes * c.trips) for c in found).items()
+            if key[1] > 4
+        }
+    )
 
 
 def planned_sums(step: PlannedStep) -> Counter[tuple[str, int]]:
@@ -125,13 +149,21 @@ def test_every_gradient_is_summed_over_devices_once_and_the_step_is_the_same(nam
     assert max(d.relative for d in compare_steps(found, step, *arrays())) < tolerance
 
 
-@pytest.mark.parametrize(("name", "seed"), [("recurrent", 0), ("recurrent", 1), ("tied", 0), ("tied", 1), ("pyramid", 15)])
-def test_random_plans_of_shared_weights_compute_the_same_and_emit_what_is_planned(name: str, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [("recurrent", 0), ("recurrent", 1), ("tied", 0), ("tied", 1), ("pyramid", 15)],
+)
+def test_random_plans_of_shared_weights_compute_the_same_and_emit_what_is_planned(
+    name: str, seed: int
+) -> None:
     found = captured(PROGRAMS[name])
     step = planned_step(found, random_plan(found.graph, mesh_for((2, 2)), random.Random(seed)))
     compiled = step.lower().compile()
     assert max(d.relative for d in compare_steps(found, step, *arrays())) < 1e-5
-    assert sums(emitted(compiled.as_text()))["all_reduce", WIDTH * WIDTH * 4] == planned_sums(step)["all_reduce", WIDTH * WIDTH * 4]
+    assert (
+        sums(emitted(compiled.as_text()))["all_reduce", WIDTH * WIDTH * 4]
+        == planned_sums(step)["all_reduce", WIDTH * WIDTH * 4]
+    )
 
 
 def test_an_unrolled_lstm_sums_every_weight_once_and_trains_as_on_one_device() -> None:
@@ -143,7 +175,9 @@ def test_an_unrolled_lstm_sums_every_weight_once_and_trains_as_on_one_device() -
     found = capture(model, BATCH)
     step = planned_step(found, BASELINES["data parallel"](found.graph, "host", mesh_for((2,))))
     planned = planned_sums(step)
-    assert planned == Counter(("all_reduce", 4 * int(np.prod(w.shape))) for w in model.trainable_variables)
+    assert planned == Counter(
+        ("all_reduce", 4 * int(np.prod(w.shape))) for w in model.trainable_variables
+    )
     assert planned == sums(emitted(step.lower().compile().as_text()))
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.3).astype(s.dtype), found.state)

@@ -12,9 +12,9 @@ from partita.cost.collectives import collectives
 from partita.errors import MemoryBudgetError
 from partita.execute.program import planned_step
 from partita.execute.verify import Traffic, check_and_compare, compare_steps, verify
-from partita.plan.adapt import fit_plan
-from partita.plan.baselines import BASELINES
-from partita.plan.plan import Storage, check, mesh_for
+from partita.plans.adapt import fit_plan
+from partita.plans.baselines import BASELINES
+from partita.plans.plan import Storage, check, mesh_for
 
 
 def captured(batch=16):
@@ -26,7 +26,13 @@ def captured(batch=16):
         return {"loss": loss}, (weights - slope,)
 
     shape = jax.ShapeDtypeStruct
-    return capture_step(step, (shape((8, 6), "float32"),), shape((batch, 8), "float32"), [Leaf("w", "parameter")], batch_size=batch)
+    return capture_step(
+        step,
+        (shape((8, 6), "float32"),),
+        shape((batch, 8), "float32"),
+        [Leaf("w", "parameter")],
+        batch_size=batch,
+    )
 
 
 def planned(name, batch=16, ways=4):
@@ -70,7 +76,10 @@ def test_a_difference_names_its_layer(data_parallel):
 
 def test_a_step_that_does_not_fit_is_refused_with_the_numbers(data_parallel):
     step, compiled = data_parallel
-    with pytest.raises(MemoryBudgetError, match=r"'data parallel' for step needs .* B of memory on every device .* has 100 B\. Use a"):
+    with pytest.raises(
+        MemoryBudgetError,
+        match=r"'data parallel' for step needs .* B of memory on every device .* has 100 B\. Use a",
+    ):
         verify(step, compiled, expected(step), 100, None)
 
 
@@ -96,13 +105,21 @@ def test_rows_written_at_one_index_are_not_split(indices):
         return {}, (written @ jnp.ones((6, 6)),)
 
     shape = jax.ShapeDtypeStruct
-    found = capture_step(step, (shape((8, 6), "float32"),), shape((4, 6), "float32"), [Leaf("w", "parameter")], batch_size=4)
+    found = capture_step(
+        step,
+        (shape((8, 6), "float32"),),
+        shape((4, 6), "float32"),
+        [Leaf("w", "parameter")],
+        batch_size=4,
+    )
     state, batch = (np.arange(48, dtype="float32").reshape(8, 6),), np.ones((4, 6), "float32")
     mesh = mesh_for((2,))
     for o in found.graph.operators:
         for f in o.factors:
             plan = BASELINES["one device"](found.graph, "host", mesh)
-            split = dataclasses.replace(plan, choices={**plan.choices, o.name: {"a": found.graph.factors[f].name}})
+            split = dataclasses.replace(
+                plan, choices={**plan.choices, o.name: {"a": found.graph.factors[f].name}}
+            )
             differences = compare_steps(found, planned_step(found, split), state, batch)
             assert max(d.relative for d in differences) < 1e-6
 
@@ -118,8 +135,14 @@ def test_a_wrong_step_is_seen():
 
 def test_the_standard_check_reports_lines(data_parallel):
     step, compiled = data_parallel
-    lines = str(check_and_compare(step, compiled, (np.ones((8, 6), "float32"),), np.ones((16, 8), "float32"))).splitlines()
-    assert lines[-3] == "one step on one device and as planned: 2 values compared, largest differences"
+    lines = str(
+        check_and_compare(
+            step, compiled, (np.ones((8, 6), "float32"),), np.ones((16, 8), "float32")
+        )
+    ).splitlines()
+    assert (
+        lines[-3] == "one step on one device and as planned: 2 values compared, largest differences"
+    )
     assert lines[-1].endswith("of its largest value")
 
 
@@ -130,7 +153,9 @@ def test_a_plan_for_a_smaller_batch_keeps_what_divides():
     fitted = check(fit_plan(plan, small), small)
     assert fitted.choices[name] == {"a": "S"}
     assert fitted.batch_size == 6
-    assert fitted.notes == (f"at batch size 6 split fewer ways, because sizes do not divide: {name}",)
+    assert fitted.notes == (
+        f"at batch size 6 split fewer ways, because sizes do not divide: {name}",
+    )
     assert fit_plan(plan, captured(16).graph).choices == plan.choices
     odd = captured(5).graph
     assert check(fit_plan(plan, odd), odd).choices[name] == {}
@@ -140,7 +165,9 @@ def test_an_unknown_operator_is_not_split_and_a_variable_that_does_not_divide_is
     step = planned("ZeRO-3")
     plan, graph = step.plan, step.captured.graph
     assert fit_plan(plan, graph).storage == plan.storage
-    unknown = dataclasses.replace(plan, choices={}, storage={"w": Storage(1, ("a", "b"), 3), "gone": Storage(0, ("a",), 3)})
+    unknown = dataclasses.replace(
+        plan, choices={}, storage={"w": Storage(1, ("a", "b"), 3), "gone": Storage(0, ("a",), 3)}
+    )
     fitted = check(fit_plan(unknown, graph), graph)
     assert [dict(c) for c in fitted.choices.values()] == [{}]
     assert fitted.storage == {}

@@ -11,7 +11,7 @@ import jax
 import pytest
 from typer.testing import CliRunner, Result
 
-from partita.cli import app
+from partita.cli.main import app
 
 RMAT = ["generate", "rmat", "--scale", "8", "--edges", "3k", "--features", "5", "--classes", "3"]
 
@@ -41,12 +41,27 @@ def test_a_graph_is_drawn_converted_and_looked_at(tmp_path: Path) -> None:
     )
     assert (tmp_path / "g.transposed.order.bin").stat().st_size == 4 * 3000
     found = info(tmp_path / "g.lux")
-    assert (found["vertices"], found["edges"], found["features"], found["classes"], found["labelled"]) == (256, 3000, 5, 3, 256)
-    assert sum(found["masks"].values()) == 256 and found["bytes"]["features"] == 4 * 5 * 256 and not found["weights"]
+    assert (
+        found["vertices"],
+        found["edges"],
+        found["features"],
+        found["classes"],
+        found["labelled"],
+    ) == (256, 3000, 5, 3, 256)
+    assert (
+        sum(found["masks"].values()) == 256
+        and found["bytes"]["features"] == 4 * 5 * 256
+        and not found["weights"]
+    )
     assert found["in_degrees"]["mean"] == found["out_degrees"]["mean"] == 3000 / 256
     assert gnn("convert", tmp_path / "g.lux", tmp_path / "h.npz").exit_code == 0
     assert {**info(tmp_path / "h.npz"), "name": "g"} == found
-    assert gnn("convert", tmp_path / "h.npz", tmp_path / "both.lux", "--undirected", "--transpose").exit_code == 0
+    assert (
+        gnn(
+            "convert", tmp_path / "h.npz", tmp_path / "both.lux", "--undirected", "--transpose"
+        ).exit_code
+        == 0
+    )
     both = info(tmp_path / "both.lux")
     assert both["edges"] == 6000 and both["in_degrees"] == both["out_degrees"]
 
@@ -54,38 +69,89 @@ def test_a_graph_is_drawn_converted_and_looked_at(tmp_path: Path) -> None:
 def test_info_is_a_table_for_people(tmp_path: Path) -> None:
     (tmp_path / "few.txt").write_text("0 1\n0 2\n4 0\n")
     shown = " ".join(gnn("info", tmp_path / "few.txt").stdout.replace("│", " ").split())
-    for line in ("few", "vertices 5, 1 of them isolated", "edges 3", "in-degrees 0 to 1, median 1, mean 0.6", "out-degrees 0 to 2, median 0, mean 0.6",
-                 "features none", "classes none", "masks none", "bytes 60 B: offsets 48 B, sources 12 B"):  # fmt: skip
+    for line in (
+        "few",
+        "vertices 5, 1 of them isolated",
+        "edges 3",
+        "in-degrees 0 to 1, median 1, mean 0.6",
+        "out-degrees 0 to 2, median 0, mean 0.6",
+        "features none",
+        "classes none",
+        "masks none",
+        "bytes 60 B: offsets 48 B, sources 12 B",
+    ):
         assert line in shown, shown
 
 
 @pytest.mark.parametrize("kind", ["erdos-renyi", "blocks"])
 def test_the_other_generators_say_how_many_vertices(kind: str, tmp_path: Path) -> None:
     done = gnn(
-        "generate", kind, "--vertices", "1k", "--edges", "2e3", "--features", "2", "--undirected", "-o", tmp_path / "g.npz"
+        "generate",
+        kind,
+        "--vertices",
+        "1k",
+        "--edges",
+        "2e3",
+        "--features",
+        "2",
+        "--undirected",
+        "-o",
+        tmp_path / "g.npz",
     )
     assert done.exit_code == 0, done.output
     found = info(tmp_path / "g.npz")
     assert (found["vertices"], found["edges"], found["features"]) == (1000, 4000, 2)
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["generate", "rmat", "--edges", "3", "-o", "g.lux"], "An rmat graph has 2^scale vertices: say --scale 20 for about a million"),
-    (["generate", "blocks", "--edges", "3", "-o", "g.lux"], "For blocks say how many vertices, as in --vertices 10000, and no --scale."),
-    (["generate", "ring", "--edges", "3", "-o", "g.lux"], "There is no generator 'ring': use rmat, erdos-renyi or blocks."),
-    (["generate", "rmat", "--scale", "3", "--edges", "1.5", "-o", "g.lux"], "'1.5' is not a whole number: write for example \"16M\""),
-    (["generate", "rmat", "--scale", "3", "--edges", "16Q", "-o", "g.lux"], "'16Q' is not a whole number"),
-    (["generate", "rmat", "--scale", "3", "--edges", "9", "-o", "g.txt"], "'g.txt' is neither: call it 'g.lux'"),
-    (["generate", "rmat", "--scale", "3", "--edges", "9", "-o", "g.npz", "--transpose"], "A transpose lies beside a .lux file, and 'g.npz' is none"),
-    (["generate", "rmat", "--scale", "3", "--edges", "9", "-o", "none/g.lux"], "cannot be written: there is no folder 'none'."),
-    (["convert", "nothing.lux", "g.lux"], "There is no file 'nothing.lux'."),
-    (["info", "nothing.lux"], "There is no file 'nothing.lux'."),
-])  # fmt: skip
-def test_slips_are_one_sentence(arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["generate", "rmat", "--edges", "3", "-o", "g.lux"],
+            "An rmat graph has 2^scale vertices: say --scale 20 for about a million",
+        ),
+        (
+            ["generate", "blocks", "--edges", "3", "-o", "g.lux"],
+            "For blocks say how many vertices, as in --vertices 10000, and no --scale.",
+        ),
+        (
+            ["generate", "ring", "--edges", "3", "-o", "g.lux"],
+            "There is no generator 'ring': use rmat, erdos-renyi or blocks.",
+        ),
+        (
+            ["generate", "rmat", "--scale", "3", "--edges", "1.5", "-o", "g.lux"],
+            "'1.5' is not a whole number: write for example \"16M\"",
+        ),
+        (
+            ["generate", "rmat", "--scale", "3", "--edges", "16Q", "-o", "g.lux"],
+            "'16Q' is not a whole number",
+        ),
+        (
+            ["generate", "rmat", "--scale", "3", "--edges", "9", "-o", "g.txt"],
+            "'g.txt' is neither: call it 'g.lux'",
+        ),
+        (
+            ["generate", "rmat", "--scale", "3", "--edges", "9", "-o", "g.npz", "--transpose"],
+            "A transpose lies beside a .lux file, and 'g.npz' is none",
+        ),
+        (
+            ["generate", "rmat", "--scale", "3", "--edges", "9", "-o", "none/g.lux"],
+            "cannot be written: there is no folder 'none'.",
+        ),
+        (["convert", "nothing.lux", "g.lux"], "There is no file 'nothing.lux'."),
+        (["info", "nothing.lux"], "There is no file 'nothing.lux'."),
+    ],
+)
+def test_slips_are_one_sentence(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     done = gnn(*arguments)
     assert (
-        done.exit_code == 2 and done.stderr.startswith("error: ") and said in done.stderr and "Traceback" not in done.output
+        done.exit_code == 2
+        and done.stderr.startswith("error: ")
+        and said in done.stderr
+        and "Traceback" not in done.output
     ), done.output
     assert not list(tmp_path.iterdir())
 
@@ -96,45 +162,99 @@ def test_help_teaches_with_an_example(command: str) -> None:
 
 
 def test_the_command_line_starts_without_jax_and_keras() -> None:
-    code = "import sys, partita.gnn_cli; print([m for m in ('jax', 'keras') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    code = "import sys, partita.cli.gnn; print([m for m in ('jax', 'keras') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "[]"
+    )
 
 
 def test_train_says_accuracy_time_parts_and_traffic(tmp_path: Path) -> None:
     gnn(*RMAT, "-o", tmp_path / "g.lux")
     model = tmp_path / "model.keras"
-    done = gnn("train", tmp_path / "g.lux", "--model", "sage", "--epochs", "3", "--devices", "2", "--json", "--save", model)
+    done = gnn(
+        "train",
+        tmp_path / "g.lux",
+        "--model",
+        "sage",
+        "--epochs",
+        "3",
+        "--devices",
+        "2",
+        "--json",
+        "--save",
+        model,
+    )
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert found["epochs"] == 3 and set(found["accuracy"]) == {"train", "validation", "test"} and found["traffic"] > 0
-    assert sum(part["edges"] for part in found["parts"]) == 3000 and found["epoch_seconds"] > 0 and model.exists()
+    assert (
+        found["epochs"] == 3
+        and set(found["accuracy"]) == {"train", "validation", "test"}
+        and found["traffic"] > 0
+    )
+    assert (
+        sum(part["edges"] for part in found["parts"]) == 3000
+        and found["epoch_seconds"] > 0
+        and model.exists()
+    )
     plain = gnn("train", tmp_path / "g.lux", "--model", "sage", "--epochs", "3", "--devices", "2")
-    assert f"loss {found['loss']:.4f}" in plain.stdout and "part 1: " in plain.stdout and "traffic: " in plain.stdout
+    assert (
+        f"loss {found['loss']:.4f}" in plain.stdout
+        and "part 1: " in plain.stdout
+        and "traffic: " in plain.stdout
+    )
 
 
 def test_partitioners_are_compared_in_a_table_a_page_and_json(tmp_path: Path) -> None:
     gnn(*RMAT, "-o", tmp_path / "g.lux")
-    done = gnn("partition", tmp_path / "g.lux", "--devices", "3", "--json", "--report", tmp_path / "parts.html")
+    done = gnn(
+        "partition",
+        tmp_path / "g.lux",
+        "--devices",
+        "3",
+        "--json",
+        "--report",
+        tmp_path / "parts.html",
+    )
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     slowest = {name: one["largest_seconds"] for name, one in found["partitioners"].items()}
-    assert {"vertices", "edges", "learned"} <= set(slowest) and slowest["learned"] <= min(slowest["vertices"], slowest["edges"]) * 1.001
+    assert {"vertices", "edges", "learned"} <= set(slowest) and slowest["learned"] <= min(
+        slowest["vertices"], slowest["edges"]
+    ) * 1.001
     for one in found["partitioners"].values():
-        assert sum(part["edges"] for part in one["parts"]) == 3000 and one["bytes"] == one["fetched"] * 64 * 4 * 2
+        assert (
+            sum(part["edges"] for part in one["parts"]) == 3000
+            and one["bytes"] == one["fetched"] * 64 * 4 * 2
+        )
     page = (tmp_path / "parts.html").read_text()
-    assert page.count("device 2: ") >= 3 and "http" not in page.replace("http-equiv", "") and f"{found['error']:.1%} off" in page
+    assert (
+        page.count("device 2: ") >= 3
+        and "http" not in page.replace("http-equiv", "")
+        and f"{found['error']:.1%} off" in page
+    )
     shown = gnn("partition", tmp_path / "g.lux", "--devices", "3").stdout
     assert "equal edges" in shown and "Nothing was measured in training" in shown
     done = gnn("partition", tmp_path / "g.lux", "--report", "parts.pdf")
-    assert done.exit_code == 2 and "A report is an .html file, and 'parts.pdf' is none: call it 'parts.html'." in done.stderr
+    assert (
+        done.exit_code == 2
+        and "A report is an .html file, and 'parts.pdf' is none: call it 'parts.html'."
+        in done.stderr
+    )
 
 
 def test_slips_in_training_are_one_sentence(tmp_path: Path) -> None:
     gnn("generate", "rmat", "--scale", "5", "--edges", "100", "-o", tmp_path / "bare.lux")
     for arguments, sentence in (
         ([], "'bare' has no features: give Graph.from_edges(features=...) a row for every vertex."),
-        (["--model", "gat"], "There is no model 'gat': use gcn, sage, gin, gatv2, commnet, gatedgraph."),
-        (["--save", "model.h5"], "A model is saved to a .keras file, and 'model.h5' is none: call it 'model.keras'."),
+        (
+            ["--model", "gat"],
+            "There is no model 'gat': use gcn, sage, gin, gatv2, commnet, gatedgraph.",
+        ),
+        (
+            ["--save", "model.h5"],
+            "A model is saved to a .keras file, and 'model.h5' is none: call it 'model.keras'.",
+        ),
     ):
         done = gnn("train", tmp_path / "bare.lux", *arguments)
         assert done.exit_code == 2 and sentence in done.stderr and "Traceback" not in done.output

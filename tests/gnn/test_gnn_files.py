@@ -22,8 +22,9 @@ from test_gnn_graph import PLAIN, SOURCE, TARGET, TRAIN, X, Y, equal, graphs, pa
 
 import partita.gnn as gnn
 from partita.errors import GraphError
-from partita.gnn import Graph, text
-from partita.gnn.stream import EdgeStream, save_transposed
+from partita.gnn import Graph
+from partita.gnn.data import text
+from partita.gnn.data.stream import EdgeStream, save_transposed
 
 FILES = settings(deadline=None, max_examples=25)
 
@@ -38,7 +39,9 @@ def stream_of(graph: Graph, piece: int = 3) -> EdgeStream:
     """A graph's edges in pieces, in the order of their targets; its tables in two pieces."""
     target = np.repeat(np.arange(graph.vertices), graph.in_degrees())
     tables = {
-        what: t for what in ("features", "labels", "train", "validation", "test") if (t := getattr(graph, what)) is not None
+        what: t
+        for what in ("features", "labels", "train", "validation", "test")
+        if (t := getattr(graph, what)) is not None
     }
 
     def pieces() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
@@ -49,7 +52,12 @@ def stream_of(graph: Graph, piece: int = 3) -> EdgeStream:
                 None if graph.weights is None else graph.weights[i : i + piece],
             )
 
-    return EdgeStream(pieces, graph.vertices, graph.edges, {k: lambda t=t: [t[:1], t[1:]] for k, t in tables.items()})
+    return EdgeStream(
+        pieces,
+        graph.vertices,
+        graph.edges,
+        {k: lambda t=t: [t[:1], t[1:]] for k, t in tables.items()},
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------- laws
@@ -67,11 +75,15 @@ def test_what_is_saved_is_opened_again(graph: Graph, ending: str) -> None:
 
 @FILES
 @given(graphs(), st.integers(1, 60), st.integers(1, 7))
-def test_sorting_in_little_memory_gives_the_same_graph(graph: Graph, memory: int, piece: int) -> None:
+def test_sorting_in_little_memory_gives_the_same_graph(
+    graph: Graph, memory: int, piece: int
+) -> None:
     assume(graph.edges or graph.weights is None)  # where no edge comes, no weight does
     stream = stream_of(graph, piece)
     with folder() as at:
-        assert equal(stream.save(at / "g.lux", memory=memory), graph) and equal(stream.graph(), graph)
+        assert equal(stream.save(at / "g.lux", memory=memory), graph) and equal(
+            stream.graph(), graph
+        )
         both = stream.with_reverse_edges()
         assert equal(both.save(at / "both.lux", memory=memory), both.graph())
         assert not list(at.glob(".*"))
@@ -90,18 +102,30 @@ def test_a_transpose_in_files_is_the_one_in_memory(graph: Graph, memory: int) ->
                 and getattr(ours, field).dtype == getattr(theirs, field).dtype
             )
         assert {p.name for p in at.iterdir()} >= {"g.transposed.lux", "g.transposed.order.bin"}
-        gnn.save(graph, at / "g.lux")  # may have other edges: the transpose is not of this graph any more
+        gnn.save(
+            graph, at / "g.lux"
+        )  # may have other edges: the transpose is not of this graph any more
         assert not list(at.glob("*transposed*"))
 
 
 @FILES
 @given(
-    graphs(), st.sampled_from([" ", "\t", ",", ", ", " ; "]), st.sampled_from(["\n", "\r\n"]), st.booleans(), st.integers(5, 40)
+    graphs(),
+    st.sampled_from([" ", "\t", ",", ", ", " ; "]),
+    st.sampled_from(["\n", "\r\n"]),
+    st.booleans(),
+    st.integers(5, 40),
 )
-def test_an_edge_list_is_the_graph_that_it_lists(graph: Graph, separator: str, newline: str, packed: bool, block: int) -> None:
+def test_an_edge_list_is_the_graph_that_it_lists(
+    graph: Graph, separator: str, newline: str, packed: bool, block: int
+) -> None:
     target = np.repeat(np.arange(graph.vertices), graph.in_degrees())
     columns = [graph.sources, target] + ([] if graph.weights is None else [graph.weights])
-    lines = ["# who knows whom", "", *(separator.join(map(str, edge)) for edge in zip(*columns, strict=True))]
+    lines = [
+        "# who knows whom",
+        "",
+        *(separator.join(map(str, edge)) for edge in zip(*columns, strict=True)),
+    ]
     lines.insert(2 + graph.edges // 2, "  % halfway")
     data = newline.join(lines).encode()
     with folder() as at, pytest.MonkeyPatch.context() as patch:
@@ -114,7 +138,9 @@ def test_an_edge_list_is_the_graph_that_it_lists(graph: Graph, separator: str, n
         bare = Graph.from_edges(graph.sources, target, weights=graph.weights)
         assert equal(gnn.open(at / "edges.txt"), bare)
         assert equal(gnn.convert(at / "edges.txt", at / "edges.lux"), bare)
-        assert pairs(gnn.convert(at / "edges.txt", at / "both.lux", undirected=True)) == pairs(bare.with_reverse_edges())
+        assert pairs(gnn.convert(at / "edges.txt", at / "both.lux", undirected=True)) == pairs(
+            bare.with_reverse_edges()
+        )
 
 
 @FILES
@@ -125,7 +151,11 @@ def test_numbers_are_read_as_python_reads_them(numbers: list[float]) -> None:
             (at / "t.csv").write_text("\n".join(f"{shown(x)},{shown(x)}" for x in numbers))
             read = np.concatenate(list(text.table(at / "t.csv", np.float32)))
             assert np.allclose(
-                read, np.array([[float(shown(x))] * 2 for x in numbers], np.float32), rtol=3e-7, atol=0, equal_nan=True
+                read,
+                np.array([[float(shown(x))] * 2 for x in numbers], np.float32),
+                rtol=3e-7,
+                atol=0,
+                equal_nan=True,
             )
 
 
@@ -140,7 +170,14 @@ def test_planetoid_splits_are_read(tmp_path: Path) -> None:
         "feature_indptr": x.indptr,
         "feature_shape": np.array(X.shape),
     }
-    np.savez_compressed(tmp_path / "small.npz", source=SOURCE, target=TARGET, label=Y, train=np.flatnonzero(TRAIN), **features)
+    np.savez_compressed(
+        tmp_path / "small.npz",
+        source=SOURCE,
+        target=TARGET,
+        label=Y,
+        train=np.flatnonzero(TRAIN),
+        **features,
+    )
     graph = gnn.open(tmp_path / "small.npz")
     assert equal(graph, PLAIN) and graph.name == "small"
 
@@ -155,31 +192,41 @@ def test_the_files_that_roc_reads_are_read(tmp_path: Path) -> None:
     graph = gnn.open(tmp_path / "g.add_self_edge.lux")
     assert equal(graph, PLAIN) and graph.name == "g"
     gnn.save(graph, tmp_path / "g.add_self_edge.lux")
-    assert (tmp_path / "g.add_self_edge.lux").read_bytes() == head + rows.tobytes() + sources.tobytes()
-    assert not (tmp_path / "g.label").exists() and equal(gnn.open(tmp_path / "g.add_self_edge.lux"), graph)
+    assert (
+        tmp_path / "g.add_self_edge.lux"
+    ).read_bytes() == head + rows.tobytes() + sources.tobytes()
+    assert not (tmp_path / "g.label").exists() and equal(
+        gnn.open(tmp_path / "g.add_self_edge.lux"), graph
+    )
 
 
 def test_a_graph_in_another_ones_place_takes_nothing_over(tmp_path: Path) -> None:
     gnn.save(PLAIN, tmp_path / "g.lux")
     bare = replace(PLAIN, features=None, labels=None, train=None)
     gnn.save(bare, tmp_path / "g.lux")
-    assert equal(gnn.open(tmp_path / "g.lux"), bare) and [p.name for p in tmp_path.iterdir()] == ["g.lux"]
+    assert equal(gnn.open(tmp_path / "g.lux"), bare) and [p.name for p in tmp_path.iterdir()] == [
+        "g.lux"
+    ]
 
 
 def test_a_lux_file_is_mapped_and_not_read(tmp_path: Path) -> None:
     gnn.save(PLAIN, tmp_path / "g.lux")
     graph = gnn.open(tmp_path / "g.lux")
     assert (
-        graph.features is not None and isinstance(graph.features.base, np.memmap) and isinstance(graph.sources.base, np.memmap)
+        graph.features is not None
+        and isinstance(graph.features.base, np.memmap)
+        and isinstance(graph.sources.base, np.memmap)
     )
 
 
 def ogb(at: Path, masks: bool = True, split: str = "time", **more: str) -> Path:
     """A data set as OGB lays it out, of the plain graph."""
     texts = {
-        "raw/edge.csv.gz": "\n".join(f"{a},{b}" for a, b in zip(SOURCE, TARGET, strict=True)), "raw/num-node-list.csv.gz": "4\n",
-        "raw/node-feat.csv.gz": "\n".join(",".join(map(str, row)) for row in X), "raw/node-label.csv.gz": "\n".join(map(str, Y)),
-    }  # fmt: skip
+        "raw/edge.csv.gz": "\n".join(f"{a},{b}" for a, b in zip(SOURCE, TARGET, strict=True)),
+        "raw/num-node-list.csv.gz": "4\n",
+        "raw/node-feat.csv.gz": "\n".join(",".join(map(str, row)) for row in X),
+        "raw/node-label.csv.gz": "\n".join(map(str, Y)),
+    }
     if masks:
         texts |= {
             f"split/{split}/train.csv.gz": "0\n2\n",
@@ -196,7 +243,10 @@ SPLIT = replace(PLAIN, validation=np.arange(4) == 1, test=np.arange(4) == 3)
 
 
 def test_ogb_folders_are_read_and_converted(tmp_path: Path) -> None:
-    assert equal(gnn.open(ogb(tmp_path / "ogbn_small")), SPLIT) and gnn.open(tmp_path / "ogbn_small").name == "ogbn_small"
+    assert (
+        equal(gnn.open(ogb(tmp_path / "ogbn_small")), SPLIT)
+        and gnn.open(tmp_path / "ogbn_small").name == "ogbn_small"
+    )
     assert equal(Graph.from_ogb(tmp_path / "ogbn_small"), SPLIT)
     assert equal(gnn.convert(tmp_path / "ogbn_small", tmp_path / "s.lux"), SPLIT)
     assert gnn.convert(tmp_path / "ogbn_small", tmp_path / "t.lux", undirected=True).edges == 8
@@ -219,7 +269,9 @@ def test_large_ogb_sets_in_npz_are_read(tmp_path: Path) -> None:
     with pytest.raises(GraphError, match="vertex 3 is in the test mask and has no label"):
         gnn.open(tmp_path / "o")
     np.savez(tmp_path / "o/raw/node-label.npz", node_label=Y[:, None].astype(float))
-    assert equal(gnn.open(tmp_path / "o"), SPLIT) and equal(gnn.convert(tmp_path / "o", tmp_path / "o.lux"), SPLIT)
+    assert equal(gnn.open(tmp_path / "o"), SPLIT) and equal(
+        gnn.convert(tmp_path / "o", tmp_path / "o.lux"), SPLIT
+    )
 
 
 class Column:
@@ -241,25 +293,35 @@ def parquet(monkeypatch: pytest.MonkeyPatch, **columns: Any) -> None:
 
     given = columns
     file = SimpleNamespace(
-        schema_arrow=SimpleNamespace(names=list(columns)), metadata=SimpleNamespace(num_rows=4), iter_batches=batches
+        schema_arrow=SimpleNamespace(names=list(columns)),
+        metadata=SimpleNamespace(num_rows=4),
+        iter_batches=batches,
     )
     monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", SimpleNamespace(ParquetFile=lambda path: file))
+    monkeypatch.setitem(
+        sys.modules, "pyarrow.parquet", SimpleNamespace(ParquetFile=lambda path: file)
+    )
 
 
 def test_parquet_files_are_read_by_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "e.parquet").write_bytes(b"PAR1")
     parquet(monkeypatch, dst=TARGET, Src=SOURCE, weight=[1.0, 2, 3, 4])
-    assert equal(gnn.open(tmp_path / "e.parquet"), Graph.from_edges(SOURCE, TARGET, weights=[1, 2, 3, 4]))
+    assert equal(
+        gnn.open(tmp_path / "e.parquet"), Graph.from_edges(SOURCE, TARGET, weights=[1, 2, 3, 4])
+    )
     parquet(monkeypatch, a=TARGET, b=SOURCE)
-    with pytest.raises(GraphError, match="has the columns a, b: call the ends of an edge source and target"):
+    with pytest.raises(
+        GraphError, match="has the columns a, b: call the ends of an edge source and target"
+    ):
         gnn.open(tmp_path / "e.parquet")
     parquet(monkeypatch, source=[0.5] * 4, target=TARGET)
     with pytest.raises(GraphError, match="source is float64: ids are whole numbers"):
         gnn.open(tmp_path / "e.parquet")
 
 
-def test_without_pyarrow_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyarrow_it_is_said_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "e.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
@@ -281,24 +343,44 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-BIG = Graph.from_edges(np.arange(3000) % 100, np.arange(3000) % 97, features=np.ones((100, 40), np.float32))
+BIG = Graph.from_edges(
+    np.arange(3000) % 100, np.arange(3000) % 97, features=np.ones((100, 40), np.float32)
+)
 
 
-@pytest.mark.parametrize("write", [
-    lambda at: gnn.save(BIG, at / "g.lux"), lambda at: gnn.save(BIG, at / "g.npz"), lambda at: stream_of(BIG, 100).save(at / "g.lux", memory=2000),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda at: gnn.save(BIG, at / "g.lux"),
+        lambda at: gnn.save(BIG, at / "g.npz"),
+        lambda at: stream_of(BIG, 100).save(at / "g.lux", memory=2000),
+    ],
+)
 @pytest.mark.parametrize("size", [100, 9000, 14000])
-def test_a_disk_that_fills_leaves_what_was_there(write: Callable[[Path], Any], size: int, tmp_path: Path) -> None:
+def test_a_disk_that_fills_leaves_what_was_there(
+    write: Callable[[Path], Any], size: int, tmp_path: Path
+) -> None:
     gnn.save(PLAIN, tmp_path / "g.lux")
-    with largest_file(size), pytest.raises(GraphError, match="The disk was full before .*g.*what was written is removed"):
+    with (
+        largest_file(size),
+        pytest.raises(
+            GraphError, match="The disk was full before .*g.*what was written is removed"
+        ),
+    ):
         write(tmp_path)
-    assert equal(gnn.open(tmp_path / "g.lux"), PLAIN) and {p.suffix for p in tmp_path.iterdir()} == {".lux", ".bin"}
+    assert equal(gnn.open(tmp_path / "g.lux"), PLAIN) and {
+        p.suffix for p in tmp_path.iterdir()
+    } == {".lux", ".bin"}
     assert not list(tmp_path.glob(".*"))
     write(tmp_path)  # and with room it goes well
-    assert any(equal(gnn.open(p), BIG) for p in (tmp_path / "g.lux", tmp_path / "g.npz") if p.exists())
+    assert any(
+        equal(gnn.open(p), BIG) for p in (tmp_path / "g.lux", tmp_path / "g.npz") if p.exists()
+    )
 
 
-def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(GraphError, match="needs 28.1 KiB, and the disk has 1000 B free"):
         gnn.save(BIG, tmp_path / "g.lux")
@@ -317,15 +399,21 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("memory", [4, 2**20])
-@pytest.mark.parametrize("second", [[[0], [1]], [[0, 1, 2, 2, 3], [1, 2, 0, 1, 3]], [[0, 1, 2, 2], [1, 1, 1, 1]]])
-def test_edges_that_change_while_they_are_converted_are_noticed(second: list[list[int]], memory: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "second", [[[0], [1]], [[0, 1, 2, 2, 3], [1, 2, 0, 1, 3]], [[0, 1, 2, 2], [1, 1, 1, 1]]]
+)
+def test_edges_that_change_while_they_are_converted_are_noticed(
+    second: list[list[int]], memory: int, tmp_path: Path
+) -> None:
     times = iter([[SOURCE, TARGET], second])
 
     def pieces() -> Iterator[Any]:
         source, target = next(times)
         yield np.array(source), np.array(target), None
 
-    with pytest.raises(GraphError, match="The edges changed between their counting and their sorting"):
+    with pytest.raises(
+        GraphError, match="The edges changed between their counting and their sorting"
+    ):
         EdgeStream(pieces, 4).save(tmp_path / "g.lux", memory=memory)
     assert not list(tmp_path.iterdir())
 
@@ -338,22 +426,57 @@ def put(name: str, data: bytes) -> Callable[[Path], None]:
     return lambda at: (at / name).write_bytes(data) and None
 
 
-@pytest.mark.parametrize(("damage", "said"), [
-    (cut("g.lux", 7), "g.lux' is 7 bytes long: a .lux file begins with 12 bytes"),
-    (cut("g.lux", 20), "is truncated or no .lux file: its first 12 bytes say 4 vertices and 4 edges, which takes 60 bytes, and it has 20 (it ends within the offsets)."),
-    (cut("g.lux", 53), "which takes 60 bytes, and it has 53 (it ends within edge 2)."),
-    (put("g.lux", b"\x7fELF" + bytes(100)), "is truncated or no .lux file"),
-    (lambda at: put("g.lux", (at / "g.lux").read_bytes()[:-4] + b"\7\0\0\0")(at), "g: edge 3 (into vertex 2) comes from vertex 7: ids must be 0 to 3."),
-    (cut("g.feats.bin", 30), "g.feats.bin' is truncated or of another graph: 30 bytes are no whole number of float32 for each of 4 vertices."),
-    (cut("g.label.bin", 15), "g.label.bin' is truncated or of another graph: 4 vertices take 16 bytes, and it has 15."),
-    (cut("g.train.bin", 3), "g.train.bin' is truncated or of another graph: 4 vertices take 4 bytes, and it has 3."),
-    (put("g.train.bin", b"\0\1\7\0"), "g.train.bin' says 7 of vertex 2: a mask is a byte per vertex, 0 or 1."),
-    (put("g.weights.bin", bytes(12)), "g.weights.bin' is truncated or of another graph: 4 edges take 16 bytes, and it has 12."),
-    (put("g.transposed.order.bin", bytes(12)), "g.transposed.order.bin' is truncated or of another graph: 4 positions take 16 bytes, and it has 12."),
-    (put("g.transposed.order.bin", b"\xff" * 16), "the transpose is of another graph: remove its files, and transpose again."),
-    (put("g.mask", b"Train\nVal\ntest\nTest\n"), "g.mask', line 3: 'test' is no mask: write Train, Val, Test or None."),
-])  # fmt: skip
-def test_a_damaged_lux_file_is_one_sentence(damage: Callable[[Path], None], said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut("g.lux", 7), "g.lux' is 7 bytes long: a .lux file begins with 12 bytes"),
+        (
+            cut("g.lux", 20),
+            "is truncated or no .lux file: its first 12 bytes say 4 vertices and 4 edges, which takes 60 bytes, and it has 20 (it ends within the offsets).",
+        ),
+        (cut("g.lux", 53), "which takes 60 bytes, and it has 53 (it ends within edge 2)."),
+        (put("g.lux", b"\x7fELF" + bytes(100)), "is truncated or no .lux file"),
+        (
+            lambda at: put("g.lux", (at / "g.lux").read_bytes()[:-4] + b"\7\0\0\0")(at),
+            "g: edge 3 (into vertex 2) comes from vertex 7: ids must be 0 to 3.",
+        ),
+        (
+            cut("g.feats.bin", 30),
+            "g.feats.bin' is truncated or of another graph: 30 bytes are no whole number of float32 for each of 4 vertices.",
+        ),
+        (
+            cut("g.label.bin", 15),
+            "g.label.bin' is truncated or of another graph: 4 vertices take 16 bytes, and it has 15.",
+        ),
+        (
+            cut("g.train.bin", 3),
+            "g.train.bin' is truncated or of another graph: 4 vertices take 4 bytes, and it has 3.",
+        ),
+        (
+            put("g.train.bin", b"\0\1\7\0"),
+            "g.train.bin' says 7 of vertex 2: a mask is a byte per vertex, 0 or 1.",
+        ),
+        (
+            put("g.weights.bin", bytes(12)),
+            "g.weights.bin' is truncated or of another graph: 4 edges take 16 bytes, and it has 12.",
+        ),
+        (
+            put("g.transposed.order.bin", bytes(12)),
+            "g.transposed.order.bin' is truncated or of another graph: 4 positions take 16 bytes, and it has 12.",
+        ),
+        (
+            put("g.transposed.order.bin", b"\xff" * 16),
+            "the transpose is of another graph: remove its files, and transpose again.",
+        ),
+        (
+            put("g.mask", b"Train\nVal\ntest\nTest\n"),
+            "g.mask', line 3: 'test' is no mask: write Train, Val, Test or None.",
+        ),
+    ],
+)
+def test_a_damaged_lux_file_is_one_sentence(
+    damage: Callable[[Path], None], said: str, tmp_path: Path
+) -> None:
     gnn.save(PLAIN, tmp_path / "g.lux")
     save_transposed(tmp_path / "g.lux")
     damage(tmp_path)
@@ -367,24 +490,47 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("lines", "said"), [
-    ("0 1\n1 x\n", "e.txt', line 2: '1 x' is no edge: write two whole numbers, source and target, and perhaps a weight."),
-    ("0 1\n\n# no\n1.5 2\n", "line 4: '1.5 2' is no edge"),
-    ("0 1\n7\n", "line 2: '7' has no target"),
-    ("0 1\n-3 1\n", "line 2: '-3 1' has a negative id: vertices are numbered from 0."),
-    ("0 1\n5000000000 1\n", "has an id of 2^32 or more: number the vertices from 0, without gaps."),
-    ("0 1\n4000000000 1\n", "The largest id is 4,000,000,000 and there are 2 edges: number the vertices from 0 without gaps"),
-    ("0 1 0.5\n1 2\n", "line 2: '1 2' has no weight and the edges before have one: give all edges one, or none."),
-    ("0 1\n1 2 .5\n", "line 2: '1 2 .5' has a weight and the edges before have none"),
-    ("0 1 2 3\n", "line 1: '0 1 2 3' has more than three numbers"),
-    ("0 1 nan\n", "the weight of edge 0 is nan: weights must be finite."),
-    ("%%MatrixMarket matrix coordinate\n", "is a MatrixMarket file: Graph.from_scipy(scipy.io.mmread(...)) makes a graph of it."),
-    ("", "e.txt' is empty."),
-    ("source target\n", "Without edges it is not known how many vertices there are"),
-    ("0 1\n\0\0\0\1\n", "e.txt' is no graph that is known: name a .lux, .npz or .parquet file, an edge list in text"),
-    ("0 1\n" + "9" * 200 + "\n", "line 2: '" + "9" * 57 + "...' has an id of 2^32 or more"),
-])  # fmt: skip
-def test_an_edge_list_that_is_none_is_one_sentence_with_its_line(lines: str, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (
+            "0 1\n1 x\n",
+            "e.txt', line 2: '1 x' is no edge: write two whole numbers, source and target, and perhaps a weight.",
+        ),
+        ("0 1\n\n# no\n1.5 2\n", "line 4: '1.5 2' is no edge"),
+        ("0 1\n7\n", "line 2: '7' has no target"),
+        ("0 1\n-3 1\n", "line 2: '-3 1' has a negative id: vertices are numbered from 0."),
+        (
+            "0 1\n5000000000 1\n",
+            "has an id of 2^32 or more: number the vertices from 0, without gaps.",
+        ),
+        (
+            "0 1\n4000000000 1\n",
+            "The largest id is 4,000,000,000 and there are 2 edges: number the vertices from 0 without gaps",
+        ),
+        (
+            "0 1 0.5\n1 2\n",
+            "line 2: '1 2' has no weight and the edges before have one: give all edges one, or none.",
+        ),
+        ("0 1\n1 2 .5\n", "line 2: '1 2 .5' has a weight and the edges before have none"),
+        ("0 1 2 3\n", "line 1: '0 1 2 3' has more than three numbers"),
+        ("0 1 nan\n", "the weight of edge 0 is nan: weights must be finite."),
+        (
+            "%%MatrixMarket matrix coordinate\n",
+            "is a MatrixMarket file: Graph.from_scipy(scipy.io.mmread(...)) makes a graph of it.",
+        ),
+        ("", "e.txt' is empty."),
+        ("source target\n", "Without edges it is not known how many vertices there are"),
+        (
+            "0 1\n\0\0\0\1\n",
+            "e.txt' is no graph that is known: name a .lux, .npz or .parquet file, an edge list in text",
+        ),
+        ("0 1\n" + "9" * 200 + "\n", "line 2: '" + "9" * 57 + "...' has an id of 2^32 or more"),
+    ],
+)
+def test_an_edge_list_that_is_none_is_one_sentence_with_its_line(
+    lines: str, said: str, tmp_path: Path
+) -> None:
     (tmp_path / "e.txt").write_text(lines)
     assert said in refused(tmp_path / "e.txt") and str(tmp_path) in refused(tmp_path / "e.txt")
     with pytest.raises(GraphError):
@@ -403,7 +549,8 @@ def test_lines_are_counted_over_blocks(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_header_of_words_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "e.csv").write_text(
-        "# made today\nsource,target,weight\n" + "\n".join(f"{a},{b},2" for a, b in zip(SOURCE, TARGET, strict=True))
+        "# made today\nsource,target,weight\n"
+        + "\n".join(f"{a},{b},2" for a, b in zip(SOURCE, TARGET, strict=True))
     )
     assert equal(gnn.open(tmp_path / "e.csv"), Graph.from_edges(SOURCE, TARGET, weights=[2] * 4))
 
@@ -418,16 +565,43 @@ def npz(**arrays: Any) -> Callable[[Path], None]:
     return lambda at: np.savez(at / "g.npz", **arrays)
 
 
-@pytest.mark.parametrize(("write", "said"), [
-    (put("g.npz", b"no zip at all"), "g.npz' "),
-    (put("g.npz", b""), "g.npz' is truncated or no .npz file"),
-    (npz(a=np.ones(1), b=np.ones(1)), "g.npz' has the arrays a, b: a graph has source and target (Planetoid's layout), or offsets and sources."),
-    (npz(source=np.array([0, {}], object), target=np.array([0, 1])), "holds Python objects or is no .npz file: only plain arrays are read."),
-    (npz(source=[0, 5], target=[1, 0], label=[0, 1]), "g.npz': Edge 1 leads from 5 to 0, and there are 2 vertices"),
-    (npz(source=[0], target=[1], feature_data=[1.0], feature_indices=[9], feature_indptr=[0, 5, 1], feature_shape=[2, 2]), "g.npz': the features are no CSR matrix"),
-    (npz(offsets=np.array([0, 1]), sources=np.array([3], np.int32)), "g: edge 0 (into vertex 0) comes from vertex 3"),
-])  # fmt: skip
-def test_an_npz_file_that_is_no_graph_is_one_sentence(write: Callable[[Path], None], said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (put("g.npz", b"no zip at all"), "g.npz' "),
+        (put("g.npz", b""), "g.npz' is truncated or no .npz file"),
+        (
+            npz(a=np.ones(1), b=np.ones(1)),
+            "g.npz' has the arrays a, b: a graph has source and target (Planetoid's layout), or offsets and sources.",
+        ),
+        (
+            npz(source=np.array([0, {}], object), target=np.array([0, 1])),
+            "holds Python objects or is no .npz file: only plain arrays are read.",
+        ),
+        (
+            npz(source=[0, 5], target=[1, 0], label=[0, 1]),
+            "g.npz': Edge 1 leads from 5 to 0, and there are 2 vertices",
+        ),
+        (
+            npz(
+                source=[0],
+                target=[1],
+                feature_data=[1.0],
+                feature_indices=[9],
+                feature_indptr=[0, 5, 1],
+                feature_shape=[2, 2],
+            ),
+            "g.npz': the features are no CSR matrix",
+        ),
+        (
+            npz(offsets=np.array([0, 1]), sources=np.array([3], np.int32)),
+            "g: edge 0 (into vertex 0) comes from vertex 3",
+        ),
+    ],
+)
+def test_an_npz_file_that_is_no_graph_is_one_sentence(
+    write: Callable[[Path], None], said: str, tmp_path: Path
+) -> None:
     write(tmp_path)
     assert said in refused(tmp_path / "g.npz")
 
@@ -438,19 +612,45 @@ def test_an_npz_file_that_was_cut_off_is_said_to_be(tmp_path: Path) -> None:
     assert "g.npz' is truncated or no .npz file" in refused(tmp_path / "g.npz")
 
 
-@pytest.mark.parametrize(("more", "said"), [
-    ({"raw/num-node-list.csv.gz": "2\n2\n"}, "lists 2 graphs: full-graph training takes one (a node-property set)."),
-    ({"raw/num-node-list.csv.gz": "2\n"}, "train.csv.gz': train lists vertex 2, and there are 2 vertices"),
-    ({"raw/edge.csv.gz": "0,1\n1,4\n"}, "Edge 1 leads from 1 to 4, and there are 4 vertices: ids must be 0 to 3."),
-    ({"raw/node-label.csv.gz": "0,1\n1,1\n0,0\n0,1\n"}, "has 2 labels of every vertex: full-graph training takes one class for each."),
-    ({"raw/node-feat.csv.gz": "0,1\n1\n0,0\n0,1\n"}, "node-feat.csv.gz', line 2: '1' has another number of columns than the first (2)."),
-    ({"raw/node-feat.csv.gz": "0,1\n0,x\n0,0\n0,1\n"}, "node-feat.csv.gz', line 2: '0,x' is not made of numbers"),
-    ({"raw/node-feat.csv.gz": "0,1\n0,1\n"}, "features has 2 rows for 4 vertices"),
-    ({"split/time/test.csv.gz": "9\n"}, "test.csv.gz': test lists vertex 9, and there are 4 vertices"),
-    ({"split/other/train.csv.gz": "0\n"}, "has the splits other, time: name one."),
-    ({"raw/triplet-type-list.csv.gz": ""}, "has several kinds of vertices"),
-])  # fmt: skip
-def test_an_ogb_folder_that_is_no_graph_is_one_sentence(more: dict[str, str], said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            {"raw/num-node-list.csv.gz": "2\n2\n"},
+            "lists 2 graphs: full-graph training takes one (a node-property set).",
+        ),
+        (
+            {"raw/num-node-list.csv.gz": "2\n"},
+            "train.csv.gz': train lists vertex 2, and there are 2 vertices",
+        ),
+        (
+            {"raw/edge.csv.gz": "0,1\n1,4\n"},
+            "Edge 1 leads from 1 to 4, and there are 4 vertices: ids must be 0 to 3.",
+        ),
+        (
+            {"raw/node-label.csv.gz": "0,1\n1,1\n0,0\n0,1\n"},
+            "has 2 labels of every vertex: full-graph training takes one class for each.",
+        ),
+        (
+            {"raw/node-feat.csv.gz": "0,1\n1\n0,0\n0,1\n"},
+            "node-feat.csv.gz', line 2: '1' has another number of columns than the first (2).",
+        ),
+        (
+            {"raw/node-feat.csv.gz": "0,1\n0,x\n0,0\n0,1\n"},
+            "node-feat.csv.gz', line 2: '0,x' is not made of numbers",
+        ),
+        ({"raw/node-feat.csv.gz": "0,1\n0,1\n"}, "features has 2 rows for 4 vertices"),
+        (
+            {"split/time/test.csv.gz": "9\n"},
+            "test.csv.gz': test lists vertex 9, and there are 4 vertices",
+        ),
+        ({"split/other/train.csv.gz": "0\n"}, "has the splits other, time: name one."),
+        ({"raw/triplet-type-list.csv.gz": ""}, "has several kinds of vertices"),
+    ],
+)
+def test_an_ogb_folder_that_is_no_graph_is_one_sentence(
+    more: dict[str, str], said: str, tmp_path: Path
+) -> None:
     ogb(tmp_path / "o", **more)
     assert said in refused(tmp_path / "o")
     with pytest.raises(GraphError) as caught:
@@ -464,18 +664,27 @@ def test_incomplete_ogb_folders_are_one_sentence(tmp_path: Path) -> None:
         pytest.raises(GraphError, Graph.from_ogb, tmp_path / "o", split="public").value
     )
     (tmp_path / "o/split/time/valid.csv.gz").rename(tmp_path / "o/split/time/split_dict.pt")
-    assert "has no valid.csv.gz, only a pickle, and nothing is unpickled." in refused(tmp_path / "o")
+    assert "has no valid.csv.gz, only a pickle, and nothing is unpickled." in refused(
+        tmp_path / "o"
+    )
     (tmp_path / "o/raw/num-node-list.csv.gz").unlink()
-    assert "which says how many vertices there are: it is no whole data set of OGB's." in refused(tmp_path / "o")
+    assert "which says how many vertices there are: it is no whole data set of OGB's." in refused(
+        tmp_path / "o"
+    )
     (tmp_path / "o/raw/edge.csv.gz").unlink()
     assert "has neither edge.csv.gz nor data.npz" in refused(tmp_path / "o")
 
 
 def test_paths_that_lead_nowhere_are_one_sentence(tmp_path: Path) -> None:
     gnn.save(PLAIN, tmp_path / "graph.lux")
-    assert refused(tmp_path / "grpah.lux").endswith(f"grpah.lux'. Did you mean {str(tmp_path / 'graph.lux')!r}?")
+    assert refused(tmp_path / "grpah.lux").endswith(
+        f"grpah.lux'. Did you mean {str(tmp_path / 'graph.lux')!r}?"
+    )
     assert "is a folder without raw/ in it" in refused(tmp_path)
-    for path, said in [("g.txt", "'g.txt' is neither: call it 'g.lux'"), ("no/g.lux", "there is no folder")]:
+    for path, said in [
+        ("g.txt", "'g.txt' is neither: call it 'g.lux'"),
+        ("no/g.lux", "there is no folder"),
+    ]:
         with pytest.raises(GraphError, match=said):
             gnn.save(PLAIN, tmp_path / path)
     gnn.save(PLAIN, tmp_path / "g.npz")

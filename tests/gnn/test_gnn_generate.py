@@ -9,8 +9,9 @@ import pytest
 from test_gnn_graph import equal
 
 from partita.errors import GraphError
-from partita.gnn import EdgeStream, generate
-from partita.gnn.generate import blocks, erdos_renyi, rmat
+from partita.gnn import EdgeStream
+from partita.gnn.data import generate
+from partita.gnn.data.generate import blocks, erdos_renyi, rmat
 
 EDGES = 40_000
 
@@ -25,7 +26,14 @@ def near(count: int, share: float, of: int) -> bool:
     return abs(count - share * of) <= 5 * (of * share * (1 - share)) ** 0.5 + 1
 
 
-@pytest.mark.parametrize("make", [lambda seed: rmat(9, 1000, features=3, seed=seed), lambda seed: erdos_renyi(700, 1000, features=3, seed=seed), lambda seed: blocks(700, 1000, features=3, seed=seed)])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda seed: rmat(9, 1000, features=3, seed=seed),
+        lambda seed: erdos_renyi(700, 1000, features=3, seed=seed),
+        lambda seed: blocks(700, 1000, features=3, seed=seed),
+    ],
+)
 def test_a_graph_depends_on_its_seed_and_not_on_how_it_is_made(
     make: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -36,12 +44,17 @@ def test_a_graph_depends_on_its_seed_and_not_on_how_it_is_made(
     assert equal(make(1).graph(), graph)
 
 
-@pytest.mark.parametrize("quadrants", [generate.QUADRANTS, (0.1, 0.2, 0.3, 0.4), (0.0, 0.5, 0.5, 0.0)])
+@pytest.mark.parametrize(
+    "quadrants", [generate.QUADRANTS, (0.1, 0.2, 0.3, 0.4), (0.0, 0.5, 0.5, 0.0)]
+)
 def test_every_bit_of_an_rmat_edge_falls_into_its_quadrant(quadrants: Any) -> None:
     source, target = ends(rmat(7, EDGES, quadrants=quadrants))
     for bit in range(7):
         drawn = 2 * (source >> bit & 1) + (target >> bit & 1)
-        assert all(near(int(np.count_nonzero(drawn == q)), share, EDGES) for q, share in enumerate(quadrants))
+        assert all(
+            near(int(np.count_nonzero(drawn == q)), share, EDGES)
+            for q, share in enumerate(quadrants)
+        )
 
 
 def test_the_bits_of_an_rmat_edge_are_independent() -> None:
@@ -65,7 +78,11 @@ def test_a_share_of_the_edges_stays_within_a_class(within: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: rmat(13, 10, features=24, classes=6), lambda: blocks(2**13, 10, features=24, classes=6)]
+    "make",
+    [
+        lambda: rmat(13, 10, features=24, classes=6),
+        lambda: blocks(2**13, 10, features=24, classes=6),
+    ],
 )
 def test_features_tell_the_class_and_masks_share_the_vertices(make: Any) -> None:
     graph = make().graph()
@@ -76,7 +93,9 @@ def test_features_tell_the_class_and_masks_share_the_vertices(make: Any) -> None
     assert abs(float((x - centres[labels]).std()) - 1) < 0.02
     masks = [graph.train, graph.validation, graph.test]
     assert (np.sum(masks, 0) == 1).all() and graph.train[0]
-    assert all(near(int(m.sum()), share, 2**13) for m, share in zip(masks, (0.5, 0.25, 0.25), strict=True))
+    assert all(
+        near(int(m.sum()), share, 2**13) for m, share in zip(masks, (0.5, 0.25, 0.25), strict=True)
+    )
 
 
 def test_many_rows_of_features_come_in_pieces() -> None:
@@ -84,15 +103,27 @@ def test_many_rows_of_features_come_in_pieces() -> None:
     assert rows == [2**16, 2**16]
 
 
-@pytest.mark.parametrize(("make", "said"), [
-    (lambda: rmat(0, 5), "A scale of 0 is too small: there are 2^scale vertices, with a scale from 1 to 31."),
-    (lambda: rmat(40, 5), "A scale of 40 is too large"),
-    (lambda: rmat(4, 5, quadrants=(0.5, 0.5, 0.5, 0.5)), "are no probabilities: give four numbers from 0 whose sum is 1."),
-    (lambda: erdos_renyi(0, 5), "There is no graph of 0 vertices, 5 edges"),
-    (lambda: erdos_renyi(5, -1), "There is no graph of 5 vertices, -1 edges"),
-    (lambda: blocks(5, 5, within=1.5), "A share of 1.5 of the edges cannot stay within a class: give a number from 0 to 1."),
-    (lambda: blocks(3, 5, classes=4), "3 vertices cannot be 4 classes: give 1 to 3."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: rmat(0, 5),
+            "A scale of 0 is too small: there are 2^scale vertices, with a scale from 1 to 31.",
+        ),
+        (lambda: rmat(40, 5), "A scale of 40 is too large"),
+        (
+            lambda: rmat(4, 5, quadrants=(0.5, 0.5, 0.5, 0.5)),
+            "are no probabilities: give four numbers from 0 whose sum is 1.",
+        ),
+        (lambda: erdos_renyi(0, 5), "There is no graph of 0 vertices, 5 edges"),
+        (lambda: erdos_renyi(5, -1), "There is no graph of 5 vertices, -1 edges"),
+        (
+            lambda: blocks(5, 5, within=1.5),
+            "A share of 1.5 of the edges cannot stay within a class: give a number from 0 to 1.",
+        ),
+        (lambda: blocks(3, 5, classes=4), "3 vertices cannot be 4 classes: give 1 to 3."),
+    ],
+)
 def test_what_cannot_be_drawn_is_one_sentence(make: Any, said: str) -> None:
     with pytest.raises(GraphError) as caught:
         make()

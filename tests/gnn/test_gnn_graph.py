@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partita.errors import GraphError
-from partita.gnn import Graph, check, order
+from partita.gnn import Graph, check
+from partita.gnn.data import order
 
 LAW = settings(deadline=None, max_examples=60)  # the first example compiles
 FIELDS = ("offsets", "sources", "features", "labels", "train", "validation", "test", "weights")
@@ -31,7 +32,10 @@ def graphs(draw: st.DrawFn, heavy: bool | None = None) -> Graph:
     if draw(st.booleans()):
         given["features"] = np.arange(vertices * 3, dtype=np.float32).reshape(vertices, 3)
         given["labels"] = np.arange(vertices) % 4
-        given |= {what: np.arange(vertices) % 3 == i for i, what in enumerate(("train", "validation", "test"))}
+        given |= {
+            what: np.arange(vertices) % 3 == i
+            for i, what in enumerate(("train", "validation", "test"))
+        }
     return Graph.from_edges([a for a, _ in edges], [b for _, b in edges], vertices, **given)
 
 
@@ -46,15 +50,20 @@ def equal(a: Graph, b: Graph) -> bool:
     """Whether two graphs have the same arrays of the same types."""
     both = [(getattr(a, f), getattr(b, f)) for f in FIELDS]
     return all(
-        (x is None and y is None) or (x is not None and y is not None and x.dtype == y.dtype and np.array_equal(x, y))
+        (x is None and y is None)
+        or (x is not None and y is not None and x.dtype == y.dtype and np.array_equal(x, y))
         for x, y in both
     )
 
 
 @LAW
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=40))
-def test_from_edges_keeps_the_edges_and_their_order_at_every_target(edges: list[tuple[int, int]]) -> None:
-    graph = Graph.from_edges([a for a, _ in edges], [b for _, b in edges], 8, weights=np.arange(len(edges)))
+def test_from_edges_keeps_the_edges_and_their_order_at_every_target(
+    edges: list[tuple[int, int]],
+) -> None:
+    graph = Graph.from_edges(
+        [a for a, _ in edges], [b for _, b in edges], 8, weights=np.arange(len(edges))
+    )
     assert graph.offsets.dtype == np.int64 and graph.sources.dtype == np.int32
     for v in range(8):
         into = [(a, i) for i, (a, b) in enumerate(edges) if b == v]
@@ -66,9 +75,15 @@ def test_from_edges_keeps_the_edges_and_their_order_at_every_target(edges: list[
 @given(graphs())
 def test_the_transpose_has_the_same_edges_the_other_way_round(graph: Graph) -> None:
     back = graph.transposed()
-    turned = Graph(back.offsets, back.destinations, weights=None if graph.weights is None else graph.weights[back.order])
+    turned = Graph(
+        back.offsets,
+        back.destinations,
+        weights=None if graph.weights is None else graph.weights[back.order],
+    )
     assert sorted((b, a, w) for a, b, w in pairs(graph)) == pairs(turned)
-    assert np.array_equal(graph.sources[back.order], np.repeat(np.arange(graph.vertices), graph.out_degrees()))
+    assert np.array_equal(
+        graph.sources[back.order], np.repeat(np.arange(graph.vertices), graph.out_degrees())
+    )
     assert graph.transposed() is back
 
 
@@ -83,8 +98,12 @@ def test_transposed_twice_is_the_same_multiset(graph: Graph) -> None:
 @LAW
 @given(graphs())
 def test_degrees_count_the_edges_at_both_ends(graph: Graph) -> None:
-    assert graph.in_degrees().tolist() == [sum(b == v for _, b, _ in pairs(graph)) for v in range(graph.vertices)]
-    assert graph.out_degrees().tolist() == [sum(a == v for a, _, _ in pairs(graph)) for v in range(graph.vertices)]
+    assert graph.in_degrees().tolist() == [
+        sum(b == v for _, b, _ in pairs(graph)) for v in range(graph.vertices)
+    ]
+    assert graph.out_degrees().tolist() == [
+        sum(a == v for a, _, _ in pairs(graph)) for v in range(graph.vertices)
+    ]
 
 
 @LAW
@@ -92,14 +111,18 @@ def test_degrees_count_the_edges_at_both_ends(graph: Graph) -> None:
 def test_self_edges_are_added_where_there_is_none(graph: Graph) -> None:
     loops = {a for a, b, _ in pairs(graph) if a == b}
     more = check(graph.with_self_edges())
-    assert pairs(more) == sorted(pairs(graph) + [(v, v, 1.0) for v in range(graph.vertices) if v not in loops])
+    assert pairs(more) == sorted(
+        pairs(graph) + [(v, v, 1.0) for v in range(graph.vertices) if v not in loops]
+    )
     assert equal(more.with_self_edges(), more)
 
 
 @LAW
 @given(graphs())
 def test_reverse_edges_are_added(graph: Graph) -> None:
-    assert pairs(check(graph.with_reverse_edges())) == sorted(pairs(graph) + [(b, a, w) for a, b, w in pairs(graph)])
+    assert pairs(check(graph.with_reverse_edges())) == sorted(
+        pairs(graph) + [(b, a, w) for a, b, w in pairs(graph)]
+    )
 
 
 @LAW
@@ -130,7 +153,11 @@ def test_neighbours_of_a_shuffled_path_are_next_to_each_other() -> None:
     path = np.random.default_rng(0).permutation(50)
     graph = Graph.from_edges([*path[:-1], *path[1:]], [*path[1:], *path[:-1]])
     near = graph.relabelled(order.by_neighbours(graph))
-    assert max(abs(a - b) for a, b, _ in pairs(near)) == 1 < max(abs(a - b) for a, b, _ in pairs(graph))
+    assert (
+        max(abs(a - b) for a, b, _ in pairs(near))
+        == 1
+        < max(abs(a - b) for a, b, _ in pairs(graph))
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- made from
@@ -159,7 +186,11 @@ PLAIN = Graph.from_edges(SOURCE, TARGET, 4, features=X, labels=Y, train=TRAIN)
 
 def test_from_pyg_reads_data_with_edge_index() -> None:
     data = SimpleNamespace(
-        edge_index=Tensor([SOURCE, TARGET]), x=Tensor(X), y=Tensor(Y[:, None]), train_mask=Tensor(TRAIN), num_nodes=4
+        edge_index=Tensor([SOURCE, TARGET]),
+        x=Tensor(X),
+        y=Tensor(Y[:, None]),
+        train_mask=Tensor(TRAIN),
+        num_nodes=4,
     )
     assert equal(Graph.from_pyg(data), PLAIN)
 
@@ -168,24 +199,32 @@ def test_from_pyg_reads_data_with_edge_index() -> None:
 def test_from_pyg_reads_data_with_adj_t(torch_sparse: bool) -> None:
     heavy = Tensor([1.0, 2, 3, 4])
     entries = SimpleNamespace(
-        coalesce=lambda: SimpleNamespace(indices=lambda: (Tensor(TARGET), Tensor(SOURCE)), values=lambda: heavy)
+        coalesce=lambda: SimpleNamespace(
+            indices=lambda: (Tensor(TARGET), Tensor(SOURCE)), values=lambda: heavy
+        )
     )
     rows = (
         SimpleNamespace(coo=lambda: (Tensor(TARGET), Tensor(SOURCE), heavy))
         if torch_sparse
         else SimpleNamespace(to_sparse_coo=lambda: entries)
     )
-    data = SimpleNamespace(adj_t=rows, x=Tensor(X), y=Tensor(Y), train_mask=Tensor(TRAIN), num_nodes=4)
+    data = SimpleNamespace(
+        adj_t=rows, x=Tensor(X), y=Tensor(Y), train_mask=Tensor(TRAIN), num_nodes=4
+    )
     assert equal(
-        Graph.from_pyg(data), Graph.from_edges(SOURCE, TARGET, features=X, labels=Y, train=TRAIN, weights=[1, 2, 3, 4])
+        Graph.from_pyg(data),
+        Graph.from_edges(SOURCE, TARGET, features=X, labels=Y, train=TRAIN, weights=[1, 2, 3, 4]),
     )
 
 
 def test_from_dgl_reads_a_homogeneous_graph() -> None:
     graph = SimpleNamespace(
-        is_homogeneous=True, edges=lambda order: (Tensor(SOURCE), Tensor(TARGET)), num_nodes=lambda: 4,
-        ndata={"feat": Tensor(X), "label": Tensor(Y), "train_mask": Tensor(TRAIN.astype(np.uint8))}, edata={"w": Tensor([[1.0], [2], [3], [4]])},
-    )  # fmt: skip
+        is_homogeneous=True,
+        edges=lambda order: (Tensor(SOURCE), Tensor(TARGET)),
+        num_nodes=lambda: 4,
+        ndata={"feat": Tensor(X), "label": Tensor(Y), "train_mask": Tensor(TRAIN.astype(np.uint8))},
+        edata={"w": Tensor([[1.0], [2], [3], [4]])},
+    )
     assert equal(Graph.from_dgl(graph), PLAIN)
     assert equal(
         Graph.from_dgl(graph, weights="w"),
@@ -196,7 +235,12 @@ def test_from_dgl_reads_a_homogeneous_graph() -> None:
 class Networkx:
     """What a graph of NetworkX has that is used: nodes with attributes, and edges with theirs."""
 
-    def __init__(self, nodes: dict[str, dict[str, Any]], edges: list[tuple[str, str, dict[str, Any]]], directed: bool) -> None:
+    def __init__(
+        self,
+        nodes: dict[str, dict[str, Any]],
+        edges: list[tuple[str, str, dict[str, Any]]],
+        directed: bool,
+    ) -> None:
         self.nodes, self._edges, self._directed = nodes, edges, directed
 
     def edges(self, data: bool) -> list[tuple[str, str, dict[str, Any]]]:
@@ -211,30 +255,53 @@ class Networkx:
 def test_from_networkx_reads_both_kinds_of_graph(directed: bool) -> None:
     nodes = {n: {"x": [float(i), 1.0], "y": i} for i, n in enumerate("abc")}
     graph = Graph.from_networkx(
-        Networkx(nodes, [("a", "b", {"w": 2.0}), ("c", "c", {"w": 3.0})], directed), features="x", labels="y", weights="w"
+        Networkx(nodes, [("a", "b", {"w": 2.0}), ("c", "c", {"w": 3.0})], directed),
+        features="x",
+        labels="y",
+        weights="w",
     )
     assert pairs(graph) == sorted([(0, 1, 2.0), (2, 2, 3.0)] + ([] if directed else [(1, 0, 2.0)]))
     assert graph.features is not None and graph.labels is not None
-    assert graph.features.tolist() == [[0, 1], [1, 1], [2, 1]] and graph.labels.tolist() == [0, 1, 2]
+    assert graph.features.tolist() == [[0, 1], [1, 1], [2, 1]] and graph.labels.tolist() == [
+        0,
+        1,
+        2,
+    ]
 
 
 @pytest.mark.parametrize("kind", ["coo", "csr", "csc", "lil"])
 def test_from_scipy_takes_every_format_and_keeps_values_that_are_not_all_one(kind: str) -> None:
     ones = scipy.sparse.coo_array((np.ones(4), (SOURCE, TARGET)), shape=(4, 4)).asformat(kind)
-    assert pairs(Graph.from_scipy(ones)) == pairs(replace(PLAIN, weights=None)) and Graph.from_scipy(ones).weights is None
+    assert (
+        pairs(Graph.from_scipy(ones)) == pairs(replace(PLAIN, weights=None))
+        and Graph.from_scipy(ones).weights is None
+    )
     assert pairs(Graph.from_scipy(2 * ones)) == [(a, b, 2.0) for a, b, _ in pairs(PLAIN)]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.int64, np.uint64])
 def test_ids_may_be_of_any_whole_type(dtype: Any) -> None:
-    assert equal(Graph.from_edges(np.array(SOURCE, dtype), np.array(TARGET, dtype), features=X, labels=Y.astype(dtype), train=TRAIN), PLAIN)
+    assert equal(
+        Graph.from_edges(
+            np.array(SOURCE, dtype),
+            np.array(TARGET, dtype),
+            features=X,
+            labels=Y.astype(dtype),
+            train=TRAIN,
+        ),
+        PLAIN,
+    )
 
 
 def test_sparse_features_lists_of_vertices_and_unlabelled_vertices_are_understood() -> None:
-    graph = Graph.from_edges(SOURCE, TARGET, features=scipy.sparse.csr_array(X), labels=[1.0, np.nan, 2, 1], train=[2, 0])
+    graph = Graph.from_edges(
+        SOURCE, TARGET, features=scipy.sparse.csr_array(X), labels=[1.0, np.nan, 2, 1], train=[2, 0]
+    )
     assert graph.features is not None and graph.labels is not None and graph.train is not None
     assert (
-        np.array_equal(graph.features, X) and graph.labels.tolist() == [1, -1, 2, 1] and graph.train.tolist() == TRAIN.tolist()
+        np.array_equal(graph.features, X)
+        and graph.labels.tolist() == [1, -1, 2, 1]
+        and graph.train.tolist() == TRAIN.tolist()
     )
     assert graph.classes == 3 and graph.vertices == 4
 
@@ -245,39 +312,127 @@ LARGE = scipy.sparse.coo_array(([1], ([0], [1])), shape=(2, 3))
 HETERO = SimpleNamespace(edge_types=[("a", "to", "b")])
 
 
-@pytest.mark.parametrize(("make", "said"), [
-    (lambda: Graph.from_edges([0, 1, 5], [1, 0, 0], 3), "Edge 2 leads from 5 to 0, and there are 3 vertices: ids must be 0 to 2."),
-    (lambda: Graph.from_edges([0, -1], [1, 0]), "Edge 1 leads from -1 to 0, and there are 2 vertices: ids must be 0 to 1."),
-    (lambda: Graph.from_edges([0, 1], [9, 0], features=np.ones((2, 1))), "Edge 0 leads from 0 to 9, and there are 2 vertices"),
-    (lambda: Graph.from_edges([0, 1], [1]), "There are 2 sources and 1 targets: an edge needs one of each."),
-    (lambda: Graph.from_edges([0.5], [1]), "source is float64 [1]: a list of whole numbers is needed."),
-    (lambda: Graph.from_edges([[0]], [[1]]), "source is int64 [1, 1]: a list of whole numbers is needed."),
-    (lambda: Graph.from_edges([], []), "it is not known how many vertices there are: say vertices=."),
-    (lambda: Graph.from_edges([0], [1], weights=[1, 2]), "There are 2 weights for 1 edges"),
-    (lambda: Graph.from_edges([0], [1], weights=[np.inf], name="g"), "g: the weight of edge 0 is inf: weights must be finite."),
-    (lambda: Graph.from_edges([0], [1], features=[1.0, 2.0]), "features is float64 [2]: numbers [vertices, features] are needed."),
-    (lambda: Graph.from_edges([0], [1], 2, features=np.ones((3, 1))), "graph: features has 3 rows for 2 vertices: it needs one for each."),
-    (lambda: Graph.from_edges([0], [1], features=[[0, 1], [2, np.nan]]), "graph: feature 1 of vertex 1 is nan: features must be finite"),
-    (lambda: Graph.from_edges([0], [1], labels=[0, 1, 2], vertices=2), "labels has 3 rows for 2 vertices"),
-    (lambda: Graph.from_edges([0], [1], labels=[0, -2]), "the label of vertex 1 is -2: labels are 0 or more, or -1 for none."),
-    (lambda: Graph.from_edges([0], [1], labels=[0.5, 1]), "the label of vertex 0 is 0.5: labels are whole numbers"),
-    (lambda: Graph.from_edges([0], [1], labels=[0, 2**40]), f"the label of vertex 1 is {2**40}"),
-    (lambda: Graph.from_edges([0], [1], labels=[[0, 1], [1, 0]]), "labels is int64 [2, 2]: one whole number per vertex is needed."),
-    (lambda: Graph.from_edges([0], [1], train=[False, False]), "the training mask is empty: mark the vertices to train on"),
-    (lambda: Graph.from_edges([0], [1], train=[True]), "train has 1 rows for 2 vertices"),
-    (lambda: Graph.from_edges([0], [1], test=[0, 7]), "test lists vertex 7, and there are 2 vertices: ids must be 0 to 1."),
-    (lambda: Graph.from_edges([0], [1], test=[0.0, 1.0]), "test is float64 [2]: one bool per vertex or a list of vertices is needed."),
-    (lambda: Graph.from_edges([0], [1], labels=[0, -1], test=[1]), "vertex 1 is in the test mask and has no label (-1)"),
-    (lambda: PLAIN.relabelled([0, 1, 1, 2]), "The order leaves out vertex 3: give every vertex once."),
-    (lambda: PLAIN.relabelled([0, 1]), "The order has 2 entries for 4 vertices"),
-    (lambda: Graph.from_scipy(LARGE), "A matrix of 2 rows and 3 columns is no graph"),
-    (lambda: Graph.from_pyg(HETERO), "without edge_index or adj_t is no graph of one kind of edge. It has the edge types ('a', 'to', 'b')."),
-    (lambda: Graph.from_pyg(SimpleNamespace(edge_index=Tensor(np.zeros((5, 2), int)))), "edge_index has the shape (5, 2): [2, edges] is needed"),
-    (lambda: Graph.from_pyg(SimpleNamespace(edge_index=Tensor([[0], [1]]), train_mask=Tensor(np.ones((2, 10), bool)))), "train_mask has 10 columns, one a split: choose one, e.g. data.train_mask = data.train_mask[:, 0]."),
-    (lambda: Graph.from_dgl(SimpleNamespace(is_homogeneous=False, canonical_etypes=["x"])), "The DGL graph has the edge types x: give one of one type"),
-    (lambda: Graph.from_networkx(Networkx({"a": {}}, [], True), features="x"), "Node 'a' has no attribute 'x', which features='x' asks for"),
-    (lambda: Graph.from_networkx(Networkx({"a": {}}, [("a", "a", {})], True), weights="w"), "The edge from 'a' to 'a' has no attribute 'w'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: Graph.from_edges([0, 1, 5], [1, 0, 0], 3),
+            "Edge 2 leads from 5 to 0, and there are 3 vertices: ids must be 0 to 2.",
+        ),
+        (
+            lambda: Graph.from_edges([0, -1], [1, 0]),
+            "Edge 1 leads from -1 to 0, and there are 2 vertices: ids must be 0 to 1.",
+        ),
+        (
+            lambda: Graph.from_edges([0, 1], [9, 0], features=np.ones((2, 1))),
+            "Edge 0 leads from 0 to 9, and there are 2 vertices",
+        ),
+        (
+            lambda: Graph.from_edges([0, 1], [1]),
+            "There are 2 sources and 1 targets: an edge needs one of each.",
+        ),
+        (
+            lambda: Graph.from_edges([0.5], [1]),
+            "source is float64 [1]: a list of whole numbers is needed.",
+        ),
+        (
+            lambda: Graph.from_edges([[0]], [[1]]),
+            "source is int64 [1, 1]: a list of whole numbers is needed.",
+        ),
+        (
+            lambda: Graph.from_edges([], []),
+            "it is not known how many vertices there are: say vertices=.",
+        ),
+        (lambda: Graph.from_edges([0], [1], weights=[1, 2]), "There are 2 weights for 1 edges"),
+        (
+            lambda: Graph.from_edges([0], [1], weights=[np.inf], name="g"),
+            "g: the weight of edge 0 is inf: weights must be finite.",
+        ),
+        (
+            lambda: Graph.from_edges([0], [1], features=[1.0, 2.0]),
+            "features is float64 [2]: numbers [vertices, features] are needed.",
+        ),
+        (
+            lambda: Graph.from_edges([0], [1], 2, features=np.ones((3, 1))),
+            "graph: features has 3 rows for 2 vertices: it needs one for each.",
+        ),
+        (
+            lambda: Graph.from_edges([0], [1], features=[[0, 1], [2, np.nan]]),
+            "graph: feature 1 of vertex 1 is nan: features must be finite",
+        ),
+        (
+            lambda: Graph.from_edges([0], [1], labels=[0, 1, 2], vertices=2),
+            "labels has 3 rows for 2 vertices",
+        ),
+        (
+            lambda: Graph.from_edges([0], [1], labels=[0, -2]),
+            "the label of vertex 1 is -2: labels are 0 or more, or -1 for none.",
+        ),
+        (
+            lambda: Graph.from_edges([0], [1], labels=[0.5, 1]),
+            "the label of vertex 0 is 0.5: labels are whole numbers",
+        ),
+        (
+            lambda: Graph.from_edges([0], [1], labels=[0, 2**40]),
+            f"the label of vertex 1 is {2**40}",
+        ),
+        (
+            lambda: Graph.from_edges([0], [1], labels=[[0, 1], [1, 0]]),
+            "labels is int64 [2, 2]: one whole number per vertex is needed.",
+        ),
+        (
+            lambda: Graph.from_edges([0], [1], train=[False, False]),
+            "the training mask is empty: mark the vertices to train on",
+        ),
+        (lambda: Graph.from_edges([0], [1], train=[True]), "train has 1 rows for 2 vertices"),
+        (
+            lambda: Graph.from_edges([0], [1], test=[0, 7]),
+            "test lists vertex 7, and there are 2 vertices: ids must be 0 to 1.",
+        ),
+        (
+            lambda: Graph.from_edges([0], [1], test=[0.0, 1.0]),
+            "test is float64 [2]: one bool per vertex or a list of vertices is needed.",
+        ),
+        (
+            lambda: Graph.from_edges([0], [1], labels=[0, -1], test=[1]),
+            "vertex 1 is in the test mask and has no label (-1)",
+        ),
+        (
+            lambda: PLAIN.relabelled([0, 1, 1, 2]),
+            "The order leaves out vertex 3: give every vertex once.",
+        ),
+        (lambda: PLAIN.relabelled([0, 1]), "The order has 2 entries for 4 vertices"),
+        (lambda: Graph.from_scipy(LARGE), "A matrix of 2 rows and 3 columns is no graph"),
+        (
+            lambda: Graph.from_pyg(HETERO),
+            "without edge_index or adj_t is no graph of one kind of edge. It has the edge types ('a', 'to', 'b').",
+        ),
+        (
+            lambda: Graph.from_pyg(SimpleNamespace(edge_index=Tensor(np.zeros((5, 2), int)))),
+            "edge_index has the shape (5, 2): [2, edges] is needed",
+        ),
+        (
+            lambda: Graph.from_pyg(
+                SimpleNamespace(
+                    edge_index=Tensor([[0], [1]]), train_mask=Tensor(np.ones((2, 10), bool))
+                )
+            ),
+            "train_mask has 10 columns, one a split: choose one, e.g. data.train_mask = data.train_mask[:, 0].",
+        ),
+        (
+            lambda: Graph.from_dgl(SimpleNamespace(is_homogeneous=False, canonical_etypes=["x"])),
+            "The DGL graph has the edge types x: give one of one type",
+        ),
+        (
+            lambda: Graph.from_networkx(Networkx({"a": {}}, [], True), features="x"),
+            "Node 'a' has no attribute 'x', which features='x' asks for",
+        ),
+        (
+            lambda: Graph.from_networkx(Networkx({"a": {}}, [("a", "a", {})], True), weights="w"),
+            "The edge from 'a' to 'a' has no attribute 'w'",
+        ),
+    ],
+)
 def test_what_is_no_graph_is_one_sentence(make: Any, said: str) -> None:
     with pytest.raises(GraphError) as caught:
         make()
@@ -292,19 +447,46 @@ def i64(*ids: int) -> np.ndarray:
     return np.array(ids, np.int64)
 
 
-@pytest.mark.parametrize(("graph", "said"), [
-    (Graph(i32(0, 1), i32(0)), "graph: offsets must be int64 [vertices + 1], beginning with 0."),
-    (Graph(i64(0), i32()), "There is no vertex"),
-    (Graph(i64(0, 1), i64(0)), "sources are int64: 1 vertices need int32."),
-    (Graph(i64(1, 1), i32(0)), "offsets begin with 1: they must begin with 0."),
-    (Graph(i64(0, 3, 2, 3), i32(0, 0, 0)), "offsets fall from 3 to 2 at vertex 1: they must never fall."),
-    (Graph(i64(0, 1, 2), i32(0, 0, 0)), "offsets end with 2 and there are 3 sources: they must be equal."),
-    (Graph(i64(0, 1, 3), i32(0, 1, 2)), "edge 2 (into vertex 1) comes from vertex 2: ids must be 0 to 1."),
-    (Graph(i64(0, 1, 3), i32(0, -1, 1)), "edge 1 (into vertex 1) comes from vertex -1: ids must be 0 to 1."),
-    (Graph(i64(0, 1), i32(0), weights=np.ones(1)), "weights are float64 [1]: float32 [1] is needed, one for each edge."),
-    (Graph(i64(0, 1), i32(0), features=np.ones((1, 1))), "features is float64 [1, 1]: float32 [vertices, features] is needed."),
-    (Graph(i64(0, 1), i32(0), train=np.ones(1)), "train is float64 [1]: bool [vertices] is needed."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("graph", "said"),
+    [
+        (
+            Graph(i32(0, 1), i32(0)),
+            "graph: offsets must be int64 [vertices + 1], beginning with 0.",
+        ),
+        (Graph(i64(0), i32()), "There is no vertex"),
+        (Graph(i64(0, 1), i64(0)), "sources are int64: 1 vertices need int32."),
+        (Graph(i64(1, 1), i32(0)), "offsets begin with 1: they must begin with 0."),
+        (
+            Graph(i64(0, 3, 2, 3), i32(0, 0, 0)),
+            "offsets fall from 3 to 2 at vertex 1: they must never fall.",
+        ),
+        (
+            Graph(i64(0, 1, 2), i32(0, 0, 0)),
+            "offsets end with 2 and there are 3 sources: they must be equal.",
+        ),
+        (
+            Graph(i64(0, 1, 3), i32(0, 1, 2)),
+            "edge 2 (into vertex 1) comes from vertex 2: ids must be 0 to 1.",
+        ),
+        (
+            Graph(i64(0, 1, 3), i32(0, -1, 1)),
+            "edge 1 (into vertex 1) comes from vertex -1: ids must be 0 to 1.",
+        ),
+        (
+            Graph(i64(0, 1), i32(0), weights=np.ones(1)),
+            "weights are float64 [1]: float32 [1] is needed, one for each edge.",
+        ),
+        (
+            Graph(i64(0, 1), i32(0), features=np.ones((1, 1))),
+            "features is float64 [1, 1]: float32 [vertices, features] is needed.",
+        ),
+        (
+            Graph(i64(0, 1), i32(0), train=np.ones(1)),
+            "train is float64 [1]: bool [vertices] is needed.",
+        ),
+    ],
+)
 def test_check_names_the_first_entry_that_is_wrong(graph: Graph, said: str) -> None:
     with pytest.raises(GraphError) as caught:
         check(graph)

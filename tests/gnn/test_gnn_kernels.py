@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from partita.gnn import Graph
-from partita.gnn.block import Block, block_of, weighted_sum
 from partita.gnn.kernels import bridge, tall, total
 from partita.gnn.kernels.attention import SLOPE
+from partita.gnn.nn.block import Block, block_of, weighted_sum
 
 VERTICES, EDGES = 6, 20
 """One size, so that few programs are compiled."""
@@ -59,8 +59,14 @@ HOW: dict[str, tuple[Callable[[Block, Any], Any], Callable[[Any, Any, Any], Any]
     "sum": (Block.sum, lambda a, w, x: a @ x),
     "weighted": (functools.partial(Block.sum, weighted=True), lambda a, w, x: w @ x),
     "scaled": (lambda block, x: Block.sum(block, x, False, *FACTORS), lambda a, w, x: scaled(a, x)),
-    "after": (lambda block, x: block.sum(x, after=FACTORS[2]), lambda a, w, x: a @ x * FACTORS[2][:, None]),
-    "weighted and scaled": (lambda block, x: Block.sum(block, x, True, *FACTORS), lambda a, w, x: scaled(w, x)),
+    "after": (
+        lambda block, x: block.sum(x, after=FACTORS[2]),
+        lambda a, w, x: a @ x * FACTORS[2][:, None],
+    ),
+    "weighted and scaled": (
+        lambda block, x: Block.sum(block, x, True, *FACTORS),
+        lambda a, w, x: scaled(w, x),
+    ),
     "mean": (Block.mean, lambda a, w, x: a @ x / jnp.maximum(a.sum(1, keepdims=True), 1)),
     "max": (Block.max, dense_max),
 }
@@ -119,7 +125,9 @@ def test_an_aggregation_is_that_of_the_dense_matrix(how: str, columns: int, kind
     @example(REPEATED)
     def holds(graph: Graph) -> None:
         x = values(graph.vertices, columns)
-        (y, dx), (expected, dx_expected) = both(how, kind, block_of(graph), matrix(graph), matrix(graph, True), x)
+        (y, dx), (expected, dx_expected) = both(
+            how, kind, block_of(graph), matrix(graph), matrix(graph, True), x
+        )
         np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(dx, dx_expected, rtol=1e-3, atol=1e-4)
 
@@ -133,8 +141,12 @@ def test_edges_behind_the_last_row_count_nothing(way: str, monkeypatch: pytest.M
         monkeypatch.setattr(total, "fastest", lambda: way)
     offsets, ids = np.array([0, 1, 3], np.int32), np.array([1, 0, 1, 0, 0, 0], np.int32)
     x, weights = values(2, 5), np.arange(1, 7, dtype=np.float32)
-    np.testing.assert_allclose(jax.jit(total.total)(offsets, ids, x), [x[1], x[0] + x[1]], rtol=1e-5)
-    np.testing.assert_allclose(jax.jit(total.total)(offsets, ids, x, weights), [x[1], 2 * x[0] + 3 * x[1]], rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(total.total)(offsets, ids, x), [x[1], x[0] + x[1]], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        jax.jit(total.total)(offsets, ids, x, weights), [x[1], 2 * x[0] + 3 * x[1]], rtol=1e-5
+    )
 
 
 def test_what_takes_the_kernels_place_is_measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,13 +156,17 @@ def test_what_takes_the_kernels_place_is_measured_here(monkeypatch: pytest.Monke
     def broken(offsets: Any, ids: Any, x: Any, weights: Any) -> Any:
         raise NotImplementedError("not on this device")
 
-    monkeypatch.setattr(total, "WAYS", {"wrong": wrong, "broken": broken, "segments": total.WAYS["segments"]})
+    monkeypatch.setattr(
+        total, "WAYS", {"wrong": wrong, "broken": broken, "segments": total.WAYS["segments"]}
+    )
     assert total.fastest.__wrapped__() == "segments"
 
 
 def test_of_equal_maxima_the_first_edge_has_the_gradient(kind: str) -> None:
     graph = Graph.from_edges([2, 0, 1], [0, 0, 0], 3)
-    y, dx = jax.jit(jax.value_and_grad(lambda x, block: block.max(x).sum()))(np.ones((3, 1), np.float32), block_of(graph))
+    y, dx = jax.jit(jax.value_and_grad(lambda x, block: block.max(x).sum()))(
+        np.ones((3, 1), np.float32), block_of(graph)
+    )
     assert y == 1 and dx.tolist() == [[0], [0], [1]]
 
 
@@ -166,7 +182,9 @@ def test_a_weight_of_an_edge_has_its_gradient_too(graph: Graph) -> None:
 @jax.jit
 def weight_gradients(block: Block, w: Any, x: Any, source: Any, target: Any) -> Any:
     mine = lambda w: bent(weighted_sum(block.ways[0].edges, w, x))
-    return jax.grad(mine)(w), jax.grad(lambda w: bent(jnp.zeros_like(x).at[target].add(w[:, None] * x[source])))(w)
+    return jax.grad(mine)(w), jax.grad(
+        lambda w: bent(jnp.zeros_like(x).at[target].add(w[:, None] * x[source]))
+    )(w)
 
 
 def dense_attention(edges: Any, left: Any, right: Any, a: Any) -> Any:
@@ -188,7 +206,11 @@ def test_attention_is_that_of_the_dense_matrix(kind: str) -> None:
     @given(graphs())
     @example(REPEATED)
     def holds(graph: Graph) -> None:
-        args = values(graph.vertices, 2, 5), 3 * values(graph.vertices, 2, 5, seed=1), values(2, 5, seed=2)
+        args = (
+            values(graph.vertices, 2, 5),
+            3 * values(graph.vertices, 2, 5, seed=1),
+            values(2, 5, seed=2),
+        )
         mine, dense = both(block_of(graph), matrix(graph), args)
         for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(dense), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
@@ -196,8 +218,13 @@ def test_attention_is_that_of_the_dense_matrix(kind: str) -> None:
     holds()
 
 
-@pytest.mark.parametrize(("rows", "a", "b"), [(1, 1, 1), (63, 3, 64), (64, 64, 3), (130, 5, 29), (1000, 66, 90), (200, 300, 300)])
-def test_the_gradient_of_a_matrix_is_the_product_over_all_rows(rows: int, a: int, b: int, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("rows", "a", "b"),
+    [(1, 1, 1), (63, 3, 64), (64, 64, 3), (130, 5, 29), (1000, 66, 90), (200, 300, 300)],
+)
+def test_the_gradient_of_a_matrix_is_the_product_over_all_rows(
+    rows: int, a: int, b: int, kind: str
+) -> None:
     x, w, y = values(rows, a), values(a, b, seed=1), values(rows, b, seed=2)
     dx, dw = jax.jit(jax.grad(lambda x, w: jnp.sum(tall.product(x, w) * y), (0, 1)))(x, w)
     np.testing.assert_allclose(dx, y @ w.T, rtol=1e-3, atol=1e-3)
@@ -206,7 +233,11 @@ def test_the_gradient_of_a_matrix_is_the_product_over_all_rows(rows: int, a: int
 
 def test_threads_share_the_rows_by_their_edges() -> None:
     graph = Graph.from_edges([0] * 90 + [1] * 10, [3] * 90 + list(range(10)), 10)
-    assert [bridge.rows_of(graph.offsets, part, 3) for part in range(3)] == [(0, 4), (4, 4), (4, 10)]
+    assert [bridge.rows_of(graph.offsets, part, 3) for part in range(3)] == [
+        (0, 4),
+        (4, 4),
+        (4, 10),
+    ]
 
 
 def test_a_kernel_that_does_not_work_is_said_once_and_replaced() -> None:
@@ -214,7 +245,8 @@ def test_a_kernel_that_does_not_work_is_said_once_and_replaced() -> None:
         raise OSError("no such code")
 
     with pytest.warns(
-        UserWarning, match=r"The sum kernel does not work here \(OSError: no such code\); XLA's own operations take its place"
+        UserWarning,
+        match=r"The sum kernel does not work here \(OSError: no such code\); XLA's own operations take its place",
     ):
         assert not bridge.works(broken, "sum")
     assert not bridge.works(broken, "sum")

@@ -15,11 +15,20 @@ from hypothesis import strategies as st
 
 import partita.gnn as gnn
 from partita.errors import GraphError
-from partita.gnn import learned, models
-from partita.gnn.choice import edge_seconds, row_seconds
 from partita.gnn.kernels import stamp
-from partita.gnn.learned import Balance, Cost, Learner, begun, best_points, features_of, prefix_sums
-from partita.gnn.partition import arranged, by_edges, by_metis, by_vertices
+from partita.gnn.nn import models
+from partita.gnn.split import learned
+from partita.gnn.split.choice import edge_seconds, row_seconds
+from partita.gnn.split.learned import (
+    Balance,
+    Cost,
+    Learner,
+    begun,
+    best_points,
+    features_of,
+    prefix_sums,
+)
+from partita.gnn.split.partition import arranged, by_edges, by_metis, by_vertices
 from partita.machine import host
 
 
@@ -29,9 +38,13 @@ def skewed(vertices: int = 600, edges: int = 6000) -> gnn.Graph:
     target = (random.random(edges) ** 3 * vertices).astype(int)
     source = (random.random(edges) ** 2 * vertices).astype(int)
     return gnn.Graph.from_edges(
-        source, target, vertices, features=random.standard_normal((vertices, 6)), labels=random.integers(0, 3, vertices),
+        source,
+        target,
+        vertices,
+        features=random.standard_normal((vertices, 6)),
+        labels=random.integers(0, 3, vertices),
         train=random.random(vertices) < 0.5,
-    )  # fmt: skip
+    )
 
 
 def test_features_of_parts_are_those_counted_one_by_one() -> None:
@@ -53,7 +66,9 @@ def test_the_fit_recovers_costs_and_a_slow_device_from_noisy_times() -> None:
     for epoch in range(40):
         points = np.sort([0, *random.integers(0, graph.vertices, 3), graph.vertices])
         features = features_of(sums, points)
-        seconds = (truth.slowness * (features @ truth.weights) + 1e-5) * random.lognormal(0, 0.03, 4)
+        seconds = (truth.slowness * (features @ truth.weights) + 1e-5) * random.lognormal(
+            0, 0.03, 4
+        )
         if epoch % 10 == 5:
             seconds[1] *= 8  # somebody else had the core
         cost = learner.add(features, seconds)
@@ -61,7 +76,10 @@ def test_the_fit_recovers_costs_and_a_slow_device_from_noisy_times() -> None:
     points = by_edges(graph, 4)
     assert cost.seconds(sums, points) == pytest.approx(truth.seconds(sums, points) + 1e-5, rel=0.1)
     assert learner.error is not None and learner.error < 0.1
-    assert truth.seconds(sums, best_points(sums, cost)).max() < 1.05 * truth.seconds(sums, best_points(sums, truth)).max()
+    assert (
+        truth.seconds(sums, best_points(sums, cost)).max()
+        < 1.05 * truth.seconds(sums, best_points(sums, truth)).max()
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -70,21 +88,38 @@ def test_the_fit_recovers_costs_and_a_slow_device_from_noisy_times() -> None:
     st.lists(st.integers(0, 3), min_size=6, max_size=6),
     st.lists(st.sampled_from([0.5, 1, 2]), min_size=1, max_size=3),
 )
-def test_split_points_are_as_good_as_any(rows: list[tuple[int, ...]], weights: list[int], slowness: list[float]) -> None:
+def test_split_points_are_as_good_as_any(
+    rows: list[tuple[int, ...]], weights: list[int], slowness: list[float]
+) -> None:
     sums = np.concatenate([np.zeros((1, 5)), np.cumsum(np.array(rows, float), axis=0)])
-    cost, vertices, parts = Cost(np.array(weights, float), np.array(slowness)), len(rows), len(slowness)
-    inner = np.stack(np.meshgrid(*[np.arange(vertices + 1)] * (parts - 1)), -1).reshape(-1, parts - 1) if parts > 1 else [[]]
-    all_points = [np.array([0, *cuts, vertices], int) for cuts in inner if list(cuts) == sorted(cuts)]
+    cost, vertices, parts = (
+        Cost(np.array(weights, float), np.array(slowness)),
+        len(rows),
+        len(slowness),
+    )
+    inner = (
+        np.stack(np.meshgrid(*[np.arange(vertices + 1)] * (parts - 1)), -1).reshape(-1, parts - 1)
+        if parts > 1
+        else [[]]
+    )
+    all_points = [
+        np.array([0, *cuts, vertices], int) for cuts in inner if list(cuts) == sorted(cuts)
+    ]
     points = best_points(sums, cost)
     assert points[0] == 0 and points[-1] == vertices and (np.diff(points) >= 0).all()
     least = min(cost.seconds(sums, p).max() for p in all_points)
     assert cost.seconds(sums, points).max() <= least * (1 + 1e-6) + 1e-9
-    room = int(np.median([np.diff(sums[p][:, 1]).max() for p in all_points]))  # of edges, which about half of the splits fit into
+    room = int(
+        np.median([np.diff(sums[p][:, 1]).max() for p in all_points])
+    )  # of edges, which about half of the splits fit into
     fitting = [p for p in all_points if np.diff(sums[p][:, 1]).max() <= room]
     points = best_points(sums, cost, vertices, room)
     if fitting:
         assert np.diff(sums[points][:, 1]).max() <= room
-        assert cost.seconds(sums, points, vertices).max() <= min(cost.seconds(sums, p, vertices).max() for p in fitting) * (1 + 1e-6) + 1e-9
+        assert (
+            cost.seconds(sums, points, vertices).max()
+            <= min(cost.seconds(sums, p, vertices).max() for p in fitting) * (1 + 1e-6) + 1e-9
+        )
 
 
 always = lambda points: True
@@ -95,7 +130,9 @@ def test_where_compiling_costs_more_than_it_gains_a_split_moves_as_far_as_there_
     balance = Balance(prefix_sums(graph), by_edges(graph, 2))
     place = int(1.1 * np.diff(balance.sums[balance.points][:, 1]).max())
     for _ in range(3):
-        balance.measured(features_of(balance.sums, balance.points)[:, 2] * np.array([3e-3, 1e-3]), 600, place)
+        balance.measured(
+            features_of(balance.sums, balance.points)[:, 2] * np.array([3e-3, 1e-3]), 600, place
+        )
     balance.learner.cost = Cost(np.array([0, 0, 1e-3, 0, 0, 0]), np.array([3.0, 1.0]))
     before = balance.points
     fits = lambda points: np.diff(balance.sums[points][:, 1]).max() <= place
@@ -107,21 +144,33 @@ def test_a_split_that_does_not_fit_is_gone_towards_as_far_as_one_fits() -> None:
     graph = skewed()
     balance = Balance(prefix_sums(graph), by_edges(graph, 2))
     for _ in range(3):
-        balance.measured(features_of(balance.sums, balance.points)[:, 2] * np.array([3e-3, 1e-3]), 600)
+        balance.measured(
+            features_of(balance.sums, balance.points)[:, 2] * np.array([3e-3, 1e-3]), 600
+        )
     balance.learner.cost = Cost(np.array([0, 0, 1e-3, 0, 0, 0]), np.array([3.0, 1.0]))
     first, best = int(balance.points[1]), int(best_points(balance.sums, balance.learner.cost)[1])
     found = balance.better(10, 0.0, 1e6, lambda points: first - points[1] <= 0.6 * (first - best))
-    assert found is not None and found[0].tolist() == [0, first - int(0.5 * (first - best)), 600] and not found[1]
+    assert (
+        found is not None
+        and found[0].tolist() == [0, first - int(0.5 * (first - best)), 600]
+        and not found[1]
+    )
 
 
 def test_an_epoch_that_something_disturbed_teaches_nothing() -> None:
     graph, costs = skewed(), []
-    sums, true = prefix_sums(graph), Cost(np.array([0, 0, 1e-3, 0, 0, 0]), np.array([1.0, 1.0, 2.0]))
+    sums, true = (
+        prefix_sums(graph),
+        Cost(np.array([0, 0, 1e-3, 0, 0, 0]), np.array([1.0, 1.0, 2.0])),
+    )
     for disturbed in (1.0, np.array([5.0, 1.0, 3.0])):
         learner = Learner(3)
         for points in (by_edges(graph, 3), by_vertices(graph, 3)):
             for epoch in range(5):
-                learner.add(features_of(sums, points), true.seconds(sums, points) * (disturbed if epoch == 1 else 1))
+                learner.add(
+                    features_of(sums, points),
+                    true.seconds(sums, points) * (disturbed if epoch == 1 else 1),
+                )
         assert learner.cost is not None
         costs.append(learner.cost)
     assert costs[1].slowness == pytest.approx(costs[0].slowness, rel=0.05)
@@ -156,7 +205,10 @@ def test_a_step_with_place_for_fewer_rows_is_compiled_where_rows_cost_more_than_
     for row in (0, 1e-2):
         balance = Balance(prefix_sums(graph), np.array([0, 20, 600]))
         for _ in range(3):
-            balance.measured(features_of(balance.sums, balance.points, 600) @ np.array([row, 0, 1e-3, 0, 0, 0]), 600)
+            balance.measured(
+                features_of(balance.sums, balance.points, 600) @ np.array([row, 0, 1e-3, 0, 0, 0]),
+                600,
+            )
         balance.learner.cost = Cost(np.array([row, 0, 1e-3, 0, 0, 0]), np.ones(2))
         found.append(balance.better(10, 0.0, 5.0, always))
     assert found[0] is None or not found[0][1]
@@ -166,21 +218,44 @@ def test_a_step_with_place_for_fewer_rows_is_compiled_where_rows_cost_more_than_
 def busy(events: list[int], used: list[int], alone: bool = True) -> float:
     """Nanoseconds of 1000 in which the process uses `used` until each event and the end."""
     *before, all_of_it = used
-    return stamp._busy(np.array([*zip(events, before, strict=True)])[::-1], (0, 0), (1000, all_of_it), alone) * 1e9
+    return (
+        stamp._busy(
+            np.array([*zip(events, before, strict=True)])[::-1], (0, 0), (1000, all_of_it), alone
+        )
+        * 1e9
+    )
 
 
 def test_a_device_is_busy_but_for_waiting_for_an_exchange() -> None:
     begin, end = 1, 0
-    events = [200 + begin, 400 + end, 500 + begin, 600 + begin, 700 + end, 800 + end]  # between the last two that begin it computes
+    events = [
+        200 + begin,
+        400 + end,
+        500 + begin,
+        600 + begin,
+        700 + end,
+        800 + end,
+    ]  # between the last two that begin it computes
     assert busy(events, [0] * 7) == pytest.approx(600)
-    early = [100 + begin, 200 + begin, 300 + end, 800 + begin, 900 + end, 900 + end]  # nothing needs the first before the end
+    early = [
+        100 + begin,
+        200 + begin,
+        300 + end,
+        800 + begin,
+        900 + end,
+        900 + end,
+    ]  # nothing needs the first before the end
     assert busy(early, [0] * 7) == pytest.approx(800)
 
 
-def test_what_a_process_alone_uses_in_an_exchange_is_its_devices_work_at_the_pace_of_computing() -> None:
+def test_what_a_process_alone_uses_in_an_exchange_is_its_devices_work_at_the_pace_of_computing() -> (
+    None
+):
     begin, end = 1, 0
     events = [200 + begin, 600 + end]
-    assert busy(events, [100, 150, 350]) == pytest.approx(600 + 2 * 50), "computes for 600 and uses 300"
+    assert busy(events, [100, 150, 350]) == pytest.approx(600 + 2 * 50), (
+        "computes for 600 and uses 300"
+    )
     assert busy(events, [200, 300, 700]) == pytest.approx(600 + 100), "never faster than it is"
     assert busy(events, [20, 320, 360]) == pytest.approx(600 + 400), "no longer than the exchange"
     assert busy(events, [100, 150, 350], alone=False) == pytest.approx(600)
@@ -201,16 +276,24 @@ def fitted(make: Any, graph: gnn.Graph, epochs: int = 9, **how: Any) -> tuple[An
     return model, model.fit(graph, epochs=epochs, verbose=0, **how).history
 
 
-def test_training_that_moves_the_split_gives_the_numbers_of_one_device(moving: list[np.ndarray]) -> None:
+def test_training_that_moves_the_split_gives_the_numbers_of_one_device(
+    moving: list[np.ndarray],
+) -> None:
     graph = skewed()
     alone, expected = fitted(models.GCN, graph)
     model, found = fitted(models.GCN, graph, devices=3, partition="learned")
-    assert not moving and model.balance.facts()["moves"] == 3 and model.parts.points.tolist() == [0, 200, 200, 600]
+    assert (
+        not moving
+        and model.balance.facts()["moves"] == 3
+        and model.parts.points.tolist() == [0, 200, 200, 600]
+    )
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=2e-4)
     np.testing.assert_allclose(model.predict(graph), alone.predict(graph), rtol=1e-2, atol=1e-3)
 
 
-def test_stamps_tell_a_device_with_more_to_do_from_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stamps_tell_a_device_with_more_to_do_from_one_that_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     graph, seconds = skewed(2000, 600_000), []
     most = np.array([0, by_edges(graph, 20)[1], 2000])
     monkeypatch.setattr(Balance, "measured", lambda self, took, rows, edges: seconds.append(took))
@@ -221,13 +304,20 @@ def test_stamps_tell_a_device_with_more_to_do_from_one_that_waits(monkeypatch: p
     assert 0 < little < 0.7 * much
 
 
-def test_metis_is_asked_for_the_undirected_graph_and_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metis_is_asked_for_the_undirected_graph_and_said_to_be_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "pymetis", None)
-    with pytest.raises(GraphError, match="needs the package pymetis: run `pip install pymetis`, or use 'edges' or 'learned'"):
+    with pytest.raises(
+        GraphError,
+        match="needs the package pymetis: run `pip install pymetis`, or use 'edges' or 'learned'",
+    ):
         by_metis(skewed(), 2)
     graph, asked = gnn.Graph.from_edges([0, 0, 1, 3], [0, 2, 3, 1], 4, labels=[5, 6, 7, 8]), []
 
-    def part_graph(parts: int, xadj: list[int], adjncy: list[int], vweights: list[int]) -> tuple[int, list[int]]:
+    def part_graph(
+        parts: int, xadj: list[int], adjncy: list[int], vweights: list[int]
+    ) -> tuple[int, list[int]]:
         asked.append((parts, xadj, adjncy, vweights))
         return 0, [1, 0, 1, 0]
 
@@ -249,7 +339,11 @@ def test_learning_begins_with_fewer_rows_in_a_part_the_more_a_row_takes() -> Non
     for row in (0.0, 1e-4, 1.0):
         points = begun(sums, 4, row, 1e-6)
         cost = Cost(np.array([row, 0, 1e-6, 0, 0, 0]), np.ones(4))
-        assert cost.seconds(sums, points).max() <= min(cost.seconds(sums, other(graph, 4)).max() for other in (by_edges, by_vertices)) * 1.05
+        assert (
+            cost.seconds(sums, points).max()
+            <= min(cost.seconds(sums, other(graph, 4)).max() for other in (by_edges, by_vertices))
+            * 1.05
+        )
         rows.append(int(np.diff(points).max()))
     assert rows[0] > rows[1] >= rows[2]
 
@@ -257,6 +351,10 @@ def test_learning_begins_with_fewer_rows_in_a_part_the_more_a_row_takes() -> Non
 def test_an_edge_counts_backward_but_where_features_are_summed() -> None:
     machine = host(1, 1 << 30)
     first, then = [(8, "sum"), (4, "sum")], [(4, "sum"), (4, "sum")]
-    assert edge_seconds(first, 8, machine) * machine.memory_bandwidth * 2 == pytest.approx(32 + 2 * 16 + 3 * 128)
-    assert edge_seconds(then, 8, machine) * machine.memory_bandwidth * 2 == pytest.approx(4 * 16 + 4 * 128)
+    assert edge_seconds(first, 8, machine) * machine.memory_bandwidth * 2 == pytest.approx(
+        32 + 2 * 16 + 3 * 128
+    )
+    assert edge_seconds(then, 8, machine) * machine.memory_bandwidth * 2 == pytest.approx(
+        4 * 16 + 4 * 128
+    )
     assert row_seconds(then, 1000, machine) > row_seconds(then, 10, machine) > 0

@@ -15,17 +15,28 @@ from hypothesis import strategies as st
 
 import partita.gnn as gnn
 from partita.errors import GraphError
-from partita.gnn import memory, models, spill
-from partita.gnn.memory import Action, MemoryPlan, Operator, Work, bound, lru, planned
+from partita.gnn.nn import models
+from partita.gnn.spill import plan as memory
+from partita.gnn.spill import run as spill
+from partita.gnn.spill.plan import Action, MemoryPlan, Operator, Work, bound, lru, planned
 
 
 def network(sizes: list[int], seconds: list[float | None]) -> Work:
     """Layers forward and backward: x0 to xn, then dn to d1; sizes of x0 to xn, seconds to run each layer again."""
     n = len(sizes) - 1
-    forward = [Operator(f"f{i}", (f"x{i}",), (f"x{i + 1}",), seconds=seconds[i], family=f"f{i}") for i in range(n)]
-    back = [Operator(f"b{i}", (f"x{i}", f"d{i + 1}"), (f"d{i}",) if i else ()) for i in reversed(range(n))]
+    forward = [
+        Operator(f"f{i}", (f"x{i}",), (f"x{i + 1}",), seconds=seconds[i], family=f"f{i}")
+        for i in range(n)
+    ]
+    back = [
+        Operator(f"b{i}", (f"x{i}", f"d{i + 1}"), (f"d{i}",) if i else ())
+        for i in reversed(range(n))
+    ]
     loss = Operator("loss", (f"x{n}",), (f"d{n}",))
-    return Work((*forward, loss, *back), {f"{k}{i}": s for i, s in enumerate(sizes) for k in ("xd" if i else "x")})
+    return Work(
+        (*forward, loss, *back),
+        {f"{k}{i}": s for i, s in enumerate(sizes) for k in ("xd" if i else "x")},
+    )
 
 
 def tiled(layers: int, cuts: int) -> Work:
@@ -34,16 +45,34 @@ def tiled(layers: int, cuts: int) -> Work:
     columns = lambda t, k: tuple(f"{t}[{r},{k}]" for r in range(cuts))
     found: list[Operator] = []
     for i in range(layers):
-        found += [Operator(f"sum {i} {k}", columns(f"x{i}", k), columns(f"s{i}", k), 2 * cuts) for k in range(cuts)]
-        found += [Operator(f"product {i} {k}", rows(f"s{i}", k), rows(f"x{i + 1}", k), cuts) for k in range(cuts)]
-    found += [Operator(f"loss {k}", rows(f"x{layers}", k), rows(f"d{layers}", k), cuts) for k in range(cuts)]
+        found += [
+            Operator(f"sum {i} {k}", columns(f"x{i}", k), columns(f"s{i}", k), 2 * cuts)
+            for k in range(cuts)
+        ]
+        found += [
+            Operator(f"product {i} {k}", rows(f"s{i}", k), rows(f"x{i + 1}", k), cuts)
+            for k in range(cuts)
+        ]
+    found += [
+        Operator(f"loss {k}", rows(f"x{layers}", k), rows(f"d{layers}", k), cuts)
+        for k in range(cuts)
+    ]
     for i in reversed(range(layers)):
         back = range(cuts - 1, -1, -1)
         found += [
-            Operator(f"slope {i} {k}", rows(f"s{i}", k) + rows(f"d{i + 1}", k), rows(f"e{i}", k) if i else (), cuts)
+            Operator(
+                f"slope {i} {k}",
+                rows(f"s{i}", k) + rows(f"d{i + 1}", k),
+                rows(f"e{i}", k) if i else (),
+                cuts,
+            )
             for k in back
         ]
-        found += [Operator(f"spread {i} {k}", columns(f"e{i}", k), columns(f"d{i}", k), 2 * cuts) for k in back if i]
+        found += [
+            Operator(f"spread {i} {k}", columns(f"e{i}", k), columns(f"d{i}", k), 2 * cuts)
+            for k in back
+            if i
+        ]
     return Work(tuple(found), {t: 1 for o in found for t in o.reads + o.writes})
 
 
@@ -60,7 +89,11 @@ def least(work: Work, budget: int, bandwidth: float) -> float:
             for i, o in enumerate(work.operators[: done + 1]):
                 after = device | set(o.writes)
                 price = 0.0 if i == done else None if o.seconds is None else o.seconds * bandwidth
-                if price is not None and device >= set(o.reads) and work.size(after) + o.scratch <= budget:
+                if (
+                    price is not None
+                    and device >= set(o.reads)
+                    and work.size(after) + o.scratch <= budget
+                ):
                     reach((max(done, i + 1), after, host), price)
             for t in work.bytes:
                 if t in device:
@@ -101,7 +134,9 @@ def keeps_to(work: Work, plan: MemoryPlan, budget: int) -> int:
 def drawn_network(data: Any, layers: int) -> tuple[Work, int]:
     """Work of so many layers, and a budget that it can be done in."""
     sizes = data.draw(st.lists(st.integers(1, 5), min_size=layers + 1, max_size=layers + 1))
-    seconds = data.draw(st.lists(st.none() | st.integers(0, 4).map(float), min_size=layers, max_size=layers))
+    seconds = data.draw(
+        st.lists(st.none() | st.integers(0, 4).map(float), min_size=layers, max_size=layers)
+    )
     work = network(sizes, seconds)
     return work, work.least() + data.draw(st.integers(0, 5))
 
@@ -115,7 +150,11 @@ def test_plans_cost_the_least_and_a_cache_no_less(data: Any) -> None:
     assert plan.cost <= cache.cost == cache.traffic == keeps_to(work, cache, budget)
     assert plan.traffic == keeps_to(work, plan, budget)
     once = replace(work, operators=tuple(replace(o, seconds=None) for o in work.operators))
-    assert work.size(once.given() & once.alive(0)) <= bound(once, budget) <= planned(once, budget, 1.0).traffic + 1e-6
+    assert (
+        work.size(once.given() & once.alive(0))
+        <= bound(once, budget)
+        <= planned(once, budget, 1.0).traffic + 1e-6
+    )
 
 
 @settings(deadline=None, max_examples=25)
@@ -135,7 +174,9 @@ def test_in_a_quarter_of_the_need_tiles_move_half_as_often_again_in_a_cache() ->
     work = tiled(layers=3, cuts=12)
     budget = work.need() // 4
     plan, cache = planned(work, budget, 1.0), lru(work, budget)
-    assert plan.traffic == keeps_to(work, plan, budget) and cache.traffic == keeps_to(work, cache, budget)
+    assert plan.traffic == keeps_to(work, plan, budget) and cache.traffic == keeps_to(
+        work, cache, budget
+    )
     assert cache.traffic > 1.5 * plan.traffic and not plan.exact
     assert plan.traffic < 1.01 * bound(work, budget)
 
@@ -144,13 +185,20 @@ def test_what_fits_is_loaded_once_and_what_is_cheap_is_run_again() -> None:
     work = network([2, 4, 4, 4], [0.5, None, None])
     assert planned(work, work.need(), 1.0).traffic == 2
     plan = planned(work, work.least(), 1.0)
-    assert Action("again", "f0") in plan.actions and (plan.traffic, plan.cost) == (6, 6.5)  # x0 three times, f0 again
-    assert planned(network([2, 4, 4, 4], [None] * 3), 12, 1.0).cost == 12  # x1 saved and loaded, x0 twice
+    assert Action("again", "f0") in plan.actions and (plan.traffic, plan.cost) == (
+        6,
+        6.5,
+    )  # x0 three times, f0 again
+    assert (
+        planned(network([2, 4, 4, 4], [None] * 3), 12, 1.0).cost == 12
+    )  # x1 saved and loaded, x0 twice
 
 
 def test_a_budget_below_the_least_is_refused() -> None:
     work = network([2, 4, 4], [None, None])
-    with pytest.raises(GraphError, match='the largest operator alone needs 12 bytes; give memory="12 B" or more'):
+    with pytest.raises(
+        GraphError, match='the largest operator alone needs 12 bytes; give memory="12 B" or more'
+    ):
         planned(work, 11, 1.0)
 
 
@@ -158,13 +206,20 @@ def drawn(vertices: int = 500, edges: int = 900, weights: bool = False) -> gnn.G
     random = np.random.default_rng(0)
     sources, targets = random.integers(0, vertices, (2, edges))
     return gnn.Graph.from_edges(
-        sources, targets, vertices, features=random.standard_normal((vertices, 9)),
-        labels=random.integers(0, 3, vertices), train=np.arange(200), validation=np.arange(200, 300),
+        sources,
+        targets,
+        vertices,
+        features=random.standard_normal((vertices, 9)),
+        labels=random.integers(0, 3, vertices),
+        train=np.arange(200),
+        validation=np.arange(200, 300),
         weights=random.random(edges) if weights else None,
-    )  # fmt: skip
+    )
 
 
-def trained(make: Callable[..., Any], graph: gnn.Graph, **how: Any) -> tuple[Any, dict[str, list[float]]]:
+def trained(
+    make: Callable[..., Any], graph: gnn.Graph, **how: Any
+) -> tuple[Any, dict[str, list[float]]]:
     keras.utils.set_random_seed(0)
     model = make(hidden=8, classes=3, layers=3, l2=0.01)
     model.compile(keras.optimizers.Adam(0.05), metrics=["accuracy"])
@@ -193,15 +248,21 @@ def same(make: Callable[..., Any], graph: gnn.Graph, budget: int) -> Any:
     for a, b in zip(model.get_weights(), alone.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
     for mask in ("train", "validation"):
-        np.testing.assert_allclose(model.evaluate(graph, mask), alone.evaluate(graph, mask), rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(model.predict(graph, [7, 0]), alone.predict(graph, [7, 0]), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            model.evaluate(graph, mask), alone.evaluate(graph, mask), rtol=1e-3, atol=1e-5
+        )
+    np.testing.assert_allclose(
+        model.predict(graph, [7, 0]), alone.predict(graph, [7, 0]), rtol=1e-3, atol=1e-4
+    )
     within = model.memory
     assert within.moved == within.plan.traffic == keeps_to(within.work, within.plan, budget)
     assert within.plan.traffic <= within.lru.traffic
     return model
 
 
-MODELS = {name: models.MODELS[name] for name in ("gcn", "gatv2", "gatedgraph")} | {"sage-max": lambda **named: models.SAGE(aggregation="max", **named)}
+MODELS = {name: models.MODELS[name] for name in ("gcn", "gatv2", "gatedgraph")} | {
+    "sage-max": lambda **named: models.SAGE(aggregation="max", **named)
+}
 """One of each kind of piece: a weighted sum, attention, steps, a maximum beside the own row."""
 
 
@@ -213,11 +274,15 @@ def test_training_within_the_least_memory_gives_the_same_numbers(name: str) -> N
     assert len(model.memory.work.operators) > 30
 
 
-def test_an_accelerator_saves_to_memory_of_the_host_that_it_reads_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_accelerator_saves_to_memory_of_the_host_that_it_reads_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A CPU has this kind of memory too, though it uses it only here."""
     cpu = jax.devices()[0]
     assert isinstance(spill.host_of(cpu), spill.FileHost)
-    host = spill.host_of(SimpleNamespace(platform="gpu", addressable_memories=cpu.addressable_memories))  # type: ignore[arg-type]
+    host = spill.host_of(
+        SimpleNamespace(platform="gpu", addressable_memories=cpu.addressable_memories)
+    )  # type: ignore[arg-type]
     monkeypatch.setattr(spill, "host_of", lambda device: host)
     model = same(models.MODELS["gatedgraph"], drawn(), 130_000)
     assert isinstance(host, spill.PinnedHost) and model.memory.host is host
@@ -239,7 +304,10 @@ class Mixed(models.GCN):
         return x
 
 
-@pytest.mark.parametrize("make", [Mixed, lambda **named: models.GCN(activation=lambda y: y / (1 + abs(y).max()), **named)])
+@pytest.mark.parametrize(
+    "make",
+    [Mixed, lambda **named: models.GCN(activation=lambda y: y / (1 + abs(y).max()), **named)],
+)
 def test_stages_that_cannot_be_cut_are_whole(make: Callable[..., Any]) -> None:
     graph = drawn()
     model = same(make, graph, 160_000)
@@ -270,7 +338,9 @@ def test_arrays_on_the_device_keep_to_the_budget() -> None:
     assert model.memory.facts()["need"] > budget >= most > budget // 2, most
 
 
-def test_a_compiler_that_does_not_say_what_it_needs_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_does_not_say_what_it_needs_is_not_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", lambda self: None)
     model, _ = trained(models.GCN, drawn(), memory="1MiB")
     assert all(o.scratch > 0 for o in model.memory.work.operators if o.reads)
@@ -282,7 +352,10 @@ def test_a_layer_in_two_stages_is_refused() -> None:
             first, second, last = super().stages()
             return [first, second, second, last]
 
-    with pytest.raises(GraphError, match="Stages 1 and 2 both change seed_generator.*give each stage layers of its own"):
+    with pytest.raises(
+        GraphError,
+        match="Stages 1 and 2 both change seed_generator.*give each stage layers of its own",
+    ):
         trained(Twice, drawn(), memory="1GiB")
 
 
@@ -291,7 +364,9 @@ def test_a_model_with_a_call_of_its_own_is_refused() -> None:
         def call(self, x: Any, graph: Any, training: bool = False) -> Any:
             return 2 * super().call(x, graph, training)
 
-    with pytest.raises(GraphError, match="Mine has a call of its own, and a memory plan runs a model's stages"):
+    with pytest.raises(
+        GraphError, match="Mine has a call of its own, and a memory plan runs a model's stages"
+    ):
         trained(Mine, drawn(), memory="1GiB")
 
 

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 import partita.gnn as gnn
-from partita.gnn import models
+from partita.gnn.nn import models
 
 HOW = ["--model", "sage", "--hidden", "8", "--decay", "0", "--seed", "3"]
 
@@ -24,16 +24,34 @@ def graph_in(folder: Path) -> gnn.Graph:
     random = np.random.default_rng(0)
     mask = random.permutation(300)
     graph = gnn.Graph.from_edges(
-        *random.integers(0, 290, (2, 2000)), 300, features=random.standard_normal((300, 12)), labels=random.integers(0, 4, 300),
-        train=mask[:200], validation=mask[200:250], test=mask[250:],
-    )  # fmt: skip
+        *random.integers(0, 290, (2, 2000)),
+        300,
+        features=random.standard_normal((300, 12)),
+        labels=random.integers(0, 4, 300),
+        train=mask[:200],
+        validation=mask[200:250],
+        test=mask[250:],
+    )
     gnn.files.save(graph, folder / "g.npz")
     return graph
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "partita", "gnn", "train", str(folder / "g.npz"), *HOW, "--processes", "2", *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    command = [
+        sys.executable,
+        "-m",
+        "partita",
+        "gnn",
+        "train",
+        str(folder / "g.npz"),
+        *HOW,
+        "--processes",
+        "2",
+        *more,
+    ]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
 
 
 def alone(graph: gnn.Graph, epochs: int) -> models.SAGE:
@@ -46,10 +64,16 @@ def alone(graph: gnn.Graph, epochs: int) -> models.SAGE:
 
 
 def workers(pid: int) -> list[int]:
-    return sorted(int(c) for task in Path(f"/proc/{pid}/task").glob("*") for c in (task / "children").read_text().split())
+    return sorted(
+        int(c)
+        for task in Path(f"/proc/{pid}/task").glob("*")
+        for c in (task / "children").read_text().split()
+    )
 
 
-def test_a_killed_worker_is_named_and_the_checkpoint_goes_on_to_the_same_loss(tmp_path: Path) -> None:
+def test_a_killed_worker_is_named_and_the_checkpoint_goes_on_to_the_same_loss(
+    tmp_path: Path,
+) -> None:
     graph, saved = graph_in(tmp_path), tmp_path / "saved"
     job = start(tmp_path, "--epochs", "100000", "--checkpoint", str(saved))
     until = time.monotonic() + 100
@@ -59,16 +83,40 @@ def test_a_killed_worker_is_named_and_the_checkpoint_goes_on_to_the_same_loss(tm
     os.kill(workers(job.pid)[1], signal.SIGKILL)
     _, err = job.communicate(timeout=60)
     assert job.returncode == 128 + 9 and "Traceback" not in err
-    assert err.strip().endswith("partita: process 1 of 2 was killed (SIGKILL); the others were stopped.")
+    assert err.strip().endswith(
+        "partita: process 1 of 2 was killed (SIGKILL); the others were stopped."
+    )
 
     kept = max(int(p.name) for p in saved.iterdir() if p.name.isdigit())
     epochs = kept + 4
-    again = start(tmp_path, "--epochs", str(epochs), "--checkpoint", str(saved), "--columns", "2", "--save", str(tmp_path / "m.keras"), "--json")
+    again = start(
+        tmp_path,
+        "--epochs",
+        str(epochs),
+        "--checkpoint",
+        str(saved),
+        "--columns",
+        "2",
+        "--save",
+        str(tmp_path / "m.keras"),
+        "--json",
+    )
     text, err = again.communicate(timeout=100)
     assert again.returncode == 0, err
     found, model = json.loads(text), alone(graph, epochs)
     assert found["epochs"] == epochs - kept - 1 and len(found["parts"]) == 2
     for mask in ("train", "validation", "test"):
-        np.testing.assert_allclose(found["accuracy"][mask], model.evaluate(graph, mask, return_dict=True)["accuracy"], atol=0.021)
-    np.testing.assert_allclose(found["loss"], model.evaluate(graph, "train", return_dict=True)["loss"], rtol=1e-3)
-    np.testing.assert_allclose(keras.saving.load_model(tmp_path / "m.keras").predict(graph), model.predict(graph), rtol=1e-2, atol=1e-3)
+        np.testing.assert_allclose(
+            found["accuracy"][mask],
+            model.evaluate(graph, mask, return_dict=True)["accuracy"],
+            atol=0.021,
+        )
+    np.testing.assert_allclose(
+        found["loss"], model.evaluate(graph, "train", return_dict=True)["loss"], rtol=1e-3
+    )
+    np.testing.assert_allclose(
+        keras.saving.load_model(tmp_path / "m.keras").predict(graph),
+        model.predict(graph),
+        rtol=1e-2,
+        atol=1e-3,
+    )

@@ -11,9 +11,19 @@ import pytest
 
 import partita.gnn as gnn
 from partita.errors import GraphError, MachineError
-from partita.gnn import models, train
-from partita.gnn.choice import columns_of, neighbours
-from partita.gnn.partition import Kind, arranged, by_edges, by_vertices, cut, near_training, split_points, ways_of_part
+from partita.gnn import train
+from partita.gnn.nn import models
+from partita.gnn.split.choice import columns_of, neighbours
+from partita.gnn.split.partition import (
+    Kind,
+    arranged,
+    by_edges,
+    by_vertices,
+    cut,
+    near_training,
+    split_points,
+    ways_of_part,
+)
 from partita.machine import load
 
 
@@ -23,10 +33,16 @@ def drawn(vertices: int = 23, edges: int = 60, weights: bool = False) -> gnn.Gra
     source, target = random.integers(0, vertices - 3, (2, edges)) ** 2 // vertices
     split = random.permutation(vertices)
     return gnn.Graph.from_edges(
-        np.append(source, source[:5]), np.append(target, target[:5]), vertices,
-        features=random.standard_normal((vertices, 9)), labels=random.integers(0, 3, vertices),
-        train=split[:12], validation=split[12:17], test=split[17:], weights=random.random(edges + 5) if weights else None,
-    )  # fmt: skip
+        np.append(source, source[:5]),
+        np.append(target, target[:5]),
+        vertices,
+        features=random.standard_normal((vertices, 9)),
+        labels=random.integers(0, 3, vertices),
+        train=split[:12],
+        validation=split[12:17],
+        test=split[17:],
+        weights=random.random(edges + 5) if weights else None,
+    )
 
 
 def trained(make: Callable[..., Any], graph: gnn.Graph, **how: Any) -> tuple[Any, Any]:
@@ -47,11 +63,22 @@ by split points with two empty parts, both kinds of splits at once."""
 def test_split_training_gives_the_numbers_of_one_device(name: str) -> None:
     graph = drawn(weights=name in ("gcn", "gatedgraph"))
     alone, history = trained(MODELS[name], graph)
-    assert set(history) == {"loss", "accuracy", "val_loss", "val_accuracy"} and len(history["loss"]) == 3
+    assert (
+        set(history) == {"loss", "accuracy", "val_loss", "val_accuracy"}
+        and len(history["loss"]) == 3
+    )
     for devices, partition, columns in WAYS:
-        model, found = trained(MODELS[name], graph, devices=devices, partition=partition, columns=columns)
+        model, found = trained(
+            MODELS[name], graph, devices=devices, partition=partition, columns=columns
+        )
         for what, values in history.items():
-            np.testing.assert_allclose(found[what], values, rtol=2e-4, atol=1e-5, err_msg=f"{what}, {devices} by {partition}, {columns}")
+            np.testing.assert_allclose(
+                found[what],
+                values,
+                rtol=2e-4,
+                atol=1e-5,
+                err_msg=f"{what}, {devices} by {partition}, {columns}",
+            )
         np.testing.assert_allclose(model.predict(graph), alone.predict(graph), rtol=1e-2, atol=1e-3)
         for mine, theirs in zip(model.get_weights(), alone.get_weights(), strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=1e-2, atol=1e-3)
@@ -60,7 +87,11 @@ def test_split_training_gives_the_numbers_of_one_device(name: str) -> None:
 def test_an_order_inside_changes_no_result() -> None:
     graph, part = drawn(weights=True), np.arange(23) % 4
     alone, expected = trained(models.GCN, graph)
-    for order, how in (("degree", {}), (np.arange(23)[::-1], {"devices": 4, "partition": part}), ("neighbours", {"devices": 3, "partition": "learned"})):
+    for order, how in (
+        ("degree", {}),
+        (np.arange(23)[::-1], {"devices": 4, "partition": part}),
+        ("neighbours", {"devices": 3, "partition": "learned"}),
+    ):
         model, found = trained(models.GCN, graph, order=order, **how)
         np.testing.assert_allclose(found["loss"], expected["loss"], rtol=2e-4)
         np.testing.assert_allclose(model.predict(graph), alone.predict(graph), rtol=1e-2, atol=1e-3)
@@ -69,10 +100,15 @@ def test_an_order_inside_changes_no_result() -> None:
 
 
 def test_an_order_that_is_none_is_refused() -> None:
-    for wrong, sentence in (("size", "There is no order 'size': use 'degree', 'neighbours', or give"), ([0, 0], "has 2 entries for 23 vertices")):
+    for wrong, sentence in (
+        ("size", "There is no order 'size': use 'degree', 'neighbours', or give"),
+        ([0, 0], "has 2 entries for 23 vertices"),
+    ):
         with pytest.raises(GraphError, match=sentence):
             trained(models.GCN, drawn(), order=wrong)
-    with pytest.raises(GraphError, match=r"give it graph\.relabelled\(order\), and leave out order"):
+    with pytest.raises(
+        GraphError, match=r"give it graph\.relabelled\(order\), and leave out order"
+    ):
         trained(models.GCN, drawn(), order="degree", memory="1GiB")
 
 
@@ -83,16 +119,22 @@ def test_any_number_of_parts_gives_the_same_predictions() -> None:
     for parts in range(2, 8):
         model.__dict__["_split"] = train.Split(parts, "edges", parts if parts == 3 else None)
         np.testing.assert_allclose(model.predict(graph), alone, rtol=1e-4, atol=1e-5)
-        assert model.parts.edges.sum() == graph.edges and model.parts.vertices.sum() == graph.vertices
+        assert (
+            model.parts.edges.sum() == graph.edges and model.parts.vertices.sum() == graph.vertices
+        )
 
 
 def test_evaluate_and_traffic_of_a_split_graph() -> None:
     graph = drawn()
     alone, split = (trained(models.GCN, graph, devices=devices, columns=1)[0] for devices in (1, 2))
     for mask in ("train", "validation", "test"):
-        np.testing.assert_allclose(split.evaluate(graph, mask), alone.evaluate(graph, mask), rtol=1e-4)
+        np.testing.assert_allclose(
+            split.evaluate(graph, mask), alone.evaluate(graph, mask), rtol=1e-4
+        )
     turn = int(split.parts.fetched.max())
-    assert alone.traffic(graph) == 0 and split.traffic(graph) <= 2 * turn * 4 * (8 + 8 + 3 + 3)  # two layers, there and back; fewer where only what the training vertices see is summed
+    assert alone.traffic(graph) == 0 and split.traffic(graph) <= 2 * turn * 4 * (
+        8 + 8 + 3 + 3
+    )  # two layers, there and back; fewer where only what the training vertices see is summed
 
 
 def test_a_part_fetches_only_rows_that_it_needs_and_each_once() -> None:
@@ -105,8 +147,13 @@ def test_parts_fetch_the_rows_that_their_edges_begin_at() -> None:
     graph = drawn(200, 900)
     to = np.repeat(np.arange(200), graph.in_degrees())
     for points in ([0, 20, 90, 200], [0, 0, 100, 200]):
-        edges = [graph.sources[(to >= a) & (to < b)] for a, b in zip(points, points[1:], strict=False)]
-        expected = [len({s for s in e if not a <= s < b}) for e, a, b in zip(edges, points, points[1:], strict=False)]
+        edges = [
+            graph.sources[(to >= a) & (to < b)] for a, b in zip(points, points[1:], strict=False)
+        ]
+        expected = [
+            len({s for s in e if not a <= s < b})
+            for e, a, b in zip(edges, points, points[1:], strict=False)
+        ]
         assert cut(graph, np.array(points)).fetched.tolist() == expected
 
 
@@ -117,7 +164,11 @@ def test_place_behind_the_edges_of_a_part_holds_zeros(weights: bool) -> None:
     for way in (way for i in range(parts.count) for way in ways_of_part(graph, parts, i)):
         for edges, heavy in [(way.edges, way.weights)] + ([way.far] if way.far else []):
             used = edges.offsets[-1]
-            behind = [a[used:] for a in (edges.ids, edges.back_ids, edges.back_order, heavy) if a is not None]
+            behind = [
+                a[used:]
+                for a in (edges.ids, edges.back_ids, edges.back_order, heavy)
+                if a is not None
+            ]
             assert len(behind) == 2 + 2 * weights and all(len(a) and not a.any() for a in behind)
 
 
@@ -135,7 +186,9 @@ def test_a_step_sums_only_over_what_the_training_vertices_see(name: str) -> None
     for how in ({}, {"devices": 3, "columns": 1}):
         model, history = trained(MODELS[name], graph, **how)
         ways = model.__dict__["_kept"][2].graph.ways
-        assert [w.near for w in ways[:2]] == [-1, 0] and ways[1].edges.ids.size < ways[0].edges.ids.size / 4
+        assert [w.near for w in ways[:2]] == [-1, 0] and ways[1].edges.ids.size < ways[
+            0
+        ].edges.ids.size / 4
         kind = type(model)
         type(model).by_vertex = False
         try:
@@ -144,14 +197,19 @@ def test_a_step_sums_only_over_what_the_training_vertices_see(name: str) -> None
             kind.by_vertex = True
         assert len(whole.__dict__["_kept"][2].graph.ways) == 1
         for what, values in expected.items():
-            np.testing.assert_allclose(history[what], values, rtol=2e-4, atol=1e-5, err_msg=f"{what}, {how}")
+            np.testing.assert_allclose(
+                history[what], values, rtol=2e-4, atol=1e-5, err_msg=f"{what}, {how}"
+            )
         for mine, theirs in zip(model.get_weights(), whole.get_weights(), strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=1e-2, atol=1e-3)
 
 
 def test_vertices_near_training_grow_by_an_edge_at_a_time_while_their_edges_are_few() -> None:
     path = gnn.Graph.from_edges(range(9), range(1, 10), 10, train=[9])
-    assert [np.flatnonzero(near).tolist() for near in near_training(path, 9)] == [[9], [8, 9]]  # the third would make 6 of 9 edges
+    assert [np.flatnonzero(near).tolist() for near in near_training(path, 9)] == [
+        [9],
+        [8, 9],
+    ]  # the third would make 6 of 9 edges
     assert near_training(replace(path, train=np.ones(10, bool)), 9) == [] == near_training(path, 0)
 
 
@@ -162,7 +220,11 @@ def test_features_are_split_where_every_part_needs_most_rows_of_all() -> None:
     machine = load("h100:4")
     calls = [(64, "sum"), (32, "attention")]
     found = dict(columns_of(calls, dense, by_vertices(dense, 4), machine))
-    assert set(found) == {64} and found[64] in (2, 4) and columns_of(calls, ring, by_vertices(ring, 4), machine) == ()
+    assert (
+        set(found) == {64}
+        and found[64] in (2, 4)
+        and columns_of(calls, ring, by_vertices(ring, 4), machine) == ()
+    )
     assert neighbours(load("dgx-h100:16"), 12) == ((0, 2), (1, 8))
 
 
@@ -170,8 +232,18 @@ def test_partitioners_cover_the_vertices_and_share_out_what_they_say() -> None:
     graph = gnn.Graph.from_edges([0] * 12, [0] * 6 + [1] * 3 + [5] * 3, 9)
     for parts in range(1, 12):
         for points in (by_edges(graph, parts), by_vertices(graph, parts)):
-            assert points[0] == 0 and points[-1] == 9 and (np.diff(points) >= 0).all() and len(points) == parts + 1
-    assert by_edges(graph, 2).tolist() == [0, 1, 9] and by_vertices(graph, 3).tolist() == [0, 3, 6, 9]
+            assert (
+                points[0] == 0
+                and points[-1] == 9
+                and (np.diff(points) >= 0).all()
+                and len(points) == parts + 1
+            )
+    assert by_edges(graph, 2).tolist() == [0, 1, 9] and by_vertices(graph, 3).tolist() == [
+        0,
+        3,
+        6,
+        9,
+    ]
 
 
 def test_a_saved_model_predicts_the_same_and_trains_on(tmp_path: Path) -> None:
@@ -204,7 +276,10 @@ def test_callbacks_see_epochs_and_can_stop() -> None:
 
     model = models.GCN(4, 3)
     model.compile("adam")
-    assert len(model.fit(drawn(), epochs=9, callbacks=[Stop()], verbose=0).epoch) == 2 and seen[0] != seen[1]
+    assert (
+        len(model.fit(drawn(), epochs=9, callbacks=[Stop()], verbose=0).epoch) == 2
+        and seen[0] != seen[1]
+    )
 
 
 def test_a_network_learns_classes_that_keep_to_themselves() -> None:
@@ -212,9 +287,14 @@ def test_a_network_learns_classes_that_keep_to_themselves() -> None:
     labels = np.arange(60) % 3
     source = random.integers(0, 20, 400) * 3
     graph = gnn.Graph.from_edges(
-        source + (kind := random.integers(0, 3, 400)), random.integers(0, 20, 400) * 3 + kind, 60,
-        features=np.eye(60), labels=labels, train=range(6), test=range(6, 60),
-    )  # fmt: skip
+        source + (kind := random.integers(0, 3, 400)),
+        random.integers(0, 20, 400) * 3 + kind,
+        60,
+        features=np.eye(60),
+        labels=labels,
+        train=range(6),
+        test=range(6, 60),
+    )
     keras.utils.set_random_seed(0)
     model = models.GCN(16, 3, dropout=0.0)
     model.compile(keras.optimizers.Adam(0.05), metrics=["accuracy"])
@@ -226,9 +306,18 @@ def test_a_network_learns_classes_that_keep_to_themselves() -> None:
 @pytest.mark.parametrize(
     ("broken", "sentence"),
     [
-        ({"features": None}, "has no features: give Graph.from_edges(features=...) a row for every vertex."),
-        ({"labels": None}, "has no labels: give Graph.from_edges(labels=...) one for every vertex, -1 where there is none."),
-        ({"train": None}, "The training mask of 'graph' is empty: mark at least one vertex, train=[...]."),
+        (
+            {"features": None},
+            "has no features: give Graph.from_edges(features=...) a row for every vertex.",
+        ),
+        (
+            {"labels": None},
+            "has no labels: give Graph.from_edges(labels=...) one for every vertex, -1 where there is none.",
+        ),
+        (
+            {"train": None},
+            "The training mask of 'graph' is empty: mark at least one vertex, train=[...].",
+        ),
         (
             {"labels": np.full(23, 7, np.int32)},
             "Vertex 0 has the label 7, and the model has 3 classes, 0 to 2: make it with classes=8.",
@@ -242,20 +331,30 @@ def test_what_cannot_be_learnt_is_one_sentence(broken: dict[str, Any], sentence:
 
 
 def test_bad_splits_are_one_sentence() -> None:
-    with pytest.raises(GraphError, match="There is no partitioner 'fair': use 'vertices', 'edges', 'learned' or 'metis', or give split"):
+    with pytest.raises(
+        GraphError,
+        match="There is no partitioner 'fair': use 'vertices', 'edges', 'learned' or 'metis', or give split",
+    ):
         split_points(drawn(), 2, "fair")
-    with pytest.raises(GraphError, match="Vertex 22 is given to part 2, and there are parts 0 to 1"):
+    with pytest.raises(
+        GraphError, match="Vertex 22 is given to part 2, and there are parts 0 to 1"
+    ):
         arranged(drawn(), 2, [0] * 22 + [2])
     with pytest.raises(
         GraphError,
         match=r"The split points \[0, 30\] do not cut 23 vertices into 1 parts: give 2 numbers that rise from 0 to 23",
     ):
         split_points(drawn(), 1, [0, 30])
-    with pytest.raises(GraphError, match="4 devices cannot be put into groups of 3: columns must divide the devices"):
+    with pytest.raises(
+        GraphError,
+        match="4 devices cannot be put into groups of 3: columns must divide the devices",
+    ):
         trained(models.GCN, drawn(), devices=4, columns=3)
     with pytest.raises(MachineError, match="99 devices are asked for, and JAX has"):
         trained(models.GCN, drawn(), devices=99)
     with pytest.raises(GraphError, match="30 features cannot be shared out to 8 heads"):
         models.GATv2(hidden=30, classes=3)
-    with pytest.raises(GraphError, match="SAGEConv aggregates by 'mean' or 'max', and not by 'median'"):
+    with pytest.raises(
+        GraphError, match="SAGEConv aggregates by 'mean' or 'max', and not by 'median'"
+    ):
         models.SAGE(aggregation="median")

@@ -9,17 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partita.errors import PartitaError
-from partita.graph.graph import Graph, Window, check, parameters_of
+from partita.graph.operator_graph import OperatorGraph, Window, check, parameters_of
 
 DATA = Path(__file__).parent.parent / "data"
-GRAPHS = {p.name.split(".")[0]: Graph.load(p) for p in sorted(DATA.glob("*.graph.json"))}
+GRAPHS = {p.name.split(".")[0]: OperatorGraph.load(p) for p in sorted(DATA.glob("*.graph.json"))}
 
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_saved_and_loaded_it_is_the_same(name, tmp_path):
     graph = check(GRAPHS[name])
     graph.save(tmp_path / "graph.json")
-    assert Graph.load(tmp_path / "graph.json") == graph
+    assert OperatorGraph.load(tmp_path / "graph.json") == graph
     assert len(str(graph).splitlines()) == 1 + len(graph.operators)
 
 
@@ -33,9 +33,13 @@ def test_every_layer_owns_its_forward_backward_and_update(name):
 
 
 def test_factors_have_their_kinds():
-    kinds = {o.name: {GRAPHS["cnn"].factors[f].name for f in o.factors} for o in GRAPHS["cnn"].operators}
+    kinds = {
+        o.name: {GRAPHS["cnn"].factors[f].name for f in o.factors} for o in GRAPHS["cnn"].operators
+    }
     assert kinds["conv2d"] >= {"S", "A1", "A2", "P", "R"}
-    dense = {o.name: {GRAPHS["mlp"].factors[f].name for f in o.factors} for o in GRAPHS["mlp"].operators}
+    dense = {
+        o.name: {GRAPHS["mlp"].factors[f].name for f in o.factors} for o in GRAPHS["mlp"].operators
+    }
     assert dense["dense"] == {"S", "P", "R"}
     embedding = next(o for o in GRAPHS["transformer"].operators if o.kind == "gather")
     assert {GRAPHS["transformer"].factors[f].kind for f in embedding.factors} >= {"S", "P"}
@@ -69,11 +73,16 @@ def test_what_is_no_graph_is_refused_in_one_sentence(text, sentence, tmp_path):
     if text is not None:
         path.write_text(text)
     with pytest.raises(PartitaError, match=sentence):
-        Graph.load(path)
+        OperatorGraph.load(path)
 
 
 @given(
-    st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(1, 9), st.integers(1, 3), st.sampled_from([2, 3, 4, 8])
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.integers(1, 9),
+    st.integers(1, 3),
+    st.sampled_from([2, 3, 4, 8]),
 )
 def test_a_halo_is_what_neighbours_must_send(each, step, low, reach, base, parts):
     """Counted element by element: a device reads all from its first position's first to its last's last, and holds an even part."""

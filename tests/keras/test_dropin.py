@@ -24,9 +24,19 @@ MODEL = """
 def python(code: str, folder: Path, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Runs a script in a fresh interpreter, with `partita` and its arguments if `command` is given."""
     (folder / "script.py").write_text(textwrap.dedent(code))
-    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "NPROC", "KERAS_BACKEND")} | more
-    start = [sys.executable, "-m", "partita", command[0], "script.py", *command[1:]] if command else [sys.executable, "script.py"]
-    return subprocess.run(start, capture_output=True, text=True, timeout=200, cwd=folder, env=environment)
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("JAX_NUM_CPU_DEVICES", "NPROC", "KERAS_BACKEND")
+    } | more
+    start = (
+        [sys.executable, "-m", "partita", command[0], "script.py", *command[1:]]
+        if command
+        else [sys.executable, "script.py"]
+    )
+    return subprocess.run(
+        start, capture_output=True, text=True, timeout=200, cwd=folder, env=environment
+    )
 
 
 def figures(done: subprocess.CompletedProcess[str]) -> dict[str, float]:
@@ -48,13 +58,24 @@ def test_partita_keras_is_all_of_keras_and_trains_in_parallel(tmp_path: Path) ->
 
 
 def test_partita_keras_names_what_it_lacks_as_keras_does(tmp_path: Path) -> None:
-    done = python("import partita.keras as keras\ntry: keras.nonsense\nexcept AttributeError as e: print(e)\nimport partita.keras.nonsense", tmp_path)
+    done = python(
+        "import partita.keras as keras\ntry: keras.nonsense\nexcept AttributeError as e: print(e)\nimport partita.keras.nonsense",
+        tmp_path,
+    )
     assert "has no attribute 'nonsense'" in done.stdout
     assert "ModuleNotFoundError: No module named 'partita.keras.nonsense'" in done.stderr
 
 
 def test_partita_run_is_not_changed_by_a_script_that_imports_partita_keras(tmp_path: Path) -> None:
-    done = python(f"\n    import numpy as np\n    import partita.keras as keras\n{MODEL}", tmp_path, "run", "--devices", "2", "--save-plan", "p.json")
+    done = python(
+        f"\n    import numpy as np\n    import partita.keras as keras\n{MODEL}",
+        tmp_path,
+        "run",
+        "--devices",
+        "2",
+        "--save-plan",
+        "p.json",
+    )
     assert figures(done)["devices"] == 2
     assert (tmp_path / "p.json").exists()
     assert done.stderr.count("predicted (") == 1, "it is planned once, by the command"
@@ -69,8 +90,12 @@ SPELLINGS = [
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_script_with_tensorflows_spelling_runs_without_tensorflow(spelling: str, tmp_path: Path) -> None:
-    done = python(f"\n    import numpy as np\n    {spelling}\n{MODEL}", tmp_path, "run", "--devices", "2")
+def test_a_script_with_tensorflows_spelling_runs_without_tensorflow(
+    spelling: str, tmp_path: Path
+) -> None:
+    done = python(
+        f"\n    import numpy as np\n    {spelling}\n{MODEL}", tmp_path, "run", "--devices", "2"
+    )
     assert figures(done)["devices"] == 2
 
 
@@ -81,7 +106,9 @@ def test_what_the_alias_cannot_serve_says_what_to_install(tmp_path: Path) -> Non
 
 
 def test_partita_keras_asks_for_jax_before_anything_else_imports_keras(tmp_path: Path) -> None:
-    done = python("import partita.keras\nimport keras\nprint('backend', keras.config.backend())", tmp_path)
+    done = python(
+        "import partita.keras\nimport keras\nprint('backend', keras.config.backend())", tmp_path
+    )
     assert done.stdout.split() == ["backend", "jax"], done.stderr
 
 
@@ -100,13 +127,17 @@ TENSORFLOW = """
         ("raise ValueError", False),
     ],
 )
-def test_what_tensorflow_cannot_do_on_jax_says_what_to_write(line: str, hint: bool, tmp_path: Path) -> None:
+def test_what_tensorflow_cannot_do_on_jax_says_what_to_write(
+    line: str, hint: bool, tmp_path: Path
+) -> None:
     (tmp_path / "tensorflow/python").mkdir(parents=True)
     (tmp_path / "tensorflow/__init__.py").write_text(textwrap.dedent(TENSORFLOW))
     (tmp_path / "tensorflow/python/tape.py").write_text("def gradient(loss): return loss._id\n")
     done = python(f"import tensorflow as tf\n{line}", tmp_path, "run", "--devices", "2")
     assert done.returncode == 1
-    assert ("Keras runs on JAX here. TensorFlow's own operations" in done.stderr) == hint, done.stderr
+    assert ("Keras runs on JAX here. TensorFlow's own operations" in done.stderr) == hint, (
+        done.stderr
+    )
 
 
 STEP = """
@@ -131,7 +162,9 @@ def test_a_jax_script_takes_the_commands_devices_and_plan(tmp_path: Path) -> Non
     planned = python(STEP, tmp_path, "plan", "--machine", "k80-cluster:1", "--json")
     assert planned.returncode == 0 and '"w/a"' in planned.stdout, planned.stderr
     assert "devices" not in planned.stdout.splitlines(), "the script went on"
-    split = python(STEP, tmp_path, "run", "--devices", "2", "--save-plan", "p.json", "--report", "r.html")
+    split = python(
+        STEP, tmp_path, "run", "--devices", "2", "--save-plan", "p.json", "--report", "r.html"
+    )
     assert figures(split)["devices"] == 2
     assert "'train_step'" in split.stderr and "a step measured" in split.stderr
     assert "<!doctype html>" in (tmp_path / "r.html").read_text()

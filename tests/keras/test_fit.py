@@ -17,8 +17,8 @@ from keras import layers
 from partita.errors import MemoryBudgetError, PartitaError, PlanError
 from partita.execute.verify import Verification
 from partita.keras.fit import attach, attached
-from partita.plan.baselines import BASELINES
-from partita.plan.plan import mesh_for
+from partita.plans.baselines import BASELINES
+from partita.plans.plan import mesh_for
 
 MESH = mesh_for((4,))
 
@@ -34,12 +34,18 @@ def planner(name, calls=None):
 
 def data(shape, classes=5, count=52, integers=0):
     rng = np.random.RandomState(0)
-    x = rng.randint(0, integers, (count, *shape)) if integers else rng.rand(count, *shape).astype("float32")
+    x = (
+        rng.randint(0, integers, (count, *shape))
+        if integers
+        else rng.rand(count, *shape).astype("float32")
+    )
     return x, rng.randint(0, classes, count)
 
 
 def mlp():
-    return keras.Sequential([layers.Dense(32, activation="relu", name="d1"), layers.Dense(5, name="d2")])
+    return keras.Sequential(
+        [layers.Dense(32, activation="relu", name="d1"), layers.Dense(5, name="d2")]
+    )
 
 
 def cnn():
@@ -58,13 +64,17 @@ def cnn():
 
 
 def lstm():
-    return keras.Sequential([keras.Input((6, 4)), layers.LSTM(8, name="lstm"), layers.Dense(5, name="d")])
+    return keras.Sequential(
+        [keras.Input((6, 4)), layers.LSTM(8, name="lstm"), layers.Dense(5, name="d")]
+    )
 
 
 def attention():
     tokens = keras.Input((6,), dtype="int32")
     x = layers.Embedding(20, 8, name="embed")(tokens)
-    x = layers.LayerNormalization(name="norm")(x + layers.MultiHeadAttention(2, 4, name="mha")(x, x))
+    x = layers.LayerNormalization(name="norm")(
+        x + layers.MultiHeadAttention(2, 4, name="mha")(x, x)
+    )
     return keras.Model(tokens, layers.Dense(5, name="d")(layers.GlobalAveragePooling1D()(x)))
 
 
@@ -76,7 +86,9 @@ MODELS = {
 }
 
 
-def made(build=mlp, plan=None, optimizer: Any = "adam", report=None, calls=None, **compiling) -> Any:
+def made(
+    build=mlp, plan=None, optimizer: Any = "adam", report=None, calls=None, **compiling
+) -> Any:
     """A model from fixed seeds; attached to the plan of a baseline if one is named."""
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
@@ -89,13 +101,17 @@ def made(build=mlp, plan=None, optimizer: Any = "adam", report=None, calls=None,
 
 
 def trained(model, x, y, **how):
-    return model.fit(x, y, **{"batch_size": 16, "epochs": 2, "shuffle": False, "verbose": 0, **how}).history
+    return model.fit(
+        x, y, **{"batch_size": 16, "epochs": 2, "shuffle": False, "verbose": 0, **how}
+    ).history
 
 
 def close(left, right, tolerance=2e-5):
     for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
         a, b = np.asarray(a, "float64"), np.asarray(b, "float64")
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1.0, np.abs(a).max(initial=0)))
+        np.testing.assert_allclose(
+            a, b, rtol=tolerance, atol=tolerance * max(1.0, np.abs(a).max(initial=0))
+        )
 
 
 def devices_of(model):
@@ -103,14 +119,22 @@ def devices_of(model):
 
 
 @pytest.mark.parametrize(
-    ("name", "other"), [("mlp", "tensor parallel"), ("cnn", "spatial"), ("lstm", "ZeRO-1"), ("attention", "ZeRO-3")]
-)  # fmt: skip
+    ("name", "other"),
+    [("mlp", "tensor parallel"), ("cnn", "spatial"), ("lstm", "ZeRO-1"), ("attention", "ZeRO-3")],
+)
 def test_two_epochs_and_what_follows_equal_plain_keras(name, other, tmp_path):
     build, (x, y) = MODELS[name]
 
     def run(model):
-        history = trained(model, x, y, validation_data=(x[:7], y[:7]))  # 52 samples: 16 + 16 + 16 + 4
-        return [history, model.get_weights(), model.evaluate(x[:23], y[:23], batch_size=16, verbose=0), model.predict(x[:7], verbose=0)]
+        history = trained(
+            model, x, y, validation_data=(x[:7], y[:7])
+        )  # 52 samples: 16 + 16 + 16 + 4
+        return [
+            history,
+            model.get_weights(),
+            model.evaluate(x[:23], y[:23], batch_size=16, verbose=0),
+            model.predict(x[:7], verbose=0),
+        ]
 
     momentum = {"class_name": "SGD", "config": {"learning_rate": 0.1, "momentum": 0.9}}
     expected = run(made(build, optimizer=momentum))
@@ -120,17 +144,31 @@ def test_two_epochs_and_what_follows_equal_plain_keras(name, other, tmp_path):
         assert devices_of(planned) == 4
         assert len(attached(planned).steps) == 2
         planned.save(tmp_path / "model.keras")
-        close(planned.get_weights(), keras.models.load_model(tmp_path / "model.keras").get_weights(), 0)
+        close(
+            planned.get_weights(),
+            keras.models.load_model(tmp_path / "model.keras").get_weights(),
+            0,
+        )
 
 
-def plain_and_planned(prepare=lambda model: None, plan="data parallel", build=mlp, x=None, y=None, compiling=None, **how):
+def plain_and_planned(
+    prepare=lambda model: None,
+    plan="data parallel",
+    build=mlp,
+    x=None,
+    y=None,
+    compiling=None,
+    **how,
+):
     """Fits a plain and a planned model the same way; both, and their histories."""
     found = []
     for name in (None, plan):
         model = made(build, name, **(compiling or {}))
         prepare(model)
         kwargs = {k: v() if callable(v) else v for k, v in how.items()}
-        found.append((model, trained(model, *((x, y) if x is not None else MODELS["mlp"][1]), **kwargs)))
+        found.append(
+            (model, trained(model, *((x, y) if x is not None else MODELS["mlp"][1]), **kwargs))
+        )
     (plain, a), (planned, b) = found
     close(a, b)
     close(plain.get_weights(), planned.get_weights(), 1e-4)
@@ -140,7 +178,9 @@ def plain_and_planned(prepare=lambda model: None, plan="data parallel", build=ml
 def test_steps_per_execution_sample_weight_class_weight_and_validation_split():
     x, _ = MODELS["mlp"][1]
     weights = np.linspace(0, 2, len(x)).astype("float32")
-    plain_and_planned(compiling={"steps_per_execution": 3}, sample_weight=weights, validation_split=0.25)
+    plain_and_planned(
+        compiling={"steps_per_execution": 3}, sample_weight=weights, validation_split=0.25
+    )
     plain_and_planned(class_weight={0: 1.0, 1: 2.0, 2: 0.5, 3: 1.0, 4: 3.0}, batch_size=13)
 
 
@@ -168,7 +208,9 @@ def test_generators_pydatasets_and_steps_per_epoch():
             model = made(plan=plan)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a generator that ends
-                histories.append(model.fit(make(), epochs=2, shuffle=False, verbose=0, **how).history)
+                histories.append(
+                    model.fit(make(), epochs=2, shuffle=False, verbose=0, **how).history
+                )
         close(*histories)
 
 
@@ -178,9 +220,13 @@ def test_train_on_batch_and_test_on_batch_and_predict_on_batch():
     for plan in (None, "tensor parallel"):
         model = made(plan=plan)
         results.append(
-            [[model.train_on_batch(x[i : i + 8], y[i : i + 8]) for i in range(0, 24, 8)], model.test_on_batch(x, y),
-             model.predict_on_batch(x[:5]), model(x[:3])]
-        )  # fmt: skip
+            [
+                [model.train_on_batch(x[i : i + 8], y[i : i + 8]) for i in range(0, 24, 8)],
+                model.test_on_batch(x, y),
+                model.predict_on_batch(x[:5]),
+                model(x[:3]),
+            ]
+        )
     close(*results)
     assert devices_of(model) == 4
 
@@ -236,8 +282,12 @@ def test_callbacks_see_and_set_the_weights(tmp_path):
 
     def callbacks():
         return [
-            keras.callbacks.EarlyStopping(monitor="val_loss", patience=0, min_delta=10.0, restore_best_weights=True),
-            keras.callbacks.ModelCheckpoint(str(tmp_path / "best.weights.h5"), save_weights_only=True, save_freq=2),
+            keras.callbacks.EarlyStopping(
+                monitor="val_loss", patience=0, min_delta=10.0, restore_best_weights=True
+            ),
+            keras.callbacks.ModelCheckpoint(
+                str(tmp_path / "best.weights.h5"), save_weights_only=True, save_freq=2
+            ),
             keras.callbacks.LearningRateScheduler(lambda epoch, lr: lr / 2),
             keras.callbacks.BackupAndRestore(str(tmp_path / "backup")),
             keras.callbacks.TerminateOnNaN(),
@@ -275,7 +325,12 @@ def test_mixed_float16_scales_its_loss():
         results = []
         for plan in (None, "data parallel"):
             model = made(plan=plan)
-            results.append((trained(model, *MODELS["mlp"][1])["loss"], [v.value for v in model.optimizer.variables][:2]))
+            results.append(
+                (
+                    trained(model, *MODELS["mlp"][1])["loss"],
+                    [v.value for v in model.optimizer.variables][:2],
+                )
+            )
         close(*results, 2e-3)
     finally:
         keras.config.set_dtype_policy("float32")
@@ -301,12 +356,16 @@ def test_what_runs_eagerly_trains_unplanned_with_one_sentence(compiling):
     trained(model, x[:8], y[:8], epochs=1)
     assert devices_of(model) == 1
     given = "run_eagerly=True" if "run_eagerly" in compiling else "jit_compile=False"
-    assert said == [f"The model 'sequential' is compiled with {given}, so it trains on one device, as Keras runs it."]
+    assert said == [
+        f"The model 'sequential' is compiled with {given}, so it trains on one device, as Keras runs it."
+    ]
 
 
 def test_augmentation_that_keras_does_not_compile_is_planned_all_the_same():
     def build():
-        return keras.Sequential([keras.Input((8, 8, 3)), layers.RandomRotation(0.1), layers.Flatten(), layers.Dense(5)])
+        return keras.Sequential(
+            [keras.Input((8, 8, 3)), layers.RandomRotation(0.1), layers.Flatten(), layers.Dense(5)]
+        )
 
     x, y = MODELS["cnn"][1]
     plain, planned = plain_and_planned(build=build, x=x[:16], y=y[:16], epochs=1, plan="spatial")
@@ -341,7 +400,10 @@ def test_a_first_batch_that_is_wrong_is_an_error_of_keras_and_the_next_one_is_pl
     x, y = MODELS["mlp"][1]
     trained(model, x, y, epochs=1)
     attach(model, planner("data parallel"), report=said.append)
-    with pytest.raises(ValueError, match="expected axis -1 of input shape to have value 12, but received input with shape"):
+    with pytest.raises(
+        ValueError,
+        match="expected axis -1 of input shape to have value 12, but received input with shape",
+    ):
         trained(model, x[:, :11], y, epochs=1)
     assert said == []
     trained(model, x, y, epochs=1)
@@ -359,8 +421,12 @@ def test_a_plan_for_more_devices_than_there_are_is_refused_and_nothing_is_lost()
     model = made()
     model.build((None, 12))
     before = model.get_weights()
-    attach(model, lambda captured: BASELINES["data parallel"](captured.graph, "host", mesh_for((16,))))
-    with pytest.raises(PlanError, match=r"is for 16 devices, and JAX has 8\. Plan for 8, or start with 16\."):
+    attach(
+        model, lambda captured: BASELINES["data parallel"](captured.graph, "host", mesh_for((16,)))
+    )
+    with pytest.raises(
+        PlanError, match=r"is for 16 devices, and JAX has 8\. Plan for 8, or start with 16\."
+    ):
         trained(model, *MODELS["mlp"][1])
     close(before, model.get_weights(), 0)
 
@@ -374,14 +440,19 @@ def test_what_the_compiler_refuses_is_planned_again_with_its_word():
 
     def refuse(step, compiled, state, batch):
         if step.plan.name == "data parallel":
-            raise MemoryBudgetError("The plan needs 9 GiB, and a device has 1 GiB. Use a smaller batch.", 1.5)
+            raise MemoryBudgetError(
+                "The plan needs 9 GiB, and a device has 1 GiB. Use a smaller batch.", 1.5
+            )
         return Verification(1 << 20, None, (), None, None)
 
     model = made()
     attach(model, choose, report=said.append, verifier=refuse)
     trained(model, *MODELS["mlp"][1])
     assert asked == [None, 1.5]
-    assert said[:2] == ["The plan needs 9 GiB, and a device has 1 GiB. Planned again with that in mind.", "memory by the compiler: 1.0 MiB a device"]
+    assert said[:2] == [
+        "The plan needs 9 GiB, and a device has 1 GiB. Planned again with that in mind.",
+        "memory by the compiler: 1.0 MiB a device",
+    ]
     assert attached(model).plan.name == "ZeRO-3"
 
 
@@ -472,5 +543,8 @@ def test_only_keras_models_that_make_keras_train_functions_are_attached():
 
     with pytest.raises(PartitaError, match="'Own' makes its own train function"):
         attach(Own([layers.Dense(1)]), planner("data parallel"))
-    with pytest.raises(PartitaError, match="Only a Keras model on the JAX backend can be attached, and this is a 'Dense'"):
+    with pytest.raises(
+        PartitaError,
+        match="Only a Keras model on the JAX backend can be attached, and this is a 'Dense'",
+    ):
         attach(layers.Dense(1), planner("data parallel"))

@@ -10,8 +10,8 @@ import pytest
 from partita.errors import CaptureError, PartitaError
 from partita.execute.devices import accelerator, detect, request_cpu_devices
 from partita.keras.script import plan_script, run_script
-from partita.plan.baselines import BASELINES
-from partita.plan.plan import mesh_for
+from partita.plans.baselines import BASELINES
+from partita.plans.plan import mesh_for
 
 TRAIN = """
     import argparse, sys, keras, numpy as np, beside
@@ -50,7 +50,9 @@ def script(tmp_path, monkeypatch):
     def write(before="", after="", callback="pass"):
         path = tmp_path / "train.py"
         text = textwrap.dedent(TRAIN)
-        path.write_text(text.format(before=before or "pass", after=after or "pass", callback=callback))
+        path.write_text(
+            text.format(before=before or "pass", after=after or "pass", callback=callback)
+        )
         return path
 
     return write
@@ -61,18 +63,30 @@ def seen():
 
 
 def test_a_script_trains_as_planned_and_everything_is_put_back(script):
-    path, argv, main, method = script(), sys.argv, sys.modules["__main__"], keras.Model.make_train_function
+    path, argv, main, method = (
+        script(),
+        sys.argv,
+        sys.modules["__main__"],
+        keras.Model.make_train_function,
+    )
     said = []
     assert run_script(path, ["--epochs", "2"], plan, report=said.append, verify=True) == 0
     ((loss, devices, file, arguments),) = seen()
     assert (len(loss), devices, file, arguments) == (2, 4, str(path), [str(path), "--epochs", "2"])
     assert "all_reduce: 200 B planned, 200 B emitted" in said
     assert any("one step on one device and as planned" in line for line in said)
-    assert (sys.argv, sys.modules["__main__"], keras.Model.make_train_function) == (argv, main, method)
+    assert (sys.argv, sys.modules["__main__"], keras.Model.make_train_function) == (
+        argv,
+        main,
+        method,
+    )
     assert str(path.parent) not in sys.path
 
 
-@pytest.mark.parametrize(("end", "code", "printed"), [("sys.exit(7)", 7, ""), ("sys.exit('bye')", 1, "bye\n"), ("sys.exit()", 0, "")])
+@pytest.mark.parametrize(
+    ("end", "code", "printed"),
+    [("sys.exit(7)", 7, ""), ("sys.exit('bye')", 1, "bye\n"), ("sys.exit()", 0, "")],
+)
 def test_sys_exit_is_passed_on(script, capsys, end, code, printed):
     assert run_script(script(before=end), [], plan) == code
     assert capsys.readouterr().err == printed
@@ -82,7 +96,9 @@ def test_an_error_of_the_script_shows_the_scripts_frames_only(script, capsys):
     path = script(before="raise ValueError('mine')")
     assert run_script(path, [], plan) == 1
     shown = capsys.readouterr().err
-    assert shown.startswith(f'Traceback (most recent call last):\n  File "{path}", line 19, in <module>\n')
+    assert shown.startswith(
+        f'Traceback (most recent call last):\n  File "{path}", line 19, in <module>\n'
+    )
     assert shown.endswith("ValueError: mine\n")
     assert run_script(script(callback="raise ValueError('in training')"), [], plan) == 1
     shown = capsys.readouterr().err
@@ -110,9 +126,18 @@ def test_plan_script_stops_at_the_first_training_call(script):
 @pytest.mark.parametrize(
     ("before", "says"),
     [
-        ("sys.exit(3)", r"called sys.exit\(3\) before it trained anything, so there is nothing to plan\."),
-        ("raise ValueError", r"raised ValueError before it trained anything, so there is nothing to plan\."),
-        ("model.fit = lambda *a, **k: sys.modules['__main__'].Nothing", "raised AttributeError before"),
+        (
+            "sys.exit(3)",
+            r"called sys.exit\(3\) before it trained anything, so there is nothing to plan\.",
+        ),
+        (
+            "raise ValueError",
+            r"raised ValueError before it trained anything, so there is nothing to plan\.",
+        ),
+        (
+            "model.fit = lambda *a, **k: sys.modules['__main__'].Nothing",
+            "raised AttributeError before",
+        ),
         ("class Own: history = {'loss': 0}; model.fit = lambda *a, **k: Own", "raised"),
     ],
 )
@@ -122,19 +147,26 @@ def test_a_script_without_training_has_nothing_to_plan(script, before, says):
 
 
 def test_a_script_that_does_not_exist_or_does_not_train(tmp_path):
-    with pytest.raises(PartitaError, match="There is no script 'nowhere.py'. Give the path of a Python file."):
+    with pytest.raises(
+        PartitaError, match="There is no script 'nowhere.py'. Give the path of a Python file."
+    ):
         run_script("nowhere.py", [], plan)
     with pytest.raises(PartitaError, match="cannot be read: Is a directory"):
         run_script(tmp_path, [], plan)
     (tmp_path / "still.py").write_text("x = 1\n")
     assert run_script(tmp_path / "still.py", [], plan) == 0
-    with pytest.raises(CaptureError, match="ended without calling fit or train_on_batch of a Keras model"):
+    with pytest.raises(
+        CaptureError, match="ended without calling fit or train_on_batch of a Keras model"
+    ):
         plan_script(tmp_path / "still.py", [])
 
 
 def test_keras_on_another_backend_is_refused(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
-    with pytest.raises(PartitaError, match="already imported on the torch backend, .* Set KERAS_BACKEND=jax before importing"):
+    with pytest.raises(
+        PartitaError,
+        match="already imported on the torch backend, .* Set KERAS_BACKEND=jax before importing",
+    ):
         run_script("train.py", [], plan)
 
 
@@ -142,27 +174,46 @@ def test_a_model_that_makes_its_own_train_function_trains_alone_and_says_so(scri
     said = []
     own = "type(model).make_train_function = lambda self, force=False: keras.Model.make_train_function(self, force)"
     before = f"model.__class__ = type('Own', (keras.Sequential,), {{}}); {own}"
-    assert run_script(script(before=before + "; model.compile('sgd', 'mse')"), [], plan, report=said.append) == 0
+    assert (
+        run_script(
+            script(before=before + "; model.compile('sgd', 'mse')"), [], plan, report=said.append
+        )
+        == 0
+    )
     assert seen()[0][1] == 1
-    assert said == ["'Own' makes its own train function, which cannot be planned. Override train_step instead of make_train_function."]
+    assert said == [
+        "'Own' makes its own train function, which cannot be planned. Override train_step instead of make_train_function."
+    ]
 
 
 def test_devices_at_hand():
     machine = detect()
     assert machine.devices == 8
     assert detect(2).memory_bytes == pytest.approx(4 * machine.memory_bytes, rel=1e-6)
-    with pytest.raises(PartitaError, match=r"9 devices are asked for, and JAX has 8 \(CPU\). Start with more: partita run --devices 9"):
+    with pytest.raises(
+        PartitaError,
+        match=r"9 devices are asked for, and JAX has 8 \(CPU\). Start with more: partita run --devices 9",
+    ):
         detect(9)
     request_cpu_devices(8)
-    with pytest.raises(PartitaError, match="JAX has already started with 8 CPU devices, and 9 are needed"):
+    with pytest.raises(
+        PartitaError, match="JAX has already started with 8 CPU devices, and 9 are needed"
+    ):
         request_cpu_devices(9)
 
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("NVIDIA H100 80GB HBM3", "h100:4"), ("NVIDIA A100-SXM4-40GB", "a100:4"), ("TPU v5 lite", "tpu-v5e:4"), ("Mystery 1", "Mystery 1:4")],
+    [
+        ("NVIDIA H100 80GB HBM3", "h100:4"),
+        ("NVIDIA A100-SXM4-40GB", "a100:4"),
+        ("TPU v5 lite", "tpu-v5e:4"),
+        ("Mystery 1", "Mystery 1:4"),
+    ],
 )
-def test_a_kind_of_accelerator_is_its_preset_or_a_generic_one_with_the_memory_that_jax_reports(kind, name):
+def test_a_kind_of_accelerator_is_its_preset_or_a_generic_one_with_the_memory_that_jax_reports(
+    kind, name
+):
     machine = accelerator(kind, 4, 30 << 30)
     assert (machine.name, machine.devices, machine.memory_bytes) == (name, 4, 30 << 30)
     with warnings.catch_warnings():

@@ -35,8 +35,12 @@ def test_two_devices_by_hand(kind, seconds):
 def test_four_devices_by_hand():
     four = machine(Level("node", 4, "switch", latency=1.0, bandwidth=10.0))
     everyone = ((0, 4),)
-    assert collective_seconds(four, "all_reduce", 400, everyone) == 2 * 2 + 2 * 300 / 10  # halve twice, double twice
-    assert collective_seconds(four, "all_reduce", 4, everyone) == 2 * (1 + 4 / 10)  # short: recursive doubling
+    assert (
+        collective_seconds(four, "all_reduce", 400, everyone) == 2 * 2 + 2 * 300 / 10
+    )  # halve twice, double twice
+    assert collective_seconds(four, "all_reduce", 4, everyone) == 2 * (
+        1 + 4 / 10
+    )  # short: recursive doubling
     assert collective_seconds(four, "all_gather", 400, everyone) == 2 + 300 / 10
     assert collective_seconds(four, "all_to_all", 400, everyone) == 3 + 300 / 10
     assert collective_seconds(four, "all_to_all", 4, everyone) == 2 * (1 + 2 / 10)  # short: Bruck
@@ -54,7 +58,9 @@ def test_a_ring_takes_its_steps_one_by_one():
 
 def test_an_open_ring_has_half_the_bandwidth():
     def seconds(fabric: str) -> float:
-        return collective_seconds(machine(Level("line", 4, fabric, 0.0, 10.0)), "all_gather", 400, ((0, 4),))
+        return collective_seconds(
+            machine(Level("line", 4, fabric, 0.0, 10.0)), "all_gather", 400, ((0, 4),)
+        )
 
     assert seconds("mesh") == 2 * seconds("ring")
 
@@ -75,7 +81,10 @@ def test_both_dims_of_a_torus_work_at_once():
 
 def nodes(latency: float = 0.0) -> Machine:
     """2 nodes of 4 devices; the four share one card of 10 bytes a second, and are joined at 1000."""
-    return machine(Level("nodes", 2, "switch", latency, 10.0, shared_by=4), Level("node", 4, "switch", latency, 1000.0))
+    return machine(
+        Level("nodes", 2, "switch", latency, 10.0, shared_by=4),
+        Level("node", 4, "switch", latency, 1000.0),
+    )
 
 
 def test_one_device_per_node_gets_a_fourth_of_the_card():
@@ -105,8 +114,12 @@ def test_a_short_message_takes_the_fewest_steps():
 
 def test_one_ring_through_all_nodes_uses_all_links_at_once():
     # a card for each device: four cards together keep up with the links inside
-    balanced = machine(Level("nodes", 2, "switch", 0.0, 10.0), Level("node", 4, "switch", 0.0, 40.0))
-    assert collective_seconds(balanced, "all_reduce", 800, ((0, 2), (1, 4))) == pytest.approx(2 * 700 / 40)
+    balanced = machine(
+        Level("nodes", 2, "switch", 0.0, 10.0), Level("node", 4, "switch", 0.0, 40.0)
+    )
+    assert collective_seconds(balanced, "all_reduce", 800, ((0, 2), (1, 4))) == pytest.approx(
+        2 * 700 / 40
+    )
 
 
 def test_three_levels_by_hand():
@@ -180,15 +193,21 @@ def test_faster_links_are_never_slower(case, nbytes, which, bandwidth, latency):
     what, kind, group = case
     old = list(what.levels)
     level = old[which % len(old)]
-    old[which % len(old)] = replace(level, bandwidth=level.bandwidth * bandwidth, latency=level.latency * latency)
-    assert collective_seconds(machine(*old), kind, nbytes, group) <= collective_seconds(what, kind, nbytes, group)
+    old[which % len(old)] = replace(
+        level, bandwidth=level.bandwidth * bandwidth, latency=level.latency * latency
+    )
+    assert collective_seconds(machine(*old), kind, nbytes, group) <= collective_seconds(
+        what, kind, nbytes, group
+    )
 
 
 @given(cases(), st.integers(0, 10**12))
 def test_sharing_a_link_is_never_faster(case, nbytes):
     what, kind, group = case
     alone = machine(*(replace(level, shared_by=1) for level in what.levels))
-    assert collective_seconds(alone, kind, nbytes, group) <= collective_seconds(what, kind, nbytes, group)
+    assert collective_seconds(alone, kind, nbytes, group) <= collective_seconds(
+        what, kind, nbytes, group
+    )
 
 
 @given(cases(), st.integers(0, 10**12))
@@ -209,8 +228,14 @@ def test_no_collective_beats_its_slowest_link(case, nbytes):
         if p > 1:
             needed = nbytes * (p - 1) / p  # of an all_gather's result, the part does not have these
             # At most one link for each of its members at this level, and at every level further out.
-            links = inside * sum(what.levels[outer].bandwidth for outer, parts in group if outer <= index and parts > 1)
-            assert collective_seconds(what, "all_gather", nbytes, group) >= needed / links * (1 - 1e-12)
+            links = inside * sum(
+                what.levels[outer].bandwidth
+                for outer, parts in group
+                if outer <= index and parts > 1
+            )
+            assert collective_seconds(what, "all_gather", nbytes, group) >= needed / links * (
+                1 - 1e-12
+            )
         inside *= p
 
 

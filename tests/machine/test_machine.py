@@ -91,7 +91,10 @@ def test_a_cut_torus_is_open_and_a_whole_one_closed():
 
 def test_a_cpu_stands_for_so_many_devices_and_no_more() -> None:
     assert host(64, 2**36).devices == 64
-    with pytest.raises(MachineError, match="1000 devices are asked for, and a CPU stands for at most 64. Ask for fewer"):
+    with pytest.raises(
+        MachineError,
+        match="1000 devices are asked for, and a CPU stands for at most 64. Ask for fewer",
+    ):
         host(1000, 2**36)
 
 
@@ -104,7 +107,13 @@ def test_host_divides_its_memory():
         "derived",
     )
     assert machine.rate("dot", "float32") == 30e9
-    assert machine.backend == Backend(reduce_scatter=False, promotes_16_bit_all_reduce=True, dense_grouped_gradients=True, recomputes=True, transposed_copies=True)
+    assert machine.backend == Backend(
+        reduce_scatter=False,
+        promotes_16_bit_all_reduce=True,
+        dense_grouped_gradients=True,
+        recomputes=True,
+        transposed_copies=True,
+    )
     assert read(machine.to_toml()) == machine
 
 
@@ -123,7 +132,9 @@ def test_print():
 def test_the_engine_that_names_most_wins():
     engines = [("dot", "bfloat16", 8.0), ("dot", "*", 4.0), ("*", "bfloat16", 2.0), ("*", "*", 1.0)]
     machine = small()
-    machine = replace(machine, device=replace(machine.device, engines=tuple(Engine(*e, 0.5) for e in engines)))
+    machine = replace(
+        machine, device=replace(machine.device, engines=tuple(Engine(*e, 0.5) for e in engines))
+    )
     assert machine.rate("dot", "bfloat16") == 4.0
     assert machine.rate("dot", "int8") == 2.0
     assert machine.rate("sort", "bfloat16") == 1.0
@@ -140,7 +151,9 @@ def test_float32_products_run_as_the_backend_runs_them():
 
 def test_a_missing_engine_is_named():
     machine = small()
-    machine = replace(machine, device=replace(machine.device, engines=(Engine("dot", "float32", 1.0, 1.0),)))
+    machine = replace(
+        machine, device=replace(machine.device, engines=(Engine("dot", "float32", 1.0, 1.0),))
+    )
     with pytest.raises(MachineError) as error:
         machine.rate("sort", "int8")
     assert str(error.value) == (
@@ -177,7 +190,11 @@ def test_with_devices_keeps_the_link_per_part():
     cluster = load("p100-cluster")
     assert cluster.with_devices(6).levels[0].shared_by == 3  # three devices a node on its one card
     assert cluster.with_devices(16) == cluster
-    assert cluster.with_devices(4).provenance()["level.nodes.size"] == (1, "follows from taking 4 devices", "derived")
+    assert cluster.with_devices(4).provenance()["level.nodes.size"] == (
+        1,
+        "follows from taking 4 devices",
+        "derived",
+    )
     assert load("v100:16").levels[0].shared_by == 2
 
 
@@ -196,17 +213,27 @@ def test_with_devices_says_what_would_do():
 
 
 def test_measured_numbers_say_so():
-    machine = load("p100-cluster").revised({"level.node.bandwidth": 33e9}, "ring benchmark, 2026-01-02")
+    machine = load("p100-cluster").revised(
+        {"level.node.bandwidth": 33e9}, "ring benchmark, 2026-01-02"
+    )
     assert machine.levels[1].bandwidth == 33e9
-    assert machine.provenance()["level.node.bandwidth"] == (33e9, "ring benchmark, 2026-01-02", "measured")
+    assert machine.provenance()["level.node.bandwidth"] == (
+        33e9,
+        "ring benchmark, 2026-01-02",
+        "measured",
+    )
     with pytest.raises(MachineError) as error:
         small().revised({"level.node.speed": 1.0}, "x")
-    assert str(error.value).startswith("Machine 'small' has no number level.node.speed: it has device.overhead, ")
+    assert str(error.value).startswith(
+        "Machine 'small' has no number level.node.speed: it has device.overhead, "
+    )
 
 
 def test_a_number_changed_in_code_loses_its_source():
     cluster = load("p100-cluster")
-    faster = replace(cluster, levels=(replace(cluster.levels[0], bandwidth=1e12), cluster.levels[1]))
+    faster = replace(
+        cluster, levels=(replace(cluster.levels[0], bandwidth=1e12), cluster.levels[1])
+    )
     assert faster.provenance()["level.nodes.bandwidth"] == (1e12, "set in code", "assumed")
     assert read(faster.to_toml()).levels == faster.levels
 
@@ -215,7 +242,9 @@ def test_weakest_status_looks_at_links_in_use_only():
     levels = (Level("net", 2, "switch", 1.0, 1.0), Level("node", 2, "switch", 1.0, 1.0))
     machine = small(levels)
     values = {path: value for path, value, _ in numbers(machine)}
-    machine = machine.revised(values, "a bench", "measured").revised({"level.net.latency": 2.0}, "a guess", "assumed")
+    machine = machine.revised(values, "a bench", "measured").revised(
+        {"level.net.latency": 2.0}, "a guess", "assumed"
+    )
     assert machine.weakest_status() == "assumed"
     assert machine.with_devices(2).weakest_status() == "measured"  # one node: the network is idle
 
@@ -226,7 +255,9 @@ positive = st.floats(1e-12, 1e18)
 some = {
     "count": st.integers(1, 10**9),
     "text": st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=12),
-    "name": st.from_regex(r"[A-Za-z0-9_-]{1,8}", fullmatch=True).filter(lambda n: n not in ("source", "status")),
+    "name": st.from_regex(r"[A-Za-z0-9_-]{1,8}", fullmatch=True).filter(
+        lambda n: n not in ("source", "status")
+    ),
 }
 
 
@@ -253,12 +284,20 @@ machines = st.builds(
             energy_per_bit=st.none() | positive,
         ).filter(len),
         engines=st.lists(
-            st.builds(Engine, st.sampled_from(OP_CLASSES), st.sampled_from(DTYPES), positive, st.floats(0.01, 1.0)),
+            st.builds(
+                Engine,
+                st.sampled_from(OP_CLASSES),
+                st.sampled_from(DTYPES),
+                positive,
+                st.floats(0.01, 1.0),
+            ),
             min_size=1,
             max_size=4,
             unique_by=lambda engine: (engine.op_class, engine.dtype),
         ).map(lambda engines: tuple(sorted(engines, key=lambda engine: engine.op_class))),
-        points=named(OperatingPoint, frequency=positive, power=positive, voltage=st.none() | positive),
+        points=named(
+            OperatingPoint, frequency=positive, power=positive, voltage=st.none() | positive
+        ),
     ),
     levels=named(
         Level,
@@ -268,9 +307,15 @@ machines = st.builds(
         bandwidth=positive,
         shared_by=some["count"],
     ),
-    domains=named(Domain, kind=st.sampled_from(("clock", "power", "failure")), devices=some["count"]),
+    domains=named(
+        Domain, kind=st.sampled_from(("clock", "power", "failure")), devices=some["count"]
+    ),
     backend=st.builds(
-        Backend, st.booleans(), st.floats(0, 1), st.booleans(), st.sampled_from(("float32", "tf32", "bfloat16"))
+        Backend,
+        st.booleans(),
+        st.floats(0, 1),
+        st.booleans(),
+        st.sampled_from(("float32", "tf32", "bfloat16")),
     ),
 )
 
@@ -475,7 +520,10 @@ def test_a_machine_made_in_code_is_checked_too():
     device = small().device
     for wrong, message in [
         (small([level, level]), "level.node stands twice: give each its own name."),
-        (small([replace(level, bandwidth=0.0)]), "level.node.bandwidth is 0 B/s: it must be more than zero."),
+        (
+            small([replace(level, bandwidth=0.0)]),
+            "level.node.bandwidth is 0 B/s: it must be more than zero.",
+        ),
         (
             small(device=replace(device, memories=())),
             "device.memory is missing: add [device.memory.main] with its capacity and bandwidth.",
@@ -503,7 +551,10 @@ def test_a_machine_made_in_code_is_checked_too():
             f"There is no machine 'abacus-9'. Presets are {', '.join(presets())}; "
             "your own machine is a file that ends in .toml.",
         ),
-        ("h100:many", "'h100:many' asks for 'many' of 'h100': write a number above 0, as in 'h100:8'."),
+        (
+            "h100:many",
+            "'h100:many' asks for 'many' of 'h100': write a number above 0, as in 'h100:8'.",
+        ),
         ("h100:0", "'h100:0' asks for '0' of 'h100': write a number above 0, as in 'h100:8'."),
         (
             "p100-cluster:8",
@@ -548,12 +599,26 @@ shared_by = 1
 
 def test_devices_that_differ_are_kinds_and_a_file_like_any_other() -> None:
     machine = read(KINDS_OF_DEVICES, "two.toml")
-    assert [(k.key, k.count, k.name) for k in machine.kinds] == [("new", 3, "New"), ("old", 5, "Old")] and machine.devices == 8
+    assert [(k.key, k.count, k.name) for k in machine.kinds] == [
+        ("new", 3, "New"),
+        ("old", 5, "Old"),
+    ] and machine.devices == 8
     assert machine.kind_of_devices() == [0, 0, 0, 1, 1, 1, 1, 1]
-    assert machine.device.name == "Old" and machine.memory_bytes == 16 << 30 and machine.of_kind(0).memory_bytes == 40 << 30
-    assert replace(read(machine.to_toml()), sources=()) == replace(machine, sources=()) and read(machine.to_toml()).provenance() == machine.provenance()
+    assert (
+        machine.device.name == "Old"
+        and machine.memory_bytes == 16 << 30
+        and machine.of_kind(0).memory_bytes == 40 << 30
+    )
+    assert (
+        replace(read(machine.to_toml()), sources=()) == replace(machine, sources=())
+        and read(machine.to_toml()).provenance() == machine.provenance()
+    )
     faster = machine.revised({"kind.old.engine.*.*.peak": 1e14}, "a test")
-    assert faster.device.name == "New" and faster.provenance()["kind.old.engine.*.*.peak"] == (1e14, "a test", "measured")
+    assert faster.device.name == "New" and faster.provenance()["kind.old.engine.*.*.peak"] == (
+        1e14,
+        "a test",
+        "measured",
+    )
     assert "3 of 8 x New" in str(machine) and "old: * *:" in str(machine)
     assert machine.with_devices(8) is machine
     with pytest.raises(MachineError, match="Cannot take 4 devices of 'two': its 8 devices differ"):
@@ -563,13 +628,29 @@ def test_devices_that_differ_are_kinds_and_a_file_like_any_other() -> None:
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ("count = 5", "count = 4", "two.toml, line 4: kind has 3 + 4 = 7 devices, and the levels have 8 = 8: change a count or a size, so that they agree."),
+        (
+            "count = 5",
+            "count = 4",
+            "two.toml, line 4: kind has 3 + 4 = 7 devices, and the levels have 8 = 8: change a count or a size, so that they agree.",
+        ),
         ("count = 3\n", "", "two.toml, line 4: kind.new lacks count, for example 4."),
-        ("[kind.old]", '[device]\nname = "Old"\n[kind.old]', "two.toml: device and kind stand together: describe equal devices as [device], or every kind of them as [kind.NAME] with its count."),
-        ('"16 GiB"', '"0 GiB"', "two.toml, line 14: kind.old.memory.main.capacity is 0 B: it must be more than zero."),
-        (KINDS_OF_DEVICES[KINDS_OF_DEVICES.index("[level") :], "", "two.toml, line 4: kind has 3 + 5 = 8 devices and no link reaches them: add [level.NAME] with the size, fabric, latency and bandwidth of what joins them."),
+        (
+            "[kind.old]",
+            '[device]\nname = "Old"\n[kind.old]',
+            "two.toml: device and kind stand together: describe equal devices as [device], or every kind of them as [kind.NAME] with its count.",
+        ),
+        (
+            '"16 GiB"',
+            '"0 GiB"',
+            "two.toml, line 14: kind.old.memory.main.capacity is 0 B: it must be more than zero.",
+        ),
+        (
+            KINDS_OF_DEVICES[KINDS_OF_DEVICES.index("[level") :],
+            "",
+            "two.toml, line 4: kind has 3 + 5 = 8 devices and no link reaches them: add [level.NAME] with the size, fabric, latency and bandwidth of what joins them.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_kinds_that_do_not_fit_are_one_sentence(before: str, after: str, message: str) -> None:
     with pytest.raises(MachineError) as error:
         read(KINDS_OF_DEVICES.replace(before, after), "two.toml")

@@ -16,16 +16,21 @@ def records(scales: list[float], off: dict[str, float], seed: int, count: int = 
     rng, found = np.random.default_rng(seed), []
     for model, slower in off.items():
         for _ in range(count):
-            features = {name: float(10 ** rng.uniform(-5, -2)) for name in NAMES if rng.random() < 0.7} or {NAMES[0]: 1e-3}
-            seconds = slower * sum(scales[NAMES.index(name)] * value for name, value in features.items())
+            features = {
+                name: float(10 ** rng.uniform(-5, -2)) for name in NAMES if rng.random() < 0.7
+            } or {NAMES[0]: 1e-3}
+            seconds = slower * sum(
+                scales[NAMES.index(name)] * value for name, value in features.items()
+            )
             found.append({"model": model, "features": features, "seconds": seconds})
     return found
 
 
-
 def off(times: OperatorTimes, rows: list[dict]) -> float:
     """What the fit is off on operators, added up, over what they take."""
-    return sum(abs(times.fit(r["features"]) - r["seconds"]) for r in rows) / sum(r["seconds"] for r in rows)
+    return sum(abs(times.fit(r["features"]) - r["seconds"]) for r in rows) / sum(
+        r["seconds"] for r in rows
+    )
 
 
 @given(scales=st.lists(st.floats(0.3, 10.0), min_size=4, max_size=4), seed=st.integers(0, 99))
@@ -40,7 +45,9 @@ def test_known_rates_are_found_again(scales: list[float], seed: int) -> None:
 
 @given(seed=st.integers(0, 99), spread=st.floats(0.0, 0.5))
 @settings(max_examples=40, deadline=None)
-def test_the_error_that_is_told_is_that_on_a_model_that_was_not_seen(seed: int, spread: float) -> None:
+def test_the_error_that_is_told_is_that_on_a_model_that_was_not_seen(
+    seed: int, spread: float
+) -> None:
     """Half of the models are slower, half faster: whichever comes next is off by about the spread, and a fit to all of them hides it."""
     seen = {f"m{n}": 1 + (spread if n % 2 else -spread) for n in range(6)}
     times = fitted_times(records([2.0, 1.0, 3.0, 1.0], seen, seed))
@@ -53,12 +60,16 @@ def test_the_error_that_is_told_is_that_on_a_model_that_was_not_seen(seed: int, 
 def test_a_model_that_is_not_like_the_others_is_not_explained_by_itself() -> None:
     """In two models nothing but products was seen, as fast as the roofline in one and ten times slower in the other: no fit to one tells of the other."""
     features, seconds = [{"dot, FLOPs": 1.0}] * 20, [1.0] * 10 + [10.0] * 10
-    assert fitted(features, seconds, ["a"] * 10 + ["b"] * 10)[1] == pytest.approx((0 + 0.9) / 2, abs=0.01)
+    assert fitted(features, seconds, ["a"] * 10 + ["b"] * 10)[1] == pytest.approx(
+        (0 + 0.9) / 2, abs=0.01
+    )
     assert fitted(features[:10], seconds[:10], ["a"] * 10)[1] == pytest.approx(0, abs=1e-6)
 
 
 def test_what_hardly_occurs_stays_near_the_roofline_and_nothing_is_known_of_nothing() -> None:
-    rows = records([1.0] * 4, {"a": 1.0}, 0) + [{"model": "b", "features": {"sort, FLOPs": 1e-9, "dot, FLOPs": 1.0}, "seconds": 1.0}]
+    rows = records([1.0] * 4, {"a": 1.0}, 0) + [
+        {"model": "b", "features": {"sort, FLOPs": 1e-9, "dot, FLOPs": 1.0}, "seconds": 1.0}
+    ]
     scale = fitted_times(rows).scale
     assert scale["sort, FLOPs"] == pytest.approx(1, rel=1e-3) and min(scale.values()) >= 0
     assert fitted_times([]).fit({"dot, FLOPs": 2.0}) == 2.0

@@ -6,7 +6,15 @@ from hypothesis import strategies as st
 
 from partita import units
 from partita.errors import PartitaError
-from partita.units import UNITS, exact, format_bytes, format_count, format_flops, format_seconds, parse
+from partita.units import (
+    UNITS,
+    exact,
+    format_bytes,
+    format_count,
+    format_flops,
+    format_seconds,
+    parse,
+)
 
 
 def test_the_examples_in_the_docstrings_hold():
@@ -50,8 +58,16 @@ def test_parse(text, value):
             "B/s",
             "'Gb/s' in '100 Gb/s' is not a unit that Partita knows: write 'GB/s' for bytes or 'Gbit/s' for bits.",
         ),
-        ("3 gflop/s", "FLOP/s", "'gflop/s' in '3 gflop/s' is not a unit that Partita knows: did you mean 'GFLOP/s'?"),
-        ("3 parsec", "s", "'parsec' in '3 parsec' is not a unit that Partita knows: use one of s, ms, us, µs, ns, ps."),
+        (
+            "3 gflop/s",
+            "FLOP/s",
+            "'gflop/s' in '3 gflop/s' is not a unit that Partita knows: did you mean 'GFLOP/s'?",
+        ),
+        (
+            "3 parsec",
+            "s",
+            "'parsec' in '3 parsec' is not a unit that Partita knows: use one of s, ms, us, µs, ns, ps.",
+        ),
     ],
 )
 def test_a_wrong_unit_is_refused_by_name(text, dimension, message):

@@ -23,13 +23,19 @@ class Opened:
 
     def fails(self) -> list[str]:
         """All that a page that is whole in itself does not do."""
-        return self.errors + [url for url in self.asked if url != self.address and not url.startswith("data:")]
+        return self.errors + [
+            url for url in self.asked if url != self.address and not url.startswith("data:")
+        ]
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    where = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    assert where, "this test looks at pages in Chromium: install it, as 'make chromium' does on Debian"
+    where = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    assert where, (
+        "this test looks at pages in Chromium: install it, as 'make chromium' does on Debian"
+    )
     with sync_playwright() as p:
         started = p.chromium.launch(executable_path=where, args=["--no-sandbox"])
         yield started
@@ -43,7 +49,11 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
     def open_page(html: str, width: int = 1200, scheme: str = "light", **how: Any) -> Opened:
         file = tmp_path / f"report-{len(contexts)}.html"
         file.write_text(html, encoding="utf-8")
-        contexts.append(browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, **how))
+        contexts.append(
+            browser.new_context(
+                viewport={"width": width, "height": 800}, color_scheme=scheme, **how
+            )
+        )
         page = Opened(contexts[-1].new_page(), file.as_uri())
         page.tab.on("console", lambda message: page.errors.append(message.text))
         page.tab.on("pageerror", lambda error: page.errors.append(str(error)))

@@ -9,29 +9,39 @@ from typing import Any
 import pytest
 
 from partita.api import found
-from partita.graph.graph import Graph
+from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
-from partita.plan.plan import Mesh, Plan
+from partita.plans.plan import Mesh, Plan
 from partita.report.html import page
-from partita.simulate.simulate import simulate
+from partita.simulation.simulate import simulate
 
 DATA = Path(__file__).parents[1] / "data"
-MEASURED = {"seconds": 2e-4, "peak_bytes": 1 << 20, "traffic_bytes": {"all_reduce": 4096, "all_gather": 10}, "flops": 1e6}
+MEASURED = {
+    "seconds": 2e-4,
+    "peak_bytes": 1 << 20,
+    "traffic_bytes": {"all_reduce": 4096, "all_gather": 10},
+    "flops": 1e6,
+}
 
 
 def plan(name: str = "transformer", machine: str = "k80-cluster:2") -> Plan:
-    return found(Graph.load(DATA / f"{name}.graph.json"), load(machine))
+    return found(OperatorGraph.load(DATA / f"{name}.graph.json"), load(machine))
 
 
 def timed() -> str:
-    graph, machine = Graph.load(DATA / "transformer.graph.json"), load("k80-cluster:2")
+    graph, machine = OperatorGraph.load(DATA / "transformer.graph.json"), load("k80-cluster:2")
     made = found(graph, machine)
     return page(made, timeline=simulate(graph, machine, made))
 
 
 def odd() -> Plan:
     """A plan without a prediction or reasons, of layers whose names are markup."""
-    return Plan("<script>alert(1)</script>", "a & b", Mesh.of((2, 2)), {'x"><img src=y onerror=alert(2)>': {"a": "S"}, "b": {}})
+    return Plan(
+        "<script>alert(1)</script>",
+        "a & b",
+        Mesh.of((2, 2)),
+        {'x"><img src=y onerror=alert(2)>': {"a": "S"}, "b": {}},
+    )
 
 
 PAGES = {
@@ -45,7 +55,9 @@ PAGES = {
 
 @pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (360, "dark")])
-def test_a_page_renders_without_errors_or_requests(name: str, width: int, scheme: str, opened: Any) -> None:
+def test_a_page_renders_without_errors_or_requests(
+    name: str, width: int, scheme: str, opened: Any
+) -> None:
     shown = opened(PAGES[name](), width, scheme)
     tab = shown.tab
     for summary in tab.query_selector_all("summary"):
@@ -53,10 +65,18 @@ def test_a_page_renders_without_errors_or_requests(name: str, width: int, scheme
             summary.click()
     assert shown.fails() == []
     assert tab.evaluate("document.documentElement.scrollWidth") <= width, "wider than the window"
-    back, ink = (_luminance(tab.evaluate(f"getComputedStyle(document.body).{what}")) for what in ("backgroundColor", "color"))
+    back, ink = (
+        _luminance(tab.evaluate(f"getComputedStyle(document.body).{what}"))
+        for what in ("backgroundColor", "color")
+    )
     assert (back < 0.1) == (scheme == "dark")
     assert (max(back, ink) + 0.05) / (min(back, ink) + 0.05) >= 7, "contrast of text, WCAG AAA"
-    assert tab.evaluate("Math.min(...[...document.querySelectorAll('p,td,th,dd')].map(x => parseFloat(getComputedStyle(x).fontSize)))") >= 11
+    assert (
+        tab.evaluate(
+            "Math.min(...[...document.querySelectorAll('p,td,th,dd')].map(x => parseFloat(getComputedStyle(x).fontSize)))"
+        )
+        >= 11
+    )
 
 
 def _luminance(colour: str) -> float:
@@ -69,7 +89,10 @@ def _luminance(colour: str) -> float:
 def test_every_layer_has_a_box_that_shows_its_split(opened: Any) -> None:
     made = plan("cnn")
     tab = opened(page(made)).tab
-    boxes = tab.eval_on_selector_all(".box", "all => all.map(x => [x.getAttribute('aria-label'), x.getBoundingClientRect().width])")
+    boxes = tab.eval_on_selector_all(
+        ".box",
+        "all => all.map(x => [x.getAttribute('aria-label'), x.getBoundingClientRect().width])",
+    )
     for name, choice in made.choices.items():
         words, width = next((w, n) for w, n in boxes if w.startswith(f"{name}:"))
         assert width > 100
@@ -78,6 +101,12 @@ def test_every_layer_has_a_box_that_shows_its_split(opened: Any) -> None:
 
 def test_the_page_says_what_was_measured_and_what_was_given_up() -> None:
     text = re.sub("<[^>]+>", " ", page(plan("cnn"), MEASURED))
-    for said in ("200.00 µs measured", "Plans compared", "data parallel", "What it gave up, and why", "sent by all-gather"):
+    for said in (
+        "200.00 µs measured",
+        "Plans compared",
+        "data parallel",
+        "What it gave up, and why",
+        "sent by all-gather",
+    ):
         assert said in text, said
     assert "Nothing was measured" in page(plan("cnn"))

@@ -11,38 +11,77 @@ from typing import Any
 import pytest
 from test_html import _luminance
 
-from partita.graph.graph import Graph
+from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
-from partita.plan.baselines import BASELINES
+from partita.plans.baselines import BASELINES
 from partita.report.html import timeline_page
 from partita.report.timeline import COLOURS
 from partita.search.find import mesh_of
-from partita.simulate.simulate import simulate
-from partita.simulate.timeline import Span, Timeline
+from partita.simulation.simulate import simulate
+from partita.simulation.timeline import Span, Timeline
 
 DATA = Path(__file__).parents[1] / "data"
 SCREENS = [(1200, "light"), (360, "dark")]
 
 
-def timeline(name: str = "transformer", plan: str = "data parallel", machine: str = "h100:4") -> Timeline:
-    graph, where = Graph.load(DATA / f"{name}.graph.json"), load(machine)
+def timeline(
+    name: str = "transformer", plan: str = "data parallel", machine: str = "h100:4"
+) -> Timeline:
+    graph, where = OperatorGraph.load(DATA / f"{name}.graph.json"), load(machine)
     return simulate(graph, where, BASELINES[plan](graph, where.name, mesh_of(where)))
 
 
-def by_hand(*spans: Span, memory: tuple[tuple[float, int], ...] = ((0.0, 1),), **more: Any) -> Timeline:
+def by_hand(
+    *spans: Span, memory: tuple[tuple[float, int], ...] = ((0.0, 1),), **more: Any
+) -> Timeline:
     end = max((s.end for s in spans), default=0.0)
     peak = max(n for _, n in memory)
-    return Timeline("a plan", "a graph", "a machine", 2, end, spans, {}, memory, peak, {"parameters": peak}, "a", {}, "made by hand", **more)
+    return Timeline(
+        "a plan",
+        "a graph",
+        "a machine",
+        2,
+        end,
+        spans,
+        {},
+        memory,
+        peak,
+        {"parameters": peak},
+        "a",
+        {},
+        "made by hand",
+        **more,
+    )
 
 
 def odd() -> Timeline:
     name = "</script><img src=y onerror=alert(1)>"
-    return by_hand(*(Span(name, name, kind, "forward", "a <b> stream", i * 1.0, 1.0, True) for i, kind in enumerate(("compute", "a kind not known"))))
+    return by_hand(
+        *(
+            Span(name, name, kind, "forward", "a <b> stream", i * 1.0, 1.0, True)
+            for i, kind in enumerate(("compute", "a kind not known"))
+        )
+    )
 
 
 def long(tasks: int) -> Timeline:
-    kernels = [Span(f"block_{i} forward", f"block_{i}", "compute", "forward", "kernels", i * 1e-6, 0.9e-6, True) for i in range(tasks)]
-    links = [Span(f"block_{i} sum", f"block_{i}", "sum", "backward", "links", i * 1e-6, 0.5e-6) for i in range(0, tasks, 2)]
+    kernels = [
+        Span(
+            f"block_{i} forward",
+            f"block_{i}",
+            "compute",
+            "forward",
+            "kernels",
+            i * 1e-6,
+            0.9e-6,
+            True,
+        )
+        for i in range(tasks)
+    ]
+    links = [
+        Span(f"block_{i} sum", f"block_{i}", "sum", "backward", "links", i * 1e-6, 0.5e-6)
+        for i in range(0, tasks, 2)
+    ]
     return by_hand(*kernels, *links, memory=tuple((i * 1e-6, 1000 + i % 7) for i in range(tasks)))
 
 
@@ -58,7 +97,12 @@ TIMELINES = {
 
 def boxes(tab: Any, kinds: str = "[class^=t-]") -> int:
     """How many spans are drawn."""
-    return sum(d.count("z") for d in tab.eval_on_selector_all(f".plot path{kinds}", "all => all.map(x => x.getAttribute('d'))"))
+    return sum(
+        d.count("z")
+        for d in tab.eval_on_selector_all(
+            f".plot path{kinds}", "all => all.map(x => x.getAttribute('d'))"
+        )
+    )
 
 
 def critical(tab: Any) -> int:
@@ -67,14 +111,18 @@ def critical(tab: Any) -> int:
 
 def visible(tab: Any) -> str:
     """The range of time that is shown, in words."""
-    tab.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    tab.evaluate(
+        "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    )
     return tab.text_content(".range")
 
 
 def places(tab: Any, selector: str) -> list[dict[str, float]]:
     """Where elements of the picture are, once it is drawn; at once, since it is drawn anew whenever the mouse moves."""
     visible(tab)
-    return tab.eval_on_selector_all(selector, "all => all.map(x => x.getBoundingClientRect().toJSON())")
+    return tab.eval_on_selector_all(
+        selector, "all => all.map(x => x.getBoundingClientRect().toJSON())"
+    )
 
 
 def microseconds(shown: str) -> tuple[float, float]:
@@ -92,7 +140,9 @@ def microseconds(shown: str) -> tuple[float, float]:
 
 @pytest.mark.parametrize("name", TIMELINES)
 @pytest.mark.parametrize(("width", "scheme"), SCREENS)
-def test_a_timeline_is_drawn_whole_without_errors_or_requests(name: str, width: int, scheme: str, opened: Any) -> None:
+def test_a_timeline_is_drawn_whole_without_errors_or_requests(
+    name: str, width: int, scheme: str, opened: Any
+) -> None:
     made = TIMELINES[name]()
     shown = opened(timeline_page(made), width, scheme)
     tab = shown.tab
@@ -106,17 +156,36 @@ def test_a_timeline_is_drawn_whole_without_errors_or_requests(name: str, width: 
         visible(tab)
     assert shown.fails() == []
     assert tab.evaluate("document.documentElement.scrollWidth") <= width, "wider than the window"
-    assert tab.evaluate("Math.min(...[...document.querySelectorAll('p,td,th,dd,text,button')].map(x => parseFloat(getComputedStyle(x).fontSize)))") >= 11
+    assert (
+        tab.evaluate(
+            "Math.min(...[...document.querySelectorAll('p,td,th,dd,text,button')].map(x => parseFloat(getComputedStyle(x).fontSize)))"
+        )
+        >= 11
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_names_on_spans_can_be_read_in_every_colour(scheme: str, opened: Any) -> None:
-    kinds = [("compute", phase) for phase in ("forward", "backward", "update")] + [(c, "forward") for c in COLOURS if c not in ("forward", "backward", "update")]
-    spans = [Span("a", "a", kind, phase, "kernels", float(i), 1.0) for i, (kind, phase) in enumerate([*kinds, ("else", "forward")])]
+    kinds = [("compute", phase) for phase in ("forward", "backward", "update")] + [
+        (c, "forward") for c in COLOURS if c not in ("forward", "backward", "update")
+    ]
+    spans = [
+        Span("a", "a", kind, phase, "kernels", float(i), 1.0)
+        for i, (kind, phase) in enumerate([*kinds, ("else", "forward")])
+    ]
     tab = opened(timeline_page(by_hand(*spans)), scheme=scheme).tab
-    names = tab.eval_on_selector_all(".plot text.name", "all => all.map(x => [x.classList[1], getComputedStyle(x).fill])")
-    fills = dict(tab.eval_on_selector_all(".plot path[class^=t-]", "all => all.map(x => [x.classList[0], getComputedStyle(x).fill])"))
-    assert len(names) == len(spans) == len(set(fills.values())), "a name on each, and each of a colour of its own"
+    names = tab.eval_on_selector_all(
+        ".plot text.name", "all => all.map(x => [x.classList[1], getComputedStyle(x).fill])"
+    )
+    fills = dict(
+        tab.eval_on_selector_all(
+            ".plot path[class^=t-]",
+            "all => all.map(x => [x.classList[0], getComputedStyle(x).fill])",
+        )
+    )
+    assert len(names) == len(spans) == len(set(fills.values())), (
+        "a name on each, and each of a colour of its own"
+    )
     for kind, ink in names:
         two = sorted((_luminance(ink), _luminance(fills[kind])))
         assert (two[1] + 0.05) / (two[0] + 0.05) >= 4.5, f"contrast of {kind} on {scheme}, WCAG AA"
@@ -160,7 +229,9 @@ def test_buttons_keys_wheel_and_drag_change_what_is_shown(opened: Any) -> None:
     tab.wait_for_function("!document.querySelector('.range').textContent.startsWith('whole')")
     near = microseconds(visible(tab))
     assert near[1] - near[0] < whole[1] * 0.7
-    assert near[0] + (near[1] - near[0]) / 4 == pytest.approx(whole[1] / 4, rel=0.01), "what is under the mouse stays there"
+    assert near[0] + (near[1] - near[0]) / 4 == pytest.approx(whole[1] / 4, rel=0.01), (
+        "what is under the mouse stays there"
+    )
 
     tab.mouse.down()
     tab.mouse.move(edge["x"] + edge["width"] / 4 - 100, y, steps=4)
@@ -183,7 +254,13 @@ def test_two_fingers_zoom_and_one_taps(opened: Any) -> None:
     hand = tab.context.new_cdp_session(tab)
 
     def touch(kind: str, *xs: float) -> None:
-        hand.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": edge["x"] + x, "y": y, "id": i} for i, x in enumerate(xs)]})
+        hand.send(
+            "Input.dispatchTouchEvent",
+            {
+                "type": kind,
+                "touchPoints": [{"x": edge["x"] + x, "y": y, "id": i} for i, x in enumerate(xs)],
+            },
+        )
 
     touch("touchStart", 150.0)
     touch("touchStart", 150.0, 180.0)
@@ -202,18 +279,26 @@ def test_two_fingers_zoom_and_one_taps(opened: Any) -> None:
 def test_what_is_under_the_mouse_is_named_with_its_time(opened: Any) -> None:
     made = by_hand(
         Span("dense forward", "dense", "compute", "forward", "kernels", 0.0, 3e-3, True),
-        Span("dense backward, sum gradients", "dense", "sum", "backward", "links", 3e-3, 1e-3, True),
+        Span(
+            "dense backward, sum gradients", "dense", "sum", "backward", "links", 3e-3, 1e-3, True
+        ),
         memory=((0.0, 2048), (1e-3, 4096), (3e-3, 1024)),
     )
     tab = opened(timeline_page(made)).tab
     lanes = places(tab, ".lane")
     wide = lanes[0]["width"]
     tab.mouse.move(lanes[0]["x"] + wide / 2, lanes[0]["y"] + 10)
-    assert tab.inner_text(".tip").split("\n") == ["dense forward", "3.00 ms, from 0 to 3.00 ms", "kernels, forward; on the critical path"]
+    assert tab.inner_text(".tip").split("\n") == [
+        "dense forward",
+        "3.00 ms, from 0 to 3.00 ms",
+        "kernels, forward; on the critical path",
+    ]
     tab.mouse.move(lanes[1]["x"] + wide * 0.9, lanes[1]["y"] + 10)
     assert tab.inner_text(".tip").split("\n") == [
-        "dense backward, sum gradients", "1.00 ms, from 3.00 ms to 4.00 ms", "sums of gradients, backward; on the critical path",
-    ]  # fmt: skip
+        "dense backward, sum gradients",
+        "1.00 ms, from 3.00 ms to 4.00 ms",
+        "sums of gradients, backward; on the critical path",
+    ]
     peak = places(tab, ".peak")[0]
     assert peak["x"] + peak["width"] / 2 == pytest.approx(lanes[0]["x"] + wide / 4, abs=1)
     tab.mouse.move(lanes[0]["x"] + wide * 0.3, peak["y"] + 40)
@@ -232,7 +317,9 @@ def test_the_critical_path_is_gone_along_by_button_and_key(opened: Any) -> None:
         tab.click("[data-do=on]")
         assert tab.text_content(".tip b") == span.name
         start, end = microseconds(visible(tab))
-        assert start - 0.01 <= span.start * 1e6 and span.end * 1e6 <= end + 0.01, "it is brought into view"
+        assert start - 0.01 <= span.start * 1e6 and span.end * 1e6 <= end + 0.01, (
+            "it is brought into view"
+        )
     tab.locator(".plot").press("p")
     assert tab.text_content(".tip b") == path[3].name
     assert places(tab, ".chosen")[0]["width"] >= 38, "and is wide enough to be seen"
@@ -270,10 +357,16 @@ def test_the_page_says_in_words_what_waits_and_what_holds_memory() -> None:
     made = timeline(plan="ZeRO-3", machine="k80-cluster:2")
     text = unescape(" ".join(re.sub("<[^>]+>", " ", timeline_page(made)).split()))
     for said in (
-        "each of the 8 devices does the same", "held up by collectives", "waiting for a collective",
-        f"one of its {len(made.critical_path())} tasks", "at the peak, in dense_9", "activations", "gathering stored variables", "Longest on the critical path",
+        "each of the 8 devices does the same",
+        "held up by collectives",
+        "waiting for a collective",
+        f"one of its {len(made.critical_path())} tasks",
+        "at the peak, in dense_9",
+        "activations",
+        "gathering stored variables",
+        "Longest on the critical path",
         made.source,
-    ):  # fmt: skip
+    ):
         assert said in text, said
 
 
@@ -283,7 +376,13 @@ def test_a_step_that_takes_no_time_is_said_to() -> None:
 
 def test_every_stream_is_a_row_kernels_first(opened: Any) -> None:
     made = timeline()
-    more = replace(made, spans=(*(replace(s, stream=f"stage 1, {s.stream}", critical=False) for s in made.spans), *made.spans))
+    more = replace(
+        made,
+        spans=(
+            *(replace(s, stream=f"stage 1, {s.stream}", critical=False) for s in made.spans),
+            *made.spans,
+        ),
+    )
     tab = opened(timeline_page(more)).tab
     names = tab.eval_on_selector_all(".plot text.row", "all => all.map(x => x.textContent)")
     assert names[:4] == ["kernels", "stage 1, kernels", "stage 1, links", "links: collectives"]

@@ -10,22 +10,30 @@ from typing import Any
 
 import pytest
 
-from partita.graph.graph import Graph
+from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
-from partita.plan.baselines import BASELINES
+from partita.plans.baselines import BASELINES
 from partita.report.trace import trace
 from partita.search.find import mesh_of
-from partita.simulate.simulate import simulate
-from partita.simulate.timeline import Timeline
+from partita.simulation.simulate import simulate
+from partita.simulation.timeline import Timeline
 
 DATA = Path(__file__).parents[1] / "data"
-KEYS = {"X": {"name", "cat", "ts", "dur", "pid", "tid", "args"}, "C": {"name", "ts", "pid", "tid", "args"}, "M": {"name", "pid", "tid", "args"}}
+KEYS = {
+    "X": {"name", "cat", "ts", "dur", "pid", "tid", "args"},
+    "C": {"name", "ts", "pid", "tid", "args"},
+    "M": {"name", "pid", "tid", "args"},
+}
 """Per type of event that is written, what the format asks for: complete, counter, metadata."""
-METADATA = {"process_name": ("name", str), "thread_name": ("name", str), "thread_sort_index": ("sort_index", int)}
+METADATA = {
+    "process_name": ("name", str),
+    "thread_name": ("name", str),
+    "thread_sort_index": ("sort_index", int),
+}
 
 
 def timeline(name: str, plan: str, machine: str) -> Timeline:
-    graph, where = Graph.load(DATA / f"{name}.graph.json"), load(machine)
+    graph, where = OperatorGraph.load(DATA / f"{name}.graph.json"), load(machine)
     return simulate(graph, where, BASELINES[plan](graph, where.name, mesh_of(where)))
 
 
@@ -39,7 +47,9 @@ def read(made: Timeline) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]
 
 
 @pytest.mark.parametrize("plan", ["data parallel", "ZeRO-3", "tensor parallel", "one device"])
-@pytest.mark.parametrize(("name", "machine"), [("transformer", "h100:4"), ("cnn", "k80-cluster:2"), ("mlp", "host:4")])
+@pytest.mark.parametrize(
+    ("name", "machine"), [("transformer", "h100:4"), ("cnn", "k80-cluster:2"), ("mlp", "host:4")]
+)
 def test_a_trace_keeps_to_the_format(name: str, machine: str, plan: str) -> None:
     made = timeline(name, plan, machine)
     value, events = read(made)
@@ -61,7 +71,9 @@ def test_a_trace_keeps_to_the_format(name: str, machine: str, plan: str) -> None
     assert set(rows) == named, "every row has its name"
     for spans in rows.values():
         spans.sort()
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False)), "events of one row do not overlap"
+        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False)), (
+            "events of one row do not overlap"
+        )
 
 
 def test_a_trace_holds_the_whole_timeline() -> None:
@@ -70,10 +82,17 @@ def test_a_trace_holds_the_whole_timeline() -> None:
     assert [e["name"] for e in events["X"]] == [s.name for s in made.spans]
     assert [e["args"]["critical"] for e in events["X"]] == [s.critical for s in made.spans]
     for e, s in zip(events["X"], made.spans, strict=True):
-        assert e["ts"] == pytest.approx(s.start * 1e6, abs=1e-3) and e["dur"] == pytest.approx(s.seconds * 1e6, abs=2e-3)
-    assert max(e["ts"] + e["dur"] for e in events["X"]) == pytest.approx(made.seconds * 1e6, abs=2e-3)
+        assert e["ts"] == pytest.approx(s.start * 1e6, abs=1e-3) and e["dur"] == pytest.approx(
+            s.seconds * 1e6, abs=2e-3
+        )
+    assert max(e["ts"] + e["dur"] for e in events["X"]) == pytest.approx(
+        made.seconds * 1e6, abs=2e-3
+    )
     assert {e["name"] for e in events["C"]} == {"memory"} and len(events["C"]) == len(made.memory)
     assert max(e["args"]["bytes"] for e in events["C"]) == made.peak_bytes
     assert [e["ts"] for e in events["C"]] == sorted(e["ts"] for e in events["C"])
-    assert [e["args"]["name"] for e in events["M"] if e["name"] == "thread_name"] == ["kernels", "links"]
+    assert [e["args"]["name"] for e in events["M"] if e["name"] == "thread_name"] == [
+        "kernels",
+        "links",
+    ]
     assert float(value["otherData"]["seconds"]) == made.seconds

@@ -17,7 +17,8 @@ def problems(draw: st.DrawFn) -> Problem:
     count = draw(st.integers(1, 6))
     states = [draw(st.integers(1, 4)) for _ in range(count)]
     problem = Problem(
-        [rng.integers(0, 20, n).astype(float) for n in states], [rng.integers(1, 9, n).astype(float) for n in states]
+        [rng.integers(0, 20, n).astype(float) for n in states],
+        [rng.integers(1, 9, n).astype(float) for n in states],
     )
     for u in range(count):
         for v in range(u + 1, count):

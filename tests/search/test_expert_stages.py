@@ -7,20 +7,20 @@ from dataclasses import replace
 import pytest
 
 from partita.cost.terms import Terms, terms
-from partita.graph.graph import Graph
+from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
-from partita.plan.baselines import BASELINES
-from partita.plan.plan import Mesh, Plan, check
-from partita.search import stages
+from partita.plans.baselines import BASELINES
+from partita.plans.plan import Mesh, Plan, check
+from partita.search import pipelines as stages
 from partita.search.find import mesh_of
-from partita.search.stages import stage
-from partita.simulate.stages import Staged
+from partita.search.pipelines import stage
+from partita.simulation.pipelined import Staged
 
 BLOCKS = 8
 
 
 @pytest.fixture(scope="module")
-def graph() -> Graph:
+def graph() -> OperatorGraph:
     import keras
 
     import partita
@@ -34,7 +34,7 @@ def graph() -> Graph:
 
 
 @pytest.fixture(scope="module")
-def found(graph: Graph) -> Terms:
+def found(graph: OperatorGraph) -> Terms:
     return terms(graph, machine().backend)
 
 
@@ -42,7 +42,9 @@ def machine() -> Machine:
     return load("dgx-a100:8")
 
 
-def pipeline(graph: Graph, where: Machine, axes: int, microbatches: int, again: bool) -> Plan:
+def pipeline(
+    graph: OperatorGraph, where: Machine, axes: int, microbatches: int, again: bool
+) -> Plan:
     """Equal numbers of blocks over the nodes; inside, samples over half of the axes and Megatron's pattern over the others; blocks recomputed."""
     mesh = mesh_of(where)
     count, names = math.prod(mesh.sizes[:axes]), [o.name for o in graph.operators]
@@ -61,14 +63,22 @@ def pipeline(graph: Graph, where: Machine, axes: int, microbatches: int, again: 
         choices[name] = at | dict(inner.choices[name])
     assert len(set(block)) == BLOCKS + 1
     recompute = (
-        tuple((names[a], names[b - 1]) for a, b in zip([0, *runs], [*runs, len(names) - 1], strict=True)) if again else ()
+        tuple(
+            (names[a], names[b - 1])
+            for a, b in zip([0, *runs], [*runs, len(names) - 1], strict=True)
+        )
+        if again
+        else ()
     )
-    return check(replace(inner, mesh=mesh, choices=choices, microbatches=microbatches, recompute=recompute), graph)
+    return check(
+        replace(inner, mesh=mesh, choices=choices, microbatches=microbatches, recompute=recompute),
+        graph,
+    )
 
 
 @pytest.mark.parametrize(("axes", "microbatches", "again"), [(1, 8, False), (3, 32, True)])
 def test_what_is_found_is_no_slower_than_an_experts_pipeline_in_the_same_memory(
-    graph: Graph, found: Terms, axes: int, microbatches: int, again: bool
+    graph: OperatorGraph, found: Terms, axes: int, microbatches: int, again: bool
 ) -> None:
     where = machine()
     expert = Staged.of(graph, where, pipeline(graph, where, axes, microbatches, again), found)
@@ -77,20 +87,30 @@ def test_what_is_found_is_no_slower_than_an_experts_pipeline_in_the_same_memory(
     assert best.seconds <= expert.seconds
 
 
-def test_a_sketch_is_near_what_is_simulated_and_what_it_leaves_out_is_not_below_it(graph: Graph, found: Terms) -> None:
+def test_a_sketch_is_near_what_is_simulated_and_what_it_leaves_out_is_not_below_it(
+    graph: OperatorGraph, found: Terms
+) -> None:
     where = machine()
     shapes = stages._Shapes(graph, where, mesh_of(where), found, int(where.memory_bytes))
     near = []
-    for shape in [shape for axes in range(5) for shape in shapes.every(axes) if shape.microbatches > 1][::7]:
+    for shape in [
+        shape for axes in range(5) for shape in shapes.every(axes) if shape.microbatches > 1
+    ][::7]:
         sketch = shapes.sketch(shape, shapes.limit, 1)
         assert sketch is not None and sketch.least <= sketch.seconds
         staged = shapes.simulated(sketch)
-        assert isinstance(staged, Staged) and shapes.least(shape) <= sketch.least <= staged.seconds * (1 + 1e-9)
+        assert isinstance(staged, Staged) and shapes.least(
+            shape
+        ) <= sketch.least <= staged.seconds * (1 + 1e-9)
         near.append(staged.seconds / sketch.seconds)
     assert len(near) > 4 and min(near) > 0.5 and max(near) < 1.5
 
 
-def test_a_mask_that_every_device_makes_is_no_operators_own_work(graph: Graph, found: Terms) -> None:
+def test_a_mask_that_every_device_makes_is_no_operators_own_work(
+    graph: OperatorGraph, found: Terms
+) -> None:
     """Masks of all blocks are made in one place of the program, and read in others: what they take is split as their readers are."""
     assert any(x.name == "and" and x.flops > 1e8 for x in graph.instructions)
-    assert not [own.name for own in found.operators for w in own.work if w.flops > 1e8 and not w.factors]
+    assert not [
+        own.name for own in found.operators for w in own.work if w.flops > 1e8 and not w.factors
+    ]

@@ -7,17 +7,19 @@ import pytest
 
 from partita.cost.predict import predict
 from partita.errors import MemoryBudgetError
-from partita.graph.graph import Graph
-from partita.graph.graph import check as check_graph
+from partita.graph.operator_graph import OperatorGraph
+from partita.graph.operator_graph import check as check_graph
 from partita.machine import Machine, host, load
-from partita.plan.baselines import BASELINES
-from partita.plan.plan import Mesh, check
+from partita.plans.baselines import BASELINES
+from partita.plans.plan import Mesh, check
 from partita.search.candidates import candidates
 from partita.search.find import Found, alternatives, find, mesh_of
 from partita.search.network import build
 
 DATA = Path(__file__).parents[1] / "data"
-GRAPHS = {name: Graph.load(DATA / f"{name}.graph.json") for name in ("mlp", "cnn", "transformer")}
+GRAPHS = {
+    name: OperatorGraph.load(DATA / f"{name}.graph.json") for name in ("mlp", "cnn", "transformer")
+}
 
 
 def eight() -> Machine:
@@ -33,7 +35,7 @@ def test_a_saved_graph_is_sound_and_loads_as_it_was(tmp_path: Path) -> None:
     for graph in GRAPHS.values():
         check_graph(graph)
         graph.save(tmp_path / "again.json")
-        assert Graph.load(tmp_path / "again.json") == graph
+        assert OperatorGraph.load(tmp_path / "again.json") == graph
 
 
 def test_the_found_plan_is_never_worse_than_a_baseline(found: Found) -> None:
@@ -51,7 +53,9 @@ def test_what_is_predicted_is_what_was_minimised(found: Found) -> None:
     for name, (plan, prediction) in found.baselines.items():
         states = found.network.states_of(plan)
         assert states is not None, name
-        assert found.network.problem.cost(states) == pytest.approx(prediction.seconds, rel=1e-9), name
+        assert found.network.problem.cost(states) == pytest.approx(prediction.seconds, rel=1e-9), (
+            name
+        )
 
 
 def test_found_and_baseline_plans_fit_their_graph(found: Found) -> None:
@@ -72,13 +76,19 @@ def test_less_memory_never_makes_a_plan_faster_and_too_little_is_refused() -> No
     tight = find(graph, host(8, int(8 * free.prediction.peak_bytes * 0.9)))
     assert tight.prediction.peak_bytes <= 0.9 * free.prediction.peak_bytes
     assert tight.prediction.seconds >= free.prediction.seconds
-    with pytest.raises(MemoryBudgetError, match="'cnn' with batch 32 fits host:8 under no plan: the smallest needs .* per device"):
+    with pytest.raises(
+        MemoryBudgetError,
+        match="'cnn' with batch 32 fits host:8 under no plan: the smallest needs .* per device",
+    ):
         find(graph, host(8, 8 << 10))
 
 
 def test_one_device_can_be_the_answer_and_says_why() -> None:
     slow = eight()
-    slow = slow.revised({"level.process.bandwidth": 1e3, "level.process.latency": 1.0}, "a link that nobody would use")
+    slow = slow.revised(
+        {"level.process.bandwidth": 1e3, "level.process.latency": 1.0},
+        "a link that nobody would use",
+    )
     result = find(GRAPHS["mlp"], slow)
     assert result.plan.mesh == Mesh(())
     assert "one of 8 devices is used: splitting does not pay" in result.plan.notes[0]
@@ -113,7 +123,9 @@ def test_data_parallel_halves_per_device_work_worked_by_hand() -> None:
     graph, one, two = GRAPHS["mlp"], host(1, 1 << 30), host(2, 1 << 30)
     alone = predict(graph, one, BASELINES["data parallel"](graph, one.name, mesh_of(one)))
     pair = predict(graph, two, BASELINES["data parallel"](graph, two.name, mesh_of(two)))
-    assert alone.by_cause()["compute"] / 2 < pair.by_cause()["compute"] < alone.by_cause()["compute"]
+    assert (
+        alone.by_cause()["compute"] / 2 < pair.by_cause()["compute"] < alone.by_cause()["compute"]
+    )
     gradient_bytes = 4 * (64 * 256 + 256 + 256 * 256 + 256 + 256 * 16 + 16)
     assert pair.traffic["all_reduce"] == pytest.approx(gradient_bytes, rel=0.01)
 

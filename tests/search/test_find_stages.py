@@ -6,32 +6,48 @@ from pathlib import Path
 import pytest
 
 from partita.errors import MemoryBudgetError
-from partita.graph.graph import Graph
+from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
-from partita.plan.plan import Plan, check
-from partita.plan.stages import is_staged
+from partita.plans.pipeline import is_staged
+from partita.plans.plan import Plan, check
 from partita.search.base import Progress
 from partita.search.bound import least_seconds
 from partita.search.find import capacity, find, mesh_of
-from partita.search.stages import stage
-from partita.simulate.simulate import predicted
+from partita.search.pipelines import stage
+from partita.simulation.simulate import predicted
 
 DATA = Path(__file__).parents[1] / "data"
-GRAPHS = {name: Graph.load(DATA / f"{name}.graph.json") for name in ("mlp", "cnn", "transformer")}
+GRAPHS = {
+    name: OperatorGraph.load(DATA / f"{name}.graph.json") for name in ("mlp", "cnn", "transformer")
+}
 
 
-def small(graph: Graph, share: float, name: str = "k80-cluster:1") -> Machine:
+def small(graph: OperatorGraph, share: float, name: str = "k80-cluster:1") -> Machine:
     """A machine whose devices have this share of what the smallest plan without stages needs."""
     whole = load(name).with_devices(4)
     least = find(graph, whole).prediction.peak_bytes
-    return whole.revised({f"device.memory.{whole.device.memories[0].name}.capacity": int(least * share) * whole.device.memories[0].shared_by}, "a test")
+    return whole.revised(
+        {
+            f"device.memory.{whole.device.memories[0].name}.capacity": int(least * share)
+            * whole.device.memories[0].shared_by
+        },
+        "a test",
+    )
 
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
-def test_what_is_found_fits_is_what_is_simulated_and_is_a_file(graph: Graph) -> None:
+def test_what_is_found_fits_is_what_is_simulated_and_is_a_file(graph: OperatorGraph) -> None:
     where = load("k80-cluster").with_devices(8)
     network = find(graph, where)
-    best = stage(graph, where, mesh_of(where), network.network.terms, capacity(where), float("inf"), seconds=5)
+    best = stage(
+        graph,
+        where,
+        mesh_of(where),
+        network.network.terms,
+        capacity(where),
+        float("inf"),
+        seconds=5,
+    )
     assert best is not None
     plan = check(Plan.from_json(best.plan.to_json()), graph)
     assert is_staged(plan) and best.peak <= capacity(where)
@@ -52,13 +68,16 @@ def test_what_fits_under_no_plan_without_stages_is_found_with_them() -> None:
 
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
-def test_looking_at_stages_never_makes_it_slower(graph: Graph) -> None:
+def test_looking_at_stages_never_makes_it_slower(graph: OperatorGraph) -> None:
     where = load("h100:4")
     where = replace(where, backend=replace(where.backend, overlap=0.5))
     plain, staged = find(graph, where), find(graph, where, stages=True, seconds=2)
     assert staged.prediction.seconds <= plain.prediction.seconds
     assert staged.result.bound <= plain.result.bound
-    assert is_staged(staged.plan) or "that were looked at none is predicted to be faster" in staged.plan.notes[-1]
+    assert (
+        is_staged(staged.plan)
+        or "that were looked at none is predicted to be faster" in staged.plan.notes[-1]
+    )
 
 
 def test_ctrl_c_takes_the_best_so_far() -> None:

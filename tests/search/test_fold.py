@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from partita.graph.graph import Graph
+from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
 from partita.search.base import Problem
 from partita.search.elimination import eliminate
@@ -20,7 +20,9 @@ def chain(length: int, states: int = 3, seed: int = 0) -> Problem:
     """Equal variables in a row, each beside the next by the same table: the first and the last have one neighbour."""
     rng = np.random.default_rng(seed)
     seconds, nbytes, table = rng.random(states), rng.random(states), rng.random((states, states))
-    return Problem([seconds] * length, [nbytes] * length, {(v, v + 1): table for v in range(length - 1)})
+    return Problem(
+        [seconds] * length, [nbytes] * length, {(v, v + 1): table for v in range(length - 1)}
+    )
 
 
 def test_a_long_chain_is_its_ends_and_one_in_the_middle() -> None:
@@ -36,7 +38,9 @@ def test_what_is_chosen_costs_and_holds_the_same_in_the_whole_network(name: str)
         problem = chain(12)
     else:
         machine = load("h100:8")
-        problem = build(Graph.load(DATA / f"{name}.graph.json"), machine, mesh_of(machine)).problem
+        problem = build(
+            OperatorGraph.load(DATA / f"{name}.graph.json"), machine, mesh_of(machine)
+        ).problem
     folded, rng = fold(problem), np.random.default_rng(1)
     assert folded.problem.size <= problem.size
     for _ in range(20):

@@ -35,11 +35,15 @@ def test_the_bound_holds_and_the_best_states_are_kept(problem: Problem, sweeps: 
 
 @given(problems(), st.integers(1, 20))
 @settings(max_examples=100, deadline=None)
-def test_moved_costs_have_the_same_sums_and_their_least_entries_are_the_bound(problem: Problem, sweeps: int) -> None:
+def test_moved_costs_have_the_same_sums_and_their_least_entries_are_the_bound(
+    problem: Problem, sweeps: int
+) -> None:
     messages, own = Messages(problem), np.concatenate(problem.seconds)
     bound = messages.sweep(own, sweeps)
     moved = messages.moved(own, [np.arange(len(s)) for s in problem.seconds])
-    for states in itertools.islice(itertools.product(*(range(len(s)) for s in problem.seconds)), 50):
+    for states in itertools.islice(
+        itertools.product(*(range(len(s)) for s in problem.seconds)), 50
+    ):
         assert moved.cost(states) == pytest.approx(problem.cost(states))
     least = sum(s.min() for s in moved.seconds) + sum(t.min() for t in moved.tables.values())
     assert least == pytest.approx(bound)

@@ -5,59 +5,74 @@ from pathlib import Path
 import pytest
 
 from partita.cost.terms import terms
-from partita.graph.graph import Graph
+from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
-from partita.plan.baselines import BASELINES
-from partita.plan.plan import Plan, check
-from partita.plan.stages import stage_axes
+from partita.plans.baselines import BASELINES
+from partita.plans.pipeline import stage_axes
+from partita.plans.plan import Plan, check
 from partita.search import placement
 from partita.search.bound import least_seconds
 from partita.search.find import find, mesh_of
 from partita.search.placement import at, branches, place
 from partita.search.portfolio import WORTH
-from partita.simulate.simulate import predicted
+from partita.simulation.simulate import predicted
 
 DATA = Path(__file__).parents[1] / "data"
-GRAPHS = {name: Graph.load(DATA / f"{name}.graph.json") for name in ("mlp", "cnn", "transformer")}
+GRAPHS = {
+    name: OperatorGraph.load(DATA / f"{name}.graph.json") for name in ("mlp", "cnn", "transformer")
+}
 
 
-def inception() -> Graph:
+def inception() -> OperatorGraph:
     """A block of four branches as in Inception: too few samples to be split, so that only places can use several devices."""
     import keras
 
     import partita
     from partita.api import capture
 
-    conv = lambda name, filters, size, x: keras.layers.Conv2D(filters, size, padding="same", activation="relu", name=name)(x)  # noqa: E731
+    conv = lambda name, filters, size, x: keras.layers.Conv2D(
+        filters, size, padding="same", activation="relu", name=name
+    )(x)  # noqa: E731
     with partita.abstract():
         x = keras.Input((17, 17, 64))
         one = conv("one", 64, 1, x)
         three = conv("three_b", 64, 3, conv("three_a", 48, 1, x))
         five = conv("five_b", 64, 5, conv("five_a", 48, 1, x))
         pool = conv("pool_b", 64, 1, keras.layers.AveragePooling2D(3, 1, "same", name="pool_a")(x))
-        both = keras.layers.GlobalAveragePooling2D()(keras.layers.Concatenate()([one, three, five, pool]))
+        both = keras.layers.GlobalAveragePooling2D()(
+            keras.layers.Concatenate()([one, three, five, pool])
+        )
         model = keras.Model(x, keras.layers.Dense(7, name="out")(both))
     model.compile("sgd", "mse")
     return capture(model, 1).graph
 
 
 @pytest.fixture(scope="module")
-def block() -> Graph:
+def block() -> OperatorGraph:
     return inception()
 
 
-def names(graph: Graph) -> list[list[set[str]]]:
-    return [[{graph.operators[o].name for o in branch} for branch in fork] for fork in branches(graph)]
+def names(graph: OperatorGraph) -> list[list[set[str]]]:
+    return [
+        [{graph.operators[o].name for o in branch} for branch in fork] for fork in branches(graph)
+    ]
 
 
-def test_branches_are_what_need_not_wait_for_each_other(block: Graph) -> None:
+def test_branches_are_what_need_not_wait_for_each_other(block: OperatorGraph) -> None:
     (fork,) = names(block)
-    assert sorted(map(sorted, fork)) == [["five_a", "five_b"], ["one"], ["pool_a", "pool_b"], ["three_a", "three_b"]]
+    assert sorted(map(sorted, fork)) == [
+        ["five_a", "five_b"],
+        ["one"],
+        ["pool_a", "pool_b"],
+        ["three_a", "three_b"],
+    ]
     assert names(GRAPHS["mlp"]) == names(GRAPHS["cnn"]) == []
     assert {"multi_head_attention/value"} in names(GRAPHS["transformer"])[0]
 
 
-def test_branches_of_a_block_are_placed_and_faster_than_anything_split(block: Graph) -> None:
+def test_branches_of_a_block_are_placed_and_faster_than_anything_split(
+    block: OperatorGraph,
+) -> None:
     where = load("h100:4")
     plain, found = find(block, where), find(block, where, stages=True, seconds=3)
     assert found.prediction.seconds < plain.prediction.seconds * (1 - WORTH)
@@ -66,38 +81,70 @@ def test_branches_of_a_block_are_placed_and_faster_than_anything_split(block: Gr
     assert found.result.bound <= found.prediction.seconds and "not yet run" in found.plan.notes[-1]
 
 
-def test_what_does_not_gain_or_does_not_fit_is_not_found(block: Graph) -> None:
+def test_what_does_not_gain_or_does_not_fit_is_not_found(block: OperatorGraph) -> None:
     where = load("h100:2")
-    found, start = terms(block, where.backend), BASELINES["one device"](block, where.name, mesh_of(where))
+    found, start = (
+        terms(block, where.backend),
+        BASELINES["one device"](block, where.name, mesh_of(where)),
+    )
     seconds = predicted(block, where, start, found).seconds
     best = place(block, where, start, found, seconds, lambda placed: True)
     assert best is not None and least_seconds(found, where, 2) <= best.seconds < seconds
     assert place(block, where, start, found, seconds, lambda placed: False) is None
-    assert place(block, where, start, found, least_seconds(found, where, 2), lambda placed: True) is None
+    assert (
+        place(block, where, start, found, least_seconds(found, where, 2), lambda placed: True)
+        is None
+    )
     again = place(block, where, start, found, seconds, lambda placed: True)
     assert again is not None and again.plan == best.plan
 
 
 def test_a_chain_has_nothing_to_place() -> None:
     graph, where = GRAPHS["mlp"], load("h100:4")
-    assert place(graph, where, BASELINES["one device"](graph, where.name, mesh_of(where)), terms(graph), float("inf"), lambda placed: True) is None
+    assert (
+        place(
+            graph,
+            where,
+            BASELINES["one device"](graph, where.name, mesh_of(where)),
+            terms(graph),
+            float("inf"),
+            lambda placed: True,
+        )
+        is None
+    )
 
 
 def test_what_is_placed_is_stored_over_other_axes() -> None:
     graph, where = GRAPHS["transformer"], load("h100:4")
     start = BASELINES["ZeRO-3"](graph, where.name, mesh_of(where))
     moved = at(start, graph, {1: 1}, (0,))
-    assert moved.choices[graph.operators[1].name] == {"a": "at(1)", "b": "S"} and len(moved.storage) < len(start.storage)
-    assert check(moved, graph) and at(moved, graph, {1: None}, (0,)).choices[graph.operators[1].name] == {"b": "S"}
+    assert moved.choices[graph.operators[1].name] == {"a": "at(1)", "b": "S"} and len(
+        moved.storage
+    ) < len(start.storage)
+    assert check(moved, graph) and at(moved, graph, {1: None}, (0,)).choices[
+        graph.operators[1].name
+    ] == {"b": "S"}
 
 
-def test_ctrl_c_keeps_the_best_so_far(block: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_keeps_the_best_so_far(
+    block: OperatorGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
     where = load("h100:2")
-    found, start = terms(block, where.backend), BASELINES["one device"](block, where.name, mesh_of(where))
+    found, start = (
+        terms(block, where.backend),
+        BASELINES["one device"](block, where.name, mesh_of(where)),
+    )
 
     def moved(*arguments: object) -> Plan:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(placement, "_moved", moved)
-    best = place(block, where, start, found, predicted(block, where, start, found).seconds, lambda placed: True)
+    best = place(
+        block,
+        where,
+        start,
+        found,
+        predicted(block, where, start, found).seconds,
+        lambda placed: True,
+    )
     assert best is not None and stage_axes(best.plan)

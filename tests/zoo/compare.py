@@ -67,7 +67,9 @@ def difference(program: Program, devices: int) -> Difference:
 
     planned = _run(program, par)
     plans = [
-        getattr(m, "plan", None) or getattr(attached(m) if isinstance(m, keras.Model) else None, "plan", None) for m in made
+        getattr(m, "plan", None)
+        or getattr(attached(m) if isinstance(m, keras.Model) else None, "plan", None)
+        for m in made
     ]
     split = sum(1 for p in plans if p is not None for c in p.choices.values() if c)
     worst, where = 0.0, "nothing"
@@ -77,7 +79,9 @@ def difference(program: Program, devices: int) -> Difference:
         a, b = np.asarray(a, "float64"), np.asarray(b, "float64")
         assert a.shape == b.shape, f"{jax.tree_util.keystr(path)}: {a.shape} and {b.shape}"
         same = (a == b) | (np.isnan(a) & np.isnan(b))
-        gap = float(np.max(np.where(same, 0, np.abs(a - b)), initial=0)) / max(1e-2, float(np.max(np.abs(a), initial=0)))
+        gap = float(np.max(np.where(same, 0, np.abs(a - b)), initial=0)) / max(
+            1e-2, float(np.max(np.abs(a), initial=0))
+        )
         if not gap <= worst:
             worst, where = gap, jax.tree_util.keystr(path)
     return Difference(worst, where, split, said)

@@ -77,9 +77,13 @@ def plain_sgd(par: Par) -> Any:
 
 @program("Optax: Adam in a chain with clipping and a schedule")
 def optax_chain(par: Par) -> Any:
-    chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-2, 20)))
+    chain = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-2, 20))
+    )
     params = dense(jax.random.key(0), 12, 24, 4)
-    return with_optax(par, params, lambda p, x, y: cross_entropy(forward(p, x), y), batches(*vectors()), chain)
+    return with_optax(
+        par, params, lambda p, x, y: cross_entropy(forward(p, x), y), batches(*vectors()), chain
+    )
 
 
 @program("a jitted step with donated state; the loss comes first, the state nested in the result")
@@ -88,9 +92,14 @@ def jitted_donated(par: Par) -> Any:
 
     @functools.partial(jax.jit, donate_argnums=(0,))
     def step(state: Any, x: Any, y: Any) -> Any:
-        value, gradients = jax.value_and_grad(lambda p: cross_entropy(forward(p, x), y))(state["params"])
+        value, gradients = jax.value_and_grad(lambda p: cross_entropy(forward(p, x), y))(
+            state["params"]
+        )
         params = jax.tree.map(lambda p, g: p - 0.1 * g, state["params"], gradients)
-        return value, {"state": {"params": params, "step": state["step"] + 1}, "norm": optax.tree.norm(gradients)}
+        return value, {
+            "state": {"params": params, "step": state["step"] + 1},
+            "norm": optax.tree.norm(gradients),
+        }
 
     state = {"params": dense(jax.random.key(0), 12, 24, 4), "step": jnp.zeros((), "int32")}
     run, seen = par(step, (state, *data[0])), []
@@ -123,7 +132,11 @@ def static_and_keywords(par: Par) -> Any:
     def step(params: Any, x: Any, y: Any, kind: str, rate: float = 0.1, *, power: int = 2) -> Any:
         def loss(p: Any) -> Any:
             out = forward(p, x)
-            return jnp.mean(jnp.abs(out - y[:, None]) ** power) if kind == "power" else cross_entropy(out, y)
+            return (
+                jnp.mean(jnp.abs(out - y[:, None]) ** power)
+                if kind == "power"
+                else cross_entropy(out, y)
+            )
 
         value, gradients = jax.value_and_grad(loss)(params)
         return jax.tree.map(lambda p, g: p - rate * g, params, gradients), value
@@ -144,8 +157,15 @@ def random_keys(par: Par) -> Any:
     def step(params: Any, key: Any, old: Any, x: Any, y: Any) -> Any:
         key, now = jax.random.split(key)
         keep = jax.random.bernoulli(now, 0.8, x.shape) & jax.random.bernoulli(old, 0.9, x.shape)
-        value, gradients = jax.value_and_grad(lambda p: cross_entropy(forward(p, jnp.where(keep, x, 0)), y))(params)
-        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients), key, jax.random.split(old)[0], value
+        value, gradients = jax.value_and_grad(
+            lambda p: cross_entropy(forward(p, jnp.where(keep, x, 0)), y)
+        )(params)
+        return (
+            jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients),
+            key,
+            jax.random.split(old)[0],
+            value,
+        )
 
     params, key, old = dense(jax.random.key(0), 12, 24, 4), jax.random.key(3), jax.random.PRNGKey(4)
     run, losses = par(step, (params, key, old, *data[0])), []
@@ -173,7 +193,10 @@ def linen_cnn(par: Par) -> Any:
     model = LinenCnn()
     made = model.init(jax.random.key(0), data[0][0], False)
     state = NormState.create(
-        apply_fn=model.apply, params=made["params"], tx=optax.sgd(0.05, 0.9), batch_stats=made["batch_stats"]
+        apply_fn=model.apply,
+        params=made["params"],
+        tx=optax.sgd(0.05, 0.9),
+        batch_stats=made["batch_stats"],
     )
 
     def step(state: Any, batch: Any, key: Any) -> Any:
@@ -188,7 +211,9 @@ def linen_cnn(par: Par) -> Any:
             return cross_entropy(out, batch[1]), new
 
         (value, new), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
-        return state.apply_gradients(grads=gradients, batch_stats=new["batch_stats"]), {"loss": value}
+        return state.apply_gradients(grads=gradients, batch_stats=new["batch_stats"]), {
+            "loss": value
+        }
 
     run, losses = par(step, (state, data[0], jax.random.key(1))), []
     for batch in data:
@@ -203,7 +228,9 @@ class LinenTransformer(nn.Module):
         x = nn.Embed(24, 16)(x)
         for _ in range(2):
             h = nn.LayerNorm()(x)
-            x = x + nn.MultiHeadDotProductAttention(4)(h, h, mask=nn.make_causal_mask(jnp.ones(x.shape[:2])))
+            x = x + nn.MultiHeadDotProductAttention(4)(
+                h, h, mask=nn.make_causal_mask(jnp.ones(x.shape[:2]))
+            )
             x = x + nn.Dense(16)(nn.gelu(nn.Dense(64)(nn.LayerNorm()(x))))
         return nn.Dense(24)(nn.LayerNorm()(x))
 
@@ -255,14 +282,18 @@ def nnx_split(par: Par) -> Any:
     def step(state: Any, x: Any, y: Any) -> Any:
         model = nnx.merge(graph, state)
         value, gradients = nnx.value_and_grad(lambda m: cross_entropy(m(x), y))(model)
-        nnx.update(model, jax.tree.map(lambda p, g: p - 0.1 * g, nnx.state(model, nnx.Param), gradients))
+        nnx.update(
+            model, jax.tree.map(lambda p, g: p - 0.1 * g, nnx.state(model, nnx.Param), gradients)
+        )
         return nnx.state(model), value
 
     run, losses = par(step, (state, *data[0])), []
     for x, y in data:
         state, value = run(state, x, y)
         losses.append(value)
-    return losses, [np.asarray(v) for v in jax.tree.leaves(state) if jnp.issubdtype(v.dtype, jnp.floating)]
+    return losses, [
+        np.asarray(v) for v in jax.tree.leaves(state) if jnp.issubdtype(v.dtype, jnp.floating)
+    ]
 
 
 @program("Equinox: a module with functions among its leaves, filter_jit")
@@ -274,7 +305,9 @@ def equinox_mlp(par: Par) -> Any:
 
     @eqx.filter_jit
     def step(model: Any, opt_state: Any, x: Any, y: Any) -> Any:
-        value, gradients = eqx.filter_value_and_grad(lambda m: cross_entropy(jax.vmap(m)(x), y))(model)
+        value, gradients = eqx.filter_value_and_grad(lambda m: cross_entropy(jax.vmap(m)(x), y))(
+            model
+        )
         updates, opt_state = optimizer.update(gradients, opt_state)
         return eqx.apply_updates(model, updates), opt_state, value
 
@@ -290,7 +323,10 @@ def scanned_layers(par: Par) -> Any:
     keys = jax.random.split(jax.random.key(0), 3)
     params = {
         "in": jax.random.normal(keys[0], (12, 16)) * 0.3,
-        "layers": {"up": jax.random.normal(keys[1], (3, 16, 32)) * 0.2, "down": jax.random.normal(keys[2], (3, 32, 16)) * 0.2},
+        "layers": {
+            "up": jax.random.normal(keys[1], (3, 16, 32)) * 0.2,
+            "down": jax.random.normal(keys[2], (3, 32, 16)) * 0.2,
+        },
     }
 
     @jax.checkpoint
@@ -347,7 +383,11 @@ def accumulated(par: Par) -> Any:
 
     def step(params: Any, batch: Any) -> Any:
         def body(total: Any, one: Any) -> Any:
-            return jax.tree.map(jnp.add, total, jax.grad(lambda p: cross_entropy(forward(p, one[0]), one[1]))(params)), None
+            return jax.tree.map(
+                jnp.add,
+                total,
+                jax.grad(lambda p: cross_entropy(forward(p, one[0]), one[1]))(params),
+            ), None
 
         gradients, _ = lax.scan(body, jax.tree.map(jnp.zeros_like, params), batch)
         return jax.tree.map(lambda p, g: p - 0.05 * g, params, gradients)
@@ -372,14 +412,19 @@ def dataclass_state(par: Par) -> Any:
     data = batches(*vectors())
 
     def step(state: Trainer, x: Any, y: Any) -> Any:
-        loss = lambda p: jax.vmap(lambda a, b: cross_entropy(forward(p, a[None]), b[None]))(x, y).mean()
+        loss = lambda p: jax.vmap(lambda a, b: cross_entropy(forward(p, a[None]), b[None]))(
+            x, y
+        ).mean()
         value, gradients = jax.value_and_grad(loss)(state.params)
         params = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradients)
         average = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, state.average, params)
         return Trainer(params, average, state.step + 1), value
 
     params = dense(jax.random.key(0), 12, 24, 4)
-    state, losses = Trainer(params, jax.tree.map(jnp.zeros_like, params), jnp.zeros((), "int32")), []
+    state, losses = (
+        Trainer(params, jax.tree.map(jnp.zeros_like, params), jnp.zeros((), "int32")),
+        [],
+    )
     run = par(step, (state, *data[0]))
     for x, y in data:
         state, value = run(state, x, y)

@@ -13,11 +13,19 @@ from zoo.programs import Par, images, program, tokens, vectors
 SPARSE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def trained(par: Par, model: Any, x: Any, y: Any, loss: Any = SPARSE, optimizer: Any = None, **fit: Any) -> dict[str, Any]:
+def trained(
+    par: Par, model: Any, x: Any, y: Any, loss: Any = SPARSE, optimizer: Any = None, **fit: Any
+) -> dict[str, Any]:
     """What two short epochs, an evaluation and a prediction give; the last batch of each does not divide."""
-    model.compile(optimizer or keras.optimizers.SGD(0.05, momentum=0.9), loss, metrics=fit.pop("metrics", None))
+    model.compile(
+        optimizer or keras.optimizers.SGD(0.05, momentum=0.9),
+        loss,
+        metrics=fit.pop("metrics", None),
+    )
     model = par(model)
-    history = model.fit(x, y, **{"batch_size": 12, "epochs": 2, "verbose": 0, "shuffle": False, **fit}).history
+    history = model.fit(
+        x, y, **{"batch_size": 12, "epochs": 2, "verbose": 0, "shuffle": False, **fit}
+    ).history
     return {
         "history": history,
         "weights": model.get_weights(),
@@ -29,7 +37,9 @@ def trained(par: Par, model: Any, x: Any, y: Any, loss: Any = SPARSE, optimizer:
 @program("Sequential of Dense layers")
 def sequential(par: Par) -> Any:
     x, y = vectors()
-    model = keras.Sequential([layers.Dense(32, activation="relu"), layers.Dense(16, activation="gelu"), layers.Dense(4)])
+    model = keras.Sequential(
+        [layers.Dense(32, activation="relu"), layers.Dense(16, activation="gelu"), layers.Dense(4)]
+    )
     return trained(par, model, x, y, metrics=["accuracy"])
 
 
@@ -37,13 +47,26 @@ def sequential(par: Par) -> Any:
 def two_in_two_out(par: Par) -> Any:
     x, y = vectors()
     a, b = keras.Input((12,), name="a"), keras.Input((12,), name="b")
-    h = layers.Concatenate()([layers.Dense(16, activation="relu")(a), layers.Dense(8, activation="tanh")(b)])
+    h = layers.Concatenate()(
+        [layers.Dense(16, activation="relu")(a), layers.Dense(8, activation="tanh")(b)]
+    )
     model = keras.Model([a, b], [layers.Dense(4, name="kind")(h), layers.Dense(1, name="size")(h)])
-    model.compile("sgd", {"kind": SPARSE, "size": "mse"}, loss_weights={"kind": 1.0, "size": 0.5}, metrics={"kind": "accuracy"})
+    model.compile(
+        "sgd",
+        {"kind": SPARSE, "size": "mse"},
+        loss_weights={"kind": 1.0, "size": 0.5},
+        metrics={"kind": "accuracy"},
+    )
     model = par(model)
     targets = {"kind": y, "size": x[:, :1]}
-    history = model.fit({"a": x, "b": x[::-1]}, targets, batch_size=12, epochs=2, verbose=0, shuffle=False).history
-    return history, model.get_weights(), model.predict({"a": x, "b": x[::-1]}, batch_size=12, verbose=0)
+    history = model.fit(
+        {"a": x, "b": x[::-1]}, targets, batch_size=12, epochs=2, verbose=0, shuffle=False
+    ).history
+    return (
+        history,
+        model.get_weights(),
+        model.predict({"a": x, "b": x[::-1]}, batch_size=12, verbose=0),
+    )
 
 
 @program("a layer used twice (siamese)")
@@ -69,7 +92,11 @@ class Residual(keras.Model):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = layers.Dense(12, activation="relu"), layers.Dense(12)
-        self.drop, self.norm, self.head = layers.Dropout(0.3, seed=5), layers.BatchNormalization(), layers.Dense(4)
+        self.drop, self.norm, self.head = (
+            layers.Dropout(0.3, seed=5),
+            layers.BatchNormalization(),
+            layers.Dense(4),
+        )
 
     def call(self, x: Any, training: bool = False, scale: float = 1.0) -> Any:
         h = self.drop(self.second(self.first(x)), training=training)
@@ -92,9 +119,16 @@ class Clipped(keras.Model):
         return self.head(self.dense(x))
 
     def compute_loss(
-        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
     ) -> Any:
-        return super().compute_loss(x, y, y_pred, sample_weight, training) + 0.01 * ops.mean(ops.square(y_pred))
+        return super().compute_loss(x, y, y_pred, sample_weight, training) + 0.01 * ops.mean(
+            ops.square(y_pred)
+        )
 
 
 @program("compute_loss overridden")
@@ -134,7 +168,9 @@ def own_train_step(par: Par) -> Any:
     model = Stateless()
     model.compile("sgd", SPARSE)
     model = par(model)
-    return model.fit(x, y, batch_size=12, epochs=2, verbose=0, shuffle=False).history, model.get_weights()
+    return model.fit(
+        x, y, batch_size=12, epochs=2, verbose=0, shuffle=False
+    ).history, model.get_weights()
 
 
 class Gan(keras.Model):
@@ -142,8 +178,12 @@ class Gan(keras.Model):
 
     def __init__(self) -> None:
         super().__init__()
-        self.generator = keras.Sequential([keras.Input((6,)), layers.Dense(16, activation="relu"), layers.Dense(12)])
-        self.discriminator = keras.Sequential([keras.Input((12,)), layers.Dense(16, activation="relu"), layers.Dense(1)])
+        self.generator = keras.Sequential(
+            [keras.Input((6,)), layers.Dense(16, activation="relu"), layers.Dense(12)]
+        )
+        self.discriminator = keras.Sequential(
+            [keras.Input((12,)), layers.Dense(16, activation="relu"), layers.Dense(1)]
+        )
         self.second = keras.optimizers.SGD(0.02)
         self.seeds = keras.random.SeedGenerator(3)
         self.built = True
@@ -164,12 +204,18 @@ class Gan(keras.Model):
             fake, _ = self.generator.stateless_call(generator, [], noise)
             real_score, _ = self.discriminator.stateless_call(discriminator, [], x)
             fake_score, _ = self.discriminator.stateless_call(discriminator, [], fake)
-            return jnp.mean(fake_score) - jnp.mean(real_score) + 0.1 * jnp.mean(real_score**2 + fake_score**2)
+            return (
+                jnp.mean(fake_score)
+                - jnp.mean(real_score)
+                + 0.1 * jnp.mean(real_score**2 + fake_score**2)
+            )
 
         g, d = trainable[:count], trainable[count:]
         loss, (dg, dd) = jax.value_and_grad(loss_of, argnums=(0, 1))(g, d)
         g = [v + 0.02 * dv for v, dv in zip(g, dg, strict=True)]
-        new, optimizer = self.optimizer.stateless_apply(optimizer, [jnp.zeros_like(v) for v in g] + dd, [*g, *d])
+        new, optimizer = self.optimizer.stateless_apply(
+            optimizer, [jnp.zeros_like(v) for v in g] + dd, [*g, *d]
+        )
         return {"loss": loss}, (new, other, optimizer, metrics)
 
 
@@ -179,7 +225,9 @@ def gan(par: Par) -> Any:
     model = Gan()
     model.compile(keras.optimizers.SGD(0.02))
     model = par(model)
-    return model.fit(x, batch_size=12, epochs=2, verbose=0, shuffle=False).history, model.get_weights()
+    return model.fit(
+        x, batch_size=12, epochs=2, verbose=0, shuffle=False
+    ).history, model.get_weights()
 
 
 class Vae(keras.Model):
@@ -203,15 +251,26 @@ def vae(par: Par) -> Any:
     model = Vae()
     model.compile("sgd", "mse")
     model = par(model)
-    return model.fit(x, x, batch_size=12, epochs=2, verbose=0, shuffle=False).history, model.get_weights()
+    return model.fit(
+        x, x, batch_size=12, epochs=2, verbose=0, shuffle=False
+    ).history, model.get_weights()
 
 
 @program("regularizers of weights and activities, constraints")
 def regularised(par: Par) -> Any:
     model = keras.Sequential(
         [
-            layers.Dense(16, kernel_regularizer="l2", activity_regularizer=keras.regularizers.L1(1e-3), activation="relu"),
-            layers.Dense(8, kernel_constraint=keras.constraints.MaxNorm(0.8), kernel_regularizer="orthogonal_regularizer"),
+            layers.Dense(
+                16,
+                kernel_regularizer="l2",
+                activity_regularizer=keras.regularizers.L1(1e-3),
+                activation="relu",
+            ),
+            layers.Dense(
+                8,
+                kernel_constraint=keras.constraints.MaxNorm(0.8),
+                kernel_regularizer="orthogonal_regularizer",
+            ),
             layers.Dense(4, bias_regularizer="l1"),
         ]
     )
@@ -267,7 +326,9 @@ def recurrent_wrappers(par: Par) -> Any:
 def stateful_lstm(par: Par) -> Any:
     r = np.random.RandomState(0)
     x, y = r.rand(24, 4, 3).astype("float32"), r.rand(24, 2).astype("float32")
-    model = keras.Sequential([keras.Input((4, 3), batch_size=12), layers.LSTM(12, stateful=True), layers.Dense(2)])
+    model = keras.Sequential(
+        [keras.Input((4, 3), batch_size=12), layers.LSTM(12, stateful=True), layers.Dense(2)]
+    )
     return trained(par, model, x, y, "mse")
 
 
@@ -275,7 +336,9 @@ def stateful_lstm(par: Par) -> Any:
 def conv_lstm(par: Par) -> Any:
     r = np.random.RandomState(0)
     x, y = r.rand(10, 3, 6, 6, 2).astype("float32"), r.randint(0, 4, 10)
-    model = keras.Sequential([layers.ConvLSTM2D(4, 3, padding="same"), layers.GlobalAveragePooling2D(), layers.Dense(4)])
+    model = keras.Sequential(
+        [layers.ConvLSTM2D(4, 3, padding="same"), layers.GlobalAveragePooling2D(), layers.Dense(4)]
+    )
     return trained(par, model, x, y, batch_size=4)
 
 
@@ -312,7 +375,9 @@ def grouped_query(par: Par) -> Any:
     i = keras.Input((8,), dtype="int32")
     h = layers.Embedding(24, 16)(i)
     mask = layers.Lambda(lambda t: (t != 0)[:, None, :] & (t != 0)[:, :, None])(i)
-    h = layers.RMSNormalization()(h + layers.GroupQueryAttention(4, 4, 2)(h, h, attention_mask=mask))
+    h = layers.RMSNormalization()(
+        h + layers.GroupQueryAttention(4, 4, 2)(h, h, attention_mask=mask)
+    )
     return trained(par, keras.Model(i, layers.Dense(4)(layers.GlobalMaxPooling1D()(h))), x, y)
 
 
@@ -321,7 +386,9 @@ def plain_attention(par: Par) -> Any:
     x, y = tokens()
     i = keras.Input((8,), dtype="int32")
     h = layers.Embedding(24, 8)(i)
-    h = layers.Concatenate()([layers.Attention(use_scale=True)([h, h]), layers.AdditiveAttention()([h, h])])
+    h = layers.Concatenate()(
+        [layers.Attention(use_scale=True)([h, h]), layers.AdditiveAttention()([h, h])]
+    )
     return trained(par, keras.Model(i, layers.Dense(4)(layers.GlobalAveragePooling1D()(h))), x, y)
 
 
@@ -384,7 +451,11 @@ def separable(par: Par) -> Any:
     h = layers.SeparableConv2D(6, 3, padding="same", activation="relu")(h)
     h = layers.Reshape((64, 6))(h)
     h = layers.SeparableConv1D(5, 3)(layers.DepthwiseConv1D(3)(h))
-    return trained(par, keras.Model(i, layers.Dense(4)(layers.GlobalAveragePooling1D()(h))), *images(channels=4))
+    return trained(
+        par,
+        keras.Model(i, layers.Dense(4)(layers.GlobalAveragePooling1D()(h))),
+        *images(channels=4),
+    )
 
 
 @program("grouped, dilated and transposed convolutions (a small U-Net)")
@@ -408,7 +479,9 @@ def resnet(par: Par) -> Any:
         h = layers.BatchNormalization()(layers.Conv2D(width, 3, strides=stride, padding="same")(h))
         h = layers.Conv2D(width, 3, padding="same")(layers.ReLU()(h))
         h = layers.ReLU()(layers.Add()([h, short]))
-    return trained(par, keras.Model(i, layers.Dense(4)(layers.GlobalAveragePooling2D()(h))), *images())
+    return trained(
+        par, keras.Model(i, layers.Dense(4)(layers.GlobalAveragePooling2D()(h))), *images()
+    )
 
 
 @program("every normalisation layer")
@@ -440,9 +513,17 @@ def preprocessing(par: Par) -> Any:
     normal = layers.Normalization()
     normal.adapt(x)
     model = keras.Sequential(
-        [layers.Rescaling(2.0, -1.0), normal, layers.RandomFlip(seed=1), layers.RandomTranslation(0.1, 0.1, seed=2),
-         layers.CenterCrop(6, 6), layers.Resizing(4, 4), layers.Flatten(), layers.Dense(4)]
-    )  # fmt: skip
+        [
+            layers.Rescaling(2.0, -1.0),
+            normal,
+            layers.RandomFlip(seed=1),
+            layers.RandomTranslation(0.1, 0.1, seed=2),
+            layers.CenterCrop(6, 6),
+            layers.Resizing(4, 4),
+            layers.Flatten(),
+            layers.Dense(4),
+        ]
+    )
     return trained(par, model, x, y)
 
 
@@ -452,7 +533,11 @@ def columns(par: Par) -> Any:
     kinds = np.random.RandomState(0).randint(0, 6, (26, 1)).astype("int32")
     a, b = keras.Input((12,), name="numbers"), keras.Input((1,), dtype="int32", name="kinds")
     h = layers.Concatenate()(
-        [a, layers.CategoryEncoding(6, output_mode="one_hot")(b), layers.Flatten()(layers.Embedding(6, 3)(b))]
+        [
+            a,
+            layers.CategoryEncoding(6, output_mode="one_hot")(b),
+            layers.Flatten()(layers.Embedding(6, 3)(b)),
+        ]
     )
     model = keras.Model([a, b], layers.Dense(4)(layers.Dense(8, activation="relu")(h)))
     return trained(par, model, [x, kinds], y)
@@ -466,7 +551,9 @@ def shape_layers(par: Par) -> Any:
     h = layers.Permute((2, 1, 3))(layers.AveragePooling2D(2)(h))
     h = layers.UpSampling1D(2)(layers.Reshape((16, -1))(h))
     h = layers.Cropping1D(1)(layers.ZeroPadding1D(1)(h))
-    return trained(par, keras.Model(i, layers.Dense(4)(layers.GlobalAveragePooling1D()(h))), *images())
+    return trained(
+        par, keras.Model(i, layers.Dense(4)(layers.GlobalAveragePooling1D()(h))), *images()
+    )
 
 
 @program("merging layers and activations with weights")
@@ -483,7 +570,9 @@ class Experts(layers.Layer):
 
     def build(self, shape: Any) -> None:
         self.up = self.add_weight(shape=(4, shape[-1], 16), initializer="glorot_uniform", name="up")
-        self.down = self.add_weight(shape=(4, 16, shape[-1]), initializer="glorot_uniform", name="down")
+        self.down = self.add_weight(
+            shape=(4, 16, shape[-1]), initializer="glorot_uniform", name="down"
+        )
         self.gate = self.add_weight(shape=(shape[-1], 4), initializer="glorot_uniform", name="gate")
 
     def call(self, x: Any) -> Any:
@@ -517,7 +606,9 @@ def two_towers(par: Par) -> Any:
     labels = np.tile(np.arange(12), 2)
     model.compile("sgd", SPARSE)
     model = par(model)
-    return model.fit([users, items], labels, batch_size=12, epochs=2, verbose=0, shuffle=False).history, model.get_weights()
+    return model.fit(
+        [users, items], labels, batch_size=12, epochs=2, verbose=0, shuffle=False
+    ).history, model.get_weights()
 
 
 @program("autoencoder with upsampling and binary cross-entropy")

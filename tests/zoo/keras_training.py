@@ -17,7 +17,12 @@ from zoo.programs import Par, images, program, tokens, vectors
 
 def mlp(**last: Any) -> Any:
     return keras.Sequential(
-        [keras.Input((12,)), layers.Dense(24, activation="relu"), layers.Dense(12, activation="relu"), layers.Dense(4, **last)]
+        [
+            keras.Input((12,)),
+            layers.Dense(24, activation="relu"),
+            layers.Dense(12, activation="relu"),
+            layers.Dense(4, **last),
+        ]
     )
 
 
@@ -26,7 +31,10 @@ def mixed_float16(par: Par) -> Any:
     keras.config.set_dtype_policy("mixed_float16")
     try:
         return trained(
-            par, mlp(dtype="float32"), *vectors(), optimizer=keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.05))
+            par,
+            mlp(dtype="float32"),
+            *vectors(),
+            optimizer=keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.05)),
         )
     finally:
         keras.config.set_dtype_policy("float32")
@@ -51,20 +59,33 @@ def mixed_bfloat16(par: Par) -> Any:
 
 @program("gradient accumulation over steps")
 def gradient_accumulation(par: Par) -> Any:
-    return trained(par, mlp(), *vectors(), optimizer=keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
+    return trained(
+        par, mlp(), *vectors(), optimizer=keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
+    )
 
 
 @program("exponential moving average of the weights, overwritten at the end")
 def moving_average(par: Par) -> Any:
     return trained(
-        par, mlp(), *vectors(), optimizer=keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=3)
+        par,
+        mlp(),
+        *vectors(),
+        optimizer=keras.optimizers.SGD(
+            0.1, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=3
+        ),
     )
 
 
 @program("SwapEMAWeights callback")
 def swap_average(par: Par) -> Any:
     optimizer = keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9)
-    return trained(par, mlp(), *vectors(), optimizer=optimizer, callbacks=[keras.callbacks.SwapEMAWeights(swap_on_epoch=True)])
+    return trained(
+        par,
+        mlp(),
+        *vectors(),
+        optimizer=optimizer,
+        callbacks=[keras.callbacks.SwapEMAWeights(swap_on_epoch=True)],
+    )
 
 
 @program("frozen layers, then fine-tuned after a second compile")
@@ -83,7 +104,13 @@ def frozen_then_tuned(par: Par) -> Any:
 def lora(par: Par) -> Any:
     x, y = tokens()
     model = keras.Sequential(
-        [keras.Input((8,), dtype="int32"), layers.Embedding(24, 8), layers.Flatten(), layers.Dense(16), layers.Dense(4)]
+        [
+            keras.Input((8,), dtype="int32"),
+            layers.Embedding(24, 8),
+            layers.Flatten(),
+            layers.Dense(16),
+            layers.Dense(4),
+        ]
     )
     keras.utils.set_random_seed(4)
     model.layers[0].enable_lora(2)
@@ -126,14 +153,23 @@ def on_batch(par: Par) -> Any:
     model = mlp()
     model.compile("sgd", SPARSE, metrics=["accuracy"])
     model = par(model)
-    logs = [model.train_on_batch(x[i : i + 8], y[i : i + 8], return_dict=True) for i in range(0, 26, 8)]
-    return logs, model.test_on_batch(x[:7], y[:7]), model.predict_on_batch(x[:5]), model.get_weights()
+    logs = [
+        model.train_on_batch(x[i : i + 8], y[i : i + 8], return_dict=True) for i in range(0, 26, 8)
+    ]
+    return (
+        logs,
+        model.test_on_batch(x[:7], y[:7]),
+        model.predict_on_batch(x[:5]),
+        model.get_weights(),
+    )
 
 
 @program("batches that no number of devices divides: 7, 5 and a last one of 1")
 def odd_batches(par: Par) -> Any:
     x, y = images(count=15)
-    model = keras.Sequential([layers.Conv2D(8, 3), layers.BatchNormalization(), layers.Flatten(), layers.Dense(4)])
+    model = keras.Sequential(
+        [layers.Conv2D(8, 3), layers.BatchNormalization(), layers.Flatten(), layers.Dense(4)]
+    )
     model.compile("sgd", SPARSE, metrics=["accuracy"])
     model = par(model)
     history = model.fit(x, y, batch_size=7, epochs=2, verbose=0, shuffle=False).history
@@ -154,11 +190,15 @@ def callbacks(par: Par) -> Any:
             keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True),
             keras.callbacks.ReduceLROnPlateau("val_loss", patience=1, min_delta=1.0),
             keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.9),
-            keras.callbacks.ModelCheckpoint(f"{folder}/best.weights.h5", save_best_only=True, save_weights_only=True),
+            keras.callbacks.ModelCheckpoint(
+                f"{folder}/best.weights.h5", save_best_only=True, save_weights_only=True
+            ),
             keras.callbacks.ModelCheckpoint(f"{folder}/{{epoch}}.keras"),
             keras.callbacks.CSVLogger(f"{folder}/log.csv"),
             keras.callbacks.TerminateOnNaN(),
-            keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(logs["loss"])),
+            keras.callbacks.LambdaCallback(
+                on_train_batch_end=lambda batch, logs: seen.append(logs["loss"])
+            ),
         ]
         first = trained(par, mlp(), x, y, validation_split=0.25, epochs=4, callbacks=chosen)
         saved = keras.models.load_model(f"{folder}/2.keras")
@@ -190,7 +230,13 @@ def backup(par: Par) -> Any:
                 callbacks=[keras.callbacks.BackupAndRestore(folder), Stop()],
             )
         history = model.fit(
-            x, y, batch_size=12, epochs=4, verbose=0, shuffle=False, callbacks=[keras.callbacks.BackupAndRestore(folder)]
+            x,
+            y,
+            batch_size=12,
+            epochs=4,
+            verbose=0,
+            shuffle=False,
+            callbacks=[keras.callbacks.BackupAndRestore(folder)],
         ).history
         return history, model.get_weights()
 
@@ -202,7 +248,13 @@ def diverged(par: Par) -> Any:
     model.compile(keras.optimizers.SGD(1e30), SPARSE)
     model = par(model)
     history = model.fit(
-        x, y, batch_size=12, epochs=3, verbose=0, shuffle=False, callbacks=[keras.callbacks.TerminateOnNaN()]
+        x,
+        y,
+        batch_size=12,
+        epochs=3,
+        verbose=0,
+        shuffle=False,
+        callbacks=[keras.callbacks.TerminateOnNaN()],
     ).history
     return len(history["loss"])
 
@@ -214,9 +266,25 @@ def validation(par: Par) -> Any:
     model.compile("sgd", SPARSE, metrics=["accuracy"])
     model = par(model)
     a = model.fit(
-        x, y, batch_size=12, epochs=2, verbose=0, shuffle=False, validation_data=(x[:9], y[:9]), validation_batch_size=5
+        x,
+        y,
+        batch_size=12,
+        epochs=2,
+        verbose=0,
+        shuffle=False,
+        validation_data=(x[:9], y[:9]),
+        validation_batch_size=5,
     ).history
-    b = model.fit(x, y, batch_size=12, epochs=2, verbose=0, shuffle=False, validation_split=0.3, validation_freq=2).history
+    b = model.fit(
+        x,
+        y,
+        batch_size=12,
+        epochs=2,
+        verbose=0,
+        shuffle=False,
+        validation_split=0.3,
+        validation_freq=2,
+    ).history
     return a, b, model.get_weights()
 
 
@@ -228,8 +296,15 @@ def weighted(par: Par) -> Any:
     model.compile("sgd", SPARSE, weighted_metrics=["accuracy"])
     model = par(model)
     a = model.fit(x, y, sample_weight=weight, batch_size=12, verbose=0, shuffle=False).history
-    b = model.fit(x, y, class_weight={0: 1.0, 1: 2.0, 2: 0.5, 3: 1.0}, batch_size=12, verbose=0, shuffle=False).history
-    return a, b, model.evaluate(x, y, sample_weight=weight, batch_size=12, verbose=0), model.get_weights()
+    b = model.fit(
+        x, y, class_weight={0: 1.0, 1: 2.0, 2: 0.5, 3: 1.0}, batch_size=12, verbose=0, shuffle=False
+    ).history
+    return (
+        a,
+        b,
+        model.evaluate(x, y, sample_weight=weight, batch_size=12, verbose=0),
+        model.get_weights(),
+    )
 
 
 @program("several steps an execution")
@@ -255,7 +330,12 @@ def generator(par: Par) -> Any:
     model.compile("sgd", SPARSE)
     model = par(model)
     history = model.fit(
-        batches(), steps_per_epoch=4, epochs=2, verbose=0, validation_data=batches(), validation_steps=2
+        batches(),
+        steps_per_epoch=4,
+        epochs=2,
+        verbose=0,
+        validation_data=batches(),
+        validation_steps=2,
     ).history
     return history, model.get_weights()
 
@@ -266,7 +346,9 @@ def short_generator(par: Par) -> Any:
     model = mlp()
     model.compile("sgd", SPARSE)
     model = par(model)
-    history = model.fit(((x[i : i + 8], y[i : i + 8]) for i in (0, 8, 16)), steps_per_epoch=5, verbose=0).history
+    history = model.fit(
+        ((x[i : i + 8], y[i : i + 8]) for i in (0, 8, 16)), steps_per_epoch=5, verbose=0
+    ).history
     return history, model.get_weights()
 
 
@@ -287,7 +369,9 @@ def py_dataset(par: Par) -> Any:
     model = mlp()
     model.compile("sgd", SPARSE)
     model = par(model)
-    history = model.fit(Data(workers=2, max_queue_size=4), epochs=2, verbose=0, shuffle=False).history
+    history = model.fit(
+        Data(workers=2, max_queue_size=4), epochs=2, verbose=0, shuffle=False
+    ).history
     return history, model.get_weights(), model.predict(Data(), verbose=0)
 
 
@@ -304,7 +388,14 @@ def saving(par: Par) -> Any:
         model.load_weights(f"{folder}/model.weights.h5")
         model.set_weights([w * 0.5 for w in model.get_weights()])
         third = model.fit(x, y, batch_size=12, verbose=0, shuffle=False).history
-        return first, second, third, again.get_weights(), model.get_weights(), again.optimizer.iterations.numpy()
+        return (
+            first,
+            second,
+            third,
+            again.get_weights(),
+            model.get_weights(),
+            again.optimizer.iterations.numpy(),
+        )
 
 
 @program("a second fit, after which the model is cloned and used as a layer")
@@ -313,8 +404,12 @@ def second_fit(par: Par) -> Any:
     model = mlp()
     model.compile("sgd", SPARSE)
     model = par(model)
-    history = [model.fit(x, y, batch_size=12, epochs=1, verbose=0, shuffle=False).history for _ in range(2)]
-    history.append(model.fit(x, y, batch_size=6, initial_epoch=1, epochs=2, verbose=0, shuffle=False).history)
+    history = [
+        model.fit(x, y, batch_size=12, epochs=1, verbose=0, shuffle=False).history for _ in range(2)
+    ]
+    history.append(
+        model.fit(x, y, batch_size=6, initial_epoch=1, epochs=2, verbose=0, shuffle=False).history
+    )
     clone = keras.models.clone_model(model)
     clone.set_weights(model.get_weights())
     return history, clone.predict(x, verbose=0), np.asarray(model(x)), model.get_weights()
@@ -323,7 +418,10 @@ def second_fit(par: Par) -> Any:
 @program("two models that train in turns, one plan each")
 def two_models(par: Par) -> Any:
     x, y = vectors()
-    models = [mlp(), keras.Sequential([keras.Input((12,)), layers.Dense(6, activation="tanh"), layers.Dense(4)])]
+    models = [
+        mlp(),
+        keras.Sequential([keras.Input((12,)), layers.Dense(6, activation="tanh"), layers.Dense(4)]),
+    ]
     for model in models:
         model.compile("sgd", SPARSE)
     models = [par(m) for m in models]
@@ -334,7 +432,10 @@ def two_models(par: Par) -> Any:
 @program("a teacher's predictions as a student's targets")
 def distillation(par: Par) -> Any:
     x, y = vectors()
-    teacher, student = mlp(), keras.Sequential([keras.Input((12,)), layers.Dense(8, activation="relu"), layers.Dense(4)])
+    teacher, student = (
+        mlp(),
+        keras.Sequential([keras.Input((12,)), layers.Dense(8, activation="relu"), layers.Dense(4)]),
+    )
     first = trained(par, teacher, x, y)
     return first, trained(par, student, x, teacher.predict(x, verbose=0), "mse")
 
@@ -343,7 +444,9 @@ def distillation(par: Par) -> Any:
 def metrics(par: Par) -> Any:
     x, y = vectors(classes=2)
     one_hot = np.eye(2, dtype="float32")[y]
-    model = keras.Sequential([layers.Dense(16, activation="relu"), layers.Dense(2, activation="softmax")])
+    model = keras.Sequential(
+        [layers.Dense(16, activation="relu"), layers.Dense(2, activation="softmax")]
+    )
     chosen = [
         "accuracy",
         keras.metrics.AUC(),
@@ -360,7 +463,12 @@ def _optimized(par: Par, optimizer: Any) -> Any:
 
 @program("Adam with a schedule and clipping by the global norm")
 def adam(par: Par) -> Any:
-    return _optimized(par, keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-2, 20), global_clipnorm=1.0))
+    return _optimized(
+        par,
+        keras.optimizers.Adam(
+            keras.optimizers.schedules.CosineDecay(1e-2, 20), global_clipnorm=1.0
+        ),
+    )
 
 
 @program("AdamW with weight decay and clipping by value")
@@ -370,7 +478,9 @@ def adamw(par: Par) -> Any:
 
 @program("RMSprop, centered, with momentum")
 def rmsprop(par: Par) -> Any:
-    return _optimized(par, keras.optimizers.RMSprop(1e-3, momentum=0.9, centered=True, clipnorm=1.0))
+    return _optimized(
+        par, keras.optimizers.RMSprop(1e-3, momentum=0.9, centered=True, clipnorm=1.0)
+    )
 
 
 @program("Adafactor, with factored slots", tolerance=2e-3)

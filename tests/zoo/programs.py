@@ -28,7 +28,9 @@ class Program:
 PROGRAMS: dict[str, Program] = {}
 
 
-def program(shows: str, sentence: str = "", tolerance: float = 2e-4) -> Callable[[Callable[[Par], Any]], Callable[[Par], Any]]:
+def program(
+    shows: str, sentence: str = "", tolerance: float = 2e-4
+) -> Callable[[Callable[[Par], Any]], Callable[[Par], Any]]:
     """Registers a function as a program of the zoo."""
 
     def register(run: Callable[[Par], Any]) -> Callable[[Par], Any]:
@@ -40,9 +42,13 @@ def program(shows: str, sentence: str = "", tolerance: float = 2e-4) -> Callable
     return register
 
 
-def images(count: int = 26, size: int = 8, channels: int = 3, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+def images(
+    count: int = 26, size: int = 8, channels: int = 3, classes: int = 4
+) -> tuple[np.ndarray, np.ndarray]:
     r = np.random.RandomState(0)
-    return r.rand(count, size, size, channels).astype("float32"), r.randint(0, classes, count).astype("int32")
+    return r.rand(count, size, size, channels).astype("float32"), r.randint(
+        0, classes, count
+    ).astype("int32")
 
 
 def vectors(count: int = 26, width: int = 12, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -50,6 +56,10 @@ def vectors(count: int = 26, width: int = 12, classes: int = 4) -> tuple[np.ndar
     return r.randn(count, width).astype("float32"), r.randint(0, classes, count).astype("int32")
 
 
-def tokens(count: int = 26, length: int = 8, words: int = 24, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+def tokens(
+    count: int = 26, length: int = 8, words: int = 24, classes: int = 4
+) -> tuple[np.ndarray, np.ndarray]:
     r = np.random.RandomState(2)
-    return r.randint(1, words, (count, length)).astype("int32"), r.randint(0, classes, count).astype("int32")
+    return r.randint(1, words, (count, length)).astype("int32"), r.randint(
+        0, classes, count
+    ).astype("int32")

@@ -20,7 +20,16 @@ import numpy as np
 from numba import njit, prange
 
 from partita.gnn.kernels import bridge
-from partita.gnn.kernels.bridge import ARGUMENTS, RESULTS, asked, buffer, cube, ints, matrix, rows_of
+from partita.gnn.kernels.bridge import (
+    ARGUMENTS,
+    RESULTS,
+    asked,
+    buffer,
+    cube,
+    ints,
+    matrix,
+    rows_of,
+)
 from partita.gnn.kernels.total import targets
 
 SLOPE = np.float32(0.2)
@@ -76,7 +85,9 @@ def _attend_rows(first, stop, offsets, ids, alone, left, right, a, out, log):
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
-def _by_destination_rows(first, stop, offsets, ids, alone, left, right, a, log, dot, dy, dright, da):
+def _by_destination_rows(
+    first, stop, offsets, ids, alone, left, right, a, log, dot, dy, dright, da
+):
     """dot [rows, heads]: dy times out. `da` [heads, columns] is added to."""
     heads, columns = left.shape[1], left.shape[2]
     for v in range(first, stop):
@@ -126,7 +137,9 @@ def _by_destination_threads(threads, offsets, ids, alone, left, right, a, log, d
     shares = np.zeros((threads, a.shape[0], a.shape[1]), np.float32)
     for part in prange(threads):
         first, stop = rows_of(offsets, part, threads)
-        _by_destination_rows(first, stop, offsets, ids, alone, left, right, a, log, dot, dy, dright, shares[part])
+        _by_destination_rows(
+            first, stop, offsets, ids, alone, left, right, a, log, dot, dy, dright, shares[part]
+        )
     for part in range(threads):
         for h in range(a.shape[0]):
             for c in range(a.shape[1]):
@@ -144,15 +157,24 @@ def _by_source_threads(threads, offsets, ids, alone, left, right, a, log, dot, d
 def _edges(frame):
     """Arguments, of all three: threads, offsets, ids, alone, left [vertices, heads, columns], right [rows, heads, columns], a."""
     return (
-        ints(buffer(frame, ARGUMENTS, 0))[0], ints(buffer(frame, ARGUMENTS, 1)), ints(buffer(frame, ARGUMENTS, 2)), ints(buffer(frame, ARGUMENTS, 3)),
-        cube(buffer(frame, ARGUMENTS, 4)), cube(buffer(frame, ARGUMENTS, 5)), matrix(buffer(frame, ARGUMENTS, 6)),
-    )  # fmt: skip
+        ints(buffer(frame, ARGUMENTS, 0))[0],
+        ints(buffer(frame, ARGUMENTS, 1)),
+        ints(buffer(frame, ARGUMENTS, 2)),
+        ints(buffer(frame, ARGUMENTS, 3)),
+        cube(buffer(frame, ARGUMENTS, 4)),
+        cube(buffer(frame, ARGUMENTS, 5)),
+        matrix(buffer(frame, ARGUMENTS, 6)),
+    )
 
 
 @njit(nogil=True, inline="always")
 def _gradient(frame):
     """More arguments, of both gradients: log, dot [rows, heads], dy [rows, heads, columns]."""
-    return matrix(buffer(frame, ARGUMENTS, 7)), matrix(buffer(frame, ARGUMENTS, 8)), cube(buffer(frame, ARGUMENTS, 9))
+    return (
+        matrix(buffer(frame, ARGUMENTS, 7)),
+        matrix(buffer(frame, ARGUMENTS, 8)),
+        cube(buffer(frame, ARGUMENTS, 9)),
+    )
 
 
 def _handlers(version: int, threaded: bool) -> dict[str, Any]:
@@ -176,7 +198,9 @@ def _handlers(version: int, threaded: bool) -> dict[str, Any]:
             log, dot, dy = _gradient(frame)
             dright, da = cube(buffer(frame, RESULTS, 0)), matrix(buffer(frame, RESULTS, 1))
             da[:] = ZERO
-            _by_destination_rows(0, len(offsets) - 1, offsets, ids, alone, left, right, a, log, dot, dy, dright, da)
+            _by_destination_rows(
+                0, len(offsets) - 1, offsets, ids, alone, left, right, a, log, dot, dy, dright, da
+            )
         return 0
 
     def by_destination_threaded(frame):  # type: ignore[no-untyped-def]
@@ -185,7 +209,9 @@ def _handlers(version: int, threaded: bool) -> dict[str, Any]:
             log, dot, dy = _gradient(frame)
             dright, da = cube(buffer(frame, RESULTS, 0)), matrix(buffer(frame, RESULTS, 1))
             da[:] = ZERO
-            _by_destination_threads(threads, offsets, ids, alone, left, right, a, log, dot, dy, dright, da)
+            _by_destination_threads(
+                threads, offsets, ids, alone, left, right, a, log, dot, dy, dright, da
+            )
         return 0
 
     def by_source(frame):  # type: ignore[no-untyped-def]
@@ -193,7 +219,18 @@ def _handlers(version: int, threaded: bool) -> dict[str, Any]:
             threads, offsets, ids, alone, left, right, a = _edges(frame)
             log, dot, dy = _gradient(frame)
             _by_source_rows(
-                0, len(offsets) - 1, offsets, ids, alone, left, right, a, log, dot, dy, cube(buffer(frame, RESULTS, 0))
+                0,
+                len(offsets) - 1,
+                offsets,
+                ids,
+                alone,
+                left,
+                right,
+                a,
+                log,
+                dot,
+                dy,
+                cube(buffer(frame, RESULTS, 0)),
             )
         return 0
 
@@ -201,11 +238,30 @@ def _handlers(version: int, threaded: bool) -> dict[str, Any]:
         if not asked(frame, version):
             threads, offsets, ids, alone, left, right, a = _edges(frame)
             log, dot, dy = _gradient(frame)
-            _by_source_threads(threads, offsets, ids, alone, left, right, a, log, dot, dy, cube(buffer(frame, RESULTS, 0)))
+            _by_source_threads(
+                threads,
+                offsets,
+                ids,
+                alone,
+                left,
+                right,
+                a,
+                log,
+                dot,
+                dy,
+                cube(buffer(frame, RESULTS, 0)),
+            )
         return 0
 
-    threaded_ones, others = (attend_threaded, by_destination_threaded, by_source_threaded), (attend, by_destination, by_source)
-    names = ("partita_gnn_attend", "partita_gnn_attend_by_destination", "partita_gnn_attend_by_source")
+    threaded_ones, others = (
+        (attend_threaded, by_destination_threaded, by_source_threaded),
+        (attend, by_destination, by_source),
+    )
+    names = (
+        "partita_gnn_attend",
+        "partita_gnn_attend_by_destination",
+        "partita_gnn_attend_by_source",
+    )
     return dict(zip(names, threaded_ones if threaded else others, strict=True))
 
 
@@ -214,7 +270,9 @@ def _try() -> None:
     offsets, ids = np.array([0, 2, 2, 4], np.int32), np.array([1, 2, 0, 1], np.int32)
     alone = np.array([1, 0, 1], np.int32)
     random = np.random.default_rng(0)
-    left, right, a = (random.standard_normal(shape).astype(np.float32) for shape in ((3, 1, 3), (3, 1, 3), (1, 3)))
+    left, right, a = (
+        random.standard_normal(shape).astype(np.float32) for shape in ((3, 1, 3), (3, 1, 3), (1, 3))
+    )
     with jax.ensure_compile_time_eval():
         out, _ = _forward(offsets, ids, alone, left, right, a)
         expected, _ = _plain_forward(offsets, ids, alone, left, right, a)
@@ -226,15 +284,23 @@ def _arguments(*arrays: Any) -> Any:
 
 
 def _forward(offsets: Any, ids: Any, alone: Any, left: Any, right: Any, a: Any) -> Any:
-    results = (jax.ShapeDtypeStruct(right.shape, jnp.float32), jax.ShapeDtypeStruct(right.shape[:2], jnp.float32))
-    return jax.ffi.ffi_call("partita_gnn_attend", results)(*_arguments(offsets, ids, alone, left, right, a))
+    results = (
+        jax.ShapeDtypeStruct(right.shape, jnp.float32),
+        jax.ShapeDtypeStruct(right.shape[:2], jnp.float32),
+    )
+    return jax.ffi.ffi_call("partita_gnn_attend", results)(
+        *_arguments(offsets, ids, alone, left, right, a)
+    )
 
 
 def _plain_forward(offsets: Any, ids: Any, alone: Any, left: Any, right: Any, a: Any) -> Any:
     """(out, None), by XLA's own operations."""
     rows = right.shape[0]
     own = jnp.arange(rows, dtype=jnp.int32)
-    u, v = jnp.concatenate([ids, own]), jnp.concatenate([targets(offsets, ids.shape[0]), jnp.where(alone > 0, own, rows)])
+    u, v = (
+        jnp.concatenate([ids, own]),
+        jnp.concatenate([targets(offsets, ids.shape[0]), jnp.where(alone > 0, own, rows)]),
+    )
     z = left[u] + jnp.concatenate([right, jnp.zeros_like(right[:1])])[v]
     score = (a * jnp.where(z > 0, z, SLOPE * z)).sum(-1)
     top = jax.lax.stop_gradient(jax.ops.segment_max(score, v, rows + 1))

@@ -34,14 +34,20 @@ def _pointer_to(kind: Any) -> Any:
     @intrinsic
     def cast(typing, address):  # type: ignore[no-untyped-def]
         pointer = types.CPointer(kind)
-        return pointer(types.int64), lambda context, builder, signature, arguments: builder.inttoptr(
+        return pointer(
+            types.int64
+        ), lambda context, builder, signature, arguments: builder.inttoptr(
             arguments[0], context.get_value_type(pointer)
         )
 
     return cast
 
 
-_words, _ints, _floats = _pointer_to(types.int64), _pointer_to(types.int32), _pointer_to(types.float32)
+_words, _ints, _floats = (
+    _pointer_to(types.int64),
+    _pointer_to(types.int32),
+    _pointer_to(types.float32),
+)
 
 ARGUMENTS, RESULTS = 9, 14
 """Words of the frame that point to the buffers of the arguments and of the results."""
@@ -103,7 +109,9 @@ def spread(b: Any, value: Any, width: int) -> Any:
     """A vector that has a number everywhere, in code that is being generated."""
     none = ir.Constant(ir.VectorType(FLOAT, width), ir.Undefined)
     first = b.insert_element(none, value, ir.Constant(ir.IntType(32), 0))
-    return b.shuffle_vector(first, none, ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width))
+    return b.shuffle_vector(
+        first, none, ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width)
+    )
 
 
 def switch(b: Any, key: Any, cases: dict[int, Callable[[], None]]) -> None:
@@ -126,8 +134,13 @@ def version() -> int:
     Handlers have it as a variable of their closure, since numba's cache on disk knows their text and such variables, but not globals.
     """
     header = (Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
-    major, minor = (int(re.search(rf"#define XLA_FFI_API_{part}\s+(\d+)", header)[1]) for part in ("MAJOR", "MINOR"))  # type: ignore[index]
-    return minor << 32 | major
+
+    def number(part: str) -> int:
+        match = re.search(rf"#define XLA_FFI_API_{part}\s+(\d+)", header)
+        assert match is not None, f"{header[:40]!r} has no XLA_FFI_API_{part}"
+        return int(match[1])
+
+    return number("MINOR") << 32 | number("MAJOR")
 
 
 @njit(nogil=True, inline="always")
@@ -165,7 +178,9 @@ def rows_of(offsets, part, parts):
 @functools.cache
 def threads() -> int:
     """Threads that one device's kernels may use: its share of the cores; 1 where numba has no layer that several devices can call."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     share = max(1, cores // max(1, jax.local_device_count()))
     return min(share, numba.config.NUMBA_NUM_THREADS) if share > 1 and _threadsafe() else 1  # type: ignore[attr-defined]
 
@@ -189,7 +204,10 @@ def _start():
 
 
 _new_capsule = ctypes.pythonapi.PyCapsule_New
-_new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+_new_capsule.restype, _new_capsule.argtypes = (
+    ctypes.py_object,
+    [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p],
+)
 
 
 def register(handlers: dict[str, Any]) -> None:

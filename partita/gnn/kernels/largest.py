@@ -14,7 +14,16 @@ import numpy as np
 from numba import njit, prange
 
 from partita.gnn.kernels import bridge
-from partita.gnn.kernels.bridge import ARGUMENTS, RESULTS, asked, buffer, int_matrix, ints, matrix, rows_of
+from partita.gnn.kernels.bridge import (
+    ARGUMENTS,
+    RESULTS,
+    asked,
+    buffer,
+    int_matrix,
+    ints,
+    matrix,
+    rows_of,
+)
 from partita.gnn.kernels.total import targets
 
 
@@ -70,7 +79,11 @@ def _largest(frame):
         ints(buffer(frame, ARGUMENTS, 1)),
         ints(buffer(frame, ARGUMENTS, 2)),
     )
-    x, out, came = matrix(buffer(frame, ARGUMENTS, 3)), matrix(buffer(frame, RESULTS, 0)), int_matrix(buffer(frame, RESULTS, 1))
+    x, out, came = (
+        matrix(buffer(frame, ARGUMENTS, 3)),
+        matrix(buffer(frame, RESULTS, 0)),
+        int_matrix(buffer(frame, RESULTS, 1)),
+    )
     return threads[0], offsets, ids, x, out, came
 
 
@@ -122,7 +135,9 @@ def _try() -> None:
     x = np.array([[1], [3], [2]], np.float32)
     with jax.ensure_compile_time_eval():
         out, came = _call(offsets, ids, x)
-        assert np.array_equal(out, [[3], [0], [3]]) and np.array_equal(came, [[1], [-1], [1]]), "a maximum is wrong"
+        assert np.array_equal(out, [[3], [0], [3]]) and np.array_equal(came, [[1], [-1], [1]]), (
+            "a maximum is wrong"
+        )
         dx = _call_back(back_offsets, back_ids, came, x)
         assert np.array_equal(dx, [[0], [3], [0]]), "the gradient of a maximum is wrong"
 
@@ -130,12 +145,16 @@ def _try() -> None:
 def _call(offsets: Any, ids: Any, x: Any) -> Any:
     shape = (offsets.shape[0] - 1, x.shape[1])
     results = (jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32))
-    return jax.ffi.ffi_call("partita_gnn_largest", results)(np.array([bridge.threads()], np.int32), offsets, ids, x)
+    return jax.ffi.ffi_call("partita_gnn_largest", results)(
+        np.array([bridge.threads()], np.int32), offsets, ids, x
+    )
 
 
 def _call_back(offsets: Any, ids: Any, came: Any, dy: Any) -> Any:
     result = jax.ShapeDtypeStruct((offsets.shape[0] - 1, dy.shape[1]), jnp.float32)
-    return jax.ffi.ffi_call("partita_gnn_largest_back", result)(np.array([bridge.threads()], np.int32), offsets, ids, came, dy)
+    return jax.ffi.ffi_call("partita_gnn_largest_back", result)(
+        np.array([bridge.threads()], np.int32), offsets, ids, came, dy
+    )
 
 
 def largest(offsets: Any, ids: Any, x: Any) -> tuple[Any, Any]:
@@ -146,9 +165,13 @@ def largest(offsets: Any, ids: Any, x: Any) -> tuple[Any, Any]:
     to, values, number = targets(offsets, edges), x[ids], jnp.arange(edges, dtype=jnp.int32)
     top = jax.ops.segment_max(values, to, rows, indices_are_sorted=True)
     has = values == jnp.concatenate([top, top[:0] if rows == 0 else top[-1:]])[to]
-    edge = jax.ops.segment_min(jnp.where(has, number[:, None], edges), to, rows, indices_are_sorted=True)
+    edge = jax.ops.segment_min(
+        jnp.where(has, number[:, None], edges), to, rows, indices_are_sorted=True
+    )
     bare = (offsets[1:] == offsets[:-1])[:, None]
-    return jnp.where(bare, 0, top), jnp.where(bare, -1, ids[jnp.clip(edge, 0, edges - 1)] if edges else edge)
+    return jnp.where(bare, 0, top), jnp.where(
+        bare, -1, ids[jnp.clip(edge, 0, edges - 1)] if edges else edge
+    )
 
 
 def largest_back(offsets: Any, ids: Any, came: Any, dy: Any) -> Any:
@@ -158,4 +181,6 @@ def largest_back(offsets: Any, ids: Any, came: Any, dy: Any) -> Any:
     to = targets(offsets, ids.shape[0])
     again = (jnp.roll(ids, 1) == ids) & (jnp.roll(to, 1) == to) & (jnp.arange(ids.shape[0]) > 0)
     kept = (came[ids] == to[:, None]) & ~again[:, None]
-    return jax.ops.segment_sum(jnp.where(kept, dy[ids], 0), to, offsets.shape[0] - 1, indices_are_sorted=True)
+    return jax.ops.segment_sum(
+        jnp.where(kept, dy[ids], 0), to, offsets.shape[0] - 1, indices_are_sorted=True
+    )

@@ -58,7 +58,9 @@ def ready() -> None:
 
         handler = cfunc(types.int64(types.int64))(stamp)
         bridge._kept.append(handler)
-        jax.ffi.register_ffi_target("partita_gnn_stamp", bridge._new_capsule(handler.address, None, None), platform="cpu")
+        jax.ffi.register_ffi_target(
+            "partita_gnn_stamp", bridge._new_capsule(handler.address, None, None), platform="cpu"
+        )
 
     if not bridge.works(register, "time stamp"):
         raise MachineError(
@@ -72,7 +74,9 @@ def _stamped(values: Any, device: Any, kind: int) -> Any:
         return values
     first = jnp.stack([x[(0,) * x.ndim].astype(jnp.float32) for x in leaves])
     about = jnp.stack([jnp.asarray(device, jnp.int32), jnp.int32(kind)])
-    zero = jax.ffi.ffi_call("partita_gnn_stamp", jax.ShapeDtypeStruct((1,), jnp.float32))(about, first)[0]
+    zero = jax.ffi.ffi_call("partita_gnn_stamp", jax.ShapeDtypeStruct((1,), jnp.float32))(
+        about, first
+    )[0]
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), values)
 
 
@@ -118,7 +122,9 @@ def fork(x: Any, device: Any) -> tuple[Any, Any]:
     return x, x
 
 
-fork.defvjp(lambda x, device: ((x, x), device), lambda device, dy: (sum(_both(dy[0], dy[1], device)), None))
+fork.defvjp(
+    lambda x, device: ((x, x), device), lambda device, dy: (sum(_both(dy[0], dy[1], device)), None)
+)
 
 
 def clear() -> None:
@@ -136,7 +142,9 @@ def busy(began: float, ended: float, devices: int) -> np.ndarray:
     shift = time.clock_gettime_ns(time.CLOCK_MONOTONIC) - time.perf_counter_ns()
     first, last, used = int(began * 1e9) + shift, int(ended * 1e9) + shift, time.process_time_ns()
     events = [_noted[d, 2 : 2 * _noted[d, 0] + 2].reshape(-1, 2) for d in range(devices)]
-    return np.array([_busy(e, (first, int(_noted[d, 1])), (last, used), alone) for d, e in enumerate(events)])
+    return np.array(
+        [_busy(e, (first, int(_noted[d, 1])), (last, used), alone) for d, e in enumerate(events)]
+    )
 
 
 def _busy(events: np.ndarray, first: tuple[int, int], last: tuple[int, int], alone: bool) -> float:

@@ -17,7 +17,19 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 
 from partita.gnn.kernels import bridge
-from partita.gnn.kernels.bridge import ARGUMENTS, FLOAT, LONG, RESULTS, asked, buffer, cube, ints, matrix, spread, switch
+from partita.gnn.kernels.bridge import (
+    ARGUMENTS,
+    FLOAT,
+    LONG,
+    RESULTS,
+    asked,
+    buffer,
+    cube,
+    ints,
+    matrix,
+    spread,
+    switch,
+)
 
 PANEL = 64
 """Rows that are multiplied at a time: so many of 128 columns of both tables stay in a first-level cache."""
@@ -25,7 +37,11 @@ LARGEST = 2**15
 """Elements of a result, beyond which what XLA copies no longer counts and it multiplies as fast."""
 
 
-TILES = {(rows, vectors * width): (rows, vectors, width) for rows in (4, 1) for vectors, width in ((4, 16), (1, 16), (1, 8), (1, 1))}
+TILES = {
+    (rows, vectors * width): (rows, vectors, width)
+    for rows in (4, 1)
+    for vectors, width in ((4, 16), (1, 16), (1, 8), (1, 1))
+}
 """(rows, columns) of the result that are made at a time, in how many rows of how many registers of how many numbers."""
 
 
@@ -36,7 +52,11 @@ def _multiply(typing, rows, columns, x, y, out, count, x_bytes, y_bytes, out_byt
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         rows, columns, *rest = arguments
         key = builder.add(builder.mul(rows, ir.Constant(LONG, 100)), columns)
-        switch(builder, key, {100 * r + c: partial(_tile, builder, *tile, *rest) for (r, c), tile in TILES.items()})
+        switch(
+            builder,
+            key,
+            {100 * r + c: partial(_tile, builder, *tile, *rest) for (r, c), tile in TILES.items()},
+        )
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 9), generate
@@ -56,9 +76,18 @@ def _tile(b, rows, vectors, width, x, y, out, count, x_bytes, y_bytes, out_bytes
     new = []
     for i, row in enumerate(sums):
         left = spread(b, b.load(at(xk, number(4 * i), FLOAT), align=4), width)
-        new.append([b.fadd(s, b.fmul(left, r, flags=("contract",)), flags=("contract",)) for s, r in zip(row, right, strict=True)])
+        new.append(
+            [
+                b.fadd(s, b.fmul(left, r, flags=("contract",)), flags=("contract",))
+                for s, r in zip(row, right, strict=True)
+            ]
+        )
     after = b.add(k, number(1))
-    for phi, begin, value in ((k, number(0), after), (xk, x, b.add(xk, x_bytes)), (yk, y, b.add(yk, y_bytes))):
+    for phi, begin, value in (
+        (k, number(0), after),
+        (xk, x, b.add(xk, x_bytes)),
+        (yk, y, b.add(yk, y_bytes)),
+    ):
         phi.add_incoming(begin, entry)
         phi.add_incoming(value, body)
     for row, found in zip(sums, new, strict=True):
@@ -104,7 +133,12 @@ def _threads(threads, x, y, out):
 @njit(nogil=True, inline="always")
 def _arguments(frame):
     """Arguments: threads int32 [1], x [rows, a], y [rows, b]; result [threads, a, b], of which the sum is asked for."""
-    return ints(buffer(frame, ARGUMENTS, 0))[0], matrix(buffer(frame, ARGUMENTS, 1)), matrix(buffer(frame, ARGUMENTS, 2)), cube(buffer(frame, RESULTS, 0))
+    return (
+        ints(buffer(frame, ARGUMENTS, 0))[0],
+        matrix(buffer(frame, ARGUMENTS, 1)),
+        matrix(buffer(frame, ARGUMENTS, 2)),
+        cube(buffer(frame, RESULTS, 0)),
+    )
 
 
 def _handlers(version: int, threaded: bool) -> dict[str, Any]:
@@ -134,9 +168,9 @@ def _try() -> None:
 
 def _call(x: Any, y: Any) -> Any:
     threads = bridge.threads()
-    parts = jax.ffi.ffi_call("partita_gnn_tall", jax.ShapeDtypeStruct((threads, x.shape[1], y.shape[1]), jnp.float32))(
-        np.array([threads], np.int32), x, y
-    )
+    parts = jax.ffi.ffi_call(
+        "partita_gnn_tall", jax.ShapeDtypeStruct((threads, x.shape[1], y.shape[1]), jnp.float32)
+    )(np.array([threads], np.int32), x, y)
     return parts.sum(axis=0)
 
 
@@ -157,7 +191,12 @@ product.defvjp(lambda x, w: (x @ w, (x, w)), _backward)
 def tall(x: Any, y: Any) -> Any:
     """float32 [a, b]: x^T y of x [rows, a] and y [rows, b]."""
     a, b = x.shape[1], y.shape[1]
-    if x.dtype != jnp.float32 or y.dtype != jnp.float32 or a * b > LARGEST or not bridge.works(_try, "product"):
+    if (
+        x.dtype != jnp.float32
+        or y.dtype != jnp.float32
+        or a * b > LARGEST
+        or not bridge.works(_try, "product")
+    ):
         return x.T @ y
     return _call(x, y) if _effort(a, b) <= _effort(b, a) else _call(y, x).T
 

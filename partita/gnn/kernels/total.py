@@ -51,26 +51,72 @@ BLOCKS = {128: (8, 16), 64: (4, 16), 16: (1, 16), 8: (1, 8), 4: (1, 4)}
 
 
 @intrinsic
-def _add(typing, columns, weighted, x, ids, weights, order, own, out, first, stop, last, row_bytes, column, share, factor):  # type: ignore[no-untyped-def]
+def _add(
+    typing,
+    columns,
+    weighted,
+    x,
+    ids,
+    weights,
+    order,
+    own,
+    out,
+    first,
+    stop,
+    last,
+    row_bytes,
+    column,
+    share,
+    factor,
+):  # type: ignore[no-untyped-def]
     """One row of the result, from `column` on, `columns` (one of `BLOCKS`) of it. All but share and factor are int64: addresses, edges, bytes."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         columns, weighted, *rest = arguments
         ways = {(width, heavy): 2 * width + heavy for width in BLOCKS for heavy in (0, 1)}
         key = builder.add(builder.mul(columns, ir.Constant(LONG, 2)), weighted)
-        switch(builder, key, {n: partial(_block, builder, *BLOCKS[width], bool(heavy), *rest) for (width, heavy), n in ways.items()})
+        switch(
+            builder,
+            key,
+            {
+                n: partial(_block, builder, *BLOCKS[width], bool(heavy), *rest)
+                for (width, heavy), n in ways.items()
+            },
+        )
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 13, types.float32, types.float32), generate
 
 
-def _block(b, vectors, width, weighted, x, ids, weights, order, own, out, first, stop, last, row_bytes, column, share, factor):  # type: ignore[no-untyped-def]
+def _block(
+    b,
+    vectors,
+    width,
+    weighted,
+    x,
+    ids,
+    weights,
+    order,
+    own,
+    out,
+    first,
+    stop,
+    last,
+    row_bytes,
+    column,
+    share,
+    factor,
+):  # type: ignore[no-untyped-def]
     """Code that sums `vectors` times `width` columns in registers: factor x (share x the row at `own` + the edges' sum), without `own` if share is 0."""
     int32, vector = ir.IntType(32), ir.VectorType(FLOAT, width)
     number = lambda value: ir.Constant(LONG, value)
-    at = lambda base, index, kind: b.load(b.inttoptr(b.add(base, b.mul(index, number(4))), kind.as_pointer()), align=4)
+    at = lambda base, index, kind: b.load(
+        b.inttoptr(b.add(base, b.mul(index, number(4))), kind.as_pointer()), align=4
+    )
     register = lambda base, j: b.inttoptr(b.add(base, number(j * width * 4)), vector.as_pointer())
-    begin, mine, edges, done = (b.append_basic_block(what) for what in ("begin", "own", "edges", "done"))
+    begin, mine, edges, done = (
+        b.append_basic_block(what) for what in ("begin", "own", "edges", "done")
+    )
     entry, zero = b.block, ir.Constant(vector, None)
     x, own, out = (b.add(base, b.mul(column, number(4))) for base in (x, own, out))
 
@@ -84,7 +130,9 @@ def _block(b, vectors, width, weighted, x, ids, weights, order, own, out, first,
 
     b.cbranch(b.fcmp_unordered("!=", share, ir.Constant(FLOAT, 0.0)), mine, begin)
     b.position_at_end(mine)
-    shares = [b.fmul(b.load(register(own, j), align=4), spread(b, share, width)) for j in range(vectors)]
+    shares = [
+        b.fmul(b.load(register(own, j), align=4), spread(b, share, width)) for j in range(vectors)
+    ]
     b.branch(begin)
     b.position_at_end(begin)
     start = met(([zero] * vectors, entry), (shares, mine))
@@ -96,7 +144,11 @@ def _block(b, vectors, width, weighted, x, ids, weights, order, own, out, first,
     ahead = b.add(edge, number(AHEAD))
     _fetch(b, row(b.select(b.icmp_signed("<", ahead, last), ahead, last)), vectors * width * 4)
     here, new = row(edge), []
-    weight = spread(b, at(weights, b.sext(at(order, edge, int32), LONG), FLOAT), width) if weighted else None
+    weight = (
+        spread(b, at(weights, b.sext(at(order, edge, int32), LONG), FLOAT), width)
+        if weighted
+        else None
+    )
     for j, total in enumerate(sums):
         value = b.load(register(here, j), align=4)
         if weight is not None:
@@ -115,16 +167,29 @@ def _block(b, vectors, width, weighted, x, ids, weights, order, own, out, first,
 def _fetch(b, address, size):  # type: ignore[no-untyped-def]
     """Code that fetches so many bytes into the nearest cache, to be read."""
     int32, pointer, name = ir.IntType(32), ir.IntType(8).as_pointer(), "llvm.prefetch.p0"
-    fetch = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(ir.VoidType(), [pointer, int32, int32, int32]), name)
+    fetch = b.module.globals.get(name) or ir.Function(
+        b.module, ir.FunctionType(ir.VoidType(), [pointer, int32, int32, int32]), name
+    )
     for q in range(0, size, 64):
-        b.call(fetch, [b.inttoptr(b.add(address, ir.Constant(LONG, q)), pointer), *(ir.Constant(int32, n) for n in (0, 3, 1))])
+        b.call(
+            fetch,
+            [
+                b.inttoptr(b.add(address, ir.Constant(LONG, q)), pointer),
+                *(ir.Constant(int32, n) for n in (0, 3, 1)),
+            ],
+        )
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
 def sum_rows(first, stop, offsets, ids, weights, order, share, factor, x, out):
     """Rows from `first` to before `stop` of `total`; what is absent is empty."""
     last, columns = np.int64(offsets[len(offsets) - 1]) - 1, x.shape[1]
-    xp, ip, op, row = np.int64(x.ctypes.data), np.int64(ids.ctypes.data), np.int64(out.ctypes.data), np.int64(4 * columns)
+    xp, ip, op, row = (
+        np.int64(x.ctypes.data),
+        np.int64(ids.ctypes.data),
+        np.int64(out.ctypes.data),
+        np.int64(4 * columns),
+    )
     wp, rp = np.int64(weights.ctypes.data), np.int64(order.ctypes.data)
     weighted, one, none = np.int64(len(order) > 0), np.float32(1), np.float32(0)
     for v in range(first, stop):
@@ -139,9 +204,35 @@ def sum_rows(first, stop, offsets, ids, weights, order, share, factor, x, out):
             continue
         while c < columns:
             left = columns - c
-            step = np.int64(128 if left >= 128 else 64 if left >= 64 else 16 if columns >= 16 else 8 if columns >= 8 else 4)
+            step = np.int64(
+                128
+                if left >= 128
+                else 64
+                if left >= 64
+                else 16
+                if columns >= 16
+                else 8
+                if columns >= 8
+                else 4
+            )
             at = np.int64(min(c, columns - step))  # the last block overlaps the one before
-            _add(step, weighted, xp, ip, wp, rp, xp + v * row, op + v * row, e0, e1, last, row, at, s, f)  # type: ignore[reportCallIssue]
+            _add(
+                step,
+                weighted,
+                xp,
+                ip,
+                wp,
+                rp,
+                xp + v * row,
+                op + v * row,
+                e0,
+                e1,
+                last,
+                row,
+                at,
+                s,
+                f,
+            )  # type: ignore[reportCallIssue]
             c += step
 
 
@@ -162,7 +253,17 @@ def _arguments(frame):
     )
     weights, order = floats(buffer(frame, ARGUMENTS, 3)), ints(buffer(frame, ARGUMENTS, 4))
     share, factor = floats(buffer(frame, ARGUMENTS, 5)), floats(buffer(frame, ARGUMENTS, 6))
-    return threads[0], offsets, ids, weights, order, share, factor, matrix(buffer(frame, ARGUMENTS, 7)), matrix(buffer(frame, RESULTS, 0))
+    return (
+        threads[0],
+        offsets,
+        ids,
+        weights,
+        order,
+        share,
+        factor,
+        matrix(buffer(frame, ARGUMENTS, 7)),
+        matrix(buffer(frame, RESULTS, 0)),
+    )
 
 
 def _handlers(version: int, threaded: bool) -> dict[str, Any]:
@@ -189,29 +290,53 @@ def _try() -> None:
         np.array([1, 2, 0, 0, 1], np.int32),
         np.arange(5, dtype=np.int32)[::-1].copy(),
     )
-    weights, share, factor = np.arange(5, dtype=np.float32), np.array([0, 2, 3], np.float32), np.array([1, 0.5, 2], np.float32)
+    weights, share, factor = (
+        np.arange(5, dtype=np.float32),
+        np.array([0, 2, 3], np.float32),
+        np.array([1, 0.5, 2], np.float32),
+    )
     for columns in (1, 7, 21):
         x = np.arange(3 * columns, dtype=np.float32).reshape(3, columns)
         dense = np.array([[0, 1, 1], [0, 0, 0], [2, 1, 0]], np.float32)
         heavy = np.array([[0, 4, 3], [0, 0, 0], [3, 0, 0]], np.float32)
         with jax.ensure_compile_time_eval():
             assert np.allclose(_call(offsets, ids, x), dense @ x), "a sum is wrong"
-            assert np.allclose(_call(offsets, ids, x, weights, order), heavy @ x), "a weighted sum is wrong"
+            assert np.allclose(_call(offsets, ids, x, weights, order), heavy @ x), (
+                "a weighted sum is wrong"
+            )
             scaled = (dense @ x + share[:, None] * x) * factor[:, None]
-            assert np.allclose(_call(offsets, ids, x, share=share, factor=factor), scaled), "a scaled sum is wrong"
+            assert np.allclose(_call(offsets, ids, x, share=share, factor=factor), scaled), (
+                "a scaled sum is wrong"
+            )
 
 
-def _call(offsets: Any, ids: Any, x: Any, weights: Any = None, order: Any = None, share: Any = None, factor: Any = None) -> Any:
+def _call(
+    offsets: Any,
+    ids: Any,
+    x: Any,
+    weights: Any = None,
+    order: Any = None,
+    share: Any = None,
+    factor: Any = None,
+) -> Any:
     result = jax.ShapeDtypeStruct((offsets.shape[0] - 1, x.shape[1]), jnp.float32)
     no, number = np.zeros(0, np.float32), np.zeros(0, np.int32)
     given = (v if v is not None else no for v in (share, factor))
     pair = (no, number) if weights is None else (weights, order)
-    return jax.ffi.ffi_call("partita_gnn_sum", result)(np.array([bridge.threads()], np.int32), offsets, ids, *pair, *given, x)
+    return jax.ffi.ffi_call("partita_gnn_sum", result)(
+        np.array([bridge.threads()], np.int32), offsets, ids, *pair, *given, x
+    )
 
 
 def total(
-    offsets: Any, ids: Any, x: Any, weights: Any = None, order: Any = None, share: Any = None, factor: Any = None
-) -> Any:  # fmt: skip
+    offsets: Any,
+    ids: Any,
+    x: Any,
+    weights: Any = None,
+    order: Any = None,
+    share: Any = None,
+    factor: Any = None,
+) -> Any:
     """float32 [rows, columns]: factor[v] x (share[v] x x[v] + the sum of x over the edges of row v); one direction, without a gradient of its own.
 
     offsets int32 [rows + 1], ids int32 [edges] into x [vertices, columns]; edge e weighs `weights[order[e]]`, or `weights[e]` without order. share and
@@ -232,16 +357,27 @@ def total(
 def _by_library(offsets: Any, ids: Any, x: Any, weights: Any) -> Any:
     """By jaxlib's product of a sparse matrix by rows: a kernel of its own on a CPU, cuSPARSE's on a GPU."""
     values = jnp.ones(ids.shape[0], x.dtype) if weights is None else weights
-    return BCSR((values, jnp.asarray(ids), jnp.asarray(offsets)), shape=(offsets.shape[0] - 1, x.shape[0])) @ x
+    return (
+        BCSR(
+            (values, jnp.asarray(ids), jnp.asarray(offsets)),
+            shape=(offsets.shape[0] - 1, x.shape[0]),
+        )
+        @ x
+    )
 
 
 def _by_segments(offsets: Any, ids: Any, x: Any, weights: Any) -> Any:
     """By gathering a row for every edge, and XLA's scatter."""
     rows = x[ids] if weights is None else x[ids] * jnp.asarray(weights)[:, None]
-    return jax.ops.segment_sum(rows, targets(offsets, ids.shape[0]), offsets.shape[0] - 1, indices_are_sorted=True)
+    return jax.ops.segment_sum(
+        rows, targets(offsets, ids.shape[0]), offsets.shape[0] - 1, indices_are_sorted=True
+    )
 
 
-WAYS: dict[str, Callable[[Any, Any, Any, Any], Any]] = {"library": _by_library, "segments": _by_segments}
+WAYS: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
+    "library": _by_library,
+    "segments": _by_segments,
+}
 """Sums by what JAX has, for where the compiled kernel is not: on an accelerator, or where it does not work."""
 
 TRIED = (2**13, 2**17, 64)
@@ -257,7 +393,10 @@ def fastest() -> str:
         random = np.random.default_rng(0)
         degrees = np.bincount(random.integers(0, rows, edges) ** 2 // rows, minlength=rows)
         offsets = np.append(0, np.cumsum(degrees)).astype(np.int32)
-        ids, x = random.integers(0, rows, edges + 8).astype(np.int32), random.standard_normal((rows, columns), np.float32)  # 8 of padding
+        ids, x = (
+            random.integers(0, rows, edges + 8).astype(np.int32),
+            random.standard_normal((rows, columns), np.float32),
+        )  # 8 of padding
         sample = np.flatnonzero(degrees)[:: rows // 64]
         expected = np.stack([x[ids[offsets[v] : offsets[v + 1]]].sum(axis=0) for v in sample])
         seconds = {}
@@ -266,7 +405,9 @@ def fastest() -> str:
                 program = jax.jit(lambda offsets, ids, x, way=way: way(offsets, ids, x, None))
                 given = jax.device_put((offsets, ids, x))
                 try:
-                    right = np.allclose(np.asarray(program(*given))[sample], expected, rtol=1e-3, atol=1e-3)
+                    right = np.allclose(
+                        np.asarray(program(*given))[sample], expected, rtol=1e-3, atol=1e-3
+                    )
                     began = time.perf_counter()
                     jax.block_until_ready(program(*given))
                     seconds[name] = time.perf_counter() - began if right else math.inf
@@ -280,4 +421,6 @@ def fastest() -> str:
 
 def targets(offsets: Any, edges: int) -> Any:
     """int32 [edges]: the row of every edge; beyond the last edge of the offsets, the number of rows."""
-    return jnp.searchsorted(offsets[1:], jnp.arange(edges, dtype=jnp.int32), side="right").astype(jnp.int32)
+    return jnp.searchsorted(offsets[1:], jnp.arange(edges, dtype=jnp.int32), side="right").astype(
+        jnp.int32
+    )

@@ -1,0 +1,156 @@
+"""The engine's laws: by hand, against a plain simulation, and replayed against run from nothing, to the bit."""
+
+import heapq
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from partita.simulation.engine import Replay, Tasks, check, run
+
+
+def test_a_diamond_by_hand() -> None:
+    times = run(Tasks.of([1.0, 2.0, 4.0, 1.0], [[], [0], [0], [1, 2]]))
+    assert times.start.tolist() == [0, 1, 1, 5] and times.seconds == 6
+
+
+def test_a_resource_serves_in_the_order_of_readiness_then_of_numbers() -> None:
+    #      0 ready at 0 for 3; 1 and 2 wait for nothing and for 0; both want resource 0, as does 3, ready at 0 like 1 and after it.
+    times = run(
+        Tasks.of(
+            [3.0, 2.0, 2.0, 1.0], [[], [], [0], []], uses=[[], [(0, 1.0)], [(0, 1.0)], [(0, 1.0)]]
+        )
+    )
+    assert times.start.tolist() == [0, 0, 3, 2]
+
+
+def test_a_resource_that_is_held_for_a_part_is_free_for_others_before_the_task_ends() -> None:
+    times = run(Tasks.of([4.0, 1.0], [[], []], uses=[[(0, 0.25)], [(0, 1.0)]]))
+    assert times.start.tolist() == [0, 1] and times.seconds == 4
+
+
+def test_a_stream_runs_by_number_and_what_takes_no_time_takes_no_turn() -> None:
+    tasks = Tasks.of([4.0, 1.0, 0.0, 2.0], [[], [], [], []], [0, 0, 0, 0])
+    assert run(tasks).start.tolist() == [0, 4, 0, 5]
+
+
+def test_a_chain_takes_the_sum_and_nothing_takes_no_time() -> None:
+    rng = np.random.default_rng(0)
+    seconds = rng.random(50)
+    assert run(
+        Tasks.of(seconds.tolist(), [[k - 1] if k else [] for k in range(50)])
+    ).seconds == pytest.approx(seconds.sum())
+    assert run(Tasks.of([], [])).seconds == 0
+
+
+def plain(tasks: Tasks) -> list[float]:
+    """The same rules, written for reading: when each task ends."""
+    n = tasks.count
+    before = [tasks.before[tasks.first[k] : tasks.first[k + 1]].tolist() for k in range(n)]
+    uses = [
+        [
+            (int(tasks.resource[j]), float(tasks.share[j]))
+            for j in range(tasks.held[k], tasks.held[k + 1])
+        ]
+        for k in range(n)
+    ]
+    for s in range(tasks.streams):
+        turns = [k for k in range(n) if tasks.stream[k] == s and tasks.seconds[k] > 0]
+        for a, b in zip(turns, turns[1:], strict=False):
+            before[b].append(a)
+    uses = [mine if tasks.seconds[k] > 0 else [] for k, mine in enumerate(uses)]
+    end: dict[int, float] = {}
+    free = dict.fromkeys(range(tasks.resources), 0.0)
+    waiting = [(0.0, k) for k in range(n) if not before[k]]
+    heapq.heapify(waiting)
+    while waiting:
+        ready, k = heapq.heappop(waiting)
+        start = max([ready, *(free[r] for r, _ in uses[k])])
+        end[k] = start + float(tasks.seconds[k])
+        for r, share in uses[k]:
+            free[r] = start + share * float(tasks.seconds[k])
+        for m in range(k + 1, n):
+            if k in before[m] and all(b in end for b in before[m]):
+                heapq.heappush(waiting, (max(end[b] for b in before[m]), m))
+    return [end[k] for k in range(n)]
+
+
+@st.composite
+def programs(draw: st.DrawFn, resources: int = 3) -> Tasks:
+    n = draw(st.integers(1, 24))
+    number = st.integers(0, 6).map(
+        lambda i: i / 8
+    )  # few different durations: ties are what is hard
+    before = [
+        draw(st.lists(st.integers(0, k - 1), max_size=3, unique=True)) if k else []
+        for k in range(n)
+    ]
+    shares = st.sampled_from([0.0, 0.25, 1.0])
+    uses = [
+        [
+            (r, draw(shares))
+            for r in draw(st.lists(st.integers(0, resources - 1), max_size=2, unique=True))
+        ]
+        if resources
+        else []
+        for _ in range(n)
+    ]
+    streams = [draw(st.integers(-1, 1)) for _ in range(n)]
+    return check(Tasks.of([draw(number) for _ in range(n)], before, streams, uses))
+
+
+@settings(max_examples=200, deadline=None)
+@given(programs())
+def test_run_keeps_the_rules(tasks: Tasks) -> None:
+    assert run(tasks).end.tolist() == plain(tasks)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from([0, 3]).flatmap(programs),
+    st.lists(st.tuples(st.integers(0, 23), st.integers(0, 9)), min_size=1, max_size=12),
+    st.integers(1, 3),
+)
+def test_a_replayed_walk_equals_run_from_nothing_to_the_bit(
+    tasks: Tasks, walk: list[tuple[int, int]], at_once: int
+) -> None:
+    replay = Replay(tasks)
+    for i in range(0, len(walk), at_once):
+        which = {k % tasks.count: s / 3 for k, s in walk[i : i + at_once]}
+        assert replay.change(list(which), list(which.values())) == run(replay.tasks).seconds
+        fresh = run(replay.tasks)
+        for mine, theirs in zip(
+            (replay.times.ready, replay.times.start, replay.times.end),
+            (fresh.ready, fresh.start, fresh.end),
+            strict=True,
+        ):
+            assert mine.tobytes() == theirs.tobytes()
+
+
+def test_a_replay_that_changes_who_is_served_first_simulates_again() -> None:
+    replay = Replay(
+        Tasks.of([1.0, 2.0, 5.0, 5.0], [[], [], [0], [1]], uses=[[], [], [(0, 1.0)], [(0, 1.0)]])
+    )
+    assert replay.times.start.tolist() == [0, 0, 1, 6] and replay.again == 0
+    assert (
+        replay.change([0], [3.0]) == 12
+        and replay.times.start.tolist() == [0, 0, 7, 2]
+        and replay.again == 1
+    )
+    assert replay.change([3], [1.0]) == 8 and replay.again == 1
+
+
+@pytest.mark.parametrize(
+    ("tasks", "says"),
+    [
+        (Tasks.of([1.0, 1.0], [[1], []]), "smaller number"),
+        (Tasks.of([-1.0], [[]]), "not negative"),
+        (Tasks.of([float("inf")], [[]]), "finite"),
+        (Tasks.of([1.0], [[]], uses=[[(0, 2.0)]]), "longer than it runs"),
+    ],
+)
+def test_what_the_engine_relies_on_is_checked(tasks: Tasks, says: str) -> None:
+    with pytest.raises(AssertionError, match=re.escape(says)):
+        check(tasks)

@@ -1,0 +1,250 @@
+"""Steps in stages and microbatches: by hand, against the same plan without stages, and what cannot be."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from partita.errors import PlanError
+from partita.graph.operator_graph import OperatorGraph
+from partita.machine import Machine, load
+from partita.plans.adapt import fit_mesh
+from partita.plans.baselines import BASELINES
+from partita.plans.pipeline import in_flight, inside, schedule_of, stages_of
+from partita.plans.plan import Mesh, Plan, check, diff
+from partita.search.find import mesh_of
+from partita.simulation.pipelined import Staged
+from partita.simulation.simulate import predicted, simulate
+
+DATA = Path(__file__).parents[1] / "data"
+GRAPHS = {
+    name: OperatorGraph.load(DATA / f"{name}.graph.json") for name in ("mlp", "cnn", "transformer")
+}
+
+
+def machine(overlap: float = 0.0, name: str = "h100:4") -> Machine:
+    whole = load(name)
+    return replace(whole, backend=replace(whole.backend, overlap=overlap))
+
+
+def in_two(
+    graph: OperatorGraph,
+    where: Machine,
+    inner: str = "data parallel",
+    microbatches: int = 1,
+    first: float = 0.5,
+    **more: object,
+) -> Plan:
+    """Two stages, on the halves of the first axis; inside, a baseline."""
+    mesh = mesh_of(where)
+    plan = BASELINES[inner](graph, where.name, Mesh(mesh.axes[1:]))
+    ends = int(len(graph.operators) * first)
+    choices = {
+        o.name: {mesh.axes[0].name: f"at({int(n >= ends)})", **plan.choices[o.name]}
+        for n, o in enumerate(graph.operators)
+    }
+    return check(
+        replace(plan, mesh=mesh, choices=choices, microbatches=microbatches, **more), graph
+    )  # type: ignore[arg-type]
+
+
+def by_hand(
+    graph: OperatorGraph,
+    plan: Plan,
+    passes: tuple[float, float, float],
+    transfers: Mapping[object, tuple[float, float]],
+) -> Staged:
+    staged = Staged.of(graph, machine(), plan)
+    staged.__dict__["passes"], staged.__dict__["transfers"] = [passes] * staged.stages, transfers
+    return staged
+
+
+@pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
+@pytest.mark.parametrize("plan", BASELINES)
+def test_one_stage_and_one_microbatch_are_the_plan_itself(graph: OperatorGraph, plan: str) -> None:
+    where = machine()
+    made = BASELINES[plan](graph, where.name, mesh_of(where))
+    staged = Staged.of(graph, where, made)
+    whole = predicted(graph, where, made)
+    assert staged.seconds == pytest.approx(whole.seconds, rel=1e-9)
+    assert staged.peak == whole.peak_bytes
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_equal_stages_take_as_long_as_microbatches_and_stages_before_the_last(
+    schedule: str, count: int
+) -> None:
+    graph = GRAPHS["mlp"]
+    plan = in_two(graph, machine(), microbatches=count, schedule=schedule)
+    assert (
+        by_hand(graph, plan, (1.0, 2.0, 2.0), {}).seconds == count * 3.0
+    )  # nothing is handed on: nobody waits
+    sent = {(0, 1, "forward", "forward"): (0.0, 0.0), (1, 0, "backward", "backward"): (0.0, 0.0)}
+    assert by_hand(graph, plan, (1.0, 2.0, 2.0), sent).seconds == (count + 1) * 3.0
+
+
+def test_a_link_between_stages_is_taken_in_turn_and_not_slower_than_it_must() -> None:
+    graph = GRAPHS["mlp"]
+    plan = in_two(graph, machine(), microbatches=4, schedule="gpipe")
+    slow = by_hand(graph, plan, (1.0, 1.0, 1.0), {(0, 1, "forward", "forward"): (10.0, 0.0)})
+    assert (
+        slow.seconds == 1 + 4 * 10 + 1 + 4
+    )  # the link is never idle; then the last forward pass and all backward passes
+
+
+def test_schedules_hold_what_they_say() -> None:
+    graph = GRAPHS["mlp"]
+    for schedule, held in (("gpipe", (8, 8)), ("1f1b", (2, 1))):
+        plan = in_two(graph, machine(), microbatches=8, schedule=schedule)
+        for stage in (0, 1):
+            flying = most = 0
+            for phase, _ in schedule_of(plan, stage):
+                flying += 1 if phase == "forward" else -1
+                most = max(most, flying)
+            assert most == in_flight(plan, stage) == held[stage] and flying == 0
+
+
+@pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
+def test_stages_hold_their_own_variables_and_all_together_all(graph: OperatorGraph) -> None:
+    where = machine()
+    staged = Staged.of(graph, where, in_two(graph, where, "one device"))
+    held = [m.parameters for m, _ in staged.memories]
+    assert sum(held) == sum(
+        graph.tensors[a.tensor].nbytes
+        for a in graph.arguments
+        if a.role == "parameter" and graph.home[a.tensor] >= 0
+    )
+    assert all(0 < h < sum(held) for h in held)
+
+
+def test_microbatches_and_recomputation_hold_less_and_compute_more() -> None:
+    graph, where = GRAPHS["transformer"], machine()
+    plan = BASELINES["one device"](graph, where.name, mesh_of(where))
+    names = [o.name for o in graph.operators]
+    half = len(names) // 2
+    cut = replace(plan, microbatches=4)
+    again = replace(plan, recompute=((names[0], names[half - 1]), (names[half], names[-1])))
+    whole, cut_, again_ = (predicted(graph, where, check(p, graph)) for p in (plan, cut, again))
+    assert cut_.peak_bytes < whole.peak_bytes and again_.peak_bytes < whole.peak_bytes
+    forward = Staged.of(graph, where, plan).passes[0][0]
+    assert again_.seconds == pytest.approx(whole.seconds + forward, rel=1e-6)
+    assert cut_.seconds > whole.seconds  # weights are read four times
+
+
+def test_the_less_is_recomputed_the_faster_and_the_more_is_held() -> None:
+    graph, where = GRAPHS["transformer"], machine()
+    plan = replace(BASELINES["one device"](graph, where.name, mesh_of(where)), microbatches=4)
+    names = [o.name for o in graph.operators]
+    half = len(names) // 2
+    first, second = (names[0], names[half - 1]), (names[half], names[-1])
+    none, some, all_ = (
+        predicted(graph, where, check(replace(plan, recompute=runs), graph))
+        for runs in ((), (first,), (first, second))
+    )
+    assert none.seconds < some.seconds < all_.seconds
+    assert some.peak_bytes > all_.peak_bytes
+
+
+def test_slots_in_parts_are_gathered_once_a_step_and_variables_in_parts_for_every_microbatch() -> (
+    None
+):
+    graph, where = GRAPHS["mlp"], machine()
+    passes = {}
+    for name in ("data parallel", "ZeRO-1", "ZeRO-3"):
+        plan = replace(BASELINES[name](graph, where.name, mesh_of(where)), microbatches=4)
+        (passes[name],) = Staged.of(graph, where, check(plan, graph)).passes
+    plain, slots, variables = passes.values()
+    assert slots[:2] == plain[:2] and slots[2] != plain[2]
+    assert variables[0] > plain[0] and variables[1] == plain[1]
+
+
+def test_the_timeline_has_a_row_for_every_stage_and_the_same_length() -> None:
+    graph, where = GRAPHS["transformer"], machine(0.5)
+    plan = in_two(graph, where, microbatches=4)
+    timeline = simulate(graph, where, plan)
+    assert timeline.seconds == predicted(graph, where, plan).seconds
+    assert {s.group for s in timeline.spans} == {"stage 0", "stage 1"} and timeline.groups == 2
+    for group in ("stage 0", "stage 1"):
+        spans = sorted(
+            (s for s in timeline.spans if s.group == group and s.kind == "compute"),
+            key=lambda s: s.start,
+        )
+        assert len(spans) == 8 and all(
+            a.end <= b.start * (1 + 1e-9) for a, b in zip(spans, spans[1:], strict=False)
+        )
+    assert timeline.idle["bubble"] > 0 and max(n for _, n in timeline.memory) == timeline.peak_bytes
+    path = timeline.critical_path()
+    assert path[0].start == 0 and path[-1].end == timeline.seconds
+
+
+def test_a_staged_plan_is_a_file_like_any_other() -> None:
+    graph, where = GRAPHS["mlp"], machine()
+    names = [o.name for o in graph.operators]
+    plan = in_two(graph, where, microbatches=2, recompute=((names[0], names[0]),))
+    again = check(Plan.from_json(plan.to_json()), graph)
+    assert (
+        again == plan
+        and stages_of(graph, again) == stages_of(graph, plan)
+        and not diff(plan, again)
+    )
+    assert diff(plan, replace(plan, microbatches=4, recompute=())) == [
+        "microbatches: 2 -> 4",
+        f"recompute: {names[0]} ... {names[0]} -> nothing",
+    ]
+    assert (
+        "2 microbatches" in str(plan) and inside(graph, plan).devices == 2 * 2
+    )  # two devices a stage, two times
+
+
+def test_what_does_not_fit_is_one_sentence() -> None:
+    graph, where = GRAPHS["mlp"], machine()
+    plan = in_two(graph, where)
+    first, last = graph.operators[0].name, graph.operators[-1].name
+    axis, other = (a.name for a in plan.mesh.axes[:2])
+    wrong = {
+        f"'{first}' is pinned at slice 7 of axis '{axis}', which has slices 0 to 1.": {
+            "choices": {**plan.choices, first: {axis: "at(7)"}}
+        },
+        f"'{first}' is not pinned on axis '{axis}'": {
+            "choices": {**plan.choices, first: {other: "S"}},
+            "microbatches": 2,
+        },
+        f"A batch of {graph.batch_size} cannot be cut into 7 microbatches": {"microbatches": 7},
+        "The plan recomputes 'nobody', which the model does not have": {
+            "recompute": (("nobody", last),)
+        },
+        "overlap with others or end before they begin": {"recompute": ((last, first),)},
+    }
+    for sentence, changes in wrong.items():
+        with pytest.raises(PlanError) as error:
+            check(replace(plan, **changes), graph)
+        assert sentence in str(error.value)
+    backwards = {
+        name: {**choice, axis: f"at({1 - int(choice[axis][3])})"}
+        for name, choice in plan.choices.items()
+    }
+    with pytest.raises(PlanError, match="number the stages in the order of the model"):
+        simulate(graph, where, check(replace(plan, choices=backwards, microbatches=2), graph))
+    assert (
+        simulate(graph, where, check(replace(plan, choices=backwards), graph)).seconds
+        == simulate(graph, where, plan).seconds
+    )  # once is no order
+
+
+def test_a_plan_of_other_levels_is_put_on_those_of_the_machine_or_refused() -> None:
+    graph = GRAPHS["mlp"]
+    plan = in_two(graph, load("h100:4"), microbatches=4)
+    strange = replace(plan, mesh=Mesh(tuple(replace(a, level=0) for a in plan.mesh.axes)))
+    assert fit_mesh(plan, load("h100:4")) is plan
+    assert [a.level for a in fit_mesh(strange, load("h100:4")).mesh.axes] == [1, 1]
+    assert (
+        simulate(graph, load("h100:4"), fit_mesh(strange, load("h100:4"))).seconds
+        == simulate(graph, load("h100:4"), plan).seconds
+    )
+    with pytest.raises(
+        PlanError,
+        match=r"splits 2 x 2 ways, into which h100:6, of 1 \(network\) x 6 \(node\), cannot be divided. Plan again",
+    ):
+        fit_mesh(strange, load("h100:6"))
