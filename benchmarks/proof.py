@@ -45,7 +45,9 @@ def proof(name: str, cluster: str) -> str:
     machine = load(cluster).with_devices(4)
     graph = capture(model(name), 4 * NETWORKS[name].batch).graph
     network = network_of(graph, machine)
-    start = network.states_of(BASELINES["data parallel"](graph, machine.name, network.place.mesh))
+    start = network.states_of(
+        BASELINES["data parallel"](graph, machine.name, network.placement.mesh)
+    )
     assert start is not None
     limits = Limits(float(capacity(machine)))
     SEARCHES["exhaustive"](Space(network, [start]), limits)  # compiles

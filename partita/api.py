@@ -17,7 +17,7 @@ from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.plans.adapt import fit_mesh, fit_plan
 from partita.plans.baselines import BASELINES
-from partita.plans.layout import layout
+from partita.plans.layout import layout_of
 from partita.plans.pipeline import count_of, is_pipeline
 from partita.plans.plan import Plan, check, choice_text, slice_of
 from partita.search.base import Progress
@@ -128,7 +128,7 @@ def explained(result: Found) -> Plan:
     ):
         others = [
             {
-                "choice": choice_text(choice, result.network.place.mesh)
+                "choice": choice_text(choice, result.network.placement.mesh)
                 + (f" ZeRO-{zero}" if zero else ""),
                 "seconds": seconds,
                 "bytes": nbytes,
@@ -625,7 +625,7 @@ def layout_map(plan: Plan, model: Any, batch_size: int | None = None) -> Any:
     import keras
 
     captured = capture(model, batch_size or plan.batch_size)
-    where = layout(captured.graph, check(plan, captured.graph))
+    where = layout_of(captured.graph, check(plan, captured.graph))
     wanted = {
         a.path: [tuple(axes) for axes in where.own[a.tensor]]
         for a in captured.graph.arguments

@@ -82,8 +82,8 @@ def test_a_module_imports_only_what_comes_before_it(path: Path) -> None:
 @pytest.mark.parametrize(
     ("mine", "source"),
     [
-        ("plans", "from partita.cost.terms import terms"),
-        ("plans", "def f():\n    from partita.cost.terms import terms"),
+        ("plans", "from partita.cost.terms import cost_terms"),
+        ("plans", "def f():\n    from partita.cost.terms import cost_terms"),
         ("plans", "from partita.api import parallelize"),
         ("graph", "import partita.machine"),
         ("capture", "from partita.execute import program"),

@@ -22,7 +22,7 @@ import keras
 from keras import layers
 
 from partita.api import capture, predicted, timed_search
-from partita.cost.terms import terms
+from partita.cost.terms import cost_terms
 from partita.errors import PartitaError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, fitted_times
@@ -323,7 +323,7 @@ def predictions(done: Sequence[_Done], machine: Machine) -> list[Step]:
     records = load(file_of_operators(machine), key_of(machine.devices)).values()
     found = []
     for d in done:
-        own = {t.digest for t in terms(d.graph, machine.backend).operators}
+        own = {t.digest for t in cost_terms(d.graph, machine.backend).operators}
         others = [r for r in records if r["digest"] not in own and r["model"] != d.graph.name]
         fit = replace(machine, times=fitted_times(others)) if others else None
         for name, plan in d.plans.items():

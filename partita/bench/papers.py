@@ -24,7 +24,7 @@ from partita.cost.predict import predict
 from partita.errors import MemoryBudgetError, PartitaError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
-from partita.plans.layout import layout
+from partita.plans.layout import layout_of
 from partita.plans.pipeline import is_staged
 from partita.plans.plan import Plan
 from partita.search.find import capacity, find, mesh_of
@@ -228,7 +228,7 @@ def sent_bytes(
     """Bytes that all devices together put on links in a step, or those of one layer's collectives."""
     sizes = plan.mesh.sizes
     total = 0.0
-    for c in collectives(graph, plan.mesh, layout(graph, plan), machine.backend):
+    for c in collectives(graph, plan.mesh, layout_of(graph, plan), machine.backend):
         if layer is None or graph.operators[c.operator].name == layer:
             total += c.total * on_links(c.kind, math.prod(sizes[a] for a in c.axes))
     return total * plan.devices

@@ -272,7 +272,7 @@ def plan(
             _write_page(
                 report,
                 chosen,
-                timeline=api.simulate_captured(captured, result.network.place.machine, chosen),
+                timeline=api.simulate_captured(captured, result.network.placement.machine, chosen),
             )
         if as_json:
             print(json.dumps(chosen.to_json()))

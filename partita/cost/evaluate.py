@@ -86,11 +86,11 @@ class OperatorCost:
 
 
 def operator_cost(
-    terms: OperatorTerms, place: Placement, assignments: Sequence[Assignment], zero: int = 0
+    terms: OperatorTerms, placement: Placement, assignments: Sequence[Assignment], zero: int = 0
 ) -> OperatorCost:
     """The cost of an operator under each assignment, its parameters stored by ZeRO level `zero` over the axes left over."""
-    machine, count = place.machine, len(assignments)
-    ways = _Ways(place, assignments)
+    machine, count = placement.machine, len(assignments)
+    ways = _Ways(placement, assignments)
     computed, exchanged = _compute(terms, machine, ways), np.zeros((len(PHASES), count))
     summed, gathered = np.zeros(count), np.zeros(count)
     for r in terms.reductions:
@@ -101,29 +101,30 @@ def operator_cost(
             for fs in ([r.reduced] if r.together else [(f,) for f in r.reduced])
             for pair in ways.axes_of(*fs)
         ):
-            nbytes = payload[chosen] * (place.ways(axes) if grows else 1)
+            nbytes = payload[chosen] * (placement.ways(axes) if grows else 1)
             if r.parameter >= 0 and r.trips == 1:
-                summed[chosen] += _joined(place, r.kind, nbytes, axes)
+                summed[chosen] += _joined(placement, r.kind, nbytes, axes)
             else:
                 exchanged[PHASES.index(r.phase), chosen] += (
-                    _seconds(place, r.kind, nbytes, axes) * r.trips
+                    _seconds(placement, r.kind, nbytes, axes) * r.trips
                 )
     for h in terms.halos:
         for axes, chosen in ways.axes_of(h.split):
             row = h.nbytes / ways.of(h.factors)[chosen]
-            needs = [need for need in h.window.rows(place.ways(axes)) if need]
+            needs = [need for need in h.window.rows(placement.ways(axes)) if need]
             if needs:  # a kernel puts what came and the device's own part together: both are read, and written
-                copied = row * (2 * h.rows / place.ways(axes) + 2 * sum(needs))
+                copied = row * (2 * h.rows / placement.ways(axes) + 2 * sum(needs))
                 computed[PHASES.index(h.phase), chosen] += (
                     copied / machine.bandwidth_for(copied) + machine.overhead
                 ) * h.trips
             for need in needs:
                 exchanged[PHASES.index(h.phase), chosen] += (
-                    _seconds(place, "collective_permute", row * need, axes) * h.trips
+                    _seconds(placement, "collective_permute", row * need, axes) * h.trips
                 )
     for m in terms.moves:
         exchanged[PHASES.index(m.phase)] += [
-            move_seconds(m, place, resolve(m.source, a), resolve(m.target, a)) for a in assignments
+            move_seconds(m, placement, resolve(m.source, a), resolve(m.target, a))
+            for a in assignments
         ]
     state = ways.shared(terms.resident)
     for s in terms.stored:
@@ -131,11 +132,11 @@ def operator_cost(
         extra = np.ones(count)
         if zero:
             for i, a in enumerate(assignments):
-                found = storage_axes(s, place.mesh, a)
+                found = storage_axes(s, placement.mesh, a)
                 if found:
-                    extra[i] = place.ways(found[1])
-                    gathered[i] += place.seconds(
-                        "all_gather", float(s.nbytes / split[i]), place.group(found[1])
+                    extra[i] = placement.ways(found[1])
+                    gathered[i] += placement.seconds(
+                        "all_gather", float(s.nbytes / split[i]), placement.group(found[1])
                     )
             # The update itself is split as the slots are.
             computed[-1] -= s.traffic / split * (1 - 1 / extra) / machine.memory_bandwidth
@@ -152,17 +153,19 @@ def operator_cost(
     )
 
 
-def operator_costs(terms: Terms, place: Placement, where: Layout, plan: Plan) -> list[OperatorCost]:
+def operator_costs(
+    terms: Terms, placement: Placement, layout: Layout, plan: Plan
+) -> list[OperatorCost]:
     """The cost of every operator under the one choice and storage that a plan gives it. Equal operators that are split alike share theirs."""
     zero = {path: 1 if s.zero == 2 else s.zero for path, s in plan.storage.items()}
     known: dict[tuple[object, ...], OperatorCost] = {}
     costs = []
-    for own, assignment in zip(terms.operators, where.assignments, strict=True):
+    for own, assignment in zip(terms.operators, layout.assignments, strict=True):
         level = max((zero.get(s.path, 0) for s in own.stored), default=0)
         number = {f: n for n, f in enumerate(own.factors)}
         key = (own.digest, level, *sorted((number[f], axes) for f, axes in assignment.items()))
         if key not in known:
-            known[key] = operator_cost(own, place, [assignment], level)
+            known[key] = operator_cost(own, placement, [assignment], level)
         costs.append(known[key])
     return costs
 
@@ -219,7 +222,7 @@ def _compute(terms: OperatorTerms, machine: Machine, ways: _Ways) -> np.ndarray:
         * times.own.get(terms.digest, 1.0)
     )
     for i, assignment in enumerate(ways.assignments):
-        measured = times.seconds.get(local_key(terms, ways.place, assignment))
+        measured = times.seconds.get(local_key(terms, ways.placement, assignment))
         if (
             measured is not None
         ):  # of the whole operator: its phases share it as the fit would have it
@@ -227,29 +230,29 @@ def _compute(terms: OperatorTerms, machine: Machine, ways: _Ways) -> np.ndarray:
     return seconds
 
 
-def local_key(terms: OperatorTerms, place: Placement, assignment: Assignment) -> Key:
+def local_key(terms: OperatorTerms, placement: Placement, assignment: Assignment) -> Key:
     """What an operator at its local shape is known by in `OperatorTimes`."""
     return (
         terms.digest,
-        place.mesh.size,
-        tuple(place.ways(assignment.get(f, ())) for f in terms.factors),
+        placement.mesh.size,
+        tuple(placement.ways(assignment.get(f, ())) for f in terms.factors),
     )
 
 
-def compute_source(terms: OperatorTerms, place: Placement, assignment: Assignment) -> str:
+def compute_source(terms: OperatorTerms, placement: Placement, assignment: Assignment) -> str:
     """Where the seconds of an operator's kernels come from: "measured", "fitted" or "roofline"."""
-    times = place.machine.times
+    times = placement.machine.times
     if times is None:
         return "roofline"
-    return "measured" if local_key(terms, place, assignment) in times.seconds else "fitted"
+    return "measured" if local_key(terms, placement, assignment) in times.seconds else "fitted"
 
 
 def roofline_features(
-    terms: OperatorTerms, place: Placement, assignment: Assignment
+    terms: OperatorTerms, placement: Placement, assignment: Assignment
 ) -> dict[str, float]:
     """Both sides of the roofline, in seconds by kind of kernel, and the seconds of starting them: what a fit scales."""
-    busy, moving, trips = _roofline(terms, place.machine, _Ways(place, [assignment]))
-    found = {START: float(sum(trips)) * place.machine.overhead}
+    busy, moving, trips = _roofline(terms, placement.machine, _Ways(placement, [assignment]))
+    found = {START: float(sum(trips)) * placement.machine.overhead}
     for what, kernels in zip(CAUSES, (busy, moving), strict=True):
         for w, seconds, n in zip(terms.work, kernels[:, 0], trips, strict=True):
             name = feature(w.kind, what)
@@ -260,8 +263,8 @@ def roofline_features(
 class _Ways:
     """Into how many parts factors are split, per assignment."""
 
-    def __init__(self, place: Placement, assignments: Sequence[Assignment]) -> None:
-        self.place, self.assignments = place, assignments
+    def __init__(self, placement: Placement, assignments: Sequence[Assignment]) -> None:
+        self.placement, self.assignments = placement, assignments
         self.one: dict[int, np.ndarray] = {}
         self.many: dict[Factors, np.ndarray] = {}
 
@@ -271,7 +274,7 @@ class _Ways:
             for f in factors:
                 if f not in self.one:
                     self.one[f] = np.array(
-                        [float(self.place.ways(a.get(f, ()))) for a in self.assignments]
+                        [float(self.placement.ways(a.get(f, ()))) for a in self.assignments]
                     )
                 found = found * self.one[f]
             self.many[factors] = found
@@ -294,19 +297,21 @@ class _Ways:
         return [(axes, np.array(chosen)) for axes, chosen in groups.items()]
 
 
-def _seconds(place: Placement, kind: str, nbytes: np.ndarray, axes: Sequence[int]) -> np.ndarray:
-    return collective_seconds(place.machine, kind, nbytes, place.group(axes))
+def _seconds(
+    placement: Placement, kind: str, nbytes: np.ndarray, axes: Sequence[int]
+) -> np.ndarray:
+    return collective_seconds(placement.machine, kind, nbytes, placement.group(axes))
 
 
-def _joined(place: Placement, kind: str, nbytes: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+def _joined(placement: Placement, kind: str, nbytes: np.ndarray, axes: Sequence[int]) -> np.ndarray:
     """What `nbytes` add to a combined collective; all that they take where none is combined."""
-    if not place.machine.backend.combines:
-        return _seconds(place, kind, nbytes, axes)
-    group = place.group(axes)
+    if not placement.machine.backend.combines:
+        return _seconds(placement, kind, nbytes, axes)
+    group = placement.group(axes)
     whole = np.array([float(COMBINED)])
-    return collective_seconds(place.machine, kind, nbytes + COMBINED, group) - collective_seconds(
-        place.machine, kind, whole, group
-    )
+    return collective_seconds(
+        placement.machine, kind, nbytes + COMBINED, group
+    ) - collective_seconds(placement.machine, kind, whole, group)
 
 
 def engine_dtype(dtype: str) -> str:

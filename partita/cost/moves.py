@@ -61,18 +61,18 @@ def group_of(axes: tuple[int, ...], mesh: Mesh) -> Group:
     return tuple(sorted(parts.items()))
 
 
-def move_seconds(move: Move, place: Placement, source: Sharding, target: Sharding) -> float:
+def move_seconds(move: Move, placement: Placement, source: Sharding, target: Sharding) -> float:
     """Seconds of a move between two shardings of its tensor."""
     if source == target:
         return 0.0
     if move.sums:
         (source, sums), (target, _) = (_parted(move, s) for s in (source, target))
-        return _summed(move, place, source, sums) + move_seconds(
-            replace(move, sums=0), place, source, target
+        return _summed(move, placement, source, sums) + move_seconds(
+            replace(move, sums=0), placement, source, target
         )
-    profile = _profile(source, target, place.mesh)
+    profile = _profile(source, target, placement.mesh)
     return move.trips * sum(
-        place.seconds(kind, part * move.nbytes, group) for kind, group, part in profile
+        placement.seconds(kind, part * move.nbytes, group) for kind, group, part in profile
     )
 
 
@@ -82,23 +82,25 @@ def _parted(move: Move, sharding: Sharding) -> tuple[Sharding, tuple[int, ...]]:
     return sharding[:count], tuple(sorted(a for axes in sharding[count:] for a in axes))
 
 
-def _summed(move: Move, place: Placement, source: Sharding, axes: tuple[int, ...]) -> float:
+def _summed(move: Move, placement: Placement, source: Sharding, axes: tuple[int, ...]) -> float:
     """Seconds of summing a tensor that is still to be summed, as its home has it split."""
-    part = move.nbytes / place.ways([a for dim in source for a in dim])
-    return move.trips * place.seconds("all_reduce", part, place.group(axes)) if axes else 0.0
+    part = move.nbytes / placement.ways([a for dim in source for a in dim])
+    return (
+        move.trips * placement.seconds("all_reduce", part, placement.group(axes)) if axes else 0.0
+    )
 
 
 def move_table(
-    move: Move, place: Placement, sources: Sequence[Sharding], targets: Sequence[Sharding]
+    move: Move, placement: Placement, sources: Sequence[Sharding], targets: Sequence[Sharding]
 ) -> np.ndarray:
     """Seconds of a move for every pair of shardings, [source, target]."""
     if move.sums:
         left, right = [_parted(move, s) for s in sources], [_parted(move, t)[0] for t in targets]
-        moved = move_table(replace(move, sums=0), place, [s for s, _ in left], right)
-        summed = np.array([_summed(move, place, *s) for s in left])
+        moved = move_table(replace(move, sums=0), placement, [s for s, _ in left], right)
+        summed = np.array([_summed(move, placement, *s) for s in left])
         alike = np.array([[s == t for t in targets] for s in sources])
         return np.where(alike, 0.0, moved + summed[:, None])
-    mesh, nbytes = place.mesh, move.nbytes
+    mesh, nbytes = placement.mesh, move.nbytes
     if _timed(
         mesh, (*sources, *targets)
     ):  # all are cut alike in time: however many parts there are, they ask for the same table
@@ -111,7 +113,8 @@ def move_table(
     once = np.zeros((len(table.ways), len(table.steps) + 1))
     for i, ways in enumerate(table.ways):
         once[i, :-1] = [
-            place.seconds(kind, part / ways * nbytes, group) for kind, group, part in table.steps
+            placement.seconds(kind, part / ways * nbytes, group)
+            for kind, group, part in table.steps
         ]
     return move.trips * once[:, table.rows].sum(axis=2)[table.idle, table.ids]
 

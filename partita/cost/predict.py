@@ -11,11 +11,11 @@ from partita.cost.collectives import collectives
 from partita.cost.evaluate import OperatorCost, compute_source, operator_costs
 from partita.cost.memory import KINDS, PeakMemory, memory
 from partita.cost.moves import Placement, move_seconds
-from partita.cost.terms import Terms, terms
+from partita.cost.terms import Terms, cost_terms
 from partita.cost.work import local_flops
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
-from partita.plans.layout import Layout, layout, resolve
+from partita.plans.layout import Layout, layout_of, resolve
 from partita.plans.plan import Plan
 
 
@@ -101,24 +101,24 @@ def predict(
     graph: OperatorGraph,
     machine: Machine,
     plan: Plan,
-    found: Terms | None = None,
-    where: Layout | None = None,
+    terms: Terms | None = None,
+    layout: Layout | None = None,
     costs: Sequence[OperatorCost] | None = None,
 ) -> Prediction:
-    """The cost of a plan on a machine. `found`, `where` and the operators' `costs` may be given if they are known already."""
-    found = found or terms(graph, machine.backend)
-    where = where or layout(graph, plan)
-    place = Placement(machine, plan.mesh)
-    costs = costs or operator_costs(found, place, where, plan)
+    """The cost of a plan on a machine. `terms`, `layout` and the operators' `costs` are computed unless given."""
+    terms = terms or cost_terms(graph, machine.backend)
+    layout = layout or layout_of(graph, plan)
+    placement = Placement(machine, plan.mesh)
+    costs = costs or operator_costs(terms, placement, layout, plan)
     moves = [0.0] * len(costs)
-    for move in found.edges:
-        a, b = where.assignments[move.home], where.assignments[move.reader]
+    for move in terms.edges:
+        a, b = layout.assignments[move.home], layout.assignments[move.reader]
         moves[move.reader] += move_seconds(
-            move, place, resolve(move.source, a), resolve(move.target, b)
+            move, placement, resolve(move.source, a), resolve(move.target, b)
         )
     sent: Counter[int] = Counter()
     traffic: Counter[str] = Counter()
-    every = collectives(graph, plan.mesh, where, machine.backend)
+    every = collectives(graph, plan.mesh, layout, machine.backend)
     for c in every:
         sent[c.operator] += c.total
         traffic[c.kind] += c.total
@@ -131,7 +131,7 @@ def predict(
             moves[o],
             float(c.nbytes[0]),
             sent[o],
-            compute_source(found.operators[o], place, where.assignments[o]),
+            compute_source(terms.operators[o], placement, layout.assignments[o]),
         )
         for o, c in enumerate(costs)
     )
@@ -140,9 +140,9 @@ def predict(
         machine.name,
         sum(o.seconds for o in operators),
         operators,
-        memory(graph, plan.mesh, where, machine.backend),
+        memory(graph, plan.mesh, layout, machine.backend),
         dict(sorted(traffic.items())),
-        local_flops(graph, plan.mesh, where, machine.backend, sent=every),
+        local_flops(graph, plan.mesh, layout, machine.backend, sent=every),
         machine.weakest_status(),
         machine.times.error if machine.times else 0.0,
     )

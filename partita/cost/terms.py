@@ -1,6 +1,6 @@
 """What an operator costs, before any choice: work, reductions, halos, moves, stored variables, all labelled with factors.
 
-`terms(graph)` is computed once. A choice then only divides: a piece of work indexed by factors f, g that are split n_f and
+`cost_terms(graph)` is computed once. A choice then only divides: a piece of work indexed by factors f, g that are split n_f and
 n_g ways costs 1/(n_f n_g) of itself. That is what makes a search over thousands of choices a few array operations
 (`cost.evaluate`), and equal operators, the repeated blocks of a network, share one evaluation (`OperatorTerms.key`).
 
@@ -206,7 +206,7 @@ class Terms:
     edges: list[Move]
 
 
-def terms(graph: OperatorGraph, backend: Backend = DEFAULT) -> Terms:
+def cost_terms(graph: OperatorGraph, backend: Backend = DEFAULT) -> Terms:
     """The cost terms of a graph, compiled as a backend does."""
     seen = seen_labels(graph)
     found = [OperatorTerms() for _ in graph.operators]

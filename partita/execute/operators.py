@@ -30,7 +30,7 @@ from partita.capture.jax_functions import Captured, Text
 from partita.cost.collectives import seen_labels
 from partita.cost.evaluate import Assignment, local_key, roofline_features
 from partita.cost.moves import Placement
-from partita.cost.terms import terms
+from partita.cost.terms import cost_terms
 from partita.execute.calibrate import file_of, key_of
 from partita.execute.processes import from_first, is_first, meet
 from partita.graph.operator_graph import OperatorGraph, constant_tensors
@@ -177,15 +177,15 @@ def _asked(
 ) -> Iterator[Asked]:
     """The operators of the plans that are not known yet, each once."""
     graph = captured.graph
-    found = terms(graph, machine.backend)
+    found = cost_terms(graph, machine.backend)
     seen = set(known)
     with stablehlo.context(), ir.Location.unknown():
         cutter = Cutter(stablehlo.parse(captured.text.mlir_module_serialized), graph)
         for plan in plans:
-            place = Placement(machine, plan.mesh)
+            placement = Placement(machine, plan.mesh)
             for o, assignment in enumerate(assignments_of(graph, plan)):
                 own = found.operators[o]
-                key = local_key(own, place, assignment)
+                key = local_key(own, placement, assignment)
                 if key in seen or not own.work:
                     continue
                 seen.add(key)
@@ -198,7 +198,7 @@ def _asked(
                     graph.operators[o].name,
                     key,
                     parts,
-                    roofline_features(own, place, assignment),
+                    roofline_features(own, placement, assignment),
                     reaches,
                 )
 

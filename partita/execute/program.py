@@ -14,7 +14,7 @@ from partita.capture.jax_functions import Captured, Text
 from partita.errors import PlanError
 from partita.execute.annotate import annotate
 from partita.execute.processes import put
-from partita.plans.layout import Layout, Sharding, layout
+from partita.plans.layout import Layout, Sharding, layout_of
 from partita.plans.pipeline import is_staged
 from partita.plans.plan import Mesh, Plan, check
 
@@ -73,7 +73,7 @@ def planned_step(
             f"The plan '{plan.name}' places operators on parts of the machine, or cuts the step into stages, microbatches or recomputed runs, which can be planned and simulated, and not yet run. "
             "Plan for the devices at hand, or with --no-stages."
         )
-    where = layout(graph, plan)
+    where = layout_of(graph, plan)
     mesh = device_mesh(plan.mesh, devices)
     text = Text.of(
         captured.text, annotate(captured.text.mlir_module_serialized, graph, plan.mesh, where)

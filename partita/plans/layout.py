@@ -115,7 +115,7 @@ def families(graph: OperatorGraph) -> dict[int, int]:
     return family
 
 
-def layout(graph: OperatorGraph, plan: Plan) -> Layout:
+def layout_of(graph: OperatorGraph, plan: Plan) -> Layout:
     """Every tensor's sharding under the plan, and every read that wants another one."""
     assignments = assignments_of(graph, plan)
     alike: dict[tuple[int, Label], Sharding] = {}

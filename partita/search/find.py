@@ -21,7 +21,7 @@ from partita.errors import MemoryBudgetError, PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
 from partita.plans.baselines import BASELINES
-from partita.plans.layout import layout
+from partita.plans.layout import layout_of
 from partita.plans.pipeline import is_staged
 from partita.plans.plan import Mesh, Plan, mesh_for
 from partita.search.base import Progress, Report, SearchResult
@@ -202,7 +202,7 @@ class Baselines(Mapping[str, tuple[Plan, Prediction]]):
             self.known[name] = (
                 replace(same, plan=name)
                 if same
-                else predicted(n.graph, n.place.machine, plan, n.terms)
+                else predicted(n.graph, n.placement.machine, plan, n.terms)
             )
         return plan, self.known[name]
 
@@ -233,7 +233,9 @@ class Baselines(Mapping[str, tuple[Plan, Prediction]]):
             )
             self.peaks[name] = (
                 same
-                or memory(n.graph, plan.mesh, layout(n.graph, plan), n.place.machine.backend).peak
+                or memory(
+                    n.graph, plan.mesh, layout_of(n.graph, plan), n.placement.machine.backend
+                ).peak
             )
         return self.peaks[name]
 
@@ -340,7 +342,10 @@ def _fitting(
         if result.states not in seen:
             plan = network.plan(result.states)
             seen[result.states] = memory(
-                network.graph, plan.mesh, layout(network.graph, plan), network.place.machine.backend
+                network.graph,
+                plan.mesh,
+                layout_of(network.graph, plan),
+                network.placement.machine.backend,
             ).peak
         peak = seen[result.states]
         if peak <= limit:
@@ -440,7 +445,7 @@ def _alternatives(
         if i != states[o] and (not state.zero or stored_by(network, o, i)):
             found.append(
                 (
-                    names_of(network.graph, network.place.mesh, network.choice(o, i)),
+                    names_of(network.graph, network.placement.mesh, network.choice(o, i)),
                     state.zero,
                     *more,
                 )

@@ -15,8 +15,7 @@ import numpy as np
 
 from partita.cost.evaluate import operator_cost, storage_axes
 from partita.cost.moves import Placement, move_table
-from partita.cost.terms import Move, OperatorTerms, Terms
-from partita.cost.terms import terms as terms_of
+from partita.cost.terms import Move, OperatorTerms, Terms, cost_terms
 from partita.graph.operator_graph import Label, OperatorGraph, Phase
 from partita.machine import Machine
 from partita.plans.layout import Sharding, resolve
@@ -41,7 +40,7 @@ class CostNetwork:
     """The cost network of a graph on a placed mesh, with what its states stand for. Equal operators share their lists and arrays."""
 
     graph: OperatorGraph
-    place: Placement
+    placement: Placement
     terms: Terms
     states: list[Sequence[OperatorState]]
     problem: Problem
@@ -78,7 +77,7 @@ class CostNetwork:
 
     def plan(self, states: Sequence[int], name: str = "found", notes: tuple[str, ...] = ()) -> Plan:
         """The plan that states stand for."""
-        graph, mesh = self.graph, self.place.mesh
+        graph, mesh = self.graph, self.placement.mesh
         choices, storage = {}, {}
         for o, i in enumerate(states):
             choices[graph.operators[o].name] = names_of(graph, mesh, self.choice(o, i))
@@ -86,7 +85,7 @@ class CostNetwork:
                 storage |= stored_by(self, o, i)
         return Plan(
             graph.name,
-            self.place.machine.name,
+            self.placement.machine.name,
             mesh,
             choices,
             storage,
@@ -102,7 +101,7 @@ class CostNetwork:
             choice = _placed(
                 self.graph,
                 o,
-                choice_of(self.graph, o, self.place.mesh, plan.choices[operator.name]),
+                choice_of(self.graph, o, self.placement.mesh, plan.choices[operator.name]),
             )
             levels = {
                 plan.storage[s.path].zero
@@ -125,7 +124,7 @@ def _placed(graph: OperatorGraph, operator: int, factors: Sequence[int]) -> tupl
 
 def stored_by(network: CostNetwork, operator: int, state: int) -> dict[str, Storage]:
     """The storage of an operator's variables in a state."""
-    found, mesh = {}, network.place.mesh
+    found, mesh = {}, network.placement.mesh
     assignment = assignment_of(network.choice(operator, state))
     for s in network.terms.operators[operator].stored:
         where = storage_axes(s, mesh, assignment)
@@ -147,25 +146,25 @@ def build(
     limit: int = LIMIT,
 ) -> CostNetwork:
     """The cost network of a graph on a machine's mesh. Every choice of the baselines is among the candidates, of which there are about `limit` at most."""
-    place = Placement(machine, mesh)
-    found = terms or terms_of(graph, machine.backend)
+    placement = Placement(machine, mesh)
+    terms = terms or cost_terms(graph, machine.backend)
     known: dict[tuple[object, ...], _Costed] = {}
     every: list[_Costed] = []
     for o, operator in enumerate(graph.operators):
         extra = [choice_of(graph, o, mesh, plan.choices[operator.name]) for plan in baselines]
         key = (
-            found.operators[o].digest,
+            terms.operators[o].digest,
             operator.kind,
             *(_placed(graph, o, choice) for choice in extra),
         )
         if key not in known:
-            known[key] = _costed(graph, o, place, found.operators[o], extra, limit)
+            known[key] = _costed(graph, o, placement, terms.operators[o], extra, limit)
         every.append(known[key])
     states, seconds, nbytes, parts, kept, gradients = (
         (list(mine) for mine in zip(*every, strict=True)) if every else ([] for _ in range(6))
     )
     network = CostNetwork(
-        graph, place, found, states, Problem(seconds, nbytes), parts, kept, gradients
+        graph, placement, terms, states, Problem(seconds, nbytes), parts, kept, gradients
     )
     _add_moves(network)
     return network
@@ -178,18 +177,18 @@ _Costed = tuple[Sequence[OperatorState], np.ndarray, np.ndarray, np.ndarray, np.
 def _costed(
     graph: OperatorGraph,
     operator: int,
-    place: Placement,
+    placement: Placement,
     terms: OperatorTerms,
     extra: Sequence[Choice],
     limit: int,
 ) -> _Costed:
     """The states of an operator, and of all that are equal to it, with what they cost."""
     levels = LEVELS if terms.stored else (0,)
-    choices = candidates(graph, operator, place.mesh, extra, limit)
+    choices = candidates(graph, operator, placement.mesh, extra, limit)
     assignments = [assignment_of(choice) for choice in choices]
-    costs = [operator_cost(terms, place, assignments, zero) for zero in levels]
+    costs = [operator_cost(terms, placement, assignments, zero) for zero in levels]
     part = lambda s, assignment: (
-        s.nbytes / place.ways([a for axes in resolve(s.label, assignment) for a in axes])
+        s.nbytes / placement.ways([a for axes in resolve(s.label, assignment) for a in axes])
     )  # noqa: E731
     return (
         [
@@ -256,7 +255,7 @@ def _add_moves(network: CostNetwork) -> None:
                 continue
             key = (id(sources), id(targets), move.nbytes, move.trips, move.sums)
             if key not in expanded:
-                expanded[key] = move_table(move, network.place, sources, targets)[
+                expanded[key] = move_table(move, network.placement, sources, targets)[
                     np.ix_(rows, columns)
                 ]
             tables.append(expanded[key])

@@ -471,7 +471,7 @@ class _Costs:
 
     def __init__(self, network: CostNetwork, shape: _Shape) -> None:
         self.network, self.shape = network, shape
-        self.shown = 1 - network.place.machine.backend.overlap
+        self.shown = 1 - network.placement.machine.backend.overlap
         made: dict[int, _Own] = {}
         for parts, nbytes, kept, gradients, states in zip(
             network.parts,
@@ -564,8 +564,8 @@ class _Costs:
         )
         links = group_of(tuple(range(shape.axes)), shapes.mesh)
         hops = [
-            network.place.seconds("collective_permute", there, links)
-            + network.place.seconds("collective_permute", here, links)
+            network.placement.seconds("collective_permute", there, links)
+            + network.placement.seconds("collective_permute", here, links)
             for there, here in zip(forth, back, strict=True)
         ]
         runs = _Runs(shape, run, handed, hops)
@@ -598,7 +598,9 @@ class _Costs:
             for home, label, nbytes in crossing:
                 if (home, label) not in ways:
                     split = resolve(label, assignment_of(self.network.choice(home, states[home])))
-                    ways[home, label] = self.network.place.ways([a for axes in split for a in axes])
+                    ways[home, label] = self.network.placement.ways(
+                        [a for axes in split for a in axes]
+                    )
                 total += nbytes / ways[home, label]
             found.append(total)
         return found

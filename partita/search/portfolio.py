@@ -76,7 +76,7 @@ class Space:
     @property
     def overlaps(self) -> bool:
         """Whether a step may be shorter than the sum of its parts."""
-        return self.network.place.machine.backend.overlap > 0
+        return self.network.placement.machine.backend.overlap > 0
 
     def least_sum(self, limits: Limits) -> SearchResult:
         """The least sum; its seconds are the sum."""

@@ -89,7 +89,10 @@ class Simulated:
 
 def simulated(network: CostNetwork) -> Simulated:
     """The simulation of a cost network."""
-    step, overlap = structure(network.graph, network.terms), network.place.machine.backend.overlap
+    step, overlap = (
+        structure(network.graph, network.terms),
+        network.placement.machine.backend.overlap,
+    )
     step = thinned(step, [_takes_time(network, slot) for slot in step.slots])
     laid = lay_out(step, np.zeros(len(step.slots)), overlap)
     data: list[np.ndarray] = []
@@ -170,7 +173,7 @@ def relaxed(network: CostNetwork) -> Problem:
 
     One stream runs all of that, task after task, so no plan's step is shorter. Its optimum is a bound on every plan's.
     """
-    part = 1 - network.place.machine.backend.overlap
+    part = 1 - network.placement.machine.backend.overlap
     weight = np.array([1.0 if kind == "compute" else part for kind, _ in PARTS])
     made: dict[int, np.ndarray] = {}
 

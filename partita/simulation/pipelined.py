@@ -22,12 +22,12 @@ from partita.cost.evaluate import PARTS, OperatorCost, compute_source, operator_
 from partita.cost.memory import KINDS, PeakMemory, memory
 from partita.cost.moves import Group, Placement, group_of, move_seconds
 from partita.cost.predict import OperatorPrediction, Prediction
-from partita.cost.terms import Terms, terms
+from partita.cost.terms import Terms, cost_terms
 from partita.cost.work import local_flops
 from partita.errors import PlanError
 from partita.graph.operator_graph import Label, OperatorGraph, Phase
 from partita.machine import Machine
-from partita.plans.layout import Layout, layout, resolve
+from partita.plans.layout import Layout, layout_of, resolve
 from partita.plans.pipeline import (
     count_of,
     in_flight,
@@ -62,7 +62,7 @@ class Staged:
 
     @staticmethod
     def of(
-        graph: OperatorGraph, machine: Machine, plan: Plan, found: Terms | None = None
+        graph: OperatorGraph, machine: Machine, plan: Plan, terms: Terms | None = None
     ) -> Staged:
         """A checked plan with its costs. PlanError where the machine's devices differ."""
         if machine.kinds:
@@ -70,16 +70,16 @@ class Staged:
                 f"The plan '{plan.name}' has microbatches or recomputes, and the devices of {machine.name} differ, where that cannot be simulated yet: give a plan "
                 "without them, which may place operators."
             )
-        found, inner = found or terms(graph, machine.backend), inside(graph, plan)
-        where = layout(graph, inner)
-        costs = operator_costs(found, Placement(machine, inner.mesh), where, inner)
+        terms, inner = terms or cost_terms(graph, machine.backend), inside(graph, plan)
+        layout = layout_of(graph, inner)
+        costs = operator_costs(terms, Placement(machine, inner.mesh), layout, inner)
         return Staged(
             graph,
             machine,
             plan,
-            found,
+            terms,
             inner,
-            where,
+            layout,
             stages_of(graph, plan),
             recomputed(graph, plan),
             costs,
@@ -90,7 +90,7 @@ class Staged:
         return count_of(self.plan)
 
     @cached_property
-    def place(self) -> Placement:
+    def placement(self) -> Placement:
         return Placement(self.machine, self.inner.mesh)
 
     @cached_property
@@ -100,7 +100,7 @@ class Staged:
 
     def _part(self, nbytes: int, label: Label, operator: int) -> float:
         """Bytes of a device's part of a tensor that is labelled in an operator's factors."""
-        return nbytes / self.place.ways(
+        return nbytes / self.placement.ways(
             [a for axes in resolve(label, self.layout.assignments[operator]) for a in axes]
         )
 
@@ -118,7 +118,7 @@ class Staged:
         for (edge, _), nbytes in sent.items():
             total[edge] += nbytes
         return {
-            edge: (self.place.seconds("collective_permute", nbytes, self.between), nbytes)
+            edge: (self.placement.seconds("collective_permute", nbytes, self.between), nbytes)
             for edge, nbytes in total.items()
         }
 
@@ -133,7 +133,7 @@ class Staged:
             step,
             self.costs,
             [m for m in self.terms.edges if self.stage[m.home] == self.stage[m.reader]],
-            self.place,
+            self.placement,
             self.layout,
         )
         apart = {path for path, storage in self.plan.storage.items() if storage.zero == 3}
@@ -420,7 +420,7 @@ def predicted(staged: Staged) -> Prediction:
         if staged.stage[e.home] == staged.stage[e.reader]:
             a, b = (staged.layout.assignments[o] for o in (e.home, e.reader))
             moves[e.reader] += m * move_seconds(
-                e, staged.place, resolve(e.source, a), resolve(e.target, b)
+                e, staged.placement, resolve(e.source, a), resolve(e.target, b)
             )
     traffic: dict[str, float] = defaultdict(float)
     by_operator = np.zeros(len(graph.operators))
@@ -450,7 +450,7 @@ def predicted(staged: Staged) -> Prediction:
             else 0.0
         )
         sums = of("sum", "gather") * (1 - cost.overlap)
-        source = compute_source(own, staged.place, staged.layout.assignments[o])
+        source = compute_source(own, staged.placement, staged.layout.assignments[o])
         operators.append(
             OperatorPrediction(
                 graph.operators[o].name,

@@ -29,10 +29,10 @@ from partita.cost.evaluate import OperatorCost, compute_source, operator_costs, 
 from partita.cost.memory import PeakMemory, memory
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.predict import OperatorPrediction, Prediction
-from partita.cost.terms import Move, Terms, terms
+from partita.cost.terms import Move, Terms, cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
-from partita.plans.layout import Layout, Sharding, assignments_of, layout, resolve
+from partita.plans.layout import Layout, Sharding, assignments_of, layout_of, resolve
 from partita.plans.plan import Mesh, Plan
 from partita.simulation.engine import Times, run
 from partita.simulation.groups import Cells, Pins, folded, pins_of, unfolded
@@ -77,30 +77,30 @@ class Crossing:
                 found["gather"].append(a)
         return Crossing(**{kind: tuple(axes) for kind, axes in found.items()})
 
-    def seconds(self, place: Placement, nbytes: float) -> float:
+    def seconds(self, placement: Placement, nbytes: float) -> float:
         """Seconds for values of which a device that has them whole along these axes has so many bytes."""
-        group = lambda axes: place.group(axes)  # noqa: E731
+        group = lambda axes: placement.group(axes)  # noqa: E731
         found = (
-            place.seconds("collective_permute", nbytes, group(self.transfer))
+            placement.seconds("collective_permute", nbytes, group(self.transfer))
             if self.transfer
             else 0.0
         )
         for axes in (self.scatter, self.gather):
-            found += place.seconds("all_gather", nbytes, group(axes)) if axes else 0.0
+            found += placement.seconds("all_gather", nbytes, group(axes)) if axes else 0.0
         if self.broadcast:
-            steps = (place.ways(self.broadcast) - 1).bit_length()
-            tree = steps * place.seconds("collective_permute", nbytes, group(self.broadcast))
-            found += min(tree, 2 * place.seconds("all_gather", nbytes, group(self.broadcast)))
+            steps = (placement.ways(self.broadcast) - 1).bit_length()
+            tree = steps * placement.seconds("collective_permute", nbytes, group(self.broadcast))
+            found += min(tree, 2 * placement.seconds("all_gather", nbytes, group(self.broadcast)))
         return found
 
-    def sent(self, place: Placement, nbytes: float) -> dict[str, float]:
+    def sent(self, placement: Placement, nbytes: float) -> dict[str, float]:
         """Bytes that go over links for that, by what is done."""
-        rest = lambda axes: 1 - 1 / place.ways(axes)  # noqa: E731
+        rest = lambda axes: 1 - 1 / placement.ways(axes)  # noqa: E731
         found = {
             "transfer": nbytes if self.transfer else 0.0,
             "scatter": nbytes * rest(self.scatter),
             "gather": nbytes * rest(self.gather),
-            "broadcast": nbytes * (place.ways(self.broadcast) - 1),
+            "broadcast": nbytes * (placement.ways(self.broadcast) - 1),
         }
         return {kind: sent for kind, sent in found.items() if sent}
 
@@ -123,7 +123,7 @@ class Placed:
         graph: OperatorGraph,
         machine: Machine,
         plan: Plan,
-        found: Terms | None = None,
+        terms: Terms | None = None,
         fold: bool = True,
     ) -> Placed:
         """A checked plan, without microbatches and recomputation. Without `fold` every device is a cell: the same, for as much more work."""
@@ -131,7 +131,7 @@ class Placed:
             graph,
             machine,
             plan,
-            found or terms(graph, machine.backend),
+            terms or cost_terms(graph, machine.backend),
             assignments_of(graph, plan),
             pins_of(graph, plan),
             fold,
@@ -139,14 +139,14 @@ class Placed:
 
     @cached_property
     def layout(self) -> Layout:
-        return layout(self.graph, self.plan)
+        return layout_of(self.graph, self.plan)
 
     @cached_property
     def step(self) -> Structure:
         return structure(self.graph, self.terms, any(self.pins))
 
     @cached_property
-    def place(self) -> Placement:
+    def placement(self) -> Placement:
         return Placement(self.machine, self.plan.mesh)
 
     @cached_property
@@ -242,7 +242,11 @@ class Placed:
         ]
         return {
             kind: durations(
-                self.step, self._costs(self.machine.of_kind(kind)), stay, self.place, self.layout
+                self.step,
+                self._costs(self.machine.of_kind(kind)),
+                stay,
+                self.placement,
+                self.layout,
             )
             for kind in set(self.cells.kinds)
         }
@@ -282,7 +286,7 @@ class Placed:
             for m, _, target, crossing in moves:
                 if crossing.axes:
                     rest = [a for dim in _dims(m, target) for a in dim if a not in crossing.axes]
-                    crossings[crossing] += m.trips * m.nbytes / self.place.ways(rest)
+                    crossings[crossing] += m.trips * m.nbytes / self.placement.ways(rest)
             inside = on_links + sum(self._inside(*move) for move in moves)
             first = [Share(group, inside, LINKS) for group in groups] if inside > 0 else []
             found.append(
@@ -312,12 +316,12 @@ class Placed:
             tuple(a for a in dim if d >= count or a not in crossing.axes)
             for d, dim in enumerate(sharding)
         )  # noqa: E731
-        smaller = replace(move, nbytes=int(move.nbytes / self.place.ways(crossing.gather)))
-        return move_seconds(smaller, self.place, without(source), without(target))
+        smaller = replace(move, nbytes=int(move.nbytes / self.placement.ways(crossing.gather)))
+        return move_seconds(smaller, self.placement, without(source), without(target))
 
     def _between(self, slot: Slot, crossing: Crossing, nbytes: float) -> list[Share]:
         """What cells do together for one crossing."""
-        seconds = crossing.seconds(self.place, nbytes)
+        seconds = crossing.seconds(self.placement, nbytes)
         return [
             Share(
                 homes,
@@ -418,7 +422,9 @@ class Placed:
                     groups = sum(
                         count for *_, remote, count in self._ways(home, reader, crossing) if remote
                     )
-                    sent = crossing.sent(self.place, m.trips * m.nbytes / self.place.ways(rest))
+                    sent = crossing.sent(
+                        self.placement, m.trips * m.nbytes / self.placement.ways(rest)
+                    )
                     found += [(reader, kind, nbytes * groups) for kind, nbytes in sent.items()]
         return found
 
@@ -481,7 +487,7 @@ class Placed:
                 target = resolve(m.dims[1], self.assignments[m.reader])
                 sent[m.tensor] = max(
                     sent.get(m.tensor, 0.0),
-                    m.nbytes / self.place.ways([a for dim in target for a in dim]),
+                    m.nbytes / self.placement.ways([a for dim in target for a in dim]),
                 )
         received = int(sum(sent.values()))
         return replace(
@@ -514,26 +520,26 @@ class Placed:
             for m, source, target, crossing in moves:
                 rest = [a for dim in _dims(m, target) for a in dim if a not in crossing.axes]
                 over = (
-                    crossing.seconds(self.place, m.trips * m.nbytes / self.place.ways(rest))
+                    crossing.seconds(self.placement, m.trips * m.nbytes / self.placement.ways(rest))
                     if crossing.axes
                     else 0.0
                 )
                 crossed[reader] += over + (
                     self._inside(m, source, target, crossing)
                     if crossing.axes
-                    else move_seconds(m, self.place, source, target)
+                    else move_seconds(m, self.placement, source, target)
                 )
         operators = []
         for o, cost in enumerate(self.costs):
             assignment = self.assignments[o]
-            part = 1 / self.place.ways(tuple(self.pins[o]))
+            part = 1 / self.placement.ways(tuple(self.pins[o]))
             flops += part * sum(
                 w.flops
                 * w.trips
-                / self.place.ways([a for f in w.factors for a in assignment.get(f, ())])
+                / self.placement.ways([a for f in w.factors for a in assignment.get(f, ())])
                 for w in self.terms.operators[o].work
             )
-            source = compute_source(self.terms.operators[o], self.place, assignment)
+            source = compute_source(self.terms.operators[o], self.placement, assignment)
             own = (
                 float(cost.compute[0]),
                 float(cost.activations[0]),

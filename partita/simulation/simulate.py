@@ -10,10 +10,10 @@ from partita.cost.evaluate import operator_costs
 from partita.cost.memory import KINDS
 from partita.cost.moves import Placement
 from partita.cost.predict import Prediction, predict
-from partita.cost.terms import Terms, terms
+from partita.cost.terms import Terms, cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
-from partita.plans.layout import layout
+from partita.plans.layout import layout_of
 from partita.plans.pipeline import is_pipeline, is_staged
 from partita.plans.plan import Plan
 from partita.simulation import pipelined as stages
@@ -34,43 +34,45 @@ from partita.simulation.timeline import Span, Timeline
 
 
 def predicted(
-    graph: OperatorGraph, machine: Machine, plan: Plan, found: Terms | None = None
+    graph: OperatorGraph, machine: Machine, plan: Plan, terms: Terms | None = None
 ) -> Prediction:
     """The prediction of a plan, its step simulated: where collectives hide behind kernels, a step takes less than the sum of its parts."""
     if is_pipeline(plan):
-        return stages.predicted(stages.Staged.of(graph, machine, plan, found))
+        return stages.predicted(stages.Staged.of(graph, machine, plan, terms))
     if is_staged(plan) or machine.kinds:
-        return Placed.of(graph, machine, plan, found).prediction()
+        return Placed.of(graph, machine, plan, terms).prediction()
     if machine.backend.overlap == 0:
-        return predict(graph, machine, plan, found)
-    prediction, _, _, times = _simulated(graph, machine, plan, found)
+        return predict(graph, machine, plan, terms)
+    prediction, _, _, times = _simulated(graph, machine, plan, terms)
     return replace(prediction, seconds=times.seconds)
 
 
 def _simulated(
-    graph: OperatorGraph, machine: Machine, plan: Plan, found: Terms | None
+    graph: OperatorGraph, machine: Machine, plan: Plan, terms: Terms | None
 ) -> tuple[Prediction, Structure, Laid, Times]:
-    found, where, place = (
-        found or terms(graph, machine.backend),
-        layout(graph, plan),
+    terms, layout, placement = (
+        terms or cost_terms(graph, machine.backend),
+        layout_of(graph, plan),
         Placement(machine, plan.mesh),
     )
-    costs, step = operator_costs(found, place, where, plan), structure(graph, found)
-    laid = lay_out(step, durations(step, costs, found.edges, place, where), machine.backend.overlap)
-    return predict(graph, machine, plan, found, where, costs), step, laid, run(laid.tasks)
+    costs, step = operator_costs(terms, placement, layout, plan), structure(graph, terms)
+    laid = lay_out(
+        step, durations(step, costs, terms.edges, placement, layout), machine.backend.overlap
+    )
+    return predict(graph, machine, plan, terms, layout, costs), step, laid, run(laid.tasks)
 
 
 def simulate(
-    graph: OperatorGraph, machine: Machine, plan: Plan, found: Terms | None = None
+    graph: OperatorGraph, machine: Machine, plan: Plan, terms: Terms | None = None
 ) -> Timeline:
     """The timeline of one step: seconds, what runs when, what waits for what, memory and traffic of a device.
 
-    The machine needs not be at hand. `found` are the graph's terms, if they are known already.
+    The machine does not have to be present. `terms` are computed unless given.
     """
     if is_pipeline(plan):
-        return stages.timeline(stages.Staged.of(graph, machine, plan, found))
+        return stages.timeline(stages.Staged.of(graph, machine, plan, terms))
     if is_staged(plan) or machine.kinds:
-        placed = Placed.of(graph, machine, plan, found)
+        placed = Placed.of(graph, machine, plan, terms)
         return _timeline(
             graph,
             plan,
@@ -81,7 +83,7 @@ def simulate(
             placed.times,
             placed,
         )
-    return _timeline(graph, plan, machine, *_simulated(graph, machine, plan, found))
+    return _timeline(graph, plan, machine, *_simulated(graph, machine, plan, terms))
 
 
 def _timeline(

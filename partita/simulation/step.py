@@ -357,7 +357,7 @@ def durations(
     step: Structure,
     costs: Sequence[OperatorCost],
     edges: Iterable[Move],
-    place: Placement,
+    placement: Placement,
     layout: Layout,
 ) -> np.ndarray:
     """Seconds of every slot under one plan. `costs` are those of every operator under its one choice."""
@@ -365,7 +365,7 @@ def durations(
     for m in edges:
         a, b = layout.assignments[m.home], layout.assignments[m.reader]
         moves[m.home, m.reader, m.phase, m.wanted] += move_seconds(
-            m, place, resolve(m.source, a), resolve(m.target, b)
+            m, placement, resolve(m.source, a), resolve(m.target, b)
         )
     parts = [cost.parts()[:, 0] for cost in costs]
     found = np.zeros(len(step.slots))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from partita.cost.terms import Terms, terms
+from partita.cost.terms import Terms, cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.plans.baselines import BASELINES
@@ -34,8 +34,8 @@ def graph() -> OperatorGraph:
 
 
 @pytest.fixture(scope="module")
-def found(graph: OperatorGraph) -> Terms:
-    return terms(graph, machine().backend)
+def terms(graph: OperatorGraph) -> Terms:
+    return cost_terms(graph, machine().backend)
 
 
 def machine() -> Machine:
@@ -49,8 +49,8 @@ def pipeline(
     mesh = mesh_of(where)
     count, names = math.prod(mesh.sizes[:axes]), [o.name for o in graph.operators]
     inner = BASELINES["data x tensor"](graph, where.name, Mesh(mesh.axes[axes:]))
-    found = [re.search(r"attention(\d+)", name) for name in names]
-    block = [int(match[1]) if match else -1 for match in found]
+    matches = [re.search(r"attention(\d+)", name) for name in names]
+    block = [int(match[1]) if match else -1 for match in matches]
     choices, stage_of, runs = {}, 0, []
     for o, name in enumerate(names):
         if block[o] > 0 and block[o] not in block[:o]:  # the first of its block
@@ -78,20 +78,20 @@ def pipeline(
 
 @pytest.mark.parametrize(("axes", "microbatches", "again"), [(1, 8, False), (3, 32, True)])
 def test_what_is_found_is_no_slower_than_an_experts_pipeline_in_the_same_memory(
-    graph: OperatorGraph, found: Terms, axes: int, microbatches: int, again: bool
+    graph: OperatorGraph, terms: Terms, axes: int, microbatches: int, again: bool
 ) -> None:
     where = machine()
-    expert = Staged.of(graph, where, pipeline(graph, where, axes, microbatches, again), found)
-    best = stage(graph, where, mesh_of(where), found, expert.peak, math.inf, seconds=60)
+    expert = Staged.of(graph, where, pipeline(graph, where, axes, microbatches, again), terms)
+    best = stage(graph, where, mesh_of(where), terms, expert.peak, math.inf, seconds=60)
     assert best is not None and best.peak <= expert.peak
     assert best.seconds <= expert.seconds
 
 
 def test_a_sketch_is_near_what_is_simulated_and_what_it_leaves_out_is_not_below_it(
-    graph: OperatorGraph, found: Terms
+    graph: OperatorGraph, terms: Terms
 ) -> None:
     where = machine()
-    shapes = stages._Shapes(graph, where, mesh_of(where), found, int(where.memory_bytes))
+    shapes = stages._Shapes(graph, where, mesh_of(where), terms, int(where.memory_bytes))
     near = []
     for shape in [
         shape for axes in range(5) for shape in shapes.every(axes) if shape.microbatches > 1
@@ -107,10 +107,10 @@ def test_a_sketch_is_near_what_is_simulated_and_what_it_leaves_out_is_not_below_
 
 
 def test_a_mask_that_every_device_makes_is_no_operators_own_work(
-    graph: OperatorGraph, found: Terms
+    graph: OperatorGraph, terms: Terms
 ) -> None:
     """Masks of all blocks are made in one place of the program, and read in others: what they take is split as their readers are."""
     assert any(x.name == "and" and x.flops > 1e8 for x in graph.instructions)
     assert not [
-        own.name for own in found.operators for w in own.work if w.flops > 1e8 and not w.factors
+        own.name for own in terms.operators for w in own.work if w.flops > 1e8 and not w.factors
     ]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from partita.cost.terms import terms
+from partita.cost.terms import cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
 from partita.plans.baselines import BASELINES
@@ -84,7 +84,7 @@ def test_branches_of_a_block_are_placed_and_faster_than_anything_split(
 def test_what_does_not_gain_or_does_not_fit_is_not_found(block: OperatorGraph) -> None:
     where = load("h100:2")
     found, start = (
-        terms(block, where.backend),
+        cost_terms(block, where.backend),
         BASELINES["one device"](block, where.name, mesh_of(where)),
     )
     seconds = predicted(block, where, start, found).seconds
@@ -106,7 +106,7 @@ def test_a_chain_has_nothing_to_place() -> None:
             graph,
             where,
             BASELINES["one device"](graph, where.name, mesh_of(where)),
-            terms(graph),
+            cost_terms(graph),
             float("inf"),
             lambda placed: True,
         )
@@ -131,7 +131,7 @@ def test_ctrl_c_keeps_the_best_so_far(
 ) -> None:
     where = load("h100:2")
     found, start = (
-        terms(block, where.backend),
+        cost_terms(block, where.backend),
         BASELINES["one device"](block, where.name, mesh_of(where)),
     )
 

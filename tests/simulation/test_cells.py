@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partita.cost.predict import predict
-from partita.cost.terms import terms
+from partita.cost.terms import cost_terms
 from partita.errors import PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import DeviceKind, Machine, load
@@ -270,7 +270,7 @@ def test_more_bandwidth_never_hurts_a_chain_of_places() -> None:
 
 def test_no_placed_plan_beats_the_bound() -> None:
     graph, where = GRAPHS["transformer"], machine(0.4, devices=4)
-    found, mesh, rng = terms(graph, where.backend), mesh_of(where), np.random.default_rng(0)
+    found, mesh, rng = cost_terms(graph, where.backend), mesh_of(where), np.random.default_rng(0)
     for _ in range(5):
         choices = {
             o.name: {a.name: f"at({rng.integers(a.size)})" for a in mesh.axes}

@@ -9,11 +9,11 @@ import pytest
 from partita.cost.evaluate import operator_costs
 from partita.cost.moves import Placement
 from partita.cost.predict import predict
-from partita.cost.terms import terms
+from partita.cost.terms import cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.plans.baselines import BASELINES
-from partita.plans.layout import layout
+from partita.plans.layout import layout_of
 from partita.search.find import mesh_of
 from partita.simulation.engine import Replay, check, run
 from partita.simulation.simulate import simulate
@@ -108,12 +108,12 @@ def test_the_memory_curve_peaks_where_the_prediction_does(graph: OperatorGraph) 
 @pytest.mark.parametrize("overlap", [0.0, 0.4, 1.0])
 def test_a_walk_over_plans_is_replayed_to_the_bit(graph: OperatorGraph, overlap: float) -> None:
     where = machine(overlap)
-    found, place = terms(graph, where.backend), Placement(where, mesh_of(where))
+    found, place = cost_terms(graph, where.backend), Placement(where, mesh_of(where))
     step = structure(graph, found)
 
     def seconds(plan: str) -> np.ndarray:
         made = BASELINES[plan](graph, where.name, place.mesh)
-        laid = layout(graph, made)
+        laid = layout_of(graph, made)
         return durations(step, operator_costs(found, place, laid, made), found.edges, place, laid)
 
     replay = Replay(check(lay_out(step, seconds("one device"), overlap).tasks))
@@ -126,7 +126,7 @@ def test_a_walk_over_plans_is_replayed_to_the_bit(graph: OperatorGraph, overlap:
 
 def test_every_term_of_a_graph_has_its_task() -> None:
     for graph in GRAPHS.values():
-        found = terms(graph)
+        found = cost_terms(graph)
         step = structure(graph, found)
         kinds = {(s.kind, s.operator, s.phase) for s in step.slots}
         for o, own in enumerate(found.operators):
@@ -155,6 +155,6 @@ def test_operators_that_run_in_pieces_with_others_in_between_have_an_order() -> 
         )  # squeezes and excites
     model.compile("sgd", "sparse_categorical_crossentropy")
     graph = capture(model, 16).graph
-    step = structure(graph, terms(graph, machine(0.5).backend))
+    step = structure(graph, cost_terms(graph, machine(0.5).backend))
     assert all(b < n for n, before in enumerate(step.before) for b in before)
     assert any(s.share < 1 for s in step.slots)
