@@ -21,6 +21,7 @@ import numpy as np
 from numba import njit
 
 from partita.errors import GraphError
+from partita.gnn.data.digest import array_digest, read_only
 
 NARROW = 2**31
 """Up to so many vertices ids are int32, and up to so many edges positions are; beyond, int64."""
@@ -36,6 +37,9 @@ TABLES = {
     "test": np.bool_,
 }
 """The fields with a row per vertex, and their types."""
+
+ARRAYS = ("offsets", "sources", *TABLES, "weights")
+"""The fields that are arrays."""
 
 
 def position_type(edges: int) -> type[np.signedinteger[Any]]:
@@ -322,6 +326,21 @@ class Graph:
     def feature_count(self) -> int:
         """Features of a vertex; 0 without any."""
         return 0 if self.features is None else int(self.features.shape[1])
+
+    @property
+    def digest(self) -> str:
+        """Digest of all arrays; equal for graphs of equal content, whatever their names.
+
+        It is computed once where no array can be written, as those of files, and at each call otherwise.
+        """
+        arrays = [getattr(self, field) for field in ARRAYS]
+        if all(read_only(array) for array in arrays):
+            return self._digest
+        return array_digest(arrays)
+
+    @cached_property
+    def _digest(self) -> str:
+        return array_digest([getattr(self, field) for field in ARRAYS])
 
     def in_degrees(self) -> np.ndarray:
         """int64 [vertices]: in-edges of every vertex."""
