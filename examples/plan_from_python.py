@@ -51,7 +51,7 @@ def main() -> None:
     print("\nsaved and loaded is the same plan:", again == plan)
 
     how = {"batch_size": 128, "epochs": 2, "shuffle": False, "verbose": 0}
-    planned = again.apply(model).fit(x, y, **how).history["loss"]
+    planned = partita.parallelize(model, plan=again).fit(x, y, **how).history["loss"]
     alone = classifier().fit(x, y, **how).history["loss"]
     print("same losses as on one device:", np.allclose(planned, alone, rtol=1e-5))
     print(

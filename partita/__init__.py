@@ -7,7 +7,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from partita.api import compare, parallelize, plan, simulate
+from partita.api import compare, layout_map, parallelize, plan, simulate
 from partita.errors import PartitaError
 from partita.plans.plan import Plan
 
@@ -22,6 +22,7 @@ __all__ = [
     "Plan",
     "abstract",
     "compare",
+    "layout_map",
     "parallelize",
     "plan",
     "simulate",

@@ -17,9 +17,10 @@ from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.plans.adapt import fit_mesh, fit_plan
 from partita.plans.baselines import BASELINES
+from partita.plans.check import check
 from partita.plans.layout import layout_of
-from partita.plans.pipeline import count_of, is_pipeline
-from partita.plans.plan import Plan, check, choice_text, slice_of
+from partita.plans.pipeline import is_pipeline, stage_count
+from partita.plans.plan import Plan, choice_text, placed_slice
 from partita.search.base import Progress
 from partita.search.find import Found, alternatives, find, fits, mesh_of
 from partita.simulation.simulate import predicted as simulated_prediction
@@ -579,7 +580,7 @@ def describe(plan: Plan) -> str:
     if not plan.mesh.axes:
         return "one device"
     splits = [
-        {kind for kind in choice.values() if slice_of(kind) is None}
+        {kind for kind in choice.values() if placed_slice(kind) is None}
         for choice in plan.choices.values()
     ]
     kinds = Counter(kind[0] for found in splits for kind in found)
@@ -587,9 +588,9 @@ def describe(plan: Plan) -> str:
         f"{count} of {len(plan.choices)} operators by {kind}" for kind, count in kinds.most_common()
     )
     stored = f", {len(plan.storage)} variables stored in parts" if plan.storage else ""
-    staged = f", {count_of(plan)} stages" if count_of(plan) > 1 else ""
+    staged = f", {stage_count(plan)} stages" if stage_count(plan) > 1 else ""
     if staged and not is_pipeline(plan):
-        staged = f", {sum(any(slice_of(use) is not None for use in choice.values()) for choice in plan.choices.values())} placed"
+        staged = f", {sum(any(placed_slice(use) is not None for use in choice.values()) for choice in plan.choices.values())} placed"
     staged += f", {plan.microbatches} microbatches" if plan.microbatches > 1 else ""
     return f"{split or 'nothing split'}{stored}{staged}{', recomputing' if plan.recompute else ''}"
 
@@ -627,7 +628,7 @@ def layout_map(plan: Plan, model: Any, batch_size: int | None = None) -> Any:
     captured = capture(model, batch_size or plan.batch_size)
     where = layout_of(captured.graph, check(plan, captured.graph))
     wanted = {
-        a.path: [tuple(axes) for axes in where.own[a.tensor]]
+        a.path: [tuple(axes) for axes in where.shardings[a.tensor]]
         for a in captured.graph.arguments
         if a.role == "parameter"
     }
@@ -641,14 +642,14 @@ def layout_map(plan: Plan, model: Any, batch_size: int | None = None) -> Any:
             path = next(p for p, dims in wanted.items() if block in dims)
             raise PlanError(
                 f"This plan has no LayoutMap: it splits a dim of '{path}' over part of the axes that another variable's dim is "
-                f"split over, and a Keras layout takes one whole axis per dim. Use plan.apply(model) instead."
+                f"split over, and a Keras layout takes one whole axis per dim. Use partita.parallelize(model, plan=plan) instead."
             )
         kept.append(block)
     used = {x for block in kept for x in block}
     grid = sorted([*kept, *((x,) for x in range(len(plan.mesh.axes)) if x not in used)])
     if [x for block in grid for x in block] != list(range(len(plan.mesh.axes))):
         raise PlanError(
-            "This plan has no LayoutMap: the axes that it combines are not neighbours. Use plan.apply(model) instead."
+            "This plan has no LayoutMap: the axes that it combines are not neighbours. Use partita.parallelize(model, plan=plan) instead."
         )
     names = {block: "_".join(plan.mesh.axes[x].name for x in block) for block in grid}
     shape = [math.prod(plan.mesh.sizes[x] for x in block) for block in grid]

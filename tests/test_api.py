@@ -45,7 +45,7 @@ def test_a_plan_of_another_model_batch_or_machine() -> None:
 def test_a_plan_as_a_keras_layout_map() -> None:
     model = made(4096)
     plan = partita.plan(model, 32, machine=host(4, 1 << 30))
-    layout_map = plan.layout_map(model)
+    layout_map = partita.layout_map(plan, model)
     assert plan.to_json()["operators"] == {"wide": "P:a,b", "out": "R:a,b"}
     (kernel,) = [path for path in layout_map if path.endswith("wide/kernel")]
     assert layout_map[kernel].axes == (None, "a_b")

@@ -23,13 +23,14 @@ from partita.graph.operator_graph import Graph, check
 from partita.machine import load
 from partita.plans.baselines import BASELINES
 from partita.plans.layout import layout_of
-from partita.plans.plan import Plan, diff
+from partita.plans.diff import diff
+from partita.plans.plan import Plan
 from partita.search.find import mesh_of
 
 graph, machine = check(Graph.load(sys.argv[1])), load("dgx-h100")
 for make in BASELINES.values():
     baseline = make(graph, machine.name, mesh_of(machine))
-    assert len(layout_of(graph, baseline).own) == len(graph.tensors)
+    assert len(layout_of(graph, baseline).shardings) == len(graph.tensors)
 plan = found(graph, machine)
 print(plan)
 assert plan.predicted["seconds"] <= min(b["seconds"] for b in plan.why["baselines"].values())

@@ -26,7 +26,8 @@ from partita.cost.terms import cost_terms
 from partita.errors import PartitaError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, fitted_times
-from partita.plans.plan import Mesh, Plan, check
+from partita.plans.check import check
+from partita.plans.plan import Mesh, Plan
 from partita.search.candidates import candidates, names_of
 from partita.search.find import find, mesh_of
 

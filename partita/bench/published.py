@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 from partita.bench.networks import Family
 from partita.graph.operator_graph import OperatorGraph
-from partita.plans.baselines import BASELINES, spread
-from partita.plans.plan import Mesh, Plan, check
+from partita.plans.baselines import BASELINES, choice_by_kinds
+from partita.plans.check import check
+from partita.plans.plan import Mesh, Plan
 
 
 def expert(graph: OperatorGraph, machine: str, mesh: Mesh, family: Family) -> Plan:
@@ -42,10 +43,10 @@ def layers_on_devices(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
     choices, device = {}, None
     for o in reversed(graph.operators):
         device = number[recurrent[o.name]] if o.name in recurrent else device
-        choices[o.name] = spread(graph, o, mesh, [("S", nodes), ("PS", inside)])
+        choices[o.name] = choice_by_kinds(graph, o, mesh, [("S", nodes), ("PS", inside)])
         if device is not None:
             left = device % math.prod(mesh.sizes[n] for n in inside)
-            choices[o.name] = spread(graph, o, mesh, [("S", nodes)])
+            choices[o.name] = choice_by_kinds(graph, o, mesh, [("S", nodes)])
             for n in reversed(inside):
                 choices[o.name][mesh.axes[n].name] = f"at({left % mesh.sizes[n]})"
                 left //= mesh.sizes[n]

@@ -517,8 +517,8 @@ def diff(
 ) -> None:
     """What two plans do differently, a line each."""
     with errors():
+        from partita.plans.diff import diff as differences
         from partita.plans.plan import Plan
-        from partita.plans.plan import diff as differences
 
         for line in differences(Plan.load(left), Plan.load(right)) or ["The plans do the same."]:
             out.print(line, highlight=False, markup=False)

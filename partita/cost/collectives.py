@@ -23,7 +23,7 @@ from partita.graph.operator_graph import (
     per_graph,
 )
 from partita.machine import Backend
-from partita.plans.layout import Layout, Sharding, resolve
+from partita.plans.layout import Layout, Sharding, label_sharding
 from partita.plans.plan import Mesh
 
 DEFAULT = Backend()
@@ -95,7 +95,7 @@ def reaches(
     return tuple(
         Reach(f, dim, windows[m[0]], label)
         for dim, (f, m) in enumerate(zip(label, x.rule.operands[0], strict=False))
-        if f >= 0 and m and m[0] in windows and windows[m[0]].rows(2) != (0, 0)
+        if f >= 0 and m and m[0] in windows and windows[m[0]].halo_elements(2) != (0, 0)
     )
 
 
@@ -122,7 +122,7 @@ def _computed(
 ) -> Iterator[Collective]:
     free, (wait, tops) = constant_tensors(graph), waiting(graph, layout)
     for t, i in tops.items():  # gradients that were added up first
-        yield _reduction(graph, mesh, backend, i, t, layout.own[t], wait[t])
+        yield _reduction(graph, mesh, backend, i, t, layout.shardings[t], wait[t])
     for i, operator, factors, over in sums_and_reaches(graph):
         x, assignment = graph.instructions[i], layout.assignments[operator]
         if all(t in free for t in x.results):
@@ -133,16 +133,16 @@ def _computed(
                 continue
             for t in x.results:
                 yield _reduction(
-                    graph, mesh, backend, i, t, resolve(graph.labels[t], assignment), axes
+                    graph, mesh, backend, i, t, label_sharding(graph.labels[t], assignment), axes
                 )
         for reach in over:
             axes = assignment.get(reach.factor, ())
             if axes:
                 tensor, parts = graph.tensors[x.operands[0]], math.prod(mesh.sizes[a] for a in axes)
-                read = resolve(reach.label, assignment)
+                read = label_sharding(reach.label, assignment)
                 part = local_bytes(tensor.shape, ITEMSIZE.get(tensor.dtype, 4), read, mesh.sizes)
                 row = part // -(-tensor.shape[reach.dim] // parts)
-                for need in reach.window.rows(parts):
+                for need in reach.window.halo_elements(parts):
                     if need:
                         yield Collective(
                             "collective_permute",
@@ -202,7 +202,7 @@ def _moved(graph: OperatorGraph, mesh: Mesh, layout: Layout) -> Iterator[Collect
     for read in layout.reads:
         if read.tensor in free:
             continue
-        tensor, before = graph.tensors[read.tensor], layout.own[read.tensor]
+        tensor, before = graph.tensors[read.tensor], layout.shardings[read.tensor]
         for step in emitted_steps(before, read.target, mesh.sizes, tensor.shape):
             nbytes = step_bytes(
                 step, before, tensor.shape, ITEMSIZE.get(tensor.dtype, 4), mesh.sizes

@@ -17,8 +17,8 @@ from partita.cost.terms import Factors, OperatorTerms, Stored, Terms, Work
 from partita.errors import MachineError
 from partita.graph.operator_graph import Phase
 from partita.machine import Machine, collective_seconds
-from partita.machine.times import CAUSES, START, Key, feature
-from partita.plans.layout import Layout, resolve, spare_axes
+from partita.machine.times import CAUSES, START, OperatorKey, feature
+from partita.plans.layout import Layout, label_sharding, spare_axes
 from partita.plans.plan import Mesh, Plan
 
 Assignment = Mapping[int, tuple[int, ...]]
@@ -111,7 +111,7 @@ def operator_cost(
     for h in terms.halos:
         for axes, chosen in ways.axes_of(h.split):
             row = h.nbytes / ways.of(h.factors)[chosen]
-            needs = [need for need in h.window.rows(placement.ways(axes)) if need]
+            needs = [need for need in h.window.halo_elements(placement.ways(axes)) if need]
             if needs:  # a kernel puts what came and the device's own part together: both are read, and written
                 copied = row * (2 * h.rows / placement.ways(axes) + 2 * sum(needs))
                 computed[PHASES.index(h.phase), chosen] += (
@@ -123,7 +123,7 @@ def operator_cost(
                 )
     for m in terms.moves:
         exchanged[PHASES.index(m.phase)] += [
-            move_seconds(m, placement, resolve(m.source, a), resolve(m.target, a))
+            move_seconds(m, placement, label_sharding(m.source, a), label_sharding(m.target, a))
             for a in assignments
         ]
     state = ways.shared(terms.resident)
@@ -214,12 +214,13 @@ def _compute(terms: OperatorTerms, machine: Machine, ways: _Ways) -> np.ndarray:
     if times is None:
         return phases @ (np.maximum(busy, moving) + machine.overhead)
     work, traffic = (
-        np.array([times.of(feature(w.kind, what)) for w in terms.work])[:, None] for what in CAUSES
+        np.array([times.factor(feature(w.kind, what)) for w in terms.work])[:, None]
+        for what in CAUSES
     )
     seconds = (
         phases
-        @ (work * busy + traffic * moving + times.of(START) * machine.overhead)
-        * times.own.get(terms.digest, 1.0)
+        @ (work * busy + traffic * moving + times.factor(START) * machine.overhead)
+        * times.corrections.get(terms.digest, 1.0)
     )
     for i, assignment in enumerate(ways.assignments):
         measured = times.seconds.get(local_key(terms, ways.placement, assignment))
@@ -230,7 +231,7 @@ def _compute(terms: OperatorTerms, machine: Machine, ways: _Ways) -> np.ndarray:
     return seconds
 
 
-def local_key(terms: OperatorTerms, placement: Placement, assignment: Assignment) -> Key:
+def local_key(terms: OperatorTerms, placement: Placement, assignment: Assignment) -> OperatorKey:
     """What an operator at its local shape is known by in `OperatorTimes`."""
     return (
         terms.digest,
@@ -323,4 +324,4 @@ def storage_axes(
     stored: Stored, mesh: Mesh, assignment: Assignment
 ) -> tuple[int, tuple[int, ...]] | None:
     """(dim, axes) over which a parameter can be kept split beyond its operator's choice; None if no dim divides."""
-    return spare_axes(stored.shape, resolve(stored.label, assignment), mesh)
+    return spare_axes(stored.shape, label_sharding(stored.label, assignment), mesh)

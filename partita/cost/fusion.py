@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from partita.cost.collectives import sums_and_reaches
 from partita.cost.partial import waiting
-from partita.graph.operator_graph import Instruction, Key, OperatorGraph, per_graph
+from partita.graph.operator_graph import IdentityKey, Instruction, OperatorGraph, per_graph
 from partita.plans.layout import Layout
 
 ALONE = {
@@ -86,11 +86,11 @@ class Fusion:
 
 def fusion(graph: OperatorGraph, recompute: bool = False) -> Fusion:
     """The kernels of a graph; kept, so that asking again costs nothing. For `recompute` see `Backend.recomputes`."""
-    return _fusion(Key(graph), recompute)
+    return _fusion(IdentityKey(graph), recompute)
 
 
 @lru_cache(maxsize=8)
-def _fusion(key: Key[OperatorGraph], recompute: bool) -> Fusion:
+def _fusion(key: IdentityKey[OperatorGraph], recompute: bool) -> Fusion:
     return _Fuser(key.value, recompute).run()
 
 
@@ -291,11 +291,13 @@ def cut(
 
 def fused_under(graph: OperatorGraph, layout: Layout, recompute: bool) -> Fusion:
     """The kernels of a laid-out graph: what is moved to another sharding, and sums over split dims, are written in between."""
-    return _fused_under(Key(graph), Key(layout), recompute)
+    return _fused_under(IdentityKey(graph), IdentityKey(layout), recompute)
 
 
 @lru_cache(maxsize=2)
-def _fused_under(graph_key: Key[OperatorGraph], layout_key: Key[Layout], recompute: bool) -> Fusion:
+def _fused_under(
+    graph_key: IdentityKey[OperatorGraph], layout_key: IdentityKey[Layout], recompute: bool
+) -> Fusion:
     graph, layout = graph_key.value, layout_key.value
     wait, tops = waiting(graph, layout)
     ends = {

@@ -21,7 +21,13 @@ from partita.cost.collectives import DEFAULT
 from partita.cost.fusion import fused_under, reads, transposes
 from partita.cost.partial import gradients, reduced_factors, seen_labels
 from partita.cost.work import group_factors
-from partita.graph.operator_graph import ITEMSIZE, Key, OperatorGraph, constant_tensors, per_graph
+from partita.graph.operator_graph import (
+    ITEMSIZE,
+    IdentityKey,
+    OperatorGraph,
+    constant_tensors,
+    per_graph,
+)
 from partita.machine import Backend
 from partita.plans.layout import Layout, Sharding
 from partita.plans.plan import Mesh
@@ -142,7 +148,9 @@ class _Lives:
 
 
 @lru_cache(maxsize=2)
-def _lives(graph_key: Key[OperatorGraph], layout_key: Key[Layout], backend: Backend) -> _Lives:
+def _lives(
+    graph_key: IdentityKey[OperatorGraph], layout_key: IdentityKey[Layout], backend: Backend
+) -> _Lives:
     graph, layout = graph_key.value, layout_key.value
     program = _program(graph)
     fused = fused_under(graph, layout, backend.recomputes)
@@ -192,7 +200,10 @@ def memory(
     here: frozenset[int] | None = None,
 ) -> PeakMemory:
     """Bytes per device at the peak of one step under a layout; of a device that only some operators are on, those `here`."""
-    every, count = _held(Key(graph), Key(layout), mesh, backend), len(graph.instructions)
+    every, count = (
+        _held(IdentityKey(graph), IdentityKey(layout), mesh, backend),
+        len(graph.instructions),
+    )
     kept = np.full(len(graph.operators) + 1, here is None)
     kept[[*(here or ())]] = True
     held: dict[str, int] = defaultdict(int)
@@ -231,7 +242,10 @@ def memory(
 
 @lru_cache(maxsize=2)
 def _held(
-    graph_key: Key[OperatorGraph], layout_key: Key[Layout], mesh: Mesh, backend: Backend
+    graph_key: IdentityKey[OperatorGraph],
+    layout_key: IdentityKey[Layout],
+    mesh: Mesh,
+    backend: Backend,
 ) -> _Held:
     graph, layout = graph_key.value, layout_key.value
     program = _program(graph)
@@ -246,7 +260,7 @@ def _held(
     }
     arguments = {a.tensor: a for a in graph.arguments}
     constant = tuple(
-        (roles[a.role], graph.home[a.tensor], sizes(a.tensor, layout.own[a.tensor]))
+        (roles[a.role], graph.home[a.tensor], sizes(a.tensor, layout.shardings[a.tensor]))
         for a in graph.arguments
     )
     replaced = {a.result: a.tensor for a in graph.arguments if a.result is not None}
@@ -275,7 +289,13 @@ def _held(
         if start < 0 or not graph.tensors[t].shape:
             continue
         kept = start < first_backward <= stop
-        live(t, sizes(t, layout.own[t]), start, max(start, stop), "activations" if kept else None)
+        live(
+            t,
+            sizes(t, layout.shardings[t]),
+            start,
+            max(start, stop),
+            "activations" if kept else None,
+        )
     for read in layout.reads:
         if read.tensor in program.free:
             continue
@@ -290,14 +310,14 @@ def _held(
         )
     _combined(graph, layout, program, lives, sizes, backend, live)
     for i, t in program.zeros:
-        live(t, sizes(t, layout.own[graph.instructions[i].results[0]]), 0, i - 1)
+        live(t, sizes(t, layout.shardings[graph.instructions[i].results[0]]), 0, i - 1)
     for i, start in program.scatters:
         # XLA:CPU finds the largest of every window early, by a window over positions (an index per dim for every element), and keeps them.
         t, source = graph.instructions[i].operands[:2]
         rank = len(graph.tensors[t].shape)
-        live(t, rank * sizes(t, layout.own[t]), 0, start)
-        live(source, rank * sizes(source, layout.own[source]), start, i)
-        live(t, sizes(t, layout.own[t]), 0, i - 1)
+        live(t, rank * sizes(t, layout.shardings[t]), 0, start)
+        live(source, rank * sizes(source, layout.shardings[source]), start, i)
+        live(t, sizes(t, layout.shardings[t]), 0, i - 1)
     return _Held(constant, *np.array(entries, np.int64).reshape(-1, 5).T.copy())
 
 
@@ -326,12 +346,12 @@ def _combined(
     for i, t in program.kernels if backend.transposed_copies else ():
         # XLA:CPU keeps the weight gradient of a convolution as it is computed and as it is wanted, transposed.
         if t not in waiting:
-            live(t, sizes(t, layout.own[t]), i, max(i, lives.dies.get(t, i)))
+            live(t, sizes(t, layout.shardings[t]), i, max(i, lives.dies.get(t, i)))
         x = graph.instructions[i]
         for position, o in enumerate(x.operands):
             live(
                 o,
-                sizes(o, targets.get((i, position), layout.own[o])),
+                sizes(o, targets.get((i, position), layout.shardings[o])),
                 max(0, program.made.get(o, 0)),
                 i,
             )
@@ -342,14 +362,14 @@ def _combined(
             ways = math.prod(
                 sizes.mesh.sizes[a] for f in group_factors(x, label) for a in assignment.get(f, ())
             )
-            live(t, 2 * sizes(t, layout.own[t]) * x.batch_groups // ways, i, i)
+            live(t, 2 * sizes(t, layout.shardings[t]) * x.batch_groups // ways, i, i)
     for i, t, start in program.flipped if backend.transposed_copies else ():
-        live(t, sizes(t, targets.get((i, 1), layout.own[t])), start, i)
+        live(t, sizes(t, targets.get((i, 1), layout.shardings[t])), start, i)
     for members in groups.values():
         meet = max(i for i, _ in members)
         # Where they meet, every gradient is there twice: as it was made, and summed.
         for _, t in members:
-            live(t, sizes(t, layout.own[t]), meet, meet, "gradients")
+            live(t, sizes(t, layout.shardings[t]), meet, meet, "gradients")
 
 
 class _Sizes:

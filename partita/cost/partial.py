@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from partita.graph.gradient_sums import gradient_sums
-from partita.graph.operator_graph import Instruction, Key, OperatorGraph, per_graph
+from partita.graph.operator_graph import IdentityKey, Instruction, OperatorGraph, per_graph
 from partita.plans.layout import Layout
 
 
@@ -70,12 +70,12 @@ def waiting(
 
     A tensor that is summed over devices as soon as it is made is in neither.
     """
-    return _waiting(Key(graph), Key(layout))
+    return _waiting(IdentityKey(graph), IdentityKey(layout))
 
 
 @lru_cache(maxsize=4)
 def _waiting(
-    graph_key: Key[OperatorGraph], layout_key: Key[Layout]
+    graph_key: IdentityKey[OperatorGraph], layout_key: IdentityKey[Layout]
 ) -> tuple[Mapping[int, tuple[int, ...]], Mapping[int, int]]:
     graph, layout = graph_key.value, layout_key.value
     moved = {reader for read in layout.reads for reader in read.readers}
@@ -90,7 +90,7 @@ def _waiting(
             x = graph.instructions[i]
             a, b = (left.get(t, ()) for t in x.operands)
             stays = all(
-                layout.own[t] == layout.own[x.results[0]] and (i, p) not in moved
+                layout.shardings[t] == layout.shardings[x.results[0]] and (i, p) not in moved
                 for p, t in enumerate(x.operands)
             )
             if a and a == b and stays:

@@ -15,7 +15,7 @@ from partita.cost.terms import Terms, cost_terms
 from partita.cost.work import local_flops
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
-from partita.plans.layout import Layout, layout_of, resolve
+from partita.plans.layout import Layout, label_sharding, layout_of
 from partita.plans.plan import Plan
 
 
@@ -114,7 +114,7 @@ def predict(
     for move in terms.edges:
         a, b = layout.assignments[move.home], layout.assignments[move.reader]
         moves[move.reader] += move_seconds(
-            move, placement, resolve(move.source, a), resolve(move.target, b)
+            move, placement, label_sharding(move.source, a), label_sharding(move.target, b)
         )
     sent: Counter[int] = Counter()
     traffic: Counter[str] = Counter()

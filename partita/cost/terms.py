@@ -28,7 +28,7 @@ from partita.graph.operator_graph import (
     constant_tensors,
 )
 from partita.machine import Backend
-from partita.plans.layout import families
+from partita.plans.layout import update_families
 
 OP_CLASS = {
     "dot_general": "dot",
@@ -210,7 +210,7 @@ def cost_terms(graph: OperatorGraph, backend: Backend = DEFAULT) -> Terms:
     """The cost terms of a graph, compiled as a backend does."""
     seen = seen_labels(graph)
     found = [OperatorTerms() for _ in graph.operators]
-    family = families(graph)
+    family = update_families(graph)
     _works(graph, seen, fusion(graph, backend.recomputes), found)
     _communication(graph, seen, family, found)
     edges = _moves(graph, found)

@@ -34,10 +34,13 @@ def local_flops(
         if owner < 0:
             total += flops
             continue
-        assignment, results = layout.assignments[owner], tuple(layout.own[t] for t in x.results)
+        assignment, results = (
+            layout.assignments[owner],
+            tuple(layout.shardings[t] for t in x.results),
+        )
         for reach in over:
             if assignment.get(reach.factor):
-                flops *= reach.window.edges()
+                flops *= reach.window.padding_ratio()
         if backend.dense_grouped_gradients and x.batch_groups > 1:
             groups = x.batch_groups / math.prod(
                 mesh.sizes[a] for f in groups_of for a in assignment.get(f, ())

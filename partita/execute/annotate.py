@@ -64,11 +64,11 @@ class _Writer:
             ):
                 for value in operation.results:
                     if self.ids[value] not in self.wait and not any(
-                        self.layout.own[self.ids[value]]
+                        self.layout.shardings[self.ids[value]]
                     ):
                         self._pin(value)
                 own = [
-                    any(self.layout.own[t])
+                    any(self.layout.shardings[t])
                     for t in (*instruction.operands[:1], *instruction.results)
                 ]
                 if instruction.windows and not own[0] and any(own):
@@ -88,7 +88,7 @@ class _Writer:
         function = block.owner
         arguments = [
             ir.DictAttr.get(
-                {"sdy.sharding": ir.Attribute.parse(self._text(self.layout.own[self.ids[a]]))}
+                {"sdy.sharding": ir.Attribute.parse(self._text(self.layout.shardings[self.ids[a]]))}
             )
             for a in block.arguments
         ]
@@ -108,9 +108,11 @@ class _Writer:
                     if (
                         self.graph.tensors[t].shape
                         and entered is not None
-                        and self.layout.own[entered] == self.layout.own[t]
+                        and self.layout.shardings[entered] == self.layout.shardings[t]
                     ):
-                        entering.operands[position] = self._constrain(value, self.layout.own[t])
+                        entering.operands[position] = self._constrain(
+                            value, self.layout.shardings[t]
+                        )
         for value in carried:
             self._pin(value)
 
@@ -122,7 +124,7 @@ class _Writer:
         t = self.ids[value]
         if self.graph.tensors[t].shape and t not in self.pinned:
             self.pinned.add(t)
-            pinned = self._constrain(value, self.layout.own[t])
+            pinned = self._constrain(value, self.layout.shardings[t])
             value.replace_all_uses_except(pinned, pinned.owner.operation)
 
     def _dims(self, sharding: Sharding) -> str:
@@ -134,7 +136,7 @@ class _Writer:
     def _of(self, t: int) -> str:
         """How a tensor is split as it is made, and over what it is then still to be summed."""
         axes = ", ".join(f'"{self.mesh.axes[a].name}"' for a in self.wait.get(t, ()))
-        return self._dims(self.layout.own[t]) + (f", unreduced={{{axes}}}" if axes else "")
+        return self._dims(self.layout.shardings[t]) + (f", unreduced={{{axes}}}" if axes else "")
 
     def _leave_unsummed(self, t: int) -> None:
         """Says of a value that it is still to be summed over devices; behind the last addition of such values, that it no longer is.
@@ -145,7 +147,7 @@ class _Writer:
         pinned = self._constrained(value, f"#sdy.sharding<@{MESH}, {self._of(t)}>")
         value.replace_all_uses_except(pinned, pinned.owner.operation)
         if t in self.tops:
-            whole = self._constrain(pinned, self.layout.own[t])
+            whole = self._constrain(pinned, self.layout.shardings[t])
             pinned.replace_all_uses_except(whole, whole.owner.operation)
             self.values[t] = whole
             self.ids[whole] = t
@@ -163,7 +165,7 @@ class _Writer:
         """
         ways: dict[tuple[int, Sharding], list[Sharding]] = {}
         for read in self.layout.reads:
-            source = self.layout.own[read.tensor]
+            source = self.layout.shardings[read.tensor]
             steps = reshard_steps(
                 source, read.target, self.mesh.sizes, self.graph.tensors[read.tensor].shape
             )

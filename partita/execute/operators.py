@@ -35,8 +35,8 @@ from partita.execute.calibrate import file_of, key_of
 from partita.execute.processes import from_first, is_first, meet
 from partita.graph.operator_graph import OperatorGraph, constant_tensors
 from partita.machine import Machine, fitted_times
-from partita.machine.times import Key
-from partita.plans.layout import assignments_of, resolve
+from partita.machine.times import OperatorKey
+from partita.plans.layout import label_sharding, operator_assignments
 from partita.plans.plan import Mesh as PlanMesh
 from partita.plans.plan import Plan
 
@@ -73,7 +73,7 @@ class Asked:
     """An operator at one split, to be measured: its parts, the roofline's seconds by class, and whether it reads rows of its neighbours."""
 
     operator: str
-    key: Key
+    key: OperatorKey
     parts: tuple[Part, ...]
     features: Mapping[str, float]
     reaches: bool = False
@@ -149,14 +149,14 @@ def measured_operators(
     times = fitted_times(records.values())
     off: dict[str, list[float]] = {}
     for a, seconds in here:
-        off.setdefault(a.key[0], []).append(seconds / times.fit(a.features))
-    own = dict(machine.times.own) if machine.times is not None else {}
+        off.setdefault(a.key[0], []).append(seconds / times.fitted_seconds(a.features))
+    own = dict(machine.times.corrections) if machine.times is not None else {}
     own |= {digest: median(ratios) for digest, ratios in off.items()}
-    return replace(machine, times=replace(times, seconds=known, own=own))
+    return replace(machine, times=replace(times, seconds=known, corrections=own))
 
 
 def _likely(
-    found: Sequence[tuple[Asked, float]], known: Mapping[Key, float]
+    found: Sequence[tuple[Asked, float]], known: Mapping[OperatorKey, float]
 ) -> list[tuple[Asked, float]]:
     """What was measured, without parts that read rows of their neighbours and took longer than the whole operator.
 
@@ -183,7 +183,7 @@ def _asked(
         cutter = Cutter(stablehlo.parse(captured.text.mlir_module_serialized), graph)
         for plan in plans:
             placement = Placement(machine, plan.mesh)
-            for o, assignment in enumerate(assignments_of(graph, plan)):
+            for o, assignment in enumerate(operator_assignments(graph, plan)):
                 own = found.operators[o]
                 key = local_key(own, placement, assignment)
                 if key in seen or not own.work:
@@ -267,7 +267,7 @@ class _Cut:
         local = []
         for size, axes in zip(
             self.cutter.graph.tensors[tensor].shape,
-            resolve(tuple(label), self.assignment),
+            label_sharding(tuple(label), self.assignment),
             strict=True,
         ):
             ways = int(np.prod([self.sizes[a] for a in axes], initial=1))

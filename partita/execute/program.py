@@ -14,9 +14,10 @@ from partita.capture.jax_functions import Captured, Text
 from partita.errors import PlanError
 from partita.execute.annotate import annotate
 from partita.execute.processes import put
+from partita.plans.check import check
 from partita.plans.layout import Layout, Sharding, layout_of
 from partita.plans.pipeline import is_staged
-from partita.plans.plan import Mesh, Plan, check
+from partita.plans.plan import Mesh, Plan
 
 
 def device_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
@@ -81,7 +82,7 @@ def planned_step(
     position = {kept: n for n, kept in enumerate(text.module_kept_var_idx)}
     leaves, tree = jax.tree.flatten((captured.state, captured.batch))
     shardings = [
-        named(where.own[position[i]], plan.mesh, mesh)
+        named(where.shardings[position[i]], plan.mesh, mesh)
         if i in position
         else NamedSharding(mesh, PartitionSpec())
         for i in range(len(leaves))

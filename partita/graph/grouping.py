@@ -22,12 +22,12 @@ from dataclasses import dataclass, replace
 from partita.graph.gradient_sums import gradient_sums
 from partita.graph.operator_graph import (
     Argument,
+    DimFactors,
     Factor,
+    FactorKind,
     Instruction,
-    Kind,
     Label,
     Loop,
-    Mapping,
     Operator,
     OperatorGraph,
     Tensor,
@@ -624,7 +624,7 @@ class _Labeller:
             set(rule.gathered) | (set(rule.halo) - windowed) | self._inside(instruction, windowed)
         )
 
-        def dims(t: int, label: Mapping) -> list[tuple[int, ...]]:
+        def dims(t: int, label: DimFactors) -> list[tuple[int, ...]]:
             found: list[tuple[int, ...]] = []
             for n, mapped in zip(self.flat.tensors[t].shape, label, strict=True):
                 if mapped and mapped[0] in windowed:
@@ -791,7 +791,7 @@ class _View:
         }
         for a in chosen:
             if a in majors:
-                kind: Kind = "R" if a in reduced else "P" if a in indexing else "A"
+                kind: FactorKind = "R" if a in reduced else "P" if a in indexing else "A"
                 self.ids[a] = first + len(self.factors)
                 self.factors.append(Factor("", self.atoms.size[a], kind, operator))
 
@@ -862,7 +862,9 @@ def _name_factors(
     factors: Sequence[Factor], usable: Sequence[tuple[int, ...]], sample: set[int]
 ) -> list[Factor]:
     """Factors with the sample kind where it applies, named by their kind, numbered where an operator has several."""
-    kinds: list[Kind] = ["S" if f in sample else factor.kind for f, factor in enumerate(factors)]
+    kinds: list[FactorKind] = [
+        "S" if f in sample else factor.kind for f, factor in enumerate(factors)
+    ]
     named = []
     for ids in usable:
         count, seen = Counter(kinds[f] for f in ids), Counter()

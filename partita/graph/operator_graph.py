@@ -24,8 +24,8 @@ from partita.errors import PartitaError
 SCHEMA = 1
 
 Phase = Literal["forward", "backward", "update"]
-Kind = Literal["S", "A", "P", "R"]
-Mapping = tuple[tuple[int, ...], ...]
+FactorKind = Literal["S", "A", "P", "R"]
+DimFactors = tuple[tuple[int, ...], ...]
 """Per dim of a tensor, the factors of a rule (major to minor) that index it."""
 Label = tuple[int, ...]
 """Per dim of a tensor, the factor of the graph that may split it (the major one where several index it), -1 for none."""
@@ -77,8 +77,8 @@ class Rule:
     """
 
     sizes: tuple[int, ...]
-    operands: tuple[Mapping, ...]
-    results: tuple[Mapping, ...]
+    operands: tuple[DimFactors, ...]
+    results: tuple[DimFactors, ...]
     reduction: tuple[int, ...] = ()
     halo: tuple[int, ...] = ()
     gathered: tuple[int, ...] = ()
@@ -90,7 +90,7 @@ class Window:
 
     Split over devices, each holds an even part of the positions and of the elements, and asks its neighbours for the rest.
 
-    >>> Window(32, 32, 1, 1, 3, 1).rows(4), Window(16, 8, 2, 2, 7, 1).rows(4)
+    >>> Window(32, 32, 1, 1, 3, 1).halo_elements(4), Window(16, 8, 2, 2, 7, 1).halo_elements(4)
     ((1, 1), (2, 3))
     """
 
@@ -102,7 +102,7 @@ class Window:
     reach: int
     base: int
 
-    def rows(self, parts: int) -> tuple[int, int]:
+    def halo_elements(self, parts: int) -> tuple[int, int]:
         """Elements that a device needs from those before and from those after it, at most, when split into `parts`."""
         positions, elements = -(-self.count // parts), -(-self.size // parts)
         before, after = 0, 0
@@ -115,7 +115,7 @@ class Window:
             after = max(after, last + 1 - (i + 1) * elements if i < parts - 1 else 0)
         return before, after
 
-    def edges(self) -> float:
+    def padding_ratio(self) -> float:
         """Elements that all positions read where the dim is split, over those where it is whole: halos make padding explicit."""
         inside = 0
         for p in range(self.count):
@@ -174,7 +174,7 @@ class Factor:
 
     name: str
     size: int
-    kind: Kind
+    kind: FactorKind
     operator: int
 
 
@@ -325,7 +325,7 @@ def _tuple(value: Any) -> Any:
 
 def lines(graph: OperatorGraph) -> Iterable[str]:
     """The graph as text: a line per operator with its factors, instruction counts per phase, FLOPs and parameters."""
-    owned = parameters_of(graph)
+    owned = operator_arguments(graph)
     yield (
         f"{graph.name}: {len(graph.operators)} operators, {len(graph.instructions)} instructions, "
         f"{graph.parameter_count:,} parameters, {graph.flops / 1e9:.3g} GFLOP a step"
@@ -350,7 +350,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-class Key(Generic[T]):
+class IdentityKey(Generic[T]):
     """A value by identity, for a cache: hashing it by what it holds would take longer than the work that is kept."""
 
     def __init__(self, value: T) -> None:
@@ -360,13 +360,13 @@ class Key(Generic[T]):
         return id(self.value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Key) and other.value is self.value
+        return isinstance(other, IdentityKey) and other.value is self.value
 
 
 def per_graph(of: Callable[[OperatorGraph], U]) -> Callable[[OperatorGraph], U]:
     """A function of a graph that is computed once for each of the last few graphs. What it returns must not be changed."""
     known = lru_cache(maxsize=8)(lambda key: of(key.value))
-    return wraps(of)(lambda graph: known(Key(graph)))
+    return wraps(of)(lambda graph: known(IdentityKey(graph)))
 
 
 @per_graph
@@ -386,7 +386,7 @@ def constant_tensors(graph: OperatorGraph) -> frozenset[int]:
     return frozenset(found | scalars)
 
 
-def parameters_of(graph: OperatorGraph) -> list[list[Argument]]:
+def operator_arguments(graph: OperatorGraph) -> list[list[Argument]]:
     """Per operator, the arguments that live with it (an argument's home is the operator that reads it first)."""
     owned: list[list[Argument]] = [[] for _ in graph.operators]
     for argument in graph.arguments:

@@ -44,7 +44,8 @@ from partita.execute.processes import alone, from_first, is_first, put, together
 from partita.execute.program import PlannedStep
 from partita.execute.verify import Verification, check_compiled
 from partita.plans.adapt import fit_plan
-from partita.plans.plan import Plan, check
+from partita.plans.check import check
+from partita.plans.plan import Plan
 
 Verifier = Callable[[PlannedStep, Any, Any, Any], Verification]
 """Called with a planned step, its compiled program, and the state and batch (not yet placed) that it is about to run on,

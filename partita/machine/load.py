@@ -33,7 +33,7 @@ from partita.machine.machine import (
     Source,
     number_fields,
     path_fields,
-    slowest,
+    slowest_kind,
 )
 from partita.units import EXAMPLES, format_bytes, parse
 
@@ -170,7 +170,7 @@ class _Reader:
         return Machine(
             name=_string("name", table["name"]),
             notes=_string("notes", table.get("notes", "")),
-            device=slowest(kinds)
+            device=slowest_kind(kinds)
             if kinds
             else self.device(Device, "device", table["device"], default),
             kinds=kinds,

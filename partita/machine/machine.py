@@ -175,7 +175,7 @@ class Machine:
     def devices(self) -> int:
         return math.prod(level.size for level in self.levels)
 
-    def kind_of_devices(self) -> list[int]:
+    def device_kinds(self) -> list[int]:
         """Per device the number of its kind; empty where all are alike."""
         return (
             [n for n, kind in enumerate(self.kinds) for _ in range(kind.count)]
@@ -458,7 +458,7 @@ def _rebuilt(machine: Machine, change: Callable[[str, Any], Any]) -> Machine:
     kinds = tuple(whole(f"kind.{kind.key}", kind) for kind in machine.kinds)
     return replace(
         machine,
-        device=slowest(kinds) if kinds else whole("device", machine.device),
+        device=slowest_kind(kinds) if kinds else whole("device", machine.device),
         kinds=kinds,
         levels=all_of("level", machine.levels),
         domains=all_of("domain", machine.domains),
@@ -466,7 +466,7 @@ def _rebuilt(machine: Machine, change: Callable[[str, Any], Any]) -> Machine:
     )
 
 
-def slowest(kinds: Sequence[DeviceKind]) -> DeviceKind:
+def slowest_kind(kinds: Sequence[DeviceKind]) -> DeviceKind:
     """The kind that others wait for: that of the lowest best rate, then of the lowest bandwidth."""
     rate = lambda kind: max((e.peak * e.efficiency for e in kind.engines), default=0.0)  # noqa: E731
     return min(

@@ -23,7 +23,7 @@ def feature(kind: str, cause: str) -> str:
 HELD = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """What leaving the roofline may cost a fit: at 0.1, a factor that doubles is as dear as an operator that is a tenth off."""
 FOLDS = 5
-Key = tuple[str, int, tuple[int, ...]]
+OperatorKey = tuple[str, int, tuple[int, ...]]
 """An operator at its local shape: the digest of its terms, how many devices work, and into how many parts each factor is split."""
 
 
@@ -31,34 +31,34 @@ Key = tuple[str, int, tuple[int, ...]]
 class OperatorTimes:
     """Seconds of operators on one device. `scale` multiplies the roofline's seconds of each feature, and is 1 for those that are not in it.
 
-    `own` is by how much the operators of a digest were slower than the fit, in the median of the splits that were measured: what of
-    an operator the fit does not see, its other splits have too. `error` is the relative error that is to be expected of the fit (`fitted`), which was made from `samples` operators.
+    `corrections` is by how much the operators of a digest were slower than the fit, in the median of the splits that were measured: what of
+    an operator the fit does not see, its other splits have too. `error` is the relative error that is to be expected of the fit (`fitted_scales`), which was made from `samples` operators.
     """
 
-    seconds: Mapping[Key, float]
+    seconds: Mapping[OperatorKey, float]
     scale: Mapping[str, float]
-    own: Mapping[str, float]
+    corrections: Mapping[str, float]
     error: float
     samples: int
 
-    def of(self, feature: str) -> float:
+    def factor(self, feature: str) -> float:
         return self.scale.get(feature, 1.0)
 
-    def fit(self, features: Mapping[str, float]) -> float:
+    def fitted_seconds(self, features: Mapping[str, float]) -> float:
         """Seconds of an operator with these features, if nothing is known of it."""
-        return sum(self.of(name) * seconds for name, seconds in features.items())
+        return sum(self.factor(name) * seconds for name, seconds in features.items())
 
 
 def fitted_times(records: Iterable[Mapping[str, Any]]) -> OperatorTimes:
     """What records of measured operators ("features", "seconds", and the "model" that each is of) tell of operators that were not measured."""
     rows = list(records)
-    scale, error = fitted(
+    scale, error = fitted_scales(
         [r["features"] for r in rows], [r["seconds"] for r in rows], [r["model"] for r in rows]
     )
     return OperatorTimes({}, scale, {}, error, len(rows))
 
 
-def fitted(
+def fitted_scales(
     features: Sequence[Mapping[str, float]], seconds: Sequence[float], models: Sequence[str]
 ) -> tuple[dict[str, float], float]:
     """(scale per feature, error): non-negative least squares of relative errors, held near what the roofline says.
@@ -67,7 +67,7 @@ def fitted(
     predicted by a fit to all others', and what they are off, added up, is taken over what they take, in the mean of the models. How firmly the fit is held (HELD)
     is what makes that error least: few operators say little, and many much. Where all are of one model, one part in FOLDS of them is left out after the other.
 
-    >>> scale, error = fitted([{"dot": 1.0}, {"dot": 2.0}, {"dot": 1.0, "reduce": 3.0}] * 9, [2.0, 4.0, 8.0] * 9, ["a"] * 9 + ["b"] * 9 + ["c"] * 9)
+    >>> scale, error = fitted_scales([{"dot": 1.0}, {"dot": 2.0}, {"dot": 1.0, "reduce": 3.0}] * 9, [2.0, 4.0, 8.0] * 9, ["a"] * 9 + ["b"] * 9 + ["c"] * 9)
     >>> round(scale["dot"], 1), round(scale["reduce"], 1), round(error, 2)
     (2.0, 2.0, 0.0)
     """

@@ -8,7 +8,8 @@ from dataclasses import replace
 from partita.errors import PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
-from partita.plans.plan import Mesh, Plan, Storage, illegal
+from partita.plans.check import illegal_reason
+from partita.plans.plan import Mesh, Plan, Storage
 
 
 def fit_plan(plan: Plan, graph: OperatorGraph) -> Plan:
@@ -61,7 +62,7 @@ def _dividing(
         if size % axis.size == 0:
             left[name] = size // axis.size
             kept[axis.name] = name
-    return {} if illegal(graph, operator, kept, plan.mesh) else kept
+    return {} if illegal_reason(graph, operator, kept, plan.mesh) else kept
 
 
 def _stores(plan: Plan, storage: Storage, shape: tuple[int, ...]) -> bool:

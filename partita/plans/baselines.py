@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from partita.graph.operator_graph import Operator, OperatorGraph
-from partita.plans.layout import assignments_of, resolve, spare_axes
-from partita.plans.plan import Mesh, Plan, Storage, illegal
+from partita.plans.check import illegal_reason
+from partita.plans.layout import label_sharding, operator_assignments, spare_axes
+from partita.plans.plan import Mesh, Plan, Storage
 
 Choice = Mapping[str, str]
 
@@ -22,7 +23,7 @@ def _factors(graph: OperatorGraph, operator: Operator, kind: str) -> list[tuple[
     return sorted(found, key=lambda x: -x[1])
 
 
-def spread(
+def choice_by_kinds(
     graph: OperatorGraph,
     operator: Operator,
     mesh: Mesh,
@@ -50,7 +51,7 @@ def spread(
     return (
         choice
         if not choice
-        or illegal(graph, graph.factors[operator.factors[0]].operator, choice, mesh) is None
+        or illegal_reason(graph, graph.factors[operator.factors[0]].operator, choice, mesh) is None
         else {}
     )
 
@@ -70,7 +71,9 @@ def one_device(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
 def data_parallel(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
     """Every operator split by sample over all axes."""
     everything = range(len(mesh.axes))
-    choices = {o.name: spread(graph, o, mesh, [("S", everything)]) for o in graph.operators}
+    choices = {
+        o.name: choice_by_kinds(graph, o, mesh, [("S", everything)]) for o in graph.operators
+    }
     return Plan(
         graph.name, machine, mesh, choices, name="data parallel", batch_size=graph.batch_size
     )
@@ -88,13 +91,13 @@ def zero(level: int) -> Callable[[OperatorGraph, str, Mesh], Plan]:
 
 def storage_for(graph: OperatorGraph, plan: Plan, level: int) -> dict[str, Storage]:
     """Storage of every parameter over the axes that its operator's choice leaves it replicated on."""
-    found, assignments = {}, assignments_of(graph, plan)
+    found, assignments = {}, operator_assignments(graph, plan)
     for a in graph.arguments:
         home = graph.home[a.tensor]
         if a.role == "parameter" and home >= 0:
             spare = spare_axes(
                 graph.tensors[a.tensor].shape,
-                resolve(graph.labels[a.tensor], assignments[home]),
+                label_sharding(graph.labels[a.tensor], assignments[home]),
                 plan.mesh,
             )
             if spare is not None:
@@ -132,15 +135,15 @@ def _megatron(graph: OperatorGraph, machine: str, mesh: Mesh, outer: int) -> Pla
         has_parameter = bool(_factors(graph, operator, "P"))
         if not has_parameter:
             kinds = "A"
-            choice = spread(
+            choice = choice_by_kinds(
                 graph, operator, mesh, [("S", range(outer)), (kinds, inner if fed else ())]
             )
             split[index] = fed
         elif fed and _factors(graph, operator, "R"):
-            choice = spread(graph, operator, mesh, [("S", range(outer)), ("R", inner)])
+            choice = choice_by_kinds(graph, operator, mesh, [("S", range(outer)), ("R", inner)])
             split[index] = False
         else:
-            choice = spread(graph, operator, mesh, [("S", range(outer)), ("P", inner)])
+            choice = choice_by_kinds(graph, operator, mesh, [("S", range(outer)), ("P", inner)])
             split[index] = len(choice) > outer
         choices[operator.name] = choice
     return Plan(
@@ -154,7 +157,7 @@ def one_weird_trick(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
     choices = {}
     for o in graph.operators:
         dense = o.kind == "dot" and _factors(graph, o, "P") and _factors(graph, o, "R")
-        choices[o.name] = spread(graph, o, mesh, [("P" if dense else "S", everything)])
+        choices[o.name] = choice_by_kinds(graph, o, mesh, [("P" if dense else "S", everything)])
     return Plan(
         graph.name, machine, mesh, choices, name="one weird trick", batch_size=graph.batch_size
     )
@@ -173,9 +176,9 @@ def spatial(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
                 choice[axis.name] = first[0].name
                 left //= axis.size
         rest = [n for n in everything if mesh.axes[n].name not in choice]
-        both = {**choice, **spread(graph, o, mesh, [("S", rest)])}
-        legal = illegal(graph, index, both, mesh) is None
-        choices[o.name] = both if legal else spread(graph, o, mesh, [("S", everything)])
+        both = {**choice, **choice_by_kinds(graph, o, mesh, [("S", rest)])}
+        legal = illegal_reason(graph, index, both, mesh) is None
+        choices[o.name] = both if legal else choice_by_kinds(graph, o, mesh, [("S", everything)])
     return Plan(graph.name, machine, mesh, choices, name="spatial", batch_size=graph.batch_size)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from partita.graph.operator_graph import Label, OperatorGraph, per_graph
-from partita.plans.plan import Mesh, Plan, Storage, slice_of
+from partita.plans.plan import Mesh, Plan, Storage, placed_slice
 
 Sharding = tuple[tuple[int, ...], ...]
 """Per dim of a tensor, the mesh axes (by index) that split it, major to minor."""
@@ -32,20 +32,22 @@ class Read:
 
 @dataclass(frozen=True)
 class Layout:
-    """Shardings of all tensors under a plan (`own`), and the reads that differ from them."""
+    """Shardings of all tensors under a plan (`shardings`), and the reads that differ from them."""
 
-    own: tuple[Sharding, ...]
+    shardings: tuple[Sharding, ...]
     reads: tuple[Read, ...]
     assignments: tuple[dict[int, tuple[int, ...]], ...]
     """Per operator: factor -> mesh axes."""
 
 
-def resolve(label: Label, assignment: Mapping[int, tuple[int, ...]]) -> Sharding:
+def label_sharding(label: Label, assignment: Mapping[int, tuple[int, ...]]) -> Sharding:
     """The sharding of a tensor with this label: per dim the axes of its factor."""
     return tuple(assignment.get(f, ()) for f in label)
 
 
-def assignments_of(graph: OperatorGraph, plan: Plan) -> tuple[dict[int, tuple[int, ...]], ...]:
+def operator_assignments(
+    graph: OperatorGraph, plan: Plan
+) -> tuple[dict[int, tuple[int, ...]], ...]:
     """Per operator, factor -> the mesh axes that split it, in mesh order."""
     found = []
     for operator in graph.operators:
@@ -53,7 +55,7 @@ def assignments_of(graph: OperatorGraph, plan: Plan) -> tuple[dict[int, tuple[in
         assignment: dict[int, tuple[int, ...]] = defaultdict(tuple)
         choice = plan.choices[operator.name]
         for number, axis in enumerate(plan.mesh.axes):
-            if axis.name in choice and slice_of(choice[axis.name]) is None:
+            if axis.name in choice and placed_slice(choice[axis.name]) is None:
                 assignment[by_name[choice[axis.name]]] += (number,)
         found.append(dict(assignment))
     return tuple(found)
@@ -78,7 +80,7 @@ def spare_axes(
 
 
 @per_graph
-def families(graph: OperatorGraph) -> dict[int, int]:
+def update_families(graph: OperatorGraph) -> dict[int, int]:
     """Tensor -> the parameter (argument tensor) whose update it belongs to.
 
     The update of a parameter is done where its slots are kept: its slots, and every value of the update phase computed from
@@ -117,15 +119,17 @@ def families(graph: OperatorGraph) -> dict[int, int]:
 
 def layout_of(graph: OperatorGraph, plan: Plan) -> Layout:
     """Every tensor's sharding under the plan, and every read that wants another one."""
-    assignments = assignments_of(graph, plan)
+    assignments = operator_assignments(graph, plan)
     alike: dict[tuple[int, Label], Sharding] = {}
     for known in set(zip(graph.home, graph.labels, strict=True)):
         alike[known] = (
-            resolve(known[1], assignments[known[0]]) if known[0] >= 0 else ((),) * len(known[1])
+            label_sharding(known[1], assignments[known[0]])
+            if known[0] >= 0
+            else ((),) * len(known[1])
         )
     own = [alike[known] for known in zip(graph.home, graph.labels, strict=True)]
     stored = _stored(graph, plan, assignments)
-    family = families(graph) if stored else {}
+    family = update_families(graph) if stored else {}
     kept = {a.tensor: a for a in graph.arguments}
     reads: dict[tuple[int, int, Sharding], list[tuple[int, int]]] = defaultdict(list)
     base: dict[int, Sharding] = {}
@@ -150,7 +154,7 @@ def layout_of(graph: OperatorGraph, plan: Plan) -> Layout:
                     reads[t, graph.home[p], extended].append((i, position))
                 named.add((i, position))
     for use in graph.uses:
-        target = resolve(use.label, assignments[use.operator])
+        target = label_sharding(use.label, assignments[use.operator])
         if target != own[use.tensor]:
             readers = [r for r in use.instructions if r[0] not in updates]
             if readers:
@@ -183,7 +187,9 @@ def _stored(
     for a in graph.arguments:
         storage = plan.storage.get(a.path)
         if storage is not None and a.role == "parameter" and graph.home[a.tensor] >= 0:
-            sharding = list(resolve(graph.labels[a.tensor], assignments[graph.home[a.tensor]]))
+            sharding = list(
+                label_sharding(graph.labels[a.tensor], assignments[graph.home[a.tensor]])
+            )
             sharding[storage.dim] += tuple(plan.mesh.index[x] for x in storage.axes)
             found[a.tensor] = (storage, tuple(sharding))
     return found

@@ -18,7 +18,7 @@ from typing import Literal
 
 from partita.errors import PlanError
 from partita.graph.operator_graph import OperatorGraph
-from partita.plans.plan import TIME, Axis, Mesh, Plan, slice_of
+from partita.plans.plan import TIME, Axis, Mesh, Plan, placed_slice
 
 Task = tuple[Literal["forward", "backward"], int]
 """One pass of a stage over a microbatch."""
@@ -30,19 +30,19 @@ def stage_axes(plan: Plan) -> tuple[int, ...]:
         a
         for choice in plan.choices.values()
         for a, use in choice.items()
-        if slice_of(use) is not None
+        if placed_slice(use) is not None
     }
     return tuple(n for n, axis in enumerate(plan.mesh.axes) if axis.name in pinned)
 
 
-def stages_of(graph: OperatorGraph, plan: Plan) -> tuple[int, ...]:
+def operator_stages(graph: OperatorGraph, plan: Plan) -> tuple[int, ...]:
     """Per operator of a pipeline the stage that it is in: 0 for all where none is pinned. PlanError where some are pinned and others not."""
     axes = [plan.mesh.axes[n] for n in stage_axes(plan)]
     found = []
     for o in graph.operators:
         stage, choice = 0, plan.choices[o.name]
         for axis in axes:
-            at = slice_of(choice.get(axis.name, ""))
+            at = placed_slice(choice.get(axis.name, ""))
             if at is None:
                 raise PlanError(
                     f"'{o.name}' is not pinned on axis {axis.name!r}, and other operators are: with microbatches or recomputation pin all of them, as in "
@@ -53,12 +53,12 @@ def stages_of(graph: OperatorGraph, plan: Plan) -> tuple[int, ...]:
     return tuple(found)
 
 
-def count_of(plan: Plan) -> int:
+def stage_count(plan: Plan) -> int:
     """How many stages a plan has."""
     return math.prod(plan.mesh.axes[n].size for n in stage_axes(plan))
 
 
-def samples_of(graph: OperatorGraph, operator: int, ways: Mapping[int, int], parts: int) -> int:
+def sample_factor(graph: OperatorGraph, operator: int, ways: Mapping[int, int], parts: int) -> int:
     """The sample factor of an operator that `parts` microbatches split further than `ways` do; -1 if none divides."""
     for f in graph.operators[operator].factors:
         factor = graph.factors[f]
@@ -67,7 +67,7 @@ def samples_of(graph: OperatorGraph, operator: int, ways: Mapping[int, int], par
     return -1
 
 
-def inside(graph: OperatorGraph, plan: Plan) -> Plan:
+def stage_plan(graph: OperatorGraph, plan: Plan) -> Plan:
     """What each stage does with one microbatch, as a plan over the axes on which nothing is pinned."""
     pinned = set(stage_axes(plan))
     left = [axis for n, axis in enumerate(plan.mesh.axes) if n not in pinned]
@@ -81,7 +81,7 @@ def inside(graph: OperatorGraph, plan: Plan) -> Plan:
             ways: dict[int, int] = {}
             for a, use in choice.items():
                 ways[by_name[use]] = ways.get(by_name[use], 1) * size[a]
-            f = samples_of(graph, number, ways, plan.microbatches)
+            f = sample_factor(graph, number, ways, plan.microbatches)
             if f >= 0:
                 choice[TIME] = graph.factors[f].name
         choices[o.name] = choice
@@ -97,13 +97,13 @@ def inside(graph: OperatorGraph, plan: Plan) -> Plan:
     )
 
 
-def schedule_of(plan: Plan, stage: int) -> list[Task]:
+def stage_schedule(plan: Plan, stage: int) -> list[Task]:
     """The order in which a stage takes microbatches forward and backward.
 
     "gpipe" takes all forward, then all backward (Huang et al., NeurIPS 2019). "1f1b" goes backward as soon as it can, so that a stage holds
     no more microbatches than there are stages after it (Narayanan et al., SOSP 2019).
     """
-    count, stages = plan.microbatches, count_of(plan)
+    count, stages = plan.microbatches, stage_count(plan)
     ahead = count if plan.schedule == "gpipe" else min(count, stages - stage)
     order: list[Task] = [("forward", i) for i in range(ahead)]
     for i in range(count):
@@ -118,11 +118,11 @@ def in_flight(plan: Plan, stage: int) -> int:
     return (
         plan.microbatches
         if plan.schedule == "gpipe"
-        else min(plan.microbatches, count_of(plan) - stage)
+        else min(plan.microbatches, stage_count(plan) - stage)
     )
 
 
-def recomputed(graph: OperatorGraph, plan: Plan) -> tuple[int, ...]:
+def rematerialized_runs(graph: OperatorGraph, plan: Plan) -> tuple[int, ...]:
     """Per operator the run of recomputed operators that it is in, -1 for one whose forward values are kept. A run ends with its stage."""
     number = {o.name: n for n, o in enumerate(graph.operators)}
     found = [-1] * len(number)
@@ -135,11 +135,11 @@ def recomputed(graph: OperatorGraph, plan: Plan) -> tuple[int, ...]:
 def check_stages(plan: Plan, graph: OperatorGraph) -> None:
     """PlanError if places, stages, microbatches or recomputed runs of a plan do not fit the graph."""
     if is_pipeline(plan):
-        stages_of(graph, plan)
+        operator_stages(graph, plan)
     for a in graph.arguments:
         storage, home = plan.storage.get(a.path), graph.home[a.tensor]
         for axis in storage.axes if storage is not None and home >= 0 else ():
-            at = slice_of(plan.choices[graph.operators[home].name].get(axis, ""))
+            at = placed_slice(plan.choices[graph.operators[home].name].get(axis, ""))
             if at is not None:
                 raise PlanError(
                     f"The plan stores {a.path!r} over axis {axis!r}, and '{graph.operators[home].name}', which it is of, is only on slice {at} of it: store it over "

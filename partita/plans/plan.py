@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from partita.errors import PlanError
-from partita.graph.operator_graph import OperatorGraph
 from partita.units import format_bytes, format_seconds
 
 SCHEMA = 1
@@ -325,24 +324,12 @@ class Plan:
             ) from None
         return Plan.from_json(value, f"The plan {str(path)!r}")
 
-    def apply(self, model: Any) -> Any:
-        """The model, set up so that its own `fit` runs this plan."""
-        from partita.api import parallelize  # the way back up, for `plan.apply(model)`
-
-        return parallelize(model, plan=self)
-
-    def layout_map(self, model: Any) -> Any:
-        """A plain `keras.distribution.LayoutMap` with this plan's variable layouts, for use without Partita."""
-        from partita.api import layout_map  # the way back up
-
-        return layout_map(self, model)
-
 
 @cache
-def slice_of(use: str) -> int | None:
+def placed_slice(use: str) -> int | None:
     """The slice that an axis pins an operator to, None where it splits a factor.
 
-    >>> slice_of("at(3)"), slice_of("S")
+    >>> placed_slice("at(3)"), placed_slice("S")
     (3, None)
     """
     found = re.fullmatch(r"at\((\d+)\)", use)
@@ -409,140 +396,7 @@ def _parse_choice(text: Any, mesh: Mesh, where: str) -> dict[str, str]:
     return choice
 
 
-def illegal(graph: OperatorGraph, operator: int, used: Mapping[str, str], mesh: Mesh) -> str | None:
-    """Why a choice cannot be run although its sizes divide, None if it can.
-
-    XLA's partitioner sums the weight gradient of some convolutions over all devices instead of over those that share the sum
-    (seen on jax 0.10.2, CPU: it comes out too large by the number of devices left over). That is so for a convolution split
-    in space and for a grouped one; it is right when every device takes part. On some splits of a grouped convolution by its
-    channels it is wrong too, or aborts the process.
-    """
-    if graph.operators[operator].kind != "conv" or not mesh.axes:
-        return None
-    by_name = {
-        graph.factors[f].name: graph.factors[f].kind for f in graph.operators[operator].factors
-    }
-    kinds = {by_name[name] for name in used.values() if name in by_name}
-    whole = len(used) == len(mesh.axes)
-    if "A" in kinds and not (whole and kinds <= {"S", "A"}):
-        return "a convolution that is split in space (A) must split every other axis by S or A too"
-    if kinds and _grouped(graph, operator) and not (whole and kinds == {"S"}):
-        return "a grouped convolution can only be split by S, over every axis"
-    return None
-
-
-def _grouped(graph: OperatorGraph, operator: int) -> bool:
-    """Whether a convolution has groups: a factor that indexes its input, its kernel and its result."""
-    rule = graph.instructions[graph.operators[operator].heavy].rule
-    if rule is None or len(rule.operands) < 2:
-        return False
-    sides = [
-        {f for dim in side for f in dim if rule.sizes[f] > 1}
-        for side in (*rule.operands[:2], rule.results[0])
-    ]
-    return bool(set.intersection(*sides))
-
-
-def check(plan: Plan, graph: OperatorGraph) -> Plan:
-    """The plan itself if it fits the graph; PlanError says which operators, factors or sizes do not match."""
-    names = {o.name: i for i, o in enumerate(graph.operators)}
-    missing = [n for n in names if n not in plan.choices]
-    unknown = [n for n in plan.choices if n not in names]
-    if missing or unknown:
-        parts = []
-        if unknown:
-            parts.append(f"the model has no {_some(unknown)}")
-        if missing:
-            parts.append(f"the plan says nothing about {_some(missing)}")
-        other = f" ('{plan.graph}', not '{graph.name}')" if plan.graph != graph.name else ""
-        raise PlanError(
-            f"The plan was made for another model{other}: {'; '.join(parts)}. Plan again."
-        )
-    for name, choice in plan.choices.items():
-        operator = graph.operators[names[name]]
-        split: dict[str, int] = {}
-        for axis, factor in choice.items():
-            at, size = slice_of(factor), plan.mesh.axes[plan.mesh.index[axis]].size
-            if at is not None and at >= size:
-                raise PlanError(
-                    f"'{name}' is pinned at slice {at} of axis {axis!r}, which has slices 0 to {size - 1}."
-                )
-            if at is not None:
-                continue
-            if graph.factor(names[name], factor) is None:
-                has = ", ".join(
-                    f"{graph.factors[f].name} ({graph.factors[f].size})" for f in operator.factors
-                )
-                raise PlanError(
-                    f"'{name}' has no factor {factor!r} to split over axis {axis!r}. It has: {has or 'none'}."
-                )
-            split[factor] = split.get(factor, 1) * size
-        for factor, count in split.items():
-            f = graph.factor(names[name], factor)
-            assert f is not None
-            whole = graph.factors[f].size
-            if whole % count:
-                divisors = [d for d in range(2, whole + 1) if whole % d == 0][:6]
-                raise PlanError(
-                    f"Cannot split factor {factor} of '{name}' ({whole}) {count} ways: {whole} is not a multiple of {count}. "
-                    f"It can be split {', '.join(map(str, divisors)) or 'no'} ways."
-                )
-        splits = {a: use for a, use in choice.items() if slice_of(use) is None}
-        why = illegal(
-            graph,
-            names[name],
-            splits,
-            Mesh(tuple(a for a in plan.mesh.axes if slice_of(choice.get(a.name, "")) is None)),
-        )
-        if why:
-            raise PlanError(f"'{name}' cannot run as planned: {why}.")
-    paths = {a.path: a for a in graph.arguments}
-    for path, storage in plan.storage.items():
-        if path not in paths:
-            raise PlanError(
-                f"The plan stores a variable {path!r} that the model does not have. Plan again."
-            )
-        rank = len(graph.tensors[paths[path].tensor].shape)
-        if not 0 <= storage.dim < rank:
-            raise PlanError(
-                f"The plan splits dim {storage.dim} of {path!r}, which has {rank} dims."
-            )
-    from partita.plans.pipeline import check_stages
-
-    check_stages(plan, graph)
-    return plan
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(repr(n) for n in names[:5])
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def diff(left: Plan, right: Plan) -> list[str]:
-    """What differs between two plans, a line each; empty when they do the same."""
-    found = []
-    if left.mesh != right.mesh:
-        found.append(f"mesh: {_mesh(left.mesh)} -> {_mesh(right.mesh)}")
-    if left.machine != right.machine:
-        found.append(f"machine: {left.machine} -> {right.machine}")
-    a, b = left.to_json(), right.to_json()
-    for key in ("operators", "storage"):
-        for name in [*a[key], *(n for n in b[key] if n not in a[key])]:
-            x, y = a[key].get(name, "absent"), b[key].get(name, "absent")
-            if x != y:
-                found.append(f"{name}: {_store(x)} -> {_store(y)}")
-    for what in ("microbatches", "schedule", "recompute"):
-        x, y = getattr(left, what), getattr(right, what)
-        if x != y and not (what == "schedule" and left.microbatches == right.microbatches == 1):
-            found.append(f"{what}: {_runs(x)} -> {_runs(y)}")
-    for key, text in (("seconds", format_seconds), ("peak_bytes", format_bytes)):
-        x, y = left.predicted.get(key), right.predicted.get(key)
-        if x is not None and y is not None and x != y:
-            found.append(f"predicted {key.replace('_', ' ')}: {text(x)} -> {text(y)}")
-    return found
-
-
-def _runs(value: Any) -> Any:
+def runs_text(value: Any) -> Any:
     return (
         ", ".join(f"{first} ... {last}" for first, last in value) or "nothing"
         if isinstance(value, tuple)
@@ -550,7 +404,7 @@ def _runs(value: Any) -> Any:
     )
 
 
-def _store(value: Any) -> str:
+def storage_text(value: Any) -> str:
     return (
         value
         if isinstance(value, str)
@@ -558,13 +412,13 @@ def _store(value: Any) -> str:
     )
 
 
-def _mesh(mesh: Mesh) -> str:
+def mesh_text(mesh: Mesh) -> str:
     return " x ".join(f"{a.name}={a.size}" for a in mesh.axes) or "one device"
 
 
 def lines(plan: Plan) -> Iterable[str]:
     """The plan as text: runs of operators with the same choice on one line."""
-    yield f"plan '{plan.name}' for {plan.graph} on {plan.machine}: {_mesh(plan.mesh)}"
+    yield f"plan '{plan.name}' for {plan.graph} on {plan.machine}: {mesh_text(plan.mesh)}"
     text = plan.to_json()["operators"]
     previous, first, last, count = None, "", "", 0
     for name, choice in [*text.items(), ("", None)]:
@@ -582,7 +436,7 @@ def lines(plan: Plan) -> Iterable[str]:
     if plan.microbatches > 1:
         yield f"  {plan.microbatches} microbatches, {plan.schedule}"
     if plan.recompute:
-        yield f"  recomputed in the backward pass: {_runs(plan.recompute)}"
+        yield f"  recomputed in the backward pass: {runs_text(plan.recompute)}"
     if "seconds" in plan.predicted:
         yield f"  predicted step {format_seconds(plan.predicted['seconds'])}"
     if "peak_bytes" in plan.predicted:

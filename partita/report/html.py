@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from partita.plans.plan import Plan, Storage, choice_text, slice_of
+from partita.plans.plan import Plan, Storage, choice_text, placed_slice
 from partita.report import timeline as picture
 from partita.report.elements import (
     Html,
@@ -479,8 +479,8 @@ def _words(plan: Plan, layer: Layer) -> str:
         )
     same = ways.pop("", 1)
     said = [
-        f"only on slice {slice_of(factor)} of {n}"
-        if slice_of(factor) is not None
+        f"only on slice {placed_slice(factor)} of {n}"
+        if placed_slice(factor) is not None
         else f"{_factor(factor)} split {n} ways"
         for factor, n in ways.items()
     ]

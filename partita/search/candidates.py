@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 
 from partita.graph.operator_graph import OperatorGraph
-from partita.plans.pipeline import samples_of
-from partita.plans.plan import Mesh, illegal
+from partita.plans.check import illegal_reason
+from partita.plans.pipeline import sample_factor
+from partita.plans.plan import Mesh
 
 ORDER = "SAPR"
 LIMIT = 150
@@ -40,7 +41,7 @@ def candidates(
     uses = [*factors, -1]
     everything, sizes = [-1] * len(mesh.axes), {f: graph.factors[f].size for f in factors}
     for number, axis in enumerate(mesh.axes):
-        samples = samples_of(graph, operator, {}, axis.size) if axis.level < 0 else -1
+        samples = sample_factor(graph, operator, {}, axis.size) if axis.level < 0 else -1
         if samples >= 0:
             everything[number] = samples
             sizes[samples] //= axis.size
@@ -59,7 +60,7 @@ def candidates(
     return [
         choice
         for choice in found
-        if illegal(graph, operator, names_of(graph, mesh, choice), mesh) is None
+        if illegal_reason(graph, operator, names_of(graph, mesh, choice), mesh) is None
     ]
 
 

@@ -18,7 +18,7 @@ from partita.cost.moves import Placement, move_table
 from partita.cost.terms import Move, OperatorTerms, Terms, cost_terms
 from partita.graph.operator_graph import Label, OperatorGraph, Phase
 from partita.machine import Machine
-from partita.plans.layout import Sharding, resolve
+from partita.plans.layout import Sharding, label_sharding
 from partita.plans.plan import Mesh, Plan, Storage
 from partita.search.base import Problem
 from partita.search.candidates import LIMIT, Choice, assignment_of, candidates, choice_of, names_of
@@ -188,7 +188,7 @@ def _costed(
     assignments = [assignment_of(choice) for choice in choices]
     costs = [operator_cost(terms, placement, assignments, zero) for zero in levels]
     part = lambda s, assignment: (
-        s.nbytes / placement.ways([a for axes in resolve(s.label, assignment) for a in axes])
+        s.nbytes / placement.ways([a for axes in label_sharding(s.label, assignment) for a in axes])
     )  # noqa: E731
     return (
         [
@@ -225,7 +225,7 @@ def _add_moves(network: CostNetwork) -> None:
         if (kind, places) not in views:
             number: dict[Sharding, int] = {}
             ids = [
-                number.setdefault(resolve(places, assignment), len(number))
+                number.setdefault(label_sharding(places, assignment), len(number))
                 for assignment in assignments[kind]
             ]
             views[kind, places] = (tuple(number), np.array(ids))

@@ -28,8 +28,8 @@ from partita.cost.terms import Terms
 from partita.errors import PlanError
 from partita.graph.operator_graph import Label, OperatorGraph, Phase
 from partita.machine import Machine
-from partita.plans.layout import resolve
-from partita.plans.pipeline import is_pipeline, recomputed, stages_of
+from partita.plans.layout import label_sharding
+from partita.plans.pipeline import is_pipeline, operator_stages, rematerialized_runs
 from partita.plans.plan import TIME, Axis, Mesh, Plan
 from partita.search.base import Problem, Progress, Report
 from partita.search.bound import least_by_phase
@@ -425,8 +425,8 @@ class _Shapes:
                     staged = replace(
                         staged,
                         plan=plan,
-                        stage=stages_of(self.graph, plan),
-                        run_of=recomputed(self.graph, plan),
+                        stage=operator_stages(self.graph, plan),
+                        run_of=rematerialized_runs(self.graph, plan),
                     )
                 if staged.peak <= self.limit:
                     return (
@@ -597,7 +597,9 @@ class _Costs:
             total = 0.0
             for home, label, nbytes in crossing:
                 if (home, label) not in ways:
-                    split = resolve(label, assignment_of(self.network.choice(home, states[home])))
+                    split = label_sharding(
+                        label, assignment_of(self.network.choice(home, states[home]))
+                    )
                     ways[home, label] = self.network.placement.ways(
                         [a for axes in split for a in axes]
                     )

@@ -20,7 +20,8 @@ from partita.cost.terms import Terms
 from partita.errors import PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
-from partita.plans.plan import Plan, check, slice_of
+from partita.plans.check import check
+from partita.plans.plan import Plan, placed_slice
 from partita.search.base import Progress, Report
 from partita.search.bound import least_by_operator
 from partita.simulation.placed import Placed
@@ -169,7 +170,7 @@ def at(
     storage = {
         p: s
         for p, s in plan.storage.items()
-        if p not in home or all(slice_of(choices[home[p]].get(a, "")) is None for a in s.axes)
+        if p not in home or all(placed_slice(choices[home[p]].get(a, "")) is None for a in s.axes)
     }
     return replace(plan, choices=choices, storage=storage)
 
@@ -191,7 +192,7 @@ class _Floor:
         common, apart = 0.0, defaultdict(float)
         for name, everywhere, least in zip(self.names, self.everywhere, self.least, strict=True):
             pins = tuple(
-                (a, use) for a, use in plan.choices[name].items() if slice_of(use) is not None
+                (a, use) for a, use in plan.choices[name].items() if placed_slice(use) is not None
             )
             if pins:
                 apart[tuple(sorted(pins))] += least * math.prod(
@@ -283,7 +284,7 @@ def _moved(
     ]
     if near and rng.random() < 0.3:
         choice = plan.choices[graph.operators[rng.choice(near)].name]
-        uses = [slice_of(choice.get(plan.mesh.axes[a].name, "")) for a in axes]
+        uses = [placed_slice(choice.get(plan.mesh.axes[a].name, "")) for a in axes]
         if None not in uses:
             slot = 0
             for a, i in zip(axes, uses, strict=True):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from partita.graph.operator_graph import OperatorGraph
-from partita.plans.plan import Mesh, Plan, slice_of
+from partita.plans.plan import Mesh, Plan, placed_slice
 
 Pins = Mapping[int, int]
 """Mesh axis -> the slice of it that an operator lives on."""
@@ -77,7 +77,7 @@ def pins_of(graph: OperatorGraph, plan: Plan) -> list[dict[int, int]]:
     found = []
     for o in graph.operators:
         choice = plan.choices[o.name]
-        at = {n: slice_of(choice.get(axis.name, "")) for n, axis in enumerate(plan.mesh.axes)}
+        at = {n: placed_slice(choice.get(axis.name, "")) for n, axis in enumerate(plan.mesh.axes)}
         found.append({n: i for n, i in at.items() if i is not None})
     return found
 

@@ -27,15 +27,15 @@ from partita.cost.work import local_flops
 from partita.errors import PlanError
 from partita.graph.operator_graph import Label, OperatorGraph, Phase
 from partita.machine import Machine
-from partita.plans.layout import Layout, layout_of, resolve
+from partita.plans.layout import Layout, label_sharding, layout_of
 from partita.plans.pipeline import (
-    count_of,
     in_flight,
-    inside,
-    recomputed,
-    schedule_of,
+    operator_stages,
+    rematerialized_runs,
     stage_axes,
-    stages_of,
+    stage_count,
+    stage_plan,
+    stage_schedule,
 )
 from partita.plans.plan import TIME, Plan
 from partita.simulation.engine import Tasks, Times, critical, run
@@ -70,7 +70,7 @@ class Staged:
                 f"The plan '{plan.name}' has microbatches or recomputes, and the devices of {machine.name} differ, where that cannot be simulated yet: give a plan "
                 "without them, which may place operators."
             )
-        terms, inner = terms or cost_terms(graph, machine.backend), inside(graph, plan)
+        terms, inner = terms or cost_terms(graph, machine.backend), stage_plan(graph, plan)
         layout = layout_of(graph, inner)
         costs = operator_costs(terms, Placement(machine, inner.mesh), layout, inner)
         return Staged(
@@ -80,14 +80,14 @@ class Staged:
             terms,
             inner,
             layout,
-            stages_of(graph, plan),
-            recomputed(graph, plan),
+            operator_stages(graph, plan),
+            rematerialized_runs(graph, plan),
             costs,
         )
 
     @cached_property
     def stages(self) -> int:
-        return count_of(self.plan)
+        return stage_count(self.plan)
 
     @cached_property
     def placement(self) -> Placement:
@@ -101,7 +101,7 @@ class Staged:
     def _part(self, nbytes: int, label: Label, operator: int) -> float:
         """Bytes of a device's part of a tensor that is labelled in an operator's factors."""
         return nbytes / self.placement.ways(
-            [a for axes in resolve(label, self.layout.assignments[operator]) for a in axes]
+            [a for axes in label_sharding(label, self.layout.assignments[operator]) for a in axes]
         )
 
     @cached_property
@@ -331,7 +331,7 @@ class _Pipeline:
 def _pipeline(staged: Staged) -> _Pipeline:
     """All tasks, numbered so that what comes before one has a smaller number. PlanError where stages wait for each other in a circle."""
     plan, stages, last = staged.plan, staged.stages, staged.plan.microbatches - 1
-    orders = [schedule_of(plan, stage) for stage in range(stages)]
+    orders = [stage_schedule(plan, stage) for stage in range(stages)]
     reads: dict[tuple[int, Phase], list[Edge]] = defaultdict(list)
     sent: dict[tuple[int, int, Phase], float] = defaultdict(float)
     for edge, (length, _) in staged.transfers.items():
@@ -420,7 +420,7 @@ def predicted(staged: Staged) -> Prediction:
         if staged.stage[e.home] == staged.stage[e.reader]:
             a, b = (staged.layout.assignments[o] for o in (e.home, e.reader))
             moves[e.reader] += m * move_seconds(
-                e, staged.placement, resolve(e.source, a), resolve(e.target, b)
+                e, staged.placement, label_sharding(e.source, a), label_sharding(e.target, b)
             )
     traffic: dict[str, float] = defaultdict(float)
     by_operator = np.zeros(len(graph.operators))

@@ -32,7 +32,7 @@ from partita.cost.predict import OperatorPrediction, Prediction
 from partita.cost.terms import Move, Terms, cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
-from partita.plans.layout import Layout, Sharding, assignments_of, layout_of, resolve
+from partita.plans.layout import Layout, Sharding, label_sharding, layout_of, operator_assignments
 from partita.plans.plan import Mesh, Plan
 from partita.simulation.engine import Times, run
 from partita.simulation.groups import Cells, Pins, folded, pins_of, unfolded
@@ -132,7 +132,7 @@ class Placed:
             machine,
             plan,
             terms or cost_terms(graph, machine.backend),
-            assignments_of(graph, plan),
+            operator_assignments(graph, plan),
             pins_of(graph, plan),
             fold,
         )
@@ -177,7 +177,7 @@ class Placed:
         )
         for m in self.terms.edges:
             source, target = (
-                resolve(label, self.assignments[o])
+                label_sharding(label, self.assignments[o])
                 for label, o in ((m.source, m.home), (m.target, m.reader))
             )
             crossing = Crossing.of(
@@ -215,7 +215,9 @@ class Placed:
             for m in own.moves:
                 if m.phase == slot.phase:
                     found |= _talking(
-                        m, resolve(m.source, assignment), resolve(m.target, assignment)
+                        m,
+                        label_sharding(m.source, assignment),
+                        label_sharding(m.target, assignment),
                     )
         for s in own.stored if slot.kind == "gather" else ():
             found |= set((storage_axes(s, mesh, assignment) or (0, ()))[1])
@@ -223,7 +225,7 @@ class Placed:
 
     @cached_property
     def cells(self) -> Cells:
-        kinds = self.machine.kind_of_devices()
+        kinds = self.machine.device_kinds()
         if not self.fold:
             return unfolded(self.plan.mesh, kinds or [0] * self.plan.mesh.size)
         if kinds:
@@ -435,7 +437,7 @@ class Placed:
             and reader >= 0
             and bool(
                 Crossing.of(
-                    self.pins[home], self.pins[reader], self.layout.own[tensor], target
+                    self.pins[home], self.pins[reader], self.layout.shardings[tensor], target
                 ).axes
             )
         )
@@ -484,7 +486,7 @@ class Placed:
         sent: dict[int, float] = {}
         for m in self.terms.edges:
             if m.reader in here and m.home not in here and m.phase == "forward":
-                target = resolve(m.dims[1], self.assignments[m.reader])
+                target = label_sharding(m.dims[1], self.assignments[m.reader])
                 sent[m.tensor] = max(
                     sent.get(m.tensor, 0.0),
                     m.nbytes / self.placement.ways([a for dim in target for a in dim]),

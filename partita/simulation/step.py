@@ -32,8 +32,8 @@ from partita.cost.evaluate import PARTS, PHASES, OperatorCost
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.terms import Move, Terms
 from partita.graph.grouping import HEAVY
-from partita.graph.operator_graph import Key, OperatorGraph, Phase, constant_tensors
-from partita.plans.layout import Layout, resolve
+from partita.graph.operator_graph import IdentityKey, OperatorGraph, Phase, constant_tensors
+from partita.plans.layout import Layout, label_sharding
 from partita.simulation.engine import Tasks
 
 DeviceKind = Literal["compute", "exchange", "sum", "gather", "move", "join"]
@@ -72,7 +72,9 @@ Node = tuple[str, int, str, int]
 
 
 @lru_cache(maxsize=8)
-def _structure(key: Key[OperatorGraph], terms_key: Key[Terms], placed: bool) -> Structure:
+def _structure(
+    key: IdentityKey[OperatorGraph], terms_key: IdentityKey[Terms], placed: bool
+) -> Structure:
     graph, terms = key.value, terms_key.value
     nodes = _pieces(graph, placed)
     work = _shares(graph, nodes)
@@ -176,7 +178,7 @@ def structure(graph: OperatorGraph, terms: Terms, placed: bool = False) -> Struc
 
     Where operators are `placed` apart, what one only passes on between others is a task by itself.
     """
-    return _structure(Key(graph), Key(terms), placed)
+    return _structure(IdentityKey(graph), IdentityKey(terms), placed)
 
 
 PRE, POST = -1 << 20, 1 << 20
@@ -365,7 +367,7 @@ def durations(
     for m in edges:
         a, b = layout.assignments[m.home], layout.assignments[m.reader]
         moves[m.home, m.reader, m.phase, m.wanted] += move_seconds(
-            m, placement, resolve(m.source, a), resolve(m.target, b)
+            m, placement, label_sharding(m.source, a), label_sharding(m.target, b)
         )
     parts = [cost.parts()[:, 0] for cost in costs]
     found = np.zeros(len(step.slots))
@@ -411,7 +413,7 @@ class Laid:
 
 def lay_out(step: Structure, seconds: np.ndarray, overlap: float) -> Laid:
     """What the engine runs where one device stands for all: the slots of a step in its two streams. Seconds are those of `durations`."""
-    laid = _laid_of_one(Key(step), overlap)
+    laid = _laid_of_one(IdentityKey(step), overlap)
     into, held = np.zeros(laid.tasks.count), laid.hold >= 0
     into[laid.task] = seconds
     into[laid.hold[held]] = np.asarray(seconds)[held] * (1 - overlap)
@@ -419,7 +421,7 @@ def lay_out(step: Structure, seconds: np.ndarray, overlap: float) -> Laid:
 
 
 @lru_cache(maxsize=8)
-def _laid_of_one(key: Key[Structure], overlap: float) -> Laid:
+def _laid_of_one(key: IdentityKey[Structure], overlap: float) -> Laid:
     """The same without seconds: one cell waits for no other, and so its tasks are the same whatever they take."""
     stream = {"join": BETWEEN, "compute": KERNELS}
     return lay_out_shares(

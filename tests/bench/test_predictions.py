@@ -28,7 +28,7 @@ from partita.errors import PartitaError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import host
 from partita.plans.baselines import BASELINES
-from partita.plans.plan import check
+from partita.plans.check import check
 from partita.search.find import mesh_of
 
 GRAPH = OperatorGraph.load(Path(__file__).parent.parent / "data" / "transformer.graph.json")

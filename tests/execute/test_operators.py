@@ -14,7 +14,7 @@ from partita.capture import stablehlo
 from partita.errors import PlanError
 from partita.execute import operators
 from partita.execute.devices import detect
-from partita.plans.layout import assignments_of
+from partita.plans.layout import operator_assignments
 from partita.search.find import find
 
 
@@ -44,7 +44,7 @@ def cut(captured, plan, name):
     o = next(i for i, operator in enumerate(graph.operators) if operator.name == name)
     with stablehlo.context(), ir.Location.unknown():
         cutter = operators.Cutter(stablehlo.parse(captured.text.mlir_module_serialized), graph)
-        return cutter.parts(o, assignments_of(graph, plan)[o], plan.mesh)
+        return cutter.parts(o, operator_assignments(graph, plan)[o], plan.mesh)
 
 
 def test_a_part_is_what_one_device_computes(captured):
@@ -138,7 +138,8 @@ def test_what_was_not_measured_is_fitted_and_slower_where_its_operator_was_slowe
     slow = replace(
         machine,
         times=replace(
-            machine.times, own={digest: 2 * ratio for digest, ratio in machine.times.own.items()}
+            machine.times,
+            corrections={digest: 2 * ratio for digest, ratio in machine.times.corrections.items()},
         ),
     )
     for before, after in zip(

@@ -22,7 +22,8 @@ from partita.execute.program import PlannedStep, planned_step
 from partita.execute.verify import compare_steps
 from partita.graph.operator_graph import OperatorGraph
 from partita.plans.baselines import BASELINES
-from partita.plans.plan import Mesh, Plan, check, mesh_for
+from partita.plans.check import check
+from partita.plans.plan import Mesh, Plan, mesh_for
 from partita.search.candidates import candidates, names_of
 
 WORDS, WIDTH, BATCH, STEPS = 12, 8, 8, 3

@@ -14,7 +14,8 @@ from partita.execute.program import planned_step
 from partita.execute.verify import Traffic, check_and_compare, compare_steps, verify
 from partita.plans.adapt import fit_plan
 from partita.plans.baselines import BASELINES
-from partita.plans.plan import Storage, check, mesh_for
+from partita.plans.check import check
+from partita.plans.plan import Storage, mesh_for
 
 
 def captured(batch=16):

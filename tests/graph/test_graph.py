@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partita.errors import PartitaError
-from partita.graph.operator_graph import OperatorGraph, Window, check, parameters_of
+from partita.graph.operator_graph import OperatorGraph, Window, check, operator_arguments
 
 DATA = Path(__file__).parent.parent / "data"
 GRAPHS = {p.name.split(".")[0]: OperatorGraph.load(p) for p in sorted(DATA.glob("*.graph.json"))}
@@ -28,7 +28,7 @@ def test_every_layer_owns_its_forward_backward_and_update(name):
     graph = GRAPHS[name]
     for index, operator in enumerate(graph.operators):
         phases = {graph.instructions[i].phase for i in operator.instructions}
-        if any(a.role == "parameter" for a in parameters_of(graph)[index]):
+        if any(a.role == "parameter" for a in operator_arguments(graph)[index]):
             assert phases == {"forward", "backward", "update"}, operator.name
 
 
@@ -97,4 +97,4 @@ def test_a_halo_is_what_neighbours_must_send(each, step, low, reach, base, parts
         if elements:
             before = max(before, device * held - min(elements) if device else 0)
             after = max(after, max(elements) + 1 - (device + 1) * held if device < parts - 1 else 0)
-    assert window.rows(parts) == (before, after)
+    assert window.halo_elements(parts) == (before, after)

@@ -603,7 +603,7 @@ def test_devices_that_differ_are_kinds_and_a_file_like_any_other() -> None:
         ("new", 3, "New"),
         ("old", 5, "Old"),
     ] and machine.devices == 8
-    assert machine.kind_of_devices() == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert machine.device_kinds() == [0, 0, 0, 1, 1, 1, 1, 1]
     assert (
         machine.device.name == "Old"
         and machine.memory_bytes == 16 << 30

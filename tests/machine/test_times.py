@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partita.machine import OperatorTimes, fitted_times
-from partita.machine.times import fitted
+from partita.machine.times import fitted_scales
 
 NAMES = ("dot, FLOPs", "dot, bytes", "reduce, bytes", "start")
 
@@ -28,7 +28,7 @@ def records(scales: list[float], off: dict[str, float], seed: int, count: int = 
 
 def off(times: OperatorTimes, rows: list[dict]) -> float:
     """What the fit is off on operators, added up, over what they take."""
-    return sum(abs(times.fit(r["features"]) - r["seconds"]) for r in rows) / sum(
+    return sum(abs(times.fitted_seconds(r["features"]) - r["seconds"]) for r in rows) / sum(
         r["seconds"] for r in rows
     )
 
@@ -60,10 +60,10 @@ def test_the_error_that_is_told_is_that_on_a_model_that_was_not_seen(
 def test_a_model_that_is_not_like_the_others_is_not_explained_by_itself() -> None:
     """In two models nothing but products was seen, as fast as the roofline in one and ten times slower in the other: no fit to one tells of the other."""
     features, seconds = [{"dot, FLOPs": 1.0}] * 20, [1.0] * 10 + [10.0] * 10
-    assert fitted(features, seconds, ["a"] * 10 + ["b"] * 10)[1] == pytest.approx(
+    assert fitted_scales(features, seconds, ["a"] * 10 + ["b"] * 10)[1] == pytest.approx(
         (0 + 0.9) / 2, abs=0.01
     )
-    assert fitted(features[:10], seconds[:10], ["a"] * 10)[1] == pytest.approx(0, abs=1e-6)
+    assert fitted_scales(features[:10], seconds[:10], ["a"] * 10)[1] == pytest.approx(0, abs=1e-6)
 
 
 def test_what_hardly_occurs_stays_near_the_roofline_and_nothing_is_known_of_nothing() -> None:
@@ -72,4 +72,4 @@ def test_what_hardly_occurs_stays_near_the_roofline_and_nothing_is_known_of_noth
     ]
     scale = fitted_times(rows).scale
     assert scale["sort, FLOPs"] == pytest.approx(1, rel=1e-3) and min(scale.values()) >= 0
-    assert fitted_times([]).fit({"dot, FLOPs": 2.0}) == 2.0
+    assert fitted_times([]).fitted_seconds({"dot, FLOPs": 2.0}) == 2.0

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partita.errors import PlanError
-from partita.plans.plan import Mesh, Plan, Storage, diff, mesh_for
+from partita.plans.diff import diff
+from partita.plans.plan import Mesh, Plan, Storage, mesh_for
 
 MESH = Mesh.of((2, 2))
 

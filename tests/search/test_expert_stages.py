@@ -10,7 +10,8 @@ from partita.cost.terms import Terms, cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.plans.baselines import BASELINES
-from partita.plans.plan import Mesh, Plan, check
+from partita.plans.check import check
+from partita.plans.plan import Mesh, Plan
 from partita.search import pipelines as stages
 from partita.search.find import mesh_of
 from partita.search.pipelines import stage

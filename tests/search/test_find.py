@@ -11,7 +11,8 @@ from partita.graph.operator_graph import OperatorGraph
 from partita.graph.operator_graph import check as check_graph
 from partita.machine import Machine, host, load
 from partita.plans.baselines import BASELINES
-from partita.plans.plan import Mesh, check
+from partita.plans.check import check
+from partita.plans.plan import Mesh
 from partita.search.candidates import candidates
 from partita.search.find import Found, alternatives, find, mesh_of
 from partita.search.network import build

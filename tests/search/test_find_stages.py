@@ -8,8 +8,9 @@ import pytest
 from partita.errors import MemoryBudgetError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
+from partita.plans.check import check
 from partita.plans.pipeline import is_staged
-from partita.plans.plan import Plan, check
+from partita.plans.plan import Plan
 from partita.search.base import Progress
 from partita.search.bound import least_seconds
 from partita.search.find import capacity, find, mesh_of

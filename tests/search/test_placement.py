@@ -8,8 +8,9 @@ from partita.cost.terms import cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
 from partita.plans.baselines import BASELINES
+from partita.plans.check import check
 from partita.plans.pipeline import stage_axes
-from partita.plans.plan import Plan, check
+from partita.plans.plan import Plan
 from partita.search import placement
 from partita.search.bound import least_seconds
 from partita.search.find import find, mesh_of

@@ -14,9 +14,11 @@ from partita.errors import PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import DeviceKind, Machine, load
 from partita.machine import check as check_machine
-from partita.machine.machine import slowest
+from partita.machine.machine import slowest_kind
 from partita.plans.baselines import BASELINES
-from partita.plans.plan import Plan, check, diff
+from partita.plans.check import check
+from partita.plans.diff import diff
+from partita.plans.plan import Plan
 from partita.search.bound import least_seconds
 from partita.search.find import fits, mesh_of
 from partita.simulation.placed import Placed
@@ -354,7 +356,7 @@ def mixed(where: Machine, *counts: int, slower: float = 1.0) -> Machine:
         for n, count in enumerate(counts)
         for d in [of(n)]
     )
-    found = replace(where, kinds=kinds, device=slowest(kinds))
+    found = replace(where, kinds=kinds, device=slowest_kind(kinds))
     check_machine(found)
     return found
 

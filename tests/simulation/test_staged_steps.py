@@ -11,8 +11,10 @@ from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.plans.adapt import fit_mesh
 from partita.plans.baselines import BASELINES
-from partita.plans.pipeline import in_flight, inside, schedule_of, stages_of
-from partita.plans.plan import Mesh, Plan, check, diff
+from partita.plans.check import check
+from partita.plans.diff import diff
+from partita.plans.pipeline import in_flight, operator_stages, stage_plan, stage_schedule
+from partita.plans.plan import Mesh, Plan
 from partita.search.find import mesh_of
 from partita.simulation.pipelined import Staged
 from partita.simulation.simulate import predicted, simulate
@@ -100,7 +102,7 @@ def test_schedules_hold_what_they_say() -> None:
         plan = in_two(graph, machine(), microbatches=8, schedule=schedule)
         for stage in (0, 1):
             flying = most = 0
-            for phase, _ in schedule_of(plan, stage):
+            for phase, _ in stage_schedule(plan, stage):
                 flying += 1 if phase == "forward" else -1
                 most = max(most, flying)
             assert most == in_flight(plan, stage) == held[stage] and flying == 0
@@ -186,7 +188,7 @@ def test_a_staged_plan_is_a_file_like_any_other() -> None:
     again = check(Plan.from_json(plan.to_json()), graph)
     assert (
         again == plan
-        and stages_of(graph, again) == stages_of(graph, plan)
+        and operator_stages(graph, again) == operator_stages(graph, plan)
         and not diff(plan, again)
     )
     assert diff(plan, replace(plan, microbatches=4, recompute=())) == [
@@ -194,7 +196,7 @@ def test_a_staged_plan_is_a_file_like_any_other() -> None:
         f"recompute: {names[0]} ... {names[0]} -> nothing",
     ]
     assert (
-        "2 microbatches" in str(plan) and inside(graph, plan).devices == 2 * 2
+        "2 microbatches" in str(plan) and stage_plan(graph, plan).devices == 2 * 2
     )  # two devices a stage, two times
 
 
