@@ -44,7 +44,11 @@ ones = jnp.ones(graph.edges, jnp.float32)
 
 def by_bcsr(b, to, x):  # noqa: ANN001, ANN201
     return (
-        BCSR((ones, b.ways[0].edges.ids, b.ways[0].edges.offsets), shape=(vertices, vertices)) @ x
+        BCSR(
+            (ones, b.aggregations[0].edges.ids, b.aggregations[0].edges.offsets),
+            shape=(vertices, vertices),
+        )
+        @ x
     )
 
 
@@ -53,7 +57,7 @@ WAYS = {
     "the same, vertices by degree": lambda b, to, x: b.sum(x),
     "JAX BCSR @ dense": by_bcsr,
     "jax.ops.segment_sum": lambda b, to, x: jax.ops.segment_sum(
-        x[b.ways[0].edges.ids], to, vertices, indices_are_sorted=True
+        x[b.aggregations[0].edges.ids], to, vertices, indices_are_sorted=True
     ),
 }
 

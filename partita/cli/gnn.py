@@ -186,7 +186,7 @@ def info(
         from partita.gnn.data.facts import facts, facts_table
 
         with progress() as report:
-            found = facts(files.open(file, report))
+            found = facts(files.open(file, report=report))
         if as_json:
             print(json.dumps(found))
         else:
@@ -301,7 +301,7 @@ def train(
         from partita.gnn.data import files
 
         with progress() as report:
-            graph = files.open(file, report)
+            graph = files.open(file, report=report)
         os.environ.setdefault("KERAS_BACKEND", "jax")
         from partita.execute.devices import start_host_devices
 
@@ -388,7 +388,7 @@ def compare(
         from partita.report.parts import page
 
         with progress() as follow:
-            graph = files.open(file, follow)
+            graph = files.open(file, report=follow)
             if devices > max(1, graph.vertices):
                 raise GraphError(
                     f"{graph.vertices:,} vertices cannot be cut into {devices:,} parts: use --devices {max(1, graph.vertices)} at most."

@@ -14,8 +14,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from partita.gnn.data import generate, order
+from partita.gnn.data.csr import Transposed
 from partita.gnn.data.files import convert, open, save, transpose
-from partita.gnn.data.graph import Graph, Transposed, check
+from partita.gnn.data.graph import Graph, check
 from partita.gnn.data.stream import EdgeStream
 
 if TYPE_CHECKING:

@@ -33,13 +33,13 @@ from partita.gnn.split.partition import (
     Kind,
     Parts,
     Room,
+    aggregations_of_part,
     arranged,
     block_of_part,
     by_vertices,
     cut,
     near_training,
     restored,
-    ways_of_part,
 )
 from partita.units import parse
 
@@ -346,13 +346,18 @@ class FullGraphTraining:
         if devices == 1:
             graph, order = self.__dict__["_numbered"]
             data = _data(graph)
-            ways = ways_of_part(
+            aggregations = aggregations_of_part(
                 graph, cut(graph, np.array([0, graph.vertices]), None, self._near(graph)), 0
             )
             vertex = None if order is None else order.astype(np.int32)
             return jax.device_put(
                 replace(
-                    data, graph=replace(data.graph, ways=(*data.graph.ways, *ways), vertex=vertex)
+                    data,
+                    graph=replace(
+                        data.graph,
+                        aggregations=(*data.graph.aggregations, *aggregations),
+                        vertex=vertex,
+                    ),
                 )
             ), None
         graph, parts, by_width = self._cut(graph, split, room, points)

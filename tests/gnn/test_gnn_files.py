@@ -132,7 +132,7 @@ def test_an_edge_list_is_the_graph_that_it_lists(
         patch.setattr(text, "BYTES", block)  # lines are cut anywhere
         (at / "edges.txt").write_bytes(gzip.compress(data) if packed else data)
         if not graph.edges:
-            with pytest.raises(GraphError, match="Without edges|has no edge|is empty"):
+            with pytest.raises(GraphError, match="without edges|has no edge|is empty"):
                 gnn.open(at / "edges.txt")
             return
         bare = Graph.from_edges(graph.sources, target, weights=graph.weights)
@@ -247,10 +247,10 @@ def test_ogb_folders_are_read_and_converted(tmp_path: Path) -> None:
         equal(gnn.open(ogb(tmp_path / "ogbn_small")), SPLIT)
         and gnn.open(tmp_path / "ogbn_small").name == "ogbn_small"
     )
-    assert equal(Graph.from_ogb(tmp_path / "ogbn_small"), SPLIT)
     assert equal(gnn.convert(tmp_path / "ogbn_small", tmp_path / "s.lux"), SPLIT)
     assert gnn.convert(tmp_path / "ogbn_small", tmp_path / "t.lux", undirected=True).edges == 8
     ogb(tmp_path / "ogbn_small", split="random")
+    assert equal(gnn.open(tmp_path / "ogbn_small", split="random"), SPLIT)
     assert equal(gnn.convert(tmp_path / "ogbn_small", tmp_path / "u.npz", split="random"), SPLIT)
 
 
@@ -266,7 +266,7 @@ def test_large_ogb_sets_in_npz_are_read(tmp_path: Path) -> None:
         node_feat=X.astype(np.float16),
     )
     np.savez(tmp_path / "o/raw/node-label.npz", node_label=np.array([[1], [0], [2], [np.nan]]))
-    with pytest.raises(GraphError, match="vertex 3 is in the test mask and has no label"):
+    with pytest.raises(GraphError, match="Vertex 3 is in the test mask and has no label"):
         gnn.open(tmp_path / "o")
     np.savez(tmp_path / "o/raw/node-label.npz", node_label=Y[:, None].astype(float))
     assert equal(gnn.open(tmp_path / "o"), SPLIT) and equal(
@@ -438,7 +438,7 @@ def put(name: str, data: bytes) -> Callable[[Path], None]:
         (put("g.lux", b"\x7fELF" + bytes(100)), "is truncated or no .lux file"),
         (
             lambda at: put("g.lux", (at / "g.lux").read_bytes()[:-4] + b"\7\0\0\0")(at),
-            "g: edge 3 (into vertex 2) comes from vertex 7: ids must be 0 to 3.",
+            "g: Edge 3 into vertex 2 comes from vertex 7: use ids from 0 to 3.",
         ),
         (
             cut("g.feats.bin", 30),
@@ -466,7 +466,7 @@ def put(name: str, data: bytes) -> Callable[[Path], None]:
         ),
         (
             put("g.transposed.order.bin", b"\xff" * 16),
-            "the transpose is of another graph: remove its files, and transpose again.",
+            "The transpose belongs to another graph: delete its files and transpose again.",
         ),
         (
             put("g.mask", b"Train\nVal\ntest\nTest\n"),
@@ -506,7 +506,7 @@ def refused(path: Path) -> str:
         ),
         (
             "0 1\n4000000000 1\n",
-            "The largest id is 4,000,000,000 and there are 2 edges: number the vertices from 0 without gaps",
+            "The largest id is 4,000,000,000 for 2 edges: number the vertices from 0 without gaps",
         ),
         (
             "0 1 0.5\n1 2\n",
@@ -514,13 +514,13 @@ def refused(path: Path) -> str:
         ),
         ("0 1\n1 2 .5\n", "line 2: '1 2 .5' has a weight and the edges before have none"),
         ("0 1 2 3\n", "line 1: '0 1 2 3' has more than three numbers"),
-        ("0 1 nan\n", "the weight of edge 0 is nan: weights must be finite."),
+        ("0 1 nan\n", "The weight of edge 0 is nan: use finite weights."),
         (
             "%%MatrixMarket matrix coordinate\n",
             "is a MatrixMarket file: Graph.from_scipy(scipy.io.mmread(...)) makes a graph of it.",
         ),
         ("", "e.txt' is empty."),
-        ("source target\n", "Without edges it is not known how many vertices there are"),
+        ("source target\n", "The number of vertices is unknown without edges"),
         (
             "0 1\n\0\0\0\1\n",
             "e.txt' is no graph that is known: name a .lux, .npz or .parquet file, an edge list in text",
@@ -580,7 +580,7 @@ def npz(**arrays: Any) -> Callable[[Path], None]:
         ),
         (
             npz(source=[0, 5], target=[1, 0], label=[0, 1]),
-            "g.npz': Edge 1 leads from 5 to 0, and there are 2 vertices",
+            "g.npz': Edge 1 from 5 to 0 is outside the 2 vertices",
         ),
         (
             npz(
@@ -595,7 +595,7 @@ def npz(**arrays: Any) -> Callable[[Path], None]:
         ),
         (
             npz(offsets=np.array([0, 1]), sources=np.array([3], np.int32)),
-            "g: edge 0 (into vertex 0) comes from vertex 3",
+            "g: Edge 0 into vertex 0 comes from vertex 3",
         ),
     ],
 )
@@ -621,11 +621,11 @@ def test_an_npz_file_that_was_cut_off_is_said_to_be(tmp_path: Path) -> None:
         ),
         (
             {"raw/num-node-list.csv.gz": "2\n"},
-            "train.csv.gz': train lists vertex 2, and there are 2 vertices",
+            "train.csv.gz': train lists vertex 2 of 2 vertices",
         ),
         (
             {"raw/edge.csv.gz": "0,1\n1,4\n"},
-            "Edge 1 leads from 1 to 4, and there are 4 vertices: ids must be 0 to 3.",
+            "Edge 1 from 1 to 4 is outside the 4 vertices: use ids from 0 to 3.",
         ),
         (
             {"raw/node-label.csv.gz": "0,1\n1,1\n0,0\n0,1\n"},
@@ -642,7 +642,7 @@ def test_an_npz_file_that_was_cut_off_is_said_to_be(tmp_path: Path) -> None:
         ({"raw/node-feat.csv.gz": "0,1\n0,1\n"}, "features has 2 rows for 4 vertices"),
         (
             {"split/time/test.csv.gz": "9\n"},
-            "test.csv.gz': test lists vertex 9, and there are 4 vertices",
+            "test.csv.gz': test lists vertex 9 of 4 vertices",
         ),
         ({"split/other/train.csv.gz": "0\n"}, "has the splits other, time: name one."),
         ({"raw/triplet-type-list.csv.gz": ""}, "has several kinds of vertices"),
@@ -661,7 +661,7 @@ def test_an_ogb_folder_that_is_no_graph_is_one_sentence(
 def test_incomplete_ogb_folders_are_one_sentence(tmp_path: Path) -> None:
     ogb(tmp_path / "o")
     assert "has no split 'public': it has time." in str(
-        pytest.raises(GraphError, Graph.from_ogb, tmp_path / "o", split="public").value
+        pytest.raises(GraphError, gnn.open, tmp_path / "o", split="public").value
     )
     (tmp_path / "o/split/time/valid.csv.gz").rename(tmp_path / "o/split/time/split_dict.pt")
     assert "has no valid.csv.gz, only a pickle, and nothing is unpickled." in refused(

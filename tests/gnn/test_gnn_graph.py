@@ -317,48 +317,51 @@ HETERO = SimpleNamespace(edge_types=[("a", "to", "b")])
     [
         (
             lambda: Graph.from_edges([0, 1, 5], [1, 0, 0], 3),
-            "Edge 2 leads from 5 to 0, and there are 3 vertices: ids must be 0 to 2.",
+            "Edge 2 from 5 to 0 is outside the 3 vertices: use ids from 0 to 2.",
         ),
         (
             lambda: Graph.from_edges([0, -1], [1, 0]),
-            "Edge 1 leads from -1 to 0, and there are 2 vertices: ids must be 0 to 1.",
+            "Edge 1 from -1 to 0 is outside the 2 vertices: use ids from 0 to 1.",
         ),
         (
             lambda: Graph.from_edges([0, 1], [9, 0], features=np.ones((2, 1))),
-            "Edge 0 leads from 0 to 9, and there are 2 vertices",
+            "Edge 0 from 0 to 9 is outside the 2 vertices",
         ),
         (
             lambda: Graph.from_edges([0, 1], [1]),
-            "There are 2 sources and 1 targets: an edge needs one of each.",
+            "source has 2 entries and target has 1: give one of each per edge.",
         ),
         (
             lambda: Graph.from_edges([0.5], [1]),
-            "source is float64 [1]: a list of whole numbers is needed.",
+            "source is float64 [1]: give a list of integers.",
         ),
         (
             lambda: Graph.from_edges([[0]], [[1]]),
-            "source is int64 [1, 1]: a list of whole numbers is needed.",
+            "source is int64 [1, 1]: give a list of integers.",
         ),
         (
             lambda: Graph.from_edges([], []),
-            "it is not known how many vertices there are: say vertices=.",
+            "The number of vertices is unknown without edges: give vertices=.",
         ),
-        (lambda: Graph.from_edges([0], [1], weights=[1, 2]), "There are 2 weights for 1 edges"),
+        (
+            lambda: Graph.from_edges([0], [1], weights=[1, 2]),
+            "weights has 2 entries for 1 edges: give one per edge",
+        ),
         (
             lambda: Graph.from_edges([0], [1], weights=[np.inf], name="g"),
-            "g: the weight of edge 0 is inf: weights must be finite.",
+            "g: The weight of edge 0 is inf: use finite weights.",
         ),
         (
             lambda: Graph.from_edges([0], [1], features=[1.0, 2.0]),
-            "features is float64 [2]: numbers [vertices, features] are needed.",
+            "features is float64 [2]: give numbers [vertices, features].",
         ),
         (
             lambda: Graph.from_edges([0], [1], 2, features=np.ones((3, 1))),
-            "graph: features has 3 rows for 2 vertices: it needs one for each.",
+            "graph: features has 3 rows for 2 vertices: give one per vertex.",
         ),
         (
             lambda: Graph.from_edges([0], [1], features=[[0, 1], [2, np.nan]]),
-            "graph: feature 1 of vertex 1 is nan: features must be finite",
+            "graph: Feature 1 of vertex 1 is nan: replace it with a finite number",
         ),
         (
             lambda: Graph.from_edges([0], [1], labels=[0, 1, 2], vertices=2),
@@ -366,50 +369,50 @@ HETERO = SimpleNamespace(edge_types=[("a", "to", "b")])
         ),
         (
             lambda: Graph.from_edges([0], [1], labels=[0, -2]),
-            "the label of vertex 1 is -2: labels are 0 or more, or -1 for none.",
+            "Label -2 of vertex 1 is negative: use 0, 1, ..., or -1 for no label.",
         ),
         (
             lambda: Graph.from_edges([0], [1], labels=[0.5, 1]),
-            "the label of vertex 0 is 0.5: labels are whole numbers",
+            "Label 0.5 of vertex 0 is no integer: use 0, 1, ..., or -1 for no label.",
         ),
         (
             lambda: Graph.from_edges([0], [1], labels=[0, 2**40]),
-            f"the label of vertex 1 is {2**40}",
+            f"Label {2**40} of vertex 1 is out of range: use 0 to 2,147,483,647",
         ),
         (
             lambda: Graph.from_edges([0], [1], labels=[[0, 1], [1, 0]]),
-            "labels is int64 [2, 2]: one whole number per vertex is needed.",
+            "labels is int64 [2, 2]: give one integer per vertex.",
         ),
         (
             lambda: Graph.from_edges([0], [1], train=[False, False]),
-            "the training mask is empty: mark the vertices to train on",
+            "The training mask is empty: mark vertices to train on",
         ),
         (lambda: Graph.from_edges([0], [1], train=[True]), "train has 1 rows for 2 vertices"),
         (
             lambda: Graph.from_edges([0], [1], test=[0, 7]),
-            "test lists vertex 7, and there are 2 vertices: ids must be 0 to 1.",
+            "test lists vertex 7 of 2 vertices: use ids from 0 to 1.",
         ),
         (
             lambda: Graph.from_edges([0], [1], test=[0.0, 1.0]),
-            "test is float64 [2]: one bool per vertex or a list of vertices is needed.",
+            "test is float64 [2]: give one bool per vertex, or a list of vertices.",
         ),
         (
             lambda: Graph.from_edges([0], [1], labels=[0, -1], test=[1]),
-            "vertex 1 is in the test mask and has no label (-1)",
+            "Vertex 1 is in the test mask and has no label (-1): remove it from the mask",
         ),
         (
             lambda: PLAIN.relabelled([0, 1, 1, 2]),
-            "The order leaves out vertex 3: give every vertex once.",
+            "The order omits vertex 3: list every vertex once.",
         ),
         (lambda: PLAIN.relabelled([0, 1]), "The order has 2 entries for 4 vertices"),
-        (lambda: Graph.from_scipy(LARGE), "A matrix of 2 rows and 3 columns is no graph"),
+        (lambda: Graph.from_scipy(LARGE), "The matrix has 2 rows and 3 columns: give a square one"),
         (
             lambda: Graph.from_pyg(HETERO),
-            "without edge_index or adj_t is no graph of one kind of edge. It has the edge types ('a', 'to', 'b').",
+            "has neither edge_index nor adj_t, but the edge types ('a', 'to', 'b'): give a Data",
         ),
         (
             lambda: Graph.from_pyg(SimpleNamespace(edge_index=Tensor(np.zeros((5, 2), int)))),
-            "edge_index has the shape (5, 2): [2, edges] is needed",
+            "edge_index has shape [5, 2]: give [2, edges], sources above targets.",
         ),
         (
             lambda: Graph.from_pyg(
@@ -417,19 +420,19 @@ HETERO = SimpleNamespace(edge_types=[("a", "to", "b")])
                     edge_index=Tensor([[0], [1]]), train_mask=Tensor(np.ones((2, 10), bool))
                 )
             ),
-            "train_mask has 10 columns, one a split: choose one, e.g. data.train_mask = data.train_mask[:, 0].",
+            "train_mask has 10 columns, one per split: choose one, for example data.train_mask = data.train_mask[:, 0].",
         ),
         (
             lambda: Graph.from_dgl(SimpleNamespace(is_homogeneous=False, canonical_etypes=["x"])),
-            "The DGL graph has the edge types x: give one of one type",
+            "The DGL graph has the edge types x: give a graph of one type",
         ),
         (
             lambda: Graph.from_networkx(Networkx({"a": {}}, [], True), features="x"),
-            "Node 'a' has no attribute 'x', which features='x' asks for",
+            "Node 'a' has no attribute 'x' for features='x': give one to every node.",
         ),
         (
             lambda: Graph.from_networkx(Networkx({"a": {}}, [("a", "a", {})], True), weights="w"),
-            "The edge from 'a' to 'a' has no attribute 'w'",
+            "The edge from 'a' to 'a' has no attribute 'w': give one to every edge.",
         ),
     ],
 )
@@ -452,38 +455,38 @@ def i64(*ids: int) -> np.ndarray:
     [
         (
             Graph(i32(0, 1), i32(0)),
-            "graph: offsets must be int64 [vertices + 1], beginning with 0.",
+            "graph: offsets is int32 [2]: use int64 [vertices + 1].",
         ),
-        (Graph(i64(0), i32()), "There is no vertex"),
-        (Graph(i64(0, 1), i64(0)), "sources are int64: 1 vertices need int32."),
-        (Graph(i64(1, 1), i32(0)), "offsets begin with 1: they must begin with 0."),
+        (Graph(i64(0), i32()), "The graph has no vertices: give edges, or vertices=."),
+        (Graph(i64(0, 1), i64(0)), "sources is int64: use int32 for 1 vertices."),
+        (Graph(i64(1, 1), i32(0)), "The first offset is 1: it must be 0."),
         (
             Graph(i64(0, 3, 2, 3), i32(0, 0, 0)),
-            "offsets fall from 3 to 2 at vertex 1: they must never fall.",
+            "offsets fall from 3 to 2 at vertex 1: they must not decrease.",
         ),
         (
             Graph(i64(0, 1, 2), i32(0, 0, 0)),
-            "offsets end with 2 and there are 3 sources: they must be equal.",
+            "The last offset is 2 for 3 sources: they must be equal.",
         ),
         (
             Graph(i64(0, 1, 3), i32(0, 1, 2)),
-            "edge 2 (into vertex 1) comes from vertex 2: ids must be 0 to 1.",
+            "Edge 2 into vertex 1 comes from vertex 2: use ids from 0 to 1.",
         ),
         (
             Graph(i64(0, 1, 3), i32(0, -1, 1)),
-            "edge 1 (into vertex 1) comes from vertex -1: ids must be 0 to 1.",
+            "Edge 1 into vertex 1 comes from vertex -1: use ids from 0 to 1.",
         ),
         (
             Graph(i64(0, 1), i32(0), weights=np.ones(1)),
-            "weights are float64 [1]: float32 [1] is needed, one for each edge.",
+            "weights is float64 [1]: use float32 [1], one per edge.",
         ),
         (
             Graph(i64(0, 1), i32(0), features=np.ones((1, 1))),
-            "features is float64 [1, 1]: float32 [vertices, features] is needed.",
+            "features is float64 [1, 1]: use float32 [vertices, features].",
         ),
         (
             Graph(i64(0, 1), i32(0), train=np.ones(1)),
-            "train is float64 [1]: bool [vertices] is needed.",
+            "train is float64 [1]: use bool [vertices].",
         ),
     ],
 )
@@ -496,5 +499,5 @@ def test_check_names_the_first_entry_that_is_wrong(graph: Graph, said: str) -> N
 def test_what_is_wrong_far_down_is_found_by_its_place() -> None:
     features = np.zeros((600_000, 16), np.float32)
     features[500_001, 7] = np.inf
-    with pytest.raises(GraphError, match="feature 7 of vertex 500,001 is inf"):
+    with pytest.raises(GraphError, match="Feature 7 of vertex 500,001 is inf"):
         check(Graph(np.zeros(600_001, np.int64), i32(), features=features))

@@ -181,7 +181,7 @@ def test_a_weight_of_an_edge_has_its_gradient_too(graph: Graph) -> None:
 
 @jax.jit
 def weight_gradients(block: Block, w: Any, x: Any, source: Any, target: Any) -> Any:
-    mine = lambda w: bent(weighted_sum(block.ways[0].edges, w, x))
+    mine = lambda w: bent(weighted_sum(block.aggregations[0].edges, w, x))
     return jax.grad(mine)(w), jax.grad(
         lambda w: bent(jnp.zeros_like(x).at[target].add(w[:, None] * x[source]))
     )(w)

@@ -185,7 +185,7 @@ def test_a_step_sums_only_over_what_the_training_vertices_see(name: str) -> None
     graph = few_training()
     for how in ({}, {"devices": 3, "columns": 1}):
         model, history = trained(MODELS[name], graph, **how)
-        ways = model.__dict__["_kept"][2].graph.ways
+        ways = model.__dict__["_kept"][2].graph.aggregations
         assert [w.near for w in ways[:2]] == [-1, 0] and ways[1].edges.ids.size < ways[
             0
         ].edges.ids.size / 4
@@ -195,7 +195,7 @@ def test_a_step_sums_only_over_what_the_training_vertices_see(name: str) -> None
             whole, expected = trained(MODELS[name], graph, **how)
         finally:
             kind.by_vertex = True
-        assert len(whole.__dict__["_kept"][2].graph.ways) == 1
+        assert len(whole.__dict__["_kept"][2].graph.aggregations) == 1
         for what, values in expected.items():
             np.testing.assert_allclose(
                 history[what], values, rtol=2e-4, atol=1e-5, err_msg=f"{what}, {how}"

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from partita.gnn.data.graph import TABLES, Graph
+from partita.gnn.data.arrays import TABLES
+from partita.gnn.data.graph import Graph
 from partita.units import format_bytes
 
 

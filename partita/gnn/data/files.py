@@ -25,13 +25,13 @@ from partita.gnn.data.stream import EdgeStream, Report, save_transposed, silent
 from partita.gnn.data.text import blocks, edge_list
 
 
-def open(path: str | Path, report: Report = silent) -> Graph:
+def open(path: str | Path, *, split: str | None = None, report: Report = silent) -> Graph:
     """The graph of a file or folder, checked; a .lux file is memory-mapped, everything else in memory.
 
-    Raises GraphError, which says what is wrong where, if it is truncated, of another kind, or holds what is no graph.
+    Raises GraphError, which says what is wrong where, if it is truncated, of another kind, or holds what is no graph. `split` names one of several splits of an OGB folder.
     """
     path = Path(path)
-    edges = edges_of(path)
+    edges = edges_of(path, split)
     if edges is not None:
         return _named(path, lambda: edges.graph(report))
     return open_npz(path) if _kind(path) == "npz" else check(read_lux(path))
@@ -64,7 +64,7 @@ def convert(
         return _named(
             path, lambda: gather(edges.with_reverse_edges() if undirected else edges, into, report)
         )
-    graph = open(path, report)
+    graph = open(path, report=report)
     save(graph.with_reverse_edges() if undirected else graph, into)
     return open(into)
 

@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 
 from partita.errors import GraphError
-from partita.gnn.data.graph import id_type
+from partita.gnn.data.csr import id_type
 from partita.gnn.data.stream import PIECE, EdgeStream, Piece
 
 ROWS = 2**16

@@ -21,17 +21,11 @@ from typing import Any
 import numpy as np
 
 from partita.errors import GraphError
+from partita.gnn.data.arrays import TABLES
+from partita.gnn.data.checks import pieces_of
+from partita.gnn.data.csr import NARROW, Transposed, id_type, position_type
 from partita.gnn.data.drafts import Drafts, drafts
-from partita.gnn.data.graph import (
-    NARROW,
-    TABLES,
-    Graph,
-    Transposed,
-    check,
-    id_type,
-    parts,
-    position_type,
-)
+from partita.gnn.data.graph import Graph, check
 
 HEADER = 12
 WIDEST = 2**32
@@ -84,8 +78,8 @@ def read_lux(path: Path) -> Graph:
             raise GraphError(
                 f"{str(order)!r} is truncated or of another graph: {edges:,} positions take {kind.itemsize * edges:,} bytes, and it has {order.stat().st_size:,}."
             )
-        graph.__dict__["_transposed"] = Transposed(
-            *read_edges(back), _mapped(order, kind.newbyteorder("<").str, 0, (edges,))
+        graph = graph.with_transpose(
+            Transposed(*read_edges(back), _mapped(order, kind.newbyteorder("<").str, 0, (edges,)))
         )
     return graph
 
@@ -226,7 +220,7 @@ def write_header(file: Any, offsets: np.ndarray, edges: int) -> None:
 
 def write(file: Any, array: np.ndarray) -> None:
     """An array's bytes, little-endian, a few MiB at a time."""
-    for _, part in parts(array):
+    for _, part in pieces_of(array):
         file.write(np.ascontiguousarray(part, part.dtype.newbyteorder("<")).data)
 
 

@@ -19,8 +19,9 @@ import numpy as np
 import scipy.sparse
 
 from partita.errors import GraphError
+from partita.gnn.data.arrays import TABLES
 from partita.gnn.data.drafts import drafts
-from partita.gnn.data.graph import TABLES, Graph, check
+from partita.gnn.data.graph import Graph, check
 
 OURS = ("offsets", "sources", *TABLES, "weights")
 CSR = ("feature_data", "feature_indices", "feature_indptr", "feature_shape")

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from partita.errors import GraphError
-from partita.gnn.data.graph import as_labels, as_mask
+from partita.gnn.data.arrays import as_labels, as_mask
 from partita.gnn.data.npz import read_arrays
 from partita.gnn.data.stream import PIECE, EdgeStream, Piece
 from partita.gnn.data.text import edge_list, table

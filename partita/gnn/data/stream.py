@@ -20,20 +20,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from partita.errors import GraphError
+from partita.gnn.data.arrays import TABLES, check_ids, check_plausible
+from partita.gnn.data.csr import count, fill, id_type, offsets_of, position_type, targets_of
 from partita.gnn.data.drafts import Drafts, drafts
-from partita.gnn.data.graph import (
-    TABLES,
-    Graph,
-    check,
-    count,
-    fill,
-    id_type,
-    offsets_of,
-    plausible,
-    position_type,
-    targets_of,
-    within,
-)
+from partita.gnn.data.graph import Graph, check
 from partita.gnn.data.lux import (
     FILES,
     TRANSPOSED,
@@ -151,11 +141,11 @@ class EdgeStream:
         counts, largest, edges, heavy = np.zeros(self.vertices or 1024, np.int64), -1, 0, False
         for source, target, weights in self.pieces():
             if self.vertices is not None:
-                within(source, target, self.vertices, edges)
+                check_ids(source, target, self.vertices, edges)
             elif len(source):
                 largest = max(largest, int(source.max()), int(target.max()))
-                within(source, target, WIDEST, edges)
-                plausible(largest, edges + len(source))
+                check_ids(source, target, WIDEST, edges)
+                check_plausible(largest, edges + len(source))
                 if largest >= len(counts):
                     counts = np.concatenate(
                         [counts, np.zeros(max(len(counts), largest + 1 - len(counts)), np.int64)]

@@ -1,8 +1,8 @@
 """A graph on the devices, as layers see it: `Block` is the in-edges of one device's vertices, and what may be asked of them.
 
 A layer asks for a sum, a mean, a maximum or attention over in-edges, and gets a row for each of its device's vertices. Where there are
-several devices, each has a contiguous range of vertices, and rows come together in one of two ways, or both (`Way`): the rows of other devices that
-edges begin at are fetched, each once (`Halo`); or devices share their vertices and each sums a slice of the features. Gradients go back along the
+several devices, each has a contiguous range of vertices, and rows come together in one of two ways, or both (`Aggregation`): the rows of other devices that
+edges begin at are fetched, each once (`HaloMessage`); or devices share their vertices and each sums a slice of the features. Gradients go back along the
 transpose, and through the same exchanges the other way: they are exact for directed graphs, repeated edges and self edges.
 
 All that is here are arrays, so that a graph is an argument of a compiled step and not a part of it.
@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from partita.errors import GraphError
-from partita.gnn.data.graph import Graph, Transposed
+from partita.gnn.data.csr import Transposed
+from partita.gnn.data.graph import Graph
 from partita.gnn.kernels import stamp
 from partita.gnn.kernels.attention import attend
 from partita.gnn.kernels.largest import largest, largest_back
@@ -49,7 +50,7 @@ class Edges:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Halo:
+class HaloMessage:
     """Rows that go from each device to the one `shift` further on: where from, as edges of which each row has one."""
 
     pick: Edges
@@ -137,7 +138,7 @@ edge_max.defvjp(_max_forward, _max_backward)
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Way:
+class Aggregation:
     """The edges that a device sums over, and how the rows come together that they begin at.
 
     `columns` devices, neighbours in number, share their vertices: their rows are exchanged for a slice of the features of all, summed over all in-edges of
@@ -148,7 +149,7 @@ class Way:
 
     edges: Edges
     weights: Any = None
-    halo: tuple[Halo, ...] = ()
+    halo: tuple[HaloMessage, ...] = ()
     far: tuple[Edges, Any] | None = None
     columns: int = field(default=1, metadata={"static": True})
     near: int = field(default=-1, metadata={"static": True})
@@ -188,9 +189,9 @@ class Block:
     alone      int32 [rows]: 1 where a vertex has no edge to itself
     load       float32 [rows]: the sum of the weights of the in-edges; `degree` without weights
     first      int32 [1]: the number of the first vertex in the whole graph
-    ways       in which aggregations can be done, at least one of them with all edges
+    aggregations    one for each aggregation kind, at least one of them over all edges
     vertex     int32 [rows]: the user's numbers of the vertices where the graph was relabelled, else None
-    columns    (features, `Way.columns` of aggregations of so many)
+    columns    (features, `Aggregation.columns` of aggregations of so many)
     timed      whether the times of exchanges are noted (`kernels.stamp`)
     """
 
@@ -198,7 +199,7 @@ class Block:
     alone: Any
     load: Any
     first: Any
-    ways: tuple[Way, ...]
+    aggregations: tuple[Aggregation, ...]
     parts: int = field(default=1, metadata={"static": True})
     vertex: Any = None
     columns: tuple[tuple[int, int], ...] = field(default=(), metadata={"static": True})
@@ -221,31 +222,39 @@ class Block:
         Rows count `before` times their own, in the sum and, `share` times, beside it; the result counts `after` times. These are float32 [rows], or
         None where all count once and nothing is beside; the graph's, not trained ones: they have no gradient.
         """
-        way = self._way(x.shape[1], "sum")
-        weighted = weighted and way.weights is not None
-        if not weighted and way.columns == 1 and not way.halo and way.far is None:
-            return scaled_sum(way.edges, before, share, after, x)
+        aggregation = self._aggregation(x.shape[1], "sum")
+        weighted = weighted and aggregation.weights is not None
+        if (
+            not weighted
+            and aggregation.columns == 1
+            and not aggregation.halo
+            and aggregation.far is None
+        ):
+            return scaled_sum(aggregation.edges, before, share, after, x)
         fixed = jax.lax.stop_gradient
         x = x if before is None else x * fixed(before)[:, None]
-        found = self._summed(way, x, weighted)
+        found = self._summed(aggregation, x, weighted)
         found = found if share is None else found + x * fixed(share)[:, None]
         return found if after is None else found * fixed(after)[:, None]
 
-    def _summed(self, way: Way, x: Any, weighted: bool) -> Any:
-        """The sum of rows of all devices, by any way."""
+    def _summed(self, aggregation: Aggregation, x: Any, weighted: bool) -> Any:
+        """The sum of rows of all devices, by any aggregation."""
         width = x.shape[1]
         over = lambda edges, weights, rows: (
             weighted_sum(edges, weights, rows) if weighted else edge_sum(edges, rows)
         )
         if (
-            way.far is not None
+            aggregation.far is not None
         ):  # what comes is waited for when the device's own rows are summed, and gradients come back while its own are
             mine, sent = self.forked(x)
-            own, came = self.met(over(way.edges, way.weights, mine), self._fetched(way, sent))
-            return own + over(*way.far, came)
-        return self._returned(way, over(way.edges, way.weights, _below(*self._gathered(way, x))))[
-            :, :width
-        ]
+            own, came = self.met(
+                over(aggregation.edges, aggregation.weights, mine), self._fetched(aggregation, sent)
+            )
+            return own + over(*aggregation.far, came)
+        return self._returned(
+            aggregation,
+            over(aggregation.edges, aggregation.weights, _below(*self._gathered(aggregation, x))),
+        )[:, :width]
 
     def mean(self, x: Any) -> Any:
         """[rows, features]: the mean over in-edges; zero where there is none."""
@@ -253,19 +262,19 @@ class Block:
 
     def max(self, x: Any) -> Any:
         """[rows, features]: the maximum over in-edges; zero where there is none."""
-        way = self._way(x.shape[1], "max")
-        return self._returned(way, edge_max(way.edges, _below(*self._gathered(way, x))))[
-            :, : x.shape[1]
-        ]
+        aggregation = self._aggregation(x.shape[1], "max")
+        return self._returned(
+            aggregation, edge_max(aggregation.edges, _below(*self._gathered(aggregation, x)))
+        )[:, : x.shape[1]]
 
     def attention(self, left: Any, right: Any, a: Any) -> Any:
         """[rows, heads, features]: attention over in-edges and an edge to itself, as in `kernels.attention`; a [heads, features]."""
         rows, heads, width = left.shape
-        way = self._way(heads * width, "attention")
-        left = _below(*self._gathered(way, left.reshape(rows, heads * width))).reshape(
+        aggregation = self._aggregation(heads * width, "attention")
+        left = _below(*self._gathered(aggregation, left.reshape(rows, heads * width))).reshape(
             -1, heads, width
         )
-        edges = way.edges
+        edges = aggregation.edges
         return attend(
             (edges.offsets, edges.ids),
             (edges.back_offsets, edges.back_ids),
@@ -277,48 +286,51 @@ class Block:
 
     # ------------------------------------------------------------------------------------------------------------- exchanges
 
-    def _way(self, width: int, kind: str) -> Way:
+    def _aggregation(self, width: int, kind: str) -> Aggregation:
         """The way of the next aggregation."""
         calls = _calls.get()
         if calls is not None:
             calls.seen.append((width, kind))
             near = (
-                [w for w in self.ways if w.near >= calls.whole - len(calls.seen)]
+                [w for w in self.aggregations if w.near >= calls.whole - len(calls.seen)]
                 if calls.whole
                 else []
             )
             if near:
                 return min(near, key=lambda w: w.near)
         columns = dict(self.columns).get(width, 1) if kind != "attention" else 1
-        whole = [w for w in self.ways if w.near < 0]
+        whole = [w for w in self.aggregations if w.near < 0]
         return next((w for w in whole if w.columns == columns), whole[0])
 
-    def _gathered(self, way: Way, x: Any) -> tuple[Any, Any]:
+    def _gathered(self, aggregation: Aggregation, x: Any) -> tuple[Any, Any]:
         """(a slice of the features of all rows where devices share vertices, else the device's rows; the rows of the halo, or None)."""
-        if way.columns > 1:
-            slices = jnp.pad(x, ((0, 0), (0, -x.shape[1] % way.columns)))
-            x = self._exchanged(way, slices, 1, 0)
-        return x, self._fetched(way, x) if way.halo else None
+        if aggregation.columns > 1:
+            slices = jnp.pad(x, ((0, 0), (0, -x.shape[1] % aggregation.columns)))
+            x = self._exchanged(aggregation, slices, 1, 0)
+        return x, self._fetched(aggregation, x) if aggregation.halo else None
 
-    def _fetched(self, way: Way, x: Any) -> Any:
+    def _fetched(self, aggregation: Aggregation, x: Any) -> Any:
         """The rows of the halo."""
-        sent = self.entered(tuple(edge_sum(halo.pick, x) for halo in way.halo))
+        sent = self.entered(tuple(edge_sum(halo.pick, x) for halo in aggregation.halo))
         there = lambda shift: [
-            (i, (i + shift * way.columns) % self.parts) for i in range(self.parts)
+            (i, (i + shift * aggregation.columns) % self.parts) for i in range(self.parts)
         ]
         came = [
             jax.lax.ppermute(rows, AXIS, there(halo.shift))
-            for rows, halo in zip(sent, way.halo, strict=True)
+            for rows, halo in zip(sent, aggregation.halo, strict=True)
         ]
         return jnp.concatenate(self.left(tuple(came)))
 
-    def _returned(self, way: Way, y: Any) -> Any:
+    def _returned(self, aggregation: Aggregation, y: Any) -> Any:
         """Rows of all features, some columns of zeros behind them, of what a way has summed."""
-        return y if way.columns == 1 else self._exchanged(way, y, 0, 1)
+        return y if aggregation.columns == 1 else self._exchanged(aggregation, y, 0, 1)
 
-    def _exchanged(self, way: Way, x: Any, cut: int, join: int) -> Any:
+    def _exchanged(self, aggregation: Aggregation, x: Any, cut: int, join: int) -> Any:
         """x cut along a dim and joined along the other, by the devices that share vertices."""
-        groups = [list(range(i, i + way.columns)) for i in range(0, self.parts, way.columns)]
+        groups = [
+            list(range(i, i + aggregation.columns))
+            for i in range(0, self.parts, aggregation.columns)
+        ]
         return self.left(
             jax.lax.all_to_all(
                 self.entered(x), AXIS, cut, join, axis_index_groups=groups, tiled=True
@@ -356,7 +368,9 @@ def block_of(graph: Graph) -> Block:
         back if graph.weights is not None else replace(back, order=None),
     )
     return Block(
-        *of_vertices(graph, 0, graph.vertices), np.zeros(1, np.int32), (Way(edges, graph.weights),)
+        *of_vertices(graph, 0, graph.vertices),
+        np.zeros(1, np.int32),
+        (Aggregation(edges, graph.weights),),
     )
 
 

@@ -281,7 +281,7 @@ def calibrated(
     """
     import time
 
-    from partita.gnn.kernels.total import sum_rows
+    from partita.gnn.kernels.total import sum_range
 
     random = np.random.default_rng(0)
     offsets, ids = (
@@ -292,8 +292,7 @@ def calibrated(
         np.ones((graph.vertices, width), np.float32),
         np.zeros((graph.vertices, width), np.float32),
     )
-    no, number = np.zeros(0, np.float32), np.zeros(0, np.int32)
-    timed = lambda a, b: sum_rows(a, b, offsets, ids, no, number, no, no, x, out)
+    timed = lambda a, b: sum_range(a, b, offsets, ids, x, out)
     timed(0, min(graph.vertices, 1))
     features, seconds = [], []
     for i in range(RANGES):

@@ -19,8 +19,9 @@ import scipy.sparse
 from numba import njit
 
 from partita.errors import GraphError
-from partita.gnn.data.graph import Graph, aligned, offsets_of, transpose
-from partita.gnn.nn.block import Block, Edges, Halo, Way, edges_of, of_vertices
+from partita.gnn.data.csr import aligned, offsets_of, transpose_csr
+from partita.gnn.data.graph import Graph
+from partita.gnn.nn.block import Aggregation, Block, Edges, HaloMessage, edges_of, of_vertices
 
 
 def by_vertices(graph: Graph, parts: int) -> np.ndarray:
@@ -174,7 +175,7 @@ class Room:
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to aggregate (`block.Way`): groups of `columns` parts; edges into vertices of `keep` [vertices] only, which are `near` the training ones, if it is
+    """A way to aggregate (`block.Aggregation`): groups of `columns` parts; edges into vertices of `keep` [vertices] only, which are `near` the training ones, if it is
     given; whether edges from the rows of other groups lie apart."""
 
     columns: int = 1
@@ -299,21 +300,23 @@ def block_of_part(graph: Graph, parts: Parts, i: int) -> Block:
         alone,
         load,
         np.array([first], np.int32),
-        ways_of_part(graph, parts, i),
+        aggregations_of_part(graph, parts, i),
         parts.count,
         vertex,
     )
 
 
-def ways_of_part(graph: Graph, parts: Parts, i: int) -> tuple[Way, ...]:
+def aggregations_of_part(graph: Graph, parts: Parts, i: int) -> tuple[Aggregation, ...]:
     """The ways of part i to aggregate, one for each of `parts.exchanges`."""
     return tuple(
-        _way(graph, parts, exchange, place, i)
+        _aggregation(graph, parts, exchange, place, i)
         for exchange, place in zip(parts.exchanges, parts.room.ways, strict=True)
     )
 
 
-def _way(graph: Graph, parts: Parts, exchange: Exchange, room: Place, i: int) -> Way:
+def _aggregation(
+    graph: Graph, parts: Parts, exchange: Exchange, room: Place, i: int
+) -> Aggregation:
     """One way to aggregate, for part i."""
     kind, rows = exchange.kind, parts.rows
     columns, keep = kind.columns, kind.keep
@@ -326,7 +329,7 @@ def _way(graph: Graph, parts: Parts, exchange: Exchange, room: Place, i: int) ->
     start, halos = own, []
     for k, longest in room.turns:
         sent, came = exchange.needed[(group + k) % groups][k], exchange.needed[group][k]
-        halos.append(Halo(_picked(place[sent], longest, own), k))
+        halos.append(HaloMessage(_picked(place[sent], longest, own), k))
         place[came] = start + np.arange(len(came))
         start += longest
     apart, weighted = kind.apart and bool(halos), graph.weights is not None
@@ -346,7 +349,7 @@ def _way(graph: Graph, parts: Parts, exchange: Exchange, room: Place, i: int) ->
         near,
         far,
     )
-    return Way(
+    return Aggregation(
         *_edges(*near, back[:split]),
         tuple(halos),
         _edges(*far, back[split:]) if apart else None,
@@ -405,7 +408,7 @@ def _edges(
 ) -> tuple[Edges, np.ndarray | None]:
     """(edges, their weights), of what `_unfilled` has become."""
     offsets, weighted, ids = offsets_of(degrees), len(weights) > 0, ids[:-1]
-    return edges_of(offsets, ids, transpose(offsets, ids, back, weighted)), weights[
+    return edges_of(offsets, ids, transpose_csr(offsets, ids, back, weighted)), weights[
         :-1
     ] if weighted else None
 
@@ -469,7 +472,7 @@ def _picked(ids: np.ndarray, longest: int, rows: int) -> Edges:
     offsets = offsets_of(np.arange(longest) < len(ids))
     sent, back = _filled(ids.astype(np.int32), longest), np.zeros(rows, np.int64)
     back[ids] = 1
-    return edges_of(offsets, sent, transpose(offsets, sent, back, False))
+    return edges_of(offsets, sent, transpose_csr(offsets, sent, back, False))
 
 
 def _filled(array: np.ndarray, rows: int) -> np.ndarray:

@@ -1,0 +1,208 @@
+"""User input as arrays of a graph's types: ids, features, labels, masks; GraphError names the bad entry.
+
+Lists, NumPy arrays and PyTorch tensors are accepted. Nothing here knows `Graph`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import numpy as np
+
+from partita.errors import GraphError
+from partita.gnn.data.csr import NARROW
+
+TABLES: dict[str, type[np.generic]] = {
+    "features": np.float32,
+    "labels": np.int32,
+    "train": np.bool_,
+    "validation": np.bool_,
+    "test": np.bool_,
+}
+"""Fields of a graph with one row per vertex, and their number types."""
+
+MASKS = ("train", "validation", "test")
+"""The tables that are masks."""
+
+
+ARRAYS = ("offsets", "sources", *TABLES, "weights")
+"""Fields of a graph that are arrays."""
+
+
+class VertexTables(TypedDict, total=False):
+    """Tables of the vertices as a user gives them.
+
+    features    numbers [vertices, F], also a SciPy sparse matrix
+    labels      integers [vertices], -1 for no label
+    train, validation, test     bool [vertices], or a list of vertices
+    """
+
+    features: Any
+    labels: Any
+    train: Any
+    validation: Any
+    test: Any
+
+
+def as_array(values: Any) -> Any:
+    """Values as a NumPy array: of a list, an array or a PyTorch tensor on any device; None stays None."""
+    if values is None or isinstance(values, np.ndarray):
+        return values
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().numpy()
+    return np.asarray(values)
+
+
+def as_ids(name: str, values: Any) -> np.ndarray:
+    """Vertex ids, an integer array [n]; GraphError for anything else."""
+    ids = as_array(values)
+    if ids.size == 0:
+        return np.zeros(0, np.int64)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise GraphError(f"{name} is {ids.dtype} {list(ids.shape)}: give a list of integers.")
+    return ids
+
+
+def as_weights(values: Any, edges: int) -> np.ndarray | None:
+    """Weights [edges] in their own number type; GraphError for another number of them."""
+    if values is None:
+        return None
+    weights = as_array(values).reshape(-1)
+    if len(weights) != edges:
+        raise GraphError(
+            f"weights has {len(weights):,} entries for {edges:,} edges: give one per edge, in the "
+            "order of the edges."
+        )
+    return weights
+
+
+def as_tables(tables: Mapping[str, Any], vertices: int) -> dict[str, np.ndarray]:
+    """The tables that are given, each in its number type (`TABLES`).
+
+    >>> as_tables({"train": [1], "labels": None}, 2)
+    {'train': array([False,  True])}
+    """
+    arrays = {}
+    for name, values in tables.items():
+        if name not in TABLES:
+            raise TypeError(f"{name!r} is an unknown table: use {', '.join(TABLES)}.")
+        if values is not None:
+            arrays[name] = _as_table(name, values, vertices)
+    return arrays
+
+
+def _as_table(name: str, values: Any, vertices: int) -> np.ndarray:
+    if name == "features":
+        return as_features(values)
+    if name == "labels":
+        return as_labels(as_array(values))
+    return as_mask(name, as_array(values), vertices)
+
+
+def as_features(values: Any) -> np.ndarray:
+    """float32 [vertices, F] of an array or a SciPy sparse matrix."""
+    features = values.toarray() if hasattr(values, "toarray") else as_array(values)
+    if features.ndim != 2 or features.dtype.kind not in "fiub":
+        raise GraphError(
+            f"features is {features.dtype} {list(features.shape)}: give numbers [vertices, features]."
+        )
+    return np.ascontiguousarray(features, np.float32)
+
+
+def as_mask(name: str, values: np.ndarray, vertices: int) -> np.ndarray:
+    """bool [vertices] of a mask or of a list of vertices."""
+    if values.size and values.dtype.kind not in "biu" or values.ndim != 1:
+        raise GraphError(
+            f"{name} is {values.dtype} {list(values.shape)}: give one bool per vertex, or a list of "
+            "vertices."
+        )
+    if values.dtype == np.bool_ or _is_byte_mask(values, vertices):
+        return values.astype(np.bool_, copy=False)
+    outside = (values < 0) | (values >= vertices)
+    if outside.any():
+        vertex = values[np.argmax(outside)]
+        raise GraphError(
+            f"{name} lists vertex {vertex:,} of {vertices:,} vertices: use ids from 0 to "
+            f"{vertices - 1:,}."
+        )
+    mask = np.zeros(vertices, np.bool_)
+    mask[values.astype(np.int64)] = True
+    return mask
+
+
+def _is_byte_mask(values: np.ndarray, vertices: int) -> bool:
+    """Whether values are a mask stored as bytes, 0 or 1, as DGL stores it."""
+    if values.dtype != np.uint8 or len(values) != vertices:
+        return False
+    return bool(values.max(initial=0) <= 1)
+
+
+def as_labels(values: np.ndarray) -> np.ndarray:
+    """int32 [vertices] of labels [vertices] or [vertices, 1].
+
+    NaN, which OGB's papers100M uses, is no label: -1.
+    """
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim != 1 or values.dtype.kind not in "iufb":
+        raise GraphError(
+            f"labels is {values.dtype} {list(values.shape)}: give one integer per vertex."
+        )
+    if values.dtype.kind == "f":
+        values = np.where(np.isnan(values), -1, values)
+        fractional = values != np.floor(values)
+        if fractional.any():
+            v = int(np.argmax(fractional))
+            raise GraphError(
+                f"Label {values[v]} of vertex {v:,} is no integer: use 0, 1, ..., or -1 for no label."
+            )
+    if len(values) and (values.max() >= NARROW or values.min() < -NARROW):
+        v = int(np.argmax((values >= NARROW) | (values < -NARROW)))
+        raise GraphError(
+            f"Label {values[v]} of vertex {v:,} is out of range: use 0 to {NARROW - 1:,}, or -1 for "
+            "no label."
+        )
+    return values.astype(np.int32)
+
+
+def vertex_count(source: np.ndarray, target: np.ndarray, tables: Mapping[str, Any]) -> int:
+    """Number of vertices: the rows of features or labels, or else the largest id plus one."""
+    for name in ("features", "labels"):
+        table = tables.get(name)
+        if table is not None:
+            return int(table.shape[0]) if hasattr(table, "shape") else len(table)
+    if not len(source):
+        raise GraphError("The number of vertices is unknown without edges: give vertices=.")
+    largest = max(int(source.max()), int(target.max()))
+    check_plausible(largest, len(source))
+    return largest + 1
+
+
+def check_plausible(largest: int, edges: int) -> None:
+    """GraphError for a huge largest id beside few edges, which would take all memory.
+
+    Such ids are numbers of something else.
+    """
+    if largest >= 2**28 and largest > 256 * edges:
+        raise GraphError(
+            f"The largest id is {largest:,} for {edges:,} edges: number the vertices from 0 without "
+            "gaps, or give vertices=."
+        )
+
+
+def check_ids(source: np.ndarray, target: np.ndarray, vertices: int, position: int = 0) -> None:
+    """GraphError for the first edge with an end outside the vertices.
+
+    `position` is the position of the first of these edges among all.
+    """
+    first_bad = []
+    for ids in (source, target):
+        if len(ids) and (ids.min() < 0 or ids.max() >= vertices):
+            first_bad.append(int(np.argmax((ids < 0) | (ids >= vertices))))
+    if first_bad:
+        i = min(first_bad)
+        raise GraphError(
+            f"Edge {position + i:,} from {source[i]:,} to {target[i]:,} is outside the {vertices:,} "
+            f"vertices: use ids from 0 to {vertices - 1:,}."
+        )

@@ -1,0 +1,161 @@
+"""Checks of a graph's arrays, which later stages rely on; `graph.check` runs them all on a graph.
+
+Each check raises GraphError for the first bad entry. They read everything once, in pieces: a few MiB
+of memory beside the arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from partita.errors import GraphError
+from partita.gnn.data.arrays import MASKS, TABLES
+from partita.gnn.data.csr import Transposed, id_type
+
+PIECE = 2**22
+"""Numbers of a table that are checked or written at a time, so that any graph needs little memory."""
+
+
+def pieces_of(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """An array in pieces of some rows, each with the number of its first row."""
+    row_size = max(1, int(np.prod(array.shape[1:])))
+    rows = max(1, PIECE // row_size)
+    for start in range(0, len(array), rows):
+        yield start, array[start : start + rows]
+
+
+def check_edges(offsets: np.ndarray, sources: np.ndarray) -> None:
+    """Offsets int64 from 0, never decreasing, up to the number of edges; sources in range."""
+    vertices = len(offsets) - 1
+    if vertices < 0 or offsets.dtype != np.int64:
+        raise GraphError(
+            f"offsets is {offsets.dtype} {list(offsets.shape)}: use int64 [vertices + 1]."
+        )
+    if vertices == 0:
+        raise GraphError("The graph has no vertices: give edges, or vertices=.")
+    if sources.dtype != id_type(vertices):
+        raise GraphError(
+            f"sources is {sources.dtype}: use {np.dtype(id_type(vertices))} for {vertices:,} vertices."
+        )
+    if offsets[0] != 0:
+        raise GraphError(f"The first offset is {offsets[0]:,}: it must be 0.")
+    decreasing = np.diff(offsets) < 0
+    if decreasing.any():
+        v = int(np.argmax(decreasing))
+        raise GraphError(
+            f"offsets fall from {offsets[v]:,} to {offsets[v + 1]:,} at vertex {v:,}: they must not "
+            "decrease."
+        )
+    if offsets[-1] != len(sources):
+        raise GraphError(
+            f"The last offset is {offsets[-1]:,} for {len(sources):,} sources: they must be equal."
+        )
+    _check_sources(offsets, sources)
+
+
+def _check_sources(offsets: np.ndarray, sources: np.ndarray) -> None:
+    vertices = len(offsets) - 1
+    if not len(sources) or (sources.min() >= 0 and sources.max() < vertices):
+        return
+    for start, piece in pieces_of(sources):
+        outside = (piece < 0) | (piece >= vertices)
+        if outside.any():
+            e = start + int(np.argmax(outside))
+            v = int(np.searchsorted(offsets, e, "right")) - 1
+            raise GraphError(
+                f"Edge {e:,} into vertex {v:,} comes from vertex {sources[e]:,}: use ids from 0 to "
+                f"{vertices - 1:,}."
+            )
+
+
+def check_weights(weights: np.ndarray, edges: int) -> None:
+    """Weights float32 [edges], finite."""
+    if weights.shape != (edges,) or weights.dtype != np.float32:
+        raise GraphError(
+            f"weights is {weights.dtype} {list(weights.shape)}: use float32 [{edges}], one per edge."
+        )
+    for start, piece in pieces_of(weights):
+        finite = np.isfinite(piece)
+        if not finite.all():
+            e = start + int(np.argmin(finite))
+            raise GraphError(f"The weight of edge {e:,} is {weights[e]}: use finite weights.")
+
+
+def check_transpose(transposed: Transposed, vertices: int, edges: int) -> None:
+    """A transpose read from a file: valid by itself, and of the graph's size."""
+    try:
+        check_edges(transposed.offsets, transposed.destinations)
+    except GraphError as error:
+        raise GraphError(f"In the transpose: {error}") from None
+    order = transposed.order
+    assert order is not None, "a transpose in files has its order"
+    same_size = (
+        len(transposed.offsets) == vertices + 1
+        and len(transposed.destinations) == edges
+        and len(order) == edges
+    )
+    in_range = not len(order) or (order.min() >= 0 and order.max() < edges)
+    if not same_size or not in_range:
+        raise GraphError(
+            "The transpose belongs to another graph: delete its files and transpose again."
+        )
+
+
+def check_tables(tables: Mapping[str, np.ndarray | None], vertices: int) -> None:
+    """Every table of its type with one row per vertex; features finite; labels from -1; masks labelled."""
+    for name, table in tables.items():
+        if table is not None:
+            _check_shape(name, table, vertices)
+    features = tables["features"]
+    if features is not None:
+        _check_finite(features)
+    labels = tables["labels"]
+    if labels is not None and len(labels) and labels.min() < -1:
+        v = int(np.argmax(labels < -1))
+        raise GraphError(
+            f"Label {labels[v]} of vertex {v:,} is negative: use 0, 1, ..., or -1 for no label."
+        )
+    train = tables["train"]
+    if train is not None and not train.any():
+        raise GraphError("The training mask is empty: mark vertices to train on, or omit the mask.")
+    for name in MASKS:
+        _check_labelled(name, tables[name], labels)
+
+
+def _check_shape(name: str, table: np.ndarray, vertices: int) -> None:
+    dims = 2 if name == "features" else 1
+    if table.ndim != dims or table.dtype != TABLES[name]:
+        shape = "[vertices, features]" if name == "features" else "[vertices]"
+        raise GraphError(
+            f"{name} is {table.dtype} {list(table.shape)}: use {np.dtype(TABLES[name])} {shape}."
+        )
+    if len(table) != vertices:
+        raise GraphError(
+            f"{name} has {len(table):,} rows for {vertices:,} vertices: give one per vertex."
+        )
+
+
+def _check_finite(features: np.ndarray) -> None:
+    for start, piece in pieces_of(features):
+        finite = np.isfinite(piece)
+        if not finite.all():
+            row, column = (int(i) for i in np.argwhere(~finite)[0])
+            raise GraphError(
+                f"Feature {column:,} of vertex {start + row:,} is {piece[row, column]}: replace it "
+                "with a finite number, for example with numpy.nan_to_num."
+            )
+
+
+def _check_labelled(name: str, mask: np.ndarray | None, labels: np.ndarray | None) -> None:
+    """GraphError for a vertex of the mask without a label."""
+    if mask is None or labels is None:
+        return
+    unlabelled = mask & (labels < 0)
+    if unlabelled.any():
+        v = int(np.argmax(unlabelled))
+        raise GraphError(
+            f"Vertex {v:,} is in the {name} mask and has no label (-1): remove it from the mask, or "
+            "label it."
+        )
