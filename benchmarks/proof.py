@@ -25,9 +25,9 @@ from partita.machine import Machine, load
 from partita.plans.baselines import BASELINES
 from partita.search.elimination import eliminate
 from partita.search.find import capacity, mesh_of
-from partita.search.mcmc import walk
+from partita.search.mcmc import run_chains
 from partita.search.network import CostNetwork, build
-from partita.search.portfolio import SEARCHES, Limits, Space
+from partita.search.portfolio import SEARCHES, Limits, SearchSpace
 from partita.search.reduce import reduce
 
 SEEDS = 10
@@ -50,14 +50,20 @@ def proof(name: str, cluster: str) -> str:
     )
     assert start is not None
     limits = Limits(float(capacity(machine)))
-    SEARCHES["exhaustive"](Space(network, [start]), limits)  # compiles
+    SEARCHES["exhaustive"](SearchSpace(network, [start]), limits)  # compiles
     begun = time.perf_counter()
-    proved = SEARCHES["exhaustive"](Space(network, [start]), limits)
-    taken, simulated, soon = time.perf_counter() - begun, Space(network, [start]).simulated, []
+    proved = SEARCHES["exhaustive"](SearchSpace(network, [start]), limits)
+    taken, simulated, soon = (
+        time.perf_counter() - begun,
+        SearchSpace(network, [start]).simulated,
+        [],
+    )
     for seed in range(SEEDS):
         begun = time.perf_counter()
         for most in (20_000, 100_000, 400_000):
-            found, _ = walk(simulated, [start], limits.budget, seconds=np.inf, seed=seed, most=most)
+            found, _ = run_chains(
+                simulated, [start], limits.budget, seconds=np.inf, seed=seed, most=most
+            )
             if found.seconds <= proved.seconds * (1 + 1e-9):
                 soon.append(time.perf_counter() - begun)
                 break

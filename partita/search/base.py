@@ -38,7 +38,7 @@ class Problem:
             + sum(t[states[u], states[v]] for (u, v), t in self.tables.items())
         )
 
-    def held(self, states: Sequence[int]) -> float:
+    def memory_bytes(self, states: Sequence[int]) -> float:
         """Bytes of a full assignment of states."""
         return float(sum(b[i] for b, i in zip(self.nbytes, states, strict=True)))
 

@@ -13,17 +13,17 @@ from partita.graph.operator_graph import Phase
 from partita.machine import Machine
 
 
-def least_seconds(terms: Terms, machine: Machine, devices: int) -> float:
+def lower_bound_seconds(terms: Terms, machine: Machine, devices: int) -> float:
     """Seconds that no step on so many devices is shorter than."""
-    return sum(least_by_operator(terms, machine)) / devices
+    return sum(lower_bounds_by_operator(terms, machine)) / devices
 
 
-def least_by_operator(terms: Terms, machine: Machine) -> list[float]:
+def lower_bounds_by_operator(terms: Terms, machine: Machine) -> list[float]:
     """Per operator, seconds of its kernels on one device."""
     return [sum(seconds for _, seconds in mine) for mine in _kernels(terms, machine)]
 
 
-def least_by_phase(terms: Terms, machine: Machine) -> dict[Phase, float]:
+def lower_bounds_by_phase(terms: Terms, machine: Machine) -> dict[Phase, float]:
     """Per phase, seconds of all kernels on one device."""
     kernels = [kernel for mine in _kernels(terms, machine) for kernel in mine]
     return {phase: sum(seconds for p, seconds in kernels if p == phase) for phase in PHASES}

@@ -50,7 +50,7 @@ def eliminate(
 
     If nothing fits, the result is the smallest in bytes that was found, and `feasible` is False.
     """
-    priced, history = Priced(problem), []
+    priced, history = PricedProblem(problem), []
 
     def say(step: str, best: float, bound: float) -> None:
         history.append(Progress(step, best, bound))
@@ -66,7 +66,7 @@ def eliminate(
             states, bound = priced.solve(0.0)
             bound = min(bound, problem.cost(states))
             smallest = best = states
-            if problem.held(states) > budget:
+            if problem.memory_bytes(states) > budget:
                 say("without a limit on memory", problem.cost(states), bound)
                 best, smallest, bound, _ = _price_memory(priced, budget, states, bound, say, rounds)
             else:
@@ -81,11 +81,11 @@ def eliminate(
             smallest = tuple(int(np.argmin(s)) for s in problem.seconds)
     chosen = best if best is not None else smallest
     assert chosen is not None
-    fits = problem.held(chosen) <= budget
+    fits = problem.memory_bytes(chosen) <= budget
     return SearchResult(
         tuple(chosen),
         problem.cost(chosen),
-        problem.held(chosen),
+        problem.memory_bytes(chosen),
         bound,
         fits,
         tuple(history),
@@ -94,7 +94,7 @@ def eliminate(
 
 
 def _price_folded(
-    priced: Priced, budget: float, say: Callable[[str, float, float], None], rounds: int
+    priced: PricedProblem, budget: float, say: Callable[[str, float, float], None], rounds: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], float] | None:
     """Where half of the variables are equal to others: the price of a byte found with equal ones as one, and the whole problem solved at it once.
 
@@ -103,9 +103,9 @@ def _price_folded(
     problem, folded = priced.problem, fold(priced.problem)
     if 2 * folded.problem.size > problem.size:
         return None
-    small = Priced(folded.problem)
+    small = PricedProblem(folded.problem)
     fastest, least = small.solve(0.0)
-    if folded.problem.held(fastest) <= budget:
+    if folded.problem.memory_bytes(fastest) <= budget:
         return None
     best, smallest, _, price = _price_memory(small, budget, fastest, least, lambda *_: None, rounds)
     if best is None:
@@ -115,7 +115,7 @@ def _price_folded(
         (
             _polish(problem, budget, s)
             for s in (folded.lift(best), states)
-            if problem.held(s) <= budget
+            if problem.memory_bytes(s) <= budget
         ),
         key=problem.cost,
     )
@@ -125,7 +125,7 @@ def _price_folded(
 
 
 def _price_memory(
-    priced: Priced,
+    priced: PricedProblem,
     budget: float,
     fastest: tuple[int, ...],
     bound: float,
@@ -144,23 +144,23 @@ def _price_memory(
         states, least = priced.solve(high)
         if least - high * budget > bound:
             bound, dual = least - high * budget, high
-        if problem.held(states) < problem.held(smallest):
+        if problem.memory_bytes(states) < problem.memory_bytes(smallest):
             smallest = states
-        if problem.held(states) <= budget:
+        if problem.memory_bytes(states) <= budget:
             best = over = states
             break
         low, high, under = high, high * 4, states
         if high > 1e6 * scale:
             smallest = min(
-                smallest, tuple(int(np.argmin(b)) for b in problem.nbytes), key=problem.held
+                smallest, tuple(int(np.argmin(b)) for b in problem.nbytes), key=problem.memory_bytes
             )
-            best = smallest if problem.held(smallest) <= budget else None
+            best = smallest if problem.memory_bytes(smallest) <= budget else None
             break
     if best is not None and over is best:
         for _ in range(rounds):
             more, less = (
                 problem.cost(over) - problem.cost(under),
-                problem.held(under) - problem.held(over),
+                problem.memory_bytes(under) - problem.memory_bytes(over),
             )
             price = more / less if less > 0 else low
             if not low < price < high:
@@ -168,8 +168,8 @@ def _price_memory(
             states, least = priced.solve(price)
             if least - price * budget > bound:
                 bound, dual = least - price * budget, price
-            meets = problem.cost(over) + price * problem.held(over)
-            if problem.held(states) <= budget:
+            meets = problem.cost(over) + price * problem.memory_bytes(over)
+            if problem.memory_bytes(states) <= budget:
                 high, over = price, states
                 if problem.cost(states) < problem.cost(best):
                     best = states
@@ -178,7 +178,7 @@ def _price_memory(
             say("pricing memory", problem.cost(best), bound)
             if problem.cost(best) <= bound * (1 + CLOSE) or problem.cost(
                 states
-            ) + price * problem.held(states) >= meets * (1 - 1e-12):
+            ) + price * problem.memory_bytes(states) >= meets * (1 - 1e-12):
                 break
     if best is not None:
         best = _polish(problem, budget, best)
@@ -189,7 +189,7 @@ def _price_memory(
 def _polish(problem: Problem, budget: float, states: Sequence[int]) -> tuple[int, ...]:
     """Changes one variable at a time to its best state that still fits, until nothing gains."""
     current = list(states)
-    held = problem.held(current)
+    held = problem.memory_bytes(current)
     near: list[list[tuple[int, np.ndarray]]] = [[] for _ in range(problem.size)]
     for (u, v), t in problem.tables.items():
         near[u].append((v, t))
@@ -230,7 +230,7 @@ def _order(problem: Problem) -> list[int]:
     return order
 
 
-class Priced:
+class PricedProblem:
     """A problem whose bytes have a price. Each solution starts from the messages of the last."""
 
     def __init__(self, problem: Problem) -> None:

@@ -74,7 +74,7 @@ def prove(
     return SearchResult(
         tuple(map(int, best)),
         least,
-        problem.held(best),
+        problem.memory_bytes(best),
         bound,
         True,
         (*history, Progress("proving", least, bound)),
@@ -218,7 +218,7 @@ def exhaust(problem: Problem, budget: float = np.inf) -> SearchResult:
     best: tuple[float, tuple[int, ...]] | None = None
     smallest: tuple[float, tuple[int, ...]] | None = None
     for states in product(*(range(len(s)) for s in problem.seconds)):
-        seconds, held = problem.cost(states), problem.held(states)
+        seconds, held = problem.cost(states), problem.memory_bytes(states)
         if held <= budget and (best is None or seconds < best[0]):
             best = (seconds, states)
         if smallest is None or held < smallest[0]:
@@ -226,4 +226,4 @@ def exhaust(problem: Problem, budget: float = np.inf) -> SearchResult:
     assert smallest is not None
     states = best[1] if best is not None else smallest[1]
     seconds = problem.cost(states)
-    return SearchResult(states, seconds, problem.held(states), seconds, best is not None)
+    return SearchResult(states, seconds, problem.memory_bytes(states), seconds, best is not None)

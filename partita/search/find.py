@@ -25,12 +25,12 @@ from partita.plans.layout import layout_of
 from partita.plans.pipeline import is_staged
 from partita.plans.plan import Mesh, Plan, mesh_for
 from partita.search.base import Progress, Report, SearchResult
-from partita.search.bound import least_seconds
+from partita.search.bound import lower_bound_seconds
 from partita.search.candidates import names_of
-from partita.search.network import CostNetwork, build, stored_by
+from partita.search.network import CostNetwork, build, storage_of
 from partita.search.pipelines import stage
 from partita.search.placement import place
-from partita.search.portfolio import SEARCHES, WORTH, Limits, Search, Space, elimination
+from partita.search.portfolio import MIN_GAIN, SEARCHES, Limits, Search, SearchSpace, elimination
 from partita.simulation.pipelined import predicted as staged_prediction
 from partita.simulation.simulate import predicted
 from partita.units import format_bytes, format_seconds
@@ -95,7 +95,7 @@ def find(
         limit = int(capacity(machine) / max(1.0, excess))
         most = found.prediction.seconds if isinstance(found, Found) else np.inf
         bound = min(
-            found.result.bound, least_seconds(found.network.terms, machine, machine.devices)
+            found.result.bound, lower_bound_seconds(found.network.terms, machine, machine.devices)
         )
         terms, best = found.network.terms, None
         if not machine.kinds:
@@ -105,7 +105,7 @@ def find(
                 mesh_of(machine),
                 terms,
                 limit,
-                most * (1 - WORTH),
+                most * (1 - MIN_GAIN),
                 report,
                 bound,
                 clock.share(0.6),
@@ -121,7 +121,7 @@ def find(
                 machine,
                 start,
                 terms,
-                (best[1].seconds if best else most) * (1 - WORTH),
+                (best[1].seconds if best else most) * (1 - MIN_GAIN),
                 enough,
                 report,
                 bound,
@@ -186,7 +186,7 @@ class Baselines(Mapping[str, tuple[Plan, Prediction]]):
     def __init__(self, network: CostNetwork, plans: Mapping[str, Plan]) -> None:
         self.network, self.plans = network, plans
         self.states = {name: network.states_of(plan) for name, plan in plans.items()}
-        self.space = Space(
+        self.space = SearchSpace(
             network, [states for states in self.states.values() if states is not None]
         )
         self.known: dict[str, Prediction] = {}
@@ -243,7 +243,7 @@ class Baselines(Mapping[str, tuple[Plan, Prediction]]):
         """Whether one holds no more than so many bytes: what is far from it is seen without looking at its values."""
         states = self.states[name]
         return (
-            states is None or self.network.problem.held(states) <= HOPELESS * limit
+            states is None or self.network.problem.memory_bytes(states) <= HOPELESS * limit
         ) and self.peak(name) <= limit
 
     def fastest(self, limit: int, under: float = np.inf) -> str | None:
@@ -328,7 +328,7 @@ def _whole(
 
 
 def _fitting(
-    space: Space, search: Search, limit: int, limits: Callable[[float], Limits]
+    space: SearchSpace, search: Search, limit: int, limits: Callable[[float], Limits]
 ) -> tuple[SearchResult, int, int]:
     """(what a search finds that fits so many bytes, or else what it found last; what that needs; the least that anything seen needs).
 
@@ -433,7 +433,9 @@ def _alternatives(
     network: CostNetwork, states: Sequence[int], o: int, most: int
 ) -> list[tuple[dict[str, str], int, float, float]]:
     problem = network.problem
-    seconds = problem.seconds[o] + sum(table[:, states[other]] for other, table in network.near[o])
+    seconds = problem.seconds[o] + sum(
+        table[:, states[other]] for other, table in network.neighbours[o]
+    )
     found = []
     for i in np.argsort(seconds, kind="stable"):
         state = network.states[o][i]
@@ -442,7 +444,7 @@ def _alternatives(
             float(problem.nbytes[o][i] - problem.nbytes[o][states[o]]),
         )
         # Variables that cannot be split further are stored the same whatever the level says.
-        if i != states[o] and (not state.zero or stored_by(network, o, i)):
+        if i != states[o] and (not state.zero or storage_of(network, o, i)):
             found.append(
                 (
                     names_of(network.graph, network.placement.mesh, network.choice(o, i)),

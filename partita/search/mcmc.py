@@ -33,7 +33,7 @@ LENGTH = 40
 """Proposals of a chain, per operator and state that it may change (at least one chunk)."""
 
 
-def walk(
+def run_chains(
     problem: Simulated,
     starts: Sequence[Sequence[int]],
     budget: float = np.inf,
@@ -48,7 +48,7 @@ def walk(
     `bound` is what is known of all plans.
     """
     until = time.perf_counter() + seconds
-    fitting = [np.asarray(s, np.int64) for s in starts if problem.held(s) <= budget]
+    fitting = [np.asarray(s, np.int64) for s in starts if problem.memory_bytes(s) <= budget]
     fitting.sort(key=problem.seconds)
     best, least = fitting[0].copy(), problem.seconds(fitting[0])
     state, history, proposals, stopped = best, [Progress("simulated", least, bound)], 0, False
@@ -98,7 +98,7 @@ def walk(
     result = SearchResult(
         tuple(map(int, best)),
         least,
-        problem.held(best),
+        problem.memory_bytes(best),
         min(bound, least),
         True,
         tuple(history),

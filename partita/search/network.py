@@ -46,7 +46,7 @@ class CostNetwork:
     problem: Problem
     parts: list[np.ndarray]
     """Per operator, [PARTS, state]: the seconds of what a step does for it, hidden or not."""
-    kept: list[np.ndarray]
+    activations: list[np.ndarray]
     """Per operator, by state: of its bytes those of forward values that the backward pass reads."""
     gradients: list[np.ndarray]
     """Per operator, by state: bytes of the gradients of its variables."""
@@ -54,7 +54,7 @@ class CostNetwork:
     """(home, reader, phase, phase in which it is read) -> seconds by state of either."""
 
     @cached_property
-    def near(self) -> list[list[tuple[int, np.ndarray]]]:
+    def neighbours(self) -> list[list[tuple[int, np.ndarray]]]:
         """Per operator, (other operator, table with its own states as rows)."""
         found: list[list[tuple[int, np.ndarray]]] = [[] for _ in self.states]
         for (u, v), table in self.problem.tables.items():
@@ -82,7 +82,7 @@ class CostNetwork:
         for o, i in enumerate(states):
             choices[graph.operators[o].name] = names_of(graph, mesh, self.choice(o, i))
             if self.states[o][i].zero:
-                storage |= stored_by(self, o, i)
+                storage |= storage_of(self, o, i)
         return Plan(
             graph.name,
             self.placement.machine.name,
@@ -122,7 +122,7 @@ def _placed(graph: OperatorGraph, operator: int, factors: Sequence[int]) -> tupl
     return tuple(place.get(f, -1) for f in factors)
 
 
-def stored_by(network: CostNetwork, operator: int, state: int) -> dict[str, Storage]:
+def storage_of(network: CostNetwork, operator: int, state: int) -> dict[str, Storage]:
     """The storage of an operator's variables in a state."""
     found, mesh = {}, network.placement.mesh
     assignment = assignment_of(network.choice(operator, state))

@@ -32,9 +32,9 @@ from partita.plans.layout import label_sharding
 from partita.plans.pipeline import is_pipeline, operator_stages, rematerialized_runs
 from partita.plans.plan import TIME, Axis, Mesh, Plan
 from partita.search.base import Problem, Progress, Report
-from partita.search.bound import least_by_phase
+from partita.search.bound import lower_bounds_by_phase
 from partita.search.candidates import assignment_of
-from partita.search.elimination import Priced
+from partita.search.elimination import PricedProblem
 from partita.search.fold import fold
 from partita.search.network import CostNetwork, build
 from partita.search.reduce import reduce
@@ -300,7 +300,7 @@ class _Shapes:
     @cached_property
     def kernels(self) -> dict[Phase, float]:
         """Seconds that all devices together compute at least, by phase."""
-        return least_by_phase(self.terms, self.machine)
+        return lower_bounds_by_phase(self.terms, self.machine)
 
     @cached_property
     def bytes(self) -> tuple[int, int]:
@@ -364,9 +364,9 @@ class _Shapes:
             return None
         folded = fold(problem)
         reduced = reduce(folded.problem)
-        priced = Priced(reduced.problem)
+        priced = PricedProblem(reduced.problem)
         inside = replace(
-            costs.network, problem=Problem([], []), parts=[], kept=[], gradients=[], moves={}
+            costs.network, problem=Problem([], []), parts=[], activations=[], gradients=[], moves={}
         )
 
         def at(price: float) -> _Sketch | None:
@@ -476,7 +476,7 @@ class _Costs:
         for parts, nbytes, kept, gradients, states in zip(
             network.parts,
             network.problem.nbytes,
-            network.kept,
+            network.activations,
             network.gradients,
             network.states,
             strict=True,

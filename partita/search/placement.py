@@ -23,7 +23,7 @@ from partita.machine import Machine
 from partita.plans.check import check
 from partita.plans.plan import Plan, placed_slice
 from partita.search.base import Progress, Report
-from partita.search.bound import least_by_operator
+from partita.search.bound import lower_bounds_by_operator
 from partita.simulation.placed import Placed
 
 SECONDS = 5.0
@@ -186,7 +186,9 @@ class _Floor:
         self.everywhere = [
             float(cost.compute[0]) for cost in Placed.of(graph, machine, start, terms).costs
         ]
-        self.least = [seconds / machine.devices for seconds in least_by_operator(terms, machine)]
+        self.least = [
+            seconds / machine.devices for seconds in lower_bounds_by_operator(terms, machine)
+        ]
 
     def seconds(self, plan: Plan) -> float:
         common, apart = 0.0, defaultdict(float)

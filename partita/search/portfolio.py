@@ -20,14 +20,14 @@ import numpy as np
 from partita.search.base import Problem, Report, SearchResult
 from partita.search.elimination import eliminate
 from partita.search.exhaustive import prove
-from partita.search.mcmc import walk
+from partita.search.mcmc import run_chains
 from partita.search.network import CostNetwork
 from partita.search.reduce import Reduced, reduce
 from partita.search.simulated import Simulated, relaxed, simulated
 
 PROPOSALS = 1 << 27
 """Proposals of a walk times tasks of the step, unless seconds are given: a second or two."""
-WORTH = 0.01
+MIN_GAIN = 0.01
 """What a walk must gain over the exact plan, which is the more regular one: less than predictions can tell apart is not worth it."""
 SMALL = 24
 """Operators of a network for which the portfolio tries a proof."""
@@ -46,7 +46,7 @@ class Limits:
 
 
 @dataclass(frozen=True, eq=False)
-class Space:
+class SearchSpace:
     """A cost network with what searches need of it, made when it is first asked for. `baselines` are states to begin walks from."""
 
     network: CostNetwork
@@ -106,26 +106,26 @@ class Space:
         )
 
 
-Search = Callable[[Space, Limits], SearchResult]
+Search = Callable[[SearchSpace, Limits], SearchResult]
 
 
-def elimination(space: Space, limits: Limits) -> SearchResult:
+def elimination(space: SearchSpace, limits: Limits) -> SearchResult:
     """The least sum of a plan's parts, exactly."""
     return space.least(limits)[0]
 
 
-def mcmc(space: Space, limits: Limits) -> SearchResult:
+def mcmc(space: SearchSpace, limits: Limits) -> SearchResult:
     """Walks on the simulator from those baselines that fit; where none does, from the least sum."""
     exact, _ = space.least(limits)
     if not exact.feasible or exact.stopped:
         return exact
-    starts = [s for s in space.baselines if space.simulated.held(s) <= limits.budget] or [
+    starts = [s for s in space.baselines if space.simulated.memory_bytes(s) <= limits.budget] or [
         exact.states
     ]
     return _walked(space, limits, starts, exact.bound)
 
 
-def exhaustive(space: Space, limits: Limits) -> SearchResult:
+def exhaustive(space: SearchSpace, limits: Limits) -> SearchResult:
     """The shortest step, proved; where the seconds run out, the best so far."""
     exact, _ = space.least(limits)
     if not exact.feasible or exact.stopped:
@@ -139,7 +139,7 @@ def exhaustive(space: Space, limits: Limits) -> SearchResult:
     )
 
 
-def portfolio(space: Space, limits: Limits) -> SearchResult:
+def portfolio(space: SearchSpace, limits: Limits) -> SearchResult:
     """The least sum, then walks from it and from all baselines, then a proof where the space is small."""
     begun = time.perf_counter()
     exact, below = space.least(limits)
@@ -157,17 +157,17 @@ def portfolio(space: Space, limits: Limits) -> SearchResult:
             report=limits.report,
         )
         found = replace(proved, history=(*found.history, *proved.history), stopped=False)
-    if exact.seconds <= found.seconds * (1 + WORTH):
+    if exact.seconds <= found.seconds * (1 + MIN_GAIN):
         found = replace(found, states=exact.states, seconds=exact.seconds, nbytes=exact.nbytes)
     return replace(found, history=(*exact.history, *found.history))
 
 
 def _walked(
-    space: Space, limits: Limits, starts: Sequence[Sequence[int]], bound: float
+    space: SearchSpace, limits: Limits, starts: Sequence[Sequence[int]], bound: float
 ) -> SearchResult:
     problem, seconds = space.simulated, limits.seconds
     most = None if seconds is not None else max(20_000, PROPOSALS // max(1, problem.tasks.count))
-    return walk(
+    return run_chains(
         problem,
         starts,
         limits.budget,

@@ -59,7 +59,7 @@ class Simulated:
         sweep(0, into, *self.order, start, end)
         return float(end.max(initial=0.0))
 
-    def held(self, states: Sequence[int] | np.ndarray) -> float:
+    def memory_bytes(self, states: Sequence[int] | np.ndarray) -> float:
         """Bytes of a device under these states, as the search adds them up."""
         return float(self.nbytes[self.nbytes_first[:-1] + np.asarray(states, np.int64)].sum())
 

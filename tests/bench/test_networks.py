@@ -15,7 +15,7 @@ from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
 from partita.plans.baselines import data_parallel
 from partita.search.find import mesh_of
-from partita.search.portfolio import WORTH
+from partita.search.portfolio import MIN_GAIN
 from partita.simulation.simulate import simulate
 
 COUNTS = {
@@ -106,7 +106,7 @@ def test_what_is_published_is_never_better_than_what_is_found(network: str, batc
     assert ("OptCNN's" in plans) == (network == "vgg16")
     for name, figures in plans.items():
         assert plans["found"].additive_seconds <= figures.additive_seconds * (1 + 1e-9), name
-        assert plans["found"].seconds <= figures.seconds * (1 + WORTH), name
+        assert plans["found"].seconds <= figures.seconds * (1 + MIN_GAIN), name
 
 
 # ------------------------------------------------------------------------------------------------------------ figures

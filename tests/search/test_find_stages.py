@@ -12,7 +12,7 @@ from partita.plans.check import check
 from partita.plans.pipeline import is_staged
 from partita.plans.plan import Plan
 from partita.search.base import Progress
-from partita.search.bound import least_seconds
+from partita.search.bound import lower_bound_seconds
 from partita.search.find import capacity, find, mesh_of
 from partita.search.pipelines import stage
 from partita.simulation.simulate import predicted
@@ -54,7 +54,7 @@ def test_what_is_found_fits_is_what_is_simulated_and_is_a_file(graph: OperatorGr
     assert is_staged(plan) and best.peak <= capacity(where)
     again = predicted(graph, where, plan)
     assert again.seconds == best.seconds and again.peak_bytes == best.peak
-    assert least_seconds(network.network.terms, where, 8) <= best.seconds
+    assert lower_bound_seconds(network.network.terms, where, 8) <= best.seconds
 
 
 def test_what_fits_under_no_plan_without_stages_is_found_with_them() -> None:

@@ -47,7 +47,9 @@ def test_what_is_chosen_costs_and_holds_the_same_in_the_whole_network(name: str)
         states = [int(rng.integers(len(s))) for s in folded.problem.seconds]
         whole = folded.lift(states)
         assert folded.problem.cost(states) == pytest.approx(problem.cost(whole), rel=1e-12)
-        assert folded.problem.held(states) == pytest.approx(problem.held(whole), rel=1e-12)
+        assert folded.problem.memory_bytes(states) == pytest.approx(
+            problem.memory_bytes(whole), rel=1e-12
+        )
     assert eliminate(folded.problem).seconds >= eliminate(problem).bound * (1 - 1e-12)
 
 

@@ -12,9 +12,9 @@ from partita.machine import Machine, load
 from partita.plans.baselines import BASELINES
 from partita.search.elimination import eliminate
 from partita.search.find import find, mesh_of
-from partita.search.mcmc import walk
+from partita.search.mcmc import run_chains
 from partita.search.network import CostNetwork, build
-from partita.search.portfolio import WORTH
+from partita.search.portfolio import MIN_GAIN
 from partita.search.simulated import relaxed, simulated
 from partita.simulation.simulate import simulate
 
@@ -47,7 +47,7 @@ def test_states_cost_what_their_plan_is_simulated_to_take(
         assert problem.seconds(states) == pytest.approx(
             simulate(graph, where, net.plan(states)).seconds, rel=1e-9
         )
-        assert problem.held(states) == pytest.approx(net.problem.held(states))
+        assert problem.memory_bytes(states) == pytest.approx(net.problem.memory_bytes(states))
         if overlap == 0:
             assert problem.seconds(states) == pytest.approx(net.problem.cost(states), rel=1e-9)
 
@@ -70,7 +70,7 @@ def test_a_walk_finds_the_optimum_that_trying_everything_proves_with_any_seed() 
     best = min(problem.seconds(states) for states in product(*map(range, problem.states)))
     worst = [int(np.argmax(s)) for s in net.problem.seconds]
     for seed in range(10):
-        found, proposals = walk(problem, [worst], seconds=np.inf, seed=seed, most=20_000)
+        found, proposals = run_chains(problem, [worst], seconds=np.inf, seed=seed, most=20_000)
         assert found.seconds == pytest.approx(best, rel=1e-12) and proposals == 20_000
 
 
@@ -78,9 +78,10 @@ def test_the_same_seed_makes_the_same_plan_and_bytes_are_a_constraint() -> None:
     net = network(GRAPHS["transformer"], machine(0.5, "dgx-h100:2"))
     problem = simulated(net)
     smallest = tuple(int(np.argmin(b)) for b in net.problem.nbytes)
-    budget = 1.2 * problem.held(smallest)
+    budget = 1.2 * problem.memory_bytes(smallest)
     first, again, other = (
-        walk(problem, [smallest], budget, seconds=np.inf, seed=s, most=20_000)[0] for s in (3, 3, 4)
+        run_chains(problem, [smallest], budget, seconds=np.inf, seed=s, most=20_000)[0]
+        for s in (3, 3, 4)
     )
     assert (
         first == again
@@ -88,7 +89,7 @@ def test_the_same_seed_makes_the_same_plan_and_bytes_are_a_constraint() -> None:
         and other.states != first.states
     )
     for found in (first, other):
-        assert problem.held(found.states) <= budget and found.seconds == problem.seconds(
+        assert problem.memory_bytes(found.states) <= budget and found.seconds == problem.seconds(
             found.states
         )
 
@@ -107,11 +108,11 @@ def test_the_plan_found_is_never_slower_than_the_exact_one_or_a_baseline_and_say
     assert (
         found.result.bound * (1 - 1e-12)
         <= found.prediction.seconds
-        <= min(plain, *others) * (1 + WORTH)
+        <= min(plain, *others) * (1 + MIN_GAIN)
     )
     assert found.plan.choices == found.network.plan(
         exact
-    ).choices or found.prediction.seconds < plain / (1 + WORTH)
+    ).choices or found.prediction.seconds < plain / (1 + MIN_GAIN)
     assert found.prediction.seconds == pytest.approx(
         simulate(graph, where, found.plan).seconds, rel=1e-12
     )

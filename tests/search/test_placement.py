@@ -12,10 +12,10 @@ from partita.plans.check import check
 from partita.plans.pipeline import stage_axes
 from partita.plans.plan import Plan
 from partita.search import placement
-from partita.search.bound import least_seconds
+from partita.search.bound import lower_bound_seconds
 from partita.search.find import find, mesh_of
 from partita.search.placement import at, branches, place
-from partita.search.portfolio import WORTH
+from partita.search.portfolio import MIN_GAIN
 from partita.simulation.simulate import predicted
 
 DATA = Path(__file__).parents[1] / "data"
@@ -76,7 +76,7 @@ def test_branches_of_a_block_are_placed_and_faster_than_anything_split(
 ) -> None:
     where = load("h100:4")
     plain, found = find(block, where), find(block, where, stages=True, seconds=3)
-    assert found.prediction.seconds < plain.prediction.seconds * (1 - WORTH)
+    assert found.prediction.seconds < plain.prediction.seconds * (1 - MIN_GAIN)
     plan = check(Plan.from_json(found.plan.to_json()), block)
     assert stage_axes(plan) and predicted(block, where, plan).seconds == found.prediction.seconds
     assert found.result.bound <= found.prediction.seconds and "not yet run" in found.plan.notes[-1]
@@ -90,10 +90,10 @@ def test_what_does_not_gain_or_does_not_fit_is_not_found(block: OperatorGraph) -
     )
     seconds = predicted(block, where, start, found).seconds
     best = place(block, where, start, found, seconds, lambda placed: True)
-    assert best is not None and least_seconds(found, where, 2) <= best.seconds < seconds
+    assert best is not None and lower_bound_seconds(found, where, 2) <= best.seconds < seconds
     assert place(block, where, start, found, seconds, lambda placed: False) is None
     assert (
-        place(block, where, start, found, least_seconds(found, where, 2), lambda placed: True)
+        place(block, where, start, found, lower_bound_seconds(found, where, 2), lambda placed: True)
         is None
     )
     again = place(block, where, start, found, seconds, lambda placed: True)

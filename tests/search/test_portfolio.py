@@ -14,7 +14,7 @@ from partita.plans.baselines import BASELINES
 from partita.search.exhaustive import prove
 from partita.search.find import find, mesh_of
 from partita.search.network import build
-from partita.search.portfolio import SEARCHES, Limits, Space
+from partita.search.portfolio import SEARCHES, Limits, SearchSpace
 from partita.search.simulated import relaxed
 
 DATA = Path(__file__).parents[1] / "data"
@@ -23,7 +23,7 @@ GRAPHS = {
 }
 
 
-def space(name: str, machine: str, devices: int, overlap: float = 0.5) -> Space:
+def space(name: str, machine: str, devices: int, overlap: float = 0.5) -> SearchSpace:
     where = load(machine).with_devices(devices)
     where = replace(where, backend=replace(where.backend, overlap=overlap))
     mesh, graph = mesh_of(where), GRAPHS[name]
@@ -31,7 +31,7 @@ def space(name: str, machine: str, devices: int, overlap: float = 0.5) -> Space:
         graph, where, mesh, [make(graph, where.name, mesh) for make in BASELINES.values()]
     )
     states = [network.states_of(make(graph, where.name, mesh)) for make in BASELINES.values()]
-    return Space(network, [s for s in states if s is not None])
+    return SearchSpace(network, [s for s in states if s is not None])
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 1.0])
@@ -40,7 +40,8 @@ def test_the_proof_equals_trying_everything_from_any_start(overlap: float, share
     small = space("mlp", "k80-cluster", 2, overlap)
     problem = small.simulated
     everything = [
-        (problem.seconds(s), problem.held(s), s) for s in product(*map(range, problem.states))
+        (problem.seconds(s), problem.memory_bytes(s), s)
+        for s in product(*map(range, problem.states))
     ]
     least, most = min(held for _, held, _ in everything), max(held for _, held, _ in everything)
     budget = least + share * (most - least)
@@ -52,7 +53,8 @@ def test_the_proof_equals_trying_everything_from_any_start(overlap: float, share
         found = prove(problem, relaxed(small.network), start, budget)
         assert found.seconds == found.bound == pytest.approx(best, rel=1e-12) and not found.stopped
         assert (
-            problem.seconds(found.states) == found.seconds and problem.held(found.states) <= budget
+            problem.seconds(found.states) == found.seconds
+            and problem.memory_bytes(found.states) <= budget
         )
 
 

@@ -19,7 +19,7 @@ from partita.plans.baselines import BASELINES
 from partita.plans.check import check
 from partita.plans.diff import diff
 from partita.plans.plan import Plan
-from partita.search.bound import least_seconds
+from partita.search.bound import lower_bound_seconds
 from partita.search.find import fits, mesh_of
 from partita.simulation.placed import Placed
 from partita.simulation.simulate import predicted, simulate
@@ -280,7 +280,7 @@ def test_no_placed_plan_beats_the_bound() -> None:
         }
         assert predicted(
             graph, where, Plan(graph.name, where.name, mesh, choices), found
-        ).seconds >= least_seconds(found, where, 4)
+        ).seconds >= lower_bound_seconds(found, where, 4)
 
 
 def test_a_placed_plan_is_a_file_and_its_timeline_has_rows_of_every_cell() -> None:
