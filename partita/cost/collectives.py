@@ -1,8 +1,13 @@
-"""The collectives that a plan causes, one by one: what XLA's partitioner is expected to emit for a laid-out graph.
+"""The collectives of a plan, one by one, as XLA's partitioner is expected to emit them for a laid-out graph.
 
-Four causes: a reduction over a split factor (an all-reduce of the result, one for each dim that is summed), a window that reaches over a split dim (a halo
-exchange by permutes), a read under another sharding (the steps of its reshard), and a variable stored apart (the same).
-The search's tables (`cost.terms`) sum the same formulas; a test holds them equal.
+Four causes:
+
+- a reduction over a split factor: an all-reduce of the result, one for each dim that is summed;
+- a window that reaches over a split dim: a halo exchange by permutes;
+- a read under another sharding: the steps of its reshard;
+- a variable stored in shards: the same.
+
+The search's tables (`cost.terms`) sum the same formulas. A test holds them equal.
 """
 
 from __future__ import annotations
@@ -11,13 +16,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from partita.cost.partial import reduced_factors, seen_labels, waiting
+from partita.cost.partial import operand_labels, pending_sums, reduced_factors
 from partita.cost.reshard import emitted_steps, step_bytes
 from partita.graph.operator_graph import (
     ITEMSIZE,
     Instruction,
+    Label,
     OperatorGraph,
     Phase,
+    Tensor,
     Window,
     constant_tensors,
     per_graph,
@@ -31,10 +38,11 @@ DEFAULT = Backend()
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """One expected collective. `nbytes` is per device and execution: the result of an all_gather, else the operand."""
+    """One expected collective."""
 
     kind: str
     nbytes: int
+    """Per device and execution: of the result of an all_gather, of the operand of any other."""
     axes: tuple[int, ...]
     trips: int
     operator: int
@@ -45,172 +53,266 @@ class Collective:
 
     @property
     def total(self) -> int:
+        """Bytes per device and step."""
         return self.nbytes * self.trips
 
 
 def local_bytes(
     shape: Sequence[int], itemsize: int, sharding: Sharding, sizes: Sequence[int]
 ) -> int:
-    """Bytes of one device's part of a tensor; a dim that does not divide evenly is rounded up."""
-    return itemsize * math.prod(
-        -(-n // math.prod(sizes[a] for a in axes)) for n, axes in zip(shape, sharding, strict=True)
-    )
+    """Bytes of one device's shard of a tensor. A dim that does not divide evenly is rounded up."""
+    nbytes = itemsize
+    for size, axes in zip(shape, sharding, strict=True):
+        shards = math.prod(sizes[axis] for axis in axes)
+        nbytes *= -(-size // shards)
+    return nbytes
 
 
 def collectives(
     graph: OperatorGraph, mesh: Mesh, layout: Layout, backend: Backend = DEFAULT
 ) -> list[Collective]:
     """Every collective of one step under the layout, in program order of their causes."""
-    return [*_computed(graph, mesh, layout, backend), *_moved(graph, mesh, layout)]
+    computed = _Computed(graph, mesh, layout, backend)
+    return [
+        *computed.pending(),
+        *computed.immediate(),
+        *_reshards(graph, mesh, layout),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """A window over a split dim of operand 0: the graph's factor, the dim, the window, and the factors that split the operand."""
+    """A window over a dim of operand 0 that may be split."""
 
     factor: int
+    """The graph's factor of the dim."""
     dim: int
     window: Window
-    label: tuple[int, ...]
+    label: Label
+    """The factors that split the operand."""
 
 
-def reaches(
-    x: Instruction, labels: Sequence[tuple[int, ...]], result: tuple[int, ...]
-) -> tuple[Reach, ...]:
+def reaches(instruction: Instruction, labels: Sequence[Label], result: Label) -> tuple[Reach, ...]:
     """The windows of an instruction that reach over dims that may be split.
 
-    XLA cuts the whole operand of a convolution as its result is split, and its parts then exchange halos as well; pooling reads its
-    window from the whole.
+    `labels` are those of its operands, `result` that of its result. XLA cuts the whole operand of a
+    convolution as its result is split, and the parts then exchange halos as well. Pooling reads its window
+    from the whole operand.
     """
-    if x.rule is None or not x.windows:
+    rule = instruction.rule
+    if rule is None or not instruction.windows:
         return ()
-    split: dict[int, int] = {}
-    if x.name == "convolution":
-        split = {m[0]: f for f, m in zip(result, x.rule.results[0], strict=False) if m and f >= 0}
-    label = tuple(
-        f if f >= 0 or not m else split.get(m[0], -1)
-        for f, m in zip(labels[0], x.rule.operands[0], strict=False)
-    )
-    windows = dict(x.windows)
-    return tuple(
-        Reach(f, dim, windows[m[0]], label)
-        for dim, (f, m) in enumerate(zip(label, x.rule.operands[0], strict=False))
-        if f >= 0 and m and m[0] in windows and windows[m[0]].halo_elements(2) != (0, 0)
-    )
-
-
-@per_graph
-def sums_and_reaches(
-    graph: OperatorGraph,
-) -> tuple[tuple[int, int, tuple[int, ...], tuple[Reach, ...]], ...]:
-    """The instructions that sum factors away or reach over dims: (instruction, its operator, the factors, the windows)."""
-    seen, found = seen_labels(graph), []
-    for i, x in enumerate(graph.instructions):
-        if graph.owner[i] >= 0 and x.rule is not None:
-            labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
-            factors, over = (
-                reduced_factors(x, labels),
-                reaches(x, labels, graph.labels[x.results[0]]),
-            )
-            if factors or over:
-                found.append((i, graph.owner[i], factors, over))
+    label = labels[0]
+    if instruction.name == "convolution":
+        label = _split_like_result(label, rule.operands[0], result, rule.results[0])
+    windows = dict(instruction.windows)
+    found = []
+    for dim, (factor, mapping) in enumerate(zip(label, rule.operands[0], strict=False)):
+        if factor < 0 or not mapping or mapping[0] not in windows:
+            continue
+        window = windows[mapping[0]]
+        if window.halo_elements(2) != (0, 0):
+            found.append(Reach(factor, dim, window, label))
     return tuple(found)
 
 
-def _computed(
-    graph: OperatorGraph, mesh: Mesh, layout: Layout, backend: Backend
-) -> Iterator[Collective]:
-    free, (wait, tops) = constant_tensors(graph), waiting(graph, layout)
-    for t, i in tops.items():  # gradients that were added up first
-        yield _reduction(graph, mesh, backend, i, t, layout.shardings[t], wait[t])
-    for i, operator, factors, over in sums_and_reaches(graph):
-        x, assignment = graph.instructions[i], layout.assignments[operator]
-        if all(t in free for t in x.results):
-            continue
-        for f in factors if wait.keys().isdisjoint(x.results) else ():
-            axes = assignment.get(f, ())
-            if not axes:
-                continue
-            for t in x.results:
-                yield _reduction(
-                    graph, mesh, backend, i, t, label_sharding(graph.labels[t], assignment), axes
-                )
-        for reach in over:
-            axes = assignment.get(reach.factor, ())
-            if axes:
-                tensor, parts = graph.tensors[x.operands[0]], math.prod(mesh.sizes[a] for a in axes)
-                read = label_sharding(reach.label, assignment)
-                part = local_bytes(tensor.shape, ITEMSIZE.get(tensor.dtype, 4), read, mesh.sizes)
-                row = part // -(-tensor.shape[reach.dim] // parts)
-                for need in reach.window.halo_elements(parts):
-                    if need:
-                        yield Collective(
-                            "collective_permute",
-                            row * need,
-                            axes,
-                            x.trips,
-                            operator,
-                            x.phase,
-                            "halo",
-                            x.path,
-                        )
+def _split_like_result(
+    label: Label,
+    operand_mapping: Sequence[tuple[int, ...]],
+    result: Label,
+    result_mapping: Sequence[tuple[int, ...]],
+) -> Label:
+    """An operand's label with the factors of the result on the dims that it leaves whole."""
+    factor_of = {
+        mapping[0]: factor
+        for factor, mapping in zip(result, result_mapping, strict=False)
+        if mapping and factor >= 0
+    }
+    factors = []
+    for factor, mapping in zip(label, operand_mapping, strict=False):
+        if factor < 0 and mapping:
+            factor = factor_of.get(mapping[0], -1)
+        factors.append(factor)
+    return tuple(factors)
 
 
-def _reduction(
-    graph: OperatorGraph,
-    mesh: Mesh,
-    backend: Backend,
-    i: int,
-    t: int,
-    sharding: Sharding,
-    axes: tuple[int, ...],
-) -> Collective:
-    """The sum over axes of a result of an instruction: an all-reduce, or where it has several results a gathering of each."""
-    x, tensor = graph.instructions[i], graph.tensors[t]
-    kind = "all_reduce" if len(x.results) == 1 else "all_gather"
-    itemsize = ITEMSIZE.get(tensor.dtype, 4)
-    if (
-        kind == "all_reduce"
-        and tensor.dtype in ("bfloat16", "float16")
-        and backend.promotes_16_bit_all_reduce
-    ):
-        itemsize = 4
-    group = math.prod(mesh.sizes[a] for a in axes) if kind == "all_gather" else 1
-    nbytes = local_bytes(tensor.shape, itemsize, sharding, mesh.sizes) * group
-    return Collective(
-        kind, nbytes, axes, x.trips, graph.owner[i], x.phase, "reduction", x.path, itemsize
-    )
+@dataclass(frozen=True, slots=True)
+class Communicating:
+    """An instruction that communicates where its factors are split."""
+
+    instruction: int
+    operator: int
+    reduced: tuple[int, ...]
+    """Factors that it sums away."""
+    reaches: tuple[Reach, ...]
+    """Windows over dims of its operand."""
 
 
 @per_graph
-def _makers(graph: OperatorGraph) -> dict[int, tuple[int, Phase, str]]:
-    """Tensor -> how often it is made in a step, in which phase, and the path of what makes it."""
-    found: dict[int, tuple[int, Phase, str]] = {
-        a.tensor: (1, "forward", a.path) for a in graph.arguments
+def communicating(graph: OperatorGraph) -> tuple[Communicating, ...]:
+    """The instructions that sum factors away or reach over dims."""
+    result = []
+    for i, instruction in enumerate(graph.instructions):
+        operator = graph.owner[i]
+        if operator < 0 or instruction.rule is None:
+            continue
+        labels = operand_labels(graph, i)
+        reduced = reduced_factors(instruction, labels)
+        windows = reaches(instruction, labels, graph.labels[instruction.results[0]])
+        if reduced or windows:
+            result.append(Communicating(i, operator, reduced, windows))
+    return tuple(result)
+
+
+class _Computed:
+    """The collectives of computation: reductions and halo exchanges."""
+
+    def __init__(self, graph: OperatorGraph, mesh: Mesh, layout: Layout, backend: Backend) -> None:
+        self.graph = graph
+        self.mesh = mesh
+        self.layout = layout
+        self.backend = backend
+        self.pending_sums = pending_sums(graph, layout)
+
+    def pending(self) -> Iterator[Collective]:
+        """The all-reduces of gradients that devices add up first."""
+        for tensor, addition in self.pending_sums.totals.items():
+            axes = self.pending_sums.axes[tensor]
+            yield self._reduction(addition, tensor, self.layout.shardings[tensor], axes)
+
+    def immediate(self) -> Iterator[Collective]:
+        """The collectives of every other instruction."""
+        constants = constant_tensors(self.graph)
+        for communication in communicating(self.graph):
+            results = self.graph.instructions[communication.instruction].results
+            if all(tensor in constants for tensor in results):
+                continue
+            if self.pending_sums.axes.keys().isdisjoint(results):
+                yield from self._reductions(communication)
+            yield from self._halos(communication)
+
+    def _reductions(self, communication: Communicating) -> Iterator[Collective]:
+        assignment = self.layout.assignments[communication.operator]
+        instruction = self.graph.instructions[communication.instruction]
+        for factor in communication.reduced:
+            axes = assignment.get(factor, ())
+            if not axes:
+                continue
+            for tensor in instruction.results:
+                sharding = label_sharding(self.graph.labels[tensor], assignment)
+                yield self._reduction(communication.instruction, tensor, sharding, axes)
+
+    def _reduction(
+        self, number: int, result: int, sharding: Sharding, axes: tuple[int, ...]
+    ) -> Collective:
+        """The sum over axes of a result of instruction `number`: an all-reduce, or with several results an all-gather."""
+        instruction = self.graph.instructions[number]
+        tensor = self.graph.tensors[result]
+        itemsize = _itemsize(tensor)
+        if len(instruction.results) > 1:
+            kind = "all_gather"
+            group_size = math.prod(self.mesh.sizes[axis] for axis in axes)
+        else:
+            kind = "all_reduce"
+            group_size = 1
+            is_16_bit = tensor.dtype in ("bfloat16", "float16")
+            if is_16_bit and self.backend.promotes_16_bit_all_reduce:
+                itemsize = 4
+        shard_bytes = local_bytes(tensor.shape, itemsize, sharding, self.mesh.sizes)
+        return Collective(
+            kind,
+            shard_bytes * group_size,
+            axes,
+            instruction.trips,
+            self.graph.owner[number],
+            instruction.phase,
+            "reduction",
+            instruction.path,
+            itemsize,
+        )
+
+    def _halos(self, communication: Communicating) -> Iterator[Collective]:
+        assignment = self.layout.assignments[communication.operator]
+        instruction = self.graph.instructions[communication.instruction]
+        for reach in communication.reaches:
+            axes = assignment.get(reach.factor, ())
+            if not axes:
+                continue
+            tensor = self.graph.tensors[instruction.operands[0]]
+            shards = math.prod(self.mesh.sizes[axis] for axis in axes)
+            sharding = label_sharding(reach.label, assignment)
+            shard_bytes = local_bytes(tensor.shape, _itemsize(tensor), sharding, self.mesh.sizes)
+            shard_rows = -(-tensor.shape[reach.dim] // shards)
+            row_bytes = shard_bytes // shard_rows
+            for rows in reach.window.halo_elements(shards):
+                if not rows:
+                    continue
+                yield Collective(
+                    "collective_permute",
+                    row_bytes * rows,
+                    axes,
+                    instruction.trips,
+                    communication.operator,
+                    instruction.phase,
+                    "halo",
+                    instruction.path,
+                )
+
+
+def _itemsize(tensor: Tensor) -> int:
+    return ITEMSIZE.get(tensor.dtype, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Where a tensor comes from: how often it is computed in a step, in which phase, by the layer of which path."""
+
+    trips: int
+    phase: Phase
+    path: str
+
+
+@per_graph
+def _origins(graph: OperatorGraph) -> dict[int, _Origin]:
+    """Tensor -> its origin."""
+    origins = {
+        argument.tensor: _Origin(1, "forward", argument.path) for argument in graph.arguments
     }
     for loop in graph.loops:
+        outer_trips = graph.instructions[loop.instruction].trips
         for _, inside, _, _ in loop.carried:
-            found[inside] = graph.instructions[loop.instruction].trips * loop.trips, "forward", ""
-    found.update({t: (x.trips, x.phase, x.path) for x in graph.instructions for t in x.results})
-    return found
+            origins[inside] = _Origin(outer_trips * loop.trips, "forward", "")
+    for instruction in graph.instructions:
+        origin = _Origin(instruction.trips, instruction.phase, instruction.path)
+        for tensor in instruction.results:
+            origins[tensor] = origin
+    return origins
 
 
-def _moved(graph: OperatorGraph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:
-    makers = _makers(graph)
-    done: set[tuple[int, Sharding]] = set()
-    free = constant_tensors(graph)
+def _reshards(graph: OperatorGraph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:
+    """The collectives of reads under another sharding. A shard that one read has produced serves the others."""
+    origins = _origins(graph)
+    unknown = _Origin(1, "forward", "")
+    constants = constant_tensors(graph)
+    produced: set[tuple[int, Sharding]] = set()
     for read in layout.reads:
-        if read.tensor in free:
+        if read.tensor in constants:
             continue
-        tensor, before = graph.tensors[read.tensor], layout.shardings[read.tensor]
-        for step in emitted_steps(before, read.target, mesh.sizes, tensor.shape):
-            nbytes = step_bytes(
-                step, before, tensor.shape, ITEMSIZE.get(tensor.dtype, 4), mesh.sizes
-            )
-            before = step.result
-            if nbytes and (read.tensor, step.result) not in done:
-                trips, phase, path = makers.get(read.tensor, (1, "forward", ""))
+        tensor = graph.tensors[read.tensor]
+        origin = origins.get(read.tensor, unknown)
+        sharding = layout.shardings[read.tensor]
+        for step in emitted_steps(sharding, read.target, mesh.sizes, tensor.shape):
+            nbytes = step_bytes(step, sharding, tensor.shape, _itemsize(tensor), mesh.sizes)
+            sharding = step.result
+            if nbytes and (read.tensor, sharding) not in produced:
                 yield Collective(
-                    step.kind, nbytes, step.axes, trips, read.operator, phase, "reshard", path
+                    step.kind,
+                    nbytes,
+                    step.axes,
+                    origin.trips,
+                    read.operator,
+                    origin.phase,
+                    "reshard",
+                    origin.path,
                 )
-            done.add((read.tensor, step.result))
+            produced.add((read.tensor, sharding))

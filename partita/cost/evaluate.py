@@ -52,7 +52,7 @@ class OperatorCost:
     """Seconds of gathering stored parameters, as if nothing hid them."""
     state: np.ndarray
     """Bytes of parameters, optimizer slots and other state."""
-    kept: np.ndarray
+    activation_bytes: np.ndarray
     """Bytes of activations kept for the backward pass."""
     overlap: float
     """The part of `summed` and `gathered` that hides behind compute."""
@@ -76,7 +76,7 @@ class OperatorCost:
 
     @property
     def nbytes(self) -> np.ndarray:
-        return self.state + self.kept
+        return self.state + self.activation_bytes
 
     def parts(self) -> np.ndarray:
         """[PARTS, choice]: the seconds of everything that a step may do for the operator, hidden or not."""
@@ -101,7 +101,7 @@ def operator_cost(
             for fs in ([r.reduced] if r.together else [(f,) for f in r.reduced])
             for pair in ways.axes_of(*fs)
         ):
-            nbytes = payload[chosen] * (placement.ways(axes) if grows else 1)
+            nbytes = payload[chosen] * (placement.shard_count(axes) if grows else 1)
             if r.parameter >= 0 and r.trips == 1:
                 summed[chosen] += _joined(placement, r.kind, nbytes, axes)
             else:
@@ -111,9 +111,9 @@ def operator_cost(
     for h in terms.halos:
         for axes, chosen in ways.axes_of(h.split):
             row = h.nbytes / ways.of(h.factors)[chosen]
-            needs = [need for need in h.window.halo_elements(placement.ways(axes)) if need]
+            needs = [need for need in h.window.halo_elements(placement.shard_count(axes)) if need]
             if needs:  # a kernel puts what came and the device's own part together: both are read, and written
-                copied = row * (2 * h.rows / placement.ways(axes) + 2 * sum(needs))
+                copied = row * (2 * h.rows / placement.shard_count(axes) + 2 * sum(needs))
                 computed[PHASES.index(h.phase), chosen] += (
                     copied / machine.bandwidth_for(copied) + machine.overhead
                 ) * h.trips
@@ -134,7 +134,7 @@ def operator_cost(
             for i, a in enumerate(assignments):
                 found = storage_axes(s, placement.mesh, a)
                 if found:
-                    extra[i] = placement.ways(found[1])
+                    extra[i] = placement.shard_count(found[1])
                     gathered[i] += placement.seconds(
                         "all_gather", float(s.nbytes / split[i]), placement.group(found[1])
                     )
@@ -148,7 +148,7 @@ def operator_cost(
         summed,
         gathered,
         state,
-        ways.shared(terms.kept),
+        ways.shared(terms.activations),
         machine.backend.overlap,
     )
 
@@ -236,7 +236,7 @@ def local_key(terms: OperatorTerms, placement: Placement, assignment: Assignment
     return (
         terms.digest,
         placement.mesh.size,
-        tuple(placement.ways(assignment.get(f, ())) for f in terms.factors),
+        tuple(placement.shard_count(assignment.get(f, ())) for f in terms.factors),
     )
 
 
@@ -275,7 +275,7 @@ class _Ways:
             for f in factors:
                 if f not in self.one:
                     self.one[f] = np.array(
-                        [float(self.placement.ways(a.get(f, ()))) for a in self.assignments]
+                        [float(self.placement.shard_count(a.get(f, ()))) for a in self.assignments]
                     )
                 found = found * self.one[f]
             self.many[factors] = found

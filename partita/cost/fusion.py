@@ -1,9 +1,10 @@
-"""Which instructions XLA fuses into one kernel: what is written to memory, and what is computed more than once.
+"""Fusion: the kernels that XLA makes of a graph, their reads and writes, and what is computed in several.
 
-XLA's instruction fusion goes from the last instruction to the first and pulls producers into their consumer. A cheap producer
-with several consumers is computed again in each of them; a dear one is written once and read. This is that algorithm on an OperatorGraph, as the
-CPU backend runs it (xla/service/instruction_fusion.cc and cpu/cpu_instruction_fusion.cc), without what depends on layouts and
-index arithmetic. FLOPs, traffic and peak memory of light instructions all follow from it.
+XLA's instruction fusion goes from the last instruction to the first and pulls producers into their consumer.
+A cheap producer with several consumers is duplicated into each of them; an expensive one is written once and
+read. This is that algorithm on an OperatorGraph, as the CPU backend runs it
+(xla/service/instruction_fusion.cc and cpu/cpu_instruction_fusion.cc), without its rules on layouts and index
+arithmetic. FLOPs, traffic and peak memory of light instructions all follow from it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 
-from partita.cost.collectives import sums_and_reaches
-from partita.cost.partial import waiting
+from partita.cost.collectives import communicating
+from partita.cost.partial import pending_sums, split_axes
 from partita.graph.operator_graph import IdentityKey, Instruction, OperatorGraph, per_graph
 from partita.plans.layout import Layout
 
@@ -40,7 +41,7 @@ ALONE = {
     "dynamic_reshape",
 }
 """Instructions that are kernels of their own."""
-DEAR = {
+EXPENSIVE = {
     "exponential",
     "exponential_minus_one",
     "log",
@@ -61,268 +62,376 @@ DEAR = {
     "reduce",
     "gather",
 }
-"""Instructions that are computed once and written, rather than again in every reader."""
+"""Instructions that are computed once and written, not duplicated into every reader."""
 FREE = {"constant", "iota", "broadcast_in_dim", "reshape", "bitcast_convert"}
-"""Instructions that neither read nor write where they are a kernel of their own: XLA makes them part of their readers."""
+"""Instructions that take no time alone: XLA makes them part of their readers."""
 OUTSIDE = 1 << 60
 """Stands for a reader that is no instruction: the results of the step, the values that a loop yields."""
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """Kernels of a graph: `kernels[r]` are the instructions computed in the kernel whose result is that of instruction r.
-
-    `computed_in[i]` are the kernels that compute instruction i: several where doing it again is cheaper than to write it.
-    """
+    """The kernels of a graph."""
 
     kernels: dict[int, tuple[int, ...]]
+    """Root instruction, whose result the kernel writes -> the instructions computed in the kernel."""
     computed_in: tuple[tuple[int, ...], ...]
+    """Per instruction, the roots of the kernels that compute it: several where duplication is cheaper than a write."""
 
     def written(self, graph: OperatorGraph) -> set[int]:
-        """The tensors that exist in memory: results of kernels, and what loops carry."""
-        found = {t for r in self.kernels for t in graph.instructions[r].results}
-        return found | {t for loop in graph.loops for values in loop.carried for t in values}
+        """The tensors that exist in memory: results of kernels, and tensors carried by loops."""
+        tensors: set[int] = set()
+        for root in self.kernels:
+            tensors.update(graph.instructions[root].results)
+        for loop in graph.loops:
+            for carried in loop.carried:
+                tensors.update(carried)
+        return tensors
 
 
-def fusion(graph: OperatorGraph, recompute: bool = False) -> Fusion:
-    """The kernels of a graph; kept, so that asking again costs nothing. For `recompute` see `Backend.recomputes`."""
-    return _fusion(IdentityKey(graph), recompute)
+def fusion(graph: OperatorGraph, duplicate: bool = False) -> Fusion:
+    """The kernels of a graph, cached. For `duplicate` see `Backend.recomputes`."""
+    return _fusion(IdentityKey(graph), duplicate)
 
 
 @lru_cache(maxsize=8)
-def _fusion(key: IdentityKey[OperatorGraph], recompute: bool) -> Fusion:
-    return _Fuser(key.value, recompute).run()
+def _fusion(key: IdentityKey[OperatorGraph], duplicate: bool) -> Fusion:
+    return _Fuser(key.value, duplicate).run()
 
 
-def transposes(x: Instruction) -> bool:
-    """Whether an instruction first transposes its operands, and so computes them once more: the weight gradient of a convolution.
+def transposes(instruction: Instruction) -> bool:
+    """Whether an instruction transposes its operands first, and so computes them once more.
 
-    There the batch, dim 0 of the first operand, is summed away.
+    The weight gradient of a convolution does: it sums away the batch, dim 0 of its first operand.
     """
-    return (
-        x.name == "convolution"
-        and x.rule is not None
-        and any(f in x.rule.reduction for f in x.rule.operands[0][0])
-    )
+    rule = instruction.rule
+    if instruction.name != "convolution" or rule is None:
+        return False
+    return any(factor in rule.reduction for factor in rule.operands[0][0])
 
 
 class _Fuser:
-    def __init__(self, graph: OperatorGraph, recompute: bool) -> None:
-        self.graph, self.recompute = graph, recompute
-        instructions, tensors = graph.instructions, graph.tensors
-        self.producer = {t: i for i, x in enumerate(instructions) for t in x.results}
-        self.producers = [
-            [self.producer[t] for t in dict.fromkeys(x.operands) if t in self.producer]
-            for x in instructions
-        ]
-        self.readers: list[set[int]] = [set() for _ in instructions]
-        for i, found in enumerate(self.producers):
-            for p in found:
-                self.readers[p].add(i)
-        yielded = [y for loop in graph.loops for _, _, y, _ in loop.carried]
-        for t in (*graph.outputs, *yielded):
-            if t in self.producer:
-                self.readers[self.producer[t]].add(OUTSIDE)
-        self.nbytes = [sum(tensors[t].nbytes for t in x.results) for x in instructions]
-        self.rank = [
-            max((len(tensors[t].shape) for t in x.results), default=0) for x in instructions
-        ]
-        self.dear = [x.name in DEAR and r > 0 for x, r in zip(instructions, self.rank, strict=True)]
-        self.joins = [self._joins(x) for x in instructions]
-        self.members: list[set[int]] = [set() for _ in instructions]
-        """Per instruction, the kernels that compute it."""
+    """XLA's instruction fusion. Producers and readers are instructions."""
+
+    def __init__(self, graph: OperatorGraph, duplicate: bool) -> None:
+        self.graph = graph
+        self.duplicate = duplicate
+        self.producer = producers(graph)
+        self.producers = [self._producers_of(x) for x in graph.instructions]
+        self.readers = self._readers()
+        self.nbytes: list[int] = []
+        """Of an instruction's results."""
+        self.rank: list[int] = []
+        """The largest of an instruction's results."""
+        self.expensive: list[bool] = []
+        for instruction in graph.instructions:
+            results = [graph.tensors[tensor] for tensor in instruction.results]
+            rank = max((len(tensor.shape) for tensor in results), default=0)
+            self.nbytes.append(sum(tensor.nbytes for tensor in results))
+            self.rank.append(rank)
+            self.expensive.append(instruction.name in EXPENSIVE and rank > 0)
+        self.fusible = [self._is_fusible(x) for x in graph.instructions]
+        self.members: list[set[int]] = [set() for _ in graph.instructions]
+        """Per instruction, the roots of the kernels that compute it."""
+
+    def _producers_of(self, instruction: Instruction) -> list[int]:
+        operands = dict.fromkeys(instruction.operands)
+        return [self.producer[tensor] for tensor in operands if tensor in self.producer]
+
+    def _readers(self) -> list[set[int]]:
+        readers: list[set[int]] = [set() for _ in self.graph.instructions]
+        for reader, sources in enumerate(self.producers):
+            for source in sources:
+                readers[source].add(reader)
+        yielded = [tensor for loop in self.graph.loops for _, _, tensor, _ in loop.carried]
+        for tensor in (*self.graph.outputs, *yielded):
+            if tensor in self.producer:
+                readers[self.producer[tensor]].add(OUTSIDE)
+        return readers
 
     def run(self) -> Fusion:
-        single = self._once()
+        """The kernels, found from the last instruction to the first."""
+        single = self._single_copies()
         kernels = {}
-        for root in reversed(range(len(self.joins))):
-            if self.graph.instructions[root].name != "constant" and self._needed(root):
+        for root in reversed(range(len(self.fusible))):
+            is_constant = self.graph.instructions[root].name == "constant"
+            if not is_constant and self._is_read(root):
                 kernels[root] = self._kernel(root, single)
-        return Fusion(dict(sorted(kernels.items())), tuple(tuple(sorted(m)) for m in self.members))
+        computed_in = tuple(tuple(sorted(roots)) for roots in self.members)
+        return Fusion(dict(sorted(kernels.items())), computed_in)
 
-    def _joins(self, x: Instruction) -> bool:
+    def _is_fusible(self, instruction: Instruction) -> bool:
         """Whether an instruction can be computed inside its reader."""
-        if x.name in ALONE or len(x.results) != 1:
+        if instruction.name in ALONE or len(instruction.results) != 1:
             return False
-        shapes = [self.graph.tensors[t].shape for t in (*x.operands[:1], *x.results)]
-        if x.name == "reduce":
+        if instruction.name == "reduce":
             # Reductions over the major dims have a kernel of their own.
-            dims = x.rule.operands[0] if x.rule else ()
-            return bool(dims and dims[-1] and x.rule and dims[-1][0] in x.rule.reduction)
-        # Joined along the minor dim, every element would ask which part it is of.
-        return x.name != "concatenate" or shapes[0][-1] == shapes[1][-1]
+            rule = instruction.rule
+            dims = rule.operands[0] if rule else ()
+            return bool(rule and dims and dims[-1] and dims[-1][0] in rule.reduction)
+        if instruction.name == "concatenate":
+            # Joined along the minor dim, every element would ask which operand it is from.
+            operand, result = instruction.operands[0], instruction.results[0]
+            tensors = self.graph.tensors
+            return tensors[operand].shape[-1] == tensors[result].shape[-1]
+        return True
 
-    def _needed(self, i: int) -> bool:
+    def _is_read(self, instruction: int) -> bool:
         """Whether some kernel reads the instruction's result without computing it."""
-        mine = self.members[i]
-        return not self.readers[i] or any(
-            r == OUTSIDE or not self.members[r] <= mine for r in self.readers[i]
-        )
+        readers = self.readers[instruction]
+        if not readers:
+            return True
+        kernels = self.members[instruction]
+        return any(reader == OUTSIDE or not self.members[reader] <= kernels for reader in readers)
 
     def _kernel(self, root: int, single: set[int]) -> tuple[int, ...]:
-        """The instructions that the kernel of `root` computes: producers are asked latest first."""
-        inside = {root: False}  # instruction -> whether its elements are read more than once
+        """The instructions that the kernel of `root` computes. Producers are considered latest first."""
+        instruction = self.graph.instructions[root]
+        inside = {root: False}
+        """Instruction of the kernel -> whether its elements are read more than once."""
         self.members[root].add(root)
-        name = self.graph.instructions[root].name
-        library = name == "reduce" and not self.joins[root]
-        alone = name in ALONE and not transposes(self.graph.instructions[root])
-        waiting = [] if alone else [-p for p in self.producers[root]]
-        heapq.heapify(waiting)
-        asked: set[int] = set()
-        while waiting:
-            p = -heapq.heappop(waiting)
-            if p in asked or not self.joins[p]:
+        is_library_reduction = instruction.name == "reduce" and not self.fusible[root]
+        is_alone = instruction.name in ALONE and not transposes(instruction)
+        queue = [] if is_alone else [-producer for producer in self.producers[root]]
+        heapq.heapify(queue)
+        considered: set[int] = set()
+        while queue:
+            candidate = -heapq.heappop(queue)
+            if candidate in considered or not self.fusible[candidate]:
                 continue
-            asked.add(p)
-            shared = any(r not in inside or len(self.members[r]) > 1 for r in self.readers[p])
-            reused = any(inside[r] or self._spreads(r, p) for r in self.readers[p] if r in inside)
-            if shared and (self.dear[p] or library or p in single) or reused and self.dear[p]:
+            considered.add(candidate)
+            expensive = self.expensive[candidate]
+            stays_single = expensive or is_library_reduction or candidate in single
+            if stays_single and self._is_shared(candidate, inside):
                 continue
-            inside[p] = reused
-            self.members[p].add(root)
-            for q in self.producers[p]:
-                heapq.heappush(waiting, -q)
+            reused = self._is_reused(candidate, inside)
+            if reused and expensive:
+                continue
+            inside[candidate] = reused
+            self.members[candidate].add(root)
+            for producer in self.producers[candidate]:
+                heapq.heappush(queue, -producer)
         return tuple(sorted(inside))
 
+    def _is_shared(self, candidate: int, inside: dict[int, bool]) -> bool:
+        """Whether an instruction has readers outside a kernel, or in several."""
+        return any(
+            reader not in inside or len(self.members[reader]) > 1
+            for reader in self.readers[candidate]
+        )
+
+    def _is_reused(self, candidate: int, inside: dict[int, bool]) -> bool:
+        """Whether a kernel would read elements of an instruction more than once."""
+        return any(
+            inside[reader] or self._spreads(reader, candidate)
+            for reader in self.readers[candidate]
+            if reader in inside
+        )
+
     def _spreads(self, reader: int, producer: int) -> bool:
-        return (
-            self.graph.instructions[reader].name == "broadcast_in_dim"
-            and self.nbytes[reader] > self.nbytes[producer]
-        )
+        """Whether a reader broadcasts the result of a producer."""
+        is_broadcast = self.graph.instructions[reader].name == "broadcast_in_dim"
+        return is_broadcast and self.nbytes[reader] > self.nbytes[producer]
 
-    def _once(self) -> set[int]:
-        """Producers that are never computed twice, because that would read more than it saves. A backend that recomputes does it even
-        then, unless some reader needs them written."""
-        found: set[int] = set()
-        for p, readers in enumerate(self.readers):
-            costly = len(readers) > 1 and self.joins[p] and self._gathers(p)
-            if costly and not (
-                self.recompute and all(self._absorbed(p, r, found) for r in readers)
-            ):
-                found.add(p)
-        return found
+    def _single_copies(self) -> set[int]:
+        """Producers that are never duplicated, because that would read more than it saves.
 
-    def _gathers(self, p: int) -> bool:
-        """Whether an instruction reads several tensors of its own rank, and more bytes than it makes."""
-        x, tensors = self.graph.instructions[p], self.graph.tensors
-        made = {
-            t: self.graph.instructions[self.producer[t]].name
-            for t in x.operands
-            if t in self.producer
-        }
-        full = [
-            t
-            for t in x.operands
-            if made.get(t) not in FREE - {"reshape", "bitcast_convert"}
-            and len(tensors[t].shape) >= self.rank[p]
-        ]
-        return (
-            len(full) > 1
-            and sum(tensors[t].nbytes for t in dict.fromkeys(x.operands)) > self.nbytes[p]
-        )
+        A backend that duplicates does it even then, unless some reader needs them written.
+        """
+        single: set[int] = set()
+        for producer, readers in enumerate(self.readers):
+            if len(readers) <= 1 or not self.fusible[producer] or not self._gathers(producer):
+                continue
+            if self.duplicate and all(self._is_absorbed(producer, r, single) for r in readers):
+                continue
+            single.add(producer)
+        return single
 
-    def _absorbed(self, p: int, reader: int, single: set[int]) -> bool:
-        """Whether everything on the ways from `p` to one of its readers can be fused into that reader."""
+    def _gathers(self, instruction: int) -> bool:
+        """Whether an instruction reads several tensors of its own rank, and more bytes than it writes."""
+        tensors = self.graph.tensors
+        operands = self.graph.instructions[instruction].operands
+        full_operands = 0
+        for tensor in operands:
+            is_full_rank = len(tensors[tensor].shape) >= self.rank[instruction]
+            if is_full_rank and not self._is_generated(tensor):
+                full_operands += 1
+        bytes_read = sum(tensors[tensor].nbytes for tensor in dict.fromkeys(operands))
+        return full_operands > 1 and bytes_read > self.nbytes[instruction]
+
+    def _is_generated(self, tensor: int) -> bool:
+        """Whether a tensor is a constant, an iota or a broadcast."""
+        if tensor not in self.producer:
+            return False
+        name = self.graph.instructions[self.producer[tensor]].name
+        return name in FREE - {"reshape", "bitcast_convert"}
+
+    def _is_absorbed(self, producer: int, reader: int, single: set[int]) -> bool:
+        """Whether all paths from a producer to one of its readers can be fused into that reader."""
         if reader == OUTSIDE:
             return False
-        behind, waiting = {reader}, [reader]
-        while waiting:
-            new = {q for q in self.producers[waiting.pop()] if q > p} - behind
-            behind |= new
-            waiting += new
-        leads = {p}
-        for i in sorted(behind):
-            if not leads.isdisjoint(self.producers[i]):
-                leads.add(i)
-        return all(
-            (q == p or q not in single) and self._fits(q, i)
-            for i in behind & leads
-            for q in self.producers[i]
-            if q in leads
-        )
+        sources = {reader}
+        stack = [reader]
+        while stack:
+            later = {source for source in self.producers[stack.pop()] if source > producer}
+            stack += later - sources
+            sources |= later
+        on_path = {producer}
+        for i in sorted(sources):
+            if not on_path.isdisjoint(self.producers[i]):
+                on_path.add(i)
+        for i in sources & on_path:
+            for source in self.producers[i]:
+                if source not in on_path:
+                    continue
+                if source != producer and source in single:
+                    return False
+                if not self._fits(source, i):
+                    return False
+        return True
 
-    def _fits(self, p: int, reader: int) -> bool:
+    def _fits(self, producer: int, reader: int) -> bool:
         """Whether a producer may be pulled into one reader, taken by itself."""
         name = self.graph.instructions[reader].name
-        if not self.joins[p] or name in ALONE or name == "reduce" and not self.joins[reader]:
+        if not self.fusible[producer] or name in ALONE:
             return False
-        return not self.dear[p] or len(self.readers[p]) == 1 and not self._spreads(reader, p)
+        if name == "reduce" and not self.fusible[reader]:
+            return False
+        if not self.expensive[producer]:
+            return True
+        return len(self.readers[producer]) == 1 and not self._spreads(reader, producer)
 
 
 def cut(
     graph: OperatorGraph, fused: Fusion, barriers: Set[tuple[int, int]], ends: Set[int]
 ) -> Fusion:
-    """The kernels where collectives are in between: at the reads (instruction, operand position) of `barriers`, and after `ends`."""
-    producer = _producers(graph)
-    touched = {root for i, _ in barriers for root in fused.computed_in[i]}
-    touched |= {root for i in ends for root in fused.computed_in[i] if root != i}
-    kernels = {root: kernel for root, kernel in fused.kernels.items() if root not in touched}
-    waiting = sorted(touched, reverse=True)
-    allowed = {root: set(fused.kernels[root]) for root in touched}
-    while waiting:
-        root = waiting.pop()
-        inside, stack, within = {root}, [root], allowed[root]
+    """The kernels with collectives in between: at the reads `barriers` and after the instructions `ends`.
+
+    A read is (instruction, operand position).
+    """
+    return _Cutter(graph, fused, barriers, ends).run()
+
+
+class _Cutter:
+    """Cuts kernels at collectives. A cut part becomes a kernel, unless it is one already."""
+
+    def __init__(
+        self,
+        graph: OperatorGraph,
+        fused: Fusion,
+        barriers: Set[tuple[int, int]],
+        ends: Set[int],
+    ) -> None:
+        self.graph = graph
+        self.fused = fused
+        self.barriers = barriers
+        self.ends = ends
+        self.producer = producers(graph)
+        touched: set[int] = set()
+        for instruction, _ in barriers:
+            touched.update(fused.computed_in[instruction])
+        for instruction in ends:
+            roots = fused.computed_in[instruction]
+            touched.update(root for root in roots if root != instruction)
+        self.touched = touched
+        self.allowed = {root: set(fused.kernels[root]) for root in touched}
+        """Root of a kernel to rebuild -> the instructions that it may compute."""
+        self.roots = sorted(touched, reverse=True)
+        """Roots of kernels still to rebuild, the next one last."""
+
+    def run(self) -> Fusion:
+        kernels = {
+            root: kernel for root, kernel in self.fused.kernels.items() if root not in self.touched
+        }
+        while self.roots:
+            root = self.roots.pop()
+            kernels[root] = self._kernel(root)
+        return Fusion(dict(sorted(kernels.items())), self._computed_in(kernels))
+
+    def _kernel(self, root: int) -> tuple[int, ...]:
+        """The instructions of a kernel up to its collectives. What lies behind them gets a kernel of its own."""
+        allowed = self.allowed[root]
+        inside = {root}
+        stack = [root]
         while stack:
-            i = stack.pop()
-            for position, t in enumerate(graph.instructions[i].operands):
-                p = producer.get(t)
-                if p is None or p not in within or p in inside:
+            instruction = stack.pop()
+            for position, tensor in enumerate(self.graph.instructions[instruction].operands):
+                producer = self.producer.get(tensor)
+                if producer is None or producer not in allowed or producer in inside:
                     continue
-                if p in ends or (i, position) in barriers:
-                    if p not in fused.kernels and graph.instructions[p].name != "constant":
-                        if p not in allowed:
-                            allowed[p] = set()
-                            waiting.append(p)
-                        allowed[p] |= within
+                if producer in self.ends or (instruction, position) in self.barriers:
+                    self._add_root(producer, allowed)
                 else:
-                    inside.add(p)
-                    stack.append(p)
-        kernels[root] = tuple(sorted(inside))
-    changed = {i for root in touched for i in fused.kernels[root]}
-    computed = list(fused.computed_in)
-    where: dict[int, list[int]] = {i: [r for r in computed[i] if r not in touched] for i in changed}
-    for root in allowed:
-        for i in kernels[root]:
-            where[i].append(root)
-    for i, roots in where.items():
-        computed[i] = tuple(sorted(roots))
-    return Fusion(dict(sorted(kernels.items())), tuple(computed))
+                    inside.add(producer)
+                    stack.append(producer)
+        return tuple(sorted(inside))
+
+    def _add_root(self, instruction: int, allowed: set[int]) -> None:
+        """Gives an instruction behind a collective a kernel, unless it has one or is a constant."""
+        if instruction in self.fused.kernels:
+            return
+        if self.graph.instructions[instruction].name == "constant":
+            return
+        if instruction not in self.allowed:
+            self.allowed[instruction] = set()
+            self.roots.append(instruction)
+        self.allowed[instruction] |= allowed
+
+    def _computed_in(self, kernels: dict[int, tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+        new_roots: dict[int, set[int]] = {}
+        for root in self.touched:
+            for instruction in self.fused.kernels[root]:
+                old_roots = self.fused.computed_in[instruction]
+                new_roots[instruction] = set(old_roots) - self.touched
+        for root in self.allowed:
+            for instruction in kernels[root]:
+                new_roots[instruction].add(root)
+        computed_in = list(self.fused.computed_in)
+        for instruction, roots in new_roots.items():
+            computed_in[instruction] = tuple(sorted(roots))
+        return tuple(computed_in)
 
 
-def fused_under(graph: OperatorGraph, layout: Layout, recompute: bool) -> Fusion:
-    """The kernels of a laid-out graph: what is moved to another sharding, and sums over split dims, are written in between."""
-    return _fused_under(IdentityKey(graph), IdentityKey(layout), recompute)
+def fused_under(graph: OperatorGraph, layout: Layout, duplicate: bool) -> Fusion:
+    """The kernels of a laid-out graph: tensors before a reshard or an all-reduce are written."""
+    return _fused_under(IdentityKey(graph), IdentityKey(layout), duplicate)
 
 
 @lru_cache(maxsize=2)
 def _fused_under(
-    graph_key: IdentityKey[OperatorGraph], layout_key: IdentityKey[Layout], recompute: bool
+    graph_key: IdentityKey[OperatorGraph], layout_key: IdentityKey[Layout], duplicate: bool
 ) -> Fusion:
-    graph, layout = graph_key.value, layout_key.value
-    wait, tops = waiting(graph, layout)
-    ends = {
-        i
-        for i, o, factors, _ in sums_and_reaches(graph)
-        if any(layout.assignments[o].get(f) for f in factors)
-    }
-    ends = {i for i in ends if wait.keys().isdisjoint(graph.instructions[i].results)} | set(
-        tops.values()
-    )
-    barriers = {read for r in layout.reads for read in r.readers if read[0] >= 0}
-    return cut(graph, fusion(graph, recompute), barriers, ends)
+    graph = graph_key.value
+    layout = layout_key.value
+    pending = pending_sums(graph, layout)
+    ends = set(pending.totals.values())
+    for communication in communicating(graph):
+        results = graph.instructions[communication.instruction].results
+        is_split = split_axes(layout, communication.operator, communication.reduced)
+        if is_split and pending.axes.keys().isdisjoint(results):
+            ends.add(communication.instruction)
+    barriers = set()
+    for read in layout.reads:
+        barriers.update(reader for reader in read.readers if reader[0] >= 0)
+    return cut(graph, fusion(graph, duplicate), barriers, ends)
 
 
 @per_graph
-def _producers(graph: OperatorGraph) -> dict[int, int]:
-    return {t: i for i, x in enumerate(graph.instructions) for t in x.results}
+def producers(graph: OperatorGraph) -> dict[int, int]:
+    """Tensor -> the instruction that produces it."""
+    return {
+        tensor: i
+        for i, instruction in enumerate(graph.instructions)
+        for tensor in instruction.results
+    }
 
 
 def reads(graph: OperatorGraph, kernel: Sequence[int]) -> dict[int, list[tuple[int, int]]]:
-    """The tensors that a kernel reads from memory, each with the (instruction, operand position) pairs that read it."""
-    made = {t for i in kernel for t in graph.instructions[i].results}
-    found: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    """The tensors that a kernel reads from memory, each with its reads as (instruction, operand position)."""
+    computed = {tensor for i in kernel for tensor in graph.instructions[i].results}
+    readers: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for i in kernel:
-        for position, t in enumerate(graph.instructions[i].operands):
-            if t not in made:
-                found[t].append((i, position))
-    return found
+        for position, tensor in enumerate(graph.instructions[i].operands):
+            if tensor not in computed:
+                readers[tensor].append((i, position))
+    return readers

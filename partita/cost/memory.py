@@ -19,7 +19,7 @@ import numpy as np
 
 from partita.cost.collectives import DEFAULT
 from partita.cost.fusion import fused_under, reads, transposes
-from partita.cost.partial import gradients, reduced_factors, seen_labels
+from partita.cost.partial import gradients, read_labels, reduced_factors
 from partita.cost.work import group_factors
 from partita.graph.operator_graph import (
     ITEMSIZE,
@@ -81,7 +81,7 @@ class _Program:
 
 @per_graph
 def _program(graph: OperatorGraph) -> _Program:
-    seen = seen_labels(graph)
+    seen = read_labels(graph)
     reduces, kernels = [], []
     for i, x in enumerate(graph.instructions):
         if transposes(x):
@@ -197,15 +197,15 @@ def memory(
     mesh: Mesh,
     layout: Layout,
     backend: Backend = DEFAULT,
-    here: frozenset[int] | None = None,
+    operators: frozenset[int] | None = None,
 ) -> PeakMemory:
-    """Bytes per device at the peak of one step under a layout; of a device that only some operators are on, those `here`."""
+    """Bytes per device at the peak of one step under a layout; of a device that only some operators are on, those `operators`."""
     every, count = (
         _held(IdentityKey(graph), IdentityKey(layout), mesh, backend),
         len(graph.instructions),
     )
-    kept = np.full(len(graph.operators) + 1, here is None)
-    kept[[*(here or ())]] = True
+    kept = np.full(len(graph.operators) + 1, operators is None)
+    kept[[*(operators or ())]] = True
     held: dict[str, int] = defaultdict(int)
     for kind, home, nbytes in every.arguments:
         held[kind] += nbytes if kept[home] else 0
@@ -360,7 +360,7 @@ def _combined(
             label = [*(graph.labels[o] for o in x.operands), graph.labels[t]]
             assignment = layout.assignments[graph.owner[i]] if graph.owner[i] >= 0 else {}
             ways = math.prod(
-                sizes.mesh.sizes[a] for f in group_factors(x, label) for a in assignment.get(f, ())
+                sizes.mesh.sizes[a] for f in group_factors(label) for a in assignment.get(f, ())
             )
             live(t, 2 * sizes(t, layout.shardings[t]) * x.batch_groups // ways, i, i)
     for i, t, start in program.flipped if backend.transposed_copies else ():

@@ -40,7 +40,7 @@ class Placement:
         """The participants of a collective over axes, as (level, parts) pairs for `collective_seconds`."""
         return group_of(tuple(sorted(axes)), self.mesh)
 
-    def ways(self, axes: Sequence[int]) -> int:
+    def shard_count(self, axes: Sequence[int]) -> int:
         return math.prod(self.mesh.sizes[a] for a in axes)
 
     def seconds(self, kind: str, nbytes: float, group: Group) -> float:
@@ -84,7 +84,7 @@ def _parted(move: Move, sharding: Sharding) -> tuple[Sharding, tuple[int, ...]]:
 
 def _summed(move: Move, placement: Placement, source: Sharding, axes: tuple[int, ...]) -> float:
     """Seconds of summing a tensor that is still to be summed, as its home has it split."""
-    part = move.nbytes / placement.ways([a for dim in source for a in dim])
+    part = move.nbytes / placement.shard_count([a for dim in source for a in dim])
     return (
         move.trips * placement.seconds("all_reduce", part, placement.group(axes)) if axes else 0.0
     )

@@ -1,102 +1,162 @@
-"""Which gradients are added up before they are summed over devices: partial sums that wait for one all-reduce.
+"""Partial sums: gradients that a device adds up before one all-reduce sums them over devices.
 
-A weight that is used several times has several gradients, which are added (`graph.sums`). Where two of them are still to be summed over the
-same devices, and are split alike, the addition works on what each device has, and its result is still to be summed. The last such
-addition is followed by one all-reduce. Written into the program this is Shardy's `unreduced`, which XLA's partitioner keeps to.
+A weight that is used several times has several gradients, which are added (`graph.gradient_sums`). Where
+two of them are partial sums over the same devices, and are split alike, each device adds its own values and
+the result is a partial sum again. One all-reduce follows the last such addition. In the program this is
+Shardy's `unreduced`, which XLA's partitioner respects.
+
+Also: the labels under which an instruction reads its operands, and the factors that it sums away.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from partita.graph.gradient_sums import gradient_sums
-from partita.graph.operator_graph import IdentityKey, Instruction, OperatorGraph, per_graph
+from partita.graph.gradient_sums import Sum, gradient_sums
+from partita.graph.operator_graph import IdentityKey, Instruction, Label, OperatorGraph, per_graph
 from partita.plans.layout import Layout
 
 
 @per_graph
-def seen_labels(graph: OperatorGraph) -> dict[tuple[int, int], tuple[int, ...]]:
-    """(instruction, operand position) -> the label under which it reads, where that is not the tensor's own."""
+def read_labels(graph: OperatorGraph) -> dict[tuple[int, int], Label]:
+    """(instruction, operand position) -> the label of the read, where it differs from the tensor's."""
     return {read: use.label for use in graph.uses for read in use.instructions}
 
 
-def reduced_factors(x: Instruction, labels: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The graph's factors that an instruction sums away, given the labels under which it reads its operands."""
-    if x.rule is None or not x.rule.reduction:
+def operand_labels(graph: OperatorGraph, instruction: int) -> list[Label]:
+    """The labels under which an instruction reads its operands."""
+    labels = read_labels(graph)
+    operands = graph.instructions[instruction].operands
+    return [
+        labels.get((instruction, position), graph.labels[tensor])
+        for position, tensor in enumerate(operands)
+    ]
+
+
+def reduced_factors(instruction: Instruction, labels: Sequence[Label]) -> tuple[int, ...]:
+    """The graph's factors that an instruction sums away, given the labels of its operands."""
+    rule = instruction.rule
+    if rule is None or not rule.reduction:
         return ()
-    found: dict[int, None] = {}
-    for label, mapped in zip(labels, x.rule.operands, strict=False):
-        for f, dim in zip(label, mapped, strict=False):
-            if f >= 0 and dim and dim[0] in x.rule.reduction:
-                found[f] = None
-    return tuple(found)
+    factors: dict[int, None] = {}
+    for label, mapping in zip(labels, rule.operands, strict=False):
+        for factor, dim in zip(label, mapping, strict=False):
+            if factor >= 0 and dim and dim[0] in rule.reduction:
+                factors[factor] = None
+    return tuple(factors)
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """A sum of gradients as an operator adds them up: `reduced` are the operator's factors over which its own ones are still to be summed."""
+    """A gradient that one operator adds up from several partial sums."""
 
     operator: int
     additions: tuple[int, ...]
+    """Instructions that add, in program order."""
     result: int
+    """Tensor of the last addition."""
     reduced: tuple[int, ...]
+    """The operator's factors over which its own leaves are partial sums."""
     leaves: dict[int, tuple[int, ...]]
-    """Tensor that is added -> the factors, of its own operator, over which it is still to be summed."""
+    """Added tensor -> the factors, of its own operator, over which it is a partial sum."""
 
 
 @per_graph
 def gradients(graph: OperatorGraph) -> tuple[Gradient, ...]:
-    """The gradients that an operator adds up from several, one of them its own."""
-    seen, found = seen_labels(graph), []
-    for s in gradient_sums(graph.instructions, graph.loops, graph.outputs):
-        leaves, operator = {}, graph.owner[s.additions[-1]]
-        for i in s.leaves:
-            x = graph.instructions[i]
-            labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
-            leaves[x.results[0]] = reduced_factors(x, labels)
-        own = [f for t, f in leaves.items() if graph.home[t] == operator and f]
-        if own and all(graph.owner[i] == operator for i in s.additions):
-            result = graph.instructions[s.additions[-1]].results[0]
-            found.append(Gradient(operator, s.additions, result, own[0], leaves))
-    return tuple(found)
+    """The gradients that an operator adds up from several, at least one of them its own."""
+    result = []
+    for gradient_sum in gradient_sums(graph.instructions, graph.loops, graph.outputs):
+        gradient = _gradient_of(graph, gradient_sum)
+        if gradient is not None:
+            result.append(gradient)
+    return tuple(result)
 
 
-def waiting(
-    graph: OperatorGraph, layout: Layout
-) -> tuple[Mapping[int, tuple[int, ...]], Mapping[int, int]]:
-    """(tensor -> the axes over which it is still to be summed as it is made; those that are summed then -> the addition that makes it).
+def _gradient_of(graph: OperatorGraph, gradient_sum: Sum) -> Gradient | None:
+    """The gradient of one sum; None where several operators add, or the adding one adds nothing of its own."""
+    additions = gradient_sum.additions
+    operator = graph.owner[additions[-1]]
+    if any(graph.owner[i] != operator for i in additions):
+        return None
+    leaves: dict[int, tuple[int, ...]] = {}
+    for i in gradient_sum.leaves:
+        instruction = graph.instructions[i]
+        leaves[instruction.results[0]] = reduced_factors(instruction, operand_labels(graph, i))
+    for tensor, factors in leaves.items():
+        if factors and graph.home[tensor] == operator:
+            result = graph.instructions[additions[-1]].results[0]
+            return Gradient(operator, additions, result, factors, leaves)
+    return None
 
-    A tensor that is summed over devices as soon as it is made is in neither.
-    """
-    return _waiting(IdentityKey(graph), IdentityKey(layout))
+
+@dataclass(frozen=True)
+class PendingSums:
+    """Tensors that are partial sums under a layout. One that is all-reduced right away is in neither mapping."""
+
+    axes: Mapping[int, tuple[int, ...]]
+    """Tensor -> the mesh axes over which it is a partial sum when it is computed."""
+    totals: Mapping[int, int]
+    """Tensor that is all-reduced after its additions -> the last addition."""
+
+
+def pending_sums(graph: OperatorGraph, layout: Layout) -> PendingSums:
+    """The partial sums of a graph under a layout."""
+    return _pending_sums(IdentityKey(graph), IdentityKey(layout))
 
 
 @lru_cache(maxsize=4)
-def _waiting(
+def _pending_sums(
     graph_key: IdentityKey[OperatorGraph], layout_key: IdentityKey[Layout]
-) -> tuple[Mapping[int, tuple[int, ...]], Mapping[int, int]]:
-    graph, layout = graph_key.value, layout_key.value
-    moved = {reader for read in layout.reads for reader in read.readers}
-    wait: dict[int, tuple[int, ...]] = {}
-    tops: dict[int, int] = {}
-    for g in gradients(graph):
-        left: dict[int, tuple[int, ...]] = {}
-        for t, factors in g.leaves.items():
-            assignment = layout.assignments[graph.home[t]] if graph.home[t] >= 0 else {}
-            left[t] = tuple(sorted({a for f in factors for a in assignment.get(f, ())}))
-        for i in g.additions:
-            x = graph.instructions[i]
-            a, b = (left.get(t, ()) for t in x.operands)
-            stays = all(
-                layout.shardings[t] == layout.shardings[x.results[0]] and (i, p) not in moved
-                for p, t in enumerate(x.operands)
-            )
-            if a and a == b and stays:
-                left[x.results[0]] = a
-                wait |= dict.fromkeys((*x.operands, x.results[0]), a)
-                for t in x.operands:
-                    tops.pop(t, None)
-                tops[x.results[0]] = i
-    return wait, tops
+) -> PendingSums:
+    graph = graph_key.value
+    layout = layout_key.value
+    moved_reads = {reader for read in layout.reads for reader in read.readers}
+    pending: dict[int, tuple[int, ...]] = {}
+    totals: dict[int, int] = {}
+    for gradient in gradients(graph):
+        partial_axes = {
+            tensor: split_axes(layout, graph.home[tensor], factors)
+            for tensor, factors in gradient.leaves.items()
+        }
+        for i in gradient.additions:
+            operands = graph.instructions[i].operands
+            result = graph.instructions[i].results[0]
+            axes = partial_axes.get(operands[0], ())
+            if not axes or partial_axes.get(operands[1], ()) != axes:
+                continue
+            if not _operands_stay(layout, i, operands, result, moved_reads):
+                continue
+            partial_axes[result] = axes
+            for tensor in (*operands, result):
+                pending[tensor] = axes
+            for tensor in operands:
+                totals.pop(tensor, None)
+            totals[result] = i
+    return PendingSums(pending, totals)
+
+
+def _operands_stay(
+    layout: Layout,
+    addition: int,
+    operands: Sequence[int],
+    result: int,
+    moved_reads: set[tuple[int, int]],
+) -> bool:
+    """Whether an addition reads its operands split as its result, without a reshard."""
+    for position, tensor in enumerate(operands):
+        if (addition, position) in moved_reads or layout.shardings[tensor] != layout.shardings[
+            result
+        ]:
+            return False
+    return True
+
+
+def split_axes(layout: Layout, operator: int, factors: Iterable[int]) -> tuple[int, ...]:
+    """The mesh axes, sorted, that split any of these factors of an operator (-1: no operator, no axes)."""
+    if operator < 0:
+        return ()
+    assignment = layout.assignments[operator]
+    axes = {axis for factor in factors for axis in assignment.get(factor, ())}
+    return tuple(sorted(axes))

@@ -142,7 +142,7 @@ def predict(
         operators,
         memory(graph, plan.mesh, layout, machine.backend),
         dict(sorted(traffic.items())),
-        local_flops(graph, plan.mesh, layout, machine.backend, sent=every),
+        local_flops(graph, plan.mesh, layout, machine.backend, traffic=every),
         machine.weakest_status(),
         machine.times.error if machine.times else 0.0,
     )

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 from partita.cost.collectives import DEFAULT, reaches
-from partita.cost.fusion import DEAR, FREE, Fusion, fusion, reads, transposes
-from partita.cost.partial import Gradient, gradients, reduced_factors, seen_labels
+from partita.cost.fusion import EXPENSIVE, FREE, Fusion, fusion, reads, transposes
+from partita.cost.partial import Gradient, gradients, read_labels, reduced_factors
 from partita.cost.work import group_factors
 from partita.graph.grouping import HEAVY
 from partita.graph.operator_graph import (
@@ -107,7 +107,7 @@ class Move:
     trips: int
     phase: Phase
     """When the tensor is made."""
-    wanted: Phase
+    read_phase: Phase
     """When it is first read so."""
     sums: int = 0
 
@@ -142,7 +142,7 @@ class OperatorTerms:
     stored: list[Stored] = field(default_factory=list)
     resident: list[tuple[int, Factors]] = field(default_factory=list)
     """Bytes held all the time besides parameters: state, batch, optimizer variables without a parameter."""
-    kept: list[tuple[int, Factors]] = field(default_factory=list)
+    activations: list[tuple[int, Factors]] = field(default_factory=list)
     """Bytes of forward values that the backward pass reads."""
     factors: Factors = ()
     """The operator's own, which a choice may split."""
@@ -194,7 +194,7 @@ class OperatorTerms:
             ),
             tuple((s.shape, at(s.label), s.nbytes, s.slots, s.traffic) for s in self.stored),
             tuple((b, at(f)) for b, f in self.resident),
-            tuple((b, at(f)) for b, f in self.kept),
+            tuple((b, at(f)) for b, f in self.activations),
         )
 
 
@@ -208,7 +208,7 @@ class Terms:
 
 def cost_terms(graph: OperatorGraph, backend: Backend = DEFAULT) -> Terms:
     """The cost terms of a graph, compiled as a backend does."""
-    seen = seen_labels(graph)
+    seen = read_labels(graph)
     found = [OperatorTerms() for _ in graph.operators]
     family = update_families(graph)
     _works(graph, seen, fusion(graph, backend.recomputes), found)
@@ -288,7 +288,7 @@ def _work(
                 space = _iteration(x, labels, [graph.labels[t] for t in x.results])
                 spaces[space] = spaces.get(space, 0.0) + x.flops
         if x.batch_groups > 1:
-            groups = group_factors(x, [*labels, *(graph.labels[t] for t in x.results)])
+            groups = group_factors([*labels, *(graph.labels[t] for t in x.results)])
     moved: dict[Factors, int] = {}
     for nbytes, factors in traffic.values():
         moved[factors] = moved.get(factors, 0) + nbytes
@@ -322,7 +322,7 @@ KINDS = {
     "concatenate": "concatenate",
 }
 """Root of a kernel -> what it is to a fit, where that is not its class."""
-TRANSCENDENTAL = DEAR - {"divide", "remainder", "reduce", "gather"}
+TRANSCENDENTAL = EXPENSIVE - {"divide", "remainder", "reduce", "gather"}
 
 
 def kind_of(graph: OperatorGraph, x: Instruction, members: Sequence[int]) -> str:
@@ -472,7 +472,7 @@ def _moves(graph: OperatorGraph, found: list[OperatorTerms]) -> list[Move]:
 def _added(graph: OperatorGraph, gradient: Gradient) -> list[Move]:
     """The moves of gradients to the operator that adds them up: what is its own, split alike and still to be summed alike, does not move."""
     seen, reads = (
-        seen_labels(graph),
+        read_labels(graph),
         {
             t: (i, p)
             for i in gradient.additions
@@ -548,6 +548,6 @@ def _memory(
                     and graph.tensors[t].nbytes > 64
                     and graph.home[t] >= 0
                 ):
-                    found[graph.home[t]].kept.append(
+                    found[graph.home[t]].activations.append(
                         (graph.tensors[t].nbytes, _factors(graph.labels[t]))
                     )

@@ -1,14 +1,15 @@
-"""FLOPs of one device in a step: every instruction's work over the factors that split its iteration space."""
+"""FLOPs of one device in a step: the work of every instruction over the factors that split its iteration space."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from partita.cost.collectives import DEFAULT, Collective, Reach, collectives, reaches
 from partita.cost.fusion import fused_under
-from partita.cost.partial import seen_labels
-from partita.graph.operator_graph import Instruction, Label, OperatorGraph, per_graph
+from partita.cost.partial import operand_labels
+from partita.graph.operator_graph import Label, OperatorGraph, per_graph
 from partita.machine import Backend
 from partita.plans.layout import Layout, Sharding
 from partita.plans.plan import Mesh
@@ -20,73 +21,122 @@ def local_flops(
     layout: Layout,
     backend: Backend = DEFAULT,
     loops_once: bool = False,
-    sent: Sequence[Collective] | None = None,
+    traffic: Sequence[Collective] | None = None,
 ) -> float:
-    """FLOPs per device of one step by XLA's counting: what several kernels compute counts in each, and sums of all-reduces count.
+    """FLOPs per device of one step, counted as XLA does.
 
-    `loops_once` counts a loop's body once, as XLA's cost analysis does. `sent` are the layout's collectives, if they are known already.
+    An instruction that several kernels compute counts in each. The sums of all-reduces count.
+    `loops_once` counts a loop's body once, as XLA's cost analysis does. `traffic` are the layout's
+    collectives, computed unless given.
     """
-    total, fused = 0.0, fused_under(graph, layout, backend.recomputes)
-    ways: dict[tuple[int, frozenset[int], tuple[Sharding, ...]], int] = {}
-    for i, factors, over, groups_of in _working(graph):
-        x, owner = graph.instructions[i], graph.owner[i]
-        flops = x.flops * max(1, len(fused.computed_in[i])) * (1 if loops_once else x.trips)
-        if owner < 0:
+    if traffic is None:
+        traffic = collectives(graph, mesh, layout, backend)
+    total = 0.0
+    fused = fused_under(graph, layout, backend.recomputes)
+    shards = _Shards(mesh, layout)
+    for computation in _computations(graph):
+        instruction = graph.instructions[computation.instruction]
+        operator = graph.owner[computation.instruction]
+        kernels = max(1, len(fused.computed_in[computation.instruction]))
+        trips = 1 if loops_once else instruction.trips
+        flops = instruction.flops * kernels * trips
+        if operator < 0:
             total += flops
             continue
-        assignment, results = (
-            layout.assignments[owner],
-            tuple(layout.shardings[t] for t in x.results),
-        )
-        for reach in over:
+        assignment = layout.assignments[operator]
+        for reach in computation.reaches:
             if assignment.get(reach.factor):
                 flops *= reach.window.padding_ratio()
-        if backend.dense_grouped_gradients and x.batch_groups > 1:
-            groups = x.batch_groups / math.prod(
-                mesh.sizes[a] for f in groups_of for a in assignment.get(f, ())
+        results = tuple(layout.shardings[tensor] for tensor in instruction.results)
+        if backend.dense_grouped_gradients and instruction.batch_groups > 1:
+            split = math.prod(
+                mesh.sizes[axis]
+                for factor in computation.group_factors
+                for axis in assignment.get(factor, ())
             )
-            # Of the pairs of groups, those of a group with itself are then selected (a comparison, a selection) and summed up.
-            total += (
-                3
-                * groups
-                * graph.tensors[x.results[0]].size
-                / math.prod(mesh.sizes[a] for d in results[0] for a in d)
-            )
+            groups = instruction.batch_groups / split
+            # Of the pairs of groups, those of a group with itself are then selected (a comparison, a
+            # selection) and summed up.
+            result_size = graph.tensors[instruction.results[0]].size
+            total += 3 * groups * result_size / shards.of_sharding(results[0])
             flops *= groups
-        key = (owner, factors, results)
-        if key not in ways:
-            axes = {a for f in factors for a in assignment.get(f, ())}
-            axes |= {
-                a for own in results for dim in own for a in dim
-            }  # an update is done where its slots are kept
-            ways[key] = math.prod(mesh.sizes[a] for a in axes)
-        total += flops / ways[key]
-    for c in collectives(graph, mesh, layout, backend) if sent is None else sent:
-        if c.kind == "all_reduce":
-            total += c.nbytes / c.itemsize * (1 if loops_once else c.trips)
+        total += flops / shards.of_computation(operator, computation.factors, results)
+    for collective in traffic:
+        if collective.kind == "all_reduce":
+            trips = 1 if loops_once else collective.trips
+            total += collective.nbytes / collective.itemsize * trips
     return total
 
 
+class _Shards:
+    """Numbers of devices that share an instruction."""
+
+    def __init__(self, mesh: Mesh, layout: Layout) -> None:
+        self.mesh = mesh
+        self.layout = layout
+        self.counts: dict[tuple[int, frozenset[int], tuple[Sharding, ...]], int] = {}
+
+    def of_sharding(self, sharding: Sharding) -> int:
+        """Shards of a tensor."""
+        return math.prod(self.mesh.sizes[axis] for dim in sharding for axis in dim)
+
+    def of_computation(
+        self, operator: int, factors: frozenset[int], results: tuple[Sharding, ...]
+    ) -> int:
+        """Devices over which an operator's factors and its results are split.
+
+        The results matter where an update runs on the shards of its optimizer slots.
+        """
+        key = (operator, factors, results)
+        if key not in self.counts:
+            assignment = self.layout.assignments[operator]
+            axes = {axis for factor in factors for axis in assignment.get(factor, ())}
+            for sharding in results:
+                for dim in sharding:
+                    axes.update(dim)
+            self.counts[key] = math.prod(self.mesh.sizes[axis] for axis in axes)
+        return self.counts[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _Computation:
+    """An instruction that takes FLOPs."""
+
+    instruction: int
+    factors: frozenset[int]
+    """Of its operands and results."""
+    reaches: tuple[Reach, ...]
+    """Windows of a convolution."""
+    group_factors: tuple[int, ...]
+    """Factors over the groups of a grouped convolution."""
+
+
 @per_graph
-def _working(
-    graph: OperatorGraph,
-) -> tuple[tuple[int, frozenset[int], tuple[Reach, ...], tuple[int, ...]], ...]:
-    """The instructions that take FLOPs: (instruction, factors of what it reads and makes, windows of a convolution, factors over its groups)."""
-    seen, found = seen_labels(graph), []
-    for i, x in enumerate(graph.instructions):
-        if x.flops:
-            labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)] + [
-                graph.labels[t] for t in x.results
-            ]
-            over = reaches(x, labels, graph.labels[x.results[0]]) if x.name == "convolution" else ()
-            groups = group_factors(x, labels) if x.batch_groups > 1 else ()
-            found.append(
-                (i, frozenset(f for label in labels for f in label if f >= 0), over, groups)
-            )
-    return tuple(found)
+def _computations(graph: OperatorGraph) -> tuple[_Computation, ...]:
+    """The instructions that take FLOPs."""
+    result = []
+    for i, instruction in enumerate(graph.instructions):
+        if not instruction.flops:
+            continue
+        labels = [
+            *operand_labels(graph, i),
+            *(graph.labels[tensor] for tensor in instruction.results),
+        ]
+        factors = frozenset(factor for label in labels for factor in label if factor >= 0)
+        windows: tuple[Reach, ...] = ()
+        if instruction.name == "convolution":
+            windows = reaches(instruction, labels, graph.labels[instruction.results[0]])
+        groups: tuple[int, ...] = ()
+        if instruction.batch_groups > 1:
+            groups = group_factors(labels)
+        result.append(_Computation(i, factors, windows, groups))
+    return tuple(result)
 
 
-def group_factors(x: Instruction, labels: Sequence[Label]) -> tuple[int, ...]:
-    """The graph's factors over the groups of a grouped convolution: those that index both operands and the result."""
-    a, b, c = ({f for f in label if f >= 0} for label in labels[:3])
-    return tuple(sorted(a & b & c))
+def group_factors(labels: Sequence[Label]) -> tuple[int, ...]:
+    """The graph's factors over the groups of a grouped convolution: those of both operands and the result.
+
+    `labels` are those of the operands, then of the result.
+    """
+    shared = set(labels[0]) & set(labels[1]) & set(labels[2])
+    return tuple(sorted(factor for factor in shared if factor >= 0))

@@ -12,7 +12,7 @@ from typing import Any
 from jax.extend.mlir import ir
 
 from partita.capture import stablehlo
-from partita.cost.partial import waiting
+from partita.cost.partial import pending_sums
 from partita.cost.reshard import reshard_steps
 from partita.graph.grouping import HEAVY
 from partita.graph.operator_graph import OperatorGraph
@@ -41,7 +41,7 @@ class _Writer:
         self.cache: dict[Sharding, str] = {}
         self.pinned: set[int] = set()
         self.arguments = {a.tensor: a.path for a in graph.arguments}
-        self.wait, self.tops = waiting(graph, layout)
+        self.pending = pending_sums(graph, layout)
 
     def write(self, module: ir.Module) -> None:
         axes = ", ".join(f'"{a.name}"={a.size}' for a in self.mesh.axes)
@@ -63,7 +63,7 @@ class _Writer:
                 and instruction.rule.reduction
             ):
                 for value in operation.results:
-                    if self.ids[value] not in self.wait and not any(
+                    if self.ids[value] not in self.pending.axes and not any(
                         self.layout.shardings[self.ids[value]]
                     ):
                         self._pin(value)
@@ -74,7 +74,7 @@ class _Writer:
                 if instruction.windows and not own[0] and any(own):
                     # XLA would split a whole value that a split window reads, and with it what else reads it.
                     self._pin(self.values[instruction.operands[0]])
-        for t in self.wait:
+        for t in self.pending.axes:
             self._leave_unsummed(t)
         self._constraints(block)
         for operation in self.operations:
@@ -135,7 +135,7 @@ class _Writer:
 
     def _of(self, t: int) -> str:
         """How a tensor is split as it is made, and over what it is then still to be summed."""
-        axes = ", ".join(f'"{self.mesh.axes[a].name}"' for a in self.wait.get(t, ()))
+        axes = ", ".join(f'"{self.mesh.axes[a].name}"' for a in self.pending.axes.get(t, ()))
         return self._dims(self.layout.shardings[t]) + (f", unreduced={{{axes}}}" if axes else "")
 
     def _leave_unsummed(self, t: int) -> None:
@@ -146,7 +146,7 @@ class _Writer:
         value = self.values[t]
         pinned = self._constrained(value, f"#sdy.sharding<@{MESH}, {self._of(t)}>")
         value.replace_all_uses_except(pinned, pinned.owner.operation)
-        if t in self.tops:
+        if t in self.pending.totals:
             whole = self._constrain(pinned, self.layout.shardings[t])
             pinned.replace_all_uses_except(whole, whole.owner.operation)
             self.values[t] = whole

@@ -27,9 +27,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from partita.capture import stablehlo
 from partita.capture.jax_functions import Captured, Text
-from partita.cost.collectives import seen_labels
 from partita.cost.evaluate import Assignment, local_key, roofline_features
 from partita.cost.moves import Placement
+from partita.cost.partial import read_labels
 from partita.cost.terms import cost_terms
 from partita.execute.calibrate import file_of, key_of
 from partita.execute.processes import from_first, is_first, meet
@@ -210,7 +210,7 @@ class Cutter:
         self.graph = graph
         self.module = module  # values live as long as it does
         self.values, self.operations = stablehlo.numbered(stablehlo.main_block(module))
-        self.seen = seen_labels(graph)
+        self.seen = read_labels(graph)
         self.free = constant_tensors(graph)
         self.maker = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
         self.readers: dict[int, list[int]] = {}

@@ -188,7 +188,8 @@ def _costed(
     assignments = [assignment_of(choice) for choice in choices]
     costs = [operator_cost(terms, placement, assignments, zero) for zero in levels]
     part = lambda s, assignment: (
-        s.nbytes / placement.ways([a for axes in label_sharding(s.label, assignment) for a in axes])
+        s.nbytes
+        / placement.shard_count([a for axes in label_sharding(s.label, assignment) for a in axes])
     )  # noqa: E731
     return (
         [
@@ -199,7 +200,7 @@ def _costed(
         np.concatenate([c.seconds for c in costs]),
         np.concatenate([c.nbytes for c in costs]),
         np.concatenate([c.parts() for c in costs], axis=1),
-        np.concatenate([c.kept for c in costs]),
+        np.concatenate([c.activation_bytes for c in costs]),
         np.tile(
             [float(sum(part(s, assignment) for s in terms.stored)) for assignment in assignments],
             len(levels),
@@ -233,7 +234,7 @@ def _add_moves(network: CostNetwork) -> None:
 
     by_pair: dict[tuple[int, int, Phase, Phase], list[Move]] = {}
     for move in network.terms.edges:
-        by_pair.setdefault((move.home, move.reader, move.phase, move.wanted), []).append(move)
+        by_pair.setdefault((move.home, move.reader, move.phase, move.read_phase), []).append(move)
     expanded: dict[tuple[object, ...], np.ndarray] = {}
     totals: dict[tuple[int, ...], np.ndarray] = {}
 

@@ -281,7 +281,9 @@ class _Shapes:
         )
         readers: dict[tuple[int, int, bool], list[tuple[int, Label, int]]] = {}
         for m in self.terms.edges:
-            if m.phase == m.wanted != "update" and (m.phase == "forward") == (m.home < m.reader):
+            if m.phase == m.read_phase != "update" and (m.phase == "forward") == (
+                m.home < m.reader
+            ):
                 readers.setdefault((m.tensor, m.home, m.phase == "forward"), []).append(
                     (m.reader, m.dims[1], m.nbytes * m.trips)
                 )
@@ -308,7 +310,7 @@ class _Shapes:
         stored = [s for own in self.terms.operators for s in own.stored]
         resident = sum(nbytes for own in self.terms.operators for nbytes, _ in own.resident)
         return sum(2 * s.nbytes + s.slots for s in stored) + resident, sum(
-            nbytes for own in self.terms.operators for nbytes, _ in own.kept
+            nbytes for own in self.terms.operators for nbytes, _ in own.activations
         )
 
     def every(self, axes: int) -> Iterator[_Shape]:
@@ -600,7 +602,7 @@ class _Costs:
                     split = label_sharding(
                         label, assignment_of(self.network.choice(home, states[home]))
                     )
-                    ways[home, label] = self.network.placement.ways(
+                    ways[home, label] = self.network.placement.shard_count(
                         [a for axes in split for a in axes]
                     )
                 total += nbytes / ways[home, label]
@@ -729,7 +731,7 @@ def _handed_on(terms: Terms) -> list[tuple[int, int, Label, int]]:
     """(home, last reader, label, bytes) of what operators hand on in the forward pass."""
     last: dict[int, tuple[int, int, Label, int]] = {}
     for m in terms.edges:
-        if m.phase == m.wanted == "forward" and m.home < m.reader:
+        if m.phase == m.read_phase == "forward" and m.home < m.reader:
             home, reader, label, nbytes = last.get(
                 m.tensor, (m.home, m.reader, m.dims[0], m.nbytes * m.trips)
             )

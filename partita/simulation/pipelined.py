@@ -100,7 +100,7 @@ class Staged:
 
     def _part(self, nbytes: int, label: Label, operator: int) -> float:
         """Bytes of a device's part of a tensor that is labelled in an operator's factors."""
-        return nbytes / self.placement.ways(
+        return nbytes / self.placement.shard_count(
             [a for axes in label_sharding(label, self.layout.assignments[operator]) for a in axes]
         )
 
@@ -112,7 +112,7 @@ class Staged:
             a, b = self.stage[m.home], self.stage[m.reader]
             if a != b:
                 nbytes = m.trips * self._part(m.nbytes, m.dims[1], m.reader)
-                edge: Edge = (a, b, m.phase, m.wanted)
+                edge: Edge = (a, b, m.phase, m.read_phase)
                 sent[edge, m.tensor] = max(sent.get((edge, m.tensor), 0.0), nbytes)
         total: dict[Edge, float] = defaultdict(float)
         for (edge, _), nbytes in sent.items():
@@ -172,7 +172,7 @@ class Staged:
     @cached_property
     def kept(self) -> list[float]:
         """Per operator, bytes of forward values of one microbatch that its backward pass reads."""
-        return [float(cost.kept[0]) for cost in self.costs]
+        return [float(cost.activation_bytes[0]) for cost in self.costs]
 
     @cached_property
     def entering(self) -> dict[tuple[int, int], float]:
@@ -183,7 +183,7 @@ class Staged:
             if (
                 run_ >= 0
                 and (self.run_of[m.home], self.stage[m.home]) != (run_, self.stage[m.reader])
-                and (m.phase, m.wanted) == ("forward", "forward")
+                and (m.phase, m.read_phase) == ("forward", "forward")
             ):
                 key = (self.stage[m.reader], run_, m.tensor)
                 sent[key] = max(sent.get(key, 0.0), self._part(m.nbytes, m.dims[0], m.home))
@@ -466,7 +466,9 @@ def predicted(staged: Staged) -> Prediction:
     fullest = max((held for held, _ in staged.memories), key=lambda held: held.peak)
     flops = (
         m
-        * local_flops(graph, staged.inner.mesh, staged.layout, staged.machine.backend, sent=every)
+        * local_flops(
+            graph, staged.inner.mesh, staged.layout, staged.machine.backend, traffic=every
+        )
         / staged.stages
     )
     measured = staged.machine.times

@@ -88,19 +88,19 @@ class Crossing:
         for axes in (self.scatter, self.gather):
             found += placement.seconds("all_gather", nbytes, group(axes)) if axes else 0.0
         if self.broadcast:
-            steps = (placement.ways(self.broadcast) - 1).bit_length()
+            steps = (placement.shard_count(self.broadcast) - 1).bit_length()
             tree = steps * placement.seconds("collective_permute", nbytes, group(self.broadcast))
             found += min(tree, 2 * placement.seconds("all_gather", nbytes, group(self.broadcast)))
         return found
 
     def sent(self, placement: Placement, nbytes: float) -> dict[str, float]:
         """Bytes that go over links for that, by what is done."""
-        rest = lambda axes: 1 - 1 / placement.ways(axes)  # noqa: E731
+        rest = lambda axes: 1 - 1 / placement.shard_count(axes)  # noqa: E731
         found = {
             "transfer": nbytes if self.transfer else 0.0,
             "scatter": nbytes * rest(self.scatter),
             "gather": nbytes * rest(self.gather),
-            "broadcast": nbytes * (placement.ways(self.broadcast) - 1),
+            "broadcast": nbytes * (placement.shard_count(self.broadcast) - 1),
         }
         return {kind: sent for kind, sent in found.items() if sent}
 
@@ -183,7 +183,7 @@ class Placed:
             crossing = Crossing.of(
                 self.pins[m.home], self.pins[m.reader], _dims(m, source), _dims(m, target)
             )
-            found[m.home, m.reader, m.phase, m.wanted].append((m, source, target, crossing))
+            found[m.home, m.reader, m.phase, m.read_phase].append((m, source, target, crossing))
         return found
 
     @cached_property
@@ -288,7 +288,7 @@ class Placed:
             for m, _, target, crossing in moves:
                 if crossing.axes:
                     rest = [a for dim in _dims(m, target) for a in dim if a not in crossing.axes]
-                    crossings[crossing] += m.trips * m.nbytes / self.placement.ways(rest)
+                    crossings[crossing] += m.trips * m.nbytes / self.placement.shard_count(rest)
             inside = on_links + sum(self._inside(*move) for move in moves)
             first = [Share(group, inside, LINKS) for group in groups] if inside > 0 else []
             found.append(
@@ -318,7 +318,9 @@ class Placed:
             tuple(a for a in dim if d >= count or a not in crossing.axes)
             for d, dim in enumerate(sharding)
         )  # noqa: E731
-        smaller = replace(move, nbytes=int(move.nbytes / self.placement.ways(crossing.gather)))
+        smaller = replace(
+            move, nbytes=int(move.nbytes / self.placement.shard_count(crossing.gather))
+        )
         return move_seconds(smaller, self.placement, without(source), without(target))
 
     def _between(self, slot: Slot, crossing: Crossing, nbytes: float) -> list[Share]:
@@ -425,7 +427,7 @@ class Placed:
                         count for *_, remote, count in self._ways(home, reader, crossing) if remote
                     )
                     sent = crossing.sent(
-                        self.placement, m.trips * m.nbytes / self.placement.ways(rest)
+                        self.placement, m.trips * m.nbytes / self.placement.shard_count(rest)
                     )
                     found += [(reader, kind, nbytes * groups) for kind, nbytes in sent.items()]
         return found
@@ -489,7 +491,7 @@ class Placed:
                 target = label_sharding(m.dims[1], self.assignments[m.reader])
                 sent[m.tensor] = max(
                     sent.get(m.tensor, 0.0),
-                    m.nbytes / self.placement.ways([a for dim in target for a in dim]),
+                    m.nbytes / self.placement.shard_count([a for dim in target for a in dim]),
                 )
         received = int(sum(sent.values()))
         return replace(
@@ -522,7 +524,9 @@ class Placed:
             for m, source, target, crossing in moves:
                 rest = [a for dim in _dims(m, target) for a in dim if a not in crossing.axes]
                 over = (
-                    crossing.seconds(self.placement, m.trips * m.nbytes / self.placement.ways(rest))
+                    crossing.seconds(
+                        self.placement, m.trips * m.nbytes / self.placement.shard_count(rest)
+                    )
                     if crossing.axes
                     else 0.0
                 )
@@ -534,11 +538,11 @@ class Placed:
         operators = []
         for o, cost in enumerate(self.costs):
             assignment = self.assignments[o]
-            part = 1 / self.placement.ways(tuple(self.pins[o]))
+            part = 1 / self.placement.shard_count(tuple(self.pins[o]))
             flops += part * sum(
                 w.flops
                 * w.trips
-                / self.placement.ways([a for f in w.factors for a in assignment.get(f, ())])
+                / self.placement.shard_count([a for f in w.factors for a in assignment.get(f, ())])
                 for w in self.terms.operators[o].work
             )
             source = compute_source(self.terms.operators[o], self.placement, assignment)

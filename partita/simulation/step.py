@@ -152,10 +152,10 @@ def _structure(
                 and node[0] == "compute"
                 and (source is None or source[1] != node[1])
             ):
-                between = ("move", move.home, f"{move.phase} {move.wanted}", move.reader)
+                between = ("move", move.home, f"{move.phase} {move.read_phase}", move.reader)
                 if between not in slots:
                     slots[between] = Slot(
-                        "move", move.home, move.phase, move.reader, wanted=move.wanted
+                        "move", move.home, move.phase, move.reader, wanted=move.read_phase
                     )
                     order[between] = (
                         (order[source] + 0.6)
@@ -366,7 +366,7 @@ def durations(
     moves: dict[tuple[int, int, Phase, Phase], float] = defaultdict(float)
     for m in edges:
         a, b = layout.assignments[m.home], layout.assignments[m.reader]
-        moves[m.home, m.reader, m.phase, m.wanted] += move_seconds(
+        moves[m.home, m.reader, m.phase, m.read_phase] += move_seconds(
             m, placement, label_sharding(m.source, a), label_sharding(m.target, b)
         )
     parts = [cost.parts()[:, 0] for cost in costs]

@@ -17,6 +17,6 @@ def test_a_value_read_again_thousands_of_instructions_later_is_followed_to_its_r
     args = jax.ShapeDtypeStruct((), "float32"), jax.ShapeDtypeStruct((64, 64), "float32")
     graph = capture(step, args=args).graph
     assert len(graph.instructions) > 3000
-    for recompute in (False, True):
-        inside = {i for kernel in fusion(graph, recompute).kernels.values() for i in kernel}
+    for duplicate in (False, True):
+        inside = {i for kernel in fusion(graph, duplicate).kernels.values() for i in kernel}
         assert {i for i, x in enumerate(graph.instructions) if x.name == "tanh"} <= inside

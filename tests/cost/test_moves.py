@@ -47,7 +47,7 @@ def test_what_is_still_to_be_summed_is_summed_unless_the_reader_sums_it(seed: in
     draw = random.Random(seed)
     source, target = sharding(draw), sharding(draw)
     plain = replace(ADDED, sums=0, source=ADDED.source[:-1], target=ADDED.target[:-1])
-    part = ADDED.nbytes / PLACE.ways([a for dim in source[:-1] for a in dim])
+    part = ADDED.nbytes / PLACE.shard_count([a for dim in source[:-1] for a in dim])
     summed = (
         ADDED.trips * PLACE.seconds("all_reduce", part, PLACE.group(source[-1]))
         if source[-1]

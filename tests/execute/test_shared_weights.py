@@ -16,7 +16,7 @@ import pytest
 from partita.api import capture
 from partita.capture.jax_functions import Captured, Leaf, capture_step
 from partita.cost.collectives import collectives
-from partita.cost.partial import gradients, waiting
+from partita.cost.partial import gradients, pending_sums
 from partita.execute.emitted import emitted
 from partita.execute.program import PlannedStep, planned_step
 from partita.execute.verify import compare_steps
@@ -142,8 +142,8 @@ def planned_sums(step: PlannedStep) -> Counter[tuple[str, int]]:
 def test_every_gradient_is_summed_over_devices_once_and_the_step_is_the_same(name: str) -> None:
     found = captured(PROGRAMS[name])
     step = planned_step(found, BASELINES["data parallel"](found.graph, "host", mesh_for((2,))))
-    wait, tops = waiting(found.graph, step.layout)
-    assert len(tops) == len(gradients(found.graph)) > 0
+    pending = pending_sums(found.graph, step.layout)
+    assert len(pending.totals) == len(gradients(found.graph)) > 0
     compiled = step.lower().compile()
     assert sums(emitted(compiled.as_text())) == planned_sums(step)
     tolerance = 2e-2 if name == "half" else 1e-5

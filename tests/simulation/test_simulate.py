@@ -137,7 +137,7 @@ def test_every_term_of_a_graph_has_its_task() -> None:
             if s.kind == "compute":
                 shares[s.operator, s.phase] = shares.get((s.operator, s.phase), 0.0) + s.share
         assert all(total == pytest.approx(1.0) for total in shares.values())
-        moved = {(m.home, m.reader, m.phase, m.wanted) for m in found.edges}
+        moved = {(m.home, m.reader, m.phase, m.read_phase) for m in found.edges}
         assert moved == {
             (s.operator, s.reader, s.phase, s.wanted) for s in step.slots if s.kind == "move"
         }
