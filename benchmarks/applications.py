@@ -135,19 +135,20 @@ def compiled(model: Any) -> None:
 
 def planned(name: str, machine: str) -> dict[str, Any]:
     """Captures and plans one model, allocating nothing."""
-    from partita.api import capture, describe, found
     from partita.capture.keras_models import abstract
+    from partita.capture.program import capture_program
     from partita.machine import load
+    from partita.planning import best_plan, describe
 
     with abstract():
         model, side = made(name)
     compiled(model)
     start = time.perf_counter()
-    graph = capture(model, BATCH).graph
+    graph = capture_program(model, BATCH).graph
     captured = time.perf_counter() - start
     where = load(machine)
     start = time.perf_counter()
-    plan = found(graph, where)
+    plan = best_plan(graph, where)
     return {
         "side": side,
         "instructions": len(graph.instructions),

@@ -110,12 +110,13 @@ def _data_parallel(units: int, batch: int, path: Path) -> None:
     """Writes the plan of data parallelism, by Partita, for the script's model."""
     code = f"""
 import keras
-from partita.api import capture, machine_of
+from partita.capture.program import capture_program
+from partita.planning import resolve_machine
 from partita.search.find import find
 stack = [keras.layers.Dense({units}, activation="relu", name=n) for n in ("dense", "dense_1", "dense_2")]
 model = keras.Sequential([keras.Input(({units},)), *stack, keras.layers.Dense(10, name="dense_3")], name="sequential")
 model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-find(capture(model, {batch}).graph, machine_of(None)).baselines["data parallel"][0].save({str(path)!r})
+find(capture_program(model, {batch}).graph, resolve_machine(None)).baselines["data parallel"][0].save({str(path)!r})
 """
     subprocess.run([sys.executable, "-c", code], env=environment(2, str(path.parent)), check=True)
 

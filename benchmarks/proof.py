@@ -17,9 +17,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
 
-from partita.api import capture
 from partita.bench.networks import NETWORKS, model
 from partita.bench.papers import OPTCNN, OPTCNN_BATCH
+from partita.capture.program import capture_program
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.plans.baselines import BASELINES
@@ -43,7 +43,7 @@ def network_of(graph: OperatorGraph, machine: Machine) -> CostNetwork:
 
 def proof(name: str, cluster: str) -> str:
     machine = load(cluster).with_devices(4)
-    graph = capture(model(name), 4 * NETWORKS[name].batch).graph
+    graph = capture_program(model(name), 4 * NETWORKS[name].batch).graph
     network = network_of(graph, machine)
     start = network.states_of(
         BASELINES["data parallel"](graph, machine.name, network.placement.mesh)
@@ -77,7 +77,7 @@ def proof(name: str, cluster: str) -> str:
 
 def exact(name: str) -> str:
     machine = load("p100-cluster").with_devices(4)
-    graph = capture(model(name), 4 * OPTCNN_BATCH).graph
+    graph = capture_program(model(name), 4 * OPTCNN_BATCH).graph
     made, solved = [], []
     for _ in range(ROUNDS + 1):
         begun = time.perf_counter()

@@ -15,7 +15,7 @@ import keras
 from keras import layers
 
 import partita
-from partita.api import capture
+from partita.capture.program import capture_program
 from partita.machine import load
 from partita.plans.baselines import BASELINES
 from partita.search.elimination import eliminate
@@ -45,7 +45,7 @@ for make, batch in ((resnet, 256), (transformer, 64)):
         model = make()
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     built = time.time()
-    graph = capture(model, batch).graph
+    graph = capture_program(model, batch).graph
     print(
         f"{model.name}: built in {built - start:.1f} s, captured in {time.time() - built:.1f} s, {len(graph.operators)} operators"
     )

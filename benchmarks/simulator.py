@@ -24,9 +24,9 @@ import numpy as np
 from numba import njit
 
 import partita
-from partita.api import capture
 from partita.bench.networks import NETWORKS
 from partita.bench.networks import model as published
+from partita.capture.program import capture_program
 from partita.machine import load
 from partita.plans.baselines import BASELINES
 from partita.search.find import mesh_of
@@ -126,7 +126,7 @@ def main() -> None:
         model.compile("sgd", "sparse_categorical_crossentropy")
     for name in given.machines:
         machine = load(name)
-        graph = capture(model, given.batch * machine.devices).graph
+        graph = capture_program(model, given.batch * machine.devices).graph
         mesh = mesh_of(machine)
         problem = simulated(
             build(

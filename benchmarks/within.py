@@ -15,9 +15,9 @@ import time
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from partita.api import capture
 from partita.bench.networks import NETWORKS, model
 from partita.bench.papers import FLEXFLOW
+from partita.capture.program import capture_program
 from partita.machine import load
 from partita.search.find import find
 
@@ -30,7 +30,7 @@ arguments = parser.parse_args()
 
 machine = load(arguments.machine).with_devices(arguments.devices)
 for name in FLEXFLOW if arguments.only is None else (arguments.only,):
-    graph = capture(model(name), NETWORKS[name].batch * arguments.devices).graph
+    graph = capture_program(model(name), NETWORKS[name].batch * arguments.devices).graph
     seen: list[tuple[float, float]] = []
     began = time.perf_counter()
     result = find(

@@ -3,40 +3,69 @@
 >>> import partita
 >>> model = partita.parallelize(model)                        # then fit as always      # doctest: +SKIP
 >>> plan = partita.plan(model, batch_size=256, devices=8)     # doctest: +SKIP
+
+Importing it imports neither JAX nor Keras. It requests JAX of Keras (KERAS_BACKEND=jax), unless you have chosen a backend.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from partita.api import compare, layout_map, parallelize, plan, simulate
+from partita.keras_backend import prefer_jax
+
+prefer_jax()
+
+from partita.api import compare, parallelize, plan, simulate
+from partita.capture.program import capture_program
+from partita.comparison import Comparison
 from partita.errors import PartitaError
+from partita.graph.operator_graph import OperatorGraph
+from partita.machine import Machine
+from partita.machine import load as load_machine
+from partita.offers import Objective, Offer, compare_machines
+from partita.planning import SearchOptions, best_plan, check_plan, predict_plan
 from partita.plans.plan import Plan
+from partita.simulation.timeline import Timeline
 
 if TYPE_CHECKING:
     from partita.capture.keras_models import abstract
     from partita.keras.checkpoint import Checkpoint
+    from partita.keras.layout_map import layout_map
 
 __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
+    "Comparison",
+    "Machine",
+    "Objective",
+    "Offer",
+    "OperatorGraph",
     "PartitaError",
     "Plan",
+    "SearchOptions",
+    "Timeline",
     "abstract",
+    "best_plan",
+    "capture_program",
+    "check_plan",
     "compare",
+    "compare_machines",
     "layout_map",
+    "load_machine",
     "parallelize",
     "plan",
+    "predict_plan",
     "simulate",
 ]
 
+_IMPORTED_ON_USE = {
+    "Checkpoint": "partita.keras.checkpoint",
+    "abstract": "partita.capture.keras_models",
+    "layout_map": "partita.keras.layout_map",
+}
+"""Names that need Keras, and their modules: planning from a file does not need it."""
+
 
 def __getattr__(name: str) -> Any:
-    """What needs Keras is fetched when it is first asked for: planning from a file does not."""
-    if name == "abstract":
-        from partita.capture.keras_models import abstract
-
-        return abstract
-    if name == "Checkpoint":
-        from partita.keras.checkpoint import Checkpoint
-
-        return Checkpoint
-    raise AttributeError(f"module 'partita' has no attribute {name!r}")
+    if name not in _IMPORTED_ON_USE:
+        raise AttributeError(f"module 'partita' has no attribute {name!r}")
+    return getattr(import_module(_IMPORTED_ON_USE[name]), name)

@@ -5,9 +5,10 @@ import pytest
 from keras import layers
 
 import partita
-from partita.api import capture, check_plan, planner
+from partita.capture.program import capture_program
 from partita.errors import CaptureError, MemoryBudgetError, PlanError
 from partita.machine import host
+from partita.planning import check_plan, make_planner
 
 
 def made(width: int = 512) -> keras.Model:
@@ -23,10 +24,10 @@ def made(width: int = 512) -> keras.Model:
 
 
 def test_a_plan_of_another_model_batch_or_machine() -> None:
-    graph = capture(made(), 32).graph
+    graph = capture_program(made(), 32).graph
     plan = partita.plan(made(), 32, machine=host(4, 1 << 30))
     assert check_plan(plan, graph, host(4, 1 << 30)) == plan
-    smaller = check_plan(plan, capture(made(), 2).graph, host(4, 1 << 30))
+    smaller = check_plan(plan, capture_program(made(), 2).graph, host(4, 1 << 30))
     assert smaller.batch_size == 2
     with pytest.raises(
         PlanError,
@@ -39,7 +40,7 @@ def test_a_plan_of_another_model_batch_or_machine() -> None:
         PlanError,
         match="made for another model .* the model has no 'wide', 'out'; the plan says nothing about 'else'",
     ):
-        check_plan(plan, capture(other, 16).graph, host(4, 1 << 30))
+        check_plan(plan, capture_program(other, 16).graph, host(4, 1 << 30))
 
 
 def test_a_plan_as_a_keras_layout_map() -> None:
@@ -56,33 +57,33 @@ def test_what_is_missing_is_said() -> None:
         CaptureError,
         match="is not compiled, so it has no loss and no optimizer. Call model.compile",
     ):
-        capture(keras.Sequential([keras.Input((4,)), layers.Dense(2)]), 8)
+        capture_program(keras.Sequential([keras.Input((4,)), layers.Dense(2)]), 8)
     model = keras.Sequential([keras.Input((None, 4)), layers.LSTM(2)])
     model.compile("sgd", "mse")
     with pytest.raises(
         CaptureError, match="dim 1 is not fixed. Give a batch of the shapes you train on"
     ):
-        capture(model, 8)
+        capture_program(model, 8)
     frozen = made()
     frozen.trainable = False
     with pytest.raises(CaptureError, match="has no trainable variables"):
-        capture(frozen, 8)
+        capture_program(frozen, 8)
 
 
 def test_what_a_compiler_refused_is_planned_smaller_and_a_given_plan_is_answered_with_the_nearest() -> (
     None
 ):
-    captured = capture(made(1 << 14), 256)
+    captured = capture_program(made(1 << 14), 256)
     machine = host(4, 1 << 28)
     free = partita.plan(made(1 << 14), 256, machine=machine)
     excess = 2.0
     refused = MemoryBudgetError("The plan 'found' needs too much.", excess)
-    again = planner(machine=machine)(captured, refused)
+    again = make_planner(machine=machine)(captured, refused)
     assert again.predicted["peak_bytes"] <= machine.memory_bytes / excess
     with pytest.raises(
         MemoryBudgetError,
         match=r"needs too much\. The nearest plan that fits: .* a device, a step predicted at .*",
     ):
-        planner(machine=machine, plan=free)(captured, refused)
+        make_planner(machine=machine, plan=free)(captured, refused)
     with pytest.raises(MemoryBudgetError, match="under no plan: the smallest needs"):
-        planner(machine=machine)(captured, MemoryBudgetError("", 1e6))
+        make_planner(machine=machine)(captured, MemoryBudgetError("", 1e6))

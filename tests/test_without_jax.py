@@ -18,8 +18,8 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 """
 PLAN = """
-from partita.api import check_plan, found, predicted
-from partita.graph.operator_graph import Graph, check
+from partita.planning import best_plan, check_plan, predict_plan
+from partita.graph.operator_graph import OperatorGraph, check
 from partita.machine import load
 from partita.plans.baselines import BASELINES
 from partita.plans.layout import layout_of
@@ -27,17 +27,17 @@ from partita.plans.diff import diff
 from partita.plans.plan import Plan
 from partita.search.find import mesh_of
 
-graph, machine = check(Graph.load(sys.argv[1])), load("dgx-h100")
+graph, machine = check(OperatorGraph.load(sys.argv[1])), load("dgx-h100")
 for make in BASELINES.values():
     baseline = make(graph, machine.name, mesh_of(machine))
     assert len(layout_of(graph, baseline).shardings) == len(graph.tensors)
-plan = found(graph, machine)
+plan = best_plan(graph, machine)
 print(plan)
 assert plan.predicted["seconds"] <= min(b["seconds"] for b in plan.why["baselines"].values())
 plan.save(sys.argv[2])
 again = check_plan(Plan.load(sys.argv[2]), graph, machine)
 assert again == plan and diff(again, plan) == []
-assert abs(predicted(graph, machine, again).seconds - plan.predicted["seconds"]) <= 1e-9 * plan.predicted["seconds"]
+assert abs(predict_plan(graph, machine, again).seconds - plan.predicted["seconds"]) <= 1e-9 * plan.predicted["seconds"]
 """
 
 

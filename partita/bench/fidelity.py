@@ -21,11 +21,12 @@ from typing import Any
 import keras
 from keras import layers
 
-from partita.api import capture, predicted, timed_search
+from partita.capture.program import capture_program
 from partita.cost.terms import cost_terms
 from partita.errors import PartitaError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, fitted_times
+from partita.planning import predict_plan, search_measured
 from partita.plans.check import check
 from partita.plans.plan import Mesh, Plan
 from partita.search.candidates import candidates, names_of
@@ -286,8 +287,8 @@ def measured(
     for number, name in enumerate(models, 1):
         say(f"model {number} of {len(models)}, {name}: timing operators, looking for a plan")
         model, batch = MODELS[name]()
-        captured = capture(model, batch)
-        result = timed_search(captured, machine, None, None, None)
+        captured = capture_program(model, batch)
+        result = search_measured(captured, machine)
 
         def wanted(captured: Any = captured, result: Any = result) -> str:
             known = {n: plan for n, (plan, _) in result.baselines.items()}
@@ -328,7 +329,7 @@ def predictions(done: Sequence[_Done], machine: Machine) -> list[Step]:
         others = [r for r in records if r["digest"] not in own and r["model"] != d.graph.name]
         fit = replace(machine, times=fitted_times(others)) if others else None
         for name, plan in d.plans.items():
-            by_operators = predicted(d.graph, d.machine, plan)
+            by_operators = predict_plan(d.graph, d.machine, plan)
             whole = sum(o.compute for o in by_operators.operators) or 1.0
             found.append(
                 Step(
@@ -337,8 +338,8 @@ def predictions(done: Sequence[_Done], machine: Machine) -> list[Step]:
                     name,
                     name == d.chosen,
                     d.seconds[name],
-                    predicted(d.graph, machine, plan).seconds,
-                    predicted(d.graph, fit, plan).seconds if fit is not None else None,
+                    predict_plan(d.graph, machine, plan).seconds,
+                    predict_plan(d.graph, fit, plan).seconds if fit is not None else None,
                     by_operators.seconds,
                     fit.times.error if fit is not None and fit.times else None,
                     {

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from partita.api import capture
 from partita.bench.networks import NETWORKS, model
 from partita.bench.published import expert, one_weird_trick, optcnn_vgg16
+from partita.capture.program import capture_program
 from partita.cost.collectives import collectives
 from partita.cost.predict import predict
 from partita.errors import MemoryBudgetError, PartitaError
@@ -148,7 +148,7 @@ def cases(
 @lru_cache(maxsize=1)
 def _captured(network: str, batch: int) -> tuple[OperatorGraph, float]:
     start = time.perf_counter()
-    graph = capture(model(network), batch).graph
+    graph = capture_program(model(network), batch).graph
     return graph, time.perf_counter() - start
 
 

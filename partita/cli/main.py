@@ -130,14 +130,14 @@ def run(
         in_processes(processes, wanted)
         quiet = not join() or quiet
         start_devices(wanted)
-        from partita.api import planner, simulate_captured
         from partita.keras.script import run_script
+        from partita.planning import SearchOptions, make_planner, simulate_plan
 
         simulated: list[tuple[Any, Any]] = []
 
         def seen(captured: Any, machine: Any, chosen: Any) -> None:
             if report is not None:
-                simulated.append((chosen, simulate_captured(captured, machine, chosen)))
+                simulated.append((chosen, simulate_plan(captured, machine, chosen)))
             if save_plan is not None:
                 _write(save_plan, lambda: chosen.save(save_plan))
             if not quiet:
@@ -164,7 +164,10 @@ def run(
                 )
 
         with progress(quiet) as shown:
-            choose = planner(devices, None, plan, shown, seen, measure_operators, timing(quiet))
+            options = SearchOptions(
+                measure_operators=measure_operators, report=shown, report_timing=timing(quiet)
+            )
+            choose = make_planner(plan, devices, options=options, on_plan=seen)
             code = run_script(
                 script, context.args, choose, report=say(quiet), verify=verify, trained=trained
             )
@@ -250,29 +253,36 @@ def plan(
             )
             return
         captured, where = _captured(context, script, devices, machine, as_json)
-        from partita import api
+        from partita.planning import (
+            SearchOptions,
+            check_measurable,
+            search_plan,
+            simulate_plan,
+            with_reasons,
+        )
         from partita.report.tables import comparison_table, plan_table, summary
 
         with progress(as_json) as shown:
             staged = machine is not None if stages is None else stages
-            result = api.searched(
-                captured,
-                where,
-                shown,
-                measure_operators and api.here(machine),
-                timing(as_json),
-                seconds,
-                staged,
-                search,
+            if measure_operators:
+                check_measurable(machine)
+            options = SearchOptions(
+                seconds=seconds,
+                stages=staged,
+                search=search,
+                measure_operators=measure_operators,
+                report=shown,
+                report_timing=timing(as_json),
             )
-            chosen = api.explained(result)
+            result = search_plan(captured, where, options)
+            chosen = with_reasons(result)
         if save_plan is not None:
             _write(save_plan, lambda: chosen.save(save_plan))
         if report is not None:
             _write_page(
                 report,
                 chosen,
-                timeline=api.simulate_captured(captured, result.network.placement.machine, chosen),
+                timeline=simulate_plan(captured, result.network.placement.machine, chosen),
             )
         if as_json:
             print(json.dumps(chosen.to_json()))
@@ -320,30 +330,24 @@ def _compare_machines(
     prices = _prices(price)
     machines = [load(name.strip()) for name in machine.split(",") if name.strip()]
     captured, _ = _captured(context, script, None, machines[0].name, as_json)
-    from partita.api import explained, offers, simulate_captured
+    from partita.offers import Objective, compare_machines
+    from partita.planning import SearchOptions, simulate_plan, with_reasons
     from partita.report.tables import offers_table
 
     with progress(as_json) as shown:
-        found = offers(
+        found = compare_machines(
             captured,
             machines,
-            objective,
-            prices,
-            samples,
-            shown,
-            seconds,
-            stages is not False,
-            search,
+            Objective(objective, prices, samples),
+            SearchOptions(seconds=seconds, stages=stages is not False, search=search, report=shown),
         )
-    rows, best = [offer.to_json() for offer in found], found[0].found
+    rows, best = [offer.to_json() for offer in found], found[0].result
     if best is not None and (save_plan is not None or report is not None):
-        chosen = explained(best)
+        chosen = with_reasons(best)
         if save_plan is not None:
             _write(save_plan, lambda: chosen.save(save_plan))
         if report is not None:
-            _write_page(
-                report, chosen, timeline=simulate_captured(captured, found[0].machine, chosen)
-            )
+            _write_page(report, chosen, timeline=simulate_plan(captured, found[0].machine, chosen))
     if as_json:
         print(json.dumps(rows))
         return
@@ -393,12 +397,17 @@ def compare(
     """
     with errors():
         captured, where = _captured(context, script, devices, machine, as_json, measure)
-        from partita.api import compare_captured, here
+        from partita.comparison import compare_plans
+        from partita.planning import SearchOptions, check_measurable
         from partita.report.tables import comparison_table
 
         with progress(as_json) as report:
-            measured = measure_operators and here(machine)
-            result = compare_captured(captured, where, measure, report, measured, timing(as_json))
+            if measure_operators:
+                check_measurable(machine)
+            options = SearchOptions(
+                measure_operators=measure_operators, report=report, report_timing=timing(as_json)
+            )
+            result = compare_plans(captured, where, options, measure)
         if as_json:
             print(json.dumps(result.to_json()))
         else:
@@ -440,13 +449,13 @@ def simulate(
     with errors():
         _can_write(trace=trace, report=report)
         captured, where = _captured(context, script, devices, machine, as_json)
-        from partita.api import named_plan, simulate_captured
+        from partita.planning import resolve_plan, simulate_plan
         from partita.report.tables import timeline_summary, timeline_table
         from partita.report.trace import trace as trace_of
 
         with progress(as_json) as shown:
-            chosen = named_plan(plan, captured.graph, where, shown)
-        timeline = simulate_captured(captured, where, chosen)
+            chosen = resolve_plan(plan, captured.graph, where, shown)
+        timeline = simulate_plan(captured, where, chosen)
         if trace is not None:
             _write(trace, lambda: _save(trace, json.dumps(trace_of(timeline))), "trace")
         if report is not None:
@@ -808,11 +817,11 @@ def _captured(
         where = load(machine) if devices is None else load(machine).with_devices(devices)
     if execute or where is None:
         start_devices(devices)
-    from partita.api import machine_of
     from partita.keras.script import plan_script
+    from partita.planning import resolve_machine
 
     if where is None:
-        where = machine_of(None, devices)
+        where = resolve_machine(None, devices)
     with (
         err.status(f"running {script} up to its first fit", spinner="dots")
         if not quiet and err.is_terminal

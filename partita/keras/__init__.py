@@ -44,9 +44,9 @@ def _keras() -> Any:
         from partita.execute.devices import start_host_devices
 
         start_host_devices()
-        from partita.api import describe, planner
         from partita.execute.verify import check_compiled
         from partita.keras.fit import attaching
+        from partita.planning import describe, make_planner
         from partita.units import format_seconds
 
         def seen(captured: Any, machine: Any, plan: Any) -> None:
@@ -54,7 +54,7 @@ def _keras() -> Any:
                 f"'{plan.graph}' on {machine.name}: {describe(plan)}; {format_seconds(plan.predicted['seconds'])} a step predicted"
             )
 
-        _on.enter_context(attaching(planner(None, None, None, None, seen), _say, check_compiled))
+        _on.enter_context(attaching(make_planner(on_plan=seen), _say, check_compiled))
     return keras
 
 

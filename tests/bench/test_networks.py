@@ -5,10 +5,10 @@ import json
 import pytest
 import typer.testing
 
-from partita.api import capture
 from partita.bench.networks import NETWORKS, model
 from partita.bench.papers import cases, on_links, run
 from partita.bench.published import layers_on_devices, one_weird_trick, optcnn_vgg16
+from partita.capture.program import capture_program
 from partita.cli.main import app
 from partita.errors import PartitaError
 from partita.graph.operator_graph import OperatorGraph
@@ -51,11 +51,11 @@ def test_building_a_network_in_16_bit_leaves_the_dtype_policy_as_it_was() -> Non
 
 @pytest.fixture(scope="module")
 def vgg16() -> OperatorGraph:
-    return capture(model("vgg16"), 128).graph
+    return capture_program(model("vgg16"), 128).graph
 
 
 def test_every_step_of_a_recurrent_layer_is_operators_of_its_own() -> None:
-    graph = capture(model("rnnlm-2"), 8).graph
+    graph = capture_program(model("rnnlm-2"), 8).graph
     assert sum(o.path.startswith("lstm0") and o.kind == "dot" for o in graph.operators) == 2 * 2
 
 
@@ -76,7 +76,7 @@ def test_optcnns_plan_splits_the_last_convolutions_in_space_and_the_dense_layers
 def test_experts_split_samples_over_nodes_and_give_every_recurrent_layer_a_device_of_its_own() -> (
     None
 ):
-    graph, where = capture(model("rnnlm-2"), 16).graph, load("k80-cluster:4")
+    graph, where = capture_program(model("rnnlm-2"), 16).graph, load("k80-cluster:4")
     plan = layers_on_devices(graph, "k80-cluster", mesh_of(where))
     text = plan.to_json()["operators"]
     assert {text[name] for name in text if name.startswith(("embedding", "lstm0"))} == {

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from partita.api import capture
+from partita.capture.program import capture_program
 from partita.cost.fusion import fusion
 
 
@@ -15,7 +15,7 @@ def test_a_value_read_again_thousands_of_instructions_later_is_followed_to_its_r
         return w - jnp.sum(y * shared)
 
     args = jax.ShapeDtypeStruct((), "float32"), jax.ShapeDtypeStruct((64, 64), "float32")
-    graph = capture(step, args=args).graph
+    graph = capture_program(step, args=args).graph
     assert len(graph.instructions) > 3000
     for duplicate in (False, True):
         inside = {i for kernel in fusion(graph, duplicate).kernels.values() for i in kernel}

@@ -8,7 +8,7 @@ os.environ["KERAS_BACKEND"] = "jax"
 import keras
 from keras import layers
 
-from partita.api import capture
+from partita.capture.program import capture_program
 
 
 def mlp() -> keras.Model:
@@ -49,4 +49,4 @@ if __name__ == "__main__":
     for make in (mlp, cnn, transformer):
         model = make()
         model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-        capture(model, 32).graph.save(Path(__file__).parent / f"{make.__name__}.graph.json")
+        capture_program(model, 32).graph.save(Path(__file__).parent / f"{make.__name__}.graph.json")

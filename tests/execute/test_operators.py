@@ -9,11 +9,12 @@ from jax.extend.mlir import ir
 from keras import layers
 
 import partita
-from partita.api import capture, predicted, searched
 from partita.capture import stablehlo
+from partita.capture.program import capture_program
 from partita.errors import PlanError
 from partita.execute import operators
 from partita.execute.devices import detect
+from partita.planning import SearchOptions, predict_plan, search_plan
 from partita.plans.layout import operator_assignments
 from partita.search.find import find
 
@@ -36,7 +37,7 @@ def captured(monkeypatch, tmp_path):
         ]
     )
     model.compile("adam", "mse")
-    return capture(model, 8)
+    return capture_program(model, 8)
 
 
 def cut(captured, plan, name):
@@ -71,10 +72,10 @@ def test_a_part_is_what_one_device_computes(captured):
 
 def test_every_operator_of_every_plan_is_measured_and_said_to_be(captured):
     machine = detect(2)
-    result = searched(captured, machine, measure=True)
+    result = search_plan(captured, machine, SearchOptions(measure_operators=True))
     assert {o.name for o in result.prediction.operators if o.source != "measured"} == set()
     assert "100% measured operator by operator" in result.plan.predicted["provenance"]["seconds"]
-    assert predicted(captured.graph, machine, result.plan).operators[0].source == "roofline"
+    assert predict_plan(captured.graph, machine, result.plan).operators[0].source == "roofline"
     assert all(
         o.compute > 0 for o in result.prediction.operators if o.name.startswith(("conv", "dense"))
     )
@@ -111,7 +112,7 @@ def test_a_window_split_in_space_makes_its_part_of_the_result(monkeypatch, tmp_p
         ]
     )
     model.compile("sgd", "mse")
-    c, machine = capture(model, 8), detect(2)
+    c, machine = capture_program(model, 8), detect(2)
     plan = find(c.graph, machine).baselines["spatial"][0]
     forward, backward = cut(
         c, plan, next(o.name for o in c.graph.operators if o.path.startswith("conv"))
@@ -124,7 +125,9 @@ def test_a_window_split_in_space_makes_its_part_of_the_result(monkeypatch, tmp_p
     )
     machine = operators.measured_operators(c, machine, [plan])
     assert {
-        o.source for o in predicted(c.graph, machine, plan).operators if o.name.startswith("conv")
+        o.source
+        for o in predict_plan(c.graph, machine, plan).operators
+        if o.name.startswith("conv")
     } == {"measured"}
 
 
@@ -132,7 +135,7 @@ def test_what_was_not_measured_is_fitted_and_slower_where_its_operator_was_slowe
     machine = detect(2)
     plans = {n: p for n, (p, _) in find(captured.graph, machine).baselines.items()}
     machine = operators.measured_operators(captured, machine, [plans["data parallel"]])
-    other = predicted(captured.graph, machine, plans["tensor parallel"])
+    other = predict_plan(captured.graph, machine, plans["tensor parallel"])
     assert "fitted" in {o.source for o in other.operators}
     assert "fitted to such measurements" in other.to_json()["provenance"]["seconds"]
     slow = replace(
@@ -144,7 +147,7 @@ def test_what_was_not_measured_is_fitted_and_slower_where_its_operator_was_slowe
     )
     for before, after in zip(
         other.operators,
-        predicted(captured.graph, slow, plans["tensor parallel"]).operators,
+        predict_plan(captured.graph, slow, plans["tensor parallel"]).operators,
         strict=True,
     ):
         assert after.compute == pytest.approx(
@@ -156,7 +159,7 @@ def test_a_loop_is_measured_whole(monkeypatch, tmp_path):
     monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
     model = keras.Sequential([keras.Input((6, 4)), layers.LSTM(8), layers.Dense(4)])
     model.compile("sgd", "mse")
-    c = capture(model, 8)
+    c = capture_program(model, 8)
     plan = find(c.graph, detect(2)).baselines["data parallel"][0]
     forward, backward = cut(
         c, plan, next(o.name for o in c.graph.operators if o.path.startswith("lstm"))
@@ -169,7 +172,7 @@ def test_only_devices_at_hand_are_measured(captured):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(4)])
     model.compile("sgd", "mse")
     with pytest.raises(
-        PlanError, match=r"only on the devices at hand, and a plan for the machine 'dgx-h100:8'"
+        PlanError, match=r"on the local devices only, and the plan is for the machine 'dgx-h100:8'"
     ):
         partita.plan(model, 8, machine="dgx-h100:8", measure_operators=True)
 
@@ -187,7 +190,7 @@ def test_a_part_in_space_that_takes_longer_than_the_whole_is_not_taken_for_measu
         ]
     )
     model.compile("sgd", "mse")
-    c, machine = capture(model, 8), detect(2)
+    c, machine = capture_program(model, 8), detect(2)
     plans = {n: p for n, (p, _) in find(c.graph, machine).baselines.items()}
     slow = {"spatial": 3.0, "one device": 1.0, "data parallel": 2.0}
     for name, source in {"spatial": "fitted", "data parallel": "measured"}.items():
@@ -203,6 +206,6 @@ def test_a_part_in_space_that_takes_longer_than_the_whole_is_not_taken_for_measu
         found = operators.measured_operators(c, machine, chosen)
         assert {
             o.source
-            for o in predicted(c.graph, found, plans[name]).operators
+            for o in predict_plan(c.graph, found, plans[name]).operators
             if o.name.startswith("conv")
         } == {source}

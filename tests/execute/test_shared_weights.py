@@ -13,8 +13,8 @@ import keras
 import numpy as np
 import pytest
 
-from partita.api import capture
 from partita.capture.jax_functions import Captured, Leaf, capture_step
+from partita.capture.program import capture_program
 from partita.cost.collectives import collectives
 from partita.cost.partial import gradients, pending_sums
 from partita.execute.emitted import emitted
@@ -173,7 +173,7 @@ def test_an_unrolled_lstm_sums_every_weight_once_and_trains_as_on_one_device() -
     h = keras.layers.LSTM(WIDTH, return_sequences=True, unroll=True)(h)
     model = keras.Model(words, keras.layers.Dense(WORDS)(h))
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    found = capture(model, BATCH)
+    found = capture_program(model, BATCH)
     step = planned_step(found, BASELINES["data parallel"](found.graph, "host", mesh_for((2,))))
     planned = planned_sums(step)
     assert planned == Counter(

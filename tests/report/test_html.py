@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from partita.api import found
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
+from partita.planning import best_plan
 from partita.plans.plan import Mesh, Plan
 from partita.report.html import page
 from partita.simulation.simulate import simulate
@@ -25,12 +25,12 @@ MEASURED = {
 
 
 def plan(name: str = "transformer", machine: str = "k80-cluster:2") -> Plan:
-    return found(OperatorGraph.load(DATA / f"{name}.graph.json"), load(machine))
+    return best_plan(OperatorGraph.load(DATA / f"{name}.graph.json"), load(machine))
 
 
 def timed() -> str:
     graph, machine = OperatorGraph.load(DATA / "transformer.graph.json"), load("k80-cluster:2")
-    made = found(graph, machine)
+    made = best_plan(graph, machine)
     return page(made, timeline=simulate(graph, machine, made))
 
 

@@ -25,13 +25,13 @@ def graph() -> OperatorGraph:
     import keras
 
     import partita
-    from partita.api import capture
     from partita.bench.networks import gpt3
+    from partita.capture.program import capture_program
 
     with partita.abstract():
         model = gpt3(width=1024, blocks=BLOCKS, heads=8, length=512, vocabulary=8192)
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    return capture(model, 128).graph
+    return capture_program(model, 128).graph
 
 
 @pytest.fixture(scope="module")

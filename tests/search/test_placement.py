@@ -29,7 +29,7 @@ def inception() -> OperatorGraph:
     import keras
 
     import partita
-    from partita.api import capture
+    from partita.capture.program import capture_program
 
     conv = lambda name, filters, size, x: keras.layers.Conv2D(
         filters, size, padding="same", activation="relu", name=name
@@ -45,7 +45,7 @@ def inception() -> OperatorGraph:
         )
         model = keras.Model(x, keras.layers.Dense(7, name="out")(both))
     model.compile("sgd", "mse")
-    return capture(model, 1).graph
+    return capture_program(model, 1).graph
 
 
 @pytest.fixture(scope="module")

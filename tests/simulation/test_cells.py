@@ -114,7 +114,7 @@ def two_branches() -> OperatorGraph:
     import keras
 
     import partita
-    from partita.api import capture
+    from partita.capture.program import capture_program
 
     with partita.abstract():
         x = keras.Input((256,))
@@ -123,7 +123,7 @@ def two_branches() -> OperatorGraph:
         )
         model = keras.Model(x, keras.layers.Dense(8, name="out")(both))
     model.compile("sgd", "mse")
-    return capture(model, 64).graph
+    return capture_program(model, 64).graph
 
 
 def placed(graph: OperatorGraph, where: Machine, **choices: str) -> Placed:

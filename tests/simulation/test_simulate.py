@@ -147,14 +147,14 @@ def test_operators_that_run_in_pieces_with_others_in_between_have_an_order() -> 
     import keras
 
     import partita
-    from partita.api import capture
+    from partita.capture.program import capture_program
 
     with partita.abstract():
         model = keras.applications.MobileNetV3Small(
             weights=None, input_shape=(64, 64, 3), classes=16
         )  # squeezes and excites
     model.compile("sgd", "sparse_categorical_crossentropy")
-    graph = capture(model, 16).graph
+    graph = capture_program(model, 16).graph
     step = structure(graph, cost_terms(graph, machine(0.5).backend))
     assert all(b < n for n, before in enumerate(step.before) for b in before)
     assert any(s.share < 1 for s in step.slots)

@@ -1,0 +1,79 @@
+"""A program -> its captured training step: a compiled Keras model, or a JAX function with the arguments of a call."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from partita.errors import CaptureError
+from partita.keras_backend import require_jax
+
+if TYPE_CHECKING:
+    from partita.capture.jax_functions import Captured
+
+DEFAULT_BATCH_SIZE = 32
+
+
+def capture_program(
+    program: Any,
+    batch_size: int | None = None,
+    batch: Any = None,
+    args: Sequence[Any] | None = None,
+) -> Captured:
+    """The captured training step of a program; its `.graph` prints, saves and is planned.
+
+    Args:
+        program: A compiled Keras model, or a jittable training step.
+        batch_size: Samples of a batch, for a model that knows its input shapes; 32 by default.
+        batch: (x, y) of arrays or shapes, for a model that does not know its input shapes.
+        args: The arguments of a call of a training step, arrays or shapes.
+
+    Raises:
+        CaptureError: The program is neither, or its step cannot be captured.
+    """
+    if is_keras_model(program):
+        return _captured_model(program, batch_size or DEFAULT_BATCH_SIZE, batch)
+    from partita.capture.functions import call_of, capture_call
+
+    step, step_args = checked_call(program, args)
+    return capture_call(step, call_of(step, step_args, {})).captured
+
+
+def _captured_model(model: Any, batch_size: int, batch: Any) -> Captured:
+    from partita.capture.keras_models import batch_like, capture_model
+
+    if batch is None:
+        batch = batch_like(model, batch_size)
+    return capture_model(model, batch)
+
+
+def is_keras_model(program: Any) -> bool:
+    """Whether a program is a Keras model; any other program is taken for a training step.
+
+    PartitaError if it is a model on another backend than JAX.
+    """
+    keras: Any = sys.modules.get("keras")
+    if keras is None or not isinstance(program, keras.Model):
+        return False
+    require_jax()
+    return True
+
+
+def checked_call(
+    program: Any, args: Sequence[Any] | None
+) -> tuple[Callable[..., Any], Sequence[Any]]:
+    """A training step and the arguments of a call; CaptureError if either is something else."""
+    if not callable(program):
+        raise CaptureError(
+            f"A {type(program).__name__} cannot be parallelized. Give a Keras model, or a function: "
+            "partita.parallelize(train_step, (params, opt_state, batch))."
+        )
+    is_sequence = isinstance(args, Sequence) and not isinstance(args, (str, dict))
+    if args is None or not is_sequence:
+        name = getattr(program, "__name__", program)
+        raise CaptureError(
+            f"The step '{name}' needs the arguments of a call, arrays or shapes, as a tuple: "
+            "partita.parallelize(train_step, (params, opt_state, batch))."
+        )
+    return program, args

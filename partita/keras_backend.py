@@ -1,0 +1,56 @@
+"""Keras's backend: JAX is requested before Keras is imported, and checked before a model is planned.
+
+Keras reads KERAS_BACKEND, then its file keras.json, when it is first imported, and never again. Nothing here imports Keras.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from partita.errors import PartitaError
+
+VARIABLE = "KERAS_BACKEND"
+
+
+def prefer_jax() -> None:
+    """Requests JAX, unless Keras is imported already or the user has chosen a backend."""
+    if "keras" not in sys.modules and chosen_backend() is None:
+        os.environ[VARIABLE] = "jax"
+
+
+def chosen_backend() -> str | None:
+    """The backend that the user has chosen by KERAS_BACKEND or in keras.json; None for no choice.
+
+    Keras itself writes "tensorflow" into keras.json when it is first imported, so that value is not a choice.
+    """
+    variable = os.environ.get(VARIABLE)
+    if variable:
+        return variable
+    folder = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
+    try:
+        backend = json.loads((folder / "keras.json").read_text(encoding="utf-8")).get("backend")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return backend if isinstance(backend, str) and backend != "tensorflow" else None
+
+
+def running_backend() -> str | None:
+    """The backend of Keras, once it is imported."""
+    keras: Any = sys.modules.get("keras")
+    if keras is None or not hasattr(keras, "backend"):
+        return None
+    return keras.backend.backend()
+
+
+def require_jax() -> None:
+    """PartitaError if Keras is imported on another backend than JAX."""
+    backend = running_backend()
+    if backend not in (None, "jax"):
+        raise PartitaError(
+            f"Keras is already imported on the {backend} backend, and Partita plans JAX programs only. "
+            f"Set {VARIABLE}=jax before importing Keras or TensorFlow, which imports it."
+        )

@@ -1,0 +1,137 @@
+"""Machines side by side for one program: the best plan on each, its throughput, and the cost of an epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from partita.errors import MemoryBudgetError, PlanError
+from partita.machine import Machine
+from partita.planning import DEFAULTS, SearchOptions, search_plan
+from partita.search.find import Found
+
+if TYPE_CHECKING:
+    from partita.capture.jax_functions import Captured
+
+OBJECTIVES = ("step", "cost-per-epoch")
+SAMPLES = 1_000_000
+"""Default samples of an epoch."""
+FIGURES = ("seconds", "samples_per_second", "epoch_seconds", "device_hours", "cost")
+"""Figures of an offer."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The order of offers, and the epoch and the prices that their costs are of."""
+
+    name: str = "step"
+    """"step": the fastest step first; "cost-per-epoch": the cheapest epoch first."""
+    prices: Mapping[str, float] = field(default_factory=dict)
+    """Price of a device for an hour, in any currency, by name of device, machine or preset; "" for all others."""
+    samples: int = SAMPLES
+    """Samples of an epoch."""
+
+    def check(self, batch_size: int) -> None:
+        """PlanError if there is no such objective, or the step has no batch to count samples by."""
+        if self.name not in OBJECTIVES:
+            names = " or ".join(map(repr, OBJECTIVES))
+            raise PlanError(f"There is no objective {self.name!r}: use {names}.")
+        if self.name != "step" and not batch_size:
+            raise PlanError(
+                "The cost of an epoch is undefined: the step has no batch of samples to count. "
+                "Use the objective 'step'."
+            )
+
+    def price_of(self, machine: Machine) -> float | None:
+        """Price of a device of a machine for an hour; None if no prices are given. PlanError if only this one is missing."""
+        if not self.prices:
+            return None
+        preset = machine.name.partition(":")[0]
+        for name in (machine.name, preset, machine.device.name, ""):
+            if name in self.prices:
+                return self.prices[name]
+        raise PlanError(
+            f"There is no price for {machine.name}. Give the price of a device for an hour for all machines or for none, "
+            "as in --price h100=2.5,a100=1.5."
+        )
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A machine for a program. Its figures are infinite, and `note` says why, if no plan fits."""
+
+    machine: Machine
+    result: Found | None
+    """The search with the best plan; None if no plan fits."""
+    seconds: float = math.inf
+    """Seconds of a step."""
+    samples_per_second: float = 0.0
+    epoch_seconds: float = math.inf
+    device_hours: float = math.inf
+    """Device hours of an epoch."""
+    cost: float | None = None
+    """Cost of an epoch, in the currency of the prices."""
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        fits = self.result is not None
+        figures = {name: getattr(self, name) if fits else None for name in FIGURES}
+        return {
+            "machine": self.machine.name,
+            "devices": self.machine.devices,
+            **figures,
+            "note": self.note,
+        }
+
+
+def compare_machines(
+    captured: Captured,
+    machines: Sequence[Machine],
+    objective: Objective | None = None,
+    options: SearchOptions = DEFAULTS,
+) -> list[Offer]:
+    """An offer of each machine for a captured step, the best one first; machines that no plan fits come last.
+
+    Without prices, the cheapest epoch is the one with the fewest device hours.
+    """
+    objective = objective or Objective()
+    objective.check(captured.graph.batch_size)
+    prices = [objective.price_of(machine) for machine in machines]
+    offers = []
+    for machine, price in zip(machines, prices, strict=True):
+        try:
+            result = search_plan(captured, machine, options)
+        except MemoryBudgetError as error:
+            offers.append(Offer(machine, None, note=str(error)))
+        else:
+            offers.append(_offer(result, machine, price, captured.graph.batch_size, objective))
+    key = _step_seconds if objective.name == "step" else _epoch_cost
+    return sorted(offers, key=key)
+
+
+def _offer(
+    result: Found, machine: Machine, price: float | None, batch_size: int, objective: Objective
+) -> Offer:
+    step_seconds = result.prediction.seconds
+    epoch_seconds = step_seconds * objective.samples / batch_size if batch_size else math.inf
+    device_hours = epoch_seconds * machine.devices / 3600
+    return Offer(
+        machine,
+        result,
+        seconds=step_seconds,
+        samples_per_second=batch_size / step_seconds,
+        epoch_seconds=epoch_seconds,
+        device_hours=device_hours,
+        cost=None if price is None else device_hours * price,
+        note="; ".join(result.plan.notes),
+    )
+
+
+def _step_seconds(offer: Offer) -> float:
+    return offer.seconds
+
+
+def _epoch_cost(offer: Offer) -> float:
+    return offer.device_hours if offer.cost is None else offer.cost

@@ -1,0 +1,373 @@
+"""From a captured step to a checked plan: resolve the machine, search, add reasons, resolve names of plans.
+
+The verbs in `api.py` and the command line are made of these functions. They take captured steps and graphs, so that they work
+on graphs from a file, without JAX or Keras; imports that need JAX stand in the functions that use the local devices.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partita.cost.predict import Prediction
+from partita.errors import MemoryBudgetError, PlanError
+from partita.graph.operator_graph import OperatorGraph
+from partita.machine import Machine, load
+from partita.plans.adapt import fit_mesh, fit_plan
+from partita.plans.baselines import BASELINES
+from partita.plans.check import check
+from partita.plans.pipeline import is_pipeline, stage_count
+from partita.plans.plan import Plan, choice_text, placed_slice
+from partita.search.base import Report
+from partita.search.find import Found, alternatives, find, mesh_of
+from partita.simulation.simulate import predicted as simulated_prediction
+from partita.simulation.simulate import simulate as simulated
+from partita.simulation.timeline import Timeline
+from partita.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from partita.capture.jax_functions import Captured
+    from partita.execute.function import Planner
+
+TimingReport = Callable[[int, int], None]
+"""Called with the number of operators timed so far, and the number to time."""
+PlanListener = Callable[[Any, Machine, Plan], None]
+"""Called with a captured step, its machine and its plan."""
+MEASURED_SEARCHES = 4
+"""Searches at most while operators are timed: each may choose operators that have not been timed."""
+ALTERNATIVES = 5
+"""Alternatives per operator that a plan keeps as reasons."""
+BASELINE_FIGURES = ("seconds", "seconds_compute", "peak_bytes", "traffic_bytes")
+"""Figures of a baseline that a plan keeps as reasons."""
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How to search. The defaults take as long as they need, and give the same plan every time."""
+
+    seconds: float | None = None
+    """Time limit of the whole search, seconds."""
+    stages: bool = False
+    """Whether pipelines, microbatches and rematerialization are in the space."""
+    search: str = "portfolio"
+    """Name of a search, a key of `search.portfolio.SEARCHES`."""
+    measure_operators: bool = False
+    """Whether operators are timed on the local devices first."""
+    report: Report | None = None
+    """Called with the progress of the search."""
+    report_timing: TimingReport | None = None
+    """Called with the progress of timing operators."""
+
+
+DEFAULTS = SearchOptions()
+
+
+# ------------------------------------------------------------------------------------------- machines
+
+
+def resolve_machine(machine: str | Machine | None, devices: int | None = None) -> Machine:
+    """The machine of a name or file, the local devices for None; with `devices`, that many devices of it."""
+    if machine is None:
+        from partita.execute.devices import detect
+
+        return detect(devices)
+    whole = machine if isinstance(machine, Machine) else load(machine)
+    return whole.with_devices(devices) if devices else whole
+
+
+def check_measurable(machine: str | Machine | None) -> None:
+    """PlanError unless operators can be timed for a machine: it must be the local devices, None."""
+    if machine is not None:
+        raise PlanError(
+            f"Operators can be timed on the local devices only, and the plan is for the machine {str(machine)!r}. "
+            "Remove the machine, or do not measure operators."
+        )
+
+
+# ------------------------------------------------------------------------------------------- searches
+
+
+def best_plan(graph: OperatorGraph, machine: Machine, report: Report | None = None) -> Plan:
+    """The fastest plan for a graph on a machine, with its reasons."""
+    return with_reasons(find(graph, machine, report))
+
+
+def search_plan(captured: Captured, machine: Machine, options: SearchOptions = DEFAULTS) -> Found:
+    """The result of a search for a captured step, with operators timed first if the options say so."""
+    if options.measure_operators:
+        result = search_measured(captured, machine, options)
+        assert result is not None, "process 0 searches"
+        return result
+    return find(
+        captured.graph,
+        machine,
+        options.report,
+        seconds=options.seconds,
+        stages=options.stages,
+        search=options.search,
+    )
+
+
+def search_measured(
+    captured: Captured, machine: Machine, options: SearchOptions = DEFAULTS
+) -> Found | None:
+    """The result of a search with timed operators; None in every process but process 0.
+
+    The operators of the baselines and of the plan are timed, and the search runs again with their times, until all operators
+    of its plan have been timed. Process 0 searches; all processes time. Plans in stages are not in the space.
+    """
+    from partita.execute.operators import measured_operators
+    from partita.execute.processes import from_first
+
+    results: list[Found] = []
+
+    def search() -> str:
+        """Searches, and gives the plans whose operators are to be timed."""
+        result = find(
+            captured.graph,
+            machine,
+            options.report,
+            seconds=options.seconds,
+            search=options.search,
+        )
+        results.append(result)
+        plans = [plan for plan, _ in results[0].baselines.values()]
+        plans += [result.plan for result in results]
+        return json.dumps([plan.to_json() for plan in plans])
+
+    for _ in range(MEASURED_SEARCHES):
+        plans = [Plan.from_json(value) for value in json.loads(from_first("plans", search))]
+        before = _timed_operators(machine)
+        machine = measured_operators(captured, machine, plans, options.report_timing)
+        if _timed_operators(machine) == before:
+            break
+    else:
+        from_first("plans", search)
+    return results[-1] if results else None
+
+
+def _timed_operators(machine: Machine) -> set[Any] | None:
+    """Keys of the operators that were timed on a machine."""
+    return set(machine.times.seconds) if machine.times is not None else None
+
+
+def with_reasons(result: Found) -> Plan:
+    """The plan of a search with the reasons that `partita explain` shows: per operator its cost and its alternatives."""
+    chosen = result.plan if result.plan.mesh.axes else result.baselines["one device"][0]
+    operators = {}
+    for cost, others in zip(
+        result.prediction.operators,
+        alternatives(result.network, chosen, ALTERNATIVES),
+        strict=True,
+    ):
+        operators[cost.name] = {
+            "compute": cost.compute,
+            "activations": cost.activations,
+            "gradients": cost.gradients,
+            "moves": cost.moves,
+            "bytes": cost.nbytes,
+            "traffic": cost.traffic,
+            "alternatives": [_alternative(result, *other) for other in others],
+        }
+    baselines = {}
+    for name, (_, prediction) in result.baselines.items():
+        figures = prediction.to_json()
+        baselines[name] = {key: figures[key] for key in BASELINE_FIGURES if key in figures}
+    return replace(result.plan, why={"operators": operators, "baselines": baselines})
+
+
+def _alternative(
+    result: Found, choice: Mapping[str, str], zero: int, seconds: float, nbytes: float
+) -> dict[str, Any]:
+    text = choice_text(choice, result.network.placement.mesh)
+    if zero:
+        text += f" ZeRO-{zero}"
+    return {"choice": text, "seconds": seconds, "bytes": nbytes}
+
+
+# ------------------------------------------------------------------------------------------- given plans
+
+
+def check_plan(plan: Plan, graph: OperatorGraph, machine: Machine) -> Plan:
+    """A plan, fitted to the batch of a graph and to a machine; PlanError if it cannot be."""
+    if plan.devices > machine.devices:
+        raise PlanError(
+            f"The plan '{plan.name}' is for {plan.devices} devices; {machine.name} has {machine.devices}. "
+            f"Plan again for {machine.devices}, or run with --devices {plan.devices}."
+        )
+    same_model = set(plan.choices) == {operator.name for operator in graph.operators}
+    both_batches_known = bool(plan.batch_size and graph.batch_size)
+    if same_model and both_batches_known and plan.batch_size != graph.batch_size:
+        plan = fit_plan(plan, graph)
+    return fit_mesh(check(plan, graph), machine)
+
+
+SHORT_NAMES = {
+    "dp": "data parallel",
+    "tp": "tensor parallel",
+    "owt": "one weird trick",
+    "fsdp": "ZeRO-3",
+    "dp-tp": "data x tensor",
+    "one": "one device",
+}
+"""Short names of baselines."""
+
+
+def resolve_plan(
+    plan: Plan | str | Path,
+    graph: OperatorGraph,
+    machine: Machine,
+    report: Report | None = None,
+) -> Plan:
+    """A checked plan for a graph on a machine.
+
+    Args:
+        plan: A plan, a plan file, the name of a baseline ("dp", "tensor parallel", ...), or "found", which searches.
+        report: Called with the progress of a search.
+    """
+    if isinstance(plan, Plan):
+        return check_plan(plan, graph, machine)
+    text = str(plan)
+    name = SHORT_NAMES.get(text.lower(), text)
+    if name == "found":
+        return best_plan(graph, machine, report)
+    by_key = {_key(baseline): baseline for baseline in BASELINES}
+    baseline = by_key.get(_key(name))
+    if baseline is not None:
+        return BASELINES[baseline](graph, machine.name, mesh_of(machine))
+    if not Path(name).exists():
+        names = sorted({*SHORT_NAMES, *(by_key.keys() - SHORT_NAMES.keys())})
+        raise PlanError(
+            f"There is no plan file and no plan named {text!r}. Give a file that 'partita plan --save-plan' wrote, "
+            f"'found', or one of {', '.join(names)}."
+        )
+    return check_plan(Plan.load(name), graph, machine)
+
+
+def _key(name: str) -> str:
+    """The spelling by which names of baselines are compared.
+
+    >>> _key("Data x tensor")
+    'data-x-tensor'
+    """
+    return name.lower().replace(" ", "-")
+
+
+def make_planner(
+    plan: Plan | str | Path | None = None,
+    devices: int | None = None,
+    machine: str | Machine | None = None,
+    options: SearchOptions = DEFAULTS,
+    on_plan: PlanListener | None = None,
+) -> Planner:
+    """A function from a captured step to its plan: the given plan, checked, or else the result of a search.
+
+    Its second argument is the MemoryBudgetError of a compiler that refused the plan before: it then gives the fastest plan
+    that is smaller. A given plan is not replaced; the error names the smaller one. Of several processes process 0 searches.
+    """
+    given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+    if options.measure_operators:
+        check_measurable(machine)
+    from partita.execute.processes import from_first
+
+    def searched_plan(captured: Captured, local: Machine) -> Plan:
+        measured = search_measured(captured, local, options) if options.measure_operators else None
+
+        def best() -> str:
+            result = measured or search_plan(captured, local, options)
+            return json.dumps(with_reasons(result).to_json())
+
+        return Plan.from_json(json.loads(from_first("plan", best)))
+
+    def choose(captured: Captured, refused: MemoryBudgetError | None = None) -> Plan:
+        needed = given.devices if given is not None else None
+        target = resolve_machine(machine, devices or needed)
+        if refused is not None:
+            return _smaller_plan(captured.graph, target, given, refused, options.report)
+        if given is not None:
+            chosen = check_plan(given, captured.graph, target)
+        else:
+            chosen = searched_plan(captured, target)
+        if on_plan is not None:
+            on_plan(captured, target, chosen)
+        return chosen
+
+    return choose
+
+
+def _smaller_plan(
+    graph: OperatorGraph,
+    machine: Machine,
+    given: Plan | None,
+    refused: MemoryBudgetError,
+    report: Report | None,
+) -> Plan:
+    """The fastest plan that fits by the memory that the compiler reports; MemoryBudgetError names it if a plan was given."""
+    excess = refused.excess or 1.0
+    smaller = with_reasons(find(graph, machine, report, excess))
+    if given is None:
+        return smaller
+    needed_bytes = int(smaller.predicted["peak_bytes"] * excess)
+    raise MemoryBudgetError(
+        f"{refused} The nearest plan that fits: {describe(smaller)}; {format_bytes(needed_bytes)} a device, "
+        f"a step predicted at {format_seconds(smaller.predicted['seconds'])}. Remove the plan to run it."
+    )
+
+
+# ------------------------------------------------------------------------------------------- predictions
+
+
+def predict_plan(graph: OperatorGraph, machine: Machine, plan: Plan) -> Prediction:
+    """Predicted seconds, memory and traffic of a plan for a graph on a machine."""
+    return simulated_prediction(graph, machine, check(plan, graph))
+
+
+def simulate_plan(
+    captured: Captured,
+    machine: Machine,
+    plan: Plan | str | Path = "found",
+    report: Report | None = None,
+) -> Timeline:
+    """The timeline of one step of a captured step under a plan; see `resolve_plan` for names of plans."""
+    graph = captured.graph
+    return simulated(graph, machine, resolve_plan(plan, graph, machine, report))
+
+
+def describe(plan: Plan) -> str:
+    """A plan in a line: operators per kind of split, stored variables, stages, microbatches."""
+    if not plan.mesh.axes:
+        return "one device"
+    parts = [_splits_text(plan.choices.values())]
+    if plan.storage:
+        parts.append(f"{len(plan.storage)} variables stored in parts")
+    if stage_count(plan) > 1 and is_pipeline(plan):
+        parts.append(f"{stage_count(plan)} stages")
+    elif stage_count(plan) > 1:
+        placed = [choice for choice in plan.choices.values() if _is_placed(choice)]
+        parts.append(f"{len(placed)} placed")
+    if plan.microbatches > 1:
+        parts.append(f"{plan.microbatches} microbatches")
+    if plan.recompute:
+        parts.append("rematerialization")
+    return ", ".join(parts)
+
+
+def _splits_text(choices: Sequence[Mapping[int, str]] | Any) -> str:
+    """Operators per kind of split, the most frequent kind first."""
+    choices = list(choices)
+    kinds: Counter[str] = Counter()
+    for choice in choices:
+        for use in {use for use in choice.values() if placed_slice(use) is None}:
+            kinds[use[0]] += 1
+    texts = [
+        f"{count} of {len(choices)} operators by {kind}" for kind, count in kinds.most_common()
+    ]
+    return ", ".join(texts) or "nothing split"
+
+
+def _is_placed(choice: Mapping[int, str]) -> bool:
+    return any(placed_slice(use) is not None for use in choice.values())
