@@ -154,14 +154,15 @@ def parallelize(
             report=options.get("report"),
         )
         planner = make_planner(plan, devices, machine, search)
-    started: Any
-    if is_keras_model(model):
+    program: Any = model
+    if is_keras_model(program):
         from partita.keras.fit import attach, attached
 
-        result: Any = attach(model, planner, report=say)
-        started = attached(result)
+        attach(program, planner, report=say)
+        started: Any = attached(program)
+        result: Any = program
     else:
-        function, call_args = checked_call(model, args)
+        function, call_args = checked_call(program, args)
         result = started = ParallelStep(
             function,
             planner,

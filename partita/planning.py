@@ -341,7 +341,7 @@ def describe(plan: Plan) -> str:
     """A plan in a line: operators per kind of split, stored variables, stages, microbatches."""
     if not plan.mesh.axes:
         return "one device"
-    parts = [_splits_text(plan.choices.values())]
+    parts = [_splits_text(list(plan.choices.values()))]
     if plan.storage:
         parts.append(f"{len(plan.storage)} variables stored in parts")
     if stage_count(plan) > 1 and is_pipeline(plan):
@@ -356,9 +356,8 @@ def describe(plan: Plan) -> str:
     return ", ".join(parts)
 
 
-def _splits_text(choices: Sequence[Mapping[int, str]] | Any) -> str:
+def _splits_text(choices: Sequence[Mapping[str, str]]) -> str:
     """Operators per kind of split, the most frequent kind first."""
-    choices = list(choices)
     kinds: Counter[str] = Counter()
     for choice in choices:
         for use in {use for use in choice.values() if placed_slice(use) is None}:
@@ -369,5 +368,5 @@ def _splits_text(choices: Sequence[Mapping[int, str]] | Any) -> str:
     return ", ".join(texts) or "nothing split"
 
 
-def _is_placed(choice: Mapping[int, str]) -> bool:
+def _is_placed(choice: Mapping[str, str]) -> bool:
     return any(placed_slice(use) is not None for use in choice.values())
