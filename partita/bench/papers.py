@@ -25,7 +25,7 @@ from partita.errors import MemoryBudgetError, PartitaError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.plans.layout import layout_of
-from partita.plans.pipeline import is_staged
+from partita.plans.pipeline import runnable
 from partita.plans.plan import Plan
 from partita.search.find import capacity, find, mesh_of
 from partita.simulation.simulate import simulate
@@ -203,7 +203,7 @@ def figures_of(graph: OperatorGraph, machine: Machine, plan: Plan) -> Figures:
     timeline = simulate(graph, machine, plan)
     kernels = plan.devices * timeline.by_kind().get("compute", 0.0)
     fits = timeline.peak_bytes <= capacity(machine)
-    if is_staged(plan):  # what stages send is known by stage: operands, as in the table of plans
+    if not runnable(plan):  # what stages send is known by stage: operands, as in the table of plans
         return Figures(
             timeline.seconds,
             timeline.seconds,

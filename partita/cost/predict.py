@@ -1,9 +1,13 @@
-"""What one plan is predicted to cost: seconds by cause and operator, bytes held, bytes moved, FLOPs; and how sure that is."""
+"""The prediction of a step: seconds by operator and cause, memory, traffic, FLOPs, and the source of the figures.
+
+`build_prediction` makes every Prediction. `predict` adds up the costs of a plan under which all devices do the same, and nothing overlaps;
+simulated steps (`simulation/`) give their own parts.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +23,9 @@ from partita.plans.layout import Layout, label_sharding, layout_of
 from partita.plans.plan import Plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OperatorPrediction:
-    """One operator's part of a step: seconds by cause, bytes held per device, bytes sent per device."""
+    """The part of one operator in a step, per device: seconds by cause, bytes in memory, bytes sent."""
 
     name: str
     compute: float
@@ -31,16 +35,20 @@ class OperatorPrediction:
     nbytes: float
     traffic: int
     source: str
-    """Where `compute` comes from: "measured", "fitted" or "roofline"."""
+    """Source of `compute`: "measured", "fitted" or "roofline"."""
 
     @property
     def seconds(self) -> float:
         return self.compute + self.activations + self.gradients + self.moves
 
 
-@dataclass(frozen=True)
+CAUSES = ("compute", "activations", "gradients", "moves")
+"""Causes of an operator's seconds: kernels, collectives on activations and on gradients, and moves from other operators."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """A step under a plan, predicted. `status` is that of the least sure number of the machine it rests on."""
+    """A predicted step under a plan. Memory, traffic and FLOPs are those of one device."""
 
     plan: str
     machine: str
@@ -48,39 +56,41 @@ class Prediction:
     operators: tuple[OperatorPrediction, ...]
     memory: PeakMemory
     traffic: Mapping[str, int]
+    """Kind of collective -> bytes sent."""
     flops: float
     status: str
+    """Status of the least certain figure of the machine, for instance "assumed"."""
     fit_error: float = 0.0
-    """Relative error to expect of the seconds that are "fitted"."""
+    """Expected relative error of the seconds whose source is "fitted"."""
     kind: int = 0
-    """Of the device whose memory it is, where a machine's devices differ."""
+    """Kind of the device with this memory, where a machine's devices differ."""
 
     def source(self) -> str:
-        """Where the seconds come from, in words: the part of the compute time that was measured, fitted, read off a roofline."""
-        whole = self.by_cause()["compute"] or 1.0
-        parts = {
-            s: sum(o.compute for o in self.operators if o.source == s) / whole
-            for s in ("measured", "fitted")
-        }
+        """Source of the seconds, for people: shares of the compute time that are measured and fitted, and the machine's figures."""
+        compute_seconds = self.by_cause()["compute"] or 1.0
+        measured = self._compute_seconds("measured") / compute_seconds
+        fitted = self._compute_seconds("fitted") / compute_seconds
         figures = f"{self.machine}'s figures ({self.status} at worst)"
-        if not any(parts.values()):
+        if not measured and not fitted:
             return f"roofline over {figures}"
         return (
-            f"of the compute, {parts['measured']:.0%} measured operator by operator and {parts['fitted']:.0%} fitted to such "
+            f"of the compute, {measured:.0%} measured operator by operator and {fitted:.0%} fitted to such "
             f"measurements (±{self.fit_error:.0%}); the rest from {figures}"
         )
+
+    def _compute_seconds(self, source: str) -> float:
+        return sum(o.compute for o in self.operators if o.source == source)
 
     @property
     def peak_bytes(self) -> int:
         return self.memory.peak
 
     def by_cause(self) -> dict[str, float]:
-        """Seconds of compute, of collectives on activations and on gradients, and of moves between operators."""
-        causes = ("compute", "activations", "gradients", "moves")
-        return {c: sum(getattr(o, c) for o in self.operators) for c in causes}
+        """Seconds of all operators, by cause."""
+        return {cause: sum(getattr(o, cause) for o in self.operators) for cause in CAUSES}
 
     def to_json(self) -> dict[str, Any]:
-        """What a plan file keeps of its prediction."""
+        """The prediction as a plan file stores it."""
         return {
             "seconds": self.seconds,
             **{f"seconds_{cause}": seconds for cause, seconds in self.by_cause().items()},
@@ -97,6 +107,35 @@ class Prediction:
         }
 
 
+def build_prediction(
+    plan: Plan,
+    machine: Machine,
+    *,
+    operators: Iterable[OperatorPrediction],
+    memory: PeakMemory,
+    traffic: Mapping[str, int],
+    flops: float,
+    seconds: float | None = None,
+    kind: int = 0,
+) -> Prediction:
+    """The prediction of a step from its parts. `seconds` are the sum of the operators' unless given."""
+    operators = tuple(operators)
+    if seconds is None:
+        seconds = sum(o.seconds for o in operators)
+    return Prediction(
+        plan=plan.name,
+        machine=machine.name,
+        seconds=seconds,
+        operators=operators,
+        memory=memory,
+        traffic=dict(sorted(traffic.items())),
+        flops=flops,
+        status=machine.weakest_status(),
+        fit_error=machine.times.error if machine.times else 0.0,
+        kind=kind,
+    )
+
+
 def predict(
     graph: OperatorGraph,
     machine: Machine,
@@ -105,44 +144,43 @@ def predict(
     layout: Layout | None = None,
     costs: Sequence[OperatorCost] | None = None,
 ) -> Prediction:
-    """The cost of a plan on a machine. `terms`, `layout` and the operators' `costs` are computed unless given."""
+    """The prediction of a plan whose operators run one after the other on all devices, nothing overlapping.
+
+    `terms`, `layout` and the operators' `costs` are computed unless given.
+    """
     terms = terms or cost_terms(graph, machine.backend)
     layout = layout or layout_of(graph, plan)
     placement = Placement(machine, plan.mesh)
     costs = costs or operator_costs(terms, placement, layout, plan)
     moves = [0.0] * len(costs)
     for move in terms.edges:
-        a, b = layout.assignments[move.home], layout.assignments[move.reader]
-        moves[move.reader] += move_seconds(
-            move, placement, label_sharding(move.source, a), label_sharding(move.target, b)
-        )
-    sent: Counter[int] = Counter()
-    traffic: Counter[str] = Counter()
-    every = collectives(graph, plan.mesh, layout, machine.backend)
-    for c in every:
-        sent[c.operator] += c.total
-        traffic[c.kind] += c.total
-    operators = tuple(
+        source = label_sharding(move.source, layout.assignments[move.home])
+        target = label_sharding(move.target, layout.assignments[move.reader])
+        moves[move.reader] += move_seconds(move, placement, source, target)
+    operator_bytes: dict[int, int] = defaultdict(int)
+    traffic: dict[str, int] = defaultdict(int)
+    planned = collectives(graph, plan.mesh, layout, machine.backend)
+    for collective in planned:
+        operator_bytes[collective.operator] += collective.total
+        traffic[collective.kind] += collective.total
+    operators = [
         OperatorPrediction(
-            graph.operators[o].name,
-            float(c.compute[0]),
-            float(c.activations[0]),
-            float(c.gradients[0]),
-            moves[o],
-            float(c.nbytes[0]),
-            sent[o],
-            compute_source(terms.operators[o], placement, layout.assignments[o]),
+            name=graph.operators[o].name,
+            compute=float(cost.compute[0]),
+            activations=float(cost.activations[0]),
+            gradients=float(cost.gradients[0]),
+            moves=moves[o],
+            nbytes=float(cost.nbytes[0]),
+            traffic=operator_bytes[o],
+            source=compute_source(terms.operators[o], placement, layout.assignments[o]),
         )
-        for o, c in enumerate(costs)
-    )
-    return Prediction(
-        plan.name,
-        machine.name,
-        sum(o.seconds for o in operators),
-        operators,
-        memory(graph, plan.mesh, layout, machine.backend),
-        dict(sorted(traffic.items())),
-        local_flops(graph, plan.mesh, layout, machine.backend, traffic=every),
-        machine.weakest_status(),
-        machine.times.error if machine.times else 0.0,
+        for o, cost in enumerate(costs)
+    ]
+    return build_prediction(
+        plan,
+        machine,
+        operators=operators,
+        memory=memory(graph, plan.mesh, layout, machine.backend),
+        traffic=traffic,
+        flops=local_flops(graph, plan.mesh, layout, machine.backend, traffic=planned),
     )

@@ -16,7 +16,7 @@ from partita.execute.annotate import annotate
 from partita.execute.processes import put
 from partita.plans.check import check
 from partita.plans.layout import Layout, Sharding, layout_of
-from partita.plans.pipeline import is_staged
+from partita.plans.pipeline import runnable
 from partita.plans.plan import Mesh, Plan
 
 
@@ -69,7 +69,7 @@ def planned_step(
     """
     graph = captured.graph
     check(plan, graph)
-    if is_staged(plan):
+    if not runnable(plan):
         raise PlanError(
             f"The plan '{plan.name}' places operators on parts of the machine, or cuts the step into stages, microbatches or recomputed runs, which can be planned and simulated, and not yet run. "
             "Plan for the devices at hand, or with --no-stages."

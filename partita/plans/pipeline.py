@@ -166,11 +166,11 @@ def check_stages(plan: Plan, graph: OperatorGraph) -> None:
         before = last
 
 
-def is_staged(plan: Plan) -> bool:
-    """Whether a plan is more than one program that all devices run at once."""
-    return is_pipeline(plan) or bool(stage_axes(plan))
+def runnable(plan: Plan) -> bool:
+    """Whether `execute` can run a plan: all devices run one program, without placed operators, microbatches and rematerialization."""
+    return not is_pipeline(plan) and not stage_axes(plan)
 
 
 def is_pipeline(plan: Plan) -> bool:
-    """Whether a plan goes through its operators by microbatch, or computes some of them again."""
+    """Whether a plan has microbatches or rematerialization."""
     return plan.microbatches > 1 or bool(plan.recompute)

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from partita.machine import KINDS
-from partita.plans.pipeline import is_staged
+from partita.plans.pipeline import stage_axes
 from partita.plans.plan import Plan
 from partita.simulation.timeline import Timeline
 from partita.units import format_bandwidth, format_bytes, format_flops, format_seconds
@@ -28,7 +28,7 @@ def plan_table(plan: Plan) -> Table:
     """Per layer: what each mesh axis does to it, its time by cause, its memory and traffic per device."""
     axes = ", ".join(f"{a.name}={a.size}" for a in plan.mesh.axes) or "one device"
     table = _table(f"{plan.graph} on {plan.machine} ({axes})")
-    table.caption, table.caption_justify = _legend(is_staged(plan)), "left"
+    table.caption, table.caption_justify = _legend(bool(stage_axes(plan))), "left"
     table.add_column("layer", overflow="fold")
     table.add_column("split", overflow="fold")
     for column in ("compute", "exchange", "memory", "sent"):
@@ -48,10 +48,10 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def _legend(staged: bool) -> str:
+def _legend(placed: bool) -> str:
     return (
         "split: S by sample, A by attribute (height, width, position), P by parameter, R by reduction; replicate: every device does it"
-        f"{'; at(i): only slice i of the axis does' if staged else ''}.\n"
+        f"{'; at(i): only slice i of the axis does' if placed else ''}.\n"
         "memory: variables, optimizer slots and activations kept; sent: bytes a device exchanges, both per step."
     )
 

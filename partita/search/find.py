@@ -22,7 +22,7 @@ from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
 from partita.plans.baselines import BASELINES
 from partita.plans.layout import layout_of
-from partita.plans.pipeline import is_staged
+from partita.plans.pipeline import runnable
 from partita.plans.plan import Mesh, Plan, mesh_for
 from partita.search.base import Progress, Report, SearchResult
 from partita.search.bound import lower_bound_seconds
@@ -31,7 +31,6 @@ from partita.search.network import CostNetwork, build, storage_of
 from partita.search.pipelines import stage
 from partita.search.placement import place
 from partita.search.portfolio import MIN_GAIN, SEARCHES, Limits, Search, SearchSpace, elimination
-from partita.simulation.pipelined import predicted as staged_prediction
 from partita.simulation.simulate import predicted
 from partita.units import format_bytes, format_seconds
 
@@ -110,7 +109,7 @@ def find(
                 bound,
                 clock.share(0.6),
             )
-            best = staged and (staged.plan, staged_prediction(staged))
+            best = staged and (staged.plan, staged.prediction())
         start = found.plan if found.plan.mesh.axes else found.baselines["one device"][0]
         enough = lambda placed: fits(machine, placed.prediction(), excess)  # noqa: E731
         if (
@@ -422,7 +421,7 @@ def alternatives(
     network: CostNetwork, plan: Plan, most: int = 8
 ) -> list[list[tuple[dict[str, str], int, float, float]]]:
     """Per operator other choices for it, all others as planned: (choice, ZeRO level, seconds more, bytes more), best first."""
-    states = network.states_of(plan) if not is_staged(plan) else None
+    states = network.states_of(plan) if runnable(plan) else None
     return [
         [] if states is None else _alternatives(network, states, o, most)
         for o in range(len(network.states))

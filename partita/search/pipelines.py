@@ -29,7 +29,7 @@ from partita.errors import PlanError
 from partita.graph.operator_graph import Label, OperatorGraph, Phase
 from partita.machine import Machine
 from partita.plans.layout import label_sharding
-from partita.plans.pipeline import is_pipeline, operator_stages, rematerialized_runs
+from partita.plans.pipeline import is_pipeline
 from partita.plans.plan import TIME, Axis, Mesh, Plan
 from partita.search.base import Problem, Progress, Report
 from partita.search.bound import lower_bounds_by_phase
@@ -38,7 +38,7 @@ from partita.search.elimination import PricedProblem
 from partita.search.fold import fold
 from partita.search.network import CostNetwork, build
 from partita.search.reduce import reduce
-from partita.simulation.pipelined import Staged
+from partita.simulation.pipelined import PipelinedStep
 
 PER_STAGE = (1, 2, 4, 8, 16)
 """Microbatches per stage that are tried."""
@@ -126,7 +126,7 @@ def stage(
     report: Report | None = None,
     bound: float = 0.0,
     seconds: float | None = None,
-) -> Staged | None:
+) -> PipelinedStep | None:
     """The fastest staged plan found that takes less than `most` and fits `limit` bytes a device; None if there is none.
 
     It simulates a number of plans that depends on the graph alone, and ends after about so many `seconds`, half of them at most for sketches where there is one to
@@ -410,7 +410,7 @@ class _Shapes:
                 )
         return found
 
-    def simulated(self, sketch: _Sketch) -> Staged | _Sketch | None:
+    def simulated(self, sketch: _Sketch) -> PipelinedStep | _Sketch | None:
         """The plan of a sketch that fits, its step to be simulated; where none does, a sketch that holds less."""
         inner, limit, staged = sketch.inside.plan(sketch.states), sketch.limit, None
         try:  # bytes are looked at first: they are known without simulating
@@ -422,19 +422,14 @@ class _Shapes:
                 if not is_pipeline(plan):  # all fits as it is: that is no plan in stages
                     return None
                 if staged is None:
-                    staged = Staged.of(self.graph, self.machine, plan, self.terms)
+                    staged = PipelinedStep.of(self.graph, self.machine, plan, self.terms)
                 else:  # split alike
-                    staged = replace(
-                        staged,
-                        plan=plan,
-                        stage=operator_stages(self.graph, plan),
-                        run_of=rematerialized_runs(self.graph, plan),
-                    )
-                if staged.peak <= self.limit:
+                    staged = staged.with_plan(plan)
+                if staged.peak_bytes <= self.limit:
                     return (
                         staged if staged.seconds < math.inf else None
                     )  # simulated here: what waits in a circle is a PlanError
-                limit *= min(0.98, self.limit / staged.peak)
+                limit *= min(0.98, self.limit / staged.peak_bytes)
         except PlanError:
             return None
         return self.sketch(sketch.shape, limit, sketch.tries, sketch.price)

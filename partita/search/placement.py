@@ -24,7 +24,7 @@ from partita.plans.check import check
 from partita.plans.plan import Plan, placed_slice
 from partita.search.base import Progress, Report
 from partita.search.bound import lower_bounds_by_operator
-from partita.simulation.placed import Placed
+from partita.simulation.placed import PlacedStep
 
 SECONDS = 5.0
 """How long to look at most, unless it is said."""
@@ -41,12 +41,12 @@ def place(
     start: Plan,
     terms: Terms,
     most: float,
-    fits: Callable[[Placed], bool],
+    fits: Callable[[PlacedStep], bool],
     report: Report | None = None,
     bound: float = 0.0,
     seconds: float | None = None,
     seed: int = 0,
-) -> Placed | None:
+) -> PlacedStep | None:
     """The fastest plan found with operators placed on the axes of `start` that takes less than `most` seconds and fits; None if there is none.
 
     A step that is being simulated when the time is up is simulated to the end. Ctrl-C ends with the best so far.
@@ -62,7 +62,7 @@ def place(
     floor, seen = None if machine.kinds else _Floor(graph, machine, start, terms), set()
     patience = left = max(FEWEST, INSTRUCTIONS // len(graph.instructions))
 
-    def better(plan: Plan) -> Placed | None:
+    def better(plan: Plan) -> PlacedStep | None:
         nonlocal left
         least, places = (
             most if best is None else best.seconds,
@@ -72,7 +72,7 @@ def place(
             return None
         seen.add(places)
         try:
-            placed = Placed.of(graph, machine, check(plan, graph), terms)
+            placed = PlacedStep.of(graph, machine, check(plan, graph), terms)
         except PlanError:
             return None
         if not machine.kinds and placed.least_seconds >= least:
@@ -184,7 +184,7 @@ class _Floor:
     def __init__(self, graph: OperatorGraph, machine: Machine, start: Plan, terms: Terms) -> None:
         self.names, self.mesh = [o.name for o in graph.operators], start.mesh
         self.everywhere = [
-            float(cost.compute[0]) for cost in Placed.of(graph, machine, start, terms).costs
+            float(cost.compute[0]) for cost in PlacedStep.of(graph, machine, start, terms).costs
         ]
         self.least = [
             seconds / machine.devices for seconds in lower_bounds_by_operator(terms, machine)

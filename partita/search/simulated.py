@@ -17,7 +17,8 @@ from partita.cost.evaluate import PARTS
 from partita.search.base import Problem
 from partita.search.network import CostNetwork
 from partita.simulation.engine import Tasks, sweep
-from partita.simulation.step import Slot, lay_out, structure, thinned
+from partita.simulation.structure import Slot, structure, thinned
+from partita.simulation.tasks import step_tasks
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ def simulated(network: CostNetwork) -> Simulated:
         network.placement.machine.backend.overlap,
     )
     step = thinned(step, [_takes_time(network, slot) for slot in step.slots])
-    laid = lay_out(step, np.zeros(len(step.slots)), overlap)
+    laid = step_tasks(step, np.zeros(len(step.slots)), overlap)
     data: list[np.ndarray] = []
     at: dict[int, int] = {}
     size = 0
@@ -111,11 +112,11 @@ def simulated(network: CostNetwork) -> Simulated:
     own: list[list[tuple[int, int, int, float]]] = [[] for _ in network.graph.operators]
     moves: list[tuple[int, int, int, int, int]] = []
     for n, slot in enumerate(step.slots):
-        task, hold = int(laid.task[n]), int(laid.hold[n])
+        task, hold = int(laid.first_task[n]), int(laid.blocking_task[n])
         if not _takes_time(network, slot):
             continue
         if slot.kind == "move":
-            table = network.moves[slot.operator, slot.reader, slot.phase, slot.wanted]
+            table = network.moves[slot.operator, slot.reader, slot.phase, slot.read_phase]
             moves.append((task, hold, slot.operator, slot.reader, put(table)))
         else:
             parts = network.parts[slot.operator]
@@ -161,7 +162,7 @@ def simulated(network: CostNetwork) -> Simulated:
 def _takes_time(network: CostNetwork, slot: Slot) -> bool:
     """Whether a task takes time under any states."""
     if slot.kind == "move":
-        table = network.moves.get((slot.operator, slot.reader, slot.phase, slot.wanted))
+        table = network.moves.get((slot.operator, slot.reader, slot.phase, slot.read_phase))
         return table is not None and bool(table.any())
     return slot.kind != "join" and bool(
         network.parts[slot.operator][PARTS.index((slot.kind, slot.phase))].any()

@@ -5,7 +5,7 @@ stage's own tasks under the plan `plan.stages.inside`. Its length is then one ta
 the update. Between stages, values go over the links of the axes that tell stages apart; the links into and out of a stage are resources that
 transfers take in turn. A stage takes its microbatches in the order of the plan's schedule.
 
-What is recomputed takes its forward time once more in the backward pass, and of its forward values only those that enter the run are kept.
+What is rematerialized_runs takes its forward time once more in the backward pass, and of its forward values only those that enter the run are kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from partita.cost.collectives import collectives
 from partita.cost.evaluate import PARTS, OperatorCost, compute_source, operator_costs
 from partita.cost.memory import KINDS, PeakMemory, memory
 from partita.cost.moves import Group, Placement, group_of, move_seconds
-from partita.cost.predict import OperatorPrediction, Prediction
+from partita.cost.predict import OperatorPrediction, Prediction, build_prediction
 from partita.cost.terms import Terms, cost_terms
 from partita.cost.work import local_flops
 from partita.errors import PlanError
@@ -38,8 +38,10 @@ from partita.plans.pipeline import (
     stage_schedule,
 )
 from partita.plans.plan import TIME, Plan
+from partita.simulation.base import SimulatedStep
 from partita.simulation.engine import Tasks, Times, critical, run
-from partita.simulation.step import Structure, durations, lay_out, structure
+from partita.simulation.structure import Structure, structure
+from partita.simulation.tasks import slot_seconds, step_tasks
 from partita.simulation.timeline import KERNELS, LINKS, Span, Timeline
 
 Edge = tuple[int, int, Phase, Phase]
@@ -47,7 +49,7 @@ Edge = tuple[int, int, Phase, Phase]
 
 
 @dataclass(frozen=True)
-class Staged:
+class PipelinedStep(SimulatedStep):
     """A plan in stages on a machine, with what its parts take: seconds by stage, of one microbatch but for the update."""
 
     graph: OperatorGraph
@@ -63,7 +65,7 @@ class Staged:
     @staticmethod
     def of(
         graph: OperatorGraph, machine: Machine, plan: Plan, terms: Terms | None = None
-    ) -> Staged:
+    ) -> PipelinedStep:
         """A checked plan with its costs. PlanError where the machine's devices differ."""
         if machine.kinds:
             raise PlanError(
@@ -73,7 +75,7 @@ class Staged:
         terms, inner = terms or cost_terms(graph, machine.backend), stage_plan(graph, plan)
         layout = layout_of(graph, inner)
         costs = operator_costs(terms, Placement(machine, inner.mesh), layout, inner)
-        return Staged(
+        return PipelinedStep(
             graph,
             machine,
             plan,
@@ -129,7 +131,7 @@ class Staged:
         Variables that are stored in parts are gathered for every microbatch; those of which only the slots are, once, when they are updated.
         """
         step = structure(self.graph, self.terms)
-        seconds = durations(
+        seconds = slot_seconds(
             step,
             self.costs,
             [m for m in self.terms.edges if self.stage[m.home] == self.stage[m.reader]],
@@ -176,7 +178,7 @@ class Staged:
 
     @cached_property
     def entering(self) -> dict[tuple[int, int], float]:
-        """(stage, run) -> bytes that enter a recomputed run in the forward pass, a microbatch's."""
+        """(stage, run) -> bytes that enter a rematerialized_runs run in the forward pass, a microbatch's."""
         sent: dict[tuple[int, int, int], float] = {}
         for m in self.terms.edges:
             run_ = self.run_of[m.reader]
@@ -209,7 +211,7 @@ class Staged:
 
     @cached_property
     def _runs(self) -> dict[tuple[object, ...], PeakMemory]:
-        """What a device holds that computes one recomputed run, of equal ones once."""
+        """What a device holds that computes one rematerialized_runs run, of equal ones once."""
         return {}
 
     def _held(self, members: Sequence[int]) -> PeakMemory:
@@ -265,7 +267,7 @@ class Staged:
         )
         kept = [
             sum(self.kept[o] for o in own) if run_ < 0 else 0.0 for run_, own in runs.items()
-        ]  # of what is not recomputed, a part of `each`
+        ]  # of what is not rematerialized_runs, a part of `each`
         working = [
             p.peak - sum(getattr(p, kind) for kind in fixed) - min(k, p.activations)
             for p, k in zip(parts, kept, strict=True)
@@ -287,9 +289,24 @@ class Staged:
         ), each
 
     @property
-    def peak(self) -> int:
+    def peak_bytes(self) -> int:
         """Bytes of a device of the stage that holds most."""
         return max(held.peak for held, _ in self.memories)
+
+    def with_plan(self, plan: Plan) -> PipelinedStep:
+        """The step of a plan that differs in stages, microbatch order or rematerialized runs only, with the same costs."""
+        return replace(
+            self,
+            plan=plan,
+            stage=operator_stages(self.graph, plan),
+            run_of=rematerialized_runs(self.graph, plan),
+        )
+
+    def prediction(self) -> Prediction:
+        return _prediction(self)
+
+    def timeline(self) -> Timeline:
+        return _timeline(self)
 
     @cached_property
     def memories(self) -> list[tuple[PeakMemory, float]]:
@@ -317,7 +334,7 @@ class Staged:
 
 def _length(step: Structure, seconds: np.ndarray, machine: Machine) -> float:
     """How long a device is at a part of its tasks: those that are to take time."""
-    return run(lay_out(step, seconds, machine.backend.overlap).tasks).seconds
+    return run(step_tasks(step, seconds, machine.backend.overlap).tasks).seconds
 
 
 @dataclass(frozen=True)
@@ -328,7 +345,7 @@ class _Pipeline:
     names: list[tuple[int, Phase, int, int]]
 
 
-def _pipeline(staged: Staged) -> _Pipeline:
+def _pipeline(staged: PipelinedStep) -> _Pipeline:
     """All tasks, numbered so that what comes before one has a smaller number. PlanError where stages wait for each other in a circle."""
     plan, stages, last = staged.plan, staged.stages, staged.plan.microbatches - 1
     orders = [stage_schedule(plan, stage) for stage in range(stages)]
@@ -411,7 +428,7 @@ def _pipeline(staged: Staged) -> _Pipeline:
     return _Pipeline(Tasks.of(seconds, before, stream, uses), list(number))
 
 
-def predicted(staged: Staged) -> Prediction:
+def _prediction(staged: PipelinedStep) -> Prediction:
     """The prediction of a staged plan. Of its memory, the stage that holds most is given; seconds of operators are those of their own stage."""
     graph, plan, m = staged.graph, staged.plan, staged.plan.microbatches
     weights = np.array([1.0 if kind == "sum" or phase == "update" else m for kind, phase in PARTS])
@@ -453,14 +470,14 @@ def predicted(staged: Staged) -> Prediction:
         source = compute_source(own, staged.placement, staged.layout.assignments[o])
         operators.append(
             OperatorPrediction(
-                graph.operators[o].name,
-                of("compute") + again,
-                of("exchange"),
-                sums,
-                float(moves[o]),
-                float(cost.nbytes[0]),
-                int(by_operator[o]),
-                source,
+                name=graph.operators[o].name,
+                compute=of("compute") + again,
+                activations=of("exchange"),
+                gradients=sums,
+                moves=float(moves[o]),
+                nbytes=float(cost.nbytes[0]),
+                traffic=int(by_operator[o]),
+                source=source,
             )
         )
     fullest = max((held for held, _ in staged.memories), key=lambda held: held.peak)
@@ -471,24 +488,21 @@ def predicted(staged: Staged) -> Prediction:
         )
         / staged.stages
     )
-    measured = staged.machine.times
-    return Prediction(
-        plan.name,
-        staged.machine.name,
-        staged.seconds,
-        tuple(operators),
-        fullest,
-        {k: int(v) for k, v in sorted(traffic.items())},
-        flops,
-        staged.machine.weakest_status(),
-        measured.error if measured else 0.0,
+    return build_prediction(
+        plan,
+        staged.machine,
+        operators=operators,
+        memory=fullest,
+        traffic={kind: int(nbytes) for kind, nbytes in traffic.items()},
+        flops=flops,
+        seconds=staged.seconds,
     )
 
 
-def timeline(staged: Staged) -> Timeline:
+def _timeline(staged: PipelinedStep) -> Timeline:
     """The timeline of a staged plan: a row of kernels and one of links per stage; memory is that of the fullest stage."""
     pipeline, times = staged.pipeline, staged.times
-    prediction, on_path = predicted(staged), critical(pipeline.tasks, times)
+    prediction, on_path = _prediction(staged), critical(pipeline.tasks, times)
     count, spans = staged.plan.microbatches, []
     for k, (stage, phase, i, to) in enumerate(pipeline.names):
         length = float(pipeline.tasks.seconds[k])

@@ -28,26 +28,27 @@ from partita.cost.collectives import collectives
 from partita.cost.evaluate import OperatorCost, compute_source, operator_costs, storage_axes
 from partita.cost.memory import PeakMemory, memory
 from partita.cost.moves import Placement, move_seconds
-from partita.cost.predict import OperatorPrediction, Prediction
+from partita.cost.predict import OperatorPrediction, Prediction, build_prediction
 from partita.cost.terms import Move, Terms, cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
 from partita.plans.layout import Layout, Sharding, label_sharding, layout_of, operator_assignments
 from partita.plans.plan import Mesh, Plan
+from partita.simulation.base import SimulatedStep
 from partita.simulation.engine import Times, run
 from partita.simulation.groups import Cells, Pins, folded, pins_of, unfolded
-from partita.simulation.step import (
+from partita.simulation.spans import GroupTimes, timeline_of
+from partita.simulation.structure import Slot, Structure, structure
+from partita.simulation.tasks import (
     BETWEEN,
     KERNELS,
     LINKS,
-    Laid,
-    Share,
-    Slot,
-    Structure,
-    durations,
-    lay_out_shares,
-    structure,
+    GroupTask,
+    StepTasks,
+    group_step_tasks,
+    slot_seconds,
 )
+from partita.simulation.timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Crossing:
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedStep(SimulatedStep):
     """A plan on a machine, told apart in cells, with what its parts take."""
 
     graph: OperatorGraph
@@ -125,9 +126,9 @@ class Placed:
         plan: Plan,
         terms: Terms | None = None,
         fold: bool = True,
-    ) -> Placed:
+    ) -> PlacedStep:
         """A checked plan, without microbatches and recomputation. Without `fold` every device is a cell: the same, for as much more work."""
-        return Placed(
+        return PlacedStep(
             graph,
             machine,
             plan,
@@ -197,7 +198,7 @@ class Placed:
         found: set[int] = set()
         if slot.kind == "move":
             for m, source, target, crossing in self.moves[
-                slot.operator, slot.reader, slot.phase, slot.wanted
+                slot.operator, slot.reader, slot.phase, slot.read_phase
             ]:
                 found |= _talking(m, source, target) - set(crossing.axes)
             return tuple(sorted(found))
@@ -243,7 +244,7 @@ class Placed:
             m for mine in self.moves.values() for m, _, _, crossing in mine if not crossing.axes
         ]
         return {
-            kind: durations(
+            kind: slot_seconds(
                 self.step,
                 self._costs(self.machine.of_kind(kind)),
                 stay,
@@ -254,26 +255,28 @@ class Placed:
         }
 
     @cached_property
-    def shares(self) -> list[list[Share]]:
+    def shares(self) -> list[list[GroupTask]]:
         """Per slot what the cells do of it."""
         cells, everyone = self.cells, tuple(range(self.cells.count))
         where = [cells.on(pins) for pins in self.pins]
-        found: list[list[Share]] = []
+        found: list[list[GroupTask]] = []
         known: dict[tuple[object, ...], list[tuple[int, ...]]] = {}
         for n, slot in enumerate(self.step.slots):
             if slot.kind == "join":
-                found.append([Share(everyone, 0.0, BETWEEN, everyone)])
+                found.append([GroupTask(everyone, 0.0, BETWEEN, everyone)])
                 continue
             seconds = [float(self.seconds_of_kind[kind][n]) for kind in cells.kinds]
             if slot.kind == "compute":
-                found.append([Share((c,), seconds[c], KERNELS, (c,)) for c in where[slot.operator]])
+                found.append(
+                    [GroupTask((c,), seconds[c], KERNELS, (c,)) for c in where[slot.operator]]
+                )
                 continue
             pins, on_links = (
                 self.pins[slot.operator],
                 seconds[0],
             )  # links are the same for all kinds
             moves = (
-                self.moves[slot.operator, slot.reader, slot.phase, slot.wanted]
+                self.moves[slot.operator, slot.reader, slot.phase, slot.read_phase]
                 if slot.kind == "move"
                 else []
             )
@@ -283,14 +286,14 @@ class Placed:
                 known[key] = cells.groups(key[0], pins)  # type: ignore[arg-type]
             groups = known[key]
             if not crossings:
-                found.append([Share(group, on_links, LINKS, group) for group in groups])
+                found.append([GroupTask(group, on_links, LINKS, group) for group in groups])
                 continue
             for m, _, target, crossing in moves:
                 if crossing.axes:
                     rest = [a for dim in _dims(m, target) for a in dim if a not in crossing.axes]
                     crossings[crossing] += m.trips * m.nbytes / self.placement.shard_count(rest)
             inside = on_links + sum(self._inside(*move) for move in moves)
-            first = [Share(group, inside, LINKS) for group in groups] if inside > 0 else []
+            first = [GroupTask(group, inside, LINKS) for group in groups] if inside > 0 else []
             found.append(
                 first
                 + [
@@ -301,7 +304,7 @@ class Placed:
             )
             if any(not crossing.axes for *_, crossing in moves):
                 found[-1] += [
-                    Share((c,), 0.0, BETWEEN, (c,))
+                    GroupTask((c,), 0.0, BETWEEN, (c,))
                     for c in where[slot.reader]
                     if c in where[slot.operator]
                 ]
@@ -323,11 +326,11 @@ class Placed:
         )
         return move_seconds(smaller, self.placement, without(source), without(target))
 
-    def _between(self, slot: Slot, crossing: Crossing, nbytes: float) -> list[Share]:
+    def _between(self, slot: Slot, crossing: Crossing, nbytes: float) -> list[GroupTask]:
         """What cells do together for one crossing."""
         seconds = crossing.seconds(self.placement, nbytes)
         return [
-            Share(
+            GroupTask(
                 homes,
                 seconds if remote else 0.0,
                 BETWEEN,
@@ -385,12 +388,12 @@ class Placed:
         return max(busy)
 
     @cached_property
-    def laid(self) -> Laid:
-        return lay_out_shares(self.step, self.shares, self.machine.backend.overlap)
+    def tasks(self) -> StepTasks:
+        return group_step_tasks(self.step, self.shares, self.machine.backend.overlap)
 
     @cached_property
     def times(self) -> Times:
-        return run(self.laid.tasks)
+        return run(self.tasks.tasks)
 
     @property
     def seconds(self) -> float:
@@ -546,29 +549,40 @@ class Placed:
                 for w in self.terms.operators[o].work
             )
             source = compute_source(self.terms.operators[o], self.placement, assignment)
-            own = (
-                float(cost.compute[0]),
-                float(cost.activations[0]),
-                float(cost.gradients[0]),
-                crossed[o],
-                float(cost.nbytes[0]),
-                int(sent[o]),
+            operators.append(
+                OperatorPrediction(
+                    name=self.graph.operators[o].name,
+                    compute=float(cost.compute[0]),
+                    activations=float(cost.activations[0]),
+                    gradients=float(cost.gradients[0]),
+                    moves=crossed[o],
+                    nbytes=float(cost.nbytes[0]),
+                    traffic=int(sent[o]),
+                    source=source,
+                )
             )
-            operators.append(OperatorPrediction(self.graph.operators[o].name, *own, source))
-        held, measured = self.memories[self.fullest], self.machine.times
         traffic = {kind: round(nbytes / self.plan.devices) for kind, nbytes in self.traffic.items()}
-        return Prediction(
-            self.plan.name,
-            self.machine.name,
-            self.seconds,
-            tuple(operators),
-            held,
-            traffic,
-            flops,
-            self.machine.weakest_status(),
-            measured.error if measured else 0.0,
-            self.cells.kinds[self.fullest],
+        return build_prediction(
+            self.plan,
+            self.machine,
+            operators=operators,
+            memory=self.memories[self.fullest],
+            traffic=traffic,
+            flops=flops,
+            seconds=self.seconds,
+            kind=self.cells.kinds[self.fullest],
         )
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.memories[self.fullest].peak
+
+    def timeline(self) -> Timeline:
+        names = [""]
+        if self.cells.count > 1:
+            names = [self.name(cell) for cell in range(self.cells.count)]
+        group_times = GroupTimes(self.step, self.tasks, self.times, names, self.fullest)
+        return timeline_of(self.graph, self.machine, self.plan, self.prediction(), group_times)
 
 
 def _without(mesh: Mesh, axes: Iterable[int]) -> Mesh:

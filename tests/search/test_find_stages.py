@@ -9,7 +9,7 @@ from partita.errors import MemoryBudgetError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.plans.check import check
-from partita.plans.pipeline import is_staged
+from partita.plans.pipeline import runnable
 from partita.plans.plan import Plan
 from partita.search.base import Progress
 from partita.search.bound import lower_bound_seconds
@@ -51,9 +51,9 @@ def test_what_is_found_fits_is_what_is_simulated_and_is_a_file(graph: OperatorGr
     )
     assert best is not None
     plan = check(Plan.from_json(best.plan.to_json()), graph)
-    assert is_staged(plan) and best.peak <= capacity(where)
+    assert not runnable(plan) and best.peak_bytes <= capacity(where)
     again = predicted(graph, where, plan)
-    assert again.seconds == best.seconds and again.peak_bytes == best.peak
+    assert again.seconds == best.seconds and again.peak_bytes == best.peak_bytes
     assert lower_bound_seconds(network.network.terms, where, 8) <= best.seconds
 
 
@@ -63,7 +63,7 @@ def test_what_fits_under_no_plan_without_stages_is_found_with_them() -> None:
     with pytest.raises(MemoryBudgetError):
         find(graph, where)
     found = find(graph, where, stages=True, seconds=10)
-    assert is_staged(found.plan) and found.prediction.peak_bytes <= capacity(where)
+    assert not runnable(found.plan) and found.prediction.peak_bytes <= capacity(where)
     assert found.plan.predicted["bound_seconds"] <= found.prediction.seconds
     assert "not yet run" in " ".join(found.plan.notes)
 
@@ -76,7 +76,7 @@ def test_looking_at_stages_never_makes_it_slower(graph: OperatorGraph) -> None:
     assert staged.prediction.seconds <= plain.prediction.seconds
     assert staged.result.bound <= plain.result.bound
     assert (
-        is_staged(staged.plan)
+        not runnable(staged.plan)
         or "that were looked at none is predicted to be faster" in staged.plan.notes[-1]
     )
 

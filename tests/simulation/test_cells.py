@@ -21,7 +21,7 @@ from partita.plans.diff import diff
 from partita.plans.plan import Plan
 from partita.search.bound import lower_bound_seconds
 from partita.search.find import fits, mesh_of
-from partita.simulation.placed import Placed
+from partita.simulation.placed import PlacedStep
 from partita.simulation.simulate import predicted, simulate
 
 DATA = Path(__file__).parents[1] / "data"
@@ -72,7 +72,7 @@ def plans(draw: st.DrawFn) -> tuple[OperatorGraph, Machine, Plan]:
 def test_folded_and_every_device_by_itself_take_as_long_and_send_as_much(
     case: tuple[OperatorGraph, Machine, Plan],
 ) -> None:
-    folded, unfolded = Placed.of(*case), Placed.of(*case, fold=False)
+    folded, unfolded = PlacedStep.of(*case), PlacedStep.of(*case, fold=False)
     assert unfolded.cells.count == case[2].devices
     assert folded.seconds == unfolded.seconds
     assert folded.traffic == unfolded.traffic
@@ -81,7 +81,7 @@ def test_folded_and_every_device_by_itself_take_as_long_and_send_as_much(
     ]
 
 
-def _first_devices(placed: Placed) -> list[int]:
+def _first_devices(placed: PlacedStep) -> list[int]:
     """A device of every cell."""
     whole = placed.cells.number.reshape(
         [s if a in placed.cells.told else 1 for a, s in enumerate(placed.plan.mesh.sizes)]
@@ -101,7 +101,7 @@ def test_where_nothing_is_pinned_one_cell_takes_what_a_step_does(
     where = machine(overlap)
     for make in BASELINES.values():
         plan = make(graph, where.name, mesh_of(where))
-        placed = Placed.of(graph, where, plan)
+        placed = PlacedStep.of(graph, where, plan)
         assert placed.cells.count == 1 and placed.seconds == simulate(graph, where, plan).seconds
         assert placed.prediction().memory.peak == predict(graph, where, plan).memory.peak
         assert {
@@ -126,10 +126,10 @@ def two_branches() -> OperatorGraph:
     return capture_program(model, 64).graph
 
 
-def placed(graph: OperatorGraph, where: Machine, **choices: str) -> Placed:
+def placed(graph: OperatorGraph, where: Machine, **choices: str) -> PlacedStep:
     """Operators by name at slices of the machine's only axis, or by factor over it; those not named are whole everywhere."""
     mesh = mesh_of(where)
-    return Placed.of(
+    return PlacedStep.of(
         graph,
         where,
         check(
@@ -336,9 +336,9 @@ def test_tasks_do_not_grow_with_devices() -> None:
         axis = mesh_of(where).axes[-1].name
         choices = {o.name: {axis: f"at({n % 2})"} for n, o in enumerate(graph.operators)}
         tasks.append(
-            Placed.of(
+            PlacedStep.of(
                 graph, where, Plan(graph.name, where.name, mesh_of(where), choices)
-            ).laid.tasks.count
+            ).tasks.tasks.count
         )
     assert tasks[0] == tasks[1]
 
@@ -389,7 +389,10 @@ def test_devices_that_differ_are_folded_as_far_as_they_wait_for_the_same(
     graph, where, plan = case
     first = data.draw(st.integers(1, where.devices - 1))
     where = mixed(where, first, where.devices - first, slower=7.0)
-    folded, unfolded = Placed.of(graph, where, plan), Placed.of(graph, where, plan, fold=False)
+    folded, unfolded = (
+        PlacedStep.of(graph, where, plan),
+        PlacedStep.of(graph, where, plan, fold=False),
+    )
     assert folded.seconds == unfolded.seconds
     assert folded.traffic == pytest.approx(unfolded.traffic)
     assert folded.cells.count <= unfolded.cells.count
@@ -400,7 +403,7 @@ def test_one_collective_over_all_devices_needs_one_cell_a_kind() -> None:
     where = mixed(machine(0.4, devices=64), 13, 51, slower=3.0)
     plan = BASELINES["data parallel"](graph, where.name, mesh_of(where))
     timeline = simulate(graph, where, plan)
-    assert timeline.groups == 2 and Placed.of(graph, where, plan).cells.devices == [13, 51]
+    assert timeline.groups == 2 and PlacedStep.of(graph, where, plan).cells.devices == [13, 51]
     assert all(group.endswith(("kind0", "kind1")) for group, _ in timeline.rows())
 
 
@@ -417,7 +420,7 @@ def test_memory_is_that_of_the_device_that_holds_it() -> None:
     assert first != last
     big, small = (
         predicted(graph, where, plan).peak_bytes,
-        Placed.of(graph, where, plan).memories[1].peak,
+        PlacedStep.of(graph, where, plan).memories[1].peak,
     )
     assert small < big
     room = (big + small) // 2

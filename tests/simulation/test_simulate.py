@@ -17,7 +17,8 @@ from partita.plans.layout import layout_of
 from partita.search.find import mesh_of
 from partita.simulation.engine import Replay, check, run
 from partita.simulation.simulate import simulate
-from partita.simulation.step import durations, lay_out, structure
+from partita.simulation.structure import structure
+from partita.simulation.tasks import slot_seconds, step_tasks
 
 DATA = Path(__file__).parents[1] / "data"
 GRAPHS = {
@@ -114,11 +115,13 @@ def test_a_walk_over_plans_is_replayed_to_the_bit(graph: OperatorGraph, overlap:
     def seconds(plan: str) -> np.ndarray:
         made = BASELINES[plan](graph, where.name, place.mesh)
         laid = layout_of(graph, made)
-        return durations(step, operator_costs(found, place, laid, made), found.edges, place, laid)
+        return slot_seconds(
+            step, operator_costs(found, place, laid, made), found.edges, place, laid
+        )
 
-    replay = Replay(check(lay_out(step, seconds("one device"), overlap).tasks))
+    replay = Replay(check(step_tasks(step, seconds("one device"), overlap).tasks))
     for plan in BASELINES:
-        wanted = lay_out(step, seconds(plan), overlap).tasks
+        wanted = step_tasks(step, seconds(plan), overlap).tasks
         changed = np.flatnonzero(wanted.seconds != replay.tasks.seconds)
         assert replay.change(changed, wanted.seconds[changed]) == run(wanted).seconds
         assert replay.times.end.tobytes() == run(wanted).end.tobytes()
@@ -139,7 +142,7 @@ def test_every_term_of_a_graph_has_its_task() -> None:
         assert all(total == pytest.approx(1.0) for total in shares.values())
         moved = {(m.home, m.reader, m.phase, m.read_phase) for m in found.edges}
         assert moved == {
-            (s.operator, s.reader, s.phase, s.wanted) for s in step.slots if s.kind == "move"
+            (s.operator, s.reader, s.phase, s.read_phase) for s in step.slots if s.kind == "move"
         }
 
 

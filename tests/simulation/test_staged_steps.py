@@ -16,7 +16,7 @@ from partita.plans.diff import diff
 from partita.plans.pipeline import in_flight, operator_stages, stage_plan, stage_schedule
 from partita.plans.plan import Mesh, Plan
 from partita.search.find import mesh_of
-from partita.simulation.pipelined import Staged
+from partita.simulation.pipelined import PipelinedStep
 from partita.simulation.simulate import predicted, simulate
 
 DATA = Path(__file__).parents[1] / "data"
@@ -56,8 +56,8 @@ def by_hand(
     plan: Plan,
     passes: tuple[float, float, float],
     transfers: Mapping[object, tuple[float, float]],
-) -> Staged:
-    staged = Staged.of(graph, machine(), plan)
+) -> PipelinedStep:
+    staged = PipelinedStep.of(graph, machine(), plan)
     staged.__dict__["passes"], staged.__dict__["transfers"] = [passes] * staged.stages, transfers
     return staged
 
@@ -67,10 +67,10 @@ def by_hand(
 def test_one_stage_and_one_microbatch_are_the_plan_itself(graph: OperatorGraph, plan: str) -> None:
     where = machine()
     made = BASELINES[plan](graph, where.name, mesh_of(where))
-    staged = Staged.of(graph, where, made)
+    staged = PipelinedStep.of(graph, where, made)
     whole = predicted(graph, where, made)
     assert staged.seconds == pytest.approx(whole.seconds, rel=1e-9)
-    assert staged.peak == whole.peak_bytes
+    assert staged.peak_bytes == whole.peak_bytes
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
@@ -111,7 +111,7 @@ def test_schedules_hold_what_they_say() -> None:
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
 def test_stages_hold_their_own_variables_and_all_together_all(graph: OperatorGraph) -> None:
     where = machine()
-    staged = Staged.of(graph, where, in_two(graph, where, "one device"))
+    staged = PipelinedStep.of(graph, where, in_two(graph, where, "one device"))
     held = [m.parameters for m, _ in staged.memories]
     assert sum(held) == sum(
         graph.tensors[a.tensor].nbytes
@@ -130,7 +130,7 @@ def test_microbatches_and_recomputation_hold_less_and_compute_more() -> None:
     again = replace(plan, recompute=((names[0], names[half - 1]), (names[half], names[-1])))
     whole, cut_, again_ = (predicted(graph, where, check(p, graph)) for p in (plan, cut, again))
     assert cut_.peak_bytes < whole.peak_bytes and again_.peak_bytes < whole.peak_bytes
-    forward = Staged.of(graph, where, plan).passes[0][0]
+    forward = PipelinedStep.of(graph, where, plan).passes[0][0]
     assert again_.seconds == pytest.approx(whole.seconds + forward, rel=1e-6)
     assert cut_.seconds > whole.seconds  # weights are read four times
 
@@ -156,7 +156,7 @@ def test_slots_in_parts_are_gathered_once_a_step_and_variables_in_parts_for_ever
     passes = {}
     for name in ("data parallel", "ZeRO-1", "ZeRO-3"):
         plan = replace(BASELINES[name](graph, where.name, mesh_of(where)), microbatches=4)
-        (passes[name],) = Staged.of(graph, where, check(plan, graph)).passes
+        (passes[name],) = PipelinedStep.of(graph, where, check(plan, graph)).passes
     plain, slots, variables = passes.values()
     assert slots[:2] == plain[:2] and slots[2] != plain[2]
     assert variables[0] > plain[0] and variables[1] == plain[1]

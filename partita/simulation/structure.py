@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -28,17 +28,12 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-from partita.cost.evaluate import PARTS, PHASES, OperatorCost
-from partita.cost.moves import Placement, move_seconds
-from partita.cost.terms import Move, Terms
+from partita.cost.evaluate import PHASES
+from partita.cost.terms import Terms
 from partita.graph.grouping import HEAVY
 from partita.graph.operator_graph import IdentityKey, OperatorGraph, Phase, constant_tensors
-from partita.plans.layout import Layout, label_sharding
-from partita.simulation.engine import Tasks
 
-DeviceKind = Literal["compute", "exchange", "sum", "gather", "move", "join"]
-BETWEEN, KERNELS, LINKS = -1, 0, 1
-"""The streams of a cell, and none of them."""
+SlotKind = Literal["compute", "exchange", "sum", "gather", "move", "join"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +43,12 @@ class Slot:
     `share` is the part of the operator's kernels of that phase: 1 unless they run in several pieces, with others in between.
     """
 
-    kind: DeviceKind
+    kind: SlotKind
     operator: int
     phase: Phase
     reader: int = -1
     share: float = 1.0
-    wanted: Phase = "forward"
+    read_phase: Phase = "forward"
     """Of a move, the phase in which it is read."""
 
 
@@ -155,7 +150,7 @@ def _structure(
                 between = ("move", move.home, f"{move.phase} {move.read_phase}", move.reader)
                 if between not in slots:
                     slots[between] = Slot(
-                        "move", move.home, move.phase, move.reader, wanted=move.read_phase
+                        "move", move.home, move.phase, move.reader, read_phase=move.read_phase
                     )
                     order[between] = (
                         (order[source] + 0.6)
@@ -353,153 +348,3 @@ def thinned(step: Structure, keep: Sequence[bool]) -> Structure:
         through.append(sources)
     of = tuple(place.get(slot, -1) for slot in step.of)
     return Structure(tuple(step.slots[n] for n in left), tuple(before), of)
-
-
-def durations(
-    step: Structure,
-    costs: Sequence[OperatorCost],
-    edges: Iterable[Move],
-    placement: Placement,
-    layout: Layout,
-) -> np.ndarray:
-    """Seconds of every slot under one plan. `costs` are those of every operator under its one choice."""
-    moves: dict[tuple[int, int, Phase, Phase], float] = defaultdict(float)
-    for m in edges:
-        a, b = layout.assignments[m.home], layout.assignments[m.reader]
-        moves[m.home, m.reader, m.phase, m.read_phase] += move_seconds(
-            m, placement, label_sharding(m.source, a), label_sharding(m.target, b)
-        )
-    parts = [cost.parts()[:, 0] for cost in costs]
-    found = np.zeros(len(step.slots))
-    for n, slot in enumerate(step.slots):
-        if slot.kind == "move":
-            found[n] = moves[slot.operator, slot.reader, slot.phase, slot.wanted]
-        elif slot.kind != "join":
-            found[n] = parts[slot.operator][PARTS.index((slot.kind, slot.phase))] * slot.share
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What some cells do together of a slot, for so many seconds. `cells` have to be ready for it; in `reach` its result is then there.
-
-    On `KERNELS` or `LINKS` it takes the turn of that stream in all its cells; on `BETWEEN` it takes none, but links out of and into cells: `out`, `into`.
-    """
-
-    cells: tuple[int, ...]
-    seconds: float
-    stream: int
-    reach: tuple[int, ...] = ()
-    out: tuple[int, ...] = ()
-    into: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Laid:
-    """A step laid out in tasks. `task[n]` is the first task of slot n, `hold[n]` the one that holds up kernels meanwhile, or -1.
-
-    Per task: the slot that it is of, the share of it, the cells that do it, and whether it only holds up kernels.
-    """
-
-    tasks: Tasks
-    task: np.ndarray
-    hold: np.ndarray
-    overlap: float
-    slot: Sequence[int]
-    share: Sequence[Share]
-    cells: Sequence[tuple[int, ...]]
-    holds: Sequence[bool]
-
-
-def lay_out(step: Structure, seconds: np.ndarray, overlap: float) -> Laid:
-    """What the engine runs where one device stands for all: the slots of a step in its two streams. Seconds are those of `durations`."""
-    laid = _laid_of_one(IdentityKey(step), overlap)
-    into, held = np.zeros(laid.tasks.count), laid.hold >= 0
-    into[laid.task] = seconds
-    into[laid.hold[held]] = np.asarray(seconds)[held] * (1 - overlap)
-    return replace(laid, tasks=replace(laid.tasks, seconds=into))
-
-
-@lru_cache(maxsize=8)
-def _laid_of_one(key: IdentityKey[Structure], overlap: float) -> Laid:
-    """The same without seconds: one cell waits for no other, and so its tasks are the same whatever they take."""
-    stream = {"join": BETWEEN, "compute": KERNELS}
-    return lay_out_shares(
-        key.value,
-        [[Share((0,), 0.0, stream.get(slot.kind, LINKS), (0,))] for slot in key.value.slots],
-        overlap,
-    )
-
-
-def lay_out_shares(step: Structure, shares: Sequence[Sequence[Share]], overlap: float) -> Laid:
-    """What the engine runs: the shares of all slots, kernels and collectives in streams of every cell.
-
-    Where part of a collective hides behind kernels, a task in their stream holds them up for the rest of its time. What several cells do together
-    begins when the last of their streams has come to it.
-    """
-    before: list[list[int]] = []
-    made: list[
-        tuple[float, int, Sequence[tuple[int, float]], int, Share, tuple[int, ...], bool]
-    ] = []
-    task, hold = np.zeros(len(step.slots), np.int64), np.full(len(step.slots), -1)
-    last: dict[int, int] = {}
-    """Per stream its last task that takes time; `joint`: its last one that other streams had to come to as well."""
-    joint: dict[int, int] = {}
-
-    def put(
-        n: int,
-        share: Share,
-        cells: tuple[int, ...],
-        which: int,
-        seconds: float,
-        wait: set[int],
-        holds: bool = False,
-    ) -> int:
-        number, streams = len(before), [] if which == BETWEEN else [2 * c + which for c in cells]
-        turns = (
-            {(last if len(streams) > 1 else joint).get(s, -1) for s in streams} - {-1}
-            if seconds > 0
-            else set()
-        )
-        before.append(sorted(wait | turns))
-        uses = [(2 * c, 1.0) for c in share.out] + [(2 * c + 1, 1.0) for c in share.into]
-        made.append(
-            (seconds, streams[0] if len(streams) == 1 else -1, uses, n, share, cells, holds)
-        )
-        for s in streams if seconds > 0 else ():
-            last[s] = number
-            if len(streams) > 1:
-                joint[s] = number
-        return number
-
-    ends: list[dict[int, list[int]]] = []
-    """Per slot, and cell in which its result is there, the tasks after which it is."""
-    for n, mine in enumerate(shares):
-        found: dict[int, list[int]] = {}
-        within: dict[int, list[int]] = {}
-        task[n] = len(before)
-        for share in mine:
-            wait: set[int] = set()
-            for c in share.cells:
-                for b in step.before[n] if c not in within else ():
-                    there = ends[b].get(c)
-                    wait.update(
-                        there
-                        if there is not None
-                        else (k for other in ends[b].values() for k in other)
-                    )
-                wait.update(within.get(c, ()))
-            which = KERNELS if share.stream == LINKS and overlap == 0 else share.stream
-            number = put(n, share, share.cells, which, share.seconds, wait)
-            for c in share.reach:
-                found.setdefault(c, []).append(number)
-            if not share.reach:  # the first part of a move, which the second waits for
-                for c in share.cells:
-                    within.setdefault(c, []).append(number)
-            if which == LINKS and overlap < 1:
-                for c in share.cells:
-                    k = put(n, share, (c,), KERNELS, share.seconds * (1 - overlap), wait, True)
-                    hold[n] = k if hold[n] < 0 else hold[n]
-        ends.append(found)
-    seconds, stream, uses, *rest = zip(*made, strict=True) if made else ((),) * 7
-    return Laid(Tasks.of(seconds, before, stream, uses), task, hold, overlap, *rest)
