@@ -38,7 +38,7 @@ def test_a_plan_of_another_model_batch_or_machine() -> None:
     other.compile("sgd", "mse")
     with pytest.raises(
         PlanError,
-        match="made for another model .* the model has no 'wide', 'out'; the plan says nothing about 'else'",
+        match="made for another model .* the model has no 'wide', 'out'; the plan has no choice for 'else'",
     ):
         check_plan(plan, capture_program(other, 16).graph, host(4, 1 << 30))
 

@@ -1,43 +1,51 @@
-"""A plan for another shape of the same step, or for another machine: what still divides is kept, the rest is done without."""
+"""A plan for another batch size of the same step, or for another machine.
+
+Splits that no longer divide are dropped; all others stay.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from partita.errors import PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
 from partita.plans.check import illegal_reason
-from partita.plans.plan import Mesh, Plan, Storage
+from partita.plans.plan import Axis, Mesh, Plan, Storage
 
 
 def fit_plan(plan: Plan, graph: OperatorGraph) -> Plan:
-    """The plan with every split that the graph's sizes allow; its notes say which operators and variables lost one.
+    """The plan with all splits that the graph's sizes allow.
 
-    Meant for the same model on batches of another size: the weights keep their shardings, so the variables need not move.
-    An operator that the plan does not know is not split.
+    For the same model on batches of another size: weights keep their shardings, so variables need
+    not move. Operators that the plan does not name are not split. The notes of the result list the
+    operators and variables that lost a split.
     """
     choices: dict[str, Mapping[str, str]] = {}
-    fewer = []
+    reduced = []
     for index, operator in enumerate(graph.operators):
-        wanted = plan.choices.get(operator.name, {})
-        choices[operator.name] = _dividing(plan, graph, index, wanted)
-        if choices[operator.name] != wanted:
-            fewer.append(operator.name)
-    tensors = {a.path: graph.tensors[a.tensor].shape for a in graph.arguments}
-    storage = {
-        path: s
-        for path, s in plan.storage.items()
-        if path in tensors and _stores(plan, s, tensors[path])
-    }
+        planned = plan.choices.get(operator.name, {})
+        choice = _divisible_choice(plan, graph, index, planned)
+        choices[operator.name] = choice
+        if choice != planned:
+            reduced.append(operator.name)
+    shapes = {a.path: graph.tensors[a.tensor].shape for a in graph.arguments}
+    storage = {}
+    dropped = []
+    for path, stored in plan.storage.items():
+        if path in shapes and _divides(plan, stored, shapes[path]):
+            storage[path] = stored
+        else:
+            dropped.append(path)
     notes = list(plan.notes)
-    if fewer:
+    if reduced:
         notes.append(
-            f"at batch size {graph.batch_size} split fewer ways, because sizes do not divide: {_some(fewer)}"
+            f"at batch size {graph.batch_size} split fewer ways, because sizes do not divide: "
+            f"{_first_names(reduced)}"
         )
-    if len(storage) < len(plan.storage):
-        notes.append(f"not stored apart: {_some([p for p in plan.storage if p not in storage])}")
+    if dropped:
+        notes.append(f"storage not split: {_first_names(dropped)}")
     return replace(
         plan,
         choices=choices,
@@ -48,54 +56,75 @@ def fit_plan(plan: Plan, graph: OperatorGraph) -> Plan:
     )
 
 
-def _dividing(
-    plan: Plan, graph: OperatorGraph, operator: int, wanted: Mapping[str, str]
+def _divisible_choice(
+    plan: Plan, graph: OperatorGraph, operator: int, planned: Mapping[str, str]
 ) -> dict[str, str]:
-    kept: dict[str, str] = {}
-    left: dict[str, int] = {}
+    choice: dict[str, str] = {}
+    local_sizes: dict[str, int] = {}
     for axis in plan.mesh.axes:
-        name = wanted.get(axis.name)
-        factor = None if name is None else graph.factor(operator, name)
-        if name is None or factor is None:
+        if axis.name not in planned:
             continue
-        size = left.setdefault(name, graph.factors[factor].size)
+        name = planned[axis.name]
+        factor = graph.factor(operator, name)
+        if factor is None:
+            continue
+        size = local_sizes.get(name, graph.factors[factor].size)
         if size % axis.size == 0:
-            left[name] = size // axis.size
-            kept[axis.name] = name
-    return {} if illegal_reason(graph, operator, kept, plan.mesh) else kept
+            local_sizes[name] = size // axis.size
+            choice[axis.name] = name
+    return {} if illegal_reason(graph, operator, choice, plan.mesh) else choice
 
 
-def _stores(plan: Plan, storage: Storage, shape: tuple[int, ...]) -> bool:
+def _divides(plan: Plan, storage: Storage, shape: tuple[int, ...]) -> bool:
+    """Whether the storage's axes divide its dim of a variable of this shape."""
     ways = 1
-    for axis in storage.axes:
-        ways *= plan.mesh.axes[plan.mesh.index[axis]].size
+    for name in storage.axes:
+        ways *= plan.mesh.axes[plan.mesh.index[name]].size
     return storage.dim < len(shape) and shape[storage.dim] % ways == 0
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _first_names(names: Sequence[str]) -> str:
+    """The first five names, and the number of the others."""
+    text = ", ".join(names[:5])
+    return text if len(names) <= 5 else f"{text} and {len(names) - 5} more"
 
 
 def fit_mesh(plan: Plan, machine: Machine) -> Plan:
-    """The plan with its axes on levels that the machine has: as they are where they fit, else from the fastest links outwards."""
-    ways: dict[int, int] = {}
-    for axis in plan.mesh.axes:
-        ways[axis.level] = ways.get(axis.level, 1) * axis.size
-    if all(
-        level < len(machine.levels) and n <= machine.levels[level].size for level, n in ways.items()
-    ):
+    """The plan with its axes on levels of the machine.
+
+    Axes that fit stay on their levels. Otherwise they are placed anew, from the fastest links
+    outwards.
+    """
+    if _fits(plan.mesh, machine):
         return plan
-    level, left, placed = len(machine.levels) - 1, machine.levels[-1].size, []
+    level = len(machine.levels) - 1
+    free_parts = machine.levels[-1].size
+    axes: list[Axis] = []
     for axis in reversed(plan.mesh.axes):
-        while level >= 0 and left % axis.size:
+        while level >= 0 and free_parts % axis.size:
             level -= 1
-            left = machine.levels[level].size
+            free_parts = machine.levels[level].size
         if level < 0:
-            parts = " x ".join(f"{x.size} ({x.name})" for x in machine.levels)
-            raise PlanError(
-                f"The plan '{plan.name}' splits {' x '.join(str(a.size) for a in plan.mesh.axes)} ways, into which {machine.name}, of {parts}, cannot be divided. "
-                "Plan again for it."
-            )
-        placed.append(replace(axis, level=level))
-        left //= axis.size
-    return replace(plan, mesh=Mesh(tuple(reversed(placed))))
+            raise _mesh_error(plan, machine)
+        axes.append(replace(axis, level=level))
+        free_parts //= axis.size
+    return replace(plan, mesh=Mesh(tuple(reversed(axes))))
+
+
+def _fits(mesh: Mesh, machine: Machine) -> bool:
+    ways: dict[int, int] = {}
+    for axis in mesh.axes:
+        ways[axis.level] = ways.get(axis.level, 1) * axis.size
+    for level, count in ways.items():
+        if level >= len(machine.levels) or count > machine.levels[level].size:
+            return False
+    return True
+
+
+def _mesh_error(plan: Plan, machine: Machine) -> PlanError:
+    ways = " x ".join(str(axis.size) for axis in plan.mesh.axes)
+    parts = " x ".join(f"{level.size} ({level.name})" for level in machine.levels)
+    return PlanError(
+        f"The plan '{plan.name}' splits {ways} ways, which does not divide {machine.name} with "
+        f"{parts}. Plan again for it."
+    )

@@ -1,188 +1,221 @@
-"""The plans an expert would write, by name: what the found plan has to beat."""
+"""Expert plans by name (`BASELINES`), which a searched plan has to beat.
+
+Each baseline takes a graph, the machine's name and a mesh, and splits operators by kinds of factors
+as far as sizes divide.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from partita.graph.operator_graph import Operator, OperatorGraph
+from partita.graph.operator_graph import Factor, FactorKind, Operator, OperatorGraph
 from partita.plans.check import illegal_reason
 from partita.plans.layout import label_sharding, operator_assignments, spare_axes
-from partita.plans.plan import Mesh, Plan, Storage
+from partita.plans.plan import Axis, Mesh, Plan, Storage
 
 Choice = Mapping[str, str]
+Baseline = Callable[[OperatorGraph, str, Mesh], Plan]
 
 
-def _factors(graph: OperatorGraph, operator: Operator, kind: str) -> list[tuple[str, int]]:
-    """(name, size) of an operator's factors of a kind, largest first."""
-    found = [
-        (graph.factors[f].name, graph.factors[f].size)
-        for f in operator.factors
-        if graph.factors[f].kind == kind
-    ]
-    return sorted(found, key=lambda x: -x[1])
+def _factors(graph: OperatorGraph, operator: Operator, kind: str) -> list[Factor]:
+    """An operator's factors of a kind, largest first."""
+    factors = [graph.factors[f] for f in operator.factors if graph.factors[f].kind == kind]
+    return sorted(factors, key=lambda factor: -factor.size)
 
 
 def choice_by_kinds(
     graph: OperatorGraph,
     operator: Operator,
     mesh: Mesh,
-    wishes: Iterable[tuple[str, Iterable[int]]],
+    preferences: Iterable[tuple[str, Iterable[int]]],
 ) -> dict[str, str]:
-    """A choice that gives axes to factors of the wished kinds, in order, as far as sizes divide."""
+    """A choice that gives axes to factors of preferred kinds, as far as sizes divide.
+
+    `preferences`: pairs of kinds (one letter each, best first) and axis numbers, in order. An
+    illegal choice becomes the empty one.
+    """
     choice: dict[str, str] = {}
-    left = {graph.factors[f].name: graph.factors[f].size for f in operator.factors}
-    for kinds, axes in wishes:
+    local_sizes = {graph.factors[f].name: graph.factors[f].size for f in operator.factors}
+    for kinds, axes in preferences:
         for number in axes:
             axis = mesh.axes[number]
-            for kind in kinds:
-                name = next(
-                    (
-                        n
-                        for n, _ in _factors(graph, operator, kind)
-                        if left[n] % axis.size == 0 and left[n] > 1
-                    ),
-                    None,
-                )
-                if name is not None and axis.name not in choice:
-                    choice[axis.name] = name
-                    left[name] //= axis.size
-                    break
-    return (
-        choice
-        if not choice
-        or illegal_reason(graph, graph.factors[operator.factors[0]].operator, choice, mesh) is None
-        else {}
-    )
+            if axis.name in choice:
+                continue
+            name = _divisible_factor(graph, operator, kinds, axis, local_sizes)
+            if name is not None:
+                choice[axis.name] = name
+                local_sizes[name] //= axis.size
+    if not choice:
+        return choice
+    index = graph.factors[operator.factors[0]].operator
+    return choice if illegal_reason(graph, index, choice, mesh) is None else {}
+
+
+def _divisible_factor(
+    graph: OperatorGraph,
+    operator: Operator,
+    kinds: str,
+    axis: Axis,
+    local_sizes: Mapping[str, int],
+) -> str | None:
+    """The first factor of the preferred kinds that an axis divides."""
+    for kind in kinds:
+        for factor in _factors(graph, operator, kind):
+            size = local_sizes[factor.name]
+            if size > 1 and size % axis.size == 0:
+                return factor.name
+    return None
+
+
+def _plan(
+    graph: OperatorGraph, machine: str, mesh: Mesh, name: str, choices: Mapping[str, Choice]
+) -> Plan:
+    return Plan(graph.name, machine, mesh, choices, name=name, batch_size=graph.batch_size)
 
 
 def one_device(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
-    """Everything replicated: every device does all the work of one."""
-    return Plan(
-        graph.name,
-        machine,
-        mesh,
-        {o.name: {} for o in graph.operators},
-        name="one device",
-        batch_size=graph.batch_size,
-    )
+    """Full replication: every device does all the work of one."""
+    choices: dict[str, Choice] = {operator.name: {} for operator in graph.operators}
+    return _plan(graph, machine, mesh, "one device", choices)
 
 
 def data_parallel(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
-    """Every operator split by sample over all axes."""
-    everything = range(len(mesh.axes))
-    choices = {
-        o.name: choice_by_kinds(graph, o, mesh, [("S", everything)]) for o in graph.operators
-    }
-    return Plan(
-        graph.name, machine, mesh, choices, name="data parallel", batch_size=graph.batch_size
-    )
+    """All operators split by sample over all axes."""
+    axes = range(len(mesh.axes))
+    choices = {}
+    for operator in graph.operators:
+        choices[operator.name] = choice_by_kinds(graph, operator, mesh, [("S", axes)])
+    return _plan(graph, machine, mesh, "data parallel", choices)
 
 
-def zero(level: int) -> Callable[[OperatorGraph, str, Mesh], Plan]:
-    """Data parallel with optimizer slots (1), gradients (2) and variables (3) kept split over all axes (Rajbhandari 2020)."""
+def zero(stage: int) -> Baseline:
+    """Data parallelism with ZeRO (Rajbhandari et al. 2020) over all axes.
 
-    def make(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
+    Stage 1 splits optimizer slots, 2 also gradients, 3 also variables.
+    """
+
+    def zero_plan(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
         plan = data_parallel(graph, machine, mesh)
-        return replace(plan, name=f"ZeRO-{level}", storage=storage_for(graph, plan, level))
+        return replace(plan, name=f"ZeRO-{stage}", storage=storage_for(graph, plan, stage))
 
-    return make
+    return zero_plan
 
 
-def storage_for(graph: OperatorGraph, plan: Plan, level: int) -> dict[str, Storage]:
-    """Storage of every parameter over the axes that its operator's choice leaves it replicated on."""
-    found, assignments = {}, operator_assignments(graph, plan)
-    for a in graph.arguments:
-        home = graph.home[a.tensor]
-        if a.role == "parameter" and home >= 0:
-            spare = spare_axes(
-                graph.tensors[a.tensor].shape,
-                label_sharding(graph.labels[a.tensor], assignments[home]),
-                plan.mesh,
-            )
-            if spare is not None:
-                found[a.path] = Storage(
-                    spare[0], tuple(plan.mesh.axes[x].name for x in spare[1]), level
-                )
-    return found
+def storage_for(graph: OperatorGraph, plan: Plan, stage: int) -> dict[str, Storage]:
+    """Storage of every parameter over the axes on which its operator's choice replicates it."""
+    assignments = operator_assignments(graph, plan)
+    storage = {}
+    for argument in graph.arguments:
+        home = graph.home[argument.tensor]
+        if argument.role != "parameter" or home < 0:
+            continue
+        sharding = label_sharding(graph.labels[argument.tensor], assignments[home])
+        spare = spare_axes(graph.tensors[argument.tensor].shape, sharding, plan.mesh)
+        if spare is not None:
+            dim, axes = spare
+            names = tuple(plan.mesh.axes[axis].name for axis in axes)
+            storage[argument.path] = Storage(dim, names, stage)
+    return storage
 
 
 def tensor_parallel(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
-    """Weights split over all axes, Megatron's pattern: by output where the input is whole, by input where it is split."""
-    return replace(_megatron(graph, machine, mesh, 0), name="tensor parallel")
+    """Megatron's pattern over all axes.
+
+    Weights are split by output where the input is whole, by input where the input is split.
+    """
+    return _megatron(graph, machine, mesh, "tensor parallel", sample_axes=0)
 
 
 def data_and_tensor(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
-    """Sample over the outer half of the axes, Megatron's pattern over the inner half."""
-    return replace(_megatron(graph, machine, mesh, (len(mesh.axes) + 1) // 2), name="data x tensor")
+    """Samples over the outer half of the axes, Megatron's pattern over the inner half."""
+    outer_half = (len(mesh.axes) + 1) // 2
+    return _megatron(graph, machine, mesh, "data x tensor", sample_axes=outer_half)
 
 
-def _megatron(graph: OperatorGraph, machine: str, mesh: Mesh, outer: int) -> Plan:
-    """Column then row: an operator that reads a value split by P is split by R, otherwise by P."""
-    inner = range(outer, len(mesh.axes))
-    choices: dict[str, dict[str, str]] = {}
-    split: dict[int, bool] = {}
-    feeds: dict[int, list[int]] = {}
+def _megatron(graph: OperatorGraph, machine: str, mesh: Mesh, name: str, sample_axes: int) -> Plan:
+    """Column then row: an operator with an input split by P is split by R, otherwise by P.
+
+    `sample_axes`: number of outer axes that split samples instead.
+    """
+    outer = range(sample_axes)
+    inner = range(sample_axes, len(mesh.axes))
+    choices: dict[str, Choice] = {}
+    is_split: list[bool] = []
+    producers = _forward_producers(graph)
+    for index, operator in enumerate(graph.operators):
+        input_split = any(is_split[p] for p in producers.get(index, ()) if p < index)
+        if not _factors(graph, operator, "P"):
+            preferences = [("S", outer), ("A", inner)] if input_split else [("S", outer)]
+        elif input_split and _factors(graph, operator, "R"):
+            preferences = [("S", outer), ("R", inner)]
+        else:
+            preferences = [("S", outer), ("P", inner)]
+        choice = choice_by_kinds(graph, operator, mesh, preferences)
+        choices[operator.name] = choice
+        if preferences[-1][0] == "P":
+            is_split.append(len(choice) > sample_axes)
+        else:
+            is_split.append(input_split and preferences[-1][0] != "R")
+    return _plan(graph, machine, mesh, name, choices)
+
+
+def _forward_producers(graph: OperatorGraph) -> dict[int, list[int]]:
+    """Operator -> the other operators whose values its forward instructions read."""
+    producers: dict[int, list[int]] = {}
     for use in graph.uses:
         home = graph.home[use.tensor]
-        producer_forward = any(
-            graph.instructions[i].phase == "forward" for i, _ in use.instructions
-        )
-        if home >= 0 and home != use.operator and producer_forward:
-            feeds.setdefault(use.operator, []).append(home)
-    for index, operator in enumerate(graph.operators):
-        fed = any(split.get(h, False) for h in feeds.get(index, ()) if h < index)
-        has_parameter = bool(_factors(graph, operator, "P"))
-        if not has_parameter:
-            kinds = "A"
-            choice = choice_by_kinds(
-                graph, operator, mesh, [("S", range(outer)), (kinds, inner if fed else ())]
-            )
-            split[index] = fed
-        elif fed and _factors(graph, operator, "R"):
-            choice = choice_by_kinds(graph, operator, mesh, [("S", range(outer)), ("R", inner)])
-            split[index] = False
-        else:
-            choice = choice_by_kinds(graph, operator, mesh, [("S", range(outer)), ("P", inner)])
-            split[index] = len(choice) > outer
-        choices[operator.name] = choice
-    return Plan(
-        graph.name, machine, mesh, choices, name="tensor parallel", batch_size=graph.batch_size
-    )
+        if home < 0 or home == use.operator:
+            continue
+        if any(graph.instructions[i].phase == "forward" for i, _ in use.instructions):
+            producers.setdefault(use.operator, []).append(home)
+    return producers
 
 
 def one_weird_trick(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
-    """Convolutions (and all without weights) by sample, dense layers by parameter (Krizhevsky 2014)."""
-    everything = range(len(mesh.axes))
+    """Dense layers by parameter, all others by sample (Krizhevsky 2014)."""
+    axes = range(len(mesh.axes))
     choices = {}
-    for o in graph.operators:
-        dense = o.kind == "dot" and _factors(graph, o, "P") and _factors(graph, o, "R")
-        choices[o.name] = choice_by_kinds(graph, o, mesh, [("P" if dense else "S", everything)])
-    return Plan(
-        graph.name, machine, mesh, choices, name="one weird trick", batch_size=graph.batch_size
-    )
+    for operator in graph.operators:
+        is_dense = (
+            operator.kind == "dot"
+            and _factors(graph, operator, "P")
+            and _factors(graph, operator, "R")
+        )
+        kind: FactorKind = "P" if is_dense else "S"
+        choices[operator.name] = choice_by_kinds(graph, operator, mesh, [(kind, axes)])
+    return _plan(graph, machine, mesh, "one weird trick", choices)
 
 
 def spatial(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
     """Images by height, sequences by position, as far as sizes divide; the rest by sample."""
-    everything = range(len(mesh.axes))
+    axes = range(len(mesh.axes))
     choices = {}
-    for index, o in enumerate(graph.operators):
-        first = [graph.factors[f] for f in o.factors if graph.factors[f].kind == "A"][:1]
-        left, choice = (first[0].size if first else 1), {}
-        for number in everything:
-            axis = mesh.axes[number]
-            if first and left % axis.size == 0 and left // axis.size >= 2:
-                choice[axis.name] = first[0].name
-                left //= axis.size
-        rest = [n for n in everything if mesh.axes[n].name not in choice]
-        both = {**choice, **choice_by_kinds(graph, o, mesh, [("S", rest)])}
-        legal = illegal_reason(graph, index, both, mesh) is None
-        choices[o.name] = both if legal else choice_by_kinds(graph, o, mesh, [("S", everything)])
-    return Plan(graph.name, machine, mesh, choices, name="spatial", batch_size=graph.batch_size)
+    for index, operator in enumerate(graph.operators):
+        choice = _split_in_space(graph, operator, mesh)
+        other_axes = [number for number in axes if mesh.axes[number].name not in choice]
+        choice |= choice_by_kinds(graph, operator, mesh, [("S", other_axes)])
+        if illegal_reason(graph, index, choice, mesh) is not None:
+            choice = choice_by_kinds(graph, operator, mesh, [("S", axes)])
+        choices[operator.name] = choice
+    return _plan(graph, machine, mesh, "spatial", choices)
 
 
-BASELINES: dict[str, Callable[[OperatorGraph, str, Mesh], Plan]] = {
+def _split_in_space(graph: OperatorGraph, operator: Operator, mesh: Mesh) -> dict[str, str]:
+    """A choice of the first attribute factor on the axes that leave two elements or more."""
+    attributes = [graph.factors[f] for f in operator.factors if graph.factors[f].kind == "A"]
+    choice: dict[str, str] = {}
+    if not attributes:
+        return choice
+    local_size = attributes[0].size
+    for axis in mesh.axes:
+        if local_size % axis.size == 0 and local_size // axis.size >= 2:
+            choice[axis.name] = attributes[0].name
+            local_size //= axis.size
+    return choice
+
+
+BASELINES: dict[str, Baseline] = {
     "one device": one_device,
     "data parallel": data_parallel,
     "ZeRO-1": zero(1),

@@ -2,29 +2,55 @@
 
 from __future__ import annotations
 
-from partita.plans.plan import Plan, mesh_text, runs_text, storage_text
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from partita.plans.plan import Plan, choice_text, mesh_text, runs_text
 from partita.units import format_bytes, format_seconds
 
 
 def diff(left: Plan, right: Plan) -> list[str]:
-    """What differs between two plans, a line each; empty when they do the same."""
-    found = []
+    """The differences between two plans, one line each; empty for plans that run alike."""
+    return list(_differences(left, right))
+
+
+def _differences(left: Plan, right: Plan) -> Iterator[str]:
     if left.mesh != right.mesh:
-        found.append(f"mesh: {mesh_text(left.mesh)} -> {mesh_text(right.mesh)}")
+        yield f"mesh: {mesh_text(left.mesh)} -> {mesh_text(right.mesh)}"
     if left.machine != right.machine:
-        found.append(f"machine: {left.machine} -> {right.machine}")
-    a, b = left.to_json(), right.to_json()
-    for key in ("operators", "storage"):
-        for name in [*a[key], *(n for n in b[key] if n not in a[key])]:
-            x, y = a[key].get(name, "absent"), b[key].get(name, "absent")
-            if x != y:
-                found.append(f"{name}: {storage_text(x)} -> {storage_text(y)}")
-    for what in ("microbatches", "schedule", "recompute"):
-        x, y = getattr(left, what), getattr(right, what)
-        if x != y and not (what == "schedule" and left.microbatches == right.microbatches == 1):
-            found.append(f"{what}: {runs_text(x)} -> {runs_text(y)}")
-    for key, text in (("seconds", format_seconds), ("peak_bytes", format_bytes)):
-        x, y = left.predicted.get(key), right.predicted.get(key)
-        if x is not None and y is not None and x != y:
-            found.append(f"predicted {key.replace('_', ' ')}: {text(x)} -> {text(y)}")
-    return found
+        yield f"machine: {left.machine} -> {right.machine}"
+    yield from _changed_entries(_choice_texts(left), _choice_texts(right))
+    yield from _changed_entries(_storage_texts(left), _storage_texts(right))
+    if left.microbatches != right.microbatches:
+        yield f"microbatches: {left.microbatches} -> {right.microbatches}"
+    has_microbatches = left.microbatches > 1 or right.microbatches > 1
+    if left.schedule != right.schedule and has_microbatches:
+        yield f"schedule: {left.schedule} -> {right.schedule}"
+    if left.recompute != right.recompute:
+        yield f"rematerialized: {runs_text(left.recompute)} -> {runs_text(right.recompute)}"
+    for key, format_figure in (("seconds", format_seconds), ("peak_bytes", format_bytes)):
+        before = left.predicted.get(key)
+        after = right.predicted.get(key)
+        if before is not None and after is not None and before != after:
+            title = key.replace("_", " ")
+            yield f"predicted {title}: {format_figure(before)} -> {format_figure(after)}"
+
+
+def _changed_entries(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[str]:
+    for name in {**left, **right}:
+        before = left.get(name, "absent")
+        after = right.get(name, "absent")
+        if before != after:
+            yield f"{name}: {before} -> {after}"
+
+
+def _choice_texts(plan: Plan) -> dict[str, str]:
+    return {name: choice_text(choice, plan.mesh) for name, choice in plan.choices.items()}
+
+
+def _storage_texts(plan: Plan) -> dict[str, str]:
+    texts = {}
+    for path, storage in plan.storage.items():
+        axes = ",".join(storage.axes)
+        texts[path] = f"ZeRO-{storage.zero} dim {storage.dim} over {axes}"
+    return texts

@@ -1,7 +1,7 @@
-"""What a plan makes of every value: the sharding of each tensor, and where a reader wants another one.
+"""Shardings of all tensors under a plan, and the reads that need another sharding.
 
-This is the one place where labels and choices become shardings. The cost model, the annotated program and the comparison
-with the compiler all read it, so that they cannot mean different things.
+The only place where labels and choices become shardings. The cost model, the annotated program and
+the comparison with the compiler all read the same `Layout`, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -12,184 +12,280 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from partita.graph.operator_graph import Label, OperatorGraph, per_graph
+from partita.graph.operator_graph import Argument, Instruction, Label, OperatorGraph, per_graph
 from partita.plans.plan import Mesh, Plan, Storage, placed_slice
 
 Sharding = tuple[tuple[int, ...], ...]
 """Per dim of a tensor, the mesh axes (by index) that split it, major to minor."""
+Reader = tuple[int, int]
+"""An instruction and the position of the operand that it reads. Instruction -1: the result of the
+step at that position."""
+Assignment = dict[int, tuple[int, ...]]
+"""Factor -> the mesh axes that split it, in mesh order."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """A tensor that some readers want under another sharding than its own."""
+    """A tensor that some readers need under another sharding than its own."""
 
     tensor: int
     operator: int
     target: Sharding
-    readers: tuple[tuple[int, int], ...]
-    """(instruction, operand position); -1 as instruction: the result of the step at that position."""
+    readers: tuple[Reader, ...]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Shardings of all tensors under a plan (`shardings`), and the reads that differ from them."""
+    """Shardings of all tensors under a plan."""
 
     shardings: tuple[Sharding, ...]
+    """Per tensor."""
     reads: tuple[Read, ...]
-    assignments: tuple[dict[int, tuple[int, ...]], ...]
-    """Per operator: factor -> mesh axes."""
+    """Reads under another sharding than the tensor's own."""
+    assignments: tuple[Assignment, ...]
+    """Per operator."""
 
 
 def label_sharding(label: Label, assignment: Mapping[int, tuple[int, ...]]) -> Sharding:
     """The sharding of a tensor with this label: per dim the axes of its factor."""
-    return tuple(assignment.get(f, ()) for f in label)
+    return tuple(assignment.get(factor, ()) for factor in label)
 
 
-def operator_assignments(
-    graph: OperatorGraph, plan: Plan
-) -> tuple[dict[int, tuple[int, ...]], ...]:
-    """Per operator, factor -> the mesh axes that split it, in mesh order."""
-    found = []
+def operator_assignments(graph: OperatorGraph, plan: Plan) -> tuple[Assignment, ...]:
+    """Per operator, the mesh axes that split each factor."""
+    assignments = []
     for operator in graph.operators:
-        by_name = {graph.factors[f].name: f for f in operator.factors}
-        assignment: dict[int, tuple[int, ...]] = defaultdict(tuple)
+        factor_of = {graph.factors[f].name: f for f in operator.factors}
+        assignment: Assignment = defaultdict(tuple)
         choice = plan.choices[operator.name]
         for number, axis in enumerate(plan.mesh.axes):
             if axis.name in choice and placed_slice(choice[axis.name]) is None:
-                assignment[by_name[choice[axis.name]]] += (number,)
-        found.append(dict(assignment))
-    return tuple(found)
+                assignment[factor_of[choice[axis.name]]] += (number,)
+        assignments.append(dict(assignment))
+    return tuple(assignments)
 
 
 @lru_cache(maxsize=1 << 16)
 def spare_axes(
     shape: tuple[int, ...], sharding: Sharding, mesh: Mesh
 ) -> tuple[int, tuple[int, ...]] | None:
-    """The dim of a tensor that can be split furthest over the axes that its sharding leaves free, and those axes."""
-    taken = {a for dim in sharding for a in dim}
-    best: tuple[int, int, tuple[int, ...]] = (0, 0, ())
-    for d, (n, axes) in enumerate(zip(shape, sharding, strict=True)):
-        left, found = n // math.prod(mesh.sizes[a] for a in axes), []
-        whole = left
-        for a, size in enumerate(mesh.sizes):
-            if a not in taken and left % size == 0 and mesh.axes[a].level >= 0:
-                found.append(a)
-                left //= size
-        best = max(best, (whole // left, -d, tuple(found)))
-    return (-best[1], best[2]) if best[2] else None
+    """The dim of a tensor that its free mesh axes split furthest, and those axes; None if no dim.
+
+    Free are the axes that do not appear in the tensor's sharding.
+    """
+    used = {axis for axes in sharding for axis in axes}
+    best_ways = 1
+    best: tuple[int, tuple[int, ...]] | None = None
+    for dim, (size, axes) in enumerate(zip(shape, sharding, strict=True)):
+        local_size = size // math.prod(mesh.sizes[axis] for axis in axes)
+        spare = []
+        ways = 1
+        for axis, axis_size in enumerate(mesh.sizes):
+            is_free = axis not in used and mesh.axes[axis].level >= 0
+            if is_free and local_size // ways % axis_size == 0:
+                spare.append(axis)
+                ways *= axis_size
+        if ways > best_ways:
+            best_ways = ways
+            best = (dim, tuple(spare))
+    return best
 
 
 @per_graph
 def update_families(graph: OperatorGraph) -> dict[int, int]:
     """Tensor -> the parameter (argument tensor) whose update it belongs to.
 
-    The update of a parameter is done where its slots are kept: its slots, and every value of the update phase computed from
-    them with the parameter's own shape and label.
+    A parameter is updated where its slots are stored. Its family is its slots, and all values of the
+    update phase that are computed from them with the parameter's shape and label.
     """
-    tensor_of = {a.path: a.tensor for a in graph.arguments}
-    family = {a.tensor: a.tensor for a in graph.arguments if a.role == "parameter"}
-    for a in graph.arguments:
-        if (
-            a.role == "optimizer"
-            and a.parameter in tensor_of
-            and graph.labels[a.tensor] == graph.labels[tensor_of[a.parameter]]
-        ):
-            family[a.tensor] = tensor_of[a.parameter]
-    update = [x for x in graph.instructions if x.phase == "update" and x.trips == 1]
-    computed = {t for x in update for t in x.results}
+    family = _parameters_and_slots(graph)
+    updates = [x for x in graph.instructions if x.phase == "update" and x.trips == 1]
+    computed = {t for x in updates for t in x.results}
 
-    def spread(known: tuple[int, ...], unknown: tuple[int, ...]) -> None:
-        roots = {family[t] for t in known if t in family}
-        if len(roots) == 1:
-            p = next(iter(roots))
-            for t in unknown:
-                if (
-                    t in computed
-                    and graph.labels[t] == graph.labels[p]
-                    and graph.tensors[t].shape == graph.tensors[p].shape
-                ):
-                    family.setdefault(t, p)
+    def extend(members: tuple[int, ...], candidates: tuple[int, ...]) -> None:
+        parameters = {family[t] for t in members if t in family}
+        if len(parameters) != 1:
+            return
+        (parameter,) = parameters
+        for t in candidates:
+            if t in computed and _same_layout(graph, t, parameter):
+                family.setdefault(t, parameter)
 
-    for x in update:
-        spread(x.operands, x.results)
-    for x in reversed(update):
-        spread(x.results, x.operands)
+    for x in updates:
+        extend(x.operands, x.results)
+    for x in reversed(updates):
+        extend(x.results, x.operands)
     return family
 
 
+def _parameters_and_slots(graph: OperatorGraph) -> dict[int, int]:
+    parameters = {a.path: a.tensor for a in graph.arguments}
+    family = {a.tensor: a.tensor for a in graph.arguments if a.role == "parameter"}
+    for argument in graph.arguments:
+        if argument.role != "optimizer" or argument.parameter not in parameters:
+            continue
+        parameter = parameters[argument.parameter]
+        if graph.labels[argument.tensor] == graph.labels[parameter]:
+            family[argument.tensor] = parameter
+    return family
+
+
+def _same_layout(graph: OperatorGraph, left: int, right: int) -> bool:
+    """Whether two tensors have equal labels and shapes."""
+    if graph.labels[left] != graph.labels[right]:
+        return False
+    return graph.tensors[left].shape == graph.tensors[right].shape
+
+
 def layout_of(graph: OperatorGraph, plan: Plan) -> Layout:
-    """Every tensor's sharding under the plan, and every read that wants another one."""
-    assignments = operator_assignments(graph, plan)
-    alike: dict[tuple[int, Label], Sharding] = {}
-    for known in set(zip(graph.home, graph.labels, strict=True)):
-        alike[known] = (
-            label_sharding(known[1], assignments[known[0]])
-            if known[0] >= 0
-            else ((),) * len(known[1])
-        )
-    own = [alike[known] for known in zip(graph.home, graph.labels, strict=True)]
-    stored = _stored(graph, plan, assignments)
-    family = update_families(graph) if stored else {}
-    kept = {a.tensor: a for a in graph.arguments}
-    reads: dict[tuple[int, int, Sharding], list[tuple[int, int]]] = defaultdict(list)
-    base: dict[int, Sharding] = {}
-    for t, p in family.items():
-        if p in stored and (t not in kept or kept[t].role == "optimizer" or stored[p][0].zero == 3):
-            base[t], own[t] = own[t], stored[p][1]
-    updates = {
-        made[t] for made in [_makers(graph)] for t, p in family.items() if p in stored and t in made
-    }
-    named = {(i, position) for use in graph.uses for i, position in use.instructions}
-    for i in sorted(updates):
-        x = graph.instructions[i]
-        p = next(family[t] for t in x.results if family.get(t) in stored)
-        extended = stored[p][1]
-        for position, t in enumerate(x.operands):
-            if (
-                graph.labels[t] == graph.labels[p]
-                and family.get(t, p) == p
-                and graph.tensors[t].shape == graph.tensors[p].shape
-            ):
-                if own[t] != extended:
-                    reads[t, graph.home[p], extended].append((i, position))
-                named.add((i, position))
-    for use in graph.uses:
-        target = label_sharding(use.label, assignments[use.operator])
-        if target != own[use.tensor]:
-            readers = [r for r in use.instructions if r[0] not in updates]
+    """The layout of a graph under a plan."""
+    builder = _LayoutBuilder(graph, plan)
+    builder.read_in_updates()
+    builder.read_uses()
+    builder.read_gathered()
+    builder.read_results()
+    reads = []
+    for (tensor, operator, target), readers in builder.reads.items():
+        reads.append(Read(tensor, operator, target, tuple(readers)))
+    return Layout(tuple(builder.shardings), tuple(reads), builder.assignments)
+
+
+class _LayoutBuilder:
+    """Collects shardings and reads of one layout."""
+
+    def __init__(self, graph: OperatorGraph, plan: Plan) -> None:
+        self.graph = graph
+        self.assignments = operator_assignments(graph, plan)
+        self.shardings = _label_shardings(graph, self.assignments)
+        self.stored = _stored_parameters(graph, plan, self.assignments)
+        self.family: Mapping[int, int] = update_families(graph) if self.stored else {}
+        self.gathered: dict[int, Sharding] = {}
+        """Tensors stored under a storage's sharding -> the sharding that other readers need."""
+        self.updates: list[int] = []
+        """Instructions that compute values of stored families."""
+        self.reads: dict[tuple[int, int, Sharding], list[Reader]] = defaultdict(list)
+        self.labelled: set[Reader] = set()
+        """Readers with a target sharding of their own."""
+        for use in graph.uses:
+            self.labelled.update(use.instructions)
+        self._extend_families()
+
+    def _extend_families(self) -> None:
+        arguments = {a.tensor: a for a in self.graph.arguments}
+        producers = _producers(self.graph)
+        updates = set()
+        for tensor, parameter in self.family.items():
+            if parameter not in self.stored:
+                continue
+            storage, sharding = self.stored[parameter]
+            if _is_stored_split(arguments.get(tensor), storage):
+                self.gathered[tensor] = self.shardings[tensor]
+                self.shardings[tensor] = sharding
+            if tensor in producers:
+                updates.add(producers[tensor])
+        self.updates = sorted(updates)
+
+    def read_in_updates(self) -> None:
+        """Operands of updates come under the sharding of the storage."""
+        for index in self.updates:
+            instruction = self.graph.instructions[index]
+            parameter = self._updated_parameter(instruction)
+            target = self.stored[parameter][1]
+            for position, tensor in enumerate(instruction.operands):
+                is_relative = self.family.get(tensor, parameter) == parameter
+                if not is_relative or not _same_layout(self.graph, tensor, parameter):
+                    continue
+                if self.shardings[tensor] != target:
+                    key = (tensor, self.graph.home[parameter], target)
+                    self.reads[key].append((index, position))
+                self.labelled.add((index, position))
+
+    def _updated_parameter(self, instruction: Instruction) -> int:
+        for tensor in instruction.results:
+            if self.family.get(tensor) in self.stored:
+                return self.family[tensor]
+        raise AssertionError("an update computes a value of a stored family")
+
+    def read_uses(self) -> None:
+        """Uses come under the sharding of their own label."""
+        updates = set(self.updates)
+        for use in self.graph.uses:
+            target = label_sharding(use.label, self.assignments[use.operator])
+            if target == self.shardings[use.tensor]:
+                continue
+            readers = [reader for reader in use.instructions if reader[0] not in updates]
             if readers:
-                reads[use.tensor, use.operator, target] += readers
-    if base:
-        for i, x in enumerate(graph.instructions):
-            if i not in updates:
-                for position, t in enumerate(x.operands):
-                    if t in base and (i, position) not in named and base[t] != own[t]:
-                        reads[t, graph.owner[i], base[t]].append((i, position))
-    place = {r: n for n, r in enumerate(graph.outputs)}
-    for a in graph.arguments:
-        if a.result is not None and own[a.result] != own[a.tensor]:
-            reads[a.result, graph.home[a.tensor], own[a.tensor]].append((-1, place[a.result]))
-    found = tuple(Read(t, o, target, tuple(readers)) for (t, o, target), readers in reads.items())
-    return Layout(tuple(own), found, assignments)
+                self.reads[use.tensor, use.operator, target] += readers
+
+    def read_gathered(self) -> None:
+        """All other readers of stored tensors need them as the operator's choice splits them."""
+        if not self.gathered:
+            return
+        updates = set(self.updates)
+        for index, instruction in enumerate(self.graph.instructions):
+            if index in updates:
+                continue
+            for position, tensor in enumerate(instruction.operands):
+                if tensor not in self.gathered or (index, position) in self.labelled:
+                    continue
+                target = self.gathered[tensor]
+                if target != self.shardings[tensor]:
+                    key = (tensor, self.graph.owner[index], target)
+                    self.reads[key].append((index, position))
+
+    def read_results(self) -> None:
+        """Results of the step return under the sharding of the argument that they replace."""
+        positions = {tensor: position for position, tensor in enumerate(self.graph.outputs)}
+        for argument in self.graph.arguments:
+            if argument.result is None:
+                continue
+            target = self.shardings[argument.tensor]
+            if self.shardings[argument.result] != target:
+                key = (argument.result, self.graph.home[argument.tensor], target)
+                self.reads[key].append((-1, positions[argument.result]))
+
+
+def _label_shardings(graph: OperatorGraph, assignments: tuple[Assignment, ...]) -> list[Sharding]:
+    """Per tensor, the sharding of its label."""
+    # Few labels occur, and a search asks often: each is resolved once.
+    resolved: dict[tuple[int, Label], Sharding] = {}
+    shardings = []
+    for home, label in zip(graph.home, graph.labels, strict=True):
+        if (home, label) not in resolved:
+            assignment = assignments[home] if home >= 0 else {}
+            resolved[home, label] = label_sharding(label, assignment)
+        shardings.append(resolved[home, label])
+    return shardings
+
+
+def _is_stored_split(argument: Argument | None, storage: Storage) -> bool:
+    """Whether a member of a stored family has the storage's sharding outside the update too."""
+    if argument is None or argument.role == "optimizer":
+        return True
+    return storage.zero == 3
 
 
 @per_graph
-def _makers(graph: OperatorGraph) -> dict[int, int]:
-    """Tensor -> the instruction that makes it."""
-    return {t: i for i, x in enumerate(graph.instructions) for t in x.results}
+def _producers(graph: OperatorGraph) -> dict[int, int]:
+    """Tensor -> the instruction that computes it."""
+    producers = {}
+    for index, instruction in enumerate(graph.instructions):
+        for tensor in instruction.results:
+            producers[tensor] = index
+    return producers
 
 
-def _stored(
-    graph: OperatorGraph, plan: Plan, assignments: tuple[dict[int, tuple[int, ...]], ...]
+def _stored_parameters(
+    graph: OperatorGraph, plan: Plan, assignments: tuple[Assignment, ...]
 ) -> dict[int, tuple[Storage, Sharding]]:
-    """Parameter tensor -> its storage and the sharding in which its update is done."""
-    found = {}
-    for a in graph.arguments:
-        storage = plan.storage.get(a.path)
-        if storage is not None and a.role == "parameter" and graph.home[a.tensor] >= 0:
-            sharding = list(
-                label_sharding(graph.labels[a.tensor], assignments[graph.home[a.tensor]])
-            )
-            sharding[storage.dim] += tuple(plan.mesh.index[x] for x in storage.axes)
-            found[a.tensor] = (storage, tuple(sharding))
-    return found
+    """Parameter tensor -> its storage, and the sharding of its update."""
+    stored = {}
+    for argument in graph.arguments:
+        storage = plan.storage.get(argument.path)
+        home = graph.home[argument.tensor]
+        if storage is None or argument.role != "parameter" or home < 0:
+            continue
+        sharding = list(label_sharding(graph.labels[argument.tensor], assignments[home]))
+        sharding[storage.dim] += tuple(plan.mesh.index[axis] for axis in storage.axes)
+        stored[argument.tensor] = (storage, tuple(sharding))
+    return stored

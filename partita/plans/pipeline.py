@@ -1,12 +1,15 @@
-"""Plans that place operators on parts of the machine: at slices of axes, in stages, with microbatches and recomputation.
+"""Plans with places: operators on slices of mesh axes, pipeline stages, microbatches, rematerialization.
 
-`at(i)` in a choice pins an operator to slice i of a mesh axis (the O of SOAP); one that is not pinned on an axis uses all of its slices. Any operator may
-be, in any order of slices (`simulate.placed`). With microbatches or recomputation a plan is a *pipeline*: all operators are pinned on the same axes or none
-is, and the slices are its *stages*. What happens inside a stage is a plan like any other, over the axes that are left (`inside`): it is
-what all stages do with one microbatch, and everything that is known of plans (costs, layouts, memory) holds for it.
+`at(i)` in a choice places an operator on slice i of a mesh axis (the O of SOAP). On an axis without
+`at`, an operator uses all slices. Any operators may be placed, in any order of slices
+(`simulation.placed`).
 
-A microbatch is an even part of the samples. In `inside` it is one more axis, in front of all others, that splits samples over time
-and not over devices: nothing is sent along it.
+A plan with microbatches or rematerialization is a *pipeline*: on each axis either all operators are
+placed or none, and the slices are its *stages*. The work of a stage on one microbatch is a plan over
+the remaining axes (`stage_plan`), so costs, layouts and memory apply to it unchanged.
+
+A microbatch is an equal part of the samples. In `stage_plan` the microbatches are one more axis, in
+front of the others. It splits samples over time, not over devices, and has no traffic.
 """
 
 from __future__ import annotations
@@ -25,70 +28,80 @@ Task = tuple[Literal["forward", "backward"], int]
 
 
 def stage_axes(plan: Plan) -> tuple[int, ...]:
-    """The mesh axes on which operators are pinned, by number."""
-    pinned = {
-        a
-        for choice in plan.choices.values()
-        for a, use in choice.items()
-        if placed_slice(use) is not None
-    }
-    return tuple(n for n, axis in enumerate(plan.mesh.axes) if axis.name in pinned)
+    """The mesh axes on which operators are placed, by number."""
+    names = set()
+    for choice in plan.choices.values():
+        for axis, use in choice.items():
+            if placed_slice(use) is not None:
+                names.add(axis)
+    return tuple(number for number, axis in enumerate(plan.mesh.axes) if axis.name in names)
 
 
 def operator_stages(graph: OperatorGraph, plan: Plan) -> tuple[int, ...]:
-    """Per operator of a pipeline the stage that it is in: 0 for all where none is pinned. PlanError where some are pinned and others not."""
-    axes = [plan.mesh.axes[n] for n in stage_axes(plan)]
-    found = []
-    for o in graph.operators:
-        stage, choice = 0, plan.choices[o.name]
+    """Per operator of a pipeline its stage; 0 for all in a plan without places.
+
+    PlanError if some operators are placed on an axis and others are not.
+    """
+    axes = [plan.mesh.axes[number] for number in stage_axes(plan)]
+    stages = []
+    for operator in graph.operators:
+        stage = 0
+        choice = plan.choices[operator.name]
         for axis in axes:
-            at = placed_slice(choice.get(axis.name, ""))
-            if at is None:
+            place = placed_slice(choice.get(axis.name, ""))
+            if place is None:
                 raise PlanError(
-                    f"'{o.name}' is not pinned on axis {axis.name!r}, and other operators are: with microbatches or recomputation pin all of them, as in "
+                    f"'{operator.name}' has no slice of axis {axis.name!r}, and other operators "
+                    "have one. With microbatches or rematerialization place all operators, as in "
                     f'"at(0):{axis.name}", or none.'
                 )
-            stage = stage * axis.size + at
-        found.append(stage)
-    return tuple(found)
+            stage = stage * axis.size + place
+        stages.append(stage)
+    return tuple(stages)
 
 
 def stage_count(plan: Plan) -> int:
-    """How many stages a plan has."""
-    return math.prod(plan.mesh.axes[n].size for n in stage_axes(plan))
+    """Number of stages of a plan."""
+    return math.prod(plan.mesh.axes[number].size for number in stage_axes(plan))
 
 
-def sample_factor(graph: OperatorGraph, operator: int, ways: Mapping[int, int], parts: int) -> int:
-    """The sample factor of an operator that `parts` microbatches split further than `ways` do; -1 if none divides."""
-    for f in graph.operators[operator].factors:
-        factor = graph.factors[f]
-        if factor.kind == "S" and factor.size % (ways.get(f, 1) * parts) == 0:
-            return f
+def sample_factor(
+    graph: OperatorGraph, operator: int, ways: Mapping[int, int], microbatches: int
+) -> int:
+    """The sample factor of an operator that microbatches split further, -1 if none divides.
+
+    `ways`: factor -> number of parts into which mesh axes split it.
+    """
+    for number in graph.operators[operator].factors:
+        factor = graph.factors[number]
+        if factor.kind == "S" and factor.size % (ways.get(number, 1) * microbatches) == 0:
+            return number
     return -1
 
 
 def stage_plan(graph: OperatorGraph, plan: Plan) -> Plan:
-    """What each stage does with one microbatch, as a plan over the axes on which nothing is pinned."""
-    pinned = set(stage_axes(plan))
-    left = [axis for n, axis in enumerate(plan.mesh.axes) if n not in pinned]
-    names = {axis.name for axis in left}
-    size = {axis.name: axis.size for axis in left}
+    """The plan of every stage for one microbatch, over the axes without places."""
+    staged = set(stage_axes(plan))
+    axes = [axis for number, axis in enumerate(plan.mesh.axes) if number not in staged]
+    sizes = {axis.name: axis.size for axis in axes}
     choices: dict[str, Mapping[str, str]] = {}
-    for number, o in enumerate(graph.operators):
-        choice = {a: use for a, use in plan.choices[o.name].items() if a in names}
+    for number, operator in enumerate(graph.operators):
+        choice = {a: use for a, use in plan.choices[operator.name].items() if a in sizes}
         if plan.microbatches > 1:
-            by_name = {graph.factors[f].name: f for f in o.factors}
+            factor_of = {graph.factors[f].name: f for f in operator.factors}
             ways: dict[int, int] = {}
-            for a, use in choice.items():
-                ways[by_name[use]] = ways.get(by_name[use], 1) * size[a]
-            f = sample_factor(graph, number, ways, plan.microbatches)
-            if f >= 0:
-                choice[TIME] = graph.factors[f].name
-        choices[o.name] = choice
-    time = [Axis(TIME, plan.microbatches, -1)] if plan.microbatches > 1 else []
+            for axis, use in choice.items():
+                factor = factor_of[use]
+                ways[factor] = ways.get(factor, 1) * sizes[axis]
+            samples = sample_factor(graph, number, ways, plan.microbatches)
+            if samples >= 0:
+                choice[TIME] = graph.factors[samples].name
+        choices[operator.name] = choice
+    if plan.microbatches > 1:
+        axes.insert(0, Axis(TIME, plan.microbatches, -1))
     return replace(
         plan,
-        mesh=Mesh((*time, *left)),
+        mesh=Mesh(tuple(axes)),
         choices=choices,
         microbatches=1,
         recompute=(),
@@ -98,79 +111,101 @@ def stage_plan(graph: OperatorGraph, plan: Plan) -> Plan:
 
 
 def stage_schedule(plan: Plan, stage: int) -> list[Task]:
-    """The order in which a stage takes microbatches forward and backward.
+    """The order of a stage's forward and backward passes over the microbatches.
 
-    "gpipe" takes all forward, then all backward (Huang et al., NeurIPS 2019). "1f1b" goes backward as soon as it can, so that a stage holds
-    no more microbatches than there are stages after it (Narayanan et al., SOSP 2019).
+    "gpipe": all forward passes, then all backward passes (Huang et al., NeurIPS 2019).
+    "1f1b": each backward pass as early as possible, so that a stage stores at most one microbatch
+    per later stage, and its own (Narayanan et al., SOSP 2019).
     """
-    count, stages = plan.microbatches, stage_count(plan)
-    ahead = count if plan.schedule == "gpipe" else min(count, stages - stage)
-    order: list[Task] = [("forward", i) for i in range(ahead)]
-    for i in range(count):
-        order.append(("backward", i))
-        if ahead + i < count:
-            order.append(("forward", ahead + i))
+    count = plan.microbatches
+    ahead = in_flight(plan, stage)
+    order: list[Task] = [("forward", number) for number in range(ahead)]
+    for number in range(count):
+        order.append(("backward", number))
+        if ahead + number < count:
+            order.append(("forward", ahead + number))
     return order
 
 
 def in_flight(plan: Plan, stage: int) -> int:
-    """The most microbatches whose forward values a stage holds at once."""
-    return (
-        plan.microbatches
-        if plan.schedule == "gpipe"
-        else min(plan.microbatches, stage_count(plan) - stage)
-    )
+    """The largest number of microbatches whose forward values a stage stores at once."""
+    if plan.schedule == "gpipe":
+        return plan.microbatches
+    return min(plan.microbatches, stage_count(plan) - stage)
 
 
 def rematerialized_runs(graph: OperatorGraph, plan: Plan) -> tuple[int, ...]:
-    """Per operator the run of recomputed operators that it is in, -1 for one whose forward values are kept. A run ends with its stage."""
-    number = {o.name: n for n, o in enumerate(graph.operators)}
-    found = [-1] * len(number)
+    """Per operator the number of its rematerialized run, -1 where forward values are stored.
+
+    A run ends with its stage.
+    """
+    numbers = _operator_numbers(graph)
+    runs = [-1] * len(numbers)
     for run, (first, last) in enumerate(plan.recompute):
-        for o in range(number[first], number[last] + 1):
-            found[o] = run
-    return tuple(found)
-
-
-def check_stages(plan: Plan, graph: OperatorGraph) -> None:
-    """PlanError if places, stages, microbatches or recomputed runs of a plan do not fit the graph."""
-    if is_pipeline(plan):
-        operator_stages(graph, plan)
-    for a in graph.arguments:
-        storage, home = plan.storage.get(a.path), graph.home[a.tensor]
-        for axis in storage.axes if storage is not None and home >= 0 else ():
-            at = placed_slice(plan.choices[graph.operators[home].name].get(axis, ""))
-            if at is not None:
-                raise PlanError(
-                    f"The plan stores {a.path!r} over axis {axis!r}, and '{graph.operators[home].name}', which it is of, is only on slice {at} of it: store it over "
-                    "other axes."
-                )
-    if graph.batch_size and graph.batch_size % plan.microbatches:
-        raise PlanError(
-            f"A batch of {graph.batch_size} cannot be cut into {plan.microbatches} microbatches: give a number that divides it."
-        )
-    number = {o.name: n for n, o in enumerate(graph.operators)}
-    before = -1
-    for run in plan.recompute:
-        for name in run:
-            if name not in number:
-                raise PlanError(
-                    f"The plan recomputes {name!r}, which the model does not have. Plan again."
-                )
-        first, last = (number[name] for name in run)
-        if last < first or first <= before:
-            raise PlanError(
-                f"The plan recomputes the operators from {run[0]!r} to {run[1]!r}, which overlap with others or end before they begin: give "
-                "runs in the order of the model."
-            )
-        before = last
+        for operator in range(numbers[first], numbers[last] + 1):
+            runs[operator] = run
+    return tuple(runs)
 
 
 def runnable(plan: Plan) -> bool:
-    """Whether `execute` can run a plan: all devices run one program, without placed operators, microbatches and rematerialization."""
+    """Whether `execute` can run a plan: one program on all devices.
+
+    Plans with placed operators, microbatches or rematerialization are only simulated.
+    """
     return not is_pipeline(plan) and not stage_axes(plan)
 
 
 def is_pipeline(plan: Plan) -> bool:
-    """Whether a plan has microbatches or rematerialization."""
+    """Whether a plan has microbatches or rematerialized operators."""
     return plan.microbatches > 1 or bool(plan.recompute)
+
+
+def check_stages(plan: Plan, graph: OperatorGraph) -> None:
+    """Raise PlanError if places, microbatches or rematerialized runs do not fit the graph."""
+    if is_pipeline(plan):
+        operator_stages(graph, plan)
+    _check_stored_places(plan, graph)
+    if graph.batch_size and graph.batch_size % plan.microbatches:
+        raise PlanError(
+            f"A batch of {graph.batch_size} cannot be cut into {plan.microbatches} microbatches. "
+            "Use a number that divides it."
+        )
+    _check_runs(plan, graph)
+
+
+def _check_stored_places(plan: Plan, graph: OperatorGraph) -> None:
+    for argument in graph.arguments:
+        storage = plan.storage.get(argument.path)
+        home = graph.home[argument.tensor]
+        if storage is None or home < 0:
+            continue
+        operator = graph.operators[home].name
+        for axis in storage.axes:
+            place = placed_slice(plan.choices[operator].get(axis, ""))
+            if place is not None:
+                raise PlanError(
+                    f"The plan stores {argument.path!r} over axis {axis!r}, but its operator "
+                    f"'{operator}' is only on slice {place} of it. Store it over other axes."
+                )
+
+
+def _check_runs(plan: Plan, graph: OperatorGraph) -> None:
+    numbers = _operator_numbers(graph)
+    end = -1
+    for run in plan.recompute:
+        for name in run:
+            if name not in numbers:
+                raise PlanError(
+                    f"The plan rematerializes {name!r}, which the model does not have. Plan again."
+                )
+        first, last = (numbers[name] for name in run)
+        if last < first or first <= end:
+            raise PlanError(
+                f"The rematerialized run from {run[0]!r} to {run[1]!r} overlaps with another run "
+                "or ends before it begins. List runs in the order of the model."
+            )
+        end = last
+
+
+def _operator_numbers(graph: OperatorGraph) -> dict[str, int]:
+    return {operator.name: number for number, operator in enumerate(graph.operators)}

@@ -172,5 +172,5 @@ def test_an_unknown_operator_is_not_split_and_a_variable_that_does_not_divide_is
     fitted = check(fit_plan(unknown, graph), graph)
     assert [dict(c) for c in fitted.choices.values()] == [{}]
     assert fitted.storage == {}
-    assert fitted.notes[-1] == "not stored apart: w, gone"
+    assert fitted.notes[-1] == "storage not split: w, gone"
     assert Traffic("all_reduce", 1, 1).layers == ()

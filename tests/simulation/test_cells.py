@@ -324,7 +324,7 @@ def test_what_is_stored_where_its_operator_is_not_is_one_sentence() -> None:
     ].name
     with pytest.raises(
         PlanError,
-        match=rf"stores '{path}' over axis 'a', and '{home}', which it is of, is only on slice 1 of it: store it over other axes",
+        match=rf"stores '{path}' over axis 'a', but its operator '{home}' is only on slice 1 of it. Store it over other axes",
     ):
         check(replace(plan, choices={**plan.choices, home: {"a": "at(1)"}}), graph)
 

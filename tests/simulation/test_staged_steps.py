@@ -193,7 +193,7 @@ def test_a_staged_plan_is_a_file_like_any_other() -> None:
     )
     assert diff(plan, replace(plan, microbatches=4, recompute=())) == [
         "microbatches: 2 -> 4",
-        f"recompute: {names[0]} ... {names[0]} -> nothing",
+        f"rematerialized: {names[0]} ... {names[0]} -> nothing",
     ]
     assert (
         "2 microbatches" in str(plan) and stage_plan(graph, plan).devices == 2 * 2
@@ -206,18 +206,18 @@ def test_what_does_not_fit_is_one_sentence() -> None:
     first, last = graph.operators[0].name, graph.operators[-1].name
     axis, other = (a.name for a in plan.mesh.axes[:2])
     wrong = {
-        f"'{first}' is pinned at slice 7 of axis '{axis}', which has slices 0 to 1.": {
+        f"'{first}' is placed on slice 7 of axis '{axis}', which has slices 0 to 1.": {
             "choices": {**plan.choices, first: {axis: "at(7)"}}
         },
-        f"'{first}' is not pinned on axis '{axis}'": {
+        f"'{first}' has no slice of axis '{axis}'": {
             "choices": {**plan.choices, first: {other: "S"}},
             "microbatches": 2,
         },
         f"A batch of {graph.batch_size} cannot be cut into 7 microbatches": {"microbatches": 7},
-        "The plan recomputes 'nobody', which the model does not have": {
+        "The plan rematerializes 'nobody', which the model does not have": {
             "recompute": (("nobody", last),)
         },
-        "overlap with others or end before they begin": {"recompute": ((last, first),)},
+        "overlaps with another run or ends before it begins": {"recompute": ((last, first),)},
     }
     for sentence, changes in wrong.items():
         with pytest.raises(PlanError) as error:
@@ -247,6 +247,6 @@ def test_a_plan_of_other_levels_is_put_on_those_of_the_machine_or_refused() -> N
     )
     with pytest.raises(
         PlanError,
-        match=r"splits 2 x 2 ways, into which h100:6, of 1 \(network\) x 6 \(node\), cannot be divided. Plan again",
+        match=r"splits 2 x 2 ways, which does not divide h100:6 with 1 \(network\) x 6 \(node\). Plan again",
     ):
         fit_mesh(strange, load("h100:6"))
