@@ -30,7 +30,7 @@ from partita.graph.operator_graph import (
     per_graph,
 )
 from partita.machine import Backend
-from partita.plans.layout import Layout, Sharding, label_sharding
+from partita.plans.layout import Layout, Sharding, label_sharding, over_devices, time_axes
 from partita.plans.plan import Mesh
 
 DEFAULT = Backend()
@@ -300,9 +300,12 @@ def _reshards(graph: OperatorGraph, mesh: Mesh, layout: Layout) -> Iterator[Coll
             continue
         tensor = graph.tensors[read.tensor]
         origin = origins.get(read.tensor, unknown)
-        sharding = layout.shardings[read.tensor]
-        for step in emitted_steps(sharding, read.target, mesh.sizes, tensor.shape):
-            nbytes = step_bytes(step, sharding, tensor.shape, _itemsize(tensor), mesh.sizes)
+        source = layout.shardings[read.tensor]
+        shape = _microbatch_shape(tensor.shape, (source, read.target), mesh)
+        sharding = over_devices(source, mesh)
+        target = over_devices(read.target, mesh)
+        for step in emitted_steps(sharding, target, mesh.sizes, shape):
+            nbytes = step_bytes(step, sharding, shape, _itemsize(tensor), mesh.sizes)
             sharding = step.result
             if nbytes and (read.tensor, sharding) not in produced:
                 yield Collective(
@@ -316,3 +319,20 @@ def _reshards(graph: OperatorGraph, mesh: Mesh, layout: Layout) -> Iterator[Coll
                     origin.path,
                 )
             produced.add((read.tensor, sharding))
+
+
+def _microbatch_shape(
+    shape: tuple[int, ...], shardings: Sequence[Sharding], mesh: Mesh
+) -> tuple[int, ...]:
+    """Shape of the part of a tensor that is resharded at once.
+
+    It is one microbatch if either sharding splits samples over time.
+    """
+    sizes = list(shape)
+    for a in time_axes(mesh):
+        for sharding in shardings:
+            dim = next((d for d, axes in enumerate(sharding) if a in axes), None)
+            if dim is not None:
+                sizes[dim] = -(-sizes[dim] // mesh.sizes[a])
+                break
+    return tuple(sizes)

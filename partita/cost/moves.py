@@ -19,7 +19,7 @@ import numpy as np
 from partita.cost.reshard import emitted_steps
 from partita.cost.terms import Move
 from partita.machine import Machine, collective_seconds
-from partita.plans.layout import Sharding
+from partita.plans.layout import Sharding, over_devices, time_axes
 from partita.plans.plan import Mesh
 
 Group = tuple[tuple[int, int], ...]
@@ -70,10 +70,18 @@ def move_seconds(move: Move, placement: Placement, source: Sharding, target: Sha
         return _summed(move, placement, source, sums) + move_seconds(
             replace(move, sums=0), placement, source, target
         )
-    profile = _profile(source, target, placement.mesh)
+    mesh = placement.mesh
+    nbytes = move.nbytes / max(_microbatches(source, mesh), _microbatches(target, mesh))
+    profile = _profile(over_devices(source, mesh), over_devices(target, mesh), mesh)
     return move.trips * sum(
-        placement.seconds(kind, part * move.nbytes, group) for kind, group, part in profile
+        placement.seconds(kind, part * nbytes, group) for kind, group, part in profile
     )
+
+
+def _microbatches(sharding: Sharding, mesh: Mesh) -> int:
+    """Number of microbatches into which a sharding splits its tensor."""
+    time = time_axes(mesh)
+    return math.prod(mesh.sizes[a] for axes in sharding for a in axes if a in time)
 
 
 def _parted(move: Move, sharding: Sharding) -> tuple[Sharding, tuple[int, ...]]:
@@ -100,35 +108,60 @@ def move_table(
         summed = np.array([_summed(move, placement, *s) for s in left])
         alike = np.array([[s == t for t in targets] for s in sources])
         return np.where(alike, 0.0, moved + summed[:, None])
-    mesh, nbytes = placement.mesh, move.nbytes
-    if _timed(
-        mesh, (*sources, *targets)
-    ):  # all are cut alike in time: however many parts there are, they ask for the same table
-        nbytes /= mesh.sizes[0]
-        sources, targets, mesh = _untimed(sources), _untimed(targets), Mesh(mesh.axes[1:])
-    # Dims that nobody splits are left out: tensors of other ranks then ask for the same table.
-    split = [d for d in range(len(sources[0])) if any(s[d] for s in (*sources, *targets))]
-    without = lambda shardings: tuple(tuple(s[d] for d in split) for s in shardings)  # noqa: E731
-    table = _table(without(sources), without(targets), mesh)
+    mesh = placement.mesh
+    counts = np.maximum.outer(
+        [_microbatches(s, mesh) for s in sources],
+        [_microbatches(t, mesh) for t in targets],
+    )
+    # Without the axis of microbatches, any number of them asks for the same table.
+    table = _table(
+        _over_devices(sources, targets, mesh),
+        _over_devices(targets, sources, mesh),
+        _device_mesh(mesh),
+    )
+    seconds = np.zeros(counts.shape)
+    for count in np.unique(counts):
+        once = _table_seconds(table, placement, move.nbytes / int(count))
+        seconds = np.where(counts == count, once, seconds)
+    return move.trips * seconds
+
+
+def _table_seconds(table: _Table, placement: Placement, nbytes: float) -> np.ndarray:
+    """Seconds of the reshards of a table for a tensor of `nbytes`, [source, target]."""
     once = np.zeros((len(table.ways), len(table.steps) + 1))
     for i, ways in enumerate(table.ways):
         once[i, :-1] = [
             placement.seconds(kind, part / ways * nbytes, group)
             for kind, group, part in table.steps
         ]
-    return move.trips * once[:, table.rows].sum(axis=2)[table.idle, table.ids]
+    return once[:, table.rows].sum(axis=2)[table.idle, table.ids]
 
 
-def _timed(mesh: Mesh, shardings: Sequence[Sharding]) -> bool:
-    """Whether the first axis is that of microbatches, and splits the same dim first everywhere."""
-    if not mesh.axes or mesh.axes[0].level >= 0:
-        return False
-    return any(all(s[d][:1] == (0,) for s in shardings) for d in range(len(shardings[0])))
+@lru_cache(maxsize=64)
+def _device_mesh(mesh: Mesh) -> Mesh:
+    """The mesh without axes of microbatches."""
+    time = time_axes(mesh)
+    return Mesh(tuple(axis for number, axis in enumerate(mesh.axes) if number not in time))
 
 
-def _untimed(shardings: Sequence[Sharding]) -> list[Sharding]:
-    """The same on the mesh without its first axis."""
-    return [tuple(tuple(a - 1 for a in axes if a) for axes in s) for s in shardings]
+def _over_devices(
+    shardings: Sequence[Sharding], others: Sequence[Sharding], mesh: Mesh
+) -> tuple[Sharding, ...]:
+    """Shardings on `_device_mesh`, without the dims that neither they nor `others` split.
+
+    Without these dims, tensors of different ranks ask for the same table.
+    """
+    time = time_axes(mesh)
+    device_axes = [a for a in range(len(mesh.axes)) if a not in time]
+    number = {a: n for n, a in enumerate(device_axes)}
+    split = set()
+    for sharding in (*shardings, *others):
+        split |= {d for d, axes in enumerate(sharding) if not time.issuperset(axes)}
+    dims = sorted(split)
+    return tuple(
+        tuple(tuple(number[a] for a in sharding[d] if a in number) for d in dims)
+        for sharding in shardings
+    )
 
 
 @dataclass(frozen=True)

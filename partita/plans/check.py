@@ -111,14 +111,17 @@ def illegal_reason(
     that share the sum (observed with jax 0.10.2 on CPU: the gradient is too large by the number of
     remaining devices). This affects convolutions split in space and grouped convolutions. The
     gradient is correct when every device takes part. Some splits of a grouped convolution by its
-    channels also give wrong results or abort the process.
+    channels also give wrong results or abort the process. Only axes of devices count, because
+    microbatches split samples over time.
     """
-    if graph.operators[operator].kind != "conv" or not mesh.axes:
+    device_axes = [axis.name for axis in mesh.axes if axis.level >= 0]
+    if graph.operators[operator].kind != "conv" or not device_axes:
         return None
+    choice = {axis: use for axis, use in choice.items() if axis in device_axes}
     factors = [graph.factors[f] for f in graph.operators[operator].factors]
     kind_of = {factor.name: factor.kind for factor in factors}
     kinds = {kind_of[name] for name in choice.values() if name in kind_of}
-    uses_all_axes = len(choice) == len(mesh.axes)
+    uses_all_axes = len(choice) == len(device_axes)
     splits_space = "A" in kinds
     if splits_space and not (uses_all_axes and kinds <= {"S", "A"}):
         return "a convolution that is split in space (A) must split every other axis by S or A too"

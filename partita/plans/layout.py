@@ -51,6 +51,23 @@ def label_sharding(label: Label, assignment: Mapping[int, tuple[int, ...]]) -> S
     return tuple(assignment.get(factor, ()) for factor in label)
 
 
+@lru_cache(maxsize=64)
+def time_axes(mesh: Mesh) -> frozenset[int]:
+    """The axes of a mesh that split samples over time (microbatches), not over devices.
+
+    Nothing is sent along them.
+    """
+    return frozenset(number for number, axis in enumerate(mesh.axes) if axis.level < 0)
+
+
+def over_devices(sharding: Sharding, mesh: Mesh) -> Sharding:
+    """The part of a sharding that splits over devices."""
+    time = time_axes(mesh)
+    if not time:
+        return sharding
+    return tuple(tuple(a for a in axes if a not in time) for axes in sharding)
+
+
 def operator_assignments(graph: OperatorGraph, plan: Plan) -> tuple[Assignment, ...]:
     """Per operator, the mesh axes that split each factor."""
     assignments = []

@@ -29,7 +29,7 @@ from partita.errors import PlanError
 from partita.graph.operator_graph import Label, OperatorGraph, Phase
 from partita.machine import Machine
 from partita.plans.layout import label_sharding
-from partita.plans.pipeline import is_pipeline
+from partita.plans.pipeline import is_pipeline, sample_factor
 from partita.plans.plan import TIME, Axis, Mesh, Plan
 from partita.search.base import Problem, Progress, Report
 from partita.search.bound import lower_bounds_by_phase
@@ -257,6 +257,7 @@ class _Shapes:
     terms: Terms
     limit: int
     _networks: dict[tuple[int, int], CostNetwork] = field(default_factory=dict)
+    _independent: dict[int, bool] = field(default_factory=dict)
 
     @cached_property
     def narrow(self) -> list[int]:
@@ -318,9 +319,15 @@ class _Shapes:
         stages = math.prod(self.mesh.sizes[:axes])
         if stages <= len(self.narrow) + 1:
             for microbatches in ALONE if stages == 1 else [stages * n for n in PER_STAGE]:
-                if self.graph.batch_size % microbatches == 0:
+                if self.graph.batch_size % microbatches == 0 and self.independent(microbatches):
                     for recompute in (False, True) if (stages, microbatches) != (1, 1) else (True,):
                         yield _Shape(axes, stages, microbatches, recompute)
+
+    def independent(self, microbatches: int) -> bool:
+        """Whether a microbatch goes forward without values of other samples (`independent`)."""
+        if microbatches not in self._independent:
+            self._independent[microbatches] = independent(self.graph, self.terms, microbatches)
+        return self._independent[microbatches]
 
     def usual(self, shape: _Shape) -> tuple[float, bool]:
         """How far a shape is from what is usual: the less, the sooner it is looked at."""
@@ -720,6 +727,31 @@ class _Runs:
             for k, first, count in self._again(begin, end, stage, room)[2]
             for n in self.kinds[k][2][first : first + count]
         ]
+
+
+def independent(graph: OperatorGraph, terms: Terms, microbatches: int) -> bool:
+    """Whether microbatches go forward independently of each other.
+
+    They do not where a forward value that microbatches split along one dim is read along another dim, or whole: products
+    between samples (contrastive losses) need all samples at once.
+    """
+    if microbatches == 1:
+        return True
+    time_factor = [sample_factor(graph, o, {}, microbatches) for o in range(len(graph.operators))]
+
+    def split_dim(operator: int, label: Label) -> int:
+        """The dim of a value that microbatches split in an operator, -1 if none."""
+        factor = time_factor[operator]
+        return label.index(factor) if factor >= 0 and factor in label else -1
+
+    inside = [move for own in terms.operators for move in own.moves]
+    for move in (*terms.edges, *inside):
+        if move.phase == move.read_phase == "forward":
+            source, target = move.dims
+            dim = split_dim(move.home, source)
+            if dim >= 0 and dim != split_dim(move.reader, target):
+                return False
+    return True
 
 
 def _handed_on(terms: Terms) -> list[tuple[int, int, Label, int]]:

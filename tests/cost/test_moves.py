@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from partita.cost.moves import Placement, move_seconds, move_table
 from partita.cost.terms import Move
 from partita.machine import load
+from partita.plans.plan import TIME, Axis, Mesh
 from partita.search.find import mesh_of
 
 MACHINE = load("dgx-h100:4")
@@ -77,3 +78,29 @@ def test_equal_axes_may_be_exchanged(seed: int) -> None:
     assert move_seconds(MOVE, PLACE, *renamed) == pytest.approx(
         move_seconds(MOVE, PLACE, source, target), rel=1e-9
     )
+
+
+@given(st.integers(0, 2**32), st.sampled_from([2, 6, 16]))
+@settings(max_examples=30, deadline=None)
+def test_nothing_is_sent_along_the_axis_of_microbatches(seed: int, microbatches: int) -> None:
+    """Whichever dims microbatches split, before and after: a reshard is that of the devices, of one microbatch."""
+    draw = random.Random(seed)
+    timed = Placement(MACHINE, Mesh((Axis(TIME, microbatches, -1), *PLACE.mesh.axes)))
+
+    def with_time(sharding: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        dim = draw.randrange(4)
+        return tuple(
+            ((0,) if d == dim else ()) + tuple(a + 1 for a in axes)
+            for d, axes in enumerate(sharding)
+        )
+
+    plain = [[sharding(draw) for _ in range(6)] for _ in range(2)]
+    sources, targets = ([with_time(s) for s in side] for side in plain)
+    table = move_table(MOVE, timed, sources, targets)
+    alone = [[move_seconds(MOVE, timed, s, t) for t in targets] for s in sources]
+    assert table == pytest.approx(np.array(alone), rel=1e-9)
+    for i, (source, timed_source) in enumerate(zip(plain[0], sources, strict=True)):
+        for j, (target, timed_target) in enumerate(zip(plain[1], targets, strict=True)):
+            split = any(0 in axes for axes in (*timed_source, *timed_target))
+            move = replace(MOVE, nbytes=MOVE.nbytes / microbatches) if split else MOVE
+            assert table[i, j] == pytest.approx(move_seconds(move, PLACE, source, target))
