@@ -244,7 +244,7 @@ def test_an_operator_that_a_machine_has_no_engine_for_is_named_with_what_it_has(
     said = " ".join(done.stderr.split())
     assert done.exit_code != 0 and "Traceback" not in done.output
     assert (
-        "'wide' cannot be computed. Machine 'lab' has no engine for 'dot' in float32: its engines are elementwise/float32. Add float32 = { peak"
+        "Cannot time operator 'wide'. Machine 'lab' has no engine for 'dot' in float32: its engines are elementwise/float32. Add float32 = { peak"
         in said
     )
 

@@ -1,4 +1,4 @@
-"""The collectives of a plan, one by one, as XLA's partitioner is expected to emit them for a laid-out graph.
+"""The collectives of a plan, as XLA's partitioner is expected to emit them.
 
 Four causes:
 
@@ -96,8 +96,8 @@ def reaches(instruction: Instruction, labels: Sequence[Label], result: Label) ->
     """The windows of an instruction that reach over dims that may be split.
 
     `labels` are those of its operands, `result` that of its result. XLA cuts the whole operand of a
-    convolution as its result is split, and the parts then exchange halos as well. Pooling reads its window
-    from the whole operand.
+    convolution as its result is split, and the parts then exchange halos as well. Pooling reads its
+    window from the whole operand.
     """
     rule = instruction.rule
     if rule is None or not instruction.windows:
@@ -205,7 +205,10 @@ class _Computed:
     def _reduction(
         self, number: int, result: int, sharding: Sharding, axes: tuple[int, ...]
     ) -> Collective:
-        """The sum over axes of a result of instruction `number`: an all-reduce, or with several results an all-gather."""
+        """The sum over axes of a result of instruction `number`.
+
+        It is an all-reduce, or where the instruction has several results an all-gather of each.
+        """
         instruction = self.graph.instructions[number]
         tensor = self.graph.tensors[result]
         itemsize = _itemsize(tensor)
@@ -265,7 +268,7 @@ def _itemsize(tensor: Tensor) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """Where a tensor comes from: how often it is computed in a step, in which phase, by the layer of which path."""
+    """Where a tensor comes from: executions in a step, phase, path of the layer."""
 
     trips: int
     phase: Phase
@@ -290,7 +293,10 @@ def _origins(graph: OperatorGraph) -> dict[int, _Origin]:
 
 
 def _reshards(graph: OperatorGraph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:
-    """The collectives of reads under another sharding. A shard that one read has produced serves the others."""
+    """The collectives of reads under another sharding.
+
+    A sharding that one read has produced serves all others of the tensor.
+    """
     origins = _origins(graph)
     unknown = _Origin(1, "forward", "")
     constants = constant_tensors(graph)

@@ -1,8 +1,9 @@
-"""Seconds and bytes of operators under choices: the terms of `cost.terms`, divided, timed by a machine, summed.
+"""Seconds and bytes of operators under choices, summed over the terms of `cost.terms`.
 
-One formula serves the search (an array of choices at once) and the prediction of one plan (an array of one), so that what is
-reported is what was minimised. All of it is additive: operators, plus moves between two operators. Each operator that reads
-a value under another sharding pays for its own reshard.
+One formula serves the search (an array of choices at once) and the prediction of one plan (an array
+of one), so the reported seconds are the seconds that were minimized. The cost is additive:
+operators, plus moves between two operators. Each operator that reads a value under another sharding
+pays for its own reshard.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from partita.cost.moves import Placement, move_seconds
-from partita.cost.terms import Factors, OperatorTerms, Stored, Terms, Work
+from partita.cost.terms import (
+    Factors,
+    Halo,
+    OperatorTerms,
+    Reduction,
+    StoredVariable,
+    Terms,
+    Work,
+)
 from partita.errors import MachineError
 from partita.graph.operator_graph import Phase
 from partita.machine import Machine, collective_seconds
@@ -25,223 +34,322 @@ Assignment = Mapping[int, tuple[int, ...]]
 """Factor -> the mesh axes that split it."""
 
 COMBINED = 32 << 20
-"""Gradient all-reduces are combined by the compiler: each is charged what it adds to one of this many bytes."""
+"""Bytes of a combined all-reduce. A gradient that joins one is charged the seconds that it adds."""
 
 
 PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
 PARTS = (
-    *(("compute", p) for p in PHASES),
-    *(("exchange", p) for p in PHASES),
+    *(("compute", phase) for phase in PHASES),
+    *(("exchange", phase) for phase in PHASES),
     ("sum", "backward"),
     ("gather", "forward"),
 )
-"""What a step may do for an operator, as (kind, phase): the rows of `OperatorCost.parts`."""
+"""The activities of a step for an operator, as (kind, phase): the rows of `OperatorCost.parts`."""
 
 
 @dataclass
 class OperatorCost:
-    """Per choice (the last dim of every array): seconds by cause, and bytes held."""
+    """The cost of an operator per choice (the last dim of every array)."""
 
-    computed: np.ndarray
-    """[phase, choice]: seconds of kernels, in the order of PHASES."""
-    exchanged: np.ndarray
-    """[phase, choice]: seconds of collectives on activations: reductions, halos, reshards inside the operator."""
-    summed: np.ndarray
-    """Seconds of gradient reductions, as if nothing hid them."""
-    gathered: np.ndarray
-    """Seconds of gathering stored parameters, as if nothing hid them."""
-    state: np.ndarray
-    """Bytes of parameters, optimizer slots and other state."""
+    kernel_seconds: np.ndarray
+    """[phase, choice], phases in the order of PHASES."""
+    exchange_seconds: np.ndarray
+    """[phase, choice]: reductions and halos of activations, reshards inside the operator."""
+    gradient_sum_seconds: np.ndarray
+    """[choice]: reductions of gradients, before overlap."""
+    gather_seconds: np.ndarray
+    """[choice]: all-gathers of stored parameters, before overlap."""
+    state_bytes: np.ndarray
+    """[choice]: parameters, optimizer slots and other state."""
     activation_bytes: np.ndarray
-    """Bytes of activations kept for the backward pass."""
+    """[choice]: activations in memory until the backward pass."""
     overlap: float
-    """The part of `summed` and `gathered` that hides behind compute."""
+    """Share of the gradient sums and gathers that hides behind compute."""
 
     @property
     def compute(self) -> np.ndarray:
-        return self.computed.sum(axis=0)
+        """[choice]: seconds of kernels."""
+        return self.kernel_seconds.sum(axis=0)
 
     @property
     def activations(self) -> np.ndarray:
-        return self.exchanged.sum(axis=0)
+        """[choice]: seconds of collectives on activations."""
+        return self.exchange_seconds.sum(axis=0)
 
     @property
     def gradients(self) -> np.ndarray:
-        """Seconds of gradient reductions and of gathering stored parameters, after overlap."""
-        return (self.summed + self.gathered) * (1 - self.overlap)
+        """[choice]: seconds of gradient sums and gathers, after overlap."""
+        return (self.gradient_sum_seconds + self.gather_seconds) * (1 - self.overlap)
 
     @property
     def seconds(self) -> np.ndarray:
+        """[choice]: all seconds."""
         return self.compute + self.activations + self.gradients
 
     @property
     def nbytes(self) -> np.ndarray:
-        return self.state + self.activation_bytes
+        """[choice]: all bytes."""
+        return self.state_bytes + self.activation_bytes
 
     def parts(self) -> np.ndarray:
-        """[PARTS, choice]: the seconds of everything that a step may do for the operator, hidden or not."""
+        """[PARTS, choice]: the seconds of every activity, before overlap."""
         return np.concatenate(
-            [self.computed, self.exchanged, self.summed[None], self.gathered[None]]
+            [
+                self.kernel_seconds,
+                self.exchange_seconds,
+                self.gradient_sum_seconds[None],
+                self.gather_seconds[None],
+            ]
         )
 
 
 def operator_cost(
     terms: OperatorTerms, placement: Placement, assignments: Sequence[Assignment], zero: int = 0
 ) -> OperatorCost:
-    """The cost of an operator under each assignment, its parameters stored by ZeRO level `zero` over the axes left over."""
-    machine, count = placement.machine, len(assignments)
-    ways = _Ways(placement, assignments)
-    computed, exchanged = _compute(terms, machine, ways), np.zeros((len(PHASES), count))
-    summed, gathered = np.zeros(count), np.zeros(count)
-    for r in terms.reductions:
-        payload = r.nbytes / ways.of(r.factors)
-        grows = r.kind == "all_gather"
-        for axes, chosen in (
-            pair
-            for fs in ([r.reduced] if r.together else [(f,) for f in r.reduced])
-            for pair in ways.axes_of(*fs)
-        ):
-            nbytes = payload[chosen] * (placement.shard_count(axes) if grows else 1)
-            if r.parameter >= 0 and r.trips == 1:
-                summed[chosen] += _joined(placement, r.kind, nbytes, axes)
-            else:
-                exchanged[PHASES.index(r.phase), chosen] += (
-                    _seconds(placement, r.kind, nbytes, axes) * r.trips
-                )
-    for h in terms.halos:
-        for axes, chosen in ways.axes_of(h.split):
-            row = h.nbytes / ways.of(h.factors)[chosen]
-            needs = [need for need in h.window.halo_elements(placement.shard_count(axes)) if need]
-            if needs:  # a kernel puts what came and the device's own part together: both are read, and written
-                copied = row * (2 * h.rows / placement.shard_count(axes) + 2 * sum(needs))
-                computed[PHASES.index(h.phase), chosen] += (
-                    copied / machine.bandwidth_for(copied) + machine.overhead
-                ) * h.trips
-            for need in needs:
-                exchanged[PHASES.index(h.phase), chosen] += (
-                    _seconds(placement, "collective_permute", row * need, axes) * h.trips
-                )
-    for m in terms.moves:
-        exchanged[PHASES.index(m.phase)] += [
-            move_seconds(m, placement, label_sharding(m.source, a), label_sharding(m.target, a))
-            for a in assignments
-        ]
-    state = ways.shared(terms.resident)
-    for s in terms.stored:
-        split = ways.of(tuple(f for f in s.label if f >= 0))
-        extra = np.ones(count)
+    """The cost of an operator under each assignment.
+
+    Its parameters are stored by ZeRO level `zero` over the axes that an assignment leaves free.
+    """
+    evaluation = _Evaluation(terms, placement, assignments)
+    for reduction in terms.reductions:
+        evaluation.add_reduction(reduction)
+    for halo in terms.halos:
+        evaluation.add_halo(halo)
+    evaluation.add_moves()
+    for variable in terms.stored:
+        evaluation.add_variable(variable, zero)
+    return evaluation.cost()
+
+
+class _Evaluation:
+    """The cost of an operator under assignments, added up term by term."""
+
+    def __init__(
+        self, terms: OperatorTerms, placement: Placement, assignments: Sequence[Assignment]
+    ) -> None:
+        self.terms = terms
+        self.placement = placement
+        self.machine = placement.machine
+        self.assignments = assignments
+        self.split = _Split(placement, assignments)
+        count = len(assignments)
+        self.kernel_seconds = _kernel_seconds(terms, self.machine, self.split)
+        self.exchange_seconds = np.zeros((len(PHASES), count))
+        self.gradient_sum_seconds = np.zeros(count)
+        self.gather_seconds = np.zeros(count)
+        self.state_bytes = self.split.local_bytes(terms.resident)
+
+    def cost(self) -> OperatorCost:
+        """The sum of all terms added."""
+        self.kernel_seconds[-1] = np.maximum(self.kernel_seconds[-1], 0)
+        return OperatorCost(
+            self.kernel_seconds,
+            self.exchange_seconds,
+            self.gradient_sum_seconds,
+            self.gather_seconds,
+            self.state_bytes,
+            self.split.local_bytes(self.terms.activations),
+            self.machine.backend.overlap,
+        )
+
+    def add_reduction(self, reduction: Reduction) -> None:
+        """Adds an all-reduce, or an all-gather, over the axes that split the reduced factors."""
+        local_bytes = reduction.nbytes / self.split.shards(reduction.factors)
+        phase = PHASES.index(reduction.phase)
+        is_gradient = reduction.parameter >= 0 and reduction.trips == 1
+        groups = [reduction.reduced]
+        if not reduction.together:
+            groups = [(factor,) for factor in reduction.reduced]
+        for factors in groups:
+            for axes, choices in self.split.by_axes(*factors):
+                nbytes = local_bytes[choices]
+                if reduction.kind == "all_gather":
+                    nbytes = nbytes * self.placement.shard_count(axes)
+                if is_gradient:
+                    seconds = _added_seconds(self.placement, reduction.kind, nbytes, axes)
+                    self.gradient_sum_seconds[choices] += seconds
+                else:
+                    seconds = _seconds(self.placement, reduction.kind, nbytes, axes)
+                    self.exchange_seconds[phase, choices] += seconds * reduction.trips
+
+    def add_halo(self, halo: Halo) -> None:
+        """Adds the permutes of a halo, and the kernel that joins it with the device's own rows.
+
+        The kernel reads both, and writes them.
+        """
+        phase = PHASES.index(halo.phase)
+        for axes, choices in self.split.by_axes(halo.split):
+            shards = self.placement.shard_count(axes)
+            row_bytes = halo.nbytes / self.split.shards(halo.factors)[choices]
+            halo_rows = [rows for rows in halo.window.halo_elements(shards) if rows]
+            if halo_rows:
+                copied = row_bytes * (2 * halo.rows / shards + 2 * sum(halo_rows))
+                seconds = copied / self.machine.bandwidth_for(copied) + self.machine.overhead
+                self.kernel_seconds[phase, choices] += seconds * halo.trips
+            for rows in halo_rows:
+                seconds = _seconds(self.placement, "collective_permute", row_bytes * rows, axes)
+                self.exchange_seconds[phase, choices] += seconds * halo.trips
+
+    def add_moves(self) -> None:
+        """Adds the reshards inside the operator."""
+        for move in self.terms.moves:
+            seconds = []
+            for assignment in self.assignments:
+                source = label_sharding(move.source, assignment)
+                target = label_sharding(move.target, assignment)
+                seconds.append(move_seconds(move, self.placement, source, target))
+            self.exchange_seconds[PHASES.index(move.phase)] += seconds
+
+    def add_variable(self, variable: StoredVariable, zero: int) -> None:
+        """Adds the bytes of a parameter and its slots.
+
+        ZeRO adds gathers and shortens the update.
+        """
+        factors = tuple(factor for factor in variable.label if factor >= 0)
+        shards = self.split.shards(factors)
+        extra_shards = np.ones(len(self.assignments))
         if zero:
-            for i, a in enumerate(assignments):
-                found = storage_axes(s, placement.mesh, a)
-                if found:
-                    extra[i] = placement.shard_count(found[1])
-                    gathered[i] += placement.seconds(
-                        "all_gather", float(s.nbytes / split[i]), placement.group(found[1])
-                    )
-            # The update itself is split as the slots are.
-            computed[-1] -= s.traffic / split * (1 - 1 / extra) / machine.memory_bandwidth
-        state = state + s.nbytes / split / (extra if zero == 3 else 1) + s.slots / split / extra
-    computed[-1] = np.maximum(computed[-1], 0)
-    return OperatorCost(
-        computed,
-        exchanged,
-        summed,
-        gathered,
-        state,
-        ways.shared(terms.activations),
-        machine.backend.overlap,
-    )
+            for i, assignment in enumerate(self.assignments):
+                storage = storage_axes(variable, self.placement.mesh, assignment)
+                if storage is None:
+                    continue
+                _, axes = storage
+                extra_shards[i] = self.placement.shard_count(axes)
+                nbytes = float(variable.nbytes / shards[i])
+                group = self.placement.group(axes)
+                self.gather_seconds[i] += self.placement.seconds("all_gather", nbytes, group)
+            # The update is split as the slots are.
+            saved_bytes = variable.traffic / shards * (1 - 1 / extra_shards)
+            self.kernel_seconds[-1] -= saved_bytes / self.machine.memory_bandwidth
+        parameter_shards = extra_shards if zero == 3 else 1
+        parameter_bytes = variable.nbytes / shards / parameter_shards
+        slot_bytes = variable.slots / shards / extra_shards
+        self.state_bytes = self.state_bytes + parameter_bytes + slot_bytes
 
 
 def operator_costs(
     terms: Terms, placement: Placement, layout: Layout, plan: Plan
 ) -> list[OperatorCost]:
-    """The cost of every operator under the one choice and storage that a plan gives it. Equal operators that are split alike share theirs."""
-    zero = {path: 1 if s.zero == 2 else s.zero for path, s in plan.storage.items()}
-    known: dict[tuple[object, ...], OperatorCost] = {}
+    """The cost of every operator under a plan.
+
+    Equal operators that are split alike share theirs.
+    """
+    zero = {
+        path: 1 if storage.zero == 2 else storage.zero for path, storage in plan.storage.items()
+    }
+    cache: dict[tuple[object, ...], OperatorCost] = {}
     costs = []
-    for own, assignment in zip(terms.operators, layout.assignments, strict=True):
-        level = max((zero.get(s.path, 0) for s in own.stored), default=0)
-        number = {f: n for n, f in enumerate(own.factors)}
-        key = (own.digest, level, *sorted((number[f], axes) for f, axes in assignment.items()))
-        if key not in known:
-            known[key] = operator_cost(own, placement, [assignment], level)
-        costs.append(known[key])
+    for operator, assignment in zip(terms.operators, layout.assignments, strict=True):
+        level = max((zero.get(variable.path, 0) for variable in operator.stored), default=0)
+        position = {factor: n for n, factor in enumerate(operator.factors)}
+        splits = sorted((position[factor], axes) for factor, axes in assignment.items())
+        key = (operator.digest, level, *splits)
+        if key not in cache:
+            cache[key] = operator_cost(operator, placement, [assignment], level)
+        costs.append(cache[key])
     return costs
 
 
-def _roofline(
-    terms: OperatorTerms, machine: Machine, ways: _Ways
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Seconds that an operator's kernels compute and that they move bytes, [kernel, assignment], and how often each runs, [kernel]."""
-    kinds: dict[Factors, int] = {}
-    flops, bound, rates = [], [], []
-    moved: list[tuple[int, int, float]] = []
-    for n, w in enumerate(terms.work):
-        dense = w.groups > 1 and machine.backend.dense_grouped_gradients
-        space = (*w.factors, *w.group_factors) if dense else w.factors
-        flops.append(w.flops * w.groups if dense else w.flops)
-        bound.append(kinds.setdefault(space, len(kinds)))
-        rates.append(_rate(terms.name, w, machine))
-        moved += [(n, kinds.setdefault(f, len(kinds)), b) for b, f in w.traffic]
-    share = np.stack([1.0 / ways.of(f) for f in kinds])
-    traffic = np.zeros((len(terms.work), len(kinds)))
-    for n, kind, nbytes in moved:
-        traffic[n, kind] += nbytes
-    busy = (np.array(flops) / np.array(rates))[:, None] * share[bound]
-    touched = traffic @ share
-    return (
-        busy,
-        touched / machine.bandwidth_for(touched),
-        np.array([float(w.trips) for w in terms.work]),
+# ---- kernels
+
+
+@dataclass(frozen=True)
+class _Roofline:
+    """Seconds of an operator's kernels by the roofline, without overhead."""
+
+    compute: np.ndarray
+    """[kernel, assignment]: seconds of its FLOPs."""
+    memory: np.ndarray
+    """[kernel, assignment]: seconds of its traffic."""
+    trips: np.ndarray
+    """[kernel]."""
+
+
+def _roofline(terms: OperatorTerms, machine: Machine, split: _Split) -> _Roofline:
+    column: dict[Factors, int] = {}
+    """Factors -> their column in the matrices below."""
+    flops = []
+    columns = []
+    rates = []
+    traffic_entries: list[tuple[int, int, float]] = []
+    for kernel, work in enumerate(terms.work):
+        factors = work.factors
+        kernel_flops = work.flops
+        if work.groups > 1 and machine.backend.dense_grouped_gradients:
+            factors = (*work.factors, *work.group_factors)
+            kernel_flops = work.flops * work.groups
+        flops.append(kernel_flops)
+        columns.append(column.setdefault(factors, len(column)))
+        rates.append(_rate(terms.name, work, machine))
+        for nbytes, traffic_factors in work.traffic:
+            position = column.setdefault(traffic_factors, len(column))
+            traffic_entries.append((kernel, position, nbytes))
+    share = np.stack([1.0 / split.shards(factors) for factors in column])
+    traffic = np.zeros((len(terms.work), len(column)))
+    for kernel, position, nbytes in traffic_entries:
+        traffic[kernel, position] += nbytes
+    local_traffic = traffic @ share
+    full_seconds = np.array(flops) / np.array(rates)
+    return _Roofline(
+        full_seconds[:, None] * share[columns],
+        local_traffic / machine.bandwidth_for(local_traffic),
+        np.array([float(work.trips) for work in terms.work]),
     )
 
 
-def _rate(name: str, work: Work, machine: Machine) -> float:
+def _rate(operator: str, work: Work, machine: Machine) -> float:
+    """FLOP/s of the machine for a kernel."""
     try:
         return machine.rate(work.op_class, engine_dtype(work.dtype))
     except MachineError as error:
-        raise MachineError(f"'{name}' cannot be computed. {error}") from None
+        raise MachineError(f"Cannot time operator '{operator}'. {error}") from None
 
 
-def _compute(terms: OperatorTerms, machine: Machine, ways: _Ways) -> np.ndarray:
-    """Seconds of an operator's kernels, [phase, assignment]: measured, else by the fit to what was measured, else by the roofline."""
+def engine_dtype(dtype: str) -> str:
+    """The dtype whose engine computes this one."""
+    return dtype if dtype in ("float64", "float32", "bfloat16", "float16", "int8") else "float32"
+
+
+def _kernel_seconds(terms: OperatorTerms, machine: Machine, split: _Split) -> np.ndarray:
+    """Seconds of kernels, [phase, assignment]: measured, fitted or by the roofline."""
     if not terms.work:
-        return np.zeros((len(PHASES), len(ways.assignments)))
-    busy, moving, trips = _roofline(terms, machine, ways)
+        return np.zeros((len(PHASES), len(split.assignments)))
+    roofline = _roofline(terms, machine, split)
+    in_phase = [[float(work.phase == phase) for work in terms.work] for phase in PHASES]
+    trips_by_phase = np.array(in_phase) * roofline.trips
     times = machine.times
-    phases = np.array([[float(w.phase == phase) for w in terms.work] for phase in PHASES]) * trips
     if times is None:
-        return phases @ (np.maximum(busy, moving) + machine.overhead)
-    work, traffic = (
-        np.array([times.factor(feature(w.kind, what)) for w in terms.work])[:, None]
-        for what in CAUSES
+        seconds = np.maximum(roofline.compute, roofline.memory) + machine.overhead
+        return trips_by_phase @ seconds
+    compute_factors, memory_factors = (
+        np.array([times.factor(feature(work.kind, cause)) for work in terms.work])[:, None]
+        for cause in CAUSES
     )
-    seconds = (
-        phases
-        @ (work * busy + traffic * moving + times.factor(START) * machine.overhead)
-        * times.corrections.get(terms.digest, 1.0)
+    fitted = (
+        compute_factors * roofline.compute
+        + memory_factors * roofline.memory
+        + times.factor(START) * machine.overhead
     )
-    for i, assignment in enumerate(ways.assignments):
-        measured = times.seconds.get(local_key(terms, ways.placement, assignment))
-        if (
-            measured is not None
-        ):  # of the whole operator: its phases share it as the fit would have it
+    seconds = trips_by_phase @ fitted * times.corrections.get(terms.digest, 1.0)
+    for i, assignment in enumerate(split.assignments):
+        measured = times.seconds.get(local_key(terms, split.placement, assignment))
+        if measured is not None:
+            # Measured is the whole operator. Its phases share the seconds as the fit divides them.
             seconds[:, i] *= measured / seconds[:, i].sum()
     return seconds
 
 
 def local_key(terms: OperatorTerms, placement: Placement, assignment: Assignment) -> OperatorKey:
-    """What an operator at its local shape is known by in `OperatorTimes`."""
+    """The key in `OperatorTimes` of an operator at its local shape."""
     return (
         terms.digest,
         placement.mesh.size,
-        tuple(placement.shard_count(assignment.get(f, ())) for f in terms.factors),
+        tuple(placement.shard_count(assignment.get(factor, ())) for factor in terms.factors),
     )
 
 
 def compute_source(terms: OperatorTerms, placement: Placement, assignment: Assignment) -> str:
-    """Where the seconds of an operator's kernels come from: "measured", "fitted" or "roofline"."""
+    """The source of the seconds of an operator's kernels: "measured", "fitted" or "roofline"."""
     times = placement.machine.times
     if times is None:
         return "roofline"
@@ -251,51 +359,68 @@ def compute_source(terms: OperatorTerms, placement: Placement, assignment: Assig
 def roofline_features(
     terms: OperatorTerms, placement: Placement, assignment: Assignment
 ) -> dict[str, float]:
-    """Both sides of the roofline, in seconds by kind of kernel, and the seconds of starting them: what a fit scales."""
-    busy, moving, trips = _roofline(terms, placement.machine, _Ways(placement, [assignment]))
-    found = {START: float(sum(trips)) * placement.machine.overhead}
-    for what, kernels in zip(CAUSES, (busy, moving), strict=True):
-        for w, seconds, n in zip(terms.work, kernels[:, 0], trips, strict=True):
-            name = feature(w.kind, what)
-            found[name] = found.get(name, 0.0) + float(seconds * n)
-    return {name: seconds for name, seconds in found.items() if seconds}
+    """The features that a fit scales, in seconds.
+
+    Both sides of the roofline by kind of kernel, and the fixed cost of all kernels.
+    """
+    split = _Split(placement, [assignment])
+    roofline = _roofline(terms, placement.machine, split)
+    features = {START: float(sum(roofline.trips)) * placement.machine.overhead}
+    for cause, sides in zip(CAUSES, (roofline.compute, roofline.memory), strict=True):
+        for work, seconds, trips in zip(terms.work, sides[:, 0], roofline.trips, strict=True):
+            name = feature(work.kind, cause)
+            features[name] = features.get(name, 0.0) + float(seconds * trips)
+    return {name: seconds for name, seconds in features.items() if seconds}
 
 
-class _Ways:
-    """Into how many parts factors are split, per assignment."""
+# ---- splits and collectives
+
+
+class _Split:
+    """The numbers of shards into which assignments split factors."""
 
     def __init__(self, placement: Placement, assignments: Sequence[Assignment]) -> None:
-        self.placement, self.assignments = placement, assignments
-        self.one: dict[int, np.ndarray] = {}
-        self.many: dict[Factors, np.ndarray] = {}
+        self.placement = placement
+        self.assignments = assignments
+        self.by_factor: dict[int, np.ndarray] = {}
+        self.by_factors: dict[Factors, np.ndarray] = {}
 
-    def of(self, factors: Factors) -> np.ndarray:
-        if factors not in self.many:
-            found = np.ones(len(self.assignments))
-            for f in factors:
-                if f not in self.one:
-                    self.one[f] = np.array(
-                        [float(self.placement.shard_count(a.get(f, ()))) for a in self.assignments]
-                    )
-                found = found * self.one[f]
-            self.many[factors] = found
-        return self.many[factors]
+    def shards(self, factors: Factors) -> np.ndarray:
+        """[assignment]: shards of a tensor with these factors."""
+        if factors not in self.by_factors:
+            shards = np.ones(len(self.assignments))
+            for factor in factors:
+                shards = shards * self._shards_of_one(factor)
+            self.by_factors[factors] = shards
+        return self.by_factors[factors]
 
-    def shared(self, pieces: Sequence[tuple[int, Factors]]) -> np.ndarray:
-        """Bytes of a device of pieces (bytes, factors that split them), per assignment."""
-        together: dict[Factors, int] = {}
-        for nbytes, factors in pieces:
-            together[factors] = together.get(factors, 0) + nbytes
-        return sum((b / self.of(f) for f, b in together.items()), np.zeros(len(self.assignments)))
+    def _shards_of_one(self, factor: int) -> np.ndarray:
+        if factor not in self.by_factor:
+            shards = []
+            for assignment in self.assignments:
+                axes = assignment.get(factor, ())
+                shards.append(float(self.placement.shard_count(axes)))
+            self.by_factor[factor] = np.array(shards)
+        return self.by_factor[factor]
 
-    def axes_of(self, *factors: int) -> list[tuple[tuple[int, ...], np.ndarray]]:
-        """(axes over which the factors are split, indices of the assignments that split them so)."""
+    def local_bytes(self, tensors: Sequence[tuple[int, Factors]]) -> np.ndarray:
+        """[assignment]: bytes of a device's shards of tensors, given as (bytes, factors)."""
+        bytes_by_factors: dict[Factors, int] = {}
+        for nbytes, factors in tensors:
+            bytes_by_factors[factors] = bytes_by_factors.get(factors, 0) + nbytes
+        total = np.zeros(len(self.assignments))
+        for factors, nbytes in bytes_by_factors.items():
+            total = total + nbytes / self.shards(factors)
+        return total
+
+    def by_axes(self, *factors: int) -> list[tuple[tuple[int, ...], np.ndarray]]:
+        """The axes that split the factors, with the assignments (indices) that split over them."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, assignment in enumerate(self.assignments):
-            axes = tuple(a for f in factors for a in assignment.get(f, ()))
+            axes = tuple(axis for factor in factors for axis in assignment.get(factor, ()))
             if axes:
                 groups.setdefault(axes, []).append(i)
-        return [(axes, np.array(chosen)) for axes, chosen in groups.items()]
+        return [(axes, np.array(choices)) for axes, choices in groups.items()]
 
 
 def _seconds(
@@ -304,24 +429,25 @@ def _seconds(
     return collective_seconds(placement.machine, kind, nbytes, placement.group(axes))
 
 
-def _joined(placement: Placement, kind: str, nbytes: np.ndarray, axes: Sequence[int]) -> np.ndarray:
-    """What `nbytes` add to a combined collective; all that they take where none is combined."""
+def _added_seconds(
+    placement: Placement, kind: str, nbytes: np.ndarray, axes: Sequence[int]
+) -> np.ndarray:
+    """Seconds that bytes add to a combined collective.
+
+    Where a backend combines none, these are their own seconds.
+    """
     if not placement.machine.backend.combines:
         return _seconds(placement, kind, nbytes, axes)
-    group = placement.group(axes)
-    whole = np.array([float(COMBINED)])
-    return collective_seconds(
-        placement.machine, kind, nbytes + COMBINED, group
-    ) - collective_seconds(placement.machine, kind, whole, group)
-
-
-def engine_dtype(dtype: str) -> str:
-    """The dtype whose engine computes this one."""
-    return dtype if dtype in ("float64", "float32", "bfloat16", "float16", "int8") else "float32"
+    with_bytes = _seconds(placement, kind, nbytes + COMBINED, axes)
+    without = _seconds(placement, kind, np.array([float(COMBINED)]), axes)
+    return with_bytes - without
 
 
 def storage_axes(
-    stored: Stored, mesh: Mesh, assignment: Assignment
+    variable: StoredVariable, mesh: Mesh, assignment: Assignment
 ) -> tuple[int, tuple[int, ...]] | None:
-    """(dim, axes) over which a parameter can be kept split beyond its operator's choice; None if no dim divides."""
-    return spare_axes(stored.shape, label_sharding(stored.label, assignment), mesh)
+    """(dim, axes) over which a parameter can be split for storage, beyond its operator's choice.
+
+    None if no dim divides.
+    """
+    return spare_axes(variable.shape, label_sharding(variable.label, assignment), mesh)

@@ -1,10 +1,12 @@
-"""Fusion: the kernels that XLA makes of a graph, their reads and writes, and what is computed in several.
+"""Fusion: the kernels that XLA makes of a graph, with their reads and writes.
 
-XLA's instruction fusion goes from the last instruction to the first and pulls producers into their consumer.
-A cheap producer with several consumers is duplicated into each of them; an expensive one is written once and
-read. This is that algorithm on an OperatorGraph, as the CPU backend runs it
-(xla/service/instruction_fusion.cc and cpu/cpu_instruction_fusion.cc), without its rules on layouts and index
-arithmetic. FLOPs, traffic and peak memory of light instructions all follow from it.
+XLA's instruction fusion goes from the last instruction to the first and pulls producers into their
+consumer. A cheap producer with several consumers is duplicated into each of them; an expensive one
+is written once and read. This is that algorithm on an OperatorGraph, as the CPU backend runs it
+(xla/service/instruction_fusion.cc and cpu/cpu_instruction_fusion.cc), without its rules on layouts
+and index arithmetic.
+
+FLOPs, traffic and peak memory of light instructions follow from it.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ EXPENSIVE = {
 FREE = {"constant", "iota", "broadcast_in_dim", "reshape", "bitcast_convert"}
 """Instructions that take no time alone: XLA makes them part of their readers."""
 OUTSIDE = 1 << 60
-"""Stands for a reader that is no instruction: the results of the step, the values that a loop yields."""
+"""A reader that is no instruction: a result of the step, a value that a loop yields."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,12 @@ class Fusion:
     """The kernels of a graph."""
 
     kernels: dict[int, tuple[int, ...]]
-    """Root instruction, whose result the kernel writes -> the instructions computed in the kernel."""
+    """Root instruction, which writes the result -> the instructions of its kernel."""
     computed_in: tuple[tuple[int, ...], ...]
-    """Per instruction, the roots of the kernels that compute it: several where duplication is cheaper than a write."""
+    """Per instruction, the roots of the kernels that compute it.
+
+    They are several where duplication is cheaper than a write.
+    """
 
     def written(self, graph: OperatorGraph) -> set[int]:
         """The tensors that exist in memory: results of kernels, and tensors carried by loops."""
@@ -120,9 +125,9 @@ class _Fuser:
         self.producers = [self._producers_of(x) for x in graph.instructions]
         self.readers = self._readers()
         self.nbytes: list[int] = []
-        """Of an instruction's results."""
+        """Per instruction, bytes of its results."""
         self.rank: list[int] = []
-        """The largest of an instruction's results."""
+        """Per instruction, the largest rank of its results."""
         self.expensive: list[bool] = []
         for instruction in graph.instructions:
             results = [graph.tensors[tensor] for tensor in instruction.results]
@@ -185,7 +190,10 @@ class _Fuser:
         return any(reader == OUTSIDE or not self.members[reader] <= kernels for reader in readers)
 
     def _kernel(self, root: int, single: set[int]) -> tuple[int, ...]:
-        """The instructions that the kernel of `root` computes. Producers are considered latest first."""
+        """The instructions that the kernel of `root` computes.
+
+        Producers are considered latest first.
+        """
         instruction = self.graph.instructions[root]
         inside = {root: False}
         """Instruction of the kernel -> whether its elements are read more than once."""
@@ -248,7 +256,7 @@ class _Fuser:
         return single
 
     def _gathers(self, instruction: int) -> bool:
-        """Whether an instruction reads several tensors of its own rank, and more bytes than it writes."""
+        """Whether an instruction reads several tensors of its rank and more than it writes."""
         tensors = self.graph.tensors
         operands = self.graph.instructions[instruction].operands
         full_operands = 0
@@ -305,9 +313,10 @@ class _Fuser:
 def cut(
     graph: OperatorGraph, fused: Fusion, barriers: Set[tuple[int, int]], ends: Set[int]
 ) -> Fusion:
-    """The kernels with collectives in between: at the reads `barriers` and after the instructions `ends`.
+    """The kernels of a graph when collectives divide them.
 
-    A read is (instruction, operand position).
+    Collectives happen at the reads `barriers`, pairs (instruction, operand position), and after the
+    instructions `ends`.
     """
     return _Cutter(graph, fused, barriers, ends).run()
 
@@ -349,7 +358,10 @@ class _Cutter:
         return Fusion(dict(sorted(kernels.items())), self._computed_in(kernels))
 
     def _kernel(self, root: int) -> tuple[int, ...]:
-        """The instructions of a kernel up to its collectives. What lies behind them gets a kernel of its own."""
+        """The instructions of a kernel up to its collectives.
+
+        Instructions behind a collective get kernels of their own.
+        """
         allowed = self.allowed[root]
         inside = {root}
         stack = [root]
@@ -427,7 +439,10 @@ def producers(graph: OperatorGraph) -> dict[int, int]:
 
 
 def reads(graph: OperatorGraph, kernel: Sequence[int]) -> dict[int, list[tuple[int, int]]]:
-    """The tensors that a kernel reads from memory, each with its reads as (instruction, operand position)."""
+    """Tensor that a kernel reads from memory -> its readers.
+
+    A reader is a pair (instruction, operand position).
+    """
     computed = {tensor for i in kernel for tensor in graph.instructions[i].results}
     readers: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for i in kernel:

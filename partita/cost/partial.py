@@ -1,9 +1,9 @@
 """Partial sums: gradients that a device adds up before one all-reduce sums them over devices.
 
-A weight that is used several times has several gradients, which are added (`graph.gradient_sums`). Where
-two of them are partial sums over the same devices, and are split alike, each device adds its own values and
-the result is a partial sum again. One all-reduce follows the last such addition. In the program this is
-Shardy's `unreduced`, which XLA's partitioner respects.
+A weight that is used several times has several gradients, which are added (`graph.gradient_sums`).
+Where two of them are partial sums over the same devices, and are split alike, each device adds its
+own values and the result is a partial sum again. One all-reduce follows the last such addition. In
+the program this is Shardy's `unreduced`, which XLA's partitioner respects.
 
 Also: the labels under which an instruction reads its operands, and the factors that it sums away.
 """
@@ -21,7 +21,7 @@ from partita.plans.layout import Layout
 
 @per_graph
 def read_labels(graph: OperatorGraph) -> dict[tuple[int, int], Label]:
-    """(instruction, operand position) -> the label of the read, where it differs from the tensor's."""
+    """(instruction, operand position) -> label of the read, where it is not the tensor's."""
     return {read: use.label for use in graph.uses for read in use.instructions}
 
 
@@ -75,7 +75,10 @@ def gradients(graph: OperatorGraph) -> tuple[Gradient, ...]:
 
 
 def _gradient_of(graph: OperatorGraph, gradient_sum: Sum) -> Gradient | None:
-    """The gradient of one sum; None where several operators add, or the adding one adds nothing of its own."""
+    """The gradient of one sum.
+
+    None where several operators add, or where the adding operator adds nothing of its own.
+    """
     additions = gradient_sum.additions
     operator = graph.owner[additions[-1]]
     if any(graph.owner[i] != operator for i in additions):
@@ -93,7 +96,10 @@ def _gradient_of(graph: OperatorGraph, gradient_sum: Sum) -> Gradient | None:
 
 @dataclass(frozen=True)
 class PendingSums:
-    """Tensors that are partial sums under a layout. One that is all-reduced right away is in neither mapping."""
+    """Tensors that are partial sums under a layout.
+
+    A tensor that is all-reduced right away is in neither mapping.
+    """
 
     axes: Mapping[int, tuple[int, ...]]
     """Tensor -> the mesh axes over which it is a partial sum when it is computed."""
@@ -154,7 +160,7 @@ def _operands_stay(
 
 
 def split_axes(layout: Layout, operator: int, factors: Iterable[int]) -> tuple[int, ...]:
-    """The mesh axes, sorted, that split any of these factors of an operator (-1: no operator, no axes)."""
+    """The mesh axes, sorted, that split factors of an operator. No operator (-1) has none."""
     if operator < 0:
         return ()
     assignment = layout.assignments[operator]

@@ -1,22 +1,31 @@
-"""What an operator costs, before any choice: work, reductions, halos, moves, stored variables, all labelled with factors.
+"""Cost terms of operators before any choice, labelled with factors.
 
-`cost_terms(graph)` is computed once. A choice then only divides: a piece of work indexed by factors f, g that are split n_f and
-n_g ways costs 1/(n_f n_g) of itself. That is what makes a search over thousands of choices a few array operations
-(`cost.evaluate`), and equal operators, the repeated blocks of a network, share one evaluation (`OperatorTerms.key`).
+The terms are work, reductions, halos, moves and stored variables. `cost_terms(graph)` runs once. A
+choice then only divides: work indexed by factors f, g that are split n_f and n_g ways costs 1/(n_f
+n_g) of the whole. So a search over thousands of choices is a few array operations
+(`cost.evaluate`), and equal operators, the repeated blocks of a network, share one evaluation
+(`OperatorTerms.digest`).
 
-Light instructions are fused as XLA fuses them (`cost.fusion`): a kernel reads what it does not compute, and writes its result.
+Light instructions are fused as XLA fuses them (`cost.fusion`): a kernel reads the operands that it
+does not compute, and writes its result.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
 from partita.cost.collectives import DEFAULT, reaches
-from partita.cost.fusion import EXPENSIVE, FREE, Fusion, fusion, reads, transposes
-from partita.cost.partial import Gradient, gradients, read_labels, reduced_factors
+from partita.cost.fusion import EXPENSIVE, FREE, fusion, reads, transposes
+from partita.cost.partial import (
+    Gradient,
+    gradients,
+    operand_labels,
+    read_labels,
+    reduced_factors,
+)
 from partita.cost.work import group_factors
 from partita.graph.grouping import HEAVY
 from partita.graph.operator_graph import (
@@ -24,6 +33,7 @@ from partita.graph.operator_graph import (
     Label,
     OperatorGraph,
     Phase,
+    Use,
     Window,
     constant_tensors,
 )
@@ -41,11 +51,19 @@ OP_CLASS = {
     "sort": "sort",
 }
 Factors = tuple[int, ...]
+Renumber = Callable[[Factors], Factors]
+"""Factors of the graph -> their positions among those of an operator, -1 for others."""
+
+FEWEST_FLOPS = 64
+FEWEST_BYTES = 256
+"""A light kernel below both is left out."""
+SMALLEST_ACTIVATION = 64
+"""Bytes: smaller values that the backward pass reads are left out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A kernel: FLOPs over an iteration space, and bytes read and written, each piece indexed by factors."""
+    """A kernel: FLOPs over an iteration space, and bytes read and written, by factors."""
 
     op_class: str
     dtype: str
@@ -55,19 +73,41 @@ class Work:
     trips: int
     phase: Phase
     kind: str = ""
-    """What a fit to measured operators tells kernels apart by, finer than engines do: `kind_of`."""
+    """For a fit to measured operators, finer than `op_class`: see `kind_of`."""
     groups: int = 1
-    """Groups of a grouped convolution whose weight gradient this is, which some backends compute for all pairs of them."""
+    """Groups of a grouped convolution, if this is its weight gradient.
+
+    Some backends compute it for all pairs of groups.
+    """
     group_factors: Factors = ()
+
+    def key(self, renumber: Renumber) -> tuple[object, ...]:
+        """Equal for equal work of equal operators."""
+        return (
+            self.op_class,
+            self.dtype,
+            self.flops,
+            renumber(self.factors),
+            tuple((nbytes, renumber(factors)) for nbytes, factors in self.traffic),
+            self.trips,
+            self.phase,
+            self.kind,
+            self.groups,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """A result summed over factors: where one is split, its axes all-reduce `nbytes` (or gather, for several results)."""
+    """A result summed over factors.
+
+    The axes that split the factors all-reduce it. Where an instruction has several results, they
+    gather each.
+    """
 
     kind: str
     nbytes: int
     factors: Factors
+    """Factors that index the result."""
     reduced: Factors
     trips: int
     phase: Phase
@@ -76,26 +116,58 @@ class Reduction:
     together: bool = False
     """Whether one collective sums over all factors; else there is one for each."""
 
+    def key(self, renumber: Renumber) -> tuple[object, ...]:
+        """Equal for equal reductions of equal operators."""
+        return (
+            self.kind,
+            self.nbytes,
+            renumber(self.factors),
+            renumber(self.reduced),
+            self.trips,
+            self.phase,
+            self.parameter >= 0,
+            self.together,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Halo:
-    """Rows that neighbours exchange where a window reaches over a split factor: `nbytes` is one of the `rows` of the whole tensor."""
+    """Rows that neighbours exchange where a window reaches over a split factor."""
 
     nbytes: int
+    """Bytes of one row of the whole tensor."""
     rows: int
+    """Rows of the whole tensor."""
     factors: Factors
+    """Factors that index a row."""
     split: int
+    """The factor that the window reaches over."""
     window: Window
     trips: int
     phase: Phase
 
+    def key(self, renumber: Renumber) -> tuple[object, ...]:
+        """Equal for equal halos of equal operators."""
+        return (
+            self.nbytes,
+            self.rows,
+            renumber(self.factors),
+            renumber((self.split,)),
+            self.window,
+            self.trips,
+            self.phase,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A tensor that `reader` wants under another label than its home's: a reshard wherever the two differ.
+    """A tensor that `reader` reads under another label than its home's.
 
-    Of a gradient that the reader adds to others, the last `sums` entries of both labels are factors over which it is still to be summed. It is
-    summed before, unless the reader's own gradient is still to be summed over the same axes, and split alike.
+    It is a reshard wherever the two labels resolve to different shardings.
+
+    A gradient that the reader adds to others may be a partial sum. Then the last `sums` entries of
+    both labels are the factors over which it is partial. It is summed before the move, unless the
+    reader's own gradient is a partial sum over the same axes, and split alike.
     """
 
     tensor: int
@@ -106,21 +178,32 @@ class Move:
     target: Label
     trips: int
     phase: Phase
-    """When the tensor is made."""
+    """Phase in which the tensor is computed."""
     read_phase: Phase
-    """When it is first read so."""
+    """Phase of its first read under `target`."""
     sums: int = 0
 
     @property
     def dims(self) -> tuple[Label, Label]:
-        """Both labels without what is still to be summed."""
+        """Both labels without the factors of partial sums."""
         count = len(self.source) - self.sums
         return self.source[:count], self.target[:count]
 
+    def key(self, renumber: Renumber) -> tuple[object, ...]:
+        """Equal for equal moves inside equal operators."""
+        return (
+            self.nbytes,
+            renumber(self.source),
+            renumber(self.target),
+            self.trips,
+            self.phase,
+            self.sums,
+        )
+
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A parameter with its slots: bytes, the label they are kept under, and the traffic of their update."""
+class StoredVariable:
+    """A parameter with its optimizer slots."""
 
     path: str
     tensor: int
@@ -128,73 +211,56 @@ class Stored:
     label: Label
     nbytes: int
     slots: int
+    """Bytes of its optimizer slots."""
     traffic: int
+    """Bytes that its update reads and writes."""
+
+    def key(self, renumber: Renumber) -> tuple[object, ...]:
+        """Equal for equal variables of equal operators."""
+        return self.shape, renumber(self.label), self.nbytes, self.slots, self.traffic
 
 
 @dataclass
 class OperatorTerms:
-    """All terms of one operator. Factors are numbers of the graph; `key` is the same for equal operators."""
+    """All terms of one operator. Factors are numbered as in the graph."""
 
     work: list[Work] = field(default_factory=list)
     reductions: list[Reduction] = field(default_factory=list)
     halos: list[Halo] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
-    stored: list[Stored] = field(default_factory=list)
+    """Inside the operator."""
+    stored: list[StoredVariable] = field(default_factory=list)
     resident: list[tuple[int, Factors]] = field(default_factory=list)
-    """Bytes held all the time besides parameters: state, batch, optimizer variables without a parameter."""
+    """Bytes in memory during the whole step, besides parameters.
+
+    Arguments for state, the batch, optimizer variables that belong to no parameter.
+    """
     activations: list[tuple[int, Factors]] = field(default_factory=list)
     """Bytes of forward values that the backward pass reads."""
     factors: Factors = ()
     """The operator's own, which a choice may split."""
     digest: str = ""
-    """Of `key`."""
+    """Digest of `key`: the same for equal operators."""
     name: str = ""
-    """Of the operator, for what is said of it."""
+    """Name of the operator, for messages."""
 
     def key(self, graph: OperatorGraph, operator: int) -> tuple[object, ...]:
         """Equal for operators that cost the same under equal choices."""
-        own = graph.operators[operator].factors
-        number = {f: i for i, f in enumerate(own)}
-        at = lambda fs: tuple(number.get(f, -1) for f in fs)  # noqa: E731
+        factors = graph.operators[operator].factors
+        number = {factor: i for i, factor in enumerate(factors)}
+
+        def renumber(label: Factors) -> Factors:
+            return tuple(number.get(factor, -1) for factor in label)
+
         return (
-            tuple((graph.factors[f].name, graph.factors[f].size) for f in own),
-            tuple(
-                (
-                    w.op_class,
-                    w.dtype,
-                    w.flops,
-                    at(w.factors),
-                    tuple((b, at(f)) for b, f in w.traffic),
-                    w.trips,
-                    w.phase,
-                    w.kind,
-                    w.groups,
-                )
-                for w in self.work
-            ),
-            tuple(
-                (
-                    r.kind,
-                    r.nbytes,
-                    at(r.factors),
-                    at(r.reduced),
-                    r.trips,
-                    r.phase,
-                    r.parameter >= 0,
-                    r.together,
-                )
-                for r in self.reductions
-            ),
-            tuple(
-                (h.nbytes, h.rows, at(h.factors), at((h.split,)), h.window, h.trips, h.phase)
-                for h in self.halos
-            ),
-            tuple(
-                (m.nbytes, at(m.source), at(m.target), m.trips, m.phase, m.sums) for m in self.moves
-            ),
-            tuple((s.shape, at(s.label), s.nbytes, s.slots, s.traffic) for s in self.stored),
-            tuple((b, at(f)) for b, f in self.resident),
-            tuple((b, at(f)) for b, f in self.activations),
+            tuple((graph.factors[factor].name, graph.factors[factor].size) for factor in factors),
+            tuple(work.key(renumber) for work in self.work),
+            tuple(reduction.key(renumber) for reduction in self.reductions),
+            tuple(halo.key(renumber) for halo in self.halos),
+            tuple(move.key(renumber) for move in self.moves),
+            tuple(variable.key(renumber) for variable in self.stored),
+            tuple((nbytes, renumber(label)) for nbytes, label in self.resident),
+            tuple((nbytes, renumber(label)) for nbytes, label in self.activations),
         )
 
 
@@ -208,109 +274,21 @@ class Terms:
 
 def cost_terms(graph: OperatorGraph, backend: Backend = DEFAULT) -> Terms:
     """The cost terms of a graph, compiled as a backend does."""
-    seen = read_labels(graph)
-    found = [OperatorTerms() for _ in graph.operators]
-    family = update_families(graph)
-    _works(graph, seen, fusion(graph, backend.recomputes), found)
-    _communication(graph, seen, family, found)
-    edges = _moves(graph, found)
-    _memory(graph, family, fusion(graph, backend.recomputes), found)
-    for o, operator in enumerate(graph.operators):
-        found[o].factors, found[o].name = operator.factors, operator.name
-        found[o].digest = sha256(repr(found[o].key(graph, o)).encode()).hexdigest()[:16]
-    return Terms(found, edges)
-
-
-def _factors(label: Label) -> Factors:
-    return tuple(f for f in label if f >= 0)
-
-
-def _iteration(x: Instruction, labels: list[Label], results: list[Label]) -> Factors:
-    """All factors of an instruction's iteration space that its labels name."""
-    return tuple(dict.fromkeys(f for label in [*labels, *results] for f in label if f >= 0))
-
-
-def _works(
-    graph: OperatorGraph,
-    seen: dict[tuple[int, int], Label],
-    fused: Fusion,
-    found: list[OperatorTerms],
-) -> None:
-    """Adds every kernel to its operator; one that is fused across operators is shared out between them.
-
-    What depends on no argument, a mask say, every device makes as far as its readers need it: it belongs to the kernel that it is fused into.
-    """
-    free = constant_tensors(graph)
-    for root, kernel in fused.kernels.items():
-        x = graph.instructions[root]
-        if x.name in ("while", "case", "if", *FREE) or all(t in free for t in x.results):
-            continue
-        parts: dict[int, list[int]] = defaultdict(list)
-        for i in kernel:
-            owner = graph.owner[
-                root if all(t in free for t in graph.instructions[i].results) else i
-            ]
-            if owner >= 0:
-                parts[owner].append(i)
-        outside = reads(graph, kernel)
-        for operator, members in parts.items():
-            _work(graph, seen, root, operator, members, outside, found)
-
-
-def _work(
-    graph: OperatorGraph,
-    seen: dict[tuple[int, int], Label],
-    root: int,
-    operator: int,
-    members: list[int],
-    outside: dict[int, list[tuple[int, int]]],
-    found: list[OperatorTerms],
-) -> None:
-    """Adds an operator's part of a kernel: the work of its instructions, what they read from memory, and what is written."""
-    traffic: dict[int, tuple[int, Factors]] = {}
-    flops, spaces, free = 0.0, {}, constant_tensors(graph)
-    groups: Factors = ()
-    for i in members:
-        x = graph.instructions[i]
-        labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
-        for position, t in enumerate(x.operands):
-            if (i, position) in outside.get(t, ()) and graph.tensors[t].shape:
-                nbytes = graph.tensors[t].nbytes
-                if x.name in ("gather", "dynamic_slice", "slice"):
-                    nbytes = min(nbytes, 2 * sum(graph.tensors[r].nbytes for r in x.results))
-                traffic[t] = (nbytes, _factors(labels[position]))
-        if i == root:
-            for t in x.results:
-                traffic[t] = (graph.tensors[t].nbytes, _factors(graph.labels[t]))
-        if x.flops:
-            flops += x.flops
-            if not all(t in free for t in x.results):
-                space = _iteration(x, labels, [graph.labels[t] for t in x.results])
-                spaces[space] = spaces.get(space, 0.0) + x.flops
-        if x.batch_groups > 1:
-            groups = group_factors([*labels, *(graph.labels[t] for t in x.results)])
-    moved: dict[Factors, int] = {}
-    for nbytes, factors in traffic.values():
-        moved[factors] = moved.get(factors, 0) + nbytes
-    x = graph.instructions[root]
-    if flops < 64 and sum(moved.values()) < 256 and x.name not in HEAVY:
-        return
-    space = max(spaces, key=lambda s: spaces[s]) if spaces else max(moved, key=len, default=())
-    dtype = graph.tensors[max(x.results, key=lambda t: graph.tensors[t].nbytes)].dtype
-    found[operator].work.append(
-        Work(
-            OP_CLASS.get(x.name, "elementwise"),
-            dtype,
-            flops,
-            space,
-            tuple(sorted((b, f) for f, b in moved.items())),
-            x.trips,
-            x.phase,
-            kind_of(graph, x, members),
-            x.batch_groups,
-            groups,
-        )
-    )
+    collector = _Collector(graph, backend)
+    collector.add_work()
+    collector.add_gradient_sums()
+    collector.add_reductions_and_halos()
+    collector.add_moves()
+    collector.add_variables()
+    collector.add_activations()
+    terms = collector.terms
+    for number, operator in enumerate(graph.operators):
+        own_terms = terms.operators[number]
+        own_terms.factors = operator.factors
+        own_terms.name = operator.name
+        key = repr(own_terms.key(graph, number))
+        own_terms.digest = sha256(key.encode()).hexdigest()[:16]
+    return terms
 
 
 KINDS = {
@@ -321,233 +299,395 @@ KINDS = {
     "transpose": "transpose",
     "concatenate": "concatenate",
 }
-"""Root of a kernel -> what it is to a fit, where that is not its class."""
+"""Root of a kernel -> its kind for a fit, where that is not its class."""
 TRANSCENDENTAL = EXPENSIVE - {"divide", "remainder", "reduce", "gather"}
 
 
-def kind_of(graph: OperatorGraph, x: Instruction, members: Sequence[int]) -> str:
-    """What kind of kernel one is to a fit: its root's class or finer. Libraries have other loops for each of them."""
-    if x.name == "convolution":
-        return (
-            "convolution for a kernel"
-            if transposes(x)
-            else "dilated convolution"
-            if any(w.base > 1 for _, w in x.windows)
-            else "conv"
+def kind_of(graph: OperatorGraph, root: Instruction, members: Sequence[int]) -> str:
+    """The kind of a kernel for a fit, its class or finer: libraries have a loop for each kind."""
+    if root.name == "convolution":
+        if transposes(root):
+            return "convolution for a kernel"
+        is_dilated = any(window.base > 1 for _, window in root.windows)
+        return "dilated convolution" if is_dilated else "conv"
+    kind = KINDS.get(root.name) or OP_CLASS.get(root.name, "elementwise")
+    names = {graph.instructions[i].name for i in members}
+    if kind == "elementwise" and not names.isdisjoint(TRANSCENDENTAL):
+        return "transcendental"
+    return kind
+
+
+def _split(label: Label) -> Factors:
+    """The factors of a label."""
+    return tuple(factor for factor in label if factor >= 0)
+
+
+class _Collector:
+    """Adds the terms of a graph, kind by kind, to their operators."""
+
+    def __init__(self, graph: OperatorGraph, backend: Backend) -> None:
+        self.graph = graph
+        self.terms = Terms([OperatorTerms() for _ in graph.operators], [])
+        self.fused = fusion(graph, backend.recomputes)
+        self.constants = constant_tensors(graph)
+        self.families = update_families(graph)
+        """Tensor of an update -> its parameter."""
+        self.parameter_of = _gradient_parameters(graph, self.families)
+        """Gradient -> its parameter."""
+
+    def _is_constant(self, instruction: Instruction) -> bool:
+        """Whether an instruction depends on no argument."""
+        return all(tensor in self.constants for tensor in instruction.results)
+
+    # ---- work
+
+    def add_work(self) -> None:
+        """Adds every kernel, in parts if it is fused across operators."""
+        for root, kernel in self.fused.kernels.items():
+            instruction = self.graph.instructions[root]
+            if instruction.name in ("while", "case", "if", *FREE):
+                continue
+            if self._is_constant(instruction):
+                continue
+            outside = reads(self.graph, kernel)
+            for operator, members in self._members_by_operator(root, kernel).items():
+                self._add_kernel(root, operator, members, outside)
+
+    def _members_by_operator(self, root: int, kernel: Sequence[int]) -> dict[int, list[int]]:
+        """Operator -> its instructions in a kernel.
+
+        Instructions that depend on no argument, for a mask say, belong to the root's operator:
+        every device computes the part that its readers need.
+        """
+        members: dict[int, list[int]] = defaultdict(list)
+        for i in kernel:
+            source = root if self._is_constant(self.graph.instructions[i]) else i
+            operator = self.graph.owner[source]
+            if operator >= 0:
+                members[operator].append(i)
+        return members
+
+    def _add_kernel(
+        self,
+        root: int,
+        operator: int,
+        members: list[int],
+        outside: dict[int, list[tuple[int, int]]],
+    ) -> None:
+        """Adds an operator's part of a kernel. `outside` are the kernel's reads from memory."""
+        graph = self.graph
+        instruction = graph.instructions[root]
+        bytes_by_factors = self._traffic(root, members, outside)
+        flops = 0.0
+        flops_by_space: dict[Factors, float] = {}
+        groups: Factors = ()
+        for i in members:
+            member = graph.instructions[i]
+            labels = [
+                *operand_labels(graph, i),
+                *(graph.labels[tensor] for tensor in member.results),
+            ]
+            if member.flops:
+                flops += member.flops
+                if not self._is_constant(member):
+                    space = tuple(dict.fromkeys(f for label in labels for f in label if f >= 0))
+                    flops_by_space[space] = flops_by_space.get(space, 0.0) + member.flops
+            if member.batch_groups > 1:
+                groups = group_factors(labels)
+        is_small = flops < FEWEST_FLOPS and sum(bytes_by_factors.values()) < FEWEST_BYTES
+        if is_small and instruction.name not in HEAVY:
+            return
+        if flops_by_space:
+            space = max(flops_by_space, key=lambda factors: flops_by_space[factors])
+        else:
+            space = max(bytes_by_factors, key=len, default=())
+        largest_result = max(instruction.results, key=lambda tensor: graph.tensors[tensor].nbytes)
+        work = Work(
+            OP_CLASS.get(instruction.name, "elementwise"),
+            graph.tensors[largest_result].dtype,
+            flops,
+            space,
+            tuple(sorted((nbytes, factors) for factors, nbytes in bytes_by_factors.items())),
+            instruction.trips,
+            instruction.phase,
+            kind_of(graph, instruction, members),
+            instruction.batch_groups,
+            groups,
         )
-    own = KINDS.get(x.name) or OP_CLASS.get(x.name, "elementwise")
-    transcendental = own == "elementwise" and any(
-        graph.instructions[i].name in TRANSCENDENTAL for i in members
-    )
-    return "transcendental" if transcendental else own
+        self.terms.operators[operator].work.append(work)
 
+    def _traffic(
+        self, root: int, members: list[int], outside: dict[int, list[tuple[int, int]]]
+    ) -> dict[Factors, int]:
+        """Factors -> bytes that they index and that instructions of a kernel move.
 
-def _communication(
-    graph: OperatorGraph,
-    seen: dict[tuple[int, int], Label],
-    family: dict[int, int],
-    found: list[OperatorTerms],
-) -> None:
-    gradient, free = _gradients(graph, family), constant_tensors(graph)
-    waits = {t for g in gradients(graph) for t in g.leaves}
-    for g in gradients(graph):
-        label, nbytes = graph.labels[g.result], graph.tensors[g.result].nbytes
-        found[g.operator].reductions.append(
-            Reduction(
+        The kernel reads some from memory and writes its result.
+        """
+        graph = self.graph
+        traffic: dict[int, tuple[int, Factors]] = {}
+        for i in members:
+            instruction = graph.instructions[i]
+            labels = operand_labels(graph, i)
+            for position, tensor in enumerate(instruction.operands):
+                is_read = (i, position) in outside.get(tensor, ())
+                if is_read and graph.tensors[tensor].shape:
+                    nbytes = self._bytes_read(instruction, tensor)
+                    traffic[tensor] = (nbytes, _split(labels[position]))
+            if i == root:
+                for tensor in instruction.results:
+                    traffic[tensor] = (graph.tensors[tensor].nbytes, _split(graph.labels[tensor]))
+        bytes_by_factors: dict[Factors, int] = {}
+        for nbytes, factors in traffic.values():
+            bytes_by_factors[factors] = bytes_by_factors.get(factors, 0) + nbytes
+        return bytes_by_factors
+
+    def _bytes_read(self, instruction: Instruction, operand: int) -> int:
+        """Bytes of an operand that an instruction reads, without those that it leaves out."""
+        nbytes = self.graph.tensors[operand].nbytes
+        if instruction.name in ("gather", "dynamic_slice", "slice"):
+            result_bytes = sum(self.graph.tensors[tensor].nbytes for tensor in instruction.results)
+            return min(nbytes, 2 * result_bytes)
+        return nbytes
+
+    # ---- reductions and halos
+
+    def add_gradient_sums(self) -> None:
+        """Adds the all-reduces of gradients that devices add up first."""
+        for gradient in gradients(self.graph):
+            reduction = Reduction(
                 "all_reduce",
-                nbytes,
-                _factors(label),
-                g.reduced,
+                self.graph.tensors[gradient.result].nbytes,
+                _split(self.graph.labels[gradient.result]),
+                gradient.reduced,
                 1,
                 "backward",
-                gradient.get(g.result, -1),
+                self.parameter_of.get(gradient.result, -1),
                 together=True,
             )
-        )
-    for i, x in enumerate(graph.instructions):
-        operator = graph.owner[i]
-        if operator < 0 or x.rule is None or all(t in free for t in x.results):
-            continue
-        labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
-        reduced = reduced_factors(x, labels)
-        if reduced and waits.isdisjoint(x.results):
-            kind = "all_reduce" if len(x.results) == 1 else "all_gather"
-            for t in x.results:
-                tensor = graph.tensors[t]
-                found[operator].reductions.append(
-                    Reduction(
-                        kind,
-                        tensor.nbytes,
-                        _factors(graph.labels[t]),
-                        reduced,
-                        x.trips,
-                        x.phase,
-                        gradient.get(t, -1),
-                    )
-                )
-        for reach in reaches(x, labels, graph.labels[x.results[0]]):
-            tensor = graph.tensors[x.operands[0]]
-            others = tuple(f for f in _factors(reach.label) if f != reach.factor)
-            row = tensor.nbytes // tensor.shape[reach.dim]
-            found[operator].halos.append(
-                Halo(
-                    row,
-                    tensor.shape[reach.dim],
-                    others,
-                    reach.factor,
-                    reach.window,
-                    x.trips,
-                    x.phase,
-                )
+            self.terms.operators[gradient.operator].reductions.append(reduction)
+
+    def add_reductions_and_halos(self) -> None:
+        """Adds the communication of every instruction."""
+        partial_sums = {tensor for g in gradients(self.graph) for tensor in g.leaves}
+        for i, instruction in enumerate(self.graph.instructions):
+            operator = self.graph.owner[i]
+            if operator < 0 or instruction.rule is None or self._is_constant(instruction):
+                continue
+            labels = operand_labels(self.graph, i)
+            reduced = reduced_factors(instruction, labels)
+            if reduced and partial_sums.isdisjoint(instruction.results):
+                self._add_reductions(operator, instruction, reduced)
+            self._add_halos(operator, instruction, labels)
+
+    def _add_reductions(self, operator: int, instruction: Instruction, reduced: Factors) -> None:
+        kind = "all_reduce" if len(instruction.results) == 1 else "all_gather"
+        for tensor in instruction.results:
+            reduction = Reduction(
+                kind,
+                self.graph.tensors[tensor].nbytes,
+                _split(self.graph.labels[tensor]),
+                reduced,
+                instruction.trips,
+                instruction.phase,
+                self.parameter_of.get(tensor, -1),
             )
+            self.terms.operators[operator].reductions.append(reduction)
 
+    def _add_halos(self, operator: int, instruction: Instruction, labels: Sequence[Label]) -> None:
+        result_label = self.graph.labels[instruction.results[0]]
+        for reach in reaches(instruction, labels, result_label):
+            tensor = self.graph.tensors[instruction.operands[0]]
+            rows = tensor.shape[reach.dim]
+            halo = Halo(
+                tensor.nbytes // rows,
+                rows,
+                tuple(factor for factor in _split(reach.label) if factor != reach.factor),
+                reach.factor,
+                reach.window,
+                instruction.trips,
+                instruction.phase,
+            )
+            self.terms.operators[operator].halos.append(halo)
 
-def _gradients(graph: OperatorGraph, family: dict[int, int]) -> dict[int, int]:
-    """Backward tensor -> the parameter whose update reads it, followed back through shape changes."""
-    producer = {t: x for x in graph.instructions for t in x.results}
-    found: dict[int, int] = {}
-    for x in graph.instructions:
-        if x.phase != "update":
-            continue
-        roots = {family[t] for t in x.results if t in family}
-        if len(roots) != 1:
-            continue
-        for t in x.operands:
-            while (
-                t in producer
-                and t not in family
-                and producer[t].phase == "backward"
-                and graph.tensors[t].shape
-            ):
-                found[t] = next(iter(roots))
-                source = producer[t].operands[0]
-                sums_nothing = (
-                    producer[t].name == "reduce"
-                    and graph.tensors[source].size == graph.tensors[t].size
-                )
-                if (
-                    producer[t].name not in ("reshape", "transpose", "convert", "negate")
-                    and not sums_nothing
-                ):
-                    break
-                t = source
-    return found
+    # ---- moves
 
+    def add_moves(self) -> None:
+        """Adds every read under another label than the tensor's."""
+        batch = {a.tensor for a in self.graph.arguments if a.role == "batch"}
+        added: set[tuple[int, int]] = set()
+        for gradient in gradients(self.graph):
+            added.update((tensor, gradient.operator) for tensor in gradient.leaves)
+            self._add_gradient_moves(gradient)
+        origins = _origins(self.graph)
+        for use in self.graph.uses:
+            is_free = use.tensor in self.constants or use.tensor in batch
+            if (use.tensor, use.operator) in added or is_free:
+                continue
+            if self.graph.home[use.tensor] >= 0:
+                self._add_move(self._move(use, *origins.get(use.tensor, (1, "forward"))))
 
-def _moves(graph: OperatorGraph, found: list[OperatorTerms]) -> list[Move]:
-    made = {t: x for x in graph.instructions for t in x.results}
-    inside = {t: loop for loop in graph.loops for _, t, _, _ in loop.carried}
-    free, batch = constant_tensors(graph), {a.tensor for a in graph.arguments if a.role == "batch"}
-    edges = [m for g in gradients(graph) for m in _added(graph, g)]
-    for m in [m for m in edges if m.home == m.reader]:
-        edges.remove(m)
-        found[m.home].moves.append(m)
-    added = {(t, g.operator) for g in gradients(graph) for t in g.leaves}
-    for use in graph.uses:
-        home = graph.home[use.tensor]
-        if (use.tensor, use.operator) in added:
-            continue
-        if use.tensor in free or use.tensor in batch or home < 0:
-            continue
-        x = made.get(use.tensor)
-        trips = x.trips if x else inside[use.tensor].trips if use.tensor in inside else 1
-        move = Move(
+    def _add_move(self, move: Move) -> None:
+        if move.home == move.reader:
+            self.terms.operators[move.home].moves.append(move)
+        else:
+            self.terms.edges.append(move)
+
+    def _move(self, use: Use, trips: int, phase: Phase) -> Move:
+        """The move of a read. `trips` and `phase` are those of the tensor's producer."""
+        first_reader = min(i for i, _ in use.instructions)
+        return Move(
             use.tensor,
-            graph.tensors[use.tensor].nbytes,
-            home,
-            graph.labels[use.tensor],
+            self.graph.tensors[use.tensor].nbytes,
+            self.graph.home[use.tensor],
+            self.graph.labels[use.tensor],
             use.operator,
             use.label,
             trips,
-            x.phase if x else "forward",
-            graph.instructions[min(i for i, _ in use.instructions)].phase,
+            phase,
+            self.graph.instructions[first_reader].phase,
         )
-        if home == use.operator:
-            found[home].moves.append(move)
-        else:
-            edges.append(move)
-    return edges
 
+    def _add_gradient_moves(self, gradient: Gradient) -> None:
+        """Adds the moves of partial sums to the operator that adds them up.
 
-def _added(graph: OperatorGraph, gradient: Gradient) -> list[Move]:
-    """The moves of gradients to the operator that adds them up: what is its own, split alike and still to be summed alike, does not move."""
-    seen, reads = (
-        read_labels(graph),
-        {
-            t: (i, p)
+        The operator's own partial sums do not move where they are split alike, and partial over the
+        same factors.
+        """
+        labels = read_labels(self.graph)
+        read_of = {
+            tensor: (i, position)
             for i in gradient.additions
-            for p, t in enumerate(graph.instructions[i].operands)
-        },
-    )
-    found = []
-    for t, reduced in gradient.leaves.items():
-        source, target = graph.labels[t], seen.get(reads[t], graph.labels[t])
-        pad = max(len(reduced), len(gradient.reduced))
-        whole = lambda label, sums, pad=pad: (*label, *sums, *(-1 for _ in range(pad - len(sums))))  # noqa: E731
-        if graph.home[t] != gradient.operator or source != target or reduced != gradient.reduced:
-            found.append(
-                Move(
-                    t,
-                    graph.tensors[t].nbytes,
-                    graph.home[t],
-                    whole(source, reduced),
-                    gradient.operator,
-                    whole(target, gradient.reduced),
-                    1,
-                    "backward",
-                    "backward",
-                    pad,
-                )
+            for position, tensor in enumerate(self.graph.instructions[i].operands)
+        }
+        for tensor, reduced in gradient.leaves.items():
+            home = self.graph.home[tensor]
+            source = self.graph.labels[tensor]
+            target = labels.get(read_of[tensor], source)
+            is_own = home == gradient.operator
+            if is_own and source == target and reduced == gradient.reduced:
+                continue
+            sums = max(len(reduced), len(gradient.reduced))
+            move = Move(
+                tensor,
+                self.graph.tensors[tensor].nbytes,
+                home,
+                (*source, *_padded(reduced, sums)),
+                gradient.operator,
+                (*target, *_padded(gradient.reduced, sums)),
+                1,
+                "backward",
+                "backward",
+                sums,
             )
-    return found
+            self._add_move(move)
 
+    # ---- memory
 
-def _memory(
-    graph: OperatorGraph, family: dict[int, int], fused: Fusion, found: list[OperatorTerms]
-) -> None:
-    slots: dict[int, int] = defaultdict(int)
-    for a in graph.arguments:
-        if a.role == "optimizer" and a.tensor in family:
-            slots[family[a.tensor]] += graph.tensors[a.tensor].nbytes
-    for a in graph.arguments:
-        home = graph.home[a.tensor]
-        if home < 0 or not graph.tensors[a.tensor].shape:
-            continue
-        tensor = graph.tensors[a.tensor]
-        if a.role == "parameter":
-            own = slots[a.tensor]
-            traffic = 3 * tensor.nbytes + 2 * own
-            found[home].stored.append(
-                Stored(
-                    a.path,
-                    a.tensor,
+    def add_variables(self) -> None:
+        """Adds parameters with their slots, and the bytes of all other arguments."""
+        graph = self.graph
+        slots: dict[int, int] = defaultdict(int)
+        for argument in graph.arguments:
+            if argument.role == "optimizer" and argument.tensor in self.families:
+                parameter = self.families[argument.tensor]
+                slots[parameter] += graph.tensors[argument.tensor].nbytes
+        for argument in graph.arguments:
+            home = graph.home[argument.tensor]
+            tensor = graph.tensors[argument.tensor]
+            label = graph.labels[argument.tensor]
+            if home < 0 or not tensor.shape:
+                continue
+            if argument.role == "parameter":
+                slot_bytes = slots[argument.tensor]
+                variable = StoredVariable(
+                    argument.path,
+                    argument.tensor,
                     tensor.shape,
-                    graph.labels[a.tensor],
+                    label,
                     tensor.nbytes,
-                    own,
-                    traffic,
+                    slot_bytes,
+                    3 * tensor.nbytes + 2 * slot_bytes,
                 )
-            )
-        elif a.tensor not in family:
-            found[home].resident.append((tensor.nbytes, _factors(graph.labels[a.tensor])))
-    written = fused.written(graph)
-    read_later = {
-        t
-        for root, kernel in fused.kernels.items()
-        if graph.instructions[root].phase == "backward"
-        for t in reads(graph, kernel)
-    }
-    free = constant_tensors(graph)
-    for x in graph.instructions:
-        if x.phase == "forward" and x.name not in FREE:
-            for t in x.results:
-                if (
-                    t in read_later
-                    and t in written
-                    and t not in free
-                    and graph.tensors[t].nbytes > 64
-                    and graph.home[t] >= 0
-                ):
-                    found[graph.home[t]].activations.append(
-                        (graph.tensors[t].nbytes, _factors(graph.labels[t]))
-                    )
+                self.terms.operators[home].stored.append(variable)
+            elif argument.tensor not in self.families:
+                self.terms.operators[home].resident.append((tensor.nbytes, _split(label)))
+
+    def add_activations(self) -> None:
+        """Adds the forward values that the backward pass reads to their operators."""
+        graph = self.graph
+        read_later: set[int] = set()
+        for root, kernel in self.fused.kernels.items():
+            if graph.instructions[root].phase == "backward":
+                read_later.update(reads(graph, kernel))
+        in_memory = (self.fused.written(graph) & read_later) - self.constants
+        for instruction in graph.instructions:
+            if instruction.phase != "forward" or instruction.name in FREE:
+                continue
+            for tensor in instruction.results:
+                home = graph.home[tensor]
+                nbytes = graph.tensors[tensor].nbytes
+                if tensor in in_memory and nbytes > SMALLEST_ACTIVATION and home >= 0:
+                    activation = (nbytes, _split(graph.labels[tensor]))
+                    self.terms.operators[home].activations.append(activation)
+
+
+def _padded(factors: Factors, length: int) -> Factors:
+    return (*factors, *[-1] * (length - len(factors)))
+
+
+def _origins(graph: OperatorGraph) -> dict[int, tuple[int, Phase]]:
+    """Tensor of an instruction or a loop -> how often and in which phase it is computed."""
+    origins: dict[int, tuple[int, Phase]] = {}
+    for loop in graph.loops:
+        for _, inside, _, _ in loop.carried:
+            origins[inside] = (loop.trips, "forward")
+    for instruction in graph.instructions:
+        for tensor in instruction.results:
+            origins[tensor] = (instruction.trips, instruction.phase)
+    return origins
+
+
+def _gradient_parameters(graph: OperatorGraph, families: dict[int, int]) -> dict[int, int]:
+    """Backward tensor -> the parameter whose update reads it.
+
+    The tensors are followed back through changes of shape.
+    """
+    producer = {tensor: x for x in graph.instructions for tensor in x.results}
+    parameters: dict[int, int] = {}
+    for update in graph.instructions:
+        if update.phase != "update":
+            continue
+        roots = {families[tensor] for tensor in update.results if tensor in families}
+        if len(roots) != 1:
+            continue
+        parameter = roots.pop()
+        for operand in update.operands:
+            tensor = operand
+            while _is_gradient(graph, tensor, producer, families):
+                parameters[tensor] = parameter
+                if not _keeps_elements(graph, producer[tensor]):
+                    break
+                tensor = producer[tensor].operands[0]
+    return parameters
+
+
+def _is_gradient(
+    graph: OperatorGraph,
+    tensor: int,
+    producer: dict[int, Instruction],
+    families: dict[int, int],
+) -> bool:
+    """Whether a tensor is an array of the backward pass."""
+    if tensor not in producer or tensor in families:
+        return False
+    return producer[tensor].phase == "backward" and bool(graph.tensors[tensor].shape)
+
+
+def _keeps_elements(graph: OperatorGraph, instruction: Instruction) -> bool:
+    """Whether an instruction changes the shape or dtype of its operand only, or its sign."""
+    if instruction.name in ("reshape", "transpose", "convert", "negate"):
+        return True
+    if instruction.name != "reduce":
+        return False
+    operand = graph.tensors[instruction.operands[0]]
+    return operand.size == graph.tensors[instruction.results[0]].size

@@ -1,4 +1,7 @@
-"""FLOPs of one device in a step: the work of every instruction over the factors that split its iteration space."""
+"""FLOPs of one device in a step.
+
+The work of every instruction is divided by the shards of its iteration space.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +58,8 @@ def local_flops(
                 for axis in assignment.get(factor, ())
             )
             groups = instruction.batch_groups / split
-            # Of the pairs of groups, those of a group with itself are then selected (a comparison, a
-            # selection) and summed up.
+            # Of the pairs of groups, those of a group with itself are then selected (a comparison,
+            # a selection) and summed up.
             result_size = graph.tensors[instruction.results[0]].size
             total += 3 * groups * result_size / shards.of_sharding(results[0])
             flops *= groups
@@ -134,9 +137,9 @@ def _computations(graph: OperatorGraph) -> tuple[_Computation, ...]:
 
 
 def group_factors(labels: Sequence[Label]) -> tuple[int, ...]:
-    """The graph's factors over the groups of a grouped convolution: those of both operands and the result.
+    """The graph's factors over the groups of a grouped convolution.
 
-    `labels` are those of the operands, then of the result.
+    They index both operands and the result. `labels` are those of the operands, then of the result.
     """
     shared = set(labels[0]) & set(labels[1]) & set(labels[2])
     return tuple(sorted(factor for factor in shared if factor >= 0))
