@@ -1,25 +1,29 @@
 """Peak memory of a step per device: liveness over the program at local sizes.
 
-A value takes memory from the kernel that makes it to the last one that reads it. Not every value does: what XLA fuses is computed
-inside its readers (`cost.fusion`), and reads of it are reads of what it is made from. The state is donated, so new
-variables take the place of the old ones. A reshard is a value of its own. Gradients that are reduced wait for each other, because XLA
-combines their all-reduces, and the sums are new values.
+A value takes memory from the kernel that computes it to the last one that reads it. Exceptions:
 
-The static part (who reads what, when) is computed once per graph and kept with it; another layout only changes sizes.
+- Fused values are computed inside their readers (`cost.fusion`). The readers then read the operands
+  of the kernel.
+- The state is donated: new variables take the place of the old ones.
+- A reshard is a value of its own.
+- Reduced gradients wait for each other, because XLA combines their all-reduces. The sums are new
+  values.
+
+The static part (readers of each value, in program order) is computed once per graph and cached.
+Another layout changes sizes only.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 
-from partita.cost.collectives import DEFAULT
-from partita.cost.fusion import fused_under, reads, transposes
-from partita.cost.partial import gradients, read_labels, reduced_factors
+from partita.cost.collectives import DEFAULT, local_bytes
+from partita.cost.fusion import Fusion, fused_under, producers, reads, transposes
+from partita.cost.partial import gradients, operand_labels, reduced_factors, split_axes
 from partita.cost.work import group_factors
 from partita.graph.operator_graph import (
     ITEMSIZE,
@@ -33,16 +37,28 @@ from partita.plans.layout import Layout, Sharding
 from partita.plans.plan import Mesh
 
 MARGIN = 1.05
-"""What is added for what is not seen (copies for another layout, padding): too little is worse than too much."""
+"""Factor for memory that the model omits (copies for another layout, padding).
+
+An estimate that is too low is worse than one that is too high.
+"""
 
 
 KINDS = ("parameters", "optimizer", "state", "batch", "activations", "gradients", "temporaries")
-"""What holds memory at the peak of a step: the fields of `PeakMemory` beside the peak itself."""
+"""Kinds of memory at the peak of a step: the fields of `PeakMemory` beside the peak itself."""
+ROLES = {
+    "parameter": "parameters",
+    "optimizer": "optimizer",
+    "state": "state",
+    "batch": "batch",
+}
+"""Role of an argument -> kind of memory."""
+TEMPORARY = -1
+"""Kind of an allocation that is no activation and no gradient."""
 
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Bytes per device at the peak of a step, by what holds them."""
+    """Bytes per device at the peak of a step, by kind."""
 
     peak: int
     parameters: int
@@ -55,141 +71,7 @@ class PeakMemory:
     operator: str
     """The operator that runs at the peak."""
     course: np.ndarray = field(compare=False, repr=False)
-    """Bytes held while each instruction runs, and when all have."""
-
-
-@dataclass(frozen=True)
-class _Program:
-    """What of a graph's memory does not depend on the layout."""
-
-    free: frozenset[int]
-    """Values made from nothing but scalars: every device makes its own part, inside its readers."""
-    made: dict[int, int]
-    reduces: tuple[tuple[int, tuple[int, ...], int], ...]
-    """(instruction, factors it sums away, result) of the reductions of gradients."""
-    scatters: tuple[tuple[int, int], ...]
-    """(instruction, when its operand is first there) of backward passes of pooling by maximum."""
-    kernels: tuple[tuple[int, int], ...]
-    """(instruction, result) of the weight gradients of convolutions."""
-    loops: dict[int, tuple[int, dict[int, int]]]
-    """Per loop, the last instruction of its body, and result -> operand."""
-    zeros: tuple[tuple[int, int], ...]
-    """(instruction, operand) of scatters into a constant, which XLA makes early."""
-    flipped: tuple[tuple[int, int, int], ...]
-    """(instruction, kernel, when it is first there) of input gradients of convolutions, which read the kernel transposed."""
-
-
-@per_graph
-def _program(graph: OperatorGraph) -> _Program:
-    seen = read_labels(graph)
-    reduces, kernels = [], []
-    for i, x in enumerate(graph.instructions):
-        if transposes(x):
-            kernels.append((i, x.results[0]))
-        if x.phase == "backward" and x.rule is not None and x.rule.reduction and x.trips == 1:
-            labels = [seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
-            factors = reduced_factors(x, labels)
-            if factors:
-                reduces.append((i, factors, x.results[0]))
-    reduces += [(g.additions[-1], g.reduced, g.result) for g in gradients(graph)]
-    made = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
-    first: dict[int, int] = {}
-    for i, x in enumerate(graph.instructions):
-        for t in x.operands:
-            first.setdefault(t, i)
-
-    def since(t: int) -> int:
-        """When a value, or what it is a mere rearrangement of, is first there."""
-        while t in made and graph.instructions[made[t]].name in (
-            "reverse",
-            "transpose",
-            "reshape",
-            "convert",
-            "pad",
-        ):
-            t = graph.instructions[made[t]].operands[0]
-        return made.get(t, first[t])
-
-    flipped = [
-        (i, x.operands[1], since(x.operands[1]))
-        for i, x in enumerate(graph.instructions)
-        if x.name == "convolution" and x.phase == "backward" and not transposes(x)
-    ]
-    scatters = [
-        (i, since(x.operands[0]))
-        for i, x in enumerate(graph.instructions)
-        if x.name == "select_and_scatter"
-    ]
-    free = constant_tensors(graph)
-    loops = {
-        loop.instruction: (loop.body[1] - 1, dict(zip(x.results, x.operands, strict=False)))
-        for loop in graph.loops
-        for x in [graph.instructions[loop.instruction]]
-        if x.name == "while"
-    }
-    zeros = tuple(
-        (i, x.operands[0])
-        for i, x in enumerate(graph.instructions)
-        if x.name == "scatter" and x.operands[0] in free
-    )
-    return _Program(
-        free, made, tuple(reduces), tuple(scatters), tuple(kernels), loops, zeros, tuple(flipped)
-    )
-
-
-@dataclass(frozen=True)
-class _Lives:
-    """When values are there, in instructions: from the kernel that makes one (`born`) to the last that reads it (`dies`)."""
-
-    born: dict[int, int]
-    dies: dict[int, int]
-    until: tuple[int, ...]
-    """Per instruction, the last kernel that computes it."""
-
-
-@lru_cache(maxsize=2)
-def _lives(
-    graph_key: IdentityKey[OperatorGraph], layout_key: IdentityKey[Layout], backend: Backend
-) -> _Lives:
-    graph, layout = graph_key.value, layout_key.value
-    program = _program(graph)
-    fused = fused_under(graph, layout, backend.recomputes)
-    dies: dict[int, int] = {}
-    for root, kernel in fused.kernels.items():
-        x = graph.instructions[root]
-        # Transposed copies of operands are made as soon as the operands could be, and kept.
-        copied = (
-            sorted(program.made.get(t, -1) for t in x.operands)
-            if backend.transposed_copies and transposes(x)
-            else []
-        )
-        for t, readers in reads(graph, kernel).items():
-            when = program.loops[root][0] if root in program.loops else root
-            if copied:
-                latest = max(program.made.get(t, -1) if i == root else i for i, _ in readers)
-                when = next((c for c in copied if c >= latest), root)
-            if dies.get(t, -1) < when:
-                dies[t] = when
-    born = {t: program.made.get(t, -1) for t in fused.written(graph) - program.free}
-    return _Lives(
-        born, dies, tuple(max(roots, default=i) for i, roots in enumerate(fused.computed_in))
-    )
-
-
-@dataclass(frozen=True)
-class _Held:
-    """Everything that takes memory under a layout: an entry per value and reason, with the operator at home with it (-1: none).
-
-    Bytes of a device's part from instruction `start` to `stop`; `kind` is a place in KINDS, -1 where the value is a temporary. Arguments are held all the time.
-    """
-
-    arguments: tuple[tuple[str, int, int], ...]
-    """(kind, home, bytes)."""
-    home: np.ndarray
-    nbytes: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    kind: np.ndarray
+    """Bytes allocated while each instruction runs, and after the last."""
 
 
 def memory(
@@ -199,188 +81,436 @@ def memory(
     backend: Backend = DEFAULT,
     operators: frozenset[int] | None = None,
 ) -> PeakMemory:
-    """Bytes per device at the peak of one step under a layout; of a device that only some operators are on, those `operators`."""
-    every, count = (
-        _held(IdentityKey(graph), IdentityKey(layout), mesh, backend),
-        len(graph.instructions),
-    )
-    kept = np.full(len(graph.operators) + 1, operators is None)
-    kept[[*(operators or ())]] = True
-    held: dict[str, int] = defaultdict(int)
-    for kind, home, nbytes in every.arguments:
-        held[kind] += nbytes if kept[home] else 0
+    """Bytes per device at the peak of one step under a layout.
 
-    def course(chosen: np.ndarray) -> np.ndarray:
-        """Bytes of the chosen entries by instruction."""
-        delta = np.zeros(count + 2, np.int64)
-        np.add.at(delta, every.start[chosen], every.nbytes[chosen])
-        np.subtract.at(delta, every.stop[chosen] + 1, every.nbytes[chosen])
-        return np.cumsum(delta)
-
-    present = kept[every.home]
-    running = course(present) * MARGIN
-    at = int(np.argmax(running))
-    constant = sum(held.values())
-    owner = graph.owner[at] if at < count else -1
-    activations, gradients = (
-        int(course(present & (every.kind == KINDS.index(kind)))[at])
-        for kind in ("activations", "gradients")
-    )
+    `operators` are those of the device, by default all.
+    """
+    allocations = _allocations(IdentityKey(graph), IdentityKey(layout), mesh, backend)
+    count = len(graph.instructions)
+    is_present = np.full(len(graph.operators) + 1, operators is None)
+    if operators is not None:
+        is_present[list(operators)] = True
+    argument_bytes: dict[str, int] = defaultdict(int)
+    for kind, home, nbytes in allocations.arguments:
+        if is_present[home]:
+            argument_bytes[kind] += nbytes
+    constant = sum(argument_bytes.values())
+    present = is_present[allocations.home]
+    course = allocations.course(present, count) * MARGIN
+    peak = int(np.argmax(course))
+    operator = graph.owner[peak] if peak < count else -1
+    by_kind = {}
+    for kind in ("activations", "gradients"):
+        chosen = present & (allocations.kind == KINDS.index(kind))
+        by_kind[kind] = int(allocations.course(chosen, count)[peak])
     return PeakMemory(
-        constant + int(running[at]),
-        held["parameters"],
-        held["optimizer"],
-        held["state"],
-        held["batch"],
-        activations,
-        gradients,
-        int(running[at]) - activations - gradients,
-        graph.operators[owner].name if owner >= 0 else "",
-        constant + running[: count + 1].astype(np.int64),
+        constant + int(course[peak]),
+        argument_bytes["parameters"],
+        argument_bytes["optimizer"],
+        argument_bytes["state"],
+        argument_bytes["batch"],
+        by_kind["activations"],
+        by_kind["gradients"],
+        int(course[peak]) - by_kind["activations"] - by_kind["gradients"],
+        graph.operators[operator].name if operator >= 0 else "",
+        constant + course[: count + 1].astype(np.int64),
     )
+
+
+# ---- the program, before any layout
+
+
+@dataclass(frozen=True)
+class _CarriedLoop:
+    """A loop whose results take the place of its operands."""
+
+    end: int
+    """The last instruction of its body."""
+    operand_of: dict[int, int]
+    """Result -> operand."""
+
+
+@dataclass(frozen=True)
+class _FlippedKernel:
+    """A kernel that the input gradient of a convolution reads transposed."""
+
+    instruction: int
+    tensor: int
+    available: int
+    """The instruction from which on the kernel is in memory, -1 for an argument."""
+
+
+@dataclass(frozen=True)
+class _Program:
+    """The part of a graph's memory that does not depend on the layout.
+
+    Instructions stand for the time at which they run.
+    """
+
+    constants: frozenset[int]
+    """Tensors computed from scalars only.
+
+    Every device computes its own part of them, inside the readers.
+    """
+    producer: dict[int, int]
+    """Tensor -> instruction."""
+    gradient_sums: tuple[tuple[int, tuple[int, ...], int], ...]
+    """(instruction, reduced factors, result) of every reduction of gradients."""
+    pool_gradients: tuple[tuple[int, int], ...]
+    """(instruction, first position of its operand) of backward passes of pooling by maximum."""
+    kernel_gradients: tuple[int, ...]
+    """Weight gradients of convolutions."""
+    loops: dict[int, _CarriedLoop]
+    zeros: tuple[int, ...]
+    """Scatters into a constant, which XLA allocates at the start of the step."""
+    flipped: tuple[_FlippedKernel, ...]
+
+
+@per_graph
+def _program(graph: OperatorGraph) -> _Program:
+    constants = constant_tensors(graph)
+    producer = producers(graph)
+    pool_gradients = []
+    kernel_gradients = []
+    zeros = []
+    flipped = []
+    first_read: dict[int, int] = {}
+    for i, instruction in enumerate(graph.instructions):
+        for tensor in instruction.operands:
+            first_read.setdefault(tensor, i)
+    for i, instruction in enumerate(graph.instructions):
+        operands = instruction.operands
+        if transposes(instruction):
+            kernel_gradients.append(i)
+        elif instruction.name == "convolution" and instruction.phase == "backward":
+            available = _available(graph, operands[1], producer, first_read)
+            flipped.append(_FlippedKernel(i, operands[1], available))
+        if instruction.name == "select_and_scatter":
+            pool_gradients.append((i, _available(graph, operands[0], producer, first_read)))
+        if instruction.name == "scatter" and operands[0] in constants:
+            zeros.append(i)
+    return _Program(
+        constants,
+        producer,
+        _gradient_sums(graph),
+        tuple(pool_gradients),
+        tuple(kernel_gradients),
+        _loops(graph),
+        tuple(zeros),
+        tuple(flipped),
+    )
+
+
+def _gradient_sums(graph: OperatorGraph) -> tuple[tuple[int, tuple[int, ...], int], ...]:
+    """(instruction, reduced factors, result) of every reduction of gradients."""
+    sums = []
+    for i, instruction in enumerate(graph.instructions):
+        rule = instruction.rule
+        if instruction.phase != "backward" or instruction.trips != 1:
+            continue
+        if rule is None or not rule.reduction:
+            continue
+        factors = reduced_factors(instruction, operand_labels(graph, i))
+        if factors:
+            sums.append((i, factors, instruction.results[0]))
+    for gradient in gradients(graph):
+        sums.append((gradient.additions[-1], gradient.reduced, gradient.result))
+    return tuple(sums)
+
+
+def _loops(graph: OperatorGraph) -> dict[int, _CarriedLoop]:
+    """While loops by instruction."""
+    loops = {}
+    for loop in graph.loops:
+        instruction = graph.instructions[loop.instruction]
+        if instruction.name == "while":
+            operand_of = dict(zip(instruction.results, instruction.operands, strict=False))
+            loops[loop.instruction] = _CarriedLoop(loop.body[1] - 1, operand_of)
+    return loops
+
+
+def _available(
+    graph: OperatorGraph, tensor: int, producer: dict[int, int], first_read: dict[int, int]
+) -> int:
+    """The instruction that computes a tensor, of an argument the first reader.
+
+    A tensor that rearranges another is available from the other on.
+    """
+    while tensor in producer:
+        instruction = graph.instructions[producer[tensor]]
+        if instruction.name not in ("reverse", "transpose", "reshape", "convert", "pad"):
+            break
+        tensor = instruction.operands[0]
+    return producer.get(tensor, first_read[tensor])
+
+
+# ---- lifetimes under a layout
+
+
+@dataclass(frozen=True)
+class _Lifetimes:
+    """Lifetimes of values, as instructions."""
+
+    born: dict[int, int]
+    """Tensor in memory -> the instruction that computes it, -1 for an argument."""
+    dies: dict[int, int]
+    """Tensor -> the root of the last kernel that reads it."""
+    last_kernel: tuple[int, ...]
+    """Per instruction, the root of the last kernel that computes it."""
 
 
 @lru_cache(maxsize=2)
-def _held(
+def _lifetimes(
+    graph_key: IdentityKey[OperatorGraph], layout_key: IdentityKey[Layout], backend: Backend
+) -> _Lifetimes:
+    graph = graph_key.value
+    layout = layout_key.value
+    program = _program(graph)
+    fused = fused_under(graph, layout, backend.recomputes)
+    dies: dict[int, int] = {}
+    for root in fused.kernels:
+        for tensor, last_read in _last_reads(graph, program, fused, root, backend).items():
+            dies[tensor] = max(dies.get(tensor, -1), last_read)
+    in_memory = fused.written(graph) - program.constants
+    born = {tensor: program.producer.get(tensor, -1) for tensor in in_memory}
+    last_kernel = tuple(max(roots, default=i) for i, roots in enumerate(fused.computed_in))
+    return _Lifetimes(born, dies, last_kernel)
+
+
+def _last_reads(
+    graph: OperatorGraph, program: _Program, fused: Fusion, root: int, backend: Backend
+) -> dict[int, int]:
+    """Tensor that a kernel reads from memory -> the instruction at which it is last read."""
+    instruction = graph.instructions[root]
+    readers = reads(graph, fused.kernels[root])
+    if not backend.transposed_copies or not transposes(instruction):
+        end = program.loops[root].end if root in program.loops else root
+        return dict.fromkeys(readers, end)
+    # Transposed copies of operands are made as soon as the operands exist, and stay in memory.
+    copy_times = sorted(program.producer.get(tensor, -1) for tensor in instruction.operands)
+    last_reads = {}
+    for tensor, reading in readers.items():
+        latest = max(program.producer.get(tensor, -1) if i == root else i for i, _ in reading)
+        last_reads[tensor] = next((time for time in copy_times if time >= latest), root)
+    return last_reads
+
+
+# ---- allocations under a layout
+
+
+@dataclass(frozen=True)
+class _Allocations:
+    """All allocations of a device under a layout, an entry per value and reason.
+
+    `home` is the operator of the value, -1 for none. An allocation takes `nbytes`, those of the
+    device's shard, from instruction `start` to `stop`. `kind` is an index of KINDS or TEMPORARY.
+    """
+
+    arguments: tuple[tuple[str, int, int], ...]
+    """(kind, home, bytes), allocated during the whole step."""
+    home: np.ndarray
+    nbytes: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    kind: np.ndarray
+
+    def course(self, chosen: np.ndarray, instructions: int) -> np.ndarray:
+        """[instruction]: bytes of the chosen allocations."""
+        change = np.zeros(instructions + 2, np.int64)
+        np.add.at(change, self.start[chosen], self.nbytes[chosen])
+        np.subtract.at(change, self.stop[chosen] + 1, self.nbytes[chosen])
+        return np.cumsum(change)
+
+
+@lru_cache(maxsize=2)
+def _allocations(
     graph_key: IdentityKey[OperatorGraph],
     layout_key: IdentityKey[Layout],
     mesh: Mesh,
     backend: Backend,
-) -> _Held:
-    graph, layout = graph_key.value, layout_key.value
-    program = _program(graph)
-    lives = _lives(graph_key, layout_key, backend)
-    sizes = _Sizes(graph, mesh)
-    count = len(graph.instructions)
-    roles = {
-        "parameter": "parameters",
-        "optimizer": "optimizer",
-        "state": "state",
-        "batch": "batch",
-    }
-    arguments = {a.tensor: a for a in graph.arguments}
-    constant = tuple(
-        (roles[a.role], graph.home[a.tensor], sizes(a.tensor, layout.shardings[a.tensor]))
-        for a in graph.arguments
-    )
-    replaced = {a.result: a.tensor for a in graph.arguments if a.result is not None}
-    entries: list[tuple[int, int, int, int, int]] = []
+) -> _Allocations:
+    lifetimes = _lifetimes(graph_key, layout_key, backend)
+    allocator = _Allocator(graph_key.value, mesh, layout_key.value, backend, lifetimes)
+    allocator.add_values()
+    allocator.add_reshards()
+    if backend.transposed_copies:
+        allocator.add_transposed_copies()
+    allocator.add_gradient_sums()
+    allocator.add_zeros()
+    allocator.add_pool_gradients()
+    return allocator.allocations()
 
-    def live(t: int, nbytes: int, start: int, stop: int, kind: str | None = None) -> None:
-        entries.append((graph.home[t], nbytes, start, stop, KINDS.index(kind) if kind else -1))
 
-    first_backward = next(
-        (i for i, x in enumerate(graph.instructions) if x.phase == "backward"), count
-    )
-    for t, start in lives.born.items():
-        if t in arguments or t in replaced:
-            continue
-        stop = lives.dies.get(t, -1)
-        if start in program.loops:
-            # What a loop carries stays where it is: its result is in the place of its operand.
-            end, carried = program.loops[start]
-            operand = carried.get(t, -1)
-            if operand in program.free:
-                stop = max(stop, end)
-            elif lives.dies.get(operand, -1) <= end:
-                if stop <= end:
-                    continue
-                start = end + 1
-        if start < 0 or not graph.tensors[t].shape:
-            continue
-        kept = start < first_backward <= stop
-        live(
-            t,
-            sizes(t, layout.shardings[t]),
-            start,
-            max(start, stop),
-            "activations" if kept else None,
+class _Allocator:
+    """Adds the allocations of a layout, reason by reason."""
+
+    def __init__(
+        self,
+        graph: OperatorGraph,
+        mesh: Mesh,
+        layout: Layout,
+        backend: Backend,
+        lifetimes: _Lifetimes,
+    ) -> None:
+        self.graph = graph
+        self.mesh = mesh
+        self.layout = layout
+        self.backend = backend
+        self.lifetimes = lifetimes
+        self.program = _program(graph)
+        self.arguments = {argument.tensor for argument in graph.arguments}
+        self.targets = {reader: read.target for read in layout.reads for reader in read.readers}
+        """Reader -> sharding of its reshard."""
+        self.entries: list[tuple[int, int, int, int, int]] = []
+
+    def allocations(self) -> _Allocations:
+        """All allocations added, and those of arguments."""
+        arguments = tuple(
+            (ROLES[argument.role], self.graph.home[argument.tensor], self._bytes(argument.tensor))
+            for argument in self.graph.arguments
         )
-    for read in layout.reads:
-        if read.tensor in program.free:
-            continue
-        readers = [i for i, _ in read.readers if i >= 0]
-        born = lives.born.get(read.tensor, 0)
-        stop = max([lives.until[i] for i in readers] or [count])
-        live(
-            read.tensor,
-            sizes(read.tensor, read.target),
-            max(0, min(readers, default=count) if read.tensor in arguments else born),
-            stop,
-        )
-    _combined(graph, layout, program, lives, sizes, backend, live)
-    for i, t in program.zeros:
-        live(t, sizes(t, layout.shardings[graph.instructions[i].results[0]]), 0, i - 1)
-    for i, start in program.scatters:
-        # XLA:CPU finds the largest of every window early, by a window over positions (an index per dim for every element), and keeps them.
-        t, source = graph.instructions[i].operands[:2]
-        rank = len(graph.tensors[t].shape)
-        live(t, rank * sizes(t, layout.shardings[t]), 0, start)
-        live(source, rank * sizes(source, layout.shardings[source]), start, i)
-        live(t, sizes(t, layout.shardings[t]), 0, i - 1)
-    return _Held(constant, *np.array(entries, np.int64).reshape(-1, 5).T.copy())
+        columns = np.array(self.entries, np.int64).reshape(-1, 5).T.copy()
+        return _Allocations(arguments, *columns)
 
+    def _bytes(self, tensor: int, sharding: Sharding | None = None) -> int:
+        """Bytes of a device's shard of a tensor, under the tensor's own sharding by default."""
+        value = self.graph.tensors[tensor]
+        if sharding is None:
+            sharding = self.layout.shardings[tensor]
+        return local_bytes(value.shape, ITEMSIZE.get(value.dtype, 4), sharding, self.mesh.sizes)
 
-def _combined(
-    graph: OperatorGraph,
-    layout: Layout,
-    program: _Program,
-    lives: _Lives,
-    sizes: _Sizes,
-    backend: Backend,
-    live,
-) -> None:  # noqa: ANN001
-    """Gradients that wait for one combined all-reduce, and its sums: both live from the first one made to the last reader."""
-    groups: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
-    for i, factors, t in program.reduces:
-        assignment = layout.assignments[graph.owner[i]] if graph.owner[i] >= 0 else {}
-        axes = tuple(sorted({a for f in factors for a in assignment.get(f, ())}))
-        if (
-            axes
-            and lives.dies.get(t, -1) >= 0
-            and graph.instructions[lives.dies[t]].phase == "update"
-        ):
-            groups[axes].append((i, t))
-    waiting = {t for members in groups.values() for _, t in members}
-    targets = {r: read.target for read in layout.reads for r in read.readers}
-    for i, t in program.kernels if backend.transposed_copies else ():
-        # XLA:CPU keeps the weight gradient of a convolution as it is computed and as it is wanted, transposed.
-        if t not in waiting:
-            live(t, sizes(t, layout.shardings[t]), i, max(i, lives.dies.get(t, i)))
-        x = graph.instructions[i]
-        for position, o in enumerate(x.operands):
-            live(
-                o,
-                sizes(o, targets.get((i, position), layout.shardings[o])),
-                max(0, program.made.get(o, 0)),
-                i,
-            )
-        if x.batch_groups > 1 and backend.dense_grouped_gradients:
-            # It computes that of a grouped one for all pairs of groups, and then takes the diagonal.
-            label = [*(graph.labels[o] for o in x.operands), graph.labels[t]]
-            assignment = layout.assignments[graph.owner[i]] if graph.owner[i] >= 0 else {}
-            ways = math.prod(
-                sizes.mesh.sizes[a] for f in group_factors(label) for a in assignment.get(f, ())
-            )
-            live(t, 2 * sizes(t, layout.shardings[t]) * x.batch_groups // ways, i, i)
-    for i, t, start in program.flipped if backend.transposed_copies else ():
-        live(t, sizes(t, targets.get((i, 1), layout.shardings[t])), start, i)
-    for members in groups.values():
-        meet = max(i for i, _ in members)
-        # Where they meet, every gradient is there twice: as it was made, and summed.
-        for _, t in members:
-            live(t, sizes(t, layout.shardings[t]), meet, meet, "gradients")
+    def _add(self, tensor: int, nbytes: int, start: int, stop: int, kind: int = TEMPORARY) -> None:
+        self.entries.append((self.graph.home[tensor], nbytes, start, stop, kind))
 
+    def add_values(self) -> None:
+        """Adds the values that kernels write. New variables take the place of the old ones."""
+        variables = {
+            argument.result for argument in self.graph.arguments if argument.result is not None
+        }
+        backward = (i for i, x in enumerate(self.graph.instructions) if x.phase == "backward")
+        first_backward = next(backward, len(self.graph.instructions))
+        for tensor, born in self.lifetimes.born.items():
+            if tensor in self.arguments or tensor in variables:
+                continue
+            if not self.graph.tensors[tensor].shape:
+                continue
+            lifetime = self._lifetime(tensor, born)
+            if lifetime is None:
+                continue
+            start, stop = lifetime
+            is_activation = start < first_backward <= stop
+            kind = KINDS.index("activations") if is_activation else TEMPORARY
+            self._add(tensor, self._bytes(tensor), start, max(start, stop), kind)
 
-class _Sizes:
-    """Bytes of a device's part of a tensor, dims rounded up."""
+    def _lifetime(self, tensor: int, born: int) -> tuple[int, int] | None:
+        """(first, last) instruction at which a value has memory of its own, None if it never has.
 
-    def __init__(self, graph: OperatorGraph, mesh: Mesh) -> None:
-        self.graph, self.mesh = graph, mesh
+        The result of a loop takes the place of its operand.
+        """
+        dies = self.lifetimes.dies
+        start = born
+        stop = dies.get(tensor, -1)
+        if born in self.program.loops:
+            loop = self.program.loops[born]
+            operand = loop.operand_of.get(tensor, -1)
+            if operand in self.program.constants:
+                stop = max(stop, loop.end)
+            elif dies.get(operand, -1) <= loop.end:
+                if stop <= loop.end:
+                    return None
+                start = loop.end + 1
+        return (start, stop) if start >= 0 else None
 
-    def __call__(self, t: int, sharding: Sharding) -> int:
-        tensor = self.graph.tensors[t]
-        size = ITEMSIZE.get(tensor.dtype, 4)
-        for n, axes in zip(tensor.shape, sharding, strict=True):
-            size *= -(-n // math.prod(self.mesh.sizes[a] for a in axes)) if axes else n
-        return size
+    def add_reshards(self) -> None:
+        """Adds the values that reshards produce, until the last kernel that reads them."""
+        count = len(self.graph.instructions)
+        for read in self.layout.reads:
+            if read.tensor in self.program.constants:
+                continue
+            readers = [i for i, _ in read.readers if i >= 0]
+            if read.tensor in self.arguments:
+                start = min(readers, default=count)
+            else:
+                start = self.lifetimes.born.get(read.tensor, 0)
+            stop = max((self.lifetimes.last_kernel[i] for i in readers), default=count)
+            nbytes = self._bytes(read.tensor, read.target)
+            self._add(read.tensor, nbytes, max(0, start), stop)
+
+    def _groups(self) -> dict[tuple[int, ...], list[tuple[int, int]]]:
+        """Axes -> gradients (instruction, tensor) that wait for one combined all-reduce."""
+        groups: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
+        for i, factors, tensor in self.program.gradient_sums:
+            axes = split_axes(self.layout, self.graph.owner[i], factors)
+            dies = self.lifetimes.dies.get(tensor, -1)
+            if axes and dies >= 0 and self.graph.instructions[dies].phase == "update":
+                groups[axes].append((i, tensor))
+        return groups
+
+    def add_gradient_sums(self) -> None:
+        """Adds the sums of gradients that wait for one combined all-reduce.
+
+        At the all-reduce every gradient is in memory twice: as computed, and summed.
+        """
+        for members in self._groups().values():
+            meeting = max(i for i, _ in members)
+            for _, tensor in members:
+                nbytes = self._bytes(tensor)
+                self._add(tensor, nbytes, meeting, meeting, KINDS.index("gradients"))
+
+    def add_transposed_copies(self) -> None:
+        """Adds the copies that XLA:CPU transposes for the gradients of convolutions."""
+        waiting = {tensor for members in self._groups().values() for _, tensor in members}
+        for i in self.program.kernel_gradients:
+            instruction = self.graph.instructions[i]
+            result = instruction.results[0]
+            # The weight gradient is in memory as computed and transposed.
+            if result not in waiting:
+                dies = self.lifetimes.dies.get(result, i)
+                self._add(result, self._bytes(result), i, max(i, dies))
+            for position, operand in enumerate(instruction.operands):
+                nbytes = self._bytes(operand, self.targets.get((i, position)))
+                start = max(0, self.program.producer.get(operand, 0))
+                self._add(operand, nbytes, start, i)
+            if instruction.batch_groups > 1 and self.backend.dense_grouped_gradients:
+                self._add_dense_gradient(i, result)
+        for flipped in self.program.flipped:
+            target = self.targets.get((flipped.instruction, 1))
+            nbytes = self._bytes(flipped.tensor, target)
+            self._add(flipped.tensor, nbytes, flipped.available, flipped.instruction)
+
+    def _add_dense_gradient(self, i: int, result: int) -> None:
+        """Adds the weight gradient of a grouped convolution.
+
+        XLA:CPU computes it for all pairs of groups and then takes the diagonal.
+        """
+        instruction = self.graph.instructions[i]
+        labels = [self.graph.labels[tensor] for tensor in (*instruction.operands, result)]
+        operator = self.graph.owner[i]
+        assignment = self.layout.assignments[operator] if operator >= 0 else {}
+        shards = 1
+        for factor in group_factors(labels):
+            for axis in assignment.get(factor, ()):
+                shards *= self.mesh.sizes[axis]
+        nbytes = 2 * self._bytes(result) * instruction.batch_groups // shards
+        self._add(result, nbytes, i, i)
+
+    def add_zeros(self) -> None:
+        """Adds the constants that scatters add to, from the start of the step."""
+        for i in self.program.zeros:
+            instruction = self.graph.instructions[i]
+            operand = instruction.operands[0]
+            result_sharding = self.layout.shardings[instruction.results[0]]
+            self._add(operand, self._bytes(operand, result_sharding), 0, i - 1)
+
+    def add_pool_gradients(self) -> None:
+        """Adds the positions of maxima, for backward passes of pooling.
+
+        XLA:CPU finds the largest element of every window early, by a window over positions (an
+        index per dim for every element), and keeps them.
+        """
+        for i, available in self.program.pool_gradients:
+            operand, source = self.graph.instructions[i].operands[:2]
+            rank = len(self.graph.tensors[operand].shape)
+            self._add(operand, rank * self._bytes(operand), 0, available)
+            self._add(source, rank * self._bytes(source), available, i)
+            self._add(operand, self._bytes(operand), 0, i - 1)

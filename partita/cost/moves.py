@@ -1,9 +1,11 @@
-"""Seconds of reshards on a placed mesh: one, or a table over all shardings of two operators at once.
+"""Seconds of reshards on a placed mesh: one, or a table over all shardings of two operators at
+once.
 
-A search asks for some hundred thousand reshards, and few of them differ: axes of one level and size are alike, so a reshard
-is known by how many axes go from which place to which; dims that stay as they are only share the bytes. Tables are computed by
-numbering the pairs that differ (array operations), running Shardy's algorithm (`cost.reshard`) once for each, and timing each
-different collective once.
+A search asks for some hundred thousand reshards, and few of them differ: axes of one level and size
+are alike, so a reshard is known by how many axes go from which place to which; dims that stay as
+they are only share the bytes. Tables are computed by numbering the pairs that differ (array
+operations), running Shardy's algorithm (`cost.reshard`) once for each, and timing each different
+collective once.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from partita.plans.plan import Mesh
 
 Group = tuple[tuple[int, int], ...]
 Profile = tuple[tuple[str, Group, float], ...]
-"""The steps of a reshard as (kind, group, part of the whole tensor that a device sends or receives)."""
+"""The steps of a reshard as (kind, group, part of the whole tensor that a device sends or
+receives)."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Placement:
     """Seconds of collectives already asked for."""
 
     def group(self, axes: Sequence[int]) -> Group:
-        """The participants of a collective over axes, as (level, parts) pairs for `collective_seconds`."""
+        """The participants of a collective over axes, as (level, parts) pairs for
+        `collective_seconds`."""
         return group_of(tuple(sorted(axes)), self.mesh)
 
     def shard_count(self, axes: Sequence[int]) -> int:
@@ -166,8 +170,9 @@ def _over_devices(
 
 @dataclass(frozen=True)
 class _Table:
-    """Reshards between all pairs of shardings [source, target]: `ids` are rows of `rows`, which list steps (-1 for none), and
-    `idle` are indices of `ways`, into how many parts dims that stay as they are are split."""
+    """Reshards between all pairs of shardings [source, target]: `ids` are rows of `rows`, which
+    list steps (-1 for none), and `idle` are indices of `ways`, into how many parts dims that stay
+    as they are are split."""
 
     ids: np.ndarray
     idle: np.ndarray
@@ -206,7 +211,8 @@ def _table(sources: tuple[Sharding, ...], targets: tuple[Sharding, ...], mesh: M
 
 @lru_cache(maxsize=1)
 def _known() -> dict[int, Profile]:
-    """The steps of reshards by their number, on whatever mesh: what is asked for on a part of one has mostly been asked for on the whole."""
+    """The steps of reshards by their number, on whatever mesh: what is asked for on a part of one
+    has mostly been asked for on the whole."""
     return {}
 
 
@@ -219,10 +225,12 @@ MOST_AXES = 32
 def _keys(
     sources: Sequence[Sharding], targets: Sequence[Sharding], mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per pair of shardings [source, target]: a number, equal where the same reshard is to be done, and the ways of dims that stay.
+    """Per pair of shardings [source, target]: a number, equal where the same reshard is to be done,
+    and the ways of dims that stay.
 
-    An axis is known by its level and size and by its place (dim and digit) before and after. What a reshard costs depends on how
-    many axes of each description there are, so a random number for each is added up; 64 bits make a chance agreement unlikely.
+    An axis is known by its level and size and by its place (dim and digit) before and after. What a
+    reshard costs depends on how many axes of each description there are, so a random number for
+    each is added up; 64 bits make a chance agreement unlikely.
     """
     dims, axes = len(sources[0]), len(mesh.axes)
     assert dims <= RANK, f"a tensor split in more than {RANK} dims"
@@ -303,7 +311,8 @@ def _steps(source: Sharding, target: Sharding, mesh: Mesh) -> Profile:
 
 
 def _simplest(source: Sharding, target: Sharding, mesh: Mesh) -> tuple[Sharding, Sharding, int]:
-    """One reshard for all that cost the same: (source, target, ways in which dims that stay as they are are split).
+    """One reshard for all that cost the same: (source, target, ways in which dims that stay as they
+    are are split).
 
     Dims that stay are left out, and of axes that are alike the first are used first.
     """

@@ -1,23 +1,27 @@
-"""The collectives that one reshard costs: the very sequence that Shardy inserts, and the bytes of each.
+"""The collectives that one reshard costs: the very sequence that Shardy inserts, and the bytes of
+each.
 
-Shardy's `sdy-reshard-to-collectives` turns every reshard into slices, permutes, all-to-alls and all-gathers. This is
-its algorithm again in plain Python, so that a search can ask for millions of reshards without a compiler:
+Shardy's `sdy-reshard-to-collectives` turns every reshard into slices, permutes, all-to-alls and
+all-gathers. This is its algorithm again in plain Python, so that a search can ask for millions of
+reshards without a compiler:
 
 1. all_slice: bring in the axes that only the target has, wherever the tensor is to be split further anyway;
 2. collective_permute: swap axes in place, when axes stand in the wrong order or one axis can take another's room;
 3. all_to_all: carry axes from the end of one dim to the end of another;
 4. all_gather: drop what is left.
 
-A second round catches what unequal axis sizes left over. Everything below looks at the *difference* of two shardings:
-per dim, the `leaving` axes of the current sharding and the `coming` axes of the target, both without their common
-prefix, which never moves.
+A second round catches what unequal axis sizes left over. Everything below looks at the *difference*
+of two shardings: per dim, the `leaving` axes of the current sharding and the `coming` axes of the
+target, both without their common prefix, which never moves.
 
-Axis sizes must be prime: then Shardy never cuts an axis into sub-axes, and full axes describe every intermediate step.
-Two departures, both only on meshes with unequal axes: a permute that changes nothing is left out, and where Shardy
-stops short of the target after its two rounds, more steps follow until it is reached.
-Source: the `sdy-reshard-to-collectives` pass of openxla/shardy, as shipped in jaxlib 0.10.2; the tests compare with it.
+Axis sizes must be prime: then Shardy never cuts an axis into sub-axes, and full axes describe every
+intermediate step. Two departures, both only on meshes with unequal axes: a permute that changes
+nothing is left out, and where Shardy stops short of the target after its two rounds, more steps
+follow until it is reached. Source: the `sdy-reshard-to-collectives` pass of openxla/shardy, as
+shipped in jaxlib 0.10.2; the tests compare with it.
 
-Not here: seconds (a collective's time is the machine's), and what XLA's partitioner emits when values are not pinned.
+Not here: seconds (a collective's time is the machine's), and what XLA's partitioner emits when
+values are not pinned.
 """
 
 from __future__ import annotations
@@ -30,14 +34,16 @@ from itertools import chain
 from typing import Literal
 
 Sharding = tuple[tuple[int, ...], ...]
-"""Per dim of a tensor, the mesh axes (indices into the mesh's axes) that split it, major to minor."""
+"""Per dim of a tensor, the mesh axes (indices into the mesh's axes) that split it, major to
+minor."""
 
 Kind = Literal["all_slice", "collective_permute", "all_to_all", "all_gather"]
 
 
 @dataclass(frozen=True, slots=True)
 class ReshardStep:
-    """One collective of a reshard: `axes` spans the groups that exchange data, `result` is the sharding it leaves."""
+    """One collective of a reshard: `axes` spans the groups that exchange data, `result` is the
+    sharding it leaves."""
 
     kind: Kind
     axes: tuple[int, ...]
@@ -48,11 +54,12 @@ class ReshardStep:
 def reshard_steps(
     source: Sharding, target: Sharding, sizes: tuple[int, ...], shape: tuple[int, ...] | None = None
 ) -> tuple[ReshardStep, ...]:
-    """The collectives, in order, by which Shardy turns `source` into `target` on a mesh with axes of `sizes` (primes).
+    """The collectives, in order, by which Shardy turns `source` into `target` on a mesh with axes
+    of `sizes` (primes).
 
-    `shape` is the tensor's global shape; without it every dim is taken to be divisible by any product of axes.
-    It matters rarely: Shardy slices a dim ahead of an all-to-all only where that leaves no remainder.
-    Raises ValueError where a composite axis would have to be cut.
+    `shape` is the tensor's global shape; without it every dim is taken to be divisible by any
+    product of axes. It matters rarely: Shardy slices a dim ahead of an all-to-all only where that
+    leaves no remainder. Raises ValueError where a composite axis would have to be cut.
 
     >>> for step in reshard_steps(((0,), ()), ((), (0, 1)), (2, 2)):
     ...     print(step.kind, step.axes, step.result)
@@ -81,9 +88,11 @@ def reshard_steps(
 def emitted_steps(
     source: Sharding, target: Sharding, sizes: tuple[int, ...], shape: tuple[int, ...] | None = None
 ) -> tuple[ReshardStep, ...]:
-    """`reshard_steps` as XLA's partitioner emits them when each result is pinned by a sharding constraint.
+    """`reshard_steps` as XLA's partitioner emits them when each result is pinned by a sharding
+    constraint.
 
-    It differs in one thing: an all-gather along several dims becomes one per dim, last dim first (XLA:CPU, jax 0.10.2).
+    It differs in one thing: an all-gather along several dims becomes one per dim, last dim first
+    (XLA:CPU, jax 0.10.2).
 
     >>> [step.result for step in emitted_steps(((0,), (1,)), ((), ()), (2, 2))]
     [((0,), ()), ((), ())]
@@ -106,8 +115,9 @@ def emitted_steps(
 def step_bytes(
     step: ReshardStep, before: Sharding, shape: Sequence[int], itemsize: int, sizes: Sequence[int]
 ) -> int:
-    """Bytes per device of a step that starts from `before`: the result of an all_gather, the operand of a permute or
-    an all_to_all, nothing for an all_slice. A dim that does not divide evenly is padded (rounded up), as XLA does."""
+    """Bytes per device of a step that starts from `before`: the result of an all_gather, the
+    operand of a permute or an all_to_all, nothing for an all_slice. A dim that does not divide
+    evenly is padded (rounded up), as XLA does."""
     if step.kind == "all_slice":
         return 0
     held = step.result if step.kind == "all_gather" else before
@@ -118,7 +128,8 @@ def step_bytes(
 
 
 class _Difference:
-    """What still separates `current` from `target`; each method emits at most the steps of one kind."""
+    """What still separates `current` from `target`; each method emits at most the steps of one
+    kind."""
 
     def __init__(
         self,
@@ -206,8 +217,9 @@ class _Difference:
             self.emit("all_slice", ())
 
     def slice_ahead(self, dim: int, held: set[int], room: list[int]) -> None:
-        """Slice `dim` along axes bound for another dim, if a suffix of `dim` goes there just before them anyway: one
-        all-to-all then carries them all to their place, where slicing the other dim would need a permute as well."""
+        """Slice `dim` along axes bound for another dim, if a suffix of `dim` goes there just before
+        them anyway: one all-to-all then carries them all to their place, where slicing the other
+        dim would need a permute as well."""
         leaving = self.leaving(dim)
         if not leaving or self.coming(dim) or leaving[-1] not in self.home:
             return
@@ -271,7 +283,8 @@ class _Difference:
             self.emit("collective_permute", {axis for axis, _ in moved})
 
     def places(self, sharding: Sharding) -> dict[int, tuple[int, int]]:
-        """Per axis its dim and stride: which digit of the block number of that dim is the device's place on the axis."""
+        """Per axis its dim and stride: which digit of the block number of that dim is the device's
+        place on the axis."""
         found = {}
         for dim, axes in enumerate(sharding):
             stride = 1
@@ -313,7 +326,8 @@ class _Difference:
     # ---- 3. all_to_all
 
     def exchange(self, in_order: bool) -> None:
-        """Carry the end of each dim to where it belongs; `in_order` only where it lands in its final place."""
+        """Carry the end of each dim to where it belongs; `in_order` only where it lands in its
+        final place."""
         for dim in self.dims:
             while suffix := self.suffix_of_one_home(dim):
                 other = self.home[suffix[0]][0]
@@ -336,10 +350,11 @@ class _Difference:
     # ---- 4. all_gather
 
     def gather(self, everything: bool) -> None:
-        """Drop the leaving axes of each dim that ends with one to be gathered, or of all dims that have any.
+        """Drop the leaving axes of each dim that ends with one to be gathered, or of all dims that
+        have any.
 
-        Shardy drops the whole difference there, even axes that the target has elsewhere, and in its second round
-        believes to hold those still: it will not slice by these ghosts.
+        Shardy drops the whole difference there, even axes that the target has elsewhere, and in its
+        second round believes to hold those still: it will not slice by these ghosts.
         """
         gathered: list[int] = []
         for dim in self.dims:
