@@ -1,33 +1,46 @@
-# On a fresh machine with Python 3.11 to 3.13 and make: `make demo` shows what Partita does, `make test` that it works.
+# On a fresh machine with Python 3.11 to 3.13 and make: `make demo` shows what Partita does, `make test` checks that it works.
 # Another interpreter: make PYTHON=python3.12 test
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test chromium lint format golden benchmark clean
+.PHONY: demo test quick lint format docs chromium golden drawings benchmark clean
 
 demo: .venv/installed
 	$(BIN)/partita run --devices 4 examples/train_digits.py --epochs 3
 
-test: lint chromium
+test: lint
 	$(BIN)/python -m pytest -n 2
+
+# The part of the tests that needs no training and no processes: under two minutes.
+quick: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -n 2 tests/cost tests/graph tests/machine tests/plans tests/search tests/simulation tests/test_imports.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The tests look at reports in a browser. Where there is none, Debian's is installed; elsewhere, install Chromium or Chrome.
+# The site in build/site, every link and reference checked.
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict
+
+# Browser tests look at reports in Chromium and are skipped without one. This installs Debian's.
 chromium:
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	  { apt-get update -q && apt-get install -qy chromium; }
 
-# Rewrites what tests compare with: saved graphs, stored output of the examples. Look at the difference before you commit it.
+# Rewrites the files that tests compare with: saved graphs, stored output of the examples. Read the difference before you commit it.
 golden: .venv/installed
 	$(BIN)/python tests/data/make_graphs.py
 	$(BIN)/python tests/test_examples.py
+
+drawings: .venv/installed
+	$(BIN)/python docs/drawings.py
 
 benchmark: .venv/installed
 	$(BIN)/python benchmarks/compiler.py
@@ -39,7 +52,11 @@ clean:
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 14) or \
-	  sys.exit(f"Partita needs Python 3.11 to 3.13, and $(PYTHON) is {v.major}.{v.minor}: name another, make PYTHON=python3.12")'
+	  sys.exit(f"Partita needs Python 3.11 to 3.13, and $(PYTHON) is {v.major}.{v.minor}. Name another one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	@touch $@

@@ -33,9 +33,8 @@ def browser() -> Iterator[Any]:
     where = next(
         filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
     )
-    assert where, (
-        "this test looks at pages in Chromium: install it, as 'make chromium' does on Debian"
-    )
+    if where is None:
+        pytest.skip("Chromium is not installed: run 'make chromium' to test pages in a browser")
     with sync_playwright() as p:
         started = p.chromium.launch(executable_path=where, args=["--no-sandbox"])
         yield started
