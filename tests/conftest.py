@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import installation
 import pytest
 
 os.environ["KERAS_BACKEND"] = "jax"
@@ -14,6 +15,13 @@ os.environ["XLA_FLAGS"] = (
 os.environ["PARTITA_CACHE"] = "/nonexistent"  # nothing that was measured on this machine
 os.environ["NPROC"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment with Partita's wheel and its requirements alone."""
+    return installation.create(tmp_path_factory.mktemp("installation"))
+
 
 SCRIPT = """
 import keras, numpy as np
