@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from html import escape
+from importlib import resources
 from typing import Any
 
 from partita.units import format_seconds
@@ -104,3 +106,9 @@ def bar_of(parts: Iterable[tuple[str, float]], whole: float, title: str) -> Html
 def seconds_text(value: float) -> str:
     """Seconds as a page writes them, with a real micro sign."""
     return format_seconds(value).replace(" us", " µs")
+
+
+@cache
+def asset(name: str) -> str:
+    """The text of a file in `report/assets`: a style sheet or a script."""
+    return resources.files("partita.report").joinpath("assets", name).read_text(encoding="utf-8")

@@ -18,6 +18,7 @@ from partita.plans.plan import Plan, Storage, choice_text, placed_slice
 from partita.report import timeline as picture
 from partita.report.elements import (
     Html,
+    asset,
     bar_of,
     join,
     line_of,
@@ -145,7 +146,7 @@ def timeline_page(timeline: Timeline) -> str:
 def document(title: str, body: Iterable[Html], zooms: bool) -> str:
     """The whole file: what stands in it, its style, and a policy that allows nothing else."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:" + (
-        f"; script-src '{picture.HASH}'" if zooms else ""
+        f"; script-src '{picture.script_hash()}'" if zooms else ""
     )
     head = tag(
         "head",
@@ -155,9 +156,9 @@ def document(title: str, body: Iterable[Html], zooms: bool) -> str:
         tag("meta", name="color-scheme", content="light dark"),
         tag("link", rel="icon", href="data:,"),
         tag("title", f"{title} - Partita"),
-        tag("style", Html(STYLE + (picture.STYLE if zooms else ""))),
+        tag("style", Html(asset("page.css") + (picture.style() if zooms else ""))),
     )
-    script = tag("script", Html(picture.SCRIPT)) if zooms else ""
+    script = tag("script", Html(picture.script())) if zooms else ""
     main = tag("main", (Html(b + "\n") for b in body if b))
     return f"<!doctype html>\n{tag('html', head, tag('body', main, script), lang='en')}\n"
 
@@ -876,120 +877,3 @@ def _sources(plan: Plan) -> Html:
         "Where the figures come from",
         tag("dl", (tag("div", tag("dt", k), tag("dd", v)) for k, v in rows), class_="sources"),
     )
-
-
-STYLE = """
-:root{color-scheme:light dark;--paper:#fdfdfc;--ink:#1c2126;--soft:#59626b;--line:#dfe3e6;--wash:#f1f3f4;--on:#fff;--cut:#ffffff73;
- --S:#1f6fb2;--A:#1b7c5a;--P:#b0530a;--R:#8a479b;--same:#e4e7ea;--same2:#d3d8dc;--zero:#1c2126;--compute:#6b7883;--exchange:#d3485a;--real:#1c2126;
- --m0:#24506e;--m1:#3f7fa6;--m2:#7fb2cf;--m3:#b8d4e3;--m4:#4c8f86;--m5:#93c2ba;--m6:#c9a24d;--m7:#aab2b8}
-@media(prefers-color-scheme:dark){:root{--paper:#14181c;--ink:#e6e9ec;--soft:#a2acb5;--line:#30373e;--wash:#1d2328;--on:#0d1114;--cut:#14181c80;
- --S:#74b3ee;--A:#5fc79d;--P:#eda352;--R:#cf9be0;--same:#2b3238;--same2:#394249;--zero:#e6e9ec;--compute:#8a97a3;--exchange:#f07182;--real:#e6e9ec;
- --m0:#9cc9e6;--m1:#5f9fc9;--m2:#3c779e;--m3:#2b5570;--m4:#6fbdb2;--m5:#3f7d75;--m6:#d8b460;--m7:#6b757d}}
-*{box-sizing:border-box}
-html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--paper);color:var(--ink);font:1rem/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif;
- font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
-main{max-width:70rem;margin:0 auto;padding:2.5rem 1.25rem 5rem}
-h1{font-size:clamp(1.5rem,1.1rem + 1.8vw,2.25rem);line-height:1.2;font-weight:650;letter-spacing:-.015em;margin:.2rem 0 1.5rem;max-width:26em;text-wrap:balance;overflow-wrap:break-word}
-h2{font-size:1.3rem;line-height:1.3;font-weight:650;letter-spacing:-.01em;margin:0 0 .5rem}
-h3{font-size:1rem;font-weight:600;margin:1.5rem 0 .5rem}
-section{margin-top:3.25rem}
-p{margin:.25rem 0 1rem;max-width:46em}
-ol,ul{margin:0;padding:0;list-style:none}
-small,.note,.kicker{color:var(--soft);font-size:.82rem}
-.kicker{margin:0;font-size:.9rem}
-.unseen{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
-dl,dd{margin:0}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr));gap:1rem 1.5rem;border-block:1px solid var(--line);padding:1rem 0}
-.facts dt{color:var(--soft);font-size:.82rem}
-.facts dd{font-weight:600}
-.mark{display:inline-block;width:1.4em;height:1.4em;line-height:1.4em;margin-right:.5em;border-radius:3px;text-align:center;font-size:.8em;font-weight:600;vertical-align:.08em}
-.marked{white-space:nowrap}
-.marked .mark{width:.9em;height:.9em;vertical-align:-.05em}
-.keys{display:flex;gap:1.5rem;font-size:.88rem}
-.legend{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:.7rem 2rem;margin:0 0 1.75rem;font-size:.88rem}
-.legend dt{font-weight:600}
-.legend dd{color:var(--soft);line-height:1.45}
-.row{display:grid;grid-template-columns:minmax(0,15rem) minmax(0,1fr) minmax(0,15rem);gap:0 1.25rem;align-items:center;padding:.28rem 0}
-.row .name{line-height:1.25}
-.row .name b{font-weight:550;font-size:.92rem;display:block}
-.row .name small{display:block;font-size:.76rem}
-.top{color:var(--soft);font-size:.8rem;align-items:end;border-bottom:1px solid var(--line);margin-bottom:.35rem}
-.axes{display:grid;text-align:center;line-height:1.35}
-.axes .level{border-bottom:1px solid var(--line);margin:0 2px;font-size:.72rem;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
-.box{display:grid;row-gap:2px;min-height:1.7rem;grid-template-rows:1fr}
-.seg{position:relative;grid-row:1;height:1.7rem;margin:0 1px;border-radius:3px;overflow:hidden;color:var(--on);text-align:center;line-height:1.7rem;font-size:.76rem;
- white-space:nowrap;--w:calc(100%/var(--n,1))}
-.seg i{position:relative;font-style:normal;font-weight:650;padding:0 .35em;border-radius:2px;background:inherit;background-image:none}
-.seg.S,.mark.S{background-color:var(--S);color:var(--on)}
-.seg.A,.mark.A{background-color:var(--A);color:var(--on)}
-.seg.P,.mark.P{background-color:var(--P);color:var(--on)}
-.seg.R,.mark.R,.seg.other{background-color:var(--R);color:var(--on)}
-.box .seg:not(.none){background-image:repeating-linear-gradient(to right,transparent 0 calc(var(--w) - 1px),var(--cut) calc(var(--w) - 1px) var(--w))}
-.seg.none,.mark.none{background:repeating-linear-gradient(135deg,var(--same) 0 5px,var(--same2) 5px 7px);color:var(--ink)}
-.box .seg.none i{background:var(--same)}
-.legend .seg{height:1.4em;line-height:1.4em;margin:0 .5em 0 0}
-.legend .mark:not(.key-zero){vertical-align:-.35em}
-.zero{grid-row:2;height:3px;background:var(--zero);margin:0}
-.key-zero{height:3px;background:var(--zero);border-radius:0;vertical-align:.35em}
-.time{display:grid;grid-template-columns:minmax(0,1fr) 7.2em;gap:.6rem;align-items:center;font-size:.84rem}
-.figure{white-space:nowrap}
-.time .figure{text-align:right}
-.bar{display:flex;height:.8rem;min-width:0}
-.bar span{flex:none;height:100%}
-.bar span:last-child{border-radius:0 2px 2px 0}
-.bar span+span{box-shadow:inset 1px 0 var(--paper)}
-.fold{border-left:3px solid var(--line);margin:.5rem 0 .5rem -.85rem;padding-left:calc(.85rem - 3px)}
-.fold details{font-size:.88rem;color:var(--soft)}
-.fold summary b{color:var(--ink)}
-.names{columns:14rem;column-gap:1.5rem;padding:.5rem 0}
-.names li{break-inside:avoid;display:flex;justify-content:space-between;gap:1rem;font-size:.8rem}
-.names span{white-space:nowrap}
-summary{cursor:pointer;padding:.3rem 0}
-summary:focus-visible,.scroll:focus-visible{outline:2px solid var(--S);outline-offset:2px}
-.bars{margin:.75rem 0}
-.line{display:grid;grid-template-columns:minmax(0,12rem) minmax(0,1fr) auto;gap:0 1rem;align-items:center;padding:.16rem 0;font-size:.9rem}
-.line .name{line-height:1.3}
-.line .figure{display:grid;grid-auto-flow:column;grid-auto-columns:5.2em;text-align:right}
-.line .bar{height:1rem}
-.plans .figure{grid-auto-columns:unset;grid-template-columns:5.6em 4em 6.2em}
-.found{font-weight:650}
-.compute{background:var(--compute)}.exchange{background:var(--exchange)}.real{background:var(--real)}
-.m0{background:var(--m0)}.m1{background:var(--m1)}.m2{background:var(--m2)}.m3{background:var(--m3)}
-.m4{background:var(--m4)}.m5{background:var(--m5)}.m6{background:var(--m6)}.m7{background:var(--m7)}
-.scroll{overflow-x:auto;max-width:100%}
-table{border-collapse:collapse;font-size:.9rem;min-width:min(100%,30rem)}
-th,td{padding:.32rem 1.5rem .32rem 0;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;font-weight:400}
-th:first-child{text-align:left}
-thead th{color:var(--soft);font-size:.82rem}
-.reasons details{border-bottom:1px solid var(--line)}
-.reasons>details>summary,.more>details>summary{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 1.5rem;font-size:.9rem}
-.reasons summary::before{content:"+";color:var(--soft);width:.7em;flex:none}
-.reasons details[open]>summary::before{content:"–"}
-.reasons summary b{font-weight:550;flex:1 1 12rem}
-.reasons summary .figure{color:var(--soft);white-space:normal}
-.reasons .scroll{padding:.25rem 0 1rem 1.4rem}
-.more>summary{color:var(--soft);font-size:.9rem}
-.notes{margin-bottom:1rem}
-.notes li{border-left:3px solid var(--S);padding:.1rem 0 .1rem .85rem;margin:.4rem 0;max-width:46em}
-.sources div{display:grid;grid-template-columns:7rem minmax(0,1fr);gap:1rem;padding:.3rem 0;border-bottom:1px solid var(--line);font-size:.9rem}
-.sources dt{color:var(--soft)}
-@media(max-width:44rem){
- main{padding:1.5rem 1rem 4rem}
- section{margin-top:2.5rem}
- .row{grid-template-columns:minmax(0,1.15fr) minmax(0,1fr);gap:.15rem .75rem;padding:.45rem 0}
- .row .name,.top>span:first-child{grid-column:1/-1}
- .top>span:last-child{display:none}.top .axes{grid-column:1}
- .time{grid-template-columns:minmax(0,1fr);gap:.1rem}
- .time .figure{text-align:left;font-size:.76rem;line-height:1.2}
- .time .bar{height:.6rem}
- .seg{font-size:.68rem}.seg i{padding:0 .15em}
- .line{grid-template-columns:minmax(0,1fr) auto;padding:.35rem 0}
- .line .bar{grid-column:1/-1;grid-row:2;height:.7rem}
- .line .figure,.plans .figure{grid-auto-columns:auto;grid-template-columns:none;gap:.75rem}
- .plans .figure{font-size:.82rem;gap:.6rem}
- th,td{padding-right:1rem}
- .fold{margin-left:-.7rem;padding-left:calc(.7rem - 3px)}
-}
-@media print{details{break-inside:avoid}}
-"""
