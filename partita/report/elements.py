@@ -1,6 +1,6 @@
-"""The elements that a page is made of: tags with all text escaped, sections, bars, tables, figures with units.
+"""Elements of a page: tags with escaped text, sections, bars, tables, figures with units.
 
-Every text goes through `tag`, which escapes it unless it is `Html` already: a layer may be called anything.
+Every text goes through `tag`, which escapes it unless it is `Html` already. A layer may have any name.
 """
 
 from __future__ import annotations
@@ -14,36 +14,42 @@ from typing import Any
 
 from partita.units import format_seconds
 
+VOID = ("br", "meta", "link")
+"""Elements without content."""
+
 
 class Html(str):
-    """Text that is HTML already; every other text is escaped where it enters a tag."""
+    """Text that is HTML already. Every other text is escaped where it enters a tag."""
 
 
 def tag(name: str, /, *inside: str | Iterable[str], **attributes: Any) -> Html:
-    """One element, with all that is not `Html` escaped. `class_` is class, `aria_label` is aria-label; None leaves one out.
+    """One element; content that is not `Html` is escaped.
+
+    `class_` is the attribute class, `aria_label` is aria-label. An attribute that is None is left
+    out.
 
     >>> print(tag("p", "a < b", tag("br"), class_="note"))
     <p class="note">a &lt; b<br></p>
     """
-    given = {
-        key.rstrip("_").replace("_", "-"): value
-        for key, value in attributes.items()
-        if value is not None
-    }
-    start = name + "".join(f' {key}="{escape(str(value))}"' for key, value in given.items())
-    if name in ("br", "meta", "link"):
+    start = name
+    for key, value in attributes.items():
+        if value is not None:
+            start += f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
+    if name in VOID:
         return Html(f"<{start}>")
     return Html(f"<{start}>{join(inside)}</{name}>")
 
 
 def join(inside: Iterable[str | Iterable[str]]) -> Html:
-    """Parts one after the other, escaped where they are plain text."""
+    """Parts in order, plain text escaped."""
     parts = []
-    for one in inside:
-        if isinstance(one, Html):
-            parts.append(one)
+    for part in inside:
+        if isinstance(part, Html):
+            parts.append(part)
+        elif isinstance(part, str):
+            parts.append(escape(part))
         else:
-            parts.append(escape(one) if isinstance(one, str) else join(one))
+            parts.append(join(part))
     return Html("".join(parts))
 
 
@@ -54,10 +60,9 @@ def section_of(title: str, *inside: str | Iterable[str]) -> Html:
 
 
 def marked(classes: str, text: str) -> Html:
-    """A text after a box of its colour, as in a legend."""
-    return tag(
-        "span", tag("span", class_=f"mark {classes}", aria_hidden="true"), text, class_="marked"
-    )
+    """A text after a box of its color, as in a legend."""
+    mark = tag("span", class_=f"mark {classes}", aria_hidden="true")
+    return tag("span", mark, text, class_="marked")
 
 
 def line_of(
@@ -67,44 +72,37 @@ def line_of(
     *figures: str | None,
     class_: str | None = None,
 ) -> Html:
-    """One bar with its name before and its figures after it."""
-    said = f"{name}: {', '.join(f for f in figures if f)}"
-    shown = tag("span", (tag("span", f) for f in figures if f), class_="figure")
-    return tag(
-        "div",
-        tag("span", name, class_="name"),
-        bar_of(parts, whole, said),
-        shown,
-        class_=f"line {class_ or ''}".strip(),
-    )
+    """A bar between its name and its figures. `parts` and `whole` are those of `bar_of`."""
+    shown = [figure for figure in figures if figure]
+    bar = bar_of(parts, whole, f"{name}: {', '.join(shown)}")
+    cells = tag("span", (tag("span", figure) for figure in shown), class_="figure")
+    classes = f"line {class_ or ''}".strip()
+    return tag("div", tag("span", name, class_="name"), bar, cells, class_=classes)
 
 
 def table_of(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
-    """A table whose first column names the row; it scrolls in a box of its own where it is too wide."""
-    head = tag("thead", tag("tr", (tag("th", c, scope="col") for c in columns)))
-    body = tag(
-        "tbody",
-        (
-            tag("tr", tag("th", row[0], scope="row"), (tag("td", cell) for cell in row[1:]))
-            for row in rows
-        ),
-    )
-    inside = tag("table", tag("caption", caption, class_="unseen"), head, body)
-    return tag("div", inside, class_="scroll", tabindex="0", role="region", aria_label=caption)
+    """A table whose first column names the row. It scrolls in its own box if it is too wide."""
+    heads = (tag("th", column, scope="col") for column in columns)
+    lines = []
+    for row in rows:
+        cells = (tag("td", cell) for cell in row[1:])
+        lines.append(tag("tr", tag("th", row[0], scope="row"), cells))
+    title = tag("caption", caption, class_="unseen")
+    table = tag("table", title, tag("thead", tag("tr", heads)), tag("tbody", lines))
+    return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label=caption)
 
 
 def bar_of(parts: Iterable[tuple[str, float]], whole: float, title: str) -> Html:
-    """A bar of parts, (class, length) each, of which `whole` would fill the line; the title says what it shows."""
-    spans = (
-        tag("span", class_=name, style=f"width:{100 * part / whole:.3f}%")
-        for name, part in parts
-        if whole and part > 0
-    )
+    """A bar of (class, length) parts. `whole` is the length that fills the line."""
+    spans = []
+    for name, length in parts:
+        if whole and length > 0:
+            spans.append(tag("span", class_=name, style=f"width:{100 * length / whole:.3f}%"))
     return tag("div", spans, class_="bar", role="img", aria_label=title, title=title)
 
 
 def seconds_text(value: float) -> str:
-    """Seconds as a page writes them, with a real micro sign."""
+    """Seconds with a unit, with a real micro sign."""
     return format_seconds(value).replace(" us", " µs")
 
 

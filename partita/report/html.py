@@ -1,25 +1,21 @@
-"""A plan as one web page: the split of every layer as a picture, where the time, the memory and the traffic go, and what was given up.
+"""A plan, or a simulated step, as one self-contained web page.
 
-`page` takes values and gives text; `timeline_page` shows a simulated step alone. A page is one file that asks for nothing: no font, no
-picture from elsewhere, and no script but the one that zooms a timeline; its own content policy forbids all others. Pictures are boxes laid out
-by the browser, so that they fit a phone and can be read aloud.
+`page` shows a plan: splits, time, memory, traffic, alternatives, provenance. `timeline_page` shows a
+simulated step. Both take values and return text. A page requests nothing: no font, no picture, no
+script except the one that zooms a timeline. Its own content security policy forbids all others.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from partita.plans.plan import Plan, Storage, choice_text, placed_slice
+from partita.plans.plan import Plan
+from partita.report import splits
 from partita.report import timeline as picture
 from partita.report.elements import (
     Html,
     asset,
-    bar_of,
     join,
     line_of,
     marked,
@@ -28,93 +24,47 @@ from partita.report.elements import (
     table_of,
     tag,
 )
+from partita.report.layers import Layer, layers_of
 from partita.simulation.timeline import Timeline
 from partita.units import format_bytes, format_flops
 
-EXCHANGE = ("activations", "gradients", "moves")
-KINDS = {
-    "S": (
-        "sample",
-        "The batch is shared out: each part does the layer for its own samples. Splitting only these is data parallelism.",
-    ),
-    "A": (
-        "attribute",
-        "A sample is shared out from within: the height of an image, the positions of a text.",
-    ),
-    "P": (
-        "parameter",
-        "The weights are shared out: each part computes some of the layer's outputs. This is tensor parallelism.",
-    ),
-    "R": (
-        "reduction",
-        "A sum is shared out: each part adds up some of its terms, and the parts are then added together.",
-    ),
-}
-STORED = {
-    1: "optimizer slots",
-    2: "optimizer slots and gradients",
-    3: "optimizer slots, gradients and the variables themselves",
-}
-FEW = 16
-"""Up to so many layers, each is shown for itself."""
-ALIKE = 1.5
-"""Repeated layers are shown once if none takes longer than another by more than this factor."""
-LONGEST = 64
-"""Layers that a repeated block may have."""
-TOP = 15
-"""How many layers a list shows before the rest is summed up or folded."""
+SHOWN = 15
+"""Number of layers that a list shows before the rest is folded."""
+PROVED = 1e-6
+"""Gap to the lower bound up to which a plan counts as proved fastest."""
+USELESS_GAP = 1.0
+"""Gap from which on a lower bound says nothing useful."""
+
+Measured = Mapping[str, Any]
+"""Measurements: "seconds" (median step), "peak_bytes", "traffic_bytes" by collective, "flops"."""
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A layer of the plan: what each axis does to it, how its variables are stored, what it is predicted to cost."""
+def page(plan: Plan, measured: Measured | None = None, timeline: Timeline | None = None) -> str:
+    """A page that shows a plan.
 
-    name: str
-    text: str
-    choice: Mapping[str, str]
-    stored: tuple[tuple[int, tuple[str, ...]], ...] = ()
-    cost: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def compute(self) -> float:
-        return self.cost.get("compute", 0.0)
-
-    @property
-    def exchange(self) -> float:
-        return sum(self.cost.get(cause, 0.0) for cause in EXCHANGE)
-
-    @property
-    def seconds(self) -> float:
-        return self.compute + self.exchange
-
-
-def page(
-    plan: Plan, measured: Mapping[str, Any] | None = None, timeline: Timeline | None = None
-) -> str:
-    """One HTML page that shows a plan, whole in itself; what the plan does not hold is left out.
-
-    `measured` may hold "seconds" (median of a step), "peak_bytes" (by the compiler), "traffic_bytes" by collective, and "flops".
-    `timeline` is a step of the plan, simulated.
+    `measured` may hold "seconds" (median of a step), "peak_bytes" (by the compiler),
+    "traffic_bytes" by collective, and "flops". `timeline` is a simulated step of the plan.
+    Sections without data are left out.
     """
     measured = measured or {}
-    layers = _layers(plan)
+    layers = layers_of(plan)
     body = [
         _header(plan, measured),
-        _splits(plan, layers),
+        splits.section(plan, layers),
         picture.section(timeline) if timeline is not None else Html(""),
         _memory(plan, measured),
         _traffic(plan, measured, layers),
-        _compared(plan, measured),
-        _checked(plan, measured),
-        _given_up(plan, layers),
+        _comparison(plan, measured),
+        _check(plan, measured),
+        _alternatives(plan, layers),
         _sources(plan),
     ]
-    return document(f"{plan.graph} on {plan.machine}", body, timeline is not None)
+    return document(f"{plan.graph} on {plan.machine}", body, has_timeline=timeline is not None)
 
 
 def timeline_page(timeline: Timeline) -> str:
-    """One HTML page that shows a simulated step alone, whole in itself."""
-    said = f"{seconds_text(timeline.seconds)} a step simulated on {timeline.machine}"
+    """A page that shows a simulated step."""
+    title = f"{seconds_text(timeline.seconds)} a step simulated on {timeline.machine}"
     facts = {
         "plan": timeline.plan,
         "devices": str(timeline.devices),
@@ -122,32 +72,25 @@ def timeline_page(timeline: Timeline) -> str:
         "memory a device": format_bytes(timeline.peak_bytes),
         "sent by a device": format_bytes(sum(timeline.traffic.values())),
     }
-    header = tag(
-        "header",
-        tag("p", "Partita · ", timeline.graph, class_="kicker"),
-        tag("h1", said),
-        listed(facts, "facts"),
-    )
-    notes = (
-        tag("ul", (tag("li", note) for note in timeline.notes), class_="notes")
-        if timeline.notes
-        else Html("")
-    )
     sources = {"time": timeline.source, "model": timeline.graph, "machine": timeline.machine}
     body = [
-        header,
-        notes,
+        header(timeline.graph, title, facts),
+        _notes(timeline.notes),
         picture.section(timeline),
         section_of("Where the figures come from", listed(sources, "sources")),
     ]
-    return document(f"{timeline.graph} on {timeline.machine}", body, True)
+    return document(f"{timeline.graph} on {timeline.machine}", body, has_timeline=True)
 
 
-def document(title: str, body: Iterable[Html], zooms: bool) -> str:
-    """The whole file: what stands in it, its style, and a policy that allows nothing else."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:" + (
-        f"; script-src '{picture.script_hash()}'" if zooms else ""
-    )
+def document(title: str, body: Iterable[Html], has_timeline: bool) -> str:
+    """The whole file: content, style, and a policy that allows nothing else."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    style = asset("page.css")
+    script: Html | str = ""
+    if has_timeline:
+        policy += f"; script-src '{picture.script_hash()}'"
+        style += picture.style()
+        script = tag("script", Html(picture.script()))
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -156,67 +99,56 @@ def document(title: str, body: Iterable[Html], zooms: bool) -> str:
         tag("meta", name="color-scheme", content="light dark"),
         tag("link", rel="icon", href="data:,"),
         tag("title", f"{title} - Partita"),
-        tag("style", Html(asset("page.css") + (picture.style() if zooms else ""))),
+        tag("style", Html(style)),
     )
-    script = tag("script", Html(picture.script())) if zooms else ""
-    main = tag("main", (Html(b + "\n") for b in body if b))
+    main = tag("main", (Html(part + "\n") for part in body if part))
     return f"<!doctype html>\n{tag('html', head, tag('body', main, script), lang='en')}\n"
 
 
+def header(graph: str, title: str, facts: Mapping[str, str | None]) -> Html:
+    """The head of a page: the graph's name, a headline, figures."""
+    kicker = tag("p", "Partita · ", graph, class_="kicker")
+    return tag("header", kicker, tag("h1", title), listed(facts, "facts"))
+
+
 def listed(facts: Mapping[str, str | None], class_: str) -> Html:
-    return tag(
-        "dl", (tag("div", tag("dt", k), tag("dd", v)) for k, v in facts.items() if v), class_=class_
-    )
+    """Names with values; a name without a value is left out."""
+    rows = (tag("div", tag("dt", name), tag("dd", text)) for name, text in facts.items() if text)
+    return tag("dl", rows, class_=class_)
 
 
-def _layers(plan: Plan) -> list[Layer]:
-    costs, stored = plan.why.get("operators", {}), _stored(plan)
-    return [
-        Layer(
-            name, choice_text(choice, plan.mesh), choice, stored.get(name, ()), costs.get(name, {})
-        )
-        for name, choice in plan.choices.items()
-    ]
-
-
-def _stored(plan: Plan) -> dict[str, tuple[tuple[int, tuple[str, ...]], ...]]:
-    """Per layer, the ways in which its variables are stored: (ZeRO stage, axes)."""
-    found: dict[str, dict[tuple[int, tuple[str, ...]], None]] = {}
-    for path, storage in plan.storage.items():
-        owner = _owner(path, plan)
-        if owner is not None:
-            found.setdefault(owner, {})[storage.zero, storage.axes] = None
-    return {name: tuple(ways) for name, ways in found.items()}
-
-
-def _owner(path: str, plan: Plan) -> str | None:
-    return max(
-        (n for n in plan.choices if path.startswith(n.split(":")[0] + "/")), key=len, default=None
-    )
+def _notes(notes: Sequence[str]) -> Html:
+    if not notes:
+        return Html("")
+    return tag("ul", (tag("li", note) for note in notes), class_="notes")
 
 
 # Numbers
 
 
-def _signed(value: float, text: Any) -> str:
+def _signed(value: float, text: Callable[[float], str]) -> str:
     return f"{'+' if value >= 0 else '−'}{text(abs(value))}"
 
 
 def _times(ratio: float) -> str:
-    """
+    """A ratio with three digits.
+
     >>> _times(1.3049), _times(13.73), _times(214.2)
     ('1.30', '13.7', '214')
     """
-    return f"{ratio:.{max(0, 2 - (ratio >= 10) - (ratio >= 100))}f}"
+    digits = 2 - (ratio >= 10) - (ratio >= 100)
+    return f"{ratio:.{digits}f}"
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.{0 if share >= 0.1 else 1}f} %"
+    digits = 0 if share >= 0.1 else 1
+    return f"{100 * share:.{digits}f} %"
 
 
-def _off(predicted: float, measured: float) -> str:
-    """
-    >>> _off(2.0, 2.2), _off(2.0, 1.9), _off(2.0, 2.0)
+def _difference(predicted: float, measured: float) -> str:
+    """A measurement relative to its prediction.
+
+    >>> _difference(2.0, 2.2), _difference(2.0, 1.9), _difference(2.0, 2.0)
     ('10.0 % more', '5.0 % less', 'the same')
     """
     if measured == predicted:
@@ -224,656 +156,325 @@ def _off(predicted: float, measured: float) -> str:
     if not predicted:
         return "not predicted"
     ratio = measured / predicted - 1
-    return f"{abs(ratio):.1%} {'more' if ratio > 0 else 'less'}".replace("%", " %")
+    text = f"{abs(ratio):.1%}".replace("%", " %")
+    return f"{text} {'more' if ratio > 0 else 'less'}"
 
 
-def _range(values: Sequence[float]) -> str:
-    low, high = seconds_text(min(values)), seconds_text(max(values))
-    if low == high:
-        return low
-    return f"{low.split()[0]} – {high}" if low.split()[1] == high.split()[1] else f"{low} – {high}"
+def _gain(baseline: float | None, seconds: float) -> str:
+    """Speed relative to data parallelism; empty if they are equal or one is unknown."""
+    if not baseline or not seconds:
+        return ""
+    ratio = _times(baseline / seconds)
+    return "" if ratio == "1.00" else f"{ratio}×"
 
 
 # The headline
 
 
-def _header(plan: Plan, measured: Mapping[str, Any]) -> Html:
-    return tag(
-        "header",
-        tag("p", "Partita · ", plan.graph, class_="kicker"),
-        tag("h1", _headline(plan, measured)),
-        _facts(plan),
-    )
+def _header(plan: Plan, measured: Measured) -> Html:
+    return header(plan.graph, _headline(plan, measured), _facts(plan))
 
 
-def _headline(plan: Plan, measured: Mapping[str, Any]) -> str:
-    seconds, real = plan.predicted.get("seconds"), measured.get("seconds")
-    if seconds is None:
-        said = f"How {plan.graph} is split"
-        return (
-            f"{said} on {plan.machine}"
-            if real is None
-            else f"{seconds_text(real)} a step measured on {plan.machine}"
-        )
-    base = plan.why.get("baselines", {}).get("data parallel", {}).get("seconds")
-    gain = f", {_times(base / seconds)}× as fast as data parallel" if base and seconds else ""
-    if real is None:
-        return f"{seconds_text(seconds)} a step predicted on {plan.machine}{gain}"
-    off = _off(seconds, real)
-    return f"{seconds_text(seconds)} a step predicted on {plan.machine}{gain}; {seconds_text(real)} measured, {off}"
+def _headline(plan: Plan, measured: Measured) -> str:
+    predicted_seconds = plan.predicted.get("seconds")
+    measured_seconds = measured.get("seconds")
+    if predicted_seconds is None:
+        if measured_seconds is None:
+            return f"How {plan.graph} is split on {plan.machine}"
+        return f"{seconds_text(measured_seconds)} a step measured on {plan.machine}"
+    title = f"{seconds_text(predicted_seconds)} a step predicted on {plan.machine}"
+    baseline = plan.why.get("baselines", {}).get("data parallel", {}).get("seconds")
+    gain = _gain(baseline, predicted_seconds)
+    if gain:
+        title += f", {gain} as fast as data parallel"
+    if measured_seconds is not None:
+        difference = _difference(predicted_seconds, measured_seconds)
+        title += f"; {seconds_text(measured_seconds)} measured, {difference}"
+    return title
 
 
-def _facts(plan: Plan) -> Html:
-    p = plan.predicted
-    facts = {
-        "devices": str(plan.devices),
-        "samples a step": str(plan.batch_size) if plan.batch_size else None,
-        "memory a device": format_bytes(p["peak_bytes"]) if "peak_bytes" in p else None,
-        "sent by a device": format_bytes(sum(p["traffic_bytes"].values()))
-        if "traffic_bytes" in p
-        else None,
-        "work a device": format_flops(p["flops"]) if "flops" in p else None,
-        "how sure": _proof(p),
-    }
-    return listed(facts, "facts")
+def _facts(plan: Plan) -> dict[str, str | None]:
+    predicted = plan.predicted
+    facts: dict[str, str | None] = {"devices": str(plan.devices)}
+    if plan.batch_size:
+        facts["samples a step"] = str(plan.batch_size)
+    if "peak_bytes" in predicted:
+        facts["memory a device"] = format_bytes(predicted["peak_bytes"])
+    if "traffic_bytes" in predicted:
+        facts["sent by a device"] = format_bytes(sum(predicted["traffic_bytes"].values()))
+    if "flops" in predicted:
+        facts["work a device"] = format_flops(predicted["flops"])
+    facts["proof"] = _proof(predicted)
+    return facts
 
 
 def _proof(predicted: Mapping[str, Any]) -> str | None:
-    bound, seconds = predicted.get("bound_seconds"), predicted.get("seconds")
+    """The distance to the lower bound in words; None if nothing useful is proved."""
+    bound = predicted.get("bound_seconds")
+    seconds = predicted.get("seconds")
     if not bound or not seconds:
         return None
     gap = seconds / bound - 1
-    return "proved best in its space" if gap < 1e-6 else f"within {gap:.1%} of the bound"
-
-
-# The picture: how each layer is split
-
-
-def _splits(plan: Plan, layers: Sequence[Layer]) -> Html:
-    blocks = fold(layers)
-    longest = max((layer.seconds for layer in layers), default=0.0)
-    rows = (_block(plan, rounds, longest) for rounds in blocks)
-    return section_of(
-        "How each layer is split",
-        tag("p", _reading(plan, layers)),
-        _legend(plan, layers),
-        tag("div", _axes(plan), tag("ol", rows, class_="layers"), class_="picture"),
-        _unowned(plan),
-    )
-
-
-def _reading(plan: Plan, layers: Sequence[Layer]) -> str:
-    if not plan.mesh.axes:
-        return "One device does every layer: nothing is split."
-    costs = (
-        " The bar beside it is the layer's own time in a step."
-        if any(layer.cost for layer in layers)
-        else ""
-    )
-    return (
-        f"Each row is a layer; its box is all {plan.devices} devices, one column for each axis of the mesh, slow links first. "
-        "A column's colour says what that axis splits, its cells into how many parts; the parts of a box multiply."
-        + costs
-    )
-
-
-def _legend(plan: Plan, layers: Sequence[Layer]) -> Html:
-    used = {factor[0] for layer in layers for factor in layer.choice.values()}
-    rows = [
-        _key(f"seg {k}", k, f"{k} · {word}", text)
-        for k, (word, text) in KINDS.items()
-        if k in used or not used
-    ]
-    if any(len(layer.choice) < len(plan.mesh.axes) for layer in layers):
-        rows.append(
-            _key(
-                "seg none",
-                "=",
-                "replicate",
-                "Nothing is split: the devices along this axis all do the same work.",
-            )
-        )
-    if plan.storage:
-        text = "Between steps these devices each keep a part of the layer's variables: 1 of the optimizer slots, 2 and of the gradients, "
-        rows.append(
-            _key(
-                "key-zero",
-                "",
-                "ZeRO storage",
-                text + "3 and of the variables themselves, which are gathered for use.",
-            )
-        )
-    if any(layer.cost for layer in layers):
-        rows.append(
-            _key(
-                "compute",
-                "",
-                "compute",
-                "Seconds of the layer's kernels on one device: forward, backward, update.",
-            )
-        )
-        text = "Seconds of its collectives: activations, gradients, and what is moved from the layers it reads."
-        rows.append(_key("exchange", "", "exchange", text))
-    return tag("dl", rows, class_="legend")
-
-
-def _key(classes: str, letter: str, word: str, text: str) -> Html:
-    mark = tag("span", letter, class_=f"mark {classes}", aria_hidden="true")
-    return tag("div", tag("dt", mark, word), tag("dd", text))
-
-
-def _axes(plan: Plan) -> Html:
-    """The line above the boxes: the mesh's axes, with the levels of the machine's links they cross."""
-    if not plan.mesh.axes:
-        return Html("")
-    names = [
-        tag("span", a.name, tag("small", f" {a.size}"), title=f"axis {a.name}: {a.size} ways")
-        for a in plan.mesh.axes
-    ]
-    levels: list[Html] = []
-    for first, last, level in _runs([a.level for a in plan.mesh.axes]):
-        ways = math.prod(a.size for a in plan.mesh.axes[first:last])
-        title = f"axes of level {level}: {ways} ways, over the {'slowest links' if level == 0 else 'faster links within level ' + str(level - 1)}"
-        levels.append(
-            tag(
-                "span",
-                f"level {level} × {ways}",
-                style=f"grid-column:{first + 1}/{last + 1}",
-                class_="level",
-                title=title,
-            )
-        )
-    several = len({a.level for a in plan.mesh.axes}) > 1
-    grid = tag("div", *(levels if several else []), *names, class_="axes", style=_columns(plan))
-    return tag(
-        "div", tag("span", "layer"), grid, tag("span", "time"), class_="row top", aria_hidden="true"
-    )
-
-
-def _columns(plan: Plan) -> str:
-    return "grid-template-columns:" + " ".join(f"{math.log2(a.size):.3g}fr" for a in plan.mesh.axes)
-
-
-def _runs(values: Sequence[Any]) -> list[tuple[int, int, Any]]:
-    """
-    >>> _runs("aab")
-    [(0, 2, 'a'), (2, 3, 'b')]
-    """
-    starts = [i for i in range(len(values)) if i == 0 or values[i] != values[i - 1]]
-    return [(i, j, values[i]) for i, j in zip(starts, [*starts[1:], len(values)], strict=True)]
-
-
-def _block(plan: Plan, rounds: Sequence[Sequence[Layer]], longest: float) -> Html:
-    rows = [_row(plan, [r[i] for r in rounds], longest) for i in range(len(rounds[0]))]
-    if len(rounds) == 1:
-        return join(tag("li", row) for row in rows)
-    count = len(rounds[0])
-    title = f"× {len(rounds)}"
-    what = (
-        f"this layer, {len(rounds)} times"
-        if count == 1
-        else f"these {count} layers, {len(rounds)} times"
-    )
-    names = (
-        tag("li", layer.name, tag("span", seconds_text(layer.seconds)) if layer.cost else "")
-        for r in rounds
-        for layer in r
-    )
-    listing = tag(
-        "details", tag("summary", tag("b", title), f" {what}"), tag("ol", names, class_="names")
-    )
-    return tag("li", tag("ol", (tag("li", row) for row in rows)), listing, class_="fold")
-
-
-def _row(plan: Plan, layers: Sequence[Layer], longest: float) -> Html:
-    layer = layers[0]
-    zero = " ".join(f"ZeRO-{stage}:{','.join(axes)}" for stage, axes in layer.stored)
-    name = tag(
-        "div", tag("b", layer.name), tag("small", f"{layer.text} {zero}".strip()), class_="name"
-    )
-    return tag("div", name, _box(plan, layer), _time(layers, longest), class_="row")
-
-
-def _box(plan: Plan, layer: Layer) -> Html:
-    """The layer's box: a column per axis, neighbours that do the same joined, with as many cells as they make parts."""
-    axes, words = plan.mesh.axes, _words(plan, layer)
-    if not axes:
-        return tag(
-            "div",
-            tag("span", "1 device", class_="seg none"),
-            class_="box",
-            role="img",
-            aria_label=words,
-            title=words,
-        )
-    segments = []
-    for first, last, factor in _runs([layer.choice.get(a.name, "") for a in axes]):
-        ways = math.prod(a.size for a in axes[first:last])
-        kind = factor[0] if factor and factor[0] in KINDS else "none" if not factor else "other"
-        style = f"grid-column:{first + 1}/{last + 1};--n:{ways}"
-        segments.append(
-            tag("span", tag("i", f"{factor or '='} {ways}"), class_=f"seg {kind}", style=style)
-        )
-    for stage, over in layer.stored:
-        spans = [i + 1 for i, a in enumerate(axes) if a.name in over]
-        segments += (
-            tag("span", class_="zero", style=f"grid-column:{i}/{i + 1}", title=f"ZeRO-{stage}")
-            for i in spans
-        )
-    return tag(
-        "div",
-        segments,
-        class_="box",
-        style=_columns(plan),
-        role="img",
-        aria_label=words,
-        title=words,
-    )
-
-
-def _words(plan: Plan, layer: Layer) -> str:
-    """What the box shows, in words."""
-    ways: dict[str, int] = {}
-    for axis in plan.mesh.axes:
-        ways[layer.choice.get(axis.name, "")] = (
-            ways.get(layer.choice.get(axis.name, ""), 1) * axis.size
-        )
-    same = ways.pop("", 1)
-    said = [
-        f"only on slice {placed_slice(factor)} of {n}"
-        if placed_slice(factor) is not None
-        else f"{_factor(factor)} split {n} ways"
-        for factor, n in ways.items()
-    ]
-    said += (
-        [f"the same on {same} devices" if said else f"not split: the same on all {same} devices"]
-        if same > 1
-        else []
-    )
-    said += [
-        f"{STORED[stage]} kept in parts over {', '.join(axes)}" for stage, axes in layer.stored
-    ]
-    return f"{layer.name}: {'; '.join(said) or 'one device'}"
-
-
-def _factor(factor: str) -> str:
-    word = KINDS.get(factor[0], (factor, ""))[0]
-    return f"{word} {factor[1:]}".strip()
-
-
-def _time(layers: Sequence[Layer], longest: float) -> Html:
-    """The bar of a layer's time; of layers shown together, that of their mean."""
-    if not layers[0].cost:
-        return tag("div", class_="time")
-    compute, exchange = (
-        sum(values) / len(layers)
-        for values in ([x.compute for x in layers], [x.exchange for x in layers])
-    )
-    causes = {c: sum(x.cost.get(c, 0.0) for x in layers) / len(layers) for c in EXCHANGE}
-    parts = [
-        f"compute {seconds_text(compute)}",
-        *(f"{c} {seconds_text(s)}" for c, s in causes.items() if s),
-    ]
-    title = ("on average: " if len(layers) > 1 else "") + ", ".join(parts)
-    bar = bar_of([("compute", compute), ("exchange", exchange)], longest, title)
-    return tag(
-        "div", bar, tag("span", _range([x.seconds for x in layers]), class_="figure"), class_="time"
-    )
-
-
-def _unowned(plan: Plan) -> Html:
-    found: dict[str, list[str]] = {}
-    for path, storage in plan.storage.items():
-        if _owner(path, plan) is None:
-            found.setdefault(_storage(storage), []).append(path)
-    return join(
-        tag("p", f"Also stored {way}: {', '.join(paths)}.", class_="note")
-        for way, paths in found.items()
-    )
-
-
-def _storage(storage: Storage) -> str:
-    return f"ZeRO-{storage.zero} over {', '.join(storage.axes)}"
-
-
-# Folding of repeated blocks
-
-
-def fold(layers: Sequence[Layer]) -> list[list[Sequence[Layer]]]:
-    """The layers in order, as blocks; a block is a list of rounds that are alike, of one layer or several each.
-
-    Rounds are alike if their layers' names differ by a number, their splits not at all, and their times by little.
-
-    >>> names = ["in", *(f"{part}_{i}" for i in range(9) for part in ("up", "down")), "out"]
-    >>> [(len(rounds), [x.name for x in rounds[0]]) for rounds in fold([Layer(n, "", {}) for n in names])]
-    [(1, ['in']), (9, ['up_0', 'down_0']), (1, ['out'])]
-    """
-    blocks: list[list[Sequence[Layer]]] = []
-    start = 0
-    while start < len(layers):
-        period, times = _repeats(layers, start) if len(layers) > FEW else (1, 1)
-        blocks.append([layers[start + i * period : start + (i + 1) * period] for i in range(times)])
-        start += period * times
-    return blocks
-
-
-def _repeats(layers: Sequence[Layer], start: int) -> tuple[int, int]:
-    """(period, times) of the repetition that begins at `start` and saves most rows; (1, 1) if none saves three."""
-    best = (1, 1)
-    for period in range(1, min(LONGEST, (len(layers) - start) // 2) + 1):
-        times = 1
-        while all(_alike(layers, start + i, start + times * period + i) for i in range(period)):
-            times += 1
-        if period * (times - 1) > max(2, best[0] * (best[1] - 1)):
-            best = (period, times)
-    return best
-
-
-def _alike(layers: Sequence[Layer], one: int, other: int) -> bool:
-    if other >= len(layers):
-        return False
-    a, b = layers[one], layers[other]
-    if a.choice != b.choice or a.stored != b.stored or not _near(a.seconds, b.seconds):
-        return False
-    left, right = a.name.split("/"), b.name.split("/")
-    return len(left) == len(right) and all(
-        _without_one(x) & _without_one(y) for x, y in zip(left, right, strict=True)
-    )
-
-
-def _near(a: float, b: float) -> bool:
-    return max(a, b) <= ALIKE * min(a, b)
-
-
-@cache
-def _without_one(name: str) -> set[str]:
-    """The name, and the name less each of its numbers; a number after a colon stays.
-
-    >>> sorted(_without_one("conv2_block10_conv:1"))
-    ['conv2_block10_conv:1', 'conv2_block_conv:1', 'conv_block10_conv:1']
-    """
-    return {
-        name,
-        *(name[: m.start()] + name[m.end() :] for m in re.finditer(r"(?<![:\d])_?\d+", name)),
-    }
+    if gap < PROVED:
+        return "proved fastest in its space"
+    return f"within {gap:.1%} of the lower bound" if gap < USELESS_GAP else None
 
 
 # Memory and traffic
 
 
-def _memory(plan: Plan, measured: Mapping[str, Any]) -> Html:
-    p, real = plan.predicted, measured.get("peak_bytes")
-    kinds = {kind: count for kind, count in p.get("memory_bytes", {}).items() if count}
-    total = p.get("peak_bytes", sum(kinds.values()))
-    whole = max(total, real or 0)
+def _memory(plan: Plan, measured: Measured) -> Html:
+    compiled_bytes = measured.get("peak_bytes")
+    memory = plan.predicted.get("memory_bytes", {})
+    bytes_by_kind = {kind: nbytes for kind, nbytes in memory.items() if nbytes}
+    known_bytes = sum(bytes_by_kind.values())
+    total = plan.predicted.get("peak_bytes", known_bytes)
+    whole = max(total, compiled_bytes or 0)
     if not whole:
         return Html("")
-    if kinds and sum(kinds.values()) < total:
-        kinds["other"] = total - sum(kinds.values())
-    parts = [
-        (f"m{min(i, 7)}", kind, count)
-        for i, (kind, count) in enumerate((kinds or {"peak": total}).items())
-    ]
+    if bytes_by_kind and known_bytes < total:
+        bytes_by_kind["other"] = total - known_bytes
+    colors = [f"m{min(i, 7)}" for i in range(max(1, len(bytes_by_kind)))]
     bars = []
     if total:
-        bars.append(
-            line_of("predicted peak", [(c, n) for c, _, n in parts], whole, format_bytes(total))
-        )
-    if real is not None:
-        bars.append(line_of("by the compiler", [("real", real)], whole, format_bytes(real)))
-    rows = (
-        [marked(c, kind), format_bytes(count), _percent(count / total)] for c, kind, count in parts
-    )
-    table = (
-        table_of("Memory of one device by kind", ["kind", "at the peak", "share"], rows)
-        if kinds
-        else ""
-    )
-    return section_of("Memory per device by kind", tag("div", bars, class_="bars"), table)
+        parts = list(zip(colors, bytes_by_kind.values() or [total], strict=True))
+        bars.append(line_of("predicted peak", parts, whole, format_bytes(total)))
+    if compiled_bytes is not None:
+        text = format_bytes(compiled_bytes)
+        bars.append(line_of("by the compiler", [("real", compiled_bytes)], whole, text))
+    title = "Memory per device by kind"
+    body = [tag("div", bars, class_="bars")]
+    if bytes_by_kind:
+        rows = []
+        for color, (kind, nbytes) in zip(colors, bytes_by_kind.items(), strict=True):
+            rows.append([marked(color, kind), format_bytes(nbytes), _percent(nbytes / total)])
+        columns = ["kind", "at the peak", "share"]
+        body.append(table_of("Memory of one device by kind", columns, rows))
+    return section_of(title, *body)
 
 
-def _traffic(plan: Plan, measured: Mapping[str, Any], layers: Sequence[Layer]) -> Html:
-    sent, real = plan.predicted.get("traffic_bytes"), measured.get("traffic_bytes")
-    per_layer = {layer.name: layer.cost["traffic"] for layer in layers if layer.cost.get("traffic")}
-    if sent is None and real is None and not per_layer:
+def _traffic(plan: Plan, measured: Measured, layers: Sequence[Layer]) -> Html:
+    planned = plan.predicted.get("traffic_bytes")
+    emitted = measured.get("traffic_bytes")
+    by_layer = {layer.name: layer.cost["traffic"] for layer in layers if layer.cost.get("traffic")}
+    if planned is None and emitted is None and not by_layer:
         return Html("")
-    if not (sent or real or per_layer):
+    if not (planned or emitted or by_layer):
         return section_of("Traffic", tag("p", "The devices exchange nothing."))
     return section_of(
         "Traffic",
-        tag("p", "Bytes that one device exchanges in a step."),
-        _by_collective(sent, real),
-        _by_layer(per_layer),
+        tag("p", "Bytes that one device sends in a step."),
+        _traffic_by_collective(planned, emitted),
+        _traffic_by_layer(by_layer),
     )
 
 
-def _by_collective(sent: Mapping[str, float] | None, real: Mapping[str, float] | None) -> Html:
-    kinds = _collectives(sent, real)
+def _traffic_by_collective(
+    planned: Mapping[str, float] | None, emitted: Mapping[str, float] | None
+) -> Html:
+    kinds = _collectives(planned, emitted)
     if not kinds:
         return Html("")
-    whole = max(*(sent or {}).values(), *(real or {}).values(), 1)
+    whole = max(*(planned or {}).values(), *(emitted or {}).values(), 1)
     bars = []
     for kind in kinds:
-        if sent is not None:
-            bars.append(
-                line_of(
-                    kind.replace("_", "-"),
-                    [("exchange", sent.get(kind, 0))],
-                    whole,
-                    format_bytes(sent.get(kind, 0)),
-                )
-            )
-        if real is not None:
-            name = "emitted" if sent is not None else kind.replace("_", "-")
-            bars.append(
-                line_of(name, [("real", real.get(kind, 0))], whole, format_bytes(real.get(kind, 0)))
-            )
+        name = kind.replace("_", "-")
+        if planned is not None:
+            nbytes = planned.get(kind, 0)
+            bars.append(line_of(name, [("exchange", nbytes)], whole, format_bytes(int(nbytes))))
+            name = "emitted"
+        if emitted is not None:
+            nbytes = emitted.get(kind, 0)
+            bars.append(line_of(name, [("real", nbytes)], whole, format_bytes(int(nbytes))))
     return join([tag("h3", "By collective"), tag("div", bars, class_="bars")])
 
 
-def _collectives(sent: Mapping[str, float] | None, real: Mapping[str, float] | None) -> list[str]:
-    names: dict[str, None] = dict.fromkeys(sent or {})
-    names.update(dict.fromkeys(real or {}))
+def _collectives(
+    planned: Mapping[str, float] | None, emitted: Mapping[str, float] | None
+) -> list[str]:
+    names: dict[str, None] = dict.fromkeys(planned or {})
+    names.update(dict.fromkeys(emitted or {}))
     return list(names)
 
 
-def _by_layer(per_layer: Mapping[str, float]) -> Html:
-    if not per_layer:
+def _traffic_by_layer(bytes_by_layer: Mapping[str, int]) -> Html:
+    if not bytes_by_layer:
         return Html("")
-    order = sorted(per_layer, key=lambda name: -per_layer[name])
-    whole = per_layer[order[0]]
-    bars = [
-        line_of(name, [("exchange", per_layer[name])], whole, format_bytes(per_layer[name]))
-        for name in order[:TOP]
-    ]
-    rest = sum(per_layer[name] for name in order[TOP:])
-    more = f"{len(order) - TOP} more layers exchange {format_bytes(rest)} together." if rest else ""
-    return join(
-        [
-            tag("h3", "By layer"),
-            tag("div", bars, class_="bars"),
-            tag("p", more, class_="note") if more else "",
-        ]
-    )
+    names = sorted(bytes_by_layer, key=lambda name: -bytes_by_layer[name])
+    whole = bytes_by_layer[names[0]]
+    bars = []
+    for name in names[:SHOWN]:
+        nbytes = bytes_by_layer[name]
+        bars.append(line_of(name, [("exchange", nbytes)], whole, format_bytes(nbytes)))
+    parts = [tag("h3", "By layer"), tag("div", bars, class_="bars")]
+    folded_bytes = sum(bytes_by_layer[name] for name in names[SHOWN:])
+    if folded_bytes:
+        text = f"{len(names) - SHOWN} more layers send {format_bytes(folded_bytes)} together."
+        parts.append(tag("p", text, class_="note"))
+    return join(parts)
 
 
-# Other plans, and the real run
+# Other plans and the measured run
 
 
-def _compared(plan: Plan, measured: Mapping[str, Any]) -> Html:
-    rows = {name: row for name, row in plan.why.get("baselines", {}).items() if "seconds" in row}
-    if not rows:
+def _comparison(plan: Plan, measured: Measured) -> Html:
+    baselines = plan.why.get("baselines", {})
+    plans = {name: row for name, row in baselines.items() if "seconds" in row}
+    if not plans:
         return Html("")
     if "seconds" in plan.predicted:
-        rows[plan.name] = plan.predicted
-    base = rows.get("data parallel", {}).get("seconds")
-    whole = max(*(row["seconds"] for row in rows.values()), measured.get("seconds", 0.0))
+        plans[plan.name] = plan.predicted
+    baseline_seconds = plans.get("data parallel", {}).get("seconds")
+    longest = max(row["seconds"] for row in plans.values())
+    whole = max(longest, measured.get("seconds", 0.0))
     lines = []
-    for name in sorted(rows, key=lambda n: (rows[n]["seconds"], n != plan.name)):
-        lines.append(_plan_line(name, rows[name], whole, base, name == plan.name))
-        if name == plan.name and "seconds" in measured:
-            real = measured["seconds"]
-            lines.append(
-                line_of(
-                    f"{name}, measured",
-                    [("real", real)],
-                    whole,
-                    seconds_text(real),
-                    "",
-                    "",
-                    class_="found",
-                )
-            )
+    for name in sorted(plans, key=lambda n: (plans[n]["seconds"], n != plan.name)):
+        gain = _gain(baseline_seconds, plans[name]["seconds"])
+        is_chosen = name == plan.name
+        lines.append(_plan_line(name, plans[name], whole, gain, is_chosen))
+        if is_chosen and "seconds" in measured:
+            lines.append(_measured_line(name, measured["seconds"], whole))
     keys = [marked("compute", "compute"), marked("exchange", "exchange")]
-    said = "Predicted seconds of a step, against what an expert would write; then the gain over data parallel and the memory of a device."
+    text = (
+        "Predicted seconds of a step under this plan and under the baselines, with the speed "
+        "relative to data parallel and the memory of a device."
+    )
     return section_of(
         "Plans compared",
-        tag("p", said),
+        tag("p", text),
         tag("p", keys, class_="keys"),
         tag("div", lines, class_="bars plans"),
     )
 
 
-def _plan_line(
-    name: str, row: Mapping[str, Any], whole: float, base: float | None, found: bool
-) -> Html:
-    compute = row.get("seconds_compute", row["seconds"])
+def _plan_line(name: str, row: Mapping[str, Any], whole: float, gain: str, is_chosen: bool) -> Html:
+    seconds = row["seconds"]
+    compute = row.get("seconds_compute", seconds)
     memory = format_bytes(row["peak_bytes"]) if "peak_bytes" in row else ""
-    memory += "" if row.get("fits", True) else ", does not fit"
-    parts = [("compute", compute), ("exchange", row["seconds"] - compute)]
-    return line_of(
-        name,
-        parts,
-        whole,
-        seconds_text(row["seconds"]),
-        _gain(base, row["seconds"]),
-        memory,
-        class_="found" if found else None,
-    )
+    if not row.get("fits", True):
+        memory += ", does not fit"
+    parts = [("compute", compute), ("exchange", seconds - compute)]
+    figures = (seconds_text(seconds), gain, memory)
+    return line_of(name, parts, whole, *figures, class_="found" if is_chosen else None)
 
 
-def _gain(base: float | None, seconds: float) -> str:
-    return f"{_times(base / seconds)}×" if base and seconds else ""
+def _measured_line(name: str, seconds: float, whole: float) -> Html:
+    figures = (seconds_text(seconds), "", "")
+    parts = [("real", seconds)]
+    return line_of(f"{name}, measured", parts, whole, *figures, class_="found")
 
 
-def _checked(plan: Plan, measured: Mapping[str, Any]) -> Html:
+def _check(plan: Plan, measured: Measured) -> Html:
     title = "Predicted against measured"
     if not measured:
-        return section_of(
-            title, tag("p", "Nothing was measured: every figure on this page is a prediction.")
-        )
-    p = plan.predicted
+        text = "Nothing was measured: every figure on this page is a prediction."
+        return section_of(title, tag("p", text))
+    predicted = plan.predicted
+    step = (predicted.get("seconds"), measured.get("seconds"))
+    peak = (predicted.get("peak_bytes"), measured.get("peak_bytes"))
+    work = (predicted.get("flops"), measured.get("flops"))
     rows = [
-        _against("time of a step", p.get("seconds"), measured.get("seconds"), seconds_text),
-        _against(
-            "memory of a device at the peak",
-            p.get("peak_bytes"),
-            measured.get("peak_bytes"),
-            format_bytes,
-        ),
-        *_traffic_rows(p.get("traffic_bytes"), measured.get("traffic_bytes")),
-        _against("work of a device", p.get("flops"), measured.get("flops"), format_flops),
+        _check_row("time of a step", *step, seconds_text),
+        _check_row("memory of a device at the peak", *peak, format_bytes),
+        *_traffic_rows(predicted.get("traffic_bytes"), measured.get("traffic_bytes")),
+        _check_row("work of a device", *work, format_flops),
     ]
-    table = table_of(
-        title, ["", "predicted", "measured", "difference"], [row for row in rows if row]
+    columns = ["", "predicted", "measured", "difference"]
+    text = (
+        "Time is the median step. Memory, traffic and work are the compiler's counts of the "
+        "program that ran."
     )
-    said = "Time is the median step; memory, traffic and work are the compiler's count of the program that ran."
-    return section_of(title, tag("p", said), table)
+    return section_of(title, tag("p", text), table_of(title, columns, [row for row in rows if row]))
 
 
 def _traffic_rows(
-    sent: Mapping[str, float] | None, real: Mapping[str, float] | None
+    planned: Mapping[str, float] | None, emitted: Mapping[str, float] | None
 ) -> list[list[str]]:
-    if sent is None and real is None:
+    if planned is None and emitted is None:
         return []
-    kinds = _collectives(sent, real)
     rows = []
+    kinds = _collectives(planned, emitted)
     for kind in kinds if len(kinds) > 1 else []:
-        one, other = (None if side is None else side.get(kind, 0) for side in (sent, real))
-        rows.append(_against(f"sent by {kind.replace('_', '-')}", one, other, format_bytes))
-    totals = [None if side is None else sum(side.values()) for side in (sent, real)]
-    return [*rows, _against("sent in all", totals[0], totals[1], format_bytes)]
+        planned_bytes = None if planned is None else planned.get(kind, 0)
+        emitted_bytes = None if emitted is None else emitted.get(kind, 0)
+        name = f"sent by {kind.replace('_', '-')}"
+        rows.append(_check_row(name, planned_bytes, emitted_bytes, format_bytes))
+    planned_total = None if planned is None else sum(planned.values())
+    emitted_total = None if emitted is None else sum(emitted.values())
+    rows.append(_check_row("sent in all", planned_total, emitted_total, format_bytes))
+    return rows
 
 
-def _against(name: str, predicted: float | None, real: float | None, text: Any) -> list[str]:
-    """A row of the table, empty if neither side is known."""
-    if predicted is None and real is None:
+def _check_row(
+    name: str, predicted: float | None, measured: float | None, text: Callable[[Any], str]
+) -> list[str]:
+    """A row of the table; empty if neither value is known."""
+    if predicted is None and measured is None:
         return []
-    sides = [text(side) if side is not None else "–" for side in (predicted, real)]
-    return [
-        name,
-        *sides,
-        _off(predicted, real) if predicted is not None and real is not None else "–",
-    ]
+    predicted_text = "–" if predicted is None else text(predicted)
+    measured_text = "–" if measured is None else text(measured)
+    if predicted is None or measured is None:
+        return [name, predicted_text, measured_text, "–"]
+    return [name, predicted_text, measured_text, _difference(predicted, measured)]
 
 
-# What was given up, and where it all comes from
+# Alternatives and provenance
 
 
-def _given_up(plan: Plan, layers: Sequence[Layer]) -> Html:
-    close = sorted((layer for layer in layers if layer.cost.get("alternatives")), key=_closest)
-    notes = (
-        tag("ul", (tag("li", note) for note in plan.notes), class_="notes")
-        if plan.notes
-        else Html("")
+def _alternatives(plan: Plan, layers: Sequence[Layer]) -> Html:
+    title = "Alternatives"
+    notes = _notes(plan.notes)
+    candidates = [layer for layer in layers if layer.cost.get("alternatives")]
+    candidates.sort(key=_smallest_loss)
+    if not candidates:
+        return section_of(title, notes) if notes else Html("")
+    text = (
+        "Change of a step and of a device's memory if one layer were split otherwise, with all "
+        "other layers as planned. Layers with the closest alternative come first."
     )
-    if not close:
-        return section_of("What it gave up, and why", notes) if notes else Html("")
-    said = (
-        "What a step and the memory of a device would change by, if this one layer were split otherwise and all others as planned. "
-        "The layers whose second best was closest come first."
-    )
-    first = [_alternatives(layer) for layer in close[:TOP]]
-    rest = [_alternatives(layer) for layer in close[TOP:]]
-    more = (
-        tag("details", tag("summary", f"{len(rest)} more layers"), rest, class_="more")
-        if rest
-        else ""
-    )
-    return section_of(
-        "What it gave up, and why", notes, tag("p", said), tag("div", first, more, class_="reasons")
-    )
+    shown = [_alternatives_of(layer) for layer in candidates[:SHOWN]]
+    folded = [_alternatives_of(layer) for layer in candidates[SHOWN:]]
+    details: Html | str = ""
+    if folded:
+        summary = tag("summary", f"{len(folded)} more layers")
+        details = tag("details", summary, folded, class_="more")
+    return section_of(title, notes, tag("p", text), tag("div", shown, details, class_="reasons"))
 
 
-def _closest(layer: Layer) -> float:
-    return min(other["seconds"] for other in layer.cost["alternatives"])
+def _smallest_loss(layer: Layer) -> float:
+    return min(alternative["seconds"] for alternative in layer.cost["alternatives"])
 
 
-def _alternatives(layer: Layer) -> Html:
-    others = sorted(layer.cost["alternatives"], key=lambda other: other["seconds"])
-    best = others[0]
-    short = f"{best['choice']} {_signed(best['seconds'], seconds_text)}"
-    summary = tag(
-        "summary", tag("b", layer.name), tag("span", f"{layer.text}, next ", short, class_="figure")
-    )
-    rows = [
-        [o["choice"], _signed(o["seconds"], seconds_text), _signed(o["bytes"], format_bytes)]
-        for o in others
-    ]
-    chosen = (
-        [f"{layer.text} (chosen)", seconds_text(layer.seconds), format_bytes(layer.cost["bytes"])]
-        if "bytes" in layer.cost
-        else []
-    )
-    table = table_of(
-        f"Choices for {layer.name}",
-        ["choice", "step", "memory a device"],
-        [chosen, *rows] if chosen else rows,
-    )
-    return tag("details", summary, table)
+def _alternatives_of(layer: Layer) -> Html:
+    alternatives = sorted(layer.cost["alternatives"], key=lambda row: row["seconds"])
+    closest = alternatives[0]
+    loss = _signed(closest["seconds"], seconds_text)
+    text = f"{layer.text}, next {closest['choice']} {loss}"
+    summary = tag("summary", tag("b", layer.name), tag("span", text, class_="figure"))
+    rows = []
+    if "bytes" in layer.cost:
+        chosen = f"{layer.text} (chosen)"
+        rows.append([chosen, seconds_text(layer.seconds), format_bytes(layer.cost["bytes"])])
+    for row in alternatives:
+        seconds = _signed(row["seconds"], seconds_text)
+        nbytes = _signed(row["bytes"], format_bytes)
+        rows.append([row["choice"], seconds, nbytes])
+    columns = ["choice", "step", "memory a device"]
+    return tag("details", summary, table_of(f"Choices for {layer.name}", columns, rows))
 
 
 def _sources(plan: Plan) -> Html:
     names = {"seconds": "time", "peak_bytes": "memory", "traffic_bytes": "traffic", "flops": "work"}
-    rows = [(str(names.get(k, k)), str(v)) for k, v in plan.predicted.get("provenance", {}).items()]
-    bound, proof = plan.predicted.get("bound_seconds"), _proof(plan.predicted)
+    rows: dict[str, str | None] = {}
+    for figure, source in plan.predicted.get("provenance", {}).items():
+        rows[str(names.get(figure, figure))] = str(source)
+    bound = plan.predicted.get("bound_seconds")
+    proof = _proof(plan.predicted)
     if bound and proof:
-        rows.append(
-            ("bound", f"no plan of the space takes less than {seconds_text(bound)}: {proof}")
-        )
-    mesh = " × ".join(f"{a.name} = {a.size}" for a in plan.mesh.axes) or "one device"
-    rows += [("model", plan.graph), ("machine", plan.machine), ("mesh", mesh)]
-    return section_of(
-        "Where the figures come from",
-        tag("dl", (tag("div", tag("dt", k), tag("dd", v)) for k, v in rows), class_="sources"),
-    )
+        seconds = seconds_text(bound)
+        rows["lower bound"] = f"no plan of the searched space takes less than {seconds}: {proof}"
+    rows["model"] = plan.graph
+    rows["machine"] = plan.machine
+    axes = " × ".join(f"{axis.name} = {axis.size}" for axis in plan.mesh.axes)
+    rows["mesh"] = axes or "one device"
+    return section_of("Where the figures come from", listed(rows, "sources"))

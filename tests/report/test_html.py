@@ -105,7 +105,7 @@ def test_the_page_says_what_was_measured_and_what_was_given_up() -> None:
         "200.00 µs measured",
         "Plans compared",
         "data parallel",
-        "What it gave up, and why",
+        "Alternatives",
         "sent by all-gather",
     ):
         assert said in text, said

@@ -15,10 +15,11 @@ from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
 from partita.plans.baselines import BASELINES
 from partita.report.html import timeline_page
-from partita.report.timeline import COLOURS
+from partita.report.timeline import COLORS
 from partita.search.find import mesh_of
 from partita.simulation.simulate import simulate
 from partita.simulation.timeline import Span, Timeline
+from partita.units import format_bytes
 
 DATA = Path(__file__).parents[1] / "data"
 SCREENS = [(1200, "light"), (360, "dark")]
@@ -167,7 +168,7 @@ def test_a_timeline_is_drawn_whole_without_errors_or_requests(
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_names_on_spans_can_be_read_in_every_colour(scheme: str, opened: Any) -> None:
     kinds = [("compute", phase) for phase in ("forward", "backward", "update")] + [
-        (c, "forward") for c in COLOURS if c not in ("forward", "backward", "update")
+        (c, "forward") for c in COLORS if c not in ("forward", "backward", "update")
     ]
     spans = [
         Span("a", "a", kind, phase, "kernels", float(i), 1.0)
@@ -361,7 +362,7 @@ def test_the_page_says_in_words_what_waits_and_what_holds_memory() -> None:
         "held up by collectives",
         "waiting for a collective",
         f"one of its {len(made.critical_path())} tasks",
-        "at the peak, in dense_9",
+        f"Memory at the peak: {format_bytes(made.peak_bytes)}, in dense_9",
         "activations",
         "gathering stored variables",
         "Longest on the critical path",
