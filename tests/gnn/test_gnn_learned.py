@@ -23,9 +23,9 @@ from partita.gnn.split.learned import (
     Balance,
     Cost,
     Learner,
-    begun,
     best_points,
     features_of,
+    initial_points,
     prefix_sums,
 )
 from partita.gnn.split.partition import arranged, by_edges, by_metis, by_vertices
@@ -337,7 +337,7 @@ def test_learning_begins_with_fewer_rows_in_a_part_the_more_a_row_takes() -> Non
     graph = skewed()
     sums, rows = prefix_sums(graph), []
     for row in (0.0, 1e-4, 1.0):
-        points = begun(sums, 4, row, 1e-6)
+        points = initial_points(sums, 4, row, 1e-6)
         cost = Cost(np.array([row, 0, 1e-6, 0, 0, 0]), np.ones(4))
         assert (
             cost.seconds(sums, points).max()

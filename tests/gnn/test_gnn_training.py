@@ -11,18 +11,18 @@ import pytest
 
 import partita.gnn as gnn
 from partita.errors import GraphError, MachineError
-from partita.gnn import train
 from partita.gnn.nn import models
+from partita.gnn.prepare import Split
 from partita.gnn.split.choice import columns_of, neighbours
 from partita.gnn.split.partition import (
-    Kind,
+    AggregationKind,
+    aggregations_of_part,
     arranged,
     by_edges,
     by_vertices,
     cut,
     near_training,
     split_points,
-    ways_of_part,
 )
 from partita.machine import load
 
@@ -106,9 +106,7 @@ def test_an_order_that_is_none_is_refused() -> None:
     ):
         with pytest.raises(GraphError, match=sentence):
             trained(models.GCN, drawn(), order=wrong)
-    with pytest.raises(
-        GraphError, match=r"give it graph\.relabelled\(order\), and leave out order"
-    ):
+    with pytest.raises(GraphError, match=r"Give fit graph\.relabelled\(order\), and remove order"):
         trained(models.GCN, drawn(), order="degree", memory="1GiB")
 
 
@@ -117,7 +115,7 @@ def test_any_number_of_parts_gives_the_same_predictions() -> None:
     model, _ = trained(models.GCN, graph)
     alone = model.predict(graph)
     for parts in range(2, 8):
-        model.__dict__["_split"] = train.Split(parts, "edges", parts if parts == 3 else None)
+        model._graph_trainer.split = Split.of(parts, columns=parts if parts == 3 else None)
         np.testing.assert_allclose(model.predict(graph), alone, rtol=1e-4, atol=1e-5)
         assert (
             model.parts.edges.sum() == graph.edges and model.parts.vertices.sum() == graph.vertices
@@ -160,8 +158,13 @@ def test_parts_fetch_the_rows_that_their_edges_begin_at() -> None:
 @pytest.mark.parametrize("weights", [False, True])
 def test_place_behind_the_edges_of_a_part_holds_zeros(weights: bool) -> None:
     graph = drawn(200, 900, weights)
-    parts = cut(graph, np.array([0, 20, 90, 200]), kinds=[Kind(apart=True), Kind()], moves=True)
-    for way in (way for i in range(parts.count) for way in ways_of_part(graph, parts, i)):
+    parts = cut(
+        graph,
+        np.array([0, 20, 90, 200]),
+        kinds=[AggregationKind(apart=True), AggregationKind()],
+        moves=True,
+    )
+    for way in (way for i in range(parts.count) for way in aggregations_of_part(graph, parts, i)):
         for edges, heavy in [(way.edges, way.weights)] + ([way.far] if way.far else []):
             used = edges.offsets[-1]
             behind = [
@@ -185,7 +188,7 @@ def test_a_step_sums_only_over_what_the_training_vertices_see(name: str) -> None
     graph = few_training()
     for how in ({}, {"devices": 3, "columns": 1}):
         model, history = trained(MODELS[name], graph, **how)
-        ways = model.__dict__["_kept"][2].graph.aggregations
+        ways = model._graph_trainer.device.prepared.data.block.aggregations
         assert [w.near for w in ways[:2]] == [-1, 0] and ways[1].edges.ids.size < ways[
             0
         ].edges.ids.size / 4
@@ -195,7 +198,7 @@ def test_a_step_sums_only_over_what_the_training_vertices_see(name: str) -> None
             whole, expected = trained(MODELS[name], graph, **how)
         finally:
             kind.by_vertex = True
-        assert len(whole.__dict__["_kept"][2].graph.aggregations) == 1
+        assert len(whole._graph_trainer.device.prepared.data.block.aggregations) == 1
         for what, values in expected.items():
             np.testing.assert_allclose(
                 history[what], values, rtol=2e-4, atol=1e-5, err_msg=f"{what}, {how}"
@@ -333,11 +336,11 @@ def test_what_cannot_be_learnt_is_one_sentence(broken: dict[str, Any], sentence:
 def test_bad_splits_are_one_sentence() -> None:
     with pytest.raises(
         GraphError,
-        match="There is no partitioner 'fair': use 'vertices', 'edges', 'learned' or 'metis', or give split",
+        match="partition='fair' is no partitioner: use 'vertices', 'edges', 'learned' or 'metis', or give split",
     ):
         split_points(drawn(), 2, "fair")
     with pytest.raises(
-        GraphError, match="Vertex 22 is given to part 2, and there are parts 0 to 1"
+        GraphError, match="Vertex 22 is given to part 2, and there are 2 parts: use parts 0 to 1"
     ):
         arranged(drawn(), 2, [0] * 22 + [2])
     with pytest.raises(
@@ -347,7 +350,7 @@ def test_bad_splits_are_one_sentence() -> None:
         split_points(drawn(), 1, [0, 30])
     with pytest.raises(
         GraphError,
-        match="4 devices cannot be put into groups of 3: columns must divide the devices",
+        match="columns=3 does not divide 4 devices: use a divisor of 4",
     ):
         trained(models.GCN, drawn(), devices=4, columns=3)
     with pytest.raises(MachineError, match="99 devices are asked for, and JAX has"):

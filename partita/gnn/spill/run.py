@@ -27,9 +27,22 @@ import keras
 import numpy as np
 
 from partita.errors import GraphError
+from partita.gnn.data.graph import Graph
 from partita.gnn.kernels.bridge import step_options
 from partita.gnn.nn.pieces import Piece, by_rows
+from partita.gnn.prepare import data_of
+from partita.gnn.runs import TrainingRun
 from partita.gnn.spill.plan import MemoryPlan, Operator, Work, lru, planned
+from partita.gnn.step import (
+    StepState,
+    build_metrics,
+    logs_of,
+    loss_sum,
+    metric_counts,
+    state_of,
+    store_state,
+    zero_counts,
+)
 
 FINENESS = (1, 2, 4, 8, 16)
 """Into how many columns tables may be cut, and into twice as many rows; 1 is not at all."""
@@ -160,10 +173,13 @@ class Followed:
     seconds: dict[str, float]
 
 
-class Planned:
+class MemoryRun(TrainingRun):
     """The training step of a built model on a graph within `budget` bytes. `data` is the graph's data without features."""
 
-    def __init__(self, model: Any, graph: Any, data: Any, state: Any, budget: int) -> None:
+    def __init__(self, model: Any, graph: Graph, budget: int) -> None:
+        data = jax.device_put(replace(data_of(graph), x=None))
+        state = state_of(model)
+        self.digest = graph.digest
         mro = type(model).__mro__
         first = next((c for c in mro if "call" in vars(c) or "stages" in vars(c)), None)
         if first is None or "stages" not in vars(first):
@@ -233,7 +249,7 @@ class Planned:
                     group, t, o, g, 0, dict(zip(group.reads, x, strict=True))
                 )
                 program, (written, changed) = jax.make_jaxpr(run, return_shape=True)(
-                    self.like[0], self.like[1], self.data.graph, *(shapes[t] for t in piece.reads)
+                    self.like[0], self.like[1], self.data.block, *(shapes[t] for t in piece.reads)
                 )
                 shapes |= zip(piece.writes, written, strict=True)
                 inner = program.jaxpr
@@ -248,9 +264,11 @@ class Planned:
                             "themselves: give each stage layers of its own, or leave out memory."
                         )
                 found.append((i, piece))
-        metrics = self.model._compile_metrics
-        if metrics is not None and not metrics.built:
-            jax.eval_shape(metrics.build, self.data.labels, shapes[f"x{len(self.stages)}"])
+        jax.eval_shape(
+            lambda data, y: build_metrics(self.model, data, y),
+            self.data,
+            shapes[f"x{len(self.stages)}"],
+        )
         return *_grouped(found, used), shapes
 
     def _run(
@@ -283,26 +301,6 @@ class Planned:
             state_mapping=list(zip(self.model.trainable_variables, trainable, strict=True))
         ):
             return sum(self.model.losses, start=jnp.zeros(()))
-
-    def _counted(self, y: Any, data: Any) -> list[Any]:
-        """What the metrics count over the vertices of the training mask, which adds up over rows."""
-        metrics = self.model._compile_metrics
-        if metrics is None:
-            return []
-        with keras.StatelessScope(
-            state_mapping=[(v, jnp.zeros(v.shape, v.dtype)) for v in metrics.variables]
-        ):
-            metrics.update_state(data.labels, y, sample_weight=data.masks["train"])
-            return [v.value for v in metrics.variables]
-
-    def _logs(self, carry: Carry) -> dict[str, Any]:
-        metrics = self.model._compile_metrics
-        if metrics is None:
-            return {"loss": carry.loss}
-        with keras.StatelessScope(
-            state_mapping=list(zip(metrics.variables, carry.counts, strict=True))
-        ):
-            return {"loss": carry.loss, **metrics.result()}
 
     # ----------------------------------------------------------------------------------------------------------- operators
 
@@ -514,7 +512,7 @@ class Planned:
         """(carry, tables written)."""
         known = dict(zip(group.reads, given, strict=True))
         written, changed = self._run(
-            group, trainable, others, *self._at(group, data.graph, first), known
+            group, trainable, others, *self._at(group, data.block, first), known
         )
         return carry.changed(changed), written
 
@@ -539,12 +537,12 @@ class Planned:
     ) -> Any:
         """(carry with loss and metrics added, nothing), or for 'predict' (carry, rows of the model's output)."""
         known = dict(zip(group.reads, given, strict=True))
-        (y,), _ = self._run(group, trainable, others, *self._at(group, data.graph, first), known)
+        (y,), _ = self._run(group, trainable, others, *self._at(group, data.block, first), known)
         if kind == "predict":
             return carry, [y]
         part = self._part(group, data, first, size)
-        value = self.model._summed_loss(y, part, "train") / data.masks["train"].sum()
-        return carry.judged(value, self._counted(y, part)), []
+        value = loss_sum(self.model, y, part, "train") / data.masks["train"].sum()
+        return carry.judged(value, metric_counts(self.model, y, part, "train")), []
 
     def _turn(
         self,
@@ -568,10 +566,10 @@ class Planned:
                 group,
                 _replaced(trainable, used, weights),
                 others,
-                *self._at(group, data.graph, first),
+                *self._at(group, data.block, first),
                 known | some,
             )
-            return self.model._summed_loss(y, part, "train") / data.masks["train"].sum(), (
+            return loss_sum(self.model, y, part, "train") / data.masks["train"].sum(), (
                 y,
                 changed,
             )
@@ -579,7 +577,11 @@ class Planned:
         (value, (y, changed)), (grads, slopes) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
             [trainable[k] for k in used], {t: known[t] for t in wanted}
         )
-        carry = carry.changed(changed).judged(value, self._counted(y, part)).learned(used, grads)
+        carry = (
+            carry.changed(changed)
+            .judged(value, metric_counts(self.model, y, part, "train"))
+            .learned(used, grads)
+        )
         return carry, [slopes[t] for t in wanted]
 
     def _backward(
@@ -609,7 +611,7 @@ class Planned:
                 group,
                 _replaced(trainable, used, weights),
                 others,
-                *self._at(group, data.graph, first),
+                *self._at(group, data.block, first),
                 known | some,
             )[0]
 
@@ -624,17 +626,29 @@ class Planned:
     def _carry(self, trainable: Any, others: Any) -> Carry:
         """What a step begins with: the penalty and its gradients."""
         value, grads = jax.value_and_grad(self._penalty)(trainable)
-        metrics = self.model._compile_metrics
-        counts = [] if metrics is None else [jnp.zeros(v.shape, v.dtype) for v in metrics.variables]
-        return Carry([jnp.array(v, copy=True) for v in others], grads, value, counts)
+        others = [jnp.array(v, copy=True) for v in others]
+        return Carry(others, grads, value, zero_counts(self.model))
 
-    def step(self, state: Any, _: Any) -> Any:
+    def serves(self, graph: Graph) -> bool:
+        """Whether this run is of an equal graph."""
+        unchanged = self.graph is graph or self.graph.digest == self.digest
+        return self.digest == graph.digest and unchanged
+
+    def state(self) -> StepState:
+        return state_of(self.model)
+
+    def store(self, state: StepState) -> None:
+        store_state(self.model, state)
+
+    def train(self, state: StepState) -> tuple[dict[str, Any], StepState]:
         """(logs, state after), as the compiled step gives them."""
         self.last = found = self._followed(self.passage, self.plan, state, self.data)
         trainable, optimizer = self.passage.runs["update"].program(
             state[2], found.carry.total, state[0]
         )
-        return self._logs(found.carry), (trainable, found.carry.others, optimizer)
+        return logs_of(self.model, found.carry.loss, found.carry.counts), StepState(
+            trainable, found.carry.others, optimizer
+        )
 
     def _followed(self, passage: Passage, plan: MemoryPlan, state: Any, data: Any) -> Followed:
         """Does what a plan says, but for the update."""
@@ -674,9 +688,9 @@ class Planned:
                 copying += time.perf_counter() - began
         return Followed(carry, rows, moved, copying, seconds)
 
-    def replan(self) -> None:
-        """A plan that may run forward operators again, by the seconds measured in the first step."""
-        if self.measured or self.last is None or not self.last.moved:
+    def after_epoch(self, epochs_left: int) -> None:
+        """Makes a plan that may run forward operators again, by the seconds measured in the first step."""
+        if not epochs_left or self.measured or self.last is None or not self.last.moved:
             return
         self.measured, last = True, self.last
         families: dict[str, list[float]] = {}
@@ -693,14 +707,14 @@ class Planned:
         self.passage = replace(self.passage, work=work)
         self.plan = planned(work, self.budget, last.moved / max(last.copying, 1e-9))
 
-    def judged(self, state: Any, mask: str) -> dict[str, Any]:
+    def evaluate(self, state: StepState, mask: str) -> dict[str, Any]:
         """Loss and metrics of a mask without dropout, within the budget too."""
         masks = self.data.masks | {"train": self.data.masks[mask]}
-        return self._logs(
-            self._followed(*self._judging("judge"), state, replace(self.data, masks=masks)).carry
-        )
+        data = replace(self.data, masks=masks)
+        carry = self._followed(*self._judging("judge"), state, data).carry
+        return logs_of(self.model, carry.loss, carry.counts)
 
-    def predicted(self, state: Any) -> np.ndarray:
+    def predict(self, state: StepState) -> np.ndarray:
         """float32 [vertices, classes]: the model's output, within the budget too."""
         return np.concatenate(self._followed(*self._judging("predict"), state, self.data).rows)
 

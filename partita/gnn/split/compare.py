@@ -1,4 +1,7 @@
-"""What each partitioner makes of a graph: predicted seconds of every device, rows fetched, bytes; as JSON and as tables (`partita.report.parts` makes a page)."""
+"""A comparison of partitioners on a graph: predicted seconds of every device, rows fetched, bytes.
+
+It is a dict for JSON, two tables for people here, and a page in `partita.report.parts`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from partita.gnn.data.graph import Graph
 from partita.gnn.split.learned import (
@@ -26,45 +30,28 @@ TITLES = {
     "metis": "METIS",
     "learned": "learned",
 }
-WITHOUT_METIS = "METIS is not compared: its package is not installed; run `pip install pymetis`."
+"""Partitioners by their titles in tables."""
+
+WITHOUT_METIS = "METIS is not compared: pymetis is not installed. Run `pip install pymetis`."
+
+COLUMNS = ("partitioner", "slowest part", "imbalance", "rows fetched", "bytes per epoch")
 
 
 def compare(
     graph: Graph, devices: int, width: int, report: Callable[..., Any] | None = None
 ) -> dict[str, Any]:
-    """What the partitioners make of a graph, as JSON has it; times are of one sum over in-edges, of `width` features, on this machine.
+    """The partitioners on a graph, as JSON has them.
 
-    bytes of an epoch: the rows fetched, forward, and their gradients on the way back, of one layer.
+    Seconds are of one sum over in-edges, of `width` features, on this machine. The bytes of an epoch are the rows
+    fetched, forward, and their gradients on the way back, of one layer. `report`: as in `calibrated`.
     """
     sums = prefix_sums(graph)
     weights, error = calibrated(graph, sums, width, report)
     cost = Cost(weights, np.ones(devices))
-    found: dict[str, Any] = {}
+    partitioners = {}
     for name in TITLES:
-        if name == "metis" and importlib.util.find_spec("pymetis") is None:
-            continue
-        split, points, order = (
-            (graph, best_points(sums, cost), None)
-            if name == "learned"
-            else arranged(graph, devices, name)
-        )
-        of = sums if order is None else prefix_sums(split)
-        seconds, features, fetched = (
-            cost.seconds(of, points),
-            features_of(of, points),
-            cut(split, points).fetched,
-        )
-        found[name] = {
-            "largest_seconds": float(seconds.max()),
-            "imbalance": float(seconds.max() / seconds.mean()) if seconds.any() else 1.0,
-            "fetched": int(fetched.sum()),
-            "bytes": int(fetched.sum()) * width * 4 * 2,
-            "points": None if order is not None else points.tolist(),
-            "parts": [
-                {"vertices": int(f[1]), "edges": int(f[2]), "fetched": int(r), "seconds": float(s)}
-                for f, r, s in zip(features, fetched, seconds, strict=True)
-            ],
-        }
+        if name != "metis" or importlib.util.find_spec("pymetis") is not None:
+            partitioners[name] = _facts(graph, name, sums, cost, width)
     return {
         "graph": graph.name,
         "vertices": graph.vertices,
@@ -73,54 +60,80 @@ def compare(
         "features": width,
         "error": error,
         "ranges": RANGES,
-        "partitioners": found,
+        "partitioners": partitioners,
     }
 
 
-def source_of(found: Mapping[str, Any]) -> str:
-    """Where the times of a comparison come from."""
+def _facts(graph: Graph, name: str, sums: np.ndarray, cost: Cost, width: int) -> dict[str, Any]:
+    """One partitioner on a graph, as JSON has it."""
+    order = None
+    if name == "learned":
+        points = best_points(sums, cost)
+    else:
+        graph, points, order = arranged(graph, len(cost.slowness), name)
+        if order is not None:
+            sums = prefix_sums(graph)
+    seconds = cost.seconds(sums, points)
+    fetched = cut(graph, points).fetched
+    parts = []
+    rows = zip(features_of(sums, points), fetched, seconds, strict=True)
+    for features, fetched_rows, part_seconds in rows:
+        parts.append(
+            {
+                "vertices": int(features[1]),
+                "edges": int(features[2]),
+                "fetched": int(fetched_rows),
+                "seconds": float(part_seconds),
+            }
+        )
+    return {
+        "largest_seconds": float(seconds.max()),
+        "imbalance": float(seconds.max() / seconds.mean()) if seconds.any() else 1.0,
+        "fetched": int(fetched.sum()),
+        "bytes": int(fetched.sum()) * width * 4 * 2,
+        "points": points.tolist() if order is None else None,
+        "parts": parts,
+    }
+
+
+def source_of(comparison: Mapping[str, Any]) -> str:
+    """The source of the seconds of a comparison, in words."""
     return (
-        f"Nothing was measured in training: times are of one sum over in-edges of {found['features']} features, fitted to {found['ranges']} random ranges "
-        f"that one core of this machine summed; of ranges that the fit had not seen it was {found['error']:.1%} off (median)."
+        "Nothing was measured in training. Seconds are of one sum over in-edges of "
+        f"{comparison['features']} features, fitted to {comparison['ranges']} random ranges that one core "
+        f"of this machine summed. The fit was {comparison['error']:.1%} off (median) on ranges that it had not seen."
     )
 
 
-def row_of(name: str, one: Mapping[str, Any]) -> list[str]:
+def row_of(name: str, facts: Mapping[str, Any]) -> list[str]:
+    """The row of a partitioner, under `COLUMNS`."""
     return [
         TITLES[name],
-        format_seconds(one["largest_seconds"]),
-        f"{one['imbalance']:.2f}",
-        f"{one['fetched']:,}",
-        format_bytes(one["bytes"]),
+        format_seconds(facts["largest_seconds"]),
+        f"{facts['imbalance']:.2f}",
+        f"{facts['fetched']:,}",
+        format_bytes(facts["bytes"]),
     ]
 
 
-COLUMNS = ("partitioner", "slowest part", "imbalance", "rows fetched", "bytes per epoch")
-
-
-def comparison_table(found: Mapping[str, Any]) -> Any:
-    """A table for people, partitioners down."""
-    from rich.table import Table
-
-    table = Table(title=f"{found['graph']} over {found['devices']} devices")
+def comparison_table(comparison: Mapping[str, Any]) -> Table:
+    """A table for people, a row for each partitioner."""
+    table = Table(title=f"{comparison['graph']} over {comparison['devices']} devices")
     for i, column in enumerate(COLUMNS):
         table.add_column(column, justify="right" if i else "left")
-    for name, one in found["partitioners"].items():
-        table.add_row(*row_of(name, one))
+    for name, facts in comparison["partitioners"].items():
+        table.add_row(*row_of(name, facts))
     return table
 
 
-def device_table(found: Mapping[str, Any]) -> Any:
-    """A table for people: what each device is predicted to take."""
-    from rich.table import Table
-
+def device_table(comparison: Mapping[str, Any]) -> Table:
+    """A table for people: the predicted seconds of each device, a column for each partitioner."""
+    partitioners = comparison["partitioners"]
     table = Table(title="predicted time of every device")
     table.add_column("device")
-    for name in found["partitioners"]:
+    for name in partitioners:
         table.add_column(TITLES[name], justify="right")
-    for d in range(found["devices"]):
-        table.add_row(
-            str(d),
-            *(format_seconds(one["parts"][d]["seconds"]) for one in found["partitioners"].values()),
-        )
+    for device in range(comparison["devices"]):
+        seconds = [facts["parts"][device]["seconds"] for facts in partitioners.values()]
+        table.add_row(str(device), *map(format_seconds, seconds))
     return table

@@ -1,18 +1,19 @@
-"""Where a graph is cut into contiguous parts of vertices, and what each part then holds and fetches.
+"""Contiguous parts of a graph: where it is cut, and what each part stores and fetches.
 
-A partitioner returns the split points alone: part i is the vertices from `points[i]` to `points[i + 1]`, possibly none. `cut` says what the
-parts hold and what each needs of others; `block_of_part` makes the block of one of them, so that a process makes those of its own devices
-and no more. Blocks are filled up to equal sizes, since every device runs the same program.
+A partitioner returns the split points alone: part i is the vertices from `points[i]` to `points[i + 1]`, possibly none.
+`cut` sizes the parts and finds the rows that each needs of others. `block_of_part` makes the block of one part, so that
+a process makes those of its own devices only. Blocks are padded to equal sizes, since every device runs one program.
 
-A row that a part needs of another is fetched once, however many edges begin there. Rows go round in turns: in turn k every part sends
-to the one k further on what that one needs, so a turn is as long as the longest of its messages, and a turn without any is left out.
+A row that a part needs of another is fetched once, whatever the number of edges that begin there. Rows are exchanged in
+rounds: in round k every part sends to the one k further on. A round is as long as the longest of its messages, and a
+round without messages is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -23,9 +24,24 @@ from partita.gnn.data.csr import aligned, offsets_of, transpose_csr
 from partita.gnn.data.graph import Graph
 from partita.gnn.nn.block import Aggregation, Block, Edges, HaloMessage, edges_of, of_vertices
 
+SPARE_ROWS = 0.0625
+"""Share of the rows of equal parts that stays free where a graph will be split again. Every device computes those rows."""
+
+SPARE_MESSAGES = 0.125
+"""Share of the rows of a message that stays free where a graph will be split again."""
+
+SPARE_EDGES = 0.25
+"""Share of the edges that stays free where a graph will be split again."""
+
+NEAR = 0.5
+"""Share of the edges that is stored a second time at most, for the vertices near the training ones."""
+
+
+# ------------------------------------------------------------------------------------------------------- partitioners
+
 
 def by_vertices(graph: Graph, parts: int) -> np.ndarray:
-    """int64 [parts + 1]: split points with as many vertices in every part.
+    """int64 [parts + 1]: split points with an equal number of vertices in every part.
 
     >>> by_vertices(Graph.from_edges([0, 0, 0, 1], [0, 1, 1, 2], 4), 2)
     array([0, 2, 4])
@@ -34,7 +50,7 @@ def by_vertices(graph: Graph, parts: int) -> np.ndarray:
 
 
 def by_edges(graph: Graph, parts: int) -> np.ndarray:
-    """int64 [parts + 1]: split points with as many in-edges in every part, as far as vertices are whole.
+    """int64 [parts + 1]: split points with an equal number of in-edges in every part, to whole vertices.
 
     >>> by_edges(Graph.from_edges([0, 0, 0, 1], [0, 0, 0, 2], 4), 2)
     array([0, 1, 4])
@@ -47,11 +63,11 @@ PARTITIONERS: dict[str, Callable[[Graph, int], np.ndarray]] = {
     "vertices": by_vertices,
     "edges": by_edges,
 }
-"""Partitioners that cut the vertices as they are numbered, by the graph alone; 'learned' asks the model as well (`learned.begun`)."""
+"""Partitioners that read the graph alone and keep its numbers; 'learned' reads the model as well (`learned.begun`)."""
 
 
 def by_metis(graph: Graph, parts: int) -> np.ndarray:
-    """int64 [vertices]: the part of every vertex by METIS: as many vertices and in-edges together in each, and few edges between them.
+    """int64 [vertices]: the part of every vertex by METIS: equal sums of vertices and in-edges, few edges between parts.
 
     METIS (Karypis and Kumar 1998) cuts the undirected graph without self edges. GraphError where pymetis is not installed.
     """
@@ -59,18 +75,19 @@ def by_metis(graph: Graph, parts: int) -> np.ndarray:
         import pymetis  # type: ignore[import-not-found]
     except ImportError:
         raise GraphError(
-            "The partitioner 'metis' needs the package pymetis: run `pip install pymetis`, or use 'edges' or 'learned'."
+            "The partitioner 'metis' needs the package pymetis: run `pip install pymetis`, "
+            "or use 'edges' or 'learned'."
         ) from None
-    ones = scipy.sparse.csr_array(
-        (np.ones(graph.edges, np.int8), graph.sources, graph.offsets), shape=(graph.vertices,) * 2
-    )
-    both = scipy.sparse.csr_array(((ones + ones.T) != 0).astype(np.int8))
-    both.setdiag(0)
-    both.eliminate_zeros()
+    shape = (graph.vertices, graph.vertices)
+    ones = np.ones(graph.edges, np.int8)
+    directed = scipy.sparse.csr_array((ones, graph.sources, graph.offsets), shape=shape)
+    undirected = scipy.sparse.csr_array(((directed + directed.T) != 0).astype(np.int8))
+    undirected.setdiag(0)
+    undirected.eliminate_zeros()
     _, part = pymetis.part_graph(
         parts,
-        xadj=both.indptr.tolist(),
-        adjncy=both.indices.tolist(),
+        xadj=undirected.indptr.tolist(),
+        adjncy=undirected.indices.tolist(),
         vweights=(graph.in_degrees() + 1).tolist(),
     )
     return np.asarray(part, np.int64)
@@ -79,104 +96,116 @@ def by_metis(graph: Graph, parts: int) -> np.ndarray:
 def arranged(
     graph: Graph, parts: int, partition: Any
 ) -> tuple[Graph, np.ndarray, np.ndarray | None]:
-    """(graph to split, split points, order it was relabelled by or None): `partition` is a name, split points, or the part of every vertex."""
-    if isinstance(partition, str) and partition == "metis":
+    """(graph to split, split points, order it was relabelled by or None).
+
+    `partition` is a name, split points, or the part of every vertex. GraphError if it does not fit the graph.
+    """
+    if isinstance(partition, str):
+        if partition != "metis":
+            return graph, split_points(graph, parts, partition), None
         partition = by_metis(graph, parts)
-    elif (
-        isinstance(partition, str)
-        or len(partition) == parts + 1
-        or len(partition) != graph.vertices
-    ):
+    elif len(partition) == parts + 1 or len(partition) != graph.vertices:
         return graph, split_points(graph, parts, partition), None
     part = np.asarray(partition)
-    if part.min() < 0 or part.max() >= parts:
-        v = int(np.argmax((part < 0) | (part >= parts)))
+    outside = (part < 0) | (part >= parts)
+    if outside.any():
+        vertex = int(np.argmax(outside))
         raise GraphError(
-            f"Vertex {v:,} is given to part {part[v]}, and there are parts 0 to {parts - 1}."
+            f"Vertex {vertex:,} is given to part {part[vertex]}, and there are {parts} parts: "
+            f"use parts 0 to {parts - 1}."
         )
     order = np.argsort(part, kind="stable")
-    return (
-        graph.relabelled(order),
-        np.concatenate([[0], np.cumsum(np.bincount(part, minlength=parts))]),
-        order,
-    )
+    sizes = np.bincount(part, minlength=parts)
+    points = np.concatenate([[0], np.cumsum(sizes)])
+    return graph.relabelled(order), points, order
 
 
 def split_points(graph: Graph, parts: int, partition: Any) -> np.ndarray:
-    """The split points of a named partitioner, or those that are given, checked."""
+    """int64 [parts + 1]: the split points of a named partitioner, or given ones, checked."""
     if isinstance(partition, str):
         if partition not in PARTITIONERS:
+            names = ", ".join(map(repr, PARTITIONERS))
             raise GraphError(
-                f"There is no partitioner {partition!r}: use {', '.join(map(repr, PARTITIONERS))}, 'learned' or 'metis', or give split points."
+                f"partition={partition!r} is no partitioner: use {names}, 'learned' or 'metis', "
+                "or give split points."
             )
         return PARTITIONERS[partition](graph, parts)
     points = np.asarray(partition)
-    if (
-        points.shape != (parts + 1,)
-        or points[0] != 0
-        or points[-1] != graph.vertices
-        or (np.diff(points) < 0).any()
-    ):
+    if points.shape != (parts + 1,) or not _covers(points, graph.vertices):
         raise GraphError(
-            f"The split points {points.tolist()} do not cut {graph.vertices:,} vertices into {parts} parts: give {parts + 1} numbers that rise "
-            f"from 0 to {graph.vertices}."
+            f"The split points {points.tolist()} do not cut {graph.vertices:,} vertices into {parts} parts: "
+            f"give {parts + 1} numbers that rise from 0 to {graph.vertices}."
         )
     return points.astype(np.int64)
 
 
-SPARE_ROWS, SPARE_SENT, SPARE_EDGES = 0.0625, 0.125, 0.25
-"""Shares of place left free where a graph will be split again: of the rows of equal parts, which every device computes, where parts do not differ by more; of
-rows that are sent; of edges."""
+def _covers(points: np.ndarray, vertices: int) -> bool:
+    """Whether split points rise from 0 to the number of vertices."""
+    return bool(points[0] == 0 and points[-1] == vertices and (np.diff(points) >= 0).all())
+
+
+# --------------------------------------------------------------------------------------------------- sizes of the parts
 
 
 @dataclass(frozen=True)
-class Place:
-    """What every device has place for of one way to aggregate: edges, in which turns how many rows of others, and of edges from those that lie apart."""
+class AggregationCapacity:
+    """The sizes of one kind of aggregation on every device.
+
+    edges   in-edges
+    rounds  (round, rows of a message) of every exchange round
+    far     edges from rows of other devices, where those are stored apart
+    """
 
     edges: int
-    turns: tuple[tuple[int, int], ...]
+    rounds: tuple[tuple[int, int], ...]
     far: int
 
-    def holds(self, other: Place) -> bool:
-        """Whether what needs `other` fits in here."""
-        turns = dict(self.turns)
-        return (
-            self.edges >= other.edges
-            and self.far >= other.far
-            and all(turns.get(k, 0) >= n for k, n in other.turns)
-        )
+    def holds(self, other: AggregationCapacity) -> bool:
+        """Whether an aggregation that needs `other` fits."""
+        rows = dict(self.rounds)
+        rounds_fit = all(rows.get(number, 0) >= needed for number, needed in other.rounds)
+        return self.edges >= other.edges and self.far >= other.far and rounds_fit
+
+    def with_spare(self) -> AggregationCapacity:
+        """Larger sizes, for other parts. Where edges are stored apart, any of them may be on either side."""
+        edges = _with_spare(self.edges + self.far, SPARE_EDGES)
+        rounds = [(number, _with_spare(rows, SPARE_MESSAGES)) for number, rows in self.rounds]
+        return AggregationCapacity(edges, tuple(rounds), edges if self.far else 0)
 
 
 @dataclass(frozen=True)
-class Room:
-    """What every device has place for: rows, and of every way to aggregate its own."""
+class Capacity:
+    """The sizes of every device: rows, and those of each kind of aggregation."""
 
     rows: int
-    ways: tuple[Place, ...]
+    kinds: tuple[AggregationCapacity, ...]
 
-    def holds(self, other: Room) -> bool:
-        """Whether parts that need `other` fit in here."""
-        same = len(self.ways) == len(other.ways)
-        return (
-            same
-            and self.rows >= other.rows
-            and all(a.holds(b) for a, b in zip(self.ways, other.ways, strict=True))
-        )
+    def holds(self, other: Capacity) -> bool:
+        """Whether parts that need `other` fit."""
+        if len(self.kinds) != len(other.kinds) or self.rows < other.rows:
+            return False
+        pairs = zip(self.kinds, other.kinds, strict=True)
+        return all(kind.holds(needed) for kind, needed in pairs)
 
-    def wider(self, equal: int) -> Room:
-        """With place for other parts, where equal ones have so many rows; where some edges lie apart, for any of them on either side."""
-        more = lambda n, share: int(n * (1 + share))
-        edges = lambda w: more(w.edges + w.far, SPARE_EDGES)
-        place = lambda w: Place(
-            edges(w), tuple((k, more(n, SPARE_SENT)) for k, n in w.turns), edges(w) if w.far else 0
-        )
-        return Room(max(self.rows, more(equal, SPARE_ROWS)), tuple(map(place, self.ways)))
+    def with_spare(self, equal_rows: int) -> Capacity:
+        """Larger sizes, for other parts; `equal_rows`: rows of parts of equal size."""
+        rows = max(self.rows, _with_spare(equal_rows, SPARE_ROWS))
+        return Capacity(rows, tuple(kind.with_spare() for kind in self.kinds))
+
+
+def _with_spare(size: int, share: float) -> int:
+    return int(size * (1 + share))
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A way to aggregate (`block.Aggregation`): groups of `columns` parts; edges into vertices of `keep` [vertices] only, which are `near` the training ones, if it is
-    given; whether edges from the rows of other groups lie apart."""
+class AggregationKind:
+    """A kind of aggregation that parts are made for (`block.Aggregation`).
+
+    columns     parts of a group that share their vertices and split the features
+    near        edges from the vertices of `keep` to a training vertex at most; -1: all vertices
+    keep        bool [vertices]: vertices whose in-edges are there, or None for all
+    apart       whether edges from the rows of other groups are stored apart
+    """
 
     columns: int = 1
     near: int = -1
@@ -186,27 +215,35 @@ class Kind:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a way to aggregate needs. `needed[i][k]` are the vertices whose rows group i needs of the group k before it, round the end; ascending, none of its
-    own. `least`: the place for it."""
+    """The rows that groups of parts fetch for one kind of aggregation.
 
-    kind: Kind
+    needed      `needed[i][k]`: vertices whose rows group i needs of the group k before it, cyclically; ascending
+    capacity    the sizes that hold all groups
+    """
+
+    kind: AggregationKind
     needed: list[list[np.ndarray]]
-    least: Place
+    capacity: AggregationCapacity
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the parts of a graph hold: split points [parts + 1]; vertices, in-edges and fetched rows [parts] of each; the place for them.
+    """The parts of a graph.
 
-    `exchanges`: in which ways they aggregate. `order`: by which the vertices were relabelled first, if they
-    were.
+    points      int64 [parts + 1]: split points
+    vertices    [parts]: vertices of each
+    edges       [parts]: in-edges of each
+    fetched     [parts]: rows that each fetches
+    capacity    sizes of every device
+    exchanges   rows that are fetched for each kind of aggregation
+    order       the user's number of each vertex if the graph was relabelled, else None
     """
 
     points: np.ndarray
     vertices: np.ndarray
     edges: np.ndarray
     fetched: np.ndarray
-    room: Room
+    capacity: Capacity
     exchanges: tuple[Exchange, ...] = field(repr=False)
     order: np.ndarray | None = None
 
@@ -216,34 +253,30 @@ class Parts:
 
     @property
     def rows(self) -> int:
-        """Rows that every device has place for."""
-        return self.room.rows
+        """Rows of every device, padding included."""
+        return self.capacity.rows
 
     @property
-    def edge_room(self) -> int | None:
-        """In-edges of its own vertices that every device has place for; None where groups share them."""
-        whole = lambda kind: kind.columns == 1 and kind.keep is None
-        return next(
-            (
-                place.edges
-                for e, place in zip(self.exchanges, self.room.ways, strict=True)
-                if whole(e.kind)
-            ),
-            None,
-        )
+    def edge_capacity(self) -> int | None:
+        """In-edges of its own vertices that every device can store; None where groups share vertices."""
+        for exchange, capacity in zip(self.exchanges, self.capacity.kinds, strict=True):
+            if exchange.kind.columns == 1 and exchange.kind.keep is None:
+                return capacity.edges
+        return None
 
     def of_part(self, i: int, table: np.ndarray) -> np.ndarray:
-        """[rows, ...]: the rows of a table of vertices that part i has, filled up with zeros."""
-        return _filled(table[self.points[i] : self.points[i + 1]], self.rows)
+        """[rows, ...]: the rows of part i of a table of vertices, padded with zeros."""
+        return _padded(table[self.points[i] : self.points[i + 1]], self.rows)
 
     def joined(self, stacked: np.ndarray) -> np.ndarray:
-        """[vertices, ...]: the way back, to the user's numbers."""
-        found = np.concatenate([stacked[i, : self.vertices[i]] for i in range(self.count)])
-        return found if self.order is None else restored(found, self.order)
+        """[vertices, ...] in the user's numbers, of rows [parts, rows, ...]."""
+        pieces = [stacked[i, : self.vertices[i]] for i in range(self.count)]
+        rows = np.concatenate(pieces)
+        return rows if self.order is None else restored(rows, self.order)
 
 
 def restored(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Rows of vertices that are in this order, in the user's numbers."""
+    """Rows of vertices in this order, in the user's numbers."""
     out = np.empty_like(rows)
     out[order] = rows
     return out
@@ -252,48 +285,129 @@ def restored(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
 def cut(
     graph: Graph,
     points: np.ndarray,
-    room: Room | None = None,
-    kinds: Sequence[Kind] = (Kind(),),
+    capacity: Capacity | None = None,
+    kinds: Sequence[AggregationKind] = (AggregationKind(),),
     moves: bool = False,
 ) -> Parts:
-    """What the parts between split points hold, for these ways to aggregate.
+    """The parts between split points, for these kinds of aggregation.
 
-    If the split `moves` they have more place than needed. With `room` of an earlier cut they have its sizes if they fit, so that no step is compiled anew.
+    With the `capacity` of an earlier cut they have its sizes if they fit, so that no step is compiled anew. Otherwise
+    they have the sizes they need, and spare ones if the split `moves`.
     """
     exchanges = tuple(exchange_of(graph, points, kind) for kind in kinds)
-    vertices, edges = np.diff(points), np.diff(graph.offsets[points])
-    least = Room(int(vertices.max()), tuple(e.least for e in exchanges))
-    if room is None or not room.holds(least):
-        room = least.wider(-(-graph.vertices // len(vertices))) if moves else least
-    needed = next((e.needed for e in exchanges if e.kind.columns == 1), [[] for _ in vertices])
-    fetched = [sum(map(len, n)) for n in needed]
-    return Parts(points, vertices, edges, np.array(fetched), room, exchanges)
+    vertices = np.diff(points)
+    edges = np.diff(graph.offsets[points])
+    needed = Capacity(int(vertices.max()), tuple(e.capacity for e in exchanges))
+    if capacity is None or not capacity.holds(needed):
+        equal_rows = -(-graph.vertices // len(vertices))
+        capacity = needed.with_spare(equal_rows) if moves else needed
+    fetched = np.zeros(len(vertices), np.int64)
+    for exchange in exchanges:
+        if exchange.kind.columns == 1:
+            fetched = np.array([sum(map(len, rows)) for rows in exchange.needed])
+            break
+    return Parts(points, vertices, edges, fetched, capacity, exchanges)
 
 
-def exchange_of(graph: Graph, points: np.ndarray, kind: Kind) -> Exchange:
-    """What one way to aggregate needs."""
-    whose = points[:: kind.columns]
-    groups, found = (
-        len(whose) - 1,
-        [_needed(graph, whose, i, kind.keep) for i in range((len(points) - 1) // kind.columns)],
+def exchange_of(graph: Graph, points: np.ndarray, kind: AggregationKind) -> Exchange:
+    """The rows that groups of parts fetch for one kind of aggregation, and its sizes."""
+    ends = points[:: kind.columns]
+    groups = len(ends) - 1
+    needed = []
+    far = []
+    for i in range((len(points) - 1) // kind.columns):
+        vertices, far_edges = _needed(graph, ends, i, kind.keep)
+        needed.append(vertices)
+        far.append(far_edges)
+    rounds = []
+    for number in range(1, groups):
+        longest = max(len(vertices[number]) for vertices in needed)
+        if longest:
+            rounds.append((number, longest))
+    edges = _edges_before(graph, kind.keep)[ends]
+    group_edges = np.diff(edges) - (np.array(far) if kind.apart else 0)
+    capacity = AggregationCapacity(
+        edges=int(group_edges.max()),
+        rounds=tuple(rounds),
+        far=max(far) if kind.apart else 0,
     )
-    needed, far = [n for n, _ in found], [f for _, f in found]
-    turns = tuple(
-        (k, longest) for k in range(1, groups) if (longest := max(len(n[k]) for n in needed))
-    )
-    before = (
-        graph.offsets[whose]
-        if kind.keep is None
-        else np.append(0, np.cumsum(graph.in_degrees() * kind.keep))[whose]
-    )
-    edges = np.diff(before) - (np.array(far) if kind.apart else 0)
-    return Exchange(kind, needed, Place(int(edges.max()), turns, max(far) if kind.apart else 0))
+    return Exchange(kind, needed, capacity)
+
+
+def _edges_before(graph: Graph, keep: np.ndarray | None) -> np.ndarray:
+    """int64 [vertices + 1]: in-edges of the vertices before each, of those that are kept."""
+    if keep is None:
+        return graph.offsets
+    return np.append(0, np.cumsum(graph.in_degrees() * keep))
+
+
+def _needed(
+    graph: Graph, points: np.ndarray, i: int, keep: np.ndarray | None
+) -> tuple[list[np.ndarray], int]:
+    """(vertices whose rows part i needs of the part k before it, cyclically, for each k; edges from them)."""
+    parts = len(points) - 1
+    marked = np.zeros(graph.vertices, np.bool_)
+    far = _mark(graph.offsets, graph.sources, points[i], points[i + 1], _keep(keep), marked)
+    ids = np.flatnonzero(marked)
+    between = np.searchsorted(ids, points)
+    others = [(i - k) % parts for k in range(parts)]
+    return [ids[between[j] : between[j + 1]] for j in others], far
+
+
+def _keep(keep: np.ndarray | None) -> np.ndarray:
+    """The vertices of an `AggregationKind` as loops read them: an empty array stands for all."""
+    return np.zeros(0, np.bool_) if keep is None else keep
+
+
+@njit(nogil=True, cache=True)
+def _mark(offsets, sources, first, last, keep, marked):
+    """The number of edges into a part from outside, whose sources are marked."""
+    count = 0
+    for v in range(first, last):
+        if len(keep) == 0 or keep[v]:
+            for e in range(offsets[v], offsets[v + 1]):
+                s = sources[e]
+                marked[s] = True
+                count += (s < first) | (s >= last)
+    marked[first:last] = False
+    return count
+
+
+def near_training(graph: Graph, most: int) -> list[np.ndarray]:
+    """bool [vertices] for each number of edges from 0 on: vertices with a path of at most that many to a training vertex.
+
+    At most `most` of them, and only while they have few in-edges, `NEAR` of all edges together: edges of these vertices
+    are stored beside those of all.
+    """
+    near = []
+    edges_left = NEAR * graph.edges
+    reached = np.zeros(graph.vertices, np.bool_) if graph.train is None else np.array(graph.train)
+    while len(near) < most and reached.any():
+        edges_left -= int(graph.in_degrees()[reached].sum())
+        if edges_left < 0:
+            break
+        near.append(reached)
+        reached = reached.copy()
+        _reach(graph.offsets, graph.sources, near[-1], reached)
+    return near
+
+
+@njit(nogil=True, cache=True)
+def _reach(offsets, sources, into, reached):
+    """Marks the sources of all edges into marked vertices."""
+    for v in range(len(into)):
+        if into[v]:
+            for e in range(offsets[v], offsets[v + 1]):
+                reached[sources[e]] = True
+
+
+# ------------------------------------------------------------------------------------------------------------- blocks
 
 
 def block_of_part(graph: Graph, parts: Parts, i: int) -> Block:
-    """The block of part i, of the sizes that all have."""
+    """The block of part i, of the sizes that all parts have."""
     first, last = int(parts.points[i]), int(parts.points[i + 1])
-    degree, alone, load = (_filled(table, parts.rows) for table in of_vertices(graph, first, last))
+    degree, alone, load = (_padded(table, parts.rows) for table in of_vertices(graph, first, last))
     vertex = None if parts.order is None else parts.of_part(i, parts.order.astype(np.int32))
     return Block(
         degree,
@@ -307,176 +421,149 @@ def block_of_part(graph: Graph, parts: Parts, i: int) -> Block:
 
 
 def aggregations_of_part(graph: Graph, parts: Parts, i: int) -> tuple[Aggregation, ...]:
-    """The ways of part i to aggregate, one for each of `parts.exchanges`."""
-    return tuple(
-        _aggregation(graph, parts, exchange, place, i)
-        for exchange, place in zip(parts.exchanges, parts.room.ways, strict=True)
-    )
+    """The aggregations of part i, one for each of `parts.exchanges`."""
+    pairs = zip(parts.exchanges, parts.capacity.kinds, strict=True)
+    return tuple(_aggregation(graph, parts, exchange, capacity, i) for exchange, capacity in pairs)
+
+
+class GraphArrays(NamedTuple):
+    """The arrays of a graph as loops read them; empty weights where there are none."""
+
+    offsets: np.ndarray
+    sources: np.ndarray
+    weights: np.ndarray
+
+
+class EdgeArrays(NamedTuple):
+    """Edges by row: the number of each row, the columns, the weights or nothing."""
+
+    degrees: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray
 
 
 def _aggregation(
-    graph: Graph, parts: Parts, exchange: Exchange, room: Place, i: int
+    graph: Graph, parts: Parts, exchange: Exchange, capacity: AggregationCapacity, i: int
 ) -> Aggregation:
-    """One way to aggregate, for part i."""
-    kind, rows = exchange.kind, parts.rows
-    columns, keep = kind.columns, kind.keep
-    group, groups = i // columns, parts.count // columns
+    """One aggregation of part i."""
+    kind = exchange.kind
+    columns = kind.columns
+    group = i // columns
     ends = parts.points[group * columns : (group + 1) * columns + 1]
-    first, last, own = int(ends[0]), int(ends[-1]), columns * rows
-    place = np.full(graph.vertices, -1, np.int32)
-    for j in range(columns):
-        place[ends[j] : ends[j + 1]] = j * rows + np.arange(ends[j + 1] - ends[j])
-    start, halos = own, []
-    for k, longest in room.turns:
-        sent, came = exchange.needed[(group + k) % groups][k], exchange.needed[group][k]
-        halos.append(HaloMessage(_picked(place[sent], longest, own), k))
-        place[came] = start + np.arange(len(came))
-        start += longest
-    apart, weighted = kind.apart and bool(halos), graph.weights is not None
-    near, far = (_unfilled(own, most, weighted) for most in (room.edges, room.far if apart else 0))
-    split, back = own if apart else start, np.zeros(start, np.int64)
-    weights = graph.weights if graph.weights is not None else _NO_WEIGHTS
+    group_rows = columns * parts.rows
+    column_of, halos, width = _halos(graph, parts, exchange, capacity, group)
+    apart = kind.apart and bool(halos)
+    weighted = graph.weights is not None
+    near = _empty_edges(group_rows, capacity.edges, weighted)
+    far = _empty_edges(group_rows, capacity.far if apart else 0, weighted)
+    first_far = group_rows if apart else width
+    column_edges = np.zeros(width, np.int64)
+    weights = graph.weights if graph.weights is not None else np.zeros(0, np.float32)
     _fill(
-        graph.offsets,
-        graph.sources,
-        weights,
-        first,
-        last,
-        _kept(keep),
-        place,
-        split,
-        back,
+        GraphArrays(graph.offsets, graph.sources, weights),
+        (int(ends[0]), int(ends[-1])),
+        _keep(kind.keep),
+        column_of,
+        first_far,
+        column_edges,
         near,
         far,
     )
     return Aggregation(
-        *_edges(*near, back[:split]),
+        *_edges(near, column_edges[:first_far]),
         tuple(halos),
-        _edges(*far, back[split:]) if apart else None,
+        _edges(far, column_edges[first_far:]) if apart else None,
         columns,
         kind.near,
     )
 
 
-def _unfilled(rows: int, most: int, weighted: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(edges of each row, the columns of at most so many edges, their weights or nothing), to be filled in: with one place more, where what is of the
-    other side may be written before it is known to be."""
-    return (
+def _halos(
+    graph: Graph, parts: Parts, exchange: Exchange, capacity: AggregationCapacity, group: int
+) -> tuple[np.ndarray, list[HaloMessage], int]:
+    """(int32 [vertices]: the column of every vertex that a group reads; its messages; the number of columns)."""
+    columns = exchange.kind.columns
+    groups = parts.count // columns
+    group_rows = columns * parts.rows
+    column_of = np.full(graph.vertices, -1, np.int32)
+    for j in range(columns):
+        first, last = parts.points[group * columns + j : group * columns + j + 2]
+        column_of[first:last] = j * parts.rows + np.arange(last - first)
+    start = group_rows
+    halos = []
+    for number, longest in capacity.rounds:
+        sent = exchange.needed[(group + number) % groups][number]
+        received = exchange.needed[group][number]
+        halos.append(HaloMessage(_picked(column_of[sent], longest, group_rows), number))
+        column_of[received] = start + np.arange(len(received))
+        start += longest
+    return column_of, halos, start
+
+
+def _empty_edges(rows: int, most: int, weighted: bool) -> EdgeArrays:
+    """Arrays for at most that many edges, with one place more: `_fill` writes an edge before it knows its side."""
+    return EdgeArrays(
         np.zeros(rows, np.int64),
         aligned(most + 1, np.int32),
         aligned(most + 1 if weighted else 0, np.float32),
     )
 
 
-_NO_WEIGHTS = np.zeros(0, np.float32)
-
-
-def _kept(keep: np.ndarray | None) -> np.ndarray:
-    """The vertices of a `Kind` as loops read them: none stands for all."""
-    return np.zeros(0, np.bool_) if keep is None else keep
-
-
 @njit(nogil=True, cache=True)
-def _fill(offsets, sources, weights, first, last, keep, place, split, back, near, far):
-    """The in-edges of vertices from `first` to before `last`, those that are kept; those from columns from `split` on go to `far`, counted from there.
+def _fill(graph, vertices, keep, column_of, first_far, column_edges, near, far):
+    """Fills in the in-edges of a range of vertices, of those that are kept.
 
-    `back` counts the edges of each column. There are no branches on what no processor can foresee.
+    Edges from columns from `first_far` on go to `far`, counted from there. `column_edges` counts the edges of each
+    column. There are no branches on the side of an edge, which no processor can foresee.
     """
-    degrees, ids, heavy = near
-    far_degrees, far_ids, far_heavy = far
+    first, last = vertices
     k = j = 0
     for v in range(first, last):
         if len(keep) == 0 or keep[v]:
-            row, k_before, j_before = place[v], k, j
-            for e in range(offsets[v], offsets[v + 1]):
-                column = place[sources[e]]
-                back[column] += 1
-                ids[k], far_ids[j] = column, column - split
-                if len(weights):
-                    heavy[k], far_heavy[j] = weights[e], weights[e]
-                apart = column >= split
+            k_before = k
+            j_before = j
+            for e in range(graph.offsets[v], graph.offsets[v + 1]):
+                column = column_of[graph.sources[e]]
+                column_edges[column] += 1
+                near.ids[k] = column
+                far.ids[j] = column - first_far
+                if len(graph.weights):
+                    near.weights[k] = graph.weights[e]
+                    far.weights[j] = graph.weights[e]
+                apart = column >= first_far
                 k += not apart
                 j += apart
-            degrees[row], far_degrees[row] = k - k_before, j - j_before
-    ids[k], far_ids[j] = 0, 0  # of the other side
-    if len(weights):
-        heavy[k], far_heavy[j] = 0, 0
+            row = column_of[v]
+            near.degrees[row] = k - k_before
+            far.degrees[row] = j - j_before
+    # The place behind the last edge may have been written for an edge of the other side.
+    near.ids[k] = 0
+    far.ids[j] = 0
+    if len(graph.weights):
+        near.weights[k] = 0
+        far.weights[j] = 0
 
 
-def _edges(
-    degrees: np.ndarray, ids: np.ndarray, weights: np.ndarray, back: np.ndarray
-) -> tuple[Edges, np.ndarray | None]:
-    """(edges, their weights), of what `_unfilled` has become."""
-    offsets, weighted, ids = offsets_of(degrees), len(weights) > 0, ids[:-1]
-    return edges_of(offsets, ids, transpose_csr(offsets, ids, back, weighted)), weights[
-        :-1
-    ] if weighted else None
-
-
-def near_training(graph: Graph, most: int) -> list[np.ndarray]:
-    """bool [vertices], per number of edges from 0 on: the vertices from which a training vertex is no more away; `most` of them at most.
-
-    Only as many as have few edges into them, NEAR of all edges together: a way with few edges is cheap to keep beside the one with all.
-    """
-    found, left = [], NEAR * graph.edges
-    reached = np.zeros(graph.vertices, np.bool_) if graph.train is None else np.array(graph.train)
-    while len(found) < most and reached.any():
-        left -= int(graph.in_degrees()[reached].sum())
-        if left < 0:
-            break
-        found.append(reached)
-        reached = reached.copy()
-        _reach(graph.offsets, graph.sources, found[-1], reached)
-    return found
-
-
-NEAR = 0.5
-"""Share of the edges that are kept a second time at most."""
-
-
-@njit(nogil=True, cache=True)
-def _reach(offsets, sources, into, reached):
-    for v in range(len(into)):
-        if into[v]:
-            for e in range(offsets[v], offsets[v + 1]):
-                reached[sources[e]] = True
-
-
-@njit(nogil=True, cache=True)
-def _mark(offsets, sources, first, last, keep, seen):
-    """Marks where edges come from that go from outside into a part; how many those are."""
-    count = 0
-    for v in range(first, last):
-        if len(keep) == 0 or keep[v]:
-            for e in range(offsets[v], offsets[v + 1]):
-                s = sources[e]
-                seen[s] = True
-                count += (s < first) | (s >= last)
-    seen[first:last] = False
-    return count
-
-
-def _needed(
-    graph: Graph, points: np.ndarray, i: int, keep: np.ndarray | None
-) -> tuple[list[np.ndarray], int]:
-    """(vertices whose rows part i needs, by how many parts before it they lie, round the end, ascending, none of its own; the edges from them)."""
-    parts, seen = len(points) - 1, np.zeros(graph.vertices, np.bool_)
-    far = _mark(graph.offsets, graph.sources, points[i], points[i + 1], _kept(keep), seen)
-    ids = np.flatnonzero(seen)
-    between = np.searchsorted(ids, points)
-    return [ids[between[j] : between[j + 1]] for j in ((i - k) % parts for k in range(parts))], far
+def _edges(arrays: EdgeArrays, column_edges: np.ndarray) -> tuple[Edges, np.ndarray | None]:
+    """(edges, their weights) of filled arrays; `column_edges`: edges of each column."""
+    offsets = offsets_of(arrays.degrees)
+    ids = arrays.ids[:-1]
+    weighted = len(arrays.weights) > 0
+    edges = edges_of(offsets, ids, transpose_csr(offsets, ids, column_edges, weighted))
+    return edges, arrays.weights[:-1] if weighted else None
 
 
 def _picked(ids: np.ndarray, longest: int, rows: int) -> Edges:
-    """Rows that are sent, as edges: row r of the message is row ids[r] of the device, beyond them nothing."""
+    """Rows of a message as edges: row r is row ids[r] of the device, and nothing beyond them."""
     offsets = offsets_of(np.arange(longest) < len(ids))
-    sent, back = _filled(ids.astype(np.int32), longest), np.zeros(rows, np.int64)
-    back[ids] = 1
-    return edges_of(offsets, sent, transpose_csr(offsets, sent, back, False))
+    sent = _padded(ids.astype(np.int32), longest)
+    column_edges = np.zeros(rows, np.int64)
+    column_edges[ids] = 1
+    return edges_of(offsets, sent, transpose_csr(offsets, sent, column_edges, False))
 
 
-def _filled(array: np.ndarray, rows: int) -> np.ndarray:
-    """An array with zeros behind it, up to so many rows; itself where it has them."""
+def _padded(array: np.ndarray, rows: int) -> np.ndarray:
+    """An array with zeros behind it up to a number of rows; the array itself if it has them."""
     if len(array) == rows:
         return array
     shape = (rows, *array.shape[1:])

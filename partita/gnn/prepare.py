@@ -1,0 +1,487 @@
+"""From a graph to the data of a training step, on one device or on several.
+
+`prepare(graph, key)` numbers the vertices, cuts them into parts, chooses how each aggregation is split, and places
+every part on its device. Its result is one frozen value, a `PreparedGraph`. The key states everything that decides it:
+the content of the graph, the split, and the architecture of the model. Equal keys give equal data, so that prepared
+graphs are reused. Of several processes each prepares the parts of its own devices only.
+
+Steps and their programs are in `step`, training in `runs` and `trainer`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from partita.errors import GraphError
+from partita.execute import processes
+from partita.execute.devices import at_hand, detect
+from partita.gnn.data.arrays import MASKS
+from partita.gnn.data.digest import array_digest
+from partita.gnn.data.graph import Graph
+from partita.gnn.data.order import order_of
+from partita.gnn.kernels import stamp
+from partita.gnn.nn.block import AXIS, Block, block_of, counted
+from partita.gnn.split.choice import columns_of, edge_seconds, row_seconds
+from partita.gnn.split.learned import initial_points, prefix_sums
+from partita.gnn.split.partition import (
+    AggregationKind,
+    Capacity,
+    Parts,
+    aggregations_of_part,
+    arranged,
+    block_of_part,
+    cut,
+    near_training,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GraphData:
+    """Arguments of a step.
+
+    x           float32 [rows, features]
+    labels      int32 [rows], 0 for a vertex without a label
+    masks       float32 [rows] of each of `MASKS`
+    block       the edges
+    """
+
+    x: Any
+    labels: Any
+    masks: dict[str, Any]
+    block: Block
+
+
+# ------------------------------------------------------------------------------------------------------------ the key
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """An array that is compared by its digest."""
+
+    digest: str
+    values: np.ndarray = field(compare=False, repr=False)
+
+    @staticmethod
+    def of(values: Any) -> Numbers:
+        """A copy of numbers, so that later changes of theirs do not matter."""
+        array = np.array(values)
+        return Numbers(array_digest([array]), array)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A graph over devices, as `fit` is asked for it; compared by content.
+
+    partition   a partitioner, split points [devices + 1], or the part of every vertex [vertices]
+    columns     devices that share the features of an aggregation; None: the cheapest number
+    order       the order that vertices are numbered by; None: as given
+    """
+
+    devices: int = 1
+    partition: str | Numbers = "edges"
+    columns: int | None = None
+    order: str | Numbers | None = None
+
+    @staticmethod
+    def of(
+        devices: int = 1,
+        partition: Any = "edges",
+        columns: int | None = None,
+        order: Any = None,
+    ) -> Split:
+        """The split of these arguments of `fit`. GraphError if `columns` does not divide the devices."""
+        if columns is not None and (columns < 1 or devices % columns):
+            raise GraphError(
+                f"columns={columns} does not divide {devices} devices: use a divisor of {devices}."
+            )
+        if not isinstance(partition, str):
+            partition = Numbers.of(partition)
+        if order is not None and not isinstance(order, str):
+            order = Numbers.of(order)
+        return Split(devices, partition, columns, order)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the split moves between epochs, by measured times."""
+        return self.devices > 1 and self.partition == "learned"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The properties of a model that decide how graphs are prepared for it.
+
+    aggregations    (features, 'sum', 'max' or 'attention') of every aggregation, in order
+    matrix_entries  trainable numbers in matrices
+    by_vertex       whether vertices meet in aggregations only (`FullGraphTraining`)
+    """
+
+    aggregations: tuple[tuple[int, str], ...]
+    matrix_entries: int
+    by_vertex: bool
+
+    @property
+    def linear(self) -> bool:
+        """Whether every aggregation is a sum, which can be taken over some edges first and the others later."""
+        return all(kind == "sum" for _, kind in self.aggregations)
+
+
+def architecture_of(model: Any, graph: Graph) -> Architecture:
+    """The architecture of a built model on graphs like this one. One vertex without edges is traced; nothing is computed."""
+    weights = None if graph.weights is None else np.zeros(0, np.float32)
+    one_vertex = Graph(
+        np.zeros(2, np.int64),
+        np.zeros(0, np.int32),
+        np.zeros((1, graph.feature_count), np.float32),
+        weights=weights,
+    )
+
+    def predict(trainable: Any, others: Any, data: GraphData) -> Any:
+        return model.stateless_call(trainable, others, data.x, graph=data.block, training=False)[0]
+
+    with counted() as calls:
+        jax.eval_shape(
+            predict,
+            _shapes(model.trainable_variables),
+            _shapes(model.non_trainable_variables),
+            data_of(one_vertex),
+        )
+    matrices = [v.shape for v in model.trainable_variables if len(v.shape) > 1]
+    return Architecture(
+        aggregations=tuple(calls.seen),
+        matrix_entries=sum(int(np.prod(shape)) for shape in matrices),
+        by_vertex=bool(vars(type(model)).get("by_vertex")),
+    )
+
+
+def _shapes(variables: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(v.value.shape, v.value.dtype) for v in variables]
+
+
+@dataclass(frozen=True)
+class PreparationKey:
+    """Everything that decides the data of a step: `Graph.digest`, the split, the architecture of the model."""
+
+    graph: str
+    split: Split
+    architecture: Architecture
+
+
+# ---------------------------------------------------------------------------------------------------------- the value
+
+
+@dataclass(frozen=True)
+class PreparedGraph:
+    """A graph as the steps of a model read it. Two are equal if their keys and split points are: these decide the rest.
+
+    key             what the data was prepared for
+    points          split points; () on one device
+    source          the graph as given
+    numbered        the graph as its vertices are numbered inside
+    order           the user's number of each vertex of `numbered`; None if they are the same
+    near            vertices near the training ones, as `near_training` gives them
+    parts           contents of the devices; None on one device
+    data            the arguments of a step, on the devices
+    sums            `prefix_sums` of a split that is learned, else None
+    seconds         seconds of the whole preparation
+    placing_seconds seconds of cutting and placing alone, the price of another split
+    """
+
+    key: PreparationKey
+    points: tuple[int, ...]
+    source: Graph = field(compare=False, repr=False)
+    numbered: Graph = field(compare=False, repr=False)
+    order: np.ndarray | None = field(compare=False, repr=False)
+    near: tuple[np.ndarray, ...] = field(compare=False, repr=False)
+    parts: Parts | None = field(compare=False, repr=False)
+    data: GraphData = field(compare=False, repr=False)
+    sums: np.ndarray | None = field(compare=False, repr=False)
+    seconds: float = field(compare=False)
+    placing_seconds: float = field(compare=False)
+
+    @property
+    def devices(self) -> int:
+        return self.key.split.devices
+
+    @property
+    def columns(self) -> tuple[tuple[int, int], ...]:
+        """(features, devices that share them) of aggregations of that many features; () on one device."""
+        return self.data.block.columns
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the data on each device."""
+        return sum(array.nbytes for array in jax.tree.leaves(self.data)) // self.devices
+
+
+def prepare(graph: Graph, key: PreparationKey) -> PreparedGraph:
+    """The prepared graph of a key. GraphError or MachineError if the split is not possible."""
+    began = time.perf_counter()
+    split = key.split
+    at_hand(split.devices)
+    numbered, order = _numbered(graph, split.order)
+    sums = points = near = None
+    if split.learns:
+        # One-time costs, and waiting for other processes, are no part of the price of a move.
+        stamp.ready()
+        _load_kernels()
+        sums = prefix_sums(numbered)
+        points = _first_points(sums, graph.feature_count, key)
+        near = _near(numbered, key.architecture)
+        processes.meet()
+    placing_began = time.perf_counter()
+    if split.devices == 1:
+        near = _near(numbered, key.architecture)
+        parts = None
+        data = _on_one_device(numbered, order, near)
+    else:
+        graph_cut = _cut(numbered, order, key, near=near, points=points)
+        near = graph_cut.near
+        parts = graph_cut.parts
+        data = _on_devices(graph_cut, split)
+    ended = time.perf_counter()
+    return PreparedGraph(
+        key=key,
+        points=_tuple_of(parts),
+        source=graph,
+        numbered=numbered,
+        order=order,
+        near=near,
+        parts=parts,
+        data=data,
+        sums=sums,
+        seconds=ended - began,
+        placing_seconds=ended - placing_began,
+    )
+
+
+def resplit(
+    prepared: PreparedGraph, points: np.ndarray, capacity: Capacity | None
+) -> PreparedGraph:
+    """The same graph split at other points, with this capacity of every device if it fits, else with that it needs."""
+    began = time.perf_counter()
+    key = prepared.key
+    graph_cut = _cut(
+        prepared.numbered, prepared.order, key, prepared.near, points=points, capacity=capacity
+    )
+    data = _on_devices(graph_cut, key.split)
+    return replace(
+        prepared,
+        points=_tuple_of(graph_cut.parts),
+        parts=graph_cut.parts,
+        data=data,
+        placing_seconds=time.perf_counter() - began,
+    )
+
+
+def fits(prepared: PreparedGraph, points: np.ndarray) -> bool:
+    """Whether parts between these split points fit into the capacity of the parts there are."""
+    assert prepared.parts is not None
+    capacity = prepared.parts.capacity
+    graph_cut = _cut(
+        prepared.numbered,
+        prepared.order,
+        prepared.key,
+        prepared.near,
+        points=points,
+        capacity=capacity,
+    )
+    return graph_cut.parts.capacity == capacity
+
+
+def _tuple_of(parts: Parts | None) -> tuple[int, ...]:
+    return () if parts is None else tuple(parts.points.tolist())
+
+
+def _numbered(graph: Graph, order: str | Numbers | None) -> tuple[Graph, np.ndarray | None]:
+    """(the graph as its vertices are numbered inside, their order if it is another one)."""
+    if order is None:
+        return graph, None
+    vertices = order_of(graph, order.values if isinstance(order, Numbers) else order)
+    return graph.relabelled(vertices), vertices
+
+
+def _near(graph: Graph, architecture: Architecture) -> tuple[np.ndarray, ...]:
+    """Vertices that the last aggregations of a training step need, the last one first, as far as that spares much."""
+    if not architecture.by_vertex:
+        return ()
+    return tuple(near_training(graph, len(architecture.aggregations)))
+
+
+def _load_kernels() -> None:
+    """Compiles or loads the kernels that make parts, on a graph of two vertices."""
+    small = Graph.from_edges([0, 1], [1, 0])
+    block_of_part(small, cut(small, np.array([0, 1, 2])), 0)
+
+
+def _first_points(sums: np.ndarray, features: int, key: PreparationKey) -> np.ndarray:
+    """Split points that learning begins with: by the machine's seconds of rows and edges, before anything is measured."""
+    architecture = key.architecture
+
+    def seconds() -> str:
+        machine = detect(key.split.devices)
+        aggregations = architecture.aggregations
+        row = row_seconds(aggregations, architecture.matrix_entries, machine)
+        edge = edge_seconds(aggregations, features, machine)
+        return json.dumps([row, edge])
+
+    row, edge = json.loads(processes.from_first("rows and edges", seconds))
+    return initial_points(sums, key.split.devices, row, edge)
+
+
+# ------------------------------------------------------------------------------------------------------------ cutting
+
+
+@dataclass(frozen=True)
+class GraphCut:
+    """Parts of a graph: the graph as it is numbered for them; devices that share aggregations; `PreparedGraph.near`."""
+
+    graph: Graph
+    parts: Parts
+    columns: tuple[tuple[int, int], ...]
+    near: tuple[np.ndarray, ...]
+
+
+def _cut(
+    numbered: Graph,
+    order: np.ndarray | None,
+    key: PreparationKey,
+    near: tuple[np.ndarray, ...] | None = None,
+    points: np.ndarray | None = None,
+    capacity: Capacity | None = None,
+) -> GraphCut:
+    """The parts of a graph by the partition of a key, or between `points`; `capacity`: as in `partition.cut`."""
+    split = key.split
+    partition = _partition_inside(split, numbered, order) if points is None else points
+    graph, points, new_order = arranged(numbered, split.devices, partition)
+    if new_order is not None:
+        order = new_order if order is None else order[new_order]
+    if near is None:
+        near = _near(graph, key.architecture)
+    columns = _columns(graph, points, key)
+    kinds = _aggregation_kinds(key.architecture, dict(columns), near)
+    parts = cut(graph, points, capacity, kinds, moves=split.learns)
+    return GraphCut(graph, replace(parts, order=order), columns, near)
+
+
+def _partition_inside(split: Split, numbered: Graph, order: np.ndarray | None) -> Any:
+    """The partition, with the part of every vertex in the order of the numbers inside."""
+    if not isinstance(split.partition, Numbers):
+        return split.partition
+    values = split.partition.values
+    by_vertex = len(values) == numbered.vertices != split.devices + 1
+    return values[order] if order is not None and by_vertex else values
+
+
+def _columns(graph: Graph, points: np.ndarray, key: PreparationKey) -> tuple[tuple[int, int], ...]:
+    """(features, devices that share them) of aggregations that more than one device shares."""
+    split = key.split
+    aggregations = key.architecture.aggregations
+    if split.columns is None and not split.learns:
+
+        def cheapest() -> str:
+            return json.dumps(columns_of(aggregations, graph, points, detect(split.devices)))
+
+        chosen = json.loads(processes.from_first("columns", cheapest))
+        return tuple((width, columns) for width, columns in chosen)
+    if split.columns is None or split.columns == 1:
+        return ()
+    widths = sorted({width for width, kind in aggregations if kind != "attention"})
+    return tuple((width, split.columns) for width in widths)
+
+
+def _aggregation_kinds(
+    architecture: Architecture, columns: dict[int, int], near: Sequence[np.ndarray]
+) -> list[AggregationKind]:
+    """The kinds of aggregations that parts are made for: over all edges, and over those near the training vertices."""
+    used = set()
+    for width, kind in architecture.aggregations:
+        used.add(1 if kind == "attention" else columns.get(width, 1))
+    apart = architecture.linear
+    kinds = [
+        AggregationKind(columns=count, apart=apart and count == 1) for count in sorted(used or {1})
+    ]
+    for edges, vertices in enumerate(near):
+        kinds.append(AggregationKind(columns=1, near=edges, keep=vertices, apart=apart))
+    return kinds
+
+
+# ------------------------------------------------------------------------------------------------------------ placing
+
+
+def mesh_of(devices: int) -> Mesh:
+    """The mesh of the first devices; its one axis splits vertices."""
+    return Mesh(np.array(jax.devices()[:devices]), (AXIS,))
+
+
+def data_of(graph: Graph) -> GraphData:
+    """The data of a whole graph, as arrays of NumPy."""
+    x, labels, masks = _tables(graph)
+    return GraphData(x, labels, masks, block_of(graph))
+
+
+def _tables(graph: Graph) -> tuple[Any, Any, dict[str, Any]]:
+    """(x, labels, masks) of all vertices."""
+    if graph.labels is None:
+        labels = np.zeros(graph.vertices, np.int32)
+    else:
+        labels = np.maximum(graph.labels, 0)
+    masks = {}
+    for name in MASKS:
+        mask = getattr(graph, name)
+        if mask is None:
+            mask = np.zeros(graph.vertices, np.float32)
+        masks[name] = mask.astype(np.float32)
+    return graph.features, labels, masks
+
+
+def _on_one_device(graph: Graph, order: np.ndarray | None, near: Sequence[np.ndarray]) -> GraphData:
+    data = data_of(graph)
+    kinds = [AggregationKind(near=edges, keep=keep) for edges, keep in enumerate(near)]
+    whole = cut(graph, np.array([0, graph.vertices]), None, kinds)
+    block = replace(
+        data.block,
+        aggregations=(*data.block.aggregations, *aggregations_of_part(graph, whole, 0)),
+        vertex=None if order is None else order.astype(np.int32),
+    )
+    return jax.device_put(replace(data, block=block))
+
+
+def _on_devices(graph_cut: GraphCut, split: Split) -> GraphData:
+    """The data of every device under a leading dim; each process makes that of its own devices."""
+    graph, parts = graph_cut.graph, graph_cut.parts
+    processes.same(
+        "The graph, or how it is split,", _digest(graph, parts), "Do all read the same file?"
+    )
+    mesh = mesh_of(split.devices)
+    tables = _tables(graph)
+    pieces = []
+    for i, device in enumerate(mesh.devices):
+        if device.process_index != jax.process_index():
+            continue
+        block = block_of_part(graph, parts, i)
+        block = replace(block, columns=graph_cut.columns, timed=split.learns)
+        x, labels, masks = jax.tree.map(lambda table, i=i: parts.of_part(i, table), tables)
+        piece = jax.tree.map(lambda array: array[None], GraphData(x, labels, masks, block))
+        pieces.append(jax.device_put(piece, device))
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+
+    def joined(*arrays: jax.Array) -> jax.Array:
+        shape = (split.devices, *arrays[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, sharding, list(arrays))
+
+    return jax.tree.map(joined, *pieces)
+
+
+def _digest(graph: Graph, parts: Parts) -> str:
+    """Digest of everything that processes must have in common."""
+    sizes = np.array([graph.vertices, graph.edges, graph.feature_count])
+    return processes.digest([sizes, parts.points, parts.edges, parts.fetched])

@@ -1,0 +1,237 @@
+"""The steps of training: their state, loss, metrics and compiled programs.
+
+Every form of training takes loss and metrics from here: steps over whole graphs below, and operators of memory plans
+(`spill`). Sums over vertices, of the loss and of each metric's counts, add up over devices and over ranges of rows.
+A step is a function of the state and of the graph's data. It is compiled once for each shape of the data, so that a
+graph that was trained on before compiles nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import keras
+from jax.sharding import PartitionSpec
+
+from partita.gnn.kernels.bridge import step_options
+from partita.gnn.nn.block import AXIS, counted
+from partita.gnn.prepare import GraphData, PreparedGraph, mesh_of
+
+PROGRAMS = 64
+"""Programs of a step, for data of different shapes, after which all of them are dropped."""
+
+# ---------------------------------------------------------------------------------------------------------- the state
+
+
+class StepState(NamedTuple):
+    """Variables of a model as arrays: trainable, non-trainable, the optimizer's."""
+
+    trainable: list[Any]
+    others: list[Any]
+    optimizer: list[Any]
+
+
+def state_of(model: Any) -> StepState:
+    """The values of a model's variables; without an optimizer before `compile`."""
+    optimizer = getattr(model, "optimizer", None)
+    return StepState(
+        [v.value for v in model.trainable_variables],
+        [v.value for v in model.non_trainable_variables],
+        [] if optimizer is None else [v.value for v in optimizer.variables],
+    )
+
+
+def store_state(model: Any, state: StepState) -> None:
+    """Puts arrays back into the variables of a compiled model."""
+    groups = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables)
+    for variables, values in zip(groups, state, strict=True):
+        for variable, value in zip(variables, values, strict=True):
+            variable._value = value
+
+
+# --------------------------------------------------------------------------------------------------- loss and metrics
+
+
+def loss_sum(model: Any, predicted: Any, data: GraphData, mask: str) -> Any:
+    """The sum of the loss over the vertices of a mask, a scalar."""
+    loss: Any = keras.losses.get(model.loss)
+    function = loss.call if isinstance(loss, keras.losses.Loss) else loss
+    values = function(data.labels, predicted)
+    return jnp.where(data.masks[mask] > 0, values, 0).sum()
+
+
+def build_metrics(model: Any, data: GraphData, predicted: Any) -> None:
+    """Makes the variables of the metrics if there are none yet."""
+    metrics = model._compile_metrics
+    if metrics is not None and not metrics.built:
+        metrics.build(data.labels, predicted)
+
+
+def zero_counts(model: Any) -> list[Any]:
+    """The counts of the metrics over no vertices."""
+    metrics = model._compile_metrics
+    if metrics is None:
+        return []
+    return [jnp.zeros(v.shape, v.dtype) for v in metrics.variables]
+
+
+def metric_counts(model: Any, predicted: Any, data: GraphData, mask: str) -> list[Any]:
+    """The metrics' variables over the vertices of a mask; those of several sets of vertices add up."""
+    metrics = model._compile_metrics
+    if metrics is None:
+        return []
+    zeros = list(zip(metrics.variables, zero_counts(model), strict=True))
+    with keras.StatelessScope(state_mapping=zeros):
+        metrics.update_state(data.labels, predicted, sample_weight=data.masks[mask])
+        return [variable.value for variable in metrics.variables]
+
+
+def logs_of(model: Any, loss: Any, counts: Sequence[Any]) -> dict[str, Any]:
+    """Loss and metrics by name, of a loss and of the metrics' counts."""
+    metrics = model._compile_metrics
+    if metrics is None:
+        return {"loss": loss}
+    with keras.StatelessScope(state_mapping=list(zip(metrics.variables, counts, strict=True))):
+        return {"loss": loss, **metrics.result()}
+
+
+def sum_over_devices(values: Any, data: GraphData) -> Any:
+    """The sums of values over the devices of a step."""
+    if data.block.parts == 1:
+        return values
+    return data.block.left(jax.lax.psum(data.block.entered(values), AXIS))
+
+
+def _logs_over_devices(
+    model: Any, loss: Any, predicted: Any, data: GraphData, mask: str
+) -> dict[str, Any]:
+    """Loss and metrics by name; `loss` is that of all devices, `predicted` are this device's rows."""
+    build_metrics(model, data, predicted)
+    counts = metric_counts(model, predicted, data, mask)
+    return logs_of(model, loss, [sum_over_devices(count, data) for count in counts])
+
+
+# ---------------------------------------------------------------------------------------------------------- the steps
+
+
+def train_step(model: Any, aggregations: int, state: StepState, data: GraphData) -> Any:
+    """(logs, state after) of one step over the training mask.
+
+    Each device differentiates its own vertices' share of the loss. The exchange of rows takes gradients back to the
+    devices that the rows came from. `aggregations`: their number, which tells the last ones.
+    """
+    trainable, others, optimizer = state
+    count = sum_over_devices(data.masks["train"].sum(), data)
+
+    def loss(trainable: Any) -> Any:
+        with counted(aggregations):
+            predicted, others_after, penalties = model.stateless_call(
+                trainable, others, data.x, graph=data.block, training=True, return_losses=True
+            )
+        value = loss_sum(model, predicted, data, "train") / count
+        penalty = sum(penalties) / data.block.parts
+        return value + penalty, (value + penalty, predicted, others_after)
+
+    gradients, (value, predicted, others) = jax.grad(loss, has_aux=True)(trainable)
+    gradients, value = sum_over_devices((gradients, value), data)
+    trainable, optimizer = model.optimizer.stateless_apply(optimizer, gradients, trainable)
+    logs = _logs_over_devices(model, value, predicted, data, "train")
+    return logs, StepState(trainable, others, optimizer)
+
+
+def evaluation_step(model: Any, mask: str, state: StepState, data: GraphData) -> dict[str, Any]:
+    """Logs over the vertices of a mask, without dropout."""
+    predicted, _, penalties = model.stateless_call(
+        state.trainable,
+        state.others,
+        data.x,
+        graph=data.block,
+        training=False,
+        return_losses=True,
+    )
+    sums = (loss_sum(model, predicted, data, mask), data.masks[mask].sum())
+    total, count = sum_over_devices(sums, data)
+    return _logs_over_devices(model, total / count + sum(penalties), predicted, data, mask)
+
+
+def prediction_step(model: Any, state: StepState, data: GraphData) -> Any:
+    """[rows, classes]: the output of a model, without dropout."""
+    return model.stateless_call(
+        state.trainable, state.others, data.x, graph=data.block, training=False
+    )[0]
+
+
+class CompiledSteps:
+    """The steps of one model, each compiled once for data of a shape. They are valid until the model is compiled anew."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._programs: dict[tuple[Any, ...], Any] = {}
+
+    def train(self, prepared: PreparedGraph) -> Any:
+        """The training step, which reuses the memory of the state that is given."""
+        aggregations = len(prepared.key.architecture.aggregations)
+        step = partial(train_step, self.model, aggregations)
+        return self._program(("train", aggregations), step, prepared.devices, donates=True)
+
+    def evaluate(self, prepared: PreparedGraph, mask: str) -> Any:
+        """The evaluation step of a mask. Only the state without the optimizer's is read."""
+        step = partial(evaluation_step, self.model, mask)
+        return self._program(("evaluate", mask), step, prepared.devices)
+
+    def predict(self, prepared: PreparedGraph) -> Any:
+        """The prediction step; over several devices its result has a leading dim of devices."""
+        step = partial(prediction_step, self.model)
+        return self._program(("predict",), step, prepared.devices, rows=True)
+
+    def programs(self) -> int:
+        """Number of compiled programs."""
+        return sum(program._cache_size() for program in self._programs.values())
+
+    def clear(self) -> None:
+        """Drops all programs."""
+        self._programs.clear()
+
+    def _program(
+        self,
+        name: tuple[Any, ...],
+        step: Callable[[StepState, GraphData], Any],
+        devices: int,
+        donates: bool = False,
+        rows: bool = False,
+    ) -> Any:
+        key = (*name, devices)
+        if key not in self._programs:
+            function = step if devices == 1 else _on_each_device(step, devices, rows)
+            self._programs[key] = jax.jit(
+                function,
+                donate_argnums=0 if donates else (),
+                compiler_options=step_options(),
+            )
+        program = self._programs[key]
+        if program._cache_size() > PROGRAMS:
+            program.clear_cache()
+        return program
+
+
+def _on_each_device(
+    step: Callable[[StepState, GraphData], Any], devices: int, rows: bool
+) -> Callable[..., Any]:
+    """A step in which each device computes on its slice of the data; `rows`: its result has a row for each vertex."""
+
+    def one_device(state: StepState, data: GraphData) -> Any:
+        result = step(state, jax.tree.map(lambda array: array[0], data))
+        return result[None] if rows else result
+
+    split = PartitionSpec(AXIS)
+    return jax.shard_map(
+        one_device,
+        mesh=mesh_of(devices),
+        in_specs=(PartitionSpec(), split),
+        out_specs=split if rows else PartitionSpec(),
+        check_vma=False,
+    )

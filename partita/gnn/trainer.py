@@ -1,0 +1,223 @@
+"""The training state of one model: prepared graphs, compiled steps, the memory plan.
+
+`GraphTrainer` gives the `TrainingRun` of a graph. Runs are reused by content: an equal graph, though another object,
+with an equal split is neither prepared nor compiled again. Of a graph whose arrays can be written, the content is read
+at every call, so that a changed graph is another one.
+
+At most `GRAPHS` graphs stay on the devices, and earlier ones only within `SPARE_BYTES`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from partita.errors import GraphError
+from partita.execute import processes
+from partita.gnn.data.graph import Graph, check
+from partita.gnn.prepare import (
+    Architecture,
+    PreparationKey,
+    Split,
+    architecture_of,
+    prepare,
+)
+from partita.gnn.runs import DeviceRun, TrainingRun
+from partita.gnn.spill.run import MemoryRun
+from partita.gnn.step import CompiledSteps
+from partita.units import parse
+
+GRAPHS = 4
+"""Prepared graphs of a model that stay on the devices at most."""
+
+SPARE_BYTES = 2**30
+"""Bytes of each device that earlier graphs may take together, beside the last one."""
+
+
+class GraphTrainer:
+    """The runs of one model, each under the key that decides its data.
+
+    split           the split of the last `fit`, which `evaluate` and `predict` use too
+    memory          the run of the last `fit` if that had a memory plan
+    device          the last run on devices
+    epoch_seconds   seconds of every training step so far, the compilation in the first
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.steps = CompiledSteps(model)
+        self.split = Split()
+        self.memory: MemoryRun | None = None
+        self._memory_is_valid = False
+        self.device: DeviceRun | None = None
+        self.epoch_seconds: list[float] = []
+        self._runs: dict[PreparationKey, DeviceRun] = {}
+        self._architectures: dict[tuple[int, bool], Architecture] = {}
+        self._features: int | None = None
+
+    def compiled_anew(self) -> None:
+        """Forgets everything that depends on optimizer, loss, metrics or layers. Prepared graphs stay."""
+        self.steps.clear()
+        self._architectures.clear()
+        self._memory_is_valid = False
+
+    def begin(
+        self,
+        graph: Graph,
+        devices: int = 1,
+        partition: Any = "edges",
+        columns: int | None = None,
+        order: Any = None,
+        memory: str | int | None = None,
+    ) -> TrainingRun:
+        """The run of a `fit`, with its options. The model is built, and so is the optimizer."""
+        devices = _all_devices(devices)
+        if memory is not None and order is not None:
+            raise GraphError(
+                "order cannot be combined with memory: a memory plan trains a graph as it is numbered. "
+                "Give fit graph.relabelled(order), and remove order."
+            )
+        if memory is not None and devices > 1:
+            raise GraphError(
+                f"devices={devices} cannot be combined with memory: a memory plan is for one device. "
+                "Remove memory, or use devices=1."
+            )
+        self.split = Split.of(devices, partition, columns, order)
+        if memory is None:
+            self.memory = None
+            run: TrainingRun = self.on_devices(graph, "train")
+        else:
+            budget = int(parse(memory, "B") if isinstance(memory, str) else memory)
+            self._check(graph)
+            _check_mask(self.model, graph, "train")
+            run = self._within(graph, budget)
+        self.model.optimizer.build(self.model.trainable_variables)
+        return run
+
+    def run_of(self, graph: Graph, mask: str | None) -> TrainingRun:
+        """The run that evaluates or predicts: within the memory plan of the last `fit` if that was of this graph."""
+        if self.memory is None or not self.memory.serves(graph):
+            return self.on_devices(graph, mask)
+        if mask is not None:
+            _check_mask(self.model, graph, mask)
+        return self._within(graph, self.memory.budget)
+
+    def on_devices(self, graph: Graph, mask: str | None) -> DeviceRun:
+        """The run over a prepared graph, a reused one if the content is the same. GraphError if the mask is empty."""
+        run = self._reused(graph)
+        if run is None:
+            self._check(graph)
+            key = PreparationKey(graph.digest, self.split, self._architecture(graph))
+            run = DeviceRun(self.model, self.steps, prepare(graph, key))
+            self._features = graph.feature_count
+        if mask is not None:
+            _check_mask(self.model, graph, mask)
+        self._keep(run)
+        return run
+
+    def _reused(self, graph: Graph) -> DeviceRun | None:
+        """The run of an equal graph, split and architecture, if there is one."""
+        architecture = self._architectures.get(_kind_of(graph))
+        if architecture is None:
+            return None
+        key = PreparationKey(graph.digest, self.split, architecture)
+        run = self._runs.get(key)
+        if run is None:
+            return None
+        source = run.prepared.source
+        if source is not graph and source.digest != key.graph:
+            # Devices may read the arrays of the graph themselves, and those have changed.
+            del self._runs[key]
+            return None
+        return run
+
+    def _keep(self, run: DeviceRun) -> None:
+        """Makes a run the last one, and drops the earliest others beyond the limits."""
+        self.device = run
+        self._runs.pop(run.prepared.key, None)
+        self._runs[run.prepared.key] = run
+        earlier = list(self._runs.values())[:-1]
+        spare_bytes = sum(other.prepared.device_bytes for other in earlier)
+        for other in earlier:
+            if len(self._runs) <= GRAPHS and spare_bytes <= SPARE_BYTES:
+                break
+            spare_bytes -= other.prepared.device_bytes
+            del self._runs[other.prepared.key]
+
+    def _within(self, graph: Graph, budget: int) -> MemoryRun:
+        """The run within a budget of memory in bytes. Graphs on the device make room for it."""
+        memory = self.memory if self._memory_is_valid else None
+        if memory is not None and memory.budget == budget and memory.serves(graph):
+            return memory
+        self.memory = None
+        self.model.optimizer.build(self.model.trainable_variables)
+        self._runs.clear()
+        self.device = None
+        self._features = graph.feature_count
+        self.memory = MemoryRun(self.model, graph, budget)
+        self._memory_is_valid = True
+        return self.memory
+
+    def _architecture(self, graph: Graph) -> Architecture:
+        kind = _kind_of(graph)
+        if kind not in self._architectures:
+            self._architectures[kind] = architecture_of(self.model, graph)
+        return self._architectures[kind]
+
+    def _check(self, graph: Graph) -> None:
+        """GraphError if a graph does not suit the model, which is built for its features if it is not yet."""
+        check(graph)
+        if graph.features is None:
+            raise GraphError(
+                f"'{graph.name}' has no features: "
+                "give Graph.from_edges(features=...) a row for every vertex."
+            )
+        if not self.model.built:
+            self.model.build((None, graph.feature_count))
+        if self._features not in (None, graph.feature_count):
+            raise GraphError(
+                f"'{graph.name}' has {graph.feature_count} features, and the model was built for "
+                f"{self._features}: use a graph of {self._features} features, or another model."
+            )
+
+
+def _kind_of(graph: Graph) -> tuple[int, bool]:
+    """The properties of a graph that a model's aggregations depend on: features of a vertex, whether edges have weights."""
+    return graph.feature_count, graph.weights is not None
+
+
+def _all_devices(devices: int) -> int:
+    """The number of devices of all processes that train together."""
+    if processes.alone():
+        return devices
+    count = jax.device_count()
+    if devices not in (1, count):
+        raise GraphError(
+            f"devices={devices} is not the number of devices of all {jax.process_count()} processes: "
+            f"use devices={count}, or remove it."
+        )
+    return count
+
+
+def _check_mask(model: Any, graph: Graph, mask: str) -> None:
+    """GraphError if the vertices of a mask have no labels that the model can learn or be evaluated by."""
+    if graph.labels is None:
+        raise GraphError(
+            f"'{graph.name}' has no labels: "
+            "give Graph.from_edges(labels=...) one for every vertex, -1 where there is none."
+        )
+    marked = getattr(graph, mask)
+    if marked is None or not marked.any():
+        name = "training" if mask == "train" else mask
+        raise GraphError(
+            f"The {name} mask of '{graph.name}' is empty: mark at least one vertex, {mask}=[...]."
+        )
+    classes = getattr(model, "classes", None)
+    if classes is not None and graph.classes > classes:
+        vertex = int(np.argmax(graph.labels >= classes))
+        raise GraphError(
+            f"Vertex {vertex:,} has the label {graph.labels[vertex]}, and the model has {classes} classes, "
+            f"0 to {classes - 1}: make it with classes={graph.classes}."
+        )
