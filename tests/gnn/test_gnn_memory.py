@@ -16,51 +16,59 @@ from hypothesis import strategies as st
 import partita.gnn as gnn
 from partita.errors import GraphError
 from partita.gnn.nn import models
+from partita.gnn.spill import hosts, operators
 from partita.gnn.spill import plan as memory
-from partita.gnn.spill import run as spill
-from partita.gnn.spill.plan import Action, MemoryPlan, Operator, Work, bound, lru, planned
+from partita.gnn.spill.plan import (
+    Action,
+    LayerOperator,
+    MemoryPlan,
+    StepWork,
+    lru_plan,
+    plan_memory,
+    traffic_bound,
+)
 
 
-def network(sizes: list[int], seconds: list[float | None]) -> Work:
+def network(sizes: list[int], seconds: list[float | None]) -> StepWork:
     """Layers forward and backward: x0 to xn, then dn to d1; sizes of x0 to xn, seconds to run each layer again."""
     n = len(sizes) - 1
     forward = [
-        Operator(f"f{i}", (f"x{i}",), (f"x{i + 1}",), seconds=seconds[i], family=f"f{i}")
+        LayerOperator(f"f{i}", (f"x{i}",), (f"x{i + 1}",), seconds=seconds[i], family=f"f{i}")
         for i in range(n)
     ]
     back = [
-        Operator(f"b{i}", (f"x{i}", f"d{i + 1}"), (f"d{i}",) if i else ())
+        LayerOperator(f"b{i}", (f"x{i}", f"d{i + 1}"), (f"d{i}",) if i else ())
         for i in reversed(range(n))
     ]
-    loss = Operator("loss", (f"x{n}",), (f"d{n}",))
-    return Work(
+    loss = LayerOperator("loss", (f"x{n}",), (f"d{n}",))
+    return StepWork(
         (*forward, loss, *back),
         {f"{k}{i}": s for i, s in enumerate(sizes) for k in ("xd" if i else "x")},
     )
 
 
-def tiled(layers: int, cuts: int) -> Work:
+def tiled(layers: int, cuts: int) -> StepWork:
     """Layers of an aggregation, by columns, and a product, by rows, forward and backward, over tables of cuts by cuts tiles of one byte."""
     rows = lambda t, k: tuple(f"{t}[{k},{c}]" for c in range(cuts))
     columns = lambda t, k: tuple(f"{t}[{r},{k}]" for r in range(cuts))
-    found: list[Operator] = []
+    found: list[LayerOperator] = []
     for i in range(layers):
         found += [
-            Operator(f"sum {i} {k}", columns(f"x{i}", k), columns(f"s{i}", k), 2 * cuts)
+            LayerOperator(f"sum {i} {k}", columns(f"x{i}", k), columns(f"s{i}", k), 2 * cuts)
             for k in range(cuts)
         ]
         found += [
-            Operator(f"product {i} {k}", rows(f"s{i}", k), rows(f"x{i + 1}", k), cuts)
+            LayerOperator(f"product {i} {k}", rows(f"s{i}", k), rows(f"x{i + 1}", k), cuts)
             for k in range(cuts)
         ]
     found += [
-        Operator(f"loss {k}", rows(f"x{layers}", k), rows(f"d{layers}", k), cuts)
+        LayerOperator(f"loss {k}", rows(f"x{layers}", k), rows(f"d{layers}", k), cuts)
         for k in range(cuts)
     ]
     for i in reversed(range(layers)):
         back = range(cuts - 1, -1, -1)
         found += [
-            Operator(
+            LayerOperator(
                 f"slope {i} {k}",
                 rows(f"s{i}", k) + rows(f"d{i + 1}", k),
                 rows(f"e{i}", k) if i else (),
@@ -69,16 +77,16 @@ def tiled(layers: int, cuts: int) -> Work:
             for k in back
         ]
         found += [
-            Operator(f"spread {i} {k}", columns(f"e{i}", k), columns(f"d{i}", k), 2 * cuts)
+            LayerOperator(f"spread {i} {k}", columns(f"e{i}", k), columns(f"d{i}", k), 2 * cuts)
             for k in back
             if i
         ]
-    return Work(tuple(found), {t: 1 for o in found for t in o.reads + o.writes})
+    return StepWork(tuple(found), {t: 1 for o in found for t in o.reads + o.writes})
 
 
-def least(work: Work, budget: int, bandwidth: float) -> float:
+def least(work: StepWork, budget: int, bandwidth: float) -> float:
     """The least cost, by going over all states again and again until no cost falls; nothing is left out and nothing dropped for free."""
-    costs = {(0, frozenset(), work.given()): 0.0}
+    costs = {(0, frozenset(), work.inputs()): 0.0}
     while True:
         before = dict(costs)
         for (done, device, host), cost in before.items():
@@ -105,21 +113,21 @@ def least(work: Work, budget: int, bandwidth: float) -> float:
             return min(cost for (done, _, _), cost in costs.items() if done == len(work.operators))
 
 
-def keeps_to(work: Work, plan: MemoryPlan, budget: int) -> int:
+def keeps_to(work: StepWork, plan: MemoryPlan, budget: int) -> int:
     """Bytes moved by a plan that is followed; fails where it reads what is not there or holds more than the budget."""
     operators = {o.name: o for o in work.operators}
     device: set[str] = set()
-    host, moved = set(work.given()), 0
+    host, moved = set(work.inputs()), 0
     for action in plan.actions:
-        if action.what == "load":
+        if action.kind == "load":
             assert action.name in host
             device.add(action.name)
             moved += work.bytes[action.name]
-        elif action.what == "save":
+        elif action.kind == "save":
             assert action.name in device
             host.add(action.name)
             moved += work.bytes[action.name]
-        elif action.what == "drop":
+        elif action.kind == "drop":
             device.remove(action.name)
         else:
             o = operators[action.name]
@@ -127,33 +135,33 @@ def keeps_to(work: Work, plan: MemoryPlan, budget: int) -> int:
             device |= set(o.writes)
             assert work.fixed + work.size(frozenset(device)) + o.scratch <= budget
         assert work.fixed + work.size(frozenset(device)) <= budget
-    assert [a.name for a in plan.actions if a.what == "run"] == [o.name for o in work.operators]
+    assert [a.name for a in plan.actions if a.kind == "run"] == [o.name for o in work.operators]
     return moved
 
 
-def drawn_network(data: Any, layers: int) -> tuple[Work, int]:
+def drawn_network(data: Any, layers: int) -> tuple[StepWork, int]:
     """Work of so many layers, and a budget that it can be done in."""
     sizes = data.draw(st.lists(st.integers(1, 5), min_size=layers + 1, max_size=layers + 1))
     seconds = data.draw(
         st.lists(st.none() | st.integers(0, 4).map(float), min_size=layers, max_size=layers)
     )
     work = network(sizes, seconds)
-    return work, work.least() + data.draw(st.integers(0, 5))
+    return work, work.smallest_budget() + data.draw(st.integers(0, 5))
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_plans_cost_the_least_and_a_cache_no_less(data: Any) -> None:
     work, budget = drawn_network(data, 2)
-    plan, cache = planned(work, budget, 1.0), lru(work, budget)
+    plan, cache = plan_memory(work, budget, 1.0), lru_plan(work, budget)
     assert plan.exact and plan.cost == least(work, budget, 1.0)
     assert plan.cost <= cache.cost == cache.traffic == keeps_to(work, cache, budget)
     assert plan.traffic == keeps_to(work, plan, budget)
     once = replace(work, operators=tuple(replace(o, seconds=None) for o in work.operators))
     assert (
-        work.size(once.given() & once.alive(0))
-        <= bound(once, budget)
-        <= planned(once, budget, 1.0).traffic + 1e-6
+        work.size(once.inputs() & once.alive(0))
+        <= traffic_bound(once, budget)
+        <= plan_memory(once, budget, 1.0).traffic + 1e-6
     )
 
 
@@ -163,9 +171,9 @@ def test_plans_too_large_to_search_keep_to_the_budget_and_say_so(data: Any) -> N
     work, budget = drawn_network(data, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "SMALL", 0)
-        plan = planned(work, budget, 1.0)
-    best = planned(work, budget, 1.0)
-    assert best.exact and best.cost <= plan.cost <= lru(work, budget).cost
+        plan = plan_memory(work, budget, 1.0)
+    best = plan_memory(work, budget, 1.0)
+    assert best.exact and best.cost <= plan.cost <= lru_plan(work, budget).cost
     assert plan.traffic == keeps_to(work, plan, budget)
     assert not plan.exact or plan.cost == best.cost
 
@@ -173,33 +181,33 @@ def test_plans_too_large_to_search_keep_to_the_budget_and_say_so(data: Any) -> N
 def test_in_a_quarter_of_the_need_tiles_move_half_as_often_again_in_a_cache() -> None:
     work = tiled(layers=3, cuts=12)
     budget = work.need() // 4
-    plan, cache = planned(work, budget, 1.0), lru(work, budget)
+    plan, cache = plan_memory(work, budget, 1.0), lru_plan(work, budget)
     assert plan.traffic == keeps_to(work, plan, budget) and cache.traffic == keeps_to(
         work, cache, budget
     )
     assert cache.traffic > 1.5 * plan.traffic and not plan.exact
-    assert plan.traffic < 1.01 * bound(work, budget)
+    assert plan.traffic < 1.01 * traffic_bound(work, budget)
 
 
 def test_what_fits_is_loaded_once_and_what_is_cheap_is_run_again() -> None:
     work = network([2, 4, 4, 4], [0.5, None, None])
-    assert planned(work, work.need(), 1.0).traffic == 2
-    plan = planned(work, work.least(), 1.0)
-    assert Action("again", "f0") in plan.actions and (plan.traffic, plan.cost) == (
+    assert plan_memory(work, work.need(), 1.0).traffic == 2
+    plan = plan_memory(work, work.smallest_budget(), 1.0)
+    assert Action("rematerialize", "f0") in plan.actions and (plan.traffic, plan.cost) == (
         6,
         6.5,
     )  # x0 three times, f0 again
     assert (
-        planned(network([2, 4, 4, 4], [None] * 3), 12, 1.0).cost == 12
+        plan_memory(network([2, 4, 4, 4], [None] * 3), 12, 1.0).cost == 12
     )  # x1 saved and loaded, x0 twice
 
 
 def test_a_budget_below_the_least_is_refused() -> None:
     work = network([2, 4, 4], [None, None])
     with pytest.raises(
-        GraphError, match='the largest operator alone needs 12 bytes; give memory="12 B" or more'
+        GraphError, match='the largest operator alone needs 12 bytes. Use memory="12 B" or more'
     ):
-        planned(work, 11, 1.0)
+        plan_memory(work, 11, 1.0)
 
 
 def drawn(vertices: int = 500, edges: int = 900, weights: bool = False) -> gnn.Graph:
@@ -229,12 +237,12 @@ def trained(
 @pytest.fixture(autouse=True)
 def few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables in 6 ranges of rows at most and 3 of columns: programs for fewer of them compile sooner."""
-    monkeypatch.setattr(spill, "FINENESS", (1, 3))
+    monkeypatch.setattr(operators, "FINENESS", (1, 3))
 
 
 def least_of(make: Callable[..., Any], graph: gnn.Graph) -> int:
     """Bytes that the refusal of too little names."""
-    with pytest.raises(GraphError, match="give memory=") as refused:
+    with pytest.raises(GraphError, match="Use memory=") as refused:
         trained(make, graph, memory=1)
     return int(str(refused.value).split('memory="')[1].split(" B")[0])
 
@@ -279,16 +287,16 @@ def test_an_accelerator_saves_to_memory_of_the_host_that_it_reads_itself(
 ) -> None:
     """A CPU has this kind of memory too, though it uses it only here."""
     cpu = jax.devices()[0]
-    assert isinstance(spill.host_of(cpu), spill.FileHost)
-    host = spill.host_of(
+    assert isinstance(hosts.host_of(cpu), hosts.FileHost)
+    host = hosts.host_of(
         SimpleNamespace(platform="gpu", addressable_memories=cpu.addressable_memories)
     )  # type: ignore[arg-type]
-    monkeypatch.setattr(spill, "host_of", lambda device: host)
+    monkeypatch.setattr(hosts, "host_of", lambda device: host)
     model = same(models.MODELS["gatedgraph"], drawn(), 130_000)
-    assert isinstance(host, spill.PinnedHost) and model.memory.host is host
-    saved = {a.name for a in model.memory.plan.actions if a.what == "save"}
-    assert saved and saved <= set(host.kept)
-    assert {kept.sharding.memory_kind for kept in host.kept.values()} == {"pinned_host"}
+    assert isinstance(host, hosts.PinnedHost) and model.memory.host is host
+    saved = {a.name for a in model.memory.plan.actions if a.kind == "save"}
+    assert saved and saved <= set(host.arrays)
+    assert {kept.sharding.memory_kind for kept in host.arrays.values()} == {"pinned_host"}
 
 
 class Mixed(models.GCN):

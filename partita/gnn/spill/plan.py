@@ -1,11 +1,13 @@
-"""Which tensors stay on a device of too little memory: a plan of little traffic between host and device.
+"""Plans of the tensors that stay on a device of too little memory, with little traffic between host and device.
 
-`planned` gives the cheapest way through the states COST(S, T) of Roc (Jia et al., MLSys 2020, section 5) where there are few tensors: S, the
-operators done, always the first ones of the order given; T, the tensors on the device and on the host. Beside loading and saving, a tensor
-may be made again by running its operator again. The time is exponential in the tensors alive at once: beyond `SMALL` tensors or `LIMIT`
-states the plan is the best of several caches that know the future, and says so by `exact`. They drop what is used furthest ahead (Belady 1966),
-rather what the host has already, and may run families of operators again. `lru` is the ordinary cache to compare with, and
-`bound` says what nothing can fall below. No jax here.
+`plan_memory` gives the cheapest way through the states COST(S, T) of Roc (Jia et al., MLSys 2020, section 5) where there
+are few tensors. S are the operators done, always the first ones of the given order. T are the tensors on the device and
+on the host. Beside loading and saving, a tensor may be rematerialized by running its operator again. The time is
+exponential in the tensors alive at once. Beyond `SMALL` tensors or `LIMIT` states the plan is the best of several caches
+that know the future, and its field `exact` is false. Those caches drop the tensor that is used furthest ahead (Belady
+1966), prefer one that the host has a copy of, and may rematerialize families of operators.
+
+`lru_plan` is the ordinary cache to compare with, `traffic_bound` a lower bound of the traffic. There is no JAX in here.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import scipy.optimize
@@ -25,19 +28,27 @@ from partita.errors import GraphError
 from partita.units import format_bytes
 
 SMALL = 24
-"""Tensors up to which the least is searched for."""
+"""Tensors up to which the cheapest plan is searched for."""
 
 LIMIT = 20_000
 """States after which a search ends."""
 
 WEIGHTS = (1.0, 1.5, 2.0, 3.0)
-"""How much rather a cache drops a tensor that the host has than one that would have to be saved first."""
+"""Preferences of a cache for dropping a tensor with a copy on the host over one that would have to be saved first."""
+
+
+# ----------------------------------------------------------------------------------------------------------- the work
 
 
 @dataclass(frozen=True)
-class Operator:
-    """What an operator reads and writes; `scratch` bytes while it runs; `seconds` to run it again, None where it must not be; `family`, those that are
-    run again alike."""
+class LayerOperator:
+    """An operator of a step.
+
+    reads, writes   names of tensors
+    scratch         bytes while it runs
+    seconds         seconds to run it again; None if it must not be rematerialized
+    family          operators that are rematerialized alike
+    """
 
     name: str
     reads: tuple[str, ...]
@@ -52,63 +63,75 @@ class Operator:
 
 
 @dataclass(frozen=True)
-class Work:
-    """Operators in their order, the bytes of tensors, and `fixed` bytes always held. A tensor that nobody writes begins on the host."""
+class StepWork:
+    """The operators of a step in their order, and the bytes of tensors. A tensor that no operator writes begins on the host.
 
-    operators: tuple[Operator, ...]
+    `fixed`: bytes that are always allocated on the device.
+    """
+
+    operators: tuple[LayerOperator, ...]
     bytes: dict[str, int]
     fixed: int = 0
 
     @cached_property
     def uses(self) -> dict[str, list[int]]:
         """The positions of the operators that read each tensor."""
-        found: dict[str, list[int]] = {t: [] for t in self.bytes}
+        uses: dict[str, list[int]] = {tensor: [] for tensor in self.bytes}
         for i, operator in enumerate(self.operators):
             for tensor in dict.fromkeys(operator.reads):
-                found[tensor].append(i)
-        return found
+                uses[tensor].append(i)
+        return uses
 
     def alive(self, done: int) -> frozenset[str]:
-        """Tensors that operators still read after the first `done`."""
+        """Tensors that operators read after the first `done`."""
         return frozenset(t for t, uses in self.uses.items() if uses and uses[-1] >= done)
 
-    def given(self) -> frozenset[str]:
+    def inputs(self) -> frozenset[str]:
         """Tensors that begin on the host."""
-        return frozenset(self.bytes) - {t for o in self.operators for t in o.writes}
+        written = {tensor for operator in self.operators for tensor in operator.writes}
+        return frozenset(self.bytes) - written
 
     def compulsory(self) -> int:
-        """Bytes that have to come from the host, whatever the budget."""
-        return self.size(t for t in self.given() if self.uses[t])
+        """Bytes that are loaded from the host in every plan."""
+        return self.size(tensor for tensor in self.inputs() if self.uses[tensor])
 
     def size(self, tensors: Iterable[str]) -> int:
-        return sum(self.bytes[t] for t in tensors)
+        """Bytes of tensors together."""
+        return sum(self.bytes[tensor] for tensor in tensors)
 
-    def least(self) -> int:
-        """The smallest possible budget in bytes: the largest operator with what it reads and writes."""
-        return self.fixed + max(self.size(o.tensors) + o.scratch for o in self.operators)
+    def smallest_budget(self) -> int:
+        """Bytes of the largest operator with the tensors that it reads and writes: no plan does with less."""
+        operators = [self.size(o.tensors) + o.scratch for o in self.operators]
+        return self.fixed + max(operators)
 
     def need(self) -> int:
-        """Bytes of the fullest moment where all stays on the device from when it is made, or given, to its last use."""
-        held = self.size(self.given() & self.alive(0))
-        most = 0
-        for i, o in enumerate(self.operators):
-            held += self.size(dict.fromkeys(o.writes))
-            most = max(most, held + o.scratch)
-            held -= self.size(t for t in o.tensors if not self.uses[t] or self.uses[t][-1] <= i)
-        return self.fixed + most
+        """Peak bytes if every tensor stays on the device from its operator, or the begin, to its last use."""
+        allocated = self.size(self.inputs() & self.alive(0))
+        peak = 0
+        for i, operator in enumerate(self.operators):
+            allocated += self.size(dict.fromkeys(operator.writes))
+            peak = max(peak, allocated + operator.scratch)
+            dead = [t for t in operator.tensors if not self.uses[t] or self.uses[t][-1] <= i]
+            allocated -= self.size(dead)
+        return self.fixed + peak
 
 
 @dataclass(frozen=True)
 class Action:
-    """One thing to do: 'load' or 'save' (copy) or 'drop' a tensor, 'run' an operator, or run it 'again'."""
+    """One action: 'load', 'save' (copy) or 'drop' a tensor, 'run' or 'rematerialize' an operator."""
 
-    what: str
+    kind: str
     name: str
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Actions in order; bytes between host and device; the cost, which counts seconds of running again as bytes; whether it is the least."""
+    """Actions in order.
+
+    traffic     bytes between host and device
+    cost        traffic, and the seconds of rematerialization as bytes
+    exact       whether no plan costs less
+    """
 
     actions: tuple[Action, ...]
     traffic: int
@@ -116,313 +139,398 @@ class MemoryPlan:
     exact: bool
 
 
-def planned(work: Work, budget: int, bandwidth: float) -> MemoryPlan:
-    """A plan of little cost within a budget in bytes; `bandwidth` in bytes a second makes bytes of seconds. GraphError below `work.least()`."""
-    best = lru(work, budget)
+def plan_memory(work: StepWork, budget: int, bandwidth: float) -> MemoryPlan:
+    """A plan of little cost within a budget in bytes. GraphError for less than `work.smallest_budget()`.
+
+    `bandwidth`, in bytes per second, converts the seconds of rematerialization to bytes.
+    """
+    best = lru_plan(work, budget)
     compulsory = work.compulsory()
     if best.cost == compulsory:
         return MemoryPlan(best.actions, best.traffic, best.cost, True)
-    weights = {weight: _Cache(work, budget, bandwidth, weight).plan() for weight in WEIGHTS}
-    weight = min(weights, key=lambda w: weights[w].cost)
-    best = min(best, weights[weight], key=lambda plan: plan.cost)
-    again: frozenset[str] = frozenset()
-    for family in dict.fromkeys(
-        o.family for o in work.operators if o.family and o.seconds is not None
-    ):
-        try:
-            other = _Cache(work, budget, bandwidth, weight, again | {family}).plan()
-        except _NoRoom:
-            continue
-        if other.cost < best.cost:
-            best, again = other, again | {family}
+    best = _best_cache(work, budget, bandwidth, best)
     if best.cost == compulsory:
         return MemoryPlan(best.actions, best.traffic, best.cost, True)
-    return (
-        _searched(work, budget, bandwidth, best.cost) if len(work.bytes) <= SMALL else None
-    ) or best
+    if len(work.bytes) <= SMALL:
+        return _searched(work, budget, bandwidth, best.cost) or best
+    return best
 
 
-def lru(work: Work, budget: int) -> MemoryPlan:
-    """What a cache does that loads on demand and drops what was used longest ago, saved first where the host has no copy."""
-    if budget < work.least():
+def _best_cache(work: StepWork, budget: int, bandwidth: float, best: MemoryPlan) -> MemoryPlan:
+    """The best of a plan and of caches that know the future, with families that are rematerialized one after the other."""
+    plans = {}
+    for weight in WEIGHTS:
+        plans[weight] = _Cache(work, budget, bandwidth, weight).plan()
+    weight = min(plans, key=lambda weight: plans[weight].cost)
+    best = min(best, plans[weight], key=lambda plan: plan.cost)
+    families = [o.family for o in work.operators if o.family and o.seconds is not None]
+    rematerialized: frozenset[str] = frozenset()
+    for family in dict.fromkeys(families):
+        try:
+            plan = _Cache(work, budget, bandwidth, weight, rematerialized | {family}).plan()
+        except _OverBudgetError:
+            continue
+        if plan.cost < best.cost:
+            best = plan
+            rematerialized |= {family}
+    return best
+
+
+def lru_plan(work: StepWork, budget: int) -> MemoryPlan:
+    """The plan of a cache that loads on demand and drops the least recently used tensor.
+
+    It saves a tensor first if the host has no copy.
+    """
+    smallest = work.smallest_budget()
+    if budget < smallest:
         raise GraphError(
-            f'A memory of {format_bytes(budget)} is too little: the largest operator alone needs {work.least():,} bytes; give memory="{work.least()} B" or more.'
+            f"A memory of {format_bytes(budget)} is too small: the largest operator alone needs {smallest:,} bytes. "
+            f'Use memory="{smallest} B" or more.'
         )
     return _Cache(work, budget).plan()
 
 
-def bound(work: Work, budget: int) -> float:
-    """Bytes that every plan within a budget moves at least if it runs no operator again: the least of a linear programme.
+# -------------------------------------------------------------------------------------------------------- lower bound
 
-    A tensor stays on the device between two of its uses, in part, or is loaded for the second; where it did not begin on the host it is saved as far as it
-    ever went. During every operator what stays has place beside what that reads, writes and needs inside. Plans are the solutions in whole numbers.
+
+def traffic_bound(work: StepWork, budget: int) -> float:
+    """Lower bound of the traffic, in bytes, of plans within a budget without rematerialization: a linear programme.
+
+    A tensor stays on the device between two of its uses, in part, or is loaded for the second. One that did not begin on
+    the host is saved to the extent that it ever left. During every operator, the tensors that stay fit beside those
+    that it reads, writes and needs inside. Plans are the solutions in whole numbers.
     """
-    free = np.array(
-        [budget - work.fixed - work.size(o.tensors) - o.scratch for o in work.operators], float
+    gaps = _gaps(work)
+    inputs = work.inputs()
+    compulsory = float(work.compulsory())
+    if not gaps:
+        return compulsory
+    saves = list(dict.fromkeys(gap.tensor for gap in gaps if gap.tensor not in inputs))
+    save_variable = {tensor: len(gaps) + k for k, tensor in enumerate(saves)}
+    gap_bytes = [work.bytes[gap.tensor] for gap in gaps]
+    sizes = np.array(gap_bytes + [work.bytes[tensor] for tensor in saves], float)
+    prices = np.where(np.arange(len(sizes)) < len(gaps), -sizes, sizes)
+
+    lengths = np.array([gap.end - gap.begin - 1 for gap in gaps])
+    between = np.concatenate([np.arange(gap.begin + 1, gap.end) for gap in gaps])
+    gap_index = np.repeat(np.arange(len(gaps)), lengths)
+    shape = (len(work.operators), len(sizes))
+    allocated = scipy.sparse.csr_array((sizes[gap_index], (between, gap_index)), shape=shape)
+    free = [budget - work.fixed - work.size(o.tensors) - o.scratch for o in work.operators]
+
+    # A tensor that did not begin on the host stays through a gap, or was saved.
+    pairs = [
+        (k, save_variable[gap.tensor]) for k, gap in enumerate(gaps) if gap.tensor in save_variable
+    ]
+    pair_variables = np.array(pairs, int).reshape(-1, 2)
+    rows = np.repeat(np.arange(len(pairs)), 2)
+    ones = -np.ones(pair_variables.size)
+    shape = (len(pairs), len(sizes))
+    either = scipy.sparse.csr_array((ones, (rows, pair_variables.ravel())), shape=shape)
+    solution = scipy.optimize.linprog(
+        prices,
+        scipy.sparse.vstack([allocated, either]),
+        np.append(np.array(free, float), -np.ones(len(pairs))),
+        bounds=(0, 1),
     )
-    used: dict[str, list[int]] = {t: [] for t in work.bytes}
+    return compulsory + float(sizes[: len(gaps)].sum()) + solution.fun
+
+
+class _Gap(NamedTuple):
+    """A tensor between two operators, by position, that use it, with others in between."""
+
+    tensor: str
+    begin: int
+    end: int
+
+
+def _gaps(work: StepWork) -> list[_Gap]:
+    """All gaps, by tensor."""
+    used: dict[str, list[int]] = {tensor: [] for tensor in work.bytes}
     for i, operator in enumerate(work.operators):
         for tensor in operator.tensors:
             used[tensor].append(i)
-    given, always = work.given(), float(work.compulsory())
-    gaps = [(t, a, b) for t, uses in used.items() for a, b in pairwise(uses) if b > a + 1]
-    saved = {
-        t: len(gaps) + k
-        for k, t in enumerate(dict.fromkeys(t for t, _, _ in gaps if t not in given))
-    }
-    sizes = np.array([work.bytes[t] for t, _, _ in gaps] + [work.bytes[t] for t in saved], float)
-    if not gaps:
-        return always
-    price = np.where(np.arange(len(sizes)) < len(gaps), -sizes, sizes)
-    lengths = np.array([b - a - 1 for _, a, b in gaps])
-    between = np.concatenate([np.arange(a + 1, b) for _, a, b in gaps])
-    which = np.repeat(np.arange(len(gaps)), lengths)
-    held = scipy.sparse.csr_array(
-        (sizes[which], (between, which)), shape=(len(work.operators), len(sizes))
-    )
-    went = [(k, saved[t]) for k, (t, _, _) in enumerate(gaps) if t in saved]  # stays or was saved
-    pairs = np.array(went, int).reshape(-1, 2)
-    row = np.repeat(np.arange(len(pairs)), 2)
-    either = scipy.sparse.csr_array(
-        (-np.ones(pairs.size), (row, pairs.ravel())), shape=(len(pairs), len(sizes))
-    )
-    found = scipy.optimize.linprog(
-        price,
-        scipy.sparse.vstack([held, either]),
-        np.append(free, -np.ones(len(pairs))),
-        bounds=(0, 1),
-    )
-    return always + float(sizes[: len(gaps)].sum()) + found.fun
+    gaps = []
+    for tensor, uses in used.items():
+        for begin, end in pairwise(uses):
+            if end > begin + 1:
+                gaps.append(_Gap(tensor, begin, end))
+    return gaps
 
 
-class _NoRoom(Exception):
-    """What is wanted at once does not fit."""
+# ------------------------------------------------------------------------------------------------------------- caches
+
+
+class _OverBudgetError(Exception):
+    """The tensors that are needed at once do not fit."""
 
 
 class _Cache:
-    """A device's memory while operators run in their order. With a `weight` it drops what is used furthest ahead, the distance times the weight where the
-    host has a copy, or can have it made again by an operator of the families `again`; without, what was used longest ago."""
+    """The memory of a device while operators run in their order.
+
+    With a `weight` it drops the tensor that is used furthest ahead. The distance of a tensor counts that many times if
+    the host has a copy, or if an operator of the `rematerialized` families makes it. Without a weight it drops the least
+    recently used tensor.
+    """
 
     def __init__(
         self,
-        work: Work,
+        work: StepWork,
         budget: int,
         bandwidth: float = 0.0,
         weight: float | None = None,
-        again: frozenset[str] = frozenset(),
+        rematerialized: frozenset[str] = frozenset(),
     ) -> None:
-        self.work, self.room, self.bandwidth, self.weight = (
-            work,
-            budget - work.fixed,
-            bandwidth,
-            weight,
-        )
-        self.makers = {
-            t: o
-            for o in work.operators
-            if o.family in again and o.seconds is not None
-            for t in o.writes
-        }
-        self.uses = work.uses
-        if self.makers:  # what another tensor is made from is used whenever that one is
-            self.uses = {t: list(uses) for t, uses in work.uses.items()}
-            for operator in reversed(work.operators):
-                later = sorted(
-                    {u for t in operator.writes if t in self.makers for u in self.uses[t]}
-                )
-                for tensor in operator.reads if later else ():
-                    self.uses[tensor] = sorted({*self.uses[tensor], *later})
-        self.held: dict[str, None] = {}  # used longest ago first
-        self.host = set(work.given())
+        self.work = work
+        self.capacity = budget - work.fixed
+        self.bandwidth = bandwidth
+        self.weight = weight
+        self.makers: dict[str, LayerOperator] = {}
+        for operator in work.operators:
+            if operator.family in rematerialized and operator.seconds is not None:
+                self.makers |= dict.fromkeys(operator.writes, operator)
+        self.uses = self._all_uses() if self.makers else work.uses
+        # The least recently used tensor comes first.
+        self.device: dict[str, None] = {}
+        self.host = set(work.inputs())
         self.actions: list[Action] = []
-        self.bytes, self.moved, self.cost, self.now = 0, 0, 0.0, 0
+        self.bytes = 0
+        self.traffic = 0
+        self.extra_cost = 0.0
+        self.position = 0
+
+    def _all_uses(self) -> dict[str, list[int]]:
+        """Uses of tensors, with those of the tensors that are rematerialized from them."""
+        all_uses = {tensor: list(uses) for tensor, uses in self.work.uses.items()}
+        for operator in reversed(self.work.operators):
+            later: set[int] = set()
+            for tensor in operator.writes:
+                if tensor in self.makers:
+                    later |= set(all_uses[tensor])
+            for tensor in operator.reads if later else ():
+                all_uses[tensor] = sorted({*all_uses[tensor], *later})
+        return all_uses
 
     def plan(self) -> MemoryPlan:
+        """The actions of this cache. _OverBudgetError if rematerialization needs too much at once."""
         for i, operator in enumerate(self.work.operators):
-            self.now = i
-            self._have(operator.reads, operator.tensors)
+            self.position = i
+            self._provide(operator.reads, operator.tensors)
             self._run("run", operator, operator.tensors)
-            for tensor in [
-                t for t in dict.fromkeys(operator.reads + operator.writes) if t in self.held
-            ]:
+            for tensor in dict.fromkeys(operator.reads + operator.writes):
+                if tensor not in self.device:
+                    continue
                 self._touch(tensor)
-                if self._next(tensor, self.now + 1) is None:
+                if self._next_use(tensor, i + 1) is None:
                     self._drop(tensor)
-        return MemoryPlan(tuple(self.actions), self.moved, self.moved + self.cost, False)
+        cost = self.traffic + self.extra_cost
+        return MemoryPlan(tuple(self.actions), self.traffic, cost, False)
 
-    def _have(self, tensors: tuple[str, ...], wanted: frozenset[str]) -> None:
-        """Makes or loads what is not there, and drops nothing of `wanted`."""
+    def _provide(self, tensors: tuple[str, ...], needed: frozenset[str]) -> None:
+        """Rematerializes or loads tensors that are not on the device, and drops none that is `needed`."""
         for tensor in tensors:
-            if tensor not in self.held and tensor not in self.host:
-                self._make_again(self.makers[tensor], wanted)
-        missing = [t for t in dict.fromkeys(tensors) if t not in self.held]
-        self._make_room(self.work.size(missing), wanted)
+            if tensor not in self.device and tensor not in self.host:
+                self._rematerialize(self.makers[tensor], needed)
+        missing = [t for t in dict.fromkeys(tensors) if t not in self.device]
+        self._make_room(self.work.size(missing), needed)
         for tensor in missing:
             self._copy("load", tensor)
-            self._hold(tensor)
+            self._allocate(tensor)
 
-    def _make_again(self, maker: Operator, wanted: frozenset[str]) -> None:
-        for held in [t for t in maker.writes if t in self.held]:
-            self._drop(held)
-        wanted |= maker.tensors
-        self._have(maker.reads, wanted)
-        self._run("again", maker, wanted)
-        self.cost += (maker.seconds or 0.0) * self.bandwidth
-        for unused in [
-            t for t in maker.tensors if t in self.held and self._next(t, self.now) is None
-        ]:
-            self._drop(unused)
+    def _rematerialize(self, maker: LayerOperator, needed: frozenset[str]) -> None:
+        for tensor in [t for t in maker.writes if t in self.device]:
+            self._drop(tensor)
+        needed |= maker.tensors
+        self._provide(maker.reads, needed)
+        self._run("rematerialize", maker, needed)
+        self.extra_cost += (maker.seconds or 0.0) * self.bandwidth
+        for tensor in maker.tensors:
+            if tensor in self.device and self._next_use(tensor, self.position) is None:
+                self._drop(tensor)
 
-    def _run(self, what: str, operator: Operator, wanted: frozenset[str]) -> None:
-        new = [t for t in dict.fromkeys(operator.writes) if t not in self.held]
-        self._make_room(self.work.size(new) + operator.scratch, wanted)
-        self.actions.append(Action(what, operator.name))
+    def _run(self, kind: str, operator: LayerOperator, needed: frozenset[str]) -> None:
+        new = [t for t in dict.fromkeys(operator.writes) if t not in self.device]
+        self._make_room(self.work.size(new) + operator.scratch, needed)
+        self.actions.append(Action(kind, operator.name))
         for tensor in new:
-            self._hold(tensor)
+            self._allocate(tensor)
 
-    def _next(self, tensor: str, after: int) -> int | None:
+    def _next_use(self, tensor: str, position: int) -> int | None:
+        """The first use of a tensor at a position or later."""
         uses = self.uses[tensor]
-        at = bisect_left(uses, after)
-        return uses[at] if at < len(uses) else None
+        index = bisect_left(uses, position)
+        return uses[index] if index < len(uses) else None
 
-    def _make_room(self, size: int, wanted: frozenset[str]) -> None:
-        if self.bytes + size <= self.room:
+    def _make_room(self, size: int, needed: frozenset[str]) -> None:
+        """Drops tensors until `size` bytes are free."""
+        if self.bytes + size <= self.capacity:
             return
-        others = [t for t in self.held if t not in wanted]
+        others = [t for t in self.device if t not in needed]
         if self.weight is not None:
             others.sort(key=self._distance)
             others.reverse()
         for tensor in others:
-            if (
-                tensor not in self.host
-                and tensor not in self.makers
-                and self._next(tensor, self.now) is not None
-            ):
+            if self._must_be_saved(tensor):
                 self._copy("save", tensor)
                 self.host.add(tensor)
             self._drop(tensor)
-            if self.bytes + size <= self.room:
+            if self.bytes + size <= self.capacity:
                 return
-        raise _NoRoom
+        raise _OverBudgetError
+
+    def _must_be_saved(self, tensor: str) -> bool:
+        """Whether a tensor is used again and can come from nowhere else."""
+        elsewhere = tensor in self.host or tensor in self.makers
+        return not elsewhere and self._next_use(tensor, self.position) is not None
 
     def _distance(self, tensor: str) -> float:
-        ahead = self._next(tensor, self.now)
-        if ahead is None or self.weight is None:  # kept for what was not made again after all
+        """Operators up to the next use, times the weight where the tensor need not be saved."""
+        ahead = self._next_use(tensor, self.position)
+        if ahead is None or self.weight is None:
             return float("inf")
-        return (ahead - self.now) * (
-            self.weight if tensor in self.host or tensor in self.makers else 1.0
-        )
+        elsewhere = tensor in self.host or tensor in self.makers
+        return (ahead - self.position) * (self.weight if elsewhere else 1.0)
 
-    def _copy(self, what: str, tensor: str) -> None:
-        self.actions.append(Action(what, tensor))
-        self.moved += self.work.bytes[tensor]
+    def _copy(self, kind: str, tensor: str) -> None:
+        self.actions.append(Action(kind, tensor))
+        self.traffic += self.work.bytes[tensor]
 
-    def _hold(self, tensor: str) -> None:
-        self.held[tensor] = None
+    def _allocate(self, tensor: str) -> None:
+        self.device[tensor] = None
         self.bytes += self.work.bytes[tensor]
 
     def _touch(self, tensor: str) -> None:
-        del self.held[tensor]
-        self.held[tensor] = None
+        """Makes a tensor the most recently used one."""
+        del self.device[tensor]
+        self.device[tensor] = None
 
     def _drop(self, tensor: str) -> None:
         self.actions.append(Action("drop", tensor))
-        del self.held[tensor]
+        del self.device[tensor]
         self.bytes -= self.work.bytes[tensor]
 
 
-State = tuple[int, frozenset[str], frozenset[str]]
-"""(operators done, tensors on the device, tensors on the host)"""
+# ------------------------------------------------------------------------------------------------------------- search
 
 
-def _searched(work: Work, budget: int, bandwidth: float, most: float) -> MemoryPlan | None:
-    """The plan of least cost, which is `most` or less; None where the search is too long."""
-    room = budget - work.fixed
-    alive = [_needed(work, i) for i in range(len(work.operators) + 1)]
-    start: State = (0, frozenset(), work.given() & alive[0])
-    best: dict[State, float] = {start: 0.0}
-    came: dict[State, tuple[State, tuple[Action, ...], int]] = {}
-    queue: list[tuple[float, int, int, State]] = [(0.0, 0, 0, start)]
+class _State(NamedTuple):
+    """The number of operators done, the tensors on the device, the tensors on the host."""
+
+    done: int
+    device: frozenset[str]
+    host: frozenset[str]
+
+
+class _Move(NamedTuple):
+    """A state after actions, the bytes that these copy, and their cost."""
+
+    after: _State
+    actions: tuple[Action, ...]
+    traffic: int
+    cost: float
+
+
+def _searched(work: StepWork, budget: int, bandwidth: float, most: float) -> MemoryPlan | None:
+    """The cheapest plan (Dijkstra's algorithm), if it costs `most` or less; None where the search is too long."""
+    moves = _Moves(work, budget, bandwidth)
+    start = _State(0, frozenset(), work.inputs() & moves.needed[0])
+    costs: dict[_State, float] = {start: 0.0}
+    before: dict[_State, tuple[_State, _Move]] = {}
+    queue: list[tuple[float, int, int, _State]] = [(0.0, 0, 0, start)]
     count = 0
     while queue:
         cost, _, _, state = heapq.heappop(queue)
-        if cost > best[state]:
+        if cost > costs[state]:
             continue
-        if state[0] == len(work.operators):
-            return _traced(state, came, cost)
-        if len(best) > LIMIT:
+        if state.done == len(work.operators):
+            return _traced(state, before, cost)
+        if len(costs) > LIMIT:
             break
-        for after, actions, moved, price in _next(work, state, room, bandwidth, alive):
-            total = cost + price
-            if total <= most and total < best.get(after, float("inf")):
-                best[after], came[after] = total, (state, actions, moved)
+        for move in moves.of(state):
+            total = cost + move.cost
+            if total <= most and total < costs.get(move.after, float("inf")):
+                costs[move.after] = total
+                before[move.after] = (state, move)
                 count += 1
-                heapq.heappush(queue, (total, -after[0], count, after))
+                heapq.heappush(queue, (total, -move.after.done, count, move.after))
     return None
 
 
-def _needed(work: Work, done: int) -> frozenset[str]:
-    """Tensors alive, and those from which they can be made again."""
-    found = set(work.alive(done))
+class _Moves:
+    """The moves from a state. Tensors that no operator can use any more are dropped at once.
+
+    `needed[i]`: tensors that are alive after i operators, and those that they can be rematerialized from.
+    """
+
+    def __init__(self, work: StepWork, budget: int, bandwidth: float) -> None:
+        self.work = work
+        self.capacity = budget - work.fixed
+        self.bandwidth = bandwidth
+        self.needed = [_needed(work, i) for i in range(len(work.operators) + 1)]
+
+    def of(self, state: _State) -> Iterator[_Move]:
+        """All moves from a state."""
+        free = self.capacity - self.work.size(state.device)
+        for i in range(state.done + 1):
+            move = self._run(state, i, free)
+            if move is not None:
+                yield move
+        for tensor in sorted(state.host - state.device):
+            size = self.work.bytes[tensor]
+            if size <= free:
+                after = state._replace(device=state.device | {tensor})
+                yield _Move(after, (Action("load", tensor),), size, float(size))
+        for tensor in sorted(state.device):
+            drop = Action("drop", tensor)
+            after = state._replace(device=state.device - {tensor})
+            yield _Move(after, (drop,), 0, 0.0)
+            if tensor not in state.host:
+                size = self.work.bytes[tensor]
+                saved = after._replace(host=state.host | {tensor})
+                yield _Move(saved, (Action("save", tensor), drop), size, float(size))
+
+    def _run(self, state: _State, i: int, free: int) -> _Move | None:
+        """The move of running operator i, the next one or one that was done, if it is possible and of use."""
+        operator = self.work.operators[i]
+        new = frozenset(operator.writes) - state.device
+        again = i < state.done
+        if again and not self._may_rematerialize(state, operator, new):
+            return None
+        reads_present = state.device.issuperset(operator.reads)
+        if not reads_present or self.work.size(new) + operator.scratch > free:
+            return None
+        done = state.done if again else state.done + 1
+        device = state.device | new
+        dead = device - self.needed[done]
+        run = Action("rematerialize" if again else "run", operator.name)
+        drops = [Action("drop", tensor) for tensor in sorted(dead)]
+        after = _State(done, device - dead, state.host & self.needed[done])
+        cost = (operator.seconds or 0.0) * self.bandwidth if again else 0.0
+        return _Move(after, (run, *drops), 0, cost)
+
+    def _may_rematerialize(
+        self, state: _State, operator: LayerOperator, new: frozenset[str]
+    ) -> bool:
+        """Whether none of the operator's tensors is on the device, and one is needed."""
+        all_missing = len(new) == len(set(operator.writes))
+        useful = bool(new & self.needed[state.done])
+        return operator.seconds is not None and all_missing and useful
+
+
+def _needed(work: StepWork, done: int) -> frozenset[str]:
+    """Tensors alive after the first `done` operators, and those that they can be rematerialized from."""
+    needed = set(work.alive(done))
     for operator in reversed(work.operators[:done]):
-        if operator.seconds is not None and found & set(operator.writes):
-            found |= set(operator.reads)
-    return frozenset(found)
+        if operator.seconds is not None and needed & set(operator.writes):
+            needed |= set(operator.reads)
+    return frozenset(needed)
 
 
-def _next(
-    work: Work, state: State, room: int, bandwidth: float, alive: list[frozenset[str]]
-) -> Iterator[tuple[State, tuple[Action, ...], int, float]]:
-    """(state after, actions, bytes moved, cost) of all that may be done. What nobody can use any more goes at once."""
-    done, device, host = state
-    free = room - work.size(device)
-    for i in range(done + 1):
-        operator = work.operators[i]
-        new = frozenset(operator.writes) - device
-        again = i < done
-        if again and (
-            operator.seconds is None
-            or len(new) < len(set(operator.writes))
-            or not new & alive[done]
-        ):
-            continue
-        if not device.issuperset(operator.reads) or work.size(new) + operator.scratch > free:
-            continue
-        after = done if again else done + 1
-        dead = (device | new) - alive[after]
-        actions = (
-            Action("again" if again else "run", operator.name),
-            *(Action("drop", t) for t in sorted(dead)),
-        )
-        price = (operator.seconds or 0.0) * bandwidth if again else 0.0
-        yield (after, (device | new) - dead, host & alive[after]), actions, 0, price
-    for tensor in sorted(host - device):
-        if work.bytes[tensor] <= free:
-            yield (
-                (done, device | {tensor}, host),
-                (Action("load", tensor),),
-                work.bytes[tensor],
-                float(work.bytes[tensor]),
-            )
-    for tensor in sorted(device):
-        drop = Action("drop", tensor)
-        yield (done, device - {tensor}, host), (drop,), 0, 0.0
-        if tensor not in host:
-            size = work.bytes[tensor]
-            yield (
-                (done, device - {tensor}, host | {tensor}),
-                (Action("save", tensor), drop),
-                size,
-                float(size),
-            )
-
-
-def _traced(
-    state: State, came: dict[State, tuple[State, tuple[Action, ...], int]], cost: float
-) -> MemoryPlan:
-    steps, traffic = [], 0
-    while state in came:
-        state, actions, moved = came[state]
-        steps.append(actions)
-        traffic += moved
-    return MemoryPlan(tuple(a for actions in reversed(steps) for a in actions), traffic, cost, True)
+def _traced(state: _State, before: dict[_State, tuple[_State, _Move]], cost: float) -> MemoryPlan:
+    """The plan that leads to a state."""
+    moves = []
+    while state in before:
+        state, move = before[state]
+        moves.append(move)
+    actions = [action for move in reversed(moves) for action in move.actions]
+    return MemoryPlan(tuple(actions), sum(move.traffic for move in moves), cost, True)

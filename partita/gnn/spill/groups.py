@@ -1,0 +1,215 @@
+"""The stages of a model as groups of pieces, each of which is one operator of a memory plan.
+
+Stages become pieces (`pieces.Piece`): dense products, cut by rows, and aggregations, cut by columns. A stage without
+pieces is one piece on all. Neighbours by rows become one group, whose inner tables exist only inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+
+from partita.errors import GraphError
+from partita.gnn.nn.pieces import Piece, by_rows
+from partita.gnn.prepare import GraphData
+from partita.gnn.step import StepState, build_metrics
+
+
+@dataclass(frozen=True)
+class StagePiece:
+    """A piece with names of tables of the whole model, and the trainable variables that it uses, by number.
+
+    Tables are "x0", the features, to "xn", the output, after the stages, and "name.i" inside stage i.
+    """
+
+    stage: int
+    piece: Piece
+    used: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PieceGroup:
+    """Pieces that are one operator: the tables that it reads and writes, and the trainable variables that it uses."""
+
+    by: str
+    pieces: tuple[Piece, ...]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    used: tuple[int, ...]
+
+    @property
+    def linear(self) -> bool:
+        """Whether the gradient does not depend on the values of the tables."""
+        return all(piece.linear for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class GroupedModel:
+    """The groups of a model in order, and the shapes and types of all tables."""
+
+    groups: tuple[PieceGroup, ...]
+    shapes: dict[str, Any]
+
+
+def stages_of(model: Any) -> list[Any]:
+    """The stages of a model. GraphError if its `call` does something else than to run them."""
+    for kind in type(model).__mro__:
+        if "stages" in vars(kind):
+            return model.stages()
+        if "call" in vars(kind):
+            break
+    raise GraphError(
+        f"{type(model).__name__} has a call of its own, and a memory plan runs a model's stages: "
+        "give it stages() beside call, or remove memory."
+    )
+
+
+def run_group(
+    model: Any,
+    group: PieceGroup,
+    variables: tuple[Any, Any],
+    graph: Any,
+    column: Any,
+    tables: dict[str, Any],
+) -> tuple[list[Any], dict[int, Any]]:
+    """(tables written, other variables that changed by their number).
+
+    `variables`: (trainable, others), from which each piece begins; `column`: the number of the first column.
+    """
+    trainable, others = variables
+    values = [
+        *zip(model.trainable_variables, trainable, strict=True),
+        *zip(model.non_trainable_variables, others, strict=True),
+    ]
+    tables = dict(tables)
+    changed: dict[int, Any] = {}
+    for piece in group.pieces:
+        with keras.StatelessScope(state_mapping=values) as scope:
+            before = [scope.get_current_value(v) for v in model.non_trainable_variables]
+            results = piece.function(graph, column, *(tables[name] for name in piece.reads))
+        tables.update(zip(piece.writes, results, strict=True))
+        for k, variable in enumerate(model.non_trainable_variables):
+            value = scope.get_current_value(variable)
+            if value is not before[k]:
+                changed[k] = value
+    return [tables[name] for name in group.writes], changed
+
+
+def grouped_model(
+    model: Any, features: tuple[int, ...], data: GraphData, state: StepState, training: bool
+) -> GroupedModel:
+    """The groups of a model, from features of this shape. GraphError if two stages change one variable.
+
+    `state`: shapes of the variables. Pieces are traced; nothing is computed.
+    """
+    stages = stages_of(model)
+    shapes: dict[str, Any] = {"x0": jax.ShapeDtypeStruct(features, jnp.float32)}
+    stage_pieces: list[StagePiece] = []
+    owners: dict[int, int] = {}
+    for i, stage in enumerate(stages):
+        width = shapes[f"x{i}"].shape[-1]
+        for piece in _pieces(stage, width, training, is_last=i == len(stages) - 1):
+            named = replace(
+                piece,
+                reads=tuple(_table_name(i, name) for name in piece.reads),
+                writes=tuple(_table_name(i, name) for name in piece.writes),
+            )
+            written, changed, used = _traced(model, named, data, state, shapes)
+            shapes |= zip(named.writes, written, strict=True)
+            stage_pieces.append(StagePiece(i, named, used))
+            for k in changed:
+                if owners.setdefault(k, i) != i:
+                    path = model.non_trainable_variables[k].path
+                    raise GraphError(
+                        f"Stages {owners[k]} and {i} both change {path}, and a memory plan runs stages by "
+                        "themselves: give each stage layers of its own, or remove memory."
+                    )
+    jax.eval_shape(partial(build_metrics, model), data, shapes[f"x{len(stages)}"])
+    return GroupedModel(_grouped(stage_pieces), shapes)
+
+
+def _pieces(stage: Any, width: int, training: bool, is_last: bool) -> Sequence[Piece]:
+    """The pieces of a stage, from rows of `width` features; the last one of the model is cut by rows or whole."""
+    pieces = stage.pieces(width, training) if hasattr(stage, "pieces") else None
+    if pieces is None:
+
+        def whole(graph: Any, column: Any, x: Any) -> tuple[Any]:
+            return (stage(x, graph, training),)
+
+        pieces = [Piece("whole", ("x",), ("y",), whole)]
+    if not is_last or pieces[-1].by != "columns":
+        return pieces
+    renamed = []
+    for piece in pieces:
+        writes = tuple("last" if name == "y" else name for name in piece.writes)
+        renamed.append(replace(piece, writes=writes))
+    return [*renamed, by_rows("last", "y", lambda x: x)]
+
+
+def _table_name(stage: int, name: str) -> str:
+    """The name in the whole model of a table of a stage."""
+    if name == "x":
+        return f"x{stage}"
+    return f"x{stage + 1}" if name == "y" else f"{name}.{stage}"
+
+
+def _traced(
+    model: Any, piece: Piece, data: GraphData, state: StepState, shapes: dict[str, Any]
+) -> tuple[list[Any], list[int], tuple[int, ...]]:
+    """(shapes of tables written, other variables that change, trainable variables that are used) of a piece."""
+    alone = PieceGroup(piece.by, (piece,), piece.reads, piece.writes, ())
+
+    def run(trainable: Any, others: Any, graph: Any, *tables: Any) -> Any:
+        named = dict(zip(piece.reads, tables, strict=True))
+        return run_group(model, alone, (trainable, others), graph, 0, named)
+
+    tables = [shapes[name] for name in piece.reads]
+    trace = jax.make_jaxpr(run, return_shape=True)
+    program, (written, changed) = trace(state.trainable, state.others, data.block, *tables)
+    read = {id(variable) for variable in program.jaxpr.outvars}
+    for equation in program.jaxpr.eqns:
+        read |= {id(variable) for variable in equation.invars}
+    numbers = range(len(state.trainable))
+    used = tuple(k for k in numbers if id(program.jaxpr.invars[k]) in read)
+    return written, list(changed), used
+
+
+def _grouped(stage_pieces: Sequence[StagePiece]) -> tuple[PieceGroup, ...]:
+    """Pieces with neighbours that are cut by rows together."""
+    ends = []
+    for n, member in enumerate(stage_pieces):
+        follows = n > 0 and member.piece.by == "rows" == stage_pieces[n - 1].piece.by
+        if follows:
+            ends[-1] = n + 1
+        else:
+            ends.append(n + 1)
+    groups = []
+    first = 0
+    outputs = set(stage_pieces[-1].piece.writes)
+    for end in ends:
+        members = stage_pieces[first:end]
+        later = {name for member in stage_pieces[end:] for name in member.piece.reads} | outputs
+        groups.append(_group(members, later))
+        first = end
+    return tuple(groups)
+
+
+def _group(members: Sequence[StagePiece], later: set[str]) -> PieceGroup:
+    """Pieces as one group; `later`: the tables that are read after it."""
+    pieces = tuple(member.piece for member in members)
+    inner = [name for piece in pieces for name in piece.writes]
+    outer = [name for piece in pieces for name in piece.reads if name not in inner]
+    used = {number for member in members for number in member.used}
+    return PieceGroup(
+        by=pieces[0].by,
+        pieces=pieces,
+        reads=tuple(dict.fromkeys(outer)),
+        writes=tuple(name for name in inner if name in later),
+        used=tuple(sorted(used)),
+    )

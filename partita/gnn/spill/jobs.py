@@ -1,0 +1,299 @@
+"""The jobs of a step: functions that run one group of pieces on one range of rows or columns.
+
+A training step runs every group forward, then the last one in both directions with the loss between ("turn"), then the
+others backward. A backward job computes its group again by itself. An evaluation or prediction runs forward only.
+Values that add up from job to job are in a `Carry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+
+from partita.gnn.prepare import GraphData
+from partita.gnn.spill.groups import GroupedModel, PieceGroup, run_group
+from partita.gnn.step import loss_sum, metric_counts, zero_counts
+
+KINDS = ("train", "judge", "predict")
+"""Kinds of steps: training, evaluation over the vertices of the training mask, prediction."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Carry:
+    """Sums from job to job.
+
+    others      non-trainable variables after the step
+    total       gradients of the trainable variables
+    loss        the loss
+    counts      the counts of the metrics
+    """
+
+    others: list[Any]
+    total: list[Any]
+    loss: Any
+    counts: list[Any]
+
+    def with_others(self, changed: dict[int, Any]) -> Carry:
+        """With other values of variables, by number."""
+        return replace(self, others=[changed.get(k, v) for k, v in enumerate(self.others)])
+
+    def with_loss(self, loss: Any, counts: list[Any]) -> Carry:
+        """With more loss and more counts."""
+        sums = [a + b for a, b in zip(self.counts, counts, strict=True)]
+        return replace(self, loss=self.loss + loss, counts=sums)
+
+    def with_gradients(self, used: Sequence[int], gradients: Sequence[Any]) -> Carry:
+        """With more gradients, of the variables of these numbers."""
+        total = list(self.total)
+        for k, gradient in zip(used, gradients, strict=True):
+            total[k] = total[k] + gradient
+        return replace(self, total=total)
+
+
+def first_carry(model: Any, trainable: Any, others: Any) -> Carry:
+    """The carry at the begin of a step: the penalty of the weights and its gradients."""
+
+    def penalty(trainable: Any) -> Any:
+        values = list(zip(model.trainable_variables, trainable, strict=True))
+        with keras.StatelessScope(state_mapping=values):
+            return sum(model.losses, start=jnp.zeros(()))
+
+    value, gradients = jax.value_and_grad(penalty)(trainable)
+    copies = [jnp.array(v, copy=True) for v in others]
+    return Carry(copies, gradients, value, zero_counts(model))
+
+
+@dataclass(frozen=True)
+class JobInputs:
+    """The inputs of a job beside tables.
+
+    first   the number of the first row or column, int32
+    size    rows or columns
+    """
+
+    carry: Carry
+    trainable: Any
+    others: Any
+    data: GraphData
+    first: Any
+    size: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job for every range of a group: `function(inputs, tables)` gives (carry, tables).
+
+    kind            'forward', 'turn', 'backward', 'judge' or 'predict'
+    number          the number of the group
+    reads, writes   (table with the same tiles, name) of each table
+    """
+
+    kind: str
+    number: int
+    function: Callable[[JobInputs, tuple[Any, ...]], Any]
+    reads: Sequence[tuple[str, str]]
+    writes: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Backward:
+    """A group backward.
+
+    targets     tables whose gradients are given
+    reads       tables that are read, none if the gradient does not depend on them
+    sums        the targets that have a gradient so far
+    """
+
+    group: PieceGroup
+    targets: Sequence[str]
+    reads: Sequence[str]
+    sums: Sequence[str]
+
+
+def jobs_of(model: Any, grouped: GroupedModel, kind: str) -> Iterator[Job]:
+    """The jobs of a step of this kind, in order."""
+    last = len(grouped.groups) - 1
+    for i, group in enumerate(grouped.groups[:-1]):
+        yield Job(
+            "forward", i, partial(_forward, model, group), _same(group.reads), _same(group.writes)
+        )
+    end = grouped.groups[last]
+    if kind == "judge":
+        yield Job(kind, last, partial(_judge, model, end), _same(end.reads), [])
+    elif kind == "predict":
+        yield Job(kind, last, partial(_predict, model, end), _same(end.reads), [])
+    else:
+        yield from _learning_jobs(model, grouped.groups)
+
+
+def _learning_jobs(model: Any, groups: Sequence[PieceGroup]) -> Iterator[Job]:
+    """The turn and the backward jobs."""
+    last = len(groups) - 1
+    end = groups[last]
+    differentiated = _differentiated(groups)
+    targets = [name for name in end.reads if name in differentiated]
+    # The tables that hold the sums of gradients so far.
+    gradients = {name: f"d{name}" for name in targets}
+    yield Job(
+        "turn",
+        last,
+        partial(_turn, model, end, targets),
+        _same(end.reads),
+        [(name, gradients[name]) for name in targets],
+    )
+    for i in reversed(range(last)):
+        group = groups[i]
+        if not differentiated & set(group.writes):
+            continue
+        targets = [name for name in group.reads if name in differentiated]
+        reads = [] if group.linear and not group.used else [*group.reads]
+        above = [(name, gradients[name]) for name in group.writes]
+        sums = [(name, gradients[name]) for name in targets if name in gradients]
+        for name in targets:
+            gradients[name] = gradients[name] + "+" if name in gradients else f"d{name}"
+        if not targets and not group.used:
+            continue
+        backward = Backward(group, targets, reads, [name for name, _ in sums])
+        yield Job(
+            "backward",
+            i,
+            partial(_backward, model, backward),
+            [*_same(reads), *above, *sums],
+            [(name, gradients[name]) for name in targets],
+        )
+
+
+def _differentiated(groups: Sequence[PieceGroup]) -> set[str]:
+    """Tables that depend on trainable variables, and so have a gradient."""
+    tables: set[str] = set()
+    for group in groups:
+        if group.used or tables & set(group.reads):
+            tables |= set(group.writes)
+    return tables
+
+
+def _same(tables: Sequence[str]) -> list[tuple[str, str]]:
+    return [(name, name) for name in tables]
+
+
+# ------------------------------------------------------------------------------------------------------ the functions
+
+
+def _forward(model: Any, group: PieceGroup, inputs: JobInputs, tables: tuple[Any, ...]) -> Any:
+    """(carry, tables written)."""
+    named = dict(zip(group.reads, tables, strict=True))
+    written, changed = _run(model, group, inputs, inputs.trainable, named)
+    return inputs.carry.with_others(changed), written
+
+
+def _predict(model: Any, group: PieceGroup, inputs: JobInputs, tables: tuple[Any, ...]) -> Any:
+    """(carry, rows of the model's output)."""
+    named = dict(zip(group.reads, tables, strict=True))
+    rows, _ = _run(model, group, inputs, inputs.trainable, named)
+    return inputs.carry, rows
+
+
+def _judge(model: Any, group: PieceGroup, inputs: JobInputs, tables: tuple[Any, ...]) -> Any:
+    """(carry with loss and metrics, no tables)."""
+    named = dict(zip(group.reads, tables, strict=True))
+    (rows,), _ = _run(model, group, inputs, inputs.trainable, named)
+    part = _part(group, inputs)
+    loss = _loss_share(model, rows, part, inputs.data)
+    return inputs.carry.with_loss(loss, metric_counts(model, rows, part, "train")), []
+
+
+def _turn(
+    model: Any,
+    group: PieceGroup,
+    targets: Sequence[str],
+    inputs: JobInputs,
+    tables: tuple[Any, ...],
+) -> Any:
+    """Forward, loss, metrics and backward: (carry, gradients of the target tables)."""
+    named = dict(zip(group.reads, tables, strict=True))
+    part = _part(group, inputs)
+
+    def loss(weights: Any, target_tables: dict[str, Any]) -> Any:
+        trainable = _replaced(inputs.trainable, group.used, weights)
+        (rows,), changed = _run(model, group, inputs, trainable, named | target_tables)
+        return _loss_share(model, rows, part, inputs.data), (rows, changed)
+
+    weights = [inputs.trainable[k] for k in group.used]
+    target_tables = {name: named[name] for name in targets}
+    differentiated = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    (value, (rows, changed)), gradients = differentiated(weights, target_tables)
+    of_weights, of_tables = gradients
+    carry = inputs.carry.with_others(changed)
+    carry = carry.with_loss(value, metric_counts(model, rows, part, "train"))
+    return carry.with_gradients(group.used, of_weights), [of_tables[name] for name in targets]
+
+
+def _backward(model: Any, backward: Backward, inputs: JobInputs, tables: tuple[Any, ...]) -> Any:
+    """(carry, gradients of the target tables, added to those so far).
+
+    `tables` are those read, then the gradients of those written, then the sums so far.
+    """
+    group = backward.group
+    reads_end = len(backward.reads)
+    writes_end = reads_end + len(group.writes)
+    named = dict(zip(backward.reads, tables[:reads_end], strict=True))
+    above = list(tables[reads_end:writes_end])
+    before = dict(zip(backward.sums, tables[writes_end:], strict=True))
+    if not named:
+        # The values do not matter: the group is linear.
+        named = {name: jnp.zeros_like(above[0]) for name in group.reads}
+
+    def run(weights: Any, target_tables: dict[str, Any]) -> Any:
+        trainable = _replaced(inputs.trainable, group.used, weights)
+        return _run(model, group, inputs, trainable, named | target_tables)[0]
+
+    weights = [inputs.trainable[k] for k in group.used]
+    target_tables = {name: named[name] for name in backward.targets}
+    _, pull_back = jax.vjp(run, weights, target_tables)
+    of_weights, of_tables = pull_back(above)
+    gradients = []
+    for name in backward.targets:
+        gradient = of_tables[name]
+        gradients.append(gradient + before[name] if name in before else gradient)
+    return inputs.carry.with_gradients(group.used, of_weights), gradients
+
+
+def _run(
+    model: Any, group: PieceGroup, inputs: JobInputs, trainable: Any, tables: dict[str, Any]
+) -> Any:
+    """A group on the range of a job, as `run_group` gives it."""
+    graph = inputs.data.block
+    column = inputs.first
+    if group.by == "rows":
+        graph = replace(graph, first=inputs.first.reshape(1))
+        column = 0
+    return run_group(model, group, (trainable, inputs.others), graph, column, tables)
+
+
+def _part(group: PieceGroup, inputs: JobInputs) -> GraphData:
+    """The data with labels and training mask of the range of rows."""
+    data = inputs.data
+    if group.by != "rows":
+        return data
+    slices = partial(jax.lax.dynamic_slice_in_dim, start_index=inputs.first, slice_size=inputs.size)
+    return replace(data, labels=slices(data.labels), masks={"train": slices(data.masks["train"])})
+
+
+def _loss_share(model: Any, rows: Any, part: GraphData, data: GraphData) -> Any:
+    """The share of the mean loss over the training mask of the rows of a part."""
+    return loss_sum(model, rows, part, "train") / data.masks["train"].sum()
+
+
+def _replaced(values: Sequence[Any], numbers: Sequence[int], new: Sequence[Any]) -> list[Any]:
+    """Values with new ones in place of those of these numbers."""
+    replaced = list(values)
+    for k, value in zip(numbers, new, strict=True):
+        replaced[k] = value
+    return replaced
