@@ -14,7 +14,7 @@ from partita.errors import PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import DeviceKind, Machine, load
 from partita.machine import check as check_machine
-from partita.machine.machine import slowest_kind
+from partita.machine.parts import slowest_kind
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
 from partita.plans.diff import diff
