@@ -350,7 +350,7 @@ def test_the_documented_example_loads(tmp_path):
 
 
 def test_the_documented_presets_are_all_presets():
-    table = MACHINES_PAGE.split("## Presets")[1].split("## Your own")[0]
+    table = MACHINES_PAGE.split("## Presets")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     assert {name for row in rows for name in re.findall(r"`(.*?)`", row)} == set(presets())
 
