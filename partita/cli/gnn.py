@@ -117,7 +117,7 @@ def generate(
         else:
             raise GraphError(f"There is no generator {kind!r}: use rmat, erdos-renyi or blocks.")
         with progress() as report:
-            made = files.gather(
+            made = files.save_stream(
                 stream.with_reverse_edges() if undirected else stream, output, report
             )
             if transpose:
@@ -183,10 +183,10 @@ def info(
     """
     with errors():
         from partita.gnn.data import files
-        from partita.gnn.data.facts import facts, facts_table
+        from partita.gnn.data.facts import facts_table, graph_facts
 
         with progress() as report:
-            found = facts(files.open(file, report=report))
+            found = graph_facts(files.open(file, report=report))
         if as_json:
             print(json.dumps(found))
         else:

@@ -128,7 +128,7 @@ def test_the_other_generators_say_how_many_vertices(kind: str, tmp_path: Path) -
         ),
         (
             ["generate", "rmat", "--scale", "3", "--edges", "9", "-o", "g.txt"],
-            "'g.txt' is neither: call it 'g.lux'",
+            "'g.txt' does not end in .lux or .npz: call it 'g.lux'",
         ),
         (
             ["generate", "rmat", "--scale", "3", "--edges", "9", "-o", "g.npz", "--transpose"],
