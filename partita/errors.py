@@ -1,15 +1,13 @@
-"""Exceptions for mistakes of the user.
-
-A message states the problem, then the fix. Our own mistakes are assertions instead.
-"""
+"""What Partita raises when the user is wrong: one clear sentence that says what was given, what is needed and what to
+write instead. A mistake of ours is an assertion, never one of these."""
 
 
 class PartitaError(Exception):
-    """Base of all exceptions that Partita raises for mistakes of the user."""
+    """A mistake that the user can mend; catch this one to catch them all."""
 
 
 class MachineError(PartitaError):
-    """A machine that is unknown, has a wrong description, or cannot do what the user asks."""
+    """A machine that is described wrongly, is not known, or cannot do what is asked of it."""
 
 
 class PlanError(PartitaError):
@@ -21,21 +19,23 @@ class CaptureError(PartitaError):
 
 
 class MemoryBudgetError(PartitaError):
-    """A plan, or all plans, that need more memory than the machine has."""
+    """A plan, or every plan, that needs more memory than the machine has.
+
+    `excess` is how many times its predicted peak a plan needs by the compiler's account; None where no compiler was asked.
+    """
 
     def __init__(self, sentence: str, excess: float | None = None) -> None:
-        """`excess`: the compiler's peak over the predicted peak, None without compiler."""
         super().__init__(sentence)
         self.excess = excess
 
 
 class ProcessError(PartitaError):
-    """Training processes that disagree: one is missing, or does something else."""
+    """Processes that train together do not: one has not come, or does something else."""
 
 
 class LostProcessError(ProcessError):
-    """A training process that disappeared."""
+    """A process that trained with this one is gone."""
 
 
 class GraphError(PartitaError):
-    """A graph for training that is inconsistent, or a file that holds none."""
+    """A graph to train on that is wrong in itself, or a file that does not hold one."""

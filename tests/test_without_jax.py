@@ -19,8 +19,7 @@ sys.meta_path.insert(0, Refuse())
 """
 PLAN = """
 from partita.planning import best_plan, check_plan, predict_plan
-from partita.graph.check import check
-from partita.graph.operator_graph import OperatorGraph
+from partita.graph.operator_graph import OperatorGraph, check
 from partita.machine import load
 from partita.plans.baselines import BASELINES
 from partita.plans.layout import layout_of

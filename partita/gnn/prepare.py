@@ -1,9 +1,10 @@
 """From a graph to the data of a training step, on one device or on several.
 
-`prepare(graph, key)` numbers the vertices, cuts them into parts, chooses how each aggregation is split, and places
-every part on its device. Its result is one frozen value, a `PreparedGraph`. The key states everything that decides it:
-the content of the graph, the split, and the architecture of the model. Equal keys give equal data, so that prepared
-graphs are reused. Of several processes each prepares the parts of its own devices only.
+`prepare(graph, key)` numbers the vertices, cuts them into parts, chooses how each aggregation is
+split, and places every part on its device. Its result is one frozen value, a `PreparedGraph`. The
+key states everything that decides it: the content of the graph, the split, and the architecture of
+the model. Equal keys give equal data, so that prepared graphs are reused. Of several processes each
+prepares the parts of its own devices only.
 
 Steps and their programs are in `step`, training in `runs` and `trainer`.
 """
@@ -28,7 +29,7 @@ from partita.gnn.data.digest import array_digest
 from partita.gnn.data.graph import Graph
 from partita.gnn.data.order import order_of
 from partita.gnn.kernels import stamp
-from partita.gnn.nn.block import AXIS, Block, block_of, recorded_calls
+from partita.gnn.nn.block import AXIS, Block, block_of, counted
 from partita.gnn.split.choice import columns_of, edge_seconds, row_seconds
 from partita.gnn.split.learned import initial_points, prefix_sums
 from partita.gnn.split.partition import (
@@ -60,7 +61,7 @@ class GraphData:
     block: Block
 
 
-# ------------------------------------------------------------------------------------------------------------ the key
+# --------------------------------------------------------------------------------------- the key
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,10 @@ class Split:
         columns: int | None = None,
         order: Any = None,
     ) -> Split:
-        """The split of these arguments of `fit`. GraphError if `columns` does not divide the devices."""
+        """The split of these arguments of `fit`.
+
+        GraphError if `columns` does not divide the devices.
+        """
         if columns is not None and (columns < 1 or devices % columns):
             raise GraphError(
                 f"columns={columns} does not divide {devices} devices: use a divisor of {devices}."
@@ -130,12 +134,15 @@ class Architecture:
 
     @property
     def linear(self) -> bool:
-        """Whether every aggregation is a sum, which can be taken over some edges first and the others later."""
+        """Whether every aggregation is a sum, which can be taken over edges in portions."""
         return all(kind == "sum" for _, kind in self.aggregations)
 
 
 def architecture_of(model: Any, graph: Graph) -> Architecture:
-    """The architecture of a built model on graphs like this one. One vertex without edges is traced; nothing is computed."""
+    """The architecture of a built model on graphs like this one.
+
+    One vertex without edges is traced; nothing is computed.
+    """
     weights = None if graph.weights is None else np.zeros(0, np.float32)
     one_vertex = Graph(
         np.zeros(2, np.int64),
@@ -145,9 +152,15 @@ def architecture_of(model: Any, graph: Graph) -> Architecture:
     )
 
     def predict(trainable: Any, others: Any, data: GraphData) -> Any:
-        return model.stateless_call(trainable, others, data.x, graph=data.block, training=False)[0]
+        return model.stateless_call(
+            trainable,
+            others,
+            data.x,
+            graph=data.block,
+            training=False,
+        )[0]
 
-    with recorded_calls() as calls:
+    with counted() as calls:
         jax.eval_shape(
             predict,
             _shapes(model.trainable_variables),
@@ -156,7 +169,7 @@ def architecture_of(model: Any, graph: Graph) -> Architecture:
         )
     matrices = [v.shape for v in model.trainable_variables if len(v.shape) > 1]
     return Architecture(
-        aggregations=tuple(calls.aggregations),
+        aggregations=tuple(calls.seen),
         matrix_entries=sum(int(np.prod(shape)) for shape in matrices),
         by_vertex=bool(vars(type(model)).get("by_vertex")),
     )
@@ -168,21 +181,23 @@ def _shapes(variables: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
 
 @dataclass(frozen=True)
 class PreparationKey:
-    """Everything that decides the data of a step: `Graph.digest`, the split, the architecture of the model."""
+    """Everything that decides the data of a step. `graph` is `Graph.digest`."""
 
     graph: str
     split: Split
     architecture: Architecture
 
 
-# ---------------------------------------------------------------------------------------------------------- the value
+# ------------------------------------------------------------------------------------- the value
 
 
 @dataclass(frozen=True)
 class PreparedGraph:
-    """A graph as the steps of a model read it. Two are equal if their keys and split points are: these decide the rest.
+    """A graph as the steps of a model read it.
 
-    key             what the data was prepared for
+    Two are equal if their keys and split points are: these decide the rest.
+
+    key             graph, split and model that the data was prepared for
     points          split points; () on one device
     source          the graph as given
     numbered        the graph as its vertices are numbered inside
@@ -213,7 +228,10 @@ class PreparedGraph:
 
     @property
     def columns(self) -> tuple[tuple[int, int], ...]:
-        """(features, devices that share them) of aggregations of that many features; () on one device."""
+        """(features, devices that share them) of aggregations of that many features.
+
+        () on one device.
+        """
         return self.data.block.columns
 
     @property
@@ -227,7 +245,7 @@ def prepare(graph: Graph, key: PreparationKey) -> PreparedGraph:
     began = time.perf_counter()
     split = key.split
     at_hand(split.devices)
-    numbered, order = _numbered(graph, split.order)
+    numbered, order = _numbered(graph.as_it_is(), split.order)
     sums = points = near = None
     if split.learns:
         # One-time costs, and waiting for other processes, are no part of the price of a move.
@@ -243,7 +261,13 @@ def prepare(graph: Graph, key: PreparationKey) -> PreparedGraph:
         parts = None
         data = _on_one_device(numbered, order, near)
     else:
-        graph_cut = _cut(numbered, order, key, near=near, points=points)
+        graph_cut = _cut(
+            numbered,
+            order,
+            key,
+            near=near,
+            points=points,
+        )
         near = graph_cut.near
         parts = graph_cut.parts
         data = _on_devices(graph_cut, split)
@@ -266,11 +290,19 @@ def prepare(graph: Graph, key: PreparationKey) -> PreparedGraph:
 def resplit(
     prepared: PreparedGraph, points: np.ndarray, capacity: Capacity | None
 ) -> PreparedGraph:
-    """The same graph split at other points, with this capacity of every device if it fits, else with that it needs."""
+    """The same graph split at other points.
+
+    `capacity`: sizes of every device, if the parts fit; otherwise they have the sizes they need.
+    """
     began = time.perf_counter()
     key = prepared.key
     graph_cut = _cut(
-        prepared.numbered, prepared.order, key, prepared.near, points=points, capacity=capacity
+        prepared.numbered,
+        prepared.order,
+        key,
+        prepared.near,
+        points=points,
+        capacity=capacity,
     )
     data = _on_devices(graph_cut, key.split)
     return replace(
@@ -310,7 +342,7 @@ def _numbered(graph: Graph, order: str | Numbers | None) -> tuple[Graph, np.ndar
 
 
 def _near(graph: Graph, architecture: Architecture) -> tuple[np.ndarray, ...]:
-    """Vertices that the last aggregations of a training step need, the last one first, as far as that spares much."""
+    """Vertices that each of the last aggregations of a training step needs, the last one first."""
     if not architecture.by_vertex:
         return ()
     return tuple(near_training(graph, len(architecture.aggregations)))
@@ -323,7 +355,7 @@ def _load_kernels() -> None:
 
 
 def _first_points(sums: np.ndarray, features: int, key: PreparationKey) -> np.ndarray:
-    """Split points that learning begins with: by the machine's seconds of rows and edges, before anything is measured."""
+    """Split points before anything is measured, by the machine's seconds of rows and edges."""
     architecture = key.architecture
 
     def seconds() -> str:
@@ -334,15 +366,23 @@ def _first_points(sums: np.ndarray, features: int, key: PreparationKey) -> np.nd
         return json.dumps([row, edge])
 
     row, edge = json.loads(processes.from_first("rows and edges", seconds))
-    return initial_points(sums, key.split.devices, row, edge)
+    return initial_points(
+        sums,
+        key.split.devices,
+        row,
+        edge,
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ cutting
+# --------------------------------------------------------------------------------------- cutting
 
 
 @dataclass(frozen=True)
 class GraphCut:
-    """Parts of a graph: the graph as it is numbered for them; devices that share aggregations; `PreparedGraph.near`."""
+    """Parts of a graph: the graph as it is numbered for them.
+
+    Devices that share aggregations; `PreparedGraph.near`.
+    """
 
     graph: Graph
     parts: Parts
@@ -358,7 +398,10 @@ def _cut(
     points: np.ndarray | None = None,
     capacity: Capacity | None = None,
 ) -> GraphCut:
-    """The parts of a graph by the partition of a key, or between `points`; `capacity`: as in `partition.cut`."""
+    """The parts of a graph by the partition of a key, or between `points`.
+
+    `capacity`: as in `partition.cut`.
+    """
     split = key.split
     partition = _partition_inside(split, numbered, order) if points is None else points
     graph, points, new_order = arranged(numbered, split.devices, partition)
@@ -368,8 +411,19 @@ def _cut(
         near = _near(graph, key.architecture)
     columns = _columns(graph, points, key)
     kinds = _aggregation_kinds(key.architecture, dict(columns), near)
-    parts = cut(graph, points, capacity, kinds, moves=split.learns)
-    return GraphCut(graph, replace(parts, order=order), columns, near)
+    parts = cut(
+        graph,
+        points,
+        capacity,
+        kinds,
+        moves=split.learns,
+    )
+    return GraphCut(
+        graph,
+        replace(parts, order=order),
+        columns,
+        near,
+    )
 
 
 def _partition_inside(split: Split, numbered: Graph, order: np.ndarray | None) -> Any:
@@ -388,7 +442,14 @@ def _columns(graph: Graph, points: np.ndarray, key: PreparationKey) -> tuple[tup
     if split.columns is None and not split.learns:
 
         def cheapest() -> str:
-            return json.dumps(columns_of(aggregations, graph, points, detect(split.devices)))
+            return json.dumps(
+                columns_of(
+                    aggregations,
+                    graph,
+                    points,
+                    detect(split.devices),
+                )
+            )
 
         chosen = json.loads(processes.from_first("columns", cheapest))
         return tuple((width, columns) for width, columns in chosen)
@@ -401,7 +462,7 @@ def _columns(graph: Graph, points: np.ndarray, key: PreparationKey) -> tuple[tup
 def _aggregation_kinds(
     architecture: Architecture, columns: dict[int, int], near: Sequence[np.ndarray]
 ) -> list[AggregationKind]:
-    """The kinds of aggregations that parts are made for: over all edges, and over those near the training vertices."""
+    """The kinds of aggregations of parts: over all edges, and near the training vertices."""
     used = set()
     for width, kind in architecture.aggregations:
         used.add(1 if kind == "attention" else columns.get(width, 1))
@@ -410,11 +471,18 @@ def _aggregation_kinds(
         AggregationKind(columns=count, apart=apart and count == 1) for count in sorted(used or {1})
     ]
     for edges, vertices in enumerate(near):
-        kinds.append(AggregationKind(columns=1, near=edges, keep=vertices, apart=apart))
+        kinds.append(
+            AggregationKind(
+                columns=1,
+                near=edges,
+                keep=vertices,
+                apart=apart,
+            )
+        )
     return kinds
 
 
-# ------------------------------------------------------------------------------------------------------------ placing
+# --------------------------------------------------------------------------------------- placing
 
 
 def mesh_of(devices: int) -> Mesh:
@@ -425,7 +493,12 @@ def mesh_of(devices: int) -> Mesh:
 def data_of(graph: Graph) -> GraphData:
     """The data of a whole graph, as arrays of NumPy."""
     x, labels, masks = _tables(graph)
-    return GraphData(x, labels, masks, block_of(graph))
+    return GraphData(
+        x,
+        labels,
+        masks,
+        block_of(graph),
+    )
 
 
 def _tables(graph: Graph) -> tuple[Any, Any, dict[str, Any]]:
@@ -446,7 +519,12 @@ def _tables(graph: Graph) -> tuple[Any, Any, dict[str, Any]]:
 def _on_one_device(graph: Graph, order: np.ndarray | None, near: Sequence[np.ndarray]) -> GraphData:
     data = data_of(graph)
     kinds = [AggregationKind(near=edges, keep=keep) for edges, keep in enumerate(near)]
-    whole = cut(graph, np.array([0, graph.vertices]), None, kinds)
+    whole = cut(
+        graph,
+        np.array([0, graph.vertices]),
+        None,
+        kinds,
+    )
     block = replace(
         data.block,
         aggregations=(*data.block.aggregations, *aggregations_of_part(graph, whole, 0)),

@@ -1,8 +1,8 @@
 """Training runs: how a model's steps are done on one graph.
 
-`TrainingRun` is the contract that training relies on. `DeviceRun` runs compiled steps over a prepared graph, on one
-device or on several, and moves a learned split between epochs (`SplitMover`). `spill.run.MemoryRun` runs a step operator
-by operator within a budget of memory.
+`TrainingRun` is the contract that training relies on. `DeviceRun` runs compiled steps over a
+prepared graph, on one device or on several, and moves a learned split between epochs
+(`SplitMover`). `spill.run.MemoryRun` runs a step operator by operator within a budget of memory.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class DeviceRun(TrainingRun):
             self.prepared = self.mover.moved(self.prepared, epochs_left)
 
     def traffic(self) -> int:
-        """Bytes of rows that the devices exchange in a training step, forward and backward, padding included."""
+        """Bytes of rows that the devices exchange in a training step, padding included."""
         if self.prepared.parts is None:
             return 0
         traced = self.steps.train(self.prepared).trace(self.state(), self.prepared.data)
@@ -175,7 +175,10 @@ class SplitMover:
         if not epochs_left:
             return prepared
         move = self.balance.better(
-            epochs_left, making_seconds, compiling_seconds, lambda points: fits(prepared, points)
+            epochs_left,
+            making_seconds,
+            compiling_seconds,
+            lambda points: fits(prepared, points),
         )
         if move is None:
             return prepared
@@ -186,13 +189,13 @@ class SplitMover:
         return after
 
     def _agreed(self, busy_seconds: np.ndarray) -> tuple[np.ndarray, float, float]:
-        """(busy seconds of every device, seconds of making and of compiling): the same in all processes."""
-        prices = [self.making_seconds, self.compiling_seconds]
+        """(busy seconds of devices, seconds of making, of compiling), equal in all processes."""
         if jax.process_count() == 1:
-            return busy_seconds, *prices
+            return busy_seconds, self.making_seconds, self.compiling_seconds
         from jax.experimental import multihost_utils
 
         # Each process has noted the times of its own devices, and all must decide alike.
+        prices = [self.making_seconds, self.compiling_seconds]
         times = np.append(busy_seconds, prices).astype(np.float32)
         gathered = np.asarray(multihost_utils.process_allgather(times), float)
         making_seconds, compiling_seconds = gathered[:, self.devices :].max(axis=0)

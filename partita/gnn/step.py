@@ -1,9 +1,10 @@
 """The steps of training: their state, loss, metrics and compiled programs.
 
-Every form of training takes loss and metrics from here: steps over whole graphs below, and operators of memory plans
-(`spill`). Sums over vertices, of the loss and of each metric's counts, add up over devices and over ranges of rows.
-A step is a function of the state and of the graph's data. It is compiled once for each shape of the data, so that a
-graph that was trained on before compiles nothing.
+Every form of training takes loss and metrics from here: steps over whole graphs below, and
+operators of memory plans (`spill`). Sums over vertices, of the loss and of each metric's counts,
+add up over devices and over ranges of rows. A step is a function of the state and of the graph's
+data. It is compiled once for each shape of the data, so that a graph that was trained on before
+compiles nothing.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import keras
 from jax.sharding import PartitionSpec
 
 from partita.gnn.kernels.bridge import step_options
-from partita.gnn.nn.block import AXIS, recorded_calls
+from partita.gnn.nn.block import AXIS, counted
 from partita.gnn.prepare import GraphData, PreparedGraph, mesh_of
 
 PROGRAMS = 64
 """Programs of a step, for data of different shapes, after which all of them are dropped."""
 
-# ---------------------------------------------------------------------------------------------------------- the state
+# -------------------------------------------------------------------------------------- the state
 
 
 class StepState(NamedTuple):
@@ -53,10 +54,15 @@ def store_state(model: Any, state: StepState) -> None:
             variable._value = value
 
 
-# --------------------------------------------------------------------------------------------------- loss and metrics
+# ------------------------------------------------------------------------------ loss and metrics
 
 
-def loss_sum(model: Any, predicted: Any, data: GraphData, mask: str) -> Any:
+def loss_sum(
+    model: Any,
+    predicted: Any,
+    data: GraphData,
+    mask: str,
+) -> Any:
     """The sum of the loss over the vertices of a mask, a scalar."""
     loss: Any = keras.losses.get(model.loss)
     function = loss.call if isinstance(loss, keras.losses.Loss) else loss
@@ -79,8 +85,13 @@ def zero_counts(model: Any) -> list[Any]:
     return [jnp.zeros(v.shape, v.dtype) for v in metrics.variables]
 
 
-def metric_counts(model: Any, predicted: Any, data: GraphData, mask: str) -> list[Any]:
-    """The metrics' variables over the vertices of a mask; those of several sets of vertices add up."""
+def metric_counts(
+    model: Any,
+    predicted: Any,
+    data: GraphData,
+    mask: str,
+) -> list[Any]:
+    """The metrics' variables over the vertices of a mask; those of several sets add up."""
     metrics = model._compile_metrics
     if metrics is None:
         return []
@@ -103,34 +114,49 @@ def sum_over_devices(values: Any, data: GraphData) -> Any:
     """The sums of values over the devices of a step."""
     if data.block.parts == 1:
         return values
-    return data.block.leave(jax.lax.psum(data.block.enter(values), AXIS))
+    return data.block.left(jax.lax.psum(data.block.entered(values), AXIS))
 
 
 def _logs_over_devices(
-    model: Any, loss: Any, predicted: Any, data: GraphData, mask: str
+    model: Any,
+    loss: Any,
+    predicted: Any,
+    data: GraphData,
+    mask: str,
 ) -> dict[str, Any]:
-    """Loss and metrics by name; `loss` is that of all devices, `predicted` are this device's rows."""
+    """Loss and metrics by name, of the loss of all devices and this device's predicted rows."""
     build_metrics(model, data, predicted)
     counts = metric_counts(model, predicted, data, mask)
     return logs_of(model, loss, [sum_over_devices(count, data) for count in counts])
 
 
-# ---------------------------------------------------------------------------------------------------------- the steps
+# ------------------------------------------------------------------------------------- the steps
 
 
-def train_step(model: Any, aggregations: int, state: StepState, data: GraphData) -> Any:
+def train_step(
+    model: Any,
+    aggregations: int,
+    state: StepState,
+    data: GraphData,
+) -> Any:
     """(logs, state after) of one step over the training mask.
 
-    Each device differentiates its own vertices' share of the loss. The exchange of rows takes gradients back to the
-    devices that the rows came from. `aggregations`: their number, which tells the last ones.
+    Each device differentiates its own vertices' share of the loss. The exchange of rows takes
+    gradients back to the devices that the rows came from. `aggregations`: their number, which tells
+    the last ones.
     """
     trainable, others, optimizer = state
     count = sum_over_devices(data.masks["train"].sum(), data)
 
     def loss(trainable: Any) -> Any:
-        with recorded_calls(aggregations):
+        with counted(aggregations):
             predicted, others_after, penalties = model.stateless_call(
-                trainable, others, data.x, graph=data.block, training=True, return_losses=True
+                trainable,
+                others,
+                data.x,
+                graph=data.block,
+                training=True,
+                return_losses=True,
             )
         value = loss_sum(model, predicted, data, "train") / count
         penalty = sum(penalties) / data.block.parts
@@ -139,11 +165,22 @@ def train_step(model: Any, aggregations: int, state: StepState, data: GraphData)
     gradients, (value, predicted, others) = jax.grad(loss, has_aux=True)(trainable)
     gradients, value = sum_over_devices((gradients, value), data)
     trainable, optimizer = model.optimizer.stateless_apply(optimizer, gradients, trainable)
-    logs = _logs_over_devices(model, value, predicted, data, "train")
+    logs = _logs_over_devices(
+        model,
+        value,
+        predicted,
+        data,
+        "train",
+    )
     return logs, StepState(trainable, others, optimizer)
 
 
-def evaluation_step(model: Any, mask: str, state: StepState, data: GraphData) -> dict[str, Any]:
+def evaluation_step(
+    model: Any,
+    mask: str,
+    state: StepState,
+    data: GraphData,
+) -> dict[str, Any]:
     """Logs over the vertices of a mask, without dropout."""
     predicted, _, penalties = model.stateless_call(
         state.trainable,
@@ -155,18 +192,31 @@ def evaluation_step(model: Any, mask: str, state: StepState, data: GraphData) ->
     )
     sums = (loss_sum(model, predicted, data, mask), data.masks[mask].sum())
     total, count = sum_over_devices(sums, data)
-    return _logs_over_devices(model, total / count + sum(penalties), predicted, data, mask)
+    return _logs_over_devices(
+        model,
+        total / count + sum(penalties),
+        predicted,
+        data,
+        mask,
+    )
 
 
 def prediction_step(model: Any, state: StepState, data: GraphData) -> Any:
     """[rows, classes]: the output of a model, without dropout."""
     return model.stateless_call(
-        state.trainable, state.others, data.x, graph=data.block, training=False
+        state.trainable,
+        state.others,
+        data.x,
+        graph=data.block,
+        training=False,
     )[0]
 
 
 class CompiledSteps:
-    """The steps of one model, each compiled once for data of a shape. They are valid until the model is compiled anew."""
+    """The steps of one model, each compiled once for data of a shape.
+
+    They are valid until the model is compiled anew.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -176,7 +226,12 @@ class CompiledSteps:
         """The training step, which reuses the memory of the state that is given."""
         aggregations = len(prepared.key.architecture.aggregations)
         step = partial(train_step, self.model, aggregations)
-        return self._program(("train", aggregations), step, prepared.devices, donates=True)
+        return self._program(
+            ("train", aggregations),
+            step,
+            prepared.devices,
+            donates=True,
+        )
 
     def evaluate(self, prepared: PreparedGraph, mask: str) -> Any:
         """The evaluation step of a mask. Only the state without the optimizer's is read."""
@@ -186,7 +241,12 @@ class CompiledSteps:
     def predict(self, prepared: PreparedGraph) -> Any:
         """The prediction step; over several devices its result has a leading dim of devices."""
         step = partial(prediction_step, self.model)
-        return self._program(("predict",), step, prepared.devices, rows=True)
+        return self._program(
+            ("predict",),
+            step,
+            prepared.devices,
+            rows=True,
+        )
 
     def programs(self) -> int:
         """Number of compiled programs."""
@@ -221,7 +281,10 @@ class CompiledSteps:
 def _on_each_device(
     step: Callable[[StepState, GraphData], Any], devices: int, rows: bool
 ) -> Callable[..., Any]:
-    """A step in which each device computes on its slice of the data; `rows`: its result has a row for each vertex."""
+    """A step in which each device computes on its slice of the data.
+
+    `rows`: its result has a row for each vertex.
+    """
 
     def one_device(state: StepState, data: GraphData) -> Any:
         result = step(state, jax.tree.map(lambda array: array[0], data))

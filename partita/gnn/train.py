@@ -1,8 +1,9 @@
-"""Full-graph training: every step is one forward and backward pass over the whole graph, compiled once.
+"""Full-graph training: a step is one forward and backward pass over the whole graph.
 
-`FullGraphTraining` gives a Keras model `fit`, `evaluate` and `predict` on a `Graph`. The loss is the mean over the
-vertices of the training mask, of any Keras loss. Metrics are weighted by the mask. The graph is an argument of the
-step, not a part of it. A model has one attribute beside those of Keras, its `GraphTrainer`, which is not saved.
+`FullGraphTraining` gives a Keras model `fit`, `evaluate` and `predict` on a `Graph`. The loss is
+the mean over the vertices of the training mask, of any Keras loss. Metrics are weighted by the
+mask. The graph is an argument of the step, not a part of it. A model has one attribute beside those
+of Keras, its `GraphTrainer`, which is not saved.
 """
 
 from __future__ import annotations
@@ -42,10 +43,13 @@ class FitOptions(TypedDict, total=False):
 
 
 class FullGraphTraining:
-    """Trains a Keras model whose call is `call(x, block, training)` on whole graphs. Comes before `keras.Model` among the bases.
+    """Trains a Keras model whose call is `call(x, block, training)` on whole graphs.
 
-    A class that sets `by_vertex = True` itself promises two things: its vertices meet in the block's aggregations only,
-    and each aggregation is traced once. A training step then sums only over edges that the training vertices can see.
+    Comes before `keras.Model` among the bases.
+
+    A class that sets `by_vertex = True` itself promises two things: its vertices meet in the
+    block's aggregations only, and each aggregation is traced once. A training step then sums only
+    over edges that the training vertices can see.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -63,11 +67,17 @@ class FullGraphTraining:
     ) -> None:
         """Keras's own. All metrics are over the vertices of a mask."""
         masked = [*(metrics or []), *(weighted_metrics or [])]
-        super().compile(optimizer, loss, weighted_metrics=masked or None, **named)  # type: ignore[misc]
+        keras_model: Any = super()
+        keras_model.compile(
+            optimizer,
+            loss,
+            weighted_metrics=masked or None,
+            **named,
+        )
         self._graph_trainer.compiled_anew()
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Keras's own: compiles as before the model was saved, with variables for the optimizer's state."""
+        """Keras's own: compiles as before the model was saved, and builds the optimizer."""
         model: Any = self
         self.compile(**keras.saving.deserialize_keras_object(config))
         if model.built:
@@ -84,22 +94,31 @@ class FullGraphTraining:
         initial_epoch: int = 0,
         **options: Unpack[FitOptions],
     ) -> Any:
-        """Keras's history: loss and metrics of the training mask, and with `val_` of the validation mask, of each epoch.
+        """Keras's history: loss and metrics of each epoch, with `val_` of the validation mask.
 
-        An epoch is one step. Training values are of the step itself (dropout on, weights before the update), as in
-        Keras. A second `fit` on an equal graph with equal options prepares and compiles nothing.
+        An epoch is one step. Training values are of the step itself (dropout on, weights before the
+        update), as in Keras. A second `fit` on an equal graph with equal options prepares and
+        compiles nothing.
 
-        devices     devices that each hold a part of the vertices; of several processes, those of all (1 stands for all)
-        partition   'edges', 'vertices', 'learned' (from measured times, moved between epochs when that pays), 'metis'
-                    (needs pymetis), split points [devices + 1], or the part of every vertex [vertices]
-        columns     devices of a group that share their vertices and split the features of an aggregation; the default
+        devices     devices that each hold a part of the vertices; of several processes, those of
+                    all (1 stands for all)
+        partition   'edges', 'vertices', 'learned' (from measured times, moved between epochs when
+                    that pays), 'metis'
+                    (needs pymetis), split points [devices + 1], or the part of every vertex
+                    [vertices]
+        columns     devices of a group that share their vertices and split the features of an
+                    aggregation; the default
                     is the cheapest number for each aggregation, by the machine
-        order       'degree', 'neighbours', or the vertices in another order: numbers inside, so that rows that are
-                    read together lie together. Results are in your numbers, split points in those of the order.
-        memory      "4GiB" or bytes of one device. The rest goes to the host and comes back, by a plan that
+        order       'degree', 'neighbours', or the vertices in another order: numbers inside, so
+                    that rows that are
+                    read together lie together. Results are in your numbers, split points in those
+                    of the order.
+        memory      "4GiB" or bytes of one device. The rest goes to the host and comes back, by a
+                    plan that
                     `model.memory.facts()` reports.
 
-        `evaluate` and `predict` then use the same devices. Raises GraphError for a graph or a split that does not work.
+        `evaluate` and `predict` then use the same devices. Raises GraphError for a graph or a split
+        that does not work.
         """
         model: Any = self
         model._assert_compile_called("fit")
@@ -109,7 +128,8 @@ class FullGraphTraining:
         model.stop_training = False
         model._initial_epoch = None
         callback_list = self._callback_list(callbacks, epochs, verbose)
-        # Callbacks read and write the model's variables between epochs. Without any, arrays stay with the steps.
+        # Callbacks read and write the model's variables between epochs. Without any, the arrays
+        # stay with the steps.
         shares_state = bool(callbacks)
         callback_list.on_train_begin()
         # A checkpoint that was restored sets the epoch to continue from.
@@ -160,7 +180,12 @@ class FullGraphTraining:
         return numbers, state
 
     def evaluate(
-        self, graph: Graph, mask: str = "test", *, return_dict: bool = False, verbose: Any = 0
+        self,
+        graph: Graph,
+        mask: str = "test",
+        *,
+        return_dict: bool = False,
+        verbose: Any = 0,
     ) -> Any:
         """Loss and metrics over the vertices of a mask: 'train', 'validation' or 'test'."""
         model: Any = self
@@ -174,13 +199,13 @@ class FullGraphTraining:
         return list(logs.values()) if len(logs) > 1 else logs["loss"]
 
     def predict(self, graph: Graph, vertices: Any = None) -> np.ndarray:
-        """float32 [vertices, classes]: the model's output for all vertices of a graph, or for `vertices` in their order."""
+        """float32 [vertices, classes]: the output for all vertices, or for these in their order."""
         run = self._graph_trainer.run_of(graph, None)
         rows = run.predict(run.state())
         return rows if vertices is None else rows[np.asarray(vertices)]
 
     def traffic(self, graph: Graph) -> int:
-        """Bytes of rows that the devices exchange in a training step on a graph, forward and backward, padding included."""
+        """Bytes of rows that the devices exchange in a training step, padding included."""
         return self._graph_trainer.on_devices(graph, "train").traffic()
 
     @property
@@ -196,7 +221,10 @@ class FullGraphTraining:
 
     @property
     def columns(self) -> tuple[tuple[int, int], ...]:
-        """(features, devices that share them) of aggregations of that many features; () on one device."""
+        """(features, devices that share them) of aggregations of that many features.
+
+        () on one device.
+        """
         device = self._graph_trainer.device
         return () if device is None else device.prepared.columns
 
@@ -221,8 +249,8 @@ class FullGraphTraining:
 def trained_facts(model: Any, graph: Graph) -> dict[str, Any]:
     """Facts of a trained model for JSON.
 
-    Loss, accuracy over every mask, seconds of epochs (median, first, all) and of preparation, parts, features that are
-    split, bytes exchanged in an epoch, the learned split, the memory plan.
+    Loss, accuracy over every mask, seconds of epochs (median, first, all) and of preparation,
+    parts, features that are split, bytes exchanged in an epoch, the learned split, the memory plan.
     """
     logs = {}
     for mask in MASKS:
@@ -262,7 +290,9 @@ def _part_facts(parts: Parts) -> list[dict[str, int]]:
 
 
 def normalised(graph: Graph) -> Graph:
-    """The graph with features divided by the sum of their row, as is usual for counts of words; rows of zeros stay.
+    """The graph with features divided by the sum of their row, as is usual for counts of words.
+
+    Rows of zeros stay.
 
     >>> normalised(Graph.from_edges([0], [1], features=[[1, 3], [0, 0]])).features.tolist()
     [[0.25, 0.75], [0.0, 0.0]]

@@ -1,8 +1,8 @@
 """The training state of one model: prepared graphs, compiled steps, the memory plan.
 
-`GraphTrainer` gives the `TrainingRun` of a graph. Runs are reused by content: an equal graph, though another object,
-with an equal split is neither prepared nor compiled again. Of a graph whose arrays can be written, the content is read
-at every call, so that a changed graph is another one.
+`GraphTrainer` gives the `TrainingRun` of a graph. Runs are reused by content: an equal graph,
+though another object, with an equal split is neither prepared nor compiled again. Of a graph whose
+arrays can be written, the content is read at every call, so that a changed graph is another one.
 
 At most `GRAPHS` graphs stay on the devices, and earlier ones only within `SPARE_BYTES`.
 """
@@ -58,7 +58,10 @@ class GraphTrainer:
         self._features: int | None = None
 
     def compiled_anew(self) -> None:
-        """Forgets everything that depends on optimizer, loss, metrics or layers. Prepared graphs stay."""
+        """Forgets everything that depends on optimizer, loss, metrics or layers.
+
+        Prepared graphs stay.
+        """
         self.steps.clear()
         self._architectures.clear()
         self._memory_is_valid = False
@@ -76,15 +79,20 @@ class GraphTrainer:
         devices = _all_devices(devices)
         if memory is not None and order is not None:
             raise GraphError(
-                "order cannot be combined with memory: a memory plan trains a graph as it is numbered. "
-                "Give fit graph.relabelled(order), and remove order."
+                "order cannot be combined with memory: a memory plan trains a graph as it is "
+                "numbered. Give fit graph.relabelled(order), and remove order."
             )
         if memory is not None and devices > 1:
             raise GraphError(
-                f"devices={devices} cannot be combined with memory: a memory plan is for one device. "
-                "Remove memory, or use devices=1."
+                f"devices={devices} cannot be combined with memory: a memory plan is for one "
+                "device. Remove memory, or use devices=1."
             )
-        self.split = Split.of(devices, partition, columns, order)
+        self.split = Split.of(
+            devices,
+            partition,
+            columns,
+            order,
+        )
         if memory is None:
             self.memory = None
             run: TrainingRun = self.on_devices(graph, "train")
@@ -97,7 +105,10 @@ class GraphTrainer:
         return run
 
     def run_of(self, graph: Graph, mask: str | None) -> TrainingRun:
-        """The run that evaluates or predicts: within the memory plan of the last `fit` if that was of this graph."""
+        """The run that evaluates or predicts.
+
+        It is the memory plan's if the last `fit` had one, on this graph.
+        """
         if self.memory is None or not self.memory.serves(graph):
             return self.on_devices(graph, mask)
         if mask is not None:
@@ -105,7 +116,10 @@ class GraphTrainer:
         return self._within(graph, self.memory.budget)
 
     def on_devices(self, graph: Graph, mask: str | None) -> DeviceRun:
-        """The run over a prepared graph, a reused one if the content is the same. GraphError if the mask is empty."""
+        """The run over a prepared graph, a reused one if the content is the same.
+
+        GraphError if the mask is empty.
+        """
         run = self._reused(graph)
         if run is None:
             self._check(graph)
@@ -119,10 +133,9 @@ class GraphTrainer:
 
     def _reused(self, graph: Graph) -> DeviceRun | None:
         """The run of an equal graph, split and architecture, if there is one."""
-        architecture = self._architectures.get(_kind_of(graph))
-        if architecture is None:
+        if graph.feature_count != self._features:
             return None
-        key = PreparationKey(graph.digest, self.split, architecture)
+        key = PreparationKey(graph.digest, self.split, self._architecture(graph))
         run = self._runs.get(key)
         if run is None:
             return None
@@ -167,8 +180,8 @@ class GraphTrainer:
         return self._architectures[kind]
 
     def _check(self, graph: Graph) -> None:
-        """GraphError if a graph does not suit the model, which is built for its features if it is not yet."""
-        check(graph)
+        """GraphError if a graph does not suit the model. Builds the model if necessary."""
+        check(graph.as_it_is())
         if graph.features is None:
             raise GraphError(
                 f"'{graph.name}' has no features: "
@@ -184,7 +197,7 @@ class GraphTrainer:
 
 
 def _kind_of(graph: Graph) -> tuple[int, bool]:
-    """The properties of a graph that a model's aggregations depend on: features of a vertex, whether edges have weights."""
+    """(features of a vertex, whether edges have weights), which aggregations depend on."""
     return graph.feature_count, graph.weights is not None
 
 
@@ -195,14 +208,14 @@ def _all_devices(devices: int) -> int:
     count = jax.device_count()
     if devices not in (1, count):
         raise GraphError(
-            f"devices={devices} is not the number of devices of all {jax.process_count()} processes: "
-            f"use devices={count}, or remove it."
+            f"devices={devices} is not the number of devices of all {jax.process_count()} "
+            f"processes: use devices={count}, or remove it."
         )
     return count
 
 
 def _check_mask(model: Any, graph: Graph, mask: str) -> None:
-    """GraphError if the vertices of a mask have no labels that the model can learn or be evaluated by."""
+    """GraphError if a mask has no labels that the model can learn or be evaluated by."""
     if graph.labels is None:
         raise GraphError(
             f"'{graph.name}' has no labels: "
@@ -215,9 +228,10 @@ def _check_mask(model: Any, graph: Graph, mask: str) -> None:
             f"The {name} mask of '{graph.name}' is empty: mark at least one vertex, {mask}=[...]."
         )
     classes = getattr(model, "classes", None)
-    if classes is not None and graph.classes > classes:
+    if classes is not None and graph.labels.max(initial=-1) >= classes:
         vertex = int(np.argmax(graph.labels >= classes))
         raise GraphError(
-            f"Vertex {vertex:,} has the label {graph.labels[vertex]}, and the model has {classes} classes, "
-            f"0 to {classes - 1}: make it with classes={graph.classes}."
+            f"Vertex {vertex:,} has the label {graph.labels[vertex]}, and the model has {classes} "
+            f"classes, 0 to {classes - 1}: make it with "
+            f"classes={graph.labels.max() + 1}."
         )

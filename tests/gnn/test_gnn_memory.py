@@ -354,6 +354,27 @@ def test_a_compiler_that_does_not_say_what_it_needs_is_not_asked(
     assert all(o.scratch > 0 for o in model.memory.work.operators if o.reads)
 
 
+def test_a_plan_is_used_again_for_an_equal_graph() -> None:
+    graph = drawn()
+    model, _ = trained(models.GCN, graph, memory="1MiB")
+    plan = model.memory
+    model.fit(replace(drawn(), name="equal"), verbose=0, memory=2**20)
+    model.evaluate(drawn(), "train")
+    assert model.memory is plan and model.parts is None
+    model.compile(keras.optimizers.SGD(0.01), metrics=["accuracy"])
+    model.evaluate(graph, "train")
+    assert model.memory is not plan and model.memory.budget == plan.budget
+    plan = model.memory
+    graph.labels[:] = 0
+    model.fit(graph, verbose=0, memory="1MiB")
+    assert model.memory is not plan
+    assert model.evaluate(graph, "train")[1] == pytest.approx(
+        np.mean(model.predict(graph).argmax(axis=1)[:200] == 0)
+    )
+    model.fit(graph, verbose=0)
+    assert model.memory is None
+
+
 def test_a_layer_in_two_stages_is_refused() -> None:
     class Twice(models.GCN):
         def stages(self) -> Any:

@@ -11,8 +11,13 @@ import pytest
 
 import partita.gnn as gnn
 from partita.errors import GraphError, MachineError
+from partita.gnn import prepare as preparing
+from partita.gnn import step, trainer
+from partita.gnn.data import graph as graph_module
+from partita.gnn.data.arrays import ARRAYS, TABLES
+from partita.gnn.data.digest import read_only
 from partita.gnn.nn import models
-from partita.gnn.prepare import Split
+from partita.gnn.prepare import PreparationKey, Split
 from partita.gnn.split.choice import columns_of, neighbours
 from partita.gnn.split.partition import (
     AggregationKind,
@@ -101,7 +106,7 @@ def test_an_order_inside_changes_no_result() -> None:
 
 def test_an_order_that_is_none_is_refused() -> None:
     for wrong, sentence in (
-        ("size", "order='size' is unknown: use 'degree', 'neighbours', or list"),
+        ("size", "There is no order 'size': use 'degree', 'neighbours', or give"),
         ([0, 0], "has 2 entries for 23 vertices"),
     ):
         with pytest.raises(GraphError, match=sentence):
@@ -249,6 +254,181 @@ def test_partitioners_cover_the_vertices_and_share_out_what_they_say() -> None:
     ]
 
 
+@pytest.fixture
+def preparations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The digests of the graphs that are prepared."""
+    digests: list[str] = []
+
+    def prepare(graph: gnn.Graph, key: PreparationKey) -> Any:
+        digests.append(key.graph)
+        return preparing.prepare(graph, key)
+
+    monkeypatch.setattr(trainer, "prepare", prepare)
+    return digests
+
+
+def copied(graph: gnn.Graph) -> gnn.Graph:
+    """An equal graph, of other arrays and another name."""
+    arrays = {field: getattr(graph, field) for field in ARRAYS}
+    copies = {field: None if a is None else a.copy() for field, a in arrays.items()}
+    return gnn.Graph(**copies, name="copy")
+
+
+def other(graph: gnn.Graph) -> gnn.Graph:
+    """A graph of one edge less."""
+    targets = np.repeat(np.arange(graph.vertices), graph.in_degrees())
+    tables = {field: getattr(graph, field) for field in TABLES}
+    return gnn.Graph.from_edges(graph.sources[1:], targets[1:], **tables)
+
+
+SPLITS = [{}, {"devices": 3, "partition": np.arange(23) % 3}, {"order": np.arange(23)[::-1]}]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_graphs_in_turn_are_prepared_and_compiled_once(
+    split: dict[str, Any], preparations: list[str]
+) -> None:
+    first = drawn()
+    second = other(first)
+    model, _ = trained(models.GCN, first, **split)
+    model.fit(second, verbose=0, **split)
+    for graph in (first, second):
+        model.evaluate(graph)
+        model.predict(graph)
+    programs = model._graph_trainer.steps.programs()
+    device_data = model._graph_trainer.device.prepared.data
+    for graph in (first, second, copied(first), copied(second)):
+        equal_split = {name: np.array(v) if name != "devices" else v for name, v in split.items()}
+        model.fit(graph, epochs=2, verbose=0, **equal_split)
+        model.evaluate(graph)
+        model.predict(graph)
+    assert model._graph_trainer.device.prepared.data is device_data
+    assert model._graph_trainer.steps.programs() == programs
+    assert preparations == [first.digest, second.digest]
+
+
+def test_another_split_or_architecture_is_another_preparation(preparations: list[str]) -> None:
+    graph = drawn()
+    model, _ = trained(models.GCN, graph)
+    for split in ({"devices": 2}, {"devices": 2, "columns": 2}, {"order": "degree"}):
+        model.fit(graph, verbose=0, **split)
+    assert len(preparations) == 4
+    prepared = model._graph_trainer.device.prepared
+    weighted = replace(prepared.key.architecture, matrix_entries=0)
+    assert replace(prepared, key=replace(prepared.key, architecture=weighted)) != prepared
+    assert replace(prepared, seconds=0.0) == prepared
+    assert replace(prepared, points=(0, 1)) != prepared
+
+
+def test_a_model_compiled_anew_keeps_graphs_and_compiles_steps(preparations: list[str]) -> None:
+    graph = drawn()
+    model, _ = trained(models.GCN, graph)
+    probabilities = model.predict(graph)
+
+    def first_class(labels: Any, probabilities: Any) -> Any:
+        return 1 - probabilities[:, 0]
+
+    for loss in ("sparse_categorical_crossentropy", first_class):
+        model.compile(keras.optimizers.SGD(0.0), loss, metrics=["accuracy"])
+        model.fit(graph, verbose=0)
+    penalty = sum(float(value) for value in model.losses)
+    expected = np.mean(1 - probabilities[graph.train, 0]) + penalty
+    assert model.evaluate(graph, "train")[0] == pytest.approx(expected, rel=1e-4)
+    assert len(preparations) == 1
+
+
+@pytest.mark.parametrize("table", ["features", "labels", "train", "sources"])
+def test_a_graph_that_was_changed_in_place_gives_its_own_numbers(table: str) -> None:
+    graph = copied(drawn())
+    before = copied(graph)
+    model, _ = trained(models.GCN, graph)
+    values = getattr(graph, table)
+    values[:] = 2 * values % 23 if table == "sources" else np.roll(values, 1, axis=0)
+    model.fit(graph, verbose=0)
+    for changed in (graph, before):
+        # The arrays of `graph` may be those that a device reads, and `before` is equal to the first.
+        fresh = keras.models.clone_model(model)
+        fresh.set_weights(model.get_weights())
+        fresh.compile("adam", metrics=["accuracy"])
+        np.testing.assert_allclose(
+            model.evaluate(changed, "train"), fresh.evaluate(copied(changed), "train"), rtol=1e-5
+        )
+        np.testing.assert_allclose(
+            model.predict(changed), fresh.predict(copied(changed)), rtol=1e-5
+        )
+
+
+def test_a_digest_is_of_the_content_and_computed_once_if_that_cannot_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph = copied(drawn(weights=True))
+    assert copied(graph).digest == graph.digest
+    different = []
+    for field in ARRAYS:
+        values = getattr(graph, field).copy()
+        values[-1] = values[-1] + 1 if values.dtype != bool else ~values[-1]
+        different.append(replace(graph, **{field: values}).digest)
+    different.append(replace(graph, validation=None).digest)
+    assert len({graph.digest, *different}) == len(ARRAYS) + 2
+    view = graph.features[:]
+    view.flags.writeable = False
+    assert not read_only(view)
+    for field in ARRAYS:
+        getattr(graph, field).flags.writeable = False
+    assert read_only(view)
+    digest = graph.digest
+    monkeypatch.setattr(graph_module, "array_digest", None)
+    assert graph.digest == digest
+
+
+def test_few_graphs_stay_on_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = [drawn()]
+    for _ in range(5):
+        graphs.append(other(graphs[-1]))
+    model, _ = trained(models.GCN, graphs[0])
+    state = model._graph_trainer
+    for graph in graphs[1:]:
+        model.evaluate(graph)
+    assert [run.prepared.source for run in state._runs.values()] == graphs[-trainer.GRAPHS :]
+    model.evaluate(graphs[-2])
+    assert state.device.prepared.source is graphs[-2]
+    spare_bytes = 2 * max(run.prepared.device_bytes for run in state._runs.values())
+    monkeypatch.setattr(trainer, "SPARE_BYTES", spare_bytes)
+    model.evaluate(graphs[-1])
+    assert len(state._runs) == 3
+    monkeypatch.setattr(trainer, "SPARE_BYTES", 0)
+    model.evaluate(graphs[0])
+    assert [run.prepared.source for run in state._runs.values()] == [graphs[0]]
+
+
+def test_programs_of_a_step_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "PROGRAMS", 2)
+    graph = drawn()
+    model, _ = trained(models.GCN, graph)
+    for _ in range(4):
+        graph = other(graph)
+        model.predict(graph)
+    assert model._graph_trainer.steps.programs() <= 1 + 1 + 3
+
+
+def test_training_leaves_one_attribute_on_a_model_which_is_not_saved(tmp_path: Path) -> None:
+    graph = drawn()
+    model = models.GCN(hidden=8, classes=3)
+    model.compile("adam", metrics=["accuracy"])
+    keras_attributes = set(vars(keras.Model())) | set(vars(model))
+    model.fit(graph, verbose=0)
+    model.save(tmp_path / "before.keras")
+    model.fit(graph, verbose=0, devices=2, callbacks=[keras.callbacks.Callback()])
+    model.evaluate(graph)
+    added = {name for name in vars(model) if name not in keras_attributes}
+    assert added <= {"history", "_initial_epoch", "_build_shapes_dict", "_losses_override"}
+    model.save(tmp_path / "after.keras")
+    sizes = [(tmp_path / name).stat().st_size for name in ("before.keras", "after.keras")]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+    again = keras.saving.load_model(tmp_path / "after.keras")
+    assert again._graph_trainer is not model._graph_trainer and again.parts is None
+
+
 def test_a_saved_model_predicts_the_same_and_trains_on(tmp_path: Path) -> None:
     graph = drawn()
     model, _ = trained(models.GCN, graph)
@@ -355,7 +535,9 @@ def test_bad_splits_are_one_sentence() -> None:
         trained(models.GCN, drawn(), devices=4, columns=3)
     with pytest.raises(MachineError, match="99 devices are asked for, and JAX has"):
         trained(models.GCN, drawn(), devices=99)
-    with pytest.raises(GraphError, match="units=30 is not a multiple of heads=8"):
+    with pytest.raises(GraphError, match="30 features cannot be shared out to 8 heads"):
         models.GATv2(hidden=30, classes=3)
-    with pytest.raises(GraphError, match="aggregation='median' is unknown: use 'mean' or 'max'"):
+    with pytest.raises(
+        GraphError, match="SAGEConv aggregates by 'mean' or 'max', and not by 'median'"
+    ):
         models.SAGE(aggregation="median")

@@ -1,7 +1,8 @@
 """The stages of a model as groups of pieces, each of which is one operator of a memory plan.
 
-Stages become pieces (`pieces.Piece`): dense products, cut by rows, and aggregations, cut by columns. A stage without
-pieces is one piece on all. Neighbours by rows become one group, whose inner tables exist only inside it.
+Stages become pieces (`pieces.Piece`): dense products, cut by rows, and aggregations, cut by
+columns. A stage without pieces is one piece on all. Neighbours by rows become one group, whose
+inner tables exist only inside it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from partita.gnn.step import StepState, build_metrics
 
 @dataclass(frozen=True)
 class StagePiece:
-    """A piece with names of tables of the whole model, and the trainable variables that it uses, by number.
+    """A piece with the names of tables of the whole model.
 
-    Tables are "x0", the features, to "xn", the output, after the stages, and "name.i" inside stage i.
+    `used`: numbers of the trainable variables that it reads.
+
+    Tables are "x0", the features, to "xn", the output, after the stages, and "name.i" inside stage
+    i.
     """
 
     stage: int
@@ -35,7 +39,10 @@ class StagePiece:
 
 @dataclass(frozen=True)
 class PieceGroup:
-    """Pieces that are one operator: the tables that it reads and writes, and the trainable variables that it uses."""
+    """Pieces that are one operator.
+
+    `used`: numbers of the trainable variables that it reads.
+    """
 
     by: str
     pieces: tuple[Piece, ...]
@@ -80,7 +87,8 @@ def run_group(
 ) -> tuple[list[Any], dict[int, Any]]:
     """(tables written, other variables that changed by their number).
 
-    `variables`: (trainable, others), from which each piece begins; `column`: the number of the first column.
+    `variables`: (trainable, others), from which each piece begins; `column`: the number of the
+    first column.
     """
     trainable, others = variables
     values = [
@@ -102,9 +110,15 @@ def run_group(
 
 
 def grouped_model(
-    model: Any, features: tuple[int, ...], data: GraphData, state: StepState, training: bool
+    model: Any,
+    features: tuple[int, ...],
+    data: GraphData,
+    state: StepState,
+    training: bool,
 ) -> GroupedModel:
-    """The groups of a model, from features of this shape. GraphError if two stages change one variable.
+    """The groups of a model, from features of this shape.
+
+    GraphError if two stages change one variable.
 
     `state`: shapes of the variables. Pieces are traced; nothing is computed.
     """
@@ -114,35 +128,61 @@ def grouped_model(
     owners: dict[int, int] = {}
     for i, stage in enumerate(stages):
         width = shapes[f"x{i}"].shape[-1]
-        for piece in _pieces(stage, width, training, is_last=i == len(stages) - 1):
+        for piece in _pieces(
+            stage,
+            width,
+            training,
+            is_last=i == len(stages) - 1,
+        ):
             named = replace(
                 piece,
                 reads=tuple(_table_name(i, name) for name in piece.reads),
                 writes=tuple(_table_name(i, name) for name in piece.writes),
             )
-            written, changed, used = _traced(model, named, data, state, shapes)
+            written, changed, used = _traced(
+                model,
+                named,
+                data,
+                state,
+                shapes,
+            )
             shapes |= zip(named.writes, written, strict=True)
             stage_pieces.append(StagePiece(i, named, used))
             for k in changed:
                 if owners.setdefault(k, i) != i:
                     path = model.non_trainable_variables[k].path
                     raise GraphError(
-                        f"Stages {owners[k]} and {i} both change {path}, and a memory plan runs stages by "
-                        "themselves: give each stage layers of its own, or remove memory."
+                        f"Stages {owners[k]} and {i} both change {path}, and a memory plan runs "
+                        "stages by themselves: give each stage layers of its own, or remove memory."
                     )
     jax.eval_shape(partial(build_metrics, model), data, shapes[f"x{len(stages)}"])
     return GroupedModel(_grouped(stage_pieces), shapes)
 
 
-def _pieces(stage: Any, width: int, training: bool, is_last: bool) -> Sequence[Piece]:
-    """The pieces of a stage, from rows of `width` features; the last one of the model is cut by rows or whole."""
+def _pieces(
+    stage: Any,
+    width: int,
+    training: bool,
+    is_last: bool,
+) -> Sequence[Piece]:
+    """The pieces of a stage, from rows of `width` features.
+
+    The last one of the model is cut by rows or whole.
+    """
     pieces = stage.pieces(width, training) if hasattr(stage, "pieces") else None
     if pieces is None:
 
         def whole(graph: Any, column: Any, x: Any) -> tuple[Any]:
             return (stage(x, graph, training),)
 
-        pieces = [Piece("whole", ("x",), ("y",), whole)]
+        pieces = [
+            Piece(
+                "whole",
+                ("x",),
+                ("y",),
+                whole,
+            )
+        ]
     if not is_last or pieces[-1].by != "columns":
         return pieces
     renamed = []
@@ -160,18 +200,45 @@ def _table_name(stage: int, name: str) -> str:
 
 
 def _traced(
-    model: Any, piece: Piece, data: GraphData, state: StepState, shapes: dict[str, Any]
+    model: Any,
+    piece: Piece,
+    data: GraphData,
+    state: StepState,
+    shapes: dict[str, Any],
 ) -> tuple[list[Any], list[int], tuple[int, ...]]:
-    """(shapes of tables written, other variables that change, trainable variables that are used) of a piece."""
-    alone = PieceGroup(piece.by, (piece,), piece.reads, piece.writes, ())
+    """(shapes of tables written, numbers of other variables that change, those used) of a piece."""
+    alone = PieceGroup(
+        piece.by,
+        (piece,),
+        piece.reads,
+        piece.writes,
+        (),
+    )
 
-    def run(trainable: Any, others: Any, graph: Any, *tables: Any) -> Any:
+    def run(
+        trainable: Any,
+        others: Any,
+        graph: Any,
+        *tables: Any,
+    ) -> Any:
         named = dict(zip(piece.reads, tables, strict=True))
-        return run_group(model, alone, (trainable, others), graph, 0, named)
+        return run_group(
+            model,
+            alone,
+            (trainable, others),
+            graph,
+            0,
+            named,
+        )
 
     tables = [shapes[name] for name in piece.reads]
     trace = jax.make_jaxpr(run, return_shape=True)
-    program, (written, changed) = trace(state.trainable, state.others, data.block, *tables)
+    program, (written, changed) = trace(
+        state.trainable,
+        state.others,
+        data.block,
+        *tables,
+    )
     read = {id(variable) for variable in program.jaxpr.outvars}
     for equation in program.jaxpr.eqns:
         read |= {id(variable) for variable in equation.invars}

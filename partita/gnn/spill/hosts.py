@@ -1,4 +1,4 @@
-"""Stores of the host for the tensors of a plan: a file, or memory that an accelerator copies from and to by itself."""
+"""Stores of the host for the tensors of a plan: a file, or pinned memory."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ class PinnedHost:
 
 
 def host_of(device: Any) -> FileHost | PinnedHost:
-    """The store for a device's tensors. A CPU's memory is the host's own, so that beyond it is the disk."""
+    """The store for a device's tensors.
+
+    A CPU's memory is the host's own, so that beyond it is the disk.
+    """
     if device.platform == "cpu":
         return FileHost()
     kinds = [memory.kind for memory in device.addressable_memories()]

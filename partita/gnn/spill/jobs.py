@@ -1,8 +1,8 @@
 """The jobs of a step: functions that run one group of pieces on one range of rows or columns.
 
-A training step runs every group forward, then the last one in both directions with the loss between ("turn"), then the
-others backward. A backward job computes its group again by itself. An evaluation or prediction runs forward only.
-Values that add up from job to job are in a `Carry`.
+A training step runs every group forward, then the last one in both directions with the loss between
+("turn"), then the others backward. A backward job computes its group again by itself. An evaluation
+or prediction runs forward only. Values that add up from job to job are in a `Carry`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from partita.gnn.prepare import GraphData
 from partita.gnn.spill.groups import GroupedModel, PieceGroup, run_group
 from partita.gnn.step import loss_sum, metric_counts, zero_counts
 
-KINDS = ("train", "judge", "predict")
+KINDS = ("train", "evaluate", "predict")
 """Kinds of steps: training, evaluation over the vertices of the training mask, prediction."""
 
 
@@ -67,7 +67,12 @@ def first_carry(model: Any, trainable: Any, others: Any) -> Carry:
 
     value, gradients = jax.value_and_grad(penalty)(trainable)
     copies = [jnp.array(v, copy=True) for v in others]
-    return Carry(copies, gradients, value, zero_counts(model))
+    return Carry(
+        copies,
+        gradients,
+        value,
+        zero_counts(model),
+    )
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class JobInputs:
 class Job:
     """A job for every range of a group: `function(inputs, tables)` gives (carry, tables).
 
-    kind            'forward', 'turn', 'backward', 'judge' or 'predict'
+    kind            'forward', 'turn', 'backward', 'evaluate' or 'predict'
     number          the number of the group
     reads, writes   (table with the same tiles, name) of each table
     """
@@ -122,13 +127,29 @@ def jobs_of(model: Any, grouped: GroupedModel, kind: str) -> Iterator[Job]:
     last = len(grouped.groups) - 1
     for i, group in enumerate(grouped.groups[:-1]):
         yield Job(
-            "forward", i, partial(_forward, model, group), _same(group.reads), _same(group.writes)
+            "forward",
+            i,
+            partial(_forward, model, group),
+            _same(group.reads),
+            _same(group.writes),
         )
     end = grouped.groups[last]
-    if kind == "judge":
-        yield Job(kind, last, partial(_judge, model, end), _same(end.reads), [])
+    if kind == "evaluate":
+        yield Job(
+            kind,
+            last,
+            partial(_evaluate, model, end),
+            _same(end.reads),
+            [],
+        )
     elif kind == "predict":
-        yield Job(kind, last, partial(_predict, model, end), _same(end.reads), [])
+        yield Job(
+            kind,
+            last,
+            partial(_predict, model, end),
+            _same(end.reads),
+            [],
+        )
     else:
         yield from _learning_jobs(model, grouped.groups)
 
@@ -160,7 +181,12 @@ def _learning_jobs(model: Any, groups: Sequence[PieceGroup]) -> Iterator[Job]:
             gradients[name] = gradients[name] + "+" if name in gradients else f"d{name}"
         if not targets and not group.used:
             continue
-        backward = Backward(group, targets, reads, [name for name, _ in sums])
+        backward = Backward(
+            group,
+            targets,
+            reads,
+            [name for name, _ in sums],
+        )
         yield Job(
             "backward",
             i,
@@ -183,29 +209,67 @@ def _same(tables: Sequence[str]) -> list[tuple[str, str]]:
     return [(name, name) for name in tables]
 
 
-# ------------------------------------------------------------------------------------------------------ the functions
+# --------------------------------------------------------------------------------- the functions
 
 
-def _forward(model: Any, group: PieceGroup, inputs: JobInputs, tables: tuple[Any, ...]) -> Any:
+def _forward(
+    model: Any,
+    group: PieceGroup,
+    inputs: JobInputs,
+    tables: tuple[Any, ...],
+) -> Any:
     """(carry, tables written)."""
     named = dict(zip(group.reads, tables, strict=True))
-    written, changed = _run(model, group, inputs, inputs.trainable, named)
+    written, changed = _run(
+        model,
+        group,
+        inputs,
+        inputs.trainable,
+        named,
+    )
     return inputs.carry.with_others(changed), written
 
 
-def _predict(model: Any, group: PieceGroup, inputs: JobInputs, tables: tuple[Any, ...]) -> Any:
+def _predict(
+    model: Any,
+    group: PieceGroup,
+    inputs: JobInputs,
+    tables: tuple[Any, ...],
+) -> Any:
     """(carry, rows of the model's output)."""
     named = dict(zip(group.reads, tables, strict=True))
-    rows, _ = _run(model, group, inputs, inputs.trainable, named)
+    rows, _ = _run(
+        model,
+        group,
+        inputs,
+        inputs.trainable,
+        named,
+    )
     return inputs.carry, rows
 
 
-def _judge(model: Any, group: PieceGroup, inputs: JobInputs, tables: tuple[Any, ...]) -> Any:
+def _evaluate(
+    model: Any,
+    group: PieceGroup,
+    inputs: JobInputs,
+    tables: tuple[Any, ...],
+) -> Any:
     """(carry with loss and metrics, no tables)."""
     named = dict(zip(group.reads, tables, strict=True))
-    (rows,), _ = _run(model, group, inputs, inputs.trainable, named)
+    (rows,), _ = _run(
+        model,
+        group,
+        inputs,
+        inputs.trainable,
+        named,
+    )
     part = _part(group, inputs)
-    loss = _loss_share(model, rows, part, inputs.data)
+    loss = _loss_share(
+        model,
+        rows,
+        part,
+        inputs.data,
+    )
     return inputs.carry.with_loss(loss, metric_counts(model, rows, part, "train")), []
 
 
@@ -222,8 +286,19 @@ def _turn(
 
     def loss(weights: Any, target_tables: dict[str, Any]) -> Any:
         trainable = _replaced(inputs.trainable, group.used, weights)
-        (rows,), changed = _run(model, group, inputs, trainable, named | target_tables)
-        return _loss_share(model, rows, part, inputs.data), (rows, changed)
+        (rows,), changed = _run(
+            model,
+            group,
+            inputs,
+            trainable,
+            named | target_tables,
+        )
+        return _loss_share(
+            model,
+            rows,
+            part,
+            inputs.data,
+        ), (rows, changed)
 
     weights = [inputs.trainable[k] for k in group.used]
     target_tables = {name: named[name] for name in targets}
@@ -235,7 +310,12 @@ def _turn(
     return carry.with_gradients(group.used, of_weights), [of_tables[name] for name in targets]
 
 
-def _backward(model: Any, backward: Backward, inputs: JobInputs, tables: tuple[Any, ...]) -> Any:
+def _backward(
+    model: Any,
+    backward: Backward,
+    inputs: JobInputs,
+    tables: tuple[Any, ...],
+) -> Any:
     """(carry, gradients of the target tables, added to those so far).
 
     `tables` are those read, then the gradients of those written, then the sums so far.
@@ -252,7 +332,13 @@ def _backward(model: Any, backward: Backward, inputs: JobInputs, tables: tuple[A
 
     def run(weights: Any, target_tables: dict[str, Any]) -> Any:
         trainable = _replaced(inputs.trainable, group.used, weights)
-        return _run(model, group, inputs, trainable, named | target_tables)[0]
+        return _run(
+            model,
+            group,
+            inputs,
+            trainable,
+            named | target_tables,
+        )[0]
 
     weights = [inputs.trainable[k] for k in group.used]
     target_tables = {name: named[name] for name in backward.targets}
@@ -266,7 +352,11 @@ def _backward(model: Any, backward: Backward, inputs: JobInputs, tables: tuple[A
 
 
 def _run(
-    model: Any, group: PieceGroup, inputs: JobInputs, trainable: Any, tables: dict[str, Any]
+    model: Any,
+    group: PieceGroup,
+    inputs: JobInputs,
+    trainable: Any,
+    tables: dict[str, Any],
 ) -> Any:
     """A group on the range of a job, as `run_group` gives it."""
     graph = inputs.data.block
@@ -274,7 +364,14 @@ def _run(
     if group.by == "rows":
         graph = replace(graph, first=inputs.first.reshape(1))
         column = 0
-    return run_group(model, group, (trainable, inputs.others), graph, column, tables)
+    return run_group(
+        model,
+        group,
+        (trainable, inputs.others),
+        graph,
+        column,
+        tables,
+    )
 
 
 def _part(group: PieceGroup, inputs: JobInputs) -> GraphData:
@@ -286,7 +383,12 @@ def _part(group: PieceGroup, inputs: JobInputs) -> GraphData:
     return replace(data, labels=slices(data.labels), masks={"train": slices(data.masks["train"])})
 
 
-def _loss_share(model: Any, rows: Any, part: GraphData, data: GraphData) -> Any:
+def _loss_share(
+    model: Any,
+    rows: Any,
+    part: GraphData,
+    data: GraphData,
+) -> Any:
     """The share of the mean loss over the training mask of the rows of a part."""
     return loss_sum(model, rows, part, "train") / data.masks["train"].sum()
 

@@ -1,7 +1,7 @@
-"""The operators of a step within a budget: how fine tables are cut, and a compiled program for every job.
+"""The operators of a step within a budget, each a compiled program.
 
-Tables lie in tiles (`tables`), the tensors of the plan. The smaller the budget, the smaller are tiles. Each job on each
-range is an operator. Jobs on ranges of equal size share a program.
+Tables lie in tiles (`tables`), the tensors of the plan. The smaller the budget, the smaller are
+tiles. Each job on each range is an operator. Jobs on ranges of equal size share a program.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ FINENESS = (1, 2, 4, 8, 16)
 """Numbers of columns that tables may be cut into, with twice that number of rows; 1 is uncut."""
 
 PLACES = 16
-"""Tables are cut until the budget holds the largest operator this many times: its scratch, and tiles that wait."""
+"""Tables are cut until the budget holds the largest operator this many times: its scratch, and
+tiles that wait."""
 
 NARROW = 4
 """Columns of a tile at least."""
@@ -55,7 +56,12 @@ class Run:
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """A step of one kind: its work, how operators run, and the (rows, columns) of tiles of the features."""
+    """A step of one kind.
+
+    work        its operators, for the planner
+    runs        operators as they run, by name
+    features    (rows, columns) of each tile of the features
+    """
 
     work: StepWork
     runs: dict[str, Run]
@@ -72,7 +78,7 @@ class ModelShapes:
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes that are always allocated: the data, variables, gradients, and the variables after the step."""
+        """Bytes that are always allocated: data, variables before and after the step, gradients."""
         trainable, others, optimizer = self.state
         once = jax.tree.leaves((self.data, others, others))
         twice = jax.tree.leaves((trainable, optimizer, trainable))
@@ -82,7 +88,7 @@ class ModelShapes:
 def fitted_step(
     shapes: ModelShapes, grouped: GroupedModel, budget: int
 ) -> tuple[int, CompiledStep]:
-    """(fineness, the training step), cut as little as leaves space for more than the largest operator."""
+    """(fineness, the training step) of the coarsest tables that leave space beside an operator."""
     available = budget - shapes.fixed_bytes
     cuttable = any(group.by != "whole" for group in grouped.groups)
     options = FINENESS if cuttable else FINENESS[:1]
@@ -92,7 +98,12 @@ def fitted_step(
         step = compiled_step(shapes, grouped, "train", fineness)
         if step.work.smallest_budget() <= budget:
             return fineness, step
-    return options[-1], compiled_step(shapes, grouped, "train", options[-1])
+    return options[-1], compiled_step(
+        shapes,
+        grouped,
+        "train",
+        options[-1],
+    )
 
 
 def _estimated_bytes(grouped: GroupedModel, fineness: int) -> int:
@@ -139,12 +150,20 @@ def _cut_table(shape: Any, groups: Sequence[PieceGroup], fineness: int) -> Table
 
 
 def compiled_step(
-    shapes: ModelShapes, grouped: GroupedModel, kind: str, fineness: int
+    shapes: ModelShapes,
+    grouped: GroupedModel,
+    kind: str,
+    fineness: int,
 ) -> CompiledStep:
     """The operators of a step of this kind (`jobs.KINDS`), each compiled."""
     begin = partial(first_carry, shapes.model)
     carry = jax.eval_shape(begin, shapes.state.trainable, shapes.state.others)
-    assembly = _Assembly(shapes, grouped, cut_tables(grouped, fineness), carry)
+    assembly = _Assembly(
+        shapes,
+        grouped,
+        cut_tables(grouped, fineness),
+        carry,
+    )
     for job in jobs_of(shapes.model, grouped, kind):
         assembly.add(job)
     if kind == "train":
@@ -177,7 +196,14 @@ class _Assembly:
             parts.reverse()
         for k, part in parts:
             name = f"{family}[{k}]" if several else family
-            self._add_operator(name, family, job, group, k, part)
+            self._add_operator(
+                name,
+                family,
+                job,
+                group,
+                k,
+                part,
+            )
 
     def _ranges(self, group: PieceGroup) -> Sequence[slice]:
         """The ranges that an operator runs on one after the other."""
@@ -187,7 +213,13 @@ class _Assembly:
         return table.columns if group.by == "columns" else (slice(0, 0),)
 
     def _add_operator(
-        self, name: str, family: str, job: Job, group: PieceGroup, k: int, part: slice
+        self,
+        name: str,
+        family: str,
+        job: Job,
+        group: PieceGroup,
+        k: int,
+        part: slice,
     ) -> None:
         """Adds the operator of a job on its k-th range."""
         by = group.by
@@ -197,16 +229,36 @@ class _Assembly:
         write_cuts = tuple(self.tables[table].cuts(by) for table, _ in job.writes)
         reads = self._tiles(job.reads, by, k)
         writes = self._tiles(job.writes, by, k)
-        program, scratch = self._program(job, part.stop - part.start, inputs, outputs)
+        program, scratch = self._program(
+            job,
+            part.stop - part.start,
+            inputs,
+            outputs,
+        )
         if job.kind == "predict":
             rows = [self.tables[table].part(by, k) for table in group.writes]
             scratch += sum(map(array_bytes, rows))
         joined_bytes = _tiled_bytes(inputs, read_cuts)
         split_bytes = _tiled_bytes(outputs, write_cuts)
         scratch = max(scratch + joined_bytes, split_bytes)
-        self.operators.append(LayerOperator(name, reads, writes, scratch, family=family))
+        self.operators.append(
+            LayerOperator(
+                name,
+                reads,
+                writes,
+                scratch,
+                family=family,
+            )
+        )
         first = np.int32(part.start)
-        self.runs[name] = Run(program, first, reads, writes, read_cuts, write_cuts)
+        self.runs[name] = Run(
+            program,
+            first,
+            reads,
+            writes,
+            read_cuts,
+            write_cuts,
+        )
 
     def _tiles(self, names: Sequence[tuple[str, str]], by: str, k: int) -> tuple[str, ...]:
         """The tiles of a range of tables, given as (table with the same tiles, name)."""
@@ -222,7 +274,11 @@ class _Assembly:
         return tuple(tiles)
 
     def _program(
-        self, job: Job, size: int, inputs: Sequence[Any], outputs: Sequence[Any]
+        self,
+        job: Job,
+        size: int,
+        inputs: Sequence[Any],
+        outputs: Sequence[Any],
     ) -> tuple[Any, int]:
         """(compiled program, bytes of its scratch) of a job on a range of this size."""
         key = (job.kind, job.number, size)
@@ -235,7 +291,12 @@ class _Assembly:
             )
             number = jax.ShapeDtypeStruct((), jnp.int32)
             lowered = function.lower(
-                self.carry, state.trainable, state.others, self.shapes.data, number, *inputs
+                self.carry,
+                state.trainable,
+                state.others,
+                self.shapes.data,
+                number,
+                *inputs,
             )
             program = lowered.compile()
             table_bytes = sum(map(array_bytes, [*inputs, *outputs]))
@@ -247,7 +308,14 @@ class _Assembly:
         state = self.shapes.state
         apply = jax.jit(self.shapes.model.optimizer.stateless_apply)
         program: Any = apply.lower(state.optimizer, state.trainable, state.trainable).compile()
-        self.operators.append(LayerOperator("update", (), (), _scratch_bytes(program, 0)))
+        self.operators.append(
+            LayerOperator(
+                "update",
+                (),
+                (),
+                _scratch_bytes(program, 0),
+            )
+        )
         self.runs["update"] = Run(program, None, (), ())
 
 
@@ -257,9 +325,21 @@ def _separate(
     """A job's function for ranges of a size. Each array that it gives can be deleted by itself."""
 
     def program(
-        carry: Carry, trainable: Any, others: Any, data: GraphData, first: Any, *tables: Any
+        carry: Carry,
+        trainable: Any,
+        others: Any,
+        data: GraphData,
+        first: Any,
+        *tables: Any,
     ) -> Any:
-        inputs = JobInputs(carry, trainable, others, data, first, size)
+        inputs = JobInputs(
+            carry,
+            trainable,
+            others,
+            data,
+            first,
+            size,
+        )
         carry, results = function(inputs, tables)
         arrays = jax.tree.leaves((trainable, others, data, first, tables))
         given = {id(array) for array in arrays}

@@ -1,13 +1,15 @@
-"""Plans of the tensors that stay on a device of too little memory, with little traffic between host and device.
+"""Memory plans: which tensors stay on a device of too little memory, and which are copied.
 
-`plan_memory` gives the cheapest way through the states COST(S, T) of Roc (Jia et al., MLSys 2020, section 5) where there
-are few tensors. S are the operators done, always the first ones of the given order. T are the tensors on the device and
-on the host. Beside loading and saving, a tensor may be rematerialized by running its operator again. The time is
-exponential in the tensors alive at once. Beyond `SMALL` tensors or `LIMIT` states the plan is the best of several caches
-that know the future, and its field `exact` is false. Those caches drop the tensor that is used furthest ahead (Belady
-1966), prefer one that the host has a copy of, and may rematerialize families of operators.
+`plan_memory` gives the cheapest way through the states COST(S, T) of Roc (Jia et al., MLSys 2020,
+section 5) where there are few tensors. S are the operators done, always the first ones of the given
+order. T are the tensors on the device and on the host. Beside loading and saving, a tensor may be
+rematerialized by running its operator again. The time is exponential in the tensors alive at once.
+Beyond `SMALL` tensors or `LIMIT` states the plan is the best of several caches that know the
+future, and its field `exact` is false. Those caches drop the tensor that is used furthest ahead
+(Belady 1966), prefer one that the host has a copy of, and may rematerialize families of operators.
 
-`lru_plan` is the ordinary cache to compare with, `traffic_bound` a lower bound of the traffic. There is no JAX in here.
+`lru_plan` is the ordinary cache to compare with, `traffic_bound` a lower bound of the traffic.
+There is no JAX in here.
 """
 
 from __future__ import annotations
@@ -34,10 +36,11 @@ LIMIT = 20_000
 """States after which a search ends."""
 
 WEIGHTS = (1.0, 1.5, 2.0, 3.0)
-"""Preferences of a cache for dropping a tensor with a copy on the host over one that would have to be saved first."""
+"""Preferences of a cache for dropping a tensor with a copy on the host over one that would have to
+be saved first."""
 
 
-# ----------------------------------------------------------------------------------------------------------- the work
+# -------------------------------------------------------------------------------------- the work
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,9 @@ class LayerOperator:
 
 @dataclass(frozen=True)
 class StepWork:
-    """The operators of a step in their order, and the bytes of tensors. A tensor that no operator writes begins on the host.
+    """The operators of a step in their order, and the bytes of tensors.
+
+    A tensor that no operator writes begins on the host.
 
     `fixed`: bytes that are always allocated on the device.
     """
@@ -100,12 +105,12 @@ class StepWork:
         return sum(self.bytes[tensor] for tensor in tensors)
 
     def smallest_budget(self) -> int:
-        """Bytes of the largest operator with the tensors that it reads and writes: no plan does with less."""
+        """Bytes of the largest operator with its tensors: no plan does with less."""
         operators = [self.size(o.tensors) + o.scratch for o in self.operators]
         return self.fixed + max(operators)
 
     def need(self) -> int:
-        """Peak bytes if every tensor stays on the device from its operator, or the begin, to its last use."""
+        """Peak bytes if every tensor stays on the device from its begin to its last use."""
         allocated = self.size(self.inputs() & self.alive(0))
         peak = 0
         for i, operator in enumerate(self.operators):
@@ -118,7 +123,7 @@ class StepWork:
 
 @dataclass(frozen=True)
 class Action:
-    """One action: 'load', 'save' (copy) or 'drop' a tensor, 'run' or 'rematerialize' an operator."""
+    """One action: 'load', 'save' or 'drop' a tensor, 'run' or 'rematerialize' an operator."""
 
     kind: str
     name: str
@@ -140,24 +145,52 @@ class MemoryPlan:
 
 
 def plan_memory(work: StepWork, budget: int, bandwidth: float) -> MemoryPlan:
-    """A plan of little cost within a budget in bytes. GraphError for less than `work.smallest_budget()`.
+    """A plan of little cost within a budget in bytes.
+
+    GraphError for less than `work.smallest_budget()`.
 
     `bandwidth`, in bytes per second, converts the seconds of rematerialization to bytes.
     """
     best = lru_plan(work, budget)
     compulsory = work.compulsory()
     if best.cost == compulsory:
-        return MemoryPlan(best.actions, best.traffic, best.cost, True)
+        return MemoryPlan(
+            best.actions,
+            best.traffic,
+            best.cost,
+            True,
+        )
     best = _best_cache(work, budget, bandwidth, best)
     if best.cost == compulsory:
-        return MemoryPlan(best.actions, best.traffic, best.cost, True)
+        return MemoryPlan(
+            best.actions,
+            best.traffic,
+            best.cost,
+            True,
+        )
     if len(work.bytes) <= SMALL:
-        return _searched(work, budget, bandwidth, best.cost) or best
+        return (
+            _searched(
+                work,
+                budget,
+                bandwidth,
+                best.cost,
+            )
+            or best
+        )
     return best
 
 
-def _best_cache(work: StepWork, budget: int, bandwidth: float, best: MemoryPlan) -> MemoryPlan:
-    """The best of a plan and of caches that know the future, with families that are rematerialized one after the other."""
+def _best_cache(
+    work: StepWork,
+    budget: int,
+    bandwidth: float,
+    best: MemoryPlan,
+) -> MemoryPlan:
+    """The best of a plan and of caches that know the future.
+
+    Families are rematerialized one after the other, while the cost falls.
+    """
     plans = {}
     for weight in WEIGHTS:
         plans[weight] = _Cache(work, budget, bandwidth, weight).plan()
@@ -167,7 +200,13 @@ def _best_cache(work: StepWork, budget: int, bandwidth: float, best: MemoryPlan)
     rematerialized: frozenset[str] = frozenset()
     for family in dict.fromkeys(families):
         try:
-            plan = _Cache(work, budget, bandwidth, weight, rematerialized | {family}).plan()
+            plan = _Cache(
+                work,
+                budget,
+                bandwidth,
+                weight,
+                rematerialized | {family},
+            ).plan()
         except _OverBudgetError:
             continue
         if plan.cost < best.cost:
@@ -184,21 +223,22 @@ def lru_plan(work: StepWork, budget: int) -> MemoryPlan:
     smallest = work.smallest_budget()
     if budget < smallest:
         raise GraphError(
-            f"A memory of {format_bytes(budget)} is too small: the largest operator alone needs {smallest:,} bytes. "
-            f'Use memory="{smallest} B" or more.'
+            f"A memory of {format_bytes(budget)} is too small: the largest operator alone needs "
+            f'{smallest:,} bytes. Use memory="{smallest} B" or more.'
         )
     return _Cache(work, budget).plan()
 
 
-# -------------------------------------------------------------------------------------------------------- lower bound
+# ----------------------------------------------------------------------------------- lower bound
 
 
 def traffic_bound(work: StepWork, budget: int) -> float:
-    """Lower bound of the traffic, in bytes, of plans within a budget without rematerialization: a linear programme.
+    """Lower bound of the traffic of plans without rematerialization, bytes: a linear programme.
 
-    A tensor stays on the device between two of its uses, in part, or is loaded for the second. One that did not begin on
-    the host is saved to the extent that it ever left. During every operator, the tensors that stay fit beside those
-    that it reads, writes and needs inside. Plans are the solutions in whole numbers.
+    A tensor stays on the device between two of its uses, in part, or is loaded for the second. One
+    that did not begin on the host is saved to the extent that it ever left. During every operator,
+    the tensors that stay fit beside those that it reads, writes and needs inside. Plans are the
+    solutions in whole numbers.
     """
     gaps = _gaps(work)
     inputs = work.inputs()
@@ -258,7 +298,7 @@ def _gaps(work: StepWork) -> list[_Gap]:
     return gaps
 
 
-# ------------------------------------------------------------------------------------------------------------- caches
+# ---------------------------------------------------------------------------------------- caches
 
 
 class _OverBudgetError(Exception):
@@ -268,9 +308,9 @@ class _OverBudgetError(Exception):
 class _Cache:
     """The memory of a device while operators run in their order.
 
-    With a `weight` it drops the tensor that is used furthest ahead. The distance of a tensor counts that many times if
-    the host has a copy, or if an operator of the `rematerialized` families makes it. Without a weight it drops the least
-    recently used tensor.
+    With a `weight` it drops the tensor that is used furthest ahead. The distance of a tensor counts
+    that many times if the host has a copy, or if an operator of the `rematerialized` families makes
+    it. Without a weight it drops the least recently used tensor.
     """
 
     def __init__(
@@ -312,7 +352,7 @@ class _Cache:
         return all_uses
 
     def plan(self) -> MemoryPlan:
-        """The actions of this cache. _OverBudgetError if rematerialization needs too much at once."""
+        """The actions of this cache. _OverBudgetError if too much is needed at once."""
         for i, operator in enumerate(self.work.operators):
             self.position = i
             self._provide(operator.reads, operator.tensors)
@@ -324,10 +364,15 @@ class _Cache:
                 if self._next_use(tensor, i + 1) is None:
                     self._drop(tensor)
         cost = self.traffic + self.extra_cost
-        return MemoryPlan(tuple(self.actions), self.traffic, cost, False)
+        return MemoryPlan(
+            tuple(self.actions),
+            self.traffic,
+            cost,
+            False,
+        )
 
     def _provide(self, tensors: tuple[str, ...], needed: frozenset[str]) -> None:
-        """Rematerializes or loads tensors that are not on the device, and drops none that is `needed`."""
+        """Rematerializes or loads missing tensors, and drops none that is `needed`."""
         for tensor in tensors:
             if tensor not in self.device and tensor not in self.host:
                 self._rematerialize(self.makers[tensor], needed)
@@ -410,7 +455,7 @@ class _Cache:
         self.bytes -= self.work.bytes[tensor]
 
 
-# ------------------------------------------------------------------------------------------------------------- search
+# ---------------------------------------------------------------------------------------- search
 
 
 class _State(NamedTuple):
@@ -430,8 +475,16 @@ class _Move(NamedTuple):
     cost: float
 
 
-def _searched(work: StepWork, budget: int, bandwidth: float, most: float) -> MemoryPlan | None:
-    """The cheapest plan (Dijkstra's algorithm), if it costs `most` or less; None where the search is too long."""
+def _searched(
+    work: StepWork,
+    budget: int,
+    bandwidth: float,
+    most: float,
+) -> MemoryPlan | None:
+    """The cheapest plan (Dijkstra's algorithm), if it costs `most` or less.
+
+    None where the search is too long.
+    """
     moves = _Moves(work, budget, bandwidth)
     start = _State(0, frozenset(), work.inputs() & moves.needed[0])
     costs: dict[_State, float] = {start: 0.0}
@@ -459,7 +512,8 @@ def _searched(work: StepWork, budget: int, bandwidth: float, most: float) -> Mem
 class _Moves:
     """The moves from a state. Tensors that no operator can use any more are dropped at once.
 
-    `needed[i]`: tensors that are alive after i operators, and those that they can be rematerialized from.
+    `needed[i]`: tensors that are alive after i operators, and those that they can be rematerialized
+    from.
     """
 
     def __init__(self, work: StepWork, budget: int, bandwidth: float) -> None:
@@ -479,7 +533,12 @@ class _Moves:
             size = self.work.bytes[tensor]
             if size <= free:
                 after = state._replace(device=state.device | {tensor})
-                yield _Move(after, (Action("load", tensor),), size, float(size))
+                yield _Move(
+                    after,
+                    (Action("load", tensor),),
+                    size,
+                    float(size),
+                )
         for tensor in sorted(state.device):
             drop = Action("drop", tensor)
             after = state._replace(device=state.device - {tensor})
@@ -487,10 +546,15 @@ class _Moves:
             if tensor not in state.host:
                 size = self.work.bytes[tensor]
                 saved = after._replace(host=state.host | {tensor})
-                yield _Move(saved, (Action("save", tensor), drop), size, float(size))
+                yield _Move(
+                    saved,
+                    (Action("save", tensor), drop),
+                    size,
+                    float(size),
+                )
 
     def _run(self, state: _State, i: int, free: int) -> _Move | None:
-        """The move of running operator i, the next one or one that was done, if it is possible and of use."""
+        """The move of running operator i, the next one or an earlier one; None if it is no use."""
         operator = self.work.operators[i]
         new = frozenset(operator.writes) - state.device
         again = i < state.done
@@ -506,7 +570,12 @@ class _Moves:
         drops = [Action("drop", tensor) for tensor in sorted(dead)]
         after = _State(done, device - dead, state.host & self.needed[done])
         cost = (operator.seconds or 0.0) * self.bandwidth if again else 0.0
-        return _Move(after, (run, *drops), 0, cost)
+        return _Move(
+            after,
+            (run, *drops),
+            0,
+            cost,
+        )
 
     def _may_rematerialize(
         self, state: _State, operator: LayerOperator, new: frozenset[str]
@@ -518,7 +587,7 @@ class _Moves:
 
 
 def _needed(work: StepWork, done: int) -> frozenset[str]:
-    """Tensors alive after the first `done` operators, and those that they can be rematerialized from."""
+    """Tensors alive after `done` operators, and those that they can be rematerialized from."""
     needed = set(work.alive(done))
     for operator in reversed(work.operators[:done]):
         if operator.seconds is not None and needed & set(operator.writes):
@@ -533,4 +602,9 @@ def _traced(state: _State, before: dict[_State, tuple[_State, _Move]], cost: flo
         state, move = before[state]
         moves.append(move)
     actions = [action for move in reversed(moves) for action in move.actions]
-    return MemoryPlan(tuple(actions), sum(move.traffic for move in moves), cost, True)
+    return MemoryPlan(
+        tuple(actions),
+        sum(move.traffic for move in moves),
+        cost,
+        True,
+    )

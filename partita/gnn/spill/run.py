@@ -1,9 +1,9 @@
 """Training steps that run operator by operator within a budget of device memory, by a memory plan.
 
-Tensors that a plan saves lie in a temporary file ($TMPDIR), or, for an accelerator, in pinned memory of the host
-(`hosts`). Features are read from the arrays of the graph. The graph's edges, weights and the optimizer's state are
-always on the device. The budget counts arrays, and the scratch that XLA reports for its programs, but not the memory
-that a kernel takes inside.
+Tensors that a plan saves lie in a temporary file ($TMPDIR), or, for an accelerator, in pinned
+memory of the host (`hosts`). Features are read from the arrays of the graph. The graph's edges,
+weights and the optimizer's state are always on the device. The budget counts arrays, and the
+scratch that XLA reports for its programs, but not the memory that a kernel takes inside.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class MemoryRun(TrainingRun):
         self.graph = graph
         self.digest = graph.digest
         self.budget = budget
-        self.data: GraphData = jax.device_put(replace(data_of(graph), x=None))
+        self.data: GraphData = jax.device_put(replace(data_of(graph.as_it_is()), x=None))
         state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state_of(model))
         self.shapes = ModelShapes(model, state, self.data)
         self.host = hosts.host_of(jax.local_devices()[0])
@@ -83,14 +83,20 @@ class MemoryRun(TrainingRun):
     def _grouped(self, training: bool) -> GroupedModel:
         features = self.graph.features
         assert features is not None
-        return grouped_model(self.model, features.shape, self.data, self.shapes.state, training)
+        return grouped_model(
+            self.model,
+            features.shape,
+            self.data,
+            self.shapes.state,
+            training,
+        )
 
     def serves(self, graph: Graph) -> bool:
         """Whether this run is of an equal graph, whose arrays have not changed since."""
         unchanged = self.graph is graph or self.graph.digest == self.digest
         return graph.digest == self.digest and unchanged
 
-    # --------------------------------------------------------------------------------------------------- the contract
+    # ------------------------------------------------------------------------------- the contract
 
     def state(self) -> StepState:
         return state_of(self.model)
@@ -99,7 +105,12 @@ class MemoryRun(TrainingRun):
         store_state(self.model, state)
 
     def train(self, state: StepState) -> tuple[dict[str, Any], StepState]:
-        execution = self._executed(self.training, self.plan, state, self.data)
+        execution = self._executed(
+            self.training,
+            self.plan,
+            state,
+            self.data,
+        )
         self.last = execution
         update = self.training.runs["update"].program
         carry = execution.carry
@@ -110,7 +121,7 @@ class MemoryRun(TrainingRun):
     def evaluate(self, state: StepState, mask: str) -> dict[str, Any]:
         masks = self.data.masks | {"train": self.data.masks[mask]}
         data = replace(self.data, masks=masks)
-        carry = self._executed(*self._other("judge"), state, data).carry
+        carry = self._executed(*self._other("evaluate"), state, data).carry
         return logs_of(self.model, carry.loss, carry.counts)
 
     def predict(self, state: StepState) -> np.ndarray:
@@ -135,17 +146,26 @@ class MemoryRun(TrainingRun):
         self.plan = plan_memory(work, self.budget, bandwidth)
 
     def _other(self, kind: str) -> tuple[CompiledStep, MemoryPlan]:
-        """(step, plan) of an evaluation ('judge') or a prediction ('predict'), within the budget too."""
+        """(step, plan) of an evaluation ('evaluate') or a prediction ('predict')."""
         if kind not in self._others:
-            step = compiled_step(self.shapes, self._grouped(False), kind, self.fineness)
+            step = compiled_step(
+                self.shapes,
+                self._grouped(False),
+                kind,
+                self.fineness,
+            )
             plan = plan_memory(step.work, self.budget, FIRST_BANDWIDTH)
             self._others[kind] = (step, plan)
         return self._others[kind]
 
-    # ---------------------------------------------------------------------------------------------- following a plan
+    # --------------------------------------------------------------------------- following a plan
 
     def _executed(
-        self, step: CompiledStep, plan: MemoryPlan, state: StepState, data: GraphData
+        self,
+        step: CompiledStep,
+        plan: MemoryPlan,
+        state: StepState,
+        data: GraphData,
     ) -> Execution:
         """The result of following a plan, but for the optimizer's update."""
         execution = Execution(self.begin(state.trainable, state.others))
@@ -156,7 +176,12 @@ class MemoryRun(TrainingRun):
                 self._copy(step, action, execution)
             elif action.name != "update":
                 began = time.perf_counter()
-                self._run(step.runs[action.name], execution, state, data)
+                self._run(
+                    step.runs[action.name],
+                    execution,
+                    state,
+                    data,
+                )
                 execution.seconds[action.name] = time.perf_counter() - began
         return execution
 
@@ -181,7 +206,13 @@ class MemoryRun(TrainingRun):
         tile = np.asarray(features[position], np.float32)
         return jax.block_until_ready(jnp.array(tile, copy=True))
 
-    def _run(self, run: Run, execution: Execution, state: StepState, data: GraphData) -> None:
+    def _run(
+        self,
+        run: Run,
+        execution: Execution,
+        state: StepState,
+        data: GraphData,
+    ) -> None:
         """Runs an operator."""
         device = execution.device
         # No name holds the joined tables, so that their memory is free before tiles are split.
@@ -200,7 +231,7 @@ class MemoryRun(TrainingRun):
         else:
             execution.rows += map(np.asarray, written)
 
-    # ---------------------------------------------------------------------------------------------------------- facts
+    # -------------------------------------------------------------------------------------- facts
 
     @property
     def moved(self) -> int:
@@ -208,7 +239,9 @@ class MemoryRun(TrainingRun):
         return 0 if self.last is None else self.last.copied_bytes
 
     def facts(self) -> dict[str, Any]:
-        """For JSON, in bytes: need, budget and smallest budget; traffic as planned, as it was and of an LRU cache.
+        """For JSON, in bytes: need, budget and smallest budget.
+
+        Traffic as planned, as it was and of an LRU cache.
 
         Also the numbers of operators and of rematerializations, and whether the plan is exact.
         """

@@ -1,4 +1,7 @@
-"""Tables of vertices in tiles: a tile has a range of the rows and a range of the columns, and is a tensor of a plan."""
+"""Tables of vertices in tiles, the tensors of a memory plan.
+
+A tile has a range of the rows and a range of the columns of a table.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ class Table:
     columns: tuple[slice, ...]
 
     def tiles(self, by: str, k: int) -> list[tuple[int, int]]:
-        """(row, column) of the tiles of the k-th range of 'rows' or of 'columns'; of all tiles for 'whole'."""
+        """(row, column) of the tiles of the k-th range of 'rows' or of 'columns'.
+
+        Of all tiles for 'whole'.
+        """
         rows = [k] if by == "rows" else range(len(self.rows))
         columns = [k] if by == "columns" else range(len(self.columns))
         return [(row, column) for row in rows for column in columns]

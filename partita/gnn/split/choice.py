@@ -1,12 +1,15 @@
-"""The devices that share each aggregation of a model: vertices split, features split, or both, by the machine.
+"""The devices that share each aggregation of a model, by the machine's speeds.
 
-The price of a sum over in-edges of `width` features, in groups of `columns` devices: the bytes of the largest group's
-edges, with `EDGE_BYTES` more for each, at memory bandwidth; the rows of the halo, round by round; the exchange of
-features before and after. Splitting vertices alone moves the rows of other parts that edges begin at. Splitting features
-moves every row once each way, whatever the edges, and shares the work evenly, but every device stores the edges of its
-whole group.
+An aggregation has its vertices split, its features split, or both.
 
-`edge_seconds` and `row_seconds` are the prices on the same machine that a learned split begins with.
+The price of a sum over in-edges of `width` features, in groups of `columns` devices: the bytes of
+the largest group's edges, with `EDGE_BYTES` more for each, at memory bandwidth; the rows of the
+halo, round by round; the exchange of features before and after. Splitting vertices alone moves the
+rows of other parts that edges begin at. Splitting features moves every row once each way, whatever
+the edges, and shares the work evenly, but every device stores the edges of its whole group.
+
+`edge_seconds` and `row_seconds` are the prices on the same machine that a learned split begins
+with.
 """
 
 from __future__ import annotations
@@ -21,27 +24,31 @@ from partita.machine import Machine
 from partita.machine.collectives import Group, collective_seconds
 
 EDGE_BYTES = 128
-"""Bytes that take as long to read as an edge costs beside its row: its number, and the wait for a row outside the cache.
+"""Price of an edge beside its row, in bytes read: its number, and the wait for a row outside the
+cache.
 
-A sum over 10.5 million edges of an RMAT graph took 43 ms for 16 features, 80 for 64 and 155 for 128 (2 cores, 2026-11).
-"""
+A sum over 10.5 million edges of an RMAT graph took 43 ms for 16 features, 80 for 64 and 155 for 128
+(2 cores, 2026-11)."""
 
 CACHED = 2
-"""Ratio of the speed of reading rows that edges begin at to that of memory, since caches hold many of them. Measured in the
-same sums: 21 GB/s a core."""
+"""Ratio of the speed of reading rows that edges begin at to that of memory, since caches hold many
+of them. Measured in the same sums: 21 GB/s a core."""
 
 PASSES = 16
-"""Times that a step reads and writes a row around an aggregation (normalisation, dropout, activation, their gradients), by
-the seconds of epochs of GCN."""
+"""Times that a step reads and writes a row around an aggregation (normalisation, dropout,
+activation, their gradients), by the seconds of epochs of GCN."""
 
 EDGE_SHARE = 0.25
 """Share of a device's memory that the edges of whole groups may take."""
 
 
 def columns_of(
-    calls: Sequence[tuple[int, str]], graph: Graph, points: np.ndarray, machine: Machine
+    calls: Sequence[tuple[int, str]],
+    graph: Graph,
+    points: np.ndarray,
+    machine: Machine,
 ) -> tuple[tuple[int, int], ...]:
-    """(features, columns) of the aggregations that are faster if more than one device shares their vertices.
+    """(features, columns) of the aggregations that are faster with more than one column.
 
     `calls`: (features, kind) of every aggregation; `points`: the split points of the graph.
     """
@@ -55,7 +62,13 @@ def columns_of(
         capacity = exchange_of(graph, points, AggregationKind(columns)).capacity
         if columns > 1 and 8 * capacity.edges > EDGE_SHARE * machine.memory_bytes:
             continue
-        sums = _GroupSums(machine, parts, rows, columns, capacity)
+        sums = _GroupSums(
+            machine,
+            parts,
+            rows,
+            columns,
+            capacity,
+        )
         seconds[columns] = [sums.seconds(width) for width in widths]
     chosen = []
     for i, width in enumerate(widths):
@@ -78,7 +91,8 @@ def edge_seconds(calls: Sequence[tuple[int, str]], features: int, machine: Machi
 def row_seconds(calls: Sequence[tuple[int, str]], parameters: int, machine: Machine) -> float:
     """Seconds of a vertex in a step beside its in-edges.
 
-    Two operations for every parameter forward and four backward, and passes over rows around aggregations.
+    Two operations for every parameter forward and four backward, and passes over rows around
+    aggregations.
     """
     passes = 8 * PASSES * sum(width for width, _ in calls) / machine.memory_bandwidth
     return 6 * parameters / machine.rate("dot", "float32") + passes
@@ -88,7 +102,12 @@ class _GroupSums:
     """Sums over in-edges by groups of `columns` of `parts` devices, with `rows` rows each."""
 
     def __init__(
-        self, machine: Machine, parts: int, rows: int, columns: int, capacity: AggregationCapacity
+        self,
+        machine: Machine,
+        parts: int,
+        rows: int,
+        columns: int,
+        capacity: AggregationCapacity,
     ) -> None:
         self.machine = machine
         self.rows = rows
@@ -103,17 +122,27 @@ class _GroupSums:
         slice_bytes = 4 * -(-width // self.columns)
         seconds = self.capacity.edges * (slice_bytes + EDGE_BYTES) / machine.memory_bandwidth
         seconds += sum(
-            collective_seconds(machine, "collective_permute", rows * slice_bytes, self.everyone)
+            collective_seconds(
+                machine,
+                "collective_permute",
+                rows * slice_bytes,
+                self.everyone,
+            )
             for _, rows in self.capacity.rounds
         )
         if self.columns > 1:
             row_bytes = self.rows * 4 * width
-            seconds += 2 * collective_seconds(machine, "all_to_all", row_bytes, self.group)
+            seconds += 2 * collective_seconds(
+                machine,
+                "all_to_all",
+                row_bytes,
+                self.group,
+            )
         return seconds
 
 
 def neighbours(machine: Machine, devices: int) -> Group:
-    """That many neighbouring devices, as (level, devices of it) of the machine, the outermost level first."""
+    """Neighbouring devices as (level, devices of it) of the machine, the outermost level first."""
     shares: list[tuple[int, int]] = []
     for index in reversed(range(len(machine.levels))):
         inside = min(devices, machine.levels[index].size)

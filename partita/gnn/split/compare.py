@@ -38,12 +38,16 @@ COLUMNS = ("partitioner", "slowest part", "imbalance", "rows fetched", "bytes pe
 
 
 def compare(
-    graph: Graph, devices: int, width: int, report: Callable[..., Any] | None = None
+    graph: Graph,
+    devices: int,
+    width: int,
+    report: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
     """The partitioners on a graph, as JSON has them.
 
-    Seconds are of one sum over in-edges, of `width` features, on this machine. The bytes of an epoch are the rows
-    fetched, forward, and their gradients on the way back, of one layer. `report`: as in `calibrated`.
+    Seconds are of one sum over in-edges, of `width` features, on this machine. The bytes of an
+    epoch are the rows fetched, forward, and their gradients on the way back, of one layer.
+    `report`: as in `calibrated`.
     """
     sums = prefix_sums(graph)
     weights, error = calibrated(graph, sums, width, report)
@@ -51,7 +55,13 @@ def compare(
     partitioners = {}
     for name in TITLES:
         if name != "metis" or importlib.util.find_spec("pymetis") is not None:
-            partitioners[name] = _facts(graph, name, sums, cost, width)
+            partitioners[name] = _facts(
+                graph,
+                name,
+                sums,
+                cost,
+                width,
+            )
     return {
         "graph": graph.name,
         "vertices": graph.vertices,
@@ -64,7 +74,13 @@ def compare(
     }
 
 
-def _facts(graph: Graph, name: str, sums: np.ndarray, cost: Cost, width: int) -> dict[str, Any]:
+def _facts(
+    graph: Graph,
+    name: str,
+    sums: np.ndarray,
+    cost: Cost,
+    width: int,
+) -> dict[str, Any]:
     """One partitioner on a graph, as JSON has it."""
     order = None
     if name == "learned":
@@ -100,8 +116,9 @@ def source_of(comparison: Mapping[str, Any]) -> str:
     """The source of the seconds of a comparison, in words."""
     return (
         "Nothing was measured in training. Seconds are of one sum over in-edges of "
-        f"{comparison['features']} features, fitted to {comparison['ranges']} random ranges that one core "
-        f"of this machine summed. The fit was {comparison['error']:.1%} off (median) on ranges that it had not seen."
+        f"{comparison['features']} features, fitted to {comparison['ranges']} random ranges that "
+        f"one core of this machine summed. The fit was {comparison['error']:.1%} off (median) on "
+        "ranges that it had not seen."
     )
 
 

@@ -1,12 +1,13 @@
-"""The cost of a part of a graph, learned from measured times, and the split points with the fastest slowest part.
+"""Learned splits: the cost of parts of a graph from measured times, and the best split points.
 
-The seconds of a device are linear in a few sums over its part (`NAMES`): vertices, edges, and sums that tell how often
-rows are in the cache. `prefix_sums` makes the sums of any contiguous range a subtraction. `Learner` fits the
-coefficients, none of them negative, together with a factor for every device, so that a slow device gets less.
-`best_points` gives the split points, and `Balance` decides in training when a move pays.
+The seconds of a device are linear in a few sums over its part (`NAMES`): vertices, edges, and sums
+that tell how often rows are in the cache. `prefix_sums` makes the sums of any contiguous range a
+subtraction. `Learner` fits the coefficients, none of them negative, together with a factor for
+every device, so that a slow device gets less. `best_points` gives the split points, and `Balance`
+decides in training when a move pays.
 
-Source: Jia et al., "Improving the Accuracy, Scalability, and Performance of Graph Neural Networks with Roc", MLSys 2020,
-section 4. The factor of a device and the rows of its padding are additions.
+Source: Jia et al., "Improving the Accuracy, Scalability, and Performance of Graph Neural Networks
+with Roc", MLSys 2020, section 4. The factor of a device and the rows of its padding are additions.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from partita.gnn.data.graph import Graph
 NAMES = ("rows", "vertices", "edges", "runs", "ranges", "cold")
 """The sums that the seconds of a part are linear in.
 
-rows        rows of every device, those of the largest part, which dense layers compute on every device
+rows        rows of every device, those of the largest part, which dense layers compute on every
+            device
 vertices    vertices of the part
 edges       its in-edges
 runs        maximal runs of in-neighbours with consecutive numbers
 ranges      ranges of `RANGE` vertices that a vertex's in-edges begin in, in their order
-cold        in-edges that begin at a vertex outside the `HOT` most read ones
-"""
+cold        in-edges that begin at a vertex outside the `HOT` most read ones"""
 
 RANGE = 64
 """Vertices of a range that `ranges` counts."""
@@ -47,8 +48,8 @@ MEMORY = 64
 """Splits, and epochs of each, whose measurements stay."""
 
 RECENT = 9
-"""Epochs of a split whose median counts as its time. One disturbed epoch does not matter, and a device that changes is
-noticed in half of them."""
+"""Epochs of a split whose median counts as its time. One disturbed epoch does not matter, and a
+device that changes is noticed in half of them."""
 
 ITERATIONS = 64
 """Iterations of the fit, between coefficients and devices, at most."""
@@ -60,17 +61,24 @@ FAR = 0.98
 """Ratio of successive changes, at most, that the fit extrapolates by."""
 
 ALIKE = 0.002
-"""Pull of a device's factor to 1, beside its measurements: devices are alike where parts alone explain the times."""
+"""Pull of a device's factor to 1, beside its measurements: devices are alike where parts alone
+explain the times."""
 
 OUTLIER = 3.0
 """Typical residuals beyond which a residual weighs less, as in Huber's estimator."""
 
 
-# --------------------------------------------------------------------------------------------------- sums over parts
+# ------------------------------------------------------------------------------- sums over parts
 
 
 @njit(nogil=True, cache=True)
-def _add_up(offsets, sources, hot, span, out):
+def _add_up(
+    offsets,
+    sources,
+    hot,
+    span,
+    out,
+):
     for v in range(len(offsets) - 1):
         runs = 0
         ranges = 0
@@ -102,12 +110,21 @@ def prefix_sums(graph: Graph) -> np.ndarray:
     if cold > 0:
         hot[np.argpartition(graph.out_degrees(), cold)[:cold]] = False
     out = np.zeros((graph.vertices + 1, len(NAMES) - 1))
-    _add_up(graph.offsets, graph.sources, hot, RANGE, out)
+    _add_up(
+        graph.offsets,
+        graph.sources,
+        hot,
+        RANGE,
+        out,
+    )
     return out
 
 
 def features_of(sums: np.ndarray, points: np.ndarray, rows: int | None = None) -> np.ndarray:
-    """float64 [parts, 6]: the sums `NAMES` of every part; `rows` of every device, or those of the largest part."""
+    """float64 [parts, 6]: the sums `NAMES` of every part.
+
+    `rows` of every device, or those of the largest part.
+    """
     part_sums = np.diff(sums[points], axis=0)
     if rows is None:
         rows = int(np.diff(points).max())
@@ -116,17 +133,20 @@ def features_of(sums: np.ndarray, points: np.ndarray, rows: int | None = None) -
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of device d = slowness[d] x (weights . sums of its part); weights [6], slowness [devices]."""
+    """Seconds of device d = slowness[d] x (weights . sums of its part).
+
+    Weights [6], slowness [devices].
+    """
 
     weights: np.ndarray
     slowness: np.ndarray
 
     def seconds(self, sums: np.ndarray, points: np.ndarray, rows: int | None = None) -> np.ndarray:
-        """float64 [parts]: predicted computing seconds of each device; `rows`: as in `features_of`."""
+        """float64 [parts]: predicted seconds of each device; `rows`: as in `features_of`."""
         return self.slowness * (features_of(sums, points, rows) @ self.weights)
 
 
-# ------------------------------------------------------------------------------------------------------ split points
+# ---------------------------------------------------------------------------------- split points
 
 
 class EdgeLimit(NamedTuple):
@@ -137,13 +157,17 @@ class EdgeLimit(NamedTuple):
 
 
 def best_points(
-    sums: np.ndarray, cost: Cost, rows: int | None = None, edges: int | None = None
+    sums: np.ndarray,
+    cost: Cost,
+    rows: int | None = None,
+    edges: int | None = None,
 ) -> np.ndarray:
     """int64 [devices + 1]: the split points with the least seconds of the slowest device.
 
-    With `rows`, every device has exactly that capacity of rows, and of `edges` if given. Without, numbers of rows are
-    tried from the smallest possible upwards. For a number of rows, the least time in which a sweep that gives every
-    device all that it can do reaches the end is bisected; a sweep takes O(devices log vertices).
+    With `rows`, every device has exactly that capacity of rows, and of `edges` if given. Without,
+    numbers of rows are tried from the smallest possible upwards. For a number of rows, the least
+    time in which a sweep that gives every device all that it can do reaches the end is bisected; a
+    sweep takes O(devices log vertices).
     """
     before = sums @ cost.weights[1:]
     if rows is not None:
@@ -165,19 +189,32 @@ def _row_counts(vertices: int, cost: Cost) -> list[int]:
 
 
 def _fastest(
-    before: np.ndarray, cost: Cost, rows: int, edges: EdgeLimit | None = None
+    before: np.ndarray,
+    cost: Cost,
+    rows: int,
+    edges: EdgeLimit | None = None,
 ) -> np.ndarray:
-    """The split points with the least seconds among those of at most that many vertices, and edges, a part.
+    """The fastest split points with at most that many vertices, and edges, in each part.
 
     `before` [vertices + 1]: seconds of the vertices before each.
     """
     constant = cost.weights[0] * rows
     low = 0.0
     high = float(cost.slowness.max() * (before[-1] + constant))
-    best = _sweep(before, high * (1 + 1e-9) / cost.slowness - constant, rows, edges)
+    best = _sweep(
+        before,
+        high * (1 + 1e-9) / cost.slowness - constant,
+        rows,
+        edges,
+    )
     for _ in range(64):
         middle = (low + high) / 2
-        points = _sweep(before, middle / cost.slowness - constant, rows, edges)
+        points = _sweep(
+            before,
+            middle / cost.slowness - constant,
+            rows,
+            edges,
+        )
         if points[-1] == len(before) - 1:
             high = middle
             best = points
@@ -190,9 +227,12 @@ def _fastest(
 
 
 def _sweep(
-    before: np.ndarray, budgets: np.ndarray, rows: int, edges: EdgeLimit | None
+    before: np.ndarray,
+    budgets: np.ndarray,
+    rows: int,
+    edges: EdgeLimit | None,
 ) -> np.ndarray:
-    """Split points where every device in turn gets all vertices that its budget of seconds allows."""
+    """Split points where each device in turn gets all vertices that its budget allows."""
     points = np.zeros(len(budgets) + 1, np.int64)
     for d, budget in enumerate(budgets):
         first = points[d]
@@ -209,12 +249,16 @@ def _up_to(sums: np.ndarray, first: np.int64, most: float) -> Any:
 
 
 def initial_points(
-    sums: np.ndarray, parts: int, row_seconds: float, edge_seconds: float
+    sums: np.ndarray,
+    parts: int,
+    row_seconds: float,
+    edge_seconds: float,
 ) -> np.ndarray:
-    """int64 [parts + 1]: split points for the first epochs, when nothing is measured and devices are taken to be alike.
+    """int64 [parts + 1]: split points before anything is measured, of devices that are alike.
 
-    `row_seconds` of each row of a device, `edge_seconds` of each in-edge. An equal number of edges in every part would
-    give many vertices to a part with few edges a vertex, and every device computes the rows of the largest part.
+    `row_seconds` of each row of a device, `edge_seconds` of each in-edge. An equal number of edges
+    in every part would give many vertices to a part with few edges a vertex, and every device
+    computes the rows of the largest part.
 
     >>> sums = prefix_sums(Graph.from_edges([0] * 6 + [1, 2, 3], [0] * 6 + [1, 2, 3], 4))
     >>> initial_points(sums, 2, 0.0, 1.0), initial_points(sums, 2, 9.0, 1.0)
@@ -226,7 +270,7 @@ def initial_points(
     return best_points(sums, Cost(weights, np.ones(parts)))
 
 
-# ------------------------------------------------------------------------------------------------------- the fit
+# --------------------------------------------------------------------------------------- the fit
 
 
 @dataclass
@@ -246,7 +290,10 @@ class SplitMeasurements:
 
 
 class Learner:
-    """Takes measured seconds and gives a `Cost`. `error` tells how far its predictions were from later measurements."""
+    """Takes measured seconds and gives a `Cost`.
+
+    `error` tells how far its predictions were from later measurements.
+    """
 
     def __init__(self, devices: int) -> None:
         self.devices = devices
@@ -257,7 +304,12 @@ class Learner:
     def add(
         self, features: np.ndarray, seconds: np.ndarray, devices: np.ndarray | None = None
     ) -> Cost:
-        """The cost after more measurements: features [n, 6], seconds [n], devices [n] (0 to n - 1 if None)."""
+        """The cost after more measurements.
+
+        features    float64 [n, 6]: sums of parts
+        seconds     float64 [n]
+        devices     int [n]; None: 0 to n - 1
+        """
         if devices is None:
             devices = np.arange(len(seconds))
         if self.cost is not None:
@@ -275,7 +327,10 @@ class Learner:
 
     @property
     def error(self) -> float | None:
-        """The median relative error of predictions against later measurements; None before there was one."""
+        """The median relative error of predictions against later measurements.
+
+        None before there was one.
+        """
         return float(np.median(self._errors[-8:])) if self._errors else None
 
     def _fit(self) -> Cost:
@@ -305,9 +360,20 @@ class Learner:
         for _ in range(ITERATIONS):
             root = np.sqrt(trust)
             rows = (root * slowness[device])[:, None] * x
-            weights = _fitted_weights(rows, root * y, pull, toward)
+            weights = _fitted_weights(
+                rows,
+                root * y,
+                pull,
+                toward,
+            )
             plain = x @ weights
-            slowness = _fitted_slowness(plain, y, device, trust, self.devices)
+            slowness = _fitted_slowness(
+                plain,
+                y,
+                device,
+                trust,
+                self.devices,
+            )
             logarithms.append(np.log(np.maximum(slowness, 1e-3)))
             logarithms[-1] -= logarithms[-1].mean()
             if len(logarithms) == 4:
@@ -323,9 +389,15 @@ class Learner:
 
 
 def _fitted_weights(
-    rows: np.ndarray, seconds: np.ndarray, pull: float, toward: np.ndarray
+    rows: np.ndarray,
+    seconds: np.ndarray,
+    pull: float,
+    toward: np.ndarray,
 ) -> np.ndarray:
-    """[6]: coefficients, none negative, of rows [n, 6] and seconds [n]; `pull`: ridge penalty `toward` others."""
+    """[6]: coefficients, none negative, of rows [n, 6] and seconds [n].
+
+    `pull`: ridge penalty `toward` others.
+    """
     size = rows.shape[1]
     square = rows.T @ rows + pull * np.eye(size)
     right = rows.T @ seconds + pull * toward
@@ -336,9 +408,16 @@ def _fitted_weights(
 
 
 def _fitted_slowness(
-    plain: np.ndarray, seconds: np.ndarray, device: np.ndarray, trust: np.ndarray, devices: int
+    plain: np.ndarray,
+    seconds: np.ndarray,
+    device: np.ndarray,
+    trust: np.ndarray,
+    devices: int,
 ) -> np.ndarray:
-    """[devices]: factors of devices over the seconds `plain` [n] of their parts without them, pulled to 1."""
+    """[devices]: factors of devices, pulled to 1.
+
+    `plain` [n]: predicted seconds of their parts without these factors.
+    """
     tie = ALIKE * np.bincount(device, trust, devices) * (plain**2).mean() + 1e-12
     covariance = np.bincount(device, trust * plain * seconds, devices)
     variance = np.bincount(device, trust * plain**2, devices)
@@ -354,19 +433,22 @@ def _extrapolated(logarithms: Sequence[np.ndarray]) -> np.ndarray:
     return logarithms[-1] + change * share / (1 - share)
 
 
-# ------------------------------------------------------------------------------------------- without measured training
+# --------------------------------------------------------------------- without measured training
 
 RANGES = 48
 """Ranges of vertices that a calibration times."""
 
 
 def calibrated(
-    graph: Graph, sums: np.ndarray, width: int, report: Callable[..., Any] | None = None
+    graph: Graph,
+    sums: np.ndarray,
+    width: int,
+    report: Callable[..., Any] | None = None,
 ) -> tuple[np.ndarray, float]:
-    """(weights [6], relative error), of sums over the in-edges of random contiguous ranges, timed on one core.
+    """(weights [6], relative error) of sums over random contiguous ranges, timed on one core.
 
-    The error is the median one of ranges that the fit had not seen. `width`: features of a vertex. Dense layers are not
-    part of it. `report(text, done, all)` is called after every range.
+    The error is the median one of ranges that the fit had not seen. `width`: features of a vertex.
+    Dense layers are not part of it. `report(text, done, all)` is called after every range.
     """
     random = np.random.default_rng(0)
     timed = _timed_sums(graph, width)
@@ -388,7 +470,7 @@ def calibrated(
 
 
 def _timed_sums(graph: Graph, width: int) -> Callable[[int, int], float]:
-    """A function: the seconds of summing over the in-edges of the vertices from first to before last."""
+    """A function of (first, last): seconds of summing over the in-edges of these vertices."""
     from partita.gnn.kernels.total import sum_range
 
     offsets = graph.offsets.astype(np.int32)
@@ -398,7 +480,14 @@ def _timed_sums(graph: Graph, width: int) -> Callable[[int, int], float]:
 
     def timed(first: int, last: int) -> float:
         began = time.perf_counter()
-        sum_range(first, last, offsets, ids, x, out)
+        sum_range(
+            first,
+            last,
+            offsets,
+            ids,
+            x,
+            out,
+        )
         return time.perf_counter() - began
 
     return timed
@@ -420,7 +509,7 @@ def _random_range(graph: Graph, random: np.random.Generator, by_vertices: bool) 
     return min(first, last - 1), last
 
 
-# ------------------------------------------------------------------------------------------------------- in training
+# ----------------------------------------------------------------------------------- in training
 
 GAIN = 0.02
 """Share of an epoch that another split must save at least."""
@@ -432,11 +521,17 @@ STEPS = (1.0, 0.75, 0.5, 0.25)
 """Shares of the way to the best split that are considered."""
 
 TRIED = 0.25
-"""Share of the time left that must be worth more than a move for a split to be tried only to learn from it."""
+"""Share of the time left that must be worth more than a move for a split to be tried only to learn
+from it."""
 
 
 class Candidate(NamedTuple):
-    """Another split: its predicted or measured seconds, split points, whether it needs other capacity."""
+    """Another split.
+
+    seconds         predicted or measured, of its slowest device
+    points          split points
+    other_capacity  whether it needs another capacity than the devices have
+    """
 
     seconds: float
     points: np.ndarray
@@ -444,11 +539,14 @@ class Candidate(NamedTuple):
 
 
 class Balance:
-    """The learned split of a graph in training: takes the seconds of every epoch, gives new split points when they pay.
+    """The learned split of a graph in training.
 
-    A move that disappoints teaches the makeup of times, and the next one is better for it. Where no split promises more,
-    `trials`, other split points, are measured if training is long enough, since splits that are alike tell little. A
-    split whose measured time was better than the predicted ones is taken again. `sums`: the graph's `prefix_sums`.
+    It takes the seconds of every epoch and gives new split points when they pay.
+
+    A move that disappoints teaches the makeup of times, and the next one is better for it. Where no
+    split promises more, `trials`, other split points, are measured if training is long enough,
+    since splits that are alike tell little. A split whose measured time was better than the
+    predicted ones is taken again. `sums`: the graph's `prefix_sums`.
     """
 
     def __init__(
@@ -465,7 +563,10 @@ class Balance:
         self._slowest: dict[tuple[int, ...], list[float]] = {}
 
     def measured(self, seconds: np.ndarray, rows: int, edges: int | None = None) -> None:
-        """Takes the computing seconds of every device in an epoch; `rows`, `edges`: the capacity of each."""
+        """Takes the computing seconds of every device in an epoch.
+
+        `rows`, `edges`: the capacity of each.
+        """
         self.rows = rows
         self.edges = edges
         self.learner.add(features_of(self.sums, self.points, rows), seconds)
@@ -479,10 +580,11 @@ class Balance:
         compiling_seconds: float,
         fits: Callable[[np.ndarray], bool],
     ) -> tuple[np.ndarray, bool] | None:
-        """(split points, whether they need other capacity) that save most in the epochs left, or None if nothing pays.
+        """(split points, whether they need other capacity) that save most, or None if nothing pays.
 
-        A move takes `making_seconds`, and `compiling_seconds` too with other capacity, or if `fits(points)` is false.
-        None also while too little is measured. Where the best split does not fit, one in its direction may.
+        A move takes `making_seconds`, and `compiling_seconds` too with other capacity, or if
+        `fits(points)` is false. None also while too little is measured. Where the best split does
+        not fit, one in its direction may.
         """
         cost = self.learner.cost
         if cost is None or self._epochs < ENOUGH:
@@ -517,13 +619,21 @@ class Balance:
         return None
 
     def _candidates(self, cost: Cost, measured: dict[tuple[int, ...], float]) -> list[Candidate]:
-        """Other splits, the fastest first: those measured, by their times, and those that are predicted to be faster."""
+        """Other splits, the fastest first: those measured, and those predicted to be faster."""
         candidates = []
         for split, seconds in measured.items():
             points = np.array(split[1:], np.int64)
             candidates.append(Candidate(seconds, points, split[0] != self.rows))
         now = cost.seconds(self.sums, self.points, self.rows).max()
-        way = best_points(self.sums, cost, self.rows, self.edges) - self.points
+        way = (
+            best_points(
+                self.sums,
+                cost,
+                self.rows,
+                self.edges,
+            )
+            - self.points
+        )
         targets: list[tuple[np.ndarray, int | None]] = []
         for share in STEPS:
             targets.append((self.points + (share * way).astype(np.int64), self.rows))
@@ -545,7 +655,11 @@ class Balance:
         self.moves.append([int(point) for point in points])
 
     def facts(self) -> dict[str, Any]:
-        """For JSON: moves, split points, error of predictions, predicted seconds, slowness of devices (median 1), weights."""
+        """Facts for JSON.
+
+        Moves, split points, error of predictions, predicted seconds, slowness of devices (median
+        1), weights of the sums.
+        """
         cost = self.learner.cost
         facts: dict[str, Any] = {
             "moves": len(self.moves),

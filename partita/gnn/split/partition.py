@@ -1,12 +1,13 @@
-"""Contiguous parts of a graph: where it is cut, and what each part stores and fetches.
+"""Contiguous parts of a graph: split points, sizes, and the rows that each part fetches.
 
-A partitioner returns the split points alone: part i is the vertices from `points[i]` to `points[i + 1]`, possibly none.
-`cut` sizes the parts and finds the rows that each needs of others. `block_of_part` makes the block of one part, so that
-a process makes those of its own devices only. Blocks are padded to equal sizes, since every device runs one program.
+A partitioner returns the split points alone: part i is the vertices from `points[i]` to
+`points[i + 1]`, possibly none. `cut` sizes the parts and finds the rows that each needs of others.
+`block_of_part` makes the block of one part, so that a process makes those of its own devices only.
+Blocks are padded to equal sizes, since every device runs one program.
 
-A row that a part needs of another is fetched once, whatever the number of edges that begin there. Rows are exchanged in
-rounds: in round k every part sends to the one k further on. A round is as long as the longest of its messages, and a
-round without messages is left out.
+A row that a part needs of another is fetched once, whatever the number of edges that begin there.
+Rows are exchanged in rounds: in round k every part sends to the one k further on. The length
+of a round is that of its longest message. A round without messages is left out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from partita.gnn.data.graph import Graph
 from partita.gnn.nn.block import Aggregation, Block, Edges, HaloMessage, edges_of, of_vertices
 
 SPARE_ROWS = 0.0625
-"""Share of the rows of equal parts that stays free where a graph will be split again. Every device computes those rows."""
+"""Share of the rows of equal parts that stays free where a graph will be split again. Every device
+computes those rows."""
 
 SPARE_MESSAGES = 0.125
 """Share of the rows of a message that stays free where a graph will be split again."""
@@ -34,10 +36,11 @@ SPARE_EDGES = 0.25
 """Share of the edges that stays free where a graph will be split again."""
 
 NEAR = 0.5
-"""Share of the edges that is stored a second time at most, for the vertices near the training ones."""
+"""Share of the edges that is stored a second time at most, for the vertices near the training ones.
+"""
 
 
-# ------------------------------------------------------------------------------------------------------- partitioners
+# ---------------------------------------------------------------------------------- partitioners
 
 
 def by_vertices(graph: Graph, parts: int) -> np.ndarray:
@@ -50,7 +53,7 @@ def by_vertices(graph: Graph, parts: int) -> np.ndarray:
 
 
 def by_edges(graph: Graph, parts: int) -> np.ndarray:
-    """int64 [parts + 1]: split points with an equal number of in-edges in every part, to whole vertices.
+    """int64 [parts + 1]: split points with about equal in-edges in every part.
 
     >>> by_edges(Graph.from_edges([0, 0, 0, 1], [0, 0, 0, 2], 4), 2)
     array([0, 1, 4])
@@ -63,13 +66,17 @@ PARTITIONERS: dict[str, Callable[[Graph, int], np.ndarray]] = {
     "vertices": by_vertices,
     "edges": by_edges,
 }
-"""Partitioners that read the graph alone and keep its numbers; 'learned' reads the model as well (`learned.begun`)."""
+"""Partitioners that read the graph alone and keep its numbers; 'learned' reads the model as well
+(`learned.initial_points`)."""
 
 
 def by_metis(graph: Graph, parts: int) -> np.ndarray:
-    """int64 [vertices]: the part of every vertex by METIS: equal sums of vertices and in-edges, few edges between parts.
+    """int64 [vertices]: the part of every vertex by METIS.
 
-    METIS (Karypis and Kumar 1998) cuts the undirected graph without self edges. GraphError where pymetis is not installed.
+    Parts have equal sums of vertices and in-edges, and few edges between them.
+
+    METIS (Karypis and Kumar 1998) cuts the undirected graph without self edges. GraphError where
+    pymetis is not installed.
     """
     try:
         import pymetis  # type: ignore[import-not-found]
@@ -98,7 +105,8 @@ def arranged(
 ) -> tuple[Graph, np.ndarray, np.ndarray | None]:
     """(graph to split, split points, order it was relabelled by or None).
 
-    `partition` is a name, split points, or the part of every vertex. GraphError if it does not fit the graph.
+    `partition` is a name, split points, or the part of every vertex. GraphError if it does not fit
+    the graph.
     """
     if isinstance(partition, str):
         if partition != "metis":
@@ -133,8 +141,8 @@ def split_points(graph: Graph, parts: int, partition: Any) -> np.ndarray:
     points = np.asarray(partition)
     if points.shape != (parts + 1,) or not _covers(points, graph.vertices):
         raise GraphError(
-            f"The split points {points.tolist()} do not cut {graph.vertices:,} vertices into {parts} parts: "
-            f"give {parts + 1} numbers that rise from 0 to {graph.vertices}."
+            f"The split points {points.tolist()} do not cut {graph.vertices:,} vertices into "
+            f"{parts} parts: give {parts + 1} numbers that rise from 0 to {graph.vertices}."
         )
     return points.astype(np.int64)
 
@@ -144,7 +152,7 @@ def _covers(points: np.ndarray, vertices: int) -> bool:
     return bool(points[0] == 0 and points[-1] == vertices and (np.diff(points) >= 0).all())
 
 
-# --------------------------------------------------------------------------------------------------- sizes of the parts
+# ---------------------------------------------------------------------------- sizes of the parts
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,10 @@ class AggregationCapacity:
         return self.edges >= other.edges and self.far >= other.far and rounds_fit
 
     def with_spare(self) -> AggregationCapacity:
-        """Larger sizes, for other parts. Where edges are stored apart, any of them may be on either side."""
+        """Larger sizes, for other parts.
+
+        Where edges are stored apart, any of them may be on either side.
+        """
         edges = _with_spare(self.edges + self.far, SPARE_EDGES)
         rounds = [(number, _with_spare(rows, SPARE_MESSAGES)) for number, rows in self.rounds]
         return AggregationCapacity(edges, tuple(rounds), edges if self.far else 0)
@@ -217,7 +228,8 @@ class AggregationKind:
 class Exchange:
     """The rows that groups of parts fetch for one kind of aggregation.
 
-    needed      `needed[i][k]`: vertices whose rows group i needs of the group k before it, cyclically; ascending
+    needed      `needed[i][k]`: vertices whose rows group i needs of the group k before it,
+                cyclically; ascending
     capacity    the sizes that hold all groups
     """
 
@@ -258,7 +270,10 @@ class Parts:
 
     @property
     def edge_capacity(self) -> int | None:
-        """In-edges of its own vertices that every device can store; None where groups share vertices."""
+        """In-edges of its own vertices that every device can store.
+
+        None where groups share vertices.
+        """
         for exchange, capacity in zip(self.exchanges, self.capacity.kinds, strict=True):
             if exchange.kind.columns == 1 and exchange.kind.keep is None:
                 return capacity.edges
@@ -291,8 +306,8 @@ def cut(
 ) -> Parts:
     """The parts between split points, for these kinds of aggregation.
 
-    With the `capacity` of an earlier cut they have its sizes if they fit, so that no step is compiled anew. Otherwise
-    they have the sizes they need, and spare ones if the split `moves`.
+    With the `capacity` of an earlier cut they have its sizes if they fit, so that no step is
+    compiled anew. Otherwise they have the sizes they need, and spare ones if the split `moves`.
     """
     exchanges = tuple(exchange_of(graph, points, kind) for kind in kinds)
     vertices = np.diff(points)
@@ -306,7 +321,14 @@ def cut(
         if exchange.kind.columns == 1:
             fetched = np.array([sum(map(len, rows)) for rows in exchange.needed])
             break
-    return Parts(points, vertices, edges, fetched, capacity, exchanges)
+    return Parts(
+        points,
+        vertices,
+        edges,
+        fetched,
+        capacity,
+        exchanges,
+    )
 
 
 def exchange_of(graph: Graph, points: np.ndarray, kind: AggregationKind) -> Exchange:
@@ -316,7 +338,12 @@ def exchange_of(graph: Graph, points: np.ndarray, kind: AggregationKind) -> Exch
     needed = []
     far = []
     for i in range((len(points) - 1) // kind.columns):
-        vertices, far_edges = _needed(graph, ends, i, kind.keep)
+        vertices, far_edges = _needed(
+            graph,
+            ends,
+            i,
+            kind.keep,
+        )
         needed.append(vertices)
         far.append(far_edges)
     rounds = []
@@ -342,12 +369,25 @@ def _edges_before(graph: Graph, keep: np.ndarray | None) -> np.ndarray:
 
 
 def _needed(
-    graph: Graph, points: np.ndarray, i: int, keep: np.ndarray | None
+    graph: Graph,
+    points: np.ndarray,
+    i: int,
+    keep: np.ndarray | None,
 ) -> tuple[list[np.ndarray], int]:
-    """(vertices whose rows part i needs of the part k before it, cyclically, for each k; edges from them)."""
+    """(vertices whose rows part i needs, edges from them).
+
+    The vertices are a list: those of the part k before it, cyclically, for each k.
+    """
     parts = len(points) - 1
     marked = np.zeros(graph.vertices, np.bool_)
-    far = _mark(graph.offsets, graph.sources, points[i], points[i + 1], _keep(keep), marked)
+    far = _mark(
+        graph.offsets,
+        graph.sources,
+        points[i],
+        points[i + 1],
+        _keep(keep),
+        marked,
+    )
     ids = np.flatnonzero(marked)
     between = np.searchsorted(ids, points)
     others = [(i - k) % parts for k in range(parts)]
@@ -360,7 +400,14 @@ def _keep(keep: np.ndarray | None) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
-def _mark(offsets, sources, first, last, keep, marked):
+def _mark(
+    offsets,
+    sources,
+    first,
+    last,
+    keep,
+    marked,
+):
     """The number of edges into a part from outside, whose sources are marked."""
     count = 0
     for v in range(first, last):
@@ -374,10 +421,10 @@ def _mark(offsets, sources, first, last, keep, marked):
 
 
 def near_training(graph: Graph, most: int) -> list[np.ndarray]:
-    """bool [vertices] for each number of edges from 0 on: vertices with a path of at most that many to a training vertex.
+    """bool [vertices] for 0, 1, 2 ... edges: vertices at most that far from a training vertex.
 
-    At most `most` of them, and only while they have few in-edges, `NEAR` of all edges together: edges of these vertices
-    are stored beside those of all.
+    At most `most` of them, and only while they have few in-edges, `NEAR` of all edges together:
+    edges of these vertices are stored beside those of all.
     """
     near = []
     edges_left = NEAR * graph.edges
@@ -388,12 +435,22 @@ def near_training(graph: Graph, most: int) -> list[np.ndarray]:
             break
         near.append(reached)
         reached = reached.copy()
-        _reach(graph.offsets, graph.sources, near[-1], reached)
+        _reach(
+            graph.offsets,
+            graph.sources,
+            near[-1],
+            reached,
+        )
     return near
 
 
 @njit(nogil=True, cache=True)
-def _reach(offsets, sources, into, reached):
+def _reach(
+    offsets,
+    sources,
+    into,
+    reached,
+):
     """Marks the sources of all edges into marked vertices."""
     for v in range(len(into)):
         if into[v]:
@@ -401,7 +458,7 @@ def _reach(offsets, sources, into, reached):
                 reached[sources[e]] = True
 
 
-# ------------------------------------------------------------------------------------------------------------- blocks
+# ---------------------------------------------------------------------------------------- blocks
 
 
 def block_of_part(graph: Graph, parts: Parts, i: int) -> Block:
@@ -423,7 +480,16 @@ def block_of_part(graph: Graph, parts: Parts, i: int) -> Block:
 def aggregations_of_part(graph: Graph, parts: Parts, i: int) -> tuple[Aggregation, ...]:
     """The aggregations of part i, one for each of `parts.exchanges`."""
     pairs = zip(parts.exchanges, parts.capacity.kinds, strict=True)
-    return tuple(_aggregation(graph, parts, exchange, capacity, i) for exchange, capacity in pairs)
+    return tuple(
+        _aggregation(
+            graph,
+            parts,
+            exchange,
+            capacity,
+            i,
+        )
+        for exchange, capacity in pairs
+    )
 
 
 class GraphArrays(NamedTuple):
@@ -443,7 +509,11 @@ class EdgeArrays(NamedTuple):
 
 
 def _aggregation(
-    graph: Graph, parts: Parts, exchange: Exchange, capacity: AggregationCapacity, i: int
+    graph: Graph,
+    parts: Parts,
+    exchange: Exchange,
+    capacity: AggregationCapacity,
+    i: int,
 ) -> Aggregation:
     """One aggregation of part i."""
     kind = exchange.kind
@@ -451,7 +521,13 @@ def _aggregation(
     group = i // columns
     ends = parts.points[group * columns : (group + 1) * columns + 1]
     group_rows = columns * parts.rows
-    column_of, halos, width = _halos(graph, parts, exchange, capacity, group)
+    column_of, halos, width = _halos(
+        graph,
+        parts,
+        exchange,
+        capacity,
+        group,
+    )
     apart = kind.apart and bool(halos)
     weighted = graph.weights is not None
     near = _empty_edges(group_rows, capacity.edges, weighted)
@@ -479,9 +555,16 @@ def _aggregation(
 
 
 def _halos(
-    graph: Graph, parts: Parts, exchange: Exchange, capacity: AggregationCapacity, group: int
+    graph: Graph,
+    parts: Parts,
+    exchange: Exchange,
+    capacity: AggregationCapacity,
+    group: int,
 ) -> tuple[np.ndarray, list[HaloMessage], int]:
-    """(int32 [vertices]: the column of every vertex that a group reads; its messages; the number of columns)."""
+    """(column of every vertex that a group reads, its messages, the number of columns).
+
+    The first is int32 [vertices], -1 for a vertex that is not read.
+    """
     columns = exchange.kind.columns
     groups = parts.count // columns
     group_rows = columns * parts.rows
@@ -501,7 +584,10 @@ def _halos(
 
 
 def _empty_edges(rows: int, most: int, weighted: bool) -> EdgeArrays:
-    """Arrays for at most that many edges, with one place more: `_fill` writes an edge before it knows its side."""
+    """Arrays for at most `most` edges and one more place.
+
+    `_fill` writes an edge to both sides before it knows the right one.
+    """
     return EdgeArrays(
         np.zeros(rows, np.int64),
         aligned(most + 1, np.int32),
@@ -510,11 +596,21 @@ def _empty_edges(rows: int, most: int, weighted: bool) -> EdgeArrays:
 
 
 @njit(nogil=True, cache=True)
-def _fill(graph, vertices, keep, column_of, first_far, column_edges, near, far):
+def _fill(
+    graph,
+    vertices,
+    keep,
+    column_of,
+    first_far,
+    column_edges,
+    near,
+    far,
+):
     """Fills in the in-edges of a range of vertices, of those that are kept.
 
-    Edges from columns from `first_far` on go to `far`, counted from there. `column_edges` counts the edges of each
-    column. There are no branches on the side of an edge, which no processor can foresee.
+    Edges from columns from `first_far` on go to `far`, counted from there. `column_edges` counts
+    the edges of each column. There are no branches on the side of an edge, which no processor can
+    foresee.
     """
     first, last = vertices
     k = j = 0
