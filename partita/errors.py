@@ -1,13 +1,15 @@
-"""What Partita raises when the user is wrong: one clear sentence that says what was given, what is needed and what to
-write instead. A mistake of ours is an assertion, never one of these."""
+"""Exceptions for mistakes of the user.
+
+A message states the problem, then the fix. Our own mistakes are assertions instead.
+"""
 
 
 class PartitaError(Exception):
-    """A mistake that the user can mend; catch this one to catch them all."""
+    """Base of all exceptions that Partita raises for mistakes of the user."""
 
 
 class MachineError(PartitaError):
-    """A machine that is described wrongly, is not known, or cannot do what is asked of it."""
+    """A machine that is unknown, has a wrong description, or cannot do what the user asks."""
 
 
 class PlanError(PartitaError):
@@ -19,23 +21,21 @@ class CaptureError(PartitaError):
 
 
 class MemoryBudgetError(PartitaError):
-    """A plan, or every plan, that needs more memory than the machine has.
-
-    `excess` is how many times its predicted peak a plan needs by the compiler's account; None where no compiler was asked.
-    """
+    """A plan, or all plans, that need more memory than the machine has."""
 
     def __init__(self, sentence: str, excess: float | None = None) -> None:
+        """`excess`: the compiler's peak over the predicted peak, None without compiler."""
         super().__init__(sentence)
         self.excess = excess
 
 
 class ProcessError(PartitaError):
-    """Processes that train together do not: one has not come, or does something else."""
+    """Training processes that disagree: one is missing, or does something else."""
 
 
 class LostProcessError(ProcessError):
-    """A process that trained with this one is gone."""
+    """A training process that disappeared."""
 
 
 class GraphError(PartitaError):
-    """A graph to train on that is wrong in itself, or a file that does not hold one."""
+    """A graph for training that is inconsistent, or a file that holds none."""

@@ -1,8 +1,9 @@
-"""Numbers with units, for people: `parse` reads "80 GiB", the `format_*` functions write "512.0 MiB".
+"""Numbers with units, for people: `parse` reads "80 GiB", the `format_*` functions write "512.0
+MiB".
 
-Inside Partita every number is plain, in the base unit of its dimension: bytes, bytes per second, FLOP, FLOP per second,
-seconds, watts, joules, joules per bit, hertz, volts. Only this module knows prefixes.
-"""
+Inside Partita every number is plain, in the base unit of its dimension: bytes, bytes per second,
+FLOP, FLOP per second, seconds, watts, joules, joules per bit, hertz, volts. Only this module knows
+prefixes."""
 
 from __future__ import annotations
 
@@ -17,7 +18,11 @@ _BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40, "Pi": 2.0
 _SMALL = {"": 1.0, "m": 1e-3, "u": 1e-6, "µ": 1e-6, "n": 1e-9, "p": 1e-12}
 
 
-def _scales(unit: str, prefixes: dict[str, float], factor: float = 1.0) -> dict[str, float]:
+def _scales(
+    unit: str,
+    prefixes: dict[str, float],
+    factor: float = 1.0,
+) -> dict[str, float]:
     return {prefix + unit: scale * factor for prefix, scale in prefixes.items()}
 
 
@@ -37,7 +42,7 @@ UNITS: dict[str, dict[str, float]] = {
     "Hz": _scales("Hz", _DECIMAL),
     "V": _scales("V", _SMALL),
 }
-"""Per dimension, named by its base unit: every unit that may be written, and what one of it is in the base unit."""
+"""Base unit of a dimension -> its units -> their size in the base unit."""
 
 EXAMPLES = {
     "B": "80 GiB",
@@ -56,9 +61,9 @@ _QUANTITY = re.compile(r"\s*([+-]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*
 
 
 def parse(text: str, dimension: str | None = None) -> float:
-    """The number that `text` ("80 GiB", "100 Gbit/s", "312 TFLOP/s", "5 us") means, in the base unit of its dimension.
+    """The number in `text` ("80 GiB", "100 Gbit/s", "312 TFLOP/s", "5 us"), in its base unit.
 
-    `dimension` is the base unit that is needed (a key of `UNITS`); any dimension will do without it.
+    `dimension`: the expected base unit (a key of `UNITS`), None for any.
 
     >>> parse("80 GiB")
     85899345920.0
@@ -69,31 +74,28 @@ def parse(text: str, dimension: str | None = None) -> float:
     match = _QUANTITY.fullmatch(text)
     if not match:
         raise PartitaError(f"'{text}' is not a number with a unit: {example}.")
-    number, unit = float(match[1].replace(",", "").replace("_", "")), match[2]
+    unit = match[2]
     if not unit:
         raise PartitaError(f"'{text}' has no unit: {example}.")
-    found = next((base for base, scales in UNITS.items() if unit in scales), None)
-    if found is None:
-        raise PartitaError(
-            f"'{unit}' in '{text}' is not a unit that Partita knows: {_suggestion(unit, dimension)}"
-        )
-    if dimension is not None and found != dimension:
-        raise PartitaError(f"'{text}' is in {found}, but {dimension} is needed: {example}.")
-    return _scaled(number, UNITS[found][unit])
+    base_unit = _base_unit(unit)
+    if base_unit is None:
+        suggestion = _suggestion(unit, dimension)
+        raise PartitaError(f"'{unit}' in '{text}' is an unknown unit: {suggestion}")
+    if dimension is not None and base_unit != dimension:
+        raise PartitaError(f"'{text}' is in {base_unit}, but {dimension} is needed: {example}.")
+    return _scaled(_plain_number(match[1]), UNITS[base_unit][unit])
 
 
 def parse_count(text: str) -> int:
-    """The whole number that is meant by "16M", "2.4 G", "1e9" or "10,556".
+    """The whole number in "16M", "2.4 G", "1e9" or "10,556".
 
     >>> parse_count("16M"), parse_count("2.4 G"), parse_count("1e9"), parse_count("10,556")
     (16000000, 2400000000, 1000000000, 10556)
     """
     match = _QUANTITY.fullmatch(text)
-    number = (
-        float(match[1].replace(",", "").replace("_", "")) * _DECIMAL.get(match[2], math.nan)
-        if match
-        else math.nan
-    )
+    number = math.nan
+    if match:
+        number = _plain_number(match[1]) * _DECIMAL.get(match[2], math.nan)
     if not number.is_integer():
         raise PartitaError(
             f'\'{text}\' is not a whole number: write for example "16M", "2.4G" or "10,556".'
@@ -101,20 +103,37 @@ def parse_count(text: str) -> int:
     return int(number)
 
 
+def _plain_number(digits: str) -> float:
+    return float(digits.replace(",", "").replace("_", ""))
+
+
+def _base_unit(unit: str) -> str | None:
+    for base_unit, scales in UNITS.items():
+        if unit in scales:
+            return base_unit
+    return None
+
+
 def _scaled(number: float, scale: float) -> float:
-    # 1e-6 has no exact float, 1e6 has: dividing gives the float nearest to what was written, multiplying may not
+    # 1e-6 has no exact float, 1e6 has: division gives the float nearest to the text, multiplication
+    # may not.
     return number / round(1 / scale) if scale < 1 else number * scale
 
 
 def _suggestion(unit: str, dimension: str | None) -> str:
     if "b" in unit and "bit" not in unit:  # Gb/s: bits or bytes?
-        return (
-            f"write '{unit.replace('b', 'B')}' for bytes or '{unit.replace('b', 'bit')}' for bits."
-        )
-    known = [name for base, scales in UNITS.items() if dimension in (None, base) for name in scales]
-    alike = {name.lower(): name for name in reversed(known)}
-    near = difflib.get_close_matches(unit.lower(), alike, 1)
-    return f"did you mean '{alike[near[0]]}'?" if near else f"use one of {', '.join(known)}."
+        in_bytes = unit.replace("b", "B")
+        in_bits = unit.replace("b", "bit")
+        return f"write '{in_bytes}' for bytes or '{in_bits}' for bits."
+    names: list[str] = []
+    for base_unit, scales in UNITS.items():
+        if dimension in (None, base_unit):
+            names += scales
+    by_lower_case = {name.lower(): name for name in reversed(names)}
+    matches = difflib.get_close_matches(unit.lower(), by_lower_case, 1)
+    if matches:
+        return f"did you mean '{by_lower_case[matches[0]]}'?"
+    return f"use one of {', '.join(names)}."
 
 
 def exact(value: float, dimension: str) -> str:
@@ -125,13 +144,11 @@ def exact(value: float, dimension: str) -> str:
     """
     texts = [f"{value!r} {dimension}"]
     for unit, scale in UNITS[dimension].items():
-        text = f"{value / scale:.12g} {unit}"
-        if (
-            "bit/s" not in unit
-            and "µ" not in unit
-            and "e" not in text.split()[0]
-            and parse(text, dimension) == value
-        ):
+        if "bit/s" in unit or "µ" in unit:
+            continue
+        number = f"{value / scale:.12g}"
+        text = f"{number} {unit}"
+        if "e" not in number and parse(text, dimension) == value:
             texts.append(text)
     return min(texts, key=len)
 
@@ -142,29 +159,40 @@ def format_bytes(count: float) -> str:
     >>> format_bytes(3 * 2**19), format_bytes(512), format_bytes(80 * 2**30)
     ('1.5 MiB', '512 B', '80.0 GiB')
     """
-    return _prefixed(count, "B", {"": 1.0, **_BINARY}, whole=1024)
+    return _prefixed(
+        count,
+        "B",
+        {"": 1.0, **_BINARY},
+        first_prefix=1024,
+    )
 
 
 def format_bandwidth(rate: float) -> str:
-    """Bytes per second, in powers of ten as vendors write them.
+    """Bytes per second with a decimal prefix, as vendors write them.
 
     >>> format_bandwidth(300e9)
     '300.0 GB/s'
     """
-    return _prefixed(rate, "B/s", _DECIMAL, whole=1000)
+    return _prefixed(
+        rate,
+        "B/s",
+        _DECIMAL,
+        first_prefix=1000,
+    )
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds in the unit that suits them.
+    """Seconds, as s, ms, us or ns.
 
     >>> format_seconds(0.0123), format_seconds(4.2e-6), format_seconds(90)
     ('12.30 ms', '4.20 us', '90.00 s')
     """
     if seconds == 0 or not math.isfinite(seconds):
         return f"{seconds:g} s"
-    size = abs(seconds)
-    unit = "s" if size >= 1 else "ms" if size >= 1e-3 else "us" if size >= 1e-6 else "ns"
-    return f"{seconds / UNITS['s'][unit]:.2f} {unit}"
+    for unit in ("s", "ms", "us"):
+        if abs(seconds) >= UNITS["s"][unit]:
+            return f"{seconds / UNITS['s'][unit]:.2f} {unit}"
+    return f"{seconds / UNITS['s']['ns']:.2f} ns"
 
 
 def format_flops(count: float) -> str:
@@ -173,23 +201,23 @@ def format_flops(count: float) -> str:
     >>> format_flops(7.7e9), format_flops(312e12) + "/s"
     ('7.7 GFLOP', '312.0 TFLOP/s')
     """
-    return _prefixed(count, "FLOP", _DECIMAL, whole=1000)
-
-
-def format_count(count: float) -> str:
-    """A number of things.
-
-    >>> format_count(25_600_000), format_count(12), format_count(1e9)
-    ('25.6 M', '12', '1.0 G')
-    """
-    return _prefixed(count, "", _DECIMAL, whole=1000).rstrip()
-
-
-def _prefixed(value: float, unit: str, prefixes: dict[str, float], whole: int) -> str:
-    if abs(value) < whole or not math.isfinite(value):
-        return f"{value:.4g} {unit}"
-    prefix, scale = max(
-        ((p, s) for p, s in prefixes.items() if p != "k" and s <= abs(value)),
-        key=lambda item: item[1],
+    return _prefixed(
+        count,
+        "FLOP",
+        _DECIMAL,
+        first_prefix=1000,
     )
+
+
+def _prefixed(
+    value: float,
+    unit: str,
+    prefixes: dict[str, float],
+    first_prefix: int,
+) -> str:
+    """A number with its largest prefix; none below `first_prefix`."""
+    if abs(value) < first_prefix or not math.isfinite(value):
+        return f"{value:.4g} {unit}"
+    fitting = [(s, p) for p, s in prefixes.items() if p != "k" and s <= abs(value)]
+    scale, prefix = max(fitting)
     return f"{value / scale:.1f} {prefix}{unit}"

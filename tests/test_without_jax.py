@@ -19,7 +19,8 @@ sys.meta_path.insert(0, Refuse())
 """
 PLAN = """
 from partita.planning import best_plan, check_plan, predict_plan
-from partita.graph.operator_graph import OperatorGraph, check
+from partita.graph.check import check
+from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
 from partita.plans.baselines import BASELINES
 from partita.plans.layout import layout_of

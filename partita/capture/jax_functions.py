@@ -14,8 +14,9 @@ from jax import export
 
 from partita.capture import stablehlo
 from partita.errors import CaptureError
+from partita.graph.check import check
 from partita.graph.grouping import group
-from partita.graph.operator_graph import Argument, OperatorGraph, check
+from partita.graph.operator_graph import Argument, OperatorGraph
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
-"""Seconds of reshards on a placed mesh: one, or a table over all shardings of two operators at
-once.
+"""Seconds of reshards on a placed mesh: of one, or a table over all shardings of two operators.
 
-A search asks for some hundred thousand reshards, and few of them differ: axes of one level and size
-are alike, so a reshard is known by how many axes go from which place to which; dims that stay as
-they are only share the bytes. Tables are computed by numbering the pairs that differ (array
-operations), running Shardy's algorithm (`cost.reshard`) once for each, and timing each different
-collective once.
+A search asks for some hundred thousand reshards, and few of them differ. Axes of one level and size
+are interchangeable, so a reshard is determined by the number of axes that go from each position to
+each other. Dims that keep their split only divide the bytes. A table is computed in three steps:
+number the pairs that differ (array operations), run Shardy's algorithm (`cost.reshard`) once for
+each number, and time each different collective once.
 """
 
 from __future__ import annotations
@@ -14,41 +13,43 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from partita.cost.reshard import emitted_steps
 from partita.cost.terms import Move
 from partita.machine import Machine, collective_seconds
+from partita.machine.collectives import Group
 from partita.plans.layout import Sharding, over_devices, time_axes
 from partita.plans.plan import Mesh
 
-Group = tuple[tuple[int, int], ...]
-Profile = tuple[tuple[str, Group, float], ...]
-"""The steps of a reshard as (kind, group, part of the whole tensor that a device sends or
-receives)."""
+ProfileStep = tuple[str, Group, float]
+"""(kind, group, share of the whole tensor that a device sends or receives)."""
+Profile = tuple[ProfileStep, ...]
+"""The collectives of a reshard."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A mesh on a machine: what a cost needs to know of where a plan runs."""
+    """A mesh on a machine."""
 
     machine: Machine
     mesh: Mesh
-    times: dict[Any, float] = field(default_factory=dict, compare=False, repr=False)
-    """Seconds of collectives already asked for."""
+    times: dict[tuple[str, Group, float], float] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    """Cache: seconds of collectives by (kind, group, bytes)."""
 
     def group(self, axes: Sequence[int]) -> Group:
-        """The participants of a collective over axes, as (level, parts) pairs for
-        `collective_seconds`."""
+        """The participants of a collective over axes, for `collective_seconds`."""
         return group_of(tuple(sorted(axes)), self.mesh)
 
     def shard_count(self, axes: Sequence[int]) -> int:
-        return math.prod(self.mesh.sizes[a] for a in axes)
+        """Shards of a tensor that is split over axes."""
+        return math.prod(self.mesh.sizes[axis] for axis in axes)
 
     def seconds(self, kind: str, nbytes: float, group: Group) -> float:
-        """Seconds of a collective; kept, since a search asks for few different ones, many times."""
+        """Seconds of a collective, cached: a search asks for few different ones, many times."""
         key = (kind, group, nbytes)
         if key not in self.times:
             self.times[key] = collective_seconds(self.machine, kind, nbytes, group)
@@ -57,11 +58,12 @@ class Placement:
 
 @lru_cache(maxsize=1 << 14)
 def group_of(axes: tuple[int, ...], mesh: Mesh) -> Group:
+    """The participants of a collective over axes of a mesh."""
     parts: dict[int, int] = {}
-    for a in axes:
-        level = mesh.axes[a].level
-        if level >= 0:
-            parts[level] = parts.get(level, 1) * mesh.axes[a].size
+    for number in axes:
+        axis = mesh.axes[number]
+        if axis.level >= 0:
+            parts[axis.level] = parts.get(axis.level, 1) * axis.size
     return tuple(sorted(parts.items()))
 
 
@@ -70,36 +72,40 @@ def move_seconds(move: Move, placement: Placement, source: Sharding, target: Sha
     if source == target:
         return 0.0
     if move.sums:
-        (source, sums), (target, _) = (_parted(move, s) for s in (source, target))
-        return _summed(move, placement, source, sums) + move_seconds(
-            replace(move, sums=0), placement, source, target
-        )
+        source_dims, axes = _without_sums(move, source)
+        target_dims, _ = _without_sums(move, target)
+        summed = _sum_seconds(move, placement, source_dims, axes)
+        plain_move = replace(move, sums=0)
+        return summed + move_seconds(plain_move, placement, source_dims, target_dims)
     mesh = placement.mesh
     nbytes = move.nbytes / max(_microbatches(source, mesh), _microbatches(target, mesh))
     profile = _profile(over_devices(source, mesh), over_devices(target, mesh), mesh)
     return move.trips * sum(
-        placement.seconds(kind, part * nbytes, group) for kind, group, part in profile
+        placement.seconds(kind, share * nbytes, group) for kind, group, share in profile
     )
 
 
 def _microbatches(sharding: Sharding, mesh: Mesh) -> int:
     """Number of microbatches into which a sharding splits its tensor."""
     time = time_axes(mesh)
-    return math.prod(mesh.sizes[a] for axes in sharding for a in axes if a in time)
+    return math.prod(mesh.sizes[axis] for axes in sharding for axis in axes if axis in time)
 
 
-def _parted(move: Move, sharding: Sharding) -> tuple[Sharding, tuple[int, ...]]:
-    """How the dims are split, and the axes over which the tensor is still to be summed."""
+def _without_sums(move: Move, sharding: Sharding) -> tuple[Sharding, tuple[int, ...]]:
+    """The sharding of the dims, and the axes over which the tensor is a partial sum."""
     count = len(sharding) - move.sums
-    return sharding[:count], tuple(sorted(a for axes in sharding[count:] for a in axes))
+    axes = sorted(axis for entry in sharding[count:] for axis in entry)
+    return sharding[:count], tuple(axes)
 
 
-def _summed(move: Move, placement: Placement, source: Sharding, axes: tuple[int, ...]) -> float:
-    """Seconds of summing a tensor that is still to be summed, as its home has it split."""
-    part = move.nbytes / placement.shard_count([a for dim in source for a in dim])
-    return (
-        move.trips * placement.seconds("all_reduce", part, placement.group(axes)) if axes else 0.0
-    )
+def _sum_seconds(
+    move: Move, placement: Placement, source: Sharding, axes: tuple[int, ...]
+) -> float:
+    """Seconds of the all-reduce of a partial sum, split as its home splits it."""
+    if not axes:
+        return 0.0
+    local_bytes = move.nbytes / placement.shard_count([axis for dim in source for axis in dim])
+    return move.trips * placement.seconds("all_reduce", local_bytes, placement.group(axes))
 
 
 def move_table(
@@ -107,15 +113,11 @@ def move_table(
 ) -> np.ndarray:
     """Seconds of a move for every pair of shardings, [source, target]."""
     if move.sums:
-        left, right = [_parted(move, s) for s in sources], [_parted(move, t)[0] for t in targets]
-        moved = move_table(replace(move, sums=0), placement, [s for s, _ in left], right)
-        summed = np.array([_summed(move, placement, *s) for s in left])
-        alike = np.array([[s == t for t in targets] for s in sources])
-        return np.where(alike, 0.0, moved + summed[:, None])
+        return _sum_table(move, placement, sources, targets)
     mesh = placement.mesh
-    counts = np.maximum.outer(
-        [_microbatches(s, mesh) for s in sources],
-        [_microbatches(t, mesh) for t in targets],
+    microbatches = np.maximum.outer(
+        [_microbatches(sharding, mesh) for sharding in sources],
+        [_microbatches(sharding, mesh) for sharding in targets],
     )
     # Without the axis of microbatches, any number of them asks for the same table.
     table = _table(
@@ -123,22 +125,38 @@ def move_table(
         _over_devices(targets, sources, mesh),
         _device_mesh(mesh),
     )
-    seconds = np.zeros(counts.shape)
-    for count in np.unique(counts):
-        once = _table_seconds(table, placement, move.nbytes / int(count))
-        seconds = np.where(counts == count, once, seconds)
+    seconds = np.zeros(microbatches.shape)
+    for count in np.unique(microbatches):
+        microbatch_seconds = _table_seconds(table, placement, move.nbytes / int(count))
+        seconds = np.where(microbatches == count, microbatch_seconds, seconds)
     return move.trips * seconds
 
 
 def _table_seconds(table: _Table, placement: Placement, nbytes: float) -> np.ndarray:
     """Seconds of the reshards of a table for a tensor of `nbytes`, [source, target]."""
-    once = np.zeros((len(table.ways), len(table.steps) + 1))
-    for i, ways in enumerate(table.ways):
-        once[i, :-1] = [
-            placement.seconds(kind, part / ways * nbytes, group)
-            for kind, group, part in table.steps
-        ]
-    return once[:, table.rows].sum(axis=2)[table.idle, table.ids]
+    # A last column of zeros is the padding of profiles.
+    step_seconds = np.zeros((len(table.idle_shards), len(table.steps) + 1))
+    for i, shards in enumerate(table.idle_shards):
+        for n, (kind, group, share) in enumerate(table.steps):
+            step_seconds[i, n] = placement.seconds(kind, share / shards * nbytes, group)
+    profile_seconds = step_seconds[:, table.profiles].sum(axis=2)
+    return profile_seconds[table.idle_index, table.profile_index]
+
+
+def _sum_table(
+    move: Move, placement: Placement, sources: Sequence[Sharding], targets: Sequence[Sharding]
+) -> np.ndarray:
+    """The table of a partial sum.
+
+    It is summed before the move, unless both shardings are equal.
+    """
+    source_parts = [_without_sums(move, sharding) for sharding in sources]
+    source_dims = [dims for dims, _ in source_parts]
+    target_dims = [_without_sums(move, sharding)[0] for sharding in targets]
+    moved = move_table(replace(move, sums=0), placement, source_dims, target_dims)
+    summed = np.array([_sum_seconds(move, placement, dims, axes) for dims, axes in source_parts])
+    stays = np.array([[source == target for target in targets] for source in sources])
+    return np.where(stays, 0.0, moved + summed[:, None])
 
 
 @lru_cache(maxsize=64)
@@ -156,189 +174,210 @@ def _over_devices(
     Without these dims, tensors of different ranks ask for the same table.
     """
     time = time_axes(mesh)
-    device_axes = [a for a in range(len(mesh.axes)) if a not in time]
-    number = {a: n for n, a in enumerate(device_axes)}
-    split = set()
+    device_axes = [axis for axis in range(len(mesh.axes)) if axis not in time]
+    number = {axis: n for n, axis in enumerate(device_axes)}
+    split_dims: set[int] = set()
     for sharding in (*shardings, *others):
-        split |= {d for d, axes in enumerate(sharding) if not time.issuperset(axes)}
-    dims = sorted(split)
-    return tuple(
-        tuple(tuple(number[a] for a in sharding[d] if a in number) for d in dims)
-        for sharding in shardings
-    )
+        split_dims.update(dim for dim, axes in enumerate(sharding) if not time.issuperset(axes))
+    result = []
+    for sharding in shardings:
+        dims = [sharding[dim] for dim in sorted(split_dims)]
+        result.append(tuple(tuple(number[a] for a in axes if a in number) for axes in dims))
+    return tuple(result)
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Reshards between all pairs of shardings [source, target]: `ids` are rows of `rows`, which
-    list steps (-1 for none), and `idle` are indices of `ways`, into how many parts dims that stay
-    as they are are split."""
+    """Reshards between all pairs of shardings."""
 
-    ids: np.ndarray
-    idle: np.ndarray
-    rows: np.ndarray
-    ways: tuple[int, ...]
-    steps: tuple[tuple[str, Group, float], ...]
+    profile_index: np.ndarray
+    """[source, target]: row of `profiles`."""
+    idle_index: np.ndarray
+    """[source, target]: index of `idle_shards`."""
+    profiles: np.ndarray
+    """[profile, step]: index of `steps`, -1 after the last step."""
+    idle_shards: tuple[int, ...]
+    """Numbers of shards into which dims that keep their split are split."""
+    steps: tuple[ProfileStep, ...]
 
 
 @lru_cache(maxsize=1 << 10)
 def _table(sources: tuple[Sharding, ...], targets: tuple[Sharding, ...], mesh: Mesh) -> _Table:
-    keys, idle = _keys(sources, targets, mesh)
-    known = _known()
-    names, first, ids = np.unique(keys.reshape(-1), return_index=True, return_inverse=True)
-    number: dict[tuple[str, Group, float], int] = {}
+    numbers, idle = _numbers(sources, targets, mesh)
+    profiles = _profiles()
+    distinct, first, index = np.unique(numbers.reshape(-1), return_index=True, return_inverse=True)
+    step_number: dict[ProfileStep, int] = {}
     rows = []
-    for key, pair in zip(names.tolist(), first.tolist(), strict=True):
-        if key not in known:
-            before, after, _ = _simplest(
-                sources[pair // len(targets)], targets[pair % len(targets)], mesh
-            )
-            known[key] = _steps(before, after, mesh)
-        rows.append([number.setdefault(step, len(number)) for step in known[key]])
+    for number, pair in zip(distinct.tolist(), first.tolist(), strict=True):
+        if number not in profiles:
+            source = sources[pair // len(targets)]
+            target = targets[pair % len(targets)]
+            before, after, _ = _canonical(source, target, mesh)
+            profiles[number] = _steps(before, after, mesh)
+        rows.append([step_number.setdefault(s, len(step_number)) for s in profiles[number]])
     width = max(map(len, rows))
-    padded = np.array([row + [-1] * (width - len(row)) for row in rows], np.int64).reshape(
-        len(rows), width
-    )
-    ways, which = np.unique(idle.reshape(-1), return_inverse=True)
+    padded = [row + [-1] * (width - len(row)) for row in rows]
+    idle_shards, idle_index = np.unique(idle.reshape(-1), return_inverse=True)
     return _Table(
-        ids.reshape(keys.shape),
-        which.reshape(keys.shape),
-        padded,
-        tuple(ways.tolist()),
-        tuple(number),
+        index.reshape(numbers.shape),
+        idle_index.reshape(numbers.shape),
+        np.array(padded, np.int64).reshape(len(rows), width),
+        tuple(idle_shards.tolist()),
+        tuple(step_number),
     )
 
 
 @lru_cache(maxsize=1)
-def _known() -> dict[int, Profile]:
-    """The steps of reshards by their number, on whatever mesh: what is asked for on a part of one
-    has mostly been asked for on the whole."""
+def _profiles() -> dict[int, Profile]:
+    """Cache: number of a reshard -> its collectives, on any mesh.
+
+    Most reshards on a part of a mesh have been asked for on the whole.
+    """
     return {}
 
 
-RANK = 8
-"""Dims of a tensor that reshards are told apart by."""
+MOST_DIMS = 8
+"""Split dims of a tensor, at most."""
 MOST_AXES = 32
 """Axes of a mesh, at most: 2 to that power of devices."""
 
 
-def _keys(
+def _numbers(
     sources: Sequence[Sharding], targets: Sequence[Sharding], mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per pair of shardings [source, target]: a number, equal where the same reshard is to be done,
-    and the ways of dims that stay.
+    """(number of the reshard, shards of idle dims), both [source, target].
 
-    An axis is known by its level and size and by its place (dim and digit) before and after. What a
-    reshard costs depends on how many axes of each description there are, so a random number for
-    each is added up; 64 bits make a chance agreement unlikely.
+    Pairs with the same number need the same reshard. Idle dims keep their split. An axis is
+    described by its level and size and by its position (dim and digit) before and after. The cost
+    of a reshard depends on the number of axes of each description, so a random number for each is
+    added up; 64 bits make a chance agreement unlikely.
     """
-    dims, axes = len(sources[0]), len(mesh.axes)
-    assert dims <= RANK, f"a tensor split in more than {RANK} dims"
+    dims = len(sources[0])
+    axes = len(mesh.axes)
+    assert dims <= MOST_DIMS, f"a tensor split in more than {MOST_DIMS} dims"
     assert axes <= MOST_AXES, f"a mesh of more than {MOST_AXES} axes"
-    before, after = _places(sources, axes), _places(targets, axes)
-    moves = np.zeros(
-        (len(sources), len(targets), dims + 1), bool
-    )  # whether a dim is split otherwise after than before
-    for d in range(dims):
+    source_positions = _positions(sources, axes)
+    target_positions = _positions(targets, axes)
+    changes = _changed_dims(sources, targets)
+    # Idle dims have no position of their own: changed dims are counted without them.
+    rank = np.cumsum(changes, axis=2)
+    rows = np.arange(len(sources))[:, None]
+    columns = np.arange(len(targets))[None, :]
+
+    def position_among_changed(position: np.ndarray, dim: np.ndarray) -> np.ndarray:
+        digit = (position - 1) % MOST_AXES
+        changed_dim = rank[rows, columns, dim] - 1
+        return np.where(position, changed_dim * MOST_AXES + digit + 1, 0)
+
+    numbers = np.zeros((len(sources), len(targets)), np.uint64)
+    idle_shards = np.ones((len(sources), len(targets)), np.int64)
+    for a, axis in enumerate(mesh.axes):
+        before = source_positions[:, a][:, None]
+        after = target_positions[:, a][None, :]
+        dim_before = np.where(before, (before - 1) // MOST_AXES, dims)
+        dim_after = np.where(after, (after - 1) // MOST_AXES, dims)
+        random = _random_numbers(axis.level, axis.size)[
+            position_among_changed(before, dim_before), position_among_changed(after, dim_after)
+        ]
+        is_idle = (before > 0) & ~changes[rows, columns, dim_before]
+        numbers += np.where(is_idle, np.uint64(0), random)
+        idle_shards *= np.where(is_idle, axis.size, 1)
+    return numbers, idle_shards
+
+
+def _changed_dims(sources: Sequence[Sharding], targets: Sequence[Sharding]) -> np.ndarray:
+    """[source, target, dim]: whether a dim is split otherwise after than before.
+
+    A last dim, which stands for none, never is.
+    """
+    dims = len(sources[0])
+    changes = np.zeros((len(sources), len(targets), dims + 1), bool)
+    for dim in range(dims):
         number: dict[tuple[int, ...], int] = {}
-        one, other = (
-            np.array([number.setdefault(s[d], len(number)) for s in side])
-            for side in (sources, targets)
-        )
-        moves[:, :, d] = one[:, None] != other[None, :]
-    rank = np.cumsum(moves, axis=2)  # of dims that stay, only that they are there matters
-    rows, columns = np.arange(len(sources))[:, None], np.arange(len(targets))[None, :]
-    found = np.zeros((len(sources), len(targets)), np.uint64)
-    ways = np.ones((len(sources), len(targets)), np.int64)
-    for a in range(axes):
-        here, there = before[:, a][:, None], after[:, a][None, :]
-        d, e = (
-            np.where(here, (here - 1) // MOST_AXES, dims),
-            np.where(there, (there - 1) // MOST_AXES, dims),
-        )
-        one = np.where(
-            here, (rank[rows, columns, d] - 1) * MOST_AXES + (here - 1) % MOST_AXES + 1, 0
-        )
-        other = np.where(
-            there, (rank[rows, columns, e] - 1) * MOST_AXES + (there - 1) % MOST_AXES + 1, 0
-        )
-        idle = (here > 0) & ~moves[rows, columns, d]
-        found += np.where(
-            idle, np.uint64(0), _random_numbers(mesh.axes[a].level, mesh.axes[a].size)[one, other]
-        )
-        ways *= np.where(idle, mesh.sizes[a], 1)
-    return found, ways
+        before = np.array([number.setdefault(s[dim], len(number)) for s in sources])
+        after = np.array([number.setdefault(s[dim], len(number)) for s in targets])
+        changes[:, :, dim] = before[:, None] != after[None, :]
+    return changes
 
 
 @lru_cache(maxsize=64)
 def _random_numbers(level: int, size: int) -> np.ndarray:
-    """[place before, place after] of an axis of a level and size."""
-    places = RANK * MOST_AXES + 1
-    found = np.random.default_rng((level + 1, size)).integers(
-        0, 1 << 63, (places, places), dtype=np.uint64
-    )
-    found[0, 0] = 0
-    return found
+    """[position before, position after] of an axis of a level and size."""
+    positions = MOST_DIMS * MOST_AXES + 1
+    generator = np.random.default_rng((level + 1, size))
+    numbers = generator.integers(0, 1 << 63, (positions, positions), dtype=np.uint64)
+    numbers[0, 0] = 0
+    return numbers
 
 
-def _places(shardings: Sequence[Sharding], axes: int) -> np.ndarray:
+def _positions(shardings: Sequence[Sharding], axes: int) -> np.ndarray:
     """[sharding, axis]: 1 + dim x MOST_AXES + digit of the axis, 0 where it splits nothing."""
-    found = np.zeros((len(shardings), axes), np.int64)
+    positions = np.zeros((len(shardings), axes), np.int64)
     for i, sharding in enumerate(shardings):
-        for d, dim in enumerate(sharding):
-            for digit, a in enumerate(dim):
-                found[i, a] = 1 + d * MOST_AXES + digit
-    return found
+        for dim, dim_axes in enumerate(sharding):
+            for digit, axis in enumerate(dim_axes):
+                positions[i, axis] = 1 + dim * MOST_AXES + digit
+    return positions
 
 
 def _profile(source: Sharding, target: Sharding, mesh: Mesh) -> Profile:
+    """The collectives of a reshard."""
     if source == target:
         return ()
-    before, after, idle = _simplest(source, target, mesh)
-    return tuple((kind, group, part / idle) for kind, group, part in _steps(before, after, mesh))
+    before, after, idle_shards = _canonical(source, target, mesh)
+    steps = _steps(before, after, mesh)
+    return tuple((kind, group, share / idle_shards) for kind, group, share in steps)
 
 
 @lru_cache(maxsize=1 << 18)
 def _steps(source: Sharding, target: Sharding, mesh: Mesh) -> Profile:
-    found, before = [], source
+    """The collectives of a reshard without idle dims."""
+    steps = []
+    before = source
     for step in emitted_steps(source, target, mesh.sizes):
         if step.kind != "all_slice":
-            held = step.result if step.kind == "all_gather" else before
-            part = 1.0 / math.prod(mesh.sizes[a] for dim in held for a in dim)
-            found.append((step.kind, group_of(step.axes, mesh), part))
+            sharding = step.result if step.kind == "all_gather" else before
+            shards = math.prod(mesh.sizes[axis] for dim in sharding for axis in dim)
+            steps.append((step.kind, group_of(step.axes, mesh), 1.0 / shards))
         before = step.result
-    return tuple(found)
+    return tuple(steps)
 
 
-def _simplest(source: Sharding, target: Sharding, mesh: Mesh) -> tuple[Sharding, Sharding, int]:
-    """One reshard for all that cost the same: (source, target, ways in which dims that stay as they
-    are are split).
+def _canonical(source: Sharding, target: Sharding, mesh: Mesh) -> tuple[Sharding, Sharding, int]:
+    """One reshard for all of the same cost: (source, target, shards of idle dims).
 
-    Dims that stay are left out, and of axes that are alike the first are used first.
+    Idle dims, which keep their split, are left out. Of interchangeable axes the first are used
+    first.
     """
-    alike = _alike_axes(mesh)
+    interchangeable = _interchangeable_axes(mesh)
     name: dict[int, int] = {}
     used: dict[int, int] = {}
-    before, after, idle = [], [], 1
-    for dims in zip(source, target, strict=True):
-        if dims[0] == dims[1]:
-            for a in dims[0]:
-                idle *= mesh.axes[a].size
-            continue
-        for axes, found in ((dims[0], before), (dims[1], after)):
-            for a in axes:
-                if a not in name:
-                    first = alike[a][0]
-                    name[a] = alike[a][used.get(first, 0)]
-                    used[first] = used.get(first, 0) + 1
-            found.append(tuple(name[a] for a in axes))
-    return tuple(before), tuple(after), idle
+
+    def renamed(axes: tuple[int, ...]) -> tuple[int, ...]:
+        for axis in axes:
+            if axis not in name:
+                first = interchangeable[axis][0]
+                count = used.get(first, 0)
+                name[axis] = interchangeable[axis][count]
+                used[first] = count + 1
+        return tuple(name[axis] for axis in axes)
+
+    before = []
+    after = []
+    idle_shards = 1
+    for source_axes, target_axes in zip(source, target, strict=True):
+        if source_axes == target_axes:
+            idle_shards *= math.prod(mesh.sizes[axis] for axis in source_axes)
+        else:
+            before.append(renamed(source_axes))
+            after.append(renamed(target_axes))
+    return tuple(before), tuple(after), idle_shards
 
 
 @lru_cache(maxsize=64)
-def _alike_axes(mesh: Mesh) -> tuple[tuple[int, ...], ...]:
+def _interchangeable_axes(mesh: Mesh) -> tuple[tuple[int, ...], ...]:
     """Per axis, all axes of its level and size."""
     groups: dict[tuple[int, int], list[int]] = {}
-    for a, axis in enumerate(mesh.axes):
-        groups.setdefault((axis.level, axis.size), []).append(a)
-    return tuple(tuple(groups[x.level, x.size]) for x in mesh.axes)
+    for number, axis in enumerate(mesh.axes):
+        groups.setdefault((axis.level, axis.size), []).append(number)
+    return tuple(tuple(groups[axis.level, axis.size]) for axis in mesh.axes)

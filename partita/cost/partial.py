@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from partita.graph.gradient_sums import Sum, gradient_sums
+from partita.graph.gradient_sums import GradientSum, gradient_sums
 from partita.graph.operator_graph import IdentityKey, Instruction, Label, OperatorGraph, per_graph
 from partita.plans.layout import Layout
 
@@ -74,7 +74,7 @@ def gradients(graph: OperatorGraph) -> tuple[Gradient, ...]:
     return tuple(result)
 
 
-def _gradient_of(graph: OperatorGraph, gradient_sum: Sum) -> Gradient | None:
+def _gradient_of(graph: OperatorGraph, gradient_sum: GradientSum) -> Gradient | None:
     """The gradient of one sum.
 
     None where several operators add, or where the adding operator adds nothing of its own.

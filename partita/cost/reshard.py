@@ -1,27 +1,27 @@
-"""The collectives that one reshard costs: the very sequence that Shardy inserts, and the bytes of
-each.
+"""The collectives of one reshard, in the sequence that Shardy inserts, and the bytes of each.
 
 Shardy's `sdy-reshard-to-collectives` turns every reshard into slices, permutes, all-to-alls and
-all-gathers. This is its algorithm again in plain Python, so that a search can ask for millions of
+all-gathers. This is its algorithm in plain Python, so that a search can ask for millions of
 reshards without a compiler:
 
-1. all_slice: bring in the axes that only the target has, wherever the tensor is to be split further anyway;
-2. collective_permute: swap axes in place, when axes stand in the wrong order or one axis can take another's room;
+1. all_slice: bring in the axes that only the target has, wherever it splits the tensor further;
+2. collective_permute: swap axes in place, where axes stand in the wrong order or one axis can
+   replace another;
 3. all_to_all: carry axes from the end of one dim to the end of another;
-4. all_gather: drop what is left.
+4. all_gather: drop the axes that remain.
 
-A second round catches what unequal axis sizes left over. Everything below looks at the *difference*
-of two shardings: per dim, the `leaving` axes of the current sharding and the `coming` axes of the
-target, both without their common prefix, which never moves.
+A second round finishes reshards of unequal axes. Every step looks at the *difference* of two
+shardings: per dim, the `leaving` axes of the current sharding and the `coming` axes of the target,
+both without their common prefix, which never moves.
 
 Axis sizes must be prime: then Shardy never cuts an axis into sub-axes, and full axes describe every
 intermediate step. Two departures, both only on meshes with unequal axes: a permute that changes
 nothing is left out, and where Shardy stops short of the target after its two rounds, more steps
-follow until it is reached. Source: the `sdy-reshard-to-collectives` pass of openxla/shardy, as
-shipped in jaxlib 0.10.2; the tests compare with it.
+follow. Source: the `sdy-reshard-to-collectives` pass of openxla/shardy, as shipped in jaxlib
+0.10.2; the tests compare with it.
 
-Not here: seconds (a collective's time is the machine's), and what XLA's partitioner emits when
-values are not pinned.
+Not in this module: seconds (`machine.collectives`), and the collectives that XLA's partitioner
+emits when values are not pinned.
 """
 
 from __future__ import annotations
@@ -30,23 +30,21 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Literal
 
-Sharding = tuple[tuple[int, ...], ...]
-"""Per dim of a tensor, the mesh axes (indices into the mesh's axes) that split it, major to
-minor."""
+from partita.plans.layout import Sharding
 
-Kind = Literal["all_slice", "collective_permute", "all_to_all", "all_gather"]
+CollectiveKind = Literal["all_slice", "collective_permute", "all_to_all", "all_gather"]
 
 
 @dataclass(frozen=True, slots=True)
 class ReshardStep:
-    """One collective of a reshard: `axes` spans the groups that exchange data, `result` is the
-    sharding it leaves."""
+    """One collective of a reshard."""
 
-    kind: Kind
+    kind: CollectiveKind
     axes: tuple[int, ...]
+    """Of the groups that exchange data."""
     result: Sharding
 
 
@@ -54,12 +52,12 @@ class ReshardStep:
 def reshard_steps(
     source: Sharding, target: Sharding, sizes: tuple[int, ...], shape: tuple[int, ...] | None = None
 ) -> tuple[ReshardStep, ...]:
-    """The collectives, in order, by which Shardy turns `source` into `target` on a mesh with axes
-    of `sizes` (primes).
+    """The collectives, in order, by which Shardy turns `source` into `target`.
 
-    `shape` is the tensor's global shape; without it every dim is taken to be divisible by any
-    product of axes. It matters rarely: Shardy slices a dim ahead of an all-to-all only where that
-    leaves no remainder. Raises ValueError where a composite axis would have to be cut.
+    `sizes` are the sizes of the mesh's axes, all prime. `shape` is the tensor's global shape; by
+    default every dim is divisible by any product of axes. It matters rarely: Shardy slices a dim
+    ahead of an all-to-all only where that leaves no remainder. Raises ValueError where a composite
+    axis would have to be cut.
 
     >>> for step in reshard_steps(((0,), ()), ((), (0, 1)), (2, 2)):
     ...     print(step.kind, step.axes, step.result)
@@ -67,31 +65,29 @@ def reshard_steps(
     all_to_all (0, 1) ((), (0, 1))
     """
     assert len(source) == len(target), f"a reshard keeps the rank, got {source} -> {target}"
-    diff = _Difference(source, target, sizes, shape)
+    difference = _Difference(source, target, sizes, shape)
     for attempt in range(4):
-        if diff.done:
+        if difference.done:
             break
-        if (
-            attempt == 2
-        ):  # Shardy stops here, sometimes short of the target; what follows finishes what it leaves
-            diff.ghosts = set()
-        diff.slice()
-        diff.permute()
-        diff.exchange(in_order=True)
-        diff.exchange(in_order=False)
-        diff.gather(everything=attempt == 2)
-    assert diff.done, f"{source} -> {target} on {sizes} ends at {diff.current}"
-    return tuple(diff.steps)
+        if attempt == 2:
+            # Shardy stops here, sometimes short of the target. The next two rounds reach it.
+            difference.ghosts = set()
+        difference.slice()
+        difference.permute()
+        difference.exchange(in_order=True)
+        difference.exchange(in_order=False)
+        difference.gather(everything=attempt == 2)
+    assert difference.done, f"{source} -> {target} on {sizes} ends at {difference.current}"
+    return tuple(difference.steps)
 
 
 @lru_cache(maxsize=1 << 18)
 def emitted_steps(
     source: Sharding, target: Sharding, sizes: tuple[int, ...], shape: tuple[int, ...] | None = None
 ) -> tuple[ReshardStep, ...]:
-    """`reshard_steps` as XLA's partitioner emits them when each result is pinned by a sharding
-    constraint.
+    """`reshard_steps` as XLA's partitioner emits them when a constraint pins each result.
 
-    It differs in one thing: an all-gather along several dims becomes one per dim, last dim first
+    They differ in one point: an all-gather along several dims becomes one per dim, last dim first
     (XLA:CPU, jax 0.10.2).
 
     >>> [step.result for step in emitted_steps(((0,), (1,)), ((), ()), (2, 2))]
@@ -115,21 +111,27 @@ def emitted_steps(
 def step_bytes(
     step: ReshardStep, before: Sharding, shape: Sequence[int], itemsize: int, sizes: Sequence[int]
 ) -> int:
-    """Bytes per device of a step that starts from `before`: the result of an all_gather, the
-    operand of a permute or an all_to_all, nothing for an all_slice. A dim that does not divide
-    evenly is padded (rounded up), as XLA does."""
+    """Bytes per device of a step that starts from the sharding `before`.
+
+    These are the bytes of the result of an all_gather and of the operand of a permute or an
+    all_to_all. An all_slice has none. A dim that does not divide evenly is padded (rounded up), as
+    in XLA.
+    """
     if step.kind == "all_slice":
         return 0
-    held = step.result if step.kind == "all_gather" else before
-    return itemsize * math.prod(
-        -(-dim // math.prod(sizes[axis] for axis in axes))
-        for dim, axes in zip(shape, held, strict=True)
-    )
+    sharding = step.result if step.kind == "all_gather" else before
+    nbytes = itemsize
+    for size, axes in zip(shape, sharding, strict=True):
+        shards = math.prod(sizes[axis] for axis in axes)
+        nbytes *= -(-size // shards)
+    return nbytes
 
 
 class _Difference:
-    """What still separates `current` from `target`; each method emits at most the steps of one
-    kind."""
+    """The difference between `current` and `target`.
+
+    A method emits at most the steps of one kind.
+    """
 
     def __init__(
         self,
@@ -137,199 +139,260 @@ class _Difference:
         target: Sharding,
         sizes: tuple[int, ...],
         shape: tuple[int, ...] | None,
-    ):
+    ) -> None:
         self.current = [list(axes) for axes in source]
         self.target = target
         self.sizes = sizes
         self.shape = shape
         self.dims = range(len(source))
-        self.home = {
-            axis: (dim, place) for dim, axes in enumerate(target) for place, axis in enumerate(axes)
-        }
+        self.home: dict[int, tuple[int, int]] = {}
+        """Axis of the target -> its dim and its position in it."""
+        for dim, axes in enumerate(target):
+            for position, axis in enumerate(axes):
+                self.home[axis] = (dim, position)
         self.steps: list[ReshardStep] = []
         self.ghosts: set[int] = set()
+        """Axes that were gathered and that Shardy still counts as used."""
 
     @property
     def done(self) -> bool:
+        """Whether the target is reached."""
         return self.frozen() == self.target
 
     def frozen(self) -> Sharding:
+        """The current sharding."""
         return tuple(tuple(axes) for axes in self.current)
 
-    def emit(self, kind: Kind, axes: Iterable[int]) -> None:
+    def emit(self, kind: CollectiveKind, axes: Iterable[int]) -> None:
+        """Records a step that led to the current sharding."""
         self.steps.append(ReshardStep(kind, tuple(sorted(axes)), self.frozen()))
 
-    def kept(self, dim: int) -> int:
-        """How many leading axes of a dim are already right."""
+    def used_axes(self) -> set[int]:
+        """The axes that Shardy takes to split some dim."""
+        return self.ghosts.union(*self.current)
+
+    def prefix(self, dim: int) -> int:
+        """Number of leading axes of a dim that are final."""
         count = 0
-        for mine, wanted in zip(self.current[dim], self.target[dim], strict=False):
-            if mine != wanted:
+        for axis, target_axis in zip(self.current[dim], self.target[dim], strict=False):
+            if axis != target_axis:
                 break
             count += 1
         return count
 
     def leaving(self, dim: int) -> list[int]:
-        return self.current[dim][self.kept(dim) :]
+        """Axes that a dim has and that the target does not have in their place."""
+        return self.current[dim][self.prefix(dim) :]
 
     def coming(self, dim: int) -> list[int]:
-        return list(self.target[dim][self.kept(dim) :])
+        """Axes that the target has and that a dim does not have in their place."""
+        return list(self.target[dim][self.prefix(dim) :])
 
     def product(self, axes: Iterable[int]) -> int:
+        """Shards that axes make."""
         return math.prod(self.sizes[axis] for axis in axes)
 
-    def fill(self, room: list[int], dim: int, spare: list[int]) -> list[int]:
-        """Move the axes that fit from `spare` into the room of a dim; returns them."""
+    def fits(self, axis: int, capacity: int) -> bool:
+        """Whether an axis divides a capacity: the shards that a dim may be split into."""
+        size = self.sizes[axis]
+        if 1 < capacity < size and size % capacity == 0:
+            raise ValueError(
+                f"The reshard cuts mesh axis {axis} ({size}) into sub-axes. Use axes of prime size."
+            )
+        return capacity > 1 and capacity % size == 0
+
+    def fill(self, capacity: list[int], dim: int, axes: list[int]) -> list[int]:
+        """Moves the axes that fit from `axes` into the capacity of a dim, and returns them."""
         taken = []
-        for axis in list(spare):
-            if self.fits(axis, room[dim]):
-                room[dim] //= self.sizes[axis]
-                spare.remove(axis)
+        for axis in list(axes):
+            if self.fits(axis, capacity[dim]):
+                capacity[dim] //= self.sizes[axis]
+                axes.remove(axis)
                 taken.append(axis)
         return taken
-
-    def fits(self, axis: int, room: int) -> bool:
-        size = self.sizes[axis]
-        if 1 < room < size and size % room == 0:
-            raise ValueError(
-                f"this reshard would cut mesh axis {axis} ({size}) into sub-axes; use axes of prime size"
-            )
-        return room > 1 and room % size == 0
 
     # ---- 1. all_slice
 
     def slice(self) -> None:
+        """Splits dims along axes that only the target has."""
         before = self.frozen()
-        held = self.ghosts.union(*self.current)
-        room = []  # per dim, how many times further the target splits it
+        used = self.used_axes()
+        capacity = []
         for dim in self.dims:
-            inside, outside = self.product(self.leaving(dim)), self.product(self.coming(dim))
-            room.append(outside // math.gcd(inside, outside))
+            shards = self.product(self.leaving(dim))
+            target_shards = self.product(self.coming(dim))
+            capacity.append(target_shards // math.gcd(shards, target_shards))
         for dim in self.dims:
-            self.slice_ahead(dim, held, room)
-        spare: list[int] = []
+            self._slice_ahead(dim, used, capacity)
+        unplaced: list[int] = []
         for dim in self.dims:
-            fresh = [axis for axis in self.coming(dim) if axis not in held]
-            self.current[dim] += self.fill(room, dim, fresh)
-            spare += fresh
+            new_axes = [axis for axis in self.coming(dim) if axis not in used]
+            self.current[dim] += self.fill(capacity, dim, new_axes)
+            unplaced += new_axes
         for dim in self.dims:
-            self.current[dim] += self.fill(room, dim, spare)
+            self.current[dim] += self.fill(capacity, dim, unplaced)
         if self.frozen() != before:
             self.emit("all_slice", ())
 
-    def slice_ahead(self, dim: int, held: set[int], room: list[int]) -> None:
-        """Slice `dim` along axes bound for another dim, if a suffix of `dim` goes there just before
-        them anyway: one all-to-all then carries them all to their place, where slicing the other
-        dim would need a permute as well."""
+    def _slice_ahead(self, dim: int, used: set[int], capacity: list[int]) -> None:
+        """Slices `dim` along axes bound for another dim, if its suffix goes there before them.
+
+        One all-to-all then carries them all to their place. Slicing the other dim would need a
+        permute as well.
+        """
         leaving = self.leaving(dim)
         if not leaving or self.coming(dim) or leaving[-1] not in self.home:
             return
-        other, place = self.home[leaving[-1]]
+        other, position = self.home[leaving[-1]]
         if self.leaving(other):
             return
-        fresh = []
-        for axis in self.target[other][place + 1 :]:
-            if axis in held:
+        new_axes = []
+        for axis in self.target[other][position + 1 :]:
+            if axis in used:
                 break
-            fresh.append(axis)
-        if not fresh:
+            new_axes.append(axis)
+        if not new_axes:
             return
-        ahead = self.target[other][self.kept(other) : place + 1]
-        common = 0
-        while common < min(len(ahead), len(leaving)) and ahead[-1 - common] == leaving[-1 - common]:
-            common += 1
-        if any(
-            self.home.get(axis, (dim, 0))[0] == other for axis in leaving[: len(leaving) - common]
-        ):
+        ahead = self.target[other][self.prefix(other) : position + 1]
+        suffix = _common_suffix(ahead, leaving)
+        remaining = leaving[: len(leaving) - suffix]
+        if any(self.home.get(axis, (dim, 0))[0] == other for axis in remaining):
             return
-        if self.shape is not None and self.shape[dim] % self.product(self.current[dim] + fresh):
-            return
-        room[other] //= self.product(leaving[len(leaving) - common :] + fresh)
-        self.current[dim] += fresh
-        held.update(fresh)
+        if self.shape is not None:
+            shards = self.product(self.current[dim] + new_axes)
+            if self.shape[dim] % shards:
+                return
+        capacity[other] //= self.product(leaving[len(leaving) - suffix :] + new_axes)
+        self.current[dim] += new_axes
+        used.update(new_axes)
 
     # ---- 2. collective_permute
 
     def permute(self) -> None:
+        """Exchanges axes in place.
+
+        Axes bound for another dim then stand last, ready for an all-to-all.
+        """
         if not self.out_of_place():
             return
         before = self.frozen()
-        room, placed, spare, leavers = [], [], [], []
+        capacity: list[int] = []
+        """Per dim, the shards that are left after the axes placed so far."""
+        first: list[list[int]] = []
+        """Per dim, its coming axes that fit at once."""
+        onward: list[int] = []
+        """Coming axes that do not fit their dim."""
+        dropped: list[list[int]] = []
+        """Per dim, its leaving axes that the target lacks, in the order of their placement."""
         for dim in self.dims:
-            leaving, coming = self.leaving(dim), self.coming(dim)
-            left = whole = self.product(leaving)
-            first: list[int] = []
-            while coming and self.fits(coming[0], left):
-                left //= self.sizes[coming[0]]
-                first.append(coming.pop(0))
-            room.append(left)
-            placed.append(first)
-            spare += coming
-            gone = [axis for axis in leaving if axis not in self.home]
-            replaced, used = 0, whole // left  # those whose room is taken try other dims last
-            while replaced < len(gone) and self.fits(gone[replaced], used):
-                used //= self.sizes[gone[replaced]]
-                replaced += 1
-            leavers.append(gone[replaced:] + gone[:replaced])
-        onward = [self.fill(room, dim, spare) for dim in self.dims]
-        same_dim = [self.fill(room, dim, leavers[dim]) for dim in self.dims]
-        rest = list(chain.from_iterable(leavers))
-        any_dim = [self.fill(room, dim, rest) for dim in self.dims]
-        for dim in self.dims:  # axes bound for another dim stand last, ready for an all-to-all
-            self.current[dim][self.kept(dim) :] = (
-                placed[dim] + any_dim[dim] + same_dim[dim] + onward[dim]
+            leaving = self.leaving(dim)
+            coming = self.coming(dim)
+            shards = self.product(leaving)
+            left_over = shards
+            placed: list[int] = []
+            while coming and self.fits(coming[0], left_over):
+                left_over //= self.sizes[coming[0]]
+                placed.append(coming.pop(0))
+            capacity.append(left_over)
+            first.append(placed)
+            onward += coming
+            unused = [axis for axis in leaving if axis not in self.home]
+            dropped.append(self._replaced_last(unused, shards // left_over))
+        onward_axes = [self.fill(capacity, dim, onward) for dim in self.dims]
+        same_dim = [self.fill(capacity, dim, dropped[dim]) for dim in self.dims]
+        remaining = list(chain.from_iterable(dropped))
+        any_dim = [self.fill(capacity, dim, remaining) for dim in self.dims]
+        for dim in self.dims:
+            self.current[dim][self.prefix(dim) :] = (
+                first[dim] + any_dim[dim] + same_dim[dim] + onward_axes[dim]
             )
-        moved = self.places(before).items() ^ self.places(self.frozen()).items()
-        if moved:  # now and then the best arrangement is the one we had
+        moved = self.digits(before).items() ^ self.digits(self.frozen()).items()
+        # Sometimes the best arrangement is the present one.
+        if moved:
             self.emit("collective_permute", {axis for axis, _ in moved})
 
-    def places(self, sharding: Sharding) -> dict[int, tuple[int, int]]:
-        """Per axis its dim and stride: which digit of the block number of that dim is the device's
-        place on the axis."""
-        found = {}
+    def _replaced_last(self, axes: list[int], taken: int) -> list[int]:
+        """Axes in the order of their placement.
+
+        Last are those whose place others have taken, with `taken` shards.
+        """
+        count = 0
+        while count < len(axes) and self.fits(axes[count], taken):
+            taken //= self.sizes[axes[count]]
+            count += 1
+        return axes[count:] + axes[:count]
+
+    def digits(self, sharding: Sharding) -> dict[int, tuple[int, int]]:
+        """Axis -> (dim, stride): the digit that it is in the block number of the dim."""
+        result = {}
         for dim, axes in enumerate(sharding):
             stride = 1
             for axis in reversed(axes):
-                found[axis] = dim, stride
+                result[axis] = (dim, stride)
                 stride *= self.sizes[axis]
-        return found
+        return result
 
     def out_of_place(self) -> bool:
         """Whether exchanging axes in place brings the shardings nearer."""
-        held = self.ghosts.union(*self.current)
-        entering = exiting = None
+        used = self.used_axes()
+        entering = None
+        exiting = None
         for dim in self.dims:
-            leaving, coming = self.leaving(dim), self.coming(dim)
-            if leaving and coming and self.alike(leaving[0], coming[0]):
+            leaving = self.leaving(dim)
+            coming = self.coming(dim)
+            if leaving and coming and self.exchangeable(leaving[0], coming[0]):
                 return True
             for axis in coming:
-                if axis not in held:
+                if axis not in used:
                     entering = axis
-            seen: set[int] = set()
-            last: tuple[int, int] | None = None
+            if self._is_disordered(dim, leaving) or self._hides_dropped(leaving, coming):
+                return True
             for axis in leaving:
-                home = self.home.get(axis)
-                if home is not None:
-                    follows = last == (home[0], home[1] - 1)
-                    if (home[0] == dim or home[0] in seen) and not follows:
-                        return True  # bound for one dim, but apart or in another order
-                    seen.add(home[0])
-                elif last is not None and not coming:
-                    return True  # to be gathered, but stands after an axis that an all-to-all will take
-                else:
+                if axis not in self.home:
                     exiting = axis
-                last = home
-        return entering is not None and exiting is not None and self.alike(entering, exiting)
+        if entering is None or exiting is None:
+            return False
+        return self.exchangeable(entering, exiting)
 
-    def alike(self, one: int, other: int) -> bool:
-        return self.sizes[one] % self.sizes[other] == 0 or self.sizes[other] % self.sizes[one] == 0
+    def _is_disordered(self, dim: int, leaving: list[int]) -> bool:
+        """Whether axes bound for one dim stand apart or in another order."""
+        dims: set[int] = set()
+        previous: tuple[int, int] | None = None
+        for axis in leaving:
+            home = self.home.get(axis)
+            if home is not None:
+                target_dim, position = home
+                follows = previous == (target_dim, position - 1)
+                if (target_dim == dim or target_dim in dims) and not follows:
+                    return True
+                dims.add(target_dim)
+            previous = home
+        return False
+
+    def _hides_dropped(self, leaving: list[int], coming: list[int]) -> bool:
+        """Whether an axis to be gathered stands after an axis that an all-to-all will take."""
+        if coming:
+            return False
+        for axis, following in pairwise(leaving):
+            if axis in self.home and following not in self.home:
+                return True
+        return False
+
+    def exchangeable(self, one: int, other: int) -> bool:
+        """Whether the size of one axis divides that of the other."""
+        size = self.sizes[one]
+        other_size = self.sizes[other]
+        return size % other_size == 0 or other_size % size == 0
 
     # ---- 3. all_to_all
 
     def exchange(self, in_order: bool) -> None:
-        """Carry the end of each dim to where it belongs; `in_order` only where it lands in its
-        final place."""
+        """Carries the end of each dim to its home.
+
+        With `in_order`, only ends that land in their final place move.
+        """
         for dim in self.dims:
-            while suffix := self.suffix_of_one_home(dim):
+            while suffix := self._suffix_of_one_home(dim):
                 other = self.home[suffix[0]][0]
                 if in_order and self.coming(other)[: len(suffix)] != suffix:
                     break
@@ -337,12 +400,14 @@ class _Difference:
                 self.current[other] += suffix
                 self.emit("all_to_all", suffix)
 
-    def suffix_of_one_home(self, dim: int) -> list[int]:
+    def _suffix_of_one_home(self, dim: int) -> list[int]:
         """The longest end of a dim whose axes all belong to one other dim."""
         suffix: list[int] = []
         for axis in reversed(self.leaving(dim)):
             home = self.home.get(axis, (dim, 0))[0]
-            if home == dim or (suffix and home != self.home[suffix[0]][0]):
+            if home == dim:
+                break
+            if suffix and home != self.home[suffix[0]][0]:
                 break
             suffix.insert(0, axis)
         return suffix
@@ -350,18 +415,31 @@ class _Difference:
     # ---- 4. all_gather
 
     def gather(self, everything: bool) -> None:
-        """Drop the leaving axes of each dim that ends with one to be gathered, or of all dims that
-        have any.
+        """Drops the leaving axes of each dim that ends with one to be gathered.
 
-        Shardy drops the whole difference there, even axes that the target has elsewhere, and in its
-        second round believes to hold those still: it will not slice by these ghosts.
+        With `everything`, those of all dims.
+
+        Shardy drops the whole difference of a dim, even axes that the target has elsewhere, and in
+        its second round still counts those as used: it will not slice by these ghosts.
         """
         gathered: list[int] = []
         for dim in self.dims:
             leaving = self.leaving(dim)
             if leaving and (everything or leaving[-1] not in self.home):
-                del self.current[dim][self.kept(dim) :]
+                del self.current[dim][self.prefix(dim) :]
                 gathered += leaving
         if gathered:
-            self.ghosts = set() if everything else {axis for axis in gathered if axis in self.home}
+            self.ghosts = set()
+            if not everything:
+                self.ghosts = {axis for axis in gathered if axis in self.home}
             self.emit("all_gather", gathered)
+
+
+def _common_suffix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the longest common end of two lists."""
+    length = 0
+    for axis, other_axis in zip(reversed(one), reversed(other), strict=False):
+        if axis != other_axis:
+            break
+        length += 1
+    return length

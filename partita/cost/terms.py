@@ -27,7 +27,7 @@ from partita.cost.partial import (
     reduced_factors,
 )
 from partita.cost.work import group_factors
-from partita.graph.grouping import HEAVY
+from partita.graph.flat import HEAVY
 from partita.graph.operator_graph import (
     Instruction,
     Label,

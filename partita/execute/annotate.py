@@ -14,7 +14,7 @@ from jax.extend.mlir import ir
 from partita.capture import stablehlo
 from partita.cost.partial import pending_sums
 from partita.cost.reshard import reshard_steps
-from partita.graph.grouping import HEAVY
+from partita.graph.flat import HEAVY
 from partita.graph.operator_graph import OperatorGraph
 from partita.plans.layout import Layout, Sharding
 from partita.plans.plan import Mesh

@@ -1,11 +1,15 @@
-"""The gradients of weights that are used several times: partial gradients that are added up.
+"""Sums of partial gradients, for weights that are used several times.
 
-An LSTM of 40 steps reads its weights 40 times, and its backward pass adds up 40 products for each. Where samples are split, every product is itself a
-sum over devices. Adding is linear, so the products of a device are added first, and the sum over devices is made once: each addition works
-on values that are still to be summed. Only what is added right away can wait so: products, scatters and sums, and additions of these. Convolutions
-cannot: XLA's partitioner sums the weight gradient of one that is split in space before it looks whether it should.
+An LSTM of 40 steps reads its weights 40 times, and its backward pass adds 40 products for each.
+Where samples are split, every product is itself a sum over devices. Addition is linear: each device
+adds its products first, and one sum over devices follows. The additions then work on values that
+are still partial.
 
-Here: which additions those are. Which of them wait under a plan is in `cost.partial`.
+Only values that are added at once can stay partial: products, scatters and sums, and additions of
+these. Convolutions cannot: XLA's partitioner sums the weight gradient of a convolution that is
+split in space before it checks whether it should.
+
+Here: all candidates. Those that stay partial under a plan: `cost.partial`.
 """
 
 from __future__ import annotations
@@ -14,81 +18,134 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from partita.graph.operator_graph import Instruction, Loop
+from partita.graph.operator_graph import Instruction, Loop, carried_tensors
 
 SUMMING = {"dot_general", "scatter", "reduce"}
 PASSING = {"reshape", "transpose", "convert", "negate", "copy"}
 
 
 @dataclass(frozen=True, slots=True)
-class Sum:
-    """A gradient that is added up: the additions in program order, the last of which makes it, and the instructions that make what is added."""
+class GradientSum:
+    """A gradient that is a sum of partial gradients."""
 
     additions: tuple[int, ...]
+    """Additions in program order; the last one computes the gradient."""
     leaves: tuple[int, ...]
+    """Instructions that compute the summands."""
 
 
 def gradient_sums(
-    instructions: Sequence[Instruction], loops: Sequence[Loop], outputs: Collection[int]
-) -> list[Sum]:
-    """Every gradient of a weight that is the sum of two or more others, each a sum itself. What is added has no other reader."""
-    producer = {t: i for i, x in enumerate(instructions) for t in x.results}
+    instructions: Sequence[Instruction],
+    loops: Sequence[Loop],
+    outputs: Collection[int],
+) -> list[GradientSum]:
+    """All gradients of weights that are sums of two or more summing instructions.
+
+    The summands have no other reader.
+    """
     readers: dict[int, list[int]] = defaultdict(list)
-    for i, x in enumerate(instructions):
-        for t in x.operands:
-            readers[t].append(i)
-    carried = {t for loop in loops for values in loop.carried for t in values}
-    inside = {i for loop in loops for i in range(*loop.body)}
-    elsewhere = {*outputs, *carried}
-    alone = lambda t: len(readers[t]) == 1 and t not in elsewhere  # noqa: E731
-    part: dict[int, Sum] = {}
-    """Of what a leaf or an addition makes: the sum that it is."""
-    for i, x in enumerate(instructions):
-        if x.phase != "backward" or i in inside or len(x.results) != 1:
-            continue
-        if _is_leaf(x, instructions, producer):
-            part[x.results[0]] = Sum((), (i,))
-        elif (
-            x.name == "add"
-            and x.operands[0] != x.operands[1]
-            and all(t in part and alone(t) for t in x.operands)
-        ):
-            a, b = (part[t] for t in x.operands)
-            part[x.results[0]] = Sum(
-                (*sorted((*a.additions, *b.additions)), i), (*a.leaves, *b.leaves)
-            )
-    added = {
-        t for found in part.values() for i in found.additions[-1:] for t in instructions[i].operands
-    }
-    whole = [found for t, found in part.items() if found.additions and t not in added]
-    return [found for found in whole if _is_gradient(instructions, readers, found.additions[-1])]
-
-
-def _is_leaf(x: Instruction, instructions: Sequence[Instruction], producer: dict[int, int]) -> bool:
-    """Whether an instruction adds up, and nothing but what it reads: a scatter adds to its first operand, which must be blank."""
-    if x.name not in SUMMING or not x.adds or x.rule is None or not x.rule.reduction:
-        return False
-    start = producer.get(x.operands[0])
-    return (
-        x.name != "scatter"
-        or start is not None
-        and instructions[start].name in ("constant", "broadcast_in_dim")
+    for index, instruction in enumerate(instructions):
+        for tensor in instruction.operands:
+            readers[tensor].append(index)
+    sums = _partial_sums(
+        instructions,
+        loops,
+        outputs,
+        readers,
     )
+    summands: set[int] = set()
+    for partial in sums.values():
+        if partial.additions:
+            summands.update(instructions[partial.additions[-1]].operands)
+    gradients = []
+    for tensor, partial in sums.items():
+        is_whole = partial.additions and tensor not in summands
+        if is_whole and _is_gradient(instructions, readers, partial.additions[-1]):
+            gradients.append(partial)
+    return gradients
+
+
+def _partial_sums(
+    instructions: Sequence[Instruction],
+    loops: Sequence[Loop],
+    outputs: Collection[int],
+    readers: dict[int, list[int]],
+) -> dict[int, GradientSum]:
+    """Tensor -> the sum that it is, for results of summing instructions and of their additions."""
+    producer: dict[int, int] = {}
+    for index, instruction in enumerate(instructions):
+        for tensor in instruction.results:
+            producer[tensor] = index
+    inside_loops: set[int] = set()
+    for loop in loops:
+        inside_loops.update(range(*loop.body))
+    used_elsewhere = carried_tensors(loops) | set(outputs)
+    sums: dict[int, GradientSum] = {}
+
+    def is_summand(tensor: int) -> bool:
+        has_one_reader = len(readers[tensor]) == 1 and tensor not in used_elsewhere
+        return tensor in sums and has_one_reader
+
+    for index, instruction in enumerate(instructions):
+        if instruction.phase != "backward" or index in inside_loops:
+            continue
+        if len(instruction.results) != 1:
+            continue
+        result = instruction.results[0]
+        if _is_leaf(instruction, instructions, producer):
+            sums[result] = GradientSum((), (index,))
+        elif instruction.name == "add":
+            one, other = instruction.operands
+            if one != other and is_summand(one) and is_summand(other):
+                sums[result] = _added(sums[one], sums[other], index)
+    return sums
+
+
+def _added(
+    one: GradientSum,
+    other: GradientSum,
+    addition: int,
+) -> GradientSum:
+    additions = sorted((*one.additions, *other.additions))
+    return GradientSum((*additions, addition), (*one.leaves, *other.leaves))
+
+
+def _is_leaf(
+    instruction: Instruction,
+    instructions: Sequence[Instruction],
+    producer: dict[int, int],
+) -> bool:
+    """Whether an instruction sums nothing but its own reads.
+
+    A scatter adds to its first operand, which must be a constant.
+    """
+    rule = instruction.rule
+    if instruction.name not in SUMMING or not instruction.adds or rule is None:
+        return False
+    if not rule.reduction:
+        return False
+    if instruction.name != "scatter":
+        return True
+    start = producer.get(instruction.operands[0])
+    return start is not None and instructions[start].name in ("constant", "broadcast_in_dim")
 
 
 def _is_gradient(
-    instructions: Sequence[Instruction], readers: dict[int, list[int]], addition: int
+    instructions: Sequence[Instruction],
+    readers: dict[int, list[int]],
+    addition: int,
 ) -> bool:
-    """Whether only the update reads the result, or what passes it on or adds to it."""
-    waiting, seen = [addition], set()
-    while waiting:
-        for t in instructions[waiting.pop()].results:
-            for r in readers[t]:
-                x = instructions[r]
-                if x.phase == "update" or r in seen:
+    """Whether only the update reads the sum, directly or through rearrangements and additions."""
+    pending = [addition]
+    visited = set()
+    while pending:
+        for tensor in instructions[pending.pop()].results:
+            for reader in readers[tensor]:
+                instruction = instructions[reader]
+                if instruction.phase == "update" or reader in visited:
                     continue
-                if x.name != "add" and x.name not in PASSING:
+                if instruction.name != "add" and instruction.name not in PASSING:
                     return False
-                seen.add(r)
-                waiting.append(r)
+                visited.add(reader)
+                pending.append(reader)
     return True

@@ -1,16 +1,16 @@
-"""WHERE a step runs: machines, and the time of collectives on them. `load("h100:8")` is the usual way in."""
+"""Machines, and the time of collectives on them. `load("h100:8")` is the usual way in."""
 
 from partita.machine.check import check
-from partita.machine.collectives import KINDS, collective_lines, collective_seconds
+from partita.machine.collectives import KINDS, collective_seconds
 from partita.machine.load import host, load, presets, read
-from partita.machine.machine import (
+from partita.machine.machine import Machine
+from partita.machine.parts import (
     Backend,
     Device,
     DeviceKind,
     Domain,
     Engine,
     Level,
-    Machine,
     Memory,
     OperatingPoint,
     Source,
@@ -21,9 +21,9 @@ __all__ = [
     "KINDS",
     "Backend",
     "Device",
+    "DeviceKind",
     "Domain",
     "Engine",
-    "DeviceKind",
     "Level",
     "Machine",
     "Memory",
@@ -31,7 +31,6 @@ __all__ = [
     "OperatorTimes",
     "Source",
     "check",
-    "collective_lines",
     "collective_seconds",
     "fitted_times",
     "host",

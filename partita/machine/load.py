@@ -1,8 +1,9 @@
-"""Reading machines: presets by name, descriptions in TOML by path, and the host this process runs on.
+"""Machines by name or file: presets, descriptions in TOML, and this host.
 
-A description is tables of numbers. A number is `{ value = "900 GB/s", source = "datasheet", status = "recalled" }`, or
-just its value where the table it stands in (or one around that) says `source` and `status` for all. What is wrong is
-refused by name: file, line, key path, and what may stand there. docs/machines.md shows a whole description.
+A description is tables of numbers. A number is `{ value = "900 GB/s", source = "datasheet",
+status = "recalled" }`, or only its value where its table, or a table around that, gives `source`
+and `status` for all. Errors give the file, the line, the key path, and the allowed values.
+docs/machines.md shows a whole description.
 """
 
 from __future__ import annotations
@@ -10,15 +11,24 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, Field, fields, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from partita.errors import MachineError, PartitaError
-from partita.machine.check import Wrong, check, check_number, check_source, listed, one_of
-from partita.machine.machine import (
+from partita.machine.check import (
+    DescriptionError,
+    check,
+    check_number,
+    check_source,
+    did_you_mean,
+    listed,
+    one_of,
+)
+from partita.machine.machine import Machine
+from partita.machine.parts import (
     DTYPES,
     OP_CLASSES,
     Backend,
@@ -27,7 +37,6 @@ from partita.machine.machine import (
     Domain,
     Engine,
     Level,
-    Machine,
     Memory,
     OperatingPoint,
     Source,
@@ -37,7 +46,7 @@ from partita.machine.machine import (
 )
 from partita.units import EXAMPLES, format_bytes, parse
 
-_NODES = {  # presets counted in nodes (the outermost level): the file that describes them
+_NODE_PRESETS = {
     "dgx-v100": "v100",
     "dgx-a100": "a100",
     "dgx-h100": "h100",
@@ -45,313 +54,485 @@ _NODES = {  # presets counted in nodes (the outermost level): the file that desc
     "p100-cluster": "p100-cluster",
     "k80-cluster": "k80-cluster",
 }
-BOTH = "device and kind stand together: describe equal devices as [device], or every kind of them as [kind.NAME] with its count."
-_ALL = ("p100-cluster", "k80-cluster")  # taken whole where no count is given; of all others one
+"""Presets counted in nodes (the outermost level) -> the file with their description."""
+_WHOLE_PRESETS = ("p100-cluster", "k80-cluster")
+"""Presets that are whole without a count. Without a count, all others are one device or node."""
+_ORIGIN_KEYS = ("source", "status")
+_PLAIN_EXAMPLES = {"count": "4", "efficiency": "0.8", "fraction": "0.5"}
+"""Examples of numbers without a unit, by dimension."""
 
 
 def presets() -> tuple[str, ...]:
     """The names that `load` knows."""
-    files = (file.name for file in resources.files("partita.machine").joinpath("presets").iterdir())
-    return tuple(
-        sorted({*(name.removesuffix(".toml") for name in files if name.endswith(".toml")), *_NODES})
-    )
+    names = set(_NODE_PRESETS)
+    for file in resources.files("partita.machine").joinpath("presets").iterdir():
+        if file.name.endswith(".toml"):
+            names.add(file.name.removesuffix(".toml"))
+    return tuple(sorted(names))
 
 
 def load(name_or_path: str | Path) -> Machine:
     """The machine of a preset ("h100:64", "dgx-h100:8") or of a TOML file ("mine.toml").
 
-    After the colon stands how many: nodes for the `dgx-*` and `*-cluster` presets, devices for the others. Without it
-    one of them, or the whole of a `*-cluster`.
+    The number after the colon counts nodes for `dgx-*` and `*-cluster` presets, devices for all
+    others. Default: one, or the whole of a `*-cluster`.
     """
     text = str(name_or_path)
     if text.endswith(".toml"):
         path = Path(text)
         if not path.is_file():
             raise MachineError(
-                f"There is no file '{text}'. Presets are written without .toml: {listed(presets())}."
+                f"There is no file '{text}'. Presets are written without .toml: "
+                f"{listed(presets())}."
             )
         return read(path.read_text(encoding="utf-8"), text)
     name, colon, count = text.partition(":")
     if name not in presets():
-        near = difflib.get_close_matches(name.lower(), presets(), 1)
-        meant = f"Did you mean '{near[0]}'? " if near else ""
-        raise MachineError(
-            f"There is no machine '{name}'. {meant}Presets are {listed(presets())}; "
-            f"your own machine is a file that ends in .toml."
-        )
+        raise _unknown_preset(name)
     if colon and not (count.isascii() and count.isdigit() and int(count) > 0):
         raise MachineError(
             f"'{text}' asks for '{count}' of '{name}': write a number above 0, as in '{name}:8'."
         )
-    whole = _preset(_NODES.get(name, name))
-    if name in _ALL and not colon:
+    whole = _preset(_NODE_PRESETS.get(name, name))
+    if name in _WHOLE_PRESETS and not colon:
         return whole
-    wanted = int(count or 1)
-    node = whole.devices // whole.levels[0].size if name in _NODES else 1
-    if wanted * node > whole.devices:
-        what = "nodes" if name in _NODES else "devices"
+    units = int(count or 1)
+    unit_name = "devices"
+    unit_size = 1
+    if name in _NODE_PRESETS:
+        unit_name = "nodes"
+        unit_size = whole.devices // whole.levels[0].size
+    if units * unit_size > whole.devices:
         raise MachineError(
-            f"'{text}' asks for {wanted} {what}, and '{name}' has {whole.devices // node}. "
-            f"Ask for fewer, or describe a larger machine in a file."
+            f"'{text}' asks for {units} {unit_name}, but '{name}' has "
+            f"{whole.devices // unit_size}. Use fewer, or describe a larger machine in a file."
         )
-    return replace(whole, name=text).with_devices(wanted * node)
+    return replace(whole, name=text).with_devices(units * unit_size)
+
+
+def _unknown_preset(name: str) -> MachineError:
+    matches = difflib.get_close_matches(name.lower(), presets(), 1)
+    meant = f"Did you mean '{matches[0]}'? " if matches else ""
+    return MachineError(
+        f"There is no machine '{name}'. {meant}Presets are {listed(presets())}; "
+        "your own machine is a file that ends in .toml."
+    )
 
 
 def host(devices: int, memory_bytes: int) -> Machine:
-    """This kind of machine: a CPU that stands for `devices` devices, which share `memory_bytes` of memory in all.
+    """This host: a CPU in place of `devices` devices, which share `memory_bytes` bytes of memory.
 
-    Its rates are assumed ones per core; measure the host and use `Machine.revised` for better ones.
+    Its rates are assumed ones per core. Measure the host and use `Machine.revised` for better ones.
     """
-    most = _preset("host").devices
-    if devices > most:
+    limit = _preset("host").devices
+    if devices > limit:
         raise MachineError(
-            f"{devices} devices are asked for, and a CPU stands for at most {most}. Ask for fewer, or plan for a machine that has so many, as in "
-            f"--machine h100:{devices}."
+            f"A CPU stands for at most {limit} devices, not {devices}. Use fewer devices or "
+            f"another machine, as in --machine h100:{devices}."
         )
     machine = replace(_preset("host"), name=f"host:{devices}").with_devices(devices)
-    share = {"device.memory.dram.capacity": memory_bytes // devices}
     return machine.revised(
-        share, f"an equal part of {format_bytes(memory_bytes)}, as given", "derived"
+        {"device.memory.dram.capacity": memory_bytes // devices},
+        source=f"an equal part of {format_bytes(memory_bytes)}, as given",
+        status="derived",
     )
 
 
 @lru_cache
 def _preset(name: str) -> Machine:
-    text = (
-        resources.files("partita.machine")
-        .joinpath(f"presets/{name}.toml")
-        .read_text(encoding="utf-8")
-    )
-    return read(text, f"presets/{name}.toml")
+    file = f"presets/{name}.toml"
+    folder = resources.files("partita.machine")
+    return read(folder.joinpath(file).read_text(encoding="utf-8"), file)
 
 
 def read(text: str, file: str = "machine.toml") -> Machine:
-    """The machine that a TOML description means; `file` names it in errors."""
+    """The machine of a TOML description. `file` names it in errors."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise MachineError(f"{file} is not TOML: {error}.") from None
     try:
-        machine = _Reader().machine(table)
+        machine = _DescriptionReader().machine(table)
         check(machine)
-    except Wrong as error:
+    except DescriptionError as error:
         line = _line(text, error.path)
-        raise MachineError(f"{file}{f', line {line}' if line else ''}: {error}") from None
+        where = f"{file}, line {line}" if line else file
+        raise MachineError(f"{where}: {error}") from None
     return machine
 
 
-class _Reader:
-    """Turns tables into the parts of a machine, collecting where each number comes from."""
+class _Origin(NamedTuple):
+    """Source and status that a table gives for all of its numbers."""
+
+    source: Any
+    status: Any
+
+    def inside(self, table: dict[str, Any]) -> _Origin:
+        """The origin inside a table, which may give its own."""
+        return _Origin(table.get("source", self.source), table.get("status", self.status))
+
+
+class _DescriptionReader:
+    """Turns tables into the parts of a machine, and collects the sources of all numbers."""
 
     def __init__(self) -> None:
         self.sources: list[Source] = []
 
     def machine(self, table: dict[str, Any]) -> Machine:
-        _known("", table, ("name", "notes", "device", "kind", "level", "domain", "backend"))
-        default = _origin(table, (None, None))
-        if "name" not in table or ("device" in table) == ("kind" in table):
-            lacks = [
-                key
-                for key in ("name", "device")
-                if key not in table and (key == "name" or "kind" not in table)
-            ]
-            raise Wrong(
-                "",
-                f"{lacks[0]} is missing: a machine needs a name and a [device]." if lacks else BOTH,
-            )
-        kinds = tuple(
-            self.device(DeviceKind, f"kind.{key}", given, default, key=key)
-            for key, given in _table("kind", table.get("kind", {})).items()
-        )
+        _check_keys("", table, ("name", "notes", "device", "kind", "level", "domain", "backend"))
+        _check_devices_given(table)
+        origin = _Origin(None, None).inside(table)
+        kinds = self.kinds(table.get("kind", {}), origin)
         if "kind" in table and not kinds:
-            raise Wrong(
+            raise DescriptionError(
                 "kind", "is empty: add [kind.NAME] for every kind of device, with its count."
             )
+        device = slowest_kind(kinds) if kinds else self.one_device(table["device"], origin)
+        levels = self.named(
+            Level,
+            "level",
+            table.get("level", {}),
+            origin,
+        )
+        domains = self.named(
+            Domain,
+            "domain",
+            table.get("domain", {}),
+            origin,
+        )
+        backend = Backend()
+        if "backend" in table:
+            backend = self.part(
+                Backend,
+                "backend",
+                table["backend"],
+                origin,
+            )
+        self.sources.sort(key=lambda source: source.path)
         return Machine(
             name=_string("name", table["name"]),
             notes=_string("notes", table.get("notes", "")),
-            device=slowest_kind(kinds)
-            if kinds
-            else self.device(Device, "device", table["device"], default),
+            device=device,
             kinds=kinds,
-            levels=self.named(Level, "level", table.get("level", {}), default),
-            domains=self.named(Domain, "domain", table.get("domain", {}), default),
-            backend=self.part(Backend, "backend", table["backend"], default)
-            if "backend" in table
-            else Backend(),
-            sources=tuple(sorted(self.sources, key=lambda known: known.path)),
+            levels=levels,
+            domains=domains,
+            backend=backend,
+            sources=tuple(self.sources),
         )
 
-    def device(
-        self, cls: type, path: str, table: Any, default: tuple[Any, Any], **given: Any
-    ) -> Any:
-        """A device, or a kind of them, with its memories and engines."""
+    def kinds(self, tables: Any, origin: _Origin) -> tuple[DeviceKind, ...]:
+        kinds = []
+        for key, table in _table("kind", tables).items():
+            path = f"kind.{key}"
+            device_fields, parts = self.device_parts(
+                path,
+                table,
+                origin,
+                ("count",),
+            )
+            kinds.append(self.part(DeviceKind, path, device_fields, origin, key=key, **parts))
+        return tuple(kinds)
+
+    def one_device(self, table: Any, origin: _Origin) -> Device:
+        device_fields, parts = self.device_parts(
+            "device",
+            table,
+            origin,
+            (),
+        )
+        return self.part(Device, "device", device_fields, origin, **parts)
+
+    def device_parts(
+        self,
+        path: str,
+        table: Any,
+        origin: _Origin,
+        extra_keys: tuple[str, ...],
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The fields of a device's table, and the memories, engines and points inside it."""
         table = _table(path, table)
-        inside = ("memory", "engine", "operating_point")
-        _known(path, table, ("name", "overhead", *inside, *(("count",) if given else ())))
-        inherited = _origin(table, default)
+        inner_keys = ("memory", "engine", "operating_point")
+        _check_keys(path, table, ("name", "overhead", *inner_keys, *extra_keys))
+        inherited = origin.inside(table)
+        memories = table.get("memory", {})
+        engines = table.get("engine", {})
+        points = table.get("operating_point", {})
         parts = {
-            "memories": self.named(Memory, f"{path}.memory", table.get("memory", {}), inherited),
-            "engines": self.engines(f"{path}.engine", table.get("engine", {}), inherited),
+            "memories": self.named(
+                Memory,
+                f"{path}.memory",
+                memories,
+                inherited,
+            ),
+            "engines": self.engines(f"{path}.engine", engines, inherited),
             "points": self.named(
                 OperatingPoint,
                 f"{path}.operating_point",
-                table.get("operating_point", {}),
+                points,
                 inherited,
             ),
         }
-        return self.part(
-            cls,
-            path,
-            {key: value for key, value in table.items() if key not in inside},
-            default,
-            **parts,
-            **given,
-        )
+        return {key: table[key] for key in table if key not in inner_keys}, parts
 
-    def named(self, cls: type, path: str, tables: Any, default: tuple[Any, Any]) -> tuple[Any, ...]:
+    def named(
+        self,
+        part: type,
+        path: str,
+        tables: Any,
+        origin: _Origin,
+    ) -> tuple[Any, ...]:
         tables = _table(path, tables)
-        inherited = _origin(tables, default)
-        return tuple(
-            self.part(cls, f"{path}.{name}", table, inherited, name=name)
-            for name, table in tables.items()
-            if name not in ("source", "status")
-        )
-
-    def engines(self, where: str, tables: Any, default: tuple[Any, Any]) -> tuple[Engine, ...]:
-        tables = _table(where, tables)
-        found = []
-        for op_class, table in tables.items():
-            if op_class in ("source", "status"):
-                continue
-            path = f"{where}.{op_class}"
-            one_of(path, "operator class", op_class, OP_CLASSES)
-            table = _table(path, table)
-            inherited = _origin(table, _origin(tables, default))
-            for dtype, engine in table.items():
-                if dtype in ("source", "status"):
-                    continue
-                one_of(f"{path}.{dtype}", "dtype", dtype, DTYPES)
-                found.append(
+        inherited = origin.inside(tables)
+        parts = []
+        for name, table in tables.items():
+            if name not in _ORIGIN_KEYS:
+                parts.append(
                     self.part(
-                        Engine, f"{path}.{dtype}", engine, inherited, op_class=op_class, dtype=dtype
+                        part,
+                        f"{path}.{name}",
+                        table,
+                        inherited,
+                        name=name,
                     )
                 )
-        return tuple(found)
+        return tuple(parts)
 
-    def part(self, cls: type, path: str, table: Any, default: tuple[Any, Any], **given: Any) -> Any:
-        """One dataclass from one table; what `given` and the key path say is not looked for in the table."""
+    def engines(
+        self,
+        path: str,
+        tables: Any,
+        origin: _Origin,
+    ) -> tuple[Engine, ...]:
+        tables = _table(path, tables)
+        inherited = origin.inside(tables)
+        engines: list[Engine] = []
+        for op_class, table in tables.items():
+            if op_class not in _ORIGIN_KEYS:
+                class_path = f"{path}.{op_class}"
+                one_of(
+                    class_path,
+                    "operator class",
+                    op_class,
+                    OP_CLASSES,
+                )
+                engines += self.class_engines(
+                    class_path,
+                    op_class,
+                    table,
+                    inherited,
+                )
+        return tuple(engines)
+
+    def class_engines(
+        self,
+        path: str,
+        op_class: str,
+        table: Any,
+        origin: _Origin,
+    ) -> list[Engine]:
         table = _table(path, table)
-        wanted = {
-            field.name: field
-            for field in fields(cls)
-            if field.name not in (*given, *path_fields(cls))
-        }
-        _known(path, table, tuple(wanted))
-        inherited = _origin(table, default)
-        dimensions = dict(number_fields(cls))
-        for name, field in wanted.items():
-            if name in table:
-                if name in dimensions:
-                    given[name] = self.number(
-                        f"{path}.{name}", table[name], dimensions[name], inherited
-                    )
-                elif isinstance(field.default, bool):
-                    if not isinstance(table[name], bool):
-                        raise Wrong(f"{path}.{name}", f"is {table[name]!r}: write true or false.")
-                    given[name] = table[name]
-                else:
-                    given[name] = _string(f"{path}.{name}", table[name])
-            elif field.default is MISSING or (name in dimensions and field.default is not None):
-                raise Wrong(path, f"lacks {name}{_example(dimensions.get(name))}.")
-        return cls(**given)
+        inherited = origin.inside(table)
+        engines = []
+        for dtype, engine in table.items():
+            if dtype in _ORIGIN_KEYS:
+                continue
+            engine_path = f"{path}.{dtype}"
+            one_of(
+                engine_path,
+                "dtype",
+                dtype,
+                DTYPES,
+            )
+            keys = {"op_class": op_class, "dtype": dtype}
+            engines.append(self.part(Engine, engine_path, engine, inherited, **keys))
+        return engines
 
-    def number(self, path: str, written: Any, dimension: str, default: tuple[Any, Any]) -> float:
-        source, status = default
-        if isinstance(written, dict):
-            _known(path, written, ("value",))
-            if "value" not in written:
-                raise Wrong(path, f"lacks value{_example(dimension)}.")
-            source, status = _origin(written, default)
-            written = written["value"]
-        value = _value(path, written, dimension)
+    def part(self, part: type, path: str, table: Any, origin: _Origin, **given: Any) -> Any:
+        """One part from one table, without its `given` fields and those of the key path."""
+        table = _table(path, table)
+        absent = (*given, *path_fields(part))
+        table_fields = [field for field in fields(part) if field.name not in absent]
+        _check_keys(path, table, tuple(field.name for field in table_fields))
+        inherited = origin.inside(table)
+        dimensions = dict(number_fields(part))
+        values = dict(given)
+        for field in table_fields:
+            dimension = dimensions.get(field.name)
+            if field.name in table:
+                field_path = f"{path}.{field.name}"
+                value = table[field.name]
+                values[field.name] = self.field(
+                    field,
+                    field_path,
+                    value,
+                    dimension,
+                    inherited,
+                )
+            elif _is_required(field, dimension):
+                raise DescriptionError(path, f"lacks {field.name}{_example(dimension)}.")
+        return part(**values)
+
+    def field(
+        self,
+        field: Field[Any],
+        path: str,
+        value: Any,
+        dimension: str | None,
+        origin: _Origin,
+    ) -> Any:
+        """The value of one field of a part."""
+        if dimension is not None:
+            return self.number(
+                path,
+                value,
+                dimension,
+                origin,
+            )
+        if not isinstance(field.default, bool):
+            return _string(path, value)
+        if not isinstance(value, bool):
+            raise DescriptionError(path, f"is {value!r}: write true or false.")
+        return value
+
+    def number(
+        self,
+        path: str,
+        given: Any,
+        dimension: str,
+        origin: _Origin,
+    ) -> float:
+        """A number, after its source is recorded."""
+        if isinstance(given, dict):
+            _check_keys(path, given, ("value",))
+            if "value" not in given:
+                raise DescriptionError(path, f"lacks value{_example(dimension)}.")
+            origin = origin.inside(given)
+            given = given["value"]
+        value = _value(path, given, dimension)
         check_number(path, value, dimension)
-        check_source(path, source, status)
-        self.sources.append(Source(path, value, source, status))
+        check_source(path, origin.source, origin.status)
+        self.sources.append(
+            Source(
+                path,
+                value,
+                origin.source,
+                origin.status,
+            )
+        )
         return value
 
 
-def _value(path: str, written: Any, dimension: str) -> float:
-    if dimension in ("count", "efficiency", "fraction"):
-        whole = dimension == "count"
-        if isinstance(written, bool) or not isinstance(written, int if whole else (int, float)):
-            raise Wrong(
-                path,
-                f"is {written!r}: write a plain {'whole ' if whole else ''}number{_example(dimension)}.",
-            )
-        return written if whole else float(written)
-    if not isinstance(written, str):
-        raise Wrong(path, f"is {written!r}, without a unit{_example(dimension)}.")
+def _check_devices_given(table: dict[str, Any]) -> None:
+    if "name" not in table:
+        missing = "name"
+    elif "device" not in table and "kind" not in table:
+        missing = "device"
+    elif "device" in table and "kind" in table:
+        raise DescriptionError(
+            "",
+            "device and kind are both given: describe equal devices as [device], or every kind of "
+            "device as [kind.NAME] with its count.",
+        )
+    else:
+        return
+    raise DescriptionError("", f"{missing} is missing: a machine needs a name and a [device].")
+
+
+def _is_required(field: Field[Any], dimension: str | None) -> bool:
+    """Whether a table must have a field. Numbers must be given, even those with a default."""
+    if dimension is not None and field.default is not None:
+        return True
+    return field.default is MISSING
+
+
+def _value(
+    path: str,
+    given: Any,
+    dimension: str,
+) -> float:
+    if dimension in _PLAIN_EXAMPLES:
+        return _plain_value(path, given, dimension)
+    if not isinstance(given, str):
+        raise DescriptionError(path, f"is {given!r}, without a unit{_example(dimension)}.")
     try:
-        value = parse(written, dimension)
+        value = parse(given, dimension)
     except PartitaError as error:
-        raise Wrong(path, f"is wrong: {error}") from None
+        raise DescriptionError(path, f"is wrong: {error}") from None
     return int(value) if dimension == "B" else value
 
 
+def _plain_value(
+    path: str,
+    given: Any,
+    dimension: str,
+) -> float:
+    """A number without a unit."""
+    is_number = isinstance(given, (int, float)) and not isinstance(given, bool)
+    if dimension == "count":
+        if not is_number or not isinstance(given, int):
+            raise DescriptionError(
+                path, f"is {given!r}: write a plain whole number{_example(dimension)}."
+            )
+        return given
+    if not is_number:
+        raise DescriptionError(path, f"is {given!r}: write a plain number{_example(dimension)}.")
+    return float(given)
+
+
 def _example(dimension: str | None) -> str:
-    """How a number of a dimension is written; nothing for what is no number."""
+    """An example of a number of a dimension, empty for fields that hold no number."""
     if dimension is None:
         return ""
-    plain = {"count": "4", "efficiency": "0.8", "fraction": "0.5"}
-    return f", for example {plain[dimension] if dimension in plain else repr(EXAMPLES[dimension])}".replace(
-        "'", '"'
-    )
+    if dimension in _PLAIN_EXAMPLES:
+        return f", for example {_PLAIN_EXAMPLES[dimension]}"
+    return f', for example "{EXAMPLES[dimension]}"'
 
 
-def _known(path: str, table: dict[str, Any], allowed: tuple[str, ...]) -> None:
+def _check_keys(
+    path: str,
+    table: dict[str, Any],
+    allowed: tuple[str, ...],
+) -> None:
     for key in table:
-        if key not in (*allowed, "source", "status"):
-            near = difflib.get_close_matches(key, allowed, 1)
-            meant = f"did you mean '{near[0]}'? " if near else ""
-            raise Wrong(
+        if key not in allowed and key not in _ORIGIN_KEYS:
+            raise DescriptionError(
                 f"{path}.{key}".lstrip("."),
-                f"is not a key that Partita knows: {meant}Keys here are {listed((*allowed, 'source', 'status'))}.",
+                f"is an unknown key: {did_you_mean(key, allowed)}"
+                f"Use one of {listed((*allowed, *_ORIGIN_KEYS))}.",
             )
-
-
-def _origin(table: dict[str, Any], default: tuple[Any, Any]) -> tuple[Any, Any]:
-    return table.get("source", default[0]), table.get("status", default[1])
 
 
 def _table(path: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise Wrong(path, f"is {value!r}: a table is needed, [{path}].")
+        raise DescriptionError(path, f"is {value!r}: write a table, [{path}].")
     return value
 
 
 def _string(path: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise Wrong(path, f"is {value!r}: write a text in quotes.")
+        raise DescriptionError(path, f"is {value!r}: write a text in quotes.")
     return value
 
 
 def _line(text: str, path: str) -> int | None:
-    """The line that says most of a key path: its key, else the header of its table."""
-    wanted = path.split(".")
+    """The line of a key path, or of the longest prefix of it that has a line."""
+    target = path.split(".")
     header: list[str] = []
-    best, line_found = 0, None
+    longest = 0
+    line_number = None
     for number, line in enumerate(text.splitlines(), 1):
         if match := re.match(r"\s*\[+([^\]=]+)\]+\s*(#.*)?$", line):
-            header = here = _keys(match[1])
+            header = _keys(match[1])
+            keys = header
         elif match := re.match(r"\s*([\w.\"'*-]+)\s*=", line):
-            here = [*header, *_keys(match[1])]
+            keys = [*header, *_keys(match[1])]
         else:
             continue
-        shared = min(len(here), len(wanted))
-        if best < shared and here[:shared] == wanted[:shared]:
-            best, line_found = shared, number
-    return line_found
+        length = min(len(keys), len(target))
+        if length > longest and keys[:length] == target[:length]:
+            longest = length
+            line_number = number
+    return line_number
 
 
 def _keys(dotted: str) -> list[str]:

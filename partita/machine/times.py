@@ -1,9 +1,9 @@
-"""What operators really take on one device of a machine: those that were measured, and a fit for those that were not."""
+"""Operator times of one device: a table of measured operators, and a fit for all others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,95 +12,139 @@ from scipy.optimize import nnls
 START = "start"
 """The feature of a kernel's fixed cost, beside two for each kind of kernel."""
 CAUSES = ("FLOPs", "bytes")
-"""The two sides of the roofline, which a fit adds up: by how much they hide each other is then in their factors."""
+"""The two sides of the roofline. A fit adds them; its factors express how much they overlap."""
+
+PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Candidate penalties for factors away from 1. At 0.1, a doubled factor costs as much as an error
+of 10 % in one operator."""
+FOLDS = 5
+"""Parts for cross-validation where all operators are of one model."""
+
+OperatorKey = tuple[str, int, tuple[int, ...]]
+"""An operator at its local shape: the digest of its terms, the number of working devices, and the
+number of parts of each factor."""
 
 
 def feature(kind: str, cause: str) -> str:
-    """The name of the seconds that kernels of a kind compute, or move bytes, by the roofline."""
+    """The name of a feature: roofline seconds of kernels of a kind by FLOPs or by bytes."""
     return f"{kind}, {cause}"
 
 
-HELD = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""What leaving the roofline may cost a fit: at 0.1, a factor that doubles is as dear as an operator that is a tenth off."""
-FOLDS = 5
-OperatorKey = tuple[str, int, tuple[int, ...]]
-"""An operator at its local shape: the digest of its terms, how many devices work, and into how many parts each factor is split."""
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class OperatorTimes:
-    """Seconds of operators on one device. `scale` multiplies the roofline's seconds of each feature, and is 1 for those that are not in it.
+    """Seconds of operators on one device."""
 
-    `corrections` is by how much the operators of a digest were slower than the fit, in the median of the splits that were measured: what of
-    an operator the fit does not see, its other splits have too. `error` is the relative error that is to be expected of the fit (`fitted_scales`), which was made from `samples` operators.
-    """
-
-    seconds: Mapping[OperatorKey, float]
-    scale: Mapping[str, float]
-    corrections: Mapping[str, float]
+    seconds: Mapping[OperatorKey, float] = field(hash=False)
+    """Measured operators."""
+    scale: Mapping[str, float] = field(hash=False)
+    """Feature -> factor on its roofline seconds, 1 where it is missing."""
+    corrections: Mapping[str, float] = field(hash=False)
+    """Digest of an operator -> its measured seconds over those of the fit, median of its measured
+    splits. The parts of an operator that the fit does not see also occur in its other splits."""
     error: float
+    """Expected relative error of the fit (`fitted_scales`)."""
     samples: int
+    """Number of operators in the fit."""
 
     def factor(self, feature: str) -> float:
+        """The factor on the roofline seconds of a feature."""
         return self.scale.get(feature, 1.0)
 
     def fitted_seconds(self, features: Mapping[str, float]) -> float:
-        """Seconds of an operator with these features, if nothing is known of it."""
+        """Seconds by the fit of an operator with these features."""
         return sum(self.factor(name) * seconds for name, seconds in features.items())
 
 
 def fitted_times(records: Iterable[Mapping[str, Any]]) -> OperatorTimes:
-    """What records of measured operators ("features", "seconds", and the "model" that each is of) tell of operators that were not measured."""
+    """A fit to records of measured operators ("features", "seconds", and the "model" of each)."""
     rows = list(records)
     scale, error = fitted_scales(
-        [r["features"] for r in rows], [r["seconds"] for r in rows], [r["model"] for r in rows]
+        [row["features"] for row in rows],
+        [row["seconds"] for row in rows],
+        [row["model"] for row in rows],
     )
-    return OperatorTimes({}, scale, {}, error, len(rows))
+    return OperatorTimes(
+        seconds={},
+        scale=scale,
+        corrections={},
+        error=error,
+        samples=len(rows),
+    )
 
 
 def fitted_scales(
-    features: Sequence[Mapping[str, float]], seconds: Sequence[float], models: Sequence[str]
+    features: Sequence[Mapping[str, float]],
+    seconds: Sequence[float],
+    models: Sequence[str],
 ) -> tuple[dict[str, float], float]:
-    """(scale per feature, error): non-negative least squares of relative errors, held near what the roofline says.
+    """Factor of every feature, and the expected relative error.
 
-    `features` are the roofline's seconds of each operator, by name. The error is what is to be expected of a model that was not seen: each model's operators are
-    predicted by a fit to all others', and what they are off, added up, is taken over what they take, in the mean of the models. How firmly the fit is held (HELD)
-    is what makes that error least: few operators say little, and many much. Where all are of one model, one part in FOLDS of them is left out after the other.
+    Non-negative least squares of relative errors, with a penalty for factors away from 1.
+    `features`: roofline seconds of each operator, by name.
 
-    >>> scale, error = fitted_scales([{"dot": 1.0}, {"dot": 2.0}, {"dot": 1.0, "reduce": 3.0}] * 9, [2.0, 4.0, 8.0] * 9, ["a"] * 9 + ["b"] * 9 + ["c"] * 9)
+    The error is that on an unseen model: each model's operators are predicted by a fit to all other
+    models. Their absolute errors, summed, are divided by their seconds, and averaged over the
+    models. The penalty is the one with the smallest error: a strong one for few operators, a weak
+    one for many. If all operators are of one model, FOLDS parts of them take the place of models.
+
+    >>> scale, error = fitted_scales(
+    ...     [{"dot": 1.0}, {"dot": 2.0}, {"dot": 1.0, "reduce": 3.0}] * 9,
+    ...     [2.0, 4.0, 8.0] * 9,
+    ...     ["a"] * 9 + ["b"] * 9 + ["c"] * 9,
+    ... )
     >>> round(scale["dot"], 1), round(scale["reduce"], 1), round(error, 2)
     (2.0, 2.0, 0.0)
     """
-    names = sorted({name for f in features for name in f})
+    names = sorted({name for row in features for name in row})
     if not names:
         return {}, 0.0
-    taken = np.array(seconds)
-    matrix = np.array([[f.get(name, 0.0) for name in names] for f in features]) / taken[:, None]
-    several = len(set(models)) > 1
-    groups = (
-        np.unique(np.array(models), return_inverse=True)[1]
-        if several
-        else np.arange(len(taken)) % FOLDS
-    )
-
-    def unseen(held: float) -> float:
-        """The error of what a fit has not seen."""
-        parts = [groups == g for g in range(max(groups) + 1)]
-        off = [
-            taken[part]
-            @ np.abs(matrix[part] @ _scales(matrix[~part], held) - 1)
-            / taken[part].sum()
-            for part in parts
-        ]
-        return float(np.mean(off))
-
-    errors = {held: unseen(held) for held in HELD}
-    best = min(HELD, key=lambda held: (errors[held], -held))
-    return dict(zip(names, map(float, _scales(matrix, best)), strict=True)), errors[best]
+    rows = [[row.get(name, 0.0) for name in names] for row in features]
+    measured = np.array(seconds)
+    relative = np.array(rows) / measured[:, None]
+    groups = _groups(models)
+    errors = {
+        p: _unseen_error(
+            relative,
+            measured,
+            groups,
+            p,
+        )
+        for p in PENALTIES
+    }
+    penalty = min(PENALTIES, key=lambda p: (errors[p], -p))
+    factors = map(float, _fit(relative, penalty))
+    return dict(zip(names, factors, strict=True)), errors[penalty]
 
 
-def _scales(matrix: np.ndarray, held: float) -> np.ndarray:
-    """The factors of features, [sample, feature] over the sample's seconds, that bring every sum nearest to 1."""
-    count = matrix.shape[1]
-    rows = np.concatenate([matrix, held * np.eye(count)])
-    return nnls(rows, np.concatenate([np.ones(len(matrix)), np.full(count, held)]))[0]
+def _groups(models: Sequence[str]) -> np.ndarray:
+    """Per sample its group for cross-validation: its model, or one of FOLDS parts."""
+    if len(set(models)) > 1:
+        return np.unique(np.array(models), return_inverse=True)[1]
+    return np.arange(len(models)) % FOLDS
+
+
+def _unseen_error(
+    relative: np.ndarray,
+    measured: np.ndarray,
+    groups: np.ndarray,
+    penalty: float,
+) -> float:
+    """Mean relative error on groups that a fit has not seen."""
+    errors = []
+    for group in range(max(groups) + 1):
+        unseen = groups == group
+        predicted = relative[unseen] @ _fit(relative[~unseen], penalty)
+        absolute = measured[unseen] @ np.abs(predicted - 1)
+        errors.append(absolute / measured[unseen].sum())
+    return float(np.mean(errors))
+
+
+def _fit(relative: np.ndarray, penalty: float) -> np.ndarray:
+    """The factors that bring every weighted sum of features nearest to 1.
+
+    `relative`: [sample, feature], roofline seconds over measured seconds.
+    """
+    samples, features = relative.shape
+    rows = np.concatenate([relative, penalty * np.eye(features)])
+    targets = np.concatenate([np.ones(samples), np.full(features, penalty)])
+    return nnls(rows, targets)[0]

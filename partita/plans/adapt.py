@@ -26,7 +26,12 @@ def fit_plan(plan: Plan, graph: OperatorGraph) -> Plan:
     reduced = []
     for index, operator in enumerate(graph.operators):
         planned = plan.choices.get(operator.name, {})
-        choice = _divisible_choice(plan, graph, index, planned)
+        choice = _divisible_choice(
+            plan,
+            graph,
+            index,
+            planned,
+        )
         choices[operator.name] = choice
         if choice != planned:
             reduced.append(operator.name)
@@ -57,7 +62,10 @@ def fit_plan(plan: Plan, graph: OperatorGraph) -> Plan:
 
 
 def _divisible_choice(
-    plan: Plan, graph: OperatorGraph, operator: int, planned: Mapping[str, str]
+    plan: Plan,
+    graph: OperatorGraph,
+    operator: int,
+    planned: Mapping[str, str],
 ) -> dict[str, str]:
     choice: dict[str, str] = {}
     local_sizes: dict[str, int] = {}
@@ -72,10 +80,23 @@ def _divisible_choice(
         if size % axis.size == 0:
             local_sizes[name] = size // axis.size
             choice[axis.name] = name
-    return {} if illegal_reason(graph, operator, choice, plan.mesh) else choice
+    return (
+        {}
+        if illegal_reason(
+            graph,
+            operator,
+            choice,
+            plan.mesh,
+        )
+        else choice
+    )
 
 
-def _divides(plan: Plan, storage: Storage, shape: tuple[int, ...]) -> bool:
+def _divides(
+    plan: Plan,
+    storage: Storage,
+    shape: tuple[int, ...],
+) -> bool:
     """Whether the storage's axes divide its dim of a variable of this shape."""
     ways = 1
     for name in storage.axes:

@@ -18,7 +18,11 @@ Choice = Mapping[str, str]
 Baseline = Callable[[OperatorGraph, str, Mesh], Plan]
 
 
-def _factors(graph: OperatorGraph, operator: Operator, kind: str) -> list[Factor]:
+def _factors(
+    graph: OperatorGraph,
+    operator: Operator,
+    kind: str,
+) -> list[Factor]:
     """An operator's factors of a kind, largest first."""
     factors = [graph.factors[f] for f in operator.factors if graph.factors[f].kind == kind]
     return sorted(factors, key=lambda factor: -factor.size)
@@ -42,14 +46,30 @@ def choice_by_kinds(
             axis = mesh.axes[number]
             if axis.name in choice:
                 continue
-            name = _divisible_factor(graph, operator, kinds, axis, local_sizes)
+            name = _divisible_factor(
+                graph,
+                operator,
+                kinds,
+                axis,
+                local_sizes,
+            )
             if name is not None:
                 choice[axis.name] = name
                 local_sizes[name] //= axis.size
     if not choice:
         return choice
     index = graph.factors[operator.factors[0]].operator
-    return choice if illegal_reason(graph, index, choice, mesh) is None else {}
+    return (
+        choice
+        if illegal_reason(
+            graph,
+            index,
+            choice,
+            mesh,
+        )
+        is None
+        else {}
+    )
 
 
 def _divisible_factor(
@@ -69,24 +89,60 @@ def _divisible_factor(
 
 
 def _plan(
-    graph: OperatorGraph, machine: str, mesh: Mesh, name: str, choices: Mapping[str, Choice]
+    graph: OperatorGraph,
+    machine: str,
+    mesh: Mesh,
+    name: str,
+    choices: Mapping[str, Choice],
 ) -> Plan:
-    return Plan(graph.name, machine, mesh, choices, name=name, batch_size=graph.batch_size)
+    return Plan(
+        graph.name,
+        machine,
+        mesh,
+        choices,
+        name=name,
+        batch_size=graph.batch_size,
+    )
 
 
-def one_device(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
+def one_device(
+    graph: OperatorGraph,
+    machine: str,
+    mesh: Mesh,
+) -> Plan:
     """Full replication: every device does all the work of one."""
     choices: dict[str, Choice] = {operator.name: {} for operator in graph.operators}
-    return _plan(graph, machine, mesh, "one device", choices)
+    return _plan(
+        graph,
+        machine,
+        mesh,
+        "one device",
+        choices,
+    )
 
 
-def data_parallel(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
+def data_parallel(
+    graph: OperatorGraph,
+    machine: str,
+    mesh: Mesh,
+) -> Plan:
     """All operators split by sample over all axes."""
     axes = range(len(mesh.axes))
     choices = {}
     for operator in graph.operators:
-        choices[operator.name] = choice_by_kinds(graph, operator, mesh, [("S", axes)])
-    return _plan(graph, machine, mesh, "data parallel", choices)
+        choices[operator.name] = choice_by_kinds(
+            graph,
+            operator,
+            mesh,
+            [("S", axes)],
+        )
+    return _plan(
+        graph,
+        machine,
+        mesh,
+        "data parallel",
+        choices,
+    )
 
 
 def zero(stage: int) -> Baseline:
@@ -95,14 +151,22 @@ def zero(stage: int) -> Baseline:
     Stage 1 splits optimizer slots, 2 also gradients, 3 also variables.
     """
 
-    def zero_plan(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
+    def zero_plan(
+        graph: OperatorGraph,
+        machine: str,
+        mesh: Mesh,
+    ) -> Plan:
         plan = data_parallel(graph, machine, mesh)
         return replace(plan, name=f"ZeRO-{stage}", storage=storage_for(graph, plan, stage))
 
     return zero_plan
 
 
-def storage_for(graph: OperatorGraph, plan: Plan, stage: int) -> dict[str, Storage]:
+def storage_for(
+    graph: OperatorGraph,
+    plan: Plan,
+    stage: int,
+) -> dict[str, Storage]:
     """Storage of every parameter over the axes on which its operator's choice replicates it."""
     assignments = operator_assignments(graph, plan)
     storage = {}
@@ -119,21 +183,47 @@ def storage_for(graph: OperatorGraph, plan: Plan, stage: int) -> dict[str, Stora
     return storage
 
 
-def tensor_parallel(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
+def tensor_parallel(
+    graph: OperatorGraph,
+    machine: str,
+    mesh: Mesh,
+) -> Plan:
     """Megatron's pattern over all axes.
 
     Weights are split by output where the input is whole, by input where the input is split.
     """
-    return _megatron(graph, machine, mesh, "tensor parallel", sample_axes=0)
+    return _megatron(
+        graph,
+        machine,
+        mesh,
+        "tensor parallel",
+        sample_axes=0,
+    )
 
 
-def data_and_tensor(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
+def data_and_tensor(
+    graph: OperatorGraph,
+    machine: str,
+    mesh: Mesh,
+) -> Plan:
     """Samples over the outer half of the axes, Megatron's pattern over the inner half."""
     outer_half = (len(mesh.axes) + 1) // 2
-    return _megatron(graph, machine, mesh, "data x tensor", sample_axes=outer_half)
+    return _megatron(
+        graph,
+        machine,
+        mesh,
+        "data x tensor",
+        sample_axes=outer_half,
+    )
 
 
-def _megatron(graph: OperatorGraph, machine: str, mesh: Mesh, name: str, sample_axes: int) -> Plan:
+def _megatron(
+    graph: OperatorGraph,
+    machine: str,
+    mesh: Mesh,
+    name: str,
+    sample_axes: int,
+) -> Plan:
     """Column then row: an operator with an input split by P is split by R, otherwise by P.
 
     `sample_axes`: number of outer axes that split samples instead.
@@ -151,13 +241,24 @@ def _megatron(graph: OperatorGraph, machine: str, mesh: Mesh, name: str, sample_
             preferences = [("S", outer), ("R", inner)]
         else:
             preferences = [("S", outer), ("P", inner)]
-        choice = choice_by_kinds(graph, operator, mesh, preferences)
+        choice = choice_by_kinds(
+            graph,
+            operator,
+            mesh,
+            preferences,
+        )
         choices[operator.name] = choice
         if preferences[-1][0] == "P":
             is_split.append(len(choice) > sample_axes)
         else:
             is_split.append(input_split and preferences[-1][0] != "R")
-    return _plan(graph, machine, mesh, name, choices)
+    return _plan(
+        graph,
+        machine,
+        mesh,
+        name,
+        choices,
+    )
 
 
 def _forward_producers(graph: OperatorGraph) -> dict[int, list[int]]:
@@ -172,7 +273,11 @@ def _forward_producers(graph: OperatorGraph) -> dict[int, list[int]]:
     return producers
 
 
-def one_weird_trick(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
+def one_weird_trick(
+    graph: OperatorGraph,
+    machine: str,
+    mesh: Mesh,
+) -> Plan:
     """Dense layers by parameter, all others by sample (Krizhevsky 2014)."""
     axes = range(len(mesh.axes))
     choices = {}
@@ -183,25 +288,68 @@ def one_weird_trick(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
             and _factors(graph, operator, "R")
         )
         kind: FactorKind = "P" if is_dense else "S"
-        choices[operator.name] = choice_by_kinds(graph, operator, mesh, [(kind, axes)])
-    return _plan(graph, machine, mesh, "one weird trick", choices)
+        choices[operator.name] = choice_by_kinds(
+            graph,
+            operator,
+            mesh,
+            [(kind, axes)],
+        )
+    return _plan(
+        graph,
+        machine,
+        mesh,
+        "one weird trick",
+        choices,
+    )
 
 
-def spatial(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
+def spatial(
+    graph: OperatorGraph,
+    machine: str,
+    mesh: Mesh,
+) -> Plan:
     """Images by height, sequences by position, as far as sizes divide; the rest by sample."""
     axes = range(len(mesh.axes))
     choices = {}
     for index, operator in enumerate(graph.operators):
         choice = _split_in_space(graph, operator, mesh)
         other_axes = [number for number in axes if mesh.axes[number].name not in choice]
-        choice |= choice_by_kinds(graph, operator, mesh, [("S", other_axes)])
-        if illegal_reason(graph, index, choice, mesh) is not None:
-            choice = choice_by_kinds(graph, operator, mesh, [("S", axes)])
+        choice |= choice_by_kinds(
+            graph,
+            operator,
+            mesh,
+            [("S", other_axes)],
+        )
+        if (
+            illegal_reason(
+                graph,
+                index,
+                choice,
+                mesh,
+            )
+            is not None
+        ):
+            choice = choice_by_kinds(
+                graph,
+                operator,
+                mesh,
+                [("S", axes)],
+            )
         choices[operator.name] = choice
-    return _plan(graph, machine, mesh, "spatial", choices)
+    return _plan(
+        graph,
+        machine,
+        mesh,
+        "spatial",
+        choices,
+    )
 
 
-def _split_in_space(graph: OperatorGraph, operator: Operator, mesh: Mesh) -> dict[str, str]:
+def _split_in_space(
+    graph: OperatorGraph,
+    operator: Operator,
+    mesh: Mesh,
+) -> dict[str, str]:
     """A choice of the first attribute factor on the axes that leave two elements or more."""
     attributes = [graph.factors[f] for f in operator.factors if graph.factors[f].kind == "A"]
     choice: dict[str, str] = {}

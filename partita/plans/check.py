@@ -11,10 +11,18 @@ from partita.plans.plan import Mesh, Plan, placed_slice
 
 
 def check(plan: Plan, graph: OperatorGraph) -> Plan:
-    """The plan, if it fits the graph. PlanError names the operators, factors or sizes that do not."""
+    """The plan, if it fits the graph.
+
+    PlanError names the operators, factors or sizes that do not fit.
+    """
     _check_names(plan, graph)
     for number, operator in enumerate(graph.operators):
-        _check_choice(plan, graph, number, plan.choices[operator.name])
+        _check_choice(
+            plan,
+            graph,
+            number,
+            plan.choices[operator.name],
+        )
     _check_storage(plan, graph)
     check_stages(plan, graph)
     return plan
@@ -37,7 +45,10 @@ def _check_names(plan: Plan, graph: OperatorGraph) -> None:
 
 
 def _check_choice(
-    plan: Plan, graph: OperatorGraph, operator: int, choice: Mapping[str, str]
+    plan: Plan,
+    graph: OperatorGraph,
+    operator: int,
+    choice: Mapping[str, str],
 ) -> None:
     name = graph.operators[operator].name
     ways: dict[str, int] = {}
@@ -46,7 +57,12 @@ def _check_choice(
         axis = plan.mesh.axes[plan.mesh.index[axis_name]]
         place = placed_slice(factor)
         if place is None:
-            _check_factor(graph, operator, factor, axis_name)
+            _check_factor(
+                graph,
+                operator,
+                factor,
+                axis_name,
+            )
             ways[factor] = ways.get(factor, 1) * axis.size
             splits[axis_name] = factor
         elif place >= axis.size:
@@ -55,14 +71,29 @@ def _check_choice(
                 f"which has slices 0 to {axis.size - 1}."
             )
     for factor, count in ways.items():
-        _check_divides(graph, operator, factor, count)
+        _check_divides(
+            graph,
+            operator,
+            factor,
+            count,
+        )
     free_axes = tuple(a for a in plan.mesh.axes if a.name not in choice or a.name in splits)
-    reason = illegal_reason(graph, operator, splits, Mesh(free_axes))
+    reason = illegal_reason(
+        graph,
+        operator,
+        splits,
+        Mesh(free_axes),
+    )
     if reason:
         raise PlanError(f"'{name}' cannot run as planned: {reason}.")
 
 
-def _check_factor(graph: OperatorGraph, operator: int, factor: str, axis: str) -> None:
+def _check_factor(
+    graph: OperatorGraph,
+    operator: int,
+    factor: str,
+    axis: str,
+) -> None:
     if graph.factor(operator, factor) is not None:
         return
     name = graph.operators[operator].name
@@ -74,7 +105,12 @@ def _check_factor(graph: OperatorGraph, operator: int, factor: str, axis: str) -
     )
 
 
-def _check_divides(graph: OperatorGraph, operator: int, name: str, ways: int) -> None:
+def _check_divides(
+    graph: OperatorGraph,
+    operator: int,
+    name: str,
+    ways: int,
+) -> None:
     factor = graph.factor(operator, name)
     assert factor is not None
     size = graph.factors[factor].size
@@ -103,15 +139,18 @@ def _check_storage(plan: Plan, graph: OperatorGraph) -> None:
 
 
 def illegal_reason(
-    graph: OperatorGraph, operator: int, choice: Mapping[str, str], mesh: Mesh
+    graph: OperatorGraph,
+    operator: int,
+    choice: Mapping[str, str],
+    mesh: Mesh,
 ) -> str | None:
     """The reason why a choice cannot run although its sizes divide, None if it can.
 
-    XLA's partitioner sums the weight gradient of some convolutions over all devices instead of those
-    that share the sum (observed with jax 0.10.2 on CPU: the gradient is too large by the number of
-    remaining devices). This affects convolutions split in space and grouped convolutions. The
-    gradient is correct when every device takes part. Some splits of a grouped convolution by its
-    channels also give wrong results or abort the process. Only axes of devices count, because
+    XLA's partitioner sums the weight gradient of some convolutions over all devices instead of
+    those that share the sum (observed with jax 0.10.2 on CPU: the gradient is too large by the
+    number of remaining devices). This affects convolutions split in space and grouped convolutions.
+    The gradient is correct when every device takes part. Some splits of a grouped convolution by
+    its channels also give wrong results or abort the process. Only axes of devices count, because
     microbatches split samples over time.
     """
     device_axes = [axis.name for axis in mesh.axes if axis.level >= 0]

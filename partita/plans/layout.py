@@ -84,7 +84,9 @@ def operator_assignments(graph: OperatorGraph, plan: Plan) -> tuple[Assignment, 
 
 @lru_cache(maxsize=1 << 16)
 def spare_axes(
-    shape: tuple[int, ...], sharding: Sharding, mesh: Mesh
+    shape: tuple[int, ...],
+    sharding: Sharding,
+    mesh: Mesh,
 ) -> tuple[int, tuple[int, ...]] | None:
     """The dim of a tensor that its free mesh axes split furthest, and those axes; None if no dim.
 
@@ -112,8 +114,8 @@ def spare_axes(
 def update_families(graph: OperatorGraph) -> dict[int, int]:
     """Tensor -> the parameter (argument tensor) whose update it belongs to.
 
-    A parameter is updated where its slots are stored. Its family is its slots, and all values of the
-    update phase that are computed from them with the parameter's shape and label.
+    A parameter is updated where its slots are stored. Its family is its slots, and all values of
+    the update phase that are computed from them with the parameter's shape and label.
     """
     family = _parameters_and_slots(graph)
     updates = [x for x in graph.instructions if x.phase == "update" and x.trips == 1]
@@ -147,7 +149,11 @@ def _parameters_and_slots(graph: OperatorGraph) -> dict[int, int]:
     return family
 
 
-def _same_layout(graph: OperatorGraph, left: int, right: int) -> bool:
+def _same_layout(
+    graph: OperatorGraph,
+    left: int,
+    right: int,
+) -> bool:
     """Whether two tensors have equal labels and shapes."""
     if graph.labels[left] != graph.labels[right]:
         return False
@@ -163,7 +169,14 @@ def layout_of(graph: OperatorGraph, plan: Plan) -> Layout:
     builder.read_results()
     reads = []
     for (tensor, operator, target), readers in builder.reads.items():
-        reads.append(Read(tensor, operator, target, tuple(readers)))
+        reads.append(
+            Read(
+                tensor,
+                operator,
+                target,
+                tuple(readers),
+            )
+        )
     return Layout(tuple(builder.shardings), tuple(reads), builder.assignments)
 
 
@@ -293,7 +306,9 @@ def _producers(graph: OperatorGraph) -> dict[int, int]:
 
 
 def _stored_parameters(
-    graph: OperatorGraph, plan: Plan, assignments: tuple[Assignment, ...]
+    graph: OperatorGraph,
+    plan: Plan,
+    assignments: tuple[Assignment, ...],
 ) -> dict[int, tuple[Storage, Sharding]]:
     """Parameter tensor -> its storage, and the sharding of its update."""
     stored = {}

@@ -1,12 +1,13 @@
-"""Plans with places: operators on slices of mesh axes, pipeline stages, microbatches, rematerialization.
+"""Plans with places: operators on slices of mesh axes, pipeline stages, microbatches,
+rematerialization.
 
 `at(i)` in a choice places an operator on slice i of a mesh axis (the O of SOAP). On an axis without
 `at`, an operator uses all slices. Any operators may be placed, in any order of slices
 (`simulation.placed`).
 
 A plan with microbatches or rematerialization is a *pipeline*: on each axis either all operators are
-placed or none, and the slices are its *stages*. The work of a stage on one microbatch is a plan over
-the remaining axes (`stage_plan`), so costs, layouts and memory apply to it unchanged.
+placed or none, and the slices are its *stages*. The work of a stage on one microbatch is a plan
+over the remaining axes (`stage_plan`), so costs, layouts and memory apply to it unchanged.
 
 A microbatch is an equal part of the samples. In `stage_plan` the microbatches are one more axis, in
 front of the others. It splits samples over time, not over devices, and has no traffic.
@@ -66,7 +67,10 @@ def stage_count(plan: Plan) -> int:
 
 
 def sample_factor(
-    graph: OperatorGraph, operator: int, ways: Mapping[int, int], microbatches: int
+    graph: OperatorGraph,
+    operator: int,
+    ways: Mapping[int, int],
+    microbatches: int,
 ) -> int:
     """The sample factor of an operator that microbatches split further, -1 if none divides.
 
@@ -93,7 +97,12 @@ def stage_plan(graph: OperatorGraph, plan: Plan) -> Plan:
             for axis, use in choice.items():
                 factor = factor_of[use]
                 ways[factor] = ways.get(factor, 1) * sizes[axis]
-            samples = sample_factor(graph, number, ways, plan.microbatches)
+            samples = sample_factor(
+                graph,
+                number,
+                ways,
+                plan.microbatches,
+            )
             if samples >= 0:
                 choice[TIME] = graph.factors[samples].name
         choices[operator.name] = choice

@@ -28,7 +28,7 @@ from partita.plans.schema import SCHEDULES, SCHEMA, check_plan_json, parse_choic
 from partita.units import format_bytes, format_seconds
 
 TIME = "time"
-"""Name of the axis of successive microbatches: level -1, no links, no devices (`plans.pipeline`)."""
+"""Name of the microbatch axis: level -1, no links, no devices (`plans.pipeline`)."""
 
 
 @dataclass(frozen=True, slots=True)

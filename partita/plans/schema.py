@@ -1,7 +1,7 @@
 """The format of plan files: which keys a plan has, and which values they take.
 
-Works on plain JSON values. `check_plan_json` names the first key that is wrong and its allowed values.
-`plans.plan` builds a Plan from a value that passed.
+Works on plain JSON values. `check_plan_json` names the first key that is wrong and its allowed
+values. `plans.plan` builds a Plan from a value that passed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ def check_plan_json(value: Any, where: str) -> None:
         _check_storage(entry, axes, f"{where}, storage.{path}")
 
 
-def parse_choice(text: Any, axes: Iterable[str], where: str) -> dict[str, str]:
+def parse_choice(
+    text: Any,
+    axes: Iterable[str],
+    where: str,
+) -> dict[str, str]:
     """A choice, axis -> factor, from its text ("S:a,b P:c" or "replicate")."""
     if not isinstance(text, str):
         raise PlanError(f'{where}: needs a text like "S:a,b P:c" or "replicate", not {text!r}.')
@@ -167,7 +171,11 @@ def _check_axis(entry: Any, where: str) -> None:
         raise PlanError(f'{where}: needs {{"size": at least 2, "level": number}}, not {entry!r}.')
 
 
-def _check_storage(entry: Any, axes: Iterable[str], where: str) -> None:
+def _check_storage(
+    entry: Any,
+    axes: Iterable[str],
+    where: str,
+) -> None:
     is_storage = (
         isinstance(entry, dict)
         and set(entry) == {"dim", "axes", "zero"}
@@ -180,6 +188,10 @@ def _check_storage(entry: Any, axes: Iterable[str], where: str) -> None:
         _check_axis_name(axis, axes, where)
 
 
-def _check_axis_name(axis: str, axes: Iterable[str], where: str) -> None:
+def _check_axis_name(
+    axis: str,
+    axes: Iterable[str],
+    where: str,
+) -> None:
     if axis not in axes:
         raise PlanError(f"{where}: there is no axis {axis!r}; the mesh has {', '.join(axes)}.")

@@ -75,7 +75,7 @@ def place(
             placed = PlacedStep.of(graph, machine, check(plan, graph), terms)
         except PlanError:
             return None
-        if not machine.kinds and placed.least_seconds >= least:
+        if not machine.kinds and placed.lower_bound_seconds >= least:
             return None
         left -= 1
         if placed.seconds >= least or not fits(placed):

@@ -1,25 +1,23 @@
-"""When tasks run: a discrete-event simulation that knows time, order and resources, not networks.
+"""Discrete-event simulation of tasks. The engine knows time, order and resources, not networks.
 
-A task starts when all tasks before it have ended, its stream has come to it, and every resource that it uses is free.
+A task starts when all tasks before it have ended, its stream has reached it, and every resource that it uses is free.
 
-- A **stream** runs its tasks one after the other in the order of their numbers: a device's kernels, the collectives that it issues.
-- A **resource** serves tasks in the order in which they become ready, and where two do at once, by their numbers: a link that several
-  streams share. A task may hold it for a part of its time: a transfer that a slow link holds up leaves the fast one to others.
+- A **stream** runs its tasks one after the other, in the order of their numbers: the kernels of a device, the collectives that it issues.
+- A **resource** serves tasks in the order in which they become ready, ties by number: a link that several streams share. A task may use
+  a resource for a fraction of its time: a transfer that a slow link delays leaves the fast one to others.
 
-What takes no time takes no turn. Tasks are numbered so that what comes before a task has a smaller number. Then the order of service is
-unique, and there are two ways to the same times, to the bit:
+A task that takes no time occupies no stream and no resource. A task has a larger number than the tasks before it, so the order of service is
+unique. `run` simulates all tasks: without resources one sweep over them (`sweep`), else events from a heap.
 
-- `run` from nothing: without resources one sweep over the tasks, else events from a heap;
-- `Replay`, when the durations of some tasks change: the tasks from the first changed one on, in the order of the last run, and for every
-  resource a check that this still is the order in which they become ready. Where it is not, events again.
-
-The idea of re-simulating only what a change touches is FlexFlow's (Jia, Zaharia, Aiken, MLSys 2019, section 5.3).
+An incremental simulation calls `sweep` from the first changed task on. FlexFlow introduced the idea of simulating again only the affected
+tasks (Jia, Zaharia, Aiken, MLSys 2019, section 5.3).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -27,20 +25,23 @@ from numba import njit
 
 @dataclass(frozen=True, eq=False)
 class Tasks:
-    """What is simulated. `before[first[k]:first[k+1]]` come before task k; `resource[held[k]:held[k+1]]` it holds for `share` of its time.
+    """Tasks to simulate, as arrays. `before[first[k] : first[k + 1]]` are the tasks before task k.
 
-    `stream` is the one that runs a task, -1 for none.
+    Task k uses resource `resource[first_use[k] : first_use[k + 1]]` for the fractions `share` of its seconds, in the same positions.
     """
 
     seconds: np.ndarray
     stream: np.ndarray
+    """[task]: its stream, -1 for none."""
     first: np.ndarray
     before: np.ndarray
-    held: np.ndarray
+    first_use: np.ndarray
     resource: np.ndarray
     share: np.ndarray
     streams: int
+    """Number of streams."""
     resources: int
+    """Number of resources."""
 
     @staticmethod
     def of(
@@ -49,7 +50,7 @@ class Tasks:
         stream: Sequence[int] = (),
         uses: Sequence[Sequence[tuple[int, float]]] = (),
     ) -> Tasks:
-        """Tasks from lists: per task its seconds, the tasks before it, its stream, and (resource, share) pairs that it uses.
+        """Tasks from lists: of every task its seconds, the tasks before it, its stream, and (resource, share) of its uses.
 
         >>> run(Tasks.of([2.0, 1.0, 4.0], [[], [0], [0]])).end.tolist()
         [2.0, 3.0, 6.0]
@@ -58,17 +59,19 @@ class Tasks:
         """
         stream = stream or [-1] * len(seconds)
         uses = uses or [()] * len(seconds)
-        flat = [use for mine in uses for use in mine]
+        all_uses = [use for task_uses in uses for use in task_uses]
+        all_before = [b for task_before in before for b in task_before]
+        resources = [resource for resource, _ in all_uses]
         return Tasks(
-            np.array(seconds, float),
-            np.array(stream, np.int32),
-            _starts(before),
-            np.array([b for mine in before for b in mine], np.int32),
-            _starts(uses),
-            np.array([r for r, _ in flat], np.int32),
-            np.array([share for _, share in flat], float),
-            1 + max(stream, default=-1),
-            1 + max((r for r, _ in flat), default=-1),
+            seconds=np.array(seconds, float),
+            stream=np.array(stream, np.int32),
+            first=_row_starts(before),
+            before=np.array(all_before, np.int32),
+            first_use=_row_starts(uses),
+            resource=np.array(resources, np.int32),
+            share=np.array([share for _, share in all_uses], float),
+            streams=1 + max(stream, default=-1),
+            resources=1 + max(resources, default=-1),
         )
 
     @property
@@ -76,92 +79,53 @@ class Tasks:
         return len(self.seconds)
 
 
-def _starts(rows: Sequence[Sequence[object]]) -> np.ndarray:
-    """Where each row starts when all stand in one array, and where the last ends."""
+def _row_starts(rows: Sequence[Sequence[object]]) -> np.ndarray:
+    """[row + 1]: the start of every row in the concatenation of all rows, and its end."""
     return np.cumsum([0, *map(len, rows)]).astype(np.int32)
 
 
-@dataclass(frozen=True, eq=False)
-class Times:
-    """When each task could have started but for resources, when it started and ended, in seconds; `order` is the order of service."""
+class Times(NamedTuple):
+    """Simulated times of tasks, seconds."""
 
     ready: np.ndarray
+    """[task]: end of the tasks before it and of its predecessor in the stream."""
     start: np.ndarray
     end: np.ndarray
     order: np.ndarray
+    """The tasks in the order of service."""
 
     @property
     def seconds(self) -> float:
+        """End of the last task."""
         return float(self.end.max(initial=0.0))
 
 
 def check(tasks: Tasks) -> Tasks:
-    """The tasks themselves if the engine may rely on them; AssertionError otherwise."""
+    """The same tasks. AssertionError if they break an assumption of the engine."""
     numbers = np.repeat(np.arange(tasks.count), np.diff(tasks.first))
-    assert len(tasks.first) == len(tasks.held) == tasks.count + 1, (
-        "a row of tasks before, and of uses, per task"
+    rows = (len(tasks.first), len(tasks.first_use))
+    earlier = (tasks.before >= 0) & (tasks.before < numbers)
+    valid_seconds = (tasks.seconds >= 0) & np.isfinite(tasks.seconds)
+    numbered = (tasks.resource >= 0) & (tasks.resource < tasks.resources)
+    fractions = (tasks.share >= 0) & (tasks.share <= 1)
+    assert rows == (tasks.count + 1, tasks.count + 1), (
+        "every task has a row of `before` and of uses"
     )
-    assert len(tasks.stream) == tasks.count and np.all(tasks.stream < tasks.streams), (
-        "streams are numbered"
-    )
-    assert np.all(tasks.before >= 0) and np.all(tasks.before < numbers), (
-        "what comes before a task has a smaller number"
-    )
-    assert np.all(tasks.seconds >= 0) and np.all(np.isfinite(tasks.seconds)), (
-        "seconds are finite and not negative"
-    )
-    assert np.all((tasks.resource >= 0) & (tasks.resource < tasks.resources)), (
-        "resources are numbered"
-    )
-    assert np.all((tasks.share >= 0) & (tasks.share <= 1)), (
-        "no task holds a resource longer than it runs"
-    )
+    assert len(tasks.stream) == tasks.count, "every task has a stream, or -1"
+    assert np.all(tasks.stream < tasks.streams), "streams are numbered from 0"
+    assert np.all(earlier), "tasks before a task have smaller numbers"
+    assert np.all(valid_seconds), "seconds are finite and not negative"
+    assert np.all(numbered), "resources are numbered from 0"
+    assert np.all(fractions), "a task uses a resource for a fraction of its time"
     return tasks
 
 
-def critical(tasks: Tasks, times: Times) -> np.ndarray:
-    """Per task whether it is on the critical path: one way back from the last end to the start, over what each task had to wait for."""
-    found, ahead = np.zeros(tasks.count, bool), _ahead(tasks.seconds, tasks.stream, tasks.streams)
-    last = _served_before(times.order, tasks.seconds, tasks.held, tasks.resource, tasks.resources)
-    owner = np.repeat(np.arange(tasks.count), np.diff(tasks.held))
-    k = int(np.argmax(times.end)) if tasks.count else -1
-    while k >= 0:
-        found[k] = True
-        waited = [*tasks.before[tasks.first[k] : tasks.first[k + 1]], ahead[k]]
-        binding = [int(b) for b in waited if b >= 0 and times.end[b] == times.start[k]]
-        if not binding and times.start[k] > times.ready[k]:
-            binding = [
-                int(owner[use]) for use in last[tasks.held[k] : tasks.held[k + 1]] if use >= 0
-            ]
-            binding = [max(binding, key=lambda b: times.end[b])]
-        k = max(binding, default=-1)
-    return found
-
-
 def run(tasks: Tasks) -> Times:
-    """Simulates all tasks from nothing."""
+    """The times of all tasks."""
     n = tasks.count
     times = Times(np.zeros(n), np.zeros(n), np.zeros(n), np.arange(n, dtype=np.int32))
-    _run(tasks, times)
-    return times
-
-
-def _run(tasks: Tasks, times: Times) -> None:
     if tasks.resources:
-        _events(
-            tasks.seconds,
-            _ahead(tasks.seconds, tasks.stream, tasks.streams),
-            tasks.first,
-            tasks.before,
-            tasks.held,
-            tasks.resource,
-            tasks.share,
-            tasks.resources,
-            times.ready,
-            times.start,
-            times.end,
-            times.order,
-        )
+        _serve(_precedence(tasks), _uses(tasks), times)
     else:
         sweep(
             0,
@@ -174,85 +138,64 @@ def _run(tasks: Tasks, times: Times) -> None:
             times.end,
         )
         times.ready[:] = times.start
+    return times
 
 
-@dataclass(eq=False)
-class Replay:
-    """A simulation that is kept up to date while durations change; its times are those of `run`, to the bit.
+def critical(tasks: Tasks, times: Times) -> np.ndarray:
+    """[task]: whether it is on the critical path, one path from the last end back to the start.
 
-    >>> replay = Replay(Tasks.of([2.0, 1.0, 4.0], [[], [0], [0]]))
-    >>> replay.change([1], [7.0]), run(replay.tasks).seconds
-    (9.0, 9.0)
+    The predecessor of a task on the path is the task whose end let it start.
     """
+    on_path = np.zeros(tasks.count, bool)
+    precedence = _precedence(tasks)
+    previous_use = _previous_use(times.order, tasks.seconds, _uses(tasks))
+    task_of_use = np.repeat(np.arange(tasks.count), np.diff(tasks.first_use))
+    k = int(np.argmax(times.end)) if tasks.count else -1
+    while k >= 0:
+        on_path[k] = True
+        before = tasks.before[tasks.first[k] : tasks.first[k + 1]]
+        waited_for = [int(b) for b in (*before, precedence.ahead[k]) if b >= 0]
+        binding = [b for b in waited_for if times.end[b] == times.start[k]]
+        if not binding and times.start[k] > times.ready[k]:
+            uses = previous_use[tasks.first_use[k] : tasks.first_use[k + 1]]
+            users = [int(task_of_use[use]) for use in uses if use >= 0]
+            binding = [max(users, key=times.end.__getitem__)]
+        k = max(binding, default=-1)
+    return on_path
 
-    tasks: Tasks
-    times: Times = field(init=False)
-    again: int = 0
-    """How often the order of service changed, and events were simulated again."""
 
-    def __post_init__(self) -> None:
-        self.tasks = replace(self.tasks, seconds=self.tasks.seconds.copy())
-        self.times = run(self.tasks)
-        self._link()
+class _Precedence(NamedTuple):
+    """Seconds of tasks, and the order among them. `ahead[k]` is the task before k in its stream, -1 for none."""
 
-    def _link(self) -> None:
-        tasks, n = self.tasks, self.tasks.count
-        self._place = np.empty(n, np.int32)
-        self._place[self.times.order] = np.arange(n, dtype=np.int32)
-        self._ahead = _ahead(tasks.seconds, tasks.stream, tasks.streams)
-        self._last = _served_before(
-            self.times.order, tasks.seconds, tasks.held, tasks.resource, tasks.resources
-        )
-        self._owner = np.repeat(np.arange(n, dtype=np.int32), np.diff(tasks.held))
+    seconds: np.ndarray
+    ahead: np.ndarray
+    first: np.ndarray
+    before: np.ndarray
 
-    def change(
-        self, which: Sequence[int] | np.ndarray, seconds: Sequence[float] | np.ndarray
-    ) -> float:
-        """Gives some tasks other durations; the seconds of the whole."""
-        tasks, times = self.tasks, self.times
-        which, seconds = np.asarray(which, np.int64), np.asarray(seconds, float)
-        if not len(which):
-            return times.seconds
-        turns = bool(np.any((tasks.seconds[which] > 0) != (seconds > 0)))
-        tasks.seconds[which] = seconds
-        if not tasks.resources:
-            begin = int(which.min())
-            sweep(
-                begin,
-                tasks.seconds,
-                tasks.stream,
-                tasks.streams,
-                tasks.first,
-                tasks.before,
-                times.start,
-                times.end,
-            )
-            times.ready[begin:] = times.start[begin:]
-        elif turns or not _replay(
-            int(self._place[which].min()),
-            tasks.seconds,
-            self._ahead,
-            tasks.first,
-            tasks.before,
-            tasks.held,
-            tasks.share,
-            self._last,
-            self._owner,
-            times.order,
-            times.ready,
-            times.start,
-            times.end,
-        ):
-            self.again += 1
-            _run(tasks, times)
-            self._link()
-        return times.seconds
+
+class _Uses(NamedTuple):
+    """Uses of resources: task k has the uses `first[k]` to `first[k + 1]`."""
+
+    first: np.ndarray
+    resource: np.ndarray
+    share: np.ndarray
+    resources: int
+
+
+def _precedence(tasks: Tasks) -> _Precedence:
+    ahead = _ahead(tasks.seconds, tasks.stream, tasks.streams)
+    return _Precedence(tasks.seconds, ahead, tasks.first, tasks.before)
+
+
+def _uses(tasks: Tasks) -> _Uses:
+    return _Uses(tasks.first_use, tasks.resource, tasks.share, tasks.resources)
 
 
 @njit(cache=True)
-def sweep(begin, seconds, stream, streams, first, before, start, end):  # noqa: ANN001, ANN201
-    """Times of the tasks from `begin` on, where nothing is shared between streams."""
-    free, missing = np.full(streams, -1.0), streams
+def sweep(begin, seconds, stream, streams, first, before, start, end):
+    """Writes `start` and `end` of the tasks from `begin` on, where streams share no resource. Those before `begin` are given."""
+    free = np.full(streams, -1.0)
+    missing = streams
     k = begin - 1
     while k >= 0 and missing:
         s = stream[k]
@@ -273,73 +216,87 @@ def sweep(begin, seconds, stream, streams, first, before, start, end):  # noqa: 
 
 
 @njit(cache=True)
-def _ahead(seconds, stream, streams):  # noqa: ANN001, ANN202
-    """Per task, the one that its stream runs before it; -1 for none."""
-    last, found = np.full(streams, -1, np.int32), np.full(len(seconds), -1, np.int32)
+def _ahead(seconds, stream, streams):
+    """[task]: the task before it in its stream, -1 for none."""
+    last = np.full(streams, -1, np.int32)
+    ahead = np.full(len(seconds), -1, np.int32)
     for k in range(len(seconds)):
         if stream[k] >= 0 and seconds[k] > 0:
-            found[k] = last[stream[k]]
+            ahead[k] = last[stream[k]]
             last[stream[k]] = k
-    return found
+    return ahead
 
 
 @njit(cache=True)
-def _events(
-    seconds, ahead, first, before, held, resource, share, resources, ready, start, end, order
-):  # noqa: ANN001, ANN202
-    """Serves tasks by (ready, number) from a heap."""
+def _successors(precedence):
+    """(first, after): `after[first[k] : first[k + 1]]` are the tasks that wait for task k, by `before` or by stream."""
+    n = len(precedence.seconds)
+    first = np.zeros(n + 1, np.int32)
+    for k in range(n):
+        for j in range(precedence.first[k], precedence.first[k + 1]):
+            first[precedence.before[j] + 1] += 1
+        if precedence.ahead[k] >= 0:
+            first[precedence.ahead[k] + 1] += 1
+    for k in range(n):
+        first[k + 1] += first[k]
+    after = np.empty(first[n], np.int32)
+    fill = first[:-1].copy()
+    for k in range(n):
+        for j in range(precedence.first[k], precedence.first[k + 1]):
+            b = precedence.before[j]
+            after[fill[b]] = k
+            fill[b] += 1
+        b = precedence.ahead[k]
+        if b >= 0:
+            after[fill[b]] = k
+            fill[b] += 1
+    return first, after
+
+
+@njit(cache=True)
+def _serve(precedence, uses, times):
+    """Writes the times of all tasks, served by (ready, number) from a heap."""
+    seconds = precedence.seconds
     n = len(seconds)
-    waits = np.zeros(n, np.int32)
-    later = np.zeros(n + 1, np.int32)
+    first_after, after = _successors(precedence)
+    free = np.zeros(uses.resources)
+    waits = np.empty(n, np.int32)
+    heap = np.empty(n, np.int32)
+    size = 0
     for k in range(n):
-        waits[k] = first[k + 1] - first[k] + (ahead[k] >= 0)
-        for j in range(first[k], first[k + 1]):
-            later[before[j] + 1] += 1
-        if ahead[k] >= 0:
-            later[ahead[k] + 1] += 1
-    for k in range(n):
-        later[k + 1] += later[k]
-    after, fill = np.empty(later[n], np.int32), later[:-1].copy()
-    for k in range(n):
-        for j in range(first[k], first[k + 1]):
-            after[fill[before[j]]] = k
-            fill[before[j]] += 1
-        if ahead[k] >= 0:
-            after[fill[ahead[k]]] = k
-            fill[ahead[k]] += 1
-    free = np.zeros(resources)
-    heap, size = np.empty(n, np.int32), 0
-    for k in range(n):
-        ready[k] = 0.0
+        waits[k] = precedence.first[k + 1] - precedence.first[k] + (precedence.ahead[k] >= 0)
+        times.ready[k] = 0.0
         if waits[k] == 0:
-            size = _push(heap, size, k, ready)
+            size = _push(heap, size, k, times.ready)
     done = 0
     while size:
-        k, size = _pop(heap, size, ready)
-        order[done] = k
+        k, size = _pop(heap, size, times.ready)
+        times.order[done] = k
         done += 1
-        at = ready[k]
+        at = times.ready[k]
         if seconds[k] > 0:
-            for j in range(held[k], held[k + 1]):
-                at = max(at, free[resource[j]])
-            for j in range(held[k], held[k + 1]):
-                free[resource[j]] = at + share[j] * seconds[k]
-        start[k], end[k] = at, at + seconds[k]
-        for j in range(later[k], later[k + 1]):
+            for j in range(uses.first[k], uses.first[k + 1]):
+                at = max(at, free[uses.resource[j]])
+            for j in range(uses.first[k], uses.first[k + 1]):
+                free[uses.resource[j]] = at + uses.share[j] * seconds[k]
+        times.start[k] = at
+        times.end[k] = at + seconds[k]
+        for j in range(first_after[k], first_after[k + 1]):
             m = after[j]
-            ready[m] = max(ready[m], end[k])
+            times.ready[m] = max(times.ready[m], times.end[k])
             waits[m] -= 1
             if waits[m] == 0:
-                size = _push(heap, size, m, ready)
+                size = _push(heap, size, m, times.ready)
 
 
 @njit(cache=True)
-def _sooner(a, b, ready):  # noqa: ANN001, ANN202
-    return ready[a] < ready[b] or ready[a] == ready[b] and a < b
+def _sooner(a, b, ready):
+    return ready[a] < ready[b] or (ready[a] == ready[b] and a < b)
 
 
 @njit(cache=True)
-def _push(heap, size, k, ready):  # noqa: ANN001, ANN202
+def _push(heap, size, k, ready):
+    """The size of the heap with task k."""
     i = size
     while i > 0 and _sooner(k, heap[(i - 1) // 2], ready):
         heap[i] = heap[(i - 1) // 2]
@@ -349,9 +306,12 @@ def _push(heap, size, k, ready):  # noqa: ANN001, ANN202
 
 
 @njit(cache=True)
-def _pop(heap, size, ready):  # noqa: ANN001, ANN202
-    top, size = heap[0], size - 1
-    k, i = heap[size], 0
+def _pop(heap, size, ready):
+    """(first task of the heap, size of the heap without it)."""
+    top = heap[0]
+    size = size - 1
+    k = heap[size]
+    i = 0
     while 2 * i + 1 < size:
         child = 2 * i + 1
         if child + 1 < size and _sooner(heap[child + 1], heap[child], ready):
@@ -365,39 +325,14 @@ def _pop(heap, size, ready):  # noqa: ANN001, ANN202
 
 
 @njit(cache=True)
-def _served_before(order, seconds, held, resource, resources):  # noqa: ANN001, ANN202
-    """Per use of a resource, the use that it served before; -1 for the first."""
-    last, found = np.full(resources, -1, np.int32), np.full(len(resource), -1, np.int32)
+def _previous_use(order, seconds, uses):
+    """[use]: the use that its resource served before, -1 for the first."""
+    last = np.full(uses.resources, -1, np.int32)
+    previous = np.full(len(uses.resource), -1, np.int32)
     for k in order:
         if seconds[k] > 0:
-            for j in range(held[k], held[k + 1]):
-                found[j] = last[resource[j]]
-            for j in range(held[k], held[k + 1]):
-                last[resource[j]] = j
-    return found
-
-
-@njit(cache=True)
-def _replay(
-    begin, seconds, ahead, first, before, held, share, last, owner, order, ready, start, end
-):  # noqa: ANN001, ANN202
-    """Times from place `begin` of the order on; False if some resource would now serve in another order."""
-    for place in range(begin, len(order)):
-        k = order[place]
-        at = 0.0
-        for j in range(first[k], first[k + 1]):
-            at = max(at, end[before[j]])
-        if ahead[k] >= 0:
-            at = max(at, end[ahead[k]])
-        ready[k] = at
-        if seconds[k] > 0:
-            for j in range(held[k], held[k + 1]):
-                use = last[j]
-                if use >= 0:
-                    other = owner[use]
-                    if ready[other] > ready[k] or ready[other] == ready[k] and other > k:
-                        return False
-                    at = max(at, start[other] + share[use] * seconds[other])
-        start[k] = at
-        end[k] = at + seconds[k]
-    return True
+            for j in range(uses.first[k], uses.first[k + 1]):
+                previous[j] = last[uses.resource[j]]
+            for j in range(uses.first[k], uses.first[k + 1]):
+                last[uses.resource[j]] = j
+    return previous

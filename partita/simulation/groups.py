@@ -1,18 +1,17 @@
-"""Which devices do the same at the same time: the cells of a plan on a machine.
+"""Device groups: devices that do the same at the same time, with one representative device each.
 
-A device is told apart from another by the slices of the axes on which operators are pinned, and by its kind where a machine's devices
-differ. Devices that nothing tells apart are one *cell*, which stands for all of them: a step is simulated once per cell, whatever the number
-of devices. Under a plan that pins nothing on a machine of equal devices there is one.
+Two devices differ by the slices of the mesh axes on which operators are placed, and by their kind where a machine's devices differ. A step
+is simulated once per group, whatever the number of devices. A plan without placed operators on equal devices has one group.
 
-Devices of two kinds may also differ by whom they wait for. So kinds are told apart further until all devices of a cell share every collective
-with the same cells (colour refinement; the coarsest such partition is what folding may join). `unfolded` makes every device a cell: the same
-times, at the price of as many tasks, which a test holds.
+Devices of one kind may also wait for different devices. So `folded` refines the groups until all devices of a group share every collective
+with the same groups (color refinement, which gives the coarsest such partition). `unfolded` makes a group of every device: the same times
+for more tasks, as a test checks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,134 +19,188 @@ import numpy as np
 from partita.graph.operator_graph import OperatorGraph
 from partita.plans.plan import Mesh, Plan, placed_slice
 
-Pins = Mapping[int, int]
-"""Mesh axis -> the slice of it that an operator lives on."""
+Slices = Mapping[int, int]
+"""Mesh axis -> the slice of it on which an operator is placed. An operator uses all slices of other axes."""
 
 
 @dataclass(frozen=True, eq=False)
-class Cells:
-    """`number[slices]` is the cell of the devices in these slices of the axes `told`; `kinds[c]` the kind of cell c's devices."""
+class DeviceGroups:
+    """The device groups of a mesh. Groups are numbered from 0."""
 
     mesh: Mesh
-    told: tuple[int, ...]
+    axes: tuple[int, ...]
+    """The mesh axes whose slices differ in their groups."""
     number: np.ndarray
+    """[slice of each of `axes`]: the group of the devices there."""
     kinds: tuple[int, ...] = (0,)
+    """[group]: the kind of its devices."""
 
     @property
     def count(self) -> int:
         return len(self.kinds)
 
     @property
-    def devices(self) -> list[int]:
-        """How many devices each cell stands for."""
-        alike = self.mesh.size // self.number.size
-        return (np.bincount(self.number.reshape(-1), minlength=self.count) * alike).tolist()
+    def devices_per_entry(self) -> int:
+        """Devices of the mesh for one entry of `number`."""
+        return self.mesh.size // self.number.size
 
-    def on(self, pins: Pins) -> tuple[int, ...]:
-        """The cells that an operator pinned so lives in."""
-        return tuple(np.unique(self.number[self._where(pins)]).tolist())
+    @property
+    def device_counts(self) -> list[int]:
+        """[group]: number of its devices."""
+        entries = np.bincount(self.number.reshape(-1), minlength=self.count)
+        return (entries * self.devices_per_entry).tolist()
 
-    def groups(self, axes: Iterable[int], pins: Pins) -> list[tuple[int, ...]]:
-        """The cells that take part together in a collective over axes of an operator pinned so, group by group."""
-        rows = self.rows([a for a in axes if a not in pins], pins)
-        return sorted({tuple(sorted(set(row))) for row in rows.reshape(len(rows), -1).tolist()})
+    def groups_on(self, slices: Slices) -> tuple[int, ...]:
+        """The groups with devices on these slices."""
+        return tuple(np.unique(self.number[self._index(slices)]).tolist())
 
-    def rows(self, axes: Iterable[int], pins: Pins) -> np.ndarray:
-        """[group, slice of each told one of the axes]: the cells of devices that differ only in the slices of these axes."""
-        along = [n for n, a in enumerate(self.told) if a in set(axes)]
-        first = self.number[self._where(pins)]
-        last = tuple(range(first.ndim - len(along), first.ndim))
-        return np.moveaxis(first, along, last).reshape(-1, *(first.shape[n] for n in along))
+    def collective_groups(self, axes: Iterable[int], slices: Slices) -> list[tuple[int, ...]]:
+        """The groups that take part together in a collective over `axes`, by an operator on these slices."""
+        rows = self.rows([a for a in axes if a not in slices], slices)
+        members = rows.reshape(len(rows), -1).tolist()
+        return sorted({tuple(sorted(set(row))) for row in members})
 
-    def _where(self, pins: Pins) -> tuple[slice, ...]:
-        return tuple(slice(pins[a], pins[a] + 1) if a in pins else slice(None) for a in self.told)
+    def rows(self, axes: Iterable[int], slices: Slices) -> np.ndarray:
+        """[row, slice of each of `axes` that is in `self.axes`]: a row has the groups of devices that differ only along `axes`."""
+        chosen_axes = set(axes)
+        along = [n for n, axis in enumerate(self.axes) if axis in chosen_axes]
+        number = self.number[self._index(slices)]
+        last_dims = tuple(range(number.ndim - len(along), number.ndim))
+        row_shape = [number.shape[n] for n in along]
+        return np.moveaxis(number, along, last_dims).reshape(-1, *row_shape)
 
-    def name(self, cell: int) -> str:
-        """What a person calls a cell: the slices that all of its devices are in."""
-        places = np.argwhere(self.number == cell)
-        return " ".join(
-            f"{self.mesh.axes[a].name}={i[0]}"
-            for a, i in zip(self.told, places.T.tolist(), strict=True)
-            if len(set(i)) == 1
-        )
+    def _index(self, slices: Slices) -> tuple[slice, ...]:
+        return index_of(self.axes, slices)
 
-
-def pins_of(graph: OperatorGraph, plan: Plan) -> list[dict[int, int]]:
-    """Per operator the axes on which it is pinned, and where."""
-    found = []
-    for o in graph.operators:
-        choice = plan.choices[o.name]
-        at = {n: placed_slice(choice.get(axis.name, "")) for n, axis in enumerate(plan.mesh.axes)}
-        found.append({n: i for n, i in at.items() if i is not None})
-    return found
+    def name(self, group: int) -> str:
+        """The slices that all devices of a group are on, for people; "" if there are none."""
+        entries = np.argwhere(self.number == group)
+        words = []
+        for axis, slices in zip(self.axes, entries.T.tolist(), strict=True):
+            if len(set(slices)) == 1:
+                words.append(f"{self.mesh.axes[axis].name}={slices[0]}")
+        return " ".join(words)
 
 
-def one(mesh: Mesh) -> Cells:
-    """All devices as one cell."""
-    return Cells(mesh, (), np.zeros((), np.int64))
+def index_of(axes: Iterable[int], slices: Slices) -> tuple[slice, ...]:
+    """An index into an array with one dim per axis: the given slice of an axis, or all slices. Dims stay."""
+    index = []
+    for axis in axes:
+        if axis in slices:
+            index.append(slice(slices[axis], slices[axis] + 1))
+        else:
+            index.append(slice(None))
+    return tuple(index)
 
 
-def unfolded(mesh: Mesh, kinds: Sequence[int]) -> Cells:
-    """Every device as a cell of its own. `kinds` are those of the machine's devices, in their order."""
-    return Cells(
-        mesh,
-        tuple(range(len(mesh.axes))),
-        np.arange(mesh.size).reshape(mesh.sizes),
-        tuple(kinds[: mesh.size]),
+def slices_of(graph: OperatorGraph, plan: Plan) -> list[dict[int, int]]:
+    """[operator]: the slices on which a plan places it."""
+    slices = []
+    for operator in graph.operators:
+        choice = plan.choices[operator.name]
+        own: dict[int, int] = {}
+        for number, axis in enumerate(plan.mesh.axes):
+            position = placed_slice(choice.get(axis.name, ""))
+            if position is not None:
+                own[number] = position
+        slices.append(own)
+    return slices
+
+
+def unfolded(mesh: Mesh, kinds: Sequence[int]) -> DeviceGroups:
+    """A group for every device. `kinds` are those of the machine's devices, in their order."""
+    return DeviceGroups(
+        mesh=mesh,
+        axes=tuple(range(len(mesh.axes))),
+        number=np.arange(mesh.size).reshape(mesh.sizes),
+        kinds=tuple(kinds[: mesh.size]),
     )
 
 
 def folded(
-    mesh: Mesh, kinds: Sequence[int], pins: Iterable[Pins], together: Iterable[frozenset[int]]
-) -> Cells:
-    """The fewest cells for operators pinned so, whose collectives are over the axes `together`. `kinds` as in `unfolded`; empty for equal devices."""
-    kind = np.array(kinds[: mesh.size] if len(kinds) else [0] * 1, np.int64)
-    pinned = {a for mine in pins for a in mine}
-    if not kind.any():  # all alike: slices of pinned axes are all there is to tell apart
-        told = tuple(sorted(pinned))
-        sizes = [mesh.sizes[a] for a in told]
-        return Cells(
-            mesh,
-            told,
-            np.arange(math.prod(sizes)).reshape(sizes),
-            (int(kind[0]),) * math.prod(sizes),
-        )
-    kind = kind.reshape(mesh.sizes)
-    differ = {a for a in range(kind.ndim) if np.diff(kind, axis=a).any()}
-    told = tuple(sorted(pinned | differ))
-    kind = kind[tuple(slice(None) if a in told else 0 for a in range(kind.ndim))]
-    number = np.zeros(kind.shape, np.int64)
-    for n, a in enumerate(told):
-        if a in pinned:
-            number = number * mesh.sizes[a] + np.arange(mesh.sizes[a]).reshape(
-                [-1 if i == n else 1 for i in range(kind.ndim)]
-            )
-    cells = Cells(
-        mesh,
-        told,
-        _numbered(np.stack([number.reshape(-1), kind.reshape(-1)], 1)).reshape(kind.shape),
+    mesh: Mesh,
+    kinds: Sequence[int],
+    slices: Iterable[Slices],
+    collective_axes: Iterable[Set[int]],
+) -> DeviceGroups:
+    """The fewest groups for operators on these slices. `collective_axes` are the axes of every collective.
+
+    `kinds` are those of the machine's devices, in their order; empty if all are equal.
+    """
+    placed_axes = {axis for own in slices for axis in own}
+    device_kinds = np.array(kinds[: mesh.size], np.int64)
+    if not device_kinds.any():
+        return _groups_of_slices(mesh, sorted(placed_axes))
+    device_kinds = device_kinds.reshape(mesh.sizes)
+    dims = range(device_kinds.ndim)
+    kind_axes = {axis for axis in dims if np.diff(device_kinds, axis=axis).any()}
+    axes = tuple(sorted(placed_axes | kind_axes))
+    device_kinds = device_kinds[tuple(slice(None) if axis in axes else 0 for axis in dims)]
+    place_number = _numbers_of_slices(mesh, axes, placed_axes, device_kinds.shape)
+    place_and_kind = np.stack([place_number.reshape(-1), device_kinds.reshape(-1)], 1)
+    number = _row_numbers(place_and_kind).reshape(device_kinds.shape)
+    relevant_axes = {frozenset(own & set(axes)) for own in collective_axes} - {frozenset()}
+    groups = _refined(DeviceGroups(mesh, axes, number), relevant_axes)
+    _, first_device = np.unique(groups.number, return_index=True)
+    group_kinds = device_kinds.reshape(-1)[first_device]
+    return DeviceGroups(mesh, axes, groups.number, tuple(group_kinds.tolist()))
+
+
+def _groups_of_slices(mesh: Mesh, axes: Sequence[int]) -> DeviceGroups:
+    """A group for every combination of slices of `axes`, on equal devices."""
+    sizes = [mesh.sizes[axis] for axis in axes]
+    count = math.prod(sizes)
+    return DeviceGroups(
+        mesh=mesh,
+        axes=tuple(axes),
+        number=np.arange(count).reshape(sizes),
+        kinds=(0,) * count,
     )
-    over = {axes & set(told) for axes in together} - {frozenset()}
+
+
+def _numbers_of_slices(
+    mesh: Mesh, axes: Sequence[int], placed_axes: Set[int], shape: tuple[int, ...]
+) -> np.ndarray:
+    """[slice of each of `axes`]: a number for every combination of slices of the placed axes."""
+    number = np.zeros(shape, np.int64)
+    for dim, axis in enumerate(axes):
+        if axis in placed_axes:
+            broadcast = [1] * len(shape)
+            broadcast[dim] = -1
+            size = mesh.sizes[axis]
+            number = number * size + np.arange(size).reshape(broadcast)
+    return number
+
+
+def _refined(groups: DeviceGroups, collective_axes: Iterable[Set[int]]) -> DeviceGroups:
+    """The coarsest refinement in which all devices of a group share every collective with the same groups."""
+    shape = groups.number.shape
+    positions = DeviceGroups(groups.mesh, groups.axes, np.arange(groups.number.size).reshape(shape))
+    collective_axes = list(collective_axes)
     while True:
-        columns = [cells.number.reshape(-1)]
-        for axes in over:
-            place = Cells(mesh, told, np.arange(kind.size).reshape(kind.shape)).rows(axes, {})
-            rows = np.sort(cells.rows(axes, {}).reshape(len(place), -1), axis=1)
-            again = rows[:, 1:] == rows[:, :-1]
-            rows[:, 1:][again] = -1  # who takes part, not how many of them
-            column = np.empty(kind.size, np.int64)
-            column[place.reshape(-1)] = np.repeat(_numbered(np.sort(rows, axis=1)), rows.shape[1])
+        columns = [groups.number.reshape(-1)]
+        for axes in collective_axes:
+            members = _members(groups.rows(axes, {}))
+            column = np.empty(groups.number.size, np.int64)
+            row_numbers = np.repeat(_row_numbers(members), members.shape[1])
+            column[positions.rows(axes, {}).reshape(-1)] = row_numbers
             columns.append(column)
-        finer = _numbered(np.stack(columns, 1))
-        if finer.max() == cells.number.max():
-            break
-        cells = Cells(mesh, told, finer.reshape(kind.shape))
-    _, first = np.unique(cells.number, return_index=True)
-    return Cells(mesh, told, cells.number, tuple(kind.reshape(-1)[first].tolist()))
+        number = _row_numbers(np.stack(columns, 1))
+        if number.max() == groups.number.max():
+            return groups
+        groups = DeviceGroups(groups.mesh, groups.axes, number.reshape(shape))
 
 
-def _numbered(rows: np.ndarray) -> np.ndarray:
-    """A number per row, the same for equal rows, in the order in which they first stand."""
+def _members(rows: np.ndarray) -> np.ndarray:
+    """[row, n]: the groups of a row in order, each once, padded with -1 in front."""
+    members = np.sort(rows.reshape(len(rows), -1), axis=1)
+    repeated = members[:, 1:] == members[:, :-1]
+    members[:, 1:][repeated] = -1
+    return np.sort(members, axis=1)
+
+
+def _row_numbers(rows: np.ndarray) -> np.ndarray:
+    """[row]: a number, the same for equal rows, in the order of their first occurrence."""
     _, first, number = np.unique(rows, axis=0, return_index=True, return_inverse=True)
     rank = np.empty(len(first), np.int64)
     rank[np.argsort(first)] = np.arange(len(first))

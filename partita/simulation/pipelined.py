@@ -1,31 +1,31 @@
-"""A step in stages and microbatches, simulated: what each stage does when, what it waits for, and what it holds.
+"""A step in pipeline stages and microbatches: passes, transfers and memory of every stage.
 
-Inside a stage all devices do the same, so that what a stage does with one microbatch is a simulation like any other (`simulate.step`), of the
-stage's own tasks under the plan `plan.stages.inside`. Its length is then one task of the pipeline: forward and backward by microbatch, and
-the update. Between stages, values go over the links of the axes that tell stages apart; the links into and out of a stage are resources that
-transfers take in turn. A stage takes its microbatches in the order of the plan's schedule.
+All devices of a stage do the same, so the work of a stage on one microbatch is a simulation of its tasks under the plan
+`plans.pipeline.stage_plan`. Its seconds are those of one task of the pipeline (`pipeline_tasks`): forward and backward per microbatch, and
+the update once. Values go from stage to stage over the links of the axes whose slices are the stages.
 
-What is rematerialized_runs takes its forward time once more in the backward pass, and of its forward values only those that enter the run are kept.
+A rematerialized run takes its forward time once more in the backward pass. Of its forward values only those that enter the run stay in memory.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
-from partita.cost.collectives import collectives
+from partita.cost.collectives import Collective, collectives
 from partita.cost.evaluate import PARTS, OperatorCost, compute_source, operator_costs
 from partita.cost.memory import KINDS, PeakMemory, memory
-from partita.cost.moves import Group, Placement, group_of, move_seconds
+from partita.cost.moves import Placement, group_of, move_seconds
 from partita.cost.predict import OperatorPrediction, Prediction, build_prediction
-from partita.cost.terms import Terms, cost_terms
+from partita.cost.terms import Move, Terms, cost_terms
 from partita.cost.work import local_flops
 from partita.errors import PlanError
-from partita.graph.operator_graph import Label, OperatorGraph, Phase
+from partita.graph.operator_graph import Label, OperatorGraph
 from partita.machine import Machine
 from partita.plans.layout import Layout, label_sharding, layout_of
 from partita.plans.pipeline import (
@@ -35,539 +35,520 @@ from partita.plans.pipeline import (
     stage_axes,
     stage_count,
     stage_plan,
-    stage_schedule,
 )
 from partita.plans.plan import TIME, Plan
 from partita.simulation.base import SimulatedStep
-from partita.simulation.engine import Tasks, Times, critical, run
-from partita.simulation.structure import Structure, structure
+from partita.simulation.engine import Times, critical, run
+from partita.simulation.pipeline_tasks import (
+    PipelineTasks,
+    StageEdge,
+    StagePasses,
+    Transfer,
+    pipeline_tasks,
+)
+from partita.simulation.structure import Slot, structure
 from partita.simulation.tasks import slot_seconds, step_tasks
 from partita.simulation.timeline import KERNELS, LINKS, Span, Timeline
 
-Edge = tuple[int, int, Phase, Phase]
-"""(stage, other stage, phase in which a value is made, phase in which it is wanted)."""
+LASTING_KINDS = ("parameters", "optimizer", "state", "batch")
+"""Kinds of memory that a device has during the whole step."""
 
 
-@dataclass(frozen=True)
+class StageMemory(NamedTuple):
+    """Peak memory of a device of one stage. `microbatch_bytes` of it are those of each microbatch in flight."""
+
+    peak: PeakMemory
+    microbatch_bytes: float
+
+
+@dataclass(frozen=True, eq=False)
 class PipelinedStep(SimulatedStep):
-    """A plan in stages on a machine, with what its parts take: seconds by stage, of one microbatch but for the update."""
+    """A step of a plan with microbatches, stages or rematerialization, on equal devices."""
 
     graph: OperatorGraph
     machine: Machine
     plan: Plan
     terms: Terms
-    inner: Plan
+    stage_plan: Plan
+    """The plan of one microbatch inside a stage."""
     layout: Layout
-    stage: tuple[int, ...]
+    """Sharding of every tensor under `stage_plan`."""
+    stage_of: tuple[int, ...]
+    """[operator]: its stage."""
     run_of: tuple[int, ...]
+    """[operator]: the number of its rematerialized run, -1 for none."""
     costs: Sequence[OperatorCost]
+    """[operator]: its cost under `stage_plan`."""
 
     @staticmethod
     def of(
         graph: OperatorGraph, machine: Machine, plan: Plan, terms: Terms | None = None
     ) -> PipelinedStep:
-        """A checked plan with its costs. PlanError where the machine's devices differ."""
+        """The step of a checked plan. PlanError if the machine's devices differ."""
         if machine.kinds:
             raise PlanError(
-                f"The plan '{plan.name}' has microbatches or recomputes, and the devices of {machine.name} differ, where that cannot be simulated yet: give a plan "
-                "without them, which may place operators."
+                f"The plan '{plan.name}' has microbatches or rematerialization, which cannot be "
+                f"simulated on {machine.name}, whose devices differ. "
+                "Use a plan without them; it may place operators."
             )
-        terms, inner = terms or cost_terms(graph, machine.backend), stage_plan(graph, plan)
-        layout = layout_of(graph, inner)
-        costs = operator_costs(terms, Placement(machine, inner.mesh), layout, inner)
+        terms = terms or cost_terms(graph, machine.backend)
+        inner_plan = stage_plan(graph, plan)
+        layout = layout_of(graph, inner_plan)
+        placement = Placement(machine, inner_plan.mesh)
         return PipelinedStep(
-            graph,
-            machine,
-            plan,
-            terms,
-            inner,
-            layout,
-            operator_stages(graph, plan),
-            rematerialized_runs(graph, plan),
-            costs,
+            graph=graph,
+            machine=machine,
+            plan=plan,
+            terms=terms,
+            stage_plan=inner_plan,
+            layout=layout,
+            stage_of=operator_stages(graph, plan),
+            run_of=rematerialized_runs(graph, plan),
+            costs=operator_costs(terms, placement, layout, inner_plan),
+        )
+
+    def with_plan(self, plan: Plan) -> PipelinedStep:
+        """The step of a plan that differs only in stages, schedule or rematerialized runs, with the same costs."""
+        return replace(
+            self,
+            plan=plan,
+            stage_of=operator_stages(self.graph, plan),
+            run_of=rematerialized_runs(self.graph, plan),
         )
 
     @cached_property
     def stages(self) -> int:
+        """Number of stages."""
         return stage_count(self.plan)
 
     @cached_property
     def placement(self) -> Placement:
-        return Placement(self.machine, self.inner.mesh)
+        """The mesh of a stage on the machine's links."""
+        return Placement(self.machine, self.stage_plan.mesh)
+
+    def _local_bytes(self, nbytes: int, label: Label, operator: int) -> float:
+        """Bytes of a device for a tensor that is labelled with an operator's factors."""
+        sharding = label_sharding(label, self.layout.assignments[operator])
+        return nbytes / self.placement.shard_count([axis for dim in sharding for axis in dim])
+
+    def _same_stage(self, edge: Move) -> bool:
+        return self.stage_of[edge.home] == self.stage_of[edge.reader]
+
+    def _members(self, stage: int) -> list[int]:
+        """The operators of a stage."""
+        return [o for o, own_stage in enumerate(self.stage_of) if own_stage == stage]
 
     @cached_property
-    def between(self) -> Group:
-        """The links that tell stages apart, for transfers."""
-        return group_of(stage_axes(self.plan), self.plan.mesh)
-
-    def _part(self, nbytes: int, label: Label, operator: int) -> float:
-        """Bytes of a device's part of a tensor that is labelled in an operator's factors."""
-        return nbytes / self.placement.shard_count(
-            [a for axes in label_sharding(label, self.layout.assignments[operator]) for a in axes]
-        )
-
-    @cached_property
-    def transfers(self) -> Mapping[Edge, tuple[float, float]]:
-        """(seconds, bytes of a device) that go from one stage to another with every microbatch: each value once, as its first reader wants it."""
-        sent: dict[tuple[Edge, int], float] = {}
-        for m in self.terms.edges:
-            a, b = self.stage[m.home], self.stage[m.reader]
-            if a != b:
-                nbytes = m.trips * self._part(m.nbytes, m.dims[1], m.reader)
-                edge: Edge = (a, b, m.phase, m.read_phase)
-                sent[edge, m.tensor] = max(sent.get((edge, m.tensor), 0.0), nbytes)
-        total: dict[Edge, float] = defaultdict(float)
-        for (edge, _), nbytes in sent.items():
+    def transfers(self) -> Mapping[StageEdge, Transfer]:
+        """Transfers from stage to stage for every microbatch: each value once, as its first reader is sharded."""
+        by_tensor: dict[tuple[StageEdge, int], float] = {}
+        for move in self.terms.edges:
+            if self._same_stage(move):
+                continue
+            nbytes = move.trips * self._local_bytes(move.nbytes, move.dims[1], move.reader)
+            source = self.stage_of[move.home]
+            target = self.stage_of[move.reader]
+            edge = StageEdge(source, target, move.phase, move.read_phase)
+            by_tensor[edge, move.tensor] = max(by_tensor.get((edge, move.tensor), 0.0), nbytes)
+        total: dict[StageEdge, float] = defaultdict(float)
+        for (edge, _), nbytes in by_tensor.items():
             total[edge] += nbytes
-        return {
-            edge: (self.placement.seconds("collective_permute", nbytes, self.between), nbytes)
-            for edge, nbytes in total.items()
-        }
+        links = group_of(stage_axes(self.plan), self.plan.mesh)
+        transfers = {}
+        for edge, nbytes in total.items():
+            seconds = self.placement.seconds("collective_permute", nbytes, links)
+            transfers[edge] = Transfer(seconds, nbytes)
+        return transfers
 
     @cached_property
-    def passes(self) -> list[tuple[float, float, float]]:
-        """Per stage: seconds of a microbatch forward and backward, and of the last one backward with the sums of gradients and the update.
-
-        Variables that are stored in parts are gathered for every microbatch; those of which only the slots are, once, when they are updated.
-        """
+    def passes(self) -> list[StagePasses]:
+        """[stage]: seconds of its passes."""
         step = structure(self.graph, self.terms)
-        seconds = slot_seconds(
-            step,
-            self.costs,
-            [m for m in self.terms.edges if self.stage[m.home] == self.stage[m.reader]],
-            self.placement,
-            self.layout,
-        )
-        apart = {path for path, storage in self.plan.storage.items() if storage.zero == 3}
-        whole = [apart.isdisjoint(s.path for s in own.stored) for own in self.terms.operators]
-        once = np.array(
-            [
-                slot.phase == "update"
-                or slot.kind == "sum"
-                or slot.kind == "gather"
-                and whole[slot.operator]
-                for slot in step.slots
-            ]
-        )
-        mine = np.array(
-            [self.stage[slot.operator] if slot.operator >= 0 else -1 for slot in step.slots]
-        )
+        local_edges = [edge for edge in self.terms.edges if self._same_stage(edge)]
+        seconds = slot_seconds(step, self.costs, local_edges, self.placement, self.layout)
+        once = np.array([self._once_per_step(slot) for slot in step.slots])
         forward = np.array([slot.phase == "forward" for slot in step.slots]) & ~once
-        again = np.array(
-            [slot.operator >= 0 and self.run_of[slot.operator] >= 0 for slot in step.slots]
-        )
-        known: dict[bytes, tuple[float, float, float]] = {}
-        found = []
+        repeated = forward & np.array([self._rematerialized(slot) for slot in step.slots])
+        stage_of_slot = np.array([self._stage_of_slot(slot) for slot in step.slots])
+
+        def length(stage_seconds: np.ndarray, chosen: np.ndarray) -> float:
+            """Seconds of a device for the chosen slots."""
+            tasks = step_tasks(
+                step, np.where(chosen, stage_seconds, 0.0), self.machine.backend.overlap
+            )
+            return run(tasks.tasks).seconds
+
+        by_seconds: dict[bytes, StagePasses] = {}
+        passes = []
         for stage in range(self.stages):
-            own = np.where(mine == stage, seconds, 0.0)
-            key = own[mine == stage].tobytes()
-            if key not in known:
-                length = lambda chosen, own=own: _length(
-                    step, np.where(chosen, own, 0.0), self.machine
-                )  # noqa: E731
-                first = length(forward)
-                redo = length(forward & again) if again.any() else 0.0
-                known[key] = (first, redo + length(~forward & ~once), redo + length(~forward))
-            found.append(known[key])
-        return found
+            key = seconds[stage_of_slot == stage].tobytes()
+            if key not in by_seconds:
+                stage_seconds = np.where(stage_of_slot == stage, seconds, 0.0)
+                repeated_seconds = length(stage_seconds, repeated) if repeated.any() else 0.0
+                by_seconds[key] = StagePasses(
+                    forward=length(stage_seconds, forward),
+                    backward=repeated_seconds + length(stage_seconds, ~forward & ~once),
+                    last_backward=repeated_seconds + length(stage_seconds, ~forward),
+                )
+            passes.append(by_seconds[key])
+        return passes
+
+    def _stage_of_slot(self, slot: Slot) -> int:
+        return self.stage_of[slot.operator] if slot.operator >= 0 else -1
+
+    def _rematerialized(self, slot: Slot) -> bool:
+        return slot.operator >= 0 and self.run_of[slot.operator] >= 0
+
+    def _once_per_step(self, slot: Slot) -> bool:
+        """Whether a slot runs once in a step: the update, sums of gradients, and gathers of whole variables.
+
+        Variables that are stored in shards are gathered for every microbatch. If only their optimizer slots are, they are gathered once, after
+        the update.
+        """
+        if slot.kind == "gather":
+            return not self._stores_shards(slot.operator)
+        return slot.phase == "update" or slot.kind == "sum"
+
+    def _stores_shards(self, operator: int) -> bool:
+        """Whether an operator has a variable that is stored in shards (ZeRO level 3)."""
+        for variable in self.terms.operators[operator].stored:
+            storage = self.plan.storage.get(variable.path)
+            if storage is not None and storage.zero == 3:
+                return True
+        return False
 
     @cached_property
-    def kept(self) -> list[float]:
-        """Per operator, bytes of forward values of one microbatch that its backward pass reads."""
-        return [float(cost.activation_bytes[0]) for cost in self.costs]
-
-    @cached_property
-    def entering(self) -> dict[tuple[int, int], float]:
-        """(stage, run) -> bytes that enter a rematerialized_runs run in the forward pass, a microbatch's."""
-        sent: dict[tuple[int, int, int], float] = {}
-        for m in self.terms.edges:
-            run_ = self.run_of[m.reader]
-            if (
-                run_ >= 0
-                and (self.run_of[m.home], self.stage[m.home]) != (run_, self.stage[m.reader])
-                and (m.phase, m.read_phase) == ("forward", "forward")
-            ):
-                key = (self.stage[m.reader], run_, m.tensor)
-                sent[key] = max(sent.get(key, 0.0), self._part(m.nbytes, m.dims[0], m.home))
-        total: dict[tuple[int, int], float] = defaultdict(float)
-        for (stage, run_, _), nbytes in sent.items():
-            total[stage, run_] += nbytes
-        return total
-
-    @cached_property
-    def pipeline(self) -> _Pipeline:
+    def pipeline(self) -> PipelineTasks:
         """The tasks of the step."""
-        return _pipeline(self)
+        return pipeline_tasks(self.plan, self.passes, self.transfers)
 
     @cached_property
     def times(self) -> Times:
-        """When they run."""
+        """Start and end of every task."""
         return run(self.pipeline.tasks)
 
     @property
     def seconds(self) -> float:
-        """Of a whole step."""
         return self.times.seconds
 
     @cached_property
-    def _runs(self) -> dict[tuple[object, ...], PeakMemory]:
-        """What a device holds that computes one rematerialized_runs run, of equal ones once."""
-        return {}
+    def memories(self) -> list[StageMemory]:
+        """[stage]: peak memory of a device. Stages of equal operators have the same."""
+        cache: dict[tuple[object, ...], StageMemory] = {}
+        memories = []
+        for stage in range(self.stages):
+            members = self._members(stage)
+            relative_runs = tuple(self.run_of[o] - self.run_of[members[0]] for o in members)
+            key = (in_flight(self.plan, stage), self._content(members), relative_runs)
+            if key not in cache:
+                cache[key] = self._stage_memory(stage)
+            memories.append(cache[key])
+        return memories
 
-    def _held(self, members: Sequence[int]) -> PeakMemory:
-        """What a device holds at its peak that does one microbatch of these operators alone."""
-        return memory(
-            self.graph,
-            self.inner.mesh,
-            self.layout,
-            self.machine.backend,
-            None if len(members) == len(self.stage) else frozenset(members),
-        )
-
-    def memory(self, stage: int) -> tuple[PeakMemory, float]:
-        """What a device of a stage holds at its peak, and of that the bytes per microbatch in flight.
-
-        Without recomputation: the peak of one microbatch, and what is kept for each other one. With it: variables and gradients, what enters every
-        run for each microbatch, and the values of the run that needs most while it is computed again and goes backward.
-        """
-        members = [o for o, s in enumerate(self.stage) if s == stage]
-        flying = in_flight(self.plan, stage)
-        if all(self.run_of[o] < 0 for o in members):
-            one = self._held(members)
-            received = sum(
-                nbytes
-                for (_, to, made, _), (_, nbytes) in self.transfers.items()
-                if to == stage and made == "forward"
-            )
-            each = sum(self.kept[o] for o in members) + received
-            return replace(
-                one,
-                peak=int(one.peak + received + (flying - 1) * each),
-                activations=int(one.activations + received + (flying - 1) * each),
-            ), each
-        runs: dict[int, list[int]] = defaultdict(list)
-        for o in members:
-            runs[self.run_of[o]].append(o)
-        parts = []
-        for own in runs.values():
-            key = tuple((self.terms.operators[o].digest, id(self.costs[o])) for o in own)
-            if key not in self._runs:
-                self._runs[key] = self._held(own)
-            parts.append(self._runs[key])
-        fixed = {
-            kind: sum(getattr(p, kind) for p in parts)
-            for kind in ("parameters", "optimizer", "state", "batch")
-        }
-        gradients = int(
-            sum(
-                self._part(s.nbytes, s.label, o)
-                for o in members
-                for s in self.terms.operators[o].stored
-            )
-        )
-        kept = [
-            sum(self.kept[o] for o in own) if run_ < 0 else 0.0 for run_, own in runs.items()
-        ]  # of what is not rematerialized_runs, a part of `each`
-        working = [
-            p.peak - sum(getattr(p, kind) for kind in fixed) - min(k, p.activations)
-            for p, k in zip(parts, kept, strict=True)
-        ]
-        most = max(range(len(parts)), key=lambda n: working[n])
-        each = sum(nbytes for (s, _), nbytes in self.entering.items() if s == stage) + sum(
-            self.kept[o] for o in runs.get(-1, ())
-        )
-        peak = int(sum(fixed.values()) + gradients + flying * each + working[most])
-        rest = parts[most].temporaries + parts[most].gradients
-        return PeakMemory(
-            peak,
-            **fixed,
-            activations=int(flying * each) + parts[most].activations,
-            gradients=gradients,
-            temporaries=rest,
-            operator=parts[most].operator,
-            course=parts[most].course,
-        ), each
+    @property
+    def fullest(self) -> int:
+        """The stage with the largest peak memory."""
+        return max(range(self.stages), key=lambda stage: self.memories[stage].peak.peak)
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes of a device of the stage that holds most."""
-        return max(held.peak for held, _ in self.memories)
+        return self.memories[self.fullest].peak.peak
 
-    def with_plan(self, plan: Plan) -> PipelinedStep:
-        """The step of a plan that differs in stages, microbatch order or rematerialized runs only, with the same costs."""
-        return replace(
-            self,
-            plan=plan,
-            stage=operator_stages(self.graph, plan),
-            run_of=rematerialized_runs(self.graph, plan),
+    def _stage_memory(self, stage: int) -> StageMemory:
+        members = self._members(stage)
+        if all(self.run_of[o] < 0 for o in members):
+            return self._stored_memory(stage, members)
+        return self._rematerialized_memory(stage, members)
+
+    def _stored_memory(self, stage: int, members: Sequence[int]) -> StageMemory:
+        """Memory without rematerialization: the peak of one microbatch, and the activation memory of each other one in flight."""
+        received_bytes = 0.0
+        for edge, transfer in self.transfers.items():
+            if edge.target == stage and edge.phase == "forward":
+                received_bytes += transfer.nbytes
+        one = self._peak_of(members)
+        microbatch_bytes = self._activation_bytes(members) + received_bytes
+        others = in_flight(self.plan, stage) - 1
+        peak = replace(
+            one,
+            peak=int(one.peak + received_bytes + others * microbatch_bytes),
+            activations=int(one.activations + received_bytes + others * microbatch_bytes),
         )
+        return StageMemory(peak, microbatch_bytes)
 
-    def prediction(self) -> Prediction:
-        return _prediction(self)
+    def _rematerialized_memory(self, stage: int, members: Sequence[int]) -> StageMemory:
+        """Memory with rematerialization.
 
-    def timeline(self) -> Timeline:
-        return _timeline(self)
+        The sum of variables and gradients, of the values that enter every run for each microbatch in flight, and of the values of the largest
+        run while it is rematerialized and differentiated.
+        """
+        runs: dict[int, list[int]] = defaultdict(list)
+        for o in members:
+            runs[self.run_of[o]].append(o)
+        parts = self._peaks_of_runs(list(runs.values()))
+        lasting = {kind: sum(getattr(part, kind) for part in parts) for kind in LASTING_KINDS}
+        gradients = self._gradient_bytes(members)
+        working_bytes = []
+        for number, part in zip(runs, parts, strict=True):
+            lasting_bytes = sum(getattr(part, kind) for kind in LASTING_KINDS)
+            stored_bytes = 0.0  # counted in `microbatch_bytes`
+            if number < 0:
+                stored_bytes = min(self._activation_bytes(runs[number]), part.activations)
+            working_bytes.append(part.peak - lasting_bytes - stored_bytes)
+        largest = max(range(len(parts)), key=working_bytes.__getitem__)
+        entering_bytes = 0
+        for (run_stage, _), nbytes in self.entering.items():
+            if run_stage == stage:
+                entering_bytes += nbytes
+        microbatch_bytes = entering_bytes + self._activation_bytes(runs.get(-1, ()))
+        flying_bytes = in_flight(self.plan, stage) * microbatch_bytes
+        fixed_bytes = sum(lasting.values()) + gradients
+        part = parts[largest]
+        peak = PeakMemory(
+            peak=int(fixed_bytes + flying_bytes + working_bytes[largest]),
+            **lasting,
+            activations=int(flying_bytes) + part.activations,
+            gradients=gradients,
+            temporaries=part.temporaries + part.gradients,
+            operator=part.operator,
+            course=part.course,
+        )
+        return StageMemory(peak, microbatch_bytes)
 
     @cached_property
-    def memories(self) -> list[tuple[PeakMemory, float]]:
-        """`memory` of every stage; stages of equal operators hold the same."""
-        known: dict[tuple[object, ...], tuple[PeakMemory, float]] = {}
-        found = []
-        for stage in range(self.stages):
-            members = [o for o, s in enumerate(self.stage) if s == stage]
-            key = (
-                in_flight(self.plan, stage),
-                *(
-                    (
-                        self.terms.operators[o].digest,
-                        id(self.costs[o]),
-                        self.run_of[o] - self.run_of[members[0]],
-                    )
-                    for o in members
-                ),
-            )
-            if key not in known:
-                known[key] = self.memory(stage)
-            found.append(known[key])
-        return found
+    def entering(self) -> dict[tuple[int, int], float]:
+        """(stage, rematerialized run) -> bytes of a microbatch's values that enter the run in the forward pass."""
+        by_tensor: dict[tuple[int, int, int], float] = {}
+        for move in self.terms.edges:
+            stage = self.stage_of[move.reader]
+            number = self.run_of[move.reader]
+            same_run = self.run_of[move.home] == number and self.stage_of[move.home] == stage
+            forward = move.phase == move.read_phase == "forward"
+            if number >= 0 and forward and not same_run:
+                key = (stage, number, move.tensor)
+                nbytes = self._local_bytes(move.nbytes, move.dims[0], move.home)
+                by_tensor[key] = max(by_tensor.get(key, 0.0), nbytes)
+        entering: dict[tuple[int, int], float] = defaultdict(float)
+        for (stage, number, _), nbytes in by_tensor.items():
+            entering[stage, number] += nbytes
+        return entering
 
+    def _activation_bytes(self, operators: Sequence[int]) -> float:
+        """Activation memory of operators for one microbatch."""
+        return sum(float(self.costs[o].activation_bytes[0]) for o in operators)
 
-def _length(step: Structure, seconds: np.ndarray, machine: Machine) -> float:
-    """How long a device is at a part of its tasks: those that are to take time."""
-    return run(step_tasks(step, seconds, machine.backend.overlap).tasks).seconds
+    def _gradient_bytes(self, operators: Sequence[int]) -> int:
+        """Bytes of the gradients of operators' variables."""
+        nbytes = 0.0
+        for o in operators:
+            for variable in self.terms.operators[o].stored:
+                nbytes += self._local_bytes(variable.nbytes, variable.label, o)
+        return int(nbytes)
 
+    def _peaks_of_runs(self, runs: Sequence[Sequence[int]]) -> list[PeakMemory]:
+        """Peak memory of a device that runs one microbatch of each run alone; equal runs are computed once."""
+        peaks = []
+        for operators in runs:
+            key = self._content(operators)
+            if key not in self._peak_cache:
+                self._peak_cache[key] = self._peak_of(operators)
+            peaks.append(self._peak_cache[key])
+        return peaks
 
-@dataclass(frozen=True)
-class _Pipeline:
-    """The tasks of a pipeline for the engine; `names[k]` is (stage, phase, microbatch, stage it is sent to or -1)."""
+    @cached_property
+    def _peak_cache(self) -> dict[tuple[object, ...], PeakMemory]:
+        return {}
 
-    tasks: Tasks
-    names: list[tuple[int, Phase, int, int]]
+    def _peak_of(self, operators: Sequence[int]) -> PeakMemory:
+        """Peak memory of a device that runs one microbatch of these operators."""
+        every_operator = len(operators) == len(self.stage_of)
+        return memory(
+            self.graph,
+            self.stage_plan.mesh,
+            self.layout,
+            self.machine.backend,
+            None if every_operator else frozenset(operators),
+        )
 
+    def _content(self, operators: Sequence[int]) -> tuple[object, ...]:
+        """A key of operators, the same for equal ones that are split and stored alike."""
+        return tuple(self._contents[o] for o in operators)
 
-def _pipeline(staged: PipelinedStep) -> _Pipeline:
-    """All tasks, numbered so that what comes before one has a smaller number. PlanError where stages wait for each other in a circle."""
-    plan, stages, last = staged.plan, staged.stages, staged.plan.microbatches - 1
-    orders = [stage_schedule(plan, stage) for stage in range(stages)]
-    reads: dict[tuple[int, Phase], list[Edge]] = defaultdict(list)
-    sent: dict[tuple[int, int, Phase], float] = defaultdict(float)
-    for edge, (length, _) in staged.transfers.items():
-        a, b, made, wanted = edge
-        if wanted != "update":
-            reads[b, wanted].append(edge)
-            sent[a, b, made] += length
-        if (made, wanted) == ("forward", "forward") and a > b:
-            raise PlanError(
-                f"Stage {b} needs what stage {a} computes in the forward pass, and comes before it: number the stages in the order of the model."
-            )
-    number: dict[tuple[int, Phase, int, int], int] = {}
-    seconds, before, stream, uses = [], [], [], []
+    @cached_property
+    def _contents(self) -> list[tuple[object, ...]]:
+        """[operator]: its digest, splits and storage."""
+        contents = []
+        for own, assignment in zip(self.terms.operators, self.layout.assignments, strict=True):
+            position = {factor: n for n, factor in enumerate(own.factors)}
+            splits = sorted((position[factor], axes) for factor, axes in assignment.items())
+            storage = [self.plan.storage.get(variable.path) for variable in own.stored]
+            levels = [variable.zero if variable is not None else 0 for variable in storage]
+            contents.append((own.digest, tuple(splits), tuple(levels)))
+        return contents
 
-    def put(
-        name: tuple[int, Phase, int, int],
-        length: float,
-        wait: list[int],
-        on: int,
-        holds: Sequence[tuple[int, float]] = (),
-    ) -> None:
-        number[name] = len(seconds)
-        seconds.append(length)
-        before.append(wait)
-        stream.append(on)
-        uses.append(holds)
+    def prediction(self) -> Prediction:
+        """The prediction of the step. Memory is that of the fullest stage; an operator's seconds are those in its stage."""
+        traffic, operator_bytes = self._traffic()
+        flops = local_flops(
+            self.graph,
+            self.stage_plan.mesh,
+            self.layout,
+            self.machine.backend,
+            traffic=self._collectives,
+        )
+        return build_prediction(
+            self.plan,
+            self.machine,
+            operators=self._operator_predictions(operator_bytes),
+            memory=self.memories[self.fullest].peak,
+            traffic={kind: int(nbytes) for kind, nbytes in traffic.items()},
+            flops=self.plan.microbatches * flops / self.stages,
+            seconds=self.seconds,
+        )
 
-    def sources(stage: int, phase: Phase, i: int) -> list[tuple[Edge, int]] | None:
-        """What a pass waits for, None while something of it is not there yet."""
-        found = []
-        for edge in reads[stage, phase]:
-            made = number.get((edge[0], edge[2], i, -1))
-            if made is None:
-                return None
-            found.append((edge, made))
-        return found
+    @cached_property
+    def _collectives(self) -> Sequence[Collective]:
+        """The collectives of all stages for one microbatch."""
+        return collectives(self.graph, self.stage_plan.mesh, self.layout, self.machine.backend)
 
-    at = [0] * stages
-    while any(at[s] < len(orders[s]) for s in range(stages)):
-        moved = False
-        for s in range(stages):
-            while at[s] < len(orders[s]):
-                phase, i = orders[s][at[s]]
-                needs = sources(s, phase, i)
-                if needs is None or (phase == "backward" and (s, "forward", i, -1) not in number):
-                    break
-                wait = [number[s, "forward", i, -1]] if phase == "backward" else []
-                for edge, made in needs:
-                    name = (edge[0], edge[2], i, s)
-                    if name not in number:
-                        put(
-                            name, sent[edge[:3]], [made], -1, [(2 * edge[0], 1.0), (2 * s + 1, 1.0)]
-                        )
-                    wait.append(number[name])
-                forward, backward, end = staged.passes[s]
-                put(
-                    (s, phase, i, -1),
-                    forward if phase == "forward" else end if i == last else backward,
-                    sorted(set(wait)),
-                    s,
+    def _traffic(self) -> tuple[dict[str, float], np.ndarray]:
+        """(kind of collective -> bytes of a device, the mean over stages; [operator]: bytes sent for it)."""
+        microbatches = self.plan.microbatches
+        time_axis = self.stage_plan.mesh.index.get(TIME, -1)
+        traffic: dict[str, float] = defaultdict(float)
+        operator_bytes = np.zeros(len(self.graph.operators))
+        for collective in self._collectives:
+            if all(axis == time_axis for axis in collective.axes):
+                continue
+            # A sum over microbatches is sent once, after the last one.
+            times = 1 if time_axis in collective.axes else microbatches
+            nbytes = collective.total * times
+            traffic[collective.kind] += nbytes / self.stages
+            operator_bytes[collective.operator] += nbytes
+        transfer_bytes = microbatches * sum(t.nbytes for t in self.transfers.values())
+        if transfer_bytes:
+            traffic["collective_permute"] += transfer_bytes / self.stages
+        return traffic, operator_bytes
+
+    def _operator_predictions(self, operator_bytes: np.ndarray) -> list[OperatorPrediction]:
+        moves = self._move_seconds()
+        times = [self._times_per_step(kind, phase) for kind, phase in PARTS]
+        operators = []
+        for o, cost in enumerate(self.costs):
+            part_seconds = cost.parts()[:, 0] * times
+            seconds: dict[str, float] = defaultdict(float)
+            repeated_seconds = 0.0
+            for (kind, phase), own_seconds in zip(PARTS, part_seconds.tolist(), strict=True):
+                seconds[kind] += own_seconds
+                if phase == "forward" and kind in ("compute", "exchange"):
+                    repeated_seconds += own_seconds
+            compute_seconds = seconds["compute"]
+            if self.run_of[o] >= 0:
+                compute_seconds += repeated_seconds
+            gradient_seconds = (seconds["sum"] + seconds["gather"]) * (1 - cost.overlap)
+            operators.append(
+                OperatorPrediction(
+                    name=self.graph.operators[o].name,
+                    compute=compute_seconds,
+                    activations=seconds["exchange"],
+                    gradients=gradient_seconds,
+                    moves=float(moves[o]),
+                    nbytes=float(cost.nbytes[0]),
+                    traffic=int(operator_bytes[o]),
+                    source=compute_source(
+                        self.terms.operators[o], self.placement, self.layout.assignments[o]
+                    ),
                 )
-                at[s] += 1
-                moved = True
-        if not moved:
-            raise PlanError(
-                "The stages of the plan wait for each other in a circle: number them in the order of the model."
             )
-    for (a, b, made, wanted), (length, _) in staged.transfers.items():
-        if wanted == "update" and (a, made, last, b) not in number:
-            put(
-                (a, made, last, b),
-                length,
-                [number[a, made, last, -1]],
-                -1,
-                [(2 * a, 1.0), (2 * b + 1, 1.0)],
-            )
-    return _Pipeline(Tasks.of(seconds, before, stream, uses), list(number))
+        return operators
 
+    def _times_per_step(self, kind: str, phase: str) -> float:
+        """Repetitions of a part of an operator's work in one step."""
+        if kind == "sum" or phase == "update":
+            return 1.0
+        return float(self.plan.microbatches)
 
-def _prediction(staged: PipelinedStep) -> Prediction:
-    """The prediction of a staged plan. Of its memory, the stage that holds most is given; seconds of operators are those of their own stage."""
-    graph, plan, m = staged.graph, staged.plan, staged.plan.microbatches
-    weights = np.array([1.0 if kind == "sum" or phase == "update" else m for kind, phase in PARTS])
-    moves = np.zeros(len(graph.operators))
-    for e in staged.terms.edges:
-        if staged.stage[e.home] == staged.stage[e.reader]:
-            a, b = (staged.layout.assignments[o] for o in (e.home, e.reader))
-            moves[e.reader] += m * move_seconds(
-                e, staged.placement, label_sharding(e.source, a), label_sharding(e.target, b)
-            )
-    traffic: dict[str, float] = defaultdict(float)
-    by_operator = np.zeros(len(graph.operators))
-    time = staged.inner.mesh.index.get(TIME, -1)
-    every = collectives(graph, staged.inner.mesh, staged.layout, staged.machine.backend)
-    for c in every:
-        if any(a != time for a in c.axes):
-            sent = c.total * (
-                1 if time in c.axes else m
-            )  # what sums over microbatches is sent when all are done
-            traffic[c.kind] += (
-                sent / staged.stages
-            )  # a device is in one stage: on the average of all
-            by_operator[c.operator] += sent
-    crossing = m * sum(nbytes for _, nbytes in staged.transfers.values())
-    if crossing:
-        traffic["collective_permute"] += crossing / staged.stages
-    operators = []
-    for o, (own, cost) in enumerate(zip(staged.terms.operators, staged.costs, strict=True)):
-        parts = {
-            part: float(s) for part, s in zip(PARTS, cost.parts()[:, 0] * weights, strict=True)
-        }
-        of = lambda *kinds, parts=parts: sum(s for (kind, _), s in parts.items() if kind in kinds)  # noqa: E731
-        again = (
-            sum(parts[kind, "forward"] for kind in ("compute", "exchange"))
-            if staged.run_of[o] >= 0
-            else 0.0
+    def _move_seconds(self) -> np.ndarray:
+        """[operator]: seconds of moves inside its stage, of all microbatches."""
+        moves = np.zeros(len(self.graph.operators))
+        for edge in self.terms.edges:
+            if self._same_stage(edge):
+                source = label_sharding(edge.source, self.layout.assignments[edge.home])
+                target = label_sharding(edge.target, self.layout.assignments[edge.reader])
+                seconds = move_seconds(edge, self.placement, source, target)
+                moves[edge.reader] += self.plan.microbatches * seconds
+        return moves
+
+    def timeline(self) -> Timeline:
+        """The timeline of the step: per stage a row of kernels and one of links. Memory is that of the fullest stage."""
+        spans = tuple(self._spans())
+        busy_seconds = sum(span.seconds for span in spans if span.kind == "compute") / self.stages
+        prediction = self.prediction()
+        peak = prediction.memory
+        note = (
+            f"memory is that of stage {self.fullest}, the fullest; "
+            "collectives inside a stage are part of its passes"
         )
-        sums = of("sum", "gather") * (1 - cost.overlap)
-        source = compute_source(own, staged.placement, staged.layout.assignments[o])
-        operators.append(
-            OperatorPrediction(
-                name=graph.operators[o].name,
-                compute=of("compute") + again,
-                activations=of("exchange"),
-                gradients=sums,
-                moves=float(moves[o]),
-                nbytes=float(cost.nbytes[0]),
-                traffic=int(by_operator[o]),
-                source=source,
+        return Timeline(
+            plan=self.plan.name,
+            graph=self.graph.name,
+            machine=self.machine.name,
+            devices=self.plan.devices,
+            seconds=self.seconds,
+            spans=spans,
+            idle={"bubble": max(0.0, self.seconds - busy_seconds)},
+            memory=self._memory_curve(self.fullest),
+            peak_bytes=peak.peak,
+            held={kind: getattr(peak, kind) for kind in KINDS},
+            peak_operator=peak.operator,
+            traffic=dict(prediction.traffic),
+            source=prediction.source(),
+            notes=(*self.plan.notes, note),
+            groups=self.stages,
+        )
+
+    def _spans(self) -> Iterator[Span]:
+        on_path = critical(self.pipeline.tasks, self.times)
+        count = self.plan.microbatches
+        for k, task in enumerate(self.pipeline.names):
+            seconds = float(self.pipeline.tasks.seconds[k])
+            if seconds <= 0:
+                continue
+            stage = f"stage {task.stage}"
+            name = f"{stage} {task.phase}, microbatch {task.microbatch + 1} of {count}"
+            if not task.is_pass:
+                name += f", sent to stage {task.target}"
+            yield Span(
+                name=name,
+                operator=stage,
+                kind="compute" if task.is_pass else "move",
+                phase=task.phase,
+                stream=KERNELS if task.is_pass else LINKS,
+                start=float(self.times.start[k]),
+                seconds=seconds,
+                critical=bool(on_path[k]),
+                group=stage,
             )
-        )
-    fullest = max((held for held, _ in staged.memories), key=lambda held: held.peak)
-    flops = (
-        m
-        * local_flops(
-            graph, staged.inner.mesh, staged.layout, staged.machine.backend, traffic=every
-        )
-        / staged.stages
-    )
-    return build_prediction(
-        plan,
-        staged.machine,
-        operators=operators,
-        memory=fullest,
-        traffic={kind: int(nbytes) for kind, nbytes in traffic.items()},
-        flops=flops,
-        seconds=staged.seconds,
-    )
 
-
-def _timeline(staged: PipelinedStep) -> Timeline:
-    """The timeline of a staged plan: a row of kernels and one of links per stage; memory is that of the fullest stage."""
-    pipeline, times = staged.pipeline, staged.times
-    prediction, on_path = _prediction(staged), critical(pipeline.tasks, times)
-    count, spans = staged.plan.microbatches, []
-    for k, (stage, phase, i, to) in enumerate(pipeline.names):
-        length = float(pipeline.tasks.seconds[k])
-        if length <= 0:
-            continue
-        what = f"stage {stage} {phase}, microbatch {i + 1} of {count}" + (
-            f", sent to stage {to}" if to >= 0 else ""
-        )
-        kind, stream = ("compute", KERNELS) if to < 0 else ("move", LINKS)
-        spans.append(
-            Span(
-                what,
-                f"stage {stage}",
-                kind,
-                phase,
-                stream,
-                float(times.start[k]),
-                length,
-                bool(on_path[k]),
-                f"stage {stage}",
-            )
-        )
-    busy = sum(s.seconds for s in spans if s.kind == "compute") / staged.stages
-    fullest = max(range(staged.stages), key=lambda s: staged.memories[s][0].peak)
-    held, each = staged.memories[fullest]
-    m = prediction.memory
-    notes = (
-        *staged.plan.notes,
-        f"memory is that of stage {fullest}, which holds most; what a stage computes has its collectives in it",
-    )
-    return Timeline(
-        staged.plan.name,
-        staged.graph.name,
-        staged.machine.name,
-        staged.plan.devices,
-        times.seconds,
-        tuple(spans),
-        {"bubble": max(0.0, times.seconds - busy)},
-        _course(pipeline, times, fullest, held.peak, each),
-        m.peak,
-        {k: getattr(m, k) for k in KINDS},
-        m.operator,
-        dict(prediction.traffic),
-        prediction.source(),
-        notes,
-        staged.stages,
-    )
-
-
-def _course(
-    pipeline: _Pipeline, times: Times, stage: int, peak: int, each: float
-) -> tuple[tuple[float, int], ...]:
-    """(seconds, bytes) from which on a device of a stage holds so much: a microbatch's forward values from its forward to its backward pass."""
-    steps: list[tuple[float, int]] = []
-    for k, (s, phase, _, to) in enumerate(pipeline.names):
-        if s == stage and to < 0:
-            steps.append(
-                (float(times.start[k]), 1) if phase == "forward" else (float(times.end[k]), -1)
-            )
-    held, most, course = 0, 0, []
-    for _, more in sorted(steps):
-        held += more
-        most = max(most, held)
-    held = 0
-    for at, more in sorted(steps):
-        held += more
-        course.append((at, int(peak - (most - held) * each)))
-    return ((0.0, course[0][1]), *course) if course else ((0.0, peak),)
+    def _memory_curve(self, stage: int) -> tuple[tuple[float, int], ...]:
+        """(seconds, bytes) of a device of a stage: a microbatch has its forward values in memory from its forward to its backward pass."""
+        changes: list[tuple[float, int]] = []
+        for k, task in enumerate(self.pipeline.names):
+            if task.stage != stage or not task.is_pass:
+                continue
+            if task.phase == "forward":
+                changes.append((float(self.times.start[k]), 1))
+            else:
+                changes.append((float(self.times.end[k]), -1))
+        changes.sort()
+        stage_memory = self.memories[stage]
+        peak_bytes = stage_memory.peak.peak
+        flying = np.cumsum([change for _, change in changes]).tolist()
+        most_flying = max(flying, default=0)
+        curve = []
+        for (seconds, _), count in zip(changes, flying, strict=True):
+            free_bytes = (most_flying - count) * stage_memory.microbatch_bytes
+            curve.append((seconds, int(peak_bytes - free_bytes)))
+        if not curve:
+            return ((0.0, peak_bytes),)
+        return ((0.0, curve[0][1]), *curve)

@@ -30,7 +30,7 @@ from scipy.sparse.csgraph import connected_components
 
 from partita.cost.evaluate import PHASES
 from partita.cost.terms import Terms
-from partita.graph.grouping import HEAVY
+from partita.graph.flat import HEAVY
 from partita.graph.operator_graph import IdentityKey, OperatorGraph, Phase, constant_tensors
 
 SlotKind = Literal["compute", "exchange", "sum", "gather", "move", "join"]

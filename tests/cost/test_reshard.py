@@ -301,7 +301,7 @@ def test_what_does_not_divide_is_padded():
 
 def test_a_composite_axis_that_would_be_cut_is_refused():
     with pytest.raises(
-        ValueError, match=r"cut mesh axis 0 \(4\) into sub-axes; use axes of prime size"
+        ValueError, match=r"cuts mesh axis 0 \(4\) into sub-axes. Use axes of prime size"
     ):
         reshard_steps(((0,), ()), ((1,), ()), (4, 2))
 

@@ -1,4 +1,4 @@
-"""A graph is a value: saved and loaded it is the same, broken it is found out, and a halo is what neighbours must send."""
+"""Graphs as values: saving and loading, checks, kinds of factors, and halos counted by hand."""
 
 import json
 from dataclasses import replace
@@ -9,14 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partita.errors import PartitaError
-from partita.graph.operator_graph import OperatorGraph, Window, check, operator_arguments
+from partita.graph.check import check
+from partita.graph.operator_graph import OperatorGraph, Window, operator_arguments
 
 DATA = Path(__file__).parent.parent / "data"
 GRAPHS = {p.name.split(".")[0]: OperatorGraph.load(p) for p in sorted(DATA.glob("*.graph.json"))}
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_saved_and_loaded_it_is_the_same(name, tmp_path):
+def test_saving_and_loading_is_the_identity(name, tmp_path):
     graph = check(GRAPHS[name])
     graph.save(tmp_path / "graph.json")
     assert OperatorGraph.load(tmp_path / "graph.json") == graph
@@ -46,7 +47,7 @@ def test_factors_have_their_kinds():
 
 
 @pytest.mark.parametrize("breakage", ["owner", "label", "factor"])
-def test_a_broken_graph_is_found_out(breakage):
+def test_a_broken_graph_fails_its_check(breakage):
     graph = GRAPHS["mlp"]
     if breakage == "owner":
         broken = replace(graph, owner=(0,) * len(graph.owner))
@@ -68,7 +69,7 @@ def test_a_broken_graph_is_found_out(breakage):
         (json.dumps({"schema": 99, "graph": []}), "schema 99; this version reads"),
     ],
 )
-def test_what_is_no_graph_is_refused_in_one_sentence(text, sentence, tmp_path):
+def test_a_file_without_a_graph_is_refused(text, sentence, tmp_path):
     path = tmp_path / "graph.json"
     if text is not None:
         path.write_text(text)
@@ -84,8 +85,12 @@ def test_what_is_no_graph_is_refused_in_one_sentence(text, sentence, tmp_path):
     st.integers(1, 3),
     st.sampled_from([2, 3, 4, 8]),
 )
-def test_a_halo_is_what_neighbours_must_send(each, step, low, reach, base, parts):
-    """Counted element by element: a device reads all from its first position's first to its last's last, and holds an even part."""
+def test_a_halo_has_the_elements_of_neighbours(each, step, low, reach, base, parts):
+    """Counted element by element.
+
+    A device reads from the first element of its first position to the last element of its last
+    position, and stores an even part of all elements.
+    """
     count = each * parts
     size = max(1, ((count - 1) * step + reach - low - 1) // base + 1)
     window = Window(size, count, step, low, reach, base)

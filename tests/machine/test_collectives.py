@@ -1,4 +1,4 @@
-"""Collective times: by hand on two devices, by hand on two nodes, and the laws that every machine keeps."""
+"""Collective times: by hand on two devices and on two nodes, and laws for all machines."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from partita.errors import MachineError
 from partita.machine import KINDS, Device, Engine, Level, Machine, Memory, collective_seconds, load
-from partita.machine.machine import FABRICS
+from partita.machine.parts import FABRICS
 
 
 def machine(*levels: Level) -> Machine:
@@ -80,7 +80,7 @@ def test_both_dims_of_a_torus_work_at_once():
 
 
 def nodes(latency: float = 0.0) -> Machine:
-    """2 nodes of 4 devices; the four share one card of 10 bytes a second, and are joined at 1000."""
+    """2 nodes of 4 devices. The 4 share one card of 10 bytes a second; links inside have 1000."""
     return machine(
         Level("nodes", 2, "switch", latency, 10.0, shared_by=4),
         Level("node", 4, "switch", latency, 1000.0),
@@ -93,7 +93,8 @@ def test_one_device_per_node_gets_a_fourth_of_the_card():
 
 
 def test_a_group_of_whole_nodes_uses_the_card_once():
-    # inside: reduce_scatter; between: four exchange their 200 at a fourth of the card; inside: all_gather
+    # Inside: a reduce_scatter. Between: four exchange their 200 at a fourth of the card.
+    # Inside again: an all_gather.
     assert collective_seconds(nodes(), "all_reduce", 800, ((0, 2), (1, 4))) == pytest.approx(
         600 / 1000 + 200 / (10 / 4) + 600 / 1000
     )
@@ -128,17 +129,18 @@ def test_three_levels_by_hand():
         Level("node", 2, "switch", 0.0, 20.0),
         Level("pair", 2, "switch", 0.0, 1000.0),
     )
-    # inside the pairs: reduce_scatter and all_gather; between: one ring of four with 500, whose slowest link is 20
+    # Inside the pairs: a reduce_scatter and an all_gather. Between: one ring of four with 500,
+    # whose slowest link is 20.
     seconds = collective_seconds(three, "all_reduce", 1000, ((0, 2), (1, 2), (2, 2)))
     assert seconds == pytest.approx(500 / 1000 + 2 * 375 / 20 + 500 / 1000)
 
 
-def test_a_link_is_shared_by_no_more_devices_than_there_are():
+def test_a_link_is_shared_by_existing_devices_only():
     crowded = machine(Level("node", 2, "switch", 0.0, 10.0, shared_by=8))
     assert collective_seconds(crowded, "collective_permute", 100, ((0, 2),)) == 100 / (10 / 2)
 
 
-def test_nothing_to_send_takes_no_time():
+def test_zero_bytes_take_no_time():
     assert collective_seconds(nodes(1.0), "all_reduce", 0, ((0, 2), (1, 4))) == 0
     assert collective_seconds(nodes(1.0), "all_reduce", 100, ((0, 1), (1, 1))) == 0
     assert collective_seconds(nodes(1.0), "all_reduce", 100, ()) == 0
@@ -148,7 +150,8 @@ def test_an_unknown_collective_is_named():
     with pytest.raises(MachineError) as error:
         collective_seconds(nodes(), "broadcast", 1, ((0, 2),))
     assert str(error.value) == (
-        "'broadcast' is not a collective: use all_reduce, all_gather, reduce_scatter, all_to_all, collective_permute."
+        "'broadcast' is not a collective: "
+        "use all_reduce, all_gather, reduce_scatter, all_to_all, collective_permute."
     )
 
 
@@ -184,56 +187,58 @@ def cases(draw):
 @given(cases(), st.integers(0, 10**12), st.integers(0, 10**12))
 def test_more_bytes_are_never_faster(case, one, other):
     few, many = sorted((one, other))
-    what, kind, group = case
-    assert collective_seconds(what, kind, few, group) <= collective_seconds(what, kind, many, group)
+    example, kind, group = case
+    assert collective_seconds(example, kind, few, group) <= collective_seconds(
+        example, kind, many, group
+    )
 
 
 @given(cases(), st.integers(0, 10**12), st.integers(0, 2), st.floats(1, 100), st.floats(0, 1))
 def test_faster_links_are_never_slower(case, nbytes, which, bandwidth, latency):
-    what, kind, group = case
-    old = list(what.levels)
+    example, kind, group = case
+    old = list(example.levels)
     level = old[which % len(old)]
     old[which % len(old)] = replace(
         level, bandwidth=level.bandwidth * bandwidth, latency=level.latency * latency
     )
     assert collective_seconds(machine(*old), kind, nbytes, group) <= collective_seconds(
-        what, kind, nbytes, group
+        example, kind, nbytes, group
     )
 
 
 @given(cases(), st.integers(0, 10**12))
 def test_sharing_a_link_is_never_faster(case, nbytes):
-    what, kind, group = case
-    alone = machine(*(replace(level, shared_by=1) for level in what.levels))
+    example, kind, group = case
+    alone = machine(*(replace(level, shared_by=1) for level in example.levels))
     assert collective_seconds(alone, kind, nbytes, group) <= collective_seconds(
-        what, kind, nbytes, group
+        example, kind, nbytes, group
     )
 
 
 @given(cases(), st.integers(0, 10**12))
 def test_an_all_reduce_is_no_slower_than_its_halves(case, nbytes):
-    what, _, group = case
-    halves = collective_seconds(what, "reduce_scatter", nbytes, group) + collective_seconds(
-        what, "all_gather", nbytes, group
+    example, _, group = case
+    halves = collective_seconds(example, "reduce_scatter", nbytes, group) + collective_seconds(
+        example, "all_gather", nbytes, group
     )
-    assert collective_seconds(what, "all_reduce", nbytes, group) <= halves * (1 + 1e-12)
+    assert collective_seconds(example, "all_reduce", nbytes, group) <= halves * (1 + 1e-12)
 
 
 @given(cases(), st.integers(1, 10**12))
 def test_no_collective_beats_its_slowest_link(case, nbytes):
     """Every byte that must enter a part of a level comes over that part's links."""
-    what, _, group = case
+    example, _, group = case
     inside = 1
     for index, p in reversed(group):
         if p > 1:
             needed = nbytes * (p - 1) / p  # of an all_gather's result, the part does not have these
-            # At most one link for each of its members at this level, and at every level further out.
+            # At most one link for each of its members at this level, and at all outer levels.
             links = inside * sum(
-                what.levels[outer].bandwidth
+                example.levels[outer].bandwidth
                 for outer, parts in group
                 if outer <= index and parts > 1
             )
-            assert collective_seconds(what, "all_gather", nbytes, group) >= needed / links * (
+            assert collective_seconds(example, "all_gather", nbytes, group) >= needed / links * (
                 1 - 1e-12
             )
         inside *= p
@@ -241,7 +246,7 @@ def test_no_collective_beats_its_slowest_link(case, nbytes):
 
 @given(cases(), st.lists(st.integers(0, 10**12), min_size=1, max_size=5))
 def test_arrays_cost_what_their_elements_cost(case, sizes):
-    what, kind, group = case
-    times = collective_seconds(what, kind, np.array(sizes), group)
+    example, kind, group = case
+    times = collective_seconds(example, kind, np.array(sizes), group)
     assert isinstance(times, np.ndarray)
-    assert times.tolist() == [collective_seconds(what, kind, size, group) for size in sizes]
+    assert times.tolist() == [collective_seconds(example, kind, size, group) for size in sizes]

@@ -22,10 +22,12 @@ from partita.machine import (
     presets,
     read,
 )
-from partita.machine.machine import DTYPES, FABRICS, OP_CLASSES, STATUSES, numbers
+from partita.machine.machine import numbers
+from partita.machine.parts import DTYPES, FABRICS, OP_CLASSES, STATUSES
 
 ROOT = Path(__file__).parents[2]
-EXAMPLE = re.search(r"```toml\n(.*?)```", (ROOT / "docs/machines.md").read_text(), re.S)[1]  # type: ignore[index]
+MACHINES_PAGE = (ROOT / "docs/machines.md").read_text()
+EXAMPLE = re.findall(r"```toml\n(.*?)```", MACHINES_PAGE, re.S)[0]
 
 
 PAIR = Level("node", 2, "switch", 1.0, 1.0)
@@ -89,11 +91,11 @@ def test_a_cut_torus_is_open_and_a_whole_one_closed():
     assert [level.fabric for level in load("tpu-v5e:256").levels] == ["torus", "torus"]
 
 
-def test_a_cpu_stands_for_so_many_devices_and_no_more() -> None:
+def test_a_cpu_stands_for_at_most_64_devices() -> None:
     assert host(64, 2**36).devices == 64
     with pytest.raises(
         MachineError,
-        match="1000 devices are asked for, and a CPU stands for at most 64. Ask for fewer",
+        match="A CPU stands for at most 64 devices, not 1000. Use fewer devices",
     ):
         host(1000, 2**36)
 
@@ -126,10 +128,10 @@ def test_print():
     ]
 
 
-# ---- what a machine answers
+# ---- rates and shares
 
 
-def test_the_engine_that_names_most_wins():
+def test_the_most_specific_engine_counts():
     engines = [("dot", "bfloat16", 8.0), ("dot", "*", 4.0), ("*", "bfloat16", 2.0), ("*", "*", 1.0)]
     machine = small()
     machine = replace(
@@ -172,7 +174,7 @@ def test_a_shared_memory_is_divided():
 
 
 @given(st.lists(st.integers(1, 6), max_size=3), st.integers(1, 250))
-def test_with_devices_gives_as_many_as_asked_or_refuses_what_cannot_be(sizes, count):
+def test_with_devices_gives_the_number_or_refuses_it(sizes, count):
     machine = small([Level(f"l{i}", size, "switch", 1.0, 1.0) for i, size in enumerate(sizes)])
     possible = {1}
     for size in sizes:
@@ -198,7 +200,7 @@ def test_with_devices_keeps_the_link_per_part():
     assert load("v100:16").levels[0].shared_by == 2
 
 
-def test_with_devices_says_what_would_do():
+def test_with_devices_names_the_nearest_numbers():
     cluster = load("p100-cluster")
     with pytest.raises(MachineError) as error:
         cluster.with_devices(11)
@@ -212,7 +214,7 @@ def test_with_devices_says_what_would_do():
         cluster.with_devices(0)
 
 
-def test_measured_numbers_say_so():
+def test_measured_numbers_have_their_source():
     machine = load("p100-cluster").revised(
         {"level.node.bandwidth": 33e9}, "ring benchmark, 2026-01-02"
     )
@@ -321,7 +323,7 @@ machines = st.builds(
 
 
 @given(machines)
-def test_what_is_saved_is_loaded(machine):
+def test_saving_and_loading_is_the_identity(machine):
     values = {path: value for path, value, _ in numbers(machine)}
     machine = machine.revised(values, 'a "bench"', "measured")
     check(machine)
@@ -348,13 +350,13 @@ def test_the_documented_example_loads(tmp_path):
 
 
 def test_the_documented_presets_are_all_presets():
-    table = (ROOT / "docs/machines.md").read_text().split("## Presets")[1].split("## Your own")[0]
+    table = MACHINES_PAGE.split("## Presets")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     assert {name for row in rows for name in re.findall(r"`(.*?)`", row)} == set(presets())
 
 
 def test_the_documented_error_is_the_error():
-    shown = re.search(r"^lab.toml, .*$", (ROOT / "docs/machines.md").read_text(), re.M)
+    shown = re.search(r"^lab.toml, .*$", MACHINES_PAGE, re.M)
     assert shown
     with pytest.raises(MachineError) as error:
         read(EXAMPLE.replace("tf32 = { peak", "float23 = { peak"), "lab.toml")
@@ -370,14 +372,14 @@ STATUS_LIST = "measured, verified, derived, recalled, assumed"
         (
             'latency = "1 us"',
             'latancy = "1 us"',
-            "m.toml, line 46: level.node.latancy is not a key that Partita knows: did you mean 'latency'? "
-            "Keys here are size, fabric, latency, bandwidth, shared_by, source, status.",
+            "m.toml, line 46: level.node.latancy is an unknown key: did you mean 'latency'? "
+            "Use one of size, fabric, latency, bandwidth, shared_by, source, status.",
         ),
         (
             "[domain.rack]",
             "[zone.rack]",
-            "m.toml, line 50: zone is not a key that Partita knows: "
-            "Keys here are name, notes, device, kind, level, domain, backend, source, status.",
+            "m.toml, line 50: zone is an unknown key: "
+            "Use one of name, notes, device, kind, level, domain, backend, source, status.",
         ),
         (
             'bandwidth = "300 GB/s"',
@@ -398,7 +400,8 @@ STATUS_LIST = "measured, verified, derived, recalled, assumed"
         (
             'bandwidth = "1555 GB/s"',
             'bandwidth = "-1 GB/s"',
-            "m.toml, line 12: device.memory.hbm.bandwidth is -1e+09 B/s: it must be more than zero.",
+            "m.toml, line 12: device.memory.hbm.bandwidth is -1e+09 B/s: "
+            "it must be more than zero.",
         ),
         (
             'bandwidth = "300 GB/s"\n',
@@ -418,7 +421,8 @@ STATUS_LIST = "measured, verified, derived, recalled, assumed"
         (
             'tf32 = { peak = "156 TFLOP/s", efficiency = 0.8 }',
             'tf32 = { peak = "156 TFLOP/s", efficiency = 80 }',
-            "m.toml, line 26: device.engine.dot.tf32.efficiency is 80: it must be a number above 0 and at most 1.",
+            "m.toml, line 26: device.engine.dot.tf32.efficiency is 80: "
+            "it must be a number above 0 and at most 1.",
         ),
         (
             "overlap = { value = 0.5",
@@ -433,24 +437,26 @@ STATUS_LIST = "measured, verified, derived, recalled, assumed"
         (
             "size = 16",
             "size = 16.5",
-            "m.toml, line 37: level.network.size is 16.5: write a plain whole number, for example 4.",
+            "m.toml, line 37: level.network.size is 16.5: "
+            "write a plain whole number, for example 4.",
         ),
         (
             "efficiency = 0.8\nshared_by = 4",
             'efficiency = "80 %"\nshared_by = 4',
-            "m.toml, line 20: device.memory.host.efficiency is '80 %': write a plain number, for example 0.8.",
+            "m.toml, line 20: device.memory.host.efficiency is '80 %': "
+            "write a plain number, for example 0.8.",
         ),
         (
             'status = "recalled"\n',
             "",
-            f"m.toml, line 10: device.memory.hbm.capacity has no status: add status = one of {STATUS_LIST} "
-            "to it or to its section.",
+            "m.toml, line 10: device.memory.hbm.capacity has no status: "
+            f"add status = one of {STATUS_LIST} to it or to its section.",
         ),
         (
             'source = "data sheet" ',
             "",
-            'm.toml, line 11: device.memory.hbm.capacity has no source: add source = "where the number was read" '
-            "to it or to its section.",
+            "m.toml, line 11: device.memory.hbm.capacity has no source: "
+            'add source = "where the number was read" to it or to its section.',
         ),
         (
             'status = "recalled"',
@@ -461,20 +467,20 @@ STATUS_LIST = "measured, verified, derived, recalled, assumed"
         (
             "[device.engine.dot]",
             "[device.engine.dots]",
-            "m.toml, line 24: device.engine.dots has the unknown operator class 'dots': did you mean 'dot'? "
-            "Use one of dot, conv, elementwise, gather, reduce, sort, *.",
+            "m.toml, line 24: device.engine.dots has the unknown operator class 'dots': "
+            "did you mean 'dot'? Use one of dot, conv, elementwise, gather, reduce, sort, *.",
         ),
         (
             'fabric = "switch"\nlatency = "1 us"',
             'fabric = "swich"\nlatency = "1 us"',
-            "m.toml, line 45: level.node.fabric has the unknown fabric 'swich': did you mean 'switch'? "
-            "Use one of switch, tree, bus, ring, torus, mesh.",
+            "m.toml, line 45: level.node.fabric has the unknown fabric 'swich': "
+            "did you mean 'switch'? Use one of switch, tree, bus, ring, torus, mesh.",
         ),
         (
             'kind = "failure"',
             'kind = "fire"',
-            "m.toml, line 51: domain.rack.kind has the unknown kind of domain 'fire': did you mean 'failure'? "
-            "Use one of clock, power, failure.",
+            "m.toml, line 51: domain.rack.kind has the unknown kind of domain 'fire': "
+            "did you mean 'failure'? Use one of clock, power, failure.",
         ),
         (
             "reduce_scatter = true",
@@ -489,7 +495,7 @@ STATUS_LIST = "measured, verified, derived, recalled, assumed"
         (
             "[level.node]",
             "[level.'no.de']",
-            "m.toml, line 43: level.no.de is no good name: use letters, digits, '-' and '_'.",
+            "m.toml, line 43: level.no.de is not a valid name: use letters, digits, '-' and '_'.",
         ),
         (
             'name = "lab"\n',
@@ -512,14 +518,14 @@ def test_a_mistake_is_refused_by_name(before, after, message):
 def test_tables_and_numbers_are_not_confused():
     with pytest.raises(MachineError) as error:
         read('name = "m"\ndevice = 3\nlevel = {}\n', "m.toml")
-    assert str(error.value) == "m.toml, line 2: device is 3: a table is needed, [device]."
+    assert str(error.value) == "m.toml, line 2: device is 3: write a table, [device]."
 
 
 def test_a_machine_made_in_code_is_checked_too():
     level = Level("node", 2, "switch", 1.0, 1.0)
     device = small().device
     for wrong, message in [
-        (small([level, level]), "level.node stands twice: give each its own name."),
+        (small([level, level]), "level.node is used twice: use different names."),
         (
             small([replace(level, bandwidth=0.0)]),
             "level.node.bandwidth is 0 B/s: it must be more than zero.",
@@ -530,7 +536,8 @@ def test_a_machine_made_in_code_is_checked_too():
         ),
         (
             small(device=replace(device, engines=())),
-            'device.engine is missing: add [device.engine."*"] with "*" = { peak = ..., efficiency = ... }.',
+            'device.engine is missing: add [device.engine."*"] '
+            'with "*" = { peak = ..., efficiency = ... }.',
         ),
     ]:
         with pytest.raises(MachineError) as error:
@@ -558,12 +565,13 @@ def test_a_machine_made_in_code_is_checked_too():
         ("h100:0", "'h100:0' asks for '0' of 'h100': write a number above 0, as in 'h100:8'."),
         (
             "p100-cluster:8",
-            "'p100-cluster:8' asks for 8 nodes, and 'p100-cluster' has 4. "
-            "Ask for fewer, or describe a larger machine in a file.",
+            "'p100-cluster:8' asks for 8 nodes, but 'p100-cluster' has 4. "
+            "Use fewer, or describe a larger machine in a file.",
         ),
         (
             "nowhere.toml",
-            f"There is no file 'nowhere.toml'. Presets are written without .toml: {', '.join(presets())}.",
+            "There is no file 'nowhere.toml'. Presets are written without .toml: "
+            f"{', '.join(presets())}.",
         ),
     ],
 )
@@ -631,13 +639,15 @@ def test_devices_that_differ_are_kinds_and_a_file_like_any_other() -> None:
         (
             "count = 5",
             "count = 4",
-            "two.toml, line 4: kind has 3 + 4 = 7 devices, and the levels have 8 = 8: change a count or a size, so that they agree.",
+            "two.toml, line 4: kind has 3 + 4 = 7 devices, but the levels have 8 = 8: "
+            "change a count or a size.",
         ),
         ("count = 3\n", "", "two.toml, line 4: kind.new lacks count, for example 4."),
         (
             "[kind.old]",
             '[device]\nname = "Old"\n[kind.old]',
-            "two.toml: device and kind stand together: describe equal devices as [device], or every kind of them as [kind.NAME] with its count.",
+            "two.toml: device and kind are both given: describe equal devices as [device], "
+            "or every kind of device as [kind.NAME] with its count.",
         ),
         (
             '"16 GiB"',
@@ -647,11 +657,12 @@ def test_devices_that_differ_are_kinds_and_a_file_like_any_other() -> None:
         (
             KINDS_OF_DEVICES[KINDS_OF_DEVICES.index("[level") :],
             "",
-            "two.toml, line 4: kind has 3 + 5 = 8 devices and no link reaches them: add [level.NAME] with the size, fabric, latency and bandwidth of what joins them.",
+            "two.toml, line 4: kind has 3 + 5 = 8 devices without links: "
+            "add [level.NAME] with the size, fabric, latency and bandwidth of their links.",
         ),
     ],
 )
-def test_kinds_that_do_not_fit_are_one_sentence(before: str, after: str, message: str) -> None:
+def test_kinds_that_do_not_fit_are_refused(before: str, after: str, message: str) -> None:
     with pytest.raises(MachineError) as error:
         read(KINDS_OF_DEVICES.replace(before, after), "two.toml")
     assert str(error.value) == message

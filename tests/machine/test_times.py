@@ -1,4 +1,4 @@
-"""The fit of operator times finds the rates that there are, and says how far off it is on models that it has not seen."""
+"""The fit of operator times recovers known rates, and estimates its error on unseen models."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ NAMES = ("dot, FLOPs", "dot, bytes", "reduce, bytes", "start")
 
 
 def records(scales: list[float], off: dict[str, float], seed: int, count: int = 12) -> list[dict]:
-    """Operators of models, each as much slower than its features say as its model is."""
+    """Records of operators: seconds by `scales`, times the slowness of their model (`off`)."""
     rng, found = np.random.default_rng(seed), []
     for model, slower in off.items():
         for _ in range(count):
@@ -27,7 +27,7 @@ def records(scales: list[float], off: dict[str, float], seed: int, count: int = 
 
 
 def off(times: OperatorTimes, rows: list[dict]) -> float:
-    """What the fit is off on operators, added up, over what they take."""
+    """Absolute errors of the fit, summed, over the seconds of all operators."""
     return sum(abs(times.fitted_seconds(r["features"]) - r["seconds"]) for r in rows) / sum(
         r["seconds"] for r in rows
     )
@@ -35,7 +35,7 @@ def off(times: OperatorTimes, rows: list[dict]) -> float:
 
 @given(scales=st.lists(st.floats(0.3, 10.0), min_size=4, max_size=4), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
-def test_known_rates_are_found_again(scales: list[float], seed: int) -> None:
+def test_known_rates_are_recovered(scales: list[float], seed: int) -> None:
     rows = records(scales, dict.fromkeys("abc", 1.0), seed, count=40)
     times = fitted_times(rows)
     assert times.error < 0.05 and times.samples == 120
@@ -45,10 +45,11 @@ def test_known_rates_are_found_again(scales: list[float], seed: int) -> None:
 
 @given(seed=st.integers(0, 99), spread=st.floats(0.0, 0.5))
 @settings(max_examples=40, deadline=None)
-def test_the_error_that_is_told_is_that_on_a_model_that_was_not_seen(
-    seed: int, spread: float
-) -> None:
-    """Half of the models are slower, half faster: whichever comes next is off by about the spread, and a fit to all of them hides it."""
+def test_the_error_is_that_on_an_unseen_model(seed: int, spread: float) -> None:
+    """Half of the models are slower, half faster.
+
+    The next model is off by about the spread, and a fit to all of them hides that.
+    """
     seen = {f"m{n}": 1 + (spread if n % 2 else -spread) for n in range(6)}
     times = fitted_times(records([2.0, 1.0, 3.0, 1.0], seen, seed))
     for slower in (1 + spread, 1 - spread):
@@ -57,8 +58,11 @@ def test_the_error_that_is_told_is_that_on_a_model_that_was_not_seen(
         assert times.error >= spread / 2 - 0.1
 
 
-def test_a_model_that_is_not_like_the_others_is_not_explained_by_itself() -> None:
-    """In two models nothing but products was seen, as fast as the roofline in one and ten times slower in the other: no fit to one tells of the other."""
+def test_a_different_model_is_not_explained_by_itself() -> None:
+    """Two models of products only: one as fast as the roofline, one ten times slower.
+
+    A fit to one says nothing about the other.
+    """
     features, seconds = [{"dot, FLOPs": 1.0}] * 20, [1.0] * 10 + [10.0] * 10
     assert fitted_scales(features, seconds, ["a"] * 10 + ["b"] * 10)[1] == pytest.approx(
         (0 + 0.9) / 2, abs=0.01
@@ -66,7 +70,7 @@ def test_a_model_that_is_not_like_the_others_is_not_explained_by_itself() -> Non
     assert fitted_scales(features[:10], seconds[:10], ["a"] * 10)[1] == pytest.approx(0, abs=1e-6)
 
 
-def test_what_hardly_occurs_stays_near_the_roofline_and_nothing_is_known_of_nothing() -> None:
+def test_rare_features_and_no_records_stay_near_the_roofline() -> None:
     rows = records([1.0] * 4, {"a": 1.0}, 0) + [
         {"model": "b", "features": {"sort, FLOPs": 1e-9, "dot, FLOPs": 1.0}, "seconds": 1.0}
     ]

@@ -1,4 +1,4 @@
-"""A plan is a small text file: saving and loading is the identity, and every mistake in it is named."""
+"""Plan files: saving and loading is the identity, and messages name every mistake."""
 
 import json
 from pathlib import Path
@@ -106,7 +106,7 @@ def test_a_missing_key_is_named() -> None:
         Plan.from_json(value)
 
 
-def test_files_that_are_no_plans(tmp_path: Path) -> None:
+def test_a_file_without_a_plan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="There is no plan file"):
         Plan.load(tmp_path / "absent.json")
     (tmp_path / "bad.json").write_text('{"schema": 1,\n oops}')
@@ -125,7 +125,7 @@ def test_files_that_are_no_plans(tmp_path: Path) -> None:
         Plan.load(tmp_path / "list.json")
 
 
-def test_diff_names_what_changed() -> None:
+def test_diff_names_the_changes() -> None:
     other = small(
         choices={"conv": {"a": "S", "b": "S"}, "dense": {"b": "R"}},
         storage={"dense/kernel": Storage(0, ("a",), 1)},

@@ -7,8 +7,8 @@ import pytest
 
 from partita.cost.predict import predict
 from partita.errors import MemoryBudgetError
+from partita.graph.check import check as check_graph
 from partita.graph.operator_graph import OperatorGraph
-from partita.graph.operator_graph import check as check_graph
 from partita.machine import Machine, host, load
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check

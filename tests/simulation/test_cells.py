@@ -14,7 +14,7 @@ from partita.errors import PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import DeviceKind, Machine, load
 from partita.machine import check as check_machine
-from partita.machine.machine import slowest_kind
+from partita.machine.parts import slowest_kind
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
 from partita.plans.diff import diff
@@ -73,22 +73,23 @@ def test_folded_and_every_device_by_itself_take_as_long_and_send_as_much(
     case: tuple[OperatorGraph, Machine, Plan],
 ) -> None:
     folded, unfolded = PlacedStep.of(*case), PlacedStep.of(*case, fold=False)
-    assert unfolded.cells.count == case[2].devices
+    assert unfolded.groups.count == case[2].devices
     assert folded.seconds == unfolded.seconds
     assert folded.traffic == unfolded.traffic
     assert [m.peak for m in folded.memories] == [
-        unfolded.memories[unfolded.cells.number.reshape(-1)[d]].peak for d in _first_devices(folded)
+        unfolded.memories[unfolded.groups.number.reshape(-1)[d]].peak
+        for d in _first_devices(folded)
     ]
 
 
 def _first_devices(placed: PlacedStep) -> list[int]:
     """A device of every cell."""
-    whole = placed.cells.number.reshape(
-        [s if a in placed.cells.told else 1 for a, s in enumerate(placed.plan.mesh.sizes)]
+    whole = placed.groups.number.reshape(
+        [s if a in placed.groups.axes else 1 for a, s in enumerate(placed.plan.mesh.sizes)]
     )
     return [
         int(np.flatnonzero(np.broadcast_to(whole, placed.plan.mesh.sizes).reshape(-1) == c)[0])
-        for c in range(placed.cells.count)
+        for c in range(placed.groups.count)
     ]
 
 
@@ -102,7 +103,7 @@ def test_where_nothing_is_pinned_one_cell_takes_what_a_step_does(
     for make in BASELINES.values():
         plan = make(graph, where.name, mesh_of(where))
         placed = PlacedStep.of(graph, where, plan)
-        assert placed.cells.count == 1 and placed.seconds == simulate(graph, where, plan).seconds
+        assert placed.groups.count == 1 and placed.seconds == simulate(graph, where, plan).seconds
         assert placed.prediction().memory.peak == predict(graph, where, plan).memory.peak
         assert {
             kind: round(sent / plan.devices) for kind, sent in placed.traffic.items()
@@ -154,7 +155,7 @@ def test_branches_at_two_devices_run_at_the_same_time_by_hand() -> None:
         placed(graph, where, left="at(0)", right="at(1)", out="at(0)"),
     )
     piece = {}
-    for n, slot in enumerate(two.step.slots):
+    for n, slot in enumerate(two.structure.slots):
         if slot.kind == "compute":
             piece.setdefault((graph.operators[slot.operator].name, slot.phase), []).append(
                 float(two.seconds_of_kind[0][n])
@@ -395,7 +396,7 @@ def test_devices_that_differ_are_folded_as_far_as_they_wait_for_the_same(
     )
     assert folded.seconds == unfolded.seconds
     assert folded.traffic == pytest.approx(unfolded.traffic)
-    assert folded.cells.count <= unfolded.cells.count
+    assert folded.groups.count <= unfolded.groups.count
 
 
 def test_one_collective_over_all_devices_needs_one_cell_a_kind() -> None:
@@ -403,7 +404,10 @@ def test_one_collective_over_all_devices_needs_one_cell_a_kind() -> None:
     where = mixed(machine(0.4, devices=64), 13, 51, slower=3.0)
     plan = BASELINES["data parallel"](graph, where.name, mesh_of(where))
     timeline = simulate(graph, where, plan)
-    assert timeline.groups == 2 and PlacedStep.of(graph, where, plan).cells.devices == [13, 51]
+    assert timeline.groups == 2 and PlacedStep.of(graph, where, plan).groups.device_counts == [
+        13,
+        51,
+    ]
     assert all(group.endswith(("kind0", "kind1")) for group, _ in timeline.rows())
 
 
@@ -443,7 +447,5 @@ def test_memory_is_that_of_the_device_that_holds_it() -> None:
 def test_microbatches_on_devices_that_differ_are_one_sentence() -> None:
     graph, where = GRAPHS["mlp"], mixed(machine(), 4, 4)
     plan = replace(BASELINES["one device"](graph, where.name, mesh_of(where)), microbatches=2)
-    with pytest.raises(
-        PlanError, match="the devices of k80-cluster differ, where that cannot be simulated yet"
-    ):
+    with pytest.raises(PlanError, match="cannot be simulated on k80-cluster, whose devices differ"):
         simulate(graph, where, plan)

@@ -6,19 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from partita.cost.evaluate import operator_costs
-from partita.cost.moves import Placement
 from partita.cost.predict import predict
 from partita.cost.terms import cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.plans.baselines import BASELINES
-from partita.plans.layout import layout_of
 from partita.search.find import mesh_of
-from partita.simulation.engine import Replay, check, run
+from partita.simulation.engine import check, run, sweep
 from partita.simulation.simulate import simulate
 from partita.simulation.structure import structure
-from partita.simulation.tasks import slot_seconds, step_tasks
+from partita.simulation.uniform import UniformStep
 
 DATA = Path(__file__).parents[1] / "data"
 GRAPHS = {
@@ -107,24 +104,34 @@ def test_the_memory_curve_peaks_where_the_prediction_does(graph: OperatorGraph) 
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
 @pytest.mark.parametrize("overlap", [0.0, 0.4, 1.0])
-def test_a_walk_over_plans_is_replayed_to_the_bit(graph: OperatorGraph, overlap: float) -> None:
-    where = machine(overlap)
-    found, place = cost_terms(graph, where.backend), Placement(where, mesh_of(where))
-    step = structure(graph, found)
-
-    def seconds(plan: str) -> np.ndarray:
-        made = BASELINES[plan](graph, where.name, place.mesh)
-        laid = layout_of(graph, made)
-        return slot_seconds(
-            step, operator_costs(found, place, laid, made), found.edges, place, laid
+def test_an_incremental_sweep_over_plans_equals_a_whole_run_to_the_bit(
+    graph: OperatorGraph, overlap: float
+) -> None:
+    h100 = machine(overlap)
+    mesh = mesh_of(h100)
+    times = None
+    previous = np.zeros(0)
+    for make in BASELINES.values():
+        step = UniformStep(
+            graph, h100, make(graph, h100.name, mesh), cost_terms(graph, h100.backend)
         )
-
-    replay = Replay(check(step_tasks(step, seconds("one device"), overlap).tasks))
-    for plan in BASELINES:
-        wanted = step_tasks(step, seconds(plan), overlap).tasks
-        changed = np.flatnonzero(wanted.seconds != replay.tasks.seconds)
-        assert replay.change(changed, wanted.seconds[changed]) == run(wanted).seconds
-        assert replay.times.end.tobytes() == run(wanted).end.tobytes()
+        tasks = check(step.tasks.tasks)
+        whole = run(tasks)
+        if times is None:
+            times = whole
+        elif (tasks.seconds != previous).any():
+            sweep(
+                int(np.flatnonzero(tasks.seconds != previous)[0]),
+                tasks.seconds,
+                tasks.stream,
+                tasks.streams,
+                tasks.first,
+                tasks.before,
+                times.start,
+                times.end,
+            )
+        assert times.end.tobytes() == whole.end.tobytes()
+        previous = tasks.seconds
 
 
 def test_every_term_of_a_graph_has_its_task() -> None:

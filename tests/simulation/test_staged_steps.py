@@ -13,9 +13,17 @@ from partita.plans.adapt import fit_mesh
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
 from partita.plans.diff import diff
-from partita.plans.pipeline import in_flight, operator_stages, stage_plan, stage_schedule
+from partita.plans.pipeline import (
+    in_flight,
+    operator_stages,
+    stage_count,
+    stage_plan,
+    stage_schedule,
+)
 from partita.plans.plan import Mesh, Plan
 from partita.search.find import mesh_of
+from partita.simulation.engine import run
+from partita.simulation.pipeline_tasks import StageEdge, StagePasses, Transfer, pipeline_tasks
 from partita.simulation.pipelined import PipelinedStep
 from partita.simulation.simulate import predicted, simulate
 
@@ -23,6 +31,8 @@ DATA = Path(__file__).parents[1] / "data"
 GRAPHS = {
     name: OperatorGraph.load(DATA / f"{name}.graph.json") for name in ("mlp", "cnn", "transformer")
 }
+FORWARD = StageEdge(0, 1, "forward", "forward")
+BACKWARD = StageEdge(1, 0, "backward", "backward")
 
 
 def machine(overlap: float = 0.0, name: str = "h100:4") -> Machine:
@@ -52,14 +62,16 @@ def in_two(
 
 
 def by_hand(
-    graph: OperatorGraph,
     plan: Plan,
     passes: tuple[float, float, float],
-    transfers: Mapping[object, tuple[float, float]],
-) -> PipelinedStep:
-    staged = PipelinedStep.of(graph, machine(), plan)
-    staged.__dict__["passes"], staged.__dict__["transfers"] = [passes] * staged.stages, transfers
-    return staged
+    seconds: Mapping[StageEdge, float],
+) -> float:
+    """Seconds of a step with these seconds of passes (in every stage) and of transfers."""
+    transfers = {
+        edge: Transfer(transfer_seconds, 0.0) for edge, transfer_seconds in seconds.items()
+    }
+    stage_passes = [StagePasses(*passes)] * stage_count(plan)
+    return run(pipeline_tasks(plan, stage_passes, transfers).tasks).seconds
 
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
@@ -80,20 +92,16 @@ def test_equal_stages_take_as_long_as_microbatches_and_stages_before_the_last(
 ) -> None:
     graph = GRAPHS["mlp"]
     plan = in_two(graph, machine(), microbatches=count, schedule=schedule)
-    assert (
-        by_hand(graph, plan, (1.0, 2.0, 2.0), {}).seconds == count * 3.0
-    )  # nothing is handed on: nobody waits
-    sent = {(0, 1, "forward", "forward"): (0.0, 0.0), (1, 0, "backward", "backward"): (0.0, 0.0)}
-    assert by_hand(graph, plan, (1.0, 2.0, 2.0), sent).seconds == (count + 1) * 3.0
+    assert by_hand(plan, (1.0, 2.0, 2.0), {}) == count * 3.0  # nothing is handed on: nobody waits
+    seconds = {FORWARD: 0.0, BACKWARD: 0.0}
+    assert by_hand(plan, (1.0, 2.0, 2.0), seconds) == (count + 1) * 3.0
 
 
 def test_a_link_between_stages_is_taken_in_turn_and_not_slower_than_it_must() -> None:
     graph = GRAPHS["mlp"]
     plan = in_two(graph, machine(), microbatches=4, schedule="gpipe")
-    slow = by_hand(graph, plan, (1.0, 1.0, 1.0), {(0, 1, "forward", "forward"): (10.0, 0.0)})
-    assert (
-        slow.seconds == 1 + 4 * 10 + 1 + 4
-    )  # the link is never idle; then the last forward pass and all backward passes
+    # The link is never idle. Then come the last forward pass and all backward passes.
+    assert by_hand(plan, (1.0, 1.0, 1.0), {FORWARD: 10.0}) == 1 + 4 * 10 + 1 + 4
 
 
 def test_schedules_hold_what_they_say() -> None:
@@ -227,7 +235,7 @@ def test_what_does_not_fit_is_one_sentence() -> None:
         name: {**choice, axis: f"at({1 - int(choice[axis][3])})"}
         for name, choice in plan.choices.items()
     }
-    with pytest.raises(PlanError, match="number the stages in the order of the model"):
+    with pytest.raises(PlanError, match="Number the stages in the order of the model"):
         simulate(graph, where, check(replace(plan, choices=backwards, microbatches=2), graph))
     assert (
         simulate(graph, where, check(replace(plan, choices=backwards), graph)).seconds

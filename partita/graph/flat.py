@@ -1,0 +1,169 @@
+"""A flat program with its producers and readers, and the classes of its instructions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from partita.graph.operator_graph import Argument, Instruction, Loop, Tensor, carried_tensors
+
+HEAVY = {
+    "dot_general",
+    "convolution",
+    "gather",
+    "reduce_window",
+    "sort",
+    "fft",
+    "cholesky",
+    "triangular_solve",
+    "custom_call",
+    "select_and_scatter",
+    "scatter",
+    "top_k",
+}
+"""Instructions that make an operator in the forward pass."""
+SHAPE_ONLY = {
+    "reshape",
+    "transpose",
+    "convert",
+    "broadcast_in_dim",
+    "reverse",
+    "copy",
+    "optimization_barrier",
+    "negate",
+}
+"""Instructions that only rearrange their first operand."""
+KIND = {
+    "dot_general": "dot",
+    "convolution": "conv",
+    "reduce_window": "pool",
+    "gather": "gather",
+    "sort": "sort",
+    "while": "loop",
+    "select_and_scatter": "pool",
+    "scatter": "scatter",
+    "top_k": "sort",
+}
+"""Kind of an operator by its heavy instruction; by default the instruction's name."""
+RESHAPING = {"reshape", "bitcast_convert"}
+"""Instructions that merge or split dims."""
+CONTRACTING = {"dot_general", "convolution", "gather"}
+"""Instructions whose reduction factors have the kind R."""
+
+
+class FlatProgram:
+    """The instructions of a step in program order, with producers and readers of all tensors."""
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        instructions: Sequence[Instruction],
+        loops: Sequence[Loop],
+        arguments: Sequence[Argument],
+    ) -> None:
+        self.tensors = tensors
+        self.instructions = instructions
+        self.loops = loops
+        self.arguments = arguments
+        self.producer: dict[int, int] = {}
+        """Tensor -> its instruction; a loop for values carried into its body."""
+        self.readers: dict[int, list[int]] = defaultdict(list)
+        """Tensor -> instructions that read it; also a loop for values that its body yields."""
+        for index, instruction in enumerate(instructions):
+            for tensor in instruction.results:
+                self.producer[tensor] = index
+            for tensor in instruction.operands:
+                self.readers[tensor].append(index)
+        for loop in loops:
+            for _, inside, yielded, _ in loop.carried:
+                self.producer.setdefault(inside, loop.instruction)
+                self.readers[yielded].append(loop.instruction)
+        self.constants = _constants(instructions, loops)
+        """Tensors that depend on no argument (a causal mask). XLA folds them."""
+        self.loop_of = _outermost_loops(loops)
+        """Instruction -> number of the outermost loop around it."""
+
+    def base(self, tensor: int) -> int:
+        """The tensor that `tensor` merely rearranges."""
+        while tensor in self.producer:
+            instruction = self.instructions[self.producer[tensor]]
+            if instruction.name not in SHAPE_ONLY or not instruction.operands:
+                break
+            tensor = instruction.operands[0]
+        return tensor
+
+    def is_scalar(self, tensor: int) -> bool:
+        """Whether a tensor has no dims."""
+        return not self.tensors[tensor].shape
+
+    def producer_phase(self, tensor: int) -> str | None:
+        """The phase in which a tensor is computed, None for an argument."""
+        if tensor not in self.producer:
+            return None
+        return self.instructions[self.producer[tensor]].phase
+
+    def loop_around(self, index: int) -> int | None:
+        """The instruction of the outermost loop around an instruction, None outside loops."""
+        if index not in self.loop_of:
+            return None
+        return self.loops[self.loop_of[index]].instruction
+
+    def top_level(self, phase: str) -> list[int]:
+        """Instructions of a phase outside all loops."""
+        indices = []
+        for index, instruction in enumerate(self.instructions):
+            if instruction.phase == phase and index not in self.loop_of:
+                indices.append(index)
+        return indices
+
+    def outermost(self, indices: Iterable[int]) -> list[int]:
+        """The instructions, each inside a loop replaced by the outermost loop around it."""
+        replaced = []
+        for index in indices:
+            loop = self.loop_around(index)
+            replaced.append(index if loop is None else loop)
+        return replaced
+
+    def is_heavy(self, index: int) -> bool:
+        """Whether an instruction has enough work to make an operator."""
+        instruction = self.instructions[index]
+        if all(tensor in self.constants for tensor in instruction.results):
+            return False
+        if instruction.name == "while":
+            return self._has_heavy_body(index)
+        if instruction.name == "gather":
+            is_lookup = len(self.tensors[instruction.operands[0]].shape) > 1
+            return is_lookup and self.tensors[instruction.results[0]].size > 1
+        if instruction.name == "custom_call":
+            return any(len(self.tensors[tensor].shape) > 1 for tensor in instruction.results)
+        return instruction.name in HEAVY
+
+    def _has_heavy_body(self, index: int) -> bool:
+        for loop in self.loops:
+            if loop.instruction != index:
+                continue
+            if any(self.instructions[i].name in HEAVY for i in range(*loop.body)):
+                return True
+        return False
+
+
+def _constants(instructions: Sequence[Instruction], loops: Sequence[Loop]) -> set[int]:
+    """Tensors computed from no argument and not carried by a loop."""
+    carried = carried_tensors(loops)
+    constants: set[int] = set()
+    for instruction in instructions:
+        if carried & set(instruction.results):
+            continue
+        if all(tensor in constants for tensor in instruction.operands):
+            constants.update(instruction.results)
+    return constants
+
+
+def _outermost_loops(loops: Sequence[Loop]) -> dict[int, int]:
+    loop_of = {}
+    # By length of the body: the outermost loop comes last and replaces the others.
+    by_length = sorted(range(len(loops)), key=lambda n: loops[n].body[1] - loops[n].body[0])
+    for number in by_length:
+        for index in range(*loops[number].body):
+            loop_of[index] = number
+    return loop_of

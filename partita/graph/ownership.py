@@ -1,0 +1,393 @@
+"""Owners: the operator of every instruction.
+
+- A heavy forward instruction (product, convolution, gather, window, sort, a loop around one) makes
+  an operator.
+- A light forward instruction belongs to the operator of its largest operand, as XLA fuses it.
+- A backward instruction belongs to the operator of the forward instruction with the same layer
+  path. The forward tensors that it reads decide between several.
+- An update instruction belongs to the owner of the parameter or gradient that it reads.
+- All instructions in a loop belong to the owner of the loop.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from partita.graph.flat import FlatProgram
+from partita.graph.gradient_sums import gradient_sums
+
+IndexSets = dict[int, set[int]]
+"""Tensor or operator -> a set of operators, instructions or tensors."""
+
+
+def assign_owners(program: FlatProgram, outputs: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The operator of every instruction (-1: none), and the heavy instruction of every operator."""
+    heavy = _heavy_instructions(program)
+    owner = [-1] * len(program.instructions)
+    for operator, index in enumerate(heavy):
+        owner[index] = operator
+    owners = _Owners(program, owner)
+    owners.own_forward()
+    argument_owner = owners.argument_owners()
+    _BackwardOwners(owners, heavy).own_backward()
+    owners.own_gradient_sums(outputs)
+    owners.own_update(argument_owner)
+    owners.own_rest()
+    owners.own_loop_bodies()
+    return owner, heavy
+
+
+def _heavy_instructions(program: FlatProgram) -> list[int]:
+    """One instruction per operator; without heavy ones, the one with the largest result."""
+    forward = program.top_level("forward")
+    heavy = [index for index in forward if program.is_heavy(index)]
+    if heavy:
+        return heavy
+    with_results = [index for index in forward if program.instructions[index].results]
+    candidates = with_results or range(len(program.instructions))
+
+    def result_size(index: int) -> int:
+        results = program.instructions[index].results
+        return sum(program.tensors[tensor].size for tensor in results)
+
+    return [max(candidates, key=result_size)]
+
+
+class _Owners:
+    """The owner of every instruction, assigned phase by phase."""
+
+    def __init__(self, program: FlatProgram, owner: list[int]) -> None:
+        self.program = program
+        self.owner = owner
+
+    def largest_operand_owner(
+        self,
+        index: int,
+        allowed: set[int] | None = None,
+        phase: str | None = None,
+    ) -> int:
+        """The owner of an instruction's largest owned operand, -1 if there is none.
+
+        Of equal operands the latest operator wins. `allowed` and `phase` restrict the owners and
+        the phase of the operands' producers.
+        """
+        program = self.program
+        instruction = program.instructions[index]
+        best = (-1, -1)
+        for tensor in instruction.operands:
+            producer = program.producer.get(tensor)
+            if producer is None or program.is_scalar(tensor):
+                continue
+            operator = self.owner[producer]
+            if operator < 0:
+                continue
+            if allowed is not None and operator not in allowed:
+                continue
+            if phase is not None and program.producer_phase(tensor) != phase:
+                continue
+            size = 0
+            if instruction.name != "concatenate":
+                # A broadcast counts as its source: a mask must not claim the tensor that it masks.
+                source = program.base(tensor)
+                nbytes = program.tensors[tensor].nbytes
+                size = min(nbytes, program.tensors[source].nbytes)
+            best = max(best, (size, operator))
+        return best[1]
+
+    def own_by_readers(self, indices: Sequence[int]) -> None:
+        """Remaining instructions belong to their first owned reader.
+
+        These have no owned operands: casts of the input, broadcast parameters.
+        """
+        for index in reversed(indices):
+            if self.owner[index] >= 0:
+                continue
+            readers: list[int] = []
+            for tensor in self.program.instructions[index].results:
+                inner_readers = self.program.readers[tensor]
+                readers += self.program.outermost(inner_readers)
+            operators = [self.owner[reader] for reader in readers]
+            assigned = [operator for operator in operators if operator >= 0]
+            if assigned:
+                self.owner[index] = min(assigned)
+
+    def own_forward(self) -> None:
+        """Light instructions belong with their largest operand, else with their first reader."""
+        order = self.program.top_level("forward")
+        for index in order:
+            if self.owner[index] < 0:
+                self.owner[index] = self.largest_operand_owner(index)
+        self.own_by_readers(order)
+
+    def argument_owners(self) -> dict[int, int]:
+        """Argument tensor -> the operator that reads it first in the forward phase."""
+        owners = {}
+        for argument in self.program.arguments:
+            readers = self.program.readers[argument.tensor]
+            for reader in self.program.outermost(readers):
+                is_forward = self.program.instructions[reader].phase == "forward"
+                if is_forward and self.owner[reader] >= 0:
+                    owners[argument.tensor] = self.owner[reader]
+                    break
+        return owners
+
+    def own_gradient_sums(self, outputs: Sequence[int]) -> None:
+        """The additions of a weight's gradients belong to the first operator that uses the weight.
+
+        It owns the weight, and computes one of the gradients.
+        """
+        program = self.program
+        for gradient in gradient_sums(program.instructions, program.loops, outputs):
+            leaf_owners = [self.owner[index] for index in gradient.leaves]
+            first = min(leaf_owners)
+            if first < 0:
+                continue
+            for index in gradient.additions:
+                self.owner[index] = first
+
+    def own_update(self, argument_owner: dict[int, int]) -> None:
+        """`argument_owner`: owners of parameters, completed with those of their slots."""
+        program = self.program
+        tensor_of = {argument.path: argument.tensor for argument in program.arguments}
+        for argument in program.arguments:
+            if argument.parameter is None:
+                continue
+            parameter = tensor_of.get(argument.parameter)
+            if parameter is not None and parameter in argument_owner:
+                argument_owner[argument.tensor] = argument_owner[parameter]
+        order = program.top_level("update")
+        for index in order:
+            operands = program.instructions[index].operands
+            shaped = [tensor for tensor in operands if not program.is_scalar(tensor)]
+            owned = [argument_owner[tensor] for tensor in shaped if tensor in argument_owner]
+            if owned:
+                self.owner[index] = owned[0]
+                continue
+            self.owner[index] = self.largest_operand_owner(index)
+            if self.owner[index] < 0:
+                continue
+            for tensor in shaped:
+                # A slot without a recognized name belongs with the gradient that it meets.
+                if tensor not in program.producer:
+                    argument_owner[tensor] = self.owner[index]
+        self.own_by_readers(order)
+
+    def own_rest(self) -> None:
+        """Remaining instructions belong with their operands, else to the last operator.
+
+        Instructions on scalars alone stay without an owner.
+        """
+        last = max(self.owner)
+        for index, instruction in enumerate(self.program.instructions):
+            if self.owner[index] >= 0 or index in self.program.loop_of:
+                continue
+            self.owner[index] = self.largest_operand_owner(index)
+            if self.owner[index] >= 0:
+                continue
+            tensors = instruction.operands + instruction.results
+            only_scalars = all(map(self.program.is_scalar, tensors))
+            if not only_scalars or instruction.name == "while":
+                self.owner[index] = last
+
+    def own_loop_bodies(self) -> None:
+        """All instructions in a loop belong to its owner."""
+        for index, number in self.program.loop_of.items():
+            loop = self.program.loops[number]
+            self.owner[index] = self.owner[loop.instruction]
+
+
+class _BackwardOwners:
+    """Owners of backward instructions."""
+
+    def __init__(self, owners: _Owners, heavy: Sequence[int]) -> None:
+        self.owners = owners
+        self.program = owners.program
+        self.owner = owners.owner
+        self.heavy = heavy
+        self.order = self.program.top_level("backward")
+        self.path_operators: dict[str, Counter[int]] = defaultdict(Counter)
+        """Layer path -> number of forward instructions of each operator."""
+        for index, instruction in enumerate(self.program.instructions):
+            if instruction.phase == "forward" and self.owner[index] >= 0:
+                self.path_operators[instruction.path][self.owner[index]] += 1
+        self.reads = [self._bases(index) for index in heavy]
+        """Per operator, the tensors that its heavy instruction reads."""
+
+    def own_backward(self) -> None:
+        """Products first, then sums of gradients, then all others by layer path."""
+        self._own_products()
+        imports = self._forward_imports()
+        for index in self.order:
+            if self.owner[index] < 0:
+                self.owner[index] = self._accumulation_owner(index, imports)
+            if self.owner[index] < 0:
+                self.owner[index] = self._path_owner(index)
+        self.owners.own_by_readers(self.order)
+
+    def _bases(self, index: int) -> set[int]:
+        """The tensors that an instruction reads, without rearrangements and scalars."""
+        bases = set()
+        for tensor in self.program.instructions[index].operands:
+            if not self.program.is_scalar(tensor):
+                bases.add(self.program.base(tensor))
+        return bases
+
+    def _own_products(self) -> None:
+        """Heavy backward instructions belong to the operator whose operands they share."""
+        readers: IndexSets = defaultdict(set)
+        for operator, bases in enumerate(self.reads):
+            for tensor in bases:
+                readers[tensor].add(operator)
+        products = {}
+        for index in self.order:
+            if self.program.is_heavy(index):
+                products[index] = self._bases(index)
+        siblings = self._sibling_reads(products)
+        for index, bases in products.items():
+            candidates: set[int] = set()
+            for tensor in bases:
+                candidates |= readers[tensor]
+            best_score = (0, 0, False, 0)
+            best = -1
+            for operator in sorted(candidates) or range(len(self.heavy)):
+                score = self._score(
+                    index,
+                    operator,
+                    bases,
+                    siblings[index],
+                )
+                if score >= best_score:
+                    best_score = score
+                    best = operator
+            if any(best_score):
+                self.owner[index] = best
+
+    def _score(
+        self,
+        index: int,
+        operator: int,
+        bases: set[int],
+        sibling_bases: set[int],
+    ) -> tuple[int, int, bool, int]:
+        """How well an operator fits a backward instruction: shared reads, then the layer path."""
+        path = self.program.instructions[index].path
+        heavy = self.program.instructions[self.heavy[operator]]
+        reads = self.reads[operator]
+        operators = self.path_operators.get(path, Counter())
+        return (
+            len(bases & reads),
+            len(sibling_bases & reads),
+            path == heavy.path,
+            operators[operator],
+        )
+
+    def _sibling_reads(self, products: IndexSets) -> IndexSets:
+        """Per product, the reads of all products that share a gradient with it, without its own.
+
+        The two gradients of a product read one common gradient, and together both operands of the
+        product. That distinguishes several uses of one weight, of which one gradient reads only the
+        weight.
+        """
+        sharing: IndexSets = defaultdict(set)
+        for index, bases in products.items():
+            for tensor in bases:
+                if self._is_backward(tensor):
+                    sharing[tensor].add(index)
+        siblings = {}
+        for index, bases in products.items():
+            reads: set[int] = set()
+            for tensor in bases:
+                for sibling in sharing.get(tensor, ()):
+                    reads |= products[sibling]
+            siblings[index] = reads - bases
+        return siblings
+
+    def _is_backward(self, tensor: int) -> bool:
+        return self.program.producer_phase(tensor) == "backward"
+
+    def _forward_imports(self) -> IndexSets:
+        """Per operator, the forward values of other operators that it reads, not rearranged."""
+        imports: IndexSets = defaultdict(set)
+        for index, instruction in enumerate(self.program.instructions):
+            operator = self.owner[index]
+            if instruction.phase != "forward" or operator < 0:
+                continue
+            for tensor in map(self.program.base, instruction.operands):
+                producer = self.program.producer.get(tensor)
+                if producer is None:
+                    continue
+                if self.owner[producer] not in (-1, operator):
+                    imports[operator].add(tensor)
+        return imports
+
+    def _accumulation_owner(self, index: int, imports: IndexSets) -> int:
+        """The owner of the forward value whose gradients a backward addition sums, else -1.
+
+        With its readers, the sum would tie them to each other (query, key and value of attention).
+        So it belongs to the producer of the value. If several values qualify (both operators read
+        the encoder and the decoder), the next layer of the gradient decides.
+        """
+        instruction = self.program.instructions[index]
+        if instruction.name != "add" or len(instruction.operands) != 2:
+            return -1
+        one = self._backward_owner(instruction.operands[0])
+        other = self._backward_owner(instruction.operands[1])
+        if one < 0 or other < 0 or one == other:
+            return -1
+        result = instruction.results[0]
+        size = self.program.tensors[result].size
+        candidates: set[int] = set()
+        for tensor in imports[one] | imports[other]:
+            if self.program.tensors[tensor].size != size:
+                continue
+            producer = self.program.producer[tensor]
+            operator = self.owner[producer]
+            one_uses_it = operator == one or tensor in imports[one]
+            other_uses_it = operator == other or tensor in imports[other]
+            if one_uses_it and other_uses_it:
+                candidates.add(operator)
+        if len(candidates) > 1:
+            next_path = self._next_path(index)
+            next_operators = self.path_operators.get(next_path, Counter())
+            candidates = candidates & set(next_operators) or candidates
+        return max(candidates, default=-1)
+
+    def _backward_owner(self, tensor: int) -> int:
+        """The owner of a tensor that a backward instruction computes, else -1."""
+        if not self._is_backward(tensor):
+            return -1
+        return self.owner[self.program.producer[tensor]]
+
+    def _next_path(self, index: int) -> str:
+        """The path of the next layer that reads a value.
+
+        Its first reader, or that one's first reader, and on to another layer.
+        """
+        path = self.program.instructions[index].path
+        while True:
+            instruction = self.program.instructions[index]
+            if instruction.path != path:
+                return instruction.path
+            readers: list[int] = []
+            for tensor in instruction.results:
+                readers += self.program.readers[tensor]
+            if not readers:
+                return path
+            index = readers[0]
+
+    def _path_owner(self, index: int) -> int:
+        """The operator with the instruction's path; of several, that of its largest operand."""
+        path = self.program.instructions[index].path
+        candidates = set(self.path_operators.get(path, ()))
+        if len(candidates) == 1:
+            return next(iter(candidates))
+        for phase in ("forward", None):
+            operator = self.owners.largest_operand_owner(
+                index,
+                allowed=candidates,
+                phase=phase,
+            )
+            if operator >= 0:
+                return operator
+        return self.owners.largest_operand_owner(index)

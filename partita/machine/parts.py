@@ -1,0 +1,202 @@
+"""The parts of a machine: devices with memories and engines, levels of links, the backend.
+
+A number's annotation states its dimension, and that is the whole schema: reader, writer, checks and
+provenance all follow the same annotations (`number_fields`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+Bytes = Annotated[int, "B"]
+BytesPerSecond = Annotated[float, "B/s"]
+FlopsPerSecond = Annotated[float, "FLOP/s"]
+Seconds = Annotated[float, "s"]
+JoulesPerBit = Annotated[float, "J/bit"]
+Hertz = Annotated[float, "Hz"]
+Volts = Annotated[float, "V"]
+Watts = Annotated[float, "W"]
+Count = Annotated[int, "count"]
+Efficiency = Annotated[float, "efficiency"]
+"""The achievable part of a peak, above 0 and at most 1."""
+Fraction = Annotated[float, "fraction"]
+"""0 to 1."""
+
+OP_CLASSES = ("dot", "conv", "elementwise", "gather", "reduce", "sort", "*")
+DTYPES = ("float64", "float32", "tf32", "bfloat16", "float16", "int8", "*")
+FABRICS = ("switch", "tree", "bus", "ring", "torus", "mesh")
+DOMAINS = ("clock", "power", "failure")
+STATUSES = ("measured", "verified", "derived", "recalled", "assumed")
+"""Certainty of a number, surest first."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A memory of a device. `shared_by` devices divide its `capacity` and `bandwidth`."""
+
+    name: str
+    capacity: Bytes
+    bandwidth: BytesPerSecond
+    efficiency: Efficiency = 1.0
+    shared_by: Count = 1
+    endurance_writes: Count | None = None
+    energy_per_bit: JoulesPerBit | None = None
+
+    @property
+    def device_bandwidth(self) -> float:
+        """Achievable bytes per second of one device."""
+        return self.bandwidth * self.efficiency / self.shared_by
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Speed of a device on operators of one class in one dtype.
+
+    "*" stands for every class or dtype without an engine of its own.
+    """
+
+    op_class: str
+    dtype: str
+    peak: FlopsPerSecond
+    efficiency: Efficiency
+
+    @property
+    def rate(self) -> float:
+        """Achievable FLOP/s."""
+        return self.peak * self.efficiency
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A frequency of a device, with its power. The engines' peaks are those of the first point."""
+
+    name: str
+    frequency: Hertz
+    power: Watts
+    voltage: Volts | None = None
+
+
+@dataclass(frozen=True)
+class Device:
+    """One of the machine's equal devices."""
+
+    name: str
+    overhead: Seconds
+    """Seconds that each kernel costs besides its work."""
+    memories: tuple[Memory, ...]
+    """The first is the main memory."""
+    engines: tuple[Engine, ...]
+    points: tuple[OperatingPoint, ...] = ()
+
+
+@dataclass(frozen=True)
+class DeviceKind(Device):
+    """`count` consecutive devices of a machine with different devices."""
+
+    key: str = ""
+    """Name of the kind in the description."""
+    count: Count = 1
+
+
+@dataclass(frozen=True)
+class Level:
+    """`size` equal parts joined by links.
+
+    The parts are devices at the innermost level, else levels of the next one.
+    """
+
+    name: str
+    size: Count
+    fabric: str
+    latency: Seconds
+    """Time from send to receive of an empty message."""
+    bandwidth: BytesPerSecond
+    """Of one link, per direction. In a ring, torus or mesh: of all links of a device at this level
+    together."""
+    shared_by: Count = 1
+    """Devices that share a link when all send at once (four GPUs behind one network card: 4)."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Groups of `devices` consecutive devices that clock, draw power or fail together."""
+
+    name: str
+    kind: str
+    devices: Count
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The behaviour of the compiler and its runtime on a machine."""
+
+    reduce_scatter: bool = True
+    """A sum with a split target is a reduce-scatter. If False: an all-reduce and a slice."""
+    overlap: Fraction = 0.0
+    """The part of a collective's time that independent compute hides."""
+    promotes_16_bit_all_reduce: bool = False
+    """bfloat16 and float16 are summed, and sent, as float32."""
+    float32_products: str = "float32"
+    """The dtype of float32 dots and convolutions, unless the program asks for more precision."""
+    dense_grouped_gradients: bool = False
+    """The weight gradient of a grouped convolution is computed for all pairs of groups."""
+    recomputes: bool = False
+    """A value with several kernels as readers is computed in each of them where possible, not only
+    where that saves reads."""
+    transposed_copies: bool = False
+    """Convolutions of the backward pass read transposed copies, which are made early and stored."""
+    combines: bool = True
+    """Sums of gradients at the same time are started once. If False: each by itself."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The origin of the number at a key path, and its value there."""
+
+    path: str
+    value: float
+    source: str
+    status: str
+
+
+@lru_cache
+def number_fields(part: type) -> tuple[tuple[str, str], ...]:
+    """The fields of a class of parts that hold numbers, each with its dimension."""
+    numbers = []
+    for name, hint in get_type_hints(part, include_extras=True).items():
+        for option in _options(hint):
+            if get_origin(option) is Annotated:
+                numbers.append((name, get_args(option)[1]))
+    return tuple(numbers)
+
+
+def _options(hint: Any) -> Iterator[Any]:
+    """The members of a union type, or the type itself."""
+    if get_origin(hint) in (Union, type(int | None)):
+        yield from get_args(hint)
+    else:
+        yield hint
+
+
+def path_fields(part: type) -> tuple[str, ...]:
+    """The fields of a class of parts that form the last keys of its path."""
+    if part in (Device, Backend):
+        return ()
+    if part is DeviceKind:
+        return ("key",)
+    if part is Engine:
+        return ("op_class", "dtype")
+    return ("name",)
+
+
+def slowest_kind(kinds: Sequence[DeviceKind]) -> DeviceKind:
+    """The kind with the lowest best rate, then with the lowest main memory bandwidth."""
+
+    def speed(kind: DeviceKind) -> tuple[float, list[float]]:
+        best_rate = max((engine.rate for engine in kind.engines), default=0.0)
+        return best_rate, [memory.device_bandwidth for memory in kind.memories[:1]]
+
+    return min(kinds, key=speed)
