@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from partita.errors import MemoryBudgetError, PlanError
 from partita.machine import Machine
 from partita.planning import DEFAULTS, SearchOptions, search_plan
-from partita.search.find import Found
+from partita.search.find import PlanResult
 
 if TYPE_CHECKING:
     from partita.capture.jax_functions import Captured
@@ -63,7 +63,7 @@ class Offer:
     """A machine for a program. Its figures are infinite, and `note` says why, if no plan fits."""
 
     machine: Machine
-    result: Found | None
+    result: PlanResult | None
     """The search with the best plan; None if no plan fits."""
     seconds: float = math.inf
     """Seconds of a step."""
@@ -112,7 +112,7 @@ def compare_machines(
 
 
 def _offer(
-    result: Found, machine: Machine, price: float | None, batch_size: int, objective: Objective
+    result: PlanResult, machine: Machine, price: float | None, batch_size: int, objective: Objective
 ) -> Offer:
     step_seconds = result.prediction.seconds
     epoch_seconds = step_seconds * objective.samples / batch_size if batch_size else math.inf

@@ -22,8 +22,9 @@ from partita.plans.baselines import BASELINES
 from partita.plans.check import check
 from partita.plans.pipeline import is_pipeline, stage_count
 from partita.plans.plan import Plan, choice_text, placed_slice
+from partita.search.alternatives import alternatives
 from partita.search.base import Report
-from partita.search.find import Found, alternatives, find, mesh_of
+from partita.search.find import PlanResult, find, mesh_of
 from partita.simulation.simulate import predicted as simulated_prediction
 from partita.simulation.simulate import simulate as simulated
 from partita.simulation.timeline import Timeline
@@ -96,7 +97,9 @@ def best_plan(graph: OperatorGraph, machine: Machine, report: Report | None = No
     return with_reasons(find(graph, machine, report))
 
 
-def search_plan(captured: Captured, machine: Machine, options: SearchOptions = DEFAULTS) -> Found:
+def search_plan(
+    captured: Captured, machine: Machine, options: SearchOptions = DEFAULTS
+) -> PlanResult:
     """The result of a search for a captured step, with operators timed first if the options say so."""
     if options.measure_operators:
         result = search_measured(captured, machine, options)
@@ -114,7 +117,7 @@ def search_plan(captured: Captured, machine: Machine, options: SearchOptions = D
 
 def search_measured(
     captured: Captured, machine: Machine, options: SearchOptions = DEFAULTS
-) -> Found | None:
+) -> PlanResult | None:
     """The result of a search with timed operators; None in every process but process 0.
 
     The operators of the baselines and of the plan are timed, and the search runs again with their times, until all operators
@@ -123,7 +126,7 @@ def search_measured(
     from partita.execute.operators import measured_operators
     from partita.execute.processes import from_first
 
-    results: list[Found] = []
+    results: list[PlanResult] = []
 
     def search() -> str:
         """Searches, and gives the plans whose operators are to be timed."""
@@ -155,7 +158,7 @@ def _timed_operators(machine: Machine) -> set[Any] | None:
     return set(machine.times.seconds) if machine.times is not None else None
 
 
-def with_reasons(result: Found) -> Plan:
+def with_reasons(result: PlanResult) -> Plan:
     """The plan of a search with the reasons that `partita explain` shows: per operator its cost and its alternatives."""
     chosen = result.plan if result.plan.mesh.axes else result.baselines["one device"][0]
     operators = {}
@@ -181,7 +184,7 @@ def with_reasons(result: Found) -> Plan:
 
 
 def _alternative(
-    result: Found, choice: Mapping[str, str], zero: int, seconds: float, nbytes: float
+    result: PlanResult, choice: Mapping[str, str], zero: int, seconds: float, nbytes: float
 ) -> dict[str, Any]:
     text = choice_text(choice, result.network.placement.mesh)
     if zero:

@@ -191,7 +191,7 @@ def run(case: Case) -> Row:
         **{
             **vars(row),
             "search_seconds": searched,
-            "gap": result.result.gap,
+            "gap": result.gap,
             "plans": figures,
             "layers": layers,
         }

@@ -66,6 +66,8 @@ class SearchResult:
     feasible: bool
     history: tuple[Progress, ...] = ()
     stopped: bool = False
+    failures: tuple[str, ...] = ()
+    """Sentences about optional parts that failed."""
 
     @property
     def gap(self) -> float:

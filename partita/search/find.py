@@ -1,52 +1,110 @@
-"""The best plan for a graph on a machine: baselines, cost network, exact search, walks on the simulator, and the memory of what it found.
+"""The best plan for a graph on a machine: from baselines to a checked result.
 
-Exact search minimises the additive cost of `cost.evaluate` within a budget of bytes that is additive too. Where the machine's collectives
-hide behind kernels a step is less than a sum: walks from the exact plan and all baselines then minimise the simulated step, against
-a bound that holds for every plan. Real peak memory is not a sum either, so the plan found is measured by `cost.memory`, and
-where it does not fit the budget is lowered by what was missed and the search runs again.
+Stages, in order (`find`):
+
+    baselines          plans that an expert would write
+    network            candidates per operator and their costs (`search.network`)
+    exact search       the least sum of costs within a budget of bytes (`search.elimination`)
+    MCMC               the shortest simulated step, from the exact plan and all baselines (`search.mcmc`)
+    memory check       real peak memory (`cost.memory`), which is no sum of parts
+    pipeline stages    stages, microbatches and rematerialization (`search.pipelines`), optional
+    placement          operators on slices of axes (`search.placement`), optional
+
+If a plan exceeds device memory, the budget is lowered in proportion and the exact search runs again. MCMC matters only where
+collectives hide behind kernels: elsewhere a step is the sum of its parts, and the exact plan is proved best.
+
+Plans with pipeline stages or placement can be simulated and not yet run, so the result has two lower bounds: of the plans
+that can run, and of the larger space.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from partita.cost.memory import memory
 from partita.cost.predict import Prediction
 from partita.errors import MemoryBudgetError, PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
 from partita.plans.baselines import BASELINES
-from partita.plans.layout import layout_of
 from partita.plans.pipeline import runnable
 from partita.plans.plan import Mesh, Plan, mesh_for
 from partita.search.base import Progress, Report, SearchResult
+from partita.search.baselines import HOPELESS, Baselines, peak_bytes
 from partita.search.bound import lower_bound_seconds
-from partita.search.candidates import names_of
-from partita.search.network import CostNetwork, build, storage_of
-from partita.search.pipelines import stage
-from partita.search.placement import place
-from partita.search.portfolio import MIN_GAIN, SEARCHES, Limits, Search, SearchSpace, elimination
+from partita.search.network import CostNetwork, build
+from partita.search.optional import PLACEMENT, STAGES, BestStep, OptionalPart
+from partita.search.pipelines import pipelines
+from partita.search.placement import placements
+from partita.search.portfolio import MIN_GAIN, SEARCHES, Limits, Search, elimination
+from partita.simulation.base import SimulatedStep
 from partita.simulation.simulate import predicted
 from partita.units import format_bytes, format_seconds
 
 RESERVE = 0.05
-"""The part of a device's memory that is left to the runtime."""
+"""Share of a device's memory that is reserved for the runtime."""
+BUDGETS = 6
+"""Budgets of bytes that are tried until a plan fits in memory."""
+BUDGET_MARGIN = 0.98
+"""Margin of a lowered budget: plans come in steps of bytes."""
+RUNNABLE_SHARE = 0.5
+"""Share of the time limit for plans that can run, if stages and placement follow."""
+STAGES_SHARE = 0.6
+"""Share of the remaining time limit for stages, if placement follows."""
+
+NOT_RUNNABLE = (
+    "placed operators, stages, microbatches and recomputed runs can be planned and simulated, "
+    "and not yet run"
+)
+NO_FASTER = (
+    "no pipeline or placement that was examined is predicted to be faster; "
+    "the gap is that of plans without them"
+)
 
 
-@dataclass(frozen=True)
-class Found:
-    """A plan with its prediction, the search that found it, and what the baselines are predicted to cost."""
+@dataclass(frozen=True, kw_only=True)
+class PlanResult:
+    """The best plan of a search so far, with its prediction and the lower bounds of its spaces."""
 
     plan: Plan
     prediction: Prediction
-    result: SearchResult
     network: CostNetwork
     baselines: Baselines
+    fits: bool
+    """Whether the plan fits in memory."""
+    smallest_bytes: int
+    """Least peak memory of the plans that the search examined, bytes of a device."""
+    bound_seconds: float
+    """Lower bound of the step of every plan that can run, seconds."""
+    staged_bound_seconds: float | None = None
+    """The same for plans with stages and placement too, seconds; None if they were not searched."""
+    stopped: bool = False
+    """Whether Ctrl-C ended the search."""
+    history: tuple[Progress, ...] = ()
+    """Progress of the exact search and MCMC."""
+    failures: tuple[str, ...] = ()
+    """Sentences about optional parts that failed."""
+
+    @property
+    def gap(self) -> float:
+        """Excess of the plan over the lower bound of plans that can run, relative; 0 if it is proved best."""
+        return _gap(self.prediction.seconds, self.bound_seconds)
+
+    @property
+    def staged_gap(self) -> float | None:
+        """Excess of the plan over the lower bound of the larger space, relative; None if not searched."""
+        if self.staged_bound_seconds is None:
+            return None
+        return _gap(self.prediction.seconds, self.staged_bound_seconds)
+
+
+def _gap(seconds: float, bound_seconds: float) -> float:
+    return max(0.0, seconds / bound_seconds - 1) if bound_seconds > 0 else 0.0
 
 
 def mesh_of(machine: Machine) -> Mesh:
@@ -60,397 +118,361 @@ def capacity(machine: Machine) -> int:
 
 
 def fits(machine: Machine, prediction: Prediction, excess: float = 1.0) -> bool:
-    """Whether the device that holds most of what it has may hold that, and `excess` times as much if that was seen."""
-    return prediction.peak_bytes <= int(
-        capacity(machine.of_kind(prediction.kind)) / max(1.0, excess)
-    )
+    """Whether the device closest to its capacity can hold `excess` times its predicted peak memory."""
+    kind = machine.of_kind(prediction.kind)
+    return prediction.peak_bytes <= int(capacity(kind) / max(1.0, excess))
 
 
 def find(
     graph: OperatorGraph,
     machine: Machine,
-    report: Callable[[Progress], None] | None = None,
+    report: Report | None = None,
     excess: float = 1.0,
     seconds: float | None = None,
     seed: int = 0,
     stages: bool = False,
     search: str = "portfolio",
-) -> Found:
-    """The plan of least predicted step time that fits the machine's memory.
+) -> PlanResult:
+    """The plan of least predicted step time that fits the machine's memory. No baseline is faster.
 
-    Never worse than any baseline by its own measure. Raises MemoryBudgetError, with the smallest need, if nothing fits. `excess`
-    is how many times what is predicted a plan was seen to need. The whole search takes about so many `seconds`, else walks make a number of
-    proposals that finds the same plan for the same `seed`. With `stages`, plans that place operators on parts of the machine, cut the batch into
-    microbatches or recompute are in the space too: they can be simulated, and not yet run. `search` is one of `portfolio.SEARCHES`.
-    Raises PlanError where there is no such search, and where the seconds do not suffice for a look at one plan.
+    Args:
+        report: Called with the progress of the search.
+        excess: Observed memory of a compiled plan over its predicted memory.
+        seconds: Time limit, approximate. None: a fixed number of proposals, which gives the same plan every time.
+        seed: Seed of random proposals.
+        stages: Whether plans with pipeline stages, microbatches, rematerialization and placed operators are in
+            the space. They can be simulated and not yet run.
+        search: A key of `portfolio.SEARCHES`.
+
+    Raises:
+        MemoryBudgetError: No plan fits. The message gives the smallest need.
+        PlanError: The search is unknown, or `seconds` are too short for one plan.
     """
     if search not in SEARCHES:
         raise PlanError(f"There is no search {search!r}: use {', '.join(map(repr, SEARCHES))}.")
-    clock = _Clock(seconds)
-    found = _whole(
-        graph, machine, report, excess, clock, 0.5 if stages else 1.0, seed, SEARCHES[search]
-    )
+    request = _Request(graph, machine, report, excess, seed, _Clock(seconds))
+    baselines = _baselines(request)
+    request.clock.check(graph, machine)
     if stages and machine.devices > 1:
-        limit = int(capacity(machine) / max(1.0, excess))
-        most = found.prediction.seconds if isinstance(found, Found) else np.inf
-        bound = min(
-            found.result.bound, lower_bound_seconds(found.network.terms, machine, machine.devices)
-        )
-        terms, best = found.network.terms, None
-        if not machine.kinds:
-            staged = stage(
-                graph,
-                machine,
-                mesh_of(machine),
-                terms,
-                limit,
-                most * (1 - MIN_GAIN),
-                report,
-                bound,
-                clock.share(0.6),
-            )
-            best = staged and (staged.plan, staged.prediction())
-        start = found.plan if found.plan.mesh.axes else found.baselines["one device"][0]
-        enough = lambda placed: fits(machine, placed.prediction(), excess)  # noqa: E731
-        if (
-            isinstance(found, Found) or found.smallest <= HOPELESS * limit
-        ):  # places hold what the plan holds that they begin from, or little less
-            placed = place(
-                graph,
-                machine,
-                start,
-                terms,
-                (best[1].seconds if best else most) * (1 - MIN_GAIN),
-                enough,
-                report,
-                bound,
-                clock.share(1.0),
-                seed,
-            )
-            best = (
-                (replace(placed.plan, name="found"), replace(placed.prediction(), plan="found"))
-                if placed
-                else best
-            )
-        found = replace(found, result=replace(found.result, bound=bound))
-        if best is not None:
-            return _elsewhere(found, graph, machine, *best)
-        note = "of the plans in stages and with placed operators that were looked at none is predicted to be faster; what is proved is proved of those without"
-        found = replace(found, plan=replace(found.plan, notes=(*found.plan.notes, note)))
-    if isinstance(found, _Unfit):
-        limit, least = (
-            int(capacity(machine) / max(1.0, excess)),
-            min(found.smallest, *(found.baselines.peak(name) for name in found.baselines)),
-        )
-        raise MemoryBudgetError(
-            f"'{graph.name}' with batch {graph.batch_size} fits {machine.name} under no plan: the smallest needs "
-            f"{format_bytes(least)} per device, and a device has {format_bytes(machine.memory_bytes)}, of which {format_bytes(limit)} "
-            f"may be used. Use more devices, a smaller batch, or devices with more memory."
-        )
-    return found
+        result = _runnable(request, baselines, SEARCHES[search], RUNNABLE_SHARE)
+        result = _with_larger_space(request, result)
+    else:
+        result = _runnable(request, baselines, SEARCHES[search], 1.0)
+    if not result.fits:
+        raise _memory_error(request, result)
+    return _noted(request, result)
+
+
+# ------------------------------------------------------------------------------------------- the request
 
 
 @dataclass(frozen=True)
 class _Clock:
-    """The seconds that a search may take, from when it is made."""
+    """The time limit of a search, from its start."""
 
     seconds: float | None
-    begun: float = field(default_factory=time.perf_counter)
+    start: float = field(default_factory=time.perf_counter)
 
     def share(self, part: float) -> float | None:
-        """A part of what is left."""
-        return (
-            None
-            if self.seconds is None
-            else max(0.0, self.seconds - (time.perf_counter() - self.begun)) * part
-        )
+        """A part of the remaining seconds, None without a limit."""
+        if self.seconds is None:
+            return None
+        elapsed = time.perf_counter() - self.start
+        return max(0.0, self.seconds - elapsed) * part
 
     def check(self, graph: OperatorGraph, machine: Machine) -> None:
-        """PlanError where the time is up before one plan could be looked at."""
-        taken = time.perf_counter() - self.begun
-        if self.seconds is not None and taken > self.seconds:
+        """PlanError if the time is up before the first plan."""
+        elapsed = time.perf_counter() - self.start
+        if self.seconds is not None and elapsed > self.seconds:
             raise PlanError(
-                f"{format_seconds(self.seconds)} are too short to look at one plan of '{graph.name}' on {machine.name}: its costs alone took "
-                f"{format_seconds(taken)}. Write at least --seconds {math.ceil(taken + 1)}, or leave --seconds away."
+                f"{format_seconds(self.seconds)} are too short to find one plan of '{graph.name}' "
+                f"on {machine.name}: its costs alone took {format_seconds(elapsed)}. "
+                f"Use at least --seconds {math.ceil(elapsed + 1)}, or remove --seconds."
             )
-
-
-HOPELESS = 2.0
-"""What holds so many times a device's memory, by a count of variables and kept activations alone, is not looked at closer."""
-
-
-class Baselines(Mapping[str, tuple[Plan, Prediction]]):
-    """All baselines with their predictions, each predicted when it is asked for: most are seen to be slower before."""
-
-    def __init__(self, network: CostNetwork, plans: Mapping[str, Plan]) -> None:
-        self.network, self.plans = network, plans
-        self.states = {name: network.states_of(plan) for name, plan in plans.items()}
-        self.space = SearchSpace(
-            network, [states for states in self.states.values() if states is not None]
-        )
-        self.known: dict[str, Prediction] = {}
-        self.peaks: dict[str, int] = {}
-
-    def __getitem__(self, name: str) -> tuple[Plan, Prediction]:
-        plan = self.plans[name]
-        if name not in self.known:
-            n = self.network
-            same = next(
-                (p for other, p in self.known.items() if _alike(self.plans[other], plan)), None
-            )
-            self.known[name] = (
-                replace(same, plan=name)
-                if same
-                else predicted(n.graph, n.placement.machine, plan, n.terms)
-            )
-        return plan, self.known[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.plans)
-
-    def __len__(self) -> int:
-        return len(self.plans)
-
-    def seconds(self, name: str) -> float:
-        """Predicted seconds of one: of states of the network they are known without a prediction."""
-        states = self.states[name]
-        if states is None or name in self.known:
-            return self[name][1].seconds
-        return (
-            self.space.simulated.seconds(states)
-            if self.space.overlaps
-            else self.network.problem.cost(states)
-        )
-
-    def peak(self, name: str) -> int:
-        """Bytes that one holds at its peak."""
-        plan, n = self.plans[name], self.network
-        if name not in self.peaks:
-            same = next(
-                (peak for other, peak in self.peaks.items() if _alike(self.plans[other], plan)),
-                None,
-            )
-            self.peaks[name] = (
-                same
-                or memory(
-                    n.graph, plan.mesh, layout_of(n.graph, plan), n.placement.machine.backend
-                ).peak
-            )
-        return self.peaks[name]
-
-    def fits(self, name: str, limit: int) -> bool:
-        """Whether one holds no more than so many bytes: what is far from it is seen without looking at its values."""
-        states = self.states[name]
-        return (
-            states is None or self.network.problem.memory_bytes(states) <= HOPELESS * limit
-        ) and self.peak(name) <= limit
-
-    def fastest(self, limit: int, under: float = np.inf) -> str | None:
-        """The fastest that takes less than so many seconds and fits; None if none does."""
-        faster = sorted((s, name) for name in self.plans for s in [self.seconds(name)] if s < under)
-        return next((name for _, name in faster if self.fits(name, limit)), None)
-
-
-def _alike(one: Plan, other: Plan) -> bool:
-    return one.mesh == other.mesh and one.choices == other.choices and one.storage == other.storage
 
 
 @dataclass(frozen=True)
-class _Unfit:
-    """A search that found nothing that fits: the plan that holds least, and the bytes of the smallest that was seen."""
+class _Request:
+    """The inputs that all stages of a search share."""
 
-    plan: Plan
-    smallest: int
-    result: SearchResult
-    network: CostNetwork
-    baselines: Baselines
+    graph: OperatorGraph
+    machine: Machine
+    report: Report | None
+    excess: float
+    seed: int
+    clock: _Clock
 
+    @property
+    def limit_bytes(self) -> int:
+        """Bytes of a device that a plan may use by its prediction."""
+        return int(capacity(self.machine) / max(1.0, self.excess))
 
-def _elsewhere(
-    found: Found | _Unfit,
-    graph: OperatorGraph,
-    machine: Machine,
-    plan: Plan,
-    prediction: Prediction,
-) -> Found:
-    """The same search with a plan in stages or with placed operators as what was found."""
-    result = replace(found.result, seconds=prediction.seconds, feasible=True)
-    base, notes = found.baselines, [*graph.notes]
-    if base.fits("data parallel", capacity(machine)):
-        notes.append(
-            f"predicted {base.seconds('data parallel') / prediction.seconds:.2f} x as fast as data parallel"
-        )
-    else:
-        notes.append("data parallel does not fit in memory")
-    notes.append(
-        "placed operators, stages, microbatches and recomputed runs can be planned and simulated, and not yet run"
-    )
-    plan = replace(plan, notes=tuple(notes), predicted=_predicted(prediction, result))
-    return Found(plan, prediction, result, found.network, found.baselines)
+    def limits(self, budget: float, time_share: float) -> Limits:
+        """Limits of a part of the search that may take a share of the remaining time."""
+        return Limits(budget, self.clock.share(time_share), self.seed, self.report)
 
 
-def _whole(
-    graph: OperatorGraph,
-    machine: Machine,
-    report: Report | None,
-    excess: float,
-    clock: _Clock,
-    part: float,
-    seed: int,
-    search: Search,
-) -> Found | _Unfit:
-    """The best plan that all devices run at once."""
-    mesh, limit = mesh_of(machine), int(capacity(machine) / max(1.0, excess))
+# ------------------------------------------------------------------------------------------- plans that can run
+
+
+def _baselines(request: _Request) -> Baselines:
+    """The baselines, and the cost network that has their choices among its candidates."""
+    graph, machine = request.graph, request.machine
+    mesh = mesh_of(machine)
     plans = {name: make(graph, machine.name, mesh) for name, make in BASELINES.items()}
     network = build(graph, machine, mesh, list(plans.values()))
-    clock.check(graph, machine)
-    baselines = Baselines(network, plans)
-    space = baselines.space
-    result, peak, smallest = _fitting(
-        space, search, limit, lambda budget: Limits(budget, clock.share(part), seed, report)
+    return Baselines(network, plans)
+
+
+def _runnable(
+    request: _Request, baselines: Baselines, search: Search, time_share: float
+) -> PlanResult:
+    """The best plan that all devices run at once. `fits` is False if none fits in memory."""
+    network = baselines.network
+    limit_bytes = request.limit_bytes
+
+    def limits(budget: float) -> Limits:
+        return request.limits(budget, time_share)
+
+    searched, peaks = _search_within_memory(baselines, search, limit_bytes, limits)
+    plan = network.plan(searched.states)
+    result = PlanResult(
+        plan=plan,
+        prediction=predicted(request.graph, request.machine, plan, network.terms),
+        network=network,
+        baselines=baselines,
+        fits=peaks[searched.states] <= limit_bytes,
+        smallest_bytes=min(peaks.values()),
+        bound_seconds=searched.bound,
+        stopped=searched.stopped,
+        history=searched.history,
+        failures=searched.failures,
     )
-    plan = network.plan(result.states)
-    best = baselines.fastest(limit) if peak > limit else None
-    if peak > limit and best is None:
-        return _Unfit(plan, smallest, result, network, baselines)
-    prediction = predicted(graph, machine, plan, network.terms)
-    if (
-        best is None
-    ):  # only an interrupted search, or one that memory has pushed up, ends above a baseline that fits
-        best = baselines.fastest(limit, prediction.seconds * (1 - 1e-12))
-    if best is not None:
-        plan, prediction = replace(plans[best], name="found"), baselines[best][1]
-    plan, prediction = _one_device(graph, machine, plan, prediction, baselines)
-    notes = (*plan.notes, *_notes(graph, prediction, baselines, result))
-    plan = replace(plan, notes=notes, predicted=_predicted(prediction, result))
-    return Found(plan, prediction, result, network, baselines)
+    result = _or_baseline(result, limit_bytes)
+    return _or_one_device(request, result) if result.fits else result
 
 
-def _fitting(
-    space: SearchSpace, search: Search, limit: int, limits: Callable[[float], Limits]
-) -> tuple[SearchResult, int, int]:
-    """(what a search finds that fits so many bytes, or else what it found last; what that needs; the least that anything seen needs).
+def _search_within_memory(
+    baselines: Baselines,
+    search: Search,
+    limit_bytes: int,
+    limits: Callable[[float], Limits],
+) -> tuple[SearchResult, dict[tuple[int, ...], int]]:
+    """The result of a search that fits in memory, or else the last one; and the peak memory of all states examined.
 
-    The exact search comes first, its budget lowered until what it finds fits; the whole search then has that budget, and starts from plans that do.
+    The exact search comes first, its budget lowered until its plan fits. The whole search then has that budget.
     """
-    network, budget, run = space.network, float(limit), elimination
-    seen: dict[tuple[int, ...], int] = {}
-    fitting = None
-    for _ in range(6):
+    space = baselines.space
+    network = baselines.network
+    peaks: dict[tuple[int, ...], int] = {}
+    budget = float(limit_bytes)
+    run: Search = elimination
+    fitting: SearchResult | None = None
+    for _ in range(BUDGETS):
         result = run(space, limits(budget))
-        if result.states not in seen:
-            plan = network.plan(result.states)
-            seen[result.states] = memory(
-                network.graph,
-                plan.mesh,
-                layout_of(network.graph, plan),
-                network.placement.machine.backend,
-            ).peak
-        peak = seen[result.states]
-        if peak <= limit:
-            fitting, done, run = result, run is search, search
-            if done or result.stopped:
+        if result.states not in peaks:
+            peaks[result.states] = peak_bytes(network, network.plan(result.states))
+        peak = peaks[result.states]
+        if peak <= limit_bytes:
+            fitting = result
+            if run is search or result.stopped:
                 break
+            run = search
         elif not result.feasible or result.stopped:
             break
         else:
-            budget = min(budget, result.nbytes) * limit / peak * 0.98
-    found = fitting or result
-    return found, seen[found.states], min(seen.values())
+            budget = min(budget, result.nbytes) * limit_bytes / peak * BUDGET_MARGIN
+    return fitting or result, peaks
 
 
-def _one_device(
-    graph: OperatorGraph, machine: Machine, plan: Plan, prediction: Prediction, baselines: Baselines
-) -> tuple[Plan, Prediction]:
-    """If nothing is split, or splitting does not pay, the plan is one device."""
-    alone = baselines.seconds("one device")
+def _or_baseline(result: PlanResult, limit_bytes: int) -> PlanResult:
+    """The fastest baseline that fits, if it is faster than the plan or the plan does not fit.
+
+    Only a search that was interrupted, or whose budget was lowered, ends above a baseline that fits.
+    """
+    limit_seconds = result.prediction.seconds * (1 - 1e-12) if result.fits else np.inf
+    name = result.baselines.fastest(limit_bytes, limit_seconds)
+    if name is None:
+        return result
+    plan, prediction = result.baselines[name]
+    return replace(result, plan=replace(plan, name="found"), prediction=prediction, fits=True)
+
+
+def _or_one_device(request: _Request, result: PlanResult) -> PlanResult:
+    """The plan of one device, with the reason, if nothing is split or splitting does not pay."""
+    baselines, plan = result.baselines, result.plan
+    if plan.mesh.size == 1:
+        return result
+    alone_seconds = baselines.seconds("one device")
     split = any(plan.choices.values()) or bool(plan.storage)
-    if plan.mesh.size > 1 and (
-        not split
-        or prediction.seconds >= alone
-        and baselines["one device"][1].peak_bytes <= capacity(machine)
-    ):
-        mesh = Mesh(())
-        one = Plan(
-            graph.name,
-            plan.machine,
-            mesh,
-            {o.name: {} for o in graph.operators},
-            {},
-            plan.name,
-            plan.batch_size,
-        )
-        others = [p for _, p in baselines.values() if p.traffic]
-        if not others:
-            why = (
-                f"one of {plan.mesh.size} devices is used: nothing can be split {plan.mesh.size} ways, because no size (batch "
-                f"{graph.batch_size}, channels, units) is a multiple of its prime factors that a plan could use"
-            )
-            return replace(one, notes=(why,)), replace(
-                predicted(graph, machine, one), plan=plan.name
-            )
-        best = min(others, key=lambda p: p.seconds)
-        why = (
-            f"one of {plan.mesh.size} devices is used: splitting does not pay, the best split ('{best.plan}') is predicted at "
-            f"{format_seconds(best.seconds)} against {format_seconds(alone)}"
-        )
-        return replace(one, notes=(why,)), replace(predicted(graph, machine, one), plan=plan.name)
-    return plan, prediction
-
-
-def _notes(
-    graph: OperatorGraph, prediction: Prediction, baselines: Baselines, result: SearchResult
-) -> tuple[str, ...]:
-    notes = list(graph.notes)
-    if prediction.seconds > 0:
-        notes.append(
-            f"predicted {baselines.seconds('data parallel') / prediction.seconds:.2f} x as fast as data parallel"
-        )
-    if result.stopped:
-        notes.append("the search was stopped; this is the best plan it had")
-    return tuple(notes)
-
-
-def _predicted(prediction: Prediction, result: SearchResult) -> dict:
-    found = prediction.to_json()
-    found["bound_seconds"] = min(result.bound, prediction.seconds)
-    return found
-
-
-def alternatives(
-    network: CostNetwork, plan: Plan, most: int = 8
-) -> list[list[tuple[dict[str, str], int, float, float]]]:
-    """Per operator other choices for it, all others as planned: (choice, ZeRO level, seconds more, bytes more), best first."""
-    states = network.states_of(plan) if runnable(plan) else None
-    return [
-        [] if states is None else _alternatives(network, states, o, most)
-        for o in range(len(network.states))
-    ]
-
-
-def _alternatives(
-    network: CostNetwork, states: Sequence[int], o: int, most: int
-) -> list[tuple[dict[str, str], int, float, float]]:
-    problem = network.problem
-    seconds = problem.seconds[o] + sum(
-        table[:, states[other]] for other, table in network.neighbours[o]
+    if split:
+        if result.prediction.seconds < alone_seconds:
+            return result
+        if baselines["one device"][1].peak_bytes > capacity(request.machine):
+            return result
+    graph = request.graph
+    one = Plan(
+        graph.name,
+        plan.machine,
+        Mesh(()),
+        {operator.name: {} for operator in graph.operators},
+        {},
+        plan.name,
+        plan.batch_size,
+        notes=(_one_device_reason(request, baselines, plan.mesh.size, alone_seconds),),
     )
-    found = []
-    for i in np.argsort(seconds, kind="stable"):
-        state = network.states[o][i]
-        more = (
-            float(seconds[i] - seconds[states[o]]),
-            float(problem.nbytes[o][i] - problem.nbytes[o][states[o]]),
+    prediction = predicted(graph, request.machine, one)
+    return replace(result, plan=one, prediction=replace(prediction, plan=plan.name))
+
+
+def _one_device_reason(
+    request: _Request, baselines: Baselines, devices: int, alone_seconds: float
+) -> str:
+    split_plans = [prediction for _, prediction in baselines.values() if prediction.traffic]
+    if not split_plans:
+        return (
+            f"one of {devices} devices is used: nothing can be split {devices} ways, because no "
+            f"size (batch {request.graph.batch_size}, channels, units) is a multiple of its prime "
+            "factors that a plan could use"
         )
-        # Variables that cannot be split further are stored the same whatever the level says.
-        if i != states[o] and (not state.zero or storage_of(network, o, i)):
-            found.append(
-                (
-                    names_of(network.graph, network.placement.mesh, network.choice(o, i)),
-                    state.zero,
-                    *more,
-                )
-            )
-        if len(found) == most:
-            break
-    return found
+    best = min(split_plans, key=lambda prediction: prediction.seconds)
+    return (
+        f"one of {devices} devices is used: splitting does not pay, the best split "
+        f"('{best.plan}') is predicted at {format_seconds(best.seconds)} against "
+        f"{format_seconds(alone_seconds)}"
+    )
+
+
+# ------------------------------------------------------------------------------------------- the larger space
+
+
+def _with_larger_space(request: _Request, result: PlanResult) -> PlanResult:
+    """The result with stages and placement in the space."""
+    terms, machine = result.network.terms, request.machine
+    bound = min(result.bound_seconds, lower_bound_seconds(terms, machine, machine.devices))
+    start = result.plan
+    result = replace(result, staged_bound_seconds=bound)
+    staged = _with_stages(request, result)
+    return _with_placement(request, staged, start)
+
+
+def _with_stages(request: _Request, result: PlanResult) -> PlanResult:
+    """The result with pipeline stages in the space, where all devices are equal."""
+    if request.machine.kinds:
+        return result
+    steps = pipelines(
+        request.graph,
+        result.network.placement,
+        result.network.terms,
+        request.limits(request.limit_bytes, STAGES_SHARE),
+        limit_seconds=_seconds_to_beat(result),
+        bound=result.staged_bound_seconds or 0.0,
+    )
+    return _faster(result, STAGES, steps)
+
+
+def _with_placement(request: _Request, result: PlanResult, start: Plan) -> PlanResult:
+    """The result with placed operators in the space. `start` is the best plan without them and without stages.
+
+    Placement hardly changes memory: it is not tried if no plan is near the memory of a device.
+    """
+    if not result.fits and result.smallest_bytes > HOPELESS * request.limit_bytes:
+        return result
+    if not start.mesh.axes:
+        start, _ = result.baselines["one device"]
+
+    def fits_memory(step: SimulatedStep) -> bool:
+        return fits(request.machine, step.prediction(), request.excess)
+
+    steps = placements(
+        request.graph,
+        request.machine,
+        start,
+        result.network.terms,
+        request.limits(request.limit_bytes, 1.0),
+        limit_seconds=_seconds_to_beat(result),
+        fits=fits_memory,
+        bound=result.staged_bound_seconds or 0.0,
+    )
+    return _faster(result, PLACEMENT, steps)
+
+
+def _seconds_to_beat(result: PlanResult) -> float:
+    """Seconds below which a plan of the larger space is worth it; infinite if no plan fits yet."""
+    seconds = result.prediction.seconds if result.fits else np.inf
+    return seconds * (1 - MIN_GAIN)
+
+
+def _faster(result: PlanResult, part: OptionalPart, steps: Iterator[SimulatedStep]) -> PlanResult:
+    """The result with the last of ever faster steps, if there is one, and a sentence if the part failed."""
+    best = BestStep()
+    predictions: list[Prediction] = []
+
+    def predict() -> None:
+        if best.step is not None:
+            predictions.append(best.step.prediction())
+
+    failures = part.run(lambda: best.follow(steps)) + part.run(predict)
+    result = replace(result, failures=(*result.failures, *failures))
+    if best.step is None or not predictions:
+        return result
+    return replace(
+        result,
+        plan=replace(best.step.plan, name="found", notes=()),
+        prediction=replace(predictions[0], plan="found"),
+        fits=True,
+    )
+
+
+# ------------------------------------------------------------------------------------------- the result
+
+
+def _noted(request: _Request, result: PlanResult) -> PlanResult:
+    """The result with the notes of its plan, and its prediction and bounds in the plan."""
+    notes = [*result.plan.notes, *request.graph.notes]
+    notes += _speedup(request, result)
+    if not runnable(result.plan):
+        notes.append(NOT_RUNNABLE)
+    else:
+        if result.stopped:
+            notes.append("the search was stopped; this is the best plan it had")
+        if result.staged_bound_seconds is not None:
+            notes.append(NO_FASTER)
+    notes += result.failures
+    plan = replace(result.plan, notes=tuple(notes), predicted=_predicted(result))
+    return replace(result, plan=plan)
+
+
+def _speedup(request: _Request, result: PlanResult) -> list[str]:
+    """A note about the speed of the plan relative to data parallel."""
+    baselines = result.baselines
+    seconds = result.prediction.seconds
+    if not runnable(result.plan) and not baselines.fits("data parallel", capacity(request.machine)):
+        return ["data parallel does not fit in memory"]
+    if seconds <= 0:
+        return []
+    speedup = baselines.seconds("data parallel") / seconds
+    return [f"predicted {speedup:.2f} x as fast as data parallel"]
+
+
+def _predicted(result: PlanResult) -> dict[str, Any]:
+    """The `predicted` entry of a plan."""
+    seconds = result.prediction.seconds
+    entry = result.prediction.to_json()
+    entry["bound_seconds"] = min(result.bound_seconds, seconds)
+    if result.staged_bound_seconds is not None:
+        entry["staged_bound_seconds"] = min(result.staged_bound_seconds, seconds)
+    return entry
+
+
+def _memory_error(request: _Request, result: PlanResult) -> MemoryBudgetError:
+    graph, machine = request.graph, request.machine
+    baselines = result.baselines
+    smallest = min(result.smallest_bytes, *(baselines.peak_bytes(name) for name in baselines))
+    failures = "".join(f" Note: {failure}" for failure in result.failures)
+    return MemoryBudgetError(
+        f"'{graph.name}' with batch {graph.batch_size} fits {machine.name} under no plan: "
+        f"the smallest needs {format_bytes(smallest)} per device, and a device has "
+        f"{format_bytes(machine.memory_bytes)}, of which {format_bytes(request.limit_bytes)} may "
+        f"be used. Use more devices, a smaller batch, or devices with more memory.{failures}"
+    )

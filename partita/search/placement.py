@@ -1,10 +1,13 @@
-"""Plans that place operators: branches and layers at slices of axes, so that they run at the same time on devices of their own.
+"""Placement: operators on slices of axes, so that branches and layers run at the same time on devices of their own.
 
-Only what need not wait for each other can gain. `branches` reads off the graph where it forks and joins. From a plan that all devices run at once, the
-branches, and the layers that have parallel parts (unrolled steps follow each other from layer to layer), are dealt to the slices of an axis or of a level's
-axes; then single moves are tried: an operator, a branch, or all equal branches at another slice, or back on all of them, and a neighbour to where its reader
-is. Each is simulated (`simulate.placed`), unless its kernels alone take too long; the best that fits is kept. A hill climb, not a walk: a step with
-places costs milliseconds where a compiled one costs microseconds. FlexFlow's proposals are single operators (MLSys 2019, section 6.2).
+Only operators that need not wait for each other can gain (`search.branches`). From the best plan without placement, in order:
+
+1. Branches, and layers with parallel parts (unrolled steps follow each other from layer to layer), are dealt to the slices of
+   an axis, or of all axes of a level.
+2. Single moves: an operator, a branch, or all equal branches go to another slice, to all slices, or to the slice of a neighbour.
+
+Each plan is simulated (`simulation.placed`), unless its kernels alone take too long. This is a hill climb, not MCMC: a placed
+step costs milliseconds, a compiled one microseconds. FlexFlow's proposals are single operators (MLSys 2019, section 6.2).
 """
 
 from __future__ import annotations
@@ -14,259 +17,284 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from partita.cost.terms import Terms
 from partita.errors import PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
 from partita.plans.check import check
-from partita.plans.plan import Plan, placed_slice
-from partita.search.base import Progress, Report
+from partita.plans.plan import Mesh, Plan, placed_slice
+from partita.search.base import Progress
 from partita.search.bound import lower_bounds_by_operator
+from partita.search.branches import Fork, branches
+from partita.search.portfolio import Limits
 from partita.simulation.placed import PlacedStep
 
 SECONDS = 5.0
-"""How long to look at most, unless it is said."""
+"""Time limit by default, seconds."""
 MOVES = 200
-"""Single moves that are tried, at most."""
+"""Single moves, at most."""
 INSTRUCTIONS = 50_000
-"""Instructions of the steps that are simulated one after the other without a better one: then it ends. At least FEWEST steps are."""
-FEWEST = 4
+"""Instructions of the steps that are simulated without a better one before the search ends."""
+MIN_SIMULATIONS = 4
+"""Simulated steps without a better one, at least, whatever their instructions."""
+NEIGHBOUR_SHARE = 0.3
+"""Share of moves that go to the slice of a neighbour."""
 
 
-def place(
+def placements(
     graph: OperatorGraph,
     machine: Machine,
     start: Plan,
     terms: Terms,
-    most: float,
-    fits: Callable[[PlacedStep], bool],
-    report: Report | None = None,
+    limits: Limits,
+    limit_seconds: float = math.inf,
+    fits: Callable[[PlacedStep], bool] = lambda step: True,
     bound: float = 0.0,
-    seconds: float | None = None,
-    seed: int = 0,
-) -> PlacedStep | None:
-    """The fastest plan found with operators placed on the axes of `start` that takes less than `most` seconds and fits; None if there is none.
+) -> Iterator[PlacedStep]:
+    """Ever faster simulated steps with operators placed on the axes of `start`.
 
-    A step that is being simulated when the time is up is simulated to the end. Ctrl-C ends with the best so far.
+    The simulation of a step is not interrupted by the time limit.
+
+    Args:
+        limits: A time limit and the seed of moves.
+        limit_seconds: Seconds that a step must be faster than.
+        fits: Whether a step fits in memory.
+        bound: Lower bound of the step, for reports.
     """
-    until, best, rng = (
-        time.perf_counter() + (SECONDS if seconds is None else seconds),
-        None,
-        random.Random(seed),
-    )
-    parallel = branches(graph)
-    if not (parallel or machine.kinds) or not start.mesh.axes:
-        return None
-    floor, seen = None if machine.kinds else _Floor(graph, machine, start, terms), set()
-    patience = left = max(FEWEST, INSTRUCTIONS // len(graph.instructions))
+    time_limit = SECONDS if limits.seconds is None else limits.seconds
+    end = time.perf_counter() + time_limit
+    forks = branches(graph)
+    if not (forks or machine.kinds) or not start.mesh.axes:
+        return
+    climb = _Climb(graph, machine, start, terms, fits, limit_seconds)
+    plans = _plans(climb, forks, random.Random(limits.seed))
+    for plan in plans:
+        if time.perf_counter() > end or not climb.patience:
+            return
+        step = climb.improvement(plan)
+        if step is not None:
+            yield step
+            if limits.report is not None:
+                limits.report(Progress("placement", step.seconds, bound))
 
-    def better(plan: Plan) -> PlacedStep | None:
-        nonlocal left
-        least, places = (
-            most if best is None else best.seconds,
-            tuple(tuple(choice.items()) for choice in plan.choices.values()),
-        )
-        if places in seen or floor is not None and floor.seconds(plan) >= least:
+
+def _plans(climb: _Climb, forks: Sequence[Fork], rng: random.Random) -> Iterator[Plan]:
+    """The plans to try. Moves start from the best plan so far."""
+    graph, terms = climb.graph, climb.terms
+    yield from _dealt_plans(graph, climb.start, terms, forks, differ=bool(climb.machine.kinds))
+    units = _units(terms, forks)
+    for _ in range(MOVES if units else 0):
+        yield _moved(climb.best_plan, graph, terms, units, rng)
+
+
+@dataclass(eq=False)
+class _Climb:
+    """The best placed step so far, and the simulations that remain until a better one."""
+
+    graph: OperatorGraph
+    machine: Machine
+    start: Plan
+    terms: Terms
+    fits: Callable[[PlacedStep], bool]
+    best_seconds: float
+    examined: set[tuple[object, ...]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.best_plan = self.start
+        self.patience = self.max_patience
+
+    @property
+    def max_patience(self) -> int:
+        return max(MIN_SIMULATIONS, INSTRUCTIONS // len(self.graph.instructions))
+
+    @cached_property
+    def floor(self) -> _LowerBound | None:
+        """Lower bounds of plans, for equal devices."""
+        if self.machine.kinds:
             return None
-        seen.add(places)
+        return _LowerBound(self.graph, self.machine, self.start, self.terms)
+
+    def improvement(self, plan: Plan) -> PlacedStep | None:
+        """The step of a plan if it is new, faster than the best, and fits in memory."""
+        key = tuple(tuple(choice.items()) for choice in plan.choices.values())
+        if key in self.examined:
+            return None
+        if self.floor is not None and self.floor.seconds(plan) >= self.best_seconds:
+            return None
+        self.examined.add(key)
         try:
-            placed = PlacedStep.of(graph, machine, check(plan, graph), terms)
+            checked = check(plan, self.graph)
+            step = PlacedStep.of(self.graph, self.machine, checked, self.terms)
         except PlanError:
             return None
-        if not machine.kinds and placed.lower_bound_seconds >= least:
+        if not self.machine.kinds and step.lower_bound_seconds >= self.best_seconds:
             return None
-        left -= 1
-        if placed.seconds >= least or not fits(placed):
+        self.patience -= 1
+        if step.seconds >= self.best_seconds or not self.fits(step):
             return None
-        left = patience
-        if report is not None:
-            report(Progress("places", placed.seconds, bound))
-        return placed
-
-    try:
-        for plan in _dealt(graph, start, terms, parallel, bool(machine.kinds)):
-            if time.perf_counter() > until or not left:
-                return best
-            best = better(plan) or best
-        units = _units(graph, terms, parallel)
-        for _ in range(MOVES if units else 0):
-            if time.perf_counter() > until or not left:
-                break
-            best = (
-                better(_moved(start if best is None else best.plan, graph, terms, units, rng))
-                or best
-            )
-    except KeyboardInterrupt:  # the best so far
-        pass
-    return best
+        self.patience = self.max_patience
+        self.best_seconds = step.seconds
+        self.best_plan = step.plan
+        return step
 
 
-def branches(graph: OperatorGraph) -> list[list[list[int]]]:
-    """Fork by fork, the branches up to where they join: operators that are connected with each other, and need not wait for another branch forward.
+class _LowerBound:
+    """Lower bound of placed steps whose other operators are split as in `start`: the compute time of the busiest devices.
 
-    An operator before and after which all others have to run forks or joins, and is in none.
-    """
-    before, after = [0] * len(graph.operators), [0] * len(graph.operators)
-    heavy = {operator.heavy: o for o, operator in enumerate(graph.operators)}
-    upstream: dict[int, int] = {}
-    for i, x in enumerate(
-        graph.instructions
-    ):  # what only joins branches is light: its operator's heavy instruction waits for none of them
-        found = 0
-        for t in x.operands:
-            found |= upstream.get(t, 0)
-        if i in heavy:
-            before[heavy[i]] = found
-            found |= 1 << heavy[i]
-        upstream |= dict.fromkeys(x.results, found)
-    for o, mine in enumerate(before):
-        for other in range(len(after)) if mine else ():
-            after[other] |= (mine >> other & 1) << o
-    everyone = (1 << len(before)) - 1
-    forks: list[list[list[int]]] = []
-    run: list[int] = []
-    for o in range(len(before) + 1):
-        if o < len(before) and before[o] | after[o] | 1 << o != everyone:
-            run.append(o)
-            continue
-        parts: list[list[int]] = []
-        for member in run:
-            joined = [p for p in parts if any(before[member] >> other & 1 for other in p)]
-            parts = [p for p in parts if p not in joined] + [
-                sorted([*(x for p in joined for x in p), member])
-            ]
-        if len(parts) > 1 or any(
-            before[a] >> b & 1 == after[a] >> b & 1 == 0
-            for p in parts
-            for a in p
-            for b in p
-            if a != b
-        ):
-            forks.append(sorted(parts))
-        run = []
-    return forks
-
-
-def at(
-    plan: Plan, graph: OperatorGraph, places: Mapping[int, int | None], axes: Sequence[int]
-) -> Plan:
-    """The plan with some operators at slices of axes (counted over all of them together), or on all slices where None."""
-    choices, mesh = dict(plan.choices), plan.mesh
-    for o, slot in places.items():
-        names = [mesh.axes[a].name for a in axes]
-        choice = {a: use for a, use in choices[graph.operators[o].name].items() if a not in names}
-        left = slot or 0
-        for a in reversed(axes) if slot is not None else ():
-            choice[mesh.axes[a].name] = f"at({left % mesh.sizes[a]})"
-            left //= mesh.sizes[a]
-        choices[graph.operators[o].name] = choice
-    home = {
-        a.path: graph.operators[graph.home[a.tensor]].name
-        for a in graph.arguments
-        if graph.home[a.tensor] >= 0
-    }
-    storage = {
-        p: s
-        for p, s in plan.storage.items()
-        if p not in home or all(placed_slice(choices[home[p]].get(a, "")) is None for a in s.axes)
-    }
-    return replace(plan, choices=choices, storage=storage)
-
-
-class _Floor:
-    """Seconds that no placed plan is shorter than, in which operators that are on all devices are split as in `start`: what the busiest devices compute.
-
-    An operator on a part of the devices is at best shared out to them without a rest.
+    A placed operator is at best divided evenly over its devices.
     """
 
     def __init__(self, graph: OperatorGraph, machine: Machine, start: Plan, terms: Terms) -> None:
-        self.names, self.mesh = [o.name for o in graph.operators], start.mesh
-        self.everywhere = [
-            float(cost.compute[0]) for cost in PlacedStep.of(graph, machine, start, terms).costs
-        ]
-        self.least = [
-            seconds / machine.devices for seconds in lower_bounds_by_operator(terms, machine)
-        ]
+        self.names = [operator.name for operator in graph.operators]
+        self.mesh = start.mesh
+        costs = PlacedStep.of(graph, machine, start, terms).costs
+        self.everywhere = [float(cost.compute[0]) for cost in costs]
+        bounds = lower_bounds_by_operator(terms, machine)
+        self.divided = [seconds / machine.devices for seconds in bounds]
 
     def seconds(self, plan: Plan) -> float:
-        common, apart = 0.0, defaultdict(float)
-        for name, everywhere, least in zip(self.names, self.everywhere, self.least, strict=True):
-            pins = tuple(
-                (a, use) for a, use in plan.choices[name].items() if placed_slice(use) is not None
-            )
-            if pins:
-                apart[tuple(sorted(pins))] += least * math.prod(
-                    self.mesh.sizes[self.mesh.index[a]] for a, _ in pins
-                )
+        common = 0.0
+        placed: dict[tuple[tuple[str, str], ...], float] = defaultdict(float)
+        for name, everywhere, divided in zip(
+            self.names, self.everywhere, self.divided, strict=True
+        ):
+            choice = plan.choices[name]
+            slices = [(a, use) for a, use in choice.items() if placed_slice(use) is not None]
+            if slices:
+                sizes = [self.mesh.sizes[self.mesh.index[axis]] for axis, _ in slices]
+                placed[tuple(sorted(slices))] += divided * math.prod(sizes)
             else:
                 common += everywhere
-        return common + max(apart.values(), default=0.0)
+        return common + max(placed.values(), default=0.0)
 
 
-def _dealt(
-    graph: OperatorGraph,
-    start: Plan,
-    terms: Terms,
-    parallel: Sequence[Sequence[Sequence[int]]],
-    differ: bool,
+# ------------------------------------------------------------------------------------------- plans
+
+
+def at(
+    plan: Plan, graph: OperatorGraph, slices: Mapping[int, int | None], axes: Sequence[int]
+) -> Plan:
+    """The plan with some operators on slices of axes (numbered over all of the axes), or on all slices where None."""
+    mesh = plan.mesh
+    choices = dict(plan.choices)
+    names = [mesh.axes[axis].name for axis in axes]
+    for operator, number in slices.items():
+        name = graph.operators[operator].name
+        choice = {axis: use for axis, use in choices[name].items() if axis not in names}
+        if number is not None:
+            choice |= _slice_choice(mesh, axes, number)
+        choices[name] = choice
+    home = {}
+    for argument in graph.arguments:
+        if graph.home[argument.tensor] >= 0:
+            home[argument.path] = graph.operators[graph.home[argument.tensor]].name
+
+    def storable(path: str, axes: Sequence[str]) -> bool:
+        """Whether a variable's operator uses all slices of these axes."""
+        if path not in home:
+            return True
+        choice = choices[home[path]]
+        return all(placed_slice(choice.get(axis, "")) is None for axis in axes)
+
+    storage = {p: stored for p, stored in plan.storage.items() if storable(p, stored.axes)}
+    return replace(plan, choices=choices, storage=storage)
+
+
+def _slice_choice(mesh: Mesh, axes: Sequence[int], number: int) -> dict[str, str]:
+    """The choice of one slice of axes, the last axis fastest."""
+    choice = {}
+    for axis in reversed(axes):
+        choice[mesh.axes[axis].name] = f"at({number % mesh.sizes[axis]})"
+        number //= mesh.sizes[axis]
+    return choice
+
+
+def _slice_number(mesh: Mesh, axes: Sequence[int], choice: Mapping[str, str]) -> int | None:
+    """The slice of axes that a choice is on, None if it is on several."""
+    number = 0
+    for axis in axes:
+        place = placed_slice(choice.get(mesh.axes[axis].name, ""))
+        if place is None:
+            return None
+        number = number * mesh.sizes[axis] + place
+    return number
+
+
+def _slice_count(mesh: Mesh, axes: Sequence[int]) -> int:
+    return math.prod(mesh.sizes[axis] for axis in axes)
+
+
+def _dealt_plans(
+    graph: OperatorGraph, start: Plan, terms: Terms, forks: Sequence[Fork], differ: bool
 ) -> Iterator[Plan]:
-    """Branches and layers dealt to slices; where devices differ, also everything at one slice."""
-    work = [sum(w.flops * w.trips for w in own.work) for own in terms.operators]
-    inside = {o for fork in parallel for branch in fork for o in branch}
-    layers: dict[str, list[int]] = defaultdict(list)
-    for o in sorted(inside):
-        layers[graph.operators[o].name.split("/")[0]].append(o)
-    for axes in _targets(start):
-        slices = math.prod(start.mesh.sizes[a] for a in axes)
+    """Branches and layers dealt to slices. If devices differ, also all operators on one slice."""
+    work = [sum(w.flops * w.trips for w in operator.work) for operator in terms.operators]
+    layers = _layers(graph, forks)
+    inside = sum(len(operators) for operators in layers)
+    for axes in _axis_groups(start):
+        count = _slice_count(start.mesh, axes)
         if differ:
-            yield from (
-                at(start, graph, dict.fromkeys(range(len(work)), i), axes) for i in range(slices)
-            )
-        places: dict[int, int | None] = {}
-        for fork in parallel:
-            load = [0.0] * slices
-            for branch in sorted(fork, key=lambda b: -sum(work[o] for o in b)):
-                least = min(range(slices), key=load.__getitem__)
-                places |= dict.fromkeys(branch, least)
-                load[least] += sum(work[o] for o in branch)
-        yield at(start, graph, places, axes)
-        if 1 < len(layers) < len(inside):
-            yield at(
-                start,
-                graph,
-                {
-                    o: n * slices // len(layers)
-                    for n, mine in enumerate(layers.values())
-                    for o in mine
-                },
-                axes,
-            )
+            for number in range(count):
+                yield at(start, graph, dict.fromkeys(range(len(work)), number), axes)
+        yield at(start, graph, _dealt_branches(forks, work, count), axes)
+        if 1 < len(layers) < inside:
+            slices: dict[int, int | None] = {}
+            for number, operators in enumerate(layers):
+                slices |= dict.fromkeys(operators, number * count // len(layers))
+            yield at(start, graph, slices, axes)
 
 
-def _targets(start: Plan) -> list[tuple[int, ...]]:
-    """The axes on which operators are placed together: those of a level, and each by itself; fast links first, of equal axes one."""
+def _layers(graph: OperatorGraph, forks: Sequence[Fork]) -> list[list[int]]:
+    """The operators of branches by layer."""
+    inside = {operator for fork in forks for branch in fork for operator in branch}
+    layers: dict[str, list[int]] = defaultdict(list)
+    for operator in sorted(inside):
+        layers[graph.operators[operator].name.split("/")[0]].append(operator)
+    return [*layers.values()]
+
+
+def _dealt_branches(
+    forks: Sequence[Fork], work: Sequence[float], count: int
+) -> dict[int, int | None]:
+    """Operator -> slice: of every fork, the branch with most work first, each on the slice with least."""
+
+    def branch_work(branch: Sequence[int]) -> float:
+        return sum(work[operator] for operator in branch)
+
+    slices: dict[int, int | None] = {}
+    for fork in forks:
+        load = [0.0] * count
+        for branch in sorted(fork, key=lambda branch: -branch_work(branch)):
+            lightest = min(range(count), key=load.__getitem__)
+            slices |= dict.fromkeys(branch, lightest)
+            load[lightest] += branch_work(branch)
+    return slices
+
+
+def _axis_groups(start: Plan) -> list[tuple[int, ...]]:
+    """The axes that operators are placed on together: those of a level, and each alone; fast links first."""
     levels: dict[int, list[int]] = defaultdict(list)
-    for n, axis in enumerate(start.mesh.axes):
-        levels[axis.level].append(n)
-    found = []
+    for number, axis in enumerate(start.mesh.axes):
+        levels[axis.level].append(number)
+    groups: list[tuple[int, ...]] = []
     for _, axes in sorted(levels.items(), reverse=True):
-        found += dict.fromkeys([tuple(axes), *((a,) for a in axes)])
-    return found
+        groups += dict.fromkeys([tuple(axes), *((axis,) for axis in axes)])
+    return groups
 
 
-def _units(
-    graph: OperatorGraph, terms: Terms, parallel: Sequence[Sequence[Sequence[int]]]
-) -> list[tuple[int, ...]]:
-    """What is moved at once: operators of branches, branches, and all branches that are equal."""
+def _units(terms: Terms, forks: Sequence[Fork]) -> list[tuple[int, ...]]:
+    """The operators that are moved together: operators of branches, branches, and all equal branches."""
     equal: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    found: dict[tuple[int, ...], None] = {}
-    for fork in parallel:
+    units: dict[tuple[int, ...], None] = {}
+    for fork in forks:
         for branch in fork:
-            equal[tuple(terms.operators[o].digest for o in branch)] += branch
-            found |= dict.fromkeys([tuple(branch), *((o,) for o in branch)])
-    return [*found, *(mine for mine in map(tuple, equal.values()) if mine not in found)]
+            equal[tuple(terms.operators[operator].digest for operator in branch)] += branch
+            units |= dict.fromkeys([tuple(branch), *((operator,) for operator in branch)])
+    groups = [tuple(operators) for operators in equal.values()]
+    return [*units, *(group for group in groups if group not in units)]
 
 
 def _moved(
@@ -276,20 +304,17 @@ def _moved(
     units: Sequence[tuple[int, ...]],
     rng: random.Random,
 ) -> Plan:
-    """The plan with one unit elsewhere: at a slice, on all slices, or where a neighbour is."""
-    unit, axes = rng.choice(units), rng.choice(_targets(plan))
-    slices = math.prod(plan.mesh.sizes[a] for a in axes)
-    near = [
-        m.reader if m.home in unit else m.home
-        for m in terms.edges
-        if (m.home in unit) != (m.reader in unit)
-    ]
-    if near and rng.random() < 0.3:
-        choice = plan.choices[graph.operators[rng.choice(near)].name]
-        uses = [placed_slice(choice.get(plan.mesh.axes[a].name, "")) for a in axes]
-        if None not in uses:
-            slot = 0
-            for a, i in zip(axes, uses, strict=True):
-                slot = slot * plan.mesh.sizes[a] + (i or 0)
-            return at(plan, graph, dict.fromkeys(unit, slot), axes)
-    return at(plan, graph, dict.fromkeys(unit, rng.choice([None, *range(slices)])), axes)
+    """The plan with one unit on another slice, on all slices, or on the slice of a neighbour."""
+    unit = rng.choice(units)
+    axes = rng.choice(_axis_groups(plan))
+    neighbours = []
+    for move in terms.edges:
+        if (move.home in unit) != (move.reader in unit):
+            neighbours.append(move.reader if move.home in unit else move.home)
+    if neighbours and rng.random() < NEIGHBOUR_SHARE:
+        neighbour = graph.operators[rng.choice(neighbours)].name
+        number = _slice_number(plan.mesh, axes, plan.choices[neighbour])
+        if number is not None:
+            return at(plan, graph, dict.fromkeys(unit, number), axes)
+    number = rng.choice([None, *range(_slice_count(plan.mesh, axes))])
+    return at(plan, graph, dict.fromkeys(unit, number), axes)

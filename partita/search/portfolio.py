@@ -10,6 +10,7 @@ A bound holds for every plan of the space, whichever search states it.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from partita.search.elimination import eliminate
 from partita.search.exhaustive import prove
 from partita.search.mcmc import run_chains
 from partita.search.network import CostNetwork
+from partita.search.optional import PROOF
 from partita.search.reduce import Reduced, reduce
 from partita.search.simulated import Simulated, relaxed, simulated
 
@@ -134,9 +136,7 @@ def exhaustive(space: SearchSpace, limits: Limits) -> SearchResult:
         space, replace(limits, seconds=None), [exact.states, *space.baselines], exact.bound
     )
     seconds = np.inf if limits.seconds is None else limits.seconds
-    return prove(
-        space.simulated, space.relaxed, found.states, limits.budget, seconds, report=limits.report
-    )
+    return _proved(space, limits, found, seconds)
 
 
 def portfolio(space: SearchSpace, limits: Limits) -> SearchResult:
@@ -148,18 +148,37 @@ def portfolio(space: SearchSpace, limits: Limits) -> SearchResult:
     found = _walked(space, limits, [exact.states, below, *space.baselines], exact.bound)
     over = limits.seconds is not None and time.perf_counter() - begun > limits.seconds
     if found.gap > 0 and len(space.network.states) <= SMALL and not found.stopped and not over:
-        proved = prove(
-            space.simulated,
-            space.relaxed,
-            found.states,
-            limits.budget,
-            nodes=NODES,
-            report=limits.report,
-        )
+        proved = _proved(space, limits, found, np.inf, NODES)
         found = replace(proved, history=(*found.history, *proved.history), stopped=False)
     if exact.seconds <= found.seconds * (1 + MIN_GAIN):
         found = replace(found, states=exact.states, seconds=exact.seconds, nbytes=exact.nbytes)
     return replace(found, history=(*exact.history, *found.history))
+
+
+def _proved(
+    space: SearchSpace,
+    limits: Limits,
+    result: SearchResult,
+    seconds: float,
+    nodes: int = sys.maxsize,
+) -> SearchResult:
+    """The proof of a result, or a better one on the way; the result itself with a sentence if the proof fails."""
+    proofs: list[SearchResult] = []
+
+    def attempt() -> None:
+        proof = prove(
+            space.simulated,
+            space.relaxed,
+            result.states,
+            limits.budget,
+            seconds,
+            nodes=nodes,
+            report=limits.report,
+        )
+        proofs.append(proof)
+
+    failures = PROOF.run(attempt)
+    return proofs[0] if proofs else replace(result, failures=failures)
 
 
 def _walked(

@@ -6,15 +6,17 @@ from dataclasses import replace
 
 import pytest
 
+from partita.cost.moves import Placement
 from partita.cost.terms import Terms, cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
 from partita.plans.plan import Mesh, Plan
-from partita.search import pipelines as stages
 from partita.search.find import mesh_of
-from partita.search.pipelines import stage
+from partita.search.optional import BestStep
+from partita.search.pipelines import PipelineSpace, pipelines
+from partita.search.portfolio import Limits
 from partita.simulation.pipelined import PipelinedStep
 
 BLOCKS = 8
@@ -85,7 +87,10 @@ def test_what_is_found_is_no_slower_than_an_experts_pipeline_in_the_same_memory(
     expert = PipelinedStep.of(
         graph, where, pipeline(graph, where, axes, microbatches, again), terms
     )
-    best = stage(graph, where, mesh_of(where), terms, expert.peak_bytes, math.inf, seconds=60)
+    placement = Placement(where, mesh_of(where))
+    search = BestStep()
+    search.follow(pipelines(graph, placement, terms, Limits(expert.peak_bytes, seconds=60)))
+    best = search.step
     assert best is not None and best.peak_bytes <= expert.peak_bytes
     assert best.seconds <= expert.seconds
 
@@ -94,17 +99,16 @@ def test_a_sketch_is_near_what_is_simulated_and_what_it_leaves_out_is_not_below_
     graph: OperatorGraph, terms: Terms
 ) -> None:
     where = machine()
-    shapes = stages._Shapes(graph, where, mesh_of(where), terms, int(where.memory_bytes))
+    placement = Placement(where, mesh_of(where))
+    space = PipelineSpace(graph, placement, terms, int(where.memory_bytes))
     near = []
-    for shape in [
-        shape for axes in range(5) for shape in shapes.every(axes) if shape.microbatches > 1
-    ][::7]:
-        sketch = shapes.sketch(shape, shapes.limit, 1)
-        assert sketch is not None and sketch.least <= sketch.seconds
-        staged = shapes.simulated(sketch)
-        assert isinstance(staged, PipelinedStep) and shapes.least(
-            shape
-        ) <= sketch.least <= staged.seconds * (1 + 1e-9)
+    shapes = [s for axes in range(5) for s in space.shapes(axes) if s.microbatches > 1]
+    for shape in shapes[::7]:
+        sketch = space.sketch(shape, space.limit_bytes, 1)
+        assert sketch is not None and sketch.lower_bound <= sketch.seconds
+        staged = space.simulate(sketch)
+        assert isinstance(staged, PipelinedStep)
+        assert space.lower_bound(shape) <= sketch.lower_bound <= staged.seconds * (1 + 1e-9)
         near.append(staged.seconds / sketch.seconds)
     assert len(near) > 4 and min(near) > 0.5 and max(near) < 1.5
 

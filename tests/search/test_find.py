@@ -13,8 +13,9 @@ from partita.machine import Machine, host, load
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
 from partita.plans.plan import Mesh
+from partita.search.alternatives import alternatives
 from partita.search.candidates import candidates
-from partita.search.find import Found, alternatives, find, mesh_of
+from partita.search.find import PlanResult, find, mesh_of
 from partita.search.network import build
 
 DATA = Path(__file__).parents[1] / "data"
@@ -28,7 +29,7 @@ def eight() -> Machine:
 
 
 @pytest.fixture(scope="module", params=GRAPHS)
-def found(request: pytest.FixtureRequest) -> Found:
+def found(request: pytest.FixtureRequest) -> PlanResult:
     return find(GRAPHS[request.param], eight())
 
 
@@ -39,18 +40,18 @@ def test_a_saved_graph_is_sound_and_loads_as_it_was(tmp_path: Path) -> None:
         assert OperatorGraph.load(tmp_path / "again.json") == graph
 
 
-def test_the_found_plan_is_never_worse_than_a_baseline(found: Found) -> None:
+def test_the_found_plan_is_never_worse_than_a_baseline(found: PlanResult) -> None:
     assert set(found.baselines) == set(BASELINES)
     for name, (_, prediction) in found.baselines.items():
         assert found.prediction.seconds <= prediction.seconds * (1 + 1e-12), name
 
 
-def test_the_bound_is_below_every_plan_and_met_by_the_found_one(found: Found) -> None:
-    assert found.result.bound <= found.prediction.seconds * (1 + 1e-9)
-    assert found.result.gap == pytest.approx(0, abs=1e-9)
+def test_the_bound_is_below_every_plan_and_met_by_the_found_one(found: PlanResult) -> None:
+    assert found.bound_seconds <= found.prediction.seconds * (1 + 1e-9)
+    assert found.gap == pytest.approx(0, abs=1e-9)
 
 
-def test_what_is_predicted_is_what_was_minimised(found: Found) -> None:
+def test_what_is_predicted_is_what_was_minimised(found: PlanResult) -> None:
     for name, (plan, prediction) in found.baselines.items():
         states = found.network.states_of(plan)
         assert states is not None, name
@@ -59,13 +60,13 @@ def test_what_is_predicted_is_what_was_minimised(found: Found) -> None:
         )
 
 
-def test_found_and_baseline_plans_fit_their_graph(found: Found) -> None:
+def test_found_and_baseline_plans_fit_their_graph(found: PlanResult) -> None:
     check(found.plan, found.network.graph)
     for plan, _ in found.baselines.values():
         check(plan, found.network.graph)
 
 
-def test_no_other_choice_for_one_layer_is_faster(found: Found) -> None:
+def test_no_other_choice_for_one_layer_is_faster(found: PlanResult) -> None:
     every = alternatives(found.network, found.plan)
     assert len(every) == len(found.network.graph.operators) and any(every)
     assert all(seconds >= -1e-12 for others in every for _, _, seconds, _ in others)
@@ -116,7 +117,7 @@ def test_large_machines_keep_the_space_small_and_prove_their_plan() -> None:
     mesh = mesh_of(machine)
     assert max(len(candidates(graph, o, mesh)) for o in range(len(graph.operators))) <= 260
     result = find(graph, machine)
-    assert result.result.gap < 0.05
+    assert result.gap < 0.05
 
 
 def test_data_parallel_halves_per_device_work_worked_by_hand() -> None:

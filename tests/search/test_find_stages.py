@@ -1,26 +1,44 @@
 """The search for stages: what it finds fits, is what is simulated, and is no worse than without."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from partita.errors import MemoryBudgetError
+from partita.cost.moves import Placement
+from partita.cost.terms import Terms
+from partita.errors import MemoryBudgetError, PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
+from partita.plans.baselines import BASELINES
 from partita.plans.check import check
 from partita.plans.pipeline import runnable
 from partita.plans.plan import Plan
+from partita.search import find as find_module
+from partita.search import portfolio
 from partita.search.base import Progress
 from partita.search.bound import lower_bound_seconds
 from partita.search.find import capacity, find, mesh_of
-from partita.search.pipelines import stage
-from partita.simulation.simulate import predicted
+from partita.search.optional import BestStep
+from partita.search.pipelines import pipelines
+from partita.search.portfolio import Limits
+from partita.simulation.base import SimulatedStep
+from partita.simulation.simulate import predicted, simulated_step
 
 DATA = Path(__file__).parents[1] / "data"
 GRAPHS = {
     name: OperatorGraph.load(DATA / f"{name}.graph.json") for name in ("mlp", "cnn", "transformer")
 }
+
+
+def fastest(
+    graph: OperatorGraph, machine: Machine, terms: Terms, limits: Limits
+) -> SimulatedStep | None:
+    """The fastest pipeline of a search."""
+    best = BestStep()
+    best.follow(pipelines(graph, Placement(machine, mesh_of(machine)), terms, limits))
+    return best.step
 
 
 def small(graph: OperatorGraph, share: float, name: str = "k80-cluster:1") -> Machine:
@@ -39,22 +57,14 @@ def small(graph: OperatorGraph, share: float, name: str = "k80-cluster:1") -> Ma
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
 def test_what_is_found_fits_is_what_is_simulated_and_is_a_file(graph: OperatorGraph) -> None:
     where = load("k80-cluster").with_devices(8)
-    network = find(graph, where)
-    best = stage(
-        graph,
-        where,
-        mesh_of(where),
-        network.network.terms,
-        capacity(where),
-        float("inf"),
-        seconds=5,
-    )
+    network = find(graph, where).network
+    best = fastest(graph, where, network.terms, Limits(capacity(where), seconds=5))
     assert best is not None
     plan = check(Plan.from_json(best.plan.to_json()), graph)
     assert not runnable(plan) and best.peak_bytes <= capacity(where)
     again = predicted(graph, where, plan)
     assert again.seconds == best.seconds and again.peak_bytes == best.peak_bytes
-    assert lower_bound_seconds(network.network.terms, where, 8) <= best.seconds
+    assert lower_bound_seconds(network.terms, where, 8) <= best.seconds
 
 
 def test_what_fits_under_no_plan_without_stages_is_found_with_them() -> None:
@@ -72,12 +82,15 @@ def test_what_fits_under_no_plan_without_stages_is_found_with_them() -> None:
 def test_looking_at_stages_never_makes_it_slower(graph: OperatorGraph) -> None:
     where = load("h100:4")
     where = replace(where, backend=replace(where.backend, overlap=0.5))
-    plain, staged = find(graph, where), find(graph, where, stages=True, seconds=2)
+    plain, staged = find(graph, where), find(graph, where, stages=True)
     assert staged.prediction.seconds <= plain.prediction.seconds
-    assert staged.result.bound <= plain.result.bound
+    assert staged.bound_seconds == plain.bound_seconds
+    assert staged.staged_bound_seconds is not None
+    assert staged.staged_bound_seconds <= plain.bound_seconds
     assert (
         not runnable(staged.plan)
-        or "that were looked at none is predicted to be faster" in staged.plan.notes[-1]
+        or "no pipeline or placement that was examined is predicted to be faster"
+        in staged.plan.notes[-1]
     )
 
 
@@ -90,5 +103,78 @@ def test_ctrl_c_takes_the_best_so_far() -> None:
             raise KeyboardInterrupt
 
     network = find(graph, where).network
-    best = stage(graph, where, mesh_of(where), network.terms, capacity(where), float("inf"), stop)
+    best = fastest(graph, where, network.terms, Limits(capacity(where), report=stop))
     assert best is not None and asked == [best.seconds]
+
+
+def test_the_bound_of_plans_that_run_stays_apart_from_that_of_the_larger_space() -> None:
+    graph, where = GRAPHS["transformer"], load("h100:4")
+    plain = find(graph, where)
+    staged = find(graph, where, stages=True)
+    assert "staged_bound_seconds" not in plain.plan.predicted
+    assert staged.bound_seconds == plain.bound_seconds
+    predicted_entry = staged.plan.predicted
+    assert predicted_entry["staged_bound_seconds"] <= predicted_entry["bound_seconds"]
+    assert staged.staged_gap is not None and staged.staged_gap >= staged.gap == plain.gap
+
+
+def broken(*arguments: object, **options: object) -> Iterator[SimulatedStep]:
+    """A part of a search that finds one step and fails."""
+    graph, where = GRAPHS["cnn"], load("h100:4")
+    plan = BASELINES["one device"](graph, where.name, mesh_of(where))
+    yield simulated_step(graph, where, replace(plan, microbatches=4))
+    raise IndexError("an injected fault")
+
+
+@pytest.mark.parametrize(
+    ("part", "name"), [("pipelines", "pipeline stages"), ("placements", "placement")]
+)
+def test_a_failing_part_ends_with_the_best_plan_so_far_and_a_sentence(
+    part: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in ("pipelines", "placements"):
+        monkeypatch.setattr(find_module, each, broken if each == part else nothing)
+    result = find(GRAPHS["cnn"], load("h100:4"), stages=True)
+    assert result.plan.microbatches == 4
+    (note,) = [note for note in result.plan.notes if "failed" in note]
+    assert f"the search for {name} failed" in note
+    assert "IndexError: an injected fault" in note and "--no-stages" in note
+
+
+def nothing(*arguments: object, **options: object) -> Iterator[SimulatedStep]:
+    return iter(())
+
+
+def interrupted(*arguments: object, **options: object) -> Iterator[SimulatedStep]:
+    raise KeyboardInterrupt
+    yield
+
+
+def refused(*arguments: object, **options: object) -> Iterator[SimulatedStep]:
+    raise PlanError("a mistake of the user")
+    yield
+
+
+def test_ctrl_c_and_mistakes_of_the_user_keep_their_meaning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(find_module, "placements", nothing)
+    monkeypatch.setattr(find_module, "pipelines", interrupted)
+    result = find(GRAPHS["mlp"], load("h100:4"), stages=True)
+    assert not result.failures
+    monkeypatch.setattr(find_module, "pipelines", refused)
+    with pytest.raises(PlanError, match="a mistake of the user"):
+        find(GRAPHS["mlp"], load("h100:4"), stages=True)
+
+
+def test_a_failing_proof_ends_with_the_plan_and_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError("an injected fault")
+
+    graph, where = GRAPHS["mlp"], load("h100:4")
+    where = replace(where, backend=replace(where.backend, overlap=0.5))
+    plan = find(graph, where).plan
+    monkeypatch.setattr(portfolio, "prove", fault)
+    result = find(graph, where, search="exhaustive")
+    assert result.prediction.seconds <= plan.predicted["seconds"] * (1 + portfolio.MIN_GAIN)
+    assert "the search for a proof failed" in result.plan.notes[-1]

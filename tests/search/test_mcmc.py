@@ -106,7 +106,7 @@ def test_the_plan_found_is_never_slower_than_the_exact_one_or_a_baseline_and_say
         for plan in (found.network.plan(exact), *(p for p, _ in found.baselines.values()))
     )
     assert (
-        found.result.bound * (1 - 1e-12)
+        found.bound_seconds * (1 - 1e-12)
         <= found.prediction.seconds
         <= min(plain, *others) * (1 + MIN_GAIN)
     )
@@ -117,5 +117,5 @@ def test_the_plan_found_is_never_slower_than_the_exact_one_or_a_baseline_and_say
         simulate(graph, where, found.plan).seconds, rel=1e-12
     )
     assert found.plan.predicted["seconds"] == found.prediction.seconds
-    walked = [p.best for p in found.result.history if p.step == "simulated"]
+    walked = [p.best for p in found.history if p.step == "simulated"]
     assert walked == sorted(walked, reverse=True)

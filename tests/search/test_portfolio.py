@@ -94,6 +94,6 @@ def test_what_cannot_be_searched_is_said_in_a_sentence() -> None:
         find(GRAPHS["mlp"], load("h100:4"), search="best")
     with pytest.raises(
         PlanError,
-        match="too short to look at one plan of '.*' on h100:4: its costs alone took .*Write at least --seconds",
+        match="too short to find one plan of '.*' on h100:4: its costs alone took .*Use at least --seconds",
     ):
         find(GRAPHS["mlp"], load("h100:4"), seconds=1e-9)

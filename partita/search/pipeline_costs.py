@@ -1,0 +1,189 @@
+"""Costs of operators in a pipeline: the additive problem of a shape, and the estimate of its step.
+
+The step of a shape is about `passes` times one microbatch plus the work once a step. So seconds and bytes of a state are
+weighted sums of its figures, and the exact search of `search.elimination` applies. Its states are then divided into stages
+(`search.pipeline_division`), which gives an estimate of the step and a lower bound of its simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from partita.cost.evaluate import PARTS
+from partita.cost.moves import Group, group_of
+from partita.graph.operator_graph import Label
+from partita.plans.layout import label_sharding
+from partita.plans.plan import Mesh
+from partita.search.base import Problem
+from partita.search.candidates import assignment_of
+from partita.search.network import CostNetwork
+from partita.search.pipeline_cuts import Cuts, CutValue
+from partita.search.pipeline_division import Division, OperatorFigures, PipelineShape, Runs
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The estimated step of a shape whose operators are in given states."""
+
+    seconds: float
+    lower_bound: float
+    """Seconds if everything hides that can."""
+    runs: Runs
+
+
+class ShapeCosts:
+    """The costs of a cost network (the operators inside a stage) in a shape. Equal operators share their figures."""
+
+    def __init__(self, network: CostNetwork, shape: PipelineShape) -> None:
+        self.network = network
+        self.shape = shape
+        self.exposed_share = 1 - network.placement.machine.backend.overlap
+        shared: dict[int, OperatorFigures] = {}
+        self.figures: list[OperatorFigures] = []
+        for operator, parts in enumerate(network.parts):
+            if id(parts) not in shared:
+                shared[id(parts)] = self._figures(operator)
+            self.figures.append(shared[id(parts)])
+
+    def _figures(self, operator: int) -> OperatorFigures:
+        """Figures by state of an operator."""
+        network = self.network
+        row = dict(zip(PARTS, network.parts[operator], strict=True))
+        gather = row["gather", "forward"] * self.exposed_share
+        # Parameters that are stored split (ZeRO-3) are gathered for each microbatch, others once.
+        split = np.array([state.zero == 3 for state in network.states[operator]])
+        once = (
+            row["compute", "update"]
+            + row["exchange", "update"]
+            + row["sum", "backward"] * self.exposed_share
+            + np.where(split, 0.0, gather)
+        )
+        compute = row["compute", "forward"] + np.where(split, gather, 0.0)
+        exchange = row["exchange", "forward"]
+        backward_compute = row["compute", "backward"]
+        backward_exchange = row["exchange", "backward"]
+        forward = compute + exchange
+        exposed_forward = compute + self.exposed_share * exchange
+        activations = network.activations[operator]
+        return OperatorFigures(
+            microbatch=forward + backward_compute + backward_exchange,
+            forward=forward,
+            exposed=exposed_forward + backward_compute + self.exposed_share * backward_exchange,
+            exposed_forward=exposed_forward,
+            once=once,
+            fixed=network.problem.nbytes[operator] - activations + network.gradients[operator],
+            activations=activations,
+        )
+
+    def problem(self) -> Problem:
+        """Seconds of all stages together in a step of this shape, and bytes of all stages.
+
+        Activations count once per microbatch in flight, and not at all if they are rematerialized.
+        """
+        shape = self.shape
+        in_flight = 0.0 if shape.rematerialize else shape.in_flight
+        extra_forward = shape.forward_passes - 1
+        seconds: dict[int, np.ndarray] = {}
+        nbytes: dict[int, np.ndarray] = {}
+        for figures in self.figures:
+            if id(figures) not in seconds:
+                microbatch = figures.microbatch + extra_forward * figures.forward
+                seconds[id(figures)] = microbatch * shape.passes + figures.once
+                nbytes[id(figures)] = figures.fixed + figures.activations * in_flight
+        problem = Problem(
+            [seconds[id(figures)] for figures in self.figures],
+            [nbytes[id(figures)] for figures in self.figures],
+        )
+        tables: dict[int, np.ndarray] = {}
+        for ends, table in self.network.problem.tables.items():
+            if id(table) not in tables:
+                tables[id(table)] = table * shape.passes
+            problem.tables[ends] = tables[id(table)]
+        return problem
+
+    def estimate(
+        self, mesh: Mesh, cuts: Cuts, states: Sequence[int], limit_bytes: float
+    ) -> Estimate | None:
+        """The estimated step in these states; None if no division fits in `limit_bytes` per device."""
+        begins = np.array([0, *(end + 1 for end in cuts.ends)])
+        figures = self._in_states(states).by_run(begins)
+        hops = self._hop_seconds(mesh, cuts, states)
+        entering = [0.0, *self._shard_bytes(cuts.stored, states)]
+        runs = Runs(self.shape, figures, entering, hops)
+        division = runs.divide(limit_bytes)
+        if division is None:
+            return None
+        return self._step(figures, runs, division, hops)
+
+    def _in_states(self, states: Sequence[int]) -> OperatorFigures:
+        """Figures by operator, moves between operators included."""
+        columns = {}
+        for name in OperatorFigures.__annotations__:
+            values = [getattr(f, name)[i] for f, i in zip(self.figures, states, strict=True)]
+            columns[name] = np.array(values)
+        for (one, other), table in self.network.problem.tables.items():
+            seconds = table[states[one], states[other]]
+            columns["microbatch"][other] += seconds
+            columns["exposed"][other] += seconds * self.exposed_share
+        return OperatorFigures(**columns)
+
+    def _step(
+        self,
+        figures: OperatorFigures,
+        runs: Runs,
+        division: Division,
+        hops: Sequence[float],
+    ) -> Estimate:
+        """The step of a division: the pipeline fills and drains once, and the slowest stage sets the pace between."""
+        rematerialized = np.zeros(runs.count)
+        rematerialized[list(division.rematerialized)] = 1.0
+        begins = np.array([0, *(end + 1 for end in division.ends)])[:-1]
+        stage_seconds = np.add.reduceat(
+            figures.microbatch + rematerialized * figures.forward, begins
+        )
+        exposed = np.add.reduceat(
+            figures.exposed + rematerialized * figures.exposed_forward, begins
+        )
+        once = np.add.reduceat(figures.once, begins)
+        # A stage has no microbatch to spare while one is on its way.
+        waiting = np.array([*(hops[begin] for begin in begins[1:]), 0.0])
+        stage_seconds = stage_seconds + waiting
+        others = self.shape.microbatches - 1
+        seconds = float(stage_seconds.sum() + (others * stage_seconds + once).max())
+        # A stage begins after those before it have passed one microbatch on, and ends before they take the last one back.
+        earlier = np.cumsum(exposed) - exposed
+        lower_bound = float((earlier + (others + 1) * exposed + once).max())
+        return Estimate(seconds, lower_bound, runs)
+
+    def _hop_seconds(self, mesh: Mesh, cuts: Cuts, states: Sequence[int]) -> list[float]:
+        """Per run, seconds in which a microbatch is sent to it and its gradient back."""
+        links = group_of(tuple(range(self.shape.axes)), mesh)
+        forward = [0.0, *self._shard_bytes(cuts.forward, states)]
+        backward = [0.0, *self._shard_bytes(cuts.backward, states)]
+        return [
+            self._send_seconds(there, links) + self._send_seconds(back, links)
+            for there, back in zip(forward, backward, strict=True)
+        ]
+
+    def _send_seconds(self, nbytes: float, links: Group) -> float:
+        return self.network.placement.seconds("collective_permute", nbytes, links)
+
+    def _shard_bytes(self, cuts: Sequence[list[CutValue]], states: Sequence[int]) -> list[float]:
+        """Per cut, bytes of its values on one device, of one microbatch."""
+        placement = self.network.placement
+        counts: dict[tuple[int, Label], int] = {}
+        totals = []
+        for values in cuts:
+            total = 0.0
+            for operator, label, nbytes in values:
+                if (operator, label) not in counts:
+                    choice = self.network.choice(operator, states[operator])
+                    sharding = label_sharding(label, assignment_of(choice))
+                    axes = [axis for dim in sharding for axis in dim]
+                    counts[operator, label] = placement.shard_count(axes)
+                total += nbytes / counts[operator, label]
+            totals.append(total)
+        return totals

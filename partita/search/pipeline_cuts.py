@@ -1,0 +1,151 @@
+"""Cuts of a graph: the operators after which a pipeline stage or a rematerialized run may end, and the values that cross.
+
+A cut is narrow: few bytes are handed on, compared with the places around. Every other end would make stages send more for no
+gain. Operators are numbered in the order of the model.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from partita.cost.terms import Move, Terms
+from partita.graph.operator_graph import Label, OperatorGraph
+from partita.plans.pipeline import sample_factor
+
+NARROW = 1.2
+"""Bytes that cross a cut at most, relative to the narrowest place around."""
+MIN_REACH = 4
+"""Operators on either side of a place, at least, that it is compared with."""
+REACH_SHARE = 64
+"""The same as a share of all operators: one in 64."""
+
+
+class CutValue(NamedTuple):
+    """A value that crosses a cut, in the factors of the operator that stores or reads it."""
+
+    operator: int
+    label: Label
+    nbytes: int
+
+
+class ForwardValue(NamedTuple):
+    """A value that an operator hands on to later ones in the forward pass."""
+
+    home: int
+    last_reader: int
+    label: Label
+    nbytes: int
+
+
+class Cuts:
+    """The narrow cuts of a graph. `ends[n]` is the last operator before cut n."""
+
+    def __init__(self, graph: OperatorGraph, terms: Terms) -> None:
+        self.terms = terms
+        self.values = _forward_values(terms)
+        self.ends = _narrow_ends(len(graph.operators), self.values)
+
+    @cached_property
+    def stored(self) -> list[list[CutValue]]:
+        """Per cut, the forward values that cross it, as their home stores them."""
+        crossing: list[list[CutValue]] = [[] for _ in self.ends]
+        for value in self.values:
+            for cut in self._between(value.home, value.last_reader):
+                crossing[cut].append(CutValue(value.home, value.label, value.nbytes))
+        return crossing
+
+    @cached_property
+    def forward(self) -> list[list[CutValue]]:
+        """Per cut, the values that are sent over it in the forward pass, as their next reader needs them."""
+        return self._sent(forward=True)
+
+    @cached_property
+    def backward(self) -> list[list[CutValue]]:
+        """Per cut, the values that are sent over it in the backward pass, as their next reader needs them."""
+        return self._sent(forward=False)
+
+    def _sent(self, forward: bool) -> list[list[CutValue]]:
+        readers: dict[tuple[int, int], list[CutValue]] = {}
+        for move in self.terms.edges:
+            if _is_sent(move) and (move.phase == "forward") == forward:
+                reader = CutValue(move.reader, move.dims[1], move.nbytes * move.trips)
+                readers.setdefault((move.tensor, move.home), []).append(reader)
+        crossing: list[list[CutValue]] = [[] for _ in self.ends]
+        for (_, home), values in readers.items():
+            values.sort(key=lambda value: value.operator, reverse=not forward)
+            position = home
+            for value in values:
+                for cut in self._between(position, value.operator):
+                    crossing[cut].append(value)
+                position = value.operator
+        return crossing
+
+    def _between(self, one: int, other: int) -> range:
+        """The cuts between two operators."""
+        first, last = min(one, other), max(one, other)
+        return range(bisect_left(self.ends, first), bisect_left(self.ends, last))
+
+
+def _is_sent(move: Move) -> bool:
+    """Whether a value goes on in the direction of its pass: forward to a later operator, backward to an earlier one."""
+    if move.phase != move.read_phase or move.phase == "update":
+        return False
+    return (move.phase == "forward") == (move.home < move.reader)
+
+
+def _forward_values(terms: Terms) -> list[ForwardValue]:
+    values: dict[int, ForwardValue] = {}
+    for move in terms.edges:
+        if move.phase == move.read_phase == "forward" and move.home < move.reader:
+            new = ForwardValue(move.home, move.reader, move.dims[0], move.nbytes * move.trips)
+            value = values.get(move.tensor, new)
+            last_reader = max(value.last_reader, move.reader)
+            values[move.tensor] = value._replace(last_reader=last_reader)
+    return [*values.values()]
+
+
+def _narrow_ends(count: int, values: Sequence[ForwardValue]) -> list[int]:
+    """The operators after which few bytes are handed on, compared with the places around."""
+    changes = np.zeros(count + 1)
+    for value in values:
+        changes[value.home] += value.nbytes
+        changes[value.last_reader] -= value.nbytes
+    handed_on = np.cumsum(changes)[:-1]
+    reach = max(MIN_REACH, count // REACH_SHARE)
+    ends = []
+    for operator in range(count - 1):
+        around = handed_on[max(0, operator - reach) : min(count - 1, operator + reach + 1)]
+        if handed_on[operator] <= NARROW * around.min():
+            ends.append(operator)
+    return ends
+
+
+def independent(graph: OperatorGraph, terms: Terms, microbatches: int) -> bool:
+    """Whether microbatches go forward independently of each other.
+
+    They do not if a forward value that microbatches split along one dim is read along another dim, or whole: products
+    between samples (contrastive losses) need all samples at once.
+    """
+    if microbatches == 1:
+        return True
+    operators = range(len(graph.operators))
+    time_factor = [sample_factor(graph, o, {}, microbatches) for o in operators]
+
+    def split_dim(operator: int, label: Label) -> int:
+        """The dim of a value that microbatches split in an operator, -1 if none."""
+        factor = time_factor[operator]
+        return label.index(factor) if factor >= 0 and factor in label else -1
+
+    inner_moves = [move for operator in terms.operators for move in operator.moves]
+    for move in (*terms.edges, *inner_moves):
+        if move.phase == move.read_phase == "forward":
+            source, target = move.dims
+            dim = split_dim(move.home, source)
+            if dim >= 0 and dim != split_dim(move.reader, target):
+                return False
+    return True
