@@ -24,14 +24,13 @@ from partita.report.elements import (
     table_of,
     tag,
 )
+from partita.report.gaps import PROVED, gaps_of
 from partita.report.layers import Layer, layers_of
 from partita.simulation.timeline import Timeline
 from partita.units import format_bytes, format_flops
 
 SHOWN = 15
 """Number of layers that a list shows before the rest is folded."""
-PROVED = 1e-6
-"""Gap to the lower bound up to which a plan counts as proved fastest."""
 USELESS_GAP = 1.0
 """Gap from which on a lower bound says nothing useful."""
 
@@ -204,17 +203,15 @@ def _facts(plan: Plan) -> dict[str, str | None]:
         facts["sent by a device"] = format_bytes(sum(predicted["traffic_bytes"].values()))
     if "flops" in predicted:
         facts["work a device"] = format_flops(predicted["flops"])
-    facts["proof"] = _proof(predicted)
+    facts["proof"] = _proof(plan)
     return facts
 
 
-def _proof(predicted: Mapping[str, Any]) -> str | None:
-    """The distance to the lower bound in words; None if nothing useful is proved."""
-    bound = predicted.get("bound_seconds")
-    seconds = predicted.get("seconds")
-    if not bound or not seconds:
+def _proof(plan: Plan) -> str | None:
+    """The distance to the lower bound of plans that can run, in words; None if nothing useful is proved."""
+    gap = gaps_of(plan).runnable
+    if gap is None:
         return None
-    gap = seconds / bound - 1
     if gap < PROVED:
         return "proved fastest in its space"
     return f"within {gap:.1%} of the lower bound" if gap < USELESS_GAP else None
@@ -469,10 +466,16 @@ def _sources(plan: Plan) -> Html:
     for figure, source in plan.predicted.get("provenance", {}).items():
         rows[str(names.get(figure, figure))] = str(source)
     bound = plan.predicted.get("bound_seconds")
-    proof = _proof(plan.predicted)
+    proof = _proof(plan)
     if bound and proof:
         seconds = seconds_text(bound)
         rows["lower bound"] = f"no plan of the searched space takes less than {seconds}: {proof}"
+    staged_bound = plan.predicted.get("staged_bound_seconds")
+    if staged_bound:
+        seconds = seconds_text(staged_bound)
+        rows["lower bound with stages"] = (
+            f"no plan with stages and placement takes less than {seconds}"
+        )
     rows["model"] = plan.graph
     rows["machine"] = plan.machine
     axes = " × ".join(f"{axis.name} = {axis.size}" for axis in plan.mesh.axes)

@@ -12,6 +12,7 @@ from rich.table import Table
 from partita.machine import KINDS
 from partita.plans.pipeline import stage_axes
 from partita.plans.plan import Plan
+from partita.report.gaps import PROVED, gaps_of
 from partita.simulation.timeline import Timeline
 from partita.units import format_bandwidth, format_bytes, format_flops, format_seconds
 
@@ -393,19 +394,22 @@ def calibration_table(measured: Iterable[Any]) -> Table:
     return table
 
 
+def _proofs(plan: Plan) -> Iterable[str]:
+    """The distance of a plan to its lower bounds, one text for each space."""
+    gaps = gaps_of(plan)
+    if gaps.runnable is not None:
+        proved = gaps.runnable < PROVED
+        yield "proved best in its space" if proved else f"within {gaps.runnable:.1%} of the bound"
+    if gaps.staged is not None and gaps.staged >= PROVED:
+        yield f"within {gaps.staged:.1%} of the bound with stages and placement"
+
+
 def summary(plan: Plan) -> Iterable[str]:
     """The plan's prediction in a few lines, with how sure it is."""
     p = plan.predicted
     if "seconds" in p:
         source = p.get("provenance", {}).get("seconds", "")
-        gap = p["seconds"] / p["bound_seconds"] - 1 if p.get("bound_seconds") else None
-        proof = (
-            "proved best in its space"
-            if gap is not None and gap < 1e-6
-            else f"within {gap:.1%} of the bound"
-            if gap
-            else ""
-        )
-        yield f"step {format_seconds(p['seconds'])} predicted ({source}){'; ' + proof if proof else ''}"
+        proof = "".join(f"; {text}" for text in _proofs(plan))
+        yield f"step {format_seconds(p['seconds'])} predicted ({source}){proof}"
         yield f"memory {format_bytes(p['peak_bytes'])} a device at the peak; {format_bytes(sum(p['traffic_bytes'].values()))} sent"
     yield from (f"note: {n}" for n in plan.notes)

@@ -1,0 +1,32 @@
+"""The gaps of a plan: its distance to the lower bound of the plans that can run, and of the larger space."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from partita.plans.pipeline import runnable
+from partita.plans.plan import Plan
+
+PROVED = 1e-6
+"""Relative gap below which a plan is proved best."""
+
+
+class Gaps(NamedTuple):
+    """Excess of a plan over lower bounds, relative; None where there is no bound."""
+
+    runnable: float | None
+    """Over the bound of plans that can run. None for a plan that cannot run."""
+    staged: float | None
+    """Over the bound of plans with pipeline stages and placement too."""
+
+
+def gaps_of(plan: Plan) -> Gaps:
+    """The gaps of a plan by its own prediction."""
+    to_runnable = _gap(plan, "bound_seconds") if runnable(plan) else None
+    return Gaps(to_runnable, _gap(plan, "staged_bound_seconds"))
+
+
+def _gap(plan: Plan, key: str) -> float | None:
+    seconds = plan.predicted.get("seconds")
+    bound = plan.predicted.get(key)
+    return seconds / bound - 1 if seconds and bound else None
