@@ -9,7 +9,7 @@ class PartitaError(Exception):
 
 
 class MachineError(PartitaError):
-    """A machine that is unknown, has a wrong description, or cannot do what the user asks."""
+    """A machine that is unknown, wrongly described, or too small for the request."""
 
 
 class PlanError(PartitaError):

@@ -46,12 +46,14 @@ class Atoms:
         must never become one."""
 
     def new(self, size: int, places: Iterable[object] = ()) -> int:
+        """A new atom of a size that indexes `places`."""
         self.parent.append(len(self.parent))
         self.size.append(size)
         self.places.append(set(places))
         return len(self.parent) - 1
 
     def root(self, atom: int) -> int:
+        """The representative of an atom's set."""
         while self.parent[atom] != atom:
             self.parent[atom] = self.parent[self.parent[atom]]
             atom = self.parent[atom]

@@ -123,6 +123,7 @@ class _Labels:
         members: Sequence[int],
         heavy: int,
     ) -> None:
+        """Label the tensors of one operator. Operators come in order."""
         first = len(self.factors)
         own_factors = OperatorFactors(
             self.program,

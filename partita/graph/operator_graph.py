@@ -72,6 +72,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all elements."""
         return self.size * ITEMSIZE.get(self.dtype, 4)
 
 
@@ -127,7 +128,8 @@ class Window:
         for part in range(parts):
             first, last = self._elements(part * positions, (part + 1) * positions - 1)
             if first > last:
-                continue  # between two elements of a dilated dim
+                # The device's positions fall between two elements of a dilated dim.
+                continue
             if part > 0:
                 before = max(before, part * elements - first)
             if part < parts - 1:

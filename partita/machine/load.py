@@ -161,15 +161,15 @@ def read(text: str, file: str = "machine.toml") -> Machine:
     return machine
 
 
-class _Origin(NamedTuple):
+class _Provenance(NamedTuple):
     """Source and status that a table gives for all of its numbers."""
 
     source: Any
     status: Any
 
-    def inside(self, table: dict[str, Any]) -> _Origin:
+    def inside(self, table: dict[str, Any]) -> _Provenance:
         """The origin inside a table, which may give its own."""
-        return _Origin(table.get("source", self.source), table.get("status", self.status))
+        return _Provenance(table.get("source", self.source), table.get("status", self.status))
 
 
 class _DescriptionReader:
@@ -179,9 +179,10 @@ class _DescriptionReader:
         self.sources: list[Source] = []
 
     def machine(self, table: dict[str, Any]) -> Machine:
+        """The machine of a whole description."""
         _check_keys("", table, ("name", "notes", "device", "kind", "level", "domain", "backend"))
         _check_devices_given(table)
-        origin = _Origin(None, None).inside(table)
+        origin = _Provenance(None, None).inside(table)
         kinds = self.kinds(table.get("kind", {}), origin)
         if "kind" in table and not kinds:
             raise DescriptionError(
@@ -220,7 +221,8 @@ class _DescriptionReader:
             sources=tuple(self.sources),
         )
 
-    def kinds(self, tables: Any, origin: _Origin) -> tuple[DeviceKind, ...]:
+    def kinds(self, tables: Any, origin: _Provenance) -> tuple[DeviceKind, ...]:
+        """The kinds of different devices."""
         kinds = []
         for key, table in _table("kind", tables).items():
             path = f"kind.{key}"
@@ -233,7 +235,8 @@ class _DescriptionReader:
             kinds.append(self.part(DeviceKind, path, device_fields, origin, key=key, **parts))
         return tuple(kinds)
 
-    def one_device(self, table: Any, origin: _Origin) -> Device:
+    def one_device(self, table: Any, origin: _Provenance) -> Device:
+        """The device of a machine with equal devices."""
         device_fields, parts = self.device_parts(
             "device",
             table,
@@ -246,7 +249,7 @@ class _DescriptionReader:
         self,
         path: str,
         table: Any,
-        origin: _Origin,
+        origin: _Provenance,
         extra_keys: tuple[str, ...],
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The fields of a device's table, and the memories, engines and points inside it."""
@@ -279,8 +282,9 @@ class _DescriptionReader:
         part: type,
         path: str,
         tables: Any,
-        origin: _Origin,
+        origin: _Provenance,
     ) -> tuple[Any, ...]:
+        """The parts of a table of tables, each with its name."""
         tables = _table(path, tables)
         inherited = origin.inside(tables)
         parts = []
@@ -301,8 +305,9 @@ class _DescriptionReader:
         self,
         path: str,
         tables: Any,
-        origin: _Origin,
+        origin: _Provenance,
     ) -> tuple[Engine, ...]:
+        """The engines of a device, by operator class and dtype."""
         tables = _table(path, tables)
         inherited = origin.inside(tables)
         engines: list[Engine] = []
@@ -328,8 +333,9 @@ class _DescriptionReader:
         path: str,
         op_class: str,
         table: Any,
-        origin: _Origin,
+        origin: _Provenance,
     ) -> list[Engine]:
+        """The engines of one operator class, by dtype."""
         table = _table(path, table)
         inherited = origin.inside(table)
         engines = []
@@ -347,7 +353,7 @@ class _DescriptionReader:
             engines.append(self.part(Engine, engine_path, engine, inherited, **keys))
         return engines
 
-    def part(self, part: type, path: str, table: Any, origin: _Origin, **given: Any) -> Any:
+    def part(self, part: type, path: str, table: Any, origin: _Provenance, **given: Any) -> Any:
         """One part from one table, without its `given` fields and those of the key path."""
         table = _table(path, table)
         absent = (*given, *path_fields(part))
@@ -378,7 +384,7 @@ class _DescriptionReader:
         path: str,
         value: Any,
         dimension: str | None,
-        origin: _Origin,
+        origin: _Provenance,
     ) -> Any:
         """The value of one field of a part."""
         if dimension is not None:
@@ -399,7 +405,7 @@ class _DescriptionReader:
         path: str,
         given: Any,
         dimension: str,
-        origin: _Origin,
+        origin: _Provenance,
     ) -> float:
         """A number, after its source is recorded."""
         if isinstance(given, dict):

@@ -376,7 +376,8 @@ def _cut_levels(levels: Sequence[Level], sizes: Sequence[int]) -> tuple[Level, .
     for level, size in zip(levels, sizes, strict=True):
         inside_before = before // level.size
         inside_after = after // size
-        if level.shared_by > inside_before:  # a link of the whole level, not of each part
+        if level.shared_by > inside_before:
+            # A link of the whole level, not of each part.
             shared_by = math.ceil(level.shared_by * after / before)
         else:
             shared_by = math.ceil(level.shared_by * inside_after / inside_before)

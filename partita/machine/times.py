@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ def fitted_scales(
     >>> round(scale["dot"], 1), round(scale["reduce"], 1), round(error, 2)
     (2.0, 2.0, 0.0)
     """
-    names = sorted({name for row in features for name in row})
+    names = sorted(set(chain.from_iterable(features)))
     if not names:
         return {}, 0.0
     rows = [[row.get(name, 0.0) for name in names] for row in features]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 
 from partita.errors import PlanError
 from partita.graph.operator_graph import OperatorGraph
@@ -177,7 +178,7 @@ def _is_grouped(graph: OperatorGraph, operator: int) -> bool:
         return False
     shared = set(range(len(rule.sizes)))
     for dims in (*rule.operands[:2], rule.results[0]):
-        shared &= {factor for dim in dims for factor in dim}
+        shared &= set(chain.from_iterable(dims))
     return any(rule.sizes[factor] > 1 for factor in shared)
 
 

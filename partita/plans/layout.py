@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 from partita.graph.operator_graph import Argument, Instruction, Label, OperatorGraph, per_graph
 from partita.plans.plan import Mesh, Plan, Storage, placed_slice
@@ -92,7 +93,7 @@ def spare_axes(
 
     Free are the axes that do not appear in the tensor's sharding.
     """
-    used = {axis for axes in sharding for axis in axes}
+    used = set(chain.from_iterable(sharding))
     best_ways = 1
     best: tuple[int, tuple[int, ...]] | None = None
     for dim, (size, axes) in enumerate(zip(shape, sharding, strict=True)):
@@ -119,7 +120,7 @@ def update_families(graph: OperatorGraph) -> dict[int, int]:
     """
     family = _parameters_and_slots(graph)
     updates = [x for x in graph.instructions if x.phase == "update" and x.trips == 1]
-    computed = {t for x in updates for t in x.results}
+    computed = set(chain.from_iterable(x.results for x in updates))
 
     def extend(members: tuple[int, ...], candidates: tuple[int, ...]) -> None:
         parameters = {family[t] for t in members if t in family}

@@ -77,3 +77,10 @@ def test_rare_features_and_no_records_stay_near_the_roofline() -> None:
     scale = fitted_times(rows).scale
     assert scale["sort, FLOPs"] == pytest.approx(1, rel=1e-3) and min(scale.values()) >= 0
     assert fitted_times([]).fitted_seconds({"dot, FLOPs": 2.0}) == 2.0
+
+
+def test_times_are_equal_by_content_and_may_be_keys_of_a_cache() -> None:
+    rows = records([2.0, 1.0, 3.0, 1.0], {"a": 1.0}, 0)
+    times = fitted_times(rows)
+    assert times == fitted_times(rows) and hash(times) == hash(fitted_times(rows))
+    assert times != fitted_times(records([2.0, 1.0, 3.0, 1.0], {"a": 2.0}, 0))
