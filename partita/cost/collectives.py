@@ -58,7 +58,10 @@ class Collective:
 
 
 def local_bytes(
-    shape: Sequence[int], itemsize: int, sharding: Sharding, sizes: Sequence[int]
+    shape: Sequence[int],
+    itemsize: int,
+    sharding: Sharding,
+    sizes: Sequence[int],
 ) -> int:
     """Bytes of one device's shard of a tensor. A dim that does not divide evenly is rounded up."""
     nbytes = itemsize
@@ -69,7 +72,10 @@ def local_bytes(
 
 
 def collectives(
-    graph: OperatorGraph, mesh: Mesh, layout: Layout, backend: Backend = DEFAULT
+    graph: OperatorGraph,
+    mesh: Mesh,
+    layout: Layout,
+    backend: Backend = DEFAULT,
 ) -> list[Collective]:
     """Every collective of one step under the layout, in program order of their causes."""
     computed = _Computed(graph, mesh, layout, backend)
@@ -92,7 +98,11 @@ class Reach:
     """The factors that split the operand."""
 
 
-def reaches(instruction: Instruction, labels: Sequence[Label], result: Label) -> tuple[Reach, ...]:
+def reaches(
+    instruction: Instruction,
+    labels: Sequence[Label],
+    result: Label,
+) -> tuple[Reach, ...]:
     """The windows of an instruction that reach over dims that may be split.
 
     `labels` are those of its operands, `result` that of its result. XLA cuts the whole operand of a
@@ -167,7 +177,13 @@ def communicating(graph: OperatorGraph) -> tuple[Communicating, ...]:
 class _Computed:
     """The collectives of computation: reductions and halo exchanges."""
 
-    def __init__(self, graph: OperatorGraph, mesh: Mesh, layout: Layout, backend: Backend) -> None:
+    def __init__(
+        self,
+        graph: OperatorGraph,
+        mesh: Mesh,
+        layout: Layout,
+        backend: Backend,
+    ) -> None:
         self.graph = graph
         self.mesh = mesh
         self.layout = layout
@@ -203,7 +219,11 @@ class _Computed:
                 yield self._reduction(communication.instruction, tensor, sharding, axes)
 
     def _reduction(
-        self, number: int, result: int, sharding: Sharding, axes: tuple[int, ...]
+        self,
+        number: int,
+        result: int,
+        sharding: Sharding,
+        axes: tuple[int, ...],
     ) -> Collective:
         """The sum over axes of a result of instruction `number`.
 
@@ -292,7 +312,11 @@ def _origins(graph: OperatorGraph) -> dict[int, _Origin]:
     return origins
 
 
-def _reshards(graph: OperatorGraph, mesh: Mesh, layout: Layout) -> Iterator[Collective]:
+def _reshards(
+    graph: OperatorGraph,
+    mesh: Mesh,
+    layout: Layout,
+) -> Iterator[Collective]:
     """The collectives of reads under another sharding.
 
     A sharding that one read has produced serves all others of the tensor.
@@ -328,7 +352,9 @@ def _reshards(graph: OperatorGraph, mesh: Mesh, layout: Layout) -> Iterator[Coll
 
 
 def _microbatch_shape(
-    shape: tuple[int, ...], shardings: Sequence[Sharding], mesh: Mesh
+    shape: tuple[int, ...],
+    shardings: Sequence[Sharding],
+    mesh: Mesh,
 ) -> tuple[int, ...]:
     """Shape of the part of a tensor that is resharded at once.
 

@@ -104,7 +104,10 @@ class OperatorCost:
 
 
 def operator_cost(
-    terms: OperatorTerms, placement: Placement, assignments: Sequence[Assignment], zero: int = 0
+    terms: OperatorTerms,
+    placement: Placement,
+    assignments: Sequence[Assignment],
+    zero: int = 0,
 ) -> OperatorCost:
     """The cost of an operator under each assignment.
 
@@ -125,7 +128,10 @@ class _Evaluation:
     """The cost of an operator under assignments, added up term by term."""
 
     def __init__(
-        self, terms: OperatorTerms, placement: Placement, assignments: Sequence[Assignment]
+        self,
+        terms: OperatorTerms,
+        placement: Placement,
+        assignments: Sequence[Assignment],
     ) -> None:
         self.terms = terms
         self.placement = placement
@@ -228,7 +234,10 @@ class _Evaluation:
 
 
 def operator_costs(
-    terms: Terms, placement: Placement, layout: Layout, plan: Plan
+    terms: Terms,
+    placement: Placement,
+    layout: Layout,
+    plan: Plan,
 ) -> list[OperatorCost]:
     """The cost of every operator under a plan.
 
@@ -265,7 +274,11 @@ class _Roofline:
     """[kernel]."""
 
 
-def _roofline(terms: OperatorTerms, machine: Machine, split: _Split) -> _Roofline:
+def _roofline(
+    terms: OperatorTerms,
+    machine: Machine,
+    split: _Split,
+) -> _Roofline:
     column: dict[Factors, int] = {}
     """Factors -> their column in the matrices below."""
     flops = []
@@ -297,7 +310,11 @@ def _roofline(terms: OperatorTerms, machine: Machine, split: _Split) -> _Rooflin
     )
 
 
-def _rate(operator: str, work: Work, machine: Machine) -> float:
+def _rate(
+    operator: str,
+    work: Work,
+    machine: Machine,
+) -> float:
     """FLOP/s of the machine for a kernel."""
     try:
         return machine.rate(work.op_class, engine_dtype(work.dtype))
@@ -310,7 +327,11 @@ def engine_dtype(dtype: str) -> str:
     return dtype if dtype in ("float64", "float32", "bfloat16", "float16", "int8") else "float32"
 
 
-def _kernel_seconds(terms: OperatorTerms, machine: Machine, split: _Split) -> np.ndarray:
+def _kernel_seconds(
+    terms: OperatorTerms,
+    machine: Machine,
+    split: _Split,
+) -> np.ndarray:
     """Seconds of kernels, [phase, assignment]: measured, fitted or by the roofline."""
     if not terms.work:
         return np.zeros((len(PHASES), len(split.assignments)))
@@ -339,7 +360,11 @@ def _kernel_seconds(terms: OperatorTerms, machine: Machine, split: _Split) -> np
     return seconds
 
 
-def local_key(terms: OperatorTerms, placement: Placement, assignment: Assignment) -> OperatorKey:
+def local_key(
+    terms: OperatorTerms,
+    placement: Placement,
+    assignment: Assignment,
+) -> OperatorKey:
     """The key in `OperatorTimes` of an operator at its local shape."""
     return (
         terms.digest,
@@ -348,7 +373,11 @@ def local_key(terms: OperatorTerms, placement: Placement, assignment: Assignment
     )
 
 
-def compute_source(terms: OperatorTerms, placement: Placement, assignment: Assignment) -> str:
+def compute_source(
+    terms: OperatorTerms,
+    placement: Placement,
+    assignment: Assignment,
+) -> str:
     """The source of the seconds of an operator's kernels: "measured", "fitted" or "roofline"."""
     times = placement.machine.times
     if times is None:
@@ -357,7 +386,9 @@ def compute_source(terms: OperatorTerms, placement: Placement, assignment: Assig
 
 
 def roofline_features(
-    terms: OperatorTerms, placement: Placement, assignment: Assignment
+    terms: OperatorTerms,
+    placement: Placement,
+    assignment: Assignment,
 ) -> dict[str, float]:
     """The features that a fit scales, in seconds.
 
@@ -424,13 +455,19 @@ class _Split:
 
 
 def _seconds(
-    placement: Placement, kind: str, nbytes: np.ndarray, axes: Sequence[int]
+    placement: Placement,
+    kind: str,
+    nbytes: np.ndarray,
+    axes: Sequence[int],
 ) -> np.ndarray:
     return collective_seconds(placement.machine, kind, nbytes, placement.group(axes))
 
 
 def _added_seconds(
-    placement: Placement, kind: str, nbytes: np.ndarray, axes: Sequence[int]
+    placement: Placement,
+    kind: str,
+    nbytes: np.ndarray,
+    axes: Sequence[int],
 ) -> np.ndarray:
     """Seconds that bytes add to a combined collective.
 
@@ -444,7 +481,9 @@ def _added_seconds(
 
 
 def storage_axes(
-    variable: StoredVariable, mesh: Mesh, assignment: Assignment
+    variable: StoredVariable,
+    mesh: Mesh,
+    assignment: Assignment,
 ) -> tuple[int, tuple[int, ...]] | None:
     """(dim, axes) over which a parameter can be split for storage, beyond its operator's choice.
 

@@ -274,7 +274,12 @@ class _Fuser:
         name = self.graph.instructions[self.producer[tensor]].name
         return name in FREE - {"reshape", "bitcast_convert"}
 
-    def _is_absorbed(self, producer: int, reader: int, single: set[int]) -> bool:
+    def _is_absorbed(
+        self,
+        producer: int,
+        reader: int,
+        single: set[int],
+    ) -> bool:
         """Whether all paths from a producer to one of its readers can be fused into that reader."""
         if reader == OUTSIDE:
             return False
@@ -311,7 +316,10 @@ class _Fuser:
 
 
 def cut(
-    graph: OperatorGraph, fused: Fusion, barriers: Set[tuple[int, int]], ends: Set[int]
+    graph: OperatorGraph,
+    fused: Fusion,
+    barriers: Set[tuple[int, int]],
+    ends: Set[int],
 ) -> Fusion:
     """The kernels of a graph when collectives divide them.
 
@@ -404,14 +412,20 @@ class _Cutter:
         return tuple(computed_in)
 
 
-def fused_under(graph: OperatorGraph, layout: Layout, duplicate: bool) -> Fusion:
+def fused_under(
+    graph: OperatorGraph,
+    layout: Layout,
+    duplicate: bool,
+) -> Fusion:
     """The kernels of a laid-out graph: tensors before a reshard or an all-reduce are written."""
     return _fused_under(IdentityKey(graph), IdentityKey(layout), duplicate)
 
 
 @lru_cache(maxsize=2)
 def _fused_under(
-    graph_key: IdentityKey[OperatorGraph], layout_key: IdentityKey[Layout], duplicate: bool
+    graph_key: IdentityKey[OperatorGraph],
+    layout_key: IdentityKey[Layout],
+    duplicate: bool,
 ) -> Fusion:
     graph = graph_key.value
     layout = layout_key.value

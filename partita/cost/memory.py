@@ -230,7 +230,10 @@ def _loops(graph: OperatorGraph) -> dict[int, _CarriedLoop]:
 
 
 def _available(
-    graph: OperatorGraph, tensor: int, producer: dict[int, int], first_read: dict[int, int]
+    graph: OperatorGraph,
+    tensor: int,
+    producer: dict[int, int],
+    first_read: dict[int, int],
 ) -> int:
     """The instruction that computes a tensor, of an argument the first reader.
 
@@ -261,7 +264,9 @@ class _Lifetimes:
 
 @lru_cache(maxsize=2)
 def _lifetimes(
-    graph_key: IdentityKey[OperatorGraph], layout_key: IdentityKey[Layout], backend: Backend
+    graph_key: IdentityKey[OperatorGraph],
+    layout_key: IdentityKey[Layout],
+    backend: Backend,
 ) -> _Lifetimes:
     graph = graph_key.value
     layout = layout_key.value
@@ -278,7 +283,11 @@ def _lifetimes(
 
 
 def _last_reads(
-    graph: OperatorGraph, program: _Program, fused: Fusion, root: int, backend: Backend
+    graph: OperatorGraph,
+    program: _Program,
+    fused: Fusion,
+    root: int,
+    backend: Backend,
 ) -> dict[int, int]:
     """Tensor that a kernel reads from memory -> the instruction at which it is last read."""
     instruction = graph.instructions[root]
@@ -379,7 +388,14 @@ class _Allocator:
             sharding = self.layout.shardings[tensor]
         return local_bytes(value.shape, ITEMSIZE.get(value.dtype, 4), sharding, self.mesh.sizes)
 
-    def _add(self, tensor: int, nbytes: int, start: int, stop: int, kind: int = TEMPORARY) -> None:
+    def _add(
+        self,
+        tensor: int,
+        nbytes: int,
+        start: int,
+        stop: int,
+        kind: int = TEMPORARY,
+    ) -> None:
         self.entries.append((self.graph.home[tensor], nbytes, start, stop, kind))
 
     def add_values(self) -> None:

@@ -48,7 +48,12 @@ class Placement:
         """Shards of a tensor that is split over axes."""
         return math.prod(self.mesh.sizes[axis] for axis in axes)
 
-    def seconds(self, kind: str, nbytes: float, group: Group) -> float:
+    def seconds(
+        self,
+        kind: str,
+        nbytes: float,
+        group: Group,
+    ) -> float:
         """Seconds of a collective, cached: a search asks for few different ones, many times."""
         key = (kind, group, nbytes)
         if key not in self.times:
@@ -67,7 +72,12 @@ def group_of(axes: tuple[int, ...], mesh: Mesh) -> Group:
     return tuple(sorted(parts.items()))
 
 
-def move_seconds(move: Move, placement: Placement, source: Sharding, target: Sharding) -> float:
+def move_seconds(
+    move: Move,
+    placement: Placement,
+    source: Sharding,
+    target: Sharding,
+) -> float:
     """Seconds of a move between two shardings of its tensor."""
     if source == target:
         return 0.0
@@ -99,7 +109,10 @@ def _without_sums(move: Move, sharding: Sharding) -> tuple[Sharding, tuple[int, 
 
 
 def _sum_seconds(
-    move: Move, placement: Placement, source: Sharding, axes: tuple[int, ...]
+    move: Move,
+    placement: Placement,
+    source: Sharding,
+    axes: tuple[int, ...],
 ) -> float:
     """Seconds of the all-reduce of a partial sum, split as its home splits it."""
     if not axes:
@@ -109,7 +122,10 @@ def _sum_seconds(
 
 
 def move_table(
-    move: Move, placement: Placement, sources: Sequence[Sharding], targets: Sequence[Sharding]
+    move: Move,
+    placement: Placement,
+    sources: Sequence[Sharding],
+    targets: Sequence[Sharding],
 ) -> np.ndarray:
     """Seconds of a move for every pair of shardings, [source, target]."""
     if move.sums:
@@ -132,7 +148,11 @@ def move_table(
     return move.trips * seconds
 
 
-def _table_seconds(table: _Table, placement: Placement, nbytes: float) -> np.ndarray:
+def _table_seconds(
+    table: _Table,
+    placement: Placement,
+    nbytes: float,
+) -> np.ndarray:
     """Seconds of the reshards of a table for a tensor of `nbytes`, [source, target]."""
     # A last column of zeros is the padding of profiles.
     step_seconds = np.zeros((len(table.idle_shards), len(table.steps) + 1))
@@ -144,7 +164,10 @@ def _table_seconds(table: _Table, placement: Placement, nbytes: float) -> np.nda
 
 
 def _sum_table(
-    move: Move, placement: Placement, sources: Sequence[Sharding], targets: Sequence[Sharding]
+    move: Move,
+    placement: Placement,
+    sources: Sequence[Sharding],
+    targets: Sequence[Sharding],
 ) -> np.ndarray:
     """The table of a partial sum.
 
@@ -167,7 +190,9 @@ def _device_mesh(mesh: Mesh) -> Mesh:
 
 
 def _over_devices(
-    shardings: Sequence[Sharding], others: Sequence[Sharding], mesh: Mesh
+    shardings: Sequence[Sharding],
+    others: Sequence[Sharding],
+    mesh: Mesh,
 ) -> tuple[Sharding, ...]:
     """Shardings on `_device_mesh`, without the dims that neither they nor `others` split.
 
@@ -202,7 +227,11 @@ class _Table:
 
 
 @lru_cache(maxsize=1 << 10)
-def _table(sources: tuple[Sharding, ...], targets: tuple[Sharding, ...], mesh: Mesh) -> _Table:
+def _table(
+    sources: tuple[Sharding, ...],
+    targets: tuple[Sharding, ...],
+    mesh: Mesh,
+) -> _Table:
     numbers, idle = _numbers(sources, targets, mesh)
     profiles = _profiles()
     distinct, first, index = np.unique(numbers.reshape(-1), return_index=True, return_inverse=True)
@@ -243,7 +272,9 @@ MOST_AXES = 32
 
 
 def _numbers(
-    sources: Sequence[Sharding], targets: Sequence[Sharding], mesh: Mesh
+    sources: Sequence[Sharding],
+    targets: Sequence[Sharding],
+    mesh: Mesh,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(number of the reshard, shards of idle dims), both [source, target].
 
@@ -320,7 +351,11 @@ def _positions(shardings: Sequence[Sharding], axes: int) -> np.ndarray:
     return positions
 
 
-def _profile(source: Sharding, target: Sharding, mesh: Mesh) -> Profile:
+def _profile(
+    source: Sharding,
+    target: Sharding,
+    mesh: Mesh,
+) -> Profile:
     """The collectives of a reshard."""
     if source == target:
         return ()
@@ -330,7 +365,11 @@ def _profile(source: Sharding, target: Sharding, mesh: Mesh) -> Profile:
 
 
 @lru_cache(maxsize=1 << 18)
-def _steps(source: Sharding, target: Sharding, mesh: Mesh) -> Profile:
+def _steps(
+    source: Sharding,
+    target: Sharding,
+    mesh: Mesh,
+) -> Profile:
     """The collectives of a reshard without idle dims."""
     steps = []
     before = source
@@ -343,7 +382,11 @@ def _steps(source: Sharding, target: Sharding, mesh: Mesh) -> Profile:
     return tuple(steps)
 
 
-def _canonical(source: Sharding, target: Sharding, mesh: Mesh) -> tuple[Sharding, Sharding, int]:
+def _canonical(
+    source: Sharding,
+    target: Sharding,
+    mesh: Mesh,
+) -> tuple[Sharding, Sharding, int]:
     """One reshard for all of the same cost: (source, target, shards of idle dims).
 
     Idle dims, which keep their split, are left out. Of interchangeable axes the first are used

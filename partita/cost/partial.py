@@ -159,7 +159,11 @@ def _operands_stay(
     return True
 
 
-def split_axes(layout: Layout, operator: int, factors: Iterable[int]) -> tuple[int, ...]:
+def split_axes(
+    layout: Layout,
+    operator: int,
+    factors: Iterable[int],
+) -> tuple[int, ...]:
     """The mesh axes, sorted, that split factors of an operator. No operator (-1) has none."""
     if operator < 0:
         return ()

@@ -50,7 +50,10 @@ class ReshardStep:
 
 @lru_cache(maxsize=1 << 18)
 def reshard_steps(
-    source: Sharding, target: Sharding, sizes: tuple[int, ...], shape: tuple[int, ...] | None = None
+    source: Sharding,
+    target: Sharding,
+    sizes: tuple[int, ...],
+    shape: tuple[int, ...] | None = None,
 ) -> tuple[ReshardStep, ...]:
     """The collectives, in order, by which Shardy turns `source` into `target`.
 
@@ -83,7 +86,10 @@ def reshard_steps(
 
 @lru_cache(maxsize=1 << 18)
 def emitted_steps(
-    source: Sharding, target: Sharding, sizes: tuple[int, ...], shape: tuple[int, ...] | None = None
+    source: Sharding,
+    target: Sharding,
+    sizes: tuple[int, ...],
+    shape: tuple[int, ...] | None = None,
 ) -> tuple[ReshardStep, ...]:
     """`reshard_steps` as XLA's partitioner emits them when a constraint pins each result.
 
@@ -109,7 +115,11 @@ def emitted_steps(
 
 
 def step_bytes(
-    step: ReshardStep, before: Sharding, shape: Sequence[int], itemsize: int, sizes: Sequence[int]
+    step: ReshardStep,
+    before: Sharding,
+    shape: Sequence[int],
+    itemsize: int,
+    sizes: Sequence[int],
 ) -> int:
     """Bytes per device of a step that starts from the sharding `before`.
 
@@ -201,7 +211,12 @@ class _Difference:
             )
         return capacity > 1 and capacity % size == 0
 
-    def fill(self, capacity: list[int], dim: int, axes: list[int]) -> list[int]:
+    def fill(
+        self,
+        capacity: list[int],
+        dim: int,
+        axes: list[int],
+    ) -> list[int]:
         """Moves the axes that fit from `axes` into the capacity of a dim, and returns them."""
         taken = []
         for axis in list(axes):
@@ -234,7 +249,12 @@ class _Difference:
         if self.frozen() != before:
             self.emit("all_slice", ())
 
-    def _slice_ahead(self, dim: int, used: set[int], capacity: list[int]) -> None:
+    def _slice_ahead(
+        self,
+        dim: int,
+        used: set[int],
+        capacity: list[int],
+    ) -> None:
         """Slices `dim` along axes bound for another dim, if its suffix goes there before them.
 
         One all-to-all then carries them all to their place. Slicing the other dim would need a

@@ -303,7 +303,11 @@ KINDS = {
 TRANSCENDENTAL = EXPENSIVE - {"divide", "remainder", "reduce", "gather"}
 
 
-def kind_of(graph: OperatorGraph, root: Instruction, members: Sequence[int]) -> str:
+def kind_of(
+    graph: OperatorGraph,
+    root: Instruction,
+    members: Sequence[int],
+) -> str:
     """The kind of a kernel for a fit, its class or finer: libraries have a loop for each kind."""
     if root.name == "convolution":
         if transposes(root):
@@ -417,7 +421,10 @@ class _Collector:
         self.terms.operators[operator].work.append(work)
 
     def _traffic(
-        self, root: int, members: list[int], outside: dict[int, list[tuple[int, int]]]
+        self,
+        root: int,
+        members: list[int],
+        outside: dict[int, list[tuple[int, int]]],
     ) -> dict[Factors, int]:
         """Factors -> bytes that they index and that instructions of a kernel move.
 
@@ -479,7 +486,12 @@ class _Collector:
                 self._add_reductions(operator, instruction, reduced)
             self._add_halos(operator, instruction, labels)
 
-    def _add_reductions(self, operator: int, instruction: Instruction, reduced: Factors) -> None:
+    def _add_reductions(
+        self,
+        operator: int,
+        instruction: Instruction,
+        reduced: Factors,
+    ) -> None:
         kind = "all_reduce" if len(instruction.results) == 1 else "all_gather"
         for tensor in instruction.results:
             reduction = Reduction(
@@ -493,7 +505,12 @@ class _Collector:
             )
             self.terms.operators[operator].reductions.append(reduction)
 
-    def _add_halos(self, operator: int, instruction: Instruction, labels: Sequence[Label]) -> None:
+    def _add_halos(
+        self,
+        operator: int,
+        instruction: Instruction,
+        labels: Sequence[Label],
+    ) -> None:
         result_label = self.graph.labels[instruction.results[0]]
         for reach in reaches(instruction, labels, result_label):
             tensor = self.graph.tensors[instruction.operands[0]]
@@ -532,7 +549,12 @@ class _Collector:
         else:
             self.terms.edges.append(move)
 
-    def _move(self, use: Use, trips: int, phase: Phase) -> Move:
+    def _move(
+        self,
+        use: Use,
+        trips: int,
+        phase: Phase,
+    ) -> Move:
         """The move of a read. `trips` and `phase` are those of the tensor's producer."""
         first_reader = min(i for i, _ in use.instructions)
         return Move(

@@ -84,7 +84,10 @@ class _Shards:
         return math.prod(self.mesh.sizes[axis] for dim in sharding for axis in dim)
 
     def of_computation(
-        self, operator: int, factors: frozenset[int], results: tuple[Sharding, ...]
+        self,
+        operator: int,
+        factors: frozenset[int],
+        results: tuple[Sharding, ...],
     ) -> int:
         """Devices over which an operator's factors and its results are split.
 
