@@ -1,9 +1,11 @@
-"""Captures any jittable training step `step(state, batch) -> (anything, new_state)` as an OperatorGraph with its program text."""
+"""Captures a JAX training step as an OperatorGraph with its program text.
+
+The step is `step(state, batch) -> (outputs, new_state)`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,32 +15,39 @@ import jax
 from jax import export
 
 from partita.capture import stablehlo
+from partita.capture.prepare import prepare
+from partita.capture.reader import Program, read
 from partita.errors import CaptureError
 from partita.graph.check import check
 from partita.graph.grouping import group
 from partita.graph.operator_graph import Argument, OperatorGraph
 
+Role = Literal["parameter", "optimizer", "state", "batch"]
+
 
 @dataclass(frozen=True)
 class Leaf:
-    """What one leaf of the state is: its path and role; for an optimizer slot, the parameter that it belongs to."""
+    """A leaf of the state or of the batch."""
 
     path: str
-    role: Literal["parameter", "optimizer", "state", "batch"]
+    role: Role
     parameter: str | None = None
+    """Path of the parameter that an optimizer slot belongs to."""
 
 
 @dataclass(frozen=True)
 class Text(export.Exported):
-    """An exported program whose module is MLIR bytecode of our own making instead of a portable artifact."""
+    """An exported program whose module is our own MLIR bytecode instead of a portable artifact."""
 
     @staticmethod
     def of(exported: export.Exported, bytecode: bytes) -> Text:
+        """An exported program with another module."""
         fields = {f.name: getattr(exported, f.name) for f in dataclasses.fields(exported)}
-        return Text(**{**fields, "mlir_module_serialized": bytecode})
+        fields["mlir_module_serialized"] = bytecode
+        return Text(**fields)
 
     def mlir_module(self, serialized: bool = True) -> Any:
-        """The module as text, or (for the lowering of a call) parsed in the current MLIR context."""
+        """The module as text, or for the lowering of a call parsed in the current context."""
         if serialized:
             with stablehlo.context():
                 return str(stablehlo.parse(self.mlir_module_serialized))
@@ -47,7 +56,7 @@ class Text(export.Exported):
 
 @dataclass(frozen=True)
 class Captured:
-    """A captured step: the graph to plan, and the program text that execution will annotate."""
+    """A captured step: the graph to plan, and the program text that execution annotates."""
 
     graph: OperatorGraph
     text: Text
@@ -64,39 +73,37 @@ def capture_step(
     batch_size: int = 0,
     inputs: Sequence[Leaf] | None = None,
 ) -> Captured:
-    """The step as an OperatorGraph. `state` and `batch` are pytrees of shapes; `leaves` describes the leaves of `state` in order.
+    """The step as an OperatorGraph. Nothing is allocated or run.
 
-    The step must return `(outputs, new_state)` with `new_state` shaped like `state`. Nothing is allocated or run. Where a leaf
-    is only a path, its role is read from the program. `inputs` describes the leaves of `batch`, if they are not all batch.
+    Args: step: Returns `(outputs, new_state)` with `new_state` shaped like `state`. state: Pytree
+    of shapes. batch: Pytree of shapes. leaves: The leaves of `state` in order. The role of a leaf
+    that is only a path is read from the program. name: Of the graph. batch_size: Dim 0 of the
+    batch. inputs: The leaves of `batch`, by default all of role "batch".
+
+    Raises: CaptureError: JAX cannot export the step.
     """
     try:
         exported = export.export(jax.jit(step), disabled_checks=_CHECKS)(state, batch)
     except Exception as error:
         raise CaptureError(
-            f"The training step of '{name}' cannot be captured: {_reason(error)}"
+            f"The training step of '{name}' cannot be captured: {reason(error)}"
         ) from error
-    source = stablehlo.prepare(exported.mlir_module_serialized)
-    program = stablehlo.read(source)
+    source = prepare(exported.mlir_module_serialized)
+    program = read(source)
     state_count = len(jax.tree.leaves(state))
-    output_count = len(program.outputs)
-    read = dict(zip(exported.module_kept_var_idx, program.inputs, strict=True))
-    results = dict(enumerate(program.outputs[output_count - state_count :]))
+    new_state = program.outputs[len(program.outputs) - state_count :]
+    tensor_of = dict(zip(exported.module_kept_var_idx, program.inputs, strict=True))
+    """Position of an input that the program reads -> tensor."""
+    arguments = []
+    for i, leaf in enumerate(_with_roles(leaves, program, tensor_of, new_state)):
+        if i in tensor_of:
+            argument = Argument(leaf.path, leaf.role, tensor_of[i], new_state[i], leaf.parameter)
+            arguments.append(argument)
     if inputs is None:
-        paths = [
-            jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(batch)[0]
-        ]
-        inputs = [Leaf("batch" + path, "batch") for path in paths]
-    described = _described(leaves, program, read, results)
-    arguments = [
-        Argument(leaf.path, leaf.role, read[i], results[i], leaf.parameter)
-        for i, leaf in enumerate(described)
-        if i in read
-    ]
-    arguments += [
-        Argument(leaf.path, leaf.role, read[state_count + i])
-        for i, leaf in enumerate(inputs)
-        if state_count + i in read
-    ]
+        inputs = _batch_leaves(batch)
+    for i, leaf in enumerate(inputs, start=state_count):
+        if i in tensor_of:
+            arguments.append(Argument(leaf.path, leaf.role, tensor_of[i]))
     graph = group(
         name,
         program.tensors,
@@ -110,79 +117,116 @@ def capture_step(
     return Captured(check(graph), Text.of(exported, source), state, batch)
 
 
-def _described(
+def _batch_leaves(batch: Any) -> list[Leaf]:
+    """The leaves of a batch with their paths."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(batch)
+    return [Leaf("batch" + jax.tree_util.keystr(path), "batch") for path, _ in paths]
+
+
+# ---- roles
+
+
+def _with_roles(
     leaves: Sequence[Leaf | str],
-    program: stablehlo.Program,
-    read: dict[int, int],
-    results: dict[int, int],
+    program: Program,
+    tensor_of: dict[int, int],
+    new_state: Sequence[int],
 ) -> list[Leaf]:
-    """Leaves with their roles. One that is only a path is a parameter if the loss depends on it and its new value on a gradient;
-    an optimizer slot, of the parameter of that shape whose path ends most like its own, if only the update reads it; else state.
+    """Leaves with their roles, which are read from the program for those that are only a path.
+
+    - A parameter: the loss depends on it, and its new value on a gradient.
+    - An optimizer slot: only the update reads it, and its new value depends on a gradient. It
+      belongs to the parameter of its shape whose path ends most like its own.
+    - Else state.
     """
     if all(isinstance(leaf, Leaf) for leaf in leaves):
         return [leaf for leaf in leaves if isinstance(leaf, Leaf)]
+    reading = _phases_of_readers(program)
+    trained = _trained_tensors(program)
+    described: list[Leaf] = []
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Leaf):
+            described.append(leaf)
+            continue
+        role: Role = "state"
+        is_trained = not trained or new_state[i] in trained
+        if i in tensor_of and is_trained and _is_floating_array(program, tensor_of[i]):
+            is_read_before = not trained or reading[tensor_of[i]] - {"update"}
+            role = "parameter" if is_read_before else "optimizer"
+        described.append(Leaf(leaf, role))
+    parameters = [
+        (leaf.path, program.tensors[tensor_of[i]].shape)
+        for i, leaf in enumerate(described)
+        if leaf.role == "parameter"
+    ]
+    for i, leaf in enumerate(described):
+        if leaf.role == "optimizer" and leaf.parameter is None:
+            shape = program.tensors[tensor_of[i]].shape
+            candidates = [path for path, other in parameters if other == shape]
+            parameter = _closest_path(leaf.path, candidates)
+            described[i] = dataclasses.replace(leaf, parameter=parameter)
+    return described
+
+
+def _is_floating_array(program: Program, tensor: int) -> bool:
+    """Whether a tensor is an array of real or complex numbers."""
+    value = program.tensors[tensor]
+    return bool(value.shape) and value.dtype.startswith(("float", "bfloat", "complex"))
+
+
+def _phases_of_readers(program: Program) -> dict[int, set[str]]:
+    """Tensor -> the phases of the instructions that read it, inside loops as well."""
     phases: dict[int, set[str]] = defaultdict(set)
-    trained: set[int] = set()
-    """Tensors that depend on a gradient."""
-    for x in program.instructions:
-        for t in x.operands:
-            phases[t].add(x.phase)
-    for loop in program.loops:  # nested loops come inner first
+    for instruction in program.instructions:
+        for tensor in instruction.operands:
+            phases[tensor].add(instruction.phase)
+    # Nested loops come inner first.
+    for loop in program.loops:
         for before, inside, _, _ in loop.carried:
             phases[before] |= phases[inside]
-    known = -1
-    while known < len(trained):
-        known = len(trained)
-        for x in program.instructions:
-            if x.phase == "backward" or trained.intersection(x.operands):
-                trained.update(x.results)
-        for (
-            loop
-        ) in program.loops:  # what a loop gives back is named apart from what its body yields
+    return phases
+
+
+def _trained_tensors(program: Program) -> set[int]:
+    """The tensors that depend on a gradient."""
+    trained: set[int] = set()
+    count = -1
+    while count < len(trained):
+        count = len(trained)
+        for instruction in program.instructions:
+            if instruction.phase == "backward" or trained.intersection(instruction.operands):
+                trained.update(instruction.results)
+        # The result of a loop is another tensor than the one that its body yields.
+        for loop in program.loops:
             for before, inside, yielded, after in loop.carried:
                 if trained & {before, inside, yielded}:
                     trained |= {inside, after}
-    any_gradient = bool(trained)
-    found: list[Leaf] = []
-    for i, leaf in enumerate(leaves):
-        if isinstance(leaf, Leaf):
-            found.append(leaf)
-            continue
-        shape = program.tensors[read[i]].shape if i in read else ()
-        floating = i in read and program.tensors[read[i]].dtype.startswith(
-            ("float", "bfloat", "complex")
-        )
-        role: Any = "state"
-        if shape and floating and (not any_gradient or results[i] in trained):
-            role = "parameter" if not any_gradient or phases[read[i]] - {"update"} else "optimizer"
-        found.append(Leaf(leaf, role))
-    parameters = [
-        (leaf.path, program.tensors[read[i]].shape)
-        for i, leaf in enumerate(found)
-        if leaf.role == "parameter"
-    ]
-    for i, leaf in enumerate(found):
-        if leaf.role == "optimizer" and leaf.parameter is None:
-            alike = [path for path, shape in parameters if shape == program.tensors[read[i]].shape]
-            ends = [_common_end(path, leaf.path) for path in alike]
-            owner = alike[ends.index(max(ends))] if alike else None
-            found[i] = dataclasses.replace(leaf, parameter=owner)
-    return found
+    return trained
 
 
-def _common_end(left: str, right: str) -> int:
-    """How many parts two paths have in common at their end.
+def _closest_path(path: str, candidates: Sequence[str]) -> str | None:
+    """The candidate with the longest end in common with a path, None without candidates."""
+    return max(candidates, key=lambda candidate: _common_end(candidate, path), default=None)
+
+
+def _common_end(one: str, other: str) -> int:
+    """Number of parts that two paths have in common at their end.
 
     >>> _common_end("params/dense/kernel", "opt_state/0/mu/dense/kernel")
     2
     """
-    pairs = zip(reversed(left.split("/")), reversed(right.split("/")), strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    count = 0
+    for part, other_part in zip(reversed(one.split("/")), reversed(other.split("/")), strict=False):
+        if part != other_part:
+            break
+        count += 1
+    return count
 
 
 _CHECKS = [export.DisabledSafetyCheck.custom_call("Qr"), export.DisabledSafetyCheck.platform()]
 
 
-def _reason(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"
+def reason(error: Exception) -> str:
+    """The type and the first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from partita.capture.stablehlo import layer_path
+from partita.capture.names import layer_path
 from partita.graph.operator_graph import ITEMSIZE
 
 KINDS = {

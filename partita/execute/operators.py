@@ -26,6 +26,7 @@ from jax.extend.mlir import ir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from partita.capture import stablehlo
+from partita.capture.instructions import convolution_dims, convolution_window
 from partita.capture.jax_functions import Captured, Text
 from partita.cost.evaluate import Assignment, local_key, roofline_features
 from partita.cost.moves import Placement
@@ -427,13 +428,13 @@ def _pad_convolution(operation: Any) -> None:
 
     One that is split by its groups has as many groups as it has channels left.
     """
-    dims = stablehlo.convolution_dims(operation)
+    dims = convolution_dims(operation)
     lhs, rhs, out = (
         ir.RankedTensorType(v.type).shape for v in (*operation.operands, *operation.results)
     )
     padding = []
     for s, (step, low, high, base, dilation) in enumerate(
-        stablehlo.convolution_window(operation, len(dims["lhs"]) - 2)
+        convolution_window(operation, len(dims["lhs"]) - 2)
     ):
         size, window, count = (
             lhs[dims["lhs"][2 + s]],

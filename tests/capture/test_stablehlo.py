@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax import export
 
-from partita.capture import stablehlo
 from partita.capture.jax_functions import Leaf, Text, capture_step
-from partita.capture.stablehlo import layer_path, phase_of, split_name
+from partita.capture.names import layer_path, phase_of, split_name
+from partita.capture.prepare import prepare
+from partita.capture.reader import read
 from partita.graph.operator_graph import Window
 
 F32 = "float32"
@@ -165,8 +166,8 @@ def test_products_that_are_only_read_transposed_exchange_their_sides(
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=left).astype("float32"), rng.normal(size=right).astype("float32")
     exported = export.export(jax.jit(gradient))(x, w)
-    source = stablehlo.prepare(exported.mlir_module_serialized)
-    names = [i.name for i in stablehlo.read(source).instructions]
+    source = prepare(exported.mlir_module_serialized)
+    names = [i.name for i in read(source).instructions]
     assert "transpose" not in names and names.count("dot_general") == 2
     assert np.allclose(Text.of(exported, source).call(x, w), gradient(x, w), rtol=1e-5)
 
