@@ -1,13 +1,16 @@
-"""A GCN layer, forward and backward, against PyTorch Geometric by edge_index and by CSR, and against DGL, in turns on one machine.
+r"""A GCN layer, forward and backward, against PyTorch Geometric (edge_index and CSR) and DGL.
 
-    python -m venv peers && peers/bin/pip install torch torch_geometric numpy scipy networkx requests tqdm psutil pandas pydantic pyyaml packaging
+    python -m venv peers
+    peers/bin/pip install torch torch_geometric numpy scipy networkx requests tqdm psutil \
+        pandas pydantic pyyaml packaging
     peers/bin/pip install --no-deps dgl==2.1.0
     partita gnn generate rmat --scale 19 --edges 10523921 -o graph.lux
     python benchmarks/gnn_peers.py graph.lux --python peers/bin/python --features 64 128
 
-Every library runs in a process of its own and waits for its turn. A turn: the layer's result and the gradients in its input and its weight, with
-normalisation known beforehand and an edge to every vertex itself. Medians; all cores each. DGL is left out where it is not installed; its
-graphbolt, which loads data and goes with old versions of torch only, is not used.
+Every library runs in a process of its own with all cores, and they take turns. A turn computes the
+layer's result and the gradients in its input and its weight. Normalization is computed beforehand,
+with a self edge at every vertex. Times are medians. DGL is left out if it is not installed; its
+graphbolt, which loads data and needs old versions of torch, is not used.
 """
 
 from __future__ import annotations
@@ -20,40 +23,38 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("graph", nargs="?")
-parser.add_argument("--python", help="the interpreter that has the peers")
-parser.add_argument("--features", type=int, nargs="+", default=[64, 128])
-parser.add_argument("--rounds", type=int, default=5)
-parser.add_argument(
-    "--way", choices=["partita", "relabelled", "edge_index", "csr", "dgl"], help=argparse.SUPPRESS
-)
-parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-arguments = parser.parse_args()
-WAYS = {
+LIBRARIES = {
     "partita": "Partita",
     "relabelled": "Partita, vertices by degree",
     "edge_index": "PyG, edge_index",
     "csr": "PyG, CSR",
     "dgl": "DGL",
 }
-OURS = ("partita", "relabelled")
+PARTITA = ("partita", "relabelled")
 
 
-def serve(turn) -> None:  # noqa: ANN001
-    """Takes a turn for every line that comes, and says what it took and what came out."""
+# ------------------------------------------------------------------------- in the library's process
+
+
+def serve(turn: Callable[[], float]) -> None:
+    """Takes a turn for every line of input; prints its seconds and its loss."""
     print("ready", flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()
-        total = turn()
-        print(json.dumps([time.perf_counter() - began, total]), flush=True)
+        loss = turn()
+        print(json.dumps([time.perf_counter() - began, loss]), flush=True)
 
 
-def ours(folder: Path, features: int, relabelled: bool) -> None:
-    """Partita's layer, compiled; `relabelled`: the vertices most read first, their features too, which is done beforehand as for `fit(order="degree")`."""
-    os.environ["KERAS_BACKEND"] = "jax"
+def serve_partita(folder: Path, features: int, relabelled: bool) -> None:
+    """Partita's layer, compiled.
+
+    `relabelled`: the most read vertices first, and their features, as `fit(order="degree")` does
+    beforehand.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -62,58 +63,58 @@ def ours(folder: Path, features: int, relabelled: bool) -> None:
     from partita.execute.devices import keep_freed_memory
     from partita.gnn.kernels.bridge import step_options
     from partita.gnn.nn.block import block_of
-    from partita.gnn.nn.layers import GCNConv
 
     keep_freed_memory()
     graph = gnn.Graph(np.load(folder / "offsets.npy"), np.load(folder / "sources.npy"))
-    x, w = (np.load(folder / name) for name in ("x.npy", "w.npy"))
+    x = np.load(folder / "x.npy")
     if relabelled:
         order = gnn.order.by_degree(graph)
-        graph, x = graph.relabelled(order), x[order]
-    x, w = jax.device_put((x, w))
-    layer = GCNConv(features, use_bias=False)
+        graph = graph.relabelled(order)
+        x = x[order]
+    x, w = jax.device_put((x, np.load(folder / "w.npy")))
+    layer = gnn.GCNConv(features, use_bias=False)
     layer.build((None, features))
     block = jax.device_put(block_of(graph))
-    loss = lambda w, x, block: jnp.sum(layer.stateless_call([w], [], x, graph=block)[0] ** 2)
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), compiler_options=step_options())
+
+    def loss(w: Any, x: Any, block: Any) -> Any:
+        return jnp.sum(layer.stateless_call([w], [], x, graph=block)[0] ** 2)
+
+    gradients = jax.value_and_grad(loss, argnums=(0, 1))
+    step = jax.jit(gradients, compiler_options=step_options())
     serve(lambda: float(jax.block_until_ready(step(w, x, block))[0]))
 
 
-def theirs(folder: Path, features: int, way: str) -> None:
-    """A layer of PyG or DGL, its normalisation cached."""
+def serve_peer(folder: Path, features: int, library: str) -> None:
+    """A layer of PyG or DGL, its normalization computed beforehand."""
     import numpy as np
     import torch
     from torch_geometric.nn import GCNConv
     from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
-    offsets, sources = (
-        np.load(folder / "offsets.npy"),
-        np.load(folder / "sources.npy").astype(np.int64),
-    )
-    targets = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    offsets = np.load(folder / "offsets.npy")
+    sources = np.load(folder / "sources.npy").astype(np.int64)
+    vertices = len(offsets) - 1
+    targets = np.repeat(np.arange(vertices), np.diff(offsets))
     edges = torch.from_numpy(np.stack([sources, targets]))
+    x = torch.from_numpy(np.load(folder / "x.npy")).requires_grad_()
+    w = torch.from_numpy(np.load(folder / "w.npy"))
     layer = GCNConv(features, features, bias=False, normalize=False)
-    x, w = (
-        torch.from_numpy(np.load(folder / name)).requires_grad_() for name in ("x.npy", "w.npy")
-    )
-    layer.lin.weight = torch.nn.Parameter(w.detach().T.contiguous())
-    edges, weight = gcn_norm(edges, None, len(offsets) - 1, add_self_loops=True)
-    if way == "dgl":
-        convolution, scale = (
-            dgls(edges, features),
-            torch.bincount(edges[1]).clamp(min=1).rsqrt()[:, None],
-        )
+    layer.lin.weight = torch.nn.Parameter(w.T.contiguous())
+    edges, weight = gcn_norm(edges, None, vertices, add_self_loops=True)
+    if library == "dgl":
+        convolution = dgl_convolution(edges, features)
+        scale = torch.bincount(edges[1]).clamp(min=1).rsqrt()[:, None]
         run = lambda: convolution(x * scale, layer.lin.weight.T) * scale
-    elif way == "csr":
-        adjacency = torch.sparse_coo_tensor(
-            edges.flip(0), weight, (len(offsets) - 1,) * 2
-        ).to_sparse_csr()
+    elif library == "csr":
+        entries = torch.sparse_coo_tensor(edges.flip(0), weight, (vertices, vertices))
+        adjacency = entries.to_sparse_csr()
         run = lambda: layer(x, adjacency)
     else:
         run = lambda: layer(x, edges, weight)
 
     def turn() -> float:
-        x.grad = layer.lin.weight.grad = None
+        x.grad = None
+        layer.lin.weight.grad = None
         loss = (run() ** 2).sum()
         loss.backward()
         return float(loss.detach())
@@ -121,8 +122,8 @@ def theirs(folder: Path, features: int, way: str) -> None:
     serve(turn)
 
 
-def dgls(edges, features: int):  # noqa: ANN001, ANN201
-    """DGL's layer without normalisation over these edges, as a function of rows and the matrix."""
+def dgl_convolution(edges: Any, features: int) -> Callable[[Any, Any], Any]:
+    """DGL's layer without normalization over these edges: a function of rows and the matrix."""
     import types
 
     class Unused(types.ModuleType):
@@ -138,94 +139,116 @@ def dgls(edges, features: int):  # noqa: ANN001, ANN201
     except ImportError:
         print("missing", flush=True)
         sys.exit()
-    graph, layer = (
-        dgl.graph((edges[0], edges[1])),
-        GraphConv(features, features, norm="none", weight=False, bias=False),
-    )
+    graph = dgl.graph((edges[0], edges[1]))
+    layer = GraphConv(features, features, norm="none", weight=False, bias=False)
     return lambda x, weight: layer(graph, x, weight=weight)
 
 
-def main() -> int:
-    if arguments.way:
-        features = arguments.features[0]
-        if arguments.way in OURS:
-            ours(arguments.folder, features, arguments.way == "relabelled")
-        else:
-            theirs(arguments.folder, features, arguments.way)
-        return 0
+# ------------------------------------------------------------------------- in the main process
+
+
+class Library:
+    """A library that waits in its own process for turns."""
+
+    def __init__(self, name: str, python: str, folder: Path, features: int) -> None:
+        self.title = LIBRARIES[name]
+        self.seconds: list[float] = []
+        self.loss = 0.0
+        options = ["--library", name, "--folder", str(folder), "--features", str(features)]
+        environment = dict(os.environ)
+        if name not in PARTITA:
+            environment.pop("PYTHONPATH", None)
+        self.process = subprocess.Popen(
+            [sys.executable if name in PARTITA else python, __file__, *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def is_ready(self) -> bool:
+        """Waits until the library has started; False if it is not installed."""
+        for line in self.process.stdout:
+            if line.strip() in ("ready", "missing"):
+                return line.strip() == "ready"
+        sys.exit(f"{self.title} did not start.")
+
+    def take_turn(self) -> None:
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        seconds, self.loss = json.loads(self.process.stdout.readline())
+        self.seconds.append(seconds)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    @property
+    def median(self) -> float:
+        """Median seconds, without the first turn."""
+        return statistics.median(self.seconds[1:])
+
+
+def save_arrays(graph: Any, features: int, folder: Path) -> None:
+    """Writes the graph, rows and a matrix for all libraries."""
     import numpy as np
 
-    import partita.gnn as gnn
+    random = np.random.default_rng(0)
+    x = random.standard_normal((graph.vertices, features), dtype=np.float32)
+    w = random.standard_normal((features, features), dtype=np.float32) / features
+    arrays = {"offsets": graph.offsets, "sources": graph.sources, "x": x, "w": w}
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
 
-    graph = gnn.open(arguments.graph)
-    print(f"{graph}, {os.cpu_count()} cores")
-    for features in arguments.features:
-        with tempfile.TemporaryDirectory() as name:
-            folder, random = Path(name), np.random.default_rng(0)
-            np.save(folder / "offsets.npy", graph.offsets)
-            np.save(folder / "sources.npy", graph.sources)
-            np.save(
-                folder / "x.npy",
-                random.standard_normal((graph.vertices, features), dtype=np.float32),
-            )
-            np.save(
-                folder / "w.npy",
-                random.standard_normal((features, features), dtype=np.float32) / features,
-            )
-            running = {
-                way: subprocess.Popen(
-                    [
-                        sys.executable if way in OURS else arguments.python,
-                        __file__,
-                        "--way",
-                        way,
-                        "--folder",
-                        name,
-                        "--features",
-                        str(features),
-                    ],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    env={k: v for k, v in os.environ.items() if way in OURS or k != "PYTHONPATH"},
-                )
-                for way in WAYS
-            }
-            for way, job in list(running.items()):
-                said = next(
-                    (line.strip() for line in job.stdout if line.strip() in ("ready", "missing")),
-                    "",
-                )
-                if said == "missing":
-                    print(f"{WAYS[way]} is not installed there")
-                    del running[way]
-                elif said != "ready":
-                    sys.exit(f"{WAYS[way]} did not start.")
-            seconds: dict[str, list[float]] = {way: [] for way in running}
-            losses: dict[str, float] = {}
-            for _ in range(arguments.rounds + 1):
-                for way, job in running.items():
-                    job.stdin.write("go\n")
-                    job.stdin.flush()
-                    took, losses[way] = json.loads(job.stdout.readline())
-                    seconds[way].append(took)
-            for job in running.values():
-                job.stdin.close()
-                job.wait()
-        medians = {way: statistics.median(took[1:]) for way, took in seconds.items()}
-        for way in medians:
-            label = WAYS[way]
-            ratio = (
-                ""
-                if way == "partita"
-                else f", {medians[way] / medians['partita']:.1f} times Partita's"
-            )
-            print(
-                f"{features} features, {label:27} {medians[way] * 1e3:8.1f} ms{ratio}; loss {losses[way]:.6g}",
-                flush=True,
-            )
-    return 0
+
+def compare(graph: Any, features: int, python: str, rounds: int) -> None:
+    """Prints the median time of every library for layers of some features."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_arrays(graph, features, folder)
+        libraries = []
+        for library in [Library(name, python, folder, features) for name in LIBRARIES]:
+            if library.is_ready():
+                libraries.append(library)
+            else:
+                print(f"{library.title} is not installed there")
+        for _ in range(rounds + 1):
+            for library in libraries:
+                library.take_turn()
+        for library in libraries:
+            library.close()
+    for library in libraries:
+        ratio = library.median / libraries[0].median
+        note = "" if library is libraries[0] else f", {ratio:.1f} times Partita's"
+        time_text = f"{library.median * 1e3:8.1f} ms{note}"
+        print(
+            f"{features} features, {library.title:27} {time_text}; loss {library.loss:.6g}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("graph", nargs="?")
+    parser.add_argument("--python", help="the interpreter that has the peers")
+    parser.add_argument("--features", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--library", choices=list(LIBRARIES), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.library in PARTITA:
+        relabelled = arguments.library == "relabelled"
+        serve_partita(arguments.folder, arguments.features[0], relabelled)
+    elif arguments.library:
+        serve_peer(arguments.folder, arguments.features[0], arguments.library)
+    else:
+        import partita.gnn as gnn
+
+        graph = gnn.open(arguments.graph)
+        print(f"{graph}, {os.cpu_count()} cores")
+        for features in arguments.features:
+            compare(graph, features, arguments.python, arguments.rounds)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
