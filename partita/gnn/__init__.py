@@ -1,23 +1,25 @@
-"""Full-graph training of graph neural networks: the graph store, and models that train on whole graphs.
+"""Full-graph training of graph neural networks: graphs, and models that train on whole graphs.
 
 >>> import partita.gnn as gnn
 >>> gnn.Graph.from_edges([0, 1], [1, 0], features=[[1.0], [2.0]])
 graph: 2 vertices, 2 edges, 1 features
 
-Models and layers need Keras on JAX; they are imported when they are first asked for, so that graphs alone need neither.
+Models and layers need Keras on JAX. They are imported on first use, so that graphs alone need
+neither.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
+from partita.errors import GraphError
 from partita.gnn.data import generate, order
 from partita.gnn.data.csr import Transposed
 from partita.gnn.data.files import convert, open, save, transpose
 from partita.gnn.data.graph import Graph, check
 from partita.gnn.data.stream import EdgeStream
+from partita.keras_backend import chosen_backend, running_backend
 
 if TYPE_CHECKING:
     from partita.gnn.nn.layers import (
@@ -57,18 +59,18 @@ __all__ = [
     "GraphModel",
     "SAGEConv",
     "Transposed",
+    "VertexDropout",
     "check",
     "convert",
     "generate",
     "normalised",
     "open",
     "order",
-    "VertexDropout",
     "save",
     "transpose",
 ]
 
-_LATER = {
+_IMPORTED_ON_USE = {
     "partita.gnn.nn.layers": (
         "CommNetConv",
         "GATv2Conv",
@@ -91,9 +93,23 @@ _LATER = {
 }
 
 
+def require_jax() -> None:
+    """GraphError if Keras runs, or would start, on another backend than JAX.
+
+    `import partita` requests JAX, unless the user has chosen a backend.
+    """
+    backend = running_backend() or chosen_backend()
+    if backend not in (None, "jax"):
+        raise GraphError(
+            f"Keras's backend is {backend!r} and graph networks need 'jax': set "
+            "KERAS_BACKEND=jax before "
+            "Keras is imported."
+        )
+
+
 def __getattr__(name: str) -> Any:
-    module = next((module for module, names in _LATER.items() if name in names), None)
-    if module is None:
-        raise AttributeError(f"module 'partita.gnn' has no attribute {name!r}")
-    os.environ.setdefault("KERAS_BACKEND", "jax")
-    return getattr(importlib.import_module(module), name)
+    for module, names in _IMPORTED_ON_USE.items():
+        if name in names:
+            require_jax()
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'partita.gnn' has no attribute {name!r}")

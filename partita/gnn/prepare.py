@@ -29,7 +29,7 @@ from partita.gnn.data.digest import array_digest
 from partita.gnn.data.graph import Graph
 from partita.gnn.data.order import order_of
 from partita.gnn.kernels import stamp
-from partita.gnn.nn.block import AXIS, Block, block_of, counted
+from partita.gnn.nn.block import AXIS, Block, block_of, recorded_calls
 from partita.gnn.split.choice import columns_of, edge_seconds, row_seconds
 from partita.gnn.split.learned import initial_points, prefix_sums
 from partita.gnn.split.partition import (
@@ -160,7 +160,7 @@ def architecture_of(model: Any, graph: Graph) -> Architecture:
             training=False,
         )[0]
 
-    with counted() as calls:
+    with recorded_calls() as calls:
         jax.eval_shape(
             predict,
             _shapes(model.trainable_variables),
@@ -169,7 +169,7 @@ def architecture_of(model: Any, graph: Graph) -> Architecture:
         )
     matrices = [v.shape for v in model.trainable_variables if len(v.shape) > 1]
     return Architecture(
-        aggregations=tuple(calls.seen),
+        aggregations=tuple(calls.aggregations),
         matrix_entries=sum(int(np.prod(shape)) for shape in matrices),
         by_vertex=bool(vars(type(model)).get("by_vertex")),
     )

@@ -19,7 +19,7 @@ import keras
 from jax.sharding import PartitionSpec
 
 from partita.gnn.kernels.bridge import step_options
-from partita.gnn.nn.block import AXIS, counted
+from partita.gnn.nn.block import AXIS, recorded_calls
 from partita.gnn.prepare import GraphData, PreparedGraph, mesh_of
 
 PROGRAMS = 64
@@ -114,7 +114,7 @@ def sum_over_devices(values: Any, data: GraphData) -> Any:
     """The sums of values over the devices of a step."""
     if data.block.parts == 1:
         return values
-    return data.block.left(jax.lax.psum(data.block.entered(values), AXIS))
+    return data.block.leave(jax.lax.psum(data.block.enter(values), AXIS))
 
 
 def _logs_over_devices(
@@ -149,7 +149,7 @@ def train_step(
     count = sum_over_devices(data.masks["train"].sum(), data)
 
     def loss(trainable: Any) -> Any:
-        with counted(aggregations):
+        with recorded_calls(aggregations):
             predicted, others_after, penalties = model.stateless_call(
                 trainable,
                 others,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,15 +109,15 @@ def test_the_other_generators_say_how_many_vertices(kind: str, tmp_path: Path) -
     [
         (
             ["generate", "rmat", "--edges", "3", "-o", "g.lux"],
-            "An rmat graph has 2^scale vertices: say --scale 20 for about a million",
+            "An rmat graph has 2^scale vertices: give --scale, such as 20 for a million, and remove --vertices.",
         ),
         (
             ["generate", "blocks", "--edges", "3", "-o", "g.lux"],
-            "For blocks say how many vertices, as in --vertices 10000, and no --scale.",
+            "A graph of kind blocks has any number of vertices: give --vertices, such as 10000, and remove --scale.",
         ),
         (
             ["generate", "ring", "--edges", "3", "-o", "g.lux"],
-            "There is no generator 'ring': use rmat, erdos-renyi or blocks.",
+            "'ring' is no generator: use rmat, erdos-renyi or blocks.",
         ),
         (
             ["generate", "rmat", "--scale", "3", "--edges", "1.5", "-o", "g.lux"],
@@ -128,11 +129,11 @@ def test_the_other_generators_say_how_many_vertices(kind: str, tmp_path: Path) -
         ),
         (
             ["generate", "rmat", "--scale", "3", "--edges", "9", "-o", "g.txt"],
-            "'g.txt' is neither: call it 'g.lux'",
+            "'g.txt' does not end in .lux or .npz: call it 'g.lux'",
         ),
         (
             ["generate", "rmat", "--scale", "3", "--edges", "9", "-o", "g.npz", "--transpose"],
-            "A transpose lies beside a .lux file, and 'g.npz' is none",
+            "--transpose needs a .lux file and 'g.npz' is none: call it 'g.lux', or remove --transpose.",
         ),
         (
             ["generate", "rmat", "--scale", "3", "--edges", "9", "-o", "none/g.lux"],
@@ -156,9 +157,38 @@ def test_slips_are_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["generate", "convert", "info"])
-def test_help_teaches_with_an_example(command: str) -> None:
-    assert f"Example: partita gnn {command} " in " ".join(gnn(command, "--help").stdout.split())
+@pytest.mark.parametrize("command", ["generate", "convert", "info", "train", "partition"])
+def test_help_is_short_and_has_an_example(command: str) -> None:
+    shown = gnn(command, "--help").stdout
+    assert f"Example: partita gnn {command} " in " ".join(shown.split())
+    summary = next(line for line in shown.splitlines() if line.startswith("  ")).strip()
+    assert len(summary) <= 60, summary
+    assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+def in_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a new process without KERAS_BACKEND, unless it is given."""
+    inherited = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=inherited | environment,
+    )
+
+
+def test_keras_starts_on_jax_after_the_import(tmp_path: Path) -> None:
+    done = in_python(
+        "import partita.gnn, keras; print(keras.backend.backend())", KERAS_HOME=str(tmp_path)
+    )
+    assert done.stdout.strip() == "jax", done.stderr
+
+
+def test_another_backend_of_keras_is_one_sentence(tmp_path: Path) -> None:
+    done = in_python(
+        "import partita.gnn; partita.gnn.GCN", KERAS_BACKEND="torch", KERAS_HOME=str(tmp_path)
+    )
+    assert "GraphError: Keras's backend is 'torch' and graph networks need 'jax'" in done.stderr
 
 
 def test_the_command_line_starts_without_jax_and_keras() -> None:
@@ -238,8 +268,7 @@ def test_partitioners_are_compared_in_a_table_a_page_and_json(tmp_path: Path) ->
     done = gnn("partition", tmp_path / "g.lux", "--report", "parts.pdf")
     assert (
         done.exit_code == 2
-        and "A report is an .html file, and 'parts.pdf' is none: call it 'parts.html'."
-        in done.stderr
+        and "'parts.pdf' does not end in .html: call it 'parts.html'." in done.stderr
     )
 
 
@@ -249,11 +278,11 @@ def test_slips_in_training_are_one_sentence(tmp_path: Path) -> None:
         ([], "'bare' has no features: give Graph.from_edges(features=...) a row for every vertex."),
         (
             ["--model", "gat"],
-            "There is no model 'gat': use gcn, sage, gin, gatv2, commnet, gatedgraph.",
+            "'gat' is no model: use gcn, sage, gin, gatv2, commnet, gatedgraph.",
         ),
         (
             ["--save", "model.h5"],
-            "A model is saved to a .keras file, and 'model.h5' is none: call it 'model.keras'.",
+            "'model.h5' does not end in .keras: call it 'model.keras'.",
         ),
     ):
         done = gnn("train", tmp_path / "bare.lux", *arguments)

@@ -24,7 +24,7 @@ import partita.gnn as gnn
 from partita.errors import GraphError
 from partita.gnn import Graph
 from partita.gnn.data import text
-from partita.gnn.data.stream import EdgeStream, save_transposed
+from partita.gnn.data.stream import EdgeStream, save_transpose
 
 FILES = settings(deadline=None, max_examples=25)
 
@@ -94,7 +94,7 @@ def test_sorting_in_little_memory_gives_the_same_graph(
 def test_a_transpose_in_files_is_the_one_in_memory(graph: Graph, memory: int) -> None:
     with folder() as at:
         gnn.save(graph, at / "g.lux")
-        save_transposed(at / "g.lux", memory=memory)
+        save_transpose(at / "g.lux", memory=memory)
         ours, theirs = graph.transposed(), gnn.open(at / "g.lux").transposed()
         for field in ("offsets", "destinations", "order"):
             assert (
@@ -315,7 +315,7 @@ def test_parquet_files_are_read_by_pyarrow(tmp_path: Path, monkeypatch: pytest.M
     ):
         gnn.open(tmp_path / "e.parquet")
     parquet(monkeypatch, source=[0.5] * 4, target=TARGET)
-    with pytest.raises(GraphError, match="source is float64: ids are whole numbers"):
+    with pytest.raises(GraphError, match="source is float64: use integers."):
         gnn.open(tmp_path / "e.parquet")
 
 
@@ -325,7 +325,9 @@ def test_without_pyarrow_it_is_said_what_to_install(
     (tmp_path / "e.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(GraphError, match="pip install pyarrow, or save the edges as text or .npz"):
+    with pytest.raises(
+        GraphError, match="run `pip install pyarrow`, or save the edges as text or .npz"
+    ):
         gnn.open(tmp_path / "e.parquet")
 
 
@@ -363,9 +365,7 @@ def test_a_disk_that_fills_leaves_what_was_there(
     gnn.save(PLAIN, tmp_path / "g.lux")
     with (
         largest_file(size),
-        pytest.raises(
-            GraphError, match="The disk was full before .*g.*what was written is removed"
-        ),
+        pytest.raises(GraphError, match="The disk is full .*g.*was deleted"),
     ):
         write(tmp_path)
     assert equal(gnn.open(tmp_path / "g.lux"), PLAIN) and {
@@ -382,7 +382,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(GraphError, match="needs 28.1 KiB, and the disk has 1000 B free"):
+    with pytest.raises(GraphError, match="needs 28.1 KiB and the disk has 1000 B free"):
         gnn.save(BIG, tmp_path / "g.lux")
     assert not list(tmp_path.iterdir())
 
@@ -411,9 +411,7 @@ def test_edges_that_change_while_they_are_converted_are_noticed(
         source, target = next(times)
         yield np.array(source), np.array(target), None
 
-    with pytest.raises(
-        GraphError, match="The edges changed between their counting and their sorting"
-    ):
+    with pytest.raises(GraphError, match="The edges changed while they were read"):
         EdgeStream(pieces, 4).save(tmp_path / "g.lux", memory=memory)
     assert not list(tmp_path.iterdir())
 
@@ -429,12 +427,12 @@ def put(name: str, data: bytes) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (cut("g.lux", 7), "g.lux' is 7 bytes long: a .lux file begins with 12 bytes"),
+        (cut("g.lux", 7), "g.lux' has 7 bytes: a .lux file begins with 12 bytes"),
         (
             cut("g.lux", 20),
-            "is truncated or no .lux file: its first 12 bytes say 4 vertices and 4 edges, which takes 60 bytes, and it has 20 (it ends within the offsets).",
+            "is truncated or no .lux file: its header says 4 vertices and 4 edges, which need 60 bytes, and it has 20 (it ends within the offsets).",
         ),
-        (cut("g.lux", 53), "which takes 60 bytes, and it has 53 (it ends within edge 2)."),
+        (cut("g.lux", 53), "which need 60 bytes, and it has 53 (it ends within edge 2)."),
         (put("g.lux", b"\x7fELF" + bytes(100)), "is truncated or no .lux file"),
         (
             lambda at: put("g.lux", (at / "g.lux").read_bytes()[:-4] + b"\7\0\0\0")(at),
@@ -442,27 +440,27 @@ def put(name: str, data: bytes) -> Callable[[Path], None]:
         ),
         (
             cut("g.feats.bin", 30),
-            "g.feats.bin' is truncated or of another graph: 30 bytes are no whole number of float32 for each of 4 vertices.",
+            "g.feats.bin' is truncated or of another graph: 30 bytes are no multiple of 16, a float32 for each of 4 vertices.",
         ),
         (
             cut("g.label.bin", 15),
-            "g.label.bin' is truncated or of another graph: 4 vertices take 16 bytes, and it has 15.",
+            "g.label.bin' is truncated or of another graph: 4 vertices need 16 bytes, and it has 15.",
         ),
         (
             cut("g.train.bin", 3),
-            "g.train.bin' is truncated or of another graph: 4 vertices take 4 bytes, and it has 3.",
+            "g.train.bin' is truncated or of another graph: 4 vertices need 4 bytes, and it has 3.",
         ),
         (
             put("g.train.bin", b"\0\1\7\0"),
-            "g.train.bin' says 7 of vertex 2: a mask is a byte per vertex, 0 or 1.",
+            "g.train.bin' has 7 for vertex 2: a mask has one byte per vertex, 0 or 1.",
         ),
         (
             put("g.weights.bin", bytes(12)),
-            "g.weights.bin' is truncated or of another graph: 4 edges take 16 bytes, and it has 12.",
+            "g.weights.bin' is truncated or of another graph: 4 edges need 16 bytes, and it has 12.",
         ),
         (
             put("g.transposed.order.bin", bytes(12)),
-            "g.transposed.order.bin' is truncated or of another graph: 4 positions take 16 bytes, and it has 12.",
+            "g.transposed.order.bin' is truncated or of another graph: 4 positions need 16 bytes, and it has 12.",
         ),
         (
             put("g.transposed.order.bin", b"\xff" * 16),
@@ -470,7 +468,7 @@ def put(name: str, data: bytes) -> Callable[[Path], None]:
         ),
         (
             put("g.mask", b"Train\nVal\ntest\nTest\n"),
-            "g.mask', line 3: 'test' is no mask: write Train, Val, Test or None.",
+            "g.mask', line 3: 'test' is unknown: use Train, Val, Test or None.",
         ),
     ],
 )
@@ -478,7 +476,7 @@ def test_a_damaged_lux_file_is_one_sentence(
     damage: Callable[[Path], None], said: str, tmp_path: Path
 ) -> None:
     gnn.save(PLAIN, tmp_path / "g.lux")
-    save_transposed(tmp_path / "g.lux")
+    save_transpose(tmp_path / "g.lux")
     damage(tmp_path)
     assert said in refused(tmp_path / "g.lux")
 
@@ -495,11 +493,11 @@ def refused(path: Path) -> str:
     [
         (
             "0 1\n1 x\n",
-            "e.txt', line 2: '1 x' is no edge: write two whole numbers, source and target, and perhaps a weight.",
+            "e.txt', line 2: '1 x' is no edge: write two integers, source and target, and perhaps a weight.",
         ),
         ("0 1\n\n# no\n1.5 2\n", "line 4: '1.5 2' is no edge"),
         ("0 1\n7\n", "line 2: '7' has no target"),
-        ("0 1\n-3 1\n", "line 2: '-3 1' has a negative id: vertices are numbered from 0."),
+        ("0 1\n-3 1\n", "line 2: '-3 1' has a negative id: number the vertices from 0."),
         (
             "0 1\n5000000000 1\n",
             "has an id of 2^32 or more: number the vertices from 0, without gaps.",
@@ -510,20 +508,20 @@ def refused(path: Path) -> str:
         ),
         (
             "0 1 0.5\n1 2\n",
-            "line 2: '1 2' has no weight and the edges before have one: give all edges one, or none.",
+            "line 2: '1 2' has no weight, unlike the edges before: give a weight to all edges, or to none.",
         ),
-        ("0 1\n1 2 .5\n", "line 2: '1 2 .5' has a weight and the edges before have none"),
+        ("0 1\n1 2 .5\n", "line 2: '1 2 .5' has a weight, unlike the edges before"),
         ("0 1 2 3\n", "line 1: '0 1 2 3' has more than three numbers"),
         ("0 1 nan\n", "The weight of edge 0 is nan: use finite weights."),
         (
             "%%MatrixMarket matrix coordinate\n",
-            "is a MatrixMarket file: Graph.from_scipy(scipy.io.mmread(...)) makes a graph of it.",
+            "is a MatrixMarket file: use Graph.from_scipy(scipy.io.mmread(...)).",
         ),
-        ("", "e.txt' is empty."),
+        ("", "e.txt' is empty: name a file with edges."),
         ("source target\n", "The number of vertices is unknown without edges"),
         (
             "0 1\n\0\0\0\1\n",
-            "e.txt' is no graph that is known: name a .lux, .npz or .parquet file, an edge list in text",
+            "e.txt' is no text: name a .lux, .npz or .parquet file, an edge list in text",
         ),
         ("0 1\n" + "9" * 200 + "\n", "line 2: '" + "9" * 57 + "...' has an id of 2^32 or more"),
     ],
@@ -572,11 +570,11 @@ def npz(**arrays: Any) -> Callable[[Path], None]:
         (put("g.npz", b""), "g.npz' is truncated or no .npz file"),
         (
             npz(a=np.ones(1), b=np.ones(1)),
-            "g.npz' has the arrays a, b: a graph has source and target (Planetoid's layout), or offsets and sources.",
+            "g.npz' has the arrays a, b: a graph needs source and target (Planetoid), or offsets and sources (Partita).",
         ),
         (
             npz(source=np.array([0, {}], object), target=np.array([0, 1])),
-            "holds Python objects or is no .npz file: only plain arrays are read.",
+            "holds Python objects or is no .npz file: save plain arrays with numpy.savez.",
         ),
         (
             npz(source=[0, 5], target=[1, 0], label=[0, 1]),
@@ -591,7 +589,7 @@ def npz(**arrays: Any) -> Callable[[Path], None]:
                 feature_indptr=[0, 5, 1],
                 feature_shape=[2, 2],
             ),
-            "g.npz': the features are no CSR matrix",
+            "g.npz': The features are no CSR matrix",
         ),
         (
             npz(offsets=np.array([0, 1]), sources=np.array([3], np.int32)),
@@ -617,7 +615,7 @@ def test_an_npz_file_that_was_cut_off_is_said_to_be(tmp_path: Path) -> None:
     [
         (
             {"raw/num-node-list.csv.gz": "2\n2\n"},
-            "lists 2 graphs: full-graph training takes one (a node-property set).",
+            "lists 2 graphs: use a node-property data set, which has one.",
         ),
         (
             {"raw/num-node-list.csv.gz": "2\n"},
@@ -629,15 +627,15 @@ def test_an_npz_file_that_was_cut_off_is_said_to_be(tmp_path: Path) -> None:
         ),
         (
             {"raw/node-label.csv.gz": "0,1\n1,1\n0,0\n0,1\n"},
-            "has 2 labels of every vertex: full-graph training takes one class for each.",
+            "has 2 labels per vertex: use a data set with one class per vertex.",
         ),
         (
             {"raw/node-feat.csv.gz": "0,1\n1\n0,0\n0,1\n"},
-            "node-feat.csv.gz', line 2: '1' has another number of columns than the first (2).",
+            "node-feat.csv.gz', line 2: '1' has another number of columns than line 1 (2).",
         ),
         (
             {"raw/node-feat.csv.gz": "0,1\n0,x\n0,0\n0,1\n"},
-            "node-feat.csv.gz', line 2: '0,x' is not made of numbers",
+            "node-feat.csv.gz', line 2: '0,x' is not made of numbers: write 2 numbers.",
         ),
         ({"raw/node-feat.csv.gz": "0,1\n0,1\n"}, "features has 2 rows for 4 vertices"),
         (
@@ -660,17 +658,15 @@ def test_an_ogb_folder_that_is_no_graph_is_one_sentence(
 
 def test_incomplete_ogb_folders_are_one_sentence(tmp_path: Path) -> None:
     ogb(tmp_path / "o")
-    assert "has no split 'public': it has time." in str(
+    assert "has no split 'public': use time." in str(
         pytest.raises(GraphError, gnn.open, tmp_path / "o", split="public").value
     )
     (tmp_path / "o/split/time/valid.csv.gz").rename(tmp_path / "o/split/time/split_dict.pt")
-    assert "has no valid.csv.gz, only a pickle, and nothing is unpickled." in refused(
+    assert "has no valid.csv.gz, only a pickle, and Partita unpickles nothing" in refused(
         tmp_path / "o"
     )
     (tmp_path / "o/raw/num-node-list.csv.gz").unlink()
-    assert "which says how many vertices there are: it is no whole data set of OGB's." in refused(
-        tmp_path / "o"
-    )
+    assert "with the number of vertices: download the data set again." in refused(tmp_path / "o")
     (tmp_path / "o/raw/edge.csv.gz").unlink()
     assert "has neither edge.csv.gz nor data.npz" in refused(tmp_path / "o")
 
@@ -680,13 +676,16 @@ def test_paths_that_lead_nowhere_are_one_sentence(tmp_path: Path) -> None:
     assert refused(tmp_path / "grpah.lux").endswith(
         f"grpah.lux'. Did you mean {str(tmp_path / 'graph.lux')!r}?"
     )
-    assert "is a folder without raw/ in it" in refused(tmp_path)
+    assert (
+        "is a folder without raw/: name a file, or an OGB folder with raw/ and split/."
+        in refused(tmp_path)
+    )
     for path, said in [
-        ("g.txt", "'g.txt' is neither: call it 'g.lux'"),
+        ("g.txt", "'g.txt' does not end in .lux or .npz: call it 'g.lux'"),
         ("no/g.lux", "there is no folder"),
     ]:
         with pytest.raises(GraphError, match=said):
             gnn.save(PLAIN, tmp_path / path)
     gnn.save(PLAIN, tmp_path / "g.npz")
-    with pytest.raises(GraphError, match="A transpose lies beside a .lux file"):
+    with pytest.raises(GraphError, match="is no .lux file: convert it first, then transpose it."):
         gnn.transpose(tmp_path / "g.npz")

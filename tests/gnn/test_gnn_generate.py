@@ -108,20 +108,23 @@ def test_many_rows_of_features_come_in_pieces() -> None:
     [
         (
             lambda: rmat(0, 5),
-            "A scale of 0 is too small: there are 2^scale vertices, with a scale from 1 to 31.",
+            "scale=0 is out of range: use 1 to 31, for a graph of 2^scale vertices.",
         ),
-        (lambda: rmat(40, 5), "A scale of 40 is too large"),
+        (lambda: rmat(40, 5), "scale=40 is out of range"),
         (
             lambda: rmat(4, 5, quadrants=(0.5, 0.5, 0.5, 0.5)),
-            "are no probabilities: give four numbers from 0 whose sum is 1.",
+            "are no probabilities: give four numbers from 0 with the sum 1.",
         ),
-        (lambda: erdos_renyi(0, 5), "There is no graph of 0 vertices, 5 edges"),
-        (lambda: erdos_renyi(5, -1), "There is no graph of 5 vertices, -1 edges"),
+        (
+            lambda: erdos_renyi(0, 5),
+            "A graph of 0 vertices, 5 edges, 0 features and 16 classes is impossible",
+        ),
+        (lambda: erdos_renyi(5, -1), "A graph of 5 vertices, -1 edges"),
         (
             lambda: blocks(5, 5, within=1.5),
-            "A share of 1.5 of the edges cannot stay within a class: give a number from 0 to 1.",
+            "within=1.5 is no share of the edges: give a number from 0 to 1.",
         ),
-        (lambda: blocks(3, 5, classes=4), "3 vertices cannot be 4 classes: give 1 to 3."),
+        (lambda: blocks(3, 5, classes=4), "3 vertices cannot have 4 classes: use 1 to 3."),
     ],
 )
 def test_what_cannot_be_drawn_is_one_sentence(make: Any, said: str) -> None:

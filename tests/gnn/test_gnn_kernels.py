@@ -95,7 +95,7 @@ def both(how: str, kind: str, block: Block, a: Any, w: Any, x: Any) -> Any:
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """With the compiled kernels, and with what takes their place."""
     if request.param == "plain":
-        monkeypatch.setattr(bridge, "works", lambda kernel, what: False)
+        monkeypatch.setattr(bridge, "works", lambda self_test, name: False)
     return request.param
 
 
@@ -134,10 +134,10 @@ def test_an_aggregation_is_that_of_the_dense_matrix(how: str, columns: int, kind
     holds()
 
 
-@pytest.mark.parametrize("way", ["compiled", *total.WAYS])
+@pytest.mark.parametrize("way", ["compiled", *total.FALLBACKS])
 def test_edges_behind_the_last_row_count_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if way != "compiled":
-        monkeypatch.setattr(bridge, "works", lambda kernel, what: False)
+        monkeypatch.setattr(bridge, "works", lambda self_test, name: False)
         monkeypatch.setattr(total, "fastest", lambda: way)
     offsets, ids = np.array([0, 1, 3], np.int32), np.array([1, 0, 1, 0, 0, 0], np.int32)
     x, weights = values(2, 5), np.arange(1, 7, dtype=np.float32)
@@ -157,7 +157,9 @@ def test_what_takes_the_kernels_place_is_measured_here(monkeypatch: pytest.Monke
         raise NotImplementedError("not on this device")
 
     monkeypatch.setattr(
-        total, "WAYS", {"wrong": wrong, "broken": broken, "segments": total.WAYS["segments"]}
+        total,
+        "FALLBACKS",
+        {"wrong": wrong, "broken": broken, "segments": total.FALLBACKS["segments"]},
     )
     assert total.fastest.__wrapped__() == "segments"
 
@@ -246,7 +248,7 @@ def test_a_kernel_that_does_not_work_is_said_once_and_replaced() -> None:
 
     with pytest.warns(
         UserWarning,
-        match=r"The sum kernel does not work here \(OSError: no such code\); XLA's own operations take its place",
+        match=r"The sum kernel failed its self-test \(OSError: no such code\): XLA's own operations",
     ):
         assert not bridge.works(broken, "sum")
     assert not bridge.works(broken, "sum")

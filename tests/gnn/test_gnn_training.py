@@ -106,7 +106,7 @@ def test_an_order_inside_changes_no_result() -> None:
 
 def test_an_order_that_is_none_is_refused() -> None:
     for wrong, sentence in (
-        ("size", "There is no order 'size': use 'degree', 'neighbours', or give"),
+        ("size", "order='size' is unknown: use 'degree', 'neighbours', or list"),
         ([0, 0], "has 2 entries for 23 vertices"),
     ):
         with pytest.raises(GraphError, match=sentence):
@@ -535,9 +535,7 @@ def test_bad_splits_are_one_sentence() -> None:
         trained(models.GCN, drawn(), devices=4, columns=3)
     with pytest.raises(MachineError, match="99 devices are asked for, and JAX has"):
         trained(models.GCN, drawn(), devices=99)
-    with pytest.raises(GraphError, match="30 features cannot be shared out to 8 heads"):
+    with pytest.raises(GraphError, match="units=30 is not a multiple of heads=8"):
         models.GATv2(hidden=30, classes=3)
-    with pytest.raises(
-        GraphError, match="SAGEConv aggregates by 'mean' or 'max', and not by 'median'"
-    ):
+    with pytest.raises(GraphError, match="aggregation='median' is unknown: use 'mean' or 'max'"):
         models.SAGE(aggregation="median")

@@ -1,6 +1,7 @@
-"""User input as arrays of a graph's types: ids, features, labels, masks; GraphError names the bad entry.
+"""User input as arrays of a graph's number types: ids, weights, features, labels, masks.
 
-Lists, NumPy arrays and PyTorch tensors are accepted. Nothing here knows `Graph`.
+GraphError names the first bad entry. Lists, NumPy arrays and PyTorch tensors are accepted. Nothing
+here knows `Graph`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class VertexTables(TypedDict, total=False):
 
 
 def as_array(values: Any) -> Any:
-    """Values as a NumPy array: of a list, an array or a PyTorch tensor on any device; None stays None."""
+    """NumPy array of a list, an array or a PyTorch tensor on any device; None stays None."""
     if values is None or isinstance(values, np.ndarray):
         return values
     if hasattr(values, "detach"):
@@ -105,7 +106,8 @@ def as_features(values: Any) -> np.ndarray:
     features = values.toarray() if hasattr(values, "toarray") else as_array(values)
     if features.ndim != 2 or features.dtype.kind not in "fiub":
         raise GraphError(
-            f"features is {features.dtype} {list(features.shape)}: give numbers [vertices, features]."
+            f"features is {features.dtype} {list(features.shape)}: give numbers [vertices, "
+            "features]."
         )
     return np.ascontiguousarray(features, np.float32)
 
@@ -114,7 +116,8 @@ def as_mask(name: str, values: np.ndarray, vertices: int) -> np.ndarray:
     """bool [vertices] of a mask or of a list of vertices."""
     if values.size and values.dtype.kind not in "biu" or values.ndim != 1:
         raise GraphError(
-            f"{name} is {values.dtype} {list(values.shape)}: give one bool per vertex, or a list of "
+            f"{name} is {values.dtype} {list(values.shape)}: give one bool per vertex, or a list "
+            "of "
             "vertices."
         )
     if values.dtype == np.bool_ or _is_byte_mask(values, vertices):
@@ -155,12 +158,14 @@ def as_labels(values: np.ndarray) -> np.ndarray:
         if fractional.any():
             v = int(np.argmax(fractional))
             raise GraphError(
-                f"Label {values[v]} of vertex {v:,} is no integer: use 0, 1, ..., or -1 for no label."
+                f"Label {values[v]} of vertex {v:,} is no integer: use 0, 1, ..., or -1 for no "
+                "label."
             )
     if len(values) and (values.max() >= NARROW or values.min() < -NARROW):
         v = int(np.argmax((values >= NARROW) | (values < -NARROW)))
         raise GraphError(
-            f"Label {values[v]} of vertex {v:,} is out of range: use 0 to {NARROW - 1:,}, or -1 for "
+            f"Label {values[v]} of vertex {v:,} is out of range: use 0 to {NARROW - 1:,}, or -1 "
+            "for "
             "no label."
         )
     return values.astype(np.int32)
@@ -186,7 +191,8 @@ def check_plausible(largest: int, edges: int) -> None:
     """
     if largest >= 2**28 and largest > 256 * edges:
         raise GraphError(
-            f"The largest id is {largest:,} for {edges:,} edges: number the vertices from 0 without "
+            f"The largest id is {largest:,} for {edges:,} edges: number the vertices from 0 "
+            "without "
             "gaps, or give vertices=."
         )
 
@@ -203,6 +209,7 @@ def check_ids(source: np.ndarray, target: np.ndarray, vertices: int, position: i
     if first_bad:
         i = min(first_bad)
         raise GraphError(
-            f"Edge {position + i:,} from {source[i]:,} to {target[i]:,} is outside the {vertices:,} "
+            f"Edge {position + i:,} from {source[i]:,} to {target[i]:,} is outside the "
+            f"{vertices:,} "
             f"vertices: use ids from 0 to {vertices - 1:,}."
         )

@@ -1,7 +1,7 @@
 """Checks of a graph's arrays, which later stages rely on; `graph.check` runs them all on a graph.
 
-Each check raises GraphError for the first bad entry. They read everything once, in pieces: a few MiB
-of memory beside the arrays.
+Each check raises GraphError for the first bad entry. They read everything once, in pieces: a few
+MiB of memory beside the arrays.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from partita.gnn.data.arrays import MASKS, TABLES
 from partita.gnn.data.csr import Transposed, id_type
 
 PIECE = 2**22
-"""Numbers of a table that are checked or written at a time, so that any graph needs little memory."""
+"""Numbers of a table that are checked or written at a time, which bounds the memory."""
 
 
 def pieces_of(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -37,7 +37,8 @@ def check_edges(offsets: np.ndarray, sources: np.ndarray) -> None:
         raise GraphError("The graph has no vertices: give edges, or vertices=.")
     if sources.dtype != id_type(vertices):
         raise GraphError(
-            f"sources is {sources.dtype}: use {np.dtype(id_type(vertices))} for {vertices:,} vertices."
+            f"sources is {sources.dtype}: use {np.dtype(id_type(vertices))} for {vertices:,} "
+            "vertices."
         )
     if offsets[0] != 0:
         raise GraphError(f"The first offset is {offsets[0]:,}: it must be 0.")
@@ -45,7 +46,8 @@ def check_edges(offsets: np.ndarray, sources: np.ndarray) -> None:
     if decreasing.any():
         v = int(np.argmax(decreasing))
         raise GraphError(
-            f"offsets fall from {offsets[v]:,} to {offsets[v + 1]:,} at vertex {v:,}: they must not "
+            f"offsets fall from {offsets[v]:,} to {offsets[v + 1]:,} at vertex {v:,}: they must "
+            "not "
             "decrease."
         )
     if offsets[-1] != len(sources):
@@ -74,7 +76,8 @@ def check_weights(weights: np.ndarray, edges: int) -> None:
     """Weights float32 [edges], finite."""
     if weights.shape != (edges,) or weights.dtype != np.float32:
         raise GraphError(
-            f"weights is {weights.dtype} {list(weights.shape)}: use float32 [{edges}], one per edge."
+            f"weights is {weights.dtype} {list(weights.shape)}: use float32 [{edges}], one per "
+            "edge."
         )
     for start, piece in pieces_of(weights):
         finite = np.isfinite(piece)
@@ -104,7 +107,7 @@ def check_transpose(transposed: Transposed, vertices: int, edges: int) -> None:
 
 
 def check_tables(tables: Mapping[str, np.ndarray | None], vertices: int) -> None:
-    """Every table of its type with one row per vertex; features finite; labels from -1; masks labelled."""
+    """Tables of their types, one row per vertex; finite features, valid labels, labelled masks."""
     for name, table in tables.items():
         if table is not None:
             _check_shape(name, table, vertices)
@@ -156,6 +159,7 @@ def _check_labelled(name: str, mask: np.ndarray | None, labels: np.ndarray | Non
     if unlabelled.any():
         v = int(np.argmax(unlabelled))
         raise GraphError(
-            f"Vertex {v:,} is in the {name} mask and has no label (-1): remove it from the mask, or "
+            f"Vertex {v:,} is in the {name} mask and has no label (-1): remove it from the mask, "
+            "or "
             "label it."
         )

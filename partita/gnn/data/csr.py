@@ -1,8 +1,8 @@
 """Compressed sparse rows (CSR): edges by one end as arrays, and the compiled loops over them.
 
-The ids of row r are `ids[offsets[r]:offsets[r + 1]]`. Everything here takes and returns plain arrays:
-number types, the counting sort that gathers edges by row, the transpose, and copies of rows that the
-methods of `Graph` need. Each loop reads every edge once, on one core.
+The ids of row r are `ids[offsets[r]:offsets[r + 1]]`. Everything here takes and returns plain
+arrays: number types, the counting sort that gathers edges by row, the transpose, and copies of rows
+that the methods of `Graph` need. Each loop reads every edge once, on one core.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def id_type(vertices: int) -> type[np.signedinteger[Any]]:
 class Transposed:
     """A graph by source: vertex v sends to `destinations[offsets[v]:offsets[v + 1]]`.
 
-    `order[k]` is the position of edge k in the graph's `sources`, so `weights[order]` are the weights
-    in the order of `destinations`. None where the caller did not ask for it.
+    `order[k]` is the position of edge k in the graph's `sources`, so `weights[order]` are the
+    weights in the order of `destinations`. None where the caller did not ask for it.
     """
 
     offsets: np.ndarray
@@ -72,7 +72,13 @@ def transpose_csr(
     back_offsets = offsets_of(degrees)
     rows = aligned(len(ids), ids.dtype)
     order = aligned(len(ids) if ordered else 0, position_type(len(ids)))
-    _transpose(offsets, ids, back_offsets[:-1].copy(), rows, order)
+    _transpose(
+        offsets,
+        ids,
+        back_offsets[:-1].copy(),
+        rows,
+        order,
+    )
     return Transposed(back_offsets, rows, order if ordered else None)
 
 
@@ -85,10 +91,11 @@ def count(keys, counts):
 
 @njit(cache=True)
 def fill(keys, values, cursor, out):
-    """Second pass of a stable counting sort: `values[i]` goes to `out[cursor[keys[i]]]`, which advances.
+    """Second pass of a stable counting sort.
 
-    Returns the number of values placed. It is less than `len(keys)` if a key is out of range or its
-    cursor has reached the end of `out`.
+    `values[i]` goes to position `cursor[keys[i]]` of `out`, and that cursor advances. Returns the
+    number of values placed. It is less than `len(keys)` if a key is out of range or its cursor has
+    reached the end of `out`.
     """
     for i in range(len(keys)):
         k = keys[i]
@@ -110,7 +117,13 @@ def targets_of(offsets, begin, out):
 
 
 @njit(cache=True)
-def _transpose(offsets, ids, cursor, rows, order):
+def _transpose(
+    offsets,
+    ids,
+    cursor,
+    rows,
+    order,
+):
     ordered = len(order) > 0
     for v in range(len(offsets) - 1):
         for e in range(offsets[v], offsets[v + 1]):
@@ -133,7 +146,13 @@ def clear_self_edges(offsets, sources, missing, first):
 
 
 @njit(cache=True)
-def add_self_edges(offsets, sources, missing, new_offsets, out):
+def add_self_edges(
+    offsets,
+    sources,
+    missing,
+    new_offsets,
+    out,
+):
     """Copies rows to their new offsets and appends v to row v where `missing[v]`."""
     for v in range(len(offsets) - 1):
         k = new_offsets[v]
@@ -145,7 +164,13 @@ def add_self_edges(offsets, sources, missing, new_offsets, out):
 
 
 @njit(cache=True)
-def widen_rows(offsets, values, new_offsets, out, padding):
+def widen_rows(
+    offsets,
+    values,
+    new_offsets,
+    out,
+    padding,
+):
     """Copies rows to longer ones and fills the rest of each with `padding`."""
     for v in range(len(offsets) - 1):
         k = new_offsets[v]
@@ -156,7 +181,14 @@ def widen_rows(offsets, values, new_offsets, out, padding):
 
 
 @njit(cache=True)
-def append_rows(offsets, values, other_offsets, other_values, new_offsets, out):
+def append_rows(
+    offsets,
+    values,
+    other_offsets,
+    other_values,
+    new_offsets,
+    out,
+):
     """Copies each row of the first table, and the same row of the other one behind it."""
     for v in range(len(offsets) - 1):
         k = new_offsets[v]
@@ -169,7 +201,14 @@ def append_rows(offsets, values, other_offsets, other_values, new_offsets, out):
 
 
 @njit(cache=True)
-def relabel_rows(offsets, sources, order, number, new_offsets, out):
+def relabel_rows(
+    offsets,
+    sources,
+    order,
+    number,
+    new_offsets,
+    out,
+):
     """Copies row `order[i]` to row i, its ids replaced by `number[id]`."""
     for i in range(len(order)):
         k = new_offsets[i]
@@ -179,7 +218,13 @@ def relabel_rows(offsets, sources, order, number, new_offsets, out):
 
 
 @njit(cache=True)
-def permute_rows(offsets, values, order, new_offsets, out):
+def permute_rows(
+    offsets,
+    values,
+    order,
+    new_offsets,
+    out,
+):
     """Copies row `order[i]` to row i."""
     for i in range(len(order)):
         k = new_offsets[i]

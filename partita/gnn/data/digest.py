@@ -1,7 +1,7 @@
 """Digests of arrays, so that graphs are compared by content.
 
-A digest tells apart types, shapes and every byte. It is not cryptographic: words are mixed in four independent lanes
-at about the bandwidth of memory, where a cryptographic hash reads 0.3 to 0.5 GB/s.
+A digest depends on types, shapes and every byte. It is not cryptographic: words are mixed in four
+independent lanes at about the bandwidth of memory. A cryptographic hash reads 0.3 to 0.5 GB/s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BYTES_AT_ONCE = 2**24
 """Bytes that are made contiguous at a time."""
 
 LANES = 4
-"""Independent lanes, so that a processor mixes one word while it waits for the product of another."""
+"""Independent lanes: a processor mixes one word while it waits for the product of another."""
 
 SEEDS = np.array(
     [0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93], np.uint64
@@ -43,7 +43,7 @@ def array_digest(arrays: Iterable[np.ndarray | None]) -> str:
 
 
 def _mixed(array: np.ndarray) -> bytes:
-    """The state of the lanes after all words of an array, and the bytes that fill no word of every lane."""
+    """State of the lanes after all words of an array, and the bytes after the last full words."""
     lanes = SEEDS.copy()
     rest = b""
     row_bytes = max(1, array.nbytes // max(1, len(array)))
@@ -59,7 +59,10 @@ def _mixed(array: np.ndarray) -> bytes:
 
 @njit(nogil=True, cache=True)
 def _mix(words, lanes):
-    """Mixes words into lanes. Every step is a bijection of the lane, so one changed word always changes it."""
+    """Mixes words into lanes.
+
+    Every step is a bijection of the lane, so one changed word always changes it.
+    """
     factor = np.uint64(0xFF51AFD7ED558CCD)
     half = np.uint64(32)
     a, b, c, d = lanes[0], lanes[1], lanes[2], lanes[3]

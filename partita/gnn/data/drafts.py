@@ -1,7 +1,8 @@
-"""Files that are there when they are whole: written under another name in the same folder, renamed at the end.
+"""Files that are written under temporary names and renamed when all are complete.
 
-Whatever ends the writing early, a full disk, Ctrl-C, a bad entry, leaves what stood under the final names as it was. Nothing is written
-through a memory map, because a disk that fills then kills the process.
+If writing ends early, by a full disk, Ctrl-C or a bad entry, the files under the final names stay
+as they were. Nothing is written through a memory map, because a disk that fills then kills the
+process.
 """
 
 from __future__ import annotations
@@ -19,62 +20,69 @@ from partita.errors import GraphError
 from partita.units import format_bytes
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+"""Error numbers of a disk without space."""
 
 
 class Drafts:
-    """The files of one graph while they are written; `drafts` makes one."""
+    """The files of one graph while they are written; `open_drafts` creates one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._finals: dict[Path, Path] = {}
+        self._paths: dict[Path, Path] = {}
 
     def open(self, final: Path) -> BinaryIO:
-        """A file to write, which gets its final name at the end, after those that were opened before it."""
+        """A new file to write; files are renamed in the order of opening."""
         return self.path(final).open("wb")
 
     def path(self, final: Path) -> Path:
-        """Where a file is until it gets its final name."""
-        return self._finals.setdefault(final, self.folder / final.name)
+        """Temporary path of a file."""
+        return self._paths.setdefault(final, self.folder / final.name)
 
     def has(self, final: Path) -> bool:
-        """Whether a file is among them."""
-        return final in self._finals
+        """Whether a file is among the drafts."""
+        return final in self._paths
 
     def scratch(self, name: str) -> Path:
-        """A file that is gone at the end."""
+        """Path of a file that is deleted at the end."""
         return self.folder / f"scratch-{name}"
 
     def finish(self) -> None:
         """Gives all files their names."""
-        for final, path in self._finals.items():
+        for final, path in self._paths.items():
             path.replace(final)
 
 
 @contextmanager
-def drafts(final: Path, size: int = 0) -> Iterator[Drafts]:
-    """Drafts of `final` and its companions in the same folder; if the body ends well they get their names, otherwise they are gone.
+def open_drafts(final: Path, size: int = 0) -> Iterator[Drafts]:
+    """Drafts of `final` and its companions in the same folder.
 
-    `size` in bytes is what they will need at least: GraphError before anything is written if the disk has less, and when it fills anyway.
+    They get their names if the body ends well, and are deleted otherwise. `size` is a lower bound
+    of their bytes: GraphError before anything is written if the disk has less space, and when it
+    fills anyway.
     """
     try:
         free = shutil.disk_usage(final.parent).free
         if free < size:
             raise GraphError(
-                f"{str(final)!r} needs {format_bytes(size)}, and the disk has {format_bytes(free)} free: make room, or write to another disk."
+                f"{str(final)!r} needs {format_bytes(size)} and the disk has "
+                f"{format_bytes(free)} free: "
+                "free space, or write to another disk."
             )
         folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     except OSError as error:
         raise GraphError(
-            f"{str(final)!r} cannot be written: {error.strerror}. Name a file in a folder that exists."
+            f"{str(final)!r} cannot be written ({error.strerror}): name a file in a folder that "
+            "exists."
         ) from None
     try:
-        made = Drafts(folder)
-        yield made
-        made.finish()
+        drafts = Drafts(folder)
+        yield drafts
+        drafts.finish()
     except OSError as error:
         if error.errno in FULL:
             raise GraphError(
-                f"The disk was full before {str(final)!r} was whole ({os.strerror(error.errno)}): what was written is removed. Make room, or write to another disk."
+                f"The disk is full ({os.strerror(error.errno)}): the incomplete {str(final)!r} was "
+                "deleted. Free space, or write to another disk."
             ) from None
         raise GraphError(f"{str(final)!r} cannot be written: {error.strerror}.") from None
     finally:

@@ -1,12 +1,14 @@
-"""Graphs in files: open one by what it is, save one, convert one into another in bounded memory.
+"""Graphs in files: open one by its ending or first bytes, save one, convert one in bounded memory.
 
-| what | read | written | |
+| format | read | written | module |
 |---|---|---|---|
-| `.lux` | yes, mapped | yes | `lux` |
+| `.lux` | yes, memory-mapped | yes | `lux` |
 | `.npz` | yes | yes | `npz` |
-| edge list, packed with gzip or not | yes | | `text` |
+| edge list in text, also gzipped | yes | | `text` |
 | `.parquet` | yes | | `parquet` |
-| folder of OGB's | yes | | `ogb` |
+| OGB folder | yes | | `ogb` |
+
+A new format is a module and an entry in `WHOLE` or `STREAMED`.
 """
 
 from __future__ import annotations
@@ -16,32 +18,56 @@ from collections.abc import Callable
 from pathlib import Path
 
 from partita.errors import GraphError
-from partita.gnn.data.graph import Graph, check
-from partita.gnn.data.lux import read_lux, save_lux
+from partita.gnn.data.graph import Graph
+from partita.gnn.data.lux import open_lux, save_lux
 from partita.gnn.data.npz import open_npz, save_npz
-from partita.gnn.data.ogb import is_ogb, stream
-from partita.gnn.data.parquet import edge_table
-from partita.gnn.data.stream import EdgeStream, Report, save_transposed, silent
-from partita.gnn.data.text import blocks, edge_list
+from partita.gnn.data.ogb import is_ogb, ogb_edges
+from partita.gnn.data.parquet import parquet_edges
+from partita.gnn.data.stream import EdgeStream, Report, save_transpose, silent
+from partita.gnn.data.text import blocks, text_edges
+
+WHOLE: dict[str, Callable[[Path], Graph]] = {"lux": open_lux, "npz": open_npz}
+"""Formats that are opened whole: readers of a graph."""
+
+
+def _open_parquet(path: Path, split: str | None) -> EdgeStream:
+    return parquet_edges(path)
+
+
+def _open_text(path: Path, split: str | None) -> EdgeStream:
+    return text_edges(path)
+
+
+STREAMED: dict[str, Callable[[Path, str | None], EdgeStream]] = {
+    "ogb": ogb_edges,
+    "parquet": _open_parquet,
+    "text": _open_text,
+}
+"""Formats that are read in pieces: readers of edges from a path and the name of a split."""
+
+WRITERS: dict[str, Callable[[Graph, Path], None]] = {".lux": save_lux, ".npz": save_npz}
+"""Formats that are written, by ending."""
 
 
 def open(path: str | Path, *, split: str | None = None, report: Report = silent) -> Graph:
-    """The graph of a file or folder, checked; a .lux file is memory-mapped, everything else in memory.
+    """The graph of a file or folder, checked.
 
-    Raises GraphError, which says what is wrong where, if it is truncated, of another kind, or holds what is no graph. `split` names one of several splits of an OGB folder.
+    A .lux file is memory-mapped; other formats are read into memory. `split` names one of several
+    splits of an OGB folder. Raises GraphError for a file that is truncated, of an unknown format,
+    or no graph.
     """
     path = Path(path)
-    edges = edges_of(path, split)
-    if edges is not None:
-        return _named(path, lambda: edges.graph(report))
-    return open_npz(path) if _kind(path) == "npz" else check(read_lux(path))
+    kind = _kind(path)
+    if kind in WHOLE:
+        return WHOLE[kind](path)
+    return _name_errors(path, lambda: STREAMED[kind](path, split).graph(report))
 
 
 def save(graph: Graph, path: str | Path) -> None:
-    """Writes a graph to a .lux or .npz file, which gets its name when it is whole."""
+    """Writes a graph to a .lux or .npz file, which gets its name when it is complete."""
     path = Path(path)
-    _written(path)
-    (save_npz if path.suffix == ".npz" else save_lux)(graph, path)
+    _check_writable(path)
+    WRITERS[path.suffix](graph, path)
 
 
 def convert(
@@ -52,26 +78,32 @@ def convert(
     split: str | None = None,
     report: Report = silent,
 ) -> Graph:
-    """Makes a .lux or .npz file of any other; the graph of the result.
+    """Converts any format to a .lux or .npz file; returns the graph of the result.
 
-    Edge lists and OGB folders become .lux in bounded memory, however large. `undirected` adds the reverse of every edge; `split` names
-    one of several splits of an OGB folder.
+    Edge lists, Parquet files and OGB folders of any size become .lux in bounded memory.
+    `undirected` adds the reverse of every edge. `split` names one of several splits of an OGB
+    folder.
     """
-    path, into = Path(path), Path(into)
-    _written(into)
-    edges = edges_of(path, split)
-    if edges is not None:
-        return _named(
-            path, lambda: gather(edges.with_reverse_edges() if undirected else edges, into, report)
+    path = Path(path)
+    into = Path(into)
+    _check_writable(into)
+    kind = _kind(path)
+    if kind in STREAMED:
+        return _name_errors(
+            path, lambda: _convert_stream(STREAMED[kind](path, split), into, undirected, report)
         )
-    graph = open(path, report=report)
+    graph = WHOLE[kind](path)
     save(graph.with_reverse_edges() if undirected else graph, into)
     return open(into)
 
 
-def gather(edges: EdgeStream, into: Path, report: Report = silent) -> Graph:
-    """The graph of a stream, as a .lux file in bounded memory or as an .npz file."""
-    _written(into)
+def _convert_stream(edges: EdgeStream, into: Path, undirected: bool, report: Report) -> Graph:
+    return save_stream(edges.with_reverse_edges() if undirected else edges, into, report)
+
+
+def save_stream(edges: EdgeStream, into: Path, report: Report = silent) -> Graph:
+    """Writes a stream to a .lux file, in bounded memory, or to an .npz file; returns its graph."""
+    _check_writable(into)
     if into.suffix == ".lux":
         return edges.save(into, report)
     save(edges.graph(report), into)
@@ -79,63 +111,62 @@ def gather(edges: EdgeStream, into: Path, report: Report = silent) -> Graph:
 
 
 def transpose(path: str | Path, report: Report = silent) -> Graph:
-    """Writes the transpose of a .lux file beside it, in bounded memory; the graph, which has it mapped, as `open` will from now on.
+    """Writes the transpose of a .lux file beside it, in bounded memory; returns the graph with it.
 
-    Otherwise training makes it in memory, 8 bytes an edge.
+    `open` maps the transpose from then on. Otherwise training makes it in memory, 8 bytes per edge.
     """
     path = Path(path)
     if _kind(path) != "lux":
-        raise GraphError(
-            f"A transpose lies beside a .lux file, and {str(path)!r} is none: convert it first."
-        )
-    return save_transposed(path, report)
-
-
-def edges_of(path: Path, split: str | None = None) -> EdgeStream | None:
-    """The edges of what is read in pieces; None for .lux and .npz."""
-    kind = _kind(path)
-    if kind == "ogb":
-        return stream(path, split)
-    return edge_table(path) if kind == "parquet" else edge_list(path) if kind == "text" else None
+        raise GraphError(f"{str(path)!r} is no .lux file: convert it first, then transpose it.")
+    return save_transpose(path, report)
 
 
 def _kind(path: Path) -> str:
-    """What a path is, by its ending, or by how it begins."""
+    """The format of a path, by its ending or its first bytes: a key of `WHOLE` or `STREAMED`."""
     if path.is_dir():
         if is_ogb(path):
             return "ogb"
         raise GraphError(
-            f"{str(path)!r} is a folder without raw/ in it: a data set of OGB's has raw/ and split/. Name a file otherwise."
+            f"{str(path)!r} is a folder without raw/: name a file, or an OGB folder with raw/ "
+            "and split/."
         )
     if not path.exists():
-        there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, there, 1)
-        raise GraphError(
-            f"There is no file {str(path)!r}.{f' Did you mean {str(path.with_name(near[0]))!r}?' if near else ''}"
-        )
+        raise GraphError(f"There is no file {str(path)!r}.{_suggestion(path)}")
     if path.suffix in (".lux", ".npz", ".parquet"):
         return path.suffix[1:]
     with path.open("rb") as file:
-        begins = file.read(4)
-    if begins == b"PK\x03\x04":
+        first_bytes = file.read(4)
+    if first_bytes == b"PK\x03\x04":
         return "npz"
-    if begins == b"PAR1":
+    if first_bytes == b"PAR1":
         return "parquet"
-    first = next(blocks(path), None)
-    if first is None:
-        raise GraphError(f"{str(path)!r} is empty.")
-    if not first[:4096].all():  # a byte of 0 is in no text
+    first_block = next(blocks(path), None)
+    if first_block is None:
+        raise GraphError(f"{str(path)!r} is empty: name a file with edges.")
+    has_zero_byte = not first_block[:4096].all()
+    if has_zero_byte:
         raise GraphError(
-            f"{str(path)!r} is no graph that is known: name a .lux, .npz or .parquet file, an edge list in text, or a folder of OGB's."
+            f"{str(path)!r} is no text: name a .lux, .npz or .parquet file, an edge list in "
+            "text, or an "
+            "OGB folder."
         )
     return "text"
 
 
-def _written(path: Path) -> None:
-    """GraphError if a graph cannot be written there: it is better known before an hour's work than after."""
-    if path.suffix not in (".lux", ".npz"):
+def _suggestion(path: Path) -> str:
+    """A question that names a similar file in the same folder, or nothing."""
+    if not path.parent.is_dir():
+        return ""
+    names = [p.name for p in path.parent.iterdir()]
+    similar = difflib.get_close_matches(path.name, names, 1)
+    return f" Did you mean {str(path.with_name(similar[0]))!r}?" if similar else ""
+
+
+def _check_writable(path: Path) -> None:
+    """GraphError for a path that cannot be written, before an hour's work."""
+    if path.suffix not in WRITERS:
         raise GraphError(
-            f"A graph is written to a .lux or an .npz file, and {path.name!r} is neither: call it {path.stem + '.lux'!r}."
+            f"{path.name!r} does not end in .lux or .npz: call it {path.stem + '.lux'!r}."
         )
     if not path.parent.is_dir():
         raise GraphError(
@@ -143,9 +174,11 @@ def _written(path: Path) -> None:
         )
 
 
-def _named(path: Path, make: Callable[[], Graph]) -> Graph:
-    """What is made of a path, its errors with the path in them."""
+def _name_errors(path: Path, read: Callable[[], Graph]) -> Graph:
+    """The graph that `read` returns; its errors name the path."""
     try:
-        return make()
+        return read()
     except GraphError as error:
-        raise error if str(path) in str(error) else GraphError(f"{str(path)!r}: {error}") from None
+        if str(path) in str(error):
+            raise
+        raise GraphError(f"{str(path)!r}: {error}") from None

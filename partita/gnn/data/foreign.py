@@ -1,7 +1,7 @@
 """Graphs of other libraries as arguments of `Graph.from_edges`: SciPy, NetworkX, PyG, DGL.
 
-Objects are read by their attributes; no library is imported. Each function returns a dict with source,
-target, vertices, weights, and the vertex tables that the object has.
+Objects are read by their attributes; no library is imported. Each function returns a dict with
+source, target, vertices, weights, and the vertex tables that the object has.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def scipy_edges(matrix: Any) -> dict[str, Any]:
     rows, columns = matrix.shape
     if rows != columns:
         raise GraphError(
-            f"The matrix has {rows:,} rows and {columns:,} columns: give a square one, with a row and "
+            f"The matrix has {rows:,} rows and {columns:,} columns: give a square one, with a "
+            "row and "
             "a column per vertex."
         )
     entries = matrix.tocoo()
@@ -81,7 +82,8 @@ def _node_table(graph: Any, name: str, key: str) -> np.ndarray:
     for node in graph.nodes:
         if key not in graph.nodes[node]:
             raise GraphError(
-                f"Node {node!r} has no attribute {key!r} for {name}={key!r}: give one to every node."
+                f"Node {node!r} has no attribute {key!r} for {name}={key!r}: give one to every "
+                "node."
             )
     return np.array([graph.nodes[node][key] for node in graph.nodes])
 
@@ -149,8 +151,8 @@ def dgl_edges(graph: Any, weights: str | None) -> dict[str, Any]:
             "dgl.to_homogeneous(graph)."
         )
     if weights is not None and weights not in graph.edata:
-        known = ", ".join(map(repr, graph.edata)) or "nothing"
-        raise GraphError(f"The DGL graph has no edge data {weights!r}: its edata has {known}.")
+        names = ", ".join(map(repr, graph.edata)) or "nothing"
+        raise GraphError(f"The DGL graph has no edge data {weights!r}: its edata has {names}.")
     source, target = graph.edges(order="eid")
     tables = {name: graph.ndata[key] for name, key in DGL_NAMES.items() if key in graph.ndata}
     return {

@@ -1,7 +1,8 @@
-"""Graphs that are drawn: R-MAT, Erdos-Renyi and stochastic blocks, with features, labels and masks, of any size.
+"""Random graphs of any size: R-MAT, Erdos-Renyi and stochastic blocks, with vertex tables.
 
-Edge i is a function of the seed and of i alone, so a graph is the same however it is made, piece by piece into a file or in memory, and needs no
-memory of its own. Edges are drawn with replacement: they may repeat, and lead from a vertex to itself. Every generator gives an `EdgeStream`:
+Edge i is a function of the seed and i alone. A graph is therefore the same in memory and in files,
+whatever the pieces, and its generation needs no memory. Edges are drawn with replacement: they may
+repeat, and may be self edges. Every generator returns an `EdgeStream`:
 
 >>> stream = rmat(4, 30, features=2, classes=3, seed=1)
 >>> stream.graph()
@@ -11,6 +12,7 @@ rmat: 16 vertices, 30 edges, 2 features, 3 classes; 9 of train, 2 of validation,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -21,16 +23,66 @@ from partita.gnn.data.csr import id_type
 from partita.gnn.data.stream import PIECE, EdgeStream, Piece
 
 ROWS = 2**16
-"""Rows of features that are drawn in one go; another number is another graph."""
+"""Rows of features that are drawn at a time; a different number is a different graph."""
 
 QUADRANTS = (0.57, 0.19, 0.19, 0.05)
 """The usual probabilities of R-MAT (Chakrabarti et al., SDM 2004; Graph500)."""
 
-APART = 0.5
-"""How far the features of a class are from those of another, in deviations of one feature."""
+CENTRE_DEVIATION = 0.5
+"""Standard deviation of the classes' centres, in standard deviations of one feature."""
 
-TRAIN, VALIDATION = 0.5, 0.25
-"""Shares of the vertices to train on and to validate with; the rest is to test."""
+MASK_DRAWS = {"train": (0.0, 0.5), "validation": (0.5, 0.75), "test": (0.75, 1.0)}
+"""Draws between 0 and 1 for which a vertex is in a mask."""
+
+
+@dataclass(frozen=True)
+class VertexDraws:
+    """How features, labels and masks of the vertices are drawn.
+
+    label_of    (vertices, classes, seed) -> int32 labels
+    """
+
+    vertices: int
+    features: int
+    classes: int
+    seed: int
+    label_of: Callable[[np.ndarray, int, int], np.ndarray]
+
+    def labels(self, v: np.ndarray) -> np.ndarray:
+        """int32 labels of some vertices."""
+        return self.label_of(v, self.classes, self.seed)
+
+    def tables(self) -> dict[str, Callable[[], Iterable[np.ndarray]]]:
+        """The tables of an `EdgeStream`; none without features."""
+        if not self.features:
+            return {}
+        tables: dict[str, Callable[[], Iterable[np.ndarray]]] = {
+            "features": self._feature_rows,
+            "labels": partial(self._by_rows, self.labels),
+        }
+        for name, (low, high) in MASK_DRAWS.items():
+            tables[name] = partial(self._by_rows, partial(self._mask, low, high))
+        return tables
+
+    def _by_rows(self, rows: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
+        for begin in range(0, self.vertices, ROWS):
+            yield rows(np.arange(begin, min(begin + ROWS, self.vertices)))
+
+    def _feature_rows(self) -> Iterator[np.ndarray]:
+        """Features normal around the centre of the class, with standard deviation 1."""
+        random = np.random.default_rng([self.seed, 1])
+        centres = random.standard_normal((self.classes, self.features), np.float32)
+        centres *= np.float32(CENTRE_DEVIATION)
+        for begin in range(0, self.vertices, ROWS):
+            v = np.arange(begin, min(begin + ROWS, self.vertices))
+            random = np.random.default_rng([self.seed, 2, begin])
+            noise = random.standard_normal((len(v), self.features), np.float32)
+            yield noise + centres[self.labels(v)]
+
+    def _mask(self, low: float, high: float, v: np.ndarray) -> np.ndarray:
+        """Whether each vertex's draw is in a range. Vertex 0 draws 0, so training has a vertex."""
+        draw = np.where(v == 0, 0.0, _hash(v, self.seed, 4) / 2.0**64)
+        return (draw >= low) & (draw < high)
 
 
 def rmat(
@@ -42,45 +94,30 @@ def rmat(
     classes: int = 16,
     seed: int = 0,
 ) -> EdgeStream:
-    """2^scale vertices and so many edges, a few vertices having most of them (R-MAT; Chakrabarti, Zhan, Faloutsos, SDM 2004).
+    """R-MAT: 2^scale vertices, a few of which have most edges (Chakrabarti et al., SDM 2004).
 
-    For every bit of the ids, an edge falls into one of four quadrants (source bit, target bit) = 00, 01, 10, 11 of these probabilities.
+    For every bit of the ids, an edge falls into one of four quadrants, (source bit, target bit) =
+    00, 01, 10, 11, with the probabilities `quadrants`.
     """
     if not 0 < scale <= 31:
         raise GraphError(
-            f"A scale of {scale} is too {'small' if scale <= 0 else 'large'}: there are 2^scale vertices, with a scale from 1 to 31."
+            f"scale={scale} is out of range: use 1 to 31, for a graph of 2^scale vertices."
         )
     if min(quadrants) < 0 or abs(sum(quadrants) - 1) > 1e-9:
         raise GraphError(
-            f"The quadrants {quadrants} are no probabilities: give four numbers from 0 whose sum is 1."
+            f"quadrants={quadrants} are no probabilities: give four numbers from 0 with the sum 1."
         )
     cuts = np.minimum(np.cumsum(quadrants[:3]) * 2.0**32, 2.0**32).astype(np.uint64)
-    return _stream(
-        "rmat",
-        2**scale,
-        edges,
-        partial(_rmat, scale=scale, cuts=cuts),
-        features,
-        classes,
-        seed,
-        _scattered,
-    )
+    draws = VertexDraws(2**scale, features, classes, seed, _hashed_label)
+    return _stream("rmat", edges, partial(_draw_rmat, scale=scale, cuts=cuts), draws)
 
 
 def erdos_renyi(
     vertices: int, edges: int, *, features: int = 0, classes: int = 16, seed: int = 0
 ) -> EdgeStream:
-    """So many vertices, and so many edges between any of them (G(n, m), drawn with replacement; Erdos, Renyi 1959)."""
-    return _stream(
-        "erdos-renyi",
-        vertices,
-        edges,
-        partial(_uniform, vertices=vertices),
-        features,
-        classes,
-        seed,
-        _scattered,
-    )
+    """G(n, m), drawn with replacement: edges between any vertices (Erdos and Renyi 1959)."""
+    draws = VertexDraws(vertices, features, classes, seed, _hashed_label)
+    return _stream("erdos-renyi", edges, partial(_draw_uniform, vertices=vertices), draws)
 
 
 def blocks(
@@ -92,103 +129,63 @@ def blocks(
     classes: int = 16,
     seed: int = 0,
 ) -> EdgeStream:
-    """A graph whose vertices of a class know each other: a share `within` of the edges stays in the class of its target, the rest is uniform.
+    """Stochastic block model (Holland, Laskey and Leinhardt 1983), drawn with replacement.
 
-    The stochastic block model (Holland, Laskey, Leinhardt 1983) with blocks of equal size, vertex v in block v mod classes, drawn with replacement.
+    Vertex v is in block v mod classes. A share `within` of the edges begins in the block of its
+    target, the rest anywhere.
     """
     if not 0 <= within <= 1:
-        raise GraphError(
-            f"A share of {within} of the edges cannot stay within a class: give a number from 0 to 1."
-        )
+        raise GraphError(f"within={within} is no share of the edges: give a number from 0 to 1.")
     if not 0 < classes <= vertices:
         raise GraphError(
-            f"{vertices:,} vertices cannot be {classes:,} classes: give 1 to {vertices:,}."
+            f"{vertices:,} vertices cannot have {classes:,} classes: use 1 to {vertices:,}."
         )
-    draw = partial(_blocks, vertices=vertices, classes=classes, within=np.uint64(within * 2.0**32))
-    return _stream("blocks", vertices, edges, draw, features, classes, seed, _in_turn)
+    threshold = np.uint64(within * 2.0**32)
+    draw = partial(_draw_blocks, vertices=vertices, classes=classes, threshold=threshold)
+    draws = VertexDraws(vertices, features, classes, seed, _cyclic_label)
+    return _stream("blocks", edges, draw, draws)
 
 
 def _stream(
-    name: str,
-    vertices: int,
-    edges: int,
-    draw: Callable[..., None],
-    features: int,
-    classes: int,
-    seed: int,
-    label: Callable[..., np.ndarray],
+    name: str, edges: int, draw_edges: Callable[..., None], draws: VertexDraws
 ) -> EdgeStream:
-    if not 0 < vertices < 2**32 or edges < 0 or features < 0 or classes < 1:
+    """The stream of edges that `draw_edges(state, begin, source=, target=)` fills in."""
+    vertices = draws.vertices
+    if not 0 < vertices < 2**32 or edges < 0 or draws.features < 0 or draws.classes < 1:
         raise GraphError(
-            f"There is no graph of {vertices:,} vertices, {edges:,} edges, {features:,} features and {classes:,} classes: give at least one vertex (below 2^32) and one class."
+            f"A graph of {vertices:,} vertices, {edges:,} edges, {draws.features:,} features and "
+            f"{draws.classes:,} classes is impossible: give 1 to 2^32 - 1 vertices and at least "
+            "one class."
         )
-    start = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
+    state = np.random.SeedSequence(draws.seed).generate_state(1, np.uint64)[0]
 
     def pieces() -> Iterator[Piece]:
         for begin in range(0, edges, PIECE):
-            source, target = (
-                np.empty(min(PIECE, edges - begin), id_type(vertices)) for _ in range(2)
-            )
-            draw(np.uint64(start), begin, source=source, target=target)
+            size = min(PIECE, edges - begin)
+            source = np.empty(size, id_type(vertices))
+            target = np.empty(size, id_type(vertices))
+            draw_edges(state, begin, source=source, target=target)
             yield source, target, None
 
-    tables: dict[str, Callable[[], Iterable[np.ndarray]]] = {}
-    if features:
-        tables["features"] = partial(_features, vertices, features, classes, seed, label)
-        tables["labels"] = partial(_by_rows, vertices, partial(label, classes=classes, seed=seed))
-        for what, low, high in (
-            ("train", 0.0, TRAIN),
-            ("validation", TRAIN, TRAIN + VALIDATION),
-            ("test", TRAIN + VALIDATION, 1.0),
-        ):
-            tables[what] = partial(
-                _by_rows, vertices, partial(_drawn, seed=seed, low=low, high=high)
-            )
-    return EdgeStream(pieces, vertices, edges, tables, name)
+    return EdgeStream(pieces, vertices, edges, draws.tables(), name)
 
 
-def _by_rows(vertices: int, rows: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
-    for begin in range(0, vertices, ROWS):
-        yield rows(np.arange(begin, min(begin + ROWS, vertices)))
+def _hashed_label(v: np.ndarray, classes: int, seed: int) -> np.ndarray:
+    """Labels that are independent of the vertex numbers."""
+    return (_hash(v, seed, 3) % np.uint64(classes)).astype(np.int32)
 
 
-def _features(
-    vertices: int, features: int, classes: int, seed: int, label: Callable[..., np.ndarray]
-) -> Iterator[np.ndarray]:
-    """Normal around the centre of the class, deviation 1."""
-    centres = np.random.default_rng([seed, 1]).standard_normal(
-        (classes, features), np.float32
-    ) * np.float32(APART)
-    for begin in range(0, vertices, ROWS):
-        v = np.arange(begin, min(begin + ROWS, vertices))
-        yield (
-            np.random.default_rng([seed, 2, begin]).standard_normal((len(v), features), np.float32)
-            + centres[label(v, classes=classes, seed=seed)]
-        )
-
-
-def _scattered(v: np.ndarray, classes: int, seed: int) -> np.ndarray:
-    return (_hashed(v, seed, 3) % np.uint64(classes)).astype(np.int32)
-
-
-def _in_turn(v: np.ndarray, classes: int, seed: int) -> np.ndarray:
+def _cyclic_label(v: np.ndarray, classes: int, seed: int) -> np.ndarray:
     return (v % classes).astype(np.int32)
 
 
-def _drawn(v: np.ndarray, seed: int, low: float, high: float) -> np.ndarray:
-    """A mask of the vertices whose draw is between two numbers; vertex 0 draws 0, so that someone is trained on."""
-    draw = np.where(v == 0, 0.0, _hashed(v, seed, 4) / 2.0**64)
-    return (draw >= low) & (draw < high)
+def _hash(v: np.ndarray, seed: int, salt: int) -> np.ndarray:
+    """uint64 [n]: random bits of vertices."""
+    key = np.random.SeedSequence([seed, salt]).generate_state(1, np.uint64)[0]
+    return _mix_all(v.astype(np.uint64), key)
 
 
-def _hashed(v: np.ndarray, seed: int, salt: int) -> np.ndarray:
-    return _mix_all(
-        v.astype(np.uint64),
-        np.uint64(np.random.SeedSequence([seed, salt]).generate_state(1, np.uint64)[0]),
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------- kernels
+# --------------------------------------------------------------------------------------- kernels
 #
 # 64 random bits of a counter by splitmix64 (Steele, Lea, Flood, OOPSLA 2014)
 
@@ -202,42 +199,51 @@ def _mix(x):
 
 
 @njit(cache=True)
-def _mix_all(values, seed):
+def _mix_all(values, key):
     out = np.empty_like(values)
     for i in range(len(values)):
-        out[i] = _mix(_mix(values[i]) ^ seed)
+        out[i] = _mix(_mix(values[i]) ^ key)
     return out
 
 
 @njit(cache=True)
 def _below(bits, n):
-    """A whole number below n < 2^32, of the upper 32 of 64 random bits."""
+    """An integer below n < 2^32, from the upper 32 of 64 random bits."""
     return ((bits >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32)
 
 
 @njit(cache=True)
-def _rmat(seed, begin, scale, cuts, source, target):
-    low = np.uint64(0xFFFFFFFF)
+def _draw_rmat(
+    seed,
+    begin,
+    scale,
+    cuts,
+    source,
+    target,
+):
+    low_bits = np.uint64(0xFFFFFFFF)
     for i in range(len(source)):
         state = _mix(seed ^ _mix(np.uint64(begin + i)))
-        s, t, bits = 0, 0, np.uint64(0)
+        s = 0
+        t = 0
+        bits = np.uint64(0)
         for level in range(scale):
             if level & 1:
                 bits >>= np.uint64(32)
             else:
                 state = _mix(state)
                 bits = state
-            draw = bits & low
-            down = draw >= cuts[1]
-            right = (draw >= cuts[2]) | ((draw >= cuts[0]) & (not down))
-            s = 2 * s + down
-            t = 2 * t + right
+            draw = bits & low_bits
+            source_bit = draw >= cuts[1]
+            target_bit = (draw >= cuts[2]) | ((draw >= cuts[0]) & (not source_bit))
+            s = 2 * s + source_bit
+            t = 2 * t + target_bit
         source[i] = s
         target[i] = t
 
 
 @njit(cache=True)
-def _uniform(seed, begin, vertices, source, target):
+def _draw_uniform(seed, begin, vertices, source, target):
     for i in range(len(source)):
         state = _mix(seed ^ _mix(np.uint64(begin + i)))
         source[i] = _below(state, vertices)
@@ -245,12 +251,21 @@ def _uniform(seed, begin, vertices, source, target):
 
 
 @njit(cache=True)
-def _blocks(seed, begin, vertices, classes, within, source, target):
+def _draw_blocks(
+    seed,
+    begin,
+    vertices,
+    classes,
+    threshold,
+    source,
+    target,
+):
+    """`threshold` of 2^32 edges begin in the block of their target."""
     for i in range(len(source)):
         state = _mix(seed ^ _mix(np.uint64(begin + i)))
         t = np.int64(_below(state, vertices))
         second = _mix(state)
-        if (second & np.uint64(0xFFFFFFFF)) < within:
+        if (second & np.uint64(0xFFFFFFFF)) < threshold:
             block = t % classes
             members = (vertices - block + classes - 1) // classes
             s = np.int64(_below(second, members)) * classes + block

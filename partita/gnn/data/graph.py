@@ -1,14 +1,14 @@
 """The graph of full-graph training: directed edges, and features, label and masks of every vertex.
 
-`Graph` is the value: constructors from arrays and from other libraries' graphs, degrees, the transpose,
-and graphs derived from it. `check` states what later stages rely on. The loops are in `csr`, the
-conversion of input in `arrays` and `foreign`, files in `files`.
+`Graph` is the value: constructors from arrays and from other libraries' graphs, degrees, the
+transpose, and graphs derived from it. `check` states what later stages rely on. The loops are in
+`csr`, the conversion of input in `arrays` and `foreign`, files in `files`.
 
 Edges are stored by destination (CSR): the in-edges of vertex v come from
-`sources[offsets[v]:offsets[v + 1]]`, in the order in which they were given. An aggregation then reads
-rows of its sources and writes every row of its result once. The backward pass reads the transpose, made
-at the first request. The price: 4 bytes per edge, and 8 more for the transpose. Arrays may be
-memory-mapped files; nothing here changes one or copies one whole.
+`sources[offsets[v]:offsets[v + 1]]`, in the order in which they were given. An aggregation then
+reads rows of its sources and writes every row of its result once. The backward pass reads the
+transpose, made at the first request. The price: 4 bytes per edge, and 8 more for the transpose.
+Arrays may be memory-mapped files; nothing here changes one or copies one whole.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class Graph:
     ) -> Graph:
         """The graph with an edge from `source[i]` to `target[i]` for every i; edges may repeat.
 
-        `vertices` defaults to the rows of `features` or `labels`, or else to the largest id plus one.
-        `weights` has a number per edge. `features` may be a SciPy matrix. A mask is one bool per vertex
-        or a list of vertices. Raises GraphError, which names the first bad entry.
+        `vertices` defaults to the rows of `features` or `labels`, or else to the largest id plus
+        one. `weights` has a number per edge. `features` may be a SciPy matrix. A mask is one bool
+        per vertex or a list of vertices. Raises GraphError, which names the first bad entry.
 
         >>> graph = Graph.from_edges([0, 1, 1], [1, 0, 2], labels=[0, 1, 1], train=[0])
         >>> graph
@@ -87,7 +87,8 @@ class Graph:
         target = as_ids("target", target)
         if len(source) != len(target):
             raise GraphError(
-                f"source has {len(source):,} entries and target has {len(target):,}: give one of each "
+                f"source has {len(source):,} entries and target has {len(target):,}: give one of "
+                "each "
                 "per edge."
             )
         if vertices is None:
@@ -126,8 +127,8 @@ class Graph:
         """The graph of a NetworkX graph, vertices in the order of `graph.nodes`.
 
         An undirected edge counts in both directions. `weights` names an edge attribute. Each of
-        `features`, `labels`, `train`, `validation`, `test` names a node attribute, or is an array as
-        for `from_edges`.
+        `features`, `labels`, `train`, `validation`, `test` names a node attribute, or is an array
+        as for `from_edges`.
         """
         return Graph.from_edges(**foreign.networkx_edges(graph, weights, tables), name=name)
 
@@ -188,18 +189,20 @@ class Graph:
 
     @property
     def immutable(self) -> bool:
-        """Whether no array can be written, as those of files."""
+        """Whether no array can be written, as for the arrays of files."""
         return all(read_only(getattr(self, field)) for field in ARRAYS)
 
     @property
     def digest(self) -> str:
         """Digest of all arrays; equal for graphs of equal content, whatever their names.
 
-        It is computed once for an immutable graph, and at each call otherwise.
+        It is computed once if no array can be written, as those of files, and at each call
+        otherwise.
         """
-        if self.immutable:
+        arrays = [getattr(self, field) for field in ARRAYS]
+        if all(read_only(array) for array in arrays):
             return self._digest
-        return array_digest([getattr(self, field) for field in ARRAYS])
+        return array_digest(arrays)
 
     @cached_property
     def _digest(self) -> str:
@@ -224,7 +227,7 @@ class Graph:
         return degrees
 
     def without_self_edge(self, first: int, last: int) -> np.ndarray:
-        """bool [last - first]: whether each vertex from `first` to before `last` lacks a self edge."""
+        """bool [last - first]: vertices from `first` to before `last` without a self edge."""
         missing = np.ones(last - first, np.bool_)
         csr.clear_self_edges(self.offsets[first : last + 1], self.sources, missing, first)
         return missing
@@ -234,8 +237,8 @@ class Graph:
     def transposed(self, ordered: bool = True) -> Transposed:
         """The graph by source.
 
-        With `ordered` it has its `order`, and is made once and stored with the graph. Without, it is
-        made at every call, for callers that keep a copy.
+        With `ordered` it has its `order`, and is made once and stored with the graph. Without, it
+        is made at every call, for callers that keep a copy.
         """
         if ordered or self.stored_transpose is not None:
             return self._transposed
@@ -257,14 +260,11 @@ class Graph:
         return graph
 
     def as_it_is(self) -> Graph:
-        """The same graph without the derived values that earlier content of its arrays may have."""
+        """The same graph without derived values that earlier content of its arrays may have."""
         if self.immutable:
             return self
-        if (
-            self.stored_transpose is not None
-            and read_only(self.offsets)
-            and read_only(self.sources)
-        ):
+        edges_fixed = read_only(self.offsets) and read_only(self.sources)
+        if self.stored_transpose is not None and edges_fixed:
             return self.with_transpose(self.stored_transpose)
         return replace(self)
 
@@ -297,14 +297,24 @@ class Graph:
         offsets = self.offsets + back.offsets
         sources = np.empty(offsets[-1], self.sources.dtype)
         csr.append_rows(
-            self.offsets, self.sources, back.offsets, back.destinations, offsets, sources
+            self.offsets,
+            self.sources,
+            back.offsets,
+            back.destinations,
+            offsets,
+            sources,
         )
         weights = None
         if self.weights is not None:
             weights = np.empty(offsets[-1], np.float32)
             back_weights = self.weights[back.order]
             csr.append_rows(
-                self.offsets, self.weights, back.offsets, back_weights, offsets, weights
+                self.offsets,
+                self.weights,
+                back.offsets,
+                back_weights,
+                offsets,
+                weights,
             )
         return replace(self, offsets=offsets, sources=sources, weights=weights)
 
@@ -324,7 +334,14 @@ class Graph:
         number[order] = np.arange(self.vertices, dtype=self.sources.dtype)
         offsets = offsets_of(self.in_degrees()[order])
         sources = np.empty(self.edges, self.sources.dtype)
-        csr.relabel_rows(self.offsets, self.sources, order, number, offsets, sources)
+        csr.relabel_rows(
+            self.offsets,
+            self.sources,
+            order,
+            number,
+            offsets,
+            sources,
+        )
         weights = None
         if self.weights is not None:
             weights = np.empty(self.edges, np.float32)
@@ -339,7 +356,8 @@ def _check_order(order: np.ndarray, vertices: int) -> np.ndarray:
     """The order itself; GraphError unless it lists every vertex once."""
     if len(order) != vertices:
         raise GraphError(
-            f"The order has {len(order):,} entries for {vertices:,} vertices: list every vertex once."
+            f"The order has {len(order):,} entries for {vertices:,} vertices: list every vertex "
+            "once."
         )
     listed = np.zeros(vertices, np.bool_)
     inside = (order >= 0) & (order < vertices)
@@ -354,9 +372,9 @@ def _check_order(order: np.ndarray, vertices: int) -> np.ndarray:
 def check(graph: Graph) -> Graph:
     """The graph itself, if later stages may rely on it; GraphError names the first bad entry.
 
-    They rely on: offsets from 0, never decreasing, up to the number of edges; ids and labels in range;
-    one row per vertex in every table; finite features and weights; a labelled vertex in a training mask
-    that is given. Memory: a few MiB beside the graph, and 9 bytes per vertex.
+    They rely on: offsets from 0, never decreasing, up to the number of edges; ids and labels in
+    range; one row per vertex in every table; finite features and weights; a labelled vertex in a
+    training mask that is given. Memory: a few MiB beside the graph, and 9 bytes per vertex.
     """
     try:
         check_edges(graph.offsets, graph.sources)

@@ -1,9 +1,10 @@
-"""Graphs in .npz files: our own, and Planetoid's public splits as they are commonly handed on.
+"""Graphs in .npz files: Partita's own arrays, and Planetoid's public splits.
 
-| whose | arrays |
+| layout | arrays |
 |---|---|
-| Partita's | offsets, sources, and of features, labels, train, validation, test, weights those that there are, as in `Graph` |
-| Planetoid's | source, target, label, train, validation, test (lists of vertices), feature_data, feature_indices, feature_indptr, feature_shape (CSR) |
+| Partita | offsets, sources, and the tables and weights that the graph has, as in `Graph` |
+| Planetoid | source, target, label; train, validation, test as lists of vertices |
+| Planetoid's features (CSR) | feature_data, feature_indices, feature_indptr, feature_shape |
 
 Nothing is unpickled. The arrays are in memory; a .lux file is mapped instead.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,53 +21,59 @@ import numpy as np
 import scipy.sparse
 
 from partita.errors import GraphError
-from partita.gnn.data.arrays import TABLES
-from partita.gnn.data.drafts import drafts
+from partita.gnn.data.arrays import ARRAYS, MASKS
+from partita.gnn.data.drafts import open_drafts
 from partita.gnn.data.graph import Graph, check
 
-OURS = ("offsets", "sources", *TABLES, "weights")
-CSR = ("feature_data", "feature_indices", "feature_indptr", "feature_shape")
+CSR = ("feature_data", "feature_indices", "feature_indptr")
+"""Arrays of Planetoid's features, beside feature_shape."""
 
 
 def open_npz(path: Path) -> Graph:
     """The graph of an .npz file, checked."""
     arrays = read_arrays(path)
     if "offsets" in arrays and "sources" in arrays:
-        return check(
-            Graph(**{what: arrays[what] for what in OURS if what in arrays}, name=path.stem)
-        )
+        fields = {name: arrays[name] for name in ARRAYS if name in arrays}
+        return check(Graph(**fields, name=path.stem))
     if "source" in arrays and "target" in arrays:
-        tables: dict[str, Any] = {
-            what: arrays[what] for what in ("train", "validation", "test") if what in arrays
-        }
-        if all(name in arrays for name in CSR):
-            try:
-                features = scipy.sparse.csr_array(
-                    tuple(arrays[name] for name in CSR[:3]), shape=tuple(arrays["feature_shape"])
-                )
-                features.check_format(full_check=True)  # SciPy writes beyond its arrays otherwise
-                tables["features"] = features
-            except ValueError as error:
-                raise GraphError(
-                    f"{str(path)!r}: the features are no CSR matrix: {error}."
-                ) from None
-        try:
-            return Graph.from_edges(
-                arrays["source"],
-                arrays["target"],
-                labels=arrays.get("label"),
-                name=path.stem,
-                **tables,
-            )
-        except GraphError as error:
-            raise GraphError(f"{str(path)!r}: {error}") from None
+        return _planetoid(path, arrays)
+    names = ", ".join(sorted(arrays)) or "none"
     raise GraphError(
-        f"{str(path)!r} has the arrays {', '.join(sorted(arrays)) or 'none'}: a graph has source and target (Planetoid's layout), or offsets and sources."
+        f"{str(path)!r} has the arrays {names}: a graph needs source and target (Planetoid), or "
+        "offsets "
+        "and sources (Partita)."
     )
 
 
+def _planetoid(path: Path, arrays: Mapping[str, np.ndarray]) -> Graph:
+    tables: dict[str, Any] = {name: arrays[name] for name in MASKS if name in arrays}
+    if all(name in arrays for name in (*CSR, "feature_shape")):
+        tables["features"] = _csr_features(path, arrays)
+    try:
+        return Graph.from_edges(
+            arrays["source"],
+            arrays["target"],
+            labels=arrays.get("label"),
+            name=path.stem,
+            **tables,
+        )
+    except GraphError as error:
+        raise GraphError(f"{str(path)!r}: {error}") from None
+
+
+def _csr_features(path: Path, arrays: Mapping[str, np.ndarray]) -> Any:
+    parts = tuple(arrays[name] for name in CSR)
+    try:
+        features = scipy.sparse.csr_array(parts, shape=tuple(arrays["feature_shape"]))
+        # without the check SciPy may write beyond its arrays
+        features.check_format(full_check=True)
+    except ValueError as error:
+        raise GraphError(f"{str(path)!r}: The features are no CSR matrix: {error}.") from None
+    return features
+
+
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file; GraphError if it is none or was cut off."""
+    """The arrays of an .npz file; GraphError for another or a truncated file."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
@@ -79,21 +87,20 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         KeyError,
         NotImplementedError,
     ) as error:
-        if "pickle" in str(error).lower():
-            raise GraphError(
-                f"{str(path)!r} holds Python objects or is no .npz file: only plain arrays are read. Save it anew with numpy.savez."
-            ) from None
+        reason = str(error).rstrip(".")
+    if "pickle" in reason.lower():
         raise GraphError(
-            f"{str(path)!r} is truncated or no .npz file: {str(error).rstrip('.')}."
-        ) from None
+            f"{str(path)!r} holds Python objects or is no .npz file: save plain arrays with "
+            "numpy.savez."
+        )
+    raise GraphError(f"{str(path)!r} is truncated or no .npz file: {reason}.")
 
 
 def save_npz(graph: Graph, path: Path) -> None:
-    """Writes a graph to an .npz file, which gets its name when it is whole."""
+    """Writes a graph to an .npz file, which gets its name when it is complete."""
     check(graph)
-    arrays = {what: array for what in OURS if (array := getattr(graph, what)) is not None}
-    with (
-        drafts(path, sum(array.nbytes for array in arrays.values())) as made,
-        made.open(path) as file,
-    ):
+    fields = {name: getattr(graph, name) for name in ARRAYS}
+    arrays = {name: array for name, array in fields.items() if array is not None}
+    size = sum(array.nbytes for array in arrays.values())
+    with open_drafts(path, size) as drafts, drafts.open(path) as file:
         np.savez(file, **arrays)

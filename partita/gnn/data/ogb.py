@@ -1,21 +1,22 @@
-"""Node-property data sets of the Open Graph Benchmark, as they lie on disk.
+"""Node-property data sets of the Open Graph Benchmark, as they are on disk.
 
 ```
 <folder>/raw/edge.csv.gz               source, target
-            num-node-list.csv.gz       vertices
-            node-feat.csv.gz           a row per vertex
-            node-label.csv.gz          a number per vertex, nan or nothing for none
-            data.npz, node-label.npz   instead of those, in large sets: edge_index, num_nodes_list, node_feat
+            num-node-list.csv.gz       number of vertices
+            node-feat.csv.gz           one row per vertex
+            node-label.csv.gz          one number per vertex, nan or nothing for no label
+            data.npz, node-label.npz   instead, in large sets: edge_index, num_nodes_list, node_feat
         split/<scheme>/{train,valid,test}.csv.gz         lists of vertices
 ```
 
-(ogb/io/README.md and read_graph_raw.py of the public code.) The folder `processed/` holds pickles and is not read. Text is gone through in pieces, so
-`open(folder)` keeps the graph in memory and `convert` does not; of a data.npz the arrays are in memory in both.
+(ogb/io/README.md and read_graph_raw.py of the public code.) The folder `processed/` holds pickles
+and is not read. Text is read in pieces: `open(folder)` keeps the graph in memory and `convert` does
+not. The arrays of a data.npz are in memory in both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -25,57 +26,77 @@ from partita.errors import GraphError
 from partita.gnn.data.arrays import as_labels, as_mask
 from partita.gnn.data.npz import read_arrays
 from partita.gnn.data.stream import PIECE, EdgeStream, Piece
-from partita.gnn.data.text import edge_list, table
+from partita.gnn.data.text import table, text_edges
 
-SPLITS = {"train": "train", "validation": "valid", "test": "test"}
+SPLIT_FILES = {"train": "train", "validation": "valid", "test": "test"}
+"""Names of a split's files by mask."""
+
+Tables = dict[str, Callable[[], Iterable[np.ndarray]]]
+"""Tables of an `EdgeStream`."""
 
 
 def is_ogb(folder: Path) -> bool:
-    """Whether a folder looks like a data set of OGB."""
+    """Whether a folder looks like an OGB data set."""
     return (folder / "raw").is_dir()
 
 
-def stream(folder: Path, split: str | None = None) -> EdgeStream:
-    """The edges and tables of a data set. `split` names a folder under split/; needed where there are several."""
+def ogb_edges(folder: Path, split: str | None = None) -> EdgeStream:
+    """The edges and tables of a data set.
+
+    `split` names a folder under split/, which is needed where there are several.
+    """
     raw = folder / "raw"
     if (raw / "triplet-type-list.csv.gz").exists():
         raise GraphError(
-            f"{str(folder)!r} has several kinds of vertices: full-graph training takes one kind of vertex and of edge."
+            f"{str(folder)!r} has several kinds of vertices: use a data set with one kind of "
+            "vertex and "
+            "of edge."
         )
     if (raw / "edge.csv.gz").exists():
-        vertices = _vertices(raw / "num-node-list.csv.gz")
-        edges = edge_list(raw / "edge.csv.gz", folder.name, vertices)
-        tables: dict[str, Callable[[], Iterable[np.ndarray]]] = {}
-        if (raw / "node-feat.csv.gz").exists():
-            tables["features"] = partial(table, raw / "node-feat.csv.gz", np.float32)
-        if (raw / "node-label.csv.gz").exists():
-            labels = np.concatenate(list(table(raw / "node-label.csv.gz", np.float64)))
-            tables["labels"] = partial(_labels, raw / "node-label.csv.gz", labels)
+        edges, tables = _read_text(folder)
     elif (raw / "data.npz").exists():
-        edges, tables = _binary(folder, raw)
-        vertices = edges.vertices
+        edges, tables = _read_binary(folder)
     else:
         raise GraphError(
-            f"{str(raw)!r} has neither edge.csv.gz nor data.npz: it is no data set of OGB's as it is downloaded."
+            f"{str(raw)!r} has neither edge.csv.gz nor data.npz: download the data set again."
         )
-    assert vertices is not None
-    tables |= {ours: partial(_one, mask) for ours, mask in _masks(folder, split, vertices).items()}
-    return EdgeStream(edges.pieces, vertices, edges.edges, tables, folder.name)
+    assert edges.vertices is not None
+    for name, mask in _masks(folder, split, edges.vertices).items():
+        tables[name] = partial(_one_piece, mask)
+    return EdgeStream(edges.pieces, edges.vertices, edges.edges, tables, folder.name)
 
 
-def _one(array: np.ndarray) -> Iterable[np.ndarray]:
+def _one_piece(array: np.ndarray) -> Iterable[np.ndarray]:
     return [array]
 
 
-def _vertices(path: Path) -> int:
+def _read_text(folder: Path) -> tuple[EdgeStream, Tables]:
+    """The edges and tables of a data set in text."""
+    raw = folder / "raw"
+    vertices = _vertex_count(raw / "num-node-list.csv.gz")
+    edges = text_edges(raw / "edge.csv.gz", folder.name, vertices)
+    tables: Tables = {}
+    if (raw / "node-feat.csv.gz").exists():
+        tables["features"] = partial(table, raw / "node-feat.csv.gz", np.float32)
+    label_file = raw / "node-label.csv.gz"
+    if label_file.exists():
+        labels = np.concatenate(list(table(label_file, np.float64)))
+        tables["labels"] = partial(_labels, label_file, labels)
+    return edges, tables
+
+
+def _vertex_count(path: Path) -> int:
+    """The number of vertices that num-node-list.csv.gz states."""
     if not path.exists():
         raise GraphError(
-            f"There is no {str(path)!r}, which says how many vertices there are: it is no whole data set of OGB's."
+            f"There is no file {str(path)!r} with the number of vertices: download the data set "
+            "again."
         )
     counts = np.concatenate(list(table(path, np.int64))).ravel()
     if len(counts) != 1:
         raise GraphError(
-            f"{str(path)!r} lists {len(counts):,} graphs: full-graph training takes one (a node-property set)."
+            f"{str(path)!r} lists {len(counts):,} graphs: use a node-property data set, which "
+            "has one."
         )
     return int(counts[0])
 
@@ -83,72 +104,75 @@ def _vertices(path: Path) -> int:
 def _labels(path: Path, labels: np.ndarray) -> Iterable[np.ndarray]:
     if labels.ndim == 2 and labels.shape[1] != 1:
         raise GraphError(
-            f"{str(path)!r} has {labels.shape[1]} labels of every vertex: full-graph training takes one class for each."
+            f"{str(path)!r} has {labels.shape[1]} labels per vertex: use a data set with one "
+            "class per "
+            "vertex."
         )
     return [as_labels(labels)]
 
 
-def _binary(
-    folder: Path, raw: Path
-) -> tuple[EdgeStream, dict[str, Callable[[], Iterable[np.ndarray]]]]:
-    """The edges and tables of a large set."""
+def _read_binary(folder: Path) -> tuple[EdgeStream, Tables]:
+    """The edges and tables of a large data set in .npz files."""
+    raw = folder / "raw"
     arrays = read_arrays(raw / "data.npz")
-    if not {"edge_index", "num_nodes_list"} <= set(arrays):
+    if "edge_index" not in arrays or "num_nodes_list" not in arrays:
         raise GraphError(
-            f"{str(raw / 'data.npz')!r} has the arrays {', '.join(sorted(arrays))}: edge_index and num_nodes_list are needed."
+            f"{str(raw / 'data.npz')!r} has the arrays {', '.join(sorted(arrays))}: edge_index and "
+            "num_nodes_list are needed."
         )
-    if arrays["num_nodes_list"].size != 1:
+    counts = arrays["num_nodes_list"].reshape(-1)
+    if len(counts) != 1:
         raise GraphError(
-            f"{str(folder)!r} holds {arrays['num_nodes_list'].size:,} graphs: full-graph training takes one (a node-property set)."
+            f"{str(folder)!r} has {len(counts):,} graphs: use a node-property data set, which "
+            "has one."
         )
     source, target = arrays["edge_index"]
 
-    def pieces() -> Iterable[Piece]:
+    def pieces() -> Iterator[Piece]:
         for start in range(0, len(source), PIECE):
             yield source[start : start + PIECE], target[start : start + PIECE], None
 
-    tables: dict[str, Callable[[], Iterable[np.ndarray]]] = {}
+    tables: Tables = {}
     if "node_feat" in arrays:
-        tables["features"] = partial(_one, arrays["node_feat"])
-    if (raw / "node-label.npz").exists():
-        tables["labels"] = partial(
-            _labels,
-            raw / "node-label.npz",
-            next(iter(read_arrays(raw / "node-label.npz").values())),
-        )
-    return EdgeStream(
-        lambda: iter(pieces()), int(arrays["num_nodes_list"].reshape(-1)[0]), len(source)
-    ), tables
+        tables["features"] = partial(_one_piece, arrays["node_feat"])
+    label_file = raw / "node-label.npz"
+    if label_file.exists():
+        labels = next(iter(read_arrays(label_file).values()))
+        tables["labels"] = partial(_labels, label_file, labels)
+    return EdgeStream(pieces, int(counts[0]), len(source)), tables
 
 
 def _masks(folder: Path, split: str | None, vertices: int) -> dict[str, np.ndarray]:
-    """The masks of a split; none where there is none."""
+    """The masks of a split; empty where the data set has none."""
     schemes = sorted(p.name for p in (folder / "split").glob("*") if p.is_dir())
     if not schemes:
         return {}
     if split is None and len(schemes) > 1:
         raise GraphError(f"{str(folder)!r} has the splits {', '.join(schemes)}: name one.")
-    chosen = split or schemes[0]
-    if chosen not in schemes:
-        raise GraphError(f"{str(folder)!r} has no split {chosen!r}: it has {', '.join(schemes)}.")
+    scheme = split or schemes[0]
+    if scheme not in schemes:
+        raise GraphError(f"{str(folder)!r} has no split {scheme!r}: use {', '.join(schemes)}.")
     masks = {}
-    for ours, theirs in SPLITS.items():
-        path = next(
-            (
-                p
-                for p in (folder / "split" / chosen / f"{theirs}.csv{end}" for end in (".gz", ""))
-                if p.exists()
-            ),
-            None,
-        )
-        if path is None:
-            pickled = (folder / "split" / chosen / "split_dict.pt").exists()
-            raise GraphError(
-                f"{str(folder / 'split' / chosen)!r} has no {theirs}.csv.gz{', only a pickle, and nothing is unpickled' if pickled else ''}."
-            )
-        lists = np.concatenate([np.zeros((0, 1), np.int64), *table(path, np.int64)])
+    for name, stem in SPLIT_FILES.items():
+        path = _split_file(folder / "split" / scheme, stem)
+        vertex_lists = np.concatenate([np.zeros((0, 1), np.int64), *table(path, np.int64)])
         try:
-            masks[ours] = as_mask(ours, lists[:, 0], vertices)
+            masks[name] = as_mask(name, vertex_lists[:, 0], vertices)
         except GraphError as error:
             raise GraphError(f"{str(path)!r}: {error}") from None
     return masks
+
+
+def _split_file(folder: Path, stem: str) -> Path:
+    """The list of vertices of a mask, gzipped or not."""
+    for ending in (".csv.gz", ".csv"):
+        path = folder / f"{stem}{ending}"
+        if path.exists():
+            return path
+    if (folder / "split_dict.pt").exists():
+        raise GraphError(
+            f"{str(folder)!r} has no {stem}.csv.gz, only a pickle, and Partita unpickles "
+            "nothing: save "
+            "the lists of vertices as text."
+        )
+    raise GraphError(f"{str(folder)!r} has no {stem}.csv.gz: download the data set again.")

@@ -1,6 +1,7 @@
-"""Orders of the vertices that put near each other what is read together; `graph.relabelled(order)` takes one.
+"""Orders that number vertices near those that are read with them, for `graph.relabelled(order)`.
 
-An aggregation reads rows of features in the order of the sources. What it gains from an order is how many of those rows are still in the cache.
+An aggregation reads rows of features in the order of the sources. An order gains from rows that are
+still in the cache.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from partita.gnn.data.graph import Graph
 
 
 def by_degree(graph: Graph) -> np.ndarray:
-    """int64 [vertices]: those that are read most often first, so that their rows fill the cache; good for skewed graphs.
+    """int64 [vertices]: vertices with the most out-edges first, so that their rows fill the cache.
+
+    Good for skewed graphs.
 
     >>> by_degree(Graph.from_edges([2, 2, 1], [0, 1, 2]))
     array([2, 1, 0])
@@ -26,9 +29,10 @@ def by_degree(graph: Graph) -> np.ndarray:
 
 
 def by_neighbours(graph: Graph) -> np.ndarray:
-    """int64 [vertices]: neighbours near each other, breadth first from vertices of low degree; good for meshes and road networks.
+    """int64 [vertices]: neighbours near each other, breadth first from vertices of low degree.
 
-    Reverse Cuthill-McKee (Cuthill, McKee 1969; George 1971) of SciPy, on the undirected graph; isolated vertices come too.
+    Good for meshes and road networks. SciPy's reverse Cuthill-McKee (Cuthill and McKee 1969; George
+    1971) on the undirected graph, isolated vertices included.
 
     >>> by_neighbours(Graph.from_edges([0, 3, 1], [3, 1, 2]))
     array([2, 1, 3, 0])
@@ -44,14 +48,14 @@ ORDERS: dict[str, Callable[[Graph], np.ndarray]] = {
     "degree": by_degree,
     "neighbours": by_neighbours,
 }
+"""Orders by name."""
 
 
 def order_of(graph: Graph, order: Any) -> np.ndarray:
-    """int64 [vertices]: the order of a name, or the one that is given."""
+    """int64 [vertices]: the order with a name, or the order that is given."""
     if not isinstance(order, str):
         return np.asarray(order)
     if order not in ORDERS:
-        raise GraphError(
-            f"There is no order {order!r}: use {', '.join(map(repr, ORDERS))}, or give every vertex once."
-        )
+        names = ", ".join(map(repr, ORDERS))
+        raise GraphError(f"order={order!r} is unknown: use {names}, or list every vertex once.")
     return ORDERS[order](graph)

@@ -1,4 +1,4 @@
-"""Edge lists in Parquet files, read by pyarrow where it is installed, a row group at a time."""
+"""Edge lists in Parquet files, read by pyarrow if it is installed, one batch of rows at a time."""
 
 from __future__ import annotations
 
@@ -12,59 +12,70 @@ import numpy as np
 from partita.errors import GraphError
 from partita.gnn.data.stream import PIECE, EdgeStream, Piece
 
-ENDS = (
-    {"source", "src", "from", "u", "head", "row"},
-    {"target", "dst", "to", "v", "tail", "col", "destination"},
-)
-HEAVY = {"weight", "weights", "w", "value"}
+SOURCE_NAMES = {"source", "src", "from", "u", "head", "row"}
+TARGET_NAMES = {"target", "dst", "to", "v", "tail", "col", "destination"}
+WEIGHT_NAMES = {"weight", "weights", "w", "value"}
 
 
-def edge_table(path: Path) -> EdgeStream:
-    """The edges of a Parquet file: the columns source and target (or src and dst, from and to, ...), and weight where there is one."""
-    file = _opened(path)
+def parquet_edges(path: Path) -> EdgeStream:
+    """The edges of a Parquet file with the columns source and target (or src and dst, ...).
+
+    A column weight is used where there is one.
+    """
+    file = _open_parquet(path)
     names: list[str] = file.schema_arrow.names
-    columns = [next((n for n in names if n.lower() in known), None) for known in (*ENDS, HEAVY)]
-    if columns[0] is None or columns[1] is None:
+    source = _column(names, SOURCE_NAMES)
+    target = _column(names, TARGET_NAMES)
+    weight = _column(names, WEIGHT_NAMES)
+    if source is None or target is None:
         raise GraphError(
-            f"{str(path)!r} has the columns {', '.join(names)}: call the ends of an edge source and target, and its weight weight."
+            f"{str(path)!r} has the columns {', '.join(names)}: call the ends of an edge source "
+            "and "
+            "target, and its weight weight."
         )
+    columns = [source, target] if weight is None else [source, target, weight]
 
     def pieces() -> Iterator[Piece]:
-        done = 0
-        for batch in _opened(path).iter_batches(
-            PIECE, columns=[c for c in columns if c is not None]
-        ):
-            arrays = [None if name is None else batch.column(name) for name in columns]
-            for name, array in zip(columns, arrays, strict=True):
-                if array is not None and array.null_count:
-                    raise GraphError(
-                        f"{str(path)!r}: {name} has an empty entry in the rows from {done:,}: every edge needs one."
-                    )
-            source, target, weights = (
-                None if array is None else array.to_numpy(zero_copy_only=False) for array in arrays
-            )
-            assert source is not None and target is not None
-            for name, ids in zip(columns, (source, target), strict=False):
+        first_row = 0
+        for batch in _open_parquet(path).iter_batches(PIECE, columns=columns):
+            arrays = [_numbers(path, batch, name, first_row) for name in columns]
+            source_ids, target_ids = arrays[:2]
+            for name, ids in ((source, source_ids), (target, target_ids)):
                 if ids.dtype.kind not in "iu":
-                    raise GraphError(
-                        f"{str(path)!r}: {name} is {ids.dtype}: ids are whole numbers."
-                    )
-            done += len(source)
-            yield source, target, None if weights is None else weights.astype(np.float32)
+                    raise GraphError(f"{str(path)!r}: {name} is {ids.dtype}: use integers.")
+            first_row += len(source_ids)
+            weights = None if weight is None else arrays[2].astype(np.float32)
+            yield source_ids, target_ids, weights
 
     return EdgeStream(pieces, None, file.metadata.num_rows, name=path.stem)
 
 
-def _opened(path: Path) -> Any:
+def _column(names: list[str], known_names: set[str]) -> str | None:
+    """The first column with one of these names, in any case."""
+    return next((name for name in names if name.lower() in known_names), None)
+
+
+def _numbers(path: Path, batch: Any, name: str, first_row: int) -> np.ndarray:
+    """A column of a batch; GraphError for an empty entry."""
+    column = batch.column(name)
+    if column.null_count:
+        raise GraphError(
+            f"{str(path)!r}: {name} has an empty entry in the rows from {first_row:,}: fill it in."
+        )
+    return column.to_numpy(zero_copy_only=False)
+
+
+def _open_parquet(path: Path) -> Any:
     try:
         parquet: Any = import_module("pyarrow.parquet")
     except ImportError:
         raise GraphError(
-            f"{str(path)!r} is a Parquet file, which pyarrow reads: pip install pyarrow, or save the edges as text or .npz."
+            f"{str(path)!r} is a Parquet file, which needs pyarrow: run `pip install pyarrow`, "
+            "or save "
+            "the edges as text or .npz."
         ) from None
     try:
         return parquet.ParquetFile(path)
     except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
-        raise GraphError(
-            f"{str(path)!r} is truncated or no Parquet file: {str(error).splitlines()[0].rstrip('.')}."
-        ) from None
+        reason = str(error).splitlines()[0].rstrip(".")
+    raise GraphError(f"{str(path)!r} is truncated or no Parquet file: {reason}.")

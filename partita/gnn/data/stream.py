@@ -1,16 +1,19 @@
-"""Edges that come in pieces, and how they become a graph in bounded memory.
+"""Edges in pieces, and how they become a graph in bounded memory.
 
-An `EdgeStream` is what edge lists, OGB folders and generators have in common: pieces of (source, target, weight) that can be gone through as
-often as one likes. `graph()` gathers them in memory; `save()` sorts them into a .lux file: one pass counts the in-edges of every vertex,
-a second drops the edges into files of consecutive destinations, each small enough to be sorted in memory, and appends those in turn. Both
-give the same graph to the bit. The price of `save`: going through the stream twice, and a scratch file of 8 bytes an edge (12 with weights)
-beside the result, unless all sources fit in the memory that it may use. It needs that memory, 24 bytes a vertex, and 4 bytes for every
-in-edge of the most popular vertex.
+`EdgeStream` is common to edge lists, OGB folders and generators: pieces of (source, target, weight)
+that can be read any number of times. `graph()` gathers them in memory. `save()` sorts them into a
+.lux file: the first pass counts the in-edges of every vertex. The second pass distributes the edges
+to scratch files of consecutive destinations, each small enough to be sorted in memory, and appends
+the sorted files. Both give the same graph to the bit.
+
+The price of `save`: reading the stream twice, and scratch files of 8 bytes per edge (12 with
+weights) beside the result, unless all sources fit in the memory limit. It needs that memory, 24
+bytes per vertex, and 4 bytes for every in-edge of the vertex with the most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,34 +25,36 @@ import numpy as np
 from partita.errors import GraphError
 from partita.gnn.data.arrays import TABLES, check_ids, check_plausible
 from partita.gnn.data.csr import count, fill, id_type, offsets_of, position_type, targets_of
-from partita.gnn.data.drafts import Drafts, drafts
+from partita.gnn.data.drafts import Drafts, open_drafts
 from partita.gnn.data.graph import Graph, check
 from partita.gnn.data.lux import (
     FILES,
-    TRANSPOSED,
-    WIDEST,
-    beside,
-    forget,
+    MAX_VERTICES,
+    TRANSPOSE_FILES,
+    companion,
+    lux_size,
     read_lux,
-    size,
-    write,
+    remove_stale,
+    write_array,
     write_header,
 )
 
 Piece = tuple[np.ndarray, np.ndarray, np.ndarray | None]
-"""Sources, targets and weights (or None) of some edges; while transposing, positions are in the place of weights."""
+"""Sources, targets and weights (or None) of some edges; positions instead in a transpose."""
 
 Report = Callable[[str, int, int | None], None]
-"""Is told what is being done, how much of it is done, and of how much, where that is known."""
+"""Progress report: the activity, how much is done, and the whole if it is known."""
 
 MEMORY = 2**30
-"""Bytes that sorting may use for edges."""
+"""Memory limit of sorting, bytes for edges."""
 
 PIECE = 2**20
-"""Edges read in one go from a scratch file, and made in one go by a generator."""
+"""Edges that are read from a scratch file, or generated, at a time."""
+
+CHANGED = "The edges changed while they were read: convert again when nothing writes to them."
 
 
-def silent(what: str, done: int, whole: int | None) -> None:
+def silent(activity: str, done: int, whole: int | None) -> None:
     """A report that nobody reads."""
 
 
@@ -57,10 +62,11 @@ def silent(what: str, done: int, whole: int | None) -> None:
 class EdgeStream:
     """Edges in pieces, and the tables of their vertices.
 
-    pieces      begins again from the first edge at every call
-    vertices    how many there are; None: the largest id and one more
-    edges       how many there are, where that is known before they are counted
-    tables      features, labels, train, validation, test as in `Graph`, each in pieces of rows that begin again at every call
+    pieces      starts again from the first edge at every call
+    vertices    number of vertices; None: the largest id plus one
+    edges       number of edges, if it is known before they are counted
+    tables      features, labels, train, validation, test as in `Graph`, each in pieces of rows
+                that start again at every call
     """
 
     pieces: Callable[[], Iterator[Piece]]
@@ -70,7 +76,7 @@ class EdgeStream:
     name: str = "graph"
 
     def with_reverse_edges(self) -> EdgeStream:
-        """The stream in which the reverse of every edge comes too: for undirected graphs that are kept in one direction."""
+        """The stream with the reverse of every edge, for undirected graphs stored one way."""
 
         def pieces() -> Iterator[Piece]:
             for source, target, weights in self.pieces():
@@ -81,220 +87,322 @@ class EdgeStream:
 
     def graph(self, report: Report = silent) -> Graph:
         """The graph, in memory."""
-        given: list[Piece] = []
-        for piece in self.pieces():
-            given.append(piece)
-            report("reading edges", sum(len(p[0]) for p in given), self.edges)
-        heavy = [p[2] for p in given if p[2] is not None]
-        tables: dict[str, Any] = {
-            what: np.concatenate(list(table())) for what, table in self.tables.items()
-        }
-        if heavy:
-            tables["weights"] = np.concatenate(heavy)
-        source = np.concatenate([p[0] for p in given]) if given else np.zeros(0, np.int64)
-        target = np.concatenate([p[1] for p in given]) if given else np.zeros(0, np.int64)
-        return Graph.from_edges(source, target, self.vertices, name=self.name, **tables)
+        sources: list[np.ndarray] = []
+        targets: list[np.ndarray] = []
+        weights: list[np.ndarray] = []
+        edges = 0
+        for piece_sources, piece_targets, piece_weights in self.pieces():
+            sources.append(piece_sources)
+            targets.append(piece_targets)
+            if piece_weights is not None:
+                weights.append(piece_weights)
+            edges += len(piece_sources)
+            report("reading edges", edges, self.edges)
+        tables: dict[str, Any] = {}
+        for name, table in self.tables.items():
+            tables[name] = np.concatenate(list(table()))
+        if weights:
+            tables["weights"] = np.concatenate(weights)
+        source = _join_ids(sources)
+        target = _join_ids(targets)
+        return Graph.from_edges(
+            source,
+            target,
+            self.vertices,
+            name=self.name,
+            **tables,
+        )
 
     def save(self, path: Path, report: Report = silent, memory: int = MEMORY) -> Graph:
-        """The graph as a .lux file with its tables beside it, memory-mapped; `memory` bytes are used for edges at most.
+        """The graph as a .lux file with its tables beside it, memory-mapped.
 
-        Nothing stands under the final names unless all of it was written and checked.
+        Sorting uses at most `memory` bytes for edges. Files get their names when all are written
+        and checked.
         """
-        offsets, heavy = self._counted(report)
-        vertices, edges = len(offsets) - 1, int(offsets[-1])
-        weight = np.float32 if heavy else None
-        bounds, scratch = _ranges(offsets, weight, memory)
-        with drafts(path, size(vertices, edges) + 4 * heavy * edges + scratch) as made:
-            for what, table in self.tables.items():
-                with made.open(beside(path, FILES[what])) as file:
-                    self._write_table(what, table(), file, vertices, report)
+        offsets, weighted = self._count(report)
+        vertices = len(offsets) - 1
+        edges = int(offsets[-1])
+        sorting = _plan_sort(offsets, np.float32 if weighted else None, memory)
+        weight_bytes = 4 * edges if weighted else 0
+        size = lux_size(vertices, edges) + weight_bytes + sorting.scratch_bytes
+        with open_drafts(path, size) as drafts:
+            for name, table in self.tables.items():
+                with drafts.open(companion(path, FILES[name])) as file:
+                    self._write_table(
+                        name,
+                        table(),
+                        file,
+                        vertices,
+                        report,
+                    )
+            weights_path = companion(path, FILES["weights"])
             _sort(
                 self.pieces,
-                offsets,
-                bounds,
-                made,
+                sorting,
+                drafts,
                 path,
-                beside(path, FILES["weights"]),
-                weight,
+                weights_path,
                 report,
             )
             report("checking", 0, None)
-            check(read_lux(made.path(path)))
-            forget(made, path)
+            check(read_lux(drafts.path(path)))
+            remove_stale(drafts, path)
         return read_lux(path)
 
     def _write_table(
-        self, what: str, pieces: Iterable[np.ndarray], file: BinaryIO, vertices: int, report: Report
+        self,
+        name: str,
+        pieces: Iterable[np.ndarray],
+        file: BinaryIO,
+        vertices: int,
+        report: Report,
     ) -> None:
         done = 0
         for rows in pieces:
-            write(file, rows.astype(TABLES[what], copy=False))
+            write_array(file, rows.astype(TABLES[name], copy=False))
             done += len(rows)
-            report(f"writing {what}", done, vertices)
+            report(f"writing {name}", done, vertices)
         if done != vertices:
             raise GraphError(
-                f"{self.name}: {what} has {done:,} rows for {vertices:,} vertices: it needs one for each."
+                f"{self.name}: {name} has {done:,} rows for {vertices:,} vertices: give one per "
+                "vertex."
             )
 
-    def _counted(self, report: Report) -> tuple[np.ndarray, bool]:
-        """Where the in-edges of every vertex begin, and whether edges have weights."""
-        counts, largest, edges, heavy = np.zeros(self.vertices or 1024, np.int64), -1, 0, False
+    def _count(self, report: Report) -> tuple[np.ndarray, bool]:
+        """Offsets of the in-edges of every vertex, and whether edges have weights."""
+        degrees = np.zeros(self.vertices or 1024, np.int64)
+        largest = -1
+        edges = 0
+        weighted = False
         for source, target, weights in self.pieces():
             if self.vertices is not None:
                 check_ids(source, target, self.vertices, edges)
             elif len(source):
                 largest = max(largest, int(source.max()), int(target.max()))
-                check_ids(source, target, WIDEST, edges)
+                check_ids(source, target, MAX_VERTICES, edges)
                 check_plausible(largest, edges + len(source))
-                if largest >= len(counts):
-                    counts = np.concatenate(
-                        [counts, np.zeros(max(len(counts), largest + 1 - len(counts)), np.int64)]
-                    )
-            count(target, counts)
-            edges, heavy = edges + len(source), heavy or weights is not None
+                degrees = _enlarged(degrees, largest + 1)
+            count(target, degrees)
+            edges += len(source)
+            weighted = weighted or weights is not None
             report("counting edges", edges, self.edges)
         if not edges and self.vertices is None:
             raise GraphError(
-                f"{self.name} has no edge: it is not known how many vertices there are."
+                f"{self.name} has no edge, so the number of vertices is unknown: give at least "
+                "one edge."
             )
-        return offsets_of(counts[: self.vertices or largest + 1]), heavy
+        return offsets_of(degrees[: self.vertices or largest + 1]), weighted
 
 
-def save_transposed(path: Path, report: Report = silent, memory: int = MEMORY) -> Graph:
-    """Writes the transpose of a .lux file beside it, in bounded memory; the graph, whose `transposed()` is mapped from now on."""
+def _join_ids(pieces: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+
+
+def _enlarged(counts: np.ndarray, size: int) -> np.ndarray:
+    """The counts with zeros behind them, at least twice the length if `size` exceeds it."""
+    if size <= len(counts):
+        return counts
+    padding = np.zeros(max(len(counts), size - len(counts)), np.int64)
+    return np.concatenate([counts, padding])
+
+
+def save_transpose(path: Path, report: Report = silent, memory: int = MEMORY) -> Graph:
+    """Writes the transpose of a .lux file beside it in bounded memory; the graph with it."""
     graph = check(read_lux(path))
-    order = position_type(graph.edges)
+    positions = position_type(graph.edges)
 
     def pieces() -> Iterator[Piece]:
         for begin in range(0, graph.edges, PIECE):
             end = min(begin + PIECE, graph.edges)
-            target = np.empty(end - begin, graph.sources.dtype)
-            targets_of(graph.offsets, begin, target)
-            yield target, graph.sources[begin:end], np.arange(begin, end, dtype=order)
+            targets = np.empty(end - begin, graph.sources.dtype)
+            targets_of(graph.offsets, begin, targets)
+            yield targets, graph.sources[begin:end], np.arange(begin, end, dtype=positions)
 
-    offsets = offsets_of(graph.out_degrees())
-    bounds, scratch = _ranges(offsets, order, memory)
-    final, positions = (beside(path, ending) for ending in TRANSPOSED)
-    with drafts(
-        final, size(graph.vertices, graph.edges) + np.dtype(order).itemsize * graph.edges + scratch
-    ) as made:
-        _sort(pieces, offsets, bounds, made, final, positions, order, report)
+    sorting = _plan_sort(offsets_of(graph.out_degrees()), positions, memory)
+    edges_path, order_path = (companion(path, ending) for ending in TRANSPOSE_FILES)
+    order_bytes = np.dtype(positions).itemsize * graph.edges
+    size = lux_size(graph.vertices, graph.edges) + order_bytes + sorting.scratch_bytes
+    with open_drafts(edges_path, size) as drafts:
+        _sort(
+            pieces,
+            sorting,
+            drafts,
+            edges_path,
+            order_path,
+            report,
+        )
     return read_lux(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------- sorting
+# --------------------------------------------------------------------------------------- sorting
 
 
-def _ranges(
-    offsets: np.ndarray, third: type[np.generic] | None, memory: int
-) -> tuple[np.ndarray, int]:
-    """Where to cut the destinations so that a range's edges fit in memory, and the bytes of scratch files that it takes."""
-    row, more = (
-        np.dtype(id_type(len(offsets) - 1)).itemsize,
-        np.dtype(third).itemsize if third else 0,
-    )
-    bounds = _bounds(offsets, max(1, memory // (row + more)))
-    return bounds, 0 if len(bounds) == 2 else (2 * row + more) * int(offsets[-1])
+@dataclass(frozen=True)
+class _Sorting:
+    """How edges are sorted by destination.
+
+    offsets     int64 [vertices + 1]: the edges of every destination in the result
+    bounds      destinations between which a range of edges is sorted in memory
+    value       number type of the third column of the pieces, or None
+    """
+
+    offsets: np.ndarray
+    bounds: np.ndarray
+    value: type[np.generic] | None
+
+    @property
+    def edges(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def id(self) -> type[np.signedinteger[Any]]:
+        """Number type of vertex ids."""
+        return id_type(len(self.offsets) - 1)
+
+    @property
+    def ranges(self) -> int:
+        """Number of ranges; a single one needs no scratch files."""
+        return len(self.bounds) - 1
+
+    @property
+    def columns(self) -> tuple[type[np.generic] | None, ...]:
+        """Number types of source, target and value."""
+        return self.id, self.id, self.value
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Size of the scratch files."""
+        if self.ranges == 1:
+            return 0
+        return self.edges * sum(_itemsize(kind) for kind in self.columns)
 
 
-def _sort(
-    pieces: Callable[[], Iterator[Piece]],
-    offsets: np.ndarray,
-    bounds: np.ndarray,
-    made: Drafts,
-    path: Path,
-    third_path: Path,
-    third: type[np.generic] | None,
-    report: Report,
-) -> None:
-    """Writes a .lux file of the sources by destination, and the third column of the pieces, of this type, in the same order to another file."""
-    edges, kind, done = int(offsets[-1]), id_type(len(offsets) - 1), 0
-    if len(bounds) == 2:
-        ranges: list[Callable[[], Iterator[Piece]]] = [pieces]
-    else:
-        ranges = _dropped(pieces(), bounds, made, kind, third, edges, report)
-    with ExitStack() as stack:
-        third_file = stack.enter_context(made.open(third_path)) if third else None
-        file = stack.enter_context(made.open(path))
-        write_header(file, offsets, edges)
-        for begin, end, read in zip(bounds[:-1], bounds[1:], ranges, strict=True):
-            cursor = offsets[begin:end] - offsets[begin]
-            second = cursor.copy() if third else cursor
-            sources = np.empty(offsets[end] - offsets[begin], kind)
-            thirds = np.empty(len(sources) if third else 0, third)
-            for source, target, values in read():
-                local = target if begin == 0 else target - kind(begin)
-                placed = fill(local, source, cursor, sources)
-                if values is not None:
-                    placed = min(placed, fill(local, values, second, thirds))
-                if placed < len(source):
-                    raise GraphError(
-                        "The edges changed between their counting and their sorting: convert again when nobody writes to them."
-                    )
-                done += len(source)
-                report("sorting edges", done, edges)
-            write(file, sources)
-            if third_file is not None:
-                write(third_file, thirds)
-    if done != edges:
-        raise GraphError(
-            "The edges changed between their counting and their sorting: convert again when nobody writes to them."
-        )
+def _itemsize(kind: type[np.generic] | None) -> int:
+    return 0 if kind is None else np.dtype(kind).itemsize
 
 
-def _bounds(offsets: np.ndarray, most: int) -> np.ndarray:
-    """Where to cut the destinations so that no range has more than so many edges, unless it is one vertex.
+def _plan_sort(offsets: np.ndarray, value: type[np.generic] | None, memory: int) -> _Sorting:
+    """Ranges of destinations whose edges, sources and values, fit in `memory` bytes."""
+    edge_bytes = _itemsize(id_type(len(offsets) - 1)) + _itemsize(value)
+    return _Sorting(offsets, _bounds(offsets, max(1, memory // edge_bytes)), value)
+
+
+def _bounds(offsets: np.ndarray, max_edges: int) -> np.ndarray:
+    """Cuts between destinations into ranges of at most `max_edges` edges, or of one vertex.
 
     >>> _bounds(np.array([0, 2, 3, 9, 10]), 4)
     array([0, 2, 3, 4])
     """
-    bounds, vertices = [0], len(offsets) - 1
+    bounds = [0]
+    vertices = len(offsets) - 1
     while bounds[-1] < vertices:
-        end = int(np.searchsorted(offsets, offsets[bounds[-1]] + most, "right")) - 1
+        end = int(np.searchsorted(offsets, offsets[bounds[-1]] + max_edges, "right")) - 1
         bounds.append(min(vertices, max(bounds[-1] + 1, end)))
     return np.array(bounds)
 
 
-def _dropped(
-    pieces: Iterator[Piece],
-    bounds: np.ndarray,
-    made: Drafts,
-    kind: type[np.signedinteger[Any]],
-    third: type[np.generic] | None,
-    edges: int,
+def _sort(
+    pieces: Callable[[], Iterator[Piece]],
+    sorting: _Sorting,
+    drafts: Drafts,
+    path: Path,
+    value_path: Path,
     report: Report,
+) -> None:
+    """Writes a .lux file of the sources by destination, and the values in the same order."""
+    if sorting.ranges == 1:
+        ranges: list[Callable[[], Iterator[Piece]]] = [pieces]
+    else:
+        ranges = _distribute(pieces(), sorting, drafts, report)
+    done = 0
+
+    def reported(pieces: Iterator[Piece]) -> Iterator[Piece]:
+        nonlocal done
+        for piece in pieces:
+            yield piece
+            done += len(piece[0])
+            report("sorting edges", done, sorting.edges)
+
+    with ExitStack() as stack:
+        value_file = None
+        if sorting.value is not None:
+            value_file = stack.enter_context(drafts.open(value_path))
+        file = stack.enter_context(drafts.open(path))
+        write_header(file, sorting.offsets, sorting.edges)
+        for i, read in enumerate(ranges):
+            sources, values = _sort_range(reported(read()), sorting, i)
+            write_array(file, sources)
+            if value_file is not None:
+                write_array(value_file, values)
+
+
+def _sort_range(
+    pieces: Iterator[Piece], sorting: _Sorting, i: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sources and values of range i by destination; GraphError if the edges have changed."""
+    begin, end = sorting.bounds[i : i + 2]
+    first, last = sorting.offsets[[begin, end]]
+    source_cursor = sorting.offsets[begin:end] - first
+    value_cursor = source_cursor if sorting.value is None else source_cursor.copy()
+    sources = np.empty(last - first, sorting.id)
+    values = np.empty(len(sources) if sorting.value is not None else 0, sorting.value)
+    done = 0
+    for piece_sources, targets, piece_values in pieces:
+        rows = targets if begin == 0 else targets - sorting.id(begin)
+        placed = fill(rows, piece_sources, source_cursor, sources)
+        if piece_values is not None:
+            placed = min(placed, fill(rows, piece_values, value_cursor, values))
+        if placed < len(piece_sources):
+            raise GraphError(CHANGED)
+        done += placed
+    if done != len(sources):
+        raise GraphError(CHANGED)
+    return sources, values
+
+
+def _distribute(
+    pieces: Iterator[Piece], sorting: _Sorting, drafts: Drafts, report: Report
 ) -> list[Callable[[], Iterator[Piece]]]:
-    """Edges dropped into a scratch file per range of destinations, in their order; how to read each range again."""
-    n, done = len(bounds) - 1, 0
+    """Writes edges to a scratch file per range of destinations; returns how to read each range."""
+    done = 0
     with ExitStack() as stack:
         files = [
-            [stack.enter_context(made.scratch(f"{i}.{column}").open("wb")) for column in range(3)]
-            for i in range(n)
+            [stack.enter_context(path.open("wb")) for path in _scratch_paths(drafts, i)]
+            for i in range(sorting.ranges)
         ]
-        for source, target, values in pieces:
-            into = np.searchsorted(bounds, target, "right") - 1
-            cuts = offsets_of(np.bincount(into, minlength=n))
-            for column, (given, dtype) in enumerate(
-                [(source, kind), (target, kind), (values, third)]
-            ):
-                if given is not None:
-                    gathered = np.empty(len(given), dtype)
-                    fill(into, given, cuts[:-1].copy(), gathered)
-                    for i in np.flatnonzero(np.diff(cuts)):
-                        files[i][column].write(gathered[cuts[i] : cuts[i + 1]].data)
-            done += len(source)
-            report("dropping edges", done, edges)
+        for piece in pieces:
+            _distribute_piece(piece, sorting, files)
+            done += len(piece[0])
+            report("distributing edges", done, sorting.edges)
+    return [partial(_read_scratch, sorting, drafts, i) for i in range(sorting.ranges)]
 
-    def read(i: int) -> Iterator[Piece]:
-        with ExitStack() as stack:
-            columns = [
-                stack.enter_context(made.scratch(f"{i}.{column}").open("rb")) for column in range(3)
-            ]
-            while len(source := np.fromfile(columns[0], kind, PIECE)):
-                yield (
-                    source,
-                    np.fromfile(columns[1], kind, PIECE),
-                    np.fromfile(columns[2], third, PIECE) if third else None,
-                )
 
-    return [partial(read, i) for i in range(n)]
+def _distribute_piece(piece: Piece, sorting: _Sorting, files: Sequence[Sequence[BinaryIO]]) -> None:
+    """Appends each edge of a piece to the files of its range, in order."""
+    ranges = np.searchsorted(sorting.bounds, piece[1], "right") - 1
+    cuts = offsets_of(np.bincount(ranges, minlength=sorting.ranges))
+    for column, kind in enumerate(sorting.columns):
+        values = piece[column]
+        if values is None:
+            continue
+        gathered = np.empty(len(values), kind)
+        fill(ranges, values, cuts[:-1].copy(), gathered)
+        for i in np.flatnonzero(np.diff(cuts)).tolist():
+            files[i][column].write(gathered[cuts[i] : cuts[i + 1]].data)
+
+
+def _scratch_paths(drafts: Drafts, i: int) -> list[Path]:
+    """Scratch files of the three columns of range i."""
+    return [drafts.scratch(f"{i}.{column}") for column in range(3)]
+
+
+def _read_scratch(sorting: _Sorting, drafts: Drafts, i: int) -> Iterator[Piece]:
+    """The edges of range i, in pieces."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(path.open("rb")) for path in _scratch_paths(drafts, i)]
+        while len(sources := np.fromfile(files[0], sorting.id, PIECE)):
+            targets = np.fromfile(files[1], sorting.id, PIECE)
+            values = None
+            if sorting.value is not None:
+                values = np.fromfile(files[2], sorting.value, PIECE)
+            yield sources, targets, values

@@ -1,8 +1,8 @@
 """Numbers in text files, read at the speed of a disk: edge lists, and tables of numbers.
 
-An edge list has an edge a line: source, target and perhaps a weight, with spaces, tabs, commas or semicolons between them. Lines that begin
-with # or % or // are comments, and a first line of words is a header. Files are gone through 16 MiB at a time, packed with gzip or not; what is
-wrong is refused with its line.
+An edge list has one edge per line: source, target and perhaps a weight, separated by spaces, tabs,
+commas or semicolons. Lines that begin with #, % or // are comments, and a first line of words is a
+header. Files, gzipped or not, are read 16 MiB at a time. An error names its line.
 """
 
 from __future__ import annotations
@@ -19,56 +19,92 @@ from partita.errors import GraphError
 from partita.gnn.data.stream import EdgeStream, Piece
 
 BYTES = 2**24
-"""Bytes that are read and made numbers of in one go."""
+"""Bytes that are read and parsed at a time."""
 
 LONGEST = 2**20
-"""Bytes of the longest line that is still believed to be one."""
+"""Bytes of the longest line that may be a line of numbers."""
 
-GOOD, WORD, FEW, MANY, NEGATIVE, LARGE, MIXED = range(7)
+# results of the parsers
+GOOD = 0
+WORD = 1
+FEW = 2
+MANY = 3
+NEGATIVE = 4
+LARGE = 5
+MIXED = 6
+
+PROBLEMS = {
+    WORD: "is no edge: write two integers, source and target, and perhaps a weight",
+    FEW: "has no target: write two integers, source and target",
+    MANY: "has more than three numbers: write source, target and perhaps a weight",
+    NEGATIVE: "has a negative id: number the vertices from 0",
+    LARGE: "has an id of 2^32 or more: number the vertices from 0, without gaps",
+}
+"""Messages for lines that are no edge; MIXED depends on the lines before."""
+
+NEWLINE = 10
 
 
-def edge_list(path: Path, name: str | None = None, vertices: int | None = None) -> EdgeStream:
-    """The edges of a text file. GraphError, with its line, for the first that is none, when it is reached."""
+def text_edges(path: Path, name: str | None = None, vertices: int | None = None) -> EdgeStream:
+    """The edges of a text file. Reading raises GraphError with the first line that is no edge."""
     return EdgeStream(lambda: _edges(path), vertices, name=name or path.name.split(".")[0])
 
 
 def _edges(path: Path) -> Iterator[Piece]:
-    heavy, before = -1, 0
+    weighted = -1
+    lines_before = 0
     for text in blocks(path):
-        if before == 0 and bytes(text[:14]) == b"%%MatrixMarket":
+        if lines_before == 0 and bytes(text[:14]) == b"%%MatrixMarket":
             raise GraphError(
-                f"{str(path)!r} is a MatrixMarket file: Graph.from_scipy(scipy.io.mmread(...)) makes a graph of it."
+                f"{str(path)!r} is a MatrixMarket file: use Graph.from_scipy(scipy.io.mmread(...))."
             )
-        lines = int(np.count_nonzero(text == 10))
-        source, target, weights = (
-            np.empty(lines, np.int64),
-            np.empty(lines, np.int64),
-            np.empty(lines, np.float32),
+        lines = int(np.count_nonzero(text == NEWLINE))
+        source = np.empty(lines, np.int64)
+        target = np.empty(lines, np.int64)
+        weights = np.empty(lines, np.float32)
+        edges, weighted, problem, position = _parse_edges(
+            text,
+            lines_before == 0,
+            weighted,
+            source,
+            target,
+            weights,
         )
-        done, heavy, wrong, at = _parse_edges(text, before == 0, heavy, source, target, weights)
-        if wrong:
-            raise GraphError(_sentence(path, text, before, at, wrong, heavy))
-        before += lines
-        yield source[:done], target[:done], weights[:done] if heavy == 1 else None
+        if problem:
+            line = _describe_line(path, text, lines_before, position)
+            raise GraphError(f"{line} {_problem_text(problem, weighted)}.")
+        lines_before += lines
+        yield source[:edges], target[:edges], weights[:edges] if weighted == 1 else None
+
+
+def _problem_text(problem: int, weighted: int) -> str:
+    if problem != MIXED:
+        return PROBLEMS[problem]
+    if weighted == 1:
+        return "has no weight, unlike the edges before: give a weight to all edges, or to none"
+    return "has a weight, unlike the edges before: give a weight to all edges, or to none"
 
 
 def table(path: Path, dtype: type[np.generic]) -> Iterator[np.ndarray]:
-    """The rows of a text file of numbers, [rows, columns] at a time; every line has as many as the first. "nan" is a number."""
-    columns, before = 0, 0
+    """The rows of a text file of numbers, [rows, columns] at a time. "nan" is a number.
+
+    Every line must have the same number of columns.
+    """
+    columns = 0
+    lines_before = 0
     for text in blocks(path):
         if not columns:
-            columns = len(bytes(text[: int(np.argmax(text == 10))]).replace(b",", b" ").split())
-        lines = int(np.count_nonzero(text == 10))
+            first_line = bytes(text[: int(np.argmax(text == NEWLINE))])
+            columns = len(first_line.replace(b",", b" ").split())
+        lines = int(np.count_nonzero(text == NEWLINE))
         values = np.empty((lines, columns), dtype)
-        wrong, at = _parse_table(text, values)
-        if wrong:
-            what = (
-                "has another number of columns than the first"
-                if wrong == FEW
-                else "is not made of numbers"
-            )
-            raise GraphError(f"{_place(path, text, before, at)} {what} ({columns}).")
-        before += lines
+        problem, position = _parse_table(text, values)
+        if problem:
+            line = _describe_line(path, text, lines_before, position)
+            if problem == FEW:
+                raise GraphError(f"{line} has another number of columns than line 1 ({columns}).")
+            raise GraphError(f"{line} is not made of numbers: write {columns} numbers.")
+        lines_before += lines
         yield values
 
 
@@ -76,14 +112,16 @@ def blocks(path: Path) -> Iterator[np.ndarray]:
     """A file's bytes, unpacked, in blocks of whole lines."""
     rest = b""
     with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
+        gzipped = file.read(2) == b"\x1f\x8b"
     try:
-        with gzip.open(path) if packed else path.open("rb") as file:
+        with gzip.open(path) if gzipped else path.open("rb") as file:
             while block := file.read(BYTES):
                 end = block.rfind(b"\n") + 1
                 if not end and len(rest) + len(block) > LONGEST + BYTES:
                     raise GraphError(
-                        f"{str(path)!r} has a line of more than {LONGEST:,} bytes: it is no text of numbers."
+                        f"{str(path)!r} has a line of more than {LONGEST:,} bytes: it is no text "
+                        "of "
+                        "numbers."
                     )
                 if end:
                     yield np.frombuffer(rest + block[:end], np.uint8)
@@ -96,171 +134,198 @@ def blocks(path: Path) -> Iterator[np.ndarray]:
         yield np.frombuffer(rest + b"\n", np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------------- what is wrong
-
-
-def _place(path: Path, text: np.ndarray, before: int, at: int) -> str:
-    """Where a line is and what it says."""
-    number = before + int(np.count_nonzero(text[:at] == 10)) + 1
-    begin = int(np.flatnonzero(text[:at] == 10)[-1]) + 1 if number > before + 1 else 0
+def _describe_line(path: Path, text: np.ndarray, lines_before: int, position: int) -> str:
+    """The number and the content of the line at a position of a block."""
+    newlines = np.flatnonzero(text[:position] == NEWLINE)
+    number = lines_before + len(newlines) + 1
+    begin = int(newlines[-1]) + 1 if len(newlines) else 0
     line = bytes(text[begin : begin + 200]).split(b"\n")[0].decode("utf-8", "replace").strip()
-    return f"{str(path)!r}, line {number:,}: {line if len(line) <= 60 else line[:57] + '...'!r}"
+    if len(line) > 60:
+        line = line[:57] + "..."
+    return f"{str(path)!r}, line {number:,}: {line!r}"
 
 
-def _sentence(path: Path, text: np.ndarray, before: int, at: int, wrong: int, heavy: int) -> str:
-    said = {
-        WORD: "is no edge: write two whole numbers, source and target, and perhaps a weight",
-        FEW: "has no target: write two whole numbers, source and target",
-        MANY: "has more than three numbers: an edge is source, target and perhaps a weight, so leave the other columns away",
-        NEGATIVE: "has a negative id: vertices are numbered from 0",
-        LARGE: "has an id of 2^32 or more: number the vertices from 0, without gaps",
-        MIXED: f"has {'no' if heavy == 1 else 'a'} weight and the edges before have {'one' if heavy == 1 else 'none'}: give all edges one, or none",
-    }
-    return f"{_place(path, text, before, at)} {said[wrong]}."
-
-
-# ---------------------------------------------------------------------------------------------------------------- kernels
+# --------------------------------------------------------------------------------------- parsers
 #
-# 10 newline, 32 space, 9 tab, 13 carriage return, 44 comma, 59 semicolon, 35 #, 37 %, 47 /, 43 +, 45 -, 46 point
+# Characters by number: 10 newline, 32 space, 9 tab, 13 carriage return, 44 comma, 59 semicolon,
+# 35 #, 37 %, 47 /, 43 +, 45 -, 46 point, 101 e. Every block ends in a newline, so a parser may look
+# at the character after a digit, a sign or a separator.
 
 
 @njit(cache=True)
-def _blank(c):
+def _is_separator(c):
     return c == 32 or c == 9 or c == 13 or c == 44 or c == 59
 
 
 @njit(cache=True)
-def _digit(c):
+def _is_digit(c):
     return 48 <= c <= 57
 
 
 @njit(cache=True)
-def _id(text, i):
-    """The whole number that begins at i, where it ends, and what is wrong with it."""
-    if text[i] == 45 and _digit(text[i + 1]):
+def _ends_number(c):
+    return _is_separator(c) or c == 10
+
+
+@njit(cache=True)
+def _skip_separators(text, i):
+    """The position of the next character that is no separator."""
+    while _is_separator(text[i]):
+        i += 1
+    return i
+
+
+@njit(cache=True)
+def _parse_id(text, i):
+    """The integer that begins at i, its end, and a problem or GOOD."""
+    if text[i] == 45 and _is_digit(text[i + 1]):
         return 0, i, NEGATIVE
-    value, begin = 0, i
-    while _digit(text[i]):
+    value = 0
+    begin = i
+    while _is_digit(text[i]):
         value = value * 10 + (text[i] - 48)
         if value >= 2**32:
             return 0, i, LARGE
         i += 1
-    if i == begin or not (_blank(text[i]) or text[i] == 10):
+    if i == begin or not _ends_number(text[i]):
         return 0, i, WORD
     return value, i, GOOD
 
 
 @njit(cache=True)
-def _number(text, i):
-    """The number that begins at i, where it ends, and what is wrong with it."""
+def _parse_exponent(text, i):
+    """The exponent that begins at i, its end, and whether it has digits."""
+    negative = text[i] == 45
+    if text[i] == 45 or text[i] == 43:
+        i += 1
+    begin = i
+    exponent = 0
+    while _is_digit(text[i]):
+        exponent = min(exponent * 10 + (text[i] - 48), 9999)
+        i += 1
+    return -exponent if negative else exponent, i, i > begin
+
+
+@njit(cache=True)
+def _scale(value, power):
+    """value * 10^power; a division for small negative powers rounds once."""
+    if power >= 0 or power <= -300:
+        return value * 10.0**power
+    return value / 10.0**-power
+
+
+@njit(cache=True)
+def _parse_number(text, i):
+    """The number that begins at i, its end, and a problem or GOOD."""
     negative = text[i] == 45
     if text[i] == 45 or text[i] == 43:
         i += 1
     if text[i] | 32 == 110 and text[i + 1] | 32 == 97 and text[i + 2] | 32 == 110:  # nan
         i += 3
-        return np.nan, i, GOOD if _blank(text[i]) or text[i] == 10 else WORD
-    value, digits, power, past = 0.0, 0, 0, False
-    while _digit(text[i]) or (text[i] == 46 and not past):
+        return np.nan, i, GOOD if _ends_number(text[i]) else WORD
+    value = 0.0
+    digits = 0
+    power = 0
+    after_point = False
+    while _is_digit(text[i]) or (text[i] == 46 and not after_point):
         if text[i] == 46:
-            past = True
+            after_point = True
         else:
             value = value * 10 + (text[i] - 48)
             digits += 1
-            power -= past
+            power -= after_point
         i += 1
-    if text[i] | 32 == 101 and digits:  # e
-        i += 1
-        minus = text[i] == 45
-        if text[i] == 45 or text[i] == 43:
-            i += 1
-        begin, exponent = i, 0
-        while _digit(text[i]):
-            exponent = min(exponent * 10 + (text[i] - 48), 9999)
-            i += 1
-        if i == begin:
-            digits = 0
-        power += -exponent if minus else exponent
-    if not digits or not (_blank(text[i]) or text[i] == 10):
+    complete = digits > 0
+    if complete and text[i] | 32 == 101:
+        exponent, i, complete = _parse_exponent(text, i + 1)
+        power += exponent
+    if not complete or not _ends_number(text[i]):
         return 0.0, i, WORD
-    value = (
-        value * 10.0**power
-        if power >= 0
-        else value / 10.0**-power
-        if power > -300
-        else value * 10.0**power
-    )
+    value = _scale(value, power)
     return -value if negative else value, i, GOOD
 
 
 @njit(cache=True)
-def _parse_edges(text, first, heavy, source, target, weights):
-    """Fills in the edges of whole lines; how many, whether they have weights (-1: not known yet), what is wrong and where."""
-    i, n, done = 0, len(text), 0
-    while i < n:
-        while _blank(text[i]):
-            i += 1
-        c = text[i]
-        if c == 10:
+def _is_comment(text, i):
+    return text[i] == 35 or text[i] == 37 or (text[i] == 47 and text[i + 1] == 47)
+
+
+@njit(cache=True)
+def _parse_edges(
+    text,
+    first_block,
+    weighted,
+    source,
+    target,
+    weights,
+):
+    """Parses whole lines into edges.
+
+    Returns their number, whether they have weights (1, 0, or -1: unknown so far), a problem or
+    GOOD, and the position of the line with the problem.
+    """
+    i = 0
+    edges = 0
+    may_be_header = first_block
+    while i < len(text):
+        i = _skip_separators(text, i)
+        if text[i] == 10:
             i += 1
             continue
-        if (
-            c == 35
-            or c == 37
-            or (c == 47 and text[i + 1] == 47)
-            or (first and done == 0 and not _digit(c) and c != 45)
-        ):
-            if not (c == 35 or c == 37 or c == 47):
-                first = False
+        line = i
+        is_number = _is_digit(text[i]) or text[i] == 45
+        is_header = may_be_header and edges == 0 and not is_number
+        if is_header or _is_comment(text, i):
+            if not _is_comment(text, i):
+                may_be_header = False
             while text[i] != 10:
                 i += 1
             continue
-        line = i
-        source[done], i, wrong = _id(text, i)
-        if wrong:
-            return done, heavy, wrong, line
-        while _blank(text[i]):
-            i += 1
+        source[edges], i, problem = _parse_id(text, i)
+        if problem:
+            return edges, weighted, problem, line
+        i = _skip_separators(text, i)
         if text[i] == 10:
-            return done, heavy, FEW, line
-        target[done], i, wrong = _id(text, i)
-        if wrong:
-            return done, heavy, wrong, line
-        while _blank(text[i]):
-            i += 1
-        has = 0 if text[i] == 10 else 1
-        if heavy >= 0 and has != heavy:
-            return done, heavy, MIXED, line
-        heavy = has
-        if has:
-            weights[done], i, wrong = _number(text, i)
-            if wrong:
-                return done, heavy, wrong, line
-            while _blank(text[i]):
-                i += 1
+            return edges, weighted, FEW, line
+        target[edges], i, problem = _parse_id(text, i)
+        if problem:
+            return edges, weighted, problem, line
+        i = _skip_separators(text, i)
+        has_weight = 0 if text[i] == 10 else 1
+        if weighted >= 0 and has_weight != weighted:
+            return edges, weighted, MIXED, line
+        weighted = has_weight
+        if has_weight:
+            weights[edges], i, problem = _parse_number(text, i)
+            if problem:
+                return edges, weighted, problem, line
+            i = _skip_separators(text, i)
             if text[i] != 10:
-                return done, heavy, MANY, line
-        done += 1
+                return edges, weighted, MANY, line
+        edges += 1
         i += 1
-    return done, heavy, GOOD, 0
+    return edges, weighted, GOOD, 0
 
 
 @njit(cache=True)
 def _parse_table(text, values):
-    """Fills in the numbers of whole lines; what is wrong and where."""
-    i, (rows, columns) = 0, values.shape
+    """Parses whole lines into rows.
+
+    Returns a problem or GOOD, and the position of the line with the problem.
+    """
+    i = 0
+    rows, columns = values.shape
     for row in range(rows):
         line = i
         for column in range(columns):
-            while _blank(text[i]):
-                i += 1
+            i = _skip_separators(text, i)
             if text[i] == 10:
                 return FEW, line
-            value, i, wrong = _number(text, i)
-            if wrong:
-                return wrong, line
+            value, i, problem = _parse_number(text, i)
+            if problem:
+                return problem, line
             values[row, column] = value
-        while _blank(text[i]):
-            i += 1
+        i = _skip_separators(text, i)
         if text[i] != 10:
             return FEW, line
         i += 1

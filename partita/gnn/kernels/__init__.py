@@ -1,1 +1,4 @@
-"""Aggregations over in-edges, one a file, each with its gradient; `bridge` is how XLA calls them on a CPU."""
+"""Aggregations over in-edges, one per file, each with its gradient.
+
+`bridge` connects them to XLA on a CPU; `codegen` generates instructions that numba would not.
+"""

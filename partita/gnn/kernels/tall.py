@@ -1,13 +1,14 @@
-"""Products over rows, x^T y, of tables with many rows and few columns: the gradient of a layer's weights.
+"""Products over rows, x^T y, of tall narrow tables: the gradient of a layer's weights.
 
-XLA's library multiplies matrices in tiles of its own, into which it copies both tables, and the copy of one that lies across takes as long
-again as the product. Here a tile of the result stays in vector registers while a panel of rows goes by, which stays in the cache for all tiles.
+XLA's library multiplies matrices in tiles, copies both tables into them, and spends as long on the
+copy of the transposed one as on the product. Here a tile of the result stays in vector registers
+while a panel of rows passes; the panel stays in the cache for all tiles.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,161 +18,207 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 
 from partita.gnn.kernels import bridge
-from partita.gnn.kernels.bridge import (
-    ARGUMENTS,
+from partita.gnn.kernels.bridge import answers_metadata, argument, cube, ints, matrix, result
+from partita.gnn.kernels.codegen import (
     FLOAT,
     LONG,
-    RESULTS,
-    asked,
-    buffer,
-    cube,
-    ints,
-    matrix,
+    number,
+    pointer,
     spread,
     switch,
+    unpack,
+    vector_pointer,
 )
 
 PANEL = 64
-"""Rows that are multiplied at a time: so many of 128 columns of both tables stay in a first-level cache."""
+"""Rows multiplied at a time: 64 rows of 128 columns of both tables fit a first-level cache."""
+
 LARGEST = 2**15
-"""Elements of a result, beyond which what XLA copies no longer counts and it multiplies as fast."""
+"""Elements of a result beyond which XLA's copies no longer count and it is as fast."""
 
 
-TILES = {
-    (rows, vectors * width): (rows, vectors, width)
+class Tile(NamedTuple):
+    """A tile of the result: `rows` rows of `vectors` registers of `width` float32 each."""
+
+    rows: int
+    vectors: int
+    width: int
+
+
+TILES = [
+    Tile(rows, vectors, width)
     for rows in (4, 1)
     for vectors, width in ((4, 16), (1, 16), (1, 8), (1, 1))
-}
-"""(rows, columns) of the result that are made at a time, in how many rows of how many registers of how many numbers."""
+]
+"""Tiles that can be computed at a time."""
+
+
+class Panel(NamedTuple):
+    """Operands of a tile, all int64: addresses, rows of the panel, bytes of a row of each table."""
+
+    x: Any
+    y: Any
+    out: Any
+    count: Any
+    x_bytes: Any
+    y_bytes: Any
+    out_bytes: Any
 
 
 @intrinsic
-def _multiply(typing, rows, columns, x, y, out, count, x_bytes, y_bytes, out_bytes):  # type: ignore[no-untyped-def]
-    """Adds to a tile of the result (one of `TILES`) the products of a panel of `count` rows. All arguments are int64: addresses, rows, bytes."""
+def _multiply(typing, rows, columns, panel):  # type: ignore[no-untyped-def]
+    """Adds the products of a `Panel` to a tile of `rows` by `columns`, one of `TILES`."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        rows, columns, *rest = arguments
+        rows, columns, panel = arguments
+        panel = unpack(builder, signature.args[2], panel)
         key = builder.add(builder.mul(rows, ir.Constant(LONG, 100)), columns)
-        switch(
-            builder,
-            key,
-            {100 * r + c: partial(_tile, builder, *tile, *rest) for (r, c), tile in TILES.items()},
-        )
+        cases = {}
+        for tile in TILES:
+            case = 100 * tile.rows + tile.vectors * tile.width
+            cases[case] = partial(_generate_tile, builder, tile, panel)
+        switch(builder, key, cases)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 9), generate
+    return types.void(types.int64, types.int64, panel), generate
 
 
-def _tile(b, rows, vectors, width, x, y, out, count, x_bytes, y_bytes, out_bytes):  # type: ignore[no-untyped-def]
-    """Code for a tile whose sums are in registers."""
-    vector = ir.VectorType(FLOAT, width)
-    number = lambda value: ir.Constant(LONG, value)
-    at = lambda base, offset, kind: b.inttoptr(b.add(base, offset), kind.as_pointer())
-    entry, body, done = b.block, b.append_basic_block("rows"), b.append_basic_block("done")
+def _generate_tile(b, tile, panel):  # type: ignore[no-untyped-def]
+    """Code of a tile whose sums are in registers."""
+    vector = ir.VectorType(FLOAT, tile.width)
+    entry = b.block
+    body = b.append_basic_block("rows")
+    done = b.append_basic_block("done")
     b.branch(body)
+
     b.position_at_end(body)
-    k, xk, yk = (b.phi(LONG) for _ in range(3))
-    sums = [[b.phi(vector) for _ in range(vectors)] for _ in range(rows)]
-    right = [b.load(at(yk, number(4 * width * j), vector), align=4) for j in range(vectors)]
-    new = []
+    k, x, y = (b.phi(LONG) for _ in range(3))
+    sums = []
+    for _ in range(tile.rows):
+        sums.append([b.phi(vector) for _ in range(tile.vectors)])
+    y_values = [b.load(vector_pointer(b, y, j, vector), align=4) for j in range(tile.vectors)]
+    next_sums = []
     for i, row in enumerate(sums):
-        left = spread(b, b.load(at(xk, number(4 * i), FLOAT), align=4), width)
-        new.append(
-            [
-                b.fadd(s, b.fmul(left, r, flags=("contract",)), flags=("contract",))
-                for s, r in zip(row, right, strict=True)
-            ]
-        )
-    after = b.add(k, number(1))
-    for phi, begin, value in (
-        (k, number(0), after),
-        (xk, x, b.add(xk, x_bytes)),
-        (yk, y, b.add(yk, y_bytes)),
-    ):
-        phi.add_incoming(begin, entry)
-        phi.add_incoming(value, body)
-    for row, found in zip(sums, new, strict=True):
-        for s, n in zip(row, found, strict=True):
-            s.add_incoming(ir.Constant(vector, None), entry)
-            s.add_incoming(n, body)
-    b.cbranch(b.icmp_signed("<", after, count), body, done)
+        x_value = b.load(pointer(b, b.add(x, number(4 * i)), FLOAT), align=4)
+        next_sums.append(_add_products(b, row, spread(b, x_value, tile.width), y_values))
+    next_k = b.add(k, number(1))
+    _step(k, (number(0), entry), (next_k, body))
+    _step(x, (panel.x, entry), (b.add(x, panel.x_bytes), body))
+    _step(y, (panel.y, entry), (b.add(y, panel.y_bytes), body))
+    zero = ir.Constant(vector, None)
+    for row, next_row in zip(sums, next_sums, strict=True):
+        for value, next_value in zip(row, next_row, strict=True):
+            _step(value, (zero, entry), (next_value, body))
+    b.cbranch(b.icmp_signed("<", next_k, panel.count), body, done)
+
     b.position_at_end(done)
-    for i, found in enumerate(new):
-        for j, n in enumerate(found):
-            place = at(out, b.add(b.mul(number(i), out_bytes), number(4 * width * j)), vector)
-            b.store(b.fadd(b.load(place, align=4), n), place, align=4)
+    for i, row in enumerate(next_sums):
+        out_row = b.add(panel.out, b.mul(number(i), panel.out_bytes))
+        for j, value in enumerate(row):
+            place = vector_pointer(b, out_row, j, vector)
+            b.store(b.fadd(b.load(place, align=4), value), place, align=4)
+
+
+def _add_products(b, sums, x_values, y_values):  # type: ignore[no-untyped-def]
+    """A row of sums plus x times y, one vector each."""
+    results = []
+    for value, y in zip(sums, y_values, strict=True):
+        product = b.fmul(x_values, y, flags=("contract",))
+        results.append(b.fadd(value, product, flags=("contract",)))
+    return results
+
+
+def _step(phi, *branches):  # type: ignore[no-untyped-def]
+    """Gives a loop's value its (value, block) at the start and after each round."""
+    for value, block in branches:
+        phi.add_incoming(value, block)
+
+
+@njit(nogil=True)
+def _tile_columns(remaining):
+    if remaining >= 64:
+        return np.int64(64)
+    if remaining >= 16:
+        return np.int64(16)
+    if remaining >= 8:
+        return np.int64(8)
+    return np.int64(1)
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
 def _product(x, y, first, stop, out):
-    """out = x^T y over rows from `first` to before `stop`."""
+    """out = x^T y over the rows from `first` to before `stop`."""
     out[:, :] = np.float32(0)
-    tall, wide = x.shape[1], y.shape[1]
-    xw, yw, op = np.int64(4 * tall), np.int64(4 * wide), np.int64(out.ctypes.data)
-    for row in range(first, stop, PANEL):
-        n = np.int64(min(PANEL, stop - row))
-        xp, yp = np.int64(x.ctypes.data) + row * xw, np.int64(y.ctypes.data) + row * yw
-        c = np.int64(0)
-        while c < wide:
-            left = wide - c
-            across = np.int64(64 if left >= 64 else 16 if left >= 16 else 8 if left >= 8 else 1)
-            r = np.int64(0)
-            while r < tall:
-                down = np.int64(4 if tall - r >= 4 else 1)
-                _multiply(down, across, xp + 4 * r, yp + 4 * c, op + r * yw + 4 * c, n, xw, yw, yw)  # type: ignore[reportCallIssue]
-                r += down
-            c += across
+    a = x.shape[1]
+    b = y.shape[1]
+    x_bytes = np.int64(4 * a)
+    y_bytes = np.int64(4 * b)
+    out_address = np.int64(out.ctypes.data)
+    for start in range(first, stop, PANEL):
+        count = np.int64(min(PANEL, stop - start))
+        x_address = np.int64(x.ctypes.data) + start * x_bytes
+        y_address = np.int64(y.ctypes.data) + start * y_bytes
+        column = np.int64(0)
+        while column < b:
+            width = _tile_columns(b - column)
+            row = np.int64(0)
+            while row < a:
+                height = np.int64(4 if a - row >= 4 else 1)
+                panel = Panel(
+                    x_address + 4 * row,
+                    y_address + 4 * column,
+                    out_address + row * y_bytes + 4 * column,
+                    count,
+                    x_bytes,
+                    y_bytes,
+                    y_bytes,
+                )
+                _multiply(height, width, panel)  # type: ignore[reportCallIssue]
+                row += height
+            column += width
 
 
 @njit(nogil=True, parallel=True, cache=True)
-def _threads(threads, x, y, out):
+def _product_threads(threads, x, y, out):
     rows = x.shape[0]
     for part in prange(threads):
         _product(x, y, rows * part // threads, rows * (part + 1) // threads, out[part])
 
 
-@njit(nogil=True, inline="always")
-def _arguments(frame):
-    """Arguments: threads int32 [1], x [rows, a], y [rows, b]; result [threads, a, b], of which the sum is asked for."""
-    return (
-        ints(buffer(frame, ARGUMENTS, 0))[0],
-        matrix(buffer(frame, ARGUMENTS, 1)),
-        matrix(buffer(frame, ARGUMENTS, 2)),
-        cube(buffer(frame, RESULTS, 0)),
-    )
-
-
 def _handlers(version: int, threaded: bool) -> dict[str, Any]:
-    def alone(frame):  # type: ignore[no-untyped-def]
-        if not asked(frame, version):
-            threads, x, y, out = _arguments(frame)
-            _product(x, y, 0, x.shape[0], out[0])
+    """Arguments: threads int32 [1], x [rows, a], y [rows, b]; result [threads, a, b], to add up."""
+
+    def product_alone(frame):  # type: ignore[no-untyped-def]
+        if not answers_metadata(frame, version):
+            x = matrix(argument(frame, 1))
+            _product(x, matrix(argument(frame, 2)), 0, x.shape[0], cube(result(frame, 0))[0])
         return 0
 
-    def several(frame):  # type: ignore[no-untyped-def]
-        if not asked(frame, version):
-            threads, x, y, out = _arguments(frame)
-            _threads(threads, x, y, out)
+    def product_threaded(frame):  # type: ignore[no-untyped-def]
+        if not answers_metadata(frame, version):
+            threads = ints(argument(frame, 0))[0]
+            x, y = matrix(argument(frame, 1)), matrix(argument(frame, 2))
+            _product_threads(threads, x, y, cube(result(frame, 0)))
         return 0
 
-    return {"partita_gnn_tall": several if threaded else alone}
+    return {"partita_gnn_tall": product_threaded if threaded else product_alone}
 
 
-def _try() -> None:
-    """Registers the kernel and multiplies small tables by it: AssertionError where a product is wrong."""
+def _self_test() -> None:
+    """Registers the kernel and tries it on small tables; AssertionError for a wrong product."""
     bridge.register(_handlers(bridge.version(), bridge.threads() > 1))
     for rows, a, b in ((3, 1, 1), (70, 5, 7), (200, 6, 90)):
-        x, y = (np.sin(np.arange(rows * n, dtype=np.float32)).reshape(rows, n) for n in (a, b))
+        x = np.sin(np.arange(rows * a, dtype=np.float32)).reshape(rows, a)
+        y = np.sin(np.arange(rows * b, dtype=np.float32)).reshape(rows, b)
         with jax.ensure_compile_time_eval():
-            assert np.allclose(_call(x, y), x.T @ y, rtol=1e-4, atol=1e-4), "a product is wrong"
+            computed = _call(x, y)
+        assert np.allclose(computed, x.T @ y, rtol=1e-4, atol=1e-4), "a product is wrong"
 
 
 def _call(x: Any, y: Any) -> Any:
-    threads = bridge.threads()
-    parts = jax.ffi.ffi_call(
-        "partita_gnn_tall", jax.ShapeDtypeStruct((threads, x.shape[1], y.shape[1]), jnp.float32)
-    )(np.array([threads], np.int32), x, y)
-    return parts.sum(axis=0)
+    shape = (bridge.threads(), x.shape[1], y.shape[1])
+    kernel = jax.ffi.ffi_call("partita_gnn_tall", jax.ShapeDtypeStruct(shape, jnp.float32))
+    return kernel(bridge.thread_argument(), x, y).sum(axis=0)
 
 
 @jax.custom_vjp
@@ -180,28 +227,28 @@ def product(x: Any, w: Any) -> Any:
     return x @ w
 
 
-def _backward(saved: Any, dy: Any) -> Any:
+def _product_forward(x: Any, w: Any) -> Any:
+    return x @ w, (x, w)
+
+
+def _product_backward(saved: Any, dy: Any) -> Any:
     x, w = saved
     return dy @ w.T, tall(x, dy)
 
 
-product.defvjp(lambda x, w: (x @ w, (x, w)), _backward)
+product.defvjp(_product_forward, _product_backward)
 
 
 def tall(x: Any, y: Any) -> Any:
     """float32 [a, b]: x^T y of x [rows, a] and y [rows, b]."""
     a, b = x.shape[1], y.shape[1]
-    if (
-        x.dtype != jnp.float32
-        or y.dtype != jnp.float32
-        or a * b > LARGEST
-        or not bridge.works(_try, "product")
-    ):
+    float32 = x.dtype == jnp.float32 and y.dtype == jnp.float32
+    if not float32 or a * b > LARGEST or not bridge.works(_self_test, "product"):
         return x.T @ y
     return _call(x, y) if _effort(a, b) <= _effort(b, a) else _call(y, x).T
 
 
-def _effort(tall: int, wide: int) -> int:
-    """Vector products of a row, where the columns of one table lie in vectors."""
-    vectors = wide // 16 + wide % 16 // 8 + wide % 8
-    return (tall // 4 * 4 + 4 * (tall % 4)) * vectors
+def _effort(rows: int, columns: int) -> int:
+    """Vector products per row of the tables, with the result's columns in vectors."""
+    vectors = columns // 16 + columns % 16 // 8 + columns % 8
+    return (rows // 4 * 4 + 4 * (rows % 4)) * vectors

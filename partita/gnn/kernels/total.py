@@ -1,11 +1,14 @@
 """Sums over in-edges, Y = A X, and A^T dY for their gradient: the heart of a graph layer.
 
-    out[v] = factor[v] * (share[v] * x[v] + sum over edges e into v of weight[e] * x[source[e]])          (1, 0 and 1 where there are none)
+    out[v] = factor[v] * (share[v] * x[v] + sum over edges e into v of weight[e] * x[source[e]])
 
-A row of the result is summed in vector registers over its edges while rows further ahead are fetched, so what remains is the memory's
-speed; the vertex's own row and the factor are added there too, since each pass over a table costs as much as a tenth of a sum. Rows wider than the registers are summed in blocks of columns; what is left over at the end is a block that overlaps the one before.
-`order` says where an edge's weight is: the transpose has its edges in an order of its own. Where the kernel is not, on an accelerator or where its
-self-test fails, the fastest of JAX's own ways takes its place.
+Without factor, share or weights they count 1, 0 and 1. A row of the result is summed in vector
+registers over its edges while rows further ahead are fetched, so the memory's speed is the limit.
+The vertex's own row and the factor are added in the same pass, since a pass over a table costs a
+tenth of a sum. Rows wider than the registers are summed in blocks of columns; the last block
+overlaps the one before. `order` is the position of an edge's weight: the transpose has its edges in
+an order of its own. On an accelerator, or where the kernel fails its self-test, the fastest of
+JAX's own operations replaces it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,293 +31,368 @@ from numba.extending import intrinsic
 from partita.execute import processes
 from partita.gnn.kernels import bridge
 from partita.gnn.kernels.bridge import (
-    ARGUMENTS,
-    FLOAT,
-    LONG,
-    RESULTS,
-    asked,
-    buffer,
+    answers_metadata,
+    argument,
     floats,
     ints,
     matrix,
+    result,
     rows_of,
+)
+from partita.gnn.kernels.codegen import (
+    FLOAT,
+    INT,
+    LONG,
+    load_element,
+    number,
+    prefetch,
     spread,
     switch,
+    unpack,
+    vector_pointer,
 )
 
 AHEAD = 12
-"""Edges ahead of the one that is added at which rows are fetched."""
+"""Edges between the one that is added and the one whose row is fetched."""
 
 
-BLOCKS = {128: (8, 16), 64: (4, 16), 16: (1, 16), 8: (1, 8), 4: (1, 4)}
-"""Columns that are summed at a time, in how many registers of how many numbers."""
+class Registers(NamedTuple):
+    """Registers that hold a block of a row: `vectors` registers of `width` float32 each."""
+
+    vectors: int
+    width: int
+
+
+BLOCKS = {
+    128: Registers(8, 16),
+    64: Registers(4, 16),
+    16: Registers(1, 16),
+    8: Registers(1, 8),
+    4: Registers(1, 4),
+}
+"""Registers by the number of columns that are summed at a time."""
+
+
+class SumEdges(NamedTuple):
+    """Edges of a sum.
+
+    offsets     int32 [rows + 1]
+    ids         int32 [edges]
+    weights     float32 [edges], or empty
+    order       int32 [edges], positions in `weights`; empty without weights
+    """
+
+    offsets: Any
+    ids: Any
+    weights: Any
+    order: Any
+
+
+class RowScale(NamedTuple):
+    """Factors of rows, float32 [rows] or empty: of the vertex's own row, and of the result."""
+
+    share: Any
+    factor: Any
+
+
+class RowSum(NamedTuple):
+    """One block of one row, all int64: addresses of arrays, edges, bytes of a row, first column."""
+
+    x: Any
+    ids: Any
+    weights: Any
+    order: Any
+    own: Any
+    out: Any
+    first: Any
+    stop: Any
+    last: Any
+    row_bytes: Any
+    column: Any
 
 
 @intrinsic
-def _add(
+def _sum_block(
     typing,
     columns,
     weighted,
-    x,
-    ids,
-    weights,
-    order,
-    own,
-    out,
-    first,
-    stop,
-    last,
-    row_bytes,
-    column,
+    row,
     share,
     factor,
 ):  # type: ignore[no-untyped-def]
-    """One row of the result, from `column` on, `columns` (one of `BLOCKS`) of it. All but share and factor are int64: addresses, edges, bytes."""
+    """Sums `columns` columns, one of `BLOCKS`, of a `RowSum` and writes them to its `out`."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        columns, weighted, *rest = arguments
-        ways = {(width, heavy): 2 * width + heavy for width in BLOCKS for heavy in (0, 1)}
+        columns, weighted, row, share, factor = arguments
+        row = unpack(builder, signature.args[2], row)
         key = builder.add(builder.mul(columns, ir.Constant(LONG, 2)), weighted)
-        switch(
-            builder,
-            key,
-            {
-                n: partial(_block, builder, *BLOCKS[width], bool(heavy), *rest)
-                for (width, heavy), n in ways.items()
-            },
-        )
+        cases = {}
+        for width, registers in BLOCKS.items():
+            code = partial(
+                _generate_sum,
+                builder,
+                registers,
+                row,
+                share,
+                factor,
+            )
+            cases[2 * width] = partial(code, weighted=False)
+            cases[2 * width + 1] = partial(code, weighted=True)
+        switch(builder, key, cases)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 13, types.float32, types.float32), generate
+    return types.void(types.int64, types.int64, row, types.float32, types.float32), generate
 
 
-def _block(
+def _generate_sum(
     b,
-    vectors,
-    width,
-    weighted,
-    x,
-    ids,
-    weights,
-    order,
-    own,
-    out,
-    first,
-    stop,
-    last,
-    row_bytes,
-    column,
+    registers,
+    row,
     share,
     factor,
+    weighted,
 ):  # type: ignore[no-untyped-def]
-    """Code that sums `vectors` times `width` columns in registers: factor x (share x the row at `own` + the edges' sum), without `own` if share is 0."""
-    int32, vector = ir.IntType(32), ir.VectorType(FLOAT, width)
-    number = lambda value: ir.Constant(LONG, value)
-    at = lambda base, index, kind: b.load(
-        b.inttoptr(b.add(base, b.mul(index, number(4))), kind.as_pointer()), align=4
-    )
-    register = lambda base, j: b.inttoptr(b.add(base, number(j * width * 4)), vector.as_pointer())
-    begin, mine, edges, done = (
-        b.append_basic_block(what) for what in ("begin", "own", "edges", "done")
-    )
-    entry, zero = b.block, ir.Constant(vector, None)
-    x, own, out = (b.add(base, b.mul(column, number(4))) for base in (x, own, out))
+    """Code of factor * (share * own row + sum over the edges); reads no own row if share is 0."""
+    vectors, width = registers
+    vector = ir.VectorType(FLOAT, width)
+    column_bytes = b.mul(row.column, number(4))
+    x = b.add(row.x, column_bytes)
+    own_row = b.add(row.own, column_bytes)
+    out = b.add(row.out, column_bytes)
+    entry = b.block
+    own_block = b.append_basic_block("own")
+    begin = b.append_basic_block("begin")
+    edges = b.append_basic_block("edges")
+    done = b.append_basic_block("done")
+    b.cbranch(b.fcmp_unordered("!=", share, ir.Constant(FLOAT, 0.0)), own_block, begin)
 
-    def met(*ways):  # type: ignore[no-untyped-def]
-        """A value for every register, of those with which each block comes here."""
-        phis = [b.phi(vector) for _ in range(vectors)]
-        for values, block in ways:
-            for phi, value in zip(phis, values, strict=True):
-                phi.add_incoming(value, block)
-        return phis
-
-    b.cbranch(b.fcmp_unordered("!=", share, ir.Constant(FLOAT, 0.0)), mine, begin)
-    b.position_at_end(mine)
-    shares = [
-        b.fmul(b.load(register(own, j), align=4), spread(b, share, width)) for j in range(vectors)
-    ]
+    b.position_at_end(own_block)
+    own_sums = []
+    for j in range(vectors):
+        own_values = b.load(vector_pointer(b, own_row, j, vector), align=4)
+        own_sums.append(b.fmul(own_values, spread(b, share, width)))
     b.branch(begin)
+
     b.position_at_end(begin)
-    start = met(([zero] * vectors, entry), (shares, mine))
-    b.cbranch(b.icmp_signed("<", first, stop), edges, done)
+    zeros = [ir.Constant(vector, None)] * vectors
+    start = _merge(b, vector, (zeros, entry), (own_sums, own_block))
+    b.cbranch(b.icmp_signed("<", row.first, row.stop), edges, done)
+
     b.position_at_end(edges)
     edge = b.phi(LONG)
-    sums = met((start, begin))
-    row = lambda e: b.add(x, b.mul(b.sext(at(ids, e, int32), LONG), row_bytes))
+    sums = _merge(b, vector, (start, begin))
     ahead = b.add(edge, number(AHEAD))
-    _fetch(b, row(b.select(b.icmp_signed("<", ahead, last), ahead, last)), vectors * width * 4)
-    here, new = row(edge), []
-    weight = (
-        spread(b, at(weights, b.sext(at(order, edge, int32), LONG), FLOAT), width)
-        if weighted
-        else None
-    )
+    ahead = b.select(b.icmp_signed("<", ahead, row.last), ahead, row.last)
+    prefetch(b, _source_row(b, x, row, ahead), vectors * width * 4)
+    source = _source_row(b, x, row, edge)
+    weight = spread(b, _edge_weight(b, row, edge), width) if weighted else None
+    next_sums = []
     for j, total in enumerate(sums):
-        value = b.load(register(here, j), align=4)
+        value = b.load(vector_pointer(b, source, j, vector), align=4)
         if weight is not None:
             value = b.fmul(value, weight, flags=("contract",))
-        new.append(b.fadd(total, value, flags=("contract",)))
-        total.add_incoming(new[-1], edges)
-    after = b.add(edge, number(1))
-    edge.add_incoming(first, begin)
-    edge.add_incoming(after, edges)
-    b.cbranch(b.icmp_signed("<", after, stop), edges, done)
+        next_sums.append(b.fadd(total, value, flags=("contract",)))
+        total.add_incoming(next_sums[-1], edges)
+    next_edge = b.add(edge, number(1))
+    edge.add_incoming(row.first, begin)
+    edge.add_incoming(next_edge, edges)
+    b.cbranch(b.icmp_signed("<", next_edge, row.stop), edges, done)
+
     b.position_at_end(done)
-    for j, total in enumerate(met((start, begin), (new, edges))):
-        b.store(b.fmul(total, spread(b, factor, width)), register(out, j), align=4)
+    totals = _merge(b, vector, (start, begin), (next_sums, edges))
+    for j, total in enumerate(totals):
+        scaled = b.fmul(total, spread(b, factor, width))
+        b.store(scaled, vector_pointer(b, out, j, vector), align=4)
 
 
-def _fetch(b, address, size):  # type: ignore[no-untyped-def]
-    """Code that fetches so many bytes into the nearest cache, to be read."""
-    int32, pointer, name = ir.IntType(32), ir.IntType(8).as_pointer(), "llvm.prefetch.p0"
-    fetch = b.module.globals.get(name) or ir.Function(
-        b.module, ir.FunctionType(ir.VoidType(), [pointer, int32, int32, int32]), name
-    )
-    for q in range(0, size, 64):
-        b.call(
-            fetch,
-            [
-                b.inttoptr(b.add(address, ir.Constant(LONG, q)), pointer),
-                *(ir.Constant(int32, n) for n in (0, 3, 1)),
-            ],
-        )
+def _merge(b, vector, *branches):  # type: ignore[no-untyped-def]
+    """One value per register, of the (values, block) that execution came from."""
+    phis = [b.phi(vector) for _ in branches[0][0]]
+    for values, block in branches:
+        for phi, value in zip(phis, values, strict=True):
+            phi.add_incoming(value, block)
+    return phis
+
+
+def _source_row(b, x, row, edge):  # type: ignore[no-untyped-def]
+    """Address of the row of x from which an edge comes."""
+    vertex = b.sext(load_element(b, row.ids, edge, INT), LONG)
+    return b.add(x, b.mul(vertex, row.row_bytes))
+
+
+def _edge_weight(b, row, edge):  # type: ignore[no-untyped-def]
+    position = b.sext(load_element(b, row.order, edge, INT), LONG)
+    return load_element(b, row.weights, position, FLOAT)
+
+
+@njit(nogil=True)
+def _block_columns(columns, remaining):
+    """Number of columns, one of `BLOCKS`, to sum next of rows of `columns`."""
+    if remaining >= 128:
+        return np.int64(128)
+    if remaining >= 64:
+        return np.int64(64)
+    if columns >= 16:
+        return np.int64(16)
+    if columns >= 8:
+        return np.int64(8)
+    return np.int64(4)
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
-def sum_rows(first, stop, offsets, ids, weights, order, share, factor, x, out):
-    """Rows from `first` to before `stop` of `total`; what is absent is empty."""
-    last, columns = np.int64(offsets[len(offsets) - 1]) - 1, x.shape[1]
-    xp, ip, op, row = (
-        np.int64(x.ctypes.data),
-        np.int64(ids.ctypes.data),
-        np.int64(out.ctypes.data),
-        np.int64(4 * columns),
-    )
-    wp, rp = np.int64(weights.ctypes.data), np.int64(order.ctypes.data)
-    weighted, one, none = np.int64(len(order) > 0), np.float32(1), np.float32(0)
+def sum_rows(
+    first,
+    stop,
+    edges,
+    scale,
+    x,
+    out,
+):
+    """Rows from `first` to before `stop` of `total`, of SumEdges and a RowScale."""
+    offsets, ids, weights, order = edges
+    last = np.int64(offsets[len(offsets) - 1]) - 1
+    columns = x.shape[1]
+    row_bytes = np.int64(4 * columns)
+    x_address = np.int64(x.ctypes.data)
+    out_address = np.int64(out.ctypes.data)
+    ids_address = np.int64(ids.ctypes.data)
+    weights_address = np.int64(weights.ctypes.data)
+    order_address = np.int64(order.ctypes.data)
+    weighted = np.int64(len(order) > 0)
     for v in range(first, stop):
-        e0, e1, c = np.int64(offsets[v]), np.int64(offsets[v + 1]), 0
-        s, f = share[v] if len(share) else none, factor[v] if len(factor) else one
+        e0 = np.int64(offsets[v])
+        e1 = np.int64(offsets[v + 1])
+        share = scale.share[v] if len(scale.share) else np.float32(0)
+        factor = scale.factor[v] if len(scale.factor) else np.float32(1)
         if columns < 4:
             for q in range(columns):
-                total = s * x[v, q] if s != 0 else none
+                total = share * x[v, q] if share != 0 else np.float32(0)
                 for e in range(e0, e1):
                     total += weights[order[e]] * x[ids[e], q] if weighted else x[ids[e], q]
-                out[v, q] = f * total
+                out[v, q] = factor * total
             continue
+        c = 0
         while c < columns:
-            left = columns - c
-            step = np.int64(
-                128
-                if left >= 128
-                else 64
-                if left >= 64
-                else 16
-                if columns >= 16
-                else 8
-                if columns >= 8
-                else 4
-            )
-            at = np.int64(min(c, columns - step))  # the last block overlaps the one before
-            _add(
-                step,
-                weighted,
-                xp,
-                ip,
-                wp,
-                rp,
-                xp + v * row,
-                op + v * row,
+            step = _block_columns(columns, columns - c)
+            column = np.int64(min(c, columns - step))  # the last block overlaps the one before
+            row = RowSum(
+                x_address,
+                ids_address,
+                weights_address,
+                order_address,
+                x_address + v * row_bytes,
+                out_address + v * row_bytes,
                 e0,
                 e1,
                 last,
-                row,
-                at,
-                s,
-                f,
-            )  # type: ignore[reportCallIssue]
+                row_bytes,
+                column,
+            )
+            _sum_block(step, weighted, row, share, factor)  # type: ignore[reportCallIssue]
             c += step
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
-def sum_range(first, stop, offsets, ids, x, out):
-    """Writes the plain sums over the edges of rows `first` to before `stop` to `out`, on one core."""
-    no_floats, no_ids = np.zeros(0, np.float32), np.zeros(0, np.int32)
-    sum_rows(first, stop, offsets, ids, no_floats, no_ids, no_floats, no_floats, x, out)
+def sum_range(
+    first,
+    stop,
+    offsets,
+    ids,
+    x,
+    out,
+):
+    """Writes plain sums over the edges of rows `first` to before `stop` to `out`, on one core."""
+    no_floats = np.zeros(0, np.float32)
+    edges = SumEdges(offsets, ids, no_floats, np.zeros(0, np.int32))
+    sum_rows(
+        first,
+        stop,
+        edges,
+        RowScale(no_floats, no_floats),
+        x,
+        out,
+    )
 
 
 @njit(nogil=True, parallel=True, cache=True)
-def _sum_threads(threads, offsets, ids, weights, order, share, factor, x, out):
+def _sum_threads(threads, edges, scale, x, out):
     for part in prange(threads):
-        first, stop = rows_of(offsets, part, threads)
-        sum_rows(first, stop, offsets, ids, weights, order, share, factor, x, out)
+        first, stop = rows_of(edges.offsets, part, threads)
+        sum_rows(
+            first,
+            stop,
+            edges,
+            scale,
+            x,
+            out,
+        )
 
 
 @njit(nogil=True, inline="always")
-def _arguments(frame):
-    """Arguments: threads int32 [1], offsets, ids, weights, order, share, factor, x; result [rows, columns]."""
-    threads, offsets, ids = (
-        ints(buffer(frame, ARGUMENTS, 0)),
-        ints(buffer(frame, ARGUMENTS, 1)),
-        ints(buffer(frame, ARGUMENTS, 2)),
+def _edges(frame):
+    """Arguments 1 to 4: offsets, ids, weights, order."""
+    return SumEdges(
+        ints(argument(frame, 1)),
+        ints(argument(frame, 2)),
+        floats(argument(frame, 3)),
+        ints(argument(frame, 4)),
     )
-    weights, order = floats(buffer(frame, ARGUMENTS, 3)), ints(buffer(frame, ARGUMENTS, 4))
-    share, factor = floats(buffer(frame, ARGUMENTS, 5)), floats(buffer(frame, ARGUMENTS, 6))
-    return (
-        threads[0],
-        offsets,
-        ids,
-        weights,
-        order,
-        share,
-        factor,
-        matrix(buffer(frame, ARGUMENTS, 7)),
-        matrix(buffer(frame, RESULTS, 0)),
-    )
+
+
+@njit(nogil=True, inline="always")
+def _scale(frame):
+    """Arguments 5 and 6: share, factor."""
+    return RowScale(floats(argument(frame, 5)), floats(argument(frame, 6)))
 
 
 def _handlers(version: int, threaded: bool) -> dict[str, Any]:
-    def alone(frame):  # type: ignore[no-untyped-def]
-        if not asked(frame, version):
-            threads, offsets, ids, weights, order, share, factor, x, out = _arguments(frame)
-            sum_rows(0, len(offsets) - 1, offsets, ids, weights, order, share, factor, x, out)
+    """Arguments: threads int32 [1], those of `_edges` and `_scale`, x; result [rows, columns]."""
+
+    def sum_alone(frame):  # type: ignore[no-untyped-def]
+        if not answers_metadata(frame, version):
+            edges = _edges(frame)
+            x, out = matrix(argument(frame, 7)), matrix(result(frame, 0))
+            sum_rows(
+                0,
+                len(edges.offsets) - 1,
+                edges,
+                _scale(frame),
+                x,
+                out,
+            )
         return 0
 
-    def several(frame):  # type: ignore[no-untyped-def]
-        if not asked(frame, version):
-            threads, offsets, ids, weights, order, share, factor, x, out = _arguments(frame)
-            _sum_threads(threads, offsets, ids, weights, order, share, factor, x, out)
+    def sum_threaded(frame):  # type: ignore[no-untyped-def]
+        if not answers_metadata(frame, version):
+            threads = ints(argument(frame, 0))[0]
+            x, out = matrix(argument(frame, 7)), matrix(result(frame, 0))
+            _sum_threads(threads, _edges(frame), _scale(frame), x, out)
         return 0
 
-    return {"partita_gnn_sum": several if threaded else alone}
+    return {"partita_gnn_sum": sum_threaded if threaded else sum_alone}
 
 
-def _try() -> None:
-    """Registers the kernel and sums a small graph by it: AssertionError where a sum is wrong."""
+def _self_test() -> None:
+    """Registers the kernel and sums a small graph by it; AssertionError for a wrong sum."""
     bridge.register(_handlers(bridge.version(), bridge.threads() > 1))
-    offsets, ids, order = (
-        np.array([0, 2, 2, 5], np.int32),
-        np.array([1, 2, 0, 0, 1], np.int32),
-        np.arange(5, dtype=np.int32)[::-1].copy(),
-    )
-    weights, share, factor = (
-        np.arange(5, dtype=np.float32),
-        np.array([0, 2, 3], np.float32),
-        np.array([1, 0.5, 2], np.float32),
-    )
+    offsets = np.array([0, 2, 2, 5], np.int32)
+    ids = np.array([1, 2, 0, 0, 1], np.int32)
+    order = np.arange(5, dtype=np.int32)[::-1].copy()
+    weights = np.arange(5, dtype=np.float32)
+    share = np.array([0, 2, 3], np.float32)
+    factor = np.array([1, 0.5, 2], np.float32)
+    dense = np.array([[0, 1, 1], [0, 0, 0], [2, 1, 0]], np.float32)
+    weighted = np.array([[0, 4, 3], [0, 0, 0], [3, 0, 0]], np.float32)
     for columns in (1, 7, 21):
         x = np.arange(3 * columns, dtype=np.float32).reshape(3, columns)
-        dense = np.array([[0, 1, 1], [0, 0, 0], [2, 1, 0]], np.float32)
-        heavy = np.array([[0, 4, 3], [0, 0, 0], [3, 0, 0]], np.float32)
         with jax.ensure_compile_time_eval():
-            assert np.allclose(_call(offsets, ids, x), dense @ x), "a sum is wrong"
-            assert np.allclose(_call(offsets, ids, x, weights, order), heavy @ x), (
-                "a weighted sum is wrong"
-            )
-            scaled = (dense @ x + share[:, None] * x) * factor[:, None]
-            assert np.allclose(_call(offsets, ids, x, share=share, factor=factor), scaled), (
-                "a scaled sum is wrong"
-            )
+            plain_sum = _call(offsets, ids, x)
+            weighted_sum = _call(offsets, ids, x, weights, order)
+            scaled_sum = _call(offsets, ids, x, share=share, factor=factor)
+        assert np.allclose(plain_sum, dense @ x), "a sum is wrong"
+        assert np.allclose(weighted_sum, weighted @ x), "a weighted sum is wrong"
+        expected = (dense @ x + share[:, None] * x) * factor[:, None]
+        assert np.allclose(scaled_sum, expected), "a scaled sum is wrong"
 
 
 def _call(
@@ -326,12 +404,21 @@ def _call(
     share: Any = None,
     factor: Any = None,
 ) -> Any:
-    result = jax.ShapeDtypeStruct((offsets.shape[0] - 1, x.shape[1]), jnp.float32)
-    no, number = np.zeros(0, np.float32), np.zeros(0, np.int32)
-    given = (v if v is not None else no for v in (share, factor))
-    pair = (no, number) if weights is None else (weights, order)
-    return jax.ffi.ffi_call("partita_gnn_sum", result)(
-        np.array([bridge.threads()], np.int32), offsets, ids, *pair, *given, x
+    shape = jax.ShapeDtypeStruct((offsets.shape[0] - 1, x.shape[1]), jnp.float32)
+    no_floats = np.zeros(0, np.float32)
+    if weights is None:
+        weights, order = no_floats, np.zeros(0, np.int32)
+    share = no_floats if share is None else share
+    factor = no_floats if factor is None else factor
+    return jax.ffi.ffi_call("partita_gnn_sum", shape)(
+        bridge.thread_argument(),
+        offsets,
+        ids,
+        weights,
+        order,
+        share,
+        factor,
+        x,
     )
 
 
@@ -344,90 +431,109 @@ def total(
     share: Any = None,
     factor: Any = None,
 ) -> Any:
-    """float32 [rows, columns]: factor[v] x (share[v] x x[v] + the sum of x over the edges of row v); one direction, without a gradient of its own.
+    """float32 [rows, columns]: factor[v] * (share[v] * x[v] + sum of x over the edges of row v).
 
-    offsets int32 [rows + 1], ids int32 [edges] into x [vertices, columns]; edge e weighs `weights[order[e]]`, or `weights[e]` without order. share and
-    factor float32 [rows] are 0 and 1 where they are None; with a share, row v is of vertex v.
+    One direction, without a gradient of its own. offsets int32 [rows + 1]; ids int32 [edges] into x
+    [vertices, columns]. Edge e has the weight `weights[order[e]]`, or `weights[e]` without order.
+    share and factor, float32 [rows], default to 0 and 1; with a share, row v belongs to vertex v.
     """
-    if bridge.works(_try, "sum"):
+    if bridge.works(_self_test, "sum"):
         if weights is not None and order is None:
             order = jnp.arange(ids.shape[0], dtype=jnp.int32)
-        return _call(offsets, ids, x, weights, order, share, factor)
+        return _call(
+            offsets,
+            ids,
+            x,
+            weights,
+            order,
+            share,
+            factor,
+        )
     if weights is not None and order is not None:
         weights = jnp.asarray(weights)[order]
-    found = WAYS[fastest()](offsets, ids, x, weights)
+    sums = FALLBACKS[fastest()](offsets, ids, x, weights)
     if share is not None:
-        found = found + share[:, None] * x[: found.shape[0]]
-    return found if factor is None else found * factor[:, None]
+        sums = sums + share[:, None] * x[: sums.shape[0]]
+    return sums if factor is None else sums * factor[:, None]
 
 
 def _by_library(offsets: Any, ids: Any, x: Any, weights: Any) -> Any:
-    """By jaxlib's product of a sparse matrix by rows: a kernel of its own on a CPU, cuSPARSE's on a GPU."""
+    """By jaxlib's sparse product by rows: its own kernel on a CPU, cuSPARSE on a GPU."""
     values = jnp.ones(ids.shape[0], x.dtype) if weights is None else weights
-    return (
-        BCSR(
-            (values, jnp.asarray(ids), jnp.asarray(offsets)),
-            shape=(offsets.shape[0] - 1, x.shape[0]),
-        )
-        @ x
-    )
+    arrays = (values, jnp.asarray(ids), jnp.asarray(offsets))
+    return BCSR(arrays, shape=(offsets.shape[0] - 1, x.shape[0])) @ x
 
 
 def _by_segments(offsets: Any, ids: Any, x: Any, weights: Any) -> Any:
     """By gathering a row for every edge, and XLA's scatter."""
     rows = x[ids] if weights is None else x[ids] * jnp.asarray(weights)[:, None]
     return jax.ops.segment_sum(
-        rows, targets(offsets, ids.shape[0]), offsets.shape[0] - 1, indices_are_sorted=True
+        rows,
+        targets(offsets, ids.shape[0]),
+        offsets.shape[0] - 1,
+        indices_are_sorted=True,
     )
 
 
-WAYS: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
+FALLBACKS: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
     "library": _by_library,
     "segments": _by_segments,
 }
-"""Sums by what JAX has, for where the compiled kernel is not: on an accelerator, or where it does not work."""
+"""Sums by JAX's own operations: for accelerators, and where the compiled kernel does not work."""
 
-TRIED = (2**13, 2**17, 64)
-"""Vertices, edges and features of the graph that they are tried on."""
+TEST_VERTICES = 2**13
+TEST_EDGES = 2**17
+TEST_FEATURES = 64
+"""Size of the graph on which the fallbacks are timed."""
 
 
 @functools.cache
 def fastest() -> str:
-    """The fastest of `WAYS` here that is right, by the second of two runs; of several processes all take what the first one found."""
+    """Name of the fastest correct one of `FALLBACKS` here, by the second of two runs.
 
-    def tried() -> str:
-        rows, edges, columns = TRIED
-        random = np.random.default_rng(0)
-        degrees = np.bincount(random.integers(0, rows, edges) ** 2 // rows, minlength=rows)
-        offsets = np.append(0, np.cumsum(degrees)).astype(np.int32)
-        ids, x = (
-            random.integers(0, rows, edges + 8).astype(np.int32),
-            random.standard_normal((rows, columns), np.float32),
-        )  # 8 of padding
-        sample = np.flatnonzero(degrees)[:: rows // 64]
-        expected = np.stack([x[ids[offsets[v] : offsets[v + 1]]].sum(axis=0) for v in sample])
-        seconds = {}
-        with jax.ensure_compile_time_eval():
-            for name, way in WAYS.items():
-                program = jax.jit(lambda offsets, ids, x, way=way: way(offsets, ids, x, None))
-                given = jax.device_put((offsets, ids, x))
-                try:
-                    right = np.allclose(
-                        np.asarray(program(*given))[sample], expected, rtol=1e-3, atol=1e-3
-                    )
-                    began = time.perf_counter()
-                    jax.block_until_ready(program(*given))
-                    seconds[name] = time.perf_counter() - began if right else math.inf
-                except Exception:  # whatever it is, another may do
-                    seconds[name] = math.inf
-        return min(seconds, key=lambda name: seconds[name])
+    Of several processes, all use the choice of the first one.
+    """
+    # without this a GPU would sum as _by_segments does
+    jax.config.update("jax_bcoo_cusparse_lowering", True)
+    return processes.from_first("kernel", _time_fallbacks)
 
-    jax.config.update("jax_bcoo_cusparse_lowering", True)  # or a GPU would do as _by_segments does
-    return processes.from_first("kernel", tried)
+
+def _unweighted(fallback: Callable[[Any, Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    """A fallback as a function of offsets, ids and x."""
+
+    def sums(offsets: Any, ids: Any, x: Any) -> Any:
+        return fallback(offsets, ids, x, None)
+
+    return sums
+
+
+def _time_fallbacks() -> str:
+    random = np.random.default_rng(0)
+    skewed_rows = random.integers(0, TEST_VERTICES, TEST_EDGES) ** 2 // TEST_VERTICES
+    degrees = np.bincount(skewed_rows, minlength=TEST_VERTICES)
+    offsets = np.append(0, np.cumsum(degrees)).astype(np.int32)
+    padded_edges = TEST_EDGES + 8
+    ids = random.integers(0, TEST_VERTICES, padded_edges).astype(np.int32)
+    x = random.standard_normal((TEST_VERTICES, TEST_FEATURES), np.float32)
+    sample = np.flatnonzero(degrees)[:: TEST_VERTICES // 64]
+    expected = np.stack([x[ids[offsets[v] : offsets[v + 1]]].sum(axis=0) for v in sample])
+    seconds = {}
+    with jax.ensure_compile_time_eval():
+        arguments = jax.device_put((offsets, ids, x))
+        for name, fallback in FALLBACKS.items():
+            program = jax.jit(_unweighted(fallback))
+            try:
+                sums = np.asarray(program(*arguments))[sample]
+                correct = np.allclose(sums, expected, rtol=1e-3, atol=1e-3)
+                began = time.perf_counter()
+                jax.block_until_ready(program(*arguments))
+                seconds[name] = time.perf_counter() - began if correct else math.inf
+            except Exception:  # any failure: another fallback may work
+                seconds[name] = math.inf
+    return min(seconds, key=lambda name: seconds[name])
 
 
 def targets(offsets: Any, edges: int) -> Any:
-    """int32 [edges]: the row of every edge; beyond the last edge of the offsets, the number of rows."""
-    return jnp.searchsorted(offsets[1:], jnp.arange(edges, dtype=jnp.int32), side="right").astype(
-        jnp.int32
-    )
+    """int32 [edges]: the row of every edge; the number of rows for padding behind the last one."""
+    positions = jnp.arange(edges, dtype=jnp.int32)
+    return jnp.searchsorted(offsets[1:], positions, side="right").astype(jnp.int32)

@@ -1,17 +1,18 @@
-"""Keras layers over the in-edges of a graph: each is called with rows of vertices and the `Block` of their edges.
+"""Keras layers over in-edges, called with rows of vertices and the `Block` of their edges.
 
 | layer | result for vertex v, from its in-neighbours u | source |
 |---|---|---|
-| GCNConv | sum of x_u W / sqrt(d_u d_v), with an edge to itself | Kipf and Welling 2017, eq. 2 |
+| GCNConv | sum of x_u W / sqrt(d_u d_v), with a self edge | Kipf and Welling 2017, eq. 2 |
 | SAGEConv | x_v S + (mean or maximum of x_u) W | Hamilton et al. 2017, alg. 1 |
 | GINConv | MLP((1 + e) x_v + sum of x_u) | Xu et al. 2019, eq. 4.1 |
-| GATv2Conv | sum of a_uv x_u W, a_uv a softmax over u, with an edge to itself | Brody et al. 2022, eq. 7 |
+| GATv2Conv | sum of softmax_u(a_uv) x_u W, with a self edge | Brody et al. 2022, eq. 7 |
 | CommNetConv | tanh(x_v S + (mean of x_u) W) | Sukhbaatar et al. 2016, eq. 2 |
-| GatedGraphConv | a GRU of x_v, fed the sum of x_u W, several times | Li et al. 2016, eq. 2 to 6 |
+| GatedGraphConv | GRU steps of x_v with the sum of x_u W as input | Li et al. 2016, eq. 2 to 6 |
 
-Sums and products with weights can change places: a layer whose aggregation is linear aggregates where rows are narrower, before or
-after the product. The price of rounding apart, the result is the same. Weights of edges count in GCNConv and GatedGraphConv.
-A layer is written as pieces (`pieces.Piece`): products by rows, aggregations by columns.
+Linear aggregations and products with weights commute: a layer aggregates where rows are narrower,
+before or after the product. The result is the same up to rounding. Weights of edges count in
+GCNConv and GatedGraphConv. A layer is a sequence of pieces (`pieces.Piece`): products by rows,
+aggregations by columns.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from partita.gnn.nn.block import Block
 from partita.gnn.nn.pieces import Piece, by_columns, by_rows, run
 
 PACKAGE = "partita"
-plus: Any = keras.ops.add
+"""Name under which Keras registers the layers."""
+
+add: Any = keras.ops.add
 
 
 def product(x: Any, kernel: Any) -> Any:
@@ -38,7 +41,7 @@ def product(x: Any, kernel: Any) -> Any:
 
 
 class AbstractConv(keras.layers.Layer):
-    """A layer of `units` features per vertex, called with x [rows, features] and `graph=` a Block."""
+    """A layer of `units` features per vertex: `layer(x, graph=block)` of x [rows, features]."""
 
     def __init__(
         self,
@@ -46,15 +49,16 @@ class AbstractConv(keras.layers.Layer):
         activation: Any = None,
         use_bias: bool = True,
         kernel_regularizer: Any = None,
-        **named: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(**named)
-        self.units, self.use_bias = units, use_bias
+        super().__init__(**options)
+        self.units = units
+        self.use_bias = use_bias
         self.activation = keras.activations.get(activation)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
 
     def matrix(self, name: str, rows: int, columns: int) -> Any:
-        """A weight of Glorot's uniform distribution."""
+        """A new weight [rows, columns] of Glorot's uniform distribution."""
         return self.add_weight(
             shape=(rows, columns),
             initializer="glorot_uniform",
@@ -63,17 +67,17 @@ class AbstractConv(keras.layers.Layer):
         )
 
     def bias(self, width: int | None = None, name: str = "bias") -> Any:
-        return (
-            self.add_weight(shape=(width or self.units,), initializer="zeros", name=name)
-            if self.use_bias
-            else None
-        )
+        """A new weight [width] of zeros; None without biases."""
+        if not self.use_bias:
+            return None
+        return self.add_weight(shape=(width or self.units,), initializer="zeros", name=name)
 
     def finished(self, y: Any, bias: Any) -> Any:
-        return self.activation(y if bias is None else plus(y, bias))
+        """y with bias and activation."""
+        return self.activation(y if bias is None else add(y, bias))
 
     def pieces(self, width: int) -> Sequence[Piece]:
-        """The layer of rows of `width` features: from "x", the last one writes the result."""
+        """The layer on rows of `width` features, table "x"; the last piece writes the result."""
         raise NotImplementedError
 
     def call(self, x: Any, graph: Block) -> Any:
@@ -94,43 +98,52 @@ class AbstractConv(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class GCNConv(AbstractConv):
-    """Graph convolution with symmetric normalisation. Degrees count in-edges (their weights) and the edge to itself."""
+    """Graph convolution with symmetric normalization.
+
+    Degrees count in-edges, or their weights, and the self edge.
+    """
 
     def build(self, input_shape: Any) -> None:
         self.kernel = self.matrix("kernel", input_shape[-1], self.units)
         self.shift = self.bias()
 
     def pieces(self, width: int) -> Sequence[Piece]:
-        def spread(graph: Block, column: Any, rows: Any) -> Any:
-            scale = jax.lax.rsqrt(jnp.maximum(graph.load + graph.alone, 1e-12))
-            return graph.sum(
-                rows,
-                weighted=True,
-                before=scale,
-                share=graph.alone.astype(scale.dtype),
-                after=scale,
-            )
+        def multiply(x: Any) -> Any:
+            return product(x, self.kernel)
+
+        def finish(s: Any) -> Any:
+            return self.finished(s, self.shift)
+
+        def multiply_and_finish(s: Any) -> Any:
+            return finish(multiply(s))
 
         if width > self.units:
-            multiply = by_rows("x", "p", lambda x: product(x, self.kernel))
             return (
-                multiply,
-                by_columns("p", "s", spread),
-                by_rows("s", "y", lambda s: self.finished(s, self.shift)),
+                by_rows("x", "p", multiply),
+                by_columns("p", "s", _normalized_sum),
+                by_rows("s", "y", finish),
             )
-        return by_columns("x", "s", spread), by_rows(
-            "s", "y", lambda s: self.finished(product(s, self.kernel), self.shift)
+        return (
+            by_columns("x", "s", _normalized_sum),
+            by_rows("s", "y", multiply_and_finish),
         )
+
+
+def _normalized_sum(graph: Block, column: Any, rows: Any) -> Any:
+    """The sum over in-edges and a self edge, divided by the square roots of both ends' degrees."""
+    scale = jax.lax.rsqrt(jnp.maximum(graph.load + graph.alone, 1e-12))
+    share = graph.alone.astype(scale.dtype)
+    return graph.sum(rows, weighted=True, before=scale, share=share, after=scale)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class SAGEConv(AbstractConv):
-    """The vertex's own row and the `aggregation` ('mean' or 'max') of those it has edges from, each times a matrix."""
+    """The vertex's own row and the 'mean' or 'max' over in-edges, each times a matrix."""
 
-    def __init__(self, units: int, aggregation: str = "mean", **named: Any) -> None:
-        super().__init__(units, **named)
+    def __init__(self, units: int, aggregation: str = "mean", **options: Any) -> None:
+        super().__init__(units, **options)
         if aggregation not in ("mean", "max"):
-            raise GraphError(f"SAGEConv aggregates by 'mean' or 'max', and not by {aggregation!r}.")
+            raise GraphError(f"aggregation={aggregation!r} is unknown: use 'mean' or 'max'.")
         self.aggregation = aggregation
 
     def build(self, input_shape: Any) -> None:
@@ -140,8 +153,8 @@ class SAGEConv(AbstractConv):
 
     def pieces(self, width: int) -> Sequence[Piece]:
         if self.aggregation == "max":
-            return _beside(self, lambda graph, column, x: graph.max(x), linear=False)
-        return _beside(self, _mean, multiply_first=width > self.units)
+            return _own_and_aggregated(self, _max, linear=False)
+        return _own_and_aggregated(self, _mean, multiply_first=width > self.units)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "aggregation": self.aggregation}
@@ -149,7 +162,10 @@ class SAGEConv(AbstractConv):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class GINConv(AbstractConv):
-    """Two dense layers, of `units` each and a ReLU between, of the sum over in-edges and (1 + e) times the vertex's own row; e is learned."""
+    """Two dense layers of the sum over in-edges plus (1 + e) times the vertex's own row.
+
+    Both have `units` features, with a ReLU between. e is trained.
+    """
 
     def build(self, input_shape: Any) -> None:
         self.epsilon = self.add_weight(shape=(), initializer="zeros", name="epsilon")
@@ -159,33 +175,48 @@ class GINConv(AbstractConv):
         self.second_shift = self.bias(name="second_bias")
 
     def pieces(self, width: int) -> Sequence[Piece]:
-        gather = lambda x, s: s + keras.ops.multiply(x, 1 + self.epsilon)
+        def multiply(x: Any) -> Any:
+            return product(x, self.kernel)
+
+        def gather(x: Any, s: Any) -> Any:
+            return s + keras.ops.multiply(x, 1 + self.epsilon)
 
         def dense(y: Any) -> Any:
-            y = y if self.shift is None else plus(y, self.shift)
+            y = y if self.shift is None else add(y, self.shift)
             return self.finished(product(keras.ops.relu(y), self.second), self.second_shift)
 
+        def dense_of_products(p: Any, s: Any) -> Any:
+            return dense(gather(p, s))
+
+        def dense_of_rows(x: Any, s: Any) -> Any:
+            return dense(multiply(gather(x, s)))
+
         if width > self.units:
-            multiply = by_rows("x", "p", lambda x: product(x, self.kernel))
             return (
-                multiply,
+                by_rows("x", "p", multiply),
                 by_columns("p", "s", _sum),
-                by_rows("p s", "y", lambda p, s: dense(gather(p, s))),
+                by_rows("p s", "y", dense_of_products),
             )
-        return by_columns("x", "s", _sum), by_rows(
-            "x s", "y", lambda x, s: dense(product(gather(x, s), self.kernel))
+        return (
+            by_columns("x", "s", _sum),
+            by_rows("x s", "y", dense_of_rows),
         )
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class GATv2Conv(AbstractConv):
-    """Attention of `heads` heads over in-edges and an edge to itself; their results stand side by side, `units` features in all."""
+    """Attention of `heads` heads over in-edges and a self edge.
 
-    def __init__(self, units: int, heads: int = 1, **named: Any) -> None:
-        super().__init__(units, **named)
+    All heads together have `units` features.
+    """
+
+    def __init__(self, units: int, heads: int = 1, **options: Any) -> None:
+        super().__init__(units, **options)
         if heads < 1 or units % heads:
             raise GraphError(
-                f"{units} features cannot be shared out to {heads} heads: units must be a multiple of heads."
+                f"units={units} is not a multiple of heads={heads}: every head has the same "
+                "number of "
+                "features."
             )
         self.heads = heads
 
@@ -196,20 +227,28 @@ class GATv2Conv(AbstractConv):
         self.shift = self.bias()
 
     def pieces(self, width: int) -> Sequence[Piece]:
-        each = self.units // self.heads
+        head_width = self.units // self.heads
 
-        def attention(graph: Block, column: Any, left: Any, right: Any) -> Any:
-            heads = left.shape[1] // each
-            score: Any = keras.ops.convert_to_tensor(self.score)
-            score = jax.lax.dynamic_slice_in_dim(score, column // each, heads)
-            return graph.attention(
-                left.reshape(-1, heads, each), right.reshape(-1, heads, each), score
-            ).reshape(-1, heads * each)
+        def multiply(x: Any) -> Any:
+            return product(x, self.kernel), product(x, self.destination)
+
+        def attention(graph: Block, column: Any, l: Any, r: Any) -> Any:
+            heads = l.shape[1] // head_width
+            all_scores: Any = keras.ops.convert_to_tensor(self.score)
+            first_head = column // head_width
+            score = jax.lax.dynamic_slice_in_dim(all_scores, first_head, heads)
+            source_rows = l.reshape(-1, heads, head_width)
+            target_rows = r.reshape(-1, heads, head_width)
+            out = graph.attention(source_rows, target_rows, score)
+            return out.reshape(-1, heads * head_width)
+
+        def finish(s: Any) -> Any:
+            return self.finished(s, self.shift)
 
         return (
-            by_rows("x", "l r", lambda x: (product(x, self.kernel), product(x, self.destination))),
-            by_columns("l r", "s", attention, linear=False, grain=each),
-            by_rows("s", "y", lambda s: self.finished(s, self.shift)),
+            by_rows("x", "l r", multiply),
+            by_columns("l r", "s", attention, linear=False, grain=head_width),
+            by_rows("s", "y", finish),
         )
 
     def get_config(self) -> dict[str, Any]:
@@ -218,12 +257,12 @@ class GATv2Conv(AbstractConv):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class CommNetConv(AbstractConv):
-    """The vertex's own row and the mean of those it has edges from, each times a matrix; tanh of the sum, no bias."""
+    """The vertex's own row and the mean over in-edges, each times a matrix; tanh, no bias."""
 
     def __init__(
-        self, units: int, activation: Any = "tanh", use_bias: bool = False, **named: Any
+        self, units: int, activation: Any = "tanh", use_bias: bool = False, **options: Any
     ) -> None:
-        super().__init__(units, activation, use_bias, **named)
+        super().__init__(units, activation, use_bias, **options)
 
     def build(self, input_shape: Any) -> None:
         self.own = self.matrix("own", input_shape[-1], self.units)
@@ -231,52 +270,63 @@ class CommNetConv(AbstractConv):
         self.shift = self.bias()
 
     def pieces(self, width: int) -> Sequence[Piece]:
-        return _beside(self, _mean, multiply_first=width > self.units)
+        return _own_and_aggregated(self, _mean, multiply_first=width > self.units)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class GatedGraphConv(AbstractConv):
-    """`steps` steps of a gated recurrent unit whose input is the sum over in-edges of rows times that step's matrix.
+    """`steps` steps of a gated recurrent unit over the rows.
 
-    Rows begin as the vertex's, filled up with zeros to `units` features; they cannot have more.
+    The input of a step is the sum over in-edges of rows times that step's matrix. Rows begin as the
+    vertex's, padded with zeros to `units` features; they must not be wider.
     """
 
-    def __init__(self, units: int, steps: int = 2, **named: Any) -> None:
-        super().__init__(units, **named)
+    def __init__(self, units: int, steps: int = 2, **options: Any) -> None:
+        super().__init__(units, **options)
         self.steps = steps
 
     def build(self, input_shape: Any) -> None:
         if input_shape[-1] > self.units:
             raise GraphError(
-                f"GatedGraphConv of {self.units} units cannot take rows of {input_shape[-1]} features: use more units, or a Dense layer before it."
+                f"Rows of {input_shape[-1]} features exceed the {self.units} units of "
+                "GatedGraphConv: "
+                "use more units, or a Dense layer before it."
             )
-        self.kernels = [
-            self.matrix(f"kernel_{i}", self.units, self.units) for i in range(self.steps)
-        ]
+        self.kernels = []
+        for i in range(self.steps):
+            self.kernels.append(self.matrix(f"kernel_{i}", self.units, self.units))
         self.gates = self.matrix("gates", self.units, 3 * self.units)
         self.recurrent = self.matrix("recurrent", self.units, 3 * self.units)
-        self.shift, self.recurrent_shift = (
-            self.bias(3 * self.units),
-            self.bias(3 * self.units, "recurrent_bias"),
-        )
+        self.shift = self.bias(3 * self.units)
+        self.recurrent_shift = self.bias(3 * self.units, "recurrent_bias")
 
     def pieces(self, width: int) -> Sequence[Piece]:
-        def recurrent(state: Any, message: Any) -> Any:
-            fed, kept = product(message, self.gates), product(state, self.recurrent)
-            if self.shift is not None:
-                fed, kept = plus(fed, self.shift), plus(kept, self.recurrent_shift)
-            (r1, z1, n1), (r2, z2, n2) = jnp.split(fed, 3, axis=1), jnp.split(kept, 3, axis=1)
-            reset, update = jax.nn.sigmoid(r1 + r2), jax.nn.sigmoid(z1 + z2)
-            return update * state + (1 - update) * jnp.tanh(n1 + reset * n2)
+        def pad(x: Any) -> Any:
+            return jnp.pad(x, ((0, 0), (0, self.units - x.shape[-1])))
 
-        found = [by_rows("x", "h0", lambda x: jnp.pad(x, ((0, 0), (0, self.units - x.shape[-1]))))]
+        pieces = [by_rows("x", "h0", pad)]
         for i, kernel in enumerate(self.kernels):
-            found += [
-                by_rows(f"h{i}", f"p{i}", lambda h, kernel=kernel: product(h, kernel)),
-                by_columns(f"p{i}", f"s{i}", lambda graph, column, p: graph.sum(p, weighted=True)),
-                by_rows(f"h{i} s{i}", f"h{i + 1}", recurrent),
-            ]
-        return [*found, by_rows(f"h{self.steps}", "y", self.activation)]
+            pieces.append(by_rows(f"h{i}", f"p{i}", _product_with(kernel)))
+            pieces.append(by_columns(f"p{i}", f"s{i}", _weighted_sum))
+            pieces.append(by_rows(f"h{i} s{i}", f"h{i + 1}", self.recurrent_unit))
+        pieces.append(by_rows(f"h{self.steps}", "y", self.activation))
+        return pieces
+
+    def recurrent_unit(self, state: Any, message: Any) -> Any:
+        """The next state of a GRU (Li et al. 2016, eq. 3 to 6).
+
+        r is the reset gate, z the update gate, n the candidate.
+        """
+        from_message = product(message, self.gates)
+        from_state = product(state, self.recurrent)
+        if self.shift is not None:
+            from_message = add(from_message, self.shift)
+            from_state = add(from_state, self.recurrent_shift)
+        message_r, message_z, message_n = jnp.split(from_message, 3, axis=1)
+        state_r, state_z, state_n = jnp.split(from_state, 3, axis=1)
+        r = jax.nn.sigmoid(message_r + state_r)
+        z = jax.nn.sigmoid(message_z + state_z)
+        return z * state + (1 - z) * jnp.tanh(message_n + r * state_n)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "steps": self.steps}
@@ -286,22 +336,52 @@ def _sum(graph: Block, column: Any, rows: Any) -> Any:
     return graph.sum(rows)
 
 
+def _weighted_sum(graph: Block, column: Any, rows: Any) -> Any:
+    return graph.sum(rows, weighted=True)
+
+
 def _mean(graph: Block, column: Any, rows: Any) -> Any:
     return graph.mean(rows)
 
 
-def _beside(
-    layer: Any, aggregate: Callable[..., Any], linear: bool = True, multiply_first: bool = False
+def _max(graph: Block, column: Any, rows: Any) -> Any:
+    return graph.max(rows)
+
+
+def _product_with(kernel: Any) -> Callable[[Any], Any]:
+    """The product of rows with a matrix."""
+
+    def multiply(x: Any) -> Any:
+        return product(x, kernel)
+
+    return multiply
+
+
+def _own_and_aggregated(
+    layer: Any,
+    aggregate: Callable[..., Any],
+    linear: bool = True,
+    multiply_first: bool = False,
 ) -> Sequence[Piece]:
-    """The vertex's own row times `own` and what is aggregated times `kernel`, added, with bias and activation."""
-    done = lambda y: layer.finished(y, layer.shift)
+    """The vertex's own row times `own` plus aggregated rows times `kernel`, finished."""
+
+    def multiply(x: Any) -> Any:
+        return product(x, layer.kernel), product(x, layer.own)
+
+    def add_products(q: Any, s: Any) -> Any:
+        return layer.finished(q + s, layer.shift)
+
+    def add_rows(x: Any, s: Any) -> Any:
+        total = product(x, layer.own) + product(s, layer.kernel)
+        return layer.finished(total, layer.shift)
+
     if multiply_first:
         return (
-            by_rows("x", "p q", lambda x: (product(x, layer.kernel), product(x, layer.own))),
+            by_rows("x", "p q", multiply),
             by_columns("p", "s", aggregate, linear),
-            by_rows("q s", "y", lambda q, s: done(q + s)),
+            by_rows("q s", "y", add_products),
         )
     return (
         by_columns("x", "s", aggregate, linear),
-        by_rows("x s", "y", lambda x, s: done(product(x, layer.own) + product(s, layer.kernel))),
+        by_rows("x s", "y", add_rows),
     )

@@ -1,6 +1,7 @@
-"""Keras models for full-graph training: a stack of layers over one graph, with `fit(graph)`, `evaluate(graph)` and `predict(graph)`.
+"""Keras models for full-graph training: layers with fit, evaluate and predict on a `Graph`.
 
-A model is a Keras model in all else: compile, callbacks, saving and loading, weights. A step trains on the whole graph.
+A model is a Keras model in everything else: compile, callbacks, saving and loading, weights. A step
+trains on the whole graph.
 """
 
 from __future__ import annotations
@@ -21,41 +22,40 @@ from partita.gnn.nn.pieces import Piece, by_rows
 from partita.gnn.train import FullGraphTraining
 
 Stage = Callable[[Any, Block, bool], Any]
-"""A part of a model: rows from rows, over a graph, in training or not. One that has `pieces` can be cut."""
+"""A stage of a model: `(x, graph, training) -> x`. A stage with a method `pieces` can be cut."""
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class VertexDropout(keras.layers.Layer):
-    """Dropout whose pattern belongs to the vertex and not to the device: the same numbers however a graph is split."""
+    """Dropout whose pattern depends on the vertex and not on the device.
 
-    def __init__(self, rate: float, **named: Any) -> None:
-        super().__init__(**named)
+    The numbers are the same however a graph is split.
+    """
+
+    def __init__(self, rate: float, **options: Any) -> None:
+        super().__init__(**options)
         self.rate = rate
         self.seed_generator = keras.random.SeedGenerator()
         self.built = True
 
     def call(self, x: Any, graph: Block, training: bool = False, column: Any = 0) -> Any:
-        """`column` is the number of the first column of x."""
+        """x [rows, columns] after dropout; `column` is the number of its first column."""
         if not training or not self.rate:
             return x
         seed = jnp.asarray(self.seed_generator.next()).astype(jnp.uint32)
-        number = (
-            graph.first[0] + jnp.arange(x.shape[0], dtype=jnp.int32)
-            if graph.vertex is None
-            else graph.vertex
-        )
-        vertex = number.astype(jnp.uint32)
-        columns = _mixed(
-            jnp.arange(x.shape[1], dtype=jnp.uint32)
-            + jnp.asarray(column).astype(jnp.uint32)
-            + seed[1]
-        )
-        bits = _mixed(_mixed(vertex ^ seed[0])[:, None] + columns)
-        kept = bits >= jnp.uint32(min(self.rate * 2.0**32, 2**32 - 1))
-        return jnp.where(kept, x / (1 - self.rate), 0)
+        vertex = graph.vertex
+        if vertex is None:
+            vertex = graph.first[0] + jnp.arange(x.shape[0], dtype=jnp.int32)
+        first_column = jnp.asarray(column).astype(jnp.uint32)
+        columns = jnp.arange(x.shape[1], dtype=jnp.uint32) + first_column
+        row_bits = _mix(vertex.astype(jnp.uint32) ^ seed[0])
+        column_bits = _mix(columns + seed[1])
+        bits = _mix(row_bits[:, None] + column_bits)
+        stays = bits >= jnp.uint32(min(self.rate * 2.0**32, 2**32 - 1))
+        return jnp.where(stays, x / (1 - self.rate), 0)
 
     def save_own_variables(self, store: Any) -> None:
-        """The seed too, which Keras's own Dropout forgets: training goes on from a file as it would have."""
+        """Saves the seed, which Keras's own Dropout forgets: loaded training continues."""
         store["seed"] = np.asarray(self.seed_generator.state.value)
 
     def load_own_variables(self, store: Any) -> None:
@@ -65,7 +65,7 @@ class VertexDropout(keras.layers.Layer):
         return {**super().get_config(), "rate": self.rate}
 
 
-def _mixed(bits: Any) -> Any:
+def _mix(bits: Any) -> Any:
     """Every bit of a uint32 spread over all others (the integer hash 'lowbias32' of C. Wellons)."""
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
     bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
@@ -73,55 +73,61 @@ def _mixed(bits: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Dropped:
-    """The stage of a layer, one over a graph or a Dense, after dropout if there is some."""
+class LayerStage:
+    """The stage of one layer, over a graph or a Dense, after dropout if there is any."""
 
-    drop: VertexDropout | None
+    dropout: VertexDropout | None
     layer: Any
 
     def __call__(self, x: Any, graph: Block, training: bool) -> Any:
-        x = x if self.drop is None else self.drop(x, graph=graph, training=training)
-        return self.layer(x, graph=graph) if isinstance(self.layer, AbstractConv) else self.layer(x)
+        if self.dropout is not None:
+            x = self.dropout(x, graph=graph, training=training)
+        if isinstance(self.layer, AbstractConv):
+            return self.layer(x, graph=graph)
+        return self.layer(x)
 
     def pieces(self, width: int, training: bool) -> Sequence[Piece] | None:
-        """The stage from rows of `width` features, in pieces; None where it cannot be cut: a layer with a call of its own, an activation that is not
-        one of Keras's functions, or numbers other than float32."""
+        """The stage on rows of `width` features, in pieces; None if it cannot be cut.
+
+        Reasons: a layer with a `call` of its own, an activation that is no function of Keras, or
+        numbers other than float32.
+        """
+        pieces = self._layer_pieces(width)
+        if pieces is None or self.dropout is None:
+            return pieces
+        return [self._dropped(p, training) if "x" in p.reads else p for p in pieces]
+
+    def _layer_pieces(self, width: int) -> Sequence[Piece] | None:
         layer = self.layer
-        if not (
-            inspect.isfunction(layer.activation)
-            and layer.activation.__module__.startswith("keras.")
-        ):
+        activation = layer.activation
+        if not inspect.isfunction(activation) or not activation.__module__.startswith("keras."):
             return None
         if layer.compute_dtype != "float32":
             return None
         if type(layer) is keras.layers.Dense:
-            pieces: Sequence[Piece] = [by_rows("x", "y", layer)]
-        elif isinstance(layer, AbstractConv) and type(layer).call is AbstractConv.call:
-            pieces = layer.pieces(width)
-        else:
-            return None
-        return [
-            self._dropped(p, training) if "x" in p.reads and self.drop is not None else p
-            for p in pieces
-        ]
+            return [by_rows("x", "y", layer)]
+        if isinstance(layer, AbstractConv) and type(layer).call is AbstractConv.call:
+            return layer.pieces(width)
+        return None
 
     def _dropped(self, piece: Piece, training: bool) -> Piece:
-        """Dropout of "x" anew in every piece that reads it, so that its result need not be kept."""
-        drop: Any = self.drop
+        """The piece with dropout of "x", rematerialized in every piece that reads it."""
+        dropout: Any = self.dropout
 
         def function(graph: Block, column: Any, *tables: Any) -> tuple[Any, ...]:
-            named = dict(zip(piece.reads, tables, strict=True))
-            named["x"] = drop(named["x"], graph=graph, training=training, column=column)
-            return piece.function(graph, column, *named.values())
+            inputs = dict(zip(piece.reads, tables, strict=True))
+            inputs["x"] = dropout(inputs["x"], graph=graph, training=training, column=column)
+            return piece.function(graph, column, *inputs.values())
 
         return replace(piece, function=function)
 
 
 class GraphModel(FullGraphTraining, keras.Model):
-    """`layers` layers of `hidden` features, the last of `classes`, each after dropout; probabilities come out.
+    """`layers` layers of `hidden` features, the last of `classes`, each after dropout.
 
-    `l2` penalises the first layer's weights, as weight decay of that strength in gradient descent. `output` is the last activation:
-    None for logits, with a loss of `from_logits=True`.
+    The output is probabilities. `l2` penalizes the first layer's weights, like weight decay of that
+    strength in gradient descent. `output` is the last activation: None for logits, with a loss of
+    `from_logits=True`.
     """
 
     def __init__(
@@ -133,36 +139,36 @@ class GraphModel(FullGraphTraining, keras.Model):
         l2: float = 0.0,
         output: str | None = "softmax",
         activation: str = "relu",
-        **named: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(**named)
-        self.hidden, self.classes, self.depth, self.dropout, self.l2 = (
-            hidden,
-            classes,
-            layers,
-            dropout,
-            l2,
-        )
-        self.output_activation, self.hidden_activation = output, activation
-        self.convs, self.drops = [], []
+        super().__init__(**options)
+        self.hidden = hidden
+        self.classes = classes
+        self.depth = layers
+        self.dropout = dropout
+        self.l2 = l2
+        self.output_activation = output
+        self.hidden_activation = activation
+        self.convs = []
+        self.drops = []
         for i in range(layers):
             last = i == layers - 1
             regularizer = keras.regularizers.L2(l2 / 2) if l2 and i == 0 else None
             self.drops.append(VertexDropout(dropout, name=f"dropout_{i}"))
-            self.convs.append(
-                self.conv(
-                    last,
-                    activation=output if last else activation,
-                    kernel_regularizer=regularizer,
-                    name=f"conv_{i}",
-                )
+            conv = self.conv(
+                last,
+                activation=output if last else activation,
+                kernel_regularizer=regularizer,
+                name=f"conv_{i}",
             )
+            self.convs.append(conv)
 
-    def conv(self, last: bool, **named: Any) -> layers.AbstractConv:
-        """A layer: the last one, or one before."""
+    def conv(self, last: bool, **options: Any) -> layers.AbstractConv:
+        """A new layer, the last one or another."""
         raise NotImplementedError
 
     def units(self, last: bool) -> int:
+        """Features of a layer."""
         return self.classes if last else self.hidden
 
     def build(self, input_shape: Any) -> None:
@@ -173,8 +179,8 @@ class GraphModel(FullGraphTraining, keras.Model):
         self.built = True
 
     def stages(self) -> list[Stage]:
-        """The model as functions of (x, graph, training), one after the other: what a memory plan runs one at a time."""
-        return [Dropped(drop, conv) for drop, conv in zip(self.drops, self.convs, strict=True)]
+        """The model as functions of (x, graph, training), which a memory plan runs one by one."""
+        return [LayerStage(drop, conv) for drop, conv in zip(self.drops, self.convs, strict=True)]
 
     def call(self, x: Any, graph: Block, training: bool = False) -> Any:
         for stage in self.stages():
@@ -198,22 +204,26 @@ class GraphModel(FullGraphTraining, keras.Model):
 class GCN(GraphModel):
     """Graph convolutional network (Kipf and Welling 2017)."""
 
-    def conv(self, last: bool, **named: Any) -> layers.AbstractConv:
-        return layers.GCNConv(self.units(last), **named)
+    by_vertex = True
+
+    def conv(self, last: bool, **options: Any) -> layers.AbstractConv:
+        return layers.GCNConv(self.units(last), **options)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class SAGE(GraphModel):
-    """GraphSAGE on whole neighbourhoods (Hamilton et al. 2017); `aggregation` is 'mean' or 'max'."""
+    """GraphSAGE on whole neighbourhoods (Hamilton et al. 2017), by 'mean' or 'max'."""
+
+    by_vertex = True
 
     def __init__(
-        self, hidden: int = 16, classes: int = 2, *, aggregation: str = "mean", **named: Any
+        self, hidden: int = 16, classes: int = 2, *, aggregation: str = "mean", **options: Any
     ) -> None:
         self.aggregation = aggregation
-        super().__init__(hidden, classes, **named)
+        super().__init__(hidden, classes, **options)
 
-    def conv(self, last: bool, **named: Any) -> layers.AbstractConv:
-        return layers.SAGEConv(self.units(last), self.aggregation, **named)
+    def conv(self, last: bool, **options: Any) -> layers.AbstractConv:
+        return layers.SAGEConv(self.units(last), self.aggregation, **options)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "aggregation": self.aggregation}
@@ -221,15 +231,22 @@ class SAGE(GraphModel):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class GIN(GraphModel):
-    """Graph isomorphism network (Xu et al. 2019), without batch normalisation."""
+    """Graph isomorphism network (Xu et al. 2019), without batch normalization."""
 
-    def conv(self, last: bool, **named: Any) -> layers.AbstractConv:
-        return layers.GINConv(self.units(last), **named)
+    by_vertex = True
+
+    def conv(self, last: bool, **options: Any) -> layers.AbstractConv:
+        return layers.GINConv(self.units(last), **options)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class GATv2(GraphModel):
-    """Graph attention network (Brody et al. 2022): `heads` heads share `hidden` features, one head makes the last layer."""
+    """Graph attention network (Brody et al. 2022).
+
+    `heads` heads share `hidden` features; the last layer has one head.
+    """
+
+    by_vertex = True
 
     def __init__(
         self,
@@ -238,13 +255,13 @@ class GATv2(GraphModel):
         *,
         heads: int = 8,
         activation: str = "elu",
-        **named: Any,
+        **options: Any,
     ) -> None:
         self.heads = heads
-        super().__init__(hidden, classes, activation=activation, **named)
+        super().__init__(hidden, classes, activation=activation, **options)
 
-    def conv(self, last: bool, **named: Any) -> layers.AbstractConv:
-        return layers.GATv2Conv(self.units(last), 1 if last else self.heads, **named)
+    def conv(self, last: bool, **options: Any) -> layers.AbstractConv:
+        return layers.GATv2Conv(self.units(last), 1 if last else self.heads, **options)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "heads": self.heads}
@@ -254,18 +271,25 @@ class GATv2(GraphModel):
 class CommNet(GraphModel):
     """Communication network (Sukhbaatar et al. 2016)."""
 
-    def __init__(
-        self, hidden: int = 16, classes: int = 2, *, activation: str = "tanh", **named: Any
-    ) -> None:
-        super().__init__(hidden, classes, activation=activation, **named)
+    by_vertex = True
 
-    def conv(self, last: bool, **named: Any) -> layers.AbstractConv:
-        return layers.CommNetConv(self.units(last), **named)
+    def __init__(
+        self, hidden: int = 16, classes: int = 2, *, activation: str = "tanh", **options: Any
+    ) -> None:
+        super().__init__(hidden, classes, activation=activation, **options)
+
+    def conv(self, last: bool, **options: Any) -> layers.AbstractConv:
+        return layers.CommNetConv(self.units(last), **options)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class GatedGraph(GraphModel):
-    """Gated graph network (Li et al. 2016): a dense layer, `layers` steps of one recurrent unit, a dense layer to the classes."""
+    """Gated graph network (Li et al. 2016).
+
+    A dense layer, `layers` steps of one recurrent unit, and a dense layer to the classes.
+    """
+
+    by_vertex = True
 
     def __init__(
         self,
@@ -276,14 +300,21 @@ class GatedGraph(GraphModel):
         l2: float = 0.0,
         output: str | None = "softmax",
         activation: str = "relu",
-        **named: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(hidden, classes, 0, dropout, l2, output, activation, **named)
-        self.depth = layers
-        self.drop, self.last_drop = (
-            VertexDropout(dropout, name="dropout"),
-            VertexDropout(dropout, name="last_dropout"),
+        super().__init__(
+            hidden,
+            classes,
+            0,
+            dropout,
+            l2,
+            output,
+            activation,
+            **options,
         )
+        self.depth = layers
+        self.drop = VertexDropout(dropout, name="dropout")
+        self.last_drop = VertexDropout(dropout, name="last_dropout")
         regularizer = keras.regularizers.L2(l2 / 2) if l2 else None
         self.enter = keras.layers.Dense(
             hidden, activation, kernel_regularizer=regularizer, name="enter"
@@ -299,13 +330,13 @@ class GatedGraph(GraphModel):
 
     def stages(self) -> list[Stage]:
         return [
-            Dropped(self.drop, self.enter),
-            Dropped(None, self.gated),
-            Dropped(self.last_drop, self.leave),
+            LayerStage(self.drop, self.enter),
+            LayerStage(None, self.gated),
+            LayerStage(self.last_drop, self.leave),
         ]
 
 
-MODELS = {
+MODELS: dict[str, type[GraphModel]] = {
     "gcn": GCN,
     "sage": SAGE,
     "gin": GIN,
@@ -313,7 +344,4 @@ MODELS = {
     "commnet": CommNet,
     "gatedgraph": GatedGraph,
 }
-"""Models by the names that the command line knows."""
-
-for _model in MODELS.values():
-    _model.by_vertex = True
+"""Models by their names on the command line."""

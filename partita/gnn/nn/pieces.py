@@ -1,7 +1,9 @@
-"""A layer as pieces that can be cut, so that a device need not hold a table of all vertices: dense products by rows, aggregations by columns.
+"""Layers as pieces that can be cut, so that a device need not hold a table of all vertices.
 
-A layer's `call` runs its pieces whole, one after the other. A memory plan runs a few rows, or a few columns, at a time: the numbers are
-the same, since no piece mixes what it can be cut by. Tables are named within the layer: "x" comes in, "y" goes out.
+Dense products are cut by rows, aggregations by columns. A layer's `call` runs its pieces whole, in
+order. A memory plan runs some rows, or some columns, at a time. The numbers are the same, since no
+piece mixes the rows or columns that it is cut by. Tables are named within the layer: "x" is the
+input, "y" the output.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Piece:
-    """Tables from tables: `function(graph, column, *tables)` gives one for each of `writes`.
+    """Tables from tables: `function(graph, column, *tables)` returns one for each of `writes`.
 
-    by          'rows': a row of the results depends on that row of the tables alone; 'columns': so it is of columns, the same ones of
-                all tables, `grain` of them together; 'whole': on all
-    column      the number of the first column that is given, 0 where all are
-    linear      the gradient does not depend on the tables' values
+    by          'rows': a row of the results depends on the same row of the tables alone
+                'columns': a column depends on the same column alone, `grain` columns together
+                'whole': everything depends on everything
+    reads       names of the tables that it reads
+    writes      names of the tables that it writes
+    function    its `column` is the number of the first column that is given, 0 for all columns
+    linear      whether the gradient is independent of the tables' values
     """
 
     by: str
@@ -30,39 +35,46 @@ class Piece:
 
 
 def by_rows(reads: str, writes: str, function: Callable[..., Any]) -> Piece:
-    """A piece cut by rows; `function(*tables)` gives a table, or a tuple of as many as are written. Names are words."""
+    """A piece cut by rows. Names are words of a string.
+
+    `function(*tables)` returns a table, or a tuple of tables if several are written.
+    """
     names = tuple(writes.split())
 
     def rows(graph: Any, column: Any, *tables: Any) -> tuple[Any, ...]:
-        found = function(*tables)
-        return found if len(names) > 1 else (found,)
+        results = function(*tables)
+        return results if len(names) > 1 else (results,)
 
     return Piece("rows", tuple(reads.split()), names, rows)
 
 
 def by_columns(
-    reads: str, writes: str, function: Callable[..., Any], linear: bool = True, grain: int = 1
+    reads: str,
+    writes: str,
+    function: Callable[..., Any],
+    linear: bool = True,
+    grain: int = 1,
 ) -> Piece:
-    """A piece cut by columns, which writes one table: `function(graph, column, *tables)`."""
+    """A piece cut by columns that writes one table: `function(graph, column, *tables)`."""
+
+    def columns(graph: Any, column: Any, *tables: Any) -> tuple[Any, ...]:
+        return (function(graph, column, *tables),)
+
     return Piece(
         "columns",
         tuple(reads.split()),
         (writes,),
-        lambda graph, column, *tables: (function(graph, column, *tables),),
+        columns,
         linear,
         grain,
     )
 
 
 def run(pieces: Sequence[Piece], graph: Any, x: Any) -> Any:
-    """The last piece's table, from x as "x"."""
+    """The table that the last piece writes, from x as "x"."""
     tables = {"x": x}
     for piece in pieces:
-        tables.update(
-            zip(
-                piece.writes,
-                piece.function(graph, 0, *(tables[t] for t in piece.reads)),
-                strict=True,
-            )
-        )
+        inputs = [tables[name] for name in piece.reads]
+        results = piece.function(graph, 0, *inputs)
+        tables.update(zip(piece.writes, results, strict=True))
     return tables[pieces[-1].writes[-1]]
