@@ -1,11 +1,11 @@
-"""Traffic between host and device of a memory plan against an LRU cache, within a quarter of the need of training.
+"""Traffic of a memory plan against that of an LRU cache, within a quarter of the need.
 
     python benchmarks/gnn_memory.py --scale 18 --degree 16 --features 64 --hidden 64
 
-The need is the smaller of two numbers: the compiler's bytes of the ordinary step, arguments and temporaries; and those
-of the plan's operators with all tensors on the device, uncut. Where the share of it is less than the smallest possible
-budget, the budget is that one, and the output tells its share. The cache runs the same operators on the same tiles in
-the same order.
+The need is the smaller of two numbers: the compiler's bytes of the ordinary step, arguments and
+temporaries; and those of the plan's operators with all tensors on the device, uncut. Where the
+share of it is less than the smallest possible budget, the budget is that one, and the output tells
+its share. The cache runs the same operators on the same tiles in the same order.
 """
 
 import argparse

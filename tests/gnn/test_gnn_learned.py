@@ -1,4 +1,8 @@
-"""The learnt partitioner: it recovers what made synthetic times, splits as well as can be, and training with it gives one device's numbers."""
+"""The learned partitioner.
+
+It recovers the costs behind synthetic times, splits optimally, and training with it gives the
+numbers of one device.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +53,8 @@ def skewed(vertices: int = 600, edges: int = 6000) -> gnn.Graph:
 
 def test_features_of_parts_are_those_counted_one_by_one() -> None:
     graph = gnn.Graph.from_edges([0, 1, 2, 70, 5, 5], [0, 0, 0, 0, 2, 2], 80)
-    found = features_of(prefix_sums(graph), np.array([0, 1, 80]))
-    assert found.tolist() == [[79, 1, 4, 2, 2, 0], [79, 79, 2, 1, 1, 0]]
+    features = features_of(prefix_sums(graph), np.array([0, 1, 80]))
+    assert features.tolist() == [[79, 1, 4, 2, 2, 0], [79, 79, 2, 1, 1, 0]]
 
 
 def test_few_most_read_vertices_are_hot(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,8 +111,8 @@ def test_split_points_are_as_good_as_any(
     ]
     points = best_points(sums, cost)
     assert points[0] == 0 and points[-1] == vertices and (np.diff(points) >= 0).all()
-    least = min(cost.seconds(sums, p).max() for p in all_points)
-    assert cost.seconds(sums, points).max() <= least * (1 + 1e-6) + 1e-9
+    fastest = min(cost.seconds(sums, p).max() for p in all_points)
+    assert cost.seconds(sums, points).max() <= fastest * (1 + 1e-6) + 1e-9
     room = int(
         np.median([np.diff(sums[p][:, 1]).max() for p in all_points])
     )  # of edges, which about half of the splits fit into
@@ -125,7 +129,9 @@ def test_split_points_are_as_good_as_any(
 always = lambda points: True
 
 
-def test_where_compiling_costs_more_than_it_gains_a_split_moves_as_far_as_there_is_place() -> None:
+def test_where_compiling_costs_more_than_it_gains_a_split_moves_as_far_as_there_is_capacity() -> (
+    None
+):
     graph = skewed()
     balance = Balance(prefix_sums(graph), by_edges(graph, 2))
     place = int(1.1 * np.diff(balance.sums[balance.points][:, 1]).max())
@@ -136,11 +142,11 @@ def test_where_compiling_costs_more_than_it_gains_a_split_moves_as_far_as_there_
     balance.learner.cost = Cost(np.array([0, 0, 1e-3, 0, 0, 0]), np.array([3.0, 1.0]))
     before = balance.points
     fits = lambda points: np.diff(balance.sums[points][:, 1]).max() <= place
-    found = balance.better(10, 0.0, 1e6, fits)
-    assert found is not None and fits(found[0]) and found[0][1] < before[1]
+    move = balance.better(10, 0.0, 1e6, fits)
+    assert move is not None and fits(move[0]) and move[0][1] < before[1]
 
 
-def test_a_split_that_does_not_fit_is_gone_towards_as_far_as_one_fits() -> None:
+def test_where_a_split_does_not_fit_one_in_its_direction_is_taken() -> None:
     graph = skewed()
     balance = Balance(prefix_sums(graph), by_edges(graph, 2))
     for _ in range(3):
@@ -149,11 +155,11 @@ def test_a_split_that_does_not_fit_is_gone_towards_as_far_as_one_fits() -> None:
         )
     balance.learner.cost = Cost(np.array([0, 0, 1e-3, 0, 0, 0]), np.array([3.0, 1.0]))
     first, best = int(balance.points[1]), int(best_points(balance.sums, balance.learner.cost)[1])
-    found = balance.better(10, 0.0, 1e6, lambda points: first - points[1] <= 0.6 * (first - best))
+    move = balance.better(10, 0.0, 1e6, lambda points: first - points[1] <= 0.6 * (first - best))
     assert (
-        found is not None
-        and found[0].tolist() == [0, first - int(0.5 * (first - best)), 600]
-        and not found[1]
+        move is not None
+        and move[0].tolist() == [0, first - int(0.5 * (first - best)), 600]
+        and not move[1]
     )
 
 
@@ -190,18 +196,18 @@ def test_a_split_moves_only_when_the_epochs_left_pay_for_it() -> None:
     saved = seconds.max() - seconds.mean()
     assert balance.better(10, saved * 20, 0.0, always) is None
     measured()
-    found = balance.better(10, saved * 5, saved * 3, always)
-    assert found is not None and not found[1]
-    balance.moved(found[0])
-    now = features_of(balance.sums, found[0])[:, 2]
+    move = balance.better(10, saved * 5, saved * 3, always)
+    assert move is not None and not move[1]
+    balance.moved(move[0])
+    now = features_of(balance.sums, move[0])[:, 2]
     assert now.max() < 1.05 * now.mean() and balance.facts()["moves"] == 1
     measured()
     assert balance.better(10, 0.0, 0.0, always) is None
 
 
-def test_a_step_with_place_for_fewer_rows_is_compiled_where_rows_cost_more_than_that() -> None:
+def test_a_step_with_capacity_for_fewer_rows_is_compiled_where_rows_cost_more_than_that() -> None:
     graph = skewed()
-    found = []
+    moves = []
     for row in (0, 1e-2):
         balance = Balance(prefix_sums(graph), np.array([0, 20, 600]))
         for _ in range(3):
@@ -210,9 +216,9 @@ def test_a_step_with_place_for_fewer_rows_is_compiled_where_rows_cost_more_than_
                 600,
             )
         balance.learner.cost = Cost(np.array([row, 0, 1e-3, 0, 0, 0]), np.ones(2))
-        found.append(balance.better(10, 0.0, 5.0, always))
-    assert found[0] is None or not found[0][1]
-    assert found[1] is not None and found[1][1] and np.diff(found[1][0]).max() < 600
+        moves.append(balance.better(10, 0.0, 5.0, always))
+    assert moves[0] is None or not moves[0][1]
+    assert moves[1] is not None and moves[1][1] and np.diff(moves[1][0]).max() < 600
 
 
 def busy(events: list[int], used: list[int], alone: bool = True) -> float:
@@ -248,9 +254,7 @@ def test_a_device_is_busy_but_for_waiting_for_an_exchange() -> None:
     assert busy(early, [0] * 7) == pytest.approx(800)
 
 
-def test_what_a_process_alone_uses_in_an_exchange_is_its_devices_work_at_the_pace_of_computing() -> (
-    None
-):
+def test_processor_time_of_a_lone_process_in_an_exchange_counts_as_computing() -> None:
     begin, end = 1, 0
     events = [200 + begin, 600 + end]
     assert busy(events, [100, 150, 350]) == pytest.approx(600 + 2 * 50), (
@@ -281,13 +285,13 @@ def test_training_that_moves_the_split_gives_the_numbers_of_one_device(
 ) -> None:
     graph = skewed()
     alone, expected = fitted(models.GCN, graph)
-    model, found = fitted(models.GCN, graph, devices=3, partition="learned")
+    model, history = fitted(models.GCN, graph, devices=3, partition="learned")
     assert (
         not moving
         and model.balance.facts()["moves"] == 3
         and model.parts.points.tolist() == [0, 200, 200, 600]
     )
-    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=2e-4)
+    np.testing.assert_allclose(history["loss"], expected["loss"], rtol=2e-4)
     np.testing.assert_allclose(model.predict(graph), alone.predict(graph), rtol=1e-2, atol=1e-3)
 
 
@@ -295,9 +299,11 @@ def test_stamps_tell_a_device_with_more_to_do_from_one_that_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     graph, seconds = skewed(2000, 600_000), []
-    most = np.array([0, by_edges(graph, 20)[1], 2000])
+    uneven = np.array([0, by_edges(graph, 20)[1], 2000])
     monkeypatch.setattr(Balance, "measured", lambda self, took, rows, edges: seconds.append(took))
-    monkeypatch.setattr(Balance, "better", lambda *_: (most, False) if len(seconds) == 1 else None)
+    monkeypatch.setattr(
+        Balance, "better", lambda *_: (uneven, False) if len(seconds) == 1 else None
+    )
     model, _ = fitted(models.GCN, graph, epochs=16, devices=2, partition="learned")
     assert model.parts.edges[1] > 10 * model.parts.edges[0]
     little, much = np.min(seconds[2:], axis=0)  # whatever else the machine does
@@ -322,10 +328,10 @@ def test_metis_is_asked_for_the_undirected_graph_and_said_to_be_missing(
         return 0, [1, 0, 1, 0]
 
     monkeypatch.setitem(sys.modules, "pymetis", types.SimpleNamespace(part_graph=part_graph))
-    found, points, order = arranged(graph, 2, "metis")
+    relabelled, points, order = arranged(graph, 2, "metis")
     assert asked == [(2, [0, 1, 2, 3, 4], [2, 3, 0, 1], [2, 2, 2, 2])]
     assert points.tolist() == [0, 2, 4] and order is not None and order.tolist() == [1, 3, 0, 2]
-    assert found.labels is not None and found.labels.tolist() == [6, 8, 5, 7]
+    assert relabelled.labels is not None and relabelled.labels.tolist() == [6, 8, 5, 7]
 
 
 def test_one_device_measures_nothing() -> None:

@@ -1,4 +1,8 @@
-"""Memory plans: the dynamic programme finds the least, no cache does better, and training under a plan gives the numbers of training without."""
+"""Memory plans.
+
+The search gives the cheapest plan, no cache is cheaper, and training under a plan gives the numbers
+of training without.
+"""
 
 import gc
 from collections.abc import Callable
@@ -30,7 +34,10 @@ from partita.gnn.spill.plan import (
 
 
 def network(sizes: list[int], seconds: list[float | None]) -> StepWork:
-    """Layers forward and backward: x0 to xn, then dn to d1; sizes of x0 to xn, seconds to run each layer again."""
+    """Layers forward and backward: x0 to xn, then dn to d1.
+
+    `sizes` of x0 to xn, `seconds` of rematerializing each layer.
+    """
     n = len(sizes) - 1
     forward = [
         LayerOperator(f"f{i}", (f"x{i}",), (f"x{i + 1}",), seconds=seconds[i], family=f"f{i}")
@@ -48,26 +55,29 @@ def network(sizes: list[int], seconds: list[float | None]) -> StepWork:
 
 
 def tiled(layers: int, cuts: int) -> StepWork:
-    """Layers of an aggregation, by columns, and a product, by rows, forward and backward, over tables of cuts by cuts tiles of one byte."""
+    """Layers of an aggregation, by columns, and a product, by rows, forward and backward.
+
+    Tables have `cuts` by `cuts` tiles of one byte.
+    """
     rows = lambda t, k: tuple(f"{t}[{k},{c}]" for c in range(cuts))
     columns = lambda t, k: tuple(f"{t}[{r},{k}]" for r in range(cuts))
-    found: list[LayerOperator] = []
+    operators: list[LayerOperator] = []
     for i in range(layers):
-        found += [
+        operators += [
             LayerOperator(f"sum {i} {k}", columns(f"x{i}", k), columns(f"s{i}", k), 2 * cuts)
             for k in range(cuts)
         ]
-        found += [
+        operators += [
             LayerOperator(f"product {i} {k}", rows(f"s{i}", k), rows(f"x{i + 1}", k), cuts)
             for k in range(cuts)
         ]
-    found += [
+    operators += [
         LayerOperator(f"loss {k}", rows(f"x{layers}", k), rows(f"d{layers}", k), cuts)
         for k in range(cuts)
     ]
     for i in reversed(range(layers)):
         back = range(cuts - 1, -1, -1)
-        found += [
+        operators += [
             LayerOperator(
                 f"slope {i} {k}",
                 rows(f"s{i}", k) + rows(f"d{i + 1}", k),
@@ -76,16 +86,16 @@ def tiled(layers: int, cuts: int) -> StepWork:
             )
             for k in back
         ]
-        found += [
+        operators += [
             LayerOperator(f"spread {i} {k}", columns(f"e{i}", k), columns(f"d{i}", k), 2 * cuts)
             for k in back
             if i
         ]
-    return StepWork(tuple(found), {t: 1 for o in found for t in o.reads + o.writes})
+    return StepWork(tuple(operators), {t: 1 for o in operators for t in o.reads + o.writes})
 
 
-def least(work: StepWork, budget: int, bandwidth: float) -> float:
-    """The least cost, by going over all states again and again until no cost falls; nothing is left out and nothing dropped for free."""
+def lowest_cost(work: StepWork, budget: int, bandwidth: float) -> float:
+    """The lowest cost, by relaxing all states until no cost falls, without any shortcut."""
     costs = {(0, frozenset(), work.inputs()): 0.0}
     while True:
         before = dict(costs)
@@ -114,7 +124,7 @@ def least(work: StepWork, budget: int, bandwidth: float) -> float:
 
 
 def keeps_to(work: StepWork, plan: MemoryPlan, budget: int) -> int:
-    """Bytes moved by a plan that is followed; fails where it reads what is not there or holds more than the budget."""
+    """Bytes moved by a plan; fails if it reads a missing tensor or exceeds the budget."""
     operators = {o.name: o for o in work.operators}
     device: set[str] = set()
     host, moved = set(work.inputs()), 0
@@ -154,7 +164,7 @@ def drawn_network(data: Any, layers: int) -> tuple[StepWork, int]:
 def test_plans_cost_the_least_and_a_cache_no_less(data: Any) -> None:
     work, budget = drawn_network(data, 2)
     plan, cache = plan_memory(work, budget, 1.0), lru_plan(work, budget)
-    assert plan.exact and plan.cost == least(work, budget, 1.0)
+    assert plan.exact and plan.cost == lowest_cost(work, budget, 1.0)
     assert plan.cost <= cache.cost == cache.traffic == keeps_to(work, cache, budget)
     assert plan.traffic == keeps_to(work, plan, budget)
     once = replace(work, operators=tuple(replace(o, seconds=None) for o in work.operators))
@@ -236,23 +246,18 @@ def trained(
 
 @pytest.fixture(autouse=True)
 def few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables in 6 ranges of rows at most and 3 of columns: programs for fewer of them compile sooner."""
+    """At most 6 ranges of rows and 3 of columns: fewer programs compile sooner."""
     monkeypatch.setattr(operators, "FINENESS", (1, 3))
-
-
-def least_of(make: Callable[..., Any], graph: gnn.Graph) -> int:
-    """Bytes that the refusal of too little names."""
-    with pytest.raises(GraphError, match="Use memory=") as refused:
-        trained(make, graph, memory=1)
-    return int(str(refused.value).split('memory="')[1].split(" B")[0])
 
 
 def same(make: Callable[..., Any], graph: gnn.Graph, budget: int) -> Any:
     """A model trained within a budget, which gives the numbers of training without."""
     alone, history = trained(make, graph)
-    model, found = trained(make, graph, memory=budget)
-    for what, values in history.items():
-        np.testing.assert_allclose(found[what], values, rtol=1e-4, atol=1e-6, err_msg=what)
+    model, planned_history = trained(make, graph, memory=budget)
+    for name, values in history.items():
+        np.testing.assert_allclose(
+            planned_history[name], values, rtol=1e-4, atol=1e-6, err_msg=name
+        )
     for a, b in zip(model.get_weights(), alone.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
     for mask in ("train", "validation"):
@@ -326,24 +331,25 @@ def test_stages_that_cannot_be_cut_are_whole(make: Callable[..., Any]) -> None:
 def test_arrays_on_the_device_keep_to_the_budget() -> None:
     """As JAX itself counts them, with every copy, while a step runs."""
     graph = drawn(3000, 3000)
-    budget, most = 600_000, 0
+    budget = 600_000
+    peak = 0
 
     class Watched(keras.callbacks.Callback):
         def on_train_begin(self, logs: Any = None) -> None:
             within, load = self.model.memory, self.model.memory._loaded
 
             def loaded(*given: Any) -> Any:
-                nonlocal most
-                found = load(*given)
-                most = max(most, sum(a.nbytes for a in jax.live_arrays()) - before)
-                return found
+                nonlocal peak
+                tile = load(*given)
+                peak = max(peak, sum(a.nbytes for a in jax.live_arrays()) - before)
+                return tile
 
             within._loaded = loaded
 
     gc.collect()  # of models of other tests
     before = sum(a.nbytes for a in jax.live_arrays())
     model, _ = trained(models.SAGE, graph, memory=budget, callbacks=[Watched()])
-    assert model.memory.facts()["need"] > budget >= most > budget // 2, most
+    assert model.memory.facts()["need"] > budget >= peak > budget // 2, peak
 
 
 def test_a_compiler_that_does_not_say_what_it_needs_is_not_asked(

@@ -1,4 +1,4 @@
-"""Several processes that train on one graph: the numbers of one device, and what happens when one of them dies."""
+"""Several processes that train on one graph: the numbers of one device, and the death of one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def graph_in(folder: Path) -> gnn.Graph:
         validation=mask[200:250],
         test=mask[250:],
     )
-    gnn.files.save(graph, folder / "g.npz")
+    gnn.save(graph, folder / "g.npz")
     return graph
 
 
@@ -74,7 +74,8 @@ def workers(pid: int) -> list[int]:
 def test_a_killed_worker_is_named_and_the_checkpoint_goes_on_to_the_same_loss(
     tmp_path: Path,
 ) -> None:
-    graph, saved = graph_in(tmp_path), tmp_path / "saved"
+    graph = graph_in(tmp_path)
+    saved = tmp_path / "saved"
     job = start(tmp_path, "--epochs", "100000", "--checkpoint", str(saved))
     until = time.monotonic() + 100
     while not (saved / "3").exists():
@@ -87,8 +88,8 @@ def test_a_killed_worker_is_named_and_the_checkpoint_goes_on_to_the_same_loss(
         "partita: process 1 of 2 was killed (SIGKILL); the others were stopped."
     )
 
-    kept = max(int(p.name) for p in saved.iterdir() if p.name.isdigit())
-    epochs = kept + 4
+    saved_epoch = max(int(p.name) for p in saved.iterdir() if p.name.isdigit())
+    epochs = saved_epoch + 4
     again = start(
         tmp_path,
         "--epochs",
@@ -103,16 +104,17 @@ def test_a_killed_worker_is_named_and_the_checkpoint_goes_on_to_the_same_loss(
     )
     text, err = again.communicate(timeout=100)
     assert again.returncode == 0, err
-    found, model = json.loads(text), alone(graph, epochs)
-    assert found["epochs"] == epochs - kept - 1 and len(found["parts"]) == 2
+    facts = json.loads(text)
+    model = alone(graph, epochs)
+    assert facts["epochs"] == epochs - saved_epoch - 1 and len(facts["parts"]) == 2
     for mask in ("train", "validation", "test"):
         np.testing.assert_allclose(
-            found["accuracy"][mask],
+            facts["accuracy"][mask],
             model.evaluate(graph, mask, return_dict=True)["accuracy"],
             atol=0.021,
         )
     np.testing.assert_allclose(
-        found["loss"], model.evaluate(graph, "train", return_dict=True)["loss"], rtol=1e-3
+        facts["loss"], model.evaluate(graph, "train", return_dict=True)["loss"], rtol=1e-3
     )
     np.testing.assert_allclose(
         keras.saving.load_model(tmp_path / "m.keras").predict(graph),

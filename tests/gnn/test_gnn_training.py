@@ -1,4 +1,8 @@
-"""Training on whole graphs: every model gives the same numbers however the graph is split, learns, is saved, and says what is wrong."""
+"""Training on whole graphs.
+
+Every model gives the same numbers however the graph is split, learns, is saved, trains on without
+preparing or compiling anew, and explains errors.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,18 +54,21 @@ def drawn(vertices: int = 23, edges: int = 60, weights: bool = False) -> gnn.Gra
     )
 
 
-def trained(make: Callable[..., Any], graph: gnn.Graph, **how: Any) -> tuple[Any, Any]:
+def trained(make: Callable[..., Any], graph: gnn.Graph, **options: Any) -> tuple[Any, Any]:
     """(model, history) of three epochs from the same weights."""
     keras.utils.set_random_seed(0)
     model = make(hidden=8, classes=3, l2=0.01)
     model.compile(keras.optimizers.Adam(0.05), metrics=["accuracy"])
-    return model, model.fit(graph, epochs=3, verbose=0, **how).history
+    return model, model.fit(graph, epochs=3, verbose=0, **options).history
 
 
 MODELS = {**models.MODELS, "sage-max": lambda **named: models.SAGE(aggregation="max", **named)}
-WAYS = [(4, np.arange(23) * 7 % 23 % 4 // 2 * 3, 1), (4, [0, 0, 20, 20, 23], 2)]
-"""Devices, how the vertices are cut, and how many devices share theirs and split features: by a part for every vertex, as METIS gives them, two of them empty;
-by split points with two empty parts, both kinds of splits at once."""
+SPLIT_OPTIONS = [(4, np.arange(23) * 7 % 23 % 4 // 2 * 3, 1), (4, [0, 0, 20, 20, 23], 2)]
+"""Devices, partition, and devices that share vertices and split features.
+
+The first has a part for every vertex, as METIS gives them, two of them empty. The second has split
+points with two empty parts, and both kinds of splits at once.
+"""
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -72,21 +79,21 @@ def test_split_training_gives_the_numbers_of_one_device(name: str) -> None:
         set(history) == {"loss", "accuracy", "val_loss", "val_accuracy"}
         and len(history["loss"]) == 3
     )
-    for devices, partition, columns in WAYS:
-        model, found = trained(
+    for devices, partition, columns in SPLIT_OPTIONS:
+        model, split_history = trained(
             MODELS[name], graph, devices=devices, partition=partition, columns=columns
         )
-        for what, values in history.items():
+        for key, values in history.items():
             np.testing.assert_allclose(
-                found[what],
+                split_history[key],
                 values,
                 rtol=2e-4,
                 atol=1e-5,
-                err_msg=f"{what}, {devices} by {partition}, {columns}",
+                err_msg=f"{key}, {devices} by {partition}, {columns}",
             )
         np.testing.assert_allclose(model.predict(graph), alone.predict(graph), rtol=1e-2, atol=1e-3)
-        for mine, theirs in zip(model.get_weights(), alone.get_weights(), strict=True):
-            np.testing.assert_allclose(mine, theirs, rtol=1e-2, atol=1e-3)
+        for weights, expected_weights in zip(model.get_weights(), alone.get_weights(), strict=True):
+            np.testing.assert_allclose(weights, expected_weights, rtol=1e-2, atol=1e-3)
 
 
 def test_an_order_inside_changes_no_result() -> None:
@@ -97,8 +104,8 @@ def test_an_order_inside_changes_no_result() -> None:
         (np.arange(23)[::-1], {"devices": 4, "partition": part}),
         ("neighbours", {"devices": 3, "partition": "learned"}),
     ):
-        model, found = trained(models.GCN, graph, order=order, **how)
-        np.testing.assert_allclose(found["loss"], expected["loss"], rtol=2e-4)
+        model, split_history = trained(models.GCN, graph, order=order, **how)
+        np.testing.assert_allclose(split_history["loss"], expected["loss"], rtol=2e-4)
         np.testing.assert_allclose(model.predict(graph), alone.predict(graph), rtol=1e-2, atol=1e-3)
         if how.get("devices") == 4:
             assert model.parts.vertices.tolist() == np.bincount(part).tolist()
@@ -204,12 +211,12 @@ def test_a_step_sums_only_over_what_the_training_vertices_see(name: str) -> None
         finally:
             kind.by_vertex = True
         assert len(whole._graph_trainer.device.prepared.data.block.aggregations) == 1
-        for what, values in expected.items():
+        for key, values in expected.items():
             np.testing.assert_allclose(
-                history[what], values, rtol=2e-4, atol=1e-5, err_msg=f"{what}, {how}"
+                history[key], values, rtol=2e-4, atol=1e-5, err_msg=f"{key}, {how}"
             )
-        for mine, theirs in zip(model.get_weights(), whole.get_weights(), strict=True):
-            np.testing.assert_allclose(mine, theirs, rtol=1e-2, atol=1e-3)
+        for weights, expected_weights in zip(model.get_weights(), whole.get_weights(), strict=True):
+            np.testing.assert_allclose(weights, expected_weights, rtol=1e-2, atol=1e-3)
 
 
 def test_vertices_near_training_grow_by_an_edge_at_a_time_while_their_edges_are_few() -> None:
@@ -227,10 +234,10 @@ def test_features_are_split_where_every_part_needs_most_rows_of_all() -> None:
     ring = gnn.Graph.from_edges(np.arange(400), (np.arange(400) + 1) % 400)
     machine = load("h100:4")
     calls = [(64, "sum"), (32, "attention")]
-    found = dict(columns_of(calls, dense, by_vertices(dense, 4), machine))
+    columns = dict(columns_of(calls, dense, by_vertices(dense, 4), machine))
     assert (
-        set(found) == {64}
-        and found[64] in (2, 4)
+        set(columns) == {64}
+        and columns[64] in (2, 4)
         and columns_of(calls, ring, by_vertices(ring, 4), machine) == ()
     )
     assert neighbours(load("dgx-h100:16"), 12) == ((0, 2), (1, 8))
@@ -346,7 +353,7 @@ def test_a_graph_that_was_changed_in_place_gives_its_own_numbers(table: str) -> 
     values[:] = 2 * values % 23 if table == "sources" else np.roll(values, 1, axis=0)
     model.fit(graph, verbose=0)
     for changed in (graph, before):
-        # The arrays of `graph` may be those that a device reads, and `before` is equal to the first.
+        # A device may read the arrays of `graph` themselves; `before` has their first content.
         fresh = keras.models.clone_model(model)
         fresh.set_weights(model.get_weights())
         fresh.compile("adam", metrics=["accuracy"])
@@ -435,8 +442,8 @@ def test_a_saved_model_predicts_the_same_and_trains_on(tmp_path: Path) -> None:
     model.save(tmp_path / "gcn.keras")
     again = keras.saving.load_model(tmp_path / "gcn.keras")
     np.testing.assert_allclose(again.predict(graph), model.predict(graph), rtol=1e-6)
-    found, expected = (m.fit(graph, epochs=2, verbose=0).history for m in (again, model))
-    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)
+    history, expected = (m.fit(graph, epochs=2, verbose=0).history for m in (again, model))
+    np.testing.assert_allclose(history["loss"], expected["loss"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -495,7 +502,8 @@ def test_a_network_learns_classes_that_keep_to_themselves() -> None:
         ),
         (
             {"labels": None},
-            "has no labels: give Graph.from_edges(labels=...) one for every vertex, -1 where there is none.",
+            "has no labels: give Graph.from_edges(labels=...) one for every vertex, "
+            "-1 where there is none.",
         ),
         (
             {"train": None},
@@ -503,7 +511,8 @@ def test_a_network_learns_classes_that_keep_to_themselves() -> None:
         ),
         (
             {"labels": np.full(23, 7, np.int32)},
-            "Vertex 0 has the label 7, and the model has 3 classes, 0 to 2: make it with classes=8.",
+            "Vertex 0 has the label 7, and the model has 3 classes, 0 to 2: "
+            "make it with classes=8.",
         ),
     ],
 )
@@ -516,7 +525,8 @@ def test_what_cannot_be_learnt_is_one_sentence(broken: dict[str, Any], sentence:
 def test_bad_splits_are_one_sentence() -> None:
     with pytest.raises(
         GraphError,
-        match="partition='fair' is no partitioner: use 'vertices', 'edges', 'learned' or 'metis', or give split",
+        match="partition='fair' is no partitioner: use 'vertices', 'edges', 'learned' or 'metis', "
+        "or give split",
     ):
         split_points(drawn(), 2, "fair")
     with pytest.raises(
@@ -525,7 +535,8 @@ def test_bad_splits_are_one_sentence() -> None:
         arranged(drawn(), 2, [0] * 22 + [2])
     with pytest.raises(
         GraphError,
-        match=r"The split points \[0, 30\] do not cut 23 vertices into 1 parts: give 2 numbers that rise from 0 to 23",
+        match=r"The split points \[0, 30\] do not cut 23 vertices into 1 parts: "
+        "give 2 numbers that rise from 0 to 23",
     ):
         split_points(drawn(), 1, [0, 30])
     with pytest.raises(
