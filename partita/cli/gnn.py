@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,77 @@ Undirected = Annotated[
     typer.Option("--undirected", help="Also add the reverse of every edge."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Kind = Annotated[
+    str,
+    typer.Argument(help="rmat, erdos-renyi or blocks.", show_default=False),
+]
+EdgeCount = Annotated[
+    str,
+    typer.Option("--edges", help="Number of edges, such as 16M or 500,000.", show_default=False),
+]
+VertexCount = Annotated[
+    str,
+    typer.Option("--vertices", help="Number of vertices (not for rmat).", show_default=False),
+]
+Scale = Annotated[
+    int | None,
+    typer.Option(help="2^scale vertices (for rmat).", show_default=False),
+]
+Features = Annotated[
+    int,
+    typer.Option(help="Features per vertex; labels and masks come with them."),
+]
+Classes = Annotated[int, typer.Option(help="Number of classes.")]
+Within = Annotated[float, typer.Option(help="Share of edges within a class (for blocks).")]
+TrainingFile = Annotated[
+    Path,
+    typer.Argument(help="A graph with features, labels and a training mask.", show_default=False),
+]
+Model = Annotated[str, typer.Option(help="gcn, sage, gin, gatv2, commnet or gatedgraph.")]
+Hidden = Annotated[int, typer.Option(help="Features between layers.", min=1)]
+Layers = Annotated[int, typer.Option(help="Number of layers.", min=1)]
+Epochs = Annotated[int, typer.Option(help="Number of steps over the graph.", min=1)]
+Dropout = Annotated[
+    float,
+    typer.Option(help="Dropout rate before each layer.", min=0, max=0.99),
+]
+Rate = Annotated[float, typer.Option(help="Learning rate of Adam.", min=0)]
+Decay = Annotated[float, typer.Option(help="Weight decay of the first layer.", min=0)]
+Normalise = Annotated[
+    bool,
+    typer.Option("--normalise", help="Divide the features of each vertex by their sum."),
+]
+Devices = Annotated[
+    int,
+    typer.Option(help="Number of devices; a CPU can act as several.", min=1),
+]
+Processes = Annotated[int, typer.Option(help="Number of processes on this host.", min=1)]
+Partition = Annotated[
+    str,
+    typer.Option(help="edges, vertices, learned or metis (see above)."),
+]
+Columns = Annotated[
+    int | None,
+    typer.Option(help="Devices that split features, not vertices.", min=1, show_default="fastest"),
+]
+Order = Annotated[
+    str | None,
+    typer.Option(help="Vertex order: degree or neighbours.", show_default="as in the file"),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="Memory limit of the device, such as 4GiB.", show_default=False),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the random numbers.", min=0)]
+Save = Annotated[
+    Path | None,
+    typer.Option(help="Write the trained model to this .keras file.", show_default=False),
+]
+CheckpointFolder = Annotated[
+    Path | None,
+    typer.Option(help="Folder to save training in and resume it from.", show_default=False),
+]
+Every = Annotated[int, typer.Option(help="Epochs between checkpoints.", min=1)]
 
 
 @app.callback()
@@ -49,35 +121,17 @@ def gnn() -> None:
 
 @app.command()
 def generate(
-    kind: Annotated[
-        str,
-        typer.Argument(help="rmat, erdos-renyi or blocks.", show_default=False),
-    ],
+    kind: Kind,
     output: Output,
-    edges: Annotated[
-        str,
-        typer.Option(help="Number of edges, such as 16M or 500,000.", show_default=False),
-    ],
-    vertices: Annotated[
-        str,
-        typer.Option(help="Number of vertices (not for rmat).", show_default=False),
-    ] = "",
-    scale: Annotated[
-        int | None,
-        typer.Option(help="2^scale vertices (for rmat).", show_default=False),
-    ] = None,
-    features: Annotated[
-        int,
-        typer.Option(help="Features per vertex; labels and masks come with them."),
-    ] = 0,
-    classes: Annotated[int, typer.Option(help="Number of classes.")] = 16,
-    within: Annotated[
-        float,
-        typer.Option(help="Share of edges within a class (for blocks)."),
-    ] = 0.8,
+    edges: EdgeCount,
+    vertices: VertexCount = "",
+    scale: Scale = None,
+    features: Features = 0,
+    classes: Classes = 16,
+    within: Within = 0.8,
     undirected: Undirected = False,
     transpose: Transpose = False,
-    seed: Annotated[int, typer.Option(help="Seed of the random numbers.", min=0)] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Generate a random graph of any size.
 
@@ -194,65 +248,25 @@ def info(file: GraphFile, as_json: Json = False) -> None:
 
 @app.command()
 def train(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            help="A graph with features, labels and a training mask.", show_default=False
-        ),
-    ],
-    model: Annotated[
-        str,
-        typer.Option(help="gcn, sage, gin, gatv2, commnet or gatedgraph."),
-    ] = "gcn",
-    hidden: Annotated[int, typer.Option(help="Features between layers.", min=1)] = 16,
-    layers: Annotated[int, typer.Option(help="Number of layers.", min=1)] = 2,
-    epochs: Annotated[int, typer.Option(help="Number of steps over the graph.", min=1)] = 200,
-    dropout: Annotated[
-        float,
-        typer.Option(help="Dropout rate before each layer.", min=0, max=0.99),
-    ] = 0.5,
-    rate: Annotated[float, typer.Option(help="Learning rate of Adam.", min=0)] = 0.01,
-    decay: Annotated[float, typer.Option(help="Weight decay of the first layer.", min=0)] = 5e-4,
-    normalise: Annotated[
-        bool,
-        typer.Option("--normalise", help="Divide the features of each vertex by their sum."),
-    ] = False,
-    devices: Annotated[
-        int,
-        typer.Option(help="Number of devices; a CPU can act as several.", min=1),
-    ] = 1,
-    processes: Annotated[
-        int,
-        typer.Option(help="Number of processes on this host.", min=1),
-    ] = 1,
-    partition: Annotated[
-        str,
-        typer.Option(help="edges, vertices, learned or metis (see above)."),
-    ] = "edges",
-    columns: Annotated[
-        int | None,
-        typer.Option(
-            help="Devices that split features, not vertices.", min=1, show_default="the fastest"
-        ),
-    ] = None,
-    order: Annotated[
-        str | None,
-        typer.Option(help="Vertex order: degree or neighbours.", show_default="that of the file"),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(help="Memory limit of the device, such as 4GiB.", show_default=False),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random numbers.", min=0)] = 0,
-    save: Annotated[
-        Path | None,
-        typer.Option(help="Write the trained model to this .keras file.", show_default=False),
-    ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Folder to save training in and resume it from.", show_default=False),
-    ] = None,
-    every: Annotated[int, typer.Option(help="Epochs between checkpoints.", min=1)] = 1,
+    file: TrainingFile,
+    model: Model = "gcn",
+    hidden: Hidden = 16,
+    layers: Layers = 2,
+    epochs: Epochs = 200,
+    dropout: Dropout = 0.5,
+    rate: Rate = 0.01,
+    decay: Decay = 5e-4,
+    normalise: Normalise = False,
+    devices: Devices = 1,
+    processes: Processes = 1,
+    partition: Partition = "edges",
+    columns: Columns = None,
+    order: Order = None,
+    memory: Memory = None,
+    seed: Seed = 0,
+    save: Save = None,
+    checkpoint: CheckpointFolder = None,
+    every: Every = 1,
     as_json: Json = False,
 ) -> None:
     """Train a graph network on a whole graph.
@@ -280,34 +294,11 @@ def train(
         if os.environ.get("PARTITA_LAUNCHED"):
             keep_stdout()
         is_first = join()
-        from partita import gnn
-        from partita.execute.devices import start_host_devices
-
-        gnn.require_jax()
+        graph = _open_for_training(file, devices, normalise)
+        network = _Network(model, hidden, layers, dropout, rate, decay, seed)
+        trained = network.compiled(max(1, graph.classes))
         with progress() as report:
-            graph = gnn.open(file, report=report)
-        if devices > 1:
-            start_host_devices(devices)
-        import keras
-
-        from partita.gnn.nn.models import MODELS
-        from partita.gnn.train import normalised, trained_facts
-
-        if model not in MODELS:
-            raise GraphError(f"{model!r} is no model: use {', '.join(MODELS)}.")
-        keras.utils.set_random_seed(seed)
-        network: Any = MODELS[model](
-            hidden=hidden,
-            classes=max(1, graph.classes),
-            layers=layers,
-            dropout=dropout,
-            l2=decay,
-        )
-        network.compile(keras.optimizers.Adam(rate), metrics=["accuracy"])
-        if normalise:
-            graph = normalised(graph)
-        with progress() as report:
-            network.fit(
+            trained.fit(
                 graph,
                 epochs,
                 callbacks=_callbacks(checkpoint, every, epochs, report),
@@ -318,15 +309,62 @@ def train(
                 order=order,
                 memory=memory,
             )
-        facts = {"model": model, **trained_facts(network, graph)}
+        from partita.gnn.train import trained_facts
+
+        facts = {"model": model, **trained_facts(trained, graph)}
         if not is_first:
             return
         if save is not None:
-            network.save(save)
+            trained.save(save)
         if as_json:
             print(json.dumps(facts))
         else:
             _print_training(facts)
+
+
+def _open_for_training(file: Path, devices: int, normalise: bool) -> Any:
+    """The graph of a file; JAX starts afterwards, with its devices."""
+    from partita import gnn
+    from partita.execute.devices import start_host_devices
+
+    gnn.require_jax()
+    with progress() as report:
+        graph = gnn.open(file, report=report)
+    if devices > 1:
+        start_host_devices(devices)
+    return gnn.normalised(graph) if normalise else graph
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A network and its optimizer, as described on the command line."""
+
+    model: str
+    hidden: int
+    layers: int
+    dropout: float
+    rate: float
+    decay: float
+    seed: int
+
+    def compiled(self, classes: int) -> Any:
+        """A new Keras model with weights drawn from the seed."""
+        import keras
+
+        from partita.gnn.nn.models import MODELS
+
+        if self.model not in MODELS:
+            raise GraphError(f"{self.model!r} is no model: use {', '.join(MODELS)}.")
+        keras.utils.set_random_seed(self.seed)
+        model: Any = MODELS[self.model](
+            hidden=self.hidden,
+            classes=classes,
+            layers=self.layers,
+            dropout=self.dropout,
+            l2=self.decay,
+        )
+        model.compile(keras.optimizers.Adam(self.rate), metrics=["accuracy"])
+        return model
 
 
 def _callbacks(

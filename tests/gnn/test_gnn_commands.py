@@ -1,4 +1,4 @@
-"""`partita gnn generate`, `convert`, `info` and `train`: from nothing to a file to what is in it to a model, and slips in one sentence."""
+"""`partita gnn`: generate, convert, info, train and partition; mistakes are one sentence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RMAT = ["generate", "rmat", "--scale", "8", "--edges", "3k", "--features", "5", 
 
 @pytest.fixture(autouse=True)
 def started() -> None:
-    """JAX has started with the devices of all tests: what a command asks for would hold for every test after it."""
+    """Starts JAX with the devices of all tests: a command's devices would hold for later tests."""
     jax.devices()
 
 
@@ -33,7 +33,7 @@ def info(path: Path) -> dict:
     return json.loads(done.stdout)
 
 
-def test_a_graph_is_drawn_converted_and_looked_at(tmp_path: Path) -> None:
+def test_a_graph_is_generated_converted_and_described(tmp_path: Path) -> None:
     done = gnn(*RMAT, "-o", tmp_path / "g.lux", "--transpose")
     assert done.exit_code == 0, done.output
     assert (
@@ -41,22 +41,22 @@ def test_a_graph_is_drawn_converted_and_looked_at(tmp_path: Path) -> None:
         and f"written to {tmp_path / 'g.lux'}" in done.stderr
     )
     assert (tmp_path / "g.transposed.order.bin").stat().st_size == 4 * 3000
-    found = info(tmp_path / "g.lux")
+    facts = info(tmp_path / "g.lux")
     assert (
-        found["vertices"],
-        found["edges"],
-        found["features"],
-        found["classes"],
-        found["labelled"],
+        facts["vertices"],
+        facts["edges"],
+        facts["features"],
+        facts["classes"],
+        facts["labelled"],
     ) == (256, 3000, 5, 3, 256)
     assert (
-        sum(found["masks"].values()) == 256
-        and found["bytes"]["features"] == 4 * 5 * 256
-        and not found["weights"]
+        sum(facts["masks"].values()) == 256
+        and facts["bytes"]["features"] == 4 * 5 * 256
+        and not facts["weights"]
     )
-    assert found["in_degrees"]["mean"] == found["out_degrees"]["mean"] == 3000 / 256
+    assert facts["in_degrees"]["mean"] == facts["out_degrees"]["mean"] == 3000 / 256
     assert gnn("convert", tmp_path / "g.lux", tmp_path / "h.npz").exit_code == 0
-    assert {**info(tmp_path / "h.npz"), "name": "g"} == found
+    assert {**info(tmp_path / "h.npz"), "name": "g"} == facts
     assert (
         gnn(
             "convert", tmp_path / "h.npz", tmp_path / "both.lux", "--undirected", "--transpose"
@@ -67,9 +67,9 @@ def test_a_graph_is_drawn_converted_and_looked_at(tmp_path: Path) -> None:
     assert both["edges"] == 6000 and both["in_degrees"] == both["out_degrees"]
 
 
-def test_info_is_a_table_for_people(tmp_path: Path) -> None:
+def test_info_prints_a_table(tmp_path: Path) -> None:
     (tmp_path / "few.txt").write_text("0 1\n0 2\n4 0\n")
-    shown = " ".join(gnn("info", tmp_path / "few.txt").stdout.replace("│", " ").split())
+    output = " ".join(gnn("info", tmp_path / "few.txt").stdout.replace("│", " ").split())
     for line in (
         "few",
         "vertices 5, 1 of them isolated",
@@ -81,11 +81,11 @@ def test_info_is_a_table_for_people(tmp_path: Path) -> None:
         "masks none",
         "bytes 60 B: offsets 48 B, sources 12 B",
     ):
-        assert line in shown, shown
+        assert line in output, output
 
 
 @pytest.mark.parametrize("kind", ["erdos-renyi", "blocks"])
-def test_the_other_generators_say_how_many_vertices(kind: str, tmp_path: Path) -> None:
+def test_the_other_generators_take_a_number_of_vertices(kind: str, tmp_path: Path) -> None:
     done = gnn(
         "generate",
         kind,
@@ -100,12 +100,12 @@ def test_the_other_generators_say_how_many_vertices(kind: str, tmp_path: Path) -
         tmp_path / "g.npz",
     )
     assert done.exit_code == 0, done.output
-    found = info(tmp_path / "g.npz")
-    assert (found["vertices"], found["edges"], found["features"]) == (1000, 4000, 2)
+    facts = info(tmp_path / "g.npz")
+    assert (facts["vertices"], facts["edges"], facts["features"]) == (1000, 4000, 2)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             ["generate", "rmat", "--edges", "3", "-o", "g.lux"],
@@ -143,15 +143,15 @@ def test_the_other_generators_say_how_many_vertices(kind: str, tmp_path: Path) -
         (["info", "nothing.lux"], "There is no file 'nothing.lux'."),
     ],
 )
-def test_slips_are_one_sentence(
-    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_mistake_is_one_sentence(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = gnn(*arguments)
     assert (
         done.exit_code == 2
         and done.stderr.startswith("error: ")
-        and said in done.stderr
+        and message in done.stderr
         and "Traceback" not in done.output
     ), done.output
     assert not list(tmp_path.iterdir())
@@ -159,11 +159,11 @@ def test_slips_are_one_sentence(
 
 @pytest.mark.parametrize("command", ["generate", "convert", "info", "train", "partition"])
 def test_help_is_short_and_has_an_example(command: str) -> None:
-    shown = gnn(command, "--help").stdout
-    assert f"Example: partita gnn {command} " in " ".join(shown.split())
-    summary = next(line for line in shown.splitlines() if line.startswith("  ")).strip()
+    output = gnn(command, "--help").stdout
+    assert f"Example: partita gnn {command} " in " ".join(output.split())
+    summary = next(line for line in output.splitlines() if line.startswith("  ")).strip()
     assert len(summary) <= 60, summary
-    assert all(len(line) <= 80 for line in shown.splitlines())
+    assert all(len(line) <= 80 for line in output.splitlines())
 
 
 def in_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -199,7 +199,7 @@ def test_the_command_line_starts_without_jax_and_keras() -> None:
     )
 
 
-def test_train_says_accuracy_time_parts_and_traffic(tmp_path: Path) -> None:
+def test_train_reports_accuracy_time_parts_and_traffic(tmp_path: Path) -> None:
     gnn(*RMAT, "-o", tmp_path / "g.lux")
     model = tmp_path / "model.keras"
     done = gnn(
@@ -216,20 +216,20 @@ def test_train_says_accuracy_time_parts_and_traffic(tmp_path: Path) -> None:
         model,
     )
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
+    facts = json.loads(done.stdout)
     assert (
-        found["epochs"] == 3
-        and set(found["accuracy"]) == {"train", "validation", "test"}
-        and found["traffic"] > 0
+        facts["epochs"] == 3
+        and set(facts["accuracy"]) == {"train", "validation", "test"}
+        and facts["traffic"] > 0
     )
     assert (
-        sum(part["edges"] for part in found["parts"]) == 3000
-        and found["epoch_seconds"] > 0
+        sum(part["edges"] for part in facts["parts"]) == 3000
+        and facts["epoch_seconds"] > 0
         and model.exists()
     )
     plain = gnn("train", tmp_path / "g.lux", "--model", "sage", "--epochs", "3", "--devices", "2")
     assert (
-        f"loss {found['loss']:.4f}" in plain.stdout
+        f"loss {facts['loss']:.4f}" in plain.stdout
         and "part 1: " in plain.stdout
         and "traffic: " in plain.stdout
     )
@@ -247,12 +247,12 @@ def test_partitioners_are_compared_in_a_table_a_page_and_json(tmp_path: Path) ->
         tmp_path / "parts.html",
     )
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    slowest = {name: one["largest_seconds"] for name, one in found["partitioners"].items()}
+    facts = json.loads(done.stdout)
+    slowest = {name: one["largest_seconds"] for name, one in facts["partitioners"].items()}
     assert {"vertices", "edges", "learned"} <= set(slowest) and slowest["learned"] <= min(
         slowest["vertices"], slowest["edges"]
     ) * 1.001
-    for one in found["partitioners"].values():
+    for one in facts["partitioners"].values():
         assert (
             sum(part["edges"] for part in one["parts"]) == 3000
             and one["bytes"] == one["fetched"] * 64 * 4 * 2
@@ -261,10 +261,10 @@ def test_partitioners_are_compared_in_a_table_a_page_and_json(tmp_path: Path) ->
     assert (
         page.count("device 2: ") >= 3
         and "http" not in page.replace("http-equiv", "")
-        and f"{found['error']:.1%} off" in page
+        and f"{facts['error']:.1%} off" in page
     )
-    shown = gnn("partition", tmp_path / "g.lux", "--devices", "3").stdout
-    assert "equal edges" in shown and "Nothing was measured in training" in shown
+    output = gnn("partition", tmp_path / "g.lux", "--devices", "3").stdout
+    assert "equal edges" in output and "Nothing was measured in training" in output
     done = gnn("partition", tmp_path / "g.lux", "--report", "parts.pdf")
     assert (
         done.exit_code == 2
@@ -272,7 +272,7 @@ def test_partitioners_are_compared_in_a_table_a_page_and_json(tmp_path: Path) ->
     )
 
 
-def test_slips_in_training_are_one_sentence(tmp_path: Path) -> None:
+def test_a_mistake_in_training_is_one_sentence(tmp_path: Path) -> None:
     gnn("generate", "rmat", "--scale", "5", "--edges", "100", "-o", tmp_path / "bare.lux")
     for arguments, sentence in (
         ([], "'bare' has no features: give Graph.from_edges(features=...) a row for every vertex."),

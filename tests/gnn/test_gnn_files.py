@@ -1,4 +1,4 @@
-"""Graphs in files: what is saved is opened again, large conversions equal small ones, and what is damaged is one sentence."""
+"""Graphs in files: saving and opening, conversion in bounded memory, errors of damaged files."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def stream_of(graph: Graph, piece: int = 3) -> EdgeStream:
 
 @FILES
 @given(graphs(), st.sampled_from([".lux", ".npz"]))
-def test_what_is_saved_is_opened_again(graph: Graph, ending: str) -> None:
+def test_a_saved_graph_opens_unchanged(graph: Graph, ending: str) -> None:
     with folder() as at:
         gnn.save(graph, at / f"g{ending}")
         assert equal(gnn.open(at / f"g{ending}"), graph)
@@ -91,15 +91,15 @@ def test_sorting_in_little_memory_gives_the_same_graph(
 
 @FILES
 @given(graphs(), st.integers(1, 60))
-def test_a_transpose_in_files_is_the_one_in_memory(graph: Graph, memory: int) -> None:
+def test_a_transpose_in_files_equals_the_one_in_memory(graph: Graph, memory: int) -> None:
     with folder() as at:
         gnn.save(graph, at / "g.lux")
         save_transpose(at / "g.lux", memory=memory)
-        ours, theirs = graph.transposed(), gnn.open(at / "g.lux").transposed()
+        memory_transpose, file_transpose = graph.transposed(), gnn.open(at / "g.lux").transposed()
         for field in ("offsets", "destinations", "order"):
             assert (
-                np.array_equal(getattr(ours, field), getattr(theirs, field))
-                and getattr(ours, field).dtype == getattr(theirs, field).dtype
+                np.array_equal(getattr(memory_transpose, field), getattr(file_transpose, field))
+                and getattr(memory_transpose, field).dtype == getattr(file_transpose, field).dtype
             )
         assert {p.name for p in at.iterdir()} >= {"g.transposed.lux", "g.transposed.order.bin"}
         gnn.save(
@@ -116,7 +116,7 @@ def test_a_transpose_in_files_is_the_one_in_memory(graph: Graph, memory: int) ->
     st.booleans(),
     st.integers(5, 40),
 )
-def test_an_edge_list_is_the_graph_that_it_lists(
+def test_an_edge_list_opens_as_its_graph(
     graph: Graph, separator: str, newline: str, packed: bool, block: int
 ) -> None:
     target = np.repeat(np.arange(graph.vertices), graph.in_degrees())
@@ -200,7 +200,7 @@ def test_the_files_that_roc_reads_are_read(tmp_path: Path) -> None:
     )
 
 
-def test_a_graph_in_another_ones_place_takes_nothing_over(tmp_path: Path) -> None:
+def test_a_graph_that_replaces_another_one_inherits_no_table(tmp_path: Path) -> None:
     gnn.save(PLAIN, tmp_path / "g.lux")
     bare = replace(PLAIN, features=None, labels=None, train=None)
     gnn.save(bare, tmp_path / "g.lux")
@@ -209,7 +209,7 @@ def test_a_graph_in_another_ones_place_takes_nothing_over(tmp_path: Path) -> Non
     ]
 
 
-def test_a_lux_file_is_mapped_and_not_read(tmp_path: Path) -> None:
+def test_a_lux_file_is_memory_mapped(tmp_path: Path) -> None:
     gnn.save(PLAIN, tmp_path / "g.lux")
     graph = gnn.open(tmp_path / "g.lux")
     assert (
@@ -233,9 +233,9 @@ def ogb(at: Path, masks: bool = True, split: str = "time", **more: str) -> Path:
             f"split/{split}/valid.csv.gz": "1\n",
             f"split/{split}/test.csv.gz": "3\n",
         }
-    for name, said in (texts | more).items():
+    for name, message in (texts | more).items():
         (at / name).parent.mkdir(parents=True, exist_ok=True)
-        (at / name).write_bytes(gzip.compress(said.encode()))
+        (at / name).write_bytes(gzip.compress(message.encode()))
     return at
 
 
@@ -275,7 +275,7 @@ def test_large_ogb_sets_in_npz_are_read(tmp_path: Path) -> None:
 
 
 class Column:
-    """What a column of pyarrow has that is used."""
+    """The used part of a pyarrow column."""
 
     def __init__(self, values: Any) -> None:
         self.values, self.null_count = np.asarray(values), 0
@@ -319,7 +319,7 @@ def test_parquet_files_are_read_by_pyarrow(tmp_path: Path, monkeypatch: pytest.M
         gnn.open(tmp_path / "e.parquet")
 
 
-def test_without_pyarrow_it_is_said_what_to_install(
+def test_without_pyarrow_the_error_names_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "e.parquet").write_bytes(b"PAR1")
@@ -336,7 +336,7 @@ def test_without_pyarrow_it_is_said_what_to_install(
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """No file may grow beyond so many bytes, as on a disk that is full."""
+    """Limits the size of a file, as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -359,7 +359,7 @@ BIG = Graph.from_edges(
     ],
 )
 @pytest.mark.parametrize("size", [100, 9000, 14000])
-def test_a_disk_that_fills_leaves_what_was_there(
+def test_a_full_disk_leaves_the_old_files(
     write: Callable[[Path], Any], size: int, tmp_path: Path
 ) -> None:
     gnn.save(PLAIN, tmp_path / "g.lux")
@@ -378,7 +378,7 @@ def test_a_disk_that_fills_leaves_what_was_there(
     )
 
 
-def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
+def test_a_disk_that_is_too_small_is_refused_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
@@ -402,7 +402,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "second", [[[0], [1]], [[0, 1, 2, 2, 3], [1, 2, 0, 1, 3]], [[0, 1, 2, 2], [1, 1, 1, 1]]]
 )
-def test_edges_that_change_while_they_are_converted_are_noticed(
+def test_edges_that_change_during_conversion_are_refused(
     second: list[list[int]], memory: int, tmp_path: Path
 ) -> None:
     times = iter([[SOURCE, TARGET], second])
@@ -425,7 +425,7 @@ def put(name: str, data: bytes) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (cut("g.lux", 7), "g.lux' has 7 bytes: a .lux file begins with 12 bytes"),
         (
@@ -473,12 +473,12 @@ def put(name: str, data: bytes) -> Callable[[Path], None]:
     ],
 )
 def test_a_damaged_lux_file_is_one_sentence(
-    damage: Callable[[Path], None], said: str, tmp_path: Path
+    damage: Callable[[Path], None], message: str, tmp_path: Path
 ) -> None:
     gnn.save(PLAIN, tmp_path / "g.lux")
     save_transpose(tmp_path / "g.lux")
     damage(tmp_path)
-    assert said in refused(tmp_path / "g.lux")
+    assert message in refused(tmp_path / "g.lux")
 
 
 def refused(path: Path) -> str:
@@ -489,7 +489,7 @@ def refused(path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "message"),
     [
         (
             "0 1\n1 x\n",
@@ -526,11 +526,11 @@ def refused(path: Path) -> str:
         ("0 1\n" + "9" * 200 + "\n", "line 2: '" + "9" * 57 + "...' has an id of 2^32 or more"),
     ],
 )
-def test_an_edge_list_that_is_none_is_one_sentence_with_its_line(
-    lines: str, said: str, tmp_path: Path
+def test_a_bad_line_of_an_edge_list_is_one_sentence(
+    lines: str, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "e.txt").write_text(lines)
-    assert said in refused(tmp_path / "e.txt") and str(tmp_path) in refused(tmp_path / "e.txt")
+    assert message in refused(tmp_path / "e.txt") and str(tmp_path) in refused(tmp_path / "e.txt")
     with pytest.raises(GraphError):
         gnn.convert(tmp_path / "e.txt", tmp_path / "e.lux")
     assert [p.name for p in tmp_path.iterdir()] == ["e.txt"]
@@ -545,7 +545,7 @@ def test_lines_are_counted_over_blocks(tmp_path: Path, monkeypatch: pytest.Monke
     assert "has a line of more than 64 bytes" in refused(tmp_path / "long.txt")
 
 
-def test_a_header_of_words_is_passed_over(tmp_path: Path) -> None:
+def test_a_header_of_words_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "e.csv").write_text(
         "# made today\nsource,target,weight\n"
         + "\n".join(f"{a},{b},2" for a, b in zip(SOURCE, TARGET, strict=True))
@@ -553,7 +553,7 @@ def test_a_header_of_words_is_passed_over(tmp_path: Path) -> None:
     assert equal(gnn.open(tmp_path / "e.csv"), Graph.from_edges(SOURCE, TARGET, weights=[2] * 4))
 
 
-def test_packed_files_that_were_cut_off_are_said_to_be(tmp_path: Path) -> None:
+def test_a_truncated_gzip_file_is_refused(tmp_path: Path) -> None:
     data = gzip.compress(b"0 1\n" * 5000)
     (tmp_path / "e.txt.gz").write_bytes(data[: len(data) // 2])
     assert "e.txt.gz' is truncated or damaged" in refused(tmp_path / "e.txt.gz")
@@ -564,7 +564,7 @@ def npz(**arrays: Any) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("write", "said"),
+    ("write", "message"),
     [
         (put("g.npz", b"no zip at all"), "g.npz' "),
         (put("g.npz", b""), "g.npz' is truncated or no .npz file"),
@@ -597,21 +597,21 @@ def npz(**arrays: Any) -> Callable[[Path], None]:
         ),
     ],
 )
-def test_an_npz_file_that_is_no_graph_is_one_sentence(
-    write: Callable[[Path], None], said: str, tmp_path: Path
+def test_an_npz_file_without_a_graph_is_one_sentence(
+    write: Callable[[Path], None], message: str, tmp_path: Path
 ) -> None:
     write(tmp_path)
-    assert said in refused(tmp_path / "g.npz")
+    assert message in refused(tmp_path / "g.npz")
 
 
-def test_an_npz_file_that_was_cut_off_is_said_to_be(tmp_path: Path) -> None:
+def test_a_truncated_npz_file_is_refused(tmp_path: Path) -> None:
     gnn.save(BIG, tmp_path / "g.npz")
     cut("g.npz", 5000)(tmp_path)
     assert "g.npz' is truncated or no .npz file" in refused(tmp_path / "g.npz")
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (
             {"raw/num-node-list.csv.gz": "2\n2\n"},
@@ -646,14 +646,14 @@ def test_an_npz_file_that_was_cut_off_is_said_to_be(tmp_path: Path) -> None:
         ({"raw/triplet-type-list.csv.gz": ""}, "has several kinds of vertices"),
     ],
 )
-def test_an_ogb_folder_that_is_no_graph_is_one_sentence(
-    more: dict[str, str], said: str, tmp_path: Path
+def test_an_ogb_folder_without_a_graph_is_one_sentence(
+    more: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     ogb(tmp_path / "o", **more)
-    assert said in refused(tmp_path / "o")
+    assert message in refused(tmp_path / "o")
     with pytest.raises(GraphError) as caught:
         gnn.convert(tmp_path / "o", tmp_path / "o.lux")
-    assert said in str(caught.value) and not (tmp_path / "o.lux").exists()
+    assert message in str(caught.value) and not (tmp_path / "o.lux").exists()
 
 
 def test_incomplete_ogb_folders_are_one_sentence(tmp_path: Path) -> None:
@@ -671,7 +671,7 @@ def test_incomplete_ogb_folders_are_one_sentence(tmp_path: Path) -> None:
     assert "has neither edge.csv.gz nor data.npz" in refused(tmp_path / "o")
 
 
-def test_paths_that_lead_nowhere_are_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_path_is_one_sentence(tmp_path: Path) -> None:
     gnn.save(PLAIN, tmp_path / "graph.lux")
     assert refused(tmp_path / "grpah.lux").endswith(
         f"grpah.lux'. Did you mean {str(tmp_path / 'graph.lux')!r}?"
@@ -680,11 +680,11 @@ def test_paths_that_lead_nowhere_are_one_sentence(tmp_path: Path) -> None:
         "is a folder without raw/: name a file, or an OGB folder with raw/ and split/."
         in refused(tmp_path)
     )
-    for path, said in [
+    for path, message in [
         ("g.txt", "'g.txt' does not end in .lux or .npz: call it 'g.lux'"),
         ("no/g.lux", "there is no folder"),
     ]:
-        with pytest.raises(GraphError, match=said):
+        with pytest.raises(GraphError, match=message):
             gnn.save(PLAIN, tmp_path / path)
     gnn.save(PLAIN, tmp_path / "g.npz")
     with pytest.raises(GraphError, match="is no .lux file: convert it first, then transpose it."):

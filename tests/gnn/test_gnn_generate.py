@@ -1,4 +1,4 @@
-"""Graphs that are drawn: the same however they are made, and distributed as they should be."""
+"""Generated graphs: independent of the pieces, and distributed as specified."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def ends(stream: EdgeStream) -> tuple[np.ndarray, np.ndarray]:
 
 
 def near(count: int, share: float, of: int) -> bool:
-    """Whether a count is within five deviations of a share of so many draws."""
+    """Whether a count is within five standard deviations of a share of the draws."""
     return abs(count - share * of) <= 5 * (of * share * (1 - share)) ** 0.5 + 1
 
 
@@ -34,7 +34,7 @@ def near(count: int, share: float, of: int) -> bool:
         lambda seed: blocks(700, 1000, features=3, seed=seed),
     ],
 )
-def test_a_graph_depends_on_its_seed_and_not_on_how_it_is_made(
+def test_a_graph_depends_on_its_seed_and_not_on_its_pieces(
     make: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = make(1).graph()
@@ -84,12 +84,12 @@ def test_a_share_of_the_edges_stays_within_a_class(within: float) -> None:
         lambda: blocks(2**13, 10, features=24, classes=6),
     ],
 )
-def test_features_tell_the_class_and_masks_share_the_vertices(make: Any) -> None:
+def test_features_depend_on_the_class_and_masks_divide_the_vertices(make: Any) -> None:
     graph = make().graph()
     x, labels = graph.features, graph.labels
     centres = np.stack([x[labels == c].mean(0) for c in range(6)])
-    found = np.argmin(((x[:, None] - centres) ** 2).sum(-1), 1)
-    assert 0.5 < (found == labels).mean() < 0.99
+    nearest_class = np.argmin(((x[:, None] - centres) ** 2).sum(-1), 1)
+    assert 0.5 < (nearest_class == labels).mean() < 0.99
     assert abs(float((x - centres[labels]).std()) - 1) < 0.02
     masks = [graph.train, graph.validation, graph.test]
     assert (np.sum(masks, 0) == 1).all() and graph.train[0]
@@ -104,7 +104,7 @@ def test_many_rows_of_features_come_in_pieces() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (
             lambda: rmat(0, 5),
@@ -127,7 +127,7 @@ def test_many_rows_of_features_come_in_pieces() -> None:
         (lambda: blocks(3, 5, classes=4), "3 vertices cannot have 4 classes: use 1 to 3."),
     ],
 )
-def test_what_cannot_be_drawn_is_one_sentence(make: Any, said: str) -> None:
+def test_an_impossible_graph_is_one_sentence(make: Any, message: str) -> None:
     with pytest.raises(GraphError) as caught:
         make()
-    assert said in str(caught.value)
+    assert message in str(caught.value)

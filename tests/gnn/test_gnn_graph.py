@@ -1,4 +1,4 @@
-"""The graph value: made from anything, transposed, given self edges and other numbers, and checked."""
+"""The graph: constructors, transpose, derived graphs, checks."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_orders_name_every_vertex_once(graph: Graph) -> None:
     assert (np.diff(graph.relabelled(order.by_degree(graph)).out_degrees()) <= 0).all()
 
 
-def test_neighbours_of_a_shuffled_path_are_next_to_each_other() -> None:
+def test_an_order_by_neighbours_unshuffles_a_path() -> None:
     path = np.random.default_rng(0).permutation(50)
     graph = Graph.from_edges([*path[:-1], *path[1:]], [*path[1:], *path[:-1]])
     near = graph.relabelled(order.by_neighbours(graph))
@@ -164,7 +164,7 @@ def test_neighbours_of_a_shuffled_path_are_next_to_each_other() -> None:
 
 
 class Tensor:
-    """What a tensor of PyTorch has that is used."""
+    """The used part of a PyTorch tensor."""
 
     def __init__(self, values: Any) -> None:
         self.values = np.asarray(values)
@@ -233,7 +233,7 @@ def test_from_dgl_reads_a_homogeneous_graph() -> None:
 
 
 class Networkx:
-    """What a graph of NetworkX has that is used: nodes with attributes, and edges with theirs."""
+    """The used part of a NetworkX graph: nodes and edges with attributes."""
 
     def __init__(
         self,
@@ -280,7 +280,7 @@ def test_from_scipy_takes_every_format_and_keeps_values_that_are_not_all_one(kin
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.int64, np.uint64])
-def test_ids_may_be_of_any_whole_type(dtype: Any) -> None:
+def test_ids_may_have_any_integer_type(dtype: Any) -> None:
     assert equal(
         Graph.from_edges(
             np.array(SOURCE, dtype),
@@ -293,7 +293,7 @@ def test_ids_may_be_of_any_whole_type(dtype: Any) -> None:
     )
 
 
-def test_sparse_features_lists_of_vertices_and_unlabelled_vertices_are_understood() -> None:
+def test_sparse_features_lists_of_vertices_and_unlabelled_vertices_are_accepted() -> None:
     graph = Graph.from_edges(
         SOURCE, TARGET, features=scipy.sparse.csr_array(X), labels=[1.0, np.nan, 2, 1], train=[2, 0]
     )
@@ -313,7 +313,7 @@ HETERO = SimpleNamespace(edge_types=[("a", "to", "b")])
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (
             lambda: Graph.from_edges([0, 1, 5], [1, 0, 0], 3),
@@ -436,10 +436,10 @@ HETERO = SimpleNamespace(edge_types=[("a", "to", "b")])
         ),
     ],
 )
-def test_what_is_no_graph_is_one_sentence(make: Any, said: str) -> None:
+def test_bad_input_is_one_sentence(make: Any, message: str) -> None:
     with pytest.raises(GraphError) as caught:
         make()
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def i32(*ids: int) -> np.ndarray:
@@ -451,7 +451,7 @@ def i64(*ids: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("graph", "said"),
+    ("graph", "message"),
     [
         (
             Graph(i32(0, 1), i32(0)),
@@ -490,13 +490,13 @@ def i64(*ids: int) -> np.ndarray:
         ),
     ],
 )
-def test_check_names_the_first_entry_that_is_wrong(graph: Graph, said: str) -> None:
+def test_check_names_the_first_entry_that_is_wrong(graph: Graph, message: str) -> None:
     with pytest.raises(GraphError) as caught:
         check(graph)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_what_is_wrong_far_down_is_found_by_its_place() -> None:
+def test_a_bad_entry_in_a_later_piece_is_named() -> None:
     features = np.zeros((600_000, 16), np.float32)
     features[500_001, 7] = np.inf
     with pytest.raises(GraphError, match="Feature 7 of vertex 500,001 is inf"):

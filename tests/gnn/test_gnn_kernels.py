@@ -1,4 +1,4 @@
-"""Aggregations and their gradients are those of the dense matrix, for any directed graph, compiled or by XLA's own operations."""
+"""Aggregations and gradients equal those of the dense matrix, compiled or by XLA's operations."""
 
 import functools
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def dense_max(a: Any, w: Any, x: Any) -> Any:
 
 
 FACTORS = tuple(np.random.default_rng(3).uniform(-1, 2, (3, VERTICES)).astype(np.float32))
-"""What rows count before a sum, beside it and after it; the second vertex has nothing beside."""
+"""Factors of rows before the sum, of the own row, and after it; the second own row counts 0."""
 FACTORS[1][1] = 0
 
 
@@ -93,7 +93,7 @@ def both(how: str, kind: str, block: Block, a: Any, w: Any, x: Any) -> Any:
 
 @pytest.fixture(params=["compiled", "plain"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """With the compiled kernels, and with what takes their place."""
+    """With the compiled kernels, and with their fallbacks."""
     if request.param == "plain":
         monkeypatch.setattr(bridge, "works", lambda self_test, name: False)
     return request.param
@@ -118,7 +118,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any
         ("max", 5),
     ],
 )
-def test_an_aggregation_is_that_of_the_dense_matrix(how: str, columns: int, kind: str) -> None:
+def test_an_aggregation_equals_that_of_the_dense_matrix(how: str, columns: int, kind: str) -> None:
     @settings(max_examples=12, deadline=None, derandomize=True)
     @given(graphs())
     @example(NONE)
@@ -134,11 +134,13 @@ def test_an_aggregation_is_that_of_the_dense_matrix(how: str, columns: int, kind
     holds()
 
 
-@pytest.mark.parametrize("way", ["compiled", *total.FALLBACKS])
-def test_edges_behind_the_last_row_count_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if way != "compiled":
+@pytest.mark.parametrize("implementation", ["compiled", *total.FALLBACKS])
+def test_padding_behind_the_last_row_counts_nothing(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if implementation != "compiled":
         monkeypatch.setattr(bridge, "works", lambda self_test, name: False)
-        monkeypatch.setattr(total, "fastest", lambda: way)
+        monkeypatch.setattr(total, "fastest", lambda: implementation)
     offsets, ids = np.array([0, 1, 3], np.int32), np.array([1, 0, 1, 0, 0, 0], np.int32)
     x, weights = values(2, 5), np.arange(1, 7, dtype=np.float32)
     np.testing.assert_allclose(
@@ -149,7 +151,7 @@ def test_edges_behind_the_last_row_count_nothing(way: str, monkeypatch: pytest.M
     )
 
 
-def test_what_takes_the_kernels_place_is_measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_correct_fallback_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(offsets: Any, ids: Any, x: Any, weights: Any) -> Any:
         return jnp.zeros((offsets.shape[0] - 1, x.shape[1]))
 
@@ -177,14 +179,14 @@ def test_of_equal_maxima_the_first_edge_has_the_gradient(kind: str) -> None:
 @example(REPEATED)
 def test_a_weight_of_an_edge_has_its_gradient_too(graph: Graph) -> None:
     x, to = values(graph.vertices, 3), np.repeat(np.arange(graph.vertices), graph.in_degrees())
-    mine, expected = weight_gradients(block_of(graph), graph.weights, x, graph.sources, to)
-    np.testing.assert_allclose(mine, expected, rtol=1e-3, atol=1e-4)
+    computed, expected = weight_gradients(block_of(graph), graph.weights, x, graph.sources, to)
+    np.testing.assert_allclose(computed, expected, rtol=1e-3, atol=1e-4)
 
 
 @jax.jit
 def weight_gradients(block: Block, w: Any, x: Any, source: Any, target: Any) -> Any:
-    mine = lambda w: bent(weighted_sum(block.aggregations[0].edges, w, x))
-    return jax.grad(mine)(w), jax.grad(
+    computed = lambda w: bent(weighted_sum(block.aggregations[0].edges, w, x))
+    return jax.grad(computed)(w), jax.grad(
         lambda w: bent(jnp.zeros_like(x).at[target].add(w[:, None] * x[source]))
     )(w)
 
@@ -198,11 +200,14 @@ def dense_attention(edges: Any, left: Any, right: Any, a: Any) -> Any:
     return jnp.einsum("vuh,uhc->vhc", w / w.sum(axis=1, keepdims=True), left)
 
 
-def test_attention_is_that_of_the_dense_matrix(kind: str) -> None:
+def test_attention_equals_that_of_the_dense_matrix(kind: str) -> None:
     @jax.jit
     def both(block: Block, edges: Any, args: Any) -> Any:
-        ways = (lambda args: block.attention(*args), lambda args: dense_attention(edges, *args))
-        return [(f(args), jax.grad(lambda args, f=f: bent(f(args)))(args)) for f in ways]
+        implementations = (
+            lambda args: block.attention(*args),
+            lambda args: dense_attention(edges, *args),
+        )
+        return [(f(args), jax.grad(lambda args, f=f: bent(f(args)))(args)) for f in implementations]
 
     @settings(max_examples=12, deadline=None, derandomize=True)
     @given(graphs())
@@ -213,8 +218,8 @@ def test_attention_is_that_of_the_dense_matrix(kind: str) -> None:
             3 * values(graph.vertices, 2, 5, seed=1),
             values(2, 5, seed=2),
         )
-        mine, dense = both(block_of(graph), matrix(graph), args)
-        for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(dense), strict=True):
+        computed, dense = both(block_of(graph), matrix(graph), args)
+        for a, b in zip(jax.tree.leaves(computed), jax.tree.leaves(dense), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
     holds()
@@ -224,7 +229,7 @@ def test_attention_is_that_of_the_dense_matrix(kind: str) -> None:
     ("rows", "a", "b"),
     [(1, 1, 1), (63, 3, 64), (64, 64, 3), (130, 5, 29), (1000, 66, 90), (200, 300, 300)],
 )
-def test_the_gradient_of_a_matrix_is_the_product_over_all_rows(
+def test_the_gradient_of_a_matrix_equals_the_product_over_all_rows(
     rows: int, a: int, b: int, kind: str
 ) -> None:
     x, w, y = values(rows, a), values(a, b, seed=1), values(rows, b, seed=2)
@@ -233,7 +238,7 @@ def test_the_gradient_of_a_matrix_is_the_product_over_all_rows(
     np.testing.assert_allclose(dw, np.float64(x).T @ y, rtol=1e-4, atol=1e-4)
 
 
-def test_threads_share_the_rows_by_their_edges() -> None:
+def test_threads_divide_rows_by_edges() -> None:
     graph = Graph.from_edges([0] * 90 + [1] * 10, [3] * 90 + list(range(10)), 10)
     assert [bridge.rows_of(graph.offsets, part, 3) for part in range(3)] == [
         (0, 4),
@@ -242,7 +247,7 @@ def test_threads_share_the_rows_by_their_edges() -> None:
     ]
 
 
-def test_a_kernel_that_does_not_work_is_said_once_and_replaced() -> None:
+def test_a_broken_kernel_warns_once_and_is_replaced() -> None:
     def broken() -> None:
         raise OSError("no such code")
 

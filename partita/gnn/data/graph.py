@@ -196,13 +196,11 @@ class Graph:
     def digest(self) -> str:
         """Digest of all arrays; equal for graphs of equal content, whatever their names.
 
-        It is computed once if no array can be written, as those of files, and at each call
-        otherwise.
+        It is computed once for an immutable graph, and at each call otherwise.
         """
-        arrays = [getattr(self, field) for field in ARRAYS]
-        if all(read_only(array) for array in arrays):
+        if self.immutable:
             return self._digest
-        return array_digest(arrays)
+        return array_digest([getattr(self, field) for field in ARRAYS])
 
     @cached_property
     def _digest(self) -> str:
