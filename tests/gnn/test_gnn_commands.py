@@ -109,11 +109,13 @@ def test_the_other_generators_take_a_number_of_vertices(kind: str, tmp_path: Pat
     [
         (
             ["generate", "rmat", "--edges", "3", "-o", "g.lux"],
-            "An rmat graph has 2^scale vertices: give --scale, such as 20 for a million, and remove --vertices.",
+            "An rmat graph has 2^scale vertices: give --scale, such as 20 for a million, and "
+            "remove --vertices.",
         ),
         (
             ["generate", "blocks", "--edges", "3", "-o", "g.lux"],
-            "A graph of kind blocks has any number of vertices: give --vertices, such as 10000, and remove --scale.",
+            "A graph of kind blocks has any number of vertices: give --vertices, such as 10000, "
+            "and remove --scale.",
         ),
         (
             ["generate", "ring", "--edges", "3", "-o", "g.lux"],
@@ -133,7 +135,8 @@ def test_the_other_generators_take_a_number_of_vertices(kind: str, tmp_path: Pat
         ),
         (
             ["generate", "rmat", "--scale", "3", "--edges", "9", "-o", "g.npz", "--transpose"],
-            "--transpose needs a .lux file and 'g.npz' is none: call it 'g.lux', or remove --transpose.",
+            "--transpose needs a .lux file and 'g.npz' is none: call it 'g.lux', or remove "
+            "--transpose.",
         ),
         (
             ["generate", "rmat", "--scale", "3", "--edges", "9", "-o", "none/g.lux"],

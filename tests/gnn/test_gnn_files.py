@@ -60,7 +60,7 @@ def stream_of(graph: Graph, piece: int = 3) -> EdgeStream:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- laws
+# --------------------------------------------------------------------------------------------- laws
 
 
 @FILES
@@ -159,7 +159,7 @@ def test_numbers_are_read_as_python_reads_them(numbers: list[float]) -> None:
             )
 
 
-# ------------------------------------------------------------------------------------------------------------ other files
+# -------------------------------------------------------------------------------------- other files
 
 
 def test_planetoid_splits_are_read(tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_without_pyarrow_the_error_names_the_package(
         gnn.open(tmp_path / "e.parquet")
 
 
-# ------------------------------------------------------------------------------------------------- interrupted and damaged
+# -------------------------------------------------------------------------- interrupted and damaged
 
 
 @contextmanager
@@ -430,7 +430,8 @@ def put(name: str, data: bytes) -> Callable[[Path], None]:
         (cut("g.lux", 7), "g.lux' has 7 bytes: a .lux file begins with 12 bytes"),
         (
             cut("g.lux", 20),
-            "is truncated or no .lux file: its header says 4 vertices and 4 edges, which need 60 bytes, and it has 20 (it ends within the offsets).",
+            "is truncated or no .lux file: its header says 4 vertices and 4 edges, which need 60 "
+            "bytes, and it has 20 (it ends within the offsets).",
         ),
         (cut("g.lux", 53), "which need 60 bytes, and it has 53 (it ends within edge 2)."),
         (put("g.lux", b"\x7fELF" + bytes(100)), "is truncated or no .lux file"),
@@ -440,11 +441,13 @@ def put(name: str, data: bytes) -> Callable[[Path], None]:
         ),
         (
             cut("g.feats.bin", 30),
-            "g.feats.bin' is truncated or of another graph: 30 bytes are no multiple of 16, a float32 for each of 4 vertices.",
+            "g.feats.bin' is truncated or of another graph: 30 bytes are no multiple of 16, a "
+            "float32 for each of 4 vertices.",
         ),
         (
             cut("g.label.bin", 15),
-            "g.label.bin' is truncated or of another graph: 4 vertices need 16 bytes, and it has 15.",
+            "g.label.bin' is truncated or of another graph: 4 vertices need 16 bytes, and it has "
+            "15.",
         ),
         (
             cut("g.train.bin", 3),
@@ -456,11 +459,13 @@ def put(name: str, data: bytes) -> Callable[[Path], None]:
         ),
         (
             put("g.weights.bin", bytes(12)),
-            "g.weights.bin' is truncated or of another graph: 4 edges need 16 bytes, and it has 12.",
+            "g.weights.bin' is truncated or of another graph: 4 edges need 16 bytes, and it has "
+            "12.",
         ),
         (
             put("g.transposed.order.bin", bytes(12)),
-            "g.transposed.order.bin' is truncated or of another graph: 4 positions need 16 bytes, and it has 12.",
+            "g.transposed.order.bin' is truncated or of another graph: 4 positions need 16 "
+            "bytes, and it has 12.",
         ),
         (
             put("g.transposed.order.bin", b"\xff" * 16),
@@ -493,7 +498,8 @@ def refused(path: Path) -> str:
     [
         (
             "0 1\n1 x\n",
-            "e.txt', line 2: '1 x' is no edge: write two integers, source and target, and perhaps a weight.",
+            "e.txt', line 2: '1 x' is no edge: write two integers, source and target, and "
+            "perhaps a weight.",
         ),
         ("0 1\n\n# no\n1.5 2\n", "line 4: '1.5 2' is no edge"),
         ("0 1\n7\n", "line 2: '7' has no target"),
@@ -508,7 +514,8 @@ def refused(path: Path) -> str:
         ),
         (
             "0 1 0.5\n1 2\n",
-            "line 2: '1 2' has no weight, unlike the edges before: give a weight to all edges, or to none.",
+            "line 2: '1 2' has no weight, unlike the edges before: give a weight to all edges, "
+            "or to none.",
         ),
         ("0 1\n1 2 .5\n", "line 2: '1 2 .5' has a weight, unlike the edges before"),
         ("0 1 2 3\n", "line 1: '0 1 2 3' has more than three numbers"),
@@ -570,7 +577,8 @@ def npz(**arrays: Any) -> Callable[[Path], None]:
         (put("g.npz", b""), "g.npz' is truncated or no .npz file"),
         (
             npz(a=np.ones(1), b=np.ones(1)),
-            "g.npz' has the arrays a, b: a graph needs source and target (Planetoid), or offsets and sources (Partita).",
+            "g.npz' has the arrays a, b: a graph needs source and target (Planetoid), or offsets "
+            "and sources (Partita).",
         ),
         (
             npz(source=np.array([0, {}], object), target=np.array([0, 1])),

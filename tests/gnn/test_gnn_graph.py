@@ -160,7 +160,7 @@ def test_an_order_by_neighbours_unshuffles_a_path() -> None:
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- made from
+# ---------------------------------------------------------------------------------------- made from
 
 
 class Tensor:
@@ -306,7 +306,7 @@ def test_sparse_features_lists_of_vertices_and_unlabelled_vertices_are_accepted(
     assert graph.classes == 3 and graph.vertices == 4
 
 
-# ---------------------------------------------------------------------------------------------------------------- refused
+# ------------------------------------------------------------------------------------------ refused
 
 LARGE = scipy.sparse.coo_array(([1], ([0], [1])), shape=(2, 3))
 HETERO = SimpleNamespace(edge_types=[("a", "to", "b")])
@@ -420,7 +420,8 @@ HETERO = SimpleNamespace(edge_types=[("a", "to", "b")])
                     edge_index=Tensor([[0], [1]]), train_mask=Tensor(np.ones((2, 10), bool))
                 )
             ),
-            "train_mask has 10 columns, one per split: choose one, for example data.train_mask = data.train_mask[:, 0].",
+            "train_mask has 10 columns, one per split: choose one, for example data.train_mask = "
+            "data.train_mask[:, 0].",
         ),
         (
             lambda: Graph.from_dgl(SimpleNamespace(is_homogeneous=False, canonical_etypes=["x"])),

@@ -67,7 +67,7 @@ def transpose_csr(
 ) -> Transposed:
     """The same edges by column; `degrees` [columns] counts how often each column occurs in `ids`.
 
-    `ids` may be longer than the last offset: the results then end in as many zeros of padding.
+    `ids` may be longer than the last offset: the results then end in zeros of padding.
     """
     back_offsets = offsets_of(degrees)
     rows = aligned(len(ids), ids.dtype)

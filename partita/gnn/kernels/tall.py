@@ -1,8 +1,8 @@
 """Products over rows, x^T y, of tall narrow tables: the gradient of a layer's weights.
 
-XLA's library multiplies matrices in tiles, copies both tables into them, and spends as long on the
-copy of the transposed one as on the product. Here a tile of the result stays in vector registers
-while a panel of rows passes; the panel stays in the cache for all tiles.
+XLA's library multiplies matrices in tiles and copies both tables into them. The copy of the
+transposed table doubles the time. Here a tile of the result stays in vector registers while a panel
+of rows passes; the panel stays in the cache for all tiles.
 """
 
 from __future__ import annotations
