@@ -160,7 +160,7 @@ def main() -> int:
     from rich.console import Console
 
     from partita.bench.fidelity import Step, summaries
-    from partita.report.tables import fidelity_summary, fidelity_table
+    from partita.report.bench_tables import fidelity_summary, fidelity_table
 
     out, every = Console(), []
     for link in given.links:

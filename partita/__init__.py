@@ -1,10 +1,13 @@
-"""Partita: takes a training program, finds the fastest way to split it over devices, proves that it fits, runs it, shows why.
+"""Partita: takes a training program, finds the fastest way to split it over devices, proves that it
+fits, runs it, shows why.
 
 >>> import partita
->>> model = partita.parallelize(model)                        # then fit as always      # doctest: +SKIP
->>> plan = partita.plan(model, batch_size=256, devices=8)     # doctest: +SKIP
+>>> model = partita.parallelize(model)                       # doctest: +SKIP
+>>> model.fit(x, y, batch_size=256)                          # doctest: +SKIP
+>>> plan = partita.plan(model, batch_size=256, devices=8)    # doctest: +SKIP
 
-Importing it imports neither JAX nor Keras. It requests JAX of Keras (KERAS_BACKEND=jax), unless you have chosen a backend.
+Importing it imports neither JAX nor Keras. It requests JAX of Keras (KERAS_BACKEND=jax), unless you
+have chosen a backend.
 """
 
 from importlib import import_module
@@ -25,13 +28,14 @@ from partita.offers import Objective, Offer, compare_machines
 from partita.planning import SearchOptions, best_plan, check_plan, predict_plan
 from partita.plans.plan import Plan
 from partita.simulation.timeline import Timeline
+from partita.version import VERSION
 
 if TYPE_CHECKING:
     from partita.capture.keras_models import abstract
     from partita.keras.checkpoint import Checkpoint
     from partita.keras.layout_map import layout_map
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "Checkpoint",
     "Comparison",

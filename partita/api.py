@@ -2,8 +2,9 @@
 
     program -> capture -> graph -> search -> plan -> simulated timeline, or verified run
 
-A program is a compiled Keras model or a jittable training step (plain JAX, Optax, Linen, NNX, Equinox). The machine is the
-local devices unless `machine` names another ("dgx-h100:8", a .toml file, a Machine); `devices` takes that many devices of it.
+A program is a compiled Keras model or a jittable training step (plain JAX, Optax, Linen, NNX,
+Equinox). The machine is the local devices unless `machine` names another ("dgx-h100:8", a .toml
+file, a Machine); `devices` takes that many devices of it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class PlanOptions(TypedDict, total=False):
     """Options of `plan`."""
 
     seconds: float | None
-    """Time limit of the whole search, seconds; by default none, so that the plan is always the same."""
+    """Time limit of the whole search, seconds; by default none, so that the plan is always the
+    same."""
     stages: bool
     """Whether pipelines, microbatches and rematerialization are in the space."""
     search: str
@@ -53,7 +55,8 @@ class StepOptions(TypedDict, total=False):
     static_argnums: Sequence[int]
     """Positions of arguments that are compiled in, as for `jax.jit`."""
     donate: bool | None
-    """Whether the old state is donated; by default as the step's own `jax.jit` says, and yes without one."""
+    """Whether the old state is donated; by default as the step's own `jax.jit` says, and yes
+    without one."""
     measure_operators: bool
     """Whether operators are timed on the local devices first."""
     say: Callable[[str], None] | None
@@ -74,8 +77,8 @@ def plan(
 ) -> Plan:
     """The fastest plan for a program on a machine, with its reasons.
 
-    Give `batch_size` for a model that knows its input shapes, else a `batch` (x, y) of arrays or shapes. Give `args`, the
-    arguments of a call, for a step.
+    Give `batch_size` for a model that knows its input shapes, else a `batch` (x, y) of arrays or
+    shapes. Give `args`, the arguments of a call, for a step.
     """
     _check_names("plan", PlanOptions, options)
     search = SearchOptions(**options)
@@ -98,7 +101,8 @@ def simulate(
 ) -> Timeline:
     """The timeline of one training step of a program under a plan; the machine need not exist.
 
-    The plan is a Plan, a plan file, the name of a baseline ("dp", "owt", "tensor parallel", ...), or "found": the fastest.
+    The plan is a Plan, a plan file, the name of a baseline ("dp", "owt", "tensor parallel", ...),
+    or "found": the fastest.
     """
     captured = capture_program(model, batch_size, batch, args)
     return simulate_plan(captured, resolve_machine(machine, devices), plan, report)
@@ -115,7 +119,8 @@ def compare(
     measure_operators: bool = False,
     report: Report | None = None,
 ) -> Comparison:
-    """All baselines and the fastest plan side by side; with `measure`, each is compiled and timed on the local devices."""
+    """All baselines and the fastest plan side by side; with `measure`, each is compiled and
+    timed on the local devices."""
     captured = capture_program(model, batch_size, batch)
     search = SearchOptions(measure_operators=measure_operators, report=report)
     return compare_plans(captured, resolve_machine(machine, devices), search, measure)
@@ -132,11 +137,12 @@ def parallelize(
 ) -> Program:
     """The same program, training over several devices by a plan, or else by the fastest one.
 
-    A Keras model, built or not, compiled or not, is planned at the first batch of its `fit`; its weights are moved, not made
-    anew. A step is given with the `args` of a call, arrays or shapes; the result is called like it. The arguments that it
-    returns changed are its state.
+    A Keras model, built or not, compiled or not, is planned at the first batch of its `fit`; its
+    weights are moved, not made anew. A step is given with the `args` of a call, arrays or shapes;
+    the result is called like it. The arguments that it returns changed are its state.
 
-    In a script under `partita run` or `partita plan`, the command's devices and plan hold unless they are given here.
+    In a script under `partita run` or `partita plan`, the command's devices and plan hold unless
+    they are given here.
 
     >>> step = parallelize(train_step, (params, opt_state, batch))       # doctest: +SKIP
     >>> params, opt_state, loss = step(params, opt_state, batch)         # doctest: +SKIP

@@ -1,4 +1,5 @@
-"""Plans side by side: all baselines and the searched plan, predicted, and measured on the local devices on request."""
+"""Plans side by side: all baselines and the searched plan, predicted, and measured on the local
+devices on request."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def compare_plans(
     options: SearchOptions = DEFAULTS,
     measure: bool = False,
 ) -> Comparison:
-    """The comparison for a captured step on a machine; with `measure`, every plan is compiled and timed on the local devices."""
+    """The comparison for a captured step on a machine; with `measure`, every plan is compiled
+    and timed on the local devices."""
     result = search_plan(captured, machine, options)
     plans = {name: plan for name, (plan, _) in result.baselines.items()}
     predictions = {name: prediction for name, (_, prediction) in result.baselines.items()}

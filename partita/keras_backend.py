@@ -1,6 +1,8 @@
-"""Keras's backend: JAX is requested before Keras is imported, and checked before a model is planned.
+"""Keras's backend: JAX is requested before Keras is imported, and checked before a model is
+planned.
 
-Keras reads KERAS_BACKEND, then its file keras.json, when it is first imported, and never again. Nothing here imports Keras.
+Keras reads KERAS_BACKEND, then its file keras.json, when it is first imported, and never again.
+Nothing here imports Keras.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,37 @@ def prefer_jax() -> None:
         os.environ[VARIABLE] = "jax"
 
 
+def select_jax(say: Callable[[str], None]) -> None:
+    """Requests JAX for a program that runs on nothing else, and says so if the user chose
+    otherwise.
+
+    PartitaError if Keras is imported already, on another backend.
+    """
+    require_jax()
+    backend = chosen_backend()
+    if backend not in (None, "jax"):
+        say(f"Keras is set to the {backend} backend, and runs on JAX here")
+    os.environ[VARIABLE] = "jax"
+
+
+def require_jax() -> None:
+    """PartitaError if Keras is imported, on another backend than JAX."""
+    keras: Any = sys.modules.get("keras")
+    if keras is None or not hasattr(keras, "backend"):
+        return
+    backend = keras.backend.backend()
+    if backend != "jax":
+        raise PartitaError(
+            f"Keras is already imported on the {backend} backend, and Partita plans JAX programs "
+            f"only. Set {VARIABLE}=jax before importing Keras or TensorFlow, which imports it."
+        )
+
+
 def chosen_backend() -> str | None:
     """The backend that the user has chosen by KERAS_BACKEND or in keras.json; None for no choice.
 
-    Keras itself writes "tensorflow" into keras.json when it is first imported, so that value is not a choice.
+    Keras itself writes "tensorflow" into keras.json when it is first imported, so that value is
+    not a choice.
     """
     variable = os.environ.get(VARIABLE)
     if variable:
@@ -33,24 +63,6 @@ def chosen_backend() -> str | None:
     folder = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
     try:
         backend = json.loads((folder / "keras.json").read_text(encoding="utf-8")).get("backend")
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError, RecursionError, RuntimeError):
         return None
     return backend if isinstance(backend, str) and backend != "tensorflow" else None
-
-
-def running_backend() -> str | None:
-    """The backend of Keras, once it is imported."""
-    keras: Any = sys.modules.get("keras")
-    if keras is None or not hasattr(keras, "backend"):
-        return None
-    return keras.backend.backend()
-
-
-def require_jax() -> None:
-    """PartitaError if Keras is imported on another backend than JAX."""
-    backend = running_backend()
-    if backend not in (None, "jax"):
-        raise PartitaError(
-            f"Keras is already imported on the {backend} backend, and Partita plans JAX programs only. "
-            f"Set {VARIABLE}=jax before importing Keras or TensorFlow, which imports it."
-        )

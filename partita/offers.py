@@ -1,4 +1,5 @@
-"""Machines side by side for one program: the best plan on each, its throughput, and the cost of an epoch."""
+"""Machines side by side for one program: the best plan on each, its throughput, and the cost of
+an epoch."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Objective:
     name: str = "step"
     """"step": the fastest step first; "cost-per-epoch": the cheapest epoch first."""
     prices: Mapping[str, float] = field(default_factory=dict)
-    """Price of a device for an hour, in any currency, by name of device, machine or preset; "" for all others."""
+    """Price of a device for an hour, in any currency, by name of device, machine or preset; ""
+    for all others."""
     samples: int = SAMPLES
     """Samples of an epoch."""
 
@@ -45,7 +47,8 @@ class Objective:
             )
 
     def price_of(self, machine: Machine) -> float | None:
-        """Price of a device of a machine for an hour; None if no prices are given. PlanError if only this one is missing."""
+        """Price of a device of a machine for an hour; None if no prices are given. PlanError if
+        only this one is missing."""
         if not self.prices:
             return None
         preset = machine.name.partition(":")[0]
@@ -53,7 +56,8 @@ class Objective:
             if name in self.prices:
                 return self.prices[name]
         raise PlanError(
-            f"There is no price for {machine.name}. Give the price of a device for an hour for all machines or for none, "
+            f"There is no price for {machine.name}. Give the price of a device for an hour for "
+            "all machines or for none, "
             "as in --price h100=2.5,a100=1.5."
         )
 
@@ -92,7 +96,8 @@ def compare_machines(
     objective: Objective | None = None,
     options: SearchOptions = DEFAULTS,
 ) -> list[Offer]:
-    """An offer of each machine for a captured step, the best one first; machines that no plan fits come last.
+    """An offer of each machine for a captured step, the best one first; machines that no plan fits
+    come last.
 
     Without prices, the cheapest epoch is the one with the fewest device hours.
     """

@@ -1,7 +1,9 @@
-"""From a captured step to a checked plan: resolve the machine, search, add reasons, resolve names of plans.
+"""From a captured step to a checked plan: resolve the machine, search, add reasons, resolve names
+of plans.
 
-The verbs in `api.py` and the command line are made of these functions. They take captured steps and graphs, so that they work
-on graphs from a file, without JAX or Keras; imports that need JAX stand in the functions that use the local devices.
+The verbs in `api.py` and the command line are made of these functions. They take captured steps and
+graphs, so that they work on graphs from a file, without JAX or Keras; imports that need JAX stand
+in the functions that use the local devices.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ TimingReport = Callable[[int, int], None]
 PlanListener = Callable[[Any, Machine, Plan], None]
 """Called with a captured step, its machine and its plan."""
 MEASURED_SEARCHES = 4
-"""Searches at most while operators are timed: each may choose operators that have not been timed."""
+"""Searches at most while operators are timed: each may choose untimed operators."""
 ALTERNATIVES = 5
 """Alternatives per operator that a plan keeps as reasons."""
 BASELINE_FIGURES = ("seconds", "seconds_compute", "peak_bytes", "traffic_bytes")
@@ -67,11 +69,12 @@ class SearchOptions:
 DEFAULTS = SearchOptions()
 
 
-# ------------------------------------------------------------------------------------------- machines
+# --------------------------------------------------------------------------------------- machines
 
 
 def resolve_machine(machine: str | Machine | None, devices: int | None = None) -> Machine:
-    """The machine of a name or file, the local devices for None; with `devices`, that many devices of it."""
+    """The machine of a name or file, the local devices for None; with `devices`, that many
+    devices of it."""
     if machine is None:
         from partita.execute.devices import detect
 
@@ -84,12 +87,13 @@ def check_measurable(machine: str | Machine | None) -> None:
     """PlanError unless operators can be timed for a machine: it must be the local devices, None."""
     if machine is not None:
         raise PlanError(
-            f"Operators can be timed on the local devices only, and the plan is for the machine {str(machine)!r}. "
+            "Operators can be timed on the local devices only, and the plan is for the machine "
+            f"{str(machine)!r}. "
             "Remove the machine, or do not measure operators."
         )
 
 
-# ------------------------------------------------------------------------------------------- searches
+# --------------------------------------------------------------------------------------- searches
 
 
 def best_plan(graph: OperatorGraph, machine: Machine, report: Report | None = None) -> Plan:
@@ -100,7 +104,7 @@ def best_plan(graph: OperatorGraph, machine: Machine, report: Report | None = No
 def search_plan(
     captured: Captured, machine: Machine, options: SearchOptions = DEFAULTS
 ) -> PlanResult:
-    """The result of a search for a captured step, with operators timed first if the options say so."""
+    """The result of a search for a captured step; `options` may ask for timed operators."""
     if options.measure_operators:
         result = search_measured(captured, machine, options)
         assert result is not None, "process 0 searches"
@@ -120,8 +124,9 @@ def search_measured(
 ) -> PlanResult | None:
     """The result of a search with timed operators; None in every process but process 0.
 
-    The operators of the baselines and of the plan are timed, and the search runs again with their times, until all operators
-    of its plan have been timed. Process 0 searches; all processes time. Plans in stages are not in the space.
+    The operators of the baselines and of the plan are timed, and the search runs again with their
+    times, until all operators of its plan have been timed. Process 0 searches; all processes time.
+    Plans in stages are not in the space.
     """
     from partita.execute.operators import measured_operators
     from partita.execute.processes import from_first
@@ -159,7 +164,8 @@ def _timed_operators(machine: Machine) -> set[Any] | None:
 
 
 def with_reasons(result: PlanResult) -> Plan:
-    """The plan of a search with the reasons that `partita explain` shows: per operator its cost and its alternatives."""
+    """The plan of a search with the reasons that `partita explain` shows: per operator its cost
+    and its alternatives."""
     chosen = result.plan if result.plan.mesh.axes else result.baselines["one device"][0]
     operators = {}
     for cost, others in zip(
@@ -192,14 +198,15 @@ def _alternative(
     return {"choice": text, "seconds": seconds, "bytes": nbytes}
 
 
-# ------------------------------------------------------------------------------------------- given plans
+# ------------------------------------------------------------------------------------ given plans
 
 
 def check_plan(plan: Plan, graph: OperatorGraph, machine: Machine) -> Plan:
     """A plan, fitted to the batch of a graph and to a machine; PlanError if it cannot be."""
     if plan.devices > machine.devices:
         raise PlanError(
-            f"The plan '{plan.name}' is for {plan.devices} devices; {machine.name} has {machine.devices}. "
+            f"The plan '{plan.name}' is for {plan.devices} devices; {machine.name} has "
+            f"{machine.devices}. "
             f"Plan again for {machine.devices}, or run with --devices {plan.devices}."
         )
     same_model = set(plan.choices) == {operator.name for operator in graph.operators}
@@ -229,7 +236,8 @@ def resolve_plan(
     """A checked plan for a graph on a machine.
 
     Args:
-        plan: A plan, a plan file, the name of a baseline ("dp", "tensor parallel", ...), or "found", which searches.
+        plan: A plan, a plan file, the name of a baseline ("dp", "tensor parallel", ...), or
+            "found", which searches.
         report: Called with the progress of a search.
     """
     if isinstance(plan, Plan):
@@ -245,7 +253,8 @@ def resolve_plan(
     if not Path(name).exists():
         names = sorted({*SHORT_NAMES, *(by_key.keys() - SHORT_NAMES.keys())})
         raise PlanError(
-            f"There is no plan file and no plan named {text!r}. Give a file that 'partita plan --save-plan' wrote, "
+            f"There is no plan file and no plan named {text!r}. Give a file that 'partita plan "
+            "--save-plan' wrote, "
             f"'found', or one of {', '.join(names)}."
         )
     return check_plan(Plan.load(name), graph, machine)
@@ -267,10 +276,12 @@ def make_planner(
     options: SearchOptions = DEFAULTS,
     on_plan: PlanListener | None = None,
 ) -> Planner:
-    """A function from a captured step to its plan: the given plan, checked, or else the result of a search.
+    """A function from a captured step to its plan: the given plan, checked, or else the result of a
+    search.
 
-    Its second argument is the MemoryBudgetError of a compiler that refused the plan before: it then gives the fastest plan
-    that is smaller. A given plan is not replaced; the error names the smaller one. Of several processes process 0 searches.
+    Its second argument is the MemoryBudgetError of a compiler that refused the plan before: it then
+    gives the fastest plan that is smaller. A given plan is not replaced; the error names the
+    smaller one. Of several processes process 0 searches.
     """
     given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     if options.measure_operators:
@@ -309,19 +320,22 @@ def _smaller_plan(
     refused: MemoryBudgetError,
     report: Report | None,
 ) -> Plan:
-    """The fastest plan that fits by the memory that the compiler reports; MemoryBudgetError names it if a plan was given."""
+    """The fastest plan that fits by the memory that the compiler reports; MemoryBudgetError
+    names it if a plan was given."""
     excess = refused.excess or 1.0
     smaller = with_reasons(find(graph, machine, report, excess))
     if given is None:
         return smaller
     needed_bytes = int(smaller.predicted["peak_bytes"] * excess)
     raise MemoryBudgetError(
-        f"{refused} The nearest plan that fits: {describe(smaller)}; {format_bytes(needed_bytes)} a device, "
-        f"a step predicted at {format_seconds(smaller.predicted['seconds'])}. Remove the plan to run it."
+        f"{refused} The nearest plan that fits: {describe(smaller)}; {format_bytes(needed_bytes)} "
+        "a device, "
+        f"a step predicted at {format_seconds(smaller.predicted['seconds'])}. Remove the plan to "
+        "run it."
     )
 
 
-# ------------------------------------------------------------------------------------------- predictions
+# ------------------------------------------------------------------------------------ predictions
 
 
 def predict_plan(graph: OperatorGraph, machine: Machine, plan: Plan) -> Prediction:
@@ -335,7 +349,8 @@ def simulate_plan(
     plan: Plan | str | Path = "found",
     report: Report | None = None,
 ) -> Timeline:
-    """The timeline of one step of a captured step under a plan; see `resolve_plan` for names of plans."""
+    """The timeline of one step of a captured step under a plan; see `resolve_plan` for names of
+    plans."""
     graph = captured.graph
     return simulated(graph, machine, resolve_plan(plan, graph, machine, report))
 

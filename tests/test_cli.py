@@ -179,7 +179,10 @@ def test_machines_are_compared_by_what_an_epoch_costs(training: str) -> None:
             ["--objective", "fame", "--machine", "h100:1,h100:2"],
             "There is no objective 'fame': use 'step' or 'cost-per-epoch'.",
         ),
-        (["--objective", "cost-per-epoch"], "An objective compares machines: name them"),
+        (
+            ["--objective", "cost-per-epoch"],
+            "--objective compares machines, and none are named. Name them",
+        ),
         (
             ["--machine", "h100:1,h100:2", "--price", "h100=free"],
             "'h100=free' is no price: write a number above 0",
@@ -188,7 +191,10 @@ def test_machines_are_compared_by_what_an_epoch_costs(training: str) -> None:
             ["--machine", "h100:1,a100:2", "--price", "h100=2", "--objective", "cost-per-epoch"],
             "There is no price for a100:2",
         ),
-        (["--machine", "h100:1,h100:2", "--devices", "2"], "each says how many devices it has"),
+        (
+            ["--machine", "h100:1,h100:2", "--devices", "2"],
+            "Give the devices of each, as in --machine",
+        ),
     ],
 )
 def test_wrong_comparisons_are_one_sentence(arguments: list[str], said: str, training: str) -> None:
@@ -264,7 +270,7 @@ def test_a_plan_that_places_operators_is_simulated_traced_and_compared_and_not_y
     plan.write_text(json.dumps(value))
     asked = ("simulate", training, "--machine", str(tmp_path / "lab.toml"), "--plan", str(plan))
     said = " ".join(partita(*asked).output.split())
-    assert "what 2 groups of devices do" in said and "memory is that of a=0" in said
+    assert "2 device groups together" in said and "memory is that of a=0" in said
     assert partita(*asked, "--trace", str(trace)).exit_code == 0
     rows = {
         e["args"]["name"]

@@ -32,7 +32,13 @@ def printed(command: str, folder: Path) -> str:
     """What a command prints in a folder that holds nothing but the examples."""
     (folder / "examples").symlink_to(ROOT / "examples")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    unset = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "NPROC", "KERAS_BACKEND")
+    unset = (
+        "XLA_FLAGS",
+        "JAX_NUM_CPU_DEVICES",
+        "NPROC",
+        "KERAS_BACKEND",
+        "TF_CPP_MIN_LOG_LEVEL",
+    )
     kept = {k: v for k, v in os.environ.items() if k not in unset}
     environment = {
         **kept,
@@ -40,7 +46,6 @@ def printed(command: str, folder: Path) -> str:
         "COLUMNS": "100",
         "TERM": "dumb",
         "PYTHONUNBUFFERED": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "2",
     }
     done = subprocess.run(
         command,

@@ -470,7 +470,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_the_weights_stay(
     monkeypatch.setattr(kept._manager, "save", lambda *a, **k: (_ for _ in ()).throw(full))
     with pytest.raises(
         PartitaError,
-        match="epoch 2 cannot be written .*: No space left on device. The last whole one is that of epoch 1; the model",
+        match="epoch 2 cannot be written .*: No space left on device. The last complete one is of epoch 1; the model",
     ):
         model.fit(x, x[:, :3], verbose=0, epochs=2, callbacks=[kept])
     assert all(np.isfinite(w).all() for w in model.get_weights())
@@ -480,6 +480,6 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_the_weights_stay(
         match="The checkpoint of epoch 1 in .* cannot be read: .* Delete the folder .*0' to go on from the one before",
     ):
         model.fit(x, x[:, :3], verbose=0, callbacks=[partita.Checkpoint(tmp_path / "kept")])
-    with pytest.raises(PartitaError, match="cannot be kept in"):
+    with pytest.raises(PartitaError, match="cannot be saved in"):
         (tmp_path / "file").write_text("")
         partita.Checkpoint(tmp_path / "file")

@@ -1,4 +1,5 @@
-"""A program -> its captured training step: a compiled Keras model, or a JAX function with the arguments of a call."""
+"""A program -> its captured training step: a compiled Keras model, or a JAX function with the
+arguments of a call."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def checked_call(
     """A training step and the arguments of a call; CaptureError if either is something else."""
     if not callable(program):
         raise CaptureError(
-            f"A {type(program).__name__} cannot be parallelized. Give a Keras model, or a function: "
+            f"A {type(program).__name__} cannot be parallelized. Give a Keras model, or a "
+            "function: "
             "partita.parallelize(train_step, (params, opt_state, batch))."
         )
     is_sequence = isinstance(args, Sequence) and not isinstance(args, (str, dict))

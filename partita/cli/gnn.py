@@ -15,7 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from partita.cli.terminal import err, errors, in_processes, join, keep_stdout, out
+from partita.cli.processes import join_processes, keep_stdout, run_in_processes
+from partita.cli.terminal import err, errors, out
 from partita.errors import GraphError
 from partita.units import format_bytes, format_seconds
 
@@ -290,10 +291,10 @@ def train(
             raise GraphError(
                 f"{save.name!r} does not end in .keras: call it {save.stem + '.keras'!r}."
             )
-        in_processes(processes, devices if devices > 1 else None)
+        run_in_processes(processes, devices if devices > 1 else None)
         if os.environ.get("PARTITA_LAUNCHED"):
             keep_stdout()
-        is_first = join()
+        is_first = join_processes()
         graph = _open_for_training(file, devices, normalise)
         network = _Network(model, hidden, layers, dropout, rate, decay, seed)
         trained = network.compiled(max(1, graph.classes))

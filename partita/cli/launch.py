@@ -1,4 +1,5 @@
-"""Starts several processes on this host that train together, and ends them together. Only process 0 prints."""
+"""Starts several processes on this host that train together, and ends them together. Only
+process 0 prints."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from typing import IO, Any
 from partita.errors import PartitaError
 
 GRACE = 5.0
-"""Seconds that the other processes have to end by themselves when one has failed, and again after they are asked to."""
+"""Seconds that the other processes have to end by themselves when one has failed, and again
+after they are asked to."""
 LOST = 75
 """Exit code of a process that stops because another one is gone."""
 
@@ -26,14 +28,16 @@ LOST = 75
 def launch(
     count: int, arguments: Sequence[str], devices: int | None, say: Callable[[str], None]
 ) -> int:
-    """The exit code of `count` processes that each run `partita` with these arguments: of the first that failed, else 0.
+    """The exit code of `count` processes that each run `partita` with these arguments: of the first
+    that failed, else 0.
 
-    Each gets its share of the cores and stands for as many CPU devices, or for its share of `devices`. One that fails, is killed or
-    ends early stops the others within 2 * GRACE seconds.
+    Each gets its share of the cores and stands for as many CPU devices, or for its share of
+    `devices`. One that fails, is killed or ends early stops the others within 2 * GRACE seconds.
     """
     if devices is not None and devices % count:
         raise PartitaError(
-            f"{devices} devices cannot be shared out to {count} processes: give a multiple of {count}, or no --devices."
+            f"{devices} devices cannot be shared out to {count} processes: give a multiple of "
+            f"{count}, or no --devices."
         )
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     share = max(1, len(cores) // count)
@@ -77,7 +81,8 @@ class _Terminated(Exception):
 
 @contextmanager
 def _told_of_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise `_Terminated`: the processes started here must not outlive this one."""
+    """Inside, SIGTERM and SIGHUP raise `_Terminated`: the processes started here must not
+    outlive this one."""
 
     def stop(number: int, frame: Any) -> None:
         raise _Terminated
@@ -91,7 +96,8 @@ def _told_of_sigterm() -> Iterator[None]:
 
 
 def _beginning(cores: set[int]) -> Callable[[], None]:
-    """What a process does first: keeps to its cores, and on Linux asks to be ended when the one that started it is."""
+    """What a process does first: keeps to its cores, and on Linux asks to be ended when the one
+    that started it is."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     parent_death_signal = 1
 
@@ -109,7 +115,8 @@ def _watch(
     errors: list[IO[bytes] | None],
     say: Callable[[str], None],
 ) -> int:
-    """Waits for all processes; when one fails, gives the others time to end, then ends them, and says which one it was."""
+    """Waits for all processes; when one fails, gives the others time to end, then ends them, and
+    says which one it was."""
     interrupted, asks, sooner = False, [signal.SIGTERM], None
     try:
         while all(p.poll() in (None, 0) for p in running):
@@ -153,7 +160,8 @@ def _watch(
 
 
 def _culprit(codes: Sequence[int | None]) -> int | None:
-    """The process that failed for a reason of its own, not because another one or the launcher ended it.
+    """The process that failed for a reason of its own, not because another one or the launcher
+    ended it.
 
     >>> _culprit([75, -9]), _culprit([2, 2]), _culprit([75, 0]), _culprit([0, 0]), _culprit([-6, 1])
     (1, 0, 1, None, 1)

@@ -1,24 +1,48 @@
-"""What all commands share: where they print, and how they end when the user is wrong."""
+"""The terminal: the two consoles, messages, the line of progress, and how commands end when the
+user is wrong.
+
+The consoles print text as it is: names of layers and files may hold square brackets and colons,
+which Rich would read as markup and as emoji.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-from partita.cli.launch import LOST, launch
+from partita.cli.launch import LOST
 from partita.errors import LostProcessError, PartitaError, ProcessError
+from partita.search.base import Progress
+from partita.units import format_seconds
 
-out, err = Console(), Console(stderr=True, highlight=False)
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(markup=False, emoji=False, highlight=False, stderr=True)
+
+
+def say(text: str) -> None:
+    """Prints a sentence of Partita's own."""
+    err.print(f"partita: {text}", soft_wrap=True)
+
+
+def say_nothing(text: str) -> None:
+    """Takes the place of `say` in a quiet command."""
+
+
+def say_timing(done: int, total: int) -> None:
+    """Prints how many operators have been timed."""
+    say(f"{done} of {total} operators timed")
 
 
 def leave(code: int) -> NoReturn:
-    """Ends with an exit code; one of several processes at once, where JAX would wait for the others to end well too."""
+    """Ends with an exit code. One of several processes ends at once: JAX would wait for the
+    others to end well too."""
     processes = sys.modules.get("partita.execute.processes")
     if code and processes is not None and processes.joined:
         sys.stdout.flush()
@@ -29,80 +53,67 @@ def leave(code: int) -> NoReturn:
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """A user's mistake is one sentence and exit code 2; Ctrl-C is one word and 130."""
+    """Turns a user's mistake into a message and exit code 2, and Ctrl-C into a word and 130."""
     try:
         yield
     except ProcessError as error:
         lost = isinstance(error, LostProcessError)
-        if not (
-            lost and os.environ.get("PARTITA_LAUNCHED")
-        ):  # who launched it names the process that is gone
-            err.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
+        # The launcher names the process that is lost.
+        if not (lost and os.environ.get("PARTITA_LAUNCHED")):
+            _print_error(error)
         leave(LOST if lost else 2)
     except PartitaError as error:
-        err.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
+        _print_error(error)
         leave(2)
     except KeyboardInterrupt:
-        err.print("stopped.", markup=False)
+        err.print("stopped.")
         raise typer.Exit(130) from None
     except BrokenPipeError:
         sys.stderr.close()
         raise typer.Exit(0) from None
 
 
-def say(quiet: bool) -> Callable[[str], None]:
-    """What prints a line of Partita's own, or nothing."""
-    return (
-        (lambda text: None)
-        if quiet
-        else (lambda text: err.print(f"partita: {text}", markup=False, soft_wrap=True))
-    )
+def _print_error(error: PartitaError) -> None:
+    err.print(f"error: {error}", style="red", soft_wrap=True)
 
 
-def join() -> bool:
-    """Where this process was started as one of several: waits for the others, and seeds what scripts draw alike in all of them.
+class Activity:
+    """One spinner line that names the running activity, and follows a search; nothing outside a
+    terminal.
 
-    Whether it is the one that prints.
+    Activities may nest: the end of one restores the line of the activity around it.
     """
-    from partita.execute.processes import group, is_first
-    from partita.execute.processes import join as join_group
 
-    who = group()
-    if who is None:
-        return True
-    os.environ.setdefault("KERAS_BACKEND", "jax")
-    from partita.execute.devices import start_host_devices
+    def __init__(self, shown: bool = True) -> None:
+        self._texts: list[str] = []
+        self._spinner: Any = None
+        if shown and err.is_terminal:
+            self._spinner = err.status(Text(""), spinner="dots")
 
-    local = os.environ.get("PARTITA_LOCAL_DEVICES", "1")
-    start_host_devices(int(local) if local.isdigit() else 1)
-    join_group(who, say(False))
-    from partita.execute.processes import from_first
+    @contextmanager
+    def show(self, text: str) -> Iterator[None]:
+        """Inside, the line shows a text."""
+        self._texts.append(text)
+        self.update(text)
+        try:
+            yield
+        finally:
+            self._texts.pop()
+            if self._texts:
+                self.update(self._texts[-1])
+            elif self._spinner is not None:
+                self._spinner.stop()
 
-    seed = from_first(
-        "seed", lambda: os.environ.get("PARTITA_SEED", str(int.from_bytes(os.urandom(4)) >> 1))
-    )
-    import keras
+    def update(self, text: str) -> None:
+        """Changes the text of the running activity."""
+        if self._spinner is not None and self._texts:
+            self._texts[-1] = text
+            self._spinner.update(Text(text))
+            self._spinner.start()
 
-    keras.utils.set_random_seed(int(seed))
-    return is_first()
-
-
-def in_processes(count: int, devices: int | None) -> None:
-    """Where several processes are asked for: starts them, with so many devices in all, and ends as they end. One of them goes on."""
-    if count > 1 and not os.environ.get("PARTITA_LAUNCHED"):
-        raise typer.Exit(launch(count, _arguments_of_one(), devices, say(False)))
-
-
-def _arguments_of_one() -> list[str]:
-    """The command line of one of several processes: this one's, less --processes."""
-    given = sys.argv[1:]
-    at = next(i for i, argument in enumerate(given) if argument.partition("=")[0] == "--processes")
-    return given[:at] + given[at + (1 if "=" in given[at] else 2) :]
-
-
-def keep_stdout() -> None:
-    """From here on only Python prints to the standard output: gloo, which greets there, writes to the standard error."""
-    sys.stdout.flush()
-    own = os.dup(1)
-    os.dup2(2, 1)
-    sys.stdout = os.fdopen(own, "w", encoding="utf-8")
+    def report(self, progress: Progress) -> None:
+        """Shows the progress of a search."""
+        self.update(
+            f"searching ({progress.step}): best {format_seconds(progress.best)}, "
+            f"bound {format_seconds(progress.bound)}; Ctrl-C takes the best"
+        )

@@ -1,8 +1,9 @@
-"""All of Keras, with training made parallel: `import partita.keras as keras` instead of `import keras`.
+"""All of Keras, its training made parallel: `import partita.keras as keras` for `import keras`.
 
-Importing it only asks for JAX, since TensorFlow, where a script imports that next, imports Keras too. When a name of Keras is
-first asked for, Keras starts, a CPU stands for one device per core, and every model that is trained from there on is planned at
-its first batch, as by `partita run`. A plan is said on stderr, in a line; PARTITA_QUIET=1 keeps it quiet.
+The import itself only requests JAX, so that a script may import TensorFlow, which imports Keras,
+after it. The first use of a name of Keras starts Keras, with one virtual device per core on a CPU.
+From then on every model that is trained is planned at its first batch, as by `partita run`. Each
+plan is reported on stderr in one line; PARTITA_QUIET=1 silences it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from contextlib import ExitStack
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from partita.errors import PartitaError
 from partita.keras.aliases import Alias
+from partita.keras_backend import prefer_jax, select_jax
 
 if TYPE_CHECKING:
     from keras import *  # noqa: F403
 
-_on = ExitStack()
+_attached = ExitStack()
+"""Keeps Keras's trainer wrapped until the interpreter ends."""
 
 
 def __getattr__(name: str) -> Any:
@@ -35,27 +37,33 @@ def __dir__() -> list[str]:
 @cache
 def _keras() -> Any:
     """Keras on JAX, its training made parallel, unless a command does that already."""
-    use_jax()
+    select_jax(_say)
     import keras
 
     from partita.execute.function import current
 
     if current() is None:
-        from partita.execute.devices import start_host_devices
-
-        start_host_devices()
-        from partita.execute.verify import check_compiled
-        from partita.keras.fit import attaching
-        from partita.planning import describe, make_planner
-        from partita.units import format_seconds
-
-        def seen(captured: Any, machine: Any, plan: Any) -> None:
-            _say(
-                f"'{plan.graph}' on {machine.name}: {describe(plan)}; {format_seconds(plan.predicted['seconds'])} a step predicted"
-            )
-
-        _on.enter_context(attaching(make_planner(on_plan=seen), _say, check_compiled))
+        _make_training_parallel()
     return keras
+
+
+def _make_training_parallel() -> None:
+    from partita.execute.devices import start_host_devices
+
+    start_host_devices()
+    from partita.execute.verify import check_compiled
+    from partita.keras.hooks import attaching
+    from partita.planning import make_planner
+
+    _attached.enter_context(attaching(make_planner(on_plan=_say_plan), _say, check_compiled))
+
+
+def _say_plan(captured: Any, machine: Any, plan: Any) -> None:
+    from partita.planning import describe
+    from partita.units import format_seconds
+
+    step = format_seconds(plan.predicted["seconds"])
+    _say(f"'{plan.graph}' on {machine.name}: {describe(plan)}; {step} a step predicted")
 
 
 def _say(sentence: str) -> None:
@@ -63,17 +71,11 @@ def _say(sentence: str) -> None:
         print(f"partita: {sentence}", file=sys.stderr)
 
 
-def use_jax() -> None:
-    """Keras on the JAX backend; PartitaError where it is already imported on another."""
-    os.environ["KERAS_BACKEND"] = "jax"
-    keras: Any = sys.modules.get("keras")
-    if keras is not None and hasattr(keras, "backend") and keras.backend.backend() != "jax":
-        raise PartitaError(
-            f"Keras is already imported on the {keras.backend.backend()} backend, and only JAX programs can be planned. "
-            "Set KERAS_BACKEND=jax before importing Keras or TensorFlow, which imports it."
-        )
+def _start() -> bool:
+    """Starts Keras for an import below `partita.keras`, which is always served."""
+    return _keras() is not None
 
 
-os.environ["KERAS_BACKEND"] = "jax"
+prefer_jax()
 if not any(isinstance(finder, Alias) and finder.alias == __name__ for finder in sys.meta_path):
-    sys.meta_path.append(Alias(__name__, "keras", lambda: _keras() is not None))
+    sys.meta_path.append(Alias(__name__, "keras", _start))

@@ -1,4 +1,7 @@
-"""Checkpoints between epochs by Orbax: every process writes its own part, once; any plan and any number of processes resumes."""
+"""Checkpoints between epochs by Orbax: each process writes its own shards.
+
+Training resumes under any plan, and with any number of processes.
+"""
 
 from __future__ import annotations
 
@@ -20,38 +23,49 @@ import numpy as np
 from partita.errors import PartitaError
 from partita.execute.processes import together, whole
 
+Description = dict[str, tuple[tuple[int, ...], str]]
+"""Shape and dtype of each variable, by its name."""
+
 
 class Checkpoint(keras.callbacks.Callback):
-    """A Keras callback that saves weights, optimizer and epoch after every epoch, or `every` so many and at the end, and resumes where the last save ended.
+    """A Keras callback that saves the training after epochs, and resumes after the last save.
 
-    >>> model.fit(x, y, epochs=10, callbacks=[partita.Checkpoint("checkpoints")])     # doctest: +SKIP
+    >>> model.fit(x, y, epochs=10, callbacks=[partita.Checkpoint("run1")])     # doctest: +SKIP
 
-    Run again after an interruption, the same line goes on with the epoch that was not finished. `keep`: how many are kept. Split
-    variables are written from where they are, so that nothing is gathered; they are read under whatever plan comes next. Needs
-    orbax-checkpoint (pip install "partita[checkpoint]").
+    The same line, run again after an interruption, continues with the unfinished epoch. Weights,
+    optimizer and epoch are saved. Split variables are written from their devices, so that nothing
+    is gathered. Needs orbax-checkpoint (pip install "partita[checkpoint]").
+
+    Args:
+        folder: A folder for the checkpoints.
+        keep: Number of checkpoints to keep.
+        every: Epochs from one save to the next; the last epoch is saved too.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2, every: int = 1) -> None:
         super().__init__()
         if every < 1:
             raise PartitaError(
-                f"A checkpoint every {every} epochs cannot be made: give every=1 or more."
+                f"A checkpoint every {every} epochs is impossible: give every=1 or more."
             )
-        self.every, self._unsaved = every, None
+        self.every = every
+        self._unsaved_epoch: int | None = None
         try:
             import orbax.checkpoint as ocp
         except ImportError:
             raise PartitaError(
                 'Checkpoints need Orbax. Install it with: pip install "partita[checkpoint]"'
             ) from None
-        self.folder, self._ocp = Path(folder).absolute(), ocp
+        self.folder = Path(folder).absolute()
+        self._ocp = ocp
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except (OSError, ValueError) as error:
             raise PartitaError(
-                f"Checkpoints cannot be kept in {str(folder)!r}: {_reason(error)}. Name a folder that can be written."
+                f"Checkpoints cannot be saved in {str(folder)!r}: {_reason(error)}. "
+                "Name a folder that can be written."
             ) from None
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -60,112 +74,133 @@ class Checkpoint(keras.callbacks.Callback):
             return
         model: Any = self.model
         variables = self._variables()
-        here = {name: (tuple(v.shape), str(v.dtype)) for name, v in variables.items()}
-        with self._readable(epoch):
-            kept = self._described(epoch)
-        if here != kept:
-            names = sorted(n for n in {*here, *kept} if here.get(n) != kept.get(n))
-            raise PartitaError(
-                f"The checkpoints in {str(self.folder)!r} are of another model: {names[0]!r} is {_shape(kept.get(names[0]))} there and "
-                f"{_shape(here.get(names[0]))} in '{model.name}'. Name another folder, or give the model that they were made of."
-            )
+        self._check_same_model(epoch, variables)
         target = {name: np.empty(v.shape, v.dtype) for name, v in variables.items()}
         with self._readable(epoch):
             restored: Any = self._manager.restore(
-                epoch, args=self._ocp.args.Composite(state=self._ocp.args.StandardRestore(target))
+                epoch,
+                args=self._ocp.args.Composite(state=self._ocp.args.StandardRestore(target)),
             )
         for name, variable in variables.items():
             variable.assign(restored["state"][name])
-        model._initial_epoch = epoch + 1  # as Keras's own BackupAndRestore does
+        # Keras's own BackupAndRestore sets the first epoch like this.
+        model._initial_epoch = epoch + 1
+
+    def _check_same_model(self, epoch: int, variables: dict[str, Any]) -> None:
+        """PartitaError if a checkpoint has other variables."""
+        model: Any = self.model
+        with self._readable(epoch):
+            saved = self._saved_description(epoch)
+        current = {name: (tuple(v.shape), str(v.dtype)) for name, v in variables.items()}
+        for name in sorted({*current, *saved}):
+            if current.get(name) != saved.get(name):
+                raise PartitaError(
+                    f"The checkpoints in {str(self.folder)!r} are of another model: {name!r} is "
+                    f"{_shape_text(saved.get(name))} there and {_shape_text(current.get(name))} in "
+                    f"'{model.name}'. Name another folder, or give the model of the "
+                    "checkpoints."
+                )
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self._unsaved = epoch if (epoch + 1) % self.every else None
-        if self._unsaved is None:
+        if (epoch + 1) % self.every == 0:
+            self._unsaved_epoch = None
             self._save(epoch)
+        else:
+            self._unsaved_epoch = epoch
 
     def _save(self, epoch: int) -> None:
-        values, described = {}, {}
+        values = {}
+        description = {}
         for name, variable in self._variables().items():
             value = variable.value
             split = isinstance(value, jax.Array) and not value.is_fully_addressable
             values[name] = value if split else np.asarray(whole(value))
-            described[name] = [list(variable.shape), str(variable.dtype)]
+            description[name] = [list(variable.shape), str(variable.dtype)]
         ocp = self._ocp
         try:
             args = ocp.args.Composite(
-                state=ocp.args.StandardSave(values), model=ocp.args.JsonSave(described)
+                state=ocp.args.StandardSave(values), model=ocp.args.JsonSave(description)
             )
             with _quietly(), together("saving a checkpoint"):
                 self._manager.save(epoch, args=args)
         except (OSError, ValueError) as error:
             last = self._manager.latest_step()
-            whole_one = (
-                f"The last whole one is that of epoch {last + 1}"
+            complete = (
+                f"The last complete one is of epoch {last + 1}"
                 if last is not None
-                else "There is no whole one yet"
+                else "No checkpoint is complete yet"
             )
             raise PartitaError(
-                f"The checkpoint of epoch {epoch + 1} cannot be written to {str(self.folder)!r}: {_reason(error)}. {whole_one}; the "
-                "model keeps its weights."
+                f"The checkpoint of epoch {epoch + 1} cannot be written to {str(self.folder)!r}: "
+                f"{_reason(error)}. {complete}; the model keeps its weights."
             ) from None
 
     def on_train_end(self, logs: Any = None) -> None:
-        if self._unsaved is not None:
-            self._save(self._unsaved)
+        if self._unsaved_epoch is not None:
+            self._save(self._unsaved_epoch)
         self._manager.wait_until_finished()
 
     @contextmanager
     def _readable(self, epoch: int) -> Iterator[None]:
-        """Inside, whatever Orbax raises of files that are not whole is one sentence."""
+        """Inside, an error that Orbax raises for incomplete files is a PartitaError."""
         try:
             yield
         except Exception as error:
             raise PartitaError(
-                f"The checkpoint of epoch {epoch + 1} in {str(self.folder)!r} cannot be read: {_reason(error)}. Delete the folder "
-                f"{str(self.folder / str(epoch))!r} to go on from the one before, or name another folder."
+                f"The checkpoint of epoch {epoch + 1} in {str(self.folder)!r} cannot be read: "
+                f"{_reason(error)}. Delete the folder {str(self.folder / str(epoch))!r} to resume "
+                "from the one before, or name another folder."
             ) from None
 
     def _variables(self) -> dict[str, Any]:
-        """Every variable of the training state by its place and path; places tell two of one path apart."""
+        """The variables of the training state by position and path; paths need not be unique."""
         model: Any = self.model
         model.jax_state_sync()
-        found = [
-            *model.variables,
-            *(model.optimizer.variables if model.optimizer is not None else []),
-        ]
-        return {f"{i:05d} {v.path}": v for i, v in enumerate(found)}
+        variables = [*model.variables]
+        if model.optimizer is not None:
+            variables += model.optimizer.variables
+        return {f"{i:05d} {variable.path}": variable for i, variable in enumerate(variables)}
 
-    def _described(self, epoch: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    def _saved_description(self, epoch: int) -> Description:
         ocp = self._ocp
-        read: Any = self._manager.restore(
+        saved: Any = self._manager.restore(
             epoch, args=ocp.args.Composite(model=ocp.args.JsonRestore())
         )["model"]
-        read = json.loads(read) if isinstance(read, str) else read
-        return {name: (tuple(shape), dtype) for name, (shape, dtype) in read.items()}
+        if isinstance(saved, str):
+            saved = json.loads(saved)
+        return {name: (tuple(shape), dtype) for name, (shape, dtype) in saved.items()}
 
 
-def _shape(described: tuple[tuple[int, ...], str] | None) -> str:
-    return f"{described[1]}{list(described[0])}" if described is not None else "missing"
+def _shape_text(description: tuple[tuple[int, ...], str] | None) -> str:
+    return "missing" if description is None else f"{description[1]}{list(description[0])}"
+
+
+def _no_excepthook(*error: Any) -> None:
+    pass
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Inside, nothing is logged: Orbax and TensorStore show what goes wrong in their threads, and raise it again in this one."""
-    before, hook = logging.root.manager.disable, sys.excepthook
+    """Inside, nothing is logged.
+
+    Orbax and TensorStore print the errors of their threads, and raise them again in this one.
+    """
+    level, hook = logging.root.manager.disable, sys.excepthook
     logging.disable(logging.CRITICAL)
-    sys.excepthook = lambda *_: None
+    sys.excepthook = _no_excepthook
     try:
         yield
     finally:
-        gc.collect()  # what is never asked for a result complains when it goes
-        logging.disable(before)
+        # A future whose result nobody asks for complains when it is freed.
+        gc.collect()
+        logging.disable(level)
         sys.excepthook = hook
 
 
 def _reason(error: Exception) -> str:
-    """Why, in a few words.
+    """The reason of an error in a few words.
 
-    >>> _reason(ValueError("RESOURCE_EXHAUSTED: Error writing: Failed to write 8 bytes to file 14 [os_error_code='28']"))
+    >>> _reason(ValueError("RESOURCE_EXHAUSTED: Failed to write to file 14 [os_error_code='28']"))
     'No space left on device'
     """
     code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -173,5 +208,6 @@ def _reason(error: Exception) -> str:
         return os.strerror(int(code[1]))
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    said = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
-    return said.splitlines()[0].rstrip(".") if said else type(error).__name__
+    is_key = isinstance(error, KeyError) and error.args
+    text = str(error.args[0] if is_key else error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

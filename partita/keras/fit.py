@@ -1,30 +1,27 @@
-"""Keras's own `fit`, training as planned. All that touches Keras' insides for running is in this file.
+"""Keras's own `fit`, its training step run as planned.
 
-`attach(model, planner)` gives one model its own `make_train_function`. The first training batch shows all shapes: the step
-is captured, planned, compiled, and the model's variables are moved onto the mesh. From then on `fit` and `train_on_batch`
-run the planned step; `evaluate` and `predict` run Keras's own functions on the mesh, their batches split over it.
-Every other shape of batch (the last one of an epoch) gets a step of its own under the same plan, as far as it divides.
+`attach(model, planner)` gives one model its own `make_train_function`. The first training batch
+shows all shapes: the step is captured, planned and compiled, and the model's variables are moved
+onto the mesh. From then on `fit` and `train_on_batch` run the planned step; `evaluate` and
+`predict` run Keras's own functions on the mesh. Every other shape of batch (the last one of an
+epoch) gets a step of its own under the same plan, as far as it divides; it costs a capture and a
+compilation.
 
-Batches are not read ahead here: where there is an accelerator, Keras's iterator already keeps one batch ahead, and since
-steps are dispatched before they are done, its way onto the mesh overlaps with the step before. The price of an unusual
-shape is a capture and a compilation.
+Batches are not read ahead here. With an accelerator Keras's iterator keeps one batch ahead, and
+steps are dispatched before they are done, so a batch moves onto the mesh during the step before.
+
+This file holds all that touches Keras's private parts for training.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import json
-import os
-import shutil
 import signal
-import tempfile
 import threading
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -32,7 +29,6 @@ from typing import Any
 import jax
 import keras
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from keras.src.backend.jax.trainer import JAXTrainer
 from keras.src.trainers.trainer import model_supports_jit
 
@@ -40,25 +36,38 @@ from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import capture_model
 from partita.errors import CaptureError, PartitaError, PlanError
 from partita.execute.function import Planner, compiled_in_turn, same_everywhere, settled
-from partita.execute.processes import alone, from_first, is_first, put, together, whole
+from partita.execute.processes import alone, put, together, whole
 from partita.execute.program import PlannedStep
 from partita.execute.verify import Verification, check_compiled
+from partita.keras.evaluation import batch_axes, split_batch, state_on_mesh
+from partita.keras.saving import save_once
 from partita.plans.adapt import fit_plan
 from partita.plans.check import check
 from partita.plans.plan import Plan
 
 Verifier = Callable[[PlannedStep, Any, Any, Any], Verification]
-"""Called with a planned step, its compiled program, and the state and batch (not yet placed) that it is about to run on,
-which it must leave as they are. What it returns is reported; it raises to refuse the step before anything has run."""
+"""Called with a planned step, its compiled program, and the state and batch (not yet placed) of its
+first run, which it must leave as they are. Its result is reported; it raises to refuse the step
+before anything has run."""
+Activity = Callable[[str], AbstractContextManager[None]]
+"""A context manager that shows a text while something takes long."""
 
-_make_keras_train_function = JAXTrainer.make_train_function
-_GROUPS = (
+keras_train_function = JAXTrainer.make_train_function
+"""Keras's own method that makes a train function."""
+_STATE_GROUPS = (
     "trainable_variables",
     "non_trainable_variables",
     "optimizer_variables",
     "metrics_variables",
 )
-_KEY = "_partita"
+"""Keras's names of the parts of a training state, in order."""
+_ATTRIBUTE = "_partita"
+_STEPS_TIMED = 1000
+
+
+def no_activity(text: str) -> AbstractContextManager[None]:
+    """Shows nothing."""
+    return nullcontext()
 
 
 def attach(
@@ -67,171 +76,53 @@ def attach(
     *,
     report: Callable[[str], None] | None = None,
     verifier: Verifier = check_compiled,
+    activity: Activity = no_activity,
 ) -> keras.Model:
-    """The model itself; its `fit` and `train_on_batch` now run the step that `planner` plans for its first training batch.
+    """The model itself, which trains by the step that `planner` plans for its first batch.
 
-    `report` gets what `verifier` has to say of that step. What cannot be planned (a step that runs eagerly, or cannot be
-    captured) trains as Keras trains it, and `report` (without one: a warning) gets one sentence that says why.
+    A step that cannot be planned (it runs eagerly, or cannot be captured) trains as Keras trains
+    it, and one sentence says why.
+
+    Args:
+        report: Called with the sentences of `verifier`, and why a step is not planned; without
+            one, the latter is a warning.
+        verifier: Checks the compiled step before it runs.
+        activity: Shows what takes long.
     """
     if not isinstance(model, JAXTrainer):
         raise PartitaError(
-            f"Only a Keras model on the JAX backend can be attached, and this is a '{type(model).__name__}'. Build the model with "
-            "keras (KERAS_BACKEND=jax)."
+            "Only a Keras model on the JAX backend can be attached, and this is a "
+            f"'{type(model).__name__}'. Build the model with keras (KERAS_BACKEND=jax)."
         )
     owner = next(c for c in type(model).__mro__ if "make_train_function" in vars(c))
     if not issubclass(JAXTrainer, owner):
         raise PartitaError(
-            f"'{owner.__name__}' makes its own train function, which cannot be planned. Override train_step instead of "
-            "make_train_function."
+            f"'{owner.__name__}' makes its own train function, which cannot be planned. Override "
+            "train_step instead of make_train_function."
         )
     if not alone():
-        _keep_together()
-    fit = PlannedFit(model, planner, report, verifier)
-    model.__dict__.update(
-        {
-            _KEY: fit,
-            "make_train_function": fit.make_train_function,
-            "make_test_function": fit.make_test_function,
-            "make_predict_function": fit.make_predict_function,
-        }
-    )
-    model.train_function = model.test_function = model.predict_function = None
+        save_once()
+    fit = PlannedFit(model, planner, report, verifier, activity)
+    # Keras's own `__setattr__` would track the values as state of the model.
+    model.__dict__[_ATTRIBUTE] = fit
+    model.__dict__["make_train_function"] = fit.make_train_function
+    model.__dict__["make_test_function"] = fit.make_test_function
+    model.__dict__["make_predict_function"] = fit.make_predict_function
+    model.train_function = None
+    model.test_function = None
+    model.predict_function = None
     return model
 
 
-def _bring(source: str, target: str) -> tuple[int, str, str]:
-    """Puts all that is in a folder into another, in the place of what is there; what fails leaves that. (errno, why, file), or zero."""
-    try:
-        with tempfile.TemporaryDirectory(dir=target, prefix=".partita-") as beside:
-            for name in os.listdir(source):
-                new, old = (
-                    shutil.move(os.path.join(source, name), beside),
-                    os.path.join(target, name),
-                )
-                if os.path.isdir(new) and os.path.isdir(old):
-                    shutil.rmtree(old)
-                os.replace(new, old)
-    except OSError as error:
-        return error.errno or 5, error.strerror or str(error), str(error.filename or target)
-    return 0, "", ""
-
-
-@functools.cache
-def _keep_together() -> None:
-    """Makes Keras's variables readable where they are split over processes, and its files written by process 0 alone.
-
-    All go through the same motions in a folder of their own, since reading a variable is something that all do together; then process 0
-    brings what it has written to its place. Where it cannot, all have the same error.
-    """
-
-    def array(variable: Any, dtype: Any = None, copy: bool | None = None) -> Any:
-        value = variable.value
-        if not isinstance(value, jax.Array):
-            return np.array(value, dtype)
-        return np.asarray(whole(value), dtype)
-
-    def once(name: str, method: Any) -> Any:
-        @functools.wraps(method)
-        def write(model: Any, filepath: Any, *positional: Any, **named: Any) -> Any:
-            folder, file = os.path.split(os.path.abspath(str(filepath)))
-            with tempfile.TemporaryDirectory(prefix="partita-") as aside:
-                result = method(model, os.path.join(aside, file), *positional, **named)
-                errno, why, path = json.loads(
-                    from_first(name, lambda: json.dumps(_bring(aside, folder)))
-                )
-            if errno:
-                raise OSError(errno, why, path)
-            return result
-
-        return write
-
-    keras.Variable.__array__ = array
-    for name in ("save", "save_weights", "export"):
-        setattr(keras.Model, name, once(name, getattr(keras.Model, name)))
-    if not is_first():
-        for name in ("on_train_begin", "on_epoch_end", "on_train_end"):
-            setattr(keras.callbacks.CSVLogger, name, lambda *arguments, **named: None)
-
-
 def attached(model: keras.Model) -> PlannedFit | None:
-    """How an attached model trains: its plan, its compiled steps, their time. None for a model that is not attached."""
-    return vars(model).get(_KEY)
+    """How an attached model trains: its plan, compiled steps, step time; None for other models."""
+    return vars(model).get(_ATTRIBUTE)
 
 
-@contextmanager
-def attaching(
-    planner: Planner, report: Callable[[str], None], verifier: Verifier
-) -> Iterator[list[keras.Model]]:
-    """Inside, every model that is not attached yet is, when Keras first makes its train function; gives those that were."""
-    models: list[keras.Model] = []
-
-    def make_train_function(model: Any, force: bool = False) -> None:
-        if attached(model) is not None:
-            return _make_keras_train_function(model, force)
-        try:
-            attach(model, planner, report=report, verifier=verifier)
-        except PartitaError as error:
-            report(str(error))
-            return _make_keras_train_function(model, force)
-        models.append(model)
-        model.make_train_function(force)
-
-    with _instead(make_train_function=make_train_function):
-        yield models
-
-
-@contextmanager
-def first_step(stop: Callable[[Captured], None]) -> Iterator[None]:
-    """Inside, the first training step of any model is captured and given to `stop`, which is to raise; nothing is trained."""
-
-    def make_train_function(model: Any, force: bool = False) -> None:
-        def train_function(state: Any, iterator: Iterator[Any]) -> None:
-            try:
-                stop(capture_model(model, next(iterator)))
-            finally:
-                _give_back(model, state)
-
-        model.train_function = train_function
-
-    def instead_of(method: Any) -> Any:
-        signature = inspect.signature(method)
-
-        @functools.wraps(method)
-        def quietly(model: Any, *positional: Any, **named: Any) -> Any:
-            given = signature.bind(model, *positional, **named)
-            if "verbose" in signature.parameters:
-                given.arguments["verbose"] = 0
-            vars(model).pop("make_train_function", None)
-            model.train_function = None
-            return method(*given.args, **given.kwargs)
-
-        return quietly
-
-    with _instead(
-        make_train_function=make_train_function,
-        fit=instead_of(JAXTrainer.fit),
-        train_on_batch=instead_of(JAXTrainer.train_on_batch),
-    ):
-        yield
-
-
-@contextmanager
-def _instead(**methods: Any) -> Iterator[None]:
-    """Inside, Keras's trainer has these methods instead of its own."""
-    own = {name: getattr(JAXTrainer, name) for name in methods}
-    try:
-        for name, method in methods.items():
-            setattr(JAXTrainer, name, method)
-        yield
-    finally:
-        for name, method in own.items():
-            setattr(JAXTrainer, name, method)
-
-
-def _give_back(model: Any, state: Any) -> None:
-    """Puts a state into the variables, which Keras has emptied: an error or Ctrl-C must not lose them."""
+def restore_state(model: Any, state: Any) -> None:
+    """Puts a state into the variables, which Keras empties for a step: an error must lose none."""
     if not any(x.is_deleted() for x in jax.tree.leaves(state)):
-        vars(model)["_jax_state"] = dict(zip(_GROUPS, state, strict=True))
+        vars(model)["_jax_state"] = dict(zip(_STATE_GROUPS, state, strict=True))
         model._jax_state_synced = False
         model.jax_state_sync()
 
@@ -245,7 +136,7 @@ class Compiled:
 
 
 class PlannedFit:
-    """What `attach` keeps with a model. `plan` is None until the first training batch, and where Keras trains alone."""
+    """How an attached model trains."""
 
     def __init__(
         self,
@@ -253,26 +144,33 @@ class PlannedFit:
         planner: Planner,
         report: Callable[[str], None] | None,
         verifier: Verifier,
+        activity: Activity,
     ) -> None:
-        self.model, self.planner, self.report, self.verifier = model, planner, report, verifier
+        self.model = model
+        self.planner = planner
+        self.report = report
+        self.verifier = verifier
+        self.activity = activity
         self.plan: Plan | None = None
+        """None until the first training batch, and where Keras trains alone."""
         self.verified: Verification | None = None
-        """What the compiler said of the first planned step."""
+        """The check of the first planned step."""
         self.steps: dict[Any, Compiled | None] = {}
         """By shapes of state and batch; None where Keras's own step runs."""
         self.running: Compiled | None = None
-        """The step that ran last: its mesh is where the variables are."""
-        self._new = True
-        self._why = ""
+        """The step that ran last: the variables are on its mesh."""
+        self._recompiled = True
+        """Whether `compile` was called since the last plan."""
+        self._why_alone = ""
         """Why the step being compiled is left to Keras."""
-        self._placed: Any = None
-        """The state that the last planned step returned: it is where it belongs."""
-        self._valid: Any = None
-        """The state that has not been donated yet."""
+        self._placed_state: Any = None
+        """The state that the last planned step returned, placed as the plan says."""
+        self._undonated_state: Any = None
+        """The last state that has not been donated."""
         self._state_key: Any = None
         self._keras_function: Callable[[Any, Any], Any] | None = None
-        self._began: float | None = None
-        self._took: deque[float] = deque(maxlen=1000)
+        self._step_start: float | None = None
+        self._step_times: deque[float] = deque(maxlen=_STEPS_TIMED)
 
     @property
     def name(self) -> str:
@@ -280,115 +178,136 @@ class PlannedFit:
 
     @property
     def step_seconds(self) -> float | None:
-        """Measured seconds per step: the median time from one step's start to the next one's; None before the third step."""
-        return median(self._took) if self._took else None
+        """Measured seconds of a step: the median from one start to the next; None before two."""
+        return median(self._step_times) if self._step_times else None
+
+    # ------------------------------------------------------------------------------------ training
 
     def make_train_function(self, force: bool = False) -> None:
         """Keras calls this at every `fit`; `compile` has set the train function to None."""
         model: Any = self.model
         if model.train_function is not None and not force:
             return
-        self.steps, self._new, self._keras_function = {}, True, None
-        why = (
-            "run_eagerly=True"
-            if model.run_eagerly
-            else "jit_compile=False"
-            if _unjitted(model)
-            else ""
-        )
-        if why:
-            self._warn(
-                f"The model '{model.name}' is compiled with {why}, so it trains on one device, as Keras runs it."
-            )
-        elif keras.distribution.distribution() is not None:
-            why = "a distribution"
-            self._warn(
-                f"A keras.distribution is set, so it distributes '{model.name}'. Set it to None to train as planned."
-            )
-        if why:
-            _make_keras_train_function(model, force=True)
+        self.steps = {}
+        self._recompiled = True
+        self._keras_function = None
+        reason = self._reason_for_keras()
+        if reason:
+            self._warn(reason)
+            keras_train_function(model, force=True)
             return
         function = model._make_function(self._step)
 
         def train_function(state: Any, iterator: Iterator[Any]) -> tuple[Any, Any]:
-            self._valid = state
+            self._undonated_state = state
             try:
                 return function(state, iterator)
             except BaseException:
-                _give_back(model, self._valid)
+                restore_state(model, self._undonated_state)
                 raise
             finally:
-                self._valid = None
+                self._undonated_state = None
 
         model.train_function = train_function
 
+    def _reason_for_keras(self) -> str:
+        """Why the model is compiled for Keras's own training; "" if it is not."""
+        model: Any = self.model
+        if model.run_eagerly:
+            setting = "run_eagerly=True"
+        elif _is_unjitted(model):
+            setting = "jit_compile=False"
+        elif keras.distribution.distribution() is not None:
+            return (
+                f"A keras.distribution is set, so it distributes '{model.name}'. Set it to None to "
+                "train as planned."
+            )
+        else:
+            return ""
+        return (
+            f"The model '{model.name}' is compiled with {setting}, so it trains on one device, as "
+            "Keras runs it."
+        )
+
     def _step(self, state: Any, batch: Any) -> tuple[Any, Any]:
         """One training step: Keras's step function, `(state, batch) -> (logs, state)`."""
-        if state is not self._placed:
-            self._state_key = _key(state)
-        key = (self._state_key, _key(batch))
+        if state is not self._placed_state:
+            self._state_key = _shapes_key(state)
+        key = (self._state_key, _shapes_key(batch))
         if key not in self.steps:
-            self.steps[key], self._began = self._compile(state, batch), None
+            self.steps[key] = self._compile(state, batch)
+            self._step_start = None
         step = self.steps[key]
         if step is None:
-            return self._by_keras(key, state, batch)
-        before, self._began = self._began, time.perf_counter()
-        if before is not None:
-            self._took.append(self._began - before)
+            return self._step_by_keras(key, state, batch)
+        self._time_step()
         batch = step.planned.place_batch(batch)
         with together("a step"), _uninterrupted():
-            if state is not self._placed or step is not self.running:
-                state = self._valid = _move(state, step.planned.state_shardings)
+            if state is not self._placed_state or step is not self.running:
+                state = _move(state, step.planned.state_shardings)
+                self._undonated_state = state
             logs, state = step.program(state, batch)
-            self.running, self._placed, self._valid = step, state, state
-            self.model.__dict__["_jax_state"] = dict(zip(_GROUPS, state, strict=True))
+            self.running = step
+            self._placed_state = state
+            self._undonated_state = state
+            self.model.__dict__["_jax_state"] = dict(zip(_STATE_GROUPS, state, strict=True))
         with together("a step"):
             return settled((logs, state))
 
+    def _time_step(self) -> None:
+        now = time.perf_counter()
+        if self._step_start is not None:
+            self._step_times.append(now - self._step_start)
+        self._step_start = now
+
     def _compile(self, state: Any, batch: Any) -> Compiled | None:
-        """The planned step for these shapes, checked and ready to run; None where Keras has to run it."""
+        """The planned step for these shapes, checked; None where Keras has to run it."""
         model: Any = self.model
         try:
             captured = capture_model(model, batch)
-        except Exception as error:  # whatever it is, Keras can still train, and says better what the user did wrong
-            if isinstance(error, CaptureError):
-                return self._alone(str(error))
-            return self._alone(
-                f"The training step of '{model.name}' cannot be captured: {type(error).__name__}: {error}"
+        except CaptureError as error:
+            return self._leave_to_keras(str(error))
+        except Exception as error:  # Keras can still train, or says better what is wrong
+            return self._leave_to_keras(
+                f"The training step of '{model.name}' cannot be captured: "
+                f"{type(error).__name__}: {error}"
             )
         plan = self._plan(captured)
         same_everywhere(captured, plan, (state, batch))
         if plan.devices > len(jax.devices()):
             raise PlanError(
-                f"The plan '{plan.name}' is for {plan.devices} devices, and JAX has {len(jax.devices())}. "
-                f"Plan for {len(jax.devices())}, or start with {plan.devices}."
+                f"The plan '{plan.name}' is for {plan.devices} devices, and JAX has "
+                f"{len(jax.devices())}. Plan for {len(jax.devices())}, or start with "
+                f"{plan.devices}."
             )
-        check_it = lambda planned, program: self.verifier(planned, program, state, batch)
+
+        def verify(planned: PlannedStep, program: Any) -> Verification:
+            return self.verifier(planned, program, state, batch)
+
         try:
-            planned, program, plan, verified = compiled_in_turn(
-                captured, plan, self.planner, check_it, self._warn
-            )
+            with self.activity("compiling the planned step"):
+                planned, program, plan, verified = compiled_in_turn(
+                    captured, plan, self.planner, verify, self._warn
+                )
         except jax.errors.JaxRuntimeError as error:
-            return self._alone(f"The planned step of '{model.name}' cannot be compiled: {error}")
-        if len(self.steps) == 0:
-            self.plan, self.verified = plan, verified
+            return self._leave_to_keras(
+                f"The planned step of '{model.name}' cannot be compiled: {error}"
+            )
+        if not self.steps:
+            self.plan = plan
+            self.verified = verified
         if planned is None:
-            return self._alone()
+            return self._leave_to_keras()
         if self.report is not None and self.running is None:
             for line in str(verified).splitlines():
                 self.report(line)
         return Compiled(planned, program)
 
-    def _warn(self, sentence: str) -> None:
-        if self.report is not None:
-            self.report(sentence)
-        else:
-            warnings.warn(sentence, stacklevel=2)
-
     def _plan(self, captured: Captured) -> Plan:
-        """The model's plan for these shapes: made once, kept over compilations as long as it fits."""
-        new, self._new = self._new, False
-        if self.plan is not None and not new:
+        """The model's plan for these shapes: made once, and again after `compile` if it must be."""
+        recompiled = self._recompiled
+        self._recompiled = False
+        if self.plan is not None and not recompiled:
             return fit_plan(self.plan, captured.graph)
         if self.plan is not None:
             try:
@@ -398,131 +317,131 @@ class PlannedFit:
         self.plan = self.planner(captured)
         return self.plan
 
-    def _alone(self, why: str = "") -> None:
-        """Leaves this shape to Keras, which `_by_keras` says once it has run."""
-        self._why = why
+    def _warn(self, sentence: str) -> None:
+        if self.report is not None:
+            self.report(sentence)
+        else:
+            warnings.warn(sentence, stacklevel=2)
 
-    def _by_keras(self, key: Any, state: Any, batch: Any) -> tuple[Any, Any]:
-        """The step as Keras runs it; where it is the first, so are all, at no cost per step.
+    # ------------------------------------------------------------------------------- Keras's own
 
-        What Keras cannot run either is the user's to mend: nothing is said, and the next batch is planned as if this one had not been.
+    def _leave_to_keras(self, reason: str = "") -> None:
+        """Leaves this shape to Keras; the reason is reported once the step has run."""
+        self._why_alone = reason
+
+    def _step_by_keras(self, key: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        """The step as Keras runs it; if it is the first one, all are, at no cost per step.
+
+        A step that fails in Keras too is the user's to mend: nothing is reported, and the next
+        batch is planned as if this one had not been.
         """
         try:
-            logs, self._valid = self._keras()(state, iter((batch,)))
+            logs, self._undonated_state = self._keras()(state, iter((batch,)))
         except Exception:
             del self.steps[key]
             raise
-        if self._why:
-            self._warn(
-                f"{self._why.splitlines()[0].rstrip('.')}. It trains on one device, as Keras runs it."
-            )
-            self._why = ""
+        if self._why_alone:
+            reason = self._why_alone.splitlines()[0].rstrip(".")
+            self._warn(f"{reason}. It trains on one device, as Keras runs it.")
+            self._why_alone = ""
         if len(self.steps) == 1:
             model: Any = self.model
             model.train_function = self._keras()
-        return logs, self._valid
+        return logs, self._undonated_state
 
     def _keras(self) -> Callable[[Any, Any], Any]:
         """Keras's own train function, made by Keras."""
         if self._keras_function is None:
             model: Any = self.model
-            ours = model.train_function
-            _make_keras_train_function(model, force=True)
-            self._keras_function, model.train_function = model.train_function, ours
+            planned_function = model.train_function
+            keras_train_function(model, force=True)
+            self._keras_function = model.train_function
+            model.train_function = planned_function
         assert self._keras_function is not None
         return self._keras_function
 
+    # ---------------------------------------------------------------------- evaluate and predict
+
     def make_test_function(self, force: bool = False) -> None:
-        with self._steps_on_mesh():
+        with self._functions_on_mesh():
             type(self.model).make_test_function(self.model, force)
 
     def make_predict_function(self, force: bool = False) -> Any:
-        with self._steps_on_mesh():
+        with self._functions_on_mesh():
             return type(self.model).make_predict_function(self.model, force)
 
     @contextmanager
-    def _steps_on_mesh(self) -> Iterator[None]:
-        """Inside, the steps of which Keras makes test and predict functions run on the mesh once the variables are there."""
+    def _functions_on_mesh(self) -> Iterator[None]:
+        """Inside, functions that Keras makes of steps run on the mesh, once the state is there."""
         model: Any = self.model
-        make = model._make_function
+        make_function = model._make_function
 
-        def make_on_mesh(step: Any, **how: Any) -> Any:
+        def make_on_mesh(step: Any, **options: Any) -> Any:
             on_mesh = step if model.jit_compile else jax.jit(step)
 
             def step_on_mesh(state: Any, batch: Any) -> tuple[Any, Any]:
                 if self.running is None:
                     return step(state, batch)
                 mesh = self.running.planned.mesh
-                self._placed = None
+                self._placed_state = None
                 with together("an evaluation"):
-                    results, state = settled(
-                        on_mesh(jax.tree.map(lambda x: _onto(x, mesh), state), _split(batch, mesh))
-                    )
+                    state = state_on_mesh(state, mesh)
+                    batch = split_batch(batch, mesh, batch_axes(state, mesh))
+                    results, state = settled(on_mesh(state, batch))
                     return results if alone() else jax.tree.map(whole, results), state
 
-            return make(step_on_mesh, **how)
+            return make_function(step_on_mesh, **options)
 
-        model.__dict__["_make_function"] = make_on_mesh
+        vars(model)["_make_function"] = make_on_mesh
         try:
             yield
         finally:
-            del model.__dict__["_make_function"]
+            del vars(model)["_make_function"]
 
 
-def _unjitted(model: Any) -> bool:
-    """Whether the user wants steps that are not compiled.
+def _is_unjitted(model: Any) -> bool:
+    """Whether the user asks for steps that are not compiled.
 
-    Where a layer is one that TensorFlow cannot compile (RandomRotation and its like), Keras itself decides so; JAX can.
+    Keras itself decides so for a layer that TensorFlow cannot compile (RandomRotation and its
+    like); JAX can.
     """
     return not model.jit_compile and model_supports_jit(model)
 
 
-def _key(values: Any) -> Any:
+def _shapes_key(values: Any) -> Any:
+    """Equal for values of the same structure, shapes and dtypes."""
     leaves, tree = jax.tree.flatten(values)
     return tree, tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in leaves)
 
 
 def _move(state: Any, shardings: Any) -> Any:
-    """The state under other shardings. What was whole on one device and is now split is freed there at once."""
+    """The state under other shardings; a value that one device held whole is freed there at once."""
     moved = put(state, shardings)
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(moved), strict=True):
-        if len(old.sharding.device_set) == 1 and new.sharding.shard_shape(new.shape) != new.shape:
+        on_one_device = len(old.sharding.device_set) == 1
+        is_split = new.sharding.shard_shape(new.shape) != new.shape
+        if on_one_device and is_split:
             old.delete()
     return moved
 
 
-def _onto(value: Any, mesh: jax.sharding.Mesh) -> Any:
-    """A value of the state on the mesh: where it is, or on every device if it is not on the mesh yet."""
-    on_it = value.sharding.device_set == set(mesh.devices.flat)
-    return value if on_it else put(value, NamedSharding(mesh, PartitionSpec()))
-
-
-def _split(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-    """A batch split by sample over as many axes of the mesh as divide it."""
-
-    def place(x: Any) -> Any:
-        axes, left = [], np.shape(x)[0] if np.ndim(x) else 1
-        for name, size in mesh.shape.items():
-            if left % size == 0:
-                axes.append(name)
-                left //= size
-        return put(x, NamedSharding(mesh, PartitionSpec(tuple(axes)) if axes else PartitionSpec()))
-
-    return jax.tree.map(place, batch)
-
-
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is done: inside it, the state is donated and its successor not yet known."""
+    """Ctrl-C waits for the end of the block, in which the state is donated and not yet replaced."""
     handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or not callable(handler):
         yield
         return
-    caught: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
+    interrupts: list[Any] = []
+
+    def remember(*arguments: Any) -> None:
+        interrupts.append(arguments)
+
+    signal.signal(signal.SIGINT, remember)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-    if caught:
-        handler(*caught[0])
+    if interrupts:
+        handler(*interrupts[0])

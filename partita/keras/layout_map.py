@@ -22,8 +22,9 @@ ALTERNATIVE = "Use partita.parallelize(model, plan=plan) instead."
 def layout_map(plan: Plan, model: Any, batch_size: int | None = None) -> Any:
     """A LayoutMap that lays out the variables of a compiled Keras model as a plan does.
 
-    Keras then partitions the step by its own propagation: the layouts of the variables are the plan's, all others are chosen by
-    XLA. PlanError if a Keras layout, which takes one whole axis per dim, cannot express the plan.
+    Keras then partitions the step by its own propagation: the layouts of the variables are the
+    plan's, all others are chosen by XLA. PlanError if a Keras layout, which takes one whole axis
+    per dim, cannot express the plan.
     """
     dims_of = _parameter_dims(plan, model, batch_size)
     merged = _merged_axes(dims_of)
@@ -32,7 +33,8 @@ def layout_map(plan: Plan, model: Any, batch_size: int | None = None) -> Any:
     grid = sorted([*merged, *unused])
     if [axis for axes in grid for axis in axes] != list(range(len(plan.mesh.axes))):
         raise PlanError(
-            f"This plan has no LayoutMap: the axes that it combines are not neighbours. {ALTERNATIVE}"
+            "This plan has no LayoutMap: the axes that it combines are not neighbours. "
+            f"{ALTERNATIVE}"
         )
     names = {axes: "_".join(plan.mesh.axes[axis].name for axis in axes) for axes in grid}
     shape = [math.prod(plan.mesh.sizes[axis] for axis in axes) for axes in grid]
@@ -66,7 +68,8 @@ def _merged_axes(dims_of: Mapping[str, Sequence[Axes]]) -> list[Axes]:
         if any(set(block) & set(other) for other in merged):
             path = next(path for path, dims in dims_of.items() if block in dims)
             raise PlanError(
-                f"This plan has no LayoutMap: it splits a dim of '{path}' over some of the axes that split another variable's dim, "
+                f"This plan has no LayoutMap: it splits a dim of '{path}' over some of the axes "
+                "that split another variable's dim, "
                 f"and a Keras layout takes one whole axis per dim. {ALTERNATIVE}"
             )
         merged.append(block)
@@ -78,6 +81,7 @@ def _devices(count: int) -> list[str]:
     available = keras.distribution.list_devices()
     if len(available) < count:
         raise PlanError(
-            f"The plan is for {count} devices, and Keras lists {len(available)}. Plan again for {len(available)}."
+            f"The plan is for {count} devices, and Keras lists {len(available)}. Plan again for "
+            f"{len(available)}."
         )
     return available[:count]

@@ -1,7 +1,8 @@
-"""Runs a user's script as Python itself would, with every Keras model in it attached at its first training call.
+"""Runs a user's script as Python itself would, its training planned.
 
-Keras is told to use JAX before it is first imported, so nothing here imports it at the top. While a script runs, and only
-then, the class method by which Keras makes train functions is wrapped; it is put back when the script ends.
+Keras models are attached when they first train; JAX steps are planned that the script gives to
+`partita.parallelize`. Keras is told to use JAX before it is imported, so nothing here imports it
+at the top. Everything that is replaced while a script runs is put back when it ends.
 """
 
 from __future__ import annotations
@@ -17,19 +18,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partita.errors import CaptureError, PartitaError
-from partita.keras import use_jax
+from partita.keras_backend import select_jax
 from partita.units import format_seconds
 
 if TYPE_CHECKING:
     from partita.capture.jax_functions import Captured
     from partita.execute.function import Planner
+    from partita.keras.fit import Activity
     from partita.plans.plan import Plan
 
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
+INTERRUPTED = 130
+"""Exit code of a script that Ctrl-C has ended."""
 TENSORFLOW_OPERATIONS = (
-    "Keras runs on JAX here. TensorFlow's own operations (tf.GradientTape, tf.nn in a layer) cannot work on what it computes: write "
-    "keras.ops and train_step instead. Tensors for train_on_batch, test_on_batch and predict_on_batch: give x.numpy()."
+    "Keras runs on JAX here. TensorFlow's own operations (tf.GradientTape, tf.nn in a layer) "
+    "cannot use its values: write keras.ops and train_step instead. Tensors for train_on_batch, "
+    "test_on_batch and predict_on_batch: give x.numpy()."
 )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A program that a script trained: its plan, and its measurements as a report takes them."""
+
+    plan: Plan
+    measured: Mapping[str, Any]
+
+
+def _say_nothing(sentence: str) -> None:
+    pass
+
+
+# ------------------------------------------------------------------------------ running a script
 
 
 def run_script(
@@ -37,58 +57,68 @@ def run_script(
     arguments: Sequence[str],
     planner: Planner,
     *,
-    report: Callable[[str], None] | None = None,
+    report: Callable[[str], None] = _say_nothing,
     verify: bool = False,
     trained: Callable[[Trained], None] | None = None,
+    activity: Activity | None = None,
 ) -> int:
-    """The exit code of a script that ran with the training of all its models planned by `planner`, and its JAX steps that
-    `partita.parallelize` is given. `trained` is told of each that ran, in the end.
+    """The exit code of a script whose training is planned by `planner`.
 
-    An error of the script prints its traceback without frames of ours and gives 1; Ctrl-C gives 130; `sys.exit` its code.
-    A PartitaError is raised. `verify` also runs one step of each model on one device and reports the differences.
+    An error of the script prints its traceback, without frames of Partita, and gives 1; Ctrl-C
+    gives 130; `sys.exit` its code. A PartitaError is raised.
+
+    Args:
+        report: Called with sentences about plans and steps.
+        verify: Whether to run one step of each program on one device too, and compare.
+        trained: Called in the end with each program that was trained.
+        activity: Shows what takes long.
     """
-    use_jax()
+    select_jax(report)
     from partita.execute.function import Session, running
     from partita.execute.verify import check_and_compare, check_compiled
-    from partita.keras.aliases import tensorflow_spelling
-    from partita.keras.fit import attached, attaching
+    from partita.keras.fit import attached, no_activity
+    from partita.keras.hooks import attaching
 
-    say = report or (lambda sentence: None)
+    verifier = check_and_compare if verify else check_compiled
+    models = attaching(planner, report, verifier, activity or no_activity)
     source = _read(path)
     try:
-        checks = check_and_compare if verify else check_compiled
-        with running(Session(planner, say)) as session, attaching(planner, say, checks) as models:
+        with running(Session(planner, report)) as session, models as attached_models:
             try:
-                with _as_main(path, arguments) as main, tensorflow_spelling(say):
-                    exec(compile(source, str(path), "exec", dont_inherit=True), vars(main))
+                _execute(source, path, arguments, report)
             finally:
-                for job in [*filter(None, map(attached, models)), *session.started]:
-                    _tell(job, say, trained)
+                jobs = [attached(model) for model in attached_models]
+                for job in [*filter(None, jobs), *session.started]:
+                    _report_job(job, report, trained)
     except SystemExit as stop:
         return _exit_code(stop)
     except KeyboardInterrupt:
-        say(f"{path} was interrupted; its models keep what they had learned by then.")
-        return 130
+        report(f"{path} was interrupted; its models keep the training up to then.")
+        return INTERRUPTED
     except PartitaError:
         raise
-    except BaseException as error:  # whatever the script raises is shown as Python would show it
+    except BaseException as error:  # any error of the script is shown as Python shows it
         _show(error)
-        if _of_tensorflow(error):
-            say(TENSORFLOW_OPERATIONS)
+        if _is_of_tensorflow(error):
+            report(TENSORFLOW_OPERATIONS)
         return 1
     return 0
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a script trained: the plan, and what was measured of it as a report takes it."""
+def _execute(
+    source: bytes, path: str | Path, arguments: Sequence[str], say: Callable[[str], None]
+) -> None:
+    """Runs a script's source as `__main__`."""
+    from partita.keras.aliases import tensorflow_names
 
-    plan: Plan
-    measured: Mapping[str, Any]
+    with _as_main(path, arguments) as main, tensorflow_names(say):
+        exec(compile(source, str(path), "exec", dont_inherit=True), vars(main))
 
 
-def _tell(job: Any, say: Callable[[str], None], trained: Callable[[Trained], None] | None) -> None:
-    """Says how long a step took against what was predicted, once enough steps have run."""
+def _report_job(
+    job: Any, report: Callable[[str], None], trained: Callable[[Trained], None] | None
+) -> None:
+    """Reports measured and predicted seconds of a step, once enough steps have run."""
     if job.plan is None:
         return
     measured = dict(job.verified.measured) if job.verified is not None else {}
@@ -96,66 +126,64 @@ def _tell(job: Any, say: Callable[[str], None], trained: Callable[[Trained], Non
         measured["seconds"] = job.step_seconds
         if "seconds" in job.plan.predicted:
             predicted = format_seconds(job.plan.predicted["seconds"])
-            say(
-                f"'{job.name}': {format_seconds(job.step_seconds)} a step measured (median), {predicted} predicted"
+            report(
+                f"'{job.name}': {format_seconds(job.step_seconds)} a step measured (median), "
+                f"{predicted} predicted"
             )
     if trained is not None:
         trained(Trained(job.plan, measured))
 
 
-def plan_script(path: str | Path, arguments: Sequence[str]) -> Captured:
-    """The training step of a script's first `fit`, `train_on_batch` or `partita.parallelize(step, ...)`, captured there.
-
-    The script is stopped there; nothing is trained.
-    """
-    use_jax()
-    from partita.execute.function import Session, running
-    from partita.keras.aliases import tensorflow_spelling
-    from partita.keras.fit import first_step
-
-    source = _read(path)
-    found: list[Captured] = []
-
-    def stop(captured: Captured, refused: Any = None) -> Any:
-        found.append(captured)
-        raise _Stop
-
-    try:
-        silent = lambda sentence: None
-        with (
-            first_step(stop),
-            running(Session(stop, silent)),
-            _as_main(path, arguments) as main,
-            tensorflow_spelling(silent),
-        ):
-            exec(compile(source, str(path), "exec", dont_inherit=True), vars(main))
-    except _Stop:
-        pass
-    except SystemExit as ended:
-        if not found:
-            code = _exit_code(ended)
-            raise CaptureError(
-                f"{path} called sys.exit({code}) before it trained anything, so there is nothing to plan."
-            ) from None
-    except (KeyboardInterrupt, PartitaError):
-        raise
-    except BaseException as error:  # whatever the script raises is shown as Python would show it
-        if not found:
-            _show(error)
-            what = type(error).__name__
-            raise CaptureError(
-                f"{path} raised {what} before it trained anything, so there is nothing to plan."
-            ) from None
-    if not found:
-        raise CaptureError(
-            f"{path} ended without calling fit or train_on_batch of a Keras model or partita.parallelize(step, ...), so there is "
-            "nothing to plan. Give the script that trains."
-        )
-    return found[0]
+# ---------------------------------------------------------------------------- planning a script
 
 
 class _Stop(BaseException):
-    """Ends a script at its first training call. Not an Exception, so that the script does not catch it as one."""
+    """Ends a script at its first training call; no Exception, so that scripts do not catch it."""
+
+
+def plan_script(path: str | Path, arguments: Sequence[str]) -> Captured:
+    """The captured step of a script's first training call: `fit`, `train_on_batch` or
+    `parallelize`.
+
+    The script is stopped there; nothing is trained.
+    """
+    select_jax(_say_nothing)
+    from partita.execute.function import Session, running
+    from partita.keras.hooks import first_step
+
+    source = _read(path)
+    steps: list[Captured] = []
+
+    def stop(captured: Captured, refused: Any = None) -> Any:
+        steps.append(captured)
+        raise _Stop
+
+    end = "ended"
+    try:
+        with first_step(stop), running(Session(stop, _say_nothing)):
+            _execute(source, path, arguments, _say_nothing)
+    except _Stop:
+        pass
+    except SystemExit as error:
+        if not steps:
+            end = f"called sys.exit({_exit_code(error)})"
+    except (KeyboardInterrupt, PartitaError):
+        raise
+    except BaseException as error:  # any error of the script is shown as Python shows it
+        if not steps:
+            _show(error)
+            end = f"raised {type(error).__name__}"
+    if steps:
+        return steps[0]
+    if end != "ended":
+        raise CaptureError(f"{path} {end} before it trained anything, so there is nothing to plan.")
+    raise CaptureError(
+        f"{path} ended without calling fit or train_on_batch of a Keras model or "
+        "partita.parallelize(step, ...), so there is nothing to plan. Give the script that trains."
+    )
+
+
+# --------------------------------------------------------------------------- as Python does it
 
 
 def _read(path: str | Path) -> bytes:
@@ -167,13 +195,14 @@ def _read(path: str | Path) -> bytes:
         ) from None
     except OSError as error:
         raise PartitaError(
-            f"The script {str(path)!r} cannot be read: {error.strerror}. Give the path of a Python file."
+            f"The script {str(path)!r} cannot be read: {error.strerror}. "
+            "Give the path of a Python file."
         ) from None
 
 
 @contextmanager
 def _as_main(path: str | Path, arguments: Sequence[str]) -> Iterator[types.ModuleType]:
-    """A `__main__` module, `sys.argv` and `sys.path` for a script, as Python itself makes them; all put back afterwards."""
+    """A `__main__` module, `sys.argv` and `sys.path` for a script; all are put back afterwards."""
     main = types.ModuleType("__main__")
     vars(main).update(__file__=str(path), __builtins__=__builtins__, __spec__=None, __cached__=None)
     before = sys.modules["__main__"], sys.argv, sys.path[:]
@@ -195,41 +224,45 @@ def _exit_code(stop: SystemExit) -> int:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and all that it came of."""
-    seen: set[int] = set()
-    chain: list[BaseException | None] = [error]
-    while chain:
-        link = chain.pop()
-        if link is not None and id(link) not in seen:
-            seen.add(id(link))
+    """An error and all its causes and contexts."""
+    visited: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        link = pending.pop()
+        if link is not None and id(link) not in visited:
+            visited.add(id(link))
             yield link
-            chain += [link.__cause__, link.__context__]
+            pending += [link.__cause__, link.__context__]
 
 
-def _of_tensorflow(error: BaseException) -> bool:
-    """Whether TensorFlow itself was given what it cannot use, or gave what JAX cannot use; errors of its own, as of a file, are not."""
+def _is_of_tensorflow(error: BaseException) -> bool:
+    """Whether an error comes of mixing TensorFlow's values with JAX's.
+
+    Errors that TensorFlow defines itself, as of a file, do not.
+    """
     if "tensorflow" not in sys.modules or type(error).__module__.partition(".")[0] == "tensorflow":
         return False
-    inside = (
-        frame.f_globals.get("__name__", "")
-        for e in _chain(error)
-        for frame, _ in traceback.walk_tb(e.__traceback__)
-    )
-    return "'tf." in str(error) or any(name.startswith("tensorflow.python") for name in inside)
+    if "'tf." in str(error):
+        return True
+    for link in _chain(error):
+        for frame, _ in traceback.walk_tb(link.__traceback__):
+            if frame.f_globals.get("__name__", "").startswith("tensorflow.python"):
+                return True
+    return False
 
 
 def _show(error: BaseException) -> None:
-    """Shows an error of the script as Python does, with the script's `sys.excepthook`, without the frames of this package."""
+    """Shows an error as Python does, by `sys.excepthook`, without the frames of this package."""
     for link in _chain(error):
-        link.__traceback__ = _without_ours(link.__traceback__)
+        link.__traceback__ = _without_own_frames(link.__traceback__)
     sys.stdout.flush()
     sys.excepthook(type(error), error, error.__traceback__)
 
 
-def _without_ours(trace: types.TracebackType | None) -> types.TracebackType | None:
+def _without_own_frames(trace: types.TracebackType | None) -> types.TracebackType | None:
     if trace is None:
         return None
-    rest = _without_ours(trace.tb_next)
+    rest = _without_own_frames(trace.tb_next)
     if trace.tb_frame.f_code.co_filename.startswith(PACKAGE):
         return rest
     return types.TracebackType(rest, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)

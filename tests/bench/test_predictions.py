@@ -207,7 +207,7 @@ def test_the_command_shows_every_step_with_three_predictions_and_how_good_they_a
         Path(said["--into"]).write_text(written[devices])
         return 0
 
-    monkeypatch.setattr("partita.cli.launch.launch", here)
+    monkeypatch.setattr("partita.cli.bench.launch", here)
     runner, arguments = (
         typer.testing.CliRunner(),
         ["bench", "fidelity", "--devices", "1,2", "--processes", "", "--rounds", "1"],
@@ -244,7 +244,7 @@ def test_the_command_shows_every_step_with_three_predictions_and_how_good_they_a
 
 
 def test_a_setting_that_fails_ends_the_command_with_its_code(monkeypatch) -> None:
-    monkeypatch.setattr("partita.cli.launch.launch", lambda *given: 7)
+    monkeypatch.setattr("partita.cli.bench.launch", lambda *given: 7)
     assert (
         typer.testing.CliRunner().invoke(app, ["bench", "fidelity", "--models", "mlp"]).exit_code
         == 7

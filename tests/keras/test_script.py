@@ -113,7 +113,7 @@ def test_ctrl_c_in_training_is_one_sentence_and_130(script):
     said = []
     path = script(callback="raise KeyboardInterrupt")
     assert run_script(path, [], plan, report=said.append) == 130
-    assert said[-1] == f"{path} was interrupted; its models keep what they had learned by then."
+    assert said[-1] == f"{path} was interrupted; its models keep the training up to then."
 
 
 def test_plan_script_stops_at_the_first_training_call(script):

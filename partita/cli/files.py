@@ -1,0 +1,66 @@
+"""Files that commands write: checked before an hour's work, written after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from partita.errors import PlanError
+from partita.plans.plan import Plan
+from partita.simulation.timeline import Timeline
+
+
+def check_writable(**files: Path | None) -> None:
+    """PlanError if one of the files, given by its kind, cannot be written."""
+    for kind, path in files.items():
+        if path is not None:
+            _write(path, kind, lambda path=path: _touch(path))
+
+
+def _touch(path: Path) -> None:
+    """Opens a file for writing, and leaves no trace of it."""
+    existed = path.exists()
+    with path.open("a"):
+        pass
+    if not existed:
+        path.unlink()
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Writes a plan to a file."""
+    _write(path, "plan", lambda: plan.save(path))
+
+
+def save_text(text: str, path: Path, kind: str) -> None:
+    """Writes a text to a file; `kind` names it in messages."""
+    _write(path, kind, lambda: _write_text(path, text))
+
+
+def save_page(
+    path: Path, plan: Plan | None, timeline: Timeline | None, measured: Any = None
+) -> None:
+    """Writes the page of a plan with its simulated step to a file; without a plan, the page of
+    the step alone."""
+    from partita.report.html import page, timeline_page
+
+    if plan is not None:
+        text = page(plan, measured, timeline)
+    else:
+        assert timeline is not None, "a page shows a plan or a timeline"
+        text = timeline_page(timeline)
+    save_text(text, path, "report")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _write(path: Path, kind: str, write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise PlanError(
+            f"The {kind} cannot be written to {str(path)!r}: {error.strerror}. Name a file in a "
+            "folder that exists."
+        ) from None

@@ -1,0 +1,202 @@
+"""Options that commands share, and groups of options: frozen dataclasses that a command takes as
+one parameter.
+
+Typer reads a command's options from the parameters of its function. `command` lets a parameter be a
+group, and shows Typer the options of the group in its place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from partita.cli.terminal import say
+
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Typer's settings of a command that passes unknown options on to a script."""
+LIKELY_SLIP = 0.8
+"""Similarity, between 0 and 1, from which an option of a script is pointed out as a slip."""
+POSSIBLE_SLIP = 0.5
+
+
+def command(
+    app: typer.Typer, name: str | None = None, **settings: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that registers a function, whose parameters may be groups of options, as a
+    command of an app."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        app.command(name, **settings)(_with_flat_options(function))
+        return function
+
+    return register
+
+
+def _with_flat_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The function with the options of its groups as parameters of their own."""
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, type] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function).parameters.values():
+        hint = hints[parameter.name]
+        if is_dataclass(hint) and isinstance(hint, type):
+            groups[parameter.name] = hint
+            parameters += _options_of(hint)
+        else:
+            parameters.append(
+                parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY)
+            )
+
+    @functools.wraps(function)
+    def flat(**values: Any) -> None:
+        for name, group in groups.items():
+            members = {field.name: values.pop(field.name) for field in fields(group)}
+            values[name] = group(**members)
+        function(**values)
+
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    vars(flat)["__signature__"] = inspect.Signature(parameters)
+    return flat
+
+
+def _options_of(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(group)
+    ]
+
+
+# ------------------------------------------------------------------------------------- the script
+
+
+def _check_script(context: typer.Context, script: Path) -> Path:
+    """The script; a usage error if an unknown option stands in its place."""
+    word = str(script)
+    if word.startswith("-"):
+        near = _similar_option(context, word, POSSIBLE_SLIP)
+        hint = f" Did you mean {near!r}?" if near else ""
+        raise typer.BadParameter(
+            f"there is no option {word!r}.{hint} Options for the script come after the script."
+        )
+    return script
+
+
+def _similar_option(context: typer.Context, word: str, similarity: float) -> str:
+    """The option of a command that is most similar to a word, or ""."""
+    options = [name for parameter in context.command.params for name in parameter.opts]
+    long_options = [name for name in options if name.startswith("--")]
+    near = difflib.get_close_matches(word.partition("=")[0], long_options, 1, similarity)
+    return near[0] if near else ""
+
+
+def note_slips(context: typer.Context) -> None:
+    """Points out options of the script that are nearly the command's own."""
+    for word in context.args:
+        if not word.startswith("--"):
+            continue
+        near = _similar_option(context, word, LIKELY_SLIP)
+        if near:
+            say(f"{word!r} is passed to the script. If you mean {near!r}, write that.")
+
+
+# ---------------------------------------------------------------------------------------- options
+
+Script = Annotated[
+    Path,
+    typer.Argument(
+        help="A training script; later options that are not listed below go to it.",
+        show_default=False,
+        callback=_check_script,
+    ),
+]
+Devices = Annotated[
+    int | None,
+    typer.Option(help="Number of devices.", min=1, show_default="all local devices"),
+]
+Processes = Annotated[
+    int, typer.Option(help="Processes on this host, each with a share of its cores.", min=1)
+]
+MeasureOperators = Annotated[
+    bool,
+    typer.Option(
+        "--measure-operators",
+        help="Time operators on the local devices first; the times are cached.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The machine to plan for."""
+
+    devices: Devices = None
+    machine: Annotated[
+        str | None,
+        typer.Option(
+            help="A machine that need not exist here: 'dgx-h100:8', 'h100:16', a .toml file.",
+            show_default="this one",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class PlanFiles:
+    """Files that a plan is written to."""
+
+    save_plan: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page about the plan to this .html file.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to search."""
+
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="Time limit of the search.", min=0, show_default="no limit"),
+    ] = None
+    search: Annotated[str, typer.Option(help="portfolio, elimination, mcmc or exhaustive.")] = (
+        "portfolio"
+    )
+    stages: Annotated[
+        bool | None,
+        typer.Option(
+            "--stages/--no-stages",
+            help="Search pipelines, microbatches and rematerialization too.",
+            show_default="with --machine",
+        ),
+    ] = None
+    measure_operators: MeasureOperators = False
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """How to compare machines."""
+
+    objective: Annotated[
+        str, typer.Option(help="Order of several machines: step or cost-per-epoch.")
+    ] = "step"
+    price: Annotated[
+        str,
+        typer.Option(
+            help="Price of a device for an hour, '2.5' or 'h100=2.5,a100=1.5'.",
+            show_default="device hours are counted",
+        ),
+    ] = ""
+    samples: Annotated[int, typer.Option(help="Samples of an epoch.", min=1)] = 1_000_000

@@ -1,0 +1,152 @@
+"""`partita run`: runs a training script, its training split over the devices."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from partita.cli.files import check_writable, save_page, save_plan
+from partita.cli.options import (
+    Devices,
+    MeasureOperators,
+    PlanFiles,
+    Processes,
+    Script,
+    note_slips,
+)
+from partita.cli.processes import join_processes, run_in_processes, start_devices
+from partita.cli.terminal import (
+    Activity,
+    err,
+    errors,
+    leave,
+    say,
+    say_nothing,
+    say_timing,
+)
+from partita.machine import Machine
+from partita.planning import SearchOptions, make_planner, simulate_plan
+from partita.plans.plan import Plan
+from partita.simulation.timeline import Timeline
+
+if TYPE_CHECKING:
+    from partita.capture.jax_functions import Captured
+    from partita.keras.script import Trained
+
+
+@dataclass(frozen=True)
+class Group:
+    """The devices and processes that train together."""
+
+    devices: Devices = None
+    processes: Processes = 1
+
+
+def run(
+    context: typer.Context,
+    script: Script,
+    group: Group,
+    files: PlanFiles,
+    plan: Annotated[
+        Path | None, typer.Option(help="Run this plan.", show_default="search for one")
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Run one step on one device too, and print the differences."),
+    ] = False,
+    measure_operators: MeasureOperators = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only errors.")] = False,
+) -> None:
+    """Run a training script, split over the devices.
+
+    Example: partita run --devices 4 --save-plan plan.json train.py --epochs 3
+    """
+    with errors():
+        if not os.environ.get("PARTITA_LAUNCHED"):
+            check_writable(report=files.report, plan=files.save_plan)
+            note_slips(context)
+        devices = group.devices
+        if devices is None and plan is not None:
+            devices = Plan.load(plan).devices
+        run_in_processes(group.processes, devices)
+        prints = join_processes() and not quiet
+        start_devices(devices)
+        from partita.keras.script import run_script
+
+        activity = Activity(prints)
+        record = Record(files, prints)
+        options = SearchOptions(
+            measure_operators=measure_operators,
+            report=activity.report,
+            report_timing=say_timing if prints else None,
+        )
+        code = run_script(
+            script,
+            context.args,
+            make_planner(plan, group.devices, options=options, on_plan=record.planned),
+            report=say if prints else say_nothing,
+            verify=verify,
+            trained=record.trained,
+            activity=activity.show,
+        )
+        record.finish()
+    leave(code)
+
+
+@dataclass
+class Record:
+    """Prints and writes the plans of a run, and the pages of the programs that it trained."""
+
+    files: PlanFiles
+    prints: bool
+    steps: list[tuple[Plan, Timeline]] = field(default_factory=list)
+    """Plans with their simulated steps, for the pages."""
+    pages: list[Path] = field(default_factory=list)
+    """Pages that were written."""
+    legend_printed: bool = False
+
+    def planned(self, captured: Captured, machine: Machine, plan: Plan) -> None:
+        """Called with each new plan."""
+        if self.files.report is not None:
+            self.steps.append((plan, simulate_plan(captured, machine, plan)))
+        if self.files.save_plan is not None:
+            save_plan(plan, self.files.save_plan)
+        if self.prints:
+            self._print(plan)
+
+    def _print(self, plan: Plan) -> None:
+        from partita.report.tables import legend, plan_table, summary
+
+        if plan.why:
+            err.print(plan_table(plan))
+            if not self.legend_printed:
+                err.print(legend(plan))
+                self.legend_printed = True
+        for line in summary(plan):
+            err.print(line)
+        if self.files.save_plan is not None:
+            err.print(f"plan written to {self.files.save_plan}")
+
+    def trained(self, job: Trained) -> None:
+        """Called with each program that was trained, in the end."""
+        path = self.files.report
+        if path is None:
+            return
+        if self.pages:
+            path = path.with_name(f"{path.stem}-{len(self.pages) + 1}{path.suffix}")
+        timelines = [timeline for plan, timeline in self.steps if plan is job.plan]
+        save_page(path, job.plan, timelines[0] if timelines else None, job.measured)
+        self.pages.append(path)
+
+    def finish(self) -> None:
+        """Prints which pages were written."""
+        if self.files.report is None or not self.prints:
+            return
+        if self.pages:
+            err.print(f"report written to {', '.join(map(str, self.pages))}")
+        else:
+            err.print("nothing was trained, so there is no report")

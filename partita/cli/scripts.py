@@ -1,0 +1,44 @@
+"""The training step of a script, captured for the commands that plan it without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from partita.cli.options import Target, note_slips
+from partita.cli.processes import start_devices
+from partita.cli.terminal import Activity, say
+from partita.keras_backend import select_jax
+from partita.machine import Machine, load
+
+if TYPE_CHECKING:
+    from partita.capture.jax_functions import Captured
+
+
+def capture_script(
+    context: typer.Context,
+    script: Path,
+    target: Target,
+    activity: Activity,
+    execute: bool = False,
+) -> tuple[Captured, Machine]:
+    """The captured step of a script's first training call, and the machine to plan it for.
+
+    Args:
+        context: Holds the arguments of the script.
+        execute: Whether plans will also run on the local devices.
+    """
+    note_slips(context)
+    select_jax(say)
+    machine = load(target.machine) if target.machine is not None else None
+    if execute or machine is None:
+        start_devices(target.devices)
+    from partita.keras.script import plan_script
+    from partita.planning import resolve_machine
+
+    machine = resolve_machine(machine, target.devices)
+    with activity.show(f"running {script} up to its first training step"):
+        captured = plan_script(script, context.args)
+    return captured, machine

@@ -1,0 +1,107 @@
+"""Keras's trainer with methods of ours, while a script runs: models are attached, or captured.
+
+The class methods by which Keras trains are replaced inside these contexts, and put back after.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+from keras.src.backend.jax.trainer import JAXTrainer
+
+from partita.capture.jax_functions import Captured
+from partita.capture.keras_models import capture_model
+from partita.errors import PartitaError
+from partita.execute.function import Planner
+from partita.keras.fit import (
+    Activity,
+    Verifier,
+    attach,
+    attached,
+    keras_train_function,
+    no_activity,
+    restore_state,
+)
+
+
+@contextmanager
+def attaching(
+    planner: Planner,
+    report: Callable[[str], None],
+    verifier: Verifier,
+    activity: Activity = no_activity,
+) -> Iterator[list[keras.Model]]:
+    """Inside, every model is attached when it is first trained; gives the attached models."""
+    models: list[keras.Model] = []
+
+    def make_train_function(model: Any, force: bool = False) -> None:
+        if attached(model) is not None:
+            return keras_train_function(model, force)
+        try:
+            attach(model, planner, report=report, verifier=verifier, activity=activity)
+        except PartitaError as error:
+            report(str(error))
+            return keras_train_function(model, force)
+        models.append(model)
+        model.make_train_function(force)
+
+    with _trainer_methods(make_train_function=make_train_function):
+        yield models
+
+
+@contextmanager
+def first_step(stop: Callable[[Captured], None]) -> Iterator[None]:
+    """Inside, the first training step of any model is captured and given to `stop`, which raises.
+
+    Nothing is trained.
+    """
+
+    def make_train_function(model: Any, force: bool = False) -> None:
+        def train_function(state: Any, iterator: Iterator[Any]) -> None:
+            try:
+                stop(capture_model(model, next(iterator)))
+            finally:
+                restore_state(model, state)
+
+        model.train_function = train_function
+
+    with _trainer_methods(
+        make_train_function=make_train_function,
+        fit=_quiet_and_fresh(JAXTrainer.fit),
+        train_on_batch=_quiet_and_fresh(JAXTrainer.train_on_batch),
+    ):
+        yield
+
+
+def _quiet_and_fresh(method: Any) -> Any:
+    """A training method that prints nothing and makes its train function anew."""
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def train(model: Any, *positional: Any, **keywords: Any) -> Any:
+        arguments = signature.bind(model, *positional, **keywords)
+        if "verbose" in signature.parameters:
+            arguments.arguments["verbose"] = 0
+        vars(model).pop("make_train_function", None)
+        model.train_function = None
+        return method(*arguments.args, **arguments.kwargs)
+
+    return train
+
+
+@contextmanager
+def _trainer_methods(**methods: Any) -> Iterator[None]:
+    """Inside, Keras's trainer has these methods in the place of its own."""
+    originals = {name: getattr(JAXTrainer, name) for name in methods}
+    try:
+        for name, method in methods.items():
+            setattr(JAXTrainer, name, method)
+        yield
+    finally:
+        for name, method in originals.items():
+            setattr(JAXTrainer, name, method)

@@ -1,0 +1,83 @@
+"""Files of models that several processes train: process 0 alone writes them, whole."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import shutil
+import tempfile
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+
+from partita.execute.processes import from_first, is_first, whole
+
+
+@functools.cache
+def save_once() -> None:
+    """Makes Keras's variables readable where they are split over processes, and its files written
+    once.
+
+    Reading a split variable is something that all processes do together. So all save, each into a
+    folder of its own; then process 0 moves its files to their place. If it cannot, all raise the
+    same error.
+    """
+    keras.Variable.__array__ = _array
+    for name in ("save", "save_weights", "export"):
+        setattr(keras.Model, name, _written_once(name, getattr(keras.Model, name)))
+    if not is_first():
+        for name in ("on_train_begin", "on_epoch_end", "on_train_end"):
+            setattr(keras.callbacks.CSVLogger, name, _do_nothing)
+
+
+def _do_nothing(*arguments: Any, **keywords: Any) -> None:
+    pass
+
+
+def _array(variable: Any, dtype: Any = None, copy: bool | None = None) -> Any:
+    """`Variable.__array__`, gathering from all processes."""
+    value = variable.value
+    if not isinstance(value, jax.Array):
+        return np.array(value, dtype)
+    return np.asarray(whole(value), dtype)
+
+
+def _written_once(name: str, method: Any) -> Any:
+    """A method of Keras that writes files, for a group of processes."""
+
+    @functools.wraps(method)
+    def write(model: Any, filepath: Any, *positional: Any, **keywords: Any) -> Any:
+        folder, file = os.path.split(os.path.abspath(str(filepath)))
+        with tempfile.TemporaryDirectory(prefix="partita-") as aside:
+            result = method(model, os.path.join(aside, file), *positional, **keywords)
+            report = from_first(name, lambda: json.dumps(_move_files(aside, folder)))
+        number, reason, path = json.loads(report)
+        if number:
+            raise OSError(number, reason, path)
+        return result
+
+    return write
+
+
+def _move_files(source: str, target: str) -> tuple[int, str, str]:
+    """Moves all files of a folder into another, replacing those of the same name.
+
+    Gives (errno, reason, file); errno is 0 for success. Files that could not be moved leave the
+    old ones untouched.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=target, prefix=".partita-") as beside:
+            for name in os.listdir(source):
+                new = shutil.move(os.path.join(source, name), beside)
+                old = os.path.join(target, name)
+                if os.path.isdir(new) and os.path.isdir(old):
+                    shutil.rmtree(old)
+                os.replace(new, old)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return error.errno or errno.EIO, reason, str(error.filename or target)
+    return 0, "", ""
