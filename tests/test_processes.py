@@ -201,7 +201,7 @@ def test_devices_that_cannot_be_shared_out_are_said(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert "3 devices cannot be shared out to 2 processes" in done.stderr.replace("\n", " ")
+    assert "3 devices cannot be divided among 2 processes" in done.stderr.replace("\n", " ")
 
 
 OPEN_MPI = {  # what mpirun of Open MPI 4.1 gives to process 1 of 2, inside a Slurm allocation
@@ -364,7 +364,9 @@ def test_processes_do_not_outlive_the_one_that_started_them(
     assert job.returncode == code
     assert "Traceback" not in err
     if sent == signal.SIGTERM:
-        assert err.strip().endswith("partita: told to end; the 2 processes were stopped.")
+        assert err.strip().endswith(
+            "partita: a signal asked to stop; the 2 processes were stopped."
+        )
     for i in range(2):
         pid = int((tmp_path / f"{i}.pid").read_text())
         while (

@@ -118,9 +118,7 @@ def fidelity(
         steps = []
         for process_count, device_count in settings(devices, processes):
             arguments = ["--models", ",".join(names), "--rounds", str(rounds)]
-            if as_json:
-                arguments.append("--quiet")
-            measured = _measure_setting(process_count, device_count, arguments)
+            measured = _measure_setting(process_count, device_count, arguments, quiet=as_json)
             if not as_json:
                 out.print(fidelity_table(measured))
             steps += measured
@@ -133,13 +131,15 @@ def fidelity(
 
 
 def _measure_setting(
-    processes: int, devices: int | None, arguments: Sequence[str]
+    processes: int, devices: int | None, arguments: Sequence[str], quiet: bool
 ) -> list[dict[str, Any]]:
     """The steps that processes of their own have measured; ends with the exit code of one that
     failed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "steps.json"
         command = ["bench", "fidelity-here", *arguments, "--into", str(path)]
+        if quiet:
+            command.append("--quiet")
         code = launch(processes, command, devices, say)
         if code:
             raise typer.Exit(code)
