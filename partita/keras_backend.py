@@ -40,15 +40,20 @@ def select_jax(say: Callable[[str], None]) -> None:
 
 def require_jax() -> None:
     """PartitaError if Keras is imported, on another backend than JAX."""
-    keras: Any = sys.modules.get("keras")
-    if keras is None or not hasattr(keras, "backend"):
-        return
-    backend = keras.backend.backend()
-    if backend != "jax":
+    backend = running_backend()
+    if backend not in (None, "jax"):
         raise PartitaError(
             f"Keras is already imported on the {backend} backend, and Partita plans JAX programs "
             f"only. Set {VARIABLE}=jax before importing Keras or TensorFlow, which imports it."
         )
+
+
+def running_backend() -> str | None:
+    """The backend of Keras; None before Keras is imported."""
+    keras: Any = sys.modules.get("keras")
+    if keras is None or not hasattr(keras, "backend"):
+        return None
+    return keras.backend.backend()
 
 
 def chosen_backend() -> str | None:
