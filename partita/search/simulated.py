@@ -17,7 +17,7 @@ from partita.cost.evaluate import PARTS
 from partita.search.base import Problem
 from partita.search.network import CostNetwork
 from partita.simulation.engine import Tasks, sweep
-from partita.simulation.structure import Slot, structure, thinned
+from partita.simulation.structure import Slot, step_structure, without_idle_slots
 from partita.simulation.tasks import step_tasks
 
 
@@ -91,10 +91,10 @@ class Simulated:
 def simulated(network: CostNetwork) -> Simulated:
     """The simulation of a cost network."""
     step, overlap = (
-        structure(network.graph, network.terms),
+        step_structure(network.graph, network.terms),
         network.placement.machine.backend.overlap,
     )
-    step = thinned(step, [_takes_time(network, slot) for slot in step.slots])
+    step = without_idle_slots(step, [_takes_time(network, slot) for slot in step.slots])
     laid = step_tasks(step, np.zeros(len(step.slots)), overlap)
     data: list[np.ndarray] = []
     at: dict[int, int] = {}

@@ -46,7 +46,7 @@ from partita.simulation.pipeline_tasks import (
     Transfer,
     pipeline_tasks,
 )
-from partita.simulation.structure import Slot, structure
+from partita.simulation.structure import Slot, step_structure
 from partita.simulation.tasks import slot_seconds, step_tasks
 from partita.simulation.timeline import KERNELS, LINKS, Span, Timeline
 
@@ -163,7 +163,7 @@ class PipelinedStep(SimulatedStep):
     @cached_property
     def passes(self) -> list[StagePasses]:
         """[stage]: seconds of its passes."""
-        step = structure(self.graph, self.terms)
+        step = step_structure(self.graph, self.terms)
         local_edges = [edge for edge in self.terms.edges if self._same_stage(edge)]
         seconds = slot_seconds(step, self.costs, local_edges, self.placement, self.layout)
         once = np.array([self._once_per_step(slot) for slot in step.slots])

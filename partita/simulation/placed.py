@@ -36,7 +36,7 @@ from partita.simulation.crossing import Crossing, PlacedMove, Route, reshard_axe
 from partita.simulation.engine import Times, run
 from partita.simulation.groups import DeviceGroups, Slices, folded, slices_of, unfolded
 from partita.simulation.spans import GroupTimes, timeline_of
-from partita.simulation.structure import Slot, Structure, structure
+from partita.simulation.structure import Slot, Structure, step_structure
 from partita.simulation.tasks import (
     BETWEEN,
     KERNELS,
@@ -94,7 +94,7 @@ class PlacedStep(SimulatedStep):
     @cached_property
     def structure(self) -> Structure:
         """The slots of the step, in the order of issue."""
-        return structure(self.graph, self.terms, any(self.slices))
+        return step_structure(self.graph, self.terms, any(self.slices))
 
     @cached_property
     def placement(self) -> Placement:

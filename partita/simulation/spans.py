@@ -175,7 +175,7 @@ def _memory_curve(group_times: GroupTimes, held_bytes: np.ndarray) -> tuple[tupl
     for k, info in enumerate(group_times.tasks.infos):
         if group_times.fullest in info.groups:
             starts.setdefault(info.slot, float(group_times.times.start[k]))
-    slot_of = group_times.structure.of
+    slot_of = group_times.structure.slot_of
     peak_of_slot: dict[int, int] = {}
     current = next((slot for slot in slot_of if slot in starts), -1)
     for i, slot in enumerate(slot_of):

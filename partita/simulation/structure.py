@@ -1,18 +1,9 @@
-"""A training step as tasks: what every device computes and sends, phase by phase, and what waits for what.
+"""The slots of a training step: everything that a device may compute or send, and the slots that each one waits for.
 
-An operator is up to seven tasks: its kernels forward, backward and in the update; the collectives of its activations forward and
-backward; the sum of its gradients; the gathering of variables that are stored in parts. A value that another operator wants
-under another sharding is a task between the two. Which tasks there are, and what comes before what, follows from the graph alone
-(`structure`); a plan only gives them seconds (`durations`), none where a task is not needed.
-
-Devices that do the same at the same time are one cell (`simulate.cells`), which one of them stands for: their number changes seconds, not
-tasks. A device runs its kernels in program order, and its collectives in the order in which what they send is made, as XLA issues them. What
-runs at the same time follows from the machine's backend. Where it hides nothing (`overlap` 0, XLA:CPU), kernels and collectives are one
-sequence, and a step takes the sum of its parts. Where it does, collectives have a stream of their own, and hinder the kernels
-beside them for the part of their time that is not hidden.
-
-Times are those of `cost.evaluate` and `cost.moves`. Who does what of a slot where there are several cells: `simulate.placed`; microbatches:
-`simulate.stages`.
+An operator has up to seven slots: its kernels in the forward pass, the backward pass and the update; the collectives of its activations
+forward and backward; the sum of its gradients; the gather of variables that are stored in shards. A value that another operator reads in
+another sharding has a slot for the move. The slots and their order depend on the graph alone; a plan gives them seconds (`tasks`), none where
+a slot is not needed. Kernels are in program order, collectives in the order in which their operands are computed.
 """
 
 from __future__ import annotations
@@ -25,326 +16,248 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import connected_components
 
 from partita.cost.evaluate import PHASES
-from partita.cost.terms import Terms
-from partita.graph.flat import HEAVY
+from partita.cost.terms import Move, OperatorTerms, Reduction, Terms
 from partita.graph.operator_graph import IdentityKey, OperatorGraph, Phase, constant_tensors
+from partita.simulation.pieces import LAST_PIECE, Node, kernel_nodes, kernel_work, producers
 
 SlotKind = Literal["compute", "exchange", "sum", "gather", "move", "join"]
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A task that a step may have. `reader` is the operator that a move is for, -1 otherwise; a join only waits.
-
-    `share` is the part of the operator's kernels of that phase: 1 unless they run in several pieces, with others in between.
-    """
+    """A task that a step may have."""
 
     kind: SlotKind
+    """A "join" takes no time and only waits."""
     operator: int
     phase: Phase
     reader: int = -1
+    """The reading operator of a move, -1 for other kinds."""
     share: float = 1.0
+    """The fraction of the operator's kernels of that phase: 1 unless they run in several pieces."""
     read_phase: Phase = "forward"
-    """Of a move, the phase in which it is read."""
+    """The phase in which a moved value is read."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """The tasks of a graph's step in the order in which a device issues them, and per task those whose results it reads."""
+    """The slots of a step, in the order in which a device issues them."""
 
     slots: tuple[Slot, ...]
     before: tuple[tuple[int, ...], ...]
-    of: tuple[int, ...]
-    """Per instruction of the graph the slot that it is computed in, -1 for none."""
+    """[slot]: the slots whose results it reads."""
+    slot_of: tuple[int, ...]
+    """[instruction]: the slot that computes it, -1 for none."""
 
 
-Node = tuple[str, int, str, int]
-"""(kind of slot, operator or instruction, phase, piece or reader)."""
+def step_structure(graph: OperatorGraph, terms: Terms, placed: bool = False) -> Structure:
+    """The slots of a step under any plan; computed once per graph.
 
-
-@lru_cache(maxsize=8)
-def _structure(
-    key: IdentityKey[OperatorGraph], terms_key: IdentityKey[Terms], placed: bool
-) -> Structure:
-    graph, terms = key.value, terms_key.value
-    nodes = _pieces(graph, placed)
-    work = _shares(graph, nodes)
-    moved = {(m.tensor, m.reader): m for m in terms.edges}
-    after: dict[Node, set[Node]] = defaultdict(set)
-    order: dict[Node, float] = {}
-    last: dict[tuple[int, str], Node] = {}
-    slots: dict[Node, Slot] = {}
-    for i, node in enumerate(nodes):
-        if node is not None and node[0] == "compute":
-            _, o, phase, _ = node
-            slots[node] = Slot("compute", o, graph.instructions[i].phase, share=work[node][1])
-            order[node] = work[node][0]
-            if 0 <= node[3] < POST:
-                last[o, phase] = max(last.get((o, phase), node), node, key=lambda n: n[3])
-    for o, own in enumerate(terms.operators):
-        for phase in PHASES:
-            end = last.get((o, phase))
-            if end is None:
-                continue
-            talks = any(
-                r.phase == phase and not (r.parameter >= 0 and r.trips == 1) for r in own.reductions
-            )
-            if (
-                talks
-                or any(h.phase == phase for h in own.halos)
-                or any(m.phase == phase for m in own.moves)
-            ):
-                slots["exchange", o, phase, 0] = Slot("exchange", o, phase)
-                after["exchange", o, phase, 0].add(end)
-                order["exchange", o, phase, 0] = order[end] + 0.2
-        end = last.get((o, "backward"))
-        if end is not None and any(r.parameter >= 0 and r.trips == 1 for r in own.reductions):
-            slots["sum", o, "backward", 0] = Slot("sum", o, "backward")
-            after["sum", o, "backward", 0].add(end)
-            order["sum", o, "backward", 0] = order[end] + 0.4
-        begin = ("compute", o, "forward", 0)
-        if own.stored and begin in slots:
-            slots["gather", o, "forward", 0] = Slot("gather", o, "forward")
-            order["gather", o, "forward", 0] = order[begin] - 0.2
-            after[begin].add(("gather", o, "forward", 0))
-
-    def outlets(node: Node, to: str) -> list[Node]:
-        """Where the results of a task's kernels come out, for readers of a phase."""
-        _, o, phase, _ = node
-        if node != last.get((o, phase)):
-            return [node]
-        through = [("exchange", o, phase, 0)] + (
-            [("sum", o, phase, 0)] if to == "update" and phase == "backward" else []
-        )
-        return [n for n in through if n in slots] or [node]
-
-    made = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
-    free = constant_tensors(graph)
-    feeds: dict[Node, Node | None] = {}
-    for i, (x, node) in enumerate(zip(graph.instructions, nodes, strict=True)):
-        if node is None:
-            continue
-        if node not in slots:  # of no operator
-            slots[node], order[node] = Slot("join", -1, x.phase), float(i)
-        for t in x.operands:
-            source = nodes[made[t]] if t in made and t not in free else None
-            if source == node:
-                continue
-            move = moved.get((t, graph.owner[i]))
-            ends = (
-                []
-                if source is None
-                else outlets(source, x.phase)
-                if source[0] == "compute"
-                else [source]
-            )
-            if (
-                move is not None
-                and node[0] == "compute"
-                and (source is None or source[1] != node[1])
-            ):
-                between = ("move", move.home, f"{move.phase} {move.read_phase}", move.reader)
-                if between not in slots:
-                    slots[between] = Slot(
-                        "move", move.home, move.phase, move.reader, read_phase=move.read_phase
-                    )
-                    order[between] = (
-                        (order[source] + 0.6)
-                        if source is not None and source in order
-                        else order[node] - 0.1
-                    )
-                    feeds[between] = source
-                    after[between].update(ends)
-                if (
-                    feeds[between] == source
-                ):  # what comes from another piece of the operator is waited for by itself
-                    after[node].add(between)
-                    continue
-            after[node].update(ends)
-    return _ordered(slots, after, order, nodes)
-
-
-def structure(graph: OperatorGraph, terms: Terms, placed: bool = False) -> Structure:
-    """The tasks that a step of this graph may have, whatever its plan; computed once per graph.
-
-    Where operators are `placed` apart, what one only passes on between others is a task by itself.
+    With `placed` operators, instructions that only pass values on between other operators have slots of their own.
     """
     return _structure(IdentityKey(graph), IdentityKey(terms), placed)
 
 
-PRE, POST = -1 << 20, 1 << 20
-"""Numbers of the pieces of an operator before and after those with its heavy instructions."""
-
-
-def _passing(graph: OperatorGraph) -> dict[int, int]:
-    """Instruction -> PRE or POST, where it is light and not on the way from what its operator's heavy instructions of that phase read to what they make.
-
-    A branch's values are joined, and their gradients taken apart again, in the operator of one of the branches; the other branches do not wait for the
-    heavy work of that one, nor it for theirs.
-    """
-    made = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
-    home = lambda i: (graph.owner[i], graph.instructions[i].phase)  # noqa: E731
-    before: list[frozenset[int]] = []
-    behind, read_by_others = [False] * len(graph.instructions), [False] * len(graph.instructions)
-    needs: dict[tuple[int, Phase], frozenset[int]] = {}
-    for i, x in enumerate(graph.instructions):
-        found, heavy = set(), x.name in HEAVY
-        for j in (made[t] for t in x.operands if t in made and made[t] < i):
-            if home(j) == home(i):
-                found |= before[j]
-                heavy |= behind[j]
-            else:
-                found |= {graph.owner[j]} - {-1, graph.owner[i]}
-                read_by_others[j] |= graph.owner[i] not in (-1, graph.owner[j])
-        before.append(frozenset(found))
-        behind[i] = heavy
-        if x.name in HEAVY:
-            needs[home(i)] = needs.get(home(i), frozenset()) | before[i]
-    place: dict[int, int] = {}
-    for i in reversed(range(len(graph.instructions))):
-        x = graph.instructions[i]
-        if graph.owner[i] < 0 or home(i) not in needs:
-            continue
-        if not before[i] <= needs[home(i)]:
-            place[i] = POST
-        elif not behind[i] and read_by_others[i]:
-            place[i] = PRE
-            for j in (made[t] for t in x.operands if t in made and made[t] < i):
-                read_by_others[j] |= home(j) == home(i)
-    return place
-
-
-def _pieces(graph: OperatorGraph, placed: bool) -> list[Node | None]:
-    """Per instruction the task that its kernels belong to; None for what takes no time and waits for nothing.
-
-    An operator's phase is one task, unless another operator's work comes between two parts of it; then each part is a task.
-    """
-    passing = _passing(graph) if placed else {}
-    free = constant_tensors(graph)
-    made = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
-    loops = {loop.instruction for loop in graph.loops}
-    nodes: list[Node | None] = []
-    for i, x in enumerate(graph.instructions):
-        if all(t in free for t in x.results) and i not in loops:
-            nodes.append(None)
-        elif graph.owner[i] >= 0:
-            nodes.append(("compute", graph.owner[i], x.phase, passing.get(i, 0)))
-        else:
-            sources = {
-                node
-                for t in x.operands
-                if t in made and made[t] < i
-                for node in [nodes[made[t]]]
-                if node is not None
-            }
-            joins = [node for node in sources if node[0] == "join"]
-            nodes.append(joins[0] if len(sources) == len(joins) == 1 else ("join", i, x.phase, 0))
-    number = {node: n for n, node in enumerate(dict.fromkeys(nodes)) if node is not None}
-    pairs = {
-        (number[a], number[b])
-        for i, b in enumerate(nodes)
-        if b is not None
-        for t in graph.instructions[i].operands
-        if t in made and t not in free
-        for a in [nodes[made[t]]]
-        if a is not None and a != b
-    }
-    knot = _knots(pairs, 1 + max(number.values(), default=0))
-    piece: dict[Node, int] = {}
-    before: dict[int, Node] = {}
-    for i, node in enumerate(nodes):
-        if node is None or number[node] not in knot:
-            continue
-        tied = knot[number[node]]
-        if node in piece and before[tied] != node:
-            piece[node] += 1
-        piece.setdefault(node, 0)
-        before[tied] = node
-        nodes[i] = (*node[:3], node[3] + piece[node])
-    return nodes
-
-
-def _knots(pairs: set[tuple[int, int]], count: int) -> dict[int, int]:
-    """Of the nodes of a directed graph that lie on a cycle, which strongly connected component each is in."""
-    if not pairs:
-        return {}
-    rows, columns = zip(*pairs, strict=True)
-    _, component = connected_components(
-        csr_matrix((np.ones(len(pairs)), (rows, columns)), (count, count)), connection="strong"
-    )
-    size = np.bincount(component)
-    return {n: int(c) for n, c in enumerate(component) if size[c] > 1}
-
-
-def _shares(graph: OperatorGraph, nodes: Sequence[Node | None]) -> dict[Node, tuple[float, float]]:
-    """Per task of kernels: where in the program its heaviest instruction stands, and its part of the work of its phase."""
-    weight: dict[Node, float] = defaultdict(float)
-    whole: dict[Node, float] = defaultdict(float)
-    heaviest: dict[Node, tuple[float, int]] = {}
-    for i, node in enumerate(nodes):
-        if node is None or node[0] != "compute":
-            continue
-        x = graph.instructions[i]
-        work = 1.0 + (x.flops + sum(graph.tensors[t].nbytes for t in x.results)) * x.trips
-        weight[node] += work
-        whole[*node[:3], 0] += work
-        heaviest[node] = max(heaviest.get(node, (0.0, i)), (x.flops * x.trips, i))
-    return {node: (float(heaviest[node][1]), w / whole[*node[:3], 0]) for node, w in weight.items()}
-
-
-def _ordered(
-    slots: dict[Node, Slot],
-    after: dict[Node, set[Node]],
-    order: dict[Node, float],
-    nodes: Sequence[Node | None],
+@lru_cache(maxsize=8)
+def _structure(
+    graph_key: IdentityKey[OperatorGraph], terms_key: IdentityKey[Terms], placed: bool
 ) -> Structure:
-    """The slots in program order, as far as what comes before what allows it."""
-    readers: dict[Node, list[Node]] = defaultdict(list)
-    waits = {node: 0 for node in slots}
-    for node in slots:
-        for source in after[node]:
-            readers[source].append(node)
-            waits[node] += 1
-    ready = [(order[node], node) for node in slots if not waits[node]]
-    heapq.heapify(ready)
-    place: dict[Node, int] = {}
-    while ready:
-        _, node = heapq.heappop(ready)
-        place[node] = len(place)
-        for reader in readers[node]:
-            waits[reader] -= 1
-            if not waits[reader]:
-                heapq.heappush(ready, (order[reader], reader))
-    assert len(place) == len(slots), "tasks wait for each other in a circle"
-    before = tuple(tuple(sorted(place[s] for s in after[node])) for node in place)
-    return Structure(
-        tuple(slots[node] for node in place),
-        before,
-        tuple(-1 if node is None else place[node] for node in nodes),
-    )
+    builder = _Builder(graph_key.value, terms_key.value, placed)
+    builder.add_kernels()
+    builder.add_collectives()
+    builder.add_dependences()
+    return builder.structure()
 
 
-def thinned(step: Structure, keep: Sequence[bool]) -> Structure:
-    """The structure without slots that never take time: what waited for one waits for what it waited for.
+class _Builder:
+    """Slots by node, with the nodes before each and its position in the program."""
 
-    One that is not to be kept stays where it joins many to many: it stands for as many pairs.
+    def __init__(self, graph: OperatorGraph, terms: Terms, placed: bool) -> None:
+        self.graph = graph
+        self.terms = terms
+        self.nodes = kernel_nodes(graph, placed)
+        self.slots: dict[Node, Slot] = {}
+        self.before: dict[Node, set[Node]] = defaultdict(set)
+        self.position: dict[Node, float] = {}
+        """Node -> its position in the program: an instruction, or between two."""
+        self.last_kernels: dict[tuple[int, str], Node] = {}
+        """(operator, phase) -> the last piece of its kernels that is not an outer one."""
+        self.move_source: dict[Node, Node | None] = {}
+        """Move -> the node whose result it moves; None for an argument of the step."""
+
+    def add_kernels(self) -> None:
+        """Adds the pieces of all operators' kernels."""
+        work = kernel_work(self.graph, self.nodes)
+        for instruction, node in zip(self.graph.instructions, self.nodes, strict=True):
+            if node is None or node.kind != "compute":
+                continue
+            self.slots[node] = Slot(
+                "compute", node.number, instruction.phase, share=work[node].share
+            )
+            self.position[node] = work[node].position
+            if 0 <= node.piece < LAST_PIECE:
+                last = self.last_kernels.setdefault((node.number, node.phase), node)
+                if node.piece > last.piece:
+                    self.last_kernels[node.number, node.phase] = node
+
+    def add_collectives(self) -> None:
+        """Adds exchanges of activations, sums of gradients and gathers of variables."""
+        for o, operator_terms in enumerate(self.terms.operators):
+            for phase in PHASES:
+                last = self.last_kernels.get((o, phase))
+                if last is not None and _exchanges(operator_terms, phase):
+                    self._add_after(
+                        last, Node("exchange", o, phase, 0), Slot("exchange", o, phase), 0.2
+                    )
+            last = self.last_kernels.get((o, "backward"))
+            if last is not None and _sums_gradients(operator_terms):
+                self._add_after(
+                    last, Node("sum", o, "backward", 0), Slot("sum", o, "backward"), 0.4
+                )
+            first = Node("compute", o, "forward", 0)
+            if operator_terms.stored and first in self.slots:
+                gather = Node("gather", o, "forward", 0)
+                self.slots[gather] = Slot("gather", o, "forward")
+                self.position[gather] = self.position[first] - 0.2
+                self.before[first].add(gather)
+
+    def _add_after(self, source: Node, node: Node, slot: Slot, offset: float) -> None:
+        """Adds a slot that waits for `source`, at this offset from it in the program."""
+        self.slots[node] = slot
+        self.before[node].add(source)
+        self.position[node] = self.position[source] + offset
+
+    def add_dependences(self) -> None:
+        """Adds joins and moves, and the dependences between all nodes, instruction by instruction."""
+        producer = producers(self.graph)
+        constants = constant_tensors(self.graph)
+        moves = {(move.tensor, move.reader): move for move in self.terms.edges}
+        for i, (instruction, node) in enumerate(
+            zip(self.graph.instructions, self.nodes, strict=True)
+        ):
+            if node is None:
+                continue
+            if node not in self.slots:
+                self.slots[node] = Slot("join", -1, instruction.phase)
+                self.position[node] = float(i)
+            for tensor in instruction.operands:
+                source = None
+                if tensor in producer and tensor not in constants:
+                    source = self.nodes[producer[tensor]]
+                if source == node:
+                    continue
+                sources = self._outlets(source, instruction.phase)
+                move = moves.get((tensor, self.graph.owner[i]))
+                moved = source is None or source.number != node.number
+                if move is not None and node.kind == "compute" and moved:
+                    move_node = self._add_move(move, source, node, sources)
+                    if self.move_source[move_node] == source:
+                        self.before[node].add(move_node)
+                        continue
+                    # A value of another piece of the home operator is waited for directly.
+                self.before[node].update(sources)
+
+    def _outlets(self, node: Node | None, read_phase: Phase) -> list[Node]:
+        """The nodes with the results of a node for readers of a phase: after kernels, their exchange and sum."""
+        if node is None:
+            return []
+        if node.kind != "compute" or node != self.last_kernels.get((node.number, node.phase)):
+            return [node]
+        outlets = [Node("exchange", node.number, node.phase, 0)]
+        if read_phase == "update" and node.phase == "backward":
+            outlets.append(Node("sum", node.number, node.phase, 0))
+        return [outlet for outlet in outlets if outlet in self.slots] or [node]
+
+    def _add_move(
+        self, move: Move, source: Node | None, reader: Node, sources: Sequence[Node]
+    ) -> Node:
+        """The node of a move, which is added if it is new."""
+        phases = f"{move.phase} {move.read_phase}"
+        node = Node("move", move.home, phases, move.reader)
+        if node not in self.slots:
+            self.slots[node] = Slot(
+                kind="move",
+                operator=move.home,
+                phase=move.phase,
+                reader=move.reader,
+                read_phase=move.read_phase,
+            )
+            if source is not None and source in self.position:
+                self.position[node] = self.position[source] + 0.6
+            else:
+                self.position[node] = self.position[reader] - 0.1
+            self.move_source[node] = source
+            self.before[node].update(sources)
+        return node
+
+    def structure(self) -> Structure:
+        """The structure of all slots."""
+        number = self._program_order()
+        before = [tuple(sorted(number[source] for source in self.before[node])) for node in number]
+        slot_of = [-1 if node is None else number[node] for node in self.nodes]
+        slots = [self.slots[node] for node in number]
+        return Structure(tuple(slots), tuple(before), tuple(slot_of))
+
+    def _program_order(self) -> dict[Node, int]:
+        """Node -> its number: of the nodes whose sources are numbered, always the first in the program."""
+        readers: dict[Node, list[Node]] = defaultdict(list)
+        waits = dict.fromkeys(self.slots, 0)
+        for node in self.slots:
+            for source in self.before[node]:
+                readers[source].append(node)
+                waits[node] += 1
+        ready = [(self.position[node], node) for node in self.slots if not waits[node]]
+        heapq.heapify(ready)
+        number: dict[Node, int] = {}
+        while ready:
+            _, node = heapq.heappop(ready)
+            number[node] = len(number)
+            for reader in readers[node]:
+                waits[reader] -= 1
+                if not waits[reader]:
+                    heapq.heappush(ready, (self.position[reader], reader))
+        assert len(number) == len(self.slots), "slots wait for each other in a circle"
+        return number
+
+
+def _exchanges(terms: OperatorTerms, phase: Phase) -> bool:
+    """Whether an operator may exchange activations in a phase."""
+    reduces = any(not _is_gradient(r) and r.phase == phase for r in terms.reductions)
+    sends = any(part.phase == phase for part in (*terms.halos, *terms.moves))
+    return reduces or sends
+
+
+def _sums_gradients(terms: OperatorTerms) -> bool:
+    return any(_is_gradient(reduction) for reduction in terms.reductions)
+
+
+def _is_gradient(reduction: Reduction) -> bool:
+    """Whether a reduction sums a gradient, once in a step."""
+    return reduction.parameter >= 0 and reduction.trips == 1
+
+
+def without_idle_slots(structure: Structure, takes_time: Sequence[bool]) -> Structure:
+    """The structure without slots that never take time. Their readers wait for their sources.
+
+    A slot that joins many sources with many readers stays, because it stands for more pairs than it has neighbors.
     """
-    readers = np.bincount([b for mine in step.before for b in mine], minlength=len(step.slots))
-    left: list[int] = []
-    place: dict[int, int] = {}
-    through: list[frozenset[int]] = []
+    all_sources = [source for before in structure.before for source in before]
+    readers = np.bincount(all_sources, minlength=len(structure.slots))
+    number: dict[int, int] = {}
+    """Old number -> new number of the slots that stay."""
     before: list[tuple[int, ...]] = []
-    for n, mine in enumerate(step.before):
-        sources: frozenset[int] = frozenset().union(*(through[b] for b in mine))
-        if keep[n] or len(sources) * readers[n] > len(sources) + readers[n]:
-            place[n] = len(left)
-            left.append(n)
-            before.append(tuple(sorted(place[s] for s in sources)))
+    seen_through: list[frozenset[int]] = []
+    """[slot]: the staying slots that its readers wait for."""
+    for n, own_before in enumerate(structure.before):
+        sources: frozenset[int] = frozenset().union(*(seen_through[b] for b in own_before))
+        pairs = len(sources) * readers[n]
+        if takes_time[n] or pairs > len(sources) + readers[n]:
+            number[n] = len(number)
+            before.append(tuple(sorted(number[source] for source in sources)))
             sources = frozenset((n,))
-        through.append(sources)
-    of = tuple(place.get(slot, -1) for slot in step.of)
-    return Structure(tuple(step.slots[n] for n in left), tuple(before), of)
+        seen_through.append(sources)
+    slots = tuple(structure.slots[n] for n in number)
+    slot_of = tuple(number.get(slot, -1) for slot in structure.slot_of)
+    return Structure(slots, tuple(before), slot_of)

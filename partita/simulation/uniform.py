@@ -17,7 +17,7 @@ from partita.plans.plan import Plan
 from partita.simulation.base import SimulatedStep
 from partita.simulation.engine import Times, run
 from partita.simulation.spans import GroupTimes, timeline_of
-from partita.simulation.structure import Structure, structure
+from partita.simulation.structure import Structure, step_structure
 from partita.simulation.tasks import StepTasks, slot_seconds, step_tasks
 from partita.simulation.timeline import Timeline
 
@@ -49,7 +49,7 @@ class UniformStep(SimulatedStep):
     @cached_property
     def structure(self) -> Structure:
         """The slots of the step, in the order of issue."""
-        return structure(self.graph, self.terms)
+        return step_structure(self.graph, self.terms)
 
     @cached_property
     def tasks(self) -> StepTasks:

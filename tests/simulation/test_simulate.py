@@ -14,7 +14,7 @@ from partita.plans.baselines import BASELINES
 from partita.search.find import mesh_of
 from partita.simulation.engine import check, run, sweep
 from partita.simulation.simulate import simulate
-from partita.simulation.structure import structure
+from partita.simulation.structure import step_structure
 from partita.simulation.uniform import UniformStep
 
 DATA = Path(__file__).parents[1] / "data"
@@ -137,7 +137,7 @@ def test_an_incremental_sweep_over_plans_equals_a_whole_run_to_the_bit(
 def test_every_term_of_a_graph_has_its_task() -> None:
     for graph in GRAPHS.values():
         found = cost_terms(graph)
-        step = structure(graph, found)
+        step = step_structure(graph, found)
         kinds = {(s.kind, s.operator, s.phase) for s in step.slots}
         for o, own in enumerate(found.operators):
             assert all(("compute", o, w.phase) in kinds for w in own.work)
@@ -165,6 +165,6 @@ def test_operators_that_run_in_pieces_with_others_in_between_have_an_order() -> 
         )  # squeezes and excites
     model.compile("sgd", "sparse_categorical_crossentropy")
     graph = capture_program(model, 16).graph
-    step = structure(graph, cost_terms(graph, machine(0.5).backend))
+    step = step_structure(graph, cost_terms(graph, machine(0.5).backend))
     assert all(b < n for n, before in enumerate(step.before) for b in before)
     assert any(s.share < 1 for s in step.slots)
