@@ -6,7 +6,13 @@ next to nothing, so that even small layers are worth splitting.
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from zoo.compare import PROGRAMS, difference
@@ -51,3 +57,48 @@ def test_the_programs_are_all_in_the_documentation() -> None:
         assert f"| `{program.name}` | {program.shows} |" in page, (
             "python benchmarks/zoo.py --list prints the table"
         )
+
+
+def benchmark(name: str) -> ModuleType:
+    """A script of the benchmarks as a module."""
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+STAGES = benchmark("stages")
+
+
+@pytest.mark.parametrize(
+    ("seed", "machine"),
+    [(3, "h100:8"), (6, "tpu-v5e:16"), (7, "k80-cluster:2"), (9, "h100:8")],
+)
+def test_a_random_model_is_planned_with_stages(seed: int, machine: str) -> None:
+    """Grouped and depthwise convolutions, products between samples: microbatches split no such value."""
+    captures = partial(STAGES.captured_random, seed)
+    check_searches("random", f"seed {seed}", captures, [machine])
+
+
+@pytest.mark.parametrize("name", ["gan", "lora", "lstm", "scanned_layers"])
+def test_a_program_is_planned_with_stages(name: str) -> None:
+    captures = partial(STAGES.captured_program, name)
+    check_searches("zoo", name, captures, STAGES.MACHINES)
+
+
+def test_a_model_with_depthwise_convolutions_is_planned_with_stages() -> None:
+    captures = partial(STAGES.captured_application, "MobileNet")
+    check_searches("applications", "MobileNet", captures, ["tpu-v5e:16"])
+
+
+def check_searches(
+    kind: str, case: str, captures: Callable[[], list[Any]], machines: Sequence[str]
+) -> None:
+    """All searches of a case succeed; their time limit is one that a busy machine keeps."""
+    searches = list(STAGES.searched(kind, case, captures, machines, seconds=20))
+    assert len(searches) >= len(machines)
+    assert not any(search.failed for search in searches), STAGES.table(searches)
+    assert kind in STAGES.table(searches)
