@@ -473,8 +473,10 @@ def _training_lines(facts: dict[str, Any]) -> Iterator[str]:
     for i, part in enumerate(parts):
         yield (
             f"part {i}: {part['vertices']:,} vertices, {part['edges']:,} in-edges, "
-            f"{part['fetched']:,} rows fetched from other parts"
+            f"{part['fetched']:,} fetched rows"
         )
+    if parts:
+        yield "fetched rows: rows of other parts that an aggregation reads"
     for width, columns in facts["columns"].items():
         yield f"aggregations of {width} features: split by features over {columns} devices"
     if parts:
@@ -494,10 +496,10 @@ def _learned_line(learned: dict[str, Any]) -> str:
 
 def _memory_lines(memory: dict[str, Any]) -> Iterator[str]:
     need, budget, least = (format_bytes(memory[key]) for key in ("need", "budget", "least"))
-    yield f"memory: {need} without a limit, {budget} given, {least} the minimum"
+    yield f"memory: limit {budget}, minimum {least}, {need} without a limit"
     planned = format_bytes(memory["traffic"])
     cache = format_bytes(memory["lru_traffic"])
-    yield f"host traffic per epoch: {planned} planned, {cache} by a least-recently-used cache"
+    yield f"host traffic per epoch: {planned} (a least-recently-used cache: {cache})"
     if not memory["exact"]:
         yield "memory plan: not exact, since there are too many tensors to search all plans"
 
