@@ -124,19 +124,38 @@ class FullGraphTraining:
         model._assert_compile_called("fit")
         run = self._graph_trainer.begin(graph, **options)
         validates = graph.validation is not None and bool(graph.validation.any())
-        validation_epochs = validation_freq if validates else 0
         model.stop_training = False
         model._initial_epoch = None
         callback_list = self._callback_list(callbacks, epochs, verbose)
-        # Callbacks read and write the model's variables between epochs. Without any, the arrays
-        # stay with the steps.
-        shares_state = bool(callbacks)
         callback_list.on_train_begin()
-        # A checkpoint that was restored sets the epoch to continue from.
-        initial_epoch = model._initial_epoch or initial_epoch
+        logs = self._train_epochs(
+            run,
+            # A checkpoint that was restored sets the epoch to continue from.
+            range(model._initial_epoch or initial_epoch, epochs),
+            callback_list,
+            shares_state=bool(callbacks),
+            validation_freq=validation_freq if validates else 0,
+        )
+        callback_list.on_train_end(logs)
+        return model.history
+
+    def _train_epochs(
+        self,
+        run: TrainingRun,
+        epochs: range,
+        callback_list: Any,
+        shares_state: bool,
+        validation_freq: int,
+    ) -> dict[str, float]:
+        """The logs of the last epoch.
+
+        With `shares_state`, callbacks read and write the model's variables between epochs. Without,
+        the arrays stay with the steps. `validation_freq`: epochs per validation, 0 for none.
+        """
+        model: Any = self
         state = run.state()
-        logs: dict[str, Any] = {}
-        for epoch in range(initial_epoch, epochs):
+        logs: dict[str, float] = {}
+        for epoch in epochs:
             callback_list.on_epoch_begin(epoch)
             callback_list.on_train_batch_begin(0)
             if shares_state:
@@ -145,17 +164,16 @@ class FullGraphTraining:
             if shares_state:
                 run.store(state)
             callback_list.on_train_batch_end(0, logs)
-            if validation_epochs and (epoch + 1) % validation_epochs == 0:
+            if validation_freq and (epoch + 1) % validation_freq == 0:
                 values = _numbers(run.evaluate(state, "validation"))
                 logs |= {f"val_{name}": value for name, value in values.items()}
             callback_list.on_epoch_end(epoch, logs)
-            run.after_epoch(0 if model.stop_training else epochs - epoch - 1)
+            run.after_epoch(0 if model.stop_training else epochs.stop - epoch - 1)
             if model.stop_training:
                 break
         if not shares_state:
             run.store(state)
-        callback_list.on_train_end(logs)
-        return model.history
+        return logs
 
     def _callback_list(self, callbacks: Any, epochs: int, verbose: Any) -> Any:
         """Callbacks as Keras runs them, with the history."""

@@ -98,9 +98,7 @@ class GraphTrainer:
             run: TrainingRun = self.on_devices(graph, "train")
         else:
             budget = int(parse(memory, "B") if isinstance(memory, str) else memory)
-            self._check(graph)
-            _check_mask(self.model, graph, "train")
-            run = self._within(graph, budget)
+            run = self._within(graph, budget, "train")
         self.model.optimizer.build(self.model.trainable_variables)
         return run
 
@@ -111,9 +109,7 @@ class GraphTrainer:
         """
         if self.memory is None or not self.memory.serves(graph):
             return self.on_devices(graph, mask)
-        if mask is not None:
-            _check_mask(self.model, graph, mask)
-        return self._within(graph, self.memory.budget)
+        return self._within(graph, self.memory.budget, mask)
 
     def on_devices(self, graph: Graph, mask: str | None) -> DeviceRun:
         """The run over a prepared graph, a reused one if the content is the same.
@@ -159,19 +155,23 @@ class GraphTrainer:
             spare_bytes -= other.prepared.device_bytes
             del self._runs[other.prepared.key]
 
-    def _within(self, graph: Graph, budget: int) -> MemoryRun:
-        """The run within a budget of memory in bytes. Graphs on the device make room for it."""
+    def _within(self, graph: Graph, budget: int, mask: str | None) -> MemoryRun:
+        """The run within a budget of memory in bytes. Graphs on the devices are dropped for it."""
         memory = self.memory if self._memory_is_valid else None
-        if memory is not None and memory.budget == budget and memory.serves(graph):
-            return memory
-        self.memory = None
-        self.model.optimizer.build(self.model.trainable_variables)
-        self._runs.clear()
-        self.device = None
-        self._features = graph.feature_count
-        self.memory = MemoryRun(self.model, graph, budget)
-        self._memory_is_valid = True
-        return self.memory
+        reused = memory is not None and memory.budget == budget and memory.serves(graph)
+        if not reused:
+            self._check(graph)
+        if mask is not None:
+            _check_mask(self.model, graph, mask)
+        if memory is None or not reused:
+            self.memory = None
+            self.model.optimizer.build(self.model.trainable_variables)
+            self._runs.clear()
+            self.device = None
+            self._features = graph.feature_count
+            memory = self.memory = MemoryRun(self.model, graph, budget)
+            self._memory_is_valid = True
+        return memory
 
     def _architecture(self, graph: Graph) -> Architecture:
         kind = _kind_of(graph)

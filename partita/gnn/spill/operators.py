@@ -359,6 +359,6 @@ def _tiled_bytes(parts: Sequence[Any], cuts: Sequence[TileCuts]) -> int:
 
 
 def _scratch_bytes(program: Any, otherwise: int) -> int:
-    """Bytes that a compiled program needs inside; `otherwise` where its compiler does not tell."""
+    """Bytes that a compiled program needs inside; `otherwise` if its compiler has no report."""
     analysis = program.memory_analysis()
     return otherwise if analysis is None else analysis.temp_size_in_bytes

@@ -362,7 +362,7 @@ def exchange_of(graph: Graph, points: np.ndarray, kind: AggregationKind) -> Exch
 
 
 def _edges_before(graph: Graph, keep: np.ndarray | None) -> np.ndarray:
-    """int64 [vertices + 1]: in-edges of the vertices before each, of those that are kept."""
+    """int64 [vertices + 1]: in-edges of the vertices before each, of those in `keep`."""
     if keep is None:
         return graph.offsets
     return np.append(0, np.cumsum(graph.in_degrees() * keep))
@@ -606,7 +606,7 @@ def _fill(
     near,
     far,
 ):
-    """Fills in the in-edges of a range of vertices, of those that are kept.
+    """Fills in the in-edges of a range of vertices, of those in `keep`.
 
     Edges from columns from `first_far` on go to `far`, counted from there. `column_edges` counts
     the edges of each column. There are no branches on the side of an edge, which no processor can
