@@ -1,51 +1,171 @@
-"""What a search is given and returns: a Problem in numbers, and a SearchResult.
+"""The problem that a search solves, and its result.
 
-A Problem is a cost network: per operator a list of states with seconds and bytes, per pair of operators that exchange values a
-table of seconds. Seconds and bytes of a plan are sums. It knows nothing of tensors and is solved by any algorithm of this
-folder.
+A `Problem` is a cost network in numbers: per variable (an operator) the seconds and bytes of each
+state, and per pair of variables that exchange values a table of seconds. Seconds and bytes of a
+plan are sums of entries. A problem knows nothing of tensors; every algorithm of this folder
+solves it.
+
+Equal variables carry equal kinds, and so do equal tables: an algorithm computes once per kind.
+Kinds are numbers inside the value, so a copy of a problem takes the same work as the original.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 
 import numpy as np
 
+Ends = tuple[int, int]
+"""The two variables of a table, the smaller number first."""
 
-@dataclass
-class Problem:
-    """`seconds[v][i]` and `nbytes[v][i]` of state i of variable v; `tables[u, v][i, j]` seconds between two, u < v."""
 
-    seconds: list[np.ndarray]
-    nbytes: list[np.ndarray]
-    tables: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+class EqualByContent:
+    """Equality for dataclasses that hold arrays: field by field, arrays by their entries.
+
+    Fields with `compare=False` do not count. Dataclasses without an equality of their own inside
+    a field are compared the same way.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and _equal_fields(self, other)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+def _equal_fields(left: object, right: object) -> bool:
+    names = [each.name for each in fields(left) if each.compare]  # pyright: ignore[reportArgumentType]
+    return all(_equal(getattr(left, name), getattr(right, name)) for name in names)
+
+
+def _equal(left: object, right: object) -> bool:
+    if isinstance(left, np.ndarray):
+        return isinstance(right, np.ndarray) and np.array_equal(left, right)
+    if is_dataclass(left) and type(left).__eq__ is object.__eq__:
+        return type(left) is type(right) and _equal_fields(left, right)
+    if isinstance(left, Mapping):
+        return (
+            isinstance(right, Mapping)
+            and left.keys() == right.keys()
+            and all(_equal(value, right[key]) for key, value in left.items())
+        )
+    if isinstance(left, list | tuple):
+        return (
+            isinstance(right, list | tuple)
+            and len(left) == len(right)
+            and all(map(_equal, left, right))
+        )
+    return left == right
+
+
+@dataclass(frozen=True, eq=False)
+class Problem(EqualByContent):
+    """A cost network in numbers. `Problem.of` makes one from seconds, bytes and tables."""
+
+    seconds: Sequence[np.ndarray]
+    """Per variable, seconds by state."""
+    nbytes: Sequence[np.ndarray]
+    """Per variable, bytes by state."""
+    tables: Mapping[Ends, np.ndarray]
+    """`tables[u, v][i, j]`: seconds between state i of u and state j of v, u < v."""
+    kinds: Sequence[int] = field(compare=False)
+    """Number per variable: variables of one kind have equal seconds and bytes."""
+    table_kinds: Mapping[Ends, int] = field(compare=False)
+    """Number per table: tables of one kind are equal."""
+
+    @staticmethod
+    def of(
+        seconds: Sequence[np.ndarray],
+        nbytes: Sequence[np.ndarray],
+        tables: Mapping[Ends, np.ndarray] | None = None,
+    ) -> Problem:
+        """The problem of these arrays; its kinds are read off their content.
+
+        A table between u and v may be given either way round, and twice: then both add up.
+        """
+        joined: dict[Ends, np.ndarray] = {}
+        for (u, v), table in (tables or {}).items():
+            add_table(joined, u, v, table)
+        variables = zip(seconds, nbytes, strict=True)
+        kinds = numbered((*_content(s), *_content(b)) for s, b in variables)
+        table_kinds = numbered(map(_content, joined.values()))
+        return Problem(
+            tuple(seconds),
+            tuple(nbytes),
+            joined,
+            kinds,
+            dict(zip(joined, table_kinds, strict=True)),
+        )
+
+    @staticmethod
+    def distinct(
+        seconds: Sequence[np.ndarray],
+        nbytes: Sequence[np.ndarray],
+        tables: Mapping[Ends, np.ndarray],
+    ) -> Problem:
+        """The problem of these arrays with every variable and every table a kind of its own."""
+        table_kinds = {ends: kind for kind, ends in enumerate(tables)}
+        return Problem(seconds, nbytes, tables, range(len(seconds)), table_kinds)
 
     @property
     def size(self) -> int:
+        """Number of variables."""
         return len(self.seconds)
-
-    def add_table(self, u: int, v: int, table: np.ndarray) -> None:
-        """Adds seconds between u and v, whose states are the rows and columns of the table."""
-        if u > v:
-            u, v, table = v, u, table.T
-        self.tables[u, v] = self.tables[u, v] + table if (u, v) in self.tables else table
 
     def cost(self, states: Sequence[int]) -> float:
         """Seconds of a full assignment of states."""
-        return float(
-            sum(s[i] for s, i in zip(self.seconds, states, strict=True))
-            + sum(t[states[u], states[v]] for (u, v), t in self.tables.items())
-        )
+        alone = sum(s[i] for s, i in zip(self.seconds, states, strict=True))
+        between = sum(table[states[u], states[v]] for (u, v), table in self.tables.items())
+        return float(alone + between)
 
     def memory_bytes(self, states: Sequence[int]) -> float:
         """Bytes of a full assignment of states."""
         return float(sum(b[i] for b, i in zip(self.nbytes, states, strict=True)))
 
 
+def _content(array: np.ndarray) -> tuple[object, ...]:
+    """Key of an array, equal for equal arrays."""
+    return array.shape, array.dtype.str, array.tobytes()
+
+
+def numbered(keys: Iterable[Hashable]) -> tuple[int, ...]:
+    """Number per key, equal for equal keys, in order of first appearance.
+
+    >>> numbered("abca")
+    (0, 1, 2, 0)
+    """
+    numbers: dict[Hashable, int] = {}
+    return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
+
+
+def add_table(tables: dict[Ends, np.ndarray], u: int, v: int, table: np.ndarray) -> None:
+    """Adds seconds between u and v, whose states are the rows and columns of `table`."""
+    if u > v:
+        u, v, table = v, u, table.T
+    tables[u, v] = tables[u, v] + table if (u, v) in tables else table
+
+
+def neighbour_tables(problem: Problem) -> list[list[tuple[int, np.ndarray]]]:
+    """Per variable, (other variable, table with the variable's own states as rows)."""
+    neighbours: list[list[tuple[int, np.ndarray]]] = [[] for _ in range(problem.size)]
+    for (u, v), table in problem.tables.items():
+        neighbours[u].append((v, table))
+        neighbours[v].append((u, table.T))
+    return neighbours
+
+
+def neighbour_sets(problem: Problem) -> list[set[int]]:
+    """Per variable, the variables that share a table with it."""
+    neighbours: list[set[int]] = [set() for _ in range(problem.size)]
+    for u, v in problem.tables:
+        neighbours[u].add(v)
+        neighbours[v].add(u)
+    return neighbours
+
+
 @dataclass(frozen=True)
 class Progress:
-    """A word from a running search: seconds of the best plan so far and a lower bound on every plan's."""
+    """State of a running search: seconds of the best plan so far, lower bound on all plans."""
 
     step: str
     best: float
@@ -54,9 +174,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best states found, their seconds and bytes, and a lower bound on the seconds of any states within the budget.
+    """The best states, their seconds and bytes, and a lower bound on all states within the budget.
 
-    `stopped` says that the search was interrupted; its result is then the best so far and its bound what was proved.
+    `stopped`: the search was interrupted. Its states are then the best so far, and its bound the
+    one proved so far.
     """
 
     states: tuple[int, ...]
@@ -71,7 +192,7 @@ class SearchResult:
 
     @property
     def gap(self) -> float:
-        """How far the plan may be from the best one, as a part of its bound; 0 where it is proved best."""
+        """Distance to the best plan at most, as a part of the bound; 0 if proved best."""
         return max(0.0, self.seconds / self.bound - 1) if self.bound > 0 else 0.0
 
 

@@ -1,53 +1,62 @@
-"""Bounds that hold for every plan, staged and placed ones too: every kernel at the machine's rates and in its fastest memory, shared out without a rest.
+"""Lower bounds on the step of every plan, also with pipeline stages and placed operators.
 
-No split, place or order makes a kernel less work, and recomputation makes more of it.
+Every kernel runs at the machine's rates and in its fastest memory, and the sum is divided evenly
+over the devices. No split, placement or order makes a kernel less work, and rematerialization adds
+work.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from partita.cost.evaluate import PHASES, engine_dtype
-from partita.cost.terms import Terms
+from partita.cost.terms import OperatorTerms, Terms, Work
 from partita.graph.operator_graph import Phase
 from partita.machine import Machine
 
+PhaseSeconds = list[tuple[Phase, float]]
+"""Phase and seconds of each kernel of an operator."""
+
 
 def lower_bound_seconds(terms: Terms, machine: Machine, devices: int) -> float:
-    """Seconds that no step on so many devices is shorter than."""
+    """Lower bound on the seconds of every step on `devices` devices."""
     return sum(lower_bounds_by_operator(terms, machine)) / devices
 
 
 def lower_bounds_by_operator(terms: Terms, machine: Machine) -> list[float]:
-    """Per operator, seconds of its kernels on one device."""
-    return [sum(seconds for _, seconds in mine) for mine in _kernels(terms, machine)]
+    """Per operator, least seconds of its kernels on one device."""
+    kernels = _kernel_seconds(terms, machine)
+    return [sum(seconds for _, seconds in phase_seconds) for phase_seconds in kernels]
 
 
 def lower_bounds_by_phase(terms: Terms, machine: Machine) -> dict[Phase, float]:
-    """Per phase, seconds of all kernels on one device."""
-    kernels = [kernel for mine in _kernels(terms, machine) for kernel in mine]
+    """Per phase, least seconds of all kernels on one device."""
+    kernels = [kernel for each in _kernel_seconds(terms, machine) for kernel in each]
     return {phase: sum(seconds for p, seconds in kernels if p == phase) for phase in PHASES}
 
 
-def _kernels(terms: Terms, machine: Machine) -> list[list[tuple[Phase, float]]]:
-    """Per operator, phase and seconds of each kernel; where devices differ, each on those that are fastest at it. Equal operators are looked at once."""
+def _kernel_seconds(terms: Terms, machine: Machine) -> list[PhaseSeconds]:
+    """Kernels of each operator, on the kind of device that is fastest at them; once per digest."""
     kinds = [machine.of_kind(n) for n in range(len(machine.kinds) or 1)]
-    fastest = [float(kind.bandwidth_for(np.zeros(1))[0]) for kind in kinds]
-    known: dict[str, list[tuple[Phase, float]]] = {}
-    for own in terms.operators:
-        if own.digest not in known:
-            known[own.digest] = []
-            for w in own.work:
-                moved = sum(nbytes for nbytes, _ in w.traffic)
-                rates = [
-                    (kind.rate(w.op_class, engine_dtype(w.dtype)), bandwidth)
-                    for kind, bandwidth in zip(kinds, fastest, strict=True)
-                ]
-                known[own.digest].append(
-                    (
-                        w.phase,
-                        w.trips
-                        * min(max(w.flops / rate, moved / bandwidth) for rate, bandwidth in rates),
-                    )
-                )
-    return [known[own.digest] for own in terms.operators]
+    by_digest: dict[str, PhaseSeconds] = {}
+    for operator in terms.operators:
+        if operator.digest not in by_digest:
+            by_digest[operator.digest] = _fastest(operator, kinds)
+    return [by_digest[operator.digest] for operator in terms.operators]
+
+
+def _fastest(operator: OperatorTerms, kinds: Sequence[Machine]) -> PhaseSeconds:
+    return [
+        (work.phase, work.trips * min(_seconds(work, kind) for kind in kinds))
+        for work in operator.work
+    ]
+
+
+def _seconds(work: Work, kind: Machine) -> float:
+    """Seconds of a kernel that runs once, with all its memory traffic in the fastest memory."""
+    moved_bytes = sum(nbytes for nbytes, _ in work.traffic)
+    bandwidth = float(kind.bandwidth_for(np.zeros(1))[0])
+    rate = kind.rate(work.op_class, engine_dtype(work.dtype))
+    return max(work.flops / rate, moved_bytes / bandwidth)

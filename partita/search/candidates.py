@@ -1,15 +1,18 @@
-"""The choices that a search looks at, per operator.
+"""The choices that a search considers, per operator.
 
-Axes of one level of the machine are alike, so a choice is a number of axes per use (a factor, or replicate) and level, and the
-axes are dealt out in one fixed order of uses (sample first, on the slowest axes; replicate last). Operators then agree on
-which axis does what wherever they agree on how many, and 6 equal axes with 6 uses are 462 choices instead of 46,656. On large
-meshes a choice has fewer uses, and axes are dealt out several at a time. Choices of baselines are added whatever they are, so that a search can
-never end above a baseline.
+Axes of one level of the machine are alike. A choice is therefore a number of axes per use (a
+factor, or replication) and level, and the axes are dealt out in one fixed order of uses: sample
+factors first, on the slowest axes; replication last. Operators then agree on the use of each axis
+wherever they agree on the numbers, and 6 equal axes with 6 uses are 462 choices instead of 46,656.
+
+On large meshes a choice has fewer uses, and axes are dealt out several at a time. The choices of
+baselines are always added, so a search never ends above a baseline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 from partita.graph.operator_graph import OperatorGraph
@@ -23,8 +26,10 @@ LIMIT = 150
 PORTIONS = ((4, 1), (3, 1), (2, 1), (3, 2), (2, 2), (2, 3), (2, 64), (1, 64))
 """(uses, axes dealt out together), from many choices to few."""
 
+REPLICATE = -1
+
 Choice = tuple[int, ...]
-"""Per mesh axis, the factor that it splits, -1 where the operator is replicated."""
+"""Per mesh axis, the factor that it splits, REPLICATE for none."""
 
 
 def candidates(
@@ -34,77 +39,111 @@ def candidates(
     extra: Iterable[Choice] = (),
     limit: int = LIMIT,
 ) -> list[Choice]:
-    """The choices of an operator on a mesh, without repetition; the first is to replicate it everywhere."""
-    factors = sorted(
-        graph.operators[operator].factors, key=lambda f: (ORDER.index(graph.factors[f].kind), f)
-    )
-    uses = [*factors, -1]
-    everything, sizes = [-1] * len(mesh.axes), {f: graph.factors[f].size for f in factors}
-    for number, axis in enumerate(mesh.axes):
-        samples = sample_factor(graph, operator, {}, axis.size) if axis.level < 0 else -1
-        if samples >= 0:
-            everything[number] = samples
-            sizes[samples] //= axis.size
-    found: dict[Choice, None] = {tuple(everything): None}
-    for most, portion in PORTIONS:
-        here = dict(found)
-        for choice in _dealt(mesh, uses, everything, sizes, most, portion):
-            here[choice] = None
-            if len(here) > limit and most > 1:
+    """The distinct choices of an operator on a mesh; the first replicates it everywhere."""
+    dealer = _dealer(graph, operator, mesh)
+    choices: dict[Choice, None] = {tuple(dealer.start): None}
+    for uses, portion in PORTIONS:
+        larger = dict(choices)
+        complete = True
+        for choice in dealer.choices(uses, portion):
+            larger[choice] = None
+            if len(larger) > limit and uses > 1:
+                complete = False
                 break
-        else:
-            found = here
+        if complete:
+            choices = larger
             break
     for choice in extra:
-        found[choice] = None
+        choices[choice] = None
     return [
         choice
-        for choice in found
+        for choice in choices
         if illegal_reason(graph, operator, names_of(graph, mesh, choice), mesh) is None
     ]
 
 
-def _dealt(
-    mesh: Mesh, uses: list[int], start: list[int], sizes: Mapping[int, int], most: int, portion: int
-) -> Iterator[Choice]:
-    """All choices with at most `most` uses, dealt to the axes of each level in the order of uses, `portion` axes at a time."""
+def _dealer(graph: OperatorGraph, operator: int, mesh: Mesh) -> _Dealer:
+    factors = sorted(
+        graph.operators[operator].factors, key=lambda f: (ORDER.index(graph.factors[f].kind), f)
+    )
+    sizes = {f: graph.factors[f].size for f in factors}
+    start = [REPLICATE] * len(mesh.axes)
+    for number, axis in enumerate(mesh.axes):
+        samples = sample_factor(graph, operator, {}, axis.size) if axis.level < 0 else -1
+        if samples >= 0:
+            start[number] = samples
+            sizes[samples] //= axis.size
     levels: dict[tuple[int, int], list[int]] = {}
     for number, axis in enumerate(mesh.axes):
         if axis.level >= 0:
             levels.setdefault((axis.level, axis.size), []).append(number)
-    groups = list(levels.values())
+    return _Dealer(mesh, start, [*factors, REPLICATE], sizes, list(levels.values()))
 
-    def deal(
-        level: int, choice: list[int], chosen: tuple[int, ...], left: dict[int, int]
+
+@dataclass(frozen=True)
+class _Dealer:
+    """Deals the axes of each level out to uses, in the order of uses."""
+
+    mesh: Mesh
+    start: Sequence[int]
+    """The choice in which axes without a level have their use, and all others replicate."""
+    uses: Sequence[int]
+    sizes: Mapping[int, int]
+    """Size of each factor that axes can still split."""
+    levels: Sequence[Sequence[int]]
+    """Axes of equal level and size."""
+
+    def choices(self, max_uses: int, portion: int) -> Iterator[Choice]:
+        """All choices with at most `max_uses` uses, `portion` axes at a time."""
+        for count in range(1, min(max_uses, len(self.uses)) + 1):
+            for uses in combinations(self.uses, count):
+                sizes = {use: self.sizes[use] for use in uses if use != REPLICATE}
+                yield from self._deal(0, list(self.start), uses, sizes, portion)
+
+    def _deal(
+        self,
+        level: int,
+        choice: list[int],
+        uses: tuple[int, ...],
+        sizes: Mapping[int, int],
+        portion: int,
     ) -> Iterator[Choice]:
-        if level == len(groups):
+        """Choices that agree with `choice` on the axes of the levels before `level`."""
+        if level == len(self.levels):
             yield tuple(choice)
             return
-        axes = groups[level]
-        size = mesh.axes[axes[0]].size
-        for counts in _compositions(len(axes), len(chosen), portion):
-            rest, fits = dict(left), True
-            for use, count in zip(chosen, counts, strict=True):
-                if use >= 0 and count:
-                    if rest[use] % size**count:
-                        fits = False
-                        break
-                    rest[use] //= size**count
-            if fits:
-                dealt = [
-                    use for use, count in zip(chosen, counts, strict=True) for _ in range(count)
-                ]
-                for a, use in zip(axes, dealt, strict=True):
-                    choice[a] = use
-                yield from deal(level + 1, choice, chosen, rest)
+        axes = self.levels[level]
+        axis_size = self.mesh.axes[axes[0]].size
+        for counts in _compositions(len(axes), len(uses), portion):
+            remaining = _divided(sizes, uses, counts, axis_size)
+            if remaining is None:
+                continue
+            axis = iter(axes)
+            for use, count in zip(uses, counts, strict=True):
+                for _ in range(count):
+                    choice[next(axis)] = use
+            yield from self._deal(level + 1, choice, uses, remaining, portion)
 
-    for count in range(1, min(most, len(uses)) + 1):
-        for chosen in combinations(uses, count):
-            yield from deal(0, list(start), chosen, {f: sizes[f] for f in chosen if f >= 0})
+
+def _divided(
+    sizes: Mapping[int, int], uses: Sequence[int], counts: Sequence[int], axis_size: int
+) -> dict[int, int] | None:
+    """Sizes of factors after `counts` axes split each; None if one is no multiple."""
+    remaining = dict(sizes)
+    for use, count in zip(uses, counts, strict=True):
+        if use == REPLICATE:
+            continue
+        parts = axis_size**count
+        if remaining[use] % parts:
+            return None
+        remaining[use] //= parts
+    return remaining
 
 
 def _compositions(total: int, parts: int, portion: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write `total` as an ordered sum of `parts` multiples of `portion`, zeros allowed; what is over goes to one of them.
+    """All ordered sums of `parts` multiples of `portion`, zeros allowed, that give `total`.
+
+    The remainder of `total` goes to one of them.
 
     >>> list(_compositions(3, 2, 2))
     [(3, 0), (2, 1), (0, 3)]
@@ -119,19 +158,22 @@ def _compositions(total: int, parts: int, portion: int) -> Iterator[tuple[int, .
 
 def assignment_of(choice: Choice) -> dict[int, tuple[int, ...]]:
     """Factor -> axes of a choice."""
-    found: dict[int, tuple[int, ...]] = {}
+    axes: dict[int, tuple[int, ...]] = {}
     for axis, factor in enumerate(choice):
         if factor >= 0:
-            found[factor] = (*found.get(factor, ()), axis)
-    return found
+            axes[factor] = (*axes.get(factor, ()), axis)
+    return axes
 
 
 def choice_of(graph: OperatorGraph, operator: int, mesh: Mesh, named: Mapping[str, str]) -> Choice:
     """A plan's choice for an operator, {axis name: factor name}, as numbers."""
     by_name = {graph.factors[f].name: f for f in graph.operators[operator].factors}
-    return tuple(by_name[named[a.name]] if a.name in named else -1 for a in mesh.axes)
+    return tuple(
+        by_name[named[axis.name]] if axis.name in named else REPLICATE for axis in mesh.axes
+    )
 
 
 def names_of(graph: OperatorGraph, mesh: Mesh, choice: Choice) -> dict[str, str]:
-    """A choice as a plan writes it."""
-    return {a.name: graph.factors[f].name for a, f in zip(mesh.axes, choice, strict=True) if f >= 0}
+    """A choice in the form of a plan, {axis name: factor name}."""
+    pairs = zip(mesh.axes, choice, strict=True)
+    return {axis.name: graph.factors[f].name for axis, f in pairs if f >= 0}

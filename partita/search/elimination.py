@@ -1,233 +1,296 @@
-"""The best states of a cost network, exactly: messages, then variable elimination with min-plus products (bucket elimination).
+"""The best states of a cost network, exactly.
 
-Messages (`search.messages`) give a bound and states; on most networks the two meet and all is said. Else what no better plan has is dropped, and
-variables are eliminated: take one, write down for every combination of its neighbours' states the best it can add, and drop it: OptCNN's
-node and edge elimination (Jia et al., ICML 2018, section 5) for any graph. What is dropped is found again backwards. The time follows the
-largest table, so variables with few neighbours go first. A bucket whose joint table would be too large is cut into mini-buckets (Dechter
-and Rish, JACM 2003), each minimised by itself: still a lower bound, and a plan that may be above it.
+1. Messages (`search.messages`) give a bound and states. On most networks the two meet: done.
+2. Otherwise states that no better plan has are dropped, and variables are eliminated with min-plus
+   products (bucket elimination): take a variable, write down the best that it can add for every
+   combination of its neighbours' states, drop it. This is node and edge elimination of OptCNN (Jia
+   et al., ICML 2018, section 5) for any graph. The states of eliminated variables are then read
+   backwards. The time follows the largest table, so variables with few neighbours go first.
+3. A bucket whose joint table would be too large is cut into mini-buckets (Dechter and Rish, JACM
+   2003), each minimised by itself. The result is still a lower bound, with a plan above it.
 
-Memory is priced: seconds + price x bytes is minimised for a rising price until the bytes fit (Lagrangian relaxation). For
-every price, the minimum less price x budget is a lower bound on any plan that fits, so the search returns a bound with it.
+Memory is priced (Lagrangian relaxation): seconds + price x bytes is minimised for a rising price
+until the bytes fit. For every price, the minimum minus price x budget is a lower bound on all plans
+that fit.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numba import njit
 
-from partita.search.base import Problem, Progress, Report, SearchResult
+from partita.search.base import (
+    Problem,
+    Progress,
+    Report,
+    SearchResult,
+    neighbour_sets,
+    neighbour_tables,
+)
 from partita.search.fold import fold
 from partita.search.messages import Messages
 
-MOST_ENTRIES = 120_000_000
-"""Entries of a joint table above which a bucket is cut: the result is then a plan and a bound that may lie apart."""
-RISES = 24
-"""How often a byte's price is raised until a plan fits."""
+MAX_ENTRIES = 120_000_000
+"""Entries of a joint table above which a bucket is cut: plan and bound may then lie apart."""
+MAX_RISES = 24
+"""Times that the price of a byte is raised until a plan fits, at most."""
 ROUNDS = 24
-"""How often the price at which plans fit is refined, at most."""
+"""Refinements of the price at which plans fit, at most."""
 
 SWEEPS = 5
-"""Sweeps of messages between two looks at what they say."""
-MOST_SWEEPS = 100
+"""Sweeps of messages between two comparisons of bound and states."""
+MAX_SWEEPS = 100
 CLOSE = 1e-9
-"""States whose cost is above a bound by no more than this part of it are the best."""
-ENOUGH = 1e-3
-"""The same where all that is wanted is a bound at one price."""
+"""Relative distance from a bound at which states count as the best."""
+CLOSE_BOUND = 1e-3
+"""The same where only a bound at one price is needed."""
+PASSES = 20
+"""Passes of `_polish` over all variables, at most."""
 
-Factor = tuple[tuple[int, ...], np.ndarray]
+Scope = tuple[int, ...]
+Factor = tuple[Scope, np.ndarray]
 """Variables and a table over their states."""
+
+
+class _History:
+    """The progress of a search, passed on to its caller."""
+
+    def __init__(self, report: Report | None) -> None:
+        self.progress: list[Progress] = []
+        self._report = report
+
+    def add(self, step: str, best: float, bound: float) -> None:
+        self.progress.append(Progress(step, best, bound))
+        if self._report is not None:
+            self._report(self.progress[-1])
 
 
 def eliminate(
     problem: Problem, budget: float = np.inf, report: Report | None = None, rounds: int = ROUNDS
 ) -> SearchResult:
-    """The states of least seconds whose bytes are within `budget`, with a lower bound. A price at which they fit is refined `rounds` times.
+    """The states of least seconds within a budget of bytes, with a lower bound.
 
-    If nothing fits, the result is the smallest in bytes that was found, and `feasible` is False.
+    `rounds` limits the refinements of the price of memory. If no plan fits, the states are the
+    smallest in bytes that the search came across, and the result is not `feasible`.
     """
-    priced, history = PricedProblem(problem), []
-
-    def say(step: str, best: float, bound: float) -> None:
-        history.append(Progress(step, best, bound))
-        if report is not None:
-            report(history[-1])
-
-    bound, best, smallest, stopped = 0.0, None, None, False
+    priced = PricedProblem(problem)
+    history = _History(report)
+    answer = _Answer(None, None, 0.0)
+    stopped = False
     try:
-        found = _price_folded(priced, budget, say, rounds) if math.isfinite(budget) else None
-        if found is not None:
-            best, smallest, bound = found
+        folded = _price_folded(priced, budget, history, rounds) if math.isfinite(budget) else None
+        if folded is not None:
+            answer = folded
         else:
-            states, bound = priced.solve(0.0)
-            bound = min(bound, problem.cost(states))
-            smallest = best = states
-            if problem.memory_bytes(states) > budget:
-                say("without a limit on memory", problem.cost(states), bound)
-                best, smallest, bound, _ = _price_memory(priced, budget, states, bound, say, rounds)
+            answer = _fastest(priced)
+            fastest = answer.smallest
+            assert fastest is not None
+            seconds = problem.cost(fastest)
+            if problem.memory_bytes(fastest) > budget:
+                history.add("without a limit on memory", seconds, answer.bound)
+                search = _PriceSearch(priced, budget, fastest, answer.bound)
+                answer = search.run(history, rounds)
             else:
-                say(
-                    "exact" if problem.cost(states) <= bound * (1 + CLOSE) else "bounded",
-                    problem.cost(states),
-                    bound,
-                )
+                exact = seconds <= answer.bound * (1 + CLOSE)
+                history.add("exact" if exact else "bounded", seconds, answer.bound)
     except KeyboardInterrupt:
         stopped = True
-        if best is None and smallest is None:
-            smallest = tuple(int(np.argmin(s)) for s in problem.seconds)
-    chosen = best if best is not None else smallest
-    assert chosen is not None
-    fits = problem.memory_bytes(chosen) <= budget
+    states = answer.best or answer.smallest
+    if states is None:
+        states = tuple(int(np.argmin(seconds)) for seconds in problem.seconds)
+    nbytes = problem.memory_bytes(states)
     return SearchResult(
-        tuple(chosen),
-        problem.cost(chosen),
-        problem.memory_bytes(chosen),
-        bound,
-        fits,
-        tuple(history),
-        stopped,
+        states=states,
+        seconds=problem.cost(states),
+        nbytes=nbytes,
+        bound=answer.bound,
+        feasible=nbytes <= budget,
+        history=tuple(history.progress),
+        stopped=stopped,
     )
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """The best states that fit, the smallest states in bytes, and a lower bound."""
+
+    best: tuple[int, ...] | None
+    smallest: tuple[int, ...] | None
+    bound: float
+
+
+def _fastest(priced: PricedProblem) -> _Answer:
+    """The answer without a limit on memory."""
+    states, bound = priced.solve(0.0)
+    return _Answer(states, states, min(bound, priced.problem.cost(states)))
 
 
 def _price_folded(
-    priced: PricedProblem, budget: float, say: Callable[[str, float, float], None], rounds: int
-) -> tuple[tuple[int, ...], tuple[int, ...], float] | None:
-    """Where half of the variables are equal to others: the price of a byte found with equal ones as one, and the whole problem solved at it once.
+    priced: PricedProblem, budget: float, history: _History, rounds: int
+) -> _Answer | None:
+    """The answer by way of the folded problem, for networks of repeated blocks.
 
-    (best that fits, smallest, bound); None where little is equal, where nothing fits so, or where no price is needed.
+    The price of a byte is searched with equal variables as one, and the whole problem is solved
+    once, at that price. None where fewer than half of the variables are equal to others, where no
+    folded plan fits, or where no price is needed.
     """
-    problem, folded = priced.problem, fold(priced.problem)
+    problem = priced.problem
+    folded = fold(problem)
     if 2 * folded.problem.size > problem.size:
         return None
     small = PricedProblem(folded.problem)
-    fastest, least = small.solve(0.0)
+    fastest, bound = small.solve(0.0)
     if folded.problem.memory_bytes(fastest) <= budget:
         return None
-    best, smallest, _, price = _price_memory(small, budget, fastest, least, lambda *_: None, rounds)
-    if best is None:
+    search = _PriceSearch(small, budget, fastest, bound)
+    answer = search.run(_History(None), rounds)
+    if answer.best is None or answer.smallest is None:
         return None
-    states, least = priced.solve(price, ENOUGH)
-    found = min(
-        (
-            _polish(problem, budget, s)
-            for s in (folded.lift(best), states)
-            if problem.memory_bytes(s) <= budget
-        ),
-        key=problem.cost,
-    )
-    bound = min(least - price * budget, problem.cost(found))
-    say("pricing memory", problem.cost(found), bound)
-    return found, folded.lift(smallest), bound
+    states, minimum = priced.solve(search.price_of_bound, CLOSE_BOUND)
+    fitting = [
+        _polish(problem, budget, each)
+        for each in (folded.lift(answer.best), states)
+        if problem.memory_bytes(each) <= budget
+    ]
+    best = min(fitting, key=problem.cost)
+    seconds = problem.cost(best)
+    bound = min(minimum - search.price_of_bound * budget, seconds)
+    history.add("pricing memory", seconds, bound)
+    return _Answer(best, folded.lift(answer.smallest), bound)
 
 
-def _price_memory(
-    priced: PricedProblem,
-    budget: float,
-    fastest: tuple[int, ...],
-    bound: float,
-    say: Callable[[str, float, float], None],
-    rounds: int,
-) -> tuple[tuple[int, ...] | None, tuple[int, ...], float, float]:
-    """Raises the price of a byte until a plan fits, then searches between: (best that fits, smallest, bound, the price that gives the bound).
+@dataclass(frozen=True)
+class _Priced:
+    """States that are best at a price of a byte."""
 
-    A plan's seconds + price x bytes is a line over the price, and the least of all plans a concave curve of such lines: the next price is where
-    the lines of the last plan that does not fit and the last that does meet. Where neither is beaten there, no price tells more.
+    price: float
+    states: tuple[int, ...]
+
+
+class _PriceSearch:
+    """The search for the price of a byte at which plans fit the budget.
+
+    A plan's seconds + price x bytes is a line over the price, and the least of all plans a concave
+    curve of such lines. The next price is where two lines meet: that of the last plan that does not
+    fit and that of the last one that does. Where neither is beaten there, no price gives more.
     """
-    problem, smallest, best = priced.problem, fastest, None
-    scale = max(bound, sum(float(np.ptp(s)) for s in problem.seconds), 1e-12) / max(budget, 1.0)
-    low, high, under, over, dual = 0.0, scale / 16, fastest, fastest, 0.0
-    for _ in range(RISES):
-        states, least = priced.solve(high)
-        if least - high * budget > bound:
-            bound, dual = least - high * budget, high
-        if problem.memory_bytes(states) < problem.memory_bytes(smallest):
-            smallest = states
-        if problem.memory_bytes(states) <= budget:
-            best = over = states
-            break
-        low, high, under = high, high * 4, states
-        if high > 1e6 * scale:
-            smallest = min(
-                smallest, tuple(int(np.argmin(b)) for b in problem.nbytes), key=problem.memory_bytes
-            )
-            best = smallest if problem.memory_bytes(smallest) <= budget else None
-            break
-    if best is not None and over is best:
+
+    def __init__(
+        self, priced: PricedProblem, budget: float, fastest: tuple[int, ...], bound: float
+    ) -> None:
+        self.priced = priced
+        self.problem = priced.problem
+        self.budget = budget
+        self.bound = bound
+        self.price_of_bound = 0.0
+        self.best: tuple[int, ...] | None = None
+        self.smallest = fastest
+        self.too_large = _Priced(0.0, fastest)
+
+    def run(self, history: _History, rounds: int) -> _Answer:
+        """Raises the price until a plan fits, then refines it."""
+        fitting = self._raise_price()
+        if fitting is not None:
+            self.best = fitting.states
+            self._refine(fitting, history, rounds)
+        if self.best is not None:
+            self.best = _polish(self.problem, self.budget, self.best)
+            self.bound = min(self.bound, self.problem.cost(self.best))
+        return _Answer(self.best, self.smallest, self.bound)
+
+    def _solve(self, price: float) -> tuple[int, ...]:
+        """The best states at a price; updates the bound."""
+        states, minimum = self.priced.solve(price)
+        bound = minimum - price * self.budget
+        if bound > self.bound:
+            self.bound = bound
+            self.price_of_bound = price
+        return states
+
+    def _raise_price(self) -> _Priced | None:
+        """The first plan that fits at a rising price. None if the price does not decide."""
+        problem = self.problem
+        spread = sum(float(np.ptp(seconds)) for seconds in problem.seconds)
+        scale = max(self.bound, spread, 1e-12) / max(self.budget, 1.0)
+        price = scale / 16
+        for _ in range(MAX_RISES):
+            states = self._solve(price)
+            if problem.memory_bytes(states) < problem.memory_bytes(self.smallest):
+                self.smallest = states
+            if problem.memory_bytes(states) <= self.budget:
+                return _Priced(price, states)
+            self.too_large = _Priced(price, states)
+            price *= 4
+            if price > 1e6 * scale:
+                lightest = tuple(int(np.argmin(nbytes)) for nbytes in problem.nbytes)
+                self.smallest = min(self.smallest, lightest, key=problem.memory_bytes)
+                if problem.memory_bytes(self.smallest) <= self.budget:
+                    self.best = self.smallest
+                break
+        return None
+
+    def _refine(self, fitting: _Priced, history: _History, rounds: int) -> None:
+        """Searches between the last price that does not fit and the last one that does."""
+        problem = self.problem
+        assert self.best is not None
         for _ in range(rounds):
-            more, less = (
-                problem.cost(over) - problem.cost(under),
-                problem.memory_bytes(under) - problem.memory_bytes(over),
-            )
-            price = more / less if less > 0 else low
-            if not low < price < high:
+            price = self._meeting_price(fitting)
+            if not self.too_large.price < price < fitting.price:
                 break
-            states, least = priced.solve(price)
-            if least - price * budget > bound:
-                bound, dual = least - price * budget, price
-            meets = problem.cost(over) + price * problem.memory_bytes(over)
-            if problem.memory_bytes(states) <= budget:
-                high, over = price, states
-                if problem.cost(states) < problem.cost(best):
-                    best = states
+            states = self._solve(price)
+            meeting_cost = self._priced_cost(fitting.states, price)
+            if problem.memory_bytes(states) <= self.budget:
+                fitting = _Priced(price, states)
+                if problem.cost(states) < problem.cost(self.best):
+                    self.best = states
             else:
-                low, under = price, states
-            say("pricing memory", problem.cost(best), bound)
-            if problem.cost(best) <= bound * (1 + CLOSE) or problem.cost(
-                states
-            ) + price * problem.memory_bytes(states) >= meets * (1 - 1e-12):
+                self.too_large = _Priced(price, states)
+            seconds = problem.cost(self.best)
+            history.add("pricing memory", seconds, self.bound)
+            if seconds <= self.bound * (1 + CLOSE):
                 break
-    if best is not None:
-        best = _polish(problem, budget, best)
-        bound = min(bound, problem.cost(best))
-    return best, smallest, bound, dual
+            if self._priced_cost(states, price) >= meeting_cost * (1 - 1e-12):
+                break
+
+    def _meeting_price(self, fitting: _Priced) -> float:
+        """The price at which the plan that fits and the one that does not cost the same."""
+        over, under = fitting.states, self.too_large.states
+        saved_bytes = self.problem.memory_bytes(under) - self.problem.memory_bytes(over)
+        if saved_bytes <= 0:
+            return self.too_large.price
+        return (self.problem.cost(over) - self.problem.cost(under)) / saved_bytes
+
+    def _priced_cost(self, states: tuple[int, ...], price: float) -> float:
+        return self.problem.cost(states) + price * self.problem.memory_bytes(states)
 
 
 def _polish(problem: Problem, budget: float, states: Sequence[int]) -> tuple[int, ...]:
     """Changes one variable at a time to its best state that still fits, until nothing gains."""
     current = list(states)
     held = problem.memory_bytes(current)
-    near: list[list[tuple[int, np.ndarray]]] = [[] for _ in range(problem.size)]
-    for (u, v), t in problem.tables.items():
-        near[u].append((v, t))
-        near[v].append((u, t.T))
-    for _ in range(20):
+    neighbours = neighbour_tables(problem)
+    for _ in range(PASSES):
         changed = False
         for v in range(problem.size):
             total = problem.seconds[v].copy()
-            for other, t in near[v]:
-                total += t[:, current[other]]
-            fits = held - problem.nbytes[v][current[v]] + problem.nbytes[v] <= budget
+            for other, table in neighbours[v]:
+                total += table[:, current[other]]
+            nbytes = problem.nbytes[v]
+            fits = held - nbytes[current[v]] + nbytes <= budget
             total[~fits] = np.inf
             i = int(np.argmin(total))
             if total[i] < total[current[v]] * (1 - 1e-12) - 1e-15:
-                held += problem.nbytes[v][i] - problem.nbytes[v][current[v]]
-                current[v], changed = i, True
+                held += nbytes[i] - nbytes[current[v]]
+                current[v] = i
+                changed = True
         if not changed:
             break
     return tuple(current)
-
-
-def _order(problem: Problem) -> list[int]:
-    """Variables in the order of elimination: smallest table first, then the earliest."""
-    near: list[set[int]] = [set() for _ in range(problem.size)]
-    for u, v in problem.tables:
-        near[u].add(v)
-        near[v].add(u)
-    logs = np.log([len(s) for s in problem.seconds])
-    table, order = np.array([sum(logs[n] for n in mine) for mine in near], float), []
-    for _ in range(problem.size):
-        v = int(np.argmin(table))
-        for n in near[v]:
-            near[n] |= near[v] - {n}
-            near[n].discard(v)
-            table[n] = sum(logs[m] for m in near[n])
-        table[v] = np.inf
-        order.append(v)
-    return order
 
 
 class PricedProblem:
@@ -236,74 +299,85 @@ class PricedProblem:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.messages = Messages(problem)
-        self.seconds, self.nbytes = np.concatenate(problem.seconds), np.concatenate(problem.nbytes)
+        self.seconds = np.concatenate(problem.seconds)
+        self.nbytes = np.concatenate(problem.nbytes)
 
     def solve(self, price: float, close: float = CLOSE) -> tuple[tuple[int, ...], float]:
-        """(states, lower bound) for seconds + price x bytes; the states attain the bound, to `close` of it, wherever no bucket had to be cut."""
-        own = self.seconds + price * self.nbytes
-        alone = replace(
-            self.problem, seconds=[own[a:b] for a, b in itertools.pairwise(self.messages.first)]
-        )
-        best, least, bound = None, np.inf, -np.inf
-        for _ in range(0, MOST_SWEEPS, SWEEPS):
-            before, bound = bound, max(bound, self.messages.sweep(own, SWEEPS))
-            states = _polish(alone, np.inf, self.messages.states(own))
-            if alone.cost(states) < least:
-                best, least = states, alone.cost(states)
-            if least - bound <= close * abs(least) or bound - before < 0.02 * (least - bound):
+        """(states, lower bound) for seconds + price x bytes.
+
+        The states attain the bound, up to its part `close`, wherever no bucket had to be cut.
+        """
+        costs = self.seconds + price * self.nbytes
+        slices = itertools.pairwise(self.messages.first)
+        priced = replace(self.problem, seconds=[costs[a:b] for a, b in slices])
+        best = None
+        best_cost = np.inf
+        bound = -np.inf
+        for _ in range(0, MAX_SWEEPS, SWEEPS):
+            previous = bound
+            bound = max(bound, self.messages.sweep(costs, SWEEPS))
+            states = _polish(priced, np.inf, self.messages.states(costs))
+            cost = priced.cost(states)
+            if cost < best_cost:
+                best = states
+                best_cost = cost
+            if best_cost - bound <= close * abs(best_cost):
+                break
+            if bound - previous < 0.02 * (best_cost - bound):
                 break
         assert best is not None
-        if least - bound > close * abs(least):
-            reached = self.messages.sweep(own)
-            kept = self.messages.kept(own, (least - reached) * (1 + CLOSE) + CLOSE * abs(least))
-            states, more = _eliminated(self.messages.moved(own, kept))
-            states = _polish(alone, np.inf, [int(k[i]) for k, i in zip(kept, states, strict=True)])
-            bound = max(bound, min(more, least))
-            if alone.cost(states) < least:
-                best, least = states, alone.cost(states)
-        return best, min(bound, least)
+        if best_cost - bound > close * abs(best_cost):
+            states, eliminated_bound = self._eliminate(costs, best_cost)
+            states = _polish(priced, np.inf, states)
+            bound = max(bound, min(eliminated_bound, best_cost))
+            cost = priced.cost(states)
+            if cost < best_cost:
+                best = states
+                best_cost = cost
+        return best, min(bound, best_cost)
+
+    def _eliminate(self, costs: np.ndarray, best_cost: float) -> tuple[list[int], float]:
+        """(states, lower bound) by elimination, without states of no plan below `best_cost`."""
+        bound = self.messages.sweep(costs)
+        margin = (best_cost - bound) * (1 + CLOSE) + CLOSE * abs(best_cost)
+        possible = self.messages.possible(costs, margin)
+        states, bound = _eliminated(self.messages.reparametrized(costs, possible))
+        return [int(mine[i]) for mine, i in zip(possible, states, strict=True)], bound
 
 
 def _eliminated(problem: Problem) -> tuple[list[int], float]:
-    """(states, lower bound) of a problem without a price."""
-    problem = _settled(problem)
-    order = _order(problem)
-    buckets: list[list[Factor]] = [[] for _ in order]
+    """(states, lower bound) of a problem by bucket elimination, without a price of memory."""
+    problem = _without_fixed(problem)
+    order = _elimination_order(problem)
     rank = {v: i for i, v in enumerate(order)}
-    sizes = [len(s) for s in problem.seconds]
-    bound = 0.0
-
-    def put(scope: tuple[int, ...], table: np.ndarray) -> None:
-        buckets[min(rank[v] for v in scope)].append((scope, table))
-
+    sizes = [len(seconds) for seconds in problem.seconds]
+    buckets: list[list[Factor]] = [[] for _ in order]
     for v, seconds in enumerate(problem.seconds):
-        put((v,), seconds)
-    for scope, table in problem.tables.items():
-        put(scope, table)
+        buckets[rank[v]].append(((v,), seconds))
+    for (u, v), table in problem.tables.items():
+        buckets[min(rank[u], rank[v])].append(((u, v), table))
+    bound = 0.0
     for v in order:
-        for part in _parts(v, buckets[rank[v]], sizes):
-            others = tuple(sorted({n for scope, _ in part for n in scope} - {v}))
-            place = {n: i for i, n in enumerate((*others, v))}
-            best = _least(
-                [(tuple(place[n] for n in scope), table) for scope, table in part],
-                tuple(sizes[n] for n in others),
-            )
+        for factors in _mini_buckets(v, buckets[rank[v]], sizes):
+            others, minimum = _minimised(v, factors, sizes)
             if others:
-                put(others, best)
+                buckets[min(rank[n] for n in others)].append((others, minimum))
             else:
-                bound += float(best)
+                bound += float(minimum)
     states = [-1] * problem.size
     for v in reversed(order):
         total = np.zeros(sizes[v])
         for scope, table in buckets[rank[v]]:
-            total = total + table[tuple(slice(None) if n == v else states[n] for n in scope)]
+            index = tuple(slice(None) if n == v else states[n] for n in scope)
+            total = total + table[index]
         states[v] = int(np.argmin(total))
     return states, bound
 
 
-def _settled(problem: Problem) -> Problem:
-    """The problem with the tables of variables of one state as costs of the others: they tie nobody together."""
-    seconds, tables = [s.copy() for s in problem.seconds], {}
+def _without_fixed(problem: Problem) -> Problem:
+    """The problem with the tables of one-state variables as costs of their neighbours."""
+    seconds = [costs.copy() for costs in problem.seconds]
+    tables = {}
     for (u, v), table in problem.tables.items():
         if len(seconds[v]) == 1:
             seconds[u] += table[:, 0]
@@ -311,17 +385,34 @@ def _settled(problem: Problem) -> Problem:
             seconds[v] += table[0]
         else:
             tables[u, v] = table
-    return Problem(seconds, problem.nbytes, tables)
+    return Problem.distinct(seconds, problem.nbytes, tables)
 
 
-def _parts(v: int, factors: list[Factor], sizes: Sequence[int]) -> list[list[Factor]]:
-    """A bucket, whole if its joint table is small enough, else cut into parts that are (mini-buckets)."""
+def _elimination_order(problem: Problem) -> list[int]:
+    """Variables in the order of elimination: smallest joint table first, then the earliest."""
+    neighbours = neighbour_sets(problem)
+    logs = np.log([len(seconds) for seconds in problem.seconds])
+    table_logs = np.array([sum(logs[n] for n in near) for near in neighbours], float)
+    order = []
+    for _ in range(problem.size):
+        v = int(np.argmin(table_logs))
+        for n in neighbours[v]:
+            neighbours[n] |= neighbours[v] - {n}
+            neighbours[n].discard(v)
+            table_logs[n] = sum(logs[m] for m in neighbours[n])
+        table_logs[v] = np.inf
+        order.append(v)
+    return order
+
+
+def _mini_buckets(v: int, factors: list[Factor], sizes: Sequence[int]) -> list[list[Factor]]:
+    """A bucket, whole if its joint table is small enough, otherwise in parts that are."""
     parts: list[tuple[set[int], list[Factor]]] = []
-    for factor in sorted(factors, key=lambda f: -f[1].size):
+    for factor in sorted(factors, key=lambda factor: -factor[1].size):
         scope = set(factor[0])
-        for held, members in parts:
-            if math.prod(float(sizes[n]) for n in held | scope) <= MOST_ENTRIES:
-                held |= scope
+        for joint, members in parts:
+            if math.prod(float(sizes[n]) for n in joint | scope) <= MAX_ENTRIES:
+                joint |= scope
                 members.append(factor)
                 break
         else:
@@ -329,66 +420,86 @@ def _parts(v: int, factors: list[Factor], sizes: Sequence[int]) -> list[list[Fac
     return [members for _, members in parts]
 
 
-def _least(factors: Sequence[Factor], shape: tuple[int, ...]) -> np.ndarray:
-    """The least over the last dim of a sum of tables: `factors` say which dims of `shape` (and the last, as its length) each has."""
-    last, together = len(shape), {}
-    for at, table in factors:
-        turned = np.transpose(table, np.argsort(at))
-        at = tuple(sorted(at))
-        together[at] = together[at] + turned if at in together else turned
-    # What has fewer dims is added to what has them all: then the loops add few tables.
-    for at in sorted(together, key=len):
-        wider = min(
-            (b for b in together if len(b) > len(at) and set(at) <= set(b)),
-            key=lambda b: together[b].size,
-            default=None,
-        )
-        if wider is not None:
-            spread = together.pop(at)
-            together[wider] = together[wider] + spread.reshape(
-                [n if d in at else 1 for d, n in zip(wider, together[wider].shape, strict=True)]
-            )
-    if len(together) == 1:
-        return next(iter(together.values())).min(axis=-1)
-    count = len(together)
-    steps = np.zeros((count, last), np.int64)
-    first, flat, size = np.zeros(count, np.int64), [], 0
-    for n, (at, table) in enumerate(together.items()):
-        step = 1  # in rows
-        for d, length in zip(reversed(at[:-1]), reversed(table.shape[:-1]), strict=True):
-            steps[n, d] = step
+def _minimised(v: int, factors: Sequence[Factor], sizes: Sequence[int]) -> tuple[Scope, np.ndarray]:
+    """(other variables, least sum of the factors over the states of v)."""
+    scopes = {n for scope, _ in factors for n in scope}
+    others = tuple(sorted(scopes - {v}))
+    dim = {n: i for i, n in enumerate((*others, v))}
+    tables: dict[Scope, np.ndarray] = {}
+    for scope, table in factors:
+        dims = tuple(dim[n] for n in scope)
+        ordered = np.transpose(table, np.argsort(dims))
+        dims = tuple(sorted(dims))
+        tables[dims] = tables[dims] + ordered if dims in tables else ordered
+    _join_nested(tables)
+    if len(tables) == 1:
+        return others, next(iter(tables.values())).min(axis=-1)
+    return others, _swept(tables, tuple(sizes[n] for n in others))
+
+
+def _join_nested(tables: dict[Scope, np.ndarray]) -> None:
+    """Adds tables of fewer dims to tables that have all of these: the loops then add few tables."""
+    for dims in sorted(tables, key=len):
+        wider = [each for each in tables if len(each) > len(dims) and set(dims) <= set(each)]
+        if not wider:
+            continue
+        target = min(wider, key=lambda each: tables[each].size)
+        table = tables.pop(dims)
+        shape = [
+            size if dim in dims else 1
+            for dim, size in zip(target, tables[target].shape, strict=True)
+        ]
+        tables[target] = tables[target] + table.reshape(shape)
+
+
+def _swept(tables: dict[Scope, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Least sum of tables over their last dim; keys are the dims of `shape` and the last one."""
+    count = len(tables)
+    steps = np.zeros((count, len(shape)), np.int64)
+    """Per table and dim, rows between two neighbouring entries."""
+    first = np.zeros(count, np.int64)
+    flat = []
+    size = 0
+    for n, (dims, table) in enumerate(tables.items()):
+        step = 1
+        for dim, length in zip(reversed(dims[:-1]), reversed(table.shape[:-1]), strict=True):
+            steps[n, dim] = step
             step *= length
         first[n] = size
         flat.append(np.ascontiguousarray(table).reshape(-1))
         size += table.size
-    found = np.empty(math.prod(shape))
-    width = next(iter(together.values())).shape[-1]
-    _sweep(np.concatenate(flat), first, steps, np.array(shape, np.int64), width, found)
-    return found.reshape(shape)
+    width = next(iter(tables.values())).shape[-1]
+    minima = np.empty(math.prod(shape))
+    _sweep(np.concatenate(flat), first, steps, np.array(shape, np.int64), width, minima)
+    return minima.reshape(shape)
 
 
 @njit(cache=True, fastmath={"nnan", "nsz", "reassoc"})
-def _sweep(data, first, steps, shape, width, found):  # noqa: ANN001, ANN202
-    """found[c] = least over k < width of the sum of data[first[n] + width * (rows that combination c stands for) + k] over tables n."""
+def _sweep(data, first, steps, shape, width, minima):
+    """Writes the least sum over the last dim for every combination c of the other dims.
+
+    minima[c] = least sum over tables n of data[first[n] + width * row(n, c) + k], over k < width.
+    """
     count, dims = steps.shape
-    at, index = first.copy(), np.zeros(dims, np.int64)
-    for c in range(len(found)):
-        least = np.inf
+    at = first.copy()
+    index = np.zeros(dims, np.int64)
+    for c in range(len(minima)):
+        minimum = np.inf
         if count == 2:
             a, b = at[0], at[1]
             for k in range(width):
-                least = min(least, data[a + k] + data[b + k])
+                minimum = min(minimum, data[a + k] + data[b + k])
         elif count == 3:
             a, b, e = at[0], at[1], at[2]
             for k in range(width):
-                least = min(least, data[a + k] + data[b + k] + data[e + k])
+                minimum = min(minimum, data[a + k] + data[b + k] + data[e + k])
         else:
             for k in range(width):
                 total = 0.0
                 for n in range(count):
                     total += data[at[n] + k]
-                least = min(least, total)
-        found[c] = least
+                minimum = min(minimum, total)
+        minima[c] = minimum
         d = dims - 1
         while d >= 0:
             index[d] += 1

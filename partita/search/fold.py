@@ -1,8 +1,11 @@
-"""A cost network with equal operators as one variable: the blocks of a network that repeats itself take the same state.
+"""A cost network with equal operators as one variable: repeated blocks take the same state.
 
-Operators are equal if they have the same states and costs, and stand in the same tables beside equal operators (colours that are refined round by round, as
-Weisfeiler and Leman do): so the first and the last blocks, whose neighbours are others, stay by themselves. Seconds and bytes of a plan are what they are in
-the whole problem; what is given up is that equal blocks might be split otherwise, so the least sum is no bound on it.
+Operators are equal if they have the same states and costs, and stand in the same tables beside
+equal operators. Colours are refined round by round (Weisfeiler and Leman), so the first and the
+last blocks, which have other neighbours, stay variables of their own.
+
+Seconds and bytes of a plan are those of the whole problem. The price: equal blocks cannot be split
+differently, so the least sum of the folded problem is no bound on the whole one.
 """
 
 from __future__ import annotations
@@ -13,60 +16,56 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from partita.search.base import Problem
+from partita.search.base import Ends, Problem, add_table, numbered
 
 ROUNDS = 2
-"""How far operators see: those that differ only further away are equal."""
+"""Rounds of refinement: operators that differ only further away than this are equal."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Folded:
-    """The smaller problem, and per variable of the whole one the variable that stands for it."""
+    """The smaller problem, and per variable of the whole one the folded variable for it."""
 
     problem: Problem
-    of: Sequence[int]
+    representative: tuple[int, ...]
 
     def lift(self, states: Sequence[int]) -> tuple[int, ...]:
-        return tuple(states[v] for v in self.of)
+        """States of the whole problem."""
+        return tuple(states[v] for v in self.representative)
 
 
 def fold(problem: Problem) -> Folded:
     """The problem in which equal variables have equal states."""
-    of = _colours(problem)
-    count = Counter(of)
-    first = {colour: v for v, colour in reversed([*enumerate(of)])}
-    seconds = [count[c] * problem.seconds[first[c]] for c in range(len(count))]
-    nbytes = [count[c] * problem.nbytes[first[c]] for c in range(len(count))]
-    found = Problem(seconds, nbytes)
-    tables = {id(table): table for table in problem.tables.values()}
-    alike = Counter((of[u], of[v], id(table)) for (u, v), table in problem.tables.items())
-    for (u, v, name), times in alike.items():
-        if u == v:
-            seconds[u] = seconds[u] + times * np.diagonal(tables[name])
-        else:
-            found.add_table(u, v, times * tables[name])
-    return Folded(found, of)
-
-
-def _colours(problem: Problem) -> list[int]:
-    """A number per variable that equal ones share. What is shared is known by being the same array (`search.network`)."""
-    near: list[list[tuple[int, int, bool]]] = [[] for _ in problem.seconds]
-    for (u, v), table in problem.tables.items():
-        near[u].append((v, id(table), False))
-        near[v].append((u, id(table), True))
-    colours = _numbered(
-        [(id(s), id(b)) for s, b in zip(problem.seconds, problem.nbytes, strict=True)]
+    colours = _colours(problem)
+    counts = Counter(colours)
+    first = {colour: v for v, colour in reversed([*enumerate(colours)])}
+    seconds = [counts[colour] * problem.seconds[first[colour]] for colour in range(len(counts))]
+    nbytes = [counts[colour] * problem.nbytes[first[colour]] for colour in range(len(counts))]
+    tables: dict[Ends, np.ndarray] = {}
+    table_of_kind = {problem.table_kinds[ends]: table for ends, table in problem.tables.items()}
+    occurrences = Counter(
+        (colours[u], colours[v], kind) for (u, v), kind in problem.table_kinds.items()
     )
+    for (u, v, kind), times in occurrences.items():
+        table = table_of_kind[kind]
+        if u == v:
+            seconds[u] = seconds[u] + times * np.diagonal(table)
+        else:
+            add_table(tables, u, v, times * table)
+    return Folded(Problem.distinct(seconds, nbytes, tables), colours)
+
+
+def _colours(problem: Problem) -> tuple[int, ...]:
+    """Number per variable, the same for equal variables."""
+    around: list[list[tuple[int, int, bool]]] = [[] for _ in range(problem.size)]
+    for (u, v), kind in problem.table_kinds.items():
+        around[u].append((v, kind, False))
+        around[v].append((u, kind, True))
+    colours = numbered(problem.kinds)
     for _ in range(ROUNDS):
-        colours = _numbered(
-            [
-                (colours[v], *sorted((colours[n], table, turned) for n, table, turned in mine))
-                for v, mine in enumerate(near)
-            ]
-        )
+        keys = []
+        for v, tables in enumerate(around):
+            seen_colours = sorted((colours[n], kind, turned) for n, kind, turned in tables)
+            keys.append((colours[v], *seen_colours))
+        colours = numbered(keys)
     return colours
-
-
-def _numbered(keys: Sequence[object]) -> list[int]:
-    number: dict[object, int] = {}
-    return [number.setdefault(key, len(number)) for key in keys]

@@ -1,12 +1,16 @@
-"""Plans by Metropolis-Hastings on the simulator (FlexFlow, MLSys 2019, section 6), with what the paper leaves open settled.
+"""Plans by Markov chain Monte Carlo (Metropolis-Hastings) on the simulator.
 
-A chain changes the states of one or a few operators, replays what that touches, and accepts with probability min(1, exp(-more / (T x
-seconds))): T is a part of the step's own time, so that nothing depends on how long a step is; it falls over a chain. Chains start from
-given plans, best first, and are seeded: the same seed finds the same plan after the same number of proposals. Bytes are a constraint:
-a proposal that does not fit is not made.
+FlexFlow (MLSys 2019, section 6), with the settings that the paper leaves open. A chain changes the
+states of one or a few operators, replays the tasks that this touches, and accepts with probability
+min(1, exp(-increase / (T x seconds))). T is a part of the step's own time, so nothing depends on
+how long a step is; it falls over a chain. Chains start from given plans, best first, and are
+seeded: the same seed gives the same plan after the same number of proposals. The budget of bytes is
+a constraint: a proposal that exceeds it is rejected at once.
 
-Proposals: another state of an operator, any or one that is cheap by itself; the state that suits a neighbour best, which carries a way of
-splitting along the edges; and the same new state for all equal operators that agree with it, the blocks of a network at once.
+Proposals:
+- another state of an operator, any or one that is cheap by itself;
+- the state that suits a neighbour best, which carries a split along the edges;
+- the same new state for all equal operators that agree with it: all blocks of a network at once.
 """
 
 from __future__ import annotations
@@ -15,22 +19,23 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
 from partita.search.base import Progress, Report, SearchResult
-from partita.search.simulated import Simulated, change, fill
+from partita.search.simulated import Simulated, Undo, change, fill
 from partita.simulation.engine import sweep
 
 HOT, COLD = 0.02, 0.0005
 """T at the beginning and at the end of a chain."""
 CHEAP = 12
-"""States of an operator that are cheap by themselves."""
+"""States of an operator that count as cheap by themselves."""
 CHUNK = 20_000
 """Proposals between two looks at the clock."""
 LENGTH = 40
-"""Proposals of a chain, per operator and state that it may change (at least one chunk)."""
+"""Proposals of a chain per operator and state that it may change (at least one chunk)."""
 
 
 def run_chains(
@@ -41,309 +46,341 @@ def run_chains(
     seconds: float = 2.0,
     seed: int = 0,
     report: Report | None = None,
-    most: int | None = None,
+    proposals: int | None = None,
 ) -> tuple[SearchResult, int]:
-    """The best states found within `seconds` (or `most` proposals), and the proposals made, from starts of which one fits the budget of bytes.
+    """The best states of chains from `starts`, and the number of proposals.
 
-    `bound` is what is known of all plans.
+    Args:
+        starts: states, of which at least one fits the budget of bytes.
+        bound: lower bound on all plans.
+        seconds: time limit.
+        proposals: number of proposals at which the chains end; None for no limit.
     """
-    until = time.perf_counter() + seconds
+    deadline = time.perf_counter() + seconds
     fitting = [np.asarray(s, np.int64) for s in starts if problem.memory_bytes(s) <= budget]
     fitting.sort(key=problem.seconds)
-    best, least = fitting[0].copy(), problem.seconds(fitting[0])
-    state, history, proposals, stopped = best, [Progress("simulated", least, bound)], 0, False
-    cheap, free, rng = (
-        _cheap(problem),
-        np.flatnonzero(problem.states > 1),
-        np.random.default_rng(seed),
-    )
+    best = fitting[0].copy()
+    best_seconds = problem.seconds(fitting[0])
+    chosen = best
+    history = [Progress("simulated", best_seconds, bound)]
+    made = 0
+    stopped = False
+    options = _options(problem)
+    rng = np.random.default_rng(seed)
     length = max(CHUNK, LENGTH * int(problem.states.sum()))
+    schedule = _schedule(length, proposals) if len(options.free) else iter(())
     try:
-        for chain, done, take in _schedule(length, most) if len(free) else ():
-            if done == 0 and least <= bound * (1 + 1e-9):
+        for chain, done, count in schedule:
+            if done == 0 and best_seconds <= bound * (1 + 1e-9):
                 break
             if done == 0:
-                state = (fitting[chain % len(fitting)] if chain < 2 * len(fitting) else best).copy()
-            hot, cold = (HOT * (COLD / HOT) ** ((done + n) / length) for n in (0, take))
-            top = best.copy()
-            found = _chain(
-                take,
-                int(rng.integers(1 << 31)),
-                hot,
-                cold,
-                free,
-                state,
-                top,
-                least,
-                budget,
-                *cheap,
-                problem.alike,
-                problem.near_first,
-                problem.near,
-                problem.nbytes_first,
-                problem.nbytes,
-                *problem.order,
-                *problem.where,
+                chosen = best if chain >= 2 * len(fitting) else fitting[chain % len(fitting)]
+                chosen = chosen.copy()
+            settings = _Settings(
+                proposals=count,
+                seed=int(rng.integers(1 << 31)),
+                hot=_temperature(done / length),
+                cold=_temperature((done + count) / length),
+                best=best_seconds,
+                budget=budget,
             )
-            proposals += take
-            if found < least:
-                best, least = top, problem.seconds(top)
-                history.append(Progress("simulated", least, bound))
+            top = best.copy()
+            top_seconds = _chain(settings, chosen, top, options, problem.order, problem.tables)
+            made += count
+            if top_seconds < best_seconds:
+                best = top
+                best_seconds = problem.seconds(top)
+                history.append(Progress("simulated", best_seconds, bound))
             if report is not None:
                 report(history[-1])
-            if time.perf_counter() > until:
+            if time.perf_counter() > deadline:
                 break
     except KeyboardInterrupt:
         stopped = True
     result = SearchResult(
-        tuple(map(int, best)),
-        least,
-        problem.memory_bytes(best),
-        min(bound, least),
-        True,
-        tuple(history),
-        stopped,
+        states=tuple(map(int, best)),
+        seconds=best_seconds,
+        nbytes=problem.memory_bytes(best),
+        bound=min(bound, best_seconds),
+        feasible=True,
+        history=tuple(history),
+        stopped=stopped,
     )
-    return result, proposals
+    return result, made
 
 
-def _schedule(length: int, most: int | None) -> Iterator[tuple[int, int, int]]:
-    """(chain, proposals that it has made, how many come next), chain after chain, until `most` are made."""
-    left = most if most is not None else sys.maxsize
+def _temperature(progress: float) -> float:
+    """T after a part of a chain."""
+    return HOT * (COLD / HOT) ** progress
+
+
+def _schedule(length: int, proposals: int | None) -> Iterator[tuple[int, int, int]]:
+    """(chain, number of its proposals so far, number of the next ones), chain after chain."""
+    remaining = proposals if proposals is not None else sys.maxsize
     for chain in itertools.count():
         for done in range(0, length, CHUNK):
-            take = min(CHUNK, length - done, left)
-            yield chain, done, take
-            left -= take
-            if left == 0:
+            count = min(CHUNK, length - done, remaining)
+            yield chain, done, count
+            remaining -= count
+            if remaining == 0:
                 return
 
 
-def _cheap(problem: Simulated) -> tuple[np.ndarray, np.ndarray]:
-    """Per operator the states that take least by themselves, one after the other, and where each operator's begin."""
-    rows = []
+class _Settings(NamedTuple):
+    """A piece of a chain: proposals, seed, T from `hot` to `cold`, best seconds so far, budget."""
+
+    proposals: int
+    seed: int
+    hot: float
+    cold: float
+    best: float
+    budget: float
+
+
+class _Options(NamedTuple):
+    """The states that a chain may propose, for compiled code.
+
+    Cheap states of operator o are `cheap[cheap_first[o]:cheap_first[o + 1]]`.
+    """
+
+    free: np.ndarray
+    """Operators with more than one state."""
+    cheap_first: np.ndarray
+    cheap: np.ndarray
+    kinds: np.ndarray
+    """Number per operator, the same for equal operators."""
+    nbytes_first: np.ndarray
+    nbytes: np.ndarray
+
+
+def _options(problem: Simulated) -> _Options:
+    cheap = _cheap_states(problem)
+    return _Options(
+        free=np.flatnonzero(problem.states > 1),
+        cheap_first=np.cumsum([0, *map(len, cheap)]),
+        cheap=np.concatenate(cheap),
+        kinds=problem.kinds,
+        nbytes_first=problem.nbytes_first,
+        nbytes=problem.nbytes,
+    )
+
+
+def _cheap_states(problem: Simulated) -> list[np.ndarray]:
+    """Per operator, the states of least seconds by themselves."""
+    tables = problem.tables
+    cheap = []
     for o, count in enumerate(problem.states):
-        slots = range(problem.own_first[o], problem.own_first[o + 1])
-        whole = sum(
-            (
-                problem.data[problem.own_row[s] : problem.own_row[s] + count] * problem.own_share[s]
-                for s in slots
-            ),
-            np.zeros(count),
-        )
-        rows.append(np.argsort(whole, kind="stable")[:CHEAP])
-    return np.concatenate(rows), np.cumsum([0, *map(len, rows)])
+        total = np.zeros(count)
+        for slot in range(tables.slot_first[o], tables.slot_first[o + 1]):
+            row = tables.slot_row[slot]
+            total = total + tables.data[row : row + count] * tables.slot_share[slot]
+        cheap.append(np.argsort(total, kind="stable")[:CHEAP])
+    return cheap
+
+
+class _Step(NamedTuple):
+    """The simulated step of a chain: seconds and times of its tasks, and work of its streams."""
+
+    seconds: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+    previous_end: np.ndarray
+    busy: np.ndarray
+    """Per stream, seconds of its tasks."""
+    work: np.ndarray
+    """The same with the current proposal."""
+    undo: Undo
+    before: np.ndarray
+    """Scratch of `_add_work`: per task its seconds before a proposal, -1 if untouched."""
 
 
 @njit(cache=True)
-def _chain(  # noqa: ANN202, PLR0913
-    proposals,
-    seed,
-    hot,
-    cold,
-    free,
-    chosen,
-    top,
-    best,
-    budget,
-    cheap,
-    cheap_first,
-    alike,
-    near_first,
-    near,
-    nbytes_first,
-    nbytes,  # noqa: ANN001
-    stream,
-    streams,
-    first,
-    before,
-    overlap,
-    data,
-    states,
-    own_first,
-    own_task,
-    own_hold,
-    own_row,
-    own_share,
-    move_task,
-    move_hold,  # noqa: ANN001
-    move_ends,
-    move_table,  # noqa: ANN001
-):
-    """Makes proposals from `chosen`, which it changes; the best seconds seen, with their states in `top`."""
-    np.random.seed(seed)
-    n, operators = len(stream), len(states)
-    seconds, start, end, kept_end = np.zeros(n), np.zeros(n), np.zeros(n), np.empty(n)
-    fill(
-        chosen,
-        seconds,
-        overlap,
-        data,
-        states,
-        own_first,
-        own_task,
-        own_hold,
-        own_row,
-        own_share,
-        move_task,
-        move_hold,
-        move_ends,
-        move_table,
+def _simulate(chosen, order, tables):
+    """The step of the chosen states."""
+    tasks = len(order.stream)
+    step = _Step(
+        np.zeros(tasks),
+        np.zeros(tasks),
+        np.zeros(tasks),
+        np.empty(tasks),
+        np.zeros(order.streams),
+        np.zeros(order.streams),
+        Undo(np.empty(4 * tasks, np.int64), np.empty(4 * tasks)),
+        np.full(tasks, -1.0),
     )
-    sweep(0, seconds, stream, streams, first, before, start, end)
-    now, held, busy = end.max(), 0.0, np.zeros(streams)
+    fill(chosen, step.seconds, tables)
+    _replay(0, step, order)
+    for k in range(tasks):
+        if order.stream[k] >= 0:
+            step.busy[order.stream[k]] += step.seconds[k]
+    return step
+
+
+@njit(cache=True)
+def _replay(begin, step, order):
+    """Simulates the tasks from `begin` on."""
+    sweep(
+        begin,
+        step.seconds,
+        order.stream,
+        order.streams,
+        order.first,
+        order.before,
+        step.start,
+        step.end,
+    )
+
+
+@njit(cache=True)
+def _chain(settings, chosen, top, options, order, tables):
+    """Makes proposals from `chosen`, which it changes; the best seconds, with states in `top`."""
+    np.random.seed(settings.seed)
+    operators = len(tables.states)
+    step = _simulate(chosen, order, tables)
+    seconds = step.seconds
+    end = step.end
+    undo = step.undo
+    undo_task = undo.task
+    undo_seconds = undo.seconds
+    free = options.free
+    now = end.max()
+    best = settings.best
+    nbytes = 0.0
     for o in range(operators):
-        held += nbytes[nbytes_first[o] + chosen[o]]
-    for k in range(n):
-        if stream[k] >= 0:
-            busy[stream[k]] += seconds[k]
-    touched, was, last, work, new = (
-        np.empty(4 * n, np.int64),
-        np.empty(4 * n),
-        np.full(n, -1.0),
-        busy.copy(),
-        now,
-    )
-    changed, previous = np.empty(operators, np.int64), np.empty(operators, np.int64)
-    for step in range(proposals):
-        heat = hot * (cold / hot) ** (step / proposals)
+        nbytes += options.nbytes[options.nbytes_first[o] + chosen[o]]
+    changed = np.empty(operators, np.int64)
+    previous = np.empty(operators, np.int64)
+    for n in range(settings.proposals):
+        cooling = n / settings.proposals
+        heat = settings.hot * (settings.cold / settings.hot) ** cooling
         o = free[np.random.randint(len(free))]
-        to = _proposed(
-            o,
-            chosen,
-            cheap,
-            cheap_first,
-            near_first,
-            near,
-            data,
-            states,
-            own_first,
-            own_row,
-            own_share,
-            move_ends,
-            move_table,
-        )
-        if to == chosen[o]:
+        state = _proposed(o, chosen, options, tables)
+        if state == chosen[o]:
             continue
-        size, more = _alike(o, to, chosen, alike, nbytes_first, nbytes, changed, previous)
-        if held + more > budget and more > 0:
+        size, extra = _changed_operators(o, state, chosen, options, changed, previous)
+        if nbytes + extra > settings.budget and extra > 0:
             continue
-        count_touched, begin = 0, n
         for i in range(size):
-            chosen[changed[i]] = to
+            chosen[changed[i]] = state
+        touched = 0
+        begin = len(order.stream)
         for i in range(size):
-            count_touched, begin = change(
-                changed[i],
-                chosen,
-                seconds,
-                touched,
-                was,
-                count_touched,
-                begin,
-                near_first,
-                near,
-                overlap,
-                data,
-                states,
-                own_first,
-                own_task,
-                own_hold,
-                own_row,
-                own_share,
-                move_task,
-                move_hold,
-                move_ends,
-                move_table,
-            )
-        most = now - heat * now * np.log(np.random.random())
-        _add_work(seconds, stream, touched, was, count_touched, last, busy, work)
-        accepted = work.max() <= most * (
-            1 + 1e-9
-        )  # what a stream has to do is below the step: most proposals end here
-        if accepted:
-            kept_end[begin:] = end[begin:]
-            sweep(begin, seconds, stream, streams, first, before, start, end)
-            new = end.max()
-            accepted = new <= most
-            if not accepted:
-                end[begin:] = kept_end[begin:]
-        if accepted:
-            now, held = new, held + more
-            busy[:] = work
+            touched, begin = change(changed[i], chosen, seconds, undo, touched, begin, tables)
+        limit = now - heat * now * np.log(np.random.random())
+        if _accept(limit, touched, begin, step, order):
+            now = end.max()
+            nbytes += extra
+            step.busy[:] = step.work
             if now < best * (1 - 1e-12):
                 best = now
                 top[:] = chosen
         else:
             for i in range(size):
                 chosen[changed[i]] = previous[i]
-            for i in range(count_touched - 1, -1, -1):
-                seconds[touched[i]] = was[i]
+            for i in range(touched - 1, -1, -1):
+                seconds[undo_task[i]] = undo_seconds[i]
     return best
 
 
 @njit(cache=True)
-def _proposed(
-    o,
-    chosen,
-    cheap,
-    cheap_first,
-    near_first,
-    near,
-    data,
-    states,
-    own_first,
-    own_row,
-    own_share,
-    move_ends,
-    move_table,
-):  # noqa: ANN001, ANN202
+def _accept(limit, touched, begin, step, order):
+    """Whether the step with a proposal takes at most `limit` seconds; if so, its times are kept.
+
+    The work of a stream is a lower bound of the step: most proposals end there, without a replay.
+    """
+    _add_work(touched, step, order.stream)
+    if step.work.max() > limit * (1 + 1e-9):
+        return False
+    step.previous_end[begin:] = step.end[begin:]
+    _replay(begin, step, order)
+    if step.end.max() <= limit:
+        return True
+    step.end[begin:] = step.previous_end[begin:]
+    return False
+
+
+@njit(cache=True)
+def _proposed(o, chosen, options, tables):
     """A state for an operator: any, a cheap one, or the one that suits a neighbour."""
-    kind = np.random.random()
-    if kind < 0.35:
-        return np.random.randint(states[o])
-    if kind < 0.7 or near_first[o] == near_first[o + 1]:
-        return cheap[cheap_first[o] + np.random.randint(cheap_first[o + 1] - cheap_first[o])]
-    m = near[near_first[o] + np.random.randint(near_first[o + 1] - near_first[o])]
-    return _suited(o, m, chosen, data, states, own_first, own_row, own_share, move_ends, move_table)
+    lottery = np.random.random()
+    if lottery < 0.35:
+        return np.random.randint(tables.states[o])
+    near_count = tables.near_first[o + 1] - tables.near_first[o]
+    if lottery < 0.7 or near_count == 0:
+        cheap_count = options.cheap_first[o + 1] - options.cheap_first[o]
+        return options.cheap[options.cheap_first[o] + np.random.randint(cheap_count)]
+    m = tables.near[tables.near_first[o] + np.random.randint(near_count)]
+    return _suited(o, m, chosen, tables)
 
 
 @njit(cache=True)
-def _alike(o, to, chosen, alike, nbytes_first, nbytes, changed, previous):  # noqa: ANN001, ANN202
-    """Who changes: the operator, or at times all equal ones that agree with it. (How many, bytes more); `changed`, `previous` say who had what."""
-    size, more, together = 0, 0.0, np.random.random() < 0.3
-    for p in range(len(alike)):
-        if p == o or together and alike[p] == alike[o] and chosen[p] == chosen[o]:
-            changed[size], previous[size] = p, chosen[p]
-            more += nbytes[nbytes_first[p] + to] - nbytes[nbytes_first[p] + chosen[p]]
+def _changed_operators(o, state, chosen, options, changed, previous):
+    """Writes the operators of a proposal into `changed`, and their states into `previous`.
+
+    It is the operator alone, or sometimes all equal operators that agree with it.
+
+    Returns:
+        (number of operators, additional bytes).
+    """
+    size = 0
+    extra = 0.0
+    together = np.random.random() < 0.3
+    kinds = options.kinds
+    nbytes = options.nbytes
+    begin = 0 if together else o
+    end = len(kinds) if together else o + 1
+    for p in range(begin, end):
+        if p == o or kinds[p] == kinds[o] and chosen[p] == chosen[o]:
+            first = options.nbytes_first[p]
+            changed[size] = p
+            previous[size] = chosen[p]
+            extra += nbytes[first + state] - nbytes[first + chosen[p]]
             size += 1
-    return size, more
+    return size, extra
 
 
 @njit(cache=True)
-def _add_work(seconds, stream, touched, was, count, last, busy, work):  # noqa: ANN001, ANN202
-    """Writes what each stream has to do after a change into `work`; `busy` is before it. A task may be touched twice: its first entry counts."""
-    work[:] = busy
-    for i in range(count - 1, -1, -1):
-        last[touched[i]] = was[i]
-    for i in range(count):
-        k = touched[i]
-        if last[k] >= 0:
+def _add_work(touched, step, stream):
+    """Writes the seconds of each stream's tasks after a change into `step.work`.
+
+    A task may be touched twice: its first entry counts.
+    """
+    seconds = step.seconds
+    before = step.before
+    work = step.work
+    task = step.undo.task
+    previous = step.undo.seconds
+    work[:] = step.busy
+    for i in range(touched - 1, -1, -1):
+        before[task[i]] = previous[i]
+    for i in range(touched):
+        k = task[i]
+        if before[k] >= 0:
             if stream[k] >= 0:
-                work[stream[k]] += seconds[k] - last[k]
-            last[k] = -1.0
+                work[stream[k]] += seconds[k] - before[k]
+            before[k] = -1.0
 
 
 @njit(cache=True)
-def _suited(o, m, chosen, data, states, own_first, own_row, own_share, move_ends, move_table):  # noqa: ANN001, ANN202
-    """Of all states of an operator the one that takes least together with one move."""
-    least, found = np.inf, chosen[o]
-    for state in range(states[o]):
-        home, reader = move_ends[m, 0], move_ends[m, 1]
+def _suited(o, m, chosen, tables):
+    """The state of an operator that takes least seconds together with one of its moves."""
+    minimum = np.inf
+    best = chosen[o]
+    home = tables.move_ends[m, 0]
+    reader = tables.move_ends[m, 1]
+    columns = tables.states[reader]
+    begin = tables.move_table[m]
+    slots = range(tables.slot_first[o], tables.slot_first[o + 1])
+    data = tables.data
+    slot_row = tables.slot_row
+    slot_share = tables.slot_share
+    for state in range(tables.states[o]):
         a = state if home == o else chosen[home]
         b = state if reader == o else chosen[reader]
-        total = data[move_table[m] + a * states[reader] + b]
-        for s in range(own_first[o], own_first[o + 1]):
-            total += data[own_row[s] + state] * own_share[s]
-        if total < least:
-            least, found = total, state
-    return found
+        total = data[begin + a * columns + b]
+        for s in slots:
+            total += data[slot_row[s] + state] * slot_share[s]
+        if total < minimum:
+            minimum = total
+            best = state
+    return best

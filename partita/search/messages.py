@@ -1,241 +1,319 @@
-"""A bound on every plan of a cost network, good states, and which states no best plan has: sequential tree-reweighted message passing.
+"""Sequential tree-reweighted message passing on a cost network.
 
-Kolmogorov, "Convergent Tree-Reweighted Message Passing for Energy Minimization" (PAMI 2006). Messages move cost between variables and tables
-without changing the sum of any assignment. The sum of all least entries is then a lower bound, which rises from sweep to sweep towards that of
-the linear relaxation; on a cost network of a few hundred operators with a hundred states each a sweep takes some ten milliseconds. An entry that lies
-further above the least than the bound lies below a known plan is in no better plan, and is dropped (reduced-cost fixing): what is
-left is small enough to be solved exactly (`search.elimination`).
+Kolmogorov, "Convergent Tree-Reweighted Message Passing for Energy Minimization" (PAMI 2006).
+It gives three things: a lower bound on every plan, good states, and the states that no best plan
+has.
+
+Messages move cost between variables and tables without changing the sum of any assignment. The sum
+of all least entries is then a lower bound, which rises from sweep to sweep towards that of the
+linear relaxation. On a cost network of a few hundred operators with a hundred states each, a sweep
+takes some ten milliseconds.
+
+Reduced-cost fixing: a state is dropped if its entry lies further above the least one than a known
+plan lies above the bound. The remaining problem is small enough for an exact solution
+(`search.elimination`).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from partita.search.base import Problem
+from partita.search.base import Ends, Problem
 
 
-@dataclass(eq=False)
+class Network(NamedTuple):
+    """The tables of a problem for compiled code; tables of one kind are stored once.
+
+    Tables of variable v are `near[near_first[v]:near_first[v + 1]]`.
+    """
+
+    first: np.ndarray
+    """Per variable, the start of its states in one array of all; and the end of the last."""
+    ends: np.ndarray
+    """[table, 2]: its variables, the smaller number first."""
+    data: np.ndarray
+    """Tables, end to end."""
+    table: np.ndarray
+    """Start of each table in `data`."""
+    near_first: np.ndarray
+    near: np.ndarray
+    to: np.ndarray
+    """[table, 2]: start of the messages to its first and to its second variable."""
+
+
 class Messages:
-    """The messages of a problem's tables. They stay good where only the variables' own costs change: another price of memory starts from them."""
+    """The messages of a problem's tables.
 
-    problem: Problem
-    first: np.ndarray = field(init=False)
-    """Where each variable's states begin, in one array of all."""
+    They stay valid if only the variables' costs change: another price of memory starts from them.
+    The methods take `costs`, the costs of all states of all variables in one array.
+    """
 
-    def __post_init__(self) -> None:
-        tables, sizes = self.problem.tables, np.array([len(s) for s in self.problem.seconds])
-        self.first = np.concatenate([[0], np.cumsum(sizes)])
-        self._ends = np.array([*tables], np.int64).reshape(-1, 2)
-        at: dict[int, int] = {}
-        data, size = [], 0
-        for table in tables.values():
-            if id(table) not in at:
-                at[id(table)] = size
-                data.append(np.ascontiguousarray(table, float).reshape(-1))
-                size += table.size
-        self._data = np.concatenate([*data, np.zeros(1)])
-        self._table = np.array([at[id(t)] for t in tables.values()], np.int64)
-        near: list[list[int]] = [[] for _ in sizes]
-        for e, (u, v) in enumerate(self._ends):
-            near[u].append(e)
-            near[v].append(e)
-        self._near_first = np.concatenate([[0], np.cumsum([len(mine) for mine in near])])
-        self._near = np.array([e for mine in near for e in mine], np.int64)
-        lengths = sizes[self._ends] if len(self._ends) else np.zeros((0, 2), np.int64)
-        self._to = (np.cumsum(lengths.reshape(-1)) - lengths.reshape(-1)).reshape(
-            -1, 2
-        )  # [e, 0]: the message to u begins here; [e, 1]: that to v
-        self._messages = np.zeros(int(lengths.sum()))
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.network = _network(problem)
+        sizes = np.diff(self.network.first)
+        self._messages = np.zeros(int(sizes[self.network.ends].sum()))
 
     @property
-    def _where(self) -> tuple[np.ndarray, ...]:
-        return (
-            self.first,
-            self._ends,
-            self._data,
-            self._table,
-            self._near_first,
-            self._near,
-            self._to,
-        )
+    def first(self) -> np.ndarray:
+        """Per variable, the start of its states in one array of all."""
+        return self.network.first
 
-    def sweep(self, own: np.ndarray, times: int = 1) -> float:
-        """Passes over all variables forth and back, `times` over; the bound that holds for costs `own` of all states and the tables."""
+    def sweep(self, costs: np.ndarray, times: int = 1) -> float:
+        """Passes over all variables forth and back; the lower bound for these costs."""
         bound = -np.inf
         for _ in range(times):
-            _pass(False, own, self._messages, *self._where)
-            bound = _pass(True, own, self._messages, *self._where)
+            _pass(False, costs, self._messages, self.network)
+            bound = _pass(True, costs, self._messages, self.network)
         return bound
 
-    def states(self, own: np.ndarray) -> tuple[int, ...]:
-        """States chosen one after the other, with what the messages say of those to come."""
-        return tuple(_decoded(own, self._messages, *self._where).tolist())
+    def states(self, costs: np.ndarray) -> tuple[int, ...]:
+        """States chosen one after the other, with the messages of variables not chosen yet."""
+        return tuple(_decoded(costs, self._messages, self.network).tolist())
 
-    def kept(self, own: np.ndarray, margin: float) -> list[np.ndarray]:
-        """Per variable the states that a plan may have that is no more than `margin` above the bound of the last sweep."""
-        over = _over(own, self._messages, *self._where)
-        return [np.flatnonzero(over[a:b] <= margin) for a, b in itertools.pairwise(self.first)]
+    def possible(self, costs: np.ndarray, margin: float) -> list[np.ndarray]:
+        """Per variable, the states of all plans at most `margin` above the last sweep's bound."""
+        excess = _excess(costs, self._messages, self.network)
+        return [np.flatnonzero(excess[a:b] <= margin) for a, b in itertools.pairwise(self.first)]
 
-    def moved(self, own: np.ndarray, kept: Sequence[np.ndarray]) -> Problem:
-        """The problem of the kept states, its costs moved by the messages: no assignment's sum is another, and its least entries sum to the bound."""
-        hat, share = _hats(own, self._messages, *self._where)
-        seconds, tables = [], {}
-        for v, states in enumerate(kept):
-            mine = hat[self.first[v] : self.first[v + 1]]
-            later = np.count_nonzero(self._ends[:, 1] == v)
-            seconds.append((mine * (1 - later * share[v]))[states])
+    def reparametrized(self, costs: np.ndarray, states: Sequence[np.ndarray]) -> Problem:
+        """The problem of some states of each variable, its costs moved by the messages.
+
+        Every assignment has the same sum as before, and the least entries sum to the bound.
+        """
+        network, messages = self.network, self._messages
+        hats, share = _hats(costs, messages, network)
+        hat = [hats[a:b][chosen] for (a, b), chosen in zip(self._slices(), states, strict=True)]
+        seconds = []
+        for v, values in enumerate(hat):
+            tables_to_earlier = np.count_nonzero(network.ends[:, 1] == v)
+            seconds.append(values * (1 - tables_to_earlier * share[v]))
+        tables: dict[Ends, np.ndarray] = {}
         for e, ((u, v), table) in enumerate(self.problem.tables.items()):
-            to_u = self._messages[self._to[e, 0] : self._to[e, 0] + table.shape[0]][kept[u]]
-            to_v = self._messages[self._to[e, 1] : self._to[e, 1] + table.shape[1]][kept[v]]
-            given = share[v] * hat[self.first[v] : self.first[v + 1]][kept[v]]
-            tables[u, v] = table[np.ix_(kept[u], kept[v])] - to_u[:, None] - (to_v - given)[None, :]
-        return Problem(
-            seconds,
-            [b[states] for b, states in zip(self.problem.nbytes, kept, strict=True)],
-            tables,
-        )
+            rows, columns = table.shape
+            to_u = messages[network.to[e, 0] :][:rows][states[u]]
+            to_v = messages[network.to[e, 1] :][:columns][states[v]]
+            given = share[v] * hat[v]
+            chosen = table[np.ix_(states[u], states[v])]
+            tables[u, v] = chosen - to_u[:, None] - (to_v - given)[None, :]
+        nbytes = [b[chosen] for b, chosen in zip(self.problem.nbytes, states, strict=True)]
+        return Problem.distinct(seconds, nbytes, tables)
+
+    def _slices(self) -> list[tuple[int, int]]:
+        return list(itertools.pairwise(self.first.tolist()))
+
+
+def _network(problem: Problem) -> Network:
+    sizes = np.array([len(seconds) for seconds in problem.seconds], np.int64)
+    ends = np.array([*problem.tables], np.int64).reshape(-1, 2)
+    begin: dict[int, int] = {}
+    data: list[np.ndarray] = []
+    size = 0
+    for pair, table in problem.tables.items():
+        kind = problem.table_kinds[pair]
+        if kind not in begin:
+            begin[kind] = size
+            data.append(np.ascontiguousarray(table, float).reshape(-1))
+            size += table.size
+    near: list[list[int]] = [[] for _ in sizes]
+    for e, (u, v) in enumerate(ends):
+        near[u].append(e)
+        near[v].append(e)
+    lengths = sizes[ends].reshape(-1)
+    return Network(
+        first=np.concatenate([[0], np.cumsum(sizes)]),
+        ends=ends,
+        data=np.concatenate([*data, np.zeros(1)]),
+        table=np.array([begin[problem.table_kinds[pair]] for pair in problem.tables], np.int64),
+        near_first=np.concatenate([[0], np.cumsum([len(tables) for tables in near])]),
+        near=np.array([e for tables in near for e in tables], np.int64),
+        to=(np.cumsum(lengths) - lengths).reshape(-1, 2),
+    )
 
 
 @njit(cache=True)
-def _hat(v, own, messages, first, ends, near_first, near, to, hat):  # noqa: ANN001, ANN202
-    """Writes a variable's cost with all messages to it; (tables to earlier variables, tables to later ones)."""
-    a, n = first[v], first[v + 1] - first[v]
-    for x in range(n):
-        hat[x] = own[a + x]
-    earlier = later = 0
-    for j in range(near_first[v], near_first[v + 1]):
-        e = near[j]
-        side = 1 if ends[e, 1] == v else 0
+def _hat(v, costs, messages, network, hat):
+    """Writes the costs of a variable with all messages to it into `hat` (the paper's symbol).
+
+    Returns:
+        (number of tables to earlier variables, number of tables to later ones).
+    """
+    begin = network.first[v]
+    size = network.first[v + 1] - begin
+    for x in range(size):
+        hat[x] = costs[begin + x]
+    earlier = 0
+    later = 0
+    for j in range(network.near_first[v], network.near_first[v + 1]):
+        e = network.near[j]
+        side = 1 if network.ends[e, 1] == v else 0
         if side:
             earlier += 1
         else:
             later += 1
-        m = to[e, side]
-        for x in range(n):
-            hat[x] += messages[m + x]
+        message = network.to[e, side]
+        for x in range(size):
+            hat[x] += messages[message + x]
     return earlier, later
 
 
 @njit(cache=True, fastmath={"nnan", "nsz"})
-def _pass(back, own, messages, first, ends, data, table, near_first, near, to):  # noqa: ANN001, ANN202
-    """One pass over all variables: the messages on (to later ones, or `back` to earlier ones), and the bound that they give."""
-    count = len(first) - 1
+def _pass(back, costs, messages, network):
+    """One pass over all variables, which updates messages; the lower bound.
+
+    It updates the messages to later variables, or to earlier ones if `back`.
+    """
+    count = len(network.first) - 1
     widest = 0
     for v in range(count):
-        widest = max(widest, first[v + 1] - first[v])
-    hat, give, out = np.empty(widest), np.empty(widest), np.empty(widest)
+        widest = max(widest, network.first[v + 1] - network.first[v])
+    hat = np.empty(widest)
+    give = np.empty(widest)
+    out = np.empty(widest)
+    near_side = 1 if back else 0
+    far_side = 0 if back else 1
     bound = 0.0
     for step in range(count):
         v = count - 1 - step if back else step
-        n = first[v + 1] - first[v]
-        earlier, later = _hat(v, own, messages, first, ends, near_first, near, to, hat)
+        size = network.first[v + 1] - network.first[v]
+        earlier, later = _hat(v, costs, messages, network, hat)
         share = 1.0 / max(earlier, later, 1)
-        least = np.inf
-        for x in range(n):
-            least = min(least, hat[x])
-        bound += (1 - share * (earlier if back else later)) * least
-        for j in range(near_first[v], near_first[v + 1]):
-            e = near[j]
-            if (ends[e, 1] == v) != back:
+        minimum = np.inf
+        for x in range(size):
+            minimum = min(minimum, hat[x])
+        bound += (1 - share * (earlier if back else later)) * minimum
+        for j in range(network.near_first[v], network.near_first[v + 1]):
+            e = network.near[j]
+            if (network.ends[e, 1] == v) != back:
                 continue
-            mine, theirs = (1, 0) if back else (0, 1)
-            m, w = to[e, mine], ends[e, theirs]
-            k, at, r = first[w + 1] - first[w], table[e], to[e, theirs]
-            for x in range(n):
-                give[x] = share * hat[x] - messages[m + x]
-            low = np.inf
-            if back:  # rows are the other's states
-                for y in range(k):
-                    best = np.inf
-                    row = at + y * n
-                    for x in range(n):
-                        best = min(best, give[x] + data[row + x])
-                    out[y] = best
-                    low = min(low, best)
+            incoming = network.to[e, near_side]
+            for x in range(size):
+                give[x] = share * hat[x] - messages[incoming + x]
+            other = network.ends[e, far_side]
+            other_size = network.first[other + 1] - network.first[other]
+            begin = network.table[e]
+            if back:
+                minimum = _row_minima(network.data, begin, give, size, out, other_size)
             else:
-                for y in range(k):
-                    out[y] = give[0] + data[at + y]
-                for x in range(1, n):
-                    g, row = give[x], at + x * k
-                    for y in range(k):
-                        out[y] = min(out[y], g + data[row + y])
-                for y in range(k):
-                    low = min(low, out[y])
-            for y in range(k):
-                messages[r + y] = out[y] - low
-            bound += low
+                minimum = _column_minima(network.data, begin, give, size, out, other_size)
+            outgoing = network.to[e, far_side]
+            for y in range(other_size):
+                messages[outgoing + y] = out[y] - minimum
+            bound += minimum
     return bound
 
 
+@njit(cache=True, fastmath={"nnan", "nsz"})
+def _row_minima(data, begin, give, size, out, other_size):
+    """out[y] = least give[x] + table[y, x] over x; the least of all."""
+    minimum = np.inf
+    for y in range(other_size):
+        best = np.inf
+        row = begin + y * size
+        for x in range(size):
+            best = min(best, give[x] + data[row + x])
+        out[y] = best
+        minimum = min(minimum, best)
+    return minimum
+
+
+@njit(cache=True, fastmath={"nnan", "nsz"})
+def _column_minima(data, begin, give, size, out, other_size):
+    """out[y] = least give[x] + table[x, y] over x; the least of all."""
+    for y in range(other_size):
+        out[y] = give[0] + data[begin + y]
+    for x in range(1, size):
+        given = give[x]
+        row = begin + x * other_size
+        for y in range(other_size):
+            out[y] = min(out[y], given + data[row + y])
+    minimum = np.inf
+    for y in range(other_size):
+        minimum = min(minimum, out[y])
+    return minimum
+
+
 @njit(cache=True)
-def _hats(own, messages, first, ends, data, table, near_first, near, to):  # noqa: ANN001, ANN202
-    """Every variable's cost with all messages to it, and the part of it that each of its tables to earlier ones takes."""
+def _hats(costs, messages, network):
+    """Costs of all variables with all messages to them, and each variable's share per table."""
+    first = network.first
     count = len(first) - 1
-    hat, share = np.empty(first[count]), np.empty(count)
+    hats = np.empty(first[count])
+    share = np.empty(count)
     for v in range(count):
-        earlier, later = _hat(
-            v, own, messages, first, ends, near_first, near, to, hat[first[v] : first[v + 1]]
-        )
+        hat = hats[first[v] : first[v + 1]]
+        earlier, later = _hat(v, costs, messages, network, hat)
         share[v] = 1.0 / max(earlier, later, 1)
-    return hat, share
+    return hats, share
 
 
 @njit(cache=True)
-def _over(own, messages, first, ends, data, table, near_first, near, to):  # noqa: ANN001, ANN202
-    """How far the least sum with each state lies above the bound, at least; after a pass back."""
+def _excess(costs, messages, network):
+    """Per state, a lower bound on its least sum above the bound; to be called after a pass back."""
+    first = network.first
     count = len(first) - 1
-    hat, share = _hats(own, messages, first, ends, data, table, near_first, near, to)
-    over = np.zeros(first[count])
+    hats, share = _hats(costs, messages, network)
+    excess = np.zeros(first[count])
     for v in range(count):
         earlier = 0
-        for j in range(near_first[v], near_first[v + 1]):
-            earlier += ends[near[j], 1] == v
-        least = hat[first[v] : first[v + 1]].min()
+        for j in range(network.near_first[v], network.near_first[v + 1]):
+            earlier += network.ends[network.near[j], 1] == v
+        minimum = hats[first[v] : first[v + 1]].min()
         for x in range(first[v], first[v + 1]):
-            over[x] = (1 - earlier * share[v]) * (hat[x] - least)
-    for e in range(len(ends)):
-        u, v = ends[e]
-        n, k, at = first[u + 1] - first[u], first[v + 1] - first[v], table[e]
-        rows, columns = np.full(n, np.inf), np.full(k, np.inf)
-        for x in range(n):
-            to_u = messages[to[e, 0] + x]
-            for y in range(k):
-                cost = (
-                    data[at + x * k + y]
-                    - to_u
-                    - messages[to[e, 1] + y]
-                    + share[v] * hat[first[v] + y]
-                )
-                rows[x] = min(rows[x], cost)
-                columns[y] = min(columns[y], cost)
-        least = rows.min()
-        for x in range(n):
-            over[first[u] + x] += rows[x] - least
-        for y in range(k):
-            over[first[v] + y] += columns[y] - least
-    return over
+            excess[x] = (1 - earlier * share[v]) * (hats[x] - minimum)
+    for e in range(len(network.ends)):
+        u, v = network.ends[e]
+        rows, columns = _table_minima(e, share[v], hats, messages, network)
+        minimum = rows.min()
+        for x in range(len(rows)):
+            excess[first[u] + x] += rows[x] - minimum
+        for y in range(len(columns)):
+            excess[first[v] + y] += columns[y] - minimum
+    return excess
 
 
 @njit(cache=True)
-def _decoded(own, messages, first, ends, data, table, near_first, near, to):  # noqa: ANN001, ANN202
+def _table_minima(e, share, hats, messages, network):
+    """Least entry per row and per column of a table, its costs moved by the messages."""
+    u, v = network.ends[e]
+    first = network.first
+    height = first[u + 1] - first[u]
+    width = first[v + 1] - first[v]
+    rows = np.full(height, np.inf)
+    columns = np.full(width, np.inf)
+    for x in range(height):
+        row = network.table[e] + x * width
+        to_u = messages[network.to[e, 0] + x]
+        for y in range(width):
+            to_v = messages[network.to[e, 1] + y]
+            cost = network.data[row + y] - to_u - to_v + share * hats[first[v] + y]
+            rows[x] = min(rows[x], cost)
+            columns[y] = min(columns[y], cost)
+    return rows, columns
+
+
+@njit(cache=True)
+def _decoded(costs, messages, network):
+    """States chosen one after the other."""
+    first = network.first
     count = len(first) - 1
     chosen = np.zeros(count, np.int64)
     for v in range(count):
-        n = first[v + 1] - first[v]
-        cost = own[first[v] : first[v + 1]].copy()
-        for j in range(near_first[v], near_first[v + 1]):
-            e = near[j]
-            if ends[e, 1] == v:
-                row = table[e] + chosen[ends[e, 0]] * n
-                for x in range(n):
-                    cost[x] += data[row + x]
+        size = first[v + 1] - first[v]
+        cost = costs[first[v] : first[v + 1]].copy()
+        for j in range(network.near_first[v], network.near_first[v + 1]):
+            e = network.near[j]
+            if network.ends[e, 1] == v:
+                row = network.table[e] + chosen[network.ends[e, 0]] * size
+                for x in range(size):
+                    cost[x] += network.data[row + x]
             else:
-                for x in range(n):
-                    cost[x] += messages[to[e, 0] + x]
+                for x in range(size):
+                    cost[x] += messages[network.to[e, 0] + x]
         chosen[v] = np.argmin(cost)
     return chosen

@@ -1,140 +1,154 @@
-"""A graph on a machine as a cost network: candidates per operator, their costs, and tables of moves between operators.
+"""A graph on a machine as a cost network: states per operator, their costs, and tables of moves.
 
-A state of an operator is a choice together with how its variables are stored (plainly, ZeRO-1, ZeRO-3). States that no
-neighbour can tell apart are merged, cheapest first, when the search runs (`CostNetwork.problem` keeps the best for a price).
-Equal operators share their states and costs, and equal tables of moves are one array: what is the same is computed once, and is known by being the same.
+A state of an operator is a choice together with the storage of its variables (plain, ZeRO-1,
+ZeRO-3). Equal operators have one kind, and equal tables of moves too (`Problem.kinds`,
+`Problem.table_kinds`, `CostNetwork.move_kinds`): costs are computed once per kind. A kind is
+assigned by content (digest of the operator's terms; shardings and bytes of a move).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from partita.cost.evaluate import operator_cost, storage_axes
+from partita.cost.evaluate import Assignment, operator_cost, storage_axes
 from partita.cost.moves import Placement, move_table
-from partita.cost.terms import Move, OperatorTerms, Terms, cost_terms
+from partita.cost.terms import Move, OperatorTerms, StoredVariable, Terms, cost_terms
 from partita.graph.operator_graph import Label, OperatorGraph, Phase
 from partita.machine import Machine
 from partita.plans.layout import Sharding, label_sharding
 from partita.plans.plan import Mesh, Plan, Storage
-from partita.search.base import Problem
-from partita.search.candidates import LIMIT, Choice, assignment_of, candidates, choice_of, names_of
+from partita.search.base import Ends, EqualByContent, Problem, neighbour_tables, numbered
+from partita.search.candidates import (
+    LIMIT,
+    Choice,
+    assignment_of,
+    candidates,
+    choice_of,
+    names_of,
+)
 
 LEVELS = (0, 1, 3)
-"""Ways to store variables that differ in cost: ZeRO-2 is ZeRO-1 in a step that is one program."""
+"""ZeRO levels that differ in cost: ZeRO-2 is ZeRO-1 in a step that is one program."""
+
+MoveKey = tuple[int, int, Phase, Phase]
+"""(home, reader, phase, phase in which the reader reads it)."""
 
 
 @dataclass(frozen=True)
 class OperatorState:
-    """One way to run an operator: per mesh axis the place of the factor that it splits among the operator's own, -1 for none; and a ZeRO level."""
+    """One way to run an operator: its choice and a ZeRO level.
+
+    `choice`: per mesh axis the position, among the operator's own factors, of the factor that the
+    axis splits; -1 for none.
+    """
 
     choice: Choice
     zero: int
 
 
-@dataclass
-class CostNetwork:
-    """The cost network of a graph on a placed mesh, with what its states stand for. Equal operators share their lists and arrays."""
+@dataclass(frozen=True, eq=False)
+class CostNetwork(EqualByContent):
+    """The cost network of a graph on a mesh of a machine, and the meaning of its states."""
 
     graph: OperatorGraph
     placement: Placement
     terms: Terms
-    states: list[Sequence[OperatorState]]
+    states: Sequence[Sequence[OperatorState]]
     problem: Problem
-    parts: list[np.ndarray]
-    """Per operator, [PARTS, state]: the seconds of what a step does for it, hidden or not."""
-    activations: list[np.ndarray]
-    """Per operator, by state: of its bytes those of forward values that the backward pass reads."""
-    gradients: list[np.ndarray]
+    parts: Sequence[np.ndarray]
+    """Per operator, [PARTS, state]: seconds of the parts of a step, whether they overlap or not."""
+    activations: Sequence[np.ndarray]
+    """Per operator, by state: bytes of forward values that the backward pass reads."""
+    gradients: Sequence[np.ndarray]
     """Per operator, by state: bytes of the gradients of its variables."""
-    moves: dict[tuple[int, int, Phase, Phase], np.ndarray] = field(default_factory=dict)
-    """(home, reader, phase, phase in which it is read) -> seconds by state of either."""
+    moves: Mapping[MoveKey, np.ndarray]
+    """Seconds of moves, [state of home, state of reader]."""
+    move_kinds: Mapping[MoveKey, int] = field(compare=False)
+    """Number per table of moves, the same for equal tables."""
 
     @cached_property
     def neighbours(self) -> list[list[tuple[int, np.ndarray]]]:
         """Per operator, (other operator, table with its own states as rows)."""
-        found: list[list[tuple[int, np.ndarray]]] = [[] for _ in self.states]
-        for (u, v), table in self.problem.tables.items():
-            found[u].append((v, table))
-            found[v].append((u, table.T))
-        return found
+        return neighbour_tables(self.problem)
 
     @cached_property
-    def _number(self) -> dict[int, dict[OperatorState, int]]:
-        """Per list of states, state -> its number."""
-        return {
-            id(states): {state: i for i, state in enumerate(states)}
-            for states in {id(s): s for s in self.states}.values()
-        }
+    def _state_numbers(self) -> dict[int, dict[OperatorState, int]]:
+        """Per kind of operator, state -> number."""
+        numbers: dict[int, dict[OperatorState, int]] = {}
+        for kind, states in zip(self.problem.kinds, self.states, strict=True):
+            if kind not in numbers:
+                numbers[kind] = {state: i for i, state in enumerate(states)}
+        return numbers
 
     def choice(self, operator: int, state: int) -> Choice:
-        """What an operator does in one of its states, in factors of the graph."""
+        """The choice of an operator in one of its states, in factors of the graph."""
         factors = (*self.graph.operators[operator].factors, -1)
-        return tuple(factors[place] for place in self.states[operator][state].choice)
+        return tuple(factors[position] for position in self.states[operator][state].choice)
 
     def plan(self, states: Sequence[int], name: str = "found", notes: tuple[str, ...] = ()) -> Plan:
-        """The plan that states stand for."""
-        graph, mesh = self.graph, self.placement.mesh
-        choices, storage = {}, {}
+        """The plan with these states."""
+        choices: dict[str, dict[str, str]] = {}
+        storage: dict[str, Storage] = {}
         for o, i in enumerate(states):
-            choices[graph.operators[o].name] = names_of(graph, mesh, self.choice(o, i))
+            choice = self.choice(o, i)
+            operator_name = self.graph.operators[o].name
+            choices[operator_name] = names_of(self.graph, self.placement.mesh, choice)
             if self.states[o][i].zero:
                 storage |= storage_of(self, o, i)
         return Plan(
-            graph.name,
+            self.graph.name,
             self.placement.machine.name,
-            mesh,
+            self.placement.mesh,
             choices,
             storage,
             name,
-            graph.batch_size,
+            self.graph.batch_size,
             notes=notes,
         )
 
     def states_of(self, plan: Plan) -> tuple[int, ...] | None:
-        """The states that stand for a plan, None where it has a choice that is no candidate."""
-        found = []
-        for o, operator in enumerate(self.graph.operators):
-            choice = _placed(
-                self.graph,
-                o,
-                choice_of(self.graph, o, self.placement.mesh, plan.choices[operator.name]),
-            )
-            levels = {
-                plan.storage[s.path].zero
-                for s in self.terms.operators[o].stored
-                if s.path in plan.storage
-            }
-            zero = max((1 if level == 2 else level for level in levels), default=0)
-            state = self._number[id(self.states[o])].get(OperatorState(choice, zero))
-            if state is None:
+        """The states of a plan; None if one of its choices is no candidate."""
+        states = []
+        for o, kind in enumerate(self.problem.kinds):
+            number = self._state_numbers[kind].get(self._state_of(plan, o))
+            if number is None:
                 return None
-            found.append(state)
-        return tuple(found)
+            states.append(number)
+        return tuple(states)
+
+    def _state_of(self, plan: Plan, operator: int) -> OperatorState:
+        named = plan.choices[self.graph.operators[operator].name]
+        choice = choice_of(self.graph, operator, self.placement.mesh, named)
+        zero = 0
+        for variable in self.terms.operators[operator].stored:
+            if variable.path in plan.storage:
+                level = plan.storage[variable.path].zero
+                zero = max(zero, 1 if level == 2 else level)
+        return OperatorState(_positions(self.graph, operator, choice), zero)
 
 
-def _placed(graph: OperatorGraph, operator: int, factors: Sequence[int]) -> tuple[int, ...]:
-    """Factors of the graph as places among those of an operator, -1 for what is none of them."""
-    place = {f: n for n, f in enumerate(graph.operators[operator].factors)}
-    return tuple(place.get(f, -1) for f in factors)
+def _positions(graph: OperatorGraph, operator: int, factors: Sequence[int]) -> tuple[int, ...]:
+    """Positions of factors of the graph among those of an operator, -1 for any other."""
+    position = {f: n for n, f in enumerate(graph.operators[operator].factors)}
+    return tuple(position.get(f, -1) for f in factors)
 
 
 def storage_of(network: CostNetwork, operator: int, state: int) -> dict[str, Storage]:
-    """The storage of an operator's variables in a state."""
-    found, mesh = {}, network.placement.mesh
+    """The storage of an operator's variables in a state, by path."""
+    mesh = network.placement.mesh
+    zero = network.states[operator][state].zero
     assignment = assignment_of(network.choice(operator, state))
-    for s in network.terms.operators[operator].stored:
-        where = storage_axes(s, mesh, assignment)
-        if where:
-            found[s.path] = Storage(
-                where[0],
-                tuple(mesh.axes[a].name for a in where[1]),
-                network.states[operator][state].zero,
-            )
-    return found
+    storage: dict[str, Storage] = {}
+    for variable in network.terms.operators[operator].stored:
+        split = storage_axes(variable, mesh, assignment)
+        if split:
+            dim, axes = split
+            storage[variable.path] = Storage(dim, tuple(mesh.axes[a].name for a in axes), zero)
+    return storage
 
 
 def build(
@@ -145,124 +159,202 @@ def build(
     terms: Terms | None = None,
     limit: int = LIMIT,
 ) -> CostNetwork:
-    """The cost network of a graph on a machine's mesh. Every choice of the baselines is among the candidates, of which there are about `limit` at most."""
+    """The cost network of a graph on a machine's mesh.
+
+    Args:
+        baselines: plans whose choices are all among the candidates.
+        terms: cost terms of the graph, if they exist already.
+        limit: approximate maximum of choices per operator.
+    """
     placement = Placement(machine, mesh)
-    terms = terms or cost_terms(graph, machine.backend)
-    known: dict[tuple[object, ...], _Costed] = {}
-    every: list[_Costed] = []
+    if terms is None:
+        terms = cost_terms(graph, machine.backend)
+    extras = []
+    keys = []
     for o, operator in enumerate(graph.operators):
         extra = [choice_of(graph, o, mesh, plan.choices[operator.name]) for plan in baselines]
-        key = (
-            terms.operators[o].digest,
-            operator.kind,
-            *(_placed(graph, o, choice) for choice in extra),
-        )
-        if key not in known:
-            known[key] = _costed(graph, o, placement, terms.operators[o], extra, limit)
-        every.append(known[key])
-    states, seconds, nbytes, parts, kept, gradients = (
-        (list(mine) for mine in zip(*every, strict=True)) if every else ([] for _ in range(6))
+        positions = (_positions(graph, o, choice) for choice in extra)
+        extras.append(extra)
+        keys.append((terms.operators[o].digest, operator.kind, *positions))
+    kinds = numbered(keys)
+    by_kind: dict[int, _StateCosts] = {}
+    for o, kind in enumerate(kinds):
+        if kind not in by_kind:
+            choices = candidates(graph, o, mesh, extras[o], limit)
+            by_kind[kind] = _state_costs(graph, o, placement, terms.operators[o], choices)
+    costs = [by_kind[kind] for kind in kinds]
+    states = [cost.states for cost in costs]
+    tables = _MoveTables(graph, placement, states, kinds)
+    tables.add(terms.edges)
+    problem = Problem(
+        seconds=[cost.seconds for cost in costs],
+        nbytes=[cost.nbytes for cost in costs],
+        tables={ends: tables.tables[kind] for ends, kind in tables.table_kinds.items()},
+        kinds=kinds,
+        table_kinds=tables.table_kinds,
     )
-    network = CostNetwork(
-        graph, placement, terms, states, Problem(seconds, nbytes), parts, kept, gradients
+    return CostNetwork(
+        graph=graph,
+        placement=placement,
+        terms=terms,
+        states=states,
+        problem=problem,
+        parts=[cost.parts for cost in costs],
+        activations=[cost.activations for cost in costs],
+        gradients=[cost.gradients for cost in costs],
+        moves={key: tables.tables[kind] for key, kind in tables.move_kinds.items()},
+        move_kinds=tables.move_kinds,
     )
-    _add_moves(network)
-    return network
 
 
-_Costed = tuple[Sequence[OperatorState], np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""States, and by state: seconds, bytes, parts, kept, gradients."""
+@dataclass(frozen=True, eq=False)
+class _StateCosts:
+    """The states of a kind of operator, and by state its costs (attributes of CostNetwork)."""
+
+    states: Sequence[OperatorState]
+    seconds: np.ndarray
+    nbytes: np.ndarray
+    parts: np.ndarray
+    activations: np.ndarray
+    gradients: np.ndarray
 
 
-def _costed(
+def _state_costs(
     graph: OperatorGraph,
     operator: int,
     placement: Placement,
     terms: OperatorTerms,
-    extra: Sequence[Choice],
-    limit: int,
-) -> _Costed:
-    """The states of an operator, and of all that are equal to it, with what they cost."""
+    choices: Sequence[Choice],
+) -> _StateCosts:
+    """The states and costs of an operator, and of all operators of its kind."""
     levels = LEVELS if terms.stored else (0,)
-    choices = candidates(graph, operator, placement.mesh, extra, limit)
     assignments = [assignment_of(choice) for choice in choices]
     costs = [operator_cost(terms, placement, assignments, zero) for zero in levels]
-    part = lambda s, assignment: (
-        s.nbytes
-        / placement.shard_count([a for axes in label_sharding(s.label, assignment) for a in axes])
-    )  # noqa: E731
-    return (
-        [
-            OperatorState(_placed(graph, operator, choice), zero)
-            for zero in levels
-            for choice in choices
-        ],
-        np.concatenate([c.seconds for c in costs]),
-        np.concatenate([c.nbytes for c in costs]),
-        np.concatenate([c.parts() for c in costs], axis=1),
-        np.concatenate([c.activation_bytes for c in costs]),
-        np.tile(
-            [float(sum(part(s, assignment) for s in terms.stored)) for assignment in assignments],
-            len(levels),
-        ),
+    positions = [_positions(graph, operator, choice) for choice in choices]
+    gradients = [
+        float(sum(_local_bytes(variable, assignment, placement) for variable in terms.stored))
+        for assignment in assignments
+    ]
+    return _StateCosts(
+        states=[OperatorState(choice, zero) for zero in levels for choice in positions],
+        seconds=np.concatenate([cost.seconds for cost in costs]),
+        nbytes=np.concatenate([cost.nbytes for cost in costs]),
+        parts=np.concatenate([cost.parts() for cost in costs], axis=1),
+        activations=np.concatenate([cost.activation_bytes for cost in costs]),
+        gradients=np.tile(gradients, len(levels)),
     )
 
 
-def _add_moves(network: CostNetwork) -> None:
-    graph = network.graph
-    views: dict[tuple[object, ...], tuple[tuple[Sharding, ...], np.ndarray]] = {}
-    alike: dict[tuple[Choice, ...], int] = {}
-    kinds = {
-        id(states): alike.setdefault(tuple(s.choice for s in states), len(alike))
-        for states in {id(s): s for s in network.states}.values()
-    }
-    assignments = {
-        kind: [assignment_of(choice) for choice in choices] for choices, kind in alike.items()
-    }
+def _local_bytes(variable: StoredVariable, assignment: Assignment, placement: Placement) -> float:
+    """Bytes of a variable on one device."""
+    sharding = label_sharding(variable.label, assignment)
+    axes = [axis for dim_axes in sharding for axis in dim_axes]
+    return variable.nbytes / placement.shard_count(axes)
 
-    def view(operator: int, label: Label) -> tuple[tuple[Sharding, ...], np.ndarray]:
-        """(distinct shardings of a tensor under this label, which of them each state gives); the same for operators alike."""
-        kind, places = kinds[id(network.states[operator])], _placed(graph, operator, label)
-        if (kind, places) not in views:
-            number: dict[Sharding, int] = {}
-            ids = [
-                number.setdefault(label_sharding(places, assignment), len(number))
-                for assignment in assignments[kind]
-            ]
-            views[kind, places] = (tuple(number), np.array(ids))
-        return views[kind, places]
 
-    by_pair: dict[tuple[int, int, Phase, Phase], list[Move]] = {}
-    for move in network.terms.edges:
-        by_pair.setdefault((move.home, move.reader, move.phase, move.read_phase), []).append(move)
-    expanded: dict[tuple[object, ...], np.ndarray] = {}
-    totals: dict[tuple[int, ...], np.ndarray] = {}
+@dataclass(frozen=True, eq=False)
+class _View:
+    """A tensor under a label: its distinct shardings, and the number of the one of each state."""
 
-    def total(tables: list[np.ndarray]) -> np.ndarray:
-        """Their sum; of the same tables the same array."""
-        same = tuple(sorted(map(id, tables)))
-        if same not in totals:
-            totals[same] = sum(tables[1:], tables[0])
-        return totals[same]
+    number: int
+    shardings: tuple[Sharding, ...]
+    sharding_of_state: np.ndarray
 
-    turned: dict[int, np.ndarray] = {}
-    between: dict[tuple[int, int], list[np.ndarray]] = {}
-    for (home, reader, phase, wanted), moves in by_pair.items():
-        tables = []
+
+class _MoveTables:
+    """Tables of moves between operators. Equal moves between equal operators have one table.
+
+    `tables` are numbered by kind; `move_kinds` and `table_kinds` are kinds of tables: of the moves
+    of two operators in two phases, and of all seconds between two operators.
+    """
+
+    def __init__(
+        self,
+        graph: OperatorGraph,
+        placement: Placement,
+        states: Sequence[Sequence[OperatorState]],
+        kinds: Sequence[int],
+    ) -> None:
+        self.graph = graph
+        self.placement = placement
+        self.tables: list[np.ndarray] = []
+        self.move_kinds: dict[MoveKey, int] = {}
+        self.table_kinds: dict[Ends, int] = {}
+        self._kind_of_key: dict[tuple[object, ...], int] = {}
+        self._views: dict[tuple[object, ...], _View] = {}
+        choices = {}
+        for kind, operator_states in zip(kinds, states, strict=True):
+            if kind not in choices:
+                choices[kind] = tuple(state.choice for state in operator_states)
+        numbers = dict(zip(choices, numbered(choices.values()), strict=True))
+        self._choice_kinds = [numbers[kind] for kind in kinds]
+        """Per operator, a number that operators with the same choices share."""
+        self._assignments = {
+            numbers[kind]: [assignment_of(choice) for choice in choices[kind]] for kind in numbers
+        }
+
+    def add(self, moves: Sequence[Move]) -> None:
+        """Fills `move_kinds` and `table_kinds`."""
+        by_key: dict[MoveKey, list[Move]] = {}
         for move in moves:
-            sources, rows = view(home, move.source)
-            targets, columns = view(reader, move.target)
-            if len(sources) == len(targets) == 1 and sources == targets:
+            key = move.home, move.reader, move.phase, move.read_phase
+            by_key.setdefault(key, []).append(move)
+        between: dict[Ends, list[int]] = {}
+        for key, moves_of_key in by_key.items():
+            home, reader, *_ = key
+            kinds = [self._move(move) for move in moves_of_key]
+            kinds = [kind for kind in kinds if kind is not None]
+            if not kinds:
                 continue
-            key = (id(sources), id(targets), move.nbytes, move.trips, move.sums)
-            if key not in expanded:
-                expanded[key] = move_table(move, network.placement, sources, targets)[
-                    np.ix_(rows, columns)
-                ]
-            tables.append(expanded[key])
-        if tables:
-            network.moves[home, reader, phase, wanted] = total(tables)
+            self.move_kinds[key] = self._sum(kinds)
             if home > reader:
-                tables = [turned.setdefault(id(t), t.T) for t in tables]
-            between.setdefault((min(home, reader), max(home, reader)), []).extend(tables)
-    network.problem.tables |= {ends: total(tables) for ends, tables in between.items()}
+                kinds = [self._transposed(kind) for kind in kinds]
+            ends = (min(home, reader), max(home, reader))
+            between.setdefault(ends, []).extend(kinds)
+        self.table_kinds = {ends: self._sum(kinds) for ends, kinds in between.items()}
+
+    def _move(self, move: Move) -> int | None:
+        """Kind of the table of one move; None if nothing ever moves."""
+        source = self._view(move.home, move.source)
+        target = self._view(move.reader, move.target)
+        fixed = len(source.shardings) == len(target.shardings) == 1
+        if fixed and source.shardings == target.shardings:
+            return None
+        key = ("move", source.number, target.number, move.nbytes, move.trips, move.sums)
+        if key not in self._kind_of_key:
+            seconds = move_table(move, self.placement, source.shardings, target.shardings)
+            pairs = np.ix_(source.sharding_of_state, target.sharding_of_state)
+            self._new(key, seconds[pairs])
+        return self._kind_of_key[key]
+
+    def _view(self, operator: int, label: Label) -> _View:
+        """A tensor of an operator under a label; the same for operators with the same choices."""
+        positions = _positions(self.graph, operator, label)
+        key = (self._choice_kinds[operator], positions)
+        if key not in self._views:
+            assignments = self._assignments[self._choice_kinds[operator]]
+            shardings = [label_sharding(positions, assignment) for assignment in assignments]
+            distinct = tuple(dict.fromkeys(shardings))
+            self._views[key] = _View(len(self._views), distinct, np.array(numbered(shardings)))
+        return self._views[key]
+
+    def _sum(self, kinds: Sequence[int]) -> int:
+        """Kind of the sum of tables."""
+        if len(kinds) == 1:
+            return kinds[0]
+        key = ("sum", *sorted(kinds))
+        if key not in self._kind_of_key:
+            tables = [self.tables[kind] for kind in kinds]
+            self._new(key, sum(tables[1:], tables[0]))
+        return self._kind_of_key[key]
+
+    def _transposed(self, kind: int) -> int:
+        """Kind of a transposed table."""
+        key = ("transposed", kind)
+        if key not in self._kind_of_key:
+            self._new(key, self.tables[kind].T)
+        return self._kind_of_key[key]
+
+    def _new(self, key: tuple[object, ...], table: np.ndarray) -> None:
+        self._kind_of_key[key] = len(self.tables)
+        self.tables.append(table)

@@ -8,7 +8,7 @@ weighted sums of its figures, and the exact search of `search.elimination` appli
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -43,10 +43,10 @@ class ShapeCosts:
         self.exposed_share = 1 - network.placement.machine.backend.overlap
         shared: dict[int, OperatorFigures] = {}
         self.figures: list[OperatorFigures] = []
-        for operator, parts in enumerate(network.parts):
-            if id(parts) not in shared:
-                shared[id(parts)] = self._figures(operator)
-            self.figures.append(shared[id(parts)])
+        for operator, kind in enumerate(network.problem.kinds):
+            if kind not in shared:
+                shared[kind] = self._figures(operator)
+            self.figures.append(shared[kind])
 
     def _figures(self, operator: int) -> OperatorFigures:
         """Figures by state of an operator."""
@@ -86,23 +86,24 @@ class ShapeCosts:
         shape = self.shape
         in_flight = 0.0 if shape.rematerialize else shape.in_flight
         extra_forward = shape.forward_passes - 1
+        problem = self.network.problem
         seconds: dict[int, np.ndarray] = {}
         nbytes: dict[int, np.ndarray] = {}
-        for figures in self.figures:
-            if id(figures) not in seconds:
+        for kind, figures in zip(problem.kinds, self.figures, strict=True):
+            if kind not in seconds:
                 microbatch = figures.microbatch + extra_forward * figures.forward
-                seconds[id(figures)] = microbatch * shape.passes + figures.once
-                nbytes[id(figures)] = figures.fixed + figures.activations * in_flight
-        problem = Problem(
-            [seconds[id(figures)] for figures in self.figures],
-            [nbytes[id(figures)] for figures in self.figures],
-        )
+                seconds[kind] = microbatch * shape.passes + figures.once
+                nbytes[kind] = figures.fixed + figures.activations * in_flight
         tables: dict[int, np.ndarray] = {}
-        for ends, table in self.network.problem.tables.items():
-            if id(table) not in tables:
-                tables[id(table)] = table * shape.passes
-            problem.tables[ends] = tables[id(table)]
-        return problem
+        for ends, kind in problem.table_kinds.items():
+            if kind not in tables:
+                tables[kind] = problem.tables[ends] * shape.passes
+        return replace(
+            problem,
+            seconds=[seconds[kind] for kind in problem.kinds],
+            nbytes=[nbytes[kind] for kind in problem.kinds],
+            tables={ends: tables[kind] for ends, kind in problem.table_kinds.items()},
+        )
 
     def estimate(
         self, mesh: Mesh, cuts: Cuts, states: Sequence[int], limit_bytes: float

@@ -429,11 +429,12 @@ class _Sketcher:
         """The network of the states, without what sketches do not need."""
         return replace(
             self.costs.network,
-            problem=Problem([], []),
+            problem=Problem.of([], []),
             parts=[],
             activations=[],
             gradients=[],
             moves={},
+            move_kinds={},
         )
 
     def at_price(self, price: float) -> Sketch | None:

@@ -1,11 +1,12 @@
-"""The searches behind one form: each takes a `Space` and `Limits` and returns a SearchResult whose seconds are those of the simulated step.
+"""The searches behind one form: `SearchSpace` and `Limits` in, `SearchResult` out.
 
-    elimination  the least sum, exactly; where collectives hide behind kernels the best step may be another
-    mcmc         walks from the baselines alone, as FlexFlow walks
-    exhaustive   the shortest step, proved; as long as it takes
-    portfolio    elimination, walks from what it found and from all baselines, and a proof where the space is small
+    elimination  the least sum, exactly; a shorter step may exist where collectives overlap
+    mcmc         Markov chains from the baselines alone, as in FlexFlow
+    exhaustive   the shortest step, proved, without a time limit of its own
+    portfolio    elimination, chains from its plan and all baselines, a proof for small networks
 
-A bound holds for every plan of the space, whichever search states it.
+The seconds of a result are those of the simulated step. Its bound holds for every plan of the
+space, whichever search states it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -28,18 +29,22 @@ from partita.search.reduce import Reduced, reduce
 from partita.search.simulated import Simulated, relaxed, simulated
 
 PROPOSALS = 1 << 27
-"""Proposals of a walk times tasks of the step, unless seconds are given: a second or two."""
+"""Proposals of chains times tasks of the step, unless seconds are given: a second or two."""
+MIN_PROPOSALS = 20_000
 MIN_GAIN = 0.01
-"""What a walk must gain over the exact plan, which is the more regular one: less than predictions can tell apart is not worth it."""
+"""Least relative gain of a plan over the exact one, which is the more regular plan.
+
+A smaller gain is below the error of predictions.
+"""
 SMALL = 24
-"""Operators of a network for which the portfolio tries a proof."""
+"""Operators of a network up to which the portfolio tries a proof."""
 NODES = 3_000_000
-"""Choices that such a proof may make: a second or two."""
+"""Choices of such a proof, at most: a second or two."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a search may use: bytes of a device, seconds (None: a fixed number of proposals), and what its random numbers begin with."""
+    """Limits of a search: bytes of a device, seconds (None: a fixed number of proposals), seed."""
 
     budget: float = np.inf
     seconds: float | None = None
@@ -47,18 +52,20 @@ class Limits:
     report: Report | None = None
 
 
-@dataclass(frozen=True, eq=False)
 class SearchSpace:
-    """A cost network with what searches need of it, made when it is first asked for. `baselines` are states to begin walks from."""
+    """A cost network with its derived problems, each computed at its first use.
 
-    network: CostNetwork
-    baselines: Sequence[Sequence[int]]
-    _least: dict[float, tuple[SearchResult, tuple[int, ...]]] = field(
-        default_factory=dict, repr=False
-    )
+    `baselines` are states from which Markov chains start.
+    """
+
+    def __init__(self, network: CostNetwork, baselines: Sequence[Sequence[int]]) -> None:
+        self.network = network
+        self.baselines = baselines
+        self._exact: dict[float, tuple[SearchResult, tuple[int, ...]]] = {}
 
     @cached_property
     def reduced(self) -> Reduced:
+        """The additive problem, reduced."""
         return reduce(self.network.problem)
 
     @cached_property
@@ -67,12 +74,12 @@ class SearchSpace:
 
     @cached_property
     def relaxed(self) -> Problem:
-        """An additive problem that no simulated step is shorter than."""
+        """An additive lower bound of every simulated step."""
         return relaxed(self.network)
 
     @cached_property
-    def below(self) -> Reduced:
-        """The same, with less to look at and the same optimum."""
+    def reduced_relaxed(self) -> Reduced:
+        """The lower bound, reduced."""
         return reduce(self.relaxed)
 
     @property
@@ -80,32 +87,27 @@ class SearchSpace:
         """Whether a step may be shorter than the sum of its parts."""
         return self.network.placement.machine.backend.overlap > 0
 
-    def least_sum(self, limits: Limits) -> SearchResult:
-        """The least sum; its seconds are the sum."""
-        result = eliminate(self.reduced.problem, limits.budget, limits.report)
-        return replace(result, states=self.reduced.lift(result.states))
+    def exact(self, limits: Limits) -> tuple[SearchResult, tuple[int, ...]]:
+        """(result of the least sum, states of the least lower bound), computed once per budget.
 
-    def least(self, limits: Limits) -> tuple[SearchResult, tuple[int, ...]]:
-        """(least sum; what is least below all steps). The result's seconds are the step's, and its bound that of every step.
-
-        Searches begin with it, one after the other: it is made once for a budget.
+        The result's seconds are those of the step, and its bound holds for every step.
         """
-        if limits.budget not in self._least:
-            found = self._searched(limits)
-            if found[0].stopped:
-                return found
-            self._least[limits.budget] = found
-        return self._least[limits.budget]
+        if limits.budget not in self._exact:
+            answer = self._compute_exact(limits)
+            if answer[0].stopped:
+                return answer
+            self._exact[limits.budget] = answer
+        return self._exact[limits.budget]
 
-    def _searched(self, limits: Limits) -> tuple[SearchResult, tuple[int, ...]]:
-        exact = self.least_sum(limits)
-        if not self.overlaps or not exact.feasible or exact.stopped:
-            return exact, exact.states
-        below = eliminate(self.below.problem, limits.budget)
-        seconds = self.simulated.seconds(exact.states)
-        return replace(exact, seconds=seconds, bound=min(below.bound, seconds)), self.below.lift(
-            below.states
-        )
+    def _compute_exact(self, limits: Limits) -> tuple[SearchResult, tuple[int, ...]]:
+        result = eliminate(self.reduced.problem, limits.budget, limits.report)
+        result = replace(result, states=self.reduced.lift(result.states))
+        if not self.overlaps or not result.feasible or result.stopped:
+            return result, result.states
+        lower = eliminate(self.reduced_relaxed.problem, limits.budget)
+        seconds = self.simulated.seconds(result.states)
+        result = replace(result, seconds=seconds, bound=min(lower.bound, seconds))
+        return result, self.reduced_relaxed.lift(lower.states)
 
 
 Search = Callable[[SearchSpace, Limits], SearchResult]
@@ -113,46 +115,45 @@ Search = Callable[[SearchSpace, Limits], SearchResult]
 
 def elimination(space: SearchSpace, limits: Limits) -> SearchResult:
     """The least sum of a plan's parts, exactly."""
-    return space.least(limits)[0]
+    return space.exact(limits)[0]
 
 
 def mcmc(space: SearchSpace, limits: Limits) -> SearchResult:
-    """Walks on the simulator from those baselines that fit; where none does, from the least sum."""
-    exact, _ = space.least(limits)
+    """Markov chains from the baselines that fit; from the least sum if none does."""
+    exact, _ = space.exact(limits)
     if not exact.feasible or exact.stopped:
         return exact
-    starts = [s for s in space.baselines if space.simulated.memory_bytes(s) <= limits.budget] or [
-        exact.states
-    ]
-    return _walked(space, limits, starts, exact.bound)
+    starts = [s for s in space.baselines if space.simulated.memory_bytes(s) <= limits.budget]
+    return _sampled(space, limits, starts or [exact.states], exact.bound)
 
 
 def exhaustive(space: SearchSpace, limits: Limits) -> SearchResult:
-    """The shortest step, proved; where the seconds run out, the best so far."""
-    exact, _ = space.least(limits)
+    """The shortest step, proved; the best so far if the seconds run out."""
+    exact, _ = space.exact(limits)
     if not exact.feasible or exact.stopped:
         return exact
-    found = _walked(
-        space, replace(limits, seconds=None), [exact.states, *space.baselines], exact.bound
-    )
+    starts = [exact.states, *space.baselines]
+    sampled = _sampled(space, replace(limits, seconds=None), starts, exact.bound)
     seconds = np.inf if limits.seconds is None else limits.seconds
-    return _proved(space, limits, found, seconds)
+    return _proved(space, limits, sampled, seconds)
 
 
 def portfolio(space: SearchSpace, limits: Limits) -> SearchResult:
-    """The least sum, then walks from it and from all baselines, then a proof where the space is small."""
-    begun = time.perf_counter()
-    exact, below = space.least(limits)
+    """The least sum, chains from it and from all baselines, then a proof for small networks."""
+    begin = time.perf_counter()
+    exact, lower_states = space.exact(limits)
     if not space.overlaps or not exact.feasible or exact.stopped:
         return exact
-    found = _walked(space, limits, [exact.states, below, *space.baselines], exact.bound)
-    over = limits.seconds is not None and time.perf_counter() - begun > limits.seconds
-    if found.gap > 0 and len(space.network.states) <= SMALL and not found.stopped and not over:
-        proved = _proved(space, limits, found, np.inf, NODES)
-        found = replace(proved, history=(*found.history, *proved.history), stopped=False)
-    if exact.seconds <= found.seconds * (1 + MIN_GAIN):
-        found = replace(found, states=exact.states, seconds=exact.seconds, nbytes=exact.nbytes)
-    return replace(found, history=(*exact.history, *found.history))
+    starts = [exact.states, lower_states, *space.baselines]
+    result = _sampled(space, limits, starts, exact.bound)
+    out_of_time = limits.seconds is not None and time.perf_counter() - begin > limits.seconds
+    provable = result.gap > 0 and len(space.network.states) <= SMALL
+    if provable and not result.stopped and not out_of_time:
+        proved = _proved(space, limits, result, np.inf, NODES)
+        result = replace(proved, history=(*result.history, *proved.history), stopped=False)
+    if exact.seconds <= result.seconds * (1 + MIN_GAIN):
+        result = replace(result, states=exact.states, seconds=exact.seconds, nbytes=exact.nbytes)
+    return replace(result, history=(*exact.history, *result.history))
 
 
 def _proved(
@@ -162,7 +163,7 @@ def _proved(
     seconds: float,
     nodes: int = sys.maxsize,
 ) -> SearchResult:
-    """The proof of a result, or a better one on the way; the result itself with a sentence if the proof fails."""
+    """The proof of a result, or of a better one; the result with its failures if the proof fails."""
     proofs: list[SearchResult] = []
 
     def attempt() -> None:
@@ -181,21 +182,27 @@ def _proved(
     return proofs[0] if proofs else replace(result, failures=failures)
 
 
-def _walked(
+def _sampled(
     space: SearchSpace, limits: Limits, starts: Sequence[Sequence[int]], bound: float
 ) -> SearchResult:
-    problem, seconds = space.simulated, limits.seconds
-    most = None if seconds is not None else max(20_000, PROPOSALS // max(1, problem.tasks.count))
-    return run_chains(
+    """The best states of Markov chains, within seconds or a fixed number of proposals."""
+    problem = space.simulated
+    proposals = None
+    seconds = limits.seconds
+    if seconds is None:
+        proposals = max(MIN_PROPOSALS, PROPOSALS // max(1, problem.tasks.count))
+        seconds = np.inf
+    result, _ = run_chains(
         problem,
         starts,
         limits.budget,
         bound,
-        np.inf if seconds is None else seconds,
+        seconds,
         limits.seed,
         limits.report,
-        most,
-    )[0]
+        proposals,
+    )
+    return result
 
 
 SEARCHES: Mapping[str, Search] = {

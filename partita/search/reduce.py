@@ -1,125 +1,170 @@
-"""A smaller problem with the same optimum: states that no neighbour can tell apart are merged, and states that another beats
-whatever the neighbours do are dropped.
+"""A smaller problem with the same optimum.
 
-The second is dead-end elimination (Goldstein, Biophysical Journal 1994): state j beats i if it takes no more bytes and even where the
-neighbours suit i best, i costs more. It holds for every price of memory.
+1. States that no neighbour can tell apart are merged: equal rows in every table.
+2. States that another state beats under all states of the neighbours are dropped. This is dead-end
+   elimination (Goldstein, Biophysical Journal 1994): state j beats i if it takes no more bytes and
+   i costs more even where the neighbours suit i best. It holds for every price of memory.
+
+Equal variables between equal tables are reduced once: the work grows with the number of kinds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from partita.search.base import Problem
+from partita.search.base import Ends, Problem, numbered
+
+RIVALS = 10
+"""States of a variable that all others are compared with: the best ones beside ideal neighbours."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reduced:
-    """A smaller problem, and per variable the state of the whole problem that each of its states stands for."""
+    """A smaller problem, and per variable the original number of each of its states."""
 
     problem: Problem
-    origin: list[np.ndarray]
+    origin: tuple[tuple[int, ...], ...]
 
-    def lift(self, states: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(int(o[i]) for o, i in zip(self.origin, states, strict=True))
+    def lift(self, states: Sequence[int]) -> tuple[int, ...]:
+        """States of the original problem."""
+        return tuple(origin[i] for origin, i in zip(self.origin, states, strict=True))
 
 
 def reduce(problem: Problem) -> Reduced:
-    """The problem without states that cannot be better than those that are left.
-
-    Equal operators share their arrays, and what is computed from the same arrays is computed once.
-    """
-    keys = _seen_alike(problem)
-    found: dict[tuple[int, ...], np.ndarray] = {}
-    origin = []
-    for v, own in enumerate(keys):
-        key = (id(problem.seconds[v]), id(problem.nbytes[v]), *map(id, own))
-        if key not in found:
-            found[key] = _merged(problem, v, own)
-        origin.append(found[key])
-    once = _restricted(problem, origin)
-    kept = _undominated(once)
-    return Reduced(_restricted(once, kept), [o[k] for o, k in zip(origin, kept, strict=True)])
+    """The problem without states that cannot be better than the remaining ones."""
+    merged = _merge(problem)
+    smaller = _restrict(problem, merged)
+    surviving = _drop_beaten(smaller)
+    origin = tuple(
+        tuple(first[second].tolist())
+        for first, second in zip(merged.states, surviving.states, strict=True)
+    )
+    return Reduced(_restrict(smaller, surviving), origin)
 
 
-def _restricted(problem: Problem, kept: list[np.ndarray]) -> Problem:
-    made: dict[tuple[int, ...], np.ndarray] = {}
+@dataclass(frozen=True, eq=False)
+class _Selection:
+    """Per variable the selected states, and a kind: equal kinds select equal states."""
 
-    def part(whole: np.ndarray, *states: np.ndarray) -> np.ndarray:
-        key = (id(whole), *map(id, states))
-        if key not in made:
-            made[key] = whole[np.ix_(*states)]
-        return made[key]
+    states: Sequence[np.ndarray]
+    kinds: Sequence[int]
 
+
+def _restrict(problem: Problem, selection: _Selection) -> Problem:
+    """The problem of the selected states."""
+    states, kinds = selection.states, selection.kinds
+    seconds: dict[int, np.ndarray] = {}
+    nbytes: dict[int, np.ndarray] = {}
+    for v, kind in enumerate(kinds):
+        if kind not in seconds:
+            seconds[kind] = problem.seconds[v][states[v]]
+            nbytes[kind] = problem.nbytes[v][states[v]]
+    keys = [(problem.table_kinds[u, v], kinds[u], kinds[v]) for u, v in problem.tables]
+    table_kinds: dict[Ends, int] = dict(zip(problem.tables, numbered(keys), strict=True))
+    cut: dict[int, np.ndarray] = {}
+    for (u, v), kind in table_kinds.items():
+        if kind not in cut:
+            cut[kind] = problem.tables[u, v][np.ix_(states[u], states[v])]
     return Problem(
-        [part(s, k) for s, k in zip(problem.seconds, kept, strict=True)],
-        [part(b, k) for b, k in zip(problem.nbytes, kept, strict=True)],
-        {(u, v): part(t, kept[u], kept[v]) for (u, v), t in problem.tables.items()},
+        seconds=[seconds[kind] for kind in kinds],
+        nbytes=[nbytes[kind] for kind in kinds],
+        tables={ends: cut[kind] for ends, kind in table_kinds.items()},
+        kinds=kinds,
+        table_kinds=table_kinds,
     )
 
 
-def _seen_alike(problem: Problem) -> list[list[np.ndarray]]:
-    """Per variable and table, a number per state that states with equal rows share."""
-    keys: list[list[np.ndarray]] = [[] for _ in range(problem.size)]
-    numbered: dict[tuple[int, bool], np.ndarray] = {}
-    for (u, v), table in problem.tables.items():
-        for at, turned in ((u, False), (v, True)):
-            if (id(table), turned) not in numbered:
-                numbered[id(table), turned] = _classes(table.T if turned else table)
-            keys[at].append(numbered[id(table), turned])
-    return keys
+def _neighbourhoods(problem: Problem) -> list[list[tuple[Ends, bool]]]:
+    """Per variable, (ends of a table, whether the variable's states are its columns)."""
+    around: list[list[tuple[Ends, bool]]] = [[] for _ in range(problem.size)]
+    for u, v in problem.tables:
+        around[u].append(((u, v), False))
+        around[v].append(((u, v), True))
+    return around
 
 
-def _merged(problem: Problem, v: int, keys: list[np.ndarray]) -> np.ndarray:
-    """Of all states with equal rows in every table, those that are best in seconds or bytes (the Pareto front)."""
-    label = np.zeros(len(problem.seconds[v]), np.int64)
-    for k in keys:
-        label = np.unique(np.stack([label, k]), axis=1, return_inverse=True)[1].reshape(-1)
-    keep, last, least = [], -1, np.inf
-    for i in np.lexsort((problem.nbytes[v], problem.seconds[v], label)):
-        if label[i] != last:
-            last, least = label[i], np.inf
-        if problem.nbytes[v][i] < least:
-            keep.append(i)
-            least = problem.nbytes[v][i]
-    return np.array(sorted(keep))
+def _kinds_with_tables(
+    problem: Problem, around: Sequence[Sequence[tuple[Ends, bool]]]
+) -> tuple[int, ...]:
+    """Number per variable, equal for equal variables with equal tables in the same order."""
+    keys = []
+    for kind, tables in zip(problem.kinds, around, strict=True):
+        keys.append((kind, *((problem.table_kinds[ends], turned) for ends, turned in tables)))
+    return numbered(keys)
 
 
-RIVALS = 10
-"""States of a variable that all others are held against: those that look best when every neighbour suits them."""
+def _oriented(problem: Problem, ends: Ends, turned: bool) -> np.ndarray:
+    return problem.tables[ends].T if turned else problem.tables[ends]
 
 
-def _undominated(problem: Problem) -> list[np.ndarray]:
-    near: list[list[tuple[np.ndarray, bool]]] = [[] for _ in range(problem.size)]
-    for (u, v), t in problem.tables.items():
-        near[u].append((t, False))
-        near[v].append((t, True))
-    found: dict[tuple[int, ...], np.ndarray] = {}
-    kept = []
-    for seconds, nbytes, tables in zip(problem.seconds, problem.nbytes, near, strict=True):
-        key = (id(seconds), id(nbytes), *(2 * id(t) + turned for t, turned in tables))
-        if key not in found:
-            found[key] = _best(seconds, nbytes, [t.T if turned else t for t, turned in tables])
-        kept.append(found[key])
-    return kept
+def _merge(problem: Problem) -> _Selection:
+    """The states that remain when states with equal rows in every table are merged."""
+    around = _neighbourhoods(problem)
+    row_classes: dict[tuple[int, bool], np.ndarray] = {}
+    for ends, kind in problem.table_kinds.items():
+        for turned in (False, True):
+            if (kind, turned) not in row_classes:
+                row_classes[kind, turned] = _row_classes(_oriented(problem, ends, turned))
+    kinds = _kinds_with_tables(problem, around)
+    states: dict[int, np.ndarray] = {}
+    for v, kind in enumerate(kinds):
+        if kind not in states:
+            classes = [row_classes[problem.table_kinds[ends], turned] for ends, turned in around[v]]
+            states[kind] = _pareto_states(problem.seconds[v], problem.nbytes[v], classes)
+    return _Selection([states[kind] for kind in kinds], kinds)
 
 
-def _best(seconds: np.ndarray, nbytes: np.ndarray, tables: list[np.ndarray]) -> np.ndarray:
+def _row_classes(table: np.ndarray) -> np.ndarray:
+    """Number per row, equal for equal rows."""
+    return np.array(numbered(row.tobytes() for row in np.ascontiguousarray(table)))
+
+
+def _pareto_states(
+    seconds: np.ndarray, nbytes: np.ndarray, row_classes: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Of all states with equal rows in every table, the Pareto front of seconds and bytes."""
+    label = np.zeros(len(seconds), np.int64)
+    for classes in row_classes:
+        pairs = np.stack([label, classes])
+        label = np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1)
+    front = []
+    last_label = -1
+    lightest = np.inf
+    for i in np.lexsort((nbytes, seconds, label)):
+        if label[i] != last_label:
+            last_label = label[i]
+            lightest = np.inf
+        if nbytes[i] < lightest:
+            front.append(i)
+            lightest = nbytes[i]
+    return np.array(sorted(front))
+
+
+def _drop_beaten(problem: Problem) -> _Selection:
+    """The states that no rival beats."""
+    around = _neighbourhoods(problem)
+    kinds = _kinds_with_tables(problem, around)
+    states: dict[int, np.ndarray] = {}
+    for v, kind in enumerate(kinds):
+        if kind not in states:
+            tables = [_oriented(problem, ends, turned) for ends, turned in around[v]]
+            states[kind] = _unbeaten(problem.seconds[v], problem.nbytes[v], tables)
+    return _Selection([states[kind] for kind in kinds], kinds)
+
+
+def _unbeaten(seconds: np.ndarray, nbytes: np.ndarray, tables: Sequence[np.ndarray]) -> np.ndarray:
     """The states of one variable that no rival beats; `tables` have its states as rows."""
     zero = np.zeros(len(seconds))
-    suited = seconds + sum((t.min(axis=1) for t in tables), zero)
+    suited = seconds + sum((table.min(axis=1) for table in tables), zero)
     alive = np.ones(len(seconds), bool)
     for j in np.argsort(suited, kind="stable")[:RIVALS]:
-        if alive[j]:
-            margin = seconds - seconds[j] + sum(((t - t[j]).min(axis=1) for t in tables), zero)
-            alive &= ~((margin > 1e-9 * abs(suited[j])) & (nbytes >= nbytes[j]))
+        if not alive[j]:
+            continue
+        differences = sum(((table - table[j]).min(axis=1) for table in tables), zero)
+        margin = seconds - seconds[j] + differences
+        slower = margin > 1e-9 * abs(suited[j])
+        alive &= ~(slower & (nbytes >= nbytes[j]))
     return np.flatnonzero(alive)
-
-
-def _classes(table: np.ndarray) -> np.ndarray:
-    """Per row, a number that equal rows share."""
-    seen: dict[bytes, int] = {}
-    return np.array(
-        [seen.setdefault(row.tobytes(), len(seen)) for row in np.ascontiguousarray(table)]
-    )

@@ -70,7 +70,7 @@ def test_a_walk_finds_the_optimum_that_trying_everything_proves_with_any_seed() 
     best = min(problem.seconds(states) for states in product(*map(range, problem.states)))
     worst = [int(np.argmax(s)) for s in net.problem.seconds]
     for seed in range(10):
-        found, proposals = run_chains(problem, [worst], seconds=np.inf, seed=seed, most=20_000)
+        found, proposals = run_chains(problem, [worst], seconds=np.inf, seed=seed, proposals=20_000)
         assert found.seconds == pytest.approx(best, rel=1e-12) and proposals == 20_000
 
 
@@ -80,7 +80,7 @@ def test_the_same_seed_makes_the_same_plan_and_bytes_are_a_constraint() -> None:
     smallest = tuple(int(np.argmin(b)) for b in net.problem.nbytes)
     budget = 1.2 * problem.memory_bytes(smallest)
     first, again, other = (
-        run_chains(problem, [smallest], budget, seconds=np.inf, seed=s, most=20_000)[0]
+        run_chains(problem, [smallest], budget, seconds=np.inf, seed=s, proposals=20_000)[0]
         for s in (3, 3, 4)
     )
     assert (
