@@ -50,7 +50,7 @@ BASELINE_FIGURES = ("seconds", "seconds_compute", "peak_bytes", "traffic_bytes")
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How to search. The defaults take as long as they need, and give the same plan every time."""
+    """How to search. The defaults have no time limit, and give the same plan every time."""
 
     seconds: float | None = None
     """Time limit of the whole search, seconds."""

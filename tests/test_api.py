@@ -87,3 +87,16 @@ def test_what_a_compiler_refused_is_planned_smaller_and_a_given_plan_is_answered
         make_planner(machine=machine, plan=free)(captured, refused)
     with pytest.raises(MemoryBudgetError, match="under no plan: the smallest needs"):
         make_planner(machine=machine)(captured, MemoryBudgetError("", 1e6))
+
+
+def test_an_option_that_a_verb_lacks_is_a_type_error_with_the_nearest_one() -> None:
+    with pytest.raises(TypeError, match=r"plan\(\) has no option 'stgaes'. Did you mean 'stages'"):
+        partita.plan(made(), 32, machine=host(2, 1 << 30), stgaes=True)  # pyright: ignore
+    with pytest.raises(TypeError, match=r"parallelize\(\) has no option 'donates'"):
+        partita.parallelize(made(), donates=True)  # pyright: ignore
+
+
+def test_no_public_name_is_a_package_or_missing() -> None:
+    for name in partita.__all__:
+        value = getattr(partita, name)
+        assert not hasattr(value, "__path__"), name

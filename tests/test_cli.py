@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from partita.cli.main import app
@@ -284,3 +286,61 @@ def test_a_plan_that_places_operators_is_simulated_traced_and_compared_and_not_y
         and "which can be planned and simulated, and not yet run"
         in " ".join(refused.output.split())
     )
+
+
+def commands(group: object, path: str = "partita") -> Iterator[tuple[str, object]]:
+    """All commands with their paths."""
+    for name, command in getattr(group, "commands", {}).items():
+        yield f"{path} {name}", command
+        yield from commands(command, f"{path} {name}")
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_the_help_of_a_command_is_short_and_has_an_example_a_paragraph(path: str) -> None:
+    command = COMMANDS[path]
+    text = getattr(command, "help", None) or ""
+    paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+    if not getattr(command, "hidden", False):
+        assert len(paragraphs[0]) <= 60, paragraphs[0]
+    assert all(paragraph.count("Example:") <= 1 for paragraph in paragraphs)
+    examples = [paragraph for paragraph in paragraphs if "Example:" in paragraph]
+    assert all(example.startswith("Example: partita ") for example in examples)
+
+
+def test_the_version_is_the_packages() -> None:
+    import partita as package
+
+    done = partita("--version")
+    assert (done.exit_code, done.stdout) == (0, f"partita {package.__version__}\n")
+
+
+def test_names_that_look_like_markup_are_printed(training: str, tmp_path: Path) -> None:
+    (tmp_path / "odd[").mkdir()
+    script = tmp_path / "odd[/b].py"
+    script.write_text(Path(training).read_text().replace('"wide"', '"attn[q]"'))
+    plan = tmp_path / "odd[/b].json"
+    done = partita("plan", str(script), "--machine", "h100:2", "--save-plan", str(plan))
+    assert done.exit_code == 0, done.output
+    assert "attn[q]" in done.stdout
+    shown = partita("explain", str(plan), "attn[q]")
+    assert shown.exit_code == 0 and "attn[q]: " in shown.stdout
+    missing = partita("explain", str(plan), "[/b]")
+    assert missing.exit_code == 2 and "has no layer '[/b]'" in missing.stderr
+
+
+def test_the_legend_is_printed_once_however_many_plans_a_run_has() -> None:
+    from partita.cli.options import PlanFiles
+    from partita.cli.run import Record
+    from partita.cli.terminal import err
+    from partita.planning import with_reasons
+
+    plan = with_reasons(find(GRAPH, load("h100:4")))
+    record = Record(PlanFiles(), prints=True)
+    with err.capture() as capture:
+        for _ in range(2):
+            record.planned(None, load("h100:4"), plan)  # pyright: ignore
+    assert capture.get().count("S by sample") == 1
+    assert capture.get().count("on h100:4") >= 2

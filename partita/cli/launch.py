@@ -41,7 +41,7 @@ def launch(
     """The exit code of `count` processes that each run `partita` with these arguments.
 
     It is the code of the first one that failed, or 0. Each process has its share of the cores, and
-    as many CPU devices as cores, or its share of `devices`. One that fails, is killed or ends early
+    one CPU device per core, or its share of `devices`. One that fails, is killed or ends early
     stops the others within 2 * GRACE seconds.
     """
     if devices is not None and devices % count:

@@ -109,7 +109,7 @@ def _plan_for_machines(
     files: PlanFiles,
     as_json: bool,
 ) -> None:
-    """Plans for several machines, and prints what each would do and cost."""
+    """Plans for several machines, and prints the throughput and cost of each."""
     if target.machine is None:
         raise PlanError(
             "--objective compares machines, and none are named. Name them, as in --machine "

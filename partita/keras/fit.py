@@ -87,7 +87,7 @@ def attach(
         report: Called with the sentences of `verifier`, and why a step is not planned; without
             one, the latter is a warning.
         verifier: Checks the compiled step before it runs.
-        activity: Shows what takes long.
+        activity: Shows a text during long activities.
     """
     if not isinstance(model, JAXTrainer):
         raise PartitaError(
@@ -267,7 +267,7 @@ class PlannedFit:
             captured = capture_model(model, batch)
         except CaptureError as error:
             return self._leave_to_keras(str(error))
-        except Exception as error:  # Keras can still train, or says better what is wrong
+        except Exception as error:  # Keras can still train, or explains the error better
             return self._leave_to_keras(
                 f"The training step of '{model.name}' cannot be captured: "
                 f"{type(error).__name__}: {error}"
@@ -415,7 +415,7 @@ def _shapes_key(values: Any) -> Any:
 
 
 def _move(state: Any, shardings: Any) -> Any:
-    """The state under other shardings; a value that one device held whole is freed there at once."""
+    """The state under other shardings; values that one device held whole are freed at once."""
     moved = put(state, shardings)
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(moved), strict=True):
         on_one_device = len(old.sharding.device_set) == 1

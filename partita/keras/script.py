@@ -71,7 +71,7 @@ def run_script(
         report: Called with sentences about plans and steps.
         verify: Whether to run one step of each program on one device too, and compare.
         trained: Called in the end with each program that was trained.
-        activity: Shows what takes long.
+        activity: Shows a text during long activities.
     """
     select_jax(report)
     from partita.execute.function import Session, running

@@ -1,4 +1,4 @@
-"""Tables of `partita bench`: published figures beside Partita's, predicted beside measured steps."""
+"""Tables of `partita bench`: published figures, and measured steps, beside Partita's."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def _storage_texts(plan: Plan) -> dict[str, str]:
 
 
 def legend(plan: Plan) -> str:
-    """What the columns of a plan's table mean; printed once, below the first table."""
+    """The legend of a plan's table; printed once, below the first one."""
     placed = "; at(i): only slice i of the axis computes it" if stage_axes(plan) else ""
     return (
         "split: S by sample, A by attribute (height, width, position), P by parameter,\n"
@@ -135,7 +135,7 @@ def summary(plan: Plan) -> Iterable[str]:
 
 
 def proofs(gaps: Gaps) -> Iterable[str]:
-    """What the lower bounds of the two spaces prove of a plan.
+    """The proofs that the lower bounds of the two spaces give for a plan.
 
     >>> list(proofs(Gaps(0.0, 0.25)))
     ['proved optimal', 'within 25.0% of the lower bound with stages and placement']

@@ -46,6 +46,8 @@ from partita.simulation.base import SimulatedStep
 from partita.simulation.simulate import predicted
 from partita.units import format_bytes, format_seconds
 
+SAME_SPEED = 0.005
+"""Relative difference below which two plans are as fast as each other in notes."""
 RESERVE = 0.05
 """Share of a device's memory that is reserved for the runtime."""
 BUDGETS = 6
@@ -452,6 +454,8 @@ def _speedup(request: _Request, result: PlanResult) -> list[str]:
     if seconds <= 0:
         return []
     speedup = baselines.seconds("data parallel") / seconds
+    if abs(speedup - 1) < SAME_SPEED:
+        return ["predicted as fast as data parallel"]
     return [f"predicted {speedup:.2f} x as fast as data parallel"]
 
 
