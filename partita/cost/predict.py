@@ -1,7 +1,8 @@
-"""The prediction of a step: seconds by operator and cause, memory, traffic, FLOPs, and the source of the figures.
+"""The prediction of a step: seconds by operator and cause, memory, traffic, FLOPs, and the source
+of the figures.
 
-`build_prediction` makes every Prediction. `predict` adds up the costs of a plan under which all devices do the same, and nothing overlaps;
-simulated steps (`simulation/`) give their own parts.
+`build_prediction` makes every Prediction. `predict` adds up the costs of a plan under which all
+devices do the same, and nothing overlaps; simulated steps (`simulation/`) give their own parts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from partita.plans.plan import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorPrediction:
-    """The part of one operator in a step, per device: seconds by cause, bytes in memory, bytes sent."""
+    """The part of one operator in a step, per device: seconds by cause, bytes in memory, bytes
+    sent.
+    """
 
     name: str
     compute: float
@@ -43,7 +46,9 @@ class OperatorPrediction:
 
 
 CAUSES = ("compute", "activations", "gradients", "moves")
-"""Causes of an operator's seconds: kernels, collectives on activations and on gradients, and moves from other operators."""
+"""Causes of an operator's seconds: kernels, collectives on activations and on gradients, and moves
+from other operators.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +71,9 @@ class Prediction:
     """Kind of the device with this memory, where a machine's devices differ."""
 
     def source(self) -> str:
-        """Source of the seconds, for people: shares of the compute time that are measured and fitted, and the machine's figures."""
+        """Source of the seconds, for people: shares of the compute time that are measured and
+        fitted, and the machine's figures.
+        """
         compute_seconds = self.by_cause()["compute"] or 1.0
         measured = self._compute_seconds("measured") / compute_seconds
         fitted = self._compute_seconds("fitted") / compute_seconds
@@ -118,7 +125,10 @@ def build_prediction(
     seconds: float | None = None,
     kind: int = 0,
 ) -> Prediction:
-    """The prediction of a step from its parts. `seconds` are the sum of the operators' unless given."""
+    """The prediction of a step from its parts.
+
+    `seconds` are the sum of the operators' unless given.
+    """
     operators = tuple(operators)
     if seconds is None:
         seconds = sum(o.seconds for o in operators)
@@ -144,7 +154,8 @@ def predict(
     layout: Layout | None = None,
     costs: Sequence[OperatorCost] | None = None,
 ) -> Prediction:
-    """The prediction of a plan whose operators run one after the other on all devices, nothing overlapping.
+    """The prediction of a plan whose operators run one after the other on all devices, nothing
+    overlapping.
 
     `terms`, `layout` and the operators' `costs` are computed unless given.
     """

@@ -1,7 +1,8 @@
 """The contract of a simulated step: one training step of a graph under a plan on a machine.
 
-Members, one file each: `uniform` (all devices do the same), `placed` (operators on slices of axes, or devices that differ) and `pipelined`
-(microbatches or rematerialization). `simulate.simulated_step` picks the member; its callers use only this contract.
+Members, one file each: `uniform` (all devices do the same), `placed` (operators on slices of axes,
+or devices that differ) and `pipelined` (microbatches or rematerialization).
+`simulate.simulated_step` picks the member; its callers use only this contract.
 """
 
 from __future__ import annotations
@@ -38,4 +39,4 @@ class SimulatedStep(ABC):
 
     @abstractmethod
     def timeline(self) -> Timeline:
-        """Start and length of every task of the step, with the critical path and the memory curve."""
+        """All tasks with start and length, the critical path and the memory curve."""

@@ -6,9 +6,9 @@ A value goes over the links of the axes on which its two operators are placed di
     at(i) -> all slices   scatter if the reader splits over the axis, else broadcast
     split -> at(j)        gather (a replicated value is on slice j already)
 
-Before that it is resharded, where it is, to the reader's sharding over the other axes. A gather or scatter takes the time of an all-gather
-(binomial trees, as in `machine.collectives`); a broadcast the smaller time of a tree of transfers and of a scatter with an all-gather
-(van de Geijn).
+Before that it is resharded, where it is, to the reader's sharding over the other axes. A gather or
+scatter takes the time of an all-gather (binomial trees, as in `machine.collectives`); a broadcast
+the smaller time of a tree of transfers and of a scatter with an all-gather (van de Geijn).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from partita.simulation.groups import DeviceGroups, Slices, index_of
 
 @dataclass(frozen=True)
 class Crossing:
-    """The axes on which two operators are placed differently, by the kind of transfer along them."""
+    """The axes on which two operators are placed differently, by kind of transfer."""
 
     transfer: tuple[int, ...] = ()
     scatter: tuple[int, ...] = ()
@@ -38,8 +38,15 @@ class Crossing:
         return (*self.transfer, *self.scatter, *self.broadcast, *self.gather)
 
     @staticmethod
-    def of(home: Slices, reader: Slices, source: Sharding, target: Sharding) -> Crossing:
-        """The crossing of a value from `home` to `reader`, whose dims are sharded as `source` and then as `target`."""
+    def of(
+        home: Slices,
+        reader: Slices,
+        source: Sharding,
+        target: Sharding,
+    ) -> Crossing:
+        """The crossing of a value from `home` to `reader`, whose dims are sharded as `source` and
+        then as `target`.
+        """
         source_axes = {axis for dim in source for axis in dim}
         target_axes = {axis for dim in target for axis in dim}
         axes: dict[str, list[int]] = defaultdict(list)
@@ -51,10 +58,12 @@ class Crossing:
                 axes["scatter" if axis in target_axes else "broadcast"].append(axis)
             elif axis in source_axes:
                 axes["gather"].append(axis)
-        return Crossing(**{kind: tuple(own) for kind, own in axes.items()})
+        return Crossing(**{kind: tuple(numbers) for kind, numbers in axes.items()})
 
     def seconds(self, placement: Placement, nbytes: float) -> float:
-        """Seconds of the transfers of a value that has `nbytes` on a device with all of it along these axes."""
+        """Seconds of the transfers of a value that has `nbytes` on a device with all of it along
+        these axes.
+        """
         seconds = 0.0
         if self.transfer:
             group = placement.group(self.transfer)
@@ -83,7 +92,9 @@ class Crossing:
 
 @dataclass(frozen=True)
 class PlacedMove:
-    """A move between two operators with its shardings, and the crossing if they are placed differently."""
+    """A move between two operators with its shardings, and the crossing if they are placed
+    differently.
+    """
 
     move: Move
     source: Sharding
@@ -92,9 +103,13 @@ class PlacedMove:
 
     @staticmethod
     def of(
-        move: Move, home: Slices, reader: Slices, source: Sharding, target: Sharding
+        move: Move,
+        home: Slices,
+        reader: Slices,
+        source: Sharding,
+        target: Sharding,
     ) -> PlacedMove:
-        """The move of a value from an operator on the slices `home` to one on the slices `reader`."""
+        """The move of a value from an operator on slices `home` to one on `reader`."""
         source_dims = _dims(move, source)
         target_dims = _dims(move, target)
         crossing = Crossing.of(home, reader, source_dims, target_dims)
@@ -129,7 +144,12 @@ class PlacedMove:
     def reshard_seconds(self, placement: Placement) -> float:
         """Seconds of resharding over the axes that the value does not cross."""
         if not self.crosses:
-            return move_seconds(self.move, placement, self.source, self.target)
+            return move_seconds(
+                self.move,
+                placement,
+                self.source,
+                self.target,
+            )
         gathered = placement.shard_count(self.crossing.gather)
         local_move = replace(self.move, nbytes=int(self.move.nbytes / gathered))
         source = self._without_crossing(self.source)
@@ -137,7 +157,10 @@ class PlacedMove:
         return move_seconds(local_move, placement, source, target)
 
     def _without_crossing(self, sharding: Sharding) -> Sharding:
-        """The sharding without crossed axes of its dims. Pending sums stay: they are reduced at home unless the reader adds to them."""
+        """The sharding without crossed axes of its dims.
+
+        Pending sums stay: they are reduced at home unless the reader adds to them.
+        """
         dims = []
         for dim in _dims(self.move, sharding):
             dims.append(tuple(axis for axis in dim if axis not in self.crossing.axes))
@@ -145,7 +168,9 @@ class PlacedMove:
 
 
 class Route(NamedTuple):
-    """A transfer between device groups: the groups that hold the value, those that it reaches, and the links that it occupies."""
+    """A transfer between device groups: the groups that hold the value, those that it reaches, and
+    the links that it occupies.
+    """
 
     homes: tuple[int, ...]
     reached: tuple[int, ...]
@@ -159,7 +184,10 @@ class Route(NamedTuple):
 
 
 def routes(
-    groups: DeviceGroups, home: Slices, reader: Slices, crossing: Crossing
+    groups: DeviceGroups,
+    home: Slices,
+    reader: Slices,
+    crossing: Crossing,
 ) -> dict[Route, int]:
     """Route -> number of equal ones, over all devices, for a crossing from `home` to `reader`."""
     axes = [axis for axis in groups.axes if axis in crossing.axes]
@@ -176,7 +204,11 @@ def routes(
     return counts
 
 
-def _routes_of_row(homes: set[int], readers: set[int], crossing: Crossing) -> Iterable[Route]:
+def _routes_of_row(
+    homes: set[int],
+    readers: set[int],
+    crossing: Crossing,
+) -> Iterable[Route]:
     if crossing.gather:
         yield Route(
             _ordered(homes), _ordered(readers), _ordered(homes - readers), _ordered(readers)
@@ -184,7 +216,12 @@ def _routes_of_row(homes: set[int], readers: set[int], crossing: Crossing) -> It
         return
     remote = _ordered(readers - homes)
     if remote:
-        yield Route(_ordered(homes), remote, _ordered(homes), remote)
+        yield Route(
+            _ordered(homes),
+            remote,
+            _ordered(homes),
+            remote,
+        )
     for group in readers & homes:
         yield Route((group,), (group,))
 
@@ -193,12 +230,22 @@ def _ordered(groups: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(groups))
 
 
-def reshard_axes(move: Move, source: Sharding, target: Sharding) -> set[int]:
-    """The axes over which a reshard communicates: those of dims that change, and those of pending sums."""
+def reshard_axes(
+    move: Move,
+    source: Sharding,
+    target: Sharding,
+) -> set[int]:
+    """The axes over which a reshard communicates: those of dims that change, and those of pending
+    sums.
+    """
     if source == target:
         return set()
     axes: set[int] = set()
-    for before, after in zip(_dims(move, source), _dims(move, target), strict=True):
+    for before, after in zip(
+        _dims(move, source),
+        _dims(move, target),
+        strict=True,
+    ):
         if before != after:
             axes.update(before, after)
     for dim in _sums(move, source):

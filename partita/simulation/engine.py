@@ -1,16 +1,21 @@
 """Discrete-event simulation of tasks. The engine knows time, order and resources, not networks.
 
-A task starts when all tasks before it have ended, its stream has reached it, and every resource that it uses is free.
+A task starts when all tasks before it have ended, its stream has reached it, and every resource
+that it uses is free.
 
-- A **stream** runs its tasks one after the other, in the order of their numbers: the kernels of a device, the collectives that it issues.
-- A **resource** serves tasks in the order in which they become ready, ties by number: a link that several streams share. A task may use
-  a resource for a fraction of its time: a transfer that a slow link delays leaves the fast one to others.
+- A **stream** runs its tasks one after the other, in the order of their numbers: the kernels of a
+  device, the collectives that it issues.
+- A **resource** serves tasks in the order in which they become ready, ties by number: a link that
+  several streams share. A task may use
+  a resource for a fraction of its time: a transfer that a slow link delays leaves the fast one to
+  others.
 
-A task that takes no time occupies no stream and no resource. A task has a larger number than the tasks before it, so the order of service is
-unique. `run` simulates all tasks: without resources one sweep over them (`sweep`), else events from a heap.
+A task that takes no time occupies no stream and no resource. A task has a larger number than the
+tasks before it, so the order of service is unique. `run` simulates all tasks: without resources one
+sweep over them (`sweep`), else events from a heap.
 
-An incremental simulation calls `sweep` from the first changed task on. FlexFlow introduced the idea of simulating again only the affected
-tasks (Jia, Zaharia, Aiken, MLSys 2019, section 5.3).
+An incremental simulation calls `sweep` from the first changed task on. FlexFlow introduced the idea
+of simulating again only the affected tasks (Jia, Zaharia, Aiken, MLSys 2019, section 5.3).
 """
 
 from __future__ import annotations
@@ -27,7 +32,8 @@ from numba import njit
 class Tasks:
     """Tasks to simulate, as arrays. `before[first[k] : first[k + 1]]` are the tasks before task k.
 
-    Task k uses resource `resource[first_use[k] : first_use[k + 1]]` for the fractions `share` of its seconds, in the same positions.
+    Task k uses resource `resource[first_use[k] : first_use[k + 1]]` for the fractions `share` of
+    its seconds, in the same positions.
     """
 
     seconds: np.ndarray
@@ -50,7 +56,8 @@ class Tasks:
         stream: Sequence[int] = (),
         uses: Sequence[Sequence[tuple[int, float]]] = (),
     ) -> Tasks:
-        """Tasks from lists: of every task its seconds, the tasks before it, its stream, and (resource, share) of its uses.
+        """Tasks from lists: of every task its seconds, the tasks before it, its stream, and
+        (resource, share) of its uses.
 
         >>> run(Tasks.of([2.0, 1.0, 4.0], [[], [0], [0]])).end.tolist()
         [2.0, 3.0, 6.0]
@@ -123,7 +130,12 @@ def check(tasks: Tasks) -> Tasks:
 def run(tasks: Tasks) -> Times:
     """The times of all tasks."""
     n = tasks.count
-    times = Times(np.zeros(n), np.zeros(n), np.zeros(n), np.arange(n, dtype=np.int32))
+    times = Times(
+        np.zeros(n),
+        np.zeros(n),
+        np.zeros(n),
+        np.arange(n, dtype=np.int32),
+    )
     if tasks.resources:
         _serve(_precedence(tasks), _uses(tasks), times)
     else:
@@ -165,7 +177,10 @@ def critical(tasks: Tasks, times: Times) -> np.ndarray:
 
 
 class _Precedence(NamedTuple):
-    """Seconds of tasks, and the order among them. `ahead[k]` is the task before k in its stream, -1 for none."""
+    """Seconds of tasks, and the order among them.
+
+    `ahead[k]` is the task before k in its stream, -1 for none.
+    """
 
     seconds: np.ndarray
     ahead: np.ndarray
@@ -184,16 +199,29 @@ class _Uses(NamedTuple):
 
 def _precedence(tasks: Tasks) -> _Precedence:
     ahead = _ahead(tasks.seconds, tasks.stream, tasks.streams)
-    return _Precedence(tasks.seconds, ahead, tasks.first, tasks.before)
+    return _Precedence(
+        tasks.seconds,
+        ahead,
+        tasks.first,
+        tasks.before,
+    )
 
 
 def _uses(tasks: Tasks) -> _Uses:
-    return _Uses(tasks.first_use, tasks.resource, tasks.share, tasks.resources)
+    return _Uses(
+        tasks.first_use,
+        tasks.resource,
+        tasks.share,
+        tasks.resources,
+    )
 
 
 @njit(cache=True)
 def sweep(begin, seconds, stream, streams, first, before, start, end):
-    """Writes `start` and `end` of the tasks from `begin` on, where streams share no resource. Those before `begin` are given."""
+    """Writes `start` and `end` of the tasks from `begin` on, where streams share no resource.
+
+    Those before `begin` are given.
+    """
     free = np.full(streams, -1.0)
     missing = streams
     k = begin - 1
@@ -219,7 +247,11 @@ def sweep(begin, seconds, stream, streams, first, before, start, end):
 def _ahead(seconds, stream, streams):
     """[task]: the task before it in its stream, -1 for none."""
     last = np.full(streams, -1, np.int32)
-    ahead = np.full(len(seconds), -1, np.int32)
+    ahead = np.full(
+        len(seconds),
+        -1,
+        np.int32,
+    )
     for k in range(len(seconds)):
         if stream[k] >= 0 and seconds[k] > 0:
             ahead[k] = last[stream[k]]
@@ -229,7 +261,9 @@ def _ahead(seconds, stream, streams):
 
 @njit(cache=True)
 def _successors(precedence):
-    """(first, after): `after[first[k] : first[k + 1]]` are the tasks that wait for task k, by `before` or by stream."""
+    """(first, after): `after[first[k] : first[k + 1]]` are the tasks that wait for task k, by
+    `before` or by stream.
+    """
     n = len(precedence.seconds)
     first = np.zeros(n + 1, np.int32)
     for k in range(n):
@@ -298,7 +332,11 @@ def _sooner(a, b, ready):
 def _push(heap, size, k, ready):
     """The size of the heap with task k."""
     i = size
-    while i > 0 and _sooner(k, heap[(i - 1) // 2], ready):
+    while i > 0 and _sooner(
+        k,
+        heap[(i - 1) // 2],
+        ready,
+    ):
         heap[i] = heap[(i - 1) // 2]
         i = (i - 1) // 2
     heap[i] = k
@@ -314,7 +352,11 @@ def _pop(heap, size, ready):
     i = 0
     while 2 * i + 1 < size:
         child = 2 * i + 1
-        if child + 1 < size and _sooner(heap[child + 1], heap[child], ready):
+        if child + 1 < size and _sooner(
+            heap[child + 1],
+            heap[child],
+            ready,
+        ):
             child += 1
         if not _sooner(heap[child], k, ready):
             break
@@ -328,7 +370,11 @@ def _pop(heap, size, ready):
 def _previous_use(order, seconds, uses):
     """[use]: the use that its resource served before, -1 for the first."""
     last = np.full(uses.resources, -1, np.int32)
-    previous = np.full(len(uses.resource), -1, np.int32)
+    previous = np.full(
+        len(uses.resource),
+        -1,
+        np.int32,
+    )
     for k in order:
         if seconds[k] > 0:
             for j in range(uses.first[k], uses.first[k + 1]):

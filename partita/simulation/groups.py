@@ -1,11 +1,13 @@
 """Device groups: devices that do the same at the same time, with one representative device each.
 
-Two devices differ by the slices of the mesh axes on which operators are placed, and by their kind where a machine's devices differ. A step
-is simulated once per group, whatever the number of devices. A plan without placed operators on equal devices has one group.
+Two devices differ by the slices of the mesh axes on which operators are placed, and by their kind
+where a machine's devices differ. A step is simulated once per group, whatever the number of
+devices. A plan without placed operators on equal devices has one group.
 
-Devices of one kind may also wait for different devices. So `folded` refines the groups until all devices of a group share every collective
-with the same groups (color refinement, which gives the coarsest such partition). `unfolded` makes a group of every device: the same times
-for more tasks, as a test checks.
+Devices of one kind may also wait for different devices. So `folded` refines the groups until all
+devices of a group share every collective with the same groups (color refinement, which gives the
+coarsest such partition). `unfolded` makes a group of every device: the same times for more tasks,
+as a test checks.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from partita.graph.operator_graph import OperatorGraph
 from partita.plans.plan import Mesh, Plan, placed_slice
 
 Slices = Mapping[int, int]
-"""Mesh axis -> the slice of it on which an operator is placed. An operator uses all slices of other axes."""
+"""Mesh axis -> the slice of it on which an operator is placed.
+
+An operator uses all slices of other axes.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +60,17 @@ class DeviceGroups:
         return tuple(np.unique(self.number[self._index(slices)]).tolist())
 
     def collective_groups(self, axes: Iterable[int], slices: Slices) -> list[tuple[int, ...]]:
-        """The groups that take part together in a collective over `axes`, by an operator on these slices."""
+        """The groups that take part together in a collective over `axes`, by an operator on these
+        slices.
+        """
         rows = self.rows([a for a in axes if a not in slices], slices)
         members = rows.reshape(len(rows), -1).tolist()
         return sorted({tuple(sorted(set(row))) for row in members})
 
     def rows(self, axes: Iterable[int], slices: Slices) -> np.ndarray:
-        """[row, slice of each of `axes` that is in `self.axes`]: a row has the groups of devices that differ only along `axes`."""
+        """[row, slice of each of `axes` that is in `self.axes`]: a row has the groups of devices
+        that differ only along `axes`.
+        """
         chosen_axes = set(axes)
         along = [n for n, axis in enumerate(self.axes) if axis in chosen_axes]
         number = self.number[self._index(slices)]
@@ -83,7 +92,10 @@ class DeviceGroups:
 
 
 def index_of(axes: Iterable[int], slices: Slices) -> tuple[slice, ...]:
-    """An index into an array with one dim per axis: the given slice of an axis, or all slices. Dims stay."""
+    """An index into an array with one dim per axis: the given slice of an axis, or all slices.
+
+    Dims stay.
+    """
     index = []
     for axis in axes:
         if axis in slices:
@@ -98,12 +110,12 @@ def slices_of(graph: OperatorGraph, plan: Plan) -> list[dict[int, int]]:
     slices = []
     for operator in graph.operators:
         choice = plan.choices[operator.name]
-        own: dict[int, int] = {}
+        positions: dict[int, int] = {}
         for number, axis in enumerate(plan.mesh.axes):
             position = placed_slice(choice.get(axis.name, ""))
             if position is not None:
-                own[number] = position
-        slices.append(own)
+                positions[number] = position
+        slices.append(positions)
     return slices
 
 
@@ -123,11 +135,12 @@ def folded(
     slices: Iterable[Slices],
     collective_axes: Iterable[Set[int]],
 ) -> DeviceGroups:
-    """The fewest groups for operators on these slices. `collective_axes` are the axes of every collective.
+    """The fewest groups for operators on these slices. `collective_axes` are the axes of every
+    collective.
 
     `kinds` are those of the machine's devices, in their order; empty if all are equal.
     """
-    placed_axes = {axis for own in slices for axis in own}
+    placed_axes = {axis for positions in slices for axis in positions}
     device_kinds = np.array(kinds[: mesh.size], np.int64)
     if not device_kinds.any():
         return _groups_of_slices(mesh, sorted(placed_axes))
@@ -139,11 +152,18 @@ def folded(
     place_number = _numbers_of_slices(mesh, axes, placed_axes, device_kinds.shape)
     place_and_kind = np.stack([place_number.reshape(-1), device_kinds.reshape(-1)], 1)
     number = _row_numbers(place_and_kind).reshape(device_kinds.shape)
-    relevant_axes = {frozenset(own & set(axes)) for own in collective_axes} - {frozenset()}
+    relevant_axes = {frozenset(together & set(axes)) for together in collective_axes} - {
+        frozenset()
+    }
     groups = _refined(DeviceGroups(mesh, axes, number), relevant_axes)
     _, first_device = np.unique(groups.number, return_index=True)
     group_kinds = device_kinds.reshape(-1)[first_device]
-    return DeviceGroups(mesh, axes, groups.number, tuple(group_kinds.tolist()))
+    return DeviceGroups(
+        mesh,
+        axes,
+        groups.number,
+        tuple(group_kinds.tolist()),
+    )
 
 
 def _groups_of_slices(mesh: Mesh, axes: Sequence[int]) -> DeviceGroups:
@@ -159,7 +179,10 @@ def _groups_of_slices(mesh: Mesh, axes: Sequence[int]) -> DeviceGroups:
 
 
 def _numbers_of_slices(
-    mesh: Mesh, axes: Sequence[int], placed_axes: Set[int], shape: tuple[int, ...]
+    mesh: Mesh,
+    axes: Sequence[int],
+    placed_axes: Set[int],
+    shape: tuple[int, ...],
 ) -> np.ndarray:
     """[slice of each of `axes`]: a number for every combination of slices of the placed axes."""
     number = np.zeros(shape, np.int64)
@@ -173,9 +196,15 @@ def _numbers_of_slices(
 
 
 def _refined(groups: DeviceGroups, collective_axes: Iterable[Set[int]]) -> DeviceGroups:
-    """The coarsest refinement in which all devices of a group share every collective with the same groups."""
+    """The coarsest refinement in which all devices of a group share every collective with the same
+    groups.
+    """
     shape = groups.number.shape
-    positions = DeviceGroups(groups.mesh, groups.axes, np.arange(groups.number.size).reshape(shape))
+    positions = DeviceGroups(
+        groups.mesh,
+        groups.axes,
+        np.arange(groups.number.size).reshape(shape),
+    )
     collective_axes = list(collective_axes)
     while True:
         columns = [groups.number.reshape(-1)]
@@ -188,7 +217,11 @@ def _refined(groups: DeviceGroups, collective_axes: Iterable[Set[int]]) -> Devic
         number = _row_numbers(np.stack(columns, 1))
         if number.max() == groups.number.max():
             return groups
-        groups = DeviceGroups(groups.mesh, groups.axes, number.reshape(shape))
+        groups = DeviceGroups(
+            groups.mesh,
+            groups.axes,
+            number.reshape(shape),
+        )
 
 
 def _members(rows: np.ndarray) -> np.ndarray:

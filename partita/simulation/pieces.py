@@ -1,6 +1,7 @@
-"""The kernels of a step as nodes: one per operator and phase, or several pieces if other operators' work comes between.
+"""The kernels of a step as nodes: one per operator and phase, or several pieces if other operators'
+work comes between.
 
-An instruction of no operator is a join: it takes no time, and only waits for what it reads.
+An instruction of no operator is a join: it takes no time, and only waits for its operands.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class KernelWork(NamedTuple):
 def kernel_nodes(graph: OperatorGraph, placed: bool) -> list[Node | None]:
     """[instruction]: the node of its kernel; None if it takes no time and waits for nothing.
 
-    With `placed` operators, instructions that only pass values on between other operators are pieces of their own.
+    With `placed` operators, instructions that only pass values on between other operators are
+    pieces of their own.
     """
     nodes = _whole_nodes(graph, placed)
     _cut_cycles(graph, nodes)
@@ -91,7 +93,9 @@ def producers(graph: OperatorGraph) -> dict[int, int]:
 
 
 def _cut_cycles(graph: OperatorGraph, nodes: list[Node | None]) -> None:
-    """Cuts nodes that wait for each other into pieces: a new piece after every change to another node of the cycle."""
+    """Cuts nodes that wait for each other into pieces: a new piece after every change to another
+    node of the cycle.
+    """
     distinct = [node for node in dict.fromkeys(nodes) if node is not None]
     number = {node: n for n, node in enumerate(distinct)}
     pairs = set(_dependences(graph, nodes, number))
@@ -111,7 +115,9 @@ def _cut_cycles(graph: OperatorGraph, nodes: list[Node | None]) -> None:
 
 
 def _dependences(
-    graph: OperatorGraph, nodes: Sequence[Node | None], number: dict[Node, int]
+    graph: OperatorGraph,
+    nodes: Sequence[Node | None],
+    number: dict[Node, int],
 ) -> Iterator[tuple[int, int]]:
     """(source, reader) of nodes, by number."""
     constants = constant_tensors(graph)
@@ -161,10 +167,11 @@ def kernel_work(graph: OperatorGraph, nodes: Sequence[Node | None]) -> dict[Node
 
 
 def _outer_pieces(graph: OperatorGraph) -> dict[int, int]:
-    """Light instruction -> FIRST_PIECE or LAST_PIECE, if its operator's heavy work does not need it or its result.
+    """Light instruction -> FIRST_PIECE or LAST_PIECE, if its operator's heavy work does not need it
+    or its result.
 
-    The values of branches are joined, and their gradients split, in the operator of one branch. The other branches do not wait for that
-    operator's heavy work, nor it for theirs.
+    The values of branches are joined, and their gradients split, in the operator of one branch. The
+    other branches do not wait for that operator's heavy work, nor it for theirs.
     """
     flow = _Flow(graph)
     pieces: dict[int, int] = {}
@@ -190,9 +197,13 @@ class _Flow:
         self.producer = producers(graph)
         count = len(graph.instructions)
         self.needs: list[frozenset[int]] = []
-        """[instruction]: the other operators whose values reach it inside its own operator and phase."""
+        """[instruction]: the other operators whose values reach it inside its own operator and
+        phase.
+        """
         self.after_heavy = [False] * count
-        """[instruction]: whether it is heavy, or a heavy instruction of its operator and phase precedes it."""
+        """[instruction]: whether it is heavy, or a heavy instruction of its operator and phase
+        precedes it.
+        """
         self.read_elsewhere = [False] * count
         """[instruction]: whether another operator reads its results."""
         self.heavy_needs: dict[HomePhase, frozenset[int]] = {}

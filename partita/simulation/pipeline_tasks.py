@@ -1,7 +1,8 @@
-"""The tasks of a pipeline for the engine: passes of stages over microbatches, and transfers between stages.
+"""The tasks of a pipeline for the engine: passes of stages over microbatches, and transfers between
+stages.
 
-A stage runs its passes in the order of the plan's schedule, so it is one stream. The links out of a stage and those into it are
-resources, on which transfers take turns.
+A stage runs its passes in the order of the plan's schedule, so it is one stream. The links out of a
+stage and those into it are resources, on which transfers take turns.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ class Transfer(NamedTuple):
 
 
 class StagePasses(NamedTuple):
-    """Seconds of a stage for one microbatch. The last backward pass includes gradient sums and the update."""
+    """Seconds of a stage for one microbatch.
+
+    The last backward pass includes gradient sums and the update.
+    """
 
     forward: float
     backward: float
@@ -44,7 +48,9 @@ class StagePasses(NamedTuple):
 
 
 class PipelineTask(NamedTuple):
-    """A pass of a stage over a microbatch, or the transfer of its results to the stage `target` (-1 for a pass)."""
+    """A pass of a stage over a microbatch, or the transfer of its results to the stage `target` (-1
+    for a pass).
+    """
 
     stage: int
     phase: Phase
@@ -73,7 +79,12 @@ def pipeline_tasks(
     builder = _Builder(plan, passes, transfers)
     builder.add_passes()
     builder.add_update_transfers()
-    tasks = Tasks.of(builder.seconds, builder.before, builder.stream, builder.uses)
+    tasks = Tasks.of(
+        builder.seconds,
+        builder.before,
+        builder.stream,
+        builder.uses,
+    )
     return PipelineTasks(tasks, list(builder.numbers))
 
 
@@ -115,7 +126,10 @@ class _Builder:
             )
 
     def add_passes(self) -> None:
-        """Adds all passes with the transfers that they wait for: of every stage as many as possible, in turn."""
+        """Adds all passes with the transfers that they wait for.
+
+        Stages take turns; each adds passes until one has to wait for another stage.
+        """
         positions = [0] * self.stages
         lengths = [len(schedule) for schedule in self.schedules]
         while positions != lengths:
@@ -132,7 +146,12 @@ class _Builder:
                     "Number them in the order of the model."
                 )
 
-    def _add_pass(self, stage: int, phase: Phase, microbatch: int) -> bool:
+    def _add_pass(
+        self,
+        stage: int,
+        phase: Phase,
+        microbatch: int,
+    ) -> bool:
         """Adds a pass if the tasks before it are there; whether it did."""
         edges = self.edges_into[stage, phase]
         forward_pass = PipelineTask(stage, "forward", microbatch)
@@ -153,7 +172,13 @@ class _Builder:
             seconds = stage_passes.last_backward
         else:
             seconds = stage_passes.backward
-        self._add(PipelineTask(stage, phase, microbatch), seconds, sorted(waits), stage, [])
+        self._add(
+            PipelineTask(stage, phase, microbatch),
+            seconds,
+            sorted(waits),
+            stage,
+            [],
+        )
         return True
 
     def _source(self, edge: StageEdge, microbatch: int) -> PipelineTask:
@@ -166,13 +191,29 @@ class _Builder:
             if edge.read_phase == "update":
                 self._add_transfer(edge, self.last_microbatch, transfer.seconds)
 
-    def _add_transfer(self, edge: StageEdge, microbatch: int, seconds: float) -> int:
+    def _add_transfer(
+        self,
+        edge: StageEdge,
+        microbatch: int,
+        seconds: float,
+    ) -> int:
         """The number of the transfer for an edge, which is added if it is new."""
-        name = PipelineTask(edge.source, edge.phase, microbatch, edge.target)
+        name = PipelineTask(
+            edge.source,
+            edge.phase,
+            microbatch,
+            edge.target,
+        )
         if name not in self.numbers:
             links = [(2 * edge.source, 1.0), (2 * edge.target + 1, 1.0)]
             source = self.numbers[self._source(edge, microbatch)]
-            self._add(name, seconds, [source], -1, links)
+            self._add(
+                name,
+                seconds,
+                [source],
+                -1,
+                links,
+            )
         return self.numbers[name]
 
     def _add(

@@ -1,10 +1,12 @@
 """A step in pipeline stages and microbatches: passes, transfers and memory of every stage.
 
-All devices of a stage do the same, so the work of a stage on one microbatch is a simulation of its tasks under the plan
-`plans.pipeline.stage_plan`. Its seconds are those of one task of the pipeline (`pipeline_tasks`): forward and backward per microbatch, and
-the update once. Values go from stage to stage over the links of the axes whose slices are the stages.
+All devices of a stage do the same, so the work of a stage on one microbatch is a simulation of its
+tasks under the plan `plans.pipeline.stage_plan`. Its seconds are those of one task of the pipeline
+(`pipeline_tasks`): forward and backward per microbatch, and the update once. Values go from stage
+to stage over the links of the axes whose slices are the stages.
 
-A rematerialized run takes its forward time once more in the backward pass. Of its forward values only those that enter the run stay in memory.
+A rematerialized run takes its forward time once more in the backward pass. Of its forward values
+only those that enter the run stay in memory.
 """
 
 from __future__ import annotations
@@ -55,7 +57,10 @@ LASTING_KINDS = ("parameters", "optimizer", "state", "batch")
 
 
 class StageMemory(NamedTuple):
-    """Peak memory of a device of one stage. `microbatch_bytes` of it are those of each microbatch in flight."""
+    """Peak memory of a device of one stage.
+
+    `microbatch_bytes` of it are those of each microbatch in flight.
+    """
 
     peak: PeakMemory
     microbatch_bytes: float
@@ -82,7 +87,10 @@ class PipelinedStep(SimulatedStep):
 
     @staticmethod
     def of(
-        graph: OperatorGraph, machine: Machine, plan: Plan, terms: Terms | None = None
+        graph: OperatorGraph,
+        machine: Machine,
+        plan: Plan,
+        terms: Terms | None = None,
     ) -> PipelinedStep:
         """The step of a checked plan. PlanError if the machine's devices differ."""
         if machine.kinds:
@@ -108,7 +116,9 @@ class PipelinedStep(SimulatedStep):
         )
 
     def with_plan(self, plan: Plan) -> PipelinedStep:
-        """The step of a plan that differs only in stages, schedule or rematerialized runs, with the same costs."""
+        """The step of a plan that differs only in stages, schedule or rematerialized runs, with the
+        same costs.
+        """
         return replace(
             self,
             plan=plan,
@@ -126,7 +136,12 @@ class PipelinedStep(SimulatedStep):
         """The mesh of a stage on the machine's links."""
         return Placement(self.machine, self.stage_plan.mesh)
 
-    def _local_bytes(self, nbytes: int, label: Label, operator: int) -> float:
+    def _local_bytes(
+        self,
+        nbytes: int,
+        label: Label,
+        operator: int,
+    ) -> float:
         """Bytes of a device for a tensor that is labelled with an operator's factors."""
         sharding = label_sharding(label, self.layout.assignments[operator])
         return nbytes / self.placement.shard_count([axis for dim in sharding for axis in dim])
@@ -140,12 +155,18 @@ class PipelinedStep(SimulatedStep):
 
     @cached_property
     def transfers(self) -> Mapping[StageEdge, Transfer]:
-        """Transfers from stage to stage for every microbatch: each value once, as its first reader is sharded."""
+        """Transfers from stage to stage for every microbatch: each value once, as its first reader
+        is sharded.
+        """
         by_tensor: dict[tuple[StageEdge, int], float] = {}
         for move in self.terms.edges:
             if self._same_stage(move):
                 continue
-            nbytes = move.trips * self._local_bytes(move.nbytes, move.dims[1], move.reader)
+            nbytes = move.trips * self._local_bytes(
+                move.nbytes,
+                move.dims[1],
+                move.reader,
+            )
             source = self.stage_of[move.home]
             target = self.stage_of[move.reader]
             edge = StageEdge(source, target, move.phase, move.read_phase)
@@ -165,7 +186,13 @@ class PipelinedStep(SimulatedStep):
         """[stage]: seconds of its passes."""
         step = step_structure(self.graph, self.terms)
         local_edges = [edge for edge in self.terms.edges if self._same_stage(edge)]
-        seconds = slot_seconds(step, self.costs, local_edges, self.placement, self.layout)
+        seconds = slot_seconds(
+            step,
+            self.costs,
+            local_edges,
+            self.placement,
+            self.layout,
+        )
         once = np.array([self._once_per_step(slot) for slot in step.slots])
         forward = np.array([slot.phase == "forward" for slot in step.slots]) & ~once
         repeated = forward & np.array([self._rematerialized(slot) for slot in step.slots])
@@ -200,10 +227,11 @@ class PipelinedStep(SimulatedStep):
         return slot.operator >= 0 and self.run_of[slot.operator] >= 0
 
     def _once_per_step(self, slot: Slot) -> bool:
-        """Whether a slot runs once in a step: the update, sums of gradients, and gathers of whole variables.
+        """Whether a slot runs once in a step: the update, sums of gradients, and gathers of whole
+        variables.
 
-        Variables that are stored in shards are gathered for every microbatch. If only their optimizer slots are, they are gathered once, after
-        the update.
+        Variables that are stored in shards are gathered for every microbatch. If only their
+        optimizer slots are, they are gathered once, after the update.
         """
         if slot.kind == "gather":
             return not self._stores_shards(slot.operator)
@@ -261,7 +289,9 @@ class PipelinedStep(SimulatedStep):
         return self._rematerialized_memory(stage, members)
 
     def _stored_memory(self, stage: int, members: Sequence[int]) -> StageMemory:
-        """Memory without rematerialization: the peak of one microbatch, and the activation memory of each other one in flight."""
+        """Memory without rematerialization: the peak of one microbatch, and the activation memory
+        of each other one in flight.
+        """
         received_bytes = 0.0
         for edge, transfer in self.transfers.items():
             if edge.target == stage and edge.phase == "forward":
@@ -279,8 +309,9 @@ class PipelinedStep(SimulatedStep):
     def _rematerialized_memory(self, stage: int, members: Sequence[int]) -> StageMemory:
         """Memory with rematerialization.
 
-        The sum of variables and gradients, of the values that enter every run for each microbatch in flight, and of the values of the largest
-        run while it is rematerialized and differentiated.
+        The sum of variables and gradients, of the values that enter every run for each microbatch
+        in flight, and of the values of the largest run while it is rematerialized and
+        differentiated.
         """
         runs: dict[int, list[int]] = defaultdict(list)
         for o in members:
@@ -317,7 +348,9 @@ class PipelinedStep(SimulatedStep):
 
     @cached_property
     def entering(self) -> dict[tuple[int, int], float]:
-        """(stage, rematerialized run) -> bytes of a microbatch's values that enter the run in the forward pass."""
+        """(stage, rematerialized run) -> bytes of a microbatch's values that enter the run in the
+        forward pass.
+        """
         by_tensor: dict[tuple[int, int, int], float] = {}
         for move in self.terms.edges:
             stage = self.stage_of[move.reader]
@@ -326,7 +359,11 @@ class PipelinedStep(SimulatedStep):
             forward = move.phase == move.read_phase == "forward"
             if number >= 0 and forward and not same_run:
                 key = (stage, number, move.tensor)
-                nbytes = self._local_bytes(move.nbytes, move.dims[0], move.home)
+                nbytes = self._local_bytes(
+                    move.nbytes,
+                    move.dims[0],
+                    move.home,
+                )
                 by_tensor[key] = max(by_tensor.get(key, 0.0), nbytes)
         entering: dict[tuple[int, int], float] = defaultdict(float)
         for (stage, number, _), nbytes in by_tensor.items():
@@ -346,7 +383,9 @@ class PipelinedStep(SimulatedStep):
         return int(nbytes)
 
     def _peaks_of_runs(self, runs: Sequence[Sequence[int]]) -> list[PeakMemory]:
-        """Peak memory of a device that runs one microbatch of each run alone; equal runs are computed once."""
+        """Peak memory of a device that runs one microbatch of each run alone; equal runs are
+        computed once.
+        """
         peaks = []
         for operators in runs:
             key = self._content(operators)
@@ -378,16 +417,23 @@ class PipelinedStep(SimulatedStep):
     def _contents(self) -> list[tuple[object, ...]]:
         """[operator]: its digest, splits and storage."""
         contents = []
-        for own, assignment in zip(self.terms.operators, self.layout.assignments, strict=True):
-            position = {factor: n for n, factor in enumerate(own.factors)}
+        for operator_terms, assignment in zip(
+            self.terms.operators,
+            self.layout.assignments,
+            strict=True,
+        ):
+            position = {factor: n for n, factor in enumerate(operator_terms.factors)}
             splits = sorted((position[factor], axes) for factor, axes in assignment.items())
-            storage = [self.plan.storage.get(variable.path) for variable in own.stored]
+            storage = [self.plan.storage.get(variable.path) for variable in operator_terms.stored]
             levels = [variable.zero if variable is not None else 0 for variable in storage]
-            contents.append((own.digest, tuple(splits), tuple(levels)))
+            contents.append((operator_terms.digest, tuple(splits), tuple(levels)))
         return contents
 
     def prediction(self) -> Prediction:
-        """The prediction of the step. Memory is that of the fullest stage; an operator's seconds are those in its stage."""
+        """The prediction of the step.
+
+        Memory is that of the fullest stage; an operator's seconds are those in its stage.
+        """
         traffic, operator_bytes = self._traffic()
         flops = local_flops(
             self.graph,
@@ -409,10 +455,17 @@ class PipelinedStep(SimulatedStep):
     @cached_property
     def _collectives(self) -> Sequence[Collective]:
         """The collectives of all stages for one microbatch."""
-        return collectives(self.graph, self.stage_plan.mesh, self.layout, self.machine.backend)
+        return collectives(
+            self.graph,
+            self.stage_plan.mesh,
+            self.layout,
+            self.machine.backend,
+        )
 
     def _traffic(self) -> tuple[dict[str, float], np.ndarray]:
-        """(kind of collective -> bytes of a device, the mean over stages; [operator]: bytes sent for it)."""
+        """(kind of collective -> bytes of a device, the mean over stages; [operator]: bytes sent
+        for it).
+        """
         microbatches = self.plan.microbatches
         time_axis = self.stage_plan.mesh.index.get(TIME, -1)
         traffic: dict[str, float] = defaultdict(float)
@@ -480,7 +533,10 @@ class PipelinedStep(SimulatedStep):
         return moves
 
     def timeline(self) -> Timeline:
-        """The timeline of the step: per stage a row of kernels and one of links. Memory is that of the fullest stage."""
+        """The timeline of the step: per stage a row of kernels and one of links.
+
+        Memory is that of the fullest stage.
+        """
         spans = tuple(self._spans())
         busy_seconds = sum(span.seconds for span in spans if span.kind == "compute") / self.stages
         prediction = self.prediction()
@@ -531,7 +587,9 @@ class PipelinedStep(SimulatedStep):
             )
 
     def _memory_curve(self, stage: int) -> tuple[tuple[float, int], ...]:
-        """(seconds, bytes) of a device of a stage: a microbatch has its forward values in memory from its forward to its backward pass."""
+        """(seconds, bytes) of a device of a stage: a microbatch has its forward values in memory
+        from its forward to its backward pass.
+        """
         changes: list[tuple[float, int]] = []
         for k, task in enumerate(self.pipeline.names):
             if task.stage != stage or not task.is_pass:

@@ -1,9 +1,12 @@
-"""A step in which device groups do different things: operators on slices of mesh axes, or devices that differ.
+"""A step in which device groups do different things: operators on slices of mesh axes, or devices
+that differ.
 
-An operator runs in the groups on its slices: `at(i)` on an axis is slice i, any other use of the axis is all slices. So operators on different
-slices run at the same time, as branches in parallel, once their operands have arrived. A collective is one task of all groups that take part,
-and begins when the last of them has reached it. Values between operators on different slices cross as in `crossing`. The links out of a
-group and those into it are resources; transfers between groups take turns on them.
+An operator runs in the groups on its slices: `at(i)` on an axis is slice i, any other use of the
+axis is all slices. So operators on different slices run at the same time, as branches in parallel,
+once their operands have arrived. A collective is one task of all groups that take part, and begins
+when the last of them has reached it. Values between operators on different slices cross as in
+`crossing`. The links out of a group and those into it are resources; transfers between groups take
+turns on them.
 """
 
 from __future__ import annotations
@@ -75,7 +78,10 @@ class PlacedStep(SimulatedStep):
         terms: Terms | None = None,
         fold: bool = True,
     ) -> PlacedStep:
-        """The step of a checked plan. Without `fold` every device has a group: the same result for more work."""
+        """The step of a checked plan.
+
+        Without `fold` every device has a group: the same result for more work.
+        """
         return PlacedStep(
             graph=graph,
             machine=machine,
@@ -94,7 +100,11 @@ class PlacedStep(SimulatedStep):
     @cached_property
     def structure(self) -> Structure:
         """The slots of the step, in the order of issue."""
-        return step_structure(self.graph, self.terms, any(self.slices))
+        return step_structure(
+            self.graph,
+            self.terms,
+            any(self.slices),
+        )
 
     @cached_property
     def placement(self) -> Placement:
@@ -107,8 +117,15 @@ class PlacedStep(SimulatedStep):
         return self._costs_on(self.machine)
 
     def _costs_on(self, machine: Machine) -> list[OperatorCost]:
-        """[operator]: its cost on a machine. Axes on which it is placed have no links for it: it stores and sends nothing over them."""
-        layout = Layout((), (), tuple(dict(a) for a in self.assignments))
+        """[operator]: its cost on a machine.
+
+        Axes on which it is placed have no links for it: it stores and sends nothing over them.
+        """
+        layout = Layout(
+            (),
+            (),
+            tuple(dict(a) for a in self.assignments),
+        )
         by_axes: dict[tuple[int, ...], list[OperatorCost]] = {}
         costs = []
         for o, slices in enumerate(self.slices):
@@ -154,7 +171,9 @@ class PlacedStep(SimulatedStep):
         return axes
 
     def _reduced_axes(self, slot: Slot) -> set[int]:
-        """The axes of the reductions of a slot: of gradients in a sum, of the phase's other values in an exchange."""
+        """The axes of the reductions of a slot: of gradients in a sum, of the phase's other values
+        in an exchange.
+        """
         axes: set[int] = set()
         for reduction in self.terms.operators[slot.operator].reductions:
             if _belongs_to(reduction, slot):
@@ -182,7 +201,11 @@ class PlacedStep(SimulatedStep):
         mesh = _without_links(self.plan.mesh, self.slices[slot.operator])
         axes: set[int] = set()
         for stored in self.terms.operators[slot.operator].stored:
-            storage = storage_axes(stored, mesh, self.assignments[slot.operator])
+            storage = storage_axes(
+                stored,
+                mesh,
+                self.assignments[slot.operator],
+            )
             if storage is not None:
                 axes.update(storage[1])
         return axes
@@ -203,7 +226,7 @@ class PlacedStep(SimulatedStep):
 
     @cached_property
     def seconds_of_kind(self) -> Mapping[int, np.ndarray]:
-        """Kind of device -> [slot]: seconds, without moves between operators on different slices."""
+        """Kind of device -> [slot]: seconds, without moves between different slices."""
         local_edges = []
         for moves in self.moves.values():
             local_edges += [move.move for move in moves if not move.crosses]
@@ -269,7 +292,9 @@ class PlacedStep(SimulatedStep):
         link_seconds: float,
         together: Sequence[tuple[int, ...]],
     ) -> list[GroupTask]:
-        """The tasks of a move between different slices: the reshard at home, then the transfers, each crossing in one."""
+        """The tasks of a move between different slices: the reshard at home, then the transfers,
+        each crossing in one.
+        """
         crossing_bytes: dict[Crossing, float] = defaultdict(float)
         reshard_seconds = []
         for move in moves:
@@ -295,12 +320,25 @@ class PlacedStep(SimulatedStep):
                 )
         return tasks
 
-    def _routes(self, home: int, reader: int, crossing: Crossing) -> dict[Route, int]:
-        return routes(self.groups, self.slices[home], self.slices[reader], crossing)
+    def _routes(
+        self,
+        home: int,
+        reader: int,
+        crossing: Crossing,
+    ) -> dict[Route, int]:
+        return routes(
+            self.groups,
+            self.slices[home],
+            self.slices[reader],
+            crossing,
+        )
 
     @property
     def lower_bound_seconds(self) -> float:
-        """Compute seconds of the busiest group: no step is shorter. For equal devices; needs no simulation."""
+        """Compute seconds of the busiest group: no step is shorter.
+
+        For equal devices; needs no simulation.
+        """
         busy = [0.0] * self.groups.count
         for slices, cost in zip(self.slices, self.costs, strict=True):
             for group in self.groups.groups_on(slices):
@@ -310,7 +348,11 @@ class PlacedStep(SimulatedStep):
     @cached_property
     def tasks(self) -> StepTasks:
         """The tasks of all device groups."""
-        return group_step_tasks(self.structure, self.group_tasks, self.machine.backend.overlap)
+        return group_step_tasks(
+            self.structure,
+            self.group_tasks,
+            self.machine.backend.overlap,
+        )
 
     @cached_property
     def times(self) -> Times:
@@ -331,7 +373,9 @@ class PlacedStep(SimulatedStep):
 
     @cached_property
     def _operator_traffic(self) -> list[tuple[int, str, float]]:
-        """(operator, kind, bytes that all devices send): collectives first, then transfers between slices."""
+        """(operator, kind, bytes that all devices send): collectives first, then transfers between
+        slices.
+        """
         device_counts = self.groups.device_counts
         operator_devices = []
         for slices in self.slices:
@@ -340,7 +384,12 @@ class PlacedStep(SimulatedStep):
         local_reads = tuple(read for read in self.layout.reads if not self._crosses(read))
         layout = replace(self.layout, reads=local_reads)
         traffic = []
-        for collective in collectives(self.graph, self.plan.mesh, layout, self.machine.backend):
+        for collective in collectives(
+            self.graph,
+            self.plan.mesh,
+            layout,
+            self.machine.backend,
+        ):
             nbytes = float(collective.total * operator_devices[collective.operator])
             traffic.append((collective.operator, collective.kind, nbytes))
         for (home, reader, _, _), moves in self.moves.items():
@@ -359,7 +408,12 @@ class PlacedStep(SimulatedStep):
         if home < 0 or read.operator < 0:
             return False
         source = self.layout.shardings[read.tensor]
-        crossing = Crossing.of(self.slices[home], self.slices[read.operator], source, read.target)
+        crossing = Crossing.of(
+            self.slices[home],
+            self.slices[read.operator],
+            source,
+            read.target,
+        )
         return bool(crossing.axes)
 
     @cached_property
@@ -385,7 +439,9 @@ class PlacedStep(SimulatedStep):
 
     @cached_property
     def memories(self) -> list[PeakMemory]:
-        """[group]: peak memory of a device: the variables and values of its operators, and values received in the forward pass."""
+        """[group]: peak memory of a device: the variables and values of its operators, and values
+        received in the forward pass.
+        """
         by_members: dict[frozenset[int], PeakMemory] = {}
         memories = []
         for group in range(self.groups.count):
@@ -416,7 +472,9 @@ class PlacedStep(SimulatedStep):
         )
 
     def _received_bytes(self, members: frozenset[int]) -> int:
-        """Bytes of forward values that a device with these operators receives from other slices, each once."""
+        """Bytes of forward values that a device with these operators receives from other slices,
+        each once.
+        """
         by_tensor: dict[int, float] = {}
         for edge in self.terms.edges:
             arrives = edge.reader in members and edge.home not in members
@@ -440,7 +498,10 @@ class PlacedStep(SimulatedStep):
         return self.memories[self.fullest].peak
 
     def prediction(self) -> Prediction:
-        """The prediction of the step. Memory is that of the fullest group; traffic and FLOPs are means over devices."""
+        """The prediction of the step.
+
+        Memory is that of the fullest group; traffic and FLOPs are means over devices.
+        """
         devices = self.plan.devices
         fullest = self.fullest
         traffic = {kind: round(nbytes / devices) for kind, nbytes in self.traffic.items()}
@@ -466,7 +527,11 @@ class PlacedStep(SimulatedStep):
                 move_seconds[reader] += crossing_seconds + move.reshard_seconds(self.placement)
         operators = []
         for o, cost in enumerate(self.costs):
-            source = compute_source(self.terms.operators[o], self.placement, self.assignments[o])
+            source = compute_source(
+                self.terms.operators[o],
+                self.placement,
+                self.assignments[o],
+            )
             operators.append(
                 OperatorPrediction(
                     name=self.graph.operators[o].name,
@@ -496,12 +561,26 @@ class PlacedStep(SimulatedStep):
 
     def timeline(self) -> Timeline:
         names = self.group_names if self.groups.count > 1 else [""]
-        group_times = GroupTimes(self.structure, self.tasks, self.times, names, self.fullest)
-        return timeline_of(self.graph, self.machine, self.plan, self.prediction(), group_times)
+        group_times = GroupTimes(
+            self.structure,
+            self.tasks,
+            self.times,
+            names,
+            self.fullest,
+        )
+        return timeline_of(
+            self.graph,
+            self.machine,
+            self.plan,
+            self.prediction(),
+            group_times,
+        )
 
 
 def _belongs_to(reduction: Reduction, slot: Slot) -> bool:
-    """Whether a slot does a reduction: sums those of gradients, an exchange all others of its phase."""
+    """Whether a slot does a reduction: sums those of gradients, an exchange all others of its
+    phase.
+    """
     of_gradient = reduction.parameter >= 0 and reduction.trips == 1
     if slot.kind == "sum":
         return of_gradient

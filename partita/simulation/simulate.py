@@ -21,7 +21,8 @@ def simulated_step(
     plan: Plan,
     terms: Terms | None = None,
 ) -> SimulatedStep:
-    """The step of a checked plan. `terms` are the graph's on this machine's backend (computed if None).
+    """The step of a checked plan. `terms` are the graph's on this machine's backend (computed if
+    None).
 
     PlanError where a plan has microbatches or rematerialization and the machine's devices differ.
     """
@@ -49,5 +50,7 @@ def simulate(
     plan: Plan,
     terms: Terms | None = None,
 ) -> Timeline:
-    """The timeline of one step: tasks with start and length, waiting, memory and traffic of a device."""
+    """The timeline of one step: tasks with start and length, waiting, memory and traffic of a
+    device.
+    """
     return simulated_step(graph, machine, plan, terms).timeline()

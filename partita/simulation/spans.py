@@ -1,6 +1,7 @@
 """From simulated tasks to a Timeline: spans, waiting time by cause, and the memory curve.
 
-Shared by the members whose tasks are those of device groups (`uniform`, `placed`); a pipeline's tasks are passes of stages.
+Shared by the members whose tasks are those of device groups (`uniform`, `placed`); a pipeline's
+tasks are passes of stages.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ ACTIONS = {
 
 @dataclass(frozen=True, eq=False)
 class GroupTimes:
-    """The tasks of device groups with their times. `fullest` is the group closest to its memory capacity."""
+    """The tasks of device groups with their times.
+
+    `fullest` is the group closest to its memory capacity.
+    """
 
     structure: Structure
     tasks: StepTasks
@@ -107,7 +111,10 @@ def _spans(graph: OperatorGraph, group_times: GroupTimes) -> Iterator[Span]:
 
 
 def _task_name(graph: OperatorGraph, slot: Slot) -> str:
-    """Name of a task for people: operator and phase, and its action unless it computes. A move names both ends."""
+    """Name of a task for people: operator and phase, and its action unless it computes.
+
+    A move names both ends.
+    """
     operator = graph.operators[slot.operator].name
     if slot.kind == "compute":
         return f"{operator} {slot.phase}"
@@ -167,7 +174,8 @@ def _idle_of_groups(group_times: GroupTimes) -> dict[str, float]:
 
 
 def _memory_curve(group_times: GroupTimes, held_bytes: np.ndarray) -> tuple[tuple[float, int], ...]:
-    """(seconds, bytes) of the fullest group: from each time on a device has this many bytes in memory.
+    """(seconds, bytes) of the fullest group: from each time on a device has this many bytes in
+    memory.
 
     `held_bytes` are by instruction; a task has the largest number of its instructions.
     """

@@ -1,9 +1,12 @@
-"""The slots of a training step: everything that a device may compute or send, and the slots that each one waits for.
+"""The slots of a training step: everything that a device may compute or send, and the slots that
+each one waits for.
 
-An operator has up to seven slots: its kernels in the forward pass, the backward pass and the update; the collectives of its activations
-forward and backward; the sum of its gradients; the gather of variables that are stored in shards. A value that another operator reads in
-another sharding has a slot for the move. The slots and their order depend on the graph alone; a plan gives them seconds (`tasks`), none where
-a slot is not needed. Kernels are in program order, collectives in the order in which their operands are computed.
+An operator has up to seven slots: its kernels in the forward pass, the backward pass and the
+update; the collectives of its activations forward and backward; the sum of its gradients; the
+gather of variables that are stored in shards. A value that another operator reads in another
+sharding has a slot for the move. The slots and their order depend on the graph alone; a plan gives
+them seconds (`tasks`), none where a slot is not needed. Kernels are in program order, collectives
+in the order in which their operands are computed.
 """
 
 from __future__ import annotations
@@ -52,17 +55,24 @@ class Structure:
     """[instruction]: the slot that computes it, -1 for none."""
 
 
-def step_structure(graph: OperatorGraph, terms: Terms, placed: bool = False) -> Structure:
+def step_structure(
+    graph: OperatorGraph,
+    terms: Terms,
+    placed: bool = False,
+) -> Structure:
     """The slots of a step under any plan; computed once per graph.
 
-    With `placed` operators, instructions that only pass values on between other operators have slots of their own.
+    With `placed` operators, instructions that only pass values on between other operators have
+    slots of their own.
     """
     return _structure(IdentityKey(graph), IdentityKey(terms), placed)
 
 
 @lru_cache(maxsize=8)
 def _structure(
-    graph_key: IdentityKey[OperatorGraph], terms_key: IdentityKey[Terms], placed: bool
+    graph_key: IdentityKey[OperatorGraph],
+    terms_key: IdentityKey[Terms],
+    placed: bool,
 ) -> Structure:
     builder = _Builder(graph_key.value, terms_key.value, placed)
     builder.add_kernels()
@@ -74,7 +84,12 @@ def _structure(
 class _Builder:
     """Slots by node, with the nodes before each and its position in the program."""
 
-    def __init__(self, graph: OperatorGraph, terms: Terms, placed: bool) -> None:
+    def __init__(
+        self,
+        graph: OperatorGraph,
+        terms: Terms,
+        placed: bool,
+    ) -> None:
         self.graph = graph
         self.terms = terms
         self.nodes = kernel_nodes(graph, placed)
@@ -123,14 +138,20 @@ class _Builder:
                 self.position[gather] = self.position[first] - 0.2
                 self.before[first].add(gather)
 
-    def _add_after(self, source: Node, node: Node, slot: Slot, offset: float) -> None:
+    def _add_after(
+        self,
+        source: Node,
+        node: Node,
+        slot: Slot,
+        offset: float,
+    ) -> None:
         """Adds a slot that waits for `source`, at this offset from it in the program."""
         self.slots[node] = slot
         self.before[node].add(source)
         self.position[node] = self.position[source] + offset
 
     def add_dependences(self) -> None:
-        """Adds joins and moves, and the dependences between all nodes, instruction by instruction."""
+        """Adds joins, moves and the dependences of all nodes, in program order."""
         producer = producers(self.graph)
         constants = constant_tensors(self.graph)
         moves = {(move.tensor, move.reader): move for move in self.terms.edges}
@@ -160,7 +181,9 @@ class _Builder:
                 self.before[node].update(sources)
 
     def _outlets(self, node: Node | None, read_phase: Phase) -> list[Node]:
-        """The nodes with the results of a node for readers of a phase: after kernels, their exchange and sum."""
+        """The nodes with the results of a node for readers of a phase: after kernels, their
+        exchange and sum.
+        """
         if node is None:
             return []
         if node.kind != "compute" or node != self.last_kernels.get((node.number, node.phase)):
@@ -171,7 +194,11 @@ class _Builder:
         return [outlet for outlet in outlets if outlet in self.slots] or [node]
 
     def _add_move(
-        self, move: Move, source: Node | None, reader: Node, sources: Sequence[Node]
+        self,
+        move: Move,
+        source: Node | None,
+        reader: Node,
+        sources: Sequence[Node],
     ) -> Node:
         """The node of a move, which is added if it is new."""
         phases = f"{move.phase} {move.read_phase}"
@@ -198,10 +225,16 @@ class _Builder:
         before = [tuple(sorted(number[source] for source in self.before[node])) for node in number]
         slot_of = [-1 if node is None else number[node] for node in self.nodes]
         slots = [self.slots[node] for node in number]
-        return Structure(tuple(slots), tuple(before), tuple(slot_of))
+        return Structure(
+            tuple(slots),
+            tuple(before),
+            tuple(slot_of),
+        )
 
     def _program_order(self) -> dict[Node, int]:
-        """Node -> its number: of the nodes whose sources are numbered, always the first in the program."""
+        """Node -> its number: of the nodes whose sources are numbered, always the first in the
+        program.
+        """
         readers: dict[Node, list[Node]] = defaultdict(list)
         waits = dict.fromkeys(self.slots, 0)
         for node in self.slots:
@@ -241,7 +274,8 @@ def _is_gradient(reduction: Reduction) -> bool:
 def without_idle_slots(structure: Structure, takes_time: Sequence[bool]) -> Structure:
     """The structure without slots that never take time. Their readers wait for their sources.
 
-    A slot that joins many sources with many readers stays, because it stands for more pairs than it has neighbors.
+    A slot that joins many sources with many readers stays, because it stands for more pairs than it
+    has neighbors.
     """
     all_sources = [source for before in structure.before for source in before]
     readers = np.bincount(all_sources, minlength=len(structure.slots))
@@ -250,8 +284,8 @@ def without_idle_slots(structure: Structure, takes_time: Sequence[bool]) -> Stru
     before: list[tuple[int, ...]] = []
     seen_through: list[frozenset[int]] = []
     """[slot]: the staying slots that its readers wait for."""
-    for n, own_before in enumerate(structure.before):
-        sources: frozenset[int] = frozenset().union(*(seen_through[b] for b in own_before))
+    for n, direct_before in enumerate(structure.before):
+        sources: frozenset[int] = frozenset().union(*(seen_through[b] for b in direct_before))
         pairs = len(sources) * readers[n]
         if takes_time[n] or pairs > len(sources) + readers[n]:
             number[n] = len(number)

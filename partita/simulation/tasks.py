@@ -1,11 +1,15 @@
-"""From the slots of a step to tasks for the engine: seconds of every slot under a plan, streams and links of device groups.
+"""From the slots of a step to tasks for the engine: seconds of every slot under a plan, streams and
+links of device groups.
 
-Devices that do the same at the same time are a *device group* (`groups`) with one representative device, so the number of devices changes
-seconds and not the number of tasks. A group has two streams: its kernels in program order, and its collectives in the order in which their
-operands are computed, as XLA issues them. The machine's backend decides what overlaps:
+Devices that do the same at the same time are a *device group* (`groups`) with one representative
+device, so the number of devices changes seconds and not the number of tasks. A group has two
+streams: its kernels in program order, and its collectives in the order in which their operands are
+computed, as XLA issues them. The machine's backend decides what overlaps:
 
-- `overlap` 0 (XLA:CPU): kernels and collectives share one stream, and a step takes the sum of its parts.
-- otherwise collectives run in the second stream, and block the kernels beside them for the fraction `1 - overlap` of their time.
+- `overlap` 0 (XLA:CPU): kernels and collectives share one stream, and a step takes the sum of its
+  parts.
+- otherwise collectives run in the second stream, and block the kernels beside them for the fraction
+  `1 - overlap` of their time.
 
 Seconds are those of `cost.evaluate` and `cost.moves`.
 """
@@ -40,7 +44,10 @@ def slot_seconds(
     placement: Placement,
     layout: Layout,
 ) -> np.ndarray:
-    """[slot]: seconds of every slot under one plan. `costs` are those of every operator under its only choice."""
+    """[slot]: seconds of every slot under one plan.
+
+    `costs` are those of every operator under its only choice.
+    """
     moves: dict[tuple[int, int, Phase, Phase], float] = defaultdict(float)
     for move in edges:
         source = label_sharding(move.source, layout.assignments[move.home])
@@ -62,9 +69,10 @@ def slot_seconds(
 class GroupTask:
     """The part of a slot that some device groups do together, in `seconds`.
 
-    It waits until all `groups` are ready. Afterwards its result is in the groups `reached`; none for the first half of a move in two tasks.
-    On `KERNELS` or `LINKS` it takes its turn in that stream of all its groups. On `BETWEEN` it occupies the links out of the groups
-    `links_out` and those into the groups `links_in`.
+    It waits until all `groups` are ready. Afterwards its result is in the groups `reached`; none
+    for the first half of a move in two tasks. On `KERNELS` or `LINKS` it takes its turn in that
+    stream of all its groups. On `BETWEEN` it occupies the links out of the groups `links_out` and
+    those into the groups `links_in`.
     """
 
     groups: tuple[int, ...]
@@ -77,7 +85,9 @@ class GroupTask:
 
 @dataclass(frozen=True, slots=True)
 class TaskInfo:
-    """The origin of a task: its slot, the groups whose stream runs it, and whether it only blocks kernels."""
+    """The origin of a task: its slot, the groups whose stream runs it, and whether it only blocks
+    kernels.
+    """
 
     slot: int
     group_task: GroupTask
@@ -109,7 +119,11 @@ class StepTasks:
         return info.blocks_kernels or stream == KERNELS or (stream == LINKS and self.overlap == 0)
 
 
-def step_tasks(structure: Structure, seconds: np.ndarray, overlap: float) -> StepTasks:
+def step_tasks(
+    structure: Structure,
+    seconds: np.ndarray,
+    overlap: float,
+) -> StepTasks:
     """The tasks of one representative device. `seconds` are those of the slots."""
     seconds = np.asarray(seconds)
     step = _untimed_tasks(IdentityKey(structure), overlap)
@@ -122,17 +136,28 @@ def step_tasks(structure: Structure, seconds: np.ndarray, overlap: float) -> Ste
 
 @lru_cache(maxsize=8)
 def _untimed_tasks(key: IdentityKey[Structure], overlap: float) -> StepTasks:
-    """`step_tasks` without seconds: one group waits for no other, so its tasks do not depend on their seconds."""
+    """`step_tasks` without seconds: one group waits for no other, so its tasks do not depend on
+    their seconds.
+    """
     stream = {"join": BETWEEN, "compute": KERNELS}
     group_tasks = [
-        [GroupTask((0,), 0.0, stream.get(slot.kind, LINKS), reached=(0,))]
+        [
+            GroupTask(
+                (0,),
+                0.0,
+                stream.get(slot.kind, LINKS),
+                reached=(0,),
+            )
+        ]
         for slot in key.value.slots
     ]
     return group_step_tasks(key.value, group_tasks, overlap)
 
 
 def group_step_tasks(
-    structure: Structure, group_tasks: Sequence[Sequence[GroupTask]], overlap: float
+    structure: Structure,
+    group_tasks: Sequence[Sequence[GroupTask]],
+    overlap: float,
 ) -> StepTasks:
     """The tasks of several device groups. `group_tasks[n]` are those of slot n.
 
@@ -148,7 +173,11 @@ def group_step_tasks(
         slot_results = _Results()
         first_halves = _Results()
         for group_task in slot_tasks:
-            waits = _waits(group_task, [results[b] for b in structure.before[n]], first_halves)
+            waits = _waits(
+                group_task,
+                [results[b] for b in structure.before[n]],
+                first_halves,
+            )
             stream = group_task.stream
             if stream == LINKS and overlap == 0:
                 stream = KERNELS
@@ -165,7 +194,13 @@ def group_step_tasks(
                     if blocking_task[n] < 0:
                         blocking_task[n] = task
         results.append(slot_results)
-    return StepTasks(builder.tasks(), first_task, blocking_task, overlap, builder.infos)
+    return StepTasks(
+        builder.tasks(),
+        first_task,
+        blocking_task,
+        overlap,
+        builder.infos,
+    )
 
 
 class _Results:
@@ -179,14 +214,22 @@ class _Results:
             self.by_group.setdefault(group, []).append(task)
 
     def tasks_for(self, group: int) -> Iterable[int]:
-        """The tasks that a reader in this group waits for: those of all groups where none brings the result here."""
+        """The tasks that a reader in this group waits for: those of all groups where none brings
+        the result here.
+        """
         if group in self.by_group:
             return self.by_group[group]
         return [task for tasks in self.by_group.values() for task in tasks]
 
 
-def _waits(group_task: GroupTask, sources: Sequence[_Results], first_halves: _Results) -> set[int]:
-    """The tasks before a group task: the first half of its move if there is one, else the slots that it reads."""
+def _waits(
+    group_task: GroupTask,
+    sources: Sequence[_Results],
+    first_halves: _Results,
+) -> set[int]:
+    """The tasks before a group task: the first half of its move if there is one, else the slots
+    that it reads.
+    """
     waits: set[int] = set()
     for group in group_task.groups:
         if group in first_halves.by_group:
@@ -200,8 +243,8 @@ def _waits(group_task: GroupTask, sources: Sequence[_Results], first_halves: _Re
 class _TaskBuilder:
     """Tasks in the order of issue, with the order that streams of several groups impose.
 
-    Stream `2 * group + stream` is one of the engine's. It orders tasks of one stream by itself; a task of several streams is in none of them,
-    and is ordered by explicit dependencies.
+    Stream `2 * group + stream` is one of the engine's. It orders tasks of one stream by itself; a
+    task of several streams is in none of them, and is ordered by explicit dependencies.
     """
 
     def __init__(self) -> None:
@@ -219,7 +262,13 @@ class _TaskBuilder:
     def count(self) -> int:
         return len(self._seconds)
 
-    def add(self, info: TaskInfo, stream: int, seconds: float, waits: set[int]) -> int:
+    def add(
+        self,
+        info: TaskInfo,
+        stream: int,
+        seconds: float,
+        waits: set[int],
+    ) -> int:
         """The number of a new task."""
         number = self.count
         streams: list[int] = []
@@ -237,7 +286,9 @@ class _TaskBuilder:
         return number
 
     def _turn(self, streams: Sequence[int], task: int) -> set[int]:
-        """The tasks before this one in its streams that the engine does not order; the task is then the streams' last."""
+        """The tasks before this one in its streams that the engine does not order; the task is then
+        the streams' last.
+        """
         joint = len(streams) > 1
         previous = self._last if joint else self._last_joint
         before = {previous[s] for s in streams if s in previous}
@@ -248,4 +299,9 @@ class _TaskBuilder:
         return before
 
     def tasks(self) -> Tasks:
-        return Tasks.of(self._seconds, self._before, self._stream, self._uses)
+        return Tasks.of(
+            self._seconds,
+            self._before,
+            self._stream,
+            self._uses,
+        )

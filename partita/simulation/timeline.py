@@ -1,6 +1,7 @@
-"""What a simulation returns: when a device computes, sends and waits in one step, what holds it up, and how its memory fills.
+"""The result of a simulation: tasks, waiting times, critical path and memory of one step.
 
-A Timeline is a frozen value. Its spans are in the order in which a device issues them; one device stands for all that do the same.
+A Timeline is a frozen value. Spans are in the order in which a device issues them, for one
+representative device of every device group.
 """
 
 from __future__ import annotations
@@ -14,19 +15,22 @@ KERNELS, LINKS = "kernels", "links"
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One task of a device. `stream` is "kernels" or "links"; `kind` says what it is for, `phase` when in the step it is."""
+    """One task of a device. Times are in seconds."""
 
     name: str
     operator: str
     kind: str
+    """Purpose: "compute", "exchange", "sum", "gather", "move" or "held up" (kernels blocked)."""
     phase: str
+    """Phase of the step: "forward", "backward" or "update"."""
     stream: str
+    """The stream of the device: "kernels" or "links"."""
     start: float
     seconds: float
     critical: bool = False
-    """On the critical path: were it shorter, the step would be."""
+    """Whether the task is on the critical path: if it were shorter, the step would be."""
     group: str = ""
-    """The devices that do it, where not all do the same."""
+    """Name of its device group; "" if there is one."""
 
     @property
     def end(self) -> float:
@@ -35,12 +39,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """One simulated step under a plan, in seconds from its start.
-
-    `idle` is the time in which a device runs no kernels, by what it waits for: "links" (a collective that its next kernel needs),
-    "end" (nothing left to do but to wait for the last collectives), or "bubble" (another stage). Where groups of devices do different things, it is the mean
-    of theirs. `memory` are (seconds, bytes held by a device from then on).
-    """
+    """One simulated step under a plan. Times are in seconds from its start."""
 
     plan: str
     graph: str
@@ -49,18 +48,25 @@ class Timeline:
     seconds: float
     spans: tuple[Span, ...]
     idle: Mapping[str, float]
+    """Seconds in which a device runs no kernels, by cause; the mean over device groups.
+
+    "links": its next kernel needs a collective. "held up": a collective blocks kernels. "end": only
+    the last collectives are left. "bubble": it waits for another stage or group.
+    """
     memory: tuple[tuple[float, int], ...]
+    """(seconds, bytes) of a device: from each time on it has this many bytes in memory."""
     peak_bytes: int
     held: Mapping[str, int]
-    """What holds memory at the peak, by kind."""
+    """Bytes at the peak, by kind of memory."""
     peak_operator: str
+    """The operator that runs at the peak."""
     traffic: Mapping[str, int]
     """Bytes that a device sends, by kind of collective."""
     source: str
-    """Where the seconds come from."""
+    """Source of the seconds, for people."""
     notes: tuple[str, ...] = field(default=())
     groups: int = 1
-    """How many groups of devices do different things."""
+    """Number of device groups, or of stages."""
 
     @property
     def total_traffic(self) -> int:
@@ -68,15 +74,16 @@ class Timeline:
         return self.devices * sum(self.traffic.values())
 
     def busy_part(self) -> float:
-        """The part of the step in which a device runs kernels."""
-        return (
-            sum(s.seconds for s in self.spans if s.kind == "compute") / self.seconds / self.groups
-            if self.seconds
-            else 1.0
-        )
+        """Fraction of the step in which a device runs kernels."""
+        if not self.seconds:
+            return 1.0
+        compute_seconds = sum(span.seconds for span in self.spans if span.kind == "compute")
+        return compute_seconds / self.seconds / self.groups
 
     def rows(self) -> list[tuple[str, str]]:
-        """(group, stream) of every row of a picture: group after group as they begin, kernels first."""
+        """(group, stream) of every row of a picture: group after group as they begin, kernels
+        first.
+        """
         groups = {group: n for n, group in enumerate(dict.fromkeys(s.group for s in self.spans))}
         return sorted(
             dict.fromkeys((s.group, s.stream) for s in self.spans),
@@ -85,16 +92,16 @@ class Timeline:
 
     def by_kind(self) -> dict[str, float]:
         """Seconds by kind of task, hidden or not."""
-        found: dict[str, float] = {}
+        seconds: dict[str, float] = {}
         for span in self.spans:
-            found[span.kind] = found.get(span.kind, 0.0) + span.seconds
-        return found
+            seconds[span.kind] = seconds.get(span.kind, 0.0) + span.seconds
+        return seconds
 
     def critical_path(self) -> tuple[Span, ...]:
         return tuple(s for s in self.spans if s.critical)
 
     def to_json(self) -> dict[str, Any]:
-        """A plain JSON value."""
+        """The timeline as a JSON value."""
         return {
             "plan": self.plan,
             "graph": self.graph,

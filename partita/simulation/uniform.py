@@ -1,4 +1,6 @@
-"""A step in which all devices do the same: one representative device is simulated, whatever their number."""
+"""A step in which all devices do the same: one representative device is simulated, whatever their
+number.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from partita.simulation.timeline import Timeline
 
 @dataclass(frozen=True, eq=False)
 class UniformStep(SimulatedStep):
-    """A step of a plan without placed operators, microbatches and rematerialization, on equal devices."""
+    """A step of a plan without placed operators, microbatches and rematerialization, on equal
+    devices.
+    """
 
     graph: OperatorGraph
     machine: Machine
@@ -44,7 +48,12 @@ class UniformStep(SimulatedStep):
     @cached_property
     def costs(self) -> Sequence[OperatorCost]:
         """Cost of every operator under its choice."""
-        return operator_costs(self.terms, self.placement, self.layout, self.plan)
+        return operator_costs(
+            self.terms,
+            self.placement,
+            self.layout,
+            self.plan,
+        )
 
     @cached_property
     def structure(self) -> Structure:
@@ -57,7 +66,11 @@ class UniformStep(SimulatedStep):
         seconds = slot_seconds(
             self.structure, self.costs, self.terms.edges, self.placement, self.layout
         )
-        return step_tasks(self.structure, seconds, self.machine.backend.overlap)
+        return step_tasks(
+            self.structure,
+            seconds,
+            self.machine.backend.overlap,
+        )
 
     @cached_property
     def times(self) -> Times:
@@ -91,4 +104,10 @@ class UniformStep(SimulatedStep):
 
     def timeline(self) -> Timeline:
         group_times = GroupTimes(self.structure, self.tasks, self.times)
-        return timeline_of(self.graph, self.machine, self.plan, self.prediction(), group_times)
+        return timeline_of(
+            self.graph,
+            self.machine,
+            self.plan,
+            self.prediction(),
+            group_times,
+        )
