@@ -258,7 +258,11 @@ class CapturedCall:
                 nnx.update(old, nnx.state(new))
 
 
-def capture_call(function: Callable[..., Any], call: Call, name: str = "") -> CapturedCall:
+def capture_call(
+    function: Callable[..., Any],
+    call: Call,
+    name: str = "",
+) -> CapturedCall:
     """The training step `function` as an OperatorGraph, for calls like this one. Nothing is run.
 
     CaptureError if it cannot be traced, or has no state.
@@ -291,7 +295,11 @@ def capture_call(function: Callable[..., Any], call: Call, name: str = "") -> Ca
     return CapturedCall(captured, call, roles)
 
 
-def _plain_step(function: Callable[..., Any], call: Call, roles: Roles) -> Callable[..., Any]:
+def _plain_step(
+    function: Callable[..., Any],
+    call: Call,
+    roles: Roles,
+) -> Callable[..., Any]:
     """`function` as a step from (state, batch) to (outputs, new state)."""
 
     def step(state: Sequence[Any], batch: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -331,7 +339,11 @@ class _Traced:
     """Positions of the arrays that the call has replaced in its arguments."""
 
 
-def _trace(function: Callable[..., Any], call: Call, arrays: Sequence[Any]) -> _Traced:
+def _trace(
+    function: Callable[..., Any],
+    call: Call,
+    arrays: Sequence[Any],
+) -> _Traced:
     """Calls the function with traced arrays."""
     before = [_wrapped(array, like) for array, like in zip(arrays, call.arrays, strict=True)]
     args, kwargs = call.with_arrays(before)
@@ -372,7 +384,11 @@ def _traced_roles(
     return roles[0]
 
 
-def _roles(call: Call, shapes: Sequence[jax.ShapeDtypeStruct], traced: _Traced) -> Roles:
+def _roles(
+    call: Call,
+    shapes: Sequence[jax.ShapeDtypeStruct],
+    traced: _Traced,
+) -> Roles:
     """The roles of a call's arrays.
 
     State are the arrays changed in place, and every argument that comes back whole somewhere in the
@@ -473,7 +489,11 @@ def _subtrees(tree: Any, first: int = 0) -> Iterator[tuple[int, Any]]:
         first += len(jax.tree.leaves(child))
 
 
-def _batch_size(call: Call, shapes: Sequence[jax.ShapeDtypeStruct], roles: Roles) -> int:
+def _batch_size(
+    call: Call,
+    shapes: Sequence[jax.ShapeDtypeStruct],
+    roles: Roles,
+) -> int:
     """Dim 0 of the batch, 0 without one: the last argument that is neither state nor a key."""
     argument_of = [call.argument[i] for i in call.dynamic]
     for i in reversed(roles.others):

@@ -87,7 +87,11 @@ def integer_attribute(operation: Any, key: str) -> int:
     return int(operation.attributes[key]) if key in operation.attributes else 1
 
 
-def _list_attribute(operation: Any, key: str, length: int) -> list[int]:
+def _list_attribute(
+    operation: Any,
+    key: str,
+    length: int,
+) -> list[int]:
     """A list of integers, ones by default."""
     if key not in operation.attributes:
         return [1] * length
@@ -165,10 +169,14 @@ def _shardy_mappings(attributes: Sequence[Any]) -> tuple[DimFactors, ...]:
     return tuple(mappings)
 
 
-def _select_and_scatter_rule(operation: Any, operands: list[Tensor], rule: Rule) -> Rule:
+def _select_and_scatter_rule(
+    operation: Any,
+    operands: list[Tensor],
+    rule: Rule,
+) -> Rule:
     """The rule of the backward pass of pooling by maximum.
 
-    Shardy names the dims of operand and source apart. Where every window is as long as its stride,
+    Shardy names the dims of operand and source apart. Where windows and strides have equal length,
     a part of the source belongs to a part of the operand, and they are one factor. Elsewhere XLA
     would exchange halos of both, back and forth, so these dims stay whole.
     """
@@ -199,7 +207,11 @@ def _select_and_scatter_rule(operation: Any, operands: list[Tensor], rule: Rule)
     )
 
 
-def _scatter_rule(operation: Any, operands: list[Tensor], rule: Rule) -> Rule:
+def _scatter_rule(
+    operation: Any,
+    operands: list[Tensor],
+    rule: Rule,
+) -> Rule:
     """The rule of a scatter, whose scattered dims must stay whole if there is only one index.
 
     XLA's partitioner writes the wrong rows there if the operand has just been split (seen on jax
@@ -266,7 +278,11 @@ def _window_size(operation: Any) -> int:
     return math.prod(ir.DenseI64ArrayAttr(operation.attributes["window_dimensions"]))
 
 
-def _convolution_flops(operation: Any, operands: list[Tensor], results: list[Tensor]) -> float:
+def _convolution_flops(
+    operation: Any,
+    operands: list[Tensor],
+    results: list[Tensor],
+) -> float:
     """FLOPs of a convolution.
 
     Products with padding, or with the holes of a dilated input, do not count.
@@ -423,5 +439,14 @@ def pooling_windows(operation: Any, shape: Sequence[int]) -> list[Window]:
         reach = (sizes[dim] - 1) * dilations[dim] + 1
         padded = (shape[dim] - 1) * bases[dim] + 1 + low + high
         count = (padded - reach) // strides[dim] + 1
-        windows.append(Window(shape[dim], count, strides[dim], low, reach, bases[dim]))
+        windows.append(
+            Window(
+                shape[dim],
+                count,
+                strides[dim],
+                low,
+                reach,
+                bases[dim],
+            )
+        )
     return windows

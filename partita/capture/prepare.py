@@ -97,7 +97,11 @@ def _expand(call: Any, function: Any) -> list[Any]:
     return copies
 
 
-def _rewire(operation: Any, value_of: dict[Any, Any], prefix: str) -> None:
+def _rewire(
+    operation: Any,
+    value_of: dict[Any, Any],
+    prefix: str,
+) -> None:
     """Replaces operands of a copy and of all inside it, and prefixes its name."""
     for position, operand in enumerate(operation.operands):
         if operand in value_of:
@@ -275,8 +279,8 @@ def _restore_constants(module: ir.Module) -> None:
 def _sink_constants(block: ir.Block, outside: set[Any] | None) -> None:
     """Copies constants into the loop bodies that use them.
 
-    As HLO, a loop carries every value that it captures, and then no longer has as many values as
-    shardings. `outside` is None for the body of the function.
+    As HLO, a loop carries every value that it captures. Its values then outnumber its shardings.
+    `outside` is None for the body of the function.
     """
     inside: set[Any] = set(block.arguments)
     for op in list(block):

@@ -84,7 +84,12 @@ class _Reader:
                 self.program.outputs = yielded
         return yielded
 
-    def _instruction(self, operation: Any, name: str, trips: int) -> None:
+    def _instruction(
+        self,
+        operation: Any,
+        name: str,
+        trips: int,
+    ) -> None:
         program = self.program
         number = len(program.instructions)
         operands = tuple(self.tensor(value) for value in operation.operands)

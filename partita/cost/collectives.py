@@ -16,10 +16,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from partita.cost.partial import operand_labels, pending_sums, reduced_factors
-from partita.cost.reshard import emitted_steps, step_bytes
+from partita.cost.partial import Factors, operand_labels, pending_sums, reduced_factors
+from partita.cost.reshard import Axes, emitted_steps, step_bytes
 from partita.graph.operator_graph import (
     ITEMSIZE,
+    DimFactors,
     Instruction,
     Label,
     OperatorGraph,
@@ -43,7 +44,7 @@ class Collective:
     kind: str
     nbytes: int
     """Per device and execution: of the result of an all_gather, of the operand of any other."""
-    axes: tuple[int, ...]
+    axes: Axes
     trips: int
     operator: int
     phase: Phase
@@ -116,21 +117,21 @@ def reaches(
     if instruction.name == "convolution":
         label = _split_like_result(label, rule.operands[0], result, rule.results[0])
     windows = dict(instruction.windows)
-    found = []
+    result_reaches = []
     for dim, (factor, mapping) in enumerate(zip(label, rule.operands[0], strict=False)):
         if factor < 0 or not mapping or mapping[0] not in windows:
             continue
         window = windows[mapping[0]]
         if window.halo_elements(2) != (0, 0):
-            found.append(Reach(factor, dim, window, label))
-    return tuple(found)
+            result_reaches.append(Reach(factor, dim, window, label))
+    return tuple(result_reaches)
 
 
 def _split_like_result(
     label: Label,
-    operand_mapping: Sequence[tuple[int, ...]],
+    operand_mapping: DimFactors,
     result: Label,
-    result_mapping: Sequence[tuple[int, ...]],
+    result_mapping: DimFactors,
 ) -> Label:
     """An operand's label with the factors of the result on the dims that it leaves whole."""
     factor_of = {
@@ -152,7 +153,7 @@ class Communicating:
 
     instruction: int
     operator: int
-    reduced: tuple[int, ...]
+    reduced: Factors
     """Factors that it sums away."""
     reaches: tuple[Reach, ...]
     """Windows over dims of its operand."""
@@ -223,7 +224,7 @@ class _Computed:
         number: int,
         result: int,
         sharding: Sharding,
-        axes: tuple[int, ...],
+        axes: Axes,
     ) -> Collective:
         """The sum over axes of a result of instruction `number`.
 

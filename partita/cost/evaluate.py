@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from partita.cost.moves import Placement, move_seconds
+from partita.cost.partial import Factors
+from partita.cost.reshard import Axes
 from partita.cost.terms import (
-    Factors,
     Halo,
     OperatorTerms,
     Reduction,
@@ -30,7 +31,7 @@ from partita.machine.times import CAUSES, START, OperatorKey, feature
 from partita.plans.layout import Layout, label_sharding, spare_axes
 from partita.plans.plan import Mesh, Plan
 
-Assignment = Mapping[int, tuple[int, ...]]
+Assignment = Mapping[int, Axes]
 """Factor -> the mesh axes that split it."""
 
 COMBINED = 32 << 20
@@ -444,9 +445,9 @@ class _Split:
             total = total + nbytes / self.shards(factors)
         return total
 
-    def by_axes(self, *factors: int) -> list[tuple[tuple[int, ...], np.ndarray]]:
+    def by_axes(self, *factors: int) -> list[tuple[Axes, np.ndarray]]:
         """The axes that split the factors, with the assignments (indices) that split over them."""
-        groups: dict[tuple[int, ...], list[int]] = {}
+        groups: dict[Axes, list[int]] = {}
         for i, assignment in enumerate(self.assignments):
             axes = tuple(axis for factor in factors for axis in assignment.get(factor, ()))
             if axes:
@@ -484,7 +485,7 @@ def storage_axes(
     variable: StoredVariable,
     mesh: Mesh,
     assignment: Assignment,
-) -> tuple[int, tuple[int, ...]] | None:
+) -> tuple[int, Axes] | None:
     """(dim, axes) over which a parameter can be split for storage, beyond its operator's choice.
 
     None if no dim divides.

@@ -20,7 +20,7 @@ from functools import lru_cache
 from partita.cost.collectives import communicating
 from partita.cost.partial import pending_sums, split_axes
 from partita.graph.operator_graph import IdentityKey, Instruction, OperatorGraph, per_graph
-from partita.plans.layout import Layout
+from partita.plans.layout import Layout, Reader
 
 ALONE = {
     "dot_general",
@@ -67,6 +67,8 @@ EXPENSIVE = {
 """Instructions that are computed once and written, not duplicated into every reader."""
 FREE = {"constant", "iota", "broadcast_in_dim", "reshape", "bitcast_convert"}
 """Instructions that take no time alone: XLA makes them part of their readers."""
+Kernel = tuple[int, ...]
+"""Instructions of a kernel, in program order."""
 OUTSIDE = 1 << 60
 """A reader that is no instruction: a result of the step, a value that a loop yields."""
 
@@ -75,7 +77,7 @@ OUTSIDE = 1 << 60
 class Fusion:
     """The kernels of a graph."""
 
-    kernels: dict[int, tuple[int, ...]]
+    kernels: dict[int, Kernel]
     """Root instruction, which writes the result -> the instructions of its kernel."""
     computed_in: tuple[tuple[int, ...], ...]
     """Per instruction, the roots of the kernels that compute it.
@@ -189,7 +191,7 @@ class _Fuser:
         kernels = self.members[instruction]
         return any(reader == OUTSIDE or not self.members[reader] <= kernels for reader in readers)
 
-    def _kernel(self, root: int, single: set[int]) -> tuple[int, ...]:
+    def _kernel(self, root: int, single: set[int]) -> Kernel:
         """The instructions that the kernel of `root` computes.
 
         Producers are considered latest first.
@@ -318,7 +320,7 @@ class _Fuser:
 def cut(
     graph: OperatorGraph,
     fused: Fusion,
-    barriers: Set[tuple[int, int]],
+    barriers: Set[Reader],
     ends: Set[int],
 ) -> Fusion:
     """The kernels of a graph when collectives divide them.
@@ -336,7 +338,7 @@ class _Cutter:
         self,
         graph: OperatorGraph,
         fused: Fusion,
-        barriers: Set[tuple[int, int]],
+        barriers: Set[Reader],
         ends: Set[int],
     ) -> None:
         self.graph = graph
@@ -365,7 +367,7 @@ class _Cutter:
             kernels[root] = self._kernel(root)
         return Fusion(dict(sorted(kernels.items())), self._computed_in(kernels))
 
-    def _kernel(self, root: int) -> tuple[int, ...]:
+    def _kernel(self, root: int) -> Kernel:
         """The instructions of a kernel up to its collectives.
 
         Instructions behind a collective get kernels of their own.
@@ -397,7 +399,7 @@ class _Cutter:
             self.roots.append(instruction)
         self.allowed[instruction] |= allowed
 
-    def _computed_in(self, kernels: dict[int, tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    def _computed_in(self, kernels: dict[int, Kernel]) -> tuple[tuple[int, ...], ...]:
         new_roots: dict[int, set[int]] = {}
         for root in self.touched:
             for instruction in self.fused.kernels[root]:
@@ -452,13 +454,13 @@ def producers(graph: OperatorGraph) -> dict[int, int]:
     }
 
 
-def reads(graph: OperatorGraph, kernel: Sequence[int]) -> dict[int, list[tuple[int, int]]]:
+def reads(graph: OperatorGraph, kernel: Sequence[int]) -> dict[int, list[Reader]]:
     """Tensor that a kernel reads from memory -> its readers.
 
     A reader is a pair (instruction, operand position).
     """
     computed = {tensor for i in kernel for tensor in graph.instructions[i].results}
-    readers: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    readers: dict[int, list[Reader]] = defaultdict(list)
     for i in kernel:
         for position, tensor in enumerate(graph.instructions[i].operands):
             if tensor not in computed:

@@ -23,7 +23,8 @@ import numpy as np
 
 from partita.cost.collectives import DEFAULT, local_bytes
 from partita.cost.fusion import Fusion, fused_under, producers, reads, transposes
-from partita.cost.partial import gradients, operand_labels, reduced_factors, split_axes
+from partita.cost.partial import Factors, gradients, operand_labels, reduced_factors, split_axes
+from partita.cost.reshard import Axes
 from partita.cost.work import group_factors
 from partita.graph.operator_graph import (
     ITEMSIZE,
@@ -141,6 +142,15 @@ class _FlippedKernel:
 
 
 @dataclass(frozen=True)
+class _GradientSum:
+    """A reduction of gradients over factors."""
+
+    instruction: int
+    factors: Factors
+    result: int
+
+
+@dataclass(frozen=True)
 class _Program:
     """The part of a graph's memory that does not depend on the layout.
 
@@ -154,8 +164,7 @@ class _Program:
     """
     producer: dict[int, int]
     """Tensor -> instruction."""
-    gradient_sums: tuple[tuple[int, tuple[int, ...], int], ...]
-    """(instruction, reduced factors, result) of every reduction of gradients."""
+    gradient_sums: tuple[_GradientSum, ...]
     pool_gradients: tuple[tuple[int, int], ...]
     """(instruction, first position of its operand) of backward passes of pooling by maximum."""
     kernel_gradients: tuple[int, ...]
@@ -201,8 +210,8 @@ def _program(graph: OperatorGraph) -> _Program:
     )
 
 
-def _gradient_sums(graph: OperatorGraph) -> tuple[tuple[int, tuple[int, ...], int], ...]:
-    """(instruction, reduced factors, result) of every reduction of gradients."""
+def _gradient_sums(graph: OperatorGraph) -> tuple[_GradientSum, ...]:
+    """Every reduction of gradients."""
     sums = []
     for i, instruction in enumerate(graph.instructions):
         rule = instruction.rule
@@ -212,9 +221,10 @@ def _gradient_sums(graph: OperatorGraph) -> tuple[tuple[int, tuple[int, ...], in
             continue
         factors = reduced_factors(instruction, operand_labels(graph, i))
         if factors:
-            sums.append((i, factors, instruction.results[0]))
+            sums.append(_GradientSum(i, factors, instruction.results[0]))
     for gradient in gradients(graph):
-        sums.append((gradient.additions[-1], gradient.reduced, gradient.result))
+        last_addition = gradient.additions[-1]
+        sums.append(_GradientSum(last_addition, gradient.reduced, gradient.result))
     return tuple(sums)
 
 
@@ -452,14 +462,15 @@ class _Allocator:
             nbytes = self._bytes(read.tensor, read.target)
             self._add(read.tensor, nbytes, max(0, start), stop)
 
-    def _groups(self) -> dict[tuple[int, ...], list[tuple[int, int]]]:
+    def _groups(self) -> dict[Axes, list[tuple[int, int]]]:
         """Axes -> gradients (instruction, tensor) that wait for one combined all-reduce."""
-        groups: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
-        for i, factors, tensor in self.program.gradient_sums:
-            axes = split_axes(self.layout, self.graph.owner[i], factors)
-            dies = self.lifetimes.dies.get(tensor, -1)
+        groups: dict[Axes, list[tuple[int, int]]] = defaultdict(list)
+        for gradient in self.program.gradient_sums:
+            operator = self.graph.owner[gradient.instruction]
+            axes = split_axes(self.layout, operator, gradient.factors)
+            dies = self.lifetimes.dies.get(gradient.result, -1)
             if axes and dies >= 0 and self.graph.instructions[dies].phase == "update":
-                groups[axes].append((i, tensor))
+                groups[axes].append((gradient.instruction, gradient.result))
         return groups
 
     def add_gradient_sums(self) -> None:

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from partita.cost.reshard import emitted_steps
+from partita.cost.reshard import Axes, emitted_steps
 from partita.cost.terms import Move
 from partita.machine import Machine, collective_seconds
 from partita.machine.collectives import Group
@@ -62,7 +62,7 @@ class Placement:
 
 
 @lru_cache(maxsize=1 << 14)
-def group_of(axes: tuple[int, ...], mesh: Mesh) -> Group:
+def group_of(axes: Axes, mesh: Mesh) -> Group:
     """The participants of a collective over axes of a mesh."""
     parts: dict[int, int] = {}
     for number in axes:
@@ -101,7 +101,7 @@ def _microbatches(sharding: Sharding, mesh: Mesh) -> int:
     return math.prod(mesh.sizes[axis] for axes in sharding for axis in axes if axis in time)
 
 
-def _without_sums(move: Move, sharding: Sharding) -> tuple[Sharding, tuple[int, ...]]:
+def _without_sums(move: Move, sharding: Sharding) -> tuple[Sharding, Axes]:
     """The sharding of the dims, and the axes over which the tensor is a partial sum."""
     count = len(sharding) - move.sums
     axes = sorted(axis for entry in sharding[count:] for axis in entry)
@@ -112,7 +112,7 @@ def _sum_seconds(
     move: Move,
     placement: Placement,
     source: Sharding,
-    axes: tuple[int, ...],
+    axes: Axes,
 ) -> float:
     """Seconds of the all-reduce of a partial sum, split as its home splits it."""
     if not axes:
@@ -324,7 +324,7 @@ def _changed_dims(sources: Sequence[Sharding], targets: Sequence[Sharding]) -> n
     dims = len(sources[0])
     changes = np.zeros((len(sources), len(targets), dims + 1), bool)
     for dim in range(dims):
-        number: dict[tuple[int, ...], int] = {}
+        number: dict[Axes, int] = {}
         before = np.array([number.setdefault(s[dim], len(number)) for s in sources])
         after = np.array([number.setdefault(s[dim], len(number)) for s in targets])
         changes[:, :, dim] = before[:, None] != after[None, :]
@@ -396,7 +396,7 @@ def _canonical(
     name: dict[int, int] = {}
     used: dict[int, int] = {}
 
-    def renamed(axes: tuple[int, ...]) -> tuple[int, ...]:
+    def renamed(axes: Axes) -> Axes:
         for axis in axes:
             if axis not in name:
                 first = interchangeable[axis][0]
@@ -418,7 +418,7 @@ def _canonical(
 
 
 @lru_cache(maxsize=64)
-def _interchangeable_axes(mesh: Mesh) -> tuple[tuple[int, ...], ...]:
+def _interchangeable_axes(mesh: Mesh) -> tuple[Axes, ...]:
     """Per axis, all axes of its level and size."""
     groups: dict[tuple[int, int], list[int]] = {}
     for number, axis in enumerate(mesh.axes):

@@ -14,13 +14,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from partita.cost.reshard import Axes
 from partita.graph.gradient_sums import GradientSum, gradient_sums
 from partita.graph.operator_graph import IdentityKey, Instruction, Label, OperatorGraph, per_graph
-from partita.plans.layout import Layout
+from partita.plans.layout import Layout, Reader
+
+Factors = tuple[int, ...]
+"""Factors of the graph, by index."""
 
 
 @per_graph
-def read_labels(graph: OperatorGraph) -> dict[tuple[int, int], Label]:
+def read_labels(graph: OperatorGraph) -> dict[Reader, Label]:
     """(instruction, operand position) -> label of the read, where it is not the tensor's."""
     return {read: use.label for use in graph.uses for read in use.instructions}
 
@@ -35,7 +39,7 @@ def operand_labels(graph: OperatorGraph, instruction: int) -> list[Label]:
     ]
 
 
-def reduced_factors(instruction: Instruction, labels: Sequence[Label]) -> tuple[int, ...]:
+def reduced_factors(instruction: Instruction, labels: Sequence[Label]) -> Factors:
     """The graph's factors that an instruction sums away, given the labels of its operands."""
     rule = instruction.rule
     if rule is None or not rule.reduction:
@@ -57,9 +61,9 @@ class Gradient:
     """Instructions that add, in program order."""
     result: int
     """Tensor of the last addition."""
-    reduced: tuple[int, ...]
+    reduced: Factors
     """The operator's factors over which its own leaves are partial sums."""
-    leaves: dict[int, tuple[int, ...]]
+    leaves: dict[int, Factors]
     """Added tensor -> the factors, of its own operator, over which it is a partial sum."""
 
 
@@ -83,7 +87,7 @@ def _gradient_of(graph: OperatorGraph, gradient_sum: GradientSum) -> Gradient | 
     operator = graph.owner[additions[-1]]
     if any(graph.owner[i] != operator for i in additions):
         return None
-    leaves: dict[int, tuple[int, ...]] = {}
+    leaves: dict[int, Factors] = {}
     for i in gradient_sum.leaves:
         instruction = graph.instructions[i]
         leaves[instruction.results[0]] = reduced_factors(instruction, operand_labels(graph, i))
@@ -101,7 +105,7 @@ class PendingSums:
     A tensor that is all-reduced right away is in neither mapping.
     """
 
-    axes: Mapping[int, tuple[int, ...]]
+    axes: Mapping[int, Axes]
     """Tensor -> the mesh axes over which it is a partial sum when it is computed."""
     totals: Mapping[int, int]
     """Tensor that is all-reduced after its additions -> the last addition."""
@@ -119,7 +123,7 @@ def _pending_sums(
     graph = graph_key.value
     layout = layout_key.value
     moved_reads = {reader for read in layout.reads for reader in read.readers}
-    pending: dict[int, tuple[int, ...]] = {}
+    pending: dict[int, Axes] = {}
     totals: dict[int, int] = {}
     for gradient in gradients(graph):
         partial_axes = {
@@ -148,7 +152,7 @@ def _operands_stay(
     addition: int,
     operands: Sequence[int],
     result: int,
-    moved_reads: set[tuple[int, int]],
+    moved_reads: set[Reader],
 ) -> bool:
     """Whether an addition reads its operands split as its result, without a reshard."""
     for position, tensor in enumerate(operands):
@@ -163,7 +167,7 @@ def split_axes(
     layout: Layout,
     operator: int,
     factors: Iterable[int],
-) -> tuple[int, ...]:
+) -> Axes:
     """The mesh axes, sorted, that split factors of an operator. No operator (-1) has none."""
     if operator < 0:
         return ()

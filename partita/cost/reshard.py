@@ -35,6 +35,8 @@ from typing import Literal
 
 from partita.plans.layout import Sharding
 
+Axes = tuple[int, ...]
+"""Axes of a mesh, by index."""
 CollectiveKind = Literal["all_slice", "collective_permute", "all_to_all", "all_gather"]
 
 
@@ -43,7 +45,7 @@ class ReshardStep:
     """One collective of a reshard."""
 
     kind: CollectiveKind
-    axes: tuple[int, ...]
+    axes: Axes
     """Of the groups that exchange data."""
     result: Sharding
 

@@ -20,6 +20,7 @@ from hashlib import sha256
 from partita.cost.collectives import DEFAULT, reaches
 from partita.cost.fusion import EXPENSIVE, FREE, fusion, reads, transposes
 from partita.cost.partial import (
+    Factors,
     Gradient,
     gradients,
     operand_labels,
@@ -38,7 +39,7 @@ from partita.graph.operator_graph import (
     constant_tensors,
 )
 from partita.machine import Backend
-from partita.plans.layout import update_families
+from partita.plans.layout import Reader, update_families
 
 OP_CLASS = {
     "dot_general": "dot",
@@ -50,7 +51,6 @@ OP_CLASS = {
     "select_and_scatter": "reduce",
     "sort": "sort",
 }
-Factors = tuple[int, ...]
 Renumber = Callable[[Factors], Factors]
 """Factors of the graph -> their positions among those of an operator, -1 for others."""
 
@@ -376,7 +376,7 @@ class _Collector:
         root: int,
         operator: int,
         members: list[int],
-        outside: dict[int, list[tuple[int, int]]],
+        outside: dict[int, list[Reader]],
     ) -> None:
         """Adds an operator's part of a kernel. `outside` are the kernel's reads from memory."""
         graph = self.graph
@@ -424,7 +424,7 @@ class _Collector:
         self,
         root: int,
         members: list[int],
-        outside: dict[int, list[tuple[int, int]]],
+        outside: dict[int, list[Reader]],
     ) -> dict[Factors, int]:
         """Factors -> bytes that they index and that instructions of a kernel move.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from partita.cost.collectives import DEFAULT, Collective, Reach, collectives, reaches
 from partita.cost.fusion import fused_under
-from partita.cost.partial import operand_labels
+from partita.cost.partial import Factors, operand_labels
 from partita.graph.operator_graph import Label, OperatorGraph, per_graph
 from partita.machine import Backend
 from partita.plans.layout import Layout, Sharding
@@ -113,7 +113,7 @@ class _Computation:
     """Of its operands and results."""
     reaches: tuple[Reach, ...]
     """Windows of a convolution."""
-    group_factors: tuple[int, ...]
+    group_factors: Factors
     """Factors over the groups of a grouped convolution."""
 
 
@@ -132,14 +132,14 @@ def _computations(graph: OperatorGraph) -> tuple[_Computation, ...]:
         windows: tuple[Reach, ...] = ()
         if instruction.name == "convolution":
             windows = reaches(instruction, labels, graph.labels[instruction.results[0]])
-        groups: tuple[int, ...] = ()
+        groups: Factors = ()
         if instruction.batch_groups > 1:
             groups = group_factors(labels)
         result.append(_Computation(i, factors, windows, groups))
     return tuple(result)
 
 
-def group_factors(labels: Sequence[Label]) -> tuple[int, ...]:
+def group_factors(labels: Sequence[Label]) -> Factors:
     """The graph's factors over the groups of a grouped convolution.
 
     They index both operands and the result. `labels` are those of the operands, then of the result.
