@@ -46,7 +46,7 @@ def peer(models: list[str], rounds: int) -> None:
     import keras
     import numpy as np
 
-    from partita.bench.fidelity import MODELS as MAKE
+    from partita.bench.fidelity_models import MODELS as MAKE
 
     keras.distribution.set_distribution(
         keras.distribution.DataParallel(

@@ -1,11 +1,10 @@
-"""Predicted against measured: models under plans on the devices at hand, and how far off each way to predict is.
+"""Predicted against measured: steps of models under plans on the devices of this machine.
 
-`run` measures in this process, or in all processes of a group together: rates and links once, as `partita machine measure` does, then per model
-its operators and a step under every plan, the plans taking turns. Each step is predicted three ways (`WAYS`): by rates and links alone; by a
-fit to operators of the other models, none of its own; and by its own operators, timed. `summary` says how good one way is. Nothing is read from
-what the user has measured before, where PARTITA_CACHE names an empty folder.
-
-The models are small ones of every kind that people train. Nothing in Partita is fitted to them.
+`run` measures in this process, or in all processes of a group together: rates and links once, as
+`partita machine measure` does, then per model its operators and a step under every plan, with the
+plans taking turns. Each step is predicted in three ways (`WAYS`): from rates and links; from a fit
+to operators of the other models; from its own timed operators. `summary` gives the accuracy of one
+way. With PARTITA_CACHE naming an empty folder, no earlier measurement enters.
 """
 
 from __future__ import annotations
@@ -18,9 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import keras
-from keras import layers
-
+from partita.bench.fidelity_models import MODELS
 from partita.capture.program import capture_program
 from partita.cost.terms import cost_terms
 from partita.errors import PartitaError
@@ -33,35 +30,43 @@ from partita.search.candidates import candidates, names_of
 from partita.search.find import find, mesh_of
 
 WAYS = ("rates", "fitted", "measured")
-"""By what a step is predicted: what `machine measure` finds; a fit to other models' operators; operators that were timed."""
-LEAST = 6
-"""Plans of a model on several devices, at least: as many are made at random as are missing."""
+"""Basis of a prediction: rates and links, a fit to other models' operators, timed operators."""
+MIN_PLANS = 6
+"""Smallest number of plans of a model on several devices; random plans fill the rest."""
 ROUNDS = 5
+"""Measured rounds."""
+
+Report = Callable[[str], None]
+
+
+def _report_nothing(text: str) -> None:
+    pass
 
 
 @dataclass(frozen=True)
 class Step:
-    """A model's step under a plan: seconds measured (median) and predicted. `fitted` is None where there is no other model to fit to."""
+    """A model's step under a plan: measured (median) and predicted seconds."""
 
     place: str
-    """What it ran on: "1 device", "2 processes"."""
+    """Devices or processes that ran it: "1 device", "2 processes"."""
     model: str
     plan: str
     chosen: bool
-    """Whether this is the plan that Partita finds with operators timed."""
+    """Whether Partita chooses this plan with timed operators."""
     seconds: float
     rates: float
     fitted: float | None
+    """Prediction from other models; None if there is no other model."""
     measured: float
     fit_error: float | None
-    """The error that the fit to the other models states of itself."""
+    """Relative error that the fit to the other models states."""
     shares: Mapping[str, float]
-    """The part of the compute of the `measured` prediction whose operators were "measured" or "fitted"."""
+    """Fraction of the compute of `measured` whose operators are "measured" or "fitted"."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How near predictions come to measured steps: relative errors, and Kendall's tau (None of fewer than two steps)."""
+    """Accuracy of predictions: relative errors, and Kendall's tau (None below two steps)."""
 
     steps: int
     median: float
@@ -69,31 +74,36 @@ class Summary:
     worst: float
     tau: float | None
     tau_within: tuple[float, float] | None
-    """Of the plans of a model: in the median, and the lowest."""
+    """Tau over the plans of one model: (median, lowest) of the models."""
 
 
 def summary(steps: Sequence[Step], way: str) -> Summary | None:
-    """How good one of WAYS is; None where no step was predicted so."""
-    pairs = [(s, value) for s in steps if (value := getattr(s, way)) is not None]
-    if not pairs:
+    """Accuracy of one of `WAYS`; None if it predicted no step."""
+    predicted = [step for step in steps if getattr(step, way) is not None]
+    if not predicted:
         return None
-    errors = sorted(abs(value / s.seconds - 1) for s, value in pairs)
-    cells: dict[Any, list[tuple[float, float]]] = {}
-    for s, value in pairs:
-        cells.setdefault((s.place, s.model), []).append((value, s.seconds))
-    within = sorted(t for cell in cells.values() if (t := tau(cell)) is not None)
+    errors = sorted(abs(getattr(step, way) / step.seconds - 1) for step in predicted)
+    pairs_by_model: dict[Any, list[tuple[float, float]]] = {}
+    for step in predicted:
+        pair = (getattr(step, way), step.seconds)
+        pairs_by_model.setdefault((step.place, step.model), []).append(pair)
+    taus = []
+    for pairs in pairs_by_model.values():
+        value = tau(pairs)
+        if value is not None:
+            taus.append(value)
     return Summary(
-        len(pairs),
-        statistics.median(errors),
-        percentile(errors, 0.95),
-        errors[-1],
-        tau([(value, s.seconds) for s, value in pairs]),
-        (statistics.median(within), within[0]) if within else None,
+        steps=len(predicted),
+        median=statistics.median(errors),
+        p95=percentile(errors, 0.95),
+        worst=errors[-1],
+        tau=tau([(getattr(step, way), step.seconds) for step in predicted]),
+        tau_within=(statistics.median(taus), min(taus)) if taus else None,
     )
 
 
 def percentile(values: Sequence[float], part: float) -> float:
-    """The smallest of sorted values that at least this part of them does not exceed.
+    """The smallest of sorted values that at least this fraction of them does not exceed.
 
     >>> percentile([1.0, 2.0, 3.0, 4.0], 0.5), percentile([1.0, 2.0, 3.0, 4.0], 0.95)
     (2.0, 4.0)
@@ -102,7 +112,7 @@ def percentile(values: Sequence[float], part: float) -> float:
 
 
 def tau(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Kendall's tau of predicted and measured times; None for a single one, or where all are alike.
+    """Kendall's tau of (predicted, measured) seconds; None for one pair, or if all are equal.
 
     >>> tau([(1.0, 2.0), (2.0, 3.0), (3.0, 9.0)]), tau([(1.0, 3.0), (2.0, 2.0)]), tau([(1.0, 1.0)])
     (1.0, -1.0, None)
@@ -111,140 +121,169 @@ def tau(pairs: Sequence[tuple[float, float]]) -> float | None:
 
     if len(pairs) < 2:
         return None
-    result: Any = kendalltau(
-        [predicted for predicted, _ in pairs], [seconds for _, seconds in pairs]
-    )
+    predicted = [pair[0] for pair in pairs]
+    measured = [pair[1] for pair in pairs]
+    result: Any = kendalltau(predicted, measured)
     return None if math.isnan(result[0]) else float(result[0])
 
 
 def chosen_over_best(steps: Iterable[Step]) -> dict[tuple[str, str], float]:
-    """Per model with several plans, the measured step of the plan found over the fastest one's."""
-    cells: dict[tuple[str, str], list[Step]] = {}
-    for s in steps:
-        cells.setdefault((s.place, s.model), []).append(s)
-    return {
-        cell: next(s.seconds for s in found if s.chosen) / min(s.seconds for s in found)
-        for cell, found in cells.items()
-        if len(found) > 1
-    }
+    """Measured step of the chosen plan over the fastest one, per (place, model) with several
+    plans.
+    """
+    steps_by_model: dict[tuple[str, str], list[Step]] = {}
+    for step in steps:
+        steps_by_model.setdefault((step.place, step.model), []).append(step)
+    ratios = {}
+    for key, group in steps_by_model.items():
+        if len(group) > 1:
+            chosen = next(step.seconds for step in group if step.chosen)
+            ratios[key] = chosen / min(step.seconds for step in group)
+    return ratios
 
 
 def summaries(steps: Sequence[Step]) -> list[dict[str, Any]]:
-    """Per setting, and for all of them together, one row for each of WAYS that something was predicted by."""
-    places = list(dict.fromkeys(s.place for s in steps))
+    """A row per place and way, then for all places together, as JSON values."""
+    places = list(dict.fromkeys(step.place for step in steps))
+    if len(places) > 1:
+        places.append("all")
     rows = []
-    for place in (*places, *(["all"] if len(places) > 1 else [])):
-        here = [s for s in steps if place in (s.place, "all")]
-        over = sorted(chosen_over_best(here).values())
+    for place in places:
+        group = [step for step in steps if place in (step.place, "all")]
         for way in WAYS:
-            found = summary(here, way)
-            if found is not None:
-                chosen = (statistics.median(over), over[-1]) if over and way == "measured" else None
-                said = (
-                    [s.fit_error for s in here if s.fit_error is not None]
-                    if way == "fitted"
-                    else []
-                )
-                rows.append(
-                    {
-                        "place": place,
-                        "way": way,
-                        **vars(found),
-                        "chosen_over_best": chosen,
-                        "fit_error": statistics.median(said) if said else None,
-                    }
-                )
+            accuracy = summary(group, way)
+            if accuracy is not None:
+                rows.append(_summary_row(place, way, accuracy, group))
     return rows
 
 
+def _summary_row(place: str, way: str, accuracy: Summary, steps: Sequence[Step]) -> dict[str, Any]:
+    ratios = sorted(chosen_over_best(steps).values()) if way == "measured" else []
+    errors = [step.fit_error for step in steps if step.fit_error is not None]
+    return {
+        "place": place,
+        "way": way,
+        **vars(accuracy),
+        "chosen_over_best": (statistics.median(ratios), ratios[-1]) if ratios else None,
+        "fit_error": statistics.median(errors) if errors and way == "fitted" else None,
+    }
+
+
 def chosen_models(text: str) -> list[str]:
-    """The models named, separated by commas; all where none is. PartitaError says which there are."""
-    names = [n for n in (part.strip() for part in text.split(",")) if n] or list(MODELS)
-    unknown = [n for n in names if n not in MODELS]
-    if unknown:
-        raise PartitaError(
-            f"There is no model {unknown[0]!r} to bench. There are {', '.join(MODELS)}."
-        )
+    """The models of a comma-separated list; all for an empty one.
+
+    PartitaError names the choices.
+    """
+    names = [part.strip() for part in text.split(",") if part.strip()] or list(MODELS)
+    for name in names:
+        if name not in MODELS:
+            raise PartitaError(
+                f"'{name}' is not a model of this benchmark: use one of {', '.join(MODELS)}."
+            )
     return names
 
 
 def settings(devices: str, processes: str) -> list[tuple[int, int]]:
-    """(processes, devices) to measure on, of counts as the command line has them.
+    """(processes, devices) of each setting, from the counts of the command line.
 
     >>> settings("1,2", "2"), settings("", "4")
     ([(1, 1), (1, 2), (2, 2)], [(4, 4)])
     """
-    counts = []
-    for text, what, least in ((devices, "--devices", 1), (processes, "--processes", 2)):
-        parts = [p for p in (part.strip() for part in text.split(",")) if p]
-        wrong = [p for p in parts if not p.isdigit() or int(p) < least]
-        if wrong:
-            raise PartitaError(
-                f"{what} has {wrong[0]!r}: write whole numbers of at least {least}, separated by commas, as in {what} 2,4."
-            )
-        counts.append([int(p) for p in parts])
-    found = [(1, n) for n in counts[0]] + [(n, n) for n in counts[1]]
-    if not found:
+    pairs = [(1, count) for count in _counts(devices, "--devices", 1)]
+    pairs += [(count, count) for count in _counts(processes, "--processes", 2)]
+    if not pairs:
         raise PartitaError(
-            "There is nothing to measure on: give --devices, --processes, or both, as in --devices 1,2."
+            "No setting is left to measure: give --devices, --processes or both, as in "
+            "--devices 1,2."
         )
-    return found
+    return pairs
 
 
-# --------------------------------------------------------------------------------------------------------------- plans
+def _counts(text: str, option: str, minimum: int) -> list[int]:
+    counts = []
+    for part in text.split(","):
+        part = part.strip()
+        if not part:
+            continue
+        if not part.isdigit() or int(part) < minimum:
+            raise PartitaError(
+                f"{option} has {part!r}: write whole numbers of at least {minimum}, separated by "
+                f"commas, as in {option} 2,4."
+            )
+        counts.append(int(part))
+    return counts
+
+
+# Plans
 
 
 def plans_of(
-    graph: OperatorGraph, machine: Machine, known: Mapping[str, Plan], chosen: Plan, by_rates: Plan
+    graph: OperatorGraph,
+    machine: Machine,
+    baselines: Mapping[str, Plan],
+    chosen: Plan,
+    by_rates: Plan,
 ) -> tuple[dict[str, Plan], str]:
-    """The plans to measure, each a program of its own, and the name of the one that is `chosen`.
+    """(plans to measure, each a distinct program; name of the chosen one).
 
-    They are the `known` ones, what is found with and without timing operators, and plans at random, one or as many as LEAST asks for. On one device there is
-    one.
+    The plans are the baselines, `chosen` (found with timed operators), `by_rates` (found without),
+    and random plans, at least one and enough to reach `MIN_PLANS`. One device has one plan.
     """
     if machine.devices == 1:
-        return {"one device": known["one device"]}, "one device"
-    found: dict[str, tuple[str, Plan]] = {}
-    for name, plan in {**known, "found": chosen, "found by rates": by_rates}.items():
-        found.setdefault(program(plan), (name, plan))
-    missing = max(1, LEAST - len(found))
+        return {"one device": baselines["one device"]}, "one device"
+    by_program: dict[str, tuple[str, Plan]] = {}
+    named = {**baselines, "found": chosen, "found by rates": by_rates}
+    for name, plan in named.items():
+        by_program.setdefault(program(plan), (name, plan))
+    missing = max(1, MIN_PLANS - len(by_program))
     for seed in range(1, 4 * missing + 1):
         plan = random_plan(graph, machine, mesh_of(machine), seed)
-        if missing and program(plan) not in found:
-            found[program(plan)] = (f"random {seed}", plan)
+        if missing and program(plan) not in by_program:
+            by_program[program(plan)] = (f"random {seed}", plan)
             missing -= 1
-    return dict(found.values()), found[program(chosen)][0]
+    return dict(by_program.values()), by_program[program(chosen)][0]
 
 
 def program(plan: Plan) -> str:
-    """What tells a plan's program from another's: data x tensor is data parallel on two devices, ZeRO-2 is ZeRO-1."""
+    """A text that is equal for plans with the same program.
+
+    Data x tensor is data parallel on two devices, and ZeRO-2 is ZeRO-1.
+    """
     stored = sorted((path, s.dim, s.axes, s.zero == 3) for path, s in plan.storage.items())
     return repr((plan.devices, plan.to_json()["operators"], stored))
 
 
 def random_plan(graph: OperatorGraph, machine: Machine, mesh: Mesh, seed: int) -> Plan:
-    """A legal plan that gives every operator any of its choices; equal operators the same one, as in plans that people write."""
-    dice, alike, choices = random.Random(seed), {}, {}
+    """A legal plan with a random choice per kind of operator, as equal operators have in real
+    plans.
+    """
+    generator = random.Random(seed)
+    position_by_kind: dict[Any, float] = {}
+    choices = {}
     for number, operator in enumerate(graph.operators):
         options = candidates(graph, number, mesh)
-        kind = (
-            operator.kind,
-            tuple((graph.factors[f].name, graph.factors[f].size) for f in operator.factors),
-        )
-        wanted = alike.setdefault(kind, dice.random())
-        choices[operator.name] = names_of(graph, mesh, options[int(wanted * len(options))])
-    return check(
-        Plan(graph.name, machine.name, mesh, choices, name="random", batch_size=graph.batch_size),
-        graph,
+        factors = [graph.factors[f] for f in operator.factors]
+        kind = (operator.kind, tuple((factor.name, factor.size) for factor in factors))
+        position = position_by_kind.setdefault(kind, generator.random())
+        option = options[int(position * len(options))]
+        choices[operator.name] = names_of(graph, mesh, option)
+    plan = Plan(
+        graph.name,
+        machine.name,
+        mesh,
+        choices,
+        name="random",
+        batch_size=graph.batch_size,
     )
+    return check(plan, graph)
 
 
-# ----------------------------------------------------------------------------------------------------------- measuring
+# Measurement
 
 
-@dataclass
-class _Done:
-    """One model, measured."""
+@dataclass(frozen=True)
+class MeasuredModel:
+    """One model with its plans and their measured seconds; `machine` has its operators' times."""
 
     model: str
     graph: OperatorGraph
@@ -255,232 +294,137 @@ class _Done:
 
 
 def run(
-    models: Sequence[str], rounds: int = ROUNDS, say: Callable[[str], None] = lambda text: None
+    models: Sequence[str], rounds: int = ROUNDS, report: Report = _report_nothing
 ) -> list[Step]:
-    """The steps of these models on the devices at hand; of several processes, which call this together, process 0 has them.
+    """The steps of these models on the devices of this machine.
 
-    Takes a minute for rates and links, and about one for each model.
+    Takes a minute for rates and links, and about one per model. All processes of a group call it
+    together; process 0 gets the result.
     """
     from partita.execute.calibrate import calibrate
     from partita.execute.devices import at_hand
     from partita.execute.processes import from_first
 
-    found = calibrate(at_hand(), lambda what: say(f"measuring {what}"))
-    machine = at_hand().revised(
-        json.loads(from_first("rates", lambda: json.dumps(found.values))), "measured for this run"
-    )
-    return measured(models, machine, rounds, say)
+    rates = calibrate(at_hand(), lambda subject: report(f"measuring {subject}"))
+    values = json.loads(from_first("rates", lambda: json.dumps(rates.values)))
+    machine = at_hand().revised(values, "measured for this run")
+    return measured(models, machine, rounds, report)
 
 
 def measured(
     models: Sequence[str],
     machine: Machine,
     rounds: int = ROUNDS,
-    say: Callable[[str], None] = lambda text: None,
+    report: Report = _report_nothing,
 ) -> list[Step]:
-    """`run` where the rates and links of the machine are known."""
+    """`run` for a machine with measured rates and links."""
+    from partita.execute.processes import is_first
+
+    measurements = []
+    for number, name in enumerate(models, 1):
+        title = f"model {number} of {len(models)}, {name}"
+        measurements.append(_measure_model(name, machine, rounds, title, report))
+    return predictions(measurements, machine) if is_first() else []
+
+
+def _measure_model(
+    name: str, machine: Machine, rounds: int, title: str, report: Report
+) -> MeasuredModel:
     from partita.execute.measure import step_seconds
     from partita.execute.operators import measured_operators
-    from partita.execute.processes import alone, from_first, is_first
+    from partita.execute.processes import from_first
 
-    done: list[_Done] = []
-    for number, name in enumerate(models, 1):
-        say(f"model {number} of {len(models)}, {name}: timing operators, looking for a plan")
-        model, batch = MODELS[name]()
-        captured = capture_program(model, batch)
-        result = search_measured(captured, machine)
-
-        def wanted(captured: Any = captured, result: Any = result) -> str:
-            known = {n: plan for n, (plan, _) in result.baselines.items()}
-            best, by_rates = (
-                p if p.devices > 1 or alone() else known["one device"]
-                for p in (result.plan, find(captured.graph, machine).plan)
-            )
-            plans, chosen = plans_of(captured.graph, machine, known, best, by_rates)
-            return json.dumps([chosen, {n: plan.to_json() for n, plan in plans.items()}])
-
-        chosen, texts = json.loads(from_first("plans to measure", wanted))
-        plans = {n: Plan.from_json(text) for n, text in texts.items()}
-        timed = measured_operators(captured, machine, list(plans.values()))
-        say(
-            f"model {number} of {len(models)}, {name}: compiling and timing {len(plans)} plan{'s' if len(plans) > 1 else ''}"
-        )
-        done.append(
-            _Done(name, captured.graph, plans, chosen, timed, step_seconds(captured, plans, rounds))
-        )
-    return predictions(done, machine) if is_first() else []
+    report(f"{title}: timing operators, searching a plan")
+    model, batch = MODELS[name]()
+    captured = capture_program(model, batch)
+    result = search_measured(captured, machine)
+    text = from_first("plans to measure", lambda: _plans_to_measure(captured, result, machine))
+    chosen, plan_texts = json.loads(text)
+    plans = {plan_name: Plan.from_json(value) for plan_name, value in plan_texts.items()}
+    timed = measured_operators(captured, machine, list(plans.values()))
+    report(f"{title}: compiling and timing {len(plans)} plan{'s' if len(plans) > 1 else ''}")
+    seconds = step_seconds(captured, plans, rounds)
+    return MeasuredModel(name, captured.graph, plans, chosen, timed, dict(seconds))
 
 
-def predictions(done: Sequence[_Done], machine: Machine) -> list[Step]:
-    """What was measured, with what is predicted; `machine` is the one without times of operators."""
-    import jax
+def _plans_to_measure(captured: Any, result: Any, machine: Machine) -> str:
+    """JSON of (name of the chosen plan, plans by name).
 
+    Several processes run no plan of one device.
+    """
+    from partita.execute.processes import alone
+
+    baselines = {name: plan for name, (plan, _) in result.baselines.items()}
+
+    def usable(plan: Plan) -> Plan:
+        return plan if plan.devices > 1 or alone() else baselines["one device"]
+
+    chosen_plan = usable(result.plan)
+    by_rates = usable(find(captured.graph, machine).plan)
+    plans, chosen = plans_of(captured.graph, machine, baselines, chosen_plan, by_rates)
+    return json.dumps([chosen, {name: plan.to_json() for name, plan in plans.items()}])
+
+
+def predictions(measurements: Sequence[MeasuredModel], machine: Machine) -> list[Step]:
+    """The measured steps with their predictions. `machine` has no times of operators."""
     from partita.execute.calibrate import key_of
     from partita.execute.operators import file_of_operators, load
 
-    count, what = (
-        (jax.process_count(), "process") if jax.process_count() > 1 else (machine.devices, "device")
-    )
-    place = f"{count} {what}{'' if count == 1 else 'es' if what == 'process' else 's'}"
+    place = _place(machine)
     records = load(file_of_operators(machine), key_of(machine.devices)).values()
-    found = []
-    for d in done:
-        own = {t.digest for t in cost_terms(d.graph, machine.backend).operators}
-        others = [r for r in records if r["digest"] not in own and r["model"] != d.graph.name]
-        fit = replace(machine, times=fitted_times(others)) if others else None
-        for name, plan in d.plans.items():
-            by_operators = predict_plan(d.graph, d.machine, plan)
-            whole = sum(o.compute for o in by_operators.operators) or 1.0
-            found.append(
-                Step(
-                    place,
-                    d.model,
-                    name,
-                    name == d.chosen,
-                    d.seconds[name],
-                    predict_plan(d.graph, machine, plan).seconds,
-                    predict_plan(d.graph, fit, plan).seconds if fit is not None else None,
-                    by_operators.seconds,
-                    fit.times.error if fit is not None and fit.times else None,
-                    {
-                        s: sum(o.compute for o in by_operators.operators if o.source == s) / whole
-                        for s in ("measured", "fitted")
-                    },
-                )
-            )
-    return found
+    steps = []
+    for measurement in measurements:
+        graph = measurement.graph
+        terms = cost_terms(graph, machine.backend)
+        digests = {operator.digest for operator in terms.operators}
+        others = []
+        for record in records:
+            if record["digest"] not in digests and record["model"] != graph.name:
+                others.append(record)
+        fitted = replace(machine, times=fitted_times(others)) if others else None
+        for name in measurement.plans:
+            steps.append(_predicted_step(measurement, name, place, machine, fitted))
+    return steps
 
 
-# -------------------------------------------------------------------------------------------------------------- models
+def _place(machine: Machine) -> str:
+    import jax
+
+    processes = jax.process_count()
+    if processes > 1:
+        return f"{processes} processes"
+    return f"{machine.devices} device{'' if machine.devices == 1 else 's'}"
 
 
-def mlp() -> Any:
-    model = keras.Sequential(
-        [
-            keras.Input((512,)),
-            *(layers.Dense(1024, activation="relu") for _ in range(4)),
-            layers.Dense(16),
-        ]
+def _predicted_step(
+    measurement: MeasuredModel,
+    name: str,
+    place: str,
+    machine: Machine,
+    fitted: Machine | None,
+) -> Step:
+    graph = measurement.graph
+    plan = measurement.plans[name]
+    by_operators = predict_plan(graph, measurement.machine, plan)
+    compute = sum(operator.compute for operator in by_operators.operators) or 1.0
+    shares = {}
+    for source in ("measured", "fitted"):
+        seconds = [o.compute for o in by_operators.operators if o.source == source]
+        shares[source] = sum(seconds) / compute
+    fit_error = None
+    fitted_seconds = None
+    if fitted is not None:
+        fitted_seconds = predict_plan(graph, fitted, plan).seconds
+        fit_error = fitted.times.error if fitted.times else None
+    return Step(
+        place=place,
+        model=measurement.model,
+        plan=name,
+        chosen=name == measurement.chosen,
+        seconds=measurement.seconds[name],
+        rates=predict_plan(graph, machine, plan).seconds,
+        fitted=fitted_seconds,
+        measured=by_operators.seconds,
+        fit_error=fit_error,
+        shares=shares,
     )
-    model.compile("adam", "mse")
-    return model, 256
-
-
-def cnn() -> Any:
-    blocks: list[Any] = [keras.Input((32, 32, 3))]
-    for width in (32, 64, 128):
-        blocks += [
-            layers.Conv2D(width, 3, padding="same"),
-            layers.BatchNormalization(),
-            layers.ReLU(),
-            layers.MaxPooling2D(),
-        ]
-    return classifier(
-        keras.Sequential(
-            [*blocks, layers.Flatten(), layers.Dense(256, activation="relu"), layers.Dense(16)]
-        ),
-        "adam",
-    ), 64
-
-
-def alexnet() -> Any:
-    """As in Krizhevsky 2014, 61 million parameters."""
-    convolutions = [
-        layers.Conv2D(64, 11, 4, padding="same", activation="relu"),
-        layers.MaxPooling2D(3, 2),
-        layers.Conv2D(192, 5, padding="same", activation="relu"),
-        layers.MaxPooling2D(3, 2),
-        layers.Conv2D(384, 3, padding="same", activation="relu"),
-        layers.Conv2D(256, 3, padding="same", activation="relu"),
-        layers.Conv2D(256, 3, padding="same", activation="relu"),
-        layers.MaxPooling2D(3, 2),
-    ]
-    dense = [
-        layers.Flatten(),
-        layers.Dense(4096, activation="relu"),
-        layers.Dense(4096, activation="relu"),
-        layers.Dense(1000),
-    ]
-    return classifier(keras.Sequential([keras.Input((224, 224, 3)), *convolutions, *dense])), 32
-
-
-def transformer() -> Any:
-    words = keras.Input((64,), dtype="int32")
-    x = layers.Embedding(8192, 256)(words)
-    for _ in range(2):
-        y = layers.LayerNormalization()(x)
-        x = x + layers.MultiHeadAttention(4, 64)(y, y, use_causal_mask=True)
-        y = layers.LayerNormalization()(x)
-        x = x + layers.Dense(256)(layers.Dense(1024, activation="gelu")(y))
-    return classifier(keras.Model(words, layers.Dense(8192)(x))), 16
-
-
-def resnet() -> Any:
-    """ResNet-18 for images of 32 x 32 pixels."""
-    image = keras.Input((32, 32, 3))
-    x = layers.ReLU()(
-        layers.BatchNormalization()(layers.Conv2D(64, 3, padding="same", use_bias=False)(image))
-    )
-    for stage, width in enumerate((64, 128, 256, 512)):
-        for stride in (1 + (stage > 0), 1):
-            y = layers.ReLU()(
-                layers.BatchNormalization()(
-                    layers.Conv2D(width, 3, stride, padding="same", use_bias=False)(x)
-                )
-            )
-            y = layers.BatchNormalization()(
-                layers.Conv2D(width, 3, padding="same", use_bias=False)(y)
-            )
-            if x.shape != y.shape:
-                x = layers.BatchNormalization()(layers.Conv2D(width, 1, stride, use_bias=False)(x))
-            x = layers.ReLU()(x + y)
-    return classifier(keras.Model(image, layers.Dense(100)(layers.GlobalAveragePooling2D()(x)))), 32
-
-
-def recommender() -> Any:
-    inputs = [keras.Input((), dtype="int32", name=f"column{i}") for i in range(8)]
-    x = layers.Concatenate()([layers.Embedding(50_000, 32)(i) for i in inputs])
-    for width in (1024, 512, 256):
-        x = layers.Dense(width, activation="relu")(x)
-    return classifier(keras.Model(inputs, layers.Dense(2)(x))), 512
-
-
-def lstm() -> Any:
-    words = keras.Input((32,), dtype="int32")
-    x = layers.Embedding(8192, 256)(words)
-    x = layers.LSTM(512)(layers.LSTM(512, return_sequences=True)(x))
-    return classifier(keras.Model(words, layers.Dense(8192)(x))), 64
-
-
-def unet() -> Any:
-    def block(x: Any, width: int) -> Any:
-        for _ in range(2):
-            x = layers.ReLU()(
-                layers.BatchNormalization()(layers.Conv2D(width, 3, padding="same")(x))
-            )
-        return x
-
-    image = keras.Input((64, 64, 3))
-    x, kept = image, []
-    for width in (16, 32, 64):
-        kept.append(block(x, width))
-        x = layers.MaxPooling2D()(kept[-1])
-    x = block(x, 128)
-    for width in (64, 32, 16):
-        x = block(layers.Concatenate()([layers.Conv2DTranspose(width, 2, 2)(x), kept.pop()]), width)
-    return classifier(keras.Model(image, layers.Conv2D(4, 1)(x)), "adam"), 16
-
-
-def classifier(model: Any, optimizer: str = "") -> Any:
-    """The model, compiled to learn classes; by momentum unless another optimizer is named."""
-    model.compile(
-        optimizer or keras.optimizers.SGD(0.01, momentum=0.9),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    )
-    return model
-
-
-MODELS: Mapping[str, Callable[[], Any]] = {
-    f.__name__: f for f in (mlp, cnn, alexnet, transformer, resnet, recommender, lstm, unet)
-}
-"""By name, what makes a compiled Keras model and the batch that it is trained with."""

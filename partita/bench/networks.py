@@ -1,11 +1,13 @@
-"""The networks of the papers that Partita is held against, with the papers' sizes, and two large transformers: shapes without values.
+"""Networks of the FlexFlow and OptCNN papers with the papers' sizes, and two large transformers.
 
-A name -> PaperNetwork table; `model(name)` is a compiled Keras model of which no parameter is allocated. FlexFlow's six (arXiv 1807.05358,
-section 8.1), OptCNN's (arXiv 1802.04924, section 6), a GPT-3 (arXiv 2005.14165, table 2.1) and a Llama 3 8B (arXiv 2407.21783, table 3).
+`NETWORKS` maps names to PaperNetwork; `model(name)` is a compiled Keras model without values.
+Sources: FlexFlow's six networks (arXiv 1807.05358, section 8.1), OptCNN's (arXiv 1802.04924,
+section 6), GPT-3 (arXiv 2005.14165, table 2.1), Llama 3 8B (arXiv 2407.21783, table 3).
 
-What the papers leave open is chosen once, here: AlexNet is the one-tower variant (arXiv 1404.5997), a vocabulary has 32,000 words, NMT's
-attention is Luong's (dot products, then a dense layer over context and state), RNNTC has two classes. Recurrent layers are unrolled, so
-that every step of them is operators of its own, as in FlexFlow.
+Choices that the papers leave open: AlexNet is the one-tower variant (arXiv 1404.5997). A vocabulary
+has 32,000 words. NMT's attention is Luong's (dot products, then a dense layer over context and
+state). RNNTC has two classes. Recurrent layers are unrolled, so that every step has operators of
+its own, as in FlexFlow.
 """
 
 from __future__ import annotations
@@ -21,15 +23,19 @@ from keras import layers
 from partita.capture.keras_models import abstract
 
 Family = Literal["convolutional", "recurrent", "transformer"]
-VOCABULARY, STEPS = 32_000, 40
-applications: Any = (
-    keras.applications
-)  # their annotations forbid the None that their documentation asks for
+VOCABULARY = 32_000
+"""Words of a vocabulary."""
+STEPS = 40
+"""Steps of a recurrent layer."""
+# Keras's annotations forbid the None that its documentation asks for.
+applications: Any = keras.applications
 
 
 @dataclass(frozen=True)
 class PaperNetwork:
-    """How to build a network's layers, how it is trained (batch of one device, optimizer, dtype policy), and what experts take it for."""
+    """A network: its layers, batch per device, family (for the expert plan), optimizer, dtype
+    policy.
+    """
 
     build: Callable[[], keras.Model]
     batch: int
@@ -46,9 +52,11 @@ def model(name: str) -> keras.Model:
     """
     network = NETWORKS[name]
     with _policy(network.dtype), abstract():
-        built = network.build()
-    built.compile(network.optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    return built
+        keras_model = network.build()
+    keras_model.compile(
+        network.optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    return keras_model
 
 
 @contextmanager
@@ -61,7 +69,7 @@ def _policy(dtype: str) -> Iterator[None]:
         keras.config.set_dtype_policy(before)
 
 
-# ------------------------------------------------------------------------------------------------------- convolutions
+# Convolutions
 
 
 def lenet() -> keras.Model:
@@ -80,11 +88,14 @@ def lenet() -> keras.Model:
 
 
 def alexnet() -> keras.Model:
-    """AlexNet in one tower: five convolutions, three poolings, three dense layers and a softmax are twelve layers."""
-    conv = lambda name, filters, size: layers.Conv2D(
-        filters, size, padding="same", activation="relu", name=name
-    )  # noqa: E731
-    pool = lambda name: layers.MaxPooling2D(3, 2, name=name)  # noqa: E731
+    """AlexNet in one tower: five convolutions, three poolings, three dense layers, a softmax."""
+
+    def conv(name: str, filters: int, size: int) -> layers.Layer:
+        return layers.Conv2D(filters, size, padding="same", activation="relu", name=name)
+
+    def pool(name: str) -> layers.Layer:
+        return layers.MaxPooling2D(3, 2, name=name)
+
     stack = [
         layers.ZeroPadding2D(2),
         layers.Conv2D(64, 11, 4, activation="relu", name="conv1"),
@@ -117,7 +128,7 @@ def resnet101() -> keras.Model:
     return applications.ResNet101(weights=None, classifier_activation=None, name="resnet-101")
 
 
-# ---------------------------------------------------------------------------------------------------------- recurrent
+# Recurrent
 
 
 def rnntc(width: int = 1024, depth: int = 4, classes: int = 2) -> keras.Model:
@@ -139,7 +150,9 @@ def rnnlm(steps: int = STEPS, width: int = 2048, depth: int = 2) -> keras.Model:
 
 
 def nmt(width: int = 1024, depth: int = 2) -> keras.Model:
-    """Translation: an encoder and a decoder of two LSTM layers each, attention, then a softmax over the vocabulary at every step."""
+    """Translation: encoder and decoder of two LSTM layers each, attention, a softmax at every
+    step.
+    """
     source = keras.Input((STEPS,), dtype="int32", name="source")
     target = keras.Input((STEPS,), dtype="int32", name="target")
     states = []
@@ -161,7 +174,7 @@ def nmt(width: int = 1024, depth: int = 2) -> keras.Model:
     return keras.Model([source, target], layers.Dense(VOCABULARY, name="logits")(d), name="nmt")
 
 
-# ------------------------------------------------------------------------------------------------------- transformers
+# Transformers
 
 
 class Positions(layers.Layer):
@@ -170,7 +183,7 @@ class Positions(layers.Layer):
     def build(self, shape: tuple[int, ...]) -> None:
         self.table = self.add_weight(shape=shape[1:], name="table")
 
-    def call(self, x):  # noqa: ANN001, ANN201
+    def call(self, x: Any) -> Any:
         return x + self.table
 
 
@@ -190,13 +203,11 @@ def gpt3(
             a, a, use_causal_mask=True
         )
         b = layers.LayerNormalization(name=f"norm_b{i}")(h)
-        h = h + layers.Dense(width, name=f"down{i}")(
-            layers.Dense(4 * width, "gelu", name=f"up{i}")(b)
-        )
+        up = layers.Dense(4 * width, "gelu", name=f"up{i}")(b)
+        h = h + layers.Dense(width, name=f"down{i}")(up)
     h = layers.LayerNormalization(name="norm")(h)
-    return keras.Model(
-        words, layers.Dense(vocabulary, use_bias=False, name="logits")(h), name="gpt3"
-    )
+    logits = layers.Dense(vocabulary, use_bias=False, name="logits")(h)
+    return keras.Model(words, logits, name="gpt3")
 
 
 def llama(
@@ -208,7 +219,7 @@ def llama(
     length: int = 2048,
     vocabulary: int = 128_256,
 ) -> keras.Model:
-    """A transformer of the Llama 3 8B shape: grouped queries, gated dense layers, no rotary positions."""
+    """A transformer of the Llama 3 8B shape: grouped queries, gated layers, no rotary positions."""
     words = keras.Input((length,), dtype="int32", name="words")
     h = layers.Embedding(vocabulary, width, name="embedding")(words)
     for i in range(blocks):
@@ -222,9 +233,8 @@ def llama(
         up = layers.Dense(hidden, use_bias=False, name=f"up{i}")(b)
         h = h + layers.Dense(width, use_bias=False, name=f"down{i}")(gate * up)
     h = layers.RMSNormalization(name="norm")(h)
-    return keras.Model(
-        words, layers.Dense(vocabulary, use_bias=False, name="logits")(h), name="llama"
-    )
+    logits = layers.Dense(vocabulary, use_bias=False, name="logits")(h)
+    return keras.Model(words, logits, name="llama")
 
 
 NETWORKS = {

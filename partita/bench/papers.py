@@ -1,18 +1,20 @@
-"""The tables of FlexFlow and OptCNN beside ours: per network, cluster and device count, what plans are predicted to take and to send.
+"""The tables of FlexFlow and OptCNN beside Partita's: simulated time and traffic of plans.
 
-A `Case` is one cell of the papers' tables; `run` captures the network without values, makes the plans, simulates a step of each, and
-returns a `Row`. Nothing here is fitted to the papers: the machines are the presets, the networks those of `bench.networks`.
+A `Case` is one cell of the papers' tables. `run` captures the network without values, makes the
+plans, simulates a step of each, and returns a `Row`. Nothing is fitted to the papers: machines are
+the presets, networks those of `bench.networks`.
 
-The papers count the bytes that cross links. A ring of n devices sends 2 (n-1)/n times the operand of an all-reduce, (n-1)/n times the
-result of an all-gather and the operand of a reduce-scatter or an all-to-all, and what a permute moves once.
+The papers count bytes on links. A ring of n devices sends 2 (n-1)/n times the operand of an
+all-reduce, (n-1)/n times the result of an all-gather or the operand of a reduce-scatter or
+all-to-all, and the operand of a permute once.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -34,12 +36,15 @@ FLEXFLOW = ("alexnet", "inception-v3", "resnet-101", "rnntc", "rnnlm", "nmt")
 OPTCNN = ("lenet", "alexnet", "vgg16", "inception-v3")
 COUNTS = (4, 8, 16, 32, 64)
 OPTCNN_BATCH = 32
-DATA_PARALLEL, EXPERT, FOUND, OPTCNN_PLAN = "data parallel", "expert", "found", "OptCNN's"
+DATA_PARALLEL = "data parallel"
+EXPERT = "expert"
+FOUND = "found"
+OPTCNN_PLAN = "OptCNN's"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of a table: a network on so many devices of a machine. `batch` is that of one device."""
+    """One cell of a table: a network on some devices of a machine. `batch` is per device."""
 
     paper: str
     network: str
@@ -50,7 +55,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Figures:
-    """One plan of a row: seconds of a simulated step, seconds as the search counts them, bytes on links and seconds of kernels of all devices."""
+    """One plan of a row.
+
+    `seconds` are of the simulated step, `additive_seconds` of the search's sum. `sent_bytes` on
+    links and `kernel_seconds` are of all devices, `peak_bytes` of one.
+    """
 
     seconds: float
     additive_seconds: float
@@ -58,12 +67,12 @@ class Figures:
     kernel_seconds: float
     peak_bytes: int
     fits: bool
-    """Whether a device has so much memory."""
+    """Whether `peak_bytes` fit a device."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a case came out as. `paper` are the published figures, where there are any."""
+    """The result of a case, with the published figures (`paper`) if there are any."""
 
     case: Case
     parameters: int
@@ -74,7 +83,8 @@ class Row:
     plans: Mapping[str, Figures] = field(default_factory=dict)
     paper: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, float] = field(default_factory=dict)
-    """OptCNN's VGG-16 claim: bytes that the first dense layer sends, by sample and by parameter."""
+    """OptCNN's VGG-16 claim: traffic of the first dense layer, by sample and by parameter, bytes.
+    """
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -101,48 +111,55 @@ PAPER: Mapping[tuple[str, str, int], Mapping[str, Any]] = {
     ("nmt", "p100-cluster", 16): {"samples_per_second": 3923},
     ("vgg16", "p100-cluster", 2): {"megabytes": {"by sample": 408, "by parameter": 32}},
 }
-"""(network, machine, devices) -> what FlexFlow (arXiv 1807.05358, section 8) or OptCNN (arXiv 1802.04924, section 6) reports."""
+"""(network, machine, devices) -> figures of FlexFlow (arXiv 1807.05358, section 8) or OptCNN (arXiv
+1802.04924, section 6)."""
 
 
 def cases(
-    only: str | None = None, machine: str | None = None, devices: int | None = None
+    only: str | None = None,
+    machine: str | None = None,
+    devices: int | None = None,
 ) -> list[Case]:
-    """The papers' cells, then the two large transformers; only those of a network, a machine (any that `load` knows) or a device count."""
+    """The papers' cells, then the two large transformers.
+
+    `only`, `machine` (a name that `load` accepts) and `devices` restrict them. Cases of one capture
+    follow each other.
+    """
     if only is not None and only not in NETWORKS:
         raise PartitaError(
-            f"There is no network {only!r} to bench. There are {', '.join(NETWORKS)}."
+            f"'{only}' is not a network of the papers: use one of {', '.join(NETWORKS)}."
         )
-    found = []
-    for cluster in [machine] if machine else ["k80-cluster", "p100-cluster"]:
-        most = load(cluster).devices
-        for network in FLEXFLOW:
-            found += [
-                Case("FlexFlow", network, cluster, n, NETWORKS[network].batch)
-                for n in COUNTS
-                if n <= most
-            ]
-        if only == "rnnlm-2":
-            found.append(Case("FlexFlow", only, cluster, 4, NETWORKS[only].batch))
-    cluster = machine or "p100-cluster"
-    found += [Case("OptCNN", network, cluster, 4, OPTCNN_BATCH) for network in OPTCNN]
-    found.append(Case("OptCNN", "vgg16", cluster, 2, OPTCNN_BATCH))
-    for network, cluster, count in (("llama", "dgx-h100:8", 64), ("gpt3", "dgx-a100:128", 1024)):
-        found.append(Case("", network, machine or cluster, count, NETWORKS[network].batch))
-    kept = [
-        c
-        for c in found
-        if (not only or c.network == only)
-        and (not devices or c.devices == devices)
-        and c.devices <= load(c.machine).devices
-    ]
-    if not kept:
+    selected = []
+    for case in _all_cases(only, machine):
+        is_network = not only or case.network == only
+        is_count = not devices or case.devices == devices
+        if is_network and is_count and case.devices <= load(case.machine).devices:
+            selected.append(case)
+    if not selected:
+        counts = ", ".join(map(str, COUNTS))
         raise PartitaError(
-            f"The papers' tables have no such cell: {only or 'any network'} on {devices or 'any number of'} devices of {machine or 'the clusters'}. "
-            f"Counts are {', '.join(map(str, COUNTS))}, as far as the machine has devices."
+            f"The tables have no cell of {only or 'any network'} on {devices or 'any number of'} "
+            f"devices of {machine or 'the clusters'}: use {counts} devices, up to the size of the "
+            "machine."
         )
-    return sorted(
-        kept, key=lambda c: (c.paper, c.network, c.batch * c.devices)
-    )  # cells of one capture follow each other
+    return sorted(selected, key=lambda case: (case.paper, case.network, case.batch * case.devices))
+
+
+def _all_cases(only: str | None, machine: str | None) -> Iterator[Case]:
+    for cluster in [machine] if machine else ["k80-cluster", "p100-cluster"]:
+        limit = load(cluster).devices
+        for network in FLEXFLOW:
+            for count in COUNTS:
+                if count <= limit:
+                    yield Case("FlexFlow", network, cluster, count, NETWORKS[network].batch)
+        if only == "rnnlm-2":
+            yield Case("FlexFlow", only, cluster, 4, NETWORKS[only].batch)
+    cluster = machine or "p100-cluster"
+    for network in OPTCNN:
+        yield Case("OptCNN", network, cluster, 4, OPTCNN_BATCH)
+    yield Case("OptCNN", "vgg16", cluster, 2, OPTCNN_BATCH)
+    for network, preset, count in (("llama", "dgx-h100:8", 64), ("gpt3", "dgx-a100:128", 1024)):
+        yield Case("", network, machine or preset, count, NETWORKS[network].batch)
 
 
 @lru_cache(maxsize=1)
@@ -154,24 +171,22 @@ def _captured(network: str, batch: int) -> tuple[OperatorGraph, float]:
 
 def run(case: Case) -> Row:
     """The row of one case: captured, planned and simulated."""
-    graph, seconds = _captured(case.network, case.batch * case.devices)
+    graph, capture_seconds = _captured(case.network, case.batch * case.devices)
     machine = load(case.machine).with_devices(case.devices)
-    mesh = mesh_of(machine)
     row = Row(
         case,
         graph.parameter_count,
         len(graph.operators),
-        seconds,
+        capture_seconds,
         paper=PAPER.get((case.network, case.machine, case.devices), {}),
     )
     start = time.perf_counter()
     try:
         result = find(graph, machine, stages=not case.paper)
     except MemoryBudgetError as error:
-        return Row(
-            **{**vars(row), "search_seconds": time.perf_counter() - start, "note": str(error)}
-        )
-    searched = time.perf_counter() - start
+        return replace(row, search_seconds=time.perf_counter() - start, note=str(error))
+    row = replace(row, search_seconds=time.perf_counter() - start, gap=result.gap)
+    mesh = mesh_of(machine)
     plans = {
         DATA_PARALLEL: result.baselines[DATA_PARALLEL][0],
         EXPERT: expert(graph, machine.name, mesh, NETWORKS[case.network].family),
@@ -181,65 +196,57 @@ def run(case: Case) -> Row:
     plans[FOUND] = result.plan
     layers = {}
     if case.network == "vgg16" and case.devices == 2:
-        by_sample, by_parameter = plans[DATA_PARALLEL], one_weird_trick(graph, machine.name, mesh)
+        by_parameter = one_weird_trick(graph, machine.name, mesh)
         layers = {
-            "by sample": sent_bytes(graph, machine, by_sample, "fc1"),
+            "by sample": sent_bytes(graph, machine, plans[DATA_PARALLEL], "fc1"),
             "by parameter": sent_bytes(graph, machine, by_parameter, "fc1"),
         }
     figures = {name: figures_of(graph, machine, plan) for name, plan in plans.items()}
-    return Row(
-        **{
-            **vars(row),
-            "search_seconds": searched,
-            "gap": result.gap,
-            "plans": figures,
-            "layers": layers,
-        }
-    )
+    return replace(row, plans=figures, layers=layers)
 
 
 def figures_of(graph: OperatorGraph, machine: Machine, plan: Plan) -> Figures:
-    """What one plan is predicted to take and send."""
+    """Predicted time and traffic of one plan."""
     timeline = simulate(graph, machine, plan)
-    kernels = plan.devices * timeline.by_kind().get("compute", 0.0)
-    fits = timeline.peak_bytes <= capacity(machine)
-    if not runnable(plan):  # what stages send is known by stage: operands, as in the table of plans
-        return Figures(
-            timeline.seconds,
-            timeline.seconds,
-            float(timeline.total_traffic),
-            kernels / timeline.groups,
-            timeline.peak_bytes,
-            fits,
-        )
+    additive_seconds = timeline.seconds
+    kernel_seconds = plan.devices * timeline.by_kind().get("compute", 0.0)
+    if runnable(plan):
+        additive_seconds = predict(graph, machine, plan).seconds
+        traffic = sent_bytes(graph, machine, plan)
+    else:
+        # Traffic of stages is known as operands, by stage.
+        traffic = float(timeline.total_traffic)
+        kernel_seconds /= timeline.groups
     return Figures(
-        timeline.seconds,
-        predict(graph, machine, plan).seconds,
-        sent_bytes(graph, machine, plan),
-        kernels,
-        timeline.peak_bytes,
-        fits,
+        seconds=timeline.seconds,
+        additive_seconds=additive_seconds,
+        sent_bytes=traffic,
+        kernel_seconds=kernel_seconds,
+        peak_bytes=timeline.peak_bytes,
+        fits=timeline.peak_bytes <= capacity(machine),
     )
 
 
 def sent_bytes(
     graph: OperatorGraph, machine: Machine, plan: Plan, layer: str | None = None
 ) -> float:
-    """Bytes that all devices together put on links in a step, or those of one layer's collectives."""
-    sizes = plan.mesh.sizes
+    """Bytes on links of all devices in a step, or of one layer's collectives only."""
+    layout = layout_of(graph, plan)
     total = 0.0
-    for c in collectives(graph, plan.mesh, layout_of(graph, plan), machine.backend):
-        if layer is None or graph.operators[c.operator].name == layer:
-            total += c.total * on_links(c.kind, math.prod(sizes[a] for a in c.axes))
+    for collective in collectives(graph, plan.mesh, layout, machine.backend):
+        if layer is None or graph.operators[collective.operator].name == layer:
+            group = math.prod(plan.mesh.sizes[axis] for axis in collective.axes)
+            total += collective.total * on_links(collective.kind, group)
     return total * plan.devices
 
 
 def on_links(kind: str, group: int) -> float:
-    """What each device of a group sends for every byte that a collective is said to have.
+    """Bytes that each device of a group sends per byte of a collective.
 
     >>> on_links("all_reduce", 4), on_links("all_gather", 4), on_links("collective_permute", 4)
     (1.5, 0.75, 1.0)
     """
     if kind == "collective_permute":
         return 1.0
-    return (2 if kind == "all_reduce" else 1) * (group - 1) / group
+    passes = 2 if kind == "all_reduce" else 1
+    return passes * (group - 1) / group

@@ -1,9 +1,10 @@
-"""Plans as the papers publish them: what an expert wrote, and what OptCNN found.
+"""Plans as the papers publish them: expert strategies, and OptCNN's plan for VGG-16.
 
-`expert` is what FlexFlow calls the expert-designed strategy of a network: one weird trick (arXiv 1404.5997) for convolutional ones,
-data parallel across nodes and model parallel in a node (arXiv 1609.08144) for recurrent ones: every recurrent layer, with all of its
-steps, on a device of its own. For transformers, which FlexFlow
-has none of, it is Megatron's (arXiv 1909.08053) over half of the axes, samples over the others.
+`expert` is FlexFlow's expert-designed strategy of a network family: one weird trick (arXiv
+1404.5997) for convolutional networks; for recurrent ones data parallelism across nodes and model
+parallelism in a node, every recurrent layer with all of its steps on its own device (arXiv
+1609.08144). FlexFlow has no transformers; their expert plan is Megatron's (arXiv 1909.08053) over
+half of the axes, and samples over the others.
 """
 
 from __future__ import annotations
@@ -29,71 +30,81 @@ def one_weird_trick(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
 
 
 def layers_on_devices(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
-    """Samples over the nodes (the machine's outermost level); in a node every recurrent layer, all steps of it, on a device of its own.
+    """Samples over nodes (the outermost level); in a node each recurrent layer on its own device.
 
-    Embeddings are where the layer is that reads them. What follows the recurrent layers is split over the devices of the node, the softmax's weights by
-    word (arXiv 1609.08144, section 3.2 and figure 1). Where there are more layers than devices they take turns.
+    Embeddings are on the device of the layer that reads them. Operators behind the recurrent layers
+    are split over the devices of the node, the softmax's weights by word (arXiv 1609.08144, section
+    3.2 and figure 1). With more layers than devices, layers share devices in turn.
     """
-    nodes = [n for n, axis in enumerate(mesh.axes) if axis.level == 0]
-    inside = [n for n, axis in enumerate(mesh.axes) if axis.level > 0]
-    recurrent = {
-        o.name: o.name.split("/")[0] for o in graph.operators if "cell" in o.name.split("/")[-1]
-    }
-    number = {layer: n for n, layer in enumerate(dict.fromkeys(recurrent.values()))}
-    choices, device = {}, None
-    for o in reversed(graph.operators):
-        device = number[recurrent[o.name]] if o.name in recurrent else device
-        choices[o.name] = choice_by_kinds(graph, o, mesh, [("S", nodes), ("PS", inside)])
-        if device is not None:
-            left = device % math.prod(mesh.sizes[n] for n in inside)
-            choices[o.name] = choice_by_kinds(graph, o, mesh, [("S", nodes)])
-            for n in reversed(inside):
-                choices[o.name][mesh.axes[n].name] = f"at({left % mesh.sizes[n]})"
-                left //= mesh.sizes[n]
-    choices = {o.name: choices[o.name] for o in graph.operators}
-    return check(
-        Plan(
-            graph.name,
-            machine,
-            mesh,
-            choices,
-            name="layers on devices",
-            batch_size=graph.batch_size,
-        ),
-        graph,
-    )
+    outer = [n for n, axis in enumerate(mesh.axes) if axis.level == 0]
+    inner = [n for n, axis in enumerate(mesh.axes) if axis.level > 0]
+    devices_in_node = math.prod(mesh.sizes[n] for n in inner)
+    layer_of = {}
+    for operator in graph.operators:
+        parts = operator.name.split("/")
+        if "cell" in parts[-1]:
+            layer_of[operator.name] = parts[0]
+    number = {layer: n for n, layer in enumerate(dict.fromkeys(layer_of.values()))}
+    choices = {}
+    device = None
+    # Backwards, so that an operator before a layer gets the device of the layer that reads it.
+    for operator in reversed(graph.operators):
+        if operator.name in layer_of:
+            device = number[layer_of[operator.name]]
+        if device is None:
+            kinds = [("S", outer), ("PS", inner)]
+            choices[operator.name] = choice_by_kinds(graph, operator, mesh, kinds)
+            continue
+        choice = choice_by_kinds(graph, operator, mesh, [("S", outer)])
+        position = device % devices_in_node
+        for n in reversed(inner):
+            choice[mesh.axes[n].name] = f"at({position % mesh.sizes[n]})"
+            position //= mesh.sizes[n]
+        choices[operator.name] = choice
+    ordered = {operator.name: choices[operator.name] for operator in graph.operators}
+    return _plan(graph, machine, mesh, ordered, "layers on devices")
 
 
 def optcnn_vgg16(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
-    """The plan that OptCNN found for VGG-16 on 4 devices (arXiv 1802.04924, table 5).
+    """OptCNN's plan for VGG-16 on 4 devices (arXiv 1802.04924, table 5).
 
-    Early convolutions n=4, the last three n=1 h=2 w=2, the first two dense layers c=4, the third c=2, softmax 1. Poolings are split like
-    the convolution before them; the last one, whose 7 x 7 results no two devices can share evenly, by sample. The softmax is light and
-    computed where the third dense layer is.
+    Early convolutions n=4, the last three n=1 h=2 w=2, the first two dense layers c=4, the third
+    c=2, softmax 1. Poolings are split like the convolution before them; the last one, whose 7 x 7
+    results do not divide by two, by sample. The softmax is light and belongs to the third dense
+    layer.
     """
     assert mesh.sizes == (2, 2), "published for 4 devices"
     a, b = (axis.name for axis in mesh.axes)
     choices = {}
-    for o in graph.operators:
-        if o.name.startswith("block5_conv"):
-            high, wide = [graph.factors[f].name for f in o.factors if graph.factors[f].kind == "A"][
-                :2
-            ]
-            choices[o.name] = {a: high, b: wide}
-        elif o.name in ("fc1", "fc2"):
-            choices[o.name] = {a: "P", b: "P"}
-        elif o.name == "predictions":
-            choices[o.name] = {a: "P"}
+    for operator in graph.operators:
+        if operator.name.startswith("block5_conv"):
+            factors = [graph.factors[f] for f in operator.factors]
+            height, width = [factor.name for factor in factors if factor.kind == "A"][:2]
+            choices[operator.name] = {a: height, b: width}
+        elif operator.name in ("fc1", "fc2"):
+            choices[operator.name] = {a: "P", b: "P"}
+        elif operator.name == "predictions":
+            choices[operator.name] = {a: "P"}
         else:
-            choices[o.name] = {a: "S", b: "S"}
-    return check(
-        Plan(graph.name, machine, mesh, choices, name="OptCNN's", batch_size=graph.batch_size),
-        graph,
-    )
+            choices[operator.name] = {a: "S", b: "S"}
+    return _plan(graph, machine, mesh, choices, "OptCNN's")
+
+
+def _plan(
+    graph: OperatorGraph,
+    machine: str,
+    mesh: Mesh,
+    choices: dict[str, dict[str, str]],
+    name: str,
+) -> Plan:
+    plan = Plan(graph.name, machine, mesh, choices, name=name, batch_size=graph.batch_size)
+    return check(plan, graph)
 
 
 def megatron(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
-    """Samples over the outer half of the axes, weights over the inner half, by column and by row in turn."""
+    """Samples over the outer half of the axes, weights over the inner half, by column and by row in
+    turn.
+    """
     return check(BASELINES["data x tensor"](graph, machine, mesh), graph)
 
 

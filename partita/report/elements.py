@@ -1,6 +1,7 @@
 """Elements of a page: tags with escaped text, sections, bars, tables, figures with units.
 
-Every text goes through `tag`, which escapes it unless it is `Html` already. A layer may have any name.
+Every text goes through `tag`, which escapes it unless it is `Html` already. A layer may have any
+name.
 """
 
 from __future__ import annotations

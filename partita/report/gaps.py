@@ -1,4 +1,6 @@
-"""The gaps of a plan: its distance to the lower bound of the plans that can run, and of the larger space."""
+"""The gaps of a plan: its distance to the lower bound of the plans that can run, and of the larger
+space.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A plan, or a simulated step, as one self-contained web page.
 
-`page` shows a plan: splits, time, memory, traffic, alternatives, provenance. `timeline_page` shows a
-simulated step. Both take values and return text. A page requests nothing: no font, no picture, no
+`page` shows a plan: splits, time, memory, traffic, alternatives, provenance. `timeline_page` shows
+a simulated step. Both take values and return text. A page requests nothing: no font, no picture, no
 script except the one that zooms a timeline. Its own content security policy forbids all others.
 """
 
@@ -208,7 +208,9 @@ def _facts(plan: Plan) -> dict[str, str | None]:
 
 
 def _proof(plan: Plan) -> str | None:
-    """The distance to the lower bound of plans that can run, in words; None if nothing useful is proved."""
+    """The distance to the lower bound of plans that can run, in words; None if nothing useful is
+    proved.
+    """
     gap = gaps_of(plan).runnable
     if gap is None:
         return None

@@ -28,7 +28,9 @@ Stored = tuple[tuple[int, tuple[str, ...]], ...]
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of a plan: its splits by axis, the storage of its variables, and its predicted cost."""
+    """A layer of a plan: its splits by axis, the storage of its variables, and its predicted
+    cost.
+    """
 
     name: str
     text: str

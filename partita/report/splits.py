@@ -1,4 +1,5 @@
-"""The section of a page that shows how each layer is split: a box per layer, a column per mesh axis.
+"""The section of a page that shows how each layer is split: a box per layer, a column per mesh
+axis.
 
 Boxes are laid out by the browser, so that they fit a phone and can be read aloud.
 """

@@ -1,11 +1,12 @@
 """A simulated step as a picture in a page: spans per stream, critical path, waiting, memory.
 
-`section` returns the part of a page. Its drawing shows the whole step and needs no script. The script
-in `assets/timeline.js` turns it into a picture that zooms, moves and answers to wheel, fingers, mouse
-and keys. It draws visible spans only, so that thousands of spans stay fast. The page adds `style()`
-and `script()` once, and allows that script alone by `script_hash()`.
+`section` returns the part of a page. Its drawing shows the whole step and needs no script. The
+script in `assets/timeline.js` turns it into a picture that zooms, moves and answers to wheel,
+fingers, mouse and keys. It draws visible spans only, so that thousands of spans stay fast. The page
+adds `style()` and `script()` once, and allows that script alone by `script_hash()`.
 
-A row is a stream of the timeline, kernels first. More streams, or more device groups, are more rows.
+A row is a stream of the timeline, kernels first. More streams, or more device groups, are more
+rows.
 """
 
 from __future__ import annotations

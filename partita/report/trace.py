@@ -1,8 +1,8 @@
 """A timeline in the Trace Event Format, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
-Source: "Trace Event Format", Google: complete events ("X") in microseconds, metadata events ("M") that
-name rows, counter events ("C") for memory. Times are whole nanoseconds, as in Perfetto, so that
-consecutive events do not overlap.
+Source: "Trace Event Format", Google: complete events ("X") in microseconds, metadata events ("M")
+that name rows, counter events ("C") for memory. Times are whole nanoseconds, as in Perfetto, so
+that consecutive events do not overlap.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from keras import layers
 
 from partita.bench import fidelity
 from partita.bench.fidelity import (
-    LEAST,
+    MIN_PLANS,
     MODELS,
     Step,
     chosen_models,
@@ -115,7 +115,7 @@ def test_plans_are_programs_of_their_own_and_at_least_as_many_as_asked_for() -> 
     assert chosen == "tensor parallel", (
         "the plan found is that of an expert: measured once, under the expert's name"
     )
-    assert len(plans) >= LEAST and len({program(p) for p in plans.values()}) == len(plans)
+    assert len(plans) >= MIN_PLANS and len({program(p) for p in plans.values()}) == len(plans)
     assert "ZeRO-2" not in plans and any(name.startswith("random") for name in plans)
     few, chosen = plans_of(
         GRAPH,
@@ -124,7 +124,7 @@ def test_plans_are_programs_of_their_own_and_at_least_as_many_as_asked_for() -> 
         known["data parallel"],
         known["one device"],
     )
-    assert len(few) == LEAST and chosen == "data parallel"
+    assert len(few) == MIN_PLANS and chosen == "data parallel"
     assert plans_of(GRAPH, host(1, 8 << 30), known, known["ZeRO-3"], known["ZeRO-3"]) == (
         {"one device": known["one device"]},
         "one device",
@@ -149,12 +149,12 @@ def test_a_plan_at_random_is_legal_the_same_each_time_and_alike_for_equal_layers
 @pytest.mark.parametrize(
     ("ask", "says"),
     [
-        (lambda: chosen_models("mlp, gpt"), "There is no model 'gpt' to bench. There are mlp, cnn"),
+        (lambda: chosen_models("mlp, gpt"), "'gpt' is not a model of this benchmark: use one of mlp, cnn"),
         (lambda: settings("1,two", ""), "--devices has 'two': write whole numbers of at least 1"),
         (lambda: settings("", "1"), "--processes has '1': write whole numbers of at least 2"),
         (
             lambda: settings("", " "),
-            "There is nothing to measure on: give --devices, --processes, or both",
+            "No setting is left to measure: give --devices, --processes or both",
         ),
     ],
 )
@@ -221,7 +221,7 @@ def test_the_command_shows_every_step_with_three_predictions_and_how_good_they_a
     }
     for model in ("small", "large"):
         mine = [s for s in steps if (s.place, s.model) == ("2 devices", model)]
-        assert len(mine) >= LEAST and sum(s.chosen for s in mine) == 1
+        assert len(mine) >= MIN_PLANS and sum(s.chosen for s in mine) == 1
         assert all(
             s.seconds > 0 and s.measured > 0 and s.rates > 0 and s.fitted and s.fit_error
             for s in mine
