@@ -149,7 +149,10 @@ def test_a_plan_at_random_is_legal_the_same_each_time_and_alike_for_equal_layers
 @pytest.mark.parametrize(
     ("ask", "says"),
     [
-        (lambda: chosen_models("mlp, gpt"), "'gpt' is not a model of this benchmark: use one of mlp, cnn"),
+        (
+            lambda: chosen_models("mlp, gpt"),
+            "'gpt' is not a model of this benchmark: use one of mlp, cnn",
+        ),
         (lambda: settings("1,two", ""), "--devices has 'two': write whole numbers of at least 1"),
         (lambda: settings("", "1"), "--processes has '1': write whole numbers of at least 2"),
         (
