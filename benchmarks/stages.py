@@ -82,9 +82,14 @@ def searched(
     """Captures one case and searches plans for it, with stages."""
     import keras
 
+    from partita.errors import PartitaError
+
     keras.backend.clear_session()
     try:
         steps = captures()
+    except PartitaError as error:
+        yield Search(kind, case, "capture", 0.0, f"refused: {error}")
+        return
     except Exception as error:
         yield Search(kind, case, "capture", 0.0, _text(error), failed=True)
         return
@@ -94,15 +99,15 @@ def searched(
 
 
 def _search(kind: str, case: str, step: Any, machine: str, seconds: float | None) -> Search:
-    from partita.errors import MemoryBudgetError
+    from partita.errors import PartitaError
     from partita.machine import load
     from partita.search.find import find
 
     start = time.perf_counter()
     try:
         result = find(step.graph, load(machine), seconds=seconds, stages=True)
-    except MemoryBudgetError:
-        return Search(kind, case, machine, time.perf_counter() - start, "fits under no plan")
+    except PartitaError as error:
+        return Search(kind, case, machine, time.perf_counter() - start, f"refused: {error}")
     except Exception as error:
         elapsed = time.perf_counter() - start
         return Search(kind, case, machine, elapsed, _text(error), failed=True)
