@@ -1,11 +1,12 @@
-"""Every model of keras.applications: captured, planned for 8 devices; the smallest ten also run, against plain Keras.
+"""Every model of keras.applications, planned for 8 devices; the smallest ten also run.
 
     python benchmarks/applications.py                       # all: about an hour on two cores
     python benchmarks/applications.py --only mobilenet --check 99
     python benchmarks/applications.py --machine dgx-h100:8               # planned for 64
 
-No weights are loaded and, for capturing and planning, none allocated. The smallest, by FLOPs of a step, are then trained one
-step on 8 virtual devices under the plan found for a machine so slow at computing that everything is worth splitting.
+Captures and plans allocate no weights. The smallest models, by FLOPs of a step, are then trained
+one step on 8 virtual devices and compared with plain Keras. Their plans are for a machine that
+computes so slowly that every split pays. `benchmarks/stages.py` plans all models with stages.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ SIDES = (32, 64, 75, 96, 128, 224)
 """Sides of the square images tried, in pixels: each model takes the first that it accepts."""
 BATCH, CLASSES = 16, 16
 TOLERANCE = 2e-3
-"""Of a difference, relative to the largest value of its tensor: float32 sums in another order, through up to 400 layers."""
+"""Largest difference, relative to the largest value of its tensor.
+
+Float32 sums come in another order, through up to 400 layers.
+"""
 
 
 def main() -> int:
@@ -70,7 +74,8 @@ def main() -> int:
 
 
 PLANNED = (
-    "side {side:3}  {instructions:6} instructions  {operators:4} operators  captured in {captured:5.1f} s, planned in {planned:5.1f} s"
+    "side {side:3}  {instructions:6} instructions  {operators:4} operators"
+    "  captured in {captured:5.1f} s, planned in {planned:5.1f} s"
     "  data parallel / found {ratio:5.2f}  {text}"
 )
 CHECKED = (
@@ -79,7 +84,7 @@ CHECKED = (
 
 
 def child(name: str, *options: str) -> dict[str, Any]:
-    """What this program says of one model, in a process of its own."""
+    """The row of one model, from a process of its own."""
     done = subprocess.run(
         [sys.executable, __file__, "--one", name, *options],
         capture_output=True,
@@ -162,7 +167,7 @@ def planned(name: str, machine: str) -> dict[str, Any]:
 
 
 def run(name: str) -> dict[str, Any]:
-    """One step of a model under a plan and plainly: loss, metrics, and every updated variable side by side."""
+    """The largest difference of a planned step from plain Keras: losses, metrics, variables."""
     import keras
     import numpy as np
 
@@ -179,7 +184,8 @@ def run(name: str) -> dict[str, Any]:
         model, side = made(name)
         for layer in model._flatten_layers():
             if isinstance(layer, keras.layers.BatchNormalization):
-                layer.epsilon = 1.0  # of the one pixel left the variance is next to nothing, and its rounding would be everything
+                # The variance of a single pixel is next to nothing: its rounding would dominate.
+                layer.epsilon = 1.0
         compiled(model)
         if parallel:
             partita.parallelize(model, machine=slow(8), say=lambda line: None)

@@ -1,12 +1,12 @@
-"""Searches with pipeline stages and placement: random models, the zoo, keras.applications, on three machines.
+"""Searches with stages: random models, the zoo and keras.applications, on three machines.
 
     python benchmarks/stages.py                          # all: about two hours on two cores
     python benchmarks/stages.py --kind random --count 100
     python benchmarks/stages.py --kind zoo --only lstm --seconds 10
 
-Nothing is trained but the programs of the zoo, on one device, to capture their steps. A search fails if it ends in an
-exception that is no `PartitaError`, or if an optional part of it failed. The last lines are a table: searches, failures,
-seconds by kind and machine.
+Only the programs of the zoo are trained, on one device, to capture their steps. A search fails if
+it ends in an exception that is no `PartitaError`, or if an optional part of it failed. The last
+lines are a table: searches, failures, seconds by kind and machine.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Search:
 
     def __str__(self) -> str:
         mark = "FAILED " if self.failed else ""
-        return f"{self.kind:12} {self.case:28} {self.machine:14} {self.seconds:6.1f} s  {mark}{self.outcome}"
+        columns = f"{self.kind:12} {self.case:28} {self.machine:14} {self.seconds:6.1f} s"
+        return f"{columns}  {mark}{self.outcome}"
 
 
 def main() -> int:

@@ -1,10 +1,11 @@
 """Every program of the zoo (tests/zoo) on one to four devices against plain Keras or JAX.
 
-    python benchmarks/zoo.py                    # all, two at a time: about half an hour on two cores
+    python benchmarks/zoo.py              # all, two at a time: about half an hour on two cores
     python benchmarks/zoo.py --devices 2 4 --only lstm
     python benchmarks/zoo.py --list             # the table of docs/programs.md
 
-Plans are made for a machine whose links cost next to nothing, so that even the smallest layers are split.
+Plans are for a machine whose links cost next to nothing, so that even the smallest layers are
+split. `benchmarks/stages.py` plans the same programs with pipeline stages.
 """
 
 from __future__ import annotations
@@ -73,12 +74,11 @@ def one(name: str, devices: list[int]) -> int:
     """Compares one program; a line with the largest relative difference per device count."""
     program, cells, bad = PROGRAMS[name], [], 0
     for count in devices:
-        found = difference(program, count)
-        wrong = not found.worst <= program.tolerance
+        result = difference(program, count)
+        wrong = not result.worst <= program.tolerance
+        differs = f" DIFFERS at {result.where}" if wrong else ""
         bad += wrong
-        cells.append(
-            f"{count}: {found.worst:.1e}{' DIFFERS at ' + found.where if wrong else ''} ({found.split} split)"
-        )
+        cells.append(f"{count}: {result.worst:.1e}{differs} ({result.split} split)")
     print(f"{name:32s} {'   '.join(cells)}")
     return int(bad > 0)
 

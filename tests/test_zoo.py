@@ -1,7 +1,8 @@
 """Programs of the zoo compute on several devices what they compute on one.
 
-Here one of each kind runs on three devices; `benchmarks/zoo.py` runs all on one to four. Plans are made for a machine whose links cost
-next to nothing, so that even small layers are worth splitting.
+One of each kind runs on three devices; `benchmarks/zoo.py` runs all on one to four. Plans are for a
+machine whose links cost next to nothing, so that even small layers are split. A sample is also
+planned with pipeline stages; `benchmarks/stages.py` plans all.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ STAGES = benchmark("stages")
     [(3, "h100:8"), (6, "tpu-v5e:16"), (7, "k80-cluster:2"), (9, "h100:8")],
 )
 def test_a_random_model_is_planned_with_stages(seed: int, machine: str) -> None:
-    """Grouped and depthwise convolutions, products between samples: microbatches split no such value."""
+    """Grouped and depthwise convolutions, and products between samples."""
     captures = partial(STAGES.captured_random, seed)
     check_searches("random", f"seed {seed}", captures, [machine])
 

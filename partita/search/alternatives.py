@@ -1,4 +1,7 @@
-"""The alternatives of a plan: per operator, its other choices and their price, with all others as planned."""
+"""The alternatives of a plan: per operator, other choices and their price.
+
+All other operators stay as planned.
+"""
 
 from __future__ import annotations
 
@@ -15,32 +18,57 @@ Alternative = tuple[dict[str, str], int, float, float]
 """(choice, ZeRO level, extra seconds, extra bytes)."""
 
 
-def alternatives(network: CostNetwork, plan: Plan, limit: int = 8) -> list[list[Alternative]]:
-    """Per operator, at most `limit` other choices, fastest first; none for a plan with stages or placement."""
+def alternatives(
+    network: CostNetwork,
+    plan: Plan,
+    limit: int = 8,
+) -> list[list[Alternative]]:
+    """Per operator, at most `limit` other choices, fastest first.
+
+    There are none for a plan with stages or placement.
+    """
     states = network.states_of(plan) if runnable(plan) else None
     if states is None:
         return [[] for _ in network.states]
-    return [_alternatives(network, states, o, limit) for o in range(len(network.states))]
+    return [
+        _alternatives(
+            network,
+            states,
+            o,
+            limit,
+        )
+        for o in range(len(network.states))
+    ]
 
 
 def _alternatives(
-    network: CostNetwork, states: Sequence[int], operator: int, limit: int
+    network: CostNetwork,
+    states: Sequence[int],
+    operator: int,
+    limit: int,
 ) -> list[Alternative]:
-    seconds = network.problem.seconds[operator]
+    problem = network.problem
+    nbytes = problem.nbytes[operator]
+    seconds = problem.seconds[operator]
     for neighbour, table in network.neighbours[operator]:
-        seconds = seconds + table[:, states[neighbour]]
-    nbytes = network.problem.nbytes[operator]
+        moves = table[:, states[neighbour]]
+        seconds = seconds + moves
     planned = states[operator]
     listed: list[Alternative] = []
     for i in np.argsort(seconds, kind="stable"):
-        state = network.states[operator][i]
-        # Variables that cannot be split further are stored the same at any ZeRO level.
-        if i == planned or (state.zero and not storage_of(network, operator, i)):
-            continue
-        choice = names_of(network.graph, network.placement.mesh, network.choice(operator, i))
-        extra_seconds = float(seconds[i] - seconds[planned])
-        extra_bytes = float(nbytes[i] - nbytes[planned])
-        listed.append((choice, state.zero, extra_seconds, extra_bytes))
         if len(listed) == limit:
             break
+        state = network.states[operator][i]
+        # Variables that cannot be split further are stored the same at any ZeRO level.
+        same_storage = state.zero and not storage_of(network, operator, i)
+        if i == planned or same_storage:
+            continue
+        choice = network.choice(operator, i)
+        alternative = (
+            names_of(network.graph, network.placement.mesh, choice),
+            state.zero,
+            float(seconds[i] - seconds[planned]),
+            float(nbytes[i] - nbytes[planned]),
+        )
+        listed.append(alternative)
     return listed

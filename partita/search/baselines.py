@@ -1,6 +1,7 @@
-"""The baselines of a search, predicted on demand: most are slower than the plan before their turn comes.
+"""The baselines of a search, predicted on demand.
 
-A baseline whose choices are states of the cost network has its seconds without a prediction.
+Most are known to be slower than the plan without a prediction. A baseline whose choices are states
+of the cost network has its seconds from there.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ It is compared with an additive count of variables and activation memory alone.
 class Baselines(Mapping[str, tuple[Plan, Prediction]]):
     """Name -> (plan, prediction) of every baseline."""
 
-    def __init__(self, network: CostNetwork, plans: Mapping[str, Plan]) -> None:
+    def __init__(
+        self,
+        network: CostNetwork,
+        plans: Mapping[str, Plan],
+    ) -> None:
         self.network = network
         self.plans = plans
         self.states = {name: network.states_of(plan) for name, plan in plans.items()}
@@ -53,7 +58,12 @@ class Baselines(Mapping[str, tuple[Plan, Prediction]]):
             if twin is None:
                 network = self.network
                 machine = network.placement.machine
-                prediction = predicted(network.graph, machine, self.plans[name], network.terms)
+                prediction = predicted(
+                    network.graph,
+                    machine,
+                    self.plans[name],
+                    network.terms,
+                )
             else:
                 prediction = replace(self._predictions[twin], plan=name)
             self._predictions[name] = prediction
@@ -78,8 +88,12 @@ class Baselines(Mapping[str, tuple[Plan, Prediction]]):
                 self._peaks[name] = self._peaks[twin]
         return self._peaks[name]
 
-    def fits(self, name: str, limit_bytes: int) -> bool:
-        """Whether one baseline fits in memory. One far above the limit is refused without its peak."""
+    def fits(
+        self,
+        name: str,
+        limit_bytes: int,
+    ) -> bool:
+        """Whether one baseline fits in memory. Far above the limit, its peak is not computed."""
         states = self.states[name]
         if (
             states is not None
@@ -88,15 +102,23 @@ class Baselines(Mapping[str, tuple[Plan, Prediction]]):
             return False
         return self.peak_bytes(name) <= limit_bytes
 
-    def fastest(self, limit_bytes: int, limit_seconds: float = np.inf) -> str | None:
-        """Name of the fastest baseline that is faster than a limit and fits in memory; None if there is none."""
+    def fastest(
+        self,
+        limit_bytes: int,
+        limit_seconds: float = np.inf,
+    ) -> str | None:
+        """Name of the fastest baseline that fits and is faster than a limit, None without one."""
         by_seconds = sorted((self.seconds(name), name) for name in self.plans)
         for seconds, name in by_seconds:
             if seconds < limit_seconds and self.fits(name, limit_bytes):
                 return name
         return None
 
-    def _twin(self, name: str, names: Mapping[str, object]) -> str | None:
+    def _twin(
+        self,
+        name: str,
+        names: Mapping[str, object],
+    ) -> str | None:
         """The first of some baselines that is the same plan as `name`."""
         plan = self.plans[name]
         for other in names:
@@ -113,4 +135,9 @@ class Baselines(Mapping[str, tuple[Plan, Prediction]]):
 def peak_bytes(network: CostNetwork, plan: Plan) -> int:
     """Peak memory of a plan that all devices run at once, bytes of a device."""
     layout = layout_of(network.graph, plan)
-    return memory(network.graph, plan.mesh, layout, network.placement.machine.backend).peak
+    return memory(
+        network.graph,
+        plan.mesh,
+        layout,
+        network.placement.machine.backend,
+    ).peak

@@ -14,7 +14,7 @@ Fork = list[list[int]]
 
 
 def branches(graph: OperatorGraph) -> list[Fork]:
-    """Fork by fork, the branches up to their join. Operators of a branch are connected with each other."""
+    """Fork by fork, the branches up to their join. Operators of a branch are connected."""
     before = _predecessors(graph)
     after = _successors(before)
     everyone = (1 << len(before)) - 1
@@ -33,19 +33,24 @@ def branches(graph: OperatorGraph) -> list[Fork]:
 def _predecessors(graph: OperatorGraph) -> list[int]:
     """Per operator, a bit set of the operators that its heavy instruction waits for.
 
-    An instruction that joins branches is light, so the heavy instruction of its operator waits for none of them.
+    An instruction that joins branches is light, so the heavy instruction of its operator waits for
+    none of them.
     """
     before = [0] * len(graph.operators)
-    heavy = {operator.heavy: number for number, operator in enumerate(graph.operators)}
+    operator_of = {}
+    for number, operator in enumerate(graph.operators):
+        operator_of[operator.heavy] = number
     upstream: dict[int, int] = {}
     for number, instruction in enumerate(graph.instructions):
         waits = 0
         for tensor in instruction.operands:
             waits |= upstream.get(tensor, 0)
-        if number in heavy:
-            before[heavy[number]] = waits
-            waits |= 1 << heavy[number]
-        upstream |= dict.fromkeys(instruction.results, waits)
+        if number in operator_of:
+            heavy_operator = operator_of[number]
+            before[heavy_operator] = waits
+            waits |= 1 << heavy_operator
+        for tensor in instruction.results:
+            upstream[tensor] = waits
     return before
 
 
@@ -53,29 +58,51 @@ def _successors(before: Sequence[int]) -> list[int]:
     """Per operator, a bit set of the operators that wait for it."""
     after = [0] * len(before)
     for operator, waits in enumerate(before):
-        if waits:
-            for other in range(len(after)):
-                after[other] |= (waits >> other & 1) << operator
+        if not waits:
+            continue
+        for other in range(len(after)):
+            if _contains(waits, other):
+                after[other] |= 1 << operator
     return after
 
 
-def _forks(members: Sequence[int], before: Sequence[int], after: Sequence[int]) -> list[Fork]:
+def _contains(operators: int, operator: int) -> bool:
+    """Whether a bit set has an operator."""
+    return bool(operators >> operator & 1)
+
+
+def _forks(
+    members: Sequence[int],
+    before: Sequence[int],
+    after: Sequence[int],
+) -> list[Fork]:
     """The fork of operators between two meeting points, none if they are a chain."""
     connected: list[list[int]] = []
     for member in members:
-        joined = [part for part in connected if any(before[member] >> o & 1 for o in part)]
-        merged = sorted([*(operator for part in joined for operator in part), member])
-        connected = [*(part for part in connected if part not in joined), merged]
-    if len(connected) > 1 or any(_is_parallel(part, before, after) for part in connected):
+        merged = [member]
+        others = []
+        for part in connected:
+            if any(_contains(before[member], operator) for operator in part):
+                merged += part
+            else:
+                others.append(part)
+        connected = [*others, sorted(merged)]
+    if len(connected) > 1:
         return [sorted(connected)]
+    if any(_is_parallel(part, before, after) for part in connected):
+        return [connected]
     return []
 
 
-def _is_parallel(operators: Sequence[int], before: Sequence[int], after: Sequence[int]) -> bool:
+def _is_parallel(
+    operators: Sequence[int],
+    before: Sequence[int],
+    after: Sequence[int],
+) -> bool:
     """Whether two of some operators need not wait for each other."""
     for one in operators:
+        ordered = before[one] | after[one]
         for other in operators:
-            ordered = before[one] >> other & 1 or after[one] >> other & 1
-            if one != other and not ordered:
+            if one != other and not _contains(ordered, other):
                 return True
     return False

@@ -5,16 +5,17 @@ Stages, in order (`find`):
     baselines          plans that an expert would write
     network            candidates per operator and their costs (`search.network`)
     exact search       the least sum of costs within a budget of bytes (`search.elimination`)
-    MCMC               the shortest simulated step, from the exact plan and all baselines (`search.mcmc`)
+    MCMC               the shortest simulated step, from several plans (`search.mcmc`)
     memory check       real peak memory (`cost.memory`), which is no sum of parts
     pipeline stages    stages, microbatches and rematerialization (`search.pipelines`), optional
     placement          operators on slices of axes (`search.placement`), optional
 
-If a plan exceeds device memory, the budget is lowered in proportion and the exact search runs again. MCMC matters only where
-collectives hide behind kernels: elsewhere a step is the sum of its parts, and the exact plan is proved best.
+If a plan exceeds device memory, the budget is lowered in proportion and the exact search runs
+again. MCMC matters only where collectives hide behind kernels: elsewhere a step is the sum of its
+parts, and the exact plan is proved best.
 
-Plans with pipeline stages or placement can be simulated and not yet run, so the result has two lower bounds: of the plans
-that can run, and of the larger space.
+Plans with pipeline stages or placement can be simulated and not yet run, so the result has two
+lower bounds: of the plans that can run, and of the larger space.
 """
 
 from __future__ import annotations
@@ -94,12 +95,12 @@ class PlanResult:
 
     @property
     def gap(self) -> float:
-        """Excess of the plan over the lower bound of plans that can run, relative; 0 if it is proved best."""
+        """Relative excess over the lower bound of plans that can run, 0 if proved best."""
         return _gap(self.prediction.seconds, self.bound_seconds)
 
     @property
     def staged_gap(self) -> float | None:
-        """Excess of the plan over the lower bound of the larger space, relative; None if not searched."""
+        """Relative excess over the lower bound of the larger space, None if it was not searched."""
         if self.staged_bound_seconds is None:
             return None
         return _gap(self.prediction.seconds, self.staged_bound_seconds)
@@ -110,7 +111,7 @@ def _gap(seconds: float, bound_seconds: float) -> float:
 
 
 def mesh_of(machine: Machine) -> Mesh:
-    """The logical mesh over a machine's devices: every level split into prime axes, slow levels first."""
+    """The logical mesh of a machine: every level split into prime axes, slow levels first."""
     return mesh_for(level.size for level in machine.levels)
 
 
@@ -119,8 +120,12 @@ def capacity(machine: Machine) -> int:
     return int(machine.memory_bytes * (1 - RESERVE))
 
 
-def fits(machine: Machine, prediction: Prediction, excess: float = 1.0) -> bool:
-    """Whether the device closest to its capacity can hold `excess` times its predicted peak memory."""
+def fits(
+    machine: Machine,
+    prediction: Prediction,
+    excess: float = 1.0,
+) -> bool:
+    """Whether the device closest to its capacity holds `excess` times its predicted peak."""
     kind = machine.of_kind(prediction.kind)
     return prediction.peak_bytes <= int(capacity(kind) / max(1.0, excess))
 
@@ -140,10 +145,11 @@ def find(
     Args:
         report: Called with the progress of the search.
         excess: Observed memory of a compiled plan over its predicted memory.
-        seconds: Time limit, approximate. None: a fixed number of proposals, which gives the same plan every time.
+        seconds: Time limit, approximate. None: a fixed number of proposals, which gives the same
+            plan every time.
         seed: Seed of random proposals.
-        stages: Whether plans with pipeline stages, microbatches, rematerialization and placed operators are in
-            the space. They can be simulated and not yet run.
+        stages: Whether plans with pipeline stages, microbatches, rematerialization and placed
+            operators are in the space. They can be simulated and not yet run.
         search: A key of `portfolio.SEARCHES`.
 
     Raises:
@@ -152,20 +158,37 @@ def find(
     """
     if search not in SEARCHES:
         raise PlanError(f"There is no search {search!r}: use {', '.join(map(repr, SEARCHES))}.")
-    request = _Request(graph, machine, report, excess, seed, _Clock(seconds))
+    request = _Request(
+        graph,
+        machine,
+        report,
+        excess,
+        seed,
+        _Clock(seconds),
+    )
     baselines = _baselines(request)
     request.clock.check(graph, machine)
     if stages and machine.devices > 1:
-        result = _runnable(request, baselines, SEARCHES[search], RUNNABLE_SHARE)
+        result = _runnable(
+            request,
+            baselines,
+            SEARCHES[search],
+            RUNNABLE_SHARE,
+        )
         result = _with_larger_space(request, result)
     else:
-        result = _runnable(request, baselines, SEARCHES[search], 1.0)
+        result = _runnable(
+            request,
+            baselines,
+            SEARCHES[search],
+            1.0,
+        )
     if not result.fits:
         raise _memory_error(request, result)
     return _noted(request, result)
 
 
-# ------------------------------------------------------------------------------------------- the request
+# ---------------------------------------------------------------- the request
 
 
 @dataclass(frozen=True)
@@ -182,7 +205,11 @@ class _Clock:
         elapsed = time.perf_counter() - self.start
         return max(0.0, self.seconds - elapsed) * part
 
-    def check(self, graph: OperatorGraph, machine: Machine) -> None:
+    def check(
+        self,
+        graph: OperatorGraph,
+        machine: Machine,
+    ) -> None:
         """PlanError if the time is up before the first plan."""
         elapsed = time.perf_counter() - self.start
         if self.seconds is not None and elapsed > self.seconds:
@@ -209,12 +236,21 @@ class _Request:
         """Bytes of a device that a plan may use by its prediction."""
         return int(capacity(self.machine) / max(1.0, self.excess))
 
-    def limits(self, budget: float, time_share: float) -> Limits:
+    def limits(
+        self,
+        budget: float,
+        time_share: float,
+    ) -> Limits:
         """Limits of a part of the search that may take a share of the remaining time."""
-        return Limits(budget, self.clock.share(time_share), self.seed, self.report)
+        return Limits(
+            budget,
+            self.clock.share(time_share),
+            self.seed,
+            self.report,
+        )
 
 
-# ------------------------------------------------------------------------------------------- plans that can run
+# ---------------------------------------------------------------- plans that can run
 
 
 def _baselines(request: _Request) -> Baselines:
@@ -222,12 +258,20 @@ def _baselines(request: _Request) -> Baselines:
     graph, machine = request.graph, request.machine
     mesh = mesh_of(machine)
     plans = {name: make(graph, machine.name, mesh) for name, make in BASELINES.items()}
-    network = build(graph, machine, mesh, list(plans.values()))
+    network = build(
+        graph,
+        machine,
+        mesh,
+        list(plans.values()),
+    )
     return Baselines(network, plans)
 
 
 def _runnable(
-    request: _Request, baselines: Baselines, search: Search, time_share: float
+    request: _Request,
+    baselines: Baselines,
+    search: Search,
+    time_share: float,
 ) -> PlanResult:
     """The best plan that all devices run at once. `fits` is False if none fits in memory."""
     network = baselines.network
@@ -236,11 +280,21 @@ def _runnable(
     def limits(budget: float) -> Limits:
         return request.limits(budget, time_share)
 
-    searched, peaks = _search_within_memory(baselines, search, limit_bytes, limits)
+    searched, peaks = _search_within_memory(
+        baselines,
+        search,
+        limit_bytes,
+        limits,
+    )
     plan = network.plan(searched.states)
     result = PlanResult(
         plan=plan,
-        prediction=predicted(request.graph, request.machine, plan, network.terms),
+        prediction=predicted(
+            request.graph,
+            request.machine,
+            plan,
+            network.terms,
+        ),
         network=network,
         baselines=baselines,
         fits=peaks[searched.states] <= limit_bytes,
@@ -260,9 +314,12 @@ def _search_within_memory(
     limit_bytes: int,
     limits: Callable[[float], Limits],
 ) -> tuple[SearchResult, dict[tuple[int, ...], int]]:
-    """The result of a search that fits in memory, or else the last one; and the peak memory of all states examined.
+    """The result of a search that fits in memory, or else the last one.
 
-    The exact search comes first, its budget lowered until its plan fits. The whole search then has that budget.
+    The second value is the peak memory of all states examined, bytes.
+
+    The exact search comes first, its budget lowered until its plan fits. The whole search then
+    has that budget.
     """
     space = baselines.space
     network = baselines.network
@@ -290,14 +347,20 @@ def _search_within_memory(
 def _or_baseline(result: PlanResult, limit_bytes: int) -> PlanResult:
     """The fastest baseline that fits, if it is faster than the plan or the plan does not fit.
 
-    Only a search that was interrupted, or whose budget was lowered, ends above a baseline that fits.
+    Only a search that was interrupted, or whose budget was lowered, ends above a baseline that
+    fits.
     """
     limit_seconds = result.prediction.seconds * (1 - 1e-12) if result.fits else np.inf
     name = result.baselines.fastest(limit_bytes, limit_seconds)
     if name is None:
         return result
     plan, prediction = result.baselines[name]
-    return replace(result, plan=replace(plan, name="found"), prediction=prediction, fits=True)
+    return replace(
+        result,
+        plan=replace(plan, name="found"),
+        prediction=prediction,
+        fits=True,
+    )
 
 
 def _or_one_device(request: _Request, result: PlanResult) -> PlanResult:
@@ -321,14 +384,24 @@ def _or_one_device(request: _Request, result: PlanResult) -> PlanResult:
         {},
         plan.name,
         plan.batch_size,
-        notes=(_one_device_reason(request, baselines, plan.mesh.size, alone_seconds),),
+        notes=(
+            _one_device_reason(
+                request,
+                baselines,
+                plan.mesh.size,
+                alone_seconds,
+            ),
+        ),
     )
     prediction = predicted(graph, request.machine, one)
     return replace(result, plan=one, prediction=replace(prediction, plan=plan.name))
 
 
 def _one_device_reason(
-    request: _Request, baselines: Baselines, devices: int, alone_seconds: float
+    request: _Request,
+    baselines: Baselines,
+    devices: int,
+    alone_seconds: float,
 ) -> str:
     split_plans = [prediction for _, prediction in baselines.values() if prediction.traffic]
     if not split_plans:
@@ -345,7 +418,7 @@ def _one_device_reason(
     )
 
 
-# ------------------------------------------------------------------------------------------- the larger space
+# ---------------------------------------------------------------- the larger space
 
 
 def _with_larger_space(request: _Request, result: PlanResult) -> PlanResult:
@@ -373,8 +446,14 @@ def _with_stages(request: _Request, result: PlanResult) -> PlanResult:
     return _faster(result, STAGES, steps)
 
 
-def _with_placement(request: _Request, result: PlanResult, start: Plan) -> PlanResult:
-    """The result with placed operators in the space. `start` is the best plan without them and without stages.
+def _with_placement(
+    request: _Request,
+    result: PlanResult,
+    start: Plan,
+) -> PlanResult:
+    """The result with placed operators in the space.
+
+    `start` is the best plan without placement and stages.
 
     Placement hardly changes memory: it is not tried if no plan is near the memory of a device.
     """
@@ -405,8 +484,12 @@ def _seconds_to_beat(result: PlanResult) -> float:
     return seconds * (1 - MIN_GAIN)
 
 
-def _faster(result: PlanResult, part: OptionalPart, steps: Iterator[SimulatedStep]) -> PlanResult:
-    """The result with the last of ever faster steps, if there is one, and a sentence if the part failed."""
+def _faster(
+    result: PlanResult,
+    part: OptionalPart,
+    steps: Iterator[SimulatedStep],
+) -> PlanResult:
+    """The result with the last of ever faster steps, and a sentence if the part failed."""
     best = BestStep()
     predictions: list[Prediction] = []
 
@@ -426,7 +509,7 @@ def _faster(result: PlanResult, part: OptionalPart, steps: Iterator[SimulatedSte
     )
 
 
-# ------------------------------------------------------------------------------------------- the result
+# ---------------------------------------------------------------- the result
 
 
 def _noted(request: _Request, result: PlanResult) -> PlanResult:

@@ -1,7 +1,7 @@
-"""Optional parts of a search: pipeline stages, placement, proofs. Their failure never ends the search.
+"""Optional parts of a search (stages, placement, proofs), whose failure never ends it.
 
-An unexpected exception of an optional part becomes one sentence in the notes of the plan. Ctrl-C and errors of the user
-(`PartitaError`) keep their meaning.
+An unexpected exception of an optional part becomes one sentence in the notes of the plan. Ctrl-C
+and errors of the user (`PartitaError`) keep their meaning.
 """
 
 from __future__ import annotations

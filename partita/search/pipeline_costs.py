@@ -1,8 +1,9 @@
 """Costs of operators in a pipeline: the additive problem of a shape, and the estimate of its step.
 
-The step of a shape is about `passes` times one microbatch plus the work once a step. So seconds and bytes of a state are
-weighted sums of its figures, and the exact search of `search.elimination` applies. Its states are then divided into stages
-(`search.pipeline_division`), which gives an estimate of the step and a lower bound of its simulation.
+The step of a shape is about `passes` times one microbatch plus the work once a step. So seconds and
+bytes of a state are weighted sums of its figures, and the exact search of `search.elimination`
+applies. Its states are then divided into stages (`search.pipeline_division`), which gives an
+estimate of the step and a lower bound of its simulation.
 """
 
 from __future__ import annotations
@@ -35,9 +36,13 @@ class Estimate:
 
 
 class ShapeCosts:
-    """The costs of a cost network (the operators inside a stage) in a shape. Equal operators share their figures."""
+    """The costs of the operators inside a stage, in a shape. Equal operators share figures."""
 
-    def __init__(self, network: CostNetwork, shape: PipelineShape) -> None:
+    def __init__(
+        self,
+        network: CostNetwork,
+        shape: PipelineShape,
+    ) -> None:
         self.network = network
         self.shape = shape
         self.exposed_share = 1 - network.placement.machine.backend.overlap
@@ -55,26 +60,26 @@ class ShapeCosts:
         gather = row["gather", "forward"] * self.exposed_share
         # Parameters that are stored split (ZeRO-3) are gathered for each microbatch, others once.
         split = np.array([state.zero == 3 for state in network.states[operator]])
-        once = (
-            row["compute", "update"]
-            + row["exchange", "update"]
-            + row["sum", "backward"] * self.exposed_share
-            + np.where(split, 0.0, gather)
-        )
-        compute = row["compute", "forward"] + np.where(split, gather, 0.0)
+        gather_each = np.where(split, gather, 0.0)
+        gather_once = np.where(split, 0.0, gather)
+        sums = row["sum", "backward"] * self.exposed_share
+        once = row["compute", "update"] + row["exchange", "update"] + sums + gather_once
+        compute = row["compute", "forward"] + gather_each
         exchange = row["exchange", "forward"]
         backward_compute = row["compute", "backward"]
         backward_exchange = row["exchange", "backward"]
         forward = compute + exchange
         exposed_forward = compute + self.exposed_share * exchange
+        exposed_exchange = self.exposed_share * backward_exchange
         activations = network.activations[operator]
+        variables = network.problem.nbytes[operator] - activations
         return OperatorFigures(
             microbatch=forward + backward_compute + backward_exchange,
             forward=forward,
-            exposed=exposed_forward + backward_compute + self.exposed_share * backward_exchange,
+            exposed=exposed_forward + backward_compute + exposed_exchange,
             exposed_forward=exposed_forward,
             once=once,
-            fixed=network.problem.nbytes[operator] - activations + network.gradients[operator],
+            fixed=variables + network.gradients[operator],
             activations=activations,
         )
 
@@ -106,24 +111,41 @@ class ShapeCosts:
         )
 
     def estimate(
-        self, mesh: Mesh, cuts: Cuts, states: Sequence[int], limit_bytes: float
+        self,
+        mesh: Mesh,
+        cuts: Cuts,
+        states: Sequence[int],
+        limit_bytes: float,
     ) -> Estimate | None:
-        """The estimated step in these states; None if no division fits in `limit_bytes` per device."""
+        """The estimated step in these states, None if no division fits in `limit_bytes`."""
         begins = np.array([0, *(end + 1 for end in cuts.ends)])
         figures = self._in_states(states).by_run(begins)
         hops = self._hop_seconds(mesh, cuts, states)
         entering = [0.0, *self._shard_bytes(cuts.stored, states)]
-        runs = Runs(self.shape, figures, entering, hops)
+        runs = Runs(
+            self.shape,
+            figures,
+            entering,
+            hops,
+        )
         division = runs.divide(limit_bytes)
         if division is None:
             return None
-        return self._step(figures, runs, division, hops)
+        return self._step(
+            figures,
+            runs,
+            division,
+            hops,
+        )
 
     def _in_states(self, states: Sequence[int]) -> OperatorFigures:
         """Figures by operator, moves between operators included."""
         columns = {}
         for name in OperatorFigures.__annotations__:
-            values = [getattr(f, name)[i] for f, i in zip(self.figures, states, strict=True)]
+            values = []
+            for figures, state in zip(self.figures, states, strict=True):
+                by_state = getattr(figures, name)
+                values.append(by_state[state])
             columns[name] = np.array(values)
         for (one, other), table in self.network.problem.tables.items():
             seconds = table[states[one], states[other]]
@@ -138,41 +160,56 @@ class ShapeCosts:
         division: Division,
         hops: Sequence[float],
     ) -> Estimate:
-        """The step of a division: the pipeline fills and drains once, and the slowest stage sets the pace between."""
+        """The step of a division: fill, the pace of the slowest stage, and drain."""
         rematerialized = np.zeros(runs.count)
         rematerialized[list(division.rematerialized)] = 1.0
-        begins = np.array([0, *(end + 1 for end in division.ends)])[:-1]
-        stage_seconds = np.add.reduceat(
-            figures.microbatch + rematerialized * figures.forward, begins
-        )
-        exposed = np.add.reduceat(
-            figures.exposed + rematerialized * figures.exposed_forward, begins
-        )
+        begins = [0, *(end + 1 for end in division.ends[:-1])]
+        run_seconds = figures.microbatch + rematerialized * figures.forward
+        run_exposed = figures.exposed + rematerialized * figures.exposed_forward
+        stage_seconds = np.add.reduceat(run_seconds, begins)
+        exposed = np.add.reduceat(run_exposed, begins)
         once = np.add.reduceat(figures.once, begins)
         # A stage has no microbatch to spare while one is on its way.
         waiting = np.array([*(hops[begin] for begin in begins[1:]), 0.0])
         stage_seconds = stage_seconds + waiting
         others = self.shape.microbatches - 1
-        seconds = float(stage_seconds.sum() + (others * stage_seconds + once).max())
-        # A stage begins after those before it have passed one microbatch on, and ends before they take the last one back.
+        pace = (others * stage_seconds + once).max()
+        seconds = float(stage_seconds.sum() + pace)
+        # A stage begins after those before it have passed one microbatch on, and ends before they
+        # take the last one back.
         earlier = np.cumsum(exposed) - exposed
-        lower_bound = float((earlier + (others + 1) * exposed + once).max())
-        return Estimate(seconds, lower_bound, runs)
+        stage_ends = earlier + (others + 1) * exposed + once
+        return Estimate(seconds, float(stage_ends.max()), runs)
 
-    def _hop_seconds(self, mesh: Mesh, cuts: Cuts, states: Sequence[int]) -> list[float]:
+    def _hop_seconds(
+        self,
+        mesh: Mesh,
+        cuts: Cuts,
+        states: Sequence[int],
+    ) -> list[float]:
         """Per run, seconds in which a microbatch is sent to it and its gradient back."""
         links = group_of(tuple(range(self.shape.axes)), mesh)
         forward = [0.0, *self._shard_bytes(cuts.forward, states)]
         backward = [0.0, *self._shard_bytes(cuts.backward, states)]
-        return [
-            self._send_seconds(there, links) + self._send_seconds(back, links)
-            for there, back in zip(forward, backward, strict=True)
-        ]
+        seconds = []
+        for forward_bytes, backward_bytes in zip(forward, backward, strict=True):
+            one_way = self._send_seconds(forward_bytes, links)
+            other_way = self._send_seconds(backward_bytes, links)
+            seconds.append(one_way + other_way)
+        return seconds
 
-    def _send_seconds(self, nbytes: float, links: Group) -> float:
+    def _send_seconds(
+        self,
+        nbytes: float,
+        links: Group,
+    ) -> float:
         return self.network.placement.seconds("collective_permute", nbytes, links)
 
-    def _shard_bytes(self, cuts: Sequence[list[CutValue]], states: Sequence[int]) -> list[float]:
+    def _shard_bytes(
+        self,
+        cuts: Sequence[list[CutValue]],
+        states: Sequence[int],
+    ) -> list[float]:
         """Per cut, bytes of its values on one device, of one microbatch."""
         placement = self.network.placement
         counts: dict[tuple[int, Label], int] = {}
@@ -180,11 +217,12 @@ class ShapeCosts:
         for values in cuts:
             total = 0.0
             for operator, label, nbytes in values:
-                if (operator, label) not in counts:
+                key = (operator, label)
+                if key not in counts:
                     choice = self.network.choice(operator, states[operator])
                     sharding = label_sharding(label, assignment_of(choice))
                     axes = [axis for dim in sharding for axis in dim]
-                    counts[operator, label] = placement.shard_count(axes)
-                total += nbytes / counts[operator, label]
+                    counts[key] = placement.shard_count(axes)
+                total += nbytes / counts[key]
             totals.append(total)
         return totals

@@ -1,7 +1,7 @@
-"""Cuts of a graph: the operators after which a pipeline stage or a rematerialized run may end, and the values that cross.
+"""Cuts of a graph: the ends of pipeline stages and rematerialized runs, and the values that cross.
 
-A cut is narrow: few bytes are handed on, compared with the places around. Every other end would make stages send more for no
-gain. Operators are numbered in the order of the model.
+A cut is narrow: few bytes are handed on, compared with the places around. Every other end would
+make stages send more for no gain. Operators are numbered in the order of the model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ class ForwardValue(NamedTuple):
 class Cuts:
     """The narrow cuts of a graph. `ends[n]` is the last operator before cut n."""
 
-    def __init__(self, graph: OperatorGraph, terms: Terms) -> None:
+    def __init__(
+        self,
+        graph: OperatorGraph,
+        terms: Terms,
+    ) -> None:
         self.terms = terms
         self.values = _forward_values(terms)
         self.ends = _narrow_ends(len(graph.operators), self.values)
@@ -55,44 +59,53 @@ class Cuts:
         """Per cut, the forward values that cross it, as their home stores them."""
         crossing: list[list[CutValue]] = [[] for _ in self.ends]
         for value in self.values:
+            stored = CutValue(value.home, value.label, value.nbytes)
             for cut in self._between(value.home, value.last_reader):
-                crossing[cut].append(CutValue(value.home, value.label, value.nbytes))
+                crossing[cut].append(stored)
         return crossing
 
     @cached_property
     def forward(self) -> list[list[CutValue]]:
-        """Per cut, the values that are sent over it in the forward pass, as their next reader needs them."""
+        """Per cut, the values that the forward pass sends, as their next reader needs them."""
         return self._sent(forward=True)
 
     @cached_property
     def backward(self) -> list[list[CutValue]]:
-        """Per cut, the values that are sent over it in the backward pass, as their next reader needs them."""
+        """Per cut, the values that the backward pass sends, as their next reader needs them."""
         return self._sent(forward=False)
 
     def _sent(self, forward: bool) -> list[list[CutValue]]:
         readers: dict[tuple[int, int], list[CutValue]] = {}
         for move in self.terms.edges:
-            if _is_sent(move) and (move.phase == "forward") == forward:
-                reader = CutValue(move.reader, move.dims[1], move.nbytes * move.trips)
-                readers.setdefault((move.tensor, move.home), []).append(reader)
+            in_pass = (move.phase == "forward") == forward
+            if not (in_pass and _is_sent(move)):
+                continue
+            _, target = move.dims
+            reader = CutValue(move.reader, target, move.nbytes * move.trips)
+            readers.setdefault((move.tensor, move.home), []).append(reader)
         crossing: list[list[CutValue]] = [[] for _ in self.ends]
         for (_, home), values in readers.items():
-            values.sort(key=lambda value: value.operator, reverse=not forward)
+            in_order = sorted(values, key=lambda value: value.operator, reverse=not forward)
             position = home
-            for value in values:
+            for value in in_order:
                 for cut in self._between(position, value.operator):
                     crossing[cut].append(value)
                 position = value.operator
         return crossing
 
-    def _between(self, one: int, other: int) -> range:
+    def _between(
+        self,
+        one: int,
+        other: int,
+    ) -> range:
         """The cuts between two operators."""
-        first, last = min(one, other), max(one, other)
-        return range(bisect_left(self.ends, first), bisect_left(self.ends, last))
+        first = bisect_left(self.ends, min(one, other))
+        last = bisect_left(self.ends, max(one, other))
+        return range(first, last)
 
 
 def _is_sent(move: Move) -> bool:
-    """Whether a value goes on in the direction of its pass: forward to a later operator, backward to an earlier one."""
+    """Whether a value goes forward to a later operator, or backward to an earlier one."""
     if move.phase != move.read_phase or move.phase == "update":
         return False
     return (move.phase == "forward") == (move.home < move.reader)
@@ -101,9 +114,20 @@ def _is_sent(move: Move) -> bool:
 def _forward_values(terms: Terms) -> list[ForwardValue]:
     values: dict[int, ForwardValue] = {}
     for move in terms.edges:
-        if move.phase == move.read_phase == "forward" and move.home < move.reader:
-            new = ForwardValue(move.home, move.reader, move.dims[0], move.nbytes * move.trips)
-            value = values.get(move.tensor, new)
+        in_forward = move.phase == move.read_phase == "forward"
+        if not in_forward or move.home >= move.reader:
+            continue
+        source, _ = move.dims
+        nbytes = move.nbytes * move.trips
+        value = values.get(move.tensor)
+        if value is None:
+            values[move.tensor] = ForwardValue(
+                move.home,
+                move.reader,
+                source,
+                nbytes,
+            )
+        else:
             last_reader = max(value.last_reader, move.reader)
             values[move.tensor] = value._replace(last_reader=last_reader)
     return [*values.values()]
@@ -119,22 +143,36 @@ def _narrow_ends(count: int, values: Sequence[ForwardValue]) -> list[int]:
     reach = max(MIN_REACH, count // REACH_SHARE)
     ends = []
     for operator in range(count - 1):
-        around = handed_on[max(0, operator - reach) : min(count - 1, operator + reach + 1)]
-        if handed_on[operator] <= NARROW * around.min():
+        first = max(0, operator - reach)
+        last = min(count - 1, operator + reach + 1)
+        narrowest = handed_on[first:last].min()
+        if handed_on[operator] <= NARROW * narrowest:
             ends.append(operator)
     return ends
 
 
-def independent(graph: OperatorGraph, terms: Terms, microbatches: int) -> bool:
+def independent(
+    graph: OperatorGraph,
+    terms: Terms,
+    microbatches: int,
+) -> bool:
     """Whether microbatches go forward independently of each other.
 
-    They do not if a forward value that microbatches split along one dim is read along another dim, or whole: products
-    between samples (contrastive losses) need all samples at once.
+    They do not if a forward value that microbatches split along one dim is read along another dim,
+    or whole: products between samples (contrastive losses) need all samples at once.
     """
     if microbatches == 1:
         return True
-    operators = range(len(graph.operators))
-    time_factor = [sample_factor(graph, o, {}, microbatches) for o in operators]
+    time_factor = []
+    for operator in range(len(graph.operators)):
+        time_factor.append(
+            sample_factor(
+                graph,
+                operator,
+                {},
+                microbatches,
+            )
+        )
 
     def split_dim(operator: int, label: Label) -> int:
         """The dim of a value that microbatches split in an operator, -1 if none."""
@@ -143,9 +181,12 @@ def independent(graph: OperatorGraph, terms: Terms, microbatches: int) -> bool:
 
     inner_moves = [move for operator in terms.operators for move in operator.moves]
     for move in (*terms.edges, *inner_moves):
-        if move.phase == move.read_phase == "forward":
-            source, target = move.dims
-            dim = split_dim(move.home, source)
-            if dim >= 0 and dim != split_dim(move.reader, target):
-                return False
+        in_forward = move.phase == move.read_phase == "forward"
+        if not in_forward:
+            continue
+        source, target = move.dims
+        made_dim = split_dim(move.home, source)
+        read_dim = split_dim(move.reader, target)
+        if made_dim >= 0 and made_dim != read_dim:
+            return False
     return True

@@ -1,8 +1,9 @@
 """The division of operators into pipeline stages, and the runs that are rematerialized.
 
-Operators come in runs, from one cut to the next. Stages are sequences of runs. A run is rematerialized as a whole: as few as
-memory needs, those first that free most bytes in a second. Stages near the first hold more microbatches at once, so they
-rematerialize more runs, or have fewer.
+Operators come in runs, from one cut to the next. Stages are sequences of runs. A run is
+rematerialized as a whole: as few as memory needs, those first that free most bytes in a second.
+Stages near the first hold more microbatches at once, so they rematerialize more runs, or have
+fewer.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class Runs:
         self.kinds = self._kinds(figures)
 
     def _kinds(self, figures: OperatorFigures) -> list[_RunKind]:
-        """Runs by their gain, the best first. The last run is needed at once and never rematerialized."""
+        """Runs by their gain, the best first. The last run is left out: it is needed at once."""
         freed = (figures.activations - np.array(self.entering)).tolist()
         seconds = (figures.forward * self.shape.microbatches).tolist()
         groups: dict[tuple[str, str], list[int]] = {}
@@ -146,9 +147,9 @@ class Runs:
         return sorted(kinds, key=lambda kind: kind.seconds / kind.freed_bytes)
 
     def divide(self, limit_bytes: float) -> Division | None:
-        """The division whose slowest stage is fastest, and of those the one whose fullest stage is smallest.
+        """The division whose slowest stage is fastest, None if none fits in `limit_bytes`.
 
-        None if no division fits in `limit_bytes` per device.
+        Of equally fast divisions, it is the one whose fullest stage is smallest.
         """
         capacity = limit_bytes * CAPACITY - self.working_bytes
         rematerialization = sum(kind.seconds * len(kind.runs) for kind in self.kinds)
@@ -176,8 +177,12 @@ class Runs:
                 ends = attempt
         return Division(ends, self._rematerialized_runs(ends, capacity))
 
-    def _fill(self, slowest: float, capacity: float) -> list[int] | None:
-        """The last runs of stages that are as full as possible, from the first on; None if runs are left over."""
+    def _fill(
+        self,
+        slowest: float,
+        capacity: float,
+    ) -> list[int] | None:
+        """The last runs of stages, each as full as possible; None if runs remain."""
         ends: list[int] = []
         begin = 0
         for stage in range(self.shape.stages):
@@ -188,7 +193,12 @@ class Runs:
             high = min(latest, by_seconds)
             while low < high:
                 middle = (low + high + 1) // 2
-                need = self._stage(begin, middle, stage, capacity)
+                need = self._stage(
+                    begin,
+                    middle,
+                    stage,
+                    capacity,
+                )
                 if need.missing_bytes <= 0 and need.stage_seconds <= slowest:
                     low = middle
                 else:
@@ -199,8 +209,14 @@ class Runs:
             begin = low
         return ends if begin == self.count else None
 
-    def _stage(self, begin: int, end: int, stage: int, capacity: float) -> _Rematerialized:
-        """A stage of the runs from `begin` to before `end`, with as little rematerialization as memory needs."""
+    def _stage(
+        self,
+        begin: int,
+        end: int,
+        stage: int,
+        capacity: float,
+    ) -> _Rematerialized:
+        """The stage of runs `begin` to `end` (exclusive), rematerialized as memory needs."""
         in_flight = min(self.shape.microbatches, self.shape.stages - stage)
         activations = self.activations[end] - self.activations[begin] + self.entering[begin]
         fixed = self.fixed[end] - self.fixed[begin]
@@ -218,10 +234,19 @@ class Runs:
             chosen.append((number, first, count))
         return _Rematerialized(missing, seconds, chosen)
 
-    def _rematerialized_runs(self, ends: Sequence[int], capacity: float) -> list[int]:
+    def _rematerialized_runs(
+        self,
+        ends: Sequence[int],
+        capacity: float,
+    ) -> list[int]:
         runs: list[int] = []
         for stage, (begin, end) in enumerate(_bounds(ends)):
-            for number, first, count in self._stage(begin, end, stage, capacity).chosen:
+            for number, first, count in self._stage(
+                begin,
+                end,
+                stage,
+                capacity,
+            ).chosen:
                 runs += self.kinds[number].runs[first : first + count]
         return sorted(runs)
 

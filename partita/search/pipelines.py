@@ -1,14 +1,16 @@
-"""Pipelines: plans with stages, microbatches, rematerialization, and a split of operators inside a stage.
+"""Pipelines: plans with stages, microbatches, rematerialization, and splits inside a stage.
 
-A *shape* is a number of stages (the slow axes of the mesh number them), of microbatches, and rematerialization or not. Three
-steps lead from shapes to a plan:
+A *shape* is a number of stages (the slow axes of the mesh number them), of microbatches, and
+rematerialization or not. Three steps lead from shapes to a plan:
 
 1. A lower bound: equal stages that send nothing. Shapes that cannot beat the best plan are dropped.
-2. A *sketch*, some hundredths of a second: operators, equal ones as one (`search.fold`), are split over the remaining axes by
-   the exact search, then divided into stages in the order of the model (`search.pipeline_division`).
+2. A *sketch*, some hundredths of a second: operators, equal ones as one (`search.fold`), are split
+   over the remaining axes by the exact search, then divided into stages in the order of the model
+   (`search.pipeline_division`).
 3. A simulation with memory, of the sketches that look fastest.
 
-Alpa (Zheng et al., OSDI 2022) has the two levels, stages outside and splits inside. Here every stage splits the same axes.
+Alpa (Zheng et al., OSDI 2022) has the two levels, stages outside and splits inside. Here every
+stage splits the same axes.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ INSTRUCTIONS = 150_000
 MIN_SIMULATIONS = 8
 """Simulated steps, at least, whatever their instructions."""
 SKETCH_SHARE = 0.5
-"""Share of the time limit after which shapes are sketched only if no sketch waits for its simulation."""
+"""Share of the time limit after which waiting sketches are simulated before new shapes."""
 PRICES = 5
 """Prices of a byte that are tried until a shape fits, and again between the last two."""
 TRIES = 3
@@ -76,8 +78,8 @@ def pipelines(
 ) -> Iterator[PipelinedStep]:
     """Ever faster simulated pipelines that are faster than `limit_seconds` and fit in memory.
 
-    The number of simulations depends on the graph alone, unless the time limit is shorter. If no plan is known to fit
-    (`limit_seconds` is infinite), the search continues until one fits.
+    The number of simulations depends on the graph alone, unless the time limit is shorter. If no
+    plan is known to fit (`limit_seconds` is infinite), the search continues until one fits.
 
     Args:
         limits: Bytes of a device, and a time limit.
@@ -86,7 +88,12 @@ def pipelines(
     start = time.perf_counter()
     time_limit = SECONDS if limits.seconds is None else limits.seconds
     simulations = max(MIN_SIMULATIONS, INSTRUCTIONS // max(1, len(graph.instructions)))
-    space = PipelineSpace(graph, placement, terms, limits.budget)
+    space = PipelineSpace(
+        graph,
+        placement,
+        terms,
+        limits.budget,
+    )
     queue = _Queue(space)
     best_seconds = limit_seconds
     while True:
@@ -113,7 +120,7 @@ def pipelines(
             limits.report(Progress(text, best_seconds, bound))
 
 
-# ------------------------------------------------------------------------------------------- the order of candidates
+# ---------------------------------------------------------------- the order of candidates
 
 
 @dataclass(frozen=True)
@@ -137,10 +144,12 @@ class Sketch:
 
 
 class _Queue:
-    """Candidates in the order of their promise: one sketch of every number of stages, then the fastest shape or sketch.
+    """Candidates in the order of their promise.
 
-    The excess of a shape over its lower bound is guessed from the sketches with the same number of stages: a power of the
-    number of microbatches.
+    One sketch of every number of stages comes first, then the fastest shape or sketch.
+
+    The excess of a shape over its lower bound is guessed from the sketches with the same number of
+    stages: a power of the number of microbatches.
     """
 
     def __init__(self, space: PipelineSpace) -> None:
@@ -168,8 +177,12 @@ class _Queue:
         fastest = self.fastest.get(shape.axes, math.inf)
         self.fastest[shape.axes] = min(sketch.seconds, fastest)
 
-    def next(self, best_seconds: float, late: bool) -> PipelineShape | Sketch | None:
-        """The next candidate that may beat the best plan. If it is `late`, a sketch, if there is one."""
+    def next(
+        self,
+        best_seconds: float,
+        late: bool,
+    ) -> PipelineShape | Sketch | None:
+        """The next candidate that may beat the best plan; if it is `late`, a waiting sketch."""
         while self.sketches and self.sketches[0][-1].lower_bound >= best_seconds:
             heapq.heappop(self.sketches)
         if not (late and self.sketches):
@@ -220,7 +233,7 @@ class _Queue:
         return lower_bound * max(1.0, excess[nearest] * (microbatches / nearest) ** power)
 
 
-# ------------------------------------------------------------------------------------------- shapes, sketches, plans
+# ---------------------------------------------------------------- shapes, sketches, plans
 
 
 @dataclass(eq=False)
@@ -306,7 +319,11 @@ class PipelineSpace:
         return (self.variable_bytes + activations) * shape.stages / self.mesh.size
 
     def sketch(
-        self, shape: PipelineShape, limit_bytes: float, tries: int, price: float = 0.0
+        self,
+        shape: PipelineShape,
+        limit_bytes: float,
+        tries: int,
+        price: float = 0.0,
     ) -> Sketch | None:
         """The fastest sketch of a shape that fits in `limit_bytes` per device; None if none fits.
 
@@ -319,7 +336,13 @@ class PipelineSpace:
         min_bytes = sum(float(nbytes.min()) for nbytes in problem.nbytes)
         if min_bytes > limit_bytes * shape.stages:
             return None
-        return _Sketcher(self, costs, problem, limit_bytes, tries - 1).search(price)
+        return _Sketcher(
+            self,
+            costs,
+            problem,
+            limit_bytes,
+            tries - 1,
+        ).search(price)
 
     def _network(self, shape: PipelineShape) -> CostNetwork:
         """The cost network inside a stage, of one microbatch."""
@@ -361,13 +384,28 @@ class PipelineSpace:
                 limit_bytes *= min(0.98, self.limit_bytes / step.peak_bytes)
         except PlanError:
             return None
-        return self.sketch(sketch.shape, limit_bytes, sketch.tries, sketch.price)
+        return self.sketch(
+            sketch.shape,
+            limit_bytes,
+            sketch.tries,
+            sketch.price,
+        )
 
     def _step(self, plan: Plan) -> PipelinedStep:
-        return PipelinedStep.of(self.graph, self.placement.machine, plan, self.terms)
+        return PipelinedStep.of(
+            self.graph,
+            self.placement.machine,
+            plan,
+            self.terms,
+        )
 
-    def _plan(self, inner: Plan, shape: PipelineShape, division: Division) -> Plan:
-        """The plan that splits inside stages as `inner`, with the stages and rematerialized runs of a division."""
+    def _plan(
+        self,
+        inner: Plan,
+        shape: PipelineShape,
+        division: Division,
+    ) -> Plan:
+        """The plan that splits inside stages as `inner`, with the stages of a division."""
         names = [operator.name for operator in self.graph.operators]
         last_operators = [*self.cuts.ends, len(names) - 1]
         stage_ends = [last_operators[run] for run in division.ends]
@@ -442,7 +480,12 @@ class _Sketcher:
         states, *_ = self.priced.solve(price)
         lifted = self.folded.lift(self.reduced.lift(states))
         space = self.space
-        estimate = self.costs.estimate(space.mesh, space.cuts, lifted, self.limit_bytes)
+        estimate = self.costs.estimate(
+            space.mesh,
+            space.cuts,
+            lifted,
+            self.limit_bytes,
+        )
         if estimate is None:
             return None
         return Sketch(
@@ -477,8 +520,13 @@ class _Sketcher:
         seconds = sum(float(choices.min()) for choices in self.reduced.problem.seconds)
         return seconds / (self.limit_bytes * self.costs.shape.stages) / 64
 
-    def _cheaper(self, sketch: Sketch, lower: float, price: float) -> Sketch:
-        """The fastest sketch between a price at which the shape does not fit and one at which it does."""
+    def _cheaper(
+        self,
+        sketch: Sketch,
+        lower: float,
+        price: float,
+    ) -> Sketch:
+        """The fastest sketch at prices between one that is too low to fit and one that fits."""
         for _ in range(PRICES):
             if price < 1.1 * lower:
                 break

@@ -1,13 +1,16 @@
-"""Placement: operators on slices of axes, so that branches and layers run at the same time on devices of their own.
+"""Placement: operators on slices of axes, so that branches and layers run at the same time.
 
-Only operators that need not wait for each other can gain (`search.branches`). From the best plan without placement, in order:
+Only operators that need not wait for each other can gain (`search.branches`). From the best plan
+without placement, in order:
 
-1. Branches, and layers with parallel parts (unrolled steps follow each other from layer to layer), are dealt to the slices of
-   an axis, or of all axes of a level.
-2. Single moves: an operator, a branch, or all equal branches go to another slice, to all slices, or to the slice of a neighbour.
+1. Branches, and layers with parallel parts (unrolled steps follow each other from layer to layer),
+   are dealt to the slices of an axis, or of all axes of a level.
+2. Single moves: an operator, a branch, or all equal branches go to another slice, to all slices, or
+   to the slice of a neighbour.
 
-Each plan is simulated (`simulation.placed`), unless its kernels alone take too long. This is a hill climb, not MCMC: a placed
-step costs milliseconds, a compiled one microseconds. FlexFlow's proposals are single operators (MLSys 2019, section 6.2).
+Each plan is simulated (`simulation.placed`), unless its kernels alone take too long. This is a hill
+climb, not MCMC: a placed step costs milliseconds, a compiled one microseconds. FlexFlow's proposals
+are single operators (MLSys 2019, section 6.2).
 """
 
 from __future__ import annotations
@@ -69,7 +72,14 @@ def placements(
     forks = branches(graph)
     if not (forks or machine.kinds) or not start.mesh.axes:
         return
-    climb = _Climb(graph, machine, start, terms, fits, limit_seconds)
+    climb = _Climb(
+        graph,
+        machine,
+        start,
+        terms,
+        fits,
+        limit_seconds,
+    )
     plans = _plans(climb, forks, random.Random(limits.seed))
     for plan in plans:
         if time.perf_counter() > end or not climb.patience:
@@ -81,13 +91,29 @@ def placements(
                 limits.report(Progress("placement", step.seconds, bound))
 
 
-def _plans(climb: _Climb, forks: Sequence[Fork], rng: random.Random) -> Iterator[Plan]:
+def _plans(
+    climb: _Climb,
+    forks: Sequence[Fork],
+    rng: random.Random,
+) -> Iterator[Plan]:
     """The plans to try. Moves start from the best plan so far."""
     graph, terms = climb.graph, climb.terms
-    yield from _dealt_plans(graph, climb.start, terms, forks, differ=bool(climb.machine.kinds))
+    yield from _dealt_plans(
+        graph,
+        climb.start,
+        terms,
+        forks,
+        differ=bool(climb.machine.kinds),
+    )
     units = _units(terms, forks)
     for _ in range(MOVES if units else 0):
-        yield _moved(climb.best_plan, graph, terms, units, rng)
+        yield _moved(
+            climb.best_plan,
+            graph,
+            terms,
+            units,
+            rng,
+        )
 
 
 @dataclass(eq=False)
@@ -115,7 +141,12 @@ class _Climb:
         """Lower bounds of plans, for equal devices."""
         if self.machine.kinds:
             return None
-        return _LowerBound(self.graph, self.machine, self.start, self.terms)
+        return _LowerBound(
+            self.graph,
+            self.machine,
+            self.start,
+            self.terms,
+        )
 
     def improvement(self, plan: Plan) -> PlacedStep | None:
         """The step of a plan if it is new, faster than the best, and fits in memory."""
@@ -127,10 +158,16 @@ class _Climb:
         self.examined.add(key)
         try:
             checked = check(plan, self.graph)
-            step = PlacedStep.of(self.graph, self.machine, checked, self.terms)
+            step = PlacedStep.of(
+                self.graph,
+                self.machine,
+                checked,
+                self.terms,
+            )
         except PlanError:
             return None
-        if not self.machine.kinds and step.lower_bound_seconds >= self.best_seconds:
+        equal_devices = not self.machine.kinds
+        if equal_devices and step.lower_bound_seconds >= self.best_seconds:
             return None
         self.patience -= 1
         if step.seconds >= self.best_seconds or not self.fits(step):
@@ -142,15 +179,28 @@ class _Climb:
 
 
 class _LowerBound:
-    """Lower bound of placed steps whose other operators are split as in `start`: the compute time of the busiest devices.
+    """Lower bound of placed steps: the compute time of the busiest devices.
+
+    Operators that are not placed are split as in `start`.
 
     A placed operator is at best divided evenly over its devices.
     """
 
-    def __init__(self, graph: OperatorGraph, machine: Machine, start: Plan, terms: Terms) -> None:
+    def __init__(
+        self,
+        graph: OperatorGraph,
+        machine: Machine,
+        start: Plan,
+        terms: Terms,
+    ) -> None:
         self.names = [operator.name for operator in graph.operators]
         self.mesh = start.mesh
-        costs = PlacedStep.of(graph, machine, start, terms).costs
+        costs = PlacedStep.of(
+            graph,
+            machine,
+            start,
+            terms,
+        ).costs
         self.everywhere = [float(cost.compute[0]) for cost in costs]
         bounds = lower_bounds_by_operator(terms, machine)
         self.divided = [seconds / machine.devices for seconds in bounds]
@@ -161,23 +211,37 @@ class _LowerBound:
         for name, everywhere, divided in zip(
             self.names, self.everywhere, self.divided, strict=True
         ):
-            choice = plan.choices[name]
-            slices = [(a, use) for a, use in choice.items() if placed_slice(use) is not None]
-            if slices:
-                sizes = [self.mesh.sizes[self.mesh.index[axis]] for axis, _ in slices]
-                placed[tuple(sorted(slices))] += divided * math.prod(sizes)
-            else:
+            slices = _slices(plan.choices[name])
+            if not slices:
                 common += everywhere
+                continue
+            axes = [self.mesh.index[axis] for axis, _ in slices]
+            placed[slices] += divided * _slice_count(self.mesh, axes)
         return common + max(placed.values(), default=0.0)
 
 
-# ------------------------------------------------------------------------------------------- plans
+def _slices(choice: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """The axes that an operator is placed on, each with its slice, in order of their names."""
+    slices = []
+    for axis, use in choice.items():
+        if placed_slice(use) is not None:
+            slices.append((axis, use))
+    return tuple(sorted(slices))
+
+
+# ---------------------------------------------------------------- plans
 
 
 def at(
-    plan: Plan, graph: OperatorGraph, slices: Mapping[int, int | None], axes: Sequence[int]
+    plan: Plan,
+    graph: OperatorGraph,
+    slices: Mapping[int, int | None],
+    axes: Sequence[int],
 ) -> Plan:
-    """The plan with some operators on slices of axes (numbered over all of the axes), or on all slices where None."""
+    """The plan with some operators on slices of axes, or on all slices where None.
+
+    Slices are numbered over all of the axes.
+    """
     mesh = plan.mesh
     choices = dict(plan.choices)
     names = [mesh.axes[axis].name for axis in axes]
@@ -189,8 +253,9 @@ def at(
         choices[name] = choice
     home = {}
     for argument in graph.arguments:
-        if graph.home[argument.tensor] >= 0:
-            home[argument.path] = graph.operators[graph.home[argument.tensor]].name
+        operator = graph.home[argument.tensor]
+        if operator >= 0:
+            home[argument.path] = graph.operators[operator].name
 
     def storable(path: str, axes: Sequence[str]) -> bool:
         """Whether a variable's operator uses all slices of these axes."""
@@ -203,7 +268,11 @@ def at(
     return replace(plan, choices=choices, storage=storage)
 
 
-def _slice_choice(mesh: Mesh, axes: Sequence[int], number: int) -> dict[str, str]:
+def _slice_choice(
+    mesh: Mesh,
+    axes: Sequence[int],
+    number: int,
+) -> dict[str, str]:
     """The choice of one slice of axes, the last axis fastest."""
     choice = {}
     for axis in reversed(axes):
@@ -212,7 +281,11 @@ def _slice_choice(mesh: Mesh, axes: Sequence[int], number: int) -> dict[str, str
     return choice
 
 
-def _slice_number(mesh: Mesh, axes: Sequence[int], choice: Mapping[str, str]) -> int | None:
+def _slice_number(
+    mesh: Mesh,
+    axes: Sequence[int],
+    choice: Mapping[str, str],
+) -> int | None:
     """The slice of axes that a choice is on, None if it is on several."""
     number = 0
     for axis in axes:
@@ -228,38 +301,67 @@ def _slice_count(mesh: Mesh, axes: Sequence[int]) -> int:
 
 
 def _dealt_plans(
-    graph: OperatorGraph, start: Plan, terms: Terms, forks: Sequence[Fork], differ: bool
+    graph: OperatorGraph,
+    start: Plan,
+    terms: Terms,
+    forks: Sequence[Fork],
+    differ: bool,
 ) -> Iterator[Plan]:
     """Branches and layers dealt to slices. If devices differ, also all operators on one slice."""
-    work = [sum(w.flops * w.trips for w in operator.work) for operator in terms.operators]
+    work = []
+    for operator in terms.operators:
+        work.append(sum(kernel.flops * kernel.trips for kernel in operator.work))
     layers = _layers(graph, forks)
     inside = sum(len(operators) for operators in layers)
     for axes in _axis_groups(start):
         count = _slice_count(start.mesh, axes)
         if differ:
+            operators = range(len(work))
             for number in range(count):
-                yield at(start, graph, dict.fromkeys(range(len(work)), number), axes)
-        yield at(start, graph, _dealt_branches(forks, work, count), axes)
+                yield at(
+                    start,
+                    graph,
+                    dict.fromkeys(operators, number),
+                    axes,
+                )
+        dealt = _dealt_branches(forks, work, count)
+        yield at(
+            start,
+            graph,
+            dealt,
+            axes,
+        )
         if 1 < len(layers) < inside:
             slices: dict[int, int | None] = {}
             for number, operators in enumerate(layers):
                 slices |= dict.fromkeys(operators, number * count // len(layers))
-            yield at(start, graph, slices, axes)
+            yield at(
+                start,
+                graph,
+                slices,
+                axes,
+            )
 
 
 def _layers(graph: OperatorGraph, forks: Sequence[Fork]) -> list[list[int]]:
     """The operators of branches by layer."""
-    inside = {operator for fork in forks for branch in fork for operator in branch}
+    inside: set[int] = set()
+    for fork in forks:
+        for branch in fork:
+            inside.update(branch)
     layers: dict[str, list[int]] = defaultdict(list)
     for operator in sorted(inside):
-        layers[graph.operators[operator].name.split("/")[0]].append(operator)
+        layer, *_ = graph.operators[operator].name.split("/")
+        layers[layer].append(operator)
     return [*layers.values()]
 
 
 def _dealt_branches(
-    forks: Sequence[Fork], work: Sequence[float], count: int
+    forks: Sequence[Fork],
+    work: Sequence[float],
+    count: int,
 ) -> dict[int, int | None]:
-    """Operator -> slice: of every fork, the branch with most work first, each on the slice with least."""
+    """Operator -> slice: the branch with most work first, each on the slice with least."""
 
     def branch_work(branch: Sequence[int]) -> float:
         return sum(work[operator] for operator in branch)
@@ -275,24 +377,27 @@ def _dealt_branches(
 
 
 def _axis_groups(start: Plan) -> list[tuple[int, ...]]:
-    """The axes that operators are placed on together: those of a level, and each alone; fast links first."""
+    """Groups of axes for placement: those of a level, and each alone; fast links first."""
     levels: dict[int, list[int]] = defaultdict(list)
     for number, axis in enumerate(start.mesh.axes):
         levels[axis.level].append(number)
     groups: list[tuple[int, ...]] = []
     for _, axes in sorted(levels.items(), reverse=True):
-        groups += dict.fromkeys([tuple(axes), *((axis,) for axis in axes)])
+        single = [(axis,) for axis in axes]
+        groups += dict.fromkeys([tuple(axes), *single])
     return groups
 
 
 def _units(terms: Terms, forks: Sequence[Fork]) -> list[tuple[int, ...]]:
-    """The operators that are moved together: operators of branches, branches, and all equal branches."""
+    """Operators that move together: operators of branches, branches, and all equal branches."""
     equal: dict[tuple[str, ...], list[int]] = defaultdict(list)
     units: dict[tuple[int, ...], None] = {}
     for fork in forks:
         for branch in fork:
-            equal[tuple(terms.operators[operator].digest for operator in branch)] += branch
-            units |= dict.fromkeys([tuple(branch), *((operator,) for operator in branch)])
+            digests = [terms.operators[operator].digest for operator in branch]
+            equal[tuple(digests)] += branch
+            units[tuple(branch)] = None
+            units |= dict.fromkeys((operator,) for operator in branch)
     groups = [tuple(operators) for operators in equal.values()]
     return [*units, *(group for group in groups if group not in units)]
 
@@ -309,12 +414,27 @@ def _moved(
     axes = rng.choice(_axis_groups(plan))
     neighbours = []
     for move in terms.edges:
-        if (move.home in unit) != (move.reader in unit):
-            neighbours.append(move.reader if move.home in unit else move.home)
+        home_inside = move.home in unit
+        reader_inside = move.reader in unit
+        if home_inside and not reader_inside:
+            neighbours.append(move.reader)
+        elif reader_inside and not home_inside:
+            neighbours.append(move.home)
     if neighbours and rng.random() < NEIGHBOUR_SHARE:
         neighbour = graph.operators[rng.choice(neighbours)].name
         number = _slice_number(plan.mesh, axes, plan.choices[neighbour])
         if number is not None:
-            return at(plan, graph, dict.fromkeys(unit, number), axes)
-    number = rng.choice([None, *range(_slice_count(plan.mesh, axes))])
-    return at(plan, graph, dict.fromkeys(unit, number), axes)
+            return at(
+                plan,
+                graph,
+                dict.fromkeys(unit, number),
+                axes,
+            )
+    count = _slice_count(plan.mesh, axes)
+    number = rng.choice([None, *range(count)])
+    return at(
+        plan,
+        graph,
+        dict.fromkeys(unit, number),
+        axes,
+    )

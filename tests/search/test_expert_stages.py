@@ -1,4 +1,4 @@
-"""A transformer too large for data parallelism: what is found is no slower than the pipeline that an expert would write."""
+"""A transformer too large for data parallelism: no expert's pipeline is faster than the plan."""
 
 import math
 import re
@@ -48,7 +48,10 @@ def machine() -> Machine:
 def pipeline(
     graph: OperatorGraph, where: Machine, axes: int, microbatches: int, again: bool
 ) -> Plan:
-    """Equal numbers of blocks over the nodes; inside, samples over half of the axes and Megatron's pattern over the others; blocks recomputed."""
+    """An expert's pipeline: equal numbers of blocks over the nodes, rematerialized or not.
+
+    Inside a stage, samples are split over half of the axes, and Megatron's pattern over the others.
+    """
     mesh = mesh_of(where)
     count, names = math.prod(mesh.sizes[:axes]), [o.name for o in graph.operators]
     inner = BASELINES["data x tensor"](graph, where.name, Mesh(mesh.axes[axes:]))
@@ -116,7 +119,7 @@ def test_a_sketch_is_near_what_is_simulated_and_what_it_leaves_out_is_not_below_
 def test_a_mask_that_every_device_makes_is_no_operators_own_work(
     graph: OperatorGraph, terms: Terms
 ) -> None:
-    """Masks of all blocks are made in one place of the program, and read in others: what they take is split as their readers are."""
+    """Masks of all blocks are computed in one place: their work is split as their readers."""
     assert any(x.name == "and" and x.flops > 1e8 for x in graph.instructions)
     assert not [
         own.name for own in terms.operators for w in own.work if w.flops > 1e8 and not w.factors

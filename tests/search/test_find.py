@@ -1,4 +1,4 @@
-"""Planning a saved graph, without JAX: the found plan beats every baseline by its own measure, fits, and is proved."""
+"""Plans of saved graphs, without JAX: no baseline is faster, they fit, and they are proved best."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -121,7 +121,7 @@ def test_large_machines_keep_the_space_small_and_prove_their_plan() -> None:
 
 
 def test_data_parallel_halves_per_device_work_worked_by_hand() -> None:
-    """Twice the devices, half the FLOPs of a split operator: compute seconds fall by the same part of every kernel's work."""
+    """Twice the devices compute half the FLOPs of a split operator each."""
     graph, one, two = GRAPHS["mlp"], host(1, 1 << 30), host(2, 1 << 30)
     alone = predict(graph, one, BASELINES["data parallel"](graph, one.name, mesh_of(one)))
     pair = predict(graph, two, BASELINES["data parallel"](graph, two.name, mesh_of(two)))

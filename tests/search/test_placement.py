@@ -1,4 +1,4 @@
-"""The search for places: where the graph forks, what is found there is simulated and fits, and is no slower than without."""
+"""Placement: forks of graphs, and placed plans that are simulated, fit, and are faster."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ GRAPHS = {
 
 
 def inception() -> OperatorGraph:
-    """A block of four branches as in Inception: too few samples to be split, so that only places can use several devices."""
+    """An Inception block of four branches, with one sample: only placement can use several devices."""
     import keras
 
     import partita

@@ -1,4 +1,4 @@
-"""Random Keras models for planning: shapes without values, of any kind of layer that people combine.
+"""Random Keras models for planning: shapes without values, layers of many kinds.
 
 Each model is one seed. Sizes are odd as often as even, batches have many divisors or few.
 """
@@ -21,7 +21,7 @@ SCALES = (1, 8, 64)
 
 
 class Between(layers.Layer):
-    """Products between the samples of a batch, as in attention over a batch or a contrastive loss."""
+    """Products between samples, as in attention over a batch or a contrastive loss."""
 
     def __init__(self, transposed: bool) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Between(layers.Layer):
 
 
 class Einsum(layers.Layer):
-    """A product with a weight of three dims, its heads merged with the samples and taken apart again."""
+    """A product with a weight of three dims; its heads merge with the samples and part again."""
 
     def __init__(self, heads: int, width: int) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ def vector_block(draw: random.Random, x: Any, scale: int) -> Any:
 
 
 def vector_model(draw: random.Random) -> tuple[Any, Any]:
-    """Dense layers with branches, reshapes, normalizations over the batch and products between samples."""
+    """Dense layers with branches, reshapes, batch statistics and products between samples."""
     scale = draw.choice(SCALES)
     x = inputs = keras.Input((draw.choice([12, 15, 32]),))
     for _ in range(draw.randint(2, 5)):
@@ -199,7 +199,7 @@ def vector_model(draw: random.Random) -> tuple[Any, Any]:
 
 
 def tower_model(draw: random.Random) -> tuple[Any, Any]:
-    """Two encoders whose outputs meet: by concatenation, by products of their samples, or by a contrast of all pairs."""
+    """Two encoders that meet: by concatenation, products, or a contrast of all pairs of samples."""
     first, x = draw.choice([image_model, sequence_model, vector_model])(draw)
     second, y = draw.choice([sequence_model, vector_model])(draw)
     x, y = layers.Dense(16)(x), layers.Dense(16)(y)
@@ -218,7 +218,7 @@ KINDS = (image_model, sequence_model, vector_model, tower_model)
 
 
 def random_model(seed: int) -> tuple[keras.Model, Any]:
-    """A compiled model without values and the shapes of a batch (x, y), the same for the same seed."""
+    """A compiled model without values and a batch (x, y) of zeros, the same for the same seed."""
     draw = random.Random(seed)
     keras.utils.set_random_seed(seed)
     with abstract():
