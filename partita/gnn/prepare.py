@@ -80,7 +80,9 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Split:
-    """A graph over devices, as `fit` is asked for it; compared by content.
+    """A graph over devices, as `fit` is asked for it; arrays become `Numbers`, compared by content.
+
+    GraphError if `columns` does not divide the devices.
 
     partition   a partitioner, split points [devices + 1], or the part of every vertex [vertices]
     columns     devices that share the features of an aggregation; None: the cheapest number
@@ -88,35 +90,38 @@ class Split:
     """
 
     devices: int = 1
-    partition: str | Numbers = "edges"
+    partition: Any = "edges"
     columns: int | None = None
-    order: str | Numbers | None = None
+    order: Any = None
 
-    @staticmethod
-    def of(
-        devices: int = 1,
-        partition: Any = "edges",
-        columns: int | None = None,
-        order: Any = None,
-    ) -> Split:
-        """The split of these arguments of `fit`.
-
-        GraphError if `columns` does not divide the devices.
-        """
-        if columns is not None and (columns < 1 or devices % columns):
+    def __post_init__(self) -> None:
+        if self.columns is not None and (self.columns < 1 or self.devices % self.columns):
             raise GraphError(
-                f"columns={columns} does not divide {devices} devices: use a divisor of {devices}."
+                f"columns={self.columns} does not divide {self.devices} devices: "
+                f"use a divisor of {self.devices}."
             )
-        if not isinstance(partition, str):
-            partition = Numbers.of(partition)
-        if order is not None and not isinstance(order, str):
-            order = Numbers.of(order)
-        return Split(devices, partition, columns, order)
+        for field_name in ("partition", "order"):
+            value = getattr(self, field_name)
+            if value is not None and not isinstance(value, (str, Numbers)):
+                object.__setattr__(self, field_name, Numbers.of(value))
 
     @property
     def learns(self) -> bool:
         """Whether the split moves between epochs, by measured times."""
         return self.devices > 1 and self.partition == "learned"
+
+
+def all_devices(devices: int) -> int:
+    """The number of devices of all processes that train together."""
+    if processes.alone():
+        return devices
+    count = jax.device_count()
+    if devices not in (1, count):
+        raise GraphError(
+            f"devices={devices} is not the number of devices of all {jax.process_count()} "
+            f"processes: use devices={count}, or remove it."
+        )
+    return count
 
 
 @dataclass(frozen=True)

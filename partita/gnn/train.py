@@ -19,6 +19,7 @@ import numpy as np
 from partita.errors import GraphError, PartitaError
 from partita.gnn.data.arrays import MASKS
 from partita.gnn.data.graph import Graph
+from partita.gnn.prepare import Split, all_devices
 from partita.gnn.runs import TrainingRun
 from partita.gnn.spill.run import MemoryRun
 from partita.gnn.split.learned import Balance
@@ -32,14 +33,12 @@ if keras.backend.backend() != "jax":
     )
 
 
-class FitOptions(TypedDict, total=False):
-    """Options of `fit` that say where a graph is trained."""
+class SplitOptions(TypedDict, total=False):
+    """Options of `fit` for the split of a graph over devices, as in `Split`."""
 
-    devices: int
     partition: Any
     columns: int | None
     order: Any
-    memory: str | int | None
 
 
 class FullGraphTraining:
@@ -92,7 +91,9 @@ class FullGraphTraining:
         verbose: Any = "auto",
         validation_freq: int = 1,
         initial_epoch: int = 0,
-        **options: Unpack[FitOptions],
+        devices: int = 1,
+        memory: str | int | None = None,
+        **options: Unpack[SplitOptions],
     ) -> Any:
         """Keras's history: loss and metrics of each epoch, with `val_` of the validation mask.
 
@@ -122,7 +123,8 @@ class FullGraphTraining:
         """
         model: Any = self
         model._assert_compile_called("fit")
-        run = self._graph_trainer.begin(graph, **options)
+        split = Split(all_devices(devices), **options)
+        run = self._graph_trainer.begin(graph, split, memory)
         validates = graph.validation is not None and bool(graph.validation.any())
         model.stop_training = False
         model._initial_epoch = None

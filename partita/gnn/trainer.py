@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import numpy as np
 
 from partita.errors import GraphError
-from partita.execute import processes
 from partita.gnn.data.graph import Graph, check
 from partita.gnn.prepare import (
     Architecture,
@@ -66,33 +64,19 @@ class GraphTrainer:
         self._architectures.clear()
         self._memory_is_valid = False
 
-    def begin(
-        self,
-        graph: Graph,
-        devices: int = 1,
-        partition: Any = "edges",
-        columns: int | None = None,
-        order: Any = None,
-        memory: str | int | None = None,
-    ) -> TrainingRun:
-        """The run of a `fit`, with its options. The model is built, and so is the optimizer."""
-        devices = _all_devices(devices)
-        if memory is not None and order is not None:
+    def begin(self, graph: Graph, split: Split, memory: str | int | None) -> TrainingRun:
+        """The run of a `fit`, within `memory` if given. The model and the optimizer are built."""
+        if memory is not None and split.order is not None:
             raise GraphError(
                 "order cannot be combined with memory: a memory plan trains a graph as it is "
                 "numbered. Give fit graph.relabelled(order), and remove order."
             )
-        if memory is not None and devices > 1:
+        if memory is not None and split.devices > 1:
             raise GraphError(
-                f"devices={devices} cannot be combined with memory: a memory plan is for one "
+                f"devices={split.devices} cannot be combined with memory: a memory plan is for one "
                 "device. Remove memory, or use devices=1."
             )
-        self.split = Split.of(
-            devices,
-            partition,
-            columns,
-            order,
-        )
+        self.split = split
         if memory is None:
             self.memory = None
             run: TrainingRun = self.on_devices(graph, "train")
@@ -199,19 +183,6 @@ class GraphTrainer:
 def _kind_of(graph: Graph) -> tuple[int, bool]:
     """(features of a vertex, whether edges have weights), which aggregations depend on."""
     return graph.feature_count, graph.weights is not None
-
-
-def _all_devices(devices: int) -> int:
-    """The number of devices of all processes that train together."""
-    if processes.alone():
-        return devices
-    count = jax.device_count()
-    if devices not in (1, count):
-        raise GraphError(
-            f"devices={devices} is not the number of devices of all {jax.process_count()} "
-            f"processes: use devices={count}, or remove it."
-        )
-    return count
 
 
 def _check_mask(model: Any, graph: Graph, mask: str) -> None:

@@ -127,7 +127,7 @@ def test_any_number_of_parts_gives_the_same_predictions() -> None:
     model, _ = trained(models.GCN, graph)
     alone = model.predict(graph)
     for parts in range(2, 8):
-        model._graph_trainer.split = Split.of(parts, columns=parts if parts == 3 else None)
+        model._graph_trainer.split = Split(parts, columns=parts if parts == 3 else None)
         np.testing.assert_allclose(model.predict(graph), alone, rtol=1e-4, atol=1e-5)
         assert (
             model.parts.edges.sum() == graph.edges and model.parts.vertices.sum() == graph.vertices
