@@ -1,7 +1,8 @@
-"""A JAX training step that runs as planned: called like the function that it was made from.
+"""A JAX training step that runs by a plan, called like the function that it wraps.
 
-The first call of every new set of shapes is captured, planned (or the first plan is fitted to it), compiled and checked. State
-that is not where the plan wants it is moved there; the batch is put there at every call.
+The first call of every new set of shapes is captured, planned, compiled and checked. Later sets
+of shapes use the first plan, fitted to them. A call moves the state to the plan's shardings if it
+is elsewhere, and puts the batch there every time.
 """
 
 from __future__ import annotations
@@ -27,22 +28,26 @@ from partita.plans.adapt import fit_plan
 from partita.plans.plan import Plan
 
 Planner = Callable[..., Plan]
-"""Captured step -> plan; with a MemoryBudgetError as second argument, the plan to try after one that the compiler refused."""
+"""Captured step -> plan. A MemoryBudgetError as second argument asks for a plan that needs less
+memory than the one that the compiler refused."""
 REFUSALS = 3
-"""Plans that the compiler may refuse before giving up."""
+"""Maximum number of plans that the compiler refuses before Partita gives up."""
 
 
 def settled(values: Any) -> Any:
-    """The values, on a CPU when they are done.
+    """The values; on a CPU, after they are computed.
 
-    There a device is a thread of one pool. Programs with collectives that overlap take all threads and wait for each other
-    until XLA ends the process (seen on jax 0.10.2 within 100 steps, with `keras.distribution` too).
+    A CPU device is a thread of one pool. Programs with collectives that overlap take all threads
+    and wait for each other until XLA ends the process (observed with jax 0.10.2 within 100 steps,
+    with `keras.distribution` too).
     """
-    return jax.block_until_ready(values) if jax.default_backend() == "cpu" else values
+    if jax.default_backend() == "cpu":
+        return jax.block_until_ready(values)
+    return values
 
 
 def is_split(plan: Plan) -> bool:
-    """Whether a plan does anything that one device does not."""
+    """Whether a plan differs from a run on one device."""
     return bool(plan.storage) or any(plan.choices.values())
 
 
@@ -54,9 +59,10 @@ def compiled_in_turn(
     warn: Callable[[str], None],
     donate: bool = True,
 ) -> tuple[PlannedStep | None, Any, Plan, Verification | None]:
-    """(planned step, its program, the plan, what was verified): of the first plan that the compiler's account of memory allows.
+    """(planned step, its program, the plan, its verification) of the first plan that fits.
 
-    No planned step where the plan comes down to one device.
+    A plan fits if the compiler's memory figure does. The planned step is None for a plan that
+    amounts to one device. Raises a MemoryBudgetError after `REFUSALS` new plans.
     """
     for refusals in range(REFUSALS + 1):
         if not is_split(plan):
@@ -64,67 +70,82 @@ def compiled_in_turn(
         planned = planned_step(captured, plan, donate=donate)
         program = planned.lower().compile()
         try:
-            return planned, program, plan, check(planned, program)
+            verified = check(planned, program)
         except MemoryBudgetError as error:
             if error.excess is None or refusals == REFUSALS:
                 raise
             plan = planner(captured, error)
-            warn(f"{str(error).split('. Use')[0]}. Planned again with that in mind.")
+            problem = str(error).split(". Use")[0]
+            warn(f"{problem}. Planned again within that limit.")
+        else:
+            return planned, program, plan, verified
     raise AssertionError("the loop returns or raises")
 
 
 def same_everywhere(captured: Captured, plan: Plan, values: Any) -> None:
-    """Compares what processes that train together must have in common before they compile a step; ProcessError where they have not."""
+    """Compares the step, the plan, and the weights and batch of processes that train together.
+
+    Called before they compile a step. Raises a ProcessError for a difference.
+    """
     if alone():
         return
     same(
-        "The training step",
+        "Training steps",
         digest(f"{captured.graph}{captured.graph.instructions}"),
-        "Run the same script, with the same arguments, in all.",
+        "Run the same script with the same arguments in all processes.",
     )
-    same("The plan", digest(str(plan)), "Give all of them the same plan.")
-    hint = "Read the same batches in all of them, and draw what is random from a seed: keras.utils.set_random_seed(0)."
-    same("What the first step reads (weights and batch)", digest(values), hint)
+    same("Plans", digest(str(plan)), "Give all processes the same plan.")
+    same(
+        "Weights and batch of the first step",
+        digest(values),
+        "Read the same batches in all processes, and seed random numbers: "
+        "keras.utils.set_random_seed(0).",
+    )
 
 
 @dataclass
 class Session:
-    """What a command that runs a script wants of all that the script makes parallel, where the script itself does not say."""
+    """Defaults of a command that runs a script, for all steps that the script makes parallel."""
 
     planner: Planner
     say: Callable[[str], None]
     started: list[Any] = field(default_factory=list)
-    """What the script made parallel itself: steps, and how models train."""
+    """Steps and models that the script itself made parallel."""
 
 
-_session: list[Session] = []
+_sessions: list[Session] = []
 
 
 @contextmanager
 def running(session: Session) -> Iterator[Session]:
-    """Inside, `current()` is this session."""
-    _session.append(session)
+    """A block in which `current()` is this session."""
+    _sessions.append(session)
     try:
         yield session
     finally:
-        _session.remove(session)
+        _sessions.remove(session)
 
 
 def current() -> Session | None:
     """The session of the command that runs this script, if there is one."""
-    return _session[-1] if _session else None
+    return _sessions[-1] if _sessions else None
 
 
 @dataclass(frozen=True)
 class _Compiled:
+    """The program for one set of shapes."""
+
     call: CapturedCall
     planned: PlannedStep | None
-    """None where the step runs on one device, as JAX runs it."""
+    """None if the step runs on one device, as JAX runs it."""
     program: Any
 
 
 class ParallelStep:
-    """A training step split over devices. `plan` is what it does; `lower`-like inspection is in `steps`."""
+    """A training step that is split over devices.
+
+    `plan` is the plan of the first call, and `steps` the compiled steps for inspection.
+    """
 
     def __init__(
         self,
@@ -136,45 +157,47 @@ class ParallelStep:
         say: Callable[[str], None] | None = None,
     ) -> None:
         functools.update_wrapper(self, function, updated=())
-        self.function, self.planner, self.static, self.say = (
-            function,
-            planner,
-            tuple(static_argnums),
-            say,
-        )
+        self.function = function
+        self.planner = planner
+        self.static = tuple(static_argnums)
+        self.say = say
         self._donate = donate
         self._numbers_static = False
         self.plan: Plan | None = None
         self.verified: Verification | None = None
-        """What the compiler said of the first planned step."""
+        """The compiler's figures of the first planned step."""
         self.steps: dict[Any, _Compiled] = {}
         self._placed: dict[int, Any] = {}
-        """The leaves of the state that the last step gave back, by identity: they are where they belong."""
-        self._began: float | None = None
-        self._took: deque[float] = deque(maxlen=1000)
+        """Leaves of the state that the last step returned, by identity: they have the plan's
+        shardings."""
+        self._last_start: float | None = None
+        self._intervals: deque[float] = deque(maxlen=1000)
+        """Time from one call to the next one, seconds."""
 
     @property
     def name(self) -> str:
+        """Name of the wrapped function."""
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     @property
     def step_seconds(self) -> float | None:
-        """Measured seconds per step: the median time from one call to the next one of the same shapes; None before the second."""
-        return median(self._took) if self._took else None
+        """Measured seconds per step; None before the second call.
+
+        The median time from one call to the next one of the same shapes.
+        """
+        return median(self._intervals) if self._intervals else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call, step = self._step(args, kwargs)
-        before, self._began = self._began, time.perf_counter()
-        if before is not None:
-            self._took.append(self._began - before)
+        start = time.perf_counter()
+        if self._last_start is not None:
+            self._intervals.append(start - self._last_start)
+        self._last_start = start
         if step.planned is None and not step.call.roles.in_place:
             return step.program(*args, **kwargs)
         state, batch = step.call.split(call)
         if step.planned is not None:
-            where = step.planned.state_shardings
-            state = [
-                x if id(x) in self._placed else put(x, s) for x, s in zip(state, where, strict=True)
-            ]
+            state = self._placed_state(state, step.planned)
             batch = step.planned.place_batch(batch)
         with together("a step"):
             outputs, state = settled(step.program(state, batch))
@@ -182,83 +205,126 @@ class ParallelStep:
         step.call.update_in_place(call, args, kwargs, state)
         return step.call.result(outputs, state)
 
+    def _placed_state(self, state: Sequence[Any], planned: PlannedStep) -> list[Any]:
+        """The state with the plan's shardings."""
+        placed = []
+        for x, sharding in zip(state, planned.state_shardings, strict=True):
+            placed.append(x if id(x) in self._placed else put(x, sharding))
+        return placed
+
     def prepare(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> Plan:
-        """Plans, compiles and checks for calls like this one; arrays may be shapes. The plan."""
+        """The plan for calls like this one, after compilation and check.
+
+        Arrays may be shapes.
+        """
         self._step(args, kwargs or {})
         assert self.plan is not None
         return self.plan
 
     def donates(self, args: Sequence[Any], kwargs: dict[str, Any], in_place: bool) -> bool:
-        """Whether the old state is gone after a step: as said, else as the function's own `jax.jit` says, else so if it can be."""
+        """Whether a step consumes the old state.
+
+        By the `donate` argument, else by the function's own `jax.jit`, else if it is possible.
+        """
         if self._donate is not None:
             return self._donate
         if not in_place and hasattr(self.function, "trace"):
-            return any(
-                jax.tree.leaves(
-                    jax.tree.map(
-                        lambda info: info.donated, self.function.trace(*args, **kwargs).args_info
-                    )
-                )
-            )
+            infos = self.function.trace(*args, **kwargs).args_info
+            donated = jax.tree.map(lambda info: info.donated, infos)
+            return any(jax.tree.leaves(donated))
         return in_place or not hasattr(self.function, "lower")
 
     def _call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
-        return call_of(self.function, args, kwargs, self.static, self._numbers_static)
+        return call_of(
+            self.function,
+            args,
+            kwargs,
+            self.static,
+            self._numbers_static,
+        )
 
     def _step(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Call, _Compiled]:
+        """The call, and the program for its shapes."""
         call = self._call(args, kwargs)
-        found = self.steps.get(call.key)
-        if found is None:
-            found, self._began = self._compile(call, args, kwargs), None
+        step = self.steps.get(call.key)
+        if step is None:
+            step = self._compile(call, args, kwargs)
+            self._last_start = None
+            # The capture may have made numbers static, which changes the call's key.
             call = self._call(args, kwargs)
-            self.steps[call.key] = found
-        return call, found
+            self.steps[call.key] = step
+        return call, step
 
     def _compile(self, call: Call, args: Sequence[Any], kwargs: dict[str, Any]) -> _Compiled:
         captured_call = self._capture(call, args, kwargs)
-        captured, in_place = captured_call.captured, bool(captured_call.roles.in_place)
-        plan = self.planner(captured) if self.plan is None else fit_plan(self.plan, captured.graph)
+        captured = captured_call.captured
+        in_place = bool(captured_call.roles.in_place)
+        plan = self._plan(captured)
         donate = self.donates(args, kwargs, in_place)
         same_everywhere(captured, plan, call.arrays)
         planned, program, plan, verified = compiled_in_turn(
-            captured, plan, self.planner, check_compiled, self._say, donate
+            captured,
+            plan,
+            self.planner,
+            check_compiled,
+            self._say,
+            donate,
         )
         if self.plan is None:
-            self.plan, self.verified = plan, verified
+            self.plan = plan
+            self.verified = verified
             for line in str(verified or "").splitlines():
                 self._say(line)
         if planned is None and in_place:
             program = jax.jit(captured.text.call, donate_argnums=0 if donate else ())
         elif planned is None:
-            jitted = hasattr(self.function, "lower")
-            program = (
-                self.function
-                if jitted
-                else jax.jit(self.function, static_argnums=self._static_arguments(call))
-            )
+            program = self._plain_program(call)
         return _Compiled(captured_call, planned, program)
 
+    def _plan(self, captured: Captured) -> Plan:
+        """The first call's plan, fitted to the captured step; for the first call, a new plan."""
+        if self.plan is None:
+            return self.planner(captured)
+        return fit_plan(self.plan, captured.graph)
+
+    def _plain_program(self, call: Call) -> Callable[..., Any]:
+        """The function under `jax.jit`: its own one, or a new one."""
+        if hasattr(self.function, "lower"):
+            return self.function
+        return jax.jit(self.function, static_argnums=self._static_arguments(call))
+
     def _capture(self, call: Call, args: Sequence[Any], kwargs: dict[str, Any]) -> CapturedCall:
-        """The captured call. Python numbers are arrays as under `jax.jit`, unless the step cannot be traced so."""
+        """The captured call.
+
+        Python numbers are arrays as under `jax.jit`, unless the step cannot be traced with them.
+        """
         try:
             return capture_call(self.function, call)
         except CaptureError:
-            without = call_of(self.function, args, kwargs, self.static, True)
-            if without.dynamic == call.dynamic:
+            static_call = call_of(
+                self.function,
+                args,
+                kwargs,
+                self.static,
+                True,
+            )
+            if static_call.dynamic == call.dynamic:
                 raise
             try:
-                found = capture_call(self.function, without)
+                captured_call = capture_call(self.function, static_call)
             except CaptureError:
-                found = None
-            if found is None:
+                captured_call = None
+            # Raises the first error: the second one speaks of a call that the user did not make.
+            if captured_call is None:
                 raise
             self._numbers_static = True
-            return found
+            return captured_call
 
     def _static_arguments(self, call: Call) -> tuple[int, ...]:
         """Positions of arguments without an array in them."""
         dynamic = {call.argument[i] for i in call.dynamic}
-        return tuple(sorted({*self.static, *(a for a in call.argument if a not in dynamic)}))
+        arrayless = [position for position in call.argument if position not in dynamic]
+        return tuple(sorted({*self.static, *arrayless}))
 
     def _say(self, line: str) -> None:
         if self.say is not None:

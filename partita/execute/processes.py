@@ -1,8 +1,10 @@
-"""Several processes that train one program together. `jax.distributed` joins them; XLA's collectives (gloo, NCCL) carry the work.
+"""Several processes that train one program together.
 
-Every process runs the same script from the same seed and reads the same batches; on its devices it puts only its own part of
-them. What must be equal in all of them (the plan, the step, the first weights and batch) is compared through the
-coordinator's store before the first step, so that a difference is a sentence and not a wrong result.
+`jax.distributed` joins them. XLA's collectives (gloo, NCCL) connect them. Every process runs the
+same script from the same seed and reads the same batches, and puts only its part on its devices.
+
+Equal inputs are checked before the first step, through the coordinator's store: the plan, the
+step, the first weights and batch. A difference then is an error message, not a wrong result.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -25,27 +27,34 @@ import numpy as np
 from partita.errors import LostProcessError, PartitaError, ProcessError
 
 TIMEOUT = 300
-"""Seconds that a process waits for the others to come."""
+"""Time limit for the other processes to start, seconds."""
 HEARTBEAT = 30
-"""Seconds after which a process that says nothing is taken for dead."""
+"""Silence after which a process counts as dead, seconds."""
+
+ADDRESS = "JAX_COORDINATOR_ADDRESS"
+LOST = ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "Connection closed", "heartbeat")
+"""Words in JAX's errors after a process has ended."""
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """Who starts processes, and the variables in which it says how many there are and which one this is, in all and on this host.
-
-    `job` has what tells one run from others on the same hosts.
-    """
+    """A program that starts processes, and the names of its environment variables."""
 
     name: str
     count: str
+    """Number of processes."""
     index: str
-    here: str
-    local: str
+    """Index of this process."""
+    local_count: str
+    """Number of processes on this host."""
+    local_index: str
+    """Index of this process on its host."""
     job: tuple[str, ...]
+    """Variables that identify a run among others on the same hosts."""
 
 
-LAUNCHERS = (  # mpirun inside a Slurm allocation comes first: Slurm then numbers what starts the processes
+# mpirun inside a Slurm allocation comes first: Slurm then numbers the starters of the processes.
+LAUNCHERS = (
     Launcher(
         "Open MPI",
         "OMPI_COMM_WORLD_SIZE",
@@ -55,7 +64,12 @@ LAUNCHERS = (  # mpirun inside a Slurm allocation comes first: Slurm then number
         ("PMIX_NAMESPACE",),
     ),
     Launcher(
-        "MPICH", "PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID", ("SLURM_JOB_ID",)
+        "MPICH",
+        "PMI_SIZE",
+        "PMI_RANK",
+        "MPI_LOCALNRANKS",
+        "MPI_LOCALRANKID",
+        ("SLURM_JOB_ID",),
     ),
     Launcher(
         "Slurm",
@@ -69,193 +83,258 @@ LAUNCHERS = (  # mpirun inside a Slurm allocation comes first: Slurm then number
 
 
 @dataclass(frozen=True)
-class Group:
-    """The processes that train together. Process 0 listens at `address`; `here` of them are on this host, of which this is `local`.
+class ProcessGroup:
+    """The processes that train together, seen from one of them.
 
-    Started by hand, a process knows nothing of others on its host: `here` is then 1.
+    A process that was started by hand does not know the others on its host: `local_count` is 1.
     """
 
     count: int
     index: int
     address: str
+    """Host and port at which process 0 listens."""
     timeout: int = TIMEOUT
-    here: int = 1
-    local: int = 0
+    """Time limit for the other processes to start, seconds."""
+    local_count: int = 1
+    """Number of processes on this host."""
+    local_index: int = 0
+    """Index of this process on its host."""
 
 
-def group(environment: Mapping[str, str] | None = None) -> Group | None:
-    """The group that this process was started in, by what its environment says; None where it is alone.
+def group(environment: Mapping[str, str] | None = None) -> ProcessGroup | None:
+    """The group that this process was started in, from its environment; None for a single one.
 
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it by hand; Slurm and MPI say it themselves, all or but
-    the address. A batch script of Slurm is no step of several tasks, however many were asked for: what it starts is alone.
+    Three variables give it by hand: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+    Slurm and MPI give it by their own variables, in some cases without the address. A batch
+    script of Slurm is not a step of several tasks, whatever the number of tasks requested: it
+    starts a single process.
 
-    >>> group({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"})
-    Group(count=2, index=1, address='10.0.0.1:1234', timeout=300, here=1, local=0)
+    >>> by_hand = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2"}
+    >>> member = group(by_hand | {"JAX_PROCESS_ID": "1"})
+    >>> member.count, member.index, member.address, member.timeout
+    (2, 1, '10.0.0.1:1234', 300)
     >>> group({})
     """
-    said = os.environ if environment is None else environment
-    timeout = _number(said, "PARTITA_TIMEOUT", TIMEOUT)
-    address = said.get("JAX_COORDINATOR_ADDRESS")
-    missing = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name not in said]
+    variables = os.environ if environment is None else environment
+    timeout = _number(variables, "PARTITA_TIMEOUT", TIMEOUT)
+    address = variables.get(ADDRESS)
+    missing = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name not in variables]
     if address and not missing:
-        return _group(said, address, "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", timeout)
+        count = _number(variables, "JAX_NUM_PROCESSES")
+        index = _number(variables, "JAX_PROCESS_ID")
+        _check_index(count, index, "JAX_PROCESS_ID")
+        _check_address(address)
+        return ProcessGroup(count, index, address, timeout) if count > 1 else None
     for launcher in LAUNCHERS:
-        if launcher.count in said and launcher.index in said and _number(said, launcher.count) > 1:
-            here, local = _here(said, launcher), _number(said, launcher.local, 0)
-            found = _group(
-                said,
-                address or _address(said, launcher, here),
-                launcher.count,
-                launcher.index,
-                timeout,
-            )
-            return found and replace(found, here=here, local=local)
+        if _started_by(launcher, variables):
+            return _launched_group(launcher, variables, timeout)
     if address:
+        verb = "are" if len(missing) > 1 else "is"
         raise PartitaError(
-            f"JAX_COORDINATOR_ADDRESS is set to '{address}', and {' and '.join(missing)} {'are' if missing[1:] else 'is'} not. Set all three: how many processes "
-            "there are, and which one this is, from 0."
+            f"{ADDRESS} is set to '{address}', and {' and '.join(missing)} {verb} not. "
+            "Set all three: the number of processes, and the index of this one, from 0."
         )
     return None
 
 
-def _group(
-    said: Mapping[str, str], address: str, count_name: str, index_name: str, timeout: int
-) -> Group | None:
-    count, index = _number(said, count_name), _number(said, index_name)
+def _started_by(launcher: Launcher, variables: Mapping[str, str]) -> bool:
+    """Whether a launcher has started this process and others."""
+    if launcher.count not in variables or launcher.index not in variables:
+        return False
+    return _number(variables, launcher.count) > 1
+
+
+def _launched_group(
+    launcher: Launcher,
+    variables: Mapping[str, str],
+    timeout: int,
+) -> ProcessGroup:
+    """The group by a launcher's variables."""
+    count = _number(variables, launcher.count)
+    index = _number(variables, launcher.index)
+    local_count = _local_count(variables, launcher)
+    local_index = _number(variables, launcher.local_index, 0)
+    address = variables.get(ADDRESS) or _address(variables, launcher, local_count)
+    _check_index(count, index, launcher.index)
+    _check_address(address)
+    return ProcessGroup(
+        count,
+        index,
+        address,
+        timeout,
+        local_count,
+        local_index,
+    )
+
+
+def _check_index(count: int, index: int, name: str) -> None:
     if not 0 <= index < count:
         raise PartitaError(
-            f"{index_name} is {index}, and there are {count} processes: number them 0 to {count - 1}."
+            f"{name} is {index}, and there are {count} processes: number them 0 to {count - 1}."
         )
+
+
+def _check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise PartitaError(
-            f"JAX_COORDINATOR_ADDRESS is '{address}': write the host of process 0 and a port, as in '10.0.0.1:1234'."
+            f"{ADDRESS} is '{address}': write the host of process 0 and a port, "
+            "as in '10.0.0.1:1234'."
         )
-    return Group(count, index, address, timeout) if count > 1 else None
 
 
-def _here(said: Mapping[str, str], launcher: Launcher) -> int:
-    """How many processes of the group are on this host; Slurm says it for all nodes, as in '2(x3),1'."""
+def _local_count(variables: Mapping[str, str], launcher: Launcher) -> int:
+    """Number of the group's processes on this host. Slurm lists all nodes, as in '2(x3),1'."""
     if launcher.name != "Slurm":
-        return _number(said, launcher.here, 1)
-    nodes = [
-        int(n)
-        for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", said.get(launcher.here, "1"))
-        for _ in range(int(times or 1))
-    ]
-    return nodes[min(_number(said, "SLURM_NODEID", 0), len(nodes) - 1)]
+        return _number(variables, launcher.local_count, 1)
+    text = variables.get(launcher.local_count, "1")
+    counts: list[int] = []
+    for count, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(nodes or 1)
+    node = _number(variables, "SLURM_NODEID", 0)
+    return counts[min(node, len(counts) - 1)]
 
 
-def _address(said: Mapping[str, str], launcher: Launcher, here: int) -> str:
-    """Where process 0 of what a launcher started listens: on its first host, at a port above those that the system gives out.
+def _address(variables: Mapping[str, str], launcher: Launcher, local_count: int) -> str:
+    """The address of process 0 under a launcher: its first host and a port.
 
-    The port comes from the name of the job, so that all processes find the same one and two jobs seldom do.
+    The port is above those that the system gives out. It comes from the name of the job, so all
+    processes get the same one and two jobs rarely do.
     """
-    job = [said[name] for name in launcher.job if name in said]
-    port = said.get("JAX_COORDINATOR_PORT") or (
-        str(61440 + zlib.crc32(".".join(job).encode()) % 4096) if job else ""
-    )
-    head = re.search(r"tcp://([^,:]+)|tcp6://\[([^,\]]+)", said.get("OMPI_MCA_orte_hnp_uri", ""))
-    nodes = re.match(
-        r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)",
-        said.get("SLURM_STEP_NODELIST", said.get("SLURM_JOB_NODELIST", "")),
-    )
-    if here == _number(said, launcher.count):
-        host = "127.0.0.1"
-    elif head and launcher.name == "Open MPI":
-        host = head[1] or f"[{head[2]}]"
-    else:
-        host = "".join(part or "" for part in nodes.groups()) if nodes else ""
+    count = _number(variables, launcher.count)
+    host = "127.0.0.1" if local_count == count else _first_host(variables, launcher)
+    port = _port(variables, launcher)
     if not host or not port:
         raise PartitaError(
-            f"{launcher.name} has started {said[launcher.count]} processes and does not say where process 0 listens. Give all of them "
-            "its host and a free port, as in JAX_COORDINATOR_ADDRESS=10.0.0.1:1234."
+            f"{launcher.name} started {count} processes without an address for process 0. "
+            f"Give all of them its host and a free port, as in {ADDRESS}=10.0.0.1:1234."
         )
     return f"{host}:{port}"
 
 
-def _number(said: Mapping[str, str], name: str, default: int | None = None) -> int:
-    if name not in said and default is not None:
+def _port(variables: Mapping[str, str], launcher: Launcher) -> str:
+    """The port of process 0; empty if the launcher does not name the job."""
+    port = variables.get("JAX_COORDINATOR_PORT")
+    if port:
+        return port
+    job = [variables[name] for name in launcher.job if name in variables]
+    if not job:
+        return ""
+    return str(61440 + zlib.crc32(".".join(job).encode()) % 4096)
+
+
+def _first_host(variables: Mapping[str, str], launcher: Launcher) -> str:
+    """The host of process 0, by Open MPI's head node or Slurm's node list; empty without either."""
+    uri = variables.get("OMPI_MCA_orte_hnp_uri", "")
+    head = re.search(r"tcp://([^,:]+)|tcp6://\[([^,\]]+)", uri)
+    if head and launcher.name == "Open MPI":
+        return head[1] or f"[{head[2]}]"
+    job_nodes = variables.get("SLURM_JOB_NODELIST", "")
+    nodes = variables.get("SLURM_STEP_NODELIST", job_nodes)
+    first = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
+    if first is None:
+        return ""
+    return "".join(part or "" for part in first.groups())
+
+
+def _number(variables: Mapping[str, str], name: str, default: int | None = None) -> int:
+    if name not in variables and default is not None:
         return default
-    if not said[name].isdigit():
-        raise PartitaError(f"{name} is '{said[name]}': write a whole number.")
-    return int(said[name])
+    text = variables[name]
+    if not text.isdigit():
+        raise PartitaError(f"{name} is '{text}': write a whole number.")
+    return int(text)
 
 
-def join(who: Group, say: Callable[[str], None]) -> None:
-    """Waits for the other processes. Where they do not come in time, this process ends with a sentence and code 3.
+def join(membership: ProcessGroup, say: Callable[[str], None]) -> None:
+    """Waits for the other processes.
 
-    Not by an error: JAX ends a process that waited in vain with a stack trace of its own, so a watch ends it just before.
+    After the timeout it ends this process with a message and code 3. It does not raise: JAX ends a process whose wait failed, with a stack trace of its own. A
+    watching thread ends the process just before.
     """
-    until = time.strftime("%H:%M:%S", time.localtime(time.time() + who.timeout))
-    where = f" at {who.address}"
-    mine = f"process {who.index} of {who.count}"
-    there = threading.Event()
-
-    def watch() -> None:
-        if not there.wait(3):
-            say(f"{mine} waits{where} for the others, until {until}")
-        if not there.wait(max(0, who.timeout - 3)):
-            others = (
-                "one of the others has not started"
-                if who.index == 0
-                else f"process 0 does not answer{where}"
-            )
-            say(
-                f"error: {mine} has waited {who.timeout} s for the others: {others}. Start all {who.count} with the same address, "
-                "and see that it can be reached from every host."
-            )
-            os._exit(3)
-
-    threading.Thread(target=watch, daemon=True).start()
-    if who.index == 0:
-        _listen(who.address)
-    how: dict[str, Any] = {
-        "coordinator_address": who.address,
-        "num_processes": who.count,
-        "process_id": who.index,
-    }
-    how |= {
-        "initialization_timeout": who.timeout + 30,
-        "heartbeat_timeout_seconds": HEARTBEAT,
-        "cluster_detection_method": "deactivate",
-    }
-    if who.address.startswith("127."):
-        how["coordinator_bind_address"] = who.address
-    if own_accelerator(who):
-        how["local_device_ids"] = [who.local]
-    jax.config.update(
-        "jax_enable_preemption_service", False
-    )  # it catches SIGTERM, and would train on
+    process = f"process {membership.index} of {membership.count}"
+    joined_event = threading.Event()
+    watch = threading.Thread(
+        target=_watch,
+        args=(membership, joined_event, say),
+        daemon=True,
+    )
+    watch.start()
+    if membership.index == 0:
+        _check_port(membership.address)
+    # The preemption service catches SIGTERM, and would train on.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**how)
+        jax.distributed.initialize(**_join_options(membership))
     except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
         raise ProcessError(
-            f"{mine} cannot join the others{where}: {str(error).strip().splitlines()[0]}"
+            f"{process} cannot join the others at {membership.address}: {reason}"
         ) from None
     finally:
-        there.set()
+        joined_event.set()
     global joined
     joined = True
-    if jax.default_backend() == "cpu":  # which has started gloo
+    # On a CPU, the question for the backend has started gloo.
+    if jax.default_backend() == "cpu":
         _let_compute_first()
 
 
-def _let_compute_first() -> None:
-    """Makes gloo's thread one that does not push others aside when it wakes (SCHED_BATCH), where the system has such.
+def _watch(
+    membership: ProcessGroup,
+    joined_event: threading.Event,
+    say: Callable[[str], None],
+) -> None:
+    """Reports a wait of more than 3 s, and ends this process after the timeout."""
+    timeout = membership.timeout
+    until = time.strftime("%H:%M:%S", time.localtime(time.time() + timeout))
+    process = f"process {membership.index} of {membership.count}"
+    if not joined_event.wait(3):
+        say(f"{process} waits at {membership.address} for the others, until {until}")
+    if joined_event.wait(max(0, timeout - 3)):
+        return
+    if membership.index == 0:
+        reason = "one of the others has not started"
+    else:
+        reason = f"process 0 does not answer at {membership.address}"
+    say(
+        f"error: {process} has waited {timeout} s for the others: {reason}. Start all "
+        f"{membership.count} with the same address, and check that every host can reach it."
+    )
+    os._exit(3)
 
-    It wakes when a message comes, and asks for events in a circle until the thread that computes has said where to put it. Where both
-    share a core, that thread then waits for the end of a time slice: 4 ms for a collective that takes 0.1 (Linux 6.18, jaxlib 0.10.2). What gloo's thread is
-    known by: it waits for at most 64 events for 10 ms (gloo/transport/tcp/loop.cc).
+
+def _join_options(membership: ProcessGroup) -> dict[str, Any]:
+    """Arguments of `jax.distributed.initialize`."""
+    options: dict[str, Any] = {
+        "coordinator_address": membership.address,
+        "num_processes": membership.count,
+        "process_id": membership.index,
+        "initialization_timeout": membership.timeout + 30,
+        "heartbeat_timeout_seconds": HEARTBEAT,
+        "cluster_detection_method": "deactivate",
+    }
+    if membership.address.startswith("127."):
+        options["coordinator_bind_address"] = membership.address
+    if uses_one_accelerator(membership):
+        options["local_device_ids"] = [membership.local_index]
+    return options
+
+
+def _let_compute_first() -> None:
+    """Schedules gloo's thread as SCHED_BATCH, so it does not preempt a computation on waking.
+
+    Gloo's thread wakes when a message comes, and polls until the computing thread has given the
+    message's destination. If both share a core, the computing thread waits for the end of a time
+    slice: 4 ms for a collective that takes 0.1 ms (Linux 6.18, jaxlib 0.10.2). Gloo's thread is
+    recognized by its system call: a wait for at most 64 events, for 10 ms
+    (gloo/transport/tcp/loop.cc). Systems without SCHED_BATCH are left unchanged.
     """
     if not hasattr(os, "SCHED_BATCH"):
         return
     for _ in range(50):
-        threads = [
-            int(name)
-            for name in os.listdir("/proc/self/task")
-            if _call_of(name)[3:5] == ["0x40", "0xa"]
-        ]
+        names = os.listdir("/proc/self/task")
+        threads = [int(name) for name in names if _system_call(name)[3:5] == ["0x40", "0xa"]]
         for thread in threads:
             with suppress(OSError):
                 os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
@@ -264,8 +343,11 @@ def _let_compute_first() -> None:
         time.sleep(0.002)
 
 
-def _call_of(thread: str) -> list[str]:
-    """The number and the arguments of the system call that a thread of this process is in, as /proc says it; nothing where it does not."""
+def _system_call(thread: str) -> list[str]:
+    """Number and arguments of the system call that a thread of this process is in.
+
+    Empty if /proc does not give it.
+    """
     try:
         with open(f"/proc/self/task/{thread}/syscall") as file:
             return file.read().split()
@@ -273,26 +355,34 @@ def _call_of(thread: str) -> list[str]:
         return []
 
 
-def own_accelerator(who: Group, environment: Mapping[str, str] | None = None) -> bool:
-    """Whether this process takes the one accelerator of its number on this host, and not all that it sees.
+def uses_one_accelerator(
+    membership: ProcessGroup,
+    environment: Mapping[str, str] | None = None,
+) -> bool:
+    """Whether this process uses only the accelerator of its local index.
 
-    A process that is the only one of its host drives all of them; so does one that was given its own by the launcher.
+    A single process on a host drives all accelerators, and so does a process whose launcher gave
+    it its own one.
 
-    >>> alone, third = Group(2, 1, "a:1"), Group(8, 2, "a:1", here=4, local=2)
-    >>> own_accelerator(alone, {}), own_accelerator(third, {}), own_accelerator(third, {"CUDA_VISIBLE_DEVICES": "2"})
-    (False, True, False)
+    >>> single = ProcessGroup(2, 1, "a:1")
+    >>> third = ProcessGroup(8, 2, "a:1", local_count=4, local_index=2)
+    >>> uses_one_accelerator(single, {}), uses_one_accelerator(third, {})
+    (False, True)
+    >>> uses_one_accelerator(third, {"CUDA_VISIBLE_DEVICES": "2"})
+    False
     """
-    said = os.environ if environment is None else environment
-    visible = said.get("CUDA_VISIBLE_DEVICES")
-    return (
-        who.here > 1
-        and "JAX_LOCAL_DEVICE_IDS" not in said
-        and (visible is None or who.local < len(visible.split(",")))
-    )
+    variables = os.environ if environment is None else environment
+    if membership.local_count <= 1 or "JAX_LOCAL_DEVICE_IDS" in variables:
+        return False
+    visible = variables.get("CUDA_VISIBLE_DEVICES")
+    return visible is None or membership.local_index < len(visible.split(","))
 
 
-def _listen(address: str) -> None:
-    """ProcessError if another program listens on the port; JAX would share it, and wait for processes that come to the other one."""
+def _check_port(address: str) -> None:
+    """Raises a ProcessError if another program listens on the port.
+
+    JAX would share the port, and wait for processes that reach the other program.
+    """
     port = int(address.rpartition(":")[2])
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -300,8 +390,9 @@ def _listen(address: str) -> None:
             probe.bind(("", port))
         except OSError:
             raise ProcessError(
-                f"Port {port} of {address} is in use. Give another one (in JAX_COORDINATOR_ADDRESS; in JAX_COORDINATOR_PORT where a launcher "
-                "says the host), or end the program that has it."
+                f"Port {port} of {address} is in use. Give another one in {ADDRESS} "
+                "(in JAX_COORDINATOR_PORT if a launcher gives the host), or end the program that "
+                "uses it."
             ) from None
 
 
@@ -319,7 +410,8 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-_asked: dict[str, int] = {}
+_uses: dict[str, int] = {}
+"""Number of uses of a name in the store."""
 
 
 def _store() -> Any:
@@ -329,13 +421,17 @@ def _store() -> Any:
 
 
 def _key(name: str) -> str:
-    """A key that is the same in all processes the n-th time that each asks for `name`."""
-    _asked[name] = _asked.get(name, 0) + 1
-    return f"partita/{name}/{_asked[name]}"
+    """A key for the n-th use of `name`, the same in all processes."""
+    _uses[name] = _uses.get(name, 0) + 1
+    return f"partita/{name}/{_uses[name]}"
 
 
 def from_first(name: str, make: Callable[[], str], seconds: int = 3600) -> str:
-    """What process 0 makes, in every process. An error of process 0 is raised in all of them, as a ProcessError in the others."""
+    """The result of `make` in process 0, given to every process.
+
+    `seconds` is the time limit of the others. An error of process 0 is raised in all processes,
+    as a ProcessError in the others.
+    """
     if alone():
         return make()
     key = _key(name)
@@ -347,46 +443,58 @@ def from_first(name: str, make: Callable[[], str], seconds: int = 3600) -> str:
             raise
         _store().key_value_set(key, f"value {value}")
         return value
-    kind, _, value = _store().blocking_key_value_get(key, seconds * 1000).partition(" ")
-    if kind == "error":
+    answer = _store().blocking_key_value_get(key, seconds * 1000)
+    status, _, value = answer.partition(" ")
+    if status == "error":
         raise ProcessError(value)
     return value
 
 
-def same(what: str, digest: str, hint: str) -> None:
-    """Compares a digest over all processes; a ProcessError names those that differ from process 0."""
+def same(name: str, digest: str, hint: str) -> None:
+    """Compares a digest over all processes.
+
+    Raises a ProcessError that names the processes that differ from process 0. `name` is a plural
+    that starts the message ("Plans"); `hint` is the fix.
+    """
     if alone():
         return
-    key, store = _key(f"same/{what}"), _store()
+    key = _key(f"same/{name}")
+    store = _store()
     store.key_value_set(f"{key}/{jax.process_index()}", digest)
-    found = []
+    digests: list[str] = []
     for i in range(jax.process_count()):
         try:
-            found.append(store.blocking_key_value_get(f"{key}/{i}", TIMEOUT * 1000))
+            digests.append(store.blocking_key_value_get(f"{key}/{i}", TIMEOUT * 1000))
         except jax.errors.JaxRuntimeError:
             raise ProcessError(
-                f"Process {i} has not come to its first step after {TIMEOUT} s, and the others have. Do all run the same script?"
+                f"Process {i} has not reached its first step {TIMEOUT} s after the others. "
+                "Run the same script in all processes."
             ) from None
-    other = [str(i) for i, one in enumerate(found) if one != found[0]]
-    if other:
+    different = [str(i) for i, value in enumerate(digests) if value != digests[0]]
+    if different:
+        processes = "process" if len(different) == 1 else "processes"
         raise ProcessError(
-            f"{what} of process {', '.join(other)} differs from that of process 0. {hint}"
+            f"{name} differ between process 0 and {processes} {', '.join(different)}. {hint}"
         )
 
 
 def digest(values: Any) -> str:
-    """A digest of a text, or of the arrays of a tree as far as they are here."""
+    """A digest of a text, or of the arrays of a tree that this process holds completely."""
     if isinstance(values, str):
         return hashlib.sha256(values.encode()).hexdigest()
-    found = 0
+    checksum = 0
     for x in jax.tree.leaves(values):
         if not isinstance(x, jax.Array) or x.is_fully_addressable:
-            found = zlib.crc32(np.ascontiguousarray(np.asarray(x)).tobytes(), found)
-    return f"{found:08x}"
+            data = np.ascontiguousarray(np.asarray(x))
+            checksum = zlib.crc32(data.tobytes(), checksum)
+    return f"{checksum:08x}"
 
 
 def put(values: Any, shardings: Any) -> Any:
-    """Values where the shardings want them, of a tree of either. Every process puts what it has of a value that all have."""
+    """Values with the given shardings. Both are trees; one sharding serves all values.
+
+    Every process puts its part of a value that all processes have.
+    """
     if alone():
         return jax.device_put(values, shardings)
     if isinstance(shardings, jax.sharding.Sharding):
@@ -399,13 +507,14 @@ def _put(value: Any, sharding: Any) -> Any:
         if value.sharding.is_equivalent_to(sharding, value.ndim):
             return value
         return _resharded(sharding)(value)
-    here = np.asarray(value)
+    array = np.asarray(value)
     if isinstance(value, (bool, int, float, complex)):
-        here = here.astype(jax.dtypes.canonicalize_dtype(here.dtype))
-    return jax.make_array_from_callback(here.shape, sharding, lambda index: here[index])
+        array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 _reshards: dict[Any, Any] = {}
+"""Compiled copies, by sharding of the result."""
 
 
 def _resharded(sharding: Any) -> Any:
@@ -415,18 +524,20 @@ def _resharded(sharding: Any) -> Any:
 
 
 def whole(value: Any) -> np.ndarray:
-    """An array's values, all of them. Of one that is split over processes, all processes have to ask at the same point."""
+    """All values of an array.
+
+    For an array that is split over processes, all processes must call this at the same point.
+    """
     if not isinstance(value, jax.Array) or value.is_fully_addressable or value.is_fully_replicated:
         return np.asarray(value)
     mesh = value.sharding.mesh  # type: ignore[union-attr]
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with together("reading the weights"):
-        return np.asarray(
-            _resharded(jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))(value)
-        )
+        return np.asarray(_resharded(replicated)(value))
 
 
 def meet() -> None:
-    """Returns when all processes have come here."""
+    """Returns when all processes have called it."""
     if not alone():
         from jax.experimental.multihost_utils import sync_global_devices
 
@@ -434,30 +545,34 @@ def meet() -> None:
 
 
 @contextmanager
-def together(doing: str) -> Iterator[None]:
-    """Inside, all processes compute together; where one of them is gone, a ProcessError says so instead of what gloo says."""
+def together(activity: str) -> Iterator[None]:
+    """A block in which all processes compute together.
+
+    If a process is lost, raises a LostProcessError in place of gloo's or NCCL's error.
+    `activity` is the block's name in the message.
+    """
     try:
         yield
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         text = str(error)
-        if alone() or not any(
-            word in text
-            for word in ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "Connection closed", "heartbeat")
-        ):
+        if alone() or not any(word in text for word in LOST):
             raise
         raise LostProcessError(
-            f"{_gone()} in the middle of {doing}, so the others stop. What was saved last is whole: start again from it."
+            f"{_lost()} in the middle of {activity}, so the others stop. "
+            "The last save is complete: start again from it."
         ) from None
 
 
-def _gone() -> str:
-    """Which processes no longer answer, by the coordinator's heartbeats."""
-    everyone: Sequence[int] = range(jax.process_count())
+def _lost() -> str:
+    """The processes that no longer answer, by the coordinator's heartbeats, as a phrase."""
+    unnamed = "Another process ended"
     if os.environ.get("PARTITA_LAUNCHED"):
-        return "Another process ended"  # the launcher names it
+        # The launcher names it.
+        return unnamed
+    indices: Sequence[int] = range(jax.process_count())
     try:
-        alive = _store().get_live_nodes(list(everyone))
+        alive = _store().get_live_nodes(list(indices))
     except Exception:
-        return "Another process ended"
-    gone = [str(i) for i in everyone if i not in alive]
-    return f"Process {', '.join(gone)} ended" if gone else "Another process ended"
+        return unnamed
+    lost = [str(i) for i in indices if i not in alive]
+    return f"Process {', '.join(lost)} ended" if lost else unnamed

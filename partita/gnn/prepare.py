@@ -542,7 +542,9 @@ def _on_devices(graph_cut: GraphCut, split: Split) -> GraphData:
     """The data of every device under a leading dim; each process makes that of its own devices."""
     graph, parts = graph_cut.graph, graph_cut.parts
     processes.same(
-        "The graph, or how it is split,", _digest(graph, parts), "Do all read the same file?"
+        "Graphs, or their splits,",
+        _digest(graph, parts),
+        "Read the same file in all processes.",
     )
     mesh = mesh_of(split.devices)
     tables = _tables(graph)

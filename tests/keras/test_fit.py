@@ -450,7 +450,7 @@ def test_what_the_compiler_refuses_is_planned_again_with_its_word():
     trained(model, *MODELS["mlp"][1])
     assert asked == [None, 1.5]
     assert said[:2] == [
-        "The plan needs 9 GiB, and a device has 1 GiB. Planned again with that in mind.",
+        "The plan needs 9 GiB, and a device has 1 GiB. Planned again within that limit.",
         "memory by the compiler: 1.0 MiB a device",
     ]
     assert attached(model).plan.name == "ZeRO-3"
