@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from partita.cli.options import command
 from partita.cli.processes import join_processes, keep_stdout, run_in_processes
 from partita.cli.terminal import err, errors, out
 from partita.errors import GraphError
@@ -120,19 +121,33 @@ def gnn() -> None:
     """Train graph networks on whole graphs."""
 
 
-@app.command()
+@dataclass(frozen=True)
+class _Size:
+    """The vertices of a random graph."""
+
+    vertices: VertexCount = ""
+    scale: Scale = None
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """Everything of a random graph besides its size."""
+
+    features: Features = 0
+    classes: Classes = 16
+    within: Within = 0.8
+    seed: Seed = 0
+
+
+@command(app)
 def generate(
     kind: Kind,
     output: Output,
     edges: EdgeCount,
-    vertices: VertexCount = "",
-    scale: Scale = None,
-    features: Features = 0,
-    classes: Classes = 16,
-    within: Within = 0.8,
+    size: _Size,
+    contents: _Contents,
     undirected: Undirected = False,
     transpose: Transpose = False,
-    seed: Seed = 0,
 ) -> None:
     """Generate a random graph of any size.
 
@@ -150,16 +165,20 @@ def generate(
 
         _check_transpose(transpose, output)
         edge_count = parse_count(edges)
-        draws: dict[str, Any] = {"features": features, "classes": classes, "seed": seed}
-        _check_size(kind, vertices, scale)
+        draws: dict[str, Any] = {
+            "features": contents.features,
+            "classes": contents.classes,
+            "seed": contents.seed,
+        }
+        _check_size(kind, size)
         if kind == "rmat":
-            assert scale is not None
-            stream = generators.rmat(scale, edge_count, **draws)
+            assert size.scale is not None
+            stream = generators.rmat(size.scale, edge_count, **draws)
         elif kind == "blocks":
-            vertex_count = parse_count(vertices)
-            stream = generators.blocks(vertex_count, edge_count, within=within, **draws)
+            vertex_count = parse_count(size.vertices)
+            stream = generators.blocks(vertex_count, edge_count, within=contents.within, **draws)
         else:
-            stream = generators.erdos_renyi(parse_count(vertices), edge_count, **draws)
+            stream = generators.erdos_renyi(parse_count(size.vertices), edge_count, **draws)
         if undirected:
             stream = stream.with_reverse_edges()
         with progress() as report:
@@ -169,20 +188,18 @@ def generate(
         err.print(f"{graph}, written to {output}", markup=False, soft_wrap=True)
 
 
-def _check_size(kind: str, vertices: str, scale: int | None) -> None:
+def _check_size(kind: str, size: _Size) -> None:
     """GraphError for an unknown generator, or a size in the wrong option."""
     if kind not in ("rmat", "erdos-renyi", "blocks"):
         raise GraphError(f"{kind!r} is no generator: use rmat, erdos-renyi or blocks.")
-    if kind == "rmat" and (scale is None or vertices):
+    if kind == "rmat" and (size.scale is None or size.vertices):
         raise GraphError(
             "An rmat graph has 2^scale vertices: give --scale, such as 20 for a million, and "
-            "remove "
-            "--vertices."
+            "remove --vertices."
         )
-    if kind != "rmat" and (scale is not None or not vertices):
+    if kind != "rmat" and (size.scale is not None or not size.vertices):
         raise GraphError(
-            f"A graph of kind {kind} has any number of vertices: give --vertices, such as 10000, "
-            "and "
+            f"A graph of kind {kind} has any number of vertices: give --vertices, such as 10000, and "
             "remove --scale."
         )
 
@@ -247,27 +264,67 @@ def info(file: GraphFile, as_json: Json = False) -> None:
             out.print(facts_table(facts))
 
 
-@app.command()
+@dataclass(frozen=True)
+class _Network:
+    """A network and its optimizer, as described on the command line."""
+
+    model: Model = "gcn"
+    hidden: Hidden = 16
+    layers: Layers = 2
+    dropout: Dropout = 0.5
+    rate: Rate = 0.01
+    decay: Decay = 5e-4
+    seed: Seed = 0
+
+    def compiled(self, classes: int) -> Any:
+        """A new Keras model with weights drawn from the seed."""
+        import keras
+
+        from partita.gnn.nn.models import MODELS
+
+        if self.model not in MODELS:
+            raise GraphError(f"{self.model!r} is no model: use {', '.join(MODELS)}.")
+        keras.utils.set_random_seed(self.seed)
+        model: Any = MODELS[self.model](
+            hidden=self.hidden,
+            classes=classes,
+            layers=self.layers,
+            dropout=self.dropout,
+            l2=self.decay,
+        )
+        model.compile(keras.optimizers.Adam(self.rate), metrics=["accuracy"])
+        return model
+
+
+@dataclass(frozen=True)
+class _Split:
+    """The devices, and the part of the graph of each."""
+
+    devices: Devices = 1
+    processes: Processes = 1
+    partition: Partition = "edges"
+    columns: Columns = None
+    order: Order = None
+    memory: Memory = None
+
+
+@dataclass(frozen=True)
+class _Saving:
+    """The files of a training."""
+
+    save: Save = None
+    checkpoint: CheckpointFolder = None
+    every: Every = 1
+
+
+@command(app)
 def train(
     file: TrainingFile,
-    model: Model = "gcn",
-    hidden: Hidden = 16,
-    layers: Layers = 2,
+    network: _Network,
+    split: _Split,
+    saving: _Saving,
     epochs: Epochs = 200,
-    dropout: Dropout = 0.5,
-    rate: Rate = 0.01,
-    decay: Decay = 5e-4,
     normalise: Normalise = False,
-    devices: Devices = 1,
-    processes: Processes = 1,
-    partition: Partition = "edges",
-    columns: Columns = None,
-    order: Order = None,
-    memory: Memory = None,
-    seed: Seed = 0,
-    save: Save = None,
-    checkpoint: CheckpointFolder = None,
-    every: Every = 1,
     as_json: Json = False,
 ) -> None:
     """Train a graph network on a whole graph.
@@ -287,32 +344,33 @@ def train(
     Example: partita gnn train cora.npz --normalise --epochs 200 --devices 4
     """
     with errors():
+        save = saving.save
         if save is not None and save.suffix != ".keras":
             raise GraphError(
                 f"{save.name!r} does not end in .keras: call it {save.stem + '.keras'!r}."
             )
-        run_in_processes(processes, devices if devices > 1 else None)
+        devices = split.devices
+        run_in_processes(split.processes, devices if devices > 1 else None)
         if os.environ.get("PARTITA_LAUNCHED"):
             keep_stdout()
         is_first = join_processes()
         graph = _open_for_training(file, devices, normalise)
-        network = _Network(model, hidden, layers, dropout, rate, decay, seed)
         trained = network.compiled(max(1, graph.classes))
         with progress() as report:
             trained.fit(
                 graph,
                 epochs,
-                callbacks=_callbacks(checkpoint, every, epochs, report),
+                callbacks=_callbacks(saving, epochs, report),
                 verbose=0,
                 devices=devices,
-                partition=partition,
-                columns=columns,
-                order=order,
-                memory=memory,
+                partition=split.partition,
+                columns=split.columns,
+                order=split.order,
+                memory=split.memory,
             )
         from partita.gnn.train import trained_facts
 
-        facts = {"model": model, **trained_facts(trained, graph)}
+        facts = {"model": network.model, **trained_facts(trained, graph)}
         if not is_first:
             return
         if save is not None:
@@ -336,41 +394,7 @@ def _open_for_training(file: Path, devices: int, normalise: bool) -> Any:
     return gnn.normalised(graph) if normalise else graph
 
 
-@dataclass(frozen=True)
-class _Network:
-    """A network and its optimizer, as described on the command line."""
-
-    model: str
-    hidden: int
-    layers: int
-    dropout: float
-    rate: float
-    decay: float
-    seed: int
-
-    def compiled(self, classes: int) -> Any:
-        """A new Keras model with weights drawn from the seed."""
-        import keras
-
-        from partita.gnn.nn.models import MODELS
-
-        if self.model not in MODELS:
-            raise GraphError(f"{self.model!r} is no model: use {', '.join(MODELS)}.")
-        keras.utils.set_random_seed(self.seed)
-        model: Any = MODELS[self.model](
-            hidden=self.hidden,
-            classes=classes,
-            layers=self.layers,
-            dropout=self.dropout,
-            l2=self.decay,
-        )
-        model.compile(keras.optimizers.Adam(self.rate), metrics=["accuracy"])
-        return model
-
-
-def _callbacks(
-    checkpoint: Path | None, every: int, epochs: int, report: Callable[..., None]
-) -> list[Any]:
+def _callbacks(saving: _Saving, epochs: int, report: Callable[..., None]) -> list[Any]:
     """Keras callbacks: progress, and before it checkpoints if they are requested."""
     import keras
 
@@ -378,11 +402,11 @@ def _callbacks(
         report("training", epoch + 1, epochs)
 
     progress_callback = keras.callbacks.LambdaCallback(on_epoch_end=report_epoch)
-    if checkpoint is None:
+    if saving.checkpoint is None:
         return [progress_callback]
     from partita.keras.checkpoint import Checkpoint
 
-    return [Checkpoint(checkpoint, every=every), progress_callback]
+    return [Checkpoint(saving.checkpoint, every=saving.every), progress_callback]
 
 
 @app.command("partition")
