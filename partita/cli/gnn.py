@@ -199,8 +199,8 @@ def _check_size(kind: str, size: _Size) -> None:
         )
     if kind != "rmat" and (size.scale is not None or not size.vertices):
         raise GraphError(
-            f"A graph of kind {kind} has any number of vertices: give --vertices, such as 10000, and "
-            "remove --scale."
+            f"A graph of kind {kind} has any number of vertices: give --vertices, such as 10000, "
+            "and remove --scale."
         )
 
 
