@@ -1,7 +1,8 @@
-"""The devices at hand, as a Machine to plan for; and a CPU that stands for several of them.
+"""The local devices as a Machine to plan for, and a CPU as several virtual devices.
 
-Only what JAX and the operating system report is measured here: how many devices, of which kind, with how much memory. Rates
-and links are those of the preset of that kind. A kind without a preset gets a generic accelerator, all of it assumed.
+JAX and the operating system report the number of devices, their kind and their memory. Rates and
+links are those of the preset of that kind. A kind without a preset gets a generic accelerator,
+whose figures are all assumed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -29,7 +29,7 @@ PRESETS = (
     (r"K80", "k80-cluster"),
     (r"TPU v5 ?(e|lite)", "tpu-v5e"),
 )
-"""What JAX calls a kind of device, and the preset that describes it."""
+"""(pattern of JAX's name for a kind of device, preset of that kind)."""
 
 GENERIC = """
 name = "generic"
@@ -62,8 +62,14 @@ promotes_16_bit_all_reduce = false
 """
 
 
+# Parameters of glibc's mallopt(3).
+TRIM_THRESHOLD = -1
+MMAP_MAX = -4
+ARENA_MAX = -8
+
+
 def detect(devices: int | None = None) -> Machine:
-    """The machine that JAX runs on here, or `devices` of its devices, with what was measured of it."""
+    """The machine that JAX runs on here, or `devices` of its devices, with its measured figures."""
     from partita.execute.calibrate import calibrated
 
     machine = at_hand(devices)
@@ -71,44 +77,51 @@ def detect(devices: int | None = None) -> Machine:
 
 
 def at_hand(devices: int | None = None) -> Machine:
-    """The machine that JAX runs on here as it is before anything was measured."""
-    found: list[Any] = jax.devices()
-    count = len(found) if devices is None else devices
-    if count > len(found):
-        kind = found[0].platform.upper()
-        more = f" Start with more: partita run --devices {count}, or call request_cpu_devices({count}) before JAX starts."
+    """The machine that JAX runs on here, or `devices` of its devices, without measured figures."""
+    local_devices = jax.devices()
+    count = len(local_devices) if devices is None else devices
+    first = local_devices[0]
+    if count > len(local_devices):
+        platform = first.platform.upper()
+        fix = "Use fewer."
+        if platform == "CPU":
+            fix = (
+                f"Start with more: partita run --devices {count}, "
+                f"or call request_cpu_devices({count}) before JAX starts."
+            )
         raise MachineError(
-            f"{count} devices are asked for, and JAX has {len(found)} ({kind}).{more if kind == 'CPU' else ' Ask for fewer.'}"
+            f"Cannot use {count} devices: JAX has {len(local_devices)} ({platform}). {fix}"
         )
-    if found[0].platform == "cpu":
-        if count > 1:
-            keep_freed_memory()
-        who = group()
-        here = (
-            count
-            if os.environ.get("PARTITA_LAUNCHED")
-            else jax.local_device_count() * (who.here if who is not None else 1)
-        )
-        machine = host(count, host_memory_bytes() * count // min(here, count))
-        return (
-            machine
-            if alone()
-            else replace(machine, backend=replace(machine.backend, combines=False))
-        )
-    return accelerator(
-        found[0].device_kind, count, ((found[0].memory_stats() or {}).get("bytes_limit"))
-    )
+    if first.platform == "cpu":
+        return _cpu(count)
+    memory = first.memory_stats() or {}
+    return accelerator(first.device_kind, count, memory.get("bytes_limit"))
+
+
+def _cpu(count: int) -> Machine:
+    """This host as `count` virtual devices, over all processes."""
+    if count > 1:
+        keep_freed_memory()
+    if os.environ.get("PARTITA_LAUNCHED"):
+        devices_here = count
+    else:
+        membership = group()
+        processes_here = membership.local_count if membership is not None else 1
+        devices_here = jax.local_device_count() * processes_here
+    machine = host(count, host_memory_bytes() * count // min(devices_here, count))
+    if alone():
+        return machine
+    return replace(machine, backend=replace(machine.backend, combines=False))
 
 
 def accelerator(kind: str, count: int, memory_bytes: int | None) -> Machine:
-    """The machine of `count` accelerators that JAX calls `kind`, with the memory that JAX says it may use."""
-    preset = next(
-        (name for pattern, name in PRESETS if re.search(pattern, kind, re.IGNORECASE)), None
-    )
+    """The machine of `count` accelerators of a kind, as JAX names it, with the memory that JAX may
+    use.
+    """
+    preset = _preset_of(kind)
     if preset is None:
-        machine = replace(read(GENERIC, "a generic machine"), name=f"{kind}:{count}").with_devices(
-            count
-        )
+        generic = replace(read(GENERIC, "a generic machine"), name=f"{kind}:{count}")
+        machine = generic.with_devices(count)
     elif preset.endswith("-cluster"):
         machine = load(preset).with_devices(count)
     else:
@@ -116,23 +129,30 @@ def accelerator(kind: str, count: int, memory_bytes: int | None) -> Machine:
     if memory_bytes is None:
         return machine
     memory = machine.device.memories[0]
-    where = f"device.memory.{memory.name}.capacity"
-    return machine.revised(
-        {where: memory_bytes * memory.shared_by}, f"what JAX may use of a {kind}"
-    )
+    capacity = f"device.memory.{memory.name}.capacity"
+    source = f"what JAX may use of a {kind}"
+    return machine.revised({capacity: memory_bytes * memory.shared_by}, source)
+
+
+def _preset_of(kind: str) -> str | None:
+    for pattern, preset in PRESETS:
+        if re.search(pattern, kind, re.IGNORECASE):
+            return preset
+    return None
 
 
 def host_memory_bytes() -> int:
-    """Memory of this host in bytes, or of the control group that this process is in where that is less."""
+    """Memory of this host in bytes, or of this process's control group if that is less."""
     limits = []
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         text = _text(path).strip()
         if text.isdigit():
             limits.append(int(text))
     total = re.search(r"MemTotal:\s*(\d+) kB", _text("/proc/meminfo"))
-    limits.append(
-        int(total[1]) * 1024 if total else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
+    if total:
+        limits.append(int(total[1]) * 1024)
+    else:
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return min(limits)
 
 
@@ -144,53 +164,65 @@ def _text(path: str) -> str:
 
 
 def request_cpu_devices(count: int) -> None:
-    """Makes JAX's CPU stand for `count` devices of one thread each; MachineError where JAX has already started with fewer.
+    """Makes JAX's CPU `count` virtual devices of one thread each. MachineError if JAX has started
+    with fewer.
 
-    Call it before the first JAX computation. Where JAX runs on accelerators, this changes nothing about them.
+    Call it before the first JAX computation. It does not change accelerators.
     """
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
-        have = len(jax.devices("cpu"))
-        if have < count:
+        started = len(jax.devices("cpu"))
+        if started < count:
+            devices = "device" if started == 1 else "devices"
             raise MachineError(
-                f"JAX has already started with {have} CPU device{'s' if have > 1 else ''}, and {count} are needed. Ask before the "
-                f"first computation, or start Python with XLA_FLAGS=--xla_force_host_platform_device_count={count} NPROC=1."
+                f"JAX has already started with {started} CPU {devices}, and {count} are needed. "
+                "Request them before the first computation, or start Python with "
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={count} NPROC=1."
             ) from None
         return
     os.environ["NPROC"] = "1"  # XLA reads it when it starts: one thread per device
 
 
 def keep_freed_memory() -> bool:
-    """Lets the C library keep what XLA frees on a CPU, instead of giving it back to the system; whether it could be told.
+    """Lets the C library keep memory that XLA frees on a CPU, instead of returning it to the
+    system; whether that worked.
 
-    XLA allocates a step's temporary values as a whole at each step. glibc maps what is larger than 32 MiB anew every time, and the
-    system then clears it page by page: up to a third of a training step (`docs/execute.md`). The settings are those of mallopt(3):
-    no mapping, no trimming, one arena. Threads then wait for each other's small allocations, some 25 us of a step, so for a device alone
-    nothing is changed. `PARTITA_RETURN_MEMORY=1` leaves the C library alone.
+    XLA allocates the temporary values of a step as one block in every step. glibc maps a block
+    larger than 32 MiB anew each time, and the system then clears it page by page: up to a third of
+    a training step (`docs/execute.md`). The settings are those of mallopt(3): no mapping, no
+    trimming, one arena. Threads then wait for each other's small allocations, about 25 us of a
+    step, so one device alone keeps its settings. `PARTITA_RETURN_MEMORY=1` leaves the C library
+    alone.
     """
     if os.environ.get("PARTITA_RETURN_MEMORY", "0") != "0":
         return False
-    trim_threshold, mmap_max, arena_max = -1, -4, -8
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc
         return False
-    return all([mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1), mallopt(arena_max, 1)])
+    return all(
+        [
+            mallopt(MMAP_MAX, 0),
+            mallopt(TRIM_THRESHOLD, 2**31 - 1),
+            mallopt(ARENA_MAX, 1),
+        ]
+    )
 
 
 def start_host_devices(count: int | None = None) -> None:
-    """Before JAX starts: a CPU stands for `count` devices, else for as many as the environment says, else for one per core.
+    """Sets up virtual CPU devices before JAX starts: `count`, else the number that the environment
+    sets, else one per core.
 
-    Where JAX has started already, its devices are what there is.
+    If JAX has started already, its devices stay.
     """
     if count != 1 or group() is not None:
         keep_freed_memory()
-    said = getattr(
-        jax.config, "jax_num_cpu_devices", -1
-    ) != -1 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if count is not None:
         request_cpu_devices(count)
-    elif not said:
+        return
+    configured = getattr(jax.config, "jax_num_cpu_devices", -1) != -1
+    flags = os.environ.get("XLA_FLAGS", "")
+    if not configured and "host_platform_device_count" not in flags:
         with contextlib.suppress(MachineError):
             request_cpu_devices(os.cpu_count() or 1)

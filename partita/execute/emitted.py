@@ -1,10 +1,10 @@
-"""What the compiler emitted: the collectives of a compiled step, read from its text."""
+"""The collectives and the peak memory of a compiled step, read from the compiled program."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,25 +39,39 @@ HLO_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Emitted:
-    """One collective of the compiled program. `nbytes` is per device: the result of an all-gather, else the operand."""
+    """One collective of the compiled program."""
 
     kind: str
     nbytes: int
+    """Bytes per device: the result of an all-gather, else the operand."""
     group: int
+    """Number of devices in a replica group."""
     trips: int
+    """Repetitions in a step."""
     path: str
+    """Path of its layer."""
     name: str
+    """Its name in the program."""
 
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_LOOP_BODY = re.compile(r"body=%?([\w.\-]+)")
+_TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_CALLED = re.compile(
+    r"(?:to_apply|calls|called_computations=\{|true_computation|false_computation)=?%?([\w.\-]+)"
+)
+_CALLS = ("call", "conditional", "fusion", "async-start")
 
 
 def emitted(text: str) -> list[Emitted]:
-    """The collectives in a compiled program's text, those in loops with the loops' trip counts."""
+    """The collectives in the text of a compiled program, those in loops with the trip counts."""
     computations: dict[str, list[str]] = {}
-    current = entry = ""
+    current = ""
+    entry = ""
     for line in text.splitlines():
         match = _COMPUTATION.match(line)
         if match and not line.startswith(" "):
@@ -70,61 +84,69 @@ def emitted(text: str) -> list[Emitted]:
     return list(_collectives(computations, entry, 1))
 
 
-def _collectives(computations: dict[str, list[str]], name: str, trips: int) -> Iterator[Emitted]:
+def _collectives(
+    computations: Mapping[str, Sequence[str]], computation: str, trips: int
+) -> Iterator[Emitted]:
+    """The collectives of a computation that runs `trips` times, and of those that it calls."""
     names: dict[str, str] = {}
-    for line in computations.get(name, ()):
+    for line in computations.get(computation, ()):
         match = _INSTRUCTION.match(line)
         if not match:
             continue
         opcode = match.group(3)
-        own = re.search(r'op_name="([^"]*)"', line)
-        names[match.group(1)] = own.group(1) if own else ""
+        op_name = _OP_NAME.search(line)
+        names[match.group(1)] = op_name.group(1) if op_name else ""
         kind = KINDS.get(opcode.removesuffix("-start"))
         if kind:
-            yield from _parts(line, match, kind, names, trips)
+            yield from _tensors(line, match, kind, names, trips)
         elif opcode == "while":
-            body = re.search(r"body=%?([\w.\-]+)", line)
-            count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            body = _LOOP_BODY.search(line)
+            count = _TRIP_COUNT.search(line)
             if body:
-                yield from _collectives(
-                    computations, body.group(1), trips * (int(count.group(1)) if count else 1)
-                )
-        elif opcode in ("call", "conditional", "fusion", "async-start"):
-            for called in re.findall(
-                r"(?:to_apply|calls|called_computations=\{|true_computation|false_computation)=?%?([\w.\-]+)",
-                line,
-            ):
+                loop_trips = int(count.group(1)) if count else 1
+                yield from _collectives(computations, body.group(1), trips * loop_trips)
+        elif opcode in _CALLS:
+            for called in _CALLED.findall(line):
                 yield from _collectives(computations, called, trips)
 
 
-def _parts(
-    line: str, match: re.Match[str], kind: str, names: dict[str, str], trips: int
+def _tensors(
+    line: str,
+    match: re.Match[str],
+    kind: str,
+    names: Mapping[str, str],
+    trips: int,
 ) -> Iterator[Emitted]:
-    """One entry per tensor of a collective: XLA combines several into one, whose name then says little; that of its operand does."""
-    own, group = names[match.group(1)], _group(line)
+    """An entry per tensor of a collective.
+
+    XLA combines several into one, so the name is that of the operand.
+    """
+    name = names[match.group(1)]
+    group = _group(line)
     shapes = _SHAPE.findall(match.group(2))
-    operands = re.findall(r"%([\w.\-]+)", line[match.end() : line.index(")", match.end())])
     if match.group(3).endswith("-start"):
-        size = (
-            max(_nbytes(*s) for s in shapes)
-            if len(shapes) <= 2
-            else sum(_nbytes(*s) for s in shapes) // 2
-        )
-        yield Emitted(kind, size, group, trips, layer_path(own), own)
+        sizes = [_nbytes(*shape) for shape in shapes]
+        # The result of a start has its operands and its results.
+        nbytes = max(sizes) if len(sizes) <= 2 else sum(sizes) // 2
+        yield Emitted(kind, nbytes, group, trips, layer_path(name), name)
         return
+    operands = _OPERAND.findall(line[match.end() : line.index(")", match.end())])
+    combined = len(shapes) == len(operands) > 1
     for position, shape in enumerate(shapes):
-        source = names.get(operands[position], "") if len(shapes) == len(operands) > 1 else ""
-        full = source or own
-        yield Emitted(kind, _nbytes(*shape), group, trips, layer_path(full), full)
+        tensor_name = name
+        if combined:
+            tensor_name = names.get(operands[position], "") or name
+        path = layer_path(tensor_name)
+        yield Emitted(kind, _nbytes(*shape), group, trips, path, tensor_name)
 
 
 def _nbytes(dtype: str, dims: str) -> int:
-    return math.prod(int(d) for d in dims.split(",") if d) * ITEMSIZE.get(
-        HLO_DTYPES.get(dtype, ""), 4
-    )
+    size = math.prod(int(dim) for dim in dims.split(",") if dim)
+    return size * ITEMSIZE.get(HLO_DTYPES.get(dtype, ""), 4)
 
 
 def _group(line: str) -> int:
+    """Number of devices in a replica group of a collective; 2 for a permute."""
     match = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
     if match:
         return int(match.group(2))
@@ -136,11 +158,13 @@ def _group(line: str) -> int:
 
 
 def peak_bytes(compiled: Any) -> int:
-    """Peak memory per device by the compiler's own account: arguments, outputs and temporaries, aliases counted once."""
-    m = compiled.memory_analysis()
+    """Peak memory per device by the compiler: arguments, outputs and temporaries, aliases counted
+    once.
+    """
+    analysis = compiled.memory_analysis()
     return int(
-        m.argument_size_in_bytes
-        + m.output_size_in_bytes
-        + m.temp_size_in_bytes
-        - m.alias_size_in_bytes
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        + analysis.temp_size_in_bytes
+        - analysis.alias_size_in_bytes
     )

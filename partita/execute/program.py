@@ -21,26 +21,30 @@ from partita.plans.plan import Mesh, Plan
 
 
 def device_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The plan's logical mesh over real devices, in their order."""
-    devices = list(jax.devices() if devices is None else devices)[: mesh.size]
+    """A plan's mesh over devices (default: JAX's), in their order."""
+    if devices is None:
+        devices = jax.devices()
     shape = mesh.sizes or (1,)
-    names = tuple(a.name for a in mesh.axes) or ("a",)
+    names = tuple(axis.name for axis in mesh.axes) or ("a",)
     return jax.sharding.Mesh(
-        np.array(devices, dtype=object).reshape(shape),
+        np.array(list(devices)[: mesh.size], dtype=object).reshape(shape),
         names,
         axis_types=(AxisType.Auto,) * len(names),
     )
 
 
-def named(sharding: Sharding, mesh: Mesh, devices: jax.sharding.Mesh) -> NamedSharding:
-    return NamedSharding(
-        devices, PartitionSpec(*(tuple(mesh.axes[a].name for a in dim) or None for dim in sharding))
-    )
+def named_sharding(sharding: Sharding, mesh: Mesh, devices: jax.sharding.Mesh) -> NamedSharding:
+    """A sharding over axes of `mesh`, as JAX's over the same mesh of devices."""
+    dims = []
+    for axes in sharding:
+        names = tuple(mesh.axes[axis].name for axis in axes)
+        dims.append(names or None)
+    return NamedSharding(devices, PartitionSpec(*dims))
 
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """A step that runs as planned: `step(state, batch) -> (outputs, state)`, its state donated."""
+    """A step that runs as planned: `step(state, batch) -> (outputs, state)`."""
 
     step: Any
     captured: Captured
@@ -48,50 +52,76 @@ class PlannedStep:
     layout: Layout
     mesh: jax.sharding.Mesh
     state_shardings: Any
+    """A sharding for every leaf of the state."""
     batch_shardings: Any
+    """A sharding for every leaf of the batch."""
 
     def lower(self) -> Any:
+        """The lowered step, ready to compile."""
         return self.step.lower(self.captured.state, self.captured.batch)
 
     def place_state(self, state: Any) -> Any:
+        """The state on the devices, as the step takes it."""
         return put(state, self.state_shardings)
 
     def place_batch(self, batch: Any) -> Any:
+        """The batch on the devices, as the step takes it."""
         return put(batch, self.batch_shardings)
 
 
 def planned_step(
     captured: Captured, plan: Plan, devices: Sequence[Any] | None = None, donate: bool = True
 ) -> PlannedStep:
-    """The captured step, annotated with the plan and ready to compile for the devices (default: the first ones of JAX).
+    """The captured step, annotated with a plan and ready to compile for devices (default: the first
+    ones of JAX).
 
-    `donate`: the step may take the old state's memory for the new one, and the old one is gone after it.
+    With `donate` the step reuses the memory of the old state, which is then gone.
     """
     graph = captured.graph
     check(plan, graph)
     if not runnable(plan):
         raise PlanError(
-            f"The plan '{plan.name}' places operators on parts of the machine, or cuts the step into stages, microbatches or recomputed runs, which can be planned and simulated, and not yet run. "
-            "Plan for the devices at hand, or with --no-stages."
+            f"The plan '{plan.name}' has placed operators, stages, microbatches or "
+            "rematerialization, which can be planned and simulated, and not yet run. "
+            "Plan for the local devices, or with --no-stages."
         )
-    where = layout_of(graph, plan)
+    layout = layout_of(graph, plan)
     mesh = device_mesh(plan.mesh, devices)
-    text = Text.of(
-        captured.text, annotate(captured.text.mlir_module_serialized, graph, plan.mesh, where)
-    )
-    position = {kept: n for n, kept in enumerate(text.module_kept_var_idx)}
-    leaves, tree = jax.tree.flatten((captured.state, captured.batch))
-    shardings = [
-        named(where.shardings[position[i]], plan.mesh, mesh)
-        if i in position
-        else NamedSharding(mesh, PartitionSpec())
-        for i in range(len(leaves))
-    ]
-    state_shardings, batch_shardings = jax.tree.unflatten(tree, shardings)
+    module = captured.text.mlir_module_serialized
+    text = Text.of(captured.text, annotate(module, graph, plan.mesh, layout))
+    state_shardings, batch_shardings = _argument_shardings(captured, text, plan, layout, mesh)
     step = jax.jit(
         text.call,
         in_shardings=(state_shardings, batch_shardings),
         out_shardings=(None, state_shardings),
         donate_argnums=0 if donate else (),
     )
-    return PlannedStep(step, captured, plan, where, mesh, state_shardings, batch_shardings)
+    return PlannedStep(
+        step=step,
+        captured=captured,
+        plan=plan,
+        layout=layout,
+        mesh=mesh,
+        state_shardings=state_shardings,
+        batch_shardings=batch_shardings,
+    )
+
+
+def _argument_shardings(
+    captured: Captured,
+    text: Text,
+    plan: Plan,
+    layout: Layout,
+    mesh: jax.sharding.Mesh,
+) -> tuple[Any, Any]:
+    """Shardings of state and batch; leaves that the step does not read are replicated."""
+    tensor_of_leaf = {leaf: tensor for tensor, leaf in enumerate(text.module_kept_var_idx)}
+    leaves, tree = jax.tree.flatten((captured.state, captured.batch))
+    shardings = []
+    for leaf in range(len(leaves)):
+        if leaf in tensor_of_leaf:
+            sharding = layout.shardings[tensor_of_leaf[leaf]]
+            shardings.append(named_sharding(sharding, plan.mesh, mesh))
+        else:
+            shardings.append(NamedSharding(mesh, PartitionSpec()))
+    return jax.tree.unflatten(tree, shardings)

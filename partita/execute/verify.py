@@ -1,12 +1,13 @@
-"""The compiler's own word on a planned step, next to what was planned; and the step next to itself on one device.
+"""Verification of a planned step: against the compiled program, and against one device.
 
-`verify` reads the compiled program before anything has run: memory, collectives, FLOPs. `compare_steps` runs one step twice.
+`verify` compares the plan with the compiled program before the first step: memory, collectives,
+FLOPs. `compare_steps` runs one step as planned and on one device, and compares all values.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,68 +20,88 @@ from partita.cost.memory import memory
 from partita.cost.work import local_flops
 from partita.errors import MemoryBudgetError
 from partita.execute.devices import detect
-from partita.execute.emitted import emitted, peak_bytes
+from partita.execute.emitted import Emitted, emitted, peak_bytes
 from partita.execute.program import PlannedStep
 from partita.units import format_bytes, format_flops
 
 TOLERANCE = 0.01
-"""Collectives of a kind differ where their bytes do by more than this part of all planned ones."""
+"""Largest difference of the bytes of one kind of collective, as a fraction of all planned bytes."""
+SHOWN_LAYERS = 3
+"""Layers that are listed if the bytes of a kind differ."""
+SHOWN_VALUES = 5
+"""Values that are listed after a comparison with one device."""
+FLOPS_IN_LOOPS = 0.01
+"""Largest fraction of FLOPs in loops with which the compiler's count is compared: it counts a
+loop's body once.
+"""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one kind of collective moves per device and step, and the layers where the two accounts differ most."""
+    """Bytes of one kind of collective, per device and step."""
 
     kind: str
     planned: int
     emitted: int
     layers: tuple[tuple[str, int, int], ...] = ()
-    """(layer path, planned, emitted), largest difference first; empty where the totals agree."""
+    """(layer path, planned, emitted), largest difference first; empty if the totals agree."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The compiler's figures for one device, against the device and the plan. `ok` where the collectives are the planned ones."""
+    """The compiled program of a step beside the plan, per device."""
 
     peak_bytes: int
+    """Peak memory by the compiler."""
     capacity_bytes: int | None
+    """Memory of a device, None if it is unknown."""
     traffic: tuple[Traffic, ...]
     compiled_flops: float | None
+    """None if the compiler does not count them."""
     planned_flops: float | None
     notes: tuple[str, ...] = ()
-    """What else was compared, as lines."""
+    """Further comparisons, as lines of text."""
 
     @property
     def measured(self) -> dict[str, Any]:
-        """The compiler's figures of a device as a report takes them: peak bytes, bytes by collective, FLOPs where they are counted."""
-        found: dict[str, Any] = {
+        """The compiler's figures of a device for a report: peak bytes, bytes by collective, FLOPs
+        if they are counted.
+        """
+        figures: dict[str, Any] = {
             "peak_bytes": self.peak_bytes,
-            "traffic_bytes": {t.kind: t.emitted for t in self.traffic},
+            "traffic_bytes": {traffic.kind: traffic.emitted for traffic in self.traffic},
         }
-        return found if self.compiled_flops is None else found | {"flops": self.compiled_flops}
+        if self.compiled_flops is not None:
+            figures["flops"] = self.compiled_flops
+        return figures
 
     @property
     def ok(self) -> bool:
-        return not any(t.layers for t in self.traffic)
+        """Whether the collectives are the planned ones."""
+        return not any(traffic.layers for traffic in self.traffic)
 
     def __str__(self) -> str:
-        of = f" of {format_bytes(self.capacity_bytes)}" if self.capacity_bytes else ""
-        lines = [f"memory by the compiler: {format_bytes(self.peak_bytes)}{of} a device"]
-        for t in self.traffic:
-            lines.append(
-                f"{t.kind}: {format_bytes(t.planned)} planned, {format_bytes(t.emitted)} emitted"
-            )
-            lines += [
-                f"  {path or '(no layer)'}: {format_bytes(a)} planned, {format_bytes(b)} emitted"
-                for path, a, b in t.layers
-            ]
+        memory_line = f"memory per device, by the compiler: {format_bytes(self.peak_bytes)}"
+        if self.capacity_bytes:
+            memory_line += f" of {format_bytes(self.capacity_bytes)}"
+        lines = [memory_line]
+        for traffic in self.traffic:
+            lines.append(f"{traffic.kind}: {_planned_emitted(traffic.planned, traffic.emitted)}")
+            for path, planned, emitted_bytes in traffic.layers:
+                lines.append(
+                    f"  {path or '(no layer)'}: {_planned_emitted(planned, emitted_bytes)}"
+                )
         if not self.traffic:
-            lines.append("no collectives, planned or emitted")
+            lines.append("collectives: none planned, none emitted")
         if self.compiled_flops is not None and self.planned_flops is not None:
-            lines.append(
-                f"work a device: {format_flops(self.planned_flops)} planned, {format_flops(self.compiled_flops)} compiled"
-            )
+            planned_text = format_flops(self.planned_flops)
+            compiled_text = format_flops(self.compiled_flops)
+            lines.append(f"work per device: {planned_text} planned, {compiled_text} compiled")
         return "\n".join([*lines, *self.notes])
+
+
+def _planned_emitted(planned: int, emitted_bytes: int) -> str:
+    return f"{format_bytes(planned)} planned, {format_bytes(emitted_bytes)} emitted"
 
 
 def verify(
@@ -90,54 +111,86 @@ def verify(
     capacity_bytes: int | None,
     flops: float | None,
 ) -> Verification:
-    """What the compiler says of a step. MemoryBudgetError if it needs more than `capacity_bytes` of a device.
+    """The compiled program of a step beside the plan. MemoryBudgetError if it needs more than
+    `capacity_bytes` of a device.
 
-    `flops` are those planned for one device. The compiler counts a loop's body once, so a step that computes mostly in loops
-    is not compared.
+    `expected` are the planned collectives, `flops` the planned FLOPs of one device. A step that
+    computes mostly in loops has no FLOPs to compare, because the compiler counts a loop's body
+    once.
     """
     peak = peak_bytes(compiled)
+    graph = step.captured.graph
     if capacity_bytes is not None and peak > capacity_bytes:
-        graph, mesh = step.captured.graph, step.plan.mesh
-        excess = peak / max(1, memory(graph, mesh, step.layout, detect(mesh.size).backend).peak)
+        mesh = step.plan.mesh
+        predicted = memory(graph, mesh, step.layout, detect(mesh.size).backend).peak
         raise MemoryBudgetError(
-            f"The plan '{step.plan.name}' for {step.plan.graph} needs {format_bytes(peak)} of memory on every device by the "
-            f"compiler's account, and a device has {format_bytes(capacity_bytes)}. Use a smaller batch, more devices, or a plan "
-            "that splits variables (ZeRO-3).",
-            excess,
+            f"The plan '{step.plan.name}' for {step.plan.graph} needs {format_bytes(peak)} of "
+            f"memory on every device by the compiler's count, and a device has "
+            f"{format_bytes(capacity_bytes)}. Use a smaller batch, more devices, or a plan that "
+            "splits variables (ZeRO-3).",
+            peak / max(1, predicted),
         )
     cost = compiled.cost_analysis() or {}
-    graph = step.captured.graph
-    in_loops = sum(x.flops * x.trips for x in graph.instructions if x.trips > 1)
-    counted = cost.get("flops") if in_loops <= 0.01 * graph.flops else None
+    loop_flops = sum(x.flops * x.trips for x in graph.instructions if x.trips > 1)
+    compiled_flops = None
+    if loop_flops <= FLOPS_IN_LOOPS * graph.flops:
+        compiled_flops = cost.get("flops")
     return Verification(
-        peak, capacity_bytes, _traffic(expected, emitted(compiled.as_text())), counted, flops
+        peak_bytes=peak,
+        capacity_bytes=capacity_bytes,
+        traffic=_traffic(expected, emitted(compiled.as_text())),
+        compiled_flops=compiled_flops,
+        planned_flops=flops,
     )
 
 
-def _traffic(expected: Sequence[Collective], found: Sequence[Any]) -> tuple[Traffic, ...]:
-    planned: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    seen: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for c in expected:
-        planned[c.kind][c.path] += c.nbytes * c.trips
-    for e in found:
-        seen[e.kind][e.path] += e.nbytes * e.trips
-    everything = sum(sum(by_path.values()) for by_path in planned.values())
-    result = []
-    for kind in sorted({*planned, *seen}):
-        a, b = planned[kind], seen[kind]
-        totals = sum(a.values()), sum(b.values())
-        layers = [(p, a.get(p, 0), b.get(p, 0)) for p in {*a, *b} if a.get(p, 0) != b.get(p, 0)]
-        layers.sort(key=lambda x: (-abs(x[1] - x[2]), x[0]))
-        differ = abs(totals[0] - totals[1]) > TOLERANCE * everything
-        result.append(Traffic(kind, *totals, tuple(layers[:3]) if differ else ()))
-    return tuple(result)
+def _traffic(expected: Sequence[Collective], compiled: Sequence[Emitted]) -> tuple[Traffic, ...]:
+    """Bytes of every kind of collective, planned and compiled."""
+    planned_bytes = _bytes_by_kind(expected)
+    emitted_bytes = _bytes_by_kind(compiled)
+    all_planned = sum(sum(by_path.values()) for by_path in planned_bytes.values())
+    traffic = []
+    for kind in sorted({*planned_bytes, *emitted_bytes}):
+        planned = planned_bytes[kind]
+        of_program = emitted_bytes[kind]
+        planned_total = sum(planned.values())
+        emitted_total = sum(of_program.values())
+        layers: list[tuple[str, int, int]] = []
+        if abs(planned_total - emitted_total) > TOLERANCE * all_planned:
+            layers = _different_layers(planned, of_program)[:SHOWN_LAYERS]
+        traffic.append(Traffic(kind, planned_total, emitted_total, tuple(layers)))
+    return tuple(traffic)
+
+
+def _bytes_by_kind(
+    collectives: Sequence[Collective] | Sequence[Emitted],
+) -> dict[str, dict[str, int]]:
+    """Kind of collective -> layer path -> bytes."""
+    nbytes: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for collective in collectives:
+        nbytes[collective.kind][collective.path] += collective.nbytes * collective.trips
+    return nbytes
+
+
+def _different_layers(
+    planned: Mapping[str, int], of_program: Mapping[str, int]
+) -> list[tuple[str, int, int]]:
+    """(layer path, planned, emitted) of layers that differ, largest difference first."""
+    layers = []
+    for path in {*planned, *of_program}:
+        planned_bytes = planned.get(path, 0)
+        emitted_bytes = of_program.get(path, 0)
+        if planned_bytes != emitted_bytes:
+            layers.append((path, planned_bytes, emitted_bytes))
+    return sorted(layers, key=lambda layer: (-abs(layer[1] - layer[2]), layer[0]))
 
 
 def check_compiled(
     step: PlannedStep, compiled: Any, state: Any = None, batch: Any = None
 ) -> Verification:
-    """The standard check of every planned step before it first runs: `verify` against the devices at hand."""
-    graph, mesh = step.captured.graph, step.plan.mesh
+    """The check of every planned step before its first run: `verify` with the local devices."""
+    graph = step.captured.graph
+    mesh = step.plan.mesh
     machine = detect(mesh.size)
     expected = collectives(graph, mesh, step.layout, machine.backend)
     flops = local_flops(graph, mesh, step.layout, machine.backend)
@@ -145,22 +198,28 @@ def check_compiled(
 
 
 def check_and_compare(step: PlannedStep, compiled: Any, state: Any, batch: Any) -> Verification:
-    """The standard check, and one step run both on one device and as planned: the largest differences as notes."""
-    found = check_compiled(step, compiled)
-    differences = sorted(
-        compare_steps(step.captured, step, state, batch), key=lambda d: -d.relative
+    """`check_compiled`, and the largest differences of one step as planned and on one device, as
+    notes.
+    """
+    verification = check_compiled(step, compiled)
+    differences = compare_steps(step.captured, step, state, batch)
+    differences.sort(key=lambda difference: -difference.relative)
+    title = (
+        f"one step as planned and on one device: {len(differences)} values compared, "
+        "largest differences"
     )
-    said = f"one step on one device and as planned: {len(differences)} values compared, largest differences"
-    return replace(found, notes=(said, *(f"  {d}" for d in differences[:5])))
+    lines = [f"  {difference}" for difference in differences[:SHOWN_VALUES]]
+    return replace(verification, notes=(title, *lines))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a value of the planned step is from the same one on one device: largest absolute, and relative to its scale."""
+    """The largest difference between a value of the planned step and of one device."""
 
     name: str
     absolute: float
     relative: float
+    """Fraction of the largest value on one device."""
 
     def __str__(self) -> str:
         return (
@@ -171,41 +230,49 @@ class Difference:
 def compare_steps(
     captured: Captured, step: PlannedStep, state: Any, batch: Any
 ) -> list[Difference]:
-    """One step on one device and one as planned, from the same state and batch (both left as they are).
+    """The differences of one step on one device and one as planned, from the same state and batch,
+    which do not change.
 
-    One Difference for each log (loss, metrics) and each variable after the step, in the order of the program.
+    One for each log (loss, metrics) and each variable after the step, in the order of the program.
     """
     state, batch = jax.tree.map(lambda x: np.array(x, copy=True), (state, batch))
     device = step.mesh.devices.flat[0]
-    one = jax.jit(captured.text.call)(jax.device_put(state, device), jax.device_put(batch, device))
-    one = jax.tree.map(np.array, one)
-    planned = jax.tree.map(np.array, step.step(step.place_state(state), step.place_batch(batch)))
-    names = _state_names(captured)
-    found = []
-    for i, ((path, left), right) in enumerate(
-        zip(jax.tree_util.tree_flatten_with_path(one)[0], jax.tree.leaves(planned), strict=True)
+    run_on_one = jax.jit(captured.text.call)
+    on_one = run_on_one(jax.device_put(state, device), jax.device_put(batch, device))
+    on_one = jax.tree.map(np.array, on_one)
+    planned = step.step(step.place_state(state), step.place_batch(batch))
+    planned = jax.tree.map(np.array, planned)
+    leaves = jax.tree_util.tree_flatten_with_path(on_one)[0]
+    state_names = _state_names(captured)
+    first_state = len(leaves) - len(state_names)
+    differences = []
+    for i, ((path, expected), actual) in enumerate(
+        zip(leaves, jax.tree.leaves(planned), strict=True)
     ):
-        first = len(jax.tree.leaves(one)) - len(names)
-        name = (
-            names[i - first] if i >= first else "".join(str(getattr(k, "key", k)) for k in path[1:])
-        )
-        found.append(_difference(name, left, right))
-    return found
+        if i >= first_state:
+            name = state_names[i - first_state]
+        else:
+            name = "".join(str(getattr(key, "key", key)) for key in path[1:])
+        differences.append(_difference(name, expected, actual))
+    return differences
 
 
 def _state_names(captured: Captured) -> list[str]:
-    """The path of every leaf of the state; of those that the step does not read, their position."""
+    """The path of every leaf of the state; the position of one that the step does not read."""
     names = [f"state {i}" for i in range(len(jax.tree.leaves(captured.state)))]
-    kept = [i for i in captured.text.module_kept_var_idx if i < len(names)]
-    of_state = [a.path for a in captured.graph.arguments if a.role != "batch"]
-    for i, name in zip(kept, of_state, strict=True):
-        names[i] = name
+    read_positions = [i for i in captured.text.module_kept_var_idx if i < len(names)]
+    paths = [a.path for a in captured.graph.arguments if a.role != "batch"]
+    for i, path in zip(read_positions, paths, strict=True):
+        names[i] = path
     return names
 
 
-def _difference(name: str, left: np.ndarray, right: np.ndarray) -> Difference:
-    a, b = (np.asarray(x, dtype=np.float64) for x in (left, right))
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
-    absolute = float(np.max(np.where(same, 0.0, np.abs(a - b)), initial=0.0))
-    scale = float(np.max(np.abs(a), initial=0.0, where=np.isfinite(a)))
+def _difference(name: str, expected: np.ndarray, actual: np.ndarray) -> Difference:
+    expected = np.asarray(expected, dtype=np.float64)
+    actual = np.asarray(actual, dtype=np.float64)
+    both_nan = np.isnan(expected) & np.isnan(actual)
+    equal = (expected == actual) | both_nan
+    distance = np.where(equal, 0.0, np.abs(expected - actual))
+    absolute = float(np.max(distance, initial=0.0))
+    scale = float(np.max(np.abs(expected), initial=0.0, where=np.isfinite(expected)))
     return Difference(name, absolute, absolute / scale if scale else absolute)

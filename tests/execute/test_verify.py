@@ -59,9 +59,9 @@ def test_the_compiler_agrees_with_the_plan(data_parallel):
     assert (traffic.kind, traffic.planned) == ("all_reduce", 8 * 6 * 4 + 4)
     assert 16 * 8 * 4 / 4 + 8 * 6 * 4 <= found.peak_bytes < 2000
     text = str(found).splitlines()
-    assert text[0].endswith("of 1.0 MiB a device")
+    assert text[0].endswith("of 1.0 MiB")
     assert text[1] == "all_reduce: 196 B planned, 196 B emitted"
-    assert text[2].startswith("work a device: 400 FLOP planned, ")
+    assert text[2].startswith("work per device: 400 FLOP planned, ")
 
 
 def test_a_difference_names_its_layer(data_parallel):
@@ -142,7 +142,7 @@ def test_the_standard_check_reports_lines(data_parallel):
         )
     ).splitlines()
     assert (
-        lines[-3] == "one step on one device and as planned: 2 values compared, largest differences"
+        lines[-3] == "one step as planned and on one device: 2 values compared, largest differences"
     )
     assert lines[-1].endswith("of its largest value")
 

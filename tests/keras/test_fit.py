@@ -451,7 +451,7 @@ def test_what_the_compiler_refuses_is_planned_again_with_its_word():
     assert asked == [None, 1.5]
     assert said[:2] == [
         "The plan needs 9 GiB, and a device has 1 GiB. Planned again within that limit.",
-        "memory by the compiler: 1.0 MiB a device",
+        "memory per device, by the compiler: 1.0 MiB",
     ]
     assert attached(model).plan.name == "ZeRO-3"
 

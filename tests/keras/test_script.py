@@ -74,7 +74,7 @@ def test_a_script_trains_as_planned_and_everything_is_put_back(script):
     ((loss, devices, file, arguments),) = seen()
     assert (len(loss), devices, file, arguments) == (2, 4, str(path), [str(path), "--epochs", "2"])
     assert "all_reduce: 200 B planned, 200 B emitted" in said
-    assert any("one step on one device and as planned" in line for line in said)
+    assert any("one step as planned and on one device" in line for line in said)
     assert (sys.argv, sys.modules["__main__"], keras.Model.make_train_function) == (
         argv,
         main,
@@ -192,7 +192,7 @@ def test_devices_at_hand():
     assert detect(2).memory_bytes == pytest.approx(4 * machine.memory_bytes, rel=1e-6)
     with pytest.raises(
         PartitaError,
-        match=r"9 devices are asked for, and JAX has 8 \(CPU\). Start with more: partita run --devices 9",
+        match=r"Cannot use 9 devices: JAX has 8 \(CPU\). Start with more: partita run --devices 9",
     ):
         detect(9)
     request_cpu_devices(8)
