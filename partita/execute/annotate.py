@@ -1,12 +1,13 @@
-"""Writes a plan into the program text: a mesh, a sharding on every value, and every reshard as a chain of constraints.
+"""The plan written into the program: a mesh, a sharding for every value, a chain for every reshard.
 
-The module that comes out is the captured one, instruction for instruction. Nothing is left for propagation to decide:
-each value is pinned to the sharding of its operator's choice, and where a reader wants another one the steps between are
-pinned too, so that XLA's partitioner emits the collectives that were planned.
+The module is the captured one, instruction for instruction. Every value is pinned to the sharding
+of its operator's choice. A read with another sharding has its reshard steps pinned too. So
+propagation decides nothing, and XLA's partitioner emits the planned collectives.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jax.extend.mlir import ir
@@ -15,12 +16,15 @@ from partita.capture import stablehlo
 from partita.cost.partial import pending_sums
 from partita.cost.reshard import reshard_steps
 from partita.graph.flat import HEAVY
-from partita.graph.operator_graph import OperatorGraph
-from partita.plans.layout import Layout, Sharding
+from partita.graph.operator_graph import Instruction, OperatorGraph
+from partita.plans.layout import Layout, Read, Sharding
 from partita.plans.plan import Mesh
 
 MESH = "partita_mesh"
 LOOPS = {"while", "case", "if"}
+
+Chain = tuple[Sharding, ...]
+"""Shardings of a tensor from its own to a reader's, one reshard step apart."""
 
 
 def annotate(source: bytes, graph: OperatorGraph, mesh: Mesh, layout: Layout) -> bytes:
@@ -34,20 +38,22 @@ def annotate(source: bytes, graph: OperatorGraph, mesh: Mesh, layout: Layout) ->
 
 class _Writer:
     def __init__(self, graph: OperatorGraph, mesh: Mesh, layout: Layout) -> None:
-        self.graph, self.mesh, self.layout = graph, mesh, layout
+        self.graph = graph
+        self.mesh = mesh
+        self.layout = layout
         self.values: list[Any] = []
         self.ids: dict[Any, int] = {}
         self.operations: list[Any] = []
-        self.cache: dict[Sharding, str] = {}
+        self.texts: dict[Sharding, str] = {}
         self.pinned: set[int] = set()
         self.arguments = {a.tensor: a.path for a in graph.arguments}
         self.pending = pending_sums(graph, layout)
 
     def write(self, module: ir.Module) -> None:
+        """Annotates the module in place."""
         axes = ", ".join(f'"{a.name}"={a.size}' for a in self.mesh.axes)
-        ir.InsertionPoint.at_block_begin(module.body).insert(
-            ir.Operation.parse(f"sdy.mesh @{MESH} = <[{axes}]>")
-        )
+        mesh = ir.Operation.parse(f"sdy.mesh @{MESH} = <[{axes}]>")
+        ir.InsertionPoint.at_block_begin(module.body).insert(mesh)
         block = stablehlo.main_block(module)
         self.values, self.operations = stablehlo.numbered(block)
         self.ids = {value: t for t, value in enumerate(self.values)}
@@ -57,69 +63,84 @@ class _Writer:
         for operation, instruction in zip(self.operations, self.graph.instructions, strict=True):
             if instruction.name in LOOPS:
                 self._pin_carried(operation)
-            elif (
-                instruction.name in HEAVY
-                or instruction.rule is not None
-                and instruction.rule.reduction
-            ):
-                for value in operation.results:
-                    if self.ids[value] not in self.pending.axes and not any(
-                        self.layout.shardings[self.ids[value]]
-                    ):
-                        self._pin(value)
-                own = [
-                    any(self.layout.shardings[t])
-                    for t in (*instruction.operands[:1], *instruction.results)
-                ]
-                if instruction.windows and not own[0] and any(own):
-                    # XLA would split a whole value that a split window reads, and with it what else reads it.
-                    self._pin(self.values[instruction.operands[0]])
+            elif _is_pinned(instruction):
+                self._pin_whole(operation, instruction)
         for t in self.pending.axes:
             self._leave_unsummed(t)
-        self._constraints(block)
+        self._add_reshards(block)
         for operation in self.operations:
-            if stablehlo.short(operation.name) in LOOPS:
-                continue
-            if any(self.graph.tensors[self.ids[r]].shape for r in operation.results):
-                text = ", ".join(f"<@{MESH}, {self._of(self.ids[r])}>" for r in operation.results)
-                operation.attributes["sdy.sharding"] = ir.Attribute.parse(
-                    f"#sdy.sharding_per_value<[{text}]>"
-                )
-        function = block.owner
-        arguments = [
-            ir.DictAttr.get(
-                {"sdy.sharding": ir.Attribute.parse(self._text(self.layout.shardings[self.ids[a]]))}
-            )
-            for a in block.arguments
-        ]
-        function.attributes["arg_attrs"] = ir.ArrayAttr.get(arguments)
+            self._annotate_results(operation)
+        self._annotate_arguments(block)
+
+    def _is_split(self, t: int) -> bool:
+        return any(self.layout.shardings[t])
+
+    def _annotate_results(self, operation: Any) -> None:
+        """Gives an instruction's results their shardings."""
+        if stablehlo.short(operation.name) in LOOPS:
+            return
+        tensors = [self.ids[result] for result in operation.results]
+        if not any(self.graph.tensors[t].shape for t in tensors):
+            return
+        text = ", ".join(f"<@{MESH}, {self._result_text(t)}>" for t in tensors)
+        attribute = ir.Attribute.parse(f"#sdy.sharding_per_value<[{text}]>")
+        operation.attributes["sdy.sharding"] = attribute
+
+    def _annotate_arguments(self, block: Any) -> None:
+        """Gives the step's arguments their shardings."""
+        attributes = []
+        for argument in block.arguments:
+            sharding = self.layout.shardings[self.ids[argument]]
+            attribute = ir.Attribute.parse(self._text(sharding))
+            attributes.append(ir.DictAttr.get({"sdy.sharding": attribute}))
+        block.owner.attributes["arg_attrs"] = ir.ArrayAttr.get(attributes)
+
+    def _pin_whole(self, operation: Any, instruction: Instruction) -> None:
+        """Pins the replicated results of an instruction, and a replicated value that it windows."""
+        for value in operation.results:
+            t = self.ids[value]
+            if t not in self.pending.axes and not self._is_split(t):
+                self._pin(value)
+        if not instruction.windows:
+            return
+        operand = instruction.operands[0]
+        # XLA would split a replicated value that a split window reads, and with it the value's
+        # other readers.
+        if not self._is_split(operand) and any(self._is_split(t) for t in instruction.results):
+            self._pin(self.values[operand])
 
     def _pin_carried(self, loop: Any) -> None:
-        """Pins what a loop carries by constraints: XLA loses count when the loop itself has shardings and captures a constant."""
+        """Pins the values that a loop carries, by constraints.
+
+        XLA loses count if the loop itself has shardings and captures a constant.
+        """
         carried = list(loop.results)
         if stablehlo.short(loop.name) == "while":
             body = loop.regions[1].blocks[0]
             carried += list(body.arguments)
             for entering in (loop, list(body)[-1].operation):
-                for position, (value, inside) in enumerate(
-                    zip(entering.operands, body.arguments, strict=True)
-                ):
-                    t, entered = self.ids[inside], self.ids.get(value)
-                    if (
-                        self.graph.tensors[t].shape
-                        and entered is not None
-                        and self.layout.shardings[entered] == self.layout.shardings[t]
-                    ):
-                        entering.operands[position] = self._constrain(
-                            value, self.layout.shardings[t]
-                        )
+                self._pin_entering(entering, body)
         for value in carried:
             self._pin(value)
+
+    def _pin_entering(self, entering: Any, body: Any) -> None:
+        """Pins operands that become a loop's arguments of equal sharding."""
+        for position, (value, inside) in enumerate(
+            zip(entering.operands, body.arguments, strict=True)
+        ):
+            t = self.ids[inside]
+            entered = self.ids.get(value)
+            if entered is None or not self.graph.tensors[t].shape:
+                continue
+            sharding = self.layout.shardings[t]
+            if self.layout.shardings[entered] == sharding:
+                entering.operands[position] = self._constrain(value, sharding)
 
     def _pin(self, value: Any) -> None:
         """Puts a constraint between a value and its readers.
 
-        A `sdy.sharding` on an instruction is enough to split its result, but XLA forgets one that says replicated.
+        A `sdy.sharding` on an instruction is enough to split its result, but XLA forgets one that
+        says replicated.
         """
         t = self.ids[value]
         if self.graph.tensors[t].shape and t not in self.pinned:
@@ -127,24 +148,29 @@ class _Writer:
             pinned = self._constrain(value, self.layout.shardings[t])
             value.replace_all_uses_except(pinned, pinned.owner.operation)
 
-    def _dims(self, sharding: Sharding) -> str:
-        dims = ", ".join(
-            "{" + ", ".join(f'"{self.mesh.axes[a].name}"' for a in d) + "}" for d in sharding
-        )
+    def _axes_text(self, axes: Sequence[int]) -> str:
+        names = ", ".join(f'"{self.mesh.axes[a].name}"' for a in axes)
+        return "{" + names + "}"
+
+    def _dims_text(self, sharding: Sharding) -> str:
+        dims = ", ".join(self._axes_text(axes) for axes in sharding)
         return f"[{dims}]"
 
-    def _of(self, t: int) -> str:
-        """How a tensor is split as it is made, and over what it is then still to be summed."""
-        axes = ", ".join(f'"{self.mesh.axes[a].name}"' for a in self.pending.axes.get(t, ()))
-        return self._dims(self.layout.shardings[t]) + (f", unreduced={{{axes}}}" if axes else "")
+    def _result_text(self, t: int) -> str:
+        """A tensor's sharding after its instruction, with the axes of a pending sum."""
+        text = self._dims_text(self.layout.shardings[t])
+        axes = self.pending.axes.get(t, ())
+        if axes:
+            text += f", unreduced={self._axes_text(axes)}"
+        return text
 
     def _leave_unsummed(self, t: int) -> None:
-        """Says of a value that it is still to be summed over devices; behind the last addition of such values, that it no longer is.
+        """Marks a value as a pending sum over devices, and the total of such values as summed.
 
-        XLA believes what a constraint says, not what the instruction says. It keeps a sum waiting through additions only.
+        XLA follows the constraint, not the instruction. It delays a sum through additions only.
         """
         value = self.values[t]
-        pinned = self._constrained(value, f"#sdy.sharding<@{MESH}, {self._of(t)}>")
+        pinned = self._constrained(value, f"#sdy.sharding<@{MESH}, {self._result_text(t)}>")
         value.replace_all_uses_except(pinned, pinned.owner.operation)
         if t in self.pending.totals:
             whole = self._constrain(pinned, self.layout.shardings[t])
@@ -153,77 +179,111 @@ class _Writer:
             self.ids[whole] = t
 
     def _text(self, sharding: Sharding) -> str:
-        if sharding not in self.cache:
-            self.cache[sharding] = f"#sdy.sharding<@{MESH}, {self._dims(sharding)}>"
-        return self.cache[sharding]
+        if sharding not in self.texts:
+            self.texts[sharding] = f"#sdy.sharding<@{MESH}, {self._dims_text(sharding)}>"
+        return self.texts[sharding]
 
-    def _constraints(self, block: Any) -> None:
-        """Puts the steps of every reshard between a value and the readers that want it otherwise.
+    def _add_reshards(self, block: Any) -> None:
+        """Puts the steps of every reshard between a value and its readers of another sharding.
 
-        Shardy moves later readers of a value to the end of a chain of constraints that starts at it, unless another constraint
-        reads the value too. So the value is pinned for its plain readers, and wherever ways part each gets a constraint of its own.
+        Shardy moves later readers of a value to the end of a chain of constraints that starts at
+        the value, unless another constraint reads it too. So the value is pinned for its plain
+        readers, and each chain gets a constraint of its own where chains part.
         """
-        ways: dict[tuple[int, Sharding], list[Sharding]] = {}
+        chains: dict[tuple[int, Sharding], Chain] = {}
         for read in self.layout.reads:
-            source = self.layout.shardings[read.tensor]
-            steps = reshard_steps(
-                source, read.target, self.mesh.sizes, self.graph.tensors[read.tensor].shape
-            )
-            ways[read.tensor, read.target] = [source, *(s.result for s in steps)]
+            chains[read.tensor, read.target] = self._chain(read)
             self._pin(self.values[read.tensor])
-        # What two ways begin with is done once: a step is known by the tensor and the shardings up to it.
-        leads: dict[tuple[int, tuple[Sharding, ...]], set[Sharding | None]] = {}
-        for (t, _), way in ways.items():
-            for n in range(1, len(way) + 1):
-                leads.setdefault((t, tuple(way[:n])), set()).add(way[n] if n < len(way) else None)
-        made: dict[tuple[int, tuple[Sharding, ...]], Any] = {}
-        later: list[tuple[int, int, Any]] = []
+        continuations = _continuations(chains)
+        resharded: dict[tuple[int, Chain], Any] = {}
+        replacements: list[tuple[int, int, Any]] = []
         for read in self.layout.reads:
-            way = ways[read.tensor, read.target]
+            chain = chains[read.tensor, read.target]
             value = self.values[read.tensor]
-            for n in range(1, len(way)):
-                key = (read.tensor, tuple(way[: n + 1]))
-                if key not in made:
-                    if n == 1 or len(leads[read.tensor, tuple(way[:n])]) > 1:
-                        value = self._constrain(value, way[n - 1])
-                    made[key] = self._constrain(value, way[n])
-                value = made[key]
-            if len(leads[read.tensor, tuple(way)]) > 1:
-                value = self._constrain(value, way[-1])
+            for n in range(1, len(chain)):
+                key = (read.tensor, chain[: n + 1])
+                if key not in resharded:
+                    if n == 1 or len(continuations[read.tensor, chain[:n]]) > 1:
+                        value = self._constrain(value, chain[n - 1])
+                    resharded[key] = self._constrain(value, chain[n])
+                value = resharded[key]
+            if len(continuations[read.tensor, chain]) > 1:
+                value = self._constrain(value, chain[-1])
             for index, position in read.readers:
-                later.append((index, position, value))
+                replacements.append((index, position, value))
         terminator = list(block)[-1].operation
-        for index, position, value in later:
-            if index < 0:
-                terminator.operands[position] = value
-            elif position < len(self.operations[index].operands):
-                self.operations[index].operands[position] = value
-            else:
-                # A value that a loop's body yields: `position` counts on from the loop's operands.
-                loop = self.operations[index]
-                yielded = list(loop.regions[1].blocks[0])[-1].operation
-                yielded.operands[(position - len(loop.operands)) % len(loop.operands)] = value
+        for index, position, value in replacements:
+            reader = terminator if index < 0 else self.operations[index]
+            _set_operand(reader, position, value)
+
+    def _chain(self, read: Read) -> Chain:
+        """The shardings of a read's reshard."""
+        source = self.layout.shardings[read.tensor]
+        shape = self.graph.tensors[read.tensor].shape
+        steps = reshard_steps(
+            source,
+            read.target,
+            self.mesh.sizes,
+            shape,
+        )
+        return (source, *(step.result for step in steps))
 
     def _constrain(self, value: Any, sharding: Sharding) -> Any:
         return self._constrained(value, self._text(sharding))
 
     def _constrained(self, value: Any, sharding: str) -> Any:
+        """The result of a new constraint, directly after the value's instruction."""
         owner = value.owner
-        made = ir.Operation.create(
+        is_argument = isinstance(owner, ir.Block)
+        block = owner if is_argument else owner.operation.block
+        constraint = ir.Operation.create(
             "sdy.sharding_constraint",
             results=[value.type],
             operands=[value],
             attributes={"sharding": ir.Attribute.parse(sharding)},
-            loc=self._location(value) if isinstance(owner, ir.Block) else owner.location,
-            ip=ir.InsertionPoint.at_block_begin(
-                owner if isinstance(owner, ir.Block) else owner.operation.block
-            ),
+            loc=self._location(value) if is_argument else owner.location,
+            ip=ir.InsertionPoint.at_block_begin(block),
         )
-        if not isinstance(owner, ir.Block):
-            made.move_after(owner.operation)
-        return made.results[0]
+        if not is_argument:
+            constraint.move_after(owner.operation)
+        return constraint.results[0]
 
     def _location(self, value: Any) -> ir.Location:
-        """An argument of the step has no location of its own: what is made of it is named by its path."""
+        """The location of an argument's reshards, by its path: it has no location of its own."""
         path = self.arguments.get(self.ids[value])
         return ir.Location.name(f"{path}/reshard") if path else ir.Location.unknown()
+
+
+def _is_pinned(instruction: Instruction) -> bool:
+    """Whether replicated results need a constraint: of heavy instructions and reductions."""
+    if instruction.name in HEAVY:
+        return True
+    return instruction.rule is not None and bool(instruction.rule.reduction)
+
+
+def _continuations(
+    chains: dict[tuple[int, Sharding], Chain],
+) -> dict[tuple[int, Chain], set[Sharding | None]]:
+    """Tensor and beginning of a chain -> the next shardings; None for the end of a chain.
+
+    Chains with the same beginning share its steps.
+    """
+    continuations: dict[tuple[int, Chain], set[Sharding | None]] = {}
+    for (t, _), chain in chains.items():
+        for n in range(1, len(chain) + 1):
+            following = chain[n] if n < len(chain) else None
+            continuations.setdefault((t, chain[:n]), set()).add(following)
+    return continuations
+
+
+def _set_operand(reader: Any, position: int, value: Any) -> None:
+    """Replaces an operand of an instruction, or a value that a loop's body yields.
+
+    `position` counts on from a loop's operands to the yielded values.
+    """
+    count = len(reader.operands)
+    if position < count:
+        reader.operands[position] = value
+        return
+    yielded = list(reader.regions[1].blocks[0])[-1].operation
+    yielded.operands[(position - count) % count] = value

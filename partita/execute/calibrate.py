@@ -1,7 +1,9 @@
-"""What this machine's devices and links really do, measured in under a minute and kept in a file for all plans made here.
+"""Measured rates of this machine's devices and links, stored for all later plans.
 
-All devices work at once, as they do in a step, so that what they share (memory, cores, links) is shared while it is measured.
-Rates and links are those of the machine's model that come closest to the measurements; how close is kept with them.
+Measuring takes less than a minute.
+
+All devices work at once and share memory, cores and links, as they do in a step. The figures are
+those with which the machine's model is nearest to the measurements; the file has its error too.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import platform
 import re
 import time
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,29 +34,34 @@ from partita.machine import Machine
 from partita.machine.collectives import collective_seconds
 
 ROUNDS = 7
-"""Times that each program is run; the median counts."""
+"""Timed runs of a program. The median counts."""
 DOTS = ((64, 1024, 1024), (256, 512, 512), (512, 512, 512), (32, 4096, 1024), (1024, 1024, 256))
 """Matrix products: rows, inner width, columns."""
 CONVS = ((8, 32, 32, 3, 5), (8, 16, 64, 64, 3), (8, 28, 32, 64, 3), (4, 56, 16, 32, 3))
-"""Convolutions with their gradients: samples, height and width, channels in, channels out, kernel."""
+"""Convolutions with gradients: samples, height and width, channels in, channels out, kernel."""
 STREAMS = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
-"""float32 values of a device's arrays when its memories are measured: the last ones are in its main memory."""
+"""Sizes of a device's arrays for its memories, float32 values. The last ones are in main memory."""
 LIGHT = 1 << 16
-"""Values of a device's arrays when its element-wise, reduction, gather and sort rates are measured: they stay in its caches."""
+"""Size of a device's array for light operations (element-wise, reduce, gather, sort), values.
+It stays in the caches."""
+REPEATS = 32
+"""Runs of a light operation in one program."""
 WIDE = ("float32", "bfloat16", "float16")
-"""The dtypes that rates are measured in, as far as the machine's model tells them apart."""
+"""Dtypes of the rates, if the machine's model distinguishes them."""
 CHAIN = 200
-"""Dependent small products that show what starting one costs."""
+"""Number of dependent small products that give the time to start one."""
 REDUCED = (1 << 10, 1 << 14, 1 << 18, 1 << 21, 1 << 23)
-"""float32 values of a device that a collective sends."""
+"""Sizes of collectives, float32 values of a device."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One program that was timed."""
+    """One timed program."""
 
-    what: str
+    kind: str
+    """Kind of the program: "dot", "stream", a collective."""
     size: str
+    """Its size in words."""
     seconds: float
     rate: float | None = None
     """FLOP/s or bytes/s of one device."""
@@ -62,46 +69,50 @@ class Measured:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The numbers of a machine's model, by key path, and the measurements that they come from."""
+    """Figures of a machine's model and their measurements."""
 
     key: dict[str, Any]
+    """Hardware and library versions."""
     values: dict[str, float]
+    """Figures of the machine, by key path."""
     measured: tuple[Measured, ...]
     error: float
     """Median relative error of the model on its own measurements."""
 
     def to_toml(self) -> str:
+        """The calibration as the text of a TOML file."""
         lines = [
-            "# Measured by 'partita machine measure'. Delete this file to go back to assumed figures.",
+            "# Measured by 'partita machine measure'. Delete this file for assumed figures.",
             "[key]",
         ]
-        lines += [f"{k} = {json.dumps(v)}" for k, v in self.key.items()]
-        lines += [
-            "",
-            "[values]",
-            *(f"{json.dumps(k)} = {v:.6g}" for k, v in self.values.items()),
-            "",
-            "[fit]",
-            f"error = {self.error:.4f}",
-        ]
-        for m in self.measured:
+        lines += [f"{name} = {json.dumps(value)}" for name, value in self.key.items()]
+        lines += ["", "[values]"]
+        lines += [f"{json.dumps(path)} = {value:.6g}" for path, value in self.values.items()]
+        lines += ["", "[fit]", f"error = {self.error:.4f}"]
+        for measured in self.measured:
             lines += [
                 "",
                 "[[measured]]",
-                f"what = {json.dumps(m.what)}",
-                f"size = {json.dumps(m.size)}",
-                f"seconds = {m.seconds:.6g}",
+                f"what = {json.dumps(measured.kind)}",
+                f"size = {json.dumps(measured.size)}",
+                f"seconds = {measured.seconds:.6g}",
             ]
-            lines += [f"rate = {m.rate:.6g}"] if m.rate else []
+            if measured.rate:
+                lines.append(f"rate = {measured.rate:.6g}")
         return "\n".join(lines) + "\n"
 
 
+REMEASURE = "Delete the file, or measure again: partita machine measure."
+
 MANNER = 3
-"""Which way of measuring: raised where figures of before no longer hold."""
+"""Version of the measuring method. A new one makes older figures invalid."""
 
 
 def key_of(devices: int) -> dict[str, Any]:
-    """What a calibration holds for: it is used where all of it is the same."""
+    """The conditions of a calibration: hardware, threads and library versions.
+
+    A calibration is used only under equal conditions.
+    """
     return {
         "host": platform.node(),
         "device": jax.devices()[0].device_kind,
@@ -115,51 +126,88 @@ def key_of(devices: int) -> dict[str, Any]:
 
 
 def file_of(key: dict[str, Any]) -> Path:
-    folder = Path(
-        os.environ.get("PARTITA_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "partita"
-    )
-    return (
-        folder
-        / f"machine-{re.sub(r'[^A-Za-z0-9.]+', '-', str(key['host']))}-{key['devices']}x{key['processes']}.toml"
-    )
+    """The calibration file for a key, under PARTITA_CACHE or the user's cache folder."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("PARTITA_CACHE") or caches / "partita")
+    host = re.sub(r"[^A-Za-z0-9.]+", "-", str(key["host"]))
+    return folder / f"machine-{host}-{key['devices']}x{key['processes']}.toml"
 
 
 def calibrated(machine: Machine, devices: int) -> Machine:
-    """The machine with the figures that were measured here for so many devices; as it is where there are none that hold."""
+    """The machine with the figures measured here for `devices` devices, if there are valid ones.
+
+    Raises a MachineError for a broken file.
+    """
     key = key_of(devices)
     path = file_of(key)
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError:
         return machine
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise MachineError(
-            f"{path} is not TOML: {error}. Delete it, or measure again: partita machine measure."
-        ) from None
-    if found.get("key") != key:
+        raise MachineError(f"{path} is not TOML: {error}. {REMEASURE}") from None
+    if content.get("key") != key:
         return machine
-    known, given = machine.provenance(), found.get("values", {})
-    values = (
-        {k: v for k, v in given.items() if k in known}
-        if isinstance(given, dict)
-        else {"values": given}
-    )
+    figures = machine.provenance()
+    given = content.get("values", {})
+    if isinstance(given, dict):
+        values = {name: value for name, value in given.items() if name in figures}
+    else:
+        values = {"values": given}
     for name, value in values.items():
         if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise MachineError(
-                f"{path} says that {name} is {value!r}, and a number above 0 is needed. Delete it, or measure again: partita machine measure."
-            )
+            raise MachineError(f"{name} in {path} is {value!r}, not a number above 0. {REMEASURE}")
     return machine.revised(values, f"partita machine measure, {path.name}")
 
 
 def calibrate(machine: Machine, report: Callable[[str], None]) -> Calibration:
-    """Measures the devices of `machine`, which are those at hand, and fits its model to them. `report` is told what is measured."""
+    """Measures the local devices, described by `machine`, and fits its model to them.
+
+    `report` gets the name of every measurement before it starts.
+    """
     devices = jax.devices()[: machine.devices]
     mesh = jax.sharding.Mesh(np.array(devices), ("a",))
-    found: list[Measured] = []
-    known = machine.provenance()
-    rates: dict[str, list[Measured]] = {}
+    figures = machine.provenance()
+    programs_of = _engine_programs(mesh, figures, report)
+    measured: list[Measured] = []
+    for programs in programs_of.values():
+        measured += programs
+    report("memory")
+    streams = [_stream(mesh, size) for size in STREAMS]
+    measured += streams
+    report("starting an operation")
+    chain = _chain(mesh)
+    measured.append(chain)
+    values = _memories(machine, streams)
+    values["device.overhead"] = chain.seconds
+    errors: list[float] = []
+    for engine, programs in programs_of.items():
+        rates = [program.rate for program in programs if program.rate]
+        rate = geometric_mean(rates)
+        values[f"device.engine.{engine}.peak"] = rate
+        values[f"device.engine.{engine}.efficiency"] = 1.0
+        errors += [abs(rate / program_rate - 1) for program_rate in rates]
+    if len(devices) > 1:
+        transfers = _transfers(mesh, report)
+        measured += [transfer.measured for transfer in transfers]
+        links, link_errors = _fit_links(machine, machine.levels[-1].name, transfers)
+        values |= links
+        errors += link_errors
+    return Calibration(
+        key_of(len(devices)),
+        {path: value for path, value in values.items() if path in figures},
+        tuple(measured),
+        median(errors),
+    )
+
+
+def _engine_programs(
+    mesh: Any,
+    figures: Mapping[str, Any],
+    report: Callable[[str], None],
+) -> dict[str, list[Measured]]:
+    """The "class.dtype" of the machine's engines -> its timed programs."""
+    programs_of: dict[str, list[Measured]] = {}
     for op_class, make in (
         ("dot", _dots),
         ("conv", _convs),
@@ -169,54 +217,40 @@ def calibrate(machine: Machine, report: Callable[[str], None]) -> Calibration:
         ("sort", _sort),
     ):
         for dtype in WIDE:
-            if f"device.engine.{op_class}.{dtype}.peak" in known:
+            engine = f"{op_class}.{dtype}"
+            if f"device.engine.{engine}.peak" in figures:
                 report(f"{NAMES[op_class]}, {dtype}")
-                rates[f"{op_class}.{dtype}"] = make(mesh, dtype)
-                found += rates[f"{op_class}.{dtype}"]
-    report("memory")
-    found += [_stream(mesh, size) for size in STREAMS]
-    report("starting an operation")
-    found += [_chain(mesh)]
-    chain = next(m for m in found if m.what == "chain")
-    values = _memories(machine, [m for m in found if m.what == "stream"]) | {
-        "device.overhead": chain.seconds
-    }
-    errors = []
-    for engine, programs in rates.items():
-        rate = geometric_mean([m.rate for m in programs if m.rate])
-        values |= {f"device.engine.{engine}.peak": rate, f"device.engine.{engine}.efficiency": 1.0}
-        errors += [abs(rate / m.rate - 1) for m in programs if m.rate]
-    if len(devices) > 1:
-        sent = []
-        for kind in COLLECTIVES:
-            report(kind.replace("_", "-"))
-            every = [
-                _collective(mesh, kind, group, size)
-                for group in _groups(len(devices))
-                for size in REDUCED
-            ]
-            sent += [
-                s for s in every if s.measured.seconds > 0
-            ]  # of the smallest, noise can be more than they take
-        found += [s.measured for s in sent]
-        links, off = _fit_links(machine, machine.levels[-1].name, sent)
-        values |= links
-        errors += off
-    return Calibration(
-        key_of(len(devices)),
-        {k: v for k, v in values.items() if k in known},
-        tuple(found),
-        median(errors),
-    )
+                programs_of[engine] = make(mesh, dtype)
+    return programs_of
+
+
+def _transfers(mesh: Any, report: Callable[[str], None]) -> list[Transfer]:
+    """Timed collectives of every kind, group size and size.
+
+    Without the smallest ones, if noise exceeds their time.
+    """
+    transfers: list[Transfer] = []
+    for kind in COLLECTIVES:
+        report(kind.replace("_", "-"))
+        for group in _groups(mesh.size):
+            for size in REDUCED:
+                transfer = _collective(mesh, kind, group, size)
+                if transfer.measured.seconds > 0:
+                    transfers.append(transfer)
+    return transfers
 
 
 def _timed(
-    mesh: Any, function: Any, *arrays: tuple[tuple[int, ...], PartitionSpec], dtype: str = "float32"
+    mesh: Any,
+    function: Any,
+    *arrays: tuple[tuple[int, ...], PartitionSpec],
+    dtype: str = "float32",
 ) -> float:
-    """Median seconds of a jitted function of arrays laid out so, whose first dim is one part per device where it is split."""
-    values = [
-        put(np.full(shape, 0.5).astype(dtype), NamedSharding(mesh, spec)) for shape, spec in arrays
-    ]
+    """Median seconds of a jitted function of arrays of these shapes and shardings."""
+    values = []
+    for shape, spec in arrays:
+        array = np.full(shape, 0.5).astype(dtype)
+        values.append(put(array, NamedSharding(mesh, spec)))
     run = jax.jit(function)
     jax.block_until_ready(run(*values))
     times = []
@@ -227,7 +261,7 @@ def _timed(
     return median(times)
 
 
-SPLIT, WHOLE = PartitionSpec("a"), PartitionSpec()
+SPLIT = PartitionSpec("a")
 NAMES = {
     "dot": "matrix products",
     "conv": "convolutions",
@@ -239,41 +273,50 @@ NAMES = {
 
 
 def _each(mesh: Any, function: Any, *shapes: tuple[int, ...], dtype: str) -> float:
-    """Median seconds of a function of arrays of these shapes, every device computing it on its own."""
+    """Median seconds of a function of arrays of these shapes, computed by every device."""
+
+    def of_device(*parts: Any) -> Any:
+        results = function(*(part[0] for part in parts))
+        return jax.tree.map(lambda result: result[None], results)
+
     each = jax.shard_map(
-        lambda *xs: jax.tree.map(lambda y: y[None], function(*(x[0] for x in xs))),
+        of_device,
         mesh=mesh,
         in_specs=SPLIT,
         out_specs=SPLIT,
     )
-    return _timed(mesh, each, *(((mesh.size, *shape), SPLIT) for shape in shapes), dtype=dtype)
+    arrays = [((mesh.size, *shape), SPLIT) for shape in shapes]
+    return _timed(mesh, each, *arrays, dtype=dtype)
 
 
 def _dots(mesh: Any, dtype: str) -> list[Measured]:
-    found = []
+    measured = []
     for rows, inner, columns in DOTS:
-        seconds = _each(mesh, lambda x, w: x @ w, (rows, inner), (inner, columns), dtype=dtype)
-        found.append(
-            Measured(
-                "dot",
-                f"{rows}x{inner}x{columns} {dtype}",
-                seconds,
-                2 * rows * inner * columns / seconds,
-            )
+        seconds = _each(
+            mesh,
+            lambda x, w: x @ w,
+            (rows, inner),
+            (inner, columns),
+            dtype=dtype,
         )
-    return found
+        flops = 2 * rows * inner * columns
+        size = f"{rows}x{inner}x{columns} {dtype}"
+        measured.append(Measured("dot", size, seconds, flops / seconds))
+    return measured
 
 
 def _convs(mesh: Any, dtype: str) -> list[Measured]:
     def loss(x: Any, w: Any) -> Any:
-        return jnp.sum(
-            jax.lax.conv_general_dilated(
-                x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-            ** 2
+        y = jax.lax.conv_general_dilated(
+            x,
+            w,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+        return jnp.sum(y**2)
 
-    found = []
+    measured = []
     for samples, side, inputs, outputs, kernel in CONVS:
         seconds = _each(
             mesh,
@@ -284,41 +327,35 @@ def _convs(mesh: Any, dtype: str) -> list[Measured]:
         )
         flops = 3 * 2 * samples * side * side * inputs * outputs * kernel * kernel
         size = f"{samples}x{side}x{side}x{inputs} to {outputs} by {kernel}x{kernel} {dtype}"
-        found.append(Measured("conv", size, seconds, flops / seconds))
-    return found
+        measured.append(Measured("conv", size, seconds, flops / seconds))
+    return measured
 
 
 def _light(
-    mesh: Any, dtype: str, what: str, functions: dict[str, tuple[Any, int]]
+    mesh: Any,
+    dtype: str,
+    op_class: str,
+    functions: dict[str, tuple[Any, int]],
 ) -> list[Measured]:
-    """The rate of functions x -> x of so many FLOPs a value, each often in a row on values that stay in the cache."""
-    found = []
+    """Rates of functions x -> x on values that stay in the cache, by name.
+
+    Each comes with its FLOPs per value, and runs `REPEATS` times in a row.
+    """
+    measured = []
     for name, (function, flops) in functions.items():
-        seconds = (
-            _each(
-                mesh,
-                lambda x, f=function: jax.lax.fori_loop(0, REPEATS, lambda _, y: f(y), x),
-                (LIGHT,),
-                dtype=dtype,
-            )
-            / REPEATS
-        )
-        found.append(
-            Measured(
-                what,
-                f"{name} of {LIGHT} {dtype}",
-                seconds,
-                flops * LIGHT / seconds if flops else None,
-            )
-        )
-    return found
 
+        def repeated(x: Any, function: Any = function) -> Any:
+            return jax.lax.fori_loop(0, REPEATS, lambda _, y: function(y), x)
 
-REPEATS = 32
+        seconds = _each(mesh, repeated, (LIGHT,), dtype=dtype) / REPEATS
+        rate = flops * LIGHT / seconds if flops else None
+        measured.append(Measured(op_class, f"{name} of {LIGHT} {dtype}", seconds, rate))
+    return measured
 
 
 def _elementwise(mesh: Any, dtype: str) -> list[Measured]:
-    functions = {  # FLOPs as they are counted in a graph: none for a transcendental
+    # FLOPs as a graph counts them: none for a transcendental.
+    functions = {
         "tanh": (jnp.tanh, 0),
         "relu": (lambda x: jnp.maximum(x * x, 0) + x, 3),
         "polynomial": (lambda x: ((x * 0.5 - 0.25) * x + 0.125) * x, 5),
@@ -336,10 +373,12 @@ def _reduce(mesh: Any, dtype: str) -> list[Measured]:
 
 
 def _gather(mesh: Any, dtype: str) -> list[Measured]:
-    at = jnp.asarray(np.random.default_rng(0).permutation(LIGHT // 64), "int32")
-    return _light(
-        mesh, dtype, "gather", {"rows of 64": (lambda x: x.reshape(-1, 64)[at].reshape(-1), 1)}
-    )
+    rows = jnp.asarray(np.random.default_rng(0).permutation(LIGHT // 64), "int32")
+
+    def gather(x: Any) -> Any:
+        return x.reshape(-1, 64)[rows].reshape(-1)
+
+    return _light(mesh, dtype, "gather", {"rows of 64": (gather, 1)})
 
 
 def _sort(mesh: Any, dtype: str) -> list[Measured]:
@@ -347,21 +386,30 @@ def _sort(mesh: Any, dtype: str) -> list[Measured]:
 
 
 def _stream(mesh: Any, size: int) -> Measured:
-    """x / 2 + y, as often in a row as makes the start of the program small beside it."""
+    """Time of x / 2 + y on `size` values, repeated so that the program's start is negligible."""
     repeats = max(1, (1 << 22) // size)
 
     def one(x: Any, y: Any) -> Any:
         return jax.lax.fori_loop(0, repeats, lambda _, z: z * 0.5 + y, x)
 
     shape = ((mesh.size * size,), SPLIT)
-    each = jax.shard_map(one, mesh=mesh, in_specs=(SPLIT, SPLIT), out_specs=SPLIT)
+    each = jax.shard_map(
+        one,
+        mesh=mesh,
+        in_specs=(SPLIT, SPLIT),
+        out_specs=SPLIT,
+    )
     seconds = _timed(mesh, each, shape, shape) / repeats
-    return Measured("stream", f"{3 * 4 * size >> 10} KiB", seconds, 3 * 4 * size / seconds)
+    nbytes = 3 * 4 * size
+    return Measured("stream", f"{nbytes >> 10} KiB", seconds, nbytes / seconds)
 
 
 def _memories(machine: Machine, streams: Sequence[Measured]) -> dict[str, float]:
-    """Bandwidth of the main memory, and capacity and bandwidth of the cache: the largest stream that is twice as fast."""
-    rates = [m.rate or 0.0 for m in streams]
+    """Bandwidth of the main memory, and capacity and bandwidth of the cache.
+
+    The cache's capacity is the largest stream that is twice as fast as main memory.
+    """
+    rates = [stream.rate or 0.0 for stream in streams]
     main, *caches = machine.device.memories
     values = {
         f"device.memory.{main.name}.bandwidth": rates[-1] * main.shared_by,
@@ -369,18 +417,19 @@ def _memories(machine: Machine, streams: Sequence[Measured]) -> dict[str, float]
     }
     fast = [i for i, rate in enumerate(rates) if rate > 2 * rates[-1]]
     if caches and fast:
-        cache, last = caches[0], fast[-1]
-        values[f"device.memory.{cache.name}.capacity"] = int(
-            3 * 4 * STREAMS[last] * cache.shared_by
-        )
-        values[f"device.memory.{cache.name}.bandwidth"] = (
-            median(rates[: last + 1]) * cache.shared_by
-        )
-        values[f"device.memory.{cache.name}.efficiency"] = 1.0
+        cache = caches[0]
+        last = fast[-1]
+        prefix = f"device.memory.{cache.name}"
+        bandwidth = median(rates[: last + 1])
+        values[f"{prefix}.capacity"] = int(3 * 4 * STREAMS[last] * cache.shared_by)
+        values[f"{prefix}.bandwidth"] = bandwidth * cache.shared_by
+        values[f"{prefix}.efficiency"] = 1.0
     return values
 
 
 def _chain(mesh: Any) -> Measured:
+    """Time of one of many dependent small products."""
+
     def one(x: Any) -> Any:
         y = x[0]
         for _ in range(CHAIN):
@@ -388,19 +437,22 @@ def _chain(mesh: Any) -> Measured:
         return y[None]
 
     each = jax.shard_map(one, mesh=mesh, in_specs=SPLIT, out_specs=SPLIT)
-    return Measured("chain", "8x8x8", _timed(mesh, each, ((mesh.size, 8, 8), SPLIT)) / CHAIN)
+    seconds = _timed(mesh, each, ((mesh.size, 8, 8), SPLIT)) / CHAIN
+    return Measured("chain", "8x8x8", seconds)
 
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "collective_permute")
 
 
 @dataclass(frozen=True)
-class Sent:
-    """A collective that was timed: `nbytes` are counted as `collective_seconds` counts them."""
+class Transfer:
+    """A timed collective."""
 
     kind: str
     group: int
+    """Number of devices that communicate."""
     nbytes: float
+    """Bytes as `collective_seconds` counts them."""
     measured: Measured
 
 
@@ -409,54 +461,78 @@ def _groups(devices: int) -> list[int]:
     return [n for n in range(2, devices + 1) if devices % n == 0]
 
 
-def _collective(mesh: Any, kind: str, group: int, size: int) -> Sent:
+def _communication(kind: str, group: int) -> Callable[[Any], Any]:
+    """A collective over the axis "b" of `group` devices."""
+    ring = [(i, (i + 1) % group) for i in range(group)]
+    functions: dict[str, Callable[[Any], Any]] = {
+        "all_reduce": lambda x: jax.lax.psum(x, "b"),
+        "all_gather": lambda x: jax.lax.all_gather(x, "b", tiled=True),
+        "reduce_scatter": lambda x: jax.lax.psum_scatter(x, "b", tiled=True),
+        "all_to_all": lambda x: jax.lax.all_to_all(x, "b", 0, 0, tiled=True),
+        "collective_permute": lambda x: jax.lax.ppermute(x, "b", ring),
+    }
+    return functions[kind]
+
+
+def _collective(mesh: Any, kind: str, group: int, size: int) -> Transfer:
     """One collective on `size` float32 values a device, in groups of neighbours, all at once.
 
-    As it is in a step: what it sends was made just before, so a program that only makes it is subtracted.
+    As in a step, its operand was computed just before. The time of a program that only computes
+    the operand is subtracted.
     """
-    lax, n = jax.lax, mesh.size
-    own = jax.sharding.Mesh(mesh.devices.reshape(n // group, group), ("a", "b"))
-    function = {
-        "all_reduce": lambda x: lax.psum(x, "b"),
-        "all_gather": lambda x: lax.all_gather(x, "b", tiled=True),
-        "reduce_scatter": lambda x: lax.psum_scatter(x, "b", tiled=True),
-        "all_to_all": lambda x: lax.all_to_all(x, "b", 0, 0, tiled=True),
-        "collective_permute": lambda x: lax.ppermute(
-            x, "b", [(i, (i + 1) % group) for i in range(group)]
-        ),
-    }[kind]
+    n = mesh.size
+    group_mesh = jax.sharding.Mesh(mesh.devices.reshape(n // group, group), ("a", "b"))
+    communicate = _communication(kind, group)
     size -= size % group
     spec = PartitionSpec(("a", "b"))
-    with_it, without = (
-        jax.shard_map(f, mesh=own, in_specs=spec, out_specs=spec, check_vma=False)
-        for f in (lambda x: function(x + 1), lambda x: x + 1)
-    )
-    seconds = _timed(own, with_it, ((n * size,), spec)) - _timed(own, without, ((n * size,), spec))
-    what = Measured(kind, f"{4 * size >> 10} KiB of each of {group}", seconds, 4 * size / seconds)
-    return Sent(kind, group, 4.0 * size * (group if kind == "all_gather" else 1), what)
+
+    def seconds_of(function: Callable[[Any], Any]) -> float:
+        each = jax.shard_map(
+            function,
+            mesh=group_mesh,
+            in_specs=spec,
+            out_specs=spec,
+            check_vma=False,
+        )
+        return _timed(group_mesh, each, ((n * size,), spec))
+
+    seconds = seconds_of(lambda x: communicate(x + 1)) - seconds_of(lambda x: x + 1)
+    text = f"{4 * size >> 10} KiB of each of {group}"
+    measured = Measured(kind, text, seconds, 4 * size / seconds)
+    parts = group if kind == "all_gather" else 1
+    return Transfer(kind, group, 4.0 * size * parts, measured)
 
 
 def _fit_links(
-    machine: Machine, level: str, sent: Sequence[Sent]
+    machine: Machine,
+    level: str,
+    transfers: Sequence[Transfer],
 ) -> tuple[dict[str, float], list[float]]:
-    """The latency and bandwidth with which the model of collectives is nearest to the measured ones, and its errors."""
+    """Latency and bandwidth for which the model of collectives is nearest to the measurements.
+
+    Also the model's relative errors.
+    """
     paths = (f"level.{level}.latency", f"level.{level}.bandwidth")
 
-    def times(logs: Any) -> np.ndarray:
-        guess = machine.revised(dict(zip(paths, map(float, np.exp(logs)), strict=True)), "a guess")
-        return np.array(
-            [
-                collective_seconds(guess, s.kind, s.nbytes, ((len(machine.levels) - 1, s.group),))
-                for s in sent
-            ]
-        )
+    def figures(logs: Any) -> dict[str, float]:
+        return dict(zip(paths, map(float, np.exp(logs)), strict=True))
 
-    real = np.array([s.measured.seconds for s in sent])
-    most = max(sent, key=lambda s: s.nbytes)
-    start = np.log([max(1e-7, real.min()), most.nbytes / most.measured.seconds])
-    best = minimize(
-        lambda logs: float(np.sum(np.log(times(logs) / real) ** 2)), start, method="Nelder-Mead"
-    )
-    return dict(zip(paths, map(float, np.exp(best.x)), strict=True)), list(
-        np.abs(times(best.x) / real - 1)
-    )
+    def predicted(logs: Any) -> np.ndarray:
+        guess = machine.revised(figures(logs), "a guess")
+        times = []
+        for transfer in transfers:
+            links = ((len(machine.levels) - 1, transfer.group),)
+            times.append(collective_seconds(guess, transfer.kind, transfer.nbytes, links))
+        return np.array(times)
+
+    def loss(logs: Any) -> float:
+        return float(np.sum(np.log(predicted(logs) / measured) ** 2))
+
+    measured = np.array([transfer.measured.seconds for transfer in transfers])
+    largest = max(transfers, key=lambda transfer: transfer.nbytes)
+    latency = max(1e-7, measured.min())
+    bandwidth = largest.nbytes / largest.measured.seconds
+    start = np.log([latency, bandwidth])
+    best = minimize(loss, start, method="Nelder-Mead")
+    errors = np.abs(predicted(best.x) / measured - 1)
+    return figures(best.x), list(errors)

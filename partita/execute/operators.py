@@ -1,9 +1,10 @@
-"""Measures operators: each as a program of its own at the shape that one device computes, forward and backward.
+"""Measured seconds of operators, at the shapes that one device computes.
 
-What is timed is cut out of the captured text: the operator's own instructions with the types of their local parts, no
-collectives. All devices compute it at once, so that what they share is shared while it is measured. Programs are timed in turns,
-as a step runs through them, so that one does not find its own data still in the cache. Equal operators are measured once, and
-every time is kept in a file for the next plan.
+An operator's program is cut out of the captured text: its own instructions, forward or backward,
+with the types of their local parts and without collectives. All devices run it at once, as they
+share memory and cores in a step. Programs take turns, so none finds its own data in the cache.
+
+Equal operators are measured once. A file stores the times for later plans.
 """
 
 from __future__ import annotations
@@ -42,57 +43,72 @@ from partita.plans.plan import Mesh as PlanMesh
 from partita.plans.plan import Plan
 
 ROUNDS = 5
-"""Times that each program is run, after one to warm up; the median counts."""
-AT_ONCE = 1 << 30
-"""Bytes of operands and results of the programs that are timed in turns."""
+"""Timed runs of a program, after one to warm up. The median counts."""
+CHUNK_BYTES = 1 << 30
+"""Operands and results of the programs that take turns, bytes."""
+LOOPS = ("while", "case", "if")
+
+LocalTensor = tuple[int, tuple[int, ...]]
+"""A tensor's number and its shape on one device."""
 
 
 class NotLocal(Exception):
-    """An operator that cannot be cut out at this split: a loop shared with others, a window split in space, an uneven part."""
+    """An operator that cannot be cut out at this split.
+
+    Reasons: a loop shared with other operators, a window split in space, an uneven part.
+    """
 
 
 @dataclass(frozen=True)
 class Part:
-    """A program of one operator: bytecode of its module, its operands and results, and its text to be known by."""
+    """A program of one operator, forward or backward."""
 
     bytecode: bytes
+    """The serialized module."""
     operands: tuple[jax.ShapeDtypeStruct, ...]
     results: tuple[jax.ShapeDtypeStruct, ...]
     text: str
+    """The module's text, which identifies the program."""
     replaced: Mapping[int, int]
-    """Operands whose place is taken by a result, as a variable's by its new value: as in a step, they are donated."""
+    """Donated operand -> the result that takes its memory, as a variable's new value does."""
 
     @property
     def nbytes(self) -> int:
-        return sum(
-            int(np.prod(s.shape)) * s.dtype.itemsize for s in (*self.operands, *self.results)
-        )
+        """Size of operands and results, bytes."""
+        total = 0
+        for shape in (*self.operands, *self.results):
+            total += int(np.prod(shape.shape)) * shape.dtype.itemsize
+        return total
 
 
 @dataclass
-class Asked:
-    """An operator at one split, to be measured: its parts, the roofline's seconds by class, and whether it reads rows of its neighbours."""
+class Request:
+    """An operator at one split, to be measured."""
 
     operator: str
     key: OperatorKey
     parts: tuple[Part, ...]
     features: Mapping[str, float]
+    """The roofline's seconds, by class."""
     reaches: bool = False
+    """Whether the operator reads rows of neighbouring devices."""
 
     @property
     def devices(self) -> int:
+        """Number of devices that run the programs at once."""
         return self.key[1]
 
     @property
     def nbytes(self) -> int:
-        return self.devices * sum(p.nbytes for p in self.parts)
+        """Size of operands and results on all devices, bytes."""
+        return self.devices * sum(part.nbytes for part in self.parts)
 
     @property
     def text(self) -> str:
-        """What its time is kept under: the programs, and how many devices run them at once."""
-        return sha256(
-            "\n".join([str(self.devices), *(p.text for p in self.parts)]).encode()
-        ).hexdigest()[:24]
+        """The key of the time in the file: a digest of the device count and the programs."""
+        texts = [str(self.devices)]
+        texts += [part.text for part in self.parts]
+        return sha256("\n".join(texts).encode()).hexdigest()[:24]
 
 
 def measured_operators(
@@ -101,106 +117,146 @@ def measured_operators(
     plans: Sequence[Plan],
     report: Callable[[int, int], None] | None = None,
 ) -> Machine:
-    """The machine with the times of the operators of these plans, as far as they can be cut out, and a fit to all ever measured.
+    """The machine with times of the plans' operators, and a fit to all times of the file.
 
-    `report` is told how many of how many programs have been compiled and timed. Several processes call this together: all time at once,
-    and what process 0 finds holds for all.
+    Operators that cannot be cut out stay without a time. `report` gets the number of timed
+    programs and their total. Several processes call this together and measure at the same time;
+    the results of process 0 count for all.
     """
-    known = dict(machine.times.seconds) if machine.times is not None else {}
+    times = machine.times
+    seconds_of = {} if times is None else dict(times.seconds)
     path = file_of_operators(machine)
-    records: dict[str, Any] = json.loads(
-        from_first("times of operators", lambda: json.dumps(load(path, key_of(machine.devices))))
-    )
-    asked = list(_asked(captured, machine, plans, known))
-    new = {a.text: a for a in asked if a.text not in records}
-    waiting, done = sorted(new.values(), key=lambda a: a.devices), 0
-    while waiting:
-        chunk: list[Asked] = []
-        nbytes = 0
-        while waiting and (
-            not chunk
-            or waiting[0].devices == chunk[0].devices
-            and nbytes + waiting[0].nbytes < AT_ONCE
-        ):
-            chunk.append(waiting.pop(0))
-            nbytes += chunk[-1].nbytes
-        mine = _timed(chunk, chunk[0].devices)
-        for a, seconds in zip(
-            chunk,
-            json.loads(from_first("times of operators", lambda mine=mine: json.dumps(mine))),
-            strict=True,
-        ):
-            if seconds is not None:
-                records[a.text] = {
-                    "model": captured.graph.name,
-                    "operator": a.operator,
-                    "digest": a.key[0],
-                    "seconds": seconds,
-                    "features": dict(a.features),
-                }
-        done += len(chunk)
-        if report is not None:
-            report(done, len(new))
-    if new and is_first():
-        _save(path, key_of(machine.devices), records)
-    here = _likely([(a, records[a.text]["seconds"]) for a in asked if a.text in records], known)
-    known |= {a.key: seconds for a, seconds in here}
+    file_key = key_of(machine.devices)
+    text = from_first("times of operators", lambda: json.dumps(load(path, file_key)))
+    records: dict[str, Any] = json.loads(text)
+    requests = list(_requests(captured, machine, plans, seconds_of))
+    unmeasured = {request.text: request for request in requests if request.text not in records}
+    _measure(list(unmeasured.values()), captured.graph.name, records, report)
+    if unmeasured and is_first():
+        _save(path, file_key, records)
+    answered = [
+        (request, records[request.text]["seconds"])
+        for request in requests
+        if request.text in records
+    ]
+    plausible = _plausible(answered, seconds_of)
+    seconds_of |= {request.key: seconds for request, seconds in plausible}
     if not records:
         return machine
-    times = fitted_times(records.values())
-    off: dict[str, list[float]] = {}
-    for a, seconds in here:
-        off.setdefault(a.key[0], []).append(seconds / times.fitted_seconds(a.features))
-    own = dict(machine.times.corrections) if machine.times is not None else {}
-    own |= {digest: median(ratios) for digest, ratios in off.items()}
-    return replace(machine, times=replace(times, seconds=known, corrections=own))
+    fit = fitted_times(records.values())
+    ratios_of: dict[str, list[float]] = {}
+    for request, seconds in plausible:
+        ratio = seconds / fit.fitted_seconds(request.features)
+        ratios_of.setdefault(request.key[0], []).append(ratio)
+    corrections = {} if times is None else dict(times.corrections)
+    corrections |= {digest: median(ratios) for digest, ratios in ratios_of.items()}
+    fit = replace(
+        fit,
+        seconds=seconds_of,
+        corrections=corrections,
+    )
+    return replace(machine, times=fit)
 
 
-def _likely(
-    found: Sequence[tuple[Asked, float]], known: Mapping[OperatorKey, float]
-) -> list[tuple[Asked, float]]:
-    """What was measured, without parts that read rows of their neighbours and took longer than the whole operator.
+def _measure(
+    requests: Sequence[Request],
+    model: str,
+    records: dict[str, Any],
+    report: Callable[[int, int], None] | None,
+) -> None:
+    """Times the requests and adds a record for each that compiles."""
+    done = 0
+    for chunk in _chunks(requests):
+        local_times = _timed(chunk, chunk[0].devices)
+        local_text = json.dumps(local_times)
+        text = from_first("times of operators", lambda text=local_text: text)
+        for request, seconds in zip(chunk, json.loads(text), strict=True):
+            if seconds is None:
+                continue
+            records[request.text] = {
+                "model": model,
+                "operator": request.operator,
+                "digest": request.key[0],
+                "seconds": seconds,
+                "features": dict(request.features),
+            }
+        done += len(chunk)
+        if report is not None:
+            report(done, len(requests))
 
-    Alone they have zeros in place of those rows, and are then not always the program that they are in a step: XLA:CPU computes some gradients of convolutions over few
-    rows without its library, fifty times as slowly.
+
+def _chunks(requests: Sequence[Request]) -> Iterator[list[Request]]:
+    """Requests of equal device counts, in lists of less than `CHUNK_BYTES` or of one request."""
+    chunk: list[Request] = []
+    nbytes = 0
+    for request in sorted(requests, key=lambda request: request.devices):
+        fits = nbytes + request.nbytes < CHUNK_BYTES
+        if chunk and (request.devices != chunk[0].devices or not fits):
+            yield chunk
+            chunk = []
+            nbytes = 0
+        chunk.append(request)
+        nbytes += request.nbytes
+    if chunk:
+        yield chunk
+
+
+def _plausible(
+    answered: Sequence[tuple[Request, float]],
+    seconds_of: Mapping[OperatorKey, float],
+) -> list[tuple[Request, float]]:
+    """Measurements that a step would repeat.
+
+    Parts that read neighbours' rows and took longer than the whole operator are left out. Alone,
+    such a part has zeros for those rows, and is not always the program that it is in a step:
+    XLA:CPU computes some gradients of convolutions over few rows without its library, 50 times
+    slower.
     """
-    whole = {a.key[:2]: seconds for a, seconds in found if set(a.key[2]) <= {1}}
-    whole |= {key[:2]: seconds for key, seconds in known.items() if set(key[2]) <= {1}}
-    return [
-        (a, seconds)
-        for a, seconds in found
-        if not a.reaches or seconds <= whole.get(a.key[:2], seconds)
-    ]
+    whole: dict[Any, float] = {}
+    for request, seconds in answered:
+        if set(request.key[2]) <= {1}:
+            whole[request.key[:2]] = seconds
+    for key, seconds in seconds_of.items():
+        if set(key[2]) <= {1}:
+            whole[key[:2]] = seconds
+    plausible = []
+    for request, seconds in answered:
+        limit = whole.get(request.key[:2], seconds)
+        if not request.reaches or seconds <= limit:
+            plausible.append((request, seconds))
+    return plausible
 
 
-def _asked(
-    captured: Captured, machine: Machine, plans: Sequence[Plan], known: Mapping[Any, float]
-) -> Iterator[Asked]:
-    """The operators of the plans that are not known yet, each once."""
+def _requests(
+    captured: Captured,
+    machine: Machine,
+    plans: Sequence[Plan],
+    seconds_of: Mapping[Any, float],
+) -> Iterator[Request]:
+    """The plans' operators without a time, each once."""
     graph = captured.graph
-    found = cost_terms(graph, machine.backend)
-    seen = set(known)
+    terms = cost_terms(graph, machine.backend)
+    keys = set(seconds_of)
     with stablehlo.context(), ir.Location.unknown():
         cutter = Cutter(stablehlo.parse(captured.text.mlir_module_serialized), graph)
         for plan in plans:
             placement = Placement(machine, plan.mesh)
             for o, assignment in enumerate(operator_assignments(graph, plan)):
-                own = found.operators[o]
-                key = local_key(own, placement, assignment)
-                if key in seen or not own.work:
+                operator_terms = terms.operators[o]
+                key = local_key(operator_terms, placement, assignment)
+                if key in keys or not operator_terms.work:
                     continue
-                seen.add(key)
+                keys.add(key)
                 try:
                     parts = cutter.parts(o, assignment, plan.mesh)
                 except (NotLocal, ir.MLIRError, ValueError, TypeError):
                     continue
-                reaches = any(assignment.get(h.split) for h in own.halos)
-                yield Asked(
+                yield Request(
                     graph.operators[o].name,
                     key,
                     parts,
-                    roofline_features(own, placement, assignment),
-                    reaches,
+                    roofline_features(operator_terms, placement, assignment),
+                    any(assignment.get(halo.split) for halo in operator_terms.halos),
                 )
 
 
@@ -209,351 +265,470 @@ class Cutter:
 
     def __init__(self, module: ir.Module, graph: OperatorGraph) -> None:
         self.graph = graph
-        self.module = module  # values live as long as it does
+        self.module = module
+        """Keeps the values alive."""
         self.values, self.operations = stablehlo.numbered(stablehlo.main_block(module))
-        self.seen = read_labels(graph)
-        self.free = constant_tensors(graph)
-        self.maker = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
-        self.readers: dict[int, list[int]] = {}
-        for i, x in enumerate(graph.instructions):
-            for t in x.operands:
-                self.readers.setdefault(t, []).append(i)
+        self.ids = {value: t for t, value in enumerate(self.values)}
+        self.read_labels = read_labels(graph)
+        self.constants = constant_tensors(graph)
         self.outputs = set(graph.outputs)
         self.renewed = {a.tensor: a.result for a in graph.arguments if a.result is not None}
-        self.ids = {value: t for t, value in enumerate(self.values)}
-        self.owned: list[list[int]] = [[] for _ in graph.operators]
+        """Variable -> its new value."""
+        self.producers: dict[int, int] = {}
+        """Tensor -> the instruction that computes it."""
+        self.readers: dict[int, list[int]] = {}
+        """Tensor -> the instructions that read it."""
+        for i, instruction in enumerate(graph.instructions):
+            for t in instruction.results:
+                self.producers[t] = i
+            for t in instruction.operands:
+                self.readers.setdefault(t, []).append(i)
         owners, self.shared = _owners(graph)
+        self.members: list[list[int]] = [[] for _ in graph.operators]
+        """Instructions of every operator."""
         for i, o in enumerate(owners):
             if o >= 0:
-                self.owned[o].append(i)
+                self.members[o].append(i)
 
     def parts(self, operator: int, assignment: Assignment, mesh: PlanMesh) -> tuple[Part, ...]:
-        """The forward and the backward (with the update) program of an operator under an assignment; NotLocal where there is none."""
+        """An operator's forward program, and its backward program with the update.
+
+        Raises NotLocal if the operator cannot be cut out under the assignment.
+        """
         if operator in self.shared:
             raise NotLocal
-        forward = [i for i in self.owned[operator] if self.graph.instructions[i].phase == "forward"]
-        later = [i for i in self.owned[operator] if self.graph.instructions[i].phase != "forward"]
-        found = [
-            _Cut(self, assignment, mesh).part(members) for members in (forward, later) if members
-        ]
-        return tuple(part for part in found if part is not None)
+        forward: list[int] = []
+        later: list[int] = []
+        for i in self.members[operator]:
+            phase = self.graph.instructions[i].phase
+            if phase == "forward":
+                forward.append(i)
+            else:
+                later.append(i)
+        parts: list[Part] = []
+        for members in (forward, later):
+            if not members:
+                continue
+            part = _Cut(self, assignment, mesh).part(members)
+            if part is not None:
+                parts.append(part)
+        return tuple(parts)
 
 
 def _owners(graph: OperatorGraph) -> tuple[list[int], set[int]]:
-    """Per instruction its operator, and the operators that share a loop.
+    """The operator of every instruction (-1: none), and the operators that share a loop.
 
-    A loop goes whole to the operator whose instructions it holds, and to none if they are of several.
+    A loop belongs to the operator of all its instructions, or to none if they have several.
     """
-    found, shared = list(graph.owner), set()
+    owner_of = list(graph.owner)
+    shared: set[int] = set()
     for loop in graph.loops:
-        inside = range(*loop.body)
-        owners = {graph.owner[i] for i in (loop.instruction, *inside)} - {-1}
-        found[loop.instruction] = next(iter(owners)) if len(owners) == 1 else -1
-        shared |= owners if len(owners) > 1 else set()
-        for i in inside:
-            found[i] = -1
-    return found, shared
+        body = range(*loop.body)
+        owners = {graph.owner[i] for i in (loop.instruction, *body)} - {-1}
+        owner_of[loop.instruction] = next(iter(owners)) if len(owners) == 1 else -1
+        if len(owners) > 1:
+            shared |= owners
+        for i in body:
+            owner_of[i] = -1
+    return owner_of, shared
 
 
 class _Cut:
-    """One program being cut out: values of the original by tensor and sharding, as values of the new function."""
+    """One program that is being cut out.
+
+    `values` are those of the new function, by tensor and local shape.
+    """
 
     def __init__(self, cutter: Cutter, assignment: Assignment, mesh: PlanMesh) -> None:
-        self.cutter, self.assignment, self.sizes = cutter, assignment, mesh.sizes
-        self.made: dict[tuple[int, tuple[int, ...]], Any] = {}
-        self.operands: list[tuple[int, tuple[int, ...]]] = []
+        self.cutter = cutter
+        self.assignment = assignment
+        self.sizes = mesh.sizes
+        self.values: dict[LocalTensor, Any] = {}
+        self.operands: list[LocalTensor] = []
 
     def shape(self, tensor: int, label: Sequence[int]) -> tuple[int, ...]:
-        """The part of a tensor that a device has when it is labelled so."""
-        local = []
-        for size, axes in zip(
-            self.cutter.graph.tensors[tensor].shape,
-            label_sharding(tuple(label), self.assignment),
-            strict=True,
-        ):
-            ways = int(np.prod([self.sizes[a] for a in axes], initial=1))
-            if size % ways:
+        """Shape of a device's part of a tensor with this label."""
+        sizes = self.cutter.graph.tensors[tensor].shape
+        sharding = label_sharding(tuple(label), self.assignment)
+        local_sizes = []
+        for size, axes in zip(sizes, sharding, strict=True):
+            count = int(np.prod([self.sizes[a] for a in axes], initial=1))
+            if size % count:
                 raise NotLocal
-            local.append(size // ways)
-        return tuple(local)
+            local_sizes.append(size // count)
+        return tuple(local_sizes)
 
     def part(self, members: Sequence[int]) -> Part | None:
-        graph, cutter = self.cutter.graph, self.cutter
-        inside = set(members)
+        """The program of the instructions `members`; None if nothing reads its results."""
         module = ir.Module.parse("module { func.func public @main() { return } }")
         function = next(iter(module.body)).operation
         self.block = function.regions[0].blocks[0]
         end = list(self.block)[0].operation
         self.point = ir.InsertionPoint(end)
         for i in members:
-            if not all(t in cutter.free for t in graph.instructions[i].results):
+            tensors = self.cutter.graph.instructions[i].results
+            if not all(t in self.cutter.constants for t in tensors):
                 self.copy(i)
-        results = [
-            t
-            for i in members
-            for t in graph.instructions[i].results
-            if t in self.local
-            and (t in cutter.outputs or any(r not in inside for r in cutter.readers.get(t, ())))
-        ]
+        results = self._results(members)
         if not results:
             return None
-        values = [self.local[t] for t in results]
+        local = self._local()
+        values = [local[t] for t in results]
         ir.Operation.create("func.return", operands=values, ip=self.point)
         end.erase()
-        kinds = [a.type for a in self.block.arguments], [v.type for v in values]
-        function.attributes["function_type"] = ir.TypeAttr.get(ir.FunctionType.get(*kinds))
+        operand_types = [argument.type for argument in self.block.arguments]
+        result_types = [value.type for value in values]
+        function_type = ir.FunctionType.get(operand_types, result_types)
+        function.attributes["function_type"] = ir.TypeAttr.get(function_type)
         module.operation.verify()
-        shapes = [
-            tuple(
-                jax.ShapeDtypeStruct(
-                    tuple(ir.RankedTensorType(kind).shape), np.dtype(graph.tensors[t].dtype)
-                )
-                for kind, t in zip(side, ts, strict=True)
-            )
-            for side, ts in zip(kinds, ([t for t, _ in self.operands], results), strict=True)
-        ]
-        place = {t: n for n, t in enumerate(results)}
-        replaced = {
-            n: place[new]
-            for n, (t, _) in enumerate(self.operands)
-            for new in [cutter.renewed.get(t, -1)]
-            if new in place and shapes[0][n] == shapes[1][place[new]]
-        }
-        return Part(stablehlo.serialize(module), shapes[0], shapes[1], str(module), replaced)
+        operand_shapes = self._structs(operand_types, [t for t, _ in self.operands])
+        result_shapes = self._structs(result_types, results)
+        return Part(
+            stablehlo.serialize(module),
+            operand_shapes,
+            result_shapes,
+            str(module),
+            self._replaced(results, operand_shapes, result_shapes),
+        )
 
-    @property
-    def local(self) -> dict[int, Any]:
-        """Tensor -> its value in the new function, as its own operator has it."""
-        return {
-            t: v
-            for (t, shape), v in self.made.items()
-            if shape == self.shape(t, self.cutter.graph.labels[t])
-        }
+    def _results(self, members: Sequence[int]) -> list[int]:
+        """Tensors of the instructions that others read or that the step returns."""
+        inside = set(members)
+        local = self._local()
+        results = []
+        for i in members:
+            for t in self.cutter.graph.instructions[i].results:
+                readers = self.cutter.readers.get(t, ())
+                leaves = t in self.cutter.outputs or any(r not in inside for r in readers)
+                if leaves and t in local:
+                    results.append(t)
+        return results
+
+    def _structs(
+        self,
+        types: Sequence[Any],
+        tensors: Sequence[int],
+    ) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and dtypes of tensors with these local types."""
+        structs = []
+        for kind, t in zip(types, tensors, strict=True):
+            shape = tuple(ir.RankedTensorType(kind).shape)
+            dtype = np.dtype(self.cutter.graph.tensors[t].dtype)
+            structs.append(jax.ShapeDtypeStruct(shape, dtype))
+        return tuple(structs)
+
+    def _replaced(
+        self,
+        results: Sequence[int],
+        operand_shapes: Sequence[jax.ShapeDtypeStruct],
+        result_shapes: Sequence[jax.ShapeDtypeStruct],
+    ) -> dict[int, int]:
+        """Operand -> the result that is its new value, if their local shapes are equal."""
+        position_of = {t: n for n, t in enumerate(results)}
+        replaced = {}
+        for n, (t, _) in enumerate(self.operands):
+            position = position_of.get(self.cutter.renewed.get(t, -1))
+            if position is not None and operand_shapes[n] == result_shapes[position]:
+                replaced[n] = position
+        return replaced
+
+    def _local(self) -> dict[int, Any]:
+        """Tensor -> its value in the new function, with the operator's own split."""
+        labels = self.cutter.graph.labels
+        local = {}
+        for (t, shape), value in self.values.items():
+            if shape == self.shape(t, labels[t]):
+                local[t] = value
+        return local
 
     def value(self, tensor: int, label: Sequence[int]) -> Any:
-        """The value of a tensor as it is read: made inside, a constant, or an operand."""
-        graph = self.cutter.graph
-        key = (tensor, self.shape(tensor, label))
-        if key not in self.made:
-            maker = self.cutter.maker.get(tensor, -1)
-            made = maker >= 0 and tensor in self.cutter.free
-            if made and not any(graph.tensors[t].shape for t in graph.instructions[maker].operands):
-                self.copy(maker, label)
-            else:
-                kind = self.kind(self.cutter.values[tensor].type, key[1])
-                self.made[key] = self.block.add_argument(kind, ir.Location.unknown())
-                self.operands.append(key)
-        return self.made[key]
+        """The value of a tensor that is read with this label.
 
-    def copy(self, i: int, wanted: Sequence[int] | None = None) -> None:
-        """Copies an instruction, after its operands, with local types; a constant is made as it is `wanted`."""
-        graph, source = self.cutter.graph, self.cutter.operations[i]
-        x = graph.instructions[i]
-        labels = [self.cutter.seen.get((i, p), graph.labels[t]) for p, t in enumerate(x.operands)]
-        operands = [self.value(t, label) for t, label in zip(x.operands, labels, strict=True)]
+        A copied result, a constant, or a new operand.
+        """
+        key = (tensor, self.shape(tensor, label))
+        if key in self.values:
+            return self.values[key]
+        producer = self.cutter.producers.get(tensor, -1)
+        if producer >= 0 and tensor in self.cutter.constants and self._reads_scalars(producer):
+            self.copy(producer, label)
+        else:
+            kind = self.kind(self.cutter.values[tensor].type, key[1])
+            self.values[key] = self.block.add_argument(kind, ir.Location.unknown())
+            self.operands.append(key)
+        return self.values[key]
+
+    def _reads_scalars(self, i: int) -> bool:
+        """Whether an instruction reads scalars only."""
+        graph = self.cutter.graph
+        return not any(graph.tensors[t].shape for t in graph.instructions[i].operands)
+
+    def copy(self, i: int, label: Sequence[int] | None = None) -> None:
+        """Copies an instruction, after its operands, with local types.
+
+        `label` is that of a constant's reader; other results have their own labels.
+        """
+        graph = self.cutter.graph
+        source = self.cutter.operations[i]
+        instruction = graph.instructions[i]
+        operands = []
+        for position, t in enumerate(instruction.operands):
+            read_label = self.cutter.read_labels.get((i, position), graph.labels[t])
+            operands.append(self.value(t, read_label))
         copy = source.clone(self.point)
         for position, value in enumerate(operands):
             copy.operands[position] = value
-        for t, result in zip(x.results, copy.results, strict=True):
-            shape = self.shape(t, graph.labels[t] if wanted is None else wanted)
+        for t, result in zip(instruction.results, copy.results, strict=True):
+            shape = self.shape(t, graph.labels[t] if label is None else label)
             result.set_type(self.kind(result.type, shape))
-            self.made[t, shape] = result
-        if x.name in ("while", "case", "if"):
-            for region, whole in zip(copy.regions, source.regions, strict=True):
-                for block, original in zip(region.blocks, whole.blocks, strict=True):
+            self.values[t, shape] = result
+        if instruction.name in LOOPS:
+            for region, source_region in zip(copy.regions, source.regions, strict=True):
+                for block, original in zip(region.blocks, source_region.blocks, strict=True):
                     self.body(block, original)
         _localise(copy)
 
     def body(self, block: Any, original: Any) -> None:
-        """Gives all that is inside a copied loop or branch its local types."""
-        labels, ids = self.cutter.graph.labels, self.cutter.ids
+        """Gives the instructions of a copied loop or branch their local types."""
         for value, source in zip(block.arguments, original.arguments, strict=True):
-            value.set_type(self.kind(value.type, self.shape(ids[source], labels[ids[source]])))
-        for op, source in zip(block, original, strict=True):
-            copy = op.operation
-            for value, was in zip(copy.results, source.operation.results, strict=True):
-                value.set_type(self.kind(value.type, self.shape(ids[was], labels[ids[was]])))
-            if stablehlo.short(copy.name) in ("while", "case", "if"):
-                raise NotLocal  # a loop in a loop
+            self._set_local_type(value, source)
+        for item, original_item in zip(block, original, strict=True):
+            copy = item.operation
+            for value, source in zip(copy.results, original_item.operation.results, strict=True):
+                self._set_local_type(value, source)
+            if stablehlo.short(copy.name) in LOOPS:
+                # A loop in a loop.
+                raise NotLocal
             _localise(copy)
+
+    def _set_local_type(self, value: Any, source: Any) -> None:
+        """Gives a copied value the local type of its source."""
+        t = self.cutter.ids[source]
+        shape = self.shape(t, self.cutter.graph.labels[t])
+        value.set_type(self.kind(value.type, shape))
 
     @staticmethod
     def kind(whole: Any, shape: Sequence[int]) -> Any:
-        return ir.RankedTensorType.get(list(shape), ir.RankedTensorType(whole).element_type)
+        """The type with another shape."""
+        element_type = ir.RankedTensorType(whole).element_type
+        return ir.RankedTensorType.get(list(shape), element_type)
 
 
 def _localise(operation: Any) -> None:
-    """Gives an instruction the attributes that its local types ask for."""
+    """Gives an instruction the attributes that fit its local types."""
     name = stablehlo.short(operation.name)
-    shape = lambda value: list(ir.RankedTensorType(value.type).shape)  # noqa: E731
-    numbers = lambda key: list(ir.DenseI64ArrayAttr(operation.attributes[key]))  # noqa: E731
-    if name == "constant" and "complex" in str(operation.results[0].type):
-        raise NotLocal  # MLIR's Python cannot hold its value
+    attributes = operation.attributes
     if name == "constant":
-        value, kind = ir.DenseElementsAttr(operation.attributes["value"]), operation.results[0].type
-        if shape(operation.results[0]) != list(ir.RankedTensorType(value.type).shape):
-            if not value.is_splat:
-                raise NotLocal
-            operation.attributes["value"] = ir.DenseElementsAttr.get_splat(
-                kind, value.get_splat_value()
-            )
+        _localise_constant(operation)
     elif name == "slice":
-        start, stride, size, into = (
-            numbers("start_indices"),
-            numbers("strides"),
-            shape(operation.operands[0]),
-            shape(operation.results[0]),
-        )
-        start = [
-            max(0, min(b, n - (r - 1) * s - 1))
-            for b, n, r, s in zip(start, size, into, stride, strict=True)
-        ]
-        operation.attributes["start_indices"] = ir.DenseI64ArrayAttr.get(start)
-        limits = [b + (r - 1) * s + 1 for b, r, s in zip(start, into, stride, strict=True)]
-        operation.attributes["limit_indices"] = ir.DenseI64ArrayAttr.get(limits)
+        _localise_slice(operation)
     elif name == "dynamic_slice":
-        operation.attributes["slice_sizes"] = ir.DenseI64ArrayAttr.get(shape(operation.results[0]))
+        sizes = _shape(operation.results[0])
+        attributes["slice_sizes"] = ir.DenseI64ArrayAttr.get(sizes)
     elif name == "gather":
-        sizes = [
-            min(a, b)
-            for a, b in zip(numbers("slice_sizes"), shape(operation.operands[0]), strict=True)
-        ]
-        operation.attributes["slice_sizes"] = ir.DenseI64ArrayAttr.get(sizes)
+        whole_sizes = _integers(operation, "slice_sizes")
+        operand_sizes = _shape(operation.operands[0])
+        sizes = [min(a, b) for a, b in zip(whole_sizes, operand_sizes, strict=True)]
+        attributes["slice_sizes"] = ir.DenseI64ArrayAttr.get(sizes)
     elif name == "convolution":
         _pad_convolution(operation)
 
 
-def _pad_convolution(operation: Any) -> None:
-    """Pads a convolution that is split in space so that it makes its part of the result; what it reads of its neighbours is zeros.
+def _shape(value: Any) -> list[int]:
+    return list(ir.RankedTensorType(value.type).shape)
 
-    One that is split by its groups has as many groups as it has channels left.
+
+def _integers(operation: Any, attribute: str) -> list[int]:
+    return list(ir.DenseI64ArrayAttr(operation.attributes[attribute]))
+
+
+def _localise_constant(operation: Any) -> None:
+    """Shrinks a constant of one value; NotLocal for others.
+
+    MLIR's Python cannot represent a complex value.
+    """
+    result = operation.results[0]
+    if "complex" in str(result.type):
+        raise NotLocal
+    value = ir.DenseElementsAttr(operation.attributes["value"])
+    if _shape(result) == list(ir.RankedTensorType(value.type).shape):
+        return
+    if not value.is_splat:
+        raise NotLocal
+    local_value = ir.DenseElementsAttr.get_splat(result.type, value.get_splat_value())
+    operation.attributes["value"] = local_value
+
+
+def _localise_slice(operation: Any) -> None:
+    """Moves a slice into its local operand: start and limits by the local result's size."""
+    starts: list[int] = []
+    limits: list[int] = []
+    for start, stride, size, count in zip(
+        _integers(operation, "start_indices"),
+        _integers(operation, "strides"),
+        _shape(operation.operands[0]),
+        _shape(operation.results[0]),
+        strict=True,
+    ):
+        span = (count - 1) * stride + 1
+        local_start = max(0, min(start, size - span))
+        starts.append(local_start)
+        limits.append(local_start + span)
+    operation.attributes["start_indices"] = ir.DenseI64ArrayAttr.get(starts)
+    operation.attributes["limit_indices"] = ir.DenseI64ArrayAttr.get(limits)
+
+
+def _pad_convolution(operation: Any) -> None:
+    """Pads a convolution that is split in space to its part of the result.
+
+    Zeros stand for the neighbours' rows. A convolution that is split by groups has one group per
+    group of its local channels.
     """
     dims = convolution_dims(operation)
-    lhs, rhs, out = (
-        ir.RankedTensorType(v.type).shape for v in (*operation.operands, *operation.results)
-    )
+    values = (*operation.operands, *operation.results)
+    lhs, rhs, out = (ir.RankedTensorType(value.type).shape for value in values)
+    windows = convolution_window(operation, len(dims["lhs"]) - 2)
     padding = []
-    for s, (step, low, high, base, dilation) in enumerate(
-        convolution_window(operation, len(dims["lhs"]) - 2)
-    ):
-        size, window, count = (
-            lhs[dims["lhs"][2 + s]],
-            rhs[dims["rhs"][2 + s]],
-            out[dims["out"][2 + s]],
-        )
-        need = (count - 1) * step + (window - 1) * dilation + 1 - ((size - 1) * base + 1)
-        padding.append(
-            (low, high) if need <= low + high < need + step else (need // 2, need - need // 2)
-        )
-    operation.attributes["padding"] = ir.DenseElementsAttr.get(np.array(padding, np.int64))  # pyright: ignore
+    for s, (step, low, high, base, dilation) in enumerate(windows, start=2):
+        size = lhs[dims["lhs"][s]]
+        window = rhs[dims["rhs"][s]]
+        count = out[dims["out"][s]]
+        span = (count - 1) * step + (window - 1) * dilation + 1
+        need = span - ((size - 1) * base + 1)
+        if need <= low + high < need + step:
+            padding.append((low, high))
+        else:
+            padding.append((need // 2, need - need // 2))
+    array = np.array(padding, np.int64)
+    operation.attributes["padding"] = ir.DenseElementsAttr.get(array)  # pyright: ignore
     groups = ir.IntegerAttr(operation.attributes["feature_group_count"])
     if groups.value > 1:
-        operation.attributes["feature_group_count"] = ir.IntegerAttr.get(
-            groups.type, lhs[dims["lhs"][1]] // rhs[dims["rhs"][1]]
-        )
+        count = lhs[dims["lhs"][1]] // rhs[dims["rhs"][1]]
+        operation.attributes["feature_group_count"] = ir.IntegerAttr.get(groups.type, count)
 
 
-def _timed(asked: Sequence[Asked], devices: int) -> list[float | None]:
-    """Seconds of each operator, all devices here computing it at once; None where the compiler refuses a program."""
-    mesh = Mesh(np.array(jax.local_devices()[: -(-devices // jax.process_count())]), ("a",))
+@dataclass
+class _Program:
+    """A compiled part with its arguments, and its timed runs."""
+
+    request: int
+    """Position in the requests."""
+    part: Part
+    run: Any
+    values: list[Any]
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    def time(self) -> float:
+        """Seconds of one run. Results take the place of the donated arguments."""
+        start = time.perf_counter()
+        results = jax.block_until_ready(self.run(*self.values))
+        seconds = time.perf_counter() - start
+        for operand, result in self.part.replaced.items():
+            self.values[operand] = results[result]
+        return seconds
+
+
+def _timed(requests: Sequence[Request], devices: int) -> list[float | None]:
+    """Seconds of each operator, computed by all local devices at once.
+
+    None if the compiler refuses a program, or if there is none.
+    """
+    local_devices = jax.local_devices()[: -(-devices // jax.process_count())]
+    mesh = Mesh(np.array(local_devices), ("a",))
     meet()
     whole = NamedSharding(mesh, PartitionSpec())
-
-    def ready(part: Part) -> tuple[Part, Any, list[Any]]:
-        values = [
-            jax.device_put(
-                np.full(s.shape, 0.01 if np.issubdtype(s.dtype, np.inexact) else 0).astype(s.dtype),
-                whole,
-            )
-            for s in part.operands
-        ]
-        shardings: dict[str, Any] = {"in_shardings": [whole] * len(values), "out_shardings": whole}
-        run = (
-            jax.jit(_callable(part), donate_argnums=tuple(part.replaced), **shardings)
-            .lower(*values)
-            .compile()
-        )
-        _seconds(part, run, values)
-        return part, run, values
-
-    programs: list[tuple[int, Part, Any, list[Any]]] = []
+    programs: list[_Program] = []
     refused: set[int] = set()
-    for n, a in enumerate(asked):
+    for n, request in enumerate(requests):
         try:
-            programs += [(n, *ready(part)) for part in a.parts]
+            programs += [_compiled(n, part, whole) for part in request.parts]
         except (ValueError, RuntimeError, NotImplementedError):
             refused.add(n)
-    nothing = (
-        jax.jit(lambda x: x, in_shardings=whole, out_shardings=whole).lower(np.float32(0)).compile()
-    )
-    zero = jax.device_put(np.float32(0), whole)
-    empty = Part(b"", (), (), "", {})
-    times: list[list[float]] = [[] for _ in programs]
-    starts: list[float] = []
+    empty = _empty_program(whole)
     for _ in range(ROUNDS):
-        for n, (_, part, run, values) in enumerate(programs):
-            starts.append(_seconds(empty, nothing, [zero]))
-            times[n].append(_seconds(part, run, values))
-    start = median(starts) if starts else 0.0
-    found = [0.0] * len(asked)
-    for (n, *_), taken in zip(programs, times, strict=True):
-        found[n] += max(1e-7, median(taken) - start)
-    return [
-        None if n in refused or not asked[n].parts else seconds for n, seconds in enumerate(found)
-    ]
+        for program in programs:
+            empty.seconds.append(empty.time())
+            program.seconds.append(program.time())
+    start = median(empty.seconds) if empty.seconds else 0.0
+    totals = [0.0] * len(requests)
+    for program in programs:
+        totals[program.request] += max(1e-7, median(program.seconds) - start)
+    times: list[float | None] = []
+    for n, total in enumerate(totals):
+        missing = n in refused or not requests[n].parts
+        times.append(None if missing else total)
+    return times
 
 
-def _seconds(part: Part, run: Any, values: list[Any]) -> float:
-    """Seconds of one run; what it replaces of `values` is replaced."""
-    start = time.perf_counter()
-    results = jax.block_until_ready(run(*values))
-    taken = time.perf_counter() - start
-    for operand, result in part.replaced.items():
-        values[operand] = results[result]
-    return taken
+def _compiled(request: int, part: Part, whole: NamedSharding) -> _Program:
+    """A part as a compiled program with arguments, run once."""
+    values = []
+    for shape in part.operands:
+        number = 0.01 if np.issubdtype(shape.dtype, np.inexact) else 0
+        array = np.full(shape.shape, number).astype(shape.dtype)
+        values.append(jax.device_put(array, whole))
+    jitted = jax.jit(
+        _callable(part),
+        donate_argnums=tuple(part.replaced),
+        in_shardings=[whole] * len(values),  # type: ignore[arg-type]
+        out_shardings=whole,
+    )
+    run = jitted.lower(*values).compile()
+    program = _Program(request, part, run, values)
+    program.time()
+    return program
+
+
+def _empty_program(whole: NamedSharding) -> _Program:
+    """A program that computes nothing: the time to start one."""
+    jitted = jax.jit(lambda x: x, in_shardings=whole, out_shardings=whole)
+    run = jitted.lower(np.float32(0)).compile()
+    zero = jax.device_put(np.float32(0), whole)
+    return _Program(-1, Part(b"", (), (), "", {}), run, [zero])
 
 
 def _callable(part: Part) -> Callable[..., Any]:
     """The part as a function that `jax.jit` takes."""
 
     def like(*operands: Any) -> tuple[Any, ...]:
-        return tuple(jax.numpy.zeros(s.shape, s.dtype) for s in part.results)
+        return tuple(jax.numpy.zeros(shape.shape, shape.dtype) for shape in part.results)
 
     shell = export.export(jax.jit(like))(*part.operands)
     text = Text.of(shell, part.bytecode)
-    return dataclasses.replace(text, module_kept_var_idx=tuple(range(len(part.operands)))).call
+    kept = tuple(range(len(part.operands)))
+    return dataclasses.replace(text, module_kept_var_idx=kept).call
 
 
 def file_of_operators(machine: Machine) -> Path:
-    return file_of(key_of(machine.devices)).with_name(
-        re.sub(r"^machine-", "operators-", file_of(key_of(machine.devices)).name).replace(
-            ".toml", ".json"
-        )
-    )
+    """The file of operator times, beside the file of the machine's calibration."""
+    path = file_of(key_of(machine.devices))
+    name = re.sub(r"^machine-", "operators-", path.name)
+    return path.with_name(name.replace(".toml", ".json"))
 
 
 def load(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured before, by text; nothing where the file is of other devices or libraries."""
+    """Records of a file, by digest; none if they are of other devices or libraries."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return (
-        dict(kept["operators"]) if isinstance(kept, dict) and kept.get("key") == dict(key) else {}
-    )
+    if not isinstance(content, dict) or content.get("key") != dict(key):
+        return {}
+    return dict(content["operators"])
 
 
 def _save(path: Path, key: Mapping[str, Any], records: Mapping[str, Any]) -> None:
-    """Keeps the file whole if two processes write at once; a disk that is full loses the cache and nothing else."""
+    """Writes the records.
+
+    The file stays complete if two processes write at once. A full disk costs the cache only.
+    """
+    lines = [f"  {json.dumps(text)}: {json.dumps(record)}" for text, record in records.items()]
+    joined = ",\n".join(lines)
+    content = f'{{"key": {json.dumps(key)},\n"operators": {{\n{joined}\n}}}}\n'
+    fresh = path.with_suffix(".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(
-            f"  {json.dumps(text)}: {json.dumps(record)}" for text, record in records.items()
-        )
-        fresh = path.with_suffix(".new")
-        fresh.write_text(
-            f'{{"key": {json.dumps(key)},\n"operators": {{\n{lines}\n}}}}\n', encoding="utf-8"
-        )
+        fresh.write_text(content, encoding="utf-8")
         fresh.replace(path)
     except OSError:
-        path.with_suffix(".new").unlink(missing_ok=True)
+        fresh.unlink(missing_ok=True)

@@ -249,8 +249,9 @@ def _number(variables: Mapping[str, str], name: str, default: int | None = None)
 def join(membership: ProcessGroup, say: Callable[[str], None]) -> None:
     """Waits for the other processes.
 
-    After the timeout it ends this process with a message and code 3. It does not raise: JAX ends a process whose wait failed, with a stack trace of its own. A
-    watching thread ends the process just before.
+    After the timeout it ends this process with a message and code 3. It does not raise: JAX ends
+    a process whose wait failed, with a stack trace of its own. A watching thread ends the process
+    just before.
     """
     process = f"process {membership.index} of {membership.count}"
     joined_event = threading.Event()

@@ -371,13 +371,13 @@ def calibration_table(measured: Iterable[Any]) -> Table:
     add_columns(table, "size", "time", "rate of a device")
     for measurement in measured:
         rate = ""
-        if measurement.rate and (measurement.what == "stream" or measurement.what in KINDS):
+        if measurement.rate and (measurement.kind == "stream" or measurement.kind in KINDS):
             rate = format_bandwidth(measurement.rate)
         elif measurement.rate:
             rate = f"{format_flops(measurement.rate)}/s"
         add_row(
             table,
-            measurement.what,
+            measurement.kind,
             measurement.size,
             format_seconds(measurement.seconds),
             rate,

@@ -19,7 +19,7 @@ from partita.execute.calibrate import (
     REDUCED,
     Calibration,
     Measured,
-    Sent,
+    Transfer,
     _fit_links,
     calibrated,
     file_of,
@@ -65,7 +65,7 @@ def test_figures_of_another_machine_or_library_are_left_alone(what: str, cache: 
 def test_a_broken_file_is_named(cache: Path) -> None:
     for broken in (b"[key\n", b"\x80\x81"):
         file_of(key_of(2)).write_bytes(broken)
-        with pytest.raises(MachineError, match="is not TOML.*Delete it, or measure again"):
+        with pytest.raises(MachineError, match="is not TOML.*Delete the file, or measure again"):
             calibrated(at_hand(2), 2)
 
 
@@ -76,7 +76,7 @@ def test_a_figure_that_cannot_be_is_named(value: str, cache: Path) -> None:
     )
     with pytest.raises(
         MachineError,
-        match="says that device.overhead is .*, and a number above 0 is needed. Delete it, or measure again",
+        match="device.overhead in .* is .*, not a number above 0. Delete the file, or measure again",
     ):
         calibrated(at_hand(2), 2)
 
@@ -87,7 +87,7 @@ def test_links_are_those_whose_model_gives_the_measured_times() -> None:
     )
     asked = [(kind, 4.0 * size) for kind in COLLECTIVES for size in REDUCED]
     sent = [
-        Sent(kind, 2, n, Measured(kind, "", collective_seconds(machine, kind, n, ((0, 2),))))
+        Transfer(kind, 2, n, Measured(kind, "", collective_seconds(machine, kind, n, ((0, 2),))))
         for kind, n in asked
     ]
     values, errors = _fit_links(host(2, 1 << 30), "process", sent)
