@@ -4,7 +4,9 @@ from pathlib import Path
 
 
 def below(pid: int) -> list[int]:
-    """Processes that a process started, and those that they started, by their numbers; nothing of what ended meanwhile."""
+    """Processes that a process started, and those that they started, by their numbers; nothing
+    of what ended meanwhile.
+    """
     try:
         children = [
             int(c)

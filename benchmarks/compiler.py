@@ -1,4 +1,5 @@
-"""The compiler's word against ours: collectives, peak memory and FLOPs of models under plans, on 8 virtual CPU devices.
+"""The compiler's word against ours: collectives, peak memory and FLOPs of models under plans, on 8
+virtual CPU devices.
 
     python benchmarks/compiler.py --models resnet50,gpt --plans "data parallel,found"
 

@@ -1,4 +1,5 @@
-"""A planned data-parallel `fit` against `keras.distribution.DataParallel`: the same model, data and devices, in turns.
+"""A planned data-parallel `fit` against `keras.distribution.DataParallel`: the same model, data and
+devices, in turns.
 
 python benchmarks/data_parallel.py --devices 2 --rounds 7
 """
@@ -13,6 +14,7 @@ import time
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--devices", type=int, default=2)
 parser.add_argument("--rounds", type=int, default=7)
+parser.add_argument("--samples", type=int, default=1024, help="of an epoch, in batches of 64")
 arguments = parser.parse_args()
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["NPROC"] = "1"
@@ -51,7 +53,8 @@ def build() -> keras.Model:
 
 
 rng = np.random.default_rng(0)
-x, y = rng.random((1024, 32, 32, 3), dtype="float32"), rng.integers(0, 10, 1024).astype("int32")
+x = rng.random((arguments.samples, 32, 32, 3), dtype="float32")
+y = rng.integers(0, 10, arguments.samples).astype("int32")
 distribution = keras.distribution.DataParallel(
     devices=keras.distribution.list_devices()[: arguments.devices]
 )
@@ -67,7 +70,7 @@ for turn in range(arguments.rounds + 1):
         start = time.perf_counter()
         model.fit(x, y, batch_size=64, epochs=1, verbose=0, shuffle=False)
         if turn:
-            times[name].append((time.perf_counter() - start) / 16)
+            times[name].append((time.perf_counter() - start) * 64 / arguments.samples)
 medians = {name: statistics.median(t) for name, t in times.items()}
 print(
     f"{arguments.devices} devices, median seconds per step: "

@@ -1,11 +1,13 @@
-"""Random models under random legal plans against one device: loss, metrics, and every updated variable.
+"""Random models under random legal plans against one device: loss, metrics, and every updated
+variable.
 
     python benchmarks/equality.py --models 60 --plans 5            # 300 pairs in float32
     python benchmarks/equality.py --models 60 --plans 5 --float64  # the same in float64, to 1e-9
 
-The optimizer is SGD with momentum, so that an updated variable and its slot are the gradient itself; Adam would turn the
-rounding of a gradient that is zero in mathematics (a bias before a normalisation) into a full step. A difference is
-relative to the largest value of its tensor, and at least to a thousandth of the largest value of all.
+The optimizer is SGD with momentum, so that an updated variable and its slot are the gradient
+itself; Adam would turn the rounding of a gradient that is zero in mathematics (a bias before a
+normalisation) into a full step. A difference is relative to the largest value of its tensor, and at
+least to a thousandth of the largest value of all.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import random
 import sys
 import time
+from dataclasses import replace
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["XLA_FLAGS"] = (
@@ -30,15 +33,18 @@ from keras import layers
 
 from partita.capture.keras_models import ModelVariables, capture_model
 from partita.execute.program import planned_step
+from partita.graph.operator_graph import OperatorGraph
 from partita.plans.baselines import storage_for
-from partita.plans.plan import Plan, mesh_for
+from partita.plans.plan import Mesh, Plan, mesh_for
 from partita.search.candidates import candidates, names_of
 
 TOLERANCE = {"float32": 2e-3, "float64": 1e-9}
 
 
 class Standardize(keras.layers.Layer):
-    """A normalisation over some axes in the model's own precision; Keras' own means are float32, whatever goes in."""
+    """A normalisation over some axes in the model's own precision; Keras' own means are float32,
+    whatever goes in.
+    """
 
     def __init__(self, axes: tuple[int, ...]) -> None:
         super().__init__()
@@ -81,14 +87,18 @@ def normalization(r: random.Random, rank: int) -> keras.layers.Layer:
 
 
 def pooled(rank: int) -> type[keras.layers.Layer]:
-    """Global pooling: by average, which Keras computes in float32, only where that is the precision."""
+    """Global pooling: by average, which Keras computes in float32, only where that is the
+    precision.
+    """
     if keras.config.floatx() == "float64":
         return (layers.GlobalMaxPooling1D, layers.GlobalMaxPooling2D)[rank - 1]
     return (layers.GlobalAveragePooling1D, layers.GlobalAveragePooling2D)[rank - 1]
 
 
 def image_model(r: random.Random) -> tuple[keras.Model, np.ndarray]:
-    """A few convolutional blocks of random kind: strides, groups, dilation, normalisation, residuals, gates, pooling."""
+    """A few convolutional blocks of random kind: strides, groups, dilation, normalisation,
+    residuals, gates, pooling.
+    """
     size, channels = r.choice([8, 16]), r.choice([4, 8])
     x = inputs = keras.Input((size, size, channels))
     for _ in range(r.randint(1, 3)):
@@ -201,25 +211,30 @@ def random_model(seed: int) -> tuple[keras.Model, tuple[np.ndarray, np.ndarray]]
     return model, (x, rng.integers(0, 16, 16).astype("int32"))
 
 
-def random_plan(graph, mesh, r: random.Random) -> Plan:
-    """A legal plan: per operator any candidate, half of the plans with some variables stored apart."""
-    choices = {
-        o.name: names_of(graph, mesh, r.choice(candidates(graph, i, mesh)))
-        for i, o in enumerate(graph.operators)
-    }
+def random_plan(graph: OperatorGraph, mesh: Mesh, generator: random.Random) -> Plan:
+    """A legal plan with a random candidate per operator; half of the plans store some variables
+    split.
+    """
+    choices = {}
+    for number, operator in enumerate(graph.operators):
+        choice = generator.choice(candidates(graph, number, mesh))
+        choices[operator.name] = names_of(graph, mesh, choice)
+    plan = Plan(graph.name, "host", mesh, choices, {}, "random", graph.batch_size)
+    if generator.random() >= 0.5:
+        return plan
     storage = {}
-    if r.random() < 0.5:
-        level = r.choice([1, 3])
-        storage = {
-            p: s for p, s in storage_for(graph, mesh, choices, level).items() if r.random() < 0.7
-        }
-    return Plan(graph.name, "host", mesh, choices, storage, "random", graph.batch_size)
+    for path, stored in storage_for(graph, plan, generator.choice([1, 3])).items():
+        if generator.random() < 0.7:
+            storage[path] = stored
+    return replace(plan, storage=storage)
 
 
 def difference(left, right, precision: str) -> float:
-    """The largest difference of any leaf of this precision, relative as the module's docstring says.
+    """The largest difference of any leaf of this precision, relative as the module's docstring
+    says.
 
-    In float64, leaves that are float32 all the same (Keras keeps metrics so) must agree to float32 rounding.
+    In float64, leaves that are float32 all the same (Keras keeps metrics so) must agree to float32
+    rounding.
     """
     a, b = ([np.asarray(v) for v in jax.tree.leaves(tree)] for tree in (left, right))
     typical = 1e-3 * max(float(np.abs(v).max()) for v in a if v.dtype.kind == "f" and v.size)

@@ -1,11 +1,13 @@
-"""Data and models that come from TensorFlow and PyTorch, on 1 and 2 devices, against plain Keras on one.
+"""Data and models that come from TensorFlow and PyTorch, on 1 and 2 devices, against plain Keras on
+one.
 
     python benchmarks/feeds.py                  # all; about 5 minutes
     python benchmarks/feeds.py tf.data DataLoader
 
-It needs tensorflow and torch beside Partita, in an environment of its own: neither is among Partita's dependencies. Each
-script runs under Python itself with KERAS_BACKEND=jax, then twice under `partita run`, without it. A line tells the largest relative
-difference of a figure: the losses of all epochs, with validation, `evaluate`, the sum of `predict`, the sum of the weights.
+It needs tensorflow and torch beside Partita, in an environment of its own: neither is among
+Partita's dependencies. Each script runs under Python itself with KERAS_BACKEND=jax, then twice
+under `partita run`, without it. A line tells the largest relative difference of a figure: the
+losses of all epochs, with validation, `evaluate`, the sum of `predict`, the sum of the weights.
 """
 
 from __future__ import annotations
@@ -183,7 +185,9 @@ def agrees(name: str, imports: str, fit: str) -> bool:
 
 
 def run(folder: str, command: list[str], **more: str) -> tuple[str, int, list[float]] | str:
-    """Backend, number of devices and figures that a script prints; the last line of its error where it fails."""
+    """Backend, number of devices and figures that a script prints; the last line of its error
+    where it fails.
+    """
     environment = (
         {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "KERAS_BACKEND")}
         | more
@@ -204,7 +208,9 @@ def run(folder: str, command: list[str], **more: str) -> tuple[str, int, list[fl
 
 
 def difference(one: list[float], other: list[float]) -> float:
-    """The largest relative difference of two lists of figures; infinite where they are not as many."""
+    """The largest relative difference of two lists of figures; infinite where they are not as
+    many.
+    """
     if len(one) != len(other):
         return float("inf")
     return max(abs(a - b) / max(abs(a), abs(b), 1e-12) for a, b in zip(one, other, strict=True))

@@ -39,6 +39,7 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument(
         "--partitioners", nargs="+", default=["vertices", "edges", "metis", "learned"]
     )
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
     return parser.parse_args()
 
 
@@ -105,7 +106,7 @@ count = Count()
 for directed in (True, False):
     graph = random_graph(directed)
     edges = "directed" if directed else "undirected"
-    for name in MODELS:
+    for name in arguments.models:
         alone = trained(name, graph)
         for partitioner in arguments.partitioners:
             for parts in arguments.parts:

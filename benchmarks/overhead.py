@@ -1,10 +1,12 @@
-"""What Partita itself costs: starting `partita run` on one device, and a step of `fit` there and against keras.distribution.
+"""What Partita itself costs: starting `partita run` on one device, and a step of `fit` there and
+against keras.distribution.
 
     python benchmarks/overhead.py                # about 6 minutes
     python benchmarks/overhead.py --rounds 9
 
-Processes take turns, one at a time, one thread a device (NPROC=1); medians of their medians. `start` is from the start of the
-process to the end of the first batch, compilation and planning in it.
+Processes take turns, one at a time, one thread a device (NPROC=1); medians of their medians.
+`start` is from the start of the process to the end of the first batch, compilation and planning in
+it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ SCRIPT = """
 import json, os, sys, time
 import keras, numpy as np
 
-where, epochs, units, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+where = sys.argv[1]
+epochs, steps, units, batch = (int(text) for text in sys.argv[2:6])
 if where == "distribution":
     keras.distribution.set_distribution(keras.distribution.DataParallel())
 keras.utils.set_random_seed(0)
@@ -31,7 +34,8 @@ stack = [keras.layers.Dense(units, activation="relu") for _ in range(3)]
 model = keras.Sequential([keras.Input((units,)), *stack, keras.layers.Dense(10)])
 model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 random = np.random.default_rng(0)
-x, y = random.normal(size=(batch * 200, units)).astype("float32"), random.integers(0, 10, batch * 200)
+x = random.normal(size=(batch * steps, units)).astype("float32")
+y = random.integers(0, 10, batch * steps)
 
 
 class Clock(keras.callbacks.Callback):
@@ -44,16 +48,17 @@ class Clock(keras.callbacks.Callback):
         self.begun = time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):
-        self.epochs.append((time.perf_counter() - self.begun) / 200)
+        self.epochs.append((time.perf_counter() - self.begun) / steps)
 
 
 if where == "parallelize":
     import partita
 
-    partita.parallelize(model, say=lambda text: None, plan=sys.argv[5] if len(sys.argv) > 5 else None)
+    partita.parallelize(model, say=lambda text: None, plan=sys.argv[6] if len(sys.argv) > 6 else None)
 clock = Clock()
 model.fit(x, y, batch_size=batch, epochs=epochs, verbose=0, callbacks=[clock])
-print(json.dumps({"first": clock.first, "step": sorted(clock.epochs[1:])[len(clock.epochs[1:]) // 2]}), flush=True)
+later = sorted(clock.epochs[1:] or clock.epochs)
+print(json.dumps({"first": clock.first, "step": later[len(later) // 2]}), flush=True)
 """
 
 
@@ -62,12 +67,15 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=12, help="of 200 steps each")
+    parser.add_argument("--epochs", type=int, default=12, help="epochs of a run")
+    parser.add_argument("--steps", type=int, default=200, help="steps of an epoch")
+    parser.add_argument("--sizes", type=int, default=2, help="sizes of layers in each setting")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "train.py"
         script.write_text(SCRIPT, encoding="utf-8")
-        plain = [sys.executable, str(script), "plain", str(given.epochs)]
+        length = [str(given.epochs), str(given.steps)]
+        plain = [sys.executable, str(script), "plain", *length]
         run = [
             sys.executable,
             "-m",
@@ -79,17 +87,17 @@ def main() -> int:
             str(script),
             "--",
             "plain",
-            str(given.epochs),
+            *length,
         ]
-        for units, batch in ((128, 64), (512, 128)):
+        for units, batch in ((128, 64), (512, 128))[: given.sizes]:
             size = [str(units), str(batch)]
             show(
                 f"one device, {units} units, batch {batch}",
                 turns({"python": plain + size, "partita run": run + size}, 1, folder, given.rounds),
             )
         data_parallel = Path(folder) / "data-parallel.json"
-        for units, batch in ((128, 128), (256, 256)):
-            size = [str(given.epochs), str(units), str(batch)]
+        for units, batch in ((128, 128), (256, 256))[: given.sizes]:
+            size = [*length, str(units), str(batch)]
             _data_parallel(units, batch, data_parallel)
             ways = {
                 "keras.distribution": [sys.executable, str(script), "distribution", *size],
@@ -113,10 +121,14 @@ import keras
 from partita.capture.program import capture_program
 from partita.planning import resolve_machine
 from partita.search.find import find
-stack = [keras.layers.Dense({units}, activation="relu", name=n) for n in ("dense", "dense_1", "dense_2")]
-model = keras.Sequential([keras.Input(({units},)), *stack, keras.layers.Dense(10, name="dense_3")], name="sequential")
+names = ("dense", "dense_1", "dense_2")
+stack = [keras.layers.Dense({units}, activation="relu", name=name) for name in names]
+stack.append(keras.layers.Dense(10, name="dense_3"))
+model = keras.Sequential([keras.Input(({units},)), *stack], name="sequential")
 model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-find(capture_program(model, {batch}).graph, resolve_machine(None)).baselines["data parallel"][0].save({str(path)!r})
+result = find(capture_program(model, {batch}).graph, resolve_machine(None))
+plan, _ = result.baselines["data parallel"]
+plan.save({str(path)!r})
 """
     subprocess.run([sys.executable, "-c", code], env=environment(2, str(path.parent)), check=True)
 

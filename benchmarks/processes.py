@@ -1,10 +1,13 @@
-"""The found plan against what an expert would write and against `keras.distribution`, on two processes of one core each, three links.
+"""The found plan against what an expert would write and against `keras.distribution`, on two
+processes of one core each, three links.
 
-    sudo python benchmarks/processes.py                     # four models, full speed, 1 Gbit/s and 200 Mbit/s
+    sudo python benchmarks/processes.py                     # four models, full speed, 1 Gbit/s and
+      200 Mbit/s
     python benchmarks/processes.py --links full --models lstm
 
-Each link is a network namespace whose loopback `tc tbf` shapes (this needs root and iproute2). `partita bench fidelity` runs in it, which measures the
-machine, operators and plans; then `keras.distribution.DataParallel` trains the same models in processes of its own, without Partita.
+Each link is a network namespace whose loopback `tc tbf` shapes (this needs root and iproute2).
+`partita bench fidelity` runs in it, which measures the machine, operators and plans; then
+`keras.distribution.DataParallel` trains the same models in processes of its own, without Partita.
 Medians. `--save` keeps all steps of all links.
 """
 
@@ -34,7 +37,9 @@ MODELS = ("alexnet", "transformer", "recommender", "lstm")
 
 
 def peer(models: list[str], rounds: int) -> None:
-    """Median seconds of a step under `keras.distribution.DataParallel`, each process reading its own half of the batch: nothing of Partita."""
+    """Median seconds of a step under `keras.distribution.DataParallel`, each process reading its
+    own half of the batch: nothing of Partita.
+    """
     import jax
 
     jax.distributed.initialize(
@@ -72,7 +77,9 @@ def peer(models: list[str], rounds: int) -> None:
 
 @contextmanager
 def namespace(rate: str) -> Iterator[list[str]]:
-    """A network namespace with a loopback of this rate, as the start of a command; none for full speed."""
+    """A network namespace with a loopback of this rate, as the start of a command; none for full
+    speed.
+    """
     if not rate:
         yield []
         return

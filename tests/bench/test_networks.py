@@ -1,4 +1,6 @@
-"""The papers' networks have the papers' sizes, and their published plans are never better than what is found for them."""
+"""The papers' networks have the papers' sizes, and their published plans are never better than
+what is found for them.
+"""
 
 import json
 
@@ -59,7 +61,8 @@ def test_every_step_of_a_recurrent_layer_is_operators_of_its_own() -> None:
     assert sum(o.path.startswith("lstm0") and o.kind == "dot" for o in graph.operators) == 2 * 2
 
 
-# -------------------------------------------------------------------------------------------------------------- plans
+# --------------------------------------------------------------------------------------------------------------
+# plans
 
 
 def test_optcnns_plan_splits_the_last_convolutions_in_space_and_the_dense_layers_by_parameter(
@@ -109,7 +112,8 @@ def test_what_is_published_is_never_better_than_what_is_found(network: str, batc
         assert plans["found"].seconds <= figures.seconds * (1 + MIN_GAIN), name
 
 
-# ------------------------------------------------------------------------------------------------------------ figures
+# ------------------------------------------------------------------------------------------------------------
+# figures
 
 
 def test_what_a_collective_puts_on_links() -> None:

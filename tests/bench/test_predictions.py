@@ -1,4 +1,6 @@
-"""`partita bench fidelity`: its figures by hand, its plans, and the command from a model to tables."""
+"""`partita bench fidelity`: its figures by hand, its plans, and the command from a model to
+tables.
+"""
 
 import json
 from dataclasses import replace
@@ -103,7 +105,8 @@ def test_ninety_five_in_a_hundred_are_no_more_off_than_said() -> None:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- plans
+# ---------------------------------------------------------------------------------------------------------------
+# plans
 
 
 def test_plans_are_programs_of_their_own_and_at_least_as_many_as_asked_for() -> None:
@@ -143,7 +146,8 @@ def test_a_plan_at_random_is_legal_the_same_each_time_and_alike_for_equal_layers
     assert len({program(p) for p in plans}) == len(plans)
 
 
-# ------------------------------------------------------------------------------------------------------------- command
+# -------------------------------------------------------------------------------------------------------------
+# command
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+"""Every script in `benchmarks/` runs: a small case of each, as a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from partita import gnn
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SMALL = {
+    "compiler": ["--models", "lstm", "--plans", "ZeRO-3"],
+    "data_parallel": ["--rounds", "1", "--samples", "64"],
+    "equality": ["--models", "1", "--plans", "1"],
+    "gnn_exact": ["--parts", "2", "--partitioners", "edges", "--models", "gcn"],
+    "gnn_memory": ["--models", "gcn", "--scale", "8", "--epochs", "3"],
+    "overhead": ["--rounds", "1", "--epochs", "1", "--steps", "4", "--sizes", "1"],
+}
+"""Script -> arguments of a small case, for scripts that need no file."""
+OF_A_GRAPH = {
+    "gnn_accuracy": ["--seeds", "1"],
+    "gnn_aggregation": ["--features", "8", "--rounds", "1"],
+    "gnn_large": ["--hidden", "8", "--processes", "1", "--epochs", "2"],
+}
+"""The same for scripts whose first argument is a graph file."""
+HELP = ("feeds", "gnn_partitioner", "gnn_peers", "processes")
+"""Scripts that need root or other frameworks: only their help is printed."""
+ELSEWHERE = {"applications", "children", "papers_chart", "proof", "search", "simulator", "stages"}
+ELSEWHERE |= {"within", "zoo"}
+"""Scripts with tests of their own: here, in `test_benchmark_search.py` and in
+`tests/test_zoo.py`.
+"""
+
+
+def run(script: str, arguments: list[str], folder: Path) -> str:
+    """Standard output of a benchmark script, which must end with exit code 0."""
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def graph_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph of 60 vertices with features, labels and masks."""
+    generator = np.random.default_rng(0)
+    edges = generator.integers(0, 60, (2, 400))
+    masks = np.arange(60) % 3
+    graph = gnn.Graph.from_edges(
+        edges[0],
+        edges[1],
+        vertices=60,
+        features=generator.random((60, 8), dtype="float32"),
+        labels=np.arange(60) % 3,
+        train=masks == 0,
+        validation=masks == 1,
+        test=masks == 2,
+    )
+    path = tmp_path_factory.mktemp("graph") / "small.lux"
+    gnn.save(graph, path)
+    return path
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_a_script_runs_on_a_small_case(script: str, tmp_path: Path) -> None:
+    assert run(script, SMALL[script], tmp_path).strip()
+
+
+@pytest.mark.parametrize("script", OF_A_GRAPH)
+def test_a_script_runs_on_a_small_graph(script: str, graph_file: Path, tmp_path: Path) -> None:
+    assert run(script, [str(graph_file), *OF_A_GRAPH[script]], tmp_path).strip()
+
+
+@pytest.mark.parametrize("script", HELP)
+def test_a_script_prints_its_help(script: str, tmp_path: Path) -> None:
+    assert "usage:" in run(script, ["--help"], tmp_path)
+
+
+def test_the_chart_of_the_papers_is_drawn_from_rows(tmp_path: Path) -> None:
+    rows = []
+    for network in ("alexnet", "nmt"):
+        for devices in (4, 8):
+            case = {
+                "paper": "FlexFlow",
+                "network": network,
+                "machine": "k80-cluster",
+                "devices": devices,
+                "batch": 64,
+            }
+            plans = {"data parallel": {"seconds": 2.0}, "found": {"seconds": 1.0}}
+            rows.append({"case": case, "plans": plans})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    drawn = tmp_path / "chart.svg"
+    run("papers_chart", [str(tmp_path / "rows.json"), "--output", str(drawn)], tmp_path)
+    assert "alexnet" in drawn.read_text().lower()
+
+
+def test_every_script_has_a_small_case() -> None:
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")}
+    assert scripts == {*SMALL, *OF_A_GRAPH, *HELP} | ELSEWHERE
