@@ -53,7 +53,7 @@ class Standardize(keras.layers.Layer):
     def build(self, shape: tuple[int, ...]) -> None:
         self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", name="scale")
 
-    def call(self, x):  # noqa: ANN001, ANN201
+    def call(self, x):
         x = x - jnp.mean(x, self.axes, keepdims=True)
         return x * jax.lax.rsqrt(jnp.mean(x * x, self.axes, keepdims=True) + 1e-3) * self.scale
 
@@ -68,7 +68,7 @@ class Attention(keras.layers.Layer):
         ]
         self.out = self.add_weight(shape=(4, d // 4, d), name="out")
 
-    def call(self, x):  # noqa: ANN001, ANN201
+    def call(self, x):
         q, k, v = (jnp.einsum("btd,dhk->bthk", x, w.value) for w in self.kernels)
         scores = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k) / 2, axis=-1)
         return jnp.einsum("bhts,bshk,hkd->btd", scores, v, self.out.value)

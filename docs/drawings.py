@@ -2,8 +2,8 @@
 
     python docs/drawings.py        # writes docs/img/*.svg
 
-Each function returns the shapes of one picture. `SPEEDUPS` repeats the table of benchmarks/RESULTS.md
-("Found against keras.distribution"); everything else is schematic.
+Each function returns the shapes of one picture. `SPEEDUPS` repeats the table of
+benchmarks/RESULTS.md ("Found against keras.distribution"); everything else is schematic.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ COLORS = "abcd"
 
 @dataclass(frozen=True)
 class Picture:
-    """Shapes with the size of their canvas, pixels, and a sentence for readers who cannot see it."""
+    """Shapes with the size of their canvas, pixels, and a sentence for readers who cannot see
+    it.
+    """
 
     width: int
     height: int
@@ -106,11 +108,15 @@ def speedups() -> Picture:
 
 
 SPEEDUPS = (("full speed", 1.35, 0.50), ("1 Gbit/s", 4.97, 0.68), ("200 Mbit/s", 20.6, 1.07))
-"""(link, seconds with keras.distribution, seconds with Partita's plan); benchmarks/processes.py, 2026-11-25."""
+"""(link, seconds with keras.distribution, seconds with Partita's plan); benchmarks/processes.py,
+2026-11-25.
+"""
 
 
 def soap() -> Picture:
-    """One dense layer, batch x inputs times inputs x outputs, under S, A, P and O on two devices."""
+    """One dense layer, batch x inputs times inputs x outputs, under S, A, P and O on two
+    devices.
+    """
     shapes = [ARROW]
     panels = (
         ("S", "sample", "Half of the batch each.", "gradients are summed"),
@@ -158,7 +164,9 @@ def _split_layer(letter: str, left: float, top: float) -> list[str]:
 
 
 def _half(x: float, y: float, width: float, height: float, cut: str | None) -> list[str]:
-    """A block in two colours: cut into top and bottom, into left and right, or whole on both devices."""
+    """A block in two colours: cut into top and bottom, into left and right, or whole on both
+    devices.
+    """
     if cut is None:
         return [rect(x, y, width, height, "empty")]
     if cut == "top":

@@ -1,4 +1,6 @@
-"""Adds pages that live outside `docs/` to the site, and turns links to them into links inside it."""
+"""Adds pages that live outside `docs/` to the site, and turns links to them into links inside
+it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ SOURCES = "examples/*.py"
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """The pages of `docs/`, with `PAGES` and the examples at the same places as in the repository."""
+    """The pages of `docs/`, with `PAGES` and the examples at the same places as in the
+    repository.
+    """
     sources = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(SOURCES))]
     for name in (*PAGES, *sources):
         files.append(File.generated(config, name, content=(ROOT / name).read_text("utf-8")))

@@ -1,7 +1,8 @@
-"""Plans the training of a transformer with 8 billion parameters for eight H200s, without allocating one of them.
+"""Plans the training of a transformer with 8 billion parameters for eight H200s, without allocating
+one of them.
 
-python examples/abstract_llama.py
-python examples/abstract_llama.py --machine dgx-h200:16 --batch 128 --save llama.json
+python examples/abstract_llama.py python examples/abstract_llama.py --machine dgx-h200:16 --batch
+128 --save llama.json
 """
 
 import argparse
@@ -21,7 +22,9 @@ from partita.units import format_bytes, format_seconds
 def llama(
     width=4096, blocks=32, heads=32, hidden=14336, vocabulary=128256, length=2048
 ) -> keras.Model:
-    """A transformer of the Llama 3 8B shape: grouped queries, gated dense layers, no rotary positions."""
+    """A transformer of the Llama 3 8B shape: grouped queries, gated dense layers, no rotary
+    positions.
+    """
     tokens = keras.Input((length,), dtype="int32")
     h = layers.Embedding(vocabulary, width, name="embedding")(tokens)
     for i in range(blocks):

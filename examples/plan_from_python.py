@@ -1,4 +1,5 @@
-"""Plans a model from Python: look at the plan and at what it beats, keep it as a file, and train by it.
+"""Plans a model from Python: look at the plan and at what it beats, keep it as a file, and train by
+it.
 
 python examples/plan_from_python.py
 """

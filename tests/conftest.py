@@ -8,7 +8,8 @@ import pytest
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# Machine code that compiles in a third of the time and runs slower; the partitioner is the same. The documentation's examples run without.
+# Machine code that compiles in a third of the time and runs slower; the partitioner is the same.
+# The documentation's examples run without.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 )

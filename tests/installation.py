@@ -1,7 +1,7 @@
 """An environment with nothing but Partita's wheel and the packages that its metadata requires.
 
-The packages are links to those of the tests' own environment, so that nothing is downloaded: a dependency that
-`pyproject.toml` forgets is missing here, and so is a file that the wheel forgets.
+The packages are links to those of the tests' own environment, so that nothing is downloaded: a
+dependency that `pyproject.toml` forgets is missing here, and so is a file that the wheel forgets.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The doors of the package: a plan for another model is refused, and one can be taken away as a plain Keras layout."""
+"""The doors of the package: a plan for another model is refused, and one can be taken away as a
+plain Keras layout.
+"""
 
 import keras
 import pytest

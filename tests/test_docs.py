@@ -1,6 +1,8 @@
-"""What the documentation shows works: marked Python examples run and print what stands below them, commands exist, links lead.
+"""What the documentation shows works: marked Python examples run and print what stands below them,
+commands exist, links lead.
 
-A block ```python run is run in an empty folder; a block ```text right after it is its output, numbers aside, `...` for anything.
+A block ```python run is run in an empty folder; a block ```text right after it is its output,
+numbers aside, `...` for anything.
 """
 
 import re

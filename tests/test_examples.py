@@ -1,4 +1,5 @@
-"""The examples print what is stored beside them, numbers aside: examples/output/*.txt, each the command and its output.
+"""The examples print what is stored beside them, numbers aside: examples/output/*.txt, each the
+command and its output.
 
 `python tests/test_examples.py` runs them and stores what they print now.
 """
@@ -20,7 +21,8 @@ NUMBER = re.compile(
 
 
 def words(text: str) -> list[str]:
-    """A text without its numbers, units and line breaks, all of which depend on the machine that it was printed on.
+    """A text without its numbers, units and line breaks, all of which depend on the machine that it
+    was printed on.
 
     >>> words("conv2d_1  S:a,b  4.21 ms  72.2 KiB\\n24/24 - 6s - 271ms/step: host:4")
     ['conv2d_1', 'S:a,b', '#', '#', '#', '-', '#', '-', '#:', 'host:4']

@@ -1,4 +1,6 @@
-"""The wheel: built, installed into an empty environment, and used there without any environment variable."""
+"""The wheel: built, installed into an empty environment, and used there without any environment
+variable.
+"""
 
 import ast
 import subprocess

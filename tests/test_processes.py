@@ -1,4 +1,6 @@
-"""Several processes that train together: the figures of one, files written once, and whatever goes wrong in one said in a sentence."""
+"""Several processes that train together: the figures of one, files written once, and whatever
+goes wrong in one said in a sentence.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def start(
         ["--processes", str(processes), "--devices", str(processes)] if processes else ["--quiet"]
     )
     command = [sys.executable, "-m", "partita", "run", "train.py", *together, *more]
-    listening = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # a shell's background jobs are born deaf to it
+    listening = lambda: signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a shell's background jobs are born deaf to it
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, **pipes, cwd=folder, env=environment, preexec_fn=listening)
 

@@ -1,4 +1,6 @@
-"""Planning from a saved graph works in an interpreter where neither JAX nor Keras can be imported."""
+"""Planning from a saved graph works in an interpreter where neither JAX nor Keras can be
+imported.
+"""
 
 import subprocess
 import sys

@@ -81,8 +81,8 @@ class Prediction:
         if not measured and not fitted:
             return f"roofline over {figures}"
         return (
-            f"of the compute, {measured:.0%} measured operator by operator and {fitted:.0%} fitted to such "
-            f"measurements (±{self.fit_error:.0%}); the rest from {figures}"
+            f"of the compute, {measured:.0%} measured operator by operator and {fitted:.0%} fitted "
+            f"to such measurements (±{self.fit_error:.0%}); the rest from {figures}"
         )
 
     def _compute_seconds(self, source: str) -> float:

@@ -1,4 +1,6 @@
-"""What is read of a program: names, phases, trip counts, FLOPs and windows; and that it is read the same every time."""
+"""What is read of a program: names, phases, trip counts, FLOPs and windows; and that it is read
+the same every time.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +51,7 @@ def test_a_name_is_split_only_outside_brackets():
 
 def test_calls_are_inlined_and_reading_again_gives_the_same_graph():
     helper = jax.jit(lambda x: jnp.tanh(x) * 2)
-    make = lambda: captured(lambda w, x: helper(helper(x @ w)).sum(), (4, 6))  # noqa: E731
+    make = lambda: captured(lambda w, x: helper(helper(x @ w)).sum(), (4, 6))
     found = make()
     assert "func.call" not in found.text.mlir_module() and " call @" not in found.text.mlir_module()
     assert found.graph == make().graph
@@ -63,13 +65,13 @@ def test_equal_instructions_are_one():
 @pytest.mark.parametrize("loop", ["scan", "fori", "nested"])
 def test_a_loop_counts_its_trips(loop):
     def loss(w, x):
-        once = lambda h: jnp.tanh(h @ w)  # noqa: E731
+        once = lambda h: jnp.tanh(h @ w)
         if loop == "scan":
             h = jax.lax.scan(lambda h, _: (once(h), None), x, None, length=7)[0]
         elif loop == "fori":
             h = jax.lax.fori_loop(0, 7, lambda _, h: once(h), x)
         else:
-            inner = lambda h: jax.lax.scan(lambda g, _: (once(g), None), h, None, length=7)[0]  # noqa: E731
+            inner = lambda h: jax.lax.scan(lambda g, _: (once(g), None), h, None, length=7)[0]
             h = jax.lax.scan(lambda h, _: (inner(h), None), x, None, length=3)[0]
         return h.sum()
 

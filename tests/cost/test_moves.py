@@ -1,4 +1,6 @@
-"""A table of moves is what each move costs alone, and costs do not depend on which of equal axes are used."""
+"""A table of moves is what each move costs alone, and costs do not depend on which of equal axes
+are used.
+"""
 
 import random
 from dataclasses import replace
@@ -83,7 +85,9 @@ def test_equal_axes_may_be_exchanged(seed: int) -> None:
 @given(st.integers(0, 2**32), st.sampled_from([2, 6, 16]))
 @settings(max_examples=30, deadline=None)
 def test_nothing_is_sent_along_the_axis_of_microbatches(seed: int, microbatches: int) -> None:
-    """Whichever dims microbatches split, before and after: a reshard is that of the devices, of one microbatch."""
+    """Whichever dims microbatches split, before and after: a reshard is that of the devices, of
+    one microbatch.
+    """
     draw = random.Random(seed)
     timed = Placement(MACHINE, Mesh((Axis(TIME, microbatches, -1), *PLACE.mesh.axes)))
 

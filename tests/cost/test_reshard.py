@@ -1,4 +1,6 @@
-"""Reshards cost what Shardy inserts: equal to its own pass on every small pair, and on random larger ones."""
+"""Reshards cost what Shardy inserts: equal to its own pass on every small pair, and on random
+larger ones.
+"""
 
 import itertools
 import math
@@ -54,7 +56,9 @@ def reshards(draw, primes=(2, 3, 5), max_rank=4, max_axes=4) -> Reshard:
 
 
 def shardy_steps(cases: list[Reshard]) -> list[list[tuple[str, Sharding]]]:
-    """Kind and result of each collective that Shardy's pass inserts, per case; permutes to the same sharding left out."""
+    """Kind and result of each collective that Shardy's pass inserts, per case; permutes to the
+    same sharding left out.
+    """
     import jax
     from jax.extend.mlir import ir, passmanager
     from jax.extend.mlir.dialects import sdy

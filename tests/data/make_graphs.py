@@ -1,4 +1,6 @@
-"""Writes the graphs that tests plan from without JAX: `python tests/data/make_graphs.py` after a change of the graph format."""
+"""Writes the graphs that tests plan from without JAX: `python tests/data/make_graphs.py` after a
+change of the graph format.
+"""
 
 import os
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""What is planned is what the compiler emits: collectives byte for byte, FLOPs and memory closely, on small models of every kind."""
+"""What is planned is what the compiler emits: collectives byte for byte, FLOPs and memory
+closely, on small models of every kind.
+"""
 
 import keras
 import numpy as np

@@ -1,4 +1,6 @@
-"""Operators measured as programs of their own: what is cut out, what is kept, and what predictions say of it."""
+"""Operators measured as programs of their own: what is cut out, what is kept, and what
+predictions say of it.
+"""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,6 @@
-"""Weights that a network uses many times: their gradients are added up on every device, and summed over devices once, as planned."""
+"""Weights that a network uses many times: their gradients are added up on every device, and
+summed over devices once, as planned.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def pyramid(p: dict[str, Any], x: Any) -> Any:
     """One convolution for images of three sizes."""
     convolve = lambda y: jax.lax.conv_general_dilated(
         y, p["filters"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )  # noqa: E731
+    )
     return sum((convolve(x["image"][:, ::s, ::s]) ** 2).mean() for s in (1, 2, 4))
 
 
@@ -82,7 +84,9 @@ def largest(p: dict[str, Any], x: Any) -> Any:
 
 
 ADDED = ("recurrent", "tied", "half", "largest")
-"""Those with gradients that are added before they are summed: XLA sums those of convolutions at once."""
+"""Those with gradients that are added before they are summed: XLA sums those of convolutions at
+once.
+"""
 PROGRAMS = {f.__name__: f for f in (recurrent, tied, pyramid, half, largest)}
 
 
@@ -95,7 +99,7 @@ def captured(loss: Any) -> Captured:
 
     shape = jax.ShapeDtypeStruct
     state, batch = arrays()
-    like = lambda tree: jax.tree.map(lambda v: shape(v.shape, v.dtype), tree)  # noqa: E731
+    like = lambda tree: jax.tree.map(lambda v: shape(v.shape, v.dtype), tree)
     return capture_step(
         step, like(state), like(batch), [Leaf(n, "parameter") for n in SHAPES], batch_size=BATCH
     )

@@ -98,7 +98,9 @@ def test_the_planned_step_equals_the_one_on_one_device(name):
 
 @pytest.mark.parametrize("indices", [[5], [5, 2]])
 def test_rows_written_at_one_index_are_not_split(indices):
-    """XLA's partitioner writes them wrongly; capture keeps the written dim whole, and the split step equals the plain one."""
+    """XLA's partitioner writes them wrongly; capture keeps the written dim whole, and the split
+    step equals the plain one.
+    """
 
     def step(state, data):
         (weights,) = state

@@ -1,4 +1,6 @@
-"""Keras under other names: `partita.keras` trains in parallel, `tensorflow.keras` in a script is Keras 3. Each in a fresh interpreter."""
+"""Keras under other names: `partita.keras` trains in parallel, `tensorflow.keras` in a script is
+Keras 3. Each in a fresh interpreter.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ MODEL = """
 
 
 def python(code: str, folder: Path, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script in a fresh interpreter, with `partita` and its arguments if `command` is given."""
+    """Runs a script in a fresh interpreter, with `partita` and its arguments if `command` is
+    given.
+    """
     (folder / "script.py").write_text(textwrap.dedent(code))
     environment = {
         k: v

@@ -1,4 +1,6 @@
-"""A planned `fit` does what Keras's own does: same losses, metrics and weights, to float32 rounding."""
+"""A planned `fit` does what Keras's own does: same losses, metrics and weights, to float32
+rounding.
+"""
 
 import copy
 import dataclasses
@@ -496,7 +498,9 @@ def test_an_interrupt_or_an_error_in_the_data_keeps_what_was_learned():
 
 @pytest.fixture
 def interrupts():
-    """Python's own SIGINT handler, also where tests run in the background and the shell has it ignored."""
+    """Python's own SIGINT handler, also where tests run in the background and the shell has it
+    ignored.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,6 @@
-"""An unmodified script runs as under Python itself, its training planned; whatever goes wrong in it stays its own."""
+"""An unmodified script runs as under Python itself, its training planned; whatever goes wrong in
+it stays its own.
+"""
 
 import sys
 import textwrap

@@ -1,4 +1,6 @@
-"""A real browser for the pages: `browser` is Chromium, `opened` a page in it, with what went wrong and what was asked for."""
+"""A real browser for the pages: `browser` is Chromium, `opened` a page in it, with what went
+wrong and what was asked for.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from playwright.sync_api import sync_playwright
 
 @dataclass
 class Opened:
-    """A page in a tab. `errors` are messages of the console, errors of scripts and dialogs; `asked` the addresses requested."""
+    """A page in a tab.
+
+    `errors` are messages of the console, errors of scripts and dialogs; `asked` the addresses
+    requested.
+    """
 
     tab: Any
     address: str

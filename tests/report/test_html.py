@@ -1,4 +1,6 @@
-"""The page of a plan, as a real browser shows it: no errors, no requests, readable on a phone and in the dark."""
+"""The page of a plan, as a real browser shows it: no errors, no requests, readable on a phone
+and in the dark.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Commands that write a report or a trace: what is in the file, and what is said where it cannot be written."""
+"""Commands that write a report or a trace: what is in the file, and what is said where it cannot
+be written.
+"""
 
 from __future__ import annotations
 

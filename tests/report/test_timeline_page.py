@@ -1,4 +1,6 @@
-"""A timeline in a page, as a real browser shows it: what is drawn is the timeline; it zooms, moves, answers, and fits a phone."""
+"""A timeline in a page, as a real browser shows it: what is drawn is the timeline; it zooms,
+moves, answers, and fits a phone.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,9 @@ def visible(tab: Any) -> str:
 
 
 def places(tab: Any, selector: str) -> list[dict[str, float]]:
-    """Where elements of the picture are, once it is drawn; at once, since it is drawn anew whenever the mouse moves."""
+    """Where elements of the picture are, once it is drawn; at once, since it is drawn anew
+    whenever the mouse moves.
+    """
     visible(tab)
     return tab.eval_on_selector_all(
         selector, "all => all.map(x => x.getBoundingClientRect().toJSON())"

@@ -1,4 +1,6 @@
-"""Walks on the simulator: what they evaluate is what is simulated, they find proved optima, and the same seed finds the same plan."""
+"""Walks on the simulator: what they evaluate is what is simulated, they find proved optima, and
+the same seed finds the same plan.
+"""
 
 from dataclasses import replace
 from itertools import product

@@ -30,7 +30,9 @@ GRAPHS = {
 
 
 def inception() -> OperatorGraph:
-    """An Inception block of four branches, with one sample: only placement can use several devices."""
+    """An Inception block of four branches, with one sample: only placement can use several
+    devices.
+    """
     import keras
 
     import partita
@@ -38,7 +40,7 @@ def inception() -> OperatorGraph:
 
     conv = lambda name, filters, size, x: keras.layers.Conv2D(
         filters, size, padding="same", activation="relu", name=name
-    )(x)  # noqa: E731
+    )(x)
     with partita.abstract():
         x = keras.Input((17, 17, 64))
         one = conv("one", 64, 1, x)

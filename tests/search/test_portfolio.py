@@ -1,4 +1,6 @@
-"""Searches behind one form: the proof equals trying everything, every bound holds, and what cannot be searched is said."""
+"""Searches behind one form: the proof equals trying everything, every bound holds, and what
+cannot be searched is said.
+"""
 
 from dataclasses import replace
 from itertools import product

@@ -1,4 +1,6 @@
-"""Cells: what is folded takes as long and sends as much as every device by itself, and operators live where they are pinned."""
+"""Cells: what is folded takes as long and sends as much as every device by itself, and operators
+live where they are pinned.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +113,10 @@ def test_where_nothing_is_pinned_one_cell_takes_what_a_step_does(
 
 
 def two_branches() -> OperatorGraph:
-    """Two dense layers read the same batch; a third one reads both. The second one's operator joins them."""
+    """Two dense layers read the same batch; a third one reads both.
+
+    The second one's operator joins them.
+    """
     import keras
 
     import partita
@@ -128,7 +133,9 @@ def two_branches() -> OperatorGraph:
 
 
 def placed(graph: OperatorGraph, where: Machine, **choices: str) -> PlacedStep:
-    """Operators by name at slices of the machine's only axis, or by factor over it; those not named are whole everywhere."""
+    """Operators by name at slices of the machine's only axis, or by factor over it; those not
+    named are whole everywhere.
+    """
     mesh = mesh_of(where)
     return PlacedStep.of(
         graph,
@@ -168,7 +175,7 @@ def test_branches_at_two_devices_run_at_the_same_time_by_hand() -> None:
         piece["out", "backward"],
     )
     level = where.levels[1]
-    send = lambda width: level.latency + 64 * width * 4 / level.bandwidth  # noqa: E731
+    send = lambda width: level.latency + 64 * width * 4 / level.bandwidth
     there = (
         max(dense, left + send(512)) + join
     )  # device 1 has its own half and waits for the other one
@@ -345,13 +352,15 @@ def test_tasks_do_not_grow_with_devices() -> None:
 
 
 def mixed(where: Machine, *counts: int, slower: float = 1.0) -> Machine:
-    """The machine with kinds of devices, every second one slower; it has to be one of equal devices before."""
+    """The machine with kinds of devices, every second one slower; it has to be one of equal
+    devices before.
+    """
     of = lambda n: replace(
         where.device,
         engines=tuple(
             replace(e, peak=e.peak / (slower if n % 2 else 1.0)) for e in where.device.engines
         ),
-    )  # noqa: E731
+    )
     kinds = tuple(
         DeviceKind(d.name, d.overhead, d.memories, d.engines, d.points, f"kind{n}", count)
         for n, count in enumerate(counts)

@@ -1,4 +1,6 @@
-"""Laws of the engine: examples by hand, a plain simulation, and an incremental sweep equal to a whole run, to the bit."""
+"""Laws of the engine: examples by hand, a plain simulation, and an incremental sweep equal to a
+whole run, to the bit.
+"""
 
 import heapq
 import re
@@ -17,7 +19,8 @@ def test_a_diamond_by_hand() -> None:
 
 
 def test_a_resource_serves_in_the_order_of_readiness_then_of_numbers() -> None:
-    # Tasks 1, 2 and 3 use resource 0. Tasks 1 and 3 are ready at 0; task 2 waits for task 0, which takes 3 seconds.
+    # Tasks 1, 2 and 3 use resource 0. Tasks 1 and 3 are ready at 0; task 2 waits for task 0, which
+    # takes 3 seconds.
     times = run(
         Tasks.of(
             [3.0, 2.0, 2.0, 1.0], [[], [], [0], []], uses=[[], [(0, 1.0)], [(0, 1.0)], [(0, 1.0)]]

@@ -1,4 +1,6 @@
-"""Steps in stages and microbatches: by hand, against the same plan without stages, and what cannot be."""
+"""Steps in stages and microbatches: by hand, against the same plan without stages, and what
+cannot be.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -42,7 +42,9 @@ shared_by = 1
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest difference of two results, relative to the largest value of the array it is in."""
+    """The largest difference of two results, relative to the largest value of the array it is
+    in.
+    """
 
     worst: float
     where: str
@@ -88,7 +90,9 @@ def difference(program: Program, devices: int) -> Difference:
 
 
 def slow(devices: int) -> Any:
-    """A machine of so many devices of this host, so slow at computing that everything is worth splitting."""
+    """A machine of so many devices of this host, so slow at computing that everything is worth
+    splitting.
+    """
     machine = read(SLOW, "the slow machine").with_devices(devices)
     return machine.__class__(**{**vars(machine), "backend": host(devices, 1 << 34).backend})
 

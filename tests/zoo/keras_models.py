@@ -16,7 +16,9 @@ SPARSE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 def trained(
     par: Par, model: Any, x: Any, y: Any, loss: Any = SPARSE, optimizer: Any = None, **fit: Any
 ) -> dict[str, Any]:
-    """What two short epochs, an evaluation and a prediction give; the last batch of each does not divide."""
+    """What two short epochs, an evaluation and a prediction give; the last batch of each does
+    not divide.
+    """
     model.compile(
         optimizer or keras.optimizers.SGD(0.05, momentum=0.9),
         loss,
@@ -231,7 +233,9 @@ def gan(par: Par) -> Any:
 
 
 class Vae(keras.Model):
-    """Variational autoencoder: a sampling layer with a seed generator, add_loss for the divergence."""
+    """Variational autoencoder: a sampling layer with a seed generator, add_loss for the
+    divergence.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -566,7 +570,9 @@ def merging(par: Par) -> Any:
 
 
 class Experts(layers.Layer):
-    """Four experts, all computed, mixed by a softmax gate: the expert dim is a batch dim of its product."""
+    """Four experts, all computed, mixed by a softmax gate: the expert dim is a batch dim of its
+    product.
+    """
 
     def build(self, shape: Any) -> None:
         self.up = self.add_weight(shape=(4, shape[-1], 16), initializer="glorot_uniform", name="up")

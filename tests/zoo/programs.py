@@ -1,6 +1,8 @@
-"""Small programs as people write them. Each takes `par`, which makes a model or a step parallel (or not), and returns what it computed.
+"""Small programs as people write them. Each takes `par`, which makes a model or a step parallel (or
+not), and returns what it computed.
 
-A program is registered with what it shows; its results are compared with those of the same program on one device.
+A program is registered with what it shows; its results are compared with those of the same program
+on one device.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ Par = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Program:
-    """A program of the zoo. `sentence`: what is said instead of planning, where it is not planned; `tolerance` is relative."""
+    """A program of the zoo.
+
+    `sentence`: what is said instead of planning, where it is not planned; `tolerance` is relative.
+    """
 
     name: str
     shows: str
