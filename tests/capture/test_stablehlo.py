@@ -1,6 +1,4 @@
-"""What is read of a program: names, phases, trip counts, FLOPs and windows; and that it is read
-the same every time.
-"""
+"""Reading a program: names, phases, trip counts, FLOPs, windows, and equal graphs every time."""
 
 import jax
 import jax.numpy as jnp
@@ -51,10 +49,14 @@ def test_a_name_is_split_only_outside_brackets():
 
 def test_calls_are_inlined_and_reading_again_gives_the_same_graph():
     helper = jax.jit(lambda x: jnp.tanh(x) * 2)
-    make = lambda: captured(lambda w, x: helper(helper(x @ w)).sum(), (4, 6))
-    found = make()
-    assert "func.call" not in found.text.mlir_module() and " call @" not in found.text.mlir_module()
-    assert found.graph == make().graph
+
+    def make():
+        return captured(lambda w, x: helper(helper(x @ w)).sum(), (4, 6))
+
+    program = make()
+    text = program.text.mlir_module()
+    assert "func.call" not in text and " call @" not in text
+    assert program.graph == make().graph
 
 
 def test_equal_instructions_are_one():
@@ -65,13 +67,18 @@ def test_equal_instructions_are_one():
 @pytest.mark.parametrize("loop", ["scan", "fori", "nested"])
 def test_a_loop_counts_its_trips(loop):
     def loss(w, x):
-        once = lambda h: jnp.tanh(h @ w)
+        def once(h):
+            return jnp.tanh(h @ w)
+
         if loop == "scan":
             h = jax.lax.scan(lambda h, _: (once(h), None), x, None, length=7)[0]
         elif loop == "fori":
             h = jax.lax.fori_loop(0, 7, lambda _, h: once(h), x)
         else:
-            inner = lambda h: jax.lax.scan(lambda g, _: (once(g), None), h, None, length=7)[0]
+
+            def inner(h):
+                return jax.lax.scan(lambda g, _: (once(g), None), h, None, length=7)[0]
+
             h = jax.lax.scan(lambda h, _: (inner(h), None), x, None, length=3)[0]
         return h.sum()
 
@@ -83,7 +90,7 @@ def test_a_loop_counts_its_trips(loop):
     assert graph.flops >= 2 * 8 * 4 * 4 * next(iter(trips))
 
 
-def test_a_loop_of_unknown_length_is_said_to_be():
+def test_a_loop_of_unknown_length_is_noted():
     def loss(w, x):
         h = jax.lax.stop_gradient(
             jax.lax.while_loop(lambda h: h.sum() < 5, lambda h: h @ jnp.ones((4, 4)) + 1, x)
@@ -117,17 +124,17 @@ def test_a_convolution_counts_as_the_compiler_counts(stride, padding, dilation, 
 
     weights, images = (3, 3, 8 // groups, 16), (2, 12, 12, 8)
     graph = captured(lambda w, x: convolve(w, x).sum(), weights, batch=images).graph
-    (mine,) = [
+    (counted,) = [
         x.flops for x in graph.instructions if x.name == "convolution" and x.phase == "forward"
     ]
     shape = jax.ShapeDtypeStruct
-    theirs = (
+    compiled = (
         jax.jit(convolve)
         .lower(shape(weights, F32), shape(images, F32))
         .compile()
         .cost_analysis()["flops"]
     )
-    assert mine == pytest.approx(theirs, rel=1e-3)
+    assert counted == pytest.approx(compiled, rel=1e-3)
 
 
 def test_the_windows_of_a_strided_convolution_forwards_and_backwards():
@@ -138,14 +145,12 @@ def test_the_windows_of_a_strided_convolution_forwards_and_backwards():
         return (y * y).sum()
 
     graph = captured(loss, (7, 7, 3, 8), batch=(2, 16, 16, 3)).graph
-    found = {
+    windows = {
         (x.phase, w) for x in graph.instructions if x.name == "convolution" for _, w in x.windows
     }
-    assert ("forward", Window(16, 8, 2, 2, 7, 1)) in found
-    assert (
-        "backward",
-        Window(16, 8, 2, 2, 7, 1),
-    ) in found  # the weight gradient: the result's places are the window's
+    assert ("forward", Window(16, 8, 2, 2, 7, 1)) in windows
+    # The weight gradient: every element of the result is one place of the window.
+    assert ("backward", Window(16, 8, 2, 2, 7, 1)) in windows
 
 
 @pytest.mark.parametrize(
@@ -180,11 +185,11 @@ def test_the_largest_values_and_fourier_transforms_are_read_and_run() -> None:
         wave = jnp.fft.rfft(x @ w) * (1 + 2j)
         return jnp.sum(largest * jnp.take(w, where)[..., 0, :1]) + jnp.sum(jnp.abs(wave))
 
-    found = captured(loss, (4, 6))
-    assert {"sort", "fft"} <= {x.name for x in found.graph.instructions}
+    program = captured(loss, (4, 6))
+    assert {"sort", "fft"} <= {x.name for x in program.graph.instructions}
     w, x = (
         np.linspace(-1, 2, 24, dtype=F32).reshape(4, 6),
         np.linspace(0, 1, 32, dtype=F32).reshape(8, 4),
     )
-    outputs, _ = jax.jit(found.text.call)((w,), x)
+    outputs, _ = jax.jit(program.text.call)((w,), x)
     np.testing.assert_allclose(outputs["loss"], loss(w, x), rtol=1e-5)

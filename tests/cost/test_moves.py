@@ -1,6 +1,4 @@
-"""A table of moves is what each move costs alone, and costs do not depend on which of equal axes
-are used.
-"""
+"""A table of moves equals its single moves, and equal axes are interchangeable."""
 
 import random
 from dataclasses import replace
@@ -21,7 +19,7 @@ PLACE = Placement(MACHINE, mesh_of(MACHINE))
 MOVE = Move(0, 1 << 24, 0, (0, 1, 2), 1, (3, 4, 5), 2, "forward", "forward")
 
 ADDED = replace(MOVE, sums=1)
-"""The same of a gradient whose last entry is what it is still to be summed over."""
+"""The move of a partial sum over the last entry of its labels."""
 
 
 def sharding(draw: random.Random) -> tuple[tuple[int, ...], ...]:
@@ -35,7 +33,7 @@ def sharding(draw: random.Random) -> tuple[tuple[int, ...], ...]:
 
 @given(st.integers(0, 2**32))
 @settings(max_examples=30, deadline=None)
-def test_a_table_is_its_moves(seed: int) -> None:
+def test_a_table_equals_its_single_moves(seed: int) -> None:
     draw = random.Random(seed)
     sources, targets = ([sharding(draw) for _ in range(6)] for _ in range(2))
     for move in (MOVE, ADDED):
@@ -46,7 +44,7 @@ def test_a_table_is_its_moves(seed: int) -> None:
 
 @given(st.integers(0, 2**32))
 @settings(max_examples=30, deadline=None)
-def test_what_is_still_to_be_summed_is_summed_unless_the_reader_sums_it(seed: int) -> None:
+def test_a_partial_sum_is_reduced_before_its_move_unless_the_reader_sums_it(seed: int) -> None:
     draw = random.Random(seed)
     source, target = sharding(draw), sharding(draw)
     plain = replace(ADDED, sums=0, source=ADDED.source[:-1], target=ADDED.target[:-1])
@@ -56,10 +54,10 @@ def test_what_is_still_to_be_summed_is_summed_unless_the_reader_sums_it(seed: in
         if source[-1]
         else 0.0
     )
-    there = move_seconds(plain, PLACE, source[:-1], target[:-1])
+    moved = move_seconds(plain, PLACE, source[:-1], target[:-1])
     assert move_seconds(ADDED, PLACE, source, source) == 0.0
     assert move_seconds(ADDED, PLACE, source, target) == pytest.approx(
-        0.0 if source == target else summed + there
+        0.0 if source == target else summed + moved
     )
 
 
@@ -85,9 +83,7 @@ def test_equal_axes_may_be_exchanged(seed: int) -> None:
 @given(st.integers(0, 2**32), st.sampled_from([2, 6, 16]))
 @settings(max_examples=30, deadline=None)
 def test_nothing_is_sent_along_the_axis_of_microbatches(seed: int, microbatches: int) -> None:
-    """Whichever dims microbatches split, before and after: a reshard is that of the devices, of
-    one microbatch.
-    """
+    """A reshard is that of one microbatch over devices, whichever dims microbatches split."""
     draw = random.Random(seed)
     timed = Placement(MACHINE, Mesh((Axis(TIME, microbatches, -1), *PLACE.mesh.axes)))
 

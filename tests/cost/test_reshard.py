@@ -1,6 +1,4 @@
-"""Reshards cost what Shardy inserts: equal to its own pass on every small pair, and on random
-larger ones.
-"""
+"""Steps of a reshard equal those of Shardy's pass, on all small pairs and on random larger ones."""
 
 import itertools
 import math
@@ -52,12 +50,13 @@ def reshards(draw, primes=(2, 3, 5), max_rank=4, max_axes=4) -> Reshard:
     return shape, sizes, source, target
 
 
-# ---- Shardy's own word
+# ---- Shardy's pass
 
 
 def shardy_steps(cases: list[Reshard]) -> list[list[tuple[str, Sharding]]]:
-    """Kind and result of each collective that Shardy's pass inserts, per case; permutes to the
-    same sharding left out.
+    """Per case, the kind and result of each collective of Shardy's pass.
+
+    Permutes to the same sharding are left out.
     """
     import jax
     from jax.extend.mlir import ir, passmanager
@@ -76,7 +75,8 @@ def shardy_steps(cases: list[Reshard]) -> list[list[tuple[str, Sharding]]]:
         mesh = meshes.setdefault(sizes, f"@mesh{len(meshes)}")
         kind = f"tensor<{'x'.join(map(str, shape))}xf32>"
         functions.append(
-            f"func.func @f{number}(%x: {kind} {{sdy.sharding = #sdy.sharding<{mesh}, {text(source)}>}}) -> {kind} {{"
+            f"func.func @f{number}"
+            f"(%x: {kind} {{sdy.sharding = #sdy.sharding<{mesh}, {text(source)}>}}) -> {kind} {{"
             f" %y = sdy.reshard %x <{mesh}, {text(target)}> : {kind} return %y : {kind} }}"
         )
     lines = []
@@ -135,7 +135,7 @@ SMALL_MESHES = [(2,), (2, 2), (2, 3), (2, 2, 2), (2, 2, 3), (3, 2, 2), (2, 3, 5)
     ("rank", "sizes"),
     [*itertools.product((1, 2), SMALL_MESHES), *itertools.product((3,), SMALL_MESHES[:5])],
 )
-def test_every_small_pair_is_what_shardy_inserts(rank, sizes):
+def test_steps_of_every_small_pair_equal_shardys(rank, sizes):
     shape = (2 * math.prod(sizes),) * rank
     every = shardings(rank, len(sizes))
     check_against_shardy([(shape, sizes, source, target) for source in every for target in every])
@@ -143,13 +143,13 @@ def test_every_small_pair_is_what_shardy_inserts(rank, sizes):
 
 @settings(max_examples=200, deadline=None, suppress_health_check=SLOW)
 @given(st.lists(reshards(), min_size=1, max_size=25))
-def test_random_reshards_are_what_shardy_inserts(cases):
+def test_steps_of_random_reshards_equal_shardys(cases):
     check_against_shardy(cases)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=SLOW)
 @given(st.lists(reshards(primes=(2,), max_axes=7), min_size=1, max_size=20))
-def test_random_reshards_over_equal_axes_are_what_shardy_inserts(cases):
+def test_steps_of_random_reshards_over_equal_axes_equal_shardys(cases):
     check_against_shardy(cases)
 
 
@@ -177,7 +177,7 @@ def test_rare_turns_are_taken_as_shardy_takes_them(case):
     assert reshard_steps(source, target, sizes, shape)[-1].result == target
 
 
-def test_what_no_third_round_finishes_is_gathered_and_sliced_anew():
+def test_a_reshard_that_a_third_round_does_not_finish_is_gathered_and_sliced_anew():
     shape, sizes, source, target = RARE[-1]
     *_, gather, cut = reshard_steps(source, target, sizes, shape)
     assert gather == ReshardStep("all_gather", (3, 6), ((), *target[1:]))
@@ -296,7 +296,7 @@ def test_a_gather_along_two_dims_is_emitted_as_two_and_costs_both():
     assert step_bytes(second, first.result, (6, 6), 1, sizes) == 36
 
 
-def test_what_does_not_divide_is_padded():
+def test_an_uneven_dim_is_padded():
     step = ReshardStep("all_gather", (0,), ((), (1,)))
     assert step_bytes(step, ((0,), (1,)), (5, 5), 4, (2, 2)) == 5 * 3 * 4
     move = ReshardStep("all_to_all", (0,), ((), (0,)))
@@ -319,7 +319,7 @@ def test_shardy_stops_short_on_some_unequal_meshes_and_we_do_not():
     )
 
 
-# ---- what the compiler makes of it
+# ---- compiled programs
 
 EMITTED = """
 import collections, json, math, re, sys
@@ -329,7 +329,9 @@ from partita.cost.reshard import emitted_steps, step_bytes
 
 sizes, shape = (2, 2, 2), (48, 96, 144)
 mesh = jax.make_mesh(sizes, ("0", "1", "2"), axis_types=(AxisType.Auto,) * 3)
-place = lambda sharding: NamedSharding(mesh, PartitionSpec(*(tuple(map(str, axes)) for axes in sharding)))
+def place(sharding):
+    return NamedSharding(mesh, PartitionSpec(*(tuple(map(str, axes)) for axes in sharding)))
+
 PATTERN = r"= (.*?) (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)\\("
 for source, target in eval(sys.argv[1]):
     dims = shape[: len(source)]
