@@ -151,7 +151,7 @@ class _GradientSum:
 
 
 @dataclass(frozen=True)
-class _Program:
+class _StaticMemory:
     """The part of a graph's memory that does not depend on the layout.
 
     Instructions stand for the time at which they run.
@@ -176,7 +176,7 @@ class _Program:
 
 
 @per_graph
-def _program(graph: OperatorGraph) -> _Program:
+def _program(graph: OperatorGraph) -> _StaticMemory:
     constants = constant_tensors(graph)
     producer = producers(graph)
     pool_gradients = []
@@ -198,7 +198,7 @@ def _program(graph: OperatorGraph) -> _Program:
             pool_gradients.append((i, _available(graph, operands[0], producer, first_read)))
         if instruction.name == "scatter" and operands[0] in constants:
             zeros.append(i)
-    return _Program(
+    return _StaticMemory(
         constants,
         producer,
         _gradient_sums(graph),
@@ -294,7 +294,7 @@ def _lifetimes(
 
 def _last_reads(
     graph: OperatorGraph,
-    program: _Program,
+    program: _StaticMemory,
     fused: Fusion,
     root: int,
     backend: Backend,
