@@ -16,8 +16,13 @@ from dataclasses import dataclass, field, fields, is_dataclass
 
 import numpy as np
 
+Array = np.ndarray
+States = Sequence[int]
+"""A state of every variable."""
 Ends = tuple[int, int]
 """The two variables of a table, the smaller number first."""
+Tables = dict[Ends, Array]
+"""Seconds between states of two variables, [state of the first, state of the second]."""
 
 
 class EqualByContent:
@@ -34,8 +39,11 @@ class EqualByContent:
 
 
 def _equal_fields(left: object, right: object) -> bool:
-    names = [each.name for each in fields(left) if each.compare]  # pyright: ignore[reportArgumentType]
-    return all(_equal(getattr(left, name), getattr(right, name)) for name in names)
+    for each in fields(left):  # pyright: ignore[reportArgumentType]
+        name = each.name
+        if each.compare and not _equal(getattr(left, name), getattr(right, name)):
+            return False
+    return True
 
 
 def _equal(left: object, right: object) -> bool:
@@ -44,17 +52,13 @@ def _equal(left: object, right: object) -> bool:
     if is_dataclass(left) and type(left).__eq__ is object.__eq__:
         return type(left) is type(right) and _equal_fields(left, right)
     if isinstance(left, Mapping):
-        return (
-            isinstance(right, Mapping)
-            and left.keys() == right.keys()
-            and all(_equal(value, right[key]) for key, value in left.items())
-        )
+        if not isinstance(right, Mapping) or left.keys() != right.keys():
+            return False
+        return all(_equal(value, right[key]) for key, value in left.items())
     if isinstance(left, list | tuple):
-        return (
-            isinstance(right, list | tuple)
-            and len(left) == len(right)
-            and all(map(_equal, left, right))
-        )
+        if not isinstance(right, list | tuple) or len(left) != len(right):
+            return False
+        return all(map(_equal, left, right))
     return left == right
 
 
@@ -62,11 +66,11 @@ def _equal(left: object, right: object) -> bool:
 class Problem(EqualByContent):
     """A cost network in numbers. `Problem.of` makes one from seconds, bytes and tables."""
 
-    seconds: Sequence[np.ndarray]
+    seconds: Sequence[Array]
     """Per variable, seconds by state."""
-    nbytes: Sequence[np.ndarray]
+    nbytes: Sequence[Array]
     """Per variable, bytes by state."""
-    tables: Mapping[Ends, np.ndarray]
+    tables: Mapping[Ends, Array]
     """`tables[u, v][i, j]`: seconds between state i of u and state j of v, u < v."""
     kinds: Sequence[int] = field(compare=False)
     """Number per variable: variables of one kind have equal seconds and bytes."""
@@ -75,33 +79,33 @@ class Problem(EqualByContent):
 
     @staticmethod
     def of(
-        seconds: Sequence[np.ndarray],
-        nbytes: Sequence[np.ndarray],
-        tables: Mapping[Ends, np.ndarray] | None = None,
+        seconds: Sequence[Array],
+        nbytes: Sequence[Array],
+        tables: Mapping[Ends, Array] | None = None,
     ) -> Problem:
         """The problem of these arrays; its kinds are read off their content.
 
         A table between u and v may be given either way round, and twice: then both add up.
         """
-        joined: dict[Ends, np.ndarray] = {}
+        joined: Tables = {}
         for (u, v), table in (tables or {}).items():
             add_table(joined, u, v, table)
-        variables = zip(seconds, nbytes, strict=True)
-        kinds = numbered((*_content(s), *_content(b)) for s, b in variables)
+        seconds_kinds = numbered(map(_content, seconds))
+        nbytes_kinds = numbered(map(_content, nbytes))
         table_kinds = numbered(map(_content, joined.values()))
         return Problem(
-            tuple(seconds),
-            tuple(nbytes),
-            joined,
-            kinds,
-            dict(zip(joined, table_kinds, strict=True)),
+            seconds=tuple(seconds),
+            nbytes=tuple(nbytes),
+            tables=joined,
+            kinds=numbered(zip(seconds_kinds, nbytes_kinds, strict=True)),
+            table_kinds=dict(zip(joined, table_kinds, strict=True)),
         )
 
     @staticmethod
     def distinct(
-        seconds: Sequence[np.ndarray],
-        nbytes: Sequence[np.ndarray],
-        tables: Mapping[Ends, np.ndarray],
+        seconds: Sequence[Array],
+        nbytes: Sequence[Array],
+        tables: Mapping[Ends, Array],
     ) -> Problem:
         """The problem of these arrays with every variable and every table a kind of its own."""
         table_kinds = {ends: kind for kind, ends in enumerate(tables)}
@@ -112,18 +116,24 @@ class Problem(EqualByContent):
         """Number of variables."""
         return len(self.seconds)
 
-    def cost(self, states: Sequence[int]) -> float:
+    def cost(self, states: States) -> float:
         """Seconds of a full assignment of states."""
-        alone = sum(s[i] for s, i in zip(self.seconds, states, strict=True))
-        between = sum(table[states[u], states[v]] for (u, v), table in self.tables.items())
-        return float(alone + between)
+        between = 0.0
+        for (u, v), table in self.tables.items():
+            between += table[states[u], states[v]]
+        return float(_total(self.seconds, states) + between)
 
-    def memory_bytes(self, states: Sequence[int]) -> float:
+    def memory_bytes(self, states: States) -> float:
         """Bytes of a full assignment of states."""
-        return float(sum(b[i] for b, i in zip(self.nbytes, states, strict=True)))
+        return float(_total(self.nbytes, states))
 
 
-def _content(array: np.ndarray) -> tuple[object, ...]:
+def _total(arrays: Sequence[Array], states: States) -> float:
+    """Sum of the entries of these states."""
+    return sum(array[i] for array, i in zip(arrays, states, strict=True))
+
+
+def _content(array: Array) -> tuple[object, ...]:
     """Key of an array, equal for equal arrays."""
     return array.shape, array.dtype.str, array.tobytes()
 
@@ -138,16 +148,22 @@ def numbered(keys: Iterable[Hashable]) -> tuple[int, ...]:
     return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
 
 
-def add_table(tables: dict[Ends, np.ndarray], u: int, v: int, table: np.ndarray) -> None:
+def add_table(tables: Tables, u: int, v: int, table: Array) -> None:
     """Adds seconds between u and v, whose states are the rows and columns of `table`."""
     if u > v:
         u, v, table = v, u, table.T
-    tables[u, v] = tables[u, v] + table if (u, v) in tables else table
+    if (u, v) in tables:
+        table = tables[u, v] + table
+    tables[u, v] = table
 
 
-def neighbour_tables(problem: Problem) -> list[list[tuple[int, np.ndarray]]]:
-    """Per variable, (other variable, table with the variable's own states as rows)."""
-    neighbours: list[list[tuple[int, np.ndarray]]] = [[] for _ in range(problem.size)]
+Neighbour = tuple[int, Array]
+"""(other variable, table with the variable's own states as rows)."""
+
+
+def neighbour_tables(problem: Problem) -> list[list[Neighbour]]:
+    """The neighbours of every variable."""
+    neighbours: list[list[Neighbour]] = [[] for _ in range(problem.size)]
     for (u, v), table in problem.tables.items():
         neighbours[u].append((v, table))
         neighbours[v].append((u, table.T))
@@ -193,7 +209,9 @@ class SearchResult:
     @property
     def gap(self) -> float:
         """Distance to the best plan at most, as a part of the bound; 0 if proved best."""
-        return max(0.0, self.seconds / self.bound - 1) if self.bound > 0 else 0.0
+        if self.bound <= 0:
+            return 0.0
+        return max(0.0, self.seconds / self.bound - 1)
 
 
 Report = Callable[[Progress], None]

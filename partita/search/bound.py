@@ -27,19 +27,25 @@ def lower_bound_seconds(terms: Terms, machine: Machine, devices: int) -> float:
 
 def lower_bounds_by_operator(terms: Terms, machine: Machine) -> list[float]:
     """Per operator, least seconds of its kernels on one device."""
-    kernels = _kernel_seconds(terms, machine)
-    return [sum(seconds for _, seconds in phase_seconds) for phase_seconds in kernels]
+    bounds = []
+    for kernels in _kernel_seconds(terms, machine):
+        bounds.append(sum(seconds for _, seconds in kernels))
+    return bounds
 
 
 def lower_bounds_by_phase(terms: Terms, machine: Machine) -> dict[Phase, float]:
     """Per phase, least seconds of all kernels on one device."""
-    kernels = [kernel for each in _kernel_seconds(terms, machine) for kernel in each]
-    return {phase: sum(seconds for p, seconds in kernels if p == phase) for phase in PHASES}
+    bounds = dict.fromkeys(PHASES, 0.0)
+    for kernels in _kernel_seconds(terms, machine):
+        for phase, seconds in kernels:
+            bounds[phase] += seconds
+    return bounds
 
 
 def _kernel_seconds(terms: Terms, machine: Machine) -> list[PhaseSeconds]:
     """Kernels of each operator, on the kind of device that is fastest at them; once per digest."""
-    kinds = [machine.of_kind(n) for n in range(len(machine.kinds) or 1)]
+    count = max(1, len(machine.kinds))
+    kinds = [machine.of_kind(n) for n in range(count)]
     by_digest: dict[str, PhaseSeconds] = {}
     for operator in terms.operators:
         if operator.digest not in by_digest:
@@ -48,10 +54,11 @@ def _kernel_seconds(terms: Terms, machine: Machine) -> list[PhaseSeconds]:
 
 
 def _fastest(operator: OperatorTerms, kinds: Sequence[Machine]) -> PhaseSeconds:
-    return [
-        (work.phase, work.trips * min(_seconds(work, kind) for kind in kinds))
-        for work in operator.work
-    ]
+    kernels = []
+    for work in operator.work:
+        seconds = min(_seconds(work, kind) for kind in kinds)
+        kernels.append((work.phase, work.trips * seconds))
+    return kernels
 
 
 def _seconds(work: Work, kind: Machine) -> float:

@@ -63,21 +63,31 @@ def candidates(
 
 
 def _dealer(graph: OperatorGraph, operator: int, mesh: Mesh) -> _Dealer:
-    factors = sorted(
-        graph.operators[operator].factors, key=lambda f: (ORDER.index(graph.factors[f].kind), f)
-    )
+    def rank(factor: int) -> tuple[int, int]:
+        return ORDER.index(graph.factors[factor].kind), factor
+
+    factors = sorted(graph.operators[operator].factors, key=rank)
     sizes = {f: graph.factors[f].size for f in factors}
     start = [REPLICATE] * len(mesh.axes)
     for number, axis in enumerate(mesh.axes):
-        samples = sample_factor(graph, operator, {}, axis.size) if axis.level < 0 else -1
+        if axis.level >= 0:
+            continue
+        samples = sample_factor(graph, operator, {}, axis.size)
         if samples >= 0:
             start[number] = samples
             sizes[samples] //= axis.size
     levels: dict[tuple[int, int], list[int]] = {}
     for number, axis in enumerate(mesh.axes):
         if axis.level >= 0:
-            levels.setdefault((axis.level, axis.size), []).append(number)
-    return _Dealer(mesh, start, [*factors, REPLICATE], sizes, list(levels.values()))
+            key = (axis.level, axis.size)
+            levels.setdefault(key, []).append(number)
+    return _Dealer(
+        mesh=mesh,
+        start=start,
+        uses=[*factors, REPLICATE],
+        sizes=sizes,
+        levels=list(levels.values()),
+    )
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,10 @@ class _Dealer:
 
 
 def _divided(
-    sizes: Mapping[int, int], uses: Sequence[int], counts: Sequence[int], axis_size: int
+    sizes: Mapping[int, int],
+    uses: Sequence[int],
+    counts: Sequence[int],
+    axis_size: int,
 ) -> dict[int, int] | None:
     """Sizes of factors after `counts` axes split each; None if one is no multiple."""
     remaining = dict(sizes)
@@ -165,15 +178,26 @@ def assignment_of(choice: Choice) -> dict[int, tuple[int, ...]]:
     return axes
 
 
-def choice_of(graph: OperatorGraph, operator: int, mesh: Mesh, named: Mapping[str, str]) -> Choice:
+def choice_of(
+    graph: OperatorGraph,
+    operator: int,
+    mesh: Mesh,
+    named: Mapping[str, str],
+) -> Choice:
     """A plan's choice for an operator, {axis name: factor name}, as numbers."""
-    by_name = {graph.factors[f].name: f for f in graph.operators[operator].factors}
-    return tuple(
-        by_name[named[axis.name]] if axis.name in named else REPLICATE for axis in mesh.axes
-    )
+    factors = graph.operators[operator].factors
+    by_name = {graph.factors[f].name: f for f in factors}
+    choice = []
+    for axis in mesh.axes:
+        factor = named.get(axis.name)
+        choice.append(REPLICATE if factor is None else by_name[factor])
+    return tuple(choice)
 
 
 def names_of(graph: OperatorGraph, mesh: Mesh, choice: Choice) -> dict[str, str]:
     """A choice in the form of a plan, {axis name: factor name}."""
-    pairs = zip(mesh.axes, choice, strict=True)
-    return {axis.name: graph.factors[f].name for axis, f in pairs if f >= 0}
+    names = {}
+    for axis, factor in zip(mesh.axes, choice, strict=True):
+        if factor >= 0:
+            names[axis.name] = graph.factors[factor].name
+    return names

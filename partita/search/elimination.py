@@ -16,7 +16,6 @@ that fit.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,10 +24,13 @@ import numpy as np
 from numba import njit
 
 from partita.search.base import (
+    Array,
     Problem,
     Progress,
     Report,
     SearchResult,
+    States,
+    Tables,
     neighbour_sets,
     neighbour_tables,
 )
@@ -52,8 +54,11 @@ CLOSE_BOUND = 1e-3
 PASSES = 20
 """Passes of `_polish` over all variables, at most."""
 
+Chosen = tuple[int, ...]
+"""A state of every variable."""
 Scope = tuple[int, ...]
-Factor = tuple[Scope, np.ndarray]
+"""Variables of a table, or dims."""
+Factor = tuple[Scope, Array]
 """Variables and a table over their states."""
 
 
@@ -71,7 +76,10 @@ class _History:
 
 
 def eliminate(
-    problem: Problem, budget: float = np.inf, report: Report | None = None, rounds: int = ROUNDS
+    problem: Problem,
+    budget: float = np.inf,
+    report: Report | None = None,
+    rounds: int = ROUNDS,
 ) -> SearchResult:
     """The states of least seconds within a budget of bytes, with a lower bound.
 
@@ -82,8 +90,10 @@ def eliminate(
     history = _History(report)
     answer = _Answer(None, None, 0.0)
     stopped = False
+    folded = None
     try:
-        folded = _price_folded(priced, budget, history, rounds) if math.isfinite(budget) else None
+        if math.isfinite(budget):
+            folded = _price_folded(priced, budget, history, rounds)
         if folded is not None:
             answer = folded
         else:
@@ -102,7 +112,7 @@ def eliminate(
         stopped = True
     states = answer.best or answer.smallest
     if states is None:
-        states = tuple(int(np.argmin(seconds)) for seconds in problem.seconds)
+        states = _least(problem.seconds)
     nbytes = problem.memory_bytes(states)
     return SearchResult(
         states=states,
@@ -119,9 +129,14 @@ def eliminate(
 class _Answer:
     """The best states that fit, the smallest states in bytes, and a lower bound."""
 
-    best: tuple[int, ...] | None
-    smallest: tuple[int, ...] | None
+    best: Chosen | None
+    smallest: Chosen | None
     bound: float
+
+
+def _least(values: Sequence[Array]) -> Chosen:
+    """Per variable, the state of the least value."""
+    return tuple(int(np.argmin(array)) for array in values)
 
 
 def _fastest(priced: PricedProblem) -> _Answer:
@@ -131,7 +146,10 @@ def _fastest(priced: PricedProblem) -> _Answer:
 
 
 def _price_folded(
-    priced: PricedProblem, budget: float, history: _History, rounds: int
+    priced: PricedProblem,
+    budget: float,
+    history: _History,
+    rounds: int,
 ) -> _Answer | None:
     """The answer by way of the folded problem, for networks of repeated blocks.
 
@@ -151,15 +169,15 @@ def _price_folded(
     answer = search.run(_History(None), rounds)
     if answer.best is None or answer.smallest is None:
         return None
-    states, minimum = priced.solve(search.price_of_bound, CLOSE_BOUND)
-    fitting = [
-        _polish(problem, budget, each)
-        for each in (folded.lift(answer.best), states)
-        if problem.memory_bytes(each) <= budget
-    ]
+    price = search.price_of_bound
+    states, minimum = priced.solve(price, CLOSE_BOUND)
+    fitting = []
+    for candidate in (folded.lift(answer.best), states):
+        if problem.memory_bytes(candidate) <= budget:
+            fitting.append(_polish(problem, budget, candidate))
     best = min(fitting, key=problem.cost)
     seconds = problem.cost(best)
-    bound = min(minimum - search.price_of_bound * budget, seconds)
+    bound = min(minimum - price * budget, seconds)
     history.add("pricing memory", seconds, bound)
     return _Answer(best, folded.lift(answer.smallest), bound)
 
@@ -169,7 +187,7 @@ class _Priced:
     """States that are best at a price of a byte."""
 
     price: float
-    states: tuple[int, ...]
+    states: Chosen
 
 
 class _PriceSearch:
@@ -181,14 +199,18 @@ class _PriceSearch:
     """
 
     def __init__(
-        self, priced: PricedProblem, budget: float, fastest: tuple[int, ...], bound: float
+        self,
+        priced: PricedProblem,
+        budget: float,
+        fastest: Chosen,
+        bound: float,
     ) -> None:
         self.priced = priced
         self.problem = priced.problem
         self.budget = budget
         self.bound = bound
         self.price_of_bound = 0.0
-        self.best: tuple[int, ...] | None = None
+        self.best: Chosen | None = None
         self.smallest = fastest
         self.too_large = _Priced(0.0, fastest)
 
@@ -203,7 +225,7 @@ class _PriceSearch:
             self.bound = min(self.bound, self.problem.cost(self.best))
         return _Answer(self.best, self.smallest, self.bound)
 
-    def _solve(self, price: float) -> tuple[int, ...]:
+    def _solve(self, price: float) -> Chosen:
         """The best states at a price; updates the bound."""
         states, minimum = self.priced.solve(price)
         bound = minimum - price * self.budget
@@ -220,19 +242,24 @@ class _PriceSearch:
         price = scale / 16
         for _ in range(MAX_RISES):
             states = self._solve(price)
-            if problem.memory_bytes(states) < problem.memory_bytes(self.smallest):
+            nbytes = problem.memory_bytes(states)
+            if nbytes < problem.memory_bytes(self.smallest):
                 self.smallest = states
-            if problem.memory_bytes(states) <= self.budget:
+            if nbytes <= self.budget:
                 return _Priced(price, states)
             self.too_large = _Priced(price, states)
             price *= 4
             if price > 1e6 * scale:
-                lightest = tuple(int(np.argmin(nbytes)) for nbytes in problem.nbytes)
-                self.smallest = min(self.smallest, lightest, key=problem.memory_bytes)
-                if problem.memory_bytes(self.smallest) <= self.budget:
-                    self.best = self.smallest
+                self._use_lightest()
                 break
         return None
+
+    def _use_lightest(self) -> None:
+        """Falls back to the lightest state of each variable."""
+        lightest = _least(self.problem.nbytes)
+        self.smallest = min(self.smallest, lightest, key=self.problem.memory_bytes)
+        if self.problem.memory_bytes(self.smallest) <= self.budget:
+            self.best = self.smallest
 
     def _refine(self, fitting: _Priced, history: _History, rounds: int) -> None:
         """Searches between the last price that does not fit and the last one that does."""
@@ -259,20 +286,24 @@ class _PriceSearch:
 
     def _meeting_price(self, fitting: _Priced) -> float:
         """The price at which the plan that fits and the one that does not cost the same."""
-        over, under = fitting.states, self.too_large.states
-        saved_bytes = self.problem.memory_bytes(under) - self.problem.memory_bytes(over)
+        problem = self.problem
+        over = fitting.states
+        under = self.too_large.states
+        saved_bytes = problem.memory_bytes(under) - problem.memory_bytes(over)
         if saved_bytes <= 0:
             return self.too_large.price
-        return (self.problem.cost(over) - self.problem.cost(under)) / saved_bytes
+        extra_seconds = problem.cost(over) - problem.cost(under)
+        return extra_seconds / saved_bytes
 
-    def _priced_cost(self, states: tuple[int, ...], price: float) -> float:
-        return self.problem.cost(states) + price * self.problem.memory_bytes(states)
+    def _priced_cost(self, states: Chosen, price: float) -> float:
+        nbytes = self.problem.memory_bytes(states)
+        return self.problem.cost(states) + price * nbytes
 
 
-def _polish(problem: Problem, budget: float, states: Sequence[int]) -> tuple[int, ...]:
+def _polish(problem: Problem, budget: float, states: States) -> Chosen:
     """Changes one variable at a time to its best state that still fits, until nothing gains."""
     current = list(states)
-    held = problem.memory_bytes(current)
+    total_bytes = problem.memory_bytes(current)
     neighbours = neighbour_tables(problem)
     for _ in range(PASSES):
         changed = False
@@ -281,12 +312,13 @@ def _polish(problem: Problem, budget: float, states: Sequence[int]) -> tuple[int
             for other, table in neighbours[v]:
                 total += table[:, current[other]]
             nbytes = problem.nbytes[v]
-            fits = held - nbytes[current[v]] + nbytes <= budget
+            state = current[v]
+            fits = total_bytes - nbytes[state] + nbytes <= budget
             total[~fits] = np.inf
-            i = int(np.argmin(total))
-            if total[i] < total[current[v]] * (1 - 1e-12) - 1e-15:
-                held += nbytes[i] - nbytes[current[v]]
-                current[v] = i
+            best = int(np.argmin(total))
+            if total[best] < total[state] * (1 - 1e-12) - 1e-15:
+                total_bytes += nbytes[best] - nbytes[state]
+                current[v] = best
                 changed = True
         if not changed:
             break
@@ -302,14 +334,14 @@ class PricedProblem:
         self.seconds = np.concatenate(problem.seconds)
         self.nbytes = np.concatenate(problem.nbytes)
 
-    def solve(self, price: float, close: float = CLOSE) -> tuple[tuple[int, ...], float]:
+    def solve(self, price: float, close: float = CLOSE) -> tuple[Chosen, float]:
         """(states, lower bound) for seconds + price x bytes.
 
         The states attain the bound, up to its part `close`, wherever no bucket had to be cut.
         """
         costs = self.seconds + price * self.nbytes
-        slices = itertools.pairwise(self.messages.first)
-        priced = replace(self.problem, seconds=[costs[a:b] for a, b in slices])
+        by_variable = np.split(costs, self.messages.first[1:-1])
+        priced = replace(self.problem, seconds=by_variable)
         best = None
         best_cost = np.inf
         bound = -np.inf
@@ -336,13 +368,15 @@ class PricedProblem:
                 best_cost = cost
         return best, min(bound, best_cost)
 
-    def _eliminate(self, costs: np.ndarray, best_cost: float) -> tuple[list[int], float]:
+    def _eliminate(self, costs: Array, best_cost: float) -> tuple[Chosen, float]:
         """(states, lower bound) by elimination, without states of no plan below `best_cost`."""
         bound = self.messages.sweep(costs)
         margin = (best_cost - bound) * (1 + CLOSE) + CLOSE * abs(best_cost)
         possible = self.messages.possible(costs, margin)
-        states, bound = _eliminated(self.messages.reparametrized(costs, possible))
-        return [int(mine[i]) for mine, i in zip(possible, states, strict=True)], bound
+        smaller = self.messages.reparametrized(costs, possible)
+        positions, bound = _eliminated(smaller)
+        pairs = zip(possible, positions, strict=True)
+        return tuple(int(states[i]) for states, i in pairs), bound
 
 
 def _eliminated(problem: Problem) -> tuple[list[int], float]:
@@ -350,34 +384,50 @@ def _eliminated(problem: Problem) -> tuple[list[int], float]:
     problem = _without_fixed(problem)
     order = _elimination_order(problem)
     rank = {v: i for i, v in enumerate(order)}
-    sizes = [len(seconds) for seconds in problem.seconds]
+    sizes = list(map(len, problem.seconds))
     buckets: list[list[Factor]] = [[] for _ in order]
+
+    def put(scope: Scope, table: Array) -> None:
+        """Adds a factor to the bucket of its first variable in the order."""
+        first = min(rank[n] for n in scope)
+        buckets[first].append((scope, table))
+
     for v, seconds in enumerate(problem.seconds):
-        buckets[rank[v]].append(((v,), seconds))
-    for (u, v), table in problem.tables.items():
-        buckets[min(rank[u], rank[v])].append(((u, v), table))
+        put((v,), seconds)
+    for ends, table in problem.tables.items():
+        put(ends, table)
     bound = 0.0
-    for v in order:
-        for factors in _mini_buckets(v, buckets[rank[v]], sizes):
+    for v, bucket in zip(order, buckets, strict=True):
+        for factors in _mini_buckets(v, bucket, sizes):
             others, minimum = _minimised(v, factors, sizes)
             if others:
-                buckets[min(rank[n] for n in others)].append((others, minimum))
+                put(others, minimum)
             else:
                 bound += float(minimum)
-    states = [-1] * problem.size
-    for v in reversed(order):
+    return _states_backwards(order, buckets, sizes), bound
+
+
+def _states_backwards(
+    order: list[int],
+    buckets: list[list[Factor]],
+    sizes: list[int],
+) -> list[int]:
+    """The best states, read off the buckets from the last eliminated variable to the first."""
+    states: list[int] = [-1] * len(order)
+    for v, bucket in zip(reversed(order), reversed(buckets), strict=True):
         total = np.zeros(sizes[v])
-        for scope, table in buckets[rank[v]]:
-            index = tuple(slice(None) if n == v else states[n] for n in scope)
-            total = total + table[index]
+        for scope, table in bucket:
+            index: list[int | slice] = [states[n] for n in scope]
+            index[scope.index(v)] = slice(None)
+            total = total + table[tuple(index)]
         states[v] = int(np.argmin(total))
-    return states, bound
+    return states
 
 
 def _without_fixed(problem: Problem) -> Problem:
     """The problem with the tables of one-state variables as costs of their neighbours."""
     seconds = [costs.copy() for costs in problem.seconds]
-    tables = {}
+    tables: Tables = {}
     for (u, v), table in problem.tables.items():
         if len(seconds[v]) == 1:
             seconds[u] += table[:, 0]
@@ -391,27 +441,33 @@ def _without_fixed(problem: Problem) -> Problem:
 def _elimination_order(problem: Problem) -> list[int]:
     """Variables in the order of elimination: smallest joint table first, then the earliest."""
     neighbours = neighbour_sets(problem)
-    logs = np.log([len(seconds) for seconds in problem.seconds])
-    table_logs = np.array([sum(logs[n] for n in near) for near in neighbours], float)
+    logs = np.log(list(map(len, problem.seconds)))
+
+    def joint_log(v: int) -> float:
+        """Logarithm of the number of states of a variable's neighbours together."""
+        return sum(logs[n] for n in neighbours[v])
+
+    joint_logs = np.array(list(map(joint_log, range(problem.size))), float)
     order = []
     for _ in range(problem.size):
-        v = int(np.argmin(table_logs))
+        v = int(np.argmin(joint_logs))
         for n in neighbours[v]:
             neighbours[n] |= neighbours[v] - {n}
             neighbours[n].discard(v)
-            table_logs[n] = sum(logs[m] for m in neighbours[n])
-        table_logs[v] = np.inf
+            joint_logs[n] = joint_log(n)
+        joint_logs[v] = np.inf
         order.append(v)
     return order
 
 
-def _mini_buckets(v: int, factors: list[Factor], sizes: Sequence[int]) -> list[list[Factor]]:
+def _mini_buckets(v: int, bucket: list[Factor], sizes: list[int]) -> list[list[Factor]]:
     """A bucket, whole if its joint table is small enough, otherwise in parts that are."""
     parts: list[tuple[set[int], list[Factor]]] = []
-    for factor in sorted(factors, key=lambda factor: -factor[1].size):
+    for factor in sorted(bucket, key=lambda factor: -factor[1].size):
         scope = set(factor[0])
         for joint, members in parts:
-            if math.prod(float(sizes[n]) for n in joint | scope) <= MAX_ENTRIES:
+            entries = math.prod(float(sizes[n]) for n in joint | scope)
+            if entries <= MAX_ENTRIES:
                 joint |= scope
                 members.append(factor)
                 break
@@ -420,57 +476,70 @@ def _mini_buckets(v: int, factors: list[Factor], sizes: Sequence[int]) -> list[l
     return [members for _, members in parts]
 
 
-def _minimised(v: int, factors: Sequence[Factor], sizes: Sequence[int]) -> tuple[Scope, np.ndarray]:
-    """(other variables, least sum of the factors over the states of v)."""
-    scopes = {n for scope, _ in factors for n in scope}
-    others = tuple(sorted(scopes - {v}))
-    dim = {n: i for i, n in enumerate((*others, v))}
-    tables: dict[Scope, np.ndarray] = {}
+def _minimised(v: int, factors: list[Factor], sizes: list[int]) -> Factor:
+    """The other variables, and the least sum of the factors over the states of v."""
+    scope_sets = [set(scope) for scope, _ in factors]
+    others = tuple(sorted(set().union(*scope_sets) - {v}))
+    dim_of = {n: i for i, n in enumerate((*others, v))}
+    tables: dict[Scope, Array] = {}
     for scope, table in factors:
-        dims = tuple(dim[n] for n in scope)
+        dims = [dim_of[n] for n in scope]
         ordered = np.transpose(table, np.argsort(dims))
-        dims = tuple(sorted(dims))
-        tables[dims] = tables[dims] + ordered if dims in tables else ordered
+        key = tuple(sorted(dims))
+        if key in tables:
+            ordered = tables[key] + ordered
+        tables[key] = ordered
     _join_nested(tables)
     if len(tables) == 1:
-        return others, next(iter(tables.values())).min(axis=-1)
-    return others, _swept(tables, tuple(sizes[n] for n in others))
+        (table,) = tables.values()
+        return others, table.min(axis=-1)
+    shape = tuple(sizes[n] for n in others)
+    return others, _swept(tables, shape)
 
 
-def _join_nested(tables: dict[Scope, np.ndarray]) -> None:
+def _join_nested(tables: dict[Scope, Array]) -> None:
     """Adds tables of fewer dims to tables that have all of these: the loops then add few tables."""
     for dims in sorted(tables, key=len):
-        wider = [each for each in tables if len(each) > len(dims) and set(dims) <= set(each)]
+        wider = []
+        for other in tables:
+            if len(other) > len(dims) and set(dims) <= set(other):
+                wider.append(other)
         if not wider:
             continue
-        target = min(wider, key=lambda each: tables[each].size)
+        target = min(wider, key=lambda other: tables[other].size)
         table = tables.pop(dims)
-        shape = [
-            size if dim in dims else 1
-            for dim, size in zip(target, tables[target].shape, strict=True)
-        ]
+        shape = []
+        for dim, size in zip(target, tables[target].shape, strict=True):
+            shape.append(size if dim in dims else 1)
         tables[target] = tables[target] + table.reshape(shape)
 
 
-def _swept(tables: dict[Scope, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+def _swept(tables: dict[Scope, Array], shape: Scope) -> Array:
     """Least sum of tables over their last dim; keys are the dims of `shape` and the last one."""
-    count = len(tables)
-    steps = np.zeros((count, len(shape)), np.int64)
+    steps = np.zeros((len(tables), len(shape)), np.int64)
     """Per table and dim, rows between two neighbouring entries."""
-    first = np.zeros(count, np.int64)
+    first = []
     flat = []
     size = 0
+    width = 0
     for n, (dims, table) in enumerate(tables.items()):
+        *lengths, width = table.shape
         step = 1
-        for dim, length in zip(reversed(dims[:-1]), reversed(table.shape[:-1]), strict=True):
+        for dim, length in zip(reversed(dims[:-1]), reversed(lengths), strict=True):
             steps[n, dim] = step
             step *= length
-        first[n] = size
+        first.append(size)
         flat.append(np.ascontiguousarray(table).reshape(-1))
         size += table.size
-    width = next(iter(tables.values())).shape[-1]
     minima = np.empty(math.prod(shape))
-    _sweep(np.concatenate(flat), first, steps, np.array(shape, np.int64), width, minima)
+    _sweep(
+        np.concatenate(flat),
+        np.array(first, np.int64),
+        steps,
+        np.array(shape, np.int64),
+        width,
+        minima,
+    )
     return minima.reshape(shape)
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from partita.search.base import Problem, Progress, Report, SearchResult, neighbour_sets
+from partita.search.base import Array, Problem, Progress, Report, SearchResult, neighbour_sets
 from partita.search.messages import Messages
 from partita.search.simulated import Simulated, fill
 from partita.simulation.engine import sweep
@@ -92,7 +92,7 @@ def prove(
     )
 
 
-def _message_bound(messages: Messages, costs: np.ndarray, best_seconds: float) -> float:
+def _message_bound(messages: Messages, costs: Array, best_seconds: float) -> float:
     """The bound of sweeps of messages, until it hardly rises."""
     bound = messages.sweep(costs, SWEEPS_AT_ONCE)
     for _ in range(SWEEPS_AT_ONCE, SWEEPS, SWEEPS_AT_ONCE):
@@ -117,30 +117,30 @@ class _Levels(NamedTuple):
     `back_first[d]` to `back_first[d + 1]` of `back`.
     """
 
-    order: np.ndarray
+    order: Array
     """Variable of each depth."""
-    first: np.ndarray
-    costs: np.ndarray
+    first: Array
+    costs: Array
     """Per state, seconds above the least ones."""
-    state: np.ndarray
+    state: Array
     """Per state, its number in the simulated problem."""
-    nbytes: np.ndarray
-    lightest: np.ndarray
+    nbytes: Array
+    lightest: Array
     """Per depth, least bytes of it and of all depths below it."""
-    back_first: np.ndarray
-    back: np.ndarray
+    back_first: Array
+    back: Array
     """[table, 2]: the earlier depth, and the start of the table in `data`."""
-    data: np.ndarray
+    data: Array
     """Tables, end to end, [state of the earlier depth, state of this depth]."""
 
 
 class _Path(NamedTuple):
     """The current branch: per depth the number of the state, seconds above the bound, bytes."""
 
-    at: np.ndarray
-    excess: np.ndarray
-    nbytes: np.ndarray
-    chosen: np.ndarray
+    at: Array
+    excess: Array
+    nbytes: Array
+    chosen: Array
     """States of the simulated problem, by variable."""
 
 
@@ -154,7 +154,7 @@ class _Tree:
     def __init__(
         self,
         moved: Problem,
-        possible: list[np.ndarray],
+        possible: list[Array],
         problem: Simulated,
         limits: _Limits,
     ) -> None:
@@ -170,7 +170,7 @@ class _Tree:
             chosen=np.zeros(depths, np.int64),
         )
 
-    def search(self, best: np.ndarray, best_seconds: float, nodes: int) -> tuple[float, bool]:
+    def search(self, best: Array, best_seconds: float, nodes: int) -> tuple[float, bool]:
         """(seconds of the best step so far, whether the tree is exhausted) after `nodes` choices.
 
         The states of the best step are written into `best`.
@@ -187,11 +187,11 @@ class _Tree:
         return best_seconds, self.depth < 0
 
 
-def _levels(moved: Problem, possible: list[np.ndarray]) -> _Levels:
+def _levels(moved: Problem, possible: list[Array]) -> _Levels:
     order = _choice_order(moved)
     rank = np.argsort(order)
     back: list[list[tuple[int, int]]] = [[] for _ in order]
-    data: list[np.ndarray] = []
+    data: list[Array] = []
     size = 0
     for (u, v), table in moved.tables.items():
         if rank[u] < rank[v]:
@@ -224,9 +224,13 @@ def _choice_order(problem: Problem) -> list[int]:
     open_variables = set(range(problem.size))
     while open_variables:
         chosen = set(order)
-        keys = [(-len(neighbours[v] & chosen), len(problem.seconds[v]), v) for v in open_variables]
-        order.append(min(keys)[-1])
-        open_variables.remove(order[-1])
+        keys = []
+        for v in open_variables:
+            ties = len(neighbours[v] & chosen)
+            keys.append((-ties, len(problem.seconds[v]), v))
+        *_, first = min(keys)
+        order.append(first)
+        open_variables.remove(first)
     return order
 
 

@@ -11,12 +11,11 @@ differently, so the least sum of the folded problem is no bound on the whole one
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from partita.search.base import Ends, Problem, add_table, numbered
+from partita.search.base import Problem, States, Tables, add_table, numbered
 
 ROUNDS = 2
 """Rounds of refinement: operators that differ only further away than this are equal."""
@@ -29,7 +28,7 @@ class Folded:
     problem: Problem
     representative: tuple[int, ...]
 
-    def lift(self, states: Sequence[int]) -> tuple[int, ...]:
+    def lift(self, states: States) -> tuple[int, ...]:
         """States of the whole problem."""
         return tuple(states[v] for v in self.representative)
 
@@ -37,16 +36,20 @@ class Folded:
 def fold(problem: Problem) -> Folded:
     """The problem in which equal variables have equal states."""
     colours = _colours(problem)
-    counts = Counter(colours)
-    first = {colour: v for v, colour in reversed([*enumerate(colours)])}
-    seconds = [counts[colour] * problem.seconds[first[colour]] for colour in range(len(counts))]
-    nbytes = [counts[colour] * problem.nbytes[first[colour]] for colour in range(len(counts))]
-    tables: dict[Ends, np.ndarray] = {}
-    table_of_kind = {problem.table_kinds[ends]: table for ends, table in problem.tables.items()}
-    occurrences = Counter(
-        (colours[u], colours[v], kind) for (u, v), kind in problem.table_kinds.items()
-    )
-    for (u, v, kind), times in occurrences.items():
+    seconds = []
+    nbytes = []
+    for colour, count in Counter(colours).items():
+        first = colours.index(colour)
+        seconds.append(count * problem.seconds[first])
+        nbytes.append(count * problem.nbytes[first])
+    table_of_kind = {}
+    folded_tables = []
+    for (u, v), table in problem.tables.items():
+        kind = problem.table_kinds[u, v]
+        table_of_kind[kind] = table
+        folded_tables.append((colours[u], colours[v], kind))
+    tables: Tables = {}
+    for (u, v, kind), times in Counter(folded_tables).items():
         table = table_of_kind[kind]
         if u == v:
             seconds[u] = seconds[u] + times * np.diagonal(table)
@@ -57,15 +60,15 @@ def fold(problem: Problem) -> Folded:
 
 def _colours(problem: Problem) -> tuple[int, ...]:
     """Number per variable, the same for equal variables."""
-    around: list[list[tuple[int, int, bool]]] = [[] for _ in range(problem.size)]
-    for (u, v), kind in problem.table_kinds.items():
-        around[u].append((v, kind, False))
-        around[v].append((u, kind, True))
     colours = numbered(problem.kinds)
     for _ in range(ROUNDS):
+        around: list[list[tuple[int, int, bool]]] = [[] for _ in colours]
+        for (u, v), kind in problem.table_kinds.items():
+            around[u].append((colours[v], kind, False))
+            around[v].append((colours[u], kind, True))
         keys = []
-        for v, tables in enumerate(around):
-            seen_colours = sorted((colours[n], kind, turned) for n, kind, turned in tables)
-            keys.append((colours[v], *seen_colours))
+        for colour, tables in zip(colours, around, strict=True):
+            tables.sort()
+            keys.append((colour, *tables))
         colours = numbered(keys)
     return colours

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from partita.search.base import Progress, Report, SearchResult
+from partita.search.base import Array, Progress, Report, SearchResult
 from partita.search.simulated import Simulated, Undo, change, fill
 from partita.simulation.engine import sweep
 
@@ -143,14 +143,14 @@ class _Options(NamedTuple):
     Cheap states of operator o are `cheap[cheap_first[o]:cheap_first[o + 1]]`.
     """
 
-    free: np.ndarray
+    free: Array
     """Operators with more than one state."""
-    cheap_first: np.ndarray
-    cheap: np.ndarray
-    kinds: np.ndarray
+    cheap_first: Array
+    cheap: Array
+    kinds: Array
     """Number per operator, the same for equal operators."""
-    nbytes_first: np.ndarray
-    nbytes: np.ndarray
+    nbytes_first: Array
+    nbytes: Array
 
 
 def _options(problem: Simulated) -> _Options:
@@ -165,7 +165,7 @@ def _options(problem: Simulated) -> _Options:
     )
 
 
-def _cheap_states(problem: Simulated) -> list[np.ndarray]:
+def _cheap_states(problem: Simulated) -> list[Array]:
     """Per operator, the states of least seconds by themselves."""
     tables = problem.tables
     cheap = []
@@ -181,16 +181,16 @@ def _cheap_states(problem: Simulated) -> list[np.ndarray]:
 class _Step(NamedTuple):
     """The simulated step of a chain: seconds and times of its tasks, and work of its streams."""
 
-    seconds: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
-    previous_end: np.ndarray
-    busy: np.ndarray
+    seconds: Array
+    start: Array
+    end: Array
+    previous_end: Array
+    busy: Array
     """Per stream, seconds of its tasks."""
-    work: np.ndarray
+    work: Array
     """The same with the current proposal."""
     undo: Undo
-    before: np.ndarray
+    before: Array
     """Scratch of `_add_work`: per task its seconds before a proposal, -1 if untouched."""
 
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from partita.search.base import Ends, Problem
+from partita.search.base import Array, Problem, Tables
 
 
 class Network(NamedTuple):
@@ -32,17 +32,17 @@ class Network(NamedTuple):
     Tables of variable v are `near[near_first[v]:near_first[v + 1]]`.
     """
 
-    first: np.ndarray
+    first: Array
     """Per variable, the start of its states in one array of all; and the end of the last."""
-    ends: np.ndarray
+    ends: Array
     """[table, 2]: its variables, the smaller number first."""
-    data: np.ndarray
+    data: Array
     """Tables, end to end."""
-    table: np.ndarray
+    table: Array
     """Start of each table in `data`."""
-    near_first: np.ndarray
-    near: np.ndarray
-    to: np.ndarray
+    near_first: Array
+    near: Array
+    to: Array
     """[table, 2]: start of the messages to its first and to its second variable."""
 
 
@@ -60,11 +60,11 @@ class Messages:
         self._messages = np.zeros(int(sizes[self.network.ends].sum()))
 
     @property
-    def first(self) -> np.ndarray:
+    def first(self) -> Array:
         """Per variable, the start of its states in one array of all."""
         return self.network.first
 
-    def sweep(self, costs: np.ndarray, times: int = 1) -> float:
+    def sweep(self, costs: Array, times: int = 1) -> float:
         """Passes over all variables forth and back; the lower bound for these costs."""
         bound = -np.inf
         for _ in range(times):
@@ -72,67 +72,86 @@ class Messages:
             bound = _pass(True, costs, self._messages, self.network)
         return bound
 
-    def states(self, costs: np.ndarray) -> tuple[int, ...]:
+    def states(self, costs: Array) -> tuple[int, ...]:
         """States chosen one after the other, with the messages of variables not chosen yet."""
         return tuple(_decoded(costs, self._messages, self.network).tolist())
 
-    def possible(self, costs: np.ndarray, margin: float) -> list[np.ndarray]:
+    def possible(self, costs: Array, margin: float) -> list[Array]:
         """Per variable, the states of all plans at most `margin` above the last sweep's bound."""
         excess = _excess(costs, self._messages, self.network)
-        return [np.flatnonzero(excess[a:b] <= margin) for a, b in itertools.pairwise(self.first)]
+        return [np.flatnonzero(values <= margin) for values in self._by_variable(excess)]
 
-    def reparametrized(self, costs: np.ndarray, states: Sequence[np.ndarray]) -> Problem:
+    def reparametrized(self, costs: Array, states: Sequence[Array]) -> Problem:
         """The problem of some states of each variable, its costs moved by the messages.
 
         Every assignment has the same sum as before, and the least entries sum to the bound.
         """
-        network, messages = self.network, self._messages
-        hats, share = _hats(costs, messages, network)
-        hat = [hats[a:b][chosen] for (a, b), chosen in zip(self._slices(), states, strict=True)]
+        problem = self.problem
+        second_variables = self.network.ends[:, 1]
+        hats, shares = _hats(costs, self._messages, self.network)
+        hats = _select(self._by_variable(hats), states)
         seconds = []
-        for v, values in enumerate(hat):
-            tables_to_earlier = np.count_nonzero(network.ends[:, 1] == v)
-            seconds.append(values * (1 - tables_to_earlier * share[v]))
-        tables: dict[Ends, np.ndarray] = {}
-        for e, ((u, v), table) in enumerate(self.problem.tables.items()):
-            rows, columns = table.shape
-            to_u = messages[network.to[e, 0] :][:rows][states[u]]
-            to_v = messages[network.to[e, 1] :][:columns][states[v]]
-            given = share[v] * hat[v]
-            chosen = table[np.ix_(states[u], states[v])]
-            tables[u, v] = chosen - to_u[:, None] - (to_v - given)[None, :]
-        nbytes = [b[chosen] for b, chosen in zip(self.problem.nbytes, states, strict=True)]
+        for v, hat in enumerate(hats):
+            earlier = np.count_nonzero(second_variables == v)
+            seconds.append(hat * (1 - earlier * shares[v]))
+        tables: Tables = {}
+        for e, (u, v) in enumerate(problem.tables):
+            to_u, to_v = self._messages_of(e)
+            from_u = to_u[states[u]]
+            from_v = to_v[states[v]] - shares[v] * hats[v]
+            rows_and_columns = np.ix_(states[u], states[v])
+            chosen = problem.tables[u, v][rows_and_columns]
+            tables[u, v] = chosen - from_u[:, None] - from_v[None, :]
+        nbytes = _select(problem.nbytes, states)
         return Problem.distinct(seconds, nbytes, tables)
 
-    def _slices(self) -> list[tuple[int, int]]:
-        return list(itertools.pairwise(self.first.tolist()))
+    def _by_variable(self, values: Array) -> list[Array]:
+        """Values of all states, as one array per variable."""
+        return np.split(values, self.first[1:-1])
+
+    def _messages_of(self, table: int) -> tuple[Array, Array]:
+        """The messages of a table to its first and its second variable."""
+        sizes = np.diff(self.first)
+        u, v = self.network.ends[table]
+        to_u, to_v = self.network.to[table]
+        return self._messages[to_u : to_u + sizes[u]], self._messages[to_v : to_v + sizes[v]]
+
+
+def _select(values: Sequence[Array], states: Sequence[Array]) -> list[Array]:
+    """Per variable, the values of some of its states."""
+    return [array[chosen] for array, chosen in zip(values, states, strict=True)]
 
 
 def _network(problem: Problem) -> Network:
-    sizes = np.array([len(seconds) for seconds in problem.seconds], np.int64)
+    sizes = np.array(list(map(len, problem.seconds)), np.int64)
     ends = np.array([*problem.tables], np.int64).reshape(-1, 2)
     begin: dict[int, int] = {}
-    data: list[np.ndarray] = []
+    begins: list[int] = []
+    data: list[Array] = []
     size = 0
     for pair, table in problem.tables.items():
         kind = problem.table_kinds[pair]
         if kind not in begin:
             begin[kind] = size
-            data.append(np.ascontiguousarray(table, float).reshape(-1))
+            flat = np.ascontiguousarray(table, float)
+            data.append(flat.reshape(-1))
             size += table.size
+        begins.append(begin[kind])
     near: list[list[int]] = [[] for _ in sizes]
     for e, (u, v) in enumerate(ends):
         near[u].append(e)
         near[v].append(e)
+    near_sizes = list(map(len, near))
     lengths = sizes[ends].reshape(-1)
+    message_ends = np.cumsum(lengths)
     return Network(
-        first=np.concatenate([[0], np.cumsum(sizes)]),
+        first=np.cumsum([0, *sizes]),
         ends=ends,
         data=np.concatenate([*data, np.zeros(1)]),
-        table=np.array([begin[problem.table_kinds[pair]] for pair in problem.tables], np.int64),
-        near_first=np.concatenate([[0], np.cumsum([len(tables) for tables in near])]),
-        near=np.array([e for tables in near for e in tables], np.int64),
-        to=(np.cumsum(lengths) - lengths).reshape(-1, 2),
+        table=np.array(begins, np.int64),
+        near_first=np.cumsum([0, *near_sizes]),
+        near=np.array(list(itertools.chain(*near)), np.int64),
+        to=(message_ends - lengths).reshape(-1, 2),
     )
 
 
@@ -143,20 +162,24 @@ def _hat(v, costs, messages, network, hat):
     Returns:
         (number of tables to earlier variables, number of tables to later ones).
     """
+    near_first = network.near_first
+    near = network.near
+    ends = network.ends
+    to = network.to
     begin = network.first[v]
     size = network.first[v + 1] - begin
     for x in range(size):
         hat[x] = costs[begin + x]
     earlier = 0
     later = 0
-    for j in range(network.near_first[v], network.near_first[v + 1]):
-        e = network.near[j]
-        side = 1 if network.ends[e, 1] == v else 0
+    for j in range(near_first[v], near_first[v + 1]):
+        e = near[j]
+        side = 1 if ends[e, 1] == v else 0
         if side:
             earlier += 1
         else:
             later += 1
-        message = network.to[e, side]
+        message = to[e, side]
         for x in range(size):
             hat[x] += messages[message + x]
     return earlier, later
@@ -168,10 +191,11 @@ def _pass(back, costs, messages, network):
 
     It updates the messages to later variables, or to earlier ones if `back`.
     """
-    count = len(network.first) - 1
-    widest = 0
-    for v in range(count):
-        widest = max(widest, network.first[v + 1] - network.first[v])
+    first = network.first
+    ends = network.ends
+    to = network.to
+    count = len(first) - 1
+    widest = _widest(first)
     hat = np.empty(widest)
     give = np.empty(widest)
     out = np.empty(widest)
@@ -180,32 +204,44 @@ def _pass(back, costs, messages, network):
     bound = 0.0
     for step in range(count):
         v = count - 1 - step if back else step
-        size = network.first[v + 1] - network.first[v]
+        size = first[v + 1] - first[v]
         earlier, later = _hat(v, costs, messages, network, hat)
         share = 1.0 / max(earlier, later, 1)
+        passed = earlier if back else later
         minimum = np.inf
         for x in range(size):
             minimum = min(minimum, hat[x])
-        bound += (1 - share * (earlier if back else later)) * minimum
+        bound += (1 - share * passed) * minimum
         for j in range(network.near_first[v], network.near_first[v + 1]):
             e = network.near[j]
-            if (network.ends[e, 1] == v) != back:
+            if (ends[e, 1] == v) != back:
                 continue
-            incoming = network.to[e, near_side]
+            incoming = to[e, near_side]
             for x in range(size):
-                give[x] = share * hat[x] - messages[incoming + x]
-            other = network.ends[e, far_side]
-            other_size = network.first[other + 1] - network.first[other]
+                message = messages[incoming + x]
+                give[x] = share * hat[x] - message
+            other = ends[e, far_side]
+            other_size = first[other + 1] - first[other]
             begin = network.table[e]
             if back:
                 minimum = _row_minima(network.data, begin, give, size, out, other_size)
             else:
                 minimum = _column_minima(network.data, begin, give, size, out, other_size)
-            outgoing = network.to[e, far_side]
+            outgoing = to[e, far_side]
             for y in range(other_size):
                 messages[outgoing + y] = out[y] - minimum
             bound += minimum
     return bound
+
+
+@njit(cache=True)
+def _widest(first):
+    """Largest number of states of a variable."""
+    widest = 0
+    for v in range(len(first) - 1):
+        size = first[v + 1] - first[v]
+        widest = max(widest, size)
+    return widest
 
 
 @njit(cache=True, fastmath={"nnan", "nsz"})
@@ -216,7 +252,8 @@ def _row_minima(data, begin, give, size, out, other_size):
         best = np.inf
         row = begin + y * size
         for x in range(size):
-            best = min(best, give[x] + data[row + x])
+            cost = give[x] + data[row + x]
+            best = min(best, cost)
         out[y] = best
         minimum = min(minimum, best)
     return minimum
@@ -231,7 +268,8 @@ def _column_minima(data, begin, give, size, out, other_size):
         given = give[x]
         row = begin + x * other_size
         for y in range(other_size):
-            out[y] = min(out[y], given + data[row + y])
+            cost = given + data[row + y]
+            out[y] = min(out[y], cost)
     minimum = np.inf
     for y in range(other_size):
         minimum = min(minimum, out[y])
@@ -244,31 +282,36 @@ def _hats(costs, messages, network):
     first = network.first
     count = len(first) - 1
     hats = np.empty(first[count])
-    share = np.empty(count)
+    shares = np.empty(count)
     for v in range(count):
         hat = hats[first[v] : first[v + 1]]
         earlier, later = _hat(v, costs, messages, network, hat)
-        share[v] = 1.0 / max(earlier, later, 1)
-    return hats, share
+        shares[v] = 1.0 / max(earlier, later, 1)
+    return hats, shares
 
 
 @njit(cache=True)
 def _excess(costs, messages, network):
     """Per state, a lower bound on its least sum above the bound; to be called after a pass back."""
     first = network.first
+    ends = network.ends
     count = len(first) - 1
-    hats, share = _hats(costs, messages, network)
+    hats, shares = _hats(costs, messages, network)
     excess = np.zeros(first[count])
     for v in range(count):
         earlier = 0
         for j in range(network.near_first[v], network.near_first[v + 1]):
-            earlier += network.ends[network.near[j], 1] == v
-        minimum = hats[first[v] : first[v + 1]].min()
-        for x in range(first[v], first[v + 1]):
-            excess[x] = (1 - earlier * share[v]) * (hats[x] - minimum)
-    for e in range(len(network.ends)):
-        u, v = network.ends[e]
-        rows, columns = _table_minima(e, share[v], hats, messages, network)
+            e = network.near[j]
+            earlier += ends[e, 1] == v
+        hat = hats[first[v] : first[v + 1]]
+        minimum = hat.min()
+        remaining = 1 - earlier * shares[v]
+        for x in range(len(hat)):
+            excess[first[v] + x] = remaining * (hat[x] - minimum)
+    for e in range(len(ends)):
+        u, v = ends[e]
+        given = shares[v] * hats[first[v] : first[v + 1]]
+        rows, columns = _table_minima(e, given, messages, network)
         minimum = rows.min()
         for x in range(len(rows)):
             excess[first[u] + x] += rows[x] - minimum
@@ -278,20 +321,25 @@ def _excess(costs, messages, network):
 
 
 @njit(cache=True)
-def _table_minima(e, share, hats, messages, network):
-    """Least entry per row and per column of a table, its costs moved by the messages."""
+def _table_minima(e, given, messages, network):
+    """Least entry per row and per column of a table, its costs moved by the messages.
+
+    `given`: by state of the second variable, the cost that it gives to the table.
+    """
     u, v = network.ends[e]
-    first = network.first
-    height = first[u + 1] - first[u]
-    width = first[v + 1] - first[v]
+    height = network.first[u + 1] - network.first[u]
+    width = network.first[v + 1] - network.first[v]
+    begin = network.table[e]
+    data = network.data
+    begin_u, begin_v = network.to[e]
     rows = np.full(height, np.inf)
     columns = np.full(width, np.inf)
     for x in range(height):
-        row = network.table[e] + x * width
-        to_u = messages[network.to[e, 0] + x]
+        row = begin + x * width
+        to_u = messages[begin_u + x]
         for y in range(width):
-            to_v = messages[network.to[e, 1] + y]
-            cost = network.data[row + y] - to_u - to_v + share * hats[first[v] + y]
+            to_v = messages[begin_v + y]
+            cost = data[row + y] - to_u - to_v + given[y]
             rows[x] = min(rows[x], cost)
             columns[y] = min(columns[y], cost)
     return rows, columns
@@ -301,6 +349,8 @@ def _table_minima(e, share, hats, messages, network):
 def _decoded(costs, messages, network):
     """States chosen one after the other."""
     first = network.first
+    ends = network.ends
+    data = network.data
     count = len(first) - 1
     chosen = np.zeros(count, np.int64)
     for v in range(count):
@@ -308,12 +358,14 @@ def _decoded(costs, messages, network):
         cost = costs[first[v] : first[v + 1]].copy()
         for j in range(network.near_first[v], network.near_first[v + 1]):
             e = network.near[j]
-            if network.ends[e, 1] == v:
-                row = network.table[e] + chosen[network.ends[e, 0]] * size
+            if ends[e, 1] == v:
+                earlier = ends[e, 0]
+                row = network.table[e] + chosen[earlier] * size
                 for x in range(size):
-                    cost[x] += network.data[row + x]
+                    cost[x] += data[row + x]
             else:
+                message = network.to[e, 0]
                 for x in range(size):
-                    cost[x] += messages[network.to[e, 0] + x]
+                    cost[x] += messages[message + x]
         chosen[v] = np.argmin(cost)
     return chosen

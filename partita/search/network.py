@@ -8,9 +8,11 @@ assigned by content (digest of the operator's terms; shardings and bytes of a mo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,7 +23,16 @@ from partita.graph.operator_graph import Label, OperatorGraph, Phase
 from partita.machine import Machine
 from partita.plans.layout import Sharding, label_sharding
 from partita.plans.plan import Mesh, Plan, Storage
-from partita.search.base import Ends, EqualByContent, Problem, neighbour_tables, numbered
+from partita.search.base import (
+    Array,
+    Ends,
+    EqualByContent,
+    Neighbour,
+    Problem,
+    States,
+    neighbour_tables,
+    numbered,
+)
 from partita.search.candidates import (
     LIMIT,
     Choice,
@@ -34,6 +45,7 @@ from partita.search.candidates import (
 LEVELS = (0, 1, 3)
 """ZeRO levels that differ in cost: ZeRO-2 is ZeRO-1 in a step that is one program."""
 
+Key = TypeVar("Key")
 MoveKey = tuple[int, int, Phase, Phase]
 """(home, reader, phase, phase in which the reader reads it)."""
 
@@ -59,19 +71,19 @@ class CostNetwork(EqualByContent):
     terms: Terms
     states: Sequence[Sequence[OperatorState]]
     problem: Problem
-    parts: Sequence[np.ndarray]
+    parts: Sequence[Array]
     """Per operator, [PARTS, state]: seconds of the parts of a step, whether they overlap or not."""
-    activations: Sequence[np.ndarray]
+    activations: Sequence[Array]
     """Per operator, by state: bytes of forward values that the backward pass reads."""
-    gradients: Sequence[np.ndarray]
+    gradients: Sequence[Array]
     """Per operator, by state: bytes of the gradients of its variables."""
-    moves: Mapping[MoveKey, np.ndarray]
+    moves: Mapping[MoveKey, Array]
     """Seconds of moves, [state of home, state of reader]."""
     move_kinds: Mapping[MoveKey, int] = field(compare=False)
     """Number per table of moves, the same for equal tables."""
 
     @cached_property
-    def neighbours(self) -> list[list[tuple[int, np.ndarray]]]:
+    def neighbours(self) -> list[list[Neighbour]]:
         """Per operator, (other operator, table with its own states as rows)."""
         return neighbour_tables(self.problem)
 
@@ -81,15 +93,21 @@ class CostNetwork(EqualByContent):
         numbers: dict[int, dict[OperatorState, int]] = {}
         for kind, states in zip(self.problem.kinds, self.states, strict=True):
             if kind not in numbers:
-                numbers[kind] = {state: i for i, state in enumerate(states)}
+                numbers[kind] = dict(zip(states, range(len(states)), strict=True))
         return numbers
 
     def choice(self, operator: int, state: int) -> Choice:
         """The choice of an operator in one of its states, in factors of the graph."""
         factors = (*self.graph.operators[operator].factors, -1)
-        return tuple(factors[position] for position in self.states[operator][state].choice)
+        positions = self.states[operator][state].choice
+        return tuple(factors[position] for position in positions)
 
-    def plan(self, states: Sequence[int], name: str = "found", notes: tuple[str, ...] = ()) -> Plan:
+    def plan(
+        self,
+        states: States,
+        name: str = "found",
+        notes: tuple[str, ...] = (),
+    ) -> Plan:
         """The plan with these states."""
         choices: dict[str, dict[str, str]] = {}
         storage: dict[str, Storage] = {}
@@ -114,7 +132,8 @@ class CostNetwork(EqualByContent):
         """The states of a plan; None if one of its choices is no candidate."""
         states = []
         for o, kind in enumerate(self.problem.kinds):
-            number = self._state_numbers[kind].get(self._state_of(plan, o))
+            numbers = self._state_numbers[kind]
+            number = numbers.get(self._state_of(plan, o))
             if number is None:
                 return None
             states.append(number)
@@ -133,7 +152,8 @@ class CostNetwork(EqualByContent):
 
 def _positions(graph: OperatorGraph, operator: int, factors: Sequence[int]) -> tuple[int, ...]:
     """Positions of factors of the graph among those of an operator, -1 for any other."""
-    position = {f: n for n, f in enumerate(graph.operators[operator].factors)}
+    operator_factors = graph.operators[operator].factors
+    position = {f: n for n, f in enumerate(operator_factors)}
     return tuple(position.get(f, -1) for f in factors)
 
 
@@ -147,7 +167,8 @@ def storage_of(network: CostNetwork, operator: int, state: int) -> dict[str, Sto
         split = storage_axes(variable, mesh, assignment)
         if split:
             dim, axes = split
-            storage[variable.path] = Storage(dim, tuple(mesh.axes[a].name for a in axes), zero)
+            names = tuple(mesh.axes[axis].name for axis in axes)
+            storage[variable.path] = Storage(dim, names, zero)
     return storage
 
 
@@ -172,16 +193,21 @@ def build(
     extras = []
     keys = []
     for o, operator in enumerate(graph.operators):
-        extra = [choice_of(graph, o, mesh, plan.choices[operator.name]) for plan in baselines]
-        positions = (_positions(graph, o, choice) for choice in extra)
+        extra = []
+        for plan in baselines:
+            named = plan.choices[operator.name]
+            extra.append(choice_of(graph, o, mesh, named))
+        positions = [_positions(graph, o, choice) for choice in extra]
+        digest = terms.operators[o].digest
         extras.append(extra)
-        keys.append((terms.operators[o].digest, operator.kind, *positions))
+        keys.append((digest, operator.kind, *positions))
     kinds = numbered(keys)
     by_kind: dict[int, _StateCosts] = {}
     for o, kind in enumerate(kinds):
         if kind not in by_kind:
             choices = candidates(graph, o, mesh, extras[o], limit)
-            by_kind[kind] = _state_costs(graph, o, placement, terms.operators[o], choices)
+            operator_terms = terms.operators[o]
+            by_kind[kind] = _state_costs(graph, o, placement, operator_terms, choices)
     costs = [by_kind[kind] for kind in kinds]
     states = [cost.states for cost in costs]
     tables = _MoveTables(graph, placement, states, kinds)
@@ -189,7 +215,7 @@ def build(
     problem = Problem(
         seconds=[cost.seconds for cost in costs],
         nbytes=[cost.nbytes for cost in costs],
-        tables={ends: tables.tables[kind] for ends, kind in tables.table_kinds.items()},
+        tables=tables.of_kinds(tables.table_kinds),
         kinds=kinds,
         table_kinds=tables.table_kinds,
     )
@@ -202,7 +228,7 @@ def build(
         parts=[cost.parts for cost in costs],
         activations=[cost.activations for cost in costs],
         gradients=[cost.gradients for cost in costs],
-        moves={key: tables.tables[kind] for key, kind in tables.move_kinds.items()},
+        moves=tables.of_kinds(tables.move_kinds),
         move_kinds=tables.move_kinds,
     )
 
@@ -212,11 +238,11 @@ class _StateCosts:
     """The states of a kind of operator, and by state its costs (attributes of CostNetwork)."""
 
     states: Sequence[OperatorState]
-    seconds: np.ndarray
-    nbytes: np.ndarray
-    parts: np.ndarray
-    activations: np.ndarray
-    gradients: np.ndarray
+    seconds: Array
+    nbytes: Array
+    parts: Array
+    activations: Array
+    gradients: Array
 
 
 def _state_costs(
@@ -231,12 +257,13 @@ def _state_costs(
     assignments = [assignment_of(choice) for choice in choices]
     costs = [operator_cost(terms, placement, assignments, zero) for zero in levels]
     positions = [_positions(graph, operator, choice) for choice in choices]
-    gradients = [
-        float(sum(_local_bytes(variable, assignment, placement) for variable in terms.stored))
-        for assignment in assignments
-    ]
+    gradients = []
+    for assignment in assignments:
+        nbytes = [_local_bytes(variable, assignment, placement) for variable in terms.stored]
+        gradients.append(float(sum(nbytes)))
+    pairs = itertools.product(levels, positions)
     return _StateCosts(
-        states=[OperatorState(choice, zero) for zero in levels for choice in positions],
+        states=[OperatorState(choice, zero) for zero, choice in pairs],
         seconds=np.concatenate([cost.seconds for cost in costs]),
         nbytes=np.concatenate([cost.nbytes for cost in costs]),
         parts=np.concatenate([cost.parts() for cost in costs], axis=1),
@@ -258,7 +285,7 @@ class _View:
 
     number: int
     shardings: tuple[Sharding, ...]
-    sharding_of_state: np.ndarray
+    sharding_of_state: Array
 
 
 class _MoveTables:
@@ -277,7 +304,7 @@ class _MoveTables:
     ) -> None:
         self.graph = graph
         self.placement = placement
-        self.tables: list[np.ndarray] = []
+        self.tables: list[Array] = []
         self.move_kinds: dict[MoveKey, int] = {}
         self.table_kinds: dict[Ends, int] = {}
         self._kind_of_key: dict[tuple[object, ...], int] = {}
@@ -286,12 +313,16 @@ class _MoveTables:
         for kind, operator_states in zip(kinds, states, strict=True):
             if kind not in choices:
                 choices[kind] = tuple(state.choice for state in operator_states)
-        numbers = dict(zip(choices, numbered(choices.values()), strict=True))
-        self._choice_kinds = [numbers[kind] for kind in kinds]
+        choice_kinds = dict(zip(choices, numbered(choices.values()), strict=True))
+        self._choice_kinds = [choice_kinds[kind] for kind in kinds]
         """Per operator, a number that operators with the same choices share."""
-        self._assignments = {
-            numbers[kind]: [assignment_of(choice) for choice in choices[kind]] for kind in numbers
-        }
+        self._assignments: dict[int, list[Assignment]] = {}
+        for kind, choice_kind in choice_kinds.items():
+            self._assignments[choice_kind] = list(map(assignment_of, choices[kind]))
+
+    def of_kinds(self, kinds: Mapping[Key, int]) -> dict[Key, Array]:
+        """The tables of kinds."""
+        return {key: self.tables[kind] for key, kind in kinds.items()}
 
     def add(self, moves: Sequence[Move]) -> None:
         """Fills `move_kinds` and `table_kinds`."""
@@ -301,17 +332,23 @@ class _MoveTables:
             by_key.setdefault(key, []).append(move)
         between: dict[Ends, list[int]] = {}
         for key, moves_of_key in by_key.items():
-            home, reader, *_ = key
-            kinds = [self._move(move) for move in moves_of_key]
-            kinds = [kind for kind in kinds if kind is not None]
+            kinds = self._move_kinds(moves_of_key)
             if not kinds:
                 continue
             self.move_kinds[key] = self._sum(kinds)
+            home, reader, *_ = key
+            ends = (home, reader)
             if home > reader:
+                ends = (reader, home)
                 kinds = [self._transposed(kind) for kind in kinds]
-            ends = (min(home, reader), max(home, reader))
             between.setdefault(ends, []).extend(kinds)
-        self.table_kinds = {ends: self._sum(kinds) for ends, kinds in between.items()}
+        for ends, kinds in between.items():
+            self.table_kinds[ends] = self._sum(kinds)
+
+    def _move_kinds(self, moves: Sequence[Move]) -> list[int]:
+        """Kinds of the tables of moves, without moves that never move anything."""
+        kinds = [self._move(move) for move in moves]
+        return [kind for kind in kinds if kind is not None]
 
     def _move(self, move: Move) -> int | None:
         """Kind of the table of one move; None if nothing ever moves."""
@@ -320,22 +357,28 @@ class _MoveTables:
         fixed = len(source.shardings) == len(target.shardings) == 1
         if fixed and source.shardings == target.shardings:
             return None
-        key = ("move", source.number, target.number, move.nbytes, move.trips, move.sums)
+        size = (move.nbytes, move.trips, move.sums)
+        key = ("move", source.number, target.number, size)
         if key not in self._kind_of_key:
             seconds = move_table(move, self.placement, source.shardings, target.shardings)
-            pairs = np.ix_(source.sharding_of_state, target.sharding_of_state)
-            self._new(key, seconds[pairs])
+            rows_and_columns = np.ix_(source.sharding_of_state, target.sharding_of_state)
+            self._new(key, seconds[rows_and_columns])
         return self._kind_of_key[key]
 
     def _view(self, operator: int, label: Label) -> _View:
         """A tensor of an operator under a label; the same for operators with the same choices."""
         positions = _positions(self.graph, operator, label)
-        key = (self._choice_kinds[operator], positions)
+        choice_kind = self._choice_kinds[operator]
+        key = (choice_kind, positions)
         if key not in self._views:
-            assignments = self._assignments[self._choice_kinds[operator]]
-            shardings = [label_sharding(positions, assignment) for assignment in assignments]
-            distinct = tuple(dict.fromkeys(shardings))
-            self._views[key] = _View(len(self._views), distinct, np.array(numbered(shardings)))
+            shardings = []
+            for assignment in self._assignments[choice_kind]:
+                shardings.append(label_sharding(positions, assignment))
+            self._views[key] = _View(
+                number=len(self._views),
+                shardings=tuple(dict.fromkeys(shardings)),
+                sharding_of_state=np.array(numbered(shardings)),
+            )
         return self._views[key]
 
     def _sum(self, kinds: Sequence[int]) -> int:
@@ -355,6 +398,6 @@ class _MoveTables:
             self._new(key, self.tables[kind].T)
         return self._kind_of_key[key]
 
-    def _new(self, key: tuple[object, ...], table: np.ndarray) -> None:
+    def _new(self, key: tuple[object, ...], table: Array) -> None:
         self._kind_of_key[key] = len(self.tables)
         self.tables.append(table)

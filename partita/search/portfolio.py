@@ -163,9 +163,7 @@ def _proved(
     seconds: float,
     nodes: int = sys.maxsize,
 ) -> SearchResult:
-    """The proof of a result, or of a better one; the result with its failures if the proof
-    fails.
-    """
+    """The proof of a result or a better one; the result with its failures if the proof fails."""
     proofs: list[SearchResult] = []
 
     def attempt() -> None:

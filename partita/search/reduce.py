@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from partita.search.base import Ends, Problem, numbered
+from partita.search.base import Array, Ends, Problem, States, numbered
 
 RIVALS = 10
 """States of a variable that all others are compared with: the best ones beside ideal neighbours."""
@@ -28,9 +29,10 @@ class Reduced:
     problem: Problem
     origin: tuple[tuple[int, ...], ...]
 
-    def lift(self, states: Sequence[int]) -> tuple[int, ...]:
+    def lift(self, states: States) -> tuple[int, ...]:
         """States of the original problem."""
-        return tuple(origin[i] for origin, i in zip(self.origin, states, strict=True))
+        pairs = zip(self.origin, states, strict=True)
+        return tuple(origin[i] for origin, i in pairs)
 
 
 def reduce(problem: Problem) -> Reduced:
@@ -38,133 +40,160 @@ def reduce(problem: Problem) -> Reduced:
     merged = _merge(problem)
     smaller = _restrict(problem, merged)
     surviving = _drop_beaten(smaller)
-    origin = tuple(
-        tuple(first[second].tolist())
-        for first, second in zip(merged.states, surviving.states, strict=True)
-    )
-    return Reduced(_restrict(smaller, surviving), origin)
+    origin = []
+    for first, second in zip(merged.states, surviving.states, strict=True):
+        original = first[second]
+        origin.append(tuple(original.tolist()))
+    return Reduced(_restrict(smaller, surviving), tuple(origin))
 
 
-@dataclass(frozen=True, eq=False)
-class _Selection:
+class _Selection(NamedTuple):
     """Per variable the selected states, and a kind: equal kinds select equal states."""
 
-    states: Sequence[np.ndarray]
+    states: Sequence[Array]
     kinds: Sequence[int]
 
 
 def _restrict(problem: Problem, selection: _Selection) -> Problem:
     """The problem of the selected states."""
-    states, kinds = selection.states, selection.kinds
-    seconds: dict[int, np.ndarray] = {}
-    nbytes: dict[int, np.ndarray] = {}
+    states, kinds = selection
+    seconds: dict[int, Array] = {}
+    nbytes: dict[int, Array] = {}
     for v, kind in enumerate(kinds):
         if kind not in seconds:
             seconds[kind] = problem.seconds[v][states[v]]
             nbytes[kind] = problem.nbytes[v][states[v]]
-    keys = [(problem.table_kinds[u, v], kinds[u], kinds[v]) for u, v in problem.tables]
-    table_kinds: dict[Ends, int] = dict(zip(problem.tables, numbered(keys), strict=True))
-    cut: dict[int, np.ndarray] = {}
+    keys = {}
+    for (u, v), kind in problem.table_kinds.items():
+        keys[u, v] = (kind, kinds[u], kinds[v])
+    table_kinds = dict(zip(keys, numbered(keys.values()), strict=True))
+    tables: dict[int, Array] = {}
     for (u, v), kind in table_kinds.items():
-        if kind not in cut:
-            cut[kind] = problem.tables[u, v][np.ix_(states[u], states[v])]
+        if kind not in tables:
+            rows_and_columns = np.ix_(states[u], states[v])
+            tables[kind] = problem.tables[u, v][rows_and_columns]
     return Problem(
         seconds=[seconds[kind] for kind in kinds],
         nbytes=[nbytes[kind] for kind in kinds],
-        tables={ends: cut[kind] for ends, kind in table_kinds.items()},
+        tables={ends: tables[kind] for ends, kind in table_kinds.items()},
         kinds=kinds,
         table_kinds=table_kinds,
     )
 
 
-def _neighbourhoods(problem: Problem) -> list[list[tuple[Ends, bool]]]:
-    """Per variable, (ends of a table, whether the variable's states are its columns)."""
-    around: list[list[tuple[Ends, bool]]] = [[] for _ in range(problem.size)]
-    for u, v in problem.tables:
-        around[u].append(((u, v), False))
-        around[v].append(((u, v), True))
-    return around
+class _Side(NamedTuple):
+    """A table as one of its variables sees it; that variable's states are columns if `turned`."""
+
+    kind: int
+    ends: Ends
+    turned: bool
+
+    def table(self, problem: Problem) -> Array:
+        """The table with the variable's states as rows."""
+        table = problem.tables[self.ends]
+        return table.T if self.turned else table
+
+    @property
+    def key(self) -> tuple[int, bool]:
+        """Equal for equal tables that are seen from the same side."""
+        return self.kind, self.turned
 
 
-def _kinds_with_tables(
-    problem: Problem, around: Sequence[Sequence[tuple[Ends, bool]]]
-) -> tuple[int, ...]:
+def _sides(problem: Problem) -> list[list[_Side]]:
+    """Per variable, its tables."""
+    sides: list[list[_Side]] = [[] for _ in range(problem.size)]
+    for (u, v), kind in problem.table_kinds.items():
+        sides[u].append(_Side(kind, (u, v), False))
+        sides[v].append(_Side(kind, (u, v), True))
+    return sides
+
+
+def _kinds_with_tables(problem: Problem, sides: Sequence[Sequence[_Side]]) -> tuple[int, ...]:
     """Number per variable, equal for equal variables with equal tables in the same order."""
     keys = []
-    for kind, tables in zip(problem.kinds, around, strict=True):
-        keys.append((kind, *((problem.table_kinds[ends], turned) for ends, turned in tables)))
+    for kind, around in zip(problem.kinds, sides, strict=True):
+        table_keys = [side.key for side in around]
+        keys.append((kind, *table_keys))
     return numbered(keys)
-
-
-def _oriented(problem: Problem, ends: Ends, turned: bool) -> np.ndarray:
-    return problem.tables[ends].T if turned else problem.tables[ends]
 
 
 def _merge(problem: Problem) -> _Selection:
     """The states that remain when states with equal rows in every table are merged."""
-    around = _neighbourhoods(problem)
-    row_classes: dict[tuple[int, bool], np.ndarray] = {}
-    for ends, kind in problem.table_kinds.items():
-        for turned in (False, True):
-            if (kind, turned) not in row_classes:
-                row_classes[kind, turned] = _row_classes(_oriented(problem, ends, turned))
-    kinds = _kinds_with_tables(problem, around)
-    states: dict[int, np.ndarray] = {}
+    sides = _sides(problem)
+    kinds = _kinds_with_tables(problem, sides)
+    classes: dict[tuple[int, bool], Array] = {}
+    states: dict[int, Array] = {}
     for v, kind in enumerate(kinds):
-        if kind not in states:
-            classes = [row_classes[problem.table_kinds[ends], turned] for ends, turned in around[v]]
-            states[kind] = _pareto_states(problem.seconds[v], problem.nbytes[v], classes)
+        if kind in states:
+            continue
+        row_classes = []
+        for side in sides[v]:
+            if side.key not in classes:
+                classes[side.key] = _row_classes(side.table(problem))
+            row_classes.append(classes[side.key])
+        seconds = problem.seconds[v]
+        nbytes = problem.nbytes[v]
+        states[kind] = _pareto_states(seconds, nbytes, row_classes)
     return _Selection([states[kind] for kind in kinds], kinds)
 
 
-def _row_classes(table: np.ndarray) -> np.ndarray:
+def _row_classes(table: Array) -> Array:
     """Number per row, equal for equal rows."""
-    return np.array(numbered(row.tobytes() for row in np.ascontiguousarray(table)))
+    rows = np.ascontiguousarray(table)
+    return np.array(numbered(row.tobytes() for row in rows))
 
 
-def _pareto_states(
-    seconds: np.ndarray, nbytes: np.ndarray, row_classes: Sequence[np.ndarray]
-) -> np.ndarray:
+def _pareto_states(seconds: Array, nbytes: Array, row_classes: Sequence[Array]) -> Array:
     """Of all states with equal rows in every table, the Pareto front of seconds and bytes."""
     label = np.zeros(len(seconds), np.int64)
     for classes in row_classes:
         pairs = np.stack([label, classes])
-        label = np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1)
+        _, label = np.unique(pairs, axis=1, return_inverse=True)
+        label = label.reshape(-1)
     front = []
     last_label = -1
     lightest = np.inf
     for i in np.lexsort((nbytes, seconds, label)):
         if label[i] != last_label:
-            last_label = label[i]
             lightest = np.inf
         if nbytes[i] < lightest:
-            front.append(i)
             lightest = nbytes[i]
+            front.append(i)
+        last_label = label[i]
     return np.array(sorted(front))
 
 
 def _drop_beaten(problem: Problem) -> _Selection:
     """The states that no rival beats."""
-    around = _neighbourhoods(problem)
-    kinds = _kinds_with_tables(problem, around)
-    states: dict[int, np.ndarray] = {}
+    sides = _sides(problem)
+    kinds = _kinds_with_tables(problem, sides)
+    states: dict[int, Array] = {}
     for v, kind in enumerate(kinds):
-        if kind not in states:
-            tables = [_oriented(problem, ends, turned) for ends, turned in around[v]]
-            states[kind] = _unbeaten(problem.seconds[v], problem.nbytes[v], tables)
+        if kind in states:
+            continue
+        tables = [side.table(problem) for side in sides[v]]
+        seconds = problem.seconds[v]
+        nbytes = problem.nbytes[v]
+        states[kind] = _unbeaten(seconds, nbytes, tables)
     return _Selection([states[kind] for kind in kinds], kinds)
 
 
-def _unbeaten(seconds: np.ndarray, nbytes: np.ndarray, tables: Sequence[np.ndarray]) -> np.ndarray:
+def _unbeaten(seconds: Array, nbytes: Array, tables: Sequence[Array]) -> Array:
     """The states of one variable that no rival beats; `tables` have its states as rows."""
     zero = np.zeros(len(seconds))
-    suited = seconds + sum((table.min(axis=1) for table in tables), zero)
+    least_moves = [table.min(axis=1) for table in tables]
+    suited = seconds + sum(least_moves, zero)
     alive = np.ones(len(seconds), bool)
-    for j in np.argsort(suited, kind="stable")[:RIVALS]:
+    best_first = np.argsort(suited, kind="stable")
+    for j in best_first[:RIVALS]:
         if not alive[j]:
             continue
-        differences = sum(((table - table[j]).min(axis=1) for table in tables), zero)
-        margin = seconds - seconds[j] + differences
+        differences = []
+        for table in tables:
+            difference = table - table[j]
+            differences.append(difference.min(axis=1))
+        margin = seconds - seconds[j] + sum(differences, zero)
         slower = margin > 1e-9 * abs(suited[j])
-        alive &= ~(slower & (nbytes >= nbytes[j]))
+        no_lighter = nbytes >= nbytes[j]
+        alive &= ~(slower & no_lighter)
     return np.flatnonzero(alive)

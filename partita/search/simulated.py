@@ -8,7 +8,8 @@ tasks from the first changed one on: microseconds, compiled by numba.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import itertools
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 from numba import njit
 
 from partita.cost.evaluate import PARTS
-from partita.search.base import EqualByContent, Problem
+from partita.search.base import Array, EqualByContent, Problem
 from partita.search.network import CostNetwork, MoveKey
 from partita.simulation.engine import Tasks, sweep
 from partita.simulation.structure import Slot, step_structure, without_idle_slots
@@ -31,42 +32,42 @@ class TaskTables(NamedTuple):
     """
 
     overlap: float
-    data: np.ndarray
+    data: Array
     """All tables, end to end."""
-    states: np.ndarray
+    states: Array
     """Number of states of each operator."""
-    slot_first: np.ndarray
-    slot_task: np.ndarray
-    slot_hold: np.ndarray
+    slot_first: Array
+    slot_task: Array
+    slot_hold: Array
     """Task that a slot delays by the part of its time that does not overlap, -1 for none."""
-    slot_row: np.ndarray
+    slot_row: Array
     """Start of a slot's seconds in `data`, one per state."""
-    slot_share: np.ndarray
+    slot_share: Array
     """Part of these seconds that the slot takes."""
-    move_task: np.ndarray
-    move_hold: np.ndarray
-    move_ends: np.ndarray
+    move_task: Array
+    move_hold: Array
+    move_ends: Array
     """[move, 2]: the operators whose states are the rows and columns of its table."""
-    move_table: np.ndarray
+    move_table: Array
     """Start of a move's table in `data`."""
-    near_first: np.ndarray
-    near: np.ndarray
+    near_first: Array
+    near: Array
 
 
 class TaskOrder(NamedTuple):
     """Streams and dependences of tasks, for `engine.sweep` in compiled code."""
 
-    stream: np.ndarray
+    stream: Array
     streams: int
-    first: np.ndarray
-    before: np.ndarray
+    first: Array
+    before: Array
 
 
 class Undo(NamedTuple):
     """Changed tasks and their previous seconds, in order of change."""
 
-    task: np.ndarray
-    seconds: np.ndarray
+    task: Array
+    seconds: Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,15 +76,15 @@ class Simulated(EqualByContent):
 
     tasks: Tasks
     tables: TaskTables
-    kinds: np.ndarray = field(compare=False)
+    kinds: Array = field(compare=False)
     """Number per operator, the same for operators with equal states and costs."""
-    nbytes_first: np.ndarray
+    nbytes_first: Array
     """Per operator, the start of its states in `nbytes`."""
-    nbytes: np.ndarray
+    nbytes: Array
     """Bytes by state, operator after operator."""
 
     @property
-    def states(self) -> np.ndarray:
+    def states(self) -> Array:
         """Number of states of each operator."""
         return self.tables.states
 
@@ -92,7 +93,7 @@ class Simulated(EqualByContent):
         tasks = self.tasks
         return TaskOrder(tasks.stream, tasks.streams, tasks.first, tasks.before)
 
-    def seconds(self, states: Sequence[int] | np.ndarray) -> float:
+    def seconds(self, states: Sequence[int] | Array) -> float:
         """Simulated seconds of a step under these states."""
         seconds = np.zeros(self.tasks.count)
         start = np.empty(self.tasks.count)
@@ -101,9 +102,10 @@ class Simulated(EqualByContent):
         sweep(0, seconds, *self.order, start, end)
         return float(end.max(initial=0.0))
 
-    def memory_bytes(self, states: Sequence[int] | np.ndarray) -> float:
+    def memory_bytes(self, states: Sequence[int] | Array) -> float:
         """Bytes of a device under these states, as the search adds them up."""
-        return float(self.nbytes[self.nbytes_first[:-1] + np.asarray(states, np.int64)].sum())
+        entries = self.nbytes_first[:-1] + np.asarray(states, np.int64)
+        return float(self.nbytes[entries].sum())
 
 
 def simulated(network: CostNetwork) -> Simulated:
@@ -113,46 +115,38 @@ def simulated(network: CostNetwork) -> Simulated:
     step = without_idle_slots(step, [_takes_time(network, slot) for slot in step.slots])
     laid = step_tasks(step, np.zeros(len(step.slots)), overlap)
     joined = _Joined()
-    slots: list[list[tuple[int, int, int]]] = [[] for _ in network.graph.operators]
-    shares: list[list[float]] = [[] for _ in network.graph.operators]
-    moves: list[tuple[int, int, int, int, int]] = []
+    slots: list[list[_OwnSlot]] = [[] for _ in network.states]
+    moves: list[_MoveSlot] = []
+    near: list[list[int]] = [[] for _ in network.states]
     for n, slot in enumerate(step.slots):
         if not _takes_time(network, slot):
             continue
         task = int(laid.first_task[n])
         hold = int(laid.blocking_task[n])
-        operator = slot.operator
         if slot.kind == "move":
-            key = _move_key(slot)
-            begin = joined.put(("move", network.move_kinds[key]), network.moves[key])
-            moves.append((task, hold, operator, slot.reader, begin))
+            begin = joined.put_move(network, slot)
+            near[slot.operator].append(len(moves))
+            near[slot.reader].append(len(moves))
+            moves.append(_MoveSlot(task, hold, slot.operator, slot.reader, begin))
         else:
-            parts = network.parts[operator]
-            begin = joined.put(("parts", network.problem.kinds[operator]), parts)
-            row = begin + PARTS.index((slot.kind, slot.phase)) * parts.shape[1]
-            slots[operator].append((task, hold, row))
-            shares[operator].append(slot.share)
-    near: list[list[int]] = [[] for _ in network.graph.operators]
-    for m, (_, _, home, reader, _) in enumerate(moves):
-        near[home].append(m)
-        near[reader].append(m)
-    slot_task, slot_hold, slot_row = np.array(_flat(slots), np.int64).reshape(-1, 3).T.copy()
-    move_columns = np.array(moves, np.int64).reshape(-1, 5)
+            row = joined.put_part(network, slot)
+            slots[slot.operator].append(_OwnSlot(task, hold, row, slot.share))
+    flat = list(itertools.chain(*slots))
     tables = TaskTables(
         overlap=overlap,
         data=joined.data(),
-        states=np.array([len(states) for states in network.states]),
+        states=_integers(map(len, network.states)),
         slot_first=_starts(slots),
-        slot_task=slot_task,
-        slot_hold=slot_hold,
-        slot_row=slot_row,
-        slot_share=np.array(_flat(shares), float),
-        move_task=move_columns[:, 0].copy(),
-        move_hold=move_columns[:, 1].copy(),
-        move_ends=move_columns[:, 2:4].copy(),
-        move_table=move_columns[:, 4].copy(),
+        slot_task=_integers(slot.task for slot in flat),
+        slot_hold=_integers(slot.hold for slot in flat),
+        slot_row=_integers(slot.row for slot in flat),
+        slot_share=np.array([slot.share for slot in flat], float),
+        move_task=_integers(move.task for move in moves),
+        move_hold=_integers(move.hold for move in moves),
+        move_ends=_integers((move.home, move.reader) for move in moves).reshape(-1, 2),
+        move_table=_integers(move.table for move in moves),
         near_first=_starts(near),
-        near=np.array(_flat(near), np.int64),
+        near=_integers(itertools.chain(*near)),
     )
     return Simulated(
         tasks=laid.tasks,
@@ -163,15 +157,34 @@ def simulated(network: CostNetwork) -> Simulated:
     )
 
 
+class _OwnSlot(NamedTuple):
+    """A slot of an operator; attributes of `TaskTables`."""
+
+    task: int
+    hold: int
+    row: int
+    share: float
+
+
+class _MoveSlot(NamedTuple):
+    """A move between two operators; attributes of `TaskTables`."""
+
+    task: int
+    hold: int
+    home: int
+    reader: int
+    table: int
+
+
 class _Joined:
     """Tables end to end in one array, each key once."""
 
     def __init__(self) -> None:
-        self._arrays: list[np.ndarray] = []
+        self._arrays: list[Array] = []
         self._begin: dict[Hashable, int] = {}
         self._size = 0
 
-    def put(self, key: Hashable, table: np.ndarray) -> int:
+    def put(self, key: Hashable, table: Array) -> int:
         """Start of a table in the array."""
         if key not in self._begin:
             self._begin[key] = self._size
@@ -179,17 +192,34 @@ class _Joined:
             self._size += table.size
         return self._begin[key]
 
-    def data(self) -> np.ndarray:
+    def put_move(self, network: CostNetwork, slot: Slot) -> int:
+        """Start of the table of a move."""
+        key = _move_key(slot)
+        return self.put(("move", network.move_kinds[key]), network.moves[key])
+
+    def put_part(self, network: CostNetwork, slot: Slot) -> int:
+        """Start of the seconds of a part of an operator's work, by state."""
+        kind = network.problem.kinds[slot.operator]
+        parts = network.parts[slot.operator]
+        states = parts.shape[1]
+        return self.put(("parts", kind), parts) + _part(slot) * states
+
+    def data(self) -> Array:
         return np.concatenate([*self._arrays, np.zeros(1)])
 
 
-def _starts(rows: Sequence[Sequence[object]]) -> np.ndarray:
+def _starts(rows: Sequence[Sequence[object]]) -> Array:
     """Start of each row if all stand in one array, and the end of the last."""
     return np.cumsum([0, *map(len, rows)])
 
 
-def _flat(rows: Sequence[Sequence]) -> list:
-    return [entry for row in rows for entry in row]
+def _integers(values: Iterable[object]) -> Array:
+    return np.array(list(values), np.int64)
+
+
+def _part(slot: Slot) -> int:
+    """Row of an operator's work in `CostNetwork.parts`."""
+    return PARTS.index((slot.kind, slot.phase))
 
 
 def _move_key(slot: Slot) -> MoveKey:
@@ -203,8 +233,8 @@ def _takes_time(network: CostNetwork, slot: Slot) -> bool:
         return table is not None and bool(table.any())
     if slot.kind == "join":
         return False
-    row = PARTS.index((slot.kind, slot.phase))
-    return bool(network.parts[slot.operator][row].any())
+    seconds = network.parts[slot.operator][_part(slot)]
+    return bool(seconds.any())
 
 
 def relaxed(network: CostNetwork) -> Problem:
@@ -215,12 +245,14 @@ def relaxed(network: CostNetwork) -> Problem:
     """
     problem = network.problem
     visible = 1 - network.placement.machine.backend.overlap
-    weight = np.array([1.0 if kind == "compute" else visible for kind, _ in PARTS])
-    seconds: dict[int, np.ndarray] = {}
+    weights = []
+    for kind, _ in PARTS:
+        weights.append(1.0 if kind == "compute" else visible)
+    seconds: dict[int, Array] = {}
     for kind, parts in zip(problem.kinds, network.parts, strict=True):
         if kind not in seconds:
-            seconds[kind] = weight @ parts
-    tables: dict[int, np.ndarray] = {}
+            seconds[kind] = np.array(weights) @ parts
+    tables: dict[int, Array] = {}
     for ends, kind in problem.table_kinds.items():
         if kind not in tables:
             tables[kind] = problem.tables[ends] * visible
@@ -236,20 +268,26 @@ def fill(chosen, seconds, tables):
     """Writes the seconds of every task under the chosen states."""
     visible = 1 - tables.overlap
     data = tables.data
-    for o in range(len(tables.states)):
-        for s in range(tables.slot_first[o], tables.slot_first[o + 1]):
-            value = data[tables.slot_row[s] + chosen[o]] * tables.slot_share[s]
+    states = tables.states
+    slot_first = tables.slot_first
+    for o in range(len(states)):
+        state = chosen[o]
+        for s in range(slot_first[o], slot_first[o + 1]):
+            row = tables.slot_row[s]
+            value = data[row + state] * tables.slot_share[s]
             seconds[tables.slot_task[s]] = value
-            if tables.slot_hold[s] >= 0:
-                seconds[tables.slot_hold[s]] = value * visible
+            hold = tables.slot_hold[s]
+            if hold >= 0:
+                seconds[hold] = value * visible
     for m in range(len(tables.move_task)):
         home = tables.move_ends[m, 0]
         reader = tables.move_ends[m, 1]
-        row = tables.move_table[m] + chosen[home] * tables.states[reader]
+        row = tables.move_table[m] + chosen[home] * states[reader]
         value = data[row + chosen[reader]]
         seconds[tables.move_task[m]] = value
-        if tables.move_hold[m] >= 0:
-            seconds[tables.move_hold[m]] = value * visible
+        hold = tables.move_hold[m]
+        if hold >= 0:
+            seconds[hold] = value * visible
 
 
 @njit(cache=True)
@@ -261,22 +299,27 @@ def change(o, chosen, seconds, undo, count, begin, tables):
     """
     visible = 1 - tables.overlap
     data = tables.data
+    states = tables.states
+    slot_first = tables.slot_first
+    near_first = tables.near_first
     undo_task = undo.task
     undo_seconds = undo.seconds
-    for s in range(tables.slot_first[o], tables.slot_first[o + 1]):
+    state = chosen[o]
+    for s in range(slot_first[o], slot_first[o + 1]):
         task = tables.slot_task[s]
-        value = data[tables.slot_row[s] + chosen[o]] * tables.slot_share[s]
+        row = tables.slot_row[s]
+        value = data[row + state] * tables.slot_share[s]
         if seconds[task] != value:
             hold = tables.slot_hold[s]
             count = _set(task, value, seconds, undo_task, undo_seconds, count)
             if hold >= 0:
                 count = _set(hold, value * visible, seconds, undo_task, undo_seconds, count)
             begin = min(begin, task)
-    for j in range(tables.near_first[o], tables.near_first[o + 1]):
+    for j in range(near_first[o], near_first[o + 1]):
         m = tables.near[j]
         home = tables.move_ends[m, 0]
         reader = tables.move_ends[m, 1]
-        row = tables.move_table[m] + chosen[home] * tables.states[reader]
+        row = tables.move_table[m] + chosen[home] * states[reader]
         value = data[row + chosen[reader]]
         task = tables.move_task[m]
         if seconds[task] != value:
