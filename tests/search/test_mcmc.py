@@ -1,6 +1,4 @@
-"""Walks on the simulator: what they evaluate is what is simulated, they find proved optima, and
-the same seed finds the same plan.
-"""
+"""Markov chains evaluate simulated steps, reach proved optima, and repeat with the same seed."""
 
 from dataclasses import replace
 from itertools import product
@@ -31,93 +29,94 @@ def machine(overlap: float = 0.5, name: str = "h100:4") -> Machine:
     return replace(whole, backend=replace(whole.backend, overlap=overlap))
 
 
-def network(graph: OperatorGraph, where: Machine) -> CostNetwork:
-    mesh = mesh_of(where)
-    return build(graph, where, mesh, [make(graph, where.name, mesh) for make in BASELINES.values()])
+def cost_network(graph: OperatorGraph, machine: Machine) -> CostNetwork:
+    mesh = mesh_of(machine)
+    plans = [make(graph, machine.name, mesh) for make in BASELINES.values()]
+    return build(graph, machine, mesh, plans)
 
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 1.0])
-def test_states_cost_what_their_plan_is_simulated_to_take(
+def test_states_cost_the_simulated_seconds_of_their_plan(
     graph: OperatorGraph, overlap: float
 ) -> None:
     where = machine(overlap)
-    net = network(graph, where)
-    problem, rng = simulated(net), np.random.default_rng(0)
+    network = cost_network(graph, where)
+    problem = simulated(network)
+    rng = np.random.default_rng(0)
     for _ in range(10):
-        states = [int(rng.integers(len(s))) for s in net.states]
-        assert problem.seconds(states) == pytest.approx(
-            simulate(graph, where, net.plan(states)).seconds, rel=1e-9
-        )
-        assert problem.memory_bytes(states) == pytest.approx(net.problem.memory_bytes(states))
+        states = [int(rng.integers(len(each))) for each in network.states]
+        step_seconds = simulate(graph, where, network.plan(states)).seconds
+        assert problem.seconds(states) == pytest.approx(step_seconds, rel=1e-9)
+        nbytes = network.problem.memory_bytes(states)
+        assert problem.memory_bytes(states) == pytest.approx(nbytes)
         if overlap == 0:
-            assert problem.seconds(states) == pytest.approx(net.problem.cost(states), rel=1e-9)
+            total = network.problem.cost(states)
+            assert problem.seconds(states) == pytest.approx(total, rel=1e-9)
 
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
-def test_the_bound_is_below_what_any_states_are_simulated_to_take(graph: OperatorGraph) -> None:
-    net = network(graph, machine())
-    problem, below, rng = simulated(net), relaxed(net), np.random.default_rng(1)
-    least = eliminate(below).bound
+def test_the_bound_is_below_the_simulated_seconds_of_any_states(graph: OperatorGraph) -> None:
+    network = cost_network(graph, machine())
+    problem = simulated(network)
+    lower = relaxed(network)
+    rng = np.random.default_rng(1)
+    bound = eliminate(lower).bound
     for _ in range(200):
-        states = [int(rng.integers(len(s))) for s in net.states]
-        assert least <= below.cost(states) * (1 + 1e-12) <= problem.seconds(states) * (1 + 1e-9)
+        states = [int(rng.integers(len(each))) for each in network.states]
+        cost = lower.cost(states) * (1 + 1e-12)
+        assert bound <= cost <= problem.seconds(states) * (1 + 1e-9)
 
 
-def test_a_walk_finds_the_optimum_that_trying_everything_proves_with_any_seed() -> None:
-    graph, where = GRAPHS["mlp"], machine(0.5, "k80-cluster:1").with_devices(2)
-    net = network(graph, where)
-    problem = simulated(net)
+def test_chains_reach_the_optimum_of_enumeration_with_any_seed() -> None:
+    where = machine(0.5, "k80-cluster:1").with_devices(2)
+    network = cost_network(GRAPHS["mlp"], where)
+    problem = simulated(network)
     assert 100 < np.prod(problem.states) < 100_000
     best = min(problem.seconds(states) for states in product(*map(range, problem.states)))
-    worst = [int(np.argmax(s)) for s in net.problem.seconds]
+    worst = [int(np.argmax(seconds)) for seconds in network.problem.seconds]
     for seed in range(10):
-        found, proposals = run_chains(problem, [worst], seconds=np.inf, seed=seed, proposals=20_000)
-        assert found.seconds == pytest.approx(best, rel=1e-12) and proposals == 20_000
-
-
-def test_the_same_seed_makes_the_same_plan_and_bytes_are_a_constraint() -> None:
-    net = network(GRAPHS["transformer"], machine(0.5, "dgx-h100:2"))
-    problem = simulated(net)
-    smallest = tuple(int(np.argmin(b)) for b in net.problem.nbytes)
-    budget = 1.2 * problem.memory_bytes(smallest)
-    first, again, other = (
-        run_chains(problem, [smallest], budget, seconds=np.inf, seed=s, proposals=20_000)[0]
-        for s in (3, 3, 4)
-    )
-    assert (
-        first == again
-        and first.seconds < problem.seconds(smallest)
-        and other.states != first.states
-    )
-    for found in (first, other):
-        assert problem.memory_bytes(found.states) <= budget and found.seconds == problem.seconds(
-            found.states
+        result, proposals = run_chains(
+            problem, [worst], seconds=np.inf, seed=seed, proposals=20_000
         )
+        assert result.seconds == pytest.approx(best, rel=1e-12)
+        assert proposals == 20_000
+
+
+def test_the_same_seed_gives_the_same_plan_within_the_budget() -> None:
+    network = cost_network(GRAPHS["transformer"], machine(0.5, "dgx-h100:2"))
+    problem = simulated(network)
+    smallest = tuple(int(np.argmin(nbytes)) for nbytes in network.problem.nbytes)
+    budget = 1.2 * problem.memory_bytes(smallest)
+    results = []
+    for seed in (3, 3, 4):
+        result, _ = run_chains(
+            problem, [smallest], budget, seconds=np.inf, seed=seed, proposals=20_000
+        )
+        results.append(result)
+        assert problem.memory_bytes(result.states) <= budget
+        assert result.seconds == problem.seconds(result.states)
+    first, again, other = results
+    assert first == again
+    assert first.seconds < problem.seconds(smallest)
+    assert other.states != first.states
 
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
-def test_the_plan_found_is_never_slower_than_the_exact_one_or_a_baseline_and_says_how_good_it_is(
-    graph: OperatorGraph,
-) -> None:
+def test_a_plan_is_never_slower_than_the_exact_one_or_a_baseline(graph: OperatorGraph) -> None:
     where = machine(0.5, "dgx-h100:2")
-    found = find(graph, where)
-    exact = eliminate(found.network.problem).states
-    plain, *others = (
-        simulate(graph, where, plan).seconds
-        for plan in (found.network.plan(exact), *(p for p, _ in found.baselines.values()))
-    )
-    assert (
-        found.bound_seconds * (1 - 1e-12)
-        <= found.prediction.seconds
-        <= min(plain, *others) * (1 + MIN_GAIN)
-    )
-    assert found.plan.choices == found.network.plan(
-        exact
-    ).choices or found.prediction.seconds < plain / (1 + MIN_GAIN)
-    assert found.prediction.seconds == pytest.approx(
-        simulate(graph, where, found.plan).seconds, rel=1e-12
-    )
-    assert found.plan.predicted["seconds"] == found.prediction.seconds
-    walked = [p.best for p in found.history if p.step == "simulated"]
-    assert walked == sorted(walked, reverse=True)
+    result = find(graph, where)
+    seconds = result.prediction.seconds
+    states = eliminate(result.network.problem).states
+    exact = result.network.plan(states)
+    exact_seconds = simulate(graph, where, exact).seconds
+    slowest_allowed = exact_seconds
+    for plan, _ in result.baselines.values():
+        slowest_allowed = min(slowest_allowed, simulate(graph, where, plan).seconds)
+    assert result.bound_seconds * (1 - 1e-12) <= seconds <= slowest_allowed * (1 + MIN_GAIN)
+    assert result.plan.choices == exact.choices or seconds < exact_seconds / (1 + MIN_GAIN)
+    simulated_seconds = simulate(graph, where, result.plan).seconds
+    assert seconds == pytest.approx(simulated_seconds, rel=1e-12)
+    assert result.plan.predicted["seconds"] == seconds
+    chain_seconds = [p.best for p in result.history if p.step == "simulated"]
+    assert chain_seconds == sorted(chain_seconds, reverse=True)
