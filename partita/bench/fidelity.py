@@ -157,7 +157,12 @@ def summaries(steps: Sequence[Step]) -> list[dict[str, Any]]:
     return rows
 
 
-def _summary_row(place: str, way: str, accuracy: Summary, steps: Sequence[Step]) -> dict[str, Any]:
+def _summary_row(
+    place: str,
+    way: str,
+    accuracy: Summary,
+    steps: Sequence[Step],
+) -> dict[str, Any]:
     ratios = sorted(chosen_over_best(steps).values()) if way == "measured" else []
     errors = [step.fit_error for step in steps if step.fit_error is not None]
     return {
@@ -253,7 +258,12 @@ def program(plan: Plan) -> str:
     return repr((plan.devices, plan.to_json()["operators"], stored))
 
 
-def random_plan(graph: OperatorGraph, machine: Machine, mesh: Mesh, seed: int) -> Plan:
+def random_plan(
+    graph: OperatorGraph,
+    machine: Machine,
+    mesh: Mesh,
+    seed: int,
+) -> Plan:
     """A legal plan with a random choice per kind of operator, as equal operators have in real
     plans.
     """
@@ -341,13 +351,28 @@ def _measure_model(
     text = from_first("plans to measure", lambda: _plans_to_measure(captured, result, machine))
     chosen, plan_texts = json.loads(text)
     plans = {plan_name: Plan.from_json(value) for plan_name, value in plan_texts.items()}
-    timed = measured_operators(captured, machine, list(plans.values()))
+    timed = measured_operators(
+        captured,
+        machine,
+        list(plans.values()),
+    )
     report(f"{title}: compiling and timing {len(plans)} plan{'s' if len(plans) > 1 else ''}")
     seconds = step_seconds(captured, plans, rounds)
-    return MeasuredModel(name, captured.graph, plans, chosen, timed, dict(seconds))
+    return MeasuredModel(
+        name,
+        captured.graph,
+        plans,
+        chosen,
+        timed,
+        dict(seconds),
+    )
 
 
-def _plans_to_measure(captured: Any, result: Any, machine: Machine) -> str:
+def _plans_to_measure(
+    captured: Any,
+    result: Any,
+    machine: Machine,
+) -> str:
     """JSON of (name of the chosen plan, plans by name).
 
     Several processes run no plan of one device.
@@ -361,7 +386,13 @@ def _plans_to_measure(captured: Any, result: Any, machine: Machine) -> str:
 
     chosen_plan = usable(result.plan)
     by_rates = usable(find(captured.graph, machine).plan)
-    plans, chosen = plans_of(captured.graph, machine, baselines, chosen_plan, by_rates)
+    plans, chosen = plans_of(
+        captured.graph,
+        machine,
+        baselines,
+        chosen_plan,
+        by_rates,
+    )
     return json.dumps([chosen, {name: plan.to_json() for name, plan in plans.items()}])
 
 

@@ -75,7 +75,12 @@ def transformer() -> ModelAndBatch:
 def resnet() -> ModelAndBatch:
     """ResNet-18 for images of 32 x 32 pixels."""
 
-    def convolve(x: Any, width: int, size: int, stride: int = 1) -> Any:
+    def convolve(
+        x: Any,
+        width: int,
+        size: int,
+        stride: int = 1,
+    ) -> Any:
         padding = "same" if size > 1 else "valid"
         x = layers.Conv2D(width, size, stride, padding=padding, use_bias=False)(x)
         return layers.BatchNormalization()(x)
@@ -106,8 +111,7 @@ def lstm() -> ModelAndBatch:
     """Two LSTM layers of 512 units over 32 words."""
     words = keras.Input((32,), dtype="int32")
     x = layers.Embedding(8192, 256)(words)
-    x = layers.LSTM(512, return_sequences=True)(x)
-    x = layers.LSTM(512)(x)
+    x = layers.LSTM(512)(layers.LSTM(512, return_sequences=True)(x))
     return classifier(keras.Model(words, layers.Dense(8192)(x))), 64
 
 

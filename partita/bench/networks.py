@@ -91,7 +91,13 @@ def alexnet() -> keras.Model:
     """AlexNet in one tower: five convolutions, three poolings, three dense layers, a softmax."""
 
     def conv(name: str, filters: int, size: int) -> layers.Layer:
-        return layers.Conv2D(filters, size, padding="same", activation="relu", name=name)
+        return layers.Conv2D(
+            filters,
+            size,
+            padding="same",
+            activation="relu",
+            name=name,
+        )
 
     def pool(name: str) -> layers.Layer:
         return layers.MaxPooling2D(3, 2, name=name)
@@ -131,22 +137,38 @@ def resnet101() -> keras.Model:
 # Recurrent
 
 
-def rnntc(width: int = 1024, depth: int = 4, classes: int = 2) -> keras.Model:
+def rnntc(
+    width: int = 1024,
+    depth: int = 4,
+    classes: int = 2,
+) -> keras.Model:
     """Text classification: four LSTM layers, then a softmax over the last step."""
     words = keras.Input((STEPS,), dtype="int32", name="words")
     h = layers.Embedding(VOCABULARY, width, name="embedding")(words)
     for i in range(depth):
         h = layers.LSTM(width, return_sequences=i < depth - 1, unroll=True, name=f"lstm{i}")(h)
-    return keras.Model(words, layers.Dense(classes, name="classes")(h), name="rnntc")
+    return keras.Model(
+        words,
+        layers.Dense(classes, name="classes")(h),
+        name="rnntc",
+    )
 
 
-def rnnlm(steps: int = STEPS, width: int = 2048, depth: int = 2) -> keras.Model:
+def rnnlm(
+    steps: int = STEPS,
+    width: int = 2048,
+    depth: int = 2,
+) -> keras.Model:
     """A language model: two LSTM layers, then a softmax over the vocabulary at every step."""
     words = keras.Input((steps,), dtype="int32", name="words")
     h = layers.Embedding(VOCABULARY, width, name="embedding")(words)
     for i in range(depth):
         h = layers.LSTM(width, return_sequences=True, unroll=True, name=f"lstm{i}")(h)
-    return keras.Model(words, layers.Dense(VOCABULARY, name="logits")(h), name=f"rnnlm-{steps}")
+    return keras.Model(
+        words,
+        layers.Dense(VOCABULARY, name="logits")(h),
+        name=f"rnnlm-{steps}",
+    )
 
 
 def nmt(width: int = 1024, depth: int = 2) -> keras.Model:
@@ -171,7 +193,11 @@ def nmt(width: int = 1024, depth: int = 2) -> keras.Model:
     d = layers.Dense(width, "tanh", use_bias=False, name="combine")(
         layers.Concatenate()([context, d])
     )
-    return keras.Model([source, target], layers.Dense(VOCABULARY, name="logits")(d), name="nmt")
+    return keras.Model(
+        [source, target],
+        layers.Dense(VOCABULARY, name="logits")(d),
+        name="nmt",
+    )
 
 
 # Transformers

@@ -151,15 +151,33 @@ def _all_cases(only: str | None, machine: str | None) -> Iterator[Case]:
         for network in FLEXFLOW:
             for count in COUNTS:
                 if count <= limit:
-                    yield Case("FlexFlow", network, cluster, count, NETWORKS[network].batch)
+                    yield Case(
+                        "FlexFlow",
+                        network,
+                        cluster,
+                        count,
+                        NETWORKS[network].batch,
+                    )
         if only == "rnnlm-2":
-            yield Case("FlexFlow", only, cluster, 4, NETWORKS[only].batch)
+            yield Case(
+                "FlexFlow",
+                only,
+                cluster,
+                4,
+                NETWORKS[only].batch,
+            )
     cluster = machine or "p100-cluster"
     for network in OPTCNN:
         yield Case("OptCNN", network, cluster, 4, OPTCNN_BATCH)
     yield Case("OptCNN", "vgg16", cluster, 2, OPTCNN_BATCH)
     for network, preset, count in (("llama", "dgx-h100:8", 64), ("gpt3", "dgx-a100:128", 1024)):
-        yield Case("", network, machine or preset, count, NETWORKS[network].batch)
+        yield Case(
+            "",
+            network,
+            machine or preset,
+            count,
+            NETWORKS[network].batch,
+        )
 
 
 @lru_cache(maxsize=1)
@@ -184,15 +202,27 @@ def run(case: Case) -> Row:
     try:
         result = find(graph, machine, stages=not case.paper)
     except MemoryBudgetError as error:
-        return replace(row, search_seconds=time.perf_counter() - start, note=str(error))
-    row = replace(row, search_seconds=time.perf_counter() - start, gap=result.gap)
+        return replace(
+            row,
+            search_seconds=time.perf_counter() - start,
+            note=str(error),
+        )
+    row = replace(
+        row,
+        search_seconds=time.perf_counter() - start,
+        gap=result.gap,
+    )
     mesh = mesh_of(machine)
     plans = {
         DATA_PARALLEL: result.baselines[DATA_PARALLEL][0],
         EXPERT: expert(graph, machine.name, mesh, NETWORKS[case.network].family),
     }
     if case.network == "vgg16" and case.devices == 4:
-        plans[OPTCNN_PLAN] = optcnn_vgg16(graph, machine.name, mesh)
+        plans[OPTCNN_PLAN] = optcnn_vgg16(
+            graph,
+            machine.name,
+            mesh,
+        )
     plans[FOUND] = result.plan
     layers = {}
     if case.network == "vgg16" and case.devices == 2:
@@ -205,7 +235,11 @@ def run(case: Case) -> Row:
     return replace(row, plans=figures, layers=layers)
 
 
-def figures_of(graph: OperatorGraph, machine: Machine, plan: Plan) -> Figures:
+def figures_of(
+    graph: OperatorGraph,
+    machine: Machine,
+    plan: Plan,
+) -> Figures:
     """Predicted time and traffic of one plan."""
     timeline = simulate(graph, machine, plan)
     additive_seconds = timeline.seconds

@@ -19,17 +19,30 @@ from partita.plans.check import check
 from partita.plans.plan import Mesh, Plan
 
 
-def expert(graph: OperatorGraph, machine: str, mesh: Mesh, family: Family) -> Plan:
+def expert(
+    graph: OperatorGraph,
+    machine: str,
+    mesh: Mesh,
+    family: Family,
+) -> Plan:
     """The plan that an expert would write for a network of a family."""
     return EXPERTS[family](graph, machine, mesh)
 
 
-def one_weird_trick(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
+def one_weird_trick(
+    graph: OperatorGraph,
+    machine: str,
+    mesh: Mesh,
+) -> Plan:
     """Convolutions by sample, dense layers by parameter."""
     return check(BASELINES["one weird trick"](graph, machine, mesh), graph)
 
 
-def layers_on_devices(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
+def layers_on_devices(
+    graph: OperatorGraph,
+    machine: str,
+    mesh: Mesh,
+) -> Plan:
     """Samples over nodes (the outermost level); in a node each recurrent layer on its own device.
 
     Embeddings are on the device of the layer that reads them. Operators behind the recurrent layers
@@ -53,19 +66,39 @@ def layers_on_devices(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
             device = number[layer_of[operator.name]]
         if device is None:
             kinds = [("S", outer), ("PS", inner)]
-            choices[operator.name] = choice_by_kinds(graph, operator, mesh, kinds)
+            choices[operator.name] = choice_by_kinds(
+                graph,
+                operator,
+                mesh,
+                kinds,
+            )
             continue
-        choice = choice_by_kinds(graph, operator, mesh, [("S", outer)])
+        choice = choice_by_kinds(
+            graph,
+            operator,
+            mesh,
+            [("S", outer)],
+        )
         position = device % devices_in_node
         for n in reversed(inner):
             choice[mesh.axes[n].name] = f"at({position % mesh.sizes[n]})"
             position //= mesh.sizes[n]
         choices[operator.name] = choice
     ordered = {operator.name: choices[operator.name] for operator in graph.operators}
-    return _plan(graph, machine, mesh, ordered, "layers on devices")
+    return _plan(
+        graph,
+        machine,
+        mesh,
+        ordered,
+        "layers on devices",
+    )
 
 
-def optcnn_vgg16(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
+def optcnn_vgg16(
+    graph: OperatorGraph,
+    machine: str,
+    mesh: Mesh,
+) -> Plan:
     """OptCNN's plan for VGG-16 on 4 devices (arXiv 1802.04924, table 5).
 
     Early convolutions n=4, the last three n=1 h=2 w=2, the first two dense layers c=4, the third
@@ -97,11 +130,22 @@ def _plan(
     choices: dict[str, dict[str, str]],
     name: str,
 ) -> Plan:
-    plan = Plan(graph.name, machine, mesh, choices, name=name, batch_size=graph.batch_size)
+    plan = Plan(
+        graph.name,
+        machine,
+        mesh,
+        choices,
+        name=name,
+        batch_size=graph.batch_size,
+    )
     return check(plan, graph)
 
 
-def megatron(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
+def megatron(
+    graph: OperatorGraph,
+    machine: str,
+    mesh: Mesh,
+) -> Plan:
     """Samples over the outer half of the axes, weights over the inner half, by column and by row in
     turn.
     """

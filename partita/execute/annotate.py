@@ -27,7 +27,12 @@ Chain = tuple[Sharding, ...]
 """Shardings of a tensor from its own to a reader's, one reshard step apart."""
 
 
-def annotate(source: bytes, graph: OperatorGraph, mesh: Mesh, layout: Layout) -> bytes:
+def annotate(
+    source: bytes,
+    graph: OperatorGraph,
+    mesh: Mesh,
+    layout: Layout,
+) -> bytes:
     """The captured program with the plan's layout written into it, as portable bytes."""
     with stablehlo.context(), ir.Location.unknown():
         module = stablehlo.parse(source)
@@ -37,7 +42,12 @@ def annotate(source: bytes, graph: OperatorGraph, mesh: Mesh, layout: Layout) ->
 
 
 class _Writer:
-    def __init__(self, graph: OperatorGraph, mesh: Mesh, layout: Layout) -> None:
+    def __init__(
+        self,
+        graph: OperatorGraph,
+        mesh: Mesh,
+        layout: Layout,
+    ) -> None:
         self.graph = graph
         self.mesh = mesh
         self.layout = layout

@@ -190,7 +190,11 @@ def calibrate(machine: Machine, report: Callable[[str], None]) -> Calibration:
     if len(devices) > 1:
         transfers = _transfers(mesh, report)
         measured += [transfer.measured for transfer in transfers]
-        links, link_errors = _fit_links(machine, machine.levels[-1].name, transfers)
+        links, link_errors = _fit_links(
+            machine,
+            machine.levels[-1].name,
+            transfers,
+        )
         values |= links
         errors += link_errors
     return Calibration(
@@ -224,12 +228,12 @@ def _engine_programs(
     return programs_of
 
 
-def _transfers(mesh: Any, report: Callable[[str], None]) -> list[Transfer]:
+def _transfers(mesh: Any, report: Callable[[str], None]) -> list[LinkTransfer]:
     """Timed collectives of every kind, group size and size.
 
     Without the smallest ones, if noise exceeds their time.
     """
-    transfers: list[Transfer] = []
+    transfers: list[LinkTransfer] = []
     for kind in COLLECTIVES:
         report(kind.replace("_", "-"))
         for group in _groups(mesh.size):
@@ -272,7 +276,12 @@ NAMES = {
 }
 
 
-def _each(mesh: Any, function: Any, *shapes: tuple[int, ...], dtype: str) -> float:
+def _each(
+    mesh: Any,
+    function: Any,
+    *shapes: tuple[int, ...],
+    dtype: str,
+) -> float:
     """Median seconds of a function of arrays of these shapes, computed by every device."""
 
     def of_device(*parts: Any) -> Any:
@@ -345,7 +354,12 @@ def _light(
     for name, (function, flops) in functions.items():
 
         def repeated(x: Any, function: Any = function) -> Any:
-            return jax.lax.fori_loop(0, REPEATS, lambda _, y: function(y), x)
+            return jax.lax.fori_loop(
+                0,
+                REPEATS,
+                lambda _, y: function(y),
+                x,
+            )
 
         seconds = _each(mesh, repeated, (LIGHT,), dtype=dtype) / REPEATS
         rate = flops * LIGHT / seconds if flops else None
@@ -378,11 +392,21 @@ def _gather(mesh: Any, dtype: str) -> list[Measured]:
     def gather(x: Any) -> Any:
         return x.reshape(-1, 64)[rows].reshape(-1)
 
-    return _light(mesh, dtype, "gather", {"rows of 64": (gather, 1)})
+    return _light(
+        mesh,
+        dtype,
+        "gather",
+        {"rows of 64": (gather, 1)},
+    )
 
 
 def _sort(mesh: Any, dtype: str) -> list[Measured]:
-    return _light(mesh, dtype, "sort", {"values": (lambda x: jnp.sort(-x), 1)})
+    return _light(
+        mesh,
+        dtype,
+        "sort",
+        {"values": (lambda x: jnp.sort(-x), 1)},
+    )
 
 
 def _stream(mesh: Any, size: int) -> Measured:
@@ -390,7 +414,12 @@ def _stream(mesh: Any, size: int) -> Measured:
     repeats = max(1, (1 << 22) // size)
 
     def one(x: Any, y: Any) -> Any:
-        return jax.lax.fori_loop(0, repeats, lambda _, z: z * 0.5 + y, x)
+        return jax.lax.fori_loop(
+            0,
+            repeats,
+            lambda _, z: z * 0.5 + y,
+            x,
+        )
 
     shape = ((mesh.size * size,), SPLIT)
     each = jax.shard_map(
@@ -401,7 +430,12 @@ def _stream(mesh: Any, size: int) -> Measured:
     )
     seconds = _timed(mesh, each, shape, shape) / repeats
     nbytes = 3 * 4 * size
-    return Measured("stream", f"{nbytes >> 10} KiB", seconds, nbytes / seconds)
+    return Measured(
+        "stream",
+        f"{nbytes >> 10} KiB",
+        seconds,
+        nbytes / seconds,
+    )
 
 
 def _memories(machine: Machine, streams: Sequence[Measured]) -> dict[str, float]:
@@ -436,7 +470,12 @@ def _chain(mesh: Any) -> Measured:
             y = y @ x[0]
         return y[None]
 
-    each = jax.shard_map(one, mesh=mesh, in_specs=SPLIT, out_specs=SPLIT)
+    each = jax.shard_map(
+        one,
+        mesh=mesh,
+        in_specs=SPLIT,
+        out_specs=SPLIT,
+    )
     seconds = _timed(mesh, each, ((mesh.size, 8, 8), SPLIT)) / CHAIN
     return Measured("chain", "8x8x8", seconds)
 
@@ -445,7 +484,7 @@ COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "coll
 
 
 @dataclass(frozen=True)
-class Transfer:
+class LinkTransfer:
     """A timed collective."""
 
     kind: str
@@ -474,7 +513,12 @@ def _communication(kind: str, group: int) -> Callable[[Any], Any]:
     return functions[kind]
 
 
-def _collective(mesh: Any, kind: str, group: int, size: int) -> Transfer:
+def _collective(
+    mesh: Any,
+    kind: str,
+    group: int,
+    size: int,
+) -> LinkTransfer:
     """One collective on `size` float32 values a device, in groups of neighbours, all at once.
 
     As in a step, its operand was computed just before. The time of a program that only computes
@@ -500,13 +544,13 @@ def _collective(mesh: Any, kind: str, group: int, size: int) -> Transfer:
     text = f"{4 * size >> 10} KiB of each of {group}"
     measured = Measured(kind, text, seconds, 4 * size / seconds)
     parts = group if kind == "all_gather" else 1
-    return Transfer(kind, group, 4.0 * size * parts, measured)
+    return LinkTransfer(kind, group, 4.0 * size * parts, measured)
 
 
 def _fit_links(
     machine: Machine,
     level: str,
-    transfers: Sequence[Transfer],
+    transfers: Sequence[LinkTransfer],
 ) -> tuple[dict[str, float], list[float]]:
     """Latency and bandwidth for which the model of collectives is nearest to the measurements.
 

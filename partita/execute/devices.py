@@ -95,7 +95,11 @@ def at_hand(devices: int | None = None) -> Machine:
     if first.platform == "cpu":
         return _cpu(count)
     memory = first.memory_stats() or {}
-    return accelerator(first.device_kind, count, memory.get("bytes_limit"))
+    return accelerator(
+        first.device_kind,
+        count,
+        memory.get("bytes_limit"),
+    )
 
 
 def _cpu(count: int) -> Machine:
@@ -114,7 +118,11 @@ def _cpu(count: int) -> Machine:
     return replace(machine, backend=replace(machine.backend, combines=False))
 
 
-def accelerator(kind: str, count: int, memory_bytes: int | None) -> Machine:
+def accelerator(
+    kind: str,
+    count: int,
+    memory_bytes: int | None,
+) -> Machine:
     """The machine of `count` accelerators of a kind, as JAX names it, with the memory that JAX may
     use.
     """

@@ -128,7 +128,14 @@ def _tensors(
         sizes = [_nbytes(*shape) for shape in shapes]
         # The result of a start has its operands and its results.
         nbytes = max(sizes) if len(sizes) <= 2 else sum(sizes) // 2
-        yield Emitted(kind, nbytes, group, trips, layer_path(name), name)
+        yield Emitted(
+            kind,
+            nbytes,
+            group,
+            trips,
+            layer_path(name),
+            name,
+        )
         return
     operands = _OPERAND.findall(line[match.end() : line.index(")", match.end())])
     combined = len(shapes) == len(operands) > 1
@@ -137,7 +144,14 @@ def _tensors(
         if combined:
             tensor_name = names.get(operands[position], "") or name
         path = layer_path(tensor_name)
-        yield Emitted(kind, _nbytes(*shape), group, trips, path, tensor_name)
+        yield Emitted(
+            kind,
+            _nbytes(*shape),
+            group,
+            trips,
+            path,
+            tensor_name,
+        )
 
 
 def _nbytes(dtype: str, dims: str) -> int:

@@ -82,7 +82,11 @@ def compiled_in_turn(
     raise AssertionError("the loop returns or raises")
 
 
-def same_everywhere(captured: Captured, plan: Plan, values: Any) -> None:
+def same_everywhere(
+    captured: Captured,
+    plan: Plan,
+    values: Any,
+) -> None:
     """Compares the step, the plan, and the weights and batch of processes that train together.
 
     Called before they compile a step. Raises a ProcessError for a difference.
@@ -94,7 +98,11 @@ def same_everywhere(captured: Captured, plan: Plan, values: Any) -> None:
         digest(f"{captured.graph}{captured.graph.instructions}"),
         "Run the same script with the same arguments in all processes.",
     )
-    same("Plans", digest(str(plan)), "Give all processes the same plan.")
+    same(
+        "Plans",
+        digest(str(plan)),
+        "Give all processes the same plan.",
+    )
     same(
         "Weights and batch of the first step",
         digest(values),
@@ -221,7 +229,12 @@ class ParallelStep:
         assert self.plan is not None
         return self.plan
 
-    def donates(self, args: Sequence[Any], kwargs: dict[str, Any], in_place: bool) -> bool:
+    def donates(
+        self,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        in_place: bool,
+    ) -> bool:
         """Whether a step consumes the old state.
 
         By the `donate` argument, else by the function's own `jax.jit`, else if it is possible.
@@ -255,7 +268,12 @@ class ParallelStep:
             self.steps[call.key] = step
         return call, step
 
-    def _compile(self, call: Call, args: Sequence[Any], kwargs: dict[str, Any]) -> _Compiled:
+    def _compile(
+        self,
+        call: Call,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> _Compiled:
         captured_call = self._capture(call, args, kwargs)
         captured = captured_call.captured
         in_place = bool(captured_call.roles.in_place)
@@ -293,7 +311,12 @@ class ParallelStep:
             return self.function
         return jax.jit(self.function, static_argnums=self._static_arguments(call))
 
-    def _capture(self, call: Call, args: Sequence[Any], kwargs: dict[str, Any]) -> CapturedCall:
+    def _capture(
+        self,
+        call: Call,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> CapturedCall:
         """The captured call.
 
         Python numbers are arrays as under `jax.jit`, unless the step cannot be traced with them.

@@ -131,7 +131,12 @@ def measured_operators(
     records: dict[str, Any] = json.loads(text)
     requests = list(_requests(captured, machine, plans, seconds_of))
     unmeasured = {request.text: request for request in requests if request.text not in records}
-    _measure(list(unmeasured.values()), captured.graph.name, records, report)
+    _measure(
+        list(unmeasured.values()),
+        captured.graph.name,
+        records,
+        report,
+    )
     if unmeasured and is_first():
         _save(path, file_key, records)
     answered = [
@@ -243,7 +248,11 @@ def _requests(
             placement = Placement(machine, plan.mesh)
             for o, assignment in enumerate(operator_assignments(graph, plan)):
                 operator_terms = terms.operators[o]
-                key = local_key(operator_terms, placement, assignment)
+                key = local_key(
+                    operator_terms,
+                    placement,
+                    assignment,
+                )
                 if key in keys or not operator_terms.work:
                     continue
                 keys.add(key)
@@ -290,7 +299,12 @@ class Cutter:
             if o >= 0:
                 self.members[o].append(i)
 
-    def parts(self, operator: int, assignment: Assignment, mesh: PlanMesh) -> tuple[Part, ...]:
+    def parts(
+        self,
+        operator: int,
+        assignment: Assignment,
+        mesh: PlanMesh,
+    ) -> tuple[Part, ...]:
         """An operator's forward program, and its backward program with the update.
 
         Raises NotLocal if the operator cannot be cut out under the assignment.
@@ -339,7 +353,12 @@ class _Cut:
     `values` are those of the new function, by tensor and local shape.
     """
 
-    def __init__(self, cutter: Cutter, assignment: Assignment, mesh: PlanMesh) -> None:
+    def __init__(
+        self,
+        cutter: Cutter,
+        assignment: Assignment,
+        mesh: PlanMesh,
+    ) -> None:
         self.cutter = cutter
         self.assignment = assignment
         self.sizes = mesh.sizes
@@ -374,7 +393,11 @@ class _Cut:
             return None
         local = self._local()
         values = [local[t] for t in results]
-        ir.Operation.create("func.return", operands=values, ip=self.point)
+        ir.Operation.create(
+            "func.return",
+            operands=values,
+            ip=self.point,
+        )
         end.erase()
         operand_types = [argument.type for argument in self.block.arguments]
         result_types = [value.type for value in values]
@@ -660,7 +683,11 @@ def _timed(requests: Sequence[Request], devices: int) -> list[float | None]:
     return times
 
 
-def _compiled(request: int, part: Part, whole: NamedSharding) -> _Program:
+def _compiled(
+    request: int,
+    part: Part,
+    whole: NamedSharding,
+) -> _Program:
     """A part as a compiled program with arguments, run once."""
     values = []
     for shape in part.operands:
@@ -681,7 +708,11 @@ def _compiled(request: int, part: Part, whole: NamedSharding) -> _Program:
 
 def _empty_program(whole: NamedSharding) -> _Program:
     """A program that computes nothing: the time to start one."""
-    jitted = jax.jit(lambda x: x, in_shardings=whole, out_shardings=whole)
+    jitted = jax.jit(
+        lambda x: x,
+        in_shardings=whole,
+        out_shardings=whole,
+    )
     run = jitted.lower(np.float32(0)).compile()
     zero = jax.device_put(np.float32(0), whole)
     return _Program(-1, Part(b"", (), (), "", {}), run, [zero])
@@ -717,7 +748,11 @@ def load(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
     return dict(content["operators"])
 
 
-def _save(path: Path, key: Mapping[str, Any], records: Mapping[str, Any]) -> None:
+def _save(
+    path: Path,
+    key: Mapping[str, Any],
+    records: Mapping[str, Any],
+) -> None:
     """Writes the records.
 
     The file stays complete if two processes write at once. A full disk costs the cache only.

@@ -195,7 +195,11 @@ def _local_count(variables: Mapping[str, str], launcher: Launcher) -> int:
     return counts[min(node, len(counts) - 1)]
 
 
-def _address(variables: Mapping[str, str], launcher: Launcher, local_count: int) -> str:
+def _address(
+    variables: Mapping[str, str],
+    launcher: Launcher,
+    local_count: int,
+) -> str:
     """The address of process 0 under a launcher: its first host and a port.
 
     The port is above those that the system gives out. It comes from the name of the job, so all
@@ -237,7 +241,11 @@ def _first_host(variables: Mapping[str, str], launcher: Launcher) -> str:
     return "".join(part or "" for part in first.groups())
 
 
-def _number(variables: Mapping[str, str], name: str, default: int | None = None) -> int:
+def _number(
+    variables: Mapping[str, str],
+    name: str,
+    default: int | None = None,
+) -> int:
     if name not in variables and default is not None:
         return default
     text = variables[name]
@@ -338,7 +346,11 @@ def _let_compute_first() -> None:
         threads = [int(name) for name in names if _system_call(name)[3:5] == ["0x40", "0xa"]]
         for thread in threads:
             with suppress(OSError):
-                os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+                os.sched_setscheduler(
+                    thread,
+                    os.SCHED_BATCH,
+                    os.sched_param(0),
+                )
         if threads:
             return
         time.sleep(0.002)
@@ -427,7 +439,11 @@ def _key(name: str) -> str:
     return f"partita/{name}/{_uses[name]}"
 
 
-def from_first(name: str, make: Callable[[], str], seconds: int = 3600) -> str:
+def from_first(
+    name: str,
+    make: Callable[[], str],
+    seconds: int = 3600,
+) -> str:
     """The result of `make` in process 0, given to every process.
 
     `seconds` is the time limit of the others. An error of process 0 is raised in all processes,
@@ -511,7 +527,11 @@ def _put(value: Any, sharding: Any) -> Any:
     array = np.asarray(value)
     if isinstance(value, (bool, int, float, complex)):
         array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return jax.make_array_from_callback(
+        array.shape,
+        sharding,
+        lambda index: array[index],
+    )
 
 
 _reshards: dict[Any, Any] = {}

@@ -33,7 +33,11 @@ def device_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.shardin
     )
 
 
-def named_sharding(sharding: Sharding, mesh: Mesh, devices: jax.sharding.Mesh) -> NamedSharding:
+def named_sharding(
+    sharding: Sharding,
+    mesh: Mesh,
+    devices: jax.sharding.Mesh,
+) -> NamedSharding:
     """A sharding over axes of `mesh`, as JAX's over the same mesh of devices."""
     dims = []
     for axes in sharding:
@@ -89,7 +93,13 @@ def planned_step(
     mesh = device_mesh(plan.mesh, devices)
     module = captured.text.mlir_module_serialized
     text = Text.of(captured.text, annotate(module, graph, plan.mesh, layout))
-    state_shardings, batch_shardings = _argument_shardings(captured, text, plan, layout, mesh)
+    state_shardings, batch_shardings = _argument_shardings(
+        captured,
+        text,
+        plan,
+        layout,
+        mesh,
+    )
     step = jax.jit(
         text.call,
         in_shardings=(state_shardings, batch_shardings),

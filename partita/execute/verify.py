@@ -192,12 +192,28 @@ def check_compiled(
     graph = step.captured.graph
     mesh = step.plan.mesh
     machine = detect(mesh.size)
-    expected = collectives(graph, mesh, step.layout, machine.backend)
+    expected = collectives(
+        graph,
+        mesh,
+        step.layout,
+        machine.backend,
+    )
     flops = local_flops(graph, mesh, step.layout, machine.backend)
-    return verify(step, compiled, expected, machine.memory_bytes, flops)
+    return verify(
+        step,
+        compiled,
+        expected,
+        machine.memory_bytes,
+        flops,
+    )
 
 
-def check_and_compare(step: PlannedStep, compiled: Any, state: Any, batch: Any) -> Verification:
+def check_and_compare(
+    step: PlannedStep,
+    compiled: Any,
+    state: Any,
+    batch: Any,
+) -> Verification:
     """`check_compiled`, and the largest differences of one step as planned and on one device, as
     notes.
     """
@@ -267,7 +283,11 @@ def _state_names(captured: Captured) -> list[str]:
     return names
 
 
-def _difference(name: str, expected: np.ndarray, actual: np.ndarray) -> Difference:
+def _difference(
+    name: str,
+    expected: np.ndarray,
+    actual: np.ndarray,
+) -> Difference:
     expected = np.asarray(expected, dtype=np.float64)
     actual = np.asarray(actual, dtype=np.float64)
     both_nan = np.isnan(expected) & np.isnan(actual)
@@ -275,4 +295,8 @@ def _difference(name: str, expected: np.ndarray, actual: np.ndarray) -> Differen
     distance = np.where(equal, 0.0, np.abs(expected - actual))
     absolute = float(np.max(distance, initial=0.0))
     scale = float(np.max(np.abs(expected), initial=0.0, where=np.isfinite(expected)))
-    return Difference(name, absolute, absolute / scale if scale else absolute)
+    return Difference(
+        name,
+        absolute,
+        absolute / scale if scale else absolute,
+    )

@@ -38,12 +38,23 @@ def papers_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
         "traffic: of all devices; *: does not fit in memory"
     )
     table.add_column("network", no_wrap=True)
-    add_columns(table, "devices", "step in ms", "gain", "traffic in GB")
+    add_columns(
+        table,
+        "devices",
+        "step in ms",
+        "gain",
+        "traffic in GB",
+    )
     for row in rows:
         case = row["case"]
         plans = [row["plans"][name] for name in COMPARED if name in row["plans"]]
         cells = _paper_cells(plans) if plans else ("fits under no plan", "", "")
-        add_row(table, case["network"], str(case["devices"]), *cells)
+        add_row(
+            table,
+            case["network"],
+            str(case["devices"]),
+            *cells,
+        )
     return table
 
 
@@ -104,7 +115,14 @@ def searches_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     table = new_table("capture and search, on this machine")
     table.add_column("network", no_wrap=True)
     table.add_column("machine", no_wrap=True)
-    add_columns(table, "devices", "operators", "capture", "search", "gap")
+    add_columns(
+        table,
+        "devices",
+        "operators",
+        "capture",
+        "search",
+        "gap",
+    )
     for row in rows:
         case = row["case"]
         add_row(
@@ -147,7 +165,15 @@ def fidelity_table(steps: Sequence[Mapping[str, Any]]) -> Table:
     )
     table.add_column("model", overflow="fold")
     table.add_column("plan", overflow="fold")
-    add_columns(table, "measured", "predicted", "error", "timed", "fitted", "rates")
+    add_columns(
+        table,
+        "measured",
+        "predicted",
+        "error",
+        "timed",
+        "fitted",
+        "rates",
+    )
     for step in steps:
         errors = [_error_text(step[name], step["seconds"]) for name in PREDICTORS]
         mark = "*" if step["chosen"] else ""
@@ -173,7 +199,16 @@ def fidelity_summary(rows: Iterable[Mapping[str, Any]]) -> Table:
     table = new_table("relative errors, and order")
     table.add_column("on", overflow="fold")
     table.add_column("predicted by", no_wrap=True)
-    add_columns(table, "steps", "median", "95 %", "worst", "tau", "of plans", "chosen/best")
+    add_columns(
+        table,
+        "steps",
+        "median",
+        "95 %",
+        "worst",
+        "tau",
+        "of plans",
+        "chosen/best",
+    )
     for row in rows:
         predictor = row["way"]
         if row["fit_error"] is not None:

@@ -57,12 +57,21 @@ def join(inside: Iterable[str | Iterable[str]]) -> Html:
 def section_of(title: str, *inside: str | Iterable[str]) -> Html:
     """A section of the page under its heading."""
     name = re.sub("[^a-z]+", "-", title.lower())
-    return tag("section", tag("h2", title, id=name), *inside, aria_labelledby=name)
+    return tag(
+        "section",
+        tag("h2", title, id=name),
+        *inside,
+        aria_labelledby=name,
+    )
 
 
 def marked(classes: str, text: str) -> Html:
     """A text after a box of its color, as in a legend."""
-    mark = tag("span", class_=f"mark {classes}", aria_hidden="true")
+    mark = tag(
+        "span",
+        class_=f"mark {classes}",
+        aria_hidden="true",
+    )
     return tag("span", mark, text, class_="marked")
 
 
@@ -76,12 +85,26 @@ def line_of(
     """A bar between its name and its figures. `parts` and `whole` are those of `bar_of`."""
     shown = [figure for figure in figures if figure]
     bar = bar_of(parts, whole, f"{name}: {', '.join(shown)}")
-    cells = tag("span", (tag("span", figure) for figure in shown), class_="figure")
+    cells = tag(
+        "span",
+        (tag("span", figure) for figure in shown),
+        class_="figure",
+    )
     classes = f"line {class_ or ''}".strip()
-    return tag("div", tag("span", name, class_="name"), bar, cells, class_=classes)
+    return tag(
+        "div",
+        tag("span", name, class_="name"),
+        bar,
+        cells,
+        class_=classes,
+    )
 
 
-def table_of(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
+def table_of(
+    caption: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+) -> Html:
     """A table whose first column names the row. It scrolls in its own box if it is too wide."""
     heads = (tag("th", column, scope="col") for column in columns)
     lines = []
@@ -89,17 +112,40 @@ def table_of(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
         cells = (tag("td", cell) for cell in row[1:])
         lines.append(tag("tr", tag("th", row[0], scope="row"), cells))
     title = tag("caption", caption, class_="unseen")
-    table = tag("table", title, tag("thead", tag("tr", heads)), tag("tbody", lines))
-    return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label=caption)
+    table = tag(
+        "table",
+        title,
+        tag("thead", tag("tr", heads)),
+        tag("tbody", lines),
+    )
+    return tag(
+        "div",
+        table,
+        class_="scroll",
+        tabindex="0",
+        role="region",
+        aria_label=caption,
+    )
 
 
-def bar_of(parts: Iterable[tuple[str, float]], whole: float, title: str) -> Html:
+def bar_of(
+    parts: Iterable[tuple[str, float]],
+    whole: float,
+    title: str,
+) -> Html:
     """A bar of (class, length) parts. `whole` is the length that fills the line."""
     spans = []
     for name, length in parts:
         if whole and length > 0:
             spans.append(tag("span", class_=name, style=f"width:{100 * length / whole:.3f}%"))
-    return tag("div", spans, class_="bar", role="img", aria_label=title, title=title)
+    return tag(
+        "div",
+        spans,
+        class_="bar",
+        role="img",
+        aria_label=title,
+        title=title,
+    )
 
 
 def seconds_text(value: float) -> str:

@@ -80,7 +80,11 @@ def _longest_repetition(keys: Sequence[tuple[str, str]], start: int) -> tuple[in
 
 def _fold_smallest(rows: Sequence[LayerRow], limit: int) -> list[LayerRow]:
     """The largest rows by seconds, then bytes, in order, and one row for all others."""
-    by_size = sorted(range(len(rows)), key=lambda index: _size(rows[index]), reverse=True)
+    by_size = sorted(
+        range(len(rows)),
+        key=lambda index: _size(rows[index]),
+        reverse=True,
+    )
     large = set(by_size[: limit - 1])
     small = [row for index, row in enumerate(rows) if index not in large]
     result = [row for index, row in enumerate(rows) if index in large]

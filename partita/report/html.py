@@ -38,7 +38,11 @@ Measured = Mapping[str, Any]
 """Measurements: "seconds" (median step), "peak_bytes", "traffic_bytes" by collective, "flops"."""
 
 
-def page(plan: Plan, measured: Measured | None = None, timeline: Timeline | None = None) -> str:
+def page(
+    plan: Plan,
+    measured: Measured | None = None,
+    timeline: Timeline | None = None,
+) -> str:
     """A page that shows a plan.
 
     `measured` may hold "seconds" (median of a step), "peak_bytes" (by the compiler),
@@ -58,7 +62,11 @@ def page(plan: Plan, measured: Measured | None = None, timeline: Timeline | None
         _alternatives(plan, layers),
         _sources(plan),
     ]
-    return document(f"{plan.graph} on {plan.machine}", body, has_timeline=timeline is not None)
+    return document(
+        f"{plan.graph} on {plan.machine}",
+        body,
+        has_timeline=timeline is not None,
+    )
 
 
 def timeline_page(timeline: Timeline) -> str:
@@ -78,10 +86,18 @@ def timeline_page(timeline: Timeline) -> str:
         picture.section(timeline),
         section_of("Where the figures come from", listed(sources, "sources")),
     ]
-    return document(f"{timeline.graph} on {timeline.machine}", body, has_timeline=True)
+    return document(
+        f"{timeline.graph} on {timeline.machine}",
+        body,
+        has_timeline=True,
+    )
 
 
-def document(title: str, body: Iterable[Html], has_timeline: bool) -> str:
+def document(
+    title: str,
+    body: Iterable[Html],
+    has_timeline: bool,
+) -> str:
     """The whole file: content, style, and a policy that allows nothing else."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     style = asset("page.css")
@@ -104,10 +120,19 @@ def document(title: str, body: Iterable[Html], has_timeline: bool) -> str:
     return f"<!doctype html>\n{tag('html', head, tag('body', main, script), lang='en')}\n"
 
 
-def header(graph: str, title: str, facts: Mapping[str, str | None]) -> Html:
+def header(
+    graph: str,
+    title: str,
+    facts: Mapping[str, str | None],
+) -> Html:
     """The head of a page: the graph's name, a headline, figures."""
     kicker = tag("p", "Partita · ", graph, class_="kicker")
-    return tag("header", kicker, tag("h1", title), listed(facts, "facts"))
+    return tag(
+        "header",
+        kicker,
+        tag("h1", title),
+        listed(facts, "facts"),
+    )
 
 
 def listed(facts: Mapping[str, str | None], class_: str) -> Html:
@@ -119,7 +144,11 @@ def listed(facts: Mapping[str, str | None], class_: str) -> Html:
 def _notes(notes: Sequence[str]) -> Html:
     if not notes:
         return Html("")
-    return tag("ul", (tag("li", note) for note in notes), class_="notes")
+    return tag(
+        "ul",
+        (tag("li", note) for note in notes),
+        class_="notes",
+    )
 
 
 # Numbers
@@ -171,7 +200,11 @@ def _gain(baseline: float | None, seconds: float) -> str:
 
 
 def _header(plan: Plan, measured: Measured) -> Html:
-    return header(plan.graph, _headline(plan, measured), _facts(plan))
+    return header(
+        plan.graph,
+        _headline(plan, measured),
+        _facts(plan),
+    )
 
 
 def _headline(plan: Plan, measured: Measured) -> str:
@@ -252,7 +285,11 @@ def _memory(plan: Plan, measured: Measured) -> Html:
     return section_of(title, *body)
 
 
-def _traffic(plan: Plan, measured: Measured, layers: Sequence[Layer]) -> Html:
+def _traffic(
+    plan: Plan,
+    measured: Measured,
+    layers: Sequence[Layer],
+) -> Html:
     planned = plan.predicted.get("traffic_bytes")
     emitted = measured.get("traffic_bytes")
     by_layer = {layer.name: layer.cost["traffic"] for layer in layers if layer.cost.get("traffic")}
@@ -346,7 +383,13 @@ def _comparison(plan: Plan, measured: Measured) -> Html:
     )
 
 
-def _plan_line(name: str, row: Mapping[str, Any], whole: float, gain: str, is_chosen: bool) -> Html:
+def _plan_line(
+    name: str,
+    row: Mapping[str, Any],
+    whole: float,
+    gain: str,
+    is_chosen: bool,
+) -> Html:
     seconds = row["seconds"]
     compute = row.get("seconds_compute", seconds)
     memory = format_bytes(row["peak_bytes"]) if "peak_bytes" in row else ""
@@ -354,13 +397,29 @@ def _plan_line(name: str, row: Mapping[str, Any], whole: float, gain: str, is_ch
         memory += ", does not fit"
     parts = [("compute", compute), ("exchange", seconds - compute)]
     figures = (seconds_text(seconds), gain, memory)
-    return line_of(name, parts, whole, *figures, class_="found" if is_chosen else None)
+    return line_of(
+        name,
+        parts,
+        whole,
+        *figures,
+        class_="found" if is_chosen else None,
+    )
 
 
-def _measured_line(name: str, seconds: float, whole: float) -> Html:
+def _measured_line(
+    name: str,
+    seconds: float,
+    whole: float,
+) -> Html:
     figures = (seconds_text(seconds), "", "")
     parts = [("real", seconds)]
-    return line_of(f"{name}, measured", parts, whole, *figures, class_="found")
+    return line_of(
+        f"{name}, measured",
+        parts,
+        whole,
+        *figures,
+        class_="found",
+    )
 
 
 def _check(plan: Plan, measured: Measured) -> Html:
@@ -383,7 +442,11 @@ def _check(plan: Plan, measured: Measured) -> Html:
         "Time is the median step. Memory, traffic and work are the compiler's counts of the "
         "program that ran."
     )
-    return section_of(title, tag("p", text), table_of(title, columns, [row for row in rows if row]))
+    return section_of(
+        title,
+        tag("p", text),
+        table_of(title, columns, [row for row in rows if row]),
+    )
 
 
 def _traffic_rows(
@@ -437,7 +500,12 @@ def _alternatives(plan: Plan, layers: Sequence[Layer]) -> Html:
     if folded:
         summary = tag("summary", f"{len(folded)} more layers")
         details = tag("details", summary, folded, class_="more")
-    return section_of(title, notes, tag("p", text), tag("div", shown, details, class_="reasons"))
+    return section_of(
+        title,
+        notes,
+        tag("p", text),
+        tag("div", shown, details, class_="reasons"),
+    )
 
 
 def _smallest_loss(layer: Layer) -> float:
@@ -449,7 +517,11 @@ def _alternatives_of(layer: Layer) -> Html:
     closest = alternatives[0]
     loss = _signed(closest["seconds"], seconds_text)
     text = f"{layer.text}, next {closest['choice']} {loss}"
-    summary = tag("summary", tag("b", layer.name), tag("span", text, class_="figure"))
+    summary = tag(
+        "summary",
+        tag("b", layer.name),
+        tag("span", text, class_="figure"),
+    )
     rows = []
     if "bytes" in layer.cost:
         chosen = f"{layer.text} (chosen)"
@@ -459,7 +531,11 @@ def _alternatives_of(layer: Layer) -> Html:
         nbytes = _signed(row["bytes"], format_bytes)
         rows.append([row["choice"], seconds, nbytes])
     columns = ["choice", "step", "memory a device"]
-    return tag("details", summary, table_of(f"Choices for {layer.name}", columns, rows))
+    return tag(
+        "details",
+        summary,
+        table_of(f"Choices for {layer.name}", columns, rows),
+    )
 
 
 def _sources(plan: Plan) -> Html:

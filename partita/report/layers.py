@@ -114,7 +114,12 @@ def _repetition(layers: Sequence[Layer], start: int) -> tuple[int, int]:
     return best
 
 
-def _rounds_equal(layers: Sequence[Layer], first: int, second: int, period: int) -> bool:
+def _rounds_equal(
+    layers: Sequence[Layer],
+    first: int,
+    second: int,
+    period: int,
+) -> bool:
     if second + period > len(layers):
         return False
     return all(_equal(layers[first + i], layers[second + i]) for i in range(period))

@@ -41,10 +41,18 @@ def page(
         section_of("Time of every device", text, *bars),
         section_of("Where the figures come from", *(tag("p", note) for note in notes)),
     ]
-    return document(f"{comparison['graph']} over {devices} devices", body, has_timeline=False)
+    return document(
+        f"{comparison['graph']} over {devices} devices",
+        body,
+        has_timeline=False,
+    )
 
 
-def _bars(title: str, parts: Sequence[Mapping[str, Any]], whole: float) -> Html:
+def _bars(
+    title: str,
+    parts: Sequence[Mapping[str, Any]],
+    whole: float,
+) -> Html:
     lines = []
     for device, part in enumerate(parts):
         seconds = part["seconds"]

@@ -95,7 +95,12 @@ def _legend(plan: Plan, layers: Sequence[Layer]) -> Html:
 
 
 def _key(classes: str, letter: str, word: str, text: str) -> Html:
-    mark = tag("span", letter, class_=f"mark {classes}", aria_hidden="true")
+    mark = tag(
+        "span",
+        letter,
+        class_=f"mark {classes}",
+        aria_hidden="true",
+    )
     return tag("div", tag("dt", mark, word), tag("dd", text))
 
 
@@ -113,7 +118,13 @@ def _axes(plan: Plan) -> Html:
         names.append(tag("span", axis.name, tag("small", f" {axis.size}"), title=title))
     has_levels = len({axis.level for axis in axes}) > 1
     levels = list(_levels(plan)) if has_levels else []
-    grid = tag("div", *levels, *names, class_="axes", style=_columns(plan))
+    grid = tag(
+        "div",
+        *levels,
+        *names,
+        class_="axes",
+        style=_columns(plan),
+    )
     cells = (tag("span", "layer"), grid, tag("span", "time"))
     return tag("div", *cells, class_="row top", aria_hidden="true")
 
@@ -164,17 +175,40 @@ def _block(plan: Plan, rounds: Block, longest: float) -> Html:
             seconds = tag("span", seconds_text(layer.seconds)) if layer.cost else ""
             names.append(tag("li", layer.name, seconds))
     repeated = "this layer" if count == 1 else f"these {count} layers"
-    summary = tag("summary", tag("b", f"× {len(rounds)}"), f" {repeated}, {len(rounds)} times")
-    listing = tag("details", summary, tag("ol", names, class_="names"))
-    return tag("li", tag("ol", (tag("li", row) for row in rows)), listing, class_="fold")
+    summary = tag(
+        "summary",
+        tag("b", f"× {len(rounds)}"),
+        f" {repeated}, {len(rounds)} times",
+    )
+    listing = tag(
+        "details",
+        summary,
+        tag("ol", names, class_="names"),
+    )
+    return tag(
+        "li",
+        tag("ol", (tag("li", row) for row in rows)),
+        listing,
+        class_="fold",
+    )
 
 
-def _row(plan: Plan, layers: Sequence[Layer], longest: float) -> Html:
+def _row(
+    plan: Plan,
+    layers: Sequence[Layer],
+    longest: float,
+) -> Html:
     layer = layers[0]
     zero = " ".join(f"ZeRO-{stage}:{','.join(axes)}" for stage, axes in layer.stored)
     text = tag("small", f"{layer.text} {zero}".strip())
     name = tag("div", tag("b", layer.name), text, class_="name")
-    return tag("div", name, _box(plan, layer), _time(layers, longest), class_="row")
+    return tag(
+        "div",
+        name,
+        _box(plan, layer),
+        _time(layers, longest),
+        class_="row",
+    )
 
 
 def _box(plan: Plan, layer: Layer) -> Html:
@@ -184,7 +218,11 @@ def _box(plan: Plan, layer: Layer) -> Html:
     attributes = {"class_": "box", "role": "img", "title": description}
     attributes["aria_label"] = description
     if not axes:
-        return tag("div", tag("span", "1 device", class_="seg none"), **attributes)
+        return tag(
+            "div",
+            tag("span", "1 device", class_="seg none"),
+            **attributes,
+        )
     segments = []
     for first, end, factor in _runs([layer.choice.get(axis.name, "") for axis in axes]):
         ways = math.prod(axis.size for axis in axes[first:end])
@@ -246,8 +284,16 @@ def _time(layers: Sequence[Layer], longest: float) -> Html:
         if seconds:
             phrases.append(f"{cause} {seconds_text(seconds)}")
     title = ("on average: " if count > 1 else "") + ", ".join(phrases)
-    bar = bar_of([("compute", compute), ("exchange", exchange)], longest, title)
-    figure = tag("span", _range([layer.seconds for layer in layers]), class_="figure")
+    bar = bar_of(
+        [("compute", compute), ("exchange", exchange)],
+        longest,
+        title,
+    )
+    figure = tag(
+        "span",
+        _range([layer.seconds for layer in layers]),
+        class_="figure",
+    )
     return tag("div", bar, figure, class_="time")
 
 

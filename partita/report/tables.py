@@ -208,7 +208,12 @@ def comparison_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
     for row in rows:
         cells = _comparison_cells(row, bases[0] if bases else None)
         style = "bold" if row["name"] == "found" else None
-        add_row(table, row["name"], *(cells[column] for column in columns), style=style)
+        add_row(
+            table,
+            row["name"],
+            *(cells[column] for column in columns),
+            style=style,
+        )
     return table
 
 
@@ -258,7 +263,11 @@ def ratio_text(ratio: float) -> str:
     return f"{ratio:.{decimals}f} x"
 
 
-def offers_table(rows: Sequence[Mapping[str, Any]], graph: str, samples: int) -> Table:
+def offers_table(
+    rows: Sequence[Mapping[str, Any]],
+    graph: str,
+    samples: int,
+) -> Table:
     """Machines for a program, the best first: step, throughput, and time, device hours and cost
     of an epoch."""
     table = new_table(f"{graph}: an epoch of {samples:,} samples")
@@ -269,7 +278,11 @@ def offers_table(rows: Sequence[Mapping[str, Any]], graph: str, samples: int) ->
     add_columns(table, *columns)
     for row in rows:
         cells = _offer_cells(row)
-        add_row(table, row["machine"], *(cells.get(column, "") for column in columns))
+        add_row(
+            table,
+            row["machine"],
+            *(cells.get(column, "") for column in columns),
+        )
     return table
 
 
@@ -325,7 +338,11 @@ def timeline_table(timeline: Timeline) -> Table:
         phases = [sum(span.seconds for span in spans if span.phase == phase) for phase in PHASES]
         critical = sum(span.seconds for span in spans if span.critical)
         seconds = [*phases, sum(phases), critical]
-        add_row(table, name, *(format_seconds(value) if value else "" for value in seconds))
+        add_row(
+            table,
+            name,
+            *(format_seconds(value) if value else "" for value in seconds),
+        )
     return table
 
 

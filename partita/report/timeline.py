@@ -63,7 +63,7 @@ HINT = (
 NO_SCRIPT = "Without JavaScript the picture shows the whole step; with it, it can be zoomed."
 
 
-class Positions(NamedTuple):
+class RowPositions(NamedTuple):
     """Vertical positions in pixels: spans of each row, curve of memory, total height."""
 
     rows: list[int]
@@ -133,7 +133,12 @@ def _legend(timeline: Timeline) -> Html:
 
 
 def _key(classes: str, name: str, figure: str) -> Html:
-    return tag("span", marked(classes, name), " ", tag("small", figure))
+    return tag(
+        "span",
+        marked(classes, name),
+        " ",
+        tag("small", figure),
+    )
 
 
 # The picture
@@ -147,12 +152,12 @@ def _row_names(timeline: Timeline) -> list[str]:
     return [f"{group}: {stream}" if group else ROWS.get(stream, stream) for group, stream in rows]
 
 
-def _positions(rows: int) -> Positions:
+def _positions(rows: int) -> RowPositions:
     row_height = SIZES["label"] + SIZES["bar"] + SIZES["mark"]
     first = SIZES["axis"] + SIZES["label"]
     curve = SIZES["axis"] + rows * row_height + SIZES["label"]
     tops = [first + row * row_height for row in range(rows)]
-    return Positions(tops, curve, curve + SIZES["memory"] + 2)
+    return RowPositions(tops, curve, curve + SIZES["memory"] + 2)
 
 
 def _figure(timeline: Timeline) -> Html:
@@ -162,7 +167,14 @@ def _figure(timeline: Timeline) -> Html:
     )
     label = f"timeline of a step of {seconds_text(timeline.seconds)}; {keys}"
     drawing = _drawing(timeline)
-    plot = tag("div", drawing, class_="plot", role="group", tabindex="0", aria_label=label)
+    plot = tag(
+        "div",
+        drawing,
+        class_="plot",
+        role="group",
+        tabindex="0",
+        aria_label=label,
+    )
     tip = tag("div", class_="tip", role="status", hidden="")
     return tag(
         "figure",
@@ -180,7 +192,13 @@ def _controls() -> Html:
     for text, action, label in BUTTONS:
         attributes = {"type": "button", "data_do": action, "aria_label": label, "title": label}
         buttons.append(tag("button", text, **attributes))
-    return tag("div", buttons, tag("span", class_="range"), class_="controls", hidden="")
+    return tag(
+        "div",
+        buttons,
+        tag("span", class_="range"),
+        class_="controls",
+        hidden="",
+    )
 
 
 def _drawing(timeline: Timeline) -> Html:
@@ -224,7 +242,7 @@ def _drawing(timeline: Timeline) -> Html:
     return join([picture, *_labels(timeline, positions), *names])
 
 
-def _labels(timeline: Timeline, positions: Positions) -> list[Html]:
+def _labels(timeline: Timeline, positions: RowPositions) -> list[Html]:
     """Names of the rows and of the curve, and the ends of the time axis."""
     labels = []
     for name, top in zip(_row_names(timeline), positions.rows, strict=True):

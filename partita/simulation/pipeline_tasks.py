@@ -76,7 +76,7 @@ def pipeline_tasks(
     transfers: Mapping[StageEdge, Transfer],
 ) -> PipelineTasks:
     """The tasks of a plan's step. PlanError if stages wait for each other in a circle."""
-    builder = _Builder(plan, passes, transfers)
+    builder = _PipelineTasksBuilder(plan, passes, transfers)
     builder.add_passes()
     builder.add_update_transfers()
     tasks = Tasks.of(
@@ -88,7 +88,7 @@ def pipeline_tasks(
     return PipelineTasks(tasks, list(builder.numbers))
 
 
-class _Builder:
+class _PipelineTasksBuilder:
     """Tasks in an order in which those before a task have smaller numbers."""
 
     def __init__(

@@ -74,14 +74,14 @@ def _structure(
     terms_key: IdentityKey[Terms],
     placed: bool,
 ) -> Structure:
-    builder = _Builder(graph_key.value, terms_key.value, placed)
+    builder = _StructureBuilder(graph_key.value, terms_key.value, placed)
     builder.add_kernels()
     builder.add_collectives()
     builder.add_dependences()
     return builder.structure()
 
 
-class _Builder:
+class _StructureBuilder:
     """Slots by node, with the nodes before each and its position in the program."""
 
     def __init__(

@@ -18,8 +18,8 @@ from partita.execute.calibrate import (
     COLLECTIVES,
     REDUCED,
     Calibration,
+    LinkTransfer,
     Measured,
-    Transfer,
     _fit_links,
     calibrated,
     file_of,
@@ -87,7 +87,9 @@ def test_links_are_those_whose_model_gives_the_measured_times() -> None:
     )
     asked = [(kind, 4.0 * size) for kind in COLLECTIVES for size in REDUCED]
     sent = [
-        Transfer(kind, 2, n, Measured(kind, "", collective_seconds(machine, kind, n, ((0, 2),))))
+        LinkTransfer(
+            kind, 2, n, Measured(kind, "", collective_seconds(machine, kind, n, ((0, 2),)))
+        )
         for kind, n in asked
     ]
     values, errors = _fit_links(host(2, 1 << 30), "process", sent)
