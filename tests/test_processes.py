@@ -480,7 +480,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_the_weights_stay(
     (tmp_path / "kept" / "0" / "model" / "metadata").write_text("{")
     with pytest.raises(
         PartitaError,
-        match="The checkpoint of epoch 1 in .* cannot be read: .* Delete the folder .*0' to go on from the one before",
+        match="The checkpoint of epoch 1 in .* cannot be read: .* Delete the folder .*0' to resume from the one before",
     ):
         model.fit(x, x[:, :3], verbose=0, callbacks=[partita.Checkpoint(tmp_path / "kept")])
     with pytest.raises(PartitaError, match="cannot be saved in"):

@@ -133,7 +133,7 @@ class Clipped(keras.Model):
         )
 
 
-@program("compute_loss overridden")
+@program("custom compute_loss")
 def own_loss(par: Par) -> Any:
     return trained(par, Clipped(), *vectors())
 
@@ -547,7 +547,7 @@ def columns(par: Par) -> Any:
     return trained(par, model, [x, kinds], y)
 
 
-@program("layers that only move values: padding, cropping, upsampling, permuting")
+@program("layers without computation: padding, cropping, upsampling, permuting")
 def shape_layers(par: Par) -> Any:
     i = keras.Input((8, 8, 3))
     h = layers.Cropping2D(1)(layers.ZeroPadding2D(2)(layers.Conv2D(4, 3)(i)))
@@ -587,7 +587,7 @@ class Experts(layers.Layer):
         return ops.einsum("ebd,be->bd", out, ops.softmax(x @ self.gate))
 
 
-@program("mixture of experts, a layer of the user's own")
+@program("mixture of experts, a custom layer")
 def experts(par: Par) -> Any:
     return trained(par, keras.Sequential([layers.Dense(8), Experts(), layers.Dense(4)]), *vectors())
 

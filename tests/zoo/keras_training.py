@@ -147,7 +147,7 @@ def eagerly(par: Par) -> Any:
     return model.fit(x, y, batch_size=12, verbose=0, shuffle=False).history, model.get_weights()
 
 
-@program("train_on_batch, test_on_batch, predict_on_batch in a loop of one's own")
+@program("train_on_batch, test_on_batch, predict_on_batch in a custom loop")
 def on_batch(par: Par) -> Any:
     x, y = vectors()
     model = mlp()
@@ -164,7 +164,7 @@ def on_batch(par: Par) -> Any:
     )
 
 
-@program("batches that no number of devices divides: 7, 5 and a last one of 1")
+@program("batch sizes that do not divide: 7, 5 and a last one of 1")
 def odd_batches(par: Par) -> Any:
     x, y = images(count=15)
     model = keras.Sequential(
@@ -375,7 +375,7 @@ def py_dataset(par: Par) -> Any:
     return history, model.get_weights(), model.predict(Data(), verbose=0)
 
 
-@program("saved, loaded, weights taken and put back, trained on")
+@program("saved, loaded, get_weights and set_weights, trained on")
 def saving(par: Par) -> Any:
     x, y = vectors()
     with tempfile.TemporaryDirectory() as folder:
