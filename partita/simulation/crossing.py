@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 from partita.cost.moves import Placement, move_seconds
@@ -47,8 +48,8 @@ class Crossing:
         """The crossing of a value from `home` to `reader`, whose dims are sharded as `source` and
         then as `target`.
         """
-        source_axes = {axis for dim in source for axis in dim}
-        target_axes = {axis for dim in target for axis in dim}
+        source_axes = set(chain.from_iterable(source))
+        target_axes = set(chain.from_iterable(target))
         axes: dict[str, list[int]] = defaultdict(list)
         for axis in sorted({*home, *reader}):
             if axis in home and axis in reader:
@@ -127,7 +128,7 @@ class PlacedMove:
 
     def crossing_bytes(self, placement: Placement) -> float:
         """Bytes that cross, on a device with all of the value along the crossing's axes."""
-        target_axes = [axis for dim in _dims(self.move, self.target) for axis in dim]
+        target_axes = chain.from_iterable(_dims(self.move, self.target))
         split_axes = [axis for axis in target_axes if axis not in self.crossing.axes]
         return self.move.trips * self.move.nbytes / placement.shard_count(split_axes)
 

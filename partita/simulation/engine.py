@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -66,8 +67,8 @@ class Tasks:
         """
         stream = stream or [-1] * len(seconds)
         uses = uses or [()] * len(seconds)
-        all_uses = [use for task_uses in uses for use in task_uses]
-        all_before = [b for task_before in before for b in task_before]
+        all_uses = list(chain.from_iterable(uses))
+        all_before = list(chain.from_iterable(before))
         resources = [resource for resource, _ in all_uses]
         return Tasks(
             seconds=np.array(seconds, float),

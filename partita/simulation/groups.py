@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -140,7 +141,7 @@ def folded(
 
     `kinds` are those of the machine's devices, in their order; empty if all are equal.
     """
-    placed_axes = {axis for positions in slices for axis in positions}
+    placed_axes = set(chain.from_iterable(slices))
     device_kinds = np.array(kinds[: mesh.size], np.int64)
     if not device_kinds.any():
         return _groups_of_slices(mesh, sorted(placed_axes))

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -144,7 +145,7 @@ class PipelinedStep(SimulatedStep):
     ) -> float:
         """Bytes of a device for a tensor that is labelled with an operator's factors."""
         sharding = label_sharding(label, self.layout.assignments[operator])
-        return nbytes / self.placement.shard_count([axis for dim in sharding for axis in dim])
+        return nbytes / self.placement.shard_count(list(chain.from_iterable(sharding)))
 
     def _same_stage(self, edge: Move) -> bool:
         return self.stage_of[edge.home] == self.stage_of[edge.reader]

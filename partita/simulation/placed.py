@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -480,7 +481,7 @@ class PlacedStep(SimulatedStep):
             arrives = edge.reader in members and edge.home not in members
             if arrives and edge.phase == "forward":
                 target = label_sharding(edge.dims[1], self.assignments[edge.reader])
-                shards = self.placement.shard_count([axis for dim in target for axis in dim])
+                shards = self.placement.shard_count(list(chain.from_iterable(target)))
                 nbytes = edge.nbytes / shards
                 by_tensor[edge.tensor] = max(by_tensor.get(edge.tensor, 0.0), nbytes)
         return int(sum(by_tensor.values()))
@@ -554,7 +555,9 @@ class PlacedStep(SimulatedStep):
             device_fraction = 1 / self.placement.shard_count(tuple(self.slices[o]))
             operator_flops = 0.0
             for work in operator_terms.work:
-                axes = [axis for factor in work.factors for axis in assignment.get(factor, ())]
+                axes = list(
+                    chain.from_iterable(assignment.get(factor, ()) for factor in work.factors)
+                )
                 operator_flops += work.flops * work.trips / self.placement.shard_count(axes)
             flops += device_fraction * operator_flops
         return flops

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -277,7 +278,7 @@ def without_idle_slots(structure: Structure, takes_time: Sequence[bool]) -> Stru
     A slot that joins many sources with many readers stays, because it stands for more pairs than it
     has neighbors.
     """
-    all_sources = [source for before in structure.before for source in before]
+    all_sources = list(chain.from_iterable(structure.before))
     readers = np.bincount(all_sources, minlength=len(structure.slots))
     number: dict[int, int] = {}
     """Old number -> new number of the slots that stay."""

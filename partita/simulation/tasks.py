@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 
@@ -163,7 +164,7 @@ def group_step_tasks(
 
     A task of several groups begins when the last of their streams has reached it.
     """
-    builder = _TaskBuilder()
+    builder = _TaskBuilder(overlap)
     slots = len(structure.slots)
     first_task = np.zeros(slots, np.int64)
     blocking_task = np.full(slots, -1)
@@ -178,21 +179,13 @@ def group_step_tasks(
                 [results[b] for b in structure.before[n]],
                 first_halves,
             )
-            stream = group_task.stream
-            if stream == LINKS and overlap == 0:
-                stream = KERNELS
-            info = TaskInfo(n, group_task, group_task.groups)
-            task = builder.add(info, stream, group_task.seconds, waits)
+            task = builder.add_group_task(n, group_task, waits)
             slot_results.add(task, group_task.reached)
             if not group_task.reached:
                 first_halves.add(task, group_task.groups)
-            if stream == LINKS and overlap < 1:
-                for group in group_task.groups:
-                    blocking_seconds = group_task.seconds * (1 - overlap)
-                    info = TaskInfo(n, group_task, (group,), blocks_kernels=True)
-                    task = builder.add(info, KERNELS, blocking_seconds, waits)
-                    if blocking_task[n] < 0:
-                        blocking_task[n] = task
+            first_blocking = builder.add_blocking_tasks(n, group_task, waits)
+            if blocking_task[n] < 0:
+                blocking_task[n] = first_blocking
         results.append(slot_results)
     return StepTasks(
         builder.tasks(),
@@ -219,7 +212,7 @@ class _Results:
         """
         if group in self.by_group:
             return self.by_group[group]
-        return [task for tasks in self.by_group.values() for task in tasks]
+        return list(chain.from_iterable(self.by_group.values()))
 
 
 def _waits(
@@ -247,7 +240,8 @@ class _TaskBuilder:
     task of several streams is in none of them, and is ordered by explicit dependencies.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, overlap: float) -> None:
+        self.overlap = overlap
         self.infos: list[TaskInfo] = []
         self._seconds: list[float] = []
         self._before: list[list[int]] = []
@@ -262,7 +256,31 @@ class _TaskBuilder:
     def count(self) -> int:
         return len(self._seconds)
 
-    def add(
+    def add_group_task(self, slot: int, group_task: GroupTask, waits: set[int]) -> int:
+        """The number of a new task for a slot.
+
+        Without overlap collectives run in the kernel stream.
+        """
+        stream = group_task.stream
+        if stream == LINKS and self.overlap == 0:
+            stream = KERNELS
+        info = TaskInfo(slot, group_task, group_task.groups)
+        return self._add(info, stream, group_task.seconds, waits)
+
+    def add_blocking_tasks(self, slot: int, group_task: GroupTask, waits: set[int]) -> int:
+        """The first of the tasks that block kernels beside a collective, one per group; -1 for
+        none.
+        """
+        if group_task.stream != LINKS or not 0 < self.overlap < 1:
+            return -1
+        seconds = group_task.seconds * (1 - self.overlap)
+        first = self.count
+        for group in group_task.groups:
+            info = TaskInfo(slot, group_task, (group,), blocks_kernels=True)
+            self._add(info, KERNELS, seconds, waits)
+        return first
+
+    def _add(
         self,
         info: TaskInfo,
         stream: int,

@@ -1,4 +1,4 @@
-"""What is measured of a machine is kept, used where it holds, and left alone where it does not."""
+"""Calibration: figures are stored, used where they apply, and ignored elsewhere."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def kept(**changes: object) -> Calibration:
     return dataclasses.replace(found, **changes)  # type: ignore[arg-type]
 
 
-def test_measured_figures_are_used_and_said_to_be_measured(cache: Path) -> None:
+def test_measured_figures_are_used_with_their_status(cache: Path) -> None:
     file_of(key_of(2)).write_text(kept().to_toml())
     machine = calibrated(at_hand(2), 2)
     assert machine.overhead == 1e-3
@@ -56,7 +56,7 @@ def test_measured_figures_are_used_and_said_to_be_measured(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["host", "jax", "device", "threads"])
-def test_figures_of_another_machine_or_library_are_left_alone(what: str, cache: Path) -> None:
+def test_figures_of_another_machine_or_library_are_ignored(what: str, cache: Path) -> None:
     other = kept(key={**key_of(2), what: "another"})
     file_of(key_of(2)).write_text(other.to_toml())
     assert calibrated(at_hand(2), 2) == at_hand(2)
@@ -70,18 +70,19 @@ def test_a_broken_file_is_named(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ['"fast"', "0", "-1", "nan", "inf"])
-def test_a_figure_that_cannot_be_is_named(value: str, cache: Path) -> None:
+def test_an_impossible_figure_is_named(value: str, cache: Path) -> None:
     file_of(key_of(2)).write_text(
         kept().to_toml().replace('"device.overhead" = 0.001', f'"device.overhead" = {value}')
     )
     with pytest.raises(
         MachineError,
-        match="device.overhead in .* is .*, not a number above 0. Delete the file, or measure again",
+        match="device.overhead in .* is .*, not a number above 0. "
+        "Delete the file, or measure again",
     ):
         calibrated(at_hand(2), 2)
 
 
-def test_links_are_those_whose_model_gives_the_measured_times() -> None:
+def test_fitted_links_reproduce_the_measured_times() -> None:
     machine = host(2, 1 << 30).revised(
         {"level.process.latency": 3e-4, "level.process.bandwidth": 7e8}, "made up"
     )
@@ -98,7 +99,7 @@ def test_links_are_those_whose_model_gives_the_measured_times() -> None:
     assert max(errors) < 1e-2
 
 
-def test_a_kernel_that_fits_the_cache_is_timed_by_it() -> None:
+def test_a_kernel_that_fits_the_cache_has_its_bandwidth() -> None:
     machine = host(1, 1 << 30).revised(
         {"device.memory.cache.capacity": 1000, "device.memory.cache.bandwidth": 5e10}, "made up"
     )
@@ -110,7 +111,7 @@ def test_a_kernel_that_fits_the_cache_is_timed_by_it() -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_measuring_writes_what_plans_use(processes: int, cache: Path) -> None:
+def test_measuring_writes_a_file_that_plans_use(processes: int, cache: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "NPROC")}
     many = ["--devices", "2"] if processes == 1 else ["--processes", "2"]
     done = subprocess.run(

@@ -49,7 +49,7 @@ def attention():
     "plan", ["data parallel", "ZeRO-3", "tensor parallel", "spatial", "data x tensor"]
 )
 @pytest.mark.parametrize("make", [strided, patches, attention])
-def test_the_compiler_emits_what_was_planned(make, plan):
+def test_the_compiler_emits_the_planned_collectives(make, plan):
     keras.utils.clear_session()
     model, shape = make()
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))

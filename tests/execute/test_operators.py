@@ -1,6 +1,4 @@
-"""Operators measured as programs of their own: what is cut out, what is kept, and what
-predictions say of it.
-"""
+"""Measured operators: the programs that are cut out, and the stored and fitted times."""
 
 import json
 from dataclasses import replace
@@ -50,7 +48,7 @@ def cut(captured, plan, name):
         return cutter.parts(o, operator_assignments(graph, plan)[o], plan.mesh)
 
 
-def test_a_part_is_what_one_device_computes(captured):
+def test_a_part_is_the_program_of_one_device(captured):
     result = find(captured.graph, detect(2))
     name = next(o.name for o in captured.graph.operators if o.path.startswith("dense"))
     local = {
@@ -72,7 +70,7 @@ def test_a_part_is_what_one_device_computes(captured):
         )
 
 
-def test_every_operator_of_every_plan_is_measured_and_said_to_be(captured):
+def test_every_operator_of_every_plan_is_measured_with_its_status(captured):
     machine = detect(2)
     result = search_plan(captured, machine, SearchOptions(measure_operators=True))
     assert {o.name for o in result.prediction.operators if o.source != "measured"} == set()
@@ -83,7 +81,7 @@ def test_every_operator_of_every_plan_is_measured_and_said_to_be(captured):
     )
 
 
-def test_what_was_measured_is_kept_for_equal_operators_of_other_models(captured):
+def test_times_are_stored_for_equal_operators_of_other_models(captured):
     machine, told = detect(2), []
     plans = [p for p, _ in find(captured.graph, machine).baselines.values()]
     first = operators.measured_operators(
@@ -103,7 +101,7 @@ def test_what_was_measured_is_kept_for_equal_operators_of_other_models(captured)
     assert len(told) == 2, "figures of another jaxlib are not taken"
 
 
-def test_a_window_split_in_space_makes_its_part_of_the_result(monkeypatch, tmp_path):
+def test_a_window_split_in_space_computes_its_part_of_the_result(monkeypatch, tmp_path):
     monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
     model = keras.Sequential(
         [
@@ -133,7 +131,7 @@ def test_a_window_split_in_space_makes_its_part_of_the_result(monkeypatch, tmp_p
     } == {"measured"}
 
 
-def test_what_was_not_measured_is_fitted_and_slower_where_its_operator_was_slower(captured):
+def test_unmeasured_operators_are_fitted_with_the_correction_of_their_kind(captured):
     machine = detect(2)
     plans = {n: p for n, (p, _) in find(captured.graph, machine).baselines.items()}
     machine = operators.measured_operators(captured, machine, [plans["data parallel"]])
@@ -170,7 +168,7 @@ def test_a_loop_is_measured_whole(monkeypatch, tmp_path):
     assert (4, 6, 4) in {s.shape for s in forward.operands}, "half of the batch of 8"
 
 
-def test_only_devices_at_hand_are_measured(captured):
+def test_only_local_devices_are_measured(captured):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(4)])
     model.compile("sgd", "mse")
     with pytest.raises(
@@ -179,9 +177,7 @@ def test_only_devices_at_hand_are_measured(captured):
         partita.plan(model, 8, machine="dgx-h100:8", measure_operators=True)
 
 
-def test_a_part_in_space_that_takes_longer_than_the_whole_is_not_taken_for_measured(
-    monkeypatch, tmp_path
-):
+def test_a_spatial_part_slower_than_the_whole_operator_is_discarded(monkeypatch, tmp_path):
     monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
     model = keras.Sequential(
         [

@@ -158,7 +158,7 @@ def test_every_gradient_is_summed_over_devices_once_and_the_step_is_the_same(nam
     ("name", "seed"),
     [("recurrent", 0), ("recurrent", 1), ("tied", 0), ("tied", 1), ("pyramid", 15)],
 )
-def test_random_plans_of_shared_weights_compute_the_same_and_emit_what_is_planned(
+def test_random_plans_of_shared_weights_equal_one_device_and_emit_the_plan(
     name: str, seed: int
 ) -> None:
     found = captured(PROGRAMS[name])

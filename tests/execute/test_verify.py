@@ -75,7 +75,7 @@ def test_a_difference_names_its_layer(data_parallel):
     assert "\n  (no layer): 192 B planned" in str(found)
 
 
-def test_a_step_that_does_not_fit_is_refused_with_the_numbers(data_parallel):
+def test_a_step_that_exceeds_memory_is_refused_with_both_figures(data_parallel):
     step, compiled = data_parallel
     with pytest.raises(
         MemoryBudgetError,
@@ -127,7 +127,7 @@ def test_rows_written_at_one_index_are_not_split(indices):
             assert max(d.relative for d in differences) < 1e-6
 
 
-def test_a_wrong_step_is_seen():
+def test_a_wrong_step_is_detected():
     """The planned step of other weights than the plain one's is not the same step."""
     step, other = planned("data parallel"), captured()
     wrong = jax.jit(lambda state, batch: ({"loss": batch.sum()}, (state[0] * 2,)))
@@ -149,7 +149,7 @@ def test_the_standard_check_reports_lines(data_parallel):
     assert lines[-1].endswith("of its largest value")
 
 
-def test_a_plan_for_a_smaller_batch_keeps_what_divides():
+def test_a_plan_fitted_to_a_smaller_batch_keeps_even_splits():
     plan = planned("data parallel", ways=4).plan
     small = captured(6).graph
     (name,) = plan.choices

@@ -1,6 +1,4 @@
-"""Laws of the engine: examples by hand, a plain simulation, and an incremental sweep equal to a
-whole run, to the bit.
-"""
+"""The engine: examples by hand, a plain simulation, incremental sweeps."""
 
 import heapq
 import re
@@ -18,7 +16,7 @@ def test_a_diamond_by_hand() -> None:
     assert times.start.tolist() == [0, 1, 1, 5] and times.seconds == 6
 
 
-def test_a_resource_serves_in_the_order_of_readiness_then_of_numbers() -> None:
+def test_a_resource_serves_by_readiness_then_by_number() -> None:
     # Tasks 1, 2 and 3 use resource 0. Tasks 1 and 3 are ready at 0; task 2 waits for task 0, which
     # takes 3 seconds.
     times = run(
@@ -29,17 +27,17 @@ def test_a_resource_serves_in_the_order_of_readiness_then_of_numbers() -> None:
     assert times.start.tolist() == [0, 0, 3, 2]
 
 
-def test_a_resource_that_is_held_for_a_part_is_free_for_others_before_the_task_ends() -> None:
+def test_a_resource_used_for_a_fraction_is_free_before_the_task_ends() -> None:
     times = run(Tasks.of([4.0, 1.0], [[], []], uses=[[(0, 0.25)], [(0, 1.0)]]))
     assert times.start.tolist() == [0, 1] and times.seconds == 4
 
 
-def test_a_stream_runs_by_number_and_what_takes_no_time_takes_no_turn() -> None:
+def test_a_stream_runs_by_number_and_tasks_without_time_occupy_nothing() -> None:
     tasks = Tasks.of([4.0, 1.0, 0.0, 2.0], [[], [], [], []], [0, 0, 0, 0])
     assert run(tasks).start.tolist() == [0, 4, 0, 5]
 
 
-def test_a_chain_takes_the_sum_and_nothing_takes_no_time() -> None:
+def test_a_chain_takes_the_sum_and_no_tasks_take_no_time() -> None:
     rng = np.random.default_rng(0)
     seconds = rng.random(50)
     assert run(
@@ -49,7 +47,7 @@ def test_a_chain_takes_the_sum_and_nothing_takes_no_time() -> None:
 
 
 def plain(tasks: Tasks) -> list[float]:
-    """The same rules, written for reading: when each task ends."""
+    """The end of every task by the same rules, written plainly."""
     n = tasks.count
     before = [tasks.before[tasks.first[k] : tasks.first[k + 1]].tolist() for k in range(n)]
     uses = [
@@ -106,7 +104,7 @@ def programs(draw: st.DrawFn, resources: int = 3) -> Tasks:
 
 @settings(max_examples=200, deadline=None)
 @given(programs())
-def test_run_keeps_the_rules(tasks: Tasks) -> None:
+def test_run_equals_the_plain_simulation(tasks: Tasks) -> None:
     assert run(tasks).end.tolist() == plain(tasks)
 
 
@@ -149,6 +147,6 @@ def test_a_sweep_from_the_first_changed_task_equals_a_whole_run_to_the_bit(
         (Tasks.of([1.0], [[]], uses=[[(0, 2.0)]]), "a fraction of its time"),
     ],
 )
-def test_what_the_engine_relies_on_is_checked(tasks: Tasks, message: str) -> None:
+def test_assumptions_of_the_engine_are_checked(tasks: Tasks, message: str) -> None:
     with pytest.raises(AssertionError, match=re.escape(message)):
         check(tasks)

@@ -1,4 +1,4 @@
-"""A simulated step: against its parts, against the sum that the search minimises, and by hand."""
+"""A uniform step: against its parts, against the additive prediction, and by hand."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ def machine(overlap: float, name: str = "h100:4") -> Machine:
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
 @pytest.mark.parametrize("plan", BASELINES)
-def test_what_hides_nothing_takes_the_sum_of_its_parts(graph: OperatorGraph, plan: str) -> None:
+def test_without_overlap_a_step_takes_the_sum_of_its_parts(graph: OperatorGraph, plan: str) -> None:
     where = machine(0.0)
     made = BASELINES[plan](graph, where.name, mesh_of(where))
     timeline = simulate(graph, where, made)
@@ -71,7 +71,7 @@ def test_more_bandwidth_never_hurts(graph: OperatorGraph) -> None:
 
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
-def test_spans_of_a_stream_follow_each_other_and_gradients_are_summed_behind_the_backward_pass(
+def test_spans_of_a_stream_do_not_overlap_and_gradient_sums_hide_behind_the_backward_pass(
     graph: OperatorGraph,
 ) -> None:
     where = machine(1.0)
@@ -91,7 +91,7 @@ def test_spans_of_a_stream_follow_each_other_and_gradients_are_summed_behind_the
 
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
-def test_the_memory_curve_peaks_where_the_prediction_does(graph: OperatorGraph) -> None:
+def test_the_memory_curve_peaks_at_the_predicted_memory(graph: OperatorGraph) -> None:
     where = machine(0.3)
     for make in BASELINES.values():
         timeline = simulate(graph, where, make(graph, where.name, mesh_of(where)))
@@ -134,7 +134,7 @@ def test_an_incremental_sweep_over_plans_equals_a_whole_run_to_the_bit(
         previous = tasks.seconds
 
 
-def test_every_term_of_a_graph_has_its_task() -> None:
+def test_every_cost_term_has_a_slot() -> None:
     for graph in GRAPHS.values():
         found = cost_terms(graph)
         step = step_structure(graph, found)
@@ -153,7 +153,7 @@ def test_every_term_of_a_graph_has_its_task() -> None:
         }
 
 
-def test_operators_that_run_in_pieces_with_others_in_between_have_an_order() -> None:
+def test_slots_of_interleaved_operators_have_an_order() -> None:
     import keras
 
     import partita

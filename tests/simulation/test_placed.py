@@ -1,6 +1,4 @@
-"""Cells: what is folded takes as long and sends as much as every device by itself, and operators
-live where they are pinned.
-"""
+"""Placed steps: folding changes nothing, traffic and memory by hand, devices that differ."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +37,7 @@ def machine(overlap: float = 0.0, name: str = "k80-cluster", devices: int = 8) -
 
 @st.composite
 def plans(draw: st.DrawFn) -> tuple[OperatorGraph, Machine, Plan]:
-    """A baseline of a graph on a machine, some operators pinned at some slices of some axes."""
+    """A baseline of a graph on a machine, with some operators placed on slices of some axes."""
     graph = GRAPHS[draw(st.sampled_from(["mlp", "cnn"] * 3 + ["transformer"]))]
     where = machine(
         draw(st.sampled_from([0.0, 0.4, 1.0])),
@@ -71,7 +69,7 @@ def plans(draw: st.DrawFn) -> tuple[OperatorGraph, Machine, Plan]:
 
 @settings(max_examples=40, deadline=None)
 @given(plans())
-def test_folded_and_every_device_by_itself_take_as_long_and_send_as_much(
+def test_folded_and_unfolded_steps_are_equal(
     case: tuple[OperatorGraph, Machine, Plan],
 ) -> None:
     folded, unfolded = PlacedStep.of(*case), PlacedStep.of(*case, fold=False)
@@ -85,7 +83,7 @@ def test_folded_and_every_device_by_itself_take_as_long_and_send_as_much(
 
 
 def _first_devices(placed: PlacedStep) -> list[int]:
-    """A device of every cell."""
+    """One device of every group."""
     whole = placed.groups.number.reshape(
         [s if a in placed.groups.axes else 1 for a, s in enumerate(placed.plan.mesh.sizes)]
     )
@@ -98,7 +96,7 @@ def _first_devices(placed: PlacedStep) -> list[int]:
 @pytest.mark.parametrize(
     ("graph", "overlap"), [(GRAPHS["mlp"], 0.0), (GRAPHS["mlp"], 1.0), (GRAPHS["cnn"], 0.4)]
 )
-def test_where_nothing_is_pinned_one_cell_takes_what_a_step_does(
+def test_without_placed_operators_one_group_equals_a_uniform_step(
     graph: OperatorGraph, overlap: float
 ) -> None:
     where = machine(overlap)
@@ -133,9 +131,7 @@ def two_branches() -> OperatorGraph:
 
 
 def placed(graph: OperatorGraph, where: Machine, **choices: str) -> PlacedStep:
-    """Operators by name at slices of the machine's only axis, or by factor over it; those not
-    named are whole everywhere.
-    """
+    """A step with the use of the machine's only axis by operator; others are replicated."""
     mesh = mesh_of(where)
     return PlacedStep.of(
         graph,
@@ -155,7 +151,7 @@ def placed(graph: OperatorGraph, where: Machine, **choices: str) -> PlacedStep:
     )
 
 
-def test_branches_at_two_devices_run_at_the_same_time_by_hand() -> None:
+def test_branches_on_two_devices_run_at_the_same_time_by_hand() -> None:
     graph, where = two_branches(), machine(0.0, "h100:2", 2)
     one, two = (
         placed(graph, where, left="at(0)", right="at(0)", out="at(0)"),
@@ -227,7 +223,7 @@ def test_branches_at_two_devices_run_at_the_same_time_by_hand() -> None:
         ),
     ],
 )
-def test_what_goes_between_operators_that_are_placed_otherwise(
+def test_traffic_between_operators_on_different_slices(
     right: str, out: str, sent: dict[str, float]
 ) -> None:
     graph = two_branches()
@@ -244,7 +240,7 @@ def test_what_goes_between_operators_that_are_placed_otherwise(
 
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
-def test_everything_at_slice_0_is_one_device(graph: OperatorGraph) -> None:
+def test_all_operators_on_slice_0_equal_one_device(graph: OperatorGraph) -> None:
     where = machine(0.4, devices=4)
     mesh = mesh_of(where)
     corner = Plan(
@@ -262,7 +258,7 @@ def test_everything_at_slice_0_is_one_device(graph: OperatorGraph) -> None:
     )
 
 
-def test_more_bandwidth_never_hurts_a_chain_of_places() -> None:
+def test_more_bandwidth_never_hurts_a_chain_of_placed_operators() -> None:
     graph, where = GRAPHS["mlp"], machine(0.0, "h100:4", 4)
     mesh = mesh_of(where)
     plan = Plan(
@@ -278,7 +274,7 @@ def test_more_bandwidth_never_hurts_a_chain_of_places() -> None:
     assert seconds == sorted(seconds, reverse=True) and seconds[0] > seconds[-1]
 
 
-def test_no_placed_plan_beats_the_bound() -> None:
+def test_no_placed_plan_beats_the_lower_bound() -> None:
     graph, where = GRAPHS["transformer"], machine(0.4, devices=4)
     found, mesh, rng = cost_terms(graph, where.backend), mesh_of(where), np.random.default_rng(0)
     for _ in range(5):
@@ -291,7 +287,7 @@ def test_no_placed_plan_beats_the_bound() -> None:
         ).seconds >= lower_bound_seconds(found, where, 4)
 
 
-def test_a_placed_plan_is_a_file_and_its_timeline_has_rows_of_every_cell() -> None:
+def test_a_placed_plan_is_a_file_and_its_timeline_has_rows_of_every_group() -> None:
     graph, where = GRAPHS["mlp"], machine(0.4, "h100:4", 4)
     mesh = mesh_of(where)
     first, last = graph.operators[0].name, graph.operators[-1].name
@@ -323,7 +319,7 @@ def test_a_placed_plan_is_a_file_and_its_timeline_has_rows_of_every_cell() -> No
     assert min(s.start for s in path) == 0 and max(s.end for s in path) == timeline.seconds
 
 
-def test_what_is_stored_where_its_operator_is_not_is_one_sentence() -> None:
+def test_storage_on_slices_without_the_operator_is_refused() -> None:
     graph, where = GRAPHS["mlp"], machine(0.0, "h100:4", 4)
     plan = BASELINES["ZeRO-1"](graph, where.name, mesh_of(where))
     path = next(iter(plan.storage))
@@ -332,12 +328,13 @@ def test_what_is_stored_where_its_operator_is_not_is_one_sentence() -> None:
     ].name
     with pytest.raises(
         PlanError,
-        match=rf"stores '{path}' over axis 'a', but its operator '{home}' is only on slice 1 of it. Store it over other axes",
+        match=rf"stores '{path}' over axis 'a', but its operator '{home}' "
+        rf"is only on slice 1 of it. Store it over other axes",
     ):
         check(replace(plan, choices={**plan.choices, home: {"a": "at(1)"}}), graph)
 
 
-def test_tasks_do_not_grow_with_devices() -> None:
+def test_the_number_of_tasks_does_not_grow_with_devices() -> None:
     graph, tasks = GRAPHS["mlp"], []
     for devices in (8, 64):
         where = machine(0.5, devices=devices)
@@ -352,9 +349,7 @@ def test_tasks_do_not_grow_with_devices() -> None:
 
 
 def mixed(where: Machine, *counts: int, slower: float = 1.0) -> Machine:
-    """The machine with kinds of devices, every second one slower; it has to be one of equal
-    devices before.
-    """
+    """A machine of equal devices with kinds of devices instead, every second kind slower."""
     of = lambda n: replace(
         where.device,
         engines=tuple(
@@ -372,7 +367,7 @@ def mixed(where: Machine, *counts: int, slower: float = 1.0) -> Machine:
 
 
 @pytest.mark.parametrize("graph", [GRAPHS["mlp"], GRAPHS["cnn"]], ids=["mlp", "cnn"])
-def test_two_equal_kinds_are_one_and_slower_devices_are_waited_for(graph: OperatorGraph) -> None:
+def test_equal_kinds_are_one_and_all_wait_for_slower_devices(graph: OperatorGraph) -> None:
     for overlap in (0.0, 0.4):
         where = machine(overlap)
         for make in BASELINES.values():
@@ -393,7 +388,7 @@ def test_two_equal_kinds_are_one_and_slower_devices_are_waited_for(graph: Operat
 
 @settings(max_examples=30, deadline=None)
 @given(plans(), st.data())
-def test_devices_that_differ_are_folded_as_far_as_they_wait_for_the_same(
+def test_folding_of_different_devices_changes_no_time(
     case: tuple[OperatorGraph, Machine, Plan], data: st.DataObject
 ) -> None:
     graph, where, plan = case
@@ -408,7 +403,7 @@ def test_devices_that_differ_are_folded_as_far_as_they_wait_for_the_same(
     assert folded.groups.count <= unfolded.groups.count
 
 
-def test_one_collective_over_all_devices_needs_one_cell_a_kind() -> None:
+def test_a_collective_over_all_devices_needs_one_group_per_kind() -> None:
     graph = GRAPHS["mlp"]
     where = mixed(machine(0.4, devices=64), 13, 51, slower=3.0)
     plan = BASELINES["data parallel"](graph, where.name, mesh_of(where))
@@ -420,7 +415,7 @@ def test_one_collective_over_all_devices_needs_one_cell_a_kind() -> None:
     assert all(group.endswith(("kind0", "kind1")) for group, _ in timeline.rows())
 
 
-def test_memory_is_that_of_the_device_that_holds_it() -> None:
+def test_a_plan_fits_if_every_kind_of_device_has_its_memory() -> None:
     graph, plain = GRAPHS["mlp"], machine(0.0, "h100:2", 2)
     where = mixed(plain, 1, 1)
     first, last = graph.operators[0].name, graph.operators[-1].name
@@ -453,7 +448,7 @@ def test_memory_is_that_of_the_device_that_holds_it() -> None:
         assert not fits(capacity(*amounts), predicted(graph, capacity(*amounts), plan))
 
 
-def test_microbatches_on_devices_that_differ_are_one_sentence() -> None:
+def test_microbatches_on_different_devices_are_refused() -> None:
     graph, where = GRAPHS["mlp"], mixed(machine(), 4, 4)
     plan = replace(BASELINES["one device"](graph, where.name, mesh_of(where)), microbatches=2)
     with pytest.raises(PlanError, match="cannot be simulated on k80-cluster, whose devices differ"):

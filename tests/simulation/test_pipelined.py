@@ -1,6 +1,4 @@
-"""Steps in stages and microbatches: by hand, against the same plan without stages, and what
-cannot be.
-"""
+"""Pipelined steps: by hand, against the uniform step, and errors."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -78,7 +76,9 @@ def by_hand(
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
 @pytest.mark.parametrize("plan", BASELINES)
-def test_one_stage_and_one_microbatch_are_the_plan_itself(graph: OperatorGraph, plan: str) -> None:
+def test_one_stage_and_one_microbatch_equal_the_uniform_step(
+    graph: OperatorGraph, plan: str
+) -> None:
     where = machine()
     made = BASELINES[plan](graph, where.name, mesh_of(where))
     staged = PipelinedStep.of(graph, where, made)
@@ -89,7 +89,7 @@ def test_one_stage_and_one_microbatch_are_the_plan_itself(graph: OperatorGraph, 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
-def test_equal_stages_take_as_long_as_microbatches_and_stages_before_the_last(
+def test_equal_stages_take_microbatches_plus_earlier_stages_by_hand(
     schedule: str, count: int
 ) -> None:
     graph = GRAPHS["mlp"]
@@ -99,14 +99,14 @@ def test_equal_stages_take_as_long_as_microbatches_and_stages_before_the_last(
     assert by_hand(plan, (1.0, 2.0, 2.0), seconds) == (count + 1) * 3.0
 
 
-def test_a_link_between_stages_is_taken_in_turn_and_not_slower_than_it_must() -> None:
+def test_transfers_between_stages_take_turns_on_the_link_by_hand() -> None:
     graph = GRAPHS["mlp"]
     plan = in_two(graph, machine(), microbatches=4, schedule="gpipe")
     # The link is never idle. Then come the last forward pass and all backward passes.
     assert by_hand(plan, (1.0, 1.0, 1.0), {FORWARD: 10.0}) == 1 + 4 * 10 + 1 + 4
 
 
-def test_schedules_hold_what_they_say() -> None:
+def test_schedules_have_the_stated_microbatches_in_flight() -> None:
     graph = GRAPHS["mlp"]
     for schedule, held in (("gpipe", (8, 8)), ("1f1b", (2, 1))):
         plan = in_two(graph, machine(), microbatches=8, schedule=schedule)
@@ -119,7 +119,7 @@ def test_schedules_hold_what_they_say() -> None:
 
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
-def test_stages_hold_their_own_variables_and_all_together_all(graph: OperatorGraph) -> None:
+def test_stages_partition_the_variables(graph: OperatorGraph) -> None:
     where = machine()
     staged = PipelinedStep.of(graph, where, in_two(graph, where, "one device"))
     held = [m.parameters for m, _ in staged.memories]
@@ -131,7 +131,7 @@ def test_stages_hold_their_own_variables_and_all_together_all(graph: OperatorGra
     assert all(0 < h < sum(held) for h in held)
 
 
-def test_microbatches_and_recomputation_hold_less_and_compute_more() -> None:
+def test_microbatches_and_rematerialization_need_less_memory_and_more_time() -> None:
     graph, where = GRAPHS["transformer"], machine()
     plan = BASELINES["one device"](graph, where.name, mesh_of(where))
     names = [o.name for o in graph.operators]
@@ -145,7 +145,7 @@ def test_microbatches_and_recomputation_hold_less_and_compute_more() -> None:
     assert cut_.seconds > whole.seconds  # weights are read four times
 
 
-def test_the_less_is_recomputed_the_faster_and_the_more_is_held() -> None:
+def test_less_rematerialization_is_faster_and_needs_more_memory() -> None:
     graph, where = GRAPHS["transformer"], machine()
     plan = replace(BASELINES["one device"](graph, where.name, mesh_of(where)), microbatches=4)
     names = [o.name for o in graph.operators]
@@ -159,9 +159,7 @@ def test_the_less_is_recomputed_the_faster_and_the_more_is_held() -> None:
     assert some.peak_bytes > all_.peak_bytes
 
 
-def test_slots_in_parts_are_gathered_once_a_step_and_variables_in_parts_for_every_microbatch() -> (
-    None
-):
+def test_stored_shards_are_gathered_once_under_zero_1_and_per_microbatch_under_zero_3() -> None:
     graph, where = GRAPHS["mlp"], machine()
     passes = {}
     for name in ("data parallel", "ZeRO-1", "ZeRO-3"):
@@ -172,7 +170,7 @@ def test_slots_in_parts_are_gathered_once_a_step_and_variables_in_parts_for_ever
     assert variables[0] > plain[0] and variables[1] == plain[1]
 
 
-def test_the_timeline_has_a_row_for_every_stage_and_the_same_length() -> None:
+def test_the_timeline_has_a_row_per_stage_and_the_predicted_length() -> None:
     graph, where = GRAPHS["transformer"], machine(0.5)
     plan = in_two(graph, where, microbatches=4)
     timeline = simulate(graph, where, plan)
@@ -191,7 +189,7 @@ def test_the_timeline_has_a_row_for_every_stage_and_the_same_length() -> None:
     assert path[0].start == 0 and path[-1].end == timeline.seconds
 
 
-def test_a_staged_plan_is_a_file_like_any_other() -> None:
+def test_a_pipelined_plan_survives_a_file() -> None:
     graph, where = GRAPHS["mlp"], machine()
     names = [o.name for o in graph.operators]
     plan = in_two(graph, where, microbatches=2, recompute=((names[0], names[0]),))
@@ -210,7 +208,7 @@ def test_a_staged_plan_is_a_file_like_any_other() -> None:
     )  # two devices a stage, two times
 
 
-def test_what_does_not_fit_is_one_sentence() -> None:
+def test_invalid_stages_are_refused_with_one_sentence() -> None:
     graph, where = GRAPHS["mlp"], machine()
     plan = in_two(graph, where)
     first, last = graph.operators[0].name, graph.operators[-1].name
@@ -245,7 +243,7 @@ def test_what_does_not_fit_is_one_sentence() -> None:
     )  # once is no order
 
 
-def test_a_plan_of_other_levels_is_put_on_those_of_the_machine_or_refused() -> None:
+def test_a_plan_of_other_levels_is_fitted_to_the_machine_or_refused() -> None:
     graph = GRAPHS["mlp"]
     plan = in_two(graph, load("h100:4"), microbatches=4)
     strange = replace(plan, mesh=Mesh(tuple(replace(a, level=0) for a in plan.mesh.axes)))
@@ -257,6 +255,7 @@ def test_a_plan_of_other_levels_is_put_on_those_of_the_machine_or_refused() -> N
     )
     with pytest.raises(
         PlanError,
-        match=r"splits 2 x 2 ways, which does not divide h100:6 with 1 \(network\) x 6 \(node\). Plan again",
+        match=r"splits 2 x 2 ways, which does not divide h100:6 with "
+        r"1 \(network\) x 6 \(node\). Plan again",
     ):
         fit_mesh(strange, load("h100:6"))
