@@ -11,6 +11,8 @@ from partita.plans.plan import Plan
 
 PROVED = 1e-6
 """Relative gap below which a plan is proved best."""
+USELESS_GAP = 1.0
+"""Relative gap from which a lower bound proves nothing useful."""
 
 
 class Gaps(NamedTuple):

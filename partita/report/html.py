@@ -24,15 +24,13 @@ from partita.report.elements import (
     table_of,
     tag,
 )
-from partita.report.gaps import PROVED, gaps_of
+from partita.report.gaps import PROVED, USELESS_GAP, gaps_of
 from partita.report.layers import Layer, layers_of
 from partita.simulation.timeline import Timeline
 from partita.units import format_bytes, format_flops
 
 SHOWN = 15
 """Number of layers that a list shows before the rest is folded."""
-USELESS_GAP = 1.0
-"""Gap from which on a lower bound says nothing useful."""
 
 Measured = Mapping[str, Any]
 """Measurements: "seconds" (median step), "peak_bytes", "traffic_bytes" by collective, "flops"."""

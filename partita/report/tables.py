@@ -17,7 +17,7 @@ from partita.machine import KINDS
 from partita.plans.pipeline import stage_axes
 from partita.plans.plan import Plan
 from partita.report.folding import LayerRow, folded
-from partita.report.gaps import PROVED, Gaps, gaps_of
+from partita.report.gaps import PROVED, USELESS_GAP, Gaps, gaps_of
 from partita.simulation.timeline import Timeline
 from partita.units import format_bandwidth, format_bytes, format_flops, format_seconds
 
@@ -25,8 +25,6 @@ EXCHANGES = ("activations", "gradients", "moves")
 """Causes of a layer's time besides its kernels."""
 SAME_SPEED = 0.005
 """Relative difference from which a plan is faster or slower than another, as printed."""
-USELESS_GAP = 1.0
-"""Gap between a plan and its lower bound from which the bound proves nothing useful."""
 
 
 def new_table(title: str) -> Table:
