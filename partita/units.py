@@ -57,6 +57,9 @@ EXAMPLES = {
     "V": "900 mV",
 }
 
+SHORTEST_SECONDS = 5e-12
+"""Shorter times are rounding errors of sums, and are written as 0 s."""
+
 _QUANTITY = re.compile(r"\s*([+-]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(\S*)\s*")
 
 
@@ -184,11 +187,13 @@ def format_bandwidth(rate: float) -> str:
 def format_seconds(seconds: float) -> str:
     """Seconds, as s, ms, us or ns.
 
-    >>> format_seconds(0.0123), format_seconds(4.2e-6), format_seconds(90)
-    ('12.30 ms', '4.20 us', '90.00 s')
+    >>> format_seconds(0.0123), format_seconds(4.2e-6), format_seconds(90), format_seconds(1e-15)
+    ('12.30 ms', '4.20 us', '90.00 s', '0 s')
     """
-    if seconds == 0 or not math.isfinite(seconds):
+    if not math.isfinite(seconds):
         return f"{seconds:g} s"
+    if abs(seconds) < SHORTEST_SECONDS:
+        return "0 s"
     for unit in ("s", "ms", "us"):
         if abs(seconds) >= UNITS["s"][unit]:
             return f"{seconds / UNITS['s'][unit]:.2f} {unit}"

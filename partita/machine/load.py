@@ -86,6 +86,11 @@ def load(name_or_path: str | Path) -> Machine:
                 f"{listed(presets())}."
             )
         return read(path.read_text(encoding="utf-8"), text)
+    if "," in text:
+        raise MachineError(
+            f"'{text}' names several machines, and one is needed here. 'partita plan --machine "
+            f"{text}' compares them."
+        )
     name, colon, count = text.partition(":")
     if name not in presets():
         raise _unknown_preset(name)

@@ -564,6 +564,11 @@ def test_a_machine_made_in_code_is_checked_too():
         ),
         ("h100:0", "'h100:0' asks for '0' of 'h100': write a number above 0, as in 'h100:8'."),
         (
+            "h100:8,a100:8",
+            "'h100:8,a100:8' names several machines, and one is needed here. "
+            "'partita plan --machine h100:8,a100:8' compares them.",
+        ),
+        (
             "p100-cluster:8",
             "'p100-cluster:8' asks for 8 nodes, but 'p100-cluster' has 4. "
             "Use fewer, or describe a larger machine in a file.",
