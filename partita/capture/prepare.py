@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jax.extend.mlir import deserialize_portable_artifact, ir
 
+from partita.capture.barriers import split_barriers
 from partita.capture.instructions import adds, dot_dims
 from partita.capture.names import location_name, phase_of
 from partita.capture.stablehlo import (
@@ -42,6 +43,7 @@ def prepare(portable: bytes) -> bytes:
         run(module, "builtin.module(cse)")
         _fold_transposes(module)
         _fold_sums(module)
+        split_barriers(module)
         run(module, "builtin.module(sdy-constant-or-scalar-splitter)")
         _restore_constants(module)
         _sink_constants(main_block(module), None)

@@ -287,9 +287,30 @@ def _lifetimes(
         for tensor, last_read in _last_reads(graph, program, fused, root, backend).items():
             dies[tensor] = max(dies.get(tensor, -1), last_read)
     in_memory = fused.written(graph) - program.constants
+    in_memory -= _read_through_barriers(graph, layout, dies)
     born = {tensor: program.producer.get(tensor, -1) for tensor in in_memory}
     last_kernel = tuple(max(roots, default=i) for i, roots in enumerate(fused.computed_in))
     return _Lifetimes(born, dies, last_kernel)
+
+
+def _read_through_barriers(
+    graph: OperatorGraph,
+    layout: Layout,
+    dies: dict[int, int],
+) -> set[int]:
+    """The results of optimization barriers, which are their operands. Extends the operands' `dies`.
+
+    A barrier between two shardings has a result of its own.
+    """
+    aliases = set()
+    for instruction in reversed(graph.instructions):
+        if instruction.name != "optimization_barrier":
+            continue
+        for operand, result in zip(instruction.operands, instruction.results, strict=True):
+            if layout.shardings[operand] == layout.shardings[result]:
+                dies[operand] = max(dies.get(operand, -1), dies.get(result, -1))
+                aliases.add(result)
+    return aliases
 
 
 def _last_reads(

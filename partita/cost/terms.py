@@ -349,7 +349,7 @@ class _Collector:
         """Adds every kernel, in parts if it is fused across operators."""
         for root, kernel in self.fused.kernels.items():
             instruction = self.graph.instructions[root]
-            if instruction.name in ("while", "case", "if", *FREE):
+            if instruction.name in ("while", "case", "if", "optimization_barrier", *FREE):
                 continue
             if self._is_constant(instruction):
                 continue

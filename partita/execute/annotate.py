@@ -13,6 +13,7 @@ from typing import Any
 from jax.extend.mlir import ir
 
 from partita.capture import stablehlo
+from partita.capture.barriers import join_barriers
 from partita.cost.partial import pending_sums
 from partita.cost.reshard import reshard_steps
 from partita.graph.flat import HEAVY
@@ -81,6 +82,7 @@ class _Writer:
         for operation in self.operations:
             self._annotate_results(operation)
         self._annotate_arguments(block)
+        join_barriers(block)
 
     def _is_split(self, t: int) -> bool:
         return any(self.layout.shardings[t])

@@ -218,6 +218,17 @@ class OperatorDims:
         dims = self._tied_dims(tensor, target, place)
         view = TensorView(dims, reads=[(index, position)])
         self.views[tensor].append(view)
+        self._tie_to_original(tensor, dims)
+
+    def _tie_to_original(self, tensor: int, dims: Dims) -> None:
+        """Ties a rematerialized tensor to its original, if the operator has or reads that."""
+        original = self.program.originals.get(tensor)
+        if original is None:
+            return
+        if original in self.results:
+            self._tie_all(self.results[original], dims)
+        elif original in self.views:
+            self._tie_all(self.views[original][0].dims, dims)
 
     def _tie_all(self, dims: Dims, target: Dims) -> bool:
         """Tie dims pairwise, all of them even if one fails. Whether all agree."""
@@ -298,6 +309,7 @@ class OperatorDims:
                     place,
                 )
             self.results[tensor] = self._tied_dims(tensor, target, ("t", tensor))
+            self._tie_to_original(tensor, self.results[tensor])
 
     def _rule_dims(
         self,

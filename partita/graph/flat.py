@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from partita.graph.clones import originals
 from partita.graph.operator_graph import Argument, Instruction, Loop, Tensor, carried_tensors
 
 HEAVY = {
@@ -82,6 +83,8 @@ class FlatProgram:
         """Tensors that depend on no argument (a causal mask). XLA folds them."""
         self.loop_of = _outermost_loops(loops)
         """Instruction -> number of the outermost loop around it."""
+        self.originals = originals(instructions, self.loop_of)
+        """Rematerialized tensor -> the tensor of the forward pass that it repeats."""
 
     def base(self, tensor: int) -> int:
         """The tensor that `tensor` merely rearranges."""
@@ -95,6 +98,10 @@ class FlatProgram:
     def is_scalar(self, tensor: int) -> bool:
         """Whether a tensor has no dims."""
         return not self.tensors[tensor].shape
+
+    def is_barrier(self, index: int) -> bool:
+        """Whether an instruction only keeps the compiler from moving others across it."""
+        return self.instructions[index].name == "optimization_barrier"
 
     def producer_phase(self, tensor: int) -> str | None:
         """The phase in which a tensor is computed, None for an argument."""

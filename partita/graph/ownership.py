@@ -3,6 +3,8 @@
 - A heavy forward instruction (product, convolution, gather, window, sort, a loop around one) makes
   an operator.
 - A light forward instruction belongs to the operator of its largest operand, as XLA fuses it.
+- A rematerialized instruction belongs to the operator of its original, an optimization barrier to
+  that of its first reader.
 - A backward instruction belongs to the operator of the forward instruction with the same layer
   path. The forward tensors that it reads decide between several.
 - An update instruction belongs to the owner of the parameter or gradient that it reads.
@@ -215,15 +217,32 @@ class _BackwardOwners:
         """Per operator, the tensors that its heavy instruction reads."""
 
     def own_backward(self) -> None:
-        """Products first, then sums of gradients, then all others by layer path."""
+        """Rematerialized instructions and products first, then sums of gradients, then all others
+        by layer path."""
+        self._own_clones()
         self._own_products()
+        barriers = [index for index in self.order if self.program.is_barrier(index)]
+        self.owners.own_by_readers(barriers)
         imports = self._forward_imports()
         for index in self.order:
+            if self.program.is_barrier(index):
+                continue
             if self.owner[index] < 0:
                 self.owner[index] = self._accumulation_owner(index, imports)
             if self.owner[index] < 0:
                 self.owner[index] = self._path_owner(index)
         self.owners.own_by_readers(self.order)
+
+    def _own_clones(self) -> None:
+        """Rematerialized instructions belong to the operators of their originals."""
+        program = self.program
+        for index in self.order:
+            if program.is_barrier(index):
+                continue
+            for tensor in program.instructions[index].results:
+                original = program.originals.get(tensor)
+                if original in program.producer:
+                    self.owner[index] = self.owner[program.producer[original]]
 
     def _bases(self, index: int) -> set[int]:
         """The tensors that an instruction reads, without rearrangements and scalars."""
@@ -241,7 +260,7 @@ class _BackwardOwners:
                 readers[tensor].add(operator)
         products = {}
         for index in self.order:
-            if self.program.is_heavy(index):
+            if self.program.is_heavy(index) and self.owner[index] < 0:
                 products[index] = self._bases(index)
         siblings = self._sibling_reads(products)
         for index, bases in products.items():
