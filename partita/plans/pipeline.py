@@ -16,16 +16,24 @@ front of the others. It splits samples over time, not over devices, and has no t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from partita.errors import PlanError
-from partita.graph.operator_graph import OperatorGraph
+from partita.graph.operator_graph import OperatorGraph, Phase
 from partita.plans.plan import TIME, Axis, Mesh, Plan, placed_slice
 
 Task = tuple[Literal["forward", "backward"], int]
 """One pass of a stage over a microbatch."""
+
+
+class Pass(NamedTuple):
+    """One pass of one stage over one microbatch."""
+
+    stage: int
+    phase: Phase
+    microbatch: int
 
 
 def stage_axes(plan: Plan) -> tuple[int, ...]:
@@ -134,6 +142,46 @@ def stage_schedule(plan: Plan, stage: int) -> list[Task]:
         if ahead + number < count:
             order.append(("forward", ahead + number))
     return order
+
+
+def order(
+    plan: Plan,
+    waits: Mapping[tuple[int, Phase], Collection[tuple[int, Phase]]],
+) -> list[Pass]:
+    """All passes of a step, each after the passes that it waits for.
+
+    `waits`: (stage, phase) -> the (stage, phase) pairs whose pass over the same microbatch comes
+    before; a backward pass waits for its stage's forward pass anyway. Stages take turns. Each one
+    follows its schedule until it has to wait for another stage. The simulator and the execution
+    take this order, so the step that runs is the step that was simulated.
+
+    PlanError if stages wait for each other in a circle.
+    """
+    schedules = [stage_schedule(plan, stage) for stage in range(stage_count(plan))]
+    positions = [0] * len(schedules)
+    passes: dict[Pass, None] = {}
+
+    def is_ready(stage: int, phase: Phase, microbatch: int) -> bool:
+        before = [Pass(*source, microbatch) for source in waits.get((stage, phase), ())]
+        if phase == "backward":
+            before.append(Pass(stage, "forward", microbatch))
+        return all(each in passes for each in before)
+
+    while any(position < len(s) for position, s in zip(positions, schedules, strict=True)):
+        count_before = len(passes)
+        for stage, schedule in enumerate(schedules):
+            while positions[stage] < len(schedule):
+                phase, microbatch = schedule[positions[stage]]
+                if not is_ready(stage, phase, microbatch):
+                    break
+                passes[Pass(stage, phase, microbatch)] = None
+                positions[stage] += 1
+        if len(passes) == count_before:
+            raise PlanError(
+                "The stages of the plan wait for each other in a circle. "
+                "Number them in the order of the model."
+            )
+    return list(passes)
 
 
 def in_flight(plan: Plan, stage: int) -> int:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from partita.errors import PlanError
 from partita.graph.operator_graph import Phase
-from partita.plans.pipeline import stage_count, stage_schedule
+from partita.plans.pipeline import order
 from partita.plans.plan import Plan
 from partita.simulation.engine import Tasks
 
@@ -99,9 +99,8 @@ class _PipelineTasksBuilder:
     ) -> None:
         self.passes = passes
         self.transfers = transfers
-        self.stages = stage_count(plan)
+        self.plan = plan
         self.last_microbatch = plan.microbatches - 1
-        self.schedules = [stage_schedule(plan, stage) for stage in range(self.stages)]
         self.edges_into: dict[tuple[int, Phase], list[StageEdge]] = defaultdict(list)
         """(stage, phase) -> the values that its pass reads."""
         self.transfer_seconds: dict[tuple[int, int, Phase], float] = defaultdict(float)
@@ -126,45 +125,27 @@ class _PipelineTasksBuilder:
             )
 
     def add_passes(self) -> None:
-        """Adds all passes with the transfers that they wait for.
-
-        Stages take turns; each adds passes until one has to wait for another stage.
-        """
-        positions = [0] * self.stages
-        lengths = [len(schedule) for schedule in self.schedules]
-        while positions != lengths:
-            before = list(positions)
-            for stage, schedule in enumerate(self.schedules):
-                while positions[stage] < lengths[stage]:
-                    phase, microbatch = schedule[positions[stage]]
-                    if not self._add_pass(stage, phase, microbatch):
-                        break
-                    positions[stage] += 1
-            if positions == before:
-                raise PlanError(
-                    "The stages of the plan wait for each other in a circle. "
-                    "Number them in the order of the model."
-                )
+        """Adds all passes with the transfers that they wait for, in the order of execution."""
+        waits = {
+            reader: [(edge.source, edge.phase) for edge in edges]
+            for reader, edges in self.edges_into.items()
+        }
+        for stage, phase, microbatch in order(self.plan, waits):
+            self._add_pass(stage, phase, microbatch)
 
     def _add_pass(
         self,
         stage: int,
         phase: Phase,
         microbatch: int,
-    ) -> bool:
-        """Adds a pass if the tasks before it are there; whether it did."""
-        edges = self.edges_into[stage, phase]
-        forward_pass = PipelineTask(stage, "forward", microbatch)
-        if any(self._source(edge, microbatch) not in self.numbers for edge in edges):
-            return False
-        if phase == "backward" and forward_pass not in self.numbers:
-            return False
+    ) -> None:
+        """Adds a pass after the transfers into it."""
         waits = set()
-        for edge in edges:
+        for edge in self.edges_into[stage, phase]:
             transfer_seconds = self.transfer_seconds[edge.source, edge.target, edge.phase]
             waits.add(self._add_transfer(edge, microbatch, transfer_seconds))
         if phase == "backward":
-            waits.add(self.numbers[forward_pass])
+            waits.add(self.numbers[PipelineTask(stage, "forward", microbatch)])
         stage_passes = self.passes[stage]
         if phase == "forward":
             seconds = stage_passes.forward
@@ -179,7 +160,6 @@ class _PipelineTasksBuilder:
             stage,
             [],
         )
-        return True
 
     def _source(self, edge: StageEdge, microbatch: int) -> PipelineTask:
         """The pass that computes the values of an edge."""
