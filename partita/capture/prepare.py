@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend.mlir import deserialize_portable_artifact, ir
 
 from partita.capture.barriers import split_barriers
+from partita.capture.conditionals import split_conditionals
 from partita.capture.instructions import adds, dot_dims
 from partita.capture.names import location_name, phase_of
 from partita.capture.stablehlo import (
@@ -44,6 +45,7 @@ def prepare(portable: bytes) -> bytes:
         _fold_transposes(module)
         _fold_sums(module)
         split_barriers(module)
+        split_conditionals(module)
         run(module, "builtin.module(sdy-constant-or-scalar-splitter)")
         _restore_constants(module)
         _sink_constants(main_block(module), None)

@@ -14,6 +14,7 @@ from jax.extend.mlir import ir
 
 from partita.capture import stablehlo
 from partita.capture.barriers import join_barriers
+from partita.capture.conditionals import join_conditionals
 from partita.cost.partial import pending_sums
 from partita.cost.reshard import reshard_steps
 from partita.graph.flat import HEAVY
@@ -83,6 +84,7 @@ class _Writer:
             self._annotate_results(operation)
         self._annotate_arguments(block)
         join_barriers(block)
+        join_conditionals(block)
 
     def _is_split(self, t: int) -> bool:
         return any(self.layout.shardings[t])
@@ -289,13 +291,16 @@ def _continuations(
 
 
 def _set_operand(reader: Any, position: int, value: Any) -> None:
-    """Replaces an operand of an instruction, or a value that a loop's body yields.
+    """Replaces an operand of an instruction, or a value that a loop's body or a branch yields.
 
-    `position` counts on from a loop's operands to the yielded values.
+    `position` counts on from the operands to the yielded values, of a conditional branch by branch.
     """
     count = len(reader.operands)
     if position < count:
         reader.operands[position] = value
         return
-    yielded = list(reader.regions[1].blocks[0])[-1].operation
-    yielded.operands[(position - count) % count] = value
+    region, number = 1, (position - count) % count
+    if stablehlo.short(reader.name) != "while":
+        region, number = divmod(position - count, len(reader.results))
+    yielded = list(reader.regions[region].blocks[0])[-1].operation
+    yielded.operands[number] = value

@@ -155,11 +155,16 @@ class OperatorDims:
         for index in members:
             if index in loops:
                 self._enter_loop(loops[index])
+        conditionals = []
         for index in members:
-            if index in loops:
-                self._tie_loop(loops[index])
-            else:
+            if index not in loops:
                 self._tie_instruction(index)
+            elif index in program.captured:
+                conditionals.append(loops[index])
+            else:
+                self._tie_loop(loops[index])
+        for conditional in conditionals:
+            self._tie_branches(conditional)
 
     def all_dims(self) -> Iterator[tuple[int, ...]]:
         """The dims of all tensors, in all views."""
@@ -396,6 +401,18 @@ class OperatorDims:
                     index,
                     operands + number,
                 )
+
+    def _tie_branches(self, conditional: Loop) -> None:
+        """Tie the results of a conditional to the values that its branches yield."""
+        index = conditional.instruction
+        operands = len(self.program.instructions[index].operands)
+        for number, (_, result, yielded, _) in enumerate(conditional.carried):
+            self._read(
+                yielded,
+                self.results[result],
+                index,
+                operands + number,
+            )
 
     def _tie_after_loop(self, after: int, inside: int) -> None:
         """Tie a loop's result to the carried value; both stay whole if one dim cannot be tied."""

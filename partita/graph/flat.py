@@ -6,7 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from partita.graph.clones import originals
-from partita.graph.operator_graph import Argument, Instruction, Loop, Tensor, carried_tensors
+from partita.graph.operator_graph import (
+    CONDITIONALS,
+    Argument,
+    Instruction,
+    Loop,
+    Tensor,
+    carried_tensors,
+)
 
 HEAVY = {
     "dot_general",
@@ -83,6 +90,8 @@ class FlatProgram:
         """Tensors that depend on no argument (a causal mask). XLA folds them."""
         self.loop_of = _outermost_loops(loops)
         """Instruction -> number of the outermost loop around it."""
+        self.captured = _captured(instructions, loops)
+        """Conditional -> the tensors from outside that its branches read or yield."""
         self.originals = originals(instructions, self.loop_of)
         """Rematerialized tensor -> the tensor of the forward pass that it repeats."""
 
@@ -98,6 +107,10 @@ class FlatProgram:
     def is_scalar(self, tensor: int) -> bool:
         """Whether a tensor has no dims."""
         return not self.tensors[tensor].shape
+
+    def reads(self, index: int) -> tuple[int, ...]:
+        """The tensors that an instruction reads, those of a conditional in its branches too."""
+        return self.instructions[index].operands + self.captured.get(index, ())
 
     def is_barrier(self, index: int) -> bool:
         """Whether an instruction only keeps the compiler from moving others across it."""
@@ -164,6 +177,22 @@ def _constants(instructions: Sequence[Instruction], loops: Sequence[Loop]) -> se
         if all(tensor in constants for tensor in instruction.operands):
             constants.update(instruction.results)
     return constants
+
+
+def _captured(
+    instructions: Sequence[Instruction], loops: Sequence[Loop]
+) -> dict[int, tuple[int, ...]]:
+    captured: dict[int, tuple[int, ...]] = {}
+    for loop in loops:
+        if instructions[loop.instruction].name not in CONDITIONALS:
+            continue
+        inside = {tensor for i in range(*loop.body) for tensor in instructions[i].results}
+        tensors: dict[int, None] = {}
+        for i in range(*loop.body):
+            tensors.update(dict.fromkeys(instructions[i].operands))
+        tensors.update(dict.fromkeys(yielded for _, _, yielded, _ in loop.carried))
+        captured[loop.instruction] = tuple(tensor for tensor in tensors if tensor not in inside)
+    return captured
 
 
 def _outermost_loops(loops: Sequence[Loop]) -> dict[int, int]:

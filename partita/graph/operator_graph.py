@@ -177,9 +177,13 @@ class Instruction:
     """Whether elements that meet in a result are added; not so for a reduce by maximum."""
 
 
+CONDITIONALS = ("case", "if")
+"""Instructions with branches, of which one runs. A graph has a `Loop` of one trip for each."""
+
+
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """A `while`."""
+    """A `while`, or a conditional."""
 
     instruction: int
     carried: tuple[tuple[int, int, int, int], ...]

@@ -77,7 +77,7 @@ class _Owners:
         program = self.program
         instruction = program.instructions[index]
         best = (-1, -1)
-        for tensor in instruction.operands:
+        for tensor in program.reads(index):
             producer = program.producer.get(tensor)
             if producer is None or program.is_scalar(tensor):
                 continue
@@ -160,8 +160,7 @@ class _Owners:
                 argument_owner[argument.tensor] = argument_owner[parameter]
         order = program.top_level("update")
         for index in order:
-            operands = program.instructions[index].operands
-            shaped = [tensor for tensor in operands if not program.is_scalar(tensor)]
+            shaped = [tensor for tensor in program.reads(index) if not program.is_scalar(tensor)]
             owned = [argument_owner[tensor] for tensor in shaped if tensor in argument_owner]
             if owned:
                 self.owner[index] = owned[0]

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 
-from partita.graph.operator_graph import Argument, Instruction, Label, OperatorGraph, per_graph
+from partita.graph.operator_graph import (
+    CONDITIONALS,
+    Argument,
+    Instruction,
+    Label,
+    Loop,
+    OperatorGraph,
+    per_graph,
+)
 from partita.plans.plan import Mesh, Plan, Storage, placed_slice
 
 Sharding = tuple[tuple[int, ...], ...]
@@ -119,8 +127,8 @@ def update_families(graph: OperatorGraph) -> dict[int, int]:
     the update phase that are computed from them with the parameter's shape and label.
     """
     family = _parameters_and_slots(graph)
-    updates = [x for x in graph.instructions if x.phase == "update" and x.trips == 1]
-    computed = set(chain.from_iterable(x.results for x in updates))
+    updates = _updates(graph)
+    computed = set(chain.from_iterable(results for _, results in updates))
 
     def extend(members: tuple[int, ...], candidates: tuple[int, ...]) -> None:
         parameters = {family[t] for t in members if t in family}
@@ -131,11 +139,39 @@ def update_families(graph: OperatorGraph) -> dict[int, int]:
             if t in computed and _same_layout(graph, t, parameter):
                 family.setdefault(t, parameter)
 
-    for x in updates:
-        extend(x.operands, x.results)
-    for x in reversed(updates):
-        extend(x.results, x.operands)
+    for operands, results in updates:
+        extend(operands, results)
+    for operands, results in reversed(updates):
+        extend(results, operands)
     return family
+
+
+def _updates(graph: OperatorGraph) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(operands, results) of the instructions of the update, in program order.
+
+    A conditional comes once per result, behind its branches: the operands are the values that they
+    yield.
+    """
+    conditional_at = {
+        loop.body[1]: loop
+        for loop in graph.loops
+        if graph.instructions[loop.instruction].name in CONDITIONALS
+    }
+    updates = []
+    for i, instruction in enumerate(graph.instructions):
+        if i in conditional_at:
+            updates += _branch_results(conditional_at[i])
+        is_update = instruction.phase == "update" and instruction.trips == 1
+        if is_update and instruction.name not in CONDITIONALS:
+            updates.append((instruction.operands, instruction.results))
+    return updates
+
+
+def _branch_results(conditional: Loop) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    yielded_for: dict[int, tuple[int, ...]] = defaultdict(tuple)
+    for _, result, yielded, _ in conditional.carried:
+        yielded_for[result] += (yielded,)
+    return [(yielded, (result,)) for result, yielded in yielded_for.items()]
 
 
 def _parameters_and_slots(graph: OperatorGraph) -> dict[int, int]:

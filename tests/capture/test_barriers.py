@@ -109,7 +109,7 @@ def test_the_compiler_gets_one_barrier_per_block(rematerialized):
         count = line.split("=")[0].count(",") + 1
         assert line.count("<@partita_mesh") == len(re.findall(r"tensor<", line.split(" : ")[-1]))
         assert count >= 1
-    assert "frontend_attributes" not in text
+    assert "partita.siblings" not in text
 
 
 @pytest.mark.parametrize("plan", ["data parallel", "tensor parallel"])
