@@ -3,13 +3,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick lint format docs chromium golden drawings benchmark clean
+.PHONY: demo test test-torch quick lint format docs chromium golden drawings benchmark clean
 
 demo: .venv/installed
 	$(BIN)/partita run --devices 4 examples/train_digits.py --epochs 3
 
 test: lint
 	$(BIN)/python -m pytest -n 2
+
+# PyTorch modules: installs the extra (3 GB); the other tests run without it.
+test-torch: .venv/torch
+	$(BIN)/python -m pytest tests/pytorch
 
 # The part of the tests that needs no training and no processes: under two minutes.
 quick: .venv/installed
@@ -55,6 +59,10 @@ clean:
 	  sys.exit(f"Partita needs Python 3.11 to 3.13, and $(PYTHON) is {v.major}.{v.minor}. Name another one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+.venv/torch: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable ".[torch]"
 	@touch $@
 
 .venv/docs: .venv/installed

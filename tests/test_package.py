@@ -43,7 +43,18 @@ def test_the_wheel_has_presets_and_page_assets(installed: Path, tmp_path: Path) 
 def test_every_import_of_the_package_is_a_requirement_or_an_extra(installed: Path) -> None:
     requirements = metadata.Distribution.at(_dist_info(installed)).requires or []
     optional = {"orbax", "torch", "torch_geometric", "dgl", "ogb", "pymetis", "metis", "networkx"}
-    optional |= {"tensorflow", "pyarrow", "pandas", "ray", "tf_keras", "etils", "IPython", "flax"}
+    optional |= {
+        "tensorflow",
+        "pyarrow",
+        "pandas",
+        "ray",
+        "tf_keras",
+        "etils",
+        "IPython",
+        "flax",
+        "torchax",
+        "optax",
+    }
     site_packages = _dist_info(installed).parent
     missing = set()
     for path in (ROOT / "partita").rglob("*.py"):

@@ -379,6 +379,8 @@ def _traced_roles(
 
     try:
         jax.eval_shape(look, [raw(shape) for shape in shapes])
+    except CaptureError:
+        raise
     except Exception as error:
         raise CaptureError(f"The step '{name}' cannot be captured: {reason(error)}") from error
     return roles[0]

@@ -11,6 +11,9 @@ from typing import Any
 
 from partita.graph.operator_graph import Phase
 
+MODULE_SCOPE = "torch:"
+"""Begin of a scope that names a PyTorch module by its path. Scopes inside it are PyTorch's
+functions, and left out."""
 _NOISE = re.compile(
     r"^(jit|vmap|pmap|custom_jvp_call|custom_vjp_call|remat\d?|xla_call|cond|scan)(\(.*\))?$"
     r"|^(while|body|call_exported|closed_call|checkpoint|rematted_computation|branch_\d+_fun"
@@ -56,6 +59,9 @@ def layer_path(name: str) -> str:
         is_program = position == 0 and part.startswith("jit(")
         if part and not is_program and not _NOISE.search(part):
             path += [layer for layer in part.split("/") if layer]
+    modules = [layer for layer in path if layer.startswith(MODULE_SCOPE)]
+    if modules:
+        return modules[-1].removeprefix(MODULE_SCOPE)
     return "/".join(path)
 
 

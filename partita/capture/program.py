@@ -65,6 +65,12 @@ def checked_call(
     program: Any, args: Sequence[Any] | None
 ) -> tuple[Callable[..., Any], Sequence[Any]]:
     """A training step and the arguments of a call; CaptureError if either is something else."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(program, torch.nn.Module):
+        raise CaptureError(
+            "A PyTorch module needs its loss and its optimizer: "
+            "step = partita.torch.parallelize(module, loss, optimizer)."
+        )
     if not callable(program):
         raise CaptureError(
             f"A {type(program).__name__} cannot be parallelized. Give a Keras model, or a "

@@ -1,0 +1,30 @@
+"""The packages of the extra `partita[torch]`, imported at their first use.
+
+So `import partita.torch` works everywhere, and a missing package is named in one sentence.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from partita.errors import PartitaError
+
+
+class Package:
+    """A package that is imported when an attribute of it is first read."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        try:
+            package = import_module(self._name)
+        except ModuleNotFoundError as error:
+            if error.name != self._name:
+                raise
+            raise PartitaError(
+                f"PyTorch modules need {self._name}, which is not installed. Install the extra: "
+                "pip install 'partita[torch]'."
+            ) from None
+        return getattr(package, attribute)

@@ -1,0 +1,231 @@
+"""A PyTorch module as a pure function of its arrays, and its arrays as JAX's and back.
+
+Arrays have the names of `module.state_dict()`. A tensor with several names (tied weights) is one
+array under its first name. Trained are parameters that require a gradient; the others and the
+buffers are state.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partita.capture.names import MODULE_SCOPE
+from partita.errors import CaptureError
+from partita.torch.environment import tracing, unwrapped, wrapped
+from partita.torch.extra import Package
+
+if TYPE_CHECKING:
+    import torch
+    import torchax
+    from torch.nn.utils import stateless
+else:
+    torch = Package("torch")
+    torchax = Package("torchax")
+    stateless = Package("torch.nn.utils.stateless")
+
+Arrays = dict[str, Any]
+"""JAX arrays, or shapes, by the name of the tensor."""
+LOSS_SCOPE = "loss"
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+@dataclass(frozen=True)
+class Names:
+    """The tensors of a module by their first names."""
+
+    trained: tuple[str, ...]
+    fixed: tuple[str, ...]
+    """Buffers, and parameters without a gradient."""
+    first: Mapping[str, str]
+    """Every name -> the first name of its tensor."""
+
+
+def _named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def names_of(module: torch.nn.Module) -> Names:
+    """The names of a module's parameters and buffers."""
+    trained = []
+    fixed = []
+    first: dict[str, str] = {}
+    name_of: dict[int, str] = {}
+    for name, tensor in _named_tensors(module):
+        first[name] = name_of.setdefault(id(tensor), name)
+        if first[name] == name:
+            (trained if tensor.requires_grad else fixed).append(name)
+    return Names(tuple(trained), tuple(fixed), first)
+
+
+def arrays_of(module: torch.nn.Module, names: Sequence[str]) -> Arrays:
+    """The named tensors of a module as JAX arrays; shapes for a module on the meta device."""
+    tensors = dict(_named_tensors(module))
+    return {name: _as_jax(name, tensors[name]) for name in names}
+
+
+def _as_jax(name: str, tensor: torch.Tensor) -> Any:
+    dtype = _jax_dtype(tensor.dtype)
+    is_wide = jnp.issubdtype(dtype, jnp.inexact) and dtype != jax.dtypes.canonicalize_dtype(dtype)
+    if is_wide:
+        raise CaptureError(
+            f"The tensor '{name}' is {dtype}, which JAX computes with half the bits. Convert the "
+            "module: module.float()."
+        )
+    if tensor.is_meta:
+        return _shape(tensor)
+    # A copy: JAX may share the memory of an array, and a step donates it.
+    return jnp.array(to_numpy(tensor))
+
+
+def _jax_dtype(dtype: torch.dtype) -> Any:
+    """JAX's dtype of the same name."""
+    return jnp.dtype(str(dtype).removeprefix("torch."))
+
+
+def _shape(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a tensor on the meta device, as JAX has it."""
+    dtype = jax.dtypes.canonicalize_dtype(_jax_dtype(tensor.dtype))
+    return jax.ShapeDtypeStruct(tuple(tensor.shape), dtype)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as an array; 64-bit integers and floats become 32-bit ones, as in JAX."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+    array = tensor.numpy()
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+
+
+def to_torch(array: Any, dtype: torch.dtype) -> torch.Tensor:
+    """An array as a tensor on the CPU that owns its memory."""
+    values = np.array(array)
+    if values.dtype == jnp.bfloat16:
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).to(dtype)
+    return torch.from_numpy(values).to(dtype)
+
+
+def as_batch(value: Any) -> Any:
+    """A batch of a DataLoader with NumPy arrays in the place of tensors, shapes of meta tensors."""
+    if isinstance(value, torch.Tensor):
+        return _shape(value) if value.is_meta else to_numpy(value)
+    if isinstance(value, np.ndarray):
+        return value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
+    if isinstance(value, Mapping):
+        return {name: as_batch(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return tuple(as_batch(item) for item in value)
+    return value
+
+
+def modes_of(module: torch.nn.Module) -> tuple[bool, ...]:
+    """Per submodule, whether it is in train mode."""
+    return tuple(child.training for child in module.modules())
+
+
+# ----------------------------------------------------------------------------------------- calls
+
+
+@dataclass(frozen=True)
+class Network:
+    """A module with its loss, as a function of its arrays."""
+
+    module: torch.nn.Module
+    loss: Any
+    """(outputs, targets) -> loss; None for a module that returns its loss."""
+    names: Names
+
+    def loss_of(self, trained: Arrays, fixed: Arrays, key: Any, batch: Any) -> tuple[Any, Arrays]:
+        """(the loss, the new buffers) of one forward pass."""
+        with _explained(self.module), tracing(self.module, key):
+            inputs, targets = self._split(wrapped(batch))
+            outputs, arrays = self._call(trained, fixed, inputs)
+            with jax.named_scope(MODULE_SCOPE + LOSS_SCOPE):
+                value = self._value(outputs, targets)
+        new_fixed = {name: jax.lax.stop_gradient(arrays[name]) for name in self.names.fixed}
+        return unwrapped(value), new_fixed
+
+    def outputs_of(self, trained: Arrays, fixed: Arrays, key: Any, inputs: Any) -> Any:
+        """The module's outputs, as JAX arrays."""
+        with _explained(self.module), tracing(self.module, key):
+            outputs, _ = self._call(trained, fixed, wrapped(inputs))
+        return unwrapped(outputs)
+
+    def _split(self, batch: Any) -> tuple[Any, Any]:
+        """(inputs, targets) of a batch; without a loss, all of it is input."""
+        if self.loss is None:
+            return batch, None
+        if not isinstance(batch, tuple) or len(batch) != 2:
+            given = f"{len(batch)} parts" if isinstance(batch, tuple) else type(batch).__name__
+            raise CaptureError(
+                f"A batch is a pair (inputs, targets), and this one has {given}. Give the inputs "
+                "as a tuple or dict, or give loss=None and a module that returns its loss."
+            )
+        return batch
+
+    def _call(self, trained: Arrays, fixed: Arrays, inputs: Any) -> tuple[Any, Arrays]:
+        """(outputs, the arrays after the call)."""
+        tensors = wrapped({**trained, **fixed})
+        every = {name: tensors[first] for name, first in self.names.first.items()}
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
+        if isinstance(inputs, dict):
+            kwargs = inputs
+        else:
+            args = inputs if isinstance(inputs, tuple) else (inputs,)
+        # The module may change its buffers in place, or replace them: `every` then has the new.
+        with stateless._reparametrize_module(self.module, every):
+            outputs = self.module(*args, **kwargs)
+        return outputs, unwrapped({name: every[name] for name in tensors})
+
+    def _value(self, outputs: Any, targets: Any) -> Any:
+        """The loss, a scalar tensor."""
+        value: Any
+        if self.loss is not None:
+            value = self.loss(outputs, targets)
+        elif isinstance(outputs, torch.Tensor):
+            value = outputs
+        else:
+            value = getattr(outputs, "loss", None)
+        if not isinstance(value, torch.Tensor) or value.dim() != 0:
+            source = "The module, without a loss function," if self.loss is None else "The loss"
+            raise CaptureError(
+                f"{source} returns no scalar tensor. Return the mean over the batch, or give "
+                "a loss function of (outputs, targets)."
+            )
+        return value
+
+
+def _line_of_user(error: Exception) -> str:
+    """File, number and text of the innermost line outside PyTorch, JAX and Partita."""
+    packages = [str(Path(str(package.__file__)).parent) for package in (torch, torchax, jax)]
+    line = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if not frame.filename.startswith((*packages, _PACKAGE)):
+            line = f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
+    return line
+
+
+@contextmanager
+def _explained(module: torch.nn.Module) -> Iterator[None]:
+    """Inside, an error of a value that is not known while tracing becomes a CaptureError."""
+    try:
+        yield
+    except jax.errors.ConcretizationTypeError as error:
+        place = f" ({_line_of_user(error)})" if _line_of_user(error) else ""
+        raise CaptureError(
+            f"The forward pass of '{type(module).__name__}' needs the value of a tensor in "
+            f"Python{place}, and a compiled step has none. Write torch.where in the place of "
+            "branches, and keep shapes independent of values."
+        ) from error

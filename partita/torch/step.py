@@ -1,0 +1,259 @@
+"""The training step of a PyTorch module: forward, loss, backward and update in one function."""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, Unpack
+
+import jax
+
+from partita import api
+from partita.errors import CaptureError
+from partita.execute.processes import alone, whole
+from partita.machine import Machine
+from partita.plans.plan import Plan
+from partita.torch.extra import Package
+from partita.torch.module import (
+    Arrays,
+    Network,
+    arrays_of,
+    as_batch,
+    modes_of,
+    names_of,
+    to_torch,
+)
+from partita.torch.optimizers import Optimizer, check_clip_norm, clipped, optimizer_of
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = Package("torch")
+
+Loss: TypeAlias = "Callable[[Any, Any], torch.Tensor]"
+"""(outputs, targets) -> the loss, a scalar tensor."""
+_STATIC = (3,)
+"""Position of the modes among the arguments of the step's function."""
+
+
+class State(NamedTuple):
+    """What a step changes."""
+
+    params: Arrays
+    optimizer: Any
+    buffers: Arrays
+    """Buffers, and parameters that require no gradient."""
+    key: Any
+    """Random key of dropout and other noise: uint32[2]."""
+
+
+class TrainingStep:
+    """A training step of a PyTorch module: `loss = step(batch)`.
+
+    `state` is the training state, a tree of JAX arrays. `function(state, rates, batch, modes)`
+    gives (new state, loss) and is jittable; `arguments(batch)` are its arguments.
+    """
+
+    def __init__(
+        self, network: Network, optimizer: Optimizer, state: State, clip_norm: float | None
+    ) -> None:
+        self.network = network
+        self.optimizer = optimizer
+        self.state = state
+        self.clip_norm = clip_norm
+        self._run: Callable[..., Any] | None = None
+        self._options: dict[str, Any] | None = None
+        self._outputs = jax.jit(network.outputs_of)
+
+    @property
+    def name(self) -> str:
+        """Class name of the module."""
+        return type(self.network.module).__name__
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan by which the step runs; None before the first batch, and without a plan."""
+        return getattr(self._run, "plan", None)
+
+    def function(self, state: State, rates: Any, batch: Any, modes: Any) -> tuple[State, Any]:
+        """(new state, loss) of a step; `rates` are the learning rates of PyTorch's optimizer."""
+        next_key, key = jax.random.split(state.key)
+
+        def loss_of(params: Arrays) -> tuple[Any, Arrays]:
+            return self.network.loss_of(params, state.buffers, key, batch)
+
+        (loss, buffers), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        if self.clip_norm is not None:
+            grads = clipped(grads, self.clip_norm)
+        params, optimizer = self.optimizer.updated(grads, state.optimizer, state.params, rates)
+        return State(params, optimizer, buffers, next_key), loss
+
+    def arguments(self, batch: Any) -> tuple[State, Any, Any, Any]:
+        """The arguments of `function` for a batch of tensors, arrays or shapes."""
+        modes = modes_of(self.network.module)
+        return self.state, self.optimizer.rates(), as_batch(batch), modes
+
+    def __call__(self, batch: Any) -> Any:
+        """Trains on a batch and gives its loss, a scalar JAX array: `float(loss)`.
+
+        The batch is (inputs, targets), where inputs are a tensor, a tuple or a dict; without a
+        loss function it is the inputs alone. Tensors of PyTorch and arrays of NumPy are taken.
+        """
+        arguments = self.arguments(batch)
+        if self._run is None:
+            self._run = self._prepared(arguments)
+        if self._is_on_meta():
+            raise CaptureError(
+                f"'{self.name}' is on the meta device, so it can be planned, and has no weights "
+                "to train. Make it without torch.device('meta')."
+            )
+        self.state, loss = self._run(*arguments)
+        return loss
+
+    def _is_on_meta(self) -> bool:
+        return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(self.state))
+
+    def _prepared(self, arguments: Any) -> Callable[..., Any]:
+        """The function that runs the step: planned if the step was made by `parallelize`."""
+        if self._options is None:
+            return jax.jit(self.function, static_argnums=_STATIC, donate_argnums=0)
+        options = {"static_argnums": _STATIC, "donate": True, **self._options}
+        return api.parallelize(self._named_function(), arguments, **options)
+
+    def _named_function(self) -> Callable[..., Any]:
+        """`function` under the name of the module, as plans show it."""
+
+        def function(state: State, rates: Any, batch: Any, modes: Any) -> tuple[State, Any]:
+            return self.function(state, rates, batch, modes)
+
+        function.__name__ = self.name
+        return function
+
+    def plan_for(self, batch: Any, **options: Any) -> Plan:
+        """The fastest plan for batches like this one; options of `partita.plan`, as `machine`."""
+        return api.plan(self._named_function(), args=self.arguments(batch), **options)
+
+    def predict(self, inputs: Any) -> Any:
+        """The module's outputs in eval mode, as tensors on the CPU; nothing is trained."""
+        module = self.network.module
+        modes = modes_of(module)
+        module.eval()
+        try:
+            outputs = self._outputs(
+                self.state.params, self.state.buffers, self.state.key, as_batch(inputs)
+            )
+        finally:
+            for child, mode in zip(module.modules(), modes, strict=True):
+                child.training = mode
+        return jax.tree.map(_as_tensor, outputs)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights and buffers for `module.load_state_dict`, on the CPU."""
+        arrays = {**self.state.params, **self.state.buffers}
+        first = self.network.names.first
+        result = {}
+        for name, tensor in self.network.module.state_dict().items():
+            array = arrays[first[name]]
+            result[name] = to_torch(array if alone() else whole(array), tensor.dtype)
+        return result
+
+    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Replaces the weights and buffers; the optimizer's state stays as it is."""
+        module = self.network.module
+        module.load_state_dict(tensors)
+        names = self.network.names
+        self.state = self.state._replace(
+            params=arrays_of(module, names.trained), buffers=arrays_of(module, names.fixed)
+        )
+
+
+def _as_tensor(array: Any) -> torch.Tensor:
+    return torch.from_numpy(jax.device_get(array).copy())
+
+
+def training_step(
+    module: torch.nn.Module,
+    loss: Loss | None,
+    optimizer: Any,
+    *,
+    clip_norm: float | None = None,
+    seed: int = 0,
+) -> TrainingStep:
+    """The training step of a module, run on one device: `loss = step(batch)`.
+
+    Its weights are copied: `module.load_state_dict(step.state_dict())` brings them back.
+
+    Args:
+        loss: (outputs, targets) -> scalar tensor; None for a module that returns its loss, or an
+            output with a `loss`, as those of transformers.
+        optimizer: One of Optax, or SGD, Adam, AdamW or RMSprop of torch.optim; its learning rate
+            is read before each step, so that schedulers work.
+        clip_norm: Maximum norm of all gradients together, as `clip_grad_norm_` takes it.
+        seed: Of dropout and other noise.
+
+    Raises:
+        CaptureError: The module or its optimizer cannot be a JAX program.
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise CaptureError(
+            f"A {type(module).__name__} is no PyTorch module. Give a torch.nn.Module."
+        )
+    _check_module(module)
+    check_clip_norm(clip_norm)
+    names = names_of(module)
+    if not names.trained:
+        raise CaptureError(
+            f"'{type(module).__name__}' has no parameter that requires a gradient, so there is "
+            "nothing to train. Call module.requires_grad_(True)."
+        )
+    made = optimizer_of(optimizer, module, names.trained)
+    params = arrays_of(module, names.trained)
+    is_on_meta = any(isinstance(x, jax.ShapeDtypeStruct) for x in params.values())
+    initialize = made.transformation.init
+    slots = jax.eval_shape(initialize, params) if is_on_meta else initialize(params)
+    state = State(params, slots, arrays_of(module, names.fixed), jax.random.PRNGKey(seed))
+    return TrainingStep(Network(module, loss, names), made, state, clip_norm)
+
+
+def parallelize(
+    module: torch.nn.Module,
+    loss: Loss | None,
+    optimizer: Any,
+    *,
+    clip_norm: float | None = None,
+    seed: int = 0,
+    devices: int | None = None,
+    machine: str | Machine | None = None,
+    plan: Plan | str | Path | None = None,
+    **options: Unpack[api.StepOptions],
+) -> TrainingStep:
+    """The training step of a module over several devices: planned, compiled and checked at its
+    first batch.
+
+    Arguments as for `training_step` and `partita.parallelize`. The batch is that of all devices.
+    Under `partita run` and `partita plan` the command's devices and plan hold unless given here.
+    """
+    step = training_step(module, loss, optimizer, clip_norm=clip_norm, seed=seed)
+    step._options = {"devices": devices, "machine": machine, "plan": plan, **options}
+    return step
+
+
+def _check_module(module: torch.nn.Module) -> None:
+    """CaptureError for modules that do not compute what they do in PyTorch."""
+    for name, child in module.named_modules():
+        where = f"'{name}'" if name else "The module"
+        kind = type(child).__name__
+        if kind in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
+            raise CaptureError(
+                f"{where} is wrapped in {kind}. Give the module inside it: Partita splits it."
+            )
+        if hasattr(child, "_orig_mod"):
+            raise CaptureError(
+                f"{where} is compiled by torch.compile. Give the module before: Partita compiles "
+                "its step."
+            )
+        if isinstance(child, torch.jit.ScriptModule):
+            raise CaptureError(f"{where} is a TorchScript module. Give the module before it.")
+        if isinstance(child, torch.nn.modules.lazy.LazyModuleMixin):
+            raise CaptureError(f"{where} is lazy. Call the module once on a batch first.")

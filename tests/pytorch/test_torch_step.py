@@ -1,0 +1,310 @@
+"""Training steps of PyTorch modules give PyTorch's own losses, weights and buffers, planned or not.
+
+They need the extra `partita[torch]`: `make test-torch` installs it and runs them.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import partita
+import partita.torch
+
+torch: Any = pytest.importorskip(
+    "torch", reason="PyTorch is not installed, so its modules are not tested: make test-torch"
+)
+pytest.importorskip(
+    "torchax", reason="torchax is not installed, so PyTorch is not tested: make test-torch"
+)
+nn = torch.nn
+functional = torch.nn.functional
+CLASSES = 5
+
+
+def batches(count: int = 3, features: tuple[int, ...] = (12,), seed: int = 0) -> list[Any]:
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(count, 16, *features)).astype("float32")
+    y = random.integers(0, CLASSES, (count, 16))
+    return [(torch.from_numpy(a), torch.from_numpy(b)) for a, b in zip(x, y, strict=True)]
+
+
+def perceptron() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, CLASSES))
+
+
+def sgd(module: Any) -> Any:
+    return torch.optim.SGD(module.parameters(), 0.1)
+
+
+def trained_by_torch(
+    module: Any, optimizer: Any, data: list[Any], after: Callable[[], None] = lambda: None
+) -> list[float]:
+    losses = []
+    for x, y in data:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(module(x), y)
+        loss.backward()
+        optimizer.step()
+        after()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def assert_equal_states(ours: dict[str, Any], module: Any) -> None:
+    theirs = module.state_dict()
+    assert list(ours) == list(theirs)
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("devices", [None, 1, 4])
+def test_losses_weights_and_running_statistics_are_those_of_torch(devices: int | None) -> None:
+    module = perceptron()
+    if devices is None:
+        step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    else:
+        step = partita.torch.parallelize(
+            module, functional.cross_entropy, sgd(module), devices=devices
+        )
+    data = batches()
+    ours = [float(step(batch)) for batch in data]
+    theirs = trained_by_torch(module, sgd(module), data)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert_equal_states(step.state_dict(), module)
+    module.eval()
+    torch.testing.assert_close(
+        step.predict(data[0][0]), module(data[0][0]).detach(), rtol=1e-4, atol=1e-5
+    )
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1),
+    "nesterov": lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True, weight_decay=0.1),
+    "maximize": lambda p: torch.optim.SGD(p, 0.01, 0.9, maximize=True),
+    "adam": lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, weight_decay=0.1),
+    "centered": lambda p: torch.optim.RMSprop(p, 0.01, centered=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_of_torch_keeps_its_formula(name: str) -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(12, CLASSES)
+    step = partita.torch.training_step(
+        module, functional.cross_entropy, OPTIMIZERS[name](module.parameters())
+    )
+    data = batches(5)
+    ours = [float(step(batch)) for batch in data]
+    theirs = trained_by_torch(module, OPTIMIZERS[name](module.parameters()), data)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert_equal_states(step.state_dict(), module)
+
+
+def grouped(module: Any) -> tuple[Any, Any]:
+    """An optimizer with two groups, and a scheduler of both rates."""
+    groups = [
+        {"params": [module.weight], "weight_decay": 0.1},
+        {"params": [module.bias], "lr": 1.0},
+    ]
+    optimizer = torch.optim.SGD(groups, 0.1, momentum=0.5)
+    return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+
+def test_parameter_groups_and_schedulers_work_as_in_torch() -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(12, CLASSES)
+    data = batches(4)
+    optimizer, scheduler = grouped(module)
+    step = partita.torch.training_step(module, functional.cross_entropy, optimizer)
+    ours = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in data:
+            ours.append(float(step(batch)))
+            scheduler.step()
+    optimizer, scheduler = grouped(module)
+    theirs = trained_by_torch(module, optimizer, data, scheduler.step)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert_equal_states(step.state_dict(), module)
+
+
+def test_gradients_are_clipped_as_in_torch() -> None:
+    module = perceptron()
+    step = partita.torch.training_step(
+        module, functional.cross_entropy, sgd(module), clip_norm=0.05
+    )
+    data = batches()
+    ours = [float(step(batch)) for batch in data]
+    optimizer = sgd(module)
+    theirs = []
+    for x, y in data:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(module(x), y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 0.05)
+        optimizer.step()
+        theirs.append(float(loss.detach()))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 512)
+        self.down = nn.Linear(512, 12)
+
+    def forward(self, x: Any) -> Any:
+        return x + self.down(functional.gelu(self.up(x)))
+
+
+class Tied(nn.Module):
+    """Tied weights, frozen weights, a target network without gradient, and a detached branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(CLASSES, 12)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(12, CLASSES, bias=False)
+        self.head.weight = self.embedding.weight
+        self.frozen = nn.Linear(12, 12).requires_grad_(False)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("scratch", torch.ones(12), persistent=False)
+
+    def forward(self, x: Any) -> Any:
+        self.steps = self.steps + 1
+        for block in self.blocks:
+            x = block(x)
+        with torch.no_grad():
+            gate = torch.sigmoid(self.head(x)).mean(1, keepdim=True)
+        x = x * gate + self.frozen(x) * self.scratch + torch.detach(x) ** 2
+        return self.head(x)
+
+
+def test_tied_and_frozen_weights_and_stopped_gradients_are_those_of_torch() -> None:
+    torch.manual_seed(0)
+    module = Tied()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    assert "head.weight" not in step.state.params
+    data = batches()
+    ours = [float(step(batch)) for batch in data]
+    theirs = trained_by_torch(module, sgd(module), data)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert_equal_states(step.state_dict(), module)
+    module.load_state_dict(step.state_dict())
+
+
+def test_operators_are_named_by_module_path() -> None:
+    torch.manual_seed(0)
+    module = Tied()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    plan = step.plan_for(batches(1)[0], machine="h100:8")
+    names = {name.partition(":")[0] for name in plan.choices}
+    assert {"blocks.0.up", "blocks.0.down", "blocks.1.up", "frozen", "head", "loss"} <= names
+    assert plan.graph == "Tied"
+
+
+def test_a_module_on_the_meta_device_is_planned_without_memory() -> None:
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(12, 2**20), nn.ReLU(), nn.Linear(2**20, CLASSES))
+        batch = (torch.empty(16, 12), torch.empty(16, dtype=torch.int64))
+    optimizer = torch.optim.AdamW(module.parameters())
+    step = partita.torch.parallelize(module, functional.cross_entropy, optimizer)
+    plan = step.plan_for(batch, machine="h100:8")
+    assert plan.devices == 8
+    with pytest.raises(partita.PartitaError, match="on the meta device"):
+        step(batches(1)[0])
+
+
+def test_dropout_differs_by_step_and_seed_and_not_by_devices() -> None:
+    def losses(seed: int, devices: int) -> list[float]:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(12, 64), nn.Dropout(0.5), nn.Linear(64, CLASSES))
+        optimizer = torch.optim.SGD(module.parameters(), 0.0)
+        step = partita.torch.parallelize(
+            module, functional.cross_entropy, optimizer, seed=seed, devices=devices
+        )
+        batch = batches(1)[0]
+        result = [float(step(batch)) for _ in range(2)]
+        module.eval()
+        result += [float(step(batch)) for _ in range(2)]
+        return result
+
+    one = losses(0, 1)
+    assert one[0] != one[1]
+    assert one[2] == one[3]
+    assert one[0] != losses(1, 1)[0]
+    np.testing.assert_allclose(losses(0, 4), one, rtol=1e-5)
+
+
+def test_a_module_may_return_its_loss_and_take_a_dict() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = nn.Linear(12, CLASSES)
+
+        def forward(self, features: Any, labels: Any) -> Any:
+            return functional.cross_entropy(self.dense(features), labels)
+
+    torch.manual_seed(0)
+    module = Model()
+    step = partita.torch.training_step(module, None, sgd(module))
+    x, y = batches(1)[0]
+    expected = float(module(x, y).detach())
+    assert float(step({"features": x, "labels": y.numpy()})) == pytest.approx(expected, rel=1e-5)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(12, CLASSES)
+
+    def forward(self, x: Any) -> Any:
+        return self.dense(x if x.sum() > 0 else -x)
+
+
+class OwnBackward(Branches):
+    def forward(self, x: Any) -> Any:
+        class Clip(torch.autograd.Function):
+            pass
+
+        return Clip.apply(self.dense(x))
+
+
+REFUSED = {
+    r"test_torch_step.py:\d+: return self.dense.* Write torch.where": (Branches, sgd),
+    "custom backward of Clip": (OwnBackward, sgd),
+    "half the bits": (lambda: perceptron().double(), sgd),
+    "compiled by torch.compile": (lambda: torch.compile(perceptron()), sgd),
+    "'Adadelta' has no": (perceptron, lambda m: torch.optim.Adadelta(m.parameters())),
+    "'amsgrad'": (perceptron, lambda m: torch.optim.Adam(m.parameters(), amsgrad=True)),
+    "lacks the parameter '3.weight'": (
+        perceptron,
+        lambda m: torch.optim.SGD(list(m.parameters())[:4], 0.1),
+    ),
+    "A str is no optimizer": (perceptron, lambda m: "adam"),
+    "no parameter that requires a gradient": (
+        lambda: perceptron().requires_grad_(False),
+        lambda m: torch.optim.SGD([torch.zeros(1)], 0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_module_or_optimizer_that_differs_in_jax_is_refused_in_a_sentence(message: str) -> None:
+    make_module, make_optimizer = REFUSED[message]
+    module = make_module()
+    with pytest.raises(partita.PartitaError, match=message):
+        step = partita.torch.parallelize(module, functional.cross_entropy, make_optimizer(module))
+        step(batches(1)[0])
+
+
+def test_a_module_given_to_parallelize_names_the_way() -> None:
+    with pytest.raises(partita.PartitaError, match=r"partita\.torch\.parallelize"):
+        partita.parallelize(perceptron())
