@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from partita.cost.energy import require_power
 from partita.errors import MemoryBudgetError, PlanError
 from partita.machine import Machine
 from partita.planning import DEFAULTS, SearchOptions, search_plan
@@ -16,7 +17,7 @@ from partita.search.find import PlanResult
 if TYPE_CHECKING:
     from partita.capture.jax_functions import Captured
 
-OBJECTIVES = ("step", "cost-per-epoch")
+OBJECTIVES = ("step", "cost-per-epoch", "joules")
 SAMPLES = 1_000_000
 """Default samples of an epoch."""
 FIGURES = ("seconds", "samples_per_second", "epoch_seconds", "device_hours", "cost")
@@ -28,7 +29,8 @@ class Objective:
     """The order of offers, and the epoch and the prices that their costs are of."""
 
     name: str = "step"
-    """"step": the fastest step first; "cost-per-epoch": the cheapest epoch first."""
+    """"step": the fastest step first; "cost-per-epoch": the cheapest epoch first; "joules": the
+    step with the least energy first."""
     prices: Mapping[str, float] = field(default_factory=dict)
     """Price of a device for an hour, in any currency, by name of device, machine or preset; ""
     for all others."""
@@ -38,9 +40,9 @@ class Objective:
     def check(self, batch_size: int) -> None:
         """PlanError if there is no such objective, or the step has no batch to count samples by."""
         if self.name not in OBJECTIVES:
-            names = " or ".join(map(repr, OBJECTIVES))
+            names = ", ".join(map(repr, OBJECTIVES))
             raise PlanError(f"There is no objective {self.name!r}: use {names}.")
-        if self.name != "step" and not batch_size:
+        if self.name == "cost-per-epoch" and not batch_size:
             raise PlanError(
                 "The cost of an epoch is undefined: the step has no batch of samples to count. "
                 "Use the objective 'step'."
@@ -78,6 +80,8 @@ class Offer:
     cost: float | None = None
     """Cost of an epoch, in the currency of the prices."""
     note: str = ""
+    joules: float | None = None
+    """Energy of a step on all devices; None where the machine lacks power figures."""
 
     def to_json(self) -> dict[str, Any]:
         fits = self.result is not None
@@ -86,6 +90,7 @@ class Offer:
             "machine": self.machine.name,
             "devices": self.machine.devices,
             **figures,
+            **({} if self.joules is None else {"joules": self.joules}),
             "note": self.note,
         }
 
@@ -103,6 +108,9 @@ def compare_machines(
     """
     objective = objective or Objective()
     objective.check(captured.graph.batch_size)
+    if objective.name == "joules":
+        for machine in machines:
+            require_power(machine)
     prices = [objective.price_of(machine) for machine in machines]
     offers = []
     for machine, price in zip(machines, prices, strict=True):
@@ -112,8 +120,7 @@ def compare_machines(
             offers.append(Offer(machine, None, note=str(error)))
         else:
             offers.append(_offer(result, machine, price, captured.graph.batch_size, objective))
-    key = _step_seconds if objective.name == "step" else _epoch_cost
-    return sorted(offers, key=key)
+    return sorted(offers, key=_ORDERS[objective.name])
 
 
 def _offer(
@@ -131,6 +138,7 @@ def _offer(
         device_hours=device_hours,
         cost=None if price is None else device_hours * price,
         note="; ".join(result.plan.notes),
+        joules=result.prediction.joules,
     )
 
 
@@ -140,3 +148,11 @@ def _step_seconds(offer: Offer) -> float:
 
 def _epoch_cost(offer: Offer) -> float:
     return offer.device_hours if offer.cost is None else offer.cost
+
+
+def _step_joules(offer: Offer) -> float:
+    return math.inf if offer.joules is None else offer.joules
+
+
+_ORDERS = {"step": _step_seconds, "cost-per-epoch": _epoch_cost, "joules": _step_joules}
+"""Objective -> the figure that its best offer has the least of."""

@@ -44,7 +44,7 @@ MEASURED_SEARCHES = 4
 """Searches at most while operators are timed: each may choose untimed operators."""
 ALTERNATIVES = 5
 """Alternatives per operator that a plan keeps as reasons."""
-BASELINE_FIGURES = ("seconds", "seconds_compute", "peak_bytes", "traffic_bytes")
+BASELINE_FIGURES = ("seconds", "seconds_compute", "peak_bytes", "traffic_bytes", "joules")
 """Figures of a baseline that a plan keeps as reasons."""
 
 

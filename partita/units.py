@@ -2,8 +2,8 @@
 MiB".
 
 Inside Partita every number is plain, in the base unit of its dimension: bytes, bytes per second,
-FLOP, FLOP per second, seconds, watts, joules, joules per bit, hertz, volts. Only this module knows
-prefixes."""
+FLOP, FLOP per second, seconds, watts, joules, joules per bit, hertz, volts, degrees Celsius,
+kelvins. Only this module knows prefixes."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ UNITS: dict[str, dict[str, float]] = {
     "J/bit": _scales("J/bit", _SMALL),
     "Hz": _scales("Hz", _DECIMAL),
     "V": _scales("V", _SMALL),
+    "degC": {"degC": 1.0, "°C": 1.0},
+    "K": {"K": 1.0},
 }
 """Base unit of a dimension -> its units -> their size in the base unit."""
 
@@ -55,6 +57,8 @@ EXAMPLES = {
     "J/bit": "4 pJ/bit",
     "Hz": "1.4 GHz",
     "V": "900 mV",
+    "degC": "85 °C",
+    "K": "3 K",
 }
 
 SHORTEST_SECONDS = 5e-12
@@ -198,6 +202,19 @@ def format_seconds(seconds: float) -> str:
         if abs(seconds) >= UNITS["s"][unit]:
             return f"{seconds / UNITS['s'][unit]:.2f} {unit}"
     return f"{seconds / UNITS['s']['ns']:.2f} ns"
+
+
+def format_joules(joules: float) -> str:
+    """Joules with a decimal prefix, or mJ, uJ.
+
+    >>> format_joules(0.0123), format_joules(4.2e-6), format_joules(90), format_joules(15e3)
+    ('12.30 mJ', '4.20 uJ', '90.00 J', '15.00 kJ')
+    """
+    scales = UNITS["J"]
+    for unit in ("MJ", "kJ", "J", "mJ"):
+        if abs(joules) >= scales[unit]:
+            return f"{joules / scales[unit]:.2f} {unit}"
+    return f"{joules / scales['uJ']:.2f} uJ"
 
 
 def format_flops(count: float) -> str:

@@ -179,7 +179,7 @@ def test_machines_are_compared_by_what_an_epoch_costs(training: str) -> None:
     [
         (
             ["--objective", "fame", "--machine", "h100:1,h100:2"],
-            "There is no objective 'fame': use 'step' or 'cost-per-epoch'.",
+            "There is no objective 'fame': use 'step', 'cost-per-epoch', 'joules'.",
         ),
         (
             ["--objective", "cost-per-epoch"],

@@ -12,6 +12,7 @@ from partita.cli.options import Devices, Json, Processes
 from partita.cli.processes import join_processes, keep_stdout, run_in_processes, start_devices
 from partita.cli.terminal import Activity, errors, out
 from partita.machine import load, presets
+from partita.machine.parts import Value
 
 app = typer.Typer(no_args_is_help=True, help="List, show and measure machines.")
 
@@ -89,4 +90,11 @@ def show(
         machine = load(name)
         out.print(str(machine))
         for path, (value, source, status) in machine.provenance().items():
-            out.print(f"  {path} = {value:g}  [{status}] {source}")
+            out.print(f"  {path} = {_number_text(value)}  [{status}] {source}")
+
+
+def _number_text(value: Value) -> str:
+    """A number, or numbers in brackets."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(_number_text(item) for item in value)}]"
+    return f"{value:g}"

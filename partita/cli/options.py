@@ -190,7 +190,7 @@ class Pricing:
     """How to compare machines."""
 
     objective: Annotated[
-        str, typer.Option(help="Order of several machines: step or cost-per-epoch.")
+        str, typer.Option(help="Order of machines: step, cost-per-epoch or joules.")
     ] = "step"
     price: Annotated[
         str,

@@ -138,7 +138,7 @@ class _Evaluation:
         self.placement = placement
         self.machine = placement.machine
         self.assignments = assignments
-        self.split = _ShardCounts(placement, assignments)
+        self.split = ShardCounts(placement, assignments)
         count = len(assignments)
         self.kernel_seconds = _kernel_seconds(terms, self.machine, self.split)
         self.exchange_seconds = np.zeros((len(PHASES), count))
@@ -278,7 +278,7 @@ class _Roofline:
 def _roofline(
     terms: OperatorTerms,
     machine: Machine,
-    split: _ShardCounts,
+    split: ShardCounts,
 ) -> _Roofline:
     column: dict[Factors, int] = {}
     """Factors -> their column in the matrices below."""
@@ -331,7 +331,7 @@ def engine_dtype(dtype: str) -> str:
 def _kernel_seconds(
     terms: OperatorTerms,
     machine: Machine,
-    split: _ShardCounts,
+    split: ShardCounts,
 ) -> np.ndarray:
     """Seconds of kernels, [phase, assignment]: measured, fitted or by the roofline."""
     if not terms.work:
@@ -395,7 +395,7 @@ def roofline_features(
 
     Both sides of the roofline by kind of kernel, and the fixed cost of all kernels.
     """
-    split = _ShardCounts(placement, [assignment])
+    split = ShardCounts(placement, [assignment])
     roofline = _roofline(terms, placement.machine, split)
     features = {START: float(sum(roofline.trips)) * placement.machine.overhead}
     for cause, sides in zip(CAUSES, (roofline.compute, roofline.memory), strict=True):
@@ -408,7 +408,7 @@ def roofline_features(
 # ---- splits and collectives
 
 
-class _ShardCounts:
+class ShardCounts:
     """The numbers of shards into which assignments split factors."""
 
     def __init__(self, placement: Placement, assignments: Sequence[Assignment]) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from partita.cost.collectives import collectives
-from partita.cost.evaluate import OperatorCost, compute_source, operator_costs
+from partita.cost.energy import Activity, Energy, memory_bytes, missing_power, step_energy
+from partita.cost.evaluate import Assignment, OperatorCost, compute_source, operator_costs
 from partita.cost.memory import KINDS, PeakMemory, memory
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.terms import Terms, cost_terms
@@ -69,6 +70,10 @@ class Prediction:
     """Expected relative error of the seconds whose source is "fitted"."""
     kind: int = 0
     """Kind of the device with this memory, where a machine's devices differ."""
+    energy: Energy | None = None
+    """Joules of all devices; None where the machine lacks power figures."""
+    power_status: str = ""
+    """Status of the least certain power figure, for instance "recalled"."""
 
     def source(self) -> str:
         """Source of the seconds, for people: shares of the compute time that are measured and
@@ -89,6 +94,11 @@ class Prediction:
         return sum(o.compute for o in self.operators if o.source == source)
 
     @property
+    def joules(self) -> float | None:
+        """Joules of all devices; None where the machine lacks power figures."""
+        return None if self.energy is None else self.energy.joules
+
+    @property
     def peak_bytes(self) -> int:
         return self.memory.peak
 
@@ -98,7 +108,7 @@ class Prediction:
 
     def to_json(self) -> dict[str, Any]:
         """The prediction as a plan file stores it."""
-        return {
+        value: dict[str, Any] = {
             "seconds": self.seconds,
             **{f"seconds_{cause}": seconds for cause, seconds in self.by_cause().items()},
             "peak_bytes": self.peak_bytes,
@@ -112,6 +122,18 @@ class Prediction:
                 "flops": "counted from the program",
             },
         }
+        if self.energy is not None:
+            value["joules"] = self.joules
+            value["joules_by_cause"] = asdict(self.energy)
+            value["provenance"]["joules"] = self.energy_source()
+        return value
+
+    def energy_source(self) -> str:
+        """Source of the joules, for people."""
+        return (
+            f"{self.machine}'s power figures ({self.power_status} at worst), at its first "
+            "operating points"
+        )
 
 
 def build_prediction(
@@ -144,6 +166,36 @@ def build_prediction(
         fit_error=machine.times.error if machine.times else 0.0,
         kind=kind,
     )
+
+
+def with_energy(
+    prediction: Prediction,
+    machine: Machine,
+    terms: Terms,
+    placement: Placement,
+    assignments: Sequence[Assignment],
+    fractions: Sequence[float],
+    plan: Plan,
+) -> Prediction:
+    """A prediction with its energy, unchanged where the machine lacks power figures.
+
+    Args:
+        fractions: [operator], fraction of the devices that run it.
+        plan: Its devices count; its microbatches repeat the kernels' bytes.
+    """
+    if missing_power(machine):
+        return prediction
+    pairs = zip(prediction.operators, fractions, strict=True)
+    moved = plan.microbatches * memory_bytes(terms, placement, assignments, fractions)
+    activity = Activity(
+        devices=plan.devices,
+        seconds=prediction.seconds,
+        busy=sum(operator.compute * fraction for operator, fraction in pairs),
+        memory_bytes=moved,
+        link_bytes=float(sum(prediction.traffic.values())),
+    )
+    energy = step_energy(machine, activity)
+    return replace(prediction, energy=energy, power_status=machine.weakest_power_status())
 
 
 def predict(
@@ -187,11 +239,20 @@ def predict(
         )
         for o, cost in enumerate(costs)
     ]
-    return build_prediction(
+    prediction = build_prediction(
         plan,
         machine,
         operators=operators,
         memory=memory(graph, plan.mesh, layout, machine.backend),
         traffic=traffic,
         flops=local_flops(graph, plan.mesh, layout, machine.backend, traffic=planned),
+    )
+    return with_energy(
+        prediction,
+        machine,
+        terms,
+        placement,
+        layout.assignments,
+        [1.0] * len(operators),
+        plan,
     )

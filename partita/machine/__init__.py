@@ -5,31 +5,43 @@ from partita.machine.collectives import KINDS, collective_seconds
 from partita.machine.load import host, load, presets, read
 from partita.machine.machine import Machine
 from partita.machine.parts import (
+    Attached,
     Backend,
     Device,
     DeviceKind,
     Domain,
+    DomainPoint,
     Engine,
+    Grid,
+    Leakage,
     Level,
     Memory,
     OperatingPoint,
     Source,
+    Thermal,
+    Trip,
 )
 from partita.machine.times import OperatorTimes, fitted_times
 
 __all__ = [
     "KINDS",
+    "Attached",
     "Backend",
     "Device",
     "DeviceKind",
     "Domain",
+    "DomainPoint",
     "Engine",
+    "Grid",
+    "Leakage",
     "Level",
     "Machine",
     "Memory",
     "OperatingPoint",
     "OperatorTimes",
     "Source",
+    "Thermal",
+    "Trip",
     "check",
     "collective_seconds",
     "fitted_times",

@@ -10,21 +10,31 @@ from collections.abc import Iterable, Sequence
 from partita.errors import MachineError
 from partita.machine.machine import Machine, numbers
 from partita.machine.parts import (
+    DIRECTIONS,
     DOMAINS,
     DTYPES,
     FABRICS,
     OP_CLASSES,
+    PLAIN_DIMENSIONS,
+    ROUTINGS,
     STATUSES,
+    Attached,
     Device,
     Domain,
+    DomainPoint,
+    Engine,
+    Grid,
     Level,
     Memory,
     OperatingPoint,
+    Thermal,
+    Trip,
+    Value,
 )
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
-_PLAIN_DIMENSIONS = ("count", "efficiency", "fraction")
-"""Dimensions of numbers without a unit."""
+Named = Memory | OperatingPoint | DomainPoint | Level | Domain | Trip | Grid | Attached
+"""Parts with a name of their own."""
 
 
 class DescriptionError(MachineError):
@@ -62,12 +72,26 @@ def check(machine: Machine) -> None:
             FABRICS,
         )
     for domain in machine.domains:
+        _check_domain(domain, machine)
+    if machine.thermal is not None:
+        _check_thermal(machine.thermal, machine)
+    _check_names("grid", machine.grids)
+    for grid in machine.grids:
         one_of(
-            f"domain.{domain.name}.kind",
-            "kind of domain",
-            domain.kind,
-            DOMAINS,
+            f"grid.{grid.name}.routing",
+            "routing",
+            grid.routing,
+            ROUTINGS,
         )
+        one_of(
+            f"grid.{grid.name}.direction",
+            "direction",
+            grid.direction,
+            DIRECTIONS,
+        )
+    _check_names("attached", machine.attached)
+    for part in machine.attached:
+        _check_engines(f"attached.{part.name}", part.engines)
     one_of(
         "backend.float32_products",
         "dtype",
@@ -91,7 +115,59 @@ def _check_device(path: str, device: Device) -> None:
             f"{path}.engine",
             f'is missing: add [{path}.engine."*"] with "*" = {{ peak = ..., efficiency = ... }}.',
         )
-    for engine in device.engines:
+    _check_engines(path, device.engines)
+
+
+def _check_domain(domain: Domain, machine: Machine) -> None:
+    path = f"domain.{domain.name}"
+    one_of(
+        f"{path}.kind",
+        "kind of domain",
+        domain.kind,
+        DOMAINS,
+    )
+    _check_names(f"{path}.operating_point", domain.points)
+    if domain.members:
+        one_of(
+            f"{path}.members",
+            "kind of device",
+            domain.members,
+            [kind.key for kind in machine.kinds] or ["no kinds"],
+        )
+    for point in domain.points:
+        if len(point.power) != domain.devices:
+            raise DescriptionError(
+                f"{path}.operating_point.{point.name}.power",
+                f"has {len(point.power)} numbers for {domain.devices} devices: write the power "
+                "with 1, 2, ... of them active.",
+            )
+
+
+def _check_thermal(thermal: Thermal, machine: Machine) -> None:
+    """The matrices fit each other and the domains; trips name domains with points."""
+    nodes = len(thermal.transition)
+    if len(thermal.transition[0]) != nodes:
+        raise DescriptionError("thermal.transition", "is not square: write a row per node.")
+    inputs = [domain.name for domain in machine.domains if domain.kind in ("clock", "power")]
+    if (len(thermal.gain), len(thermal.gain[0])) != (nodes, len(inputs)):
+        raise DescriptionError(
+            "thermal.gain",
+            f"is not {nodes} x {len(inputs)}: write a row per node, with a number for each of "
+            f"{listed(inputs) or 'no domains'}.",
+        )
+    _check_names("thermal.trip", thermal.trips)
+    clocks = [domain.name for domain in machine.domains if domain.points]
+    for trip in thermal.trips:
+        one_of(
+            f"thermal.trip.{trip.name}.domain",
+            "domain with operating points",
+            trip.domain,
+            clocks or ["no domains"],
+        )
+
+
+def _check_engines(path: str, engines: Sequence[Engine]) -> None:
+    for engine in engines:
         engine_path = f"{path}.engine.{engine.op_class}"
         one_of(
             engine_path,
@@ -128,7 +204,7 @@ def _check_counts(machine: Machine) -> None:
     )
 
 
-def _check_names(path: str, parts: Sequence[Memory | OperatingPoint | Level | Domain]) -> None:
+def _check_names(path: str, parts: Sequence[Named]) -> None:
     names = [part.name for part in parts]
     for name in names:
         if not _NAME.fullmatch(name):
@@ -141,10 +217,14 @@ def _check_names(path: str, parts: Sequence[Memory | OperatingPoint | Level | Do
 
 def check_number(
     path: str,
-    value: float,
+    value: Value,
     dimension: str,
 ) -> None:
-    """Raise DescriptionError unless a number is in the range of its dimension."""
+    """Raise DescriptionError unless numbers are in the range of their dimension."""
+    if isinstance(value, tuple):
+        for item in value:
+            check_number(path, item, dimension)
+        return
     if dimension == "count":
         allowed = "a whole number of at least 1"
         in_range = isinstance(value, int) and value >= 1
@@ -157,11 +237,14 @@ def check_number(
     elif dimension == "s":
         allowed = "zero seconds or more"
         in_range = 0 <= value < math.inf
+    elif dimension in ("number", "degC"):
+        allowed = "a finite number"
+        in_range = math.isfinite(value)
     else:
         allowed = "more than zero"
         in_range = 0 < value < math.inf
     if not in_range:
-        unit = "" if dimension in _PLAIN_DIMENSIONS else f" {dimension}"
+        unit = "" if dimension in PLAIN_DIMENSIONS else f" {dimension}"
         raise DescriptionError(path, f"is {value:g}{unit}: it must be {allowed}.")
 
 

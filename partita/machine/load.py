@@ -31,15 +31,24 @@ from partita.machine.machine import Machine
 from partita.machine.parts import (
     DTYPES,
     OP_CLASSES,
+    PLAIN_DIMENSIONS,
+    Attached,
     Backend,
     Device,
     DeviceKind,
     Domain,
+    DomainPoint,
     Engine,
+    Grid,
+    Leakage,
     Level,
     Memory,
     OperatingPoint,
     Source,
+    Thermal,
+    Trip,
+    Value,
+    list_depth,
     number_fields,
     path_fields,
     slowest_kind,
@@ -55,10 +64,30 @@ _NODE_PRESETS = {
     "k80-cluster": "k80-cluster",
 }
 """Presets counted in nodes (the outermost level) -> the file with their description."""
-_WHOLE_PRESETS = ("p100-cluster", "k80-cluster")
+_WHOLE_PRESETS = (
+    "p100-cluster",
+    "k80-cluster",
+    "odroid-xu3",
+    "rk3588",
+    "rk3399",
+    "manycore-64",
+)
 """Presets that are whole without a count. Without a count, all others are one device or node."""
+_SECTIONS = (
+    "name",
+    "notes",
+    "device",
+    "kind",
+    "level",
+    "domain",
+    "backend",
+    "thermal",
+    "grid",
+    "attached",
+)
+"""Keys of a whole description."""
 _ORIGIN_KEYS = ("source", "status")
-_PLAIN_EXAMPLES = {"count": "4", "efficiency": "0.8", "fraction": "0.5"}
+_PLAIN_EXAMPLES = {"count": "4", "efficiency": "0.8", "fraction": "0.5", "number": "0.25"}
 """Examples of numbers without a unit, by dimension."""
 
 
@@ -185,7 +214,7 @@ class _DescriptionReader:
 
     def machine(self, table: dict[str, Any]) -> Machine:
         """The machine of a whole description."""
-        _check_keys("", table, ("name", "notes", "device", "kind", "level", "domain", "backend"))
+        _check_keys("", table, _SECTIONS)
         _check_devices_given(table)
         origin = _Provenance(None, None).inside(table)
         kinds = self.kinds(table.get("kind", {}), origin)
@@ -200,12 +229,15 @@ class _DescriptionReader:
             table.get("level", {}),
             origin,
         )
-        domains = self.named(
-            Domain,
-            "domain",
-            table.get("domain", {}),
+        domains = self.domains(table.get("domain", {}), origin)
+        thermal = self.thermal(table["thermal"], origin) if "thermal" in table else None
+        grids = self.named(
+            Grid,
+            "grid",
+            table.get("grid", {}),
             origin,
         )
+        attached = self.attached(table.get("attached", {}), origin)
         backend = Backend()
         if "backend" in table:
             backend = self.part(
@@ -224,7 +256,66 @@ class _DescriptionReader:
             domains=domains,
             backend=backend,
             sources=tuple(self.sources),
+            thermal=thermal,
+            grids=grids,
+            attached=attached,
         )
+
+    def domains(self, tables: Any, origin: _Provenance) -> tuple[Domain, ...]:
+        """The domains, with their operating points and leakage."""
+        tables = _table("domain", tables)
+        inherited = origin.inside(tables)
+        domains = []
+        for name, table in tables.items():
+            if name in _ORIGIN_KEYS:
+                continue
+            path = f"domain.{name}"
+            own_origin = inherited.inside(_table(path, table))
+            points = self.named(
+                DomainPoint,
+                f"{path}.operating_point",
+                table.get("operating_point", {}),
+                own_origin,
+            )
+            leakage = None
+            if "leakage" in table:
+                leakage = self.part(
+                    Leakage,
+                    f"{path}.leakage",
+                    table["leakage"],
+                    own_origin,
+                )
+            plain = _without(table, "operating_point", "leakage")
+            parts = {"name": name, "points": points, "leakage": leakage}
+            domains.append(self.part(Domain, path, plain, inherited, **parts))
+        return tuple(domains)
+
+    def thermal(self, table: Any, origin: _Provenance) -> Thermal:
+        """The thermal model with its trips."""
+        own_origin = origin.inside(_table("thermal", table))
+        trips = self.named(
+            Trip,
+            "thermal.trip",
+            table.get("trip", {}),
+            own_origin,
+        )
+        return self.part(Thermal, "thermal", _without(table, "trip"), origin, trips=trips)
+
+    def attached(self, tables: Any, origin: _Provenance) -> tuple[Attached, ...]:
+        """The compute attached to memory, with its engines."""
+        tables = _table("attached", tables)
+        inherited = origin.inside(tables)
+        attached = []
+        for name, table in tables.items():
+            if name in _ORIGIN_KEYS:
+                continue
+            path = f"attached.{name}"
+            own_origin = inherited.inside(_table(path, table))
+            engines = self.engines(f"{path}.engine", table.get("engine", {}), own_origin)
+            plain = _without(table, "engine")
+            parts = {"name": name, "engines": engines}
+            attached.append(self.part(Attached, path, plain, inherited, **parts))
+        return tuple(attached)
 
     def kinds(self, tables: Any, origin: _Provenance) -> tuple[DeviceKind, ...]:
         """The kinds of different devices."""
@@ -378,6 +469,7 @@ class _DescriptionReader:
                     value,
                     dimension,
                     inherited,
+                    list_depth(part, field.name),
                 )
             elif _is_required(field, dimension):
                 raise DescriptionError(path, f"lacks {field.name}{_example(dimension)}.")
@@ -390,6 +482,7 @@ class _DescriptionReader:
         value: Any,
         dimension: str | None,
         origin: _Provenance,
+        depth: int,
     ) -> Any:
         """The value of one field of a part."""
         if dimension is not None:
@@ -398,6 +491,7 @@ class _DescriptionReader:
                 value,
                 dimension,
                 origin,
+                depth,
             )
         if not isinstance(field.default, bool):
             return _string(path, value)
@@ -411,15 +505,16 @@ class _DescriptionReader:
         given: Any,
         dimension: str,
         origin: _Provenance,
-    ) -> float:
-        """A number, after its source is recorded."""
+        depth: int = 0,
+    ) -> Value:
+        """A number, or nested lists of numbers, after their source is recorded."""
         if isinstance(given, dict):
             _check_keys(path, given, ("value",))
             if "value" not in given:
                 raise DescriptionError(path, f"lacks value{_example(dimension)}.")
             origin = origin.inside(given)
             given = given["value"]
-        value = _value(path, given, dimension)
+        value = _values(path, given, dimension, depth)
         check_number(path, value, dimension)
         check_source(path, origin.source, origin.status)
         self.sources.append(
@@ -456,12 +551,29 @@ def _is_required(field: Field[Any], dimension: str | None) -> bool:
     return field.default is MISSING
 
 
+def _without(table: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if key not in keys}
+
+
+def _values(path: str, given: Any, dimension: str, depth: int) -> Value:
+    """The numbers of lists nested `depth` deep; all inner lists of one length."""
+    if not depth:
+        return _value(path, given, dimension)
+    if not isinstance(given, list) or not given:
+        noun = "a list of numbers" if depth == 1 else "a list of rows"
+        raise DescriptionError(path, f"is {given!r}: write {noun}, [...].")
+    values: tuple[Any, ...] = tuple(_values(path, item, dimension, depth - 1) for item in given)
+    if depth > 1 and len({len(row) for row in values}) > 1:
+        raise DescriptionError(path, "has rows of different lengths: write equally long rows.")
+    return values
+
+
 def _value(
     path: str,
     given: Any,
     dimension: str,
 ) -> float:
-    if dimension in _PLAIN_EXAMPLES:
+    if dimension in PLAIN_DIMENSIONS:
         return _plain_value(path, given, dimension)
     if not isinstance(given, str):
         raise DescriptionError(path, f"is {given!r}, without a unit{_example(dimension)}.")
@@ -494,7 +606,7 @@ def _example(dimension: str | None) -> str:
     """An example of a number of a dimension, empty for fields that hold no number."""
     if dimension is None:
         return ""
-    if dimension in _PLAIN_EXAMPLES:
+    if dimension in PLAIN_DIMENSIONS:
         return f", for example {_PLAIN_EXAMPLES[dimension]}"
     return f', for example "{EXAMPLES[dimension]}"'
 

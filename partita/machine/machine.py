@@ -13,26 +13,34 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from partita.errors import MachineError
 from partita.machine.parts import (
+    PLAIN_DIMENSIONS,
     STATUSES,
+    Attached,
     Backend,
     Device,
     DeviceKind,
     Domain,
+    Grid,
     Level,
     Source,
+    Thermal,
+    Value,
     number_fields,
     path_fields,
     slowest_kind,
 )
 from partita.machine.times import OperatorTimes
 from partita.units import exact, format_bandwidth, format_bytes, format_flops, format_seconds
+
+POWER_SECTIONS = ("domain.", "thermal.")
+POWER_FIELDS = (".energy_per_bit", ".power", ".idle_power", ".voltage", ".watts")
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,10 @@ class Machine:
     """The kinds of different devices, in order of the devices; empty where all are equal."""
     times: OperatorTimes | None = None
     """Measured operator times. Not part of the description."""
+    thermal: Thermal | None = None
+    grids: tuple[Grid, ...] = ()
+    attached: tuple[Attached, ...] = ()
+    """Compute attached to the memory of the devices."""
 
     @property
     def devices(self) -> int:
@@ -177,7 +189,7 @@ class Machine:
 
     def revised(
         self,
-        values: Mapping[str, float],
+        values: Mapping[str, Value],
         source: str,
         status: str = "measured",
     ) -> Machine:
@@ -224,7 +236,7 @@ class Machine:
                 changes[path] = value
         return self.revised(changes, source, status)
 
-    def provenance(self) -> dict[str, tuple[float, str, str]]:
+    def provenance(self) -> dict[str, tuple[Value, str, str]]:
         """Per key path ("level.node.bandwidth"): value, source, status.
 
         A number that was set in code is assumed.
@@ -251,9 +263,15 @@ class Machine:
         idle = tuple(f"level.{level.name}." for level in self.levels if level.size == 1)
         statuses = []
         for path, (_, _, status) in self.provenance().items():
-            if not path.startswith(idle):
+            if not path.startswith(idle) and not is_power_figure(path):
                 statuses.append(status)
         return max(statuses, key=STATUSES.index)
+
+    def weakest_power_status(self) -> str:
+        """The status of the least certain number that joules, but not seconds, depend on."""
+        origins = self.provenance()
+        statuses = [status for path, (_, _, status) in origins.items() if is_power_figure(path)]
+        return max(statuses, key=STATUSES.index, default=self.weakest_status())
 
     def to_toml(self) -> str:
         """The description that `load` reads back as an equal machine."""
@@ -291,6 +309,11 @@ class Machine:
         return "\n".join(lines)
 
 
+def is_power_figure(path: str) -> bool:
+    """Whether the number at a key path tells power, energy or heat, and no seconds."""
+    return path.startswith(POWER_SECTIONS) or path.endswith(POWER_FIELDS)
+
+
 def sections(machine: Machine) -> Iterator[tuple[str, Any]]:
     """All parts of a machine that hold numbers, each with its key path."""
     parts: list[tuple[str, Any]] = []
@@ -303,8 +326,8 @@ def sections(machine: Machine) -> Iterator[tuple[str, Any]]:
     yield from parts
 
 
-def numbers(machine: Machine) -> Iterator[tuple[str, float, str]]:
-    """All numbers of a machine: key path, value, dimension."""
+def numbers(machine: Machine) -> Iterator[tuple[str, Value, str]]:
+    """All numbers of a machine: key path, value, dimension. Numbers in lists share a path."""
     for path, part in sections(machine):
         for name, dimension in number_fields(type(part)):
             value = getattr(part, name)
@@ -330,6 +353,24 @@ def _with_parts(machine: Machine, change: Callable[[str, Any], Any]) -> Machine:
             points=changed(f"{path}.operating_point", device.points),
         )
 
+    def changed_domain(domain: Domain) -> Domain:
+        path = f"domain.{domain.name}"
+        leakage = domain.leakage
+        return replace(
+            change(path, domain),
+            points=changed(f"{path}.operating_point", domain.points),
+            leakage=None if leakage is None else change(f"{path}.leakage", leakage),
+        )
+
+    def changed_thermal(thermal: Thermal | None) -> Thermal | None:
+        if thermal is None:
+            return None
+        return replace(change("thermal", thermal), trips=changed("thermal.trip", thermal.trips))
+
+    def changed_attached(part: Attached) -> Attached:
+        path = f"attached.{part.name}"
+        return replace(change(path, part), engines=changed(f"{path}.engine", part.engines))
+
     kinds = tuple(changed_device(f"kind.{kind.key}", kind) for kind in machine.kinds)
     device = slowest_kind(kinds) if kinds else changed_device("device", machine.device)
     return replace(
@@ -337,8 +378,11 @@ def _with_parts(machine: Machine, change: Callable[[str, Any], Any]) -> Machine:
         device=device,
         kinds=kinds,
         levels=changed("level", machine.levels),
-        domains=changed("domain", machine.domains),
+        domains=tuple(changed_domain(domain) for domain in machine.domains),
         backend=change("backend", machine.backend),
+        thermal=changed_thermal(machine.thermal),
+        grids=changed("grid", machine.grids),
+        attached=tuple(changed_attached(part) for part in machine.attached),
     )
 
 
@@ -407,15 +451,17 @@ def _level_text(level: Level) -> str:
 def _toml_fields(
     path: str,
     part: Any,
-    origins: Mapping[str, tuple[float, str, str]],
+    origins: Mapping[str, tuple[Value, str, str]],
 ) -> Iterator[str]:
     """The lines of one table: a part's numbers with their sources, and its other fields."""
     dimensions = dict(number_fields(type(part)))
     for field in fields(part):
         value = getattr(part, field.name)
-        if value is None or isinstance(value, tuple) or field.name in path_fields(type(part)):
+        if value is None or field.name in path_fields(type(part)):
             continue
         if field.name not in dimensions:
+            if isinstance(value, tuple) or is_dataclass(value):
+                continue  # Parts have tables of their own.
             yield f"{field.name} = {_quoted(value)}"
             continue
         _, source, status = origins[f"{path}.{field.name}"]
@@ -433,7 +479,10 @@ def _quoted(value: str | bool) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _toml_number(value: float, dimension: str) -> str:
-    if dimension in ("count", "efficiency", "fraction"):
+def _toml_number(value: Value, dimension: str) -> str:
+    if isinstance(value, tuple):
+        items = [_toml_number(item, dimension) for item in value]
+        return f"[{', '.join(items)}]"
+    if dimension in PLAIN_DIMENSIONS:
         return repr(value)
     return _quoted(exact(value, dimension))

@@ -19,7 +19,13 @@ from partita.plans.plan import Plan
 from partita.report.folding import LayerRow, folded
 from partita.report.gaps import PROVED, USELESS_GAP, Gaps, gaps_of
 from partita.simulation.timeline import Timeline
-from partita.units import format_bandwidth, format_bytes, format_flops, format_seconds
+from partita.units import (
+    format_bandwidth,
+    format_bytes,
+    format_flops,
+    format_joules,
+    format_seconds,
+)
 
 EXCHANGES = ("activations", "gradients", "moves")
 """Causes of a layer's time besides its kernels."""
@@ -129,6 +135,9 @@ def summary(plan: Plan) -> Iterable[str]:
             f"memory {format_bytes(predicted['peak_bytes'])} a device at the peak; "
             f"traffic {format_bytes(traffic)} a device"
         )
+    if "joules" in predicted:
+        source = predicted.get("provenance", {}).get("joules", "")
+        yield f"energy {format_joules(predicted['joules'])} a step of all devices ({source})"
     yield from (f"note: {note}" for note in plan.notes)
 
 
@@ -202,6 +211,9 @@ def comparison_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
         columns = ["step", "memory", "traffic", "gain", "measured"]
     else:
         columns = ["step", "compute", "exchange", "memory", "traffic", "gain"]
+    if any("joules" in row for row in rows):
+        columns.insert(1, "energy")
+        columns.remove("traffic")
     add_columns(table, *columns)
     for row in rows:
         cells = _comparison_cells(row, bases[0] if bases else None)
@@ -219,6 +231,7 @@ def _comparison_cells(row: Mapping[str, Any], base_seconds: float | None) -> dic
     seconds = row["seconds"]
     cells = {
         "step": format_seconds(seconds),
+        "energy": format_joules(row["joules"]) if "joules" in row else "",
         "compute": "",
         "exchange": "",
         "memory": format_bytes(row["peak_bytes"]),
@@ -271,6 +284,8 @@ def offers_table(
     table = new_table(f"{graph}: an epoch of {samples:,} samples")
     table.add_column("machine", no_wrap=True)
     columns = ["devices", "step", "samples/s", "epoch", "device hours"]
+    if any(row.get("joules") is not None for row in rows):
+        columns.insert(2, "energy")
     if any(row["cost"] is not None for row in rows):
         columns.append("cost")
     add_columns(table, *columns)
@@ -290,6 +305,8 @@ def _offer_cells(row: Mapping[str, Any]) -> dict[str, str]:
         cells["step"] = "does not fit"
         return cells
     cells["step"] = format_seconds(row["seconds"])
+    if row.get("joules") is not None:
+        cells["energy"] = format_joules(row["joules"])
     cells["samples/s"] = f"{row['samples_per_second']:,.0f}"
     cells["device hours"] = f"{row['device_hours']:.3g}"
     if math.isfinite(row["epoch_seconds"]):
@@ -372,6 +389,8 @@ def timeline_summary(timeline: Timeline, longest: int = 5) -> Iterable[str]:
     path = sorted(timeline.critical_path(), key=lambda span: -span.seconds)
     tasks = [f"{span.name} {format_seconds(span.seconds)}" for span in path[:longest]]
     yield f"longest on the critical path: {', '.join(tasks)}"
+    if timeline.joules is not None:
+        yield f"energy of all devices: {format_joules(timeline.joules)} a step"
     yield f"source of the figures: {timeline.source}"
     yield from (f"note: {note}" for note in timeline.notes)
 

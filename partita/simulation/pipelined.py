@@ -24,7 +24,7 @@ from partita.cost.collectives import Collective, collectives
 from partita.cost.evaluate import PARTS, OperatorCost, compute_source, operator_costs
 from partita.cost.memory import KINDS, PeakMemory, memory
 from partita.cost.moves import Placement, group_of, move_seconds
-from partita.cost.predict import OperatorPrediction, Prediction, build_prediction
+from partita.cost.predict import OperatorPrediction, Prediction, build_prediction, with_energy
 from partita.cost.terms import Move, Terms, cost_terms
 from partita.cost.work import local_flops
 from partita.errors import PlanError
@@ -443,7 +443,7 @@ class PipelinedStep(SimulatedStep):
             self.machine.backend,
             traffic=self._collectives,
         )
-        return build_prediction(
+        prediction = build_prediction(
             self.plan,
             self.machine,
             operators=self._operator_predictions(operator_bytes),
@@ -451,6 +451,15 @@ class PipelinedStep(SimulatedStep):
             traffic={kind: int(nbytes) for kind, nbytes in traffic.items()},
             flops=self.plan.microbatches * flops / self.stages,
             seconds=self.seconds,
+        )
+        return with_energy(
+            prediction,
+            self.machine,
+            self.terms,
+            self.placement,
+            self.layout.assignments,
+            [1 / self.stages] * len(self.costs),
+            self.plan,
         )
 
     @cached_property
@@ -557,6 +566,7 @@ class PipelinedStep(SimulatedStep):
             memory=self._memory_curve(self.fullest),
             peak_bytes=peak.peak,
             held={kind: getattr(peak, kind) for kind in KINDS},
+            joules=prediction.joules,
             peak_operator=peak.operator,
             traffic=dict(prediction.traffic),
             source=prediction.source(),

@@ -23,7 +23,7 @@ from partita.cost.collectives import collectives
 from partita.cost.evaluate import OperatorCost, compute_source, operator_costs, storage_axes
 from partita.cost.memory import PeakMemory, memory
 from partita.cost.moves import Placement
-from partita.cost.predict import OperatorPrediction, Prediction, build_prediction
+from partita.cost.predict import OperatorPrediction, Prediction, build_prediction, with_energy
 from partita.cost.terms import Reduction, Terms, cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
@@ -506,7 +506,7 @@ class PlacedStep(SimulatedStep):
         devices = self.plan.devices
         fullest = self.fullest
         traffic = {kind: round(nbytes / devices) for kind, nbytes in self.traffic.items()}
-        return build_prediction(
+        prediction = build_prediction(
             self.plan,
             self.machine,
             operators=self._operator_predictions(),
@@ -516,6 +516,19 @@ class PlacedStep(SimulatedStep):
             seconds=self.seconds,
             kind=self.groups.kinds[fullest],
         )
+        return with_energy(
+            prediction,
+            self.machine,
+            self.terms,
+            self.placement,
+            self.assignments,
+            [self._device_fraction(o) for o in range(len(self.slices))],
+            self.plan,
+        )
+
+    def _device_fraction(self, operator: int) -> float:
+        """The fraction of the devices that run an operator."""
+        return 1 / self.placement.shard_count(tuple(self.slices[operator]))
 
     def _operator_predictions(self) -> list[OperatorPrediction]:
         sent_bytes = [0.0] * len(self.slices)
@@ -552,7 +565,7 @@ class PlacedStep(SimulatedStep):
         flops = 0.0
         for o, operator_terms in enumerate(self.terms.operators):
             assignment = self.assignments[o]
-            device_fraction = 1 / self.placement.shard_count(tuple(self.slices[o]))
+            device_fraction = self._device_fraction(o)
             operator_flops = 0.0
             for work in operator_terms.work:
                 axes = list(

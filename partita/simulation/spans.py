@@ -80,6 +80,7 @@ def timeline_of(
         source=prediction.source(),
         notes=notes,
         groups=group_times.groups,
+        joules=prediction.joules,
     )
 
 

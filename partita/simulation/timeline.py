@@ -67,6 +67,8 @@ class Timeline:
     notes: tuple[str, ...] = field(default=())
     groups: int = 1
     """Number of device groups, or of stages."""
+    joules: float | None = None
+    """Energy of the step on all devices; None where the machine lacks power figures."""
 
     @property
     def total_traffic(self) -> int:
@@ -102,12 +104,14 @@ class Timeline:
 
     def to_json(self) -> dict[str, Any]:
         """The timeline as a JSON value."""
+        energy = {} if self.joules is None else {"joules": self.joules}
         return {
             "plan": self.plan,
             "graph": self.graph,
             "machine": self.machine,
             "devices": self.devices,
             "seconds": self.seconds,
+            **energy,
             "idle_seconds": dict(self.idle),
             "kind_seconds": self.by_kind(),
             "peak_bytes": self.peak_bytes,

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from partita.cost.evaluate import OperatorCost, operator_costs
 from partita.cost.moves import Placement
-from partita.cost.predict import Prediction, predict
+from partita.cost.predict import Prediction, predict, with_energy
 from partita.cost.terms import Terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
@@ -100,7 +100,15 @@ class UniformStep(SimulatedStep):
     def prediction(self) -> Prediction:
         if self.machine.backend.overlap == 0:
             return self._sum
-        return replace(self._sum, seconds=self.seconds)
+        return with_energy(
+            replace(self._sum, seconds=self.seconds),
+            self.machine,
+            self.terms,
+            self.placement,
+            self.layout.assignments,
+            [1.0] * len(self.costs),
+            self.plan,
+        )
 
     def timeline(self) -> Timeline:
         group_times = GroupTimes(self.structure, self.tasks, self.times)

@@ -53,7 +53,10 @@ def test_every_number_of_a_preset_has_a_source_and_a_status(name):
 
 @pytest.mark.parametrize("name", presets())
 def test_a_preset_saves_and_loads(name):
-    for machine in (load(name), load(f"{name}:4")):
+    machines = [load(name)]
+    if not machines[0].kinds:  # a machine whose devices differ is whole
+        machines.append(load(f"{name}:4"))
+    for machine in machines:
         again = read(machine.to_toml())
         assert again == machine and again.provenance() == machine.provenance()
 
@@ -373,13 +376,14 @@ STATUS_LIST = "measured, verified, derived, recalled, assumed"
             'latency = "1 us"',
             'latancy = "1 us"',
             "m.toml, line 46: level.node.latancy is an unknown key: did you mean 'latency'? "
-            "Use one of size, fabric, latency, bandwidth, shared_by, source, status.",
+            "Use one of size, fabric, latency, bandwidth, shared_by, "
+            "energy_per_bit, source, status.",
         ),
         (
             "[domain.rack]",
             "[zone.rack]",
             "m.toml, line 50: zone is an unknown key: "
-            "Use one of name, notes, device, kind, level, domain, backend, source, status.",
+            "Use one of name, notes, device, kind, level, domain, backend, thermal, grid, attached, source, status.",
         ),
         (
             'bandwidth = "300 GB/s"',
@@ -480,7 +484,7 @@ STATUS_LIST = "measured, verified, derived, recalled, assumed"
             'kind = "failure"',
             'kind = "fire"',
             "m.toml, line 51: domain.rack.kind has the unknown kind of domain 'fire': "
-            "did you mean 'failure'? Use one of clock, power, failure.",
+            "did you mean 'failure'? Use one of clock, power, thermal, failure.",
         ),
         (
             "reduce_scatter = true",
