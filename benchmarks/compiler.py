@@ -1,40 +1,53 @@
 """The compiler's word against ours: collectives, peak memory and FLOPs of models under plans, on 8
-virtual CPU devices.
+devices that need not be here.
 
     python benchmarks/compiler.py --models resnet50,gpt --plans "data parallel,found"
+    python benchmarks/compiler.py --target h100 --json rows.json --texts folder --continue
 
-Ratios are planned / emitted; a line per pair as it is done, then medians and worst cases.
+Ratios are planned / compiled: a line per pair as it is done, then medians and worst cases. The
+programs are cached, so a second run after a change of the cost model compiles nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import json
 import os
 import statistics
 import sys
 import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "jax"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
-from keras import layers
+from keras import layers, ops
 
 from partita.capture.keras_models import capture_model
 from partita.cost.collectives import collectives
 from partita.cost.memory import memory
-from partita.cost.work import local_flops
-from partita.execute.emitted import emitted, peak_bytes
-from partita.execute.program import planned_step
-from partita.machine import host
+from partita.errors import PartitaError
+from partita.execute.compilers.family import compiler_of
+from partita.execute.compilers.request import request_of
+from partita.execute.compilers.run import compile_program
+from partita.execute.emitted import emitted
+from partita.machine import Machine, host, load
 from partita.plans.baselines import BASELINES
+from partita.plans.layout import layout_of
 from partita.search.find import find, mesh_of
 
 IMAGES = (np.zeros((16, 64, 64, 3), "float32"), np.zeros(16, "int32"))
+MACHINES = {
+    "cpu": lambda: host(8, 8 << 30),
+    "h100": lambda: load("h100:8"),
+    "v5e": lambda: load("tpu-v5e:8"),
+}
 
 
 def application(name: str):
@@ -75,10 +88,61 @@ def towers():
     return keras.Model([user, item], layers.Dense(16, activation="softmax")(x)), data
 
 
+def gpt_bfloat16():
+    """A transformer wide enough for fused attention, in mixed precision."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    tokens = keras.Input((512,), dtype="int32")
+    x = layers.Embedding(8192, 512)(tokens)
+    for _ in range(2):
+        a = layers.LayerNormalization()(x)
+        x = x + layers.MultiHeadAttention(8, 64)(a, a, use_causal_mask=True)
+        b = layers.LayerNormalization()(x)
+        x = x + layers.Dense(512)(layers.Dense(2048, activation="gelu")(b))
+    logits = layers.Dense(8192, activation="softmax", dtype="float32")(x)
+    keras.config.set_dtype_policy("float32")
+    return keras.Model(tokens, logits), (np.zeros((16, 512), "int32"),) * 2
+
+
+class Experts(layers.Layer):
+    """Eight dense layers, of which a token takes the one with the highest weight."""
+
+    def __init__(self, experts: int, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate = self.add_weight((width, experts), name="gate")
+        self.up = self.add_weight((experts, width, inner), name="up")
+        self.down = self.add_weight((experts, inner, width), name="down")
+        self.experts = experts
+
+    def call(self, x):
+        weights = ops.softmax(x @ self.gate)
+        chosen = ops.one_hot(ops.argmax(weights, -1), self.experts)
+        room = 2 * x.shape[1] // self.experts
+        position = ops.cumsum(chosen, 1) * chosen
+        slots = ops.one_hot(ops.cast(position, "int32") - 1, room) * chosen[..., None]
+        sent = ops.einsum("bte,btes,btd->ebsd", chosen, slots, x)
+        hidden = ops.gelu(ops.einsum("ebsd,edf->ebsf", sent, self.up))
+        received = ops.einsum("ebsf,efd->ebsd", hidden, self.down)
+        return ops.einsum("bte,btes,ebsd->btd", weights, slots, received)
+
+
+def mixture():
+    tokens = keras.Input((64,), dtype="int32")
+    x = layers.Embedding(512, 128)(tokens)
+    for _ in range(2):
+        a = layers.LayerNormalization()(x)
+        x = x + layers.MultiHeadAttention(8, 16)(a, a, use_causal_mask=True)
+        x = x + Experts(8, 128, 256)(layers.LayerNormalization()(x))
+    return keras.Model(tokens, layers.Dense(512, activation="softmax")(x)), (
+        np.zeros((16, 64), "int32"),
+    ) * 2
+
+
 MODELS = {
     "lstm": lstm,
     "gpt": gpt,
     "towers": towers,
+    "gpt_bfloat16": gpt_bfloat16,
+    "mixture": mixture,
     "resnet50": application("ResNet50"),
     "mobilenetv3small": application("MobileNetV3Small"),
     "efficientnetb0": application("EfficientNetB0"),
@@ -88,55 +152,151 @@ MODELS = {
 PLANS = ["data parallel", "ZeRO-3", "tensor parallel", "spatial", "found"]
 
 
+@dataclass(frozen=True)
+class Row:
+    """A model under a plan, planned and compiled; bytes and FLOPs of one device and step."""
+
+    target: str
+    model: str
+    plan: str
+    planned_bytes: float = 0
+    emitted_bytes: float = 0
+    planned_kinds: dict[str, float] | None = None
+    emitted_kinds: dict[str, float] | None = None
+    planned_peak: float = 0
+    compiled_peak: float = 0
+    compile_seconds: float = 0
+    compiler: str = ""
+    error: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.target, self.model, self.plan
+
+    def ratios(self) -> dict[str, float]:
+        """Planned / compiled."""
+        return {
+            "traffic": ratio(self.planned_bytes, self.emitted_bytes),
+            "memory": ratio(self.planned_peak, self.compiled_peak),
+        }
+
+
+def ratio(planned: float, compiled: float) -> float:
+    if compiled:
+        return planned / compiled
+    return 1.0 if not planned else float("inf")
+
+
+def compared(captured, machine: Machine, target: str, model: str, plan_name: str, texts) -> Row:
+    """The row of a plan; with an error if it cannot be planned or compiled."""
+    graph = captured.graph
+    try:
+        if plan_name == "found":
+            plan = find(graph, machine).plan
+        else:
+            plan = BASELINES[plan_name](graph, machine.name, mesh_of(machine))
+        request = request_of(captured, plan, compiler_of(machine).target(machine))
+        program = compile_program(request)
+    except PartitaError as error:
+        return Row(target, model, plan_name, error=str(error))
+    if texts is not None:
+        name = f"{target}-{model}-{plan_name.replace(' ', '-')}.hlo.gz"
+        (texts / name).write_bytes(gzip.compress(program.text.encode(), mtime=0))
+    layout = layout_of(graph, plan)
+    planned_kinds: dict[str, float] = {}
+    for collective in collectives(graph, plan.mesh, layout, machine.backend):
+        kind = collective.kind
+        planned_kinds[kind] = planned_kinds.get(kind, 0) + collective.total
+    emitted_kinds: dict[str, float] = {}
+    for found in emitted(program.text):
+        emitted_kinds[found.kind] = emitted_kinds.get(found.kind, 0) + found.nbytes * found.trips
+    return Row(
+        target,
+        model,
+        plan_name,
+        planned_bytes=sum(planned_kinds.values()),
+        emitted_bytes=sum(emitted_kinds.values()),
+        planned_kinds=planned_kinds,
+        emitted_kinds=emitted_kinds,
+        planned_peak=memory(graph, plan.mesh, layout, machine.backend).peak,
+        compiled_peak=program.memory.peak,
+        compile_seconds=program.seconds,
+        compiler=f"{program.compiler}, {program.version}",
+    )
+
+
+def read_rows(path: Path | None) -> dict[tuple[str, str, str], Row]:
+    if path is None or not path.exists():
+        return {}
+    rows = [Row(**values) for values in json.loads(path.read_text())]
+    return {row.key: row for row in rows}
+
+
+def write_rows(path: Path | None, rows: dict[tuple[str, str, str], Row]) -> None:
+    if path is not None:
+        beside = path.with_suffix(".part")
+        beside.write_text(json.dumps([asdict(row) for row in rows.values()], indent=1))
+        os.replace(beside, path)
+
+
+def print_summary(rows: list[Row]) -> None:
+    print("planned / compiled, median and worst:")
+    ratios: dict[str, list[float]] = {}
+    for row in rows:
+        for key, value in row.ratios().items():
+            ratios.setdefault(key, []).append(value)
+    for key, values in ratios.items():
+        worst = max(values, key=lambda value: abs(value - 1))
+        print(
+            f"  {key:8} median {statistics.median(values):.3f}  lowest {min(values):.3f}  "
+            f"highest {max(values):.3f}  worst {worst:.3f}  of {len(values)} pairs"
+        )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--plans", default=",".join(PLANS))
+    parser.add_argument("--target", default="cpu", choices=MACHINES)
+    parser.add_argument("--json", type=Path, help="rows are added to this file")
+    parser.add_argument("--texts", type=Path, help="compiled programs are written to this folder")
+    parser.add_argument(
+        "--continue", action="store_true", dest="resume", help="skip rows of --json"
+    )
     arguments = parser.parse_args()
-    machine, ratios = host(8, 8 << 30), {"traffic": [], "memory": [], "flops": []}
+    if arguments.texts is not None:
+        arguments.texts.mkdir(parents=True, exist_ok=True)
+    machine = MACHINES[arguments.target]()
+    rows = read_rows(arguments.json)
+    shown: list[Row] = []
     for name in arguments.models.split(","):
+        plan_names = arguments.plans.split(",")
+        if arguments.resume:
+            plan_names = [plan for plan in plan_names if (arguments.target, name, plan) not in rows]
+        if not plan_names:
+            continue
         model, batch = MODELS[name]()
         model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
         start = time.time()
         captured = capture_model(model, batch)
-        seconds = time.time() - start
-        graph = captured.graph
         print(
-            f"{name}: captured in {seconds:.1f} s, {len(graph.instructions)} instructions",
+            f"{name}: captured in {time.time() - start:.1f} s, "
+            f"{len(captured.graph.instructions)} instructions",
             flush=True,
         )
-        for plan_name in arguments.plans.split(","):
-            mesh = mesh_of(machine)
-            plan = (
-                find(graph, machine).plan
-                if plan_name == "found"
-                else BASELINES[plan_name](graph, machine.name, mesh)
-            )
-            step = planned_step(captured, plan)
-            compiled = step.lower().compile()
-            mine = sum(c.total for c in collectives(graph, plan.mesh, step.layout, machine.backend))
-            theirs = sum(e.nbytes * e.trips for e in emitted(compiled.as_text()))
-            cost = compiled.cost_analysis()
-            flops = (cost[0] if isinstance(cost, list) else cost)["flops"]
-            row = {
-                "traffic": mine / theirs if theirs else 1.0 if not mine else float("inf"),
-                "memory": memory(graph, plan.mesh, step.layout, machine.backend).peak
-                / peak_bytes(compiled),
-                "flops": local_flops(
-                    graph, plan.mesh, step.layout, machine.backend, loops_once=True
-                )
-                / flops,
-            }
-            for key, value in row.items():
-                ratios[key].append(value)
-            text = "  ".join(f"{key} {value:.3f}" for key, value in row.items())
-            print(f"  {plan_name:16} {text}  ({theirs / 2**20:.2f} MiB emitted)", flush=True)
-    print("planned / emitted, median and worst:")
-    for key, values in ratios.items():
-        worst = max(values, key=lambda v: abs(v - 1))
-        print(
-            f"  {key:8} median {statistics.median(values):.3f}  lowest {min(values):.3f}  highest {max(values):.3f}  worst {worst:.3f}"
-        )
+        for plan_name in plan_names:
+            row = compared(captured, machine, arguments.target, name, plan_name, arguments.texts)
+            rows[row.key] = row
+            write_rows(arguments.json, rows)
+            if row.error:
+                print(f"  {plan_name:16} {row.error}", flush=True)
+                continue
+            shown.append(row)
+            text = "  ".join(f"{key} {value:.3f}" for key, value in row.ratios().items())
+            emitted_mib = row.emitted_bytes / 2**20
+            print(f"  {plan_name:16} {text}  ({emitted_mib:.2f} MiB emitted)", flush=True)
+    if shown:
+        print_summary(shown)
     return 0
 
 

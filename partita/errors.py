@@ -29,6 +29,10 @@ class MemoryBudgetError(PartitaError):
         self.excess = excess
 
 
+class CompilerError(PartitaError):
+    """A compiler that is missing, does not know a machine, or does not compile a program."""
+
+
 class ProcessError(PartitaError):
     """Training processes that disagree: one is missing, or does something else."""
 

@@ -125,12 +125,16 @@ def key_of(devices: int) -> dict[str, Any]:
     }
 
 
-def file_of(key: dict[str, Any]) -> Path:
-    """The calibration file for a key, under PARTITA_CACHE or the user's cache folder."""
+def cache_folder() -> Path:
+    """Partita's cache folder: PARTITA_CACHE, or `partita` in the user's cache folder."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(os.environ.get("PARTITA_CACHE") or caches / "partita")
+    return Path(os.environ.get("PARTITA_CACHE") or caches / "partita")
+
+
+def file_of(key: dict[str, Any]) -> Path:
+    """The calibration file for a key, in Partita's cache folder."""
     host = re.sub(r"[^A-Za-z0-9.]+", "-", str(key["host"]))
-    return folder / f"machine-{host}-{key['devices']}x{key['processes']}.toml"
+    return cache_folder() / f"machine-{host}-{key['devices']}x{key['processes']}.toml"
 
 
 def calibrated(machine: Machine, devices: int) -> Machine:

@@ -73,6 +73,16 @@ class PlannedStep:
         return put(batch, self.batch_shardings)
 
 
+def check_runnable(plan: Plan) -> None:
+    """PlanError for a plan that can be planned and simulated, and not yet run."""
+    if not runnable(plan):
+        raise PlanError(
+            f"The plan '{plan.name}' has placed operators, stages, microbatches or "
+            "rematerialization, which can be planned and simulated, and not yet run. "
+            "Plan for the local devices, or with --no-stages."
+        )
+
+
 def planned_step(
     captured: Captured, plan: Plan, devices: Sequence[Any] | None = None, donate: bool = True
 ) -> PlannedStep:
@@ -83,21 +93,15 @@ def planned_step(
     """
     graph = captured.graph
     check(plan, graph)
-    if not runnable(plan):
-        raise PlanError(
-            f"The plan '{plan.name}' has placed operators, stages, microbatches or "
-            "rematerialization, which can be planned and simulated, and not yet run. "
-            "Plan for the local devices, or with --no-stages."
-        )
+    check_runnable(plan)
     layout = layout_of(graph, plan)
     mesh = device_mesh(plan.mesh, devices)
     module = captured.text.mlir_module_serialized
     text = Text.of(captured.text, annotate(module, graph, plan.mesh, layout))
     state_shardings, batch_shardings = _argument_shardings(
         captured,
-        text,
-        plan,
         layout,
+        plan,
         mesh,
     )
     step = jax.jit(
@@ -117,21 +121,27 @@ def planned_step(
     )
 
 
+def leaf_shardings(captured: Captured, layout: Layout) -> list[Sharding]:
+    """Shardings of the leaves of state and batch; leaves that the step does not read are
+    replicated.
+    """
+    tensor_of_leaf = {leaf: tensor for tensor, leaf in enumerate(captured.text.module_kept_var_idx)}
+    shardings: list[Sharding] = []
+    for leaf in range(len(jax.tree.leaves((captured.state, captured.batch)))):
+        is_read = leaf in tensor_of_leaf
+        shardings.append(layout.shardings[tensor_of_leaf[leaf]] if is_read else ())
+    return shardings
+
+
 def _argument_shardings(
     captured: Captured,
-    text: Text,
-    plan: Plan,
     layout: Layout,
+    plan: Plan,
     mesh: jax.sharding.Mesh,
 ) -> tuple[Any, Any]:
-    """Shardings of state and batch; leaves that the step does not read are replicated."""
-    tensor_of_leaf = {leaf: tensor for tensor, leaf in enumerate(text.module_kept_var_idx)}
-    leaves, tree = jax.tree.flatten((captured.state, captured.batch))
-    shardings = []
-    for leaf in range(len(leaves)):
-        if leaf in tensor_of_leaf:
-            sharding = layout.shardings[tensor_of_leaf[leaf]]
-            shardings.append(named_sharding(sharding, plan.mesh, mesh))
-        else:
-            shardings.append(NamedSharding(mesh, PartitionSpec()))
+    """Shardings of state and batch on a mesh of devices."""
+    tree = jax.tree.structure((captured.state, captured.batch))
+    shardings = [
+        named_sharding(sharding, plan.mesh, mesh) for sharding in leaf_shardings(captured, layout)
+    ]
     return jax.tree.unflatten(tree, shardings)

@@ -1,0 +1,111 @@
+"""The child process that compiles: `python -m partita.execute.compilers.child FOLDER`.
+
+XLA reads its flags once, and a plugin's devices are made once, so a process that trains cannot
+compile for another machine. The folder has a request; the result goes there too: `result.json`,
+and the text of the compiled program in `program.hlo.gz`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from partita.capture.jax_functions import Text
+from partita.execute.compilers.family import COMPILERS
+from partita.execute.compilers.request import (
+    RESULT_FILE,
+    TEXT_FILE,
+    ArrayText,
+    CompileRequest,
+    SpecText,
+)
+
+MEMORY = {
+    "arguments": "argument_size_in_bytes",
+    "outputs": "output_size_in_bytes",
+    "temporaries": "temp_size_in_bytes",
+    "aliased": "alias_size_in_bytes",
+    "code": "generated_code_size_in_bytes",
+    "peak_live": "peak_memory_in_bytes",
+}
+"""Part of a program's memory -> XLA's name for it."""
+
+
+def compile_request(request: CompileRequest) -> tuple[dict[str, Any], str]:
+    """(figures of the compiled program, its text)."""
+    compiler = COMPILERS[request.target.platform]
+    devices = list(compiler.devices(request.target))
+    shape = tuple(size for _, size in request.axes)
+    mesh = Mesh(
+        np.array(devices[: math.prod(shape)], dtype=object).reshape(shape),
+        tuple(name for name, _ in request.axes),
+        axis_types=(AxisType.Auto,) * len(shape),
+    )
+    shardings = tuple(_named_sharding(spec, mesh) for spec in request.shardings)
+    state_count = request.state_count
+    other_outputs = len(request.outputs) - state_count
+    step = jax.jit(
+        program_of(request).call,
+        in_shardings=shardings,
+        out_shardings=(None,) * other_outputs + shardings[:state_count],
+        donate_argnums=tuple(range(state_count)),
+    )
+    shapes = [_shape(array) for array in request.inputs]
+    start = time.perf_counter()
+    compiled = step.lower(*shapes).compile()
+    seconds = time.perf_counter() - start
+    analysis = compiled.memory_analysis()
+    memory = {part: int(getattr(analysis, name, 0)) for part, name in MEMORY.items()}
+    return {"seconds": seconds, "memory": memory}, compiled.as_text()
+
+
+def program_of(request: CompileRequest) -> Text:
+    """The program of a request, ready to call.
+
+    JAX exports a step of the same arrays, and the request's module takes its place.
+    """
+
+    def same_arrays(*inputs: Any) -> tuple[Any, ...]:
+        return tuple(jnp.zeros(shape, dtype) for shape, dtype in request.outputs)
+
+    disabled = [export.DisabledSafetyCheck.platform()]
+    shapes = [_shape(array) for array in request.inputs]
+    exported = export.export(jax.jit(same_arrays), disabled_checks=disabled)(*shapes)
+    text = Text.of(exported, request.program)
+    return dataclasses.replace(text, module_kept_var_idx=request.kept)
+
+
+def _shape(array: ArrayText) -> jax.ShapeDtypeStruct:
+    shape, dtype = array
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _named_sharding(spec: SpecText, mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*(tuple(axes) or None for axes in spec)))
+
+
+def main(folder: Path) -> None:
+    """Compiles the request of a folder, and writes the result or the compiler's reason."""
+    try:
+        result, text = compile_request(CompileRequest.read(folder))
+    except Exception as error:
+        result = {"error": f"{type(error).__name__}: {error}"}
+    else:
+        (folder / TEXT_FILE).write_bytes(gzip.compress(text.encode(), 6, mtime=0))
+    (folder / RESULT_FILE).write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
