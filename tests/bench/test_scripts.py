@@ -39,6 +39,7 @@ ELSEWHERE |= {"within", "zoo"}
 def run(script: str, arguments: list[str], folder: Path) -> str:
     """Standard output of a benchmark script, which must end with exit code 0."""
     environment = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
+    environment["PARTITA_CACHE"] = str(folder)
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments],
         capture_output=True,

@@ -68,7 +68,7 @@ def compile_request(request: CompileRequest) -> tuple[dict[str, Any], str]:
     seconds = time.perf_counter() - start
     analysis = compiled.memory_analysis()
     memory = {part: int(getattr(analysis, name, 0)) for part, name in MEMORY.items()}
-    return {"seconds": seconds, "memory": memory}, compiled.as_text()
+    return {"seconds": seconds, "memory": memory}, compiled.as_text() or ""
 
 
 def program_of(request: CompileRequest) -> Text:

@@ -111,6 +111,6 @@ def request_of(captured: Captured, plan: Plan, target: Target) -> CompileRequest
 
 def _array(aval: Any) -> ArrayText:
     """Shape and dtype of an array; of its data for an array of random keys."""
-    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+    if jax.numpy.issubdtype(aval.dtype, jax.dtypes.prng_key):
         aval = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
     return list(aval.shape), str(aval.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -13,7 +14,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import partita
 from partita.errors import CompilerError
 from partita.execute.calibrate import cache_folder
 from partita.execute.compilers.base import Compiler, base_environment
@@ -83,9 +83,22 @@ def compile_program(request: CompileRequest) -> CompiledProgram:
     environment = compiler.environment(request.target)
     version = compiler.version()
     key = request.digest(version, json.dumps(environment, sort_keys=True))
-    folder = cache_folder() / "compiled" / key
-    if not (folder / RESULT_FILE).is_file():
-        _compile_into(folder, request, compiler, environment)
+    cached = cache_folder() / "compiled" / key
+    if (cached / RESULT_FILE).is_file():
+        return _read(cached, compiler, version)
+    with tempfile.TemporaryDirectory(prefix="partita-") as name:
+        work = Path(name)
+        request.write(work)
+        _run_child(work, compiler, environment)
+        (work / PROGRAM_FILE).unlink()
+        # A cache that cannot be written costs time, not the result.
+        with contextlib.suppress(OSError):
+            _store(work, cached)
+        return _read(work, compiler, version)
+
+
+def _read(folder: Path, compiler: Compiler, version: str) -> CompiledProgram:
+    """The program in a folder. CompilerError if the compiler refused it."""
     result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
     if "error" in result:
         raise _refusal(compiler, str(result["error"]))
@@ -94,27 +107,21 @@ def compile_program(request: CompileRequest) -> CompiledProgram:
     return CompiledProgram(text, memory, result["seconds"], compiler.name, version)
 
 
-def _compile_into(
-    folder: Path, request: CompileRequest, compiler: Compiler, environment: dict[str, str]
-) -> None:
-    """Compiles in a child process, and moves the result to a folder of the cache."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="compiling-") as name:
-        work = Path(name)
-        request.write(work)
-        _run_child(work, compiler, environment)
-        (work / PROGRAM_FILE).unlink()
-        finished = work.with_name(f"finished-{work.name}")
-        shutil.copytree(work, finished)
+def _store(work: Path, cached: Path) -> None:
+    """Moves a copy of a result into the cache. OSError if it cannot be written, or is there."""
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=cached.parent, prefix="new-"))
     try:
-        os.replace(finished, folder)
-    except OSError:  # another process has compiled the same program
-        shutil.rmtree(finished)
+        shutil.copytree(work, beside, dirs_exist_ok=True)
+        os.replace(beside, cached)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
 
 
 def _run_child(work: Path, compiler: Compiler, environment: dict[str, str]) -> None:
     """Runs the child process. CompilerError if it ends without a result."""
-    paths = [os.environ.get("PYTHONPATH", ""), str(Path(partita.__file__).parents[1])]
+    paths = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[3])]
     variables = {
         **base_environment(),
         **environment,
