@@ -171,6 +171,24 @@ class Machine:
         )
         return smaller._sourced(self, f"follows from taking {count} devices", "derived")
 
+    def with_senders(self, fractions: Sequence[float]) -> Machine:
+        """The machine while only some devices send: fewer of them share a link.
+
+        Args:
+            fractions: Per level, the fraction of the devices inside each of its parts that send.
+        """
+        levels = []
+        for number, (level, fraction) in enumerate(zip(self.levels, fractions, strict=True)):
+            shared_by = level.shared_by
+            fabric = level.fabric
+            if fabric == "bus" and fraction < 1:
+                # A bus is shared by all devices below it.
+                shared_by = math.prod(inner.size for inner in self.levels[number:])
+                fabric = "switch"
+            shared_by = max(1, math.ceil(shared_by * fraction - 1e-9))
+            levels.append(replace(level, shared_by=shared_by, fabric=fabric))
+        return replace(self, levels=tuple(levels))
+
     def _count_error(self, count: int) -> MachineError:
         """The error for an impossible number of devices, with the nearest possible ones."""
         below = range(min(count - 1, self.devices), 0, -1)

@@ -11,11 +11,12 @@ turns on them.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, product
 
 import numpy as np
 
@@ -120,7 +121,9 @@ class PlacedStep(SimulatedStep):
     def _costs_on(self, machine: Machine) -> list[OperatorCost]:
         """[operator]: its cost on a machine.
 
-        Axes on which it is placed have no links for it: it stores and sends nothing over them.
+        Axes on which it is placed have no links for it: it stores and sends nothing over them. Its
+        collectives share links with the slices on which others are placed, which may send at the
+        same time. Operators on all slices wait for it, since they use its devices too.
         """
         layout = Layout(
             (),
@@ -132,10 +135,32 @@ class PlacedStep(SimulatedStep):
         for o, slices in enumerate(self.slices):
             axes = tuple(sorted(slices))
             if axes not in by_axes:
-                placement = Placement(machine, _without_links(self.plan.mesh, axes))
+                mesh = _without_links(self.plan.mesh, axes)
+                placement = Placement(machine.with_senders(self._senders(axes)), mesh)
                 by_axes[axes] = operator_costs(self.terms, placement, layout, self.plan)
             costs.append(by_axes[axes][o])
         return costs
+
+    def _senders(self, axes: Sequence[int]) -> list[float]:
+        """Per level, the fraction of the devices inside a part on which operators are placed.
+
+        `axes` are those of one operator; only slices of these axes are counted.
+        """
+        mesh = self.plan.mesh
+        fractions = []
+        for level in range(len(self.machine.levels)):
+            inside = [number for number in axes if mesh.axes[number].level > level]
+            positions = [range(mesh.sizes[number]) for number in inside]
+            occupied: set[tuple[int, ...]] = set()
+            for slices in self.slices:
+                if not slices.keys().isdisjoint(inside):
+                    choices = [
+                        [slices[number]] if number in slices else positions[n]
+                        for n, number in enumerate(inside)
+                    ]
+                    occupied.update(product(*choices))
+            fractions.append(len(occupied) / math.prod(map(len, positions)) if inside else 1.0)
+        return fractions
 
     @cached_property
     def moves(self) -> dict[MoveKey, list[PlacedMove]]:

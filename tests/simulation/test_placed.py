@@ -453,3 +453,33 @@ def test_microbatches_on_different_devices_are_refused() -> None:
     plan = replace(BASELINES["one device"](graph, where.name, mesh_of(where)), microbatches=2)
     with pytest.raises(PlanError, match="cannot be simulated on k80-cluster, whose devices differ"):
         simulate(graph, where, plan)
+
+
+def test_a_collective_shares_its_link_only_with_devices_that_send() -> None:
+    """Four devices share a node's network card.
+
+    A layer on one of them has it alone, two layers on two of them have half of it each.
+    """
+    graph = two_branches()
+    where = machine(name="k80-cluster", devices=16)
+    mesh = mesh_of(where)
+    split = {axis.name: "S" for axis in mesh.axes if axis.level == 0}
+    inner = [axis.name for axis in mesh.axes if axis.level > 0]
+
+    def gradient_seconds(**slices: str) -> float:
+        choices = {}
+        for operator in graph.operators:
+            choices[operator.name] = dict(split)
+            choices[operator.name] |= {axis: slices[operator.name] for axis in inner}
+        plan = check(Plan(graph.name, where.name, mesh, choices, batch_size=64), graph)
+        step = PlacedStep.of(graph, where, plan)
+        spans = step.timeline().spans
+        return max(span.seconds for span in spans if span.kind != "compute")
+
+    nbytes = 4 * (256 * 512 + 512)
+    card = where.levels[0].bandwidth
+    steps = 2 * where.levels[0].latency * 2
+    one = gradient_seconds(left="at(0)", right="at(0)", out="at(0)")
+    assert one == pytest.approx(steps + 2 * 3 / 4 * nbytes / card, rel=0.2)
+    two = gradient_seconds(left="at(0)", right="at(1)", out="at(0)")
+    assert two - steps == pytest.approx(2 * (one - steps), rel=0.2)
