@@ -84,8 +84,9 @@ def plan(
     search = SearchOptions(**options)
     if search.measure_operators:
         check_measurable(machine)
-    captured = capture_program(model, batch_size, batch, args)
-    return with_reasons(search_plan(captured, resolve_machine(machine, devices), search))
+    target_machine = resolve_machine(machine, devices)
+    captured = capture_program(model, batch_size, batch, args, target_machine.target or None)
+    return with_reasons(search_plan(captured, target_machine, search))
 
 
 def simulate(
@@ -104,8 +105,9 @@ def simulate(
     The plan is a Plan, a plan file, the name of a baseline ("dp", "owt", "tensor parallel", ...),
     or "found": the fastest.
     """
-    captured = capture_program(model, batch_size, batch, args)
-    return simulate_plan(captured, resolve_machine(machine, devices), plan, report)
+    target_machine = resolve_machine(machine, devices)
+    captured = capture_program(model, batch_size, batch, args, target_machine.target or None)
+    return simulate_plan(captured, target_machine, plan, report)
 
 
 def compare(
@@ -121,9 +123,11 @@ def compare(
 ) -> Comparison:
     """All baselines and the fastest plan side by side; with `measure`, each is compiled and
     timed on the local devices."""
-    captured = capture_program(model, batch_size, batch)
+    target_machine = resolve_machine(machine, devices)
+    target = None if measure else target_machine.target or None
+    captured = capture_program(model, batch_size, batch, target=target)
     search = SearchOptions(measure_operators=measure_operators, report=report)
-    return compare_plans(captured, resolve_machine(machine, devices), search, measure)
+    return compare_plans(captured, target_machine, search, measure)
 
 
 def parallelize(
@@ -175,6 +179,7 @@ def parallelize(
             static_argnums=options.get("static_argnums", ()),
             donate=options.get("donate"),
             say=say,
+            target=session.target if session is not None else None,
         )
         result.prepare(call_args)
     if session is not None:

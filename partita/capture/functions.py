@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partita.capture.jax_functions import Captured, Leaf, capture_step, reason
+from partita.capture.targets import CaptureTarget, choices_for
 from partita.errors import CaptureError
 
 SCALARS = (bool, int, float, complex)
@@ -261,15 +262,19 @@ class CapturedCall:
 def capture_call(
     function: Callable[..., Any],
     call: Call,
-    name: str = "",
+    target: CaptureTarget | None = None,
 ) -> CapturedCall:
     """The training step `function` as an OperatorGraph, for calls like this one. Nothing is run.
 
+    `target` is the platform that will run the step, by default that of the local devices.
     CaptureError if it cannot be traced, or has no state.
     """
-    name = name or getattr(function, "__name__", type(function).__name__)
+    if target is None:
+        target = CaptureTarget.local()
+    name = getattr(function, "__name__", type(function).__name__)
     shapes = [_shape(array) for array in call.arrays]
-    roles = _traced_roles(function, call, shapes, name)
+    with choices_for(target):
+        roles = _traced_roles(function, call, shapes, name)
     if not roles.state:
         raise CaptureError(
             f"The step '{name}' returns none of its arguments, so it has no state to train. "
@@ -291,6 +296,7 @@ def capture_call(
         name,
         batch_size,
         inputs,
+        target,
     )
     return CapturedCall(captured, call, roles)
 

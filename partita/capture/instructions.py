@@ -15,6 +15,7 @@ import numpy as np
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy
 
+from partita.capture.custom_calls import call_flops, call_rule
 from partita.graph.operator_graph import DimFactors, Rule, Tensor, Window
 
 TRANSCENDENTAL = {
@@ -126,6 +127,8 @@ def rule_of(
         if name == "scatter":
             return _scatter_rule(operation, operands, rule)
         return rule
+    if operation.name == "stablehlo.custom_call":
+        return call_rule(operation, operands, results)
     if name == "iota":
         return Rule(results[0].shape, (), (_identity(len(results[0].shape)),))
     shaped = [tensor for tensor in operands + results if tensor.shape]
@@ -268,6 +271,8 @@ def flops_of(
         return float(operands[1].size * _window_size(operation))
     if name == "scatter":
         return float(operands[-1].size)
+    if operation.name == "stablehlo.custom_call":
+        return call_flops(operation)
     if name in FREE or name in TRANSCENDENTAL or name.startswith("rng") or not results:
         return 0.0
     return float(results[0].size)

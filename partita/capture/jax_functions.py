@@ -17,6 +17,7 @@ from jax import export
 from partita.capture import stablehlo
 from partita.capture.prepare import prepare
 from partita.capture.reader import Program, read
+from partita.capture.targets import CaptureTarget, choices_for
 from partita.errors import CaptureError
 from partita.graph.check import check
 from partita.graph.grouping import group
@@ -72,36 +73,77 @@ def capture_step(
     name: str = "step",
     batch_size: int = 0,
     inputs: Sequence[Leaf] | None = None,
+    target: CaptureTarget | None = None,
 ) -> Captured:
     """The step as an OperatorGraph. Nothing is allocated or run.
 
-    Args: step: Returns `(outputs, new_state)` with `new_state` shaped like `state`. state: Pytree
-    of shapes. batch: Pytree of shapes. leaves: The leaves of `state` in order. The role of a leaf
-    that is only a path is read from the program. name: Of the graph. batch_size: Dim 0 of the
-    batch. inputs: The leaves of `batch`, by default all of role "batch".
+    Args:
+        step: Returns `(outputs, new_state)` with `new_state` shaped like `state`.
+        state: Pytree of shapes.
+        batch: Pytree of shapes.
+        leaves: The leaves of `state` in order. The role of a leaf that is only a path is read from
+            the program.
+        name: Of the graph.
+        batch_size: Dim 0 of the batch.
+        inputs: The leaves of `batch`, by default all of role "batch".
+        target: The platform that will run the step, by default that of the local devices.
 
-    Raises: CaptureError: JAX cannot export the step.
+    Raises:
+        CaptureError: JAX cannot export the step.
     """
+    if target is None:
+        target = CaptureTarget.local()
     try:
-        exported = export.export(jax.jit(step), disabled_checks=_CHECKS)(state, batch)
+        with choices_for(target):
+            exported = export.export(
+                jax.jit(step),
+                platforms=[target.platform],
+                disabled_checks=_CHECKS,
+            )(state, batch)
     except Exception as error:
         raise CaptureError(
             f"The training step of '{name}' cannot be captured: {reason(error)}"
         ) from error
     source = prepare(exported.mlir_module_serialized)
+    signature = Signature(
+        tuple(leaves),
+        tuple(_batch_leaves(batch) if inputs is None else inputs),
+        exported.module_kept_var_idx,
+    )
+    graph = graph_of(source, signature, name, batch_size, target)
+    return Captured(graph, Text.of(exported, source), state, batch)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The arguments of a step's text: leaves of the state, then of the batch."""
+
+    state: tuple[Leaf | str, ...]
+    """The role of a leaf that is only a path is read from the program."""
+    batch: tuple[Leaf, ...]
+    kept: tuple[int, ...]
+    """Positions of the leaves that the text takes, in the order of its arguments."""
+
+
+def graph_of(
+    source: bytes,
+    signature: Signature,
+    name: str,
+    batch_size: int,
+    target: CaptureTarget,
+) -> OperatorGraph:
+    """The graph of a step's prepared text, whose last results are the new state."""
     program = read(source)
-    state_count = len(jax.tree.leaves(state))
+    state_count = len(signature.state)
     new_state = program.outputs[len(program.outputs) - state_count :]
-    tensor_of = dict(zip(exported.module_kept_var_idx, program.inputs, strict=True))
+    tensor_of = dict(zip(signature.kept, program.inputs, strict=True))
     """Position of an input that the program reads -> tensor."""
     arguments = []
-    for i, leaf in enumerate(_with_roles(leaves, program, tensor_of, new_state)):
+    for i, leaf in enumerate(_with_roles(signature.state, program, tensor_of, new_state)):
         if i in tensor_of:
             argument = Argument(leaf.path, leaf.role, tensor_of[i], new_state[i], leaf.parameter)
             arguments.append(argument)
-    if inputs is None:
-        inputs = _batch_leaves(batch)
-    for i, leaf in enumerate(inputs, start=state_count):
+    for i, leaf in enumerate(signature.batch, start=state_count):
         if i in tensor_of:
             arguments.append(Argument(leaf.path, leaf.role, tensor_of[i]))
     graph = group(
@@ -113,8 +155,9 @@ def capture_step(
         program.outputs,
         batch_size,
         program.notes,
+        str(target),
     )
-    return Captured(check(graph), Text.of(exported, source), state, batch)
+    return check(graph)
 
 
 def _batch_leaves(batch: Any) -> list[Leaf]:
@@ -223,7 +266,8 @@ def _common_end(one: str, other: str) -> int:
     return count
 
 
-_CHECKS = [export.DisabledSafetyCheck.custom_call("Qr"), export.DisabledSafetyCheck.platform()]
+_CHECKS = [export.DisabledSafetyCheck.custom_call("ALL"), export.DisabledSafetyCheck.platform()]
+"""Checks of texts that outlive their release of JAX. Ours do not."""
 
 
 def reason(error: Exception) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from keras.src.backend.common.stateless_scope import StatelessScope
 
 from partita.capture.jax_functions import Captured, Leaf, capture_step
+from partita.capture.targets import CaptureTarget
 from partita.errors import CaptureError
 
 
@@ -87,10 +88,11 @@ class ModelVariables:
         return (self.trainable, self.non_trainable, self.optimizer, self.metrics)
 
 
-def capture_model(model: keras.Model, batch: Any) -> Captured:
+def capture_model(model: keras.Model, batch: Any, target: CaptureTarget | None = None) -> Captured:
     """The training step of a compiled Keras model on batches like `batch`.
 
-    `batch` is (x, y[, sample_weight]), of arrays or shapes.
+    `batch` is (x, y[, sample_weight]), of arrays or shapes. `target` is the platform that will run
+    the step, by default that of the local devices.
     """
     build(model, batch)
     variables = ModelVariables.of(model)
@@ -123,6 +125,7 @@ def capture_model(model: keras.Model, batch: Any) -> Captured:
         leaves,
         name=model.name,
         batch_size=batch_size,
+        target=target,
     )
 
 

@@ -39,17 +39,26 @@ def prepare(portable: bytes) -> bytes:
     Not as a portable artifact: writing one hoists constants out of loops again.
     """
     with context(), ir.Location.unknown():
-        module = deserialize_portable_artifact(portable)
-        _inline_calls(module)
-        run(module, "builtin.module(cse)")
-        _fold_transposes(module)
-        _fold_sums(module)
-        split_barriers(module)
-        split_conditionals(module)
-        run(module, "builtin.module(sdy-constant-or-scalar-splitter)")
-        _restore_constants(module)
-        _sink_constants(main_block(module), None)
-        return serialize(module)
+        return _prepared(deserialize_portable_artifact(portable))
+
+
+def prepare_text(text: str) -> bytes:
+    """A module of StableHLO text, prepared as `prepare` does it."""
+    with context(), ir.Location.unknown():
+        return _prepared(ir.Module.parse(text))
+
+
+def _prepared(module: ir.Module) -> bytes:
+    _inline_calls(module)
+    run(module, "builtin.module(cse)")
+    _fold_transposes(module)
+    _fold_sums(module)
+    split_barriers(module)
+    split_conditionals(module)
+    run(module, "builtin.module(sdy-constant-or-scalar-splitter)")
+    _restore_constants(module)
+    _sink_constants(main_block(module), None)
+    return serialize(module)
 
 
 # ---- calls
@@ -93,7 +102,8 @@ def _expand(call: Any, function: Any) -> list[Any]:
             for result, value in zip(call.results, source.operands, strict=True):
                 result.replace_all_uses_with(value_of.get(value, value))
             continue
-        copy = source.clone(position)
+        # A clone is a view of its class, whose `name` may be an attribute (of a composite).
+        copy = source.clone(position).operation
         _rewire(copy, value_of, prefix)
         value_of.update(zip(source.results, copy.results, strict=True))
         copies.append(copy)

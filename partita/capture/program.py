@@ -12,6 +12,7 @@ from partita.keras_backend import require_jax
 
 if TYPE_CHECKING:
     from partita.capture.jax_functions import Captured
+    from partita.capture.targets import CaptureTarget
 
 DEFAULT_BATCH_SIZE = 32
 
@@ -21,6 +22,7 @@ def capture_program(
     batch_size: int | None = None,
     batch: Any = None,
     args: Sequence[Any] | None = None,
+    target: str | None = None,
 ) -> Captured:
     """The captured training step of a program; its `.graph` prints, saves and is planned.
 
@@ -29,24 +31,29 @@ def capture_program(
         batch_size: Samples of a batch, for a model that knows its input shapes; 32 by default.
         batch: (x, y) of arrays or shapes, for a model that does not know its input shapes.
         args: The arguments of a call of a training step, arrays or shapes.
+        target: The platform that will run the step, with its own kernels: "cpu", "cuda" or "tpu",
+            or "cuda:8.0" for GPUs of that compute capability; by default that of the local devices.
 
     Raises:
         CaptureError: The program is neither, or its step cannot be captured.
     """
     if is_keras_model(program):
-        return _captured_model(program, batch_size or DEFAULT_BATCH_SIZE, batch)
+        from partita.capture.keras_models import batch_like, capture_model
+
+        if batch is None:
+            batch = batch_like(program, batch_size or DEFAULT_BATCH_SIZE)
+        return capture_model(program, batch, _target(target))
     from partita.capture.functions import call_of, capture_call
 
     step, step_args = checked_call(program, args)
-    return capture_call(step, call_of(step, step_args, {})).captured
+    return capture_call(step, call_of(step, step_args, {}), _target(target)).captured
 
 
-def _captured_model(model: Any, batch_size: int, batch: Any) -> Captured:
-    from partita.capture.keras_models import batch_like, capture_model
+def _target(text: str | None) -> CaptureTarget | None:
+    """The target of a text, None for that of the local devices."""
+    from partita.capture.targets import CaptureTarget
 
-    if batch is None:
-        batch = batch_like(model, batch_size)
-    return capture_model(model, batch)
+    return CaptureTarget.of(text) if text else None
 
 
 def is_keras_model(program: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jax.extend.mlir import ir
 
+from partita.capture.custom_calls import call_name, target_of
 from partita.capture.instructions import (
     adds,
     flops_of,
@@ -41,6 +42,8 @@ class Program:
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    replicated_calls: dict[str, str] = field(default_factory=dict)
+    """Target of a custom call that cannot be split -> path of the first layer that calls it."""
 
 
 def read(source: bytes) -> Program:
@@ -52,6 +55,7 @@ def read(source: bytes) -> Program:
         block = main_block(module)
         reader.program.inputs = [reader.tensor(argument) for argument in block.arguments]
         reader.block(block, 1)
+        reader.note_replicated_calls()
         return reader.program
 
 
@@ -90,6 +94,8 @@ class _Reader:
         name: str,
         trips: int,
     ) -> None:
+        if name == "custom_call":
+            name = call_name(operation)
         program = self.program
         number = len(program.instructions)
         operands = tuple(self.tensor(value) for value in operation.operands)
@@ -116,10 +122,24 @@ class _Reader:
             adds(operation, name),
         )
         program.instructions.append(instruction)
+        if "call_target_name" in operation.attributes and rule is None:
+            program.replicated_calls.setdefault(target_of(operation), instruction.path)
         if name == "while":
             self._while(operation, number)
         elif name in ("case", "if"):
             self._branches(operation, number)
+
+    def note_replicated_calls(self) -> None:
+        """Adds one note on the custom calls that cannot be split."""
+        calls = [
+            f"'{call}' in '{path}'" if path else f"'{call}'"
+            for call, path in self.program.replicated_calls.items()
+        ]
+        if calls:
+            self.program.notes.append(
+                f"Every device computes all of the custom calls that cannot be split: "
+                f"{', '.join(calls)}."
+            )
 
     def _branches(self, operation: Any, number: int) -> None:
         """Reads the branches of a case or an if, as a loop of one trip.

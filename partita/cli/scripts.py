@@ -40,5 +40,5 @@ def capture_script(
 
     machine = resolve_machine(machine, target.devices)
     with activity.show(f"running {script} up to its first training step"):
-        captured = plan_script(script, context.args)
+        captured = plan_script(script, context.args, "" if execute else machine.target)
     return captured, machine

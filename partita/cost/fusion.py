@@ -33,6 +33,8 @@ ALONE = {
     "case",
     "if",
     "custom_call",
+    "fused_attention",
+    "recurrence",
     "optimization_barrier",
     "all_reduce",
     "fft",

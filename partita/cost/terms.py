@@ -28,7 +28,7 @@ from partita.cost.partial import (
     reduced_factors,
 )
 from partita.cost.work import group_factors
-from partita.graph.flat import HEAVY
+from partita.graph.flat import HEAVY, LIBRARY_CALLS
 from partita.graph.operator_graph import (
     Instruction,
     Label,
@@ -44,6 +44,8 @@ from partita.plans.layout import Reader, update_families
 OP_CLASS = {
     "dot_general": "dot",
     "convolution": "conv",
+    "fused_attention": "attention",
+    "recurrence": "dot",
     "gather": "gather",
     "scatter": "gather",
     "reduce": "reduce",
@@ -334,6 +336,7 @@ class _Collector:
         self.terms = Terms([OperatorTerms() for _ in graph.operators], [])
         self.fused = fusion(graph, backend.recomputes)
         self.constants = constant_tensors(graph)
+        self.read = {t for instruction in graph.instructions for t in instruction.operands}
         self.families = update_families(graph)
         """Tensor of an update -> its parameter."""
         self.parameter_of = _gradient_parameters(graph, self.families)
@@ -441,12 +444,18 @@ class _Collector:
                     nbytes = self._bytes_read(instruction, tensor)
                     traffic[tensor] = (nbytes, _split(labels[position]))
             if i == root:
-                for tensor in instruction.results:
+                for tensor in self._written(instruction):
                     traffic[tensor] = (graph.tensors[tensor].nbytes, _split(graph.labels[tensor]))
         bytes_by_factors: dict[Factors, int] = {}
         for nbytes, factors in traffic.values():
             bytes_by_factors[factors] = bytes_by_factors.get(factors, 0) + nbytes
         return bytes_by_factors
+
+    def _written(self, instruction: Instruction) -> list[int]:
+        """The results of a kernel without scratch memory, which nothing reads."""
+        if len(instruction.results) == 1:
+            return list(instruction.results)
+        return [tensor for tensor in instruction.results if tensor in self.read]
 
     def _bytes_read(self, instruction: Instruction, operand: int) -> int:
         """Bytes of an operand that an instruction reads, without those that it leaves out."""
@@ -492,13 +501,19 @@ class _Collector:
         instruction: Instruction,
         reduced: Factors,
     ) -> None:
-        kind = "all_reduce" if len(instruction.results) == 1 else "all_gather"
+        is_sum = len(instruction.results) == 1 or instruction.name in LIBRARY_CALLS
+        kind = "all_reduce" if is_sum else "all_gather"
         for tensor in instruction.results:
+            label = self.graph.labels[tensor]
+            summed = tuple(factor for factor in reduced if factor not in label)
+            if not summed:
+                # Of the results of fused attention, only the gradient of a bias is a sum.
+                continue
             reduction = Reduction(
                 kind,
                 self.graph.tensors[tensor].nbytes,
-                _split(self.graph.labels[tensor]),
-                reduced,
+                _split(label),
+                summed,
                 instruction.trips,
                 instruction.phase,
                 self.parameter_of.get(tensor, -1),

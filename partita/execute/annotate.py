@@ -17,6 +17,7 @@ from partita.capture.barriers import join_barriers
 from partita.capture.conditionals import join_conditionals
 from partita.cost.partial import pending_sums
 from partita.cost.reshard import reshard_steps
+from partita.execute.local_calls import write_local_calls
 from partita.graph.flat import HEAVY
 from partita.graph.operator_graph import Instruction, OperatorGraph
 from partita.plans.layout import Layout, Read, Sharding
@@ -83,6 +84,7 @@ class _Writer:
         for operation in self.operations:
             self._annotate_results(operation)
         self._annotate_arguments(block)
+        write_local_calls(self.operations, self.graph, self.mesh, self.layout, MESH)
         join_barriers(block)
         join_conditionals(block)
 

@@ -20,6 +20,7 @@ import jax
 
 from partita.capture.functions import Call, CapturedCall, call_of, capture_call
 from partita.capture.jax_functions import Captured
+from partita.capture.targets import CaptureTarget
 from partita.errors import CaptureError, MemoryBudgetError
 from partita.execute.processes import alone, digest, put, same, together
 from partita.execute.program import PlannedStep, planned_step
@@ -119,6 +120,8 @@ class Session:
     say: Callable[[str], None]
     started: list[Any] = field(default_factory=list)
     """Steps and models that the script itself made parallel."""
+    target: CaptureTarget | None = None
+    """The platform to capture steps for, by default that of the local devices."""
 
 
 _sessions: list[Session] = []
@@ -163,12 +166,14 @@ class ParallelStep:
         static_argnums: Sequence[int] = (),
         donate: bool | None = None,
         say: Callable[[str], None] | None = None,
+        target: CaptureTarget | None = None,
     ) -> None:
         functools.update_wrapper(self, function, updated=())
         self.function = function
         self.planner = planner
         self.static = tuple(static_argnums)
         self.say = say
+        self.target = target
         self._donate = donate
         self._numbers_static = False
         self.plan: Plan | None = None
@@ -322,7 +327,7 @@ class ParallelStep:
         Python numbers are arrays as under `jax.jit`, unless the step cannot be traced with them.
         """
         try:
-            return capture_call(self.function, call)
+            return capture_call(self.function, call, self.target)
         except CaptureError:
             static_call = call_of(
                 self.function,
@@ -334,7 +339,7 @@ class ParallelStep:
             if static_call.dynamic == call.dynamic:
                 raise
             try:
-                captured_call = capture_call(self.function, static_call)
+                captured_call = capture_call(self.function, static_call, self.target)
             except CaptureError:
                 captured_call = None
             # Raises the first error: the second one speaks of a call that the user did not make.

@@ -14,6 +14,7 @@ from partita.capture.jax_functions import Captured, Text
 from partita.errors import PlanError
 from partita.execute.annotate import annotate
 from partita.execute.processes import put
+from partita.graph.operator_graph import OperatorGraph
 from partita.plans.check import check
 from partita.plans.layout import Layout, Sharding, layout_of
 from partita.plans.pipeline import runnable
@@ -96,6 +97,7 @@ def planned_step(
     check_runnable(plan)
     layout = layout_of(graph, plan)
     mesh = device_mesh(plan.mesh, devices)
+    _check_platform(graph, mesh)
     module = captured.text.mlir_module_serialized
     text = Text.of(captured.text, annotate(module, graph, plan.mesh, layout))
     state_shardings, batch_shardings = _argument_shardings(
@@ -131,6 +133,18 @@ def leaf_shardings(captured: Captured, layout: Layout) -> list[Sharding]:
         is_read = leaf in tensor_of_leaf
         shardings.append(layout.shardings[tensor_of_leaf[leaf]] if is_read else ())
     return shardings
+
+
+def _check_platform(graph: OperatorGraph, mesh: jax.sharding.Mesh) -> None:
+    """PlanError if a step was captured for another platform than that of the devices."""
+    captured_for = graph.target.partition(":")[0]
+    platform = mesh.devices.flat[0].platform
+    platform = {"gpu": "cuda"}.get(platform, platform)
+    if captured_for and captured_for != platform:
+        raise PlanError(
+            f"'{graph.name}' was captured for {captured_for}, and the devices here are {platform}: "
+            f"capture it with target={platform!r} to run it here."
+        )
 
 
 def _argument_shardings(

@@ -25,11 +25,15 @@ HEAVY = {
     "cholesky",
     "triangular_solve",
     "custom_call",
+    "fused_attention",
+    "recurrence",
     "select_and_scatter",
     "scatter",
     "top_k",
 }
 """Instructions that make an operator in the forward pass."""
+LIBRARY_CALLS = {"fused_attention", "recurrence"}
+"""Kernels of a library that compute what many instructions would."""
 SHAPE_ONLY = {
     "reshape",
     "transpose",
@@ -51,6 +55,7 @@ KIND = {
     "select_and_scatter": "pool",
     "scatter": "scatter",
     "top_k": "sort",
+    "fused_attention": "attention",
 }
 """Kind of an operator by its heavy instruction; by default the instruction's name."""
 RESHAPING = {"reshape", "bitcast_convert"}

@@ -36,6 +36,7 @@ def group(
     outputs: Sequence[int],
     batch_size: int = 0,
     notes: Sequence[str] = (),
+    target: str = "",
 ) -> OperatorGraph:
     """The operator graph of a flat program.
 
@@ -88,6 +89,7 @@ def group(
         uses=_merged_uses(labels.uses),
         batch_size=batch_size,
         notes=tuple(notes),
+        target=target,
     )
 
 

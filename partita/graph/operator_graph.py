@@ -265,6 +265,9 @@ class OperatorGraph:
     """All reads under a label that differs from the tensor's own, within or between operators."""
     batch_size: int = 0
     notes: tuple[str, ...] = ()
+    target: str = ""
+    """The platform for which the step was captured ("cpu", "cuda", "cuda:8.0", "tpu"), "" in files
+    that do not say."""
 
     @property
     def flops(self) -> float:
@@ -314,6 +317,7 @@ class OperatorGraph:
             uses=tuple(Use(*_to_tuples(entry)) for entry in fields[11]),
             batch_size=fields[12],
             notes=tuple(fields[13]),
+            target=fields[14] if len(fields) > 14 else "",
         )
 
     def save(self, path: str | Path) -> None:
@@ -369,11 +373,13 @@ def _to_tuples(value: Any) -> Any:
 
 def _lines(graph: OperatorGraph) -> Iterator[str]:
     """One line per operator: factors, instructions per phase, FLOPs, parameters."""
+    target = f", for {graph.target}" if graph.target not in ("", "cpu") else ""
     yield (
         f"{graph.name}: {len(graph.operators)} operators, {len(graph.instructions)} instructions, "
-        f"{graph.parameter_count:,} parameters, {graph.flops / 1e9:.3g} GFLOP a step"
+        f"{graph.parameter_count:,} parameters, {graph.flops / 1e9:.3g} GFLOP a step{target}"
     )
     width = max((len(operator.name) for operator in graph.operators), default=0)
+    kind_width = max(8, *(len(operator.kind) for operator in graph.operators))
     for operator, arguments in zip(graph.operators, operator_arguments(graph), strict=True):
         factors = [graph.factors[f] for f in operator.factors]
         factor_text = " ".join(f"{factor.name}={factor.size}" for factor in factors)
@@ -385,7 +391,7 @@ def _lines(graph: OperatorGraph) -> Iterator[str]:
         parameters = [a.tensor for a in arguments if a.role == "parameter"]
         parameter_count = sum(graph.tensors[tensor].size for tensor in parameters)
         yield (
-            f"  {operator.name:{width}}  {operator.kind:8} {factor_text:32} "
+            f"  {operator.name:{width}}  {operator.kind:{kind_width}} {factor_text:32} "
             f"{'/'.join(counts):>12}  {megaflops:10.3f} MFLOP  {parameter_count:>10,} parameters"
         )
 

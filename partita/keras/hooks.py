@@ -16,6 +16,7 @@ from keras.src.backend.jax.trainer import JAXTrainer
 
 from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import capture_model
+from partita.capture.targets import CaptureTarget
 from partita.errors import PartitaError
 from partita.execute.function import Planner
 from partita.keras.fit import (
@@ -55,16 +56,19 @@ def attaching(
 
 
 @contextmanager
-def first_step(stop: Callable[[Captured], None]) -> Iterator[None]:
+def first_step(
+    stop: Callable[[Captured], None], target: CaptureTarget | None = None
+) -> Iterator[None]:
     """Inside, the first training step of any model is captured and given to `stop`, which raises.
 
-    Nothing is trained.
+    Nothing is trained. `target` is the platform that will run the step, by default that of the
+    local devices.
     """
 
     def make_train_function(model: Any, force: bool = False) -> None:
         def train_function(state: Any, iterator: Iterator[Any]) -> None:
             try:
-                stop(capture_model(model, next(iterator)))
+                stop(capture_model(model, next(iterator), target))
             finally:
                 restore_state(model, state)
 

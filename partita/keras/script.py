@@ -141,18 +141,21 @@ class _Stop(BaseException):
     """Ends a script at its first training call; no Exception, so that scripts do not catch it."""
 
 
-def plan_script(path: str | Path, arguments: Sequence[str]) -> Captured:
+def plan_script(path: str | Path, arguments: Sequence[str], target: str = "") -> Captured:
     """The captured step of a script's first training call: `fit`, `train_on_batch` or
     `parallelize`.
 
-    The script is stopped there; nothing is trained.
+    The script is stopped there; nothing is trained. `target` is the platform that will run the
+    step, "" for that of the local devices.
     """
     select_jax(_say_nothing)
+    from partita.capture.targets import CaptureTarget
     from partita.execute.function import Session, running
     from partita.keras.hooks import first_step
 
     source = _read(path)
     steps: list[Captured] = []
+    capture_target = CaptureTarget.of(target) if target else None
 
     def stop(captured: Captured, refused: Any = None) -> Any:
         steps.append(captured)
@@ -160,7 +163,8 @@ def plan_script(path: str | Path, arguments: Sequence[str]) -> Captured:
 
     end = "ended"
     try:
-        with first_step(stop), running(Session(stop, _say_nothing)):
+        session = Session(stop, _say_nothing, target=capture_target)
+        with first_step(stop, capture_target), running(session):
             _execute(source, path, arguments, _say_nothing)
     except _Stop:
         pass

@@ -5,6 +5,7 @@ from partita.machine.collectives import KINDS, collective_seconds
 from partita.machine.load import host, load, presets, read
 from partita.machine.machine import Machine
 from partita.machine.parts import (
+    PLATFORMS,
     Attached,
     Backend,
     Device,
@@ -26,6 +27,7 @@ from partita.machine.times import OperatorTimes, fitted_times
 __all__ = [
     "KINDS",
     "Attached",
+    "PLATFORMS",
     "Backend",
     "Device",
     "DeviceKind",

@@ -16,6 +16,7 @@ from partita.machine.parts import (
     FABRICS,
     OP_CLASSES,
     PLAIN_DIMENSIONS,
+    PLATFORMS,
     ROUTINGS,
     STATUSES,
     Attached,
@@ -98,6 +99,19 @@ def check(machine: Machine) -> None:
         machine.backend.float32_products,
         DTYPES[:-1],
     )
+    if machine.backend.platform:
+        one_of(
+            "backend.platform",
+            "platform",
+            machine.backend.platform,
+            PLATFORMS,
+        )
+    capability = machine.backend.compute_capability
+    if capability and not re.fullmatch(r"\d+\.\d+", capability):
+        raise DescriptionError(
+            "backend.compute_capability",
+            f"is '{capability}': write two numbers, as in \"8.0\".",
+        )
     for path, value, dimension in numbers(machine):
         check_number(path, value, dimension)
     for path, (_, source, status) in machine.provenance().items():

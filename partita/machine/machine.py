@@ -93,6 +93,12 @@ class Machine:
         return replace(self, device=device, kinds=())
 
     @property
+    def target(self) -> str:
+        """The target to capture a step for ("cuda", "cuda:8.0", "tpu"), "" if it is not known."""
+        capability = self.backend.compute_capability
+        return f"{self.backend.platform}:{capability}" if capability else self.backend.platform
+
+    @property
     def memory_bytes(self) -> int:
         """One device's share of its main memory, bytes; the smallest where devices differ."""
         main_memories = [device.memories[0] for device in self.kinds or (self.device,)]
@@ -124,13 +130,17 @@ class Machine:
         """Achievable FLOP/s of one device on operators of a class in a dtype.
 
         The most specific engine counts: (class, dtype), (class, "*"), ("*", dtype), ("*", "*").
-        Products of float32 run in the backend's dtype for them (`Backend.float32_products`).
+        Products of float32 run in the backend's dtype for them (`Backend.float32_products`). Fused
+        attention without an engine of its own runs as fast as a product.
         """
         engines = {(engine.op_class, engine.dtype): engine for engine in self.device.engines}
         run_dtype = dtype
         if dtype == "float32" and op_class in ("dot", "conv"):
             run_dtype = self.backend.float32_products
-        for key in ((op_class, run_dtype), (op_class, "*"), ("*", run_dtype), ("*", "*")):
+        keys = [(op_class, run_dtype), (op_class, "*")]
+        if op_class == "attention":
+            keys += [("dot", run_dtype), ("dot", "*")]
+        for key in (*keys, ("*", run_dtype), ("*", "*")):
             if key in engines:
                 return engines[key].rate
         names = ", ".join(f"{engine.op_class}/{engine.dtype}" for engine in self.device.engines)

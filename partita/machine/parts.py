@@ -36,7 +36,7 @@ Matrix = Annotated[tuple[tuple[float, ...], ...], "number"]
 Value = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 """A number of a description, or numbers with one source."""
 
-OP_CLASSES = ("dot", "conv", "elementwise", "gather", "reduce", "sort", "*")
+OP_CLASSES = ("dot", "conv", "attention", "elementwise", "gather", "reduce", "sort", "*")
 DTYPES = ("float64", "float32", "tf32", "bfloat16", "float16", "int8", "*")
 FABRICS = ("switch", "tree", "bus", "ring", "torus", "mesh")
 DOMAINS = ("clock", "power", "thermal", "failure")
@@ -44,6 +44,7 @@ ROUTINGS = ("xy", "yx")
 DIRECTIONS = ("both", "up", "down")
 PLAIN_DIMENSIONS = ("count", "efficiency", "fraction", "number")
 """Dimensions of numbers without a unit."""
+PLATFORMS = ("cpu", "cuda", "tpu")
 STATUSES = ("measured", "verified", "derived", "recalled", "assumed")
 """Certainty of a number, surest first."""
 ZERO_CELSIUS = 273.0
@@ -300,6 +301,10 @@ class Backend:
     where that saves reads."""
     transposed_copies: bool = False
     """Convolutions of the backward pass read transposed copies, which are made early and stored."""
+    platform: str = ""
+    """The platform for which programs are compiled, one of PLATFORMS; "" where it is not known."""
+    compute_capability: str = ""
+    """The generation of an NVIDIA GPU ("8.0"), which decides on its kernels; "" for the newest."""
     combines: bool = True
     """Sums of gradients at the same time are started once. If False: each by itself."""
 

@@ -102,6 +102,7 @@ def _plan(
         choices,
         name=name,
         batch_size=graph.batch_size,
+        target=graph.target,
     )
 
 

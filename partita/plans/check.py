@@ -39,10 +39,18 @@ def _check_names(plan: Plan, graph: OperatorGraph) -> None:
     if missing:
         reasons.append(f"the plan has no choice for {_first_names(missing)}")
     if reasons:
-        other = f" ('{plan.graph}', not '{graph.name}')" if plan.graph != graph.name else ""
         raise PlanError(
-            f"The plan was made for another model{other}: {'; '.join(reasons)}. Plan again."
+            f"The plan was made for {_other(plan, graph)}: {'; '.join(reasons)}. Plan again."
         )
+
+
+def _other(plan: Plan, graph: OperatorGraph) -> str:
+    """The difference of a plan's graph from another one: its platform, or else its model."""
+    if plan.graph != graph.name:
+        return f"another model ('{plan.graph}', not '{graph.name}')"
+    if plan.target != graph.target and plan.target and graph.target:
+        return f"another platform ({plan.target}, not {graph.target})"
+    return "another model"
 
 
 def _check_choice(

@@ -155,6 +155,8 @@ class Plan:
     recompute: tuple[tuple[str, str], ...] = ()
     """Rematerialized runs of operators (first, last; in model order): their forward values are not
     stored, the backward pass computes them again."""
+    target: str = ""
+    """The platform of the graph ("cpu", "cuda", "tpu"), "" in files that do not say."""
 
     @property
     def devices(self) -> int:
@@ -186,6 +188,8 @@ class Plan:
             "notes": list(self.notes),
             "why": dict(self.why),
         }
+        if self.target:
+            value["target"] = self.target
         # Most plans have neither microbatches nor rematerialization: their files stay short.
         if self.microbatches > 1:
             value["microbatches"] = self.microbatches
@@ -222,6 +226,7 @@ class Plan:
             microbatches=value.get("microbatches", 1),
             schedule=value.get("schedule", SCHEDULES[0]),
             recompute=tuple((run[0], run[1]) for run in value.get("recompute", ())),
+            target=value.get("target", ""),
         )
 
     def save(self, path: str | Path) -> None:

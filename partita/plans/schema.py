@@ -30,6 +30,7 @@ _TYPES: dict[str, type] = {
     "microbatches": int,
     "schedule": str,
     "recompute": list,
+    "target": str,
 }
 _REQUIRED = ("schema", "graph", "machine", "mesh", "operators")
 _TYPE_NAMES = {str: "a text", dict: "an object", int: "a whole number", list: "a list"}

@@ -384,6 +384,7 @@ def _or_one_device(request: _Request, result: PlanResult) -> PlanResult:
         {},
         plan.name,
         plan.batch_size,
+        target=graph.target,
         notes=(
             _one_device_reason(
                 request,

@@ -126,6 +126,7 @@ class CostNetwork(EqualByContent):
             name,
             self.graph.batch_size,
             notes=notes,
+            target=self.graph.target,
         )
 
     def states_of(self, plan: Plan) -> tuple[int, ...] | None:

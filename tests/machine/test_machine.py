@@ -113,6 +113,7 @@ def test_host_divides_its_memory():
     )
     assert machine.rate("dot", "float32") == 30e9
     assert machine.backend == Backend(
+        platform="cpu",
         reduce_scatter=False,
         promotes_16_bit_all_reduce=True,
         dense_grouped_gradients=True,
@@ -472,7 +473,7 @@ STATUS_LIST = "measured, verified, derived, recalled, assumed"
             "[device.engine.dot]",
             "[device.engine.dots]",
             "m.toml, line 24: device.engine.dots has the unknown operator class 'dots': "
-            "did you mean 'dot'? Use one of dot, conv, elementwise, gather, reduce, sort, *.",
+            "did you mean 'dot'? Use one of dot, conv, attention, elementwise, gather, reduce, sort, *.",
         ),
         (
             'fabric = "switch"\nlatency = "1 us"',
