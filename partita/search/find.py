@@ -95,7 +95,13 @@ class PlanResult:
 
     @property
     def gap(self) -> float:
-        """Relative excess over the lower bound of plans that can run, 0 if proved best."""
+        """Relative excess over the lower bound of the plan's space, 0 if proved best.
+
+        That of plans that can run, or of the larger space for a plan that cannot.
+        """
+        staged_gap = self.staged_gap
+        if staged_gap is not None and not runnable(self.plan):
+            return staged_gap
         return _gap(self.prediction.seconds, self.bound_seconds)
 
     @property
