@@ -13,11 +13,14 @@ The search's tables (`cost.terms`) sum the same formulas. A test holds them equa
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from partita.cost.backends import compiler_of
 from partita.cost.partial import Factors, operand_labels, pending_sums, reduced_factors
 from partita.cost.reshard import Axes, emitted_steps, step_bytes
+from partita.cost.sums import LaidOutProgram, Sum
 from partita.graph.operator_graph import (
     ITEMSIZE,
     DimFactors,
@@ -80,11 +83,7 @@ def collectives(
 ) -> list[Collective]:
     """Every collective of one step under the layout, in program order of their causes."""
     computed = _Computed(graph, mesh, layout, backend)
-    return [
-        *computed.pending(),
-        *computed.immediate(),
-        *_reshards(graph, mesh, layout),
-    ]
+    return [*computed.collectives(), *_reshards(graph, mesh, layout)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +175,7 @@ def communicating(graph: OperatorGraph) -> tuple[Communicating, ...]:
 
 
 class _Computed:
-    """The collectives of computation: reductions and halo exchanges."""
+    """The collectives of computation: sums over devices and halo exchanges."""
 
     def __init__(
         self,
@@ -188,67 +187,73 @@ class _Computed:
         self.graph = graph
         self.mesh = mesh
         self.layout = layout
-        self.backend = backend
+        self.compiler = compiler_of(backend)
         self.pending_sums = pending_sums(graph, layout)
 
-    def pending(self) -> Iterator[Collective]:
-        """The all-reduces of gradients that devices add up first."""
-        for tensor, addition in self.pending_sums.totals.items():
-            axes = self.pending_sums.axes[tensor]
-            yield self._reduction(addition, tensor, self.layout.shardings[tensor], axes)
-
-    def immediate(self) -> Iterator[Collective]:
-        """The collectives of every other instruction."""
+    def collectives(self) -> Iterator[Collective]:
+        """The sums that the compiler emits, and the halos, in program order of their causes."""
+        halos: dict[int, list[Collective]] = {}
+        partitioned = [*self._pending()]
         constants = constant_tensors(self.graph)
         for communication in communicating(self.graph):
-            results = self.graph.instructions[communication.instruction].results
+            i = communication.instruction
+            results = self.graph.instructions[i].results
             if all(tensor in constants for tensor in results):
                 continue
             if self.pending_sums.axes.keys().isdisjoint(results):
-                yield from self._reductions(communication)
-            yield from self._halos(communication)
+                partitioned += self._sums(communication)
+            halos[i] = list(self._halos(communication))
+        program = LaidOutProgram(self.graph, self.mesh, self.layout)
+        emitted: dict[int, list[Sum]] = defaultdict(list)
+        for total in self.compiler.sums(program, partitioned):
+            emitted[total.instruction].append(total)
+        for i in sorted(emitted.keys() | halos.keys()):
+            yield from map(self._collective, emitted[i])
+            yield from halos.get(i, ())
 
-    def _reductions(self, communication: Communicating) -> Iterator[Collective]:
+    def _pending(self) -> Iterator[Sum]:
+        """The sums of gradients that devices add up first."""
+        for tensor, addition in self.pending_sums.totals.items():
+            axes = self.pending_sums.axes[tensor]
+            yield Sum("all_reduce", addition, tensor, self.layout.shardings[tensor], axes, 1)
+
+    def _sums(self, communication: Communicating) -> Iterator[Sum]:
+        """The sums of an instruction, one for each factor and result."""
         assignment = self.layout.assignments[communication.operator]
         instruction = self.graph.instructions[communication.instruction]
+        kind = "all_reduce" if len(instruction.results) == 1 else "all_gather"
         for factor in communication.reduced:
             axes = assignment.get(factor, ())
             if not axes:
                 continue
             for tensor in instruction.results:
                 sharding = label_sharding(self.graph.labels[tensor], assignment)
-                yield self._reduction(communication.instruction, tensor, sharding, axes)
+                yield Sum(
+                    kind,
+                    communication.instruction,
+                    tensor,
+                    sharding,
+                    axes,
+                    instruction.trips,
+                )
 
-    def _reduction(
-        self,
-        number: int,
-        result: int,
-        sharding: Sharding,
-        axes: Axes,
-    ) -> Collective:
-        """The sum over axes of a result of instruction `number`.
-
-        It is an all-reduce, or where the instruction has several results an all-gather of each.
-        """
-        instruction = self.graph.instructions[number]
-        tensor = self.graph.tensors[result]
+    def _collective(self, total: Sum) -> Collective:
+        """The collective of a sum."""
+        instruction = self.graph.instructions[total.instruction]
+        tensor = self.graph.tensors[total.tensor]
         itemsize = _itemsize(tensor)
-        if len(instruction.results) > 1:
-            kind = "all_gather"
-            group_size = math.prod(self.mesh.sizes[axis] for axis in axes)
+        group_size = 1
+        if total.kind == "all_gather":
+            group_size = math.prod(self.mesh.sizes[axis] for axis in total.axes)
         else:
-            kind = "all_reduce"
-            group_size = 1
-            is_16_bit = tensor.dtype in ("bfloat16", "float16")
-            if is_16_bit and self.backend.promotes_16_bit_all_reduce:
-                itemsize = 4
-        shard_bytes = local_bytes(tensor.shape, itemsize, sharding, self.mesh.sizes)
+            itemsize = self.compiler.sum_itemsize(tensor.dtype)
+        shard_bytes = local_bytes(tensor.shape, itemsize, total.sharding, self.mesh.sizes)
         return Collective(
-            kind,
+            total.kind,
             shard_bytes * group_size,
-            axes,
-            instruction.trips,
-            self.graph.owner[number],
+            total.axes,
+            total.trips,
+            self.graph.owner[total.instruction],
             instruction.phase,
             "reduction",
             instruction.path,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from partita.cost.backends import compiler_of
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.partial import Factors
 from partita.cost.reshard import Axes
@@ -116,7 +117,7 @@ def operator_cost(
     """
     evaluation = _Evaluation(terms, placement, assignments)
     for reduction in terms.reductions:
-        evaluation.add_reduction(reduction)
+        evaluation.add_reduction(reduction, zero)
     for halo in terms.halos:
         evaluation.add_halo(halo)
     evaluation.add_moves()
@@ -138,6 +139,8 @@ class _Evaluation:
         self.placement = placement
         self.machine = placement.machine
         self.assignments = assignments
+        self.compiler = compiler_of(placement.machine.backend)
+        self.variables = {variable.tensor: variable for variable in terms.stored}
         self.split = ShardCounts(placement, assignments)
         count = len(assignments)
         self.kernel_seconds = _kernel_seconds(terms, self.machine, self.split)
@@ -159,8 +162,11 @@ class _Evaluation:
             self.machine.backend.overlap,
         )
 
-    def add_reduction(self, reduction: Reduction) -> None:
-        """Adds an all-reduce, or an all-gather, over the axes that split the reduced factors."""
+    def add_reduction(self, reduction: Reduction, zero: int) -> None:
+        """Adds an all-reduce, or an all-gather, over the axes that split the reduced factors.
+
+        ZeRO reads slices of a gradient, which many compilers sum by a reduce-scatter.
+        """
         local_bytes = reduction.nbytes / self.split.shards(reduction.factors)
         phase = PHASES.index(reduction.phase)
         is_gradient = reduction.parameter >= 0 and reduction.trips == 1
@@ -173,11 +179,43 @@ class _Evaluation:
                 if reduction.kind == "all_gather":
                     nbytes = nbytes * self.placement.shard_count(axes)
                 if is_gradient:
-                    seconds = _added_seconds(self.placement, reduction.kind, nbytes, axes)
+                    sliced = self._sliced(reduction.parameter, axes, choices) if zero else None
+                    seconds = self._gradient_sum_seconds(reduction.kind, nbytes, axes, sliced)
                     self.gradient_sum_seconds[choices] += seconds
                 else:
                     seconds = _seconds(self.placement, reduction.kind, nbytes, axes)
                     self.exchange_seconds[phase, choices] += seconds * reduction.trips
+
+    def _sliced(self, parameter: int, axes: Axes, choices: np.ndarray) -> np.ndarray | None:
+        """[choice]: whether a parameter is stored in slices over exactly these axes.
+
+        None if its sums are no reduce-scatters.
+        """
+        variable = self.variables.get(parameter)
+        if variable is None or not self.compiler.scatters:
+            return None
+        sliced = []
+        for choice in choices:
+            storage = storage_axes(variable, self.placement.mesh, self.assignments[choice])
+            sliced.append(storage is not None and sorted(storage[1]) == sorted(axes))
+        return np.array(sliced)
+
+    def _gradient_sum_seconds(
+        self,
+        kind: str,
+        nbytes: np.ndarray,
+        axes: Axes,
+        sliced: np.ndarray | None,
+    ) -> np.ndarray:
+        """[choice]: seconds that a gradient adds to a combined sum.
+
+        Where `sliced`, the sum is a reduce-scatter.
+        """
+        seconds = _added_seconds(self.placement, kind, nbytes, axes)
+        if sliced is None or kind != "all_reduce":
+            return seconds
+        scattered = _added_seconds(self.placement, "reduce_scatter", nbytes, axes)
+        return np.where(sliced, scattered, seconds)
 
     def add_halo(self, halo: Halo) -> None:
         """Adds the permutes of a halo, and the kernel that joins it with the device's own rows.

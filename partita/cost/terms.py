@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
+from partita.cost.backends import compiler_of
 from partita.cost.collectives import DEFAULT, reaches
 from partita.cost.fusion import EXPENSIVE, FREE, fusion, reads, transposes
 from partita.cost.partial import (
@@ -27,6 +28,7 @@ from partita.cost.partial import (
     read_labels,
     reduced_factors,
 )
+from partita.cost.sums import loop_sums
 from partita.cost.work import group_factors
 from partita.graph.flat import HEAVY, LIBRARY_CALLS
 from partita.graph.operator_graph import (
@@ -333,6 +335,7 @@ class _Collector:
 
     def __init__(self, graph: OperatorGraph, backend: Backend) -> None:
         self.graph = graph
+        self.compiler = compiler_of(backend)
         self.terms = Terms([OperatorTerms() for _ in graph.operators], [])
         self.fused = fusion(graph, backend.recomputes)
         self.constants = constant_tensors(graph)
@@ -503,20 +506,26 @@ class _Collector:
     ) -> None:
         is_sum = len(instruction.results) == 1 or instruction.name in LIBRARY_CALLS
         kind = "all_reduce" if is_sum else "all_gather"
-        for tensor in instruction.results:
-            label = self.graph.labels[tensor]
-            summed = tuple(factor for factor in reduced if factor not in label)
+        after_loop = loop_sums(self.graph) if self.compiler.leaves_loops else {}
+        for result in instruction.results:
+            summed = tuple(f for f in reduced if f not in self.graph.labels[result])
             if not summed:
                 # Of the results of fused attention, only the gradient of a bias is a sum.
                 continue
+            tensor = result
+            trips = instruction.trips
+            if result in after_loop:
+                tensor = after_loop[result].tensor
+                trips //= after_loop[result].trips
             reduction = Reduction(
                 kind,
                 self.graph.tensors[tensor].nbytes,
-                _split(label),
+                _split(self.graph.labels[tensor]),
                 summed,
-                instruction.trips,
+                trips,
                 instruction.phase,
                 self.parameter_of.get(tensor, -1),
+                together=self.compiler.folds and kind == "all_reduce",
             )
             self.terms.operators[operator].reductions.append(reduction)
 

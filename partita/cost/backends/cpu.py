@@ -1,0 +1,34 @@
+"""XLA:CPU, and every machine whose description names no compiler.
+
+All-reduces stay where the partitioner puts them. A slice of a sum is taken after the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from partita.cost.backends.base import Compiler
+from partita.cost.sums import LaidOutProgram, Sum
+
+
+class CpuCompiler(Compiler):
+    """XLA:CPU."""
+
+    def sums(self, program: LaidOutProgram, sums: Sequence[Sum]) -> list[Sum]:
+        """The sums of the partitioner."""
+        return list(sums)
+
+    @property
+    def folds(self) -> bool:
+        """There is a sum for each factor."""
+        return False
+
+    @property
+    def leaves_loops(self) -> bool:
+        """A sum inside a loop happens in every trip."""
+        return False
+
+    @property
+    def scatters(self) -> bool:
+        """There is no reduce-scatter."""
+        return False

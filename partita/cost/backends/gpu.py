@@ -1,0 +1,32 @@
+"""XLA:GPU, as of jax 0.10.2, compiled for H100s."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from partita.cost.backends.base import Compiler
+from partita.cost.sums import LaidOutProgram, Sum, fold, join_additions, leave_loops, scatter
+
+
+class GpuCompiler(Compiler):
+    """XLA:GPU."""
+
+    def sums(self, program: LaidOutProgram, sums: Sequence[Sum]) -> list[Sum]:
+        """The sums folded, moved out of loops, joined by additions, narrowed to slices."""
+        moved = join_additions(program, leave_loops(program, fold(sums)))
+        return scatter(program, moved) if self.scatters else moved
+
+    @property
+    def folds(self) -> bool:
+        """A tensor is summed over all its axes at once."""
+        return True
+
+    @property
+    def leaves_loops(self) -> bool:
+        """A gradient that a loop adds up is summed once."""
+        return True
+
+    @property
+    def scatters(self) -> bool:
+        """Unless the machine's description forbids reduce-scatters."""
+        return self.backend.reduce_scatter

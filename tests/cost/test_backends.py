@@ -1,0 +1,84 @@
+"""Backends: the sums that each compiler emits, and that the search prices what is emitted."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import keras
+import pytest
+
+from partita.capture.program import capture_program
+from partita.cost.collectives import collectives
+from partita.cost.predict import predict
+from partita.graph.operator_graph import OperatorGraph
+from partita.machine import Backend, load
+from partita.plans.baselines import BASELINES
+from partita.plans.layout import layout_of
+from partita.search.find import mesh_of
+
+GPU = load("h100:4")
+CPU = replace(GPU, backend=replace(GPU.backend, compiler="xla-cpu"))
+
+
+def totals(graph, machine, baseline):
+    """Kind of collective -> bytes."""
+    plan = BASELINES[baseline](graph, machine.name, mesh_of(machine))
+    kinds = {}
+    for c in collectives(graph, plan.mesh, layout_of(graph, plan), machine.backend):
+        kinds[c.kind] = kinds.get(c.kind, 0) + c.total
+    return kinds
+
+
+@pytest.fixture(scope="module")
+def mlp():
+    return OperatorGraph.load(Path(__file__).parents[1] / "data/mlp.graph.json")
+
+
+def test_a_gradient_of_which_devices_read_slices_is_scattered(mlp):
+    without = totals(mlp, CPU, "ZeRO-3")
+    scattered = totals(mlp, GPU, "ZeRO-3")
+    assert "reduce_scatter" not in without
+    # Only the sum of the loss, a scalar, stays whole.
+    assert scattered["all_reduce"] <= 8
+    assert scattered["reduce_scatter"] + scattered["all_reduce"] == without["all_reduce"]
+    assert scattered["all_gather"] == without["all_gather"]
+    assert totals(mlp, GPU, "data parallel") == totals(mlp, CPU, "data parallel")
+
+
+def test_a_machine_may_have_no_reduce_scatter(mlp):
+    forbidden = replace(GPU, backend=replace(GPU.backend, reduce_scatter=False))
+    assert totals(mlp, forbidden, "ZeRO-3") == totals(mlp, CPU, "ZeRO-3")
+
+
+def test_a_scattered_gradient_is_priced_as_one(mlp):
+    def seconds(machine, baseline):
+        plan = BASELINES[baseline](mlp, machine.name, mesh_of(machine))
+        return sum(o.gradients for o in predict(mlp, machine, plan).operators)
+
+    assert seconds(GPU, "ZeRO-3") < seconds(CPU, "ZeRO-3")
+    assert seconds(GPU, "data parallel") == seconds(CPU, "data parallel")
+
+
+def test_a_gradient_that_a_loop_adds_up_is_summed_after_it():
+    model = keras.Sequential(
+        [keras.Input((40, 8)), keras.layers.SimpleRNN(16), keras.layers.Dense(1)]
+    )
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 16).graph
+    recurrent = 16 * 16 * 4
+    assert [c.trips for c in _gradient_sums(graph, CPU) if c.nbytes == recurrent] == [40]
+    assert [c.trips for c in _gradient_sums(graph, GPU) if c.nbytes == recurrent] == [1]
+
+
+def _gradient_sums(graph, machine):
+    """All-reduces when the rows of the batch are split."""
+    mesh = mesh_of(machine)
+    plan = BASELINES["data parallel"](graph, machine.name, mesh)
+    return [
+        c
+        for c in collectives(graph, mesh, layout_of(graph, plan), machine.backend)
+        if c.kind == "all_reduce" and c.phase == "backward"
+    ]
+
+
+def test_the_default_compiler_is_that_of_descriptions_without_one():
+    assert Backend().compiler == "xla-cpu"
