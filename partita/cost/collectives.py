@@ -86,6 +86,16 @@ def collectives(
     return [*computed.collectives(), *_reshards(graph, mesh, layout)]
 
 
+def emitted_sums(
+    graph: OperatorGraph,
+    mesh: Mesh,
+    layout: Layout,
+    backend: Backend,
+) -> list[Sum]:
+    """The sums over devices of one step under the layout."""
+    return _Computed(graph, mesh, layout, backend).sums()
+
+
 @dataclass(frozen=True, slots=True)
 class Reach:
     """A window over a dim of operand 0 that may be split."""
@@ -192,24 +202,31 @@ class _Computed:
 
     def collectives(self) -> Iterator[Collective]:
         """The sums that the compiler emits, and the halos, in program order of their causes."""
-        halos: dict[int, list[Collective]] = {}
-        partitioned = [*self._pending()]
-        constants = constant_tensors(self.graph)
-        for communication in communicating(self.graph):
-            i = communication.instruction
-            results = self.graph.instructions[i].results
-            if all(tensor in constants for tensor in results):
-                continue
-            if self.pending_sums.axes.keys().isdisjoint(results):
-                partitioned += self._sums(communication)
-            halos[i] = list(self._halos(communication))
-        program = LaidOutProgram(self.graph, self.mesh, self.layout)
+        halos = {c.instruction: list(self._halos(c)) for c in self._communicating()}
         emitted: dict[int, list[Sum]] = defaultdict(list)
-        for total in self.compiler.sums(program, partitioned):
+        for total in self.sums():
             emitted[total.instruction].append(total)
         for i in sorted(emitted.keys() | halos.keys()):
             yield from map(self._collective, emitted[i])
             yield from halos.get(i, ())
+
+    def sums(self) -> list[Sum]:
+        """The sums that the compiler makes of the partitioner's."""
+        partitioned = [*self._pending()]
+        for communication in self._communicating():
+            results = self.graph.instructions[communication.instruction].results
+            if self.pending_sums.axes.keys().isdisjoint(results):
+                partitioned += self._sums(communication)
+        program = LaidOutProgram(self.graph, self.mesh, self.layout)
+        return self.compiler.sums(program, partitioned)
+
+    def _communicating(self) -> Iterator[Communicating]:
+        """The instructions that communicate and depend on an argument."""
+        constants = constant_tensors(self.graph)
+        for communication in communicating(self.graph):
+            results = self.graph.instructions[communication.instruction].results
+            if not all(tensor in constants for tensor in results):
+                yield communication
 
     def _pending(self) -> Iterator[Sum]:
         """The sums of gradients that devices add up first."""

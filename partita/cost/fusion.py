@@ -17,6 +17,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 
+from partita.cost.backends.base import FusionRules
 from partita.cost.collectives import communicating
 from partita.cost.partial import pending_sums, split_axes
 from partita.graph.operator_graph import IdentityKey, Instruction, OperatorGraph, per_graph
@@ -67,6 +68,8 @@ EXPENSIVE = {
     "gather",
 }
 """Instructions that are computed once and written, not duplicated into every reader."""
+STORED = {"reduce", "gather"}
+"""Those of EXPENSIVE that even a compiler with fast elementwise instructions computes once."""
 FREE = {"constant", "iota", "broadcast_in_dim", "reshape", "bitcast_convert"}
 """Instructions that take no time alone: XLA makes them part of their readers."""
 Kernel = tuple[int, ...]
@@ -98,14 +101,14 @@ class Fusion:
         return tensors
 
 
-def fusion(graph: OperatorGraph, duplicate: bool = False) -> Fusion:
-    """The kernels of a graph, cached. For `duplicate` see `Backend.recomputes`."""
-    return _fusion(IdentityKey(graph), duplicate)
+def fusion(graph: OperatorGraph, rules: FusionRules) -> Fusion:
+    """The kernels of a graph under a compiler's rules, cached."""
+    return _fusion(IdentityKey(graph), rules)
 
 
 @lru_cache(maxsize=8)
-def _fusion(key: IdentityKey[OperatorGraph], duplicate: bool) -> Fusion:
-    return _Fuser(key.value, duplicate).run()
+def _fusion(key: IdentityKey[OperatorGraph], rules: FusionRules) -> Fusion:
+    return _Fuser(key.value, rules).run()
 
 
 def transposes(instruction: Instruction) -> bool:
@@ -122,9 +125,10 @@ def transposes(instruction: Instruction) -> bool:
 class _Fuser:
     """XLA's instruction fusion. Producers and readers are instructions."""
 
-    def __init__(self, graph: OperatorGraph, duplicate: bool) -> None:
+    def __init__(self, graph: OperatorGraph, rules: FusionRules) -> None:
         self.graph = graph
-        self.duplicate = duplicate
+        self.duplicate = rules.duplicates
+        expensive = STORED if rules.cheap_elementwise else EXPENSIVE
         self.producer = producers(graph)
         self.producers = [self._producers_of(x) for x in graph.instructions]
         self.readers = self._readers()
@@ -138,7 +142,7 @@ class _Fuser:
             rank = max((len(tensor.shape) for tensor in results), default=0)
             self.nbytes.append(sum(tensor.nbytes for tensor in results))
             self.rank.append(rank)
-            self.expensive.append(instruction.name in EXPENSIVE and rank > 0)
+            self.expensive.append(instruction.name in expensive and rank > 0)
         self.fusible = [self._is_fusible(x) for x in graph.instructions]
         self.members: list[set[int]] = [set() for _ in graph.instructions]
         """Per instruction, the roots of the kernels that compute it."""
@@ -419,17 +423,17 @@ class _Cutter:
 def fused_under(
     graph: OperatorGraph,
     layout: Layout,
-    duplicate: bool,
+    rules: FusionRules,
 ) -> Fusion:
     """The kernels of a laid-out graph: tensors before a reshard or an all-reduce are written."""
-    return _fused_under(IdentityKey(graph), IdentityKey(layout), duplicate)
+    return _fused_under(IdentityKey(graph), IdentityKey(layout), rules)
 
 
 @lru_cache(maxsize=2)
 def _fused_under(
     graph_key: IdentityKey[OperatorGraph],
     layout_key: IdentityKey[Layout],
-    duplicate: bool,
+    rules: FusionRules,
 ) -> Fusion:
     graph = graph_key.value
     layout = layout_key.value
@@ -443,7 +447,7 @@ def _fused_under(
     barriers = set()
     for read in layout.reads:
         barriers.update(reader for reader in read.readers if reader[0] >= 0)
-    return cut(graph, fusion(graph, duplicate), barriers, ends)
+    return cut(graph, fusion(graph, rules), barriers, ends)
 
 
 @per_graph

@@ -15,13 +15,15 @@ Another layout changes sizes only.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 
-from partita.cost.collectives import DEFAULT, local_bytes
+from partita.cost.backends import compiler_of
+from partita.cost.collectives import DEFAULT, emitted_sums, local_bytes
 from partita.cost.fusion import Fusion, fused_under, producers, reads, transposes
 from partita.cost.partial import Factors, gradients, operand_labels, reduced_factors, split_axes
 from partita.cost.reshard import Axes
@@ -281,7 +283,7 @@ def _lifetimes(
     graph = graph_key.value
     layout = layout_key.value
     program = _program(graph)
-    fused = fused_under(graph, layout, backend.recomputes)
+    fused = fused_under(graph, layout, compiler_of(backend).fusion_rules)
     dies: dict[int, int] = {}
     for root in fused.kernels:
         for tensor, last_read in _last_reads(graph, program, fused, root, backend).items():
@@ -323,7 +325,7 @@ def _last_reads(
     """Tensor that a kernel reads from memory -> the instruction at which it is last read."""
     instruction = graph.instructions[root]
     readers = reads(graph, fused.kernels[root])
-    if not backend.transposed_copies or not transposes(instruction):
+    if not compiler_of(backend).buffers.transposed_copies or not transposes(instruction):
         end = program.loops[root].end if root in program.loops else root
         return dict.fromkeys(readers, end)
     # Transposed copies of operands are made as soon as the operands exist, and stay in memory.
@@ -373,11 +375,14 @@ def _allocations(
     allocator = _Allocator(graph_key.value, mesh, layout_key.value, backend, lifetimes)
     allocator.add_values()
     allocator.add_reshards()
-    if backend.transposed_copies:
+    buffers = compiler_of(backend).buffers
+    if buffers.transposed_copies:
         allocator.add_transposed_copies()
     allocator.add_gradient_sums()
-    allocator.add_zeros()
-    allocator.add_pool_gradients()
+    if buffers.early_zeros:
+        allocator.add_zeros()
+    if buffers.pool_positions:
+        allocator.add_pool_gradients()
     return allocator.allocations()
 
 
@@ -497,12 +502,16 @@ class _Allocator:
     def add_gradient_sums(self) -> None:
         """Adds the sums of gradients that wait for one combined all-reduce.
 
-        At the all-reduce every gradient is in memory twice: as computed, and summed.
+        At the all-reduce every gradient is in memory twice: as computed, and summed. Of a
+        reduce-scatter a device keeps its slice.
         """
+        sums = emitted_sums(self.graph, self.mesh, self.layout, self.backend)
+        scattered = {total.tensor: total.axes for total in sums if total.kind == "reduce_scatter"}
         for members in self._groups().values():
             meeting = max(i for i, _ in members)
             for _, tensor in members:
-                nbytes = self._bytes(tensor)
+                shards = math.prod(self.mesh.sizes[axis] for axis in scattered.get(tensor, ()))
+                nbytes = self._bytes(tensor) // shards
                 self._add(tensor, nbytes, meeting, meeting, KINDS.index("gradients"))
 
     def add_transposed_copies(self) -> None:

@@ -337,7 +337,7 @@ class _Collector:
         self.graph = graph
         self.compiler = compiler_of(backend)
         self.terms = Terms([OperatorTerms() for _ in graph.operators], [])
-        self.fused = fusion(graph, backend.recomputes)
+        self.fused = fusion(graph, self.compiler.fusion_rules)
         self.constants = constant_tensors(graph)
         self.read = {t for instruction in graph.instructions for t in instruction.operands}
         self.families = update_families(graph)

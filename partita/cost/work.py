@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from partita.cost.backends import compiler_of
 from partita.cost.collectives import DEFAULT, Collective, Reach, collectives, reaches
 from partita.cost.fusion import fused_under
 from partita.cost.partial import Factors, operand_labels
@@ -35,7 +36,7 @@ def local_flops(
     if traffic is None:
         traffic = collectives(graph, mesh, layout, backend)
     total = 0.0
-    fused = fused_under(graph, layout, backend.recomputes)
+    fused = fused_under(graph, layout, compiler_of(backend).fusion_rules)
     shards = _Shards(mesh, layout)
     for computation in _computations(graph):
         instruction = graph.instructions[computation.instruction]

@@ -12,6 +12,30 @@ from partita.machine import Backend
 
 
 @dataclass(frozen=True)
+class FusionRules:
+    """The choices of a compiler that decide which values exist in memory (`cost.fusion`)."""
+
+    duplicates: bool
+    """A value with several kernels as readers is computed in each of them where possible, not only
+    where that saves reads."""
+    cheap_elementwise: bool
+    """Exponentials, divisions and other slow elementwise instructions are duplicated as well."""
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """The buffers of a compiler beside the values of a program (`cost.memory`)."""
+
+    transposed_copies: bool
+    """Convolutions of the backward pass read transposed copies, which are made early."""
+    early_zeros: bool
+    """The zeros that a scatter adds to exist from the start of the step. If False: they are made
+    just before, and the scatter adds in place."""
+    pool_positions: bool
+    """The backward pass of pooling by maximum stores the positions of maxima."""
+
+
+@dataclass(frozen=True)
 class Compiler(ABC):
     """A compiler. Callers ask it for a program's properties, never for its name."""
 
@@ -21,6 +45,16 @@ class Compiler(ABC):
     @abstractmethod
     def sums(self, program: LaidOutProgram, sums: Sequence[Sum]) -> list[Sum]:
         """The sums over devices that it emits, given those of the partitioner."""
+
+    @property
+    @abstractmethod
+    def fusion_rules(self) -> FusionRules:
+        """How it fuses."""
+
+    @property
+    @abstractmethod
+    def buffers(self) -> Buffers:
+        """What it stores beside values."""
 
     @property
     @abstractmethod

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from partita.cost.backends.base import Compiler
+from partita.cost.backends.base import Buffers, Compiler, FusionRules
 from partita.cost.sums import LaidOutProgram, Sum
 
 
@@ -17,6 +17,16 @@ class CpuCompiler(Compiler):
     def sums(self, program: LaidOutProgram, sums: Sequence[Sum]) -> list[Sum]:
         """The sums of the partitioner."""
         return list(sums)
+
+    @property
+    def fusion_rules(self) -> FusionRules:
+        """Those of its instruction fusion."""
+        return FusionRules(self.backend.recomputes, cheap_elementwise=False)
+
+    @property
+    def buffers(self) -> Buffers:
+        """Zeros and positions of maxima, and transposed copies if the description says so."""
+        return Buffers(self.backend.transposed_copies, early_zeros=True, pool_positions=True)
 
     @property
     def folds(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from partita.cost.backends.base import Compiler
+from partita.cost.backends.base import Buffers, Compiler, FusionRules
 from partita.cost.sums import LaidOutProgram, Sum, fold, join_additions, leave_loops, scatter
 
 
@@ -15,6 +15,16 @@ class GpuCompiler(Compiler):
         """The sums folded, moved out of loops, joined by additions, narrowed to slices."""
         moved = join_additions(program, leave_loops(program, fold(sums)))
         return scatter(program, moved) if self.scatters else moved
+
+    @property
+    def fusion_rules(self) -> FusionRules:
+        """Those of its priority fusion, which computes slow elementwise instructions again."""
+        return FusionRules(duplicates=False, cheap_elementwise=True)
+
+    @property
+    def buffers(self) -> Buffers:
+        """None: cuDNN reads operands as they are, and scatters add in place."""
+        return Buffers(transposed_copies=False, early_zeros=False, pool_positions=False)
 
     @property
     def folds(self) -> bool:
