@@ -21,6 +21,7 @@ from partita.cost.backends import compiler_of
 from partita.cost.partial import Factors, operand_labels, pending_sums, reduced_factors
 from partita.cost.reshard import Axes, emitted_steps, step_bytes
 from partita.cost.sums import LaidOutProgram, Sum
+from partita.graph.flat import LIBRARY_CALLS
 from partita.graph.operator_graph import (
     ITEMSIZE,
     DimFactors,
@@ -238,12 +239,15 @@ class _Computed:
         """The sums of an instruction, one for each factor and result."""
         assignment = self.layout.assignments[communication.operator]
         instruction = self.graph.instructions[communication.instruction]
-        kind = "all_reduce" if len(instruction.results) == 1 else "all_gather"
+        is_sum = len(instruction.results) == 1 or instruction.name in LIBRARY_CALLS
+        kind = "all_reduce" if is_sum else "all_gather"
         for factor in communication.reduced:
             axes = assignment.get(factor, ())
             if not axes:
                 continue
             for tensor in instruction.results:
+                if factor in self.graph.labels[tensor]:
+                    continue
                 sharding = label_sharding(self.graph.labels[tensor], assignment)
                 yield Sum(
                     kind,

@@ -7,6 +7,7 @@ import keras
 import pytest
 
 from partita.capture.program import capture_program
+from partita.cost.backends import compiler_of
 from partita.cost.collectives import collectives
 from partita.cost.predict import predict
 from partita.graph.operator_graph import OperatorGraph
@@ -16,7 +17,7 @@ from partita.plans.layout import layout_of
 from partita.search.find import mesh_of
 
 GPU = load("h100:4")
-CPU = replace(GPU, backend=replace(GPU.backend, compiler="xla-cpu"))
+CPU = replace(GPU, backend=replace(GPU.backend, platform="cpu"))
 
 
 def totals(graph, machine, baseline):
@@ -80,5 +81,6 @@ def _gradient_sums(graph, machine):
     ]
 
 
-def test_the_default_compiler_is_that_of_descriptions_without_one():
-    assert Backend().compiler == "xla-cpu"
+def test_a_machine_without_a_platform_is_compiled_as_a_cpu_is():
+    assert type(compiler_of(Backend())) is type(compiler_of(CPU.backend))
+    assert type(compiler_of(Backend())) is not type(compiler_of(GPU.backend))

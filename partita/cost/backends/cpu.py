@@ -1,4 +1,4 @@
-"""XLA:CPU, and every machine whose description names no compiler.
+"""XLA:CPU, and every machine whose description names no platform.
 
 All-reduces stay where the partitioner puts them. A slice of a sum is taken after the sum.
 """
