@@ -18,6 +18,20 @@ from partita.capture.stablehlo import main_block, walk
 BARRIER = "stablehlo.optimization_barrier"
 
 
+def drop_barriers(module: ir.Module) -> None:
+    """Removes all barriers.
+
+    XLA:CPU removes them too, and then merges rematerialized values with their originals (jax
+    0.10.2: a rematerialized network has the FLOPs and the memory of a plain one). So that is the
+    program to plan for a CPU.
+    """
+    for operation in list(walk(main_block(module))):
+        if operation.name == BARRIER:
+            for operand, result in zip(operation.operands, operation.results, strict=True):
+                result.replace_all_uses_with(operand)
+            operation.erase()
+
+
 def split_barriers(module: ir.Module) -> None:
     """Splits every barrier of several operands into barriers of one operand each."""
     for group, operation in enumerate(list(walk(main_block(module)))):

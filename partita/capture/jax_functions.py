@@ -104,7 +104,7 @@ def capture_step(
         raise CaptureError(
             f"The training step of '{name}' cannot be captured: {reason(error)}"
         ) from error
-    source = prepare(exported.mlir_module_serialized)
+    source = prepare(exported.mlir_module_serialized, target.platform)
     signature = Signature(
         tuple(leaves),
         tuple(_batch_leaves(batch) if inputs is None else inputs),

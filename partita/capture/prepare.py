@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jax.extend.mlir import deserialize_portable_artifact, ir
 
-from partita.capture.barriers import split_barriers
+from partita.capture.barriers import drop_barriers, split_barriers
 from partita.capture.conditionals import split_conditionals
 from partita.capture.instructions import adds, dot_dims
 from partita.capture.names import location_name, phase_of
@@ -33,23 +33,27 @@ CALLS = {"func.call": "callee", "stablehlo.composite": "decomposition"}
 """Instruction that stands for a function -> the attribute with the function's name."""
 
 
-def prepare(portable: bytes) -> bytes:
+def prepare(portable: bytes, platform: str) -> bytes:
     """The module with calls inlined and constants split per use, as MLIR bytecode.
+
+    `platform` is the one that will run it: "cpu", "cuda" or "tpu".
 
     Not as a portable artifact: writing one hoists constants out of loops again.
     """
     with context(), ir.Location.unknown():
-        return _prepared(deserialize_portable_artifact(portable))
+        return _prepared(deserialize_portable_artifact(portable), platform)
 
 
-def prepare_text(text: str) -> bytes:
+def prepare_text(text: str, platform: str) -> bytes:
     """A module of StableHLO text, prepared as `prepare` does it."""
     with context(), ir.Location.unknown():
-        return _prepared(ir.Module.parse(text))
+        return _prepared(ir.Module.parse(text), platform)
 
 
-def _prepared(module: ir.Module) -> bytes:
+def _prepared(module: ir.Module, platform: str) -> bytes:
     _inline_calls(module)
+    if platform == "cpu":
+        drop_barriers(module)
     run(module, "builtin.module(cse)")
     _fold_transposes(module)
     _fold_sums(module)

@@ -60,7 +60,7 @@ def named(graph, name, machine):
 @pytest.fixture(scope="module")
 def rematerialized():
     step, args = step_of(jax.checkpoint(block))
-    return capture_program(step, args=args)
+    return capture_program(step, args=args, target="cuda")
 
 
 def test_every_barrier_has_one_operand(rematerialized):
@@ -112,12 +112,22 @@ def test_the_compiler_gets_one_barrier_per_block(rematerialized):
     assert "partita.siblings" not in text
 
 
+def test_on_a_cpu_a_rematerialized_network_is_a_plain_one(rematerialized):
+    """XLA:CPU merges rematerialized values with their originals."""
+    graphs = []
+    for wrapped in (block, jax.checkpoint(block)):
+        step, args = step_of(wrapped)
+        graphs.append(capture_program(step, args=args, target="cpu").graph)
+    assert graphs[0].flops == graphs[1].flops < rematerialized.graph.flops
+    assert all(x.name != "optimization_barrier" for x in graphs[1].instructions)
+
+
 @pytest.mark.parametrize("plan", ["data parallel", "tensor parallel"])
-def test_losses_are_those_of_one_device(plan, rematerialized):
+def test_losses_are_those_of_one_device(plan):
     step, args = step_of(jax.checkpoint(block))
     expected, loss = jax.jit(step)(*args)
-    machine = resolve_machine(None, 4)
-    chosen = resolve_plan(plan, rematerialized.graph, machine)
+    graph = capture_program(step, args=args).graph
+    chosen = resolve_plan(plan, graph, resolve_machine(None, 4))
     run = partita.parallelize(step, args, plan=chosen, say=lambda line: None)
     updated, split_loss = run(*jax.tree.map(jnp.copy, args))
     np.testing.assert_allclose(split_loss, loss, rtol=1e-5)

@@ -173,7 +173,7 @@ def test_products_that_are_only_read_transposed_exchange_their_sides(
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=left).astype("float32"), rng.normal(size=right).astype("float32")
     exported = export.export(jax.jit(gradient))(x, w)
-    source = prepare(exported.mlir_module_serialized)
+    source = prepare(exported.mlir_module_serialized, "cpu")
     names = [i.name for i in read(source).instructions]
     assert "transpose" not in names and names.count("dot_general") == 2
     assert np.allclose(Text.of(exported, source).call(x, w), gradient(x, w), rtol=1e-5)

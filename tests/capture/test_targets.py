@@ -42,7 +42,7 @@ def stored_graph(name):
     batch = [Leaf(path, "batch") for path in paths if path.startswith("data")]
     signature = Signature(tuple(state), tuple(batch), tuple(range(len(paths))))
     target = CaptureTarget("cuda")
-    return graph_of(prepare_text(TEXTS[name]), signature, name, 16, target)
+    return graph_of(prepare_text(TEXTS[name], "cuda"), signature, name, 16, target)
 
 
 def kernels(graph):
@@ -221,7 +221,7 @@ def test_a_call_with_its_own_rule_is_split_by_it():
         : (tensor<8x4xf32>) -> tensor<8x6xf32>
       return %0 : tensor<8x6xf32>
     }"""
-    program = read(prepare_text(text))
+    program = read(prepare_text(text, "cuda"))
     assert program.instructions[0].rule.results == (((0,), (2,)),)
     assert program.notes == []
 
@@ -233,7 +233,7 @@ def test_other_calls_are_replicated_and_named_in_one_note():
       %1 = stablehlo.custom_call @second(%0) : (tensor<8xf32>) -> tensor<8xf32>
       return %1 : tensor<8xf32>
     }"""
-    program = read(prepare_text(text))
+    program = read(prepare_text(text, "cuda"))
     assert [instruction.rule for instruction in program.instructions] == [None, None]
     assert program.notes == [
         "Every device computes all of the custom calls that cannot be split: 'first', 'second'."
