@@ -38,8 +38,8 @@ if TYPE_CHECKING:
         GatedGraph,
         GATv2,
         GraphModel,
-        VertexDropout,
     )
+    from partita.gnn.nn.vertices import VertexBatchNormalization, VertexDropout
     from partita.gnn.train import normalised
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "GraphModel",
     "SAGEConv",
     "Transposed",
+    "VertexBatchNormalization",
     "VertexDropout",
     "check",
     "convert",
@@ -87,8 +88,8 @@ _IMPORTED_ON_USE = {
         "GatedGraph",
         "GATv2",
         "GraphModel",
-        "VertexDropout",
     ),
+    "partita.gnn.nn.vertices": ("VertexBatchNormalization", "VertexDropout"),
     "partita.gnn.train": ("normalised",),
 }
 

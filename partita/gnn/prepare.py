@@ -29,7 +29,7 @@ from partita.gnn.data.digest import array_digest
 from partita.gnn.data.graph import Graph
 from partita.gnn.data.order import order_of
 from partita.gnn.kernels import stamp
-from partita.gnn.nn.block import AXIS, Block, block_of, recorded_calls
+from partita.gnn.nn.block import AXIS, Block, block_of, of_vertices, recorded_calls
 from partita.gnn.split.choice import columns_of, edge_seconds, row_seconds
 from partita.gnn.split.learned import initial_points, prefix_sums
 from partita.gnn.split.partition import (
@@ -43,6 +43,12 @@ from partita.gnn.split.partition import (
     near_training,
 )
 
+IGNORE_WEIGHTS = ("max", "attention")
+"""Kinds of aggregations that do not read edge weights."""
+
+DEGREE_TOLERANCE = 1e-5
+"""Share of the largest weight by which rounding may take a degree of 0 below 0."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -50,15 +56,17 @@ class GraphData:
     """Arguments of a step.
 
     x           float32 [rows, features]
-    labels      int32 [rows], 0 for a vertex without a label
+    labels      int32 [rows] or float32 [rows, n], 0 for a vertex without a label
     masks       float32 [rows] of each of `MASKS`
     block       the edges
+    importance  float32 [rows]: weight of each vertex in the training loss; None: 1
     """
 
     x: Any
     labels: Any
     masks: dict[str, Any]
     block: Block
+    importance: Any = None
 
 
 # --------------------------------------------------------------------------------------- the key
@@ -131,11 +139,13 @@ class Architecture:
     aggregations    (features, 'sum', 'max' or 'attention') of every aggregation, in order
     matrix_entries  trainable numbers in matrices
     by_vertex       whether vertices meet in aggregations only (`FullGraphTraining`)
+    normalizes      whether rows are divided by square roots of degrees
     """
 
     aggregations: tuple[tuple[int, str], ...]
     matrix_entries: int
     by_vertex: bool
+    normalizes: bool = False
 
     @property
     def linear(self) -> bool:
@@ -176,8 +186,33 @@ def architecture_of(model: Any, graph: Graph) -> Architecture:
     return Architecture(
         aggregations=tuple(calls.aggregations),
         matrix_entries=sum(int(np.prod(shape)) for shape in matrices),
-        by_vertex=bool(vars(type(model)).get("by_vertex")),
+        by_vertex=bool(vars(type(model)).get("by_vertex") and model.by_vertex),
+        normalizes=calls.normalizes,
     )
+
+
+def check_weights_suit(graph: Graph, architecture: Architecture) -> None:
+    """GraphError if the aggregations of a model cannot use the edge weights of a graph."""
+    if graph.weights is None:
+        return
+    for _, kind in architecture.aggregations:
+        if kind in IGNORE_WEIGHTS:
+            raise GraphError(
+                f"'{graph.name}' has edge weights, and the model has an aggregation ({kind}) that "
+                "does not read them: use sums or means (GCN, SAGE, GIN, CommNet, GatedGraph), or "
+                "remove the weights with dataclasses.replace(graph, weights=None)."
+            )
+    if not architecture.normalizes or graph.weights.min(initial=0) >= 0:
+        return
+    _, self_correction, load = of_vertices(graph, 0, graph.vertices)
+    degrees = load + self_correction
+    if degrees.min() < -DEGREE_TOLERANCE * np.abs(graph.weights).max():
+        vertex = int(np.argmin(degrees))
+        raise GraphError(
+            f"The weights of the in-edges of vertex {vertex:,}, its self edge included, sum to "
+            f"{degrees[vertex]:g}, which has no square root for the normalization of GCNConv: use "
+            "weights that are not negative, or GCNConv(normalize=False)."
+        )
 
 
 def _shapes(variables: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
@@ -186,11 +221,16 @@ def _shapes(variables: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
 
 @dataclass(frozen=True)
 class PreparationKey:
-    """Everything that decides the data of a step. `graph` is `Graph.digest`."""
+    """Everything that decides the data of a step.
+
+    graph       `Graph.digest`
+    importance  float32 [vertices] of `GraphData.importance`, or None
+    """
 
     graph: str
     split: Split
     architecture: Architecture
+    importance: Numbers | None = None
 
 
 # ------------------------------------------------------------------------------------- the value
@@ -264,7 +304,7 @@ def prepare(graph: Graph, key: PreparationKey) -> PreparedGraph:
     if split.devices == 1:
         near = _near(numbered, key.architecture)
         parts = None
-        data = _on_one_device(numbered, order, near)
+        data = _on_one_device(numbered, order, near, _importance(key, order))
     else:
         graph_cut = _cut(
             numbered,
@@ -275,7 +315,7 @@ def prepare(graph: Graph, key: PreparationKey) -> PreparedGraph:
         )
         near = graph_cut.near
         parts = graph_cut.parts
-        data = _on_devices(graph_cut, split)
+        data = _on_devices(graph_cut, key)
     ended = time.perf_counter()
     return PreparedGraph(
         key=key,
@@ -309,7 +349,7 @@ def resplit(
         points=points,
         capacity=capacity,
     )
-    data = _on_devices(graph_cut, key.split)
+    data = _on_devices(graph_cut, key)
     return replace(
         prepared,
         points=_tuple_of(graph_cut.parts),
@@ -495,7 +535,7 @@ def mesh_of(devices: int) -> Mesh:
     return Mesh(np.array(jax.devices()[:devices]), (AXIS,))
 
 
-def data_of(graph: Graph) -> GraphData:
+def data_of(graph: Graph, importance: np.ndarray | None = None) -> GraphData:
     """The data of a whole graph, as arrays of NumPy."""
     x, labels, masks = _tables(graph)
     return GraphData(
@@ -503,13 +543,24 @@ def data_of(graph: Graph) -> GraphData:
         labels,
         masks,
         block_of(graph),
+        importance,
     )
+
+
+def _importance(key: PreparationKey, order: np.ndarray | None) -> np.ndarray | None:
+    """The weight of each vertex in the loss, in the order of the numbers inside."""
+    if key.importance is None:
+        return None
+    values = key.importance.values
+    return values if order is None else values[order]
 
 
 def _tables(graph: Graph) -> tuple[Any, Any, dict[str, Any]]:
     """(x, labels, masks) of all vertices."""
     if graph.labels is None:
         labels = np.zeros(graph.vertices, np.int32)
+    elif graph.has_targets:
+        labels = np.nan_to_num(graph.labels, nan=0.0)
     else:
         labels = np.maximum(graph.labels, 0)
     masks = {}
@@ -521,8 +572,13 @@ def _tables(graph: Graph) -> tuple[Any, Any, dict[str, Any]]:
     return graph.features, labels, masks
 
 
-def _on_one_device(graph: Graph, order: np.ndarray | None, near: Sequence[np.ndarray]) -> GraphData:
-    data = data_of(graph)
+def _on_one_device(
+    graph: Graph,
+    order: np.ndarray | None,
+    near: Sequence[np.ndarray],
+    importance: np.ndarray | None,
+) -> GraphData:
+    data = data_of(graph, importance)
     kinds = [AggregationKind(near=edges, keep=keep) for edges, keep in enumerate(near)]
     whole = cut(
         graph,
@@ -538,24 +594,27 @@ def _on_one_device(graph: Graph, order: np.ndarray | None, near: Sequence[np.nda
     return jax.device_put(replace(data, block=block))
 
 
-def _on_devices(graph_cut: GraphCut, split: Split) -> GraphData:
+def _on_devices(graph_cut: GraphCut, key: PreparationKey) -> GraphData:
     """The data of every device under a leading dim; each process makes that of its own devices."""
     graph, parts = graph_cut.graph, graph_cut.parts
+    split = key.split
     processes.same(
         "Graphs, or their splits,",
         _digest(graph, parts),
         "Read the same file in all processes.",
     )
     mesh = mesh_of(split.devices)
-    tables = _tables(graph)
+    tables = (*_tables(graph), _importance(key, parts.order))
     pieces = []
     for i, device in enumerate(mesh.devices):
         if device.process_index != jax.process_index():
             continue
         block = block_of_part(graph, parts, i)
         block = replace(block, columns=graph_cut.columns, timed=split.learns)
-        x, labels, masks = jax.tree.map(lambda table, i=i: parts.of_part(i, table), tables)
-        piece = jax.tree.map(lambda array: array[None], GraphData(x, labels, masks, block))
+        tables_of_part = jax.tree.map(lambda table, i=i: parts.of_part(i, table), tables)
+        x, labels, masks, importance = tables_of_part
+        data = GraphData(x, labels, masks, block, importance)
+        piece = jax.tree.map(lambda array: array[None], data)
         pieces.append(jax.device_put(piece, device))
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import keras
 from jax.sharding import PartitionSpec
 
+from partita.errors import GraphError
 from partita.gnn.kernels.bridge import step_options
 from partita.gnn.nn.block import AXIS, recorded_calls
 from partita.gnn.prepare import GraphData, PreparedGraph, mesh_of
@@ -62,19 +63,39 @@ def loss_sum(
     predicted: Any,
     data: GraphData,
     mask: str,
+    importance: Any = None,
 ) -> Any:
-    """The sum of the loss over the vertices of a mask, a scalar."""
+    """The sum of the loss over the vertices of a mask, a scalar.
+
+    `importance`, float32 [rows], multiplies the loss of each vertex. GraphError unless the loss has
+    one value per vertex.
+    """
     loss: Any = keras.losses.get(model.loss)
     function = loss.call if isinstance(loss, keras.losses.Loss) else loss
-    values = function(data.labels, predicted)
+    values = function(labels_like(predicted, data), predicted.astype(jnp.float32))
+    if values.shape != data.masks[mask].shape:
+        name = getattr(loss, "name", None) or getattr(loss, "__name__", type(loss).__name__)
+        raise GraphError(
+            f"The loss {name!r} has the shape {list(values.shape)} for labels "
+            f"{list(data.labels.shape)} and outputs {list(predicted.shape)}: use a loss with one "
+            "value per vertex, and a model with an output for each target (classes=)."
+        )
+    if importance is not None:
+        values = values * importance
     return jnp.where(data.masks[mask] > 0, values, 0).sum()
+
+
+def labels_like(predicted: Any, data: GraphData) -> Any:
+    """Labels [rows, 1] for a model with one output, as Keras gives them to losses and metrics."""
+    labels = data.labels
+    return labels[:, None] if labels.ndim == 1 and predicted.shape[-1] == 1 else labels
 
 
 def build_metrics(model: Any, data: GraphData, predicted: Any) -> None:
     """Makes the variables of the metrics if there are none yet."""
     metrics = model._compile_metrics
     if metrics is not None and not metrics.built:
-        metrics.build(data.labels, predicted)
+        metrics.build(labels_like(predicted, data), predicted)
 
 
 def zero_counts(model: Any) -> list[Any]:
@@ -97,7 +118,8 @@ def metric_counts(
         return []
     zeros = list(zip(metrics.variables, zero_counts(model), strict=True))
     with keras.StatelessScope(state_mapping=zeros):
-        metrics.update_state(data.labels, predicted, sample_weight=data.masks[mask])
+        labels = labels_like(predicted, data)
+        metrics.update_state(labels, predicted, sample_weight=data.masks[mask])
         return [variable.value for variable in metrics.variables]
 
 
@@ -139,13 +161,34 @@ def train_step(
     state: StepState,
     data: GraphData,
 ) -> Any:
-    """(logs, state after) of one step over the training mask.
+    """(logs, state after) of one step over the training mask, as `differentiated` computes it."""
+    gradients, value, predicted, others = differentiated(model, aggregations, state, data)
+    trainable, optimizer = model.optimizer.stateless_apply(
+        state.optimizer, gradients, state.trainable
+    )
+    logs = _logs_over_devices(
+        model,
+        value,
+        predicted,
+        data,
+        "train",
+    )
+    return logs, StepState(trainable, others, optimizer)
+
+
+def differentiated(
+    model: Any,
+    aggregations: int,
+    state: StepState,
+    data: GraphData,
+) -> tuple[Any, Any, Any, Any]:
+    """(gradients, loss, this device's output, other variables after) over the training mask.
 
     Each device differentiates its own vertices' share of the loss. The exchange of rows takes
     gradients back to the devices that the rows came from. `aggregations`: their number, which tells
     the last ones.
     """
-    trainable, others, optimizer = state
+    trainable, others, _ = state
     count = sum_over_devices(data.masks["train"].sum(), data)
 
     def loss(trainable: Any) -> Any:
@@ -158,21 +201,13 @@ def train_step(
                 training=True,
                 return_losses=True,
             )
-        value = loss_sum(model, predicted, data, "train") / count
+        value = loss_sum(model, predicted, data, "train", data.importance) / count
         penalty = sum(penalties) / data.block.parts
         return value + penalty, (value + penalty, predicted, others_after)
 
     gradients, (value, predicted, others) = jax.grad(loss, has_aux=True)(trainable)
     gradients, value = sum_over_devices((gradients, value), data)
-    trainable, optimizer = model.optimizer.stateless_apply(optimizer, gradients, trainable)
-    logs = _logs_over_devices(
-        model,
-        value,
-        predicted,
-        data,
-        "train",
-    )
-    return logs, StepState(trainable, others, optimizer)
+    return gradients, value, predicted, others
 
 
 def evaluation_step(
@@ -209,7 +244,7 @@ def prediction_step(model: Any, state: StepState, data: GraphData) -> Any:
         data.x,
         graph=data.block,
         training=False,
-    )[0]
+    )[0].astype(jnp.float32)
 
 
 class CompiledSteps:
@@ -266,7 +301,7 @@ class CompiledSteps:
     ) -> Any:
         key = (*name, devices)
         if key not in self._programs:
-            function = step if devices == 1 else _on_each_device(step, devices, rows)
+            function = step if devices == 1 else on_each_device(step, devices, rows)
             self._programs[key] = jax.jit(
                 function,
                 donate_argnums=0 if donates else (),
@@ -278,7 +313,7 @@ class CompiledSteps:
         return program
 
 
-def _on_each_device(
+def on_each_device(
     step: Callable[[StepState, GraphData], Any], devices: int, rows: bool
 ) -> Callable[..., Any]:
     """A step in which each device computes on its slice of the data.

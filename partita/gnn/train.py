@@ -19,6 +19,7 @@ import numpy as np
 from partita.errors import GraphError, PartitaError
 from partita.gnn.data.arrays import MASKS
 from partita.gnn.data.graph import Graph
+from partita.gnn.importance import importance_of
 from partita.gnn.prepare import Split, all_devices
 from partita.gnn.runs import TrainingRun
 from partita.gnn.spill.run import MemoryRun
@@ -39,6 +40,17 @@ class SplitOptions(TypedDict, total=False):
     partition: Any
     columns: int | None
     order: Any
+
+
+class FitOptions(SplitOptions, total=False):
+    """Options of `fit` for the split and for the loss.
+
+    class_weight    weight in the training loss of the vertices of a class: {class: weight}
+    vertex_weight   weight in the training loss of every vertex, [vertices]
+    """
+
+    class_weight: Any
+    vertex_weight: Any
 
 
 class FullGraphTraining:
@@ -93,7 +105,7 @@ class FullGraphTraining:
         initial_epoch: int = 0,
         devices: int = 1,
         memory: str | int | None = None,
-        **options: Unpack[SplitOptions],
+        **options: Unpack[FitOptions],
     ) -> Any:
         """Keras's history: loss and metrics of each epoch, with `val_` of the validation mask.
 
@@ -117,14 +129,20 @@ class FullGraphTraining:
         memory      "4GiB" or bytes of one device. The rest goes to the host and comes back, by a
                     plan that
                     `model.memory.facts()` reports.
+        class_weight, vertex_weight
+                    weights of vertices in the training loss, by class or one for each, as in Keras:
+                    the weighted sum is divided by the number of training vertices
 
         `evaluate` and `predict` then use the same devices. Raises GraphError for a graph or a split
         that does not work.
         """
         model: Any = self
         model._assert_compile_called("fit")
+        importance = importance_of(
+            graph, options.pop("class_weight", None), options.pop("vertex_weight", None)
+        )
         split = Split(all_devices(devices), **options)
-        run = self._graph_trainer.begin(graph, split, memory)
+        run = self._graph_trainer.begin(graph, split, memory, importance)
         validates = graph.validation is not None and bool(graph.validation.any())
         model.stop_training = False
         model._initial_epoch = None

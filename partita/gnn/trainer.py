@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 
 from partita.errors import GraphError
+from partita.gnn.agreement import check_agreement
 from partita.gnn.data.graph import Graph, check
 from partita.gnn.prepare import (
     Architecture,
+    Numbers,
     PreparationKey,
     Split,
     architecture_of,
+    check_weights_suit,
     prepare,
 )
 from partita.gnn.runs import DeviceRun, TrainingRun
@@ -54,6 +57,8 @@ class GraphTrainer:
         self._runs: dict[PreparationKey, DeviceRun] = {}
         self._architectures: dict[tuple[int, bool], Architecture] = {}
         self._features: int | None = None
+        self._agreements: set[tuple[Architecture, int]] = set()
+        self._importance: tuple[str, Numbers] | None = None
 
     def compiled_anew(self) -> None:
         """Forgets everything that depends on optimizer, loss, metrics or layers.
@@ -62,10 +67,20 @@ class GraphTrainer:
         """
         self.steps.clear()
         self._architectures.clear()
+        self._agreements.clear()
         self._memory_is_valid = False
 
-    def begin(self, graph: Graph, split: Split, memory: str | int | None) -> TrainingRun:
-        """The run of a `fit`, within `memory` if given. The model and the optimizer are built."""
+    def begin(
+        self,
+        graph: Graph,
+        split: Split,
+        memory: str | int | None,
+        importance: np.ndarray | None = None,
+    ) -> TrainingRun:
+        """The run of a `fit`, within `memory` if given. The model and the optimizer are built.
+
+        `importance`: float32 [vertices], weight of each vertex in the training loss.
+        """
         if memory is not None and split.order is not None:
             raise GraphError(
                 "order cannot be combined with memory: a memory plan trains a graph as it is "
@@ -77,6 +92,8 @@ class GraphTrainer:
                 "device. Remove memory, or use devices=1."
             )
         self.split = split
+        weighted = importance is not None
+        self._importance = (graph.digest, Numbers.of(importance)) if weighted else None
         if memory is None:
             self.memory = None
             run: TrainingRun = self.on_devices(graph, "train")
@@ -103,7 +120,10 @@ class GraphTrainer:
         run = self._reused(graph)
         if run is None:
             self._check(graph)
-            key = PreparationKey(graph.digest, self.split, self._architecture(graph))
+            key = self._key(graph)
+            if mask == "train":
+                _check_mask(self.model, graph, mask)
+                self._check_agreement(graph, key)
             run = DeviceRun(self.model, self.steps, prepare(graph, key))
             self._features = graph.feature_count
         if mask is not None:
@@ -115,7 +135,7 @@ class GraphTrainer:
         """The run of an equal graph, split and architecture, if there is one."""
         if graph.feature_count != self._features:
             return None
-        key = PreparationKey(graph.digest, self.split, self._architecture(graph))
+        key = self._key(graph)
         run = self._runs.get(key)
         if run is None:
             return None
@@ -125,6 +145,31 @@ class GraphTrainer:
             del self._runs[key]
             return None
         return run
+
+    def _check_agreement(self, graph: Graph, key: PreparationKey) -> None:
+        """GraphError unless a step of a user's own network gives one device's numbers."""
+        tested = (key.architecture, key.split.devices)
+        as_one_device = key.split.devices == 1 and not key.architecture.by_vertex
+        ours = type(self.model).__module__.startswith("partita.")
+        if as_one_device or ours or tested in self._agreements:
+            return
+        check_agreement(
+            self.model,
+            graph,
+            key.split,
+            key.architecture,
+        )
+        self._agreements.add(tested)
+
+    def _key(self, graph: Graph) -> PreparationKey:
+        """The key of a graph, with the importance of its vertices in the last `fit`."""
+        digest = graph.digest
+        importance = self._importance_of(digest)
+        return PreparationKey(digest, self.split, self._architecture(graph), importance)
+
+    def _importance_of(self, digest: str) -> Numbers | None:
+        weighted = self._importance is not None and self._importance[0] == digest
+        return self._importance[1] if weighted and self._importance is not None else None
 
     def _keep(self, run: DeviceRun) -> None:
         """Makes a run the last one, and drops the earliest others beyond the limits."""
@@ -142,7 +187,13 @@ class GraphTrainer:
     def _within(self, graph: Graph, budget: int, mask: str | None) -> MemoryRun:
         """The run within a budget of memory in bytes. Graphs on the devices are dropped for it."""
         memory = self.memory if self._memory_is_valid else None
-        reused = memory is not None and memory.budget == budget and memory.serves(graph)
+        importance = self._importance_of(graph.digest)
+        reused = (
+            memory is not None
+            and memory.budget == budget
+            and memory.serves(graph)
+            and memory.importance == importance
+        )
         if not reused:
             self._check(graph)
         if mask is not None:
@@ -153,7 +204,7 @@ class GraphTrainer:
             self._runs.clear()
             self.device = None
             self._features = graph.feature_count
-            memory = self.memory = MemoryRun(self.model, graph, budget)
+            memory = self.memory = MemoryRun(self.model, graph, budget, importance)
             self._memory_is_valid = True
         return memory
 
@@ -178,6 +229,7 @@ class GraphTrainer:
                 f"'{graph.name}' has {graph.feature_count} features, and the model was built for "
                 f"{self._features}: use a graph of {self._features} features, or another model."
             )
+        check_weights_suit(graph, self._architecture(graph))
 
 
 def _kind_of(graph: Graph) -> tuple[int, bool]:
@@ -199,7 +251,14 @@ def _check_mask(model: Any, graph: Graph, mask: str) -> None:
             f"The {name} mask of '{graph.name}' is empty: mark at least one vertex, {mask}=[...]."
         )
     classes = getattr(model, "classes", None)
-    if classes is not None and graph.labels.max(initial=-1) >= classes:
+    if graph.has_targets:
+        if classes not in (None, graph.classes):
+            raise GraphError(
+                f"'{graph.name}' has {graph.classes} targets per vertex, and the model has "
+                f"classes={classes} outputs: make it with classes={graph.classes}."
+            )
+        return
+    if classes is not None and classes > 1 and graph.labels.max(initial=-1) >= classes:
         vertex = int(np.argmax(graph.labels >= classes))
         raise GraphError(
             f"Vertex {vertex:,} has the label {graph.labels[vertex]}, and the model has {classes} "

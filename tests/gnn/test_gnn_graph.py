@@ -372,16 +372,20 @@ HETERO = SimpleNamespace(edge_types=[("a", "to", "b")])
             "Label -2 of vertex 1 is negative: use 0, 1, ..., or -1 for no label.",
         ),
         (
-            lambda: Graph.from_edges([0], [1], labels=[0.5, 1]),
-            "Label 0.5 of vertex 0 is no integer: use 0, 1, ..., or -1 for no label.",
+            lambda: Graph.from_edges([0], [1], labels=[0.5, np.inf]),
+            "graph: Target 0 of vertex 1 is inf: use finite numbers, or NaN for no target.",
         ),
         (
             lambda: Graph.from_edges([0], [1], labels=[0, 2**40]),
             f"Label {2**40} of vertex 1 is out of range: use 0 to 2,147,483,647",
         ),
         (
-            lambda: Graph.from_edges([0], [1], labels=[[0, 1], [1, 0]]),
-            "labels is int64 [2, 2]: give one integer per vertex.",
+            lambda: Graph.from_edges([0], [1], labels=np.ones((2, 2, 2))),
+            "labels is float64 [2, 2, 2]: give one integer per vertex, or numbers",
+        ),
+        (
+            lambda: Graph.from_edges([0], [1], labels=[[0, 1], [1, np.nan]], train=[1]),
+            "Vertex 1 is in the train mask and has no label (NaN): remove it",
         ),
         (
             lambda: Graph.from_edges([0], [1], train=[False, False]),

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -56,18 +57,18 @@ def scaled(a: Any, x: Any) -> Any:
 
 
 HOW: dict[str, tuple[Callable[[Block, Any], Any], Callable[[Any, Any, Any], Any]]] = {
-    "sum": (Block.sum, lambda a, w, x: a @ x),
-    "weighted": (functools.partial(Block.sum, weighted=True), lambda a, w, x: w @ x),
+    "sum": (functools.partial(Block.sum, weighted=False), lambda a, w, x: a @ x),
+    "weighted": (Block.sum, lambda a, w, x: w @ x),
     "scaled": (lambda block, x: Block.sum(block, x, False, *FACTORS), lambda a, w, x: scaled(a, x)),
     "after": (
-        lambda block, x: block.sum(x, after=FACTORS[2]),
+        lambda block, x: block.sum(x, weighted=False, after=FACTORS[2]),
         lambda a, w, x: a @ x * FACTORS[2][:, None],
     ),
     "weighted and scaled": (
         lambda block, x: Block.sum(block, x, True, *FACTORS),
         lambda a, w, x: scaled(w, x),
     ),
-    "mean": (Block.mean, lambda a, w, x: a @ x / jnp.maximum(a.sum(1, keepdims=True), 1)),
+    "mean": (Block.mean, lambda a, w, x: w @ x / jnp.maximum(a.sum(1, keepdims=True), 1)),
     "max": (Block.max, dense_max),
 }
 """Each aggregation of a block, and of the dense matrix a with the weights w."""
@@ -192,7 +193,7 @@ def weight_gradients(block: Block, w: Any, x: Any, source: Any, target: Any) -> 
 
 
 def dense_attention(edges: Any, left: Any, right: Any, a: Any) -> Any:
-    counts = edges + jnp.diag(jnp.diag(edges) == 0)
+    counts = jnp.fill_diagonal(edges, 1, inplace=False)
     z = left[None] + right[:, None]
     score = (a * jnp.where(z > 0, z, SLOPE * z)).sum(-1)
     top = jnp.where(counts[:, :, None] > 0, score, -jnp.inf).max(axis=1, keepdims=True)
@@ -218,7 +219,8 @@ def test_attention_equals_that_of_the_dense_matrix(kind: str) -> None:
             3 * values(graph.vertices, 2, 5, seed=1),
             values(2, 5, seed=2),
         )
-        computed, dense = both(block_of(graph), matrix(graph), args)
+        unweighted = replace(graph, weights=None)
+        computed, dense = both(block_of(unweighted), matrix(graph), args)
         for a, b in zip(jax.tree.leaves(computed), jax.tree.leaves(dense), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 

@@ -35,7 +35,8 @@ class VertexTables(TypedDict, total=False):
     """Tables of the vertices as a user gives them.
 
     features    numbers [vertices, F], also a SciPy sparse matrix
-    labels      integers [vertices], -1 for no label
+    labels      classes, integers [vertices], -1 for no label; or targets, numbers
+                [vertices] with fractions or [vertices, n], NaN for no target
     train, validation, test     bool [vertices], or a list of vertices
     """
 
@@ -142,25 +143,23 @@ def _is_byte_mask(values: np.ndarray, vertices: int) -> bool:
 
 
 def as_labels(values: np.ndarray) -> np.ndarray:
-    """int32 [vertices] of labels [vertices] or [vertices, 1].
+    """Classes, int32 [vertices], or targets, float32 [vertices, n].
 
-    NaN, which OGB's papers100M uses, is no label: -1.
+    Integers, or floats without fractions, [vertices] or [vertices, 1] are classes. NaN, which OGB's
+    papers100M uses, is no label: -1. Other floats and several numbers per vertex are targets.
     """
-    if values.ndim == 2 and values.shape[1] == 1:
-        values = values[:, 0]
-    if values.ndim != 1 or values.dtype.kind not in "iufb":
+    if values.ndim not in (1, 2) or values.dtype.kind not in "iufb" or 0 in values.shape[1:]:
         raise GraphError(
-            f"labels is {values.dtype} {list(values.shape)}: give one integer per vertex."
+            f"labels is {values.dtype} {list(values.shape)}: give one integer per vertex, or "
+            "numbers [vertices, n] to predict."
         )
+    if values.ndim == 2 and values.shape[1] > 1:
+        return np.ascontiguousarray(values, np.float32)
+    values = values.reshape(-1)
     if values.dtype.kind == "f":
+        if _have_fractions(values):
+            return values.astype(np.float32).reshape(-1, 1)
         values = np.where(np.isnan(values), -1, values)
-        fractional = values != np.floor(values)
-        if fractional.any():
-            v = int(np.argmax(fractional))
-            raise GraphError(
-                f"Label {values[v]} of vertex {v:,} is no integer: use 0, 1, ..., or -1 for no "
-                "label."
-            )
     if len(values) and (values.max() >= NARROW or values.min() < -NARROW):
         v = int(np.argmax((values >= NARROW) | (values < -NARROW)))
         raise GraphError(
@@ -169,6 +168,12 @@ def as_labels(values: np.ndarray) -> np.ndarray:
             "no label."
         )
     return values.astype(np.int32)
+
+
+def _have_fractions(values: np.ndarray) -> bool:
+    """Whether some number is no integer; infinities count, NaN does not."""
+    given = values[~np.isnan(values)]
+    return bool((~np.isfinite(given) | (given != np.floor(given))).any())
 
 
 def vertex_count(source: np.ndarray, target: np.ndarray, tables: Mapping[str, Any]) -> int:

@@ -115,7 +115,9 @@ def check_tables(tables: Mapping[str, np.ndarray | None], vertices: int) -> None
     if features is not None:
         _check_finite(features)
     labels = tables["labels"]
-    if labels is not None and len(labels) and labels.min() < -1:
+    if labels is not None and labels.ndim == 2:
+        _check_targets(labels)
+    elif labels is not None and len(labels) and labels.min() < -1:
         v = int(np.argmax(labels < -1))
         raise GraphError(
             f"Label {labels[v]} of vertex {v:,} is negative: use 0, 1, ..., or -1 for no label."
@@ -128,16 +130,39 @@ def check_tables(tables: Mapping[str, np.ndarray | None], vertices: int) -> None
 
 
 def _check_shape(name: str, table: np.ndarray, vertices: int) -> None:
+    if name == "labels" and table.dtype == np.float32:
+        if table.ndim != 2 or not table.shape[1]:
+            raise GraphError(
+                f"labels is float32 {list(table.shape)}: use int32 [vertices] for classes, or "
+                "float32 [vertices, n] for targets."
+            )
+        return _check_rows(name, table, vertices)
     dims = 2 if name == "features" else 1
     if table.ndim != dims or table.dtype != TABLES[name]:
         shape = "[vertices, features]" if name == "features" else "[vertices]"
         raise GraphError(
             f"{name} is {table.dtype} {list(table.shape)}: use {np.dtype(TABLES[name])} {shape}."
         )
+    _check_rows(name, table, vertices)
+
+
+def _check_rows(name: str, table: np.ndarray, vertices: int) -> None:
     if len(table) != vertices:
         raise GraphError(
             f"{name} has {len(table):,} rows for {vertices:,} vertices: give one per vertex."
         )
+
+
+def _check_targets(targets: np.ndarray) -> None:
+    """Targets are finite, or NaN where there is none."""
+    for start, piece in pieces_of(targets):
+        infinite = np.isinf(piece)
+        if infinite.any():
+            row, column = (int(i) for i in np.argwhere(infinite)[0])
+            raise GraphError(
+                f"Target {column:,} of vertex {start + row:,} is {piece[row, column]}: use finite "
+                "numbers, or NaN for no target."
+            )
 
 
 def _check_finite(features: np.ndarray) -> None:
@@ -151,15 +176,20 @@ def _check_finite(features: np.ndarray) -> None:
             )
 
 
+def _no_label(labels: np.ndarray) -> str:
+    """The value that stands for no label."""
+    return "NaN" if labels.ndim == 2 else "-1"
+
+
 def _check_labelled(name: str, mask: np.ndarray | None, labels: np.ndarray | None) -> None:
     """GraphError for a vertex of the mask without a label."""
     if mask is None or labels is None:
         return
-    unlabelled = mask & (labels < 0)
+    no_label = np.isnan(labels).any(axis=1) if labels.ndim == 2 else labels < 0
+    unlabelled = mask & no_label
     if unlabelled.any():
         v = int(np.argmax(unlabelled))
         raise GraphError(
-            f"Vertex {v:,} is in the {name} mask and has no label (-1): remove it from the mask, "
-            "or "
-            "label it."
+            f"Vertex {v:,} is in the {name} mask and has no label ({_no_label(labels)}): remove it "
+            "from the mask, or label it."
         )

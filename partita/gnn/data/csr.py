@@ -146,6 +146,29 @@ def clear_self_edges(offsets, sources, missing, first):
 
 
 @njit(cache=True)
+def correct_self_edges(
+    offsets,
+    sources,
+    weights,
+    first,
+    out,
+):
+    """Writes the weight to add to each row's self edges so that exactly one of them counts.
+
+    Row v is vertex `first + v`. Without a self edge the weight is 1; otherwise the last one counts.
+    Empty `weights` stand for ones.
+    """
+    for v in range(len(offsets) - 1):
+        total = np.float32(0)
+        last = np.float32(1)
+        for e in range(offsets[v], offsets[v + 1]):
+            if sources[e] == first + v:
+                last = weights[e] if len(weights) else np.float32(1)
+                total += last
+        out[v] = last - total
+
+
+@njit(cache=True)
 def add_self_edges(
     offsets,
     sources,

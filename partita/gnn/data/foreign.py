@@ -121,7 +121,7 @@ def _pyg_ends(data: Any) -> tuple[Any, Any, Any]:
                 "targets."
             )
         source, target = edge_index
-        return source, target, getattr(data, "edge_weight", None)
+        return source, target, _pyg_weights(data)
     matrix: Any = getattr(data, "adj_t", None)
     if matrix is None:
         raise GraphError(_without_edges(data))
@@ -132,6 +132,16 @@ def _pyg_ends(data: Any) -> tuple[Any, Any, Any]:
     entries = matrix.to_sparse_coo().coalesce()
     target, source = entries.indices()
     return source, target, entries.values()
+
+
+def _pyg_weights(data: Any) -> Any:
+    """A PyG Data's edge_weight, or its edge_attr if that has one number per edge; or None."""
+    weights = getattr(data, "edge_weight", None)
+    attributes = getattr(data, "edge_attr", None)
+    if weights is not None or attributes is None:
+        return weights
+    attributes = as_array(attributes)
+    return attributes if attributes.ndim == 1 or attributes.shape[1] == 1 else None
 
 
 def _without_edges(data: Any) -> str:

@@ -44,7 +44,8 @@ class Graph:
     offsets     int64 [vertices + 1], from 0 to the number of edges
     sources     int32 [edges] (int64 beyond 2^31 vertices)
     features    float32 [vertices, F], or None
-    labels      int32 [vertices] from 0, -1 for no label; or None
+    labels      classes, int32 [vertices] from 0, -1 for no label; or targets, float32 [vertices, n]
+                of a regression or of n labels, NaN for no target; or None
     train, validation, test     bool [vertices], or None
     weights     float32 [edges] in the order of `sources`, or None
     """
@@ -136,7 +137,8 @@ class Graph:
     def from_pyg(data: Any, *, name: str = "graph") -> Graph:
         """The graph of a PyG `Data` with edge_index or adj_t.
 
-        Takes x, y, train_mask, val_mask, test_mask and edge_weight where the data has them.
+        Takes x, y, train_mask, val_mask, test_mask and edge_weight where the data has them. An
+        edge_attr of one number per edge stands for edge_weight.
         """
         return Graph.from_edges(**foreign.pyg_edges(data), name=name)
 
@@ -156,7 +158,7 @@ class Graph:
         if self.features is not None:
             counts.append(f"{self.feature_count:,} features")
         if self.labels is not None:
-            counts.append(f"{self.classes:,} classes")
+            counts.append(f"{self.classes:,} {'targets' if self.has_targets else 'classes'}")
         masks = []
         for name in MASKS:
             mask = getattr(self, name)
@@ -177,10 +179,17 @@ class Graph:
 
     @cached_property
     def classes(self) -> int:
-        """Number of classes: the largest label plus one, 0 without labels."""
+        """Number of classes (the largest label plus one), or of targets; 0 without labels."""
         if self.labels is None or not len(self.labels):
             return 0
+        if self.has_targets:
+            return int(self.labels.shape[1])
         return int(self.labels.max()) + 1
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether labels are numbers to predict, not classes."""
+        return self.labels is not None and self.labels.ndim == 2
 
     @property
     def feature_count(self) -> int:
@@ -229,6 +238,21 @@ class Graph:
         missing = np.ones(last - first, np.bool_)
         csr.clear_self_edges(self.offsets[first : last + 1], self.sources, missing, first)
         return missing
+
+    def self_edge_corrections(self, first: int, last: int) -> np.ndarray:
+        """float32 [last - first]: weight to add to a vertex's self edges so that one counts.
+
+        The vertices are from `first` to before `last`. 1 without a self edge, 1 - k with k of them.
+        With weights, the last self edge counts, as in PyG.
+
+        >>> Graph.from_edges([0, 0, 1], [0, 0, 2]).self_edge_corrections(0, 3)
+        array([-1.,  1.,  1.], dtype=float32)
+        """
+        corrections = np.empty(last - first, np.float32)
+        weights = np.zeros(0, np.float32) if self.weights is None else self.weights
+        offsets = self.offsets[first : last + 1]
+        csr.correct_self_edges(offsets, self.sources, weights, first, corrections)
+        return corrections
 
     # ----------------------------------------------------------------------------- transpose
 

@@ -5,7 +5,8 @@ For every head, with l of the source u, r of the destination v, and slope 0.2 be
     score(u, v) = sum over features of a * leaky_relu(l[u] + r[v])
     out[v] = sum over edges into v of softmax(scores of the edges into v) * l[u]
 
-`alone[v]` is 1 where a self edge of v is to be added; row v of l is its source. The forward pass
+Row v of l is the source of a self edge of v. `self_correction[v]` is 1 where a self edge of v is to
+be added; if it is -k, k of its self edges do not count, so that exactly one does. The forward pass
 stores the logarithm of the softmax's denominator. The backward pass rematerializes scores: once by
 destination for r and a, once by source for l.
 """
@@ -40,11 +41,14 @@ ZERO = np.float32(0)
 
 
 class AttentionEdges(NamedTuple):
-    """int32 offsets [rows + 1], ids [edges], alone [destinations]; by destination or by source."""
+    """Edges by destination or by source.
+
+    int32 offsets [rows + 1], ids [edges], self_correction [destinations].
+    """
 
     offsets: Any
     ids: Any
-    alone: Any
+    self_correction: Any
 
 
 class AttentionRows(NamedTuple):
@@ -107,7 +111,7 @@ def _attend_rows(
     log,
 ):
     """Online softmax: a larger score scales down the sum so far."""
-    offsets, ids, alone = edges
+    offsets, ids, self_correction = edges
     l, r, a = rows
     heads, columns = l.shape[1], l.shape[2]
     for v in range(first, stop):
@@ -117,8 +121,13 @@ def _attend_rows(
             denominator = ZERO
             for c in range(columns):
                 out[v, h, c] = ZERO
-            for e in range(start, end + alone[v]):
+            extra = max(self_correction[v], 0)
+            skipped = max(-self_correction[v], 0)
+            for e in range(start, end + extra):
                 u = v if e == end else ids[e]
+                if u == v and skipped > 0:
+                    skipped -= 1
+                    continue
                 score = _score(
                     l,
                     u,
@@ -156,7 +165,7 @@ def _by_destination_rows(
     da,
 ):
     """Writes dr of the rows, and adds to da [heads, columns]."""
-    offsets, ids, alone = edges
+    offsets, ids, self_correction = edges
     l, r, a = rows
     log, dot, dy = gradient
     heads, columns = l.shape[1], l.shape[2]
@@ -165,8 +174,13 @@ def _by_destination_rows(
         for h in range(heads):
             for c in range(columns):
                 dr[v, h, c] = ZERO
-            for e in range(start, end + alone[v]):
+            extra = max(self_correction[v], 0)
+            skipped = max(-self_correction[v], 0)
+            for e in range(start, end + extra):
                 u = v if e == end else ids[e]
+                if u == v and skipped > 0:
+                    skipped -= 1
+                    continue
                 w = np.float32(
                     math.exp(
                         _score(
@@ -201,18 +215,23 @@ def _by_source_rows(
 
     Edges are by source and their ids are destinations, which are the first of the sources.
     """
-    offsets, ids, alone = edges
+    offsets, ids, self_correction = edges
     l, r, a = rows
     log, dot, dy = gradient
     heads, columns = l.shape[1], l.shape[2]
     for u in range(first, stop):
         start, end = offsets[u], offsets[u + 1]
-        self_edges = alone[u] if u < len(alone) else 0
+        correction = self_correction[u] if u < len(self_correction) else 0
+        extra = max(correction, 0)
         for h in range(heads):
             for c in range(columns):
                 dl[u, h, c] = ZERO
-            for k in range(start, end + self_edges):
+            skipped = max(-correction, 0)
+            for k in range(start, end + extra):
                 v = u if k == end else ids[k]
+                if u == v and skipped > 0:
+                    skipped -= 1
+                    continue
                 w = np.float32(
                     math.exp(
                         _score(
@@ -417,14 +436,14 @@ def _self_test() -> None:
     bridge.register(_handlers(bridge.version(), bridge.threads() > 1))
     offsets = np.array([0, 2, 2, 4], np.int32)
     ids = np.array([1, 2, 0, 1], np.int32)
-    alone = np.array([1, 0, 1], np.int32)
+    self_correction = np.array([1, 0, 1], np.int32)
     random = np.random.default_rng(0)
     l = random.standard_normal((3, 1, 3)).astype(np.float32)
     r = random.standard_normal((3, 1, 3)).astype(np.float32)
     a = random.standard_normal((1, 3)).astype(np.float32)
     with jax.ensure_compile_time_eval():
-        out, _ = _forward((offsets, ids), alone, l, r, a)
-        expected = _plain_attention((offsets, ids), alone, l, r, a)
+        out, _ = _forward((offsets, ids), self_correction, l, r, a)
+        expected = _plain_attention((offsets, ids), self_correction, l, r, a)
         assert np.allclose(out, expected, atol=1e-5), "attention is wrong"
 
 
@@ -432,28 +451,30 @@ def _float32(like: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(like.shape, jnp.float32)
 
 
-def _forward(edges: Any, alone: Any, l: Any, r: Any, a: Any) -> Any:
+def _forward(edges: Any, self_correction: Any, l: Any, r: Any, a: Any) -> Any:
     """(out, log) by the kernel."""
     log = jax.ShapeDtypeStruct(r.shape[:2], jnp.float32)
     kernel = jax.ffi.ffi_call("partita_gnn_attend", (_float32(r), log))
     return kernel(
         bridge.thread_argument(),
         *edges,
-        alone,
+        self_correction,
         l,
         r,
         a,
     )
 
 
-def _plain_attention(edges: Any, alone: Any, l: Any, r: Any, a: Any) -> Any:
+def _plain_attention(edges: Any, self_correction: Any, l: Any, r: Any, a: Any) -> Any:
     """`out` by XLA's own operations."""
     offsets, ids = edges
     rows = r.shape[0]
     vertices = jnp.arange(rows, dtype=jnp.int32)
-    self_targets = jnp.where(alone > 0, vertices, rows)
+    self_targets = jnp.where(self_correction != 0, vertices, rows)
+    to = targets(offsets, ids.shape[0])
+    replaced = (ids == to) & (self_correction[jnp.minimum(to, rows - 1)] < 0)
     u = jnp.concatenate([ids, vertices])
-    v = jnp.concatenate([targets(offsets, ids.shape[0]), self_targets])
+    v = jnp.concatenate([jnp.where(replaced, rows, to), self_targets])
     padded_r = jnp.concatenate([r, jnp.zeros_like(r[:1])])
     z = l[u] + padded_r[v]
     score = (a * jnp.where(z > 0, z, SLOPE * z)).sum(-1)
@@ -468,28 +489,28 @@ def _plain_attention(edges: Any, alone: Any, l: Any, r: Any, a: Any) -> Any:
 def _attend(
     edges: Any,
     back: Any,
-    alone: Any,
+    self_correction: Any,
     l: Any,
     r: Any,
     a: Any,
 ) -> Any:
-    return _forward(edges, alone, l, r, a)[0]
+    return _forward(edges, self_correction, l, r, a)[0]
 
 
 def _attend_forward(
     edges: Any,
     back: Any,
-    alone: Any,
+    self_correction: Any,
     l: Any,
     r: Any,
     a: Any,
 ) -> Any:
-    out, log = _forward(edges, alone, l, r, a)
-    return out, (edges, back, alone, l, r, a, out, log)
+    out, log = _forward(edges, self_correction, l, r, a)
+    return out, (edges, back, self_correction, l, r, a, out, log)
 
 
 def _attend_backward(saved: Any, dy: Any) -> Any:
-    edges, back, alone, l, r, a, out, log = saved
+    edges, back, self_correction, l, r, a, out, log = saved
     dot = (dy * out).sum(axis=2)
     threads = bridge.thread_argument()
     shapes = (_float32(r), _float32(a))
@@ -497,7 +518,7 @@ def _attend_backward(saved: Any, dy: Any) -> Any:
     dr, da = by_destination(
         threads,
         *edges,
-        alone,
+        self_correction,
         l,
         r,
         a,
@@ -509,7 +530,7 @@ def _attend_backward(saved: Any, dy: Any) -> Any:
     dl = by_source(
         threads,
         *back,
-        alone,
+        self_correction,
         l,
         r,
         a,
@@ -526,7 +547,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def attend(
     edges: Any,
     back: Any,
-    alone: Any,
+    self_correction: Any,
     l: Any,
     r: Any,
     a: Any,
@@ -543,9 +564,9 @@ def attend(
         return _attend(
             edges,
             back,
-            alone,
+            self_correction,
             l,
             r,
             a,
         )
-    return _plain_attention(edges, alone, l, r, a)
+    return _plain_attention(edges, self_correction, l, r, a)

@@ -71,11 +71,13 @@ class Calls:
 
     aggregations    (features, 'sum', 'max' or 'attention') of each so far
     total           their number, if only results of training vertices are used; else 0
+    normalizes      whether one divides by square roots of degrees
     """
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.aggregations: list[tuple[int, str]] = []
+        self.normalizes = False
 
     @property
     def later(self) -> int:
@@ -103,9 +105,10 @@ class Block:
     """The in-edges of a device's vertices, which are its rows.
 
     degree          float32 [rows]: number of in-edges
-    alone           int32 [rows]: 1 where a vertex has no self edge
+    self_correction float32 [rows]: weight to add to a vertex's self edges so that one counts
     load            float32 [rows]: sum of the weights of the in-edges; `degree` without weights
     first           int32 [1]: number of the first vertex in the whole graph
+    count           int32 [1]: number of the device's vertices, its first rows; padding follows
     aggregations    one per aggregation kind, at least one of them over all edges
     parts           number of devices
     vertex          int32 [rows]: the user's vertex numbers if the graph was relabelled, else None
@@ -114,9 +117,10 @@ class Block:
     """
 
     degree: Any
-    alone: Any
+    self_correction: Any
     load: Any
     first: Any
+    count: Any
     aggregations: tuple[Aggregation, ...]
     parts: int = field(default=1, metadata={"static": True})
     vertex: Any = None
@@ -128,10 +132,43 @@ class Block:
         """Number of rows, with padding."""
         return self.degree.shape[0]
 
+    # ------------------------------------------------------------------------- all vertices
+
+    def vertex_sum(self, x: Any) -> Any:
+        """[...]: the sum of x [rows, ...] over all vertices, those of other devices included.
+
+        Padding does not count. The result and its gradient are those of one device, so that it may
+        be part of a layer, or of a penalty by `add_loss`.
+        """
+        is_vertex = (jnp.arange(self.rows) < self.count[0]).reshape(-1, *[1] * (x.ndim - 1))
+        total = jnp.where(is_vertex, x, 0).sum(axis=0)
+        if self.parts == 1:
+            return total
+        return self.leave(jax.lax.psum(self.enter(total), AXIS))
+
+    def vertex_mean(self, x: Any) -> Any:
+        """[...]: the mean of x [rows, ...] over all vertices."""
+        return self.vertex_sum(x) / self.vertex_sum(jnp.ones(self.rows, x.dtype))
+
+    def inverse_root_degrees(self) -> Any:
+        """float32 [rows]: 1 / sqrt(d), 0 where d is 0.
+
+        d is the sum of the weights of the in-edges with exactly one self edge (`Graph`'s check
+        before training refuses a negative one).
+        """
+        calls = _calls.get()
+        if calls is not None:
+            calls.normalizes = True
+        degrees = self.load + self.self_correction
+        return jnp.where(degrees > 0, jax.lax.rsqrt(jnp.maximum(degrees, 1e-30)), 0)
+
+    # ------------------------------------------------------------------------- aggregations
+    # Kernels compute in float32; rows of other number types are converted and back.
+
     def sum(
         self,
         x: Any,
-        weighted: bool = False,
+        weighted: bool = True,
         before: Any = None,
         share: Any = None,
         after: Any = None,
@@ -142,11 +179,13 @@ class Block:
         weights. The factors are float32 [rows]; None stands for 1, 0 and 1. They belong to the
         graph and are not trained: they have no gradient.
         """
+        kind = x.dtype
+        x = x.astype(jnp.float32)
         aggregation = self._next_aggregation(x.shape[1], "sum")
         weighted = weighted and aggregation.weights is not None
         local = aggregation.columns == 1 and not aggregation.halo and aggregation.far is None
         if local and not weighted:
-            return scaled_sum(aggregation.edges, before, share, after, x)
+            return scaled_sum(aggregation.edges, before, share, after, x).astype(kind)
         if before is not None:
             x = x * jax.lax.stop_gradient(before)[:, None]
         sums = self._exchanged_sum(aggregation, x, weighted)
@@ -154,7 +193,7 @@ class Block:
             sums = sums + x * jax.lax.stop_gradient(share)[:, None]
         if after is not None:
             sums = sums * jax.lax.stop_gradient(after)[:, None]
-        return sums
+        return sums.astype(kind)
 
     def _exchanged_sum(self, aggregation: Aggregation, x: Any, weighted: bool) -> Any:
         """The sum over in-edges from the rows of all devices."""
@@ -170,20 +209,23 @@ class Block:
         return near_sums + _sum(far_edges, far_weights if weighted else None, halo_rows)
 
     def mean(self, x: Any) -> Any:
-        """[rows, features]: the mean over in-edges, 0 without any."""
+        """[rows, features]: the sum over in-edges divided by their number, 0 without any."""
         return self.sum(x, after=1 / jnp.maximum(self.degree, 1))
 
     def max(self, x: Any) -> Any:
         """[rows, features]: the maximum over in-edges, 0 without any."""
         aggregation = self._next_aggregation(x.shape[1], "max")
-        maxima = edge_max(aggregation.edges, self._sources(aggregation, x))
-        return self._returned(aggregation, maxima)[:, : x.shape[1]]
+        sources = self._sources(aggregation, x.astype(jnp.float32))
+        maxima = self._returned(aggregation, edge_max(aggregation.edges, sources))
+        return maxima[:, : x.shape[1]].astype(x.dtype)
 
     def attention(self, l: Any, r: Any, a: Any) -> Any:
         """[rows, heads, features]: attention over in-edges and a self edge (`kernels.attention`).
 
         l and r are [rows, heads, features], a is [heads, features].
         """
+        kind = l.dtype
+        l, r, a = (array.astype(jnp.float32) for array in (l, r, a))
         rows, heads, width = l.shape
         aggregation = self._next_aggregation(heads * width, "attention")
         sources = self._sources(aggregation, l.reshape(rows, heads * width))
@@ -194,11 +236,11 @@ class Block:
         return attend(
             by_destination,
             by_source,
-            self.alone,
+            self.self_correction.astype(jnp.int32),
             source_rows,
             r,
             a,
-        )
+        ).astype(kind)
 
     # ----------------------------------------------------------------------------- exchanges
 
@@ -284,20 +326,29 @@ def block_of(graph: Graph) -> Block:
     if not weighted:
         back = replace(back, order=None)
     edges = edges_of(graph.offsets, graph.sources, back)
-    degree, alone, load = of_vertices(graph, 0, graph.vertices)
+    degree, self_correction, load = of_vertices(graph, 0, graph.vertices)
     aggregation = Aggregation(edges, graph.weights)
-    return Block(degree, alone, load, np.zeros(1, np.int32), (aggregation,))
+    first = np.zeros(1, np.int32)
+    count = np.array([graph.vertices], np.int32)
+    return Block(
+        degree,
+        self_correction,
+        load,
+        first,
+        count,
+        (aggregation,),
+    )
 
 
 def of_vertices(graph: Graph, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(degree, alone, load) of a block of the vertices from `first` to before `last`."""
+    """(degree, self_correction, load) of a block of the vertices from `first` to before `last`."""
     offsets = graph.offsets[first : last + 1]
     degree = np.diff(offsets).astype(np.float32)
-    alone = graph.without_self_edge(first, last).astype(np.int32)
+    self_correction = graph.self_edge_corrections(first, last)
     if graph.weights is None:
-        return degree, alone, degree
+        return degree, self_correction, degree
     # the zero behind the weights lets the last rows be empty
     weights = np.append(graph.weights[offsets[0] : offsets[-1]], np.float32(0))
     load = np.add.reduceat(weights, offsets[:-1] - offsets[0]).astype(np.float32)
     load[degree == 0] = 0
-    return degree, alone, load
+    return degree, self_correction, load

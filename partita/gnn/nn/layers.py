@@ -10,9 +10,9 @@
 | GatedGraphConv | GRU steps of x_v with the sum of x_u W as input | Li et al. 2016, eq. 2 to 6 |
 
 Linear aggregations and products with weights commute: a layer aggregates where rows are narrower,
-before or after the product. The result is the same up to rounding. Weights of edges count in
-GCNConv and GatedGraphConv. A layer is a sequence of pieces (`pieces.Piece`): products by rows,
-aggregations by columns.
+before or after the product. The result is the same up to rounding. A weight of an edge multiplies
+its row in sums and means. Maxima and attention refuse graphs with weights. A layer is a sequence of
+pieces (`pieces.Piece`): products by rows, aggregations by columns.
 """
 
 from __future__ import annotations
@@ -131,9 +131,8 @@ class GCNConv(AbstractConv):
 
 def _normalized_sum(graph: Block, column: Any, rows: Any) -> Any:
     """The sum over in-edges and a self edge, divided by the square roots of both ends' degrees."""
-    scale = jax.lax.rsqrt(jnp.maximum(graph.load + graph.alone, 1e-12))
-    share = graph.alone.astype(scale.dtype)
-    return graph.sum(rows, weighted=True, before=scale, share=share, after=scale)
+    scale = graph.inverse_root_degrees()
+    return graph.sum(rows, before=scale, share=graph.self_correction, after=scale)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -307,7 +306,7 @@ class GatedGraphConv(AbstractConv):
         pieces = [by_rows("x", "h0", pad)]
         for i, kernel in enumerate(self.kernels):
             pieces.append(by_rows(f"h{i}", f"p{i}", _product_with(kernel)))
-            pieces.append(by_columns(f"p{i}", f"s{i}", _weighted_sum))
+            pieces.append(by_columns(f"p{i}", f"s{i}", _sum))
             pieces.append(by_rows(f"h{i} s{i}", f"h{i + 1}", self.recurrent_unit))
         pieces.append(by_rows(f"h{self.steps}", "y", self.activation))
         return pieces
@@ -334,10 +333,6 @@ class GatedGraphConv(AbstractConv):
 
 def _sum(graph: Block, column: Any, rows: Any) -> Any:
     return graph.sum(rows)
-
-
-def _weighted_sum(graph: Block, column: Any, rows: Any) -> Any:
-    return graph.sum(rows, weighted=True)
 
 
 def _mean(graph: Block, column: Any, rows: Any) -> Any:

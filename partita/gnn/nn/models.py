@@ -11,65 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax.numpy as jnp
 import keras
-import numpy as np
 
 from partita.gnn.nn import layers
 from partita.gnn.nn.block import Block
 from partita.gnn.nn.layers import PACKAGE, AbstractConv, GatedGraphConv
 from partita.gnn.nn.pieces import Piece, by_rows
+from partita.gnn.nn.vertices import VertexDropout
 from partita.gnn.train import FullGraphTraining
 
 Stage = Callable[[Any, Block, bool], Any]
 """A stage of a model: `(x, graph, training) -> x`. A stage with a method `pieces` can be cut."""
-
-
-@keras.saving.register_keras_serializable(PACKAGE)
-class VertexDropout(keras.layers.Layer):
-    """Dropout whose pattern depends on the vertex and not on the device.
-
-    The numbers are the same however a graph is split.
-    """
-
-    def __init__(self, rate: float, **options: Any) -> None:
-        super().__init__(**options)
-        self.rate = rate
-        self.seed_generator = keras.random.SeedGenerator()
-        self.built = True
-
-    def call(self, x: Any, graph: Block, training: bool = False, column: Any = 0) -> Any:
-        """x [rows, columns] after dropout; `column` is the number of its first column."""
-        if not training or not self.rate:
-            return x
-        seed = jnp.asarray(self.seed_generator.next()).astype(jnp.uint32)
-        vertex = graph.vertex
-        if vertex is None:
-            vertex = graph.first[0] + jnp.arange(x.shape[0], dtype=jnp.int32)
-        first_column = jnp.asarray(column).astype(jnp.uint32)
-        columns = jnp.arange(x.shape[1], dtype=jnp.uint32) + first_column
-        row_bits = _mix(vertex.astype(jnp.uint32) ^ seed[0])
-        column_bits = _mix(columns + seed[1])
-        bits = _mix(row_bits[:, None] + column_bits)
-        stays = bits >= jnp.uint32(min(self.rate * 2.0**32, 2**32 - 1))
-        return jnp.where(stays, x / (1 - self.rate), 0)
-
-    def save_own_variables(self, store: Any) -> None:
-        """Saves the seed, which Keras's own Dropout forgets: loaded training continues."""
-        store["seed"] = np.asarray(self.seed_generator.state.value)
-
-    def load_own_variables(self, store: Any) -> None:
-        self.seed_generator.state.assign(np.asarray(store["seed"]))
-
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "rate": self.rate}
-
-
-def _mix(bits: Any) -> Any:
-    """Every bit of a uint32 spread over all others (the integer hash 'lowbias32' of C. Wellons)."""
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
-    bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
-    return bits ^ (bits >> 16)
 
 
 @dataclass(frozen=True)

@@ -380,7 +380,9 @@ def _part(group: PieceGroup, inputs: JobInputs) -> GraphData:
     if group.by != "rows":
         return data
     slices = partial(jax.lax.dynamic_slice_in_dim, start_index=inputs.first, slice_size=inputs.size)
-    return replace(data, labels=slices(data.labels), masks={"train": slices(data.masks["train"])})
+    importance = None if data.importance is None else slices(data.importance)
+    masks = {"train": slices(data.masks["train"])}
+    return replace(data, labels=slices(data.labels), masks=masks, importance=importance)
 
 
 def _loss_share(
@@ -390,7 +392,7 @@ def _loss_share(
     data: GraphData,
 ) -> Any:
     """The share of the mean loss over the training mask of the rows of a part."""
-    return loss_sum(model, rows, part, "train") / data.masks["train"].sum()
+    return loss_sum(model, rows, part, "train", part.importance) / data.masks["train"].sum()
 
 
 def _replaced(values: Sequence[Any], numbers: Sequence[int], new: Sequence[Any]) -> list[Any]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partita.gnn.data.graph import Graph
-from partita.gnn.prepare import GraphData, data_of
+from partita.gnn.prepare import GraphData, Numbers, data_of
 from partita.gnn.runs import TrainingRun
 from partita.gnn.spill import hosts
 from partita.gnn.spill.groups import GroupedModel, grouped_model, stages_of
@@ -57,13 +57,18 @@ class Execution:
 class MemoryRun(TrainingRun):
     """The steps of a built model on a graph, within `budget` bytes of one device."""
 
-    def __init__(self, model: Any, graph: Graph, budget: int) -> None:
+    def __init__(
+        self, model: Any, graph: Graph, budget: int, importance: Numbers | None = None
+    ) -> None:
         stages_of(model)
         self.model = model
         self.graph = graph
         self.digest = graph.digest
         self.budget = budget
-        self.data: GraphData = jax.device_put(replace(data_of(graph.as_it_is()), x=None))
+        self.importance = importance
+        vertex_weights = None if importance is None else importance.values
+        data = data_of(graph.as_it_is(), vertex_weights)
+        self.data: GraphData = jax.device_put(replace(data, x=None))
         state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state_of(model))
         self.shapes = ModelShapes(model, state, self.data)
         self.host = hosts.host_of(jax.local_devices()[0])
@@ -120,7 +125,7 @@ class MemoryRun(TrainingRun):
 
     def evaluate(self, state: StepState, mask: str) -> dict[str, Any]:
         masks = self.data.masks | {"train": self.data.masks[mask]}
-        data = replace(self.data, masks=masks)
+        data = replace(self.data, masks=masks, importance=None)
         carry = self._executed(*self._other("evaluate"), state, data).carry
         return logs_of(self.model, carry.loss, carry.counts)
 

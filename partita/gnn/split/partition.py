@@ -464,13 +464,15 @@ def _reach(
 def block_of_part(graph: Graph, parts: Parts, i: int) -> Block:
     """The block of part i, of the sizes that all parts have."""
     first, last = int(parts.points[i]), int(parts.points[i + 1])
-    degree, alone, load = (_padded(table, parts.rows) for table in of_vertices(graph, first, last))
+    tables = of_vertices(graph, first, last)
+    degree, self_correction, load = (_padded(table, parts.rows) for table in tables)
     vertex = None if parts.order is None else parts.of_part(i, parts.order.astype(np.int32))
     return Block(
         degree,
-        alone,
+        self_correction,
         load,
         np.array([first], np.int32),
+        np.array([last - first], np.int32),
         aggregations_of_part(graph, parts, i),
         parts.count,
         vertex,

@@ -1,0 +1,142 @@
+"""A test before training: a network of one's own gives one device's numbers on several devices.
+
+A step over a small random graph runs as `fit` would run it, and on one device over all edges. Loss,
+gradients and changed variables must agree up to rounding. They differ if the network combines
+vertices outside of the aggregations of `graph`: keras's BatchNormalization and Dropout, penalties
+on features, means over rows. The price: two small compilations, once per model and split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+from partita.errors import GraphError
+from partita.gnn.data.graph import Graph
+from partita.gnn.nn.vertices import VertexDropout
+from partita.gnn.prepare import Architecture, PreparationKey, PreparedGraph, Split, prepare
+from partita.gnn.step import StepState, differentiated, on_each_device, state_of
+
+TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
+"""Largest relative difference by rounding, by the number type that a model computes in."""
+
+ROUNDING = 1e-5
+"""Share of the largest result below which differences are rounding."""
+
+
+def check_agreement(
+    model: Any,
+    graph: Graph,
+    split: Split,
+    architecture: Architecture,
+) -> None:
+    """GraphError, which names the layer, if a step would not give one device's numbers."""
+    sample = _sample(graph, split.devices)
+    alone = replace(architecture, by_vertex=False)
+    expected = _step_values(model, sample, Split(), alone)
+    given = _step_values(model, sample, Split(split.devices, columns=1), architecture)
+    tolerance = TOLERANCES.get(model.compute_dtype, ROUNDING)
+    largest = max(float(np.abs(array).max(initial=0)) for array in expected)
+    for one, several in zip(expected, given, strict=True):
+        bound = tolerance * np.linalg.norm(one) + ROUNDING * largest * one.size**0.5
+        if not np.linalg.norm(one - several) <= bound:
+            raise GraphError(_refusal(model, split.devices, architecture))
+
+
+def _sample(graph: Graph, devices: int) -> Graph:
+    """A small random graph with tables like those of `graph`.
+
+    Every part has vertices, and few vertices are near those of training.
+    """
+    random = np.random.default_rng(0)
+    vertices = 60 + 4 * devices
+    ends = random.integers(0, vertices, (2, vertices))
+    tables: dict[str, Any] = {}
+    if graph.labels is not None:
+        if graph.has_targets:
+            labels = random.random((vertices, graph.classes)) > 0.5
+            tables["labels"] = labels.astype(np.float32)
+        else:
+            tables["labels"] = random.integers(0, graph.classes, vertices)
+    sample = Graph.from_edges(
+        *ends,
+        vertices,
+        features=random.standard_normal((vertices, graph.feature_count)),
+        train=np.arange(vertices) % 30 == 0,
+        weights=None if graph.weights is None else 0.5 + random.random(vertices),
+        **tables,
+    )
+    if sample.has_targets and sample.labels is not None:
+        return replace(sample, labels=sample.labels.reshape(vertices, graph.classes))
+    return sample
+
+
+def _step_values(
+    model: Any,
+    sample: Graph,
+    split: Split,
+    architecture: Architecture,
+) -> list[np.ndarray]:
+    """Loss, gradients and variables after a step on a sample, those that are no integers."""
+    prepared = prepare(sample, PreparationKey(sample.digest, split, architecture))
+    state = state_of(model)._replace(optimizer=[])
+    step = partial(_differentiated_step, model, _aggregations(prepared))
+    if split.devices > 1:
+        step = on_each_device(step, split.devices, rows=False)
+    values = jax.jit(step)(state, prepared.data)
+    arrays = [leaf.addressable_data(0) for leaf in jax.tree.leaves(values)]
+    floats = [array for array in arrays if jnp.issubdtype(array.dtype, jnp.floating)]
+    return [np.asarray(array).astype(np.float64) for array in floats]
+
+
+def _aggregations(prepared: PreparedGraph) -> int:
+    architecture = prepared.key.architecture
+    return len(architecture.aggregations) if architecture.by_vertex else 0
+
+
+def _differentiated_step(model: Any, aggregations: int, state: StepState, data: Any) -> Any:
+    gradients, value, _, others = differentiated(model, aggregations, state, data)
+    return value, gradients, others
+
+
+def _refusal(model: Any, devices: int, architecture: Architecture) -> str:
+    name = type(model).__name__
+    suspects = [text for text in map(_suspicion, model._flatten_layers()) if text]
+    reason = suspects[0] if suspects else f"its call combines the rows of vertices. {ADVICE}"
+    if devices == 1 and architecture.by_vertex:
+        return (
+            f"{name} sets by_vertex = True, and not only its aggregations combine vertices: "
+            f"{reason}, or remove by_vertex."
+        )
+    return (
+        f"{name} gives other numbers on {devices} devices than on one: {reason}, or use devices=1."
+    )
+
+
+ADVICE = (
+    "Use graph.vertex_sum and graph.vertex_mean of its argument graph for sums, means and "
+    "penalties of rows, and gnn.VertexDropout for random numbers"
+)
+
+
+def _suspicion(layer: Any) -> str | None:
+    """Why a layer's numbers depend on the devices, and its replacement; None if they do not."""
+    title = f"{type(layer).__name__} {layer.name!r}"
+    if isinstance(layer, keras.layers.BatchNormalization):
+        return (
+            f"{title} averages over the vertices of each device. Use gnn.VertexBatchNormalization"
+        )
+    if getattr(layer, "activity_regularizer", None) is not None:
+        return (
+            f"{title} penalizes the rows of each device. Use "
+            "self.add_loss(graph.vertex_sum(penalties)) in the model's call"
+        )
+    if getattr(layer, "seed_generator", None) is not None and not isinstance(layer, VertexDropout):
+        return f"{title} draws random numbers on each device. Use gnn.VertexDropout"
+    return None

@@ -1,0 +1,328 @@
+"""Definitions of layers, losses and weights: dense references, and refusals of silent errors."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import pytest
+
+from partita import gnn
+from partita.errors import GraphError
+
+VERTICES = 23
+
+
+def random_graph(weighted: bool = False, labels: Any = None, **tables: Any) -> gnn.Graph:
+    """A directed graph with repeated edges, repeated self edges and vertices without edges."""
+    random = np.random.default_rng(1)
+    source, target = random.integers(0, 18, (2, 90))
+    source = np.concatenate([source, [3, 3, 5]])
+    target = np.concatenate([target, [3, 3, 5]])
+    features = random.standard_normal((VERTICES, 5))
+    if labels is None:
+        labels = random.integers(0, 4, VERTICES)
+    weights = 0.5 + random.random(len(source)) if weighted else None
+    return gnn.Graph.from_edges(
+        source,
+        target,
+        VERTICES,
+        features=features,
+        labels=labels,
+        train=np.arange(VERTICES) % 2 == 0,
+        weights=weights,
+        **tables,
+    )
+
+
+def edges_of(graph: gnn.Graph) -> list[tuple[int, int, float]]:
+    """(source, target, weight) of every edge."""
+    targets = np.repeat(np.arange(graph.vertices), graph.in_degrees())
+    weights = np.ones(graph.edges) if graph.weights is None else graph.weights
+    return list(zip(graph.sources.tolist(), targets.tolist(), weights.tolist(), strict=True))
+
+
+def with_one_self_edge(graph: gnn.Graph) -> np.ndarray:
+    """[target, source] sums of weights, where the last self edge of a vertex, or 1, counts."""
+    matrix = np.zeros((graph.vertices, graph.vertices))
+    own = np.ones(graph.vertices)
+    for source, target, weight in edges_of(graph):
+        if source == target:
+            own[source] = weight
+        else:
+            matrix[target, source] += weight
+    return matrix + np.diag(own)
+
+
+def output(layer: Any, graph: gnn.Graph, x: np.ndarray | None = None, **options: Any) -> np.ndarray:
+    """The result of a layer on the features of a whole graph."""
+    from partita.gnn.nn.block import block_of
+
+    block = jax.tree.map(jnp.asarray, block_of(graph))
+    rows = graph.features if x is None else x
+    return np.asarray(layer(jnp.asarray(rows), graph=block, **options))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gcn_counts_one_self_edge_of_several(weighted: bool) -> None:
+    graph = random_graph(weighted)
+    layer = gnn.GCNConv(3)
+    given = output(layer, graph)
+    adjacency = with_one_self_edge(graph)
+    root = adjacency.sum(axis=1) ** -0.5
+    expected = (root[:, None] * adjacency * root) @ graph.features @ np.asarray(layer.kernel)
+    np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_counts_one_self_edge_of_several() -> None:
+    graph = random_graph()
+    several = gnn.GATv2Conv(4, heads=2)
+    given = output(several, graph)
+    targets = np.repeat(np.arange(graph.vertices), graph.in_degrees())
+    apart = graph.sources != targets
+    one_each = gnn.Graph.from_edges(
+        np.append(graph.sources[apart], np.arange(VERTICES)),
+        np.append(targets[apart], np.arange(VERTICES)),
+        VERTICES,
+        features=graph.features,
+    )
+    np.testing.assert_allclose(given, output(several, one_each), rtol=1e-4, atol=1e-6)
+
+
+def test_a_vertex_of_degree_zero_sends_and_receives_nothing() -> None:
+    # the self edge of vertex 0 has the weight 0, so that its degree is 0
+    graph = gnn.Graph.from_edges(
+        [0, 0, 1], [0, 1, 2], 3, features=np.eye(3), labels=[0, 1, 0], weights=[0.0, 1.0, 1.0]
+    )
+    layer = gnn.GCNConv(3)
+    given = output(layer, graph)
+    kernel = np.asarray(layer.kernel)
+    expected = np.array([[0, 0, 0], [0, 0.5, 0], [0, 0.5, 0.5]]) @ kernel
+    np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-6)
+
+
+def fitted(model: Any, graph: gnn.Graph, loss: Any = "sparse_categorical_crossentropy", **how: Any):
+    """The losses of two epochs."""
+    model.compile(keras.optimizers.Adam(0.05), loss)
+    return model.fit(graph, epochs=2, verbose=0, **how).history["loss"]
+
+
+def test_a_negative_degree_is_refused() -> None:
+    graph = gnn.Graph.from_edges(
+        [0, 1],
+        [1, 0],
+        features=np.eye(2),
+        labels=[0, 1],
+        train=[0],
+        weights=[-3.0, 1.0],
+    )
+    with pytest.raises(GraphError, match="in-edges of vertex 1, its self edge included, sum to -2"):
+        fitted(gnn.GCN(), graph)
+
+
+@pytest.mark.parametrize("kind", [gnn.GCN, gnn.SAGE, gnn.GIN, gnn.CommNet, gnn.GatedGraph])
+def test_edge_weights_count(kind: Any) -> None:
+    losses = []
+    for weighted in (False, True):
+        keras.utils.set_random_seed(0)
+        losses.append(fitted(kind(hidden=8, classes=4), random_graph(weighted))[0])
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+def test_attention_and_maxima_refuse_edge_weights() -> None:
+    for model, kind in ((gnn.GATv2(), "attention"), (gnn.SAGE(aggregation="max"), "max")):
+        with pytest.raises(GraphError, match=rf"an aggregation \({kind}\) that does not read them"):
+            fitted(model, random_graph(weighted=True))
+
+
+def test_an_edge_attribute_of_pyg_is_the_weight() -> None:
+    for shape in (2, (2, 1)):
+        data = SimpleNamespace(
+            edge_index=np.array([[0, 1], [1, 0]]), edge_attr=np.ones(shape) * 3, num_nodes=2
+        )
+        assert gnn.Graph.from_pyg(data).weights.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("labels", "loss"),
+    [
+        (np.linspace(-1, 1.5, VERTICES), "mse"),
+        (np.arange(VERTICES * 3).reshape(VERTICES, 3) % 2, "binary_crossentropy"),
+    ],
+)
+def test_targets_train_alike_on_devices_and_within_memory(labels: Any, loss: str) -> None:
+    graph = random_graph(labels=labels)
+    assert graph.has_targets and "targets" in repr(graph)
+    output_activation = None if loss == "mse" else "sigmoid"
+    losses = []
+    for how in ({}, {"devices": 3}, {"memory": "1MiB"}):
+        keras.utils.set_random_seed(0)
+        model = gnn.GCN(hidden=4, classes=graph.classes, output=output_activation)
+        losses.append(fitted(model, graph, loss, **how))
+    np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-4)
+    rows = model.predict(graph)
+    expected = np.mean((rows - graph.labels)[graph.test] ** 2) if graph.test is not None else None
+    assert expected is None and rows.shape == graph.labels.shape
+
+
+def test_the_loss_of_a_regression_is_the_mean_over_the_mask() -> None:
+    graph = random_graph(labels=np.linspace(-1, 1.5, VERTICES))
+    model = gnn.GCN(hidden=4, classes=1, output=None)
+    fitted(model, graph, "mse")
+    squares = (model.predict(graph) - graph.labels) ** 2
+    assert model.evaluate(graph, "train") == pytest.approx(squares[graph.train].mean(), rel=1e-4)
+
+
+def test_outputs_must_fit_the_targets() -> None:
+    graph = random_graph(labels=np.zeros((VERTICES, 3)))
+    with pytest.raises(GraphError, match="3 targets per vertex, and the model has classes=2"):
+        fitted(gnn.GCN(classes=2), graph, "mse")
+
+
+def test_weights_of_classes_and_vertices_multiply_the_loss() -> None:
+    graph = random_graph()
+    vertex_weight = np.linspace(0, 2, VERTICES)
+    class_weight = {0: 3.0, 2: 0.5}
+    weights = vertex_weight * np.array([3, 1, 0.5, 1])[graph.labels]
+    for how in ({}, {"devices": 2}, {"memory": "1MiB"}):
+        keras.utils.set_random_seed(0)
+        model = gnn.GCN(hidden=4, classes=4, dropout=0.0)
+        model.compile("sgd")
+        model.fit(graph, epochs=0)
+        rows = model.predict(graph)
+        values = -np.log(rows[np.arange(VERTICES), graph.labels])
+        options = {"class_weight": class_weight, "vertex_weight": vertex_weight, **how}
+        first = model.fit(graph, epochs=1, verbose=0, **options).history["loss"][0]
+        assert first == pytest.approx((values * weights)[graph.train].mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"vertex_weight": [1.0]}, "one weight for each of the 23 vertices"),
+        ({"vertex_weight": -np.ones(VERTICES)}, "vertex_weight of vertex 0 is -1"),
+        ({"class_weight": {7: 1.0}}, "class_weight has the class 7"),
+        ({"class_weight": {1: np.inf}}, "class_weight of class 1 is inf"),
+    ],
+)
+def test_bad_weights_are_refused(options: Any, sentence: str) -> None:
+    with pytest.raises(GraphError, match=sentence):
+        fitted(gnn.GCN(classes=4), random_graph(), **options)
+
+
+@pytest.mark.parametrize("kind", [gnn.GCN, gnn.GIN, gnn.GATv2, gnn.GatedGraph])
+def test_mixed_precision_trains_close_to_float32(kind: Any) -> None:
+    losses = []
+    for policy in ("float32", "mixed_bfloat16"):
+        keras.utils.set_random_seed(0)
+        keras.config.set_dtype_policy(policy)
+        try:
+            losses.append(fitted(kind(hidden=8, classes=4), random_graph()))
+        finally:
+            keras.config.set_dtype_policy("float32")
+    np.testing.assert_allclose(losses[1], losses[0], rtol=3e-2)
+
+
+class OwnNetwork(gnn.GraphModel):
+    """Two convolutions with something between them."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__(classes=4, layers=0)
+        self.enter = gnn.GCNConv(8)
+        self.leave = gnn.GCNConv(4, activation="softmax")
+        self.between = between
+
+    def build(self, input_shape: Any) -> None:
+        self.enter.build(input_shape)
+        self.between.build((None, 8))
+        self.leave.build((None, 8))
+        self.built = True
+
+    def call(self, x: Any, graph: Any, training: bool = False) -> Any:
+        h = self.enter(x, graph=graph)
+        h = self.inner(h, graph, training)
+        return self.leave(jax.nn.relu(h), graph=graph)
+
+    def inner(self, h: Any, graph: Any, training: bool) -> Any:
+        return self.between(h, training=training)
+
+
+class Penalized(OwnNetwork):
+    def inner(self, h: Any, graph: Any, training: bool) -> Any:
+        self.add_loss(0.01 * (h**2).sum())
+        return h
+
+
+class Centred(OwnNetwork):
+    def inner(self, h: Any, graph: Any, training: bool) -> Any:
+        return h - h.mean(axis=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "between", "sentence"),
+    [
+        (OwnNetwork, keras.layers.BatchNormalization, "Use gnn.VertexBatchNormalization"),
+        (OwnNetwork, lambda: keras.layers.Dropout(0.5), "Use gnn.VertexDropout"),
+        (Penalized, keras.layers.Identity, "Use graph.vertex_sum"),
+        (Centred, keras.layers.Identity, "Centred gives other numbers on 2 devices than on one"),
+    ],
+)
+def test_a_network_that_differs_on_devices_is_refused(
+    kind: Any, between: Any, sentence: str
+) -> None:
+    with pytest.raises(GraphError, match=sentence):
+        fitted(kind(between()), random_graph(), devices=2)
+
+
+class ExactNetwork(OwnNetwork):
+    """Batch normalization, dropout and a penalty by the means for several devices."""
+
+    def __init__(self) -> None:
+        super().__init__(gnn.VertexBatchNormalization())
+        self.drop = gnn.VertexDropout(0.5)
+
+    def inner(self, h: Any, graph: Any, training: bool) -> Any:
+        h = self.between(h, graph=graph, training=training)
+        self.add_loss(0.01 * graph.vertex_sum(h**2).sum())
+        return self.drop(h - graph.vertex_mean(h), graph=graph, training=training)
+
+
+def test_sums_over_vertices_give_the_numbers_of_one_device() -> None:
+    graph = random_graph()
+    results = []
+    for devices in (1, 2, 3):
+        keras.utils.set_random_seed(0)
+        model = ExactNetwork()
+        model.compile("sgd")
+        losses = model.fit(graph, epochs=2, verbose=0, devices=devices).history["loss"]
+        results.append((losses, model.get_weights()))
+    for losses, weights in results[1:]:
+        np.testing.assert_allclose(losses, results[0][0], rtol=1e-4)
+        for value, expected in zip(weights, results[0][1], strict=True):
+            np.testing.assert_allclose(value, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_batch_normalization_is_that_of_keras() -> None:
+    graph = random_graph()
+    own, keras_layer = (
+        gnn.VertexBatchNormalization(),
+        keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5),
+    )
+    for training in (True, False):
+        given = output(own, graph, training=training)
+        expected = np.asarray(keras_layer(graph.features, training=training))
+        np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-5)
+
+
+class HastyNetwork(OwnNetwork):
+    by_vertex = True
+
+    def inner(self, h: Any, graph: Any, training: bool) -> Any:
+        return h - h.mean(axis=0)
+
+
+def test_a_wrong_promise_of_by_vertex_is_refused() -> None:
+    with pytest.raises(GraphError, match="HastyNetwork sets by_vertex = True, and not only"):
+        fitted(HastyNetwork(keras.layers.Identity()), random_graph())
