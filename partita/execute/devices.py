@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -30,6 +33,15 @@ PRESETS = (
     (r"TPU v5 ?(e|lite)", "tpu-v5e"),
 )
 """(pattern of JAX's name for a kind of device, preset of that kind)."""
+
+ACCELERATORS = (
+    ("/dev/nvidia[0-9]*", "jax_plugins"),
+    ("/dev/kfd", "jax_plugins"),
+    ("/dev/accel[0-9]*", "libtpu"),
+    ("/dev/vfio/[0-9]*", "libtpu"),
+)
+"""(device files of an accelerator, package that lets JAX use it). Plugins for NVIDIA and AMD GPUs
+are modules of the namespace `jax_plugins`."""
 
 GENERIC = """
 name = "generic"
@@ -171,11 +183,28 @@ def _text(path: str) -> str:
         return ""
 
 
+def computes_on_cpu(
+    files: Callable[[str], list[str]] = glob.glob,
+    is_installed: Callable[[str], bool] = lambda package: find_spec(package) is not None,
+) -> bool:
+    """Whether JAX will compute on the CPU, told without starting JAX.
+
+    It does where `jax_platforms` (or JAX_PLATFORMS) says so. Without a word it takes an accelerator
+    that the system has and for which a package is installed.
+    """
+    platforms = jax.config.jax_platforms
+    if platforms:
+        return platforms.split(",")[0] == "cpu"
+    return not any(files(pattern) and is_installed(package) for pattern, package in ACCELERATORS)
+
+
 def request_cpu_devices(count: int) -> None:
     """Makes JAX's CPU `count` virtual devices of one thread each. MachineError if JAX has started
     with fewer.
 
-    Call it before the first JAX computation. It does not change accelerators.
+    Call it before the first JAX computation. Where an accelerator computes, the CPU keeps all its
+    threads: XLA compiles with them (on an H100, with one thread the first epoch of a small network
+    took 43 s, and 5 s with all).
     """
     try:
         jax.config.update("jax_num_cpu_devices", count)
@@ -189,7 +218,8 @@ def request_cpu_devices(count: int) -> None:
                 f"XLA_FLAGS=--xla_force_host_platform_device_count={count} NPROC=1."
             ) from None
         return
-    os.environ["NPROC"] = "1"  # XLA reads it when it starts: one thread per device
+    if computes_on_cpu():
+        os.environ["NPROC"] = "1"  # XLA reads it when it starts: one thread per device
 
 
 def keep_freed_memory() -> bool:
@@ -224,7 +254,7 @@ def start_host_devices(count: int | None = None) -> None:
 
     If JAX has started already, its devices stay.
     """
-    if count != 1 or group() is not None:
+    if computes_on_cpu() and (count != 1 or group() is not None):
         keep_freed_memory()
     if count is not None:
         request_cpu_devices(count)
