@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from partita.cost.backends import compiler_of
+from partita.cost.backends import Compiler, compiler_of
 from partita.cost.partial import Factors, operand_labels, pending_sums, reduced_factors
 from partita.cost.reshard import Axes, emitted_steps, step_bytes
 from partita.cost.sums import LaidOutProgram, Sum
@@ -35,7 +35,7 @@ from partita.graph.operator_graph import (
     per_graph,
 )
 from partita.machine import Backend
-from partita.plans.layout import Layout, Sharding, label_sharding, over_devices, time_axes
+from partita.plans.layout import Layout, Reader, Sharding, label_sharding, over_devices, time_axes
 from partita.plans.plan import Mesh
 
 DEFAULT = Backend()
@@ -84,7 +84,7 @@ def collectives(
 ) -> list[Collective]:
     """Every collective of one step under the layout, in program order of their causes."""
     computed = _Computed(graph, mesh, layout, backend)
-    return [*computed.collectives(), *_reshards(graph, mesh, layout)]
+    return [*computed.collectives(), *_reshards(graph, mesh, layout, compiler_of(backend))]
 
 
 def emitted_sums(
@@ -343,6 +343,7 @@ def _reshards(
     graph: OperatorGraph,
     mesh: Mesh,
     layout: Layout,
+    compiler: Compiler,
 ) -> Iterator[Collective]:
     """The collectives of reads under another sharding.
 
@@ -352,6 +353,10 @@ def _reshards(
     unknown = _Origin(1, "forward", "")
     constants = constant_tensors(graph)
     produced: set[tuple[int, Sharding]] = set()
+    readers: dict[int, list[Reader]] = defaultdict(list)
+    """Tensor -> its readers under another sharding."""
+    for read in layout.reads:
+        readers[read.tensor] += read.readers
     for read in layout.reads:
         if read.tensor in constants:
             continue
@@ -359,10 +364,11 @@ def _reshards(
         origin = origins.get(read.tensor, unknown)
         source = layout.shardings[read.tensor]
         shape = _microbatch_shape(tensor.shape, (source, read.target), mesh)
+        itemsize = compiler.moved_itemsize(graph, read.tensor, readers[read.tensor])
         sharding = over_devices(source, mesh)
         target = over_devices(read.target, mesh)
         for step in emitted_steps(sharding, target, mesh.sizes, shape):
-            nbytes = step_bytes(step, sharding, shape, _itemsize(tensor), mesh.sizes)
+            nbytes = step_bytes(step, sharding, shape, itemsize, mesh.sizes)
             sharding = step.result
             if nbytes and (read.tensor, sharding) not in produced:
                 yield Collective(

@@ -260,7 +260,7 @@ class _Evaluation:
                     continue
                 _, axes = storage
                 extra_shards[i] = self.placement.shard_count(axes)
-                nbytes = float(variable.nbytes / shards[i])
+                nbytes = float(variable.gathered / shards[i])
                 group = self.placement.group(axes)
                 self.gather_seconds[i] += self.placement.seconds("all_gather", nbytes, group)
             # The update is split as the slots are.

@@ -72,6 +72,8 @@ STORED = {"reduce", "gather"}
 """Those of EXPENSIVE that even a compiler with fast elementwise instructions computes once."""
 FREE = {"constant", "iota", "broadcast_in_dim", "reshape", "bitcast_convert"}
 """Instructions that take no time alone: XLA makes them part of their readers."""
+GENERATED = FREE - {"reshape", "bitcast_convert"}
+"""Those of FREE whose results need no tensor of their rank."""
 Kernel = tuple[int, ...]
 """Instructions of a kernel, in program order."""
 OUTSIDE = 1 << 60
@@ -127,7 +129,7 @@ class _Fuser:
 
     def __init__(self, graph: OperatorGraph, rules: FusionRules) -> None:
         self.graph = graph
-        self.duplicate = rules.duplicates
+        self.rules = rules
         expensive = STORED if rules.cheap_elementwise else EXPENSIVE
         self.producer = producers(graph)
         self.producers = [self._producers_of(x) for x in graph.instructions]
@@ -254,14 +256,39 @@ class _Fuser:
 
         A backend that duplicates does it even then, unless some reader needs them written.
         """
-        single: set[int] = set()
+        single: set[int] = self._written_for_a_reader() if self.rules.reads_written else set()
         for producer, readers in enumerate(self.readers):
             if len(readers) <= 1 or not self.fusible[producer] or not self._gathers(producer):
                 continue
-            if self.duplicate and all(self._is_absorbed(producer, r, single) for r in readers):
+            if self.rules.duplicates and all(
+                self._is_absorbed(producer, r, single) for r in readers
+            ):
                 continue
             single.add(producer)
         return single
+
+    def _written_for_a_reader(self) -> set[int]:
+        """Producers with several readers, of which one needs the result in memory.
+
+        A reduction over major dims takes in only producers that nothing else reads.
+        """
+        in_reduction: set[int] = set()
+        """Major reductions, and instructions that are computed in one and nowhere else."""
+        written = set()
+        for i, instruction in reversed(list(enumerate(self.graph.instructions))):
+            readers = self.readers[i]
+            is_alone_read = len(readers) == 1 and not readers.isdisjoint(in_reduction)
+            if is_alone_read or (instruction.name == "reduce" and not self.fusible[i]):
+                in_reduction.add(i)
+            if len(readers) <= 1 or not self.fusible[i] or instruction.name in GENERATED:
+                continue
+            if any(r in in_reduction or self._needs_memory(r) for r in readers):
+                written.add(i)
+        return written
+
+    def _needs_memory(self, reader: int) -> bool:
+        """Whether a reader reads its operands from memory."""
+        return reader == OUTSIDE or self.graph.instructions[reader].name in ALONE
 
     def _gathers(self, instruction: int) -> bool:
         """Whether an instruction reads several tensors of its rank and more than it writes."""
@@ -280,7 +307,7 @@ class _Fuser:
         if tensor not in self.producer:
             return False
         name = self.graph.instructions[self.producer[tensor]].name
-        return name in FREE - {"reshape", "bitcast_convert"}
+        return name in GENERATED
 
     def _is_absorbed(
         self,

@@ -28,7 +28,7 @@ from partita.cost.partial import (
     read_labels,
     reduced_factors,
 )
-from partita.cost.sums import loop_sums
+from partita.cost.sums import loop_sums, readers_of
 from partita.cost.work import group_factors
 from partita.graph.flat import HEAVY, LIBRARY_CALLS
 from partita.graph.operator_graph import (
@@ -218,10 +218,13 @@ class StoredVariable:
     """Bytes of its optimizer slots."""
     traffic: int
     """Bytes that its update reads and writes."""
+    gathered: int
+    """Bytes of the whole parameter while it is gathered from slices."""
 
     def key(self, renumber: Renumber) -> tuple[object, ...]:
         """Equal for equal variables of equal operators."""
-        return self.shape, renumber(self.label), self.nbytes, self.slots, self.traffic
+        key = self.shape, renumber(self.label), self.nbytes, self.slots, self.traffic
+        return key if self.gathered == self.nbytes else (*key, self.gathered)
 
 
 @dataclass
@@ -583,7 +586,7 @@ class _Collector:
         first_reader = min(i for i, _ in use.instructions)
         return Move(
             use.tensor,
-            self.graph.tensors[use.tensor].nbytes,
+            self.compiler.moved_bytes(self.graph, use.tensor, use.instructions),
             self.graph.home[use.tensor],
             self.graph.labels[use.tensor],
             use.operator,
@@ -653,10 +656,20 @@ class _Collector:
                     tensor.nbytes,
                     slot_bytes,
                     3 * tensor.nbytes + 2 * slot_bytes,
+                    self._gathered_bytes(argument.tensor),
                 )
                 self.terms.operators[home].stored.append(variable)
             elif argument.tensor not in self.families:
                 self.terms.operators[home].resident.append((tensor.nbytes, _split(label)))
+
+    def _gathered_bytes(self, parameter: int) -> int:
+        """Bytes of a parameter when it is gathered for readers other than its update."""
+        readers = [
+            (i, position)
+            for i, position in readers_of(self.graph).get(parameter, ())
+            if i >= 0 and self.graph.instructions[i].phase != "update"
+        ]
+        return self.compiler.moved_bytes(self.graph, parameter, readers)
 
     def add_activations(self) -> None:
         """Adds the forward values that the backward pass reads to their operators."""

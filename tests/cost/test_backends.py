@@ -84,3 +84,21 @@ def _gradient_sums(graph, machine):
 def test_a_machine_without_a_platform_is_compiled_as_a_cpu_is():
     assert type(compiler_of(Backend())) is type(compiler_of(CPU.backend))
     assert type(compiler_of(Backend())) is not type(compiler_of(GPU.backend))
+
+
+def test_operands_of_products_move_in_the_dtype_of_the_matrix_unit(mlp):
+    tpu = load("tpu-v5e:4")
+    exact = replace(tpu, backend=replace(tpu.backend, float32_products="float32"))
+    narrow, wide = (totals(mlp, machine, "ZeRO-3") for machine in (tpu, exact))
+    biases = 4 * (256 + 256 + 16)
+    kernels = wide["all_gather"] - biases
+    assert narrow["all_gather"] == kernels // 2 + biases
+    assert narrow["reduce_scatter"] == wide["reduce_scatter"]
+
+
+def test_a_narrow_gather_is_priced_as_one(mlp):
+    tpu = load("tpu-v5e:4")
+    exact = replace(tpu, backend=replace(tpu.backend, float32_products="float32"))
+    plan = BASELINES["ZeRO-3"](mlp, tpu.name, mesh_of(tpu))
+    narrow, wide = (sum(o.gradients for o in predict(mlp, m, plan).operators) for m in (tpu, exact))
+    assert narrow < wide

@@ -19,7 +19,7 @@ def test_a_value_read_again_thousands_of_instructions_later_is_followed_to_its_r
     graph = capture_program(step, args=args).graph
     assert len(graph.instructions) > 3000
     for duplicates in (False, True):
-        rules = FusionRules(duplicates, cheap_elementwise=False)
+        rules = FusionRules(duplicates, cheap_elementwise=False, reads_written=False)
         inside = {i for kernel in fusion(graph, rules).kernels.values() for i in kernel}
         assert {i for i, x in enumerate(graph.instructions) if x.name == "tanh"} <= inside
 
@@ -34,8 +34,30 @@ def test_only_a_compiler_with_fast_elementwise_instructions_computes_them_again(
     exponential = next(i for i, x in enumerate(graph.instructions) if x.name == "exponential")
 
     def copies(cheap):
-        rules = FusionRules(duplicates=False, cheap_elementwise=cheap)
+        rules = FusionRules(duplicates=False, cheap_elementwise=cheap, reads_written=False)
         return len(fusion(graph, rules).computed_in[exponential])
 
     assert copies(False) == 1
     assert copies(True) > 1
+
+
+def test_a_value_that_must_be_written_is_read_by_all_its_readers():
+    def step(w, x):
+        centred = x - w
+        # The product needs the centred values in memory; the update could compute them again.
+        return w - 0.1 * jnp.max(centred * x, axis=1), centred @ centred
+
+    args = (jax.ShapeDtypeStruct((64,), "float32"), jax.ShapeDtypeStruct((64, 64), "float32"))
+    graph = capture_program(step, args=args).graph
+    centred = next(
+        i
+        for i, x in enumerate(graph.instructions)
+        if x.name == "subtract" and len(graph.tensors[x.results[0]].shape) == 2
+    )
+
+    def copies(reads_written):
+        rules = FusionRules(False, cheap_elementwise=True, reads_written=reads_written)
+        return len(fusion(graph, rules).computed_in[centred])
+
+    assert copies(False) > 1
+    assert copies(True) == 1

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from partita.cost.sums import LaidOutProgram, Sum
-from partita.graph.operator_graph import ITEMSIZE
+from partita.graph.operator_graph import ITEMSIZE, OperatorGraph
 from partita.machine import Backend
+from partita.plans.layout import Reader
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class FusionRules:
     where that saves reads."""
     cheap_elementwise: bool
     """Exponentials, divisions and other slow elementwise instructions are duplicated as well."""
+    reads_written: bool
+    """A value that one of its readers needs in memory is read by all of them. If False: others
+    compute it again where that is cheap."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,16 @@ class Compiler(ABC):
     @abstractmethod
     def scatters(self) -> bool:
         """Whether a sum of which devices read slices is a reduce-scatter (`sums.scatter`)."""
+
+    def moved_itemsize(self, graph: OperatorGraph, tensor: int, readers: Sequence[Reader]) -> int:
+        """Bytes of an element of a tensor while it is resharded for its readers."""
+        return ITEMSIZE.get(graph.tensors[tensor].dtype, 4)
+
+    def moved_bytes(self, graph: OperatorGraph, tensor: int, readers: Sequence[Reader]) -> int:
+        """Bytes of a whole tensor while it is resharded for its readers."""
+        value = graph.tensors[tensor]
+        itemsize = ITEMSIZE.get(value.dtype, 4)
+        return value.nbytes * self.moved_itemsize(graph, tensor, readers) // itemsize
 
     def sum_itemsize(self, dtype: str) -> int:
         """Bytes of an element of a dtype while it is summed over devices."""

@@ -21,7 +21,7 @@ class CpuCompiler(Compiler):
     @property
     def fusion_rules(self) -> FusionRules:
         """Those of its instruction fusion."""
-        return FusionRules(self.backend.recomputes, cheap_elementwise=False)
+        return FusionRules(self.backend.recomputes, cheap_elementwise=False, reads_written=False)
 
     @property
     def buffers(self) -> Buffers:

@@ -18,8 +18,12 @@ class GpuCompiler(Compiler):
 
     @property
     def fusion_rules(self) -> FusionRules:
-        """Those of its priority fusion, which computes slow elementwise instructions again."""
-        return FusionRules(duplicates=False, cheap_elementwise=True)
+        """Those of its priority fusion.
+
+        It fuses a producer into all of its readers, or writes it, and computes slow elementwise
+        instructions again.
+        """
+        return FusionRules(duplicates=False, cheap_elementwise=True, reads_written=True)
 
     @property
     def buffers(self) -> Buffers:
