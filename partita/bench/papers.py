@@ -27,7 +27,7 @@ from partita.errors import MemoryBudgetError, PartitaError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.plans.layout import layout_of
-from partita.plans.pipeline import runnable
+from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Plan
 from partita.search.find import capacity, find, mesh_of
 from partita.simulation.simulate import simulate
@@ -244,7 +244,7 @@ def figures_of(
     timeline = simulate(graph, machine, plan)
     additive_seconds = timeline.seconds
     kernel_seconds = plan.devices * timeline.by_kind().get("compute", 0.0)
-    if runnable(plan):
+    if is_one_program(plan):
         additive_seconds = predict(graph, machine, plan).seconds
         traffic = sent_bytes(graph, machine, plan)
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -63,6 +63,8 @@ class Captured:
     text: Text
     state: Any
     batch: Any
+    at_batch_size: Callable[[int], Captured] | None = field(default=None, compare=False, repr=False)
+    """Captures the same step at another batch size; None where that is not possible."""
 
 
 def capture_step(
@@ -111,7 +113,12 @@ def capture_step(
         exported.module_kept_var_idx,
     )
     graph = graph_of(source, signature, name, batch_size, target)
-    return Captured(graph, Text.of(exported, source), state, batch)
+
+    def at_batch_size(samples: int) -> Captured:
+        resized = _resized(batch, signature.batch, batch_size, samples)
+        return capture_step(step, state, resized, leaves, name, samples, signature.batch, target)
+
+    return Captured(graph, Text.of(exported, source), state, batch, at_batch_size)
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,22 @@ def graph_of(
         str(target),
     )
     return check(graph)
+
+
+def _resized(
+    batch: Any,
+    inputs: Sequence[Leaf],
+    batch_size: int,
+    samples: int,
+) -> Any:
+    """Shapes of a batch with another number of samples, where dim 0 are the samples."""
+    shapes, tree = jax.tree.flatten(batch)
+    resized = []
+    for shape, leaf in zip(shapes, inputs, strict=True):
+        is_split = leaf.role == "batch" and shape.shape[:1] == (batch_size,)
+        dims = (samples, *shape.shape[1:]) if is_split else shape.shape
+        resized.append(jax.ShapeDtypeStruct(dims, shape.dtype))
+    return jax.tree.unflatten(tree, resized)
 
 
 def _batch_leaves(batch: Any) -> list[Leaf]:

@@ -7,7 +7,7 @@ propagation decides nothing, and XLA's partitioner emits the planned collectives
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jax.extend.mlir import ir
@@ -15,7 +15,7 @@ from jax.extend.mlir import ir
 from partita.capture import stablehlo
 from partita.capture.barriers import join_barriers
 from partita.capture.conditionals import join_conditionals
-from partita.cost.partial import pending_sums
+from partita.cost.partial import PendingSums, pending_sums
 from partita.cost.reshard import reshard_steps
 from partita.execute.local_calls import write_local_calls
 from partita.graph.flat import HEAVY
@@ -25,6 +25,7 @@ from partita.plans.plan import Mesh
 
 MESH = "partita_mesh"
 LOOPS = {"while", "case", "if"}
+NO_SUMS = PendingSums({}, {})
 
 Chain = tuple[Sharding, ...]
 """Shardings of a tensor from its own to a reader's, one reshard step apart."""
@@ -39,17 +40,29 @@ def annotate(
     """The captured program with the plan's layout written into it, as portable bytes."""
     with stablehlo.context(), ir.Location.unknown():
         module = stablehlo.parse(source)
-        writer = _Writer(graph, mesh, layout)
+        writer = Annotator(graph, mesh, layout)
         writer.write(module)
         return stablehlo.serialize(module)
 
 
-class _Writer:
+def join_split(block: Any) -> None:
+    """Joins the barriers and conditionals that capture split by variable."""
+    join_barriers(block)
+    join_conditionals(block)
+
+
+class Annotator:
+    """Writes a layout into modules of a captured program.
+
+    Without `sums_later`, every gradient is summed over devices where it is computed.
+    """
+
     def __init__(
         self,
         graph: OperatorGraph,
         mesh: Mesh,
         layout: Layout,
+        sums_later: bool = True,
     ) -> None:
         self.graph = graph
         self.mesh = mesh
@@ -60,10 +73,22 @@ class _Writer:
         self.texts: dict[Sharding, str] = {}
         self.pinned: set[int] = set()
         self.arguments = {a.tensor: a.path for a in graph.arguments}
-        self.pending = pending_sums(graph, layout)
+        self.pending = pending_sums(graph, layout) if sums_later else NO_SUMS
 
     def write(self, module: ir.Module) -> None:
-        """Annotates the module in place."""
+        """Writes the whole layout into a module."""
+        self.annotate(module)
+        instructions = range(len(self.operations))
+        self.finish(stablehlo.main_block(module), instructions)
+
+    def finish(self, block: Any, instructions: Iterable[int]) -> None:
+        """Writes the calls of these instructions, which are left in a block, as calls on parts."""
+        operations = {n: self.operations[n] for n in instructions}
+        write_local_calls(operations, self.graph, self.mesh, self.layout, MESH)
+        join_split(block)
+
+    def annotate(self, module: ir.Module) -> None:
+        """Writes shardings and reshards into a module."""
         axes = ", ".join(f'"{a.name}"={a.size}' for a in self.mesh.axes)
         mesh = ir.Operation.parse(f"sdy.mesh @{MESH} = <[{axes}]>")
         ir.InsertionPoint.at_block_begin(module.body).insert(mesh)
@@ -84,9 +109,6 @@ class _Writer:
         for operation in self.operations:
             self._annotate_results(operation)
         self._annotate_arguments(block)
-        write_local_calls(self.operations, self.graph, self.mesh, self.layout, MESH)
-        join_barriers(block)
-        join_conditionals(block)
 
     def _is_split(self, t: int) -> bool:
         return any(self.layout.shardings[t])
@@ -104,12 +126,13 @@ class _Writer:
 
     def _annotate_arguments(self, block: Any) -> None:
         """Gives the step's arguments their shardings."""
-        attributes = []
-        for argument in block.arguments:
-            sharding = self.layout.shardings[self.ids[argument]]
-            attribute = ir.Attribute.parse(self._text(sharding))
-            attributes.append(ir.DictAttr.get({"sdy.sharding": attribute}))
+        attributes = [self.argument_attribute(self.ids[argument]) for argument in block.arguments]
         block.owner.attributes["arg_attrs"] = ir.ArrayAttr.get(attributes)
+
+    def argument_attribute(self, tensor: int) -> ir.DictAttr:
+        """The attributes of an argument with a tensor's sharding."""
+        attribute = ir.Attribute.parse(self._text(self.layout.shardings[tensor]))
+        return ir.DictAttr.get({"sdy.sharding": attribute})
 
     def _pin_whole(self, operation: Any, instruction: Instruction) -> None:
         """Pins the replicated results of an instruction, and a replicated value that it windows."""

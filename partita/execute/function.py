@@ -23,9 +23,10 @@ from partita.capture.jax_functions import Captured
 from partita.capture.targets import CaptureTarget
 from partita.errors import CaptureError, MemoryBudgetError
 from partita.execute.processes import alone, digest, put, same, together
-from partita.execute.program import PlannedStep, planned_step
+from partita.execute.program import RunnableStep, runnable_step
 from partita.execute.verify import Verification, check_compiled
 from partita.plans.adapt import fit_plan
+from partita.plans.pipeline import is_pipeline
 from partita.plans.plan import Plan
 
 Planner = Callable[..., Plan]
@@ -49,17 +50,17 @@ def settled(values: Any) -> Any:
 
 def is_split(plan: Plan) -> bool:
     """Whether a plan differs from a run on one device."""
-    return bool(plan.storage) or any(plan.choices.values())
+    return bool(plan.storage) or any(plan.choices.values()) or is_pipeline(plan)
 
 
 def compiled_in_turn(
     captured: Captured,
     plan: Plan,
     planner: Planner,
-    check: Callable[[PlannedStep, Any], Verification],
+    check: Callable[[RunnableStep, Any], Verification],
     warn: Callable[[str], None],
     donate: bool = True,
-) -> tuple[PlannedStep | None, Any, Plan, Verification | None]:
+) -> tuple[RunnableStep | None, Any, Plan, Verification | None]:
     """(planned step, its program, the plan, its verification) of the first plan that fits.
 
     A plan fits if the compiler's memory figure does. The planned step is None for a plan that
@@ -68,8 +69,8 @@ def compiled_in_turn(
     for refusals in range(REFUSALS + 1):
         if not is_split(plan):
             return None, None, plan, None
-        planned = planned_step(captured, plan, donate=donate)
-        program = planned.lower().compile()
+        planned = runnable_step(captured, plan, donate=donate)
+        program = planned.compile()
         try:
             verified = check(planned, program)
         except MemoryBudgetError as error:
@@ -147,7 +148,7 @@ class _Compiled:
     """The program for one set of shapes."""
 
     call: CapturedCall
-    planned: PlannedStep | None
+    planned: RunnableStep | None
     """None if the step runs on one device, as JAX runs it."""
     program: Any
 
@@ -218,7 +219,7 @@ class ParallelStep:
         step.call.update_in_place(call, args, kwargs, state)
         return step.call.result(outputs, state)
 
-    def _placed_state(self, state: Sequence[Any], planned: PlannedStep) -> list[Any]:
+    def _placed_state(self, state: Sequence[Any], planned: RunnableStep) -> list[Any]:
         """The state with the plan's shardings."""
         placed = []
         for x, sharding in zip(state, planned.state_shardings, strict=True):

@@ -30,19 +30,20 @@ FactorAxes = Mapping[int, Axes]
 
 
 def write_local_calls(
-    operations: Sequence[Any],
+    operations: Mapping[int, Any],
     graph: OperatorGraph,
     mesh: Mesh,
     layout: Layout,
     mesh_name: str,
 ) -> None:
-    """Replaces the split kernels among a program's operations by calls on local parts."""
-    for number, instruction in enumerate(graph.instructions):
+    """Replaces the split kernels among operations, by instruction, by calls on local parts."""
+    for number, operation in operations.items():
+        instruction = graph.instructions[number]
         if instruction.name not in LIBRARY_CALLS or instruction.rule is None:
             continue
         axes = _factor_axes(graph, number, layout)
         if any(axes.values()):
-            writer = _LocalCall(operations[number], instruction.rule, axes, mesh, mesh_name)
+            writer = _LocalCall(operation, instruction.rule, axes, mesh, mesh_name)
             writer.write(instruction.name)
 
 

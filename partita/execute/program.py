@@ -7,44 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from partita.capture.jax_functions import Captured, Text
 from partita.errors import PlanError
 from partita.execute.annotate import annotate
 from partita.execute.processes import put
+from partita.execute.sharding import device_mesh, named_sharding
+from partita.execute.staged import StagedStep, staged_step
 from partita.graph.operator_graph import OperatorGraph
 from partita.plans.check import check
-from partita.plans.layout import Layout, Sharding, layout_of
-from partita.plans.pipeline import runnable
-from partita.plans.plan import Mesh, Plan
-
-
-def device_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """A plan's mesh over devices (default: JAX's), in their order."""
-    if devices is None:
-        devices = jax.devices()
-    shape = mesh.sizes or (1,)
-    names = tuple(axis.name for axis in mesh.axes) or ("a",)
-    return jax.sharding.Mesh(
-        np.array(list(devices)[: mesh.size], dtype=object).reshape(shape),
-        names,
-        axis_types=(AxisType.Auto,) * len(names),
-    )
-
-
-def named_sharding(
-    sharding: Sharding,
-    mesh: Mesh,
-    devices: jax.sharding.Mesh,
-) -> NamedSharding:
-    """A sharding over axes of `mesh`, as JAX's over the same mesh of devices."""
-    dims = []
-    for axes in sharding:
-        names = tuple(mesh.axes[axis].name for axis in axes)
-        dims.append(names or None)
-    return NamedSharding(devices, PartitionSpec(*dims))
+from partita.plans.layout import Layout, layout_of
+from partita.plans.pipeline import is_one_program
+from partita.plans.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -65,6 +39,10 @@ class PlannedStep:
         """The lowered step, ready to compile."""
         return self.step.lower(self.captured.state, self.captured.batch)
 
+    def compile(self) -> Any:
+        """The compiled step."""
+        return self.lower().compile()
+
     def place_state(self, state: Any) -> Any:
         """The state on the devices, as the step takes it."""
         return put(state, self.state_shardings)
@@ -74,27 +52,45 @@ class PlannedStep:
         return put(batch, self.batch_shardings)
 
 
-def check_runnable(plan: Plan) -> None:
-    """PlanError for a plan that can be planned and simulated, and not yet run."""
-    if not runnable(plan):
+def check_one_program(plan: Plan) -> None:
+    """PlanError for a plan that runs in pieces."""
+    if not is_one_program(plan):
         raise PlanError(
             f"The plan '{plan.name}' has placed operators, stages, microbatches or "
-            "rematerialization, which can be planned and simulated, and not yet run. "
-            "Plan for the local devices, or with --no-stages."
+            "rematerialization, so it runs in pieces, and is not one program. "
+            "Plan with --no-stages."
         )
+
+
+RunnableStep = PlannedStep | StagedStep
+"""A step that runs as planned, in one program or in pieces."""
+
+
+def runnable_step(
+    captured: Captured, plan: Plan, devices: Sequence[Any] | None = None, donate: bool = True
+) -> RunnableStep:
+    """The captured step under any plan, ready to compile for devices (default: the first ones of
+    JAX).
+
+    With `donate` the step reuses the memory of the old state, which is then gone.
+    """
+    check(plan, captured.graph)
+    if is_one_program(plan):
+        return planned_step(captured, plan, devices, donate)
+    return staged_step(captured, plan, devices, donate)
 
 
 def planned_step(
     captured: Captured, plan: Plan, devices: Sequence[Any] | None = None, donate: bool = True
 ) -> PlannedStep:
-    """The captured step, annotated with a plan and ready to compile for devices (default: the first
-    ones of JAX).
+    """The captured step, annotated with a plan without stages and ready to compile for devices
+    (default: the first ones of JAX).
 
     With `donate` the step reuses the memory of the old state, which is then gone.
     """
     graph = captured.graph
     check(plan, graph)
-    check_runnable(plan)
+    check_one_program(plan)
     layout = layout_of(graph, plan)
     mesh = device_mesh(plan.mesh, devices)
     _check_platform(graph, mesh)

@@ -21,8 +21,11 @@ from partita.cost.work import local_flops
 from partita.errors import MemoryBudgetError
 from partita.execute.devices import detect
 from partita.execute.emitted import Emitted, emitted, peak_bytes
-from partita.execute.program import PlannedStep
-from partita.units import format_bytes, format_flops
+from partita.execute.program import PlannedStep, RunnableStep
+from partita.execute.staged import StagedStep
+from partita.execute.staged_verify import check_staged
+from partita.execute.verification import Traffic, Verification
+from partita.units import format_bytes
 
 TOLERANCE = 0.01
 """Largest difference of the bytes of one kind of collective, as a fraction of all planned bytes."""
@@ -34,74 +37,6 @@ FLOPS_IN_LOOPS = 0.01
 """Largest fraction of FLOPs in loops with which the compiler's count is compared: it counts a
 loop's body once.
 """
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of one kind of collective, per device and step."""
-
-    kind: str
-    planned: int
-    emitted: int
-    layers: tuple[tuple[str, int, int], ...] = ()
-    """(layer path, planned, emitted), largest difference first; empty if the totals agree."""
-
-
-@dataclass(frozen=True)
-class Verification:
-    """The compiled program of a step beside the plan, per device."""
-
-    peak_bytes: int
-    """Peak memory by the compiler."""
-    capacity_bytes: int | None
-    """Memory of a device, None if it is unknown."""
-    traffic: tuple[Traffic, ...]
-    compiled_flops: float | None
-    """None if the compiler does not count them."""
-    planned_flops: float | None
-    notes: tuple[str, ...] = ()
-    """Further comparisons, as lines of text."""
-
-    @property
-    def measured(self) -> dict[str, Any]:
-        """The compiler's figures of a device for a report: peak bytes, bytes by collective, FLOPs
-        if they are counted.
-        """
-        figures: dict[str, Any] = {
-            "peak_bytes": self.peak_bytes,
-            "traffic_bytes": {traffic.kind: traffic.emitted for traffic in self.traffic},
-        }
-        if self.compiled_flops is not None:
-            figures["flops"] = self.compiled_flops
-        return figures
-
-    @property
-    def ok(self) -> bool:
-        """Whether the collectives are the planned ones."""
-        return not any(traffic.layers for traffic in self.traffic)
-
-    def __str__(self) -> str:
-        memory_line = f"memory per device, by the compiler: {format_bytes(self.peak_bytes)}"
-        if self.capacity_bytes:
-            memory_line += f" of {format_bytes(self.capacity_bytes)}"
-        lines = [memory_line]
-        for traffic in self.traffic:
-            lines.append(f"{traffic.kind}: {_planned_emitted(traffic.planned, traffic.emitted)}")
-            for path, planned, emitted_bytes in traffic.layers:
-                lines.append(
-                    f"  {path or '(no layer)'}: {_planned_emitted(planned, emitted_bytes)}"
-                )
-        if not self.traffic:
-            lines.append("collectives: none planned, none emitted")
-        if self.compiled_flops is not None and self.planned_flops is not None:
-            planned_text = format_flops(self.planned_flops)
-            compiled_text = format_flops(self.compiled_flops)
-            lines.append(f"work per device: {planned_text} planned, {compiled_text} compiled")
-        return "\n".join([*lines, *self.notes])
-
-
-def _planned_emitted(planned: int, emitted_bytes: int) -> str:
-    return f"{format_bytes(planned)} planned, {format_bytes(emitted_bytes)} emitted"
 
 
 def verify(
@@ -186,9 +121,11 @@ def _different_layers(
 
 
 def check_compiled(
-    step: PlannedStep, compiled: Any, state: Any = None, batch: Any = None
+    step: RunnableStep, compiled: Any, state: Any = None, batch: Any = None
 ) -> Verification:
     """The check of every planned step before its first run: `verify` with the local devices."""
+    if isinstance(step, StagedStep):
+        return check_staged(step, compiled)
     graph = step.captured.graph
     mesh = step.plan.mesh
     machine = detect(mesh.size)
@@ -209,7 +146,7 @@ def check_compiled(
 
 
 def check_and_compare(
-    step: PlannedStep,
+    step: RunnableStep,
     compiled: Any,
     state: Any,
     batch: Any,
@@ -244,7 +181,7 @@ class Difference:
 
 
 def compare_steps(
-    captured: Captured, step: PlannedStep, state: Any, batch: Any
+    captured: Captured, step: RunnableStep, state: Any, batch: Any
 ) -> list[Difference]:
     """The differences of one step on one device and one as planned, from the same state and batch,
     which do not change.

@@ -37,7 +37,7 @@ from partita.capture.keras_models import capture_model
 from partita.errors import CaptureError, PartitaError, PlanError
 from partita.execute.function import Planner, compiled_in_turn, same_everywhere, settled
 from partita.execute.processes import alone, put, together, whole
-from partita.execute.program import PlannedStep
+from partita.execute.program import RunnableStep
 from partita.execute.verify import Verification, check_compiled
 from partita.keras.evaluation import batch_axes, split_batch, state_on_mesh
 from partita.keras.saving import save_once
@@ -45,7 +45,7 @@ from partita.plans.adapt import fit_plan
 from partita.plans.check import check
 from partita.plans.plan import Plan
 
-Verifier = Callable[[PlannedStep, Any, Any, Any], Verification]
+Verifier = Callable[[RunnableStep, Any, Any, Any], Verification]
 """Called with a planned step, its compiled program, and the state and batch (not yet placed) of its
 first run, which it must leave as they are. Its result is reported; it raises to refuse the step
 before anything has run."""
@@ -131,7 +131,7 @@ def restore_state(model: Any, state: Any) -> None:
 class Compiled:
     """A planned step and its compiled program, for one shape of state and batch."""
 
-    planned: PlannedStep
+    planned: RunnableStep
     program: Any
 
 
@@ -281,7 +281,7 @@ class PlannedFit:
                 f"{plan.devices}."
             )
 
-        def verify(planned: PlannedStep, program: Any) -> Verification:
+        def verify(planned: RunnableStep, program: Any) -> Verification:
             return self.verifier(planned, program, state, batch)
 
         try:

@@ -12,7 +12,7 @@ from partita.errors import PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
 from partita.plans.check import illegal_reason
-from partita.plans.plan import Axis, Mesh, Plan, Storage
+from partita.plans.plan import Axis, Mesh, Plan, Storage, placed_slice
 
 
 def fit_plan(plan: Plan, graph: OperatorGraph) -> Plan:
@@ -51,10 +51,14 @@ def fit_plan(plan: Plan, graph: OperatorGraph) -> Plan:
         )
     if dropped:
         notes.append(f"storage not split: {_first_names(dropped)}")
+    microbatches = plan.microbatches
+    while graph.batch_size % microbatches:
+        microbatches -= 1
     return replace(
         plan,
         choices=choices,
         storage=storage,
+        microbatches=microbatches,
         batch_size=graph.batch_size,
         predicted={},
         notes=tuple(notes),
@@ -73,6 +77,9 @@ def _divisible_choice(
         if axis.name not in planned:
             continue
         name = planned[axis.name]
+        if placed_slice(name) is not None:
+            choice[axis.name] = name
+            continue
         factor = graph.factor(operator, name)
         if factor is None:
             continue

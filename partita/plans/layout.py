@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 
@@ -215,6 +215,29 @@ def layout_of(graph: OperatorGraph, plan: Plan) -> Layout:
             )
         )
     return Layout(tuple(builder.shardings), tuple(reads), builder.assignments)
+
+
+def layout_over(layout: Layout, mesh: Mesh, part: Mesh) -> Layout:
+    """The layout of a mesh on a part of its axes: nothing is split over the others."""
+    if part == mesh:
+        return layout
+    number = {mesh.index[axis.name]: n for n, axis in enumerate(part.axes)}
+
+    def over(axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(number[axis] for axis in axes if axis in number)
+
+    def sharding_over(sharding: Sharding) -> Sharding:
+        return tuple(over(axes) for axes in sharding)
+
+    reads = tuple(replace(read, target=sharding_over(read.target)) for read in layout.reads)
+    assignments = []
+    for assignment in layout.assignments:
+        assignments.append({factor: over(axes) for factor, axes in assignment.items()})
+    return Layout(
+        shardings=tuple(sharding_over(sharding) for sharding in layout.shardings),
+        reads=reads,
+        assignments=tuple(assignments),
+    )
 
 
 class _LayoutBuilder:

@@ -15,6 +15,7 @@ front of the others. It splits samples over time, not over devices, and has no t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -72,6 +73,31 @@ def operator_stages(graph: OperatorGraph, plan: Plan) -> tuple[int, ...]:
 def stage_count(plan: Plan) -> int:
     """Number of stages of a plan."""
     return math.prod(plan.mesh.axes[number].size for number in stage_axes(plan))
+
+
+Place = tuple[tuple[str, int], ...]
+"""Pairs of a mesh axis and the slice of it that an operator is on; none for all slices."""
+
+
+def operator_places(graph: OperatorGraph, plan: Plan) -> tuple[list[Place], tuple[int, ...]]:
+    """(all places of a plan, per operator the number of its place).
+
+    The places of a pipeline are its stages, in order.
+    """
+    axes = [plan.mesh.axes[number] for number in stage_axes(plan)]
+    of_operator: list[Place] = []
+    for operator in graph.operators:
+        choice = plan.choices[operator.name]
+        slices = [(axis.name, placed_slice(choice.get(axis.name, ""))) for axis in axes]
+        of_operator.append(tuple((name, at) for name, at in slices if at is not None))
+    if is_pipeline(plan):
+        names = [axis.name for axis in axes]
+        grid = itertools.product(*(range(axis.size) for axis in axes))
+        places = [tuple(zip(names, slices, strict=True)) for slices in grid]
+    else:
+        places = sorted(set(of_operator))
+    number = {place: n for n, place in enumerate(places)}
+    return places, tuple(number[place] for place in of_operator)
 
 
 def sample_factor(
@@ -204,10 +230,10 @@ def rematerialized_runs(graph: OperatorGraph, plan: Plan) -> tuple[int, ...]:
     return tuple(runs)
 
 
-def runnable(plan: Plan) -> bool:
-    """Whether `execute` can run a plan: one program on all devices.
+def is_one_program(plan: Plan) -> bool:
+    """Whether a plan runs as one program on all devices.
 
-    Plans with placed operators, microbatches or rematerialization are only simulated.
+    Plans with placed operators, microbatches or rematerialization run in pieces.
     """
     return not is_pipeline(plan) and not stage_axes(plan)
 

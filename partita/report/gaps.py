@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from partita.plans.pipeline import runnable
+from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Plan
 
 PROVED = 1e-6
@@ -26,7 +26,7 @@ class Gaps(NamedTuple):
 
 def gaps_of(plan: Plan) -> Gaps:
     """The gaps of a plan by its own prediction."""
-    to_runnable = _gap(plan, "bound_seconds") if runnable(plan) else None
+    to_runnable = _gap(plan, "bound_seconds") if is_one_program(plan) else None
     return Gaps(to_runnable, _gap(plan, "staged_bound_seconds"))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from partita.plans.pipeline import runnable
+from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Plan
 from partita.search.candidates import names_of
 from partita.search.network import CostNetwork, storage_of
@@ -27,7 +27,7 @@ def alternatives(
 
     There are none for a plan with stages or placement.
     """
-    states = network.states_of(plan) if runnable(plan) else None
+    states = network.states_of(plan) if is_one_program(plan) else None
     if states is None:
         return [[] for _ in network.states]
     return [

@@ -33,7 +33,7 @@ from partita.errors import MemoryBudgetError, PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
 from partita.plans.baselines import BASELINES
-from partita.plans.pipeline import runnable
+from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Mesh, Plan, mesh_for
 from partita.search.base import Progress, Report, SearchResult
 from partita.search.baselines import HOPELESS, Baselines, peak_bytes
@@ -523,7 +523,7 @@ def _noted(request: _Request, result: PlanResult) -> PlanResult:
     """The result with the notes of its plan, and its prediction and bounds in the plan."""
     notes = [*result.plan.notes, *request.graph.notes]
     notes += _speedup(request, result)
-    if not runnable(result.plan):
+    if not is_one_program(result.plan):
         notes.append(NOT_RUNNABLE)
     else:
         if result.stopped:
@@ -539,7 +539,9 @@ def _speedup(request: _Request, result: PlanResult) -> list[str]:
     """A note about the speed of the plan relative to data parallel."""
     baselines = result.baselines
     seconds = result.prediction.seconds
-    if not runnable(result.plan) and not baselines.fits("data parallel", capacity(request.machine)):
+    if not is_one_program(result.plan) and not baselines.fits(
+        "data parallel", capacity(request.machine)
+    ):
         return ["data parallel does not fit in memory"]
     if seconds <= 0:
         return []

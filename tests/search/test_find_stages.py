@@ -13,7 +13,7 @@ from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
-from partita.plans.pipeline import runnable
+from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Plan
 from partita.search import find as find_module
 from partita.search import portfolio
@@ -61,7 +61,7 @@ def test_what_is_found_fits_is_what_is_simulated_and_is_a_file(graph: OperatorGr
     best = fastest(graph, where, network.terms, Limits(capacity(where), seconds=5))
     assert best is not None
     plan = check(Plan.from_json(best.plan.to_json()), graph)
-    assert not runnable(plan) and best.peak_bytes <= capacity(where)
+    assert not is_one_program(plan) and best.peak_bytes <= capacity(where)
     again = predicted(graph, where, plan)
     assert again.seconds == best.seconds and again.peak_bytes == best.peak_bytes
     assert lower_bound_seconds(network.terms, where, 8) <= best.seconds
@@ -73,7 +73,7 @@ def test_what_fits_under_no_plan_without_stages_is_found_with_them() -> None:
     with pytest.raises(MemoryBudgetError):
         find(graph, where)
     found = find(graph, where, stages=True, seconds=10)
-    assert not runnable(found.plan) and found.prediction.peak_bytes <= capacity(where)
+    assert not is_one_program(found.plan) and found.prediction.peak_bytes <= capacity(where)
     assert found.plan.predicted["bound_seconds"] <= found.prediction.seconds
     assert "not yet run" in " ".join(found.plan.notes)
     assert found.gap == found.staged_gap
@@ -89,7 +89,7 @@ def test_looking_at_stages_never_makes_it_slower(graph: OperatorGraph) -> None:
     assert staged.staged_bound_seconds is not None
     assert staged.staged_bound_seconds <= plain.bound_seconds
     assert (
-        not runnable(staged.plan)
+        not is_one_program(staged.plan)
         or "no pipeline or placement that was examined is predicted to be faster"
         in staged.plan.notes[-1]
     )

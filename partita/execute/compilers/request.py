@@ -17,7 +17,7 @@ import jax
 from partita.capture.jax_functions import Captured
 from partita.execute.annotate import annotate
 from partita.execute.compilers.base import Target
-from partita.execute.program import check_runnable, leaf_shardings
+from partita.execute.program import check_one_program, leaf_shardings
 from partita.plans.check import check
 from partita.plans.layout import layout_of
 from partita.plans.plan import Plan
@@ -91,7 +91,7 @@ def request_of(captured: Captured, plan: Plan, target: Target) -> CompileRequest
     """The request for a captured step under a plan. PlanError for a plan that cannot run."""
     graph = captured.graph
     check(plan, graph)
-    check_runnable(plan)
+    check_one_program(plan)
     layout = layout_of(graph, plan)
     text = captured.text
     shardings: list[SpecText] = []

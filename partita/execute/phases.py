@@ -1,0 +1,186 @@
+"""When the statements of a step run if its batch comes in microbatches: by dependence.
+
+JAX labels an instruction forward, backward or update by the function that wrote it. The label of a
+metric is "update", and it has to run for every microbatch. So the label only decides between
+statements of equal dependence:
+
+| class | dependence | runs |
+|---|---|---|
+| copied | on no argument, or a scalar of scalars of the optimizer (beta powers) | in each reader |
+| forward | on the batch and on no gradient; or labelled so; or only a metric's | per microbatch |
+| backward | on the batch, and labelled so or between two gradients | per microbatch |
+| update | all others | once per step |
+
+Not here: where a statement runs (`execute.pieces`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from partita.graph.operator_graph import Instruction, OperatorGraph, constant_tensors
+
+Class = Literal["copied", "forward", "backward", "update"]
+
+NEVER_COPIED = ("rng", "custom_call", "while")
+"""Beginnings of names of instructions that are too expensive to copy, or not pure."""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """An operation of the step's outermost block, with all of its loops and branches."""
+
+    instruction: int
+    reads: tuple[int, ...]
+    """Tensors from outside of it, those that its loops and branches read included."""
+    makes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DataFlow:
+    """The statements of a step, and the tensors between them."""
+
+    graph: OperatorGraph
+    statements: tuple[Statement, ...]
+
+    def instruction(self, statement: int) -> Instruction:
+        """The instruction of a statement."""
+        return self.graph.instructions[self.statements[statement].instruction]
+
+    def instructions(self, statements: Sequence[int]) -> list[int]:
+        """The instructions of statements, those in loops and branches included."""
+        starts = [statement.instruction for statement in self.statements]
+        ends = [*starts[1:], len(self.graph.instructions)]
+        return [n for k in statements for n in range(starts[k], ends[k])]
+
+    def owner(self, statement: int) -> int:
+        """The operator of a statement, -1 for none."""
+        return self.graph.owner[self.statements[statement].instruction]
+
+    @cached_property
+    def producer(self) -> dict[int, int]:
+        """Tensor -> the statement that makes it. Arguments have none."""
+        return {t: k for k, statement in enumerate(self.statements) for t in statement.makes}
+
+    @cached_property
+    def readers(self) -> dict[int, list[int]]:
+        """Tensor -> the statements that read it."""
+        readers: dict[int, list[int]] = defaultdict(list)
+        for k, statement in enumerate(self.statements):
+            for t in statement.reads:
+                readers[t].append(k)
+        return readers
+
+    @cached_property
+    def roles(self) -> dict[int, str]:
+        """Tensor of an argument -> its role."""
+        return {argument.tensor: argument.role for argument in self.graph.arguments}
+
+    @cached_property
+    def of_batch(self) -> frozenset[int]:
+        """Tensors that depend on the batch, the batch included."""
+        return self.dependent([t for t, role in self.roles.items() if role == "batch"])
+
+    def dependent(self, tensors: Sequence[int]) -> frozenset[int]:
+        """These tensors, and all that depend on them."""
+        dependent = set(tensors)
+        for statement in self.statements:
+            if not dependent.isdisjoint(statement.reads):
+                dependent.update(statement.makes)
+        return frozenset(dependent)
+
+
+def classes(flow: DataFlow) -> list[Class]:
+    """Per statement its class."""
+    forward_only = _forward_only(flow)
+    scalars = _scalars(flow) - forward_only
+    constants = constant_tensors(flow.graph) - flow.roles.keys()
+    copied: set[int] = set()
+    of_gradient: set[int] = set()
+    result: list[Class] = []
+    for k, statement in enumerate(flow.statements):
+        label = flow.instruction(k).phase
+        on_batch = not flow.of_batch.isdisjoint(statement.reads)
+        on_gradient = not of_gradient.isdisjoint(statement.reads)
+        on_gradient = on_gradient or (label == "backward" and on_batch)
+        if on_gradient:
+            of_gradient.update(statement.makes)
+        if not on_batch and _is_copied(flow, k, scalars | copied | constants, copied):
+            copied.update(statement.makes)
+            result.append("copied")
+        elif label == "backward" or (on_gradient and label == "forward"):
+            result.append("backward" if on_batch else "forward")
+        elif on_gradient:
+            result.append("update")
+        else:
+            repeated = on_batch or label == "forward"
+            repeated = repeated or not forward_only.isdisjoint(statement.reads)
+            result.append("forward" if repeated else "update")
+    _run_before_readers(flow, result, of_gradient)
+    return result
+
+
+def _is_copied(
+    flow: DataFlow,
+    statement: int,
+    cheap: set[int],
+    copied: set[int],
+) -> bool:
+    """Whether every reader computes a statement's result itself.
+
+    `cheap`: tensors that every reader has anyway; `copied`: those of them that statements make.
+    """
+    reads = flow.statements[statement].reads
+    makes = flow.statements[statement].makes
+    if flow.instruction(statement).name.startswith(NEVER_COPIED):
+        return False
+    if not cheap.issuperset(reads):
+        return False
+    all_scalars = not any(flow.graph.tensors[t].shape for t in (*reads, *makes))
+    return not reads or all_scalars or copied.issuperset(reads)
+
+
+def _scalars(flow: DataFlow) -> set[int]:
+    """Scalar arguments that are not of the batch."""
+    return {t for t, role in flow.roles.items() if role != "batch" and not _shape(flow, t)}
+
+
+def _shape(flow: DataFlow, tensor: int) -> tuple[int, ...]:
+    return flow.graph.tensors[tensor].shape
+
+
+def _forward_only(flow: DataFlow) -> set[int]:
+    """Tensors that values of the batch are computed with, and no update.
+
+    Such a scalar (the count of a metric) changes with every microbatch.
+    """
+    of_gradient: set[int] = set()
+    for k, statement in enumerate(flow.statements):
+        is_backward = flow.instruction(k).phase == "backward"
+        if is_backward or not of_gradient.isdisjoint(statement.reads):
+            of_gradient.update(statement.makes)
+    into_update: set[int] = set()
+    into_forward: set[int] = set()
+    for statement in reversed(flow.statements):
+        makes = statement.makes
+        if not (of_gradient | into_update).isdisjoint(makes):
+            into_update.update(statement.reads)
+        elif not (flow.of_batch | into_forward).isdisjoint(makes):
+            into_forward.update(statement.reads)
+    return into_forward - into_update
+
+
+def _run_before_readers(flow: DataFlow, result: list[Class], of_gradient: set[int]) -> None:
+    """Moves statements out of the update that forward or backward statements read."""
+    for k in reversed(range(len(result))):
+        if result[k] != "update":
+            continue
+        makes = flow.statements[k].makes
+        if not of_gradient.isdisjoint(makes):
+            continue
+        if any(result[r] in ("forward", "backward") for t in makes for r in flow.readers[t]):
+            result[k] = "forward"

@@ -1,0 +1,158 @@
+"""A piece as a program of its own: the step's text with all other statements erased."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.mlir import ir
+
+from partita.capture import stablehlo
+from partita.capture.jax_functions import Text
+from partita.execute.annotate import Annotator, join_split
+from partita.execute.phases import DataFlow, Statement
+from partita.execute.pieces import Piece
+from partita.graph.operator_graph import OperatorGraph, Tensor
+
+
+def statements(source: bytes) -> tuple[Statement, ...]:
+    """The statements of a program, in order."""
+    with stablehlo.context(), ir.Location.unknown():
+        module = stablehlo.parse(source)
+        block = stablehlo.main_block(module)
+        values, operations = stablehlo.numbered(block)
+        tensor_of = {value: t for t, value in enumerate(values)}
+        index_of = {operation: n for n, operation in enumerate(operations)}
+        result = []
+        for op in _statements_of(block):
+            inner: set[Any] = set()
+            operands = [*op.operands, *_inner_operands(op, inner)]
+            outer = [tensor_of[value] for value in operands if value not in inner]
+            makes = tuple(tensor_of[value] for value in op.results)
+            result.append(Statement(index_of[op], tuple(dict.fromkeys(outer)), makes))
+        return tuple(result)
+
+
+def _statements_of(block: Any) -> list[Any]:
+    """The operations of a block but its return."""
+    return [op.operation for op in block][:-1]
+
+
+def _inner_operands(operation: Any, inner: set[Any]) -> Iterator[Any]:
+    """All operands inside an operation's regions; adds the values made there to `inner`."""
+    for block in stablehlo.inner_blocks(operation):
+        inner.update(block.arguments)
+        for op in block:
+            yield from op.operation.operands
+            inner.update(op.operation.results)
+            yield from _inner_operands(op.operation, inner)
+
+
+def piece_text(
+    text: Text,
+    flow: DataFlow,
+    piece: Piece,
+    name: str,
+    annotator: Annotator | None,
+) -> Text:
+    """A piece as a function from the list of its `reads` to the list of its `gives`.
+
+    With an annotator, the layout inside the piece is written into it.
+    """
+    with stablehlo.context(), ir.Location.unknown():
+        module = stablehlo.parse(text.mlir_module_serialized)
+        block = stablehlo.main_block(module)
+        values, _ = stablehlo.numbered(block)
+        operations = [op.operation for op in block]
+        assert len(operations) == len(flow.statements) + 1, "the text has the flow's statements"
+        if annotator is not None:
+            annotator.annotate(module)
+        kept = {operations[k] for k in piece.statements}
+        own = set(operations)
+        _replace_interface(block, values, piece)
+        _erase_others(block, own, kept)
+        if annotator is not None:
+            annotator.finish(block, flow.instructions(piece.statements))
+        else:
+            join_split(block)
+        _set_type(block, piece, annotator)
+        module.operation.verify()
+        source = stablehlo.serialize(module)
+    return _exported(text, flow.graph, piece, name, source)
+
+
+def _replace_interface(block: Any, values: list[Any], piece: Piece) -> None:
+    """Makes `reads` arguments, behind the present ones, and returns `gives`."""
+    for t in piece.reads:
+        argument = block.add_argument(values[t].type, ir.Location.unknown())
+        values[t].replace_all_uses_with(argument)
+        values[t] = argument
+    list(block)[-1].operation.erase()
+    with ir.InsertionPoint(block):
+        ir.Operation.create("func.return", operands=[values[t] for t in piece.gives])
+
+
+def _erase_others(block: Any, own: set[Any], kept: set[Any]) -> None:
+    """Erases the other statements, and constraints that no kept statement reads."""
+    for operation in reversed(_statements_of(block)):
+        if operation in kept:
+            continue
+        is_constraint = operation not in own
+        if is_constraint and any(list(result.uses) for result in operation.results):
+            continue
+        operation.erase()
+
+
+def _set_type(block: Any, piece: Piece, annotator: Annotator | None) -> None:
+    """Erases the step's arguments; the function's type becomes the piece's."""
+    for number in reversed(range(len(block.arguments) - len(piece.reads))):
+        block.erase_argument(number)
+    results = [value.type for value in list(block)[-1].operation.operands]
+    arguments = [argument.type for argument in block.arguments]
+    function = block.owner
+    function.attributes["function_type"] = ir.TypeAttr.get(ir.FunctionType.get(arguments, results))
+    for name in ("arg_attrs", "res_attrs"):
+        if name in function.attributes:
+            del function.attributes[name]
+    if annotator is not None:
+        shardings = [annotator.argument_attribute(t) for t in piece.reads]
+        function.attributes["arg_attrs"] = ir.ArrayAttr.get(shardings)
+
+
+def _exported(
+    text: Text,
+    graph: OperatorGraph,
+    piece: Piece,
+    name: str,
+    source: bytes,
+) -> Text:
+    """The exported program of a piece's module."""
+    inputs = [aval(graph.tensors[t]) for t in piece.reads]
+    outputs = [aval(graph.tensors[t]) for t in piece.gives]
+    fields = {f.name: getattr(text, f.name) for f in dataclasses.fields(text)}
+    fields.update(
+        fun_name=name,
+        mlir_module_serialized=source,
+        in_tree=jax.tree.structure(((inputs,), {})),
+        in_avals=tuple(inputs),
+        out_tree=jax.tree.structure(outputs),
+        out_avals=tuple(outputs),
+        _in_named_shardings=_no_shardings(inputs),
+        _out_named_shardings=_no_shardings(outputs),
+        in_shardings_hlo=_no_shardings(inputs),
+        out_shardings_hlo=_no_shardings(outputs),
+        module_kept_var_idx=tuple(range(len(inputs))),
+    )
+    return Text(**fields)
+
+
+def _no_shardings(values: Sequence[Any]) -> tuple[None, ...]:
+    return (None,) * len(values)
+
+
+def aval(tensor: Tensor) -> Any:
+    """JAX's shape and dtype of a tensor."""
+    return jax.core.ShapedArray(tensor.shape, jnp.dtype(tensor.dtype))

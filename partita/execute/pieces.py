@@ -1,0 +1,434 @@
+"""A step cut into pieces: programs of one place and one phase, with the tensors between them.
+
+A place is a pipeline stage, or the devices of operators that a plan pins to the same slices. The
+cut needs no marks in the model. A statement runs where its operator is placed and when its class
+says (`execute.phases`). A piece takes a statement unless two pieces would then wait for each other;
+in that case a new piece begins. A pipeline has one piece per stage and phase. Clipping by the
+global norm gets one more: the update of all stages but the last needs a norm of all.
+
+Rematerialized forward statements are copied into the backward piece. As pieces are programs of
+their own, XLA cannot merge the copies with the originals.
+
+Not here: the text of a piece (`execute.piece_text`), devices and order (`execute.staged`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from partita.execute.phases import Class, DataFlow, classes
+from partita.plans.pipeline import Place, is_pipeline, operator_places, rematerialized_runs
+from partita.plans.plan import Plan
+
+PiecePhase = Literal["forward", "backward", "update"]
+
+LIGHT = frozenset(
+    [
+        "add",
+        "subtract",
+        "multiply",
+        "divide",
+        "maximum",
+        "minimum",
+        "negate",
+        "abs",
+        "compare",
+        "select",
+        "convert",
+        "broadcast_in_dim",
+        "reshape",
+        "transpose",
+        "and",
+        "or",
+        "not",
+        "exponential",
+        "tanh",
+        "logistic",
+        "rsqrt",
+        "sqrt",
+        "erf",
+        "slice",
+        "concatenate",
+        "clamp",
+        "sign",
+        "pad",
+    ]
+)
+"""Instructions that a backward piece repeats if it has their operands anyway."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of a step that one place runs in one go."""
+
+    place: int
+    phase: PiecePhase
+    statements: tuple[int, ...]
+    """In program order, copied ones included."""
+    reads: tuple[int, ...]
+    """Tensors that come from outside, its arguments in order."""
+    gives: tuple[int, ...]
+    """Tensors that other pieces read or the step returns, its results in order."""
+    after: frozenset[int]
+    """Pieces that it waits for, transitively."""
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether it runs for every microbatch."""
+        return self.phase != "update"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A step as pieces."""
+
+    flow: DataFlow
+    places: tuple[Place, ...]
+    pieces: tuple[Piece, ...]
+    homes: dict[int, int]
+    """Argument that is not of the batch -> the place that stores it."""
+
+    def maker(self) -> dict[int, int]:
+        """Tensor -> the piece that gives it."""
+        return {t: n for n, piece in enumerate(self.pieces) for t in piece.gives}
+
+    def readers(self) -> dict[int, list[int]]:
+        """Tensor -> the pieces that read it."""
+        readers: dict[int, list[int]] = defaultdict(list)
+        for n, piece in enumerate(self.pieces):
+            for t in piece.reads:
+                readers[t].append(n)
+        return readers
+
+    def in_order(self) -> list[int]:
+        """The pieces, each after those that it waits for."""
+        numbers = range(len(self.pieces))
+        return sorted(numbers, key=lambda n: (len(self.pieces[n].after), n))
+
+
+def cut(flow: DataFlow, plan: Plan) -> Cut:
+    """The pieces of a step under a plan for its graph.
+
+    PlanError if the plan's microbatches cannot run in pieces.
+    """
+    places, place_of_operator = operator_places(flow.graph, plan)
+    cutter = _Cutter(flow, plan, place_of_operator)
+    cutter.place_statements()
+    cutter.assign_statements()
+    pieces = cutter.pieces()
+    return check(Cut(flow, tuple(places), tuple(pieces), cutter.homes))
+
+
+def check(cut: Cut) -> Cut:
+    """The cut, after a check of what execution relies on: every tensor that a piece reads is an
+    argument or given by a piece that it waits for; every result of the step is given once; no
+    piece waits for itself.
+    """
+    maker = cut.maker()
+    given = [t for piece in cut.pieces for t in piece.gives]
+    assert len(given) == len(set(given)), "a tensor is given twice"
+    for n, piece in enumerate(cut.pieces):
+        assert n not in piece.after, "a piece waits for itself"
+        for t in piece.reads:
+            assert t in cut.flow.roles or maker[t] in piece.after, "a tensor is read before"
+    for t in cut.flow.graph.outputs:
+        assert t in cut.flow.roles or t in maker, "a result is not computed"
+    return cut
+
+
+@dataclass
+class _Draft:
+    """A piece that takes statements."""
+
+    place: int
+    phase: PiecePhase
+    statements: list[int] = field(default_factory=list)
+    after: set[int] = field(default_factory=set)
+
+
+class _Cutter:
+    def __init__(self, flow: DataFlow, plan: Plan, place_of_operator: Sequence[int]) -> None:
+        self.flow = flow
+        self.is_pipeline = is_pipeline(plan)
+        self.place_of_operator = place_of_operator
+        self.run_of = rematerialized_runs(flow.graph, plan)
+        self.classes: list[Class] = classes(flow)
+        self.place: list[int] = []
+        """[statement]: its place."""
+        self.homes: dict[int, int] = {}
+        self.drafts: list[_Draft] = []
+        self.made_by: dict[int, int] = {}
+        """Tensor -> draft."""
+
+    # ------------------------------------------------------------------------------------- places
+
+    def place_statements(self) -> None:
+        """Gives every statement a place: its operator's, else that of its operands, else that of
+        its readers.
+        """
+        flow = self.flow
+        owners = [flow.owner(k) for k in range(len(flow.statements))]
+        self.place = [self.place_of_operator[o] if o >= 0 else -1 for o in owners]
+        while -1 in self.place:
+            before = list(self.place)
+            self._place_argument_readers()
+            for k in range(len(self.place)):
+                if self.place[k] < 0:
+                    self.place[k] = max(self._places_before(k), default=-1)
+            for k in reversed(range(len(self.place))):
+                if self.place[k] < 0:
+                    self.place[k] = max(self._places_after(k), default=-1)
+            if self.place == before:
+                last = max(self.place_of_operator, default=0)
+                self.place = [last if place < 0 else place for place in self.place]
+        self._place_argument_readers()
+        self._sum_once_per_step()
+
+    def _place_argument_readers(self) -> None:
+        """Homes of arguments: the place of their operator, else of their first reader."""
+        flow = self.flow
+        for argument in flow.graph.arguments:
+            t = argument.tensor
+            operator = flow.graph.home[t]
+            readers = [k for k in flow.readers.get(t, ()) if self.classes[k] != "copied"]
+            places = [self.place[k] for k in readers if self.place[k] >= 0]
+            if argument.role == "batch":
+                continue
+            if operator >= 0:
+                self.homes[t] = self.place_of_operator[operator]
+            else:
+                self.homes[t] = places[0] if places else 0
+
+    def _places_before(self, statement: int) -> list[int]:
+        """Places of the values that a statement reads."""
+        flow = self.flow
+        places = []
+        for t in flow.statements[statement].reads:
+            k = flow.producer.get(t)
+            if k is None and flow.graph.tensors[t].shape:
+                places.append(self.homes.get(t, -1))
+            elif k is not None and self.classes[k] != "copied":
+                places.append(self.place[k])
+        return places
+
+    def _places_after(self, statement: int) -> list[int]:
+        """Places of a statement's readers."""
+        makes = self.flow.statements[statement].makes
+        return [self.place[r] for t in makes for r in self.flow.readers[t]]
+
+    def _sum_once_per_step(self) -> None:
+        """Moves sums of gradients from several places to the update.
+
+        The gradients of tied weights: each place then adds up its own part over the microbatches,
+        and sends it once per step.
+        """
+        flow = self.flow
+        for k in reversed(range(len(flow.statements))):
+            if self.classes[k] != "backward" or flow.instruction(k).name != "add":
+                continue
+            statement = flow.statements[k]
+            readers = [r for t in statement.makes for r in flow.readers[t]]
+            producers = [flow.producer[t] for t in statement.reads if t in flow.producer]
+            of_update = all(self.classes[r] == "update" for r in readers)
+            if of_update and len({self.place[p] for p in producers}) > 1:
+                self.classes[k] = "update"
+
+    # ------------------------------------------------------------------------------------- drafts
+
+    def assign_statements(self) -> None:
+        """Puts every statement that is not copied into a draft."""
+        crossings, urgent = self._branches()
+        open_drafts: dict[tuple[object, ...], int] = {}
+        for k, statement in enumerate(self.flow.statements):
+            phase = self.classes[k]
+            if phase == "copied":
+                continue
+            needs = self._needs(k)
+            key: tuple[object, ...] = (self.place[k], phase)
+            if not self.is_pipeline and phase != "update":
+                key = (*key, crossings[k], urgent[k])
+            draft = open_drafts.get(key, -1)
+            if draft < 0 or any(draft in self.drafts[n].after for n in needs if n != draft):
+                draft = len(self.drafts)
+                open_drafts[key] = draft
+                self.drafts.append(_Draft(self.place[k], phase))
+            self._add(draft, k, needs - {draft})
+            self.made_by.update(dict.fromkeys(statement.makes, draft))
+        self._move_homes()
+        self._give_copied_results()
+
+    def _add(self, draft: int, statement: int, needs: set[int]) -> None:
+        """Adds a statement to a draft, which then waits for the drafts `needs`."""
+        new = set(needs)
+        for n in needs:
+            new |= self.drafts[n].after
+        self.drafts[draft].statements.append(statement)
+        if new <= self.drafts[draft].after:
+            return
+        self.drafts[draft].after |= new
+        for other in self.drafts:
+            if draft in other.after:
+                other.after |= self.drafts[draft].after
+
+    def _needs(self, statement: int) -> set[int]:
+        """The drafts whose values a statement reads, also through copied statements."""
+        needs = set()
+        for t in self._inputs(self.flow.statements[statement].reads)[0]:
+            if t in self.made_by:
+                needs.add(self.made_by[t])
+        return needs
+
+    def _inputs(
+        self, tensors: Iterable[int], repeated: Iterable[int] = ()
+    ) -> tuple[list[int], set[int]]:
+        """(the tensors from which these are computed by copied statements, those statements).
+
+        `repeated` are statements that are copied too.
+        """
+        also = set(repeated)
+        inputs: dict[int, None] = {}
+        statements: set[int] = set()
+        waiting = list(tensors)
+        while waiting:
+            t = waiting.pop()
+            k = self.flow.producer.get(t)
+            if k is None or (self.classes[k] != "copied" and k not in also):
+                inputs[t] = None
+            elif k not in statements:
+                statements.add(k)
+                waiting += self.flow.statements[k].reads
+        return list(inputs), statements
+
+    def _branches(self) -> tuple[list[int], list[bool]]:
+        """(per statement the crossings between places before it in its phase, whether another place
+        waits for it).
+
+        Without microbatches, a piece ends where another place waits for its values, so branches run
+        at the same time.
+        """
+        flow = self.flow
+        count = len(flow.statements)
+        crossings = [0] * count
+        urgent = [False] * count
+        for k, statement in enumerate(flow.statements):
+            for t in statement.reads:
+                p = flow.producer.get(t, -1)
+                if p >= 0 and self.classes[p] == self.classes[k]:
+                    step = int(self.place[p] != self.place[k])
+                    crossings[k] = max(crossings[k], crossings[p] + step)
+        for k in reversed(range(count)):
+            for t in flow.statements[k].makes:
+                for r in flow.readers[t]:
+                    if self.classes[r] == self.classes[k]:
+                        is_awaited = self.place[r] != self.place[k] or urgent[r]
+                        urgent[k] = urgent[k] or is_awaited
+        return crossings, urgent
+
+    def _move_homes(self) -> None:
+        """State is stored where its new value is computed."""
+        for argument in self.flow.graph.arguments:
+            draft = self.made_by.get(-1 if argument.result is None else argument.result)
+            if draft is not None and argument.tensor in self.homes:
+                self.homes[argument.tensor] = self.drafts[draft].place
+
+    def _give_copied_results(self) -> None:
+        """Results of the step by copied statements (the next iteration): of an update piece."""
+        flow = self.flow
+        argument_of = {a.result: a.tensor for a in flow.graph.arguments if a.result is not None}
+        for t in dict.fromkeys(flow.graph.outputs):
+            k = flow.producer.get(t, -1)
+            if k < 0 or self.classes[k] != "copied":
+                continue
+            place = self.homes.get(argument_of.get(t, -1), 0)
+            updates = [
+                n for n, d in enumerate(self.drafts) if (d.place, d.phase) == (place, "update")
+            ]
+            if not updates:
+                updates = [len(self.drafts)]
+                self.drafts.append(_Draft(place, "update"))
+            self.drafts[updates[-1]].statements.append(k)
+            self.made_by[t] = updates[-1]
+
+    # ------------------------------------------------------------------------------------- pieces
+
+    def pieces(self) -> list[Piece]:
+        """The drafts with their copied statements, arguments and results."""
+        contents = [self._content(draft) for draft in self.drafts]
+        read_by: dict[int, set[int]] = defaultdict(set)
+        for n, (_, reads) in enumerate(contents):
+            for t in reads:
+                read_by[t].add(n)
+        outputs = set(self.flow.graph.outputs)
+        gives: list[list[int]] = [[] for _ in self.drafts]
+        for t, n in sorted(self.made_by.items()):
+            if t in outputs or read_by[t] - {n}:
+                gives[n].append(t)
+        pieces = []
+        for n, (draft, (statements, reads)) in enumerate(zip(self.drafts, contents, strict=True)):
+            pieces.append(
+                Piece(
+                    place=draft.place,
+                    phase=draft.phase,
+                    statements=tuple(statements),
+                    reads=tuple(reads),
+                    gives=tuple(gives[n]),
+                    after=frozenset(draft.after),
+                )
+            )
+        return pieces
+
+    def _content(self, draft: _Draft) -> tuple[list[int], list[int]]:
+        """(all statements of a draft, the tensors that it reads), both sorted."""
+        own = set(draft.statements)
+        makes = {t for k in own for t in self.flow.statements[k].makes}
+        reads = {t for k in own for t in self.flow.statements[k].reads} - makes
+        repeated = self._rematerialized(draft) if draft.phase == "backward" else []
+        inputs, copied = self._inputs(reads, repeated)
+        inner = set(inputs) - makes
+        if draft.phase == "backward":
+            inner, light = self._with_light_repeated(draft.place, inner)
+            copied |= light
+        return sorted(own | copied), sorted(inner)
+
+    def _rematerialized(self, draft: _Draft) -> list[int]:
+        """The forward statements of a place that its backward pass repeats."""
+        repeated = []
+        for k, statement_class in enumerate(self.classes):
+            owner = self.flow.owner(k)
+            is_here = statement_class == "forward" and self.place[k] == draft.place
+            if is_here and owner >= 0 and self.run_of[owner] >= 0:
+                repeated.append(k)
+        return repeated
+
+    def _with_light_repeated(self, place: int, reads: set[int]) -> tuple[set[int], set[int]]:
+        """(tensors to read, light forward statements to repeat) in place of the tensors `reads`.
+
+        A light statement is repeated if its operands are read anyway, or are smaller variables of
+        the place. Its result is then not stored from the forward to the backward pass.
+        """
+        statements: set[int] = set()
+        has_changed = True
+        while has_changed:
+            has_changed = False
+            for t in sorted(reads, reverse=True):
+                k = self.flow.producer.get(t, -1)
+                if k < 0 or not self._is_light(k, place):
+                    continue
+                operands, copied = self._inputs(self.flow.statements[k].reads)
+                if all(u in reads or self._is_smaller_variable(u, t, place) for u in operands):
+                    reads = (reads - {t}) | set(operands)
+                    statements |= copied | {k}
+                    has_changed = True
+        return reads, statements
+
+    def _is_light(self, statement: int, place: int) -> bool:
+        is_here = self.classes[statement] == "forward" and self.place[statement] == place
+        return is_here and self.flow.instruction(statement).name in LIGHT
+
+    def _is_smaller_variable(self, variable: int, tensor: int, place: int) -> bool:
+        tensors = self.flow.graph.tensors
+        is_here = self.homes.get(variable, -1) == place
+        return is_here and tensors[variable].nbytes <= tensors[tensor].nbytes

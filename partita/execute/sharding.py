@@ -1,0 +1,39 @@
+"""Meshes and shardings of a plan as JAX's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from partita.plans.layout import Sharding
+from partita.plans.plan import Mesh
+
+
+def device_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """A plan's mesh over devices (default: JAX's), in their order."""
+    if devices is None:
+        devices = jax.devices()
+    shape = mesh.sizes or (1,)
+    names = tuple(axis.name for axis in mesh.axes) or ("a",)
+    return jax.sharding.Mesh(
+        np.array(list(devices)[: mesh.size], dtype=object).reshape(shape),
+        names,
+        axis_types=(AxisType.Auto,) * len(names),
+    )
+
+
+def named_sharding(
+    sharding: Sharding,
+    mesh: Mesh,
+    devices: jax.sharding.Mesh,
+) -> NamedSharding:
+    """A sharding over axes of `mesh`, as JAX's over the same mesh of devices."""
+    dims = []
+    for axes in sharding:
+        names = tuple(mesh.axes[axis].name for axis in axes)
+        dims.append(names or None)
+    return NamedSharding(devices, PartitionSpec(*dims))

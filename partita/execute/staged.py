@@ -1,0 +1,338 @@
+"""A plan in stages, microbatches or places as a step that runs: its pieces, compiled, and a loop
+over the actions of `execute.dispatch`.
+
+The step behaves like `execute.program.PlannedStep`. Its state lives where the pieces read it: each
+variable on the devices of one place. Python starts the actions and does not wait for them, so
+places work at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from partita.capture.jax_functions import Captured
+from partita.errors import PlanError
+from partita.execute.annotate import Annotator
+from partita.execute.dispatch import Dispatch, Output, PieceRole, Run, Value, dispatch
+from partita.execute.phases import DataFlow
+from partita.execute.piece_text import aval, piece_text, statements
+from partita.execute.pieces import Cut, Piece, cut
+from partita.execute.sharding import device_mesh, named_sharding
+from partita.execute.transport import Local
+from partita.plans.layout import Layout, layout_of, layout_over
+from partita.plans.pipeline import Place
+from partita.plans.plan import Mesh, Plan
+
+
+@dataclass(frozen=True)
+class PlaceDevices:
+    """The devices of a place, and the layout of values there."""
+
+    mesh: Mesh
+    layout: Layout
+    devices: jax.sharding.Mesh
+    sharding_source: dict[int, int]
+    """New state -> the argument that it replaces, whose sharding it has."""
+
+    def sharding(self, tensor: int) -> NamedSharding:
+        """The sharding of a tensor on this place."""
+        source = self.sharding_source.get(tensor, tensor)
+        return named_sharding(self.layout.shardings[source], self.mesh, self.devices)
+
+
+@dataclass(frozen=True)
+class StagedProgram:
+    """A compiled step in pieces: `program(state, batch) -> (outputs, state)`."""
+
+    step: StagedStep
+    programs: tuple[Any, ...]
+    """Per piece its compiled program."""
+
+    def __call__(self, state: Any, batch: dict[Value, Any]) -> tuple[Any, Any]:
+        step = self.step
+        leaves = jax.tree.leaves(state)
+        values: dict[Value, Any] = dict(batch)
+        for argument, value in step.dispatch.state.items():
+            values[value] = leaves[step.leaf_of[argument]]
+        transport = Local(step.places)
+        for action in step.dispatch.actions:
+            if isinstance(action, Run):
+                self._run(action, values)
+            else:
+                values[action.target] = transport.move(values[action.source], action.target)
+            for value in action.frees:
+                values.pop(value, None)
+        return step.results(values)
+
+    def _run(self, run: Run, values: dict[Value, Any]) -> None:
+        role = self.step.dispatch.roles[run.piece]
+        donated = [values[run.reads[n]] for n in role.donated]
+        others = [values[run.reads[n]] for n in self.step.others(run.piece)]
+        sums = [values[value] if value in values else self.step.zeros(value) for value in run.sums]
+        given, totals = self.programs[run.piece](donated, others, sums)
+        values.update(zip(run.gives, given, strict=True))
+        values.update(zip(run.sums, totals, strict=True))
+        if self.step.is_awaited:
+            jax.block_until_ready((given, totals))
+
+
+@dataclass(frozen=True)
+class StagedStep:
+    """A step that runs in pieces: `step(state, batch) -> (outputs, state)`."""
+
+    captured: Captured
+    """The step on the whole batch."""
+    plan: Plan
+    microbatch: Captured
+    """The step on one microbatch, which is cut."""
+    cut: Cut
+    dispatch: Dispatch
+    places: tuple[PlaceDevices, ...]
+    layout: Layout
+    """Sharding of every tensor of `microbatch`, over all axes of the plan."""
+    mesh: jax.sharding.Mesh
+    """All devices."""
+
+    # -------------------------------------------------------------------------------------- values
+
+    @cached_property
+    def leaf_of(self) -> dict[int, int]:
+        """Argument -> its position among the leaves of (state, batch)."""
+        return dict(enumerate(self.microbatch.text.module_kept_var_idx))
+
+    @cached_property
+    def state_shardings(self) -> Any:
+        """A sharding for every leaf of the state."""
+        leaves, tree = jax.tree.flatten(self.captured.state)
+        replicated = NamedSharding(self.places[0].devices, PartitionSpec())
+        shardings = [replicated] * len(leaves)
+        for argument, value in self.dispatch.state.items():
+            leaf = self.leaf_of[argument]
+            if leaf < len(leaves):
+                shardings[leaf] = self.places[value.place].sharding(argument)
+        return jax.tree.unflatten(tree, shardings)
+
+    def place_state(self, state: Any) -> Any:
+        """The state on the devices, as the step takes it."""
+        return jax.device_put(state, self.state_shardings)
+
+    def place_batch(self, batch: Any) -> dict[Value, Any]:
+        """The microbatches of a batch on the devices that read them."""
+        state_count = len(jax.tree.leaves(self.captured.state))
+        leaves = jax.tree.leaves(batch)
+        parts = jax.tree.leaves(self.microbatch.batch)
+        placed = {}
+        for value in self.dispatch.batch:
+            leaf = self.leaf_of[value.tensor] - state_count
+            array = leaves[leaf]
+            size = parts[leaf].shape[0] if parts[leaf].shape else 0
+            if np.shape(array) != parts[leaf].shape:
+                array = array[value.microbatch * size : (value.microbatch + 1) * size]
+            sharding = self.places[value.place].sharding(value.tensor)
+            placed[value] = jax.device_put(array, sharding)
+        return placed
+
+    def zeros(self, value: Value) -> Any:
+        """An empty sum of gradients."""
+        return self._zeros[value.tensor, value.place]()
+
+    @cached_property
+    def _zeros(self) -> dict[tuple[int, int], Callable[[], Any]]:
+        """(tensor, place) -> a compiled function that makes its zeros."""
+        makers = {}
+        for action in self.dispatch.actions:
+            for value in action.sums if isinstance(action, Run) else ():
+                shape = aval(self.cut.flow.graph.tensors[value.tensor])
+                makers[value.tensor, value.place] = jax.jit(
+                    lambda shape=shape: jnp.zeros(shape.shape, shape.dtype),
+                    out_shardings=self.places[value.place].sharding(value.tensor),
+                )
+        return makers
+
+    def results(self, values: dict[Value, Any]) -> tuple[Any, Any]:
+        """(outputs, new state) from the values after the last action."""
+        flat = [_combined(output, values) for output in self.dispatch.outputs]
+        return jax.tree.unflatten(self.microbatch.text.out_tree, flat)
+
+    # ------------------------------------------------------------------------------------- programs
+
+    def others(self, piece: int) -> tuple[int, ...]:
+        """Positions of a piece's arguments that are not donated."""
+        return self._others[piece]
+
+    @cached_property
+    def _others(self) -> list[tuple[int, ...]]:
+        result = []
+        for piece, role in zip(self.cut.pieces, self.dispatch.roles, strict=True):
+            donated = set(role.donated)
+            result.append(tuple(n for n in range(len(piece.reads)) if n not in donated))
+        return result
+
+    @cached_property
+    def is_awaited(self) -> bool:
+        """Whether Python waits for every piece: on a CPU, pieces with collectives that overlap take
+        all threads and wait for each other.
+        """
+        return jax.default_backend() == "cpu" and any(p.mesh.size > 1 for p in self.places)
+
+    def compile(self) -> StagedProgram:
+        """The compiled step."""
+        return StagedProgram(self, tuple(self._compiled(n) for n in range(len(self.cut.pieces))))
+
+    @cached_property
+    def program(self) -> StagedProgram:
+        """The compiled step, compiled once."""
+        return self.compile()
+
+    def step(self, state: Any, batch: dict[Value, Any]) -> tuple[Any, Any]:
+        """One step on placed values."""
+        return self.program(state, batch)
+
+    def _compiled(self, number: int) -> Any:
+        piece = self.cut.pieces[number]
+        role = self.dispatch.roles[number]
+        place = self.places[piece.place]
+        name = f"{piece.phase}_{number}_of_place_{piece.place}"
+        annotator = None
+        graph = self.cut.flow.graph
+        if place.mesh.axes:
+            annotator = Annotator(graph, place.mesh, place.layout, sums_later=False)
+        text = piece_text(self.microbatch.text, self.cut.flow, piece, name, annotator)
+        function = _function(
+            text.call, piece, role, self.others(number), 1 / self.plan.microbatches
+        )
+        function.__name__ = name
+        given = [place.sharding(piece.gives[n]) for n in role.raw]
+        totals = [place.sharding(piece.gives[n]) for n in role.sums]
+        step = jax.jit(function, out_shardings=(given, totals), donate_argnums=(0, 2))
+        return step.lower(
+            [self._shape(piece.reads[n], piece.place) for n in role.donated],
+            [self._shape(piece.reads[n], piece.place) for n in self.others(number)],
+            [self._shape(piece.gives[n], piece.place) for n in role.sums],
+        ).compile()
+
+    def _shape(self, tensor: int, place: int) -> jax.ShapeDtypeStruct:
+        shape = aval(self.cut.flow.graph.tensors[tensor])
+        sharding = self.places[place].sharding(tensor)
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _function(
+    call: Callable[..., Any],
+    piece: Piece,
+    role: PieceRole,
+    others: Sequence[int],
+    scale: float,
+) -> Callable[..., Any]:
+    """A piece as a function (donated, other arguments, sums) -> (values, new sums)."""
+    averaged = set(role.averaged)
+
+    def run(donated: Any, other: Any, sums: Any) -> tuple[list[Any], list[Any]]:
+        arguments: list[Any] = [None] * len(piece.reads)
+        for position, x in zip((*role.donated, *others), (*donated, *other), strict=True):
+            is_sum = position in averaged
+            arguments[position] = x * jnp.asarray(scale, x.dtype) if is_sum else x
+        results = call(arguments)
+        totals = [total + results[n] for n, total in zip(role.sums, sums, strict=True)]
+        return [results[n] for n in role.raw], totals
+
+    return run
+
+
+def _combined(output: Output, values: dict[Value, Any]) -> Any:
+    arrays = [values[value] for value in output.values]
+    if output.combination == "mean":
+        return _mean(arrays)
+    if output.combination == "concatenate":
+        return jnp.concatenate(arrays)
+    return arrays[-1]
+
+
+@jax.jit
+def _mean(arrays: Sequence[Any]) -> Any:
+    return sum(arrays) / len(arrays)
+
+
+def staged_step(
+    captured: Captured,
+    plan: Plan,
+    devices: Sequence[Any] | None = None,
+    donate: bool = True,
+) -> StagedStep:
+    """The captured step in pieces under a plan, ready to compile for devices.
+
+    PlanError if the step cannot be cut where the plan says.
+    """
+    microbatch = microbatch_of(captured, plan)
+    graph = microbatch.graph
+    flow = DataFlow(graph, statements(microbatch.text.mlir_module_serialized))
+    pieces = cut(flow, plan)
+    outputs = len(graph.outputs) - len(jax.tree.leaves(captured.state))
+    mesh = device_mesh(plan.mesh, devices)
+    layout = layout_of(graph, plan)
+    replaced = {a.result: a.tensor for a in graph.arguments if a.result is not None}
+    places = []
+    for place in pieces.places:
+        places.append(_place_devices(place, plan.mesh, layout, mesh, replaced))
+    return StagedStep(
+        captured=captured,
+        plan=plan,
+        microbatch=microbatch,
+        cut=pieces,
+        dispatch=dispatch(pieces, plan, outputs, donate),
+        places=tuple(places),
+        layout=layout,
+        mesh=mesh,
+    )
+
+
+def microbatch_of(captured: Captured, plan: Plan) -> Captured:
+    """The step on one microbatch of its batch.
+
+    PlanError if the step has other operators or variables then.
+    """
+    if plan.microbatches == 1:
+        return captured
+    graph = captured.graph
+    size = graph.batch_size // plan.microbatches
+    if captured.at_batch_size is None or not graph.batch_size:
+        raise PlanError(
+            f"The batch of {graph.name} has no samples to cut into {plan.microbatches} "
+            "microbatches. Use a plan with 1 microbatch."
+        )
+    part = captured.at_batch_size(size)
+    names = [operator.name for operator in graph.operators]
+    if [operator.name for operator in part.graph.operators] != names:
+        raise PlanError(
+            f"{graph.name} has other operators on batches of {size} than on batches of "
+            f"{graph.batch_size}, so the plan does not say where they run. "
+            "Use a plan with 1 microbatch."
+        )
+    return part
+
+
+def _place_devices(
+    place: Place,
+    mesh: Mesh,
+    layout: Layout,
+    devices: jax.sharding.Mesh,
+    replaced: dict[int, int],
+) -> PlaceDevices:
+    """The devices of a place: the slices of the mesh that its operators are on."""
+    slices = dict(place)
+    axes = tuple(axis for axis in mesh.axes if axis.name not in slices)
+    index = tuple(slices.get(axis.name, slice(None)) for axis in mesh.axes)
+    grid = devices.devices[index] if mesh.axes else devices.devices
+    names = tuple(axis.name for axis in axes) or ("a",)
+    grid = np.array(grid, dtype=object).reshape([axis.size for axis in axes] or [1])
+    own_devices = jax.sharding.Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+    own_mesh = Mesh(axes)
+    return PlaceDevices(own_mesh, layout_over(layout, mesh, own_mesh), own_devices, replaced)

@@ -1,0 +1,124 @@
+"""The compiled pieces of a step beside its plan: memory and traffic of the devices, before the first
+step.
+
+The compiler sees one piece at a time. The memory of a place is followed over the actions of a step:
+the values that are alive, and inside each piece its temporaries and new results by the compiler.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+from partita.cost.collectives import collectives
+from partita.errors import MemoryBudgetError
+from partita.execute.devices import detect
+from partita.execute.dispatch import Run, Value
+from partita.execute.emitted import emitted
+from partita.execute.piece_text import aval
+from partita.execute.staged import StagedProgram, StagedStep
+from partita.execute.verification import Traffic, Verification
+from partita.units import format_bytes
+
+
+def check_staged(step: StagedStep, program: StagedProgram) -> Verification:
+    """Peak memory and traffic of a compiled staged step.
+
+    MemoryBudgetError if a place needs more memory than a local device has.
+    """
+    machine = detect(step.plan.mesh.size)
+    peaks = place_peaks(step, program)
+    fullest = max(range(len(peaks)), key=peaks.__getitem__)
+    if machine.memory_bytes is not None and peaks[fullest] > machine.memory_bytes:
+        raise MemoryBudgetError(
+            f"The plan '{step.plan.name}' for {step.plan.graph} needs {format_bytes(peaks[fullest])}"
+            f" of memory on the devices of place {fullest} by the compiler's count, and a device "
+            f"has {format_bytes(machine.memory_bytes)}. Use more stages, more microbatches, or a "
+            "plan that splits variables (ZeRO-3)."
+        )
+    notes = []
+    for number, peak in enumerate(peaks):
+        pieces = sum(piece.place == number for piece in step.cut.pieces)
+        notes.append(f"place {number}: {pieces} pieces, {format_bytes(peak)} per device")
+    notes.append(f"between places: {format_bytes(transfer_bytes(step))} per step")
+    return Verification(
+        peak_bytes=peaks[fullest],
+        capacity_bytes=machine.memory_bytes,
+        traffic=_traffic(step, program, machine.backend),
+        compiled_flops=None,
+        planned_flops=None,
+        notes=tuple(notes),
+    )
+
+
+def place_peaks(step: StagedStep, program: StagedProgram) -> list[int]:
+    """Per place the peak memory of a device in bytes, by the compiler and the order of actions."""
+    alive: dict[Value, int] = {}
+    used = [0] * len(step.places)
+    peaks = [0] * len(step.places)
+
+    def add(value: Value) -> None:
+        if value not in alive:
+            alive[value] = _shard_bytes(step, value)
+            used[value.place] += alive[value]
+
+    for value in (*step.dispatch.state.values(), *step.dispatch.batch):
+        add(value)
+    for action in step.dispatch.actions:
+        if isinstance(action, Run):
+            place = step.cut.pieces[action.piece].place
+            analysis = program.programs[action.piece].memory_analysis()
+            for value in action.sums:
+                add(value)
+            new_bytes = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+            needed = used[place] + analysis.temp_size_in_bytes + new_bytes
+            peaks[place] = max(peaks[place], needed)
+            role = step.dispatch.roles[action.piece]
+            for n in role.donated:
+                used[place] -= alive.pop(action.reads[n], 0)
+            for value in action.gives:
+                add(value)
+        else:
+            add(action.target)
+            place = action.target.place
+        for value in action.frees:
+            used[value.place] -= alive.pop(value, 0)
+        peaks[place] = max(peaks[place], used[place])
+    return peaks
+
+
+def transfer_bytes(step: StagedStep) -> int:
+    """Bytes that go from place to place in one step, of all devices."""
+    total = 0
+    for action in step.dispatch.actions:
+        if not isinstance(action, Run):
+            devices = step.places[action.target.place].mesh.size
+            total += _shard_bytes(step, action.target) * devices
+    return total
+
+
+def _shard_bytes(step: StagedStep, value: Value) -> int:
+    """Bytes of one device for a value."""
+    shape = aval(step.cut.flow.graph.tensors[value.tensor])
+    sharding = step.places[value.place].sharding(value.tensor)
+    return math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
+
+
+def _traffic(step: StagedStep, program: StagedProgram, backend: Any) -> tuple[Traffic, ...]:
+    """Bytes of collectives inside places, per kind, the sum over places.
+
+    Collectives of forward and backward pieces run for every microbatch, sums of gradients included.
+    """
+    planned: dict[str, int] = defaultdict(int)
+    compiled: dict[str, int] = defaultdict(int)
+    graph = step.cut.flow.graph
+    for collective in collectives(graph, step.plan.mesh, step.layout, backend):
+        times = 1 if collective.phase == "update" else step.plan.microbatches
+        planned[collective.kind] += collective.total * times
+    for piece, piece_program in zip(step.cut.pieces, program.programs, strict=True):
+        times = step.plan.microbatches if piece.is_repeated else 1
+        for collective in emitted(piece_program.as_text()):
+            compiled[collective.kind] += collective.nbytes * collective.trips * times
+    kinds = sorted({*planned, *compiled})
+    return tuple(Traffic(kind, planned[kind], compiled[kind]) for kind in kinds)

@@ -1,0 +1,76 @@
+"""The figures of a compiled step beside its plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from partita.units import format_bytes, format_flops
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one kind of collective, per device and step."""
+
+    kind: str
+    planned: int
+    emitted: int
+    layers: tuple[tuple[str, int, int], ...] = ()
+    """(layer path, planned, emitted), largest difference first; empty if the totals agree."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The compiled program of a step beside the plan, per device."""
+
+    peak_bytes: int
+    """Peak memory by the compiler."""
+    capacity_bytes: int | None
+    """Memory of a device, None if it is unknown."""
+    traffic: tuple[Traffic, ...]
+    compiled_flops: float | None
+    """None if the compiler does not count them."""
+    planned_flops: float | None
+    notes: tuple[str, ...] = ()
+    """Further comparisons, as lines of text."""
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """The compiler's figures of a device for a report: peak bytes, bytes by collective, FLOPs
+        if they are counted.
+        """
+        figures: dict[str, Any] = {
+            "peak_bytes": self.peak_bytes,
+            "traffic_bytes": {traffic.kind: traffic.emitted for traffic in self.traffic},
+        }
+        if self.compiled_flops is not None:
+            figures["flops"] = self.compiled_flops
+        return figures
+
+    @property
+    def ok(self) -> bool:
+        """Whether the collectives are the planned ones."""
+        return not any(traffic.layers for traffic in self.traffic)
+
+    def __str__(self) -> str:
+        memory_line = f"memory per device, by the compiler: {format_bytes(self.peak_bytes)}"
+        if self.capacity_bytes:
+            memory_line += f" of {format_bytes(self.capacity_bytes)}"
+        lines = [memory_line]
+        for traffic in self.traffic:
+            lines.append(f"{traffic.kind}: {_planned_emitted(traffic.planned, traffic.emitted)}")
+            for path, planned, emitted_bytes in traffic.layers:
+                lines.append(
+                    f"  {path or '(no layer)'}: {_planned_emitted(planned, emitted_bytes)}"
+                )
+        if not self.traffic:
+            lines.append("collectives: none planned, none emitted")
+        if self.compiled_flops is not None and self.planned_flops is not None:
+            planned_text = format_flops(self.planned_flops)
+            compiled_text = format_flops(self.compiled_flops)
+            lines.append(f"work per device: {planned_text} planned, {compiled_text} compiled")
+        return "\n".join([*lines, *self.notes])
+
+
+def _planned_emitted(planned: int, emitted_bytes: int) -> str:
+    return f"{format_bytes(planned)} planned, {format_bytes(emitted_bytes)} emitted"
