@@ -17,6 +17,7 @@ Values only; no JAX.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -108,11 +109,16 @@ class Dispatch:
     """Per output of the graph."""
 
 
-def dispatch(cut: Cut, plan: Plan, outputs: int, donate: bool) -> Dispatch:
+def dispatch(
+    cut: Cut,
+    plan: Plan,
+    outputs: Sequence[tuple[int, ...]],
+    donate: bool,
+) -> Dispatch:
     """The actions of a step that is cut by a plan.
 
-    `outputs`: the number of the step's first outputs that are not new state. With `donate`, pieces
-    reuse the memory of old state.
+    `outputs`: shapes on the whole batch of the step's outputs that are not new state. With
+    `donate`, pieces reuse the memory of old state.
 
     PlanError for values that cannot be combined over microbatches, and for stages that wait for
     each other.
@@ -242,11 +248,20 @@ class _Dispatcher:
 
     # ------------------------------------------------------------------------------------ actions
 
-    def dispatch(self, plan: Plan, outputs: int, donate: bool) -> Dispatch:
+    def dispatch(
+        self,
+        plan: Plan,
+        outputs: Sequence[tuple[int, ...]],
+        donate: bool,
+    ) -> Dispatch:
         self._send_state()
         for number, microbatch in self._runs(plan):
             self._run(number, microbatch)
-        results = tuple(self._output(n, n < outputs) for n in range(len(self.graph.outputs)))
+        shapes = [*outputs, *(None for _ in self.graph.outputs[len(outputs) :])]
+        results = tuple(
+            self._output(tensor, shape)
+            for tensor, shape in zip(self.graph.outputs, shapes, strict=True)
+        )
         last_reads = self._last_reads(results)
         batch = {v for a in self.actions for v in _reads(a) if self.roles.get(v.tensor) == "batch"}
         for output in results:
@@ -364,8 +379,8 @@ class _Dispatcher:
 
     # ------------------------------------------------------------------------------------ results
 
-    def _output(self, position: int, is_combined: bool) -> Output:
-        tensor = self.graph.outputs[position]
+    def _output(self, tensor: int, whole_shape: tuple[int, ...] | None) -> Output:
+        """A result of the step; new state has no shape on the whole batch."""
         role = self.roles.get(tensor)
         if role == "batch":
             values = tuple(Value(tensor, 0, i) for i in range(self.count))
@@ -375,12 +390,14 @@ class _Dispatcher:
         piece = self._piece_of(tensor)
         if not piece.is_repeated:
             return Output((Value(tensor, piece.place, STEP),), "last")
-        combination = self._combination(tensor) if is_combined and self.count > 1 else "last"
+        combination: Combination = "last"
+        if whole_shape is not None and self.count > 1:
+            combination = self._combination(tensor, whole_shape)
         microbatches = range(self.count) if combination != "last" else (self.count - 1,)
         values = tuple(self._made(tensor, piece.place, i) for i in microbatches)
         return Output(values, combination)
 
-    def _combination(self, tensor: int) -> Combination:
+    def _combination(self, tensor: int, whole_shape: tuple[int, ...]) -> Combination:
         """The rule for an output that every microbatch computes."""
         flow = self.cut.flow
         state = [t for t in self.carried.values() if _is_floating(self.graph, t)]
@@ -389,7 +406,7 @@ class _Dispatcher:
         shape = self.graph.tensors[tensor].shape
         if not shape and _is_floating(self.graph, tensor):
             return "mean"
-        if shape and shape[0] == self.graph.batch_size:
+        if shape and whole_shape[0] == self.count * shape[0]:
             return "concatenate"
         raise PlanError(
             f"The step returns a value of {self._name(tensor)!r} with shape {shape} that differs "
@@ -433,9 +450,10 @@ class _Dispatcher:
     def _is_read_last(self, piece: int, position: int, last_reads: dict[Value, int]) -> bool:
         """Whether every run of a piece is the last reader of one of its arguments."""
         for number, action in enumerate(self.actions):
-            if isinstance(action, Run) and action.piece == piece:
-                if last_reads[action.reads[position]] != number:
-                    return False
+            if not isinstance(action, Run) or action.piece != piece:
+                continue
+            if last_reads[action.reads[position]] != number:
+                return False
         return True
 
 

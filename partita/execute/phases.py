@@ -99,6 +99,7 @@ def classes(flow: DataFlow) -> list[Class]:
     forward_only = _forward_only(flow)
     scalars = _scalars(flow) - forward_only
     constants = constant_tensors(flow.graph) - flow.roles.keys()
+    cheap = {*scalars, *constants}
     copied: set[int] = set()
     of_gradient: set[int] = set()
     result: list[Class] = []
@@ -109,7 +110,8 @@ def classes(flow: DataFlow) -> list[Class]:
         on_gradient = on_gradient or (label == "backward" and on_batch)
         if on_gradient:
             of_gradient.update(statement.makes)
-        if not on_batch and _is_copied(flow, k, scalars | copied | constants, copied):
+        if not on_batch and _is_copied(flow, k, cheap, copied):
+            cheap.update(statement.makes)
             copied.update(statement.makes)
             result.append("copied")
         elif label == "backward" or (on_gradient and label == "forward"):
@@ -154,24 +156,25 @@ def _shape(flow: DataFlow, tensor: int) -> tuple[int, ...]:
 
 
 def _forward_only(flow: DataFlow) -> set[int]:
-    """Tensors that values of the batch are computed with, and no update.
+    """Arguments that values of the batch are computed with, and no update.
 
     Such a scalar (the count of a metric) changes with every microbatch.
     """
     of_gradient: set[int] = set()
     for k, statement in enumerate(flow.statements):
-        is_backward = flow.instruction(k).phase == "backward"
-        if is_backward or not of_gradient.isdisjoint(statement.reads):
+        on_batch = not flow.of_batch.isdisjoint(statement.reads)
+        is_gradient = on_batch and flow.instruction(k).phase == "backward"
+        if is_gradient or not of_gradient.isdisjoint(statement.reads):
             of_gradient.update(statement.makes)
     into_update: set[int] = set()
     into_forward: set[int] = set()
     for statement in reversed(flow.statements):
         makes = statement.makes
-        if not (of_gradient | into_update).isdisjoint(makes):
+        if not (of_gradient.isdisjoint(makes) and into_update.isdisjoint(makes)):
             into_update.update(statement.reads)
-        elif not (flow.of_batch | into_forward).isdisjoint(makes):
+        elif not (flow.of_batch.isdisjoint(makes) and into_forward.isdisjoint(makes)):
             into_forward.update(statement.reads)
-    return into_forward - into_update
+    return (into_forward - into_update) & flow.roles.keys()
 
 
 def _run_before_readers(flow: DataFlow, result: list[Class], of_gradient: set[int]) -> None:

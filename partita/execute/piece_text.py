@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.mlir import ir
 
 from partita.capture import stablehlo
@@ -34,6 +35,20 @@ def statements(source: bytes) -> tuple[Statement, ...]:
             makes = tuple(tensor_of[value] for value in op.results)
             result.append(Statement(index_of[op], tuple(dict.fromkeys(outer)), makes))
         return tuple(result)
+
+
+def scalar_constants(source: bytes) -> list[float]:
+    """The floating-point numbers in a program: of constants whose elements are all equal."""
+    with stablehlo.context(), ir.Location.unknown():
+        module = stablehlo.parse(source)
+        numbers = []
+        for operation in stablehlo.walk(stablehlo.main_block(module)):
+            if operation.name != "stablehlo.constant":
+                continue
+            value = ir.DenseElementsAttr(operation.attributes["value"])
+            if value.is_splat and isinstance(value.get_splat_value(), ir.FloatAttr):
+                numbers.append(ir.FloatAttr(value.get_splat_value()).value)
+        return numbers
 
 
 def _statements_of(block: Any) -> list[Any]:
@@ -155,4 +170,4 @@ def _no_shardings(values: Sequence[Any]) -> tuple[None, ...]:
 
 def aval(tensor: Tensor) -> Any:
     """JAX's shape and dtype of a tensor."""
-    return jax.core.ShapedArray(tensor.shape, jnp.dtype(tensor.dtype))
+    return ShapedArray(tensor.shape, jnp.dtype(tensor.dtype))

@@ -26,36 +26,10 @@ from partita.plans.plan import Plan
 PiecePhase = Literal["forward", "backward", "update"]
 
 LIGHT = frozenset(
-    [
-        "add",
-        "subtract",
-        "multiply",
-        "divide",
-        "maximum",
-        "minimum",
-        "negate",
-        "abs",
-        "compare",
-        "select",
-        "convert",
-        "broadcast_in_dim",
-        "reshape",
-        "transpose",
-        "and",
-        "or",
-        "not",
-        "exponential",
-        "tanh",
-        "logistic",
-        "rsqrt",
-        "sqrt",
-        "erf",
-        "slice",
-        "concatenate",
-        "clamp",
-        "sign",
-        "pad",
-    ]
+    {"add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "abs", "sign"}
+    | {"compare", "select", "clamp", "and", "or", "not", "convert", "exponential", "tanh"}
+    | {"logistic", "rsqrt", "sqrt", "erf", "broadcast_in_dim", "reshape", "transpose"}
+    | {"slice", "concatenate", "pad"}
 )
 """Instructions that a backward piece repeats if it has their operands anyway."""
 

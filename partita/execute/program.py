@@ -16,7 +16,7 @@ from partita.execute.sharding import device_mesh, named_sharding
 from partita.execute.staged import StagedStep, staged_step
 from partita.graph.operator_graph import OperatorGraph
 from partita.plans.check import check
-from partita.plans.layout import Layout, layout_of
+from partita.plans.layout import Layout, Sharding, layout_of
 from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Plan
 

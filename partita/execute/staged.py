@@ -19,9 +19,9 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from partita.capture.jax_functions import Captured
-from partita.errors import PlanError
 from partita.execute.annotate import Annotator
 from partita.execute.dispatch import Dispatch, Output, PieceRole, Run, Value, dispatch
+from partita.execute.microbatches import microbatch_of
 from partita.execute.phases import DataFlow
 from partita.execute.piece_text import aval, piece_text, statements
 from partita.execute.pieces import Cut, Piece, cut
@@ -275,7 +275,9 @@ def staged_step(
     graph = microbatch.graph
     flow = DataFlow(graph, statements(microbatch.text.mlir_module_serialized))
     pieces = cut(flow, plan)
-    outputs = len(graph.outputs) - len(jax.tree.leaves(captured.state))
+    count = len(graph.outputs) - len(jax.tree.leaves(captured.state))
+    whole = captured.graph
+    shapes = [whole.tensors[t].shape for t in whole.outputs[:count]]
     mesh = device_mesh(plan.mesh, devices)
     layout = layout_of(graph, plan)
     replaced = {a.result: a.tensor for a in graph.arguments if a.result is not None}
@@ -287,36 +289,11 @@ def staged_step(
         plan=plan,
         microbatch=microbatch,
         cut=pieces,
-        dispatch=dispatch(pieces, plan, outputs, donate),
+        dispatch=dispatch(pieces, plan, shapes, donate),
         places=tuple(places),
         layout=layout,
         mesh=mesh,
     )
-
-
-def microbatch_of(captured: Captured, plan: Plan) -> Captured:
-    """The step on one microbatch of its batch.
-
-    PlanError if the step has other operators or variables then.
-    """
-    if plan.microbatches == 1:
-        return captured
-    graph = captured.graph
-    size = graph.batch_size // plan.microbatches
-    if captured.at_batch_size is None or not graph.batch_size:
-        raise PlanError(
-            f"The batch of {graph.name} has no samples to cut into {plan.microbatches} "
-            "microbatches. Use a plan with 1 microbatch."
-        )
-    part = captured.at_batch_size(size)
-    names = [operator.name for operator in graph.operators]
-    if [operator.name for operator in part.graph.operators] != names:
-        raise PlanError(
-            f"{graph.name} has other operators on batches of {size} than on batches of "
-            f"{graph.batch_size}, so the plan does not say where they run. "
-            "Use a plan with 1 microbatch."
-        )
-    return part
 
 
 def _place_devices(

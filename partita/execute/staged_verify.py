@@ -1,5 +1,4 @@
-"""The compiled pieces of a step beside its plan: memory and traffic of the devices, before the first
-step.
+"""The compiled pieces of a step beside its plan: memory and traffic of the devices.
 
 The compiler sees one piece at a time. The memory of a place is followed over the actions of a step:
 the values that are alive, and inside each piece its temporaries and new results by the compiler.
@@ -32,8 +31,9 @@ def check_staged(step: StagedStep, program: StagedProgram) -> Verification:
     fullest = max(range(len(peaks)), key=peaks.__getitem__)
     if machine.memory_bytes is not None and peaks[fullest] > machine.memory_bytes:
         raise MemoryBudgetError(
-            f"The plan '{step.plan.name}' for {step.plan.graph} needs {format_bytes(peaks[fullest])}"
-            f" of memory on the devices of place {fullest} by the compiler's count, and a device "
+            f"The plan '{step.plan.name}' for {step.plan.graph} needs "
+            f"{format_bytes(peaks[fullest])} of memory on the devices of place {fullest} by the "
+            "compiler's count, and a device "
             f"has {format_bytes(machine.memory_bytes)}. Use more stages, more microbatches, or a "
             "plan that splits variables (ZeRO-3)."
         )

@@ -126,10 +126,9 @@ class _PipelineTasksBuilder:
 
     def add_passes(self) -> None:
         """Adds all passes with the transfers that they wait for, in the order of execution."""
-        waits = {
-            reader: [(edge.source, edge.phase) for edge in edges]
-            for reader, edges in self.edges_into.items()
-        }
+        waits: dict[tuple[int, Phase], list[tuple[int, Phase]]] = {}
+        for reader, edges in self.edges_into.items():
+            waits[reader] = [(edge.source, edge.phase) for edge in edges]
         for stage, phase, microbatch in order(self.plan, waits):
             self._add_pass(stage, phase, microbatch)
 

@@ -1,0 +1,310 @@
+"""Steps in pieces equal the step on one device: stages, microbatches, places, rematerialization."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import optax
+import pytest
+from keras import layers
+
+import partita
+from partita.capture.functions import call_of, capture_call
+from partita.capture.jax_functions import Captured
+from partita.capture.keras_models import ModelVariables, capture_model
+from partita.errors import PlanError
+from partita.execute.dispatch import Transfer
+from partita.execute.program import runnable_step
+from partita.execute.staged import StagedStep
+from partita.execute.staged_verify import check_staged, place_peaks, transfer_bytes
+from partita.plans.baselines import BASELINES
+from partita.plans.plan import Axis, Mesh, Plan
+
+FLOOR = 1e-3
+"""Differences are relative to the largest value of a variable, and at least to this."""
+
+
+def stages_plan(graph, stages: Sequence[int | None], **more) -> Plan:
+    """A plan that places each operator on a slice of axis a, or on all."""
+    count = max((stage for stage in stages if stage is not None), default=0) + 1
+    choices = {
+        operator.name: {} if stage is None else {"a": f"at({stage})"}
+        for operator, stage in zip(graph.operators, stages, strict=True)
+    }
+    return Plan(graph.name, "host", Mesh.of((count,)), choices, batch_size=graph.batch_size, **more)
+
+
+def halves(graph) -> list[int]:
+    count = len(graph.operators)
+    return [int(2 * n >= count) for n in range(count)]
+
+
+def compiled(outputs, inputs, **more) -> keras.Model:
+    model = keras.Model(inputs, outputs)
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9, **more)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, metrics=["accuracy"])
+    return model
+
+
+def mlp(dropout: bool = False, **more) -> keras.Model:
+    x = inputs = keras.Input((16,))
+    for n in range(3):
+        x = layers.Dense(16, activation="relu", name=f"d{n}")(x)
+        if dropout:
+            x = layers.Dropout(0.3, name=f"drop{n}")(x)
+    return compiled(layers.Dense(8, name="out")(x), inputs, **more)
+
+
+def tied() -> keras.Model:
+    inputs = keras.Input((4,), dtype="int32")
+    embedding = layers.ReversibleEmbedding(8, 16, name="embedding")
+    x = layers.Dense(16, activation="relu", name="dense")(embedding(inputs))
+    return compiled(embedding(x, reverse=True), inputs)
+
+
+def towers() -> keras.Model:
+    inputs = keras.Input((16,))
+    left = right = layers.Dense(16, activation="relu", name="stem")(inputs)
+    for n in range(2):
+        left = layers.Dense(16, activation="relu", name=f"left{n}")(left)
+        right = layers.Dense(16, activation="tanh", name=f"right{n}")(right)
+    outputs = layers.Dense(8, name="head")(layers.Concatenate()([left, right]))
+    return compiled(outputs, inputs)
+
+
+def batch(model: keras.Model, count: int = 8):
+    rng = np.random.default_rng(0)
+    if model.input.dtype == "int32":
+        tokens = rng.integers(0, 8, (count, 4)).astype("int32")
+        return tokens, np.roll(tokens, -1, 1)
+    x = rng.normal(size=(count, 16)).astype("float32")
+    return x, rng.integers(0, 8, count).astype("int32")
+
+
+def values_of(model: keras.Model, captured: Captured):
+    variables = [v for group in ModelVariables.of(model).groups() for v in group]
+    values = [np.array(variable.value) for variable in variables]
+    return jax.tree.unflatten(jax.tree.structure(captured.state), values)
+
+
+def difference(ours, theirs) -> float:
+    largest = 0.0
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        a, b = np.asarray(a, "f8"), np.asarray(b, "f8")
+        largest = max(largest, float(np.abs(a - b).max() / max(np.abs(b).max(), FLOOR)))
+    return largest
+
+
+def compare(model: keras.Model, plan_of: Callable[..., Plan], steps: int = 2):
+    """(the staged step, the largest difference of any variable or log after two steps)."""
+    keras.utils.set_random_seed(1)
+    data = batch(model)
+    captured = capture_model(model, data)
+    step = runnable_step(captured, plan_of(captured.graph))
+    assert isinstance(step, StagedStep)
+    one = jax.jit(captured.text.call)
+    theirs = values_of(model, captured)
+    ours = step.place_state(theirs)
+    logs = their_logs = None
+    for _ in range(steps):
+        logs, ours = step.step(ours, step.place_batch(data))
+        their_logs, theirs = one(theirs, data)
+    return step, difference((logs, ours), (their_logs, theirs))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_two_stages_in_four_microbatches_equal_one_device(schedule: str):
+    def plan(graph):
+        return stages_plan(graph, halves(graph), microbatches=4, schedule=schedule)
+
+    step, largest = compare(mlp(), plan)
+    assert len(step.cut.pieces) == 6
+    assert largest < 1e-5
+
+
+def test_microbatches_on_one_device_are_gradient_accumulation():
+    def plan(graph):
+        return replace(
+            stages_plan(graph, [None] * len(graph.operators), microbatches=2), mesh=Mesh(())
+        )
+
+    step, largest = compare(mlp(), plan)
+    assert [piece.phase for piece in step.cut.pieces] == ["forward", "backward", "update"]
+    assert largest < 1e-5
+
+
+def test_the_global_norm_splits_one_update_in_two():
+    def plan(graph):
+        return stages_plan(graph, halves(graph), microbatches=2)
+
+    step, largest = compare(mlp(global_clipnorm=0.1), plan)
+    assert len(step.cut.pieces) == 7
+    assert largest < 1e-5
+
+
+def test_gradients_of_tied_weights_are_sent_once_per_step():
+    def plan(graph):
+        return stages_plan(graph, halves(graph), microbatches=4)
+
+    step, largest = compare(tied(), plan)
+    weight = next(a for a in step.cut.flow.graph.arguments if "embedding" in a.path)
+    sent = [
+        action
+        for action in step.dispatch.actions
+        if isinstance(action, Transfer)
+        and step.cut.flow.graph.tensors[action.source.tensor]
+        == step.cut.flow.graph.tensors[weight.tensor]
+    ]
+    assert len(sent) == 2  # the weight, and the other stage's part of its gradient
+    assert largest < 1e-5
+
+
+def test_rematerialized_dropout_draws_the_same_mask():
+    def plan(graph):
+        names = [operator.name for operator in graph.operators]
+        recompute = ((names[0], names[1]),)
+        return stages_plan(graph, halves(graph), recompute=recompute)
+
+    step, largest = compare(mlp(dropout=True), plan)
+    repeated = {
+        k
+        for piece in step.cut.pieces
+        if piece.phase == "backward"
+        for k in piece.statements
+        if step.cut.flow.instruction(k).name == "dot_general"
+        and step.cut.flow.instruction(k).phase == "forward"
+    }
+    assert repeated
+    assert largest < 1e-6
+
+
+@pytest.mark.parametrize("stem", [0, None], ids=["placed", "on all slices"])
+def test_towers_on_devices_of_their_own_equal_one_device(stem: int | None):
+    def plan(graph):
+        names = [operator.name for operator in graph.operators]
+        place = {"l": 0, "r": 1}
+        return stages_plan(graph, [place.get(name[0], stem) for name in names])
+
+    step, largest = compare(towers(), plan)
+    assert {piece.place for piece in step.cut.pieces} == ({0, 1} if stem == 0 else {0, 1, 2})
+    assert largest == 0
+
+
+@pytest.mark.parametrize("inner", ["data parallel", "tensor parallel", "ZeRO-3"])
+def test_stages_of_two_devices_equal_one_device(inner: str):
+    def plan(graph):
+        mesh = Mesh((Axis("a", 2), Axis("b", 2)))
+        inside = BASELINES[inner](graph, "host", Mesh(mesh.axes[1:]))
+        staged = stages_plan(graph, halves(graph), microbatches=2)
+        choices = {
+            name: {**staged.choices[name], **inside.choices[name]} for name in staged.choices
+        }
+        return replace(staged, mesh=mesh, choices=choices, storage=inside.storage)
+
+    _, largest = compare(mlp(), plan)
+    assert largest < 1e-5
+
+
+def test_a_stage_stores_its_own_variables_and_the_compiler_counts_them():
+    model = mlp()
+    captured = capture_model(model, batch(model))
+    graph = captured.graph
+    step = runnable_step(captured, stages_plan(graph, halves(graph), microbatches=2))
+    assert isinstance(step, StagedStep)
+    stored = [0, 0]
+    for argument, value in step.dispatch.state.items():
+        stored[value.place] += graph.tensors[argument].nbytes
+    peaks = place_peaks(step, step.program)
+    whole = sum(graph.tensors[a.tensor].nbytes for a in graph.arguments if a.role != "batch")
+    assert sum(stored) == whole and min(stored) > whole / 4
+    assert all(peak > nbytes for peak, nbytes in zip(peaks, stored, strict=True))
+    verified = check_staged(step, step.program)
+    assert verified.peak_bytes == max(peaks)
+    assert "between places:" in str(verified)
+    # Two microbatches of 4 samples: activations of 16 floats forward, their gradients back.
+    assert transfer_bytes(step) >= 2 * 2 * 4 * 16 * 4
+
+
+# ------------------------------------------------------------------------------------ JAX steps
+
+
+def jax_step(parameters, momentum, x, y):
+    def loss(parameters):
+        hidden = jnp.tanh(x @ parameters["first"])
+        errors = jnp.mean((hidden @ parameters["last"] - y) ** 2, 1)
+        return jnp.mean(errors), errors
+
+    (value, errors), gradients = jax.value_and_grad(loss, has_aux=True)(parameters)
+    optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1, 0.9))
+    updates, momentum = optimizer.update(gradients, momentum)
+    return optax.apply_updates(parameters, updates), momentum, value, errors
+
+
+def jax_arguments():
+    rng = np.random.default_rng(0)
+    parameters = {
+        "first": jnp.asarray(rng.normal(size=(4, 8)), "float32"),
+        "last": jnp.asarray(rng.normal(size=(8, 2)), "float32"),
+    }
+    optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1, 0.9))
+    x = rng.normal(size=(8, 4)).astype("float32")
+    return parameters, optimizer.init(parameters), x, rng.normal(size=(8, 2)).astype("float32")
+
+
+def test_a_jax_step_returns_the_mean_loss_and_all_samples():
+    arguments = jax_arguments()
+    graph = capture_call(jax_step, call_of(jax_step, arguments, {})).captured.graph
+    plan = stages_plan(graph, halves(graph), microbatches=4)
+    step = partita.parallelize(jax_step, arguments, plan=plan)
+    expected = jax_step(*arguments)
+    result = step(*arguments)
+    assert difference(result, expected) < 1e-5
+    again = step(*result[:2], *arguments[2:])
+    assert difference(again, jax_step(*expected[:2], *arguments[2:])) < 1e-5
+
+
+def sum_step(weight, x):
+    gradient = jax.grad(lambda w: jnp.sum((x @ w) ** 2))(weight)
+    return weight - 0.01 * gradient
+
+
+def test_a_sum_over_samples_is_refused():
+    arguments = (jnp.ones((4, 2)), np.ones((8, 4), "float32"))
+    graph = capture_call(sum_step, call_of(sum_step, arguments, {})).captured.graph
+    plan = stages_plan(graph, [0] * len(graph.operators), microbatches=2)
+    with pytest.raises(PlanError, match="is not a mean over the samples"):
+        partita.parallelize(sum_step, arguments, plan=plan)
+
+
+def test_an_output_without_a_rule_is_refused():
+    def step(weight, x):
+        gradient = jax.grad(lambda w: jnp.mean((x @ w) ** 2))(weight)
+        return weight - 0.01 * gradient, x.T @ x
+
+    arguments = (jnp.ones((3, 2)), np.ones((8, 3), "float32"))
+    graph = capture_call(step, call_of(step, arguments, {})).captured.graph
+    plan = stages_plan(graph, [0] * len(graph.operators), microbatches=2)
+    with pytest.raises(PlanError, match="Return its mean, return a value per sample"):
+        partita.parallelize(step, arguments, plan=plan)
+
+
+# ------------------------------------------------------------------------------------------ fit
+
+
+def test_fit_trains_in_stages_with_a_ragged_last_batch():
+    x, y = batch(mlp(), 20)
+    losses = []
+    for staged in (False, True):
+        keras.utils.set_random_seed(0)
+        model = mlp()
+        if staged:
+            graph = capture_model(model, (x[:8], y[:8])).graph
+            plan = stages_plan(graph, halves(graph), microbatches=4)
+            partita.parallelize(model, plan=plan)
+        history = model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0).history
+        losses.append([*history["loss"], *history["accuracy"], *model.evaluate(x, y, verbose=0)])
+    assert np.allclose(*losses, rtol=1e-5)
