@@ -14,8 +14,8 @@ If a plan exceeds device memory, the budget is lowered in proportion and the exa
 again. MCMC matters only where collectives hide behind kernels: elsewhere a step is the sum of its
 parts, and the exact plan is proved best.
 
-Plans with pipeline stages or placement can be simulated and not yet run, so the result has two
-lower bounds: of the plans that can run, and of the larger space.
+Plans with pipeline stages or placement run in pieces (`execute.staged`). They are a larger space
+with a lower bound of its own, so the result has two.
 """
 
 from __future__ import annotations
@@ -60,9 +60,8 @@ RUNNABLE_SHARE = 0.5
 STAGES_SHARE = 0.6
 """Share of the remaining time limit for stages, if placement follows."""
 
-NOT_RUNNABLE = (
-    "placed operators, stages, microbatches and recomputed runs can be planned and simulated, "
-    "and not yet run"
+IN_PIECES = (
+    "placed operators, stages, microbatches and rematerialized runs run as programs of their own"
 )
 NO_FASTER = (
     "no pipeline or placement that was examined is predicted to be faster; "
@@ -155,7 +154,7 @@ def find(
             plan every time.
         seed: Seed of random proposals.
         stages: Whether plans with pipeline stages, microbatches, rematerialization and placed
-            operators are in the space. They can be simulated and not yet run.
+            operators are in the space. They run in pieces.
         search: A key of `portfolio.SEARCHES`.
 
     Raises:
@@ -524,7 +523,7 @@ def _noted(request: _Request, result: PlanResult) -> PlanResult:
     notes = [*result.plan.notes, *request.graph.notes]
     notes += _speedup(request, result)
     if not is_one_program(result.plan):
-        notes.append(NOT_RUNNABLE)
+        notes.append(IN_PIECES)
     else:
         if result.stopped:
             notes.append("the search was stopped; this is the best plan it had")

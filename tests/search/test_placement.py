@@ -102,7 +102,7 @@ def test_branches_of_a_block_are_placed_and_faster_than_anything_split(
     assert stage_axes(plan) and predicted(block, where, plan).seconds == found.prediction.seconds
     assert found.staged_bound_seconds is not None
     assert found.staged_bound_seconds <= found.prediction.seconds
-    assert "not yet run" in found.plan.notes[-1]
+    assert "programs of their own" in found.plan.notes[-1]
 
 
 def test_what_does_not_gain_or_does_not_fit_is_not_found(block: OperatorGraph) -> None:
