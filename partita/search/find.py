@@ -99,7 +99,7 @@ class PlanResult:
         That of plans that can run, or of the larger space for a plan that cannot.
         """
         staged_gap = self.staged_gap
-        if staged_gap is not None and not runnable(self.plan):
+        if staged_gap is not None and not is_one_program(self.plan):
             return staged_gap
         return _gap(self.prediction.seconds, self.bound_seconds)
 

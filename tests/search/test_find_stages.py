@@ -117,7 +117,7 @@ def test_the_bound_of_plans_that_run_stays_apart_from_that_of_the_larger_space()
     predicted_entry = staged.plan.predicted
     assert predicted_entry["staged_bound_seconds"] <= predicted_entry["bound_seconds"]
     assert staged.staged_gap is not None
-    assert staged.gap == (plain.gap if runnable(staged.plan) else staged.staged_gap)
+    assert staged.gap == (plain.gap if is_one_program(staged.plan) else staged.staged_gap)
 
 
 def broken(*arguments: object, **options: object) -> Iterator[SimulatedStep]:
