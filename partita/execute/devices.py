@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import glob
 import os
+import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -198,6 +199,19 @@ def computes_on_cpu(
     return not any(files(pattern) and is_installed(package) for pattern, package in ACCELERATORS)
 
 
+def skip_absent_gpus() -> None:
+    """Keeps JAX from looking for GPUs on a machine that has the compiler for them and no GPU.
+
+    It would fail and print a traceback.
+    """
+    plugins = find_spec("jax_plugins")
+    if jax.config.jax_platforms or plugins is None or not plugins.submodule_search_locations:
+        return
+    names = [module.name for module in pkgutil.iter_modules(plugins.submodule_search_locations)]
+    if all(name.startswith(("xla_cuda", "xla_rocm")) for name in names):
+        jax.config.update("jax_platforms", "cpu")
+
+
 def request_cpu_devices(count: int) -> None:
     """Makes JAX's CPU `count` virtual devices of one thread each. MachineError if JAX has started
     with fewer.
@@ -254,8 +268,10 @@ def start_host_devices(count: int | None = None) -> None:
 
     If JAX has started already, its devices stay.
     """
-    if computes_on_cpu() and (count != 1 or group() is not None):
-        keep_freed_memory()
+    if computes_on_cpu():
+        skip_absent_gpus()
+        if count != 1 or group() is not None:
+            keep_freed_memory()
     if count is not None:
         request_cpu_devices(count)
         return

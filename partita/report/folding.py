@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 MAX_ROWS = 30
 """Rows of a table, about."""
+FOLDED_FROM = 20
+"""Rows from which on repeated blocks are folded."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class LayerRow:
     @property
     def key(self) -> tuple[str, str]:
         """Equal for layers at the same place of repeated blocks: the name without its numbers,
-        and the split."""
-        return re.sub(r"\d+", "#", self.names[0]), self.split
+        and the split. Keras numbers `dense`, `dense_1`, `dense_2`."""
+        return re.sub(r"_?\d+", "", self.names[0]), self.split
 
     @property
     def text(self) -> str:
@@ -36,8 +38,8 @@ class LayerRow:
 
 
 def folded(rows: Sequence[LayerRow], limit: int = MAX_ROWS) -> list[LayerRow]:
-    """At most `limit` rows, in order; a table that is short enough stays as it is."""
-    if len(rows) <= limit:
+    """At most `limit` rows, in order; a short table stays as it is."""
+    if len(rows) <= min(limit, FOLDED_FROM):
         return list(rows)
     blocks = _fold_blocks(rows)
     if len(blocks) <= limit:

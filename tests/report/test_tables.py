@@ -108,8 +108,29 @@ def test_the_smallest_layers_of_a_long_table_are_one_row() -> None:
 
 
 def test_a_short_table_is_not_folded() -> None:
-    rows = rows_of(*((f"dense_{i}", "S:a") for i in range(30)))
+    rows = rows_of(*((f"dense_{i}", "S:a") for i in range(20)))
     assert folded(rows) == rows
+
+
+def test_blocks_with_keras_own_names_are_folded() -> None:
+    """Keras numbers from the second layer on, and counts each kind of layer by itself."""
+
+    def name(kind: str, number: int) -> str:
+        return f"{kind}_{number}" if number else kind
+
+    layers = []
+    for block in range(4):
+        attention = name("attention", block)
+        layers += [(f"{attention}/{part}", "S:a") for part in ("query", "key", "value", "output")]
+        layers += [(name("dense", 2 * block + 1), "S:a"), (name("dense", 2 * block), "P:a")]
+    assert [row.text for row in folded(rows_of(*layers))] == [
+        "attention ... attention_3 (4): query",
+        "attention ... attention_3 (4): key",
+        "attention ... attention_3 (4): value",
+        "attention ... attention_3 (4): output",
+        "dense_1 ... dense_7 (4)",
+        "dense ... dense_6 (4)",
+    ]
     assert layers_label(["a/b", "c/d"]) == "a/b ... c/d (2)"
 
 
