@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         GINConv,
         SAGEConv,
     )
+    from partita.gnn.nn.messages import MessagePassing
     from partita.gnn.nn.models import (
         GCN,
         GIN,
@@ -57,6 +58,7 @@ __all__ = [
     "GatedGraphConv",
     "Graph",
     "GraphModel",
+    "MessagePassing",
     "SAGEConv",
     "Transposed",
     "VertexBatchNormalization",
@@ -80,6 +82,7 @@ _IMPORTED_ON_USE = {
         "GINConv",
         "SAGEConv",
     ),
+    "partita.gnn.nn.messages": ("MessagePassing",),
     "partita.gnn.nn.models": (
         "GCN",
         "GIN",

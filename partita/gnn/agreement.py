@@ -70,11 +70,18 @@ def _sample(graph: Graph, devices: int) -> Graph:
         features=random.standard_normal((vertices, graph.feature_count)),
         train=np.arange(vertices) % 30 == 0,
         weights=None if graph.weights is None else 0.5 + random.random(vertices),
+        edge_features=_edge_features(graph, vertices, random),
         **tables,
     )
     if sample.has_targets and sample.labels is not None:
         return replace(sample, labels=sample.labels.reshape(vertices, graph.classes))
     return sample
+
+
+def _edge_features(graph: Graph, edges: int, random: np.random.Generator) -> Any:
+    if graph.edge_features is None:
+        return None
+    return random.standard_normal((edges, graph.edge_features.shape[1]))
 
 
 def _step_values(

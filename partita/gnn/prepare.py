@@ -43,6 +43,9 @@ from partita.gnn.split.partition import (
     near_training,
 )
 
+BY_EDGES = ("attention", "message")
+"""Kinds of aggregations whose features cannot be split over devices."""
+
 IGNORE_WEIGHTS = ("max", "attention")
 """Kinds of aggregations that do not read edge weights."""
 
@@ -156,14 +159,18 @@ class Architecture:
 def architecture_of(model: Any, graph: Graph) -> Architecture:
     """The architecture of a built model on graphs like this one.
 
-    One vertex without edges is traced; nothing is computed.
+    One vertex with a self edge is traced; nothing is computed.
     """
-    weights = None if graph.weights is None else np.zeros(0, np.float32)
+    weights = None if graph.weights is None else np.zeros(1, np.float32)
+    edge_features = None
+    if graph.edge_features is not None:
+        edge_features = np.zeros((1, graph.edge_features.shape[1]), np.float32)
     one_vertex = Graph(
-        np.zeros(2, np.int64),
-        np.zeros(0, np.int32),
+        np.array([0, 1], np.int64),
+        np.zeros(1, np.int32),
         np.zeros((1, graph.feature_count), np.float32),
         weights=weights,
+        edge_features=edge_features,
     )
 
     def predict(trainable: Any, others: Any, data: GraphData) -> Any:
@@ -193,8 +200,20 @@ def architecture_of(model: Any, graph: Graph) -> Architecture:
 
 def check_weights_suit(graph: Graph, architecture: Architecture) -> None:
     """GraphError if the aggregations of a model cannot use the edge weights of a graph."""
+    kinds = {kind for _, kind in architecture.aggregations}
+    if graph.edge_features is not None and "message" not in kinds:
+        raise GraphError(
+            f"'{graph.name}' has edge features, and the model has no layer that reads them: use a "
+            "gnn.MessagePassing layer, or remove them with "
+            "dataclasses.replace(graph, edge_features=None)."
+        )
     if graph.weights is None:
         return
+    if graph.edge_features is not None:
+        raise GraphError(
+            f"'{graph.name}' has edge weights and edge features, and a gnn.MessagePassing layer "
+            "reads one of them: make the weights a column of the edge features."
+        )
     for _, kind in architecture.aggregations:
         if kind in IGNORE_WEIGHTS:
             raise GraphError(
@@ -500,7 +519,7 @@ def _columns(graph: Graph, points: np.ndarray, key: PreparationKey) -> tuple[tup
         return tuple((width, columns) for width, columns in chosen)
     if split.columns is None or split.columns == 1:
         return ()
-    widths = sorted({width for width, kind in aggregations if kind != "attention"})
+    widths = sorted({width for width, kind in aggregations if kind not in BY_EDGES})
     return tuple((width, split.columns) for width in widths)
 
 
@@ -510,7 +529,7 @@ def _aggregation_kinds(
     """The kinds of aggregations of parts: over all edges, and near the training vertices."""
     used = set()
     for width, kind in architecture.aggregations:
-        used.add(1 if kind == "attention" else columns.get(width, 1))
+        used.add(1 if kind in BY_EDGES else columns.get(width, 1))
     apart = architecture.linear
     kinds = [
         AggregationKind(columns=count, apart=apart and count == 1) for count in sorted(used or {1})

@@ -326,3 +326,132 @@ class HastyNetwork(OwnNetwork):
 def test_a_wrong_promise_of_by_vertex_is_refused() -> None:
     with pytest.raises(GraphError, match="HastyNetwork sets by_vertex = True, and not only"):
         fitted(HastyNetwork(keras.layers.Identity()), random_graph())
+
+
+# ------------------------------------------------------------------------------ message passing
+
+
+class EdgeLayer(gnn.MessagePassing):
+    """Messages of both ends and of the edge; two heads of scores with 'softmax'."""
+
+    def build(self, input_shape: Any) -> None:
+        width = input_shape[-1]
+        self.kernel = self.add_weight(shape=(width, 6), name="kernel")
+        self.target = self.add_weight(shape=(width, 6), name="target")
+        self.edge = self.add_weight(shape=(2, 6), name="edge")
+
+    def message(self, x_source: Any, x_target: Any, edge: Any) -> Any:
+        terms = x_source @ self.kernel.value + x_target @ self.target.value + edge @ self.edge.value
+        values = jnp.sin(terms)
+        if self.aggregate != "softmax":
+            return values
+        heads = values.reshape(-1, 2, 3)
+        return heads.sum(axis=2), heads
+
+    def update(self, x: Any, aggregated: Any) -> Any:
+        return aggregated.reshape(-1, 6) + 1
+
+
+def graph_with_edge_features() -> gnn.Graph:
+    graph = random_graph()
+    random = np.random.default_rng(2)
+    targets = np.repeat(np.arange(VERTICES), graph.in_degrees())
+    return gnn.Graph.from_edges(
+        graph.sources,
+        targets,
+        VERTICES,
+        features=graph.features,
+        labels=graph.labels,
+        train=graph.train,
+        edge_features=random.standard_normal((graph.edges, 2)),
+    )
+
+
+def expected_messages(layer: EdgeLayer, graph: gnn.Graph) -> np.ndarray:
+    """The layer vertex by vertex, edge by edge."""
+    kernel, target, edge = (np.asarray(w) for w in (layer.kernel, layer.target, layer.edge))
+    rows = np.zeros((VERTICES, 6))
+    for v in range(VERTICES):
+        first, last = graph.offsets[v : v + 2]
+        if first == last:
+            continue
+        sources = graph.features[graph.sources[first:last]]
+        terms = sources @ kernel + graph.features[v] @ target
+        messages = np.sin(terms + graph.edge_features[first:last] @ edge)
+        if layer.aggregate == "softmax":
+            heads = messages.reshape(-1, 2, 3)
+            shares = np.exp(heads.sum(axis=2))
+            shares /= shares.sum(axis=0)
+            rows[v] = (shares[:, :, None] * heads).sum(axis=0).reshape(6)
+        else:
+            rows[v] = getattr(np, layer.aggregate)(messages, axis=0)
+    return rows + 1
+
+
+@pytest.mark.parametrize("aggregate", ["sum", "mean", "max", "softmax"])
+def test_messages_are_aggregated_edge_by_edge(aggregate: str) -> None:
+    graph = graph_with_edge_features()
+    layer = EdgeLayer(aggregate)
+    given = output(layer, graph)
+    np.testing.assert_allclose(given, expected_messages(layer, graph), rtol=1e-4, atol=1e-5)
+
+
+class EdgeNetwork(gnn.GraphModel):
+    """Two layers of messages."""
+
+    by_vertex = True
+
+    def __init__(self, aggregate: str) -> None:
+        super().__init__(classes=4, layers=0)
+        self.first = EdgeLayer(aggregate)
+        self.second = EdgeLayer(aggregate)
+        self.leave = keras.layers.Dense(4, activation="softmax")
+
+    def build(self, input_shape: Any) -> None:
+        self.first.build(input_shape)
+        self.second.build((None, 6))
+        self.leave.build((None, 6))
+        self.built = True
+
+    def stages(self) -> list[Any]:
+        return [
+            lambda x, graph, training: self.first(x, graph=graph),
+            lambda x, graph, training: self.second(x, graph=graph),
+            lambda x, graph, training: self.leave(x),
+        ]
+
+
+@pytest.mark.parametrize("aggregate", ["sum", "mean", "max", "softmax"])
+def test_messages_train_alike_on_devices_and_within_memory(aggregate: str) -> None:
+    graph = graph_with_edge_features()
+    results = []
+    for how in ({}, {"devices": 2}, {"devices": 3, "order": "degree"}, {"memory": "1MiB"}):
+        keras.utils.set_random_seed(0)
+        model = EdgeNetwork(aggregate)
+        model.compile("sgd")
+        losses = model.fit(graph, epochs=2, verbose=0, **how).history["loss"]
+        results.append((losses, model.get_weights()))
+    for losses, weights in results[1:]:
+        np.testing.assert_allclose(losses, results[0][0], rtol=1e-4)
+        for value, expected in zip(weights, results[0][1], strict=True):
+            np.testing.assert_allclose(value, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_edge_features_follow_their_edges() -> None:
+    graph = graph_with_edge_features()
+    order = np.random.default_rng(0).permutation(VERTICES)
+    layer = EdgeLayer("sum")
+    expected = output(layer, graph)
+    changed = graph.relabelled(order)
+    np.testing.assert_allclose(output(layer, changed), expected[order], rtol=1e-5, atol=1e-5)
+    both = graph.with_reverse_edges()
+    assert both.edge_features.sum() == pytest.approx(2 * graph.edge_features.sum(), rel=1e-4)
+    added = graph.with_self_edges()
+    assert added.edge_features.sum() == pytest.approx(graph.edge_features.sum(), rel=1e-4)
+
+
+def test_edge_features_without_a_reader_are_refused() -> None:
+    with pytest.raises(GraphError, match="has edge features, and the model has no layer that"):
+        fitted(gnn.GCN(classes=4), graph_with_edge_features())
+    with pytest.raises(GraphError, match="aggregate='median' is unknown: use 'sum', 'mean'"):
+        gnn.MessagePassing("median")

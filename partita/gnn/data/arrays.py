@@ -27,7 +27,7 @@ MASKS = ("train", "validation", "test")
 """The tables that are masks."""
 
 
-ARRAYS = ("offsets", "sources", *TABLES, "weights")
+ARRAYS = ("offsets", "sources", *TABLES, "weights", "edge_features")
 """Fields of a graph that are arrays."""
 
 
@@ -77,6 +77,19 @@ def as_weights(values: Any, edges: int) -> np.ndarray | None:
             "order of the edges."
         )
     return weights
+
+
+def as_edge_features(values: Any, edges: int) -> np.ndarray | None:
+    """Numbers [edges, D] as they are given; GraphError for another shape."""
+    if values is None:
+        return None
+    features = as_array(values)
+    if features.ndim != 2 or len(features) != edges or features.dtype.kind not in "fiub":
+        raise GraphError(
+            f"edge_features is {features.dtype} {list(features.shape)}: give numbers [{edges}, "
+            "features], one row per edge, in the order of the edges."
+        )
+    return features
 
 
 def as_tables(tables: Mapping[str, Any], vertices: int) -> dict[str, np.ndarray]:

@@ -86,6 +86,24 @@ def check_weights(weights: np.ndarray, edges: int) -> None:
             raise GraphError(f"The weight of edge {e:,} is {weights[e]}: use finite weights.")
 
 
+def check_edge_features(features: np.ndarray, edges: int) -> None:
+    """Edge features float32 [edges, D], finite."""
+    shape = features.shape
+    if len(shape) != 2 or shape[0] != edges or not shape[1] or features.dtype != np.float32:
+        raise GraphError(
+            f"edge_features is {features.dtype} {list(shape)}: use float32 [{edges}, features], "
+            "one row per edge."
+        )
+    for start, piece in pieces_of(features):
+        finite = np.isfinite(piece)
+        if not finite.all():
+            row, column = (int(i) for i in np.argwhere(~finite)[0])
+            raise GraphError(
+                f"Feature {column:,} of edge {start + row:,} is {piece[row, column]}: use finite "
+                "numbers."
+            )
+
+
 def check_transpose(transposed: Transposed, vertices: int, edges: int) -> None:
     """A transpose read from a file: valid by itself, and of the graph's size."""
     try:

@@ -106,6 +106,7 @@ def pyg_edges(data: Any) -> dict[str, Any]:
         "target": target,
         "vertices": None if vertices is None else int(vertices),
         "weights": weights,
+        "edge_features": _pyg_edge_features(data),
         **tables,
     }
 
@@ -142,6 +143,14 @@ def _pyg_weights(data: Any) -> Any:
         return weights
     attributes = as_array(attributes)
     return attributes if attributes.ndim == 1 or attributes.shape[1] == 1 else None
+
+
+def _pyg_edge_features(data: Any) -> Any:
+    """A PyG Data's edge_attr of several numbers per edge of its edge_index, or None."""
+    attributes = as_array(getattr(data, "edge_attr", None))
+    if attributes is None or getattr(data, "edge_index", None) is None:
+        return None
+    return attributes if attributes.ndim == 2 and attributes.shape[1] > 1 else None
 
 
 def _without_edges(data: Any) -> str:

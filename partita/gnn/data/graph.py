@@ -26,13 +26,20 @@ from partita.gnn.data.arrays import (
     MASKS,
     TABLES,
     VertexTables,
+    as_edge_features,
     as_ids,
     as_tables,
     as_weights,
     check_ids,
     vertex_count,
 )
-from partita.gnn.data.checks import check_edges, check_tables, check_transpose, check_weights
+from partita.gnn.data.checks import (
+    check_edge_features,
+    check_edges,
+    check_tables,
+    check_transpose,
+    check_weights,
+)
 from partita.gnn.data.csr import Transposed, id_type, offsets_of, transpose_csr
 from partita.gnn.data.digest import array_digest, read_only
 
@@ -48,6 +55,7 @@ class Graph:
                 of a regression or of n labels, NaN for no target; or None
     train, validation, test     bool [vertices], or None
     weights     float32 [edges] in the order of `sources`, or None
+    edge_features   float32 [edges, D] in the order of `sources`, or None
     """
 
     offsets: np.ndarray
@@ -59,6 +67,7 @@ class Graph:
     test: np.ndarray | None = None
     weights: np.ndarray | None = None
     name: str = "graph"
+    edge_features: np.ndarray | None = None
 
     # ----------------------------------------------------------------------------- constructors
 
@@ -69,14 +78,16 @@ class Graph:
         vertices: int | None = None,
         *,
         weights: Any = None,
+        edge_features: Any = None,
         name: str = "graph",
         **tables: Unpack[VertexTables],
     ) -> Graph:
         """The graph with an edge from `source[i]` to `target[i]` for every i; edges may repeat.
 
         `vertices` defaults to the rows of `features` or `labels`, or else to the largest id plus
-        one. `weights` has a number per edge. `features` may be a SciPy matrix. A mask is one bool
-        per vertex or a list of vertices. Raises GraphError, which names the first bad entry.
+        one. `weights` has a number per edge, `edge_features` a row. `features` may be a SciPy
+        matrix. A mask is one bool per vertex or a list of vertices. Raises GraphError, which names
+        the first bad entry.
 
         >>> graph = Graph.from_edges([0, 1, 1], [1, 0, 2], labels=[0, 1, 1], train=[0])
         >>> graph
@@ -105,8 +116,13 @@ class Graph:
         if edge_weights is not None:
             sorted_weights = np.empty(len(source), np.float32)
             csr.fill(target, edge_weights, offsets[:-1].copy(), sorted_weights)
+        edge_table = as_edge_features(edge_features, len(source))
+        if edge_table is not None:
+            order = np.argsort(target, kind="stable")
+            edge_table = edge_table[order].astype(np.float32)
         arrays: dict[str, Any] = as_tables(tables, vertices)
-        return check(Graph(offsets, sorted_sources, **arrays, weights=sorted_weights, name=name))
+        arrays |= {"weights": sorted_weights, "edge_features": edge_table}
+        return check(Graph(offsets, sorted_sources, **arrays, name=name))
 
     @staticmethod
     def from_scipy(matrix: Any, **arguments: Any) -> Graph:
@@ -138,7 +154,7 @@ class Graph:
         """The graph of a PyG `Data` with edge_index or adj_t.
 
         Takes x, y, train_mask, val_mask, test_mask and edge_weight where the data has them. An
-        edge_attr of one number per edge stands for edge_weight.
+        edge_attr of one number per edge stands for edge_weight, of several for edge features.
         """
         return Graph.from_edges(**foreign.pyg_edges(data), name=name)
 
@@ -155,6 +171,8 @@ class Graph:
     def __repr__(self) -> str:
         weighted = " with weights" if self.weights is not None else ""
         counts = [f"{self.vertices:,} vertices", f"{self.edges:,} edges{weighted}"]
+        if self.edge_features is not None:
+            counts.append(f"{self.edge_features.shape[1]:,} edge features")
         if self.features is not None:
             counts.append(f"{self.feature_count:,} features")
         if self.labels is not None:
@@ -295,7 +313,7 @@ class Graph:
     def with_self_edges(self) -> Graph:
         """The graph in which every vertex has a self edge.
 
-        A missing one is added with weight 1, behind the vertex's other in-edges.
+        A missing one is added with weight 1 and features of 0, behind the vertex's other in-edges.
 
         >>> Graph.from_edges([0, 1], [1, 1]).with_self_edges().sources
         array([0, 0, 1], dtype=int32)
@@ -308,7 +326,15 @@ class Graph:
         if self.weights is not None:
             weights = np.empty(offsets[-1], np.float32)
             csr.widen_rows(self.offsets, self.weights, offsets, weights, np.float32(1))
-        return replace(self, offsets=offsets, sources=sources, weights=weights)
+        edge_features = self.edge_features
+        if edge_features is not None:
+            rows = np.empty(offsets[-1], np.int64)
+            csr.widen_rows(self.offsets, np.arange(self.edges), offsets, rows, np.int64(self.edges))
+            padded = np.pad(edge_features, ((0, 1), (0, 0)))
+            edge_features = padded[rows]
+        return replace(
+            self, offsets=offsets, sources=sources, weights=weights, edge_features=edge_features
+        )
 
     def with_reverse_edges(self) -> Graph:
         """The graph with the reverse of every edge added, of the same weight.
@@ -338,7 +364,22 @@ class Graph:
                 offsets,
                 weights,
             )
-        return replace(self, offsets=offsets, sources=sources, weights=weights)
+        edge_features = self.edge_features
+        if edge_features is not None:
+            rows = np.empty(offsets[-1], np.int64)
+            order = np.asarray(back.order, np.int64)
+            csr.append_rows(
+                self.offsets,
+                np.arange(self.edges),
+                back.offsets,
+                order,
+                offsets,
+                rows,
+            )
+            edge_features = edge_features[rows]
+        return replace(
+            self, offsets=offsets, sources=sources, weights=weights, edge_features=edge_features
+        )
 
     def relabelled(self, order: Any) -> Graph:
         """The same graph with new vertex numbers: vertex i of the result is vertex `order[i]` here.
@@ -369,6 +410,10 @@ class Graph:
             weights = np.empty(self.edges, np.float32)
             csr.permute_rows(self.offsets, self.weights, order, offsets, weights)
         tables: dict[str, Any] = {}
+        if self.edge_features is not None:
+            rows = np.empty(self.edges, np.int64)
+            csr.permute_rows(self.offsets, np.arange(self.edges), order, offsets, rows)
+            tables["edge_features"] = self.edge_features[rows]
         for name, table in self.tables().items():
             tables[name] = None if table is None else table[order]
         return replace(self, offsets=offsets, sources=sources, weights=weights, **tables)
@@ -402,6 +447,8 @@ def check(graph: Graph) -> Graph:
         check_edges(graph.offsets, graph.sources)
         if graph.weights is not None:
             check_weights(graph.weights, graph.edges)
+        if graph.edge_features is not None:
+            check_edge_features(graph.edge_features, graph.edges)
         check_tables(graph.tables(), graph.vertices)
         if graph.stored_transpose is not None:
             check_transpose(graph.stored_transpose, graph.vertices, graph.edges)

@@ -270,6 +270,12 @@ def _load_numbers(file: Path, dtype: Any, delimiter: str | None) -> np.ndarray:
 def save_lux(graph: Graph, path: Path) -> None:
     """Writes a graph to a .lux file and its companions, renamed when all are complete."""
     check(graph)
+    if graph.has_targets or graph.edge_features is not None:
+        table = "targets" if graph.has_targets else "edge features"
+        raise GraphError(
+            f"{path.name!r} cannot hold the {table} of '{graph.name}': save the graph as "
+            f"{path.stem + '.npz'!r}."
+        )
     fields = {name: getattr(graph, name) for name in FILES}
     tables = {name: table for name, table in fields.items() if table is not None}
     size = lux_size(graph.vertices, graph.edges)

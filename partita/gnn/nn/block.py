@@ -23,7 +23,17 @@ import numpy as np
 from partita.gnn.data.graph import Graph
 from partita.gnn.kernels import stamp
 from partita.gnn.kernels.attention import attend
-from partita.gnn.nn.sums import Edges, edge_max, edge_sum, edges_of, scaled_sum, weighted_sum
+from partita.gnn.nn.sums import (
+    Edges,
+    edge_max,
+    edge_sum,
+    edges_by_position,
+    edges_of,
+    scaled_sum,
+    spread,
+    taken,
+    weighted_sum,
+)
 
 AXIS = "parts"
 """The mesh axis over which vertices are split."""
@@ -51,6 +61,7 @@ class Aggregation:
     halo        messages with the rows of devices outside the group
     far         edges from the halo and their weights, if they are separate from `edges`, so that
                 the sum over `edges` need not wait for the halo; else None
+    features    float32 [edges, D] of `edges`, or None
     columns     neighbouring devices that share their vertices. They exchange their rows for a
                 slice of the features of all, sum it over all in-edges of these vertices, and
                 exchange it back. With 1, each device has the in-edges of its own vertices.
@@ -62,14 +73,31 @@ class Aggregation:
     weights: Any = None
     halo: tuple[HaloMessage, ...] = ()
     far: tuple[Edges, Any] | None = None
+    features: Any = None
     columns: int = field(default=1, metadata={"static": True})
     near: int = field(default=-1, metadata={"static": True})
+
+
+@dataclass(frozen=True)
+class EdgeEnds:
+    """In-edges of a device with the rows at their ends, padded at the end.
+
+    source      [edges, F]: rows that edges begin at
+    target      [edges, F]: rows that edges end at
+    features    [edges, D]: edge features or weights, or None
+    by_edge     edges from positions of edges to rows, which aggregate messages [edges, ...]
+    """
+
+    source: Any
+    target: Any
+    features: Any
+    by_edge: Edges
 
 
 class Calls:
     """The aggregations of a model, in the order in which they are traced.
 
-    aggregations    (features, 'sum', 'max' or 'attention') of each so far
+    aggregations    (features, 'sum', 'max', 'attention' or 'message') of each so far
     total           their number, if only results of training vertices are used; else 0
     normalizes      whether one divides by square roots of degrees
     """
@@ -242,6 +270,24 @@ class Block:
             a,
         ).astype(kind)
 
+    def ends(self, x: Any) -> EdgeEnds:
+        """The rows of x [rows, features] at both ends of every in-edge, for messages along edges.
+
+        At most one call of it per aggregation of messages.
+        """
+        aggregation = self._next_aggregation(x.shape[1], "message")
+        sources = self._sources(aggregation, x.astype(jnp.float32))
+        by_edge = edges_by_position(aggregation.edges)
+        features = aggregation.features
+        if features is None and aggregation.weights is not None:
+            features = aggregation.weights[:, None]
+        return EdgeEnds(
+            taken(aggregation.edges, sources).astype(x.dtype),
+            spread(by_edge, x.astype(jnp.float32)).astype(x.dtype),
+            None if features is None else features.astype(x.dtype),
+            by_edge,
+        )
+
     # ----------------------------------------------------------------------------- exchanges
 
     def _next_aggregation(self, width: int, operation: str) -> Aggregation:
@@ -253,7 +299,8 @@ class Block:
                 enough = [a for a in self.aggregations if a.near >= calls.later]
                 if enough:
                     return min(enough, key=lambda a: a.near)
-        columns = dict(self.columns).get(width, 1) if operation != "attention" else 1
+        splits = operation in ("sum", "max")
+        columns = dict(self.columns).get(width, 1) if splits else 1
         complete = [a for a in self.aggregations if a.near < 0]
         return next((a for a in complete if a.columns == columns), complete[0])
 
@@ -322,12 +369,13 @@ def _sum(edges: Edges, weights: Any, x: Any) -> Any:
 def block_of(graph: Graph) -> Block:
     """The block of a whole graph, for one device."""
     weighted = graph.weights is not None
-    back = graph.transposed(weighted)
-    if not weighted:
+    ordered = weighted or graph.edge_features is not None
+    back = graph.transposed(ordered)
+    if not ordered:
         back = replace(back, order=None)
     edges = edges_of(graph.offsets, graph.sources, back)
     degree, self_correction, load = of_vertices(graph, 0, graph.vertices)
-    aggregation = Aggregation(edges, graph.weights)
+    aggregation = Aggregation(edges, graph.weights, features=graph.edge_features)
     first = np.zeros(1, np.int32)
     count = np.array([graph.vertices], np.int32)
     return Block(

@@ -62,6 +62,33 @@ def _as_int32(array: np.ndarray) -> np.ndarray:
     return np.asarray(array).astype(np.int32, copy=False)
 
 
+def edges_by_position(edges: Edges) -> Edges:
+    """Edges from the positions 0, 1, ... of edges to their rows; padding leads to no row.
+
+    Sums and maxima of them aggregate one row per edge.
+    """
+    count = edges.ids.shape[0]
+    last_row = edges.offsets.shape[0] - 2
+    rows = jnp.minimum(targets(edges.offsets, count), last_row).astype(jnp.int32)
+    offsets = jnp.minimum(jnp.arange(count + 1, dtype=jnp.int32), edges.offsets[-1])
+    return Edges(edges.offsets, jnp.arange(count, dtype=jnp.int32), offsets, rows)
+
+
+def taken(edges: Edges, x: Any) -> Any:
+    """[edges, features]: the row of x [columns, features] that each edge begins at."""
+    if edges.back_order is None:
+        return x[edges.ids]
+    positions = jnp.arange(edges.ids.shape[0] + 1, dtype=jnp.int32)
+    offsets = jnp.minimum(positions, edges.offsets[-1])
+    return edge_sum(Edges(offsets, edges.ids, edges.back_offsets, edges.back_order), x)
+
+
+def spread(by_edge: Edges, x: Any) -> Any:
+    """[edges, features]: the row of x [rows, features] that each edge ends at; 0 for padding."""
+    transposed = Edges(by_edge.back_offsets, by_edge.back_ids, by_edge.offsets, by_edge.ids)
+    return edge_sum(transposed, x)
+
+
 def edge_sum(edges: Edges, x: Any) -> Any:
     """[rows, features]: the sum of x over the edges of each row."""
     return scaled_sum(edges, None, None, None, x)

@@ -52,7 +52,7 @@ def columns_of(
 
     `calls`: (features, kind) of every aggregation; `points`: the split points of the graph.
     """
-    widths = sorted({width for width, kind in calls if kind != "attention"})
+    widths = sorted({width for width, kind in calls if kind not in ("attention", "message")})
     parts = len(points) - 1
     rows = int(np.diff(points).max())
     seconds: dict[int, list[float]] = {}

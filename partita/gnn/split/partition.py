@@ -530,6 +530,7 @@ def _aggregation(
         capacity,
         group,
     )
+    edge_features = _edge_features(graph, kind, (int(ends[0]), int(ends[-1])), capacity.edges)
     apart = kind.apart and bool(halos)
     weighted = graph.weights is not None
     near = _empty_edges(group_rows, capacity.edges, weighted)
@@ -547,13 +548,32 @@ def _aggregation(
         near,
         far,
     )
+    ordered = weighted or edge_features is not None
     return Aggregation(
-        *_edges(near, column_edges[:first_far]),
+        *_edges(near, column_edges[:first_far], ordered),
         tuple(halos),
-        _edges(far, column_edges[first_far:]) if apart else None,
+        _edges(far, column_edges[first_far:], ordered) if apart else None,
+        edge_features,
         columns,
         kind.near,
     )
+
+
+def _edge_features(
+    graph: Graph,
+    kind: AggregationKind,
+    vertices: tuple[int, int],
+    edges: int,
+) -> np.ndarray | None:
+    """float32 [edges, D]: features of the in-edges of a range of vertices, of those in `keep`."""
+    if graph.edge_features is None or kind.columns > 1:
+        return None
+    first, last = vertices
+    features = graph.edge_features[graph.offsets[first] : graph.offsets[last]]
+    if kind.keep is not None:
+        degrees = np.diff(graph.offsets[first : last + 1])
+        features = features[np.repeat(kind.keep[first:last], degrees)]
+    return _padded(features, edges)
 
 
 def _halos(
@@ -642,12 +662,17 @@ def _fill(
         far.weights[j] = 0
 
 
-def _edges(arrays: EdgeArrays, column_edges: np.ndarray) -> tuple[Edges, np.ndarray | None]:
-    """(edges, their weights) of filled arrays; `column_edges`: edges of each column."""
+def _edges(
+    arrays: EdgeArrays, column_edges: np.ndarray, ordered: bool
+) -> tuple[Edges, np.ndarray | None]:
+    """(edges, their weights) of filled arrays; `column_edges`: edges of each column.
+
+    `ordered`: whether the transpose has its order.
+    """
     offsets = offsets_of(arrays.degrees)
     ids = arrays.ids[:-1]
     weighted = len(arrays.weights) > 0
-    edges = edges_of(offsets, ids, transpose_csr(offsets, ids, column_edges, weighted))
+    edges = edges_of(offsets, ids, transpose_csr(offsets, ids, column_edges, ordered))
     return edges, arrays.weights[:-1] if weighted else None
 
 
