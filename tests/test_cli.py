@@ -105,8 +105,8 @@ def test_reasons_that_are_damaged_are_one_sentence(why: object, tmp_path: Path) 
     done = partita("explain", damaged(tmp_path, why), GRAPH.operators[0].name)
     assert (
         done.exit_code == 2
-        and done.stderr.startswith("error: The plan ")
-        and "Plan again" in done.stderr
+        and "plan.json: why." in done.stderr
+        and ": give " in done.stderr
         and "Traceback" not in done.output
     )
 

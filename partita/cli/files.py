@@ -1,4 +1,5 @@
-"""Files that commands write: checked before an hour's work, written after it."""
+"""Files that commands write: checked before an hour's work, written after it, old ones kept till
+then (`partita.files.writing`)."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from partita.errors import PlanError
+from partita.files import writing
 from partita.plans.plan import Plan
 from partita.simulation.timeline import Timeline
 
@@ -15,16 +17,7 @@ def check_writable(**files: Path | None) -> None:
     """PlanError if one of the files, given by its kind, cannot be written."""
     for kind, path in files.items():
         if path is not None:
-            _write(path, kind, lambda path=path: _touch(path))
-
-
-def _touch(path: Path) -> None:
-    """Opens a file for writing, and leaves no trace of it."""
-    existed = path.exists()
-    with path.open("a"):
-        pass
-    if not existed:
-        path.unlink()
+            _write(path, kind, lambda path=path: writing.check_writable(path))
 
 
 def save_plan(plan: Plan, path: Path) -> None:
@@ -34,7 +27,7 @@ def save_plan(plan: Plan, path: Path) -> None:
 
 def save_text(text: str, path: Path, kind: str) -> None:
     """Writes a text to a file; `kind` names it in messages."""
-    _write(path, kind, lambda: _write_text(path, text))
+    _write(path, kind, lambda: writing.write_text(path, text))
 
 
 def save_page(
@@ -52,15 +45,13 @@ def save_page(
     save_text(text, path, "report")
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
 def _write(path: Path, kind: str, write: Callable[[], None]) -> None:
     try:
         write()
     except OSError as error:
+        fix = "Name a file in a folder that exists and can be written."
+        if error.errno in writing.FULL:
+            fix = "The old file, if any, is as it was. Free space, or write to another disk."
         raise PlanError(
-            f"The {kind} cannot be written to {str(path)!r}: {error.strerror}. Name a file in a "
-            "folder that exists."
+            f"The {kind} cannot be written to {str(path)!r}: {error.strerror}. {fix}"
         ) from None

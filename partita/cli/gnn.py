@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from partita.cli.files import check_writable, save_text
 from partita.cli.options import command
 from partita.cli.processes import join_processes, keep_stdout, run_in_processes
 from partita.cli.terminal import err, errors, out
@@ -432,6 +433,7 @@ def compare(
             raise GraphError(
                 f"{report.name!r} does not end in .html: call it {report.stem + '.html'!r}."
             )
+        check_writable(report=report)
         from partita.gnn.data import files
         from partita.gnn.split import compare as comparing
 
@@ -468,13 +470,7 @@ def _write_report(
     from partita.report.parts import page
 
     text = page(comparison, comparing.TITLES, comparing.COLUMNS, rows, notes)
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise GraphError(
-            f"{str(path)!r} cannot be written ({error.strerror}): name a file in a folder that "
-            "exists."
-        ) from None
+    save_text(text, path, "report")
 
 
 def _print_training(facts: dict[str, Any]) -> None:

@@ -36,19 +36,21 @@ def measure(
             keep_stdout()
         prints = join_processes()
         start_devices(devices)
-        from partita.execute.calibrate import calibrate, file_of
+        from partita.execute.calibrate import calibrate, check_cache, file_of, key_of
         from partita.execute.devices import at_hand
         from partita.report.tables import calibration_table
 
         activity = Activity(prints)
+        machine = at_hand(devices)
+        path = file_of(key_of(machine.devices))
+        if prints:
+            check_cache(path)
         with activity.show("measuring"):
             calibration = calibrate(
-                at_hand(devices), lambda program: activity.update(f"measuring {program}")
+                machine, lambda program: activity.update(f"measuring {program}")
             )
         if not prints:
             return
-        path = file_of(calibration.key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_text(calibration.to_toml(), path, "calibration")
         if as_json:
             value = {

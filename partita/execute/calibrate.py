@@ -9,12 +9,10 @@ those with which the machine's model is nearest to the measurements; the file ha
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import re
 import time
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -30,6 +28,9 @@ from scipy.optimize import minimize
 
 from partita.errors import MachineError
 from partita.execute.processes import put
+from partita.files.reading import FileKind, checked, parse_toml, read_text
+from partita.files.schema import mapping, plain, positive_number, table
+from partita.files.writing import check_writable
 from partita.machine import Machine
 from partita.machine.collectives import collective_seconds
 
@@ -102,7 +103,13 @@ class Calibration:
         return "\n".join(lines) + "\n"
 
 
-REMEASURE = "Delete the file, or measure again: partita machine measure."
+CALIBRATION_FILE = FileKind(
+    "a calibration",
+    "delete the file, or measure again with 'partita machine measure'",
+    MachineError,
+    by_hand=False,
+    most_bytes=2**24,
+)
 
 MANNER = 3
 """Version of the measuring method. A new one makes older figures invalid."""
@@ -137,6 +144,22 @@ def file_of(key: dict[str, Any]) -> Path:
     return cache_folder() / f"machine-{host}-{key['devices']}x{key['processes']}.toml"
 
 
+def check_cache(path: Path) -> str:
+    """The path of a measurement's file, before the measurement; makes its folder.
+
+    MachineError if the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
+    except OSError as error:
+        raise MachineError(
+            f"{path} cannot be written ({error.strerror}), so a measurement would be lost: set "
+            "PARTITA_CACHE to a folder that can be written."
+        ) from None
+    return str(path)
+
+
 def calibrated(machine: Machine, devices: int) -> Machine:
     """The machine with the figures measured here for `devices` devices, if there are valid ones.
 
@@ -144,23 +167,15 @@ def calibrated(machine: Machine, devices: int) -> Machine:
     """
     key = key_of(devices)
     path = file_of(key)
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+    if not path.exists():
         return machine
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise MachineError(f"{path} is not TOML: {error}. {REMEASURE}") from None
+    content = parse_toml(read_text(path, CALIBRATION_FILE), path, CALIBRATION_FILE)
     if content.get("key") != key:
         return machine
     figures = machine.provenance()
-    given = content.get("values", {})
-    if isinstance(given, dict):
-        values = {name: value for name, value in given.items() if name in figures}
-    else:
-        values = {"values": given}
-    for name, value in values.items():
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise MachineError(f"{name} in {path} is {value!r}, not a number above 0. {REMEASURE}")
+    schema = table({"key": plain, "values": mapping(positive_number)}, {}, plain)
+    measured = checked(content, schema, path, CALIBRATION_FILE)["values"]
+    values = {name: value for name, value in measured.items() if name in figures}
     return machine.revised(values, f"partita machine measure, {path.name}")
 
 

@@ -14,6 +14,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -33,8 +34,12 @@ from partita.cost.evaluate import Assignment, local_key, roofline_features
 from partita.cost.moves import Placement
 from partita.cost.partial import read_labels
 from partita.cost.terms import cost_terms
-from partita.execute.calibrate import file_of, key_of
+from partita.errors import MachineError
+from partita.execute.calibrate import check_cache, file_of, key_of
 from partita.execute.processes import from_first, is_first, meet
+from partita.files import schema
+from partita.files.reading import FileKind, read_json
+from partita.files.writing import write_text
 from partita.graph.operator_graph import OperatorGraph, constant_tensors
 from partita.machine import Machine, fitted_times
 from partita.machine.times import OperatorKey
@@ -44,6 +49,23 @@ from partita.plans.plan import Plan
 
 ROUNDS = 5
 """Timed runs of a program, after one to warm up. The median counts."""
+OPERATORS_FILE = FileKind(
+    "a file of operator times",
+    "delete the file: it is measured again",
+    MachineError,
+    by_hand=False,
+    most_bytes=2**30,
+)
+_RECORD = schema.table(
+    {
+        "model": schema.text(),
+        "operator": schema.text(),
+        "digest": schema.text(),
+        "seconds": schema.number(1e-12, 1e6),
+        "features": schema.mapping(schema.number(0, 1e6)),
+    }
+)
+_CONTENT = schema.table({"key": schema.plain, "operators": schema.mapping(_RECORD)})
 CHUNK_BYTES = 1 << 30
 """Operands and results of the programs that take turns, bytes."""
 LOOPS = ("while", "case", "if")
@@ -131,6 +153,8 @@ def measured_operators(
     records: dict[str, Any] = json.loads(text)
     requests = list(_requests(captured, machine, plans, seconds_of))
     unmeasured = {request.text: request for request in requests if request.text not in records}
+    if unmeasured:
+        from_first("cache of operators", lambda: check_cache(path))
     _measure(
         list(unmeasured.values()),
         captured.graph.name,
@@ -739,13 +763,10 @@ def file_of_operators(machine: Machine) -> Path:
 
 def load(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
     """Records of a file, by digest; none if they are of other devices or libraries."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not path.exists():
         return {}
-    if not isinstance(content, dict) or content.get("key") != dict(key):
-        return {}
-    return dict(content["operators"])
+    content = read_json(path, OPERATORS_FILE, _CONTENT)
+    return dict(content["operators"]) if content["key"] == dict(key) else {}
 
 
 def _save(
@@ -753,17 +774,9 @@ def _save(
     key: Mapping[str, Any],
     records: Mapping[str, Any],
 ) -> None:
-    """Writes the records.
-
-    The file stays complete if two processes write at once. A full disk costs the cache only.
-    """
+    """Writes the records. A disk that has filled since `check_cache` costs the cache only."""
     lines = [f"  {json.dumps(text)}: {json.dumps(record)}" for text, record in records.items()]
     joined = ",\n".join(lines)
     content = f'{{"key": {json.dumps(key)},\n"operators": {{\n{joined}\n}}}}\n'
-    fresh = path.with_suffix(".new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(content, encoding="utf-8")
-        fresh.replace(path)
-    except OSError:
-        fresh.unlink(missing_ok=True)
+    with suppress(OSError):
+        write_text(path, content)

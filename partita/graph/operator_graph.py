@@ -16,16 +16,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
+from itertools import chain
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from partita.errors import PartitaError
+from partita.files.reading import FileKind, checked, read_json
+from partita.files.schema import FieldError, Range, record, table, version
+from partita.files.writing import write_text
 
 SCHEMA = 1
 
+Count = Annotated[int, Range(0, 2**48)]
+Size = Annotated[int, Range(1, 2**48)]
 Phase = Literal["forward", "backward", "update"]
 FactorKind = Literal["S", "A", "P", "R"]
 """Sample, attribute, parameter, reduction."""
@@ -62,7 +67,7 @@ ITEMSIZE = {
 class Tensor:
     """A value of the program: its global shape and dtype."""
 
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
     dtype: str
 
     @property
@@ -80,7 +85,7 @@ class Tensor:
 class Rule:
     """Shardy's sharding rule of one instruction: iteration space and the dims that it indexes."""
 
-    sizes: tuple[int, ...]
+    sizes: tuple[Count, ...]
     """Size of every factor of the iteration space. All other fields name factors by index."""
     operands: tuple[DimFactors, ...]
     results: tuple[DimFactors, ...]
@@ -104,16 +109,16 @@ class Window:
     ((1, 1), (2, 3))
     """
 
-    size: int
+    size: Size
     """Elements of the dim of operand 0 that is read through the window."""
-    count: int
+    count: Size
     """Positions of the window."""
-    step: int
+    step: Count
     low: int
     """Elements of padding before the first element."""
-    reach: int
+    reach: Size
     """Elements that one position covers, in the dilated dim."""
-    base: int
+    base: Size
     """Dilation of the dim."""
 
     def halo_elements(self, parts: int) -> tuple[int, int]:
@@ -165,13 +170,13 @@ class Instruction:
     operands: tuple[int, ...]
     results: tuple[int, ...]
     rule: Rule | None
-    flops: float = 0.0
+    flops: Annotated[float, Range(0)] = 0.0
     """FLOPs of one execution, global."""
-    trips: int = 1
+    trips: Count = 1
     """Number of executions by the loops around it."""
     windows: tuple[tuple[int, Window], ...] = ()
     """Pairs of a factor of the rule and the window that it moves over a dim of operand 0."""
-    batch_groups: int = 1
+    batch_groups: Size = 1
     """Groups in the batch of a convolution; several for the weight gradient of a grouped one."""
     adds: bool = True
     """Whether elements that meet in a result are added; not so for a reduce by maximum."""
@@ -190,7 +195,7 @@ class Loop:
     """Per carried variable its tensors: before the loop, in the body, yielded, after the loop."""
     body: tuple[int, int]
     """First instruction of its condition and body, and one past the last."""
-    trips: int
+    trips: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +216,7 @@ class Factor:
     """An independent iteration dimension of an operator, which mesh axes may split."""
 
     name: str
-    size: int
+    size: Size
     kind: FactorKind
     operator: int
 
@@ -263,7 +268,7 @@ class OperatorGraph:
     """Per tensor its label in the factors of its home."""
     uses: tuple[Use, ...]
     """All reads under a label that differs from the tensor's own, within or between operators."""
-    batch_size: int = 0
+    batch_size: Count = 0
     notes: tuple[str, ...] = ()
     target: str = ""
     """The platform for which the step was captured ("cpu", "cuda", "cuda:8.0", "tpu"), "" in files
@@ -294,69 +299,120 @@ class OperatorGraph:
         return {"schema": SCHEMA, "graph": _to_lists(self)}
 
     @staticmethod
-    def from_json(value: dict[str, Any]) -> OperatorGraph:
-        """The graph of a JSON value: fields by position, as `to_json` writes them."""
-        if value.get("schema") != SCHEMA:
-            raise PartitaError(
-                f"The graph has schema {value.get('schema')!r}; this version reads {SCHEMA}. "
-                "Capture it again."
-            )
-        fields = value["graph"]
-        return OperatorGraph(
-            name=fields[0],
-            tensors=tuple(Tensor(tuple(shape), dtype) for shape, dtype in fields[1]),
-            instructions=tuple(_instruction(entry) for entry in fields[2]),
-            loops=tuple(Loop(*_to_tuples(entry)) for entry in fields[3]),
-            arguments=tuple(Argument(*entry) for entry in fields[4]),
-            outputs=tuple(fields[5]),
-            operators=tuple(Operator(*_to_tuples(entry)) for entry in fields[6]),
-            factors=tuple(Factor(*entry) for entry in fields[7]),
-            owner=tuple(fields[8]),
-            home=tuple(fields[9]),
-            labels=_to_tuples(fields[10]),
-            uses=tuple(Use(*_to_tuples(entry)) for entry in fields[11]),
-            batch_size=fields[12],
-            notes=tuple(fields[13]),
-            target=fields[14] if len(fields) > 14 else "",
-        )
+    def from_json(value: Any, where: str = "The graph") -> OperatorGraph:
+        """The graph of a JSON value: fields by position, as `to_json` writes them.
+
+        PartitaError names the wrong field. `graph.check` states the properties beyond the format.
+        """
+        return checked(value, _graph_fields, where, GRAPH_FILE)
 
     def save(self, path: str | Path) -> None:
         """Write the graph as JSON."""
-        Path(path).write_text(json.dumps(self.to_json(), separators=(",", ":")))
+        write_text(path, json.dumps(self.to_json(), separators=(",", ":")))
 
     @staticmethod
     def load(path: str | Path) -> OperatorGraph:
         """The graph in a JSON file. PartitaError names the problem of a wrong file."""
-        file = repr(str(path))
-        try:
-            value = json.loads(Path(path).read_text())
-        except FileNotFoundError:
-            raise PartitaError(f"There is no graph file {file}.") from None
-        except json.JSONDecodeError as error:
-            raise PartitaError(
-                f"{file} is not a graph file: {error.msg} in line {error.lineno}."
-            ) from None
-        if not isinstance(value, dict) or "graph" not in value:
-            raise PartitaError(
-                f"{file} is JSON but not a graph: it needs the keys 'schema' and 'graph'."
+        return read_json(path, GRAPH_FILE, _graph_fields)
+
+
+GRAPH_FILE = FileKind("a graph", "capture the program again", by_hand=False, most_bytes=2**32)
+
+
+def _graph_fields(value: Any) -> OperatorGraph:
+    """The graph of a JSON value; FieldError names the wrong field."""
+    schema = version(SCHEMA, "capture the program again")
+    fields = table({"schema": schema, "graph": record(OperatorGraph)})(value)
+    graph = fields["graph"]
+    try:
+        _check_numbers(graph)
+    except FieldError as error:
+        raise error.inside("graph") from None
+    return graph
+
+
+def _check_numbers(graph: OperatorGraph) -> None:
+    """FieldError for a field that names a tensor, an operator or a factor that does not exist."""
+    tensors = len(graph.tensors)
+    operators = len(graph.operators)
+    factors = len(graph.factors)
+    instructions = len(graph.instructions)
+    _check_length("home", graph.home, tensors)
+    _check_length("labels", graph.labels, tensors)
+    _check_length("owner", graph.owner, instructions)
+    _check_below("outputs", graph.outputs, tensors)
+    _check_below("home", graph.home, operators, least=-1)
+    _check_below("owner", graph.owner, operators, least=-1)
+    for number, label in enumerate(graph.labels):
+        _check_label(f"labels[{number}]", label, graph.tensors[number], factors)
+    for number, instruction in enumerate(graph.instructions):
+        _check_instruction(f"instructions[{number}]", instruction, tensors)
+    for number, loop in enumerate(graph.loops):
+        _check_below(f"loops[{number}]", (loop.instruction,), instructions)
+        _check_below(f"loops[{number}].body", loop.body, instructions + 1)
+        for values in loop.carried:
+            _check_below(f"loops[{number}].carried", values, tensors)
+    for number, argument in enumerate(graph.arguments):
+        result = () if argument.result is None else (argument.result,)
+        _check_below(f"arguments[{number}]", (argument.tensor, *result), tensors)
+        if result and argument.result not in graph.outputs:
+            raise FieldError("no output", "capture the program again").inside(
+                f"arguments[{number}].result"
             )
-        return OperatorGraph.from_json(value)
+    for number, operator in enumerate(graph.operators):
+        _check_below(f"operators[{number}].heavy", (operator.heavy,), instructions)
+        _check_below(f"operators[{number}].instructions", operator.instructions, instructions)
+        _check_below(f"operators[{number}].factors", operator.factors, factors)
+    for number, factor in enumerate(graph.factors):
+        _check_below(f"factors[{number}].operator", (factor.operator,), operators)
+    for number, use in enumerate(graph.uses):
+        _check_use(f"uses[{number}]", use, graph)
 
 
-def _instruction(entry: list[Any]) -> Instruction:
-    name, path, phase, operands, results, rule, flops, trips, windows, *others = entry
-    return Instruction(
-        name,
-        path,
-        phase,
-        tuple(operands),
-        tuple(results),
-        None if rule is None else Rule(*_to_tuples(rule)),
-        flops,
-        trips,
-        tuple((factor, Window(*window)) for factor, window in windows),
-        *others,
-    )
+def _check_instruction(path: str, instruction: Instruction, tensors: int) -> None:
+    _check_below(f"{path}.operands", instruction.operands, tensors)
+    _check_below(f"{path}.results", instruction.results, tensors)
+    rule = instruction.rule
+    if rule is None:
+        return
+    count = len(rule.sizes)
+    _check_length(f"{path}.rule.operands", rule.operands, len(instruction.operands))
+    _check_length(f"{path}.rule.results", rule.results, len(instruction.results))
+    for dims in chain(rule.operands, rule.results):
+        for factors in dims:
+            _check_below(f"{path}.rule", factors, count)
+    for factors in (rule.reduction, rule.halo, rule.gathered):
+        _check_below(f"{path}.rule", factors, count)
+    for factor, _ in instruction.windows:
+        _check_below(f"{path}.windows", (factor,), count)
+
+
+def _check_use(path: str, use: Use, graph: OperatorGraph) -> None:
+    _check_below(f"{path}.tensor", (use.tensor,), len(graph.tensors))
+    _check_below(f"{path}.operator", (use.operator,), len(graph.operators))
+    _check_label(f"{path}.label", use.label, graph.tensors[use.tensor], len(graph.factors))
+    for index, position in use.instructions:
+        _check_below(f"{path}.instructions", (index,), len(graph.instructions))
+        operands = graph.instructions[index].operands
+        _check_below(f"{path}.instructions", (position,), len(operands))
+
+
+def _check_label(path: str, label: Label, tensor: Tensor, factors: int) -> None:
+    _check_length(path, label, len(tensor.shape))
+    _check_below(path, label, factors, least=-1)
+
+
+def _check_length(path: str, values: Sequence[Any], length: int) -> None:
+    if len(values) != length:
+        problem = f"a list of {len(values):,}, not of {length:,}"
+        raise FieldError(problem, "capture the program again").inside(path)
+
+
+def _check_below(path: str, values: Iterable[int], count: int, least: int = 0) -> None:
+    for value in values:
+        if not least <= value < count:
+            fix = f"use numbers from {least} to {count - 1:,}, or capture the program again"
+            raise FieldError(f"{value:,}", fix).inside(path)
 
 
 def _to_lists(value: Any) -> Any:
@@ -365,10 +421,6 @@ def _to_lists(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_to_lists(item) for item in value]
     return value
-
-
-def _to_tuples(value: Any) -> Any:
-    return tuple(_to_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _lines(graph: OperatorGraph) -> Iterator[str]:

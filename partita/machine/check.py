@@ -33,6 +33,7 @@ from partita.machine.parts import (
     Value,
 )
 
+MOST_DEVICES = 2**24
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 Named = Memory | OperatingPoint | DomainPoint | Level | Domain | Trip | Grid | Attached
 """Parts with a name of their own."""
@@ -59,6 +60,7 @@ def check(machine: Machine) -> None:
     devices = [(f"kind.{kind.key}", kind) for kind in machine.kinds]
     for path, device in devices or [("device", machine.device)]:
         _check_device(path, device)
+    _check_sizes(machine)
     _check_counts(machine)
     _check_names("level", machine.levels)
     _check_names("domain", machine.domains)
@@ -197,6 +199,21 @@ def _check_engines(path: str, engines: Sequence[Engine]) -> None:
         )
 
 
+def _check_sizes(machine: Machine) -> None:
+    """Numbers of devices that a plan's mesh can have."""
+    for level in machine.levels:
+        if isinstance(level.size, int) and level.size > MOST_DEVICES:
+            raise DescriptionError(
+                f"level.{level.name}.size",
+                f"is {level.size:,}: a machine has at most {MOST_DEVICES:,} devices.",
+            )
+    if machine.devices > MOST_DEVICES:
+        raise DescriptionError(
+            "level",
+            f"makes {machine.devices:,} devices: a machine has at most {MOST_DEVICES:,}.",
+        )
+
+
 def _check_counts(machine: Machine) -> None:
     """The counts of the kinds must agree with the sizes of the levels."""
     counts = [kind.count for kind in machine.kinds]
@@ -268,6 +285,8 @@ def check_source(
     status: object,
 ) -> None:
     """Raise DescriptionError unless a number has a source and a known status."""
+    if not isinstance(source, str | None):
+        raise DescriptionError(path, 'has a source that is no text: write source = "...".')
     if not source:
         raise DescriptionError(
             path, 'has no source: add source = "where the number was read" to it or to its section.'

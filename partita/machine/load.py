@@ -9,8 +9,8 @@ docs/machines.md shows a whole description.
 from __future__ import annotations
 
 import difflib
+import math
 import re
-import tomllib
 from dataclasses import MISSING, Field, fields, replace
 from functools import lru_cache
 from importlib import resources
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from partita.errors import MachineError, PartitaError
+from partita.files.reading import FileKind, parse_toml, read_text
+from partita.files.schema import LONGEST_TEXT, shown
 from partita.machine.check import (
     DescriptionError,
     check,
@@ -86,7 +88,15 @@ _SECTIONS = (
     "attached",
 )
 """Keys of a whole description."""
+MACHINE_FILE = FileKind(
+    "a machine",
+    "write it as docs/machines.md shows",
+    MachineError,
+    most_bytes=2**24,
+)
 _ORIGIN_KEYS = ("source", "status")
+MOST_COUNT = 2**62
+"""The largest whole number of a description (`endurance_writes`)."""
 _PLAIN_EXAMPLES = {"count": "4", "efficiency": "0.8", "fraction": "0.5", "number": "0.25"}
 """Examples of numbers without a unit, by dimension."""
 
@@ -114,7 +124,7 @@ def load(name_or_path: str | Path) -> Machine:
                 f"There is no file '{text}'. Presets are written without .toml: "
                 f"{listed(presets())}."
             )
-        return read(path.read_text(encoding="utf-8"), text)
+        return read(read_text(path, MACHINE_FILE), text)
     if "," in text:
         raise MachineError(
             f"'{text}' names several machines, and one is needed here. 'partita plan --machine "
@@ -181,10 +191,7 @@ def _preset(name: str) -> Machine:
 
 def read(text: str, file: str = "machine.toml") -> Machine:
     """The machine of a TOML description. `file` names it in errors."""
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise MachineError(f"{file} is not TOML: {error}.") from None
+    table = parse_toml(text, file, MACHINE_FILE)
     try:
         machine = _DescriptionReader().machine(table)
         check(machine)
@@ -496,7 +503,7 @@ class _DescriptionReader:
         if not isinstance(field.default, bool):
             return _string(path, value)
         if not isinstance(value, bool):
-            raise DescriptionError(path, f"is {value!r}: write true or false.")
+            raise DescriptionError(path, f"is {shown(value)}: write true or false.")
         return value
 
     def number(
@@ -561,7 +568,7 @@ def _values(path: str, given: Any, dimension: str, depth: int) -> Value:
         return _value(path, given, dimension)
     if not isinstance(given, list) or not given:
         noun = "a list of numbers" if depth == 1 else "a list of rows"
-        raise DescriptionError(path, f"is {given!r}: write {noun}, [...].")
+        raise DescriptionError(path, f"is {shown(given)}: write {noun}, [...].")
     values: tuple[Any, ...] = tuple(_values(path, item, dimension, depth - 1) for item in given)
     if depth > 1 and len({len(row) for row in values}) > 1:
         raise DescriptionError(path, "has rows of different lengths: write equally long rows.")
@@ -576,11 +583,13 @@ def _value(
     if dimension in PLAIN_DIMENSIONS:
         return _plain_value(path, given, dimension)
     if not isinstance(given, str):
-        raise DescriptionError(path, f"is {given!r}, without a unit{_example(dimension)}.")
+        raise DescriptionError(path, f"is {shown(given)}, without a unit{_example(dimension)}.")
     try:
         value = parse(given, dimension)
     except PartitaError as error:
         raise DescriptionError(path, f"is wrong: {error}") from None
+    if not math.isfinite(value):
+        raise DescriptionError(path, f"is {shown(given)}: write a finite number.")
     return int(value) if dimension == "B" else value
 
 
@@ -592,13 +601,15 @@ def _plain_value(
     """A number without a unit."""
     is_number = isinstance(given, (int, float)) and not isinstance(given, bool)
     if dimension == "count":
-        if not is_number or not isinstance(given, int):
+        if not is_number or not isinstance(given, int) or given > MOST_COUNT:
             raise DescriptionError(
-                path, f"is {given!r}: write a plain whole number{_example(dimension)}."
+                path, f"is {shown(given)}: write a plain whole number{_example(dimension)}."
             )
         return given
-    if not is_number:
-        raise DescriptionError(path, f"is {given!r}: write a plain number{_example(dimension)}.")
+    if not is_number or abs(given) > 2**62:
+        raise DescriptionError(
+            path, f"is {shown(given)}: write a plain number{_example(dimension)}."
+        )
     return float(given)
 
 
@@ -627,13 +638,13 @@ def _check_keys(
 
 def _table(path: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DescriptionError(path, f"is {value!r}: write a table, [{path}].")
+        raise DescriptionError(path, f"is {shown(value)}: write a table, [{path}].")
     return value
 
 
 def _string(path: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise DescriptionError(path, f"is {value!r}: write a text in quotes.")
+    if not isinstance(value, str) or len(value) > LONGEST_TEXT:
+        raise DescriptionError(path, f"is {shown(value)}: write a text in quotes.")
     return value
 
 

@@ -23,8 +23,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from partita.errors import PlanError
-from partita.plans.schema import SCHEDULES, SCHEMA, check_plan_json, parse_choice
+from partita.files.reading import checked, read_json
+from partita.files.writing import write_text
+from partita.plans.schema import PLAN_FILE, SCHEDULES, SCHEMA, plan_fields
 from partita.units import format_bytes, format_seconds
 
 TIME = "time"
@@ -200,61 +201,44 @@ class Plan:
 
     @staticmethod
     def from_json(value: Any, where: str = "The plan") -> Plan:
-        """The plan of a JSON value. PlanError names the wrong key and the allowed values."""
-        check_plan_json(value, where)
-        axes = []
-        for name, entry in value["mesh"].items():
-            axes.append(Axis(name, entry["size"], entry.get("level", 0)))
-        mesh = Mesh(tuple(axes))
-        choices = {}
-        for operator, text in value["operators"].items():
-            choices[operator] = parse_choice(text, mesh.index, f"{where}, operators.{operator}")
-        storage = {}
-        for path, entry in value.get("storage", {}).items():
-            storage[path] = Storage(entry["dim"], tuple(entry["axes"]), entry["zero"])
-        return Plan(
-            graph=value["graph"],
-            machine=value["machine"],
-            mesh=mesh,
-            choices=choices,
-            storage=storage,
-            name=value.get("name", "found"),
-            batch_size=value.get("batch_size", 0),
-            predicted=value.get("predicted", {}),
-            notes=tuple(value.get("notes", ())),
-            why=value.get("why", {}),
-            microbatches=value.get("microbatches", 1),
-            schedule=value.get("schedule", SCHEDULES[0]),
-            recompute=tuple((run[0], run[1]) for run in value.get("recompute", ())),
-            target=value.get("target", ""),
-        )
+        """The plan of a JSON value. PlanError names the wrong field and its fix."""
+        return _plan_of(checked(value, plan_fields, where, PLAN_FILE))
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
 
     @staticmethod
     def load(path: str | Path) -> Plan:
         """The plan in a JSON file. PlanError names the problem of a file that holds no plan."""
-        file = repr(str(path))
-        advice = "Give a file that 'partita plan --save-plan' wrote."
-        try:
-            text = Path(path).read_text()
-        except FileNotFoundError:
-            raise PlanError(f"There is no plan file {file}.") from None
-        except OSError as error:
-            raise PlanError(
-                f"The plan file {file} cannot be read: {error.strerror}. {advice}"
-            ) from None
-        except UnicodeDecodeError:
-            raise PlanError(f"{file} is not a plan: it is not text. {advice}") from None
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanError(
-                f"{file} is not a plan: {error.msg} in line {error.lineno}, column {error.colno}."
-            ) from None
-        return Plan.from_json(value, f"The plan {file}")
+        return _plan_of(read_json(path, PLAN_FILE, plan_fields))
+
+
+def _plan_of(fields: Mapping[str, Any]) -> Plan:
+    """The plan of checked fields."""
+    axes = []
+    for name, entry in fields["mesh"].items():
+        axes.append(Axis(name, entry["size"], entry.get("level", 0)))
+    storage = {path: Storage(**entry) for path, entry in fields.get("storage", {}).items()}
+    others = (
+        "name",
+        "batch_size",
+        "predicted",
+        "notes",
+        "why",
+        "microbatches",
+        "schedule",
+        "target",
+    )
+    return Plan(
+        graph=fields["graph"],
+        machine=fields["machine"],
+        mesh=Mesh(tuple(axes)),
+        choices=fields["operators"],
+        storage=storage,
+        recompute=fields.get("recompute", ()),
+        **{name: fields[name] for name in others if name in fields},
+    )
 
 
 @cache

@@ -130,11 +130,14 @@ def summary(plan: Plan) -> Iterable[str]:
         source = predicted.get("provenance", {}).get("seconds", "")
         step = f"step {format_seconds(predicted['seconds'])} predicted ({source})"
         yield "; ".join([step, *proofs(gaps_of(plan))])
-        traffic = sum(predicted["traffic_bytes"].values())
-        yield (
-            f"memory {format_bytes(predicted['peak_bytes'])} a device at the peak; "
-            f"traffic {format_bytes(traffic)} a device"
-        )
+        figures = []
+        if "peak_bytes" in predicted:
+            figures.append(f"memory {format_bytes(predicted['peak_bytes'])} a device at the peak")
+        if "traffic_bytes" in predicted:
+            traffic = sum(predicted["traffic_bytes"].values())
+            figures.append(f"traffic {format_bytes(traffic)} a device")
+        if figures:
+            yield "; ".join(figures)
     if "joules" in predicted:
         source = predicted.get("provenance", {}).get("joules", "")
         yield f"energy {format_joules(predicted['joules'])} a step of all devices ({source})"

@@ -63,9 +63,11 @@ def test_figures_of_another_machine_or_library_are_ignored(what: str, cache: Pat
 
 
 def test_a_broken_file_is_named(cache: Path) -> None:
-    for broken in (b"[key\n", b"\x80\x81"):
+    for broken, problem in ((b"[key\n", "not TOML"), (b"\x80\x81", "no text in UTF-8")):
         file_of(key_of(2)).write_bytes(broken)
-        with pytest.raises(MachineError, match="is not TOML.*Delete the file, or measure again"):
+        with pytest.raises(
+            MachineError, match=f"is {problem}.*: delete the file, or measure again"
+        ):
             calibrated(at_hand(2), 2)
 
 
@@ -76,8 +78,7 @@ def test_an_impossible_figure_is_named(value: str, cache: Path) -> None:
     )
     with pytest.raises(
         MachineError,
-        match="device.overhead in .* is .*, not a number above 0. "
-        "Delete the file, or measure again",
+        match="toml: values.device.overhead is .*: delete the file, or measure again",
     ):
         calibrated(at_hand(2), 2)
 

@@ -63,10 +63,13 @@ def test_a_broken_graph_fails_its_check(breakage):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (None, "There is no graph file"),
-        ("{", r"is not a graph file: .* in line 1"),
-        ("[]", "is JSON but not a graph"),
-        (json.dumps({"schema": 99, "graph": []}), "schema 99; this version reads"),
+        (None, "There is no file '.*graph.json': capture the program again."),
+        ("{", r"is not a graph \(.* in line 1, column 2\): capture"),
+        ("[]", "the content is a list of 0: capture the program again."),
+        (
+            json.dumps({"schema": 99, "graph": []}),
+            "schema is 99: capture the program again.",
+        ),
     ],
 )
 def test_a_file_without_a_graph_is_refused(text, sentence, tmp_path):
