@@ -1,40 +1,37 @@
-"""The collectives and the peak memory of a compiled step, read from the compiled program."""
+"""The collectives and the peak memory of a compiled step, read from the compiled program.
+
+Compilers write one collective in several ways. XLA:GPU writes a start and a done, and combines
+tensors of several layers into one. XLA:TPU repeats an asynchronous collective in every fusion that
+runs beside it, all with one chain, and writes a reduce-scatter as a fusion of an all-reduce and a
+slice. Both may turn a gather before a product into a loop of permutes (a windowed product). The
+result has each collective once, under the name that a plan has for it.
+"""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from partita.capture.names import layer_path
-from partita.graph.operator_graph import ITEMSIZE
+from partita.execute.hlo import HloInstruction, HloModule, HloShape, Visit
 
 KINDS = {
     "all-reduce": "all_reduce",
     "all-gather": "all_gather",
     "all-to-all": "all_to_all",
+    "ragged-all-to-all": "all_to_all",
     "reduce-scatter": "reduce_scatter",
     "collective-permute": "collective_permute",
 }
-HLO_DTYPES = {
-    "pred": "bool",
-    "s8": "int8",
-    "u8": "uint8",
-    "s16": "int16",
-    "u16": "uint16",
-    "s32": "int32",
-    "u32": "uint32",
-    "s64": "int64",
-    "u64": "uint64",
-    "f16": "float16",
-    "bf16": "bfloat16",
-    "f32": "float32",
-    "f64": "float64",
-    "c64": "complex64",
-    "c128": "complex128",
+WINDOWED = {
+    "windowed_dot_general_body_ag": "all_gather",
+    "windowed_dot_general_body_rs": "reduce_scatter",
 }
+"""Beginning of the name of a windowed product's loop body -> the collective that it replaces."""
+SCATTERING = "all-reduce-scatter"
+"""Beginning of the name of the fusions that are reduce-scatters of XLA:TPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,121 +51,121 @@ class Emitted:
     """Its name in the program."""
 
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
-_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
-_OPERAND = re.compile(r"%([\w.\-]+)")
-_LOOP_BODY = re.compile(r"body=%?([\w.\-]+)")
-_TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(\d+)"')
-_CALLED = re.compile(
-    r"(?:to_apply|calls|called_computations=\{|true_computation|false_computation)=?%?([\w.\-]+)"
-)
-_CALLS = ("call", "conditional", "fusion", "async-start")
-
-
 def emitted(text: str) -> list[Emitted]:
     """The collectives in the text of a compiled program, those in loops with the trip counts."""
-    computations: dict[str, list[str]] = {}
-    current = ""
-    entry = ""
-    for line in text.splitlines():
-        match = _COMPUTATION.match(line)
-        if match and not line.startswith(" "):
-            current = match.group(1)
-            computations[current] = []
-            if line.startswith("ENTRY"):
-                entry = current
-        elif current:
-            computations[current].append(line)
-    return list(_collectives(computations, entry, 1))
+    return collectives_of(HloModule.of(text))
 
 
-def _collectives(
-    computations: Mapping[str, Sequence[str]], computation: str, trips: int
-) -> Iterator[Emitted]:
-    """The collectives of a computation that runs `trips` times, and of those that it calls."""
-    names: dict[str, str] = {}
-    for line in computations.get(computation, ()):
-        match = _INSTRUCTION.match(line)
-        if not match:
+def collectives_of(module: HloModule) -> list[Emitted]:
+    """The collectives of a compiled program, each tensor of a combined one by itself."""
+    result: list[Emitted] = []
+    chains: set[tuple[str, str, int]] = set()
+    for visit in module.visits():
+        instruction = visit.instruction
+        opcode = instruction.opcode.removesuffix("-start")
+        if opcode not in KINDS:
             continue
-        opcode = match.group(3)
-        op_name = _OP_NAME.search(line)
-        names[match.group(1)] = op_name.group(1) if op_name else ""
-        kind = KINDS.get(opcode.removesuffix("-start"))
-        if kind:
-            yield from _tensors(line, match, kind, names, trips)
-        elif opcode == "while":
-            body = _LOOP_BODY.search(line)
-            count = _TRIP_COUNT.search(line)
-            if body:
-                loop_trips = int(count.group(1)) if count else 1
-                yield from _collectives(computations, body.group(1), trips * loop_trips)
-        elif opcode in _CALLS:
-            for called in _CALLED.findall(line):
-                yield from _collectives(computations, called, trips)
+        chain = _chain(instruction)
+        if chain:
+            key = (opcode, chain, visit.trips)
+            if key in chains:
+                continue
+            chains.add(key)
+        result += _tensors(module, visit, _kind(visit, KINDS[opcode]))
+    return result
 
 
-def _tensors(
-    line: str,
-    match: re.Match[str],
-    kind: str,
-    names: Mapping[str, str],
-    trips: int,
-) -> Iterator[Emitted]:
+def _chain(instruction: HloInstruction) -> str:
+    """Channel and chain of an asynchronous collective that several fusions contain, else ""."""
+    chain = re.search(r'chain_id="(\d+)"', instruction.line)
+    channel = re.search(r"channel_id=(\d+)", instruction.line)
+    if chain is None or channel is None:
+        return ""
+    return f"{channel[1]}/{chain[1]}"
+
+
+def _kind(visit: Visit, kind: str) -> str:
+    """The kind that a plan has for a collective."""
+    if kind == "all_reduce" and visit.computation.startswith(SCATTERING):
+        return "reduce_scatter"
+    if kind == "collective_permute":
+        for beginning, replaced in WINDOWED.items():
+            if visit.computation.startswith(beginning):
+                return replaced
+    return kind
+
+
+def _tensors(module: HloModule, visit: Visit, kind: str) -> Iterator[Emitted]:
     """An entry per tensor of a collective.
 
     XLA combines several into one, so the name is that of the operand.
     """
-    name = names[match.group(1)]
-    group = _group(line)
-    shapes = _SHAPE.findall(match.group(2))
-    if match.group(3).endswith("-start"):
-        sizes = [_nbytes(*shape) for shape in shapes]
-        # The result of a start has its operands and its results.
-        nbytes = max(sizes) if len(sizes) <= 2 else sum(sizes) // 2
-        yield Emitted(
-            kind,
-            nbytes,
-            group,
-            trips,
-            layer_path(name),
-            name,
-        )
-        return
-    operands = _OPERAND.findall(line[match.end() : line.index(")", match.end())])
+    instruction = visit.instruction
+    name = instruction.op_name
+    group = _group(instruction.line)
+    shapes = _moved(module, visit)
+    operands = instruction.operands
     combined = len(shapes) == len(operands) > 1
+    known = module.computations[visit.computation]
     for position, shape in enumerate(shapes):
         tensor_name = name
-        if combined:
-            tensor_name = names.get(operands[position], "") or name
-        path = layer_path(tensor_name)
+        if combined and operands[position] in known:
+            tensor_name = known[operands[position]].op_name or name
         yield Emitted(
-            kind,
-            _nbytes(*shape),
-            group,
-            trips,
-            path,
-            tensor_name,
+            kind=kind,
+            nbytes=shape.nbytes,
+            group=group,
+            trips=visit.trips,
+            path=layer_path(tensor_name),
+            name=tensor_name,
         )
 
 
-def _nbytes(dtype: str, dims: str) -> int:
-    size = math.prod(int(dim) for dim in dims.split(",") if dim)
-    return size * ITEMSIZE.get(HLO_DTYPES.get(dtype, ""), 4)
+def _moved(module: HloModule, visit: Visit) -> tuple[HloShape, ...]:
+    """The tensors whose bytes count: results of an all-gather, else the operands.
+
+    The result of a start is the pair of its operands and its results, besides that of an
+    all-reduce, and may have counters behind them.
+    """
+    instruction = visit.instruction
+    shapes = instruction.shapes
+    opcode = instruction.opcode
+    count = len(instruction.operands)
+    if opcode.endswith("-start") and opcode != "all-reduce-start" and len(shapes) >= 2 * count:
+        is_gather = opcode.startswith("all-gather")
+        return shapes[count : 2 * count] if is_gather else shapes[:count]
+    if opcode == "reduce-scatter":
+        operands = module.operand_shapes(visit)
+        return operands if len(operands) == len(shapes) else shapes
+    return shapes
 
 
 def _group(line: str) -> int:
     """Number of devices in a replica group of a collective; 2 for a permute."""
     match = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
     if match:
-        return int(match.group(2))
+        return int(match[2])
     match = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
     if match:
-        return len(match.group(1).split(","))
+        return len(match[1].split(","))
+    match = re.search(r"replica_groups=(?:@\w+|mesh\[([^\]]*)\])[^{]*\{([^}]*)\}", line)
+    if match:
+        return _mesh_group(match[1] or "", match[2])
     match = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
     return 2 if match else 0
+
+
+def _mesh_group(mesh: str, axes: str) -> int:
+    """Devices of a group over axes of a mesh, whole ones ('a') or parts ('a':(1)2).
+
+    >>> _mesh_group("'a'=4,'b'=2", "'a', 'b'"), _mesh_group("'a'=8", "'a':(1)2")
+    (8, 2)
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    group = 1
+    for name, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes):
+        group *= int(part) if part else sizes.get(name, 1)
+    return group
 
 
 def peak_bytes(compiled: Any) -> int:

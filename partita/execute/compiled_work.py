@@ -1,0 +1,195 @@
+"""FLOPs, fusions and estimated cycles of a compiled program, counted in its text.
+
+XLA:GPU counts no FLOPs, and the others count a loop's body once. The counting is XLA's
+(HloCostAnalysis), as for a captured step: products count as 2, element-wise operations as 1,
+transcendentals and moves as 0. Products and convolutions that the compiler gave to cuBLAS and cuDNN
+count by their shapes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from partita.execute.hlo import HloModule, HloShape, Visit
+
+ELEMENTWISE = frozenset(
+    [
+        "abs",
+        "add",
+        "and",
+        "ceil",
+        "clamp",
+        "compare",
+        "convert",
+        "divide",
+        "floor",
+        "maximum",
+        "minimum",
+        "multiply",
+        "negate",
+        "not",
+        "or",
+        "popcnt",
+        "remainder",
+        "round-nearest-afz",
+        "round-nearest-even",
+        "select",
+        "shift-left",
+        "shift-right-arithmetic",
+        "shift-right-logical",
+        "sign",
+        "subtract",
+        "xor",
+        "is-finite",
+    ]
+)
+"""Operations that count 1 per element."""
+FMHA_FORWARD = 2
+"""Matrix products of a fused attention: scores, and their products with the values."""
+FMHA_BACKWARD = 5
+
+
+@dataclass(frozen=True)
+class CompiledWork:
+    """Work of one device in a run of a compiled program."""
+
+    flops: float
+    product_flops: float
+    """Of matrix products, convolutions and attention."""
+    fusions: int
+    """Kernels that the compiler fused."""
+    cycles: float
+    """Estimated by XLA:TPU, 0 by others."""
+
+
+def work_of(module: HloModule) -> CompiledWork:
+    """The work of a compiled program, loops with their trip counts."""
+    products = 0.0
+    others = 0.0
+    fusions = 0
+    cycles = 0.0
+    for visit in module.visits():
+        products += product_flops(module, visit) * visit.trips
+        others += _other_flops(module, visit) * visit.trips
+        if not visit.is_fused:
+            fusions += visit.instruction.opcode == "fusion"
+            estimate = re.search(r'"estimated_cycles":"(\d+)"', visit.instruction.line)
+            cycles += int(estimate[1]) * visit.trips if estimate else 0
+    return CompiledWork(products + others, products, fusions, cycles)
+
+
+def product_flops(module: HloModule, visit: Visit) -> float:
+    """FLOPs of a matrix product, a convolution or an attention; 0 for other instructions."""
+    instruction = visit.instruction
+    line = instruction.line
+    if instruction.opcode == "dot":
+        contracted = _listed(r"lhs_contracting_dims=\{([\d,]*)\}", line)
+        return _dot_flops(module.operand_shapes(visit), instruction.shapes, contracted)
+    if instruction.opcode == "convolution":
+        image, kernel = module.operand_shapes(visit)[:2]
+        return _convolution_flops(line, image, kernel, instruction.shapes[0])
+    if instruction.opcode != "custom-call":
+        return 0.0
+    target = re.search(r'custom_call_target="([^"]*)"', line)
+    name = target[1] if target else ""
+    if name.startswith("__cublas$"):
+        contracted = _listed(r'lhs_contracting_dimensions":\[([\d",]*)\]', line)
+        return _dot_flops(module.operand_shapes(visit), instruction.shapes, contracted)
+    if name.startswith("__cudnn$conv"):
+        first, second = module.operand_shapes(visit)[:2]
+        result = instruction.shapes[0]
+        if name.startswith("__cudnn$convBackwardInput"):
+            return _convolution_flops(line, result, second, first)
+        if name.startswith("__cudnn$convBackwardFilter"):
+            return _convolution_flops(line, first, result, second)
+        return _convolution_flops(line, first, second, result)
+    if name.startswith("__cudnn$fmha"):
+        return _attention_flops(name, line, module.operand_shapes(visit))
+    return 0.0
+
+
+def _listed(pattern: str, line: str) -> list[int]:
+    """The integers of a list in a line."""
+    match = re.search(pattern, line)
+    return [int(number) for number in re.findall(r"\d+", match[1])] if match else []
+
+
+def _dot_flops(
+    operands: Sequence[HloShape], results: Sequence[HloShape], contracted: Sequence[int]
+) -> float:
+    inner = math.prod(operands[0].dims[dim] for dim in contracted)
+    return 2.0 * results[0].size * inner
+
+
+def _convolution_flops(line: str, image: HloShape, kernel: HloShape, out: HloShape) -> float:
+    """FLOPs of a convolution, without products with padding or with holes of a dilated input.
+
+    XLA:TPU writes matrix products as convolutions too, their batch dims as spatial ones.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line)
+    assert labels is not None, "XLA writes the dims of every convolution"
+    window = re.search(r"window=\{([^}]*)\}", line)
+    settings = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
+    spatial_dims = sorted(label for label in labels[1] if label.isdigit())
+    pairs = 1
+    for position, label in enumerate(spatial_dims):
+        pairs *= _pairs(
+            settings,
+            position,
+            image.dims[labels[1].index(label)],
+            kernel.dims[labels[2].index(label)],
+            out.dims[labels[3].index(label)],
+        )
+    batch = out.dims[labels[3].index("b")]
+    features = out.dims[labels[3].index("f")]
+    return 2.0 * pairs * batch * features * kernel.dims[labels[2].index("i")]
+
+
+def _pairs(settings: dict[str, str], position: int, image: int, kernel: int, out: int) -> int:
+    """Pairs of an output and a kernel position of one dim that meet an element of the input."""
+
+    def setting(name: str, default: str) -> str:
+        parts = settings[name].split("x") if name in settings else []
+        return parts[position] if position < len(parts) else default
+
+    stride = int(setting("stride", "1"))
+    low = int(setting("pad", "0_0").split("_")[0])
+    image_dilation = int(setting("lhs_dilate", "1"))
+    kernel_dilation = int(setting("rhs_dilate", "1"))
+    starts = np.arange(out)[:, None] * stride - low
+    positions = starts + np.arange(kernel) * kernel_dilation
+    end = (image - 1) * image_dilation + 1
+    is_element = (positions % image_dilation == 0) & (positions >= 0) & (positions < end)
+    return int(is_element.sum())
+
+
+def _attention_flops(name: str, line: str, operands: Sequence[HloShape]) -> float:
+    """FLOPs of cuDNN's fused attention, its whole square of scores."""
+    scores = _listed(r'intermediate_tensor_shape":\{.*?"dimensions":\[([\d",]*)\]', line)
+    products = FMHA_BACKWARD if "Backward" in name else FMHA_FORWARD
+    return 2.0 * products * math.prod(scores) * operands[0].dims[-1]
+
+
+def _other_flops(module: HloModule, visit: Visit) -> float:
+    """FLOPs of element-wise operations, reductions and the sums of all-reduces."""
+    instruction = visit.instruction
+    opcode = instruction.opcode
+    shapes = instruction.shapes
+    if opcode in ELEMENTWISE:
+        return float(shapes[0].size)
+    if opcode in ("all-reduce", "all-reduce-start"):
+        return float(sum(shape.size for shape in shapes))
+    if opcode == "reduce":
+        operands = module.operand_shapes(visit)[: len(shapes)]
+        return float(sum(shape.size for shape in operands) - sum(shape.size for shape in shapes))
+    if opcode == "scatter":
+        return float(module.operand_shapes(visit)[-1].size)
+    if opcode == "reduce-window":
+        window = _listed(r"window=\{size=([\dx]*)", instruction.line)
+        return float(shapes[0].size * (math.prod(window) - 1))
+    return 0.0
