@@ -17,7 +17,7 @@ from partita.keras_backend import prefer_jax
 
 prefer_jax()
 
-from partita.api import compare, parallelize, plan, simulate
+from partita.api import compare, compile_for, parallelize, plan, simulate
 from partita.capture.program import capture_program
 from partita.comparison import Comparison
 from partita.errors import PartitaError
@@ -32,6 +32,7 @@ from partita.version import VERSION
 
 if TYPE_CHECKING:
     from partita.capture.keras_models import abstract
+    from partita.execute.compilers.compiled_plan import CompiledPlan
     from partita.keras.checkpoint import Checkpoint
     from partita.keras.layout_map import layout_map
 
@@ -39,6 +40,7 @@ __version__ = VERSION
 __all__ = [
     "Checkpoint",
     "Comparison",
+    "CompiledPlan",
     "Machine",
     "Objective",
     "Offer",
@@ -53,6 +55,7 @@ __all__ = [
     "check_plan",
     "compare",
     "compare_machines",
+    "compile_for",
     "layout_map",
     "load_machine",
     "parallelize",
@@ -63,6 +66,7 @@ __all__ = [
 
 _IMPORTED_ON_USE = {
     "Checkpoint": "partita.keras.checkpoint",
+    "CompiledPlan": "partita.execute.compilers.compiled_plan",
     "abstract": "partita.capture.keras_models",
     "layout_map": "partita.keras.layout_map",
 }

@@ -1,4 +1,4 @@
-"""The four verbs: plan, simulate, compare, parallelize.
+"""The verbs: plan, simulate, compare, parallelize; and compile_for.
 
     program -> capture -> graph -> search -> plan -> simulated timeline, or verified run
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 from partita.capture.program import capture_program, checked_call, is_keras_model
 from partita.comparison import Comparison, compare_plans
@@ -29,6 +29,9 @@ from partita.planning import (
 from partita.plans.plan import Plan
 from partita.search.base import Report
 from partita.simulation.timeline import Timeline
+
+if TYPE_CHECKING:
+    from partita.execute.compilers.compiled_plan import CompiledPlan
 
 Program = TypeVar("Program")
 
@@ -108,6 +111,40 @@ def simulate(
     target_machine = resolve_machine(machine, devices)
     captured = capture_program(model, batch_size, batch, args, target_machine.target or None)
     return simulate_plan(captured, target_machine, plan, report)
+
+
+def compile_for(
+    plan: Plan | str | Path,
+    program: Any,
+    batch_size: int | None = None,
+    *,
+    machine: str | Machine | None = None,
+    args: Sequence[Any] | None = None,
+    batch: Any = None,
+) -> CompiledPlan:
+    """A plan compiled by the compiler of a machine that need not be here, beside the plan's own
+    figures: peak memory, collectives, FLOPs.
+
+    The program is a Keras model or a step, as for `plan`, or a step that `capture_program` has
+    captured. The machine is the one that the plan is for, unless it is given. The compiled program
+    stays in Partita's cache.
+
+    Raises a CompilerError if the compiler is not installed, does not know the machine, or gives
+    up; and a MemoryBudgetError if the compiler refuses the program as too large.
+
+    >>> plan = partita.plan(model, 256, machine="tpu-v5e:8")             # doctest: +SKIP
+    >>> print(partita.compile_for(plan, model, 256))                     # doctest: +SKIP
+    """
+    from partita.capture.jax_functions import Captured
+    from partita.execute.compilers.compiled_plan import compile_captured
+
+    if not isinstance(plan, Plan):
+        plan = Plan.load(plan)
+    resolved = resolve_machine(machine if machine is not None else plan.machine)
+    captured = program
+    if not isinstance(program, Captured):
+        captured = capture_program(program, batch_size, batch, args, resolved.target or None)
+    return compile_captured(captured, plan, resolved)
 
 
 def compare(

@@ -34,6 +34,7 @@ from partita.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from partita.capture.jax_functions import Captured
+    from partita.execute.compilers.compiled_plan import CompiledPlan
     from partita.execute.function import Planner
 
 TimingReport = Callable[[int, int], None]
@@ -333,6 +334,40 @@ def _smaller_plan(
         f"a step predicted at {format_seconds(smaller.predicted['seconds'])}. Remove the plan to "
         "run it."
     )
+
+
+def plan_that_compiles(
+    captured: Captured,
+    machine: Machine,
+    plan: Plan,
+    say: Callable[[str], None],
+    report: Report | None = None,
+) -> tuple[Plan, CompiledPlan]:
+    """A plan with its compiled program: the given plan, or a smaller one if the compiler of the
+    machine counts more memory than a device has.
+
+    The search is told by how much the compiler's peak exceeds the predicted one. `say` gets a
+    sentence for every new plan. Raises a MemoryBudgetError if no plan fits, or none of `REFUSALS`
+    new ones, and a CompilerError if there is no compiler.
+    """
+    from partita.execute.compilers.compiled_plan import compile_captured
+    from partita.execute.function import REFUSALS
+
+    excess = 1.0
+    for refusals in range(REFUSALS + 1):
+        try:
+            compiled = compile_captured(captured, plan, machine)
+            compiled.check_fits()
+        except MemoryBudgetError as error:
+            if error.excess is None or refusals == REFUSALS:
+                raise
+            excess = max(excess, error.excess)
+            problem = str(error).split(". Use")[0]
+            say(f"{problem}. Planned again within that limit.")
+            plan = with_reasons(find(captured.graph, machine, report, excess))
+        else:
+            return plan, compiled
+    raise AssertionError("the loop returns or raises")
 
 
 # ------------------------------------------------------------------------------------ predictions

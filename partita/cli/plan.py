@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from partita.cli.files import check_writable, save_page, save_plan
 from partita.cli.options import Json, PlanFiles, Pricing, Script, Search, Target
 from partita.cli.scripts import capture_script
-from partita.cli.terminal import Activity, errors, out, say_timing
-from partita.errors import PlanError
+from partita.cli.terminal import Activity, errors, out, say, say_nothing, say_timing
+from partita.errors import CompilerError, MemoryBudgetError, PlanError
 from partita.machine import load
 from partita.offers import Objective, Offer, compare_machines
 from partita.planning import (
     SearchOptions,
     check_measurable,
+    plan_that_compiles,
     search_plan,
     simulate_plan,
     with_reasons,
 )
 from partita.plans.plan import Plan
+
+if TYPE_CHECKING:
+    from partita.capture.jax_functions import Captured
+    from partita.execute.compilers.compiled_plan import CompiledPlan
+    from partita.machine import Machine
+
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile the plan as the machine would, and compare.")
+]
 
 
 def plan(
@@ -32,6 +43,7 @@ def plan(
     pricing: Pricing,
     files: PlanFiles,
     as_json: Json = False,
+    compile_plan: Compile = False,
 ) -> None:
     """Plan a training script without training it.
 
@@ -41,14 +53,23 @@ def plan(
     Example: partita plan train.py --machine dgx-h100:4
 
     Example: partita plan train.py --machine h100:8,h100:64 --objective cost-per-epoch
+
+    With --compile, the compiler of the machine compiles the plan here, without its devices. Plans
+    in stages are not in the space then.
+
+    Example: partita plan train.py --machine tpu-v5e:16 --compile
     """
     with errors():
         check_writable(report=files.report, plan=files.save_plan)
         several = target.machine is not None and "," in target.machine
+        if several and compile_plan:
+            raise PlanError(
+                "--compile cannot be used with several machines. Name one, as in --machine h100:8."
+            )
         if several or pricing.objective != "step":
             _plan_for_machines(context, script, target, search, pricing, files, as_json)
         else:
-            _plan_for_machine(context, script, target, search, files, as_json)
+            _plan_for_machine(context, script, target, search, files, as_json, compile_plan)
 
 
 def _plan_for_machine(
@@ -58,15 +79,17 @@ def _plan_for_machine(
     search: Search,
     files: PlanFiles,
     as_json: bool,
+    compile_plan: bool,
 ) -> None:
     """Plans for one machine, and prints the plan beside the baselines."""
     if search.measure_operators:
         check_measurable(target.machine)
     activity = Activity(not as_json)
     captured, machine = capture_script(context, script, target, activity)
+    by_default = target.machine is not None and not compile_plan
     options = SearchOptions(
         seconds=search.seconds,
-        stages=target.machine is not None if search.stages is None else search.stages,
+        stages=by_default if search.stages is None else search.stages,
         search=search.search,
         measure_operators=search.measure_operators,
         report=activity.report,
@@ -75,6 +98,10 @@ def _plan_for_machine(
     with activity.show("searching"):
         result = search_plan(captured, machine, options)
         chosen = with_reasons(result)
+    compiled: CompiledPlan | str | None = None
+    if compile_plan:
+        with activity.show("compiling"):
+            chosen, compiled = _compiled(captured, machine, chosen, as_json, activity)
     if files.save_plan is not None:
         save_plan(chosen, files.save_plan)
     if files.report is not None:
@@ -82,9 +109,46 @@ def _plan_for_machine(
         timed_machine = result.network.placement.machine
         save_page(files.report, chosen, simulate_plan(captured, timed_machine, chosen))
     if as_json:
-        print(json.dumps(chosen.to_json()))
+        print(json.dumps({**chosen.to_json(), **_compiled_json(compiled)}))
     else:
         _print_plan(chosen)
+        _print_compiled(compiled)
+
+
+def _compiled(
+    captured: Captured, machine: Machine, chosen: Plan, as_json: bool, activity: Activity
+) -> tuple[Plan, CompiledPlan | str]:
+    """The plan that fits by the machine's compiler and its compiled program; the first plan and
+    one sentence where there is none."""
+    try:
+        return plan_that_compiles(
+            captured,
+            machine,
+            chosen,
+            say_nothing if as_json else say,
+            activity.report,
+        )
+    except (CompilerError, MemoryBudgetError, PlanError) as error:
+        return chosen, str(error)
+
+
+def _compiled_json(compiled: CompiledPlan | str | None) -> dict[str, object]:
+    if compiled is None:
+        return {}
+    if isinstance(compiled, str):
+        return {"compiled": {"error": compiled}}
+    return {"compiled": compiled.to_json()}
+
+
+def _print_compiled(compiled: CompiledPlan | str | None) -> None:
+    """The compiler's figures as a table, or the sentence why there are none."""
+    from partita.report.tables import compiled_table
+
+    if isinstance(compiled, str):
+        say(f"Not compiled. {compiled}")
+    elif compiled is not None:
+        out.print(compiled_table(compiled.rows(), compiled.machine, compiled.compiler))
+        out.print(f"compiled in {compiled.compile_seconds:.0f} s by {compiled.version}")
 
 
 def _print_plan(plan: Plan) -> None:

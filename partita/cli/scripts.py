@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,8 @@ def capture_script(
     machine = load(target.machine) if target.machine is not None else None
     if execute or machine is None:
         start_devices(target.devices)
+    else:
+        _leave_accelerators()
     from partita.keras.script import plan_script
     from partita.planning import resolve_machine
 
@@ -42,3 +45,11 @@ def capture_script(
     with activity.show(f"running {script} up to its first training step"):
         captured = plan_script(script, context.args, "" if execute else machine.target)
     return captured, machine
+
+
+def _leave_accelerators() -> None:
+    """Keeps JAX from starting accelerators: a plan for another machine needs none, and a compiler
+    that is installed without its devices would complain about them.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")

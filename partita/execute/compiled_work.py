@@ -17,37 +17,35 @@ import numpy as np
 
 from partita.execute.hlo import HloModule, HloShape, Visit
 
-ELEMENTWISE = frozenset(
-    [
-        "abs",
-        "add",
-        "and",
-        "ceil",
-        "clamp",
-        "compare",
-        "convert",
-        "divide",
-        "floor",
-        "maximum",
-        "minimum",
-        "multiply",
-        "negate",
-        "not",
-        "or",
-        "popcnt",
-        "remainder",
-        "round-nearest-afz",
-        "round-nearest-even",
-        "select",
-        "shift-left",
-        "shift-right-arithmetic",
-        "shift-right-logical",
-        "sign",
-        "subtract",
-        "xor",
-        "is-finite",
-    ]
-)
+ELEMENTWISE = {
+    "abs",
+    "add",
+    "and",
+    "ceil",
+    "clamp",
+    "compare",
+    "convert",
+    "divide",
+    "floor",
+    "is-finite",
+    "maximum",
+    "minimum",
+    "multiply",
+    "negate",
+    "not",
+    "or",
+    "popcnt",
+    "remainder",
+    "round-nearest-afz",
+    "round-nearest-even",
+    "select",
+    "shift-left",
+    "shift-right-arithmetic",
+    "shift-right-logical",
+    "sign",
+    "subtract",
+    "xor",
+}
 """Operations that count 1 per element."""
 FMHA_FORWARD = 2
 """Matrix products of a fused attention: scores, and their products with the values."""

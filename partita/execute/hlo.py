@@ -39,6 +39,8 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _LOOP_BODY = re.compile(r"body=%?([\w.\-]+)")
+_LOOP_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r" constant\((\d+)\)")
 _TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(
     r"(?:to_apply|calls|called_computations=\{|true_computation|false_computation)=?%?([\w.\-]+)"
@@ -132,14 +134,30 @@ class HloModule:
             line = instruction.line
             if instruction.opcode == "while":
                 body = _LOOP_BODY.search(line)
-                count = _TRIP_COUNT.search(line)
                 if body:
-                    loop_trips = int(count[1]) if count else 1
-                    yield from self._visits(body[1], trips * loop_trips, is_fused)
+                    yield from self._visits(body[1], trips * self._loop_trips(line), is_fused)
             elif instruction.opcode in _CALLS:
                 inside = is_fused or instruction.opcode == "fusion"
                 for called in _CALLED.findall(line):
                     yield from self._visits(called, trips, inside)
+
+    def _loop_trips(self, line: str) -> int:
+        """Repetitions of a loop: as its line says, or else the limit of a counter in its condition,
+        which starts at 0 in JAX's loops; 1 if neither is there.
+        """
+        count = _TRIP_COUNT.search(line)
+        if count:
+            return int(count[1])
+        condition = self.computations.get(_name(_LOOP_CONDITION, line), {})
+        limits = []
+        for instruction in condition.values():
+            if instruction.opcode == "compare" and "direction=LT" in instruction.line:
+                limits += [condition.get(operand) for operand in instruction.operands]
+        for limit in limits:
+            constant = _CONSTANT.search(limit.line) if limit is not None else None
+            if constant:
+                return int(constant[1])
+        return 1
 
     def operand_shapes(self, visit: Visit) -> tuple[HloShape, ...]:
         """The arrays that an instruction reads."""
@@ -149,6 +167,11 @@ class HloModule:
             if operand in known:
                 shapes += known[operand].shapes
         return tuple(shapes)
+
+
+def _name(pattern: re.Pattern[str], line: str) -> str:
+    match = pattern.search(line)
+    return match[1] if match else ""
 
 
 def _read(line: str) -> HloInstruction | None:

@@ -73,13 +73,15 @@ def verify(
     return Verification(
         peak_bytes=peak,
         capacity_bytes=capacity_bytes,
-        traffic=_traffic(expected, emitted(compiled.as_text())),
+        traffic=compared_traffic(expected, emitted(compiled.as_text())),
         compiled_flops=compiled_flops,
         planned_flops=flops,
     )
 
 
-def _traffic(expected: Sequence[Collective], compiled: Sequence[Emitted]) -> tuple[Traffic, ...]:
+def compared_traffic(
+    expected: Sequence[Collective], compiled: Sequence[Emitted]
+) -> tuple[Traffic, ...]:
     """Bytes of every kind of collective, planned and compiled."""
     planned_bytes = _bytes_by_kind(expected)
     emitted_bytes = _bytes_by_kind(compiled)

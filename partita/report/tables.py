@@ -401,6 +401,16 @@ def timeline_summary(timeline: Timeline, longest: int = 5) -> Iterable[str]:
 # ----------------------------------------------------------------------------------- measurements
 
 
+def compiled_table(rows: Iterable[tuple[str, str, str]], machine: str, compiler: str) -> Table:
+    """Figures of a plan, planned and compiled, of one device and step."""
+    table = new_table(f"planned for {machine}, and compiled by {compiler}; of one device")
+    table.add_column("", no_wrap=True)
+    add_columns(table, "planned", "compiled")
+    for row in rows:
+        add_row(table, *row)
+    return table
+
+
 def calibration_table(measured: Iterable[Any]) -> Table:
     """Measurements of a machine: programs, their time, and the rate of a device."""
     table = new_table("measured, all devices at once")

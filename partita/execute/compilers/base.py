@@ -75,8 +75,8 @@ class Compiler(abc.ABC):
         None for other messages."""
         return None
 
-    def estimated_seconds(self, text: str, machine: Machine) -> float | None:
-        """The compiler's own estimate of a step from the text of its program, None without one."""
+    def seconds_of(self, cycles: float, machine: Machine) -> float | None:
+        """Seconds of the cycles that the compiler estimates for a step, None without estimate."""
         return None
 
     def version(self) -> str:

@@ -14,19 +14,9 @@ COMPILERS: dict[str, Compiler] = {
 }
 
 
-def platform_of(machine: Machine) -> str:
-    """The platform of a machine's devices, "" if it is not known."""
-    name = machine.device.name
-    if "TPU" in name:
-        return "tpu"
-    if "NVIDIA" in name or "Tesla" in name:
-        return "cuda"
-    return "cpu" if machine.name.startswith("host") else ""
-
-
 def compiler_of(machine: Machine) -> Compiler:
     """The compiler of a machine. CompilerError if there is none."""
-    platform = platform_of(machine)
+    platform = machine.backend.platform
     if platform not in COMPILERS:
         raise CompilerError(
             f"There is no compiler for '{machine.device.name}' of the machine '{machine.name}'. "

@@ -103,6 +103,10 @@ class TpuCompiler(Compiler):
         unit = f" {match[2]}iB" if match[2] else " B"
         return int(parse(match[1] + unit, "B"))
 
+    def seconds_of(self, cycles: float, machine: Machine) -> float | None:
+        """The estimated cycles at the clock of the chip."""
+        return cycles / generation_of(machine).clock_hertz
+
 
 def generation_of(machine: Machine) -> Generation:
     """The generation of a machine's chips. CompilerError for one that is not known."""

@@ -1,0 +1,161 @@
+"""A plan as the compiler of its machine makes it: memory, collectives, FLOPs, beside the plan."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from partita.capture.jax_functions import Captured
+from partita.cost.collectives import collectives
+from partita.cost.memory import memory
+from partita.cost.work import local_flops
+from partita.errors import MemoryBudgetError
+from partita.execute.compiled_work import work_of
+from partita.execute.compilers.family import compiler_of
+from partita.execute.compilers.request import request_of
+from partita.execute.compilers.run import (
+    CompiledProgram,
+    ProgramMemory,
+    ProgramTooLarge,
+    compile_program,
+)
+from partita.execute.emitted import collectives_of
+from partita.execute.hlo import HloModule
+from partita.execute.verify import Traffic, compared_traffic
+from partita.machine import Machine
+from partita.plans.layout import layout_of
+from partita.plans.plan import Plan
+from partita.units import format_bytes, format_flops, format_seconds
+
+
+@dataclass(frozen=True)
+class CompiledPlan:
+    """A plan beside its compiled program. Bytes, FLOPs and seconds of one device and step."""
+
+    plan: str
+    """Name of the plan."""
+    machine: str
+    compiler: str
+    version: str
+    """Of the compiler and of JAX."""
+    memory: ProgramMemory
+    """By the compiler."""
+    planned_peak_bytes: float
+    capacity_bytes: int
+    """Memory of a device."""
+    traffic: tuple[Traffic, ...]
+    """Collectives by kind and by layer."""
+    flops: float
+    planned_flops: float
+    product_flops: float
+    """FLOPs of matrix products, convolutions and attention."""
+    fusions: int
+    """Kernels that the compiler fused."""
+    estimated_seconds: float | None
+    """The compiler's own estimate of its kernels without transfers, None without one."""
+    compile_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has the memory that the program needs."""
+        return self.memory.peak <= self.capacity_bytes
+
+    def check_fits(self) -> None:
+        """MemoryBudgetError for a program that needs more memory than a device has."""
+        if not self.fits:
+            peak = self.memory.peak
+            sentence = _needs(self.plan, self.machine, peak, self.capacity_bytes)
+            raise MemoryBudgetError(sentence, peak / max(1.0, self.planned_peak_bytes))
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures for a JSON file."""
+        values = asdict(self)
+        values["memory"]["peak"] = self.memory.peak
+        return {**values, "fits": self.fits}
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(figure, planned, compiled), as text."""
+        rows = [
+            (
+                "peak memory",
+                format_bytes(self.planned_peak_bytes),
+                format_bytes(self.memory.peak),
+            ),
+            ("  arguments", "", format_bytes(self.memory.arguments)),
+            ("  temporaries", "", format_bytes(self.memory.temporaries)),
+            ("work", format_flops(self.planned_flops), format_flops(self.flops)),
+        ]
+        for traffic in self.traffic:
+            kind = traffic.kind.replace("_", "-")
+            rows.append((kind, format_bytes(traffic.planned), format_bytes(traffic.emitted)))
+            for path, planned, emitted in traffic.layers:
+                layer = f"  {path or '(no layer)'}"
+                rows.append((layer, format_bytes(planned), format_bytes(emitted)))
+        rows.append(("fused kernels", "", str(self.fusions)))
+        if self.estimated_seconds is not None:
+            seconds = format_seconds(self.estimated_seconds)
+            rows.append(("kernels, by the compiler's estimate", "", seconds))
+        return rows
+
+    def __str__(self) -> str:
+        lines = [f"{self.plan} for {self.machine}, compiled by {self.compiler} ({self.version})"]
+        for figure, planned, compiled in self.rows():
+            lines.append(f"  {figure}: {planned + ' planned, ' if planned else ''}{compiled}")
+        return "\n".join(lines)
+
+
+def compile_captured(captured: Captured, plan: Plan, machine: Machine) -> CompiledPlan:
+    """A captured step under a plan, compiled for a machine that need not be here.
+
+    Raises a CompilerError if there is no compiler or if it gives up, a PlanError for a plan in
+    stages, and a MemoryBudgetError if the compiler itself refuses the program as too large.
+    """
+    target = compiler_of(machine).target(machine)
+    graph = captured.graph
+    layout = layout_of(graph, plan)
+    planned_peak = memory(graph, plan.mesh, layout, machine.backend).peak
+    try:
+        program = compile_program(request_of(captured, plan, target))
+    except ProgramTooLarge as error:
+        sentence = _needs(plan.name, machine.name, error.needed_bytes, machine.memory_bytes)
+        raise MemoryBudgetError(sentence, error.needed_bytes / max(1.0, planned_peak)) from None
+    return _compared(captured, plan, machine, program, planned_peak)
+
+
+def _compared(
+    captured: Captured,
+    plan: Plan,
+    machine: Machine,
+    program: CompiledProgram,
+    planned_peak: float,
+) -> CompiledPlan:
+    """A compiled program beside its plan."""
+    graph = captured.graph
+    layout = layout_of(graph, plan)
+    module = HloModule.of(program.text)
+    work = work_of(module)
+    expected = collectives(graph, plan.mesh, layout, machine.backend)
+    return CompiledPlan(
+        plan=plan.name,
+        machine=machine.name,
+        compiler=program.compiler,
+        version=program.version,
+        memory=program.memory,
+        planned_peak_bytes=planned_peak,
+        capacity_bytes=machine.memory_bytes,
+        traffic=compared_traffic(expected, collectives_of(module)),
+        flops=work.flops,
+        planned_flops=local_flops(graph, plan.mesh, layout, machine.backend),
+        product_flops=work.product_flops,
+        fusions=work.fusions,
+        estimated_seconds=compiler_of(machine).seconds_of(work.cycles, machine),
+        compile_seconds=program.seconds,
+    )
+
+
+def _needs(plan: str, machine: str, needed_bytes: float, capacity_bytes: int) -> str:
+    return (
+        f"The plan '{plan}' needs {format_bytes(needed_bytes)} of memory on every device of "
+        f"'{machine}' by the compiler's count, and a device has {format_bytes(capacity_bytes)}. "
+        "Use a smaller batch, more devices, or a plan that splits variables (ZeRO-3)."
+    )
