@@ -30,13 +30,18 @@ import numpy as np
 from keras import layers, ops
 
 from partita.capture.keras_models import capture_model
+from partita.capture.targets import CaptureTarget
 from partita.cost.collectives import collectives
 from partita.cost.memory import memory
+from partita.cost.work import local_flops
 from partita.errors import PartitaError
+from partita.execute.compiled_work import work_of
 from partita.execute.compilers.family import compiler_of
 from partita.execute.compilers.request import request_of
 from partita.execute.compilers.run import compile_program
-from partita.execute.emitted import emitted
+from partita.execute.emitted import collectives_of
+from partita.execute.hlo import HloModule
+from partita.execute.verify import compared_traffic
 from partita.machine import Machine, host, load
 from partita.plans.baselines import BASELINES
 from partita.plans.layout import layout_of
@@ -165,6 +170,10 @@ class Row:
     emitted_kinds: dict[str, float] | None = None
     planned_peak: float = 0
     compiled_peak: float = 0
+    planned_flops: float = 0
+    compiled_flops: float = 0
+    product_flops: float = 0
+    estimated_seconds: float | None = None
     compile_seconds: float = 0
     compiler: str = ""
     error: str = ""
@@ -178,6 +187,7 @@ class Row:
         return {
             "traffic": ratio(self.planned_bytes, self.emitted_bytes),
             "memory": ratio(self.planned_peak, self.compiled_peak),
+            "flops": ratio(self.planned_flops, self.compiled_flops),
         }
 
 
@@ -203,13 +213,13 @@ def compared(captured, machine: Machine, target: str, model: str, plan_name: str
         name = f"{target}-{model}-{plan_name.replace(' ', '-')}.hlo.gz"
         (texts / name).write_bytes(gzip.compress(program.text.encode(), mtime=0))
     layout = layout_of(graph, plan)
-    planned_kinds: dict[str, float] = {}
-    for collective in collectives(graph, plan.mesh, layout, machine.backend):
-        kind = collective.kind
-        planned_kinds[kind] = planned_kinds.get(kind, 0) + collective.total
-    emitted_kinds: dict[str, float] = {}
-    for found in emitted(program.text):
-        emitted_kinds[found.kind] = emitted_kinds.get(found.kind, 0) + found.nbytes * found.trips
+    module = HloModule.of(program.text)
+    work = work_of(module)
+    planned = compared_traffic(
+        collectives(graph, plan.mesh, layout, machine.backend), collectives_of(module)
+    )
+    planned_kinds = {traffic.kind: traffic.planned for traffic in planned}
+    emitted_kinds = {traffic.kind: traffic.emitted for traffic in planned}
     return Row(
         target,
         model,
@@ -220,6 +230,10 @@ def compared(captured, machine: Machine, target: str, model: str, plan_name: str
         emitted_kinds=emitted_kinds,
         planned_peak=memory(graph, plan.mesh, layout, machine.backend).peak,
         compiled_peak=program.memory.peak,
+        planned_flops=local_flops(graph, plan.mesh, layout, machine.backend),
+        compiled_flops=work.flops,
+        product_flops=work.product_flops,
+        estimated_seconds=compiler_of(machine).seconds_of(work.cycles, machine),
         compile_seconds=program.seconds,
         compiler=f"{program.compiler}, {program.version}",
     )
@@ -278,7 +292,7 @@ def main() -> int:
         model, batch = MODELS[name]()
         model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
         start = time.time()
-        captured = capture_model(model, batch)
+        captured = capture_model(model, batch, CaptureTarget.of(machine.target))
         print(
             f"{name}: captured in {time.time() - start:.1f} s, "
             f"{len(captured.graph.instructions)} instructions",

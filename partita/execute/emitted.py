@@ -3,8 +3,7 @@
 Compilers write one collective in several ways. XLA:GPU writes a start and a done, and combines
 tensors of several layers into one. XLA:TPU repeats an asynchronous collective in every fusion that
 runs beside it, all with one chain, and writes a reduce-scatter as a fusion of an all-reduce and a
-slice. Both may turn a gather before a product into a loop of permutes (a windowed product). The
-result has each collective once, under the name that a plan has for it.
+slice. The result has each collective once, under the name that a plan has for it.
 """
 
 from __future__ import annotations
@@ -25,11 +24,6 @@ KINDS = {
     "reduce-scatter": "reduce_scatter",
     "collective-permute": "collective_permute",
 }
-WINDOWED = {
-    "windowed_dot_general_body_ag": "all_gather",
-    "windowed_dot_general_body_rs": "reduce_scatter",
-}
-"""Beginning of the name of a windowed product's loop body -> the collective that it replaces."""
 SCATTERING = "all-reduce-scatter"
 """Beginning of the name of the fusions that are reduce-scatters of XLA:TPU."""
 
@@ -88,10 +82,6 @@ def _kind(visit: Visit, kind: str) -> str:
     """The kind that a plan has for a collective."""
     if kind == "all_reduce" and visit.computation.startswith(SCATTERING):
         return "reduce_scatter"
-    if kind == "collective_permute":
-        for beginning, replaced in WINDOWED.items():
-            if visit.computation.startswith(beginning):
-                return replaced
     return kind
 
 
@@ -101,16 +91,15 @@ def _tensors(module: HloModule, visit: Visit, kind: str) -> Iterator[Emitted]:
     XLA combines several into one, so the name is that of the operand.
     """
     instruction = visit.instruction
-    name = instruction.op_name
+    name = instruction.op_name or _name_outside(visit)
     group = _group(instruction.line)
     shapes = _moved(module, visit)
     operands = instruction.operands
     combined = len(shapes) == len(operands) > 1
-    known = module.computations[visit.computation]
     for position, shape in enumerate(shapes):
         tensor_name = name
-        if combined and operands[position] in known:
-            tensor_name = known[operands[position]].op_name or name
+        if combined:
+            tensor_name = module.name_of(visit, operands[position]) or name
         yield Emitted(
             kind=kind,
             nbytes=shape.nbytes,
@@ -119,6 +108,11 @@ def _tensors(module: HloModule, visit: Visit, kind: str) -> Iterator[Emitted]:
             path=layer_path(tensor_name),
             name=tensor_name,
         )
+
+
+def _name_outside(visit: Visit) -> str:
+    """The name of the fusion that a collective is a part of, "" if it is not."""
+    return visit.caller.instruction.op_name if visit.caller is not None else ""
 
 
 def _moved(module: HloModule, visit: Visit) -> tuple[HloShape, ...]:

@@ -39,6 +39,7 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _LOOP_BODY = re.compile(r"body=%?([\w.\-]+)")
+_PARAMETER = re.compile(r" parameter\((\d+)\)")
 _LOOP_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _CONSTANT = re.compile(r" constant\((\d+)\)")
 _TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(\d+)"')
@@ -97,6 +98,8 @@ class Visit:
     """Repetitions in a run of the program."""
     is_fused: bool
     """Whether it is a part of a fusion."""
+    caller: Visit | None
+    """The instruction that calls its computation, None in the entry."""
 
 
 @dataclass(frozen=True)
@@ -126,20 +129,24 @@ class HloModule:
 
     def visits(self) -> Iterator[Visit]:
         """All instructions that run, each computation once per instruction that calls it."""
-        yield from self._visits(self.entry, 1, False)
+        yield from self._visits(self.entry, 1, False, None)
 
-    def _visits(self, computation: str, trips: int, is_fused: bool) -> Iterator[Visit]:
+    def _visits(
+        self, computation: str, trips: int, is_fused: bool, caller: Visit | None
+    ) -> Iterator[Visit]:
         for instruction in self.computations.get(computation, {}).values():
-            yield Visit(instruction, computation, trips, is_fused)
+            visit = Visit(instruction, computation, trips, is_fused, caller)
+            yield visit
             line = instruction.line
             if instruction.opcode == "while":
                 body = _LOOP_BODY.search(line)
                 if body:
-                    yield from self._visits(body[1], trips * self._loop_trips(line), is_fused)
+                    loop_trips = trips * self._loop_trips(line)
+                    yield from self._visits(body[1], loop_trips, is_fused, visit)
             elif instruction.opcode in _CALLS:
                 inside = is_fused or instruction.opcode == "fusion"
                 for called in _CALLED.findall(line):
-                    yield from self._visits(called, trips, inside)
+                    yield from self._visits(called, trips, inside, visit)
 
     def _loop_trips(self, line: str) -> int:
         """Repetitions of a loop: as its line says, or else the limit of a counter in its condition,
@@ -158,6 +165,18 @@ class HloModule:
             if constant:
                 return int(constant[1])
         return 1
+
+    def name_of(self, visit: Visit, operand: str) -> str:
+        """The name in the program of an operand, outside of a fusion if it is its parameter."""
+        instruction = self.computations[visit.computation].get(operand)
+        if instruction is None:
+            return ""
+        parameter = _PARAMETER.search(instruction.line)
+        if instruction.op_name or parameter is None or visit.caller is None:
+            return instruction.op_name
+        outside = visit.caller.instruction.operands
+        position = int(parameter[1])
+        return self.name_of(visit.caller, outside[position]) if position < len(outside) else ""
 
     def operand_shapes(self, visit: Visit) -> tuple[HloShape, ...]:
         """The arrays that an instruction reads."""
