@@ -27,6 +27,7 @@ from partita.machine import load as load_machine
 from partita.offers import Objective, Offer, compare_machines
 from partita.planning import SearchOptions, best_plan, check_plan, predict_plan
 from partita.plans.plan import Plan
+from partita.report.notebook import plan_html
 from partita.simulation.timeline import Timeline
 from partita.version import VERSION
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from partita.keras.checkpoint import Checkpoint
     from partita.keras.layout_map import layout_map
 
+Plan._repr_html_ = plan_html  # pyright: ignore[reportAttributeAccessIssue]
 __version__ = VERSION
 __all__ = [
     "Checkpoint",

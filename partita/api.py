@@ -10,6 +10,7 @@ file, a Machine); `devices` takes that many devices of it.
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
@@ -27,6 +28,7 @@ from partita.planning import (
     with_reasons,
 )
 from partita.plans.plan import Plan
+from partita.report.notebook import notebook_say
 from partita.search.base import Report
 from partita.simulation.timeline import Timeline
 
@@ -192,7 +194,9 @@ def parallelize(
 
     _check_names("parallelize", StepOptions, options)
     session = current()
-    say = options.get("say") or (session.say if session is not None else None)
+    say = options.get("say") or (session.say if session is not None else notebook_say())
+    if session is None and machine is None and devices is None and plan is None:
+        _tell_of_devices(say)
     if session is not None and devices is None and machine is None and plan is None:
         planner = session.planner
     else:
@@ -222,6 +226,20 @@ def parallelize(
     if session is not None:
         session.started.append(started)
     return result
+
+
+def _tell_of_devices(say: Callable[[str], None] | None) -> None:
+    """Says that JAX has one device, if so, and how to get more; without `say` as a warning."""
+    from partita.execute.devices import one_device_sentence
+    from partita.execute.processes import group
+
+    if group() is not None:
+        return
+    sentence = one_device_sentence()
+    if sentence and say is not None:
+        say(sentence)
+    elif sentence:
+        warnings.warn(sentence, stacklevel=3)
 
 
 def _check_names(verb: str, known: type, options: Mapping[str, Any]) -> None:

@@ -38,6 +38,14 @@ def select_jax(say: Callable[[str], None]) -> None:
     os.environ[VARIABLE] = "jax"
 
 
+def note_backend(say: Callable[[str], None]) -> None:
+    """Says once if a script has requested another backend since `select_jax`, to no effect."""
+    requested = os.environ.get(VARIABLE)
+    if requested not in (None, "", "jax"):
+        say(f"The script sets {VARIABLE}={requested}, and Keras runs on JAX here")
+        os.environ[VARIABLE] = "jax"
+
+
 def require_jax() -> None:
     """PartitaError if Keras is imported, on another backend than JAX."""
     backend = running_backend()

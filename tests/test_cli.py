@@ -53,6 +53,29 @@ def test_an_option_of_the_script_that_is_nearly_one_of_the_commands_is_pointed_a
     )
 
 
+def test_options_after_dashes_are_the_scripts_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        "import sys; sys.exit(0 if sys.argv[1:] == ['--devices', '2'] else 9)"
+    )
+    done = partita("run", str(tmp_path / "train.py"), "--", "--devices", "2")
+    assert done.exit_code == 0
+    assert "is passed to the script" not in done.stderr
+
+
+def test_m_before_the_script_names_a_module_and_later_is_the_scripts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trainer.py").write_text(
+        "import sys; sys.exit(0 if sys.argv[1:] == ['-m', '5'] else 9)"
+    )
+    for before in ([], ["--devices", "2"]):
+        assert partita("run", *before, "-m", "trainer", "-m", "5").exit_code == 0
+    assert partita("run", "trainer.py", "-m", "5").exit_code == 0
+    assert "There is no module 'nothing' to run" in partita("run", "-m", "nothing").stderr
+    assert "Missing argument" in partita("run", "-m").stderr
+
+
 @pytest.mark.parametrize(
     ("command", "option", "what"),
     [

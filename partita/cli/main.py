@@ -8,7 +8,7 @@ import typer
 
 from partita.cli import bench, gnn, machine
 from partita.cli.compare import compare
-from partita.cli.options import PASS_THROUGH, command
+from partita.cli.options import PASS_THROUGH, ScriptCommand, command
 from partita.cli.plan import plan
 from partita.cli.run import run
 from partita.cli.saved import diff, explain
@@ -45,10 +45,10 @@ def options(
     """
 
 
-command(app, context_settings=PASS_THROUGH)(run)
-command(app, context_settings=PASS_THROUGH)(plan)
-command(app, context_settings=PASS_THROUGH)(compare)
-command(app, context_settings=PASS_THROUGH)(simulate)
+command(app, context_settings=PASS_THROUGH, cls=ScriptCommand)(run)
+command(app, context_settings=PASS_THROUGH, cls=ScriptCommand)(plan)
+command(app, context_settings=PASS_THROUGH, cls=ScriptCommand)(compare)
+command(app, context_settings=PASS_THROUGH, cls=ScriptCommand)(simulate)
 command(app)(explain)
 command(app)(diff)
 app.add_typer(machine.app, name="machine")

@@ -10,17 +10,22 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from partita.cli.terminal import say
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Typer's settings of a command that passes unknown options on to a script."""
+_MODULE = "partita.module"
+_AFTER_DASHES = "partita.after_dashes"
+"""Keys of a context's `meta`: whether the script is a module, and the words after `--`."""
 LIKELY_SLIP = 0.8
 """Similarity, between 0 and 1, from which an option of a script is pointed out as a slip."""
 POSSIBLE_SLIP = 0.5
@@ -82,6 +87,40 @@ def _options_of(group: Any) -> list[inspect.Parameter]:
 # ------------------------------------------------------------------------------------- the script
 
 
+class ScriptCommand(TyperCommand):
+    """A command whose argument is a script: a file, or after `-m` a module."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = list(args)
+        dashes = words.index("--") if "--" in words else len(words)
+        ctx.meta[_AFTER_DASHES] = words[dashes + 1 :]
+        position = self._position_of_m(words[:dashes])
+        ctx.meta[_MODULE] = position is not None
+        if position is not None:
+            del words[position]
+        return super().parse_args(ctx, words)
+
+    def _position_of_m(self, words: list[str]) -> int | None:
+        """Position of a `-m` before the script; a later one is the script's own."""
+        takes_value = {
+            name: not getattr(parameter, "is_flag", False)
+            for parameter in self.params
+            for name in parameter.opts
+            if name.startswith("-")
+        }
+        position = 0
+        while position < len(words) and words[position].startswith("-"):
+            if words[position] == "-m":
+                return position
+            position += 2 if takes_value.get(words[position]) else 1
+        return None
+
+
+def is_module(context: typer.Context) -> bool:
+    """Whether the script is given as a module: `-m package.train`."""
+    return bool(context.meta.get(_MODULE))
+
+
 def _check_script(context: typer.Context, script: Path) -> Path:
     """The script; a usage error if an unknown option stands in its place."""
     word = str(script)
@@ -103,9 +142,14 @@ def _similar_option(context: typer.Context, word: str, similarity: float) -> str
 
 
 def note_slips(context: typer.Context) -> None:
-    """Points out options of the script that are nearly the command's own."""
+    """Points out options of the script that are nearly the command's own, unless they stand after
+    `--`."""
+    meant = Counter(context.meta.get(_AFTER_DASHES, ()))
     for word in context.args:
         if not word.startswith("--"):
+            continue
+        if meant[word]:
+            meant[word] -= 1
             continue
         near = _similar_option(context, word, LIKELY_SLIP)
         if near:
@@ -117,7 +161,7 @@ def note_slips(context: typer.Context) -> None:
 Script = Annotated[
     Path,
     typer.Argument(
-        help="A training script; later options that are not listed below go to it.",
+        help="A training script, or -m and a module; options not listed below go to it.",
         show_default=False,
         callback=_check_script,
     ),

@@ -16,6 +16,7 @@ from partita.cli.options import (
     PlanFiles,
     Processes,
     Script,
+    is_module,
     note_slips,
 )
 from partita.cli.processes import join_processes, run_in_processes, start_devices
@@ -64,6 +65,8 @@ def run(
     """Run a training script, split over the devices.
 
     Example: partita run --devices 4 --save-plan plan.json train.py --epochs 3
+
+    Example: partita run -m mypackage.train --epochs 3
     """
     with errors():
         if not os.environ.get("PARTITA_LAUNCHED"):
@@ -78,7 +81,7 @@ def run(
         from partita.keras.script import run_script
 
         activity = Activity(prints)
-        record = Record(files, prints)
+        record = Record(files, prints, group.devices is None and plan is None)
         options = SearchOptions(
             measure_operators=measure_operators,
             report=activity.report,
@@ -92,6 +95,7 @@ def run(
             verify=verify,
             trained=record.trained,
             activity=activity.show,
+            as_module=is_module(context),
         )
         record.finish()
     leave(code)
@@ -103,6 +107,8 @@ class Record:
 
     files: PlanFiles
     prints: bool
+    tells_devices: bool = False
+    """Whether to say that there is one device, and how to get more."""
     steps: list[tuple[Plan, Timeline]] = field(default_factory=list)
     """Plans with their simulated steps, for the pages."""
     pages: list[Path] = field(default_factory=list)
@@ -117,6 +123,15 @@ class Record:
             save_plan(plan, self.files.save_plan)
         if self.prints:
             self._print(plan)
+            self._tell_devices()
+
+    def _tell_devices(self) -> None:
+        """Says once that there is one device, if so."""
+        from partita.execute.devices import one_device_sentence
+
+        if self.tells_devices and one_device_sentence():
+            say(one_device_sentence())
+        self.tells_devices = False
 
     def _print(self, plan: Plan) -> None:
         from partita.report.tables import legend, plan_table, summary

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from partita.cli.options import Target, note_slips
+from partita.cli.options import Target, is_module, note_slips
 from partita.cli.processes import start_devices
 from partita.cli.terminal import Activity, say
 from partita.keras_backend import select_jax
@@ -43,7 +43,8 @@ def capture_script(
 
     machine = resolve_machine(machine, target.devices)
     with activity.show(f"running {script} up to its first training step"):
-        captured = plan_script(script, context.args, "" if execute else machine.target)
+        capture_target = "" if execute else machine.target
+        captured = plan_script(script, context.args, capture_target, is_module(context))
     return captured, machine
 
 

@@ -89,6 +89,24 @@ def detect(devices: int | None = None) -> Machine:
     return calibrated(machine, machine.devices)
 
 
+def one_device_sentence() -> str:
+    """A sentence if JAX has one device, with the way to more; "" if it has several."""
+    devices = jax.devices()
+    if len(devices) > 1:
+        return ""
+    if devices[0].platform == "cpu":
+        return (
+            "JAX has one device (CPU), so nothing is split. For four virtual devices: "
+            "partita run --devices 4 train.py, or JAX_NUM_CPU_DEVICES=4 in the environment before "
+            "JAX starts; in a notebook, write "
+            'os.environ["JAX_NUM_CPU_DEVICES"] = "4" into the first cell and restart the kernel.'
+        )
+    return (
+        f"JAX has one device ({devices[0].device_kind}), so nothing is split. Start on a machine "
+        "with several, or plan for one: partita plan train.py --machine h100:8."
+    )
+
+
 def at_hand(devices: int | None = None) -> Machine:
     """The machine that JAX runs on here, or `devices` of its devices, without measured figures."""
     local_devices = jax.devices()

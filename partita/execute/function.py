@@ -32,6 +32,8 @@ from partita.plans.plan import Plan
 Planner = Callable[..., Plan]
 """Captured step -> plan. A MemoryBudgetError as second argument asks for a plan that needs less
 memory than the one that the compiler refused."""
+MANY_SHAPES = 5
+"""Shapes of batches from which a program is said to compile often."""
 REFUSALS = 3
 """Maximum number of plans that the compiler refuses before Partita gives up."""
 
@@ -46,6 +48,16 @@ def settled(values: Any) -> Any:
     if jax.default_backend() == "cpu":
         return jax.block_until_ready(values)
     return values
+
+
+def shapes_sentence(name: str, count: int) -> str:
+    """A sentence once a program has been compiled for many shapes of batches; else ""."""
+    if count != MANY_SHAPES:
+        return ""
+    return (
+        f"'{name}' has had batches of {count} shapes, and each is compiled anew. Pad batches to a "
+        "few lengths, and leave out a smaller last one."
+    )
 
 
 def is_split(plan: Plan) -> bool:
@@ -269,6 +281,9 @@ class ParallelStep:
         if step is None:
             step = self._compile(call, args, kwargs)
             self._last_start = None
+            sentence = shapes_sentence(self.name, len(self.steps) + 1)
+            if sentence:
+                self._say(sentence)
             # The capture may have made numbers static, which changes the call's key.
             call = self._call(args, kwargs)
             self.steps[call.key] = step

@@ -35,7 +35,13 @@ from keras.src.trainers.trainer import model_supports_jit
 from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import capture_model
 from partita.errors import CaptureError, PartitaError, PlanError
-from partita.execute.function import Planner, compiled_in_turn, same_everywhere, settled
+from partita.execute.function import (
+    Planner,
+    compiled_in_turn,
+    same_everywhere,
+    settled,
+    shapes_sentence,
+)
 from partita.execute.processes import alone, put, together, whole
 from partita.execute.program import RunnableStep
 from partita.execute.verify import Verification, check_compiled
@@ -236,6 +242,9 @@ class PlannedFit:
         key = (self._state_key, _shapes_key(batch))
         if key not in self.steps:
             self.steps[key] = self._compile(state, batch)
+            sentence = shapes_sentence(self.name, len(self.steps))
+            if sentence:
+                self._warn(sentence)
             self._step_start = None
         step = self.steps[key]
         if step is None:

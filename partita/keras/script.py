@@ -7,6 +7,7 @@ at the top. Everything that is replaced while a script runs is put back when it 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import traceback
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partita.errors import CaptureError, PartitaError
-from partita.keras_backend import select_jax
+from partita.keras_backend import note_backend, select_jax
 from partita.units import format_seconds
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ TENSORFLOW_OPERATIONS = (
     "Keras runs on JAX here. TensorFlow's own operations (tf.GradientTape, tf.nn in a layer) "
     "cannot use its values: write keras.ops and train_step instead. Tensors for train_on_batch, "
     "test_on_batch and predict_on_batch: give x.numpy()."
+)
+NOTHING_PARALLEL = (
+    "Nothing was parallel: no Keras model trained by fit or train_on_batch, and nothing was given "
+    "to partita.parallelize. One line makes a loop of your own parallel: "
+    "step = partita.parallelize(step, arguments_of_a_call)."
 )
 
 
@@ -61,6 +67,7 @@ def run_script(
     verify: bool = False,
     trained: Callable[[Trained], None] | None = None,
     activity: Activity | None = None,
+    as_module: bool = False,
 ) -> int:
     """The exit code of a script whose training is planned by `planner`.
 
@@ -72,6 +79,7 @@ def run_script(
         verify: Whether to run one step of each program on one device too, and compare.
         trained: Called in the end with each program that was trained.
         activity: Shows a text during long activities.
+        as_module: Whether `path` is the dotted name of a module, run as by `python -m`.
     """
     select_jax(report)
     from partita.execute.function import Session, running
@@ -80,16 +88,31 @@ def run_script(
     from partita.keras.hooks import attaching
 
     verifier = check_and_compare if verify else check_compiled
-    models = attaching(planner, report, verifier, activity or no_activity)
-    source = _read(path)
+
+    def plan_step(captured: Captured, refused: Any = None) -> Plan:
+        note_backend(report)
+        return planner(captured) if refused is None else planner(captured, refused)
+
+    told: list[str] = []
+
+    def report_model(sentence: str) -> None:
+        told.append(sentence)
+        report(sentence)
+
+    models = attaching(plan_step, report_model, verifier, activity or no_activity)
+    if not as_module:
+        _read(path)
     try:
-        with running(Session(planner, report)) as session, models as attached_models:
+        with running(Session(plan_step, report)) as session, models as attached_models:
             try:
-                _execute(source, path, arguments, report)
+                _execute(path, arguments, report, as_module)
             finally:
                 jobs = [attached(model) for model in attached_models]
-                for job in [*filter(None, jobs), *session.started]:
+                started = [*filter(None, jobs), *session.started]
+                for job in started:
                     _report_job(job, report, trained)
+                if not started and not told and _is_ending_well():
+                    report(NOTHING_PARALLEL)
     except SystemExit as stop:
         return _exit_code(stop)
     except KeyboardInterrupt:
@@ -105,14 +128,27 @@ def run_script(
     return 0
 
 
+def _is_ending_well() -> bool:
+    """Whether no error but `sys.exit(0)` is under way."""
+    error = sys.exc_info()[1]
+    return error is None or (isinstance(error, SystemExit) and not error.code)
+
+
 def _execute(
-    source: bytes, path: str | Path, arguments: Sequence[str], say: Callable[[str], None]
+    path: str | Path, arguments: Sequence[str], say: Callable[[str], None], as_module: bool
 ) -> None:
-    """Runs a script's source as `__main__`."""
+    """Runs a script's source, or a module's, as `__main__`."""
     from partita.keras.aliases import tensorflow_names
 
-    with _as_main(path, arguments) as main, tensorflow_names(say):
-        exec(compile(source, str(path), "exec", dont_inherit=True), vars(main))
+    with _as_main(path, arguments, as_module) as main, tensorflow_names(say):
+        if as_module:
+            code = _code_of_module(str(path), main)
+        else:
+            code = compile(_read(path), str(path), "exec", dont_inherit=True)
+        try:
+            exec(code, vars(main))
+        finally:
+            note_backend(say)
 
 
 def _report_job(
@@ -141,7 +177,9 @@ class _Stop(BaseException):
     """Ends a script at its first training call; no Exception, so that scripts do not catch it."""
 
 
-def plan_script(path: str | Path, arguments: Sequence[str], target: str = "") -> Captured:
+def plan_script(
+    path: str | Path, arguments: Sequence[str], target: str = "", as_module: bool = False
+) -> Captured:
     """The captured step of a script's first training call: `fit`, `train_on_batch` or
     `parallelize`.
 
@@ -153,7 +191,8 @@ def plan_script(path: str | Path, arguments: Sequence[str], target: str = "") ->
     from partita.execute.function import Session, running
     from partita.keras.hooks import first_step
 
-    source = _read(path)
+    if not as_module:
+        _read(path)
     steps: list[Captured] = []
     capture_target = CaptureTarget.of(target) if target else None
 
@@ -165,7 +204,7 @@ def plan_script(path: str | Path, arguments: Sequence[str], target: str = "") ->
     try:
         session = Session(stop, _say_nothing, target=capture_target)
         with first_step(stop, capture_target), running(session):
-            _execute(source, path, arguments, _say_nothing)
+            _execute(path, arguments, _say_nothing, as_module)
     except _Stop:
         pass
     except SystemExit as error:
@@ -205,18 +244,53 @@ def _read(path: str | Path) -> bytes:
 
 
 @contextmanager
-def _as_main(path: str | Path, arguments: Sequence[str]) -> Iterator[types.ModuleType]:
-    """A `__main__` module, `sys.argv` and `sys.path` for a script; all are put back afterwards."""
+def _as_main(
+    path: str | Path, arguments: Sequence[str], as_module: bool
+) -> Iterator[types.ModuleType]:
+    """A `__main__` module, `sys.argv` and `sys.path` for a script or a module; all are put back
+    afterwards."""
     main = types.ModuleType("__main__")
     vars(main).update(__file__=str(path), __builtins__=__builtins__, __spec__=None, __cached__=None)
     before = sys.modules["__main__"], sys.argv, sys.path[:]
     sys.modules["__main__"] = main
     sys.argv = [str(path), *arguments]
-    sys.path[0:1] = [str(Path(path).resolve().parent)]
+    sys.path[0:1] = [os.getcwd() if as_module else str(Path(path).resolve().parent)]
     try:
         yield main
     finally:
         sys.modules["__main__"], sys.argv, sys.path[:] = before
+
+
+def _code_of_module(name: str, main: types.ModuleType) -> types.CodeType:
+    """The code of a module, for `main` to run, which gets the module's file and package.
+
+    PartitaError if there is no such module.
+    """
+    spec = _spec_of(name)
+    if spec is not None and spec.submodule_search_locations is not None:
+        spec = _spec_of(f"{name}.__main__")
+    code = spec.loader.get_code(spec.name) if spec is not None and spec.loader else None
+    if spec is None or code is None:
+        raise PartitaError(
+            f"There is no module {name!r} to run. Give its dotted name, as after python -m, and "
+            "start in the folder that holds its package."
+        )
+    vars(main).update(__file__=spec.origin, __spec__=spec, __package__=spec.parent)
+    sys.argv[0] = str(spec.origin)
+    return code
+
+
+def _spec_of(name: str) -> Any:
+    """Where a module is; None if there is none. Its packages are imported."""
+    try:
+        return importlib.util.find_spec(name)
+    except ModuleNotFoundError as error:
+        # A package of the name is missing; any other missing module is an error of the package.
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            return None
+        raise
+    except ValueError:
+        return None
 
 
 def _exit_code(stop: SystemExit) -> int:

@@ -68,18 +68,28 @@ PLAN_COLUMNS = {
 
 def plan_table(plan: Plan) -> Table:
     """A plan per layer, long plans folded: split, time by cause, memory and traffic of a device."""
-    axes = ", ".join(f"{axis.name}={axis.size}" for axis in plan.mesh.axes) or "one device"
-    table = new_table(f"{plan.graph} on {plan.machine} ({axes})")
+    table = new_table(plan_title(plan))
     table.add_column("layer", overflow="fold")
     table.add_column("split", overflow="fold")
     add_columns(table, *PLAN_COLUMNS)
-    for row in folded(_layer_rows(plan)):
+    for row in plan_rows(plan):
         figures = [
             write(row.figures[column]) if row.figures else ""
             for column, write in PLAN_COLUMNS.items()
         ]
         add_row(table, row.text, row.split, *figures)
     return table
+
+
+def plan_title(plan: Plan) -> str:
+    """Graph, machine and mesh of a plan."""
+    axes = ", ".join(f"{axis.name}={axis.size}" for axis in plan.mesh.axes) or "one device"
+    return f"{plan.graph} on {plan.machine} ({axes})"
+
+
+def plan_rows(plan: Plan) -> list[LayerRow]:
+    """The rows of a plan's table, folded to about 30."""
+    return folded(_layer_rows(plan))
 
 
 def _layer_rows(plan: Plan) -> list[LayerRow]:

@@ -41,9 +41,13 @@ def environment() -> Environment:
         """An environment where results inside `torch.no_grad` have no gradient."""
 
         def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                return super().dispatch(func, types, args, kwargs)
+            leaves = torch_tree.tree_leaves((args, kwargs))
+            tensors = [leaf for leaf in leaves if isinstance(leaf, torchax.Tensor)]
+            before = [tensor.jax() for tensor in tensors]
             result = super().dispatch(func, types, args, kwargs)
-            if not torch.is_grad_enabled():
-                _stop_gradients(result, (args, kwargs))
+            _stop_gradients(result, tensors, before)
             return result
 
     traced = GradientsAsInTorch()
@@ -53,13 +57,30 @@ def environment() -> Environment:
     return traced
 
 
-def _stop_gradients(result: Any, arguments: Any) -> None:
-    """Takes the gradient from results; an operation in place returns an argument, which keeps
-    it."""
-    others = {id(leaf) for leaf in torch_tree.tree_leaves(arguments)}
+def _stop_gradients(result: Any, tensors: Sequence[Tensor], before: Sequence[jax.Array]) -> None:
+    """Takes the gradient from the results of an operation; arguments that it changed in place keep
+    the gradient that they had `before`."""
+    for tensor, old in zip(tensors, before, strict=True):
+        new = tensor.jax()
+        is_alike = (new.shape, new.dtype) == (old.shape, old.dtype)
+        if new is not old and is_alike:
+            tensor._elem = _with_gradient_of(new, old)
+    arguments = {id(tensor) for tensor in tensors}
     for leaf in torch_tree.tree_leaves(result):
-        if isinstance(leaf, torchax.Tensor) and id(leaf) not in others:
+        if isinstance(leaf, torchax.Tensor) and id(leaf) not in arguments:
             leaf._elem = jax.lax.stop_gradient(leaf._elem)
+
+
+@jax.custom_jvp
+def _with_gradient_of(values: jax.Array, other: jax.Array) -> jax.Array:
+    """The values, with the gradient that another array of their shape has."""
+    return values
+
+
+@_with_gradient_of.defjvp
+def _jvp(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
+    values, _ = primals
+    return values, tangents[1]
 
 
 def _tensor(values: jax.Array) -> Tensor:

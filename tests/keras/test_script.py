@@ -11,7 +11,7 @@ import pytest
 
 from partita.errors import CaptureError, PartitaError
 from partita.execute.devices import accelerator, detect, request_cpu_devices
-from partita.keras.script import plan_script, run_script
+from partita.keras.script import NOTHING_PARALLEL, plan_script, run_script
 from partita.plans.baselines import BASELINES
 from partita.plans.plan import mesh_for
 
@@ -186,6 +186,60 @@ def test_a_model_that_makes_its_own_train_function_trains_alone_and_says_so(scri
     assert said == [
         "'Own' makes its own train function, which cannot be planned. Override train_step instead of make_train_function."
     ]
+
+
+OWN_LOOP = """
+import os
+os.environ["KERAS_BACKEND"] = "torch"
+import jax
+step = jax.jit(lambda weights, x: weights - 0.1 * x.sum())
+print(step(1.0, jax.numpy.ones(3)))
+"""
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit(0)"])
+def test_a_loop_of_ones_own_is_told_how_to_become_parallel(tmp_path, end):
+    (tmp_path / "loop.py").write_text(OWN_LOOP + end)
+    said = []
+    assert run_script(tmp_path / "loop.py", [], plan, report=said.append) == 0
+    assert said == [
+        "The script sets KERAS_BACKEND=torch, and Keras runs on JAX here",
+        NOTHING_PARALLEL,
+    ]
+
+
+def test_a_script_that_fails_is_not_told_about_devices(tmp_path):
+    (tmp_path / "loop.py").write_text("raise SystemExit(3)")
+    said = []
+    assert run_script(tmp_path / "loop.py", [], plan, report=said.append) == 3
+    assert said == []
+
+
+def test_a_module_runs_as_after_python_m(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / "ownpackage"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "data.py").write_text("size = 3")
+    names = "print(size, sys.argv, __name__, __package__, __file__)"
+    (package / "train.py").write_text(f"import sys\nfrom .data import size\n{names}")
+    (package / "__main__.py").write_text("print('the package', __package__)")
+    try:
+        assert run_script("ownpackage.train", ["--epochs", "3"], plan, as_module=True) == 0
+        assert run_script("ownpackage", [], plan, as_module=True) == 0
+    finally:
+        sys.modules.pop("ownpackage", None)
+        sys.modules.pop("ownpackage.data", None)
+    first, second, _ = capsys.readouterr().out.split("\n")
+    file = package / "train.py"
+    assert first == f"3 ['{file}', '--epochs', '3'] __main__ ownpackage {file}"
+    assert second == "the package ownpackage"
+
+
+@pytest.mark.parametrize("name", ["nopackage.train", "nopackage", "json.nothing", "keras"])
+def test_a_module_that_does_not_exist_is_named(name):
+    with pytest.raises(PartitaError, match=f"There is no module '{name}' to run"):
+        run_script(name, [], plan, as_module=True)
 
 
 def test_devices_at_hand():

@@ -1,0 +1,55 @@
+"""One sentence where a step is slow or alone: many shapes of batches, one device."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import partita
+from partita.execute.devices import one_device_sentence
+from partita.execute.function import MANY_SHAPES
+
+
+def step(weights: dict[str, jax.Array], x: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+    loss, grads = jax.value_and_grad(lambda w: jnp.mean((x @ w["w"]) ** 2))(weights)
+    return jax.tree.map(lambda w, g: w - 0.1 * g, weights, grads), loss
+
+
+def test_many_shapes_of_batches_are_pointed_out_once() -> None:
+    said: list[str] = []
+    weights = {"w": jnp.ones((4, 4))}
+    planned = partita.parallelize(step, (weights, jnp.ones((8, 4))), say=said.append)
+    for size in range(1, MANY_SHAPES + 3):
+        weights, _ = planned(weights, jnp.ones((size, 4)))
+    sentences = [sentence for sentence in said if "compiled anew" in sentence]
+    assert sentences == [
+        "'step' has had batches of 5 shapes, and each is compiled anew. Pad batches to a few "
+        "lengths, and leave out a smaller last one."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("platform", "fix"),
+    [("cpu", "partita run --devices 4 train.py"), ("gpu", "plan for one: partita plan")],
+)
+def test_one_device_is_said_with_the_way_to_more(
+    platform: str, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert one_device_sentence() == ""
+    device = SimpleNamespace(platform=platform, device_kind="NVIDIA H100")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert one_device_sentence().startswith("JAX has one device")
+    assert fix in one_device_sentence()
+
+
+def test_parallelize_warns_of_one_device_unless_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)
+    arguments = ({"w": jnp.ones((4, 4))}, jnp.ones((8, 4)))
+    partita.parallelize(step, arguments, devices=1)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="JAX has one device"):
+        partita.parallelize(step, arguments)
