@@ -62,18 +62,26 @@ class Collective:
         return self.nbytes * self.trips
 
 
+def local_shape(
+    shape: Sequence[int],
+    sharding: Sharding,
+    sizes: Sequence[int],
+) -> tuple[int, ...]:
+    """Shape of one device's shard. A dim that does not divide evenly is rounded up."""
+    return tuple(
+        -(-size // math.prod(sizes[axis] for axis in axes))
+        for size, axes in zip(shape, sharding, strict=True)
+    )
+
+
 def local_bytes(
     shape: Sequence[int],
     itemsize: int,
     sharding: Sharding,
     sizes: Sequence[int],
 ) -> int:
-    """Bytes of one device's shard of a tensor. A dim that does not divide evenly is rounded up."""
-    nbytes = itemsize
-    for size, axes in zip(shape, sharding, strict=True):
-        shards = math.prod(sizes[axis] for axis in axes)
-        nbytes *= -(-size // shards)
-    return nbytes
+    """Bytes of the elements of one device's shard of a tensor."""
+    return itemsize * math.prod(local_shape(shape, sharding, sizes))
 
 
 def collectives(

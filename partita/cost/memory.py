@@ -23,7 +23,7 @@ from functools import lru_cache
 import numpy as np
 
 from partita.cost.backends import compiler_of
-from partita.cost.collectives import DEFAULT, emitted_sums, local_bytes
+from partita.cost.collectives import DEFAULT, emitted_sums, local_shape
 from partita.cost.fusion import Fusion, fused_under, producers, reads, transposes
 from partita.cost.partial import Factors, gradients, operand_labels, reduced_factors, split_axes
 from partita.cost.reshard import Axes
@@ -99,13 +99,19 @@ def memory(
             argument_bytes[kind] += nbytes
     constant = sum(argument_bytes.values())
     present = is_present[allocations.home]
-    course = allocations.course(present, count) * MARGIN
+    live = allocations.course(present, count) * MARGIN
+    compiler = compiler_of(backend)
+    kernels = len(fused_under(graph, layout, compiler.fusion_rules).kernels)
+    course = compiler.temporary_bytes(live, kernels)
     peak = int(np.argmax(course))
     operator = graph.owner[peak] if peak < count else -1
     by_kind = {}
     for kind in ("activations", "gradients"):
         chosen = present & (allocations.kind == KINDS.index(kind))
-        by_kind[kind] = int(allocations.course(chosen, count)[peak])
+        nbytes = int(allocations.course(chosen, count)[peak])
+        if live[peak] > course[peak]:
+            nbytes = int(nbytes * course[peak] / live[peak])
+        by_kind[kind] = nbytes
     return PeakMemory(
         constant + int(course[peak]),
         argument_bytes["parameters"],
@@ -401,6 +407,7 @@ class _Allocator:
         self.mesh = mesh
         self.layout = layout
         self.backend = backend
+        self.compiler = compiler_of(backend)
         self.lifetimes = lifetimes
         self.program = _program(graph)
         self.arguments = {argument.tensor for argument in graph.arguments}
@@ -422,7 +429,8 @@ class _Allocator:
         value = self.graph.tensors[tensor]
         if sharding is None:
             sharding = self.layout.shardings[tensor]
-        return local_bytes(value.shape, ITEMSIZE.get(value.dtype, 4), sharding, self.mesh.sizes)
+        shape = local_shape(value.shape, sharding, self.mesh.sizes)
+        return self.compiler.stored_bytes(shape, ITEMSIZE.get(value.dtype, 4))
 
     def _add(
         self,

@@ -305,6 +305,8 @@ class Backend:
     """The platform for which programs are compiled, one of PLATFORMS; "" where it is not known."""
     compute_capability: str = ""
     """The generation of an NVIDIA GPU ("8.0"), which decides on its kernels; "" for the newest."""
+    on_chip_memory: Bytes | None = None
+    """Memory beside the main one that holds a program's temporaries, as the compiler decides."""
     combines: bool = True
     """Sums of gradients at the same time are started once. If False: each by itself."""
 

@@ -1,9 +1,11 @@
 """Backends: the sums that each compiler emits, and that the search prices what is emitted."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 
 from partita.capture.program import capture_program
@@ -79,6 +81,32 @@ def _gradient_sums(graph, machine):
         for c in collectives(graph, mesh, layout_of(graph, plan), machine.backend)
         if c.kind == "all_reduce" and c.phase == "backward"
     ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "elements"),
+    [
+        ((64, 256), 64 * 256),
+        ((129, 16), 256 * 16),  # 129 rows are the minor dim
+        ((128, 8, 16), 128 * 8 * 16),  # the first dim is the minor one
+        ((1, 100), 128),  # a tile of one row
+        ((300,), 384),
+    ],
+)
+def test_a_tpu_stores_whole_tiles(shape, elements):
+    tpu = compiler_of(load("tpu-v5e:4").backend)
+    assert tpu.stored_bytes(shape, 4) == 4 * elements
+    assert compiler_of(GPU.backend).stored_bytes(shape, 4) == 4 * math.prod(shape)
+
+
+def test_temporaries_that_fit_on_the_chip_take_no_main_memory():
+    backend = load("tpu-v5e:4").backend
+    live = np.array([0.0, 1 << 20, 1 << 30])
+    few, most, large = compiler_of(backend).temporary_bytes(live, kernels=1)
+    assert few == most < 1 << 20
+    assert large > (1 << 30) - (128 << 20)
+    without = compiler_of(replace(backend, on_chip_memory=None)).temporary_bytes(live, kernels=1)
+    assert list(np.diff(without)) == list(np.diff(live))
 
 
 def test_a_machine_without_a_platform_is_compiled_as_a_cpu_is():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from partita.cost.sums import LaidOutProgram, Sum
 from partita.graph.operator_graph import ITEMSIZE, OperatorGraph
@@ -74,6 +77,14 @@ class Compiler(ABC):
     @abstractmethod
     def scatters(self) -> bool:
         """Whether a sum of which devices read slices is a reduce-scatter (`sums.scatter`)."""
+
+    def stored_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        """Bytes in memory of an array of a local shape."""
+        return itemsize * math.prod(shape)
+
+    def temporary_bytes(self, live_bytes: np.ndarray, kernels: int) -> np.ndarray:
+        """Bytes of temporaries in the main memory, given all that live at each time."""
+        return live_bytes
 
     def moved_itemsize(self, graph: OperatorGraph, tensor: int, readers: Sequence[Reader]) -> int:
         """Bytes of an element of a tensor while it is resharded for its readers."""
