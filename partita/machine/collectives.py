@@ -37,7 +37,8 @@ Several levels:
   max(beta/g)`.
 - On d dims of a torus or mesh the message is cut into d pieces. Each piece takes the dims in
   another order, so that all links work: beta / d (Jain and Sabharwal, "Optimal Bucket Algorithms
-  for Large MPI Collectives on Torus Interconnects", ICS 2010).
+  for Large MPI Collectives on Torus Interconnects", ICS 2010). An all_to_all crosses every dim with
+  `(p-1)/p n` bytes over `_detour` links, all dims at once. The order of dims makes no difference.
 
 Not here: the arithmetic of reductions, the kernel overhead (`Machine.overhead`), overlap, and the
 collectives that a backend emits. A group smaller than a ring or torus level counts as neighbours
@@ -136,6 +137,8 @@ def collective_lines(
     links = _links(levels, group)
     if not links:
         return (Line(0.0, 0.0),)
+    if not any(link.reaches_all for link in links):
+        links = _ordered_dims(links)
     if kind == "all_reduce":
         return tuple(_all_reduce(links))
     if kind == "all_to_all":
@@ -169,6 +172,16 @@ def _links(levels: tuple[Level, ...], group: Group) -> list[_Link]:
             )
             inside *= p
     return links[::-1]
+
+
+def _ordered_dims(links: list[_Link]) -> list[_Link]:
+    """The links of a torus or mesh, slowest first: its dims have no order of their own."""
+    ordered = []
+    inside = 1
+    for link in sorted(links, key=lambda link: (link.beta, link.alpha, link.p)):
+        ordered.append(link._replace(inside=inside))
+        inside *= link.p
+    return ordered[::-1]
 
 
 def _link(
@@ -289,6 +302,9 @@ def _all_to_all(links: list[_Link]) -> list[Line]:
         sum((link.p - 1) * link.inside / size * link.beta * link.detour for link in links),
     )
     lines = [level_by_level, direct]
+    if not any(link.reaches_all for link in links):
+        # Dims have no order: no link is an outer one that all traffic shares.
+        lines = [level_by_level, _all_to_all_of_dims(links)]
     if all(link.reaches_all for link in links):
         bruck = Line(
             sum(_steps(link) * link.alpha for link in links),
@@ -296,3 +312,13 @@ def _all_to_all(links: list[_Link]) -> list[Line]:
         )
         lines.append(bruck)
     return lines
+
+
+def _all_to_all_of_dims(links: list[_Link]) -> Line:
+    """An all-to-all on a torus or mesh: a piece of the message per order of the dims.
+
+    Every dim carries all bytes whose two ends differ in it, and all dims work at once.
+    """
+    latency = sum((link.p - 1) * link.alpha for link in links)
+    slowest = max((link.p - 1) / link.p * link.beta * link.detour for link in links)
+    return Line(latency, slowest)

@@ -6,6 +6,7 @@ import gzip
 import resource
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -582,7 +583,7 @@ def npz(**arrays: Any) -> Callable[[Path], None]:
         ),
         (
             npz(source=np.array([0, {}], object), target=np.array([0, 1])),
-            "holds Python objects or is no .npz file: save plain arrays with numpy.savez.",
+            "'source.npy' holds object and no plain numbers. Save plain arrays with numpy.savez.",
         ),
         (
             npz(source=[0, 5], target=[1, 0], label=[0, 1]),
@@ -697,3 +698,27 @@ def test_a_missing_path_is_one_sentence(tmp_path: Path) -> None:
     gnn.save(PLAIN, tmp_path / "g.npz")
     with pytest.raises(GraphError, match="is no .lux file: convert it first, then transpose it."):
         gnn.transpose(tmp_path / "g.npz")
+
+
+@pytest.mark.parametrize("first", [b"\xef\xbb\xbf0 1", b"+0 1", b"+0 +1", b"source target\n0 1"])
+def test_the_first_edge_is_kept_behind_a_mark_or_a_sign(first: bytes, tmp_path: Path) -> None:
+    (tmp_path / "e.txt").write_bytes(first + b"\n1 2\n2 0\n")
+    assert gnn.open(tmp_path / "e.txt").edges == 3
+
+
+@pytest.mark.parametrize("first", [b".5 1", b"\xc2\xa00 1", b"\xe2\x88\x921 2", b"= 1"])
+def test_a_first_line_that_is_neither_edge_nor_header_is_refused(
+    first: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "e.txt").write_bytes(first + b"\n1 2\n2 0\n")
+    with pytest.raises(GraphError, match="line 1.*is no edge"):
+        gnn.open(tmp_path / "e.txt")
+
+
+def test_a_header_that_claims_too_much_allocates_nothing(tmp_path: Path) -> None:
+    header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,), }"
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + b"\0" * 80
+    with zipfile.ZipFile(tmp_path / "g.npz", "w") as archive:
+        archive.writestr("offsets.npy", content)
+    with pytest.raises(GraphError, match="'offsets.npy' claims 8,000,000,000,000 bytes"):
+        gnn.open(tmp_path / "g.npz")

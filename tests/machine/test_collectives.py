@@ -250,3 +250,22 @@ def test_arrays_cost_what_their_elements_cost(case, sizes):
     times = collective_seconds(example, kind, np.array(sizes), group)
     assert isinstance(times, np.ndarray)
     assert times.tolist() == [collective_seconds(example, kind, size, group) for size in sizes]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fabric", ["torus", "mesh"])
+def test_the_dims_of_a_torus_have_no_order(kind, fabric):
+    fast = Level("fast", 8, fabric, latency=1.0, bandwidth=10.0)
+    slow = Level("slow", 2, fabric, latency=2.0, bandwidth=5.0)
+    for nbytes in (1, 100, 10**6):
+        one = collective_seconds(machine(fast, slow), kind, nbytes, ((0, 8), (1, 2)))
+        other = collective_seconds(machine(slow, fast), kind, nbytes, ((0, 2), (1, 8)))
+        assert one == pytest.approx(other)
+
+
+def test_all_to_all_on_a_torus_by_hand():
+    torus = machine(Level("y", 2, "torus", 1.0, 10.0), Level("x", 8, "torus", 1.0, 10.0))
+    # Along x a byte crosses 2 links on average (0, 1, 1, 2, 2, 3, 3, 4 to the eight places). Along
+    # y it crosses half a link, at the same time.
+    seconds = collective_seconds(torus, "all_to_all", 1600, ((0, 2), (1, 8)))
+    assert seconds == 1 + 7 + 2 * 1600 / 10

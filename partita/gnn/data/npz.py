@@ -11,6 +11,8 @@ Nothing is unpickled. The arrays are in memory; a .lux file is mapped instead.
 
 from __future__ import annotations
 
+import lzma
+import math
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.lib.format as npy
 import scipy.sparse
 
 from partita.errors import GraphError
@@ -25,6 +28,12 @@ from partita.gnn.data.arrays import ARRAYS, MASKS
 from partita.gnn.data.drafts import open_drafts
 from partita.gnn.data.graph import Graph, check
 
+MOST_RATIO = 1100
+"""Bytes that one compressed byte can become (deflate: 1,032)."""
+HEADER_BYTES = 2**16
+"""Bytes of the longest header of an array."""
+MOST_FEATURES = 2**34
+"""Elements of the largest feature table that is made dense."""
 CSR = ("feature_data", "feature_indices", "feature_indptr")
 """Arrays of Planetoid's features, beside feature_shape."""
 
@@ -34,7 +43,11 @@ def open_npz(path: Path) -> Graph:
     arrays = read_arrays(path)
     if "offsets" in arrays and "sources" in arrays:
         fields = {name: arrays[name] for name in ARRAYS if name in arrays}
-        return check(Graph(**fields, name=path.stem))
+        _check_dims(path, fields)
+        try:
+            return check(Graph(**fields, name=path.stem))
+        except GraphError as error:
+            raise GraphError(f"{str(path)!r}: {error}") from None
     if "source" in arrays and "target" in arrays:
         return _planetoid(path, arrays)
     names = ", ".join(sorted(arrays)) or "none"
@@ -43,6 +56,17 @@ def open_npz(path: Path) -> Graph:
         "offsets "
         "and sources (Partita)."
     )
+
+
+def _check_dims(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """GraphError for an array that is no list, or features that are no table."""
+    for name, array in arrays.items():
+        dims = 2 if name == "features" else 1
+        if array.ndim != dims:
+            raise GraphError(
+                f"{str(path)!r}: {name} is {array.dtype} {list(array.shape)}: give {dims} "
+                f"dim{'s' if dims > 1 else ''}."
+            )
 
 
 def _planetoid(path: Path, arrays: Mapping[str, np.ndarray]) -> Graph:
@@ -63,37 +87,81 @@ def _planetoid(path: Path, arrays: Mapping[str, np.ndarray]) -> Graph:
 
 def _csr_features(path: Path, arrays: Mapping[str, np.ndarray]) -> Any:
     parts = tuple(arrays[name] for name in CSR)
+    shape = arrays["feature_shape"]
+    if shape.shape != (2,) or shape.dtype.kind not in "iu" or shape.min() < 0:
+        raise GraphError(f"{str(path)!r}: feature_shape is no pair of sizes: give rows, columns.")
+    if int(shape[0]) * int(shape[1]) > MOST_FEATURES:
+        raise GraphError(
+            f"{str(path)!r}: feature_shape is {int(shape[0]):,} x {int(shape[1]):,}: use at most "
+            f"{MOST_FEATURES:,} features in all, or a .lux file."
+        )
     try:
-        features = scipy.sparse.csr_array(parts, shape=tuple(arrays["feature_shape"]))
+        features = scipy.sparse.csr_array(parts, shape=(int(shape[0]), int(shape[1])))
         # without the check SciPy may write beyond its arrays
         features.check_format(full_check=True)
-    except ValueError as error:
+    except (ValueError, TypeError, IndexError, OverflowError) as error:
         raise GraphError(f"{str(path)!r}: The features are no CSR matrix: {error}.") from None
     return features
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file; GraphError for another or a truncated file."""
+    """The arrays of an .npz file; GraphError for another, a truncated or a damaged file.
+
+    Headers are compared with the file before anything is allocated.
+    """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array, not several")
-            return {name: file[name] for name in file.files}
+        with zipfile.ZipFile(path) as archive:
+            arrays = {}
+            for entry in archive.infolist():
+                name = entry.filename.removesuffix(".npy")
+                if name in arrays:
+                    raise ValueError(f"the array {name!r} occurs twice")
+                arrays[name] = _read_array(archive, entry)
+            return arrays
+    except OSError as error:
+        reason = error.strerror or str(error)
     except (
         ValueError,
         zipfile.BadZipFile,
         EOFError,
         zlib.error,
+        lzma.LZMAError,
         KeyError,
         NotImplementedError,
+        RuntimeError,
+        OverflowError,
+        MemoryError,
     ) as error:
-        reason = str(error).rstrip(".")
-    if "pickle" in reason.lower():
-        raise GraphError(
-            f"{str(path)!r} holds Python objects or is no .npz file: save plain arrays with "
-            "numpy.savez."
-        )
-    raise GraphError(f"{str(path)!r} is truncated or no .npz file: {reason}.")
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    raise GraphError(
+        f"{str(path)!r} is truncated or no .npz file: {reason}. Save plain arrays with numpy.savez."
+    )
+
+
+def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+    """An array of an archive; ValueError if its header is wrong or contradicts the size."""
+    if entry.file_size > MOST_RATIO * entry.compress_size + HEADER_BYTES:
+        raise ValueError(f"{entry.filename!r} claims {entry.file_size:,} bytes")
+    with archive.open(entry) as file:
+        version = npy.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{entry.filename!r} has the unknown version {version}")
+        read_header = npy.read_array_header_1_0 if version[0] == 1 else npy.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+    if dtype.kind not in "biuf":
+        raise ValueError(f"{entry.filename!r} holds {dtype} and no plain numbers")
+    count = math.prod(int(size) for size in shape)
+    if len(shape) > 8 or any(size < 0 for size in shape):
+        raise ValueError(f"{entry.filename!r} has the shape {shape}")
+    if not 0 <= entry.file_size - count * dtype.itemsize <= HEADER_BYTES:
+        claimed = f"{count * dtype.itemsize:,} bytes of numbers in {entry.file_size:,}"
+        raise ValueError(f"{entry.filename!r} claims {claimed}")
+    with archive.open(entry) as file:
+        array: np.ndarray = npy.read_array(file, allow_pickle=False)
+        # Read to the end, so that the checksum is compared.
+        if file.read(1):
+            raise ValueError(f"{entry.filename!r} is longer than its header says")
+    return array
 
 
 def save_npz(graph: Graph, path: Path) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 
 from partita.errors import GraphError
 from partita.gnn.data.arrays import as_labels, as_mask
+from partita.gnn.data.lux import MAX_VERTICES
 from partita.gnn.data.npz import read_arrays
 from partita.gnn.data.stream import PIECE, EdgeStream, Piece
 from partita.gnn.data.text import table, text_edges
@@ -80,7 +81,7 @@ def _read_text(folder: Path) -> tuple[EdgeStream, Tables]:
         tables["features"] = partial(table, raw / "node-feat.csv.gz", np.float32)
     label_file = raw / "node-label.csv.gz"
     if label_file.exists():
-        labels = np.concatenate(list(table(label_file, np.float64)))
+        labels = np.concatenate([*table(label_file, np.float64)] or [np.zeros((0, 1))])
         tables["labels"] = partial(_labels, label_file, labels)
     return edges, tables
 
@@ -92,13 +93,29 @@ def _vertex_count(path: Path) -> int:
             f"There is no file {str(path)!r} with the number of vertices: download the data set "
             "again."
         )
-    counts = np.concatenate(list(table(path, np.int64))).ravel()
+    counts = np.concatenate([np.zeros((0, 1), np.int64), *_columns(path)]).ravel()
     if len(counts) != 1:
         raise GraphError(
             f"{str(path)!r} lists {len(counts):,} graphs: use a node-property data set, which "
             "has one."
         )
-    return int(counts[0])
+    return _checked_count(path, counts)
+
+
+def _columns(path: Path) -> Iterable[np.ndarray]:
+    """The rows of a file with one whole number per line."""
+    for rows in table(path, np.int64):
+        if rows.shape[1] != 1:
+            raise GraphError(f"{str(path)!r} has {rows.shape[1]} numbers per line: write one.")
+        yield rows
+
+
+def _checked_count(path: Path, counts: np.ndarray) -> int:
+    """The number of vertices; GraphError for one that no graph has."""
+    count = int(counts[0])
+    if not 0 < count < MAX_VERTICES:
+        raise GraphError(f"{str(path)!r} says {count:,} vertices: give 1 to {MAX_VERTICES:,}.")
+    return count
 
 
 def _labels(path: Path, labels: np.ndarray) -> Iterable[np.ndarray]:
@@ -126,7 +143,13 @@ def _read_binary(folder: Path) -> tuple[EdgeStream, Tables]:
             f"{str(folder)!r} has {len(counts):,} graphs: use a node-property data set, which "
             "has one."
         )
-    source, target = arrays["edge_index"]
+    index = arrays["edge_index"]
+    if index.ndim != 2 or len(index) != 2 or index.dtype.kind not in "iu":
+        raise GraphError(
+            f"{str(raw / 'data.npz')!r}: edge_index is {index.dtype} {list(index.shape)}: give "
+            "integers [2, edges]."
+        )
+    source, target = index
 
     def pieces() -> Iterator[Piece]:
         for start in range(0, len(source), PIECE):
@@ -137,9 +160,13 @@ def _read_binary(folder: Path) -> tuple[EdgeStream, Tables]:
         tables["features"] = partial(_one_piece, arrays["node_feat"])
     label_file = raw / "node-label.npz"
     if label_file.exists():
-        labels = next(iter(read_arrays(label_file).values()))
+        label_arrays = read_arrays(label_file)
+        if len(label_arrays) != 1:
+            raise GraphError(f"{str(label_file)!r} has {len(label_arrays)} arrays: give one.")
+        (labels,) = label_arrays.values()
         tables["labels"] = partial(_labels, label_file, labels)
-    return EdgeStream(pieces, int(counts[0]), len(source)), tables
+    vertices = _checked_count(raw / "data.npz", counts)
+    return EdgeStream(pieces, vertices, len(source)), tables
 
 
 def _masks(folder: Path, split: str | None, vertices: int) -> dict[str, np.ndarray]:
@@ -155,7 +182,7 @@ def _masks(folder: Path, split: str | None, vertices: int) -> dict[str, np.ndarr
     masks = {}
     for name, stem in SPLIT_FILES.items():
         path = _split_file(folder / "split" / scheme, stem)
-        vertex_lists = np.concatenate([np.zeros((0, 1), np.int64), *table(path, np.int64)])
+        vertex_lists = np.concatenate([np.zeros((0, 1), np.int64), *_columns(path)])
         try:
             masks[name] = as_mask(name, vertex_lists[:, 0], vertices)
         except GraphError as error:

@@ -23,7 +23,10 @@ def parquet_edges(path: Path) -> EdgeStream:
     A column weight is used where there is one.
     """
     file = _open_parquet(path)
-    names: list[str] = file.schema_arrow.names
+    try:
+        names: list[str] = file.schema_arrow.names
+    except (ValueError, OSError, NotImplementedError) as error:
+        raise _damaged(path, error) from None
     source = _column(names, SOURCE_NAMES)
     target = _column(names, TARGET_NAMES)
     weight = _column(names, WEIGHT_NAMES)
@@ -37,7 +40,7 @@ def parquet_edges(path: Path) -> EdgeStream:
 
     def pieces() -> Iterator[Piece]:
         first_row = 0
-        for batch in _open_parquet(path).iter_batches(PIECE, columns=columns):
+        for batch in _batches(path, columns):
             arrays = [_numbers(path, batch, name, first_row) for name in columns]
             source_ids, target_ids = arrays[:2]
             for name, ids in ((source, source_ids), (target, target_ids)):
@@ -48,6 +51,24 @@ def parquet_edges(path: Path) -> EdgeStream:
             yield source_ids, target_ids, weights
 
     return EdgeStream(pieces, None, file.metadata.num_rows, name=path.stem)
+
+
+def _batches(path: Path, columns: list[str]) -> Iterator[Any]:
+    """The rows of a file, in batches; GraphError for a damaged page."""
+    batches = _open_parquet(path).iter_batches(PIECE, columns=columns)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (ValueError, OSError, NotImplementedError, MemoryError) as error:
+            raise _damaged(path, error) from None
+        yield batch
+
+
+def _damaged(path: Path, error: Exception) -> GraphError:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return GraphError(f"{str(path)!r} is truncated or no Parquet file: {lines[0].rstrip('.')}.")
 
 
 def _column(names: list[str], known_names: set[str]) -> str | None:
@@ -62,7 +83,10 @@ def _numbers(path: Path, batch: Any, name: str, first_row: int) -> np.ndarray:
         raise GraphError(
             f"{str(path)!r}: {name} has an empty entry in the rows from {first_row:,}: fill it in."
         )
-    return column.to_numpy(zero_copy_only=False)
+    numbers = column.to_numpy(zero_copy_only=False)
+    if numbers.dtype.kind not in "iuf":
+        raise GraphError(f"{str(path)!r}: {name} is {column.type}: use numbers.")
+    return numbers
 
 
 def _open_parquet(path: Path) -> Any:
@@ -76,6 +100,6 @@ def _open_parquet(path: Path) -> Any:
         ) from None
     try:
         return parquet.ParquetFile(path)
-    except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
-        reason = str(error).splitlines()[0].rstrip(".")
-    raise GraphError(f"{str(path)!r} is truncated or no Parquet file: {reason}.")
+    except (ValueError, OSError, NotImplementedError, MemoryError) as error:
+        # ArrowInvalid is a ValueError.
+        raise _damaged(path, error) from None

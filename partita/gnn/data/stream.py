@@ -98,6 +98,8 @@ class EdgeStream:
                 weights.append(piece_weights)
             edges += len(piece_sources)
             report("reading edges", edges, self.edges)
+        if self.vertices is not None:
+            check_plausible(self.vertices - 1, edges)
         tables: dict[str, Any] = {}
         for name, table in self.tables.items():
             tables[name] = np.concatenate(list(table()))

@@ -1,12 +1,14 @@
 """Numbers in text files, read at the speed of a disk: edge lists, and tables of numbers.
 
 An edge list has one edge per line: source, target and perhaps a weight, separated by spaces, tabs,
-commas or semicolons. Lines that begin with #, % or // are comments, and a first line of words is a
-header. Files, gzipped or not, are read 16 MiB at a time. An error names its line.
+commas or semicolons. Lines that begin with #, % or // are comments. A first line that begins with a
+letter or a quote is a header. A byte order mark and plus signs are allowed. Files, gzipped or not,
+are read 16 MiB at a time. An error names its line.
 """
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import zlib
 from collections.abc import Iterator
@@ -92,20 +94,34 @@ def table(path: Path, dtype: type[np.generic]) -> Iterator[np.ndarray]:
     """
     columns = 0
     lines_before = 0
+    is_whole = np.issubdtype(dtype, np.integer)
     for text in blocks(path):
         if not columns:
             first_line = bytes(text[: int(np.argmax(text == NEWLINE))])
             columns = len(first_line.replace(b",", b" ").split())
         lines = int(np.count_nonzero(text == NEWLINE))
-        values = np.empty((lines, columns), dtype)
+        values = np.empty((lines, columns), np.float64 if is_whole else dtype)
         problem, position = _parse_table(text, values)
         if problem:
             line = _describe_line(path, text, lines_before, position)
             if problem == FEW:
                 raise GraphError(f"{line} has another number of columns than line 1 ({columns}).")
             raise GraphError(f"{line} is not made of numbers: write {columns} numbers.")
+        if is_whole:
+            values = _whole_numbers(path, values, lines_before).astype(dtype)
         lines_before += lines
         yield values
+
+
+def _whole_numbers(path: Path, values: np.ndarray, lines_before: int) -> np.ndarray:
+    """The values; GraphError for the first that is no whole number below 2^53."""
+    wrong = (values != np.floor(values)) | ~(np.abs(values) < 2.0**53)
+    if wrong.any():
+        row = int(np.argmax(wrong.any(1)))
+        value = values[row][wrong[row]][0]
+        line = f"{str(path)!r}, line {lines_before + row + 1:,}"
+        raise GraphError(f"{line}: {value:g} is no whole number: write whole numbers.")
+    return values
 
 
 def blocks(path: Path) -> Iterator[np.ndarray]:
@@ -115,7 +131,11 @@ def blocks(path: Path) -> Iterator[np.ndarray]:
         gzipped = file.read(2) == b"\x1f\x8b"
     try:
         with gzip.open(path) if gzipped else path.open("rb") as file:
+            first = True
             while block := file.read(BYTES):
+                if first:
+                    block = block.removeprefix(codecs.BOM_UTF8)
+                    first = False
                 end = block.rfind(b"\n") + 1
                 if not end and len(rest) + len(block) > LONGEST + BYTES:
                     raise GraphError(
@@ -130,6 +150,8 @@ def blocks(path: Path) -> Iterator[np.ndarray]:
                     rest += block
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise GraphError(f"{str(path)!r} is truncated or damaged: {error}.") from None
+    except OSError as error:
+        raise GraphError(f"{str(path)!r} cannot be read: {error.strerror}.") from None
     if rest:
         yield np.frombuffer(rest + b"\n", np.uint8)
 
@@ -163,6 +185,12 @@ def _is_digit(c):
 
 
 @njit(cache=True)
+def _begins_word(c):
+    """Whether a character begins a word of a header: a letter, an underscore or a quote."""
+    return 65 <= c | 32 <= 122 and c | 32 >= 97 or c == 95 or c == 34 or c == 39
+
+
+@njit(cache=True)
 def _ends_number(c):
     return _is_separator(c) or c == 10
 
@@ -180,6 +208,8 @@ def _parse_id(text, i):
     """The integer that begins at i, its end, and a problem or GOOD."""
     if text[i] == 45 and _is_digit(text[i + 1]):
         return 0, i, NEGATIVE
+    if text[i] == 43:
+        i += 1
     value = 0
     begin = i
     while _is_digit(text[i]):
@@ -273,8 +303,7 @@ def _parse_edges(
             i += 1
             continue
         line = i
-        is_number = _is_digit(text[i]) or text[i] == 45
-        is_header = may_be_header and edges == 0 and not is_number
+        is_header = may_be_header and edges == 0 and _begins_word(text[i])
         if is_header or _is_comment(text, i):
             if not _is_comment(text, i):
                 may_be_header = False
