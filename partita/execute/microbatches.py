@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from partita.capture.jax_functions import Captured
 from partita.errors import PlanError
-from partita.execute.piece_text import scalar_constants
+from partita.execute.piece_text import constant_operands
 from partita.plans.plan import Plan
 
 
@@ -41,14 +43,17 @@ def microbatch_of(captured: Captured, plan: Plan) -> Captured:
 
 
 def _has_means(whole: Captured, part: Captured, microbatches: int) -> bool:
-    """Whether a number in the program is `microbatches` times larger or smaller for the whole
-    batch than for a microbatch: the divisor of a mean.
+    """Whether an instruction has a number that is `microbatches` times larger or smaller for the
+    whole batch than for a microbatch: the divisor of a mean.
+
+    A program of other instructions for a microbatch counts as one: a division by 1 is left out.
     """
-    of_whole = set(scalar_constants(whole.text.mlir_module_serialized))
-    # A division by 1 is no longer in the program.
-    of_part = {*scalar_constants(part.text.mlir_module_serialized), 1.0}
-    for value in of_whole - of_part:
-        for scaled in (value / microbatches, value * microbatches):
-            if any(abs(scaled - other) <= 1e-5 * abs(other) for other in of_part):
+    of_whole = constant_operands(whole.text.mlir_module_serialized)
+    of_part = constant_operands(part.text.mlir_module_serialized)
+    if [len(numbers) for numbers in of_whole] != [len(numbers) for numbers in of_part]:
+        return True
+    for large, small in zip(chain(*of_whole), chain(*of_part), strict=True):
+        for scaled in (large / microbatches, large * microbatches):
+            if large != small and abs(scaled - small) <= 1e-5 * abs(small):
                 return True
     return False

@@ -7,6 +7,7 @@ statements of equal dependence:
 | class | dependence | runs |
 |---|---|---|
 | copied | on no argument, or a scalar of scalars of the optimizer (beta powers) | in each reader |
+| copied | on weights alone, and light | in each reader |
 | forward | on the batch and on no gradient; or labelled so; or only a metric's | per microbatch |
 | backward | on the batch, and labelled so or between two gradients | per microbatch |
 | update | all others | once per step |
@@ -28,6 +29,13 @@ Class = Literal["copied", "forward", "backward", "update"]
 
 NEVER_COPIED = ("rng", "custom_call", "while")
 """Beginnings of names of instructions that are too expensive to copy, or not pure."""
+LIGHT = frozenset(
+    {"add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "abs", "sign"}
+    | {"compare", "select", "clamp", "and", "or", "not", "convert", "exponential", "tanh"}
+    | {"logistic", "rsqrt", "sqrt", "erf", "broadcast_in_dim", "reshape", "transpose"}
+    | {"slice", "concatenate", "pad"}
+)
+"""Instructions that are computed again rather than stored or sent, where their operands are."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,8 @@ def classes(flow: DataFlow) -> list[Class]:
     constants = constant_tensors(flow.graph) - flow.roles.keys()
     cheap = {*scalars, *constants}
     copied: set[int] = set()
+    of_weights = {t for t, role in flow.roles.items() if role == "parameter"}
+    """Weights, and light values of weights alone."""
     of_gradient: set[int] = set()
     result: list[Class] = []
     for k, statement in enumerate(flow.statements):
@@ -110,9 +120,13 @@ def classes(flow: DataFlow) -> list[Class]:
         on_gradient = on_gradient or (label == "backward" and on_batch)
         if on_gradient:
             of_gradient.update(statement.makes)
+        is_light = label != "update" and flow.instruction(k).name in LIGHT
         if not on_batch and _is_copied(flow, k, cheap, copied):
             cheap.update(statement.makes)
             copied.update(statement.makes)
+            result.append("copied")
+        elif is_light and of_weights.issuperset(set(statement.reads) - cheap):
+            of_weights.update(statement.makes)
             result.append("copied")
         elif label == "backward" or (on_gradient and label == "forward"):
             result.append("backward" if on_batch else "forward")

@@ -37,18 +37,36 @@ def statements(source: bytes) -> tuple[Statement, ...]:
         return tuple(result)
 
 
-def scalar_constants(source: bytes) -> list[float]:
-    """The floating-point numbers in a program: of constants whose elements are all equal."""
+def constant_operands(source: bytes) -> list[tuple[float, ...]]:
+    """Per instruction the floating-point numbers among its operands, broadcast ones included.
+
+    Constants and their broadcasts are no instructions here, so that programs for batches of several
+    sizes have the same list but for the numbers that depend on the size.
+    """
     with stablehlo.context(), ir.Location.unknown():
         module = stablehlo.parse(source)
-        numbers = []
+        numbers: dict[Any, float] = {}
+        operands = []
         for operation in stablehlo.walk(stablehlo.main_block(module)):
-            if operation.name != "stablehlo.constant":
-                continue
-            value = ir.DenseElementsAttr(operation.attributes["value"])
-            if value.is_splat and isinstance(value.get_splat_value(), ir.FloatAttr):
-                numbers.append(ir.FloatAttr(value.get_splat_value()).value)
-        return numbers
+            if operation.name == "stablehlo.constant":
+                number = _number(operation)
+                if number is not None:
+                    numbers[operation.results[0]] = number
+            elif (
+                operation.name == "stablehlo.broadcast_in_dim" and operation.operands[0] in numbers
+            ):
+                numbers[operation.results[0]] = numbers[operation.operands[0]]
+            else:
+                operands.append(tuple(numbers[v] for v in operation.operands if v in numbers))
+        return operands
+
+
+def _number(constant: Any) -> float | None:
+    """The floating-point number that all elements of a constant are."""
+    value = ir.DenseElementsAttr(constant.attributes["value"])
+    if value.is_splat and isinstance(value.get_splat_value(), ir.FloatAttr):
+        return ir.FloatAttr(value.get_splat_value()).value
+    return None
 
 
 def _statements_of(block: Any) -> list[Any]:

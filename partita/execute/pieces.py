@@ -19,19 +19,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from partita.execute.phases import Class, DataFlow, classes
+from partita.execute.phases import LIGHT, Class, DataFlow, classes
 from partita.plans.pipeline import Place, is_pipeline, operator_places, rematerialized_runs
 from partita.plans.plan import Plan
 
 PiecePhase = Literal["forward", "backward", "update"]
-
-LIGHT = frozenset(
-    {"add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "abs", "sign"}
-    | {"compare", "select", "clamp", "and", "or", "not", "convert", "exponential", "tanh"}
-    | {"logistic", "rsqrt", "sqrt", "erf", "broadcast_in_dim", "reshape", "transpose"}
-    | {"slice", "concatenate", "pad"}
-)
-"""Instructions that a backward piece repeats if it has their operands anyway."""
 
 
 @dataclass(frozen=True)

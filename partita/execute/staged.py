@@ -19,12 +19,14 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from partita.capture.jax_functions import Captured
+from partita.errors import PlanError
 from partita.execute.annotate import Annotator
 from partita.execute.dispatch import Dispatch, Output, PieceRole, Run, Value, dispatch
 from partita.execute.microbatches import microbatch_of
 from partita.execute.phases import DataFlow
 from partita.execute.piece_text import aval, piece_text, statements
 from partita.execute.pieces import Cut, Piece, cut
+from partita.execute.processes import alone
 from partita.execute.sharding import device_mesh, named_sharding
 from partita.execute.transport import Local
 from partita.plans.layout import Layout, layout_of, layout_over
@@ -269,8 +271,13 @@ def staged_step(
 ) -> StagedStep:
     """The captured step in pieces under a plan, ready to compile for devices.
 
-    PlanError if the step cannot be cut where the plan says.
+    PlanError if the step cannot be cut where the plan says, or if several processes train.
     """
+    if not alone():
+        raise PlanError(
+            f"The plan '{plan.name}' has stages, microbatches or places, which run inside one "
+            "process. Start one process for all devices, or plan with --no-stages."
+        )
     microbatch = microbatch_of(captured, plan)
     graph = microbatch.graph
     flow = DataFlow(graph, statements(microbatch.text.mlir_module_serialized))

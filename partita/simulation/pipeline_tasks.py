@@ -161,8 +161,9 @@ class _PipelineTasksBuilder:
         )
 
     def _source(self, edge: StageEdge, microbatch: int) -> PipelineTask:
-        """The pass that computes the values of an edge."""
-        return PipelineTask(edge.source, edge.phase, microbatch)
+        """The pass that computes the values of an edge. The last backward pass has the update."""
+        phase: Phase = "forward" if edge.phase == "forward" else "backward"
+        return PipelineTask(edge.source, phase, microbatch)
 
     def add_update_transfers(self) -> None:
         """Adds transfers of values that the update reads, after the last microbatch."""

@@ -1,0 +1,153 @@
+"""Random models under random plans in stages, microbatches and places against one device: loss,
+metrics, and every updated variable.
+
+    python benchmarks/staged_equality.py --pairs 200
+
+The models are those of equality.py. One device runs the same microbatches: each from the same
+weights and slots, with the moving statistics, seeds and metrics that the one before left. SGD with
+momentum is linear in the gradient, so the mean of their new weights is that of the mean gradient.
+A difference is relative to the largest value of its variable, and at least to a thousandth of the
+largest value of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+
+import jax
+import numpy as np
+from equality import difference, random_model
+
+from partita.capture.jax_functions import Captured
+from partita.capture.keras_models import ModelVariables, capture_model
+from partita.errors import PlanError
+from partita.execute.program import runnable_step
+from partita.graph.operator_graph import OperatorGraph
+from partita.plans.plan import Mesh, Plan
+from partita.search.candidates import candidates, names_of
+
+TOLERANCE = 1e-5
+LINEAR_GROUPS = (0, 2)
+"""Groups of a Keras state that are linear in the gradient: weights and optimizer slots."""
+
+
+def random_pipeline(graph: OperatorGraph, r: random.Random) -> Plan:
+    """Stages in the order of the model, with microbatches; inside a stage, one or two devices."""
+    count = len(graph.operators)
+    stages = r.randint(1, min(4, count))
+    ends = sorted(r.sample(range(1, count), stages - 1))
+    inner = r.choice([1, 1, 2])
+    mesh = Mesh.of((stages, inner))
+    microbatches = r.choice([1, 2, 4, 8])
+    choices = {}
+    for number, operator in enumerate(graph.operators):
+        choice = {"a": f"at({sum(number >= end for end in ends)})"}
+        if inner > 1:
+            candidate = r.choice(candidates(graph, number, Mesh.of((inner,))))
+            inside = names_of(graph, Mesh.of((inner,)), candidate)
+            choice.update(zip("b", inside.values(), strict=False))
+        choices[operator.name] = choice
+    recompute = ()
+    if r.random() < 0.4:
+        names = [operator.name for operator in graph.operators]
+        first = r.randrange(count)
+        recompute = ((names[first], names[r.randrange(first, count)]),)
+    return Plan(
+        graph.name,
+        "host",
+        mesh,
+        choices,
+        batch_size=graph.batch_size,
+        microbatches=microbatches,
+        schedule=r.choice(["1f1b", "gpipe"]),
+        recompute=recompute,
+    )
+
+
+def random_placement(graph: OperatorGraph, r: random.Random) -> Plan:
+    """Every operator on a random slice, or on all."""
+    choices = {}
+    for operator in graph.operators:
+        place = r.choice([0, 1, None])
+        choices[operator.name] = {} if place is None else {"a": f"at({place})"}
+    return Plan(graph.name, "host", Mesh.of((2,)), choices, batch_size=graph.batch_size)
+
+
+def on_one_device(part: Captured, state: tuple, batch: tuple, microbatches: int) -> tuple:
+    """(logs, state) after a step in microbatches on one device."""
+    step = jax.jit(part.text.call)
+    size = len(batch[1]) // microbatches
+    sums = None
+    running = state
+    logs = None
+    for number in range(microbatches):
+        own = tuple(values[number * size : (number + 1) * size] for values in batch)
+        start = tuple(
+            state[group] if group in LINEAR_GROUPS else running[group] for group in range(4)
+        )
+        logs, running = step(start, own)
+        added = jax.tree.map(lambda x: np.asarray(x, "float64"), running)
+        sums = added if sums is None else jax.tree.map(np.add, sums, added)
+    mean = jax.tree.map(lambda total, x: (total / microbatches).astype(x.dtype), sums, running)
+    groups = [mean[g] if g in LINEAR_GROUPS else running[g] for g in range(4)]
+    return logs, tuple(groups)
+
+
+def pair(seed: int) -> tuple[Plan, float] | None:
+    """(a random plan for a random model, the largest difference); None if the plan is refused."""
+    r = random.Random(5000 + seed)
+    model, batch = random_model(seed)
+    captured = capture_model(model, batch)
+    plan = r.choice([random_pipeline, random_pipeline, random_placement])(captured.graph, r)
+    try:
+        step = runnable_step(captured, plan)
+    except PlanError as error:
+        print(f"model {seed}: {error}", flush=True)
+        return None
+    state = tuple(
+        [np.asarray(v.value) for v in group] for group in ModelVariables.of(model).groups()
+    )
+    part = captured
+    if plan.microbatches > 1:
+        assert captured.at_batch_size is not None
+        part = captured.at_batch_size(captured.graph.batch_size // plan.microbatches)
+    expected = on_one_device(part, state, batch, plan.microbatches)
+    ours = step.step(step.place_state(state), step.place_batch(batch))
+    return plan, difference(expected, ours, "float32")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="first seed")
+    arguments = parser.parse_args()
+    start = time.time()
+    worst = 0.0
+    failed = 0
+    refused = 0
+    count = 0
+    seed = arguments.first
+    while count < arguments.pairs:
+        result = pair(seed)
+        if result is None:
+            refused += 1
+        else:
+            plan, error = result
+            count += 1
+            worst = max(worst, error)
+            if not error <= TOLERANCE:
+                failed += 1
+                print(f"model {seed}: differs by {error:.3g}\n{plan}", flush=True)
+        seed += 1
+    print(
+        f"{count} pairs, {failed} differ by more than {TOLERANCE:g}, largest {worst:.3g}; "
+        f"{refused} plans refused; {time.time() - start:.0f} s"
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
