@@ -161,7 +161,7 @@ def graph_of(
         arguments,
         program.outputs,
         batch_size,
-        program.notes,
+        tuple(dict.fromkeys(program.notes)),
         str(target),
     )
     return check(graph)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -96,15 +96,14 @@ def choices_for(target: CaptureTarget) -> Iterator[None]:
 def _choices(target: CaptureTarget) -> Iterator[tuple[Any, str, Any]]:
     """The functions by which Keras and JAX look at the devices: module, name, answer."""
     backend_name = JAX_NAMES[target.platform]
+    device = _DeviceOf(backend_name, jax.devices()[0])
     yield jax, "default_backend", lambda: backend_name
+    yield jax, "devices", lambda backend=None: [device]
+    yield jax, "local_devices", lambda *arguments, **named: [device]
     if target.platform == "cuda":
         yield cudnn_attention, "check_cudnn_version", lambda: CUDNN_VERSION
     yield cudnn_attention, "check_compute_capability", partial(_has_capability, target)
     yield cudnn_attention, "is_cuda_compute_capability_equal", lambda capability: False
-    keras_nn = sys.modules.get("keras.src.backend.jax.nn")
-    if keras_nn is not None:
-        device = SimpleNamespace(platform=backend_name)
-        yield keras_nn, "jax", _JaxWithDevice(device)
     keras_rnn = sys.modules.get("keras.src.backend.jax.rnn")
     if keras_rnn is not None:
         yield keras_rnn, "_is_gpu_available", lambda: target.platform == "cuda"
@@ -117,15 +116,15 @@ def _has_capability(target: CaptureTarget, capability: str) -> bool:
     return target.compute_capability >= tuple(int(part) for part in capability.split("."))
 
 
-class _JaxWithDevice(ModuleType):
-    """JAX with another device as its only one."""
+class _DeviceOf:
+    """A local device that says that it is of another platform."""
 
-    def __init__(self, device: Any) -> None:
-        super().__init__("jax")
-        self.devices = lambda *backend: [device]
+    def __init__(self, platform: str, device: jax.Device) -> None:
+        self.platform = platform
+        self._device = device
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(jax, name)
+        return getattr(self._device, name)
 
 
 @contextlib.contextmanager
