@@ -11,21 +11,28 @@ The local calls of a split one are written by `execute.local_calls`.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import astuple, dataclass
 from typing import Any
 
+import numpy as np
 from jax.extend.mlir import ir
 
+from partita.capture.mosaic import grid_of
 from partita.graph.operator_graph import DimFactors, Rule, Tensor
 
 ATTENTION = "fused_attention"
 RECURRENCE = "recurrence"
+KERNEL = "pallas_kernel"
 BACKWARD_FLOPS = 2.5
 """FLOPs of the backward pass of fused attention over those of the forward pass.
 
 Five products instead of two: it computes the scores again (FlashAttention-2, arXiv:2307.08691).
 """
+SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+"""Kernel of JAX's splash attention -> its products. The two of the backward pass each compute the
+scores again."""
 RECURRENT_DESCRIPTOR = struct.Struct("<iiiiifiiQQ")
 """jaxlib's descriptor of a recurrent layer, see `Recurrence`."""
 
@@ -42,12 +49,16 @@ def call_name(operation: Any) -> str:
         return ATTENTION
     if target.startswith("cudnn_rnn"):
         return RECURRENCE
+    if target == "tpu_custom_call":
+        return ATTENTION if _splash_products(operation) else KERNEL
     return "custom_call"
 
 
 def call_rule(operation: Any, operands: list[Tensor], results: list[Tensor]) -> Rule | None:
     """The sharding rule of a custom call without one of its own, None if it cannot be split."""
     name = call_name(operation)
+    if target_of(operation) == "tpu_custom_call":
+        return _grid_rule(operation, operands, results)
     if name == ATTENTION:
         return Attention.of(operation).rule(operation, operands, results)
     if name == RECURRENCE:
@@ -58,6 +69,8 @@ def call_rule(operation: Any, operands: list[Tensor], results: list[Tensor]) -> 
 def call_flops(operation: Any) -> float:
     """FLOPs of a custom call, 0 for one that is not known."""
     name = call_name(operation)
+    if target_of(operation) == "tpu_custom_call":
+        return _splash_flops(operation)
     if name == ATTENTION:
         return Attention.of(operation).flops
     if name == RECURRENCE:
@@ -235,6 +248,63 @@ class _AttentionFactors:
         """
         indexed = {factor for dim in dims for factor in dim}
         return {self.batch, *self.heads} - indexed
+
+
+# ---- kernels of Pallas for TPUs
+
+
+def _grid_rule(operation: Any, operands: list[Tensor], results: list[Tensor]) -> Rule | None:
+    """The sharding rule of a kernel: the independent coordinates of its grid may be split.
+
+    Not those by which a result that is read is not numbered: each device would have a part of it.
+    """
+    tensors = [*operands, *results]
+    config = ir.StringAttr(operation.attributes["backend_config"]).value
+    grid = grid_of(config, [len(tensor.shape) for tensor in tensors])
+    if grid is None:
+        return None
+    result_windows = grid.windows[len(operands) :]
+    split = grid.independent
+    for value, window in zip(operation.results, result_windows, strict=True):
+        if list(value.uses):
+            split &= {factor for dim in window for factor in dim}
+    for tensor, window in zip(tensors, grid.windows, strict=True):
+        for size, dim in zip(tensor.shape, window, strict=True):
+            split -= {factor for factor in dim if grid.bounds[factor] != size}
+    if not split:
+        return None
+    dims = [tuple(tuple(f for f in dim if f in split) for dim in w) for w in grid.windows]
+    return Rule(grid.bounds, tuple(dims[: len(operands)]), tuple(dims[len(operands) :]))
+
+
+def _splash_products(operation: Any) -> int:
+    """The number of products in a kernel of splash attention, 0 for another kernel."""
+    if "kernel_name" not in operation.attributes:
+        return 0
+    name = ir.StringAttr(operation.attributes["kernel_name"]).value
+    for part, products in SPLASH_PRODUCTS.items():
+        if name.startswith(f"splash_mha_{part}") or name.startswith(f"splash_mqa_{part}"):
+            return products
+    return 0
+
+
+def _splash_flops(operation: Any) -> float:
+    """FLOPs of a kernel of splash attention, without the blocks that its mask leaves out."""
+    products = _splash_products(operation)
+    if not products:
+        return 0.0
+    query, key = (list(operation.operands[n].type.shape) for n in (2, 3))
+    pairs = math.prod(query[:-1]) * key[-2]
+    return 2.0 * products * pairs * query[-1] * _computed_blocks(operation.operands[1])
+
+
+def _computed_blocks(mask: Any) -> float:
+    """The fraction of blocks that a block mask does not leave out, 1 if it is not constant."""
+    owner = mask.owner
+    if isinstance(owner, ir.Block) or owner.operation.name != "stablehlo.constant":
+        return 1.0
+    blocks = np.asarray(ir.DenseElementsAttr(owner.operation.attributes["value"]))
+    return float(np.count_nonzero(blocks) / max(1, blocks.size))
 
 
 # ---- recurrent layers

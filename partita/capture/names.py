@@ -18,6 +18,7 @@ _NOISE = re.compile(
     r"^(jit|vmap|pmap|custom_jvp_call|custom_vjp_call|remat\d?|xla_call|cond|scan)(\(.*\))?$"
     r"|^(while|body|call_exported|closed_call|checkpoint|rematted_computation|branch_\d+_fun"
     r"|custom_jvp_call|custom_vjp_call|fori_loop.*)$|->"
+    r"|^(static|dynamic)_sparsity_splash$|^splash_m[hq]a_"
 )
 _WRAPPER = re.compile(r"^(transpose|jvp|vmap|remat|checkpoint|linearize)\((.*)\)$")
 

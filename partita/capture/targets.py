@@ -119,7 +119,7 @@ def _has_capability(target: CaptureTarget, capability: str) -> bool:
 class _DeviceOf:
     """A local device that says that it is of another platform."""
 
-    def __init__(self, platform: str, device: jax.Device) -> None:
+    def __init__(self, platform: str, device: Any) -> None:
         self.platform = platform
         self._device = device
 
@@ -161,6 +161,7 @@ def _recurrent_kernels(is_local: bool) -> Iterator[None]:
     name = "compute_rnn_workspace_reserve_space_sizes"
     with contextlib.ExitStack() as stack:
         stack.enter_context(_replaced(library, name, partial(_divisible_sizes, sizes)))
+        stack.enter_context(_replaced(jax_rnn, "lstm", _typed_lstm(jax_rnn.lstm)))
         if not getattr(library, "_cuda_rnn", None):
             builder = SimpleNamespace(build_rnn_descriptor=RECURRENT_DESCRIPTOR.pack)
             forward = partial(library._rnn_fwd_lowering, builder, "cu")
@@ -168,6 +169,20 @@ def _recurrent_kernels(is_local: bool) -> Iterator[None]:
             stack.enter_context(_lowered(jax_rnn.rnn_fwd_p, forward))
             stack.enter_context(_lowered(jax_rnn.rnn_bwd_p, backward))
         yield
+
+
+def _typed_lstm(lstm: Callable[..., Any]) -> Callable[..., Any]:
+    """JAX's LSTM by cuDNN, refused for dtypes that it cannot lower.
+
+    Keras then takes its own loop. It does not ask: with bfloat16 its step cannot be compiled.
+    """
+
+    def typed(inputs: Any, *arguments: Any, **named: Any) -> Any:
+        if inputs.dtype not in ("float32", "float64"):
+            raise TypeError(f"no LSTM by cuDNN in {inputs.dtype}")
+        return lstm(inputs, *arguments, **named)
+
+    return typed
 
 
 @contextlib.contextmanager

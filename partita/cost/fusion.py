@@ -36,6 +36,7 @@ ALONE = {
     "custom_call",
     "fused_attention",
     "recurrence",
+    "pallas_kernel",
     "optimization_barrier",
     "all_reduce",
     "fft",

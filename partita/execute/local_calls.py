@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from jax.extend.mlir import ir
 
-from partita.capture.custom_calls import ATTENTION, Attention, Recurrence
+from partita.capture.custom_calls import ATTENTION, Attention, Recurrence, target_of
+from partita.capture.mosaic import with_bounds
 from partita.cost.partial import operand_labels
 from partita.graph.flat import LIBRARY_CALLS
 from partita.graph.operator_graph import DimFactors, OperatorGraph, Rule
@@ -132,9 +133,16 @@ class _LocalCall:
 
     def _local_config(self, name: str) -> ir.Attribute:
         """The configuration of the kernel for the local sizes."""
+        if target_of(self.call) == "tpu_custom_call":
+            config = ir.StringAttr(self.call.attributes["backend_config"]).value
+            return ir.StringAttr.get(with_bounds(config, self._divisions()))
         if name == ATTENTION:
             return _attention_config(self.call, self._ways)
         return _recurrence_config(self.call, self._ways)
+
+    def _divisions(self) -> dict[int, int]:
+        """The number of parts of every split factor."""
+        return {factor: self._ways(factor) for factor, axes in self.axes.items() if axes}
 
     def _ways(self, factor: int) -> int:
         """The number of parts of a factor."""

@@ -27,12 +27,13 @@ HEAVY = {
     "custom_call",
     "fused_attention",
     "recurrence",
+    "pallas_kernel",
     "select_and_scatter",
     "scatter",
     "top_k",
 }
 """Instructions that make an operator in the forward pass."""
-LIBRARY_CALLS = {"fused_attention", "recurrence"}
+LIBRARY_CALLS = {"fused_attention", "recurrence", "pallas_kernel"}
 """Kernels of a library that compute what many instructions would."""
 SHAPE_ONLY = {
     "reshape",
@@ -56,6 +57,7 @@ KIND = {
     "scatter": "scatter",
     "top_k": "sort",
     "fused_attention": "attention",
+    "pallas_kernel": "kernel",
 }
 """Kind of an operator by its heavy instruction; by default the instruction's name."""
 RESHAPING = {"reshape", "bitcast_convert"}

@@ -14,6 +14,7 @@ from keras import layers
 import partita
 from partita.capture import targets
 from partita.capture.jax_functions import Leaf, Signature, graph_of
+from partita.capture.mosaic import grid_of
 from partita.capture.prepare import prepare_text
 from partita.capture.reader import read
 from partita.capture.targets import CaptureTarget, choices_for
@@ -153,6 +154,13 @@ def test_lstms_for_cuda_are_cudnn_layers():
     assert not kernels(partita.capture_program(model, 6, target="tpu").graph)
 
 
+def test_an_lstm_in_bfloat16_is_a_loop_because_jax_has_no_cudnn_layer_for_it():
+    inputs = keras.Input((10, 8))
+    model = keras.Model(inputs, layers.LSTM(16, dtype="mixed_bfloat16")(inputs))
+    model.compile("sgd", "mse")
+    assert not kernels(partita.capture_program(model, 6, target="cuda").graph)
+
+
 # ---- local calls
 
 
@@ -208,6 +216,33 @@ def test_a_bias_of_all_samples_gets_its_gradient_from_all_devices():
     text = str(captured.text.of(captured.text, module).mlir_module())
     assert "dense<[[0, 2], [1, 3]]> : tensor<2x2xi64>" in text
     assert text.count("stablehlo.all_reduce") == 1
+
+
+def plain_model():
+    """A compiled model of one attention layer without a mask."""
+    tokens = keras.Input((128, 256))
+    attention = layers.MultiHeadAttention(2, 128, dtype="bfloat16", name="attention")
+    model = keras.Model(tokens, attention(tokens, tokens))
+    model.compile("sgd", "mse")
+    return model
+
+
+def test_splash_attention_on_tpus_runs_on_a_part_of_its_grid():
+    captured = partita.capture_program(plain_model(), 4, target="tpu")
+    forward, *backward = kernels(captured.graph)
+    assert {forward.name, *(k.name for k in backward)} == {"fused_attention"}
+    assert forward.flops == 4 * 4 * 2 * 128 * 128 * 128
+    assert sum(kernel.flops for kernel in backward) == 3.5 * forward.flops
+    mesh = Mesh.of((4, 2))
+    module = annotated(captured, {"a": "S", "b": "A"}, mesh)
+    text = str(captured.text.of(captured.text, module).mlir_module())
+    assert text.count("sdy.manual_computation") == 3
+    config = re.search(r'@tpu_custom_call.*?backend_config = "(.*?)"', text)[1]
+    ranks = [3, 3, 4, 4, 4, 3, 3, 2, 3, 3, 3, 4, 4]
+    grid = grid_of(config.replace(r"\22", '"'), ranks)
+    assert grid.bounds == (1, 1, 1, 1), "samples, heads, blocks of queries, blocks of keys"
+    assert grid.windows[2] == ((0,), (1,), (), ())
+    assert re.search(r"@tpu_custom_call.*tensor<1x1x128x128xbf16>", text)
 
 
 # ---- other custom calls
