@@ -19,6 +19,7 @@ SMALL = {
     "gnn_exact": ["--parts", "2", "--partitioners", "edges", "--models", "gcn"],
     "gnn_memory": ["--models", "gcn", "--scale", "8", "--epochs", "3"],
     "staged_equality": ["--pairs", "1", "--first", "4"],
+    "targets": ["--groups", "layers", "--only", "groupquery", "--targets", "cuda"],
     "overhead": ["--rounds", "1", "--epochs", "1", "--steps", "4", "--sizes", "1"],
 }
 """Script -> arguments of a small case, for scripts that need no file."""
