@@ -25,6 +25,7 @@ from partita.execute.processes import alone, group
 from partita.machine import Machine, host, load, read
 
 PRESETS = (
+    (r"B200", "b200"),
     (r"H200", "h200"),
     (r"H100", "h100"),
     (r"A100", "a100"),
@@ -32,6 +33,8 @@ PRESETS = (
     (r"P100", "p100-cluster"),
     (r"K80", "k80-cluster"),
     (r"TPU v5 ?(e|lite)", "tpu-v5e"),
+    (r"TPU v5p?$", "tpu-v5p"),
+    (r"TPU v6 ?(e|lite)", "tpu-v6e"),
 )
 """(pattern of JAX's name for a kind of device, preset of that kind)."""
 

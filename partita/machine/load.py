@@ -62,6 +62,7 @@ _NODE_PRESETS = {
     "dgx-a100": "a100",
     "dgx-h100": "h100",
     "dgx-h200": "h200",
+    "dgx-b200": "b200",
     "p100-cluster": "p100-cluster",
     "k80-cluster": "k80-cluster",
 }

@@ -1,0 +1,273 @@
+"""Compilers of machines that are not here: targets, requests, results, and every refusal.
+
+XLA:CPU is always there. The tests of XLA:TPU and XLA:GPU run where these are installed.
+"""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import partita
+from partita.capture.jax_functions import Leaf, capture_step
+from partita.capture.targets import CaptureTarget
+from partita.errors import CompilerError, MemoryBudgetError, PlanError
+from partita.execute.compilers import compiled_plan, run
+from partita.execute.compilers.compiled_plan import compile_captured
+from partita.execute.compilers.cuda import CARDS, CudaCompiler, card_of, config_of
+from partita.execute.compilers.family import COMPILERS, compiler_of
+from partita.execute.compilers.request import CompileRequest, request_of
+from partita.execute.compilers.run import abort_reason, compile_program
+from partita.execute.compilers.tpu import TpuCompiler
+from partita.machine import host, load
+from partita.planning import plan_that_compiles
+from partita.plans.baselines import BASELINES
+from partita.search.find import mesh_of
+
+WIDTH, BATCH = 256, 32
+
+
+def captured(target="cpu"):
+    """A dense layer with its gradient step, and a random key that it only passes on."""
+
+    def step(state, data):
+        weights, key = state
+        loss, slope = jax.value_and_grad(lambda w: (jnp.tanh(data @ w) ** 2).mean())(weights)
+        return {"loss": loss}, (weights - slope, jax.random.split(key)[0])
+
+    shape = jax.ShapeDtypeStruct
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return capture_step(
+        step,
+        (shape((WIDTH, WIDTH), "float32"), key),
+        shape((BATCH, WIDTH), "float32"),
+        [Leaf("w", "parameter"), Leaf("key", "state")],
+        batch_size=BATCH,
+        target=CaptureTarget.of(target),
+    )
+
+
+def planned(name, machine):
+    step = captured(machine.target)
+    return step, BASELINES[name](step.graph, machine.name, mesh_of(machine))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------ compilations
+
+
+def test_a_plan_compiles_for_a_cpu_and_stays_in_the_cache(cache, monkeypatch):
+    machine = host(4, 4 << 30)
+    step, plan = planned("data parallel", machine)
+    compiled = partita.compile_for(plan, step, machine=machine)
+    (traffic,) = compiled.traffic
+    gradient_and_loss = WIDTH * WIDTH * 4 + 4
+    assert (traffic.kind, traffic.planned, traffic.emitted) == (
+        "all_reduce",
+        gradient_and_loss,
+        gradient_and_loss,
+    )
+    products = 2 * 2 * (BATCH // 4) * WIDTH * WIDTH
+    assert compiled.product_flops == products
+    assert compiled.flops == pytest.approx(compiled.planned_flops, rel=0.03)
+    assert compiled.memory.aliased >= WIDTH * WIDTH * 4  # the new weights take the place of the old
+    assert compiled.fits and json.loads(json.dumps(compiled.to_json()))["fits"] is True
+    assert "all-reduce: 256.0 KiB planned, 256.0 KiB" in str(compiled)
+
+    def no_child(*arguments):
+        raise AssertionError("it was compiled before")
+
+    monkeypatch.setattr(run, "_run_child", no_child)
+    assert partita.compile_for(plan, step, machine=machine) == compiled
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("PARTITA_CACHE", str(blocked))
+    machine = host(2, 4 << 30)
+    step, plan = planned("ZeRO-3", machine)
+    kinds = {traffic.kind for traffic in compile_captured(step, plan, machine).traffic}
+    assert "all_gather" in kinds
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_plan_compiles_for_a_tpu_slice(cache):
+    machine = load("tpu-v5e:4")
+    step, plan = planned("data parallel", machine)
+    compiled = compile_captured(step, plan, machine)
+    assert compiled.compiler == "XLA:TPU" and "libtpu" in compiled.version
+    assert sum(traffic.emitted for traffic in compiled.traffic) == WIDTH * WIDTH * 4 + 4
+    assert compiled.product_flops == 2 * 2 * (BATCH // 4) * WIDTH * WIDTH
+    assert compiled.estimated_seconds is not None and 0 < compiled.estimated_seconds < 1e-3
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="XLA:GPU is not installed"
+)
+def test_a_plan_compiles_for_gpus(cache):
+    machine = load("h100:4")
+    step, plan = planned("data parallel", machine)
+    compiled = compile_captured(step, plan, machine)
+    assert compiled.compiler == "XLA:GPU" and "cudnn" in compiled.version
+    assert sum(traffic.emitted for traffic in compiled.traffic) == WIDTH * WIDTH * 4 + 4
+    assert compiled.product_flops == 2 * 2 * (BATCH // 4) * WIDTH * WIDTH
+    assert compiled.estimated_seconds is None
+
+
+# ----------------------------------------------------------------------------------------- targets
+
+
+def test_targets_have_the_shape_of_the_machine():
+    assert compiler_of(load("dgx-h100:2")).target(load("dgx-h100:2")).topology == "1x2x8"
+    assert TpuCompiler().target(load("tpu-v5e:16")).topology == "v5e:4x4"
+    assert TpuCompiler().target(load("tpu-v5p:8")).topology == "v5p:2x2x2"
+    assert compiler_of(host(3, 1 << 30)).target(host(3, 1 << 30)).devices == 3
+
+
+@pytest.mark.parametrize("name", ["v100", "a100", "h100", "h200", "b200"])
+def test_a_card_is_found_by_the_name_of_its_preset(name):
+    machine = load(name)
+    assert card_of(machine) == CARDS[name.upper()]
+    assert f"device_memory_size: {machine.memory_bytes}\n" in config_of(
+        card_of(machine), machine.memory_bytes
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("k80-cluster", "There is no compiler any more for 'NVIDIA K80 GPU"),
+        ("p100-cluster", "There is no compiler any more for 'NVIDIA P100"),
+        ("tpu-v5e:12", r"no slice of 12 TPU v5e chips to compile for\. Use one of 1, 4, 8, 16"),
+    ],
+)
+def test_a_machine_without_a_compiler_is_one_sentence(name, sentence):
+    with pytest.raises(CompilerError, match=sentence):
+        compiler_of(load(name)).target(load(name))
+
+
+def test_a_machine_of_an_unknown_platform_is_one_sentence():
+    machine = load("h100:2")
+    unknown = dataclasses.replace(
+        machine, backend=dataclasses.replace(machine.backend, platform="")
+    )
+    with pytest.raises(CompilerError, match="There is no compiler for 'NVIDIA H100 SXM 80 GB'"):
+        compiler_of(unknown)
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+def test_a_compiler_that_is_not_installed_names_its_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CompilerError, match=r"XLA:TPU is not installed: pip install 'partita\[co"):
+        COMPILERS["tpu"].check()
+    with pytest.raises(CompilerError, match=r"XLA:GPU is not installed: .*\[compile-gpu\]'"):
+        COMPILERS["cuda"].check()
+
+
+def test_a_compiler_of_another_jax_names_both_versions(monkeypatch):
+    versions = {"jax-cuda13-plugin": "0.9.1", "jaxlib": "0.10.2"}
+    monkeypatch.setattr("partita.execute.compilers.cuda.version", versions.__getitem__)
+    with pytest.raises(CompilerError, match=r"of JAX 0\.9\.1 and JAX is 0\.10\.2: pip install jax"):
+        CudaCompiler().check()
+
+
+def test_an_abort_says_the_reason_of_the_compiler():
+    log = (
+        "I0000 loading\nF1128 08:20:01.1 55 scheduler.cc:12] Check failed: a == b\n*** trace ***\n"
+    )
+    assert abort_reason(log) == "Check failed: a == b"
+    assert (
+        abort_reason("Traceback:\n  File x\nRuntimeError: no memory\n") == "RuntimeError: no memory"
+    )
+    assert abort_reason("") == "it wrote no reason"
+
+
+def test_a_broken_program_is_one_sentence(cache):
+    machine = host(2, 4 << 30)
+    step, plan = planned("data parallel", machine)
+    request = request_of(step, plan, compiler_of(machine).target(machine))
+    with pytest.raises(CompilerError, match="^XLA:CPU does not compile the program: "):
+        compile_program(dataclasses.replace(request, program=b"nothing"))
+
+
+def test_a_tpu_program_that_is_too_large_says_how_much_it_needs():
+    error = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.00G of 15.75G hbm."
+    assert TpuCompiler().needed_bytes(error) == 24 << 30
+    assert TpuCompiler().needed_bytes("INTERNAL: something else") is None
+
+
+def test_a_request_is_read_as_it_was_written(tmp_path):
+    machine = host(2, 4 << 30)
+    step, plan = planned("ZeRO-3", machine)
+    request = request_of(step, plan, compiler_of(machine).target(machine))
+    request.write(tmp_path)
+    again = CompileRequest.read(tmp_path)
+    assert again.digest("1", "") == request.digest("1", "") != request.digest("2", "")
+
+
+# ----------------------------------------------------------------------------------- planned again
+
+
+def test_a_plan_that_does_not_fit_is_planned_again(cache, monkeypatch):
+    """The search gets the compiler's memory over the predicted one, and one sentence says so."""
+    machine = host(4, 4 << 30)
+    step, plan = planned("data parallel", machine)
+    real = compiled_plan.compile_captured
+    sentences = []
+
+    def tight(step, plan, machine):
+        compiled = real(step, plan, machine)
+        if plan.name == "data parallel":
+            memory = dataclasses.replace(compiled.memory, temporaries=2 << 30)
+            return dataclasses.replace(compiled, memory=memory)
+        return compiled
+
+    monkeypatch.setattr(compiled_plan, "compile_captured", tight)
+    chosen, compiled = plan_that_compiles(
+        step, machine, dataclasses.replace(plan, name="data parallel"), sentences.append
+    )
+    assert chosen.name != "data parallel" and compiled.fits
+    (sentence,) = sentences
+    assert sentence.startswith("The plan 'data parallel' needs 2.0 GiB of memory on every device")
+    assert sentence.endswith("Planned again within that limit.")
+
+
+def test_a_plan_that_never_fits_is_refused(cache, monkeypatch):
+    machine = host(2, 4 << 30)
+    step, plan = planned("data parallel", machine)
+
+    def never(step, plan, machine):
+        raise MemoryBudgetError("too large. Use less.", 1.01)
+
+    monkeypatch.setattr(compiled_plan, "compile_captured", never)
+    sentences = []
+    with pytest.raises(MemoryBudgetError, match="too large"):
+        plan_that_compiles(step, machine, plan, sentences.append)
+    assert len(sentences) == 3
+
+
+def test_a_plan_in_stages_is_not_compiled():
+    machine = host(2, 4 << 30)
+    step, plan = planned("data parallel", machine)
+    with pytest.raises(PlanError, match="--no-stages"):
+        compile_captured(step, dataclasses.replace(plan, microbatches=2), machine)
+
+
+def test_random_keys_are_compiled_as_their_data():
+    machine = host(2, 4 << 30)
+    step, plan = planned("data parallel", machine)
+    request = request_of(step, plan, compiler_of(machine).target(machine))
+    assert request.inputs[1] == ([2], "uint32")
+    assert np.dtype(request.inputs[0][1]) == np.float32
