@@ -13,7 +13,7 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 )
-os.environ["PARTITA_CACHE"] = "/nonexistent"  # nothing that was measured on this machine
+os.environ["PARTITA_CACHE"] = "/dev/null/none"  # nothing that was measured on this machine
 os.environ["NPROC"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 

@@ -96,7 +96,7 @@ def product_flops(module: HloModule, visit: Visit) -> float:
     target = re.search(r'custom_call_target="([^"]*)"', line)
     name = target[1] if target else ""
     if name.startswith("__cublas$"):
-        contracted = _listed(r'lhs_contracting_dimensions":\[([\d",]*)\]', line)
+        contracted = _listed(r'lhs_contracting_dimensions":\s*\[([\d", ]*)\]', line)
         return _dot_flops(module.operand_shapes(visit), instruction.shapes, contracted)
     if name.startswith("__cudnn$conv"):
         first, second = module.operand_shapes(visit)[:2]
@@ -167,10 +167,11 @@ def _pairs(settings: dict[str, str], position: int, image: int, kernel: int, out
 
 
 def _attention_flops(name: str, line: str, operands: Sequence[HloShape]) -> float:
-    """FLOPs of cuDNN's fused attention, its whole square of scores."""
-    scores = _listed(r'intermediate_tensor_shape":\{.*?"dimensions":\[([\d",]*)\]', line)
+    """FLOPs of cuDNN's fused attention; half of them where a query sees only the keys before it."""
+    scores = _listed(r'intermediate_tensor_shape":\s*\{.*?"dimensions":\s*\[([\d", ]*)\]', line)
     products = FMHA_BACKWARD if "Backward" in name else FMHA_FORWARD
-    return 2.0 * products * math.prod(scores) * operands[0].dims[-1]
+    visible = 0.5 if re.search(r'mask_type":\s*"[A-Z_]*CAUSAL', line) else 1.0
+    return 2.0 * products * visible * math.prod(scores) * operands[0].dims[-1]
 
 
 def _other_flops(module: HloModule, visit: Visit) -> float:

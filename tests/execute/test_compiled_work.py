@@ -25,7 +25,7 @@ TPU_PRODUCT = (
 )
 ATTENTION = (
     "%q = bf16[2,512,8,64]{3,2,1,0} parameter(0)",
-    '%c = (bf16[2,8,512,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config":{"algorithm":{"algo_id":"0"},"fmha_scale":1.0,"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["2","8","512","512"]}}}',
+    '%c = (bf16[2,8,512,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config": {"algorithm": {"algo_id": "0"}, "fmha_scale": 0.125, "intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "8", "512", "512"]}, "mask_type": "NO_MASK"}}',
 )
 
 
@@ -62,6 +62,8 @@ def test_fused_attention_has_two_products_and_five_backward():
     assert forward == 2 * 2 * 2 * 8 * 512 * 512 * 64
     backward = work(*(line.replace("fmhaSoftmax", "fmhaSoftmaxBackward") for line in ATTENTION))
     assert backward.product_flops == 2.5 * forward
+    causal = work(*(line.replace("NO_MASK", "CAUSAL") for line in ATTENTION))
+    assert causal.product_flops == forward / 2
 
 
 def test_loops_fusions_and_cycles():
