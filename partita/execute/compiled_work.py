@@ -108,6 +108,10 @@ def product_flops(module: HloModule, visit: Visit) -> float:
         return _convolution_flops(line, first, second, result)
     if name.startswith("__cudnn$fmha"):
         return _attention_flops(name, line, module.operand_shapes(visit))
+    if name.startswith("cudnn_rnn"):
+        is_backward = "bwd" in name
+        operands = instruction.shapes if is_backward else module.operand_shapes(visit)
+        return _recurrence_flops(is_backward, instruction.shapes, operands[3])
     return 0.0
 
 
@@ -172,6 +176,19 @@ def _attention_flops(name: str, line: str, operands: Sequence[HloShape]) -> floa
     products = FMHA_BACKWARD if "Backward" in name else FMHA_FORWARD
     visible = 0.5 if re.search(r'mask_type":\s*"[A-Z_]*CAUSAL', line) else 1.0
     return 2.0 * products * visible * math.prod(scores) * operands[0].dims[-1]
+
+
+def _recurrence_flops(is_backward: bool, results: Sequence[HloShape], weights: HloShape) -> float:
+    """FLOPs of a recurrent layer of cuDNN: each weight meets each step of each sample.
+
+    The weights are one array with two biases for each of four gates. The backward pass has two
+    products for each of the forward pass.
+    """
+    batch, steps, _ = results[0].dims
+    layers, _, hidden = results[1].dims
+    products = weights.size - 8 * layers * hidden
+    forward = 2.0 * batch * steps * products
+    return 2 * forward if is_backward else forward
 
 
 def _other_flops(module: HloModule, visit: Visit) -> float:

@@ -66,6 +66,23 @@ def test_fused_attention_has_two_products_and_five_backward():
     assert causal.product_flops == forward / 2
 
 
+def test_a_recurrent_layer_of_cudnn():
+    shapes = (
+        "(f32[4,32,64]{2,1,0}, f32[1,4,64]{2,1,0}, f32[1,4,64]{2,1,0}, f32[33280]{0}, f32[9]{0})"
+    )
+    weights = "%w = f32[33280]{0} parameter(0)"
+    forward = work(
+        weights,
+        f'%c = {shapes} custom-call(%w, %w, %w, %w), custom_call_target="cudnn_rnn_ffi"',
+    ).product_flops
+    # 32 steps of 4 samples; 4 gates of 64 cells read 64 inputs and 64 cells.
+    assert forward == 2 * 4 * 32 * 4 * 64 * (64 + 64)
+    backward = work(
+        weights, f'%c = {shapes} custom-call(%w), custom_call_target="cudnn_rnn_bwd_ffi"'
+    ).product_flops
+    assert backward == 2 * forward
+
+
 def test_loops_fusions_and_cycles():
     module = HloModule.of(
         "%f (p: f32[8]) -> f32[8] {\n"
