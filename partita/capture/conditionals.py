@@ -86,7 +86,7 @@ class _Branch:
         self.yielded = list(operations[-1].operands)
         self.reads = {operation: _reads(operation) for operation in self.operations}
         self.number = {operation: number for number, operation in enumerate(self.operations)}
-        self.producer = {
+        self.producer: dict[Any, Any] = {
             result: operation for operation in self.operations for result in operation.results
         }
         self.made_of_scalars: set[Any] = set()

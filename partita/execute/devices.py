@@ -205,6 +205,11 @@ def _text(path: str) -> str:
         return ""
 
 
+def _platforms() -> str | None:
+    """The platforms that JAX was told to use, first choice first, with commas between."""
+    return getattr(jax.config, "jax_platforms", None)
+
+
 def computes_on_cpu(
     files: Callable[[str], list[str]] = glob.glob,
     is_installed: Callable[[str], bool] = lambda package: find_spec(package) is not None,
@@ -214,7 +219,7 @@ def computes_on_cpu(
     It does where `jax_platforms` (or JAX_PLATFORMS) says so. Without a word it takes an accelerator
     that the system has and for which a package is installed.
     """
-    platforms = jax.config.jax_platforms
+    platforms = _platforms()
     if platforms:
         return platforms.split(",")[0] == "cpu"
     return not any(files(pattern) and is_installed(package) for pattern, package in ACCELERATORS)
@@ -226,7 +231,7 @@ def skip_absent_gpus() -> None:
     It would fail and print a traceback.
     """
     plugins = find_spec("jax_plugins")
-    if jax.config.jax_platforms or plugins is None or not plugins.submodule_search_locations:
+    if _platforms() or plugins is None or not plugins.submodule_search_locations:
         return
     names = [module.name for module in pkgutil.iter_modules(plugins.submodule_search_locations)]
     if all(name.startswith(("xla_cuda", "xla_rocm")) for name in names):
