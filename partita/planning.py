@@ -214,7 +214,19 @@ def check_plan(plan: Plan, graph: OperatorGraph, machine: Machine) -> Plan:
     both_batches_known = bool(plan.batch_size and graph.batch_size)
     if same_model and both_batches_known and plan.batch_size != graph.batch_size:
         plan = fit_plan(plan, graph)
-    return fit_mesh(check(plan, graph), machine)
+    return _for_machine(fit_mesh(check(plan, graph), machine), machine)
+
+
+def _for_machine(plan: Plan, machine: Machine) -> Plan:
+    """The plan without the claims that were made for another machine, with a note on idle
+    devices."""
+    if plan.machine != machine.name:
+        plan = replace(plan, machine=machine.name, predicted={}, notes=(), why={})
+    idle = machine.devices - plan.devices
+    counted = f"{plan.devices} of {machine.devices} devices"
+    if idle and not any(f"of {machine.devices} devices" in note for note in plan.notes):
+        plan = replace(plan, notes=(*plan.notes, f"the plan uses {counted}: {idle} are idle"))
+    return plan
 
 
 SHORT_NAMES = {

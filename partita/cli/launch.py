@@ -29,6 +29,8 @@ LOST = 75
 """Exit code of a process that stops because another one is lost."""
 INTERRUPTED = 130
 """Exit code of a process that Ctrl-C has ended."""
+STOPPED = 15.0
+"""Time after which a process that a signal has suspended counts as lost, seconds."""
 SHOWN_LINES = 20
 """Lines of the standard error of a failed process that are printed."""
 PARENT_DEATH_SIGNAL = 1
@@ -136,13 +138,20 @@ def _watch(
     interrupted = False
     culprit: int | None = None
     try:
+        stopped_since: dict[int, float] = {}
         while all(process.poll() in (None, 0) for process in processes):
             if all(process.poll() == 0 for process in processes):
                 return 0
+            culprit = _stopped_too_long(processes, stopped_since)
+            if culprit is not None:
+                break
             time.sleep(POLL)
-        # Looked up now: others may fail in consequence, in ways that do not show it.
-        culprit = _independent_failure([process.poll() for process in processes])
-        _wait(processes, GRACE)
+        if culprit is None:
+            # Looked up now: others may fail in consequence, in ways that do not show it.
+            culprit = _independent_failure([process.poll() for process in processes])
+            _wait(processes, GRACE)
+        if culprit is None:
+            culprit = _silent(processes)
     except KeyboardInterrupt:
         # In a terminal, the other processes have received it too.
         interrupted = True
@@ -154,7 +163,14 @@ def _watch(
     if interrupted:
         _send(processes, signal.SIGINT)
     _send(processes, signal.SIGTERM)
+    hangs = culprit is not None and processes[culprit].poll() is None
     codes = [process.poll() for process in processes]
+    if hangs and culprit is not None:
+        say(
+            f"process {culprit} of {len(codes)} (pid {processes[culprit].pid}) does not answer: it "
+            "hangs or was stopped; the others were stopped."
+        )
+        return LOST
     if interrupted or any(code in (INTERRUPTED, -signal.SIGINT) for code in codes):
         return INTERRUPTED
     if culprit is None:
@@ -162,6 +178,38 @@ def _watch(
     if culprit is None:
         return 0
     return _report_failure(culprit, codes, errors[culprit], say)
+
+
+def _stopped_too_long(
+    processes: Sequence[subprocess.Popen[bytes]], stopped_since: dict[int, float]
+) -> int | None:
+    """The process that a signal has suspended for STOPPED seconds while others run, by /proc."""
+    states = [_state(process.pid) for process in processes]
+    now = time.monotonic()
+    for number, state in enumerate(states):
+        if state != "T" or all(other == "T" for other in states):
+            stopped_since.pop(number, None)
+        elif now - stopped_since.setdefault(number, now) > STOPPED:
+            return number
+    return None
+
+
+def _state(process_id: int) -> str:
+    """The state of a process on Linux: R, S, T (suspended), ...; empty if it is not known."""
+    try:
+        with open(f"/proc/{process_id}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def _silent(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """The only process that still runs after all others have ended because of another one."""
+    codes = [process.poll() for process in processes]
+    running = [number for number, code in enumerate(codes) if code is None]
+    if len(running) != 1 or len(running) == len(codes) or 0 in codes:
+        return None
+    return running[0]
 
 
 def _report_failure(

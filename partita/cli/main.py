@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -13,7 +16,11 @@ from partita.cli.plan import plan
 from partita.cli.run import run
 from partita.cli.saved import diff, explain
 from partita.cli.simulate import simulate
+from partita.cli.terminal import say
 from partita.version import VERSION
+
+OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Errors of a standard output that cannot be written."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -57,5 +64,28 @@ app.add_typer(gnn.app, name="gnn")
 
 
 def main() -> None:
-    """The entry point of the `partita` command."""
-    app()
+    """The entry point of the `partita` command.
+
+    A reader that closes the output (`| head`) ends the command; an output that cannot be written
+    (a full disk) is one sentence.
+    """
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        sys.exit(0)
+    except OSError as error:
+        # Errors of files name them; this one is of the standard output.
+        if error.filename is not None or error.errno not in OUTPUT_ERRORS:
+            raise
+        _discard_output()
+        say(f"the output cannot be written: {error.strerror}.")
+        sys.exit(1)
+
+
+def _discard_output() -> None:
+    """Points the standard output at nothing, so that its rest causes no error at the exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -69,7 +69,7 @@ def errors() -> Iterator[None]:
         err.print("stopped.")
         raise typer.Exit(130) from None
     except BrokenPipeError:
-        sys.stderr.close()
+        # `main` discards the rest of the output.
         raise typer.Exit(0) from None
 
 

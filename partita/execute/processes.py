@@ -323,11 +323,48 @@ def _join_options(membership: ProcessGroup) -> dict[str, Any]:
         "heartbeat_timeout_seconds": HEARTBEAT,
         "cluster_detection_method": "deactivate",
     }
-    if membership.address.startswith("127."):
-        options["coordinator_bind_address"] = membership.address
+    bind_address = _bind_address(membership.address)
+    if bind_address is not None:
+        options["coordinator_bind_address"] = bind_address
     if uses_one_accelerator(membership):
         options["local_device_ids"] = [membership.local_index]
     return options
+
+
+def _bind_address(address: str) -> str | None:
+    """The address at which process 0 listens: the named one alone.
+
+    None, all interfaces, if the name of this host is only known to itself (127.0.1.1 in
+    /etc/hosts), or belongs to a router in front of it.
+
+    >>> _bind_address("localhost:1234"), _bind_address("127.0.0.1:1234")
+    ('127.0.0.1:1234', '127.0.0.1:1234')
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return None
+    numbers = sorted({str(entry[4][0]) for entry in found}, key=lambda number: ":" in number)
+    local = [number for number in numbers if _is_local(number)]
+    if not local:
+        return None
+    is_loopback = local[0].startswith("127.") or local[0] == "::1"
+    if is_loopback and host not in ("localhost", *numbers):
+        return None
+    return f"[{local[0]}]:{port}" if ":" in local[0] else f"{local[0]}:{port}"
+
+
+def _is_local(number: str) -> bool:
+    """Whether an address is one of this host."""
+    family = socket.AF_INET6 if ":" in number else socket.AF_INET
+    with socket.socket(family) as probe:
+        try:
+            probe.bind((number, 0))
+        except OSError:
+            return False
+    return True
 
 
 def _let_compute_first() -> None:

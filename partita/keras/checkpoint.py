@@ -22,9 +22,14 @@ import numpy as np
 
 from partita.errors import PartitaError
 from partita.execute.processes import together, whole
+from partita.files.schema import items, mapping, row, table, text, whole_number
 
 Description = dict[str, tuple[tuple[int, ...], str]]
 """Shape and dtype of each variable, by its name."""
+
+
+DESCRIPTION = mapping(row(items(whole_number()), text(80)))
+"""The schema of a description in a file."""
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -33,8 +38,11 @@ class Checkpoint(keras.callbacks.Callback):
     >>> model.fit(x, y, epochs=10, callbacks=[partita.Checkpoint("run1")])     # doctest: +SKIP
 
     The same line, run again after an interruption, continues with the unfinished epoch. Weights,
-    optimizer and epoch are saved. Split variables are written from their devices, so that nothing
-    is gathered. Needs orbax-checkpoint (pip install "partita[checkpoint]").
+    optimizer and epoch are saved. Models match by structure: numbers that Keras adds to the names
+    of layers made again ("dense_1") make no difference. NumPy's global seed, by which `fit`
+    shuffles, is set at every epoch from the number of the epoch, so a resumed run sees the samples
+    in the order of an uninterrupted one. Split variables are written from their devices, so that
+    nothing is gathered. Needs orbax-checkpoint (pip install "partita[checkpoint]").
 
     Args:
         folder: A folder for the checkpoints.
@@ -50,6 +58,7 @@ class Checkpoint(keras.callbacks.Callback):
             )
         self.every = every
         self._unsaved_epoch: int | None = None
+        self._order_seed = 0
         try:
             import orbax.checkpoint as ocp
         except ImportError:
@@ -70,27 +79,35 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         epoch = self._manager.latest_step()
+        self._order_seed = int(np.random.randint(2**31))
         if epoch is None:
             return
         model: Any = self.model
         variables = self._variables()
-        self._check_same_model(epoch, variables)
-        target = {name: np.empty(v.shape, v.dtype) for name, v in variables.items()}
+        saved_names = self._check_same_model(epoch, variables)
+        target = {}
+        for name, variable in variables.items():
+            target[saved_names[name]] = np.empty(variable.shape, variable.dtype)
         with self._readable(epoch):
             restored: Any = self._manager.restore(
                 epoch,
                 args=self._ocp.args.Composite(state=self._ocp.args.StandardRestore(target)),
             )
         for name, variable in variables.items():
-            variable.assign(restored["state"][name])
+            variable.assign(restored["state"][saved_names[name]])
+        # Checkpoints of older versions have no seed.
+        if (self.folder / str(epoch) / "order").is_dir():
+            with self._readable(epoch):
+                self._order_seed = self._saved_order_seed(epoch)
         # Keras's own BackupAndRestore sets the first epoch like this.
         model._initial_epoch = epoch + 1
 
-    def _check_same_model(self, epoch: int, variables: dict[str, Any]) -> None:
-        """PartitaError if a checkpoint has other variables."""
+    def _check_same_model(self, epoch: int, variables: dict[str, Any]) -> dict[str, str]:
+        """Per variable its name in a checkpoint. PartitaError if that has other variables."""
         model: Any = self.model
         with self._readable(epoch):
-            saved = self._saved_description(epoch)
+            description = self._saved_description(epoch)
+        saved = {_structural(name): shape for name, shape in description.items()}
         current = {name: (tuple(v.shape), str(v.dtype)) for name, v in variables.items()}
         for name in sorted({*current, *saved}):
             if current.get(name) != saved.get(name):
@@ -100,6 +117,10 @@ class Checkpoint(keras.callbacks.Callback):
                     f"'{model.name}'. Name another folder, or give the model of the "
                     "checkpoints."
                 )
+        return {_structural(name): name for name in description}
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        np.random.seed([self._order_seed, epoch])
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if (epoch + 1) % self.every == 0:
@@ -119,7 +140,9 @@ class Checkpoint(keras.callbacks.Callback):
         ocp = self._ocp
         try:
             args = ocp.args.Composite(
-                state=ocp.args.StandardSave(values), model=ocp.args.JsonSave(description)
+                state=ocp.args.StandardSave(values),
+                model=ocp.args.JsonSave(description),
+                order=ocp.args.JsonSave({"seed": self._order_seed}),
             )
             with _quietly(), together("saving a checkpoint"):
                 self._manager.save(epoch, args=args)
@@ -153,13 +176,23 @@ class Checkpoint(keras.callbacks.Callback):
             ) from None
 
     def _variables(self) -> dict[str, Any]:
-        """The variables of the training state by position and path; paths need not be unique."""
+        """The variables of the training state by position and structural path."""
         model: Any = self.model
         model.jax_state_sync()
         variables = [*model.variables]
         if model.optimizer is not None:
             variables += model.optimizer.variables
-        return {f"{i:05d} {variable.path}": variable for i, variable in enumerate(variables)}
+        named = {}
+        for position, variable in enumerate(variables):
+            named[_structural(f"{position:05d} {variable.path}")] = variable
+        return named
+
+    def _saved_order_seed(self, epoch: int) -> int:
+        ocp = self._ocp
+        saved: Any = self._manager.restore(
+            epoch, args=ocp.args.Composite(order=ocp.args.JsonRestore())
+        )["order"]
+        return table({"seed": whole_number(0, 2**31)})(saved)["seed"]
 
     def _saved_description(self, epoch: int) -> Description:
         ocp = self._ocp
@@ -168,7 +201,16 @@ class Checkpoint(keras.callbacks.Callback):
         )["model"]
         if isinstance(saved, str):
             saved = json.loads(saved)
-        return {name: (tuple(shape), dtype) for name, (shape, dtype) in saved.items()}
+        return DESCRIPTION(saved)
+
+
+def _structural(name: str) -> str:
+    """A variable's name without the numbers that Keras gives to layers made again.
+
+    >>> _structural("00003 adam/sequential_1_dense_4_kernel_momentum")
+    '00003 adam/sequential_dense_kernel_momentum'
+    """
+    return re.sub(r"_\d+(?=[_/]|$)", "", name)
 
 
 def _shape_text(description: tuple[tuple[int, ...], str] | None) -> str:

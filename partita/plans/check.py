@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from itertools import chain
 
 from partita.errors import PlanError
-from partita.graph.operator_graph import OperatorGraph
+from partita.graph.operator_graph import Argument, OperatorGraph
 from partita.plans.pipeline import check_stages
-from partita.plans.plan import Mesh, Plan, placed_slice
+from partita.plans.plan import Mesh, Plan, Storage, placed_slice
 
 
 def check(plan: Plan, graph: OperatorGraph) -> Plan:
@@ -140,11 +140,45 @@ def _check_storage(plan: Plan, graph: OperatorGraph) -> None:
             raise PlanError(
                 f"The plan stores a variable {path!r} that the model does not have. Plan again."
             )
-        rank = len(graph.tensors[arguments[path].tensor].shape)
-        if not 0 <= storage.dim < rank:
-            raise PlanError(
-                f"The plan splits dim {storage.dim} of {path!r}, which has {rank} dims."
-            )
+        _check_stored(plan, graph, arguments[path], storage)
+
+
+def _check_stored(plan: Plan, graph: OperatorGraph, argument: Argument, storage: Storage) -> None:
+    """PlanError unless a variable can be stored over these axes."""
+    path = argument.path
+    shape = graph.tensors[argument.tensor].shape
+    home = graph.home[argument.tensor]
+    if argument.role != "parameter" or home < 0:
+        raise PlanError(
+            f"The plan stores {path!r}, which is no parameter of an operator. Name its parameter: "
+            "slots are stored with it."
+        )
+    if not 0 <= storage.dim < len(shape):
+        raise PlanError(
+            f"The plan splits dim {storage.dim} of {path!r}, which has {len(shape)} dims."
+        )
+    operator = graph.operators[home].name
+    choice = plan.choices[operator]
+    label = graph.labels[argument.tensor]
+    splitting = {graph.factors[factor].name: dim for dim, factor in enumerate(label) if factor >= 0}
+    used = [axis for axis in storage.axes if choice.get(axis) in splitting]
+    if used or len(set(storage.axes)) < len(storage.axes):
+        reason = f"'{operator}' splits it over {used[0]!r} already" if used else "an axis is twice"
+        raise PlanError(
+            f"The plan stores {path!r} over {', '.join(storage.axes)}, but {reason}. Store it over "
+            "other axes."
+        )
+    ways = 1
+    for axis in plan.mesh.axes:
+        factor = choice.get(axis.name)
+        splits = factor is not None and splitting.get(factor) == storage.dim
+        if splits or axis.name in storage.axes:
+            ways *= axis.size
+    if shape[storage.dim] % ways:
+        raise PlanError(
+            f"The plan splits dim {storage.dim} of {path!r} ({shape[storage.dim]}) {ways} ways: "
+            f"{shape[storage.dim]} is not a multiple of {ways}. Store it over fewer axes."
+        )
 
 
 def illegal_reason(

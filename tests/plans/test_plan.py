@@ -8,9 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partita.errors import PlanError
+from partita.graph.operator_graph import OperatorGraph
+from partita.machine import load
+from partita.planning import check_plan
+from partita.plans.check import check
 from partita.plans.diff import diff
 from partita.plans.plan import Mesh, Plan, Storage, mesh_for
 
+DATA = Path(__file__).parents[1] / "data"
 MESH = Mesh.of((2, 2))
 
 
@@ -161,3 +166,34 @@ def test_a_mesh_has_small_prime_axes_slow_levels_first() -> None:
         ("d", 2, 1),
     ]
     assert mesh_for((1,)).size == 1
+
+
+@pytest.mark.parametrize(
+    ("storage", "reason"),
+    [
+        (Storage(0, ("a", "a"), 3), "an axis is twice. Store it over other axes."),
+        (Storage(0, ("b",), 3), "splits it over 'b' already. Store it over other axes."),
+        (Storage(9, ("a",), 3), "The plan splits dim 9 of"),
+    ],
+)
+def test_storage_that_cannot_be_is_refused(storage: Storage, reason: str) -> None:
+    graph = OperatorGraph.load(DATA / "mlp.graph.json")
+    (path, *_) = (a.path for a in graph.arguments if a.role == "parameter")
+    home = graph.home[next(a.tensor for a in graph.arguments if a.path == path)]
+    choices = {operator.name: {"a": "S"} for operator in graph.operators}
+    choices[graph.operators[home].name] = {"a": "S", "b": "P"}
+    plan = Plan(graph.name, "h100:4", Mesh.of((2, 2)), choices, {path: storage})
+    with pytest.raises(PlanError) as error:
+        check(plan, graph)
+    assert reason in str(error.value)
+
+
+def test_claims_belong_to_the_machine_that_a_plan_was_made_for() -> None:
+    graph = OperatorGraph.load(DATA / "mlp.graph.json")
+    choices = {operator.name: {"a": "S", "b": "S"} for operator in graph.operators}
+    fields = {"notes": ("twice as fast",), "predicted": {"seconds": 1.0}}
+    plan = Plan(graph.name, "h100:4", Mesh.of((2, 2)), choices, **fields)
+    assert check_plan(plan, graph, load("h100:4")).notes == ("twice as fast",)
+    elsewhere = check_plan(plan, graph, load("h100:8"))
+    assert elsewhere.notes == ("the plan uses 4 of 8 devices: 4 are idle",)
+    assert not elsewhere.predicted and elsewhere.machine == "h100:8"

@@ -1,0 +1,40 @@
+"""Checkpoints match by structure, and a resumed run sees the samples in the same order."""
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import partita
+from partita.errors import PartitaError
+
+pytest.importorskip("orbax.checkpoint")
+X = np.random.default_rng(0).standard_normal((32, 8)).astype("float32")
+
+
+def fit(folder: Path, epochs: int, width: int = 2) -> Any:
+    keras.utils.set_random_seed(7)
+    layers = [keras.Input((8,)), keras.layers.Dense(width)]
+    model: Any = keras.Sequential(layers)
+    model.compile("adam", "mse")
+    checkpoint = partita.Checkpoint(folder)
+    return model, model.fit(
+        X, X[:, :width], batch_size=8, epochs=epochs, verbose=0, callbacks=[checkpoint]
+    )
+
+
+def test_a_model_that_is_made_again_resumes_on_the_uninterrupted_curve(tmp_path: Path) -> None:
+    _, whole = fit(tmp_path / "whole", 4)
+    fit(tmp_path / "parts", 2)
+    # The layers have other automatic names now, and NumPy's seed another history.
+    _, rest = fit(tmp_path / "parts", 4)
+    assert rest.epoch == [2, 3]
+    assert rest.history["loss"] == pytest.approx(whole.history["loss"][2:], rel=1e-6)
+
+
+def test_a_model_of_another_structure_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path, 1)
+    with pytest.raises(PartitaError, match="are of another model: '00000 sequential/dense/kernel'"):
+        fit(tmp_path, 2, width=3)
