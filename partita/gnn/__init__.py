@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         GATv2,
         GraphModel,
     )
+    from partita.gnn.nn.pyg_weights import load_pyg_state, pyg_state
     from partita.gnn.nn.vertices import VertexBatchNormalization, VertexDropout
     from partita.gnn.train import normalised
 
@@ -66,9 +67,11 @@ __all__ = [
     "check",
     "convert",
     "generate",
+    "load_pyg_state",
     "normalised",
     "open",
     "order",
+    "pyg_state",
     "save",
     "transpose",
 ]
@@ -92,6 +95,7 @@ _IMPORTED_ON_USE = {
         "GATv2",
         "GraphModel",
     ),
+    "partita.gnn.nn.pyg_weights": ("load_pyg_state", "pyg_state"),
     "partita.gnn.nn.vertices": ("VertexBatchNormalization", "VertexDropout"),
     "partita.gnn.train": ("normalised",),
 }

@@ -142,13 +142,13 @@ class Architecture:
     aggregations    (features, 'sum', 'max' or 'attention') of every aggregation, in order
     matrix_entries  trainable numbers in matrices
     by_vertex       whether vertices meet in aggregations only (`FullGraphTraining`)
-    normalizes      whether rows are divided by square roots of degrees
+    normalizes      for each division by square roots of degrees: whether with a self edge
     """
 
     aggregations: tuple[tuple[int, str], ...]
     matrix_entries: int
     by_vertex: bool
-    normalizes: bool = False
+    normalizes: tuple[bool, ...] = ()
 
     @property
     def linear(self) -> bool:
@@ -194,7 +194,7 @@ def architecture_of(model: Any, graph: Graph) -> Architecture:
         aggregations=tuple(calls.aggregations),
         matrix_entries=sum(int(np.prod(shape)) for shape in matrices),
         by_vertex=bool(vars(type(model)).get("by_vertex") and model.by_vertex),
-        normalizes=calls.normalizes,
+        normalizes=tuple(sorted(calls.normalizes)),
     )
 
 
@@ -224,14 +224,16 @@ def check_weights_suit(graph: Graph, architecture: Architecture) -> None:
     if not architecture.normalizes or graph.weights.min(initial=0) >= 0:
         return
     _, self_correction, load = of_vertices(graph, 0, graph.vertices)
-    degrees = load + self_correction
-    if degrees.min() < -DEGREE_TOLERANCE * np.abs(graph.weights).max():
-        vertex = int(np.argmin(degrees))
-        raise GraphError(
-            f"The weights of the in-edges of vertex {vertex:,}, its self edge included, sum to "
-            f"{degrees[vertex]:g}, which has no square root for the normalization of GCNConv: use "
-            "weights that are not negative, or GCNConv(normalize=False)."
-        )
+    for self_edges in architecture.normalizes:
+        degrees = load + self_correction if self_edges else load
+        if degrees.min() < -DEGREE_TOLERANCE * np.abs(graph.weights).max():
+            vertex = int(np.argmin(degrees))
+            with_self_edge = ", its self edge included," if self_edges else ""
+            raise GraphError(
+                f"The weights of the in-edges of vertex {vertex:,}{with_self_edge} sum to "
+                f"{degrees[vertex]:g}, which has no square root for the normalization of GCNConv: "
+                "use weights that are not negative, or GCNConv(normalize=False)."
+            )
 
 
 def _shapes(variables: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:

@@ -29,7 +29,7 @@ OF_A_GRAPH = {
     "gnn_large": ["--hidden", "8", "--processes", "1", "--epochs", "2"],
 }
 """The same for scripts whose first argument is a graph file."""
-HELP = ("feeds", "gnn_partitioner", "gnn_peers", "processes")
+HELP = ("feeds", "gnn_parity", "gnn_partitioner", "gnn_peers", "processes")
 """Scripts that need root or other frameworks: only their help is printed."""
 ELSEWHERE = {"applications", "children", "papers_chart", "proof", "search", "simulator", "stages"}
 ELSEWHERE |= {"within", "zoo"}

@@ -455,3 +455,85 @@ def test_edge_features_without_a_reader_are_refused() -> None:
         fitted(gnn.GCN(classes=4), graph_with_edge_features())
     with pytest.raises(GraphError, match="aggregate='median' is unknown: use 'sum', 'mean'"):
         gnn.MessagePassing("median")
+
+
+# ------------------------------------------------------------------------------ options of layers
+
+
+def test_gcn_without_normalization_or_self_edges() -> None:
+    graph = random_graph(weighted=True)
+    adjacency = np.zeros((VERTICES, VERTICES))
+    for source, target, weight in edges_of(graph):
+        adjacency[target, source] += weight
+    degrees = adjacency.sum(axis=1)
+    root = np.divide(1, np.sqrt(degrees), out=np.zeros(VERTICES), where=degrees > 0)
+    for options, matrix in (
+        ({"normalize": False}, adjacency),
+        ({"self_edges": False}, root[:, None] * adjacency * root),
+    ):
+        layer = gnn.GCNConv(3, **options)
+        given = output(layer, graph)
+        expected = matrix @ graph.features @ np.asarray(layer.kernel)
+        np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sage_sums_projects_and_normalizes() -> None:
+    graph = random_graph()
+    adjacency = np.zeros((VERTICES, VERTICES))
+    for source, target, _ in edges_of(graph):
+        adjacency[target, source] += 1
+    layer = gnn.SAGEConv(3, "sum", project=True, normalize=True)
+    given = output(layer, graph)
+    projection, own, kernel = (
+        np.asarray(weight) for weight in (layer.projection, layer.own, layer.kernel)
+    )
+    rows = np.maximum(graph.features @ projection, 0)
+    expected = adjacency @ rows @ kernel + graph.features @ own
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_without_concatenation_are_averaged() -> None:
+    graph = random_graph()
+    averaged = gnn.GATv2Conv(3, 2, concat=False, residual=True, head_bias=True)
+    given = output(averaged, graph)
+    joined = gnn.GATv2Conv(6, 2, head_bias=True)
+    joined.build((None, 5))
+    for name in ("kernel", "destination", "score", "kernel_shift", "destination_shift"):
+        getattr(joined, name).assign(getattr(averaged, name))
+    heads = output(joined, graph).reshape(VERTICES, 2, 3)
+    expected = heads.mean(axis=1) + graph.features @ np.asarray(averaged.own)
+    np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: gnn.GCNConv(4),
+        lambda: gnn.SAGEConv(4, project=True),
+        lambda: gnn.GINConv(4),
+        lambda: gnn.GATv2Conv(4, 2, head_bias=True, residual=True),
+        lambda: gnn.GatedGraphConv(6),
+    ],
+)
+def test_weights_return_from_the_names_of_pyg(make: Any) -> None:
+    first, second = make(), make()
+    for layer in (first, second):
+        layer.build((None, 5))
+    state = {name: array + 0.5 for name, array in gnn.pyg_state(first).items()}
+    gnn.load_pyg_state(second, state)
+    given = gnn.pyg_state(second)
+    assert given.keys() == state.keys()
+    for name, array in state.items():
+        np.testing.assert_array_equal(given[name], array)
+
+
+def test_weights_of_another_layer_are_refused() -> None:
+    layer = gnn.GCNConv(4)
+    with pytest.raises(GraphError, match="has no weights yet"):
+        gnn.pyg_state(layer)
+    layer.build((None, 5))
+    with pytest.raises(GraphError, match=r"missing bias; unknown lin_l\.weight"):
+        gnn.load_pyg_state(layer, {"lin.weight": np.zeros((4, 5)), "lin_l.weight": np.zeros(1)})
+    with pytest.raises(GraphError, match=r"lin\.weight has the shape \[5, 4\], and .* needs"):
+        gnn.load_pyg_state(layer, {"lin.weight": np.zeros((5, 4)), "bias": np.zeros(4)})

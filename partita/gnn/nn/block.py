@@ -99,13 +99,13 @@ class Calls:
 
     aggregations    (features, 'sum', 'max', 'attention' or 'message') of each so far
     total           their number, if only results of training vertices are used; else 0
-    normalizes      whether one divides by square roots of degrees
+    normalizes      for each division by square roots of degrees: whether with a self edge
     """
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.aggregations: list[tuple[int, str]] = []
-        self.normalizes = False
+        self.normalizes: set[bool] = set()
 
     @property
     def later(self) -> int:
@@ -178,16 +178,16 @@ class Block:
         """[...]: the mean of x [rows, ...] over all vertices."""
         return self.vertex_sum(x) / self.vertex_sum(jnp.ones(self.rows, x.dtype))
 
-    def inverse_root_degrees(self) -> Any:
+    def inverse_root_degrees(self, self_edges: bool = True) -> Any:
         """float32 [rows]: 1 / sqrt(d), 0 where d is 0.
 
-        d is the sum of the weights of the in-edges with exactly one self edge (`Graph`'s check
-        before training refuses a negative one).
+        d is the sum of the weights of the in-edges, with exactly one self edge or as given.
+        Training refuses a graph with a negative d.
         """
         calls = _calls.get()
         if calls is not None:
-            calls.normalizes = True
-        degrees = self.load + self.self_correction
+            calls.normalizes.add(self_edges)
+        degrees = self.load + self.self_correction if self_edges else self.load
         return jnp.where(degrees > 0, jax.lax.rsqrt(jnp.maximum(degrees, 1e-30)), 0)
 
     # ------------------------------------------------------------------------- aggregations
@@ -247,11 +247,14 @@ class Block:
         maxima = self._returned(aggregation, edge_max(aggregation.edges, sources))
         return maxima[:, : x.shape[1]].astype(x.dtype)
 
-    def attention(self, l: Any, r: Any, a: Any) -> Any:
+    def attention(self, l: Any, r: Any, a: Any, self_edges: bool = True) -> Any:
         """[rows, heads, features]: attention over in-edges and a self edge (`kernels.attention`).
 
-        l and r are [rows, heads, features], a is [heads, features].
+        l and r are [rows, heads, features], a is [heads, features]. Without `self_edges` it is over
+        the edges as given.
         """
+        correction = self.self_correction.astype(jnp.int32)
+        correction = correction if self_edges else jnp.zeros_like(correction)
         kind = l.dtype
         l, r, a = (array.astype(jnp.float32) for array in (l, r, a))
         rows, heads, width = l.shape
@@ -264,7 +267,7 @@ class Block:
         return attend(
             by_destination,
             by_source,
-            self.self_correction.astype(jnp.int32),
+            correction,
             source_rows,
             r,
             a,

@@ -100,8 +100,16 @@ class AbstractConv(keras.layers.Layer):
 class GCNConv(AbstractConv):
     """Graph convolution with symmetric normalization.
 
-    Degrees count in-edges, or their weights, and the self edge.
+    Degrees count in-edges, or their weights, and the self edge. `self_edges=False` uses the edges
+    as given. `normalize=False` sums the rows of in-edges, and adds no self edge either.
     """
+
+    def __init__(
+        self, units: int, *, normalize: bool = True, self_edges: bool = True, **options: Any
+    ) -> None:
+        super().__init__(units, **options)
+        self.normalize = normalize
+        self.self_edges = self_edges
 
     def build(self, input_shape: Any) -> None:
         self.kernel = self.matrix("kernel", input_shape[-1], self.units)
@@ -120,43 +128,89 @@ class GCNConv(AbstractConv):
         if width > self.units:
             return (
                 by_rows("x", "p", multiply),
-                by_columns("p", "s", _normalized_sum),
+                by_columns("p", "s", self._sum),
                 by_rows("s", "y", finish),
             )
         return (
-            by_columns("x", "s", _normalized_sum),
+            by_columns("x", "s", self._sum),
             by_rows("s", "y", multiply_and_finish),
         )
 
+    def _sum(self, graph: Block, column: Any, rows: Any) -> Any:
+        """The sum over in-edges, by default divided by the square roots of both ends' degrees."""
+        if not self.normalize:
+            return graph.sum(rows)
+        scale = graph.inverse_root_degrees(self.self_edges)
+        share = graph.self_correction if self.self_edges else None
+        return graph.sum(rows, before=scale, share=share, after=scale)
 
-def _normalized_sum(graph: Block, column: Any, rows: Any) -> Any:
-    """The sum over in-edges and a self edge, divided by the square roots of both ends' degrees."""
-    scale = graph.inverse_root_degrees()
-    return graph.sum(rows, before=scale, share=graph.self_correction, after=scale)
+    def get_config(self) -> dict[str, Any]:
+        options = {"normalize": self.normalize, "self_edges": self.self_edges}
+        return {**super().get_config(), **options}
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class SAGEConv(AbstractConv):
-    """The vertex's own row and the 'mean' or 'max' over in-edges, each times a matrix."""
+    """The vertex's own row and the 'mean', 'max' or 'sum' over in-edges, each times a matrix.
 
-    def __init__(self, units: int, aggregation: str = "mean", **options: Any) -> None:
+    `project` first passes the rows of in-edges through a dense layer with ReLU. `normalize` divides
+    results by their Euclidean norm, before the activation.
+    """
+
+    def __init__(
+        self,
+        units: int,
+        aggregation: str = "mean",
+        *,
+        project: bool = False,
+        normalize: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__(units, **options)
-        if aggregation not in ("mean", "max"):
-            raise GraphError(f"aggregation={aggregation!r} is unknown: use 'mean' or 'max'.")
+        if aggregation not in AGGREGATIONS:
+            names = ", ".join(map(repr, AGGREGATIONS))
+            raise GraphError(f"aggregation={aggregation!r} is unknown: use {names}.")
         self.aggregation = aggregation
+        self.project = project
+        self.normalize = normalize
 
     def build(self, input_shape: Any) -> None:
+        if self.project:
+            width = input_shape[-1]
+            self.projection = self.matrix("projection", width, width)
+            self.projection_shift = self.bias(width, "projection_bias")
         self.own = self.matrix("own", input_shape[-1], self.units)
         self.kernel = self.matrix("kernel", input_shape[-1], self.units)
         self.shift = self.bias()
 
     def pieces(self, width: int) -> Sequence[Piece]:
-        if self.aggregation == "max":
-            return _own_and_aggregated(self, _max, linear=False)
-        return _own_and_aggregated(self, _mean, multiply_first=width > self.units)
+        linear = self.aggregation != "max"
+        return _own_and_aggregated(
+            self,
+            AGGREGATIONS[self.aggregation],
+            linear,
+            multiply_first=linear and width > self.units and not self.project,
+            project=self._projected if self.project else None,
+        )
+
+    def _projected(self, x: Any) -> Any:
+        y = product(x, self.projection)
+        return keras.ops.relu(y if self.projection_shift is None else add(y, self.projection_shift))
+
+    def finished(self, y: Any, bias: Any) -> Any:
+        if not self.normalize:
+            return super().finished(y, bias)
+        y = y if bias is None else add(y, bias)
+        norm = jnp.sqrt(jnp.maximum((y**2).sum(axis=1, keepdims=True), 1e-24))
+        return self.activation(y / norm)
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "aggregation": self.aggregation}
+        options = {
+            "aggregation": self.aggregation,
+            "project": self.project,
+            "normalize": self.normalize,
+        }
+        return {**super().get_config(), **options}
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -206,12 +260,28 @@ class GINConv(AbstractConv):
 class GATv2Conv(AbstractConv):
     """Attention of `heads` heads over in-edges and a self edge.
 
-    All heads together have `units` features.
+    All heads together have `units` features; with `concat=False` each has them, and the result is
+    the mean over heads. `self_edges=False` uses the edges as given. `head_bias` adds biases to the
+    rows of both ends. `residual` adds the vertex's own row times a matrix.
     """
 
-    def __init__(self, units: int, heads: int = 1, **options: Any) -> None:
+    def __init__(
+        self,
+        units: int,
+        heads: int = 1,
+        *,
+        concat: bool = True,
+        self_edges: bool = True,
+        head_bias: bool = False,
+        residual: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__(units, **options)
-        if heads < 1 or units % heads:
+        self.concat = concat
+        self.self_edges = self_edges
+        self.head_bias = head_bias
+        self.residual = residual
+        if heads < 1 or (concat and units % heads):
             raise GraphError(
                 f"units={units} is not a multiple of heads={heads}: every head has the same "
                 "number of "
@@ -220,16 +290,27 @@ class GATv2Conv(AbstractConv):
         self.heads = heads
 
     def build(self, input_shape: Any) -> None:
-        self.kernel = self.matrix("kernel", input_shape[-1], self.units)
-        self.destination = self.matrix("destination", input_shape[-1], self.units)
-        self.score = self.matrix("score", self.heads, self.units // self.heads)
+        features = input_shape[-1]
+        head_width = self.units // self.heads if self.concat else self.units
+        width = self.heads * head_width
+        self.kernel = self.matrix("kernel", features, width)
+        self.destination = self.matrix("destination", features, width)
+        self.score = self.matrix("score", self.heads, head_width)
         self.shift = self.bias()
+        if self.head_bias:
+            self.kernel_shift = self.bias(width, "kernel_bias")
+            self.destination_shift = self.bias(width, "destination_bias")
+        if self.residual:
+            self.own = self.matrix("own", features, self.units)
 
     def pieces(self, width: int) -> Sequence[Piece]:
-        head_width = self.units // self.heads
+        head_width = self.units // self.heads if self.concat else self.units
 
         def multiply(x: Any) -> Any:
-            return product(x, self.kernel), product(x, self.destination)
+            l, r = product(x, self.kernel), product(x, self.destination)
+            if not self.head_bias or not self.use_bias:
+                return l, r
+            return add(l, self.kernel_shift), add(r, self.destination_shift)
 
         def attention(graph: Block, column: Any, l: Any, r: Any) -> Any:
             heads = l.shape[1] // head_width
@@ -238,20 +319,35 @@ class GATv2Conv(AbstractConv):
             score = jax.lax.dynamic_slice_in_dim(all_scores, first_head, heads)
             source_rows = l.reshape(-1, heads, head_width)
             target_rows = r.reshape(-1, heads, head_width)
-            out = graph.attention(source_rows, target_rows, score)
+            out = graph.attention(source_rows, target_rows, score, self.self_edges)
             return out.reshape(-1, heads * head_width)
 
         def finish(s: Any) -> Any:
+            if not self.concat:
+                s = s.reshape(-1, self.heads, self.units).mean(axis=1)
             return self.finished(s, self.shift)
 
+        def finish_with_own(x: Any, s: Any) -> Any:
+            if not self.concat:
+                s = s.reshape(-1, self.heads, self.units).mean(axis=1)
+            return self.finished(s + product(x, self.own), self.shift)
+
+        last = by_rows("s", "y", finish)
         return (
             by_rows("x", "l r", multiply),
             by_columns("l r", "s", attention, linear=False, grain=head_width),
-            by_rows("s", "y", finish),
+            by_rows("x s", "y", finish_with_own) if self.residual else last,
         )
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "heads": self.heads}
+        options = {
+            "heads": self.heads,
+            "concat": self.concat,
+            "self_edges": self.self_edges,
+            "head_bias": self.head_bias,
+            "residual": self.residual,
+        }
+        return {**super().get_config(), **options}
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -343,6 +439,10 @@ def _max(graph: Block, column: Any, rows: Any) -> Any:
     return graph.max(rows)
 
 
+AGGREGATIONS = {"mean": _mean, "max": _max, "sum": _sum}
+"""Aggregations of SAGEConv."""
+
+
 def _product_with(kernel: Any) -> Callable[[Any], Any]:
     """The product of rows with a matrix."""
 
@@ -357,6 +457,7 @@ def _own_and_aggregated(
     aggregate: Callable[..., Any],
     linear: bool = True,
     multiply_first: bool = False,
+    project: Callable[[Any], Any] | None = None,
 ) -> Sequence[Piece]:
     """The vertex's own row times `own` plus aggregated rows times `kernel`, finished."""
 
@@ -375,6 +476,12 @@ def _own_and_aggregated(
             by_rows("x", "p q", multiply),
             by_columns("p", "s", aggregate, linear),
             by_rows("q s", "y", add_products),
+        )
+    if project is not None:
+        return (
+            by_rows("x", "j", project),
+            by_columns("j", "s", aggregate, linear),
+            by_rows("x s", "y", add_rows),
         )
     return (
         by_columns("x", "s", aggregate, linear),
