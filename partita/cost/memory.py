@@ -23,6 +23,7 @@ from functools import lru_cache
 import numpy as np
 
 from partita.cost.backends import compiler_of
+from partita.cost.backends.base import ProductShape
 from partita.cost.collectives import DEFAULT, emitted_sums, local_shape
 from partita.cost.fusion import Fusion, fused_under, producers, reads, transposes
 from partita.cost.partial import Factors, gradients, operand_labels, reduced_factors, split_axes
@@ -385,6 +386,7 @@ def _allocations(
     if buffers.transposed_copies:
         allocator.add_transposed_copies()
     allocator.add_gradient_sums()
+    allocator.add_partial_products()
     if buffers.early_zeros:
         allocator.add_zeros()
     if buffers.pool_positions:
@@ -521,6 +523,46 @@ class _Allocator:
                 shards = math.prod(self.mesh.sizes[axis] for axis in scattered.get(tensor, ()))
                 nbytes = self._bytes(tensor) // shards
                 self._add(tensor, nbytes, meeting, meeting, KINDS.index("gradients"))
+
+    def add_partial_products(self) -> None:
+        """Adds the partial results of products whose summed dim is split on the device."""
+        for i, instruction in enumerate(self.graph.instructions):
+            if instruction.name != "dot_general" or instruction.rule is None:
+                continue
+            parts = self.compiler.product_parts(self._product_shape(i))
+            if parts > 1:
+                result = instruction.results[0]
+                self._add(result, parts * self._bytes(result), i, i)
+
+    def _product_shape(self, i: int) -> ProductShape:
+        """The local sizes of a dot_general."""
+        instruction = self.graph.instructions[i]
+        rule = instruction.rule
+        assert rule is not None, "products have a rule"
+        size: dict[int, int] = {}
+        """Factor of the rule -> its local size."""
+        for position, (tensor, mapping) in enumerate(
+            zip(instruction.operands, rule.operands, strict=True)
+        ):
+            sharding = self.targets.get((i, position), self.layout.shardings[tensor])
+            shape = local_shape(self.graph.tensors[tensor].shape, sharding, self.mesh.sizes)
+            for local_size, factors in zip(shape, mapping, strict=True):
+                if factors:
+                    size[factors[0]] = min(size.get(factors[0], local_size), local_size)
+        left, right = (
+            {factors[0] for factors in mapping if factors} for mapping in rule.operands[:2]
+        )
+        summed = set(rule.reduction)
+
+        def product_of(factors: set[int]) -> int:
+            return math.prod(size[factor] for factor in factors)
+
+        return ProductShape(
+            product_of((left & right) - summed),
+            product_of(left - right - summed),
+            product_of(right - left - summed),
+            product_of(summed & size.keys()),
+        )
 
     def add_transposed_copies(self) -> None:
         """Adds the copies that XLA:CPU transposes for the gradients of convolutions."""

@@ -10,6 +10,7 @@ import pytest
 
 from partita.capture.program import capture_program
 from partita.cost.backends import compiler_of
+from partita.cost.backends.base import ProductShape
 from partita.cost.collectives import collectives
 from partita.cost.predict import predict
 from partita.graph.operator_graph import OperatorGraph
@@ -107,6 +108,22 @@ def test_temporaries_that_fit_on_the_chip_take_no_main_memory():
     assert large > (1 << 30) - (128 << 20)
     without = compiler_of(replace(backend, on_chip_memory=None)).temporary_bytes(live, kernels=1)
     assert list(np.diff(without)) == list(np.diff(live))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "summed", "parts"),
+    [
+        (128, 128, 512, 16),  # 16 tiles on 264 places
+        (128, 128, 128, 8),  # a part sums at least 16 elements
+        (128, 384, 128, 4),  # a power of two
+        (1024, 1024, 4096, 1),  # the result alone occupies the card
+    ],
+)
+def test_a_gpu_splits_the_sum_of_a_small_product(rows, columns, summed, parts):
+    # As compiled for H100s: the weight gradients of a GPT of width 128.
+    product = ProductShape(1, rows, columns, summed)
+    assert compiler_of(GPU.backend).product_parts(product) == parts
+    assert compiler_of(CPU.backend).product_parts(product) == 1
 
 
 def test_a_machine_without_a_platform_is_compiled_as_a_cpu_is():

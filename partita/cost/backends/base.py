@@ -43,6 +43,16 @@ class Buffers:
 
 
 @dataclass(frozen=True)
+class ProductShape:
+    """The local sizes of a product of matrices."""
+
+    batch: int
+    rows: int
+    columns: int
+    summed: int
+
+
+@dataclass(frozen=True)
 class Compiler(ABC):
     """A compiler. Callers ask it for a program's properties, never for its name."""
 
@@ -81,6 +91,10 @@ class Compiler(ABC):
     def stored_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Bytes in memory of an array of a local shape."""
         return itemsize * math.prod(shape)
+
+    def product_parts(self, product: ProductShape) -> int:
+        """Parts of its summed dim into which a product is split, each with a result in memory."""
+        return 1
 
     def temporary_bytes(self, live_bytes: np.ndarray, kernels: int) -> np.ndarray:
         """Bytes of temporaries in the main memory, given all that live at each time."""

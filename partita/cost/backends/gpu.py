@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from partita.cost.backends.base import Buffers, Compiler, FusionRules
+from partita.cost.backends.base import Buffers, Compiler, FusionRules, ProductShape
 from partita.cost.sums import LaidOutProgram, Sum, fold, join_additions, leave_loops, scatter
+
+TILE = 32
+"""Rows and columns of a result that a block of threads computes in a small product."""
+BLOCKS = 264
+"""Two blocks for each of the 132 cores of an H100."""
+SHORTEST_SUM = 16
+"""Elements of the summed dim in a part, at least."""
 
 
 class GpuCompiler(Compiler):
@@ -29,6 +36,12 @@ class GpuCompiler(Compiler):
     def buffers(self) -> Buffers:
         """None: cuDNN reads operands as they are, and scatters add in place."""
         return Buffers(transposed_copies=False, early_zeros=False, pool_positions=False)
+
+    def product_parts(self, product: ProductShape) -> int:
+        """A power of two, so that a small product occupies all cores (SplitkRewriter)."""
+        tiles = product.batch * -(-product.rows // TILE) * -(-product.columns // TILE)
+        parts = min(BLOCKS // tiles, product.summed // SHORTEST_SUM)
+        return 1 << (parts.bit_length() - 1) if parts > 1 else 1
 
     @property
     def folds(self) -> bool:

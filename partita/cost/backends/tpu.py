@@ -20,6 +20,7 @@ from itertools import permutations
 
 import numpy as np
 
+from partita.cost.backends.base import ProductShape
 from partita.cost.backends.gpu import GpuCompiler
 from partita.cost.sums import readers_of
 from partita.graph.operator_graph import OperatorGraph
@@ -51,6 +52,10 @@ class TpuCompiler(GpuCompiler):
         if len(shape) == 1:
             return itemsize * _padded(shape[0], LANES)
         return itemsize * _tiled_elements(tuple(shape))
+
+    def product_parts(self, product: ProductShape) -> int:
+        """A product is computed by one matrix unit."""
+        return 1
 
     def temporary_bytes(self, live_bytes: np.ndarray, kernels: int) -> np.ndarray:
         """Bytes that do not fit on the chip, and those of the program."""
