@@ -259,3 +259,10 @@ def test_a_plan_of_other_levels_is_fitted_to_the_machine_or_refused() -> None:
         r"1 \(network\) x 6 \(node\). Plan again",
     ):
         fit_mesh(strange, load("h100:6"))
+
+
+def test_a_value_between_two_updates_is_sent_after_the_last_backward_pass() -> None:
+    plan = in_two(GRAPHS["mlp"], machine(), microbatches=2)
+    edge = StageEdge(0, 1, "update", "update")
+    alone = by_hand(plan, (1.0, 2.0, 2.0), {})
+    assert by_hand(plan, (1.0, 2.0, 2.0), {edge: 5.0}) == alone + 5.0
