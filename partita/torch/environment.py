@@ -1,14 +1,16 @@
 """PyTorch's operations as JAX's: torchax, its gaps closed, and operators named by module.
 
-torchax 0.0.13 never updates the running statistics of a batch normalization, and lets gradients
-through `torch.detach` and `torch.no_grad`. Here both do as in PyTorch. Custom backward functions
-and `tensor.data`, which torchax would ignore, are refused.
+torchax 0.0.13 differs from PyTorch in silence. Mended here: running statistics of batch
+normalizations, gradients through `torch.detach` and `torch.no_grad`, grouped transposed
+convolutions, tensors made without a device. Refused here: custom backward functions, `tensor.data`,
+and changes in place that another tensor would show, because JAX's arrays share no memory.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -37,28 +39,139 @@ else:
 def environment() -> Environment:
     """torchax's environment, in which modules are traced, with its gaps closed."""
 
-    class GradientsAsInTorch(torchax.Environment):
-        """An environment where results inside `torch.no_grad` have no gradient."""
+    class Completed(torchax.Environment):
+        """An environment that differs from PyTorch nowhere in silence, as far as is known."""
+
+        trusts = False
+        """Whether an operation of PyTorch's own runs, whose views in place show nowhere else."""
+
+        def _should_use_torchax_tensor(self, device: Any) -> bool:
+            return device is None or super()._should_use_torchax_tensor(device)
 
         def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-            if torch.is_grad_enabled():
-                return super().dispatch(func, types, args, kwargs)
+            name = _name_of(func)
+            args, kwargs = _on_jax(name, args, kwargs or {})
             leaves = torch_tree.tree_leaves((args, kwargs))
             tensors = [leaf for leaf in leaves if isinstance(leaf, torchax.Tensor)]
             before = [tensor.jax() for tensor in tensors]
+            is_in_place = name.endswith("_") and not name.startswith("__")
+            target = args[0] if is_in_place and args else None
+            if not self.trusts:
+                _check_writable(target)
             result = super().dispatch(func, types, args, kwargs)
-            _stop_gradients(result, tensors, before)
+            if isinstance(target, torchax.Tensor) and name not in _SETTERS:
+                _check_written(name, target, before[0])
+            _mark_views(name, args, result)
+            if not torch.is_grad_enabled():
+                result = _without_gradients(result, tensors, before)
             return result
 
-    traced = GradientsAsInTorch()
-    traced.override_op_definition(torch.ops.aten.detach, _detach)
-    traced.override_op_definition(torch.ops.aten.detach.default, _detach)
-    traced.override_op_definition(torch.nn.functional.batch_norm, _batch_norm)
-    return traced
+    completed = Completed()
+    completed.override_op_definition(torch.ops.aten.detach, _detach)
+    completed.override_op_definition(torch.ops.aten.detach.default, _detach)
+    completed.override_op_definition(torch.nn.functional.batch_norm, _batch_norm)
+    for convolution in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d):
+        by_group = functools.partial(_transposed_convolution, convolution)
+        completed.override_op_definition(convolution, by_group)
+    for cell in _RECURRENT:
+        function = getattr(torch, cell)
+        completed.override_op_definition(function, functools.partial(_trusted, function))
+    return completed
 
 
-def _stop_gradients(result: Any, tensors: Sequence[Tensor], before: Sequence[jax.Array]) -> None:
-    """Takes the gradient from the results of an operation; arguments that it changed in place keep
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+_RECURRENT += ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+"""Functions of torch that change views of their own temporary values in place."""
+
+
+def _trusted(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function of PyTorch, with its changes of views in place."""
+    traced: Any = environment()
+    traced.trusts = True
+    try:
+        return function(*args, **kwargs)
+    finally:
+        traced.trusts = False
+
+
+def _name_of(func: Any) -> str:
+    """Name of a function or operation, without its namespace and overload."""
+    name = func.name() if callable(getattr(func, "name", None)) else func.__name__
+    return name.rpartition("::")[2].partition(".")[0]
+
+
+def _is_traced(value: Any) -> bool:
+    """Whether a value is a torchax tensor or a view of one."""
+    return isinstance(value, (torchax.Tensor, torchax.View))
+
+
+def _on_jax(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments with constants of PyTorch as torchax tensors, where they meet torchax tensors."""
+    leaves = torch_tree.tree_leaves((args, kwargs))
+    constants = [x for x in leaves if isinstance(x, torch.Tensor) and not _is_traced(x)]
+    if not constants or not any(_is_traced(leaf) for leaf in leaves):
+        return args, kwargs
+    if name.endswith("_") and args and args[0] is constants[0]:
+        raise CaptureError(
+            f"The forward pass changes a constant of PyTorch in place ({name}), which a compiled "
+            "step does not see. Register the tensor as a buffer, or make it inside forward."
+        )
+
+    def convert(tensor: Any) -> Any:
+        return tensor if _is_traced(tensor) else environment().to_xla(tensor)
+
+    return torch_tree.tree_map_only(torch.Tensor, convert, (args, kwargs))
+
+
+# ------------------------------------------------------------------------------ changes in place
+
+_SETTERS = ("requires_grad_", "retain_grad_", "copy_", "set_")
+"""Changes in place that may leave the values as they are."""
+# fmt: off
+_VIEWS = frozenset((
+    "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "transpose", "swapaxes",
+    "swapdims", "movedim", "permute", "t", "T", "mT", "squeeze", "unsqueeze", "expand",
+    "expand_as", "select", "slice", "narrow", "chunk", "split", "tensor_split", "unbind",
+    "diagonal", "unfold", "as_strided", "real", "imag", "__get__", "__getitem__",
+))
+# fmt: on
+"""Operations whose result shares the memory of their first argument in PyTorch."""
+
+
+def _mark_views(name: str, args: Any, result: Any) -> None:
+    """Notes in the results of a view which tensors PyTorch would change with them."""
+    if name not in _VIEWS or not args or not isinstance(args[0], torchax.Tensor):
+        return
+    bases = (weakref.ref(args[0]), *getattr(args[0], "_bases", ()))
+    for leaf in torch_tree.tree_leaves(result):
+        if isinstance(leaf, torchax.Tensor) and leaf is not args[0]:
+            leaf._bases = bases
+
+
+def _check_writable(target: Any) -> None:
+    """CaptureError if a change in place would have to show in another living tensor."""
+    bases = getattr(target, "_bases", ()) if isinstance(target, torchax.Tensor) else ()
+    if any(base() is not None for base in bases):
+        raise CaptureError(
+            "The forward pass changes a view in place, and JAX's arrays share no memory. Change "
+            "the tensor itself by an index, y[0] = 1, or make a new one: y = y + 1."
+        )
+
+
+def _check_written(name: str, target: Tensor, before: jax.Array) -> None:
+    """CaptureError if an operation in place left its target as it was."""
+    if target.jax() is before:
+        raise CaptureError(
+            f"The forward pass uses '{name}', which torchax does not do in place. Write the "
+            "operation without the underscore, and assign its result."
+        )
+
+
+# ------------------------------------------------------------------------------------- gradients
+
+
+def _without_gradients(result: Any, tensors: Sequence[Tensor], before: Sequence[jax.Array]) -> Any:
+    """The result of an operation without its gradient; arguments that were changed in place keep
     the gradient that they had `before`."""
     for tensor, old in zip(tensors, before, strict=True):
         new = tensor.jax()
@@ -66,9 +179,17 @@ def _stop_gradients(result: Any, tensors: Sequence[Tensor], before: Sequence[jax
         if new is not old and is_alike:
             tensor._elem = _with_gradient_of(new, old)
     arguments = {id(tensor) for tensor in tensors}
-    for leaf in torch_tree.tree_leaves(result):
-        if isinstance(leaf, torchax.Tensor) and id(leaf) not in arguments:
-            leaf._elem = jax.lax.stop_gradient(leaf._elem)
+
+    def stop(leaf: Any) -> Any:
+        if not _is_traced(leaf) or id(leaf) in arguments:
+            return leaf
+        stopped = _tensor(jax.lax.stop_gradient(leaf.jax()))
+        stopped._bases = getattr(leaf, "_bases", ())
+        if isinstance(leaf, torchax.View):
+            stopped._bases = (weakref.ref(leaf.parent),)
+        return stopped
+
+    return torch_tree.tree_map_only(torch.Tensor, stop, result)
 
 
 @jax.custom_jvp
@@ -201,6 +322,30 @@ def _batch_norm(
     return _tensor(result.astype(values.dtype))
 
 
+def _transposed_convolution(
+    convolution: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    """A transposed convolution, each group by itself: torchax mixes up their channels."""
+    inputs = torch.chunk(input, groups, dim=-weight.dim() + 1)
+    kernels = torch.chunk(weight, groups, dim=0)
+    results = [
+        convolution(part, kernel, None, stride, padding, output_padding, 1, dilation)
+        for part, kernel in zip(inputs, kernels, strict=True)
+    ]
+    result = torch.cat(results, dim=-weight.dim() + 1)
+    if bias is None:
+        return result
+    return result + bias.reshape(-1, *[1] * (weight.dim() - 2))
+
+
 def _move_average(average: Tensor, value: jax.Array, momentum: float) -> None:
     old = average.jax()
     new = (1 - momentum) * old + momentum * jax.lax.stop_gradient(value)
@@ -209,7 +354,8 @@ def _move_average(average: Tensor, value: jax.Array, momentum: float) -> None:
 
 @contextmanager
 def _refused_extensions() -> Iterator[None]:
-    """Inside, custom backward functions and `tensor.data` raise a CaptureError."""
+    """Inside, custom backward functions, `tensor.data` and items set in views raise a
+    CaptureError."""
 
     def apply(function: type, *args: Any, **kwargs: Any) -> Any:
         raise CaptureError(
@@ -222,7 +368,17 @@ def _refused_extensions() -> Iterator[None]:
             "tensor.data inside a forward pass has no counterpart in JAX. Write tensor.detach()."
         )
 
+    set_item = torchax.Tensor.__setitem__
+
+    def set_checked(tensor: Any, key: Any, value: Any) -> None:
+        _check_writable(tensor)
+        if isinstance(value, torch.Tensor) and not _is_traced(value):
+            value = environment().to_xla(value)
+        set_item(tensor, key, value)
+
     replaced: Sequence[tuple[type, str, Any]] = (
+        (torchax.Tensor, "__setitem__", set_checked),
+        (torchax.Tensor, "flatten", torch.Tensor.flatten),
         (torch.autograd.Function, "apply", classmethod(apply)),
         (torchax.Tensor, "data", property(read_data)),
     )

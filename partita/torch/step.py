@@ -255,5 +255,10 @@ def _check_module(module: torch.nn.Module) -> None:
             )
         if isinstance(child, torch.jit.ScriptModule):
             raise CaptureError(f"{where} is a TorchScript module. Give the module before it.")
+        if "InstanceNorm" in kind and getattr(child, "track_running_stats", False):
+            raise CaptureError(
+                f"{where} tracks the running statistics of an instance normalization, which "
+                "Partita does not update. Make it with track_running_stats=False."
+            )
         if isinstance(child, torch.nn.modules.lazy.LazyModuleMixin):
             raise CaptureError(f"{where} is lazy. Call the module once on a batch first.")

@@ -32,9 +32,9 @@ OF_A_GRAPH = {
 HELP = ("feeds", "gnn_parity", "gnn_partitioner", "gnn_peers", "processes")
 """Scripts that need root or other frameworks: only their help is printed."""
 ELSEWHERE = {"applications", "children", "papers_chart", "proof", "search", "simulator", "stages"}
-ELSEWHERE |= {"within", "zoo"}
-"""Scripts with tests of their own: here, in `test_benchmark_search.py` and in
-`tests/test_zoo.py`.
+ELSEWHERE |= {"torch_equality", "within", "zoo"}
+"""Scripts with tests of their own: here, in `test_benchmark_search.py`, in
+`tests/test_zoo.py` and in `tests/pytorch`.
 """
 
 
