@@ -134,7 +134,7 @@ def largest_difference(layer: Any, module: Any, weighted: bool, seed: int) -> fl
     model = network_of(layer, units)
     model.build((None, FEATURES))
     state = {name: value.detach().numpy() for name, value in module.state_dict().items()}
-    ways = [{"devices": parts} for parts in PARTS] + [{"memory": "40KiB"}]
+    ways = [{"devices": parts} for parts in PARTS] + [{"memory": "56KiB"}]
     for way in ways:
         gnn.load_pyg_state(layer, state)
         model.compile(keras.optimizers.SGD(1.0), loss)
