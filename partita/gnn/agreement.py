@@ -56,7 +56,7 @@ def _sample(graph: Graph, devices: int) -> Graph:
     """
     random = np.random.default_rng(0)
     vertices = 60 + 4 * devices
-    ends = random.integers(0, vertices, (2, vertices))
+    sources, targets = random.integers(0, vertices, (2, vertices))
     tables: dict[str, Any] = {}
     if graph.labels is not None:
         if graph.has_targets:
@@ -65,7 +65,8 @@ def _sample(graph: Graph, devices: int) -> Graph:
         else:
             tables["labels"] = random.integers(0, graph.classes, vertices)
     sample = Graph.from_edges(
-        *ends,
+        sources,
+        targets,
         vertices,
         features=random.standard_normal((vertices, graph.feature_count)),
         train=np.arange(vertices) % 30 == 0,

@@ -138,10 +138,11 @@ class FullGraphTraining:
         """
         model: Any = self
         model._assert_compile_called("fit")
-        importance = importance_of(
-            graph, options.pop("class_weight", None), options.pop("vertex_weight", None)
-        )
-        split = Split(all_devices(devices), **options)
+        split_options: dict[str, Any] = dict(options)
+        class_weight = split_options.pop("class_weight", None)
+        vertex_weight = split_options.pop("vertex_weight", None)
+        importance = importance_of(graph, class_weight, vertex_weight)
+        split = Split(all_devices(devices), **split_options)
         run = self._graph_trainer.begin(graph, split, memory, importance)
         validates = graph.validation is not None and bool(graph.validation.any())
         model.stop_training = False
