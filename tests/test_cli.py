@@ -152,7 +152,7 @@ def test_run_trains_by_a_plan_in_stages(tmp_path: Path) -> None:
     assert Plan.load(path).microbatches == 4
     done = partita("run", str(tmp_path / "train.py"), "--plan", str(path))
     assert done.exit_code == 0, done.output
-    assert "between places:" in done.output and "Traceback" not in done.output
+    assert "between device groups:" in done.output and "Traceback" not in done.output
 
 
 def test_machines_are_compared_by_what_an_epoch_costs(training: str) -> None:

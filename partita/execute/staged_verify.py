@@ -32,7 +32,7 @@ def check_staged(step: StagedStep, program: StagedProgram) -> Verification:
     if machine.memory_bytes is not None and peaks[fullest] > machine.memory_bytes:
         raise MemoryBudgetError(
             f"The plan '{step.plan.name}' for {step.plan.graph} needs "
-            f"{format_bytes(peaks[fullest])} of memory on the devices of place {fullest} by the "
+            f"{format_bytes(peaks[fullest])} of memory on the devices of group {fullest} by the "
             "compiler's count, and a device "
             f"has {format_bytes(machine.memory_bytes)}. Use more stages, more microbatches, or a "
             "plan that splits variables (ZeRO-3)."
@@ -40,8 +40,8 @@ def check_staged(step: StagedStep, program: StagedProgram) -> Verification:
     notes = []
     for number, peak in enumerate(peaks):
         pieces = sum(piece.place == number for piece in step.cut.pieces)
-        notes.append(f"place {number}: {pieces} pieces, {format_bytes(peak)} per device")
-    notes.append(f"between places: {format_bytes(transfer_bytes(step))} per step")
+        notes.append(f"device group {number}: {pieces} pieces, {format_bytes(peak)} per device")
+    notes.append(f"between device groups: {format_bytes(transfer_bytes(step))} per step")
     return Verification(
         peak_bytes=peaks[fullest],
         capacity_bytes=machine.memory_bytes,

@@ -224,7 +224,7 @@ def test_a_stage_stores_its_own_variables_and_the_compiler_counts_them():
     assert all(peak > nbytes for peak, nbytes in zip(peaks, stored, strict=True))
     verified = check_staged(step, step.program)
     assert verified.peak_bytes == max(peaks)
-    assert "between places:" in str(verified)
+    assert "between device groups:" in str(verified)
     # Two microbatches of 4 samples: activations of 16 floats forward, their gradients back.
     assert transfer_bytes(step) >= 2 * 2 * 4 * 16 * 4
 
