@@ -24,7 +24,7 @@ from partita.graph.operator_graph import DimFactors
 
 
 @dataclass(frozen=True)
-class Grid:
+class KernelGrid:
     """The grid of a kernel, and the dims that its coordinates number."""
 
     bounds: tuple[int, ...]
@@ -37,7 +37,7 @@ class Grid:
         return {factor for dims in self.windows for dim in dims for factor in dim}
 
 
-def grid_of(config: str, ranks: Sequence[int]) -> Grid | None:
+def grid_of(config: str, ranks: Sequence[int]) -> KernelGrid | None:
     """The grid of a kernel with this configuration, None if it is written in another way.
 
     `ranks` are those of the operands and results.
@@ -66,7 +66,7 @@ def grid_of(config: str, ranks: Sequence[int]) -> Grid | None:
     if [len(window) for window in windows] != list(ranks):
         return None
     kept = tuple(tuple(tuple(f for f in dim if f in free) for dim in window) for window in windows)
-    return Grid(bounds, kept)
+    return KernelGrid(bounds, kept)
 
 
 def with_bounds(config: str, ways: Mapping[int, int]) -> str:

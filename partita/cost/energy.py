@@ -46,7 +46,7 @@ class Energy:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Activity:
+class DeviceActivity:
     """The activity of a step that energy depends on."""
 
     devices: int
@@ -93,7 +93,7 @@ def require_power(machine: Machine) -> None:
         )
 
 
-def step_energy(machine: Machine, activity: Activity) -> Energy | None:
+def step_energy(machine: Machine, activity: DeviceActivity) -> Energy | None:
     """The energy of a step at the first operating points; None where power figures are missing."""
     if missing_power(machine):
         return None

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from partita.cost.collectives import collectives
-from partita.cost.energy import Activity, Energy, memory_bytes, missing_power, step_energy
+from partita.cost.energy import DeviceActivity, Energy, memory_bytes, missing_power, step_energy
 from partita.cost.evaluate import Assignment, OperatorCost, compute_source, operator_costs
 from partita.cost.memory import KINDS, PeakMemory, memory
 from partita.cost.moves import Placement, move_seconds
@@ -187,7 +187,7 @@ def with_energy(
         return prediction
     pairs = zip(prediction.operators, fractions, strict=True)
     moved = plan.microbatches * memory_bytes(terms, placement, assignments, fractions)
-    activity = Activity(
+    activity = DeviceActivity(
         devices=plan.devices,
         seconds=prediction.seconds,
         busy=sum(operator.compute * fraction for operator, fraction in pairs),

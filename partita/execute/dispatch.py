@@ -46,7 +46,7 @@ class Value(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
+class RunAction:
     """One run of a piece."""
 
     piece: int
@@ -61,7 +61,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Transfer:
+class TransferAction:
     """The copy of a value to another place."""
 
     source: Value
@@ -69,7 +69,7 @@ class Transfer:
     frees: tuple[Value, ...] = ()
 
 
-Action = Run | Transfer
+Action = RunAction | TransferAction
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class _Dispatcher:
             places = {self.cut.pieces[n].place for n in self.readers.get(argument, ())}
             for place in sorted(places - {home}):
                 target = self._read_state(argument, place, STEP)
-                self.actions.append(Transfer(self._initial(argument), target))
+                self.actions.append(TransferAction(self._initial(argument), target))
 
     def _runs(self, plan: Plan) -> list[tuple[int, int]]:
         """(piece, microbatch) in the order of the step."""
@@ -318,7 +318,7 @@ class _Dispatcher:
         gives = [self._given(piece.gives[n], piece, microbatch) for n in raw]
         totals = [Value(piece.gives[n], piece.place, STEP) for n in sums]
         self.actions.append(
-            Run(
+            RunAction(
                 piece=number,
                 microbatch=microbatch,
                 reads=tuple(self._read(t, piece, microbatch) for t in piece.reads),
@@ -363,7 +363,7 @@ class _Dispatcher:
             target = self._read(tensor, reader, microbatch if reader.is_repeated else STEP)
             if target not in self.sent:
                 self.sent.add(target)
-                self.actions.append(Transfer(value, target))
+                self.actions.append(TransferAction(value, target))
 
     def _reads_now(
         self,
@@ -420,7 +420,7 @@ class _Dispatcher:
         """Value -> the last action that reads it, or the number of actions for a result."""
         last: dict[Value, int] = {}
         for number, action in enumerate(self.actions):
-            made = action.gives if isinstance(action, Run) else ()
+            made = action.gives if isinstance(action, RunAction) else ()
             for value in (*_reads(action), *made):
                 last[value] = number
         for output in results:
@@ -450,7 +450,7 @@ class _Dispatcher:
     def _is_read_last(self, piece: int, position: int, last_reads: dict[Value, int]) -> bool:
         """Whether every run of a piece is the last reader of one of its arguments."""
         for number, action in enumerate(self.actions):
-            if not isinstance(action, Run) or action.piece != piece:
+            if not isinstance(action, RunAction) or action.piece != piece:
                 continue
             if last_reads[action.reads[position]] != number:
                 return False
@@ -458,7 +458,7 @@ class _Dispatcher:
 
 
 def _reads(action: Action) -> tuple[Value, ...]:
-    if isinstance(action, Transfer):
+    if isinstance(action, TransferAction):
         return (action.source,)
     return (*action.reads, *action.sums)
 

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from partita.capture.jax_functions import Captured
 from partita.errors import PlanError
 from partita.execute.annotate import Annotator
-from partita.execute.dispatch import Dispatch, Output, PieceRole, Run, Value, dispatch
+from partita.execute.dispatch import Dispatch, Output, PieceRole, RunAction, Value, dispatch
 from partita.execute.microbatches import microbatch_of
 from partita.execute.phases import DataFlow
 from partita.execute.piece_text import aval, piece_text, statements
@@ -66,7 +66,7 @@ class StagedProgram:
             values[value] = leaves[step.leaf_of[argument]]
         transport = Local(step.places)
         for action in step.dispatch.actions:
-            if isinstance(action, Run):
+            if isinstance(action, RunAction):
                 self._run(action, values)
             else:
                 values[action.target] = transport.move(values[action.source], action.target)
@@ -74,7 +74,7 @@ class StagedProgram:
                 values.pop(value, None)
         return step.results(values)
 
-    def _run(self, run: Run, values: dict[Value, Any]) -> None:
+    def _run(self, run: RunAction, values: dict[Value, Any]) -> None:
         role = self.step.dispatch.roles[run.piece]
         donated = [values[run.reads[n]] for n in role.donated]
         others = [values[run.reads[n]] for n in self.step.others(run.piece)]
@@ -151,7 +151,7 @@ class StagedStep:
         """(tensor, place) -> a compiled function that makes its zeros."""
         makers = {}
         for action in self.dispatch.actions:
-            for value in action.sums if isinstance(action, Run) else ():
+            for value in action.sums if isinstance(action, RunAction) else ():
                 shape = aval(self.cut.flow.graph.tensors[value.tensor])
                 makers[value.tensor, value.place] = jax.jit(
                     lambda shape=shape: jnp.zeros(shape.shape, shape.dtype),

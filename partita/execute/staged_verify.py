@@ -13,7 +13,7 @@ from typing import Any
 from partita.cost.collectives import collectives
 from partita.errors import MemoryBudgetError
 from partita.execute.devices import detect
-from partita.execute.dispatch import Run, Value
+from partita.execute.dispatch import RunAction, Value
 from partita.execute.emitted import emitted
 from partita.execute.piece_text import aval
 from partita.execute.staged import StagedProgram, StagedStep
@@ -66,7 +66,7 @@ def place_peaks(step: StagedStep, program: StagedProgram) -> list[int]:
     for value in (*step.dispatch.state.values(), *step.dispatch.batch):
         add(value)
     for action in step.dispatch.actions:
-        if isinstance(action, Run):
+        if isinstance(action, RunAction):
             place = step.cut.pieces[action.piece].place
             analysis = program.programs[action.piece].memory_analysis()
             for value in action.sums:
@@ -92,7 +92,7 @@ def transfer_bytes(step: StagedStep) -> int:
     """Bytes that go from place to place in one step, of all devices."""
     total = 0
     for action in step.dispatch.actions:
-        if not isinstance(action, Run):
+        if not isinstance(action, RunAction):
             devices = step.places[action.target.place].mesh.size
             total += _shard_bytes(step, action.target) * devices
     return total

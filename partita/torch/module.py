@@ -138,7 +138,7 @@ def modes_of(module: torch.nn.Module) -> tuple[bool, ...]:
 
 
 @dataclass(frozen=True)
-class Network:
+class ModuleNetwork:
     """A module with its loss, as a function of its arrays."""
 
     module: torch.nn.Module

@@ -17,7 +17,7 @@ from partita.plans.plan import Plan
 from partita.torch.extra import Package
 from partita.torch.module import (
     Arrays,
-    Network,
+    ModuleNetwork,
     arrays_of,
     as_batch,
     modes_of,
@@ -56,7 +56,7 @@ class TrainingStep:
     """
 
     def __init__(
-        self, network: Network, optimizer: Optimizer, state: State, clip_norm: float | None
+        self, network: ModuleNetwork, optimizer: Optimizer, state: State, clip_norm: float | None
     ) -> None:
         self.network = network
         self.optimizer = optimizer
@@ -213,7 +213,7 @@ def training_step(
     initialize = made.transformation.init
     slots = jax.eval_shape(initialize, params) if is_on_meta else initialize(params)
     state = State(params, slots, arrays_of(module, names.fixed), jax.random.PRNGKey(seed))
-    return TrainingStep(Network(module, loss, names), made, state, clip_norm)
+    return TrainingStep(ModuleNetwork(module, loss, names), made, state, clip_norm)
 
 
 def parallelize(

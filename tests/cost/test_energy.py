@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from partita.cost.energy import Activity, missing_power, require_power, step_energy
+from partita.cost.energy import DeviceActivity, missing_power, require_power, step_energy
 from partita.cost.predict import Prediction
 from partita.errors import MachineError
 from partita.graph.operator_graph import OperatorGraph
@@ -29,7 +29,7 @@ BOARDS = Machine(
     Device("board", 0.0, (MEMORY,), (Engine("*", "*", 1e9, 1.0),), (POINT,)),
     (Level("net", 4, "switch", 0.0, 1e9, energy_per_bit=1e-8),),
 )
-ACTIVITY = Activity(devices=4, seconds=2.0, busy=1.5, memory_bytes=1e6, link_bytes=1e6)
+ACTIVITY = DeviceActivity(devices=4, seconds=2.0, busy=1.5, memory_bytes=1e6, link_bytes=1e6)
 CORES = Domain(
     "cores",
     "clock",

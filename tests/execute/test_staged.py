@@ -16,7 +16,7 @@ from partita.capture.functions import call_of, capture_call
 from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import ModelVariables, capture_model
 from partita.errors import PlanError
-from partita.execute.dispatch import Transfer
+from partita.execute.dispatch import TransferAction
 from partita.execute.program import runnable_step
 from partita.execute.staged import StagedStep
 from partita.execute.staged_verify import check_staged, place_peaks, transfer_bytes
@@ -155,7 +155,7 @@ def test_gradients_of_tied_weights_are_sent_once_per_step():
     sent = [
         action
         for action in step.dispatch.actions
-        if isinstance(action, Transfer)
+        if isinstance(action, TransferAction)
         and step.cut.flow.graph.tensors[action.source.tensor]
         == step.cut.flow.graph.tensors[weight.tensor]
     ]

@@ -5,16 +5,16 @@ from __future__ import annotations
 from functools import lru_cache
 
 from partita.cost.backends.base import Compiler
-from partita.cost.backends.cpu import CpuCompiler
-from partita.cost.backends.gpu import GpuCompiler
-from partita.cost.backends.tpu import TpuCompiler
+from partita.cost.backends.cpu import XlaCpu
+from partita.cost.backends.gpu import XlaGpu
+from partita.cost.backends.tpu import XlaTpu
 from partita.machine import Backend
 
 COMPILERS: dict[str, type[Compiler]] = {
-    "": CpuCompiler,
-    "cpu": CpuCompiler,
-    "cuda": GpuCompiler,
-    "tpu": TpuCompiler,
+    "": XlaCpu,
+    "cpu": XlaCpu,
+    "cuda": XlaGpu,
+    "tpu": XlaTpu,
 }
 """Platform in a machine's description -> the compiler."""
 

@@ -11,7 +11,7 @@ from partita.cost.backends.base import Buffers, Compiler, FusionRules
 from partita.cost.sums import LaidOutProgram, Sum
 
 
-class CpuCompiler(Compiler):
+class XlaCpu(Compiler):
     """XLA:CPU."""
 
     def sums(self, program: LaidOutProgram, sums: Sequence[Sum]) -> list[Sum]:

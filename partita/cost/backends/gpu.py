@@ -15,7 +15,7 @@ SHORTEST_SUM = 16
 """Elements of the summed dim in a part, at least."""
 
 
-class GpuCompiler(Compiler):
+class XlaGpu(Compiler):
     """XLA:GPU."""
 
     def sums(self, program: LaidOutProgram, sums: Sequence[Sum]) -> list[Sum]:

@@ -21,7 +21,7 @@ from itertools import permutations
 import numpy as np
 
 from partita.cost.backends.base import ProductShape
-from partita.cost.backends.gpu import GpuCompiler
+from partita.cost.backends.gpu import XlaGpu
 from partita.cost.sums import readers_of
 from partita.graph.operator_graph import OperatorGraph
 from partita.plans.layout import Reader
@@ -42,7 +42,7 @@ SELECTING = {"reshape", "transpose", "convert", "copy", "gather", "select", "rev
 """Instructions past which a conversion to bfloat16 moves."""
 
 
-class TpuCompiler(GpuCompiler):
+class XlaTpu(XlaGpu):
     """XLA:TPU. It moves and narrows sums as XLA:GPU does."""
 
     def stored_bytes(self, shape: Sequence[int], itemsize: int) -> int:

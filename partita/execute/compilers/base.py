@@ -21,7 +21,7 @@ from partita.machine import Machine
 
 
 @dataclass(frozen=True)
-class Target:
+class CompileTarget:
     """The devices of a machine, as a compiler takes them."""
 
     platform: str
@@ -42,7 +42,7 @@ class Target:
         return f"{self.devices} x {self.device}"
 
 
-class Compiler(abc.ABC):
+class ProgramCompiler(abc.ABC):
     """One compiler. Members have no state."""
 
     platform: str
@@ -59,14 +59,14 @@ class Compiler(abc.ABC):
     """XLA_FLAGS of the child process."""
 
     @abc.abstractmethod
-    def target(self, machine: Machine) -> Target:
+    def target(self, machine: Machine) -> CompileTarget:
         """The devices of a machine. CompilerError if this compiler does not know them."""
 
     @abc.abstractmethod
-    def devices(self, target: Target) -> Sequence[Any]:
+    def devices(self, target: CompileTarget) -> Sequence[Any]:
         """JAX's devices of a target. Called in the child process."""
 
-    def environment(self, target: Target) -> dict[str, str]:
+    def environment(self, target: CompileTarget) -> dict[str, str]:
         """Environment variables of the child process."""
         return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": self.flags}
 

@@ -11,7 +11,7 @@ from partita.cost.memory import memory
 from partita.cost.work import local_flops
 from partita.errors import MemoryBudgetError
 from partita.execute.compiled_work import work_of
-from partita.execute.compilers.family import compiler_of
+from partita.execute.compilers.family import program_compiler
 from partita.execute.compilers.request import request_of
 from partita.execute.compilers.run import (
     CompiledProgram,
@@ -110,7 +110,7 @@ def compile_captured(captured: Captured, plan: Plan, machine: Machine) -> Compil
     Raises a CompilerError if there is no compiler or if it gives up, a PlanError for a plan in
     stages, and a MemoryBudgetError if the compiler itself refuses the program as too large.
     """
-    target = compiler_of(machine).target(machine)
+    target = program_compiler(machine).target(machine)
     graph = captured.graph
     layout = layout_of(graph, plan)
     planned_peak = memory(graph, plan.mesh, layout, machine.backend).peak
@@ -148,7 +148,7 @@ def _compared(
         planned_flops=local_flops(graph, plan.mesh, layout, machine.backend),
         product_flops=work.product_flops,
         fusions=work.fusions,
-        estimated_seconds=compiler_of(machine).seconds_of(work.cycles, machine),
+        estimated_seconds=program_compiler(machine).seconds_of(work.cycles, machine),
         compile_seconds=program.seconds,
     )
 

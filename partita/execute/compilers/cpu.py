@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from partita.execute.compilers.base import Compiler, Target
+from partita.execute.compilers.base import CompileTarget, ProgramCompiler
 from partita.machine import Machine
 
 
-class CpuCompiler(Compiler):
+class CpuCompiler(ProgramCompiler):
     """XLA:CPU for any number of virtual devices."""
 
     platform = "cpu"
@@ -18,16 +18,16 @@ class CpuCompiler(Compiler):
     module = "jaxlib"
     packages = ("jaxlib",)
 
-    def target(self, machine: Machine) -> Target:
+    def target(self, machine: Machine) -> CompileTarget:
         """Virtual devices of this host's processor."""
-        return Target(self.platform, machine.devices, machine.device.name)
+        return CompileTarget(self.platform, machine.devices, machine.device.name)
 
-    def environment(self, target: Target) -> dict[str, str]:
+    def environment(self, target: CompileTarget) -> dict[str, str]:
         """Makes the processor the target's number of devices."""
         flags = f"--xla_force_host_platform_device_count={target.devices}"
         return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
-    def devices(self, target: Target) -> Sequence[Any]:
+    def devices(self, target: CompileTarget) -> Sequence[Any]:
         """The virtual devices."""
         import jax
 

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from partita.errors import CompilerError
-from partita.execute.compilers.base import Compiler, Target
+from partita.execute.compilers.base import CompileTarget, ProgramCompiler
 from partita.machine import Machine
 
 
@@ -64,7 +64,7 @@ OLD = r"P100|K80|GTX|Tesla [PKM]\d"
 PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 
 
-class CudaCompiler(Compiler):
+class CudaCompiler(ProgramCompiler):
     """XLA:GPU for NVIDIA's cards."""
 
     platform = "cuda"
@@ -74,12 +74,12 @@ class CudaCompiler(Compiler):
     packages = (*PLUGINS, "nvidia-cudnn-cu12", "nvidia-cublas-cu12")
     flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
-    def target(self, machine: Machine) -> Target:
+    def target(self, machine: Machine) -> CompileTarget:
         """The cards of a machine, in nodes of its innermost level."""
         card = card_of(machine)
         per_node = machine.levels[-1].size if machine.levels else machine.devices
         nodes = machine.devices // per_node
-        return Target(
+        return CompileTarget(
             self.platform,
             machine.devices,
             card.name,
@@ -87,11 +87,11 @@ class CudaCompiler(Compiler):
             config_of(card, machine.memory_bytes),
         )
 
-    def environment(self, target: Target) -> dict[str, str]:
+    def environment(self, target: CompileTarget) -> dict[str, str]:
         """No look at the driver of this host."""
         return {**super().environment(target), "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 
-    def devices(self, target: Target) -> Sequence[Any]:
+    def devices(self, target: CompileTarget) -> Sequence[Any]:
         """The cards, in an order of nodes."""
         from jax.experimental import topologies
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from partita.errors import CompilerError
-from partita.execute.compilers.base import Compiler
+from partita.execute.compilers.base import ProgramCompiler
 from partita.execute.compilers.cpu import CpuCompiler
 from partita.execute.compilers.cuda import CudaCompiler
 from partita.execute.compilers.tpu import TpuCompiler
 from partita.machine import Machine
 
-COMPILERS: dict[str, Compiler] = {
+COMPILERS: dict[str, ProgramCompiler] = {
     compiler.platform: compiler for compiler in (CpuCompiler(), CudaCompiler(), TpuCompiler())
 }
 
 
-def compiler_of(machine: Machine) -> Compiler:
+def program_compiler(machine: Machine) -> ProgramCompiler:
     """The compiler of a machine. CompilerError if there is none."""
     platform = machine.backend.platform
     if platform not in COMPILERS:

@@ -16,7 +16,7 @@ import jax
 
 from partita.capture.jax_functions import Captured
 from partita.execute.annotate import annotate
-from partita.execute.compilers.base import Target
+from partita.execute.compilers.base import CompileTarget
 from partita.execute.program import check_one_program, leaf_shardings
 from partita.plans.check import check
 from partita.plans.layout import layout_of
@@ -51,7 +51,7 @@ class CompileRequest:
     """Names and sizes of the mesh."""
     shardings: tuple[SpecText, ...]
     """Of the inputs."""
-    target: Target
+    target: CompileTarget
 
     def to_json(self) -> dict[str, Any]:
         """All but the program."""
@@ -83,11 +83,11 @@ class CompileRequest:
             state_count=values["state_count"],
             axes=tuple((name, size) for name, size in values["axes"]),
             shardings=tuple(values["shardings"]),
-            target=Target(**values["target"]),
+            target=CompileTarget(**values["target"]),
         )
 
 
-def request_of(captured: Captured, plan: Plan, target: Target) -> CompileRequest:
+def request_of(captured: Captured, plan: Plan, target: CompileTarget) -> CompileRequest:
     """The request for a captured step under a plan. PlanError for a plan that cannot run."""
     graph = captured.graph
     check(plan, graph)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from partita.errors import CompilerError
 from partita.execute.calibrate import cache_folder
-from partita.execute.compilers.base import Compiler, base_environment
+from partita.execute.compilers.base import ProgramCompiler, base_environment
 from partita.execute.compilers.family import COMPILERS
 from partita.execute.compilers.request import (
     PROGRAM_FILE,
@@ -97,7 +97,7 @@ def compile_program(request: CompileRequest) -> CompiledProgram:
         return _read(work, compiler, version)
 
 
-def _read(folder: Path, compiler: Compiler, version: str) -> CompiledProgram:
+def _read(folder: Path, compiler: ProgramCompiler, version: str) -> CompiledProgram:
     """The program in a folder. CompilerError if the compiler refused it."""
     result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
     if "error" in result:
@@ -119,7 +119,7 @@ def _store(work: Path, cached: Path) -> None:
         raise
 
 
-def _run_child(work: Path, compiler: Compiler, environment: dict[str, str]) -> None:
+def _run_child(work: Path, compiler: ProgramCompiler, environment: dict[str, str]) -> None:
     """Runs the child process. CompilerError if it ends without a result."""
     paths = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[3])]
     variables = {
@@ -165,7 +165,7 @@ def abort_reason(log: str) -> str:
     return lines[-1] if lines else "it wrote no reason"
 
 
-def _refusal(compiler: Compiler, error: str) -> CompilerError:
+def _refusal(compiler: ProgramCompiler, error: str) -> CompilerError:
     """The error of a program that a compiler does not compile."""
     first_line = error.splitlines()[0]
     needed = compiler.needed_bytes(error)

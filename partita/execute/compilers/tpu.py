@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from partita.errors import CompilerError
-from partita.execute.compilers.base import Compiler, Target
+from partita.execute.compilers.base import CompileTarget, ProgramCompiler
 from partita.machine import Machine
 from partita.units import parse
 
@@ -54,7 +54,7 @@ GENERATIONS = (
 _SHORT = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
 
 
-class TpuCompiler(Compiler):
+class TpuCompiler(ProgramCompiler):
     """XLA:TPU."""
 
     platform = "tpu"
@@ -63,7 +63,7 @@ class TpuCompiler(Compiler):
     module = "libtpu"
     packages = ("libtpu",)
 
-    def target(self, machine: Machine) -> Target:
+    def target(self, machine: Machine) -> CompileTarget:
         """The slice with as many chips as the machine has. CompilerError without one."""
         generation = generation_of(machine)
         by_count = {
@@ -77,9 +77,9 @@ class TpuCompiler(Compiler):
                 f"for. Use one of {counts} devices."
             )
         topology = f"{generation.name}:{by_count[machine.devices]}"
-        return Target(self.platform, machine.devices, f"TPU {generation.name}", topology)
+        return CompileTarget(self.platform, machine.devices, f"TPU {generation.name}", topology)
 
-    def environment(self, target: Target) -> dict[str, str]:
+    def environment(self, target: CompileTarget) -> dict[str, str]:
         """No look at the network and at chips of this host, no log, no lock."""
         return {
             **super().environment(target),
@@ -89,7 +89,7 @@ class TpuCompiler(Compiler):
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         }
 
-    def devices(self, target: Target) -> Sequence[Any]:
+    def devices(self, target: CompileTarget) -> Sequence[Any]:
         """The chips of a slice."""
         from jax.experimental import topologies
 

@@ -27,7 +27,7 @@ import keras
 from partita.errors import GraphError
 from partita.gnn.kernels import tall
 from partita.gnn.nn.block import Block
-from partita.gnn.nn.pieces import Piece, by_columns, by_rows, run
+from partita.gnn.nn.pieces import BlockPiece, by_columns, by_rows, run
 
 PACKAGE = "partita"
 """Name under which Keras registers the layers."""
@@ -76,7 +76,7 @@ class AbstractConv(keras.layers.Layer):
         """y with bias and activation."""
         return self.activation(y if bias is None else add(y, bias))
 
-    def pieces(self, width: int) -> Sequence[Piece]:
+    def pieces(self, width: int) -> Sequence[BlockPiece]:
         """The layer on rows of `width` features, table "x"; the last piece writes the result."""
         raise NotImplementedError
 
@@ -115,7 +115,7 @@ class GCNConv(AbstractConv):
         self.kernel = self.matrix("kernel", input_shape[-1], self.units)
         self.shift = self.bias()
 
-    def pieces(self, width: int) -> Sequence[Piece]:
+    def pieces(self, width: int) -> Sequence[BlockPiece]:
         def multiply(x: Any) -> Any:
             return product(x, self.kernel)
 
@@ -183,7 +183,7 @@ class SAGEConv(AbstractConv):
         self.kernel = self.matrix("kernel", input_shape[-1], self.units)
         self.shift = self.bias()
 
-    def pieces(self, width: int) -> Sequence[Piece]:
+    def pieces(self, width: int) -> Sequence[BlockPiece]:
         linear = self.aggregation != "max"
         return _own_and_aggregated(
             self,
@@ -227,7 +227,7 @@ class GINConv(AbstractConv):
         self.second = self.matrix("second", self.units, self.units)
         self.second_shift = self.bias(name="second_bias")
 
-    def pieces(self, width: int) -> Sequence[Piece]:
+    def pieces(self, width: int) -> Sequence[BlockPiece]:
         def multiply(x: Any) -> Any:
             return product(x, self.kernel)
 
@@ -303,7 +303,7 @@ class GATv2Conv(AbstractConv):
         if self.residual:
             self.own = self.matrix("own", features, self.units)
 
-    def pieces(self, width: int) -> Sequence[Piece]:
+    def pieces(self, width: int) -> Sequence[BlockPiece]:
         head_width = self.units // self.heads if self.concat else self.units
 
         def multiply(x: Any) -> Any:
@@ -364,7 +364,7 @@ class CommNetConv(AbstractConv):
         self.kernel = self.matrix("kernel", input_shape[-1], self.units)
         self.shift = self.bias()
 
-    def pieces(self, width: int) -> Sequence[Piece]:
+    def pieces(self, width: int) -> Sequence[BlockPiece]:
         return _own_and_aggregated(self, _mean, multiply_first=width > self.units)
 
 
@@ -395,7 +395,7 @@ class GatedGraphConv(AbstractConv):
         self.shift = self.bias(3 * self.units)
         self.recurrent_shift = self.bias(3 * self.units, "recurrent_bias")
 
-    def pieces(self, width: int) -> Sequence[Piece]:
+    def pieces(self, width: int) -> Sequence[BlockPiece]:
         def pad(x: Any) -> Any:
             return jnp.pad(x, ((0, 0), (0, self.units - x.shape[-1])))
 
@@ -458,7 +458,7 @@ def _own_and_aggregated(
     linear: bool = True,
     multiply_first: bool = False,
     project: Callable[[Any], Any] | None = None,
-) -> Sequence[Piece]:
+) -> Sequence[BlockPiece]:
     """The vertex's own row times `own` plus aggregated rows times `kernel`, finished."""
 
     def multiply(x: Any) -> Any:

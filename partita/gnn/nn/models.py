@@ -16,7 +16,7 @@ import keras
 from partita.gnn.nn import layers
 from partita.gnn.nn.block import Block
 from partita.gnn.nn.layers import PACKAGE, AbstractConv, GatedGraphConv
-from partita.gnn.nn.pieces import Piece, by_rows
+from partita.gnn.nn.pieces import BlockPiece, by_rows
 from partita.gnn.nn.vertices import VertexDropout
 from partita.gnn.train import FullGraphTraining
 
@@ -38,7 +38,7 @@ class LayerStage:
             return self.layer(x, graph=graph)
         return self.layer(x)
 
-    def pieces(self, width: int, training: bool) -> Sequence[Piece] | None:
+    def pieces(self, width: int, training: bool) -> Sequence[BlockPiece] | None:
         """The stage on rows of `width` features, in pieces; None if it cannot be cut.
 
         Reasons: a layer with a `call` of its own, an activation that is no function of Keras, or
@@ -49,7 +49,7 @@ class LayerStage:
             return pieces
         return [self._dropped(p, training) if "x" in p.reads else p for p in pieces]
 
-    def _layer_pieces(self, width: int) -> Sequence[Piece] | None:
+    def _layer_pieces(self, width: int) -> Sequence[BlockPiece] | None:
         layer = self.layer
         activation = layer.activation
         if not inspect.isfunction(activation) or not activation.__module__.startswith("keras."):
@@ -62,7 +62,7 @@ class LayerStage:
             return layer.pieces(width)
         return None
 
-    def _dropped(self, piece: Piece, training: bool) -> Piece:
+    def _dropped(self, piece: BlockPiece, training: bool) -> BlockPiece:
         """The piece with dropout of "x", rematerialized in every piece that reads it."""
         dropout: Any = self.dropout
 

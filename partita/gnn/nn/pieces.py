@@ -14,7 +14,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Piece:
+class BlockPiece:
     """Tables from tables: `function(graph, column, *tables)` returns one for each of `writes`.
 
     by          'rows': a row of the results depends on the same row of the tables alone
@@ -34,7 +34,7 @@ class Piece:
     grain: int = 1
 
 
-def by_rows(reads: str, writes: str, function: Callable[..., Any]) -> Piece:
+def by_rows(reads: str, writes: str, function: Callable[..., Any]) -> BlockPiece:
     """A piece cut by rows. Names are words of a string.
 
     `function(*tables)` returns a table, or a tuple of tables if several are written.
@@ -45,7 +45,7 @@ def by_rows(reads: str, writes: str, function: Callable[..., Any]) -> Piece:
         results = function(*tables)
         return results if len(names) > 1 else (results,)
 
-    return Piece("rows", tuple(reads.split()), names, rows)
+    return BlockPiece("rows", tuple(reads.split()), names, rows)
 
 
 def by_columns(
@@ -54,13 +54,13 @@ def by_columns(
     function: Callable[..., Any],
     linear: bool = True,
     grain: int = 1,
-) -> Piece:
+) -> BlockPiece:
     """A piece cut by columns that writes one table: `function(graph, column, *tables)`."""
 
     def columns(graph: Any, column: Any, *tables: Any) -> tuple[Any, ...]:
         return (function(graph, column, *tables),)
 
-    return Piece(
+    return BlockPiece(
         "columns",
         tuple(reads.split()),
         (writes,),
@@ -70,7 +70,7 @@ def by_columns(
     )
 
 
-def run(pieces: Sequence[Piece], graph: Any, x: Any) -> Any:
+def run(pieces: Sequence[BlockPiece], graph: Any, x: Any) -> Any:
     """The table that the last piece writes, from x as "x"."""
     tables = {"x": x}
     for piece in pieces:

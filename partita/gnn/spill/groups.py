@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import keras
 
 from partita.errors import GraphError
-from partita.gnn.nn.pieces import Piece, by_rows
+from partita.gnn.nn.pieces import BlockPiece, by_rows
 from partita.gnn.prepare import GraphData
 from partita.gnn.step import StepState, build_metrics
 
@@ -33,7 +33,7 @@ class StagePiece:
     """
 
     stage: int
-    piece: Piece
+    piece: BlockPiece
     used: tuple[int, ...]
 
 
@@ -45,7 +45,7 @@ class PieceGroup:
     """
 
     by: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[BlockPiece, ...]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     used: tuple[int, ...]
@@ -164,7 +164,7 @@ def _pieces(
     width: int,
     training: bool,
     is_last: bool,
-) -> Sequence[Piece]:
+) -> Sequence[BlockPiece]:
     """The pieces of a stage, from rows of `width` features.
 
     The last one of the model is cut by rows or whole.
@@ -176,7 +176,7 @@ def _pieces(
             return (stage(x, graph, training),)
 
         pieces = [
-            Piece(
+            BlockPiece(
                 "whole",
                 ("x",),
                 ("y",),
@@ -201,7 +201,7 @@ def _table_name(stage: int, name: str) -> str:
 
 def _traced(
     model: Any,
-    piece: Piece,
+    piece: BlockPiece,
     data: GraphData,
     state: StepState,
     shapes: dict[str, Any],

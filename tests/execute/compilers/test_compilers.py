@@ -19,7 +19,7 @@ from partita.errors import CompilerError, MemoryBudgetError, PlanError
 from partita.execute.compilers import compiled_plan, run
 from partita.execute.compilers.compiled_plan import compile_captured
 from partita.execute.compilers.cuda import CARDS, CudaCompiler, card_of, config_of
-from partita.execute.compilers.family import COMPILERS, compiler_of
+from partita.execute.compilers.family import COMPILERS, program_compiler
 from partita.execute.compilers.request import CompileRequest, request_of
 from partita.execute.compilers.run import abort_reason, compile_program
 from partita.execute.compilers.tpu import TpuCompiler
@@ -128,10 +128,10 @@ def test_a_plan_compiles_for_gpus(cache):
 
 
 def test_targets_have_the_shape_of_the_machine():
-    assert compiler_of(load("dgx-h100:2")).target(load("dgx-h100:2")).topology == "1x2x8"
+    assert program_compiler(load("dgx-h100:2")).target(load("dgx-h100:2")).topology == "1x2x8"
     assert TpuCompiler().target(load("tpu-v5e:16")).topology == "v5e:4x4"
     assert TpuCompiler().target(load("tpu-v5p:8")).topology == "v5p:2x2x2"
-    assert compiler_of(host(3, 1 << 30)).target(host(3, 1 << 30)).devices == 3
+    assert program_compiler(host(3, 1 << 30)).target(host(3, 1 << 30)).devices == 3
 
 
 @pytest.mark.parametrize("name", ["v100", "a100", "h100", "h200", "b200"])
@@ -153,7 +153,7 @@ def test_a_card_is_found_by_the_name_of_its_preset(name):
 )
 def test_a_machine_without_a_compiler_is_one_sentence(name, sentence):
     with pytest.raises(CompilerError, match=sentence):
-        compiler_of(load(name)).target(load(name))
+        program_compiler(load(name)).target(load(name))
 
 
 def test_a_machine_of_an_unknown_platform_is_one_sentence():
@@ -162,7 +162,7 @@ def test_a_machine_of_an_unknown_platform_is_one_sentence():
         machine, backend=dataclasses.replace(machine.backend, platform="")
     )
     with pytest.raises(CompilerError, match="There is no compiler for 'NVIDIA H100 SXM 80 GB'"):
-        compiler_of(unknown)
+        program_compiler(unknown)
 
 
 # ---------------------------------------------------------------------------------------- refusals
@@ -197,7 +197,7 @@ def test_an_abort_says_the_reason_of_the_compiler():
 def test_a_broken_program_is_one_sentence(cache):
     machine = host(2, 4 << 30)
     step, plan = planned("data parallel", machine)
-    request = request_of(step, plan, compiler_of(machine).target(machine))
+    request = request_of(step, plan, program_compiler(machine).target(machine))
     with pytest.raises(CompilerError, match="^XLA:CPU does not compile the program: "):
         compile_program(dataclasses.replace(request, program=b"nothing"))
 
@@ -211,7 +211,7 @@ def test_a_tpu_program_that_is_too_large_says_how_much_it_needs():
 def test_a_request_is_read_as_it_was_written(tmp_path):
     machine = host(2, 4 << 30)
     step, plan = planned("ZeRO-3", machine)
-    request = request_of(step, plan, compiler_of(machine).target(machine))
+    request = request_of(step, plan, program_compiler(machine).target(machine))
     request.write(tmp_path)
     again = CompileRequest.read(tmp_path)
     assert again.digest("1", "") == request.digest("1", "") != request.digest("2", "")
@@ -268,6 +268,6 @@ def test_a_plan_in_stages_is_not_compiled():
 def test_random_keys_are_compiled_as_their_data():
     machine = host(2, 4 << 30)
     step, plan = planned("data parallel", machine)
-    request = request_of(step, plan, compiler_of(machine).target(machine))
+    request = request_of(step, plan, program_compiler(machine).target(machine))
     assert request.inputs[1] == ([2], "uint32")
     assert np.dtype(request.inputs[0][1]) == np.float32
