@@ -18,6 +18,9 @@ class Package:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):
+            # Tools that look at a module ask for these; they are no reason to import a package.
+            raise AttributeError(attribute)
         try:
             package = import_module(self._name)
         except ModuleNotFoundError as error:

@@ -87,5 +87,5 @@ def test_a_file_that_cannot_be_written_is_one_sentence(
         "simulate", training, "--machine", "h100:4", "--plan", "dp", f"--{what}", str(where)
     )
     assert done.exit_code == 2
-    said = f"error: The {what} cannot be written to {str(where)!r}: No such file or directory. Name a file in a folder that exists."
+    said = f"error: The {what} cannot be written to {str(where)!r}: No such file or directory. Name a file in a folder that exists and can be written."
     assert done.stderr.strip().splitlines()[-1] == said
