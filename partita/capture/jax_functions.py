@@ -162,9 +162,8 @@ def graph_of(
         program.outputs,
         batch_size,
         tuple(dict.fromkeys(program.notes)),
-        str(target),
     )
-    return check(graph)
+    return check(dataclasses.replace(graph, target=str(target)))
 
 
 def _resized(

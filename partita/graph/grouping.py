@@ -36,7 +36,6 @@ def group(
     outputs: Sequence[int],
     batch_size: int = 0,
     notes: Sequence[str] = (),
-    target: str = "",
 ) -> OperatorGraph:
     """The operator graph of a flat program.
 
@@ -89,7 +88,6 @@ def group(
         uses=_merged_uses(labels.uses),
         batch_size=batch_size,
         notes=tuple(notes),
-        target=target,
     )
 
 
