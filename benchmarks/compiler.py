@@ -36,7 +36,7 @@ from partita.cost.memory import memory
 from partita.cost.work import local_flops
 from partita.errors import PartitaError
 from partita.execute.compiled_work import work_of
-from partita.execute.compilers.family import compiler_of
+from partita.execute.compilers.family import program_compiler
 from partita.execute.compilers.request import request_of
 from partita.execute.compilers.run import compile_program
 from partita.execute.emitted import collectives_of
@@ -205,7 +205,7 @@ def compared(captured, machine: Machine, target: str, model: str, plan_name: str
             plan = find(graph, machine).plan
         else:
             plan = BASELINES[plan_name](graph, machine.name, mesh_of(machine))
-        request = request_of(captured, plan, compiler_of(machine).target(machine))
+        request = request_of(captured, plan, program_compiler(machine).target(machine))
         program = compile_program(request)
     except PartitaError as error:
         return Row(target, model, plan_name, error=str(error))
@@ -233,7 +233,7 @@ def compared(captured, machine: Machine, target: str, model: str, plan_name: str
         planned_flops=local_flops(graph, plan.mesh, layout, machine.backend),
         compiled_flops=work.flops,
         product_flops=work.product_flops,
-        estimated_seconds=compiler_of(machine).seconds_of(work.cycles, machine),
+        estimated_seconds=program_compiler(machine).seconds_of(work.cycles, machine),
         compile_seconds=program.seconds,
         compiler=f"{program.compiler}, {program.version}",
     )
