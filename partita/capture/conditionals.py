@@ -19,7 +19,7 @@ from typing import Any
 from jax.extend.mlir import ir
 
 from partita.capture.siblings import mark, replace_siblings, sibling_groups
-from partita.capture.stablehlo import inner_blocks, main_block, walk
+from partita.capture.stablehlo import copy_operations, inner_blocks, main_block, walk
 
 CONDITIONALS = ("stablehlo.case", "stablehlo.if")
 
@@ -164,10 +164,8 @@ class _Branch:
                 continue
             chosen.add(operation)
             pending += self.reads[operation]
-        for operation in sorted(chosen, key=self.number.__getitem__):
-            copy = operation.clone(ir.InsertionPoint(target))
-            _rewire(copy, copies)
-            copies.update(zip(operation.results, copy.results, strict=True))
+        ordered = sorted(chosen, key=self.number.__getitem__)
+        copy_operations(ordered, ir.InsertionPoint(target), copies)
         _yield(target, [copies.get(value, value) for value in values])
 
 
@@ -203,16 +201,6 @@ def _reads(operation: Any) -> list[Any]:
         for op in block:
             values += _reads(op.operation)
     return values
-
-
-def _rewire(operation: Any, copies: dict[Any, Any]) -> None:
-    """Replaces the operands of an operation and of all inside it."""
-    for position, operand in enumerate(operation.operands):
-        if operand in copies:
-            operation.operands[position] = copies[operand]
-    for block in inner_blocks(operation):
-        for op in block:
-            _rewire(op.operation, copies)
 
 
 def _conditional(like: Any, types: Sequence[Any]) -> Any:
@@ -263,10 +251,7 @@ def _joined(siblings: Sequence[Any]) -> Any:
         yielded = []
         for sibling in siblings:
             operations = [op.operation for op in sibling.regions[number].blocks[0]]
-            for operation in operations[:-1]:
-                copy = operation.clone(ir.InsertionPoint(target))
-                _rewire(copy, copies)
-                copies.update(zip(operation.results, copy.results, strict=True))
+            copy_operations(operations[:-1], ir.InsertionPoint(target), copies)
             values = [copies.get(value, value) for value in operations[-1].operands]
             copies.update(zip(sibling.results, values, strict=True))
             yielded += values

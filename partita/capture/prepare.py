@@ -23,6 +23,7 @@ from partita.capture.stablehlo import (
     functions_of,
     inner_blocks,
     main_block,
+    replace_operands,
     run,
     serialize,
     short,
@@ -108,26 +109,20 @@ def _expand(call: Any, function: Any) -> list[Any]:
             continue
         # A clone is a view of its class, whose `name` may be an attribute (of a composite).
         copy = source.clone(position).operation
-        _rewire(copy, value_of, prefix)
+        replace_operands(copy, value_of)
+        _prefix_names(copy, prefix)
         value_of.update(zip(source.results, copy.results, strict=True))
         copies.append(copy)
     call.erase()
     return copies
 
 
-def _rewire(
-    operation: Any,
-    value_of: dict[Any, Any],
-    prefix: str,
-) -> None:
-    """Replaces operands of a copy and of all inside it, and prefixes its name."""
-    for position, operand in enumerate(operation.operands):
-        if operand in value_of:
-            operation.operands[position] = value_of[operand]
+def _prefix_names(operation: Any, prefix: str) -> None:
+    """Puts a name before those of an operation and of all inside it."""
     operation.location = ir.Location.name(f"{prefix}/{location_name(operation)}")
     for block in inner_blocks(operation):
         for op in block:
-            _rewire(op.operation, value_of, prefix)
+            _prefix_names(op.operation, prefix)
 
 
 # ---- transposed products

@@ -29,7 +29,7 @@ from partita.capture.stablehlo import (
     run,
     short,
 )
-from partita.graph.operator_graph import Instruction, Loop, Tensor
+from partita.graph.operator_graph import CONDITIONALS, Instruction, Loop, Tensor
 
 
 @dataclass
@@ -126,7 +126,7 @@ class _Reader:
             program.replicated_calls.setdefault(target_of(operation), instruction.path)
         if name == "while":
             self._while(operation, number)
-        elif name in ("case", "if"):
+        elif name in CONDITIONALS:
             self._branches(operation, number)
 
     def note_replicated_calls(self) -> None:

@@ -10,7 +10,7 @@ Only this folder and `execute.annotate` touch MLIR's Python bindings and JAX's d
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 # The only way to a context with every dialect registered.
@@ -117,6 +117,28 @@ def walk(block: ir.Block) -> Iterator[Any]:
         if short(operation.name) not in OPAQUE:
             for inner in inner_blocks(operation):
                 yield from walk(inner)
+
+
+def copy_operations(
+    operations: Iterable[Any],
+    position: ir.InsertionPoint,
+    copies: dict[Any, Any],
+) -> None:
+    """Copies operations in order. `copies` replaces the values that they read, and grows."""
+    for operation in operations:
+        copy = operation.clone(position)
+        replace_operands(copy, copies)
+        copies.update(zip(operation.results, copy.results, strict=True))
+
+
+def replace_operands(operation: Any, values: Mapping[Any, Any]) -> None:
+    """Replaces the operands of an operation and of all inside it."""
+    for position, operand in enumerate(operation.operands):
+        if operand in values:
+            operation.operands[position] = values[operand]
+    for block in inner_blocks(operation):
+        for op in block:
+            replace_operands(op.operation, values)
 
 
 def numbered(block: ir.Block) -> tuple[list[Any], list[Any]]:
