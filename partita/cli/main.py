@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from partita.cli import bench, gnn, machine
+from partita.cli import bench, gnn, machine, manage
 from partita.cli.compare import compare
 from partita.cli.options import PASS_THROUGH, ScriptCommand, command
 from partita.cli.plan import plan
@@ -59,6 +59,7 @@ command(app, context_settings=PASS_THROUGH, cls=ScriptCommand)(simulate)
 command(app)(explain)
 command(app)(diff)
 app.add_typer(machine.app, name="machine")
+app.add_typer(manage.app, name="manage")
 app.add_typer(bench.app, name="bench")
 app.add_typer(gnn.app, name="gnn")
 

@@ -113,7 +113,7 @@ def step_energy(machine: Machine, activity: DeviceActivity) -> Energy | None:
     else:
         kernel_watts, idle_watts = _device_watts(machine, activity.devices)
         memory_joules = 0.0
-    always = sum(_groups(machine, domain) * (domain.watts or 0.0) for domain in machine.domains)
+    always = sum(group_count(machine, domain) * (domain.watts or 0.0) for domain in machine.domains)
     return Energy(
         kernels=busy * kernel_watts,
         idle=waiting * idle_watts + activity.seconds * always,
@@ -170,7 +170,7 @@ def _members(machine: Machine, domain: Domain) -> tuple[int, int]:
     return 0, machine.devices
 
 
-def _groups(machine: Machine, domain: Domain) -> int:
+def group_count(machine: Machine, domain: Domain) -> int:
     """Number of groups of devices that a domain divides its members into."""
     _, count = _members(machine, domain)
     return max(1, count // domain.devices)
@@ -191,7 +191,7 @@ def _domain_watts(
             leakage = domain.leakage.watts(point.voltage, IDLE_CELSIUS)
         first, count = _members(machine, domain)
         active = min(max(devices - first, 0), count)
-        for group in range(_groups(machine, domain)):
+        for group in range(group_count(machine, domain)):
             in_group = min(max(active - group * domain.devices, 0), domain.devices)
             busy += point.power[in_group - 1] if in_group else leakage
             idle += leakage

@@ -7,6 +7,8 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from partita.errors import MachineError
 from partita.machine.machine import Machine, numbers
 from partita.machine.parts import (
@@ -164,6 +166,12 @@ def _check_thermal(thermal: Thermal, machine: Machine) -> None:
     nodes = len(thermal.transition)
     if len(thermal.transition[0]) != nodes:
         raise DescriptionError("thermal.transition", "is not square: write a row per node.")
+    growth = float(np.abs(np.linalg.eigvals(np.array(thermal.transition))).max())
+    if growth >= 1:
+        raise DescriptionError(
+            "thermal.transition",
+            f"lets temperatures grow by {growth:.3g} each step: its eigenvalues must be below 1.",
+        )
     inputs = [domain.name for domain in machine.domains if domain.kind in ("clock", "power")]
     if (len(thermal.gain), len(thermal.gain[0])) != (nodes, len(inputs)):
         raise DescriptionError(

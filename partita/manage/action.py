@@ -1,0 +1,32 @@
+"""Actions of policies, each a frozen value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Active devices and operating point of every cluster of a simulated machine."""
+
+    index: int
+    """Its number in `Hardware.settings`."""
+    active: tuple[int, ...]
+    """[cluster]: active devices; 0 for a gated cluster."""
+    points: tuple[int, ...]
+    """[cluster]: operating point, slowest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """Another plan for the same devices, by its key in a table of plans."""
+
+    plan: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """No change."""
+
+
+Action = Setting | Switch | Stay

@@ -1,0 +1,1 @@
+"""Policies: one file each behind one contract (`base`)."""

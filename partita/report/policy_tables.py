@@ -1,0 +1,59 @@
+"""Policies on a simulated machine as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from partita.manage.comparison import PolicyComparison
+from partita.manage.hardware import Assumptions
+from partita.report.tables import add_columns, add_row, new_table
+from partita.units import format_flops, format_joules, format_seconds
+
+UNCERTAIN = ("recalled", "assumed")
+"""Statuses of figures that nobody measured or read."""
+
+
+def policy_table(comparison: PolicyComparison) -> Table:
+    """A row per policy, the best one first."""
+    table = new_table(
+        f"{comparison.program} on {comparison.machine}, hardware {comparison.hardware}: "
+        f"{comparison.steps:,} steps"
+    )
+    table.add_column("policy", no_wrap=True)
+    add_columns(table, "energy", "time", "E x T, J s", "per J", "peak", "throttled", "regret")
+    for run in sorted(comparison.runs, key=lambda run: run.energy_delay):
+        peak = "" if run.peak_celsius is None else f"{run.peak_celsius:.0f} °C"
+        add_row(
+            table,
+            run.policy,
+            format_joules(run.joules),
+            format_seconds(run.seconds),
+            f"{run.energy_delay:,.0f}",
+            format_flops(comparison.flops_per_joule(run)),
+            peak,
+            f"{run.throttled:.0%}",
+            f"{comparison.regret(run):+.1%}",
+        )
+    return table
+
+
+def policy_summary(comparisons: Sequence[PolicyComparison]) -> list[str]:
+    """The meaning of the columns, and the figures that the results rest on."""
+    first = comparisons[0]
+    assumptions = Assumptions()
+    lines = [
+        "regret: E x T against the clairvoyant oracle's. per J: FLOPs of a joule, the performance "
+        "per watt.",
+        "All figures are simulated. Hardware 'as described' hides the efficiency of each kernel; "
+        "'not as described' also has 30 % less memory bandwidth and a steeper power curve.",
+        f"Assumed: {assumptions.serial:.0%} of a kernel runs on one device, and a step waits "
+        f"{format_seconds(assumptions.batch_seconds)} a second for its batch.",
+    ]
+    for noun, status in (("Times", first.status), ("Joules", first.power_status)):
+        if status in UNCERTAIN:
+            lines.append(
+                f"{noun} rest on {status} figures: run 'partita machine show {first.machine}'."
+            )
+    return lines
