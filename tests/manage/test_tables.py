@@ -1,5 +1,6 @@
 """The printed tables of policies, and the command's sentences."""
 
+import io
 import json
 
 from rich.console import Console
@@ -39,7 +40,7 @@ COMPARISON = PolicyComparison(
 
 
 def test_the_best_policy_comes_first() -> None:
-    console = Console(width=90, record=True, quiet=True)
+    console = Console(width=90, record=True, file=io.StringIO())
     console.print(policy_table(COMPARISON))
     lines = [line.strip() for line in console.export_text().splitlines() if line.strip()]
     assert lines[0] == "mlp on phone, hardware as described: 1,200 steps"
