@@ -63,5 +63,5 @@ def test_json_has_the_figures_of_the_table() -> None:
 
 def test_a_machine_must_be_named() -> None:
     done = CliRunner().invoke(app, ["manage", "simulate", "train.py"])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "Policies act on simulated machines, and none is named" in done.stderr
