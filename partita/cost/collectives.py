@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from partita.cost.backends import Compiler, compiler_of
 from partita.cost.partial import Factors, operand_labels, pending_sums, reduced_factors
 from partita.cost.reshard import Axes, emitted_steps, step_bytes
-from partita.cost.sums import LaidOutProgram, Sum
+from partita.cost.sums import LaidOutProgram, Sum, readers_of
 from partita.graph.flat import LIBRARY_CALLS
 from partita.graph.operator_graph import (
     ITEMSIZE,
@@ -255,6 +255,9 @@ class _Computed:
                 continue
             for tensor in instruction.results:
                 if factor in self.graph.labels[tensor]:
+                    continue
+                if is_sum and tensor not in readers_of(self.graph):
+                    # The work space of a kernel is a result that nothing reads.
                     continue
                 sharding = label_sharding(self.graph.labels[tensor], assignment)
                 yield Sum(

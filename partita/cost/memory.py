@@ -28,7 +28,9 @@ from partita.cost.collectives import DEFAULT, emitted_sums, local_shape
 from partita.cost.fusion import Fusion, fused_under, producers, reads, transposes
 from partita.cost.partial import Factors, gradients, operand_labels, reduced_factors, split_axes
 from partita.cost.reshard import Axes
+from partita.cost.sums import readers_of
 from partita.cost.work import group_factors
+from partita.graph.flat import LIBRARY_CALLS
 from partita.graph.operator_graph import (
     ITEMSIZE,
     IdentityKey,
@@ -58,6 +60,8 @@ ROLES = {
 """Role of an argument -> kind of memory."""
 TEMPORARY = -1
 """Kind of an allocation that is no activation and no gradient."""
+WORK_SPACE = -2
+"""Kind of the work space of a library's kernel, whose size is known exactly."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,9 @@ def memory(
             argument_bytes[kind] += nbytes
     constant = sum(argument_bytes.values())
     present = is_present[allocations.home]
-    live = allocations.course(present, count) * MARGIN
+    is_work_space = allocations.kind == WORK_SPACE
+    live = allocations.course(present & ~is_work_space, count) * MARGIN
+    live += _work_space(graph, allocations, present & is_work_space)
     compiler = compiler_of(backend)
     kernels = len(fused_under(graph, layout, compiler.fusion_rules).kernels)
     course = compiler.temporary_bytes(live, kernels)
@@ -125,6 +131,21 @@ def memory(
         graph.operators[operator].name if operator >= 0 else "",
         constant + course[: count + 1].astype(np.int64),
     )
+
+
+def _work_space(graph: OperatorGraph, allocations: _Allocations, chosen: np.ndarray) -> np.ndarray:
+    """[instruction]: bytes of the work space of library calls, from the first to the last.
+
+    One call at a time has it. Compilers compute weight gradients when they are needed, so the last
+    one may run at the end of the backward pass.
+    """
+    course = np.zeros(len(graph.instructions) + 2, np.int64)
+    if chosen.any():
+        backward = [i for i, x in enumerate(graph.instructions) if x.phase == "backward"]
+        first = int(allocations.start[chosen].min())
+        last = max(int(allocations.stop[chosen].max()), *backward[-1:])
+        course[first : last + 1] = allocations.nbytes[chosen].max()
+    return course
 
 
 # ---- the program, before any layout
@@ -182,6 +203,8 @@ class _StaticMemory:
     zeros: tuple[int, ...]
     """Scatters into a constant, which XLA allocates at the start of the step."""
     flipped: tuple[_FlippedKernel, ...]
+    work_spaces: frozenset[int]
+    """Results of library calls that nothing reads."""
 
 
 @per_graph
@@ -216,7 +239,15 @@ def _program(graph: OperatorGraph) -> _StaticMemory:
         _loops(graph),
         tuple(zeros),
         tuple(flipped),
+        _work_spaces(graph),
     )
+
+
+def _work_spaces(graph: OperatorGraph) -> frozenset[int]:
+    """The results of library calls that nothing reads."""
+    calls = (x for x in graph.instructions if x.name in LIBRARY_CALLS)
+    results = {tensor for call in calls for tensor in call.results}
+    return frozenset(results - readers_of(graph).keys())
 
 
 def _gradient_sums(graph: OperatorGraph) -> tuple[_GradientSum, ...]:
@@ -352,7 +383,8 @@ class _Allocations:
     """All allocations of a device under a layout, an entry per value and reason.
 
     `home` is the operator of the value, -1 for none. An allocation takes `nbytes`, those of the
-    device's shard, from instruction `start` to `stop`. `kind` is an index of KINDS or TEMPORARY.
+    device's shard, from instruction `start` to `stop`. `kind` is an index of KINDS, TEMPORARY or
+    WORK_SPACE.
     """
 
     arguments: tuple[tuple[str, int, int], ...]
@@ -386,7 +418,7 @@ def _allocations(
     if buffers.transposed_copies:
         allocator.add_transposed_copies()
     allocator.add_gradient_sums()
-    allocator.add_partial_products()
+    allocator.add_work_spaces()
     if buffers.early_zeros:
         allocator.add_zeros()
     if buffers.pool_positions:
@@ -453,6 +485,9 @@ class _Allocator:
         first_backward = next(backward, len(self.graph.instructions))
         for tensor, born in self.lifetimes.born.items():
             if tensor in self.arguments or tensor in variables:
+                continue
+            if tensor in self.program.work_spaces:
+                self._add(tensor, self._bytes(tensor), born, born, WORK_SPACE)
                 continue
             if not self.graph.tensors[tensor].shape:
                 continue
@@ -524,15 +559,14 @@ class _Allocator:
                 nbytes = self._bytes(tensor) // shards
                 self._add(tensor, nbytes, meeting, meeting, KINDS.index("gradients"))
 
-    def add_partial_products(self) -> None:
-        """Adds the partial results of products whose summed dim is split on the device."""
+    def add_work_spaces(self) -> None:
+        """Adds the work space of products while they run."""
         for i, instruction in enumerate(self.graph.instructions):
             if instruction.name != "dot_general" or instruction.rule is None:
                 continue
-            parts = self.compiler.product_parts(self._product_shape(i))
-            if parts > 1:
-                result = instruction.results[0]
-                self._add(result, parts * self._bytes(result), i, i)
+            work_space = self.compiler.work_space_bytes(self._product_shape(i))
+            if work_space:
+                self._add(instruction.results[0], work_space, i, i, WORK_SPACE)
 
     def _product_shape(self, i: int) -> ProductShape:
         """The local sizes of a dot_general."""
@@ -558,7 +592,6 @@ class _Allocator:
             return math.prod(size[factor] for factor in factors)
 
         return ProductShape(
-            product_of((left & right) - summed),
             product_of(left - right - summed),
             product_of(right - left - summed),
             product_of(summed & size.keys()),

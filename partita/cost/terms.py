@@ -515,6 +515,9 @@ class _Collector:
             if not summed:
                 # Of the results of fused attention, only the gradient of a bias is a sum.
                 continue
+            if is_sum and result not in readers_of(self.graph):
+                # The work space of a kernel is a result that nothing reads.
+                continue
             tensor = result
             trips = instruction.trips
             if result in after_loop:

@@ -12,6 +12,7 @@ from partita.capture.program import capture_program
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import ProductShape
 from partita.cost.collectives import collectives
+from partita.cost.memory import memory
 from partita.cost.predict import predict
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Backend, load
@@ -110,20 +111,28 @@ def test_temporaries_that_fit_on_the_chip_take_no_main_memory():
     assert list(np.diff(without)) == list(np.diff(live))
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns", "summed", "parts"),
-    [
-        (128, 128, 512, 16),  # 16 tiles on 264 places
-        (128, 128, 128, 8),  # a part sums at least 16 elements
-        (128, 384, 128, 4),  # a power of two
-        (1024, 1024, 4096, 1),  # the result alone occupies the card
-    ],
-)
-def test_a_gpu_splits_the_sum_of_a_small_product(rows, columns, summed, parts):
-    # As compiled for H100s: the weight gradients of a GPT of width 128.
-    product = ProductShape(1, rows, columns, summed)
-    assert compiler_of(GPU.backend).product_parts(product) == parts
-    assert compiler_of(CPU.backend).product_parts(product) == 1
+def test_products_of_a_gpu_have_work_space(mlp):
+    # As compiled for H100s: 32 MiB for a product of 128 x 384, none for a few elements.
+    product, tiny = ProductShape(128, 384, 128), ProductShape(2, 4, 16)
+    assert compiler_of(GPU.backend).work_space_bytes(product) == 32 << 20
+    assert compiler_of(GPU.backend).work_space_bytes(tiny) == 0
+    assert compiler_of(load("a100:4").backend).work_space_bytes(product) == 4 << 20
+    for other in (CPU, load("tpu-v5e:4")):
+        assert compiler_of(other.backend).work_space_bytes(product) == 0
+    plan = BASELINES["data parallel"](mlp, GPU.name, mesh_of(GPU))
+    peaks = [
+        memory(mlp, plan.mesh, layout_of(mlp, plan), machine.backend).peak for machine in (GPU, CPU)
+    ]
+    assert 30 << 20 < peaks[0] - peaks[1] <= 32 << 20
+
+
+def test_the_work_space_of_a_recurrent_layer_is_not_summed():
+    model = keras.Sequential([keras.Input((6, 4)), keras.layers.LSTM(8), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 16, target="cuda").graph
+    weights = 4 * 4 * (4 * 8 + 8 * 8 + 2 * 8) + 4 * (8 + 1)
+    loss = 4
+    assert totals(graph, GPU, "data parallel")["all_reduce"] == weights + loss
 
 
 def test_a_machine_without_a_platform_is_compiled_as_a_cpu_is():

@@ -46,7 +46,6 @@ class Buffers:
 class ProductShape:
     """The local sizes of a product of matrices."""
 
-    batch: int
     rows: int
     columns: int
     summed: int
@@ -92,9 +91,9 @@ class Compiler(ABC):
         """Bytes in memory of an array of a local shape."""
         return itemsize * math.prod(shape)
 
-    def product_parts(self, product: ProductShape) -> int:
-        """Parts of its summed dim into which a product is split, each with a result in memory."""
-        return 1
+    def work_space_bytes(self, product: ProductShape) -> int:
+        """Memory that the kernel of a product asks for beside its operands and its result."""
+        return 0
 
     def temporary_bytes(self, live_bytes: np.ndarray, kernels: int) -> np.ndarray:
         """Bytes of temporaries in the main memory, given all that live at each time."""

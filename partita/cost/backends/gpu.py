@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from partita.cost.backends.base import Buffers, Compiler, FusionRules, ProductShape
 from partita.cost.sums import LaidOutProgram, Sum, fold, join_additions, leave_loops, scatter
 
-TILE = 32
-"""Rows and columns of a result that a block of threads computes in a small product."""
-BLOCKS = 264
-"""Two blocks for each of the 132 cores of an H100."""
-SHORTEST_SUM = 16
-"""Elements of the summed dim in a part, at least."""
+WORK_SPACE_BYTES = 4 << 20
+HOPPER_WORK_SPACE_BYTES = 32 << 20
+"""Work space of a product by cuBLAS, before and since Hopper (GemmConfig), as NVIDIA recommends for
+cublasSetWorkspace."""
+HOPPER = 9
+"""Major number of its compute capability."""
+SMALLEST_CUBLAS_PRODUCT = 100
+"""Summed elements times rows and columns, below which XLA writes a kernel of its own
+(xla_gpu_gemm_rewrite_size_threshold)."""
 
 
 class XlaGpu(Compiler):
@@ -37,11 +40,13 @@ class XlaGpu(Compiler):
         """None: cuDNN reads operands as they are, and scatters add in place."""
         return Buffers(transposed_copies=False, early_zeros=False, pool_positions=False)
 
-    def product_parts(self, product: ProductShape) -> int:
-        """A power of two, so that a small product occupies all cores (SplitkRewriter)."""
-        tiles = product.batch * -(-product.rows // TILE) * -(-product.columns // TILE)
-        parts = min(BLOCKS // tiles, product.summed // SHORTEST_SUM)
-        return 1 << (parts.bit_length() - 1) if parts > 1 else 1
+    def work_space_bytes(self, product: ProductShape) -> int:
+        """The work space of cuBLAS, which XLA allocates for each product while it runs."""
+        if (product.rows + product.columns) * product.summed < SMALLEST_CUBLAS_PRODUCT:
+            return 0
+        capability = self.backend.compute_capability
+        is_older = capability and float(capability) < HOPPER
+        return WORK_SPACE_BYTES if is_older else HOPPER_WORK_SPACE_BYTES
 
     @property
     def folds(self) -> bool:

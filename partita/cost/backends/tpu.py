@@ -53,9 +53,9 @@ class XlaTpu(XlaGpu):
             return itemsize * _padded(shape[0], LANES)
         return itemsize * _tiled_elements(tuple(shape))
 
-    def product_parts(self, product: ProductShape) -> int:
-        """A product is computed by one matrix unit."""
-        return 1
+    def work_space_bytes(self, product: ProductShape) -> int:
+        """A product is computed by the matrix units."""
+        return 0
 
     def temporary_bytes(self, live_bytes: np.ndarray, kernels: int) -> np.ndarray:
         """Bytes that do not fit on the chip, and those of the program."""
