@@ -193,7 +193,7 @@ def tensor_parallel(
 
     Weights are split by output where the input is whole, by input where the input is split.
     """
-    return _megatron(
+    return megatron(
         graph,
         machine,
         mesh,
@@ -209,7 +209,7 @@ def data_and_tensor(
 ) -> Plan:
     """Samples over the outer half of the axes, Megatron's pattern over the inner half."""
     outer_half = (len(mesh.axes) + 1) // 2
-    return _megatron(
+    return megatron(
         graph,
         machine,
         mesh,
@@ -218,7 +218,7 @@ def data_and_tensor(
     )
 
 
-def _megatron(
+def megatron(
     graph: OperatorGraph,
     machine: str,
     mesh: Mesh,

@@ -18,6 +18,7 @@ SMALL = {
     "equality": ["--models", "1", "--plans", "1"],
     "gnn_exact": ["--parts", "2", "--partitioners", "edges", "--models", "gcn"],
     "gnn_memory": ["--models", "gcn", "--scale", "8", "--epochs", "3"],
+    "published": ["--only", "dense layers"],
     "staged_equality": ["--pairs", "1", "--first", "4"],
     "targets": ["--groups", "layers", "--only", "groupquery", "--targets", "cuda"],
     "overhead": ["--rounds", "1", "--epochs", "1", "--steps", "4", "--sizes", "1"],

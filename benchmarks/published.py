@@ -1,0 +1,320 @@
+"""Predicted steps beside published and measured ones, on machines that are not here.
+
+    python benchmarks/published.py
+    python benchmarks/published.py --only mpt --parts      # seconds by cause, memory by kind
+
+A row is a model, a machine and the plan of its publication. Nothing in Partita is fitted to a row:
+presets and cost model come from data sheets, the sources that a preset names, and compilers.
+The models have the published sizes; their data are shapes, so nothing large is allocated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+from keras import layers
+
+from partita.capture.keras_models import abstract
+from partita.capture.program import capture_program
+from partita.cost.memory import KINDS
+from partita.cost.predict import Prediction
+from partita.graph.operator_graph import OperatorGraph
+from partita.machine import Machine, load
+from partita.plans.baselines import BASELINES, megatron
+from partita.plans.check import check
+from partita.plans.plan import Mesh, Plan
+from partita.search.find import capacity, mesh_of
+from partita.simulation.simulate import simulated_step
+from partita.units import format_bytes
+
+LLM_FOUNDRY = "llm-foundry, scripts/train/benchmarking/README.md"
+DEEP_LEARNING_EXAMPLES = (
+    "NVIDIA DeepLearningExamples, PyTorch/Classification/ConvNets/resnet50v1.5/README.md"
+)
+MEGATRON = "Narayanan et al. 2021 (SC'21), table 1, recalled"
+MEASURED = "measured on one H100 80 GB HBM3, jax 0.11.2, keras 3.15.1, 2026-11-28"
+
+Planner = Callable[[OperatorGraph, str, Mesh], Plan]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published step."""
+
+    name: str
+    model: Callable[[], keras.Model]
+    policy: str
+    """Keras's dtype policy."""
+    batch: int
+    """Samples of a step, over all devices."""
+    machine: str
+    plan: Planner
+    seconds: float
+    source: str
+
+
+class Position(layers.Layer):
+    """Adds a learned vector to every position."""
+
+    def build(self, shape):
+        self.table = self.add_weight(shape=shape[1:], name="table")
+
+    def call(self, x):
+        return x + self.table
+
+
+def transformer(
+    width: int, blocks: int, heads: int, length: int, vocabulary: int, bias: bool = False
+) -> keras.Model:
+    """A decoder with learned positions and one table for words and logits."""
+    words = keras.Input((length,), dtype="int32")
+    table = layers.ReversibleEmbedding(vocabulary, width, name="words")
+    h = Position(name="positions")(table(words))
+    for n in range(blocks):
+        a = layers.LayerNormalization(name=f"norm{n}a")(h)
+        attention = layers.MultiHeadAttention(
+            heads, width // heads, use_bias=bias, name=f"attention{n}"
+        )
+        h = h + attention(a, a, use_causal_mask=True)
+        b = layers.LayerNormalization(name=f"norm{n}b")(h)
+        inner = layers.Dense(4 * width, "gelu", use_bias=bias, name=f"up{n}")(b)
+        h = h + layers.Dense(width, use_bias=bias, name=f"down{n}")(inner)
+    h = layers.LayerNormalization(name="norm")(h)
+    return keras.Model(words, table(h, reverse=True), name="transformer")
+
+
+def mpt(width: int, blocks: int, heads: int, length: int) -> Callable[[], keras.Model]:
+    """An MPT as llm-foundry configures it."""
+    return lambda: transformer(width, blocks, heads, length, 50368)
+
+
+def megatron_gpt(width: int, blocks: int, heads: int) -> Callable[[], keras.Model]:
+    """A GPT of Megatron's scaling study."""
+    return lambda: transformer(width, blocks, heads, 2048, 51200, bias=True)
+
+
+def resnet50() -> keras.Model:
+    return keras.applications.ResNet50(weights=None)  # pyright: ignore[reportArgumentType]
+
+
+def dense_layers() -> keras.Model:
+    model = keras.Sequential([keras.Input((4096,))])
+    for _ in range(4):
+        model.add(layers.Dense(4096, activation="relu"))
+    return model
+
+
+LOSSES = {
+    "transformer": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    "resnet50": "sparse_categorical_crossentropy",
+}
+"""Name of a model -> its loss; the mean squared error for others."""
+OPTIMIZERS = {"resnet50": partial(keras.optimizers.SGD, 0.1, momentum=0.9)}
+"""Name of a model -> its optimizer; AdamW for others."""
+
+
+def fsdp(microbatches: int = 1) -> Planner:
+    """Parameters, gradients and slots in slices over all devices."""
+
+    def plan(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
+        return replace(BASELINES["ZeRO-3"](graph, machine, mesh), microbatches=microbatches)
+
+    return plan
+
+
+def recomputed(tensor_axes: int, microbatches: int) -> Planner:
+    """Megatron's plan over the inner `tensor_axes`, every block computed again in the backward
+    pass."""
+
+    def plan(graph: OperatorGraph, machine: str, mesh: Mesh) -> Plan:
+        plan = megatron(graph, machine, mesh, "Megatron", len(mesh.axes) - tensor_axes)
+        runs = tuple(blocks_of(graph))
+        return replace(plan, microbatches=microbatches, recompute=runs)
+
+    return plan
+
+
+def blocks_of(graph: OperatorGraph) -> list[tuple[str, str]]:
+    """First and last operator of every block of a transformer."""
+    operators: dict[str, list[str]] = {}
+    for operator in graph.operators:
+        layer = re.match(r"(?:attention|up|down)(\d+)", operator.name)
+        if layer:
+            operators.setdefault(layer[1], []).append(operator.name)
+    return [(names[0], names[-1]) for names in operators.values()]
+
+
+DATA_PARALLEL = BASELINES["data parallel"]
+ONE_DEVICE = BASELINES["one device"]
+ROWS = (
+    Row(
+        "MPT-1B, 2048 tokens, FSDP",
+        mpt(2048, 24, 16, 2048),
+        "mixed_bfloat16",
+        112,
+        "h100:8",
+        fsdp(),
+        112 * 2048 / 363645,
+        LLM_FOUNDRY,
+    ),
+    Row(
+        "MPT-7B, 2048 tokens, FSDP",
+        mpt(4096, 32, 32, 2048),
+        "mixed_bfloat16",
+        48,
+        "h100:8",
+        fsdp(),
+        48 * 2048 / 85144,
+        LLM_FOUNDRY,
+    ),
+    Row(
+        "MPT-3B, 8192 tokens, FSDP",
+        mpt(2560, 32, 20, 8192),
+        "mixed_bfloat16",
+        144,
+        "h100:8",
+        fsdp(6),
+        144 * 8192 / 132626,
+        LLM_FOUNDRY,
+    ),
+    Row(
+        "GPT 1.7B, recomputed",
+        megatron_gpt(2304, 24, 24),
+        "mixed_bfloat16",
+        512,
+        "a100:32",
+        recomputed(0, 1),
+        3.53,
+        MEGATRON,
+    ),
+    Row(
+        "GPT 18.4B, tensor 8, recomputed",
+        megatron_gpt(6144, 40, 48),
+        "mixed_bfloat16",
+        1024,
+        "a100:256",
+        recomputed(3, 8),
+        9.40,
+        MEGATRON,
+    ),
+    Row(
+        "ResNet-50, mixed precision",
+        resnet50,
+        "mixed_bfloat16",
+        256,
+        "a100:1",
+        ONE_DEVICE,
+        256 / 2470,
+        DEEP_LEARNING_EXAMPLES,
+    ),
+    Row(
+        "ResNet-50, mixed precision",
+        resnet50,
+        "mixed_bfloat16",
+        2048,
+        "a100:8",
+        DATA_PARALLEL,
+        2048 / 16621,
+        DEEP_LEARNING_EXAMPLES,
+    ),
+    Row(
+        "ResNet-50, TF32",
+        resnet50,
+        "float32",
+        2048,
+        "a100:8",
+        DATA_PARALLEL,
+        2048 / 7248,
+        DEEP_LEARNING_EXAMPLES,
+    ),
+    Row(
+        "four dense layers of 4096",
+        dense_layers,
+        "float32",
+        1024,
+        "h100:1",
+        ONE_DEVICE,
+        1.82e-3,
+        MEASURED,
+    ),
+    Row("ResNet50, TF32", resnet50, "float32", 64, "h100:1", ONE_DEVICE, 25.9e-3, MEASURED),
+    Row(
+        "GPT, 12 blocks of 768, 512 tokens",
+        lambda: transformer(768, 12, 12, 512, 50304, bias=True),
+        "mixed_bfloat16",
+        16,
+        "h100:1",
+        ONE_DEVICE,
+        22.3e-3,
+        MEASURED + ", its vocabulary not stated",
+    ),
+)
+
+
+def prediction(row: Row) -> tuple[Machine, Prediction]:
+    """The predicted step of a row."""
+    keras.config.set_dtype_policy(row.policy)
+    with abstract():
+        model = row.model()
+    optimizer = OPTIMIZERS.get(model.name, keras.optimizers.AdamW)
+    model.compile(optimizer(), LOSSES.get(model.name, "mse"))
+    machine = load(row.machine)
+    graph = capture_program(model, row.batch, target=machine.target or None).graph
+    plan = check(row.plan(graph, machine.name, mesh_of(machine)), graph)
+    return machine, simulated_step(graph, machine, plan).prediction()
+
+
+def line(row: Row, machine: Machine, predicted: Prediction) -> str:
+    """A row of the table."""
+    fits = predicted.peak_bytes <= capacity(machine)
+    return (
+        f"| {row.name}, {row.machine} | {row.seconds:.4g} | {predicted.seconds:.4g} | "
+        f"{predicted.seconds / row.seconds:.2f} | {format_bytes(predicted.peak_bytes)} | "
+        f"{'yes' if fits else 'NO'} |"
+    )
+
+
+def parts(predicted: Prediction) -> str:
+    """Seconds by cause and memory by kind."""
+    seconds = {cause: round(value, 5) for cause, value in predicted.by_cause().items()}
+    memory = {kind: format_bytes(getattr(predicted.memory, kind)) for kind in KINDS}
+    traffic = {kind: format_bytes(value) for kind, value in predicted.traffic.items()}
+    return f"    {seconds}\n    {memory}\n    {traffic}, {predicted.flops / 1e12:.1f} TFLOP"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="rows whose name has this in it")
+    parser.add_argument("--parts", action="store_true", help="also print causes and kinds")
+    options = parser.parse_args(arguments)
+    errors = []
+    print("| row | published s | predicted s | ratio | peak | fits |\n|---|---|---|---|---|---|")
+    for row in ROWS:
+        if options.only.lower() not in f"{row.name}, {row.machine}".lower():
+            continue
+        machine, predicted = prediction(row)
+        errors.append(abs(predicted.seconds / row.seconds - 1))
+        print(line(row, machine, predicted), flush=True)
+        if options.parts:
+            print(parts(predicted), flush=True)
+    if errors:
+        print(
+            f"{len(errors)} rows: median {statistics.median(errors):.0%}, worst {max(errors):.0%}"
+        )
+
+
+if __name__ == "__main__":
+    main()
