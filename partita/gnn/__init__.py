@@ -22,16 +22,12 @@ from partita.gnn.data.stream import EdgeStream
 from partita.keras_backend import chosen_backend, running_backend
 
 if TYPE_CHECKING:
-    from partita.gnn.nn.layers import (
-        CommNetConv,
-        GatedGraphConv,
-        GATv2Conv,
-        GCNConv,
-        GINConv,
-        SAGEConv,
-    )
+    from partita.gnn.nn.attention import GATConv, GATv2Conv
+    from partita.gnn.nn.isomorphism import GINConv, GINEConv
+    from partita.gnn.nn.layers import CommNetConv, GatedGraphConv, GCNConv, SAGEConv
     from partita.gnn.nn.messages import MessagePassing
     from partita.gnn.nn.models import (
+        GAT,
         GCN,
         GIN,
         SAGE,
@@ -45,16 +41,19 @@ if TYPE_CHECKING:
     from partita.gnn.train import normalised
 
 __all__ = [
+    "GAT",
     "GCN",
     "GIN",
     "SAGE",
     "CommNet",
     "CommNetConv",
     "EdgeStream",
+    "GATConv",
     "GATv2",
     "GATv2Conv",
     "GCNConv",
     "GINConv",
+    "GINEConv",
     "GatedGraph",
     "GatedGraphConv",
     "Graph",
@@ -77,16 +76,12 @@ __all__ = [
 ]
 
 _IMPORTED_ON_USE = {
-    "partita.gnn.nn.layers": (
-        "CommNetConv",
-        "GATv2Conv",
-        "GatedGraphConv",
-        "GCNConv",
-        "GINConv",
-        "SAGEConv",
-    ),
+    "partita.gnn.nn.attention": ("GATConv", "GATv2Conv"),
+    "partita.gnn.nn.isomorphism": ("GINConv", "GINEConv"),
+    "partita.gnn.nn.layers": ("CommNetConv", "GatedGraphConv", "GCNConv", "SAGEConv"),
     "partita.gnn.nn.messages": ("MessagePassing",),
     "partita.gnn.nn.models": (
+        "GAT",
         "GCN",
         "GIN",
         "SAGE",

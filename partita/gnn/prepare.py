@@ -142,13 +142,14 @@ class Architecture:
     aggregations    (features, 'sum', 'max' or 'attention') of every aggregation, in order
     matrix_entries  trainable numbers in matrices
     by_vertex       whether vertices meet in aggregations only (`FullGraphTraining`)
-    normalizes      for each division by square roots of degrees: whether with a self edge
+    normalizes      for each division by square roots of degrees: the weight of a missing self edge,
+                    0 where none is added
     """
 
     aggregations: tuple[tuple[int, str], ...]
     matrix_entries: int
     by_vertex: bool
-    normalizes: tuple[bool, ...] = ()
+    normalizes: tuple[float, ...] = ()
 
     @property
     def linear(self) -> bool:
@@ -224,11 +225,12 @@ def check_weights_suit(graph: Graph, architecture: Architecture) -> None:
     if not architecture.normalizes or graph.weights.min(initial=0) >= 0:
         return
     _, self_correction, load = of_vertices(graph, 0, graph.vertices)
-    for self_edges in architecture.normalizes:
-        degrees = load + self_correction if self_edges else load
+    for missing in architecture.normalizes:
+        added = np.where(self_correction == 1, missing, self_correction)
+        degrees = load + added if missing else load
         if degrees.min() < -DEGREE_TOLERANCE * np.abs(graph.weights).max():
             vertex = int(np.argmin(degrees))
-            with_self_edge = ", its self edge included," if self_edges else ""
+            with_self_edge = ", its self edge included," if missing else ""
             raise GraphError(
                 f"The weights of the in-edges of vertex {vertex:,}{with_self_edge} sum to "
                 f"{degrees[vertex]:g}, which has no square root for the normalization of GCNConv: "

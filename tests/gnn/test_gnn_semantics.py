@@ -56,13 +56,14 @@ def with_one_self_edge(graph: gnn.Graph) -> np.ndarray:
     return matrix + np.diag(own)
 
 
-def output(layer: Any, graph: gnn.Graph, x: np.ndarray | None = None, **options: Any) -> np.ndarray:
+def output(layer: Any, graph: gnn.Graph, x: Any = None, **options: Any) -> np.ndarray:
     """The result of a layer on the features of a whole graph."""
     from partita.gnn.nn.block import block_of
 
     block = jax.tree.map(jnp.asarray, block_of(graph))
     rows = graph.features if x is None else x
-    return np.asarray(layer(jnp.asarray(rows), graph=block, **options))
+    tables = jax.tree.map(jnp.asarray, rows)
+    return np.asarray(layer(tables, graph=block, **options))
 
 
 @pytest.mark.parametrize("weighted", [False, True])

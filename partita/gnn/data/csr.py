@@ -145,6 +145,10 @@ def clear_self_edges(offsets, sources, missing, first):
                 break
 
 
+EPSILON = np.finfo(np.float32).eps
+"""Distance from 1 to the next float32."""
+
+
 @njit(cache=True)
 def correct_self_edges(
     offsets,
@@ -156,16 +160,22 @@ def correct_self_edges(
     """Writes the weight to add to each row's self edges so that exactly one of them counts.
 
     Row v is vertex `first + v`. Without a self edge the weight is 1; otherwise the last one counts.
-    Empty `weights` stand for ones.
+    Empty `weights` stand for ones. Only a missing self edge has exactly 1: another 1, by negative
+    weights, is rounded up.
     """
     for v in range(len(offsets) - 1):
         total = np.float32(0)
         last = np.float32(1)
+        missing = True
         for e in range(offsets[v], offsets[v + 1]):
             if sources[e] == first + v:
                 last = weights[e] if len(weights) else np.float32(1)
                 total += last
-        out[v] = last - total
+                missing = False
+        correction = last - total
+        if correction == 1 and not missing:
+            correction += EPSILON
+        out[v] = correction
 
 
 @njit(cache=True)

@@ -86,12 +86,14 @@ class EdgeEnds:
     target      [edges, F]: rows that edges end at
     features    [edges, D]: edge features or weights, or None
     by_edge     edges from positions of edges to rows, which aggregate messages [edges, ...]
+    is_self     bool [edges]: whether an edge begins where it ends
     """
 
     source: Any
     target: Any
     features: Any
     by_edge: Edges
+    is_self: Any
 
 
 class Calls:
@@ -99,13 +101,14 @@ class Calls:
 
     aggregations    (features, 'sum', 'max', 'attention' or 'message') of each so far
     total           their number, if only results of training vertices are used; else 0
-    normalizes      for each division by square roots of degrees: whether with a self edge
+    normalizes      for each division by square roots of degrees: the weight of a missing self edge,
+                    0 where none is added
     """
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.aggregations: list[tuple[int, str]] = []
-        self.normalizes: set[bool] = set()
+        self.normalizes: set[float] = set()
 
     @property
     def later(self) -> int:
@@ -178,16 +181,26 @@ class Block:
         """[...]: the mean of x [rows, ...] over all vertices."""
         return self.vertex_sum(x) / self.vertex_sum(jnp.ones(self.rows, x.dtype))
 
-    def inverse_root_degrees(self, self_edges: bool = True) -> Any:
+    def corrected_self_edges(self, missing: float = 1.0) -> Any:
+        """float32 [rows]: weight to add to the self edges of each vertex so that one counts.
+
+        It is the last one, as in PyG, or a new one of weight `missing`.
+        """
+        if missing == 1:
+            return self.self_correction
+        return jnp.where(self.self_correction == 1, missing, self.self_correction)
+
+    def inverse_root_degrees(self, missing: float = 1.0) -> Any:
         """float32 [rows]: 1 / sqrt(d), 0 where d is 0.
 
-        d is the sum of the weights of the in-edges, with exactly one self edge or as given.
-        Training refuses a graph with a negative d.
+        d is the sum of the weights of the in-edges, with exactly one self edge (`missing`: as in
+        `corrected_self_edges`), or as given with missing=0. Training refuses a graph with a
+        negative d.
         """
         calls = _calls.get()
         if calls is not None:
-            calls.normalizes.add(self_edges)
-        degrees = self.load + self.self_correction if self_edges else self.load
+            calls.normalizes.add(missing)
+        degrees = self.load + self.corrected_self_edges(missing) if missing else self.load
         return jnp.where(degrees > 0, jax.lax.rsqrt(jnp.maximum(degrees, 1e-30)), 0)
 
     # ------------------------------------------------------------------------- aggregations
@@ -273,23 +286,33 @@ class Block:
             a,
         ).astype(kind)
 
-    def ends(self, x: Any) -> EdgeEnds:
-        """The rows of x [rows, features] at both ends of every in-edge, for messages along edges.
+    def ends(self, x: Any, target: Any = None, kind: str = "message") -> EdgeEnds:
+        """The rows at both ends of every in-edge, for messages along edges.
 
-        At most one call of it per aggregation of messages.
+        x [rows, features] where edges begin, `target` [rows, ...] where they end, by default x.
+        `kind` is "attention" for a layer that does not read weights and features of edges.
         """
-        aggregation = self._next_aggregation(x.shape[1], "message")
+        aggregation = self._next_aggregation(x.shape[1], kind)
+        edges = aggregation.edges
+        target = x if target is None else target
         sources = self._sources(aggregation, x.astype(jnp.float32))
-        by_edge = edges_by_position(aggregation.edges)
+        by_edge = edges_by_position(edges)
         features = aggregation.features
         if features is None and aggregation.weights is not None:
             features = aggregation.weights[:, None]
         return EdgeEnds(
-            taken(aggregation.edges, sources).astype(x.dtype),
-            spread(by_edge, x.astype(jnp.float32)).astype(x.dtype),
+            taken(edges, sources).astype(x.dtype),
+            spread(by_edge, target.astype(jnp.float32)).astype(x.dtype),
             None if features is None else features.astype(x.dtype),
             by_edge,
+            edges.ids == by_edge.back_ids,
         )
+
+    def vertex_numbers(self) -> Any:
+        """int32 [rows]: the user's number of the vertex of each row; padding has any."""
+        if self.vertex is not None:
+            return self.vertex
+        return self.first[0] + jnp.arange(self.rows, dtype=jnp.int32)
 
     # ----------------------------------------------------------------------------- exchanges
 

@@ -4,15 +4,17 @@
 |---|---|---|
 | GCNConv | sum of x_u W / sqrt(d_u d_v), with a self edge | Kipf and Welling 2017, eq. 2 |
 | SAGEConv | x_v S + (mean or maximum of x_u) W | Hamilton et al. 2017, alg. 1 |
-| GINConv | MLP((1 + e) x_v + sum of x_u) | Xu et al. 2019, eq. 4.1 |
-| GATv2Conv | sum of softmax_u(a_uv) x_u W, with a self edge | Brody et al. 2022, eq. 7 |
 | CommNetConv | tanh(x_v S + (mean of x_u) W) | Sukhbaatar et al. 2016, eq. 2 |
 | GatedGraphConv | GRU steps of x_v with the sum of x_u W as input | Li et al. 2016, eq. 2 to 6 |
 
 Linear aggregations and products with weights commute: a layer aggregates where rows are narrower,
 before or after the product. The result is the same up to rounding. A weight of an edge multiplies
 its row in sums and means. Maxima and attention refuse graphs with weights. A layer is a sequence of
-pieces (`pieces.Piece`): products by rows, aggregations by columns.
+pieces (`pieces.Piece`): products by rows, aggregations by columns. `attention` and `isomorphism`
+have more layers.
+
+Some layers take a pair (x_source, x_target): edges begin at rows of the first and end at rows of
+the second, for graphs whose two kinds of vertices have different features.
 """
 
 from __future__ import annotations
@@ -40,8 +42,24 @@ def product(x: Any, kernel: Any) -> Any:
     return tall.product(x, jnp.asarray(keras.ops.convert_to_tensor(kernel, x.dtype)))
 
 
+def shapes_of(input_shape: Any) -> tuple[Any, Any]:
+    """(shape of the rows that edges begin at, of those they end at): one shape, or a pair."""
+    if isinstance(input_shape[0], (tuple, list)):
+        return input_shape[0], input_shape[1]
+    return input_shape, input_shape
+
+
+def widths_of(input_shape: Any) -> tuple[int, int]:
+    """(features of the rows that edges begin at, of those they end at)."""
+    source, target = shapes_of(input_shape)
+    return source[-1], target[-1]
+
+
 class AbstractConv(keras.layers.Layer):
-    """A layer of `units` features per vertex: `layer(x, graph=block)` of x [rows, features]."""
+    """A layer of `units` features per vertex: `layer(x, graph=block)` of x [rows, features].
+
+    SAGEConv, GINConv and layers of attention take a pair (x_source, x_target), both [rows, ...].
+    """
 
     def __init__(
         self,
@@ -56,6 +74,15 @@ class AbstractConv(keras.layers.Layer):
         self.use_bias = use_bias
         self.activation = keras.activations.get(activation)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+
+    def width_of(self, input_shape: Any) -> int:
+        """Features of the rows; GraphError for a pair, which some layers take."""
+        if isinstance(input_shape[0], (tuple, list)):
+            raise GraphError(
+                f"{type(self).__name__} takes one table of rows, not a pair: use SAGEConv, "
+                "GINConv, GINEConv, GATConv or GATv2Conv for rows of two kinds."
+            )
+        return input_shape[-1]
 
     def matrix(self, name: str, rows: int, columns: int) -> Any:
         """A new weight [rows, columns] of Glorot's uniform distribution."""
@@ -76,15 +103,23 @@ class AbstractConv(keras.layers.Layer):
         """y with bias and activation."""
         return self.activation(y if bias is None else add(y, bias))
 
-    def pieces(self, width: int) -> Sequence[BlockPiece]:
-        """The layer on rows of `width` features, table "x"; the last piece writes the result."""
+    def pieces(self, width: int, training: bool = False, target: str = "x") -> Sequence[BlockPiece]:
+        """The layer on rows of `width` features, table "x"; the last piece writes the result.
+
+        `target`: the table of the rows at the ends of edges.
+        """
         raise NotImplementedError
 
-    def call(self, x: Any, graph: Block) -> Any:
-        return run(self.pieces(x.shape[-1]), graph, x)
+    def call(self, x: Any, graph: Block, training: bool = False) -> Any:
+        if not isinstance(x, (tuple, list)):
+            return run(self.pieces(x.shape[-1], training), graph, {"x": x})
+        source, target = x
+        pieces = self.pieces(source.shape[-1], training, "t")
+        return run(pieces, graph, {"x": source, "t": target})
 
     def compute_output_shape(self, input_shape: Any, *_: Any) -> Any:
-        return (*input_shape[:-1], self.units)
+        source, _ = shapes_of(input_shape)
+        return (*source[:-1], self.units)
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -101,21 +136,29 @@ class GCNConv(AbstractConv):
     """Graph convolution with symmetric normalization.
 
     Degrees count in-edges, or their weights, and the self edge. `self_edges=False` uses the edges
-    as given. `normalize=False` sums the rows of in-edges, and adds no self edge either.
+    as given. `improved` gives added self edges the weight 2. `normalize=False` sums the rows of
+    in-edges, and adds no self edge either.
     """
 
     def __init__(
-        self, units: int, *, normalize: bool = True, self_edges: bool = True, **options: Any
+        self,
+        units: int,
+        *,
+        normalize: bool = True,
+        self_edges: bool = True,
+        improved: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(units, **options)
         self.normalize = normalize
         self.self_edges = self_edges
+        self.improved = improved
 
     def build(self, input_shape: Any) -> None:
-        self.kernel = self.matrix("kernel", input_shape[-1], self.units)
+        self.kernel = self.matrix("kernel", self.width_of(input_shape), self.units)
         self.shift = self.bias()
 
-    def pieces(self, width: int) -> Sequence[BlockPiece]:
+    def pieces(self, width: int, training: bool = False, target: str = "x") -> Sequence[BlockPiece]:
         def multiply(x: Any) -> Any:
             return product(x, self.kernel)
 
@@ -140,12 +183,17 @@ class GCNConv(AbstractConv):
         """The sum over in-edges, by default divided by the square roots of both ends' degrees."""
         if not self.normalize:
             return graph.sum(rows)
-        scale = graph.inverse_root_degrees(self.self_edges)
-        share = graph.self_correction if self.self_edges else None
+        missing = (2.0 if self.improved else 1.0) if self.self_edges else 0.0
+        scale = graph.inverse_root_degrees(missing)
+        share = graph.corrected_self_edges(missing) if self.self_edges else None
         return graph.sum(rows, before=scale, share=share, after=scale)
 
     def get_config(self) -> dict[str, Any]:
-        options = {"normalize": self.normalize, "self_edges": self.self_edges}
+        options = {
+            "normalize": self.normalize,
+            "self_edges": self.self_edges,
+            "improved": self.improved,
+        }
         return {**super().get_config(), **options}
 
 
@@ -154,7 +202,8 @@ class SAGEConv(AbstractConv):
     """The vertex's own row and the 'mean', 'max' or 'sum' over in-edges, each times a matrix.
 
     `project` first passes the rows of in-edges through a dense layer with ReLU. `normalize` divides
-    results by their Euclidean norm, before the activation.
+    results by their Euclidean norm, before the activation. `root_weight=False` leaves the vertex's
+    own row out.
     """
 
     def __init__(
@@ -164,6 +213,7 @@ class SAGEConv(AbstractConv):
         *,
         project: bool = False,
         normalize: bool = False,
+        root_weight: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(units, **options)
@@ -173,17 +223,18 @@ class SAGEConv(AbstractConv):
         self.aggregation = aggregation
         self.project = project
         self.normalize = normalize
+        self.root_weight = root_weight
 
     def build(self, input_shape: Any) -> None:
+        width, target_width = widths_of(input_shape)
         if self.project:
-            width = input_shape[-1]
             self.projection = self.matrix("projection", width, width)
             self.projection_shift = self.bias(width, "projection_bias")
-        self.own = self.matrix("own", input_shape[-1], self.units)
-        self.kernel = self.matrix("kernel", input_shape[-1], self.units)
+        self.own = self.matrix("own", target_width, self.units) if self.root_weight else None
+        self.kernel = self.matrix("kernel", width, self.units)
         self.shift = self.bias()
 
-    def pieces(self, width: int) -> Sequence[BlockPiece]:
+    def pieces(self, width: int, training: bool = False, target: str = "x") -> Sequence[BlockPiece]:
         linear = self.aggregation != "max"
         return _own_and_aggregated(
             self,
@@ -191,6 +242,7 @@ class SAGEConv(AbstractConv):
             linear,
             multiply_first=linear and width > self.units and not self.project,
             project=self._projected if self.project else None,
+            target=target,
         )
 
     def _projected(self, x: Any) -> Any:
@@ -209,143 +261,7 @@ class SAGEConv(AbstractConv):
             "aggregation": self.aggregation,
             "project": self.project,
             "normalize": self.normalize,
-        }
-        return {**super().get_config(), **options}
-
-
-@keras.saving.register_keras_serializable(PACKAGE)
-class GINConv(AbstractConv):
-    """Two dense layers of the sum over in-edges plus (1 + e) times the vertex's own row.
-
-    Both have `units` features, with a ReLU between. e is trained.
-    """
-
-    def build(self, input_shape: Any) -> None:
-        self.epsilon = self.add_weight(shape=(), initializer="zeros", name="epsilon")
-        self.kernel = self.matrix("kernel", input_shape[-1], self.units)
-        self.shift = self.bias()
-        self.second = self.matrix("second", self.units, self.units)
-        self.second_shift = self.bias(name="second_bias")
-
-    def pieces(self, width: int) -> Sequence[BlockPiece]:
-        def multiply(x: Any) -> Any:
-            return product(x, self.kernel)
-
-        def gather(x: Any, s: Any) -> Any:
-            return s + keras.ops.multiply(x, 1 + self.epsilon)
-
-        def dense(y: Any) -> Any:
-            y = y if self.shift is None else add(y, self.shift)
-            return self.finished(product(keras.ops.relu(y), self.second), self.second_shift)
-
-        def dense_of_products(p: Any, s: Any) -> Any:
-            return dense(gather(p, s))
-
-        def dense_of_rows(x: Any, s: Any) -> Any:
-            return dense(multiply(gather(x, s)))
-
-        if width > self.units:
-            return (
-                by_rows("x", "p", multiply),
-                by_columns("p", "s", _sum),
-                by_rows("p s", "y", dense_of_products),
-            )
-        return (
-            by_columns("x", "s", _sum),
-            by_rows("x s", "y", dense_of_rows),
-        )
-
-
-@keras.saving.register_keras_serializable(PACKAGE)
-class GATv2Conv(AbstractConv):
-    """Attention of `heads` heads over in-edges and a self edge.
-
-    All heads together have `units` features; with `concat=False` each has them, and the result is
-    the mean over heads. `self_edges=False` uses the edges as given. `head_bias` adds biases to the
-    rows of both ends. `residual` adds the vertex's own row times a matrix.
-    """
-
-    def __init__(
-        self,
-        units: int,
-        heads: int = 1,
-        *,
-        concat: bool = True,
-        self_edges: bool = True,
-        head_bias: bool = False,
-        residual: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(units, **options)
-        self.concat = concat
-        self.self_edges = self_edges
-        self.head_bias = head_bias
-        self.residual = residual
-        if heads < 1 or (concat and units % heads):
-            raise GraphError(
-                f"units={units} is not a multiple of heads={heads}: every head has the same "
-                "number of "
-                "features."
-            )
-        self.heads = heads
-
-    def build(self, input_shape: Any) -> None:
-        features = input_shape[-1]
-        head_width = self.units // self.heads if self.concat else self.units
-        width = self.heads * head_width
-        self.kernel = self.matrix("kernel", features, width)
-        self.destination = self.matrix("destination", features, width)
-        self.score = self.matrix("score", self.heads, head_width)
-        self.shift = self.bias()
-        if self.head_bias:
-            self.kernel_shift = self.bias(width, "kernel_bias")
-            self.destination_shift = self.bias(width, "destination_bias")
-        if self.residual:
-            self.own = self.matrix("own", features, self.units)
-
-    def pieces(self, width: int) -> Sequence[BlockPiece]:
-        head_width = self.units // self.heads if self.concat else self.units
-
-        def multiply(x: Any) -> Any:
-            l, r = product(x, self.kernel), product(x, self.destination)
-            if not self.head_bias or not self.use_bias:
-                return l, r
-            return add(l, self.kernel_shift), add(r, self.destination_shift)
-
-        def attention(graph: Block, column: Any, l: Any, r: Any) -> Any:
-            heads = l.shape[1] // head_width
-            all_scores: Any = keras.ops.convert_to_tensor(self.score)
-            first_head = column // head_width
-            score = jax.lax.dynamic_slice_in_dim(all_scores, first_head, heads)
-            source_rows = l.reshape(-1, heads, head_width)
-            target_rows = r.reshape(-1, heads, head_width)
-            out = graph.attention(source_rows, target_rows, score, self.self_edges)
-            return out.reshape(-1, heads * head_width)
-
-        def finish(s: Any) -> Any:
-            if not self.concat:
-                s = s.reshape(-1, self.heads, self.units).mean(axis=1)
-            return self.finished(s, self.shift)
-
-        def finish_with_own(x: Any, s: Any) -> Any:
-            if not self.concat:
-                s = s.reshape(-1, self.heads, self.units).mean(axis=1)
-            return self.finished(s + product(x, self.own), self.shift)
-
-        last = by_rows("s", "y", finish)
-        return (
-            by_rows("x", "l r", multiply),
-            by_columns("l r", "s", attention, linear=False, grain=head_width),
-            by_rows("x s", "y", finish_with_own) if self.residual else last,
-        )
-
-    def get_config(self) -> dict[str, Any]:
-        options = {
-            "heads": self.heads,
-            "concat": self.concat,
-            "self_edges": self.self_edges,
-            "head_bias": self.head_bias,
-            "residual": self.residual,
+            "root_weight": self.root_weight,
         }
         return {**super().get_config(), **options}
 
@@ -360,11 +276,12 @@ class CommNetConv(AbstractConv):
         super().__init__(units, activation, use_bias, **options)
 
     def build(self, input_shape: Any) -> None:
-        self.own = self.matrix("own", input_shape[-1], self.units)
-        self.kernel = self.matrix("kernel", input_shape[-1], self.units)
+        width = self.width_of(input_shape)
+        self.own = self.matrix("own", width, self.units)
+        self.kernel = self.matrix("kernel", width, self.units)
         self.shift = self.bias()
 
-    def pieces(self, width: int) -> Sequence[BlockPiece]:
+    def pieces(self, width: int, training: bool = False, target: str = "x") -> Sequence[BlockPiece]:
         return _own_and_aggregated(self, _mean, multiply_first=width > self.units)
 
 
@@ -381,9 +298,10 @@ class GatedGraphConv(AbstractConv):
         self.steps = steps
 
     def build(self, input_shape: Any) -> None:
-        if input_shape[-1] > self.units:
+        width = self.width_of(input_shape)
+        if width > self.units:
             raise GraphError(
-                f"Rows of {input_shape[-1]} features exceed the {self.units} units of "
+                f"Rows of {width} features exceed the {self.units} units of "
                 "GatedGraphConv: "
                 "use more units, or a Dense layer before it."
             )
@@ -395,14 +313,14 @@ class GatedGraphConv(AbstractConv):
         self.shift = self.bias(3 * self.units)
         self.recurrent_shift = self.bias(3 * self.units, "recurrent_bias")
 
-    def pieces(self, width: int) -> Sequence[BlockPiece]:
+    def pieces(self, width: int, training: bool = False, target: str = "x") -> Sequence[BlockPiece]:
         def pad(x: Any) -> Any:
             return jnp.pad(x, ((0, 0), (0, self.units - x.shape[-1])))
 
         pieces = [by_rows("x", "h0", pad)]
         for i, kernel in enumerate(self.kernels):
             pieces.append(by_rows(f"h{i}", f"p{i}", _product_with(kernel)))
-            pieces.append(by_columns(f"p{i}", f"s{i}", _sum))
+            pieces.append(by_columns(f"p{i}", f"s{i}", sum_of_edges))
             pieces.append(by_rows(f"h{i} s{i}", f"h{i + 1}", self.recurrent_unit))
         pieces.append(by_rows(f"h{self.steps}", "y", self.activation))
         return pieces
@@ -427,7 +345,8 @@ class GatedGraphConv(AbstractConv):
         return {**super().get_config(), "steps": self.steps}
 
 
-def _sum(graph: Block, column: Any, rows: Any) -> Any:
+def sum_of_edges(graph: Block, column: Any, rows: Any) -> Any:
+    """The sum over in-edges, as a piece by columns."""
     return graph.sum(rows)
 
 
@@ -439,7 +358,7 @@ def _max(graph: Block, column: Any, rows: Any) -> Any:
     return graph.max(rows)
 
 
-AGGREGATIONS = {"mean": _mean, "max": _max, "sum": _sum}
+AGGREGATIONS = {"mean": _mean, "max": _max, "sum": sum_of_edges}
 """Aggregations of SAGEConv."""
 
 
@@ -458,22 +377,31 @@ def _own_and_aggregated(
     linear: bool = True,
     multiply_first: bool = False,
     project: Callable[[Any], Any] | None = None,
+    target: str = "x",
 ) -> Sequence[BlockPiece]:
-    """The vertex's own row times `own` plus aggregated rows times `kernel`, finished."""
+    """The vertex's own row times `own` plus aggregated rows times `kernel`, finished.
 
-    def multiply(x: Any) -> Any:
-        return product(x, layer.kernel), product(x, layer.own)
+    Without `own`, aggregated rows alone.
+    """
+
+    def multiply(*tables: Any) -> Any:
+        return product(tables[0], layer.kernel), own_product(tables[-1])
+
+    def own_product(t: Any) -> Any:
+        if layer.own is None:
+            return jnp.zeros((t.shape[0], layer.units), t.dtype)
+        return product(t, layer.own)
 
     def add_products(q: Any, s: Any) -> Any:
         return layer.finished(q + s, layer.shift)
 
-    def add_rows(x: Any, s: Any) -> Any:
-        total = product(x, layer.own) + product(s, layer.kernel)
+    def add_rows(t: Any, s: Any) -> Any:
+        total = own_product(t) + product(s, layer.kernel)
         return layer.finished(total, layer.shift)
 
     if multiply_first:
         return (
-            by_rows("x", "p q", multiply),
+            by_rows("x" if target == "x" else f"x {target}", "p q", multiply),
             by_columns("p", "s", aggregate, linear),
             by_rows("q s", "y", add_products),
         )
@@ -481,9 +409,9 @@ def _own_and_aggregated(
         return (
             by_rows("x", "j", project),
             by_columns("j", "s", aggregate, linear),
-            by_rows("x s", "y", add_rows),
+            by_rows(f"{target} s", "y", add_rows),
         )
     return (
         by_columns("x", "s", aggregate, linear),
-        by_rows("x s", "y", add_rows),
+        by_rows(f"{target} s", "y", add_rows),
     )

@@ -6,133 +6,160 @@ trains on the whole graph.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypedDict, Unpack
 
 import keras
 
+from partita.errors import GraphError
 from partita.gnn.nn import layers
+from partita.gnn.nn.attention import GATConv, GATv2Conv
 from partita.gnn.nn.block import Block
-from partita.gnn.nn.layers import PACKAGE, AbstractConv, GatedGraphConv
-from partita.gnn.nn.pieces import BlockPiece, by_rows
-from partita.gnn.nn.vertices import VertexDropout
+from partita.gnn.nn.isomorphism import GINConv
+from partita.gnn.nn.layers import PACKAGE, GatedGraphConv
+from partita.gnn.nn.stages import FirstColumns, JumpStage, LayerStage, ResidualStage, Stage
+from partita.gnn.nn.vertices import VertexBatchNormalization, VertexDropout
 from partita.gnn.train import FullGraphTraining
 
-Stage = Callable[[Any, Block, bool], Any]
-"""A stage of a model: `(x, graph, training) -> x`. A stage with a method `pieces` can be cut."""
+NORMS = {
+    "batch": VertexBatchNormalization,
+    "layer": lambda **options: keras.layers.LayerNormalization(epsilon=1e-5, **options),
+}
+"""Normalizations of models by name."""
+
+JUMPS = ("cat", "max")
+"""Modes of jumping knowledge."""
 
 
-@dataclass(frozen=True)
-class LayerStage:
-    """The stage of one layer, over a graph or a Dense, after dropout if there is any."""
+class ModelOptions(TypedDict, total=False):
+    """More options of graph models.
 
-    dropout: VertexDropout | None
-    layer: Any
+    norm            'batch' or 'layer': normalization between a layer and its activation, but for
+                    the last layer
+    residual        adds its input to each layer's result, where both have equal widths
+    jk              'cat' or 'max' (jumping knowledge): a dense layer to the classes reads the
+                    results of all layers
+    layer_options   options of every layer over the graph, such as {"improved": True}
+    name, dtype     as in Keras
+    """
 
-    def __call__(self, x: Any, graph: Block, training: bool) -> Any:
-        if self.dropout is not None:
-            x = self.dropout(x, graph=graph, training=training)
-        if isinstance(self.layer, AbstractConv):
-            return self.layer(x, graph=graph)
-        return self.layer(x)
-
-    def pieces(self, width: int, training: bool) -> Sequence[BlockPiece] | None:
-        """The stage on rows of `width` features, in pieces; None if it cannot be cut.
-
-        Reasons: a layer with a `call` of its own, an activation that is no function of Keras, or
-        numbers other than float32.
-        """
-        pieces = self._layer_pieces(width)
-        if pieces is None or self.dropout is None:
-            return pieces
-        return [self._dropped(p, training) if "x" in p.reads else p for p in pieces]
-
-    def _layer_pieces(self, width: int) -> Sequence[BlockPiece] | None:
-        layer = self.layer
-        activation = layer.activation
-        if not inspect.isfunction(activation) or not activation.__module__.startswith("keras."):
-            return None
-        if layer.compute_dtype != "float32":
-            return None
-        if type(layer) is keras.layers.Dense:
-            return [by_rows("x", "y", layer)]
-        if isinstance(layer, AbstractConv) and type(layer).call is AbstractConv.call:
-            return layer.pieces(width)
-        return None
-
-    def _dropped(self, piece: BlockPiece, training: bool) -> BlockPiece:
-        """The piece with dropout of "x", rematerialized in every piece that reads it."""
-        dropout: Any = self.dropout
-
-        def function(graph: Block, column: Any, *tables: Any) -> tuple[Any, ...]:
-            inputs = dict(zip(piece.reads, tables, strict=True))
-            inputs["x"] = dropout(inputs["x"], graph=graph, training=training, column=column)
-            return piece.function(graph, column, *inputs.values())
-
-        return replace(piece, function=function)
+    norm: str | None
+    residual: bool
+    jk: str | None
+    layer_options: dict[str, Any] | None
+    name: str
+    dtype: Any
 
 
 class GraphModel(FullGraphTraining, keras.Model):
     """`layers` layers of `hidden` features, the last of `classes`, each after dropout.
 
-    The output is probabilities. `l2` penalizes the first layer's weights, like weight decay of that
-    strength in gradient descent. `output` is the last activation: None for logits, with a loss of
-    `from_logits=True`.
+    `hidden` may be a list of widths, one for each layer but the last. The output is probabilities.
+    `l2` penalizes the first layer's weights, like weight decay of that strength in gradient
+    descent. `output` is the last activation: None for logits, with a loss of `from_logits=True`.
+    More options: `ModelOptions`.
     """
 
     def __init__(
         self,
-        hidden: int = 16,
+        hidden: int | Sequence[int] = 16,
         classes: int = 2,
-        layers: int = 2,
+        layers: int | None = None,
         dropout: float = 0.5,
         l2: float = 0.0,
         output: str | None = "softmax",
         activation: str = "relu",
-        **options: Any,
+        **options: Unpack[ModelOptions],
     ) -> None:
-        super().__init__(**options)
-        self.hidden = hidden
+        keras_options: dict[str, Any] = dict(options)
+        norm = keras_options.pop("norm", None)
+        residual = keras_options.pop("residual", False)
+        jk = keras_options.pop("jk", None)
+        layer_options = dict(keras_options.pop("layer_options", None) or {})
+        super().__init__(**keras_options)
+        self.hidden = hidden if isinstance(hidden, int) else list(hidden)
         self.classes = classes
-        self.depth = layers
         self.dropout = dropout
         self.l2 = l2
         self.output_activation = output
         self.hidden_activation = activation
+        self.norm = _known("norm", norm, tuple(NORMS))
+        self.jk = _known("jk", jk, JUMPS)
+        self.residual = residual
+        self.layer_options = layer_options
+        self.widths = layer_widths(hidden, classes, layers, self.jk is not None)
+        self.depth = len(self.widths)
         self.convs = []
         self.drops = []
-        for i in range(layers):
-            last = i == layers - 1
-            regularizer = keras.regularizers.L2(l2 / 2) if l2 and i == 0 else None
-            self.drops.append(VertexDropout(dropout, name=f"dropout_{i}"))
+        self.norms = []
+        self.leave: Any = None
+        self._make_layers()
+        if self.norm == "batch":
+            # the normalization needs the rows of all vertices, not only of those near training
+            self.by_vertex = False
+
+    def _make_layers(self) -> None:
+        """Makes dropout, convolution and normalization of every layer."""
+        apart = self.norm is not None or self.residual
+        for i, units in enumerate(self.widths):
+            last = i == self.depth - 1 and self.jk is None
+            regularizer = keras.regularizers.L2(self.l2 / 2) if self.l2 and i == 0 else None
+            self.drops.append(VertexDropout(self.dropout, name=f"dropout_{i}"))
+            hidden_activation = None if apart else self.hidden_activation
             conv = self.conv(
                 last,
-                activation=output if last else activation,
+                units=units,
+                activation=self.output_activation if last else hidden_activation,
                 kernel_regularizer=regularizer,
                 name=f"conv_{i}",
+                **self.layer_options,
             )
             self.convs.append(conv)
+            if self.norm is not None and not last:
+                self.norms.append(NORMS[self.norm](name=f"norm_{i}"))
+        if self.jk is not None:
+            self.leave_drop = VertexDropout(self.dropout, name="last_dropout")
+            self.leave = keras.layers.Dense(
+                self.classes, activation=self.output_activation, name="leave"
+            )
 
     def conv(self, last: bool, **options: Any) -> layers.AbstractConv:
-        """A new layer, the last one or another."""
+        """A new layer of these options, `units` among them, the last one or another."""
         raise NotImplementedError
-
-    def units(self, last: bool) -> int:
-        """Features of a layer."""
-        return self.classes if last else self.hidden
 
     def build(self, input_shape: Any) -> None:
         width = input_shape[-1]
-        for conv in self.convs:
+        total = 0
+        for i, conv in enumerate(self.convs):
             conv.build((None, width))
             width = conv.compute_output_shape((None, width))[-1]
+            total += width
+            if i < len(self.norms):
+                self.norms[i].build((None, width))
+        if self.leave is not None and self.jk is not None:
+            self.leave.build((None, total if self.jk == "cat" else width))
         self.built = True
 
     def stages(self) -> list[Stage]:
         """The model as functions of (x, graph, training), which a memory plan runs one by one."""
-        return [LayerStage(drop, conv) for drop, conv in zip(self.drops, self.convs, strict=True)]
+        stages = [self._stage(i) for i in range(self.depth)]
+        if self.jk is None:
+            return stages
+        jumps: list[Stage] = []
+        for i, stage in enumerate(stages):
+            jumps.append(JumpStage(stage, self.jk, self.widths[i - 1] if i else None))
+        leave: Stage = LayerStage(self.leave_drop, self.leave)
+        return [*jumps, leave if self.jk == "cat" else FirstColumns(leave, self.widths[-1])]
+
+    def _stage(self, i: int) -> Stage:
+        """The stage of layer i."""
+        stage = LayerStage(self.drops[i], self.convs[i])
+        last = i == self.depth - 1 and self.jk is None
+        if last or (self.norm is None and not self.residual):
+            return stage
+        norm = self.norms[i] if self.norms else None
+        activation = keras.activations.get(self.hidden_activation)
+        return ResidualStage(stage, norm, activation, self.residual)
 
     def call(self, x: Any, graph: Block, training: bool = False) -> Any:
         for stage in self.stages():
@@ -149,7 +176,41 @@ class GraphModel(FullGraphTraining, keras.Model):
             "l2": self.l2,
             "output": self.output_activation,
             "activation": self.hidden_activation,
+            "norm": self.norm,
+            "residual": self.residual,
+            "jk": self.jk,
+            "layer_options": dict(self.layer_options),
         }
+
+
+def layer_widths(
+    hidden: int | Sequence[int], classes: int, layers: int | None, jumps: bool
+) -> list[int]:
+    """Features of each layer; with jumping knowledge, the last one is not of `classes`.
+
+    >>> layer_widths(16, 7, 3, False), layer_widths([32, 8], 7, None, False)
+    ([16, 16, 7], [32, 8, 7])
+    """
+    last = [] if jumps else [classes]
+    if isinstance(hidden, int):
+        depth = 2 if layers is None else layers
+        return [hidden] * (depth - len(last)) + last if depth else []
+    widths = [*hidden, *last]
+    if layers not in (None, len(widths)):
+        raise GraphError(
+            f"hidden={list(hidden)} makes {len(widths)} layers, and layers={layers}: remove layers."
+        )
+    if jumps and len(set(widths)) > 1:
+        raise GraphError(f"hidden={list(hidden)} with jk needs equal widths: use one number.")
+    return widths
+
+
+def _known(option: str, value: Any, known: Sequence[str]) -> Any:
+    """The value itself; GraphError unless it is None or known."""
+    if value is not None and value not in known:
+        names = ", ".join(map(repr, known))
+        raise GraphError(f"{option}={value!r} is unknown: use None, {names}.")
+    return value
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -159,23 +220,28 @@ class GCN(GraphModel):
     by_vertex = True
 
     def conv(self, last: bool, **options: Any) -> layers.AbstractConv:
-        return layers.GCNConv(self.units(last), **options)
+        return layers.GCNConv(**options)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class SAGE(GraphModel):
-    """GraphSAGE on whole neighbourhoods (Hamilton et al. 2017), by 'mean' or 'max'."""
+    """GraphSAGE on whole neighbourhoods (Hamilton et al. 2017), by 'mean', 'max' or 'sum'."""
 
     by_vertex = True
 
     def __init__(
-        self, hidden: int = 16, classes: int = 2, *, aggregation: str = "mean", **options: Any
+        self,
+        hidden: int | Sequence[int] = 16,
+        classes: int = 2,
+        *,
+        aggregation: str = "mean",
+        **options: Any,
     ) -> None:
         self.aggregation = aggregation
         super().__init__(hidden, classes, **options)
 
     def conv(self, last: bool, **options: Any) -> layers.AbstractConv:
-        return layers.SAGEConv(self.units(last), self.aggregation, **options)
+        return layers.SAGEConv(aggregation=self.aggregation, **options)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "aggregation": self.aggregation}
@@ -183,40 +249,59 @@ class SAGE(GraphModel):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class GIN(GraphModel):
-    """Graph isomorphism network (Xu et al. 2019), without batch normalization."""
+    """Graph isomorphism network (Xu et al. 2019), without batch normalization by default."""
 
     by_vertex = True
 
     def conv(self, last: bool, **options: Any) -> layers.AbstractConv:
-        return layers.GINConv(self.units(last), **options)
+        return GINConv(**options)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class GATv2(GraphModel):
     """Graph attention network (Brody et al. 2022).
 
-    `heads` heads share `hidden` features; the last layer has one head.
+    `heads` heads share `hidden` features. The last layer has `last_heads` heads, whose mean is the
+    result. `layer_options={"dropout": 0.6}` drops attention.
     """
 
     by_vertex = True
 
     def __init__(
         self,
-        hidden: int = 16,
+        hidden: int | Sequence[int] = 16,
         classes: int = 2,
         *,
         heads: int = 8,
+        last_heads: int = 1,
         activation: str = "elu",
         **options: Any,
     ) -> None:
         self.heads = heads
+        self.last_heads = last_heads
         super().__init__(hidden, classes, activation=activation, **options)
 
     def conv(self, last: bool, **options: Any) -> layers.AbstractConv:
-        return layers.GATv2Conv(self.units(last), 1 if last else self.heads, **options)
+        return GATv2Conv(**self.head_options(last), **options)
+
+    def head_options(self, last: bool) -> dict[str, Any]:
+        """Options of a layer's heads."""
+        if not last:
+            return {"heads": self.heads}
+        return {"heads": self.last_heads, "concat": self.last_heads == 1}
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "heads": self.heads}
+        return {**super().get_config(), "heads": self.heads, "last_heads": self.last_heads}
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class GAT(GATv2):
+    """Graph attention network (Velickovic et al. 2018), options as in `GATv2`."""
+
+    by_vertex = True
+
+    def conv(self, last: bool, **options: Any) -> layers.AbstractConv:
+        return GATConv(**self.head_options(last), **options)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -226,12 +311,17 @@ class CommNet(GraphModel):
     by_vertex = True
 
     def __init__(
-        self, hidden: int = 16, classes: int = 2, *, activation: str = "tanh", **options: Any
+        self,
+        hidden: int | Sequence[int] = 16,
+        classes: int = 2,
+        *,
+        activation: str = "tanh",
+        **options: Any,
     ) -> None:
         super().__init__(hidden, classes, activation=activation, **options)
 
     def conv(self, last: bool, **options: Any) -> layers.AbstractConv:
-        return layers.CommNetConv(self.units(last), **options)
+        return layers.CommNetConv(**options)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -247,13 +337,15 @@ class GatedGraph(GraphModel):
         self,
         hidden: int = 16,
         classes: int = 2,
-        layers: int = 2,
+        layers: int | None = None,
         dropout: float = 0.5,
         l2: float = 0.0,
         output: str | None = "softmax",
         activation: str = "relu",
         **options: Any,
     ) -> None:
+        if options.get("norm") or options.get("jk") or options.get("residual"):
+            raise GraphError("GatedGraph has no norm, jk and residual: use GCN, SAGE, GIN or GAT.")
         super().__init__(
             hidden,
             classes,
@@ -264,14 +356,14 @@ class GatedGraph(GraphModel):
             activation,
             **options,
         )
-        self.depth = layers
+        self.depth = 2 if layers is None else layers
         self.drop = VertexDropout(dropout, name="dropout")
         self.last_drop = VertexDropout(dropout, name="last_dropout")
         regularizer = keras.regularizers.L2(l2 / 2) if l2 else None
         self.enter = keras.layers.Dense(
             hidden, activation, kernel_regularizer=regularizer, name="enter"
         )
-        self.gated = GatedGraphConv(hidden, layers, name="gated")
+        self.gated = GatedGraphConv(hidden, self.depth, name="gated")
         self.leave = keras.layers.Dense(classes, output, name="leave")
 
     def build(self, input_shape: Any) -> None:
@@ -292,6 +384,7 @@ MODELS: dict[str, type[GraphModel]] = {
     "gcn": GCN,
     "sage": SAGE,
     "gin": GIN,
+    "gat": GAT,
     "gatv2": GATv2,
     "commnet": CommNet,
     "gatedgraph": GatedGraph,

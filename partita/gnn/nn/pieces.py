@@ -70,9 +70,9 @@ def by_columns(
     )
 
 
-def run(pieces: Sequence[BlockPiece], graph: Any, x: Any) -> Any:
-    """The table that the last piece writes, from x as "x"."""
-    tables = {"x": x}
+def run(pieces: Sequence[BlockPiece], graph: Any, tables: dict[str, Any]) -> Any:
+    """The table that the last piece writes, from tables by name."""
+    tables = dict(tables)
     for piece in pieces:
         inputs = [tables[name] for name in piece.reads]
         results = piece.function(graph, 0, *inputs)

@@ -1,122 +1,230 @@
-"""Weights of layers in PyG's names and shapes, both ways.
+"""Weights of layers and models in PyG's names and shapes, both ways.
 
 PyG (PyTorch Geometric) stores matrices as [outputs, inputs], the transpose of ours. Nothing of it
 is imported: a state is a mapping from names to arrays or tensors, as `module.state_dict()` gives.
+
+| ours | PyG's |
+|---|---|
+| GCNConv, SAGEConv, GINConv, GINEConv, GATConv, GATv2Conv, GatedGraphConv | the same names |
+| GCN, SAGE | `GCN`, `GraphSAGE` of `torch_geometric.nn.models` |
+| Dense, VertexBatchNormalization, LayerNormalization | `Linear`, `BatchNorm`, `LayerNorm` |
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import keras
 import numpy as np
 
 from partita.errors import GraphError
 from partita.gnn.data.arrays import as_array
-from partita.gnn.nn.layers import (
-    GatedGraphConv,
-    GATv2Conv,
-    GCNConv,
-    GINConv,
-    SAGEConv,
-)
+from partita.gnn.nn.attention import GATConv, GATv2Conv
+from partita.gnn.nn.isomorphism import GINConv, GINEConv
+from partita.gnn.nn.layers import GatedGraphConv, GCNConv, SAGEConv
+from partita.gnn.nn.models import GraphModel
+from partita.gnn.nn.vertices import VertexBatchNormalization
 
-NAMES: dict[type, dict[str, str]] = {
-    GCNConv: {"kernel": "lin.weight", "shift": "bias"},
-    SAGEConv: {
-        "kernel": "lin_l.weight",
-        "shift": "lin_l.bias",
-        "own": "lin_r.weight",
-        "projection": "lin.weight",
-        "projection_shift": "lin.bias",
-    },
-    GINConv: {
-        "epsilon": "eps",
-        "kernel": "nn.0.weight",
-        "shift": "nn.0.bias",
-        "second": "nn.2.weight",
-        "second_shift": "nn.2.bias",
-    },
-    GATv2Conv: {
-        "kernel": "lin_l.weight",
-        "kernel_shift": "lin_l.bias",
-        "destination": "lin_r.weight",
-        "destination_shift": "lin_r.bias",
-        "score": "att",
-        "shift": "bias",
-        "own": "res.weight",
-    },
-    GatedGraphConv: {
-        "kernels": "weight",
-        "gates": "rnn.weight_ih",
-        "recurrent": "rnn.weight_hh",
-        "shift": "rnn.bias_ih",
-        "recurrent_shift": "rnn.bias_hh",
-    },
-}
-"""PyG's name of each attribute of a layer."""
+
+@dataclass(frozen=True)
+class StateEntry:
+    """A number of PyG's state: the array as PyG stores it, and a function that takes another."""
+
+    array: np.ndarray
+    assign: Callable[[np.ndarray], None]
 
 
 def pyg_state(layer: Any) -> dict[str, np.ndarray]:
-    """Weights of a built layer, float32, under PyG's names and in PyG's shapes."""
-    state = {}
-    for attribute, name in _names(layer).items():
-        if attribute == "kernels":
-            state[name] = np.stack([np.asarray(kernel) for kernel in layer.kernels])
-            continue
-        array = np.asarray(getattr(layer, attribute))
-        state[name] = _in_shape_of_pyg(attribute, array)
-    return state
+    """Weights of a built layer or model, float32, under PyG's names and in PyG's shapes."""
+    return {name: entry.array for name, entry in _entries(layer).items()}
 
 
 def load_pyg_state(layer: Any, state: Mapping[str, Any]) -> None:
-    """Puts the weights of a PyG module into a built layer of the same options.
+    """Puts the weights of a PyG module into a built layer or model of the same options.
 
-    GraphError if a name is missing or unknown, or a shape differs.
+    GraphError if a name is missing or unknown, or a shape differs; then nothing has changed.
     """
-    names = _names(layer)
-    unknown = sorted(set(state) - set(names.values()))
-    missing = sorted(set(names.values()) - set(state))
+    entries = _entries(layer)
+    unknown = sorted(set(state) - set(entries))
+    missing = sorted(set(entries) - set(state))
     if unknown or missing:
         title = f"{type(layer).__name__} {layer.name!r}"
         raise GraphError(
             f"The weights do not fit {title}: missing {', '.join(missing) or 'none'}; unknown "
             f"{', '.join(unknown) or 'none'}. Make both layers with the same options."
         )
-    for attribute, name in names.items():
-        array = as_array(state[name])
-        if attribute == "kernels":
-            for kernel, matrix in zip(layer.kernels, array, strict=True):
-                kernel.assign(matrix)
-            continue
-        variable = getattr(layer, attribute)
-        expected = _in_shape_of_pyg(attribute, np.asarray(variable)).shape
-        if array.shape != expected:
+    arrays = {name: as_array(state[name]) for name in entries}
+    for name, entry in entries.items():
+        if arrays[name].shape != entry.array.shape:
             raise GraphError(
-                f"{name} has the shape {list(array.shape)}, and {layer.name!r} needs "
-                f"{list(expected)}: make both layers with the same options."
+                f"{name} has the shape {list(arrays[name].shape)}, and {layer.name!r} needs "
+                f"{list(entry.array.shape)}: make both layers with the same options."
             )
-        matrix = array.T if array.ndim == 2 else array
-        variable.assign(matrix.reshape(variable.shape))
+    for name, entry in entries.items():
+        entry.assign(arrays[name])
 
 
-def _in_shape_of_pyg(attribute: str, array: np.ndarray) -> np.ndarray:
-    """An array as PyG stores it: matrices transposed, scores [1, heads, features], e as [1]."""
-    if attribute == "score":
-        return array[None]
-    if attribute == "epsilon":
-        return array.reshape(1)
-    return array.T if array.ndim == 2 else array
+# ----------------------------------------------------------------------------- shapes of PyG
 
 
-def _names(layer: Any) -> dict[str, str]:
-    """PyG's names of the weights that a layer has."""
+def _plain(variable: Any) -> StateEntry:
+    """An array of the same shape."""
+    return StateEntry(np.asarray(variable, np.float32), variable.assign)
+
+
+def _transposed(variable: Any) -> StateEntry:
+    """A matrix, [outputs, inputs] in PyG."""
+    array = np.asarray(variable, np.float32).T
+    return StateEntry(array, lambda given: variable.assign(given.T))
+
+
+def _reshaped(variable: Any, shape: tuple[int, ...]) -> StateEntry:
+    """An array of another shape in PyG."""
+    array = np.asarray(variable, np.float32).reshape(shape)
+    return StateEntry(array, lambda given: variable.assign(given.reshape(variable.shape)))
+
+
+def _scores(variable: Any) -> StateEntry:
+    """Scores, [1, heads, features] in PyG."""
+    return _reshaped(variable, (1, *variable.shape))
+
+
+def _stacked(variables: Sequence[Any]) -> StateEntry:
+    """Matrices in one array."""
+
+    def assign(given: np.ndarray) -> None:
+        for variable, matrix in zip(variables, given, strict=True):
+            variable.assign(matrix)
+
+    return StateEntry(np.stack([np.asarray(v, np.float32) for v in variables]), assign)
+
+
+# ----------------------------------------------------------------------------- names of PyG
+
+Named = Sequence[tuple[str, str, Callable[[Any], StateEntry]]]
+"""(attribute of a layer, name in PyG, shape in PyG); attributes that are None are left out."""
+
+NAMES: dict[type, Named] = {
+    GCNConv: (("kernel", "lin.weight", _transposed), ("shift", "bias", _plain)),
+    SAGEConv: (
+        ("kernel", "lin_l.weight", _transposed),
+        ("shift", "lin_l.bias", _plain),
+        ("own", "lin_r.weight", _transposed),
+        ("projection", "lin.weight", _transposed),
+        ("projection_shift", "lin.bias", _plain),
+    ),
+    GINConv: (
+        ("epsilon", "eps", partial(_reshaped, shape=(1,))),
+        ("kernel", "nn.0.weight", _transposed),
+        ("shift", "nn.0.bias", _plain),
+        ("second", "nn.2.weight", _transposed),
+        ("second_shift", "nn.2.bias", _plain),
+        ("edge_kernel", "lin.weight", _transposed),
+        ("edge_shift", "lin.bias", _plain),
+    ),
+    GATv2Conv: (
+        ("kernel", "lin_l.weight", _transposed),
+        ("kernel_shift", "lin_l.bias", _plain),
+        ("destination", "lin_r.weight", _transposed),
+        ("destination_shift", "lin_r.bias", _plain),
+        ("score", "att", _scores),
+        ("shift", "bias", _plain),
+        ("own", "res.weight", _transposed),
+        ("edge_kernel", "lin_edge.weight", _transposed),
+    ),
+    GATConv: (
+        ("source_score", "att_src", _scores),
+        ("target_score", "att_dst", _scores),
+        ("edge_score", "att_edge", _scores),
+        ("shift", "bias", _plain),
+        ("own", "res.weight", _transposed),
+        ("edge_kernel", "lin_edge.weight", _transposed),
+    ),
+    GatedGraphConv: (
+        ("kernels", "weight", _stacked),
+        ("gates", "rnn.weight_ih", _transposed),
+        ("recurrent", "rnn.weight_hh", _transposed),
+        ("shift", "rnn.bias_ih", _plain),
+        ("recurrent_shift", "rnn.bias_hh", _plain),
+    ),
+    keras.layers.Dense: (("kernel", "weight", _transposed), ("bias", "bias", _plain)),
+    keras.layers.LayerNormalization: (("gamma", "weight", _plain), ("beta", "bias", _plain)),
+    VertexBatchNormalization: (
+        ("gamma", "weight", _plain),
+        ("beta", "bias", _plain),
+        ("moving_mean", "running_mean", _plain),
+        ("moving_variance", "running_var", _plain),
+    ),
+}
+NAMES[GINEConv] = NAMES[GINConv]
+
+
+def _entries(layer: Any) -> dict[str, StateEntry]:
+    """The entries of PyG's state of a built layer or model."""
+    if not layer.built:
+        raise GraphError(f"{layer.name!r} has no weights yet: build it, or fit the model once.")
+    if isinstance(layer, GraphModel):
+        return _model_entries(layer)
     names = NAMES.get(type(layer))
     if names is None:
         known = ", ".join(kind.__name__ for kind in NAMES)
         raise GraphError(
             f"{type(layer).__name__} has no weights in PyG's names: use one of {known}."
         )
-    if not layer.built:
-        raise GraphError(f"{layer.name!r} has no weights yet: build it, or fit the model once.")
-    return {a: name for a, name in names.items() if getattr(layer, a, None) is not None}
+    entries = {}
+    for attribute, name, entry in names:
+        variable = getattr(layer, attribute, None)
+        if variable is not None:
+            entries[name] = entry(variable)
+    if isinstance(layer, GATConv):
+        entries |= _gat_matrices(layer)
+    if isinstance(layer, VertexBatchNormalization):
+        entries["num_batches_tracked"] = StateEntry(np.zeros((), np.int64), lambda given: None)
+    if isinstance(layer, GINConv) and layer.mlp is not None:
+        entries |= _network_entries(layer.mlp)
+    return entries
+
+
+def _gat_matrices(layer: GATConv) -> dict[str, StateEntry]:
+    """One matrix for both ends is `lin`, two are `lin_src` and `lin_dst`."""
+    if layer.destination is None:
+        return {"lin.weight": _transposed(layer.kernel)}
+    return {
+        "lin_src.weight": _transposed(layer.kernel),
+        "lin_dst.weight": _transposed(layer.destination),
+    }
+
+
+def _network_entries(layers: Sequence[Any]) -> dict[str, StateEntry]:
+    """A network under `nn`, by positions in a `torch.nn.Sequential`.
+
+    There an activation is a module of its own.
+    """
+    entries = {}
+    position = 0
+    for layer in layers:
+        if layer.weights:
+            named = _entries(layer).items()
+            entries |= {f"nn.{position}.{name}": entry for name, entry in named}
+        activation = getattr(layer, "activation", None)
+        active = activation is not None and activation is not keras.activations.linear
+        apart = active and not isinstance(layer, keras.layers.Activation)
+        position += 2 if apart else 1
+    return entries
+
+
+def _model_entries(model: GraphModel) -> dict[str, StateEntry]:
+    """The layers of a model: `convs`, `norms`, and `lin` after jumping knowledge."""
+    parts = [(f"convs.{i}", conv) for i, conv in enumerate(model.convs)]
+    parts += [(f"norms.{i}.module", norm) for i, norm in enumerate(model.norms)]
+    if model.leave is not None:
+        parts.append(("lin", model.leave))
+    if not model.convs:
+        raise GraphError(f"{type(model).__name__} has no weights in PyG's names: use its layers.")
+    entries = {}
+    for prefix, part in parts:
+        entries |= {f"{prefix}.{name}": entry for name, entry in _entries(part).items()}
+    return entries

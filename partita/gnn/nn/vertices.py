@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -38,8 +39,7 @@ class VertexDropout(keras.layers.Layer):
         row_bits = _mix(vertex.astype(jnp.uint32) ^ seed[0])
         column_bits = _mix(columns + seed[1])
         bits = _mix(row_bits[:, None] + column_bits)
-        stays = bits >= jnp.uint32(min(self.rate * 2.0**32, 2**32 - 1))
-        return jnp.where(stays, x / (1 - self.rate), 0)
+        return jnp.where(_stay(bits, self.rate), x / (1 - self.rate), 0)
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the seed, which Keras's own Dropout forgets: loaded training continues."""
@@ -47,6 +47,51 @@ class VertexDropout(keras.layers.Layer):
 
     def load_own_variables(self, store: Any) -> None:
         self.seed_generator.state.assign(np.asarray(store["seed"]))
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "rate": self.rate}
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class PairDropout(keras.layers.Layer):
+    """Dropout of values per edge and head, whose pattern depends on the numbers of both vertices.
+
+    The numbers are the same however a graph is split.
+    """
+
+    def __init__(self, rate: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.rate = rate
+        self.seed_generator = keras.random.SeedGenerator() if rate else None
+        self.built = True
+
+    def pattern(self, training: bool, first_head: Any) -> Callable[[Any, Any, Any], Any]:
+        """A function of values [n, heads] and of both vertices, int32 [n], with one seed.
+
+        It returns the values after dropout; `first_head` is the number of their first head.
+        """
+        if self.seed_generator is None or not training:
+            return lambda values, source, target: values
+        seed = jnp.asarray(self.seed_generator.next()).astype(jnp.uint32)
+
+        def dropped(values: Any, source: Any, target: Any) -> Any:
+            source_bits = _mix(source.astype(jnp.uint32) ^ seed[0])
+            pair_bits = _mix(source_bits + target.astype(jnp.uint32))
+            heads = jnp.arange(values.shape[1], dtype=jnp.uint32)
+            head_bits = _mix(heads + jnp.asarray(first_head).astype(jnp.uint32) + seed[1])
+            stays = _stay(_mix(pair_bits[:, None] ^ head_bits), self.rate)
+            return jnp.where(stays, values / (1 - self.rate), 0)
+
+        return dropped
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the seed, so that loaded training continues."""
+        if self.seed_generator is not None:
+            store["seed"] = np.asarray(self.seed_generator.state.value)
+
+    def load_own_variables(self, store: Any) -> None:
+        if self.seed_generator is not None:
+            self.seed_generator.state.assign(np.asarray(store["seed"]))
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "rate": self.rate}
@@ -98,6 +143,11 @@ class VertexBatchNormalization(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "momentum": self.momentum, "epsilon": self.epsilon}
+
+
+def _stay(bits: Any, rate: float) -> Any:
+    """Whether numbers with these bits stay."""
+    return bits >= jnp.uint32(min(rate * 2.0**32, 2**32 - 1))
 
 
 def _mix(bits: Any) -> Any:
