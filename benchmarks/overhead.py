@@ -70,6 +70,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=12, help="epochs of a run")
     parser.add_argument("--steps", type=int, default=200, help="steps of an epoch")
     parser.add_argument("--sizes", type=int, default=2, help="sizes of layers in each setting")
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2], choices=[1, 2])
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "train.py"
@@ -89,14 +90,14 @@ def main() -> int:
             "plain",
             *length,
         ]
-        for units, batch in ((128, 64), (512, 128))[: given.sizes]:
+        for units, batch in ((128, 64), (512, 128))[: given.sizes if 1 in given.devices else 0]:
             size = [str(units), str(batch)]
             show(
                 f"one device, {units} units, batch {batch}",
                 turns({"python": plain + size, "partita run": run + size}, 1, folder, given.rounds),
             )
         data_parallel = Path(folder) / "data-parallel.json"
-        for units, batch in ((128, 128), (256, 256))[: given.sizes]:
+        for units, batch in ((128, 128), (256, 256))[: given.sizes if 2 in given.devices else 0]:
             size = [*length, str(units), str(batch)]
             _data_parallel(units, batch, data_parallel)
             ways = {

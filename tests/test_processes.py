@@ -442,11 +442,10 @@ def checkpointed(
 
 def test_a_checkpoint_resumes_under_another_plan_and_number_of_processes(tmp_path: Path) -> None:
     straight = checkpointed(tmp_path / "straight", 4, "--devices", "1")
-    first = checkpointed(tmp_path / "resumed", 2, "--processes", "2")
-    second = checkpointed(tmp_path / "resumed", 3, "--devices", "3")
-    third = checkpointed(tmp_path / "resumed", 4, "--processes", "4")
-    resumed = [loss for done in (first, second, third) for loss in figures(done.stdout, "losses")]
-    assert len(resumed) == 4, first.stderr + second.stderr + third.stderr
+    first = checkpointed(tmp_path / "resumed", 2, "--devices", "3")
+    second = checkpointed(tmp_path / "resumed", 4, "--processes", "2")
+    resumed = [loss for done in (first, second) for loss in figures(done.stdout, "losses")]
+    assert len(resumed) == 4, first.stderr + second.stderr
     np.testing.assert_allclose(resumed, figures(straight.stdout, "losses"), rtol=1e-4)
     other = checkpointed(tmp_path / "resumed", 5, "--devices", "1", WIDTH="300")
     assert other.returncode == 2

@@ -21,7 +21,18 @@ SMALL = {
     "published": ["--only", "dense layers"],
     "staged_equality": ["--pairs", "1", "--first", "4"],
     "targets": ["--groups", "layers", "--only", "groupquery", "--targets", "cuda"],
-    "overhead": ["--rounds", "1", "--epochs", "1", "--steps", "4", "--sizes", "1"],
+    "overhead": [
+        "--rounds",
+        "1",
+        "--epochs",
+        "1",
+        "--steps",
+        "4",
+        "--sizes",
+        "1",
+        "--devices",
+        "1",
+    ],
 }
 """Script -> arguments of a small case, for scripts that need no file."""
 OF_A_GRAPH = {
