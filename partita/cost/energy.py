@@ -2,6 +2,7 @@
 
     joules = busy device seconds x power + other device seconds x idle power
            + bits between devices x energy per bit
+           + seconds of attached compute x its power
            (+ bits of the main memory x energy per bit, where power is that of domains)
 
 The power of a device's operating point is that of the whole board with its memories. The power of a
@@ -38,6 +39,8 @@ class Energy:
     """Devices without a kernel, and domains that always draw power."""
     memory: float
     links: float
+    attached: float = 0.0
+    """Compute attached to memory, at work."""
 
     @property
     def joules(self) -> float:
@@ -58,6 +61,8 @@ class DeviceActivity:
     """Bytes that kernels of a device read and write, the mean over devices."""
     link_bytes: float
     """Bytes that a device sends, the mean over devices."""
+    attached_seconds: tuple[float, ...] = ()
+    """[attached part of the machine]: seconds in which it works and a device waits for it."""
 
 
 def missing_power(machine: Machine) -> tuple[str, ...]:
@@ -77,6 +82,9 @@ def missing_power(machine: Machine) -> tuple[str, ...]:
                 missing.append(f"{path}.operating_point")
             elif device.points[0].idle_power is None:
                 missing.append(f"{path}.operating_point.{device.points[0].name}.idle_power")
+    for part in machine.attached:
+        if part.power is None:
+            missing.append(f"attached.{part.name}.power")
     for level in machine.levels:
         if level.size > 1 and level.energy_per_bit is None:
             missing.append(f"level.{level.name}.energy_per_bit")
@@ -97,7 +105,8 @@ def step_energy(machine: Machine, activity: DeviceActivity) -> Energy | None:
     """The energy of a step at the first operating points; None where power figures are missing."""
     if missing_power(machine):
         return None
-    busy = min(activity.busy, activity.seconds)
+    busy = min(activity.busy, activity.seconds) - sum(activity.attached_seconds)
+    busy = max(busy, 0.0)
     waiting = activity.seconds - busy
     link_joules = 0.0
     if activity.devices > 1:
@@ -119,7 +128,13 @@ def step_energy(machine: Machine, activity: DeviceActivity) -> Energy | None:
         idle=waiting * idle_watts + activity.seconds * always,
         memory=memory_joules,
         links=link_joules,
+        attached=_attached_joules(machine, activity),
     )
+
+
+def _attached_joules(machine: Machine, activity: DeviceActivity) -> float:
+    parts = zip(machine.attached, activity.attached_seconds, strict=False)
+    return sum(seconds * (part.power or 0.0) for part, seconds in parts)
 
 
 def memory_bytes(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from partita.cost.attached import AttachedUse, kernels_by_part
 from partita.cost.backends import compiler_of
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.partial import Factors
@@ -311,6 +312,10 @@ class _Roofline:
     """[kernel, assignment]: seconds of its traffic."""
     trips: np.ndarray
     """[kernel]."""
+    flops: np.ndarray
+    """[kernel, assignment]: FLOPs of a device."""
+    nbytes: np.ndarray
+    """[kernel, assignment]: bytes that a device reads and writes."""
 
 
 def _roofline(
@@ -341,11 +346,14 @@ def _roofline(
     for kernel, position, nbytes in traffic_entries:
         traffic[kernel, position] += nbytes
     local_traffic = traffic @ share
+    local_flops = np.array(flops)[:, None] * share[columns]
     full_seconds = np.array(flops) / np.array(rates)
     return _Roofline(
         full_seconds[:, None] * share[columns],
         local_traffic / machine.bandwidth_for(local_traffic),
         np.array([float(work.trips) for work in terms.work]),
+        local_flops,
+        local_traffic,
     )
 
 
@@ -380,6 +388,14 @@ def _kernel_seconds(
     times = machine.times
     if times is None:
         seconds = np.maximum(roofline.compute, roofline.memory) + machine.overhead
+        if machine.attached:
+            seconds, _ = kernels_by_part(
+                machine,
+                terms.work,
+                seconds,
+                roofline.flops,
+                roofline.nbytes,
+            )
         return trips_by_phase @ seconds
     compute_factors, memory_factors = (
         np.array([times.factor(feature(work.kind, cause)) for work in terms.work])[:, None]
@@ -397,6 +413,38 @@ def _kernel_seconds(
             # Measured is the whole operator. Its phases share the seconds as the fit divides them.
             seconds[:, i] *= measured / seconds[:, i].sum()
     return seconds
+
+
+def attached_uses(
+    terms: Terms,
+    placement: Placement,
+    assignments: Sequence[Assignment],
+) -> list[AttachedUse]:
+    """The use of each attached part of a machine in a step."""
+    machine = placement.machine
+    if not machine.attached or machine.times is not None:
+        return []
+    kernels = [0] * len(machine.attached)
+    seconds_of_part = [0.0] * len(machine.attached)
+    for operator, assignment in zip(terms.operators, assignments, strict=True):
+        if not operator.work:
+            continue
+        sides = _roofline(operator, machine, ShardCounts(placement, [assignment]))
+        on_device = np.maximum(sides.compute, sides.memory) + machine.overhead
+        fastest, places = kernels_by_part(
+            machine,
+            operator.work,
+            on_device,
+            sides.flops,
+            sides.nbytes,
+        )
+        for k, work in enumerate(operator.work):
+            number = int(places[k, 0])
+            if number >= 0:
+                kernels[number] += work.trips
+                seconds_of_part[number] += work.trips * float(fastest[k, 0])
+    uses = zip(machine.attached, kernels, seconds_of_part, strict=True)
+    return [AttachedUse(*use) for use in uses]
 
 
 def local_key(

@@ -14,7 +14,13 @@ from typing import Any
 
 from partita.cost.collectives import collectives
 from partita.cost.energy import DeviceActivity, Energy, memory_bytes, missing_power, step_energy
-from partita.cost.evaluate import Assignment, OperatorCost, compute_source, operator_costs
+from partita.cost.evaluate import (
+    Assignment,
+    OperatorCost,
+    attached_uses,
+    compute_source,
+    operator_costs,
+)
 from partita.cost.memory import KINDS, PeakMemory, memory
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.terms import Terms, cost_terms
@@ -193,6 +199,9 @@ def with_energy(
         busy=sum(operator.compute * fraction for operator, fraction in pairs),
         memory_bytes=moved,
         link_bytes=float(sum(prediction.traffic.values())),
+        attached_seconds=tuple(
+            plan.microbatches * use.seconds for use in attached_uses(terms, placement, assignments)
+        ),
     )
     energy = step_energy(machine, activity)
     return replace(prediction, energy=energy, power_status=machine.weakest_power_status())

@@ -13,7 +13,7 @@ does not compute, and writes its result.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -84,6 +84,12 @@ class Work:
     Some backends compute it for all pairs of groups.
     """
     group_factors: Factors = ()
+    stored_bytes: int = 0
+    """Of `traffic`: bytes read from variables."""
+    frozen_bytes: int = 0
+    """Of `stored_bytes`: those of variables that the step does not change."""
+    written_bytes: int = 0
+    """Of `traffic`: bytes of results."""
 
     def key(self, renumber: Renumber) -> tuple[object, ...]:
         """Equal for equal work of equal operators."""
@@ -343,6 +349,8 @@ class _Collector:
         self.fused = fusion(graph, self.compiler.fusion_rules)
         self.constants = constant_tensors(graph)
         self.read = {t for instruction in graph.instructions for t in instruction.operands}
+        self.variables = {a.tensor for a in graph.arguments if a.role != "batch"}
+        self.frozen = {a.tensor for a in graph.arguments if a.result == a.tensor}
         self.families = update_families(graph)
         """Tensor of an update -> its parameter."""
         self.parameter_of = _gradient_parameters(graph, self.families)
@@ -390,7 +398,10 @@ class _Collector:
         """Adds an operator's part of a kernel. `outside` are the kernel's reads from memory."""
         graph = self.graph
         instruction = graph.instructions[root]
-        bytes_by_factors = self._traffic(root, members, outside)
+        traffic = self._traffic(root, members, outside)
+        bytes_by_factors: dict[Factors, int] = defaultdict(int)
+        for nbytes, factors in traffic.values():
+            bytes_by_factors[factors] += nbytes
         flops = 0.0
         flops_by_space: dict[Factors, float] = {}
         groups: Factors = ()
@@ -426,6 +437,9 @@ class _Collector:
             kind_of(graph, instruction, members),
             instruction.batch_groups,
             groups,
+            _bytes_of(traffic, self.variables),
+            _bytes_of(traffic, self.frozen),
+            _bytes_of(traffic, instruction.results if root in members else ()),
         )
         self.terms.operators[operator].work.append(work)
 
@@ -434,8 +448,8 @@ class _Collector:
         root: int,
         members: list[int],
         outside: dict[int, list[Reader]],
-    ) -> dict[Factors, int]:
-        """Factors -> bytes that they index and that instructions of a kernel move.
+    ) -> dict[int, tuple[int, Factors]]:
+        """Tensor -> bytes of it that instructions of a kernel move, and the factors that index it.
 
         The kernel reads some from memory and writes its result.
         """
@@ -452,10 +466,7 @@ class _Collector:
             if i == root:
                 for tensor in self._written(instruction):
                     traffic[tensor] = (graph.tensors[tensor].nbytes, _split(graph.labels[tensor]))
-        bytes_by_factors: dict[Factors, int] = {}
-        for nbytes, factors in traffic.values():
-            bytes_by_factors[factors] = bytes_by_factors.get(factors, 0) + nbytes
-        return bytes_by_factors
+        return traffic
 
     def _written(self, instruction: Instruction) -> list[int]:
         """The results of a kernel without scratch memory, which nothing reads."""
@@ -691,6 +702,11 @@ class _Collector:
                 if tensor in in_memory and nbytes > SMALLEST_ACTIVATION and home >= 0:
                     activation = (nbytes, _split(graph.labels[tensor]))
                     self.terms.operators[home].activations.append(activation)
+
+
+def _bytes_of(traffic: Mapping[int, tuple[int, Factors]], tensors: Collection[int]) -> int:
+    """Bytes of some tensors in a kernel's traffic."""
+    return sum(nbytes for tensor, (nbytes, _) in traffic.items() if tensor in tensors)
 
 
 def _padded(factors: Factors, length: int) -> Factors:

@@ -67,7 +67,14 @@ _NODE_PRESETS = {
     "k80-cluster": "k80-cluster",
 }
 """Presets counted in nodes (the outermost level) -> the file with their description."""
-_WHOLE_PRESETS = ("p100-cluster", "k80-cluster", "odroid-xu3")
+_WHOLE_PRESETS = (
+    "p100-cluster",
+    "k80-cluster",
+    "odroid-xu3",
+    "rk3399",
+    "rk3588",
+    "manycore-64",
+)
 """Presets that are whole without a count. Without a count, all others are one device or node."""
 _SECTIONS = (
     "name",

@@ -172,7 +172,9 @@ class Machine:
             memories.append(replace(memory, shared_by=min(memory.shared_by, count)))
         domains = []
         for domain in self.domains:
-            domains.append(replace(domain, devices=min(domain.devices, count)))
+            members = min(domain.devices, count)
+            points = [replace(point, power=point.power[:members]) for point in domain.points]
+            domains.append(replace(domain, devices=members, points=tuple(points)))
         smaller = replace(
             self,
             device=replace(self.device, memories=tuple(memories)),

@@ -279,7 +279,9 @@ class Attached:
     write_bandwidth: BytesPerSecond | None = None
     """Of all units, for new weights; `down` if None."""
     engines: tuple[Engine, ...] = ()
-    """Of a unit."""
+    """Of a unit. Classes and dtypes without an engine run on the devices."""
+    in_main_memory: bool = False
+    """The units compute in the devices' main memory, so stored operands need no transfer."""
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,14 @@ from typing import Any
 
 import numpy as np
 
+from partita.cost.evaluate import attached_uses
+from partita.cost.moves import Placement
 from partita.cost.predict import Prediction
 from partita.errors import MemoryBudgetError, PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
 from partita.plans.baselines import BASELINES
+from partita.plans.layout import layout_of
 from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Mesh, Plan, mesh_for
 from partita.search.base import Progress, Report, SearchResult
@@ -529,9 +532,24 @@ def _noted(request: _Request, result: PlanResult) -> PlanResult:
             notes.append("the search was stopped; this is the best plan it had")
         if result.staged_bound_seconds is not None:
             notes.append(NO_FASTER)
+        notes += _attached_notes(request, result)
     notes += result.failures
     plan = replace(result.plan, notes=tuple(notes), predicted=_predicted(result))
     return replace(result, plan=plan)
+
+
+def _attached_notes(request: _Request, result: PlanResult) -> list[str]:
+    """Notes about compute attached to the memory of the machine."""
+    if not request.machine.attached:
+        return []
+    network = result.network
+    assignments = layout_of(request.graph, result.plan).assignments
+    uses = attached_uses(network.terms, Placement(request.machine, result.plan.mesh), assignments)
+    trained_bytes = 0
+    for argument in request.graph.arguments:
+        if argument.role == "parameter" and argument.result != argument.tensor:
+            trained_bytes += request.graph.tensors[argument.tensor].nbytes
+    return [use.note(result.prediction.seconds, trained_bytes) for use in uses]
 
 
 def _speedup(request: _Request, result: PlanResult) -> list[str]:

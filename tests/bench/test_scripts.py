@@ -20,6 +20,8 @@ SMALL = {
     "gnn_memory": ["--models", "gcn", "--scale", "8", "--epochs", "3"],
     "published": ["--only", "dense layers"],
     "staged_equality": ["--pairs", "1", "--first", "4"],
+    "manage_grid": ["--rounds", "1"],
+    "manage_memories": ["--sizes", "1024"],
     "targets": ["--groups", "layers", "--only", "groupquery", "--targets", "cuda"],
     "overhead": [
         "--rounds",
