@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import inspect
 import os
 import sys
@@ -26,11 +25,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import keras
+from hub_models import LENGTH, backbones, tiny_backbone
 from keras import layers
 
 import partita
 
-BATCH, LENGTH = 4, 16
+BATCH = 4
 TARGETS = ("cpu", "cuda", "tpu")
 Make = Callable[[], keras.Model]
 
@@ -110,31 +110,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "GRU, float32": {"dtype": "float32"},
     "Bidirectional, float32": {"layer": lambda: layers.LSTM(8, dtype="float32")},
 }
-TINY: dict[str, Any] = {
-    "vocabulary_size": 50,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_query_heads": 4,
-    "num_key_value_heads": 2,
-    "num_attention_heads": 4,
-    "hidden_dim": 32,
-    "hidden_size": 32,
-    "embedding_dim": 32,
-    "intermediate_dim": 64,
-    "intermediate_size": 64,
-    "expert_intermediate_dim": 16,
-    "moe_intermediate_dim": 16,
-    "shared_expert_intermediate_dim": 16,
-    "num_experts": 4,
-    "top_k": 2,
-    "num_experts_per_tok": 2,
-    "head_dim": 8,
-    "max_sequence_length": LENGTH,
-    "bucket_size": 8,
-    "sliding_window": 8,
-    "sliding_window_size": 8,
-}
-"""Sizes of an architecture of keras_hub, by the names of its arguments."""
 
 
 def layer_cases() -> Iterator[tuple[str, Make]]:
@@ -205,31 +180,28 @@ def application_model(make: Callable[..., keras.Model]) -> keras.Model:
 
 
 def hub_cases() -> Iterator[tuple[str, Make]]:
-    """Every backbone of keras_hub."""
-    hub: Any = importlib.import_module("keras_hub")
-    for name, backbone in sorted(vars(hub.models).items()):
-        if inspect.isclass(backbone) and name.endswith("Backbone") and name != "Backbone":
-            yield name, lambda backbone=backbone: hub_model(backbone)
+    """Every backbone of keras_hub, in a tiny size."""
+    for name, backbone in backbones():
+        yield name, lambda name=name, backbone=backbone: hub_model(name, backbone)
 
 
-def hub_model(backbone: Any) -> keras.Model:
-    """A tiny model of a backbone."""
-    parameters = inspect.signature(backbone.__init__).parameters
-    sizes = {name: TINY[name] for name in parameters if name in TINY}
-    model = backbone(**sizes)
-    output = model.output
-    while isinstance(output, dict):
-        output = next(iter(output.values()))
-    result = layers.Dense(2, dtype="float32")(output)
-    return keras.Model(model.input, result)
+def hub_model(name: str, backbone: Any) -> keras.Model:
+    """A tiny model of a backbone, with a dense layer behind its first output."""
+    inputs, outputs = tiny_backbone(name, backbone)
+    output = keras.tree.flatten(outputs)[0]
+    if output.shape[-1] is None:
+        # Similarities of all pairs of samples.
+        return keras.Model(inputs, output)
+    return keras.Model(inputs, layers.Dense(2, dtype="float32")(output))
 
 
 def batch_of(model: keras.Model) -> Any:
     """Shapes of a batch of a model, open dims with a length."""
     inputs = keras.tree.map_structure(shape_of, model._inputs_struct)
-    tensors = keras.tree.map_structure(lambda x: keras.KerasTensor(x.shape, x.dtype), inputs)
-    outputs = model.compute_output_spec(tensors)
-    return inputs, keras.tree.map_structure(shape_of, outputs)
+    variables = [variable.value for variable in model.trainable_variables]
+    others = [variable.value for variable in model.non_trainable_variables]
+    outputs, _ = jax.eval_shape(model.stateless_call, variables, others, inputs)
+    return inputs, outputs
 
 
 def shape_of(tensor: Any) -> jax.ShapeDtypeStruct:

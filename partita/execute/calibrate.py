@@ -13,7 +13,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy.optimize import minimize
 
 from partita.errors import MachineError
+from partita.execute.calibration_sizes import (
+    STREAM_ARRAYS,
+    VALUE_BYTES,
+    CalibrationSizes,
+    sizes_of,
+)
 from partita.execute.processes import put
 from partita.files.reading import FileKind, checked, parse_toml, read_text
 from partita.files.schema import mapping, plain, positive_number, table
@@ -36,12 +42,6 @@ from partita.machine.collectives import collective_seconds
 
 ROUNDS = 7
 """Timed runs of a program. The median counts."""
-DOTS = ((64, 1024, 1024), (256, 512, 512), (512, 512, 512), (32, 4096, 1024), (1024, 1024, 256))
-"""Matrix products: rows, inner width, columns."""
-CONVS = ((8, 32, 32, 3, 5), (8, 16, 64, 64, 3), (8, 28, 32, 64, 3), (4, 56, 16, 32, 3))
-"""Convolutions with gradients: samples, height and width, channels in, channels out, kernel."""
-STREAMS = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
-"""Sizes of a device's arrays for its memories, float32 values. The last ones are in main memory."""
 LIGHT = 1 << 16
 """Size of a device's array for light operations (element-wise, reduce, gather, sort), values.
 It stays in the caches."""
@@ -49,10 +49,6 @@ REPEATS = 32
 """Runs of a light operation in one program."""
 WIDE = ("float32", "bfloat16", "float16")
 """Dtypes of the rates, if the machine's model distinguishes them."""
-CHAIN = 200
-"""Number of dependent small products that give the time to start one."""
-REDUCED = (1 << 10, 1 << 14, 1 << 18, 1 << 21, 1 << 23)
-"""Sizes of collectives, float32 values of a device."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +107,10 @@ CALIBRATION_FILE = FileKind(
     most_bytes=2**24,
 )
 
-MANNER = 3
-"""Version of the measuring method. A new one makes older figures invalid."""
+MANNERS = {"cpu": 3}
+"""Platform -> version of the measuring method. A new one makes older figures invalid."""
+MANNER = 4
+"""The version on all other platforms."""
 
 
 def key_of(devices: int) -> dict[str, Any]:
@@ -128,7 +126,7 @@ def key_of(devices: int) -> dict[str, Any]:
         "threads": os.environ.get("NPROC", "all"),
         "jax": jax.__version__,
         "jaxlib": version("jaxlib"),
-        "manner": MANNER,
+        "manner": MANNERS.get(jax.devices()[0].platform, MANNER),
     }
 
 
@@ -187,17 +185,18 @@ def calibrate(machine: Machine, report: Callable[[str], None]) -> Calibration:
     devices = jax.devices()[: machine.devices]
     mesh = jax.sharding.Mesh(np.array(devices), ("a",))
     figures = machine.provenance()
-    programs_of = _engine_programs(mesh, figures, report)
+    sizes = sizes_of(machine)
+    programs_of = _engine_programs(mesh, machine, sizes, report)
     measured: list[Measured] = []
     for programs in programs_of.values():
         measured += programs
     report("memory")
-    streams = [_stream(mesh, size) for size in STREAMS]
+    streams = [_stream(mesh, machine, sizes, size) for size in sizes.streams]
     measured += streams
     report("starting an operation")
-    chain = _chain(mesh)
+    chain = _chain(mesh, sizes.chain)
     measured.append(chain)
-    values = _memories(machine, streams)
+    values = _memories(machine, sizes, streams)
     values["device.overhead"] = chain.seconds
     errors: list[float] = []
     for engine, programs in programs_of.items():
@@ -207,7 +206,7 @@ def calibrate(machine: Machine, report: Callable[[str], None]) -> Calibration:
         values[f"device.engine.{engine}.efficiency"] = 1.0
         errors += [abs(rate / program_rate - 1) for program_rate in rates]
     if len(devices) > 1:
-        transfers = _transfers(mesh, report)
+        transfers = _transfers(mesh, machine, sizes, report)
         measured += [transfer.measured for transfer in transfers]
         links, link_errors = _fit_links(
             machine,
@@ -226,28 +225,31 @@ def calibrate(machine: Machine, report: Callable[[str], None]) -> Calibration:
 
 def _engine_programs(
     mesh: Any,
-    figures: Mapping[str, Any],
+    machine: Machine,
+    sizes: CalibrationSizes,
     report: Callable[[str], None],
 ) -> dict[str, list[Measured]]:
     """The "class.dtype" of the machine's engines -> its timed programs."""
+    figures = machine.provenance()
     programs_of: dict[str, list[Measured]] = {}
-    for op_class, make in (
-        ("dot", _dots),
-        ("conv", _convs),
-        ("elementwise", _elementwise),
-        ("reduce", _reduce),
-        ("gather", _gather),
-        ("sort", _sort),
-    ):
+    for op_class, name in NAMES.items():
         for dtype in WIDE:
-            engine = f"{op_class}.{dtype}"
-            if f"device.engine.{engine}.peak" in figures:
-                report(f"{NAMES[op_class]}, {dtype}")
-                programs_of[engine] = make(mesh, dtype)
+            engine = f"{op_class}.{machine.run_dtype(op_class, dtype)}"
+            if f"device.engine.{engine}.peak" not in figures:
+                continue
+            report(f"{name}, {dtype}")
+            if op_class == "dot":
+                programs_of[engine] = _dots(mesh, machine, sizes, dtype)
+            elif op_class == "conv":
+                programs_of[engine] = _convs(mesh, machine, sizes, dtype)
+            else:
+                programs_of[engine] = _light(mesh, op_class, dtype)
     return programs_of
 
 
-def _transfers(mesh: Any, report: Callable[[str], None]) -> list[LinkTransfer]:
+def _transfers(
+    mesh: Any, machine: Machine, sizes: CalibrationSizes, report: Callable[[str], None]
+) -> list[LinkTransfer]:
     """Timed collectives of every kind, group size and size.
 
     Without the smallest ones, if noise exceeds their time.
@@ -256,24 +258,38 @@ def _transfers(mesh: Any, report: Callable[[str], None]) -> list[LinkTransfer]:
     for kind in COLLECTIVES:
         report(kind.replace("_", "-"))
         for group in _groups(mesh.size):
-            for size in REDUCED:
-                transfer = _collective(mesh, kind, group, size)
+            for size in sizes.reduced:
+                transfer = _collective(mesh, machine, sizes, kind, (group, size))
                 if transfer.measured.seconds > 0:
                     transfers.append(transfer)
     return transfers
 
 
-def _timed(
-    mesh: Any,
-    function: Any,
-    *arrays: tuple[tuple[int, ...], PartitionSpec],
-    dtype: str = "float32",
-) -> float:
-    """Median seconds of a jitted function of arrays of these shapes and shardings."""
+@dataclass(frozen=True)
+class Operand:
+    """An array of a timed program."""
+
+    shape: tuple[int, ...]
+    sharding: PartitionSpec
+    deviation: float = 0.0
+    """Standard deviation of its normal values around 0; 0: all values are 0.5.
+
+    The power of an accelerator, and with it its clock, depend on the values.
+    """
+
+    def array(self, dtype: str) -> np.ndarray:
+        """The values."""
+        if not self.deviation:
+            return np.full(self.shape, 0.5).astype(dtype)
+        block = np.random.default_rng(0).standard_normal(1 << 16) * self.deviation
+        return np.resize(block.astype(dtype), self.shape)
+
+
+def _timed(mesh: Any, function: Any, *operands: Operand, dtype: str = "float32") -> float:
+    """Median seconds of a jitted function of operands."""
     values = []
-    for shape, spec in arrays:
-        array = np.full(shape, 0.5).astype(dtype)
-        values.append(put(array, NamedSharding(mesh, spec)))
+    for operand in operands:
+        values.append(put(operand.array(dtype), NamedSharding(mesh, operand.sharding)))
     run = jax.jit(function)
     jax.block_until_ready(run(*values))
     times = []
@@ -282,6 +298,13 @@ def _timed(
         jax.block_until_ready(run(*values))
         times.append(time.perf_counter() - start)
     return median(times)
+
+
+def _repeated(function: Callable[[Any], Any], repeats: int, first: Any) -> Any:
+    """The function applied `repeats` times, each time to the result before."""
+    if repeats == 1:
+        return function(first)
+    return jax.lax.fori_loop(0, repeats, lambda _, value: function(value), first)
 
 
 SPLIT = PartitionSpec("a")
@@ -295,13 +318,8 @@ NAMES = {
 }
 
 
-def _each(
-    mesh: Any,
-    function: Any,
-    *shapes: tuple[int, ...],
-    dtype: str,
-) -> float:
-    """Median seconds of a function of arrays of these shapes, computed by every device."""
+def _each(mesh: Any, function: Any, *operands: Operand, dtype: str) -> float:
+    """Median seconds of a function of operands of these shapes, computed by every device."""
 
     def of_device(*parts: Any) -> Any:
         results = function(*(part[0] for part in parts))
@@ -313,27 +331,40 @@ def _each(
         in_specs=SPLIT,
         out_specs=SPLIT,
     )
-    arrays = [((mesh.size, *shape), SPLIT) for shape in shapes]
+    arrays = [
+        Operand((mesh.size, *operand.shape), SPLIT, operand.deviation) for operand in operands
+    ]
     return _timed(mesh, each, *arrays, dtype=dtype)
 
 
-def _dots(mesh: Any, dtype: str) -> list[Measured]:
+def _dots(mesh: Any, machine: Machine, sizes: CalibrationSizes, dtype: str) -> list[Measured]:
+    """Products x @ up; repeated ones alternate with the product that brings the width back."""
     measured = []
-    for rows, inner, columns in DOTS:
-        seconds = _each(
-            mesh,
-            lambda x, w: x @ w,
-            (rows, inner),
-            (inner, columns),
-            dtype=dtype,
-        )
+    for rows, inner, columns in sizes.dots:
         flops = 2 * rows * inner * columns
+        repeats = sizes.repeats(flops / machine.rate("dot", dtype))
+        pairs = repeats // 2
+
+        def products(x: Any, up: Any, down: Any, pairs: int = pairs) -> Any:
+            return _repeated(lambda y: (y @ up) @ down, pairs, x)
+
+        if repeats == 1:
+            operands = (Operand((rows, inner), SPLIT), Operand((inner, columns), SPLIT))
+            seconds = _each(mesh, lambda x, up: x @ up, *operands, dtype=dtype)
+        else:
+            # Weights that keep the size of the values: products of infinities take less power.
+            x = Operand((rows, inner), SPLIT, 1.0)
+            up = Operand((inner, columns), SPLIT, inner**-0.5)
+            down = Operand((columns, inner), SPLIT, columns**-0.5)
+            seconds = _each(mesh, products, x, up, down, dtype=dtype) / (2 * pairs)
         size = f"{rows}x{inner}x{columns} {dtype}"
         measured.append(Measured("dot", size, seconds, flops / seconds))
     return measured
 
 
-def _convs(mesh: Any, dtype: str) -> list[Measured]:
+def _convs(mesh: Any, machine: Machine, sizes: CalibrationSizes, dtype: str) -> list[Measured]:
+    """Convolutions with both gradients; repeated ones take the gradients as operands."""
+
     def loss(x: Any, w: Any) -> Any:
         y = jax.lax.conv_general_dilated(
             x,
@@ -344,93 +375,74 @@ def _convs(mesh: Any, dtype: str) -> list[Measured]:
         )
         return jnp.sum(y**2)
 
+    gradients = jax.grad(loss, argnums=(0, 1))
+
+    def next_operands(operands: Any) -> Any:
+        x, w = operands
+        x_gradient, w_gradient = gradients(x, w)
+        # The factors keep the values from growing: the squared norm of w is about 4.
+        return (x_gradient * 0.125).astype(x.dtype), (w + w_gradient * 1e-6).astype(w.dtype)
+
     measured = []
-    for samples, side, inputs, outputs, kernel in CONVS:
-        seconds = _each(
-            mesh,
-            jax.grad(loss, argnums=(0, 1)),
-            (samples, side, side, inputs),
-            (kernel, kernel, inputs, outputs),
-            dtype=dtype,
-        )
+    for samples, side, inputs, outputs, kernel in sizes.convs:
         flops = 3 * 2 * samples * side * side * inputs * outputs * kernel * kernel
+        repeats = sizes.repeats(flops / machine.rate("conv", dtype))
+        x_shape = (samples, side, side, inputs)
+        w_shape = (kernel, kernel, inputs, outputs)
+
+        def repeated(x: Any, w: Any, repeats: int = repeats) -> Any:
+            return _repeated(next_operands, repeats, (x, w))
+
+        if repeats == 1:
+            function, deviations = gradients, (0.0, 0.0)
+        else:
+            function, deviations = repeated, (1.0, (kernel * kernel * inputs) ** -0.5)
+        operands = (Operand(x_shape, SPLIT, deviations[0]), Operand(w_shape, SPLIT, deviations[1]))
+        seconds = _each(mesh, function, *operands, dtype=dtype) / repeats
         size = f"{samples}x{side}x{side}x{inputs} to {outputs} by {kernel}x{kernel} {dtype}"
         measured.append(Measured("conv", size, seconds, flops / seconds))
     return measured
 
 
-def _light(
-    mesh: Any,
-    dtype: str,
-    op_class: str,
-    functions: dict[str, tuple[Any, int]],
-) -> list[Measured]:
-    """Rates of functions x -> x on values that stay in the cache, by name.
+def _light_functions(op_class: str, dtype: str) -> dict[str, tuple[Any, int]]:
+    """Functions x -> x of a class by name, each with the FLOPs per value that a graph counts:
+    none for a transcendental."""
+    if op_class == "elementwise":
+        return {
+            "tanh": (jnp.tanh, 0),
+            "relu": (lambda x: jnp.maximum(x * x, 0) + x, 3),
+            "polynomial": (lambda x: ((x * 0.5 - 0.25) * x + 0.125) * x, 5),
+            "division": (lambda x: x / (x + 1), 2),
+        }
+    if op_class == "reduce":
+        return {
+            "rows": (lambda x: x + jnp.sum(x.reshape(256, -1), 1).astype(dtype)[0], 1),
+            "columns": (lambda x: x + jnp.sum(x.reshape(256, -1), 0).astype(dtype)[0], 1),
+        }
+    if op_class == "gather":
+        rows = jnp.asarray(np.random.default_rng(0).permutation(LIGHT // 64), "int32")
+        return {"rows of 64": (lambda x: x.reshape(-1, 64)[rows].reshape(-1), 1)}
+    return {"values": (lambda x: jnp.sort(-x), 1)}
 
-    Each comes with its FLOPs per value, and runs `REPEATS` times in a row.
-    """
+
+def _light(mesh: Any, op_class: str, dtype: str) -> list[Measured]:
+    """Rates of light operations on values that stay in the cache, `REPEATS` times in a row."""
     measured = []
-    for name, (function, flops) in functions.items():
+    for name, (function, flops) in _light_functions(op_class, dtype).items():
 
         def repeated(x: Any, function: Any = function) -> Any:
-            return jax.lax.fori_loop(
-                0,
-                REPEATS,
-                lambda _, y: function(y),
-                x,
-            )
+            return _repeated(function, REPEATS, x)
 
-        seconds = _each(mesh, repeated, (LIGHT,), dtype=dtype) / REPEATS
+        seconds = _each(mesh, repeated, Operand((LIGHT,), SPLIT), dtype=dtype) / REPEATS
         rate = flops * LIGHT / seconds if flops else None
         measured.append(Measured(op_class, f"{name} of {LIGHT} {dtype}", seconds, rate))
     return measured
 
 
-def _elementwise(mesh: Any, dtype: str) -> list[Measured]:
-    # FLOPs as a graph counts them: none for a transcendental.
-    functions = {
-        "tanh": (jnp.tanh, 0),
-        "relu": (lambda x: jnp.maximum(x * x, 0) + x, 3),
-        "polynomial": (lambda x: ((x * 0.5 - 0.25) * x + 0.125) * x, 5),
-        "division": (lambda x: x / (x + 1), 2),
-    }
-    return _light(mesh, dtype, "elementwise", functions)
-
-
-def _reduce(mesh: Any, dtype: str) -> list[Measured]:
-    functions = {
-        "rows": (lambda x: x + jnp.sum(x.reshape(256, -1), 1).astype(dtype)[0], 1),
-        "columns": (lambda x: x + jnp.sum(x.reshape(256, -1), 0).astype(dtype)[0], 1),
-    }
-    return _light(mesh, dtype, "reduce", functions)
-
-
-def _gather(mesh: Any, dtype: str) -> list[Measured]:
-    rows = jnp.asarray(np.random.default_rng(0).permutation(LIGHT // 64), "int32")
-
-    def gather(x: Any) -> Any:
-        return x.reshape(-1, 64)[rows].reshape(-1)
-
-    return _light(
-        mesh,
-        dtype,
-        "gather",
-        {"rows of 64": (gather, 1)},
-    )
-
-
-def _sort(mesh: Any, dtype: str) -> list[Measured]:
-    return _light(
-        mesh,
-        dtype,
-        "sort",
-        {"values": (lambda x: jnp.sort(-x), 1)},
-    )
-
-
-def _stream(mesh: Any, size: int) -> Measured:
+def _stream(mesh: Any, machine: Machine, sizes: CalibrationSizes, size: int) -> Measured:
     """Time of x / 2 + y on `size` values, repeated so that the program's start is negligible."""
-    repeats = max(1, (1 << 22) // size)
+    nbytes = STREAM_ARRAYS * VALUE_BYTES * size
+    repeats = max((1 << 22) // size, sizes.repeats(nbytes / machine.memory_bandwidth))
 
     def one(x: Any, y: Any) -> Any:
         return jax.lax.fori_loop(
@@ -440,15 +452,14 @@ def _stream(mesh: Any, size: int) -> Measured:
             x,
         )
 
-    shape = ((mesh.size * size,), SPLIT)
+    operand = Operand((mesh.size * size,), SPLIT)
     each = jax.shard_map(
         one,
         mesh=mesh,
         in_specs=(SPLIT, SPLIT),
         out_specs=SPLIT,
     )
-    seconds = _timed(mesh, each, shape, shape) / repeats
-    nbytes = 3 * 4 * size
+    seconds = _timed(mesh, each, operand, operand) / repeats
     return Measured(
         "stream",
         f"{nbytes >> 10} KiB",
@@ -457,35 +468,39 @@ def _stream(mesh: Any, size: int) -> Measured:
     )
 
 
-def _memories(machine: Machine, streams: Sequence[Measured]) -> dict[str, float]:
+def _memories(
+    machine: Machine, sizes: CalibrationSizes, streams: Sequence[Measured]
+) -> dict[str, float]:
     """Bandwidth of the main memory, and capacity and bandwidth of the cache.
 
     The cache's capacity is the largest stream that is twice as fast as main memory.
     """
     rates = [stream.rate or 0.0 for stream in streams]
-    main, *caches = machine.device.memories
+    main, *others = machine.device.memories
+    caches = [memory for memory in others if memory.capacity < main.capacity]
     values = {
         f"device.memory.{main.name}.bandwidth": rates[-1] * main.shared_by,
         f"device.memory.{main.name}.efficiency": 1.0,
     }
-    fast = [i for i, rate in enumerate(rates) if rate > 2 * rates[-1]]
+    fast = [number for number, rate in enumerate(rates) if rate > 2 * rates[-1]]
     if caches and fast:
         cache = caches[0]
         last = fast[-1]
         prefix = f"device.memory.{cache.name}"
         bandwidth = median(rates[: last + 1])
-        values[f"{prefix}.capacity"] = int(3 * 4 * STREAMS[last] * cache.shared_by)
+        nbytes = STREAM_ARRAYS * VALUE_BYTES * sizes.streams[last]
+        values[f"{prefix}.capacity"] = int(nbytes * cache.shared_by)
         values[f"{prefix}.bandwidth"] = bandwidth * cache.shared_by
         values[f"{prefix}.efficiency"] = 1.0
     return values
 
 
-def _chain(mesh: Any) -> Measured:
+def _chain(mesh: Any, length: int) -> Measured:
     """Time of one of many dependent small products."""
 
     def one(x: Any) -> Any:
         y = x[0]
-        for _ in range(CHAIN):
+        for _ in range(length):
             y = y @ x[0]
         return y[None]
 
@@ -495,7 +510,7 @@ def _chain(mesh: Any) -> Measured:
         in_specs=SPLIT,
         out_specs=SPLIT,
     )
-    seconds = _timed(mesh, each, ((mesh.size, 8, 8), SPLIT)) / CHAIN
+    seconds = _timed(mesh, each, Operand((mesh.size, 8, 8), SPLIT)) / length
     return Measured("chain", "8x8x8", seconds)
 
 
@@ -533,37 +548,42 @@ def _communication(kind: str, group: int) -> Callable[[Any], Any]:
 
 
 def _collective(
-    mesh: Any,
-    kind: str,
-    group: int,
-    size: int,
+    mesh: Any, machine: Machine, sizes: CalibrationSizes, kind: str, extent: tuple[int, int]
 ) -> LinkTransfer:
-    """One collective on `size` float32 values a device, in groups of neighbours, all at once.
+    """One collective in groups of neighbours, all at once.
 
-    As in a step, its operand was computed just before. The time of a program that only computes
-    the operand is subtracted.
+    `extent`: devices of a group, float32 values of a device. As in a step, its operand was computed
+    just before. The time of a program that only computes the operand is subtracted.
     """
+    group, size = extent
     n = mesh.size
     group_mesh = jax.sharding.Mesh(mesh.devices.reshape(n // group, group), ("a", "b"))
     communicate = _communication(kind, group)
     size -= size % group
+    parts = group if kind == "all_gather" else 1
+    nbytes = 4.0 * size * parts
+    links = ((len(machine.levels) - 1, group),)
+    repeats = sizes.repeats(collective_seconds(machine, kind, nbytes, links))
     spec = PartitionSpec(("a", "b"))
+
+    def with_transfer(x: Any) -> Any:
+        result = communicate(x + 1)
+        return result if repeats == 1 else jnp.resize(result, x.shape)
 
     def seconds_of(function: Callable[[Any], Any]) -> float:
         each = jax.shard_map(
-            function,
+            lambda x: _repeated(function, repeats, x),
             mesh=group_mesh,
             in_specs=spec,
             out_specs=spec,
             check_vma=False,
         )
-        return _timed(group_mesh, each, ((n * size,), spec))
+        return _timed(group_mesh, each, Operand((n * size,), spec)) / repeats
 
-    seconds = seconds_of(lambda x: communicate(x + 1)) - seconds_of(lambda x: x + 1)
+    seconds = seconds_of(with_transfer) - seconds_of(lambda x: x + 1)
     text = f"{4 * size >> 10} KiB of each of {group}"
     measured = Measured(kind, text, seconds, 4 * size / seconds)
-    parts = group if kind == "all_gather" else 1
-    return LinkTransfer(kind, group, 4.0 * size * parts, measured)
+    return LinkTransfer(kind, group, nbytes, measured)
 
 
 def _fit_links(

@@ -63,8 +63,12 @@ shared_by = 1
 "*" = { peak = "10 TFLOP/s", efficiency = 0.3 }
 [device.engine.dot]
 "*" = { peak = "20 TFLOP/s", efficiency = 0.5 }
+float32 = { peak = "20 TFLOP/s", efficiency = 0.5 }
+bfloat16 = { peak = "20 TFLOP/s", efficiency = 0.5 }
 [device.engine.conv]
 "*" = { peak = "20 TFLOP/s", efficiency = 0.4 }
+float32 = { peak = "20 TFLOP/s", efficiency = 0.4 }
+bfloat16 = { peak = "20 TFLOP/s", efficiency = 0.4 }
 [level.node]
 size = 1024
 fabric = "switch"

@@ -134,9 +134,7 @@ class Machine:
         attention without an engine of its own runs as fast as a product.
         """
         engines = {(engine.op_class, engine.dtype): engine for engine in self.device.engines}
-        run_dtype = dtype
-        if dtype == "float32" and op_class in ("dot", "conv"):
-            run_dtype = self.backend.float32_products
+        run_dtype = self.run_dtype(op_class, dtype)
         keys = [(op_class, run_dtype), (op_class, "*")]
         if op_class == "attention":
             keys += [("dot", run_dtype), ("dot", "*")]
@@ -149,6 +147,13 @@ class Machine:
             f"{names}. Add {dtype} = {{ peak = ..., efficiency = ... }} to "
             f'[device.engine.{op_class}], or an engine for "*".'
         )
+
+    def run_dtype(self, op_class: str, dtype: str) -> str:
+        """The dtype in which the compiler runs operators of a class: "tf32" for products of float32
+        on recent GPUs."""
+        if dtype == "float32" and op_class in ("dot", "conv"):
+            return self.backend.float32_products
+        return dtype
 
     def with_devices(self, count: int) -> Machine:
         """This machine with `count` of its devices.

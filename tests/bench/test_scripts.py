@@ -46,7 +46,7 @@ OF_A_GRAPH = {
 HELP = ("feeds", "gnn_parity", "gnn_partitioner", "gnn_peers", "processes")
 """Scripts that need root or other frameworks: only their help is printed."""
 ELSEWHERE = {"applications", "children", "papers_chart", "proof", "search", "simulator", "stages"}
-ELSEWHERE |= {"torch_equality", "within", "zoo"}
+ELSEWHERE |= {"hub_models", "torch_equality", "within", "zoo"}
 """Scripts with tests of their own: here, in `test_benchmark_search.py`, in
 `tests/test_zoo.py` and in `tests/pytorch`.
 """

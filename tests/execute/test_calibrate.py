@@ -10,23 +10,26 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from partita.errors import MachineError
 from partita.execute.calibrate import (
     COLLECTIVES,
-    REDUCED,
     Calibration,
     LinkTransfer,
     Measured,
+    _collective,
     _fit_links,
+    calibrate,
     calibrated,
     file_of,
     key_of,
 )
+from partita.execute.calibration_sizes import CalibrationSizes, sizes_of
 from partita.execute.devices import at_hand
-from partita.machine import host
+from partita.machine import host, load, read
 from partita.machine.collectives import collective_seconds
 
 
@@ -87,7 +90,7 @@ def test_fitted_links_reproduce_the_measured_times() -> None:
     machine = host(2, 1 << 30).revised(
         {"level.process.latency": 3e-4, "level.process.bandwidth": 7e8}, "made up"
     )
-    asked = [(kind, 4.0 * size) for kind in COLLECTIVES for size in REDUCED]
+    asked = [(kind, 4.0 * size) for kind in COLLECTIVES for size in CalibrationSizes().reduced]
     sent = [
         LinkTransfer(
             kind, 2, n, Measured(kind, "", collective_seconds(machine, kind, n, ((0, 2),)))
@@ -131,3 +134,84 @@ def test_measuring_writes_a_file_that_plans_use(processes: int, cache: Path) -> 
     computed = {"dot", "conv", "elementwise", "reduce", "gather", "sort", "stream", "chain"}
     assert {m["what"] for m in written["measured"]} == computed | set(COLLECTIVES)
     assert all(value > 0 for value in written["values"].values())
+
+
+SLOW_GPU = """
+name = "slow"
+source = "made up: as fast as one core"
+status = "assumed"
+[device]
+name = "a slow GPU"
+overhead = "5 us"
+[device.memory.hbm]
+capacity = "1 GiB"
+bandwidth = "2 GB/s"
+efficiency = 1.0
+shared_by = 1
+[device.memory.host]
+capacity = "8 GiB"
+bandwidth = "1 GB/s"
+efficiency = 1.0
+shared_by = 1
+[device.engine."*"]
+"*" = { peak = "1 GFLOP/s", efficiency = 1.0 }
+[device.engine.dot]
+tf32 = { peak = "10 GFLOP/s", efficiency = 1.0 }
+float32 = { peak = "1 GFLOP/s", efficiency = 1.0 }
+[device.engine.conv]
+tf32 = { peak = "4 GFLOP/s", efficiency = 1.0 }
+[level.node]
+size = 2
+fabric = "switch"
+latency = "100 us"
+bandwidth = "1 GB/s"
+shared_by = 1
+[backend]
+platform = "cuda"
+reduce_scatter = true
+overlap = 0.0
+promotes_16_bit_all_reduce = false
+float32_products = "tf32"
+"""
+
+
+def test_an_accelerator_is_measured_by_repeated_operations_of_its_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("partita.execute.calibration_sizes.PROGRAM_SECONDS", 2e-3)
+    machine = read(SLOW_GPU, "slow").with_devices(1)
+    sizes = sizes_of(machine)
+    assert sizes.dots[0] == (128, 128, 128), "0.2 ms at 10 GFLOP/s: a million multiplications"
+    found = calibrate(machine, lambda subject: None)
+    assert {m.kind for m in found.measured} == {"dot", "conv", "stream", "chain"}
+    peaks = {path for path in found.values if path.endswith("peak")}
+    assert peaks == {"device.engine.dot.tf32.peak", "device.engine.conv.tf32.peak"}
+    assert not any("host" in path for path in found.values), "slower than HBM: no cache"
+    assert all(value > 0 for value in found.values.values())
+    flops = 2 * 128**3
+    product = found.measured[0]
+    assert product.rate == pytest.approx(flops / product.seconds)
+
+
+@pytest.mark.parametrize("kind", COLLECTIVES)
+def test_a_repeated_collective_keeps_the_size_of_its_operand(kind: str) -> None:
+    machine = read(SLOW_GPU, "slow")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("a",))
+    sizes = dataclasses.replace(sizes_of(machine), program_seconds=1e-3)
+    transfer = _collective(mesh, machine, sizes, kind, (2, 1 << 10))
+    assert transfer.nbytes == 4 * (1 << 10) * (2 if kind == "all_gather" else 1)
+
+
+@pytest.mark.parametrize("preset", ["v100", "a100", "h100", "b200", "tpu-v5e", "tpu-v6e"])
+def test_sizes_follow_the_rates_of_the_device(preset: str) -> None:
+    """Every operation takes 0.1 to 0.4 ms by the description, every program at least 20 ms."""
+    machine = load(preset)
+    sizes = sizes_of(machine)
+    for rows, inner, columns in sizes.dots:
+        seconds = 2 * rows * inner * columns / machine.rate("dot", "bfloat16")
+        assert 1e-4 < seconds < 4e-4
+        assert sizes.repeats(seconds) * seconds > 0.019
+    for samples, side, inputs, outputs, kernel in sizes.convs:
+        flops = 6 * samples * side * side * inputs * outputs * kernel * kernel
+        assert 1e-4 < flops / machine.rate("conv", "bfloat16") < 4e-4
+    assert 12 * sizes.streams[-1] > 2 * (50 << 20), "larger than any cache"
