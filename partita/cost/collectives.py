@@ -363,7 +363,7 @@ def _reshards(
     origins = _origins(graph)
     unknown = _Origin(1, "forward", "")
     constants = constant_tensors(graph)
-    produced: set[tuple[int, Sharding]] = set()
+    produced: set[tuple[int, int, Sharding]] = set()
     readers: dict[int, list[Reader]] = defaultdict(list)
     """Tensor -> its readers under another sharding."""
     for read in layout.reads:
@@ -381,7 +381,7 @@ def _reshards(
         for step in emitted_steps(sharding, target, mesh.sizes, shape):
             nbytes = step_bytes(step, sharding, shape, itemsize, mesh.sizes)
             sharding = step.result
-            if nbytes and (read.tensor, sharding) not in produced:
+            if nbytes and (read.tensor, read.after, sharding) not in produced:
                 yield Collective(
                     step.kind,
                     nbytes,
@@ -392,7 +392,7 @@ def _reshards(
                     "reshard",
                     origin.path,
                 )
-            produced.add((read.tensor, sharding))
+            produced.add((read.tensor, read.after, sharding))
 
 
 def _microbatch_shape(

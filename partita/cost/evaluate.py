@@ -18,6 +18,7 @@ from partita.cost.backends import compiler_of
 from partita.cost.moves import Placement, move_seconds
 from partita.cost.partial import Factors
 from partita.cost.reshard import Axes
+from partita.cost.storage import PLAIN, StorageRule, planned_rule
 from partita.cost.terms import (
     Halo,
     OperatorTerms,
@@ -30,8 +31,8 @@ from partita.errors import MachineError
 from partita.graph.operator_graph import Phase
 from partita.machine import Machine, collective_seconds
 from partita.machine.times import CAUSES, START, OperatorKey, feature
-from partita.plans.layout import Layout, label_sharding, spare_axes
-from partita.plans.plan import Mesh, Plan
+from partita.plans.layout import Layout, label_sharding
+from partita.plans.plan import Plan
 
 Assignment = Mapping[int, Axes]
 """Factor -> the mesh axes that split it."""
@@ -45,7 +46,7 @@ PARTS = (
     *(("compute", phase) for phase in PHASES),
     *(("exchange", phase) for phase in PHASES),
     ("sum", "backward"),
-    ("gather", "forward"),
+    *(("gather", phase) for phase in PHASES),
 )
 """The activities of a step for an operator, as (kind, phase): the rows of `OperatorCost.parts`."""
 
@@ -61,7 +62,8 @@ class OperatorCost:
     gradient_sum_seconds: np.ndarray
     """[choice]: reductions of gradients, before overlap."""
     gather_seconds: np.ndarray
-    """[choice]: all-gathers of stored parameters, before overlap."""
+    """[phase, choice]: all-gathers of stored parameters, before overlap. Those of the update return
+    parameters of which only the slots are stored in slices."""
     state_bytes: np.ndarray
     """[choice]: parameters, optimizer slots and other state."""
     activation_bytes: np.ndarray
@@ -82,7 +84,8 @@ class OperatorCost:
     @property
     def gradients(self) -> np.ndarray:
         """[choice]: seconds of gradient sums and gathers, after overlap."""
-        return (self.gradient_sum_seconds + self.gather_seconds) * (1 - self.overlap)
+        exchanged = self.gradient_sum_seconds + self.gather_seconds.sum(axis=0)
+        return exchanged * (1 - self.overlap)
 
     @property
     def seconds(self) -> np.ndarray:
@@ -101,7 +104,7 @@ class OperatorCost:
                 self.kernel_seconds,
                 self.exchange_seconds,
                 self.gradient_sum_seconds[None],
-                self.gather_seconds[None],
+                self.gather_seconds,
             ]
         )
 
@@ -110,20 +113,17 @@ def operator_cost(
     terms: OperatorTerms,
     placement: Placement,
     assignments: Sequence[Assignment],
-    zero: int = 0,
+    storage: StorageRule = PLAIN,
 ) -> OperatorCost:
-    """The cost of an operator under each assignment.
-
-    Its parameters are stored by ZeRO level `zero` over the axes that an assignment leaves free.
-    """
+    """The cost of an operator under each assignment, with its parameters stored by a rule."""
     evaluation = _Evaluation(terms, placement, assignments)
     for reduction in terms.reductions:
-        evaluation.add_reduction(reduction, zero)
+        evaluation.add_reduction(reduction, storage)
     for halo in terms.halos:
         evaluation.add_halo(halo)
     evaluation.add_moves()
     for variable in terms.stored:
-        evaluation.add_variable(variable, zero)
+        evaluation.add_variable(variable, storage)
     return evaluation.cost()
 
 
@@ -147,7 +147,7 @@ class _Evaluation:
         self.kernel_seconds = _kernel_seconds(terms, self.machine, self.split)
         self.exchange_seconds = np.zeros((len(PHASES), count))
         self.gradient_sum_seconds = np.zeros(count)
-        self.gather_seconds = np.zeros(count)
+        self.gather_seconds = np.zeros((len(PHASES), count))
         self.state_bytes = self.split.local_bytes(terms.resident)
 
     def cost(self) -> OperatorCost:
@@ -163,7 +163,7 @@ class _Evaluation:
             self.machine.backend.overlap,
         )
 
-    def add_reduction(self, reduction: Reduction, zero: int) -> None:
+    def add_reduction(self, reduction: Reduction, storage: StorageRule) -> None:
         """Adds an all-reduce, or an all-gather, over the axes that split the reduced factors.
 
         ZeRO reads slices of a gradient, which many compilers sum by a reduce-scatter.
@@ -180,25 +180,31 @@ class _Evaluation:
                 if reduction.kind == "all_gather":
                     nbytes = nbytes * self.placement.shard_count(axes)
                 if is_gradient:
-                    sliced = self._sliced(reduction.parameter, axes, choices) if zero else None
+                    sliced = self._sliced(reduction.parameter, axes, choices, storage)
                     seconds = self._gradient_sum_seconds(reduction.kind, nbytes, axes, sliced)
                     self.gradient_sum_seconds[choices] += seconds
                 else:
                     seconds = _seconds(self.placement, reduction.kind, nbytes, axes)
                     self.exchange_seconds[phase, choices] += seconds * reduction.trips
 
-    def _sliced(self, parameter: int, axes: Axes, choices: np.ndarray) -> np.ndarray | None:
+    def _sliced(
+        self,
+        parameter: int,
+        axes: Axes,
+        choices: np.ndarray,
+        storage: StorageRule,
+    ) -> np.ndarray | None:
         """[choice]: whether a parameter is stored in slices over exactly these axes.
 
         None if its sums are no reduce-scatters.
         """
         variable = self.variables.get(parameter)
-        if variable is None or not self.compiler.scatters:
+        if variable is None or not storage.zero or not self.compiler.scatters:
             return None
         sliced = []
         for choice in choices:
-            storage = storage_axes(variable, self.placement.mesh, self.assignments[choice])
-            sliced.append(storage is not None and sorted(storage[1]) == sorted(axes))
+            stored = storage.axes(variable, self.placement.mesh, self.assignments[choice])
+            sliced.append(sorted(stored) == sorted(axes))
         return np.array(sliced)
 
     def _gradient_sum_seconds(
@@ -246,31 +252,44 @@ class _Evaluation:
                 seconds.append(move_seconds(move, self.placement, source, target))
             self.exchange_seconds[PHASES.index(move.phase)] += seconds
 
-    def add_variable(self, variable: StoredVariable, zero: int) -> None:
+    def add_variable(self, variable: StoredVariable, storage: StorageRule) -> None:
         """Adds the bytes of a parameter and its slots.
 
-        ZeRO adds gathers and shortens the update.
+        Slices add gathers and shorten the update.
         """
         factors = tuple(factor for factor in variable.label if factor >= 0)
         shards = self.split.shards(factors)
         extra_shards = np.ones(len(self.assignments))
-        if zero:
+        if storage.zero:
             for i, assignment in enumerate(self.assignments):
-                storage = storage_axes(variable, self.placement.mesh, assignment)
-                if storage is None:
-                    continue
-                _, axes = storage
-                extra_shards[i] = self.placement.shard_count(axes)
-                nbytes = float(variable.gathered / shards[i])
-                group = self.placement.group(axes)
-                self.gather_seconds[i] += self.placement.seconds("all_gather", nbytes, group)
+                axes = storage.axes(variable, self.placement.mesh, assignment)
+                if axes:
+                    extra_shards[i] = self.placement.shard_count(axes)
+                    self._add_gathers(variable, storage, i, axes, float(shards[i]))
             # The update is split as the slots are.
             saved_bytes = variable.traffic / shards * (1 - 1 / extra_shards)
             self.kernel_seconds[-1] -= saved_bytes / self.machine.memory_bandwidth
-        parameter_shards = extra_shards if zero == 3 else 1
+        parameter_shards = extra_shards if storage.zero == 3 else 1
         parameter_bytes = variable.nbytes / shards / parameter_shards
         slot_bytes = variable.slots / shards / extra_shards
         self.state_bytes = self.state_bytes + parameter_bytes + slot_bytes
+
+    def _add_gathers(
+        self,
+        variable: StoredVariable,
+        storage: StorageRule,
+        choice: int,
+        axes: Axes,
+        shards: float,
+    ) -> None:
+        """Adds the gathers of a parameter in slices: for its passes, or once after the update."""
+        group = self.placement.group(axes)
+        if storage.zero == 3:
+            seconds = self.placement.seconds("all_gather", variable.gathered / shards, group)
+            self.gather_seconds[: variable.passes, choice] += seconds
+        else:
+            seconds = self.placement.seconds("all_gather", variable.nbytes / shards, group)
+            self.gather_seconds[-1, choice] += seconds
 
 
 def operator_costs(
@@ -283,18 +302,17 @@ def operator_costs(
 
     Equal operators that are split alike share theirs.
     """
-    zero = {
-        path: 1 if storage.zero == 2 else storage.zero for path, storage in plan.storage.items()
-    }
     cache: dict[tuple[object, ...], OperatorCost] = {}
     costs = []
     for operator, assignment in zip(terms.operators, layout.assignments, strict=True):
-        level = max((zero.get(variable.path, 0) for variable in operator.stored), default=0)
+        storage = planned_rule(operator, plan)
         position = {factor: n for n, factor in enumerate(operator.factors)}
         splits = sorted((position[factor], axes) for factor, axes in assignment.items())
-        key = (operator.digest, level, *splits)
+        stored = dict(storage.planned)
+        axes = [stored.get(variable.path) for variable in operator.stored]
+        key = (operator.digest, storage.zero, tuple(axes), *splits)
         if key not in cache:
-            cache[key] = operator_cost(operator, placement, [assignment], level)
+            cache[key] = operator_cost(operator, placement, [assignment], storage)
         costs.append(cache[key])
     return costs
 
@@ -565,15 +583,3 @@ def _added_seconds(
     with_bytes = _seconds(placement, kind, nbytes + COMBINED, axes)
     without = _seconds(placement, kind, np.array([float(COMBINED)]), axes)
     return with_bytes - without
-
-
-def storage_axes(
-    variable: StoredVariable,
-    mesh: Mesh,
-    assignment: Assignment,
-) -> tuple[int, Axes] | None:
-    """(dim, axes) over which a parameter can be split for storage, beyond its operator's choice.
-
-    None if no dim divides.
-    """
-    return spare_axes(variable.shape, label_sharding(variable.label, assignment), mesh)

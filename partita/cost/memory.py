@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -449,6 +449,16 @@ class _Allocator:
         """Reader -> sharding of its reshard."""
         self.entries: list[tuple[int, int, int, int, int]] = []
 
+    @cached_property
+    def scattered(self) -> dict[int, int]:
+        """Tensor that a reduce-scatter sums -> the number of its slices."""
+        sums = emitted_sums(self.graph, self.mesh, self.layout, self.backend)
+        return {
+            total.tensor: math.prod(self.mesh.sizes[axis] for axis in total.axes)
+            for total in sums
+            if total.kind == "reduce_scatter"
+        }
+
     def allocations(self) -> _Allocations:
         """All allocations added, and those of arguments."""
         arguments = tuple(
@@ -497,7 +507,13 @@ class _Allocator:
             start, stop = lifetime
             is_activation = start < first_backward <= stop
             kind = KINDS.index("activations") if is_activation else TEMPORARY
-            self._add(tensor, self._bytes(tensor), start, max(start, stop), kind)
+            nbytes = self._bytes(tensor)
+            if tensor in self.scattered:
+                # Only its slice outlives the reduce-scatter.
+                self._add(tensor, nbytes, start, start, kind)
+                nbytes = 0 if stop <= start else nbytes // self.scattered[tensor]
+                start += 1
+            self._add(tensor, nbytes, start, max(start, stop), kind)
 
     def _lifetime(self, tensor: int, born: int) -> tuple[int, int] | None:
         """(first, last) instruction at which a value has memory of its own, None if it never has.
@@ -525,7 +541,7 @@ class _Allocator:
             if read.tensor in self.program.constants:
                 continue
             readers = [i for i, _ in read.readers if i >= 0]
-            if read.tensor in self.arguments:
+            if read.tensor in self.arguments or read.after >= 0:
                 start = min(readers, default=count)
             else:
                 start = self.lifetimes.born.get(read.tensor, 0)
@@ -550,13 +566,10 @@ class _Allocator:
         At the all-reduce every gradient is in memory twice: as computed, and summed. Of a
         reduce-scatter a device keeps its slice.
         """
-        sums = emitted_sums(self.graph, self.mesh, self.layout, self.backend)
-        scattered = {total.tensor: total.axes for total in sums if total.kind == "reduce_scatter"}
         for members in self._groups().values():
             meeting = max(i for i, _ in members)
             for _, tensor in members:
-                shards = math.prod(self.mesh.sizes[axis] for axis in scattered.get(tensor, ()))
-                nbytes = self._bytes(tensor) // shards
+                nbytes = self._bytes(tensor) // self.scattered.get(tensor, 1)
                 self._add(tensor, nbytes, meeting, meeting, KINDS.index("gradients"))
 
     def add_work_spaces(self) -> None:

@@ -41,7 +41,13 @@ from partita.graph.operator_graph import (
     constant_tensors,
 )
 from partita.machine import Backend
-from partita.plans.layout import Reader, update_families
+from partita.plans.layout import (
+    Reader,
+    compute_copies,
+    gathering_passes,
+    is_accelerated,
+    update_families,
+)
 
 OP_CLASS = {
     "dot_general": "dot",
@@ -226,11 +232,15 @@ class StoredVariable:
     """Bytes that its update reads and writes."""
     gathered: int
     """Bytes of the whole parameter while it is gathered from slices."""
+    passes: int = 1
+    """Passes of a step that gather it from slices."""
 
     def key(self, renumber: Renumber) -> tuple[object, ...]:
         """Equal for equal variables of equal operators."""
         key = self.shape, renumber(self.label), self.nbytes, self.slots, self.traffic
-        return key if self.gathered == self.nbytes else (*key, self.gathered)
+        if self.gathered == self.nbytes and self.passes == 1:
+            return key
+        return *key, self.gathered, self.passes
 
 
 @dataclass
@@ -671,6 +681,7 @@ class _Collector:
                     slot_bytes,
                     3 * tensor.nbytes + 2 * slot_bytes,
                     self._gathered_bytes(argument.tensor),
+                    gathering_passes(graph, argument.tensor),
                 )
                 self.terms.operators[home].stored.append(variable)
             elif argument.tensor not in self.families:
@@ -678,6 +689,8 @@ class _Collector:
 
     def _gathered_bytes(self, parameter: int) -> int:
         """Bytes of a parameter when it is gathered for readers other than its update."""
+        if is_accelerated(self.graph) and parameter in compute_copies(self.graph):
+            return self.graph.tensors[compute_copies(self.graph)[parameter][1]].nbytes
         readers = [
             (i, position)
             for i, position in readers_of(self.graph).get(parameter, ())

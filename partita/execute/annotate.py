@@ -13,7 +13,7 @@ from typing import Any
 from jax.extend.mlir import ir
 
 from partita.capture import stablehlo
-from partita.capture.barriers import join_barriers
+from partita.capture.barriers import BARRIER, join_barriers
 from partita.capture.conditionals import join_conditionals
 from partita.cost.partial import PendingSums, pending_sums
 from partita.cost.reshard import reshard_steps
@@ -27,6 +27,8 @@ MESH = "partita_mesh"
 LOOPS = {"while", "case", "if"}
 NO_SUMS = PendingSums({}, {})
 
+Source = tuple[int, int]
+"""(tensor, gradient that its reshard waits for or -1)."""
 Chain = tuple[Sharding, ...]
 """Shardings of a tensor from its own to a reader's, one reshard step apart."""
 
@@ -54,7 +56,8 @@ def join_split(block: Any) -> None:
 class Annotator:
     """Writes a layout into modules of a captured program.
 
-    Without `sums_later`, every gradient is summed over devices where it is computed.
+    In a piece of a step (not `is_whole`), every gradient is summed over devices where it is
+    computed, and no reshard waits for a gradient.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class Annotator:
         graph: OperatorGraph,
         mesh: Mesh,
         layout: Layout,
-        sums_later: bool = True,
+        is_whole: bool = True,
     ) -> None:
         self.graph = graph
         self.mesh = mesh
@@ -73,7 +76,8 @@ class Annotator:
         self.texts: dict[Sharding, str] = {}
         self.pinned: set[int] = set()
         self.arguments = {a.tensor: a.path for a in graph.arguments}
-        self.pending = pending_sums(graph, layout) if sums_later else NO_SUMS
+        self.is_whole = is_whole
+        self.pending = pending_sums(graph, layout) if is_whole else NO_SUMS
 
     def write(self, module: ir.Module) -> None:
         """Writes the whole layout into a module."""
@@ -229,24 +233,28 @@ class Annotator:
         the value, unless another constraint reads it too. So the value is pinned for its plain
         readers, and each chain gets a constraint of its own where chains part.
         """
-        chains: dict[tuple[int, Sharding], Chain] = {}
+        chains: dict[tuple[Source, Sharding], Chain] = {}
         for read in self.layout.reads:
-            chains[read.tensor, read.target] = self._chain(read)
+            chains[self._source(read), read.target] = self._chain(read)
             self._pin(self.values[read.tensor])
         continuations = _continuations(chains)
-        resharded: dict[tuple[int, Chain], Any] = {}
+        starts = {(tensor, -1): self.values[tensor] for tensor in range(len(self.values))}
+        resharded: dict[tuple[Source, Chain], Any] = {}
         replacements: list[tuple[int, int, Any]] = []
         for read in self.layout.reads:
-            chain = chains[read.tensor, read.target]
-            value = self.values[read.tensor]
+            source = self._source(read)
+            chain = chains[source, read.target]
+            if source not in starts:
+                starts[source] = self._behind(read)
+            value = starts[source]
             for n in range(1, len(chain)):
-                key = (read.tensor, chain[: n + 1])
+                key = (source, chain[: n + 1])
                 if key not in resharded:
-                    if n == 1 or len(continuations[read.tensor, chain[:n]]) > 1:
+                    if n == 1 or len(continuations[source, chain[:n]]) > 1:
                         value = self._constrain(value, chain[n - 1])
                     resharded[key] = self._constrain(value, chain[n])
                 value = resharded[key]
-            if len(continuations[read.tensor, chain]) > 1:
+            if len(continuations[source, chain]) > 1:
                 value = self._constrain(value, chain[-1])
             for index, position in read.readers:
                 replacements.append((index, position, value))
@@ -254,6 +262,31 @@ class Annotator:
         for index, position, value in replacements:
             reader = terminator if index < 0 else self.operations[index]
             _set_operand(reader, position, value)
+
+    def _source(self, read: Read) -> Source:
+        """The value that a read reshards. In a piece, nothing waits for a gradient."""
+        return read.tensor, read.after if self.is_whole else -1
+
+    def _behind(self, read: Read) -> Any:
+        """The tensor of a read behind a barrier, which waits for the read's gradient."""
+        tensors = (read.tensor, read.after)
+        values = [self.values[t] for t in tensors]
+        gradient = values[1].owner.operation
+        shardings = ", ".join(
+            f"<@{MESH}, {self._dims_text(self.layout.shardings[t])}>" for t in tensors
+        )
+        barrier = ir.Operation.create(
+            BARRIER,
+            results=[value.type for value in values],
+            operands=values,
+            attributes={
+                "sdy.sharding": ir.Attribute.parse(f"#sdy.sharding_per_value<[{shardings}]>")
+            },
+            loc=gradient.location,
+            ip=ir.InsertionPoint(gradient),
+        )
+        barrier.move_after(gradient)
+        return barrier.results[0]
 
     def _chain(self, read: Read) -> Chain:
         """The shardings of a read's reshard."""
@@ -301,17 +334,17 @@ def _is_pinned(instruction: Instruction) -> bool:
 
 
 def _continuations(
-    chains: dict[tuple[int, Sharding], Chain],
-) -> dict[tuple[int, Chain], set[Sharding | None]]:
-    """Tensor and beginning of a chain -> the next shardings; None for the end of a chain.
+    chains: dict[tuple[Source, Sharding], Chain],
+) -> dict[tuple[Source, Chain], set[Sharding | None]]:
+    """Source and beginning of a chain -> the next shardings; None for the end of a chain.
 
     Chains with the same beginning share its steps.
     """
-    continuations: dict[tuple[int, Chain], set[Sharding | None]] = {}
-    for (t, _), chain in chains.items():
+    continuations: dict[tuple[Source, Chain], set[Sharding | None]] = {}
+    for (source, _), chain in chains.items():
         for n in range(1, len(chain) + 1):
             following = chain[n] if n < len(chain) else None
-            continuations.setdefault((t, chain[:n]), set()).add(following)
+            continuations.setdefault((source, chain[:n]), set()).add(following)
     return continuations
 
 

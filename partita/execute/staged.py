@@ -206,7 +206,7 @@ class StagedStep:
         annotator = None
         graph = self.cut.flow.graph
         if place.mesh.axes:
-            annotator = Annotator(graph, place.mesh, place.layout, sums_later=False)
+            annotator = Annotator(graph, place.mesh, place.layout, is_whole=False)
         text = piece_text(self.microbatch.text, self.cut.flow, piece, name, annotator)
         function = _function(
             text.call, piece, role, self.others(number), 1 / self.plan.microbatches

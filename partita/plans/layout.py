@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 
+from partita.graph.flat import HEAVY
 from partita.graph.operator_graph import (
     CONDITIONALS,
     Argument,
@@ -41,6 +42,9 @@ class Read:
     operator: int
     target: Sharding
     readers: tuple[Reader, ...]
+    after: int = -1
+    """A gradient before which the reshard does not begin, -1 for none: a stored parameter is
+    gathered again for the backward pass, so that the first copy need not stay in memory."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,12 @@ def spare_axes(
     shape: tuple[int, ...],
     sharding: Sharding,
     mesh: Mesh,
+    outermost: int = 0,
 ) -> tuple[int, tuple[int, ...]] | None:
     """The dim of a tensor that its free mesh axes split furthest, and those axes; None if no dim.
 
-    Free are the axes that do not appear in the tensor's sharding.
+    Free are the axes of the level `outermost` and inside it that do not appear in the tensor's
+    sharding.
     """
     used = set(chain.from_iterable(sharding))
     best_ways = 1
@@ -109,7 +115,7 @@ def spare_axes(
         spare = []
         ways = 1
         for axis, axis_size in enumerate(mesh.sizes):
-            is_free = axis not in used and mesh.axes[axis].level >= 0
+            is_free = axis not in used and mesh.axes[axis].level >= outermost
             if is_free and local_size // ways % axis_size == 0:
                 spare.append(axis)
                 ways *= axis_size
@@ -206,14 +212,8 @@ def layout_of(graph: OperatorGraph, plan: Plan) -> Layout:
     builder.read_results()
     reads = []
     for (tensor, operator, target), readers in builder.reads.items():
-        reads.append(
-            Read(
-                tensor,
-                operator,
-                target,
-                tuple(readers),
-            )
-        )
+        read = Read(tensor, operator, target, tuple(readers))
+        reads += _gathered_again(graph, read) if tensor in builder.slices else [read]
     return Layout(tuple(builder.shardings), tuple(reads), builder.assignments)
 
 
@@ -248,17 +248,39 @@ class _LayoutBuilder:
         self.assignments = operator_assignments(graph, plan)
         self.shardings = _label_shardings(graph, self.assignments)
         self.stored = _stored_parameters(graph, plan, self.assignments)
-        self.family: Mapping[int, int] = update_families(graph) if self.stored else {}
+        self.family: Mapping[int, int] = self._families() if self.stored else {}
         self.gathered: dict[int, Sharding] = {}
         """Tensors stored under a storage's sharding -> the sharding that other readers need."""
         self.updates: list[int] = []
         """Instructions that compute values of stored families."""
+        self.slices: set[int] = set()
+        """Parameters in slices that accelerators gather for each pass, and their conversions."""
         self.reads: dict[tuple[int, int, Sharding], list[Reader]] = defaultdict(list)
         self.labelled: set[Reader] = set()
         """Readers with a target sharding of their own."""
         for use in graph.uses:
             self.labelled.update(use.instructions)
         self._extend_families()
+        if is_accelerated(graph):
+            self._convert_slices()
+
+    def _families(self) -> Mapping[int, int]:
+        """The families of the update, with the conversions of their gradients."""
+        families = update_families(self.graph)
+        if not is_accelerated(self.graph):
+            return families
+        return {**families, **converted_gradients(self.graph)}
+
+    def _convert_slices(self) -> None:
+        """Parameters are converted before they are gathered."""
+        parameters = {a.tensor for a in self.graph.arguments if a.role == "parameter"}
+        self.slices = parameters & self.gathered.keys()
+        for parameter, (index, result) in compute_copies(self.graph).items():
+            if parameter in self.slices:
+                self.gathered[result] = self.shardings[result]
+                self.shardings[result] = self.shardings[parameter]
+                self.labelled.add((index, 0))
+                self.slices.add(result)
 
     def _extend_families(self) -> None:
         arguments = {a.tensor: a for a in self.graph.arguments}
@@ -333,6 +355,133 @@ class _LayoutBuilder:
             if self.shardings[argument.result] != target:
                 key = (argument.result, self.graph.home[argument.tensor], target)
                 self.reads[key].append((-1, positions[argument.result]))
+
+
+def is_accelerated(graph: OperatorGraph) -> bool:
+    """Whether a GPU or TPU runs the step.
+
+    Their compilers gather a stored parameter once for each pass. XLA:CPU merges the gathers.
+    """
+    return graph.target.partition(":")[0] in ("cuda", "tpu")
+
+
+@per_graph
+def compute_copies(graph: OperatorGraph) -> dict[int, tuple[int, int]]:
+    """Parameter -> (instruction, result) of its conversion to a smaller dtype, in mixed precision.
+
+    Only if nothing but the update reads the parameter itself.
+    """
+    parameters = {a.tensor for a in graph.arguments if a.role == "parameter"}
+    copies: dict[int, tuple[int, int]] = {}
+    others: set[int] = set()
+    for index, instruction in enumerate(graph.instructions):
+        for tensor in parameters.intersection(instruction.operands):
+            result = instruction.results[0]
+            if instruction.phase == "update":
+                continue
+            if _is_copy(graph, instruction, tensor) and tensor not in copies:
+                copies[tensor] = (index, result)
+            else:
+                others.add(tensor)
+    return {tensor: copy for tensor, copy in copies.items() if tensor not in others}
+
+
+def _is_copy(graph: OperatorGraph, instruction: Instruction, parameter: int) -> bool:
+    """Whether an instruction converts a parameter to a smaller dtype at its home."""
+    if instruction.name != "convert" or instruction.trips != 1:
+        return False
+    result = instruction.results[0]
+    is_smaller = graph.tensors[result].nbytes < graph.tensors[parameter].nbytes
+    is_at_home = graph.home[result] == graph.home[parameter]
+    return is_smaller and is_at_home and _same_layout(graph, result, parameter)
+
+
+@per_graph
+def converted_gradients(graph: OperatorGraph) -> dict[int, int]:
+    """Gradient that a conversion makes for one update alone -> its parameter."""
+    families = update_families(graph)
+    producers = _producers(graph)
+    readers: dict[int, list[int]] = defaultdict(list)
+    for index, instruction in enumerate(graph.instructions):
+        for tensor in instruction.operands:
+            readers[tensor].append(index)
+    gradients: dict[int, int] = {}
+    for instruction in graph.instructions:
+        parameters = {families[t] for t in instruction.results if t in families}
+        if instruction.phase != "update" or len(parameters) != 1:
+            continue
+        (parameter,) = parameters
+        for tensor in instruction.operands:
+            if tensor in families or not _same_layout(graph, tensor, parameter):
+                continue
+            source = graph.instructions[producers[tensor]] if tensor in producers else None
+            if source is None or source.name != "convert" or source.trips != 1:
+                continue
+            updated = {families.get(graph.instructions[i].results[0]) for i in readers[tensor]}
+            if updated == {parameter} and tensor not in graph.outputs:
+                gradients[tensor] = parameter
+    return gradients
+
+
+PREFETCHED = 3
+"""Products of the backward pass between the start of a gather and its reader, which hide it."""
+
+
+def gathering_passes(graph: OperatorGraph, parameter: int) -> int:
+    """Number of passes of a step that gather a parameter which is stored in slices: 1 or 2."""
+    if not is_accelerated(graph):
+        return 1
+    tensor = compute_copies(graph).get(parameter, (-1, parameter))[1]
+    readers = [
+        (i, position)
+        for i, instruction in enumerate(graph.instructions)
+        for position, operand in enumerate(instruction.operands)
+        if operand == tensor and instruction.phase != "update"
+    ]
+    return len(_gathered_again(graph, Read(tensor, -1, (), tuple(readers))))
+
+
+def prefetching_product(graph: OperatorGraph, reader: int) -> int:
+    """The product of the backward pass after which the gather for a reader begins, -1 for none."""
+    product = reader
+    for _ in range(PREFETCHED):
+        if product >= 0:
+            product = _earlier_products(graph)[product]
+    return product
+
+
+def _gathered_again(graph: OperatorGraph, read: Read) -> list[Read]:
+    """A read of a stored parameter, as two where the backward pass gathers it again."""
+    backward = [
+        (i, position)
+        for i, position in read.readers
+        if i >= 0 and graph.instructions[i].phase == "backward"
+    ]
+    others = tuple(reader for reader in read.readers if reader not in backward)
+    if not backward or not others:
+        return [read]
+    product = prefetching_product(graph, min(backward)[0])
+    if product < 0:
+        return [read]
+    again = replace(read, readers=tuple(backward), after=graph.instructions[product].results[0])
+    return [replace(read, readers=others), again]
+
+
+@per_graph
+def _earlier_products(graph: OperatorGraph) -> tuple[int, ...]:
+    """[instruction]: the last product of the backward pass that it depends on, -1 for none."""
+    producers = _producers(graph)
+    earlier: list[int] = []
+    for instruction in graph.instructions:
+        last = -1
+        for tensor in instruction.operands:
+            index = producers.get(tensor, len(earlier))
+            if index < len(earlier):
+                source = graph.instructions[index]
+                is_product = source.name in HEAVY and source.phase == "backward"
+                last = max(last, index if is_product and source.trips == 1 else earlier[index])
+        earlier.append(last)
+    return tuple(earlier)
 
 
 def _label_shardings(graph: OperatorGraph, assignments: tuple[Assignment, ...]) -> list[Sharding]:

@@ -1,7 +1,7 @@
 """A graph on a machine as a cost network: states per operator, their costs, and tables of moves.
 
-A state of an operator is a choice together with the storage of its variables (plain, ZeRO-1,
-ZeRO-3). Equal operators have one kind, and equal tables of moves too (`Problem.kinds`,
+A state of an operator is a choice together with the storage of its variables (`cost.storage`).
+Equal operators have one kind, and equal tables of moves too (`Problem.kinds`,
 `Problem.table_kinds`, `CostNetwork.move_kinds`): costs are computed once per kind. A kind is
 assigned by content (digest of the operator's terms; shardings and bytes of a move).
 """
@@ -16,12 +16,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from partita.cost.evaluate import Assignment, operator_cost, storage_axes
+from partita.cost.evaluate import Assignment, operator_cost
 from partita.cost.moves import Placement, move_table
+from partita.cost.storage import PLAIN, StorageRule, planned_rule, storage_axes, storage_rules
 from partita.cost.terms import Move, OperatorTerms, StoredVariable, Terms, cost_terms
 from partita.graph.operator_graph import Label, OperatorGraph, Phase
 from partita.machine import Machine
-from partita.plans.layout import Sharding, label_sharding
+from partita.plans.layout import Sharding, is_accelerated, label_sharding
 from partita.plans.plan import Mesh, Plan, Storage
 from partita.search.base import (
     Array,
@@ -42,9 +43,6 @@ from partita.search.candidates import (
     names_of,
 )
 
-LEVELS = (0, 1, 3)
-"""ZeRO levels that differ in cost: ZeRO-2 is ZeRO-1 in a step that is one program."""
-
 Key = TypeVar("Key")
 MoveKey = tuple[int, int, Phase, Phase]
 """(home, reader, phase, phase in which the reader reads it)."""
@@ -60,6 +58,13 @@ class OperatorState:
 
     choice: Choice
     zero: int
+    outermost: int = 0
+    """The outermost level of the machine over which variables are stored in slices."""
+
+    @property
+    def storage(self) -> StorageRule:
+        """The storage of the operator's variables."""
+        return StorageRule(self.zero, self.outermost)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,12 +148,25 @@ class CostNetwork(EqualByContent):
     def _state_of(self, plan: Plan, operator: int) -> OperatorState:
         named = plan.choices[self.graph.operators[operator].name]
         choice = choice_of(self.graph, operator, self.placement.mesh, named)
-        zero = 0
-        for variable in self.terms.operators[operator].stored:
-            if variable.path in plan.storage:
-                level = plan.storage[variable.path].zero
-                zero = max(zero, 1 if level == 2 else level)
-        return OperatorState(_positions(self.graph, operator, choice), zero)
+        rule = planned_rule(self.terms.operators[operator], plan)
+        outermost = self._outermost(rule, operator, choice)
+        return OperatorState(_positions(self.graph, operator, choice), rule.zero, outermost)
+
+    def _outermost(self, rule: StorageRule, operator: int, choice: Choice) -> int:
+        """The outermost level of a plan's storage, -1 if no search tries this storage."""
+        if not rule.planned:
+            return 0
+        mesh = self.placement.mesh
+        planned = dict(rule.planned)
+        assignment = assignment_of(choice)
+        stored = [v for v in self.terms.operators[operator].stored if v.path in planned]
+        for candidate in storage_rules(mesh, is_accelerated(self.graph)):
+            if candidate.zero == rule.zero and all(
+                sorted(candidate.axes(variable, mesh, assignment)) == sorted(planned[variable.path])
+                for variable in stored
+            ):
+                return candidate.outermost
+        return -1
 
 
 def _positions(graph: OperatorGraph, operator: int, factors: Sequence[int]) -> tuple[int, ...]:
@@ -161,15 +179,15 @@ def _positions(graph: OperatorGraph, operator: int, factors: Sequence[int]) -> t
 def storage_of(network: CostNetwork, operator: int, state: int) -> dict[str, Storage]:
     """The storage of an operator's variables in a state, by path."""
     mesh = network.placement.mesh
-    zero = network.states[operator][state].zero
+    rule = network.states[operator][state].storage
     assignment = assignment_of(network.choice(operator, state))
     storage: dict[str, Storage] = {}
     for variable in network.terms.operators[operator].stored:
-        split = storage_axes(variable, mesh, assignment)
+        split = storage_axes(variable, mesh, assignment, rule.outermost)
         if split:
             dim, axes = split
             names = tuple(mesh.axes[axis].name for axis in axes)
-            storage[variable.path] = Storage(dim, names, zero)
+            storage[variable.path] = Storage(dim, names, rule.zero)
     return storage
 
 
@@ -254,22 +272,24 @@ def _state_costs(
     choices: Sequence[Choice],
 ) -> _StateCosts:
     """The states and costs of an operator, and of all operators of its kind."""
-    levels = LEVELS if terms.stored else (0,)
+    rules = (PLAIN,)
+    if terms.stored:
+        rules = storage_rules(placement.mesh, is_accelerated(graph))
     assignments = [assignment_of(choice) for choice in choices]
-    costs = [operator_cost(terms, placement, assignments, zero) for zero in levels]
+    costs = [operator_cost(terms, placement, assignments, rule) for rule in rules]
     positions = [_positions(graph, operator, choice) for choice in choices]
     gradients = []
     for assignment in assignments:
         nbytes = [_local_bytes(variable, assignment, placement) for variable in terms.stored]
         gradients.append(float(sum(nbytes)))
-    pairs = itertools.product(levels, positions)
+    pairs = itertools.product(rules, positions)
     return _StateCosts(
-        states=[OperatorState(choice, zero) for zero, choice in pairs],
+        states=[OperatorState(choice, rule.zero, rule.outermost) for rule, choice in pairs],
         seconds=np.concatenate([cost.seconds for cost in costs]),
         nbytes=np.concatenate([cost.nbytes for cost in costs]),
         parts=np.concatenate([cost.parts() for cost in costs], axis=1),
         activations=np.concatenate([cost.activation_bytes for cost in costs]),
-        gradients=np.tile(gradients, len(levels)),
+        gradients=np.tile(gradients, len(rules)),
     )
 
 

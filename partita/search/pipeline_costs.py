@@ -57,16 +57,15 @@ class ShapeCosts:
         """Figures by state of an operator."""
         network = self.network
         row = dict(zip(PARTS, network.parts[operator], strict=True))
-        gather = row["gather", "forward"] * self.exposed_share
         # Parameters that are stored split (ZeRO-3) are gathered for each microbatch, others once.
-        split = np.array([state.zero == 3 for state in network.states[operator]])
-        gather_each = np.where(split, gather, 0.0)
-        gather_once = np.where(split, 0.0, gather)
+        gather_forward = row["gather", "forward"] * self.exposed_share
+        gather_backward = row["gather", "backward"] * self.exposed_share
+        gather_once = row["gather", "update"] * self.exposed_share
         sums = row["sum", "backward"] * self.exposed_share
         once = row["compute", "update"] + row["exchange", "update"] + sums + gather_once
-        compute = row["compute", "forward"] + gather_each
+        compute = row["compute", "forward"] + gather_forward
         exchange = row["exchange", "forward"]
-        backward_compute = row["compute", "backward"]
+        backward_compute = row["compute", "backward"] + gather_backward
         backward_exchange = row["exchange", "backward"]
         forward = compute + exchange
         exposed_forward = compute + self.exposed_share * exchange

@@ -426,8 +426,8 @@ class PipelinedStep(SimulatedStep):
             position = {factor: n for n, factor in enumerate(operator_terms.factors)}
             splits = sorted((position[factor], axes) for factor, axes in assignment.items())
             storage = [self.plan.storage.get(variable.path) for variable in operator_terms.stored]
-            levels = [variable.zero if variable is not None else 0 for variable in storage]
-            contents.append((operator_terms.digest, tuple(splits), tuple(levels)))
+            stored = [(v.zero, v.axes) if v is not None else (0, ()) for v in storage]
+            contents.append((operator_terms.digest, tuple(splits), tuple(stored)))
         return contents
 
     def prediction(self) -> Prediction:

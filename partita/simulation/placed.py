@@ -21,10 +21,11 @@ from itertools import chain, product
 import numpy as np
 
 from partita.cost.collectives import collectives
-from partita.cost.evaluate import OperatorCost, compute_source, operator_costs, storage_axes
+from partita.cost.evaluate import OperatorCost, compute_source, operator_costs
 from partita.cost.memory import PeakMemory, memory
 from partita.cost.moves import Placement
 from partita.cost.predict import OperatorPrediction, Prediction, build_prediction, with_energy
+from partita.cost.storage import storage_axes
 from partita.cost.terms import Reduction, Terms, cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine

@@ -1,9 +1,10 @@
 """The slots of a training step: everything that a device may compute or send, and the slots that
 each one waits for.
 
-An operator has up to seven slots: its kernels in the forward pass, the backward pass and the
+An operator has up to nine slots: its kernels in the forward pass, the backward pass and the
 update; the collectives of its activations forward and backward; the sum of its gradients; the
-gather of variables that are stored in shards. A value that another operator reads in another
+gathers of variables that are stored in shards, before each pass that reads them or after the
+update. A value that another operator reads in another
 sharding has a slot for the move. The slots and their order depend on the graph alone; a plan gives
 them seconds (`tasks`), none where a slot is not needed. Kernels are in program order, collectives
 in the order in which their operands are computed.
@@ -23,7 +24,9 @@ import numpy as np
 
 from partita.cost.evaluate import PHASES
 from partita.cost.terms import Move, OperatorTerms, Reduction, Terms
+from partita.graph.flat import HEAVY
 from partita.graph.operator_graph import IdentityKey, OperatorGraph, Phase, constant_tensors
+from partita.plans.layout import prefetching_product
 from partita.simulation.pieces import LAST_PIECE, Node, kernel_nodes, kernel_work, producers
 
 SlotKind = Literal["compute", "exchange", "sum", "gather", "move", "join"]
@@ -132,12 +135,41 @@ class _StructureBuilder:
                 self._add_after(
                     last, Node("sum", o, "backward", 0), Slot("sum", o, "backward"), 0.4
                 )
-            first = Node("compute", o, "forward", 0)
-            if operator_terms.stored and first in self.slots:
-                gather = Node("gather", o, "forward", 0)
-                self.slots[gather] = Slot("gather", o, "forward")
+            if operator_terms.stored:
+                self._add_gathers(o, operator_terms)
+
+    def _add_gathers(self, operator: int, operator_terms: OperatorTerms) -> None:
+        """Adds the gathers of an operator's variables: before its passes, or after the update."""
+        passes: tuple[Phase, ...] = ("forward",)
+        if any(variable.passes > 1 for variable in operator_terms.stored):
+            passes = ("forward", "backward")
+        for phase in passes:
+            first = Node("compute", operator, phase, 0)
+            if first in self.slots:
+                gather = Node("gather", operator, phase, 0)
+                self.slots[gather] = Slot("gather", operator, phase)
                 self.position[gather] = self.position[first] - 0.2
                 self.before[first].add(gather)
+                if phase == "backward":
+                    self._start_late(gather, first)
+        last = self.last_kernels.get((operator, "update"))
+        if last is not None:
+            gather = Node("gather", operator, "update", 0)
+            self._add_after(last, gather, Slot("gather", operator, "update"), 0.2)
+
+    def _start_late(self, gather: Node, reader: Node) -> None:
+        """Lets the gather for a backward pass begin a few products before it."""
+        first = next(i for i, node in enumerate(self.nodes) if node == reader)
+        products = (
+            i
+            for i in range(first, len(self.nodes))
+            if self.nodes[i] == reader and self.graph.instructions[i].name in HEAVY
+        )
+        product = prefetching_product(self.graph, next(products, first))
+        node = self.nodes[product] if product >= 0 else None
+        if node is not None and node in self.slots:
+            self.before[gather].add(node)
+            self.position[gather] = self.position[node] + 0.1
 
     def _add_after(
         self,

@@ -1,0 +1,137 @@
+"""Storage of variables in slices on accelerators: gathers by pass and dtype, nodes, equal steps."""
+
+from collections import Counter
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from partita.capture.jax_functions import Leaf, capture_step
+from partita.cost.collectives import collectives
+from partita.cost.evaluate import operator_costs
+from partita.cost.memory import memory
+from partita.cost.moves import Placement
+from partita.cost.terms import cost_terms
+from partita.execute import program
+from partita.execute.verify import compare_steps
+from partita.machine import load
+from partita.plans.baselines import BASELINES
+from partita.plans.layout import layout_of
+from partita.plans.plan import Plan
+from partita.search.find import mesh_of
+from partita.search.network import build
+from partita.simulation.simulate import predicted
+
+LAYERS, WIDTH, BATCH = 6, 64, 16
+GPUS, NODES = load("h100:4"), load("h100:16")
+
+
+@pytest.fixture(scope="module")
+def captured():
+    """Dense layers in mixed precision, as captured for GPUs."""
+
+    def loss(weights, x):
+        for w in weights:
+            x = jnp.tanh(x @ w.astype("bfloat16"))
+        return (x.astype("float32") ** 2).mean()
+
+    def step(state, x):
+        value, gradients = jax.value_and_grad(loss)(state, x)
+        return {"loss": value}, tuple(w - g for w, g in zip(state, gradients, strict=True))
+
+    shape = jax.ShapeDtypeStruct
+    found = capture_step(
+        step,
+        (shape((WIDTH, WIDTH), "float32"),) * LAYERS,
+        shape((BATCH, WIDTH), "bfloat16"),
+        [Leaf(f"w{n}", "parameter") for n in range(LAYERS)],
+        batch_size=BATCH,
+    )
+    return replace(found, graph=replace(found.graph, target="cuda"))
+
+
+def plan_of(captured, name: str, machine=GPUS) -> Plan:
+    return BASELINES[name](captured.graph, machine.name, mesh_of(machine))
+
+
+def sent(captured, plan: Plan, machine=GPUS) -> Counter:
+    """(kind, bytes) -> number of collectives."""
+    layout = layout_of(captured.graph, plan)
+    planned = collectives(captured.graph, plan.mesh, layout, machine.backend)
+    return Counter((c.kind, c.nbytes) for c in planned)
+
+
+def test_slices_are_gathered_in_the_compute_dtype_for_both_passes(captured):
+    counts = sent(captured, plan_of(captured, "ZeRO-3"))
+    matrix = WIDTH * WIDTH
+    # The backward pass of the first layer needs no weight, that of the last three comes at once.
+    assert counts["all_gather", 2 * matrix] == LAYERS + LAYERS - 4
+    assert counts["reduce_scatter", 2 * matrix] == LAYERS
+    assert counts["all_gather", 4 * matrix] == 0
+
+
+def test_a_step_for_a_cpu_gathers_once(captured):
+    for_cpu = replace(captured, graph=replace(captured.graph, target="cpu"))
+    counts = sent(for_cpu, plan_of(for_cpu, "ZeRO-3"))
+    assert counts["all_gather", 4 * WIDTH * WIDTH] == LAYERS
+
+
+def test_what_is_gathered_twice_leaves_memory_between(captured):
+    graph = captured.graph
+    plan = plan_of(captured, "ZeRO-3")
+    layout = layout_of(graph, plan)
+    assert sum(read.after >= 0 for read in layout.reads) == LAYERS - 4
+    kept = replace(layout, reads=tuple(replace(read, after=-1) for read in layout.reads))
+    peak = memory(graph, plan.mesh, layout, GPUS.backend).peak
+    assert peak <= memory(graph, plan.mesh, kept, GPUS.backend).peak
+
+
+def gathers(captured, plan: Plan, machine=GPUS) -> np.ndarray:
+    """[phase]: seconds of gathers of all operators."""
+    graph = captured.graph
+    terms = cost_terms(graph, machine.backend)
+    placement = Placement(machine, plan.mesh)
+    costs = operator_costs(terms, placement, layout_of(graph, plan), plan)
+    return sum(cost.gather_seconds[:, 0] for cost in costs)
+
+
+def test_each_level_of_zero_is_priced_by_its_gathers(captured):
+    forward, backward, update = gathers(captured, plan_of(captured, "ZeRO-3"))
+    assert 0 < backward < forward
+    assert update == 0
+    slots = gathers(captured, plan_of(captured, "ZeRO-1"))
+    assert slots[0] == slots[1] == 0
+    assert slots[2] > forward
+
+
+def test_the_axes_of_a_plan_are_priced(captured):
+    everywhere = plan_of(captured, "ZeRO-3", NODES)
+    inner = tuple(axis.name for axis in everywhere.mesh.axes if axis.level == 1)
+    storage = {path: replace(s, axes=inner) for path, s in everywhere.storage.items()}
+    hybrid = replace(everywhere, storage=storage)
+    for_node = gathers(captured, hybrid, NODES)
+    assert (for_node[:2] < gathers(captured, everywhere, NODES)[:2]).all()
+    network = build(captured.graph, NODES, hybrid.mesh)
+    states = network.states_of(hybrid)
+    assert states is not None
+    assert network.plan(states).storage == storage
+    seconds = sum(network.problem.seconds[o][i] for o, i in enumerate(states))
+    assert seconds == pytest.approx(
+        sum(o.seconds - o.moves for o in predicted(captured.graph, NODES, hybrid).operators)
+    )
+
+
+def test_the_step_is_that_of_one_device(captured, monkeypatch):
+    monkeypatch.setattr(program, "_check_platform", lambda graph, mesh: None)
+    step = program.planned_step(captured, plan_of(captured, "ZeRO-3"))
+    text = step.lower().as_text()
+    assert text.count("stablehlo.optimization_barrier") == LAYERS - 4
+    generator = np.random.default_rng(0)
+    state = tuple(
+        generator.normal(size=(WIDTH, WIDTH)).astype("float32") / 8 for _ in range(LAYERS)
+    )
+    batch = generator.normal(size=(BATCH, WIDTH)).astype(jnp.bfloat16)
+    differences = compare_steps(captured, step, state, batch)
+    assert max(difference.relative for difference in differences) < 0.02
