@@ -456,6 +456,46 @@ def test_a_checkpoint_resumes_under_another_plan_and_number_of_processes(tmp_pat
     assert "Traceback" not in other.stderr
 
 
+RESTARTED = """
+    import os, signal, sys, keras, numpy as np
+    from pathlib import Path
+
+    class Die(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2 and os.environ["JAX_PROCESS_ID"] == "1" and not Path("died").exists():
+                Path("died").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    x = np.random.default_rng(0).normal(size=(48, 8)).astype("float32")
+    model = keras.Sequential([keras.layers.Dense(2)])
+    model.compile("adam", "mse")
+    history = model.fit(x, x[:, :2], batch_size=16, epochs=4, verbose=0, callbacks=[Die()])
+    print("epochs", *history.epoch, "falls", history.history["loss"] == sorted(history.history["loss"], reverse=True))
+"""
+
+
+def test_a_run_goes_on_after_the_loss_of_a_process(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(textwrap.dedent(RESTARTED))
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "NPROC")}
+    done = subprocess.run(
+        [sys.executable, "-m", "partita", "run", "--processes=2", "--restarts", "1", "train.py"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment | {"TMPDIR": str(tmp_path)},
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "epochs 0 1 2 3 falls True" in done.stdout
+    for sentence in (
+        "partita: process 1 of 2 was killed (SIGKILL); the others were stopped.",
+        "partita: starting again (restart 1 of 1)",
+        "partita: 'sequential' goes on after epoch 1",
+    ):
+        assert sentence in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["died", "train.py"]
+
+
 def test_a_checkpoint_that_cannot_be_written_is_said_and_the_weights_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

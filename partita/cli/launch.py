@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import IO, Any
 
 from partita.errors import PartitaError
@@ -37,15 +38,47 @@ PARENT_DEATH_SIGNAL = 1
 """Linux's option of `prctl` for the signal at the end of the parent process."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a group of processes."""
+
+    code: int
+    """The group's exit code."""
+    is_loss: bool = False
+    """Whether a process was killed or hung: started again, the group may go on."""
+
+
 def launch(
-    count: int, arguments: Sequence[str], devices: int | None, say: Callable[[str], None]
+    count: int,
+    arguments: Sequence[str],
+    devices: int | None,
+    say: Callable[[str], None],
+    restarts: int = 0,
 ) -> int:
     """The exit code of `count` processes that each run `partita` with these arguments.
 
     It is the code of the first one that failed, or 0. Each process has its share of the cores, and
     one CPU device per core, or its share of `devices`. One that fails, is killed or ends early
-    stops the others within 2 * GRACE seconds.
+    stops the others within 2 * GRACE seconds. If it was killed or hung, all are started again, at
+    most `restarts` times; an error of the script would come again and ends the run.
     """
+    seed = os.environ.get("PARTITA_SEED", str(random.SystemRandom().randrange(2**31)))
+    for restart in range(1, restarts + 1):
+        outcome = _run_group(count, arguments, devices, seed, say)
+        if not outcome.is_loss:
+            return outcome.code
+        say(f"starting again (restart {restart} of {restarts})")
+    return _run_group(count, arguments, devices, seed, say).code
+
+
+def _run_group(
+    count: int,
+    arguments: Sequence[str],
+    devices: int | None,
+    seed: str,
+    say: Callable[[str], None],
+) -> Outcome:
+    """Starts the processes and watches them until all have ended."""
     if devices is not None and devices % count:
         raise PartitaError(
             f"{devices} devices cannot be divided among {count} processes: give a multiple of "
@@ -53,7 +86,7 @@ def launch(
         )
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     share = max(1, len(cores) // count)
-    environment = _common_environment(count, devices // count if devices else share)
+    environment = _common_environment(count, devices // count if devices else share, seed)
     processes: list[subprocess.Popen[bytes]] = []
     errors: list[IO[bytes] | None] = []
     try:
@@ -78,9 +111,8 @@ def launch(
                 process.wait()
 
 
-def _common_environment(count: int, local_devices: int) -> dict[str, str]:
+def _common_environment(count: int, local_devices: int, seed: str) -> dict[str, str]:
     """Environment variables of all processes."""
-    seed = os.environ.get("PARTITA_SEED", str(random.SystemRandom().randrange(2**31)))
     return {
         **os.environ,
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{_free_port()}",
@@ -133,15 +165,15 @@ def _watch(
     processes: list[subprocess.Popen[bytes]],
     errors: list[IO[bytes] | None],
     say: Callable[[str], None],
-) -> int:
-    """The exit code of the processes; the failure of one ends the others, and is reported."""
+) -> Outcome:
+    """The end of the processes; the failure of one ends the others, and is reported."""
     interrupted = False
     culprit: int | None = None
     try:
         stopped_since: dict[int, float] = {}
         while all(process.poll() in (None, 0) for process in processes):
             if all(process.poll() == 0 for process in processes):
-                return 0
+                return Outcome(0)
             culprit = _stopped_too_long(processes, stopped_since)
             if culprit is not None:
                 break
@@ -159,7 +191,7 @@ def _watch(
     except _Terminated:
         _send(processes, signal.SIGTERM)
         say(f"a signal asked to stop; the {len(processes)} processes were stopped.")
-        return 128 + signal.SIGTERM
+        return Outcome(128 + signal.SIGTERM)
     if interrupted:
         _send(processes, signal.SIGINT)
     _send(processes, signal.SIGTERM)
@@ -170,14 +202,15 @@ def _watch(
             f"process {culprit} of {len(codes)} (pid {processes[culprit].pid}) does not answer: it "
             "hangs or was stopped; the others were stopped."
         )
-        return LOST
+        return Outcome(LOST, is_loss=True)
     if interrupted or any(code in (INTERRUPTED, -signal.SIGINT) for code in codes):
-        return INTERRUPTED
+        return Outcome(INTERRUPTED)
     if culprit is None:
         culprit = _culprit(codes)
     if culprit is None:
-        return 0
-    return _report_failure(culprit, codes, errors[culprit], say)
+        return Outcome(0)
+    code = _report_failure(culprit, codes, errors[culprit], say)
+    return Outcome(code, is_loss=(codes[culprit] or 0) < 0)
 
 
 def _stopped_too_long(
@@ -228,7 +261,10 @@ def _report_failure(
         end = f"stopped with code {code}"
     else:
         end = "ended before the others"
-    say(f"process {culprit} of {len(codes)} {end}; the others were stopped.")
+    if len(codes) == 1:
+        say(f"the process {end}.")
+    else:
+        say(f"process {culprit} of {len(codes)} {end}; the others were stopped.")
     return 128 - code if code < 0 else code or 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 
 import typer
 
@@ -13,18 +14,35 @@ from partita.cli.terminal import say
 from partita.keras_backend import select_jax
 
 
-def run_in_processes(count: int, devices: int | None) -> None:
+def run_in_processes(count: int, devices: int | None, restarts: int = 0) -> None:
     """Starts this command in several processes, with `devices` in all, and ends as they end;
-    returns in each of them."""
-    if count > 1 and not os.environ.get("PARTITA_LAUNCHED"):
-        raise typer.Exit(launch(count, _arguments_of_one(), devices, say))
+    returns in each of them.
 
-
-def _arguments_of_one() -> list[str]:
-    """The command line of one of several processes: this command's, without --processes."""
+    After the loss of a process all are started again, at most `restarts` times. They save
+    snapshots in a folder that the option --snapshots names.
+    """
+    if os.environ.get("PARTITA_LAUNCHED") or (count == 1 and not restarts):
+        return
     arguments = sys.argv[1:]
+    for option in ("--processes", "--restarts"):
+        arguments = _without(option, arguments)
+    if not restarts:
+        raise typer.Exit(launch(count, arguments, devices, say))
+    with tempfile.TemporaryDirectory(prefix="partita-snapshots-") as folder:
+        arguments[1:1] = ["--snapshots", folder]
+        raise typer.Exit(launch(count, arguments, devices, say, restarts))
+
+
+def _without(option: str, arguments: list[str]) -> list[str]:
+    """A command line without the first use of an option that takes a value.
+
+    >>> _without("--processes", ["run", "--processes", "2", "train.py"])
+    ['run', 'train.py']
+    """
     names = [argument.partition("=")[0] for argument in arguments]
-    position = names.index("--processes")
+    if option not in names:
+        return arguments
+    position = names.index(option)
     words = 1 if "=" in arguments[position] else 2
     return arguments[:position] + arguments[position + words :]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +17,7 @@ from partita.cli.options import (
     MeasureOperators,
     PlanFiles,
     Processes,
+    Restarts,
     Script,
     is_module,
     note_slips,
@@ -45,6 +48,9 @@ class Group:
 
     devices: Devices = None
     processes: Processes = 1
+    restarts: Restarts = 0
+    snapshots: Annotated[Path | None, typer.Option(hidden=True)] = None
+    """The folder in which a run that may be started again saves its snapshots."""
 
 
 def run(
@@ -67,6 +73,8 @@ def run(
     Example: partita run --devices 4 --save-plan plan.json train.py --epochs 3
 
     Example: partita run -m mypackage.train --epochs 3
+
+    Example: partita run --processes 4 --restarts 3 train.py
     """
     with errors():
         if not os.environ.get("PARTITA_LAUNCHED"):
@@ -75,7 +83,7 @@ def run(
         devices = group.devices
         if devices is None and plan is not None:
             devices = Plan.load(plan).devices
-        run_in_processes(group.processes, devices)
+        run_in_processes(group.processes, devices, group.restarts)
         prints = join_processes() and not quiet
         start_devices(devices)
         from partita.keras.script import run_script
@@ -87,18 +95,31 @@ def run(
             report=activity.report,
             report_timing=say_timing if prints else None,
         )
-        code = run_script(
-            script,
-            context.args,
-            make_planner(plan, group.devices, options=options, on_plan=record.planned),
-            report=say if prints else say_nothing,
-            verify=verify,
-            trained=record.trained,
-            activity=activity.show,
-            as_module=is_module(context),
-        )
+        report = say if prints else say_nothing
+        with _snapshots_in(group.snapshots, report):
+            code = run_script(
+                script,
+                context.args,
+                make_planner(plan, group.devices, options=options, on_plan=record.planned),
+                report=report,
+                verify=verify,
+                trained=record.trained,
+                activity=activity.show,
+                as_module=is_module(context),
+            )
         record.finish()
     leave(code)
+
+
+def _snapshots_in(
+    folder: Path | None, report: Callable[[str], None]
+) -> AbstractContextManager[None]:
+    """Inside, Keras's `fit` saves snapshots in a folder, and resumes from them."""
+    if folder is None:
+        return nullcontext()
+    from partita.keras.snapshots import saving_snapshots
+
+    return saving_snapshots(folder, report)
 
 
 @dataclass

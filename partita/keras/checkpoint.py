@@ -120,6 +120,7 @@ class Checkpoint(keras.callbacks.Callback):
         return {_structural(name): name for name in description}
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._forget_first_epoch()
         np.random.seed([self._order_seed, epoch])
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -158,7 +159,13 @@ class Checkpoint(keras.callbacks.Callback):
                 f"{_reason(error)}. {complete}; the model keeps its weights."
             ) from None
 
+    def _forget_first_epoch(self) -> None:
+        """Keras has read it by now; another call of `fit` begins with an epoch of its own."""
+        model: Any = self.model
+        model._initial_epoch = None
+
     def on_train_end(self, logs: Any = None) -> None:
+        self._forget_first_epoch()
         if self._unsaved_epoch is not None:
             self._save(self._unsaved_epoch)
         self._manager.wait_until_finished()

@@ -51,7 +51,7 @@ def attaching(
         models.append(model)
         model.make_train_function(force)
 
-    with _trainer_methods(make_train_function=make_train_function):
+    with trainer_methods(make_train_function=make_train_function):
         yield models
 
 
@@ -74,7 +74,7 @@ def first_step(
 
         model.train_function = train_function
 
-    with _trainer_methods(
+    with trainer_methods(
         make_train_function=make_train_function,
         fit=_quiet_and_fresh(JAXTrainer.fit),
         train_on_batch=_quiet_and_fresh(JAXTrainer.train_on_batch),
@@ -99,7 +99,7 @@ def _quiet_and_fresh(method: Any) -> Any:
 
 
 @contextmanager
-def _trainer_methods(**methods: Any) -> Iterator[None]:
+def trainer_methods(**methods: Any) -> Iterator[None]:
     """Inside, Keras's trainer has these methods in the place of its own."""
     originals = {name: getattr(JAXTrainer, name) for name in methods}
     try:
