@@ -32,11 +32,17 @@ from partita.gnn.kernels.bridge import (
     rows_of,
 )
 from partita.gnn.kernels.total import targets
+from partita.gnn.kernels.vectors import (
+    SLOPE,
+    add_destination,
+    add_scaled,
+    add_source,
+    dot,
+    exponential,
+    fetch_ahead,
+    score,
+)
 
-SLOPE = np.float32(0.2)
-"""Slope of the leaky ReLU below zero."""
-
-ONE = np.float32(1)
 ZERO = np.float32(0)
 
 
@@ -77,28 +83,17 @@ class AttentionGradient(NamedTuple):
     dy: Any
 
 
-@njit(nogil=True, boundscheck=False, inline="always", fastmath={"reassoc", "contract", "nsz"})
-def _score(
-    l,
-    u,
-    r,
-    v,
-    h,
-    a,
-):
-    total = ZERO
-    for c in range(l.shape[2]):
-        z = l[u, h, c] + r[v, h, c]
-        total += a[h, c] * (z if z > ZERO else SLOPE * z)
-    return total
+AHEAD = 4
+"""Edges between the one that is computed and the one whose row is fetched."""
 
 
-@njit(nogil=True, boundscheck=False, inline="always", fastmath={"reassoc", "contract", "nsz"})
-def _dot(x, i, y, j, h):
-    total = ZERO
-    for c in range(x.shape[2]):
-        total += x[i, h, c] * y[j, h, c]
-    return total
+@njit(nogil=True)
+def _largest_degree(offsets, first, stop):
+    """The largest number of edges of a row, and one more for a self edge."""
+    largest = 0
+    for v in range(first, stop):
+        largest = max(largest, offsets[v + 1] - offsets[v])
+    return largest + 1
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
@@ -110,48 +105,71 @@ def _attend_rows(
     out,
     log,
 ):
-    """Online softmax: a larger score scales down the sum so far."""
+    """Scores of all heads edge by edge, then the softmax of a vertex, then the sums."""
     offsets, ids, self_correction = edges
     l, r, a = rows
     heads, columns = l.shape[1], l.shape[2]
+    head_bytes = np.int64(4 * columns)
+    row_bytes = heads * head_bytes
+    l_rows, r_rows, a_rows = l.ctypes.data, r.ctypes.data, a.ctypes.data
+    out_rows = out.ctypes.data
+    shares = np.empty((_largest_degree(offsets, first, stop), heads), np.float32)
     for v in range(first, stop):
-        start, end = offsets[v], offsets[v + 1]
+        start, end = np.int64(offsets[v]), np.int64(offsets[v + 1])
+        extra = max(self_correction[v], 0)
+        skipped = max(-self_correction[v], 0)
+        count = 0
+        for e in range(start, end + extra):
+            u = np.int64(v if e == end else ids[e])
+            if u == v and skipped > 0:
+                skipped -= 1
+                continue
+            if e + AHEAD < len(ids):
+                fetch_ahead(l_rows + ids[e + AHEAD] * row_bytes)  # type: ignore[reportCallIssue]
+            for h in range(heads):
+                b = h * head_bytes
+                source = l_rows + u * row_bytes + b
+                shares[count, h] = score(source, r_rows + v * row_bytes + b, a_rows + b, columns)
+            count += 1
+        _softmax(shares, count, log[v])
+        out[v] = ZERO
+        skipped = max(-self_correction[v], 0)
+        count = 0
+        for e in range(start, end + extra):
+            u = np.int64(v if e == end else ids[e])
+            if u == v and skipped > 0:
+                skipped -= 1
+                continue
+            for h in range(heads):
+                b = h * head_bytes
+                result = out_rows + v * row_bytes + b
+                add_scaled(result, l_rows + u * row_bytes + b, shares[count, h], columns)
+            count += 1
+
+
+@njit(nogil=True, boundscheck=False, inline="always")
+def _softmax(shares, count, log):
+    """Scores of `count` edges become their softmax; log [heads], of its denominator."""
+    heads = shares.shape[1]
+    for h in range(heads):
+        top = np.float32(-np.inf)
+        for k in range(count):
+            top = max(top, shares[k, h])
+        log[h] = top
+    for k in range(count):
         for h in range(heads):
-            top = np.float32(-np.inf)
-            denominator = ZERO
-            for c in range(columns):
-                out[v, h, c] = ZERO
-            extra = max(self_correction[v], 0)
-            skipped = max(-self_correction[v], 0)
-            for e in range(start, end + extra):
-                u = v if e == end else ids[e]
-                if u == v and skipped > 0:
-                    skipped -= 1
-                    continue
-                score = _score(
-                    l,
-                    u,
-                    r,
-                    v,
-                    h,
-                    a,
-                )
-                if score > top:
-                    shrink = np.float32(math.exp(top - score))
-                    top = score
-                    denominator *= shrink
-                    for c in range(columns):
-                        out[v, h, c] *= shrink
-                w = np.float32(math.exp(score - top))
-                denominator += w
-                for c in range(columns):
-                    out[v, h, c] += w * l[u, h, c]
-            if denominator > ZERO:
-                for c in range(columns):
-                    out[v, h, c] /= denominator
-                log[v, h] = top + np.float32(math.log(denominator))
-            else:
-                log[v, h] = ZERO
+            shares[k, h] = exponential(shares[k, h] - log[h])
+    for h in range(heads):
+        denominator = ZERO
+        for k in range(count):
+            denominator += shares[k, h]
+        if count:
+            inverse = np.float32(1) / denominator
+            for k in range(count):
+                shares[k, h] *= inverse
+            log[h] += np.float32(math.log(denominator))
+        else:
+            log[h] = ZERO
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
@@ -167,39 +185,44 @@ def _by_destination_rows(
     """Writes dr of the rows, and adds to da [heads, columns]."""
     offsets, ids, self_correction = edges
     l, r, a = rows
-    log, dot, dy = gradient
+    log, dots, dy = gradient
     heads, columns = l.shape[1], l.shape[2]
+    head_bytes = np.int64(4 * columns)
+    row_bytes = heads * head_bytes
+    l_rows, r_rows, a_rows = l.ctypes.data, r.ctypes.data, a.ctypes.data
+    dy_rows, dr_rows, da_rows = dy.ctypes.data, dr.ctypes.data, da.ctypes.data
+    shares = np.empty(heads, np.float32)
     for v in range(first, stop):
-        start, end = offsets[v], offsets[v + 1]
-        for h in range(heads):
-            for c in range(columns):
-                dr[v, h, c] = ZERO
-            extra = max(self_correction[v], 0)
-            skipped = max(-self_correction[v], 0)
-            for e in range(start, end + extra):
-                u = v if e == end else ids[e]
-                if u == v and skipped > 0:
-                    skipped -= 1
-                    continue
-                w = np.float32(
-                    math.exp(
-                        _score(
-                            l,
-                            u,
-                            r,
-                            v,
-                            h,
-                            a,
-                        )
-                        - log[v, h]
-                    )
+        dr[v] = ZERO
+        start, end = np.int64(offsets[v]), np.int64(offsets[v + 1])
+        extra = max(self_correction[v], 0)
+        skipped = max(-self_correction[v], 0)
+        target = v * row_bytes
+        for e in range(start, end + extra):
+            u = np.int64(v if e == end else ids[e])
+            if u == v and skipped > 0:
+                skipped -= 1
+                continue
+            if e + AHEAD < len(ids):
+                fetch_ahead(l_rows + ids[e + AHEAD] * row_bytes)  # type: ignore[reportCallIssue]
+            source = l_rows + u * row_bytes
+            for h in range(heads):
+                b = h * head_bytes
+                shares[h] = score(source + b, r_rows + target + b, a_rows + b, columns) - log[v, h]
+            for h in range(heads):
+                shares[h] = exponential(shares[h])
+            for h in range(heads):
+                b = h * head_bytes
+                ds = shares[h] * (dot(dy_rows + target + b, source + b, columns) - dots[v, h])
+                add_destination(
+                    source + b,
+                    r_rows + target + b,
+                    a_rows + b,
+                    dr_rows + target + b,
+                    da_rows + b,
+                    ds,
+                    columns,
                 )
-                ds = w * (_dot(dy, v, l, u, h) - dot[v, h])
-                for c in range(columns):
-                    z = l[u, h, c] + r[v, h, c]
-                    slope = ONE if z > ZERO else SLOPE
-                    dr[v, h, c] += ds * a[h, c] * slope
-                    da[h, c] += ds * slope * z
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
@@ -217,38 +240,49 @@ def _by_source_rows(
     """
     offsets, ids, self_correction = edges
     l, r, a = rows
-    log, dot, dy = gradient
+    log, dots, dy = gradient
     heads, columns = l.shape[1], l.shape[2]
+    head_bytes = np.int64(4 * columns)
+    row_bytes = heads * head_bytes
+    l_rows, r_rows, a_rows = l.ctypes.data, r.ctypes.data, a.ctypes.data
+    dy_rows, dl_rows = dy.ctypes.data, dl.ctypes.data
+    shares = np.empty(heads, np.float32)
     for u in range(first, stop):
-        start, end = offsets[u], offsets[u + 1]
+        dl[u] = ZERO
+        start, end = np.int64(offsets[u]), np.int64(offsets[u + 1])
         correction = self_correction[u] if u < len(self_correction) else 0
         extra = max(correction, 0)
-        for h in range(heads):
-            for c in range(columns):
-                dl[u, h, c] = ZERO
-            skipped = max(-correction, 0)
-            for k in range(start, end + extra):
-                v = u if k == end else ids[k]
-                if u == v and skipped > 0:
-                    skipped -= 1
-                    continue
-                w = np.float32(
-                    math.exp(
-                        _score(
-                            l,
-                            u,
-                            r,
-                            v,
-                            h,
-                            a,
-                        )
-                        - log[v, h]
-                    )
+        skipped = max(-correction, 0)
+        source = u * row_bytes
+        for k in range(start, end + extra):
+            v = np.int64(u if k == end else ids[k])
+            if u == v and skipped > 0:
+                skipped -= 1
+                continue
+            if k + AHEAD < len(ids):
+                fetch_ahead(r_rows + ids[k + AHEAD] * row_bytes)  # type: ignore[reportCallIssue]
+                fetch_ahead(dy_rows + ids[k + AHEAD] * row_bytes)  # type: ignore[reportCallIssue]
+            target = v * row_bytes
+            for h in range(heads):
+                b = h * head_bytes
+                left, right = l_rows + source + b, r_rows + target + b
+                shares[h] = score(left, right, a_rows + b, columns) - log[v, h]
+            for h in range(heads):
+                shares[h] = exponential(shares[h])
+            for h in range(heads):
+                b = h * head_bytes
+                left, above = l_rows + source + b, dy_rows + target + b
+                ds = shares[h] * (dot(above, left, columns) - dots[v, h])
+                add_source(
+                    left,
+                    r_rows + target + b,
+                    a_rows + b,
+                    above,
+                    dl_rows + source + b,
+                    shares[h],
+                    ds,
+                    columns,
                 )
-                ds = w * (_dot(dy, v, l, u, h) - dot[v, h])
-                for c in range(columns):
-                    z = l[u, h, c] + r[v, h, c]
-                    dl[u, h, c] += w * dy[v, h, c] + ds * a[h, c] * (ONE if z > ZERO else SLOPE)
 
 
 @njit(nogil=True, parallel=True, cache=True)

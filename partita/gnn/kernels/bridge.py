@@ -192,18 +192,10 @@ def _threadsafe() -> bool:
     """
     numba.config.THREADING_LAYER = "threadsafe"  # type: ignore[attr-defined]
     try:
-        _start_threads()
+        numba.get_num_threads()  # starts the threads
         return numba.threading_layer() in ("omp", "tbb")  # type: ignore[attr-defined]
     except ValueError:
         return False
-
-
-@njit(parallel=True)
-def _start_threads():
-    total = 0
-    for i in numba.prange(2):
-        total += i
-    return total
 
 
 _new_capsule = ctypes.pythonapi.PyCapsule_New

@@ -383,12 +383,16 @@ def _self_test() -> None:
     factor = np.array([1, 0.5, 2], np.float32)
     dense = np.array([[0, 1, 1], [0, 0, 0], [2, 1, 0]], np.float32)
     weighted = np.array([[0, 4, 3], [0, 0, 0], [3, 0, 0]], np.float32)
-    for columns in (1, 7, 21):
-        x = np.arange(3 * columns, dtype=np.float32).reshape(3, columns)
-        with jax.ensure_compile_time_eval():
-            plain_sum = _call(offsets, ids, x)
-            weighted_sum = _call(offsets, ids, x, weights, order)
-            scaled_sum = _call(offsets, ids, x, share=share, factor=factor)
+    tables = [np.arange(3 * n, dtype=np.float32).reshape(3, n) for n in (1, 7, 21)]
+
+    def sums(x: Any) -> Any:
+        plain_sum = _call(offsets, ids, x)
+        weighted_sum = _call(offsets, ids, x, weights, order)
+        return plain_sum, weighted_sum, _call(offsets, ids, x, share=share, factor=factor)
+
+    with jax.ensure_compile_time_eval():
+        results = jax.jit(lambda tables: [sums(x) for x in tables])(tables)
+    for x, (plain_sum, weighted_sum, scaled_sum) in zip(tables, results, strict=True):
         assert np.allclose(plain_sum, dense @ x), "a sum is wrong"
         assert np.allclose(weighted_sum, weighted @ x), "a weighted sum is wrong"
         expected = (dense @ x + share[:, None] * x) * factor[:, None]
