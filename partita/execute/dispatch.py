@@ -134,6 +134,7 @@ class _Dispatcher:
         self.maker = cut.maker()
         self.readers = cut.readers()
         self.roles = cut.flow.roles
+        self.name = cut.flow.name
         self.actions: list[Action] = []
         self.sent: set[Value] = set()
         """Targets of transfers."""
@@ -179,19 +180,10 @@ class _Dispatcher:
     def _piece_of(self, tensor: int) -> Piece:
         return self.cut.pieces[self.maker[tensor]]
 
-    def _name(self, tensor: int) -> str:
-        """A tensor's layer, for people."""
-        for argument in self.graph.arguments:
-            if argument.tensor == tensor:
-                return argument.path
-        producer = self.cut.flow.producer[tensor]
-        instruction = self.cut.flow.instruction(producer)
-        return f"{instruction.path or 'the step'} ({instruction.name})"
-
     def _check_update_read(self, tensor: int) -> None:
         if self.roles.get(tensor) == "batch":
             raise PlanError(
-                f"The update reads {self._name(tensor)!r} of the batch itself, so the step cannot "
+                f"The update reads {self.name(tensor)!r} of the batch itself, so the step cannot "
                 "run in microbatches. Use a plan with 1 microbatch."
             )
 
@@ -199,7 +191,7 @@ class _Dispatcher:
         dtype = self.graph.tensors[tensor].dtype
         if not dtype.startswith(("float", "bfloat", "complex")):
             raise PlanError(
-                f"The update reads a value of {self._name(tensor)!r} that is {dtype} and differs "
+                f"The update reads a value of {self.name(tensor)!r} that is {dtype} and differs "
                 "between microbatches, so it has no mean. Use a plan with 1 microbatch."
             )
 
@@ -228,7 +220,7 @@ class _Dispatcher:
             return Value(argument, place, max(microbatch, 0))
         if is_carried and self.count > 1:
             raise PlanError(
-                f"'{self._name(argument)}' changes with every microbatch and is read on places "
+                f"'{self.name(argument)}' changes with every microbatch and is read on places "
                 f"{home} and {place}, so the places cannot overlap. "
                 "Place its readers together, or use a plan with 1 microbatch."
             )
@@ -307,7 +299,7 @@ class _Dispatcher:
     def _check_made_before(self, tensor: int) -> None:
         if not self._piece_of(tensor).is_repeated:
             raise PlanError(
-                f"The step computes with its update again (at {self._name(tensor)!r}), so it "
+                f"The step computes with its update again (at {self.name(tensor)!r}), so it "
                 "cannot run in microbatches. Use a plan with 1 microbatch."
             )
 
@@ -409,7 +401,7 @@ class _Dispatcher:
         if shape and whole_shape[0] == self.count * shape[0]:
             return "concatenate"
         raise PlanError(
-            f"The step returns a value of {self._name(tensor)!r} with shape {shape} that differs "
+            f"The step returns a value of {self.name(tensor)!r} with shape {shape} that differs "
             "between microbatches. Return its mean, return a value per sample, or use a plan with "
             "1 microbatch."
         )

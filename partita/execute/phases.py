@@ -69,6 +69,14 @@ class DataFlow:
         """The operator of a statement, -1 for none."""
         return self.graph.owner[self.statements[statement].instruction]
 
+    def name(self, tensor: int) -> str:
+        """The path of an argument, or the layer and instruction of another tensor, for people."""
+        for argument in self.graph.arguments:
+            if argument.tensor == tensor:
+                return argument.path
+        instruction = self.instruction(self.producer[tensor])
+        return f"{instruction.path or 'the step'} ({instruction.name})"
+
     @cached_property
     def producer(self) -> dict[int, int]:
         """Tensor -> the statement that makes it. Arguments have none."""

@@ -504,6 +504,33 @@ def from_first(
     return value
 
 
+def exchanged(name: str, value: str) -> list[str]:
+    """The values of all processes, by process. All must call it at the same point.
+
+    ProcessError for one that does not within the time limit.
+    """
+    key = _key(name)
+    store = _store()
+    store.key_value_set(f"{key}/{jax.process_index()}", value)
+    values: list[str] = []
+    for i in range(jax.process_count()):
+        try:
+            values.append(store.blocking_key_value_get(f"{key}/{i}", TIMEOUT * 1000))
+        except jax.errors.JaxRuntimeError:
+            raise ProcessError(
+                f"Process {i} has not reached its first step {TIMEOUT} s after the others. "
+                "Run the same script in all processes."
+            ) from None
+    return values
+
+
+def coordinator_address() -> str:
+    """Host and port of process 0."""
+    from jax._src import distributed
+
+    return str(distributed.global_state.coordinator_address)
+
+
 def same(name: str, digest: str, hint: str) -> None:
     """Compares a digest over all processes.
 
@@ -512,18 +539,7 @@ def same(name: str, digest: str, hint: str) -> None:
     """
     if alone():
         return
-    key = _key(f"same/{name}")
-    store = _store()
-    store.key_value_set(f"{key}/{jax.process_index()}", digest)
-    digests: list[str] = []
-    for i in range(jax.process_count()):
-        try:
-            digests.append(store.blocking_key_value_get(f"{key}/{i}", TIMEOUT * 1000))
-        except jax.errors.JaxRuntimeError:
-            raise ProcessError(
-                f"Process {i} has not reached its first step {TIMEOUT} s after the others. "
-                "Run the same script in all processes."
-            ) from None
+    digests = exchanged(f"same/{name}", digest)
     different = [str(i) for i, value in enumerate(digests) if value != digests[0]]
     if different:
         processes = "process" if len(different) == 1 else "processes"
@@ -532,13 +548,36 @@ def same(name: str, digest: str, hint: str) -> None:
         )
 
 
+def is_local(value: Any) -> bool:
+    """Whether a value is this process's own: not an array that processes have together, nor one of
+    a device group. All processes find the same answer.
+    """
+    if not isinstance(value, jax.Array):
+        return True
+    return value.is_fully_addressable and not is_of_group(value)
+
+
+def is_of_group(value: Any) -> bool:
+    """Whether an array is on devices of some processes only, for all processes to know of."""
+    if alone() or not isinstance(value, jax.Array):
+        return False
+    if not isinstance(value.sharding, jax.sharding.NamedSharding):
+        return False
+    return len(_members(value)) < jax.process_count()
+
+
+def _members(value: jax.Array) -> list[int]:
+    """The processes that have a part of an array."""
+    return sorted({device.process_index for device in value.sharding.device_set})
+
+
 def digest(values: Any) -> str:
-    """A digest of a text, or of the arrays of a tree that this process holds completely."""
+    """A digest of a text, or of the arrays of a tree that are this process's own."""
     if isinstance(values, str):
         return hashlib.sha256(values.encode()).hexdigest()
     checksum = 0
     for x in jax.tree.leaves(values):
-        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        if is_local(x):
             data = np.ascontiguousarray(np.asarray(x))
             checksum = zlib.crc32(data.tobytes(), checksum)
     return f"{checksum:08x}"
@@ -557,10 +596,12 @@ def put(values: Any, shardings: Any) -> Any:
 
 
 def _put(value: Any, sharding: Any) -> Any:
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+    if not is_local(value):
         if value.sharding.is_equivalent_to(sharding, value.ndim):
             return value
-        return _resharded(sharding)(value)
+        if value.sharding.device_set == sharding.device_set and not is_of_group(value):
+            return _resharded(sharding)(value)
+        value = whole(value)
     array = np.asarray(value)
     if isinstance(value, (bool, int, float, complex)):
         array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
@@ -568,6 +609,7 @@ def _put(value: Any, sharding: Any) -> Any:
         array.shape,
         sharding,
         lambda index: array[index],
+        dtype=array.dtype,
     )
 
 
@@ -584,14 +626,35 @@ def _resharded(sharding: Any) -> Any:
 def whole(value: Any) -> np.ndarray:
     """All values of an array.
 
-    For an array that is split over processes, all processes must call this at the same point.
+    For an array that is split over processes, or that some of them have, all processes must call
+    this at the same point.
     """
-    if not isinstance(value, jax.Array) or value.is_fully_addressable or value.is_fully_replicated:
+    if is_of_group(value):
+        return _from_group(value)
+    if is_local(value) or value.is_fully_replicated:
         return np.asarray(value)
-    mesh = value.sharding.mesh  # type: ignore[union-attr]
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with together("reading the weights"):
-        return np.asarray(_resharded(replicated)(value))
+        return np.asarray(_replicated(value))
+
+
+def _replicated(value: jax.Array) -> jax.Array:
+    """An array on all devices of its mesh."""
+    mesh = value.sharding.mesh  # type: ignore[union-attr]
+    return _resharded(jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))(value)
+
+
+def _from_group(value: jax.Array) -> np.ndarray:
+    """All values of an array of a device group, given to every process by the first one of it."""
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    members = _members(value)
+    with together("reading the weights"):
+        if jax.process_index() in members:
+            array = np.asarray(value if value.is_fully_replicated else _replicated(value))
+        else:
+            array = np.zeros(value.shape, value.dtype)
+        is_source = jax.process_index() == members[0]
+        return np.asarray(broadcast_one_to_all(array, is_source=is_source), value.dtype)
 
 
 def meet() -> None:

@@ -19,16 +19,23 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from partita.capture.jax_functions import Captured
-from partita.errors import PlanError
 from partita.execute.annotate import Annotator
-from partita.execute.dispatch import Dispatch, Output, PieceRole, RunAction, Value, dispatch
+from partita.execute.dispatch import (
+    Dispatch,
+    Output,
+    PieceRole,
+    RunAction,
+    TransferAction,
+    Value,
+    dispatch,
+)
 from partita.execute.microbatches import microbatch_of
 from partita.execute.phases import DataFlow
 from partita.execute.piece_text import aval, piece_text, statements
 from partita.execute.pieces import Cut, Piece, cut
-from partita.execute.processes import alone
+from partita.execute.processes import alone, digest, put, same
 from partita.execute.sharding import device_mesh, named_sharding
-from partita.execute.transport import Local
+from partita.execute.transport import Between, Local, SharedOutput
 from partita.plans.layout import Layout, layout_of, layout_over
 from partita.plans.pipeline import Place
 from partita.plans.plan import Mesh, Plan
@@ -49,6 +56,12 @@ class PlaceDevices:
         source = self.sharding_source.get(tensor, tensor)
         return named_sharding(self.layout.shardings[source], self.mesh, self.devices)
 
+    @cached_property
+    def is_here(self) -> bool:
+        """Whether this process has a device of it."""
+        own = jax.process_index()
+        return any(device.process_index == own for device in self.devices.devices.flat)
+
 
 @dataclass(frozen=True)
 class StagedProgram:
@@ -56,20 +69,25 @@ class StagedProgram:
 
     step: StagedStep
     programs: tuple[Any, ...]
-    """Per piece its compiled program."""
+    """Per piece its compiled program; None for pieces of other processes."""
 
     def __call__(self, state: Any, batch: dict[Value, Any]) -> tuple[Any, Any]:
         step = self.step
         leaves = jax.tree.leaves(state)
         values: dict[Value, Any] = dict(batch)
         for argument, value in step.dispatch.state.items():
-            values[value] = leaves[step.leaf_of[argument]]
-        transport = Local(step.places)
+            if step.places[value.place].is_here:
+                values[value] = leaves[step.leaf_of[argument]]
+        transport = step.transport
+        transport.start_step()
         for action in step.dispatch.actions:
             if isinstance(action, RunAction):
-                self._run(action, values)
+                if self.programs[action.piece] is not None:
+                    self._run(action, values)
             else:
-                values[action.target] = transport.move(values[action.source], action.target)
+                array = transport.move(action, values.get(action.source))
+                if array is not None:
+                    values[action.target] = array
             for value in action.frees:
                 values.pop(value, None)
         return step.results(values)
@@ -124,7 +142,7 @@ class StagedStep:
 
     def place_state(self, state: Any) -> Any:
         """The state on the devices, as the step takes it."""
-        return jax.device_put(state, self.state_shardings)
+        return put(state, self.state_shardings)
 
     def place_batch(self, batch: Any) -> dict[Value, Any]:
         """The microbatches of a batch on the devices that read them."""
@@ -133,13 +151,15 @@ class StagedStep:
         parts = jax.tree.leaves(self.microbatch.batch)
         placed = {}
         for value in self.dispatch.batch:
+            if not self.places[value.place].is_here:
+                continue
             leaf = self.leaf_of[value.tensor] - state_count
             array = leaves[leaf]
             size = parts[leaf].shape[0] if parts[leaf].shape else 0
             if np.shape(array) != parts[leaf].shape:
                 array = array[value.microbatch * size : (value.microbatch + 1) * size]
             sharding = self.places[value.place].sharding(value.tensor)
-            placed[value] = jax.device_put(array, sharding)
+            placed[value] = put(array, sharding)
         return placed
 
     def zeros(self, value: Value) -> Any:
@@ -162,7 +182,46 @@ class StagedStep:
     def results(self, values: dict[Value, Any]) -> tuple[Any, Any]:
         """(outputs, new state) from the values after the last action."""
         flat = [_combined(output, values) for output in self.dispatch.outputs]
-        return jax.tree.unflatten(self.microbatch.text.out_tree, flat)
+        outputs = self.transport.everywhere(flat[: self.output_count])
+        state = []
+        results = self.dispatch.outputs[self.output_count :]
+        for array, output in zip(flat[self.output_count :], results, strict=True):
+            state.append(self._elsewhere(output.values[-1]) if array is None else array)
+        return jax.tree.unflatten(self.microbatch.text.out_tree, [*outputs, *state])
+
+    @property
+    def output_count(self) -> int:
+        """Number of results of the step that are not new state."""
+        return len(self.dispatch.outputs) - len(jax.tree.leaves(self.captured.state))
+
+    def _elsewhere(self, value: Value) -> Any:
+        """An array of a place without devices of this process."""
+        shape = aval(self.cut.flow.graph.tensors[value.tensor])
+        sharding = self.places[value.place].sharding(value.tensor)
+        return jax.make_array_from_single_device_arrays(
+            shape.shape, sharding, [], dtype=shape.dtype
+        )
+
+    @cached_property
+    def transport(self) -> Local | Between:
+        """The copies of values from place to place."""
+        if alone():
+            return Local(self.places)
+        graph = self.cut.flow.graph
+        outputs = []
+        for output in self.dispatch.outputs[: self.output_count]:
+            value = output.values[-1]
+            shape = aval(graph.tensors[value.tensor])
+            size = shape.shape
+            if output.combination == "concatenate":
+                size = (len(output.values) * size[0], *size[1:])
+            outputs.append(SharedOutput(value.place, size, shape.dtype))
+        return Between(
+            self.places,
+            [a for a in self.dispatch.actions if isinstance(a, TransferAction)],
+            outputs,
+            self.cut.flow,
+        )
 
     # ------------------------------------------------------------------------------------- programs
 
@@ -183,11 +242,25 @@ class StagedStep:
         """Whether Python waits for every piece: on a CPU, pieces with collectives that overlap take
         all threads and wait for each other.
         """
-        return jax.default_backend() == "cpu" and any(p.mesh.size > 1 for p in self.places)
+        own = [place for place in self.places if place.is_here]
+        return jax.default_backend() == "cpu" and any(place.mesh.size > 1 for place in own)
 
     def compile(self) -> StagedProgram:
-        """The compiled step."""
-        return StagedProgram(self, tuple(self._compiled(n) for n in range(len(self.cut.pieces))))
+        """The compiled step: the pieces of this process.
+
+        ProcessError if the processes would exchange other values.
+        """
+        if isinstance(self.transport, Between):
+            same(
+                "Transfers between device groups",
+                digest(self.transport.numbers),
+                "Use the same version of Partita, JAX and Keras in all processes.",
+            )
+        programs = []
+        for number, piece in enumerate(self.cut.pieces):
+            is_here = self.places[piece.place].is_here
+            programs.append(self._compiled(number) if is_here else None)
+        return StagedProgram(self, tuple(programs))
 
     @cached_property
     def program(self) -> StagedProgram:
@@ -250,6 +323,9 @@ def _function(
 
 
 def _combined(output: Output, values: dict[Value, Any]) -> Any:
+    """A result of the step; None if another process has it."""
+    if output.values[-1] not in values:
+        return None
     arrays = [values[value] for value in output.values]
     if output.combination == "mean":
         return _mean(arrays)
@@ -271,13 +347,8 @@ def staged_step(
 ) -> StagedStep:
     """The captured step in pieces under a plan, ready to compile for devices.
 
-    PlanError if the step cannot be cut where the plan says, or if several processes train.
+    PlanError if the step cannot be cut where the plan says.
     """
-    if not alone():
-        raise PlanError(
-            f"The plan '{plan.name}' has stages, microbatches or places, which run inside one "
-            "process. Start one process for all devices, or plan with --no-stages."
-        )
     microbatch = microbatch_of(captured, plan)
     graph = microbatch.graph
     flow = DataFlow(graph, statements(microbatch.text.mlir_module_serialized))

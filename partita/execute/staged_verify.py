@@ -6,6 +6,7 @@ the values that are alive, and inside each piece its temporaries and new results
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from typing import Any
@@ -16,6 +17,7 @@ from partita.execute.devices import detect
 from partita.execute.dispatch import RunAction, Value
 from partita.execute.emitted import emitted
 from partita.execute.piece_text import aval
+from partita.execute.processes import alone, exchanged
 from partita.execute.staged import StagedProgram, StagedStep
 from partita.execute.verification import Traffic, Verification
 from partita.units import format_bytes
@@ -53,7 +55,19 @@ def check_staged(step: StagedStep, program: StagedProgram) -> Verification:
 
 
 def place_peaks(step: StagedStep, program: StagedProgram) -> list[int]:
-    """Per place the peak memory of a device in bytes, by the compiler and the order of actions."""
+    """Per place the peak memory of a device in bytes, by the compiler and the order of actions.
+
+    A process knows the pieces of its own places. The figures of the others come from them.
+    """
+    own = _own_peaks(step, program)
+    if alone():
+        return own
+    peaks = [json.loads(text) for text in exchanged("peaks", json.dumps(own))]
+    return [max(of_process) for of_process in zip(*peaks, strict=True)]
+
+
+def _own_peaks(step: StagedStep, program: StagedProgram) -> list[int]:
+    """Per place of this process the peak memory of a device in bytes; 0 for other places."""
     alive: dict[Value, int] = {}
     used = [0] * len(step.places)
     peaks = [0] * len(step.places)
@@ -68,6 +82,8 @@ def place_peaks(step: StagedStep, program: StagedProgram) -> list[int]:
     for action in step.dispatch.actions:
         if isinstance(action, RunAction):
             place = step.cut.pieces[action.piece].place
+            if not step.places[place].is_here:
+                continue
             analysis = program.programs[action.piece].memory_analysis()
             for value in action.sums:
                 add(value)
@@ -85,7 +101,7 @@ def place_peaks(step: StagedStep, program: StagedProgram) -> list[int]:
         for value in action.frees:
             used[value.place] -= alive.pop(value, 0)
         peaks[place] = max(peaks[place], used[place])
-    return peaks
+    return [peak if place.is_here else 0 for peak, place in zip(peaks, step.places, strict=True)]
 
 
 def transfer_bytes(step: StagedStep) -> int:
@@ -106,7 +122,7 @@ def _shard_bytes(step: StagedStep, value: Value) -> int:
 
 
 def _traffic(step: StagedStep, program: StagedProgram, backend: Any) -> tuple[Traffic, ...]:
-    """Bytes of collectives inside places, per kind, the sum over places.
+    """Bytes of collectives inside places, per kind, the sum over the places of this process.
 
     Collectives of forward and backward pieces run for every microbatch, sums of gradients included.
     """
@@ -117,6 +133,8 @@ def _traffic(step: StagedStep, program: StagedProgram, backend: Any) -> tuple[Tr
         times = 1 if collective.phase == "update" else step.plan.microbatches
         planned[collective.kind] += collective.total * times
     for piece, piece_program in zip(step.cut.pieces, program.programs, strict=True):
+        if piece_program is None:
+            continue
         times = step.plan.microbatches if piece.is_repeated else 1
         for collective in emitted(piece_program.as_text()):
             compiled[collective.kind] += collective.nbytes * collective.trips * times

@@ -1,19 +1,51 @@
-"""Copies of values between places."""
+"""Copies of values between device groups: inside a process, and between processes.
+
+`Local` is JAX's `device_put`. `Between` sends shards from process to process by
+`jax.experimental.transfer`: the sender offers an array under a number, the receiver asks for it.
+Both return at once, so nobody waits in Python and groups overlap. (A jitted collective in their
+place blocks Python on a CPU until both sides have reached it.)
+
+Numbers follow from the order of the step's actions, which is the same in all processes. A process
+that asks for a number that nobody offers would wait forever. So the numbers are compared before the
+first step, and `Channel` ends a process after WAIT_SECONDS with a sentence.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import os
+import socket
+import sys
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from partita.execute.dispatch import Value
+from partita.execute.dispatch import TransferAction, Value
+from partita.execute.phases import DataFlow
+from partita.execute.piece_text import aval
+from partita.execute.processes import coordinator_address, exchanged
+
+WAIT_SECONDS = 3600
+"""Time limit for a value of another process, which may be saving files, seconds."""
+QUIET_SECONDS = 30
+"""Time for which a process waits for a value without a message, seconds."""
+Index = tuple[tuple[int, int], ...]
+"""Per dim the first and the last element of a shard, the last one excluded."""
 
 
 class HasSharding(Protocol):
-    """A place that knows how it stores a tensor."""
+    """A place that knows its devices, and how it stores a tensor."""
 
-    def sharding(self, tensor: int) -> Any: ...
+    @property
+    def devices(self) -> Mesh: ...
+
+    def sharding(self, tensor: int) -> NamedSharding: ...
 
 
 class Local:
@@ -22,6 +54,342 @@ class Local:
     def __init__(self, places: Sequence[HasSharding]) -> None:
         self.places = places
 
-    def move(self, array: Any, target: Value) -> Any:
-        """The array as the place of `target` stores it."""
+    def start_step(self) -> None:
+        """Nothing to prepare."""
+
+    def move(self, action: TransferAction, array: Any) -> Any:
+        """The array as the place of the action's target stores it."""
+        target = action.target
         return jax.device_put(array, self.places[target.place].sharding(target.tensor))
+
+    def everywhere(self, outputs: Sequence[Any]) -> list[Any]:
+        """Outputs of the step, which the process has."""
+        return list(outputs)
+
+
+@dataclass(frozen=True)
+class Message:
+    """A shard that goes from a device to devices of one process."""
+
+    number: int
+    """Its position among the messages of a step."""
+    source: Any
+    targets: tuple[Any, ...]
+    """Devices of one process."""
+    part: tuple[slice, ...] | None
+    """The part of the source's shard that is sent; None for all."""
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.number}: {self.source} -> {self.targets}, {self.part}, {self.shape}"
+
+
+@dataclass(frozen=True)
+class Route:
+    """The messages of one transfer."""
+
+    gathers: bool
+    """Whether the source is gathered on its own devices first."""
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class SharedOutput:
+    """An output of the step that one place has and all processes return."""
+
+    place: int
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+class Between:
+    """Copies between devices of several processes, asynchronous."""
+
+    def __init__(
+        self,
+        places: Sequence[HasSharding],
+        actions: Sequence[TransferAction],
+        outputs: Sequence[SharedOutput],
+        flow: DataFlow,
+    ) -> None:
+        self.places = places
+        self.outputs = tuple(outputs)
+        self.flow = flow
+        self.process = jax.process_index()
+        self.routes: dict[Value, Route] = {}
+        self.first = 0
+        """Number of the first message of the running step."""
+        self.count = 0
+        """Messages of a step."""
+        for action in actions:
+            self.routes[action.target] = self._route(action)
+        self.output_numbers = self._number_outputs()
+
+    @property
+    def numbers(self) -> str:
+        """All messages of a step as text, the same in every process."""
+        lines = []
+        for value, route in self.routes.items():
+            lines += [f"{value} {route.gathers} {message}" for message in route.messages]
+        return "\n".join([*lines, str(self.output_numbers), str(self.outputs)])
+
+    def start_step(self) -> None:
+        """Takes numbers for the messages of a step."""
+        self.first = channel().reserve(self.count)
+
+    def _aval(self, tensor: int) -> Any:
+        return aval(self.flow.graph.tensors[tensor])
+
+    # -------------------------------------------------------------------------------------- routes
+
+    def _route(self, action: TransferAction) -> Route:
+        """The messages of a transfer: from a device of the same process where one has the shard."""
+        source, target = action.source, action.target
+        shape = self._aval(target.tensor).shape
+        sources = _indices(self.places[source.place].sharding(source.tensor), shape)
+        targets: dict[tuple[int, Index], list[Any]] = defaultdict(list)
+        for device, index in _indices(
+            self.places[target.place].sharding(target.tensor), shape
+        ).items():
+            targets[device.process_index, index].append(device)
+        gathers = not {index for _, index in targets} <= set(sources.values())
+        messages = []
+        for (process, index), devices in targets.items():
+            having = [d for d, own in sources.items() if gathers or own == index]
+            nearest = min(having, key=lambda d: (d.process_index != process, d.id))
+            part = tuple(slice(*ends) for ends in index) if gathers else None
+            size = tuple(last - first for first, last in index)
+            messages.append(Message(self.count, nearest, tuple(devices), part, size))
+            self.count += 1
+        return Route(gathers, tuple(messages))
+
+    def _number_outputs(self) -> dict[tuple[int, int], int]:
+        """(place, process that is not of it) -> the number of the message with its outputs."""
+        numbers = {}
+        for place in sorted({output.place for output in self.outputs}):
+            for process in sorted(set(range(jax.process_count())) - set(self._processes(place))):
+                numbers[place, process] = self.count
+                self.count += 1
+        return numbers
+
+    def _processes(self, place: int) -> list[int]:
+        """The processes of a place, that of its first device first."""
+        devices = self.places[place].devices.devices.flat
+        return list(dict.fromkeys(device.process_index for device in devices))
+
+    # ---------------------------------------------------------------------------------- transfers
+
+    def move(self, action: TransferAction, array: Any) -> Any:
+        """The array as the place of the action's target stores it; None if that is elsewhere.
+
+        `array` is None in processes that do not have it.
+        """
+        route = self.routes[action.target]
+        if array is not None and route.gathers:
+            array = _gathered(array.sharding)(array)
+        received: dict[Any, Any] = {}
+        for message in route.messages:
+            is_source = message.source.process_index == self.process
+            is_target = message.targets[0].process_index == self.process
+            if is_source:
+                part = _shard(array, message.source)
+                if message.part is not None:
+                    part = part[message.part]
+                if is_target:
+                    received.update((d, jax.device_put(part, d)) for d in message.targets)
+                else:
+                    # A later piece may take over the memory of old state.
+                    is_state = action.source.tensor in self.flow.roles
+                    channel().offer(self.first + message.number, [part], copies=is_state)
+            elif is_target:
+                received.update(self._received(message, action))
+        if not received:
+            return None
+        target = action.target
+        sharding = self.places[target.place].sharding(target.tensor)
+        own = [received[device] for device in sharding.addressable_devices]
+        shape = self._aval(target.tensor).shape
+        return jax.make_array_from_single_device_arrays(shape, sharding, own)
+
+    def _received(self, message: Message, action: TransferAction) -> dict[Any, Any]:
+        """Target device -> the shard that another process sends."""
+        first = message.targets[0]
+        dtype = self._aval(action.target.tensor).dtype
+        shape = jax.ShapeDtypeStruct(message.shape, dtype, sharding=SingleDeviceSharding(first))
+        name = self.flow.name(action.source.tensor)
+        if action.target.microbatch >= 0:
+            name += f" of microbatch {action.target.microbatch}"
+        peer = message.source.process_index
+        (array,) = channel().ask(peer, self.first + message.number, [shape], name)
+        return {device: jax.device_put(array, device) for device in message.targets}
+
+    def everywhere(self, outputs: Sequence[Any]) -> list[Any]:
+        """The outputs of the step on a device of this process; None are those of other places."""
+        results = list(outputs)
+        for place in sorted({output.place for output in self.outputs}):
+            positions = [n for n, output in enumerate(self.outputs) if output.place == place]
+            members = self._processes(place)
+            if self.process in members:
+                for n in positions:
+                    array = results[n]
+                    if not array.is_fully_replicated:
+                        array = _gathered(array.sharding)(array)
+                    results[n] = array.addressable_data(0)
+            self._share(place, members[0], positions, results)
+        return results
+
+    def _share(self, place: int, owner: int, positions: list[int], results: list[Any]) -> None:
+        """Sends outputs of a place to the processes that are not of it."""
+        for (of_place, process), number in self.output_numbers.items():
+            if of_place != place:
+                continue
+            if owner == self.process:
+                arrays = [results[n] for n in positions]
+                channel().offer(self.first + number, arrays, copies=False)
+            elif process == self.process:
+                here = SingleDeviceSharding(jax.local_devices()[0])
+                shapes = []
+                for n in positions:
+                    output = self.outputs[n]
+                    shapes.append(jax.ShapeDtypeStruct(output.shape, output.dtype, sharding=here))
+                received = channel().ask(owner, self.first + number, shapes, "the step's outputs")
+                for n, array in zip(positions, received, strict=True):
+                    results[n] = array
+
+
+def _indices(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[Any, Index]:
+    """Device -> the elements of an array that it has."""
+    indices = {}
+    for device, slices in sharding.devices_indices_map(shape).items():
+        ends = [part.indices(size)[:2] for part, size in zip(slices, shape, strict=True)]
+        indices[device] = tuple(ends)
+    return indices
+
+
+def _shard(array: Any, device: Any) -> Any:
+    """The part of an array on one device."""
+    for shard in array.addressable_shards:
+        if shard.device == device:
+            return shard.data
+    raise AssertionError("the device has a part")
+
+
+@functools.cache
+def _gathered(sharding: NamedSharding) -> Callable[[Any], Any]:
+    """A compiled copy to all devices of a sharding."""
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+# ------------------------------------------------------------------------------------ the channel
+
+
+@dataclass(frozen=True)
+class _Wait:
+    """A value that this process waits for."""
+
+    array: Any
+    name: str
+    peer: int
+    since: float
+
+
+class Channel:
+    """The connections of this process to the others, for arrays."""
+
+    def __init__(self, timeout: float) -> None:
+        from jax.experimental import transfer
+
+        self.timeout = timeout
+        host = _own_host()
+        device = jax.local_devices()[0]
+        self.server = transfer.start_transfer_server(device.client, f"{host}:0", [f"{host}:0"] * 2)
+        self.addresses = exchanged("address", self.server.address())
+        self.connections: dict[int, Any] = {}
+        self.next_number = 0
+        self.waits: deque[_Wait] = deque()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def reserve(self, count: int) -> int:
+        """The first of `count` numbers that no other message has."""
+        first = self.next_number
+        self.next_number += count
+        return first
+
+    def offer(self, number: int, arrays: Sequence[Any], copies: bool) -> None:
+        """Offers arrays of one device. With `copies` their memory may be reused at once."""
+        values = [array.copy() for array in arrays] if copies else list(arrays)
+        self.server.await_pull(number, values)
+
+    def ask(self, peer: int, number: int, shapes: Sequence[Any], name: str) -> list[Any]:
+        """Arrays that another process offers, or will."""
+        if peer not in self.connections:
+            self.connections[peer] = self.server.connect(self.addresses[peer])
+        arrays = self.connections[peer].pull(number, list(shapes))
+        self.waits.append(_Wait(arrays[0], name, peer, time.monotonic()))
+        return arrays
+
+    def _watch(self) -> None:
+        """Reports a long wait, and ends this process after the time limit.
+
+        It does not raise: the main thread waits inside JAX, and cannot be interrupted there.
+        """
+        reported: _Wait | None = None
+        while True:
+            time.sleep(min(1.0, self.timeout / 4))
+            while self.waits and _is_over(self.waits[0].array):
+                self.waits.popleft()
+            if not self.waits:
+                continue
+            wait = self.waits[0]
+            seconds = time.monotonic() - wait.since
+            if seconds > self.timeout:
+                _say(f"error: {waits_too_long(wait.name, wait.peer, self.timeout)}")
+                os._exit(3)
+            if seconds > QUIET_SECONDS and reported is not wait:
+                reported = wait
+                end = time.time() + self.timeout - seconds
+                until = time.strftime("%H:%M:%S", time.localtime(end))
+                _say(f"{_waits(wait.name, wait.peer)}, until {until}")
+
+
+def _is_over(array: Any) -> bool:
+    """Whether an array has arrived, is deleted, or has failed."""
+    return array.is_deleted() or array.is_ready()
+
+
+def _waits(name: str, peer: int) -> str:
+    process = f"process {jax.process_index()} of {jax.process_count()}"
+    return f"{process} waits for {name} of process {peer}"
+
+
+def waits_too_long(name: str, peer: int, seconds: float) -> str:
+    """The message of a process that waited for a value in vain."""
+    process = f"process {jax.process_index()} of {jax.process_count()}"
+    return (
+        f"{process} has waited {seconds:g} s for {name} of process {peer}, which does not send it. "
+        "Run the same script with the same batches in all processes, and look at the output of "
+        f"process {peer}."
+    )
+
+
+def _say(sentence: str) -> None:
+    print(f"partita: {sentence}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def channel() -> Channel:
+    """The channel of this process, opened at the first use, which all processes reach."""
+    return Channel(WAIT_SECONDS)
+
+
+def _own_host() -> str:
+    """The address of this host by which it reaches the coordinator."""
+    host, _, port = coordinator_address().rpartition(":")
+    name = host.strip("[]")
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        name, int(port), type=socket.SOCK_DGRAM
+    )[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)
+        own = str(probe.getsockname()[0])
+    return f"[{own}]" if ":" in own else own

@@ -16,12 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import keras
 import numpy as np
 
 from partita.errors import PartitaError
-from partita.execute.processes import together, whole
+from partita.execute.processes import is_local, is_of_group, together, whole
 from partita.files.schema import items, mapping, row, table, text, whole_number
 
 Description = dict[str, tuple[tuple[int, ...], str]]
@@ -135,8 +134,8 @@ class Checkpoint(keras.callbacks.Callback):
         description = {}
         for name, variable in self._variables().items():
             value = variable.value
-            split = isinstance(value, jax.Array) and not value.is_fully_addressable
-            values[name] = value if split else np.asarray(whole(value))
+            is_split = not is_local(value) and not is_of_group(value)
+            values[name] = value if is_split else whole(value)
             description[name] = [list(variable.shape), str(variable.dtype)]
         ocp = self._ocp
         try:

@@ -15,6 +15,7 @@ This file holds all that touches Keras's private parts for training.
 
 from __future__ import annotations
 
+import functools
 import signal
 import threading
 import time
@@ -42,7 +43,7 @@ from partita.execute.function import (
     settled,
     shapes_sentence,
 )
-from partita.execute.processes import alone, put, together, whole
+from partita.execute.processes import alone, is_of_group, put, together, whole
 from partita.execute.program import RunnableStep
 from partita.execute.verify import Verification, check_compiled
 from partita.keras.evaluation import batch_axes, split_batch, state_on_mesh
@@ -108,6 +109,7 @@ def attach(
         )
     if not alone():
         save_once()
+        model.__dict__["jax_state_sync"] = functools.partial(_sync, model)
     fit = PlannedFit(model, planner, report, verifier, activity)
     # Keras's own `__setattr__` would track the values as state of the model.
     model.__dict__[_ATTRIBUTE] = fit
@@ -123,6 +125,18 @@ def attach(
 def attached(model: keras.Model) -> PlannedFit | None:
     """How an attached model trains: its plan, compiled steps, step time; None for other models."""
     return vars(model).get(_ATTRIBUTE)
+
+
+def _sync(model: Any) -> None:
+    """Keras's `jax_state_sync`, after which every process has all metrics.
+
+    Keras reads them in every process at the end of an epoch. Their values may be on the devices of
+    a stage. All processes call this at the same points.
+    """
+    type(model).jax_state_sync(model)
+    for variable in model.metrics_variables:
+        if is_of_group(variable.value):
+            variable.assign(whole(variable.value))
 
 
 def restore_state(model: Any, state: Any) -> None:
