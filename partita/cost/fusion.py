@@ -75,6 +75,8 @@ FREE = {"constant", "iota", "broadcast_in_dim", "reshape", "bitcast_convert"}
 """Instructions that take no time alone: XLA makes them part of their readers."""
 GENERATED = FREE - {"reshape", "bitcast_convert"}
 """Those of FREE whose results need no tensor of their rank."""
+SHAPES = {"broadcast_in_dim", "reshape", "convert"}
+"""Instructions that spread a sum over its row."""
 Kernel = tuple[int, ...]
 """Instructions of a kernel, in program order."""
 OUTSIDE = 1 << 60
@@ -104,14 +106,25 @@ class Fusion:
         return tensors
 
 
-def fusion(graph: OperatorGraph, rules: FusionRules) -> Fusion:
-    """The kernels of a graph under a compiler's rules, cached."""
-    return _fusion(IdentityKey(graph), rules)
+def fusion(
+    graph: OperatorGraph,
+    rules: FusionRules,
+    split_rows: frozenset[int] = frozenset(),
+) -> Fusion:
+    """The kernels of a graph under a compiler's rules, cached.
+
+    `split_rows` are reductions whose rows are spread over devices.
+    """
+    return _fusion(IdentityKey(graph), rules, split_rows if rules.row_kernels else frozenset())
 
 
 @lru_cache(maxsize=8)
-def _fusion(key: IdentityKey[OperatorGraph], rules: FusionRules) -> Fusion:
-    return _Fuser(key.value, rules).run()
+def _fusion(
+    key: IdentityKey[OperatorGraph],
+    rules: FusionRules,
+    split_rows: frozenset[int],
+) -> Fusion:
+    return _Fuser(key.value, rules, split_rows).run()
 
 
 def transposes(instruction: Instruction) -> bool:
@@ -125,12 +138,25 @@ def transposes(instruction: Instruction) -> bool:
     return any(factor in rule.reduction for factor in rule.operands[0][0])
 
 
+def _sums_rows(instruction: Instruction) -> bool:
+    """Whether a reduction is over the minor dim."""
+    rule = instruction.rule
+    dims = rule.operands[0] if rule else ()
+    return bool(rule and dims and dims[-1] and dims[-1][0] in rule.reduction)
+
+
 class _Fuser:
     """XLA's instruction fusion. Producers and readers are instructions."""
 
-    def __init__(self, graph: OperatorGraph, rules: FusionRules) -> None:
+    def __init__(
+        self,
+        graph: OperatorGraph,
+        rules: FusionRules,
+        split_rows: frozenset[int],
+    ) -> None:
         self.graph = graph
         self.rules = rules
+        self.split_rows = split_rows
         expensive = STORED if rules.cheap_elementwise else EXPENSIVE
         self.producer = producers(graph)
         self.producers = [self._producers_of(x) for x in graph.instructions]
@@ -147,6 +173,8 @@ class _Fuser:
             self.rank.append(rank)
             self.expensive.append(instruction.name in expensive and rank > 0)
         self.fusible = [self._is_fusible(x) for x in graph.instructions]
+        self.sums_columns = [self._sums_columns(i) for i in range(len(graph.instructions))]
+        """Per instruction, whether it is a reduction that no reader can take in."""
         self.members: list[set[int]] = [set() for _ in graph.instructions]
         """Per instruction, the roots of the kernels that compute it."""
 
@@ -182,15 +210,20 @@ class _Fuser:
             return False
         if instruction.name == "reduce":
             # Reductions over the major dims have a kernel of their own.
-            rule = instruction.rule
-            dims = rule.operands[0] if rule else ()
-            return bool(rule and dims and dims[-1] and dims[-1][0] in rule.reduction)
+            return _sums_rows(instruction)
         if instruction.name == "concatenate":
             # Joined along the minor dim, every element would ask which operand it is from.
             operand, result = instruction.operands[0], instruction.results[0]
             tensors = self.graph.tensors
             return tensors[operand].shape[-1] == tensors[result].shape[-1]
         return True
+
+    def _sums_columns(self, i: int) -> bool:
+        """Whether an instruction is a reduction over major dims, or one that is not fused."""
+        instruction = self.graph.instructions[i]
+        if instruction.name != "reduce":
+            return False
+        return not (_sums_rows(instruction) if self.rules.row_kernels else self.fusible[i])
 
     def _is_read(self, instruction: int) -> bool:
         """Whether some kernel reads the instruction's result without computing it."""
@@ -209,7 +242,7 @@ class _Fuser:
         inside = {root: False}
         """Instruction of the kernel -> whether its elements are read more than once."""
         self.members[root].add(root)
-        is_library_reduction = instruction.name == "reduce" and not self.fusible[root]
+        is_library_reduction = self.sums_columns[root]
         is_alone = instruction.name in ALONE and not transposes(instruction)
         queue = [] if is_alone else [-producer for producer in self.producers[root]]
         heapq.heapify(queue)
@@ -220,10 +253,13 @@ class _Fuser:
                 continue
             considered.add(candidate)
             expensive = self.expensive[candidate]
-            stays_single = expensive or is_library_reduction or candidate in single
+            is_whole = is_library_reduction and not self._is_always_fused(candidate)
+            stays_single = expensive or is_whole or candidate in single
             if stays_single and self._is_shared(candidate, inside):
                 continue
             reused = self._is_reused(candidate, inside)
+            if self.rules.row_kernels and self._name(candidate) == "reduce":
+                reused = False
             if reused and expensive:
                 continue
             inside[candidate] = reused
@@ -231,6 +267,10 @@ class _Fuser:
             for producer in self.producers[candidate]:
                 heapq.heappush(queue, -producer)
         return tuple(sorted(inside))
+
+    def _is_always_fused(self, candidate: int) -> bool:
+        """Whether even a reduction over major dims computes an instruction that others read."""
+        return self.rules.reads_written and self._name(candidate) in GENERATED
 
     def _is_shared(self, candidate: int, inside: dict[int, bool]) -> bool:
         """Whether an instruction has readers outside a kernel, or in several."""
@@ -279,13 +319,39 @@ class _Fuser:
         for i, instruction in reversed(list(enumerate(self.graph.instructions))):
             readers = self.readers[i]
             is_alone_read = len(readers) == 1 and not readers.isdisjoint(in_reduction)
-            if is_alone_read or (instruction.name == "reduce" and not self.fusible[i]):
+            if is_alone_read or self.sums_columns[i]:
                 in_reduction.add(i)
             if len(readers) <= 1 or not self.fusible[i] or instruction.name in GENERATED:
                 continue
-            if any(r in in_reduction or self._needs_memory(r) for r in readers):
+            is_needed = any(r in in_reduction or self._needs_memory(r) for r in readers)
+            if not is_needed and any(self._compares_rows(r) for r in readers):
+                is_needed = self._ends_row_kernel(i)
+            if is_needed:
                 written.add(i)
         return written
+
+    def _compares_rows(self, reader: int) -> bool:
+        """Whether a reader is a reduction with several results: a maximum and its position."""
+        if reader == OUTSIDE:
+            return False
+        instruction = self.graph.instructions[reader]
+        return instruction.name == "reduce" and len(instruction.results) > 1
+
+    def _ends_row_kernel(self, i: int) -> bool:
+        """Whether an instruction reads a whole row and its sum, as the division of a softmax."""
+        if not self.rules.row_kernels:
+            return False
+        return any(self._comes_from_row_sum(source) for source in self.producers[i])
+
+    def _comes_from_row_sum(self, source: int) -> bool:
+        """Whether a value is a sum over a row of this device, in another shape."""
+        while self._name(source) in SHAPES and self.producers[source]:
+            source = self.producers[source][0]
+        is_row_sum = self._name(source) == "reduce" and self.fusible[source]
+        return is_row_sum and source not in self.split_rows
+
+    def _name(self, i: int) -> str:
+        return self.graph.instructions[i].name
 
     def _needs_memory(self, reader: int) -> bool:
         """Whether a reader reads its operands from memory."""
@@ -475,7 +541,7 @@ def _fused_under(
     barriers = set()
     for read in layout.reads:
         barriers.update(reader for reader in read.readers if reader[0] >= 0)
-    return cut(graph, fusion(graph, rules), barriers, ends)
+    return cut(graph, fusion(graph, rules, frozenset(ends)), barriers, ends)
 
 
 @per_graph

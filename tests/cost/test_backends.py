@@ -4,6 +4,8 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
@@ -156,3 +158,19 @@ def test_a_narrow_gather_is_priced_as_one(mlp):
     plan = BASELINES["ZeRO-3"](mlp, tpu.name, mesh_of(tpu))
     narrow, wide = (sum(o.gradients for o in predict(mlp, m, plan).operators) for m in (tpu, exact))
     assert narrow < wide
+
+
+@pytest.mark.parametrize(("uses", "itemsize"), [(1, 2), (2, 4)])
+def test_a_conversion_that_one_instruction_reads_moves_before_the_reshard(uses, itemsize):
+    def step(w, x):
+        narrow = w.astype("bfloat16")
+        total = jnp.sum(narrow * x, axis=0)
+        return w - (total if uses == 1 else total * jnp.sin(narrow)), x
+
+    args = (jax.ShapeDtypeStruct((64,), "float32"), jax.ShapeDtypeStruct((8, 64), "bfloat16"))
+    graph = capture_program(step, args=args).graph
+    conversion = next(i for i, x in enumerate(graph.instructions) if x.name == "convert")
+    weights = graph.instructions[conversion].operands[0]
+    moved = compiler_of(GPU.backend).moved_itemsize(graph, weights, [(conversion, 0)])
+    assert moved == itemsize
+    assert compiler_of(CPU.backend).moved_itemsize(graph, weights, [(conversion, 0)]) == 4

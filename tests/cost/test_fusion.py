@@ -61,3 +61,27 @@ def test_a_value_that_must_be_written_is_read_by_all_its_readers():
 
     assert copies(False) > 1
     assert copies(True) == 1
+
+
+def test_a_softmax_is_one_kernel_where_kernels_compute_rows():
+    def step(w, x):
+        p = jax.nn.softmax(x * w)
+        return w - jnp.sum(p * x, axis=1), jnp.argmax(p, axis=1)
+
+    args = (jax.ShapeDtypeStruct((64,), "float32"), jax.ShapeDtypeStruct((64, 64), "float32"))
+    graph = capture_program(step, args=args).graph
+    division = next(i for i, x in enumerate(graph.instructions) if x.name == "divide")
+    sums = frozenset(i for i, x in enumerate(graph.instructions) if x.name == "reduce")
+
+    def kernels(row_kernels, split_rows=frozenset()):
+        rules = FusionRules(False, True, reads_written=True, row_kernels=row_kernels)
+        return fusion(graph, rules, split_rows).kernels
+
+    def sums_inside(kernel):
+        return len(sums & set(kernel))
+
+    # The maximum of a row and its sum are in the kernel of the division, which argmax reads.
+    assert sums_inside(kernels(True)[division]) == 2
+    assert sums_inside(kernels(False)[division]) == 0
+    # Rows that are spread over devices have no such kernel.
+    assert division not in kernels(True, split_rows=sums)

@@ -27,6 +27,9 @@ class FusionRules:
     reads_written: bool
     """A value that one of its readers needs in memory is read by all of them. If False: others
     compute it again where that is cheap."""
+    row_kernels: bool = False
+    """A kernel computes whole rows: it takes in a sum over the minor dim that only it reads, as in
+    a softmax."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from partita.cost.backends.base import Buffers, Compiler, FusionRules, ProductShape
-from partita.cost.sums import LaidOutProgram, Sum, fold, join_additions, leave_loops, scatter
+from partita.cost.sums import (
+    LaidOutProgram,
+    Sum,
+    fold,
+    join_additions,
+    leave_loops,
+    readers_of,
+    scatter,
+)
+from partita.graph.operator_graph import ITEMSIZE, OperatorGraph
+from partita.plans.layout import Reader
 
 WORK_SPACE_BYTES = 4 << 20
 HOPPER_WORK_SPACE_BYTES = 32 << 20
@@ -31,9 +41,11 @@ class XlaGpu(Compiler):
         """Those of its priority fusion.
 
         It fuses a producer into all of its readers, or writes it, and computes slow elementwise
-        instructions again.
+        instructions again. A softmax is one kernel (SoftmaxRewriterTriton).
         """
-        return FusionRules(duplicates=False, cheap_elementwise=True, reads_written=True)
+        return FusionRules(
+            duplicates=False, cheap_elementwise=True, reads_written=True, row_kernels=True
+        )
 
     @property
     def buffers(self) -> Buffers:
@@ -47,6 +59,18 @@ class XlaGpu(Compiler):
         capability = self.backend.compute_capability
         is_older = capability and float(capability) < HOPPER
         return WORK_SPACE_BYTES if is_older else HOPPER_WORK_SPACE_BYTES
+
+    def moved_itemsize(self, graph: OperatorGraph, tensor: int, readers: Sequence[Reader]) -> int:
+        """That of the narrower dtype to which the only reader converts for the only reader of its
+        own: the conversion moves before the reshard."""
+        itemsize = super().moved_itemsize(graph, tensor, readers)
+        if len(readers) != 1 or readers[0][0] < 0:
+            return itemsize
+        instruction = graph.instructions[readers[0][0]]
+        result = instruction.results[0]
+        if instruction.name != "convert" or len(readers_of(graph).get(result, ())) != 1:
+            return itemsize
+        return min(itemsize, ITEMSIZE.get(graph.tensors[result].dtype, itemsize))
 
     @property
     def folds(self) -> bool:
