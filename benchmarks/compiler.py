@@ -142,6 +142,50 @@ def mixture():
     ) * 2
 
 
+def unet():
+    """Images to images: strided and transposed convolutions, joined by their channels."""
+    image = keras.Input((64, 64, 3))
+    x, joined = image, []
+    for width in (32, 64, 128):
+        x = layers.Conv2D(width, 3, padding="same", activation="relu")(x)
+        joined.append(x)
+        x = layers.Conv2D(width, 3, strides=2, padding="same", activation="swish")(x)
+    for width in (128, 64, 32):
+        x = layers.Conv2DTranspose(width, 3, strides=2, padding="same")(x)
+        x = layers.GroupNormalization(8)(layers.Concatenate()([x, joined.pop()]))
+        x = layers.Activation("relu")(x)
+    labels = layers.Conv2D(16, 1, activation="softmax")(x)
+    return keras.Model(image, labels), (IMAGES[0], np.zeros((16, 64, 64), "int32"))
+
+
+def vit():
+    """Patches of images, tanh in place of the error function, attention with dropout."""
+    image = keras.Input((64, 64, 3))
+    x = layers.Reshape((64, 192))(layers.Conv2D(192, 8, strides=8)(image))
+    for _ in range(4):
+        a = layers.LayerNormalization()(x)
+        x = x + layers.MultiHeadAttention(6, 32, dropout=0.1)(a, a)
+        b = layers.Dense(768)(layers.LayerNormalization()(x))
+        x = x + layers.Dense(192)(layers.Lambda(lambda v: ops.gelu(v, approximate=True))(b))
+    x = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
+    return keras.Model(image, layers.Dense(16, activation="softmax")(x)), IMAGES
+
+
+def mixer():
+    """Products over positions and over channels in turn, RMS normalization, gated units."""
+    tokens = keras.Input((64,), dtype="int32")
+    x = layers.Embedding(2048, 256)(tokens)
+    for _ in range(3):
+        a = layers.Permute((2, 1))(layers.RMSNormalization()(x))
+        a = layers.Dense(64)(layers.Dense(256, activation="silu")(a))
+        x = x + layers.Permute((2, 1))(a)
+        b = layers.RMSNormalization()(x)
+        gated = layers.Dense(512)(b) * layers.Dense(512, activation="sigmoid")(b)
+        x = x + layers.Dense(256)(gated)
+    x = layers.Dense(32, activation="softmax")(layers.GlobalMaxPooling1D()(x))
+    return keras.Model(tokens, x), (np.zeros((32, 64), "int32"), np.zeros(32, "int32"))
+
+
 MODELS = {
     "lstm": lstm,
     "gpt": gpt,
@@ -153,7 +197,12 @@ MODELS = {
     "efficientnetb0": application("EfficientNetB0"),
     "convnexttiny": application("ConvNeXtTiny"),
     "densenet121": application("DenseNet121"),
+    "unet": unet,
+    "vit": vit,
+    "mixer": mixer,
 }
+UNSEEN = {"unet", "vit", "mixer"}
+"""Models from whose programs no rule of the cost model was made."""
 PLANS = ["data parallel", "ZeRO-3", "tensor parallel", "spatial", "found"]
 
 

@@ -47,6 +47,7 @@ ALONE = {
     "dynamic_reshape",
 }
 """Instructions that are kernels of their own."""
+PRODUCTS = {"dot_general", "convolution"}
 EXPENSIVE = {
     "exponential",
     "exponential_minus_one",
@@ -157,6 +158,8 @@ class _Fuser:
         self.graph = graph
         self.rules = rules
         self.split_rows = split_rows
+        self.alone = ALONE - PRODUCTS if rules.fuses_operands else ALONE
+        """Names of instructions that read their operands from memory."""
         expensive = STORED if rules.cheap_elementwise else EXPENSIVE
         self.producer = producers(graph)
         self.producers = [self._producers_of(x) for x in graph.instructions]
@@ -173,6 +176,9 @@ class _Fuser:
             self.rank.append(rank)
             self.expensive.append(instruction.name in expensive and rank > 0)
         self.fusible = [self._is_fusible(x) for x in graph.instructions]
+        self.merged = self._merged() if rules.merges_products else set()
+        """Conversions of variables for merged products, computed by each product that reads
+        them."""
         self.sums_columns = [self._sums_columns(i) for i in range(len(graph.instructions))]
         """Per instruction, whether it is a reduction that no reader can take in."""
         self.members: list[set[int]] = [set() for _ in graph.instructions]
@@ -181,6 +187,26 @@ class _Fuser:
     def _producers_of(self, instruction: Instruction) -> list[int]:
         operands = dict.fromkeys(instruction.operands)
         return [self.producer[tensor] for tensor in operands if tensor in self.producer]
+
+    def _merged(self) -> set[int]:
+        arguments = {argument.tensor for argument in self.graph.arguments}
+        by_operand: dict[int, list[int]] = defaultdict(list)
+        for i, instruction in enumerate(self.graph.instructions):
+            if instruction.name == "dot_general":
+                by_operand[instruction.operands[0]].append(i)
+        merged: set[int] = set()
+        for products in by_operand.values():
+            others = {self.graph.instructions[i].operands[1] for i in products}
+            sources = {self.producer[tensor] for tensor in others if tensor in self.producer}
+            conversions = {
+                i
+                for i in sources
+                if self._name(i) == "convert"
+                and self.graph.instructions[i].operands[0] in arguments
+            }
+            if len(conversions) > 1:
+                merged |= conversions
+        return merged
 
     def _readers(self) -> list[set[int]]:
         readers: list[set[int]] = [set() for _ in self.graph.instructions]
@@ -223,7 +249,7 @@ class _Fuser:
         instruction = self.graph.instructions[i]
         if instruction.name != "reduce":
             return False
-        return not (_sums_rows(instruction) if self.rules.row_kernels else self.fusible[i])
+        return not (_sums_rows(instruction) if self.rules.reads_written else self.fusible[i])
 
     def _is_read(self, instruction: int) -> bool:
         """Whether some kernel reads the instruction's result without computing it."""
@@ -243,8 +269,11 @@ class _Fuser:
         """Instruction of the kernel -> whether its elements are read more than once."""
         self.members[root].add(root)
         is_library_reduction = self.sums_columns[root]
-        is_alone = instruction.name in ALONE and not transposes(instruction)
-        queue = [] if is_alone else [-producer for producer in self.producers[root]]
+        is_alone = instruction.name in self.alone and not transposes(instruction)
+        sources = self.producers[root]
+        if is_alone:
+            sources = self.merged.intersection(sources)
+        queue = [-source for source in sources]
         heapq.heapify(queue)
         considered: set[int] = set()
         while queue:
@@ -297,7 +326,9 @@ class _Fuser:
 
         A backend that duplicates does it even then, unless some reader needs them written.
         """
-        single: set[int] = self._written_for_a_reader() if self.rules.reads_written else set()
+        single: set[int] = set()
+        if self.rules.reads_written:
+            single = self._written_for_a_reader() | self._gathered() | self._long_chains()
         for producer, readers in enumerate(self.readers):
             if len(readers) <= 1 or not self.fusible[producer] or not self._gathers(producer):
                 continue
@@ -323,12 +354,39 @@ class _Fuser:
                 in_reduction.add(i)
             if len(readers) <= 1 or not self.fusible[i] or instruction.name in GENERATED:
                 continue
+            if i in self.merged:
+                continue
             is_needed = any(r in in_reduction or self._needs_memory(r) for r in readers)
             if not is_needed and any(self._compares_rows(r) for r in readers):
                 is_needed = self._ends_row_kernel(i)
             if is_needed:
                 written.add(i)
         return written
+
+    def _gathered(self) -> set[int]:
+        """Producers with several readers that are gathers, or computed from one that only they
+        read: no reader gathers again."""
+        from_gather: set[int] = set()
+        for i, sources in enumerate(self.producers):
+            has_gathered = any(
+                source in from_gather and len(self.readers[source]) == 1 for source in sources
+            )
+            if self._name(i) == "gather" or (has_gathered and self.fusible[i]):
+                from_gather.add(i)
+        return {i for i in from_gather if len(self.readers[i]) > 1}
+
+    def _long_chains(self) -> set[int]:
+        """Producers with several readers that take many instructions to compute again, as erf."""
+        lengths: list[int] = []
+        long_chains = set()
+        for i, sources in enumerate(self.producers):
+            length = 1 + max((lengths[source] for source in sources), default=0)
+            if not self.fusible[i] or self._name(i) in STORED:
+                length = 0
+            elif length > self.rules.longest_chain and len(self.readers[i]) > 1:
+                long_chains.add(i)
+            lengths.append(length)
+        return long_chains
 
     def _compares_rows(self, reader: int) -> bool:
         """Whether a reader is a reduction with several results: a maximum and its position."""
@@ -355,7 +413,7 @@ class _Fuser:
 
     def _needs_memory(self, reader: int) -> bool:
         """Whether a reader reads its operands from memory."""
-        return reader == OUTSIDE or self.graph.instructions[reader].name in ALONE
+        return reader == OUTSIDE or self._name(reader) in self.alone
 
     def _gathers(self, instruction: int) -> bool:
         """Whether an instruction reads several tensors of its rank and more than it writes."""
@@ -408,7 +466,7 @@ class _Fuser:
     def _fits(self, producer: int, reader: int) -> bool:
         """Whether a producer may be pulled into one reader, taken by itself."""
         name = self.graph.instructions[reader].name
-        if not self.fusible[producer] or name in ALONE:
+        if not self.fusible[producer] or name in self.alone:
             return False
         if name == "reduce" and not self.fusible[reader]:
             return False

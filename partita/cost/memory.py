@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -324,13 +326,23 @@ def _lifetimes(
     fused = fused_under(graph, layout, compiler_of(backend).fusion_rules)
     dies: dict[int, int] = {}
     for root in fused.kernels:
-        for tensor, last_read in _last_reads(graph, program, fused, root, backend).items():
+        last_reads = _last_reads(graph, program, fused, root, backend)
+        if compiler_of(backend).buffers.early_reductions and _reduces(graph, root):
+            ready = max((program.producer.get(tensor, -1) for tensor in last_reads), default=root)
+            last_reads = dict.fromkeys(last_reads, max(ready, 0))
+        for tensor, last_read in last_reads.items():
             dies[tensor] = max(dies.get(tensor, -1), last_read)
     in_memory = fused.written(graph) - program.constants
     in_memory -= _read_through_barriers(graph, layout, dies)
     born = {tensor: program.producer.get(tensor, -1) for tensor in in_memory}
     last_kernel = tuple(max(roots, default=i) for i, roots in enumerate(fused.computed_in))
     return _Lifetimes(born, dies, last_kernel)
+
+
+def _reduces(graph: OperatorGraph, root: int) -> bool:
+    """Whether a kernel after the backward pass reduces its operand, as a metric does."""
+    instruction = graph.instructions[root]
+    return instruction.phase == "update" and instruction.name == "reduce"
 
 
 def _read_through_barriers(
@@ -426,6 +438,28 @@ def _allocations(
     return allocator.allocations()
 
 
+class _Resharded(NamedTuple):
+    """A value of a collective, in memory while instructions `start` to `stop` run."""
+
+    start: int
+    stop: int
+    tensor: int
+    nbytes: int
+
+
+def _combined(values: Sequence[_Resharded], limit: float) -> list[list[_Resharded]]:
+    """Values in groups of at most `limit` bytes, in their order, by starting time."""
+    groups: list[list[_Resharded]] = []
+    total = math.inf
+    for value in sorted(values, key=lambda value: value.start):
+        total += value.nbytes
+        if total > limit or not groups:
+            groups.append([])
+            total = value.nbytes
+        groups[-1].append(value)
+    return groups
+
+
 class _Allocator:
     """Adds the allocations of a layout, reason by reason."""
 
@@ -447,17 +481,17 @@ class _Allocator:
         self.arguments = {argument.tensor for argument in graph.arguments}
         self.targets = {reader: read.target for read in layout.reads for reader in read.readers}
         """Reader -> sharding of its reshard."""
-        self.entries: list[tuple[int, int, int, int, int]] = []
-
-    @cached_property
-    def scattered(self) -> dict[int, int]:
-        """Tensor that a reduce-scatter sums -> the number of its slices."""
-        sums = emitted_sums(self.graph, self.mesh, self.layout, self.backend)
-        return {
-            total.tensor: math.prod(self.mesh.sizes[axis] for axis in total.axes)
-            for total in sums
-            if total.kind == "reduce_scatter"
+        sums = emitted_sums(graph, mesh, layout, backend)
+        self.scattered = {total.tensor for total in sums if total.kind == "reduce_scatter"}
+        """Tensors of which a device keeps a slice of the sum."""
+        self.groups = self._groups()
+        self.meeting = {
+            value.tensor: max(member.start for member in group)
+            for group in self.groups
+            for value in group
         }
+        """Gradient -> the instruction at which it is summed with those that wait for each other."""
+        self.entries: list[tuple[int, int, int, int, int]] = []
 
     def allocations(self) -> _Allocations:
         """All allocations added, and those of arguments."""
@@ -468,13 +502,18 @@ class _Allocator:
         columns = np.array(self.entries, np.int64).reshape(-1, 5).T.copy()
         return _Allocations(arguments, *columns)
 
-    def _bytes(self, tensor: int, sharding: Sharding | None = None) -> int:
+    def _bytes(
+        self,
+        tensor: int,
+        sharding: Sharding | None = None,
+        itemsize: int | None = None,
+    ) -> int:
         """Bytes of a device's shard of a tensor, under the tensor's own sharding by default."""
         value = self.graph.tensors[tensor]
         if sharding is None:
             sharding = self.layout.shardings[tensor]
         shape = local_shape(value.shape, sharding, self.mesh.sizes)
-        return self.compiler.stored_bytes(shape, ITEMSIZE.get(value.dtype, 4))
+        return self.compiler.stored_bytes(shape, itemsize or ITEMSIZE.get(value.dtype, 4))
 
     def _add(
         self,
@@ -505,14 +544,12 @@ class _Allocator:
             if lifetime is None:
                 continue
             start, stop = lifetime
+            if tensor in self.scattered:
+                stop = self.meeting.get(tensor, stop)
             is_activation = start < first_backward <= stop
             kind = KINDS.index("activations") if is_activation else TEMPORARY
-            nbytes = self._bytes(tensor)
-            if tensor in self.scattered:
-                # Only its slice outlives the reduce-scatter.
-                self._add(tensor, nbytes, start, start, kind)
-                nbytes = 0 if stop <= start else nbytes // self.scattered[tensor]
-                start += 1
+            itemsize = self.compiler.stored_itemsize(self.graph, tensor)
+            nbytes = self._bytes(tensor, itemsize=itemsize)
             self._add(tensor, nbytes, start, max(start, stop), kind)
 
     def _lifetime(self, tensor: int, born: int) -> tuple[int, int] | None:
@@ -535,42 +572,73 @@ class _Allocator:
         return (start, stop) if start >= 0 else None
 
     def add_reshards(self) -> None:
-        """Adds the values that reshards produce, until the last kernel that reads them."""
+        """Adds the values that reshards produce, until the last kernel that reads them.
+
+        Variables that one all-gather combines are in memory from the first use of any.
+        """
         count = len(self.graph.instructions)
+        gathered: list[_Resharded] = []
         for read in self.layout.reads:
             if read.tensor in self.program.constants:
                 continue
             readers = [i for i, _ in read.readers if i >= 0]
-            if read.tensor in self.arguments or read.after >= 0:
-                start = min(readers, default=count)
-            else:
-                start = self.lifetimes.born.get(read.tensor, 0)
             stop = max((self.lifetimes.last_kernel[i] for i in readers), default=count)
-            nbytes = self._bytes(read.tensor, read.target)
-            self._add(read.tensor, nbytes, max(0, start), stop)
+            itemsize = self.compiler.moved_itemsize(self.graph, read.tensor, read.readers)
+            nbytes = self._bytes(read.tensor, read.target, itemsize)
+            if read.after < 0 and self._is_variable(read.tensor):
+                start = min(readers, default=count)
+                gathered.append(_Resharded(start, stop, read.tensor, nbytes))
+                continue
+            waited_for = read.after if read.after >= 0 else read.tensor
+            start = self.lifetimes.born.get(waited_for, 0)
+            kind = TEMPORARY
+            if read.tensor in self.scattered:
+                start = self.meeting.get(read.tensor, start)
+                kind = KINDS.index("gradients")
+            self._add(read.tensor, nbytes, max(0, start), stop, kind)
+        for group in _combined(gathered, self.compiler.combined_gather_bytes):
+            for value in group:
+                self._add(value.tensor, value.nbytes, group[0].start, value.stop)
 
-    def _groups(self) -> dict[Axes, list[tuple[int, int]]]:
-        """Axes -> gradients (instruction, tensor) that wait for one combined all-reduce."""
-        groups: dict[Axes, list[tuple[int, int]]] = defaultdict(list)
+    def _is_variable(self, tensor: int) -> bool:
+        """Whether a tensor is an argument or the conversion of one."""
+        producer = self.program.producer.get(tensor)
+        if producer is None:
+            return tensor in self.arguments
+        instruction = self.graph.instructions[producer]
+        return instruction.name == "convert" and instruction.operands[0] in self.arguments
+
+    def _groups(self) -> list[list[_Resharded]]:
+        """Gradients that are summed over the same devices, and wait for each other.
+
+        Their bytes are those of a device before the sum. A gradient starts when it is computed.
+        """
+        groups: dict[Axes, list[_Resharded]] = defaultdict(list)
         for gradient in self.program.gradient_sums:
             operator = self.graph.owner[gradient.instruction]
             axes = split_axes(self.layout, operator, gradient.factors)
             dies = self.lifetimes.dies.get(gradient.result, -1)
             if axes and dies >= 0 and self.graph.instructions[dies].phase == "update":
-                groups[axes].append((gradient.instruction, gradient.result))
-        return groups
+                nbytes = self._bytes(gradient.result)
+                value = _Resharded(gradient.instruction, dies, gradient.result, nbytes)
+                groups[axes].append(value)
+        return list(groups.values())
 
     def add_gradient_sums(self) -> None:
-        """Adds the sums of gradients that wait for one combined all-reduce.
+        """Adds the sums of gradients that wait for a combined all-reduce.
 
-        At the all-reduce every gradient is in memory twice: as computed, and summed. Of a
-        reduce-scatter a device keeps its slice.
+        At the all-reduce every gradient is in memory twice: as computed, and summed. If all-reduces
+        have a largest size, they follow each other: one has its operands joined and its sums cut.
+        The slices that a reduce-scatter leaves are reshards.
         """
-        for members in self._groups().values():
-            meeting = max(i for i, _ in members)
-            for _, tensor in members:
-                nbytes = self._bytes(tensor) // self.scattered.get(tensor, 1)
-                self._add(tensor, nbytes, meeting, meeting, KINDS.index("gradients"))
+        limit = 2 * self.compiler.combined_sum_bytes
+        for group in self.groups:
+            summed = [value for value in group if value.tensor not in self.scattered]
+            part = min(1.0, limit / max(sum(value.nbytes for value in summed), 1))
+            for value in summed:
+                meeting = self.meeting[value.tensor]
+                nbytes = int(value.nbytes * part)
+                self._add(value.tensor, nbytes, meeting, meeting, KINDS.index("gradients"))
 
     def add_work_spaces(self) -> None:
         """Adds the work space of products while they run."""
@@ -612,7 +680,7 @@ class _Allocator:
 
     def add_transposed_copies(self) -> None:
         """Adds the copies that XLA:CPU transposes for the gradients of convolutions."""
-        waiting = {tensor for members in self._groups().values() for _, tensor in members}
+        waiting = self.meeting.keys()
         for i in self.program.kernel_gradients:
             instruction = self.graph.instructions[i]
             result = instruction.results[0]

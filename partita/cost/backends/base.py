@@ -30,6 +30,12 @@ class FusionRules:
     row_kernels: bool = False
     """A kernel computes whole rows: it takes in a sum over the minor dim that only it reads, as in
     a softmax."""
+    fuses_operands: bool = False
+    """A product or a convolution computes its operands, even those that others read too."""
+    merges_products: bool = False
+    """Products of one operand with several are one product, which also converts these others."""
+    longest_chain: float = math.inf
+    """Instructions, one after another, that are computed again for another reader, at most."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class Buffers:
     just before, and the scatter adds in place."""
     pool_positions: bool
     """The backward pass of pooling by maximum stores the positions of maxima."""
+    early_reductions: bool
+    """A metric is computed as soon as its operand exists, not in the order of the program."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +98,23 @@ class Compiler(ABC):
     def scatters(self) -> bool:
         """Whether a sum of which devices read slices is a reduce-scatter (`sums.scatter`)."""
 
+    @property
+    def combined_sum_bytes(self) -> float:
+        """Bytes of gradients whose sums over devices are one all-reduce, at most."""
+        return math.inf
+
+    @property
+    def combined_gather_bytes(self) -> float:
+        """Bytes of gathered variables that are one all-gather, at most."""
+        return 0
+
     def stored_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Bytes in memory of an array of a local shape."""
         return itemsize * math.prod(shape)
+
+    def stored_itemsize(self, graph: OperatorGraph, tensor: int) -> int:
+        """Bytes of an element of a computed tensor in memory."""
+        return ITEMSIZE.get(graph.tensors[tensor].dtype, 4)
 
     def work_space_bytes(self, product: ProductShape) -> int:
         """Memory that the kernel of a product asks for beside its operands and its result."""

@@ -26,7 +26,12 @@ class XlaCpu(Compiler):
     @property
     def buffers(self) -> Buffers:
         """Zeros and positions of maxima, and transposed copies if the description says so."""
-        return Buffers(self.backend.transposed_copies, early_zeros=True, pool_positions=True)
+        return Buffers(
+            self.backend.transposed_copies,
+            early_zeros=True,
+            pool_positions=True,
+            early_reductions=False,
+        )
 
     @property
     def folds(self) -> bool:

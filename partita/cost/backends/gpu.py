@@ -23,6 +23,10 @@ HOPPER_WORK_SPACE_BYTES = 32 << 20
 cublasSetWorkspace."""
 HOPPER = 9
 """Major number of its compute capability."""
+LONGEST_CHAIN = 24
+"""Instructions: a GELU by exponentials has 10 to 15, an error function 40."""
+COMBINED_BYTES = 30 << 20
+"""Bytes of a combined collective (xla/service/collective_utils.h)."""
 SMALLEST_CUBLAS_PRODUCT = 100
 """Summed elements times rows and columns, below which XLA writes a kernel of its own
 (xla_gpu_gemm_rewrite_size_threshold)."""
@@ -41,16 +45,38 @@ class XlaGpu(Compiler):
         """Those of its priority fusion.
 
         It fuses a producer into all of its readers, or writes it, and computes slow elementwise
-        instructions again. A softmax is one kernel (SoftmaxRewriterTriton).
+        instructions again. A softmax is one kernel (SoftmaxRewriterTriton). Queries, keys and
+        values are one product (DotMerger). The code of an error function is too long to be computed
+        again, that of other functions is not.
         """
         return FusionRules(
-            duplicates=False, cheap_elementwise=True, reads_written=True, row_kernels=True
+            duplicates=False,
+            cheap_elementwise=True,
+            reads_written=True,
+            row_kernels=True,
+            merges_products=True,
+            longest_chain=LONGEST_CHAIN,
         )
 
     @property
     def buffers(self) -> Buffers:
         """None: cuDNN reads operands as they are, and scatters add in place."""
-        return Buffers(transposed_copies=False, early_zeros=False, pool_positions=False)
+        return Buffers(
+            transposed_copies=False,
+            early_zeros=False,
+            pool_positions=False,
+            early_reductions=False,
+        )
+
+    @property
+    def combined_sum_bytes(self) -> float:
+        """That of its combiner of all-reduces."""
+        return COMBINED_BYTES
+
+    @property
+    def combined_gather_bytes(self) -> float:
+        """That of its combiner of all-gathers."""
+        return COMBINED_BYTES
 
     def work_space_bytes(self, product: ProductShape) -> int:
         """The work space of cuBLAS, which XLA allocates for each product while it runs."""

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import permutations
 
 import numpy as np
 
-from partita.cost.backends.base import ProductShape
+from partita.cost.backends.base import Buffers, FusionRules, ProductShape
 from partita.cost.backends.gpu import XlaGpu
 from partita.cost.sums import readers_of
 from partita.graph.operator_graph import OperatorGraph
@@ -31,9 +32,9 @@ LANES = 128
 """Elements of a tile along the minor dim."""
 SUBLANES = 8
 """Elements of a tile along the next dim."""
-ON_CHIP_SHARE = 0.5
+ON_CHIP_SHARE = 0.6
 """The part of vector memory that holds temporaries at the peak of a step."""
-KERNEL_BYTES = 10 << 10
+KERNEL_BYTES = 13 << 10
 """Main memory that a kernel's program takes: the temporaries of an LSTM, a GPT and two towers whose
 values are all on the chip, divided by the kernels."""
 PROGRAM_BYTES = 512 << 10
@@ -44,6 +45,23 @@ SELECTING = {"reshape", "transpose", "convert", "copy", "gather", "select", "rev
 
 class XlaTpu(XlaGpu):
     """XLA:TPU. It moves and narrows sums as XLA:GPU does."""
+
+    @property
+    def fusion_rules(self) -> FusionRules:
+        """Products compute their operands, and everything elementwise is computed again."""
+        return FusionRules(
+            duplicates=True, cheap_elementwise=True, reads_written=True, fuses_operands=True
+        )
+
+    @property
+    def buffers(self) -> Buffers:
+        """A product also computes the metric that reads its result."""
+        return replace(super().buffers, early_reductions=True)
+
+    @property
+    def combined_gather_bytes(self) -> float:
+        """Variables are gathered one by one, asynchronously."""
+        return 0
 
     def stored_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Bytes of whole tiles, in the order of dims that pads least."""
@@ -63,10 +81,23 @@ class XlaTpu(XlaGpu):
         program = PROGRAM_BYTES + kernels * KERNEL_BYTES
         return np.maximum(live_bytes - on_chip, 0) + program
 
+    def stored_itemsize(self, graph: OperatorGraph, tensor: int) -> int:
+        """Two bytes for operands of products, where products run in bfloat16. A kernel that
+        computes such a value also sums it, if a bias needs that."""
+        if graph.tensors[tensor].dtype != "float32" or not self._narrows_products:
+            return super().stored_itemsize(graph, tensor)
+        readers = readers_of(graph).get(tensor, ())
+        operands = [(i, position) for i, position in readers if not _is_reduction(graph, i)]
+        return 2 if _feeds_products(graph, operands) else super().stored_itemsize(graph, tensor)
+
+    @property
+    def _narrows_products(self) -> bool:
+        return self.backend.float32_products == "bfloat16"
+
     def moved_itemsize(self, graph: OperatorGraph, tensor: int, readers: Sequence[Reader]) -> int:
         """Two bytes for operands of products alone, where products run in bfloat16."""
         is_converted = (
-            self.backend.float32_products == "bfloat16"
+            self._narrows_products
             and graph.tensors[tensor].dtype == "float32"
             and _feeds_products(graph, readers)
         )
@@ -109,6 +140,10 @@ def _feeds_products(graph: OperatorGraph, readers: Sequence[Reader]) -> bool:
         for result in instruction.results:
             pending += [place for place, _ in readers_of(graph).get(result, ())]
     return bool(readers)
+
+
+def _is_reduction(graph: OperatorGraph, reader: int) -> bool:
+    return reader >= 0 and graph.instructions[reader].name == "reduce"
 
 
 def _readers_in_loops(
