@@ -74,7 +74,8 @@ def test_slices_are_gathered_in_the_compute_dtype_for_both_passes(captured):
 
 def test_a_step_for_a_cpu_gathers_once(captured):
     for_cpu = replace(captured, graph=replace(captured.graph, target="cpu"))
-    counts = sent(for_cpu, plan_of(for_cpu, "ZeRO-3"))
+    cpus = replace(GPUS, backend=replace(GPUS.backend, platform="cpu"))
+    counts = sent(for_cpu, plan_of(for_cpu, "ZeRO-3"), cpus)
     assert counts["all_gather", 4 * WIDTH * WIDTH] == LAYERS
 
 
