@@ -109,7 +109,7 @@ def rate(grid: Grid, pairs: Sequence[Pair], writes: bool) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=60, help="draws of random pairs")
     rounds = parser.parse_args().rounds
     grids = load("wormhole-n150").grids

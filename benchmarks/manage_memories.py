@@ -69,7 +69,7 @@ def seconds(machine: Machine, work: Work) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 16384])
     sizes = parser.parse_args().sizes
     for case in CASES:

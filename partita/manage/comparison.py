@@ -15,8 +15,9 @@ from partita.manage.hardware import (
     hardware_of,
 )
 from partita.manage.power import PowerRun, run_policy
-from partita.manage.program import Program
+from partita.manage.program import Program, school_programs
 from partita.manage.registry import POLICIES, RunContext
+from partita.manage.school import LearnedPolicy
 from partita.manage.workload import Workload, workload_of
 
 HARDWARE: dict[str, Deviation] = {
@@ -76,17 +77,26 @@ def compare_policies(
     steps: int | None = None,
     seed: int = 1,
     assumptions: Assumptions | None = None,
+    programs: Sequence[Program] | None = None,
+    learned: LearnedPolicy | None = None,
 ) -> list[PolicyComparison]:
     """Runs of a program under policies, on hardware as described and not as described.
 
     Args:
         steps: Training steps of the run. Default: enough for half a minute.
         seed: Of the kernels' efficiencies, which policies do not know.
+        programs: To train learned policies on. Default: `school_programs`.
+        learned: A trained policy for the machine.
 
     Raises:
+        PlanError: The trained policy is for another machine.
         MachineError: Power figures are missing, or there is one operating point.
     """
     hardware = hardware_of(machine, assumptions)
+    if learned is not None:
+        learned.check(hardware)
+    if programs is None:
+        programs = school_programs()
     described = workload_of(program, hardware)
     passes = described.passes
     if steps is not None:
@@ -95,7 +105,8 @@ def compare_policies(
     comparisons = []
     for name, deviation in HARDWARE.items():
         real = workload_of(program, hardware.deviating(deviation), passes, seed)
-        comparisons.append(_comparison(name, RunContext(described, real), policies))
+        context = RunContext(described, real, tuple(programs), learned)
+        comparisons.append(_comparison(name, context, policies))
     return comparisons
 
 

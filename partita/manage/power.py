@@ -4,7 +4,7 @@ Power depends on the setting, on the activity of the devices, and on temperature
 cluster leaks at the temperature of the hottest node. Trips limit clocks of domains, whatever the
 policy asks for. A change of operating points costs the switch time of its domain.
 
-A power domain with the name `memory` heats with the traffic of main memory.
+Traffic of main memory costs joules and heats no node: thermal models have inputs for domains only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from partita.manage.workload import Workload
 
 START_CELSIUS = 50.0
 """Temperature of all nodes at the start of a run."""
-MEMORY_DOMAIN = "memory"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +118,6 @@ class _SimulatedMachine:
             if self.model is not None:
                 inputs[self._cluster_inputs[c]] += cluster_watts
         if self.model is not None:
-            if self._memory_input is not None:
-                inputs[self._memory_input] += memory_watts
             self.rise = figures.transition @ self.rise + figures.gain @ inputs
             self._celsius = self.ambient + float(self.rise.max())
         seconds += switch_seconds
@@ -161,10 +158,6 @@ class _SimulatedMachine:
     def _cluster_inputs(self) -> list[int]:
         """[cluster]: its input."""
         return [self._inputs.index(cluster.domain) for cluster in self.hardware.clusters]
-
-    @cached_property
-    def _memory_input(self) -> int | None:
-        return self._inputs.index(MEMORY_DOMAIN) if MEMORY_DOMAIN in self._inputs else None
 
 
 def run_policy(workload: Workload, policy: Policy) -> PowerRun:

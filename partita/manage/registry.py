@@ -5,17 +5,29 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 
 from partita.errors import PlanError
 from partita.manage.policies.base import Policy
+from partita.manage.policies.corrected import Corrected
+from partita.manage.policies.gated import Gated
+from partita.manage.policies.imitation import Imitation
 from partita.manage.policies.ondemand import Ondemand
 from partita.manage.policies.oracle import Oracle
 from partita.manage.policies.performance import Performance
 from partita.manage.policies.powersave import Powersave
-from partita.manage.policies.scheduled import Schedule
+from partita.manage.policies.qlearning import QLearning
+from partita.manage.policies.scheduled import Scheduled
 from partita.manage.policies.schedutil import Schedutil
 from partita.manage.policies.static import Static
-from partita.manage.workload import Workload
+from partita.manage.power import run_policy
+from partita.manage.program import Program
+from partita.manage.school import LearnedPolicy, train_policy
+from partita.manage.workload import Workload, workload_of
+
+LEARNING_RUNS = 6
+"""Of each program, for Q-learning."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +38,42 @@ class RunContext:
     """The workload on the hardware as described: known before the run."""
     real: Workload
     """The workload on the hardware that runs it: known to the oracle only."""
+    programs: tuple[Program, ...] = ()
+    """Programs to train learned policies on."""
+    learned: LearnedPolicy | None = None
+    """A policy from a file, in place of one that is trained."""
+
+    @cached_property
+    def trained(self) -> LearnedPolicy:
+        """The learned policy: the one given, or one trained on the programs."""
+        return self.learned or train_policy(self.described.hardware, self.programs)
+
+    def imitation(self) -> Imitation:
+        """The policy that imitates the oracle."""
+        return Imitation(self.trained.tree, self.described)
+
+    def gated(self) -> Gated:
+        """Imitation that asks the corrected model when it is unsure."""
+        return Gated(self.imitation(), Corrected(self.described), self.trained.ranges)
+
+    def qlearning(self) -> QLearning:
+        """Q-learning after some runs of the programs."""
+        hardware = self.described.hardware
+        policy = QLearning(hardware)
+        workloads = [workload_of(program, hardware) for program in self.programs]
+        for _ in range(LEARNING_RUNS):
+            for workload in workloads:
+                run_policy(workload, policy.starting(workload, explore=0.3))
+        return policy.starting(self.described, explore=0.05)
 
 
 POLICIES: dict[str, Callable[[RunContext], Policy]] = {
     "oracle": lambda context: Oracle(context.described, context.real),
-    "schedule": lambda context: Schedule(context.described),
+    "schedule": lambda context: Scheduled(context.described),
+    "corrected": lambda context: Corrected(context.described),
+    "imitation": RunContext.imitation,
+    "gated": RunContext.gated,
+    "qlearning": RunContext.qlearning,
     "static": lambda context: Static(context.described),
     "schedutil": lambda context: Schedutil(context.real.hardware),
     "ondemand": lambda context: Ondemand(context.real.hardware),
@@ -40,11 +83,19 @@ POLICIES: dict[str, Callable[[RunContext], Policy]] = {
 """Name -> the policy for a run."""
 
 
-def policy_names(text: str) -> tuple[str, ...]:
-    """The policies of a list with commas; "all" names all of them. PlanError for unknown ones."""
+LEARNED = ("imitation", "gated")
+"""Policies that need scikit-learn, unless a file has their tree."""
+
+
+def policy_names(text: str, has_file: bool = False) -> tuple[str, ...]:
+    """The policies of a list with commas. PlanError for unknown ones.
+
+    "all" names all of them, without those that need scikit-learn where it is not installed.
+    """
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if names == ("all",):
-        return tuple(POLICIES)
+        can_learn = has_file or find_spec("sklearn") is not None
+        return tuple(name for name in POLICIES if can_learn or name not in LEARNED)
     for name in names:
         if name not in POLICIES:
             raise _unknown_policy(name, tuple(POLICIES))

@@ -9,6 +9,7 @@ best run counts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,36 +27,49 @@ MUCH_WORSE = 1.25
 """Times the least product without heat from which a single setting is not simulated."""
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """Settings per snippet of the pass, and the rule that they follow."""
+
+    settings: tuple[Setting, ...]
+    weight: float = 1.0
+    """Factor on the watts w that a second costs."""
+    highest: int | None = None
+    """The highest operating point of the fastest cluster that the rule uses."""
+
+
 class FixedSchedule(Policy):
     """A setting per snippet of the pass."""
 
     name = "fixed"
 
-    def __init__(self, settings: list[Setting]) -> None:
-        self.settings = settings
+    def __init__(self, schedule: Schedule) -> None:
+        self.settings = schedule.settings
 
     def decide(self, observation: Observation) -> Setting:
         return self.settings[observation.coming]
 
 
-def best_schedule(workload: Workload, candidates: Sequence[list[Setting]] = ()) -> list[Setting]:
-    """The setting of each snippet, for the least E x T of the run with heat.
+def best_schedule(workload: Workload, candidates: Sequence[Schedule] = ()) -> Schedule:
+    """The schedule with the least E x T of the run with heat.
 
     candidates: Other schedules to choose among.
     """
     joules, seconds = workload.energy()
     watts = least_product(joules, seconds)
     hardware = workload.hardware
+    points = hardware.points[:, hardware.fastest]
     tried = list(candidates)
-    highest = hardware.points[:, hardware.fastest]
-    for limit in range(1, int(highest.max()) + 1):
+    seen = {schedule.settings for schedule in candidates}
+    for highest in range(1, int(points.max()) + 1):
         for weight in WEIGHTS:
-            penalty = np.where(highest > limit, np.inf, 0.0)
+            penalty = np.where(points > highest, np.inf, 0.0)
             chosen = (joules + weight * watts * seconds + penalty).argmin(1)
-            settings = [hardware.settings[index] for index in chosen]
-            if settings not in tried:
-                tried.append(settings)
-    return min(tried, key=lambda settings: _product(workload, settings))
+            settings = tuple(hardware.settings[index] for index in chosen)
+            if settings not in seen:
+                seen.add(settings)
+                tried.append(Schedule(settings, weight, highest))
+    return min(tried, key=lambda schedule: _product(workload, schedule))
 
 
 def best_setting(workload: Workload) -> Setting:
@@ -65,7 +79,7 @@ def best_setting(workload: Workload) -> Setting:
     settings = workload.hardware.settings
     close = [s for s in settings if products[s.index] < MUCH_WORSE * products.min()]
     count = len(workload.snippets)
-    return min(close, key=lambda setting: _product(workload, [setting] * count))
+    return min(close, key=lambda setting: _product(workload, Schedule((setting,) * count)))
 
 
 def least_product(joules: np.ndarray, seconds: np.ndarray) -> float:
@@ -84,5 +98,5 @@ def least_product(joules: np.ndarray, seconds: np.ndarray) -> float:
     return watts
 
 
-def _product(workload: Workload, settings: list[Setting]) -> float:
-    return run_policy(workload, FixedSchedule(settings)).energy_delay
+def _product(workload: Workload, schedule: Schedule) -> float:
+    return run_policy(workload, FixedSchedule(schedule)).energy_delay

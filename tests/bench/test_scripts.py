@@ -22,6 +22,7 @@ SMALL = {
     "staged_equality": ["--pairs", "1", "--first", "4"],
     "manage_grid": ["--rounds", "1"],
     "manage_memories": ["--sizes", "1024"],
+    "manage_programs": ["--only", "embedding"],
     "targets": ["--groups", "layers", "--only", "groupquery", "--targets", "cuda"],
     "overhead": [
         "--rounds",
@@ -43,8 +44,8 @@ OF_A_GRAPH = {
     "gnn_large": ["--hidden", "8", "--processes", "1", "--epochs", "2"],
 }
 """The same for scripts whose first argument is a graph file."""
-HELP = ("feeds", "gnn_parity", "gnn_partitioner", "gnn_peers", "processes")
-"""Scripts that need root or other frameworks: only their help is printed."""
+HELP = ("feeds", "manage_power", "gnn_parity", "gnn_partitioner", "gnn_peers", "processes")
+"""Scripts that need root, other frameworks, or minutes: only their help is printed."""
 ELSEWHERE = {"applications", "children", "papers_chart", "proof", "search", "simulator", "stages"}
 ELSEWHERE |= {"hub_models", "torch_equality", "within", "zoo"}
 """Scripts with tests of their own: here, in `test_benchmark_search.py`, in

@@ -123,8 +123,8 @@ def _context(workload: Workload) -> RunContext:
 
 
 def test_no_policy_beats_the_oracle_and_the_schedule_is_near_it() -> None:
-    names = policy_names("all")
-    described, other = compare_policies(PROGRAM, load("odroid-xu3"), names, steps=12)
+    names = [name for name in POLICIES if name not in ("imitation", "gated", "qlearning")]
+    described, other = compare_policies(PROGRAM, load("odroid-xu3"), names)
     for comparison in (described, other):
         regrets = {run.policy: comparison.regret(run) for run in comparison.runs}
         assert set(regrets) == set(names)

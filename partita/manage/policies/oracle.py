@@ -5,7 +5,7 @@ Every regret is measured against it. No policy can have its knowledge before the
 
 from __future__ import annotations
 
-from partita.manage.schedule import FixedSchedule, best_schedule, best_setting
+from partita.manage.schedule import FixedSchedule, Schedule, best_schedule, best_setting
 from partita.manage.workload import Workload
 
 
@@ -16,5 +16,5 @@ class Oracle(FixedSchedule):
 
     def __init__(self, described: Workload, real: Workload) -> None:
         count = len(real.snippets)
-        candidates = [best_schedule(described), [best_setting(real)] * count]
+        candidates = [best_schedule(described), Schedule((best_setting(real),) * count)]
         super().__init__(best_schedule(real, candidates))

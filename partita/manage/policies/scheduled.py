@@ -9,7 +9,7 @@ from partita.manage.schedule import FixedSchedule, best_schedule
 from partita.manage.workload import Workload
 
 
-class Schedule(FixedSchedule):
+class Scheduled(FixedSchedule):
     """The settings with the least simulated E x T on the hardware as described."""
 
     name = "schedule"

@@ -1,0 +1,105 @@
+"""The schedule of a model that measurements correct: recursive least squares on log ratios.
+
+Before a snippet, every setting gets its seconds and watts by the description, times correction
+factors exp(w . x). The least E + w T wins, w being the mean power so far. After a snippet, the logs
+of measured over described seconds and watts update the weights. x: one, the logarithm of the
+fastest cluster's clock, the fractions of active devices, and whether the clock is in the upper
+half. Each snippet of the pass has an offset of its own besides, the smoothed rest of its residuals.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from partita.manage.action import Setting
+from partita.manage.hardware import Hardware
+from partita.manage.least_squares import RecursiveLeastSquares
+from partita.manage.observation import Observation
+from partita.manage.policies.base import Policy
+from partita.manage.schedule import best_schedule
+from partita.manage.workload import Workload, memory_joules
+
+SMOOTHING = 0.3
+"""Part of a residual that goes into the offset of its snippet."""
+
+
+class Corrected(Policy):
+    """The schedule of the description, corrected by the measurements of the run."""
+
+    name = "corrected"
+
+    def __init__(self, described: Workload) -> None:
+        self.hardware = described.hardware
+        self.schedule = best_schedule(described)
+        self.works = [snippet.works for snippet in described.snippets]
+        self.features = setting_features(self.hardware)
+        self.log_seconds, self.log_watts = described_logs(described)
+        self.seconds = RecursiveLeastSquares(self.features.shape[1])
+        self.watts = RecursiveLeastSquares(self.features.shape[1])
+        self.offsets = np.zeros((2, len(self.works)))
+        points = self.hardware.points[:, self.hardware.fastest]
+        highest = self.schedule.highest
+        self.excluded = np.where(points > (points.max() if highest is None else highest), np.inf, 0)
+
+    def decide(self, observation: Observation) -> Setting:
+        if observation.is_first:
+            return self.schedule.settings[observation.coming]
+        self.learn(observation)
+        return self.best(observation.coming, observation.mean_watts)
+
+    def learn(self, observation: Observation) -> None:
+        """Corrects the model by the last snippet."""
+        number = observation.last
+        if not self.works[number]:
+            return
+        x = self.features[observation.setting]
+        measured = (np.log(observation.seconds), np.log(observation.watts))
+        models = (self.seconds, self.watts)
+        described = (self.log_seconds, self.log_watts)
+        for k, (model, logs, value) in enumerate(zip(models, described, measured, strict=True)):
+            ratio = value - logs[number, observation.setting]
+            model.update(x, ratio - self.offsets[k, number] - x @ model.weights)
+            rest = ratio - x @ model.weights
+            self.offsets[k, number] += SMOOTHING * (rest - self.offsets[k, number])
+
+    def best(self, number: int, mean_watts: float) -> Setting:
+        """The setting of a snippet with the least corrected E + mean watts x T."""
+        log_seconds = self.log_seconds[number]
+        log_watts = self.log_watts[number]
+        if self.works[number]:
+            log_seconds = log_seconds + self.features @ self.seconds.weights
+            log_seconds = log_seconds + self.offsets[0, number]
+            log_watts = log_watts + self.features @ self.watts.weights + self.offsets[1, number]
+        watts = np.exp(log_watts) + self.schedule.weight * mean_watts
+        costs = np.exp(log_seconds) * watts + self.excluded
+        return self.hardware.settings[int(costs.argmin())]
+
+
+def setting_features(hardware: Hardware) -> np.ndarray:
+    """[setting, feature]: the features of the correction."""
+    fastest = hardware.fastest
+    cluster = hardware.clusters[fastest]
+    frequency = cluster.frequencies[hardware.points[:, fastest]]
+    relative = frequency / cluster.frequencies[-1]
+    runs = hardware.active[:, fastest] > 0
+    devices = np.array([one.devices for one in hardware.clusters])
+    columns = [
+        np.ones(len(runs)),
+        np.where(runs, np.log(2 * relative), 0.0),
+        hardware.active[:, fastest] / devices[fastest],
+        hardware.active.sum(1) / devices.sum(),
+        np.where(runs & (relative > 0.5), 1.0, 0.0),
+    ]
+    return np.stack(columns, 1)
+
+
+def described_logs(described: Workload) -> tuple[np.ndarray, np.ndarray]:
+    """Logarithms of the described seconds and watts, [snippet, setting]."""
+    hardware = described.hardware
+    constant = sum(hardware.constant_watts.values())
+    seconds = np.stack([snippet.seconds for snippet in described.snippets])
+    watts = []
+    for snippet in described.snippets:
+        memory_watts = memory_joules(snippet, hardware) / snippet.seconds
+        watts.append(snippet.watts.sum(1) + constant + memory_watts)
+    return np.log(seconds), np.log(np.stack(watts))
