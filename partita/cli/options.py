@@ -173,7 +173,7 @@ Devices = Annotated[
 Processes = Annotated[
     int, typer.Option(help="Processes on this host, each with a share of its cores.", min=1)
 ]
-Restarts = Annotated[int, typer.Option(help="Start again after a lost process, so often.", min=0)]
+Restarts = Annotated[int, typer.Option(help="Times to start again after a lost process.", min=0)]
 MeasureOperators = Annotated[
     bool,
     typer.Option(

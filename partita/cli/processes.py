@@ -11,6 +11,7 @@ import typer
 
 from partita.cli.launch import launch
 from partita.cli.terminal import say
+from partita.errors import PartitaError
 from partita.keras_backend import select_jax
 
 
@@ -23,6 +24,14 @@ def run_in_processes(count: int, devices: int | None, restarts: int = 0) -> None
     """
     if os.environ.get("PARTITA_LAUNCHED") or (count == 1 and not restarts):
         return
+    from partita.execute.processes import group
+
+    if restarts and group() is not None:
+        raise PartitaError(
+            "--restarts is for processes of this host that --processes starts, and this process "
+            "belongs to a group that another program started. Let that program start it again, "
+            "and give fit a partita.Checkpoint."
+        )
     arguments = sys.argv[1:]
     for option in ("--processes", "--restarts"):
         arguments = _without(option, arguments)

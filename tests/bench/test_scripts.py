@@ -44,8 +44,15 @@ OF_A_GRAPH = {
     "gnn_large": ["--hidden", "8", "--processes", "1", "--epochs", "2"],
 }
 """The same for scripts whose first argument is a graph file."""
-HELP = ("feeds", "manage_power", "gnn_parity", "gnn_partitioner", "gnn_peers", "processes")
-"""Scripts that need root, other frameworks, or minutes: only their help is printed."""
+HELP = (
+    "feeds",
+    "gnn_parity",
+    "gnn_partitioner",
+    "gnn_peers",
+    "manage_power",
+    "processes",
+    "restarts",
+)
 ELSEWHERE = {"applications", "children", "papers_chart", "proof", "search", "simulator", "stages"}
 ELSEWHERE |= {"hub_models", "torch_equality", "within", "zoo"}
 """Scripts with tests of their own: here, in `test_benchmark_search.py`, in
