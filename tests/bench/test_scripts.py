@@ -46,6 +46,7 @@ OF_A_GRAPH = {
 """The same for scripts whose first argument is a graph file."""
 HELP = (
     "feeds",
+    "gnn_attention",
     "gnn_parity",
     "gnn_partitioner",
     "gnn_peers",
