@@ -26,14 +26,24 @@ def module_name(path: Path) -> str:
 SOURCES = {module_name(path): path.read_text() for path in sorted(ROOT.rglob("*.py"))}
 
 
-def imports(source: str) -> Iterator[str]:
-    """All names that a source imports, inside functions too. A relative one begins with a dot."""
-    for node in ast.walk(ast.parse(source)):
+def imports(source: str, for_types: bool = True) -> Iterator[str]:
+    """All names that a source imports, inside functions too. A relative one begins with a dot.
+
+    Without `for_types`, imports in `if TYPE_CHECKING:` are left out: they never run.
+    """
+    tree = ast.parse(source)
+    if not for_types:
+        tree.body = [node for node in tree.body if not is_for_types(node)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
             yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def is_for_types(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def offences(importer: str, source: str) -> list[str]:
@@ -55,7 +65,7 @@ def offences(importer: str, source: str) -> list[str]:
 def imported_modules(module: str, sources: dict[str, str]) -> set[str]:
     """The modules among `sources` that a module imports, without its own package."""
     modules = set()
-    for name in imports(sources[module]):
+    for name in imports(sources[module], for_types=False):
         while name and name not in sources:
             name = name.rpartition(".")[0]
         if name and name != module:
@@ -126,10 +136,16 @@ def test_modules_have_no_import_cycle() -> None:
         {"p.a": "import p.b", "p.b": "from p.a import x"},
         {"p.a": "import p.b", "p.b": "def f():\n    from p import a"},
         {"p": "from p.a import x", "p.a": "import p"},
+        {"p.a": "import p.b", "p.b": "if FLAG:\n    import p.a"},
     ],
 )
 def test_an_import_cycle_is_found(sources: dict[str, str]) -> None:
     assert import_cycle(sources)
+
+
+def test_imports_for_types_close_no_cycle() -> None:
+    sources = {"p.a": "import p.b", "p.b": "if TYPE_CHECKING:\n    import p.a"}
+    assert not import_cycle(sources)
 
 
 def test_a_package_may_import_its_members() -> None:

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import time
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -34,6 +35,7 @@ from partita.execute.calibration_sizes import (
     sizes_of,
 )
 from partita.execute.processes import put
+from partita.files.checksums import KEY, check_checksum, checksum
 from partita.files.reading import FileKind, checked, parse_toml, read_text
 from partita.files.schema import mapping, plain, positive_number, table
 from partita.files.writing import check_writable
@@ -79,7 +81,6 @@ class Calibration:
     def to_toml(self) -> str:
         """The calibration as the text of a TOML file."""
         lines = [
-            "# Measured by 'partita machine measure'. Delete this file for assumed figures.",
             "[key]",
         ]
         lines += [f"{name} = {json.dumps(value)}" for name, value in self.key.items()]
@@ -96,7 +97,9 @@ class Calibration:
             ]
             if measured.rate:
                 lines.append(f"rate = {measured.rate:.6g}")
-        return "\n".join(lines) + "\n"
+        content = "\n".join(lines) + "\n"
+        comment = "# Measured by 'partita machine measure'. Delete this file for assumed figures."
+        return f'{comment}\n{KEY} = "{checksum(tomllib.loads(content))}"\n{content}'
 
 
 CALIBRATION_FILE = FileKind(
@@ -167,14 +170,25 @@ def calibrated(machine: Machine, devices: int) -> Machine:
     path = file_of(key)
     if not path.exists():
         return machine
-    content = parse_toml(read_text(path, CALIBRATION_FILE), path, CALIBRATION_FILE)
-    if content.get("key") != key:
+    table_of_file = parse_toml(read_text(path, CALIBRATION_FILE), path, CALIBRATION_FILE)
+    content = checked(table_of_file, _fields, path, CALIBRATION_FILE)
+    if content["key"] != key:
         return machine
     figures = machine.provenance()
-    schema = table({"key": plain, "values": mapping(positive_number)}, {}, plain)
-    measured = checked(content, schema, path, CALIBRATION_FILE)["values"]
+    measured = content["values"]
     values = {name: value for name, value in measured.items() if name in figures}
     return machine.revised(values, f"partita machine measure, {path.name}")
+
+
+_FIELDS = table(
+    {"key": mapping(plain), "values": mapping(positive_number)},
+    {"fit": plain, "measured": plain},
+)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The checked content of a file; FieldError names the wrong field."""
+    return _FIELDS(check_checksum(value))
 
 
 def calibrate(machine: Machine, report: Callable[[str], None]) -> Calibration:

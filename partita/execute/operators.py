@@ -38,6 +38,7 @@ from partita.errors import MachineError
 from partita.execute.calibrate import check_cache, file_of, key_of
 from partita.execute.processes import from_first, is_first, meet
 from partita.files import schema
+from partita.files.checksums import check_checksum, checksum
 from partita.files.reading import FileKind, read_json
 from partita.files.writing import write_text
 from partita.graph.operator_graph import OperatorGraph, constant_tensors
@@ -65,7 +66,7 @@ _RECORD = schema.table(
         "features": schema.mapping(schema.number(0, 1e6)),
     }
 )
-_CONTENT = schema.table({"key": schema.plain, "operators": schema.mapping(_RECORD)})
+_FIELDS = schema.table({"key": schema.plain, "operators": schema.mapping(_RECORD)})
 CHUNK_BYTES = 1 << 30
 """Operands and results of the programs that take turns, bytes."""
 LOOPS = ("while", "case", "if")
@@ -162,7 +163,7 @@ def measured_operators(
         report,
     )
     if unmeasured and is_first():
-        _save(path, file_key, records)
+        save(path, file_key, records)
     answered = [
         (request, records[request.text]["seconds"])
         for request in requests
@@ -765,11 +766,16 @@ def load(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
     """Records of a file, by digest; none if they are of other devices or libraries."""
     if not path.exists():
         return {}
-    content = read_json(path, OPERATORS_FILE, _CONTENT)
+    content = read_json(path, OPERATORS_FILE, _fields)
     return dict(content["operators"]) if content["key"] == dict(key) else {}
 
 
-def _save(
+def _fields(value: Any) -> dict[str, Any]:
+    """The checked content of a file; FieldError names the wrong field."""
+    return _FIELDS(check_checksum(value))
+
+
+def save(
     path: Path,
     key: Mapping[str, Any],
     records: Mapping[str, Any],
@@ -777,6 +783,9 @@ def _save(
     """Writes the records. A disk that has filled since `check_cache` costs the cache only."""
     lines = [f"  {json.dumps(text)}: {json.dumps(record)}" for text, record in records.items()]
     joined = ",\n".join(lines)
-    content = f'{{"key": {json.dumps(key)},\n"operators": {{\n{joined}\n}}}}\n'
+    seal = checksum({"key": dict(key), "operators": dict(records)})
+    content = (
+        f'{{"checksum": "{seal}",\n"key": {json.dumps(key)},\n"operators": {{\n{joined}\n}}}}\n'
+    )
     with suppress(OSError):
         write_text(path, content)

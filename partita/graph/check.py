@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from partita.graph.operator_graph import Label, OperatorGraph
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from partita.graph.operator_graph import Label, OperatorGraph
 
 
 def check(graph: OperatorGraph) -> OperatorGraph:
     """The graph, if it is sound. AssertionError states the broken property.
 
     - Every instruction has one owner or none.
+    - Instructions come in the order of their data, and every tensor has one producer.
     - Labels have the tensor's rank. They use only factors of the tensor's home, none twice, and the
       factor's size divides the dim.
     - Every read of another operator's tensor is a Use.
@@ -34,8 +38,25 @@ def check(graph: OperatorGraph) -> OperatorGraph:
     for index, instruction in enumerate(graph.instructions):
         for tensor in instruction.operands + instruction.results:
             assert 0 <= tensor < count, f"instruction {index} names tensors"
+    _check_order(graph)
     _check_reads(graph)
     return graph
+
+
+def _check_order(graph: OperatorGraph) -> None:
+    producer: dict[int, int] = {}
+    for index, instruction in enumerate(graph.instructions):
+        for tensor in instruction.results:
+            assert tensor not in producer, f"tensor {tensor} is computed twice"
+            producer[tensor] = index
+    for argument in graph.arguments:
+        assert argument.tensor not in producer, f"argument {argument.path} is computed"
+    for index, instruction in enumerate(graph.instructions):
+        for tensor in instruction.operands:
+            assert producer.get(tensor, -1) < index, (
+                f"instruction {index} ({instruction.name}) reads tensor {tensor}, which is "
+                "computed later"
+            )
 
 
 def _check_operators(graph: OperatorGraph) -> None:

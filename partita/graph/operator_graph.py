@@ -23,9 +23,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
+from partita.files.checksums import check_checksum, with_checksum
 from partita.files.reading import FileKind, checked, read_json
 from partita.files.schema import FieldError, Range, record, table, version
 from partita.files.writing import write_text
+from partita.graph.check import check
 
 SCHEMA = 1
 
@@ -308,7 +310,8 @@ class OperatorGraph:
 
     def save(self, path: str | Path) -> None:
         """Write the graph as JSON."""
-        write_text(path, json.dumps(self.to_json(), separators=(",", ":")))
+        content = with_checksum(self.to_json())
+        write_text(path, json.dumps(content, separators=(",", ":")))
 
     @staticmethod
     def load(path: str | Path) -> OperatorGraph:
@@ -322,13 +325,17 @@ GRAPH_FILE = FileKind("a graph", "capture the program again", by_hand=False, mos
 def _graph_fields(value: Any) -> OperatorGraph:
     """The graph of a JSON value; FieldError names the wrong field."""
     schema = version(SCHEMA, "capture the program again")
-    fields = table({"schema": schema, "graph": record(OperatorGraph)})(value)
+    fields = table({"schema": schema, "graph": record(OperatorGraph)})(check_checksum(value))
     graph = fields["graph"]
     try:
         _check_numbers(graph)
+        return check(graph)
     except FieldError as error:
         raise error.inside("graph") from None
-    return graph
+    except AssertionError as error:
+        raise FieldError(f"unsound ({error})", "capture the program again").inside(
+            "graph"
+        ) from None
 
 
 def _check_numbers(graph: OperatorGraph) -> None:
@@ -346,7 +353,7 @@ def _check_numbers(graph: OperatorGraph) -> None:
     for number, label in enumerate(graph.labels):
         _check_label(f"labels[{number}]", label, graph.tensors[number], factors)
     for number, instruction in enumerate(graph.instructions):
-        _check_instruction(f"instructions[{number}]", instruction, tensors)
+        _check_instruction(f"instructions[{number}]", instruction, graph.tensors)
     for number, loop in enumerate(graph.loops):
         _check_below(f"loops[{number}]", (loop.instruction,), instructions)
         _check_below(f"loops[{number}].body", loop.body, instructions + 1)
@@ -369,16 +376,18 @@ def _check_numbers(graph: OperatorGraph) -> None:
         _check_use(f"uses[{number}]", use, graph)
 
 
-def _check_instruction(path: str, instruction: Instruction, tensors: int) -> None:
-    _check_below(f"{path}.operands", instruction.operands, tensors)
-    _check_below(f"{path}.results", instruction.results, tensors)
+def _check_instruction(path: str, instruction: Instruction, tensors: Sequence[Tensor]) -> None:
+    _check_below(f"{path}.operands", instruction.operands, len(tensors))
+    _check_below(f"{path}.results", instruction.results, len(tensors))
     rule = instruction.rule
     if rule is None:
         return
     count = len(rule.sizes)
     _check_length(f"{path}.rule.operands", rule.operands, len(instruction.operands))
     _check_length(f"{path}.rule.results", rule.results, len(instruction.results))
-    for dims in chain(rule.operands, rule.results):
+    indexed = chain(rule.operands, rule.results)
+    for tensor, dims in zip((*instruction.operands, *instruction.results), indexed, strict=True):
+        _check_length(f"{path}.rule", dims, len(tensors[tensor].shape))
         for factors in dims:
             _check_below(f"{path}.rule", factors, count)
     for factors in (rule.reduction, rule.halo, rule.gathered):

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,19 @@ import keras
 import numpy as np
 
 from partita.errors import PartitaError
-from partita.execute.processes import is_local, is_of_group, together, whole
-from partita.files.schema import items, mapping, row, table, text, whole_number
+from partita.execute.processes import alone, is_local, is_of_group, together, whole
+from partita.files.checksums import (
+    MODULUS,
+    array_checksum,
+    check_checksum,
+    with_checksum,
+)
+from partita.files.schema import FieldError, items, mapping, row, table, text, whole_number
+
+SETTLING = 0.3
+"""Time in which threads of a failed read report their errors, seconds."""
+LONGEST_REASON = 200
+"""Characters of another library's error that a message repeats."""
 
 Description = dict[str, tuple[tuple[int, ...], str]]
 """Shape and dtype of each variable, by its name."""
@@ -29,6 +41,8 @@ Description = dict[str, tuple[tuple[int, ...], str]]
 
 DESCRIPTION = mapping(row(items(whole_number()), text(80)))
 """The schema of a description in a file."""
+CHECKSUMS = mapping(whole_number(0, MODULUS - 1))
+"""The schema of checksums by name of a variable."""
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -92,12 +106,16 @@ class Checkpoint(keras.callbacks.Callback):
                 epoch,
                 args=self._ocp.args.Composite(state=self._ocp.args.StandardRestore(target)),
             )
+        state = restored["state"]
+        with self._readable(epoch):
+            # Checkpoints of older versions have neither checksums nor a seed.
+            if (self.folder / str(epoch) / "checksums").is_dir():
+                _compare_checksums(CHECKSUMS(self._saved_json(epoch, "checksums")), state)
+            if (self.folder / str(epoch) / "order").is_dir():
+                order = check_checksum(self._saved_json(epoch, "order"))
+                self._order_seed = table({"seed": whole_number(0, 2**31)})(order)["seed"]
         for name, variable in variables.items():
-            variable.assign(restored["state"][saved_names[name]])
-        # Checkpoints of older versions have no seed.
-        if (self.folder / str(epoch) / "order").is_dir():
-            with self._readable(epoch):
-                self._order_seed = self._saved_order_seed(epoch)
+            variable.assign(state[saved_names[name]])
         # Keras's own BackupAndRestore sets the first epoch like this.
         model._initial_epoch = epoch + 1
 
@@ -137,12 +155,14 @@ class Checkpoint(keras.callbacks.Callback):
             is_split = not is_local(value) and not is_of_group(value)
             values[name] = value if is_split else whole(value)
             description[name] = [list(variable.shape), str(variable.dtype)]
+        checksums = _checksums(values)
         ocp = self._ocp
         try:
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(values),
                 model=ocp.args.JsonSave(description),
-                order=ocp.args.JsonSave({"seed": self._order_seed}),
+                order=ocp.args.JsonSave(with_checksum({"seed": self._order_seed})),
+                checksums=ocp.args.JsonSave(checksums),
             )
             with _quietly(), together("saving a checkpoint"):
                 self._manager.save(epoch, args=args)
@@ -173,7 +193,8 @@ class Checkpoint(keras.callbacks.Callback):
     def _readable(self, epoch: int) -> Iterator[None]:
         """Inside, an error that Orbax raises for incomplete files is a PartitaError."""
         try:
-            yield
+            with _quietly():
+                yield
         except Exception as error:
             raise PartitaError(
                 f"The checkpoint of epoch {epoch + 1} in {str(self.folder)!r} cannot be read: "
@@ -193,21 +214,54 @@ class Checkpoint(keras.callbacks.Callback):
             named[_structural(f"{position:05d} {variable.path}")] = variable
         return named
 
-    def _saved_order_seed(self, epoch: int) -> int:
-        ocp = self._ocp
-        saved: Any = self._manager.restore(
-            epoch, args=ocp.args.Composite(order=ocp.args.JsonRestore())
-        )["order"]
-        return table({"seed": whole_number(0, 2**31)})(saved)["seed"]
-
     def _saved_description(self, epoch: int) -> Description:
-        ocp = self._ocp
-        saved: Any = self._manager.restore(
-            epoch, args=ocp.args.Composite(model=ocp.args.JsonRestore())
-        )["model"]
-        if isinstance(saved, str):
-            saved = json.loads(saved)
-        return DESCRIPTION(saved)
+        return DESCRIPTION(self._saved_json(epoch, "model"))
+
+    def _saved_json(self, epoch: int, item: str) -> Any:
+        """The value of a JSON item of a checkpoint."""
+        args = self._ocp.args.Composite(**{item: self._ocp.args.JsonRestore()})
+        saved: Any = self._manager.restore(epoch, args=args)[item]
+        return json.loads(saved) if isinstance(saved, str) else saved
+
+
+def _checksums(values: dict[str, Any]) -> dict[str, int]:
+    """The checksum of every variable; each process adds those of its own parts."""
+    sums = {}
+    for name, value in values.items():
+        if isinstance(value, np.ndarray):
+            sums[name] = array_checksum(value, (0,) * value.ndim, value.shape)
+            continue
+        parts = [shard for shard in value.addressable_shards if shard.replica_id == 0]
+        total = 0
+        for part in parts:
+            start = [0 if piece.start is None else piece.start for piece in part.index]
+            total += array_checksum(np.asarray(part.data), start, value.shape)
+        sums[name] = total
+    split = [name for name, value in values.items() if not isinstance(value, np.ndarray)]
+    if split and not alone():
+        own = np.array([sums[name] % MODULUS for name in split], np.uint64)
+        for name, halves in zip(split, _gathered(own), strict=True):
+            sums[name] = sum(int(low) + (int(high) << 32) for low, high in halves)
+    return {name: total % MODULUS for name, total in sums.items()}
+
+
+def _gathered(own: np.ndarray) -> np.ndarray:
+    """Numbers [n] of this and all other processes as halves of 32 bits, [n, processes, 2]."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    # JAX has no numbers of 64 bits unless they are switched on.
+    halves = own.view(np.uint32).reshape(-1, 2)
+    return np.moveaxis(np.asarray(process_allgather(halves)), 0, 1)
+
+
+def _compare_checksums(saved: dict[str, int], state: dict[str, np.ndarray]) -> None:
+    """FieldError unless every array has its saved checksum."""
+    for name, value in state.items():
+        array = np.asarray(value)
+        if saved.get(name) != array_checksum(array, (0,) * array.ndim, array.shape):
+            raise FieldError("damaged (its checksum differs)", "use another checkpoint").inside(
+                _structural(name)
+            )
 
 
 def _structural(name: str) -> str:
@@ -238,6 +292,10 @@ def _quietly() -> Iterator[None]:
     sys.excepthook = _no_excepthook
     try:
         yield
+    except Exception:
+        # Other threads of TensorStore complain a little later.
+        time.sleep(SETTLING)
+        raise
     finally:
         # A future whose result nobody asks for complains when it is freed.
         gc.collect()
@@ -258,4 +316,9 @@ def _reason(error: Exception) -> str:
         return error.strerror
     is_key = isinstance(error, KeyError) and error.args
     text = str(error.args[0] if is_key else error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    # TensorStore adds its whole configuration.
+    text = text.partition(" [")[0]
+    if not text:
+        return type(error).__name__
+    line = text.splitlines()[0].rstrip(".")
+    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]} ..."

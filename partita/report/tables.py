@@ -137,8 +137,10 @@ def summary(plan: Plan) -> Iterable[str]:
     """A plan's prediction in a few lines: step, proof, memory, traffic, notes."""
     predicted = plan.predicted
     if "seconds" in predicted:
-        source = predicted.get("provenance", {}).get("seconds", "")
-        step = f"step {format_seconds(predicted['seconds'])} predicted ({source})"
+        source = predicted.get("provenance", {}).get("seconds")
+        step = f"step {format_seconds(predicted['seconds'])} predicted"
+        if source:
+            step += f" ({source})"
         yield "; ".join([step, *proofs(gaps_of(plan))])
         figures = []
         if "peak_bytes" in predicted:

@@ -15,7 +15,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = {
     "compiler": ["--models", "lstm", "--plans", "ZeRO-3"],
     "data_parallel": ["--rounds", "1", "--samples", "64"],
-    "equality": ["--models", "1", "--plans", "1"],
+    "damaged_files": ["--files", "64", "--writes", "8"],
+    "equality": ["--layers", "--models", "1", "--plans", "1", "--first", "4"],
     "gnn_exact": ["--parts", "2", "--partitioners", "edges", "--models", "gcn"],
     "gnn_memory": ["--models", "gcn", "--scale", "8", "--epochs", "3"],
     "published": ["--only", "dense layers"],
@@ -55,8 +56,8 @@ HELP = (
     "restarts",
 )
 ELSEWHERE = {"applications", "children", "papers_chart", "proof", "search", "simulator", "stages"}
-ELSEWHERE |= {"hub_models", "torch_equality", "within", "zoo"}
-"""Scripts with tests of their own: here, in `test_benchmark_search.py`, in
+ELSEWHERE |= {"hub_models", "layer_models", "torch_equality", "within", "zoo"}
+"""Modules of scripts, and scripts with tests of their own: here, in `test_benchmark_search.py`, in
 `tests/test_zoo.py` and in `tests/pytorch`.
 """
 

@@ -76,14 +76,26 @@ def test_a_broken_file_is_named(cache: Path) -> None:
 
 @pytest.mark.parametrize("value", ['"fast"', "0", "-1", "nan", "inf"])
 def test_an_impossible_figure_is_named(value: str, cache: Path) -> None:
-    file_of(key_of(2)).write_text(
-        kept().to_toml().replace('"device.overhead" = 0.001', f'"device.overhead" = {value}')
-    )
+    comment, _, content = kept().to_toml().split("\n", 2)  # without the checksum
+    changed = content.replace('"device.overhead" = 0.001', f'"device.overhead" = {value}')
+    file_of(key_of(2)).write_text(f"{comment}\n{changed}")
     with pytest.raises(
         MachineError,
         match="toml: values.device.overhead is .*: delete the file, or measure again",
     ):
         calibrated(at_hand(2), 2)
+
+
+def test_a_changed_or_emptied_file_is_named(cache: Path) -> None:
+    content = kept().to_toml()
+    for changed, problem in (
+        (content.replace("0.001", "0.002", 1), "checksum is '.*', and its content has"),
+        ("", "key is missing"),
+        (content.replace("checksum", "checksun", 1), "checksun is an unknown key"),
+    ):
+        file_of(key_of(2)).write_text(changed)
+        with pytest.raises(MachineError, match=f"{problem}.*: delete the file, or measure again"):
+            calibrated(at_hand(2), 2)
 
 
 def test_fitted_links_reproduce_the_measured_times() -> None:

@@ -1,5 +1,6 @@
 """Checkpoints match by structure, and a resumed run sees the samples in the same order."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,16 @@ def test_a_model_of_another_structure_is_refused(tmp_path: Path) -> None:
     fit(tmp_path, 1)
     with pytest.raises(PartitaError, match="are of another model: '00000 sequential/dense/kernel'"):
         fit(tmp_path, 2, width=3)
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path, 1)
+    checksums = next(
+        path for path in tmp_path.rglob("checksums/*") if "sequential" in path.read_text()
+    )
+    changed = re.sub(
+        r": (\d+)", lambda match: f": {int(match[1]) ^ 1}", checksums.read_text(), count=1
+    )
+    checksums.write_text(changed)
+    with pytest.raises(PartitaError, match=r"cannot be read: .00000 .*kernel. is damaged .*Delete"):
+        fit(tmp_path, 2)

@@ -34,6 +34,8 @@ HEADER_BYTES = 2**16
 """Bytes of the longest header of an array."""
 MOST_FEATURES = 2**34
 """Elements of the largest feature table that is made dense."""
+DIMS = {"features": (2,), "labels": (1, 2), "edge_features": (2,)}
+"""Numbers of dims of arrays that are not plain lists."""
 CSR = ("feature_data", "feature_indices", "feature_indptr")
 """Arrays of Planetoid's features, beside feature_shape."""
 
@@ -59,13 +61,14 @@ def open_npz(path: Path) -> Graph:
 
 
 def _check_dims(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """GraphError for an array that is no list, or features that are no table."""
+    """GraphError for an array with a number of dims that its field does not have."""
     for name, array in arrays.items():
-        dims = 2 if name == "features" else 1
-        if array.ndim != dims:
+        dims = DIMS.get(name, (1,))
+        if array.ndim not in dims:
+            possible = " or ".join(map(str, dims))
             raise GraphError(
-                f"{str(path)!r}: {name} is {array.dtype} {list(array.shape)}: give {dims} "
-                f"dim{'s' if dims > 1 else ''}."
+                f"{str(path)!r}: {name} is {array.dtype} {list(array.shape)}: give {possible} "
+                f"dim{'s' if dims != (1,) else ''}."
             )
 
 

@@ -99,7 +99,7 @@ def _open_parquet(path: Path) -> Any:
             "the edges as text or .npz."
         ) from None
     try:
-        return parquet.ParquetFile(path)
+        return parquet.ParquetFile(path, page_checksum_verification=True)
     except (ValueError, OSError, NotImplementedError, MemoryError) as error:
         # ArrowInvalid is a ValueError.
         raise _damaged(path, error) from None

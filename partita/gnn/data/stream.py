@@ -102,7 +102,10 @@ class EdgeStream:
             check_plausible(self.vertices - 1, edges)
         tables: dict[str, Any] = {}
         for name, table in self.tables.items():
-            tables[name] = np.concatenate(list(table()))
+            rows = list(table())
+            if not rows:
+                raise GraphError(f"{name} has no rows: give one per vertex.")
+            tables[name] = np.concatenate(rows)
         if weights:
             tables["weights"] = np.concatenate(weights)
         source = _join_ids(sources)
