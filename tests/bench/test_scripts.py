@@ -46,6 +46,7 @@ OF_A_GRAPH = {
 }
 """The same for scripts whose first argument is a graph file."""
 HELP = (
+    "attention",
     "feeds",
     "gnn_attention",
     "gnn_parity",
@@ -55,6 +56,7 @@ HELP = (
     "processes",
     "restarts",
 )
+"""Scripts that need root, compilers or other frameworks: only their help is printed."""
 ELSEWHERE = {"applications", "children", "papers_chart", "proof", "search", "simulator", "stages"}
 ELSEWHERE |= {"hub_models", "layer_models", "torch_equality", "within", "zoo"}
 """Modules of scripts, and scripts with tests of their own: here, in `test_benchmark_search.py`, in
