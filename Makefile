@@ -8,7 +8,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/partita run --devices 4 examples/train_digits.py --epochs 3
 
-test: lint
+test: lint .venv/compilers
 	$(BIN)/python -m pytest -n 2
 
 # PyTorch modules: installs the extra (3 GB); the other tests run without it.
@@ -64,6 +64,13 @@ clean:
 .venv/torch: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable ".[torch]"
 	@touch $@
+
+# XLA:TPU of the version that JAX names, beside the environment: inside it, it would print into every process.
+# Where there is no wheel of it, its test is skipped.
+.venv/compilers: .venv/installed
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ \
+	  "$$($(BIN)/python -c 'from importlib.metadata import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')" \
+	  || mkdir -p $@
 
 .venv/docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"

@@ -219,13 +219,13 @@ def main() -> int:
     )
     parser.add_argument("--groups", default="layers,applications", help="of " + ", ".join(GROUPS))
     parser.add_argument("--targets", default=",".join(TARGETS))
-    parser.add_argument("--only", default="", help="names that have this in them")
+    parser.add_argument("--only", default="", help="parts of names, with commas")
     given = parser.parse_args()
     failed = 0
     for group in given.groups.split(","):
         count = 0
         for name, make in GROUPS[group]():
-            if given.only.lower() not in name.lower():
+            if not any(part in name.lower() for part in given.only.lower().split(",")):
                 continue
             texts = captured(make, given.targets.split(","))
             failed += any("NOT CAPTURED" in text for text in texts)

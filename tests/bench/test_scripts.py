@@ -20,6 +20,7 @@ SMALL = {
     "gnn_exact": ["--parts", "2", "--partitioners", "edges", "--models", "gcn"],
     "gnn_memory": ["--models", "gcn", "--scale", "8", "--epochs", "3"],
     "published": ["--only", "dense layers"],
+    "gpu": ["--device", "cpu", "--small", "--parts", "models", "--only", "MLP"],
     "staged_equality": ["--pairs", "1", "--first", "4"],
     "manage_grid": ["--rounds", "1"],
     "manage_memories": ["--sizes", "1024"],

@@ -89,6 +89,11 @@ class ProgramCompiler(abc.ABC):
                 continue
         return ", ".join(found)
 
+    def version_problem(self) -> str:
+        """A sentence if the compiler may not fit the installed JAX, for the message of a failed
+        compilation; "" otherwise."""
+        return ""
+
     def check(self) -> None:
         """CompilerError unless the compiler is installed and fits the installed JAX."""
         if importlib.util.find_spec(self.module) is None:

@@ -144,7 +144,8 @@ def _run_child(work: Path, compiler: ProgramCompiler, environment: dict[str, str
             ) from None
     if done.returncode or not (work / RESULT_FILE).is_file():
         reason = abort_reason(log.read_text(errors="replace"))
-        raise CompilerError(f"{compiler.name} aborted: {reason}")
+        problem = compiler.version_problem()
+        raise CompilerError(f"{compiler.name} aborted: {reason.rstrip('.')}.{problem}")
     log.unlink()
 
 
@@ -171,4 +172,7 @@ def _refusal(compiler: ProgramCompiler, error: str) -> CompilerError:
     needed = compiler.needed_bytes(error)
     if needed is not None:
         return ProgramTooLarge(f"{compiler.name} refuses the program: {first_line}", needed)
-    return CompilerError(f"{compiler.name} does not compile the program: {first_line}")
+    return CompilerError(
+        f"{compiler.name} does not compile the program: {first_line.rstrip('.')}."
+        f"{compiler.version_problem()}"
+    )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatch
+from importlib.metadata import requires, version
 from typing import Any, NamedTuple
 
 from partita.errors import CompilerError
@@ -102,6 +104,20 @@ class TpuCompiler(ProgramCompiler):
             return None
         unit = f" {match[2]}iB" if match[2] else " B"
         return int(parse(match[1] + unit, "B"))
+
+    def version_problem(self) -> str:
+        """Names the version of libtpu that JAX asks for, if another one is installed.
+
+        Newer ones usually work, so this is no reason to refuse a compilation.
+        """
+        for requirement in requires("jax") or []:
+            match = re.match(r"libtpu==([\d.*]+)", requirement)
+            if match and not fnmatch(version("libtpu"), match[1]):
+                return (
+                    f" libtpu is {version('libtpu')} and JAX {version('jax')} asks for {match[1]}: "
+                    f"pip install 'libtpu=={match[1]}'."
+                )
+        return ""
 
     def seconds_of(self, cycles: float, machine: Machine) -> float | None:
         """The estimated cycles at the clock of the chip."""

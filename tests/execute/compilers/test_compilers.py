@@ -6,6 +6,8 @@ XLA:CPU is always there. The tests of XLA:TPU and XLA:GPU run where these are in
 import dataclasses
 import importlib.util
 import json
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,8 @@ from partita.plans.baselines import BASELINES
 from partita.search.find import mesh_of
 
 WIDTH, BATCH = 256, 32
+BESIDE = Path(sys.prefix) / "compilers"
+"""Where `make test` installs libtpu."""
 
 
 def captured(target="cpu"):
@@ -60,6 +64,15 @@ def planned(name, machine):
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """Compilers installed beside the environment are found. Inside it, libtpu would print into
+    every process with JAX."""
+    jax.devices()
+    monkeypatch.syspath_prepend(str(BESIDE))
+    monkeypatch.setenv("PYTHONPATH", str(BESIDE))
 
 
 # ------------------------------------------------------------------------------------ compilations
@@ -100,8 +113,9 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
     assert "all_gather" in kinds
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_a_plan_compiles_for_a_tpu_slice(cache):
+def test_a_plan_compiles_for_a_tpu_slice(cache, beside):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: make test installs it where there is a wheel")
     machine = load("tpu-v5e:4")
     step, plan = planned("data parallel", machine)
     compiled = compile_captured(step, plan, machine)
@@ -181,6 +195,19 @@ def test_a_compiler_of_another_jax_names_both_versions(monkeypatch):
     monkeypatch.setattr("partita.execute.compilers.cuda.version", versions.__getitem__)
     with pytest.raises(CompilerError, match=r"of JAX 0\.9\.1 and JAX is 0\.10\.2: pip install jax"):
         CudaCompiler().check()
+
+
+def test_a_failure_of_another_libtpu_names_both_versions(monkeypatch):
+    module = "partita.execute.compilers.tpu"
+    versions = {"libtpu": "0.0.30", "jax": "0.10.2"}
+    monkeypatch.setattr(f"{module}.version", versions.__getitem__)
+    monkeypatch.setattr(f"{module}.requires", lambda name: ['libtpu==0.0.42.*; extra == "tpu"'])
+    assert str(run._refusal(COMPILERS["tpu"], "INTERNAL: no such symbol\ntrace")) == (
+        "XLA:TPU does not compile the program: INTERNAL: no such symbol. libtpu is 0.0.30 and JAX "
+        "0.10.2 asks for 0.0.42.*: pip install 'libtpu==0.0.42.*'."
+    )
+    versions["libtpu"] = "0.0.42.1"
+    assert COMPILERS["tpu"].version_problem() == ""
 
 
 def test_an_abort_says_the_reason_of_the_compiler():
