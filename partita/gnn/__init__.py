@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from partita.errors import GraphError
 from partita.gnn.data import generate, order
+from partita.gnn.data.batch import batch
 from partita.gnn.data.csr import Transposed
 from partita.gnn.data.files import convert, open, save, transpose
 from partita.gnn.data.graph import Graph, check
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         GraphModel,
     )
     from partita.gnn.nn.pyg_weights import load_pyg_state, pyg_state
+    from partita.gnn.nn.relations import RelationalConv
     from partita.gnn.nn.vertices import VertexBatchNormalization, VertexDropout
     from partita.gnn.train import normalised
 
@@ -59,10 +61,12 @@ __all__ = [
     "Graph",
     "GraphModel",
     "MessagePassing",
+    "RelationalConv",
     "SAGEConv",
     "Transposed",
     "VertexBatchNormalization",
     "VertexDropout",
+    "batch",
     "check",
     "convert",
     "generate",
@@ -91,6 +95,7 @@ _IMPORTED_ON_USE = {
         "GraphModel",
     ),
     "partita.gnn.nn.pyg_weights": ("load_pyg_state", "pyg_state"),
+    "partita.gnn.nn.relations": ("RelationalConv",),
     "partita.gnn.nn.vertices": ("VertexBatchNormalization", "VertexDropout"),
     "partita.gnn.train": ("normalised",),
 }

@@ -72,6 +72,7 @@ def _sample(graph: Graph, devices: int) -> Graph:
         train=np.arange(vertices) % 30 == 0,
         weights=None if graph.weights is None else 0.5 + random.random(vertices),
         edge_features=_edge_features(graph, vertices, random),
+        members=None if graph.members is None else np.arange(vertices) // 7,
         **tables,
     )
     if sample.has_targets and sample.labels is not None:

@@ -172,6 +172,7 @@ def architecture_of(model: Any, graph: Graph) -> Architecture:
         np.zeros((1, graph.feature_count), np.float32),
         weights=weights,
         edge_features=edge_features,
+        members=None if graph.members is None else np.zeros(1, np.int32),
     )
 
     def predict(trainable: Any, others: Any, data: GraphData) -> Any:

@@ -238,9 +238,14 @@ class FullGraphTraining:
         return list(logs.values()) if len(logs) > 1 else logs["loss"]
 
     def predict(self, graph: Graph, vertices: Any = None) -> np.ndarray:
-        """float32 [vertices, classes]: the output for all vertices, or for these in their order."""
+        """float32 [vertices, classes]: the output for all vertices, or for these in their order.
+
+        For a model with a readout, [graphs, classes]: the output for the graphs of a batch.
+        """
         run = self._graph_trainer.run_of(graph, None)
         rows = run.predict(run.state())
+        if getattr(self, "readout", None) is not None:
+            rows = rows[graph.first_members]
         return rows if vertices is None else rows[np.asarray(vertices)]
 
     def traffic(self, graph: Graph) -> int:

@@ -55,7 +55,7 @@ class GraphTrainer:
         self.device: DeviceRun | None = None
         self.epoch_seconds: list[float] = []
         self._runs: dict[PreparationKey, DeviceRun] = {}
-        self._architectures: dict[tuple[int, bool, int], Architecture] = {}
+        self._architectures: dict[tuple[int, bool, int, bool], Architecture] = {}
         self._features: int | None = None
         self._agreements: set[tuple[Architecture, int]] = set()
         self._importance: tuple[str, Numbers] | None = None
@@ -232,13 +232,18 @@ class GraphTrainer:
         check_weights_suit(graph, self._architecture(graph))
 
 
-def _kind_of(graph: Graph) -> tuple[int, bool, int]:
-    """(features of a vertex, whether edges have weights, features of an edge).
+def _kind_of(graph: Graph) -> tuple[int, bool, int, bool]:
+    """(features of a vertex, whether edges have weights, features of an edge, whether a batch).
 
     Aggregations depend on them.
     """
     edge_features = 0 if graph.edge_features is None else graph.edge_features.shape[1]
-    return graph.feature_count, graph.weights is not None, edge_features
+    return (
+        graph.feature_count,
+        graph.weights is not None,
+        edge_features,
+        graph.members is not None,
+    )
 
 
 def _check_mask(model: Any, graph: Graph, mask: str) -> None:

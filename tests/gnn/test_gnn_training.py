@@ -372,7 +372,8 @@ def test_a_digest_is_of_the_content_and_computed_once_if_that_cannot_change(
 ) -> None:
     graph = copied(drawn(weights=True))
     edge_features = np.ones((len(graph.sources), 2), np.float32)
-    graph = replace(graph, edge_features=edge_features)
+    members = np.zeros(graph.vertices, np.int32)
+    graph = replace(graph, edge_features=edge_features, members=members)
     assert copied(graph).digest == graph.digest
     different = []
     for field in ARRAYS:

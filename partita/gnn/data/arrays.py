@@ -20,6 +20,7 @@ TABLES: dict[str, type[np.generic]] = {
     "train": np.bool_,
     "validation": np.bool_,
     "test": np.bool_,
+    "members": np.int32,
 }
 """Fields of a graph with one row per vertex, and their number types."""
 
@@ -38,6 +39,7 @@ class VertexTables(TypedDict, total=False):
     labels      classes, integers [vertices], -1 for no label; or targets, numbers
                 [vertices] with fractions or [vertices, n], NaN for no target
     train, validation, test     bool [vertices], or a list of vertices
+    members     integers [vertices] from 0: the graph of a batch that each vertex belongs to
     """
 
     features: Any
@@ -45,6 +47,7 @@ class VertexTables(TypedDict, total=False):
     train: Any
     validation: Any
     test: Any
+    members: Any
 
 
 def as_array(values: Any) -> Any:
@@ -112,6 +115,8 @@ def _as_table(name: str, values: Any, vertices: int) -> np.ndarray:
         return as_features(values)
     if name == "labels":
         return as_labels(as_array(values))
+    if name == "members":
+        return as_ids(name, values).astype(np.int32)
     return as_mask(name, as_array(values), vertices)
 
 

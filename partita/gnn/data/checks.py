@@ -140,6 +140,9 @@ def check_tables(tables: Mapping[str, np.ndarray | None], vertices: int) -> None
         raise GraphError(
             f"Label {labels[v]} of vertex {v:,} is negative: use 0, 1, ..., or -1 for no label."
         )
+    members = tables["members"]
+    if members is not None:
+        _check_members(members)
     train = tables["train"]
     if train is not None and not train.any():
         raise GraphError("The training mask is empty: mark vertices to train on, or omit the mask.")
@@ -168,6 +171,19 @@ def _check_rows(name: str, table: np.ndarray, vertices: int) -> None:
     if len(table) != vertices:
         raise GraphError(
             f"{name} has {len(table):,} rows for {vertices:,} vertices: give one per vertex."
+        )
+
+
+def _check_members(members: np.ndarray) -> None:
+    """Numbers of graphs from 0, every one of which has a vertex."""
+    if members.min(initial=0) < 0:
+        v = int(np.argmax(members < 0))
+        raise GraphError(f"Vertex {v:,} is a member of graph {members[v]}: number graphs from 0.")
+    counts = np.bincount(members)
+    if (counts == 0).any():
+        raise GraphError(
+            f"Graph {int(np.argmax(counts == 0)):,} of the batch has no vertex: number graphs "
+            "without gaps."
         )
 
 

@@ -13,6 +13,7 @@ Arrays may be memory-mapped files; nothing here changes one or copies one whole.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Unpack
@@ -56,6 +57,7 @@ class Graph:
     train, validation, test     bool [vertices], or None
     weights     float32 [edges] in the order of `sources`, or None
     edge_features   float32 [edges, D] in the order of `sources`, or None
+    members     int32 [vertices]: the graph of a `batch` that each vertex belongs to, or None
     """
 
     offsets: np.ndarray
@@ -68,6 +70,7 @@ class Graph:
     weights: np.ndarray | None = None
     name: str = "graph"
     edge_features: np.ndarray | None = None
+    members: np.ndarray | None = None
 
     # ----------------------------------------------------------------------------- constructors
 
@@ -125,6 +128,32 @@ class Graph:
         return check(Graph(offsets, sorted_sources, **arrays, name=name))
 
     @staticmethod
+    def from_relations(
+        relations: Mapping[str, tuple[Any, Any]], vertices: int | None = None, **arguments: Any
+    ) -> Graph:
+        """The graph of several kinds of edges, given as (source, target) by the kind's name.
+
+        Edge features mark the kinds in the order of their names here, one column for each, as
+        `RelationalConv` reads them. `arguments` are the named arguments of `from_edges`.
+
+        >>> relations = {"cites": ([0, 1], [1, 2]), "writes": ([2], [0])}
+        >>> Graph.from_relations(relations).edge_features.tolist()
+        [[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]
+        """
+        ends = [
+            (as_ids(f"{name} source", source), as_ids(f"{name} target", target))
+            for name, (source, target) in relations.items()
+        ]
+        kinds = np.repeat(np.arange(len(ends)), [len(source) for source, _ in ends])
+        return Graph.from_edges(
+            np.concatenate([source for source, _ in ends]),
+            np.concatenate([target for _, target in ends]),
+            vertices,
+            edge_features=np.eye(len(ends), dtype=np.float32)[kinds],
+            **arguments,
+        )
+
+    @staticmethod
     def from_scipy(matrix: Any, **arguments: Any) -> Graph:
         """The graph of a square sparse matrix: entry [i, j] is an edge from i to j.
 
@@ -177,6 +206,8 @@ class Graph:
             counts.append(f"{self.feature_count:,} features")
         if self.labels is not None:
             counts.append(f"{self.classes:,} {'targets' if self.has_targets else 'classes'}")
+        if self.members is not None:
+            counts.insert(0, f"{self.graphs:,} graphs")
         masks = []
         for name in MASKS:
             mask = getattr(self, name)
@@ -194,6 +225,18 @@ class Graph:
     def edges(self) -> int:
         """Number of edges, with repeated edges and self edges."""
         return len(self.sources)
+
+    @property
+    def graphs(self) -> int:
+        """Number of graphs of a batch, 0 for a graph that is no batch."""
+        return 0 if self.members is None else int(self.members.max(initial=-1)) + 1
+
+    @property
+    def first_members(self) -> np.ndarray:
+        """int64 [graphs]: the first vertex of each graph of a batch."""
+        if self.members is None:
+            return np.zeros(0, np.int64)
+        return np.unique(self.members, return_index=True)[1]
 
     @cached_property
     def classes(self) -> int:

@@ -270,8 +270,9 @@ def _load_numbers(file: Path, dtype: Any, delimiter: str | None) -> np.ndarray:
 def save_lux(graph: Graph, path: Path) -> None:
     """Writes a graph to a .lux file and its companions, renamed when all are complete."""
     check(graph)
-    if graph.has_targets or graph.edge_features is not None:
-        table = "targets" if graph.has_targets else "edge features"
+    if graph.has_targets or graph.edge_features is not None or graph.members is not None:
+        table = "edge features" if graph.edge_features is not None else "members of graphs"
+        table = "targets" if graph.has_targets else table
         raise GraphError(
             f"{path.name!r} cannot hold the {table} of '{graph.name}': save the graph as "
             f"{path.stem + '.npz'!r}."

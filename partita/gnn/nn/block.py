@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partita.errors import GraphError
 from partita.gnn.data.graph import Graph
 from partita.gnn.kernels import stamp
 from partita.gnn.kernels.attention import attend
@@ -34,6 +35,12 @@ from partita.gnn.nn.sums import (
     taken,
     weighted_sum,
 )
+
+READOUTS = ("sum", "mean", "max")
+"""Aggregations over the vertices of a graph."""
+
+SMALLEST = -3e38
+"""A number below all rows, which stays finite when it is added to zeros."""
 
 AXIS = "parts"
 """The mesh axis over which vertices are split."""
@@ -145,6 +152,8 @@ class Block:
     vertex          int32 [rows]: the user's vertex numbers if the graph was relabelled, else None
     columns         (features, `Aggregation.columns` for aggregations of that width)
     timed           whether exchanges are timed (`kernels.stamp`)
+    member          int32 [rows]: the graph of a batch that each vertex belongs to, else None
+    graphs          number of graphs of the batch
     """
 
     degree: Any
@@ -157,6 +166,8 @@ class Block:
     vertex: Any = None
     columns: tuple[tuple[int, int], ...] = field(default=(), metadata={"static": True})
     timed: bool = field(default=False, metadata={"static": True})
+    member: Any = None
+    graphs: int = field(default=0, metadata={"static": True})
 
     @property
     def rows(self) -> int:
@@ -176,6 +187,49 @@ class Block:
         if self.parts == 1:
             return total
         return self.leave(jax.lax.psum(self.enter(total), AXIS))
+
+    def readout(self, x: Any, aggregation: str = "mean") -> Any:
+        """[rows, F]: the 'sum', 'mean' or 'max' of x [rows, F] over the graph of each vertex.
+
+        The vertices of all devices count. GraphError for a graph that is no batch.
+        """
+        if self.member is None:
+            raise GraphError(
+                "A readout needs a batch of graphs: make one with gnn.batch(graphs), or give "
+                "Graph.from_edges(members=...)."
+            )
+        if aggregation not in READOUTS:
+            names = ", ".join(map(repr, READOUTS))
+            raise GraphError(f"readout={aggregation!r} is unknown: use {names}.")
+        is_vertex = jnp.arange(self.rows) < self.count[0]
+        # padding belongs to a graph behind the last one, which is dropped
+        member = jnp.where(is_vertex, self.member, self.graphs)
+        rows = x.astype(jnp.float32)
+        if aggregation == "max":
+            of_graphs = self._largest_of_graphs(rows, member)
+        else:
+            of_graphs = self._sums_of_graphs(rows, member)
+        if aggregation == "mean":
+            ones = jnp.ones((self.rows, 1), jnp.float32)
+            of_graphs = of_graphs / jnp.maximum(self._sums_of_graphs(ones, member), 1)
+        return of_graphs[self.member].astype(x.dtype)
+
+    def _sums_of_graphs(self, rows: Any, member: Any) -> Any:
+        """float32 [graphs, F]: sums of the rows of all devices."""
+        sums = jax.ops.segment_sum(rows, member, self.graphs + 1)[: self.graphs]
+        if self.parts == 1:
+            return sums
+        return self.leave(jax.lax.psum(self.enter(sums), AXIS))
+
+    def _largest_of_graphs(self, rows: Any, member: Any) -> Any:
+        """float32 [graphs, F]: maxima of the rows of all devices."""
+        largest = jax.ops.segment_max(rows, member, self.graphs + 1)[: self.graphs]
+        largest = jnp.maximum(largest, SMALLEST)
+        if self.parts == 1:
+            return largest
+        of_parts = jnp.zeros((self.parts, *largest.shape), jnp.float32)
+        of_parts = of_parts.at[jax.lax.axis_index(AXIS)].set(largest)
+        return self.leave(jax.lax.psum(self.enter(of_parts), AXIS)).max(axis=0)
 
     def vertex_mean(self, x: Any) -> Any:
         """[...]: the mean of x [rows, ...] over all vertices."""
@@ -248,6 +302,24 @@ class Block:
         near_sums = _sum(aggregation.edges, weights, computed)
         near_sums, halo_rows = self.meet(near_sums, self._halo_rows(aggregation, sent))
         return near_sums + _sum(far_edges, far_weights if weighted else None, halo_rows)
+
+    def sums_by_feature(self, x: Any) -> Any:
+        """[rows, D, features]: for each edge feature, the sum over in-edges of x times it.
+
+        GraphError without edge features, or weights.
+        """
+        aggregation = self._next_aggregation(x.shape[1], "message")
+        features = aggregation.features
+        if features is None and aggregation.weights is not None:
+            features = aggregation.weights[:, None]
+        if features is None:
+            raise GraphError(
+                "Sums by edge features need some: give Graph.from_edges(edge_features=...), or use "
+                "Graph.from_relations."
+            )
+        sources = self._sources(aggregation, x.astype(jnp.float32))
+        sums = [weighted_sum(aggregation.edges, column, sources) for column in features.T]
+        return jnp.stack(sums, axis=1).astype(x.dtype)
 
     def mean(self, x: Any) -> Any:
         """[rows, features]: the sum over in-edges divided by their number, 0 without any."""
@@ -411,6 +483,8 @@ def block_of(graph: Graph) -> Block:
         first,
         count,
         (aggregation,),
+        member=graph.members,
+        graphs=graph.graphs,
     )
 
 

@@ -14,10 +14,17 @@ import keras
 from partita.errors import GraphError
 from partita.gnn.nn import layers
 from partita.gnn.nn.attention import GATConv, GATv2Conv
-from partita.gnn.nn.block import Block
+from partita.gnn.nn.block import READOUTS, Block
 from partita.gnn.nn.isomorphism import GINConv
 from partita.gnn.nn.layers import PACKAGE, GatedGraphConv
-from partita.gnn.nn.stages import FirstColumns, JumpStage, LayerStage, ResidualStage, Stage
+from partita.gnn.nn.stages import (
+    FirstColumns,
+    JumpStage,
+    LayerStage,
+    ReadoutStage,
+    ResidualStage,
+    Stage,
+)
 from partita.gnn.nn.vertices import VertexBatchNormalization, VertexDropout
 from partita.gnn.train import FullGraphTraining
 
@@ -39,6 +46,8 @@ class ModelOptions(TypedDict, total=False):
     residual        adds its input to each layer's result, where both have equal widths
     jk              'cat' or 'max' (jumping knowledge): a dense layer to the classes reads the
                     results of all layers
+    readout         'mean', 'sum' or 'max' over the vertices of each graph of a batch
+                    (`gnn.batch`), then a dense layer to the classes
     layer_options   options of every layer over the graph, such as {"improved": True}
     name, dtype     as in Keras
     """
@@ -46,6 +55,7 @@ class ModelOptions(TypedDict, total=False):
     norm: str | None
     residual: bool
     jk: str | None
+    readout: str | None
     layer_options: dict[str, Any] | None
     name: str
     dtype: Any
@@ -75,6 +85,7 @@ class GraphModel(FullGraphTraining, keras.Model):
         norm = keras_options.pop("norm", None)
         residual = keras_options.pop("residual", False)
         jk = keras_options.pop("jk", None)
+        readout = keras_options.pop("readout", None)
         layer_options = dict(keras_options.pop("layer_options", None) or {})
         super().__init__(**keras_options)
         self.hidden = hidden if isinstance(hidden, int) else list(hidden)
@@ -85,24 +96,30 @@ class GraphModel(FullGraphTraining, keras.Model):
         self.hidden_activation = activation
         self.norm = _known("norm", norm, tuple(NORMS))
         self.jk = _known("jk", jk, JUMPS)
+        self.readout = _known("readout", readout, READOUTS)
         self.residual = residual
         self.layer_options = layer_options
-        self.widths = layer_widths(hidden, classes, layers, self.jk is not None)
+        self.widths = layer_widths(hidden, classes, layers, self.leaves, self.jk is not None)
         self.depth = len(self.widths)
         self.convs = []
         self.drops = []
         self.norms = []
         self.leave: Any = None
         self._make_layers()
-        if self.norm == "batch":
-            # the normalization needs the rows of all vertices, not only of those near training
+        if self.norm == "batch" or self.readout is not None:
+            # these need the rows of all vertices, not only of those near training
             self.by_vertex = False
+
+    @property
+    def leaves(self) -> bool:
+        """Whether a dense layer to the classes follows the layers over the graph."""
+        return self.jk is not None or self.readout is not None
 
     def _make_layers(self) -> None:
         """Makes dropout, convolution and normalization of every layer."""
         apart = self.norm is not None or self.residual
         for i, units in enumerate(self.widths):
-            last = i == self.depth - 1 and self.jk is None
+            last = i == self.depth - 1 and not self.leaves
             regularizer = keras.regularizers.L2(self.l2 / 2) if self.l2 and i == 0 else None
             self.drops.append(VertexDropout(self.dropout, name=f"dropout_{i}"))
             hidden_activation = None if apart else self.hidden_activation
@@ -117,7 +134,7 @@ class GraphModel(FullGraphTraining, keras.Model):
             self.convs.append(conv)
             if self.norm is not None and not last:
                 self.norms.append(NORMS[self.norm](name=f"norm_{i}"))
-        if self.jk is not None:
+        if self.leaves:
             self.leave_drop = VertexDropout(self.dropout, name="last_dropout")
             self.leave = keras.layers.Dense(
                 self.classes, activation=self.output_activation, name="leave"
@@ -136,25 +153,28 @@ class GraphModel(FullGraphTraining, keras.Model):
             total += width
             if i < len(self.norms):
                 self.norms[i].build((None, width))
-        if self.leave is not None and self.jk is not None:
+        if self.leaves:
             self.leave.build((None, total if self.jk == "cat" else width))
         self.built = True
 
     def stages(self) -> list[Stage]:
         """The model as functions of (x, graph, training), which a memory plan runs one by one."""
         stages = [self._stage(i) for i in range(self.depth)]
-        if self.jk is None:
+        if not self.leaves:
             return stages
-        jumps: list[Stage] = []
-        for i, stage in enumerate(stages):
-            jumps.append(JumpStage(stage, self.jk, self.widths[i - 1] if i else None))
-        leave: Stage = LayerStage(self.leave_drop, self.leave)
-        return [*jumps, leave if self.jk == "cat" else FirstColumns(leave, self.widths[-1])]
+        if self.jk is not None:
+            for i, stage in enumerate(stages):
+                stages[i] = JumpStage(stage, self.jk, self.widths[i - 1] if i else None)
+        if self.jk == "max":
+            stages.append(FirstColumns(self.widths[-1]))
+        if self.readout is not None:
+            stages.append(ReadoutStage(self.readout))
+        return [*stages, LayerStage(self.leave_drop, self.leave)]
 
     def _stage(self, i: int) -> Stage:
         """The stage of layer i."""
         stage = LayerStage(self.drops[i], self.convs[i])
-        last = i == self.depth - 1 and self.jk is None
+        last = i == self.depth - 1 and not self.leaves
         if last or (self.norm is None and not self.residual):
             return stage
         norm = self.norms[i] if self.norms else None
@@ -179,19 +199,22 @@ class GraphModel(FullGraphTraining, keras.Model):
             "norm": self.norm,
             "residual": self.residual,
             "jk": self.jk,
+            "readout": self.readout,
             "layer_options": dict(self.layer_options),
         }
 
 
 def layer_widths(
-    hidden: int | Sequence[int], classes: int, layers: int | None, jumps: bool
+    hidden: int | Sequence[int], classes: int, layers: int | None, leaves: bool, jumps: bool
 ) -> list[int]:
-    """Features of each layer; with jumping knowledge, the last one is not of `classes`.
+    """Features of each layer, the last one of `classes` unless a dense layer `leaves`.
 
-    >>> layer_widths(16, 7, 3, False), layer_widths([32, 8], 7, None, False)
+    Jumping knowledge (`jumps`) needs equal widths.
+
+    >>> layer_widths(16, 7, 3, False, False), layer_widths([32, 8], 7, None, False, False)
     ([16, 16, 7], [32, 8, 7])
     """
-    last = [] if jumps else [classes]
+    last = [] if leaves else [classes]
     if isinstance(hidden, int):
         depth = 2 if layers is None else layers
         return [hidden] * (depth - len(last)) + last if depth else []
@@ -344,8 +367,10 @@ class GatedGraph(GraphModel):
         activation: str = "relu",
         **options: Any,
     ) -> None:
-        if options.get("norm") or options.get("jk") or options.get("residual"):
-            raise GraphError("GatedGraph has no norm, jk and residual: use GCN, SAGE, GIN or GAT.")
+        if any(options.get(name) for name in ("norm", "jk", "residual", "readout")):
+            raise GraphError(
+                "GatedGraph has no norm, jk, residual and readout: use GCN, SAGE, GIN or GAT."
+            )
         super().__init__(
             hidden,
             classes,

@@ -6,6 +6,7 @@ is imported: a state is a mapping from names to arrays or tensors, as `module.st
 | ours | PyG's |
 |---|---|
 | GCNConv, SAGEConv, GINConv, GINEConv, GATConv, GATv2Conv, GatedGraphConv | the same names |
+| RelationalConv | `RGCNConv` |
 | GCN, SAGE | `GCN`, `GraphSAGE` of `torch_geometric.nn.models` |
 | Dense, VertexBatchNormalization, LayerNormalization | `Linear`, `BatchNorm`, `LayerNorm` |
 """
@@ -26,6 +27,7 @@ from partita.gnn.nn.attention import GATConv, GATv2Conv
 from partita.gnn.nn.isomorphism import GINConv, GINEConv
 from partita.gnn.nn.layers import GatedGraphConv, GCNConv, SAGEConv
 from partita.gnn.nn.models import GraphModel
+from partita.gnn.nn.relations import RelationalConv
 from partita.gnn.nn.vertices import VertexBatchNormalization
 
 
@@ -149,6 +151,12 @@ NAMES: dict[type, Named] = {
         ("recurrent", "rnn.weight_hh", _transposed),
         ("shift", "rnn.bias_ih", _plain),
         ("recurrent_shift", "rnn.bias_hh", _plain),
+    ),
+    RelationalConv: (
+        ("kernels", "weight", _plain),
+        ("shares", "comp", _plain),
+        ("own", "root", _plain),
+        ("shift", "bias", _plain),
     ),
     keras.layers.Dense: (("kernel", "weight", _transposed), ("bias", "bias", _plain)),
     keras.layers.LayerNormalization: (("gamma", "weight", _plain), ("beta", "bias", _plain)),

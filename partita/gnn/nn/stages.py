@@ -137,10 +137,19 @@ class JumpStage:
 
 @dataclass(frozen=True)
 class FirstColumns:
-    """A stage on the first `width` features of its rows."""
+    """The first `width` features."""
 
-    stage: Stage
     width: int
 
     def __call__(self, x: Any, graph: Block, training: bool) -> Any:
-        return self.stage(x[:, : self.width], graph, training)
+        return x[:, : self.width]
+
+
+@dataclass(frozen=True)
+class ReadoutStage:
+    """`Block.readout`: every vertex has the aggregated row of its graph."""
+
+    aggregation: str
+
+    def __call__(self, x: Any, graph: Block, training: bool) -> Any:
+        return graph.readout(x, self.aggregation)

@@ -476,6 +476,8 @@ def block_of_part(graph: Graph, parts: Parts, i: int) -> Block:
         aggregations_of_part(graph, parts, i),
         parts.count,
         vertex,
+        member=None if graph.members is None else parts.of_part(i, graph.members),
+        graphs=graph.graphs,
     )
 
 
