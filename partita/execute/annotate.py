@@ -268,9 +268,14 @@ class Annotator:
         return read.tensor, read.after if self.is_whole else -1
 
     def _behind(self, read: Read) -> Any:
-        """The tensor of a read behind a barrier, which waits for the read's gradient."""
+        """The tensor of a read behind a barrier, which waits for the read's gradient.
+
+        A constraint of its own keeps the barrier from reading the end of another chain: a slice of
+        the gathered tensor, which then stays in memory.
+        """
         tensors = (read.tensor, read.after)
         values = [self.values[t] for t in tensors]
+        values[0] = self._constrain(values[0], self.layout.shardings[read.tensor])
         gradient = values[1].owner.operation
         shardings = ", ".join(
             f"<@{MESH}, {self._dims_text(self.layout.shardings[t])}>" for t in tensors
