@@ -83,6 +83,13 @@ def adds(operation: Any, name: str) -> bool:
     return [op.operation.name for op in body] == ["stablehlo.add", "stablehlo.return"]
 
 
+def full_precision(operation: Any) -> bool:
+    """Whether a product asks for the highest precision."""
+    if "precision_config" not in operation.attributes:
+        return False
+    return "HIGHEST" in str(operation.attributes["precision_config"])
+
+
 def integer_attribute(operation: Any, key: str) -> int:
     """An integer attribute, 1 by default."""
     return int(operation.attributes[key]) if key in operation.attributes else 1

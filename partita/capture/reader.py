@@ -14,6 +14,7 @@ from partita.capture.custom_calls import call_name, target_of
 from partita.capture.instructions import (
     adds,
     flops_of,
+    full_precision,
     integer_attribute,
     integer_constant,
     rule_of,
@@ -120,6 +121,7 @@ class _Reader:
             windows_of(operation, name, rule),
             integer_attribute(operation, "batch_group_count"),
             adds(operation, name),
+            full_precision(operation),
         )
         program.instructions.append(instruction)
         if "call_target_name" in operation.attributes and rule is None:

@@ -25,7 +25,7 @@ import numpy as np
 
 from partita.cost.terms import Work
 from partita.machine import Attached, Machine
-from partita.machine.parts import DTYPES
+from partita.machine.parts import DTYPES, FULL_FLOAT32
 from partita.units import format_seconds
 
 SECONDS_OF_A_YEAR = 365.25 * 86400
@@ -48,6 +48,7 @@ class KernelBytes:
 def attached_rate(part: Attached, op_class: str, dtype: str) -> float | None:
     """FLOP/s of a unit on operators of a class in a dtype; None without an engine for them."""
     engines = {(engine.op_class, engine.dtype): engine for engine in part.engines}
+    dtype = "float32" if dtype == FULL_FLOAT32 else dtype
     dtype = dtype if dtype in DTYPES else "*"
     for key in ((op_class, dtype), (op_class, "*"), ("*", dtype), ("*", "*")):
         if key in engines:
@@ -95,7 +96,7 @@ def attached_seconds(
 
 def _working_units(part: Attached, written: np.ndarray, dtype: str) -> np.ndarray:
     """Units with results to compute, in whole lockstep groups."""
-    size = {"float64": 8, "float32": 4, "int8": 1}.get(dtype, 2)
+    size = {"float64": 8, "float32": 4, FULL_FLOAT32: 4, "int8": 1}.get(dtype, 2)
     results = np.maximum(written / size, 1.0)
     groups = np.ceil(results / part.lockstep)
     return np.minimum(groups * part.lockstep, part.units)

@@ -29,7 +29,7 @@ from partita.cost.terms import (
 )
 from partita.errors import MachineError
 from partita.graph.operator_graph import Phase
-from partita.machine import Machine, collective_seconds
+from partita.machine import FULL_FLOAT32, Machine, collective_seconds
 from partita.machine.times import CAUSES, START, OperatorKey, feature
 from partita.plans.layout import Layout, label_sharding
 from partita.plans.plan import Plan
@@ -389,7 +389,8 @@ def _rate(
 
 def engine_dtype(dtype: str) -> str:
     """The dtype whose engine computes this one."""
-    return dtype if dtype in ("float64", "float32", "bfloat16", "float16", "int8") else "float32"
+    engines = ("float64", FULL_FLOAT32, "bfloat16", "float16", "int8")
+    return dtype if dtype in engines else "float32"
 
 
 def _kernel_seconds(

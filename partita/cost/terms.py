@@ -40,7 +40,7 @@ from partita.graph.operator_graph import (
     Window,
     constant_tensors,
 )
-from partita.machine import Backend
+from partita.machine import FULL_FLOAT32, Backend
 from partita.plans.layout import (
     Reader,
     compute_copies,
@@ -436,9 +436,12 @@ class _Collector:
         else:
             space = max(bytes_by_factors, key=len, default=())
         largest_result = max(instruction.results, key=lambda tensor: graph.tensors[tensor].nbytes)
+        dtype = graph.tensors[largest_result].dtype
+        if dtype == "float32" and instruction.full_precision:
+            dtype = FULL_FLOAT32
         work = Work(
             OP_CLASS.get(instruction.name, "elementwise"),
-            graph.tensors[largest_result].dtype,
+            dtype,
             flops,
             space,
             tuple(sorted((nbytes, factors) for factors, nbytes in bytes_by_factors.items())),

@@ -182,6 +182,9 @@ class Instruction:
     """Groups in the batch of a convolution; several for the weight gradient of a grouped one."""
     adds: bool = True
     """Whether elements that meet in a result are added; not so for a reduce by maximum."""
+    full_precision: bool = False
+    """Whether a product of float32 runs in float32 on every platform. With the usual precision, a
+    GPU runs it in TF32 and a TPU in bfloat16."""
 
 
 CONDITIONALS = ("case", "if")

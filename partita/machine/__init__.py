@@ -5,6 +5,7 @@ from partita.machine.collectives import KINDS, collective_seconds
 from partita.machine.load import host, load, presets, read
 from partita.machine.machine import Machine
 from partita.machine.parts import (
+    FULL_FLOAT32,
     PLATFORMS,
     Attached,
     Backend,
@@ -25,6 +26,7 @@ from partita.machine.parts import (
 from partita.machine.times import OperatorTimes, fitted_times
 
 __all__ = [
+    "FULL_FLOAT32",
     "KINDS",
     "Attached",
     "PLATFORMS",

@@ -20,6 +20,7 @@ import numpy as np
 
 from partita.errors import MachineError
 from partita.machine.parts import (
+    FULL_FLOAT32,
     PLAIN_DIMENSIONS,
     STATUSES,
     Attached,
@@ -150,7 +151,9 @@ class Machine:
 
     def run_dtype(self, op_class: str, dtype: str) -> str:
         """The dtype in which the compiler runs operators of a class: "tf32" for products of float32
-        on recent GPUs."""
+        on recent GPUs, unless they ask for FULL_FLOAT32."""
+        if dtype == FULL_FLOAT32:
+            return "float32"
         if dtype == "float32" and op_class in ("dot", "conv"):
             return self.backend.float32_products
         return dtype

@@ -37,6 +37,8 @@ Value = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 """A number of a description, or numbers with one source."""
 
 OP_CLASSES = ("dot", "conv", "attention", "elementwise", "gather", "reduce", "sort", "*")
+FULL_FLOAT32 = "full float32"
+"""The dtype of products that run in float32 whatever the backend does to other ones of float32."""
 DTYPES = ("float64", "float32", "tf32", "bfloat16", "float16", "int8", "*")
 FABRICS = ("switch", "tree", "bus", "ring", "torus", "mesh")
 DOMAINS = ("clock", "power", "thermal", "failure")

@@ -13,6 +13,7 @@ from partita import gnn
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = {
+    "absent": ["--blocks", "1", "--width", "64", "--tokens", "32", "--batch", "16"],
     "compiler": ["--models", "lstm", "--plans", "ZeRO-3"],
     "data_parallel": ["--rounds", "1", "--samples", "64"],
     "damaged_files": ["--files", "64", "--writes", "8"],
