@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.mlir import ir
 
 from partita.capture import stablehlo
 from partita.capture.jax_functions import Leaf, Text, capture_step
@@ -72,6 +73,13 @@ def attention_gradients(scale, is_causal, q, k, v, sums, slopes, out):
     return *(g.astype("bfloat16") for g in gradients), jnp.zeros(0, "uint8")
 
 
+def found(pattern, text):
+    """The group of a pattern in a text."""
+    match = re.search(pattern, text, re.S)
+    assert match is not None, pattern
+    return match[1]
+
+
 def shape_of(text):
     """The shape of a tensor type's inner text, as "2x8xbf16"."""
     *dims, dtype = text.split("x")
@@ -85,7 +93,7 @@ def with_stand_ins(bytecode):
 
     def stand_in(match):
         is_backward, operands, attributes, types = match.groups()
-        text = re.search(r'backend_config = "(.*?)"[,}]', attributes)[1].replace(r"\22", '"')
+        text = found(r'backend_config = "(.*?)"[,}]', attributes).replace(r"\22", '"')
         config = json.loads(text)["cudnn_fmha_backend_config"]
         reference = partial(
             attention_gradients if is_backward else attention,
@@ -95,14 +103,14 @@ def with_stand_ins(bytecode):
         shapes = map(shape_of, re.findall(r"tensor<(.*?)>", types.split("->")[0]))
         name = f"stand_in_{len(functions)}"
         lowered = str(jax.jit(reference).lower(*shapes).compiler_ir("stablehlo"))
-        body = re.search(r"func\.func public @main(.*\n  \})", lowered, re.S)[1]
+        body = found(r"func\.func public @main(.*\n  \})", lowered)
         functions.append(f"func.func private @{name}{body}\n")
         return f"func.call @{name}({operands}) : {types}"
 
     with stablehlo.context():
         text = CALL.sub(stand_in, str(stablehlo.parse(bytecode)))
         end = text.index("\n}") + 1
-        return stablehlo.serialize(stablehlo.parse(text[:end] + "".join(functions) + text[end:]))
+        return stablehlo.serialize(ir.Module.parse(text[:end] + "".join(functions) + text[end:]))
 
 
 def step_of(weights, batch):
