@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from partita.execute.emitted import SCATTERING, chain_of
 from partita.execute.hlo import HloModule, HloShape, Visit
 
 ELEMENTWISE = {
@@ -71,7 +72,10 @@ def work_of(module: HloModule) -> CompiledWork:
     others = 0.0
     fusions = 0
     cycles = 0.0
+    chains: set[tuple[str, int]] = set()
     for visit in module.visits():
+        if _is_repeated(visit, chains):
+            continue
         products += product_flops(module, visit) * visit.trips
         others += _other_flops(module, visit) * visit.trips
         if not visit.is_fused:
@@ -79,6 +83,17 @@ def work_of(module: HloModule) -> CompiledWork:
             estimate = re.search(r'"estimated_cycles":"(\d+)"', visit.instruction.line)
             cycles += int(estimate[1]) * visit.trips if estimate else 0
     return CompiledWork(products + others, products, fusions, cycles)
+
+
+def _is_repeated(visit: Visit, chains: set[tuple[str, int]]) -> bool:
+    """Whether an asynchronous collective was counted before, by its chain. Adds its chain."""
+    chain = chain_of(visit.instruction)
+    if not chain:
+        return False
+    key = (chain, visit.trips)
+    was_counted = key in chains
+    chains.add(key)
+    return was_counted
 
 
 def product_flops(module: HloModule, visit: Visit) -> float:
@@ -199,6 +214,8 @@ def _other_flops(module: HloModule, visit: Visit) -> float:
     if opcode in ELEMENTWISE:
         return float(shapes[0].size)
     if opcode in ("all-reduce", "all-reduce-start"):
+        if visit.computation.startswith(SCATTERING):
+            return 0.0
         return float(sum(shape.size for shape in shapes))
     if opcode == "reduce":
         operands = module.operand_shapes(visit)[: len(shapes)]

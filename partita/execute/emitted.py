@@ -59,7 +59,7 @@ def collectives_of(module: HloModule) -> list[Emitted]:
         opcode = instruction.opcode.removesuffix("-start")
         if opcode not in KINDS:
             continue
-        chain = _chain(instruction)
+        chain = chain_of(instruction)
         if chain:
             key = (opcode, chain, visit.trips)
             if key in chains:
@@ -69,7 +69,7 @@ def collectives_of(module: HloModule) -> list[Emitted]:
     return result
 
 
-def _chain(instruction: HloInstruction) -> str:
+def chain_of(instruction: HloInstruction) -> str:
     """Channel and chain of an asynchronous collective that several fusions contain, else ""."""
     chain = re.search(r'chain_id="(\d+)"', instruction.line)
     channel = re.search(r"channel_id=(\d+)", instruction.line)

@@ -97,3 +97,21 @@ def test_loops_fusions_and_cycles():
     )
     found = work_of(module)
     assert (found.flops, found.fusions, found.cycles) == (2 * 8 * 5, 1, 350)
+
+
+def test_a_collective_of_a_tpu_counts_once_and_a_reduce_scatter_not():
+    async_sum = '  ROOT %s = f32[32]{0} all-reduce(%p), channel_id=2, to_apply=%add, frontend_attributes={chain_id="5"}\n}\n'
+    module = HloModule.of(
+        "%all-reduce-scatter.1 (p: f32[64]) -> f32[8] {\n"
+        "  %p = f32[64]{0} parameter(0)\n"
+        "  %r = f32[64]{0} all-reduce(%p), channel_id=1, to_apply=%add\n}\n"
+        "%start (p: f32[32]) -> f32[32] {\n  %p = f32[32]{0} parameter(0)\n"
+        + async_sum
+        + "%step (p: f32[32]) -> f32[32] {\n  %p = f32[32]{0} parameter(0)\n"
+        + async_sum
+        + HEAD
+        + "  %a = f32[8]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1\n"
+        "  %b = f32[32]{0} fusion(%x), kind=kCustom, calls=%start\n"
+        "  %c = f32[32]{0} fusion(%b), kind=kCustom, calls=%step\n}\n"
+    )
+    assert work_of(module).flops == 32
