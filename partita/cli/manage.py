@@ -35,6 +35,10 @@ def simulate(
         Path | None,
         typer.Option("--learned", help="A trained policy, of 'partita manage train'."),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Replay the events of this file, for policies that change plans."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Simulate policies for the operating points of a machine.
@@ -43,6 +47,10 @@ def simulate(
     against a clairvoyant oracle: on the machine as described, and on one that differs.
 
     Example: partita manage simulate train.py --machine odroid-xu3 --policy all
+
+    With --trace, devices and links become slow, are lost and return; policies change the plan.
+
+    Example: partita manage simulate train.py --machine dgx-h100:4 --trace events.jsonl
     """
     with errors():
         from partita.manage.comparison import compare_policies
@@ -55,6 +63,9 @@ def simulate(
             raise PlanError(
                 "Policies act on simulated machines, and none is named: add --machine odroid-xu3."
             )
+        if trace is not None:
+            _replay(context, script, target, trace, policy, as_json)
+            return
         trained = None if learned is None else load_policy(learned)
         names = policy_names(policy, has_file=trained is not None)
         activity = Activity(not as_json)
@@ -76,6 +87,48 @@ def simulate(
             out.print(policy_table(comparison))
         for line in policy_summary(comparisons):
             out.print(line, soft_wrap=True)
+
+
+def _replay(
+    context: typer.Context,
+    script: Path,
+    target: Target,
+    trace: Path,
+    policy: str,
+    as_json: bool,
+) -> None:
+    """Replays a trace under policies that change plans, and prints the steps of each."""
+    from partita.manage.plan_table import plan_table
+    from partita.manage.replay import WAITING, Prices, clairvoyant, replay, waiting_names
+    from partita.manage.traces import load_trace
+    from partita.report.policy_tables import replay_table
+
+    events = load_trace(trace)
+    names = waiting_names(policy)
+    assert target.machine is not None
+    events.check(load(target.machine))
+    activity = Activity(not as_json)
+    captured, machine = capture_script(context, script, target, activity)
+    states = [segment.state for segment in events.segments()]
+    with activity.show("searching plans for the states of the trace"):
+        table = plan_table(captured.graph, machine, states)
+    runs = [replay(events, table, WAITING[name]()) for name in WAITING]
+    chosen = [run for run in runs if run.policy in names]
+    replays = [clairvoyant(events, table, others=runs), *chosen]
+    if as_json:
+        print(json.dumps([run.to_json() for run in replays]))
+        return
+    title = f"{captured.graph.name} on {machine.name}: {replays[0].seconds:g} s of {trace}"
+    out.print(replay_table(replays, title))
+    for run in chosen:
+        for change in run.changes:
+            out.print(f"{run.policy}, {change}", soft_wrap=True)
+    prices = Prices()
+    out.print(
+        f"Assumed: a plan compiles in {prices.compile:g} s and the state moves in "
+        f"{prices.move:g} s; a restart costs {prices.restart:g} s.",
+        soft_wrap=True,
+    )
 
 
 @app.command("train")

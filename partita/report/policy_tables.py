@@ -8,6 +8,7 @@ from rich.table import Table
 
 from partita.manage.comparison import PolicyComparison
 from partita.manage.hardware import Assumptions
+from partita.manage.replay import Replay
 from partita.report.tables import add_columns, add_row, new_table
 from partita.units import format_flops, format_joules, format_seconds
 
@@ -57,3 +58,22 @@ def policy_summary(comparisons: Sequence[PolicyComparison]) -> list[str]:
                 f"{noun} rest on {status} figures: run 'partita machine show {first.machine}'."
             )
     return lines
+
+
+def replay_table(replays: Sequence[Replay], title: str) -> Table:
+    """A row per policy of plan changes; the first replay is the oracle's."""
+    table = new_table(title)
+    table.add_column("policy", no_wrap=True)
+    add_columns(table, "steps", "changes", "price", "behind the oracle")
+    for run in sorted(replays, key=lambda run: -run.steps):
+        is_oracle = run is replays[0]
+        price = sum(change.price for change in run.changes)
+        add_row(
+            table,
+            run.policy,
+            f"{run.steps:,.0f}",
+            "" if is_oracle else f"{len(run.changes)}",
+            "" if is_oracle else format_seconds(price),
+            f"{1 - run.steps / replays[0].steps:.1%}",
+        )
+    return table

@@ -26,6 +26,7 @@ SMALL = {
     "manage_grid": ["--rounds", "1"],
     "manage_memories": ["--sizes", "1024"],
     "manage_programs": ["--only", "embedding"],
+    "manage_trace": ["--traces", "1"],
     "targets": ["--groups", "layers", "--only", "groupquery", "--targets", "cuda"],
     "overhead": [
         "--rounds",
