@@ -22,9 +22,13 @@ def _factors(
     graph: OperatorGraph,
     operator: Operator,
     kind: str,
+    heads_first: bool = False,
 ) -> list[Factor]:
-    """An operator's factors of a kind, largest first."""
+    """An operator's factors of a kind, largest first; of a product in their order if
+    `heads_first`."""
     factors = [graph.factors[f] for f in operator.factors if graph.factors[f].kind == kind]
+    if heads_first and operator.kind in ("dot", "attention"):
+        return factors
     return sorted(factors, key=lambda factor: -factor.size)
 
 
@@ -33,11 +37,13 @@ def choice_by_kinds(
     operator: Operator,
     mesh: Mesh,
     preferences: Iterable[tuple[str, Iterable[int]]],
+    heads_first: bool = False,
 ) -> dict[str, str]:
     """A choice that gives axes to factors of preferred kinds, as far as sizes divide.
 
-    `preferences`: pairs of kinds (one letter each, best first) and axis numbers, in order. An
-    illegal choice becomes the empty one.
+    `preferences`: pairs of kinds (one letter each, best first) and axis numbers, in order. Of one
+    kind the largest factor is first, or in a product the heads. An illegal choice becomes the empty
+    one.
     """
     choice: dict[str, str] = {}
     local_sizes = {graph.factors[f].name: graph.factors[f].size for f in operator.factors}
@@ -52,6 +58,7 @@ def choice_by_kinds(
                 kinds,
                 axis,
                 local_sizes,
+                heads_first,
             )
             if name is not None:
                 choice[axis.name] = name
@@ -78,10 +85,11 @@ def _divisible_factor(
     kinds: str,
     axis: Axis,
     local_sizes: Mapping[str, int],
+    heads_first: bool,
 ) -> str | None:
     """The first factor of the preferred kinds that an axis divides."""
     for kind in kinds:
-        for factor in _factors(graph, operator, kind):
+        for factor in _factors(graph, operator, kind, heads_first):
             size = local_sizes[factor.name]
             if size > 1 and size % axis.size == 0:
                 return factor.name
@@ -225,7 +233,11 @@ def megatron(
     name: str,
     sample_axes: int,
 ) -> Plan:
-    """Column then row: an operator with an input split by P is split by R, otherwise by P.
+    """Megatron's tensor parallelism (Shoeybi et al. 2019, section 3; Narayanan et al. 2021).
+
+    Column then row: a product with a whole input is split by P, by heads where it has several P,
+    and one with a split input by R. Attention is split by heads, a table of words by R. So a block
+    of a transformer sums activations over devices twice in each pass.
 
     `sample_axes`: number of outer axes that split samples instead.
     """
@@ -236,30 +248,51 @@ def megatron(
     producers = _forward_producers(graph)
     for index, operator in enumerate(graph.operators):
         input_split = any(is_split[p] for p in producers.get(index, ()) if p < index)
-        if not _factors(graph, operator, "P"):
-            preferences = [("S", outer), ("A", inner)] if input_split else [("S", outer)]
-        elif input_split and _factors(graph, operator, "R"):
-            preferences = [("S", outer), ("R", inner)]
-        else:
-            preferences = [("S", outer), ("P", inner)]
-        choice = choice_by_kinds(
-            graph,
-            operator,
-            mesh,
-            preferences,
-        )
+        kind = _megatron_kind(graph, operator, input_split)
+        preferences: list[tuple[str, Iterable[int]]] = [("S", outer), (kind, inner)]
+        choice = choice_by_kinds(graph, operator, mesh, preferences, heads_first=True)
+        if not kind:
+            choice = {**_as_table(graph, index, choices, mesh), **choice}
         choices[operator.name] = choice
-        if preferences[-1][0] == "P":
-            is_split.append(len(choice) > sample_axes)
-        else:
-            is_split.append(input_split and preferences[-1][0] != "R")
-    return _plan(
-        graph,
-        machine,
-        mesh,
-        name,
-        choices,
-    )
+        splits = any(mesh.axes[number].name in choice for number in inner)
+        is_split.append(splits and kind in ("P", "A"))
+    return _plan(graph, machine, mesh, name, choices)
+
+
+def _megatron_kind(graph: OperatorGraph, operator: Operator, input_split: bool) -> str:
+    """The kind of factor that the inner axes split, "" for none."""
+    reduces = bool(_factors(graph, operator, "R"))
+    if operator.kind == "gather" and reduces:
+        return "R"
+    if not _factors(graph, operator, "P"):
+        return "A" if input_split else ""
+    return "R" if input_split and reduces else "P"
+
+
+def _as_table(
+    graph: OperatorGraph,
+    index: int,
+    choices: Mapping[str, Choice],
+    mesh: Mesh,
+) -> dict[str, str]:
+    """The choice of an operator that reads another's variable as that one splits it.
+
+    The logits of a model whose words and logits share a table are split by word.
+    """
+    for use in graph.uses:
+        home = graph.home[use.tensor]
+        if use.operator != index or not 0 <= home < index:
+            continue
+        choice = {}
+        factor_at = dict(zip(graph.labels[use.tensor], use.label, strict=True))
+        names = {graph.factors[f].name: f for f in graph.operators[home].factors}
+        for axis, name in choices[graph.operators[home].name].items():
+            factor = factor_at.get(names[name], -1)
+            if factor >= 0:
+                choice[axis] = graph.factors[factor].name
+        if choice and illegal_reason(graph, index, choice, mesh) is None:
+            return choice
+    return {}
 
 
 def _forward_producers(graph: OperatorGraph) -> dict[int, list[int]]:
