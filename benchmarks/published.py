@@ -62,6 +62,8 @@ class Row:
     plan: Planner
     seconds: float
     source: str
+    fused_attention: bool = True
+    """Whether the published program computes attention in one kernel, without stored scores."""
 
 
 class Position(layers.Layer):
@@ -197,6 +199,7 @@ ROWS = (
         recomputed(0, 1),
         3.53,
         MEGATRON,
+        fused_attention=False,
     ),
     Row(
         "GPT 18.4B, tensor 8, recomputed",
@@ -207,6 +210,7 @@ ROWS = (
         recomputed(3, 8),
         9.40,
         MEGATRON,
+        fused_attention=False,
     ),
     Row(
         "ResNet-50, mixed precision",
@@ -265,6 +269,10 @@ ROWS = (
 def prediction(row: Row) -> tuple[Machine, Prediction]:
     """The predicted step of a row."""
     keras.config.set_dtype_policy(row.policy)
+    if row.fused_attention:
+        keras.config.enable_flash_attention()
+    else:
+        keras.config.disable_flash_attention()
     with abstract():
         model = row.model()
     optimizer = OPTIMIZERS.get(model.name, keras.optimizers.AdamW)

@@ -20,6 +20,7 @@ from hashlib import sha256
 from partita.cost.backends import compiler_of
 from partita.cost.collectives import DEFAULT, reaches
 from partita.cost.fusion import EXPENSIVE, FREE, fusion, reads, transposes
+from partita.cost.joined import joined_reads
 from partita.cost.partial import (
     Factors,
     Gradient,
@@ -32,6 +33,7 @@ from partita.cost.sums import loop_sums, readers_of
 from partita.cost.work import group_factors
 from partita.graph.flat import HEAVY, LIBRARY_CALLS
 from partita.graph.operator_graph import (
+    ITEMSIZE,
     Instruction,
     Label,
     OperatorGraph,
@@ -61,6 +63,7 @@ OP_CLASS = {
     "select_and_scatter": "reduce",
     "sort": "sort",
 }
+PRODUCTS = ("dot_general", "convolution")
 Renumber = Callable[[Factors], Factors]
 """Factors of the graph -> their positions among those of an operator, -1 for others."""
 
@@ -374,13 +377,20 @@ class _Collector:
 
     def add_work(self) -> None:
         """Adds every kernel, in parts if it is fused across operators."""
+        saved: frozenset[tuple[int, int]] = frozenset()
+        if self.compiler.joins_kernels:
+            saved = joined_reads(self.graph, self.fused)
         for root, kernel in self.fused.kernels.items():
             instruction = self.graph.instructions[root]
             if instruction.name in ("while", "case", "if", "optimization_barrier", *FREE):
                 continue
             if self._is_constant(instruction):
                 continue
-            outside = reads(self.graph, kernel)
+            outside = {
+                tensor: readers
+                for tensor, readers in reads(self.graph, kernel).items()
+                if (root, tensor) not in saved
+            }
             for operator, members in self._members_by_operator(root, kernel).items():
                 self._add_kernel(root, operator, members, outside)
 
@@ -436,12 +446,9 @@ class _Collector:
         else:
             space = max(bytes_by_factors, key=len, default=())
         largest_result = max(instruction.results, key=lambda tensor: graph.tensors[tensor].nbytes)
-        dtype = graph.tensors[largest_result].dtype
-        if dtype == "float32" and instruction.full_precision:
-            dtype = FULL_FLOAT32
         work = Work(
             OP_CLASS.get(instruction.name, "elementwise"),
-            dtype,
+            self._dtype(instruction, largest_result),
             flops,
             space,
             tuple(sorted((nbytes, factors) for factors, nbytes in bytes_by_factors.items())),
@@ -455,6 +462,16 @@ class _Collector:
             _bytes_of(traffic, instruction.results if root in members else ()),
         )
         self.terms.operators[operator].work.append(work)
+
+    def _dtype(self, instruction: Instruction, result: int) -> str:
+        """The dtype that a kernel computes in: of its result, of a product its widest operand."""
+        dtype = self.graph.tensors[result].dtype
+        if instruction.name in PRODUCTS and is_accelerated(self.graph):
+            operands = [self.graph.tensors[tensor] for tensor in instruction.operands[:2]]
+            dtype = max(operands, key=lambda tensor: ITEMSIZE.get(tensor.dtype, 4)).dtype
+        if dtype == "float32" and instruction.full_precision:
+            return FULL_FLOAT32
+        return dtype
 
     def _traffic(
         self,

@@ -108,6 +108,11 @@ class Compiler(ABC):
         """Bytes of gathered variables that are one all-gather, at most."""
         return 0
 
+    @property
+    def joins_kernels(self) -> bool:
+        """Whether kernels that pass over the same values are one kernel (`cost.joined`)."""
+        return False
+
     def stored_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Bytes in memory of an array of a local shape."""
         return itemsize * math.prod(shape)

@@ -99,6 +99,11 @@ class XlaGpu(Compiler):
         return min(itemsize, ITEMSIZE.get(graph.tensors[result].dtype, itemsize))
 
     @property
+    def joins_kernels(self) -> bool:
+        """MultiOutputFusion joins siblings, and producers with consumers."""
+        return True
+
+    @property
     def folds(self) -> bool:
         """A tensor is summed over all its axes at once."""
         return True

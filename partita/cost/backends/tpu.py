@@ -63,6 +63,11 @@ class XlaTpu(XlaGpu):
         """Variables are gathered one by one, asynchronously."""
         return 0
 
+    @property
+    def joins_kernels(self) -> bool:
+        """Not known from compiled programs."""
+        return False
+
     def stored_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Bytes of whole tiles, in the order of dims that pads least."""
         if not shape:
