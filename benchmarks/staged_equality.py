@@ -2,18 +2,27 @@
 metrics, and every updated variable.
 
     python benchmarks/staged_equality.py --pairs 200
+    python benchmarks/staged_equality.py --pairs 30 --processes 2
 
 The models are those of equality.py. One device runs the same microbatches: each from the same
 weights and slots, with the moving statistics, seeds and metrics that the one before left. SGD with
 momentum is linear in the gradient, so the mean of their new weights is that of the mean gradient.
 A difference is relative to the largest value of its variable, and at least to a thousandth of the
 largest value of all.
+
+In several processes the devices of a plan come from the processes in turn, or half from each, so
+that transfers and collectives cross between them. Every process compares with one device of its
+own.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import random
+import socket
+import subprocess
 import sys
 import time
 
@@ -24,6 +33,7 @@ from equality import difference, random_model
 from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import ModelVariables, capture_model
 from partita.errors import PlanError
+from partita.execute.processes import group, join, whole
 from partita.execute.program import runnable_step
 from partita.graph.operator_graph import OperatorGraph
 from partita.plans.plan import Mesh, Plan
@@ -103,7 +113,7 @@ def pair(seed: int) -> tuple[Plan, float] | None:
     captured = capture_model(model, batch)
     plan = r.choice([random_pipeline, random_pipeline, random_placement])(captured.graph, r)
     try:
-        step = runnable_step(captured, plan)
+        step = runnable_step(captured, plan, devices_of(plan, r))
     except PlanError as error:
         print(f"model {seed}: {error}", flush=True)
         return None
@@ -116,14 +126,50 @@ def pair(seed: int) -> tuple[Plan, float] | None:
         part = captured.at_batch_size(captured.graph.batch_size // plan.microbatches)
     expected = on_one_device(part, state, batch, plan.microbatches)
     ours = step.step(step.place_state(state), step.place_batch(batch))
-    return plan, difference(expected, ours, "float32")
+    ours = jax.block_until_ready(ours)
+    return plan, difference(expected, jax.tree.map(whole, ours), "float32")
+
+
+def devices_of(plan: Plan, r: random.Random) -> list:
+    """Devices of all processes: in turn, or one process after the other."""
+    processes = jax.process_count()
+    local = [d for d in jax.devices() if d.process_index == 0]
+    share = max(1, plan.devices // processes)
+    others = [jax.devices()[n * len(local) :][:share] for n in range(1, processes)]
+    halves = [*local[: plan.devices - share * (processes - 1)], *itertools.chain(*others)]
+    in_turn = sorted(jax.devices(), key=lambda d: (d.id % len(local), d.process_index))
+    return r.choice([halves, in_turn])[: plan.devices]
+
+
+def run_processes(count: int, arguments: list[str]) -> int:
+    """This script in several processes; the exit code of the first that fails."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    jobs = []
+    for number in range(count):
+        environment = os.environ | {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(number),
+        }
+        stdout = None if number == 0 else subprocess.DEVNULL
+        command = [sys.executable, __file__, *arguments]
+        jobs.append(subprocess.Popen(command, env=environment, stdout=stdout, stderr=stdout))
+    return max(job.wait() for job in jobs)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="first seed")
+    parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
+    membership = group()
+    if arguments.processes > 1 and membership is None:
+        return run_processes(arguments.processes, sys.argv[1:])
+    if membership is not None:
+        join(membership, print)
     start = time.time()
     worst = 0.0
     failed = 0
@@ -138,13 +184,14 @@ def main() -> int:
             plan, error = result
             count += 1
             worst = max(worst, error)
+            print(f"{count}: model {seed}, {error:.2g}", file=sys.stderr, flush=True)
             if not error <= TOLERANCE:
                 failed += 1
                 print(f"model {seed}: differs by {error:.3g}\n{plan}", flush=True)
         seed += 1
     print(
         f"{count} pairs, {failed} differ by more than {TOLERANCE:g}, largest {worst:.3g}; "
-        f"{refused} plans refused; {time.time() - start:.0f} s"
+        f"{refused} plans refused; {jax.process_count()} processes; {time.time() - start:.0f} s"
     )
     return 1 if failed else 0
 
