@@ -19,10 +19,10 @@ from partita.cost.predict import Prediction
 from partita.errors import MemoryBudgetError, PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
-from partita.plans.adapt import fit_mesh, fit_plan
+from partita.plans.adapt import fit_mesh, fit_plan, microbatches_note
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
-from partita.plans.pipeline import is_pipeline, stage_count
+from partita.plans.pipeline import is_one_program, is_pipeline, stage_count
 from partita.plans.plan import Plan, choice_text, placed_slice
 from partita.search.alternatives import alternatives
 from partita.search.base import Report
@@ -110,14 +110,62 @@ def search_plan(
         result = search_measured(captured, machine, options)
         assert result is not None, "process 0 searches"
         return result
-    return find(
-        captured.graph,
-        machine,
-        options.report,
-        seconds=options.seconds,
-        stages=options.stages,
-        search=options.search,
-    )
+
+    def search(stages: bool) -> PlanResult:
+        return find(
+            captured.graph,
+            machine,
+            options.report,
+            seconds=options.seconds,
+            stages=stages,
+            search=options.search,
+        )
+
+    return _that_runs(captured, search(options.stages), lambda: search(False))
+
+
+def _that_runs(
+    captured: Captured, result: PlanResult, without_stages: Callable[[], PlanResult]
+) -> PlanResult:
+    """The result if its plan can run, else that of a search without stages, with a note on the
+    faster plan. A plan that cannot run stays if no other fits in memory; its note gives the reason.
+    """
+    plan = result.plan
+    if is_one_program(plan):
+        return result
+    from partita.execute.dispatch import changed_meanings
+    from partita.execute.staged import in_pieces
+
+    try:
+        _, cut, _ = in_pieces(captured, plan)
+    except PlanError as error:
+        reason = str(error)
+    else:
+        return _with_notes(result, changed_meanings(cut, plan))
+    seconds = format_seconds(result.prediction.seconds)
+    try:
+        other = without_stages()
+    except MemoryBudgetError:
+        return _with_notes(result, [f"this plan cannot run: {reason}"])
+    note = f"a faster plan ({describe(plan)}; {seconds} a step) cannot run: {reason}"
+    return _with_notes(other, [note])
+
+
+def _with_notes(result: PlanResult, notes: Sequence[str]) -> PlanResult:
+    plan = replace(result.plan, notes=(*result.plan.notes, *notes))
+    return replace(result, plan=plan)
+
+
+def search_fitting_plan(
+    captured: Captured, machine: Machine, options: SearchOptions = DEFAULTS
+) -> PlanResult:
+    """`search_plan`, with stages and microbatches in the space if no other plan fits in memory."""
+    try:
+        return search_plan(captured, machine, options)
+    except MemoryBudgetError:
+        if options.stages or machine.devices == 1:
+            raise
+        return search_plan(captured, machine, replace(options, stages=True))
 
 
 def search_measured(
@@ -212,9 +260,14 @@ def check_plan(plan: Plan, graph: OperatorGraph, machine: Machine) -> Plan:
         )
     same_model = set(plan.choices) == {operator.name for operator in graph.operators}
     both_batches_known = bool(plan.batch_size and graph.batch_size)
+    planned = plan.microbatches
     if same_model and both_batches_known and plan.batch_size != graph.batch_size:
         plan = fit_plan(plan, graph)
-    return _for_machine(fit_mesh(check(plan, graph), machine), machine)
+    plan = _for_machine(fit_mesh(check(plan, graph), machine), machine)
+    note = microbatches_note(planned, graph.batch_size, plan.microbatches)
+    if plan.microbatches < planned and note not in plan.notes:
+        plan = replace(plan, notes=(*plan.notes, note))
+    return plan
 
 
 def _for_machine(plan: Plan, machine: Machine) -> Plan:
@@ -305,7 +358,7 @@ def make_planner(
         measured = search_measured(captured, local, options) if options.measure_operators else None
 
         def best() -> str:
-            result = measured or search_plan(captured, local, options)
+            result = measured or search_fitting_plan(captured, local, options)
             return json.dumps(with_reasons(result).to_json())
 
         return Plan.from_json(json.loads(from_first("plan", best)))

@@ -126,6 +126,52 @@ def dispatch(
     return _Dispatcher(cut, plan.microbatches).dispatch(plan, outputs, donate)
 
 
+def changed_meanings(cut: Cut, plan: Plan) -> tuple[str, ...]:
+    """Notes on layers that mean something else by a batch: they see one microbatch.
+
+    The statistics of a layer and the state of random numbers change with every microbatch.
+    """
+    if plan.microbatches == 1:
+        return ()
+    graph = cut.flow.graph
+    statistics = []
+    draws = []
+    repeated = {t for piece in cut.pieces if piece.is_repeated for t in piece.gives}
+    for argument in graph.arguments:
+        is_carried = argument.role == "state" and argument.result in repeated
+        if not is_carried or graph.home[argument.tensor] < 0:
+            continue
+        kinds = statistics if _is_floating(graph, argument.tensor) else draws
+        layer = argument.path.rpartition("/")[0] or argument.path
+        if layer not in kinds:
+            kinds.append(layer)
+    notes = []
+    if statistics:
+        notes.append(
+            f"{_names(statistics)} normalizes over a microbatch of {graph.batch_size}, and updates "
+            f"its moving statistics {plan.microbatches} times per step"
+        )
+    if draws:
+        notes.append(
+            f"{_names(draws)} draws anew for each microbatch: other numbers than one device, of "
+            "the same distribution"
+        )
+    return tuple(notes)
+
+
+def _names(layers: Sequence[str]) -> str:
+    """The first layers' names, and the number of the others.
+
+    >>> _names(["norm"]), _names(["a", "b", "c", "d"])
+    ("'norm'", "'a', 'b' and 2 more, each of which")
+    """
+    text = ", ".join(repr(layer) for layer in layers[:2])
+    if len(layers) == 1:
+        return text
+    more = f" and {len(layers) - 2} more" if len(layers) > 2 else ""
+    return f"{text}{more}, each of which"
+
+
 class _Dispatcher:
     def __init__(self, cut: Cut, microbatches: int) -> None:
         self.cut = cut
@@ -441,12 +487,16 @@ class _Dispatcher:
 
     def _is_read_last(self, piece: int, position: int, last_reads: dict[Value, int]) -> bool:
         """Whether every run of a piece is the last reader of one of its arguments."""
+        return all(last_reads[run.reads[position]] == n for n, run in self._runs_of[piece])
+
+    @cached_property
+    def _runs_of(self) -> dict[int, list[tuple[int, RunAction]]]:
+        """Piece -> its runs with their positions among all actions."""
+        runs: dict[int, list[tuple[int, RunAction]]] = defaultdict(list)
         for number, action in enumerate(self.actions):
-            if not isinstance(action, RunAction) or action.piece != piece:
-                continue
-            if last_reads[action.reads[position]] != number:
-                return False
-        return True
+            if isinstance(action, RunAction):
+                runs[action.piece].append((number, action))
+        return runs
 
 
 def _reads(action: Action) -> tuple[Value, ...]:

@@ -151,7 +151,22 @@ class _Cutter:
                 last = max(self.place_of_operator, default=0)
                 self.place = [last if place < 0 else place for place in self.place]
         self._place_argument_readers()
+        self._place_own_updates()
         self._sum_once_per_step()
+
+    def _place_own_updates(self) -> None:
+        """Puts the next value of state that depends on nothing else (a seed) where it is read."""
+        flow = self.flow
+        for argument in flow.graph.arguments:
+            k = flow.producer.get(-1 if argument.result is None else argument.result)
+            if argument.role != "state" or k is None:
+                continue
+            if self._inputs(flow.statements[k].reads)[0] != [argument.tensor]:
+                continue
+            readers = [r for r in flow.readers[argument.tensor] if self.classes[r] != "copied"]
+            places = {self.place[r] for r in readers if r != k}
+            if len(places) == 1:
+                self.place[k] = places.pop()
 
     def _place_argument_readers(self) -> None:
         """Homes of arguments: the place of their operator, else of their first reader."""

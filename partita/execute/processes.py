@@ -9,6 +9,7 @@ step, the first weights and batch. A difference then is an error message, not a 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -25,9 +26,12 @@ import jax
 import numpy as np
 
 from partita.errors import LostProcessError, PartitaError, ProcessError
+from partita.execute.channel import Channel
 
 TIMEOUT = 300
 """Time limit for the other processes to start, seconds."""
+WAIT_SECONDS = 3600
+"""Time limit for an array of another process, which may be saving files, seconds."""
 HEARTBEAT = 30
 """Silence after which a process counts as dead, seconds."""
 
@@ -524,13 +528,6 @@ def exchanged(name: str, value: str) -> list[str]:
     return values
 
 
-def coordinator_address() -> str:
-    """Host and port of process 0."""
-    from jax._src import distributed
-
-    return str(distributed.global_state.coordinator_address)
-
-
 def same(name: str, digest: str, hint: str) -> None:
     """Compares a digest over all processes.
 
@@ -645,16 +642,39 @@ def _replicated(value: jax.Array) -> jax.Array:
 
 def _from_group(value: jax.Array) -> np.ndarray:
     """All values of an array of a device group, given to every process by the first one of it."""
-    from jax.experimental.multihost_utils import broadcast_one_to_all
-
+    link = channel()
+    first = link.reserve(jax.process_count())
+    index = jax.process_index()
     members = _members(value)
     with together("reading the weights"):
-        if jax.process_index() in members:
-            array = np.asarray(value if value.is_fully_replicated else _replicated(value))
-        else:
-            array = np.zeros(value.shape, value.dtype)
-        is_source = jax.process_index() == members[0]
-        return np.asarray(broadcast_one_to_all(array, is_source=is_source), value.dtype)
+        if index not in members:
+            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            shape = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=here)
+            return np.asarray(link.ask(members[0], first + index, [shape], "a variable")[0])
+        array = value if value.is_fully_replicated else _replicated(value)
+        own = array.addressable_data(0)
+        if index == members[0]:
+            for other in sorted(set(range(jax.process_count())) - set(members)):
+                link.offer(first + other, [own], copies=True)
+        return np.asarray(own)
+
+
+@functools.cache
+def channel() -> Channel:
+    """The channel of this process to the others, opened at the first use, which all reach."""
+    from jax._src import distributed
+
+    address = str(distributed.global_state.coordinator_address)
+    return Channel(address, lambda own: exchanged("channel", own), WAIT_SECONDS)
+
+
+def settle() -> None:
+    """Returns when every process has received all arrays that it has asked for.
+
+    Before a collective: on a CPU it may take all threads, and arrays would not be sent.
+    """
+    channel().settle()
+    _store().wait_at_barrier(_key("settle"), WAIT_SECONDS * 1000)
 
 
 def meet() -> None:

@@ -339,6 +339,23 @@ def _mean(arrays: Sequence[Any]) -> Any:
     return sum(arrays) / len(arrays)
 
 
+def in_pieces(
+    captured: Captured, plan: Plan, donate: bool = True
+) -> tuple[Captured, Cut, Dispatch]:
+    """(the step on a microbatch, its pieces, the actions of a step) under a plan; no devices.
+
+    PlanError if the step cannot be cut where the plan says, or cannot run in its microbatches.
+    """
+    microbatch = microbatch_of(captured, plan)
+    graph = microbatch.graph
+    flow = DataFlow(graph, statements(microbatch.text.mlir_module_serialized))
+    pieces = cut(flow, plan)
+    whole = captured.graph
+    count = len(whole.outputs) - len(jax.tree.leaves(captured.state))
+    shapes = [whole.tensors[t].shape for t in whole.outputs[:count]]
+    return microbatch, pieces, dispatch(pieces, plan, shapes, donate)
+
+
 def staged_step(
     captured: Captured,
     plan: Plan,
@@ -349,13 +366,8 @@ def staged_step(
 
     PlanError if the step cannot be cut where the plan says.
     """
-    microbatch = microbatch_of(captured, plan)
+    microbatch, pieces, actions = in_pieces(captured, plan, donate)
     graph = microbatch.graph
-    flow = DataFlow(graph, statements(microbatch.text.mlir_module_serialized))
-    pieces = cut(flow, plan)
-    count = len(graph.outputs) - len(jax.tree.leaves(captured.state))
-    whole = captured.graph
-    shapes = [whole.tensors[t].shape for t in whole.outputs[:count]]
     mesh = device_mesh(plan.mesh, devices)
     layout = layout_of(graph, plan)
     replaced = {a.result: a.tensor for a in graph.arguments if a.result is not None}
@@ -367,7 +379,7 @@ def staged_step(
         plan=plan,
         microbatch=microbatch,
         cut=pieces,
-        dispatch=dispatch(pieces, plan, shapes, donate),
+        dispatch=actions,
         places=tuple(places),
         layout=layout,
         mesh=mesh,

@@ -14,7 +14,7 @@ from typing import Any
 from partita.cost.collectives import collectives
 from partita.errors import MemoryBudgetError
 from partita.execute.devices import detect
-from partita.execute.dispatch import RunAction, Value
+from partita.execute.dispatch import RunAction, Value, changed_meanings
 from partita.execute.emitted import emitted
 from partita.execute.piece_text import aval
 from partita.execute.processes import alone, exchanged
@@ -44,6 +44,7 @@ def check_staged(step: StagedStep, program: StagedProgram) -> Verification:
         pieces = sum(piece.place == number for piece in step.cut.pieces)
         notes.append(f"device group {number}: {pieces} pieces, {format_bytes(peak)} per device")
     notes.append(f"between device groups: {format_bytes(transfer_bytes(step))} per step")
+    notes += changed_meanings(step.cut, step.plan)
     return Verification(
         peak_bytes=peaks[fullest],
         capacity_bytes=machine.memory_bytes,

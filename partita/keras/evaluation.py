@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from partita.execute.processes import put
+from partita.execute.processes import is_of_group, put, settle
 
 
 def state_on_mesh(state: Any, mesh: Mesh) -> Any:
@@ -24,7 +24,11 @@ def state_on_mesh(state: Any, mesh: Mesh) -> Any:
     def onto(value: Any) -> Any:
         return value if value.sharding.device_set == devices else put(value, replicated)
 
-    return jax.tree.map(onto, state)
+    is_grouped = any(is_of_group(value) for value in jax.tree.leaves(state))
+    moved = jax.tree.map(onto, state)
+    if is_grouped:
+        settle()
+    return moved
 
 
 def split_batch(batch: Any, mesh: Mesh, axes: Sequence[str]) -> Any:

@@ -48,7 +48,7 @@ from partita.execute.program import RunnableStep
 from partita.execute.verify import Verification, check_compiled
 from partita.keras.evaluation import batch_axes, split_batch, state_on_mesh
 from partita.keras.saving import save_once
-from partita.plans.adapt import fit_plan
+from partita.plans.adapt import fit_plan, microbatches_note
 from partita.plans.check import check
 from partita.plans.plan import Plan
 
@@ -173,6 +173,8 @@ class PlannedFit:
         self.activity = activity
         self.plan: Plan | None = None
         """None until the first training batch, and where Keras trains alone."""
+        self.planned_microbatches = 1
+        """Of the first plan."""
         self.verified: Verification | None = None
         """The check of the first planned step."""
         self.steps: dict[Any, Compiled | None] = {}
@@ -296,6 +298,7 @@ class PlannedFit:
                 f"{type(error).__name__}: {error}"
             )
         plan = self._plan(captured)
+        self._tell_microbatches(plan, captured.graph.batch_size)
         same_everywhere(captured, plan, (state, batch))
         if plan.devices > len(jax.devices()):
             raise PlanError(
@@ -339,6 +342,13 @@ class PlannedFit:
                 pass
         self.plan = self.planner(captured)
         return self.plan
+
+    def _tell_microbatches(self, plan: Plan, batch_size: int) -> None:
+        """Reports a batch that does not divide into the planned microbatches."""
+        assert self.plan is not None
+        planned = self.planned_microbatches = max(self.planned_microbatches, plan.microbatches)
+        if plan.microbatches < planned and self.report is not None:
+            self.report(microbatches_note(planned, batch_size, plan.microbatches))
 
     def _warn(self, sentence: str) -> None:
         if self.report is not None:

@@ -54,6 +54,8 @@ def fit_plan(plan: Plan, graph: OperatorGraph) -> Plan:
     microbatches = plan.microbatches
     while graph.batch_size % microbatches:
         microbatches -= 1
+    if microbatches != plan.microbatches:
+        notes.append(microbatches_note(plan.microbatches, graph.batch_size, microbatches))
     return replace(
         plan,
         choices=choices,
@@ -62,6 +64,14 @@ def fit_plan(plan: Plan, graph: OperatorGraph) -> Plan:
         batch_size=graph.batch_size,
         predicted={},
         notes=tuple(notes),
+    )
+
+
+def microbatches_note(planned: int, batch_size: int, microbatches: int) -> str:
+    """A sentence about a batch that the planned number of microbatches does not divide."""
+    return (
+        f"a batch of {batch_size} is not a multiple of {planned} microbatches, so it runs in "
+        f"{microbatches}; use batches of a multiple of {planned}"
     )
 
 

@@ -16,9 +16,9 @@ from partita.capture.functions import call_of, capture_call
 from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import ModelVariables, capture_model
 from partita.errors import PlanError
-from partita.execute.dispatch import TransferAction
+from partita.execute.dispatch import TransferAction, changed_meanings
 from partita.execute.program import runnable_step
-from partita.execute.staged import StagedStep
+from partita.execute.staged import StagedStep, in_pieces
 from partita.execute.staged_verify import check_staged, place_peaks, transfer_bytes
 from partita.plans.baselines import BASELINES
 from partita.plans.plan import Axis, Mesh, Plan
@@ -296,7 +296,8 @@ def test_an_output_without_a_rule_is_refused():
 
 
 def test_fit_trains_in_stages_with_a_ragged_last_batch():
-    x, y = batch(mlp(), 20)
+    x, y = batch(mlp(), 22)
+    lines = []
     losses = []
     for staged in (False, True):
         keras.utils.set_random_seed(0)
@@ -304,7 +305,31 @@ def test_fit_trains_in_stages_with_a_ragged_last_batch():
         if staged:
             graph = capture_model(model, (x[:8], y[:8])).graph
             plan = stages_plan(graph, halves(graph), microbatches=4)
-            partita.parallelize(model, plan=plan)
+            partita.parallelize(model, plan=plan, say=lines.append)
         history = model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0).history
         losses.append([*history["loss"], *history["accuracy"], *model.evaluate(x, y, verbose=0)])
     assert np.allclose(*losses, rtol=1e-5)
+    assert lines[-1] == (
+        "a batch of 6 is not a multiple of 4 microbatches, so it runs in 3; use batches of a "
+        "multiple of 4"
+    )
+
+
+def test_layers_that_see_a_microbatch_are_named_with_the_compilers_figures():
+    x = inputs = keras.Input((16,))
+    x = layers.Dense(16, name="d0")(x)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = layers.Dropout(0.5, name="drop")(x)
+    model = compiled(layers.Dense(8, name="out")(x), inputs)
+    graph = capture_model(model, batch(model)).graph
+    plan = stages_plan(graph, halves(graph), microbatches=4)
+    _, pieces, _ = in_pieces(capture_model(model, batch(model)), plan)
+    statistics, draws = changed_meanings(pieces, plan)
+    assert statistics == (
+        "'norm' normalizes over a microbatch of 2, and updates its moving statistics 4 times per "
+        "step"
+    )
+    assert draws.endswith(
+        "draws anew for each microbatch: other numbers than one device, of the same distribution"
+    )
+    assert changed_meanings(pieces, replace(plan, microbatches=1)) == ()

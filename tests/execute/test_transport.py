@@ -88,12 +88,12 @@ PEER = """
     import os, sys, time, jax
     from jax.sharding import SingleDeviceSharding
     from partita.errors import ProcessError
-    from partita.execute import transport
-    from partita.execute.processes import group, join, same, together
+    from partita.execute import processes
+    from partita.execute.processes import group, join, together
 
     join(group(), print)
-    transport.WAIT_SECONDS = 2
-    channel = transport.channel()
+    processes.WAIT_SECONDS = 2
+    channel = processes.channel()
     array = jax.numpy.arange(3.0)
     if jax.process_index() == 1:
         channel.offer(7, [array], copies=False)

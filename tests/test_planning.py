@@ -1,0 +1,61 @@
+"""Searches offer stages and microbatches where a plan needs them and can run."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from partita import planning
+from partita.capture.functions import call_of, capture_call
+from partita.capture.jax_functions import Captured
+from partita.machine import host
+from partita.planning import search_fitting_plan, search_plan
+
+SMALL = host(2, 2_000_000)
+LARGE = host(2, 2_000_000_000)
+
+
+def captured(reduce: Callable[[Any], Any]) -> Captured:
+    """Eight layers, whose values on the batch take more memory than their weights."""
+
+    def step(weights, x):
+        def loss(weights):
+            hidden = x
+            for weight in weights:
+                hidden = jnp.tanh(hidden @ weight)
+            return reduce(hidden**2)
+
+        return jax.tree.map(lambda w, g: w - 0.1 * g, weights, jax.grad(loss)(weights))
+
+    weights = [jax.ShapeDtypeStruct((16, 16), "float32")] * 8
+    x = jax.ShapeDtypeStruct((8192, 16), "float32")
+    return capture_call(step, call_of(step, (weights, x), {})).captured
+
+
+def test_microbatches_are_searched_only_where_no_other_plan_fits() -> None:
+    assert search_fitting_plan(captured(jnp.mean), LARGE).plan.microbatches == 1
+    result = search_fitting_plan(captured(jnp.mean), SMALL)
+    assert result.plan.microbatches > 1 and result.fits
+    assert not any("cannot run" in note for note in result.plan.notes)
+
+
+def test_a_plan_that_cannot_run_says_why() -> None:
+    result = search_fitting_plan(captured(jnp.sum), SMALL)
+    assert result.plan.notes[-1].startswith(
+        "this plan cannot run: The loss of step is not a mean over the samples"
+    )
+
+
+def test_a_plan_that_can_run_comes_before_a_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = captured(jnp.sum)
+    staged = planning.find(step.graph, SMALL, stages=True)
+    runnable = planning.find(step.graph, LARGE)
+    found = {True: staged, False: runnable}
+    monkeypatch.setattr(planning, "find", lambda *_, stages, **__: found[stages])
+    result = search_plan(step, LARGE, planning.SearchOptions(stages=True))
+    assert result.plan.choices == runnable.plan.choices
+    assert result.plan.microbatches == 1
+    assert "a faster plan (8 of 8 operators by S, " in result.plan.notes[-1]
+    assert "cannot run: The loss of step is not a mean" in result.plan.notes[-1]
