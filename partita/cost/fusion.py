@@ -440,9 +440,14 @@ class _Fuser:
         reader: int,
         single: set[int],
     ) -> bool:
-        """Whether all paths from a producer to one of its readers can be fused into that reader."""
+        """Whether all paths from a producer to one of its readers can be fused into that reader.
+
+        Where products compute their operands, the reader itself decides.
+        """
         if reader == OUTSIDE:
             return False
+        if self.rules.fuses_operands:
+            return self._fits(producer, reader)
         sources = {reader}
         stack = [reader]
         while stack:

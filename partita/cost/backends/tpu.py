@@ -34,7 +34,7 @@ SUBLANES = 8
 """Elements of a tile along the next dim."""
 ON_CHIP_SHARE = 0.6
 """The part of vector memory that holds temporaries at the peak of a step."""
-KERNEL_BYTES = 13 << 10
+KERNEL_BYTES = 14 << 10
 """Main memory that a kernel's program takes: the temporaries of an LSTM, a GPT and two towers whose
 values are all on the chip, divided by the kernels."""
 PROGRAM_BYTES = 512 << 10
