@@ -78,6 +78,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "RNN": {"cell": lambda: layers.StackedRNNCells([layers.LSTMCell(8), layers.GRUCell(8)])},
     "RandomContrast": {"factor": 0.2},
     "RandomCrop": {"height": 8, "width": 8},
+    "RandomPosterization": {"factor": 4},
     "RepeatVector": {"n": 3},
     "Rescaling": {"scale": 0.5},
     "Reshape": {"target_shape": (8, LENGTH)},
