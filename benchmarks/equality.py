@@ -381,6 +381,8 @@ def main() -> int:
     chosen = layer_pairs if arguments.layers else pairs
     for name, plan, error in chosen(arguments.models, arguments.plans, precision, arguments.first):
         count += 1
+        if count % 30 == 0:
+            print(f"{count} pairs, largest {worst:.3g}", flush=True)
         worst = error if math.isnan(error) else max(worst, error)
         if not error <= TOLERANCE[precision]:
             failed += 1

@@ -98,7 +98,7 @@ def norms(r: random.Random, x: Any) -> Any:
         axes = r.choice([1, -1, (1, 2)])
         return layers.UnitNormalization(axis=axes)(x)
     if kind == "rms":
-        return layers.RMSNormalization(axis=r.choice([1, -1]))(x)
+        return layers.RMSNormalization(axis=-1)(x)
     return layers.SpectralNormalization(layers.Dense(x.shape[-1]))(x)
 
 

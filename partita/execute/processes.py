@@ -9,11 +9,13 @@ step, the first weights and batch. A difference then is an error message, not a 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import os
 import re
 import socket
+import sys
 import threading
 import time
 import zlib
@@ -32,8 +34,20 @@ TIMEOUT = 300
 """Time limit for the other processes to start, seconds."""
 WAIT_SECONDS = 3600
 """Time limit for an array of another process, which may be saving files, seconds."""
-HEARTBEAT = 30
+HEARTBEAT = 28
 """Silence after which a process counts as dead, seconds."""
+
+SILENCE = 9
+"""Silence after which a process is named, seconds: less than half of HEARTBEAT, after which JAX may
+end the others itself."""
+ALIVE = "partita/alive"
+"""Folder of the coordinator's store with a number per process that grows while it runs."""
+ENDED = "ended"
+"""In place of that number, when a process ends."""
+WATCH_PERIOD = 2
+"""Time between two questions which processes are alive, seconds."""
+LOST_CODE = 75
+"""Exit code of a process that stops because another one is lost."""
 
 ADDRESS = "JAX_COORDINATOR_ADDRESS"
 LOST = ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "Connection closed", "heartbeat")
@@ -288,9 +302,108 @@ def join(membership: ProcessGroup, say: Callable[[str], None]) -> None:
         joined_event.set()
     global joined
     joined = True
+    _watch_others(membership, say)
     # On a CPU, the question for the backend has started gloo.
     if jax.default_backend() == "cpu":
         _let_compute_first()
+
+
+def _watch_others(membership: ProcessGroup, say: Callable[[str], None]) -> None:
+    """Names the processes of a group that do not answer any more.
+
+    JAX ends a process HEARTBEAT seconds after another one was lost, with a stack trace that names
+    nobody. A thread writes a number into the coordinator's store and reads those of the others. A
+    process whose number stays the same is named, and may go on if it has only been busy. If the
+    store itself does not answer, this process ends. A launcher watches its processes itself.
+    """
+    if os.environ.get("PARTITA_LAUNCHED"):
+        return
+    ending = threading.Event()
+    answered = [time.monotonic()]
+
+    def end() -> None:
+        ending.set()
+        with suppress(Exception):
+            _store().key_value_set(f"{ALIVE}/{membership.index}", ENDED, allow_overwrite=True)
+
+    # Runs before JAX's own handler, which waits for the others.
+    atexit.register(end)
+
+    def ask() -> None:
+        changes = Changes()
+        number = 0
+        while not ending.wait(WATCH_PERIOD):
+            number += 1
+            try:
+                key = f"{ALIVE}/{membership.index}"
+                _store().key_value_set(key, str(number), allow_overwrite=True)
+                numbers = dict(_store().key_value_dir_get(ALIVE))
+            except Exception:
+                return
+            answered[0] = time.monotonic()
+            for name in changes.silent(numbers, answered[0]):
+                say(silence_sentence(name.rpartition("/")[2], membership.count))
+
+    threading.Thread(target=ask, daemon=True).start()
+    if membership.index:
+        watch = threading.Thread(target=_watch_first, args=(ending, answered, say), daemon=True)
+        watch.start()
+
+
+def _watch_first(
+    ending: threading.Event, answered: Sequence[float], say: Callable[[str], None]
+) -> None:
+    """Ends this process after process 0, which coordinates, has not answered for SILENCE seconds.
+
+    `answered` has the time of its last answer.
+    """
+    late = 0
+    while late < 2:
+        if ending.wait(WATCH_PERIOD):
+            return
+        # Twice, because this thread may wake up before the one that has an answer.
+        late = late + 1 if time.monotonic() - answered[0] > SILENCE else 0
+    say(
+        f"error: process 0 has not answered for {SILENCE} s: it hangs, was stopped or has ended, "
+        "so this process stops. The last save is complete: start all again from it."
+    )
+    sys.stderr.flush()
+    os._exit(LOST_CODE)
+
+
+class Changes:
+    """The times at which values in the coordinator's store changed last."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[str, float]] = {}
+        self._named: set[str] = set()
+
+    def silent(self, values: Mapping[str, str], now: float) -> list[str]:
+        """The keys whose values have been the same for SILENCE seconds, each of them once.
+
+        >>> changes = Changes()
+        >>> [changes.silent({"0": "5", "1": str(now)}, now) for now in (0, 8, 10, 12)]
+        [[], [], ['0'], []]
+        """
+        for key, value in values.items():
+            if self._last.get(key, ("", 0.0))[0] != value:
+                self._last[key] = value, now
+                self._named.discard(key)
+        silent = [
+            key
+            for key, (value, since) in self._last.items()
+            if now - since > SILENCE and value != ENDED and key not in self._named
+        ]
+        self._named.update(silent)
+        return silent
+
+
+def silence_sentence(index: str, count: int) -> str:
+    """The sentence about a process that has not written to the store for SILENCE seconds."""
+    return (
+        f"process {index} of {count} has not answered for {SILENCE} s. If it hangs or was stopped, "
+        f"the others end within {HEARTBEAT} s: the last save is complete, start all again from it."
+    )
 
 
 def _watch(
