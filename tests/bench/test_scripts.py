@@ -23,6 +23,7 @@ SMALL = {
     "published": ["--only", "dense layers"],
     "gpu": ["--device", "cpu", "--small", "--parts", "models", "--only", "MLP"],
     "staged_equality": ["--pairs", "1", "--first", "4"],
+    "manage_costs": ["--graphs", "mlp", "--draws", "1", "--plans", "8"],
     "manage_grid": ["--rounds", "1"],
     "manage_memories": ["--sizes", "1024"],
     "manage_programs": ["--only", "embedding"],

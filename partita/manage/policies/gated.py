@@ -1,7 +1,7 @@
 """Imitation that asks the corrected model when it is unsure.
 
 It is unsure outside the range of its examples, and in leaves of mixed labels. This is no statement
-of probability: sets that are calibrated on known programs do not keep their coverage on others.
+of probability: a new program is not drawn from those of the training.
 """
 
 from __future__ import annotations
