@@ -72,7 +72,10 @@ def loss_sum(
     """
     loss: Any = keras.losses.get(model.loss)
     function = loss.call if isinstance(loss, keras.losses.Loss) else loss
-    values = function(labels_like(predicted, data), predicted.astype(jnp.float32))
+    # A loss may have no gradient at the rows of other vertices, and 0 times NaN is NaN.
+    counts = (data.masks[mask] > 0).reshape(-1, *[1] * (predicted.ndim - 1))
+    safe = jnp.where(counts, predicted.astype(jnp.float32), 0.5)
+    values = function(labels_like(predicted, data), safe)
     if values.shape != data.masks[mask].shape:
         name = getattr(loss, "name", None) or getattr(loss, "__name__", type(loss).__name__)
         raise GraphError(

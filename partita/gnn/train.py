@@ -76,7 +76,17 @@ class FullGraphTraining:
         weighted_metrics: Any = None,
         **named: Any,
     ) -> None:
-        """Keras's own. All metrics are over the vertices of a mask."""
+        """Keras's own. All metrics are over the vertices of a mask.
+
+        GraphError for `loss_weights`, and for a class with a training step of its own: full-graph
+        training would not run it.
+        """
+        if named.get("loss_weights") is not None:
+            raise GraphError(
+                "loss_weights would be ignored: a graph has one loss. Use "
+                "fit(vertex_weight=...) or fit(class_weight=...)."
+            )
+        _check_steps(type(self))
         masked = [*(metrics or []), *(weighted_metrics or [])]
         keras_model: Any = super()
         keras_model.compile(
@@ -138,7 +148,9 @@ class FullGraphTraining:
         """
         model: Any = self
         model._assert_compile_called("fit")
+        _check_graph(graph, "fit")
         split_options: dict[str, Any] = dict(options)
+        _check_options(split_options)
         class_weight = split_options.pop("class_weight", None)
         vertex_weight = split_options.pop("vertex_weight", None)
         importance = importance_of(graph, class_weight, vertex_weight)
@@ -229,6 +241,7 @@ class FullGraphTraining:
         """Loss and metrics over the vertices of a mask: 'train', 'validation' or 'test'."""
         model: Any = self
         model._assert_compile_called("evaluate")
+        _check_graph(graph, "evaluate")
         if mask not in MASKS:
             raise GraphError(f"mask={mask!r} is no mask of a graph: use {', '.join(MASKS)}.")
         run = self._graph_trainer.run_of(graph, mask)
@@ -242,6 +255,7 @@ class FullGraphTraining:
 
         For a model with a readout, [graphs, classes]: the output for the graphs of a batch.
         """
+        _check_graph(graph, "predict")
         run = self._graph_trainer.run_of(graph, None)
         rows = run.predict(run.state())
         if getattr(self, "readout", None) is not None:
@@ -288,6 +302,56 @@ class FullGraphTraining:
     def memory(self) -> MemoryRun | None:
         """The memory plan of the last `fit`; None without one."""
         return self._graph_trainer.memory
+
+
+KERAS_STEPS = (
+    "compute_loss",
+    "compute_metrics",
+    "make_train_function",
+    "predict_step",
+    "test_step",
+    "train_step",
+)
+"""Methods of Keras models that full-graph training does not run."""
+
+REPLACEMENTS = {
+    "sample_weight": "use vertex_weight=",
+    "validation_data": "mark vertices of the graph, Graph.from_edges(validation=...)",
+    "validation_split": "mark vertices of the graph, Graph.from_edges(validation=...)",
+    "batch_size": "remove it: a step is over the whole graph",
+    "steps_per_epoch": "remove it: an epoch is one step",
+    "shuffle": "remove it: a step is over the whole graph",
+}
+"""Options of Keras's fit that this one does not have, and what to do."""
+
+
+def _check_steps(kind: type) -> None:
+    """GraphError if a user's class has methods that full-graph training would not run."""
+    for parent in kind.__mro__:
+        if parent is FullGraphTraining:
+            return
+        for name in KERAS_STEPS:
+            if name in vars(parent):
+                raise GraphError(
+                    f"{kind.__name__}.{name} would not run: full-graph training has its own steps. "
+                    "Give compile(loss=, metrics=), or use self.add_loss in call."
+                )
+
+
+def _check_graph(graph: Any, method: str) -> None:
+    if not isinstance(graph, Graph):
+        raise GraphError(
+            f"{method} was given a {type(graph).__name__}: give a gnn.Graph, as "
+            "gnn.Graph.from_edges(source, target, features=x, labels=y) makes it."
+        )
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for name in options:
+        if name not in FitOptions.__annotations__:
+            known = ", ".join(FitOptions.__annotations__)
+            fix = REPLACEMENTS.get(name, f"use devices, memory, {known}")
+            raise GraphError(f"fit on a graph has no option {name!r}: {fix}.")
 
 
 def trained_facts(model: Any, graph: Graph) -> dict[str, Any]:

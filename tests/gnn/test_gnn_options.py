@@ -81,6 +81,8 @@ def test_sage_without_own_rows() -> None:
 def test_gin_runs_a_network_of_ones_own() -> None:
     graph: Any = random_graph()
     dense = keras.layers.Dense(3, "tanh")
+    normed = gnn.GINConv(3, mlp=[gnn.VertexDropout(0.5), gnn.VertexBatchNormalization(), dense])
+    assert output(normed, graph, training=True).shape == (VERTICES, 3)
     layer = gnn.GINConv(3, mlp=dense, epsilon=0.5, train_epsilon=False)
     given = output(layer, graph)
     sums = 1.5 * graph.features + adjacency_of(graph) @ graph.features

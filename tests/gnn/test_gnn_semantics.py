@@ -175,6 +175,20 @@ def test_the_loss_of_a_regression_is_the_mean_over_the_mask() -> None:
     assert model.evaluate(graph, "train") == pytest.approx(squares[graph.train].mean(), rel=1e-4)
 
 
+def test_micro_f1_is_over_the_vertices_of_the_mask() -> None:
+    labels = np.random.default_rng(4).integers(0, 2, (VERTICES, 3))
+    graph: Any = random_graph(labels=labels, test=np.arange(VERTICES) % 2 == 1)
+    for devices in (1, 2):
+        model = gnn.GCN(hidden=4, classes=3, output="sigmoid")
+        metric = keras.metrics.F1Score("micro", threshold=0.5, name="f1")
+        model.compile("adam", "binary_crossentropy", metrics=[metric])
+        model.fit(graph, epochs=1, verbose=0, devices=devices)
+        given = model.predict(graph)[graph.test] > 0.5
+        expected = labels[graph.test] > 0
+        hits = 2 * (given & expected).sum() / (given.sum() + expected.sum())
+        assert model.evaluate(graph, return_dict=True)["f1"] == pytest.approx(hits, rel=1e-5)
+
+
 def test_outputs_must_fit_the_targets() -> None:
     graph = random_graph(labels=np.zeros((VERTICES, 3)))
     with pytest.raises(GraphError, match="3 targets per vertex, and the model has classes=2"):
@@ -326,6 +340,47 @@ class HastyNetwork(OwnNetwork):
 def test_a_wrong_promise_of_by_vertex_is_refused() -> None:
     with pytest.raises(GraphError, match="HastyNetwork sets by_vertex = True, and not only"):
         fitted(HastyNetwork(keras.layers.Identity()), random_graph())
+
+
+class OwnLoss(gnn.GCN):
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        return 0.0
+
+
+@pytest.mark.parametrize(
+    ("act", "sentence"),
+    [
+        (lambda g: OwnLoss().compile(), "OwnLoss.compute_loss would not run"),
+        (lambda g: gnn.GCN().compile(loss_weights=[2.0]), "loss_weights would be ignored"),
+        (lambda g: fitted(gnn.GCN(), g.features), "fit was given a ndarray: give a gnn.Graph"),
+        (lambda g: fitted(gnn.GCN(), g, sample_weight=[1]), "'sample_weight': use vertex_weight="),
+        (lambda g: fitted(gnn.GCN(), g, colour=1), "no option 'colour': use devices, memory, part"),
+    ],
+)
+def test_arguments_that_would_be_ignored_are_refused(act: Any, sentence: str) -> None:
+    with pytest.raises(GraphError, match=sentence):
+        act(random_graph())
+
+
+def test_rows_of_other_vertices_have_no_gradient() -> None:
+    # at a row of zeros the cosine has none: NaN
+    from partita.gnn.prepare import data_of
+    from partita.gnn.step import loss_sum
+
+    graph: Any = random_graph(labels=np.random.default_rng(0).standard_normal((VERTICES, 3)))
+    model = gnn.GCN(classes=3)
+    model.compile("sgd", "cosine_similarity")
+    rows = np.repeat(graph.train[:, None], 3, axis=1).astype(np.float32)
+    gradient = jax.grad(lambda rows: loss_sum(model, rows, data_of(graph), "train"))(rows)
+    assert np.isfinite(gradient).all() and not gradient[~graph.train].any()
+
+
+def test_a_model_is_called_on_a_graph() -> None:
+    graph: Any = random_graph()
+    model = gnn.GCN(classes=4)
+    rows = model(graph.features, graph=graph)
+    model.compile("adam")
+    np.testing.assert_allclose(rows, model.predict(graph), rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------ message passing

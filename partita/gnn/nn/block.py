@@ -488,6 +488,11 @@ def block_of(graph: Graph) -> Block:
     )
 
 
+def as_block(graph: Any) -> Any:
+    """The block of a whole graph if a `Graph` is given, so that a layer can be called on one."""
+    return jax.tree.map(jnp.asarray, block_of(graph)) if isinstance(graph, Graph) else graph
+
+
 def of_vertices(graph: Graph, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(degree, self_correction, load) of a block of the vertices from `first` to before `last`."""
     offsets = graph.offsets[first : last + 1]

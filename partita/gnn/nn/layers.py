@@ -27,8 +27,9 @@ import jax.numpy as jnp
 import keras
 
 from partita.errors import GraphError
+from partita.gnn.data.graph import Graph
 from partita.gnn.kernels import tall
-from partita.gnn.nn.block import Block
+from partita.gnn.nn.block import Block, as_block
 from partita.gnn.nn.pieces import BlockPiece, by_columns, by_rows, run
 
 PACKAGE = "partita"
@@ -110,7 +111,8 @@ class AbstractConv(keras.layers.Layer):
         """
         raise NotImplementedError
 
-    def call(self, x: Any, graph: Block, training: bool = False) -> Any:
+    def call(self, x: Any, graph: Block | Graph, training: bool = False) -> Any:
+        graph = as_block(graph)
         if not isinstance(x, (tuple, list)):
             return run(self.pieces(x.shape[-1], training), graph, {"x": x})
         source, target = x

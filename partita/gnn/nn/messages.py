@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import keras
 
 from partita.errors import GraphError
-from partita.gnn.nn.block import Block
+from partita.gnn.nn.block import Block, as_block
 from partita.gnn.nn.layers import PACKAGE
 from partita.gnn.nn.sums import Edges, edge_max, edge_sum, spread
 
@@ -62,6 +62,7 @@ class MessagePassing(keras.layers.Layer):
 
         A `call` that transforms rows first, once per vertex and not per edge, returns this.
         """
+        graph = as_block(graph)
         ends = graph.ends(x)
         messages = self.message(ends.source, ends.target, ends.features)
         if self.aggregate == "softmax":

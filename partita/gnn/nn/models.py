@@ -12,9 +12,10 @@ from typing import Any, TypedDict, Unpack
 import keras
 
 from partita.errors import GraphError
+from partita.gnn.data.graph import Graph
 from partita.gnn.nn import layers
 from partita.gnn.nn.attention import GATConv, GATv2Conv
-from partita.gnn.nn.block import READOUTS, Block
+from partita.gnn.nn.block import READOUTS, Block, as_block
 from partita.gnn.nn.isomorphism import GINConv
 from partita.gnn.nn.layers import PACKAGE, GatedGraphConv
 from partita.gnn.nn.stages import (
@@ -123,15 +124,13 @@ class GraphModel(FullGraphTraining, keras.Model):
             regularizer = keras.regularizers.L2(self.l2 / 2) if self.l2 and i == 0 else None
             self.drops.append(VertexDropout(self.dropout, name=f"dropout_{i}"))
             hidden_activation = None if apart else self.hidden_activation
-            conv = self.conv(
-                last,
-                units=units,
-                activation=self.output_activation if last else hidden_activation,
-                kernel_regularizer=regularizer,
-                name=f"conv_{i}",
-                **self.layer_options,
-            )
-            self.convs.append(conv)
+            options: dict[str, Any] = {
+                "units": units,
+                "activation": self.output_activation if last else hidden_activation,
+                "kernel_regularizer": regularizer,
+                "name": f"conv_{i}",
+            }
+            self.convs.append(self.conv(last, **options | self.layer_options))
             if self.norm is not None and not last:
                 self.norms.append(NORMS[self.norm](name=f"norm_{i}"))
         if self.leaves:
@@ -181,9 +180,10 @@ class GraphModel(FullGraphTraining, keras.Model):
         activation = keras.activations.get(self.hidden_activation)
         return ResidualStage(stage, norm, activation, self.residual)
 
-    def call(self, x: Any, graph: Block, training: bool = False) -> Any:
+    def call(self, x: Any, graph: Block | Graph, training: bool = False) -> Any:
+        block: Block = as_block(graph)
         for stage in self.stages():
-            x = stage(x, graph, training)
+            x = stage(x, block, training)
         return x
 
     def get_config(self) -> dict[str, Any]:

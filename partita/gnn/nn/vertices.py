@@ -41,6 +41,9 @@ class VertexDropout(keras.layers.Layer):
         bits = _mix(row_bits[:, None] + column_bits)
         return jnp.where(_stay(bits, self.rate), x / (1 - self.rate), 0)
 
+    def compute_output_shape(self, input_shape: Any, *_: Any) -> Any:
+        return input_shape
+
     def save_own_variables(self, store: Any) -> None:
         """Saves the seed, which Keras's own Dropout forgets: loaded training continues."""
         store["seed"] = np.asarray(self.seed_generator.state.value)
@@ -131,6 +134,9 @@ class VertexBatchNormalization(keras.layers.Layer):
         beta: Any = keras.ops.convert_to_tensor(self.beta, "float32")
         scale = gamma * (variance + self.epsilon) ** -0.5
         return ((rows - mean) * scale + beta).astype(x.dtype)
+
+    def compute_output_shape(self, input_shape: Any, *_: Any) -> Any:
+        return input_shape
 
     def _moments(self, rows: Any, graph: Block, mean: Any, variance: Any) -> tuple[Any, Any]:
         """Mean and variance of all vertices, which move the moving ones."""
