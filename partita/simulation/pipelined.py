@@ -55,6 +55,8 @@ from partita.simulation.timeline import KERNELS, LINKS, Span, Timeline
 
 LASTING_KINDS = ("parameters", "optimizer", "state", "batch")
 """Kinds of memory that a device has during the whole step."""
+DISPATCH_SECONDS = 1e-4
+"""Python's time to run a piece of some twenty arrays, seconds (`benchmarks/staged_overhead.py`)."""
 
 
 class StageMemory(NamedTuple):
@@ -218,8 +220,24 @@ class PipelinedStep(SimulatedStep):
                     backward=repeated_seconds + length(stage_seconds, ~forward & ~once),
                     last_backward=repeated_seconds + length(stage_seconds, ~forward),
                 )
-            passes.append(by_seconds[key])
+            passes.append(self._as_executed(by_seconds[key], stage))
         return passes
+
+    def _as_executed(self, passes: StagePasses, stage: int) -> StagePasses:
+        """The passes of a stage with the costs of microbatches: each backward pass adds its
+        gradients to their sum, and Python starts each pass.
+
+        An addition reads the gradient and the sum, and writes the sum.
+        """
+        if self.plan.microbatches == 1:
+            return passes
+        nbytes = 3 * self._gradient_bytes(self._members(stage))
+        adding = nbytes / float(self.machine.bandwidth_for(np.array(nbytes)))
+        return StagePasses(
+            forward=max(passes.forward, DISPATCH_SECONDS),
+            backward=max(passes.backward + adding, DISPATCH_SECONDS),
+            last_backward=max(passes.last_backward + adding, DISPATCH_SECONDS),
+        )
 
     def _stage_of_slot(self, slot: Slot) -> int:
         return self.stage_of[slot.operator] if slot.operator >= 0 else -1

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from partita.errors import PlanError
@@ -22,9 +23,10 @@ from partita.plans.pipeline import (
 )
 from partita.plans.plan import Mesh, Plan
 from partita.search.find import mesh_of
+from partita.simulation import pipelined
 from partita.simulation.engine import run
 from partita.simulation.pipeline_tasks import StageEdge, StagePasses, Transfer, pipeline_tasks
-from partita.simulation.pipelined import PipelinedStep
+from partita.simulation.pipelined import DISPATCH_SECONDS, PipelinedStep
 from partita.simulation.simulate import predicted, simulate
 
 DATA = Path(__file__).parents[1] / "data"
@@ -159,7 +161,28 @@ def test_less_rematerialization_is_faster_and_needs_more_memory() -> None:
     assert some.peak_bytes > all_.peak_bytes
 
 
-def test_stored_shards_are_gathered_once_under_zero_1_and_per_microbatch_under_zero_3() -> None:
+def test_a_microbatch_adds_its_gradients_and_python_starts_every_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph, where = GRAPHS["mlp"], machine()
+    plan = replace(BASELINES["one device"](graph, where.name, mesh_of(where)), microbatches=4)
+    (started,) = PipelinedStep.of(graph, where, check(plan, graph)).passes
+    assert started.forward == DISPATCH_SECONDS
+    monkeypatch.setattr(pipelined, "DISPATCH_SECONDS", 0.0)
+    (adding,) = PipelinedStep.of(graph, where, check(plan, graph)).passes
+    monkeypatch.setattr(PipelinedStep, "_gradient_bytes", lambda *_: 0)
+    (plain,) = PipelinedStep.of(graph, where, check(plan, graph)).passes
+    nbytes = 3 * 4 * graph.parameter_count
+    seconds = nbytes / float(where.bandwidth_for(np.array(nbytes)))
+    assert adding.forward == plain.forward
+    assert adding.backward - plain.backward == pytest.approx(seconds)
+    assert adding.last_backward - plain.last_backward == pytest.approx(seconds)
+
+
+def test_stored_shards_are_gathered_once_under_zero_1_and_per_microbatch_under_zero_3(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipelined, "DISPATCH_SECONDS", 0.0)
     graph, where = GRAPHS["mlp"], machine()
     passes = {}
     for name in ("data parallel", "ZeRO-1", "ZeRO-3"):
