@@ -10,6 +10,7 @@ and changes in place that another tensor would show, because JAX's arrays share 
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,6 +34,15 @@ else:
     torch_modules = Package("torch.nn.modules.module")
     torch_tree = Package("torch.utils._pytree")
     torchax = Package("torchax.tensor")
+
+
+AUTOCAST_IGNORED = (
+    "torch.autocast has no effect on the step: weights and inputs decide the precision. Call "
+    "module.bfloat16() instead."
+)
+HOOK_IGNORED = (
+    "{} is not called: JAX computes the gradients. Change the forward pass or the loss instead."
+)
 
 
 @functools.cache
@@ -227,10 +237,40 @@ def tracing(module: torch.nn.Module, key: Any) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(_refused_extensions())
+        stack.enter_context(_ignored_features(module))
         stack.enter_context(named_scopes(module))
         stack.enter_context(environment())
         stack.enter_context(environment().override_property(prng=key))
         yield
+
+
+@contextmanager
+def _ignored_features(module: torch.nn.Module) -> Iterator[None]:
+    """Inside, features of PyTorch that do not change the step are named in a warning."""
+    devices = ("cpu", "cuda")
+    if any(torch.is_autocast_enabled(device) for device in devices):
+        warnings.warn(AUTOCAST_IGNORED, stacklevel=2)
+    for name, child in module.named_modules():
+        if child._backward_hooks or child._backward_pre_hooks:
+            warnings.warn(HOOK_IGNORED.format(f"The backward hook of '{name}'"), stacklevel=2)
+    enter = torch.autocast.__enter__
+    register = torch.Tensor.register_hook
+
+    def enter_named(context: Any) -> Any:
+        warnings.warn(AUTOCAST_IGNORED, stacklevel=2)
+        return enter(context)
+
+    def register_named(tensor: Any, hook: Any) -> Any:
+        warnings.warn(HOOK_IGNORED.format("A hook on a tensor"), stacklevel=2)
+        return register(tensor, hook)
+
+    torch.autocast.__enter__ = enter_named
+    torch.Tensor.register_hook = register_named
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = enter
+        torch.Tensor.register_hook = register
 
 
 # ------------------------------------------------------------------------------ names of modules

@@ -353,3 +353,26 @@ def test_a_module_or_optimizer_that_differs_in_jax_is_refused_in_a_sentence(mess
 def test_a_module_given_to_parallelize_names_the_way() -> None:
     with pytest.raises(partita.PartitaError, match=r"partita\.torch\.parallelize"):
         partita.parallelize(perceptron())
+
+
+def test_autocast_and_hooks_that_have_no_effect_are_named() -> None:
+    class Hooked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4)
+            self.layer.register_full_backward_hook(lambda *arguments: None)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.layer(x)
+
+    module = Hooked()
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    step = partita.torch.training_step(module, torch.nn.MSELoss(), optimizer)
+    with pytest.warns(UserWarning) as warned:
+        step((torch.ones(8, 4), torch.ones(8, 4)))
+    told = {str(warning.message)[:40] for warning in warned}
+    assert {
+        "torch.autocast has no effect on the step",
+        "The backward hook of 'layer' is not call",
+    } <= told
