@@ -701,7 +701,7 @@ class _Collector:
                     slot_bytes,
                     3 * tensor.nbytes + 2 * slot_bytes,
                     self._gathered_bytes(argument.tensor),
-                    gathering_passes(graph, argument.tensor),
+                    gathering_passes(graph)[argument.tensor],
                 )
                 self.terms.operators[home].stored.append(variable)
             elif argument.tensor not in self.families:

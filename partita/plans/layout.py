@@ -427,18 +427,27 @@ PREFETCHED = 3
 """Products of the backward pass between the start of a gather and its reader, which hide it."""
 
 
-def gathering_passes(graph: OperatorGraph, parameter: int) -> int:
-    """Number of passes of a step that gather a parameter which is stored in slices: 1 or 2."""
+@per_graph
+def gathering_passes(graph: OperatorGraph) -> dict[int, int]:
+    """Parameter -> number of passes of a step that gather it from slices, 1 or 2."""
+    parameters = {a.tensor for a in graph.arguments if a.role == "parameter"}
     if not is_accelerated(graph):
-        return 1
-    tensor = compute_copies(graph).get(parameter, (-1, parameter))[1]
-    readers = [
-        (i, position)
-        for i, instruction in enumerate(graph.instructions)
-        for position, operand in enumerate(instruction.operands)
-        if operand == tensor and instruction.phase != "update"
-    ]
-    return len(_gathered_again(graph, Read(tensor, -1, (), tuple(readers))))
+        return dict.fromkeys(parameters, 1)
+    gathered = {tensor: tensor for tensor in parameters}
+    for parameter, (_, result) in compute_copies(graph).items():
+        del gathered[parameter]
+        gathered[result] = parameter
+    readers: dict[int, list[Reader]] = {parameter: [] for parameter in parameters}
+    for i, instruction in enumerate(graph.instructions):
+        if instruction.phase == "update":
+            continue
+        for position, operand in enumerate(instruction.operands):
+            if operand in gathered:
+                readers[gathered[operand]].append((i, position))
+    passes = {}
+    for parameter, places in readers.items():
+        passes[parameter] = len(_gathered_again(graph, Read(parameter, -1, (), tuple(places))))
+    return passes
 
 
 def prefetching_product(graph: OperatorGraph, reader: int) -> int:

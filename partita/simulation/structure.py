@@ -105,6 +105,13 @@ class _StructureBuilder:
         """(operator, phase) -> the last piece of its kernels that is not an outer one."""
         self.move_source: dict[Node, Node | None] = {}
         """Move -> the node whose result it moves; None for an argument of the step."""
+        self.first_product: dict[Node | None, int] = {}
+        """Node -> its first product, or its first instruction if it has none."""
+        for i in range(len(self.nodes)):
+            self.first_product.setdefault(self.nodes[i], i)
+        for i in reversed(range(len(self.nodes))):
+            if graph.instructions[i].name in HEAVY:
+                self.first_product[self.nodes[i]] = i
 
     def add_kernels(self) -> None:
         """Adds the pieces of all operators' kernels."""
@@ -159,13 +166,7 @@ class _StructureBuilder:
 
     def _start_late(self, gather: Node, reader: Node) -> None:
         """Lets the gather for a backward pass begin a few products before it."""
-        first = next(i for i, node in enumerate(self.nodes) if node == reader)
-        products = (
-            i
-            for i in range(first, len(self.nodes))
-            if self.nodes[i] == reader and self.graph.instructions[i].name in HEAVY
-        )
-        product = prefetching_product(self.graph, next(products, first))
+        product = prefetching_product(self.graph, self.first_product[reader])
         node = self.nodes[product] if product >= 0 else None
         if node is not None and node in self.slots:
             self.before[gather].add(node)
