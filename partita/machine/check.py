@@ -41,11 +41,16 @@ Named = Memory | OperatingPoint | DomainPoint | Level | Domain | Trip | Grid | A
 """Parts with a name of their own."""
 
 
+LONGEST_PATH = 120
+"""Characters of the longest key path in a message."""
+
+
 class DescriptionError(MachineError):
     """A MachineError about one key path. A reader of files adds the line."""
 
     def __init__(self, path: str, message: str) -> None:
-        super().__init__(f"{path} {message}" if path else message)
+        shown = path if len(path) <= LONGEST_PATH else f"{path[:LONGEST_PATH]}..."
+        super().__init__(f"{shown} {message}" if path else message)
         self.path = path
 
 

@@ -722,3 +722,20 @@ def test_a_header_that_claims_too_much_allocates_nothing(tmp_path: Path) -> None
         archive.writestr("offsets.npy", content)
     with pytest.raises(GraphError, match="'offsets.npy' claims 8,000,000,000,000 bytes"):
         gnn.open(tmp_path / "g.npz")
+
+
+def test_an_emptied_gzip_file_of_a_split_is_refused(tmp_path: Path) -> None:
+    folder = ogb(tmp_path / "ogbn_small")
+    next(folder.rglob("valid.csv.gz")).write_bytes(b"")
+    with pytest.raises(GraphError, match="valid.csv.gz' is truncated or damaged: it is empty"):
+        gnn.open(folder)
+
+
+def test_targets_and_edge_features_come_back_from_npz(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    options = {"labels": generator.random((4, 2)), "edge_features": generator.random((3, 5))}
+    graph = gnn.Graph.from_edges([0, 1, 2], [1, 2, 3], **options)
+    gnn.save(graph, tmp_path / "graph.npz")
+    opened = gnn.open(tmp_path / "graph.npz")
+    assert np.array_equal(opened.labels, graph.labels)
+    assert np.array_equal(opened.edge_features, graph.edge_features)

@@ -677,3 +677,9 @@ def test_kinds_that_do_not_fit_are_refused(before: str, after: str, message: str
     with pytest.raises(MachineError) as error:
         read(KINDS_OF_DEVICES.replace(before, after), "two.toml")
     assert str(error.value) == message
+
+
+def test_a_long_unknown_key_is_shortened_in_the_message() -> None:
+    with pytest.raises(MachineError) as error:
+        read(f'name = "x"\n{"9" * 5000} = 1\n', "mine.toml")
+    assert f"mine.toml, line 2: {'9' * 120}... is an unknown key" in str(error.value)

@@ -128,7 +128,10 @@ def blocks(path: Path) -> Iterator[np.ndarray]:
     """A file's bytes, unpacked, in blocks of whole lines."""
     rest = b""
     with path.open("rb") as file:
-        gzipped = file.read(2) == b"\x1f\x8b"
+        first_bytes = file.read(2)
+        gzipped = first_bytes == b"\x1f\x8b"
+    if path.suffix == ".gz" and not first_bytes:
+        raise GraphError(f"{str(path)!r} is truncated or damaged: it is empty.")
     try:
         with gzip.open(path) if gzipped else path.open("rb") as file:
             first = True
