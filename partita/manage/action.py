@@ -1,4 +1,4 @@
-"""Actions of policies, each a frozen value."""
+"""The action of policies for operating points."""
 
 from __future__ import annotations
 
@@ -15,18 +15,3 @@ class Setting:
     """[cluster]: active devices; 0 for a gated cluster."""
     points: tuple[int, ...]
     """[cluster]: operating point, slowest first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Switch:
-    """Another plan for the same devices, by its key in a table of plans."""
-
-    plan: str
-
-
-@dataclass(frozen=True, slots=True)
-class Stay:
-    """No change."""
-
-
-Action = Setting | Switch | Stay

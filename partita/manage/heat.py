@@ -40,10 +40,6 @@ class ThermalModel:
         nodes = len(self._transition)
         return linalg.solve(np.eye(nodes) - self._transition, np.array(self.thermal.gain))
 
-    def steady(self, watts: np.ndarray) -> np.ndarray:
-        """[node]: rise above ambient after constant power forever, kelvins."""
-        return self._gain @ watts
-
     def propagator(self, seconds: float) -> tuple[np.ndarray, np.ndarray]:
         """Matrices M, G of a time: rise after it = M rise + G watts, for constant power.
 

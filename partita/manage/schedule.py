@@ -21,8 +21,9 @@ from partita.manage.workload import Workload
 
 WEIGHTS = (0.35, 0.5, 0.7, 1.0, 1.4)
 """Tried factors on w."""
-START_WATTS = 3.0
-ROUNDS = 50
+STARTS = (0.1, 1.0, 10.0, 100.0)
+"""Watts that the search for w starts from, relative to the mean power of all settings."""
+ROUNDS = 20
 MUCH_WORSE = 1.25
 """Times the least product without heat from which a single setting is not simulated."""
 
@@ -83,19 +84,26 @@ def best_setting(workload: Workload) -> Setting:
 
 
 def least_product(joules: np.ndarray, seconds: np.ndarray) -> float:
-    """Watts w for which argmin(E + w T) per snippet has the least E x T.
+    """Watts w for which argmin(E + w T) per snippet has the least E x T, the best of some starts.
 
     joules, seconds: [snippet, setting].
     """
-    watts = START_WATTS
     rows = np.arange(len(joules))
-    for _ in range(ROUNDS):
-        chosen = (joules + watts * seconds).argmin(1)
-        before = watts
-        watts = float(joules[rows, chosen].sum() / seconds[rows, chosen].sum())
-        if watts == before:
-            break
-    return watts
+    best_product = np.inf
+    best_watts = 0.0
+    for start in STARTS:
+        watts = start * float(joules.mean() / seconds.mean())
+        for _ in range(ROUNDS):
+            chosen = (joules + watts * seconds).argmin(1)
+            energy = float(joules[rows, chosen].sum())
+            time = float(seconds[rows, chosen].sum())
+            if energy * time < best_product:
+                best_product = energy * time
+                best_watts = watts
+            if watts == energy / time:
+                break
+            watts = energy / time
+    return best_watts
 
 
 def _product(workload: Workload, schedule: Schedule) -> float:

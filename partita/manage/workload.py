@@ -37,8 +37,6 @@ class Snippet:
     """[setting]: seconds in which cores compute, not waiting for memory."""
     watts: np.ndarray
     """[setting, cluster]: at 60 °C."""
-    engine: tuple[str, str] = ("*", "*")
-    """Class and dtype of the operators with the most FLOPs."""
 
     @property
     def works(self) -> bool:
@@ -186,13 +184,11 @@ def _snippet(part: Part, hardware: Hardware) -> Snippet:
     count = len(hardware.settings)
     seconds = np.zeros(count)
     compute_seconds = np.zeros(count)
-    flops_by_engine: dict[tuple[str, str], float] = {}
     for kernel, factor in part:
         engine = kernel.op_class, kernel.dtype
         compute = kernel.flops * hardware.seconds_per_flop(*engine) / factor
         seconds += hardware.kernel_seconds(compute, kernel.nbytes / hardware.bandwidth)
         compute_seconds += compute
-        flops_by_engine[engine] = flops_by_engine.get(engine, 0.0) + kernel.flops
     activity = hardware.activity(seconds, compute_seconds)
     return Snippet(
         flops=sum(kernel.flops for kernel, _ in part),
@@ -200,7 +196,6 @@ def _snippet(part: Part, hardware: Hardware) -> Snippet:
         seconds=seconds,
         compute_seconds=compute_seconds,
         watts=hardware.cluster_watts(activity),
-        engine=max(flops_by_engine, key=lambda engine: flops_by_engine[engine]),
     )
 
 

@@ -23,9 +23,11 @@ def policy_table(comparison: PolicyComparison) -> Table:
         f"{comparison.steps:,} steps"
     )
     table.add_column("policy", no_wrap=True)
-    add_columns(table, "energy", "time", "E x T, J s", "per J", "peak", "throttled", "regret")
+    has_heat = comparison.oracle.peak_celsius is not None
+    heat_columns = ("peak", "throttled") if has_heat else ()
+    add_columns(table, "energy", "time", "E x T, J s", "per J", *heat_columns, "regret")
     for run in sorted(comparison.runs, key=lambda run: run.energy_delay):
-        peak = "" if run.peak_celsius is None else f"{run.peak_celsius:.0f} °C"
+        heat = [f"{run.peak_celsius:.0f} °C", f"{run.throttled:.0%}"] if has_heat else []
         add_row(
             table,
             run.policy,
@@ -33,8 +35,7 @@ def policy_table(comparison: PolicyComparison) -> Table:
             format_seconds(run.seconds),
             f"{run.energy_delay:,.0f}",
             format_flops(comparison.flops_per_joule(run)),
-            peak,
-            f"{run.throttled:.0%}",
+            *heat,
             f"{comparison.regret(run):+.1%}",
         )
     return table

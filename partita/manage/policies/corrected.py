@@ -1,7 +1,8 @@
 """The schedule of a model that measurements correct: recursive least squares on log ratios.
 
 Before a snippet, every setting gets its seconds and watts by the description, times correction
-factors exp(w . x). The least E + w T wins, w being the mean power so far. After a snippet, the logs
+factors exp(w . x). The least E + w T wins, with the w of the least corrected E x T, found anew in
+every pass. After a snippet, the logs
 of measured over described seconds and watts update the weights. x: one, the logarithm of the
 fastest cluster's clock, the fractions of active devices, and whether the clock is in the upper
 half. Each snippet of the pass has an offset of its own besides, the smoothed rest of its residuals.
@@ -16,7 +17,7 @@ from partita.manage.hardware import Hardware
 from partita.manage.least_squares import RecursiveLeastSquares
 from partita.manage.observation import Observation
 from partita.manage.policies.base import Policy
-from partita.manage.schedule import best_schedule
+from partita.manage.schedule import best_schedule, least_product
 from partita.manage.workload import Workload, memory_joules
 
 SMOOTHING = 0.3
@@ -37,6 +38,8 @@ class Corrected(Policy):
         self.seconds = RecursiveLeastSquares(self.features.shape[1])
         self.watts = RecursiveLeastSquares(self.features.shape[1])
         self.offsets = np.zeros((2, len(self.works)))
+        self.cost_watts = 0.0
+        """w, of the corrected model; 0 before its first use."""
         points = self.hardware.points[:, self.hardware.fastest]
         highest = self.schedule.highest
         self.excluded = np.where(points > (points.max() if highest is None else highest), np.inf, 0)
@@ -45,7 +48,7 @@ class Corrected(Policy):
         if observation.is_first:
             return self.schedule.settings[observation.coming]
         self.learn(observation)
-        return self.best(observation.coming, observation.mean_watts)
+        return self.best(observation.coming)
 
     def learn(self, observation: Observation) -> None:
         """Corrects the model by the last snippet."""
@@ -62,17 +65,25 @@ class Corrected(Policy):
             rest = ratio - x @ model.weights
             self.offsets[k, number] += SMOOTHING * (rest - self.offsets[k, number])
 
-    def best(self, number: int, mean_watts: float) -> Setting:
-        """The setting of a snippet with the least corrected E + mean watts x T."""
-        log_seconds = self.log_seconds[number]
-        log_watts = self.log_watts[number]
-        if self.works[number]:
-            log_seconds = log_seconds + self.features @ self.seconds.weights
-            log_seconds = log_seconds + self.offsets[0, number]
-            log_watts = log_watts + self.features @ self.watts.weights + self.offsets[1, number]
-        watts = np.exp(log_watts) + self.schedule.weight * mean_watts
-        costs = np.exp(log_seconds) * watts + self.excluded
-        return self.hardware.settings[int(costs.argmin())]
+    def best(self, number: int) -> Setting:
+        """The setting of a snippet with the least corrected E + w T."""
+        if number == 0 or self.cost_watts == 0:
+            seconds, watts = self._corrected(slice(None))
+            self.cost_watts = least_product(seconds * watts, seconds)
+        seconds, watts = self._corrected(slice(number, number + 1))
+        costs = seconds[0] * (watts[0] + self.schedule.weight * self.cost_watts)
+        return self.hardware.settings[int((costs + self.excluded).argmin())]
+
+    def _corrected(self, numbers: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Corrected seconds and watts of some snippets, [snippet, setting]."""
+        corrected = []
+        works = np.array(self.works[numbers])[:, None]
+        models = (self.seconds, self.watts)
+        logs = (self.log_seconds, self.log_watts)
+        for k, (model, described) in enumerate(zip(models, logs, strict=True)):
+            correction = self.features @ model.weights + self.offsets[k, numbers, None]
+            corrected.append(np.exp(described[numbers] + np.where(works, correction, 0.0)))
+        return corrected[0], corrected[1]
 
 
 def setting_features(hardware: Hardware) -> np.ndarray:

@@ -45,4 +45,4 @@ class Gated(Policy):
         if known and imitation.tree.shares[imitation.tree.leaf(row)] >= SURE:
             return imitation.decide(observation)
         self.asked += 1
-        return self.corrected.best(observation.coming, observation.mean_watts)
+        return self.corrected.best(observation.coming)
