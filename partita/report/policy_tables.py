@@ -24,10 +24,10 @@ def policy_table(comparison: PolicyComparison) -> Table:
     )
     table.add_column("policy", no_wrap=True)
     has_heat = comparison.oracle.peak_celsius is not None
-    heat_columns = ("peak", "throttled") if has_heat else ()
-    add_columns(table, "energy", "time", "E x T, J s", "per J", *heat_columns, "regret")
+    heat_columns = ("peak °C", "throttled") if has_heat else ()
+    add_columns(table, "energy", "time", "J s", "per J", *heat_columns, "regret")
     for run in sorted(comparison.runs, key=lambda run: run.energy_delay):
-        heat = [f"{run.peak_celsius:.0f} °C", f"{run.throttled:.0%}"] if has_heat else []
+        heat = [f"{run.peak_celsius:.0f}", f"{run.throttled:.0%}"] if has_heat else []
         add_row(
             table,
             run.policy,
@@ -46,7 +46,7 @@ def policy_summary(comparisons: Sequence[PolicyComparison]) -> list[str]:
     first = comparisons[0]
     assumptions = Assumptions()
     lines = [
-        "regret: E x T against the clairvoyant oracle's. per J: FLOPs of a joule, the performance "
+        "J s: E x T. regret: its excess over the clairvoyant oracle's. per J: FLOPs of a joule, the performance "
         "per watt.",
         "All figures are simulated. Hardware 'as described' hides the efficiency of each kernel; "
         "'not as described' also has 30 % less memory bandwidth and a steeper power curve.",
