@@ -46,8 +46,8 @@ def policy_summary(comparisons: Sequence[PolicyComparison]) -> list[str]:
     first = comparisons[0]
     assumptions = Assumptions()
     lines = [
-        "J s: E x T. regret: its excess over the clairvoyant oracle's. per J: FLOPs of a joule, the performance "
-        "per watt.",
+        "J s: E x T. regret: its excess over the clairvoyant oracle's. per J: FLOPs of a joule, "
+        "the performance per watt.",
         "All figures are simulated. Hardware 'as described' hides the efficiency of each kernel; "
         "'not as described' also has 30 % less memory bandwidth and a steeper power curve.",
         f"Assumed: {assumptions.serial:.0%} of a kernel runs on one device, and a step waits "
