@@ -8,6 +8,7 @@ buffers are state.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -209,7 +210,8 @@ class ModuleNetwork:
 
 def _line_of_user(error: Exception) -> str:
     """File, number and text of the innermost line outside PyTorch, JAX and Partita."""
-    packages = [str(Path(str(package.__file__)).parent) for package in (torch, torchax, jax)]
+    names = ("torch", "torchax", "jax")
+    packages = [str(Path(str(sys.modules[name].__file__)).parent) for name in names]
     line = ""
     for frame in traceback.extract_tb(error.__traceback__):
         if not frame.filename.startswith((*packages, _PACKAGE)):
