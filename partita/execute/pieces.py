@@ -387,8 +387,9 @@ class _Cutter:
     def _with_light_repeated(self, place: int, reads: set[int]) -> tuple[set[int], set[int]]:
         """(tensors to read, light forward statements to repeat) in place of the tensors `reads`.
 
-        A light statement is repeated if its operands are read anyway, or are smaller variables of
-        the place. Its result is then not stored from the forward to the backward pass.
+        A light statement is repeated if its operands are read anyway, are smaller variables of the
+        place, or are together no larger than its result. Its result is then not stored from the
+        forward to the backward pass, and several results often come from the same operand.
         """
         statements: set[int] = set()
         has_changed = True
@@ -399,11 +400,20 @@ class _Cutter:
                 if k < 0 or not self._is_light(k, place):
                     continue
                 operands, copied = self._inputs(self.flow.statements[k].reads)
-                if all(u in reads or self._is_smaller_variable(u, t, place) for u in operands):
+                new = [u for u in operands if u not in reads]
+                new = [u for u in new if not self._is_smaller_variable(u, t, place)]
+                if self._are_no_larger(new, t):
                     reads = (reads - {t}) | set(operands)
                     statements |= copied | {k}
                     has_changed = True
         return reads, statements
+
+    def _are_no_larger(self, operands: Sequence[int], tensor: int) -> bool:
+        """Whether computed tensors take at most the bytes of another one."""
+        tensors = self.flow.graph.tensors
+        if any(u not in self.flow.producer for u in operands):
+            return False
+        return sum(tensors[u].nbytes for u in operands) <= tensors[tensor].nbytes
 
     def _is_light(self, statement: int, place: int) -> bool:
         is_here = self.classes[statement] == "forward" and self.place[statement] == place

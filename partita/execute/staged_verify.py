@@ -20,6 +20,10 @@ from partita.execute.piece_text import aval
 from partita.execute.processes import alone, exchanged
 from partita.execute.staged import StagedProgram, StagedStep
 from partita.execute.verification import Traffic, Verification
+from partita.machine import Machine
+from partita.plans.adapt import fit_mesh
+from partita.plans.pipeline import is_pipeline
+from partita.simulation.pipelined import PipelinedStep
 from partita.units import format_bytes
 
 
@@ -40,9 +44,13 @@ def check_staged(step: StagedStep, program: StagedProgram) -> Verification:
             "plan that splits variables (ZeRO-3)."
         )
     notes = []
+    planned = planned_peaks(step, machine)
     for number, peak in enumerate(peaks):
         pieces = sum(piece.place == number for piece in step.cut.pieces)
-        notes.append(f"device group {number}: {pieces} pieces, {format_bytes(peak)} per device")
+        figures = f"{format_bytes(peak)} per device"
+        if planned:
+            figures += f", {format_bytes(planned[number])} planned"
+        notes.append(f"device group {number}: {pieces} pieces, {figures}")
     notes.append(f"between device groups: {format_bytes(transfer_bytes(step))} per step")
     notes += changed_meanings(step.cut, step.plan)
     return Verification(
@@ -53,6 +61,14 @@ def check_staged(step: StagedStep, program: StagedProgram) -> Verification:
         planned_flops=None,
         notes=tuple(notes),
     )
+
+
+def planned_peaks(step: StagedStep, machine: Machine) -> list[int]:
+    """Per stage of a pipeline the simulated peak memory of a device in bytes; [] for others."""
+    if not is_pipeline(step.plan):
+        return []
+    simulated = PipelinedStep.of(step.captured.graph, machine, fit_mesh(step.plan, machine))
+    return [memory.peak.peak for memory in simulated.memories]
 
 
 def place_peaks(step: StagedStep, program: StagedProgram) -> list[int]:
