@@ -604,6 +604,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Arguments of an architecture beside those of `SIZES`."""
 INPUTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "Gemma3Backbone": {
+        "token_ids": (LENGTH,),
+        "padding_mask": (LENGTH,),
+        "images": (1, 16, 16, 3),
+        "vision_indices": (4,),
+        "vision_mask": (LENGTH,),
+    },
     "Gemma4Backbone": {
         "token_ids": (LENGTH,),
         "padding_mask": (LENGTH,),
