@@ -36,6 +36,8 @@ MOST_FEATURES = 2**34
 """Elements of the largest feature table that is made dense."""
 DIMS = {"features": (2,), "labels": (1, 2), "edge_features": (2,)}
 """Numbers of dims of arrays that are not plain lists."""
+LONGEST_REASON = 200
+"""Characters of another library's error that a message repeats."""
 CSR = ("feature_data", "feature_indices", "feature_indptr")
 """Arrays of Planetoid's features, beside feature_shape."""
 
@@ -135,7 +137,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         OverflowError,
         MemoryError,
     ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = line[:LONGEST_REASON].rstrip(".")
     raise GraphError(
         f"{str(path)!r} is truncated or no .npz file: {reason}. Save plain arrays with numpy.savez."
     )
