@@ -54,6 +54,7 @@ def test_every_import_of_the_package_is_a_requirement_or_an_extra(installed: Pat
         "flax",
         "torchax",
         "optax",
+        "sklearn",
     }
     site_packages = _dist_info(installed).parent
     missing = set()

@@ -136,10 +136,10 @@ def train(
     machine: Annotated[str, typer.Option(help="A machine with several operating points.")],
     save: Annotated[Path, typer.Option(help="Write the policy to this file.")],
 ) -> None:
-    """Train a policy that imitates the clairvoyant oracle (DAgger), in the simulator.
+    """Train a policy that imitates the clairvoyant oracle.
 
-    It learns from seven Keras steps and from synthetic ones. The file is readable JSON. Needs
-    scikit-learn: pip install 'partita[manage]'.
+    DAgger in the simulator: it learns from seven Keras steps and from synthetic ones. The file is
+    readable JSON. Needs scikit-learn: pip install 'partita[manage]'.
 
     Example: partita manage train --machine rk3588 --save policy.json
     """

@@ -304,4 +304,5 @@ def _storage_lines(plan: Plan) -> Iterator[str]:
         text = f"ZeRO-{storage.zero} over {','.join(storage.axes)}"
         counts[text] = counts.get(text, 0) + 1
     for text, count in counts.items():
-        yield f"  {count} variables stored {text}"
+        noun = "variable" if count == 1 else "variables"
+        yield f"  {count} {noun} stored {text}"

@@ -24,7 +24,7 @@ SMALL = {
     "gpu": ["--device", "cpu", "--small", "--parts", "models", "--only", "MLP"],
     "staged_equality": ["--pairs", "1", "--first", "4"],
     "manage_costs": ["--graphs", "mlp", "--draws", "1", "--plans", "8"],
-    "staged_overhead": ["--blocks", "1", "--rounds", "1", "--steps", "1"],
+    "staged_overhead": ["--blocks", "2", "--rounds", "1", "--steps", "1"],
     "manage_grid": ["--rounds", "1"],
     "manage_memories": ["--sizes", "1024"],
     "manage_programs": ["--only", "embedding"],

@@ -280,8 +280,8 @@ def test_a_mistake_in_training_is_one_sentence(tmp_path: Path) -> None:
     for arguments, sentence in (
         ([], "'bare' has no features: give Graph.from_edges(features=...) a row for every vertex."),
         (
-            ["--model", "gat"],
-            "'gat' is no model: use gcn, sage, gin, gatv2, commnet, gatedgraph.",
+            ["--model", "transformer"],
+            "'transformer' is no model: use gcn, sage, gin, gat, gatv2, commnet, gatedgraph.",
         ),
         (
             ["--save", "model.h5"],

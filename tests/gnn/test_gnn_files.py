@@ -300,7 +300,7 @@ def parquet(monkeypatch: pytest.MonkeyPatch, **columns: Any) -> None:
     )
     monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace())
     monkeypatch.setitem(
-        sys.modules, "pyarrow.parquet", SimpleNamespace(ParquetFile=lambda path: file)
+        sys.modules, "pyarrow.parquet", SimpleNamespace(ParquetFile=lambda path, **options: file)
     )
 
 
