@@ -53,7 +53,7 @@ def test_a_plan_prints_runs_of_layers_on_one_line() -> None:
         "plan 'found' for net on host: a=2 x b=2",
         "  c1 ... c2 (2): S:a",
         "  d: replicate",
-        "  1 variables stored ZeRO-3 over a",
+        "  1 variable stored ZeRO-3 over a",
     ]
 
 
