@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -18,23 +19,30 @@ from partita.machine import load
 app = typer.Typer(no_args_is_help=True, help="Simulate policies for clocks and plans.")
 
 
+@dataclass(frozen=True)
+class SimulatedRun:
+    """The run that policies for operating points decide about."""
+
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Training steps of the run.", min=1, show_default="30 s of steps"),
+    ] = None
+    seed: Annotated[int, typer.Option(help="Of the kernels' efficiencies.", min=0)] = 1
+    learned: Annotated[
+        Path | None,
+        typer.Option("--learned", help="A trained policy, of 'partita manage train'."),
+    ] = None
+
+
 @command(app, "simulate", context_settings=PASS_THROUGH, cls=ScriptCommand)
 def simulate(
     context: typer.Context,
     script: Script,
     target: Target,
+    run: SimulatedRun,
     policy: Annotated[
         str, typer.Option(help="'all', or some with commas: oracle, schedule, ondemand, ...")
     ] = "all",
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Training steps of the run.", min=1, show_default="30 s of steps"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the kernels' efficiencies.", min=0)] = 1,
-    learned: Annotated[
-        Path | None,
-        typer.Option("--learned", help="A trained policy, of 'partita manage train'."),
-    ] = None,
     trace: Annotated[
         Path | None,
         typer.Option(help="Replay the events of this file, for policies that change plans."),
@@ -66,7 +74,7 @@ def simulate(
         if trace is not None:
             _replay(context, script, target, trace, policy, as_json)
             return
-        trained = None if learned is None else load_policy(learned)
+        trained = None if run.learned is None else load_policy(run.learned)
         names = policy_names(policy, has_file=trained is not None)
         activity = Activity(not as_json)
         captured, machine = capture_script(context, script, target, activity)
@@ -76,8 +84,8 @@ def simulate(
                 program,
                 machine,
                 names,
-                steps=steps,
-                seed=seed,
+                steps=run.steps,
+                seed=run.seed,
                 learned=trained,
             )
         if as_json:
