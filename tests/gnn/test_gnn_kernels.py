@@ -1,6 +1,7 @@
 """Aggregations and gradients equal those of the dense matrix, compiled or by XLA's operations."""
 
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -259,3 +260,15 @@ def test_a_broken_kernel_warns_once_and_is_replaced() -> None:
     ):
         assert not bridge.works(broken, "sum")
     assert not bridge.works(broken, "sum")
+
+
+def test_a_long_compilation_is_announced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bridge, "ANNOUNCED_AFTER", 0.01)
+    assert bridge.works(lambda: time.sleep(0.1), "slow")
+    monkeypatch.setattr(bridge, "ANNOUNCED_AFTER", 10.0)
+    assert bridge.works(lambda: None, "quick")
+    assert capsys.readouterr().err == (
+        "partita: compiling the slow kernel for this processor, once\n"
+    )

@@ -16,8 +16,11 @@ import ctypes
 import functools
 import os
 import re
+import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -224,13 +227,30 @@ def register_handler(name: str, handler: Any) -> None:
     jax.ffi.register_ffi_target(name, capsule, platform="cpu")
 
 
+ANNOUNCED_AFTER = 2.0
+"""Time after which a user is told about a compilation, seconds."""
+
+
+@contextmanager
+def _announced(sentence: str) -> Iterator[None]:
+    """Inside, a sentence is printed to the standard error if it takes longer."""
+    timer = threading.Timer(ANNOUNCED_AFTER, print, [f"partita: {sentence}"], {"file": sys.stderr})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 @functools.cache
 def works(self_test: Callable[[], None], name: str) -> bool:
     """Whether a kernel can be used here: `self_test` registers and tries it. Warns once."""
     if jax.default_backend() != "cpu":
         return False
     try:
-        self_test()
+        with _announced(f"compiling the {name} kernel for this processor, once"):
+            self_test()
         return True
     except Exception as error:  # any failure: the result can be computed without the kernel
         warnings.warn(
