@@ -49,7 +49,7 @@ model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse")
 history = model.fit(x, x[:, :4], batch_size=16, epochs=EPOCHS, verbose=0, callbacks=[Clock()])
 print(json.dumps(history.history["loss"]))
 """
-TRAINING_SECONDS = 4.0
+TRAINING_SECONDS = 2.5
 """Length of the training, about: the moments of the signals are drawn from it."""
 TOLERANCE = 1e-5
 
