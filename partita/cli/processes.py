@@ -24,14 +24,8 @@ def run_in_processes(count: int, devices: int | None, restarts: int = 0) -> None
     """
     if os.environ.get("PARTITA_LAUNCHED") or (count == 1 and not restarts):
         return
-    from partita.execute.processes import group
-
-    if restarts and group() is not None:
-        raise PartitaError(
-            "--restarts is for processes of this host that --processes starts, and this process "
-            "belongs to a group that another program started. Let that program start it again, "
-            "and give fit a partita.Checkpoint."
-        )
+    if restarts:
+        _check_ungrouped()
     arguments = sys.argv[1:]
     for option in ("--processes", "--restarts"):
         arguments = _without(option, arguments)
@@ -40,6 +34,18 @@ def run_in_processes(count: int, devices: int | None, restarts: int = 0) -> None
     with tempfile.TemporaryDirectory(prefix="partita-snapshots-") as folder:
         arguments[1:1] = ["--snapshots", folder]
         raise typer.Exit(launch(count, arguments, devices, say, restarts))
+
+
+def _check_ungrouped() -> None:
+    """PartitaError if another program has started this process as one of several."""
+    from partita.execute.processes import group
+
+    if group() is not None:
+        raise PartitaError(
+            "--restarts is for processes of this host that --processes starts, and this process "
+            "belongs to a group that another program started. Let that program start it again, "
+            "and give fit a partita.Checkpoint."
+        )
 
 
 def _without(option: str, arguments: list[str]) -> list[str]:
