@@ -40,6 +40,9 @@ class ProcessError(PartitaError):
 class LostProcessError(ProcessError):
     """A training process that disappeared."""
 
+    exit_code = 75
+    """Exit code of a process that stops because another one is lost."""
+
 
 class GraphError(PartitaError):
     """A graph for training that is inconsistent, or a file that holds none."""

@@ -19,15 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
-from partita.errors import PartitaError
+from partita.errors import LostProcessError, PartitaError
 
 GRACE = 5.0
 """Time for the other processes to end by themselves when one has failed, and again after a signal,
 seconds."""
 POLL = 0.05
 """Time between two looks at the processes, seconds."""
-LOST = 75
-"""Exit code of a process that stops because another one is lost."""
 INTERRUPTED = 130
 """Exit code of a process that Ctrl-C has ended."""
 STOPPED = 15.0
@@ -202,7 +200,7 @@ def _watch(
             f"process {culprit} of {len(codes)} (pid {processes[culprit].pid}) does not answer: it "
             "hangs or was stopped; the others were stopped."
         )
-        return Outcome(LOST, is_loss=True)
+        return Outcome(LostProcessError.exit_code, is_loss=True)
     if interrupted or any(code in (INTERRUPTED, -signal.SIGINT) for code in codes):
         return Outcome(INTERRUPTED)
     if culprit is None:
@@ -286,7 +284,7 @@ def _culprit(codes: Sequence[int | None]) -> int | None:
 
 def _independent_failure(codes: Sequence[int | None]) -> int | None:
     """The first process with an exit code that is no consequence of the end of another one."""
-    consequences = (0, LOST, -signal.SIGABRT, -signal.SIGTERM, None)
+    consequences = (0, LostProcessError.exit_code, -signal.SIGABRT, -signal.SIGTERM, None)
     for number, code in enumerate(codes):
         if code not in consequences:
             return number

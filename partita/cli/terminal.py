@@ -17,7 +17,6 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from partita.cli.launch import LOST
 from partita.errors import LostProcessError, PartitaError, ProcessError
 from partita.search.base import Progress
 from partita.units import format_seconds
@@ -61,7 +60,7 @@ def errors() -> Iterator[None]:
         # The launcher names the process that is lost.
         if not (lost and os.environ.get("PARTITA_LAUNCHED")):
             _print_error(error)
-        leave(LOST if lost else 2)
+        leave(LostProcessError.exit_code if lost else 2)
     except PartitaError as error:
         _print_error(error)
         leave(2)

@@ -46,9 +46,6 @@ ENDED = "ended"
 """In place of that number, when a process ends."""
 WATCH_PERIOD = 2
 """Time between two questions which processes are alive, seconds."""
-LOST_CODE = 75
-"""Exit code of a process that stops because another one is lost."""
-
 ADDRESS = "JAX_COORDINATOR_ADDRESS"
 LOST = ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "Connection closed", "heartbeat")
 """Words in JAX's errors after a process has ended."""
@@ -368,7 +365,7 @@ def _watch_first(
         "so this process stops. The last save is complete: start all again from it."
     )
     sys.stderr.flush()
-    os._exit(LOST_CODE)
+    os._exit(LostProcessError.exit_code)
 
 
 class Changes:
