@@ -741,10 +741,10 @@ def whole(value: Any) -> np.ndarray:
     if is_local(value) or value.is_fully_replicated:
         return np.asarray(value)
     with together("reading the weights"):
-        return np.asarray(_replicated(value))
+        return np.asarray(replicated(value))
 
 
-def _replicated(value: jax.Array) -> jax.Array:
+def replicated(value: jax.Array) -> jax.Array:
     """An array on all devices of its mesh."""
     mesh = value.sharding.mesh  # type: ignore[union-attr]
     return _resharded(jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))(value)
@@ -761,7 +761,7 @@ def _from_group(value: jax.Array) -> np.ndarray:
             here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             shape = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=here)
             return np.asarray(link.ask(members[0], first + index, [shape], "a variable")[0])
-        array = value if value.is_fully_replicated else _replicated(value)
+        array = value if value.is_fully_replicated else replicated(value)
         own = array.addressable_data(0)
         if index == members[0]:
             for other in sorted(set(range(jax.process_count())) - set(members)):

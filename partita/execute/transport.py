@@ -12,19 +12,18 @@ first step, and a process that waits too long ends with a sentence (`execute.cha
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from partita.execute.dispatch import TransferAction, Value
 from partita.execute.phases import DataFlow
 from partita.execute.piece_text import aval
-from partita.execute.processes import channel
+from partita.execute.processes import channel, replicated
 
 Index = tuple[tuple[int, int], ...]
 """Per dim the first and the last element of a shard, the last one excluded."""
@@ -177,7 +176,7 @@ class Between:
         """
         route = self.routes[action.target]
         if array is not None and route.gathers:
-            array = _gathered(array.sharding)(array)
+            array = replicated(array)
         received: dict[Any, Any] = {}
         for message in route.messages:
             is_source = message.source.process_index == self.process
@@ -224,7 +223,7 @@ class Between:
                 for n in positions:
                     array = results[n]
                     if not array.is_fully_replicated:
-                        array = _gathered(array.sharding)(array)
+                        array = replicated(array)
                     results[n] = array.addressable_data(0)
             self._share(place, members[0], positions, results)
         return results
@@ -263,9 +262,3 @@ def _shard(array: Any, device: Any) -> Any:
         if shard.device == device:
             return shard.data
     raise AssertionError("the device has a part")
-
-
-@functools.cache
-def _gathered(sharding: NamedSharding) -> Callable[[Any], Any]:
-    """A compiled copy to all devices of a sharding."""
-    return jax.jit(lambda x: x, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
