@@ -35,7 +35,7 @@ from partita.execute.calibration_sizes import (
     sizes_of,
 )
 from partita.execute.processes import put
-from partita.files.checksums import KEY, check_checksum, checksum
+from partita.files.checksums import KEY, checksum, sealed
 from partita.files.reading import FileKind, checked, parse_toml, read_text
 from partita.files.schema import mapping, plain, positive_number, table
 from partita.files.writing import check_writable
@@ -171,7 +171,7 @@ def calibrated(machine: Machine, devices: int) -> Machine:
     if not path.exists():
         return machine
     table_of_file = parse_toml(read_text(path, CALIBRATION_FILE), path, CALIBRATION_FILE)
-    content = checked(table_of_file, _fields, path, CALIBRATION_FILE)
+    content = checked(table_of_file, _CONTENT, path, CALIBRATION_FILE)
     if content["key"] != key:
         return machine
     figures = machine.provenance()
@@ -180,15 +180,12 @@ def calibrated(machine: Machine, devices: int) -> Machine:
     return machine.revised(values, f"partita machine measure, {path.name}")
 
 
-_FIELDS = table(
-    {"key": mapping(plain), "values": mapping(positive_number)},
-    {"fit": plain, "measured": plain},
+_CONTENT = sealed(
+    table(
+        {"key": mapping(plain), "values": mapping(positive_number)},
+        {"fit": plain, "measured": plain},
+    )
 )
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    """The checked content of a file; FieldError names the wrong field."""
-    return _FIELDS(check_checksum(value))
 
 
 def calibrate(machine: Machine, report: Callable[[str], None]) -> Calibration:

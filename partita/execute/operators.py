@@ -38,7 +38,7 @@ from partita.errors import MachineError
 from partita.execute.calibrate import check_cache, file_of, key_of
 from partita.execute.processes import from_first, is_first, meet
 from partita.files import schema
-from partita.files.checksums import check_checksum, checksum
+from partita.files.checksums import checksum, sealed
 from partita.files.reading import FileKind, read_json
 from partita.files.writing import write_text
 from partita.graph.operator_graph import OperatorGraph, constant_tensors
@@ -66,7 +66,7 @@ _RECORD = schema.table(
         "features": schema.mapping(schema.number(0, 1e6)),
     }
 )
-_FIELDS = schema.table({"key": schema.plain, "operators": schema.mapping(_RECORD)})
+_CONTENT = sealed(schema.table({"key": schema.plain, "operators": schema.mapping(_RECORD)}))
 CHUNK_BYTES = 1 << 30
 """Operands and results of the programs that take turns, bytes."""
 LOOPS = ("while", "case", "if")
@@ -766,13 +766,8 @@ def load(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
     """Records of a file, by digest; none if they are of other devices or libraries."""
     if not path.exists():
         return {}
-    content = read_json(path, OPERATORS_FILE, _fields)
+    content = read_json(path, OPERATORS_FILE, _CONTENT)
     return dict(content["operators"]) if content["key"] == dict(key) else {}
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    """The checked content of a file; FieldError names the wrong field."""
-    return _FIELDS(check_checksum(value))
 
 
 def save(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from partita.files.schema import FieldError, shown
+from partita.files.schema import FieldError, Schema, shown
 
 KEY = "checksum"
 """Key of the checksum in an object."""
@@ -51,6 +51,11 @@ def check_checksum(value: Any) -> Any:
         problem = f"{shown(value[KEY])}, and its content has {checksum(fields)}"
         raise FieldError(problem, "restore the file from a copy").inside(KEY)
     return fields
+
+
+def sealed(schema: Schema) -> Schema:
+    """The schema of an object that may have a checksum beside the fields of `schema`."""
+    return lambda value: schema(check_checksum(value))
 
 
 def array_checksum(array: np.ndarray, start: Sequence[int], shape: Sequence[int]) -> int:

@@ -23,7 +23,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from partita.files.checksums import check_checksum, with_checksum
+from partita.files.checksums import sealed, with_checksum
 from partita.files.reading import FileKind, checked, read_json
 from partita.files.schema import FieldError, Range, record, table, version
 from partita.files.writing import write_text
@@ -328,7 +328,7 @@ GRAPH_FILE = FileKind("a graph", "capture the program again", by_hand=False, mos
 def _graph_fields(value: Any) -> OperatorGraph:
     """The graph of a JSON value; FieldError names the wrong field."""
     schema = version(SCHEMA, "capture the program again")
-    fields = table({"schema": schema, "graph": record(OperatorGraph)})(check_checksum(value))
+    fields = sealed(table({"schema": schema, "graph": record(OperatorGraph)}))(value)
     graph = fields["graph"]
     try:
         _check_numbers(graph)

@@ -25,7 +25,7 @@ from partita.execute.processes import alone, is_local, is_of_group, together, wh
 from partita.files.checksums import (
     MODULUS,
     array_checksum,
-    check_checksum,
+    sealed,
     with_checksum,
 )
 from partita.files.schema import FieldError, items, mapping, row, table, text, whole_number
@@ -41,6 +41,8 @@ Description = dict[str, tuple[tuple[int, ...], str]]
 
 DESCRIPTION = mapping(row(items(whole_number()), text(80)))
 """The schema of a description in a file."""
+ORDER = sealed(table({"seed": whole_number(0, 2**31)}))
+"""The schema of the seed of the order of samples in a file."""
 CHECKSUMS = mapping(whole_number(0, MODULUS - 1))
 """The schema of checksums by name of a variable."""
 
@@ -112,8 +114,7 @@ class Checkpoint(keras.callbacks.Callback):
             if (self.folder / str(epoch) / "checksums").is_dir():
                 _compare_checksums(CHECKSUMS(self._saved_json(epoch, "checksums")), state)
             if (self.folder / str(epoch) / "order").is_dir():
-                order = check_checksum(self._saved_json(epoch, "order"))
-                self._order_seed = table({"seed": whole_number(0, 2**31)})(order)["seed"]
+                self._order_seed = ORDER(self._saved_json(epoch, "order"))["seed"]
         for name, variable in variables.items():
             variable.assign(state[saved_names[name]])
         # Keras's own BackupAndRestore sets the first epoch like this.
