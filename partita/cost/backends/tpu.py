@@ -21,8 +21,8 @@ from itertools import permutations
 
 import numpy as np
 
-from partita.cost.backends.base import Buffers, FusionRules, ProductShape
-from partita.cost.backends.gpu import XlaGpu
+from partita.cost.backends.accelerator import XlaAccelerator
+from partita.cost.backends.base import Buffers, FusionRules
 from partita.cost.sums import readers_of
 from partita.graph.operator_graph import OperatorGraph
 from partita.plans.layout import Reader
@@ -43,8 +43,9 @@ SELECTING = {"reshape", "transpose", "convert", "copy", "gather", "select", "rev
 """Instructions past which a conversion to bfloat16 moves."""
 
 
-class XlaTpu(XlaGpu):
-    """XLA:TPU. It moves and narrows sums as XLA:GPU does."""
+class XlaTpu(XlaAccelerator):
+    """XLA:TPU. Variables are gathered one by one, asynchronously. Whether it joins kernels is not
+    known from compiled programs."""
 
     @property
     def fusion_rules(self) -> FusionRules:
@@ -58,16 +59,6 @@ class XlaTpu(XlaGpu):
         """A product also computes the metric that reads its result."""
         return replace(super().buffers, early_reductions=True)
 
-    @property
-    def combined_gather_bytes(self) -> float:
-        """Variables are gathered one by one, asynchronously."""
-        return 0
-
-    @property
-    def joins_kernels(self) -> bool:
-        """Not known from compiled programs."""
-        return False
-
     def stored_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Bytes of whole tiles, in the order of dims that pads least."""
         if not shape:
@@ -75,10 +66,6 @@ class XlaTpu(XlaGpu):
         if len(shape) == 1:
             return itemsize * _padded(shape[0], LANES)
         return itemsize * _tiled_elements(tuple(shape))
-
-    def work_space_bytes(self, product: ProductShape) -> int:
-        """A product is computed by the matrix units."""
-        return 0
 
     def temporary_bytes(self, live_bytes: np.ndarray, kernels: int) -> np.ndarray:
         """Bytes that do not fit on the chip, and those of the program."""
