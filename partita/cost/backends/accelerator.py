@@ -31,7 +31,7 @@ class XlaAccelerator(Compiler):
 
     @property
     def buffers(self) -> Buffers:
-        """None: cuDNN reads operands as they are, and scatters add in place."""
+        """None: products read operands as they are, and scatters add in place."""
         return Buffers(
             transposed_copies=False,
             early_zeros=False,
