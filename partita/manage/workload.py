@@ -116,9 +116,7 @@ def workload_of(
         seed: Of the efficiencies of kernels, where the hardware hides them.
     """
     plain = hardware.deviating(Deviation())
-    described = _kernel_seconds(program.kernels, plain, np.ones(len(program.kernels)))
-    medium = hardware.medium.index
-    step_seconds = sum(float(seconds[medium]) for _, seconds in described)
+    step_seconds = sum(_medium_seconds(kernel, plain) for kernel in program.kernels)
     length = hardware.assumptions.snippet_seconds
     merged = max(1, math.ceil(0.8 * length / step_seconds))
     repeats = max(1, round(PASS_SECONDS / (merged * step_seconds)))
@@ -146,13 +144,11 @@ def _parts(
     kernels: Sequence[Kernel], factors: np.ndarray, hardware: Hardware, length: float
 ) -> list[Part]:
     """Kernels grouped into snippets of a length, long ones cut, by the description's times."""
-    medium = hardware.medium.index
-    described = _kernel_seconds(kernels, hardware, np.ones(len(kernels)))
     parts: list[Part] = []
     current: Part = []
     elapsed = 0.0
-    for (kernel, kernel_seconds), factor in zip(described, factors, strict=True):
-        seconds = float(kernel_seconds[medium])
+    for kernel, factor in zip(kernels, factors, strict=True):
+        seconds = _medium_seconds(kernel, hardware)
         pieces = max(1, round(seconds / length))
         flops = kernel.flops / pieces
         piece = replace(kernel, flops=flops, nbytes=kernel.nbytes / pieces)
@@ -169,15 +165,16 @@ def _parts(
 
 
 def _kernel_seconds(
-    kernels: Sequence[Kernel], hardware: Hardware, factors: np.ndarray
-) -> list[tuple[Kernel, np.ndarray]]:
-    """Each kernel with its seconds, [setting]."""
-    timed = []
-    for kernel, factor in zip(kernels, factors, strict=True):
-        per_flop = hardware.seconds_per_flop(kernel.op_class, kernel.dtype)
-        compute = kernel.flops * per_flop / factor
-        timed.append((kernel, hardware.kernel_seconds(compute, kernel.nbytes / hardware.bandwidth)))
-    return timed
+    kernel: Kernel, hardware: Hardware, factor: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of a kernel, and those in which cores compute, both [setting]."""
+    compute = kernel.flops * hardware.seconds_per_flop(kernel.op_class, kernel.dtype) / factor
+    return hardware.kernel_seconds(compute, kernel.nbytes / hardware.bandwidth), compute
+
+
+def _medium_seconds(kernel: Kernel, hardware: Hardware) -> float:
+    """Seconds of a kernel at a medium setting."""
+    return float(_kernel_seconds(kernel, hardware)[0][hardware.medium.index])
 
 
 def _snippet(part: Part, hardware: Hardware) -> Snippet:
@@ -185,9 +182,8 @@ def _snippet(part: Part, hardware: Hardware) -> Snippet:
     seconds = np.zeros(count)
     compute_seconds = np.zeros(count)
     for kernel, factor in part:
-        engine = kernel.op_class, kernel.dtype
-        compute = kernel.flops * hardware.seconds_per_flop(*engine) / factor
-        seconds += hardware.kernel_seconds(compute, kernel.nbytes / hardware.bandwidth)
+        kernel_seconds, compute = _kernel_seconds(kernel, hardware, factor)
+        seconds += kernel_seconds
         compute_seconds += compute
     activity = hardware.activity(seconds, compute_seconds)
     return Snippet(
