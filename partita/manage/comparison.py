@@ -16,8 +16,8 @@ from partita.manage.hardware import (
 )
 from partita.manage.power import PowerRun, run_policy
 from partita.manage.program import Program, school_programs
-from partita.manage.registry import POLICIES, RunContext
-from partita.manage.school import LearnedPolicy
+from partita.manage.registry import LEARNED, POLICIES, RunContext
+from partita.manage.school import LearnedPolicy, train_policy
 from partita.manage.workload import Workload, workload_of
 
 HARDWARE: dict[str, Deviation] = {
@@ -86,7 +86,7 @@ def compare_policies(
         steps: Training steps of the run. Default: enough for half a minute.
         seed: Of the kernels' efficiencies, which policies do not know.
         programs: To train learned policies on. Default: `school_programs`.
-        learned: A trained policy for the machine.
+        learned: A trained policy for the machine. Default: one trained on the programs.
 
     Raises:
         PlanError: The trained policy is for another machine.
@@ -97,6 +97,8 @@ def compare_policies(
         learned.check(hardware)
     if programs is None:
         programs = school_programs()
+    if learned is None and not set(LEARNED).isdisjoint(policies):
+        learned = train_policy(hardware, programs)
     described = workload_of(program, hardware)
     passes = described.passes
     if steps is not None:

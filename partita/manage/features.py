@@ -46,7 +46,7 @@ def features_of(observation: Observation, workload: Workload, with_coming: bool)
         observation.nbytes / seconds / 1e9,
         observation.compute_seconds / seconds,
         observation.utilization,
-        _intensity(observation.flops, observation.nbytes),
+        intensity(observation.flops, observation.nbytes),
         observation.mean_watts,
         observation.watts,
         float(active),
@@ -55,10 +55,10 @@ def features_of(observation: Observation, workload: Workload, with_coming: bool)
     ]
     if with_coming:
         coming = workload.snippets[observation.coming]
-        row += [_intensity(coming.flops, coming.nbytes), float(coming.works)]
+        row += [intensity(coming.flops, coming.nbytes), float(coming.works)]
     return row
 
 
-def _intensity(flops: float, nbytes: float) -> float:
+def intensity(flops: float, nbytes: float) -> float:
     """Logarithm of FLOPs per byte; small numbers stand for none."""
     return math.log10((flops + 1e3) / (nbytes + 1e3))

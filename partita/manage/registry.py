@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.util import find_spec
 
 from partita.errors import PlanError
@@ -23,7 +22,7 @@ from partita.manage.policies.schedutil import Schedutil
 from partita.manage.policies.static import Static
 from partita.manage.power import run_policy
 from partita.manage.program import Program
-from partita.manage.school import LearnedPolicy, train_policy
+from partita.manage.school import LearnedPolicy
 from partita.manage.workload import Workload, workload_of
 
 LEARNING_RUNS = 6
@@ -39,22 +38,19 @@ class RunContext:
     real: Workload
     """The workload on the hardware that runs it: known to the oracle only."""
     programs: tuple[Program, ...] = ()
-    """Programs to train learned policies on."""
+    """Programs to train Q-learning on."""
     learned: LearnedPolicy | None = None
-    """A policy from a file, in place of one that is trained."""
-
-    @cached_property
-    def trained(self) -> LearnedPolicy:
-        """The learned policy: the one given, or one trained on the programs."""
-        return self.learned or train_policy(self.described.hardware, self.programs)
+    """The trained policy, for those of `LEARNED`."""
 
     def imitation(self) -> Imitation:
         """The policy that imitates the oracle."""
-        return Imitation(self.trained.tree, self.described)
+        assert self.learned is not None
+        return Imitation(self.learned.tree, self.described)
 
     def gated(self) -> Gated:
         """Imitation that asks the corrected model when it is unsure."""
-        return Gated(self.imitation(), Corrected(self.described), self.trained.ranges)
+        assert self.learned is not None
+        return Gated(self.imitation(), Corrected(self.described), self.learned.ranges)
 
     def qlearning(self) -> QLearning:
         """Q-learning after some runs of the programs."""
@@ -84,7 +80,7 @@ POLICIES: dict[str, Callable[[RunContext], Policy]] = {
 
 
 LEARNED = ("imitation", "gated")
-"""Policies that need scikit-learn, unless a file has their tree."""
+"""Policies that need a trained one: from a file, or trained by scikit-learn."""
 
 
 def policy_names(text: str, has_file: bool = False) -> tuple[str, ...]:

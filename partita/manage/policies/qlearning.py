@@ -11,6 +11,7 @@ from itertools import product
 import numpy as np
 
 from partita.manage.action import Setting
+from partita.manage.features import intensity
 from partita.manage.hardware import Hardware
 from partita.manage.observation import Observation
 from partita.manage.policies.base import Policy
@@ -47,8 +48,7 @@ class QLearning(Policy):
     def decide(self, observation: Observation) -> Setting:
         assert self.workload is not None
         coming = self.workload.snippets[observation.coming]
-        intensity = np.log10((coming.flops + 1e3) / (coming.nbytes + 1e3))
-        state = int(intensity * 4), coming.works
+        state = int(intensity(coming.flops, coming.nbytes) * 4), coming.works
         values = self.table.setdefault(state, np.zeros(len(self.actions)))
         if self.last is not None and not observation.is_first:
             self._reward(observation, float(values.max()))
