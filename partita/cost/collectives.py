@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from partita.cost.backends import Compiler, compiler_of
 from partita.cost.partial import Factors, operand_labels, pending_sums, reduced_factors
 from partita.cost.reshard import Axes, emitted_steps, step_bytes
-from partita.cost.sums import LaidOutProgram, Sum, readers_of
-from partita.graph.flat import LIBRARY_CALLS
+from partita.cost.sums import LaidOutProgram, Sum
+from partita.graph.flat import LIBRARY_CALLS, Reader, readers_of
 from partita.graph.operator_graph import (
     ITEMSIZE,
     DimFactors,
@@ -35,7 +35,7 @@ from partita.graph.operator_graph import (
     per_graph,
 )
 from partita.machine import Backend
-from partita.plans.layout import Layout, Reader, Sharding, label_sharding, over_devices, time_axes
+from partita.plans.layout import Layout, Sharding, label_sharding, over_devices, time_axes
 from partita.plans.plan import Mesh
 
 DEFAULT = Backend()

@@ -30,9 +30,8 @@ from partita.cost.collectives import DEFAULT, emitted_sums, local_shape
 from partita.cost.fusion import Fusion, fused_under, producers, reads, transposes
 from partita.cost.partial import Factors, gradients, operand_labels, reduced_factors, split_axes
 from partita.cost.reshard import Axes
-from partita.cost.sums import readers_of
 from partita.cost.work import group_factors
-from partita.graph.flat import LIBRARY_CALLS
+from partita.graph.flat import LIBRARY_CALLS, readers_of
 from partita.graph.operator_graph import (
     ITEMSIZE,
     IdentityKey,

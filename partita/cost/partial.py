@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from partita.cost.reshard import Axes
+from partita.graph.flat import Reader
 from partita.graph.gradient_sums import GradientSum, gradient_sums
 from partita.graph.operator_graph import IdentityKey, Instruction, Label, OperatorGraph, per_graph
-from partita.plans.layout import Layout, Reader
+from partita.plans.layout import Layout
 
 Factors = tuple[int, ...]
 """Factors of the graph, by index."""

@@ -15,15 +15,15 @@ one. A backend (`cost.backends`) is a sequence of passes, named as in XLA:
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from partita.cost.reshard import Axes, emitted_steps
+from partita.graph.flat import Reader, readers_of
 from partita.graph.gradient_sums import PASSING
 from partita.graph.operator_graph import Instruction, OperatorGraph, per_graph
-from partita.plans.layout import Layout, Reader, Sharding
+from partita.plans.layout import Layout, Sharding
 from partita.plans.plan import Mesh
 
 SumKind = Literal["all_reduce", "all_gather", "reduce_scatter"]
@@ -67,19 +67,6 @@ class LoopSum:
     """The carried tensor after the loop."""
     trips: int
     """Trips of one run of the loop."""
-
-
-@per_graph
-def readers_of(graph: OperatorGraph) -> dict[int, tuple[Reader, ...]]:
-    """Tensor -> its readers, of results and values that loops yield as (-1, 0)."""
-    readers: dict[int, list[Reader]] = defaultdict(list)
-    for i, instruction in enumerate(graph.instructions):
-        for position, tensor in enumerate(instruction.operands):
-            readers[tensor].append((i, position))
-    yielded = [tensor for loop in graph.loops for _, _, tensor, _ in loop.carried]
-    for tensor in (*graph.outputs, *yielded):
-        readers[tensor].append((-1, 0))
-    return {tensor: tuple(places) for tensor, places in readers.items()}
 
 
 def only_reader(graph: OperatorGraph, tensor: int) -> int | None:

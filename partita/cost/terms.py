@@ -29,9 +29,9 @@ from partita.cost.partial import (
     read_labels,
     reduced_factors,
 )
-from partita.cost.sums import loop_sums, readers_of
+from partita.cost.sums import loop_sums
 from partita.cost.work import group_factors
-from partita.graph.flat import HEAVY, LIBRARY_CALLS
+from partita.graph.flat import HEAVY, LIBRARY_CALLS, Reader, readers_of
 from partita.graph.operator_graph import (
     ITEMSIZE,
     Instruction,
@@ -43,13 +43,7 @@ from partita.graph.operator_graph import (
     constant_tensors,
 )
 from partita.machine import FULL_FLOAT32, Backend
-from partita.plans.layout import (
-    Reader,
-    compute_copies,
-    gathering_passes,
-    is_accelerated,
-    update_families,
-)
+from partita.plans.layout import compute_copies, gathering_passes, is_accelerated, update_families
 
 OP_CLASS = {
     "dot_general": "dot",

@@ -11,10 +11,15 @@ from partita.graph.operator_graph import (
     Argument,
     Instruction,
     Loop,
+    OperatorGraph,
     Tensor,
     carried_tensors,
+    per_graph,
 )
 
+Reader = tuple[int, int]
+"""An instruction and the position of the operand that it reads. Instruction -1: the result of the
+step at that position."""
 HEAVY = {
     "dot_general",
     "convolution",
@@ -210,3 +215,16 @@ def _outermost_loops(loops: Sequence[Loop]) -> dict[int, int]:
         for index in range(*loops[number].body):
             loop_of[index] = number
     return loop_of
+
+
+@per_graph
+def readers_of(graph: OperatorGraph) -> dict[int, tuple[Reader, ...]]:
+    """Tensor -> its readers, of results and values that loops yield as (-1, 0)."""
+    readers: dict[int, list[Reader]] = defaultdict(list)
+    for i, instruction in enumerate(graph.instructions):
+        for position, tensor in enumerate(instruction.operands):
+            readers[tensor].append((i, position))
+    yielded = [tensor for loop in graph.loops for _, _, tensor, _ in loop.carried]
+    for tensor in (*graph.outputs, *yielded):
+        readers[tensor].append((-1, 0))
+    return {tensor: tuple(places) for tensor, places in readers.items()}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 
-from partita.graph.flat import HEAVY
+from partita.graph.flat import HEAVY, Reader, readers_of
 from partita.graph.operator_graph import (
     CONDITIONALS,
     Argument,
@@ -27,9 +27,6 @@ from partita.plans.plan import Mesh, Plan, Storage, placed_slice
 
 Sharding = tuple[tuple[int, ...], ...]
 """Per dim of a tensor, the mesh axes (by index) that split it, major to minor."""
-Reader = tuple[int, int]
-"""An instruction and the position of the operand that it reads. Instruction -1: the result of the
-step at that position."""
 Assignment = dict[int, tuple[int, ...]]
 """Factor -> the mesh axes that split it, in mesh order."""
 
@@ -401,10 +398,6 @@ def converted_gradients(graph: OperatorGraph) -> dict[int, int]:
     """Gradient that a conversion makes for one update alone -> its parameter."""
     families = update_families(graph)
     producers = _producers(graph)
-    readers: dict[int, list[int]] = defaultdict(list)
-    for index, instruction in enumerate(graph.instructions):
-        for tensor in instruction.operands:
-            readers[tensor].append(index)
     gradients: dict[int, int] = {}
     for instruction in graph.instructions:
         parameters = {families[t] for t in instruction.results if t in families}
@@ -417,7 +410,8 @@ def converted_gradients(graph: OperatorGraph) -> dict[int, int]:
             source = graph.instructions[producers[tensor]] if tensor in producers else None
             if source is None or source.name != "convert" or source.trips != 1:
                 continue
-            updated = {families.get(graph.instructions[i].results[0]) for i in readers[tensor]}
+            readers = [i for i, _ in readers_of(graph)[tensor] if i >= 0]
+            updated = {families.get(graph.instructions[i].results[0]) for i in readers}
             if updated == {parameter} and tensor not in graph.outputs:
                 gradients[tensor] = parameter
     return gradients
@@ -433,20 +427,16 @@ def gathering_passes(graph: OperatorGraph) -> dict[int, int]:
     parameters = {a.tensor for a in graph.arguments if a.role == "parameter"}
     if not is_accelerated(graph):
         return dict.fromkeys(parameters, 1)
-    gathered = {tensor: tensor for tensor in parameters}
-    for parameter, (_, result) in compute_copies(graph).items():
-        del gathered[parameter]
-        gathered[result] = parameter
-    readers: dict[int, list[Reader]] = {parameter: [] for parameter in parameters}
-    for i, instruction in enumerate(graph.instructions):
-        if instruction.phase == "update":
-            continue
-        for position, operand in enumerate(instruction.operands):
-            if operand in gathered:
-                readers[gathered[operand]].append((i, position))
+    copies = compute_copies(graph)
     passes = {}
-    for parameter, places in readers.items():
-        passes[parameter] = len(_gathered_again(graph, Read(parameter, -1, (), tuple(places))))
+    for parameter in parameters:
+        gathered = copies[parameter][1] if parameter in copies else parameter
+        readers = tuple(
+            (i, position)
+            for i, position in readers_of(graph).get(gathered, ())
+            if i >= 0 and graph.instructions[i].phase != "update"
+        )
+        passes[parameter] = len(_gathered_again(graph, Read(parameter, -1, (), readers)))
     return passes
 
 

@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from partita.cost.backends.base import Buffers, Compiler
-from partita.cost.sums import (
-    LaidOutProgram,
-    Sum,
-    fold,
-    join_additions,
-    leave_loops,
-    readers_of,
-    scatter,
-)
+from partita.cost.sums import LaidOutProgram, Sum, fold, join_additions, leave_loops, scatter
+from partita.graph.flat import Reader, readers_of
 from partita.graph.operator_graph import ITEMSIZE, OperatorGraph
-from partita.plans.layout import Reader
 
 COMBINED_BYTES = 30 << 20
 """Bytes of a combined collective (xla/service/collective_utils.h)."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from partita.cost.sums import LaidOutProgram, Sum
+from partita.graph.flat import Reader
 from partita.graph.operator_graph import ITEMSIZE, OperatorGraph
 from partita.machine import Backend
-from partita.plans.layout import Reader
 
 
 @dataclass(frozen=True)

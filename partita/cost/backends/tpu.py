@@ -23,9 +23,8 @@ import numpy as np
 
 from partita.cost.backends.accelerator import XlaAccelerator
 from partita.cost.backends.base import Buffers, FusionRules
-from partita.cost.sums import readers_of
+from partita.graph.flat import Reader, readers_of
 from partita.graph.operator_graph import OperatorGraph
-from partita.plans.layout import Reader
 
 PRODUCTS = {"dot_general", "convolution"}
 LANES = 128
