@@ -23,7 +23,7 @@ import keras
 from partita.errors import GraphError
 from partita.gnn.nn.block import Block, EdgeEnds
 from partita.gnn.nn.isomorphism import checked_edges
-from partita.gnn.nn.layers import PACKAGE, AbstractConv, add, product, widths_of
+from partita.gnn.nn.layers import PACKAGE, AbstractConv, product, widths_of, with_bias
 from partita.gnn.nn.pieces import BlockPiece, by_columns, by_rows
 from partita.gnn.nn.sums import edge_max, edge_sum, spread
 from partita.gnn.nn.vertices import PairDropout
@@ -154,14 +154,12 @@ class GATv2Conv(AttentionConv):
 
     def pieces(self, width: int, training: bool = False, target: str = "x") -> Sequence[BlockPiece]:
         def source_rows(x: Any) -> Any:
-            l = product(x, self.kernel)
-            return l if self.kernel_shift is None else add(l, self.kernel_shift)
+            return with_bias(product(x, self.kernel), self.kernel_shift)
 
         def target_rows(t: Any) -> Any:
             if self.destination is None:
                 return source_rows(t)
-            r = product(t, self.destination)
-            return r if self.destination_shift is None else add(r, self.destination_shift)
+            return with_bias(product(t, self.destination), self.destination_shift)
 
         def multiply(*tables: Any) -> Any:
             return source_rows(tables[0]), target_rows(tables[-1])

@@ -19,7 +19,7 @@ import keras
 from partita.errors import GraphError
 from partita.gnn.nn import rows
 from partita.gnn.nn.block import Block
-from partita.gnn.nn.layers import PACKAGE, AbstractConv, add, product, sum_of_edges, widths_of
+from partita.gnn.nn.layers import PACKAGE, AbstractConv, product, sum_of_edges, widths_of, with_bias
 from partita.gnn.nn.pieces import BlockPiece, by_columns, by_rows
 from partita.gnn.nn.sums import edge_sum
 
@@ -108,8 +108,8 @@ class GINConv(AbstractConv):
 
     def dense(self, y: Any) -> Any:
         """The default network after its first product."""
-        y = y if self.shift is None else add(y, self.shift)
-        return self.finished(product(keras.ops.relu(y), self.second), self.second_shift)
+        hidden = keras.ops.relu(with_bias(y, self.shift))
+        return self.finished(product(hidden, self.second), self.second_shift)
 
     def own_network(self, training: bool, target: str) -> BlockPiece:
         """The given network, cut by rows if it does not mix them."""
@@ -158,8 +158,7 @@ class GINEConv(GINConv):
         ends = graph.ends(x)
         edge = checked_edges(self, ends.features, self.edge_dim or self.width)
         if self.edge_dim is not None:
-            edge = product(edge, self.edge_kernel)
-            edge = edge if self.edge_shift is None else add(edge, self.edge_shift)
+            edge = with_bias(product(edge, self.edge_kernel), self.edge_shift)
         messages: Any = keras.ops.relu(ends.source + edge)
         return (edge_sum(ends.by_edge, messages.astype(jnp.float32)).astype(x.dtype),)
 

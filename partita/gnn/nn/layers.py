@@ -35,7 +35,10 @@ from partita.gnn.nn.pieces import BlockPiece, by_columns, by_rows, run
 PACKAGE = "partita"
 """Name under which Keras registers the layers."""
 
-add: Any = keras.ops.add
+
+def with_bias(y: Any, bias: Any) -> Any:
+    """y [rows, features] plus a layer's bias, if it has one."""
+    return y if bias is None else keras.ops.add(y, bias)
 
 
 def product(x: Any, kernel: Any) -> Any:
@@ -102,7 +105,7 @@ class AbstractConv(keras.layers.Layer):
 
     def finished(self, y: Any, bias: Any) -> Any:
         """y with bias and activation."""
-        return self.activation(y if bias is None else add(y, bias))
+        return self.activation(with_bias(y, bias))
 
     def pieces(self, width: int, training: bool = False, target: str = "x") -> Sequence[BlockPiece]:
         """The layer on rows of `width` features, table "x"; the last piece writes the result.
@@ -249,12 +252,12 @@ class SAGEConv(AbstractConv):
 
     def _projected(self, x: Any) -> Any:
         y = product(x, self.projection)
-        return keras.ops.relu(y if self.projection_shift is None else add(y, self.projection_shift))
+        return keras.ops.relu(with_bias(y, self.projection_shift))
 
     def finished(self, y: Any, bias: Any) -> Any:
         if not self.normalize:
             return super().finished(y, bias)
-        y = y if bias is None else add(y, bias)
+        y = with_bias(y, bias)
         norm = jnp.sqrt(jnp.maximum((y**2).sum(axis=1, keepdims=True), 1e-24))
         return self.activation(y / norm)
 
@@ -332,11 +335,8 @@ class GatedGraphConv(AbstractConv):
 
         r is the reset gate, z the update gate, n the candidate.
         """
-        from_message = product(message, self.gates)
-        from_state = product(state, self.recurrent)
-        if self.shift is not None:
-            from_message = add(from_message, self.shift)
-            from_state = add(from_state, self.recurrent_shift)
+        from_message = with_bias(product(message, self.gates), self.shift)
+        from_state = with_bias(product(state, self.recurrent), self.recurrent_shift)
         message_r, message_z, message_n = jnp.split(from_message, 3, axis=1)
         state_r, state_z, state_n = jnp.split(from_state, 3, axis=1)
         r = jax.nn.sigmoid(message_r + state_r)
