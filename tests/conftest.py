@@ -1,5 +1,6 @@
 """Every test sees eight virtual CPU devices of one thread each, whatever it imports first."""
 
+import fcntl
 import gc
 import os
 import time
@@ -34,8 +35,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with Partita's wheel and its requirements alone."""
-    return installation.create(tmp_path_factory.mktemp("installation"))
+    """The interpreter of an environment with Partita's wheel and its requirements alone.
+
+    The processes of `pytest -n` share one, and with it the kernels that numba compiles.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return installation.create(tmp_path_factory.mktemp("installation"))
+    folder = tmp_path_factory.getbasetemp().parent / "installation"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        python = folder / "environment/bin/python"
+        if not (folder / "complete").exists():
+            assert installation.create(folder) == python
+            (folder / "complete").touch()
+    return python
 
 
 SCRIPT = """

@@ -91,8 +91,9 @@ PEER = """
     from partita.execute import processes
     from partita.execute.processes import group, join, together
 
-    join(group(), print)
     processes.WAIT_SECONDS = 2
+    processes.HEARTBEAT = 5
+    join(group(), print)
     channel = processes.channel()
     array = jax.numpy.arange(3.0)
     if jax.process_index() == 1:
