@@ -25,7 +25,7 @@ from partita.cost.terms import Terms, cost_terms
 from partita.errors import PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
-from partita.manage.plan_costs import CorrectedCosts
+from partita.management.plan_costs import CorrectedCosts
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
 from partita.plans.plan import Mesh, Plan, mesh_for

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from partita.machine import Machine, load
-from partita.manage.comparison import compare_policies
-from partita.manage.hardware import hardware_of
-from partita.manage.program import captured_programs, school_programs
-from partita.manage.registry import POLICIES
-from partita.manage.school import train_policy
+from partita.management.comparison import compare_policies
+from partita.management.hardware import hardware_of
+from partita.management.program import captured_programs, school_programs
+from partita.management.registry import POLICIES
+from partita.management.school import train_policy
 
 UNTRAINED = tuple(name for name in POLICIES if name not in ("imitation", "gated", "qlearning"))
 

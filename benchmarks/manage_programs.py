@@ -2,7 +2,7 @@
 
     python benchmarks/manage_programs.py [--only mlp] [--output programs.json]
 
-`partita/manage/programs.json` is its output. Steps of 0.1 to 32 GFLOP; kernels of at least a
+`partita/management/programs.json` is its output. Steps of 0.1 to 32 GFLOP; kernels of at least a
 thousandth of a step's work stay apart, smaller ones are merged into the kernel before them.
 """
 
@@ -23,7 +23,7 @@ from keras import layers
 
 from partita.capture.program import capture_program
 from partita.machine import Backend
-from partita.manage.program import Program, merged, program_rows, step_program
+from partita.management.program import Program, merged, program_rows, step_program
 
 Layers = list[Any]
 

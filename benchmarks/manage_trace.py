@@ -14,13 +14,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from partita.manage.plan_table import PlanTable
-from partita.manage.policies.at_once import AtOnce
-from partita.manage.policies.never import Never
-from partita.manage.policies.rule import Rule
-from partita.manage.policies.waiting import Slowdown, WaitingPolicy
-from partita.manage.replay import Prices, clairvoyant, replay
-from partita.manage.traces import MachineState, slow_downs
+from partita.management.plan_table import PlanTable
+from partita.management.policies.at_once import AtOnce
+from partita.management.policies.never import Never
+from partita.management.policies.rule import Rule
+from partita.management.policies.waiting import Slowdown, WaitingPolicy
+from partita.management.replay import Prices, clairvoyant, replay
+from partita.management.traces import MachineState, slow_downs
 
 TIMES = 60
 SLOW = MachineState(slow=((0, 0.3),))

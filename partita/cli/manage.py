@@ -61,10 +61,10 @@ def simulate(
     Example: partita manage simulate train.py --machine dgx-h100:4 --trace events.jsonl
     """
     with errors():
-        from partita.manage.comparison import compare_policies
-        from partita.manage.program import step_program
-        from partita.manage.registry import policy_names
-        from partita.manage.school import load_policy
+        from partita.management.comparison import compare_policies
+        from partita.management.program import step_program
+        from partita.management.registry import policy_names
+        from partita.management.school import load_policy
         from partita.report.policy_tables import policy_summary, policy_table
 
         if target.machine is None:
@@ -106,9 +106,9 @@ def _replay(
     as_json: bool,
 ) -> None:
     """Replays a trace under policies that change plans, and prints the steps of each."""
-    from partita.manage.plan_table import plan_table
-    from partita.manage.replay import WAITING, Prices, clairvoyant, replay, waiting_names
-    from partita.manage.traces import load_trace
+    from partita.management.plan_table import plan_table
+    from partita.management.replay import WAITING, Prices, clairvoyant, replay, waiting_names
+    from partita.management.traces import load_trace
     from partita.report.policy_tables import replay_table
 
     events = load_trace(trace)
@@ -152,9 +152,9 @@ def train(
     Example: partita manage train --machine rk3588 --save policy.json
     """
     with errors():
-        from partita.manage.hardware import hardware_of
-        from partita.manage.program import school_programs
-        from partita.manage.school import train_policy
+        from partita.management.hardware import hardware_of
+        from partita.management.program import school_programs
+        from partita.management.school import train_policy
 
         check_writable(policy=save)
         hardware = hardware_of(load(machine))

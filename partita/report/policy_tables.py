@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from partita.manage.comparison import PolicyComparison
-from partita.manage.hardware import Assumptions
-from partita.manage.replay import Replay
+from partita.management.comparison import PolicyComparison
+from partita.management.hardware import Assumptions
+from partita.management.replay import Replay
 from partita.report.tables import add_columns, add_row, new_table
 from partita.units import format_flops, format_joules, format_seconds
 

@@ -108,6 +108,6 @@ def test_a_smaller_machine_keeps_the_power_of_its_devices() -> None:
 
 def test_islands_of_a_manycore_have_settings_of_their_own() -> None:
     """Four equal islands at one of five points or off: 126 multisets, without all off."""
-    from partita.manage.hardware import hardware_of
+    from partita.management.hardware import hardware_of
 
     assert len(hardware_of(load("manycore-64")).settings) == 125
