@@ -306,16 +306,26 @@ def resolve_plan(
             "found", which searches.
         report: Called with the progress of a search.
     """
+    given = given_plan(plan)
+    if given is None:
+        return best_plan(graph, machine, report)
+    return _applied(given, graph, machine)
+
+
+def given_plan(plan: Plan | str | Path) -> Plan | str | None:
+    """A plan, or that of a file; the name of a baseline; None for "found", which searches.
+
+    PlanError if it is none of these.
+    """
     if isinstance(plan, Plan):
-        return check_plan(plan, graph, machine)
+        return plan
     text = str(plan)
     name = SHORT_NAMES.get(text.lower(), text)
     if name == "found":
-        return best_plan(graph, machine, report)
+        return None
     by_key = {_key(baseline): baseline for baseline in BASELINES}
-    baseline = by_key.get(_key(name))
-    if baseline is not None:
-        return BASELINES[baseline](graph, machine.name, mesh_of(machine))
+    if _key(name) in by_key:
+        return by_key[_key(name)]
     if not Path(name).exists():
         names = sorted({*SHORT_NAMES, *(by_key.keys() - SHORT_NAMES.keys())})
         raise PlanError(
@@ -323,7 +333,14 @@ def resolve_plan(
             "--save-plan' wrote, "
             f"'found', or one of {', '.join(names)}."
         )
-    return check_plan(Plan.load(name), graph, machine)
+    return Plan.load(name)
+
+
+def _applied(given: Plan | str, graph: OperatorGraph, machine: Machine) -> Plan:
+    """A given plan or baseline for a graph on a machine, checked."""
+    if isinstance(given, str):
+        return BASELINES[given](graph, machine.name, mesh_of(machine))
+    return check_plan(given, graph, machine)
 
 
 def _key(name: str) -> str:
@@ -342,14 +359,14 @@ def make_planner(
     options: SearchOptions = DEFAULTS,
     on_plan: PlanListener | None = None,
 ) -> Planner:
-    """A function from a captured step to its plan: the given plan, checked, or else the result of a
-    search.
+    """A function from a captured step to its plan: the given one of `resolve_plan`, checked, or
+    else the result of a search.
 
     Its second argument is the MemoryBudgetError of a compiler that refused the plan before: it then
     gives the fastest plan that is smaller. A given plan is not replaced; the error names the
     smaller one. Of several processes process 0 searches.
     """
-    given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+    given = given_plan(plan) if plan is not None else None
     if options.measure_operators:
         check_measurable(machine)
     from partita.execute.processes import from_first
@@ -364,12 +381,12 @@ def make_planner(
         return Plan.from_json(json.loads(from_first("plan", best)))
 
     def choose(captured: Captured, refused: MemoryBudgetError | None = None) -> Plan:
-        needed = given.devices if given is not None else None
+        needed = given.devices if isinstance(given, Plan) else None
         target = resolve_machine(machine, devices or needed)
         if refused is not None:
             return _smaller_plan(captured.graph, target, given, refused, options.report)
         if given is not None:
-            chosen = check_plan(given, captured.graph, target)
+            chosen = _applied(given, captured.graph, target)
         else:
             chosen = searched_plan(captured, target)
         if on_plan is not None:
@@ -382,7 +399,7 @@ def make_planner(
 def _smaller_plan(
     graph: OperatorGraph,
     machine: Machine,
-    given: Plan | None,
+    given: Plan | str | None,
     refused: MemoryBudgetError,
     report: Report | None,
 ) -> Plan:

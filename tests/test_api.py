@@ -91,6 +91,18 @@ def test_what_a_compiler_refused_is_planned_smaller_and_a_given_plan_is_answered
         make_planner(machine=machine)(captured, MemoryBudgetError("", 1e6))
 
 
+def test_a_baseline_is_run_by_its_name() -> None:
+    captured = capture_program(made(), 256)
+    machine = host(4, 1 << 30)
+    named = make_planner("dp", machine=machine)(captured)
+    assert named == partita.planning.resolve_plan("data parallel", captured.graph, machine)
+    assert named.devices == 4 and named.name == "data parallel"
+    searched = make_planner("found", machine=machine)(captured)
+    assert searched == make_planner(machine=machine)(captured)
+    with pytest.raises(PlanError, match="no plan file and no plan named 'ddp'. Give a file that"):
+        make_planner("ddp", machine=machine)
+
+
 def test_an_option_that_a_verb_lacks_is_a_type_error_with_the_nearest_one() -> None:
     with pytest.raises(TypeError, match=r"plan\(\) has no option 'stgaes'. Did you mean 'stages'"):
         partita.plan(made(), 32, machine=host(2, 1 << 30), stgaes=True)  # pyright: ignore

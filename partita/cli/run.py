@@ -33,7 +33,7 @@ from partita.cli.terminal import (
     say_timing,
 )
 from partita.machine import Machine
-from partita.planning import SearchOptions, make_planner, simulate_plan
+from partita.planning import SearchOptions, given_plan, make_planner, simulate_plan
 from partita.plans.plan import Plan
 from partita.simulation.timeline import Timeline
 
@@ -59,7 +59,11 @@ def run(
     group: Group,
     files: PlanFiles,
     plan: Annotated[
-        Path | None, typer.Option(help="Run this plan.", show_default="search for one")
+        str | None,
+        typer.Option(
+            help="Run this plan: a file, or a baseline: dp, tp, owt, fsdp, ...",
+            show_default="search for one",
+        ),
     ] = None,
     verify: Annotated[
         bool,
@@ -81,15 +85,16 @@ def run(
             check_writable(report=files.report, plan=files.save_plan)
             note_slips(context)
         devices = group.devices
-        if devices is None and plan is not None:
-            devices = Plan.load(plan).devices
+        given = given_plan(plan) if plan is not None else None
+        if devices is None and isinstance(given, Plan):
+            devices = given.devices
         run_in_processes(group.processes, devices, group.restarts)
         prints = join_processes() and not quiet
         start_devices(devices)
         from partita.keras.script import run_script
 
         activity = Activity(prints)
-        record = Record(files, prints, group.devices is None and plan is None)
+        record = Record(files, prints, group.devices is None and given is None)
         options = SearchOptions(
             measure_operators=measure_operators,
             report=activity.report,
@@ -100,7 +105,7 @@ def run(
             code = run_script(
                 script,
                 context.args,
-                make_planner(plan, group.devices, options=options, on_plan=record.planned),
+                make_planner(given, group.devices, options=options, on_plan=record.planned),
                 report=report,
                 verify=verify,
                 trained=record.trained,
