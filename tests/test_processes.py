@@ -41,6 +41,8 @@ SCRIPT = """
     loss = model.evaluate(x, y, verbose=0)[0]
     print("figures", *(repr(float(v)) for v in (*history["loss"], *history["val_loss"], loss, model.predict(x[:7], verbose=0).sum())))
     print("weights", repr(float(sum(np.abs(w).sum() for w in model.get_weights()))))
+    absolute = [keras.ops.convert_to_numpy(keras.ops.abs(w)) for w in model.weights]
+    print("absolute", repr(float(sum(w.sum() for w in absolute))))
     again = keras.models.load_model("best.keras")
     print("restored", repr(float(sum(np.abs(w).sum() for w in again.get_weights()))))
 """
@@ -86,15 +88,15 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
     ).stdout
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(("processes", "plan"), [(2, ["--plan", "fsdp"]), (4, [])])
 def test_processes_compute_what_one_computes_and_write_once(
-    processes: int, plain: str, tmp_path: Path
+    processes: int, plan: list[str], plain: str, tmp_path: Path
 ) -> None:
-    job = start(tmp_path, processes)
+    job = start(tmp_path, processes, more=plan)
     out, err = job.communicate(timeout=200)
     assert job.returncode == 0, err
-    assert f"host:{processes}" in err and "predicted" in err
-    for what in ("figures", "weights", "restored"):
+    assert plan or (f"host:{processes}" in err and "predicted" in err)
+    for what in ("figures", "weights", "absolute", "restored"):
         np.testing.assert_allclose(figures(out, what), figures(plain, what), rtol=2e-4)
     lines = (tmp_path / "log.csv").read_text().splitlines()
     assert len(lines) == 3, "a header and two epochs, written by one process"

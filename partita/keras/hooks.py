@@ -19,6 +19,7 @@ from partita.capture.keras_models import capture_model
 from partita.capture.targets import CaptureTarget
 from partita.errors import PartitaError
 from partita.execute.function import Planner
+from partita.execute.processes import alone
 from partita.keras.fit import (
     Activity,
     Verifier,
@@ -28,6 +29,7 @@ from partita.keras.fit import (
     no_activity,
     restore_state,
 )
+from partita.keras.saving import save_once
 
 
 @contextmanager
@@ -39,6 +41,8 @@ def attaching(
 ) -> Iterator[list[keras.Model]]:
     """Inside, every model is attached when it is first trained; gives the attached models."""
     models: list[keras.Model] = []
+    if not alone():
+        save_once()  # before the first `fit`, which opens the files of its callbacks
 
     def make_train_function(model: Any, force: bool = False) -> None:
         if attached(model) is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import keras
 import numpy as np
+from keras.src import backend
 
 from partita.execute.processes import from_first, is_first, whole
 
@@ -27,11 +28,35 @@ def save_once() -> None:
     same error.
     """
     keras.Variable.__array__ = _array
+    backend.convert_to_numpy = _gathering(backend.convert_to_numpy)
     for name in ("save", "save_weights", "export"):
         setattr(keras.Model, name, _written_once(name, getattr(keras.Model, name)))
     if not is_first():
         for name in ("on_train_begin", "on_epoch_end", "on_train_end"):
             setattr(keras.callbacks.CSVLogger, name, _do_nothing)
+        log_aside(keras.callbacks.TensorBoard)
+
+
+def log_aside(callback_class: Any) -> None:
+    """Makes a callback class with `log_dir`, Keras's TensorBoard, log into a folder that is removed
+    after training.
+
+    It must not write nothing: reading a variable for a histogram is something that all processes do
+    together.
+    """
+    set_model, on_train_end = callback_class.set_model, callback_class.on_train_end
+
+    @functools.wraps(set_model)
+    def set_model_aside(callback: Any, model: Any) -> None:
+        callback.log_dir = tempfile.mkdtemp(prefix="partita-")
+        set_model(callback, model)
+
+    @functools.wraps(on_train_end)
+    def end_and_remove(callback: Any, logs: Any = None) -> None:
+        on_train_end(callback, logs)
+        shutil.rmtree(callback.log_dir, ignore_errors=True)
+
+    callback_class.set_model, callback_class.on_train_end = set_model_aside, end_and_remove
 
 
 def _do_nothing(*arguments: Any, **keywords: Any) -> None:
@@ -44,6 +69,16 @@ def _array(variable: Any, dtype: Any = None, copy: bool | None = None) -> Any:
     if not isinstance(value, jax.Array):
         return np.array(value, dtype)
     return np.asarray(whole(value), dtype)
+
+
+def _gathering(convert_to_numpy: Any) -> Any:
+    """Keras's function from an array to NumPy's, gathering from all processes."""
+
+    @functools.wraps(convert_to_numpy)
+    def convert(value: Any) -> Any:
+        return convert_to_numpy(whole(value) if isinstance(value, jax.Array) else value)
+
+    return convert
 
 
 def _written_once(name: str, method: Any) -> Any:
