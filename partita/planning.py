@@ -386,7 +386,7 @@ def make_planner(
         if refused is not None:
             return _smaller_plan(captured.graph, target, given, refused, options.report)
         if given is not None:
-            chosen = _applied(given, captured.graph, target)
+            chosen = _with_prediction(_applied(given, captured.graph, target), captured, target)
         else:
             chosen = searched_plan(captured, target)
         if on_plan is not None:
@@ -394,6 +394,19 @@ def make_planner(
         return chosen
 
     return choose
+
+
+def _with_prediction(plan: Plan, captured: Captured, machine: Machine) -> Plan:
+    """A plan with predicted seconds and bytes; of several processes process 0 predicts them."""
+    from partita.execute.processes import from_first
+
+    if plan.predicted:
+        return plan
+
+    def predicted() -> str:
+        return json.dumps(predict_plan(captured.graph, machine, plan).to_json())
+
+    return replace(plan, predicted=json.loads(from_first("prediction", predicted)))
 
 
 def _smaller_plan(
