@@ -72,7 +72,7 @@ class _Reader:
         """The number of a value, which is new at its first use."""
         if value not in self.ids:
             self.ids[value] = len(self.program.tensors)
-            self.program.tensors.append(_tensor(value.type))
+            self.program.tensors.append(tensor_of(value.type))
         return self.ids[value]
 
     def block(self, block: ir.Block, trips: int) -> list[int]:
@@ -220,7 +220,7 @@ class _Reader:
         return None if tensor is None else self.constants.get(tensor)
 
 
-def _tensor(kind: Any) -> Tensor:
+def tensor_of(kind: Any) -> Tensor:
     """The shape and dtype of an MLIR type."""
     if not isinstance(kind, ir.RankedTensorType):
         return Tensor((), "token")
