@@ -30,6 +30,8 @@ LONGEST_TEXT = 10**5
 """Characters of a text without a limit of its own."""
 SHOWN = 40
 """Characters of a wrong value that a message shows."""
+SHOWN_NAME = 120
+"""Characters of a name, such as a layer's path, that a message shows."""
 DEEPEST = 8
 """Nesting of `plain` values."""
 
@@ -64,8 +66,8 @@ class Range(NamedTuple):
     high: float = math.inf
 
 
-def shown(value: Any) -> str:
-    """A wrong value in at most 40 characters.
+def shown(value: Any, limit: int = SHOWN) -> str:
+    """A wrong value in at most `limit` characters.
 
     >>> shown("a"), shown([1, 2]), shown(None), shown(10**100)
     ("'a'", 'a list of 2', 'null', 'a number of 101 digits')
@@ -81,7 +83,7 @@ def shown(value: Any) -> str:
     if isinstance(value, int) and abs(value) >= 10**SHOWN:
         return f"a number of {int(abs(value).bit_length() * math.log10(2)) + 1:,} digits"
     text = ascii(value) if isinstance(value, str) and not _is_printable(value) else repr(value)
-    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _is_printable(text: str) -> bool:

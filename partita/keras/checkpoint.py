@@ -5,6 +5,7 @@ Training resumes under any plan, and with any number of processes.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import logging
@@ -278,8 +279,10 @@ def _shape_text(description: tuple[tuple[int, ...], str] | None) -> str:
     return "missing" if description is None else f"{description[1]}{list(description[0])}"
 
 
-def _no_excepthook(*error: Any) -> None:
-    pass
+def _without_closed_loops(hook: Any, unraisable: Any) -> None:
+    """A `sys.unraisablehook` without TensorStore's results that come after a failed read."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        hook(unraisable)
 
 
 @contextmanager
@@ -287,21 +290,23 @@ def _quietly() -> Iterator[None]:
     """Inside, nothing is logged.
 
     Orbax and TensorStore print the errors of their threads, and raise them again in this one.
+    TensorStore's late ones are not printed after a failure either.
     """
-    level, hook = logging.root.manager.disable, sys.excepthook
+    level, hook = logging.root.manager.disable, sys.unraisablehook
     logging.disable(logging.CRITICAL)
-    sys.excepthook = _no_excepthook
+    sys.unraisablehook = functools.partial(_without_closed_loops, hook)
     try:
         yield
     except Exception:
         # Other threads of TensorStore complain a little later.
         time.sleep(SETTLING)
         raise
+    else:
+        sys.unraisablehook = hook
     finally:
         # A future whose result nobody asks for complains when it is freed.
         gc.collect()
         logging.disable(level)
-        sys.excepthook = hook
 
 
 def _reason(error: Exception) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from itertools import chain
 
 from partita.errors import PlanError
+from partita.files.schema import SHOWN_NAME, shown
 from partita.graph.operator_graph import Argument, OperatorGraph
 from partita.plans.pipeline import check_stages
 from partita.plans.plan import Mesh, Plan, Storage, placed_slice
@@ -47,7 +48,8 @@ def _check_names(plan: Plan, graph: OperatorGraph) -> None:
 def _other(plan: Plan, graph: OperatorGraph) -> str:
     """The difference of a plan's graph from another one: its platform, or else its model."""
     if plan.graph != graph.name:
-        return f"another model ('{plan.graph}', not '{graph.name}')"
+        planned, present = shown(plan.graph, SHOWN_NAME), shown(graph.name, SHOWN_NAME)
+        return f"another model ({planned}, not {present})"
     if plan.target != graph.target and plan.target and graph.target:
         return f"another platform ({plan.target}, not {graph.target})"
     return "another model"
@@ -226,6 +228,6 @@ def _is_grouped(graph: OperatorGraph, operator: int) -> bool:
 
 def _first_names(names: Iterable[str]) -> str:
     """The first five names, and the number of the others."""
-    quoted = [repr(name) for name in names]
+    quoted = [shown(name, SHOWN_NAME) for name in names]
     text = ", ".join(quoted[:5])
     return text if len(quoted) <= 5 else f"{text} and {len(quoted) - 5} more"
