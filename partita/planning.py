@@ -19,7 +19,12 @@ from partita.cost.predict import Prediction
 from partita.errors import MemoryBudgetError, PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
-from partita.plans.adapt import fit_mesh, fit_plan, microbatches_note
+from partita.plans.adapt import (
+    fit_mesh,
+    fit_plan,
+    microbatches_note,
+    with_normalizations,
+)
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
 from partita.plans.pipeline import is_one_program, is_pipeline, stage_count
@@ -258,6 +263,7 @@ def check_plan(plan: Plan, graph: OperatorGraph, machine: Machine) -> Plan:
             f"{machine.devices}. "
             f"Plan again for {machine.devices}, or run with --devices {plan.devices}."
         )
+    plan = replace(plan, choices=with_normalizations(plan.choices, graph))
     same_model = set(plan.choices) == {operator.name for operator in graph.operators}
     both_batches_known = bool(plan.batch_size and graph.batch_size)
     planned = plan.microbatches
@@ -285,6 +291,7 @@ def _for_machine(plan: Plan, machine: Machine) -> Plan:
 SHORT_NAMES = {
     "dp": "data parallel",
     "tp": "tensor parallel",
+    "tp-sp": "tensor parallel with sequence",
     "owt": "one weird trick",
     "fsdp": "ZeRO-3",
     "dp-tp": "data x tensor",

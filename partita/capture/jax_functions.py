@@ -161,9 +161,10 @@ def graph_of(
         arguments,
         program.outputs,
         batch_size,
-        tuple(dict.fromkeys(program.notes)),
+        separate_normalizations=target.platform != "cpu",
     )
-    return check(dataclasses.replace(graph, target=str(target)))
+    notes = tuple(dict.fromkeys(program.notes))
+    return check(dataclasses.replace(graph, notes=notes, target=str(target)))
 
 
 def _resized(

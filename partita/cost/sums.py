@@ -9,7 +9,7 @@ one. A backend (`cost.backends`) is a sequence of passes, named as in XLA:
   trip adds partial values instead, and one sum follows the loop.
 - `join_additions` (AllReduceReassociate): the sum of two sums is one sum of the added values.
 - `scatter` (ReduceScatterCreator): a sum of which every device reads only its slice is a
-  reduce-scatter.
+  reduce-scatter. `join_additions` then joins those of one addition (ReduceScatterReassociate).
 """
 
 from __future__ import annotations
@@ -138,23 +138,30 @@ def leave_loops(program: LaidOutProgram, sums: Sequence[Sum]) -> list[Sum]:
 
 
 def join_additions(program: LaidOutProgram, sums: Sequence[Sum]) -> list[Sum]:
-    """Sums of which one addition reads two, and nothing else does: they follow the addition."""
+    """Sums of which one addition reads two, and nothing else does: they follow the addition.
+
+    Operands that the addition reads under another sharding must be reduce-scatters to it.
+    """
     graph = program.graph
     moved = program.moved_reads()
-    by_tensor = {total.tensor: total for total in sums if total.kind == "all_reduce"}
+    by_tensor = {total.tensor: total for total in sums if total.kind != "all_gather"}
     kept = {id(total): total for total in sums}
     for i, instruction in enumerate(graph.instructions):
         if instruction.name != "add" or len(set(instruction.operands)) != 2:
             continue
-        if any((i, position) in moved for position in (0, 1)):
-            continue
         one, other = (by_tensor.get(tensor) for tensor in instruction.operands)
-        if one is None or other is None or one.axes != other.axes:
+        if one is None or other is None or (one.axes, one.kind) != (other.axes, other.kind):
+            continue
+        is_moved = any((i, position) in moved for position in (0, 1))
+        if is_moved and one.kind == "all_reduce":
             continue
         if any(len(readers_of(graph)[tensor]) != 1 for tensor in instruction.operands):
             continue
         result = instruction.results[0]
-        joined = replace(one, tensor=result, sharding=program.layout.shardings[result])
+        sharding = one.sharding
+        if one.kind == "all_reduce":
+            sharding = program.layout.shardings[result]
+        joined = replace(one, tensor=result, sharding=sharding)
         del kept[id(one)]
         del kept[id(other)]
         kept[id(joined)] = joined

@@ -444,6 +444,9 @@ class OperatorFactors:
         self.factors: list[Factor] = []
         candidates, reduced = self._candidates(heavy)
         indexing = self._parameter_atoms()
+        if program.instructions[heavy].name == "reduce":
+            # A normalization: a table of positions makes no feature of a position.
+            indexing &= self._summed_atoms(heavy)
         majors = self._major_atoms()
         for atom in candidates:
             if atom not in majors:
@@ -499,6 +502,14 @@ class OperatorFactors:
                 for dim in view.dims:
                     atoms.update(self.atoms.resolve(dim))
         return atoms
+
+    def _summed_atoms(self, index: int) -> set[int]:
+        """The atoms that an instruction sums."""
+        rule = self.program.instructions[index].rule
+        summed = set()
+        for factor in rule.reduction if rule else ():
+            summed.update(self.atoms.resolve([self.dims.iteration[index][factor]]))
+        return summed
 
     def _major_atoms(self) -> set[int]:
         """The atoms that are the major one of some dim: only these can be split."""

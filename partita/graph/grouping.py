@@ -35,11 +35,12 @@ def group(
     arguments: Sequence[Argument],
     outputs: Sequence[int],
     batch_size: int = 0,
-    notes: Sequence[str] = (),
+    separate_normalizations: bool = False,
 ) -> OperatorGraph:
     """The operator graph of a flat program.
 
     `batch_size`: size of dim 0 of the batch arguments, for information only.
+    `separate_normalizations`: whether normalizations after products are operators of their own.
     """
     if not any(instruction.phase == "forward" for instruction in instructions):
         # A step without a gradient is all forward.
@@ -51,7 +52,7 @@ def group(
         loops,
         arguments,
     )
-    owner, heavy = assign_owners(program, outputs)
+    owner, heavy = assign_owners(program, outputs, separate_normalizations)
     members: list[list[int]] = [[] for _ in heavy]
     for index, operator in enumerate(owner):
         if operator >= 0:
@@ -87,7 +88,6 @@ def group(
         labels=tuple(labels.labels),
         uses=_merged_uses(labels.uses),
         batch_size=batch_size,
-        notes=tuple(notes),
     )
 
 

@@ -18,19 +18,29 @@ from collections.abc import Sequence
 
 from partita.graph.flat import FlatProgram
 from partita.graph.gradient_sums import gradient_sums
+from partita.graph.normalizations import normalizations
 
 IndexSets = dict[int, set[int]]
 """Tensor or operator -> a set of operators, instructions or tensors."""
 
 
-def assign_owners(program: FlatProgram, outputs: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The operator of every instruction (-1: none), and the heavy instruction of every operator."""
+def assign_owners(
+    program: FlatProgram,
+    outputs: Sequence[int],
+    separate_normalizations: bool = False,
+) -> tuple[list[int], list[int]]:
+    """The operator of every instruction (-1: none), and the heavy instruction of every operator.
+
+    `separate_normalizations`: whether normalizations after products are operators of their own.
+    """
     heavy = _heavy_instructions(program)
     owner = [-1] * len(program.instructions)
     for operator, index in enumerate(heavy):
         owner[index] = operator
     owners = _Owners(program, owner)
     owners.own_forward()
+    if separate_normalizations:
+        heavy = owners.separate_normalizations(heavy)
     argument_owner = owners.argument_owners()
     _BackwardOwners(owners, heavy).own_backward()
     owners.own_gradient_sums(outputs)
@@ -122,6 +132,19 @@ class _Owners:
                 self.owner[index] = self.largest_operand_owner(index)
         self.own_by_readers(order)
 
+    def separate_normalizations(self, heavy: Sequence[int]) -> list[int]:
+        """Makes normalizations after products operators. The heavy instructions, in order."""
+        separate = normalizations(self.program, self.owner, heavy)
+        in_order = sorted([*heavy, *(normalization.heavy for normalization in separate)])
+        number = {index: operator for operator, index in enumerate(in_order)}
+        for index, operator in enumerate(self.owner):
+            if operator >= 0:
+                self.owner[index] = number[heavy[operator]]
+        for normalization in separate:
+            for index in normalization.instructions:
+                self.owner[index] = number[normalization.heavy]
+        return in_order
+
     def argument_owners(self) -> dict[int, int]:
         """Argument tensor -> the operator that reads it first in the forward phase."""
         owners = {}
@@ -212,8 +235,10 @@ class _BackwardOwners:
         for index, instruction in enumerate(self.program.instructions):
             if instruction.phase == "forward" and self.owner[index] >= 0:
                 self.path_operators[instruction.path][self.owner[index]] += 1
-        self.reads = [self._bases(index) for index in heavy]
-        """Per operator, the tensors that its heavy instruction reads."""
+        self.reads: list[set[int]] = []
+        """Per operator, the tensors that its heavy instruction reads; none for a normalization."""
+        for index in heavy:
+            self.reads.append(self._bases(index) if self.program.is_heavy(index) else set())
 
     def own_backward(self) -> None:
         """Rematerialized instructions and products first, then sums of gradients, then all others

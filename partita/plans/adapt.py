@@ -1,6 +1,7 @@
 """A plan for another batch size of the same step, or for another machine.
 
-Splits that no longer divide are dropped; all others stay.
+Splits that no longer divide are dropped; all others stay. Plans of versions in which normalizations
+were parts of products get choices for them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from partita.errors import PlanError
+from partita.graph.normalizations import NORMALIZATION
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
 from partita.plans.check import illegal_reason
@@ -65,6 +67,35 @@ def fit_plan(plan: Plan, graph: OperatorGraph) -> Plan:
         predicted={},
         notes=tuple(notes),
     )
+
+
+def with_normalizations(
+    choices: Mapping[str, Mapping[str, str]], graph: OperatorGraph
+) -> dict[str, Mapping[str, str]]:
+    """Choices with those of normalizations that are missing: as the products before them are split.
+
+    A sum over devices (R) leaves them whole.
+    """
+    products: dict[int, int] = {}
+    for use in graph.uses:
+        home = graph.home[use.tensor]
+        is_product = home >= 0 and graph.operators[home].kind in ("dot", "gather")
+        if is_product and home < use.operator:
+            products[use.operator] = max(home, products.get(use.operator, -1))
+    completed = dict(choices)
+    for number, operator in enumerate(graph.operators):
+        if operator.name in choices or operator.kind != NORMALIZATION or number not in products:
+            continue
+        names = {graph.factors[f].kind: graph.factors[f].name for f in operator.factors}
+        product = choices.get(graph.operators[products[number]].name, {})
+        choice = {}
+        for axis, use in product.items():
+            if placed_slice(use) is not None:
+                choice[axis] = use
+            elif use[0] in names:
+                choice[axis] = names[use[0]]
+        completed[operator.name] = choice
+    return completed
 
 
 def microbatches_note(planned: int, batch_size: int, microbatches: int) -> str:

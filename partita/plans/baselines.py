@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+from partita.graph.normalizations import NORMALIZATION
 from partita.graph.operator_graph import Factor, FactorKind, Operator, OperatorGraph
 from partita.plans.check import illegal_reason
 from partita.plans.layout import label_sharding, operator_assignments, spare_axes
@@ -210,6 +211,24 @@ def tensor_parallel(
     )
 
 
+def tensor_parallel_with_sequence(
+    graph: OperatorGraph,
+    machine: str,
+    mesh: Mesh,
+) -> Plan:
+    """Tensor and sequence parallelism over all axes (Korthikanti et al. 2022, section 4.2.2).
+
+    Megatron's pattern, with normalizations, residual sums and dropout split by position.
+    """
+    plan = tensor_parallel(graph, machine, mesh)
+    axes = range(len(mesh.axes))
+    choices = dict(plan.choices)
+    for operator in graph.operators:
+        if operator.kind == NORMALIZATION:
+            choices[operator.name] = choice_by_kinds(graph, operator, mesh, [("A", axes)])
+    return replace(plan, name="tensor parallel with sequence", choices=choices)
+
+
 def data_and_tensor(
     graph: OperatorGraph,
     machine: str,
@@ -261,6 +280,8 @@ def megatron(
 
 def _megatron_kind(graph: OperatorGraph, operator: Operator, input_split: bool) -> str:
     """The kind of factor that the inner axes split, "" for none."""
+    if operator.kind == NORMALIZATION:
+        return ""
     reduces = bool(_factors(graph, operator, "R"))
     if operator.kind == "gather" and reduces:
         return "R"
@@ -404,7 +425,19 @@ BASELINES: dict[str, Baseline] = {
     "ZeRO-2": zero(2),
     "ZeRO-3": zero(3),
     "tensor parallel": tensor_parallel,
+    "tensor parallel with sequence": tensor_parallel_with_sequence,
     "data x tensor": data_and_tensor,
     "one weird trick": one_weird_trick,
     "spatial": spatial,
 }
+
+
+def baselines_of(graph: OperatorGraph) -> dict[str, Baseline]:
+    """The baselines that differ on a graph.
+
+    Sequence parallelism needs normalizations that are operators of their own, as on GPUs and TPUs.
+    """
+    baselines = dict(BASELINES)
+    if all(operator.kind != NORMALIZATION for operator in graph.operators):
+        del baselines["tensor parallel with sequence"]
+    return baselines

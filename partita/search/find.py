@@ -34,7 +34,7 @@ from partita.cost.predict import Prediction
 from partita.errors import MemoryBudgetError, PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
-from partita.plans.baselines import BASELINES
+from partita.plans.baselines import baselines_of
 from partita.plans.layout import layout_of
 from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Mesh, Plan, mesh_for
@@ -265,7 +265,7 @@ def _baselines(request: _Request) -> Baselines:
     """The baselines, and the cost network that has their choices among its candidates."""
     graph, machine = request.graph, request.machine
     mesh = mesh_of(machine)
-    plans = {name: make(graph, machine.name, mesh) for name, make in BASELINES.items()}
+    plans = {name: make(graph, machine.name, mesh) for name, make in baselines_of(graph).items()}
     network = build(
         graph,
         machine,

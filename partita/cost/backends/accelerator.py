@@ -19,7 +19,7 @@ class XlaAccelerator(Compiler):
     def sums(self, program: LaidOutProgram, sums: Sequence[Sum]) -> list[Sum]:
         """The sums folded, moved out of loops, joined by additions, narrowed to slices."""
         moved = join_additions(program, leave_loops(program, fold(sums)))
-        return scatter(program, moved) if self.scatters else moved
+        return join_additions(program, scatter(program, moved)) if self.scatters else moved
 
     @property
     def buffers(self) -> Buffers:
