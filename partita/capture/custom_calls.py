@@ -20,6 +20,7 @@ import numpy as np
 from jax.extend.mlir import ir
 
 from partita.capture.mosaic import grid_of
+from partita.graph.flat import EDGE_KERNELS
 from partita.graph.operator_graph import DimFactors, Rule, Tensor
 
 ATTENTION = "fused_attention"
@@ -33,6 +34,21 @@ Five products instead of two: it computes the scores again (FlashAttention-2, ar
 SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 """Kernel of JAX's splash attention -> its products. The two of the backward pass each compute the
 scores again."""
+EDGE_PREFIX = "partita_gnn_"
+"""Begin of the targets of kernels over the edges of a graph (`gnn.kernels`)."""
+EDGE_FLOPS = {
+    "edge_sum": 1,
+    "edge_largest": 1,
+    "edge_largest_back": 1,
+    "edge_attend": 7,
+    "edge_attend_by_destination": 11,
+    "edge_attend_by_source": 12,
+}
+"""Kernel over edges -> FLOPs of an edge for each element of the row that it reads.
+
+Attention: two for the sum of both rows and its slope, two for the product with a, one for adding
+that up, and two for the weighted sum; its gradients compute the scores again.
+"""
 RECURRENT_DESCRIPTOR = struct.Struct("<iiiiifiiQQ")
 """jaxlib's descriptor of a recurrent layer, see `Recurrence`."""
 
@@ -51,6 +67,9 @@ def call_name(operation: Any) -> str:
         return RECURRENCE
     if target == "tpu_custom_call":
         return ATTENTION if _splash_products(operation) else KERNEL
+    edge_kernel = "edge_" + target.removeprefix(EDGE_PREFIX)
+    if target.startswith(EDGE_PREFIX) and edge_kernel in EDGE_KERNELS:
+        return edge_kernel
     return "custom_call"
 
 
@@ -63,6 +82,8 @@ def call_rule(operation: Any, operands: list[Tensor], results: list[Tensor]) -> 
         return Attention.of(operation).rule(operation, operands, results)
     if name == RECURRENCE:
         return Recurrence.of(operation).rule(operands, results)
+    if name in EDGE_KERNELS:
+        return _parts_rule(operands, results)
     return None
 
 
@@ -75,7 +96,37 @@ def call_flops(operation: Any) -> float:
         return Attention.of(operation).flops
     if name == RECURRENCE:
         return Recurrence.of(operation).flops
+    if name in EDGE_KERNELS:
+        return _edge_flops(operation, name)
     return 0.0
+
+
+# ---- kernels over the edges of a graph
+
+
+def _parts_rule(operands: list[Tensor], results: list[Tensor]) -> Rule | None:
+    """The sharding rule of a kernel over the edges of several parts of a graph.
+
+    Dim 0 counts parts, and may be split. None for the kernel of one graph.
+    """
+    ids = operands[2]
+    if len(ids.shape) < 2:
+        return None
+    by_operand = tuple(_first_dim(operand) for operand in operands)
+    by_result = tuple(_first_dim(result) for result in results)
+    return Rule((ids.shape[0],), by_operand, by_result)
+
+
+def _first_dim(tensor: Tensor) -> DimFactors:
+    """The dims of an array whose dim 0 is indexed by factor 0."""
+    return ((0,), *[()] * (len(tensor.shape) - 1))
+
+
+def _edge_flops(operation: Any, name: str) -> float:
+    """FLOPs of a kernel over edges: some for each element of the row that an edge reads."""
+    ids = operation.operands[2].type.shape
+    row = operation.operands[EDGE_KERNELS[name][0]].type.shape[len(ids) :]
+    return float(EDGE_FLOPS[name] * math.prod(ids) * math.prod(row))
 
 
 # ---- attention

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from partita.cli.files import check_writable, save_text
-from partita.cli.options import command
+from partita.cli.files import check_writable, save_page, save_text
+from partita.cli.options import Target, command
 from partita.cli.processes import join_processes, keep_stdout, run_in_processes
 from partita.cli.terminal import err, errors, out
 from partita.errors import GraphError
@@ -380,6 +380,80 @@ def train(
             print(json.dumps(facts))
         else:
             _print_training(facts)
+
+
+@command(app)
+def plan(
+    file: TrainingFile,
+    network: _Network,
+    target: Target,
+    partition: Partition = "edges",
+    order: Order = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write a page about the best plan to this .html file."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict training of a graph network on a machine that need not be here.
+
+    Prints seconds per epoch, memory of a device against what a step may use, and traffic, for each
+    number of parts. Nothing is trained.
+
+    Example: partita gnn plan graph.lux --model sage --hidden 256 --machine h100:8
+    """
+    with errors():
+        check_writable(report=report)
+        if target.machine is None:
+            raise GraphError(
+                "gnn plan needs the machine to predict for: give --machine, such as h100:8, or a "
+                ".toml file."
+            )
+        from partita import gnn
+
+        graph = _open_for_training(file, 1, False)
+        model = network.compiled(max(1, graph.classes))
+        plans = gnn.plan(
+            model,
+            graph,
+            target.machine,
+            devices=target.devices,
+            partition=partition,
+            order=order,
+        )
+        best = plans.best
+        if report is not None and best is not None:
+            save_page(report, None, best.timeline)
+        if as_json:
+            print(json.dumps(plans.to_json()))
+            return
+        _print_plans(plans)
+        if report is not None and best is not None:
+            err.print(f"report written to {report}", markup=False, soft_wrap=True)
+
+
+def _print_plans(plans: Any) -> None:
+    """Prints the table of plans, and the best one."""
+    from partita.report.tables import add_columns, add_row, new_table, timeline_summary
+
+    table = new_table(f"{plans.graph} on {plans.machine}: predicted training, one step an epoch")
+    add_columns(table, "parts", "epoch", "memory", "of", "fits", "traffic")
+    for one in plans.plans:
+        add_row(
+            table,
+            f"{one.parts}",
+            format_seconds(one.seconds),
+            format_bytes(one.needed_bytes),
+            format_bytes(one.available_bytes),
+            "yes" if one.fits else "no",
+            format_bytes(one.timeline.total_traffic),
+            style="bold" if one is plans.best else None,
+        )
+    out.print(table)
+    out.print(plans.sentence, markup=False, soft_wrap=True)
+    if plans.best is not None:
+        for line in timeline_summary(plans.best.timeline):
+            out.print(line, markup=False, soft_wrap=True)
 
 
 def _open_for_training(file: Path, devices: int, normalise: bool) -> Any:

@@ -20,11 +20,12 @@ from functools import lru_cache
 from partita.cost.backends.base import FusionRules
 from partita.cost.collectives import communicating
 from partita.cost.partial import pending_sums, split_axes
-from partita.graph.flat import Reader
+from partita.graph.flat import EDGE_KERNELS, Reader
 from partita.graph.operator_graph import IdentityKey, Instruction, OperatorGraph, per_graph
 from partita.plans.layout import Layout
 
 ALONE = {
+    *EDGE_KERNELS,
     "dot_general",
     "convolution",
     "reduce_window",

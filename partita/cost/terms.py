@@ -12,6 +12,7 @@ does not compute, and writes its result.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from partita.cost.partial import (
 )
 from partita.cost.sums import loop_sums
 from partita.cost.work import group_factors
-from partita.graph.flat import HEAVY, LIBRARY_CALLS, Reader, readers_of
+from partita.graph.flat import EDGE_KERNELS, HEAVY, LIBRARY_CALLS, Reader, readers_of
 from partita.graph.operator_graph import (
     ITEMSIZE,
     Instruction,
@@ -501,10 +502,23 @@ class _Collector:
     def _bytes_read(self, instruction: Instruction, operand: int) -> int:
         """Bytes of an operand that an instruction reads, without those that it leaves out."""
         nbytes = self.graph.tensors[operand].nbytes
+        if instruction.name in EDGE_KERNELS:
+            return self._bytes_read_by_edges(instruction, operand)
         if instruction.name in ("gather", "dynamic_slice", "slice"):
             result_bytes = sum(self.graph.tensors[tensor].nbytes for tensor in instruction.results)
             return min(nbytes, 2 * result_bytes)
         return nbytes
+
+    def _bytes_read_by_edges(self, instruction: Instruction, operand: int) -> int:
+        """Bytes of an operand that a kernel over edges reads: for some a row for every edge."""
+        tensor = self.graph.tensors[operand]
+        positions = EDGE_KERNELS[instruction.name]
+        is_by_edge = any(instruction.operands[position] == operand for position in positions)
+        if not is_by_edge or not tensor.size:
+            return tensor.nbytes
+        ids = self.graph.tensors[instruction.operands[2]]
+        rows = math.prod(tensor.shape[: len(ids.shape)])
+        return max(tensor.nbytes, ids.size * tensor.nbytes // rows)
 
     # ---- reductions and halos
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from partita.gnn.nn.pyg_weights import load_pyg_state, pyg_state
     from partita.gnn.nn.relations import RelationalConv
     from partita.gnn.nn.vertices import VertexBatchNormalization, VertexDropout
+    from partita.gnn.plans import GraphPlan, GraphPlans, plan
     from partita.gnn.train import normalised
 
 __all__ = [
@@ -60,6 +61,8 @@ __all__ = [
     "GatedGraphConv",
     "Graph",
     "GraphModel",
+    "GraphPlan",
+    "GraphPlans",
     "MessagePassing",
     "RelationalConv",
     "SAGEConv",
@@ -74,6 +77,7 @@ __all__ = [
     "normalised",
     "open",
     "order",
+    "plan",
     "pyg_state",
     "save",
     "transpose",
@@ -97,6 +101,7 @@ _IMPORTED_ON_USE = {
     "partita.gnn.nn.pyg_weights": ("load_pyg_state", "pyg_state"),
     "partita.gnn.nn.relations": ("RelationalConv",),
     "partita.gnn.nn.vertices": ("VertexBatchNormalization", "VertexDropout"),
+    "partita.gnn.plans": ("GraphPlan", "GraphPlans", "plan"),
     "partita.gnn.train": ("normalised",),
 }
 

@@ -29,6 +29,7 @@ from partita.gnn.data.digest import array_digest
 from partita.gnn.data.graph import Graph
 from partita.gnn.data.order import order_of
 from partita.gnn.kernels import stamp
+from partita.gnn.kernels.bridge import symbolic
 from partita.gnn.nn.block import AXIS, Block, block_of, of_vertices, recorded_calls
 from partita.gnn.split.choice import columns_of, edge_seconds, row_seconds
 from partita.gnn.split.learned import initial_points, prefix_sums
@@ -184,7 +185,7 @@ def architecture_of(model: Any, graph: Graph) -> Architecture:
             training=False,
         )[0]
 
-    with recorded_calls() as calls:
+    with recorded_calls() as calls, symbolic():
         jax.eval_shape(
             predict,
             _shapes(model.trainable_variables),
@@ -602,6 +603,15 @@ def _on_one_device(
     near: Sequence[np.ndarray],
     importance: np.ndarray | None,
 ) -> GraphData:
+    return jax.device_put(_whole(graph, order, near, importance))
+
+
+def _whole(
+    graph: Graph,
+    order: np.ndarray | None,
+    near: Sequence[np.ndarray],
+    importance: np.ndarray | None,
+) -> GraphData:
     data = data_of(graph, importance)
     kinds = [AggregationKind(near=edges, keep=keep) for edges, keep in enumerate(near)]
     whole = cut(
@@ -615,7 +625,7 @@ def _on_one_device(
         aggregations=(*data.block.aggregations, *aggregations_of_part(graph, whole, 0)),
         vertex=None if order is None else order.astype(np.int32),
     )
-    return jax.device_put(replace(data, block=block))
+    return replace(data, block=block)
 
 
 def _on_devices(graph_cut: GraphCut, key: PreparationKey) -> GraphData:
@@ -628,16 +638,11 @@ def _on_devices(graph_cut: GraphCut, key: PreparationKey) -> GraphData:
         "Read the same file in all processes.",
     )
     mesh = mesh_of(split.devices)
-    tables = (*_tables(graph), _importance(key, parts.order))
     pieces = []
     for i, device in enumerate(mesh.devices):
         if device.process_index != jax.process_index():
             continue
-        block = block_of_part(graph, parts, i)
-        block = replace(block, columns=graph_cut.columns, timed=split.learns)
-        tables_of_part = jax.tree.map(lambda table, i=i: parts.of_part(i, table), tables)
-        x, labels, masks, importance = tables_of_part
-        data = GraphData(x, labels, masks, block, importance)
+        data = _data_of_part(graph_cut, key, i)
         piece = jax.tree.map(lambda array: array[None], data)
         pieces.append(jax.device_put(piece, device))
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
@@ -647,6 +652,26 @@ def _on_devices(graph_cut: GraphCut, key: PreparationKey) -> GraphData:
         return jax.make_array_from_single_device_arrays(shape, sharding, list(arrays))
 
     return jax.tree.map(joined, *pieces)
+
+
+def _data_of_part(graph_cut: GraphCut, key: PreparationKey, i: int) -> GraphData:
+    """The data of part i, as arrays of NumPy."""
+    graph, parts = graph_cut.graph, graph_cut.parts
+    block = block_of_part(graph, parts, i)
+    block = replace(block, columns=graph_cut.columns, timed=key.split.learns)
+    tables = (*_tables(graph), _importance(key, parts.order))
+    x, labels, masks, importance = jax.tree.map(lambda table: parts.of_part(i, table), tables)
+    return GraphData(x, labels, masks, block, importance)
+
+
+def first_part(graph: Graph, key: PreparationKey) -> GraphData:
+    """The data of the first part of a key's split, as arrays of NumPy; all parts have its sizes."""
+    numbered, order = _numbered(graph.as_it_is(), key.split.order)
+    if key.split.devices == 1:
+        near = _near(numbered, key.architecture)
+        return _whole(numbered, order, near, _importance(key, order))
+    graph_cut = _cut(numbered, order, key)
+    return _data_of_part(graph_cut, key, 0)
 
 
 def _digest(graph: Graph, parts: Parts) -> str:

@@ -131,6 +131,15 @@ class GraphTrainer:
         self._keep(run)
         return run
 
+    def checked_key(self, graph: Graph, split: Split) -> PreparationKey:
+        """The key of training on a graph by a split. The model is built; nothing is prepared.
+
+        GraphError for a graph that does not suit the model.
+        """
+        self._check(graph)
+        _check_mask(self.model, graph, "train")
+        return PreparationKey(graph.digest, split, self._architecture(graph))
+
     def _reused(self, graph: Graph) -> DeviceRun | None:
         """The run of an equal graph, split and architecture, if there is one."""
         if graph.feature_count != self._features:

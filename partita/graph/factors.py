@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from partita.graph.flat import CONTRACTING, HEAVY, RESHAPING, FlatProgram
+from partita.graph.flat import CONTRACTING, EDGE_KERNELS, HEAVY, RESHAPING, FlatProgram
 from partita.graph.operator_graph import (
     DimFactors,
     Factor,
@@ -149,6 +149,8 @@ class OperatorDims:
         """Tensor computed by the operator -> its dims."""
         self.views: dict[int, list[TensorView]] = defaultdict(list)
         """Tensor -> its views that differ from its own dims."""
+        self.graph_parts: list[int] = []
+        """The atoms of the parts of a graph, which all kernels over edges of the operator share."""
         self.iteration: dict[int, list[int]] = {}
         """Instruction -> the atoms of its iteration space."""
         loops = {loop.instruction: loop for loop in program.loops}
@@ -279,6 +281,9 @@ class OperatorDims:
         place = ("r", index)
         atoms = [self.atoms.new(size, [place]) for size in rule.sizes]
         self.iteration[index] = atoms
+        if instruction.name in EDGE_KERNELS:
+            self.graph_parts += atoms
+            self.atoms.tie(self.graph_parts[:1], atoms)
         # Only a window exchanges a halo. Slicing, padding or reversing a split dim moves nearly all
         # of it, so it is gathered.
         windowed = {factor for factor, _ in instruction.windows}

@@ -20,7 +20,18 @@ from partita.graph.operator_graph import (
 Reader = tuple[int, int]
 """An instruction and the position of the operand that it reads. Instruction -1: the result of the
 step at that position."""
+EDGE_KERNELS = {
+    "edge_sum": (7,),
+    "edge_largest": (3,),
+    "edge_largest_back": (3, 4),
+    "edge_attend": (4,),
+    "edge_attend_by_destination": (4,),
+    "edge_attend_by_source": (5, 7, 8, 9),
+}
+"""Kernel over the edges of a graph -> its operands of which it reads a row for every edge. Operand
+2 has the number of such a row for each edge. See `gnn.kernels`."""
 HEAVY = {
+    *EDGE_KERNELS,
     "dot_general",
     "convolution",
     "gather",
@@ -63,6 +74,7 @@ KIND = {
     "top_k": "sort",
     "fused_attention": "attention",
     "pallas_kernel": "kernel",
+    **dict.fromkeys(EDGE_KERNELS, "aggregation"),
 }
 """Kind of an operator by its heavy instruction; by default the instruction's name."""
 RESHAPING = {"reshape", "bitcast_convert"}

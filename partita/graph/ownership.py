@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from partita.graph.flat import FlatProgram
+from partita.graph.flat import EDGE_KERNELS, FlatProgram
 from partita.graph.gradient_sums import gradient_sums
 from partita.graph.normalizations import normalizations
 
@@ -235,6 +235,8 @@ class _BackwardOwners:
         for index, instruction in enumerate(self.program.instructions):
             if instruction.phase == "forward" and self.owner[index] >= 0:
                 self.path_operators[instruction.path][self.owner[index]] += 1
+        self.reversed_kernels: set[tuple[int, str]] = set()
+        """Operators of kernels over edges, with names of backward kernels that they own."""
         self.reads: list[set[int]] = []
         """Per operator, the tensors that its heavy instruction reads; none for a normalization."""
         for index in heavy:
@@ -288,8 +290,8 @@ class _BackwardOwners:
                 products[index] = self._bases(index)
         siblings = self._sibling_reads(products)
         for index, bases in products.items():
-            candidates: set[int] = set()
-            for tensor in bases:
+            candidates = self._reversed_kernel(index)
+            for tensor in bases if not candidates else ():
                 candidates |= readers[tensor]
             best_score = (0, 0, False, 0)
             best = -1
@@ -305,6 +307,30 @@ class _BackwardOwners:
                     best = operator
             if any(best_score):
                 self.owner[index] = best
+
+    def _reversed_kernel(self, index: int) -> set[int]:
+        """The operator of the kernel over edges that a backward kernel passes in reverse, if any.
+
+        Both have equal numbers of edges, and the gradient of the result has the result's shape. Of
+        several, the last one without a backward kernel of that name: gradients come in reverse.
+        """
+        program = self.program
+        instruction = program.instructions[index]
+        if instruction.name not in EDGE_KERNELS:
+            return set()
+        edges = program.tensors[instruction.operands[2]].shape
+        gradient = program.tensors[instruction.operands[-1]].shape
+        for operator in reversed(range(len(self.heavy))):
+            heavy = program.instructions[self.heavy[operator]]
+            if heavy.name not in EDGE_KERNELS or heavy.path != instruction.path:
+                continue
+            same_edges = program.tensors[heavy.operands[2]].shape == edges
+            same_rows = program.tensors[heavy.results[0]].shape == gradient
+            reversed_before = (operator, instruction.name) in self.reversed_kernels
+            if same_edges and same_rows and not reversed_before:
+                self.reversed_kernels.add((operator, instruction.name))
+                return {operator}
+        return set()
 
     def _score(
         self,

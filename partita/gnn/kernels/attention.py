@@ -488,7 +488,7 @@ def _float32(like: Any) -> jax.ShapeDtypeStruct:
 def _forward(edges: Any, self_correction: Any, l: Any, r: Any, a: Any) -> Any:
     """(out, log) by the kernel."""
     log = jax.ShapeDtypeStruct(r.shape[:2], jnp.float32)
-    kernel = jax.ffi.ffi_call("partita_gnn_attend", (_float32(r), log))
+    kernel = bridge.kernel("partita_gnn_attend", (_float32(r), log))
     return kernel(
         bridge.thread_argument(),
         *edges,
@@ -548,7 +548,7 @@ def _attend_backward(saved: Any, dy: Any) -> Any:
     dot = (dy * out).sum(axis=2)
     threads = bridge.thread_argument()
     shapes = (_float32(r), _float32(a))
-    by_destination = jax.ffi.ffi_call("partita_gnn_attend_by_destination", shapes)
+    by_destination = bridge.kernel("partita_gnn_attend_by_destination", shapes)
     dr, da = by_destination(
         threads,
         *edges,
@@ -560,7 +560,7 @@ def _attend_backward(saved: Any, dy: Any) -> Any:
         dot,
         dy,
     )
-    by_source = jax.ffi.ffi_call("partita_gnn_attend_by_source", _float32(l))
+    by_source = bridge.kernel("partita_gnn_attend_by_source", _float32(l))
     dl = by_source(
         threads,
         *back,

@@ -21,6 +21,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -243,9 +244,36 @@ def _announced(sentence: str) -> Iterator[None]:
         timer.cancel()
 
 
-@functools.cache
+_is_symbolic: ContextVar[bool] = ContextVar("is_symbolic", default=False)
+
+
+@contextmanager
+def symbolic() -> Iterator[None]:
+    """Inside, steps are traced to be priced, not to run: with calls of all kernels over edges."""
+    token = _is_symbolic.set(True)
+    try:
+        yield
+    finally:
+        _is_symbolic.reset(token)
+
+
+def is_symbolic() -> bool:
+    """Whether steps are traced to be priced."""
+    return _is_symbolic.get()
+
+
+def kernel(name: str, results: Any) -> Callable[..., Any]:
+    """The call of a registered handler; over several parts of a graph, dim 0 of all arrays."""
+    return jax.ffi.ffi_call(name, results, vmap_method="broadcast_all")
+
+
 def works(self_test: Callable[[], None], name: str) -> bool:
     """Whether a kernel can be used here: `self_test` registers and tries it. Warns once."""
+    return is_symbolic() or _passes(self_test, name)
+
+
+@functools.cache
+def _passes(self_test: Callable[[], None], name: str) -> bool:
     if jax.default_backend() != "cpu":
         return False
     try:

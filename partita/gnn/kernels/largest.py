@@ -220,13 +220,13 @@ def _self_test() -> None:
 def _call(offsets: Any, ids: Any, x: Any) -> Any:
     shape = (offsets.shape[0] - 1, x.shape[1])
     results = (jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32))
-    kernel = jax.ffi.ffi_call("partita_gnn_largest", results)
+    kernel = bridge.kernel("partita_gnn_largest", results)
     return kernel(bridge.thread_argument(), offsets, ids, x)
 
 
 def _call_back(offsets: Any, ids: Any, winner: Any, dy: Any) -> Any:
     shape = jax.ShapeDtypeStruct((offsets.shape[0] - 1, dy.shape[1]), jnp.float32)
-    kernel = jax.ffi.ffi_call("partita_gnn_largest_back", shape)
+    kernel = bridge.kernel("partita_gnn_largest_back", shape)
     return kernel(bridge.thread_argument(), offsets, ids, winner, dy)
 
 

@@ -243,8 +243,10 @@ def tall(x: Any, y: Any) -> Any:
     """float32 [a, b]: x^T y of x [rows, a] and y [rows, b]."""
     a, b = x.shape[1], y.shape[1]
     float32 = x.dtype == jnp.float32 and y.dtype == jnp.float32
-    if not float32 or a * b > LARGEST or not bridge.works(_self_test, "product"):
-        return x.T @ y
+    if not float32 or a * b > LARGEST or bridge.is_symbolic():
+        return jnp.tensordot(x, y, axes=(0, 0))
+    if not bridge.works(_self_test, "product"):
+        return jnp.tensordot(x, y, axes=(0, 0))
     return _call(x, y) if _effort(a, b) <= _effort(b, a) else _call(y, x).T
 
 

@@ -414,7 +414,7 @@ def _call(
         weights, order = no_floats, np.zeros(0, np.int32)
     share = no_floats if share is None else share
     factor = no_floats if factor is None else factor
-    return jax.ffi.ffi_call("partita_gnn_sum", shape)(
+    return bridge.kernel("partita_gnn_sum", shape)(
         bridge.thread_argument(),
         offsets,
         ids,

@@ -45,6 +45,9 @@ SMALLEST = -3e38
 AXIS = "parts"
 """The mesh axis over which vertices are split."""
 
+TO_ALL = 0
+"""The shift of a message with rows for all devices."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class HaloMessage:
     """Rows that each device sends to the device `shift` numbers further on.
 
     pick        edges that select the rows, one per row of the message
+    shift       `TO_ALL`: an equal number of rows goes to every device, in their order
     """
 
     pick: Edges
@@ -416,6 +420,9 @@ class Block:
         sent = self.enter(tuple(edge_sum(message.pick, x) for message in aggregation.halo))
         received = []
         for rows, message in zip(sent, aggregation.halo, strict=True):
+            if message.shift == TO_ALL:
+                received.append(_sent_to_all(rows, self.parts))
+                continue
             shift = message.shift * aggregation.columns
             pairs = [(i, (i + shift) % self.parts) for i in range(self.parts)]
             received.append(jax.lax.ppermute(rows, AXIS, pairs))
@@ -457,6 +464,12 @@ class Block:
         if not self.timed:
             return local, received
         return stamp.meet(local, received, jax.lax.axis_index(AXIS))
+
+
+def _sent_to_all(rows: Any, parts: int) -> Any:
+    """The rows that all devices sent here, of rows [parts * n, F] for all of them."""
+    by_part = rows.reshape(parts, -1, rows.shape[1])
+    return jax.lax.all_to_all(by_part, AXIS, 0, 0).reshape(rows.shape)
 
 
 def _sum(edges: Edges, weights: Any, x: Any) -> Any:

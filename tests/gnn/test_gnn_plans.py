@@ -1,0 +1,84 @@
+"""Plans of full-graph training for machines that are not here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from partita import gnn  # before Keras, which it starts on JAX
+from partita.cli.main import app
+from partita.units import format_bytes
+
+GRAPH = gnn.generate.blocks(600, 6000, classes=4, features=16).graph()
+
+
+def compiled(kind: Any) -> Any:
+    model = kind(hidden=16, classes=4, layers=2)
+    model.compile("adam", metrics=["accuracy"])
+    return model
+
+
+@pytest.fixture(scope="module")
+def plans() -> gnn.GraphPlans:
+    return gnn.plan(compiled(gnn.GCN), GRAPH, "h100:2")
+
+
+def test_repeated_layers_exchange_rows_and_gather_none() -> None:
+    planned = gnn.plan(compiled(gnn.GatedGraph), GRAPH, "h100:4", devices=4).plans[0]
+    assert set(planned.timeline.traffic) == {"all_reduce", "all_to_all"}
+
+
+def test_the_exchanged_rows_are_those_of_training() -> None:
+    model = compiled(gnn.GCN)
+    planned = gnn.plan(model, GRAPH, "h100:4", devices=4).plans[0]
+    model.fit(GRAPH, devices=4, columns=1, verbose=0)
+    traffic = planned.timeline.traffic
+    assert set(traffic) == {"all_reduce", "all_to_all"}
+    # A quarter of an all-to-all stays; messages are padded to an equal length for every device.
+    trained = model.traffic(GRAPH)
+    assert trained <= 3 * traffic["all_to_all"] < 1.01 * trained
+
+
+def test_every_number_of_parts_is_priced_and_the_fastest_that_fits_is_best(
+    plans: gnn.GraphPlans,
+) -> None:
+    one, two = plans.plans
+    assert (one.parts, two.parts) == (1, 2) and one.needed_bytes > two.needed_bytes
+    best = plans.best
+    assert best is not None and best.seconds == min(one.seconds, two.seconds)
+    assert plans.sentence == f"fastest that fits: {best.parts} parts"
+
+
+def test_a_graph_that_does_not_fit_is_named_with_both_numbers(plans: gnn.GraphPlans) -> None:
+    small = tuple(replace(plan, available_bytes=2**20) for plan in plans.plans)
+    none_fits = replace(plans, plans=small)
+    assert none_fits.best is None
+    needed = format_bytes(plans.plans[1].needed_bytes)
+    assert none_fits.sentence == (
+        f"'blocks' does not fit on h100:2: 2 parts need {needed} of each device, and a step may "
+        "use 1.0 MiB. Use more devices, or devices with more memory."
+    )
+
+
+def test_more_bandwidth_never_makes_a_step_slower(plans: gnn.GraphPlans) -> None:
+    machine = plans.plans[1].machine
+    memories = [replace(m, bandwidth=4 * m.bandwidth) for m in machine.device.memories]
+    device = replace(machine.device, memories=tuple(memories))
+    faster = replace(plans.plans[1], machine=replace(machine, device=device))
+    assert faster.seconds < plans.plans[1].seconds
+
+
+def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
+    gnn.save(GRAPH, tmp_path / "g.npz")
+    command = ["gnn", "plan", str(tmp_path / "g.npz"), "--machine", "h100:2", "--devices", "2"]
+    page = tmp_path / "step.html"
+    done = CliRunner().invoke(app, [*command, "--report", str(page)])
+    assert done.exit_code == 0, done.output
+    assert "fastest that fits: 2 parts" in done.stdout
+    assert "conv_0" in page.read_text()
+    done = CliRunner().invoke(app, command[:3])
+    assert done.exit_code and "give --machine, such as h100:8" in done.stderr
