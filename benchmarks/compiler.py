@@ -277,7 +277,9 @@ def compared(captured, machine: Machine, target: str, model: str, plan_name: str
         emitted_bytes=sum(emitted_kinds.values()),
         planned_kinds=planned_kinds,
         emitted_kinds=emitted_kinds,
-        planned_peak=memory(graph, plan.mesh, layout, machine.backend).peak,
+        planned_peak=memory(
+            graph, plan.mesh, layout, machine.backend, device_bytes=machine.memory_bytes
+        ).peak,
         compiled_peak=program.memory.peak,
         planned_flops=local_flops(graph, plan.mesh, layout, machine.backend),
         compiled_flops=work.flops,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -27,8 +27,9 @@ import numpy as np
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import ProductShape
 from partita.cost.collectives import DEFAULT, emitted_sums, local_shape
-from partita.cost.fusion import Fusion, fused_under, producers, reads, transposes
+from partita.cost.fusion import ALONE, Fusion, fused_under, producers, reads, transposes
 from partita.cost.partial import Factors, gradients, operand_labels, reduced_factors, split_axes
+from partita.cost.recomputed import Lifetime, Recomputable, drops
 from partita.cost.reshard import Axes
 from partita.cost.work import group_factors
 from partita.graph.flat import LIBRARY_CALLS, readers_of
@@ -89,10 +90,12 @@ def memory(
     layout: Layout,
     backend: Backend = DEFAULT,
     operators: frozenset[int] | None = None,
+    device_bytes: float = math.inf,
 ) -> PeakMemory:
     """Bytes per device at the peak of one step under a layout.
 
-    `operators` are those of the device, by default all.
+    `operators` are those of the device, by default all. `device_bytes` is the main memory of a
+    device: compilers compute values again where a step exceeds it.
     """
     allocations = _allocations(IdentityKey(graph), IdentityKey(layout), mesh, backend)
     count = len(graph.instructions)
@@ -104,11 +107,16 @@ def memory(
         if is_present[home]:
             argument_bytes[kind] += nbytes
     constant = sum(argument_bytes.values())
+    compiler = compiler_of(backend)
+    limit = compiler.temporary_limit_bytes(device_bytes, constant)
+    if limit < math.inf:
+        lifetimes = _lifetimes(IdentityKey(graph), IdentityKey(layout), backend)
+        fused = fused_under(graph, layout, compiler.fusion_rules)
+        allocations = _within(graph, fused, lifetimes, allocations, is_present, limit)
     present = is_present[allocations.home]
     is_work_space = allocations.kind == WORK_SPACE
     live = allocations.course(present & ~is_work_space, count) * MARGIN
     live += _work_space(graph, allocations, present & is_work_space)
-    compiler = compiler_of(backend)
     kernels = len(fused_under(graph, layout, compiler.fusion_rules).kernels)
     course = compiler.temporary_bytes(live, kernels)
     peak = int(np.argmax(course))
@@ -393,7 +401,8 @@ def _last_reads(
 class _Allocations:
     """All allocations of a device under a layout, an entry per value and reason.
 
-    `home` is the operator of the value, -1 for none. An allocation takes `nbytes`, those of the
+    `home` is the operator of the value, -1 for none, and `tensor` the value that its kernel wrote,
+    -1 for a copy of one. An allocation takes `nbytes`, those of the
     device's shard, from instruction `start` to `stop`. `kind` is an index of KINDS, TEMPORARY or
     WORK_SPACE.
     """
@@ -405,6 +414,7 @@ class _Allocations:
     start: np.ndarray
     stop: np.ndarray
     kind: np.ndarray
+    tensor: np.ndarray
 
     def course(self, chosen: np.ndarray, instructions: int) -> np.ndarray:
         """[instruction]: bytes of the chosen allocations."""
@@ -435,6 +445,73 @@ def _allocations(
     if buffers.pool_positions:
         allocator.add_pool_gradients()
     return allocator.allocations()
+
+
+def _within(
+    graph: OperatorGraph,
+    fused: Fusion,
+    lifetimes: _Lifetimes,
+    allocations: _Allocations,
+    is_present: np.ndarray,
+    limit_bytes: float,
+) -> _Allocations:
+    """The allocations of present operators when values are computed again to respect a limit."""
+    present = is_present[allocations.home]
+    live = allocations.course(present & (allocations.kind != WORK_SPACE), len(graph.instructions))
+    if live.max() <= limit_bytes:
+        return allocations
+    columns = zip(
+        allocations.tensor.tolist(),
+        allocations.nbytes.tolist(),
+        allocations.start.tolist(),
+        allocations.stop.tolist(),
+        strict=True,
+    )
+    values = {
+        index: Lifetime(*column)
+        for index, column in enumerate(columns)
+        if column[0] >= 0 and present[index]
+    }
+    dropped = drops(values, _recomputable(graph, fused, lifetimes), live, limit_bytes)
+    index = np.array([drop.allocation for drop in dropped], np.int64)
+    stop = allocations.stop.copy()
+    stop[index] = [drop.last for drop in dropped]
+    again = replace(
+        allocations,
+        home=allocations.home[index],
+        nbytes=allocations.nbytes[index],
+        start=np.array([drop.next for drop in dropped], np.int64),
+        stop=allocations.stop[index],
+        kind=np.full(len(index), TEMPORARY),
+        tensor=allocations.tensor[index],
+    )
+    shortened = replace(allocations, stop=stop)
+    joined = {
+        column: np.concatenate([getattr(shortened, column), getattr(again, column)])
+        for column in ("home", "nbytes", "start", "stop", "kind", "tensor")
+    }
+    return replace(allocations, **joined)
+
+
+def _recomputable(
+    graph: OperatorGraph, fused: Fusion, lifetimes: _Lifetimes
+) -> dict[int, Recomputable]:
+    """Tensor -> how its kernel runs again, for kernels other than products and calls."""
+    reads_of: dict[int, set[int]] = defaultdict(set)
+    sources: dict[int, tuple[int, ...]] = {}
+    for root, kernel in fused.kernels.items():
+        read = reads(graph, kernel)
+        for tensor in read:
+            reads_of[tensor].add(root)
+        instruction = graph.instructions[root]
+        if instruction.name not in ALONE and instruction.trips == 1:
+            computed = tuple(tensor for tensor in read if lifetimes.born.get(tensor, -1) >= 0)
+            sources[instruction.results[0]] = computed
+    return {
+        tensor: Recomputable(read, tuple(sorted(reads_of[tensor])))
+        for tensor, read in sources.items()
+        if tensor in lifetimes.born
+    }
 
 
 class _Resharded(NamedTuple):
@@ -490,7 +567,7 @@ class _Allocator:
             for value in group
         }
         """Gradient -> the instruction at which it is summed with those that wait for each other."""
-        self.entries: list[tuple[int, int, int, int, int]] = []
+        self.entries: list[tuple[int, int, int, int, int, int]] = []
 
     def allocations(self) -> _Allocations:
         """All allocations added, and those of arguments."""
@@ -498,7 +575,7 @@ class _Allocator:
             (ROLES[argument.role], self.graph.home[argument.tensor], self._bytes(argument.tensor))
             for argument in self.graph.arguments
         )
-        columns = np.array(self.entries, np.int64).reshape(-1, 5).T.copy()
+        columns = np.array(self.entries, np.int64).reshape(-1, 6).T.copy()
         return _Allocations(arguments, *columns)
 
     def _bytes(
@@ -521,8 +598,11 @@ class _Allocator:
         start: int,
         stop: int,
         kind: int = TEMPORARY,
+        written: bool = False,
     ) -> None:
-        self.entries.append((self.graph.home[tensor], nbytes, start, stop, kind))
+        """Adds an allocation, `written` if it is the tensor itself."""
+        value = tensor if written else -1
+        self.entries.append((self.graph.home[tensor], nbytes, start, stop, kind, value))
 
     def add_values(self) -> None:
         """Adds the values that kernels write. New variables take the place of the old ones."""
@@ -549,7 +629,7 @@ class _Allocator:
             kind = KINDS.index("activations") if is_activation else TEMPORARY
             itemsize = self.compiler.stored_itemsize(self.graph, tensor)
             nbytes = self._bytes(tensor, itemsize=itemsize)
-            self._add(tensor, nbytes, start, max(start, stop), kind)
+            self._add(tensor, nbytes, start, max(start, stop), kind, written=True)
 
     def _lifetime(self, tensor: int, born: int) -> tuple[int, int] | None:
         """(first, last) instruction at which a value has memory of its own, None if it never has.

@@ -252,7 +252,7 @@ def predict(
         plan,
         machine,
         operators=operators,
-        memory=memory(graph, plan.mesh, layout, machine.backend),
+        memory=memory(graph, plan.mesh, layout, machine.backend, device_bytes=machine.memory_bytes),
         traffic=traffic,
         flops=local_flops(graph, plan.mesh, layout, machine.backend, traffic=planned),
     )

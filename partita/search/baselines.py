@@ -135,9 +135,11 @@ class Baselines(Mapping[str, tuple[Plan, Prediction]]):
 def peak_bytes(network: CostNetwork, plan: Plan) -> int:
     """Peak memory of a plan that all devices run at once, bytes of a device."""
     layout = layout_of(network.graph, plan)
+    machine = network.placement.machine
     return memory(
         network.graph,
         plan.mesh,
         layout,
-        network.placement.machine.backend,
+        machine.backend,
+        device_bytes=machine.memory_bytes,
     ).peak

@@ -426,6 +426,7 @@ class PipelinedStep(SimulatedStep):
             self.layout,
             self.machine.backend,
             None if every_operator else frozenset(operators),
+            self.machine.memory_bytes,
         )
 
     def _content(self, operators: Sequence[int]) -> tuple[object, ...]:

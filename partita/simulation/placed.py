@@ -482,14 +482,15 @@ class PlacedStep(SimulatedStep):
         """Peak memory of a device that runs these operators."""
         mesh = self.plan.mesh
         backend = self.machine.backend
+        device_bytes = self.machine.memory_bytes
         if len(members) == len(self.slices):
-            return memory(self.graph, mesh, self.layout, backend)
+            return memory(self.graph, mesh, self.layout, backend, device_bytes=device_bytes)
         local_reads = []
         for read in self.layout.reads:
             if read.operator in members and self.graph.home[read.tensor] in members:
                 local_reads.append(read)
         layout = replace(self.layout, reads=tuple(local_reads))
-        peak_memory = memory(self.graph, mesh, layout, backend, members)
+        peak_memory = memory(self.graph, mesh, layout, backend, members, device_bytes)
         received = self._received_bytes(members)
         return replace(
             peak_memory,

@@ -108,6 +108,10 @@ class Compiler(ABC):
         """Bytes of gathered variables that are one all-gather, at most."""
         return 0
 
+    def temporary_limit_bytes(self, device_bytes: float, argument_bytes: int) -> float:
+        """Bytes of temporaries beyond which it computes values again (`cost.recomputed`)."""
+        return math.inf
+
     @property
     def joins_kernels(self) -> bool:
         """Whether kernels that pass over the same values are one kernel (`cost.joined`)."""

@@ -17,6 +17,12 @@ SMALLEST_CUBLAS_PRODUCT = 100
 """Summed elements times rows and columns, below which XLA writes a kernel of its own
 (xla_gpu_gemm_rewrite_size_threshold)."""
 
+PROGRAM_SHARE = 0.8
+"""The part of a device's memory that a program's buffers may take (GetSchedulerMemoryLimit)."""
+LIMIT_SLOP = 0.95
+"""The part of what arguments leave, beyond which values are computed again
+(xla_gpu_memory_limit_slop_factor)."""
+
 
 class XlaGpu(XlaAccelerator):
     """XLA:GPU."""
@@ -51,6 +57,10 @@ class XlaGpu(XlaAccelerator):
         capability = self.backend.compute_capability
         is_older = capability and float(capability) < HOPPER
         return WORK_SPACE_BYTES if is_older else HOPPER_WORK_SPACE_BYTES
+
+    def temporary_limit_bytes(self, device_bytes: float, argument_bytes: int) -> float:
+        """The limit of its scheduler."""
+        return LIMIT_SLOP * max(0.0, PROGRAM_SHARE * device_bytes - argument_bytes)
 
     @property
     def joins_kernels(self) -> bool:

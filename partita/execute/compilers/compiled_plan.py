@@ -113,7 +113,9 @@ def compile_captured(captured: Captured, plan: Plan, machine: Machine) -> Compil
     target = program_compiler(machine).target(machine)
     graph = captured.graph
     layout = layout_of(graph, plan)
-    planned_peak = memory(graph, plan.mesh, layout, machine.backend).peak
+    planned_peak = memory(
+        graph, plan.mesh, layout, machine.backend, device_bytes=machine.memory_bytes
+    ).peak
     try:
         program = compile_program(request_of(captured, plan, target))
     except ProgramTooLarge as error:

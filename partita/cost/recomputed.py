@@ -1,0 +1,134 @@
+"""Values that a compiler computes again because a step exceeds the memory of a device.
+
+XLA:GPU has a limit for the buffers of a program (`Compiler.temporary_limit_bytes`). If a schedule
+exceeds it, HloRematerialization takes kernels other than products and calls, drops their results
+after the forward pass, and runs them once more before their next readers. The values that such a
+kernel reads stay in memory until then.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+Reads = tuple[int, ...]
+"""The instructions that read a value from memory, sorted."""
+
+
+class Lifetime(NamedTuple):
+    """An allocation of a value, in memory while instructions `start` to `stop` run."""
+
+    tensor: int
+    nbytes: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Recomputable:
+    """A value whose kernel can run again."""
+
+    sources: tuple[int, ...]
+    """The computed tensors that its kernel reads."""
+    reads: Reads
+
+
+class Drop(NamedTuple):
+    """A value that is not in memory between two of its readers."""
+
+    allocation: int
+    """Index of the value's lifetime."""
+    last: int
+    """The instruction that reads it before."""
+    next: int
+    """The instruction for which it is computed again."""
+
+
+def drops(
+    lifetimes: Mapping[int, Lifetime],
+    recomputable: Mapping[int, Recomputable],
+    live_bytes: np.ndarray,
+    limit_bytes: float,
+) -> list[Drop]:
+    """The values to drop so that no instruction has more than `limit_bytes` in memory.
+
+    `lifetimes` maps the index of an allocation to its value, `live_bytes` are the bytes of all
+    allocations at each instruction. At the instruction with the most bytes the largest values go
+    first, until it is within the limit or nothing is left.
+    """
+    chosen = _Dropper(lifetimes, recomputable, live_bytes.copy())
+    while True:
+        peak = int(np.argmax(chosen.live_bytes))
+        if chosen.live_bytes[peak] <= limit_bytes or not chosen.drop_at(peak, limit_bytes):
+            return list(chosen.by_tensor.values())
+
+
+class _Dropper:
+    """Chooses values to drop, with the bytes that stay."""
+
+    def __init__(
+        self,
+        lifetimes: Mapping[int, Lifetime],
+        recomputable: Mapping[int, Recomputable],
+        live_bytes: np.ndarray,
+    ) -> None:
+        self.lifetimes = lifetimes
+        self.recomputable = recomputable
+        self.live_bytes = live_bytes
+        self.reads = {tensor: list(value.reads) for tensor, value in recomputable.items()}
+        """Tensor -> instructions that read it, also to compute another value again; sorted."""
+        self.by_tensor: dict[int, Drop] = {}
+        """Dropped tensor -> its drop."""
+        self.stop: dict[int, int] = defaultdict(int)
+        """Tensor -> the last instruction at which it is in memory."""
+        for lifetime in lifetimes.values():
+            self.stop[lifetime.tensor] = max(self.stop[lifetime.tensor], lifetime.stop)
+        self.largest_first = sorted(
+            (index for index, value in lifetimes.items() if value.tensor in recomputable),
+            key=lambda index: (-lifetimes[index].nbytes, lifetimes[index].start),
+        )
+
+    def drop_at(self, peak: int, limit_bytes: float) -> bool:
+        """Drops values at an instruction. Whether there was any."""
+        count = len(self.by_tensor)
+        for index in self.largest_first:
+            if self.live_bytes[peak] <= limit_bytes:
+                break
+            lifetime = self.lifetimes[index]
+            if lifetime.start < peak < lifetime.stop and lifetime.tensor not in self.by_tensor:
+                self._drop(index, peak)
+        return len(self.by_tensor) > count
+
+    def _drop(self, index: int, peak: int) -> None:
+        """Drops a value around an instruction if its kernel can run again afterwards."""
+        lifetime = self.lifetimes[index]
+        tensor = lifetime.tensor
+        reads = self.reads[tensor]
+        position = bisect.bisect_left(reads, peak)
+        if position == len(reads) or reads[position] == peak:
+            return
+        drop = Drop(index, reads[position - 1] if position else lifetime.start, reads[position])
+        sources = self.recomputable[tensor].sources
+        if any(self.stop[source] < drop.next for source in sources):
+            return
+        self.by_tensor[tensor] = drop
+        self.live_bytes[drop.last + 1 : drop.next] -= lifetime.nbytes
+        self._read_sources(tensor, drop.next)
+
+    def _read_sources(self, tensor: int, time: int) -> None:
+        """Keeps the sources of a value in memory at a time at which it is computed again."""
+        for source in self.recomputable[tensor].sources:
+            if source not in self.reads:
+                continue
+            bisect.insort(self.reads[source], time)
+            drop = self.by_tensor.get(source)
+            if drop is None or not drop.last < time < drop.next:
+                continue
+            self.by_tensor[source] = drop._replace(next=time)
+            self.live_bytes[time : drop.next] += self.lifetimes[drop.allocation].nbytes
+            self._read_sources(source, time)
