@@ -31,7 +31,7 @@ from partita.cost.fusion import ALONE, Fusion, fused_under, producers, reads, tr
 from partita.cost.partial import Factors, gradients, operand_labels, reduced_factors, split_axes
 from partita.cost.recomputed import Lifetime, Recomputable, drops
 from partita.cost.reshard import Axes
-from partita.cost.work import group_factors
+from partita.cost.work import filled_ratio, group_factors
 from partita.graph.flat import LIBRARY_CALLS, readers_of
 from partita.graph.operator_graph import (
     ITEMSIZE,
@@ -440,6 +440,10 @@ def _allocations(
         allocator.add_transposed_copies()
     allocator.add_gradient_sums()
     allocator.add_work_spaces()
+    if buffers.ordered_kernels:
+        allocator.add_ordered_kernels()
+    if buffers.filled_gradients:
+        allocator.add_filled_operands()
     if buffers.early_zeros:
         allocator.add_zeros()
     if buffers.pool_positions:
@@ -777,6 +781,34 @@ class _Allocator:
             target = self.targets.get((flipped.instruction, 1))
             nbytes = self._bytes(flipped.tensor, target)
             self._add(flipped.tensor, nbytes, flipped.available, flipped.instruction)
+
+    def add_ordered_kernels(self) -> None:
+        """Adds the copies of variables that convolutions read, each for all that read it alike."""
+        times: dict[tuple[int, Sharding], list[int]] = defaultdict(list)
+        for i, instruction in enumerate(self.graph.instructions):
+            if instruction.name != "convolution" or i in self.program.kernel_gradients:
+                continue
+            kernel = instruction.operands[1]
+            if kernel in self.arguments:
+                sharding = self.targets.get((i, 1), self.layout.shardings[kernel])
+                times[kernel, sharding].append(i)
+        for (kernel, sharding), readers in times.items():
+            self._add(kernel, self._bytes(kernel, sharding), readers[0], readers[-1])
+
+    def add_filled_operands(self) -> None:
+        """Adds the operands of weight gradients over dilated operands: the one with zeros in its
+        holes, and a copy of the other."""
+        for i in self.program.kernel_gradients:
+            instruction = self.graph.instructions[i]
+            growth = filled_ratio(instruction)
+            if growth == 1:
+                continue
+            dilated, gradient = (
+                self._bytes(operand, self.targets.get((i, position)))
+                for position, operand in enumerate(instruction.operands[:2])
+            )
+            self._add(instruction.operands[0], int(dilated * growth), i, i)
+            self._add(instruction.operands[1], gradient, i, i)
 
     def _add_dense_gradient(self, i: int, result: int) -> None:
         """Adds the weight gradient of a grouped convolution.

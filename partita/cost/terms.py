@@ -31,7 +31,7 @@ from partita.cost.partial import (
     reduced_factors,
 )
 from partita.cost.sums import loop_sums
-from partita.cost.work import group_factors
+from partita.cost.work import filled_ratio, group_factors
 from partita.graph.flat import EDGE_KERNELS, HEAVY, LIBRARY_CALLS, Reader, readers_of
 from partita.graph.operator_graph import (
     ITEMSIZE,
@@ -426,11 +426,14 @@ class _Collector:
                 *operand_labels(graph, i),
                 *(graph.labels[tensor] for tensor in member.results),
             ]
-            if member.flops:
-                flops += member.flops
+            member_flops = member.flops
+            if self.compiler.buffers.filled_gradients:
+                member_flops *= filled_ratio(member)
+            if member_flops:
+                flops += member_flops
                 if not self._is_constant(member):
                     space = tuple(dict.fromkeys(f for label in labels for f in label if f >= 0))
-                    flops_by_space[space] = flops_by_space.get(space, 0.0) + member.flops
+                    flops_by_space[space] = flops_by_space.get(space, 0.0) + member_flops
             if member.batch_groups > 1:
                 groups = group_factors(labels)
         is_small = flops < FEWEST_FLOPS and sum(bytes_by_factors.values()) < FEWEST_BYTES

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from partita.cost.backends import compiler_of
 from partita.cost.collectives import DEFAULT, Collective, Reach, collectives, reaches
-from partita.cost.fusion import fused_under
+from partita.cost.fusion import fused_under, transposes
 from partita.cost.partial import Factors, operand_labels
-from partita.graph.operator_graph import Label, OperatorGraph, per_graph
+from partita.graph.operator_graph import Instruction, Label, OperatorGraph, per_graph
 from partita.machine import Backend
 from partita.plans.layout import Layout, Sharding
 from partita.plans.plan import Mesh
@@ -36,7 +36,8 @@ def local_flops(
     if traffic is None:
         traffic = collectives(graph, mesh, layout, backend)
     total = 0.0
-    fused = fused_under(graph, layout, compiler_of(backend).fusion_rules)
+    compiler = compiler_of(backend)
+    fused = fused_under(graph, layout, compiler.fusion_rules)
     shards = _Shards(mesh, layout)
     for computation in _computations(graph):
         instruction = graph.instructions[computation.instruction]
@@ -44,6 +45,8 @@ def local_flops(
         kernels = max(1, len(fused.computed_in[computation.instruction]))
         trips = 1 if loops_once else instruction.trips
         flops = instruction.flops * kernels * trips
+        if compiler.buffers.filled_gradients:
+            flops *= filled_ratio(instruction)
         if operator < 0:
             total += flops
             continue
@@ -70,6 +73,18 @@ def local_flops(
             trips = 1 if loops_once else collective.trips
             total += collective.nbytes / collective.itemsize * trips
     return total
+
+
+def filled_ratio(instruction: Instruction) -> float:
+    """Elements of a weight gradient's dilated operand with zeros in its holes, over those without.
+
+    1 for other instructions, which skip the holes.
+    """
+    if not transposes(instruction):
+        return 1.0
+    return math.prod(
+        ((window.size - 1) * window.base + 1) / window.size for _, window in instruction.windows
+    )
 
 
 class _Shards:

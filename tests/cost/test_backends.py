@@ -16,6 +16,7 @@ from partita.cost.backends.base import ProductShape
 from partita.cost.collectives import collectives
 from partita.cost.memory import memory
 from partita.cost.predict import predict
+from partita.cost.work import filled_ratio, local_flops
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Backend, load
 from partita.plans.baselines import BASELINES
@@ -174,3 +175,33 @@ def test_a_conversion_that_one_instruction_reads_moves_before_the_reshard(uses, 
     moved = compiler_of(GPU.backend).moved_itemsize(graph, weights, [(conversion, 0)])
     assert moved == itemsize
     assert compiler_of(CPU.backend).moved_itemsize(graph, weights, [(conversion, 0)]) == 4
+
+
+def test_the_weight_gradient_of_a_transposed_convolution_is_dense_on_a_gpu():
+    """XLA:GPU convolves with 7 x 7 elements of an image of 4 x 4, dilated twice, zeros included."""
+    kernel_shape = jax.ShapeDtypeStruct((3, 3, 5, 2), jnp.float32)
+    image = jax.ShapeDtypeStruct((8, 4, 4, 2), jnp.float32)
+
+    def step(kernel, image):
+        def loss(kernel):
+            result = jax.lax.conv_transpose(
+                image,
+                kernel,
+                (2, 2),
+                "SAME",
+                transpose_kernel=True,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            return (result**2).sum()
+
+        return kernel - jax.grad(loss)(kernel)
+
+    graph = capture_program(step, args=(kernel_shape, image)).graph
+    (gradient,) = (i for i in graph.instructions if filled_ratio(i) != 1)
+    assert filled_ratio(gradient) == (7 / 4) ** 2
+    plan = BASELINES["one device"](graph, GPU.name, mesh_of(GPU))
+    layout = layout_of(graph, plan)
+    with_holes, filled = (
+        local_flops(graph, plan.mesh, layout, machine.backend) for machine in (CPU, GPU)
+    )
+    assert filled - with_holes == pytest.approx(gradient.flops * ((7 / 4) ** 2 - 1))

@@ -51,6 +51,12 @@ class Buffers:
     """The backward pass of pooling by maximum stores the positions of maxima."""
     early_reductions: bool
     """A metric is computed as soon as its operand exists, not in the order of the program."""
+    ordered_kernels: bool = False
+    """Convolutions read a variable in a copy with its dims in another order, which stays in memory
+    from the first convolution to the last."""
+    filled_gradients: bool = False
+    """The weight gradient of a convolution over a dilated operand is a dense convolution: its
+    window is the operand with zeros in its holes, and the other operand has a copy."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from partita.cost.backends.accelerator import COMBINED_BYTES, XlaAccelerator
-from partita.cost.backends.base import FusionRules, ProductShape
+from partita.cost.backends.base import Buffers, FusionRules, ProductShape
 
 WORK_SPACE_BYTES = 4 << 20
 HOPPER_WORK_SPACE_BYTES = 32 << 20
@@ -44,6 +46,15 @@ class XlaGpu(XlaAccelerator):
             merges_products=True,
             longest_chain=LONGEST_CHAIN,
         )
+
+    @property
+    def buffers(self) -> Buffers:
+        """Kernels with their input channels last, as cuDNN reads them.
+
+        Of a transposed convolution's weight gradient the two operands are exchanged
+        (AlgebraicSimplifier), and cuDNN has no dilated window (ConvPaddingLegalization).
+        """
+        return replace(super().buffers, ordered_kernels=True, filled_gradients=True)
 
     @property
     def combined_gather_bytes(self) -> float:
