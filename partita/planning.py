@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partita.cost.predict import Prediction
+from partita.cost.predict import OperatorPrediction, Prediction
 from partita.errors import MemoryBudgetError, PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
@@ -227,20 +227,25 @@ def with_reasons(result: PlanResult) -> Plan:
         alternatives(result.network, chosen, ALTERNATIVES),
         strict=True,
     ):
-        operators[cost.name] = {
-            "compute": cost.compute,
-            "activations": cost.activations,
-            "gradients": cost.gradients,
-            "moves": cost.moves,
-            "bytes": cost.nbytes,
-            "traffic": cost.traffic,
-            "alternatives": [_alternative(result, *other) for other in others],
-        }
+        shown = [_alternative(result, *other) for other in others]
+        operators[cost.name] = {**_figures(cost), "alternatives": shown}
     baselines = {}
     for name, (_, prediction) in result.baselines.items():
         figures = prediction.to_json()
         baselines[name] = {key: figures[key] for key in BASELINE_FIGURES if key in figures}
     return replace(result.plan, why={"operators": operators, "baselines": baselines})
+
+
+def _figures(cost: OperatorPrediction) -> dict[str, float]:
+    """Seconds by cause, and bytes, of an operator, as a plan file stores them."""
+    return {
+        "compute": cost.compute,
+        "activations": cost.activations,
+        "gradients": cost.gradients,
+        "moves": cost.moves,
+        "bytes": cost.nbytes,
+        "traffic": cost.traffic,
+    }
 
 
 def _alternative(
@@ -404,16 +409,22 @@ def make_planner(
 
 
 def _with_prediction(plan: Plan, captured: Captured, machine: Machine) -> Plan:
-    """A plan with predicted seconds and bytes; of several processes process 0 predicts them."""
+    """A plan with its prediction and the costs of its operators, without alternatives; of several
+    processes process 0 predicts them."""
     from partita.execute.processes import from_first
 
     if plan.predicted:
         return plan
 
-    def predicted() -> str:
-        return json.dumps(predict_plan(captured.graph, machine, plan).to_json())
+    def predict() -> str:
+        prediction = predict_plan(captured.graph, machine, plan)
+        operators = {
+            cost.name: {**_figures(cost), "alternatives": []} for cost in prediction.operators
+        }
+        return json.dumps([prediction.to_json(), {"operators": operators}])
 
-    return replace(plan, predicted=json.loads(from_first("prediction", predicted)))
+    predicted, why = json.loads(from_first("prediction", predict))
+    return replace(plan, predicted=predicted, why=why)
 
 
 def _smaller_plan(

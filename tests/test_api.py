@@ -98,7 +98,8 @@ def test_a_baseline_is_run_by_its_name() -> None:
     machine = host(4, 1 << 30)
     named = make_planner("dp", machine=machine)(captured)
     baseline = partita.planning.resolve_plan("data parallel", captured.graph, machine)
-    assert named == dataclasses.replace(baseline, predicted=named.predicted)
+    assert named == dataclasses.replace(baseline, predicted=named.predicted, why=named.why)
+    assert set(named.why["operators"]) == {"wide", "out"}
     assert named.devices == 4 and named.predicted["seconds"] > 0
     searched = make_planner("found", machine=machine)(captured)
     assert searched == make_planner(machine=machine)(captured)
