@@ -92,7 +92,7 @@ PEER = """
     from partita.execute.processes import group, join, together
 
     processes.WAIT_SECONDS = 2
-    processes.HEARTBEAT = 5
+    processes.HEARTBEAT = 12
     join(group(), print)
     channel = processes.channel()
     array = jax.numpy.arange(3.0)
