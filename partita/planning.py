@@ -381,6 +381,7 @@ def make_planner(
     given = given_plan(plan) if plan is not None else None
     if options.measure_operators:
         check_measurable(machine)
+    from partita.execute import members
     from partita.execute.processes import from_first
 
     def searched_plan(captured: Captured, local: Machine) -> Plan:
@@ -393,8 +394,10 @@ def make_planner(
         return Plan.from_json(json.loads(from_first("plan", best)))
 
     def choose(captured: Captured, refused: MemoryBudgetError | None = None) -> Plan:
-        needed = given.devices if isinstance(given, Plan) else None
-        target = resolve_machine(machine, devices or needed)
+        needed = devices or (given.devices if isinstance(given, Plan) else None)
+        if machine is None and members.generation():
+            needed = None  # after a loss: all that are left
+        target = resolve_machine(machine, needed)
         if refused is not None:
             return _smaller_plan(captured.graph, target, given, refused, options.report)
         if given is not None:

@@ -19,13 +19,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
+from partita.cli.survivors import Survivors, is_killed
 from partita.errors import LostProcessError, PartitaError
+from partita.execute.board import Board
 
 GRACE = 5.0
 """Time for the other processes to end by themselves when one has failed, and again after a signal,
 seconds."""
 POLL = 0.05
 """Time between two looks at the processes, seconds."""
+SURVIVAL_POLL = 0.01
+"""The same, while others wait to hear who is lost, seconds."""
 INTERRUPTED = 130
 """Exit code of a process that Ctrl-C has ended."""
 STOPPED = 15.0
@@ -52,21 +56,40 @@ def launch(
     devices: int | None,
     say: Callable[[str], None],
     restarts: int = 0,
+    survives: bool = False,
 ) -> int:
     """The exit code of `count` processes that each run `partita` with these arguments.
 
     It is the code of the first one that failed, or 0. Each process has its share of the cores, and
     one CPU device per core, or its share of `devices`. One that fails, is killed or ends early
     stops the others within 2 * GRACE seconds. If it was killed or hung, all are started again, at
-    most `restarts` times; an error of the script would come again and ends the run.
+    most `restarts` times; an error of the script would come again and ends the run. If `survives`,
+    the others go on without it first, and all are started again when none is left.
     """
+    run_group = _run_with_board if survives else _run_group
     seed = os.environ.get("PARTITA_SEED", str(random.SystemRandom().randrange(2**31)))
     for restart in range(1, restarts + 1):
-        outcome = _run_group(count, arguments, devices, seed, say)
+        outcome = run_group(count, arguments, devices, seed, say)
         if not outcome.is_loss:
             return outcome.code
         say(f"starting again (restart {restart} of {restarts})")
-    return _run_group(count, arguments, devices, seed, say).code
+    return run_group(count, arguments, devices, seed, say).code
+
+
+def _run_with_board(
+    count: int,
+    arguments: Sequence[str],
+    devices: int | None,
+    seed: str,
+    say: Callable[[str], None],
+) -> Outcome:
+    """A group that any process may leave: this one coordinates it, and tells who is lost."""
+    from partita.cli.survivors import coordination, new_board
+
+    address = _free_address()
+    with new_board(count) as board, coordination(address, count):
+        more = [*arguments[:1], "--board", str(board.folder), *arguments[1:]]
+        return _run_group(count, more, devices, seed, say, board, address)
 
 
 def _run_group(
@@ -75,6 +98,8 @@ def _run_group(
     devices: int | None,
     seed: str,
     say: Callable[[str], None],
+    board: Board | None = None,
+    address: str | None = None,
 ) -> Outcome:
     """Starts the processes and watches them until all have ended."""
     if devices is not None and devices % count:
@@ -84,9 +109,11 @@ def _run_group(
         )
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     share = max(1, len(cores) // count)
-    environment = _common_environment(count, devices // count if devices else share, seed)
+    local_devices = devices // count if devices else share
+    environment = _common_environment(address or _free_address(), count, local_devices, seed)
     processes: list[subprocess.Popen[bytes]] = []
     errors: list[IO[bytes] | None] = []
+    outputs = (os.dup(1), os.dup(2)) if board is not None else ()
     try:
         for number in range(count):
             own_cores = [cores[(number * share + k) % len(cores)] for k in range(share) if cores]
@@ -98,22 +125,28 @@ def _run_group(
                 stdout=subprocess.DEVNULL if number else None,
                 stderr=stderr,
                 preexec_fn=_initializer(set(own_cores)),
+                pass_fds=outputs,
             )
             processes.append(process)
+        survivors = None
+        if board is not None:
+            survivors = Survivors(processes, board, outputs, say)
         with _signals_raised():
-            return _watch(processes, errors, say)
+            return _watch(processes, errors, say, survivors)
     finally:
         for process in processes:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+        for descriptor in outputs:
+            os.close(descriptor)
 
 
-def _common_environment(count: int, local_devices: int, seed: str) -> dict[str, str]:
+def _common_environment(address: str, count: int, local_devices: int, seed: str) -> dict[str, str]:
     """Environment variables of all processes."""
     return {
         **os.environ,
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{_free_port()}",
+        "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": str(count),
         "PARTITA_LAUNCHED": "1",
         "PARTITA_SEED": seed,
@@ -121,10 +154,10 @@ def _common_environment(count: int, local_devices: int, seed: str) -> dict[str, 
     }
 
 
-def _free_port() -> int:
+def _free_address() -> str:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+        return f"127.0.0.1:{listener.getsockname()[1]}"
 
 
 def _initializer(cores: set[int]) -> Callable[[], None]:
@@ -163,22 +196,32 @@ def _watch(
     processes: list[subprocess.Popen[bytes]],
     errors: list[IO[bytes] | None],
     say: Callable[[str], None],
+    survivors: Survivors | None = None,
 ) -> Outcome:
-    """The end of the processes; the failure of one ends the others, and is reported."""
+    """The end of the processes; the failure of one ends the others, and is reported. With
+    `survivors`, a process that is killed or hangs does not end the others."""
     interrupted = False
     culprit: int | None = None
     try:
         stopped_since: dict[int, float] = {}
-        while all(process.poll() in (None, 0) for process in processes):
-            if all(process.poll() == 0 for process in processes):
+        while True:
+            if survivors is not None:
+                survivors.look()
+                if len(survivors.lost) == len(processes):
+                    return Outcome(LostProcessError.exit_code, is_loss=True)
+            codes = _codes(processes, survivors)
+            if any(code not in (None, 0) and not _is_loss(code, survivors) for code in codes):
+                break
+            if all(code == 0 for code in codes):
                 return Outcome(0)
-            culprit = _stopped_too_long(processes, stopped_since)
+            if survivors is None:
+                culprit = _stopped_too_long(processes, stopped_since)
             if culprit is not None:
                 break
-            time.sleep(POLL)
+            time.sleep(POLL if survivors is None else SURVIVAL_POLL)
         if culprit is None:
             # Looked up now: others may fail in consequence, in ways that do not show it.
-            culprit = _independent_failure([process.poll() for process in processes])
+            culprit = _independent_failure(_codes(processes, survivors))
             _wait(processes, GRACE)
         if culprit is None:
             culprit = _silent(processes)
@@ -194,7 +237,7 @@ def _watch(
         _send(processes, signal.SIGINT)
     _send(processes, signal.SIGTERM)
     hangs = culprit is not None and processes[culprit].poll() is None
-    codes = [process.poll() for process in processes]
+    codes = _codes(processes, survivors)
     if hangs and culprit is not None:
         say(
             f"process {culprit} of {len(codes)} (pid {processes[culprit].pid}) does not answer: it "
@@ -208,7 +251,22 @@ def _watch(
     if culprit is None:
         return Outcome(0)
     code = _report_failure(culprit, codes, errors[culprit], say)
-    return Outcome(code, is_loss=(codes[culprit] or 0) < 0)
+    gave_up = code == LostProcessError.exit_code and survivors is not None
+    return Outcome(code, is_loss=gave_up or (codes[culprit] or 0) < 0)
+
+
+def _codes(
+    processes: Sequence[subprocess.Popen[bytes]], survivors: Survivors | None
+) -> list[int | None]:
+    """The exit codes so far; 0 for a process that the others go on without."""
+    lost = survivors.lost if survivors is not None else ()
+    codes = [process.poll() for process in processes]
+    return [0 if number in lost else code for number, code in enumerate(codes)]
+
+
+def _is_loss(code: int | None, survivors: Survivors | None) -> bool:
+    """Whether an exit code is one of those that the others go on after."""
+    return survivors is not None and is_killed(code)
 
 
 def _stopped_too_long(

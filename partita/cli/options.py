@@ -91,7 +91,7 @@ class ScriptCommand(TyperCommand):
     """A command whose argument is a script: a file, or after `-m` a module."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        words = list(args)
+        words = ["--manage=act" if word == "--manage" else word for word in args]
         dashes = words.index("--") if "--" in words else len(words)
         ctx.meta[_AFTER_DASHES] = words[dashes + 1 :]
         position = self._position_of_m(words[:dashes])
@@ -174,6 +174,14 @@ Processes = Annotated[
     int, typer.Option(help="Processes on this host, each with a share of its cores.", min=1)
 ]
 Restarts = Annotated[int, typer.Option(help="Times to start again after a lost process.", min=0)]
+Manage = Annotated[
+    str | None,
+    typer.Option(
+        help="Go on after a lost or hung process; 'watch' only says so.",
+        metavar="[=watch]",
+        show_default=False,
+    ),
+]
 MeasureOperators = Annotated[
     bool,
     typer.Option(

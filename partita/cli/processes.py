@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 import typer
 
@@ -15,12 +16,15 @@ from partita.errors import PartitaError
 from partita.keras_backend import select_jax
 
 
-def run_in_processes(count: int, devices: int | None, restarts: int = 0) -> None:
+def run_in_processes(
+    count: int, devices: int | None, restarts: int = 0, survives: bool = False
+) -> None:
     """Starts this command in several processes, with `devices` in all, and ends as they end;
     returns in each of them.
 
     After the loss of a process all are started again, at most `restarts` times. They save
-    snapshots in a folder that the option --snapshots names.
+    snapshots in a folder that the option --snapshots names. If the group `survives`, the others go
+    on first, as the notice board says that the option --board names.
     """
     if os.environ.get("PARTITA_LAUNCHED") or (count == 1 and not restarts):
         return
@@ -30,10 +34,10 @@ def run_in_processes(count: int, devices: int | None, restarts: int = 0) -> None
     for option in ("--processes", "--restarts"):
         arguments = _without(option, arguments)
     if not restarts:
-        raise typer.Exit(launch(count, arguments, devices, say))
+        raise typer.Exit(launch(count, arguments, devices, say, survives=survives))
     with tempfile.TemporaryDirectory(prefix="partita-snapshots-") as folder:
         arguments[1:1] = ["--snapshots", folder]
-        raise typer.Exit(launch(count, arguments, devices, say, restarts))
+        raise typer.Exit(launch(count, arguments, devices, say, restarts, survives))
 
 
 def _check_ungrouped() -> None:
@@ -62,9 +66,10 @@ def _without(option: str, arguments: list[str]) -> list[str]:
     return arguments[:position] + arguments[position + words :]
 
 
-def join_processes() -> bool:
+def join_processes(board: Path | None = None) -> bool:
     """Waits for the other processes, if there are any, and seeds Keras alike in all; whether
-    this process prints."""
+    this process prints. `board` is the folder of the launcher's notice board, if it has one."""
+    from partita.execute.board import Board
     from partita.execute.processes import from_first, group, is_first, join
 
     membership = group()
@@ -75,7 +80,7 @@ def join_processes() -> bool:
 
     local_devices = os.environ.get("PARTITA_LOCAL_DEVICES", "1")
     start_host_devices(int(local_devices) if local_devices.isdigit() else 1)
-    join(membership, say)
+    join(membership, say, None if board is None else Board(board, membership.count))
     seed = int(from_first("seed", _seed))
     import keras
 

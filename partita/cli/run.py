@@ -14,6 +14,7 @@ import typer
 from partita.cli.files import check_writable, save_page, save_plan
 from partita.cli.options import (
     Devices,
+    Manage,
     MeasureOperators,
     PlanFiles,
     Processes,
@@ -32,7 +33,10 @@ from partita.cli.terminal import (
     say_nothing,
     say_timing,
 )
+from partita.errors import PartitaError
 from partita.machine import Machine
+from partita.management.contract import Manager
+from partita.management.managers import ManageOptions, new_manager
 from partita.planning import SearchOptions, given_plan, make_planner, simulate_plan
 from partita.plans.plan import Plan
 from partita.simulation.timeline import Timeline
@@ -42,6 +46,11 @@ if TYPE_CHECKING:
     from partita.keras.script import Trained
 
 
+ACT = "act"
+WATCH = "watch"
+"""Values of --manage; without one it acts."""
+
+
 @dataclass(frozen=True)
 class Group:
     """The devices and processes that train together."""
@@ -49,6 +58,13 @@ class Group:
     devices: Devices = None
     processes: Processes = 1
     restarts: Restarts = 0
+    manage: Manage = None
+    decisions: Annotated[
+        Path | None,
+        typer.Option(help="Append the decisions of --manage to this file (JSON lines)."),
+    ] = None
+    board: Annotated[Path | None, typer.Option(hidden=True)] = None
+    """The folder in which a launcher says who is lost."""
     snapshots: Annotated[Path | None, typer.Option(hidden=True)] = None
     """The folder in which a run that may be started again saves its snapshots."""
 
@@ -79,6 +95,8 @@ def run(
     Example: partita run -m mypackage.train --epochs 3
 
     Example: partita run --processes 4 --restarts 3 train.py
+
+    Example: partita run --processes 4 --manage --decisions decisions.jsonl train.py
     """
     with errors():
         if not os.environ.get("PARTITA_LAUNCHED"):
@@ -88,8 +106,10 @@ def run(
         given = given_plan(plan) if plan is not None else None
         if devices is None and isinstance(given, Plan):
             devices = given.devices
-        run_in_processes(group.processes, devices, group.restarts)
-        prints = join_processes() and not quiet
+        check_manage(group)
+        survives = group.manage == ACT and group.processes > 1
+        run_in_processes(group.processes, devices, group.restarts, survives)
+        prints = join_processes(group.board) and not quiet
         start_devices(devices)
         from partita.keras.script import run_script
 
@@ -111,9 +131,36 @@ def run(
                 trained=record.trained,
                 activity=activity.show,
                 as_module=is_module(context),
+                manage=manager_factory(group, None if quiet else say),
             )
         record.finish()
     leave(code)
+
+
+def check_manage(group: Group) -> None:
+    """PartitaError for a wrong --manage; says what it can do for one process."""
+    if group.manage not in (None, ACT, WATCH):
+        raise PartitaError(
+            f"--manage is {group.manage!r}: write --manage, or --manage=watch to be told only."
+        )
+    if group.manage is None and group.decisions is not None:
+        raise PartitaError("--decisions is for --manage: add --manage, or remove --decisions.")
+    if group.manage is None or os.environ.get("PARTITA_LAUNCHED"):
+        return
+    check_writable(decisions=group.decisions)
+    if group.processes == 1:
+        restarts = "it is started again" if group.restarts else "add --restarts 3 to start it again"
+        say(f"--manage with one process: no other one can go on after its end; {restarts}.")
+
+
+def manager_factory(
+    group: Group, tell: Callable[[str], None] | None
+) -> Callable[[], Manager | None]:
+    """Gives a manager for each training of a run."""
+    if group.manage is None:
+        return lambda: None
+    options = ManageOptions(acts=group.manage == ACT, log=group.decisions)
+    return lambda: new_manager(options, tell)
 
 
 def _snapshots_in(

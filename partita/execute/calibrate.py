@@ -28,6 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy.optimize import minimize
 
 from partita.errors import MachineError
+from partita.execute import members
 from partita.execute.calibration_sizes import (
     STREAM_ARRAYS,
     VALUE_BYTES,
@@ -193,7 +194,7 @@ def calibrate(machine: Machine, report: Callable[[str], None]) -> Calibration:
 
     `report` gets the name of every measurement before it starts.
     """
-    devices = jax.devices()[: machine.devices]
+    devices = members.devices()[: machine.devices]
     mesh = jax.sharding.Mesh(np.array(devices), ("a",))
     figures = machine.provenance()
     sizes = sizes_of(machine)

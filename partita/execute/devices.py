@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 
 from partita.errors import MachineError
+from partita.execute import members
 from partita.execute.processes import alone, group
 from partita.machine import Machine, host, load, read
 
@@ -116,7 +117,7 @@ def one_device_sentence() -> str:
 
 def at_hand(devices: int | None = None) -> Machine:
     """The machine that JAX runs on here, or `devices` of its devices, without measured figures."""
-    local_devices = jax.devices()
+    local_devices = members.devices()
     count = len(local_devices) if devices is None else devices
     first = local_devices[0]
     if count > len(local_devices):

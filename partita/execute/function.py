@@ -22,9 +22,11 @@ from partita.capture.functions import Call, CapturedCall, call_of, capture_call
 from partita.capture.jax_functions import Captured
 from partita.capture.targets import CaptureTarget
 from partita.errors import CaptureError, MemoryBudgetError
-from partita.execute.processes import alone, digest, put, same, together
+from partita.execute.processes import alone, digest, same
 from partita.execute.program import RunnableStep, runnable_step
+from partita.execute.steps import StepRunner, settled
 from partita.execute.verify import Verification, check_compiled
+from partita.management.contract import Manager
 from partita.plans.adapt import fit_plan
 from partita.plans.pipeline import is_pipeline
 from partita.plans.plan import Plan
@@ -36,18 +38,6 @@ MANY_SHAPES = 5
 """Shapes of batches from which a program is said to compile often."""
 REFUSALS = 3
 """Maximum number of plans that the compiler refuses before Partita gives up."""
-
-
-def settled(values: Any) -> Any:
-    """The values; on a CPU, after they are computed.
-
-    A CPU device is a thread of one pool. Programs with collectives that overlap take all threads
-    and wait for each other until XLA ends the process (observed with jax 0.10.2 within 100 steps,
-    with `keras.distribution` too).
-    """
-    if jax.default_backend() == "cpu":
-        return jax.block_until_ready(values)
-    return values
 
 
 def shapes_sentence(name: str, count: int) -> str:
@@ -125,6 +115,11 @@ def same_everywhere(
     )
 
 
+def no_manager() -> Manager | None:
+    """Leaves a training alone."""
+    return None
+
+
 @dataclass
 class Session:
     """Defaults of a command that runs a script, for all steps that the script makes parallel."""
@@ -135,6 +130,8 @@ class Session:
     """Steps and models that the script itself made parallel."""
     target: CaptureTarget | None = None
     """The platform to capture steps for, by default that of the local devices."""
+    manage: Callable[[], Manager | None] = no_manager
+    """Gives a new manager for a training; None without --manage."""
 
 
 _sessions: list[Session] = []
@@ -153,6 +150,12 @@ def running(session: Session) -> Iterator[Session]:
 def current() -> Session | None:
     """The session of the command that runs this script, if there is one."""
     return _sessions[-1] if _sessions else None
+
+
+def session_manager() -> Manager | None:
+    """A new manager for a training, if the command that runs this script manages it."""
+    session = current()
+    return session.manage() if session is not None else None
 
 
 @dataclass(frozen=True)
@@ -189,13 +192,10 @@ class ParallelStep:
         self.target = target
         self._donate = donate
         self._numbers_static = False
-        self.plan: Plan | None = None
+        self.runner = StepRunner(self.name)
+        self.runner.manager = session_manager()
         self.verified: Verification | None = None
         """The compiler's figures of the first planned step."""
-        self.steps: dict[Any, _Compiled] = {}
-        self._placed: dict[int, Any] = {}
-        """Leaves of the state that the last step returned, by identity: they have the plan's
-        shardings."""
         self._last_start: float | None = None
         self._intervals: deque[float] = deque(maxlen=1000)
         """Time from one call to the next one, seconds."""
@@ -204,6 +204,16 @@ class ParallelStep:
     def name(self) -> str:
         """Name of the wrapped function."""
         return getattr(self.function, "__name__", type(self.function).__name__)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the first call, or the one that a manager has changed it for."""
+        return self.runner.plan
+
+    @property
+    def steps(self) -> dict[Any, _Compiled]:
+        """The compiled steps, by what distinguishes calls."""
+        return self.runner.steps
 
     @property
     def step_seconds(self) -> float | None:
@@ -222,21 +232,14 @@ class ParallelStep:
         if step.planned is None and not step.call.roles.in_place:
             return step.program(*args, **kwargs)
         state, batch = step.call.split(call)
-        if step.planned is not None:
-            state = self._placed_state(state, step.planned)
-            batch = step.planned.place_batch(batch)
-        with together("a step"):
+        if step.planned is None:
             outputs, state = settled(step.program(state, batch))
-        self._placed = {id(x): x for x in state}
+        else:
+            outputs, state = self.runner.attempt(
+                state, lambda state: self.runner.run(call.key, state, batch)
+            )
         step.call.update_in_place(call, args, kwargs, state)
         return step.call.result(outputs, state)
-
-    def _placed_state(self, state: Sequence[Any], planned: RunnableStep) -> list[Any]:
-        """The state with the plan's shardings."""
-        placed = []
-        for x, sharding in zip(state, planned.state_shardings, strict=True):
-            placed.append(x if id(x) in self._placed else put(x, sharding))
-        return placed
 
     def prepare(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> Plan:
         """The plan for calls like this one, after compilation and check.
@@ -310,7 +313,7 @@ class ParallelStep:
             donate,
         )
         if self.plan is None:
-            self.plan = plan
+            self.runner.plan = plan
             self.verified = verified
             for line in str(verified or "").splitlines():
                 self._say(line)

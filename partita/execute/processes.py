@@ -20,7 +20,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ import jax
 import numpy as np
 
 from partita.errors import LostProcessError, PartitaError, ProcessError
+from partita.execute import members
+from partita.execute.board import Board
 from partita.execute.channel import Channel
 
 TIMEOUT = 300
@@ -269,8 +271,9 @@ def _number(
     return int(text)
 
 
-def join(membership: ProcessGroup, say: Callable[[str], None]) -> None:
-    """Waits for the other processes.
+def join(membership: ProcessGroup, say: Callable[[str], None], board: Board | None = None) -> None:
+    """Waits for the other processes. With the board of a launcher, which then also coordinates
+    them, this process outlives the others.
 
     After the timeout it ends this process with a message and code 3. It does not raise: JAX ends
     a process whose wait failed, with a stack trace of its own. A watching thread ends the process
@@ -284,12 +287,16 @@ def join(membership: ProcessGroup, say: Callable[[str], None]) -> None:
         daemon=True,
     )
     watch.start()
-    if membership.index == 0:
+    if board is not None:
+        jax.config.update("jax_enable_recoverability", True)
+    elif membership.index == 0:
         _check_port(membership.address)
     # The preemption service catches SIGTERM, and would train on.
     jax.config.update("jax_enable_preemption_service", False)
+    service = nullcontext() if board is None else _service_elsewhere()
     try:
-        jax.distributed.initialize(**_join_options(membership))
+        with service:
+            jax.distributed.initialize(**_join_options(membership))
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ProcessError(
@@ -299,10 +306,27 @@ def join(membership: ProcessGroup, say: Callable[[str], None]) -> None:
         joined_event.set()
     global joined
     joined = True
+    if board is not None:
+        members.watch(board)
     _watch_others(membership, say)
     # On a CPU, the question for the backend has started gloo.
     if jax.default_backend() == "cpu":
         _let_compute_first()
+
+
+@contextmanager
+def _service_elsewhere() -> Iterator[None]:
+    """Inside, process 0 starts no coordination service when it joins: the launcher has it, so that
+    process 0 may end as any other."""
+    from jax._src import distributed
+
+    library: Any = vars(distributed)["_jax"]
+    start = library.get_distributed_runtime_service
+    library.get_distributed_runtime_service = lambda *positional, **keywords: None
+    try:
+        yield
+    finally:
+        library.get_distributed_runtime_service = start
 
 
 def _watch_others(membership: ProcessGroup, say: Callable[[str], None]) -> None:
@@ -566,16 +590,18 @@ joined = False
 
 def alone() -> bool:
     """Whether this process trains by itself."""
-    return jax.process_count() == 1
+    return members.count() == 1
 
 
 def is_first() -> bool:
     """Whether this is the process that prints and writes files."""
-    return jax.process_index() == 0
+    return members.index() == members.first()
 
 
-_uses: dict[str, int] = {}
-"""Number of uses of a name in the store."""
+_uses: dict[tuple[int, str], int] = {}
+"""Number of uses of a name in the store, by generation of the group."""
+SLICE = 0.1
+"""Time of a wait for the store, after which losses are looked for, seconds."""
 
 
 def _store() -> Any:
@@ -585,9 +611,35 @@ def _store() -> Any:
 
 
 def _key(name: str) -> str:
-    """A key for the n-th use of `name`, the same in all processes."""
-    _uses[name] = _uses.get(name, 0) + 1
-    return f"partita/{name}/{_uses[name]}"
+    """A key for the n-th use of `name` by this generation of the group, equal in all processes."""
+    generation = members.generation()
+    use = generation, name
+    _uses[use] = _uses.get(use, 0) + 1
+    return f"partita/{generation}/{name}/{_uses[use]}"
+
+
+def check_losses(activity: str) -> None:
+    """LostProcessError if the launcher has reported a loss that this process has not left yet."""
+    news = members.news()
+    if news:
+        lost = ", ".join(f"process {loss.process} {loss.cause}" for loss in news)
+        raise LostProcessError(f"{lost} during {activity}, so the others stop.")
+
+
+def _value(key: str, seconds: float) -> str:
+    """The value of a key in the store, waited for; JaxRuntimeError after the time limit, and a
+    LostProcessError if a process is lost meanwhile."""
+    if members.board() is None:
+        return _store().blocking_key_value_get(key, int(seconds * 1000))
+    end = time.monotonic() + seconds
+    with members.meeting():
+        while True:
+            try:
+                return _store().blocking_key_value_get(key, int(SLICE * 1000))
+            except jax.errors.JaxRuntimeError:
+                check_losses("a meeting")
+                if time.monotonic() > end:
+                    raise
 
 
 def from_first(
@@ -595,10 +647,10 @@ def from_first(
     make: Callable[[], str],
     seconds: int = 3600,
 ) -> str:
-    """The result of `make` in process 0, given to every process.
+    """The result of `make` in the first process, given to every process.
 
-    `seconds` is the time limit of the others. An error of process 0 is raised in all processes,
-    as a ProcessError in the others.
+    `seconds` is the time limit of the others. An error of the first process is raised in all
+    processes, as a ProcessError in the others.
     """
     if alone():
         return make()
@@ -611,7 +663,7 @@ def from_first(
             raise
         _store().key_value_set(key, f"value {value}")
         return value
-    answer = _store().blocking_key_value_get(key, seconds * 1000)
+    answer = _value(key, seconds)
     status, _, value = answer.partition(" ")
     if status == "error":
         raise ProcessError(value)
@@ -619,17 +671,16 @@ def from_first(
 
 
 def exchanged(name: str, value: str) -> list[str]:
-    """The values of all processes, by process. All must call it at the same point.
+    """The values of all live processes, in their order. All must call it at the same point.
 
     ProcessError for one that does not within the time limit.
     """
     key = _key(name)
-    store = _store()
-    store.key_value_set(f"{key}/{jax.process_index()}", value)
+    _store().key_value_set(f"{key}/{members.index()}", value)
     values: list[str] = []
-    for i in range(jax.process_count()):
+    for i in members.alive():
         try:
-            values.append(store.blocking_key_value_get(f"{key}/{i}", TIMEOUT * 1000))
+            values.append(_value(f"{key}/{i}", TIMEOUT))
         except jax.errors.JaxRuntimeError:
             raise ProcessError(
                 f"Process {i} has not reached its first step {TIMEOUT} s after the others. "
@@ -641,17 +692,19 @@ def exchanged(name: str, value: str) -> list[str]:
 def same(name: str, digest: str, hint: str) -> None:
     """Compares a digest over all processes.
 
-    Raises a ProcessError that names the processes that differ from process 0. `name` is a plural
+    Raises a ProcessError that names the processes that differ from the first. `name` is a plural
     that starts the message ("Plans"); `hint` is the fix.
     """
     if alone():
         return
     digests = exchanged(f"same/{name}", digest)
-    different = [str(i) for i, value in enumerate(digests) if value != digests[0]]
+    numbers = members.alive()
+    different = [str(i) for i, value in zip(numbers, digests, strict=True) if value != digests[0]]
     if different:
         processes = "process" if len(different) == 1 else "processes"
         raise ProcessError(
-            f"{name} differ between process 0 and {processes} {', '.join(different)}. {hint}"
+            f"{name} differ between process {numbers[0]} and "
+            f"{processes} {', '.join(different)}. {hint}"
         )
 
 
@@ -670,7 +723,7 @@ def is_of_group(value: Any) -> bool:
         return False
     if not isinstance(value.sharding, jax.sharding.NamedSharding):
         return False
-    return len(_members(value)) < jax.process_count()
+    return len(_members(value)) < members.count()
 
 
 def _members(value: jax.Array) -> list[int]:
@@ -754,17 +807,17 @@ def _from_group(value: jax.Array) -> np.ndarray:
     """All values of an array of a device group, given to every process by the first one of it."""
     link = channel()
     first = link.reserve(jax.process_count())
-    index = jax.process_index()
-    members = _members(value)
+    index = members.index()
+    owners = _members(value)
     with together("reading the weights"):
-        if index not in members:
+        if index not in owners:
             here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             shape = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=here)
-            return np.asarray(link.ask(members[0], first + index, [shape], "a variable")[0])
+            return np.asarray(link.ask(owners[0], first + index, [shape], "a variable")[0])
         array = value if value.is_fully_replicated else replicated(value)
         own = array.addressable_data(0)
-        if index == members[0]:
-            for other in sorted(set(range(jax.process_count())) - set(members)):
+        if index == owners[0]:
+            for other in sorted(set(members.alive()) - set(owners)):
                 link.offer(first + other, [own], copies=True)
         return np.asarray(own)
 
@@ -784,12 +837,14 @@ def settle() -> None:
     Before a collective: on a CPU it may take all threads, and arrays would not be sent.
     """
     channel().settle()
-    _store().wait_at_barrier(_key("settle"), WAIT_SECONDS * 1000)
+    _store().wait_at_barrier(_key("settle"), WAIT_SECONDS * 1000, list(members.alive()))
 
 
 def meet() -> None:
     """Returns when all processes have called it."""
-    if not alone():
+    if members.generation():
+        exchanged("meet", "")
+    elif not alone():
         from jax.experimental.multihost_utils import sync_global_devices
 
         sync_global_devices("partita")
@@ -803,7 +858,8 @@ def together(activity: str) -> Iterator[None]:
     `activity` is the block's name in the message.
     """
     try:
-        yield
+        with members.meeting():
+            yield
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         text = str(error)
         if alone() or not any(word in text for word in LOST):
@@ -820,7 +876,7 @@ def _lost() -> str:
     if os.environ.get("PARTITA_LAUNCHED"):
         # The launcher names it.
         return unnamed
-    indices: Sequence[int] = range(jax.process_count())
+    indices = members.alive()
     try:
         alive = _store().get_live_nodes(list(indices))
     except Exception:

@@ -9,14 +9,15 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from partita.execute import members
 from partita.plans.layout import Sharding
 from partita.plans.plan import Mesh
 
 
 def device_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """A plan's mesh over devices (default: JAX's), in their order."""
+    """A plan's mesh over devices (default: those of live processes), in their order."""
     if devices is None:
-        devices = jax.devices()
+        devices = members.devices()
     shape = mesh.sizes or (1,)
     names = tuple(axis.name for axis in mesh.axes) or ("a",)
     return jax.sharding.Mesh(

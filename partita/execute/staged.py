@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from partita.capture.jax_functions import Captured
+from partita.execute import members
 from partita.execute.annotate import Annotator
 from partita.execute.dispatch import (
     Dispatch,
@@ -59,7 +60,7 @@ class PlaceDevices:
     @cached_property
     def is_here(self) -> bool:
         """Whether this process has a device of it."""
-        own = jax.process_index()
+        own = members.index()
         return any(device.process_index == own for device in self.devices.devices.flat)
 
 

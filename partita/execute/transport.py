@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
+from partita.execute import members
 from partita.execute.dispatch import TransferAction, Value
 from partita.execute.phases import DataFlow
 from partita.execute.piece_text import aval
@@ -105,7 +106,7 @@ class Between:
         self.places = places
         self.outputs = tuple(outputs)
         self.flow = flow
-        self.process = jax.process_index()
+        self.process = members.index()
         self.routes: dict[Value, Route] = {}
         self.first = 0
         """Number of the first message of the running step."""
@@ -157,7 +158,7 @@ class Between:
         """(place, process that is not of it) -> the number of the message with its outputs."""
         numbers = {}
         for place in sorted({output.place for output in self.outputs}):
-            for process in sorted(set(range(jax.process_count())) - set(self._processes(place))):
+            for process in sorted(set(members.alive()) - set(self._processes(place))):
                 numbers[place, process] = self.count
                 self.count += 1
         return numbers

@@ -190,7 +190,7 @@ class SplitMover:
 
     def _agreed(self, busy_seconds: np.ndarray) -> tuple[np.ndarray, float, float]:
         """(busy seconds of devices, seconds of making, of compiling), equal in all processes."""
-        if jax.process_count() == 1:
+        if processes.alone():
             return busy_seconds, self.making_seconds, self.compiling_seconds
         from jax.experimental import multihost_utils
 

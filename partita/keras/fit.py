@@ -16,8 +16,6 @@ This file holds all that touches Keras's private parts for training.
 from __future__ import annotations
 
 import functools
-import signal
-import threading
 import time
 import warnings
 from collections import deque
@@ -36,15 +34,17 @@ from keras.src.trainers.trainer import model_supports_jit
 from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import capture_model
 from partita.errors import CaptureError, PartitaError, PlanError
+from partita.execute import members
 from partita.execute.function import (
     Planner,
     compiled_in_turn,
     same_everywhere,
-    settled,
+    session_manager,
     shapes_sentence,
 )
-from partita.execute.processes import alone, is_of_group, put, together, whole
+from partita.execute.processes import alone, is_of_group, together, whole
 from partita.execute.program import RunnableStep
+from partita.execute.steps import StepRunner, settled
 from partita.execute.verify import Verification, check_compiled
 from partita.keras.evaluation import batch_axes, split_batch, state_on_mesh
 from partita.keras.saving import save_once
@@ -171,22 +171,16 @@ class PlannedFit:
         self.report = report
         self.verifier = verifier
         self.activity = activity
-        self.plan: Plan | None = None
-        """None until the first training batch, and where Keras trains alone."""
+        self.runner = StepRunner(str(model.name), owns_state=True, on_state=self._keep)
+        self.runner.manager = session_manager()
         self.planned_microbatches = 1
         """Of the first plan."""
         self.verified: Verification | None = None
         """The check of the first planned step."""
-        self.steps: dict[Any, Compiled | None] = {}
-        """By shapes of state and batch; None where Keras's own step runs."""
-        self.running: Compiled | None = None
-        """The step that ran last: the variables are on its mesh."""
         self._recompiled = True
         """Whether `compile` was called since the last plan."""
         self._why_alone = ""
         """Why the step being compiled is left to Keras."""
-        self._placed_state: Any = None
-        """The state that the last planned step returned, placed as the plan says."""
         self._undonated_state: Any = None
         """The last state that has not been donated."""
         self._state_key: Any = None
@@ -197,6 +191,21 @@ class PlannedFit:
     @property
     def name(self) -> str:
         return str(self.model.name)
+
+    @property
+    def plan(self) -> Plan | None:
+        """None until the first training batch, and where Keras trains alone."""
+        return self.runner.plan
+
+    @property
+    def steps(self) -> dict[Any, Compiled | None]:
+        """By shapes of state and batch; None where Keras's own step runs."""
+        return self.runner.steps
+
+    @property
+    def running(self) -> Compiled | None:
+        """The step that ran last: the variables are on its mesh."""
+        return self.runner.running
 
     @property
     def step_seconds(self) -> float | None:
@@ -210,7 +219,7 @@ class PlannedFit:
         model: Any = self.model
         if model.train_function is not None and not force:
             return
-        self.steps = {}
+        self.steps.clear()
         self._recompiled = True
         self._keras_function = None
         reason = self._reason_for_keras()
@@ -253,31 +262,28 @@ class PlannedFit:
 
     def _step(self, state: Any, batch: Any) -> tuple[Any, Any]:
         """One training step: Keras's step function, `(state, batch) -> (logs, state)`."""
-        if state is not self._placed_state:
+        return self.runner.attempt(state, lambda state: self._attempt(state, batch))
+
+    def _attempt(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        if not self.runner.is_placed(state):
             self._state_key = _shapes_key(state)
         key = (self._state_key, _shapes_key(batch))
         if key not in self.steps:
-            self.steps[key] = self._compile(state, batch)
+            with together("the first step"):
+                self.steps[key] = self._compile(state, batch)
             sentence = shapes_sentence(self.name, len(self.steps))
             if sentence:
                 self._warn(sentence)
             self._step_start = None
-        step = self.steps[key]
-        if step is None:
+        if self.steps[key] is None:
             return self._step_by_keras(key, state, batch)
         self._time_step()
-        batch = step.planned.place_batch(batch)
-        with together("a step"), _uninterrupted():
-            if state is not self._placed_state or step is not self.running:
-                state = _move(state, step.planned.state_shardings)
-                self._undonated_state = state
-            logs, state = step.program(state, batch)
-            self.running = step
-            self._placed_state = state
-            self._undonated_state = state
-            self.model.__dict__["_jax_state"] = dict(zip(_STATE_GROUPS, state, strict=True))
-        with together("a step"):
-            return settled((logs, state))
+        return self.runner.run(key, state, batch)
+
+    def _keep(self, state: Any) -> None:
+        """Notes the state that is to be restored after an error, and that callbacks see."""
+        self._undonated_state = state
+        self.model.__dict__["_jax_state"] = dict(zip(_STATE_GROUPS, state, strict=True))
 
     def _time_step(self) -> None:
         now = time.perf_counter()
@@ -300,10 +306,10 @@ class PlannedFit:
         plan = self._plan(captured)
         self._tell_microbatches(plan, captured.graph.batch_size)
         same_everywhere(captured, plan, (state, batch))
-        if plan.devices > len(jax.devices()):
+        if plan.devices > len(members.devices()):
             raise PlanError(
                 f"The plan '{plan.name}' is for {plan.devices} devices, and JAX has "
-                f"{len(jax.devices())}. Plan for {len(jax.devices())}, or start with "
+                f"{len(members.devices())}. Plan for {len(members.devices())}, or start with "
                 f"{plan.devices}."
             )
 
@@ -320,7 +326,7 @@ class PlannedFit:
                 f"The planned step of '{model.name}' cannot be compiled: {error}"
             )
         if not self.steps:
-            self.plan = plan
+            self.runner.plan = plan
             self.verified = verified
         if planned is None:
             return self._leave_to_keras()
@@ -340,8 +346,8 @@ class PlannedFit:
                 return check(self.plan, captured.graph)
             except PlanError:
                 pass
-        self.plan = self.planner(captured)
-        return self.plan
+        self.runner.plan = plan = self.planner(captured)
+        return plan
 
     def _tell_microbatches(self, plan: Plan, batch_size: int) -> None:
         """Reports a batch that does not divide into the planned microbatches."""
@@ -416,7 +422,7 @@ class PlannedFit:
                 if self.running is None:
                     return step(state, batch)
                 mesh = self.running.planned.mesh
-                self._placed_state = None
+                self.runner.forget_state()
                 with together("an evaluation"):
                     state = state_on_mesh(state, mesh)
                     batch = split_batch(batch, mesh, batch_axes(state, mesh))
@@ -445,36 +451,3 @@ def _shapes_key(values: Any) -> Any:
     """Equal for values of the same structure, shapes and dtypes."""
     leaves, tree = jax.tree.flatten(values)
     return tree, tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in leaves)
-
-
-def _move(state: Any, shardings: Any) -> Any:
-    """The state under other shardings; values that one device held whole are freed at once."""
-    moved = put(state, shardings)
-    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(moved), strict=True):
-        on_one_device = len(old.sharding.device_set) == 1
-        is_split = new.sharding.shard_shape(new.shape) != new.shape
-        if on_one_device and is_split:
-            old.delete()
-    return moved
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block, in which the state is donated and not yet replaced."""
-    handler = signal.getsignal(signal.SIGINT)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or not callable(handler):
-        yield
-        return
-    interrupts: list[Any] = []
-
-    def remember(*arguments: Any) -> None:
-        interrupts.append(arguments)
-
-    signal.signal(signal.SIGINT, remember)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if interrupts:
-        handler(*interrupts[0])

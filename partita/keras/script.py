@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from partita.capture.jax_functions import Captured
     from partita.execute.function import Planner
     from partita.keras.fit import Activity
+    from partita.management.contract import Manager
     from partita.plans.plan import Plan
 
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -68,6 +69,7 @@ def run_script(
     trained: Callable[[Trained], None] | None = None,
     activity: Activity | None = None,
     as_module: bool = False,
+    manage: Callable[[], Manager | None] = lambda: None,
 ) -> int:
     """The exit code of a script whose training is planned by `planner`.
 
@@ -80,6 +82,7 @@ def run_script(
         trained: Called in the end with each program that was trained.
         activity: Shows a text during long activities.
         as_module: Whether `path` is the dotted name of a module, run as by `python -m`.
+        manage: Gives the manager of a training, or None.
     """
     select_jax(report)
     from partita.execute.function import Session, running
@@ -103,7 +106,10 @@ def run_script(
     if not as_module:
         _read(path)
     try:
-        with running(Session(plan_step, report)) as session, models as attached_models:
+        with (
+            running(Session(plan_step, report, manage=manage)) as session,
+            models as attached_models,
+        ):
             try:
                 _execute(path, arguments, report, as_module)
             finally:

@@ -1,0 +1,296 @@
+"""The step runner that Keras's `fit` and `parallelize` share: it places the state, runs the program
+of a step, and asks a manager between steps (`management.contract`).
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from partita.errors import LostProcessError
+from partita.execute import members
+from partita.execute.processes import (
+    check_losses,
+    exchanged,
+    is_first,
+    is_local,
+    is_of_group,
+    put,
+    replicated,
+    together,
+    whole,
+)
+from partita.execute.program import runnable_step
+from partita.graph.operator_graph import OperatorGraph
+from partita.management.contract import Manager, PlanFor
+from partita.plans.adapt import fit_plan
+from partita.plans.plan import Plan
+
+Result = TypeVar("Result")
+PERIOD = 0.002
+"""Time between two looks for the launcher's word, seconds."""
+
+
+def settled(values: Any) -> Any:
+    """The values; on a CPU, after they are computed.
+
+    A CPU device is a thread of one pool. Programs with collectives that overlap take all threads
+    and wait for each other until XLA ends the process (observed with jax 0.10.2 within 100 steps,
+    with `keras.distribution` too).
+    """
+    if jax.default_backend() == "cpu":
+        return jax.block_until_ready(values)
+    return values
+
+
+def ignore_state(state: Any) -> None:
+    """Takes no note of a state."""
+
+
+class LiveGroup:
+    """The group of live processes, for managers."""
+
+    @property
+    def alive(self) -> tuple[int, ...]:
+        return members.alive()
+
+    @property
+    def is_first(self) -> bool:
+        return is_first()
+
+    def devices_of(self, processes: Sequence[int]) -> int:
+        """Number of devices of some processes."""
+        return sum(device.process_index in processes for device in jax.devices())
+
+    def exchanged(self, name: str, value: str) -> list[str]:
+        """The values of all live processes."""
+        return exchanged(name, value)
+
+    def has_news(self) -> bool:
+        """Whether a loss is reported that this process has not left yet."""
+        return bool(members.news())
+
+    def leave_lost(self, seconds: float) -> dict[int, str]:
+        """Goes on without the processes that are newly lost."""
+        end = time.monotonic() + seconds
+        while not members.news() and members.board() is not None and time.monotonic() < end:
+            time.sleep(PERIOD)
+        losses = members.news()
+        members.leave(losses)
+        return {loss.process: loss.cause for loss in losses}
+
+
+class StepRunner:
+    """Runs the steps of one training.
+
+    Args:
+        name: The training's name in messages.
+        owns_state: Whether arrays of a state may be freed once they are moved: nobody else has
+            them.
+        on_state: Called with each state whose arrays live on: the moved one before a step, the new
+            one after it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        owns_state: bool = False,
+        on_state: Callable[[Any], None] = ignore_state,
+    ) -> None:
+        self.name = name
+        self.group = LiveGroup()
+        self.manager: Manager | None = None
+        self.plan: Plan | None = None
+        self.step = 0
+        self.steps: dict[Any, Any] = {}
+        """By shapes of state and batch: values with a planned step and its program (`planned`,
+        `program`); None where the step runs without a plan."""
+        self.running: Any = None
+        """The entry of `steps` that ran last: the state is on its mesh."""
+        self._owns_state = owns_state
+        self._on_state = on_state
+        self._state: Any = None
+        """The state that the last step returned, placed as the plan says."""
+        self._outdated: set[Any] = set()
+        """Keys of steps that are to be compiled for a new plan."""
+
+    def forget_state(self) -> None:
+        """Has the state placed again at the next step: others have moved it."""
+        self._state = None
+
+    def is_placed(self, state: Any) -> bool:
+        """Whether a state is the one that the last step returned."""
+        return state is not None and state is self._state
+
+    # --------------------------------------------------------------------------------------- steps
+
+    def attempt(self, state: Any, function: Callable[[Any], Result]) -> Result:
+        """`function(state)`, called again with a recovered state after a loss that the manager
+        repairs."""
+        while True:
+            try:
+                return function(state)
+            except LostProcessError as error:
+                if self.manager is None:
+                    raise
+                state = self.manager.lost(self, state, error)
+
+    def run(self, key: Hashable, state: Any, batch: Any) -> tuple[Any, Any]:
+        """(outputs, state) of the next step of the training, with its manager."""
+        manager = self.manager
+        if manager is None:
+            return self.execute(key, state, batch)
+        check_losses("a step")
+        manager.before_step(self, key, state, batch)
+        start = time.perf_counter()
+        outputs, state = self.execute(key, state, batch)
+        seconds = time.perf_counter() - start
+        self.step += 1
+        manager.after_step(self, key, state, batch, seconds)
+        return outputs, state
+
+    def execute(self, key: Hashable, state: Any, batch: Any) -> tuple[Any, Any]:
+        """(outputs, state) of a step, without a manager."""
+        step = self._compiled(key)
+        start = time.perf_counter()
+        batch = step.planned.place_batch(batch)
+        with together("a step"), uninterrupted():
+            if not self.is_placed(state) or step is not self.running:
+                state = self._placed(state, step)
+                self._on_state(state)
+            outputs, state = step.program(state, batch)
+            self.running = step
+            self._state = state
+            self._on_state(state)
+        with together("a step"):
+            outputs, state = settled((outputs, state))
+        members.finish_step(time.perf_counter() - start)
+        return outputs, state
+
+    def _placed(self, state: Any, step: Any) -> Any:
+        """The state with the shardings of a step. What the last step returned stays."""
+        leaves, tree = jax.tree.flatten(state)
+        shardings = jax.tree.leaves(step.planned.state_shardings)
+        here: dict[int, Any] = {}
+        if step is self.running:
+            here = {id(x): x for x in jax.tree.leaves(self._state)}
+        moved = []
+        for leaf, sharding in zip(leaves, shardings, strict=True):
+            if id(leaf) in here:
+                moved.append(leaf)
+                continue
+            new = put(leaf, sharding)
+            if self._owns_state:
+                _free(leaf, new)
+            moved.append(new)
+        return jax.tree.unflatten(tree, moved)
+
+    # --------------------------------------------------------------------------------------- plans
+
+    def graph(self, key: Hashable) -> OperatorGraph:
+        """The captured step for a key."""
+        return self.steps[key].planned.captured.graph
+
+    def change(self, plan: Plan) -> None:
+        """Trains by another plan, for all live devices, from the next step on."""
+        self.plan = plan
+        self._outdated = {key for key, step in self.steps.items() if step is not None}
+
+    def change_members(self, plan_for: PlanFor) -> None:
+        """Trains by a new plan after a loss, for all live devices, from the next step on."""
+        steps = [step for step in self.steps.values() if step is not None]
+        if self.plan is None or not steps:
+            self.plan = None
+            return
+        graphs = [step.planned.captured.graph for step in steps]
+        largest = max(graphs, key=lambda graph: graph.batch_size)
+        self.change(plan_for(largest, self.plan, len(members.devices())))
+
+    def _compiled(self, key: Hashable) -> Any:
+        """The compiled step for a key, under the plan."""
+        step = self.steps[key]
+        if key in self._outdated:
+            assert self.plan is not None
+            captured = step.planned.captured
+            planned = runnable_step(captured, fit_plan(self.plan, captured.graph))
+            step = replace(step, planned=planned, program=planned.compile())
+            self.steps[key] = step
+            self._outdated.discard(key)
+        return step
+
+    # ---------------------------------------------------------------------------------------- host
+
+    def leaves(self, state: Any) -> list[Any]:
+        """The arrays of a state, in order."""
+        return jax.tree.leaves(state)
+
+    def with_leaves(self, state: Any, leaves: Sequence[Any]) -> Any:
+        """A state of the same structure with other arrays."""
+        return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+    def own_copy(self, leaf: Any) -> np.ndarray | None:
+        """A copy of an array that this process has whole; None for another one."""
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            return None
+        if is_local(leaf):
+            return np.array(leaf)
+        if is_of_group(leaf) or not leaf.is_fully_replicated:
+            return None
+        return np.array(leaf.addressable_data(0))
+
+    def batch_copy(self, batch: Any) -> Any:
+        """A batch in host memory that nobody else can change."""
+        return jax.tree.map(np.array, batch)
+
+    def to_host(self, state: Any) -> list[np.ndarray]:
+        """Copies of the leaves of a state in host memory; all processes call it together."""
+        leaves = jax.tree.leaves(state)
+        split = [x for x in leaves if not is_local(x) and not is_of_group(x)]
+        split = [x for x in split if not x.is_fully_replicated]
+        with together("a snapshot"):
+            gathered = {id(x): replicated(x) for x in split}
+            copies = []
+            for leaf in leaves:
+                if is_of_group(leaf):
+                    copies.append(whole(leaf))
+                else:
+                    copies.append(self.own_copy(gathered.get(id(leaf), leaf)))
+            return copies
+
+
+def _free(old: Any, new: Any) -> None:
+    """Frees an array that one device had whole, once it is split."""
+    if not isinstance(old, jax.Array) or len(old.sharding.device_set) > 1:
+        return
+    if new.sharding.shard_shape(new.shape) != new.shape:
+        old.delete()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block, in which the state is donated and not yet replaced."""
+    handler = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or not callable(handler):
+        yield
+        return
+    interrupts: list[Any] = []
+
+    def remember(*arguments: Any) -> None:
+        interrupts.append(arguments)
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if interrupts:
+        handler(*interrupts[0])

@@ -1,0 +1,142 @@
+"""The contract between a running training and its manager.
+
+`execute.steps.StepRunner` runs the steps and fulfils `Training`; it asks a `Manager` before and
+after each step, and when a process is lost. A manager fulfils three methods:
+
+    before_step(training, key, state, batch)            may call training.change(plan)
+    after_step(training, key, state, batch, seconds)    may take notes
+    lost(training, state, error) -> state               goes on without the lost, or raises
+
+All processes call them at the same steps with equal arguments, so a decision that depends on one
+process (its times) goes through `training.group.exchanged` first. Several managers are one:
+`managers.Managers` asks them in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from partita.errors import LostProcessError
+from partita.graph.operator_graph import OperatorGraph
+from partita.plans.plan import Plan
+
+PlanFor = Callable[[OperatorGraph, Plan, int], Plan]
+"""Called with a captured step, the plan so far and a number of devices."""
+
+
+class Group(Protocol):
+    """The processes that train together, as this one sees them."""
+
+    @property
+    def alive(self) -> tuple[int, ...]:
+        """The numbers of the live processes, ascending."""
+        ...
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that prints and writes files."""
+        ...
+
+    def devices_of(self, processes: Sequence[int]) -> int:
+        """Number of devices of some processes."""
+        ...
+
+    def exchanged(self, name: str, value: str) -> list[str]:
+        """The values of all live processes, in their order; all call it at the same point.
+
+        LostProcessError if one is lost meanwhile.
+        """
+        ...
+
+    def leave_lost(self, seconds: float) -> dict[int, str]:
+        """Goes on without the processes that are newly lost: their numbers, and the cause of each.
+
+        Waits for the launcher's word, at most some seconds; empty without it.
+        """
+        ...
+
+    def has_news(self) -> bool:
+        """Whether the launcher has reported a loss that this process has not left yet."""
+        ...
+
+
+class Training(Protocol):
+    """A training under way."""
+
+    name: str
+    step: int
+    """Steps that are done: the number of the coming one. All processes count alike."""
+    plan: Plan | None
+    """None where it trains on one device."""
+
+    @property
+    def group(self) -> Group:
+        """The processes that train together."""
+        ...
+
+    def graph(self, key: Hashable) -> OperatorGraph:
+        """The captured step for a key: a set of shapes of state and batch."""
+        ...
+
+    def change(self, plan: Plan) -> None:
+        """Trains by another plan, for all live devices, from the next step on.
+
+        Programs are compiled at their first use, the state moves then.
+        """
+        ...
+
+    def change_members(self, plan_for: PlanFor) -> None:
+        """Trains by a new plan after a loss, for all live devices, from the next step on.
+
+        A training whose first step is not yet compiled is planned anew.
+        """
+        ...
+
+    def execute(self, key: Hashable, state: Any, batch: Any) -> tuple[Any, Any]:
+        """(outputs, state) of a step, run for the manager: the training does not count it."""
+        ...
+
+    def leaves(self, state: Any) -> list[Any]:
+        """The arrays of a state, in order."""
+        ...
+
+    def with_leaves(self, state: Any, leaves: Sequence[Any]) -> Any:
+        """A state of the same structure with other arrays, of any device or of NumPy."""
+        ...
+
+    def to_host(self, state: Any) -> list[np.ndarray]:
+        """Copies of the leaves of a state in host memory; all processes call it together."""
+        ...
+
+    def own_copy(self, leaf: Any) -> np.ndarray | None:
+        """A copy of an array that this process has whole; None for another one."""
+        ...
+
+    def batch_copy(self, batch: Any) -> Any:
+        """A batch in host memory that nobody else can change."""
+        ...
+
+
+class Manager(Protocol):
+    """Decides between the steps of a training."""
+
+    def before_step(self, training: Training, key: Hashable, state: Any, batch: Any) -> None:
+        """Called when a step's program is ready. A LostProcessError leads to `lost`."""
+        ...
+
+    def after_step(
+        self, training: Training, key: Hashable, state: Any, batch: Any, seconds: float
+    ) -> None:
+        """Called with the new state, and the seconds that the step took in this process."""
+        ...
+
+    def lost(self, training: Training, state: Any, error: LostProcessError) -> Any:
+        """The state before the interrupted step, for the live processes; raises `error` if the
+        training cannot go on.
+
+        `state` is the one given to the step. Its arrays may be gone.
+        """
+        ...

@@ -1,0 +1,60 @@
+"""Managers of a run: which ones a training gets, and several as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from partita.errors import LostProcessError
+from partita.management.contract import Manager, Training
+from partita.management.decisions import DecisionLog
+from partita.management.survival import Survival
+
+
+@dataclass(frozen=True)
+class ManageOptions:
+    """What a run's managers may do."""
+
+    acts: bool = True
+    """Whether they act; else they say what they would do."""
+    survive: bool = True
+    """Whether a training goes on without lost processes."""
+    log: Path | None = None
+    """The file of decisions."""
+
+
+def new_manager(options: ManageOptions, say: Callable[[str], None] | None) -> Manager:
+    """A manager for one training."""
+    log = DecisionLog(say, options.log)
+    managers: list[Manager] = []
+    if options.survive and options.acts:
+        managers.append(Survival(log))
+    return Managers(managers)
+
+
+class Managers:
+    """Several managers, asked in turn. `management.contract` states the methods."""
+
+    def __init__(self, managers: Sequence[Manager]) -> None:
+        self.managers = tuple(managers)
+
+    def before_step(self, training: Training, key: Hashable, state: Any, batch: Any) -> None:
+        """Asks all."""
+        for manager in self.managers:
+            manager.before_step(training, key, state, batch)
+
+    def after_step(
+        self, training: Training, key: Hashable, state: Any, batch: Any, seconds: float
+    ) -> None:
+        """Tells all."""
+        for manager in self.managers:
+            manager.after_step(training, key, state, batch, seconds)
+
+    def lost(self, training: Training, state: Any, error: LostProcessError) -> Any:
+        """The state of the first one that can go on; raises `error` if none can."""
+        for manager in self.managers:
+            if isinstance(manager, Survival):
+                return manager.lost(training, state, error)
+        raise error

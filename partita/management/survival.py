@@ -1,0 +1,317 @@
+"""Survival: a training goes on without a lost process, in the processes that are left.
+
+Each process keeps the last two snapshots of the whole state in its memory, and the batches since.
+After a loss the survivors leave the dead, agree on a snapshot that all of them have, split the
+state over their devices, and run the batches again that came after it. The interrupted step comes
+next, with the batch that it had, so losses are those of a run that lost nobody, and callbacks see
+every step once.
+
+A snapshot costs a copy to host memory, and for split variables a gather. The time between two is
+PACE times as long, at most LONGEST. All processes take it before the same step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from partita.errors import LostProcessError, ProcessError
+from partita.graph.operator_graph import OperatorGraph
+from partita.management.contract import Training
+from partita.management.decisions import Decision, DecisionLog
+from partita.management.free_memory import free_memory_bytes
+from partita.plans.baselines import BASELINES
+from partita.plans.plan import Mesh, Plan
+from partita.units import format_bytes, format_seconds
+
+KEPT = 2
+"""Snapshots that are kept: a process may be lost while the others take the last one."""
+PACE = 300.0
+"""Least time between two snapshots, in durations of one: they cost a third of a percent."""
+LONGEST = 60.0
+"""Most seconds between two snapshots: after a loss, so much is computed again at most."""
+FIRST_INTERVAL = 10
+"""Steps between the first two snapshots, before the time of a step is known."""
+WORD_SECONDS = 30.0
+"""Time in which the launcher must say who is lost, seconds."""
+UNTIMED = 3
+"""Snapshots whose time does not count: they compile the programs that gather variables."""
+LEAST_BATCH_BYTES = 2**26
+"""Memory that batches may take in any case."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state before a step, in host memory."""
+
+    step: int
+    leaves: Sequence[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A step that can be run again."""
+
+    step: int
+    key: Hashable
+    batch: Any
+    replaced: Mapping[int, np.ndarray] = field(default_factory=dict)
+    """Leaf -> its new value, where others than the step before have set it: a callback, or Keras
+    when it resets metrics."""
+
+
+class Survival:
+    """A manager that goes on without lost processes. `management.contract` states its methods."""
+
+    def __init__(self, log: DecisionLog) -> None:
+        self.log = log
+        self._alive: tuple[int, ...] = ()
+        """The processes of the last step."""
+        self._snapshots: deque[Snapshot] = deque(maxlen=KEPT)
+        self._taken = 0
+        """Snapshots since the begin, or since a loss."""
+        self._replayed: deque[Replayed] = deque()
+        """The steps since the older snapshot."""
+        self._running: Replayed | None = None
+        """The step that has begun."""
+        self._last: list[Any] = []
+        """The leaves of the state that the last step returned."""
+        self._next_snapshot = 0
+        self._step_seconds: deque[float] = deque(maxlen=25)
+        self._refusal = ""
+        """Why there are no snapshots."""
+
+    # ------------------------------------------------------------------------------------- steps
+
+    def before_step(self, training: Training, key: Hashable, state: Any, batch: Any) -> None:
+        """Takes a snapshot if it is due, and notes the batch."""
+        alive = training.group.alive
+        if self._alive and alive != self._alive:
+            raise LostProcessError("A process was lost in another training.")
+        self._alive = alive
+        if self._refusal or len(alive) == 1:
+            self._forget()
+            return
+        leaves = training.leaves(state)
+        replaced = self._replaced(training, leaves)
+        if not self._snapshots and not self._fits(training, leaves, batch):
+            return
+        if replaced is None or training.step >= self._next_snapshot:
+            self._take(training, state, batch, is_new=replaced is None)
+        self._running = Replayed(training.step, key, training.batch_copy(batch), replaced or {})
+
+    def after_step(
+        self, training: Training, key: Hashable, state: Any, batch: Any, seconds: float
+    ) -> None:
+        """Notes that the step is done."""
+        if self._running is None:
+            return
+        self._replayed.append(self._running)
+        self._running = None
+        self._last = training.leaves(state)
+        self._step_seconds.append(seconds)
+
+    def _forget(self) -> None:
+        self._snapshots.clear()
+        self._replayed.clear()
+        self._running = None
+        self._last = []
+
+    def _replaced(
+        self, training: Training, leaves: Sequence[Any]
+    ) -> Mapping[int, np.ndarray] | None:
+        """Leaves that others have set since the last step; None if this process cannot read all of
+        them, or if the state is another one."""
+        if len(leaves) != len(self._last):
+            return None
+        copies: dict[int, np.ndarray] = {}
+        for number, (leaf, last) in enumerate(zip(leaves, self._last, strict=True)):
+            if leaf is last:
+                continue
+            copy = training.own_copy(leaf)
+            if copy is None:
+                return None
+            copies[number] = copy
+        return copies
+
+    # --------------------------------------------------------------------------------- snapshots
+
+    def _fits(self, training: Training, leaves: Sequence[Any], batch: Any) -> bool:
+        """Whether snapshots fit in memory, the same in all processes; says so if not."""
+        state_bytes = sum(int(leaf.nbytes) for leaf in leaves)
+        needed = (KEPT + 1) * state_bytes + batch_room(state_bytes)
+        free = free_memory_bytes() // len(training.group.alive)
+        answers = training.group.exchanged("memory for snapshots", str(free))
+        least = min(map(int, answers))
+        if needed <= least:
+            return True
+        self._refusal = (
+            f"snapshots do not fit in memory: each of {len(answers)} processes needs "
+            f"{format_bytes(needed)}, and has {format_bytes(least)} free, so a lost process ends "
+            "the run. Add --restarts 3, which saves on the disk."
+        )
+        figures = {"needed_bytes": needed, "free_bytes": least}
+        self._decide(training, Decision(training.step, "stay", self._refusal, figures))
+        return False
+
+    def _take(self, training: Training, state: Any, batch: Any, is_new: bool) -> None:
+        """Takes a snapshot, and sets the step of the next one; a new state makes older ones
+        useless."""
+        start = time.monotonic()
+        snapshot = Snapshot(training.step, training.to_host(state))
+        seconds = time.monotonic() - start
+        steps = self._interval(training, seconds, snapshot, batch)
+        answers = training.group.exchanged("snapshot", str(steps))
+        if is_new:
+            self._forget()
+        self._snapshots.append(snapshot)
+        self._taken += 1
+        self._next_snapshot = training.step + max(map(int, answers))
+        while self._replayed and self._replayed[0].step < self._snapshots[0].step:
+            self._replayed.popleft()
+
+    def _interval(self, training: Training, seconds: float, snapshot: Snapshot, batch: Any) -> int:
+        """Steps to the next snapshot, by the time that this one has taken."""
+        if self._taken < UNTIMED or not self._step_seconds:
+            return FIRST_INTERVAL
+        ordered = sorted(self._step_seconds)
+        step_seconds = ordered[len(ordered) // 2]
+        steps = math.ceil(min(PACE * seconds, LONGEST) / max(step_seconds, 1e-6))
+        room = batch_room(sum(leaf.nbytes for leaf in snapshot.leaves))
+        batch_bytes = sum(leaf.nbytes for leaf in training.leaves(training.batch_copy(batch)))
+        return max(1, min(steps, room // (KEPT * max(1, batch_bytes))))
+
+    # -------------------------------------------------------------------------------------- loss
+
+    def lost(self, training: Training, state: Any, error: LostProcessError) -> Any:
+        """The state before the interrupted step, in the live processes.
+
+        Another loss meanwhile begins it again.
+        """
+        start = time.monotonic()
+        causes: dict[int, str] = {}
+        while True:
+            causes.update(training.group.leave_lost(WORD_SECONDS))
+            if self._refusal or training.group.alive == self._alive:
+                raise error
+            self._alive = training.group.alive
+            try:
+                state, snapshot_step, count = self._recovered(training, state)
+            except LostProcessError as another:
+                error = another
+                continue
+            seconds = time.monotonic() - start
+            decision = shrink_decision(training, causes, snapshot_step, count, seconds)
+            self._decide(training, decision)
+            return state
+
+    def _recovered(self, training: Training, state: Any) -> tuple[Any, int, int]:
+        """(state, step of the snapshot, steps that were run again)."""
+        leaves = training.leaves(state)
+        running = self._running
+        self._running = None
+        replaced = running.replaced if running else self._replaced(training, leaves)
+        if not self._snapshots:
+            self._snapshots.extend(self._own_snapshot(training, leaves))
+        elif replaced is None:
+            raise ProcessError(
+                "A process was lost just after the script had set split variables, so the others "
+                "cannot go on. Start again from the last save, or add --restarts 3."
+            )
+        step = self._agreed_step(training)
+        while self._snapshots[-1].step > step:
+            self._snapshots.pop()
+        training.change_members(survivor_plan)
+        state = training.with_leaves(state, self._snapshots[-1].leaves)
+        steps = [each for each in self._replayed if each.step >= step]
+        for each in steps:
+            state = with_replaced(training, state, each.replaced)
+            _, state = training.execute(each.key, state, each.batch)
+        self._last = training.leaves(state)
+        return with_replaced(training, state, replaced or {}), step, len(steps)
+
+    def _own_snapshot(self, training: Training, leaves: Sequence[Any]) -> list[Snapshot]:
+        """A snapshot of a state that this process has whole, as before the first step."""
+        copies = [training.own_copy(leaf) for leaf in leaves]
+        arrays = [copy for copy in copies if copy is not None]
+        return [Snapshot(training.step, arrays)] if len(arrays) == len(copies) else []
+
+    def _agreed_step(self, training: Training) -> int:
+        """The step of the last snapshot that all have; they take the next one at the same step."""
+        own = [snapshot.step for snapshot in self._snapshots]
+        answers = training.group.exchanged("recovery", json.dumps([training.step, own]))
+        pairs = [json.loads(answer) for answer in answers]
+        self._next_snapshot = max(step for step, _ in pairs) + 1
+        self._taken = 0
+        common = set(own).intersection(*(steps for _, steps in pairs))
+        if not common:
+            raise ProcessError(
+                "The processes that are left have no snapshot in common, so they cannot go on. "
+                "Start again from the last save, or add --restarts 3."
+            )
+        return max(common)
+
+    def _decide(self, training: Training, decision: Decision) -> None:
+        if training.group.is_first:
+            self.log.add(decision)
+
+
+def batch_room(state_bytes: int) -> int:
+    """Memory for the batches since a snapshot, bytes."""
+    return max(LEAST_BATCH_BYTES, state_bytes)
+
+
+def with_replaced(training: Training, state: Any, replaced: Mapping[int, np.ndarray]) -> Any:
+    """A state with other arrays for some of its leaves."""
+    if not replaced:
+        return state
+    leaves = training.leaves(state)
+    for number, leaf in replaced.items():
+        leaves[number] = leaf
+    return training.with_leaves(state, leaves)
+
+
+def survivor_plan(graph: OperatorGraph, plan: Plan, devices: int) -> Plan:
+    """The plan for the devices that are left: data parallel."""
+    return BASELINES["data parallel"](graph, plan.machine, Mesh.of((devices,)))
+
+
+def shrink_decision(
+    training: Training, causes: Mapping[int, str], snapshot_step: int, count: int, seconds: float
+) -> Decision:
+    """The decision to go on without lost processes, once it has been carried out."""
+    alive = training.group.alive
+    lost = "; ".join(f"process {number} {cause}" for number, cause in sorted(causes.items()))
+    devices = training.group.devices_of(alive)
+    plan = f"data parallel over {devices} devices" if devices > 1 else "on one device"
+    again = f"{count} step{'s' if count != 1 else ''} run again"
+    sentence = (
+        f"{lost}; {listed(alive)} go{'es' if len(alive) == 1 else ''} on after "
+        f"{format_seconds(seconds)}, {plan}, {again} from the snapshot of step {snapshot_step}"
+    )
+    figures = {
+        "lost": sorted(causes),
+        "alive": list(alive),
+        "devices": devices,
+        "snapshot_step": snapshot_step,
+        "steps_again": count,
+        "seconds": seconds,
+    }
+    return Decision(training.step, "shrink", sentence, figures)
+
+
+def listed(processes: Sequence[int]) -> str:
+    """Processes as a phrase.
+
+    >>> listed([2]), listed([0, 1, 3])
+    ('process 2', 'processes 0, 1 and 3')
+    """
+    *others, last = map(str, processes)
+    return f"processes {', '.join(others)} and {last}" if others else f"process {last}"
