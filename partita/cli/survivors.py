@@ -1,4 +1,4 @@
-"""The launcher's part in survival: it coordinates the processes, says who is lost, kills who hangs."""
+"""The launcher's part in survival: it coordinates processes, tells who is lost, kills who hangs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,7 @@ MEMORY_FOLDER = Path("/dev/shm")
 def coordination(address: str, count: int) -> Iterator[None]:
     """Inside, this process coordinates `count` others, any of which may end."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from jaxlib import _jax
-
-    library: Any = _jax
+    library: Any = import_module("jaxlib._jax")
     service = library.get_distributed_runtime_service(
         address, count, heartbeat_timeout=HEARTBEAT, shutdown_timeout=5, recoverable=True
     )
@@ -68,7 +67,7 @@ class Survivors:
         self,
         processes: Sequence[subprocess.Popen[bytes]],
         board: Board,
-        outputs: tuple[int, int],
+        outputs: Sequence[int],
         say: Callable[[str], None],
     ) -> None:
         self.processes = processes
@@ -77,7 +76,8 @@ class Survivors:
         self._say = say
         self._hangs = [Hang(partial(processor_time, process.pid)) for process in processes]
         ids = tuple(process.pid for process in processes)
-        board.write_start(Start(ids, *outputs))
+        output, errors = outputs
+        board.write_start(Start(ids, output, errors))
 
     @property
     def lost(self) -> set[int]:

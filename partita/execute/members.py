@@ -131,7 +131,7 @@ def finish_step(seconds: float) -> None:
         return
     _group.step_seconds.append(seconds)
     progress = replace(_group.progress, step=_group.progress.step + 1)
-    if progress.step % TIMED == 1:
+    if progress.step < TIMED or progress.step % TIMED == 0:
         progress = replace(progress, step_seconds=median(_group.step_seconds))
     _group.note(progress)
 
