@@ -16,6 +16,7 @@ import numpy as np
 from partita.errors import GraphError
 from partita.gnn.agreement import check_agreement
 from partita.gnn.data.graph import Graph, check
+from partita.gnn.fitting import check_fits
 from partita.gnn.prepare import (
     Architecture,
     Numbers,
@@ -123,6 +124,7 @@ class GraphTrainer:
             key = self._key(graph)
             if mask == "train":
                 _check_mask(self.model, graph, mask)
+                check_fits(self.model, graph, key)
                 self._check_agreement(graph, key)
             run = DeviceRun(self.model, self.steps, prepare(graph, key))
             self._features = graph.feature_count

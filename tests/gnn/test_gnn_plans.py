@@ -11,6 +11,10 @@ from typer.testing import CliRunner
 
 from partita import gnn  # before Keras, which it starts on JAX
 from partita.cli.main import app
+from partita.errors import GraphError
+from partita.gnn.fitting import check_fits, least_bytes
+from partita.gnn.prepare import Split
+from partita.machine import Machine, load
 from partita.units import format_bytes
 
 GRAPH = gnn.generate.blocks(600, 6000, classes=4, features=16).graph()
@@ -82,3 +86,43 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
     assert "conv_0" in page.read_text()
     done = CliRunner().invoke(app, command[:3])
     assert done.exit_code and "give --machine, such as h100:8" in done.stderr
+
+
+def with_memory(name: str, nbytes: int) -> Machine:
+    machine = load(name)
+    memories = [replace(memory, capacity=nbytes) for memory in machine.device.memories]
+    return replace(machine, device=replace(machine.device, memories=tuple(memories)))
+
+
+def test_a_step_that_certainly_fits_or_does_not_is_told_by_sizes_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("partita.gnn.plans.plan_of", None)
+    model = compiled(gnn.GCN)
+    key = model._graph_trainer.checked_key(GRAPH, Split(2))
+    check_fits(model, GRAPH, key, load("h100:2"))
+    with pytest.raises(GraphError) as raised:
+        check_fits(model, GRAPH, key, with_memory("h100:2", 2**16))
+    needed = format_bytes(least_bytes(model, GRAPH, key))
+    assert str(raised.value) == (
+        f"Training '{model.name}' on 'blocks' needs {needed} of each device, and a step may use "
+        "60.8 KiB: use more parts, such as devices=4, or use a memory plan, "
+        'memory="60.8 KiB".'
+    )
+
+
+def test_fit_refuses_a_graph_near_the_limit_by_its_simulated_peak(
+    plans: gnn.GraphPlans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak = plans.plans[0].needed_bytes
+    model = compiled(gnn.GCN)
+    key = model._graph_trainer.checked_key(GRAPH, Split())
+    assert least_bytes(model, GRAPH, key) < peak
+    small = with_memory("h100:1", peak)
+    monkeypatch.setattr("partita.gnn.fitting.at_hand", lambda devices: small)
+    with pytest.raises(GraphError, match=f"needs {format_bytes(peak)} of each device, and a step"):
+        model.fit(GRAPH, verbose=0)
+    assert model._graph_trainer.device is None
+    fitting = with_memory("h100:1", 2 * peak)
+    monkeypatch.setattr("partita.gnn.fitting.at_hand", lambda devices: fitting)
+    model.fit(GRAPH, verbose=0)
