@@ -10,7 +10,8 @@ each number, and time each different collective once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -20,7 +21,7 @@ from partita.cost.reshard import Axes, emitted_steps
 from partita.cost.terms import Move
 from partita.machine import Machine, collective_seconds
 from partita.machine.collectives import Group
-from partita.plans.layout import Sharding, over_devices, time_axes
+from partita.plans.layout import Layout, Sharding, label_sharding, over_devices, time_axes
 from partita.plans.plan import Mesh
 
 ProfileStep = tuple[str, Group, float]
@@ -85,14 +86,17 @@ def move_seconds(
         source_dims, axes = _without_sums(move, source)
         target_dims, _ = _without_sums(move, target)
         summed = _sum_seconds(move, placement, source_dims, axes)
-        plain_move = replace(move, sums=0)
+        if move.scatters and _is_slice(source_dims, target_dims, axes):
+            summed = _sum_seconds(move, placement, source_dims, axes, "reduce_scatter")
+        elif source_dims == target_dims:
+            summed /= move.share
+        plain_move = replace(move, sums=0, share=1)
         return summed + move_seconds(plain_move, placement, source_dims, target_dims)
     mesh = placement.mesh
     nbytes = move.nbytes / max(_microbatches(source, mesh), _microbatches(target, mesh))
     profile = _profile(over_devices(source, mesh), over_devices(target, mesh), mesh)
-    return move.trips * sum(
-        placement.seconds(kind, share * nbytes, group) for kind, group, share in profile
-    )
+    seconds = sum(placement.seconds(kind, share * nbytes, group) for kind, group, share in profile)
+    return move.trips / move.share * seconds
 
 
 def _microbatches(sharding: Sharding, mesh: Mesh) -> int:
@@ -113,12 +117,58 @@ def _sum_seconds(
     placement: Placement,
     source: Sharding,
     axes: Axes,
+    kind: str = "all_reduce",
 ) -> float:
-    """Seconds of the all-reduce of a partial sum, split as its home splits it."""
+    """Seconds of the sum of a partial sum, split as its home splits it.
+
+    A reduce-scatter is charged its share of the one that joins several.
+    """
     if not axes:
         return 0.0
     local_bytes = move.nbytes / placement.shard_count([axis for dim in source for axis in dim])
-    return move.trips * placement.seconds("all_reduce", local_bytes, placement.group(axes))
+    seconds = move.trips * placement.seconds(kind, local_bytes, placement.group(axes))
+    return seconds / move.share if kind == "reduce_scatter" else seconds
+
+
+def _is_slice(source: Sharding, target: Sharding, axes: Axes) -> bool:
+    """Whether a target is the source, sliced over exactly these axes."""
+    sliced: list[int] = []
+    for before, after in zip(source, target, strict=True):
+        if after[: len(before)] != before:
+            return False
+        sliced += after[len(before) :]
+    return bool(sliced) and tuple(sorted(sliced)) == axes
+
+
+def home_sum_seconds(move: Move, placement: Placement, source: Sharding) -> float:
+    """Seconds in which a partial sum is summed where it is computed, before it is sent away."""
+    if not move.sums:
+        return 0.0
+    return _sum_seconds(move, placement, *_without_sums(move, source))
+
+
+def planned_moves(moves: Iterable[Move], layout: Layout) -> list[Move]:
+    """The moves of a layout, each with the number of moves that are one collective with it.
+
+    Equal reads of a tensor are one. Partial sums are one if all that meet are alike.
+    """
+    moves = list(moves)
+    keys = {}
+    groups: dict[tuple[int, bool], list[object]] = defaultdict(list)
+    for number, move in enumerate(moves):
+        if move.joined >= 0:
+            source = label_sharding(move.source, layout.assignments[move.home])
+            target = label_sharding(move.target, layout.assignments[move.reader])
+            keys[number] = (source, target)
+            groups[move.joined, move.sums > 0].append((source, target))
+    for number, key in keys.items():
+        move = moves[number]
+        alike = groups[move.joined, move.sums > 0].count(key)
+        if move.sums and alike < move.share:
+            alike = 1
+        if alike != move.share:
+            moves[number] = replace(move, share=alike)
+    return moves
 
 
 def move_table(
@@ -145,7 +195,7 @@ def move_table(
     for count in np.unique(microbatches):
         microbatch_seconds = _table_seconds(table, placement, move.nbytes / int(count))
         seconds = np.where(microbatches == count, microbatch_seconds, seconds)
-    return move.trips * seconds
+    return move.trips / move.share * seconds
 
 
 def _table_seconds(
@@ -176,10 +226,20 @@ def _sum_table(
     source_parts = [_without_sums(move, sharding) for sharding in sources]
     source_dims = [dims for dims, _ in source_parts]
     target_dims = [_without_sums(move, sharding)[0] for sharding in targets]
-    moved = move_table(replace(move, sums=0), placement, source_dims, target_dims)
+    moved = move_table(replace(move, sums=0, share=1), placement, source_dims, target_dims)
     summed = np.array([_sum_seconds(move, placement, dims, axes) for dims, axes in source_parts])
+    sums = np.tile(summed[:, None], len(targets))
+    for row, (dims, axes) in enumerate(source_parts):
+        if not axes:
+            continue
+        scattered = _sum_seconds(move, placement, dims, axes, "reduce_scatter")
+        for column, target in enumerate(target_dims):
+            if target == dims:
+                sums[row, column] /= move.share
+            elif move.scatters and _is_slice(dims, target, axes):
+                sums[row, column] = scattered
     stays = np.array([[source == target for target in targets] for source in sources])
-    return np.where(stays, 0.0, moved + summed[:, None])
+    return np.where(stays, 0.0, moved + sums)
 
 
 @lru_cache(maxsize=64)

@@ -5,6 +5,9 @@ Where two of them are partial sums over the same devices, and are split alike, e
 own values and the result is a partial sum again. One all-reduce follows the last such addition. In
 the program this is Shardy's `unreduced`, which XLA's partitioner respects.
 
+A partial sum of activations that another operator reads is summed on its way there
+(`moved_sums`), and sums that meet in additions are joined.
+
 Also: the labels under which an instruction reads its operands, and the factors that it sums away.
 """
 
@@ -15,9 +18,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from partita.cost.reshard import Axes
-from partita.graph.flat import Reader
+from partita.graph.flat import LIBRARY_CALLS, Reader, readers_of
 from partita.graph.gradient_sums import GradientSum, gradient_sums
-from partita.graph.operator_graph import IdentityKey, Instruction, Label, OperatorGraph, per_graph
+from partita.graph.operator_graph import (
+    IdentityKey,
+    Instruction,
+    Label,
+    OperatorGraph,
+    Use,
+    constant_tensors,
+    per_graph,
+)
 from partita.plans.layout import Layout
 
 Factors = tuple[int, ...]
@@ -175,3 +186,69 @@ def split_axes(
     assignment = layout.assignments[operator]
     axes = {axis for factor in factors for axis in assignment.get(factor, ())}
     return tuple(sorted(axes))
+
+
+@dataclass(frozen=True, slots=True)
+class MovedSum:
+    """A partial sum that only one other operator reads."""
+
+    reduced: Factors
+    """Factors of its home over which it is partial."""
+    use: Use
+    """The read."""
+    joined: int
+    """The last of the additions in which partial sums meet, its result; -1 for none."""
+    share: int
+    """Number of partial sums that meet there, this one included."""
+
+
+@per_graph
+def moved_sums(graph: OperatorGraph) -> dict[int, MovedSum]:
+    """Tensor -> how it is summed, of partial sums that only one other operator reads.
+
+    The compiler of an accelerator adds partial sums of one addition before it sums them over
+    devices: the gradients of the input of query, key and value, say.
+    """
+    reduced = _moving_partial_sums(graph)
+    uses = {use.tensor: use for use in graph.uses if use.tensor in reduced}
+    groups: dict[int, tuple[int, ...]] = {tensor: (tensor,) for tensor in reduced}
+    """Added tensor -> the partial sums in it."""
+    for instruction in graph.instructions:
+        operands = set(instruction.operands)
+        is_joined = instruction.name == "add" and len(operands) == 2 and operands <= groups.keys()
+        if is_joined and all(len(readers_of(graph)[tensor]) == 1 for tensor in operands):
+            first, second = instruction.operands
+            groups[instruction.results[0]] = groups.pop(first) + groups.pop(second)
+    sums = {}
+    for result, tensors in groups.items():
+        joined = result if len(tensors) > 1 else -1
+        for tensor in tensors:
+            sums[tensor] = MovedSum(reduced[tensor], uses[tensor], joined, len(tensors))
+    return sums
+
+
+def _moving_partial_sums(graph: OperatorGraph) -> dict[int, Factors]:
+    """Partial sum that only one other operator reads -> the factors over which it is partial."""
+    constants = constant_tensors(graph)
+    weight_gradients = {tensor for gradient in gradients(graph) for tensor in gradient.leaves}
+    uses: dict[int, list[Use]] = {}
+    for use in graph.uses:
+        uses.setdefault(use.tensor, []).append(use)
+    moving = {}
+    for i, instruction in enumerate(graph.instructions):
+        if instruction.rule is None or len(instruction.results) != 1 or instruction.trips > 1:
+            continue
+        (tensor,) = instruction.results
+        if tensor in constants or tensor in weight_gradients or instruction.name in LIBRARY_CALLS:
+            continue
+        label = graph.labels[tensor]
+        reduced = reduced_factors(instruction, operand_labels(graph, i))
+        summed = tuple(factor for factor in reduced if factor not in label)
+        around = uses.get(tensor, [])
+        if not summed or len(around) != 1 or around[0].operator == graph.home[tensor]:
+            continue
+        reads = around[0].instructions
+        phases = {graph.instructions[reader].phase for reader, _ in reads}
+        if set(readers_of(graph)[tensor]) == set(reads) and "update" not in phases:
+            moving[tensor] = summed
+    return moving

@@ -22,7 +22,7 @@ from partita.cost.evaluate import (
     operator_costs,
 )
 from partita.cost.memory import KINDS, PeakMemory, memory
-from partita.cost.moves import Placement, move_seconds
+from partita.cost.moves import Placement, move_seconds, planned_moves
 from partita.cost.terms import Terms, cost_terms
 from partita.cost.work import local_flops
 from partita.graph.operator_graph import OperatorGraph
@@ -225,7 +225,7 @@ def predict(
     placement = Placement(machine, plan.mesh)
     costs = costs or operator_costs(terms, placement, layout, plan)
     moves = [0.0] * len(costs)
-    for move in terms.edges:
+    for move in planned_moves(terms.edges, layout):
         source = label_sharding(move.source, layout.assignments[move.home])
         target = label_sharding(move.target, layout.assignments[move.reader])
         moves[move.reader] += move_seconds(move, placement, source, target)

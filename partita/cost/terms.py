@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 from partita.cost.backends import compiler_of
@@ -26,6 +26,7 @@ from partita.cost.partial import (
     Factors,
     Gradient,
     gradients,
+    moved_sums,
     operand_labels,
     read_labels,
     reduced_factors,
@@ -182,6 +183,9 @@ class Move:
     A gradient that the reader adds to others may be a partial sum. Then the last `sums` entries of
     both labels are the factors over which it is partial. It is summed before the move, unless the
     reader's own gradient is a partial sum over the same axes, and split alike.
+
+    The compiler of an accelerator makes one collective of several moves that are alike: reads of a
+    tensor by several products, or partial sums that are added. Each is charged its share.
     """
 
     tensor: int
@@ -196,6 +200,12 @@ class Move:
     read_phase: Phase
     """Phase of its first read under `target`."""
     sums: int = 0
+    scatters: bool = False
+    """Whether a partial sum whose reader needs slices of it is a reduce-scatter."""
+    joined: int = -1
+    """Moves with the same number may be one collective; -1 for none."""
+    share: int = 1
+    """Number of moves that are one collective."""
 
     @property
     def dims(self) -> tuple[Label, Label]:
@@ -212,6 +222,8 @@ class Move:
             self.trips,
             self.phase,
             self.sums,
+            self.scatters,
+            self.share,
         )
 
 
@@ -363,6 +375,7 @@ class _Collector:
         """Tensor of an update -> its parameter."""
         self.parameter_of = _gradient_parameters(graph, self.families)
         """Gradient -> its parameter."""
+        self.moved_sums = moved_sums(graph) if self.compiler.joins_collectives else {}
 
     def _is_constant(self, instruction: Instruction) -> bool:
         """Whether an instruction depends on no argument."""
@@ -543,6 +556,7 @@ class _Collector:
     def add_reductions_and_halos(self) -> None:
         """Adds the communication of every instruction."""
         partial_sums = {tensor for g in gradients(self.graph) for tensor in g.leaves}
+        partial_sums |= self.moved_sums.keys()
         for i, instruction in enumerate(self.graph.instructions):
             operator = self.graph.owner[i]
             if operator < 0 or instruction.rule is None or self._is_constant(instruction):
@@ -618,12 +632,55 @@ class _Collector:
             added.update((tensor, gradient.operator) for tensor in gradient.leaves)
             self._add_gradient_moves(gradient)
         origins = _origins(self.graph)
+        shared = self._shared_reads()
         for use in self.graph.uses:
             is_free = use.tensor in self.constants or use.tensor in batch
-            if (use.tensor, use.operator) in added or is_free:
+            if (use.tensor, use.operator) in added or is_free or self.graph.home[use.tensor] < 0:
                 continue
-            if self.graph.home[use.tensor] >= 0:
-                self._add_move(self._move(use, *origins.get(use.tensor, (1, "forward"))))
+            move = self._move(use, *origins.get(use.tensor, (1, "forward")))
+            if use.tensor in self.moved_sums:
+                move = self._with_sum(move)
+            elif use in shared:
+                move = replace(move, joined=use.tensor, share=shared[use])
+            self._add_move(move)
+
+    def _with_sum(self, move: Move) -> Move:
+        """The move of a value that is a partial sum where it is computed."""
+        total = self.moved_sums[move.tensor]
+        none = (-1,) * len(total.reduced)
+        return replace(
+            move,
+            nbytes=self.graph.tensors[move.tensor].nbytes,
+            source=(*move.source, *total.reduced),
+            target=(*move.target, *none),
+            sums=len(total.reduced),
+            scatters=self.compiler.scatters,
+            joined=total.joined,
+            share=total.share,
+        )
+
+    def _shared_reads(self) -> dict[Use, int]:
+        """Use -> number of products that read its tensor alike (query, key and value), if several.
+
+        The tensor is resharded once for all of them.
+        """
+        if not self.compiler.joins_collectives:
+            return {}
+        graph = self.graph
+        alike: dict[tuple[object, ...], list[Use]] = defaultdict(list)
+        for use in graph.uses:
+            is_product = graph.operators[use.operator].kind == "dot"
+            if not is_product or use.operator == graph.home[use.tensor]:
+                continue
+            factors = [graph.factors[factor] for factor in use.label if factor >= 0]
+            dims = tuple((factor.kind, factor.size) for factor in factors)
+            alike[use.tensor, dims].append(use)
+        shared = {}
+        for uses in alike.values():
+            operators = {use.operator for use in uses}
+            if 1 < len(operators) == len(uses):
+                shared.update(dict.fromkeys(uses, len(uses)))
+        return shared
 
     def _add_move(self, move: Move) -> None:
         if move.home == move.reader:

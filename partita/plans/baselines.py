@@ -6,7 +6,7 @@ as far as sizes divide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 from partita.graph.normalizations import NORMALIZATION
@@ -24,10 +24,12 @@ def _factors(
     operator: Operator,
     kind: str,
     heads_first: bool = False,
+    followed: Collection[int] = (),
 ) -> list[Factor]:
     """An operator's factors of a kind, largest first; of a product in their order if
-    `heads_first`."""
-    factors = [graph.factors[f] for f in operator.factors if graph.factors[f].kind == kind]
+    `heads_first`, those that are `followed` before others."""
+    numbers = [f for f in operator.factors if graph.factors[f].kind == kind]
+    factors = [graph.factors[f] for f in sorted(numbers, key=lambda f: f not in followed)]
     if heads_first and operator.kind in ("dot", "attention"):
         return factors
     return sorted(factors, key=lambda factor: -factor.size)
@@ -39,12 +41,13 @@ def choice_by_kinds(
     mesh: Mesh,
     preferences: Iterable[tuple[str, Iterable[int]]],
     heads_first: bool = False,
+    followed: Collection[int] = (),
 ) -> dict[str, str]:
     """A choice that gives axes to factors of preferred kinds, as far as sizes divide.
 
     `preferences`: pairs of kinds (one letter each, best first) and axis numbers, in order. Of one
-    kind the largest factor is first, or in a product the heads. An illegal choice becomes the empty
-    one.
+    kind the largest factor is first, or in a product the `followed` ones, then the heads. An
+    illegal choice becomes the empty one.
     """
     choice: dict[str, str] = {}
     local_sizes = {graph.factors[f].name: graph.factors[f].size for f in operator.factors}
@@ -54,12 +57,10 @@ def choice_by_kinds(
             if axis.name in choice:
                 continue
             name = _divisible_factor(
-                graph,
-                operator,
                 kinds,
                 axis,
                 local_sizes,
-                heads_first,
+                lambda kind: _factors(graph, operator, kind, heads_first, followed),
             )
             if name is not None:
                 choice[axis.name] = name
@@ -81,16 +82,14 @@ def choice_by_kinds(
 
 
 def _divisible_factor(
-    graph: OperatorGraph,
-    operator: Operator,
     kinds: str,
     axis: Axis,
     local_sizes: Mapping[str, int],
-    heads_first: bool,
+    factors: Callable[[str], list[Factor]],
 ) -> str | None:
-    """The first factor of the preferred kinds that an axis divides."""
+    """The first factor of the preferred kinds that an axis divides. `factors`: those of a kind."""
     for kind in kinds:
-        for factor in _factors(graph, operator, kind, heads_first):
+        for factor in factors(kind):
             size = local_sizes[factor.name]
             if size > 1 and size % axis.size == 0:
                 return factor.name
@@ -269,13 +268,33 @@ def megatron(
         input_split = any(is_split[p] for p in producers.get(index, ()) if p < index)
         kind = _megatron_kind(graph, operator, input_split)
         preferences: list[tuple[str, Iterable[int]]] = [("S", outer), (kind, inner)]
-        choice = choice_by_kinds(graph, operator, mesh, preferences, heads_first=True)
+        followed = _split_by_producers(graph, index, choices)
+        choice = choice_by_kinds(graph, operator, mesh, preferences, True, followed)
         if not kind:
             choice = {**_as_table(graph, index, choices, mesh), **choice}
         choices[operator.name] = choice
         splits = any(mesh.axes[number].name in choice for number in inner)
         is_split.append(splits and kind in ("P", "A"))
     return _plan(graph, machine, mesh, name, choices)
+
+
+def _split_by_producers(
+    graph: OperatorGraph, operator: int, choices: Mapping[str, Choice]
+) -> set[int]:
+    """The factors of an operator that index a dim which the choice of its producer splits.
+
+    The heads, where attention is before a product that sums heads and channels of a head.
+    """
+    factors = set()
+    for use in graph.uses:
+        home = graph.home[use.tensor]
+        if use.operator != operator or not 0 <= home < operator:
+            continue
+        split_names = set(choices[graph.operators[home].name].values())
+        for own, factor in zip(graph.labels[use.tensor], use.label, strict=True):
+            if own >= 0 and factor >= 0 and graph.factors[own].name in split_names:
+                factors.add(factor)
+    return factors
 
 
 def _megatron_kind(graph: OperatorGraph, operator: Operator, input_split: bool) -> str:
@@ -317,14 +336,26 @@ def _as_table(
 
 
 def _forward_producers(graph: OperatorGraph) -> dict[int, list[int]]:
-    """Operator -> the other operators whose values its forward instructions read."""
+    """Operator -> the other operators whose values its heavy instruction needs.
+
+    A gated layer reads its gate after its product, which does not split the product's input.
+    """
+    producer = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
     producers: dict[int, list[int]] = {}
-    for use in graph.uses:
-        home = graph.home[use.tensor]
-        if home < 0 or home == use.operator:
-            continue
-        if any(graph.instructions[i].phase == "forward" for i, _ in use.instructions):
-            producers.setdefault(use.operator, []).append(home)
+    for number, operator in enumerate(graph.operators):
+        pending = [operator.heavy]
+        visited: set[int] = set()
+        while pending:
+            index = pending.pop()
+            if index in visited:
+                continue
+            visited.add(index)
+            for tensor in graph.instructions[index].operands:
+                home = graph.home[tensor]
+                if home >= 0 and home != number:
+                    producers.setdefault(number, []).append(home)
+                elif tensor in producer and graph.owner[producer[tensor]] == number:
+                    pending.append(producer[tensor])
     return producers
 
 

@@ -378,7 +378,7 @@ class _MoveTables:
         fixed = len(source.shardings) == len(target.shardings) == 1
         if fixed and source.shardings == target.shardings:
             return None
-        size = (move.nbytes, move.trips, move.sums)
+        size = (move.nbytes, move.trips, move.sums, move.scatters, move.share)
         key = ("move", source.number, target.number, size)
         if key not in self._kind_of_key:
             seconds = move_table(move, self.placement, source.shardings, target.shardings)

@@ -152,7 +152,7 @@ class PlacedMove:
                 self.target,
             )
         gathered = placement.shard_count(self.crossing.gather)
-        local_move = replace(self.move, nbytes=int(self.move.nbytes / gathered))
+        local_move = replace(self.move, nbytes=int(self.move.nbytes / gathered), share=1)
         source = self._without_crossing(self.source)
         target = self._without_crossing(self.target)
         return move_seconds(local_move, placement, source, target)

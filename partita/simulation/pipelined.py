@@ -23,7 +23,13 @@ import numpy as np
 from partita.cost.collectives import Collective, collectives
 from partita.cost.evaluate import PARTS, OperatorCost, compute_source, operator_costs
 from partita.cost.memory import KINDS, PeakMemory, memory
-from partita.cost.moves import Placement, group_of, move_seconds
+from partita.cost.moves import (
+    Placement,
+    group_of,
+    home_sum_seconds,
+    move_seconds,
+    planned_moves,
+)
 from partita.cost.predict import OperatorPrediction, Prediction, build_prediction, with_energy
 from partita.cost.terms import Move, Terms, cost_terms
 from partita.cost.work import local_flops
@@ -162,6 +168,8 @@ class PipelinedStep(SimulatedStep):
         is sharded.
         """
         by_tensor: dict[tuple[StageEdge, int], float] = {}
+        sums: dict[StageEdge, float] = defaultdict(float)
+        """Seconds in which partial sums are summed before they are sent."""
         for move in self.terms.edges:
             if self._same_stage(move):
                 continue
@@ -174,6 +182,8 @@ class PipelinedStep(SimulatedStep):
             target = self.stage_of[move.reader]
             edge = StageEdge(source, target, move.phase, move.read_phase)
             by_tensor[edge, move.tensor] = max(by_tensor.get((edge, move.tensor), 0.0), nbytes)
+            home = label_sharding(move.source, self.layout.assignments[move.home])
+            sums[edge] += home_sum_seconds(move, self.placement, home)
         total: dict[StageEdge, float] = defaultdict(float)
         for (edge, _), nbytes in by_tensor.items():
             total[edge] += nbytes
@@ -181,7 +191,7 @@ class PipelinedStep(SimulatedStep):
         transfers = {}
         for edge, nbytes in total.items():
             seconds = self.placement.seconds("collective_permute", nbytes, links)
-            transfers[edge] = Transfer(seconds, nbytes)
+            transfers[edge] = Transfer(sums[edge] + seconds, nbytes)
         return transfers
 
     @cached_property
@@ -553,7 +563,7 @@ class PipelinedStep(SimulatedStep):
     def _move_seconds(self) -> np.ndarray:
         """[operator]: seconds of moves inside its stage, of all microbatches."""
         moves = np.zeros(len(self.graph.operators))
-        for edge in self.terms.edges:
+        for edge in planned_moves(self.terms.edges, self.layout):
             if self._same_stage(edge):
                 source = label_sharding(edge.source, self.layout.assignments[edge.home])
                 target = label_sharding(edge.target, self.layout.assignments[edge.reader])

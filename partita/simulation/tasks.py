@@ -25,7 +25,7 @@ from itertools import chain
 import numpy as np
 
 from partita.cost.evaluate import PARTS, OperatorCost
-from partita.cost.moves import Placement, move_seconds
+from partita.cost.moves import Placement, move_seconds, planned_moves
 from partita.cost.terms import Move
 from partita.graph.operator_graph import IdentityKey, Phase
 from partita.plans.layout import Layout, label_sharding
@@ -50,7 +50,7 @@ def slot_seconds(
     `costs` are those of every operator under its only choice.
     """
     moves: dict[tuple[int, int, Phase, Phase], float] = defaultdict(float)
-    for move in edges:
+    for move in planned_moves(edges, layout):
         source = label_sharding(move.source, layout.assignments[move.home])
         target = label_sharding(move.target, layout.assignments[move.reader])
         key = (move.home, move.reader, move.phase, move.read_phase)

@@ -1,6 +1,7 @@
 """Sequence parallelism: normalizations are operators beside products, and split by position."""
 
 from collections import Counter
+from dataclasses import replace
 
 import keras
 import pytest
@@ -8,12 +9,14 @@ from keras import layers
 
 import partita
 from partita.cost.collectives import collectives
+from partita.cost.moves import Placement, move_seconds, planned_moves
+from partita.cost.terms import cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
 from partita.plans.adapt import with_normalizations
 from partita.plans.baselines import BASELINES, baselines_of
 from partita.plans.check import check
-from partita.plans.layout import layout_of
+from partita.plans.layout import label_sharding, layout_of
 from partita.search.find import mesh_of
 
 SAMPLES, POSITIONS, WIDTH, BLOCKS = 4, 16, 32, 1
@@ -73,6 +76,50 @@ def test_sums_become_reduce_scatters_and_gathers(graph):
         ("reduce_scatter", "backward"): 2 * BLOCKS + 1,
         ("all_gather", "forward"): 2 * BLOCKS + 1,
         ("all_gather", "backward"): 2 * BLOCKS + 1,
+    }
+
+
+@pytest.mark.parametrize("name", ["tensor parallel", SEQUENCE])
+def test_moves_are_charged_what_is_emitted(graph, name):
+    """Query, key and value share a gather, and their gradients a sum."""
+    plan = BASELINES[name](graph, MACHINE.name, mesh_of(MACHINE))
+    layout = layout_of(graph, plan)
+    placement = Placement(MACHINE, plan.mesh)
+    emitted_seconds = 0.0
+    for sent in collectives(graph, plan.mesh, layout, MACHINE.backend):
+        if sent.nbytes >= VALUES:
+            group = placement.group(sent.axes)
+            emitted_seconds += placement.seconds(sent.kind, sent.nbytes, group)
+    charged_seconds = 0.0
+    for move in planned_moves(cost_terms(graph, MACHINE.backend).edges, layout):
+        source = label_sharding(move.source, layout.assignments[move.home])
+        target = label_sharding(move.target, layout.assignments[move.reader])
+        charged_seconds += move_seconds(move, placement, source, target)
+    assert charged_seconds == pytest.approx(emitted_seconds)
+
+
+def test_unequal_readers_share_nothing(graph):
+    """Query is split by heads, key and value by sample: each gathers for itself."""
+    plan = BASELINES[SEQUENCE](graph, MACHINE.name, mesh_of(MACHINE))
+    axes = [axis.name for axis in plan.mesh.axes]
+    choices = dict(plan.choices)
+    for name in ("key", "value"):
+        choices[f"attention0/{name}"] = dict.fromkeys(axes, "S")
+    layout = layout_of(graph, replace(plan, choices=choices))
+    shares = Counter()
+    for move in planned_moves(cost_terms(graph, MACHINE.backend).edges, layout):
+        names = {graph.operators[o].name for o in (move.home, move.reader)}
+        projections = {f"attention0/{name}" for name in ("query", "key", "value")}
+        for name in names & projections:
+            if "before_attention0" in names:
+                shares[name, move.sums > 0, move.share] += 1
+    assert shares == {
+        ("attention0/query", False, 1): 1,
+        ("attention0/key", False, 2): 1,
+        ("attention0/value", False, 2): 1,
+        ("attention0/query", True, 1): 1,
+        ("attention0/key", True, 1): 1,
+        ("attention0/value", True, 1): 1,
     }
 
 

@@ -21,6 +21,24 @@ MOVE = Move(0, 1 << 24, 0, (0, 1, 2), 1, (3, 4, 5), 2, "forward", "forward")
 ADDED = replace(MOVE, sums=1)
 """The move of a partial sum over the last entry of its labels."""
 
+SCATTERED = replace(ADDED, scatters=True, joined=0, share=3)
+"""The same for a compiler that joins three of them, and makes reduce-scatters of slices."""
+
+
+def sliced(source: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """The slices of a partial sum, over the axes of the sum."""
+    return ((*source[0], *source[2]), source[1], ())
+
+
+def test_slices_of_a_partial_sum_are_a_reduce_scatter_that_three_share() -> None:
+    partial = ((), (), (2, 3))
+    group = PLACE.group((2, 3))
+    scattered = 2 * PLACE.seconds("reduce_scatter", MOVE.nbytes, group)
+    summed = 2 * PLACE.seconds("all_reduce", MOVE.nbytes, group)
+    assert move_seconds(SCATTERED, PLACE, partial, sliced(partial)) == pytest.approx(scattered / 3)
+    assert move_seconds(SCATTERED, PLACE, partial, ((), (), ())) == pytest.approx(summed / 3)
+    assert move_seconds(ADDED, PLACE, partial, sliced(partial)) == pytest.approx(summed)
+
 
 def sharding(draw: random.Random) -> tuple[tuple[int, ...], ...]:
     dims: list[list[int]] = [[], [], []]
@@ -36,9 +54,10 @@ def sharding(draw: random.Random) -> tuple[tuple[int, ...], ...]:
 def test_a_table_equals_its_single_moves(seed: int) -> None:
     draw = random.Random(seed)
     sources, targets = ([sharding(draw) for _ in range(6)] for _ in range(2))
-    for move in (MOVE, ADDED):
-        table = move_table(move, PLACE, sources, [*targets, sources[0]])
-        alone = [[move_seconds(move, PLACE, s, t) for t in [*targets, sources[0]]] for s in sources]
+    targets += [sources[0], sliced(sources[0]), (*sources[0][:2], ())]
+    for move in (MOVE, ADDED, SCATTERED):
+        table = move_table(move, PLACE, sources, targets)
+        alone = [[move_seconds(move, PLACE, s, t) for t in targets] for s in sources]
         assert table == pytest.approx(np.array(alone), rel=1e-9)
 
 

@@ -59,6 +59,11 @@ class XlaAccelerator(Compiler):
         return True
 
     @property
+    def joins_collectives(self) -> bool:
+        """By AllReduceReassociate and ReduceScatterReassociate."""
+        return True
+
+    @property
     def scatters(self) -> bool:
         """Unless the machine's description forbids reduce-scatters."""
         return self.backend.reduce_scatter

@@ -105,6 +105,12 @@ class Compiler(ABC):
         """Whether a sum of which devices read slices is a reduce-scatter (`sums.scatter`)."""
 
     @property
+    def joins_collectives(self) -> bool:
+        """Whether sums that meet in additions are one sum (`sums.join_additions`), and a sum that
+        another operator reads happens with its reshard."""
+        return False
+
+    @property
     def combined_sum_bytes(self) -> float:
         """Bytes of gradients whose sums over devices are one all-reduce, at most."""
         return math.inf
