@@ -17,7 +17,7 @@ from partita.keras_backend import prefer_jax
 
 prefer_jax()
 
-from partita.api import compare, compile_for, parallelize, plan, simulate
+from partita.api import compare, compile_for, manage, parallelize, plan, simulate
 from partita.capture.program import capture_program
 from partita.comparison import Comparison
 from partita.errors import PartitaError
@@ -60,6 +60,7 @@ __all__ = [
     "compile_for",
     "layout_map",
     "load_machine",
+    "manage",
     "parallelize",
     "plan",
     "predict_plan",

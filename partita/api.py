@@ -1,4 +1,4 @@
-"""The verbs: plan, simulate, compare, parallelize; and compile_for.
+"""The verbs: plan, simulate, compare, parallelize, manage; and compile_for.
 
     program -> capture -> graph -> search -> plan -> simulated timeline, or verified run
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 from partita.capture.program import capture_program, checked_call, is_keras_model
 from partita.comparison import Comparison, compare_plans
+from partita.errors import PartitaError
 from partita.machine import Machine
 from partita.planning import (
     SearchOptions,
@@ -226,6 +227,63 @@ def parallelize(
     if session is not None:
         session.started.append(started)
     return result
+
+
+def manage(
+    model: Program,
+    *,
+    survive: bool = True,
+    ready: bool = False,
+    log: str | Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Program:
+    """The same program, managed while it trains: it goes on when a process is lost.
+
+    Give a Keras model, or a step that `parallelize` has returned. Only a launcher can tell who is
+    lost, so start the script with `partita run --processes N --manage`. There every training is
+    managed by the options of the command, unless you give others here.
+
+    Args:
+        survive: Whether the training goes on in the processes that are left.
+        ready: Whether the programs for the loss of any one process are compiled before the first
+            step.
+        log: A file to which every decision is appended, as a line of JSON.
+        say: Called with a sentence for every decision.
+
+    >>> partita.manage(model, log="decisions.jsonl")                     # doctest: +SKIP
+    """
+    from partita.execute import members
+    from partita.execute.function import ParallelStep, current
+    from partita.management.managers import ManageOptions, new_manager
+
+    program: Any = model
+    session = current()
+    if is_keras_model(program):
+        from partita.keras.fit import attached
+
+        if attached(program) is None:
+            parallelize(program)
+        training: Any = attached(program)
+    elif isinstance(program, ParallelStep):
+        training = program
+    else:
+        raise PartitaError(
+            f"A '{type(program).__name__}' cannot be managed: give a Keras model, or the step that "
+            "partita.parallelize has returned."
+        )
+    tell = say or (session.say if session is not None else notebook_say())
+    if survive and members.board() is None and tell is not None:
+        tell(
+            f"'{training.name}' does not survive a lost process: start the script with 'partita "
+            "run --processes N --manage'."
+        )
+    file = None if log is None else Path(log)
+    options = ManageOptions(survive=survive, ready=ready, log=file)
+    if session is not None and say is None:
+        training.runner.manager = session.manage(options)
+    else:
+        training.runner.manager = new_manager(options, tell)
+    return model
 
 
 def _tell_of_devices(say: Callable[[str], None] | None) -> None:

@@ -177,8 +177,8 @@ Restarts = Annotated[int, typer.Option(help="Times to start again after a lost p
 Manage = Annotated[
     str | None,
     typer.Option(
-        help="Go on after a lost or hung process; 'watch' only says so.",
-        metavar="[=watch]",
+        help="Go on after a lost process. 'ready': compiled before; 'watch': only told.",
+        metavar="[=ready|watch]",
         show_default=False,
     ),
 ]

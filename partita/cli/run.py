@@ -36,7 +36,7 @@ from partita.cli.terminal import (
 from partita.errors import PartitaError
 from partita.machine import Machine
 from partita.management.contract import Manager
-from partita.management.managers import ManageOptions, new_manager
+from partita.management.managers import ManageOptions, ManagerFactory, new_manager
 from partita.planning import SearchOptions, given_plan, make_planner, simulate_plan
 from partita.plans.plan import Plan
 from partita.simulation.timeline import Timeline
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 
 ACT = "act"
+READY = "ready"
 WATCH = "watch"
 """Values of --manage; without one it acts."""
 
@@ -107,7 +108,7 @@ def run(
         if devices is None and isinstance(given, Plan):
             devices = given.devices
         check_manage(group)
-        survives = group.manage == ACT and group.processes > 1
+        survives = group.manage in (ACT, READY) and group.processes > 1
         run_in_processes(group.processes, devices, group.restarts, survives)
         prints = join_processes(group.board) and not quiet
         start_devices(devices)
@@ -139,9 +140,10 @@ def run(
 
 def check_manage(group: Group) -> None:
     """PartitaError for a wrong --manage; says what it can do for one process."""
-    if group.manage not in (None, ACT, WATCH):
+    if group.manage not in (None, ACT, READY, WATCH):
         raise PartitaError(
-            f"--manage is {group.manage!r}: write --manage, or --manage=watch to be told only."
+            f"--manage is {group.manage!r}: write --manage; --manage=ready to compile for a loss "
+            "beforehand; or --manage=watch to be told only."
         )
     if group.manage is None and group.decisions is not None:
         raise PartitaError("--decisions is for --manage: add --manage, or remove --decisions.")
@@ -153,14 +155,20 @@ def check_manage(group: Group) -> None:
         say(f"--manage with one process: no other one can go on after its end; {restarts}.")
 
 
-def manager_factory(
-    group: Group, tell: Callable[[str], None] | None
-) -> Callable[[], Manager | None]:
-    """Gives a manager for each training of a run."""
-    if group.manage is None:
-        return lambda: None
-    options = ManageOptions(acts=group.manage == ACT, log=group.decisions)
-    return lambda: new_manager(options, tell)
+def manager_factory(group: Group, tell: Callable[[str], None] | None) -> ManagerFactory:
+    """Gives a manager for each training of a run, by its own options or those of the command."""
+    options = ManageOptions(
+        acts=group.manage != WATCH,
+        ready=group.manage == READY,
+        log=group.decisions,
+    )
+
+    def make(given: ManageOptions | None = None) -> Manager | None:
+        if group.manage is None and given is None:
+            return None
+        return new_manager(given or options, tell)
+
+    return make
 
 
 def _snapshots_in(

@@ -27,6 +27,7 @@ from partita.execute.program import RunnableStep, runnable_step
 from partita.execute.steps import StepRunner, settled
 from partita.execute.verify import Verification, check_compiled
 from partita.management.contract import Manager
+from partita.management.managers import ManageOptions, ManagerFactory, new_manager
 from partita.plans.adapt import fit_plan
 from partita.plans.pipeline import is_pipeline
 from partita.plans.plan import Plan
@@ -115,9 +116,9 @@ def same_everywhere(
     )
 
 
-def no_manager() -> Manager | None:
-    """Leaves a training alone."""
-    return None
+def no_manager(options: ManageOptions | None = None) -> Manager | None:
+    """A manager for a training that asks for one."""
+    return None if options is None else new_manager(options, None)
 
 
 @dataclass
@@ -130,7 +131,7 @@ class Session:
     """Steps and models that the script itself made parallel."""
     target: CaptureTarget | None = None
     """The platform to capture steps for, by default that of the local devices."""
-    manage: Callable[[], Manager | None] = no_manager
+    manage: ManagerFactory = no_manager
     """Gives a new manager for a training; None without --manage."""
 
 

@@ -80,15 +80,21 @@ def generation() -> int:
     return len(_group.lost)
 
 
-def devices() -> list[Any]:
-    """The devices of the live processes, in an order for a new mesh.
+def devices(without: int | None = None) -> list[Any]:
+    """The devices of the live processes, in an order for a new mesh; after the loss of one more.
 
     The order is reversed after every other loss. Gloo keeps a connection per ordered list of
     devices for good, also a broken one: two devices that go on together must not meet in the order
     in which they were connected when another one died (jaxlib 0.10.2).
     """
-    live = [device for device in jax.devices() if device.process_index not in _group.lost]
-    return live[::-1] if generation() % 2 else live
+    lost = _group.lost if without is None else _group.lost | {without}
+    live = [device for device in jax.devices() if device.process_index not in lost]
+    return live[::-1] if len(lost) % 2 else live
+
+
+def lost() -> frozenset[int]:
+    """The processes that this one goes on without."""
+    return _group.lost
 
 
 def board() -> Board | None:

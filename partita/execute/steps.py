@@ -119,6 +119,8 @@ class StepRunner:
         self._on_state = on_state
         self._state: Any = None
         """The state that the last step returned, placed as the plan says."""
+        self._ready: dict[tuple[Any, frozenset[int]], Any] = {}
+        """Steps for losses that may come, by key and the lost processes."""
         self._outdated: set[Any] = set()
         """Keys of steps that are to be compiled for a new plan."""
 
@@ -210,9 +212,30 @@ class StepRunner:
         if self.plan is None or not steps:
             self.plan = None
             return
+        self.change(self._plan_without_lost(plan_for, len(members.devices())))
+
+    def prepare(self, key: Hashable, plan_for: PlanFor) -> None:
+        """Compiles a step for the loss of any one other process."""
+        step = self.steps[key]
+        if self.plan is None or step is None:
+            return
+        captured = step.planned.captured
+        for process in members.alive():
+            if process == members.index():
+                continue
+            devices = members.devices(without=process)
+            plan = fit_plan(self._plan_without_lost(plan_for, len(devices)), captured.graph)
+            planned = runnable_step(captured, plan, devices)
+            lost = members.lost() | {process}
+            self._ready[key, lost] = replace(step, planned=planned, program=planned.compile())
+
+    def _plan_without_lost(self, plan_for: PlanFor, devices: int) -> Plan:
+        """The plan for fewer devices, by the step with the largest batch."""
+        assert self.plan is not None
+        steps = [step for step in self.steps.values() if step is not None]
         graphs = [step.planned.captured.graph for step in steps]
         largest = max(graphs, key=lambda graph: graph.batch_size)
-        self.change(plan_for(largest, self.plan, len(members.devices())))
+        return plan_for(largest, self.plan, devices)
 
     def _compiled(self, key: Hashable) -> Any:
         """The compiled step for a key, under the plan."""
@@ -220,8 +243,13 @@ class StepRunner:
         if key in self._outdated:
             assert self.plan is not None
             captured = step.planned.captured
-            planned = runnable_step(captured, fit_plan(self.plan, captured.graph))
-            step = replace(step, planned=planned, program=planned.compile())
+            plan = fit_plan(self.plan, captured.graph)
+            ready = self._ready.get((key, members.lost()))
+            if ready is not None and ready.planned.plan == plan:
+                step = ready
+            else:
+                planned = runnable_step(captured, plan)
+                step = replace(step, planned=planned, program=planned.compile())
             self.steps[key] = step
             self._outdated.discard(key)
         return step

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from partita.capture.jax_functions import Captured
     from partita.execute.function import Planner
     from partita.keras.fit import Activity
-    from partita.management.contract import Manager
+    from partita.management.managers import ManagerFactory
     from partita.plans.plan import Plan
 
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -69,7 +69,7 @@ def run_script(
     trained: Callable[[Trained], None] | None = None,
     activity: Activity | None = None,
     as_module: bool = False,
-    manage: Callable[[], Manager | None] = lambda: None,
+    manage: ManagerFactory | None = None,
 ) -> int:
     """The exit code of a script whose training is planned by `planner`.
 
@@ -82,10 +82,10 @@ def run_script(
         trained: Called in the end with each program that was trained.
         activity: Shows a text during long activities.
         as_module: Whether `path` is the dotted name of a module, run as by `python -m`.
-        manage: Gives the manager of a training, or None.
+        manage: Gives the manager of a training; by default none has one.
     """
     select_jax(report)
-    from partita.execute.function import Session, running
+    from partita.execute.function import Session, no_manager, running
     from partita.execute.verify import check_and_compare, check_compiled
     from partita.keras.fit import attached, no_activity
     from partita.keras.hooks import attaching
@@ -107,7 +107,7 @@ def run_script(
         _read(path)
     try:
         with (
-            running(Session(plan_step, report, manage=manage)) as session,
+            running(Session(plan_step, report, manage=manage or no_manager)) as session,
             models as attached_models,
         ):
             try:

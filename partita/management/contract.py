@@ -95,6 +95,11 @@ class Training(Protocol):
         """
         ...
 
+    def prepare(self, key: Hashable, plan_for: PlanFor) -> None:
+        """Compiles a step for the loss of any one other process, so that `change_members` finds it
+        ready."""
+        ...
+
     def execute(self, key: Hashable, state: Any, batch: Any) -> tuple[Any, Any]:
         """(outputs, state) of a step, run for the manager: the training does not count it."""
         ...

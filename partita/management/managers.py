@@ -21,8 +21,14 @@ class ManageOptions:
     """Whether they act; else they say what they would do."""
     survive: bool = True
     """Whether a training goes on without lost processes."""
+    ready: bool = False
+    """Whether the programs for the loss of any one process are compiled before the first step."""
     log: Path | None = None
     """The file of decisions."""
+
+
+ManagerFactory = Callable[..., Manager | None]
+"""Gives a new manager for a training, by options of its own if it is called with some; or None."""
 
 
 def new_manager(options: ManageOptions, say: Callable[[str], None] | None) -> Manager:
@@ -30,7 +36,7 @@ def new_manager(options: ManageOptions, say: Callable[[str], None] | None) -> Ma
     log = DecisionLog(say, options.log)
     managers: list[Manager] = []
     if options.survive and options.acts:
-        managers.append(Survival(log))
+        managers.append(Survival(log, options.ready))
     return Managers(managers)
 
 

@@ -70,8 +70,11 @@ class Replayed:
 class Survival:
     """A manager that goes on without lost processes. `management.contract` states its methods."""
 
-    def __init__(self, log: DecisionLog) -> None:
+    def __init__(self, log: DecisionLog, is_ready: bool = False) -> None:
+        """With `is_ready`, the programs for the loss of any one process are compiled beforehand."""
         self.log = log
+        self.is_ready = is_ready
+        self._prepared: set[Hashable] = set()
         self._alive: tuple[int, ...] = ()
         """The processes of the last step."""
         self._snapshots: deque[Snapshot] = deque(maxlen=KEPT)
@@ -105,6 +108,9 @@ class Survival:
             return
         if replaced is None or training.step >= self._next_snapshot:
             self._take(training, state, batch, is_new=replaced is None)
+        if self.is_ready and key not in self._prepared:
+            self._prepared.add(key)
+            training.prepare(key, survivor_plan)
         self._running = Replayed(training.step, key, training.batch_copy(batch), replaced or {})
 
     def after_step(

@@ -60,6 +60,7 @@ HELP = (
     "manage_power",
     "processes",
     "restarts",
+    "survive",
 )
 """Scripts that need root, compilers or other frameworks: only their help is printed."""
 ELSEWHERE = {"applications", "children", "papers_chart", "proof", "search", "simulator", "stages"}

@@ -1,0 +1,167 @@
+"""Runs that lose a process at a random moment of `fit`, and go on in the same processes:
+`partita run --manage=ready`.
+
+    python benchmarks/survive.py                       # 50 kills
+    python benchmarks/survive.py --losses 20 --signal STOP
+
+A run of three processes trains a network for some epochs. At a random moment of its training a
+random process gets SIGKILL, or SIGSTOP: it hangs then. Reported: runs that ended with the history of
+an uninterrupted run and with each batch seen once by callbacks, seconds from the signal to the next
+finished batch of a survivor, and of a hang the limit that the launcher has for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+SCRIPT = """
+import json, os, time
+
+import keras
+import numpy as np
+
+EPOCHS = {epochs}
+file = open("batches-" + os.environ["JAX_PROCESS_ID"], "a", buffering=1)
+
+
+class Clock(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        time.sleep(0.02)
+        file.write(str(os.getpid()) + " " + str(time.time()) + "\\n")
+
+
+x = np.random.default_rng(0).normal(size=(240, 128)).astype("float32")
+layers = [keras.layers.Dense(1024, activation="tanh"), keras.layers.Dense(4)]
+model = keras.Sequential([keras.Input((128,)), *layers])
+model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse")
+history = model.fit(x, x[:, :4], batch_size=48, epochs=EPOCHS, verbose=0, callbacks=[Clock()])
+print(json.dumps(history.history["loss"]))
+"""
+EPOCHS = 24
+BATCHES = 5
+"""Batches of an epoch."""
+TOLERANCE = 1e-5
+TIMEOUT = 600
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run that lost a process."""
+
+    is_equal: bool
+    """Whether the history is that of an uninterrupted run, and no callback ran twice."""
+    seconds: float
+    """From the signal to the next finished batch."""
+    output: str
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--losses", type=int, default=50)
+    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--signal", choices=["KILL", "STOP"], default="KILL")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    given = parser.parse_args()
+    draw = random.Random(given.seed)
+    folder, run = _start(given.processes, given.epochs)
+    straight = _history(_finish(run)[0])
+    batches = BATCHES * given.epochs
+    results = []
+    for number in range(given.losses):
+        batch = draw.randrange(1, batches - 2)
+        pause = draw.uniform(0.0, 0.05)
+        victim = draw.randrange(given.processes)
+        result = lose(given, victim, batch, pause, straight)
+        results.append(result)
+        state = "equal" if result.is_equal else f"DIFFERS\n{result.output}"
+        print(
+            f"{number}: process {victim} after batch {batch} and {pause * 1e3:.0f} ms: {state}, "
+            f"{result.seconds:.2f} s",
+            flush=True,
+        )
+    equal = sum(result.is_equal for result in results)
+    seconds = sorted(result.seconds for result in results)
+    print(
+        f"{equal} of {len(results)} went on to the same history; median "
+        f"{statistics.median(seconds):.2f} s, longest {seconds[-1]:.2f} s"
+    )
+    return 0 if equal == len(results) else 1
+
+
+def lose(
+    given: argparse.Namespace, victim: int, batch: int, pause: float, straight: list[float]
+) -> Result:
+    """A run in which a process gets a signal some time after it has finished a batch."""
+    folder, run = _start(given.processes, given.epochs)
+    path = folder / f"batches-{victim}"
+    while run.poll() is None and len(_lines(path)) < batch:
+        time.sleep(0.002)
+    time.sleep(pause)
+    sent = time.time()
+    os.kill(int(_lines(path)[0].split()[0]), signal.Signals[f"SIG{given.signal}"])
+    output, errors = _finish(run)
+    history = _history(output)
+    counts = []
+    ends = []
+    for number in range(given.processes):
+        times = [float(line.split()[1]) for line in _lines(folder / f"batches-{number}")]
+        if number != victim:
+            counts.append(len(times))
+            ends += [min([time for time in times if time > sent], default=float("inf"))]
+    is_equal = len(history) == len(straight) and all(
+        abs(a - b) <= TOLERANCE * abs(b) for a, b in zip(history, straight, strict=True)
+    )
+    once = all(count == BATCHES * given.epochs for count in counts)
+    return Result(is_equal and once, max(ends) - sent, output + errors[-3000:])
+
+
+def _lines(path: Path) -> list[str]:
+    """The complete lines of a file; none if it is not there yet."""
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+def _start(processes: int, epochs: int) -> tuple[Path, subprocess.Popen[str]]:
+    """A new folder with the script, and its run."""
+    folder = Path(tempfile.mkdtemp(prefix="partita-survive-"))
+    (folder / "train.py").write_text(SCRIPT.format(epochs=epochs), encoding="utf-8")
+    command = [sys.executable, "-m", "partita", "run", "--manage=ready"]
+    command += ["--processes", str(processes), "--devices", str(processes)]
+    command += ["--plan", "dp", "train.py"]
+    environment = {**os.environ, "PARTITA_SEED": "5"}
+    pipe = subprocess.PIPE
+    run = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True
+    )
+    return folder, run
+
+
+def _finish(run: subprocess.Popen[str]) -> tuple[str, str]:
+    """The standard output and error of a run."""
+    output, errors = run.communicate(timeout=TIMEOUT)
+    if run.returncode:
+        print(f"a run ended with code {run.returncode}:\n{errors}", file=sys.stderr)
+    return output, errors
+
+
+def _history(output: str) -> list[float]:
+    """The losses that the script prints last; empty if there are none."""
+    lines = [line for line in output.splitlines() if line.startswith("[") and "." in line]
+    return json.loads(lines[-1]) if lines else []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Survival by hand: a training of one number, its processes played by the test."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from partita.errors import LostProcessError, ProcessError
+from partita.management import survival
+from partita.management.decisions import DecisionLog
+from partita.management.survival import Survival, listed
+
+
+@dataclass
+class PlayedGroup:
+    """Three processes; the others have the snapshots of this one, unless the test says otherwise."""
+
+    alive: tuple[int, ...] = (0, 1, 2)
+    is_first: bool = True
+    news: dict[int, str] = field(default_factory=dict)
+    others_lack: Callable[[int], bool] = lambda step: False
+
+    def devices_of(self, processes: Sequence[int]) -> int:
+        return len(processes)
+
+    def exchanged(self, name: str, value: str) -> list[str]:
+        other = value
+        if name == "recovery":
+            step, snapshots = json.loads(value)
+            other = json.dumps([step, [each for each in snapshots if not self.others_lack(each)]])
+        return [value] + [other] * (len(self.alive) - 1)
+
+    def leave_lost(self, seconds: float) -> dict[int, str]:
+        news, self.news = self.news, {}
+        self.alive = tuple(number for number in self.alive if number not in news)
+        return news
+
+    def has_news(self) -> bool:
+        return bool(self.news)
+
+
+class PlayedTraining:
+    """Each step multiplies a number and adds the batch; a step may lose a process midway."""
+
+    name = "played"
+    plan = None
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.group = PlayedGroup()
+        self.lost_at: list[int] = []
+
+    def change_members(self, plan_for: Any) -> None:
+        pass
+
+    def execute(self, key: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        if self.lost_at and self.lost_at[0] == self.step:
+            self.lost_at.pop(0)
+            self.group.news = {self.group.alive[-1]: "was killed (SIGKILL)"}
+            state[0][:] = np.nan
+            raise LostProcessError("lost")
+        return None, [state[0] * 0.5 + batch, state[1] + 1.0]
+
+    def leaves(self, state: Any) -> list[Any]:
+        return list(state) if isinstance(state, list) else [state]
+
+    def with_leaves(self, state: Any, leaves: Sequence[Any]) -> Any:
+        return [np.array(leaf) for leaf in leaves]
+
+    def to_host(self, state: Any) -> list[np.ndarray]:
+        return [np.array(leaf) for leaf in state]
+
+    def own_copy(self, leaf: Any) -> np.ndarray:
+        return np.array(leaf)
+
+    def batch_copy(self, batch: Any) -> Any:
+        return np.array(batch)
+
+    def run(self, manager: Survival, state: Any, batch: Any) -> Any:
+        """A step as `execute.steps.StepRunner` runs it."""
+        while True:
+            try:
+                manager.before_step(self, "key", state, batch)  # type: ignore[arg-type]
+                _, state = self.execute("key", state, batch)
+            except LostProcessError as error:
+                state = manager.lost(self, state, error)  # type: ignore[arg-type]
+                continue
+            self.step += 1
+            manager.after_step(self, "key", state, batch, 0.01)  # type: ignore[arg-type]
+            return state
+
+
+def train(training: PlayedTraining, manager: Survival, steps: int = 60) -> list[float]:
+    """The numbers after each step; every seventh step begins with a number that a callback sets."""
+    state = [np.zeros(1), np.zeros(1)]
+    numbers = []
+    for step in range(steps):
+        if step % 7 == 3:
+            state = [state[0], np.full(1, 100.0 * step)]
+        state = training.run(manager, state, np.full(1, float(step)))
+        numbers.append(float(state[0][0] + state[1][0]))
+    return numbers
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_training_that_loses_processes_has_the_numbers_of_one_that_does_not(seed: int) -> None:
+    straight = train(PlayedTraining(), Survival(DecisionLog()))
+    training = PlayedTraining()
+    draw = random.Random(seed)
+    training.lost_at = sorted(draw.sample(range(60), 2))
+    said: list[str] = []
+    assert train(training, Survival(DecisionLog(said.append))) == straight
+    assert training.group.alive == (0,)
+    assert len(said) == 2 and "on one device" in said[1]
+
+
+def test_the_survivors_take_the_snapshot_that_all_of_them_have() -> None:
+    straight = train(PlayedTraining(), Survival(DecisionLog()))
+    training = PlayedTraining()
+    training.lost_at = [21]
+    training.group.others_lack = lambda step: step == 20
+    said: list[str] = []
+    assert train(training, Survival(DecisionLog(said.append))) == straight
+    assert "11 steps run again from the snapshot of step 10" in said[0]
+
+
+def test_without_a_common_snapshot_the_run_ends_with_a_sentence() -> None:
+    training = PlayedTraining()
+    training.lost_at = [21]
+    training.group.others_lack = lambda step: True
+    with pytest.raises(ProcessError, match=r"no snapshot in common, .* or add --restarts 3\.$"):
+        train(training, Survival(DecisionLog()))
+
+
+def test_snapshots_that_do_not_fit_are_refused_with_figures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(survival, "free_memory_bytes", lambda: 3 * 2**20)
+    training = PlayedTraining()
+    training.lost_at = [5]
+    log = DecisionLog(None, tmp_path / "decisions.jsonl")
+    with pytest.raises(LostProcessError):
+        train(training, Survival(log))
+    (line,) = (tmp_path / "decisions.jsonl").read_text().splitlines()
+    decision = json.loads(line)
+    assert decision["action"] == "stay" and decision["free_bytes"] == 2**20
+    assert decision["sentence"] == (
+        "snapshots do not fit in memory: each of 3 processes needs 64.0 MiB, and has 1.0 MiB "
+        "free, so a lost process ends the run. Add --restarts 3, which saves on the disk."
+    )
+
+
+def test_snapshots_take_a_bounded_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(survival.time, "monotonic", lambda: clock[0])
+    training = PlayedTraining()
+    taken: list[int] = []
+
+    def to_host(state: Any) -> list[np.ndarray]:
+        taken.append(training.step)
+        clock[0] += 0.004
+        return [np.array(leaf) for leaf in state]
+
+    monkeypatch.setattr(training, "to_host", to_host)
+    train(training, Survival(DecisionLog()), steps=400)
+    # 0.004 s in 120 steps of 0.01 s
+    assert taken == [0, 10, 20, 30, 150, 270, 390]
+
+
+def test_processes_as_a_phrase() -> None:
+    assert listed((0, 2)) == "processes 0 and 2"
