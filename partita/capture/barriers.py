@@ -37,13 +37,17 @@ def split_barriers(module: ir.Module) -> None:
     for group, operation in enumerate(list(walk(main_block(module)))):
         if operation.name != BARRIER or len(operation.operands) < 2:
             continue
-        siblings = []
-        for operand, result in zip(operation.operands, operation.results, strict=True):
-            single = _barrier([operand], operation)
-            result.replace_all_uses_with(single.results[0])
-            siblings.append(single)
-        mark(siblings, group)
+        results = split_barrier(list(operation.operands), operation, group)
+        for result, single in zip(operation.results, results, strict=True):
+            result.replace_all_uses_with(single)
         operation.erase()
+
+
+def split_barrier(operands: list[Any], like: Any, group: int | str) -> list[Any]:
+    """The results of a new barrier in front of an operation, split into siblings of one operand."""
+    siblings = [_barrier([operand], like) for operand in operands]
+    mark(siblings, group)
+    return [sibling.results[0] for sibling in siblings]
 
 
 def join_barriers(block: ir.Block) -> None:
@@ -51,7 +55,11 @@ def join_barriers(block: ir.Block) -> None:
     for inner, barriers in sibling_groups(block, BARRIER):
         joined = _barrier([barrier.operands[0] for barrier in barriers], barriers[-1])
         shardings = [_sharding(barrier) for barrier in barriers]
-        if all(shardings):
+        split = next(filter(None, shardings), "")
+        if split:
+            # Scalars have no sharding of their own.
+            whole = split.split(",")[0] + ", []>"
+            shardings = [sharding or whole for sharding in shardings]
             text = f"#sdy.sharding_per_value<[{', '.join(shardings)}]>"
             joined.attributes["sdy.sharding"] = ir.Attribute.parse(text)
         replace_siblings(inner, barriers, joined)

@@ -20,7 +20,7 @@ ATTRIBUTES = "mhlo.frontend_attributes"
 GROUP = "partita.siblings"
 
 
-def mark(siblings: Iterable[Any], group: int) -> None:
+def mark(siblings: Iterable[Any], group: int | str) -> None:
     """Marks operations as siblings."""
     attribute = ir.Attribute.parse(f'{{{GROUP} = "{group}"}}')
     for operation in siblings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from partita.capture.jax_functions import Captured, Text
 from partita.errors import PlanError
 from partita.execute.annotate import annotate
 from partita.execute.processes import put
+from partita.execute.rematerialize import rematerialized_step
 from partita.execute.sharding import device_mesh, named_sharding
 from partita.execute.staged import StagedStep, staged_step
 from partita.graph.operator_graph import OperatorGraph
@@ -53,12 +54,11 @@ class PlannedStep:
 
 
 def check_one_program(plan: Plan) -> None:
-    """PlanError for a plan that runs in pieces."""
-    if not is_one_program(plan):
+    """PlanError for a plan that can only run in pieces."""
+    if not is_one_program(replace(plan, recompute=())):
         raise PlanError(
-            f"The plan '{plan.name}' has placed operators, stages, microbatches or "
-            "rematerialization, so it runs in pieces, and is not one program. "
-            "Plan with --no-stages."
+            f"The plan '{plan.name}' has placed operators, stages or microbatches, so it runs in "
+            "pieces, and is not one program. Plan with --no-stages."
         )
 
 
@@ -86,11 +86,13 @@ def planned_step(
     """The captured step, annotated with a plan without stages and ready to compile for devices
     (default: the first ones of JAX).
 
-    With `donate` the step reuses the memory of the old state, which is then gone.
+    With `donate` the step reuses the memory of the old state, which is then gone. XLA:CPU merges
+    the copies of rematerialized operators with their originals; the results are the same.
     """
-    graph = captured.graph
-    check(plan, graph)
+    check(plan, captured.graph)
     check_one_program(plan)
+    captured = rematerialized_step(captured, plan)
+    graph = captured.graph
     layout = layout_of(graph, plan)
     mesh = device_mesh(plan.mesh, devices)
     _check_platform(graph, mesh)

@@ -23,7 +23,7 @@ from partita.graph.operator_graph import (
     OperatorGraph,
     per_graph,
 )
-from partita.plans.plan import Mesh, Plan, Storage, placed_slice
+from partita.plans.plan import Mesh, Plan, Storage, is_accelerator, placed_slice
 
 Sharding = tuple[tuple[int, ...], ...]
 """Per dim of a tensor, the mesh axes (by index) that split it, major to minor."""
@@ -359,7 +359,7 @@ def is_accelerated(graph: OperatorGraph) -> bool:
 
     Their compilers gather a stored parameter once for each pass. XLA:CPU merges the gathers.
     """
-    return graph.target.partition(":")[0] in ("cuda", "tpu")
+    return is_accelerator(graph.target)
 
 
 @per_graph

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 
 from partita.errors import PlanError
 from partita.graph.operator_graph import OperatorGraph, Phase
-from partita.plans.plan import TIME, Axis, Mesh, Plan, placed_slice
+from partita.plans.plan import TIME, Axis, Mesh, Plan, is_accelerator, placed_slice
 
 Task = tuple[Literal["forward", "backward"], int]
 """One pass of a stage over a microbatch."""
@@ -233,14 +233,17 @@ def rematerialized_runs(graph: OperatorGraph, plan: Plan) -> tuple[int, ...]:
 def is_one_program(plan: Plan) -> bool:
     """Whether a plan runs as one program on all devices.
 
-    Plans with placed operators, microbatches or rematerialization run in pieces.
+    Plans with placed operators or microbatches run in pieces; for a CPU, plans with
+    rematerialization too, because XLA:CPU would merge the copies with the originals.
     """
     return not is_pipeline(plan) and not stage_axes(plan)
 
 
 def is_pipeline(plan: Plan) -> bool:
-    """Whether a plan has microbatches or rematerialized operators."""
-    return plan.microbatches > 1 or bool(plan.recompute)
+    """Whether a plan has microbatches, or rematerialized operators that one program cannot have."""
+    if plan.microbatches > 1:
+        return True
+    return bool(plan.recompute) and not (is_accelerator(plan.target) and not stage_axes(plan))
 
 
 def check_stages(plan: Plan, graph: OperatorGraph) -> None:

@@ -266,6 +266,15 @@ def choice_text(choice: Mapping[str, str], mesh: Mesh) -> str:
     return " ".join(texts) or "replicate"
 
 
+def is_accelerator(target: str) -> bool:
+    """Whether a platform is a GPU or a TPU.
+
+    >>> is_accelerator("cuda:8.0"), is_accelerator("cpu")
+    (True, False)
+    """
+    return target.partition(":")[0] in ("cuda", "tpu")
+
+
 def mesh_text(mesh: Mesh) -> str:
     """A mesh as text ("a=2 x b=4")."""
     return " x ".join(f"{axis.name}={axis.size}" for axis in mesh.axes) or "one device"

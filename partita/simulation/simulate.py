@@ -5,6 +5,7 @@ from __future__ import annotations
 from partita.cost.predict import Prediction
 from partita.cost.terms import Terms, cost_terms
 from partita.graph.operator_graph import OperatorGraph
+from partita.graph.rematerialize import rematerialized
 from partita.machine import Machine
 from partita.plans.pipeline import is_pipeline, stage_axes
 from partita.plans.plan import Plan
@@ -22,10 +23,13 @@ def simulated_step(
     terms: Terms | None = None,
 ) -> SimulatedStep:
     """The step of a checked plan. `terms` are the graph's on this machine's backend (computed if
-    None).
+    None, and for a graph with rematerialized operators).
 
     PlanError where a plan has microbatches or rematerialization and the machine's devices differ.
     """
+    if plan.recompute and not is_pipeline(plan):
+        graph = rematerialized(graph, plan.recompute)
+        terms = None
     terms = terms or cost_terms(graph, machine.backend)
     if is_pipeline(plan):
         return PipelinedStep.of(graph, machine, plan, terms)

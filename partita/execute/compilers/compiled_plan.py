@@ -22,6 +22,8 @@ from partita.execute.compilers.run import (
 from partita.execute.emitted import collectives_of
 from partita.execute.hlo import HloModule
 from partita.execute.verify import Traffic, compared_traffic
+from partita.graph.operator_graph import OperatorGraph
+from partita.graph.rematerialize import rematerialized
 from partita.machine import Machine
 from partita.plans.layout import layout_of
 from partita.plans.plan import Plan
@@ -111,7 +113,7 @@ def compile_captured(captured: Captured, plan: Plan, machine: Machine) -> Compil
     stages, and a MemoryBudgetError if the compiler itself refuses the program as too large.
     """
     target = program_compiler(machine).target(machine)
-    graph = captured.graph
+    graph = rematerialized(captured.graph, plan.recompute)
     layout = layout_of(graph, plan)
     planned_peak = memory(
         graph, plan.mesh, layout, machine.backend, device_bytes=machine.memory_bytes
@@ -121,18 +123,17 @@ def compile_captured(captured: Captured, plan: Plan, machine: Machine) -> Compil
     except ProgramTooLarge as error:
         sentence = _needs(plan.name, machine.name, error.needed_bytes, machine.memory_bytes)
         raise MemoryBudgetError(sentence, error.needed_bytes / max(1.0, planned_peak)) from None
-    return _compared(captured, plan, machine, program, planned_peak)
+    return _compared(graph, plan, machine, program, planned_peak)
 
 
 def _compared(
-    captured: Captured,
+    graph: OperatorGraph,
     plan: Plan,
     machine: Machine,
     program: CompiledProgram,
     planned_peak: float,
 ) -> CompiledPlan:
     """A compiled program beside its plan."""
-    graph = captured.graph
     layout = layout_of(graph, plan)
     module = HloModule.of(program.text)
     work = work_of(module)

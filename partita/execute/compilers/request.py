@@ -18,6 +18,7 @@ from partita.capture.jax_functions import Captured
 from partita.execute.annotate import annotate
 from partita.execute.compilers.base import CompileTarget
 from partita.execute.program import check_one_program, leaf_shardings
+from partita.execute.rematerialize import rematerialized_step
 from partita.plans.check import check
 from partita.plans.layout import layout_of
 from partita.plans.plan import Plan
@@ -89,9 +90,10 @@ class CompileRequest:
 
 def request_of(captured: Captured, plan: Plan, target: CompileTarget) -> CompileRequest:
     """The request for a captured step under a plan. PlanError for a plan that cannot run."""
-    graph = captured.graph
-    check(plan, graph)
+    check(plan, captured.graph)
     check_one_program(plan)
+    captured = rematerialized_step(captured, plan)
+    graph = captured.graph
     layout = layout_of(graph, plan)
     text = captured.text
     shardings: list[SpecText] = []
