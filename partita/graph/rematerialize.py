@@ -79,7 +79,16 @@ class Copies:
 @lru_cache(maxsize=8)
 def _copies_of(key: IdentityKey[OperatorGraph], runs: tuple[Run, ...]) -> tuple[Copies, ...]:
     chooser = _Chooser(key.value, runs)
-    copies = [chooser.copies(run) for run in reversed(range(len(runs)))]
+    copies = []
+    for run in reversed(range(len(runs))):
+        copies_of_run = chooser.copies(run)
+        if copies_of_run is None:
+            first, last = runs[run]
+            raise PlanError(
+                f"The plan rematerializes '{first}' to '{last}', but the backward pass reads none "
+                "of their values: there is nothing to free. Remove this run from the plan."
+            )
+        copies.append(copies_of_run)
     return tuple(sorted(copies, key=lambda one: one.position))
 
 
@@ -89,6 +98,13 @@ def copies_of(graph: OperatorGraph, runs: tuple[Run, ...]) -> tuple[Copies, ...]
     PlanError for a run without a value that the backward pass reads.
     """
     return _copies_of(IdentityKey(graph), runs)
+
+
+def useful_runs(graph: OperatorGraph, runs: Sequence[Run]) -> tuple[Run, ...]:
+    """The runs with values that the backward pass reads."""
+    chooser = _Chooser(graph, runs)
+    useful = [run for run in reversed(range(len(runs))) if chooser.copies(run) is not None]
+    return tuple(runs[run] for run in reversed(useful))
 
 
 def rematerialized(graph: OperatorGraph, runs: tuple[Run, ...]) -> OperatorGraph:
@@ -183,19 +199,17 @@ class _Chooser:
         instruction = self.graph.instructions[index]
         return instruction.phase == "forward" and instruction.name not in UNCOPIED
 
-    def copies(self, run: int) -> Copies:
-        """The copies of a run. Later runs come first: their inputs are stored."""
+    def copies(self, run: int) -> Copies | None:
+        """The copies of a run, None if it frees nothing. Later runs come first: their inputs are
+        stored.
+        """
         readers = self.backward_readers[run]
         needed = [self.graph.instructions[index].operands[position] for index, position in readers]
         instructions, inputs = self._closure(run, needed)
         copied = {t for index in instructions for t in self.graph.instructions[index].results}
         reading = [r for r, tensor in zip(readers, needed, strict=True) if tensor in copied]
         if not reading:
-            first, last = self.runs[run]
-            raise PlanError(
-                f"The plan rematerializes '{first}' to '{last}', but the backward pass reads none "
-                "of their values: there is nothing to free. Remove this run from the plan."
-            )
+            return None
         self.stored.update(inputs)
         position = self.outermost[reading[0][0]]
         gradient = self._gradient(run, position)
@@ -213,8 +227,7 @@ class _Chooser:
         instructions: set[int] = set()
         inputs: set[int] = set()
         outside: set[int] = set()
-        for tensor in needed:
-            self._visit(run, tensor, instructions, inputs, outside)
+        self._visit(run, needed, instructions, inputs, outside)
         for tensor in sorted(outside, reverse=True):
             chain = self._light_chain(tensor, inputs | outside)
             if chain is None:
@@ -228,13 +241,13 @@ class _Chooser:
     def _visit(
         self,
         run: int,
-        tensor: int,
+        needed: Iterable[int],
         instructions: set[int],
         inputs: set[int],
         outside: set[int],
     ) -> None:
-        """Follows a value to the inputs of its run, without recursion: chains are long."""
-        pending = [tensor]
+        """Follows needed values to the inputs of their run."""
+        pending = list(needed)
         while pending:
             tensor = pending.pop()
             if tensor in self.fixed:

@@ -8,7 +8,8 @@ from itertools import chain
 from partita.errors import PlanError
 from partita.files.schema import SHOWN_NAME, shown
 from partita.graph.operator_graph import Argument, OperatorGraph
-from partita.plans.pipeline import check_stages
+from partita.graph.rematerialize import copies_of
+from partita.plans.pipeline import check_stages, is_pipeline
 from partita.plans.plan import Mesh, Plan, Storage, placed_slice
 
 
@@ -27,6 +28,8 @@ def check(plan: Plan, graph: OperatorGraph) -> Plan:
         )
     _check_storage(plan, graph)
     check_stages(plan, graph)
+    if plan.recompute and not is_pipeline(plan):
+        copies_of(graph, plan.recompute)
     return plan
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 
+from partita.graph.clones import BARRIER
 from partita.graph.flat import HEAVY, Reader, readers_of
 from partita.graph.operator_graph import (
     CONDITIONALS,
@@ -468,17 +469,24 @@ def _gathered_again(graph: OperatorGraph, read: Read) -> list[Read]:
 
 @per_graph
 def _earlier_products(graph: OperatorGraph) -> tuple[int, ...]:
-    """[instruction]: the last product of the backward pass that it depends on, -1 for none."""
+    """[instruction]: the last product of the backward pass that it depends on, -1 for none.
+
+    Adjacent barriers are one for the compiler: a rematerialized value waits for the gradient behind
+    the first of them.
+    """
     producers = _producers(graph)
     earlier: list[int] = []
-    for instruction in graph.instructions:
-        last = -1
+    before = ""
+    for index, instruction in enumerate(graph.instructions):
+        last = earlier[-1] if before == instruction.name == BARRIER else -1
+        before = instruction.name
         for tensor in instruction.operands:
-            index = producers.get(tensor, len(earlier))
-            if index < len(earlier):
-                source = graph.instructions[index]
+            producer = producers.get(tensor, index)
+            if producer < index:
+                source = graph.instructions[producer]
                 is_product = source.name in HEAVY and source.phase == "backward"
-                last = max(last, index if is_product and source.trips == 1 else earlier[index])
+                is_one = is_product and source.trips == 1
+                last = max(last, producer if is_one else earlier[producer])
         earlier.append(last)
     return tuple(earlier)
 
