@@ -50,7 +50,7 @@ from partita.errors import PartitaError
 from partita.execute import calibrate, operators
 from partita.execute.devices import at_hand
 from partita.files.checksums import with_checksum
-from partita.graph.operator_graph import Instruction, OperatorGraph
+from partita.graph.operator_graph import Instruction, OperatorGraph, Rule
 from partita.machine import load
 from partita.planning import best_plan, resolve_plan
 from partita.plans.plan import Plan
@@ -181,8 +181,17 @@ def _right_graph(files: Files) -> Any:
     # Fields with a default may be missing at the end.
     graph = _completed(value["graph"], OperatorGraph)
     number = [field.name for field in fields(OperatorGraph)].index("instructions")
-    graph[number] = [_completed(values, Instruction) for values in graph[number]]
+    graph[number] = [_completed_instruction(values) for values in graph[number]]
     return {**value, "graph": graph}
+
+
+def _completed_instruction(values: list[Any]) -> list[Any]:
+    """The fields of a saved instruction, those of its rule too."""
+    instruction = _completed(values, Instruction)
+    number = [field.name for field in fields(Instruction)].index("rule")
+    if instruction[number] is not None:
+        instruction[number] = _completed(instruction[number], Rule)
+    return instruction
 
 
 def _completed(values: list[Any], cls: Any) -> list[Any]:

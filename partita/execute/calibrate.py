@@ -185,7 +185,8 @@ _CONTENT = sealed(
     table(
         {"key": mapping(plain), "values": mapping(positive_number)},
         {"fit": plain, "measured": plain},
-    )
+    ),
+    required=True,
 )
 
 

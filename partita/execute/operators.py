@@ -66,7 +66,9 @@ _RECORD = schema.table(
         "features": schema.mapping(schema.number(0, 1e6)),
     }
 )
-_CONTENT = sealed(schema.table({"key": schema.plain, "operators": schema.mapping(_RECORD)}))
+_CONTENT = sealed(
+    schema.table({"key": schema.plain, "operators": schema.mapping(_RECORD)}), required=True
+)
 CHUNK_BYTES = 1 << 30
 """Operands and results of the programs that take turns, bytes."""
 LOOPS = ("while", "case", "if")

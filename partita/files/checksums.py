@@ -1,7 +1,8 @@
 """Checksums of files that Partita writes and nobody edits: a flipped bit is an error, not another
 value.
 
-A checksum is a key beside the content. Files of older versions have none and are read as before.
+A checksum is a key beside the content. Graphs of older versions have none and are read as before;
+measurements without one are refused, since they can be made again.
 The checksum of an array is a sum over its elements, so that devices and processes can add those of
 their parts.
 """
@@ -42,9 +43,14 @@ def with_checksum(fields: dict[str, Any]) -> dict[str, Any]:
     return {KEY: checksum(fields), **fields}
 
 
-def check_checksum(value: Any) -> Any:
-    """An object without its checksum; FieldError if the checksum is not that of its content."""
-    if type(value) is not dict or KEY not in value:
+def check_checksum(value: Any, required: bool = False) -> Any:
+    """An object without its checksum; FieldError if the checksum is not that of its content, or
+    absent and `required`."""
+    if type(value) is not dict:
+        return value
+    if KEY not in value:
+        if required:
+            raise FieldError(f"without the key {KEY!r}", "measure again")
         return value
     fields = {name: item for name, item in value.items() if name != KEY}
     if value[KEY] != checksum(fields):
@@ -53,9 +59,9 @@ def check_checksum(value: Any) -> Any:
     return fields
 
 
-def sealed(schema: Schema) -> Schema:
-    """The schema of an object that may have a checksum beside the fields of `schema`."""
-    return lambda value: schema(check_checksum(value))
+def sealed(schema: Schema, required: bool = False) -> Schema:
+    """The schema of an object that may have a checksum beside the fields of `schema`, or must."""
+    return lambda value: schema(check_checksum(value, required))
 
 
 def array_checksum(array: np.ndarray, start: Sequence[int], shape: Sequence[int]) -> int:

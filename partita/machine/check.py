@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from partita.errors import MachineError
+from partita.files.schema import shown
 from partita.machine.machine import Machine, numbers
 from partita.machine.parts import (
     DIRECTIONS,
@@ -327,7 +328,7 @@ def one_of(
     if given not in allowed:
         raise DescriptionError(
             path,
-            f"has the unknown {noun} '{given}': {did_you_mean(str(given), allowed)}"
+            f"has the unknown {noun} {shown(str(given))}: {did_you_mean(str(given), allowed)}"
             f"Use one of {listed(allowed)}.",
         )
 

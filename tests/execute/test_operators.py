@@ -14,6 +14,7 @@ from partita.capture.program import capture_program
 from partita.errors import PlanError
 from partita.execute import operators
 from partita.execute.devices import detect
+from partita.files.checksums import with_checksum
 from partita.planning import SearchOptions, predict_plan, search_plan
 from partita.plans.layout import operator_assignments
 from partita.search.find import find
@@ -97,7 +98,7 @@ def test_times_are_stored_for_equal_operators_of_other_models(captured):
     assert len(kept["operators"]) == first.times.samples
     kept["key"]["jaxlib"] = "0.0.1"
     del kept["checksum"]
-    path.write_text(json.dumps(kept))
+    path.write_text(json.dumps(with_checksum(kept)))
     operators.measured_operators(captured, machine, plans, lambda done, whole: told.append(whole))
     assert len(told) == 2, "figures of another jaxlib are not taken"
 

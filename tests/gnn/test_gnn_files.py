@@ -255,6 +255,13 @@ def test_ogb_folders_are_read_and_converted(tmp_path: Path) -> None:
     assert equal(gnn.convert(tmp_path / "ogbn_small", tmp_path / "u.npz", split="random"), SPLIT)
 
 
+def test_a_gzip_file_without_its_first_bytes_is_no_list_of_edges(tmp_path: Path) -> None:
+    path = ogb(tmp_path / "o") / "raw/edge.csv.gz"
+    path.write_bytes(b"NaN" + path.read_bytes()[3:])
+    with pytest.raises(GraphError, match="edge.csv.gz' is truncated or damaged: it is no gzip"):
+        gnn.open(tmp_path / "o")
+
+
 def test_large_ogb_sets_in_npz_are_read(tmp_path: Path) -> None:
     ogb(tmp_path / "o")
     for name in ("edge", "node-feat", "node-label", "num-node-list"):

@@ -130,8 +130,9 @@ def blocks(path: Path) -> Iterator[np.ndarray]:
     with path.open("rb") as file:
         first_bytes = file.read(2)
         gzipped = first_bytes == b"\x1f\x8b"
-    if path.suffix == ".gz" and not first_bytes:
-        raise GraphError(f"{str(path)!r} is truncated or damaged: it is empty.")
+    if path.suffix == ".gz" and not gzipped:
+        problem = "is no gzip file" if first_bytes else "is empty"
+        raise GraphError(f"{str(path)!r} is truncated or damaged: it {problem}.")
     try:
         with gzip.open(path) if gzipped else path.open("rb") as file:
             first = True
