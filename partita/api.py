@@ -233,11 +233,13 @@ def manage(
     model: Program,
     *,
     survive: bool = True,
+    shares: bool = True,
     ready: bool = False,
     log: str | Path | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Program:
-    """The same program, managed while it trains: it goes on when a process is lost.
+    """The same program, managed while it trains: it goes on when a process is lost, and work moves
+    away from a process that is slow.
 
     Give a Keras model, or a step that `parallelize` has returned. Only a launcher can tell who is
     lost, so start the script with `partita run --processes N --manage`. There every training is
@@ -245,8 +247,10 @@ def manage(
 
     Args:
         survive: Whether the training goes on in the processes that are left.
-        ready: Whether the programs for the loss of any one process are compiled before the first
-            step.
+        shares: Whether work moves away from slow processes, and another plan is taken when links
+            have slowed.
+        ready: Whether the programs for shares, and for the loss of any one process, are compiled
+            before the first step.
         log: A file to which every decision is appended, as a line of JSON.
         say: Called with a sentence for every decision.
 
@@ -278,7 +282,7 @@ def manage(
             "run --processes N --manage'."
         )
     file = None if log is None else Path(log)
-    options = ManageOptions(survive=survive, ready=ready, log=file)
+    options = ManageOptions(survive=survive, shares=shares, ready=ready, log=file)
     if session is not None and say is None:
         training.runner.manager = session.manage(options)
     else:

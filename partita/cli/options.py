@@ -177,7 +177,7 @@ Restarts = Annotated[int, typer.Option(help="Times to start again after a lost p
 Manage = Annotated[
     str | None,
     typer.Option(
-        help="Go on after a lost process. 'ready': compiled before; 'watch': only told.",
+        help="Answer lost and slow processes. 'ready': compiled before; 'watch': only told.",
         metavar="[=ready|watch]",
         show_default=False,
     ),

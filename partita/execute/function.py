@@ -283,7 +283,8 @@ class ParallelStep:
         call = self._call(args, kwargs)
         step = self.steps.get(call.key)
         if step is None:
-            step = self._compile(call, args, kwargs)
+            with self.runner.compiling():
+                step = self._compile(call, args, kwargs)
             self._last_start = None
             sentence = shapes_sentence(self.name, len(self.steps) + 1)
             if sentence:

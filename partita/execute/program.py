@@ -35,6 +35,8 @@ class PlannedStep:
     """A sharding for every leaf of the state."""
     batch_shardings: Any
     """A sharding for every leaf of the batch."""
+    donates: bool = True
+    """Whether a step consumes the old state."""
 
     def lower(self) -> Any:
         """The lowered step, ready to compile."""
@@ -118,6 +120,7 @@ def planned_step(
         mesh=mesh,
         state_shardings=state_shardings,
         batch_shardings=batch_shardings,
+        donates=donate,
     )
 
 

@@ -12,7 +12,6 @@ For plans that split samples only, with or without ZeRO-1, and steps that are su
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,54 +33,9 @@ from partita.execute.program import PlannedStep, check_one_program, planned_step
 from partita.execute.sample_sums import SampleSums, sample_sums
 from partita.execute.sharding import named_sharding
 from partita.execute.verification import Verification
+from partita.management.shares import microbatch_count, shares_of
 from partita.plans.plan import Plan
 from partita.units import format_bytes
-
-MICROBATCHES = 16
-"""Microbatches of a batch on up to 4 devices: shares in steps of 6 %."""
-PER_DEVICE = 4
-"""Microbatches of a device on more devices."""
-
-
-def microbatch_count(batch_size: int, devices: int) -> int:
-    """Number of microbatches for shares: 16, or 4 per device, as far as the batch divides.
-
-    At least 2 samples are in a microbatch. A number that divides among the devices is preferred.
-    PlanError if there are fewer than 2 microbatches per device.
-
-    >>> microbatch_count(128, 2), microbatch_count(96, 4), microbatch_count(60, 2)
-    (16, 16, 10)
-    """
-    most = min(max(MICROBATCHES, PER_DEVICE * devices), batch_size // 2)
-    counts = [n for n in range(2 * devices, most + 1) if batch_size % n == 0]
-    if not counts:
-        raise PlanError(
-            f"A batch of {batch_size} samples has no {2 * devices} equal microbatches of 2 or more "
-            f"samples for {devices} devices, so it has no shares. Use a larger batch."
-        )
-    even = [n for n in counts if n % devices == 0]
-    return max(even or counts)
-
-
-def shares_of(speeds: Sequence[float], microbatches: int) -> tuple[int, ...]:
-    """Microbatches per device that end soonest, for devices of these relative speeds.
-
-    Each microbatch goes to the device that would end it first, the earlier device of two. A device
-    of speed 0 gets none.
-
-    >>> shares_of([1, 1], 16), shares_of([1, 0.3], 16), shares_of([1, 0], 4)
-    ((8, 8), (12, 4), (4, 0))
-    """
-    if not any(speed > 0 for speed in speeds):
-        raise PlanError("No device has a speed above 0: give one of them some.")
-    shares = [0] * len(speeds)
-    queue = [(1 / speed, n) for n, speed in enumerate(speeds) if speed > 0]
-    heapq.heapify(queue)
-    for _ in range(microbatches):
-        _, n = queue[0]
-        shares[n] += 1
-        heapq.heapreplace(queue, ((shares[n] + 1) / speeds[n], n))
-    return tuple(shares)
 
 
 @dataclass(frozen=True)

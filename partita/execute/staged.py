@@ -121,6 +121,8 @@ class StagedStep:
     """Sharding of every tensor of `microbatch`, over all axes of the plan."""
     mesh: jax.sharding.Mesh
     """All devices."""
+    donates: bool = True
+    """Whether a step consumes the old state."""
 
     # -------------------------------------------------------------------------------------- values
 
@@ -384,6 +386,7 @@ def staged_step(
         places=tuple(places),
         layout=layout,
         mesh=mesh,
+        donates=donate,
     )
 
 

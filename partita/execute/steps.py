@@ -17,6 +17,7 @@ import numpy as np
 
 from partita.errors import LostProcessError
 from partita.execute import members
+from partita.execute.devices import detect
 from partita.execute.processes import (
     check_losses,
     exchanged,
@@ -29,7 +30,9 @@ from partita.execute.processes import (
     whole,
 )
 from partita.execute.program import runnable_step
+from partita.execute.shares import check_shares, shares_step
 from partita.graph.operator_graph import OperatorGraph
+from partita.machine import Machine
 from partita.management.contract import Manager, PlanFor
 from partita.plans.adapt import fit_plan
 from partita.plans.plan import Plan
@@ -110,6 +113,7 @@ class StepRunner:
         self.manager: Manager | None = None
         self.plan: Plan | None = None
         self.step = 0
+        self.compile_seconds = 0.0
         self.steps: dict[Any, Any] = {}
         """By shapes of state and batch: values with a planned step and its program (`planned`,
         `program`); None where the step runs without a plan."""
@@ -123,6 +127,11 @@ class StepRunner:
         """Steps for losses that may come, by key and the lost processes."""
         self._outdated: set[Any] = set()
         """Keys of steps that are to be compiled for a new plan."""
+        self._earlier: dict[Any, list[Any]] = {}
+        """Key -> entries of `steps` for earlier plans."""
+        self._shared: dict[int, tuple[Any, Any]] = {}
+        """Identity of an entry of `steps` -> (the entry, the same for shares)."""
+        self._shares: tuple[int, ...] | None = None
 
     def forget_state(self) -> None:
         """Has the state placed again at the next step: others have moved it."""
@@ -161,7 +170,7 @@ class StepRunner:
 
     def execute(self, key: Hashable, state: Any, batch: Any) -> tuple[Any, Any]:
         """(outputs, state) of a step, without a manager."""
-        step = self._compiled(key)
+        step = self._with_shares(key)
         start = time.perf_counter()
         batch = step.planned.place_batch(batch)
         with together("a step"), uninterrupted():
@@ -197,13 +206,25 @@ class StepRunner:
 
     # --------------------------------------------------------------------------------------- plans
 
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Inside, a step is compiled, and its time is noted."""
+        start = time.perf_counter()
+        yield
+        self.compile_seconds = time.perf_counter() - start
+
     def graph(self, key: Hashable) -> OperatorGraph:
         """The captured step for a key."""
         return self.steps[key].planned.captured.graph
 
+    def machine(self) -> Machine:
+        """The machine of the live devices."""
+        return detect(len(members.devices()))
+
     def change(self, plan: Plan) -> None:
         """Trains by another plan, for all live devices, from the next step on."""
         self.plan = plan
+        self._shares = None
         self._outdated = {key for key, step in self.steps.items() if step is not None}
 
     def change_members(self, plan_for: PlanFor) -> None:
@@ -212,6 +233,9 @@ class StepRunner:
         if self.plan is None or not steps:
             self.plan = None
             return
+        # Their programs are for devices that are gone.
+        self._earlier.clear()
+        self._shared.clear()
         self.change(self._plan_without_lost(plan_for, len(members.devices())))
 
     def prepare(self, key: Hashable, plan_for: PlanFor) -> None:
@@ -240,19 +264,69 @@ class StepRunner:
     def _compiled(self, key: Hashable) -> Any:
         """The compiled step for a key, under the plan."""
         step = self.steps[key]
-        if key in self._outdated:
-            assert self.plan is not None
-            captured = step.planned.captured
-            plan = fit_plan(self.plan, captured.graph)
-            ready = self._ready.get((key, members.lost()))
-            if ready is not None and ready.planned.plan == plan:
-                step = ready
-            else:
-                planned = runnable_step(captured, plan)
-                step = replace(step, planned=planned, program=planned.compile())
-            self.steps[key] = step
-            self._outdated.discard(key)
-        return step
+        if key not in self._outdated:
+            return step
+        assert self.plan is not None
+        captured = step.planned.captured
+        plan = fit_plan(self.plan, captured.graph)
+        others = self._earlier.setdefault(key, [])
+        known = self._known(key, plan, captured)
+        if known is None:
+            with self.compiling():
+                planned = runnable_step(captured, plan, donate=step.planned.donates)
+                known = replace(step, planned=planned, program=planned.compile())
+        self._earlier[key] = [other for other in (*others, step) if other is not known]
+        self.steps[key] = known
+        self._outdated.discard(key)
+        return known
+
+    def _known(self, key: Hashable, plan: Plan, captured: Any) -> Any:
+        """The compiled step of a plan that ran before or is ready for a loss; None without one."""
+        ready = self._ready.get((key, members.lost()))
+        for step in (ready, *self._earlier[key]):
+            if step is None or step.planned.plan != plan or step.planned.captured is not captured:
+                continue
+            if set(step.planned.mesh.devices.flat) <= set(members.devices()):
+                return step
+        return None
+
+    # -------------------------------------------------------------------------------------- shares
+
+    def device_processes(self, key: Hashable) -> tuple[int, ...]:
+        """The process of each device of a step's mesh."""
+        mesh = self._compiled(key).planned.mesh
+        return tuple(device.process_index for device in mesh.devices.flat)
+
+    def has_shares(self, key: Hashable) -> bool:
+        """Whether the step for a key is compiled for shares."""
+        return id(self._compiled(key)) in self._shared
+
+    def prepare_shares(self, key: Hashable) -> int:
+        """Compiles the step for a key for any shares; the number of microbatches."""
+        step = self._compiled(key)
+        planned = step.planned
+        devices = list(planned.mesh.devices.flat)
+        with self.compiling():
+            shared = shares_step(planned.captured, planned.plan, devices, donate=planned.donates)
+            program = shared.compile()
+        check_shares(shared, program)
+        self._shared[id(step)] = step, replace(step, planned=shared, program=program)
+        return shared.sums.part_count
+
+    def change_shares(self, shares: Sequence[int] | None) -> None:
+        """Gives each device its number of microbatches from the next step on."""
+        self._shares = None if shares is None else tuple(shares)
+
+    def _with_shares(self, key: Hashable) -> Any:
+        """The step for a key: for shares, if there are any and it is compiled for them."""
+        step = self._compiled(key)
+        if self._shares is None or id(step) not in self._shared:
+            return step
+        _, shared = self._shared[id(step)]
+        if shared.planned.shares != self._shares:
+            shared = replace(shared, planned=shared.planned.with_shares(self._shares))
+            self._shared[id(step)] = step, shared
+        return shared
 
     # ---------------------------------------------------------------------------------------- host
 

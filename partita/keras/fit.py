@@ -269,7 +269,7 @@ class PlannedFit:
             self._state_key = _shapes_key(state)
         key = (self._state_key, _shapes_key(batch))
         if key not in self.steps:
-            with together("the first step"):
+            with together("the first step"), self.runner.compiling():
                 self.steps[key] = self._compile(state, batch)
             sentence = shapes_sentence(self.name, len(self.steps))
             if sentence:

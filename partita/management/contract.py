@@ -3,7 +3,7 @@
 `execute.steps.StepRunner` runs the steps and fulfils `Training`; it asks a `Manager` before and
 after each step, and when a process is lost. A manager fulfils three methods:
 
-    before_step(training, key, state, batch)            may call training.change(plan)
+    before_step(training, key, state, batch)            may change the plan or the shares
     after_step(training, key, state, batch, seconds)    may take notes
     lost(training, state, error) -> state               goes on without the lost, or raises
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from partita.errors import LostProcessError
 from partita.graph.operator_graph import OperatorGraph
+from partita.machine import Machine
 from partita.plans.plan import Plan
 
 PlanFor = Callable[[OperatorGraph, Plan, int], Plan]
@@ -71,6 +72,8 @@ class Training(Protocol):
     """Steps that are done: the number of the coming one. All processes count alike."""
     plan: Plan | None
     """None where it trains on one device."""
+    compile_seconds: float
+    """Time that the last compilation of a step took in this process."""
 
     @property
     def group(self) -> Group:
@@ -79,6 +82,10 @@ class Training(Protocol):
 
     def graph(self, key: Hashable) -> OperatorGraph:
         """The captured step for a key: a set of shapes of state and batch."""
+        ...
+
+    def machine(self) -> Machine:
+        """The machine of the live devices, as described and measured before."""
         ...
 
     def change(self, plan: Plan) -> None:
@@ -98,6 +105,29 @@ class Training(Protocol):
     def prepare(self, key: Hashable, plan_for: PlanFor) -> None:
         """Compiles a step for the loss of any one other process, so that `change_members` finds it
         ready."""
+        ...
+
+    def device_processes(self, key: Hashable) -> tuple[int, ...]:
+        """The process of each device of a step's mesh, in its order."""
+        ...
+
+    def has_shares(self, key: Hashable) -> bool:
+        """Whether the step for a key is compiled for shares, under the present plan."""
+        ...
+
+    def prepare_shares(self, key: Hashable) -> int:
+        """Compiles the step for a key for any shares; gives the number of microbatches.
+
+        PlanError with the reason for a plan or a step that has no shares, MemoryBudgetError where
+        it does not fit.
+        """
+        ...
+
+    def change_shares(self, shares: Sequence[int] | None) -> None:
+        """Gives each device its number of microbatches from the next step on; None for even parts.
+
+        Steps that are not compiled for shares have even parts, and a new plan begins with them.
+        """
         ...
 
     def execute(self, key: Hashable, state: Any, batch: Any) -> tuple[Any, Any]:

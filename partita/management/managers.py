@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from partita.errors import LostProcessError
+from partita.management.balance import Balance
 from partita.management.contract import Manager, Training
 from partita.management.decisions import DecisionLog
 from partita.management.survival import Survival
@@ -22,7 +23,10 @@ class ManageOptions:
     survive: bool = True
     """Whether a training goes on without lost processes."""
     ready: bool = False
-    """Whether the programs for the loss of any one process are compiled before the first step."""
+    """Whether the programs for shares, and for the loss of any one process, are compiled before the
+    first step."""
+    shares: bool = True
+    """Whether work moves away from slow processes."""
     log: Path | None = None
     """The file of decisions."""
 
@@ -37,6 +41,8 @@ def new_manager(options: ManageOptions, say: Callable[[str], None] | None) -> Ma
     managers: list[Manager] = []
     if options.survive and options.acts:
         managers.append(Survival(log, options.ready))
+    if options.shares:
+        managers.append(Balance(log, options.acts, options.ready))
     return Managers(managers)
 
 

@@ -42,6 +42,7 @@ SMALL = {
         "--devices",
         "1",
     ],
+    "actions": ["--models", "mlp", "--seeds", "1", "--actions", "8"],
 }
 """Script -> arguments of a small case, for scripts that need no file."""
 OF_A_GRAPH = {
@@ -60,6 +61,7 @@ HELP = (
     "manage_power",
     "processes",
     "restarts",
+    "shares",
     "survive",
 )
 """Scripts that need root, compilers or other frameworks: only their help is printed."""

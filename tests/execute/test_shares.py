@@ -13,13 +13,8 @@ from keras import layers
 from partita.capture.keras_models import ModelVariables, capture_model
 from partita.errors import PlanError
 from partita.execute.program import planned_step
-from partita.execute.shares import (
-    SharesStep,
-    check_shares,
-    microbatch_count,
-    shares_of,
-    shares_step,
-)
+from partita.execute.shares import SharesStep, check_shares, shares_step
+from partita.management.shares import microbatch_count, shares_of
 from partita.plans.baselines import BASELINES
 from partita.plans.plan import Mesh
 

@@ -1,0 +1,190 @@
+"""Another plan for a running training whose steps have become slower or faster, with no process to
+name: its links have changed.
+
+The seconds of a step before and after give the bandwidth of the machine's outermost links: the
+factor by which the prediction, corrected by measured steps (`management.plan_costs`), grows as the
+measurement did. The best plan for these links is searched in a thread of the first process, which
+tells the others; it takes effect after the wait of a policy (`policies.rule`). A plan that sends
+nothing over a link cannot show that the link has recovered.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from partita.errors import PartitaError, PlanError
+from partita.graph.operator_graph import OperatorGraph
+from partita.machine import Machine
+from partita.management.plan_costs import CorrectedCosts
+from partita.management.plan_table import in_state
+from partita.management.policies.rule import Rule
+from partita.management.policies.waiting import Slowdown, WaitingPolicy
+from partita.management.traces import MachineState
+from partita.plans.baselines import BASELINES
+from partita.plans.check import check
+from partita.plans.pipeline import is_one_program
+from partita.plans.plan import Plan
+from partita.search.find import find
+from partita.simulation.simulate import predicted
+
+LEAST_GAIN = 1.1
+"""Predicted gain from which a plan is changed."""
+SLOWEST_LINK = 1e-4
+"""Smallest factor of a link's bandwidth that is looked for."""
+HALVINGS = 24
+"""Halvings of the interval in which a link's factor is looked for."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A step whose time has changed."""
+
+    graph: OperatorGraph
+    machine: Machine
+    """As described."""
+    plan: Plan
+    step_seconds: float
+    """Measured now."""
+    earlier_seconds: float
+    """Measured before the change."""
+    change_seconds: float
+    """Price of another plan: its compilation, mostly."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A plan that is predicted to be faster."""
+
+    plan: Plan
+    reason: str
+    gain: float
+    """Seconds of a step now, over those predicted for the plan."""
+    wait_seconds: float
+    """Until the change, by the policy."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain JSON value; `from_json` of it equals this proposal."""
+        fields = {"reason": self.reason, "gain": self.gain, "wait_seconds": self.wait_seconds}
+        return {"plan": self.plan.to_json(), **fields}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Proposal:
+        """The proposal of a JSON value that this module wrote."""
+        plan = Plan.from_json(value["plan"])
+        return Proposal(plan, value["reason"], value["gain"], value["wait_seconds"])
+
+
+def link_factor(situation: Situation, costs: CorrectedCosts) -> float:
+    """Factor of the outermost links' bandwidth that explains the seconds of a step, at most 1.
+
+    The smallest one that is looked for if no factor does.
+    """
+    low, high = SLOWEST_LINK, 1.0
+    times = situation.step_seconds / situation.earlier_seconds
+    seconds = times * _seconds(situation, situation.plan, high, costs)
+    for _ in range(HALVINGS):
+        middle = (low * high) ** 0.5
+        if _seconds(situation, situation.plan, middle, costs) > seconds:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def propose(
+    situation: Situation, costs: CorrectedCosts, policy: WaitingPolicy | None = None
+) -> Proposal | None:
+    """The best plan for links that explain a step's seconds; None if it is hardly faster.
+
+    It uses as many devices as the plan so far: every process keeps its part.
+    """
+    policy = policy or Rule()
+    factor = link_factor(situation, costs)
+    timed = []
+    for plan in _candidates(situation, _with_links(situation.machine, factor)):
+        timed.append((_seconds(situation, plan, factor, costs), plan))
+    best, plan = min(timed, key=lambda pair: pair[0])
+    now = _seconds(situation, situation.plan, factor, costs)
+    if now < LEAST_GAIN * best:
+        return None
+    slowdown = Slowdown(now, best, situation.change_seconds, ())
+    level = situation.machine.levels[0].name
+    times = situation.step_seconds / situation.earlier_seconds
+    speed = f"{times:.1f} x longer" if times > 1 else f"{1 / times:.1f} x shorter"
+    reason = f"steps take {speed}, as with '{level}' at {factor:.0%} of its bandwidth"
+    return Proposal(plan, reason, now / best, policy.wait(slowdown))
+
+
+def _candidates(situation: Situation, machine: Machine) -> list[Plan]:
+    """The plan that a search finds, and expert plans, of as many devices as the plan so far."""
+    graph, plan = situation.graph, situation.plan
+    candidates = [find(graph, machine).plan]
+    for baseline in BASELINES.values():
+        try:
+            candidates.append(check(baseline(graph, machine.name, plan.mesh), graph))
+        except PlanError:
+            continue
+    candidates = [other for other in candidates if other.devices == plan.devices]
+    return [other for other in candidates if is_one_program(other)] or [plan]
+
+
+def _with_links(machine: Machine, factor: float) -> Machine:
+    """A machine whose outermost links have a part of their bandwidth."""
+    if factor == 1.0:
+        return machine
+    state = MachineState(links=((machine.levels[0].name, factor),))
+    return in_state(machine, state, machine.devices)
+
+
+def _seconds(situation: Situation, plan: Plan, factor: float, costs: CorrectedCosts) -> float:
+    """Corrected seconds of a step of a plan with slower links."""
+    machine = _with_links(situation.machine, factor)
+    return costs.seconds(predicted(situation.graph, machine, plan)).seconds
+
+
+class Replanner:
+    """Searches for another plan beside the training, in the first process."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.costs = CorrectedCosts()
+        self._thread: threading.Thread | None = None
+        self._proposal: Proposal | None = None
+        self._due = 0.0
+
+    def begin(self, situation: Situation) -> None:
+        """Starts to search; a search under way goes on instead."""
+        if self._thread is not None and self._thread.is_alive():
+            return
+        self._proposal = None
+        self._thread = threading.Thread(target=self._search, args=(situation,), daemon=True)
+        self._thread.start()
+
+    def _search(self, situation: Situation) -> None:
+        start = self.clock()
+        try:
+            earlier = predicted(situation.graph, situation.machine, situation.plan)
+            self.costs.probe(earlier, situation.earlier_seconds)
+            proposal = propose(situation, self.costs)
+        except PartitaError:
+            # No plan fits with these links: the training goes on as it is.
+            return
+        if proposal is not None:
+            self._due = start + proposal.wait_seconds
+            self._proposal = proposal
+
+    def due(self) -> Proposal | None:
+        """The proposal whose wait is over, once."""
+        proposal = self._proposal
+        if proposal is None or self.clock() < self._due:
+            return None
+        self._proposal = None
+        return proposal
+
+    def cancel(self) -> None:
+        """Forgets a proposal that is not due: the reason for it is gone."""
+        self._proposal = None

@@ -1,0 +1,79 @@
+"""Plans for links that explain the seconds of a step: laws on a simulated machine."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from partita.graph.operator_graph import OperatorGraph
+from partita.machine import load
+from partita.management.plan_costs import CorrectedCosts
+from partita.management.plan_table import in_state
+from partita.management.replanning import Proposal, Replanner, Situation, link_factor, propose
+from partita.management.traces import MachineState
+from partita.plans.baselines import BASELINES
+from partita.plans.plan import Plan
+from partita.search.find import find
+from partita.simulation.simulate import predicted
+
+GRAPH = OperatorGraph.load(Path(__file__).parents[1] / "data" / "mlp.graph.json")
+MACHINE = load("host:4")
+LEVEL = MACHINE.levels[0].name
+
+
+def slowed(factor: float) -> Situation:
+    """The best plan's step, before and after the links have a part of their bandwidth."""
+    plan = find(GRAPH, MACHINE).plan
+    machine = in_state(MACHINE, MachineState(links=((LEVEL, factor),)), MACHINE.devices)
+    earlier = predicted(GRAPH, MACHINE, plan).seconds
+    now = predicted(GRAPH, machine, plan).seconds
+    # A real machine is 1.3 x slower than its description.
+    return Situation(GRAPH, MACHINE, plan, 1.3 * now, 1.3 * earlier, change_seconds=2.0)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.1, 0.02])
+def test_the_factor_of_a_link_is_found_from_the_seconds_of_a_step(factor: float):
+    assert link_factor(slowed(factor), CorrectedCosts()) == pytest.approx(factor, rel=0.02)
+
+
+def test_no_expert_plan_of_as_many_devices_is_faster_than_the_proposal():
+    situation = slowed(0.02)
+    machine = in_state(MACHINE, MachineState(links=((LEVEL, 0.02),)), MACHINE.devices)
+    proposal = propose(situation, CorrectedCosts())
+    assert proposal is not None
+    best = proposal.plan
+    assert best.devices == 4
+    for name in ("data parallel", "tensor parallel", "one weird trick", "ZeRO-3"):
+        expert = BASELINES[name](GRAPH, "host", situation.plan.mesh)
+        seconds = [predicted(GRAPH, machine, plan).seconds for plan in (best, expert)]
+        assert seconds[0] <= 1.001 * seconds[1]
+    before = predicted(GRAPH, machine, situation.plan).seconds
+    assert proposal.gain == pytest.approx(
+        before / predicted(GRAPH, machine, best).seconds, rel=0.05
+    )
+    lost = 1 - 1 / proposal.gain
+    assert proposal.wait_seconds == pytest.approx(2.0 / lost, rel=0.05)
+    assert f"x longer, as with '{LEVEL}' at 2% of its bandwidth" in proposal.reason
+    assert Proposal.from_json(proposal.to_json()) == proposal
+
+
+def test_an_unchanged_link_proposes_nothing():
+    assert propose(slowed(1.0), CorrectedCosts()) is None
+
+
+def test_a_proposal_is_due_after_its_wait_once():
+    seconds = [0.0]
+    replanner = Replanner(lambda: seconds[0])
+    situation = slowed(0.02)
+    replanner.begin(situation)
+    assert replanner._thread is not None
+    replanner._thread.join()
+    assert replanner.due() is None
+    seconds[0] = 1000.0
+    proposal = replanner.due()
+    assert proposal is not None and isinstance(proposal.plan, Plan)
+    assert replanner.due() is None
+    replanner.begin(replace(situation, change_seconds=0.0))
+    replanner._thread.join()
+    replanner.cancel()
+    assert replanner.due() is None
