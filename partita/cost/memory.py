@@ -27,7 +27,7 @@ import numpy as np
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import ProductShape
 from partita.cost.collectives import DEFAULT, emitted_sums, local_shape
-from partita.cost.fusion import ALONE, Fusion, fused_under, producers, reads, transposes
+from partita.cost.fusion import ALONE, GENERATED, Fusion, fused_under, producers, reads, transposes
 from partita.cost.partial import Factors, gradients, operand_labels, reduced_factors, split_axes
 from partita.cost.recomputed import Lifetime, Recomputable, drops
 from partita.cost.reshard import Axes
@@ -108,17 +108,16 @@ def memory(
             argument_bytes[kind] += nbytes
     constant = sum(argument_bytes.values())
     compiler = compiler_of(backend)
+    fused = fused_under(graph, layout, compiler.fusion_rules)
     limit = compiler.temporary_limit_bytes(device_bytes, constant)
     if limit < math.inf:
         lifetimes = _lifetimes(IdentityKey(graph), IdentityKey(layout), backend)
-        fused = fused_under(graph, layout, compiler.fusion_rules)
         allocations = _within(graph, fused, lifetimes, allocations, is_present, limit)
     present = is_present[allocations.home]
     is_work_space = allocations.kind == WORK_SPACE
     live = allocations.course(present & ~is_work_space, count) * MARGIN
     live += _work_space(graph, allocations, present & is_work_space)
-    kernels = len(fused_under(graph, layout, compiler.fusion_rules).kernels)
-    course = compiler.temporary_bytes(live, kernels)
+    course = compiler.temporary_bytes(live, _kernels(graph, fused))
     peak = int(np.argmax(course))
     operator = graph.owner[peak] if peak < count else -1
     by_kind = {}
@@ -140,6 +139,12 @@ def memory(
         graph.operators[operator].name if operator >= 0 else "",
         constant + course[: count + 1].astype(np.int64),
     )
+
+
+def _kernels(graph: OperatorGraph, fused: Fusion) -> int:
+    """The kernels of a program beside those of its loops, and without constants."""
+    roots = (graph.instructions[root] for root in fused.kernels)
+    return sum(root.trips == 1 and root.name not in GENERATED for root in roots)
 
 
 def _work_space(graph: OperatorGraph, allocations: _Allocations, chosen: np.ndarray) -> np.ndarray:

@@ -13,7 +13,9 @@ import pytest
 from partita.capture.program import capture_program
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import ProductShape
+from partita.cost.backends.tpu import KERNEL_BYTES, PROGRAM_BYTES
 from partita.cost.collectives import collectives
+from partita.cost.fusion import fused_under
 from partita.cost.memory import memory
 from partita.cost.predict import predict
 from partita.cost.work import filled_ratio, local_flops
@@ -112,6 +114,21 @@ def test_temporaries_that_fit_on_the_chip_take_no_main_memory():
     assert large > (1 << 30) - (128 << 20)
     without = compiler_of(replace(backend, on_chip_memory=None)).temporary_bytes(live, kernels=1)
     assert list(np.diff(without)) == list(np.diff(live))
+
+
+def test_kernels_inside_a_loop_take_no_main_memory_of_a_tpu():
+    tpu = load("tpu-v5e:4")
+    model = keras.Sequential([keras.Input((40, 8)), keras.layers.SimpleRNN(16)])
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 16, target=tpu.target).graph
+    plan = BASELINES["data parallel"](graph, tpu.name, mesh_of(tpu))
+    layout = layout_of(graph, plan)
+    kernels = fused_under(graph, layout, compiler_of(tpu.backend).fusion_rules).kernels
+    peak = memory(graph, plan.mesh, layout, tpu.backend)
+    in_loops = sum(graph.instructions[root].trips > 1 for root in kernels)
+    assert in_loops > 10
+    most = PROGRAM_BYTES + (len(kernels) - in_loops) * KERNEL_BYTES
+    assert PROGRAM_BYTES < peak.temporaries <= most
 
 
 def test_products_of_a_gpu_have_work_space(mlp):
