@@ -22,7 +22,7 @@ import partita
 from partita.capture.program import capture_program
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
-from partita.plans.baselines import BASELINES
+from partita.plans.baselines import baselines_of
 from partita.search.elimination import eliminate
 from partita.search.find import mesh_of
 from partita.search.network import build
@@ -66,7 +66,7 @@ def search(graph: OperatorGraph, machine_name: str) -> str:
     machine = load(machine_name)
     begin = time.perf_counter()
     mesh = mesh_of(machine)
-    plans = [make(graph, machine.name, mesh) for make in BASELINES.values()]
+    plans = [make(graph, machine.name, mesh) for make in baselines_of(graph).values()]
     network = build(graph, machine, mesh, plans)
     reduced = reduce(network.problem)
     result = eliminate(reduced.problem, float(machine.memory_bytes))

@@ -365,6 +365,7 @@ class _Collector:
     def __init__(self, graph: OperatorGraph, backend: Backend) -> None:
         self.graph = graph
         self.compiler = compiler_of(backend)
+        self.fills_gradients = self.compiler.buffers.filled_gradients
         self.terms = Terms([OperatorTerms() for _ in graph.operators], [])
         self.fused = fusion(graph, self.compiler.fusion_rules)
         self.constants = constant_tensors(graph)
@@ -440,7 +441,7 @@ class _Collector:
                 *(graph.labels[tensor] for tensor in member.results),
             ]
             member_flops = member.flops
-            if self.compiler.buffers.filled_gradients:
+            if self.fills_gradients:
                 member_flops *= filled_ratio(member)
             if member_flops:
                 flops += member_flops

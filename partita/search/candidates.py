@@ -21,10 +21,12 @@ from partita.plans.pipeline import sample_factor
 from partita.plans.plan import Mesh
 
 ORDER = "SAPR"
-LIMIT = 150
+LIMIT = 160
 """Choices per operator above which fewer uses, or larger portions of axes, are allowed."""
 PORTIONS = ((4, 1), (3, 1), (2, 1), (3, 2), (2, 2), (2, 3), (2, 64), (1, 64))
-"""(uses, axes dealt out together), from many choices to few."""
+"""(uses, axes dealt out together), from many choices to few. The few axes of the innermost level
+are dealt out one by one: tensor parallelism over 2, 4 or 8 devices of a node differs most."""
+FEW_AXES = 3
 
 REPLICATE = -1
 
@@ -60,6 +62,19 @@ def candidates(
         for choice in choices
         if illegal_reason(graph, operator, names_of(graph, mesh, choice), mesh) is None
     ]
+
+
+def are_all_choices(graph: OperatorGraph, operator: int, mesh: Mesh, limit: int = LIMIT) -> bool:
+    """Whether the candidates of an operator are all of its choices, but for the order of axes."""
+    dealer = _dealer(graph, operator, mesh)
+    axes = sum(map(len, dealer.levels))
+    most_uses = min(len(dealer.uses), axes)
+    choices = set()
+    for choice in dealer.choices(most_uses, 1):
+        choices.add(choice)
+        if len(choices) > limit:
+            return False
+    return most_uses <= PORTIONS[0][0]
 
 
 def _dealer(graph: OperatorGraph, operator: int, mesh: Mesh) -> _Dealer:
@@ -124,6 +139,9 @@ class _Dealer:
             return
         axes = self.levels[level]
         axis_size = self.mesh.axes[axes[0]].size
+        is_innermost = 0 < level == len(self.levels) - 1
+        if is_innermost and len(axes) <= FEW_AXES and len(uses) <= 2:
+            portion = 1
         for counts in _compositions(len(axes), len(uses), portion):
             remaining = _divided(sizes, uses, counts, axis_size)
             if remaining is None:

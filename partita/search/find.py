@@ -307,13 +307,25 @@ def _runnable(
         baselines=baselines,
         fits=peaks[searched.states] <= limit_bytes,
         smallest_bytes=min(peaks.values()),
-        bound_seconds=searched.bound,
+        bound_seconds=_bound_of_all_plans(network, searched.bound),
         stopped=searched.stopped,
         history=searched.history,
         failures=searched.failures,
     )
     result = _or_baseline(result, limit_bytes)
     return _or_one_device(request, result) if result.fits else result
+
+
+def _bound_of_all_plans(network: CostNetwork, bound_seconds: float) -> float:
+    """Lower bound on all plans, given that on plans of the network's states.
+
+    On large meshes a network has some of the choices. The work of the kernels bounds the others.
+    """
+    if network.has_all_choices:
+        return bound_seconds
+    machine = network.placement.machine
+    kernels = lower_bound_seconds(network.terms, machine, network.placement.mesh.size)
+    return min(bound_seconds, kernels)
 
 
 def _search_within_memory(
