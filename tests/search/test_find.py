@@ -126,7 +126,7 @@ def test_large_machines_keep_the_space_small_and_their_bound_holds() -> None:
     outside = 0
     for _ in range(10):
         choices = {}
-        for o, operator in enumerate(graph.operators):
+        for operator in graph.operators:
             choice = [draw.choice([*operator.factors, REPLICATE]) for _ in mesh.axes]
             choices[operator.name] = names_of(graph, mesh, tuple(choice))
         plan = fit_plan(replace(result.plan, choices=choices, storage={}), graph)
