@@ -41,14 +41,14 @@ class Clock(keras.callbacks.Callback):
         file.write(str(os.getpid()) + " " + str(time.time()) + "\\n")
 
 
-x = np.random.default_rng(0).normal(size=(240, 128)).astype("float32")
+x, y = np.random.default_rng(0).normal(size=(2, 240, 128)).astype("float32")
 layers = [keras.layers.Dense(1024, activation="tanh"), keras.layers.Dense(4)]
 model = keras.Sequential([keras.Input((128,)), *layers])
-model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse")
-history = model.fit(x, x[:, :4], batch_size=48, epochs=EPOCHS, verbose=0, callbacks=[Clock()])
+model.compile(keras.optimizers.SGD(0.02, momentum=0.9), "mse")
+history = model.fit(x, y[:, :4], batch_size=48, epochs=EPOCHS, verbose=0, callbacks=[Clock()])
 print(json.dumps(history.history["loss"]))
 """
-EPOCHS = 24
+EPOCHS = 12
 BATCHES = 5
 """Batches of an epoch."""
 TOLERANCE = 1e-5
@@ -61,8 +61,10 @@ class Result:
 
     is_equal: bool
     """Whether the history is that of an uninterrupted run, and no callback ran twice."""
+    difference: float
+    """The largest relative difference of a loss."""
     seconds: float
-    """From the signal to the next finished batch."""
+    """From the signal to the next finished batch of the last survivor."""
     output: str
 
 
@@ -90,7 +92,7 @@ def main() -> int:
         state = "equal" if result.is_equal else f"DIFFERS\n{result.output}"
         print(
             f"{number}: process {victim} after batch {batch} and {pause * 1e3:.0f} ms: {state}, "
-            f"{result.seconds:.2f} s",
+            f"{result.seconds:.2f} s, losses {result.difference:.0e} off",
             flush=True,
         )
     equal = sum(result.is_equal for result in results)
@@ -122,11 +124,13 @@ def lose(
         if number != victim:
             counts.append(len(times))
             ends += [min([time for time in times if time > sent], default=float("inf"))]
-    is_equal = len(history) == len(straight) and all(
-        abs(a - b) <= TOLERANCE * abs(b) for a, b in zip(history, straight, strict=True)
-    )
+    difference = float("inf")
+    if len(history) == len(straight):
+        pairs = zip(history, straight, strict=True)
+        difference = max(abs(a - b) / abs(b) for a, b in pairs)
     once = all(count == BATCHES * given.epochs for count in counts)
-    return Result(is_equal and once, max(ends) - sent, output + errors[-3000:])
+    is_equal = once and difference <= TOLERANCE
+    return Result(is_equal, difference, max(ends) - sent, output + errors[-3000:])
 
 
 def _lines(path: Path) -> list[str]:

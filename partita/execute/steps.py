@@ -117,8 +117,12 @@ class StepRunner:
         self.steps: dict[Any, Any] = {}
         """By shapes of state and batch: values with a planned step and its program (`planned`,
         `program`); None where the step runs without a plan."""
+        self.others: dict[Hashable, Callable[[Any, Any], tuple[Any, Any]]] = {}
+        """Evaluations, by key: `(state, batch) -> (outputs, state)`. A manager counts and repeats
+        them as steps."""
         self.running: Any = None
         """The entry of `steps` that ran last: the state is on its mesh."""
+        self._running_key: Any = None
         self._owns_state = owns_state
         self._on_state = on_state
         self._state: Any = None
@@ -170,6 +174,8 @@ class StepRunner:
 
     def execute(self, key: Hashable, state: Any, batch: Any) -> tuple[Any, Any]:
         """(outputs, state) of a step, without a manager."""
+        if key in self.others:
+            return self.others[key](state, batch)
         step = self._with_shares(key)
         start = time.perf_counter()
         batch = step.planned.place_batch(batch)
@@ -179,6 +185,7 @@ class StepRunner:
                 self._on_state(state)
             outputs, state = step.program(state, batch)
             self.running = step
+            self._running_key = key
             self._state = state
             self._on_state(state)
         with together("a step"):
@@ -221,6 +228,10 @@ class StepRunner:
         """The machine of the live devices."""
         return detect(len(members.devices()))
 
+    def is_evaluation(self, key: Hashable) -> bool:
+        """Whether a step evaluates or predicts."""
+        return key in self.others
+
     def change(self, plan: Plan) -> None:
         """Trains by another plan, for all live devices, from the next step on."""
         self.plan = plan
@@ -237,10 +248,13 @@ class StepRunner:
         self._earlier.clear()
         self._shared.clear()
         self.change(self._plan_without_lost(plan_for, len(members.devices())))
+        self._state = None
+        if self.running is not None:
+            self.running = self._compiled(self._running_key)
 
     def prepare(self, key: Hashable, plan_for: PlanFor) -> None:
         """Compiles a step for the loss of any one other process."""
-        step = self.steps[key]
+        step = self.steps.get(key)
         if self.plan is None or step is None:
             return
         captured = step.planned.captured

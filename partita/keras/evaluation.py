@@ -22,7 +22,9 @@ def state_on_mesh(state: Any, mesh: Mesh) -> Any:
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def onto(value: Any) -> Any:
-        return value if value.sharding.device_set == devices else put(value, replicated)
+        if isinstance(value, jax.Array) and value.sharding.device_set == devices:
+            return value
+        return put(value, replicated)
 
     is_grouped = any(is_of_group(value) for value in jax.tree.leaves(state))
     moved = jax.tree.map(onto, state)

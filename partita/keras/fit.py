@@ -416,11 +416,12 @@ class PlannedFit:
         make_function = model._make_function
 
         def make_on_mesh(step: Any, **options: Any) -> Any:
-            on_mesh = step if model.jit_compile else jax.jit(step)
+            # Within another jit, Keras's own one donates nothing: a manager may need the state.
+            is_plain = model.jit_compile and self.runner.manager is None
+            on_mesh = step if is_plain else jax.jit(step)
 
-            def step_on_mesh(state: Any, batch: Any) -> tuple[Any, Any]:
-                if self.running is None:
-                    return step(state, batch)
+            def evaluate(state: Any, batch: Any) -> tuple[Any, Any]:
+                assert self.running is not None
                 mesh = self.running.planned.mesh
                 self.runner.forget_state()
                 with together("an evaluation"):
@@ -429,6 +430,13 @@ class PlannedFit:
                     results, state = settled(on_mesh(state, batch))
                     return results if alone() else jax.tree.map(whole, results), state
 
+            def step_on_mesh(state: Any, batch: Any) -> tuple[Any, Any]:
+                if self.running is None:
+                    return step(state, batch)
+                if self.runner.manager is None:
+                    return evaluate(state, batch)
+                return self._managed_evaluation(evaluate, state, batch)
+
             return make_function(step_on_mesh, **options)
 
         vars(model)["_make_function"] = make_on_mesh
@@ -436,6 +444,42 @@ class PlannedFit:
             yield
         finally:
             del vars(model)["_make_function"]
+
+    def _managed_evaluation(
+        self, evaluate: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: Any
+    ) -> tuple[Any, Any]:
+        """An evaluation as a step of the managed training, whose state it reads.
+
+        `state` has Keras's groups without those of the optimizer, in predictions without metrics.
+        """
+        model: Any = self.model
+        count = len(state)
+
+        def as_step(training_state: Any, batch: Any) -> tuple[Any, Any]:
+            weights, others, optimizer, metrics = training_state
+            parts = (weights, others, metrics)[:count]
+            outputs, (_, others, *rest) = evaluate(parts, batch)
+            # The weights are as they were: the same arrays, so that nobody copies them.
+            weights = state_on_mesh(weights, _mesh_of(self.running))
+            return outputs, (weights, others, optimizer, *(rest or [metrics]))
+
+        key = f"evaluation of {count} groups"
+        self.runner.others[key] = as_step
+        metrics = state[2] if count > 2 else [v.value for v in model.metrics_variables]
+        optimizer = [variable.value for variable in model.optimizer.variables]
+        outputs, after = self.runner.attempt(
+            (state[0], state[1], optimizer, metrics),
+            lambda before: self.runner.run(key, before, batch),
+        )
+        for variable, value in zip(model.optimizer.variables, after[2], strict=True):
+            if variable.value is not value:
+                variable.assign(value)
+        return outputs, (after[0], after[1], after[3])[:count]
+
+
+def _mesh_of(step: Compiled | None) -> Any:
+    assert step is not None
+    return step.planned.mesh
 
 
 def _is_unjitted(model: Any) -> bool:

@@ -88,6 +88,11 @@ class Training(Protocol):
         """The machine of the live devices, as described and measured before."""
         ...
 
+    def is_evaluation(self, key: Hashable) -> bool:
+        """Whether a step evaluates or predicts: it counts and is repeated as a step, and has no
+        plan of its own."""
+        ...
+
     def change(self, plan: Plan) -> None:
         """Trains by another plan, for all live devices, from the next step on.
 

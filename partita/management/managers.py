@@ -53,16 +53,21 @@ class Managers:
         self.managers = tuple(managers)
 
     def before_step(self, training: Training, key: Hashable, state: Any, batch: Any) -> None:
-        """Asks all."""
-        for manager in self.managers:
+        """Asks all; about an evaluation only the one that repeats it after a loss."""
+        for manager in self._asked(training, key):
             manager.before_step(training, key, state, batch)
 
     def after_step(
         self, training: Training, key: Hashable, state: Any, batch: Any, seconds: float
     ) -> None:
-        """Tells all."""
-        for manager in self.managers:
+        """Tells those that were asked."""
+        for manager in self._asked(training, key):
             manager.after_step(training, key, state, batch, seconds)
+
+    def _asked(self, training: Training, key: Hashable) -> list[Manager]:
+        if not training.is_evaluation(key):
+            return list(self.managers)
+        return [manager for manager in self.managers if isinstance(manager, Survival)]
 
     def lost(self, training: Training, state: Any, error: LostProcessError) -> Any:
         """The state of the first one that can go on; raises `error` if none can."""

@@ -296,7 +296,8 @@ def shrink_decision(
     alive = training.group.alive
     lost = "; ".join(f"process {number} {cause}" for number, cause in sorted(causes.items()))
     devices = training.group.devices_of(alive)
-    plan = f"data parallel over {devices} devices" if devices > 1 else "on one device"
+    plan = f"{training.plan.name} over" if training.plan is not None else "planned anew for"
+    plan = f"{plan} {devices} device{'s' if devices > 1 else ''}"
     again = f"{count} step{'s' if count != 1 else ''} run again"
     sentence = (
         f"{lost}; {listed(alive)} go{'es' if len(alive) == 1 else ''} on after "

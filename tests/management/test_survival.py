@@ -116,7 +116,7 @@ def test_a_training_that_loses_processes_has_the_numbers_of_one_that_does_not(se
     said: list[str] = []
     assert train(training, Survival(DecisionLog(said.append))) == straight
     assert training.group.alive == (0,)
-    assert len(said) == 2 and "on one device" in said[1]
+    assert len(said) == 2 and "for 1 device, " in said[1]
 
 
 def test_the_survivors_take_the_snapshot_that_all_of_them_have() -> None:
