@@ -107,14 +107,17 @@ class Survivors:
 
     def _report(self, loss: Loss) -> None:
         self.losses.append(loss)
-        self.board.write_lost(self.losses)
         count = len(self.processes)
         left = count - len(self.losses)
         if left == 0:
-            self._say(f"process {loss.process} of {count} {loss.cause}: all processes are lost.")
+            self._say(
+                f"process {loss.process} of {count} {loss.cause}: no process is left to go on. The "
+                "last save is complete: start again from it."
+            )
         else:
             others = "the other one goes" if left == 1 else f"{left} others go"
             self._say(f"process {loss.process} of {count} {loss.cause}; {others} on.")
+        self.board.write_lost(self.losses)
 
 
 def is_killed(code: int | None) -> bool:

@@ -1,9 +1,10 @@
 """When the launcher counts a process as hung."""
 
 import random
+import subprocess
 from pathlib import Path
 
-from partita.cli.survivors import FROZEN_SECONDS, IDLE_SECONDS, Hang
+from partita.cli.survivors import FROZEN_SECONDS, IDLE_SECONDS, Hang, Survivors
 from partita.execute.board import Board, Loss, Progress
 
 MEDIANS = 0.5
@@ -59,3 +60,23 @@ def test_a_board_gives_what_was_written(tmp_path: Path) -> None:
     assert other.lost() == losses[:1]
     board.write_lost(losses)
     assert other.lost() == losses
+
+
+def test_the_launcher_tells_who_is_killed_and_when_nobody_is_left(tmp_path: Path) -> None:
+    processes = [subprocess.Popen(["sleep", "60"]) for _ in range(3)]
+    said: list[str] = []
+    board = Board(tmp_path, 3)
+    survivors = Survivors(processes, board, (1, 2), said.append)
+    assert board.start().process_ids == tuple(process.pid for process in processes)
+    for number in (1, 0, 2):
+        processes[number].kill()
+        processes[number].wait()
+        survivors.look()
+    survivors.look()
+    assert [loss.process for loss in board.lost()] == [1, 0, 2]
+    assert said == [
+        "process 1 of 3 was killed (SIGKILL); 2 others go on.",
+        "process 0 of 3 was killed (SIGKILL); the other one goes on.",
+        "process 2 of 3 was killed (SIGKILL): no process is left to go on. The last save is "
+        "complete: start again from it.",
+    ]
