@@ -19,6 +19,7 @@ from partita.gnn.data.batch import batch
 from partita.gnn.data.csr import Transposed
 from partita.gnn.data.files import convert, open, save, transpose
 from partita.gnn.data.graph import Graph, check
+from partita.gnn.data.links import LinkSplit, split_links, with_pairs
 from partita.gnn.data.stream import EdgeStream
 from partita.keras_backend import chosen_backend, running_backend
 
@@ -63,6 +64,7 @@ __all__ = [
     "GraphModel",
     "GraphPlan",
     "GraphPlans",
+    "LinkSplit",
     "MessagePassing",
     "RelationalConv",
     "SAGEConv",
@@ -80,7 +82,9 @@ __all__ = [
     "plan",
     "pyg_state",
     "save",
+    "split_links",
     "transpose",
+    "with_pairs",
 ]
 
 _IMPORTED_ON_USE = {

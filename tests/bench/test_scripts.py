@@ -48,6 +48,7 @@ SMALL = {
 OF_A_GRAPH = {
     "gnn_accuracy": ["--seeds", "1"],
     "gnn_aggregation": ["--features", "8", "--rounds", "1"],
+    "gnn_links": ["--seeds", "1", "--epochs", "2"],
     "gnn_large": ["--hidden", "8", "--processes", "1", "--epochs", "2"],
 }
 """The same for scripts whose first argument is a graph file."""

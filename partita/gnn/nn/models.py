@@ -22,6 +22,7 @@ from partita.gnn.nn.stages import (
     FirstColumns,
     JumpStage,
     LayerStage,
+    LinkStage,
     ReadoutStage,
     ResidualStage,
     Stage,
@@ -49,6 +50,8 @@ class ModelOptions(TypedDict, total=False):
                     results of all layers
     readout         'mean', 'sum' or 'max' over the vertices of each graph of a batch
                     (`gnn.batch`), then a dense layer to the classes
+    links           whether the last layer's `classes` features are embeddings, without an
+                    activation, and the output is the probability of each pair (`gnn.with_pairs`)
     layer_options   options of every layer over the graph, such as {"improved": True}
     name, dtype     as in Keras
     """
@@ -57,6 +60,7 @@ class ModelOptions(TypedDict, total=False):
     residual: bool
     jk: str | None
     readout: str | None
+    links: bool
     layer_options: dict[str, Any] | None
     name: str
     dtype: Any
@@ -87,18 +91,25 @@ class GraphModel(FullGraphTraining, keras.Model):
         residual = keras_options.pop("residual", False)
         jk = keras_options.pop("jk", None)
         readout = keras_options.pop("readout", None)
+        links = keras_options.pop("links", False)
         layer_options = dict(keras_options.pop("layer_options", None) or {})
         super().__init__(**keras_options)
         self.hidden = hidden if isinstance(hidden, int) else list(hidden)
         self.classes = classes
         self.dropout = dropout
         self.l2 = l2
-        self.output_activation = output
+        self.links = links
+        self.output_activation = None if links else output
         self.hidden_activation = activation
         self.norm = _known("norm", norm, tuple(NORMS))
         self.jk = _known("jk", jk, JUMPS)
         self.readout = _known("readout", readout, READOUTS)
         self.residual = residual
+        if links and (self.norm == "batch" or self.readout is not None):
+            raise GraphError(
+                "links=True cannot be combined with norm='batch' or a readout, which would count "
+                "pairs as vertices: use norm='layer', and no readout."
+            )
         self.layer_options = layer_options
         self.widths = layer_widths(hidden, classes, layers, self.leaves, self.jk is not None)
         self.depth = len(self.widths)
@@ -109,6 +120,9 @@ class GraphModel(FullGraphTraining, keras.Model):
         self._make_layers()
         if self.norm == "batch" or self.readout is not None:
             # these need the rows of all vertices, not only of those near training
+            self.by_vertex = False
+        if self.links:
+            # most edges are near pairs, and other pairs must have arrays of the same shapes
             self.by_vertex = False
 
     @property
@@ -158,6 +172,11 @@ class GraphModel(FullGraphTraining, keras.Model):
 
     def stages(self) -> list[Stage]:
         """The model as functions of (x, graph, training), which a memory plan runs one by one."""
+        stages = self._layer_stages()
+        return [*stages, LinkStage()] if self.links else stages
+
+    def _layer_stages(self) -> list[Stage]:
+        """The stages of the layers, and of the dense layer behind them."""
         stages = [self._stage(i) for i in range(self.depth)]
         if not self.leaves:
             return stages
@@ -200,6 +219,7 @@ class GraphModel(FullGraphTraining, keras.Model):
             "residual": self.residual,
             "jk": self.jk,
             "readout": self.readout,
+            "links": self.links,
             "layer_options": dict(self.layer_options),
         }
 
