@@ -46,6 +46,8 @@ NEARLY_FULL = 0.8
 LEAST_EXPONENT = 0.05
 """Smallest log(measured) / log(predicted) of a gain that counts: the time before and after may
 differ for another reason."""
+LEAST_CHANGE = 1.3
+"""Seconds of a step over the usual ones, from which another plan is looked for."""
 ROUNDS_TO_NAME = 2
 """Exchanges after a change of a step's seconds in which a slow process may be named."""
 ONE = np.ones(1)
@@ -111,7 +113,8 @@ class Balance:
         self._change: Change | None = None
         self._changes = StepChanges()
         self._unexplained: tuple[float, int] | None = None
-        """(factor, rounds ago) of a change of a step's seconds that no slow process explains."""
+        """(seconds over the usual ones, rounds ago) of a change of steps that no slow process
+        explains."""
         self._replanner = Replanner()
         self._compile_seconds = 0.0
         """Of the first process's last compilation."""
@@ -313,23 +316,24 @@ class Balance:
             if rounds >= ROUNDS_TO_NAME:
                 self._unexplained = None
                 if training.group.is_first:
-                    self._begin_search(training, key, median(seconds), factor)
+                    self._begin_search(training, key)
         for value in seconds:
             factor = self._changes.add(value)
-            if factor is not None:
-                self._unexplained = factor, 0
-                self._replanner.cancel()
+            if factor is None:
+                continue
+            self._replanner.cancel()
+            is_large = max(factor, 1 / factor) > LEAST_CHANGE
+            self._unexplained = (factor, 0) if is_large else None
 
-    def _begin_search(
-        self, training: Training, key: Hashable, step_seconds: float, factor: float
-    ) -> None:
-        assert training.plan is not None
+    def _begin_search(self, training: Training, key: Hashable) -> None:
+        assert training.plan is not None and self._changes.usual is not None
         situation = Situation(
             graph=training.graph(key),
             machine=training.machine(),
             plan=training.plan,
-            step_seconds=step_seconds,
-            earlier_seconds=step_seconds / factor,
+            step_seconds=self._changes.reference,
+            earlier_seconds=self._changes.usual,
+            earlier_factor=self._replanner.factor,
             change_seconds=self._compile_seconds,
         )
         self._replanner.begin(situation)

@@ -149,21 +149,20 @@ class StepChanges:
     """Finds changes in the seconds of steps."""
 
     def __init__(self) -> None:
-        self.reference: float | None = None
-        """Median seconds of a step since the last change; None in the warm-up."""
+        self.usual: float | None = None
+        """Median seconds of a step in the warm-up; None during it."""
+        self.reference = 0.0
+        """Median seconds of a step since the last change."""
         self._seconds: list[float] = []
         self._spread = 0.0
-        self._sums = Cusum(allowance=1.0, limit=4.0, threshold=8.0)
+        self._sums = _CHANGED
 
     def add(self, seconds: float) -> float | None:
-        """The factor of a change that this step makes sure, over 1 for slower steps; else None.
-
-        After a change, the reference is found anew.
-        """
-        if self.reference is None:
+        """Seconds of a step over the usual ones, if this step makes a change sure; else None."""
+        if self.usual is None:
             self._seconds.append(seconds)
             if len(self._seconds) == WARM_UP:
-                self.reference = median(self._seconds)
+                self.usual = self.reference = median(self._seconds)
                 logs = [abs(math.log(s / self.reference)) for s in self._seconds]
                 self._spread = max(LEAST_SPREAD, 1.5 * median(logs))
                 self._seconds = []
@@ -172,15 +171,15 @@ class StepChanges:
         self._sums = self._sums.after(math.log(seconds / self.reference) / self._spread)
         if not (self._sums.has_risen or self._sums.has_fallen):
             return None
-        factor = median(self._seconds[-3:]) / self.reference
-        self.restart()
-        return factor
+        self.reference = median(self._seconds[-3:])
+        self._sums = _CHANGED
+        return self.reference / self.usual
 
     def restart(self) -> None:
-        """Finds the reference anew: another plan runs."""
-        self.reference = None
+        """Begins to warm up: another plan runs."""
+        self.usual = None
         self._seconds = []
-        self._sums = Cusum(allowance=1.0, limit=4.0, threshold=8.0)
+        self._sums = _CHANGED
 
 
 class SlowProcesses:
@@ -229,6 +228,8 @@ class SlowProcesses:
         return tuple(self.speed(process) for process in processes)
 
 
+_CHANGED = Cusum(allowance=1.0, limit=4.0, threshold=8.0)
+"""In spreads of a step's seconds: sure after 3 steps."""
 _SLOW = Cusum(allowance=0.45, limit=LIMIT, threshold=2.5)
 """Named after 4 steps at a third of the speed; at random noise of 30 %, in 10,000 steps never."""
 _RECOVERED = Cusum(allowance=0.35, limit=LIMIT, threshold=2.0)

@@ -51,6 +51,8 @@ class Situation:
     """Measured now."""
     earlier_seconds: float
     """Measured before the change."""
+    earlier_factor: float
+    """Of the bandwidth of the outermost links before the change."""
     change_seconds: float
     """Price of another plan: its compilation, mostly."""
 
@@ -65,27 +67,31 @@ class Proposal:
     """Seconds of a step now, over those predicted for the plan."""
     wait_seconds: float
     """Until the change, by the policy."""
+    factor: float
+    """Of the bandwidth of the outermost links."""
 
     def to_json(self) -> dict[str, Any]:
         """A plain JSON value; `from_json` of it equals this proposal."""
-        fields = {"reason": self.reason, "gain": self.gain, "wait_seconds": self.wait_seconds}
-        return {"plan": self.plan.to_json(), **fields}
+        return {**vars(self), "plan": self.plan.to_json()}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Proposal:
         """The proposal of a JSON value that this module wrote."""
-        plan = Plan.from_json(value["plan"])
-        return Proposal(plan, value["reason"], value["gain"], value["wait_seconds"])
+        return Proposal(**{**value, "plan": Plan.from_json(value["plan"])})
 
 
 def link_factor(situation: Situation, costs: CorrectedCosts) -> float:
     """Factor of the outermost links' bandwidth that explains the seconds of a step, at most 1.
 
-    The smallest one that is looked for if no factor does.
+    The smallest one that is looked for if no factor does; that of before for a plan whose step
+    hardly depends on the links.
     """
     low, high = SLOWEST_LINK, 1.0
+    fastest = _seconds(situation, situation.plan, high, costs)
+    if _seconds(situation, situation.plan, low, costs) < LEAST_GAIN * fastest:
+        return situation.earlier_factor
     times = situation.step_seconds / situation.earlier_seconds
-    seconds = times * _seconds(situation, situation.plan, high, costs)
+    seconds = times * _seconds(situation, situation.plan, situation.earlier_factor, costs)
     for _ in range(HALVINGS):
         middle = (low * high) ** 0.5
         if _seconds(situation, situation.plan, middle, costs) > seconds:
@@ -116,7 +122,7 @@ def propose(
     times = situation.step_seconds / situation.earlier_seconds
     speed = f"{times:.1f} x longer" if times > 1 else f"{1 / times:.1f} x shorter"
     reason = f"steps take {speed}, as with '{level}' at {factor:.0%} of its bandwidth"
-    return Proposal(plan, reason, now / best, policy.wait(slowdown))
+    return Proposal(plan, reason, now / best, policy.wait(slowdown), factor)
 
 
 def _candidates(situation: Situation, machine: Machine) -> list[Plan]:
@@ -152,6 +158,8 @@ class Replanner:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.costs = CorrectedCosts()
+        self.factor = 1.0
+        """Of the bandwidth of the outermost links, as the present plan was chosen for."""
         self._thread: threading.Thread | None = None
         self._proposal: Proposal | None = None
         self._due = 0.0
@@ -167,7 +175,8 @@ class Replanner:
     def _search(self, situation: Situation) -> None:
         start = self.clock()
         try:
-            earlier = predicted(situation.graph, situation.machine, situation.plan)
+            machine = _with_links(situation.machine, situation.earlier_factor)
+            earlier = predicted(situation.graph, machine, situation.plan)
             self.costs.probe(earlier, situation.earlier_seconds)
             proposal = propose(situation, self.costs)
         except PartitaError:
@@ -183,6 +192,7 @@ class Replanner:
         if proposal is None or self.clock() < self._due:
             return None
         self._proposal = None
+        self.factor = proposal.factor
         return proposal
 
     def cancel(self) -> None:

@@ -59,6 +59,7 @@ HELP = (
     "gnn_parity",
     "gnn_partitioner",
     "gnn_peers",
+    "links",
     "manage_power",
     "processes",
     "restarts",

@@ -28,7 +28,7 @@ def slowed(factor: float) -> Situation:
     earlier = predicted(GRAPH, MACHINE, plan).seconds
     now = predicted(GRAPH, machine, plan).seconds
     # A real machine is 1.3 x slower than its description.
-    return Situation(GRAPH, MACHINE, plan, 1.3 * now, 1.3 * earlier, change_seconds=2.0)
+    return Situation(GRAPH, MACHINE, plan, 1.3 * now, 1.3 * earlier, 1.0, change_seconds=2.0)
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.1, 0.02])
@@ -55,6 +55,24 @@ def test_no_expert_plan_of_as_many_devices_is_faster_than_the_proposal():
     assert proposal.wait_seconds == pytest.approx(2.0 / lost, rel=0.05)
     assert f"x longer, as with '{LEVEL}' at 2% of its bandwidth" in proposal.reason
     assert Proposal.from_json(proposal.to_json()) == proposal
+
+
+def test_a_link_that_recovers_has_its_bandwidth_again():
+    slow = slowed(0.1)
+    recovered = replace(
+        slow,
+        step_seconds=slow.earlier_seconds,
+        earlier_seconds=slow.step_seconds,
+        earlier_factor=0.1,
+    )
+    assert link_factor(recovered, CorrectedCosts()) == pytest.approx(1.0, rel=0.02)
+    assert propose(recovered, CorrectedCosts()) is None
+
+
+def test_a_plan_that_sends_nothing_does_not_show_its_links():
+    one = find(GRAPH, MACHINE.with_devices(1)).plan
+    situation = replace(slowed(0.1), plan=one, earlier_factor=0.3)
+    assert link_factor(situation, CorrectedCosts()) == 0.3
 
 
 def test_an_unchanged_link_proposes_nothing():
