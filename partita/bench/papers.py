@@ -1,8 +1,9 @@
 """The tables of FlexFlow and OptCNN beside Partita's: simulated time and traffic of plans.
 
 A `Case` is one cell of the papers' tables. `run` captures the network without values, makes the
-plans, simulates a step of each, and returns a `Row`. Nothing is fitted to the papers: machines are
-the presets, networks those of `bench.networks`.
+plans, simulates a step of each, and returns a `Row`. Networks are those of `bench.networks`,
+machines the presets: two from data sheets, to which nothing is fitted, and `k80-flat`, whose links
+have the rate of one published data-parallel step.
 
 The papers count bytes on links. A ring of n devices sends 2 (n-1)/n times the operand of an
 all-reduce, (n-1)/n times the result of an all-gather or the operand of a reduce-scatter or
@@ -104,6 +105,11 @@ PAPER: Mapping[tuple[str, str, int], Mapping[str, Any]] = {
         "gigabytes": {DATA_PARALLEL: 65.8, EXPERT: 24.2, FOUND: 12.1},
         "kernel_seconds": {DATA_PARALLEL: 35.7, EXPERT: 28.2, FOUND: 28.7},
     },
+    ("nmt", "k80-flat", 64): {
+        "seconds": {EXPERT: 2.6, FOUND: 1.1},
+        "gigabytes": {DATA_PARALLEL: 65.8, EXPERT: 24.2, FOUND: 12.1},
+        "kernel_seconds": {DATA_PARALLEL: 35.7, EXPERT: 28.2, FOUND: 28.7},
+    },
     ("inception-v3", "p100-cluster", 4): {"found_over_data_parallel": 1 / 0.88},
     ("inception-v3", "p100-cluster", 16): {"samples_per_second": 2208},
     ("rnntc", "p100-cluster", 16): {"samples_per_second": 5846},
@@ -146,7 +152,7 @@ def cases(
 
 
 def _all_cases(only: str | None, machine: str | None) -> Iterator[Case]:
-    for cluster in [machine] if machine else ["k80-cluster", "p100-cluster"]:
+    for cluster in [machine] if machine else ["k80-cluster", "k80-flat", "p100-cluster"]:
         limit = load(cluster).devices
         for network in FLEXFLOW:
             for count in COUNTS:
@@ -168,7 +174,8 @@ def _all_cases(only: str | None, machine: str | None) -> Iterator[Case]:
             )
     cluster = machine or "p100-cluster"
     for network in OPTCNN:
-        yield Case("OptCNN", network, cluster, 4, OPTCNN_BATCH)
+        for count in (4, 8, 16):
+            yield Case("OptCNN", network, cluster, count, OPTCNN_BATCH)
     yield Case("OptCNN", "vgg16", cluster, 2, OPTCNN_BATCH)
     for network, preset, count in (("llama", "dgx-h100:8", 64), ("gpt3", "dgx-a100:128", 1024)):
         yield Case(

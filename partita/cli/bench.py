@@ -31,9 +31,7 @@ def papers(
     ] = None,
     machine: Annotated[
         str | None,
-        typer.Option(
-            help="One machine, as k80-cluster or p100-cluster.", show_default="both clusters"
-        ),
+        typer.Option(help="One machine, as k80-flat or p100-cluster.", show_default="the clusters"),
     ] = None,
     devices: Annotated[
         int | None,

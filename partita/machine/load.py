@@ -65,11 +65,13 @@ _NODE_PRESETS = {
     "dgx-b200": "b200",
     "p100-cluster": "p100-cluster",
     "k80-cluster": "k80-cluster",
+    "k80-flat": "k80-flat",
 }
 """Presets counted in nodes (the outermost level) -> the file with their description."""
 _WHOLE_PRESETS = (
     "p100-cluster",
     "k80-cluster",
+    "k80-flat",
     "odroid-xu3",
     "rk3399",
     "rk3588",

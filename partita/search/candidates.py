@@ -64,17 +64,14 @@ def candidates(
     ]
 
 
-def are_all_choices(graph: OperatorGraph, operator: int, mesh: Mesh, limit: int = LIMIT) -> bool:
-    """Whether the candidates of an operator are all of its choices, but for the order of axes."""
-    dealer = _dealer(graph, operator, mesh)
-    axes = sum(map(len, dealer.levels))
-    most_uses = min(len(dealer.uses), axes)
+def are_dealt_singly(graph: OperatorGraph, operator: int, mesh: Mesh, limit: int = LIMIT) -> bool:
+    """Whether axes are dealt out one by one: the candidates have all choices of two uses."""
     choices = set()
-    for choice in dealer.choices(most_uses, 1):
+    for choice in _dealer(graph, operator, mesh).choices(2, 1):
         choices.add(choice)
-        if len(choices) > limit:
+        if len(choices) >= limit:
             return False
-    return most_uses <= PORTIONS[0][0]
+    return True
 
 
 def _dealer(graph: OperatorGraph, operator: int, mesh: Mesh) -> _Dealer:

@@ -319,9 +319,10 @@ def _runnable(
 def _bound_of_all_plans(network: CostNetwork, bound_seconds: float) -> float:
     """Lower bound on all plans, given that on plans of the network's states.
 
-    On large meshes a network has some of the choices. The work of the kernels bounds the others.
+    On large meshes axes are dealt out several at a time. The work of the kernels bounds the plans
+    between.
     """
-    if network.has_all_choices:
+    if network.deals_singly:
         return bound_seconds
     machine = network.placement.machine
     kernels = lower_bound_seconds(network.terms, machine, network.placement.mesh.size)

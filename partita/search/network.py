@@ -37,7 +37,7 @@ from partita.search.base import (
 from partita.search.candidates import (
     LIMIT,
     Choice,
-    are_all_choices,
+    are_dealt_singly,
     assignment_of,
     candidates,
     choice_of,
@@ -87,8 +87,8 @@ class CostNetwork(EqualByContent):
     """Seconds of moves, [state of home, state of reader]."""
     move_kinds: Mapping[MoveKey, int] = field(compare=False)
     """Number per table of moves, the same for equal tables."""
-    has_all_choices: bool = True
-    """Whether every plan is among the states, but for the order of equal axes."""
+    deals_singly: bool = True
+    """Whether no operator's axes are dealt out several at a time (`search.candidates`)."""
 
     @cached_property
     def neighbours(self) -> list[list[Neighbour]]:
@@ -225,10 +225,10 @@ def build(
         keys.append((digest, operator.kind, *positions))
     kinds = numbered(keys)
     by_kind: dict[int, _StateCosts] = {}
-    has_all_choices = True
+    deals_singly = True
     for o, kind in enumerate(kinds):
         if kind not in by_kind:
-            has_all_choices = has_all_choices and are_all_choices(graph, o, mesh, limit)
+            deals_singly = deals_singly and are_dealt_singly(graph, o, mesh, limit)
             choices = candidates(graph, o, mesh, extras[o], limit)
             operator_terms = terms.operators[o]
             by_kind[kind] = _state_costs(graph, o, placement, operator_terms, choices)
@@ -254,7 +254,7 @@ def build(
         gradients=[cost.gradients for cost in costs],
         moves=tables.of_kinds(tables.move_kinds),
         move_kinds=tables.move_kinds,
-        has_all_choices=has_all_choices,
+        deals_singly=deals_singly,
     )
 
 

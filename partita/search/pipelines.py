@@ -46,14 +46,16 @@ USUAL = 8
 """Microbatches per stage that are tried first."""
 ONE_STAGE = (1, 4, 16, 64)
 """Microbatches without stages: fewer are faster, more need less memory."""
-SECONDS = 10.0
-"""Time limit by default, seconds."""
+SKETCHES = 60
+"""Sketches, at most, unless there is a time limit: work, so that a busy machine finds the same
+plan."""
 INSTRUCTIONS = 150_000
 """Instructions of all simulated steps, at most: some seconds."""
 MIN_SIMULATIONS = 8
 """Simulated steps, at least, whatever their instructions."""
 SKETCH_SHARE = 0.5
-"""Share of the time limit after which waiting sketches are simulated before new shapes."""
+"""Share of the sketches, or of the time limit, after which waiting sketches are simulated before
+new shapes."""
 PRICES = 5
 """Prices of a byte that are tried until a shape fits, and again between the last two."""
 TRIES = 3
@@ -61,7 +63,7 @@ TRIES = 3
 DIVISIONS = 3
 """Divisions into stages of one sketch until one fits in memory."""
 FAR = 1.25
-"""Slowdown of a number of stages beyond which smaller numbers are skipped."""
+"""Slowdown of a number of stages beyond which larger numbers are skipped."""
 CHOICES = 50
 """Choices per operator inside a stage, about: fewer than in a search without stages."""
 NETWORKS = 4
@@ -78,15 +80,15 @@ def pipelines(
 ) -> Iterator[PipelinedStep]:
     """Ever faster simulated pipelines that are faster than `limit_seconds` and fit in memory.
 
-    The number of simulations depends on the graph alone, unless the time limit is shorter. If no
+    Without a time limit, the numbers of sketches and simulations depend on the graph alone. If no
     plan is known to fit (`limit_seconds` is infinite), the search continues until one fits.
 
     Args:
-        limits: Bytes of a device, and a time limit.
+        limits: Bytes of a device, and a time limit or none.
         bound: Lower bound of the step, for reports.
     """
     start = time.perf_counter()
-    time_limit = SECONDS if limits.seconds is None else limits.seconds
+    sketches = 0
     simulations = max(MIN_SIMULATIONS, INSTRUCTIONS // max(1, len(graph.instructions)))
     space = PipelineSpace(
         graph,
@@ -97,14 +99,17 @@ def pipelines(
     queue = _Queue(space)
     best_seconds = limit_seconds
     while True:
-        elapsed = time.perf_counter() - start
+        progress = sketches / SKETCHES
+        if limits.seconds is not None:
+            progress = (time.perf_counter() - start) / max(limits.seconds, 1e-9)
         must_find = math.isinf(best_seconds)
-        if not must_find and (simulations <= 0 or elapsed > time_limit):
+        if not must_find and (simulations <= 0 or progress > 1):
             return
-        candidate = queue.next(best_seconds, late=elapsed > SKETCH_SHARE * time_limit)
+        candidate = queue.next(best_seconds, late=progress > SKETCH_SHARE)
         if candidate is None:
             return
         if isinstance(candidate, PipelineShape):
+            sketches += 1
             queue.put(space.sketch(candidate, limits.budget, TRIES))
             continue
         simulations -= 1
@@ -156,10 +161,10 @@ class _Queue:
         self.space = space
         self.sketches: list[tuple[float, int, Sketch]] = []
         self.count = 0
-        # Shapes by axes, small meshes first; of each, the usual shapes first.
+        # Shapes by axes, few stages first; of each, the usual shapes first.
         self.shapes = {
             axes: sorted(space.shapes(axes), key=space.distance_from_usual)
-            for axes in reversed(range(len(space.mesh.axes) + 1))
+            for axes in range(len(space.mesh.axes) + 1)
         }
         # Axes -> microbatches -> seconds of a sketch over its lower bound.
         self.excess: dict[int, dict[int, float]] = {}
@@ -209,9 +214,9 @@ class _Queue:
         return self.shapes[axes][number] if guess < promising else None
 
     def _far(self, axes: int) -> bool:
-        """Whether a number of stages is skipped, because the next larger one is slow."""
+        """Whether a number of stages is skipped, because the next smaller one is slow."""
         fastest = min(self.fastest.values(), default=math.inf)
-        return self.fastest.get(axes + 1, 0.0) > FAR * fastest
+        return self.fastest.get(axes - 1, 0.0) > FAR * fastest
 
     def _guess(self, shape: PipelineShape) -> float:
         """Seconds of a shape before its sketch, about."""

@@ -20,6 +20,7 @@ SMALL = {
     "equality": ["--layers", "--models", "1", "--plans", "1", "--first", "4"],
     "gnn_exact": ["--parts", "2", "--partitioners", "edges", "--models", "gcn"],
     "gnn_memory": ["--models", "gcn", "--scale", "8", "--epochs", "3"],
+    "hand_plans": ["--small"],
     "published": ["--only", "dense layers"],
     "gpu": ["--device", "cpu", "--small", "--parts", "models", "--only", "MLP"],
     "staged_equality": ["--pairs", "1", "--first", "4"],
