@@ -229,7 +229,9 @@ def compared(case: Case, stages: bool) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--stages", action="store_true", help="search stages, too")
     parser.add_argument("--small", action="store_true", help="one small case")

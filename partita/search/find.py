@@ -307,7 +307,7 @@ def _runnable(
         baselines=baselines,
         fits=peaks[searched.states] <= limit_bytes,
         smallest_bytes=min(peaks.values()),
-        bound_seconds=_bound_of_all_plans(network, searched.bound),
+        bound_seconds=bound_of_all_plans(network, searched.bound),
         stopped=searched.stopped,
         history=searched.history,
         failures=searched.failures,
@@ -316,7 +316,7 @@ def _runnable(
     return _or_one_device(request, result) if result.fits else result
 
 
-def _bound_of_all_plans(network: CostNetwork, bound_seconds: float) -> float:
+def bound_of_all_plans(network: CostNetwork, bound_seconds: float) -> float:
     """Lower bound on all plans, given that on plans of the network's states.
 
     On large meshes axes are dealt out several at a time. The work of the kernels bounds the plans
