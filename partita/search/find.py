@@ -6,6 +6,7 @@ Stages, in order (`find`):
     network            candidates per operator and their costs (`search.network`)
     exact search       the least sum of costs within a budget of bytes (`search.elimination`)
     MCMC               the shortest simulated step, from several plans (`search.mcmc`)
+    rematerialization  runs of operators, if memory limits plans (`search.rematerialization`)
     memory check       real peak memory (`cost.memory`), which is no sum of parts
     pipeline stages    stages, microbatches and rematerialization (`search.pipelines`), optional
     placement          operators on slices of axes (`search.placement`), optional
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,9 +34,10 @@ from partita.cost.moves import Placement
 from partita.cost.predict import Prediction
 from partita.errors import MemoryBudgetError, PlanError
 from partita.graph.operator_graph import OperatorGraph
+from partita.graph.rematerialize import Run
 from partita.machine import Machine
 from partita.plans.baselines import baselines_of
-from partita.plans.layout import layout_of
+from partita.plans.layout import is_accelerated, layout_of
 from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Mesh, Plan, mesh_for
 from partita.search.base import Progress, Report, SearchResult
@@ -45,7 +47,20 @@ from partita.search.network import CostNetwork, build
 from partita.search.optional import PLACEMENT, STAGES, BestStep, OptionalPart
 from partita.search.pipelines import pipelines
 from partita.search.placement import placements
-from partita.search.portfolio import MIN_GAIN, SEARCHES, Limits, Search, elimination
+from partita.search.portfolio import (
+    MIN_GAIN,
+    SEARCHES,
+    Limits,
+    Search,
+    SearchSpace,
+    elimination,
+)
+from partita.search.rematerialization import (
+    activations_free,
+    groupings,
+    rematerialization_notes,
+    smallest_and_fastest,
+)
 from partita.simulation.base import SimulatedStep
 from partita.simulation.simulate import predicted
 from partita.units import format_bytes, format_seconds
@@ -58,6 +73,10 @@ BUDGETS = 6
 """Budgets of bytes that are tried until a plan fits in memory."""
 BUDGET_MARGIN = 0.98
 """Margin of a lowered budget: plans come in steps of bytes."""
+REMATERIALIZED_PLANS = 4
+"""Plans above the memory of a device, the fastest first, for which runs are rematerialized."""
+STATE_SHARES = (1.0, 0.7)
+"""Shares of the memory for variables alone, in plans whose activations may be rematerialized."""
 RUNNABLE_SHARE = 0.5
 """Share of the time limit for plans that can run, if stages and placement follow."""
 STAGES_SHARE = 0.6
@@ -313,6 +332,8 @@ def _runnable(
         failures=searched.failures,
     )
     result = _or_baseline(result, limit_bytes)
+    if max(peaks.values()) > limit_bytes and is_accelerated(request.graph):
+        result = _or_rematerialized(request, result, limits(limit_bytes), peaks)
     return _or_one_device(request, result) if result.fits else result
 
 
@@ -327,6 +348,80 @@ def bound_of_all_plans(network: CostNetwork, bound_seconds: float) -> float:
     machine = network.placement.machine
     kernels = lower_bound_seconds(network.terms, machine, network.placement.mesh.size)
     return min(bound_seconds, kernels)
+
+
+def _or_rematerialized(
+    request: _Request,
+    result: PlanResult,
+    limits: Limits,
+    peaks: Mapping[tuple[int, ...], int],
+) -> PlanResult:
+    """The result with rematerialization in the space, where memory limits plans without it.
+
+    `peaks`: states that were examined -> peak memory, bytes.
+    """
+    if request.machine.kinds or result.stopped:
+        return result
+    network, baselines = result.network, result.baselines
+    free = SearchSpace(activations_free(network), baselines.space.baselines)
+    bound = min(result.bound_seconds, elimination(free, limits).bound)
+    result = replace(result, bound_seconds=bound)
+    choices = groupings(request.graph, network.terms)
+    if not choices:
+        return result
+    states = [elimination(baselines.space, replace(limits, budget=np.inf)).states, *peaks]
+    for share in STATE_SHARES:
+        shared = replace(limits, budget=limits.budget * share)
+        states.append(elimination(free, shared).states)
+    large = [replace(plan, name="found") for plan, _ in baselines.values()]
+    large += [network.plan(one) for one in states if one not in baselines.states.values()]
+    return _fastest_rematerialized(request, result, large, choices)
+
+
+def _fastest_rematerialized(
+    request: _Request,
+    result: PlanResult,
+    plans: Sequence[Plan],
+    choices: Sequence[Sequence[Run]],
+) -> PlanResult:
+    """The result, or a faster one: a plan that is too large with some runs rematerialized."""
+    graph, machine, limit_bytes = request.graph, request.machine, request.limit_bytes
+    predictions: dict[str, tuple[Prediction, Plan]] = {}
+    for plan in plans:
+        key = f"{plan.choices} {plan.storage}"
+        if key not in predictions:
+            predictions[key] = (predicted(graph, machine, plan, result.network.terms), plan)
+    for prediction, plan in _hopeful(list(predictions.values()), limit_bytes):
+        if prediction.seconds >= _seconds_to_beat(result):
+            continue
+        smaller = smallest_and_fastest(graph, machine, plan, prediction, choices, limit_bytes)
+        smallest_bytes = min(result.smallest_bytes, smaller.peak_bytes)
+        result = replace(result, smallest_bytes=smallest_bytes)
+        if smaller.peak_bytes > limit_bytes:
+            continue
+        prediction = predicted(graph, machine, smaller.plan)
+        if prediction.seconds < _seconds_to_beat(result):
+            result = replace(result, plan=smaller.plan, prediction=prediction, fits=True)
+    return result
+
+
+def _hopeful(
+    plans: Sequence[tuple[Prediction, Plan]], limit_bytes: int
+) -> list[tuple[Prediction, Plan]]:
+    """The plans above a limit that may fit without activations: the fastest, and the smallest."""
+
+    def least_bytes(pair: tuple[Prediction, Plan]) -> float:
+        prediction, _ = pair
+        memory = prediction.memory
+        variables = memory.parameters + memory.optimizer + memory.state + memory.batch
+        activations = sum(operator.nbytes for operator in prediction.operators) - variables
+        return max(variables, memory.peak - activations)
+
+    large = [pair for pair in plans if pair[0].peak_bytes > limit_bytes >= least_bytes(pair)]
+    large.sort(key=lambda pair: pair[0].seconds)
+    tried = large[:REMATERIALIZED_PLANS]
+    rest = large[REMATERIALIZED_PLANS:]
+    return tried + ([min(rest, key=least_bytes)] if rest else [])
 
 
 def _search_within_memory(
@@ -538,6 +633,7 @@ def _noted(request: _Request, result: PlanResult) -> PlanResult:
     """The result with the notes of its plan, and its prediction and bounds in the plan."""
     notes = [*result.plan.notes, *request.graph.notes]
     notes += _speedup(request, result)
+    notes += rematerialization_notes(request.graph, request.machine, result.plan, result.prediction)
     if not is_one_program(result.plan):
         notes.append(IN_PIECES)
     else:

@@ -1,0 +1,76 @@
+"""Rematerialization in the search: only where memory needs it, and as little as it needs."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from partita.capture.program import capture_program
+from partita.machine import load
+from partita.planning import predict_plan
+from partita.search.find import capacity, find
+
+SAMPLES, WIDTH, HIDDEN, BLOCKS = 1 << 18, 64, 256, 6
+
+
+def step(parameters, x):
+    def loss(parameters):
+        h = x
+        for up, down in parameters:
+            h = h + jnp.tanh(h @ up) @ down
+        return jnp.mean(h**2)
+
+    value, gradients = jax.value_and_grad(loss)(parameters)
+    return jax.tree.map(lambda w, g: w - 0.1 * g, parameters, gradients), value
+
+
+@pytest.fixture(scope="module")
+def graph():
+    up = jax.ShapeDtypeStruct((WIDTH, HIDDEN), "float32")
+    down = jax.ShapeDtypeStruct((HIDDEN, WIDTH), "float32")
+    batch = jax.ShapeDtypeStruct((SAMPLES, WIDTH), "float32")
+    return capture_program(step, args=([(up, down)] * BLOCKS, batch), target="cuda").graph
+
+
+def machine_of(mebibytes):
+    return load("h100:2").revised(
+        {"device.memory.hbm.capacity": mebibytes << 20}, source="the test", status="assumed"
+    )
+
+
+@pytest.fixture(scope="module")
+def results(graph):
+    """MiB of a device -> the result of a search."""
+    sizes = (4096, 900, 720)
+    return {size: find(graph, machine_of(size), search="elimination") for size in sizes}
+
+
+def test_a_plan_that_fits_rematerializes_nothing(results):
+    assert results[4096].plan.recompute == ()
+    assert not any("rematerialization" in note for note in results[4096].plan.notes)
+
+
+def test_less_memory_rematerializes_more_and_is_slower(results):
+    fits, tight, tighter = results.values()
+    assert 1 <= len(tight.plan.recompute) <= len(tighter.plan.recompute)
+    assert fits.prediction.seconds < tight.prediction.seconds <= tighter.prediction.seconds
+    assert any("adds" in note and "frees" in note for note in tight.plan.notes)
+
+
+def test_the_plan_fits_and_its_prediction_is_that_of_the_simulator(graph, results):
+    for size in (900, 720):
+        result = results[size]
+        machine = machine_of(size)
+        assert result.fits
+        assert result.prediction.peak_bytes <= capacity(machine)
+        again = predict_plan(graph, machine, replace(result.plan, predicted={}))
+        assert again.peak_bytes == result.prediction.peak_bytes
+        assert again.seconds == pytest.approx(result.prediction.seconds, rel=1e-12)
+
+
+def test_the_bound_holds_for_plans_with_and_without_rematerialization(results):
+    free = results[4096]
+    for size in (900, 720):
+        assert results[size].bound_seconds <= results[size].prediction.seconds
+        assert results[size].bound_seconds <= free.prediction.seconds
