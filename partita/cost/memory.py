@@ -142,9 +142,17 @@ def memory(
 
 
 def _kernels(graph: OperatorGraph, fused: Fusion) -> int:
-    """The kernels of a program beside those of its loops, and without constants."""
-    roots = (graph.instructions[root] for root in fused.kernels)
-    return sum(root.trips == 1 and root.name not in GENERATED for root in roots)
+    """The kernels of a program beside those of its loops.
+
+    Constants that loops carry are no kernels, because compilers allocate them only.
+    """
+    carried = {loop_value[0] for loop in graph.loops for loop_value in loop.carried}
+    count = 0
+    for root in fused.kernels:
+        instruction = graph.instructions[root]
+        is_allocated = instruction.name in GENERATED and carried.issuperset(instruction.results)
+        count += instruction.trips == 1 and not is_allocated
+    return count
 
 
 def _work_space(graph: OperatorGraph, allocations: _Allocations, chosen: np.ndarray) -> np.ndarray:
@@ -788,12 +796,18 @@ class _Allocator:
             self._add(flipped.tensor, nbytes, flipped.available, flipped.instruction)
 
     def add_ordered_kernels(self) -> None:
-        """Adds the copies of variables that convolutions read, each for all that read it alike."""
+        """Adds the copies of variables that convolutions read, each for all that read it alike.
+
+        An input gradient reads the reversed kernel, for which cuDNN has a call of its own.
+        """
         times: dict[tuple[int, Sharding], list[int]] = defaultdict(list)
         for i, instruction in enumerate(self.graph.instructions):
             if instruction.name != "convolution" or i in self.program.kernel_gradients:
                 continue
             kernel = instruction.operands[1]
+            source = self.program.producer.get(kernel)
+            if source is not None and self.graph.instructions[source].name == "reverse":
+                kernel = self.graph.instructions[source].operands[0]
             if kernel in self.arguments:
                 sharding = self.targets.get((i, 1), self.layout.shardings[kernel])
                 times[kernel, sharding].append(i)

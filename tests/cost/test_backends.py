@@ -222,3 +222,25 @@ def test_the_weight_gradient_of_a_transposed_convolution_is_dense_on_a_gpu():
         local_flops(graph, plan.mesh, layout, machine.backend) for machine in (CPU, GPU)
     )
     assert filled - with_holes == pytest.approx(gradient.flops * ((7 / 4) ** 2 - 1))
+
+
+def test_a_gpu_keeps_a_copy_of_a_kernel_until_the_input_gradient():
+    kernel = jax.ShapeDtypeStruct((3, 3, 64, 64), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, 4, 4, 64), jnp.float32)
+
+    def convolution(x, kernel):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dims)
+
+    def step(kernels, images):
+        def loss(kernels):
+            return (convolution(convolution(images, kernels[0]), kernels[1]) ** 2).sum()
+
+        return jax.tree.map(jnp.subtract, kernels, jax.grad(loss)(kernels))
+
+    graph = capture_program(step, args=((kernel, kernel), images)).graph
+    plan = BASELINES["one device"](graph, GPU.name, mesh_of(GPU))
+    course = memory(graph, plan.mesh, layout_of(graph, plan), GPU.backend).course
+    _, second, *_ = (i for i, x in enumerate(graph.instructions) if x.name == "convolution")
+    kernel_bytes = 4 * 3 * 3 * 64 * 64
+    assert course[second + 1] - course[0] >= kernel_bytes
