@@ -6,13 +6,14 @@
 
 A run of three processes trains a network for some epochs. At a random moment of its training a
 random process gets SIGKILL, or SIGSTOP: it hangs then. Reported: runs that ended with the history of
-an uninterrupted run and with each batch seen once by callbacks, seconds from the signal to the next
-finished batch of a survivor, and of a hang the limit that the launcher has for it.
+an uninterrupted run and with each batch seen once by callbacks, and seconds from the signal to the
+next finished batch, which ends the longest pause of a survivor.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -64,7 +65,7 @@ class Result:
     difference: float
     """The largest relative difference of a loss."""
     seconds: float
-    """From the signal to the next finished batch of the last survivor."""
+    """From the signal to the end of the longest pause between two batches of a survivor."""
     output: str
 
 
@@ -123,7 +124,7 @@ def lose(
         times = [float(line.split()[1]) for line in _lines(folder / f"batches-{number}")]
         if number != victim:
             counts.append(len(times))
-            ends += [min([time for time in times if time > sent], default=float("inf"))]
+            ends.append(_end_of_pause(times, sent))
     difference = float("inf")
     if len(history) == len(straight):
         pairs = zip(history, straight, strict=True)
@@ -131,6 +132,15 @@ def lose(
     once = all(count == BATCHES * given.epochs for count in counts)
     is_equal = once and difference <= TOLERANCE
     return Result(is_equal, difference, max(ends) - sent, output + errors[-3000:])
+
+
+def _end_of_pause(times: list[float], sent: float) -> float:
+    """The end of the longest pause between two batches that ends after a moment."""
+    pauses = []
+    for begin, end in itertools.pairwise(times):
+        if end > sent:
+            pauses.append((end - max(begin, sent), end))
+    return max(pauses, default=(0.0, float("inf")))[1]
 
 
 def _lines(path: Path) -> list[str]:

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,8 @@ import keras
 import numpy as np
 
 from partita.errors import PartitaError
-from partita.execute.processes import alone, is_local, is_of_group, together, whole
+from partita.execute import members
+from partita.execute.processes import alone, is_first, is_local, is_of_group, together, whole
 from partita.files.checksums import (
     MODULUS,
     array_checksum,
@@ -75,6 +77,12 @@ class Checkpoint(keras.callbacks.Callback):
         self.every = every
         self._unsaved_epoch: int | None = None
         self._order_seed = 0
+        self._has_told = False
+        if members.generation():
+            raise PartitaError(
+                "A process was lost, and Orbax would wait for it. Make the Checkpoint before the "
+                "first fit, or use keras.callbacks.ModelCheckpoint."
+            )
         try:
             import orbax.checkpoint as ocp
         except ImportError:
@@ -96,7 +104,7 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         epoch = self._manager.latest_step()
         self._order_seed = int(np.random.randint(2**31))
-        if epoch is None:
+        if epoch is None or members.generation():
             return
         model: Any = self.model
         variables = self._variables()
@@ -150,6 +158,9 @@ class Checkpoint(keras.callbacks.Callback):
             self._unsaved_epoch = epoch
 
     def _save(self, epoch: int) -> None:
+        if members.generation():
+            self._tell_of_loss()
+            return
         values = {}
         description = {}
         for name, variable in self._variables().items():
@@ -179,6 +190,19 @@ class Checkpoint(keras.callbacks.Callback):
                 f"The checkpoint of epoch {epoch + 1} cannot be written to {str(self.folder)!r}: "
                 f"{_reason(error)}. {complete}; the model keeps its weights."
             ) from None
+
+    def _tell_of_loss(self) -> None:
+        """Warns once that nothing is saved any more: Orbax would wait for the lost process."""
+        if self._has_told or not is_first():
+            return
+        self._has_told = True
+        last = self._manager.latest_step()
+        state = "None is complete" if last is None else f"The last one is of epoch {last + 1}"
+        warnings.warn(
+            f"No checkpoints are written to {str(self.folder)!r} after the loss of a process. "
+            f"{state}. model.save and ModelCheckpoint still write.",
+            stacklevel=2,
+        )
 
     def _forget_first_epoch(self) -> None:
         """Keras has read it by now; another call of `fit` begins with an epoch of its own."""

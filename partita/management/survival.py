@@ -235,6 +235,9 @@ class Survival:
         while self._snapshots[-1].step > step:
             self._snapshots.pop()
         training.change_members(survivor_plan)
+        # Gloo waits 30 s for the others of a new group, who may compile longer than this one.
+        training.group.exchanged("survivors' program", "")
+        training.change_members(survivor_plan)
         state = training.with_leaves(state, self._snapshots[-1].leaves)
         steps = [each for each in self._replayed if each.step >= step]
         for each in steps:
