@@ -38,8 +38,9 @@ def ours(links: gnn.LinkSplit, seed: int, epochs: int) -> float:
     """Test AUC of Partita."""
     keras.utils.set_random_seed(seed)
     samples = links.samples(seed)
-    model = gnn.GCN(HIDDEN, EMBEDDED, dropout=0.0, links=True)
-    model.compile(keras.optimizers.Adam(RATE), "binary_crossentropy")
+    model = gnn.GCN(HIDDEN, EMBEDDED, dropout=0.0, links=True, output=None)
+    loss = keras.losses.BinaryCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(RATE, epsilon=1e-8), loss)
     for epoch in range(epochs):
         model.fit(links.samples(epoch), verbose=0)
     assert samples.test is not None and samples.labels is not None

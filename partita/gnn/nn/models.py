@@ -50,8 +50,9 @@ class ModelOptions(TypedDict, total=False):
                     results of all layers
     readout         'mean', 'sum' or 'max' over the vertices of each graph of a batch
                     (`gnn.batch`), then a dense layer to the classes
-    links           whether the last layer's `classes` features are embeddings, without an
-                    activation, and the output is the probability of each pair (`gnn.with_pairs`)
+    links           whether the last layer's `classes` features are embeddings, and the output is
+                    the probability of a link of each pair (`gnn.with_pairs`); its logit for
+                    output=None
     layer_options   options of every layer over the graph, such as {"improved": True}
     name, dtype     as in Keras
     """
@@ -99,7 +100,7 @@ class GraphModel(FullGraphTraining, keras.Model):
         self.dropout = dropout
         self.l2 = l2
         self.links = links
-        self.output_activation = None if links else output
+        self.output_activation = output
         self.hidden_activation = activation
         self.norm = _known("norm", norm, tuple(NORMS))
         self.jk = _known("jk", jk, JUMPS)
@@ -126,6 +127,11 @@ class GraphModel(FullGraphTraining, keras.Model):
             self.by_vertex = False
 
     @property
+    def last_activation(self) -> str | None:
+        """Activation of the last layer, none of embeddings."""
+        return None if self.links else self.output_activation
+
+    @property
     def leaves(self) -> bool:
         """Whether a dense layer to the classes follows the layers over the graph."""
         return self.jk is not None or self.readout is not None
@@ -140,7 +146,7 @@ class GraphModel(FullGraphTraining, keras.Model):
             hidden_activation = None if apart else self.hidden_activation
             options: dict[str, Any] = {
                 "units": units,
-                "activation": self.output_activation if last else hidden_activation,
+                "activation": self.last_activation if last else hidden_activation,
                 "kernel_regularizer": regularizer,
                 "name": f"conv_{i}",
             }
@@ -150,7 +156,7 @@ class GraphModel(FullGraphTraining, keras.Model):
         if self.leaves:
             self.leave_drop = VertexDropout(self.dropout, name="last_dropout")
             self.leave = keras.layers.Dense(
-                self.classes, activation=self.output_activation, name="leave"
+                self.classes, activation=self.last_activation, name="leave"
             )
 
     def conv(self, last: bool, **options: Any) -> layers.AbstractConv:
@@ -173,7 +179,10 @@ class GraphModel(FullGraphTraining, keras.Model):
     def stages(self) -> list[Stage]:
         """The model as functions of (x, graph, training), which a memory plan runs one by one."""
         stages = self._layer_stages()
-        return [*stages, LinkStage()] if self.links else stages
+        if not self.links:
+            return stages
+        name = None if self.output_activation is None else "sigmoid"
+        return [*stages, LinkStage(keras.activations.get(name))]
 
     def _layer_stages(self) -> list[Stage]:
         """The stages of the layers, and of the dense layer behind them."""

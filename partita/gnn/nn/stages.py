@@ -157,15 +157,16 @@ class ReadoutStage:
 
 @dataclass(frozen=True)
 class LinkStage:
-    """[rows, 1]: the probability of a link of each pair (`gnn.with_pairs`).
+    """[rows, 1]: the activation of the product u v of the rows of both ends of each pair.
 
-    It is the sigmoid of the product of the rows of both ends u and v. A pair receives their sum,
-    and |u + v|^2 = |u|^2 + |v|^2 + 2 u v.
+    A pair (`gnn.with_pairs`) receives their sum, and |u + v|^2 = |u|^2 + |v|^2 + 2 u v.
     """
+
+    activation: Callable[[Any], Any]
 
     def __call__(self, x: Any, graph: Block, training: bool) -> Any:
         rows = x.astype(jnp.float32)
         sums = graph.sum(jnp.concatenate([rows, rows * rows], axis=1), weighted=False)
         of_rows, of_squares = jnp.split(sums, 2, axis=1)
         products = (of_rows * of_rows - of_squares).sum(axis=1, keepdims=True) / 2
-        return keras.ops.sigmoid(products)
+        return self.activation(products)
