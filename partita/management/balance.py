@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ FEWEST_STEPS = 5
 MOST_STEPS = 200
 """Steps between two exchanges, at most."""
 OVERHEAD = 0.002
-"""Fraction of the time that exchanges may take."""
+"""Fraction of the time that exchanges may take, and readings of threads' times too."""
 LEAST_GAIN = 1.1
 """Predicted gain from which shares change."""
 NEARLY_FULL = 0.8
@@ -105,8 +105,12 @@ class Balance:
         """Why the step has no shares."""
         self._slow = SlowProcesses()
         self._correction = RecursiveLeastSquares(1, forgetting=0.9, prior=1.0)
+        self._stride = 1
+        """Steps between two readings of the threads' times."""
+        self._unread: list[float] = []
+        """Seconds of the steps since the last reading."""
         self._laps: list[tuple[float, ThreadTimes]] = []
-        """(seconds, times of threads) of the steps since the last exchange."""
+        """(seconds of a step, times of threads) of the readings since the last exchange."""
         self._next_round = 0
         self._round_seconds: deque[float] = deque([0.001], maxlen=10)
         """Of the last exchanges; most contain waiting for another process."""
@@ -143,9 +147,12 @@ class Balance:
         self, training: Training, key: Hashable, state: Any, batch: Any, seconds: float
     ) -> None:
         """Notes the times of the step, and of the work in front of it."""
-        times = self.clock.lap()
-        if key == self._key:
-            self._laps.append((seconds, times))
+        if key != self._key:
+            return
+        self._unread.append(seconds)
+        if len(self._unread) >= self._stride:
+            self._laps.append((mean(self._unread), self.clock.lap()))
+            self._unread = []
 
     def lost(self, training: Training, state: Any, error: LostProcessError) -> Any:
         """Cannot go on without a lost process."""
@@ -158,9 +165,13 @@ class Balance:
         self._forget(training)
 
     def _forget(self, training: Training) -> None:
+        """Begins to watch another program: new processes, or another plan."""
         self.shares = None
+        self._microbatches = 0
+        self._refused = ""
         self._slow = SlowProcesses()
         self._laps = []
+        self._unread = []
         self._change = None
         self._changes.restart()
         self._unexplained = None
@@ -200,6 +211,7 @@ class Balance:
         message = {
             "laps": laps,
             "round": min(self._round_seconds),
+            "reading": self.clock.seconds,
             "plan": plan,
             "now": start,
             "compile": training.compile_seconds,
@@ -223,6 +235,8 @@ class Balance:
             self._look_for_plans(training, key, [row[0][0] for row in rows])
         cost = max(value["round"] for value in values)
         self._next_round = training.step + _steps_between(cost, step_seconds)
+        reading = max(value["reading"] for value in values)
+        self._stride = _steps_between(reading, step_seconds, fewest=1)
         self._round_seconds.append(time.perf_counter() - start)
 
     def _decide(self, training: Training, key: Hashable, step_seconds: float) -> None:
@@ -379,8 +393,8 @@ class Balance:
             self.log.add(Decision(training.step, action, sentence, figures))
 
 
-def _steps_between(cost_seconds: float, step_seconds: float) -> int:
-    """Steps from one exchange to the next, for a cost of at most OVERHEAD.
+def _steps_between(cost_seconds: float, step_seconds: float, fewest: int = FEWEST_STEPS) -> int:
+    """Steps from one exchange or reading to the next, for a cost of at most OVERHEAD.
 
     >>> _steps_between(0.001, 0.1), _steps_between(0.001, 0.01), _steps_between(0.001, 0.0)
     (5, 50, 200)
@@ -388,7 +402,7 @@ def _steps_between(cost_seconds: float, step_seconds: float) -> int:
     if step_seconds <= 0:
         return MOST_STEPS
     steps = math.ceil(cost_seconds / (OVERHEAD * step_seconds))
-    return min(MOST_STEPS, max(FEWEST_STEPS, steps))
+    return min(MOST_STEPS, max(fewest, steps))
 
 
 def _text(owners: Sequence[int], shares: Sequence[int] | None) -> str:

@@ -54,7 +54,7 @@ class Group:
         for (seconds, _, _), stretch in zip(json.loads(value)["laps"], self.stretches, strict=True):
             laps.append([seconds, 0.05, 0.05 * (stretch - 1)])
         self.stretches = []
-        return [value, json.dumps({**json.loads(value), "laps": laps, "round": 0.0})]
+        return [value, json.dumps({**json.loads(value), "laps": laps})]
 
 
 class Training:
