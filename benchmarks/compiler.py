@@ -2,6 +2,7 @@
 devices that need not be here.
 
     python benchmarks/compiler.py --models resnet50,gpt --plans "data parallel,found"
+    python benchmarks/compiler.py --target h100 --plans "ZeRO-3,ZeRO-3 rematerialized"
     python benchmarks/compiler.py --target h100 --json rows.json --texts folder --continue
 
 Ratios are planned / compiled: a line per pair as it is done, then medians and worst cases. The
@@ -17,7 +18,7 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "jax"
@@ -33,6 +34,7 @@ from partita.capture.keras_models import capture_model
 from partita.capture.targets import CaptureTarget
 from partita.cost.collectives import collectives
 from partita.cost.memory import memory
+from partita.cost.terms import cost_terms
 from partita.cost.work import local_flops
 from partita.errors import PartitaError
 from partita.execute.compiled_work import work_of
@@ -42,10 +44,12 @@ from partita.execute.compilers.run import compile_program
 from partita.execute.emitted import collectives_of
 from partita.execute.hlo import HloModule
 from partita.execute.verify import compared_traffic
+from partita.graph.rematerialize import rematerialized
 from partita.machine import Machine, host, load
 from partita.plans.baselines import BASELINES
 from partita.plans.layout import layout_of
 from partita.search.find import find, mesh_of
+from partita.search.rematerialization import groupings
 
 IMAGES = (np.zeros((16, 64, 64, 3), "float32"), np.zeros(16, "int32"))
 MACHINES = {
@@ -203,6 +207,8 @@ MODELS = {
 }
 UNSEEN = {"unet", "vit", "mixer"}
 """Models from whose programs no rule of the cost model was made."""
+REMATERIALIZED = " rematerialized"
+"""End of the name of a plan whose runs, all of the longest ones, are rematerialized."""
 PLANS = ["data parallel", "ZeRO-3", "tensor parallel", "spatial", "found"]
 
 
@@ -253,7 +259,11 @@ def compared(captured, machine: Machine, target: str, model: str, plan_name: str
         if plan_name == "found":
             plan = find(graph, machine).plan
         else:
-            plan = BASELINES[plan_name](graph, machine.name, mesh_of(machine))
+            baseline = plan_name.removesuffix(REMATERIALIZED)
+            plan = BASELINES[baseline](graph, machine.name, mesh_of(machine))
+        if plan_name.endswith(REMATERIALIZED):
+            runs = groupings(graph, cost_terms(graph, machine.backend))[-1]
+            plan = replace(plan, recompute=runs)
         request = request_of(captured, plan, program_compiler(machine).target(machine))
         program = compile_program(request)
     except PartitaError as error:
@@ -261,6 +271,7 @@ def compared(captured, machine: Machine, target: str, model: str, plan_name: str
     if texts is not None:
         name = f"{target}-{model}-{plan_name.replace(' ', '-')}.hlo.gz"
         (texts / name).write_bytes(gzip.compress(program.text.encode(), mtime=0))
+    graph = rematerialized(graph, plan.recompute)
     layout = layout_of(graph, plan)
     module = HloModule.of(program.text)
     work = work_of(module)

@@ -4,9 +4,13 @@ variable.
     python benchmarks/equality.py --models 60 --plans 5            # 300 pairs in float32
     python benchmarks/equality.py --models 60 --plans 5 --float64  # the same in float64, to 1e-9
     python benchmarks/equality.py --models 100 --plans 3 --layers  # kinds of `layer_models.py`
+    python benchmarks/equality.py --models 60 --plans 5 --rematerialize
 
 With `--layers`, plans go beyond those of a search: every axis of a mesh of 2 to 8 devices splits
 any factor that it divides, in any order, and variables are stored over any free axes.
+
+With `--rematerialize`, random runs of operators are computed again in the backward pass. XLA:CPU
+merges a copy with its original if both are equal, so the results test the copies, not the memory.
 
 The optimizer is SGD with momentum, so that an updated variable and its slot are the gradient
 itself; Adam would turn the rounding of a gradient that is zero in mathematics (a bias before a
@@ -43,6 +47,7 @@ from partita.capture.keras_models import ModelVariables, capture_model
 from partita.errors import PlanError
 from partita.execute.program import planned_step
 from partita.graph.operator_graph import Argument, OperatorGraph
+from partita.graph.rematerialize import useful_runs
 from partita.plans.baselines import storage_for
 from partita.plans.check import check, illegal_reason
 from partita.plans.plan import Mesh, Plan, Storage, mesh_for
@@ -241,6 +246,19 @@ def random_plan(graph: OperatorGraph, mesh: Mesh, generator: random.Random) -> P
     return replace(plan, storage=storage)
 
 
+def with_random_runs(graph: OperatorGraph, plan: Plan, generator: random.Random) -> Plan:
+    """The plan with random rematerialized runs, of one to six operators."""
+    names = [operator.name for operator in graph.operators]
+    runs = []
+    first = 0
+    while first < len(names):
+        last = min(first + generator.randint(0, 5), len(names) - 1)
+        if generator.random() < 0.7:
+            runs.append((names[first], names[last]))
+        first = last + 1
+    return replace(plan, recompute=useful_runs(graph, runs))
+
+
 def any_plan(graph: OperatorGraph, mesh: Mesh, generator: random.Random) -> Plan:
     """A valid plan that a search need not consider: any factor on any axis, any storage."""
     choices = {}
@@ -315,7 +333,7 @@ def difference(left, right, precision: str) -> float:
 
 
 def pairs(
-    models: int, plans: int, precision: str, first: int = 0
+    models: int, plans: int, precision: str, first: int = 0, rematerialize: bool = False
 ) -> Iterator[tuple[str, Plan, float]]:
     """(name of the model, plan, difference) of every pair of a model and a plan of a search."""
     mesh = mesh_for((8,))
@@ -325,11 +343,13 @@ def pairs(
         generator = random.Random(1000 + seed)
         for _ in range(plans):
             plan = random_plan(comparison.captured.graph, mesh, generator)
+            if rematerialize:
+                plan = with_random_runs(comparison.captured.graph, plan, generator)
             yield f"model {seed}", plan, comparison.difference(plan, precision)
 
 
 def layer_pairs(
-    models: int, plans: int, precision: str, first: int = 0
+    models: int, plans: int, precision: str, first: int = 0, rematerialize: bool = False
 ) -> Iterator[tuple[str, Plan, float]]:
     """The same for the kinds of `layer_models.py`, under any valid plans of 2 to 8 devices."""
     for seed in range(first, first + models):
@@ -339,6 +359,8 @@ def layer_pairs(
         for _ in range(plans):
             mesh = mesh_for(generator.choice(MESHES))
             plan = any_plan(comparison.captured.graph, mesh, generator)
+            if rematerialize:
+                plan = with_random_runs(comparison.captured.graph, plan, generator)
             yield f"model {seed} ({case.kind})", plan, comparison.difference(plan, precision)
 
 
@@ -368,6 +390,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="first seed")
     parser.add_argument("--float64", action="store_true")
     parser.add_argument("--layers", action="store_true", help="models of layer_models.py")
+    parser.add_argument("--rematerialize", action="store_true", help="plans with random runs")
     arguments = parser.parse_args()
     precision = "float64" if arguments.float64 else "float32"
     if arguments.float64:
@@ -379,7 +402,9 @@ def main() -> int:
     failed = 0
     count = 0
     chosen = layer_pairs if arguments.layers else pairs
-    for name, plan, error in chosen(arguments.models, arguments.plans, precision, arguments.first):
+    for name, plan, error in chosen(
+        arguments.models, arguments.plans, precision, arguments.first, arguments.rematerialize
+    ):
         count += 1
         if count % 30 == 0:
             print(f"{count} pairs, largest {worst:.3g}", flush=True)

@@ -17,7 +17,7 @@ SMALL = {
     "compiler": ["--models", "lstm", "--plans", "ZeRO-3"],
     "data_parallel": ["--rounds", "1", "--samples", "64"],
     "damaged_files": ["--files", "64", "--writes", "8"],
-    "equality": ["--layers", "--models", "1", "--plans", "1", "--first", "4"],
+    "equality": ["--layers", "--models", "1", "--plans", "1", "--first", "4", "--rematerialize"],
     "gnn_exact": ["--parts", "2", "--partitioners", "edges", "--models", "gcn"],
     "gnn_memory": ["--models", "gcn", "--scale", "8", "--epochs", "3"],
     "hand_plans": ["--small"],
