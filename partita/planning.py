@@ -142,11 +142,11 @@ def _that_runs(
     from partita.execute.staged import in_pieces
 
     try:
-        _, cut, _ = in_pieces(captured, plan)
+        step = in_pieces(captured, plan)
     except PlanError as error:
         reason = str(error)
     else:
-        return _with_notes(result, changed_meanings(cut, plan))
+        return _with_notes(result, changed_meanings(step.cut, plan))
     seconds = format_seconds(result.prediction.seconds)
     try:
         other = without_stages()

@@ -165,7 +165,7 @@ def _work_space(graph: OperatorGraph, allocations: _Allocations, chosen: np.ndar
     if chosen.any():
         backward = [i for i, x in enumerate(graph.instructions) if x.phase == "backward"]
         first = int(allocations.start[chosen].min())
-        last = max(int(allocations.stop[chosen].max()), *backward[-1:])
+        last = max([int(allocations.stop[chosen].max()), *backward[-1:]])
         course[first : last + 1] = allocations.nbytes[chosen].max()
     return course
 

@@ -23,8 +23,8 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from partita.errors import PlanError
-from partita.execute.pieces import Cut, Piece
 from partita.graph.operator_graph import OperatorGraph, Phase
+from partita.plans.pieces import Cut, Piece
 from partita.plans.pipeline import order
 from partita.plans.plan import Plan
 
@@ -188,40 +188,16 @@ class _Dispatcher:
     # ------------------------------------------------------------------------------------- kinds
 
     @cached_property
-    def argument_of(self) -> dict[int, int]:
-        """Result -> the argument that it replaces, for state that changes."""
-        return {
-            a.result: a.tensor
-            for a in self.graph.arguments
-            if a.result is not None and a.result not in self.roles
-        }
-
-    @cached_property
-    def carried(self) -> dict[int, int]:
-        """Result of a repeated piece -> the argument that it replaces."""
-        return {
-            t: argument
-            for t, argument in self.argument_of.items()
-            if t in self.maker and self._piece_of(t).is_repeated
-        }
-
-    @cached_property
     def added(self) -> frozenset[int]:
         """Values of microbatches that the update reads added up."""
         if self.count == 1:
             return frozenset()
-        varying = self.cut.flow.of_batch | self.cut.flow.dependent(list(self.carried.values()))
-        added = set()
         for piece in self.cut.pieces:
-            if piece.is_repeated:
-                continue
-            for t in piece.reads:
+            for t in () if piece.is_repeated else piece.reads:
                 self._check_update_read(t)
-                is_repeated = t in self.maker and self._piece_of(t).is_repeated
-                if is_repeated and t in varying and t not in self.carried:
-                    self._check_floating(t)
-                    added.add(t)
-        return frozenset(added)
+        for t in sorted(self.cut.summed):
+            self._check_floating(t)
+        return self.cut.summed
 
     def _piece_of(self, tensor: int) -> Piece:
         return self.cut.pieces[self.maker[tensor]]
@@ -260,7 +236,7 @@ class _Dispatcher:
         return self._made(tensor, place, self.count - 1)
 
     def _read_state(self, argument: int, place: int, microbatch: int) -> Value:
-        is_carried = argument in self.carried.values()
+        is_carried = argument in self.cut.carried.values()
         home = self.cut.homes[argument]
         if is_carried and place == home:
             return Value(argument, place, max(microbatch, 0))
@@ -274,14 +250,14 @@ class _Dispatcher:
 
     def _made(self, tensor: int, place: int, microbatch: int) -> Value:
         """The value of a repeated piece."""
-        argument = self.carried.get(tensor)
+        argument = self.cut.carried.get(tensor)
         if argument is not None and place == self.cut.homes[argument]:
             return Value(argument, place, microbatch + 1)
         return Value(tensor, place, microbatch)
 
     def _initial(self, argument: int) -> Value:
         """State before the step."""
-        is_carried = argument in self.carried.values()
+        is_carried = argument in self.cut.carried.values()
         return Value(argument, self.cut.homes[argument], 0 if is_carried else STEP)
 
     # ------------------------------------------------------------------------------------ actions
@@ -438,7 +414,7 @@ class _Dispatcher:
     def _combination(self, tensor: int, whole_shape: tuple[int, ...]) -> Combination:
         """The rule for an output that every microbatch computes."""
         flow = self.cut.flow
-        state = [t for t in self.carried.values() if _is_floating(self.graph, t)]
+        state = [t for t in self.cut.carried.values() if _is_floating(self.graph, t)]
         if tensor in flow.dependent(state) or tensor not in flow.of_batch:
             return "last"
         shape = self.graph.tensors[tensor].shape
@@ -478,7 +454,7 @@ class _Dispatcher:
         if not piece.is_repeated:
             averaged = [n for n, t in enumerate(piece.reads) if t in self.added]
         donated = []
-        replaced = {self.argument_of.get(t) for t in piece.gives}
+        replaced = {self.cut.argument_of.get(t) for t in piece.gives}
         for position, t in enumerate(piece.reads):
             is_here = t in replaced and self.cut.homes.get(t) == piece.place
             if donate and is_here and self._is_read_last(number, position, last_reads):

@@ -14,9 +14,9 @@ from jax.extend.mlir import ir
 from partita.capture import stablehlo
 from partita.capture.jax_functions import Text
 from partita.execute.annotate import Annotator, join_split
-from partita.execute.phases import DataFlow, Statement
-from partita.execute.pieces import Piece
 from partita.graph.operator_graph import OperatorGraph, Tensor
+from partita.plans.phases import DataFlow, Statement
+from partita.plans.pieces import Piece
 
 
 def statements(source: bytes) -> tuple[Statement, ...]:

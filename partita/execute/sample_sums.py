@@ -31,10 +31,10 @@ from partita.capture import stablehlo
 from partita.capture.jax_functions import Captured, Text
 from partita.capture.reader import tensor_of
 from partita.errors import PlanError
-from partita.execute.phases import DataFlow
 from partita.execute.piece_text import statements
-from partita.execute.pieces import Piece, PiecePhase
 from partita.graph.operator_graph import OperatorGraph, Rule
+from partita.plans.phases import DataFlow
+from partita.plans.pieces import Piece, PiecePhase
 
 CONSTANT = "stablehlo.constant"
 FLOATING = ("float", "bfloat", "complex")
@@ -252,7 +252,7 @@ class _Splitter:
         self.part = part
         self.pairing = pairing
         self.parts = parts
-        self.flow = DataFlow(whole.graph, statements(whole.text.mlir_module_serialized))
+        self.flow = DataFlow.of(whole.graph)
         self.with_samples = pairing.with_samples
         self.of_samples: set[int] = set()
         """Statements."""

@@ -9,7 +9,7 @@ places work at the same time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -18,28 +18,86 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from partita.capture.jax_functions import Captured
+from partita.capture.jax_functions import Captured, Text
 from partita.execute import members
 from partita.execute.annotate import Annotator
 from partita.execute.dispatch import (
     Dispatch,
     Output,
-    PieceRole,
     RunAction,
     TransferAction,
     Value,
     dispatch,
 )
 from partita.execute.microbatches import microbatch_of
-from partita.execute.phases import DataFlow
-from partita.execute.piece_text import aval, piece_text, statements
-from partita.execute.pieces import Cut, Piece, cut
+from partita.execute.piece_function import piece_function
+from partita.execute.piece_text import aval, piece_text
 from partita.execute.processes import alone, digest, put, same
 from partita.execute.sharding import device_mesh, named_sharding
 from partita.execute.transport import Between, Local, SharedOutput
-from partita.plans.layout import Layout, layout_of, layout_over
+from partita.plans.layout import Layout, layout_of, layout_over, shard_bytes
+from partita.plans.phases import DataFlow
+from partita.plans.pieces import Cut, cut
 from partita.plans.pipeline import Place
 from partita.plans.plan import Mesh, Plan
+
+
+@dataclass(frozen=True)
+class PlaceLayout:
+    """The mesh of a place, and the layout of values there."""
+
+    mesh: Mesh
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class StepInPieces:
+    """A step cut into pieces under a plan. It needs no devices."""
+
+    captured: Captured
+    """The step on the whole batch."""
+    plan: Plan
+    microbatch: Captured
+    """The step on one microbatch, which is cut."""
+    cut: Cut
+    dispatch: Dispatch
+    layout: Layout
+    """Sharding of every tensor of `microbatch`, over all axes of the plan."""
+    layouts: tuple[PlaceLayout, ...]
+    """[place]: its mesh, and the layout there."""
+
+    def nbytes(self, value: Value) -> int:
+        """Bytes of one device for a value."""
+        tensor = self.cut.argument_of.get(value.tensor, value.tensor)
+        return self._nbytes[value.place][tensor]
+
+    @cached_property
+    def _nbytes(self) -> list[list[int]]:
+        graph = self.cut.flow.graph
+        return [shard_bytes(graph, place.mesh, place.layout) for place in self.layouts]
+
+    def others(self, piece: int) -> tuple[int, ...]:
+        """Positions of a piece's arguments that are not donated."""
+        return self._others[piece]
+
+    @cached_property
+    def _others(self) -> list[tuple[int, ...]]:
+        result = []
+        for piece, role in zip(self.cut.pieces, self.dispatch.roles, strict=True):
+            donated = set(role.donated)
+            result.append(tuple(n for n in range(len(piece.reads)) if n not in donated))
+        return result
+
+    def text(self, number: int) -> Text:
+        """The program of a piece, with the layout inside its place written into it."""
+        piece = self.cut.pieces[number]
+        place = self.layouts[piece.place]
+        annotator = None
+        graph = self.cut.flow.graph
+        if place.mesh.axes:
+            annotator = Annotator(graph, place.mesh, place.layout, is_whole=False)
+        name = f"{piece.phase}_{number}_of_place_{piece.place}"
+        return piece_text(self.microbatch.text, self.cut.flow, piece, name, annotator)
 
 
 @dataclass(frozen=True)
@@ -106,19 +164,10 @@ class StagedProgram:
 
 
 @dataclass(frozen=True)
-class StagedStep:
+class StagedStep(StepInPieces):
     """A step that runs in pieces: `step(state, batch) -> (outputs, state)`."""
 
-    captured: Captured
-    """The step on the whole batch."""
-    plan: Plan
-    microbatch: Captured
-    """The step on one microbatch, which is cut."""
-    cut: Cut
-    dispatch: Dispatch
     places: tuple[PlaceDevices, ...]
-    layout: Layout
-    """Sharding of every tensor of `microbatch`, over all axes of the plan."""
     mesh: jax.sharding.Mesh
     """All devices."""
     donates: bool = True
@@ -228,18 +277,6 @@ class StagedStep:
 
     # ------------------------------------------------------------------------------------- programs
 
-    def others(self, piece: int) -> tuple[int, ...]:
-        """Positions of a piece's arguments that are not donated."""
-        return self._others[piece]
-
-    @cached_property
-    def _others(self) -> list[tuple[int, ...]]:
-        result = []
-        for piece, role in zip(self.cut.pieces, self.dispatch.roles, strict=True):
-            donated = set(role.donated)
-            result.append(tuple(n for n in range(len(piece.reads)) if n not in donated))
-        return result
-
     @cached_property
     def is_awaited(self) -> bool:
         """Whether Python waits for every piece: on a CPU, pieces with collectives that overlap take
@@ -278,16 +315,10 @@ class StagedStep:
         piece = self.cut.pieces[number]
         role = self.dispatch.roles[number]
         place = self.places[piece.place]
-        name = f"{piece.phase}_{number}_of_place_{piece.place}"
-        annotator = None
-        graph = self.cut.flow.graph
-        if place.mesh.axes:
-            annotator = Annotator(graph, place.mesh, place.layout, is_whole=False)
-        text = piece_text(self.microbatch.text, self.cut.flow, piece, name, annotator)
-        function = _function(
-            text.call, piece, role, self.others(number), 1 / self.plan.microbatches
-        )
-        function.__name__ = name
+        text = self.text(number)
+        scale = 1 / self.plan.microbatches
+        function = piece_function(text.call, len(piece.reads), role, scale)
+        function.__name__ = text.fun_name
         given = [place.sharding(piece.gives[n]) for n in role.raw]
         totals = [place.sharding(piece.gives[n]) for n in role.sums]
         step = jax.jit(function, out_shardings=(given, totals), donate_argnums=(0, 2))
@@ -301,28 +332,6 @@ class StagedStep:
         shape = aval(self.cut.flow.graph.tensors[tensor])
         sharding = self.places[place].sharding(tensor)
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-
-def _function(
-    call: Callable[..., Any],
-    piece: Piece,
-    role: PieceRole,
-    others: Sequence[int],
-    scale: float,
-) -> Callable[..., Any]:
-    """A piece as a function (donated, other arguments, sums) -> (values, new sums)."""
-    averaged = set(role.averaged)
-
-    def run(donated: Any, other: Any, sums: Any) -> tuple[list[Any], list[Any]]:
-        arguments: list[Any] = [None] * len(piece.reads)
-        for position, x in zip((*role.donated, *others), (*donated, *other), strict=True):
-            is_sum = position in averaged
-            arguments[position] = x * jnp.asarray(scale, x.dtype) if is_sum else x
-        results = call(arguments)
-        totals = [total + results[n] for n, total in zip(role.sums, sums, strict=True)]
-        return [results[n] for n in role.raw], totals
-
-    return run
 
 
 def _combined(output: Output, values: dict[Value, Any]) -> Any:
@@ -342,21 +351,33 @@ def _mean(arrays: Sequence[Any]) -> Any:
     return sum(arrays) / len(arrays)
 
 
-def in_pieces(
-    captured: Captured, plan: Plan, donate: bool = True
-) -> tuple[Captured, Cut, Dispatch]:
-    """(the step on a microbatch, its pieces, the actions of a step) under a plan; no devices.
+def in_pieces(captured: Captured, plan: Plan, donate: bool = True) -> StepInPieces:
+    """The captured step, cut into pieces under a plan.
 
+    With `donate`, pieces reuse the memory of old state.
     PlanError if the step cannot be cut where the plan says, or cannot run in its microbatches.
     """
     microbatch = microbatch_of(captured, plan)
     graph = microbatch.graph
-    flow = DataFlow(graph, statements(microbatch.text.mlir_module_serialized))
-    pieces = cut(flow, plan)
+    layout = layout_of(graph, plan)
+    pieces = cut(DataFlow.of(graph), plan, shard_bytes(graph, plan.mesh, layout))
     whole = captured.graph
     count = len(whole.outputs) - len(jax.tree.leaves(captured.state))
     shapes = [whole.tensors[t].shape for t in whole.outputs[:count]]
-    return microbatch, pieces, dispatch(pieces, plan, shapes, donate)
+    layouts = []
+    for place in pieces.places:
+        slices = dict(place)
+        mesh = Mesh(tuple(axis for axis in plan.mesh.axes if axis.name not in slices))
+        layouts.append(PlaceLayout(mesh, layout_over(layout, plan.mesh, mesh)))
+    return StepInPieces(
+        captured=captured,
+        plan=plan,
+        microbatch=microbatch,
+        cut=pieces,
+        dispatch=dispatch(pieces, plan, shapes, donate),
+        layout=layout,
+        layouts=tuple(layouts),
+    )
 
 
 def staged_step(
@@ -369,34 +390,17 @@ def staged_step(
 
     PlanError if the step cannot be cut where the plan says.
     """
-    microbatch, pieces, actions = in_pieces(captured, plan, donate)
-    graph = microbatch.graph
+    step = in_pieces(captured, plan, donate)
     mesh = device_mesh(plan.mesh, devices)
-    layout = layout_of(graph, plan)
-    replaced = {a.result: a.tensor for a in graph.arguments if a.result is not None}
     places = []
-    for place in pieces.places:
-        places.append(_place_devices(place, plan.mesh, layout, mesh, replaced))
-    return StagedStep(
-        captured=captured,
-        plan=plan,
-        microbatch=microbatch,
-        cut=pieces,
-        dispatch=actions,
-        places=tuple(places),
-        layout=layout,
-        mesh=mesh,
-        donates=donate,
-    )
+    for place, layout in zip(step.cut.places, step.layouts, strict=True):
+        grid = _devices(place, plan.mesh, mesh)
+        places.append(PlaceDevices(layout.mesh, layout.layout, grid, step.cut.argument_of))
+    values = {f.name: getattr(step, f.name) for f in fields(step)}
+    return StagedStep(**values, places=tuple(places), mesh=mesh, donates=donate)
 
 
-def _place_devices(
-    place: Place,
-    mesh: Mesh,
-    layout: Layout,
-    devices: jax.sharding.Mesh,
-    replaced: dict[int, int],
-) -> PlaceDevices:
+def _devices(place: Place, mesh: Mesh, devices: jax.sharding.Mesh) -> jax.sharding.Mesh:
     """The devices of a place: the slices of the mesh that its operators are on."""
     slices = dict(place)
     axes = tuple(axis for axis in mesh.axes if axis.name not in slices)
@@ -404,6 +408,4 @@ def _place_devices(
     grid = devices.devices[index] if mesh.axes else devices.devices
     names = tuple(axis.name for axis in axes) or ("a",)
     grid = np.array(grid, dtype=object).reshape([axis.size for axis in axes] or [1])
-    own_devices = jax.sharding.Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
-    own_mesh = Mesh(axes)
-    return PlaceDevices(own_mesh, layout_over(layout, mesh, own_mesh), own_devices, replaced)
+    return jax.sharding.Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))

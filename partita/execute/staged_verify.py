@@ -1,24 +1,23 @@
 """The compiled pieces of a step beside its plan: memory and traffic of the devices.
 
-The compiler sees one piece at a time. The memory of a place is followed over the actions of a step:
-the values that are alive, and inside each piece its temporaries and new results by the compiler.
+The compiler sees one piece at a time, so the memory of a place is followed over the actions of a
+step (`execute.piece_memory`).
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from typing import Any
 
 from partita.cost.collectives import collectives
 from partita.errors import MemoryBudgetError
 from partita.execute.devices import detect
-from partita.execute.dispatch import RunAction, Value, changed_meanings
+from partita.execute.dispatch import RunAction, changed_meanings
 from partita.execute.emitted import emitted
-from partita.execute.piece_text import aval
+from partita.execute.piece_memory import PieceBytes, compiled_peaks
 from partita.execute.processes import alone, exchanged
-from partita.execute.staged import StagedProgram, StagedStep
+from partita.execute.staged import StagedProgram, StagedStep, StepInPieces
 from partita.execute.verification import Traffic, Verification
 from partita.machine import Machine
 from partita.plans.adapt import fit_mesh
@@ -85,57 +84,28 @@ def place_peaks(step: StagedStep, program: StagedProgram) -> list[int]:
 
 def _own_peaks(step: StagedStep, program: StagedProgram) -> list[int]:
     """Per place of this process the peak memory of a device in bytes; 0 for other places."""
-    alive: dict[Value, int] = {}
-    used = [0] * len(step.places)
-    peaks = [0] * len(step.places)
-
-    def add(value: Value) -> None:
-        if value not in alive:
-            alive[value] = _shard_bytes(step, value)
-            used[value.place] += alive[value]
-
-    for value in (*step.dispatch.state.values(), *step.dispatch.batch):
-        add(value)
-    for action in step.dispatch.actions:
-        if isinstance(action, RunAction):
-            place = step.cut.pieces[action.piece].place
-            if not step.places[place].is_here:
-                continue
-            analysis = program.programs[action.piece].memory_analysis()
-            for value in action.sums:
-                add(value)
-            new_bytes = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-            needed = used[place] + analysis.temp_size_in_bytes + new_bytes
-            peaks[place] = max(peaks[place], needed)
-            role = step.dispatch.roles[action.piece]
-            for n in role.donated:
-                used[place] -= alive.pop(action.reads[n], 0)
-            for value in action.gives:
-                add(value)
-        else:
-            add(action.target)
-            place = action.target.place
-        for value in action.frees:
-            used[value.place] -= alive.pop(value, 0)
-        peaks[place] = max(peaks[place], used[place])
-    return [peak if place.is_here else 0 for peak, place in zip(peaks, step.places, strict=True)]
+    pieces: list[PieceBytes | None] = []
+    for piece_program in program.programs:
+        if piece_program is None:
+            pieces.append(None)
+            continue
+        analysis = piece_program.memory_analysis()
+        new_bytes = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        pieces.append(PieceBytes(analysis.temp_size_in_bytes, new_bytes))
+    peaks = compiled_peaks(step, pieces)
+    return [
+        peak.nbytes if place.is_here else 0 for peak, place in zip(peaks, step.places, strict=True)
+    ]
 
 
-def transfer_bytes(step: StagedStep) -> int:
+def transfer_bytes(step: StepInPieces) -> int:
     """Bytes that go from place to place in one step, of all devices."""
     total = 0
     for action in step.dispatch.actions:
         if not isinstance(action, RunAction):
-            devices = step.places[action.target.place].mesh.size
-            total += _shard_bytes(step, action.target) * devices
+            devices = step.layouts[action.target.place].mesh.size
+            total += step.nbytes(action.target) * devices
     return total
-
-
-def _shard_bytes(step: StagedStep, value: Value) -> int:
-    """Bytes of one device for a value."""
-    shape = aval(step.cut.flow.graph.tensors[value.tensor])
-    sharding = step.places[value.place].sharding(value.tensor)
-    return math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
 
 
 def _traffic(step: StagedStep, program: StagedProgram, backend: Any) -> tuple[Traffic, ...]:

@@ -22,9 +22,9 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from partita.execute import members
 from partita.execute.dispatch import TransferAction, Value
-from partita.execute.phases import DataFlow
 from partita.execute.piece_text import aval
 from partita.execute.processes import channel, replicated
+from partita.plans.phases import DataFlow
 
 Index = tuple[tuple[int, int], ...]
 """Per dim the first and the last element of a shard, the last one excluded."""

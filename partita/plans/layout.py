@@ -93,6 +93,15 @@ def operator_assignments(graph: OperatorGraph, plan: Plan) -> tuple[Assignment, 
     return tuple(assignments)
 
 
+def shard_bytes(graph: OperatorGraph, mesh: Mesh, layout: Layout) -> list[int]:
+    """Per tensor the bytes of a device's shard."""
+    nbytes = []
+    for tensor, sharding in zip(graph.tensors, layout.shardings, strict=True):
+        shards = math.prod(mesh.sizes[axis] for axes in sharding for axis in axes)
+        nbytes.append(-(-tensor.nbytes // shards))
+    return nbytes
+
+
 @lru_cache(maxsize=1 << 16)
 def spare_axes(
     shape: tuple[int, ...],

@@ -16,13 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 
 from partita.cost.collectives import Collective, collectives
 from partita.cost.evaluate import PARTS, OperatorCost, compute_source, operator_costs
-from partita.cost.memory import KINDS, PeakMemory, memory
+from partita.cost.memory import KINDS, memory
 from partita.cost.moves import (
     Placement,
     group_of,
@@ -36,9 +35,11 @@ from partita.cost.work import local_flops
 from partita.errors import PlanError
 from partita.graph.operator_graph import Label, OperatorGraph
 from partita.machine import Machine
-from partita.plans.layout import Layout, label_sharding, layout_of
+from partita.plans.layout import Layout, label_sharding, layout_of, shard_bytes
+from partita.plans.phases import DataFlow
+from partita.plans.pieces import Cut, cut
 from partita.plans.pipeline import (
-    in_flight,
+    is_one_program,
     operator_stages,
     rematerialized_runs,
     stage_axes,
@@ -55,24 +56,13 @@ from partita.simulation.pipeline_tasks import (
     Transfer,
     pipeline_tasks,
 )
+from partita.simulation.stage_memory import PieceMemories, StageMemory
 from partita.simulation.structure import Slot, step_structure
 from partita.simulation.tasks import slot_seconds, step_tasks
 from partita.simulation.timeline import KERNELS, LINKS, Span, Timeline
 
-LASTING_KINDS = ("parameters", "optimizer", "state", "batch")
-"""Kinds of memory that a device has during the whole step."""
 DISPATCH_SECONDS = 1e-4
 """Python's time to run a piece of some twenty arrays, seconds (`benchmarks/staged_overhead.py`)."""
-
-
-class StageMemory(NamedTuple):
-    """Peak memory of a device of one stage.
-
-    `microbatch_bytes` of it are those of each microbatch in flight.
-    """
-
-    peak: PeakMemory
-    microbatch_bytes: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,18 +279,35 @@ class PipelinedStep(SimulatedStep):
         return self.times.seconds
 
     @cached_property
+    def cut(self) -> Cut:
+        """The pieces of the step."""
+        nbytes = shard_bytes(self.graph, self.stage_plan.mesh, self.layout)
+        return cut(DataFlow.of(self.graph), self.plan, nbytes)
+
+    @cached_property
     def memories(self) -> list[StageMemory]:
-        """[stage]: peak memory of a device. Stages of equal operators have the same."""
-        cache: dict[tuple[object, ...], StageMemory] = {}
-        memories = []
-        for stage in range(self.stages):
-            members = self._members(stage)
-            relative_runs = tuple(self.run_of[o] - self.run_of[members[0]] for o in members)
-            key = (in_flight(self.plan, stage), self._content(members), relative_runs)
-            if key not in cache:
-                cache[key] = self._stage_memory(stage)
-            memories.append(cache[key])
-        return memories
+        """[stage]: peak memory of a device."""
+        if is_one_program(self.plan):
+            mesh = self.stage_plan.mesh
+            machine = self.machine
+            peak = memory(
+                self.graph, mesh, self.layout, machine.backend, None, machine.memory_bytes
+            )
+            return [StageMemory(peak, float(peak.activations))]
+        return PieceMemories(
+            cut=self.cut,
+            plan=self.plan,
+            mesh=self.stage_plan.mesh,
+            layout=self.layout,
+            backend=self.machine.backend,
+            content=self._stage_content,
+        ).stages()
+
+    def _stage_content(self, stage: int) -> tuple[object, ...]:
+        """A key of a stage's operators and rematerialized runs."""
+        members = self._members(stage)
+        relative_runs = tuple(self.run_of[o] - self.run_of[members[0]] for o in members)
+        return self._content(members), relative_runs
 
     @property
     def fullest(self) -> int:
@@ -311,98 +318,6 @@ class PipelinedStep(SimulatedStep):
     def peak_bytes(self) -> int:
         return self.memories[self.fullest].peak.peak
 
-    def _stage_memory(self, stage: int) -> StageMemory:
-        members = self._members(stage)
-        if all(self.run_of[o] < 0 for o in members):
-            return self._stored_memory(stage, members)
-        return self._rematerialized_memory(stage, members)
-
-    def _stored_memory(self, stage: int, members: Sequence[int]) -> StageMemory:
-        """Memory without rematerialization: the peak of one microbatch, and the activation memory
-        of each other one in flight.
-        """
-        received_bytes = 0.0
-        for edge, transfer in self.transfers.items():
-            if edge.target == stage and edge.phase == "forward":
-                received_bytes += transfer.nbytes
-        one = self._peak_of(members)
-        microbatch_bytes = self._activation_bytes(members) + received_bytes
-        others = in_flight(self.plan, stage) - 1
-        peak = replace(
-            one,
-            peak=int(one.peak + received_bytes + others * microbatch_bytes),
-            activations=int(one.activations + received_bytes + others * microbatch_bytes),
-        )
-        return StageMemory(peak, microbatch_bytes)
-
-    def _rematerialized_memory(self, stage: int, members: Sequence[int]) -> StageMemory:
-        """Memory with rematerialization.
-
-        The sum of variables and gradients, of the values that enter every run for each microbatch
-        in flight, and of the values of the largest run while it is rematerialized and
-        differentiated.
-        """
-        runs: dict[int, list[int]] = defaultdict(list)
-        for o in members:
-            runs[self.run_of[o]].append(o)
-        parts = self._peaks_of_runs(list(runs.values()))
-        lasting = {kind: sum(getattr(part, kind) for part in parts) for kind in LASTING_KINDS}
-        gradients = self._gradient_bytes(members)
-        working_bytes = []
-        for number, part in zip(runs, parts, strict=True):
-            lasting_bytes = sum(getattr(part, kind) for kind in LASTING_KINDS)
-            stored_bytes = 0.0  # counted in `microbatch_bytes`
-            if number < 0:
-                stored_bytes = min(self._activation_bytes(runs[number]), part.activations)
-            working_bytes.append(part.peak - lasting_bytes - stored_bytes)
-        largest = max(range(len(parts)), key=working_bytes.__getitem__)
-        entering_bytes = 0
-        for (run_stage, _), nbytes in self.entering.items():
-            if run_stage == stage:
-                entering_bytes += nbytes
-        microbatch_bytes = entering_bytes + self._activation_bytes(runs.get(-1, ()))
-        flying_bytes = in_flight(self.plan, stage) * microbatch_bytes
-        fixed_bytes = sum(lasting.values()) + gradients
-        part = parts[largest]
-        peak = PeakMemory(
-            peak=int(fixed_bytes + flying_bytes + working_bytes[largest]),
-            **lasting,
-            activations=int(flying_bytes) + part.activations,
-            gradients=gradients,
-            temporaries=part.temporaries + part.gradients,
-            operator=part.operator,
-            course=part.course,
-        )
-        return StageMemory(peak, microbatch_bytes)
-
-    @cached_property
-    def entering(self) -> dict[tuple[int, int], float]:
-        """(stage, rematerialized run) -> bytes of a microbatch's values that enter the run in the
-        forward pass.
-        """
-        by_tensor: dict[tuple[int, int, int], float] = {}
-        for move in self.terms.edges:
-            stage = self.stage_of[move.reader]
-            number = self.run_of[move.reader]
-            same_run = self.run_of[move.home] == number and self.stage_of[move.home] == stage
-            forward = move.phase == move.read_phase == "forward"
-            if number >= 0 and forward and not same_run:
-                key = (stage, number, move.tensor)
-                nbytes = self._local_bytes(
-                    move.nbytes,
-                    move.dims[0],
-                    move.home,
-                )
-                by_tensor[key] = max(by_tensor.get(key, 0.0), nbytes)
-        entering: dict[tuple[int, int], float] = defaultdict(float)
-        for (stage, number, _), nbytes in by_tensor.items():
-            entering[stage, number] += nbytes
-        return entering
-
-    def _activation_bytes(self, operators: Sequence[int]) -> float:
-        """Activation memory of operators for one microbatch."""
-        return sum(float(self.costs[o].activation_bytes[0]) for o in operators)
-
     def _gradient_bytes(self, operators: Sequence[int]) -> int:
         """Bytes of the gradients of operators' variables."""
         nbytes = 0.0
@@ -410,34 +325,6 @@ class PipelinedStep(SimulatedStep):
             for variable in self.terms.operators[o].stored:
                 nbytes += self._local_bytes(variable.nbytes, variable.label, o)
         return int(nbytes)
-
-    def _peaks_of_runs(self, runs: Sequence[Sequence[int]]) -> list[PeakMemory]:
-        """Peak memory of a device that runs one microbatch of each run alone; equal runs are
-        computed once.
-        """
-        peaks = []
-        for operators in runs:
-            key = self._content(operators)
-            if key not in self._peak_cache:
-                self._peak_cache[key] = self._peak_of(operators)
-            peaks.append(self._peak_cache[key])
-        return peaks
-
-    @cached_property
-    def _peak_cache(self) -> dict[tuple[object, ...], PeakMemory]:
-        return {}
-
-    def _peak_of(self, operators: Sequence[int]) -> PeakMemory:
-        """Peak memory of a device that runs one microbatch of these operators."""
-        every_operator = len(operators) == len(self.stage_of)
-        return memory(
-            self.graph,
-            self.stage_plan.mesh,
-            self.layout,
-            self.machine.backend,
-            None if every_operator else frozenset(operators),
-            self.machine.memory_bytes,
-        )
 
     def _content(self, operators: Sequence[int]) -> tuple[object, ...]:
         """A key of operators, the same for equal ones that are split and stored alike."""

@@ -16,10 +16,11 @@ from partita.capture.functions import call_of, capture_call
 from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import ModelVariables, capture_model
 from partita.errors import PlanError
+from partita.execute.devices import detect
 from partita.execute.dispatch import TransferAction, changed_meanings
 from partita.execute.program import runnable_step
 from partita.execute.staged import StagedStep, in_pieces
-from partita.execute.staged_verify import check_staged, place_peaks, transfer_bytes
+from partita.execute.staged_verify import check_staged, place_peaks, planned_peaks, transfer_bytes
 from partita.plans.baselines import BASELINES
 from partita.plans.plan import Axis, Mesh, Plan
 
@@ -222,6 +223,8 @@ def test_a_stage_stores_its_own_variables_and_the_compiler_counts_them():
     whole = sum(graph.tensors[a.tensor].nbytes for a in graph.arguments if a.role != "batch")
     assert sum(stored) == whole and min(stored) > whole / 4
     assert all(peak > nbytes for peak, nbytes in zip(peaks, stored, strict=True))
+    planned = planned_peaks(step, detect(2))
+    assert np.array(planned) / peaks == pytest.approx(1, abs=0.25)
     verified = check_staged(step, step.program)
     assert verified.peak_bytes == max(peaks)
     assert "between device groups:" in str(verified)
@@ -323,7 +326,7 @@ def test_layers_that_see_a_microbatch_are_named_with_the_compilers_figures():
     model = compiled(layers.Dense(8, name="out")(x), inputs)
     graph = capture_model(model, batch(model)).graph
     plan = stages_plan(graph, halves(graph), microbatches=4)
-    _, pieces, _ = in_pieces(capture_model(model, batch(model)), plan)
+    pieces = in_pieces(capture_model(model, batch(model)), plan).cut
     statistics, draws = changed_meanings(pieces, plan)
     assert statistics == (
         "'norm' normalizes over a microbatch of 2, and updates its moving statistics 4 times per "

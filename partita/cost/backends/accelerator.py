@@ -29,6 +29,8 @@ class XlaAccelerator(Compiler):
             early_zeros=False,
             pool_positions=False,
             early_reductions=False,
+            early_runs=False,
+            copied_slots=False,
         )
 
     @property

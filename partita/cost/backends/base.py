@@ -51,6 +51,11 @@ class Buffers:
     """The backward pass of pooling by maximum stores the positions of maxima."""
     early_reductions: bool
     """A metric is computed as soon as its operand exists, not in the order of the program."""
+    early_runs: bool
+    """Rematerialized values are computed as soon as their operands exist, all runs at once. If
+    False: a run is computed just before its first reader."""
+    copied_slots: bool
+    """An update copies optimizer slots that a kernel reads after they are replaced."""
     ordered_kernels: bool = False
     """Convolutions read a variable in a copy with its dims in another order, which stays in memory
     from the first convolution to the last."""

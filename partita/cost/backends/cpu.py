@@ -25,12 +25,17 @@ class XlaCpu(Compiler):
 
     @property
     def buffers(self) -> Buffers:
-        """Zeros and positions of maxima, and transposed copies if the description says so."""
+        """Zeros and positions of maxima, and transposed copies if the description says so.
+
+        It schedules breadth-first, so that kernels run at the same time.
+        """
         return Buffers(
             self.backend.transposed_copies,
             early_zeros=True,
             pool_positions=True,
             early_reductions=False,
+            early_runs=True,
+            copied_slots=True,
         )
 
     @property

@@ -12,7 +12,7 @@ statements of equal dependence:
 | backward | on the batch, and labelled so or between two gradients | per microbatch |
 | update | all others | once per step |
 
-Not here: where a statement runs (`execute.pieces`).
+Not here: where a statement runs (`plans.pieces`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from partita.graph.operator_graph import Instruction, OperatorGraph, constant_tensors
+from partita.graph.operator_graph import (
+    CONDITIONALS,
+    Instruction,
+    OperatorGraph,
+    constant_tensors,
+    per_graph,
+)
 
 Class = Literal["copied", "forward", "backward", "update"]
 
@@ -54,6 +60,16 @@ class DataFlow:
 
     graph: OperatorGraph
     statements: tuple[Statement, ...]
+
+    @staticmethod
+    def of(graph: OperatorGraph) -> DataFlow:
+        """The data flow of a graph, cached."""
+        return _data_flow(graph)
+
+    @cached_property
+    def classes(self) -> tuple[Class, ...]:
+        """Per statement its class."""
+        return tuple(_classes(self))
 
     def instruction(self, statement: int) -> Instruction:
         """The instruction of a statement."""
@@ -110,7 +126,37 @@ class DataFlow:
         return frozenset(dependent)
 
 
-def classes(flow: DataFlow) -> list[Class]:
+@per_graph
+def _data_flow(graph: OperatorGraph) -> DataFlow:
+    return DataFlow(graph, _statements(graph))
+
+
+def _statements(graph: OperatorGraph) -> tuple[Statement, ...]:
+    """The instructions outside loops and branches, each with all that it contains."""
+    inside = {i for loop in graph.loops for i in range(*loop.body)}
+    entering: dict[int, set[int]] = defaultdict(set)
+    """Loop -> the values of its body that stand for carried variables."""
+    yielded: dict[int, list[int]] = defaultdict(list)
+    for loop in graph.loops:
+        yielded[loop.instruction] += [value for _, _, value, _ in loop.carried]
+        if graph.instructions[loop.instruction].name not in CONDITIONALS:
+            entering[loop.instruction].update(value for _, value, _, _ in loop.carried)
+    first = [i for i in range(len(graph.instructions)) if i not in inside]
+    statements = []
+    for start, end in zip(first, [*first[1:], len(graph.instructions)], strict=True):
+        operands: list[int] = []
+        made: set[int] = set()
+        for i in range(start, end):
+            operands += [*graph.instructions[i].operands, *yielded.get(i, ())]
+            made |= entering.get(i, set())
+            if i > start:
+                made.update(graph.instructions[i].results)
+        reads = tuple(t for t in dict.fromkeys(operands) if t not in made)
+        statements.append(Statement(start, reads, graph.instructions[start].results))
+    return tuple(statements)
+
+
+def _classes(flow: DataFlow) -> list[Class]:
     """Per statement its class."""
     forward_only = _forward_only(flow)
     scalars = _scalars(flow) - forward_only

@@ -2,14 +2,15 @@
 
 A place is a pipeline stage, or the devices of operators that a plan pins to the same slices. The
 cut needs no marks in the model. A statement runs where its operator is placed and when its class
-says (`execute.phases`). A piece takes a statement unless two pieces would then wait for each other;
+says (`plans.phases`). A piece takes a statement unless two pieces would then wait for each other;
 in that case a new piece begins. A pipeline has one piece per stage and phase. Clipping by the
 global norm gets one more: the update of all stages but the last needs a norm of all.
 
 Rematerialized forward statements are copied into the backward piece. As pieces are programs of
 their own, XLA cannot merge the copies with the originals.
 
-Not here: the text of a piece (`execute.piece_text`), devices and order (`execute.staged`).
+Not here: the text of a piece (`execute.piece_text`), devices and order (`execute.staged`),
+memory (`simulation.stage_memory`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
-from partita.execute.phases import LIGHT, Class, DataFlow, classes
+from partita.plans.phases import LIGHT, Class, DataFlow
 from partita.plans.pipeline import Place, is_pipeline, operator_places, rematerialized_runs
 from partita.plans.plan import Plan
 
@@ -57,6 +59,39 @@ class Cut:
     homes: dict[int, int]
     """Argument that is not of the batch -> the place that stores it."""
 
+    @cached_property
+    def argument_of(self) -> dict[int, int]:
+        """Result -> the argument that it replaces, for state that changes."""
+        return {
+            a.result: a.tensor
+            for a in self.flow.graph.arguments
+            if a.result is not None and a.result not in self.flow.roles
+        }
+
+    @cached_property
+    def carried(self) -> dict[int, int]:
+        """Result of a repeated piece -> the argument that it replaces."""
+        maker = self.maker()
+        return {
+            t: argument
+            for t, argument in self.argument_of.items()
+            if t in maker and self.pieces[maker[t]].is_repeated
+        }
+
+    @cached_property
+    def summed(self) -> frozenset[int]:
+        """Values of repeated pieces that the update reads, and that differ between microbatches:
+        it reads their sums.
+        """
+        maker = self.maker()
+        varying = self.flow.of_batch | self.flow.dependent(list(self.carried.values()))
+        read = {t for piece in self.pieces if not piece.is_repeated for t in piece.reads}
+        summed = set()
+        for t in (read & varying & maker.keys()) - self.carried.keys():
+            if self.pieces[maker[t]].is_repeated:
+                summed.add(t)
+        return frozenset(summed)
+
     def maker(self) -> dict[int, int]:
         """Tensor -> the piece that gives it."""
         return {t: n for n, piece in enumerate(self.pieces) for t in piece.gives}
@@ -75,13 +110,14 @@ class Cut:
         return sorted(numbers, key=lambda n: (len(self.pieces[n].after), n))
 
 
-def cut(flow: DataFlow, plan: Plan) -> Cut:
+def cut(flow: DataFlow, plan: Plan, nbytes: Sequence[int]) -> Cut:
     """The pieces of a step under a plan for its graph.
 
+    `nbytes`: per tensor the bytes of a device for one microbatch.
     PlanError if the plan's microbatches cannot run in pieces.
     """
     places, place_of_operator = operator_places(flow.graph, plan)
-    cutter = _Cutter(flow, plan, place_of_operator)
+    cutter = _Cutter(flow, plan, place_of_operator, nbytes)
     cutter.place_statements()
     cutter.assign_statements()
     pieces = cutter.pieces()
@@ -116,12 +152,19 @@ class _Draft:
 
 
 class _Cutter:
-    def __init__(self, flow: DataFlow, plan: Plan, place_of_operator: Sequence[int]) -> None:
+    def __init__(
+        self,
+        flow: DataFlow,
+        plan: Plan,
+        place_of_operator: Sequence[int],
+        nbytes: Sequence[int],
+    ) -> None:
         self.flow = flow
+        self.nbytes = nbytes
         self.is_pipeline = is_pipeline(plan)
         self.place_of_operator = place_of_operator
         self.run_of = rematerialized_runs(flow.graph, plan)
-        self.classes: list[Class] = classes(flow)
+        self.classes: list[Class] = list(flow.classes)
         self.place: list[int] = []
         """[statement]: its place."""
         self.homes: dict[int, int] = {}
@@ -267,7 +310,7 @@ class _Cutter:
     ) -> tuple[list[int], set[int]]:
         """(the tensors from which these are computed by copied statements, those statements).
 
-        `repeated` are statements that are copied too.
+        `repeated` are statements that are copied too, but for values that leave their run.
         """
         also = set(repeated)
         inputs: dict[int, None] = {}
@@ -276,7 +319,8 @@ class _Cutter:
         while waiting:
             t = waiting.pop()
             k = self.flow.producer.get(t)
-            if k is None or (self.classes[k] != "copied" and k not in also):
+            is_copied = k is not None and (self.classes[k] == "copied" or k in also)
+            if k is None or not is_copied or (k in also and self._leaves_run(k, t)):
                 inputs[t] = None
             elif k not in statements:
                 statements.add(k)
@@ -384,6 +428,17 @@ class _Cutter:
                 repeated.append(k)
         return repeated
 
+    def _leaves_run(self, statement: int, tensor: int) -> bool:
+        """Whether a forward value of a rematerialized run is read forward outside the run: it is
+        stored, so that the next run starts from it.
+        """
+        run = self.run_of[self.flow.owner(statement)]
+        for reader in self.flow.readers[tensor]:
+            owner = self.flow.owner(reader)
+            if self.classes[reader] == "forward" and (owner < 0 or self.run_of[owner] != run):
+                return True
+        return False
+
     def _with_light_repeated(self, place: int, reads: set[int]) -> tuple[set[int], set[int]]:
         """(tensors to read, light forward statements to repeat) in place of the tensors `reads`.
 
@@ -410,16 +465,14 @@ class _Cutter:
 
     def _are_no_larger(self, operands: Sequence[int], tensor: int) -> bool:
         """Whether computed tensors take at most the bytes of another one."""
-        tensors = self.flow.graph.tensors
         if any(u not in self.flow.producer for u in operands):
             return False
-        return sum(tensors[u].nbytes for u in operands) <= tensors[tensor].nbytes
+        return sum(self.nbytes[u] for u in operands) <= self.nbytes[tensor]
 
     def _is_light(self, statement: int, place: int) -> bool:
         is_here = self.classes[statement] == "forward" and self.place[statement] == place
         return is_here and self.flow.instruction(statement).name in LIGHT
 
     def _is_smaller_variable(self, variable: int, tensor: int, place: int) -> bool:
-        tensors = self.flow.graph.tensors
         is_here = self.homes.get(variable, -1) == place
-        return is_here and tensors[variable].nbytes <= tensors[tensor].nbytes
+        return is_here and self.nbytes[variable] <= self.nbytes[tensor]

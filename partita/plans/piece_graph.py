@@ -1,0 +1,147 @@
+"""A piece of a step as an operator graph of its own, so that the cost model applies to it.
+
+Tensors keep their numbers. The values of a piece are counted where they are stored, which is
+outside of it: each of its results takes the place of an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from partita.graph.operator_graph import Argument, Instruction, Loop, OperatorGraph
+from partita.plans.layout import Layout, Read
+from partita.plans.phases import DataFlow
+from partita.plans.pieces import Piece
+
+
+def piece_graph(
+    flow: DataFlow,
+    piece: Piece,
+    layout: Layout,
+    summed: Collection[int],
+    late: Collection[int],
+) -> tuple[OperatorGraph, Layout]:
+    """(the graph of a piece, its layout).
+
+    Statements run in program order, but those in `late` directly before their first reader.
+    Results in `summed` are added to a sum over the microbatches.
+    """
+    return _PieceGraph(flow, piece, layout, summed, late).build()
+
+
+class _PieceGraph:
+    def __init__(
+        self,
+        flow: DataFlow,
+        piece: Piece,
+        layout: Layout,
+        summed: Collection[int],
+        late: Collection[int],
+    ) -> None:
+        self.flow = flow
+        self.piece = piece
+        self.layout = layout
+        self.late = set(late)
+        self.summed = set(summed).intersection(piece.gives)
+        graph = flow.graph
+        self.tensors = list(graph.tensors)
+        self.homes = list(graph.home)
+        self.labels = list(graph.labels)
+        self.shardings = list(layout.shardings)
+        self.instructions: list[Instruction] = []
+        self.owners: list[int] = []
+        self.position: dict[int, int] = {}
+        """Instruction of the step -> its position in the piece."""
+        self.results: dict[int, int] = {}
+        """New argument -> the result that takes its place."""
+
+    def build(self) -> tuple[OperatorGraph, Layout]:
+        graph = self.flow.graph
+        for statement in self._ordered_statements():
+            self._add_statement(statement)
+        for t in self.piece.gives:
+            if t not in self.summed:
+                self.results[self._copy_of(t)] = t
+        arguments = [Argument("", "batch", t) for t in self.piece.reads]
+        arguments += [Argument("", "batch", t, result) for t, result in self.results.items()]
+        piece = replace(
+            graph,
+            tensors=tuple(self.tensors),
+            instructions=tuple(self.instructions),
+            loops=tuple(self._loops()),
+            arguments=tuple(arguments),
+            outputs=tuple(self.results.values()),
+            owner=tuple(self.owners),
+            home=tuple(self.homes),
+            labels=tuple(self.labels),
+        )
+        layout = replace(self.layout, shardings=tuple(self.shardings), reads=tuple(self._reads()))
+        return piece, layout
+
+    def _ordered_statements(self) -> list[int]:
+        """The statements of the piece in the order in which they run."""
+        flow = self.flow
+        late = self.late.intersection(self.piece.statements)
+        ordered: dict[int, None] = {}
+        for own in self.piece.statements:
+            waiting = [] if own in late else [own]
+            while waiting:
+                producers = {flow.producer.get(t, -1) for t in flow.statements[waiting[-1]].reads}
+                missing = (producers & late) - ordered.keys()
+                if missing:
+                    waiting.append(max(missing))
+                else:
+                    ordered[waiting.pop()] = None
+        return list(ordered)
+
+    def _add_statement(self, statement: int) -> None:
+        graph = self.flow.graph
+        for i in self.flow.instructions([statement]):
+            self.position[i] = len(self.instructions)
+            self._add(graph.instructions[i], graph.owner[i])
+        for t in self.flow.statements[statement].makes:
+            if t in self.summed:
+                self._add_sum(t, graph.owner[self.flow.statements[statement].instruction])
+
+    def _add_sum(self, tensor: int, owner: int) -> None:
+        """Adds the addition of a value to its sum over the microbatches."""
+        before = self._copy_of(tensor)
+        after = self._copy_of(tensor)
+        phase = self.piece.phase
+        self._add(Instruction("add", "", phase, (before, tensor), (after,), None), owner)
+        self.results[before] = after
+
+    def _add(self, instruction: Instruction, owner: int) -> None:
+        self.instructions.append(instruction)
+        self.owners.append(owner)
+
+    def _copy_of(self, tensor: int) -> int:
+        """A new tensor like another one."""
+        self.tensors.append(self.tensors[tensor])
+        self.homes.append(self.homes[tensor])
+        self.labels.append(self.labels[tensor])
+        self.shardings.append(self.shardings[tensor])
+        return len(self.tensors) - 1
+
+    def _loops(self) -> list[Loop]:
+        loops = []
+        for loop in self.flow.graph.loops:
+            if loop.instruction in self.position:
+                first, end = loop.body
+                start = self.position[loop.instruction] + first - loop.instruction
+                body = (start, start + end - first)
+                instruction = self.position[loop.instruction]
+                loops.append(replace(loop, instruction=instruction, body=body))
+        return loops
+
+    def _reads(self) -> list[Read]:
+        """The reads of the piece under other shardings. They wait for no gradient of others."""
+        made = {t for instruction in self.instructions for t in instruction.results}
+        reads = []
+        for read in self.layout.reads:
+            readers = [(self.position[i], n) for i, n in read.readers if i in self.position]
+            if readers:
+                after = read.after if read.after in made else -1
+                reads.append(replace(read, readers=tuple(readers), after=after))
+        return reads
