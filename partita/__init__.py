@@ -6,38 +6,35 @@ fits, runs it, shows why.
 >>> model.fit(x, y, batch_size=256)                          # doctest: +SKIP
 >>> plan = partita.plan(model, batch_size=256, devices=8)    # doctest: +SKIP
 
-Importing it imports neither JAX nor Keras. It requests JAX of Keras (KERAS_BACKEND=jax), unless you
-have chosen a backend.
+Importing it requests JAX of Keras (KERAS_BACKEND=jax), unless you have chosen a backend. Its names
+are imported at their first use.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from partita.keras_backend import prefer_jax
+from partita.version import VERSION
 
 prefer_jax()
 
-from partita.api import compare, compile_for, manage, parallelize, plan, simulate
-from partita.capture.program import capture_program
-from partita.comparison import Comparison
-from partita.errors import PartitaError
-from partita.graph.operator_graph import OperatorGraph
-from partita.machine import Machine
-from partita.machine import load as load_machine
-from partita.offers import Objective, Offer, compare_machines
-from partita.planning import SearchOptions, best_plan, check_plan, predict_plan
-from partita.plans.plan import Plan
-from partita.report.notebook import plan_html
-from partita.simulation.timeline import Timeline
-from partita.version import VERSION
-
 if TYPE_CHECKING:
+    from partita.api import compare, compile_for, manage, parallelize, plan, simulate
     from partita.capture.keras_models import abstract
+    from partita.capture.program import capture_program
+    from partita.comparison import Comparison
+    from partita.errors import PartitaError
     from partita.execute.compilers.compiled_plan import CompiledPlan
+    from partita.graph.operator_graph import OperatorGraph
     from partita.keras.checkpoint import Checkpoint
     from partita.keras.layout_map import layout_map
+    from partita.machine import Machine
+    from partita.machine import load as load_machine
+    from partita.offers import Objective, Offer, compare_machines
+    from partita.planning import SearchOptions, best_plan, check_plan, predict_plan
+    from partita.plans.plan import Plan
+    from partita.simulation.timeline import Timeline
 
-Plan._repr_html_ = plan_html  # pyright: ignore[reportAttributeAccessIssue]
 __version__ = VERSION
 __all__ = [
     "Checkpoint",
@@ -67,16 +64,35 @@ __all__ = [
     "simulate",
 ]
 
-_IMPORTED_ON_USE = {
-    "Checkpoint": "partita.keras.checkpoint",
-    "CompiledPlan": "partita.execute.compilers.compiled_plan",
-    "abstract": "partita.capture.keras_models",
-    "layout_map": "partita.keras.layout_map",
+_MODULES = {
+    "Checkpoint": "keras.checkpoint",
+    "Comparison": "comparison",
+    "CompiledPlan": "execute.compilers.compiled_plan",
+    "Machine": "machine",
+    "Objective": "offers",
+    "Offer": "offers",
+    "OperatorGraph": "graph.operator_graph",
+    "PartitaError": "errors",
+    "Plan": "api",
+    "SearchOptions": "planning",
+    "Timeline": "simulation.timeline",
+    "abstract": "capture.keras_models",
+    "best_plan": "planning",
+    "capture_program": "capture.program",
+    "check_plan": "planning",
+    "compare_machines": "offers",
+    "layout_map": "keras.layout_map",
+    "predict_plan": "planning",
 }
-"""Names that need Keras, and their modules: planning from a file does not need it."""
+"""The modules of names, by default `api`."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _IMPORTED_ON_USE:
+    if name not in __all__:
         raise AttributeError(f"module 'partita' has no attribute {name!r}")
-    return getattr(import_module(_IMPORTED_ON_USE[name]), name)
+    if name == "load_machine":
+        value = import_module("partita.machine").load
+    else:
+        value = getattr(import_module(f"partita.{_MODULES.get(name, 'api')}"), name)
+    globals()[name] = value
+    return value

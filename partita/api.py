@@ -29,12 +29,14 @@ from partita.planning import (
     with_reasons,
 )
 from partita.plans.plan import Plan
-from partita.report.notebook import notebook_say
+from partita.report.notebook import notebook_say, plan_html
 from partita.search.base import Report
 from partita.simulation.timeline import Timeline
 
 if TYPE_CHECKING:
     from partita.execute.compilers.compiled_plan import CompiledPlan
+
+Plan._repr_html_ = plan_html  # pyright: ignore[reportAttributeAccessIssue]
 
 Program = TypeVar("Program")
 

@@ -266,7 +266,7 @@ def check_plan(plan: Plan, graph: OperatorGraph, machine: Machine) -> Plan:
         raise PlanError(
             f"The plan '{plan.name}' is for {plan.devices} devices; {machine.name} has "
             f"{machine.devices}. "
-            f"Plan again for {machine.devices}, or run with --devices {plan.devices}."
+            f"Plan again for {machine.devices}, or give the plan {plan.devices} devices."
         )
     plan = replace(plan, choices=with_normalizations(plan.choices, graph))
     same_model = set(plan.choices) == {operator.name for operator in graph.operators}

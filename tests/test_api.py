@@ -12,7 +12,7 @@ import partita
 from partita.capture.program import capture_program
 from partita.errors import CaptureError, MemoryBudgetError, PlanError
 from partita.machine import host
-from partita.planning import check_plan, make_planner
+from partita.planning import check_plan, make_planner, resolve_plan
 
 
 def made(width: int = 512) -> keras.Model:
@@ -35,7 +35,7 @@ def test_a_plan_of_another_model_batch_or_machine() -> None:
     assert smaller.batch_size == 2
     with pytest.raises(
         PlanError,
-        match=r"is for 4 devices; host:2 has 2. Plan again for 2, or run with --devices 4",
+        match=r"is for 4 devices; host:2 has 2. Plan again for 2, or give the plan 4 devices",
     ):
         check_plan(plan, graph, host(2, 1 << 30))
     other = keras.Sequential([keras.Input((8,)), layers.Dense(4, name="else")])
@@ -97,7 +97,7 @@ def test_a_baseline_is_run_by_its_name() -> None:
     captured = capture_program(made(), 256)
     machine = host(4, 1 << 30)
     named = make_planner("dp", machine=machine)(captured)
-    baseline = partita.planning.resolve_plan("data parallel", captured.graph, machine)
+    baseline = resolve_plan("data parallel", captured.graph, machine)
     assert named == dataclasses.replace(baseline, predicted=named.predicted, why=named.why)
     assert set(named.why["operators"]) == {"wide", "out"}
     assert named.devices == 4 and named.predicted["seconds"] > 0

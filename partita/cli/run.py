@@ -27,6 +27,7 @@ from partita.cli.processes import join_processes, run_in_processes, start_device
 from partita.cli.terminal import (
     Activity,
     err,
+    err_table,
     errors,
     leave,
     say,
@@ -218,7 +219,7 @@ class Record:
         from partita.report.tables import legend, plan_table, summary
 
         if plan.why:
-            err.print(plan_table(plan))
+            err_table.print(plan_table(plan))
             if not self.legend_printed:
                 err.print(legend(plan))
                 self.legend_printed = True

@@ -1,4 +1,4 @@
-"""The terminal: the two consoles, messages, the line of progress, and how commands end when the
+"""The terminal: the consoles, messages, the line of progress, and how commands end when the
 user is wrong.
 
 The consoles print text as it is: names of layers and files may hold square brackets and colons,
@@ -21,8 +21,22 @@ from partita.errors import LostProcessError, PartitaError, ProcessError
 from partita.search.base import Progress
 from partita.units import format_seconds
 
-out = Console(markup=False, emoji=False, highlight=False)
+LEAST_COLUMNS = 80
+"""Columns of the narrowest table. In a narrower terminal its lines run over; Rich would drop the
+names of the layers."""
+
+
+def _wide(console: Console) -> Console:
+    """A console for tables."""
+    if console.width < LEAST_COLUMNS:
+        console.width = LEAST_COLUMNS
+    return console
+
+
+out = _wide(Console(markup=False, emoji=False, highlight=False))
 err = Console(markup=False, emoji=False, highlight=False, stderr=True)
+err_table = _wide(Console(markup=False, emoji=False, highlight=False, stderr=True))
+"""The standard error for tables: the line of progress must fit the terminal."""
 
 
 def say(text: str) -> None:

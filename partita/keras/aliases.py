@@ -6,6 +6,7 @@ name. `tensorflow.keras` and `tf_keras` are served only in a script that `partit
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -16,12 +17,10 @@ from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from pathlib import Path
 
 TENSORFLOW_KERAS = "keras._tf_keras.keras"
 """Keras 3 under the names that TensorFlow has for it."""
-LIBRARY_FOLDERS = tuple(
-    sysconfig.get_path(key) + os.sep for key in ("stdlib", "purelib", "platlib")
-)
 
 
 def _always() -> bool:
@@ -119,9 +118,20 @@ def _importer_is_user_code() -> bool:
     while frame is not None:
         file = frame.f_code.co_filename
         if "importlib" not in file and file != __file__:
-            return not os.path.abspath(file).startswith(LIBRARY_FOLDERS)
+            return not os.path.abspath(file).startswith(_library_folders(tuple(sys.path)))
         frame = frame.f_back
     return True
+
+
+@functools.cache
+def _library_folders(search_path: tuple[str, ...]) -> tuple[str, ...]:
+    """The folders of installed packages: those of this interpreter, and those of the search path
+    that say what is installed in them."""
+    folders = [sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")]
+    for entry in search_path:
+        if entry and any(Path(entry).glob("*.dist-info")):
+            folders.append(os.path.abspath(entry))
+    return tuple(folder + os.sep for folder in folders)
 
 
 @contextmanager

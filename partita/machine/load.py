@@ -174,8 +174,8 @@ def host(devices: int, memory_bytes: int) -> Machine:
     limit = _preset("host").devices
     if devices > limit:
         raise MachineError(
-            f"A CPU stands for at most {limit} devices, not {devices}. Use fewer devices or "
-            f"another machine, as in --machine h100:{devices}."
+            f"A CPU stands for at most {limit} devices, not {devices}. Use fewer devices, "
+            f"or plan for another machine: partita plan --machine h100:{devices}."
         )
     machine = replace(_preset("host"), name=f"host:{devices}").with_devices(devices)
     return machine.revised(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from itertools import chain
 
@@ -143,9 +144,22 @@ def _check_storage(plan: Plan, graph: OperatorGraph) -> None:
     for path, storage in plan.storage.items():
         if path not in arguments:
             raise PlanError(
-                f"The plan stores a variable {path!r} that the model does not have. Plan again."
+                f"The plan stores a variable {shown(path, SHOWN_NAME)} that the model does not "
+                f"have. {_similar_variable(path, arguments)}"
             )
         _check_stored(plan, graph, arguments[path], storage)
+
+
+def _similar_variable(path: str, paths: Iterable[str]) -> str:
+    """The fix for the path of a variable that does not exist.
+
+    >>> _similar_variable("dense/kernel", ["net/dense/bias", "net/dense/kernel"])
+    "Did you mean 'net/dense/kernel'?"
+    """
+    names = list(paths)
+    longer = [name for name in names if name.endswith(f"/{path}")]
+    near = longer or difflib.get_close_matches(path, names, 1)
+    return f"Did you mean {shown(near[0], SHOWN_NAME)}?" if near else "Plan again."
 
 
 def _check_stored(plan: Plan, graph: OperatorGraph, argument: Argument, storage: Storage) -> None:

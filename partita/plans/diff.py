@@ -16,7 +16,8 @@ def diff(left: Plan, right: Plan) -> list[str]:
 
 def _differences(left: Plan, right: Plan) -> Iterator[str]:
     if left.mesh != right.mesh:
-        yield f"mesh: {mesh_text(left.mesh)} -> {mesh_text(right.mesh)}"
+        has_levels = left.mesh.sizes == right.mesh.sizes
+        yield f"mesh: {_mesh(left, has_levels)} -> {_mesh(right, has_levels)}"
     if left.machine != right.machine:
         yield f"machine: {left.machine} -> {right.machine}"
     yield from _changed_entries(_choice_texts(left), _choice_texts(right))
@@ -34,6 +35,13 @@ def _differences(left: Plan, right: Plan) -> Iterator[str]:
         if before is not None and after is not None and before != after:
             title = key.replace("_", " ")
             yield f"predicted {title}: {format_figure(before)} -> {format_figure(after)}"
+
+
+def _mesh(plan: Plan, has_levels: bool) -> str:
+    """The mesh of a plan, with the network level of every axis on request."""
+    if not has_levels:
+        return mesh_text(plan.mesh)
+    return " x ".join(f"{a.name}={a.size} (level {a.level})" for a in plan.mesh.axes)
 
 
 def _changed_entries(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[str]:

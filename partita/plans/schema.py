@@ -107,7 +107,7 @@ _PLAN = table(
         "microbatches": whole_number(1, 2**20),
         "schedule": one_of(*SCHEDULES),
         "recompute": items(row(text(), text())),
-        "target": text(80),
+        "target": text(80, r"(cpu|cuda|tpu)(:\d+\.\d+)?", "'cpu', 'cuda' or 'tpu'"),
     },
 )
 
@@ -143,6 +143,8 @@ def parse_choice(choice: str, axes: Collection[str]) -> dict[str, str]:
     if choice == "replicate":
         return factors
     parts = choice.split()
+    if "replicate" in parts:
+        raise FieldError(shown(choice), "'replicate' stands alone: it splits no factor")
     for part in parts or [choice]:
         factor, _, names = part.partition(":")
         if not factor or not names:

@@ -258,9 +258,10 @@ def _comparison_cells(row: Mapping[str, Any], base_seconds: float | None) -> dic
         cells["memory"] += " (does not fit)"
     if row.get("seconds_compute") is not None:
         compute = row["seconds_compute"]
-        cells["compute"] = format_seconds(compute)
-        # Below zero, kernels of several device groups run at the same time.
-        cells["exchange"] = format_seconds(max(0.0, seconds - compute))
+        # Above the step, it adds up device groups that compute at the same time.
+        is_of_device = compute <= seconds
+        cells["compute"] = format_seconds(compute) if is_of_device else "-"
+        cells["exchange"] = format_seconds(seconds - compute) if is_of_device else "-"
     if "traffic_bytes" in row:
         cells["traffic"] = format_bytes(sum(row["traffic_bytes"].values()))
     if base_seconds and seconds:

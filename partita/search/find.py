@@ -85,10 +85,7 @@ STAGES_SHARE = 0.6
 IN_PIECES = (
     "placed operators, stages, microbatches and rematerialized runs run as programs of their own"
 )
-NO_FASTER = (
-    "no pipeline or placement that was examined is predicted to be faster; "
-    "the gap is that of plans without them"
-)
+NO_FASTER = "no pipeline or placement that was examined is predicted to be faster"
 
 
 @dataclass(frozen=True, kw_only=True)

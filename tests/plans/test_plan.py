@@ -13,7 +13,7 @@ from partita.machine import load
 from partita.planning import check_plan
 from partita.plans.check import check
 from partita.plans.diff import diff
-from partita.plans.plan import Mesh, Plan, Storage, mesh_for
+from partita.plans.plan import Axis, Mesh, Plan, Storage, mesh_for
 
 DATA = Path(__file__).parents[1] / "data"
 MESH = Mesh.of((2, 2))
@@ -70,6 +70,11 @@ def test_a_plan_prints_runs_of_layers_on_one_line() -> None:
             {"operators": {"conv": "S"}},
             'operators.conv is \'S\': give factor:axes, as in "S:a,b P:c", or "replicate".',
         ),
+        (
+            {"operators": {"conv": "replicate S:a"}},
+            "operators.conv is 'replicate S:a': 'replicate' stands alone: it splits no factor.",
+        ),
+        ({"target": "moon"}, "target is 'moon': give a text such as 'cpu', 'cuda' or 'tpu'."),
         (
             {"operators": {"conv": "S:a P:a"}},
             "operators.conv is 'S:a P:a', with axis 'a' for S and P: use an axis once.",
@@ -155,6 +160,10 @@ def test_diff_names_the_changes() -> None:
         "dense: P:a -> R:b",
         "dense/kernel: absent -> ZeRO-1 dim 0 over a",
     ]
+    axes = (Axis("a", 2, 0), Axis("b", 2, 1))
+    one, two = small(mesh=Mesh(axes)), small(mesh=Mesh((axes[0], Axis("b", 2, 0))))
+    levels = "a=2 (level 0) x b=2 (level 1) -> a=2 (level 0) x b=2 (level 0)"
+    assert diff(one, two) == [f"mesh: {levels}"]
 
 
 def test_a_mesh_has_small_prime_axes_slow_levels_first() -> None:
@@ -186,6 +195,16 @@ def test_storage_that_cannot_be_is_refused(storage: Storage, reason: str) -> Non
     with pytest.raises(PlanError) as error:
         check(plan, graph)
     assert reason in str(error.value)
+
+
+def test_the_variable_that_a_plan_means_is_named() -> None:
+    graph = OperatorGraph.load(DATA / "mlp.graph.json")
+    path = next(a.path for a in graph.arguments if a.role == "parameter")
+    short = path.partition("/")[2]
+    choices = {operator.name: {"a": "S"} for operator in graph.operators}
+    plan = Plan(graph.name, "h100:4", Mesh.of((2, 2)), choices, {short: Storage(0, ("b",), 3)})
+    with pytest.raises(PlanError, match=f"the model does not have. Did you mean '{path}'"):
+        check(plan, graph)
 
 
 def test_claims_belong_to_the_machine_that_a_plan_was_made_for() -> None:

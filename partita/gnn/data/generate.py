@@ -22,6 +22,9 @@ from partita.errors import GraphError
 from partita.gnn.data.csr import id_type
 from partita.gnn.data.stream import PIECE, EdgeStream, Piece
 
+MOST = {"vertices": 2**32, "edges": 2**63, "features": 2**31, "classes": 2**31}
+"""Numbers that are too large for a graph."""
+
 ROWS = 2**16
 """Rows of features that are drawn at a time; a different number is a different graph."""
 
@@ -151,12 +154,16 @@ def _stream(
 ) -> EdgeStream:
     """The stream of edges that `draw_edges(state, begin, source=, target=)` fills in."""
     vertices = draws.vertices
-    if not 0 < vertices < 2**32 or edges < 0 or draws.features < 0 or draws.classes < 1:
-        raise GraphError(
-            f"A graph of {vertices:,} vertices, {edges:,} edges, {draws.features:,} features and "
-            f"{draws.classes:,} classes is impossible: give 1 to 2^32 - 1 vertices and at least "
-            "one class."
-        )
+    for count, noun, least in (
+        (vertices, "vertices", 1),
+        (edges, "edges", 0),
+        (draws.features, "features", 0),
+        (draws.classes, "classes", 1),
+    ):
+        if not least <= count < MOST[noun]:
+            raise GraphError(
+                f"A graph of {count:,} {noun} is impossible: give {least} to {MOST[noun] - 1:,}."
+            )
     state = np.random.SeedSequence(draws.seed).generate_state(1, np.uint64)[0]
 
     def pieces() -> Iterator[Piece]:
