@@ -73,7 +73,7 @@ _MODULES = {
     "Offer": "offers",
     "OperatorGraph": "graph.operator_graph",
     "PartitaError": "errors",
-    "Plan": "api",
+    "Plan": "plans.plan",
     "SearchOptions": "planning",
     "Timeline": "simulation.timeline",
     "abstract": "capture.keras_models",
@@ -90,6 +90,7 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'partita' has no attribute {name!r}")
+    import_module("partita.api")  # gives plans their tables for notebooks
     if name == "load_machine":
         value = import_module("partita.machine").load
     else:

@@ -350,13 +350,13 @@ def test_names_that_look_like_markup_are_printed(training: str, tmp_path: Path) 
 def test_the_legend_is_printed_once_however_many_plans_a_run_has() -> None:
     from partita.cli.options import PlanFiles
     from partita.cli.run import Record
-    from partita.cli.terminal import err
+    from partita.cli.terminal import err, err_table
     from partita.planning import with_reasons
 
     plan = with_reasons(find(GRAPH, load("h100:4")))
     record = Record(PlanFiles(), prints=True)
-    with err.capture() as capture:
+    with err.capture() as capture, err_table.capture() as tables:
         for _ in range(2):
             record.planned(None, load("h100:4"), plan)  # pyright: ignore
     assert capture.get().count("S by sample") == 1
-    assert capture.get().count("on h100:4") >= 2
+    assert tables.get().count("on h100:4") == 2

