@@ -123,11 +123,13 @@ def test_processes_time_operators_together_and_the_thread_of_their_links_lets_co
 
 
 def test_the_death_of_one_process_ends_all_and_names_it(tmp_path: Path) -> None:
-    job = start(tmp_path, 2, "if me == 1 and epoch == 1: os.kill(os.getpid(), signal.SIGKILL)")
+    fault = "if me == 1 and epoch == 1: os.kill(os.getpid(), signal.SIGKILL)"
+    job = start(tmp_path, 2, fault, more=["--manage=watch"])
     _, err = job.communicate(timeout=100)
     assert job.returncode == 128 + 9
     assert err.strip().endswith(
-        "partita: process 1 of 2 was killed (SIGKILL); the others were stopped."
+        "partita: process 1 of 2 was killed (SIGKILL); the others were stopped.\n"
+        "partita: with --manage, the other processes would go on from a snapshot in their memory."
     )
     assert "Traceback" not in err and "Gloo AllGather" not in err
     assert (tmp_path / "best.keras").stat().st_size > 100_000, "what the first epoch saved is whole"

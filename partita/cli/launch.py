@@ -57,6 +57,7 @@ def launch(
     say: Callable[[str], None],
     restarts: int = 0,
     survives: bool = False,
+    after_loss: str = "",
 ) -> int:
     """The exit code of `count` processes that each run `partita` with these arguments.
 
@@ -64,7 +65,8 @@ def launch(
     one CPU device per core, or its share of `devices`. One that fails, is killed or ends early
     stops the others within 2 * GRACE seconds. If it was killed or hung, all are started again, at
     most `restarts` times; an error of the script would come again and ends the run. If `survives`,
-    the others go on without it first, and all are started again when none is left.
+    the others go on without it first, and all are started again when none is left. `after_loss` is
+    said when a loss has ended the run.
     """
     run_group = _run_with_board if survives else _run_group
     seed = os.environ.get("PARTITA_SEED", str(random.SystemRandom().randrange(2**31)))
@@ -73,7 +75,10 @@ def launch(
         if not outcome.is_loss:
             return outcome.code
         say(f"starting again (restart {restart} of {restarts})")
-    return run_group(count, arguments, devices, seed, say).code
+    outcome = run_group(count, arguments, devices, seed, say)
+    if outcome.is_loss and after_loss:
+        say(after_loss)
+    return outcome.code
 
 
 def _run_with_board(

@@ -17,14 +17,19 @@ from partita.keras_backend import select_jax
 
 
 def run_in_processes(
-    count: int, devices: int | None, restarts: int = 0, survives: bool = False
+    count: int,
+    devices: int | None,
+    restarts: int = 0,
+    survives: bool = False,
+    after_loss: str = "",
 ) -> None:
     """Starts this command in several processes, with `devices` in all, and ends as they end;
     returns in each of them.
 
     After the loss of a process all are started again, at most `restarts` times. They save
     snapshots in a folder that the option --snapshots names. If the group `survives`, the others go
-    on first, as the notice board says that the option --board names.
+    on first, as the notice board says that the option --board names. `after_loss` is said when a
+    loss has ended the run.
     """
     if os.environ.get("PARTITA_LAUNCHED") or (count == 1 and not restarts):
         return
@@ -34,10 +39,10 @@ def run_in_processes(
     for option in ("--processes", "--restarts"):
         arguments = _without(option, arguments)
     if not restarts:
-        raise typer.Exit(launch(count, arguments, devices, say, survives=survives))
+        raise typer.Exit(launch(count, arguments, devices, say, 0, survives, after_loss))
     with tempfile.TemporaryDirectory(prefix="partita-snapshots-") as folder:
         arguments[1:1] = ["--snapshots", folder]
-        raise typer.Exit(launch(count, arguments, devices, say, restarts, survives))
+        raise typer.Exit(launch(count, arguments, devices, say, restarts, survives, after_loss))
 
 
 def _check_ungrouped() -> None:

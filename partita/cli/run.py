@@ -51,6 +51,8 @@ ACT = "act"
 READY = "ready"
 WATCH = "watch"
 """Values of --manage; without one it acts."""
+WOULD_GO_ON = "with --manage, the other processes would go on from a snapshot in their memory."
+"""Said after a loss under --manage=watch."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def run(
             devices = given.devices
         check_manage(group)
         survives = group.manage in (ACT, READY) and group.processes > 1
-        run_in_processes(group.processes, devices, group.restarts, survives)
+        after_loss = WOULD_GO_ON if group.manage == WATCH and group.processes > 1 else ""
+        run_in_processes(group.processes, devices, group.restarts, survives, after_loss)
         prints = join_processes(group.board) and not quiet
         start_devices(devices)
         from partita.keras.script import run_script
