@@ -25,6 +25,7 @@ SMALL = {
     "gpu": ["--device", "cpu", "--small", "--parts", "models", "--only", "MLP"],
     "staged_equality": ["--pairs", "1", "--first", "4"],
     "manage_costs": ["--graphs", "mlp", "--draws", "1", "--plans", "8"],
+    "staged_memory": ["--only", "dense"],
     "staged_overhead": ["--blocks", "2", "--rounds", "1", "--steps", "1"],
     "manage_grid": ["--rounds", "1"],
     "manage_memories": ["--sizes", "1024"],
