@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from partita.cli.launch import _free_port
+from partita.cli.launch import _free_address
 from partita.plans.plan import Mesh, Plan
 
 TRAIN = """
@@ -128,7 +128,7 @@ PEER = """
 )
 def test_a_peer_that_does_not_send_is_named(peer: str, code: int, message: str) -> None:
     pipe = subprocess.PIPE
-    address = f"127.0.0.1:{_free_port()}"
+    address = _free_address()
     jobs = []
     for number in range(2):
         variables = environment(
