@@ -126,7 +126,7 @@ def peaks(name: str, stages: int, microbatches: int) -> list[tuple[int, int]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Planned and compiled memory of stages.")
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--microbatches", type=int, default=4)
     parser.add_argument("--only", help="names of models, separated by commas; by default all")

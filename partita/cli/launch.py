@@ -28,7 +28,7 @@ GRACE = 5.0
 seconds."""
 POLL = 0.05
 """Time between two looks at the processes, seconds."""
-SURVIVAL_POLL = 0.01
+SURVIVAL_POLL = 0.03
 """The same, while others wait to hear who is lost, seconds."""
 INTERRUPTED = 130
 """Exit code of a process that Ctrl-C has ended."""

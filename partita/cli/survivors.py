@@ -144,7 +144,7 @@ class Hang:
     """Finds out whether one process hangs: it uses no processor time while another one waits.
 
     A process that waits for others does use some: the threads of gloo and of the notice board look
-    around some 50 times a second. A slow one does, and one that computes outside of a step.
+    around some 20 times a second. A slow one does, and one that computes outside of a step.
 
     Args:
         clock: Gives the processor time of the process and of its main thread, nanoseconds.

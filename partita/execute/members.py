@@ -26,7 +26,7 @@ import jax
 from partita.execute.board import Board, Loss, Progress
 from partita.execute.connections import close_connections
 
-PERIOD = 0.02
+PERIOD = 0.05
 """Time between two looks at the notice board, seconds."""
 TIMED = 25
 """Steps whose median time the launcher gets."""

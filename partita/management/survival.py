@@ -28,7 +28,7 @@ from partita.management.contract import Training
 from partita.management.decisions import Decision, DecisionLog
 from partita.management.free_memory import free_memory_bytes
 from partita.plans.baselines import BASELINES
-from partita.plans.plan import Mesh, Plan
+from partita.plans.plan import Plan, mesh_for
 from partita.units import format_bytes, format_seconds
 
 KEPT = 2
@@ -289,7 +289,7 @@ def with_replaced(training: Training, state: Any, replaced: Mapping[int, np.ndar
 
 def survivor_plan(graph: OperatorGraph, plan: Plan, devices: int) -> Plan:
     """The plan for the devices that are left: data parallel."""
-    return BASELINES["data parallel"](graph, plan.machine, Mesh.of((devices,)))
+    return BASELINES["data parallel"](graph, plan.machine, mesh_for((devices,)))
 
 
 def shrink_decision(

@@ -262,6 +262,19 @@ def test_a_gzip_file_without_its_first_bytes_is_no_list_of_edges(tmp_path: Path)
         gnn.open(tmp_path / "o")
 
 
+def test_an_array_that_a_damaged_entry_hides_is_missed(tmp_path: Path) -> None:
+    path = tmp_path / "g.npz"
+    gnn.save(PLAIN, path)
+    content = bytearray(path.read_bytes())
+    last = content.rindex(b"PK\x01\x02")
+    end = content.rindex(b"PK\x05\x06")
+    before = content.rindex(b"PK\x01\x02", 0, last)
+    content[before + 32 : before + 34] = (end - last).to_bytes(2, "little")  # its comment
+    path.write_bytes(content)
+    with pytest.raises(GraphError, match=r"no .npz file: it has \d of \d arrays. Save plain"):
+        gnn.open(path)
+
+
 def test_large_ogb_sets_in_npz_are_read(tmp_path: Path) -> None:
     ogb(tmp_path / "o")
     for name in ("edge", "node-feat", "node-label", "num-node-list"):

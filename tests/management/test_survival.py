@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 
 from partita.errors import LostProcessError, ProcessError
+from partita.graph.operator_graph import OperatorGraph
 from partita.management import survival
 from partita.management.decisions import DecisionLog
-from partita.management.survival import Survival, listed
+from partita.management.survival import Survival, listed, survivor_plan
+from partita.plans.baselines import data_parallel
+from partita.plans.plan import mesh_for
+
+DATA = Path(__file__).parents[1] / "data"
 
 
 @dataclass
@@ -127,6 +132,13 @@ def test_the_survivors_take_the_snapshot_that_all_of_them_have() -> None:
     said: list[str] = []
     assert train(training, Survival(DecisionLog(said.append))) == straight
     assert "11 steps run again from the snapshot of step 10" in said[0]
+
+
+def test_one_survivor_has_a_plan_without_axes() -> None:
+    graph = OperatorGraph.load(DATA / "mlp.graph.json")
+    plan = data_parallel(graph, "h100:4", mesh_for((4,)))
+    assert survivor_plan(graph, plan, 1).mesh.axes == ()
+    assert survivor_plan(graph, plan, 3).devices == 3
 
 
 def test_without_a_common_snapshot_the_run_ends_with_a_sentence() -> None:

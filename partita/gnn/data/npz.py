@@ -38,6 +38,12 @@ DIMS = {"features": (2,), "labels": (1, 2), "edge_features": (2,)}
 """Numbers of dims of arrays that are not plain lists."""
 LONGEST_REASON = 200
 """Characters of another library's error that a message repeats."""
+END_OF_ARCHIVE = b"PK\x05\x06"
+"""Signature of the record at the end of a zip archive; 6 bytes later is the number of entries."""
+MOST_END_BYTES = 22 + 2**16
+"""Bytes of that record with the longest comment."""
+MANY_ENTRIES = 2**16 - 1
+"""Recorded in place of larger numbers of entries."""
 CSR = ("feature_data", "feature_indices", "feature_indptr")
 """Arrays of Planetoid's features, beside feature_shape."""
 
@@ -117,6 +123,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = {}
+            _check_count(path, len(archive.infolist()))
             for entry in archive.infolist():
                 name = entry.filename.removesuffix(".npy")
                 if name in arrays:
@@ -142,6 +149,19 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     raise GraphError(
         f"{str(path)!r} is truncated or no .npz file: {reason}. Save plain arrays with numpy.savez."
     )
+
+
+def _check_count(path: Path, count: int) -> None:
+    """ValueError unless a zip archive has as many entries as its end records.
+
+    `zipfile` does not compare them: a damaged entry can hide the next one.
+    """
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - MOST_END_BYTES))
+        end = file.read().rpartition(END_OF_ARCHIVE)[2]
+    recorded = int.from_bytes(end[6:8], "little")
+    if recorded not in (count, MANY_ENTRIES):
+        raise ValueError(f"it has {count} of {recorded} arrays")
 
 
 def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
