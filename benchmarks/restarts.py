@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,7 @@ print(json.dumps(history.history["loss"]))
 TRAINING_SECONDS = 2.5
 """Length of the training, about: the moments of the signals are drawn from it."""
 TOLERANCE = 1e-5
+TIMEOUT = 600
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     draw = random.Random(given.seed)
-    straight = _history(_finish(*_start(given.processes)))
+    _, run = start(SCRIPT, _options(given.processes))
+    straight = losses(finish(run)[0])
     results = []
     for number in range(given.kills):
         moment = draw.uniform(0.0, TRAINING_SECONDS)
@@ -95,15 +98,15 @@ def lose(
     processes: int, victim: int, moment: float, number: signal.Signals, straight: list[float]
 ) -> Result:
     """A run in which a process gets a signal `moment` seconds after its first batch."""
-    folder, run = _start(processes)
-    path = Path(folder) / f"batches-{victim}"
+    folder, run = start(SCRIPT, _options(processes))
+    path = folder / f"batches-{victim}"
     while not path.exists() or not path.read_text().strip():
         time.sleep(0.005)
     time.sleep(moment)
     process_id = int(path.read_text().split()[0])
     sent = time.time()
     os.kill(process_id, number)
-    history = _history(_finish(folder, run))
+    history = losses(finish(run)[0])
     later = [float(line.split()[1]) for line in path.read_text().splitlines() if line.split()[1:]]
     seconds = min((time for time in later if time > sent), default=sent) - sent
     is_equal = len(history) == len(straight) and all(
@@ -112,28 +115,32 @@ def lose(
     return Result(is_equal, seconds)
 
 
-def _start(processes: int) -> tuple[str, subprocess.Popen[str]]:
-    """A new folder with the script, and its run."""
-    folder = tempfile.mkdtemp(prefix="partita-restarts-")
-    (Path(folder) / "train.py").write_text(SCRIPT, encoding="utf-8")
-    command = [sys.executable, "-m", "partita", "run", "--quiet"]
-    command += ["--processes", str(processes), "--restarts", "1", "train.py"]
+def _options(processes: int) -> list[str]:
+    return ["--quiet", "--processes", str(processes), "--restarts", "1"]
+
+
+def start(script: str, options: Sequence[str]) -> tuple[Path, subprocess.Popen[str]]:
+    """A new folder with a script, and its run by `partita run` with these options."""
+    folder = Path(tempfile.mkdtemp(prefix="partita-losses-"))
+    (folder / "train.py").write_text(script, encoding="utf-8")
+    command = [sys.executable, "-m", "partita", "run", *options, "train.py"]
     environment = {**os.environ, "PARTITA_SEED": "5"}
     pipe = subprocess.PIPE
-    return folder, subprocess.Popen(
+    run = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True
     )
+    return folder, run
 
 
-def _finish(folder: str, run: subprocess.Popen[str]) -> str:
-    """The standard output of a run."""
-    output, errors = run.communicate(timeout=600)
+def finish(run: subprocess.Popen[str]) -> tuple[str, str]:
+    """The standard output and error of a run."""
+    output, errors = run.communicate(timeout=TIMEOUT)
     if run.returncode:
-        print(f"the run in {folder} ended with code {run.returncode}:\n{errors}", file=sys.stderr)
-    return output
+        print(f"a run ended with code {run.returncode}:\n{errors}", file=sys.stderr)
+    return output, errors
 
 
-def _history(output: str) -> list[float]:
+def losses(output: str) -> list[float]:
     """The losses that the script prints last; empty if there are none."""
     lines = [line for line in output.splitlines() if line.startswith("[") and "." in line]
     return json.loads(lines[-1]) if lines else []

@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import random
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from restarts import TOLERANCE, finish, losses, start
 
 SCRIPT = """
 import json, os, time
@@ -52,8 +52,6 @@ print(json.dumps(history.history["loss"]))
 EPOCHS = 12
 BATCHES = 5
 """Batches of an epoch."""
-TOLERANCE = 1e-5
-TIMEOUT = 600
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def main() -> int:
     given = parser.parse_args()
     draw = random.Random(given.seed)
     folder, run = _start(given.processes, given.epochs)
-    straight = _history(_finish(run)[0])
+    straight = losses(finish(run)[0])
     batches = BATCHES * given.epochs
     results = []
     for number in range(given.losses):
@@ -116,8 +114,8 @@ def lose(
     time.sleep(pause)
     sent = time.time()
     os.kill(int(_lines(path)[0].split()[0]), signal.Signals[f"SIG{given.signal}"])
-    output, errors = _finish(run)
-    history = _history(output)
+    output, errors = finish(run)
+    history = losses(output)
     counts = []
     ends = []
     for number in range(given.processes):
@@ -150,31 +148,8 @@ def _lines(path: Path) -> list[str]:
 
 def _start(processes: int, epochs: int) -> tuple[Path, subprocess.Popen[str]]:
     """A new folder with the script, and its run."""
-    folder = Path(tempfile.mkdtemp(prefix="partita-survive-"))
-    (folder / "train.py").write_text(SCRIPT.format(epochs=epochs), encoding="utf-8")
-    command = [sys.executable, "-m", "partita", "run", "--manage=ready"]
-    command += ["--processes", str(processes), "--devices", str(processes)]
-    command += ["--plan", "dp", "train.py"]
-    environment = {**os.environ, "PARTITA_SEED": "5"}
-    pipe = subprocess.PIPE
-    run = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True
-    )
-    return folder, run
-
-
-def _finish(run: subprocess.Popen[str]) -> tuple[str, str]:
-    """The standard output and error of a run."""
-    output, errors = run.communicate(timeout=TIMEOUT)
-    if run.returncode:
-        print(f"a run ended with code {run.returncode}:\n{errors}", file=sys.stderr)
-    return output, errors
-
-
-def _history(output: str) -> list[float]:
-    """The losses that the script prints last; empty if there are none."""
-    lines = [line for line in output.splitlines() if line.startswith("[") and "." in line]
-    return json.loads(lines[-1]) if lines else []
+    options = ["--manage=ready", "--processes", str(processes), "--devices", str(processes)]
+    return start(SCRIPT.format(epochs=epochs), [*options, "--plan", "dp"])
 
 
 if __name__ == "__main__":
