@@ -104,14 +104,15 @@ class Survival:
             return
         leaves = training.leaves(state)
         replaced = self._replaced(training, leaves)
-        if not self._snapshots and not self._fits(training, leaves, batch):
+        if not self._snapshots and not self._fits(training, leaves):
             return
+        batch = training.batch_copy(batch)
         if replaced is None or training.step >= self._next_snapshot:
             self._take(training, state, batch, is_new=replaced is None)
         if self.is_ready and key not in self._prepared:
             self._prepared.add(key)
             training.prepare(key, survivor_plan)
-        self._running = Replayed(training.step, key, training.batch_copy(batch), replaced or {})
+        self._running = Replayed(training.step, key, batch, replaced or {})
 
     def after_step(
         self, training: Training, key: Hashable, state: Any, batch: Any, seconds: float
@@ -149,7 +150,7 @@ class Survival:
 
     # --------------------------------------------------------------------------------- snapshots
 
-    def _fits(self, training: Training, leaves: Sequence[Any], batch: Any) -> bool:
+    def _fits(self, training: Training, leaves: Sequence[Any]) -> bool:
         """Whether snapshots fit in memory, the same in all processes; says so if not."""
         state_bytes = sum(int(leaf.nbytes) for leaf in leaves)
         needed = (KEPT + 1) * state_bytes + batch_room(state_bytes)
@@ -191,7 +192,7 @@ class Survival:
         step_seconds = ordered[len(ordered) // 2]
         steps = math.ceil(min(PACE * seconds, LONGEST) / max(step_seconds, 1e-6))
         room = batch_room(sum(leaf.nbytes for leaf in snapshot.leaves))
-        batch_bytes = sum(leaf.nbytes for leaf in training.leaves(training.batch_copy(batch)))
+        batch_bytes = sum(leaf.nbytes for leaf in training.leaves(batch))
         return max(1, min(steps, room // (KEPT * max(1, batch_bytes))))
 
     # -------------------------------------------------------------------------------------- loss
