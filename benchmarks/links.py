@@ -12,14 +12,13 @@ and without --manage.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
+
+from shares import managed_run
 
 SCRIPT = """
 import json, subprocess, sys, time
@@ -60,7 +59,7 @@ model.fit(
     callbacks=[clock],
 )
 if jax.process_index() == 0:
-    Path("times.json").write_text(json.dumps({"seconds": clock.seconds, "losses": clock.losses}))
+    Path("times-0.json").write_text(json.dumps({"seconds": clock.seconds, "losses": clock.losses}))
 """
 WARM_UP = 5
 """Steps at the beginning of a phase that do not count."""
@@ -100,35 +99,15 @@ def train(given: argparse.Namespace, manage: bool) -> tuple[dict[str, Any], list
     """(the times of process 0, the decisions) of a run in a network of its own."""
     name = f"partita-{os.getpid()}"
     shape = ["tbf", "rate", given.before, "burst", "256kb", "latency", "400ms"]
-    with tempfile.TemporaryDirectory(prefix="partita-links-") as folder:
-        (Path(folder) / "train.py").write_text(SCRIPT, encoding="utf-8")
-        command = [sys.executable, "-m", "partita", "run", "--quiet", "--processes", "2"]
-        command += ["--devices", "2", "--plan", "dp"]
-        if manage:
-            command += ["--manage", "--decisions", "decisions.jsonl"]
-        command += ["train.py", str(given.steps), given.after, str(given.width)]
-        try:
-            subprocess.run(["ip", "netns", "add", name], check=True)
-            subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
-            subprocess.run(
-                ["tc", "-n", name, "qdisc", "add", "dev", "lo", "root", *shape], check=True
-            )
-            done = subprocess.run(
-                ["ip", "netns", "exec", name, *command],
-                cwd=folder,
-                env={**os.environ, "NPROC": "1", "OPENBLAS_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        finally:
-            subprocess.run(["ip", "netns", "del", name], check=False)
-        if done.returncode:
-            raise SystemExit(f"the run failed:\n{done.stdout}{done.stderr}")
-        times = json.loads((Path(folder) / "times.json").read_text())
-        log = Path(folder) / "decisions.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
-        return times, [json.loads(line) for line in lines]
+    arguments = [str(given.steps), given.after, str(given.width)]
+    try:
+        subprocess.run(["ip", "netns", "add", name], check=True)
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        subprocess.run(["tc", "-n", name, "qdisc", "add", "dev", "lo", "root", *shape], check=True)
+        inside = ["ip", "netns", "exec", name]
+        return managed_run(SCRIPT, arguments, "--manage" if manage else "", inside)
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=False)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,14 +182,25 @@ def new_group() -> Path | None:
 
 def train(arguments: list[str], manage: bool = True) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(the times of process 0, the decisions) of a run."""
-    with tempfile.TemporaryDirectory(prefix="partita-shares-") as folder:
-        (Path(folder) / "train.py").write_text(SCRIPT, encoding="utf-8")
+    return managed_run(SCRIPT, arguments, "--manage=ready" if manage else "")
+
+
+def managed_run(
+    script: str, arguments: Sequence[str], manage: str, inside: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(the times of process 0, the decisions) of a script that two processes run.
+
+    `manage` is the option of `partita run`, if any; `inside` is a command that runs another one.
+    """
+    with tempfile.TemporaryDirectory(prefix="partita-shares-") as name:
+        folder = Path(name)
+        (folder / "train.py").write_text(script, encoding="utf-8")
         command = [sys.executable, "-m", "partita", "run", "--quiet", "--processes", "2"]
         command += ["--devices", "2", "--plan", "dp"]
         if manage:
-            command += ["--manage=ready", "--decisions", "decisions.jsonl"]
+            command += [manage, "--decisions", "decisions.jsonl"]
         done = subprocess.run(
-            [*command, "train.py", *arguments],
+            [*inside, *command, "train.py", *arguments],
             cwd=folder,
             env={**os.environ, "NPROC": "1", "OPENBLAS_NUM_THREADS": "1"},
             capture_output=True,
@@ -197,8 +209,8 @@ def train(arguments: list[str], manage: bool = True) -> tuple[dict[str, Any], li
         )
         if done.returncode:
             raise SystemExit(f"the run failed:\n{done.stdout}{done.stderr}")
-        times = json.loads((Path(folder) / "times-0.json").read_text())
-        log = Path(folder) / "decisions.jsonl"
+        times = json.loads((folder / "times-0.json").read_text())
+        log = folder / "decisions.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
         return times, [json.loads(line) for line in lines]
 
