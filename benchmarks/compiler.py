@@ -43,7 +43,7 @@ from partita.execute.compilers.request import request_of
 from partita.execute.compilers.run import compile_program
 from partita.execute.emitted import collectives_of
 from partita.execute.hlo import HloModule
-from partita.execute.verify import compared_traffic
+from partita.execute.verification import compared_traffic
 from partita.graph.rematerialize import rematerialized
 from partita.machine import Machine, host, load
 from partita.plans.baselines import BASELINES

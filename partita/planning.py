@@ -116,12 +116,21 @@ def search_plan(
         assert result is not None, "process 0 searches"
         return result
 
+    return _searched(captured, machine, options)
+
+
+def _searched(
+    captured: Captured, machine: Machine, options: SearchOptions, excess: float = 1.0
+) -> PlanResult:
+    """The result of a search by predicted times; `excess` is observed over predicted memory."""
+
     def search(stages: bool) -> PlanResult:
         return find(
             captured.graph,
             machine,
             options.report,
-            seconds=options.seconds,
+            excess,
+            options.seconds,
             stages=stages,
             search=options.search,
         )
@@ -457,7 +466,7 @@ def plan_that_compiles(
     machine: Machine,
     plan: Plan,
     say: Callable[[str], None],
-    report: Report | None = None,
+    options: SearchOptions = DEFAULTS,
 ) -> tuple[Plan, CompiledPlan]:
     """A plan with its compiled program: the given plan, or a smaller one if the compiler of the
     machine counts more memory than a device has.
@@ -480,7 +489,7 @@ def plan_that_compiles(
             excess = max(excess, error.excess)
             problem = str(error).split(". Use")[0]
             say(f"{problem}. Planned again within that limit.")
-            plan = with_reasons(find(captured.graph, machine, report, excess))
+            plan = with_reasons(_searched(captured, machine, options, excess))
         else:
             return plan, compiled
     raise AssertionError("the loop returns or raises")

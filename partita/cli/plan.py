@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,8 +55,7 @@ def plan(
 
     Example: partita plan train.py --machine h100:8,h100:64 --objective cost-per-epoch
 
-    With --compile, the compiler of the machine compiles the plan here, without its devices. Plans
-    in stages are not in the space then.
+    With --compile, the compiler of the machine compiles the plan here, without its devices.
 
     Example: partita plan train.py --machine tpu-v5e:16 --compile
     """
@@ -86,7 +86,7 @@ def _plan_for_machine(
         check_measurable(target.machine)
     activity = Activity(not as_json)
     captured, machine = capture_script(context, script, target, activity)
-    by_default = target.machine is not None and not compile_plan
+    by_default = target.machine is not None
     options = SearchOptions(
         seconds=search.seconds,
         stages=by_default if search.stages is None else search.stages,
@@ -101,7 +101,8 @@ def _plan_for_machine(
     compiled: CompiledPlan | str | None = None
     if compile_plan:
         with activity.show("compiling"):
-            chosen, compiled = _compiled(captured, machine, chosen, as_json, activity)
+            note = say_nothing if as_json else say
+            chosen, compiled = _compiled(captured, machine, chosen, note, options)
     if files.save_plan is not None:
         save_plan(chosen, files.save_plan)
     if files.report is not None:
@@ -116,18 +117,16 @@ def _plan_for_machine(
 
 
 def _compiled(
-    captured: Captured, machine: Machine, chosen: Plan, as_json: bool, activity: Activity
+    captured: Captured,
+    machine: Machine,
+    chosen: Plan,
+    say: Callable[[str], None],
+    options: SearchOptions,
 ) -> tuple[Plan, CompiledPlan | str]:
     """The plan that fits by the machine's compiler and its compiled program; the first plan and
     one sentence where there is none."""
     try:
-        return plan_that_compiles(
-            captured,
-            machine,
-            chosen,
-            say_nothing if as_json else say,
-            activity.report,
-        )
+        return plan_that_compiles(captured, machine, chosen, say, options)
     except (CompilerError, MemoryBudgetError, PlanError) as error:
         return chosen, str(error)
 

@@ -76,6 +76,10 @@ class StepInPieces:
         graph = self.cut.flow.graph
         return [shard_bytes(graph, place.mesh, place.layout) for place in self.layouts]
 
+    def runs(self, piece: int) -> int:
+        """The number of a piece's runs in a step."""
+        return self.plan.microbatches if self.cut.pieces[piece].is_repeated else 1
+
     def others(self, piece: int) -> tuple[int, ...]:
         """Positions of a piece's arguments that are not donated."""
         return self._others[piece]

@@ -7,20 +7,22 @@ step (`execute.piece_memory`).
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
-from partita.cost.collectives import collectives
+from partita.cost.collectives import Collective, collectives
 from partita.errors import MemoryBudgetError
 from partita.execute.devices import detect
 from partita.execute.dispatch import RunAction, changed_meanings
 from partita.execute.emitted import emitted
 from partita.execute.piece_memory import PieceBytes, compiled_peaks
 from partita.execute.processes import alone, exchanged
-from partita.execute.staged import StagedProgram, StagedStep, StepInPieces
-from partita.execute.verification import Traffic, Verification
-from partita.machine import Machine
+from partita.execute.staged import PlaceLayout, StagedProgram, StagedStep, StepInPieces
+from partita.execute.verification import Traffic, Verification, compared_traffic
+from partita.graph.operator_graph import OperatorGraph
+from partita.machine import Backend, Machine
 from partita.plans.adapt import fit_mesh
+from partita.plans.piece_graph import piece_graph
 from partita.plans.pipeline import is_pipeline
 from partita.simulation.pipelined import PipelinedStep
 from partita.units import format_bytes
@@ -62,7 +64,7 @@ def check_staged(step: StagedStep, program: StagedProgram) -> Verification:
     )
 
 
-def planned_peaks(step: StagedStep, machine: Machine) -> list[int]:
+def planned_peaks(step: StepInPieces, machine: Machine) -> list[int]:
     """Per stage of a pipeline the simulated peak memory of a device in bytes; [] for others."""
     if not is_pipeline(step.plan):
         return []
@@ -108,22 +110,31 @@ def transfer_bytes(step: StepInPieces) -> int:
     return total
 
 
-def _traffic(step: StagedStep, program: StagedProgram, backend: Any) -> tuple[Traffic, ...]:
-    """Bytes of collectives inside places, per kind, the sum over the places of this process.
+def planned_collectives(
+    step: StepInPieces, numbers: Sequence[int], backend: Backend
+) -> list[Collective]:
+    """The expected collectives of pieces, those of all their runs in a step."""
+    result = []
+    for number in numbers:
+        graph, place = planned_piece(step, number)
+        for collective in collectives(graph, place.mesh, place.layout, backend):
+            result.append(replace(collective, trips=collective.trips * step.runs(number)))
+    return result
 
-    Collectives of forward and backward pieces run for every microbatch, sums of gradients included.
-    """
-    planned: dict[str, int] = defaultdict(int)
-    compiled: dict[str, int] = defaultdict(int)
-    graph = step.cut.flow.graph
-    for collective in collectives(graph, step.plan.mesh, step.layout, backend):
-        times = 1 if collective.phase == "update" else step.plan.microbatches
-        planned[collective.kind] += collective.total * times
-    for piece, piece_program in zip(step.cut.pieces, program.programs, strict=True):
-        if piece_program is None:
-            continue
-        times = step.plan.microbatches if piece.is_repeated else 1
-        for collective in emitted(piece_program.as_text()):
-            compiled[collective.kind] += collective.nbytes * collective.trips * times
-    kinds = sorted({*planned, *compiled})
-    return tuple(Traffic(kind, planned[kind], compiled[kind]) for kind in kinds)
+
+def planned_piece(step: StepInPieces, number: int) -> tuple[OperatorGraph, PlaceLayout]:
+    """A piece as a graph, and its layout on its place."""
+    piece = step.cut.pieces[number]
+    place = step.layouts[piece.place]
+    graph, layout = piece_graph(step.cut.flow, piece, place.layout, step.cut.summed, ())
+    return graph, PlaceLayout(place.mesh, layout)
+
+
+def _traffic(step: StagedStep, program: StagedProgram, backend: Backend) -> tuple[Traffic, ...]:
+    """Collectives inside places, the sums over a device of each place of this process."""
+    numbers = [n for n, piece_program in enumerate(program.programs) if piece_program is not None]
+    compiled = []
+    for number in numbers:
+        for collective in emitted(program.programs[number].as_text()):
+            compiled.append(replace(collective, trips=collective.trips * step.runs(number)))
+    return compared_traffic(planned_collectives(step, numbers, backend), compiled)

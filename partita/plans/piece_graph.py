@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from partita.graph.operator_graph import Argument, Instruction, Loop, OperatorGraph
+from partita.graph.operator_graph import Argument, Instruction, Loop, OperatorGraph, Use
 from partita.plans.layout import Layout, Read
 from partita.plans.phases import DataFlow
 from partita.plans.pieces import Piece
@@ -75,6 +75,7 @@ class _PieceGraph:
             owner=tuple(self.owners),
             home=tuple(self.homes),
             labels=tuple(self.labels),
+            uses=tuple(self._uses()),
         )
         layout = replace(self.layout, shardings=tuple(self.shardings), reads=tuple(self._reads()))
         return piece, layout
@@ -134,6 +135,15 @@ class _PieceGraph:
                 instruction = self.position[loop.instruction]
                 loops.append(replace(loop, instruction=instruction, body=body))
         return loops
+
+    def _uses(self) -> list[Use]:
+        """The reads of the piece under other labels."""
+        uses = []
+        for use in self.flow.graph.uses:
+            readers = [(self.position[i], n) for i, n in use.instructions if i in self.position]
+            if readers:
+                uses.append(replace(use, instructions=tuple(readers)))
+        return uses
 
     def _reads(self) -> list[Read]:
         """The reads of the piece under other shardings. They wait for no gradient of others."""

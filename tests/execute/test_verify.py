@@ -11,7 +11,8 @@ from partita.capture.jax_functions import Leaf, capture_step
 from partita.cost.collectives import collectives
 from partita.errors import MemoryBudgetError
 from partita.execute.program import planned_step
-from partita.execute.verify import Traffic, check_and_compare, compare_steps, verify
+from partita.execute.verification import Traffic
+from partita.execute.verify import check_and_compare, compare_steps, verify
 from partita.plans.adapt import fit_plan
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check

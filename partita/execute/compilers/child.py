@@ -1,8 +1,8 @@
-"""The child process that compiles: `python -m partita.execute.compilers.child FOLDER`.
+"""The child process that compiles: `python -m partita.execute.compilers.child FOLDER ...`.
 
 XLA reads its flags once, and a plugin's devices are made once, so a process that trains cannot
-compile for another machine. The folder has a request; the result goes there too: `result.json`,
-and the text of the compiled program in `program.hlo.gz`.
+compile for another machine. A folder has a request; the result goes there too: `result.json`, and
+the text of the compiled program in `program.hlo.gz`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from partita.execute.compilers.request import (
     CompileRequest,
     SpecText,
 )
+from partita.execute.piece_function import piece_function
 
 MEMORY = {
     "arguments": "argument_size_in_bytes",
@@ -53,6 +54,19 @@ def compile_request(request: CompileRequest) -> tuple[dict[str, Any], str]:
         tuple(name for name, _ in request.axes),
         axis_types=(AxisType.Auto,) * len(shape),
     )
+    lowered = (
+        _lowered_step(request, mesh) if request.piece is None else _lowered_piece(request, mesh)
+    )
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    analysis = compiled.memory_analysis()
+    memory = {part: int(getattr(analysis, name, 0)) for part, name in MEMORY.items()}
+    return {"seconds": seconds, "memory": memory}, compiled.as_text() or ""
+
+
+def _lowered_step(request: CompileRequest, mesh: Mesh) -> Any:
+    """A whole step on a mesh, lowered."""
     shardings = tuple(_named_sharding(spec, mesh) for spec in request.shardings)
     state_count = request.state_count
     other_outputs = len(request.outputs) - state_count
@@ -62,13 +76,33 @@ def compile_request(request: CompileRequest) -> tuple[dict[str, Any], str]:
         out_shardings=(None,) * other_outputs + shardings[:state_count],
         donate_argnums=tuple(range(state_count)),
     )
-    shapes = [_shape(array) for array in request.inputs]
-    start = time.perf_counter()
-    compiled = step.lower(*shapes).compile()
-    seconds = time.perf_counter() - start
-    analysis = compiled.memory_analysis()
-    memory = {part: int(getattr(analysis, name, 0)) for part, name in MEMORY.items()}
-    return {"seconds": seconds, "memory": memory}, compiled.as_text() or ""
+    return step.lower(*(_shape(array) for array in request.inputs))
+
+
+def _lowered_piece(request: CompileRequest, mesh: Mesh) -> Any:
+    """A piece of a step on a mesh, lowered, with the sums over microbatches around it."""
+    piece = request.piece
+    assert piece is not None, "a request of a piece"
+    call = program_of(request).call
+    role = piece.role
+    others = [n for n in range(len(request.inputs)) if n not in role.donated]
+    inputs = [
+        _shape(array, _named_sharding(spec, mesh))
+        for array, spec in zip(request.inputs, request.shardings, strict=True)
+    ]
+    outputs = [
+        _shape(array, _named_sharding(spec, mesh))
+        for array, spec in zip(request.outputs, piece.shardings, strict=True)
+    ]
+    function = piece_function(lambda arguments: call(*arguments), len(inputs), role, piece.scale)
+    given = [outputs[n].sharding for n in role.raw]
+    totals = [outputs[n].sharding for n in role.sums]
+    step = jax.jit(function, out_shardings=(given, totals), donate_argnums=(0, 2))
+    return step.lower(
+        [inputs[n] for n in role.donated],
+        [inputs[n] for n in others],
+        [outputs[n] for n in role.sums],
+    )
 
 
 def program_of(request: CompileRequest) -> Text:
@@ -87,9 +121,9 @@ def program_of(request: CompileRequest) -> Text:
     return dataclasses.replace(text, module_kept_var_idx=request.kept)
 
 
-def _shape(array: ArrayText) -> jax.ShapeDtypeStruct:
+def _shape(array: ArrayText, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
     shape, dtype = array
-    return jax.ShapeDtypeStruct(shape, dtype)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def _named_sharding(spec: SpecText, mesh: Mesh) -> NamedSharding:
@@ -108,4 +142,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for argument in sys.argv[1:]:
+        main(Path(argument))

@@ -11,6 +11,7 @@ from partita.cost.memory import memory
 from partita.cost.work import local_flops
 from partita.errors import MemoryBudgetError
 from partita.execute.compiled_work import work_of
+from partita.execute.compilers.compiled_pieces import CompiledPieces, compile_pieces
 from partita.execute.compilers.family import program_compiler
 from partita.execute.compilers.request import request_of
 from partita.execute.compilers.run import (
@@ -21,18 +22,28 @@ from partita.execute.compilers.run import (
 )
 from partita.execute.emitted import collectives_of
 from partita.execute.hlo import HloModule
-from partita.execute.verify import Traffic, compared_traffic
-from partita.graph.operator_graph import OperatorGraph
+from partita.execute.staged import in_pieces
+from partita.execute.staged_verify import planned_collectives, planned_peaks, planned_piece
+from partita.execute.verification import Traffic, compared_traffic
 from partita.graph.rematerialize import rematerialized
 from partita.machine import Machine
+from partita.plans.adapt import fit_mesh
+from partita.plans.check import check
 from partita.plans.layout import layout_of
+from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Plan
+from partita.simulation.simulate import predicted
 from partita.units import format_bytes, format_flops, format_seconds
 
 
 @dataclass(frozen=True)
 class CompiledPlan:
-    """A plan beside its compiled program. Bytes, FLOPs and seconds of one device and step."""
+    """A plan beside its compiled program. Bytes, FLOPs and seconds of one device and step.
+
+    A plan in pieces has the memory of its fullest device group. Its arguments are the variables,
+    the batch, sums of gradients and values of microbatches. FLOPs, collectives and kernels are
+    those of one device of every group together.
+    """
 
     plan: str
     """Name of the plan."""
@@ -56,6 +67,8 @@ class CompiledPlan:
     estimated_seconds: float | None
     """The compiler's own estimate of its kernels without transfers, None without one."""
     compile_seconds: float
+    groups: tuple[tuple[float | None, int], ...] = ()
+    """(planned, compiled) peak bytes of a device of every device group, for a plan in pieces."""
 
     @property
     def fits(self) -> bool:
@@ -85,6 +98,7 @@ class CompiledPlan:
             ),
             ("  arguments", "", format_bytes(self.memory.arguments)),
             ("  temporaries", "", format_bytes(self.memory.temporaries)),
+            *self._group_rows(),
             ("work", format_flops(self.planned_flops), format_flops(self.flops)),
         ]
         for traffic in self.traffic:
@@ -99,6 +113,13 @@ class CompiledPlan:
             rows.append(("kernels, by the compiler's estimate", "", seconds))
         return rows
 
+    def _group_rows(self) -> list[tuple[str, str, str]]:
+        rows = []
+        for number, (planned, compiled) in enumerate(self.groups):
+            planned_text = "" if planned is None else format_bytes(planned)
+            rows.append((f"  device group {number}", planned_text, format_bytes(compiled)))
+        return rows
+
     def __str__(self) -> str:
         lines = [f"{self.plan} for {self.machine}, compiled by {self.compiler} ({self.version})"]
         for figure, planned, compiled in self.rows():
@@ -109,31 +130,43 @@ class CompiledPlan:
 def compile_captured(captured: Captured, plan: Plan, machine: Machine) -> CompiledPlan:
     """A captured step under a plan, compiled for a machine that need not be here.
 
-    Raises a CompilerError if there is no compiler or if it gives up, a PlanError for a plan in
-    stages, and a MemoryBudgetError if the compiler itself refuses the program as too large.
+    Raises a CompilerError if there is no compiler or if it gives up, a PlanError for a plan that
+    cannot run, and a MemoryBudgetError if the compiler itself refuses a program as too large.
     """
+    check(plan, captured.graph)
+    step = None if is_one_program(plan) else in_pieces(captured, plan)
+    if step is None:
+        planned_peak = _planned_peak(captured, plan, machine)
+    else:
+        planned_peak = predicted(captured.graph, machine, fit_mesh(plan, machine)).memory.peak
     target = program_compiler(machine).target(machine)
-    graph = rematerialized(captured.graph, plan.recompute)
-    layout = layout_of(graph, plan)
-    planned_peak = memory(
-        graph, plan.mesh, layout, machine.backend, device_bytes=machine.memory_bytes
-    ).peak
     try:
-        program = compile_program(request_of(captured, plan, target))
+        if step is None:
+            program = compile_program(request_of(captured, plan, target))
+            return _compared(captured, plan, machine, program, planned_peak)
+        return _compared_pieces(compile_pieces(step, target), machine, planned_peak)
     except ProgramTooLarge as error:
         sentence = _needs(plan.name, machine.name, error.needed_bytes, machine.memory_bytes)
         raise MemoryBudgetError(sentence, error.needed_bytes / max(1.0, planned_peak)) from None
-    return _compared(graph, plan, machine, program, planned_peak)
+
+
+def _planned_peak(captured: Captured, plan: Plan, machine: Machine) -> float:
+    """The predicted peak memory of a device for a plan that is one program, bytes."""
+    graph = rematerialized(captured.graph, plan.recompute)
+    layout = layout_of(graph, plan)
+    backend = machine.backend
+    return memory(graph, plan.mesh, layout, backend, device_bytes=machine.memory_bytes).peak
 
 
 def _compared(
-    graph: OperatorGraph,
+    captured: Captured,
     plan: Plan,
     machine: Machine,
     program: CompiledProgram,
     planned_peak: float,
 ) -> CompiledPlan:
     """A compiled program beside its plan."""
+    graph = rematerialized(captured.graph, plan.recompute)
     layout = layout_of(graph, plan)
     module = HloModule.of(program.text)
     work = work_of(module)
@@ -153,6 +186,40 @@ def _compared(
         fusions=work.fusions,
         estimated_seconds=program_compiler(machine).seconds_of(work.cycles, machine),
         compile_seconds=program.seconds,
+    )
+
+
+def _compared_pieces(pieces: CompiledPieces, machine: Machine, planned_peak: float) -> CompiledPlan:
+    """Compiled pieces beside their plan."""
+    step = pieces.step
+    backend = machine.backend
+    numbers = range(len(step.cut.pieces))
+    peaks = pieces.peaks()
+    fullest = max(peaks, key=lambda peak: peak.nbytes)
+    planned = planned_peaks(step, machine) or [None] * len(peaks)
+    work = pieces.work()
+    planned_flops = 0.0
+    for number in numbers:
+        graph, place = planned_piece(step, number)
+        flops = local_flops(graph, place.mesh, place.layout, backend)
+        planned_flops += flops * step.runs(number)
+    first = pieces.programs[0]
+    return CompiledPlan(
+        plan=step.plan.name,
+        machine=machine.name,
+        compiler=first.compiler,
+        version=first.version,
+        memory=ProgramMemory(fullest.values, fullest.results, fullest.temporaries, aliased=0),
+        planned_peak_bytes=planned_peak,
+        capacity_bytes=machine.memory_bytes,
+        traffic=compared_traffic(planned_collectives(step, numbers, backend), pieces.collectives()),
+        flops=work.flops,
+        planned_flops=planned_flops,
+        product_flops=work.product_flops,
+        fusions=work.fusions,
+        estimated_seconds=program_compiler(machine).seconds_of(work.cycles, machine),
+        compile_seconds=sum(program.seconds for program in pieces.programs),
+        groups=tuple(zip(planned, (peak.nbytes for peak in peaks), strict=True)),
     )
 
 

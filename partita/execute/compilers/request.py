@@ -1,4 +1,5 @@
-"""A planned step as a request to compile it: annotated program, shardings, target.
+"""A planned step, or a piece of one, as a request to compile it: annotated program, shardings,
+target.
 
 A request is a folder of two files, so that a child process can read it: `request.json`, and
 `program.bin`, the MLIR bytecode of the annotated step. Nothing in it is pickled.
@@ -17,11 +18,13 @@ import jax
 from partita.capture.jax_functions import Captured
 from partita.execute.annotate import annotate
 from partita.execute.compilers.base import CompileTarget
+from partita.execute.dispatch import PieceRole
 from partita.execute.program import check_one_program, leaf_shardings
 from partita.execute.rematerialize import rematerialized_step
+from partita.execute.staged import StepInPieces
 from partita.plans.check import check
-from partita.plans.layout import layout_of
-from partita.plans.plan import Plan
+from partita.plans.layout import Sharding, layout_of
+from partita.plans.plan import Mesh, Plan
 
 PROGRAM_FILE = "program.bin"
 REQUEST_FILE = "request.json"
@@ -34,6 +37,23 @@ SpecText = list[list[str]]
 
 ArrayText = tuple[list[int], str]
 """Shape and dtype of an array."""
+
+
+@dataclass(frozen=True)
+class PieceRequest:
+    """The part of a request that pieces of a step have beside their program."""
+
+    role: PieceRole
+    scale: float
+    """Factor of sums over microbatches."""
+    shardings: tuple[SpecText, ...]
+    """Of the outputs."""
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> PieceRequest:
+        """The value that `dataclasses.asdict` gave, from JSON."""
+        role = {name: tuple(positions) for name, positions in value["role"].items()}
+        return PieceRequest(PieceRole(**role), value["scale"], tuple(value["shardings"]))
 
 
 @dataclass(frozen=True)
@@ -53,6 +73,8 @@ class CompileRequest:
     shardings: tuple[SpecText, ...]
     """Of the inputs."""
     target: CompileTarget
+    piece: PieceRequest | None = None
+    """For a piece of a step, which has no state: its inputs are its arguments."""
 
     def to_json(self) -> dict[str, Any]:
         """All but the program."""
@@ -85,6 +107,7 @@ class CompileRequest:
             axes=tuple((name, size) for name, size in values["axes"]),
             shardings=tuple(values["shardings"]),
             target=CompileTarget(**values["target"]),
+            piece=PieceRequest.from_json(values["piece"]) if values["piece"] else None,
         )
 
 
@@ -96,19 +119,52 @@ def request_of(captured: Captured, plan: Plan, target: CompileTarget) -> Compile
     graph = captured.graph
     layout = layout_of(graph, plan)
     text = captured.text
-    shardings: list[SpecText] = []
-    for sharding in leaf_shardings(captured, layout):
-        shardings.append([[plan.mesh.axes[axis].name for axis in axes] for axes in sharding])
+    shardings = [_spec(sharding, plan.mesh) for sharding in leaf_shardings(captured, layout)]
     return CompileRequest(
         program=annotate(text.mlir_module_serialized, graph, plan.mesh, layout),
         inputs=tuple(_array(aval) for aval in text.in_avals),
         outputs=tuple(_array(aval) for aval in text.out_avals),
         kept=tuple(text.module_kept_var_idx),
         state_count=len(jax.tree.leaves(captured.state)),
-        axes=tuple((axis.name, axis.size) for axis in plan.mesh.axes) or (("a", 1),),
+        axes=_axes(plan.mesh),
         shardings=tuple(shardings),
         target=target,
     )
+
+
+def piece_request_of(step: StepInPieces, number: int, target: CompileTarget) -> CompileRequest:
+    """The request for a piece of a step."""
+    piece = step.cut.pieces[number]
+    place = step.layouts[piece.place]
+    text = step.text(number)
+
+    def spec(tensor: int) -> SpecText:
+        stored_as = step.cut.argument_of.get(tensor, tensor)
+        return _spec(place.layout.shardings[stored_as], place.mesh)
+
+    return CompileRequest(
+        program=text.mlir_module_serialized,
+        inputs=tuple(_array(aval) for aval in text.in_avals),
+        outputs=tuple(_array(aval) for aval in text.out_avals),
+        kept=tuple(text.module_kept_var_idx),
+        state_count=0,
+        axes=_axes(place.mesh),
+        shardings=tuple(spec(t) for t in piece.reads),
+        target=target,
+        piece=PieceRequest(
+            role=step.dispatch.roles[number],
+            scale=1 / step.plan.microbatches,
+            shardings=tuple(spec(t) for t in piece.gives),
+        ),
+    )
+
+
+def _spec(sharding: Sharding, mesh: Mesh) -> SpecText:
+    return [[mesh.axes[axis].name for axis in axes] for axes in sharding]
+
+
+def _axes(mesh: Mesh) -> tuple[tuple[str, int], ...]:
+    return tuple((axis.name, axis.size) for axis in mesh.axes) or (("a", 1),)
 
 
 def _array(aval: Any) -> ArrayText:

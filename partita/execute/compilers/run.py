@@ -1,4 +1,4 @@
-"""Compiles a request in a child process, and keeps the compiled program on disk."""
+"""Compiles requests in a child process, and keeps the compiled programs on disk."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,23 +79,42 @@ def compile_program(request: CompileRequest) -> CompiledProgram:
     Raises a CompilerError if the compiler is not installed or does not compile the program, and
     its subclass ProgramTooLarge if a device has too little memory.
     """
-    compiler = COMPILERS[request.target.platform]
+    return compile_programs([request])[0]
+
+
+def compile_programs(requests: Sequence[CompileRequest]) -> list[CompiledProgram]:
+    """The compiled programs of requests for one target. One process compiles all that are not in
+    the cache.
+
+    Raises the errors of `compile_program`, for the first program that has one.
+    """
+    target = requests[0].target
+    compiler = COMPILERS[target.platform]
     compiler.check()
-    environment = compiler.environment(request.target)
+    environment = compiler.environment(target)
     version = compiler.version()
-    key = request.digest(version, json.dumps(environment, sort_keys=True))
-    cached = cache_folder() / "compiled" / key
-    if (cached / RESULT_FILE).is_file():
-        return _read(cached, compiler, version)
+    flags = json.dumps(environment, sort_keys=True)
     with tempfile.TemporaryDirectory(prefix="partita-") as name:
-        work = Path(name)
-        request.write(work)
-        _run_child(work, compiler, environment)
-        (work / PROGRAM_FILE).unlink()
-        # A cache that cannot be written costs time, not the result.
-        with contextlib.suppress(OSError):
-            _store(work, cached)
-        return _read(work, compiler, version)
+        folders = []
+        stored: dict[Path, Path] = {}
+        """Folder of a new result -> its folder in the cache."""
+        for number, request in enumerate(requests):
+            folder = cache_folder() / "compiled" / request.digest(version, flags)
+            if not (folder / RESULT_FILE).is_file():
+                work = Path(name) / str(number)
+                work.mkdir()
+                request.write(work)
+                stored[work] = folder
+                folder = work
+            folders.append(folder)
+        if stored:
+            _run_child(list(stored), compiler, environment, Path(name) / "log")
+        for work, cached in stored.items():
+            (work / PROGRAM_FILE).unlink()
+            # A cache that cannot be written costs time, not the result.
+            with contextlib.suppress(OSError):
+                _store(work, cached)
+        return [_read(folder, compiler, version) for folder in folders]
 
 
 def _read(folder: Path, compiler: ProgramCompiler, version: str) -> CompiledProgram:
@@ -119,34 +139,40 @@ def _store(work: Path, cached: Path) -> None:
         raise
 
 
-def _run_child(work: Path, compiler: ProgramCompiler, environment: dict[str, str]) -> None:
-    """Runs the child process. CompilerError if it ends without a result."""
+def _run_child(
+    folders: Sequence[Path],
+    compiler: ProgramCompiler,
+    environment: dict[str, str],
+    log: Path,
+) -> None:
+    """Runs the child process. CompilerError if it ends without a result in every folder."""
     paths = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[3])]
     variables = {
         **base_environment(),
         **environment,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
     }
-    log = work / "log"
+    module = "partita.execute.compilers.child"
+    limit_seconds = SECONDS * len(folders)
     with log.open("w") as stream:
         try:
             done = subprocess.run(
-                [sys.executable, "-P", "-m", "partita.execute.compilers.child", str(work)],
+                [sys.executable, "-P", "-m", module, *map(str, folders)],
                 env=variables,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
-                timeout=SECONDS,
+                timeout=limit_seconds,
             )
         except subprocess.TimeoutExpired:
             raise CompilerError(
-                f"{compiler.name} did not finish within {SECONDS} s. Use a smaller model."
+                f"{compiler.name} did not finish within {limit_seconds} s. Use a smaller model."
             ) from None
-    if done.returncode or not (work / RESULT_FILE).is_file():
+    is_complete = all((folder / RESULT_FILE).is_file() for folder in folders)
+    if done.returncode or not is_complete:
         reason = abort_reason(log.read_text(errors="replace"))
         problem = compiler.version_problem()
         raise CompilerError(f"{compiler.name} aborted: {reason.rstrip('.')}.{problem}")
-    log.unlink()
 
 
 def abort_reason(log: str) -> str:

@@ -17,7 +17,7 @@ import pytest
 import partita
 from partita.capture.jax_functions import Leaf, capture_step
 from partita.capture.targets import CaptureTarget
-from partita.errors import CompilerError, MemoryBudgetError, PlanError
+from partita.errors import CompilerError, MemoryBudgetError
 from partita.execute.compilers import compiled_plan, run
 from partita.execute.compilers.compiled_plan import compile_captured
 from partita.execute.compilers.cuda import CARDS, CudaCompiler, card_of, config_of
@@ -285,11 +285,28 @@ def test_a_plan_that_never_fits_is_refused(cache, monkeypatch):
     assert len(sentences) == 3
 
 
-def test_a_plan_in_stages_is_not_compiled():
-    machine = host(2, 4 << 30)
+def test_the_pieces_of_a_plan_compile_in_one_process(cache, monkeypatch):
+    """Two microbatches: a forward and backward piece each run twice, the update runs once."""
+    machine = host(4, 4 << 30)
     step, plan = planned("data parallel", machine)
-    with pytest.raises(PlanError, match="--no-stages"):
-        compile_captured(step, dataclasses.replace(plan, microbatches=2), machine)
+    processes = []
+    real = run._run_child
+
+    def counted(folders, *arguments):
+        processes.append(len(folders))
+        real(folders, *arguments)
+
+    monkeypatch.setattr(run, "_run_child", counted)
+    compiled = partita.compile_for(dataclasses.replace(plan, microbatches=2), step, machine=machine)
+    assert processes == [3]
+    (traffic,) = compiled.traffic
+    gradient_and_loss = WIDTH * WIDTH * 4 + 4
+    assert traffic.planned == traffic.emitted == 2 * gradient_and_loss
+    assert compiled.product_flops == 2 * 2 * (BATCH // 4) * WIDTH * WIDTH
+    ((planned_bytes, compiled_bytes),) = compiled.groups
+    assert compiled_bytes == compiled.memory.peak > 2 * WIDTH * WIDTH * 4
+    assert planned_bytes == compiled.planned_peak_bytes
+    assert "device group 0: " in str(compiled)
 
 
 def test_random_keys_are_compiled_as_their_data():
