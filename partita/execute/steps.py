@@ -224,9 +224,9 @@ class StepRunner:
         """The captured step for a key."""
         return self.steps[key].planned.captured.graph
 
-    def machine(self) -> Machine:
-        """The machine of the live devices."""
-        return detect(len(members.devices()))
+    def machine(self, devices: int | None = None) -> Machine:
+        """The machine of all live devices, or of some."""
+        return detect(devices or len(members.devices()))
 
     def is_evaluation(self, key: Hashable) -> bool:
         """Whether a step evaluates or predicts."""

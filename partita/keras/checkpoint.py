@@ -13,9 +13,9 @@ import os
 import re
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,14 @@ import numpy as np
 
 from partita.errors import PartitaError
 from partita.execute import members
-from partita.execute.processes import alone, is_first, is_local, is_of_group, together, whole
+from partita.execute.processes import (
+    alone,
+    from_first,
+    is_local,
+    is_of_group,
+    together,
+    whole,
+)
 from partita.files.checksums import (
     MODULUS,
     array_checksum,
@@ -77,12 +84,6 @@ class Checkpoint(keras.callbacks.Callback):
         self.every = every
         self._unsaved_epoch: int | None = None
         self._order_seed = 0
-        self._has_told = False
-        if members.generation():
-            raise PartitaError(
-                "A process was lost, and Orbax would wait for it. Make the Checkpoint before the "
-                "first fit, or use keras.callbacks.ModelCheckpoint."
-            )
         try:
             import orbax.checkpoint as ocp
         except ImportError:
@@ -91,20 +92,65 @@ class Checkpoint(keras.callbacks.Callback):
             ) from None
         self.folder = Path(folder).absolute()
         self._ocp = ocp
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._keep = keep
+        self._generation = members.generation()
+        """The generation of the group that `_manager` is for."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            self._manager = self._new_manager()
         except (OSError, ValueError) as error:
             raise PartitaError(
                 f"Checkpoints cannot be saved in {str(folder)!r}: {_reason(error)}. "
                 "Name a folder that can be written."
             ) from None
 
+    def _new_manager(self) -> Any:
+        """Orbax's manager of the folder.
+
+        After a loss it is one for this process alone, and the first one writes: Orbax would wait
+        for all processes that JAX counts, the lost ones too.
+        """
+        ocp = self._ocp
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, enable_async_checkpointing=False
+        )
+        if self._generation:
+            options.create = False
+            options.multiprocessing_options = ocp.options.MultiprocessingOptions(
+                primary_host=0, active_processes={0}
+            )
+        with self._as_counted():
+            return ocp.CheckpointManager(self.folder, options=options)
+
+    @contextmanager
+    def _as_counted(self) -> Iterator[None]:
+        """Inside, after a loss, Orbax takes this process for process 0, which alone writes arrays
+        of NumPy."""
+        if not self._generation:
+            yield
+            return
+        library: Any = import_module("orbax.checkpoint._src.multihost.multihost")
+        process_index = library.process_index
+        library.process_index = lambda: 0
+        try:
+            yield
+        finally:
+            library.process_index = process_index
+
+    def _follow_members(self) -> None:
+        """Has a manager for the live processes, which knows their last save."""
+        if self._generation != members.generation():
+            self._generation = members.generation()
+            self._manager = self._new_manager()
+        elif self._generation:
+            with self._as_counted():
+                self._manager.reload()
+
     def on_train_begin(self, logs: Any = None) -> None:
+        self._follow_members()
         epoch = self._manager.latest_step()
         self._order_seed = int(np.random.randint(2**31))
-        if epoch is None or members.generation():
+        if epoch is None:
             return
         model: Any = self.model
         variables = self._variables()
@@ -158,26 +204,32 @@ class Checkpoint(keras.callbacks.Callback):
             self._unsaved_epoch = epoch
 
     def _save(self, epoch: int) -> None:
-        if members.generation():
-            self._tell_of_loss()
-            return
-        values = {}
-        description = {}
-        for name, variable in self._variables().items():
-            value = variable.value
-            is_split = not is_local(value) and not is_of_group(value)
-            values[name] = value if is_split else whole(value)
-            description[name] = [list(variable.shape), str(variable.dtype)]
+        self._follow_members()
+        variables = self._variables()
+        values = {name: self._saved_value(variable.value) for name, variable in variables.items()}
+        description = {name: [list(v.shape), str(v.dtype)] for name, v in variables.items()}
         checksums = _checksums(values)
         ocp = self._ocp
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(values),
+            model=ocp.args.JsonSave(description),
+            order=ocp.args.JsonSave(with_checksum({"seed": self._order_seed})),
+            checksums=ocp.args.JsonSave(checksums),
+        )
+        if self._generation:
+            from_first(f"checkpoint of epoch {epoch}", lambda: self._write(epoch, args))
+        else:
+            self._write(epoch, args)
+
+    def _saved_value(self, value: Any) -> Any:
+        """The array that Orbax gets: of all processes if it is split, else of NumPy."""
+        is_split = not is_local(value) and not is_of_group(value)
+        return value if is_split and not self._generation else whole(value)
+
+    def _write(self, epoch: int, args: Any) -> str:
+        """Writes a checkpoint; PartitaError where that fails."""
         try:
-            args = ocp.args.Composite(
-                state=ocp.args.StandardSave(values),
-                model=ocp.args.JsonSave(description),
-                order=ocp.args.JsonSave(with_checksum({"seed": self._order_seed})),
-                checksums=ocp.args.JsonSave(checksums),
-            )
-            with _quietly(), together("saving a checkpoint"):
+            with _quietly(), self._as_counted(), together("saving a checkpoint"):
                 self._manager.save(epoch, args=args)
         except (OSError, ValueError) as error:
             last = self._manager.latest_step()
@@ -190,19 +242,7 @@ class Checkpoint(keras.callbacks.Callback):
                 f"The checkpoint of epoch {epoch + 1} cannot be written to {str(self.folder)!r}: "
                 f"{_reason(error)}. {complete}; the model keeps its weights."
             ) from None
-
-    def _tell_of_loss(self) -> None:
-        """Warns once that nothing is saved any more: Orbax would wait for the lost process."""
-        if self._has_told or not is_first():
-            return
-        self._has_told = True
-        last = self._manager.latest_step()
-        state = "None is complete" if last is None else f"The last one is of epoch {last + 1}"
-        warnings.warn(
-            f"No checkpoints are written to {str(self.folder)!r} after the loss of a process. "
-            f"{state}. model.save and ModelCheckpoint still write.",
-            stacklevel=2,
-        )
+        return ""
 
     def _forget_first_epoch(self) -> None:
         """Keras has read it by now; another call of `fit` begins with an epoch of its own."""
@@ -219,7 +259,7 @@ class Checkpoint(keras.callbacks.Callback):
     def _readable(self, epoch: int) -> Iterator[None]:
         """Inside, an error that Orbax raises for incomplete files is a PartitaError."""
         try:
-            with _quietly():
+            with _quietly(), self._as_counted():
                 yield
         except Exception as error:
             raise PartitaError(

@@ -22,7 +22,6 @@ from typing import Any
 import keras
 from keras.src.backend.jax.trainer import JAXTrainer
 
-from partita.execute import members
 from partita.execute.processes import from_first, is_first
 from partita.files.reading import FileKind, read_json
 from partita.files.schema import flag, items, mapping, table, text, whole_number
@@ -186,12 +185,7 @@ def saving_snapshots(folder: Path, report: Callable[[str], None]) -> Iterator[No
         given = arguments.arguments.get("callbacks")
         callbacks = given if isinstance(given, (list, tuple)) else [given] if given else []
         is_list = isinstance(given, keras.callbacks.CallbackList)
-        has_lost = members.generation() > 0
-        if (
-            not has_lost
-            and not is_list
-            and not any(isinstance(each, Checkpoint) for each in callbacks)
-        ):
+        if not is_list and not any(isinstance(each, Checkpoint) for each in callbacks):
             snapshots = Snapshots(folder / f"fit-{count}", report)
             arguments.arguments["callbacks"] = [*callbacks, snapshots]
             count += 1

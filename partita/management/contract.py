@@ -84,8 +84,8 @@ class Training(Protocol):
         """The captured step for a key: a set of shapes of state and batch."""
         ...
 
-    def machine(self) -> Machine:
-        """The machine of the live devices, as described and measured before."""
+    def machine(self, devices: int | None = None) -> Machine:
+        """The machine of all live devices, or of some, as described and measured before."""
         ...
 
     def is_evaluation(self, key: Hashable) -> bool:

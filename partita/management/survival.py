@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from partita.errors import LostProcessError, ProcessError
+from partita.errors import LostProcessError, MemoryBudgetError, PartitaError, ProcessError
 from partita.graph.operator_graph import OperatorGraph
-from partita.management.contract import Training
+from partita.management.contract import PlanFor, Training
 from partita.management.decisions import Decision, DecisionLog
 from partita.management.free_memory import free_memory_bytes
-from partita.plans.baselines import BASELINES
-from partita.plans.plan import Plan, mesh_for
+from partita.management.survivor_plans import survivor_plan
+from partita.plans.plan import Plan
 from partita.units import format_bytes, format_seconds
 
 KEPT = 2
@@ -67,6 +67,15 @@ class Replayed:
     when it resets metrics."""
 
 
+@dataclass(frozen=True)
+class SurvivorPlan:
+    """A plan for the devices that a loss leaves."""
+
+    before: Plan
+    devices: int
+    chosen: Plan
+
+
 class Survival:
     """A manager that goes on without lost processes. `management.contract` states its methods."""
 
@@ -75,6 +84,8 @@ class Survival:
         self.log = log
         self.is_ready = is_ready
         self._prepared: set[Hashable] = set()
+        self._plans: list[SurvivorPlan] = []
+        """Plans for losses, as far as they are known."""
         self._alive: tuple[int, ...] = ()
         """The processes of the last step."""
         self._snapshots: deque[Snapshot] = deque(maxlen=KEPT)
@@ -111,7 +122,7 @@ class Survival:
             self._take(training, state, batch, is_new=replaced is None)
         if self.is_ready and key not in self._prepared:
             self._prepared.add(key)
-            training.prepare(key, survivor_plan)
+            self._prepare(training, key)
         self._running = Replayed(training.step, key, batch, replaced or {})
 
     def after_step(
@@ -235,10 +246,9 @@ class Survival:
         step = self._agreed_step(training)
         while self._snapshots[-1].step > step:
             self._snapshots.pop()
-        training.change_members(survivor_plan)
+        training.change_members(self._planner(training))
         # Gloo waits 30 s for the others of a new group, who may compile longer than this one.
         training.group.exchanged("survivors' program", "")
-        training.change_members(survivor_plan)
         state = training.with_leaves(state, self._snapshots[-1].leaves)
         steps = [each for each in self._replayed if each.step >= step]
         for each in steps:
@@ -268,6 +278,45 @@ class Survival:
             )
         return max(common)
 
+    # ------------------------------------------------------------------------------------- plans
+
+    def _prepare(self, training: Training, key: Hashable) -> None:
+        """Compiles for the loss of any one process; says so if nothing fits after one."""
+        try:
+            training.prepare(key, self._planner(training))
+        except MemoryBudgetError as error:
+            sentence = f"a lost process ends the run: {error}"
+            self._decide(training, Decision(training.step, "stay", sentence))
+
+    def _planner(self, training: Training) -> PlanFor:
+        """Plans for fewer devices as the first live process does, which tells the others."""
+
+        def plan_for(graph: OperatorGraph, plan: Plan, devices: int) -> Plan:
+            text = ""
+            if training.group.is_first:
+                text = self._survivor_plan(training, graph, plan, devices)
+            answer = json.loads(training.group.exchanged(f"plan for {devices} devices", text)[0])
+            if "error" in answer:
+                raise MemoryBudgetError(answer["error"])
+            planned = SurvivorPlan(plan, devices, Plan.from_json(answer))
+            self._plans = [*self._plans, planned]
+            return planned.chosen
+
+        return plan_for
+
+    def _survivor_plan(
+        self, training: Training, graph: OperatorGraph, plan: Plan, devices: int
+    ) -> str:
+        """The plan for fewer devices, or the reason why there is none, as JSON."""
+        for known in self._plans:
+            if known.devices == devices and known.before == plan:
+                return json.dumps(known.chosen.to_json())
+        try:
+            machine = training.machine(devices)
+            return json.dumps(survivor_plan(graph, plan, machine).to_json())
+        except PartitaError as error:
+            return json.dumps({"error": str(error)})
+
     def _decide(self, training: Training, decision: Decision) -> None:
         if training.group.is_first:
             self.log.add(decision)
@@ -286,11 +335,6 @@ def with_replaced(training: Training, state: Any, replaced: Mapping[int, np.ndar
     for number, leaf in replaced.items():
         leaves[number] = leaf
     return training.with_leaves(state, leaves)
-
-
-def survivor_plan(graph: OperatorGraph, plan: Plan, devices: int) -> Plan:
-    """The plan for the devices that are left: data parallel."""
-    return BASELINES["data parallel"](graph, plan.machine, mesh_for((devices,)))
 
 
 def shrink_decision(

@@ -4,12 +4,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import keras
 import numpy as np
 import pytest
 
 import partita
 from partita.errors import PartitaError
+from partita.execute import members
 
 pytest.importorskip("orbax.checkpoint")
 X = np.random.default_rng(0).standard_normal((32, 8)).astype("float32")
@@ -32,6 +34,22 @@ def test_a_model_that_is_made_again_resumes_on_the_uninterrupted_curve(tmp_path:
     # The layers have other automatic names now, and NumPy's seed another history.
     _, rest = fit(tmp_path / "parts", 4)
     assert rest.epoch == [2, 3]
+    assert rest.history["loss"] == pytest.approx(whole.history["loss"][2:], rel=1e-6)
+
+
+def test_the_first_live_process_writes_after_a_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole = fit(tmp_path / "whole", 4)
+    fit(tmp_path / "parts", 1)
+    with monkeypatch.context() as patch:
+        # As process 1 of 2, after the loss of process 0.
+        patch.setattr(jax, "process_count", lambda: 2)
+        patch.setattr(jax, "process_index", lambda: 1)
+        patch.setattr(members._group, "lost", frozenset({0}))
+        _, middle = fit(tmp_path / "parts", 2)
+    _, rest = fit(tmp_path / "parts", 4)
+    assert (middle.epoch, rest.epoch) == ([1], [2, 3])
     assert rest.history["loss"] == pytest.approx(whole.history["loss"][2:], rel=1e-6)
 
 

@@ -3,20 +3,23 @@
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from partita.errors import LostProcessError, ProcessError
+from partita.errors import LostProcessError, MemoryBudgetError, ProcessError
 from partita.graph.operator_graph import OperatorGraph
+from partita.machine import Machine, load
 from partita.management import survival
 from partita.management.decisions import DecisionLog
-from partita.management.survival import Survival, listed, survivor_plan
-from partita.plans.baselines import data_parallel
-from partita.plans.plan import mesh_for
+from partita.management.survival import Survival, listed
+from partita.management.survivor_plans import survivor_plan
+from partita.plans.baselines import data_parallel, zero
+from partita.search.find import RESERVE, find, fits, mesh_of
+from partita.simulation.simulate import predicted
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -134,11 +137,34 @@ def test_the_survivors_take_the_snapshot_that_all_of_them_have() -> None:
     assert "11 steps run again from the snapshot of step 10" in said[0]
 
 
-def test_one_survivor_has_a_plan_without_axes() -> None:
+def machine_of(devices: int, memory_bytes: int | None = None) -> Machine:
+    machine = load("h100:4").with_devices(devices)
+    if memory_bytes is None:
+        return machine
+    return machine.revised({"device.memory.hbm.capacity": memory_bytes}, "a test", "assumed")
+
+
+def test_survivors_keep_an_expert_plan_and_search_another_one_for_a_found_one() -> None:
     graph = OperatorGraph.load(DATA / "mlp.graph.json")
-    plan = data_parallel(graph, "h100:4", mesh_for((4,)))
-    assert survivor_plan(graph, plan, 1).mesh.axes == ()
-    assert survivor_plan(graph, plan, 3).devices == 3
+    expert = zero(1)(graph, "h100:4", mesh_of(machine_of(4)))
+    assert survivor_plan(graph, expert, machine_of(2)).name == expert.name
+    assert survivor_plan(graph, expert, machine_of(1)).mesh.axes == ()
+    found = find(graph, machine_of(4)).plan
+    chosen = survivor_plan(graph, replace(found, name="found"), machine_of(2))
+    seconds = predicted(graph, machine_of(2), chosen).seconds
+    same = data_parallel(graph, "h100:2", mesh_of(machine_of(2)))
+    assert chosen.devices == 2 and seconds <= predicted(graph, machine_of(2), same).seconds
+
+
+def test_survivors_split_weights_that_do_not_fit_whole() -> None:
+    graph = OperatorGraph.load(DATA / "mlp.graph.json")
+    plan = data_parallel(graph, "h100:4", mesh_of(machine_of(4)))
+    whole = predicted(graph, machine_of(2), data_parallel(graph, "h100:2", mesh_of(machine_of(2))))
+    small = machine_of(2, int(0.985 * whole.peak_bytes / (1 - RESERVE)))
+    chosen = survivor_plan(graph, plan, small)
+    assert chosen.devices == 2 and fits(small, predicted(graph, small, chosen))
+    with pytest.raises(MemoryBudgetError, match=r"the smallest needs .* and a device has 1\.0 KiB"):
+        survivor_plan(graph, plan, machine_of(2, 1024))
 
 
 def test_without_a_common_snapshot_the_run_ends_with_a_sentence() -> None:
