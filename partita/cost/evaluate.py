@@ -8,7 +8,7 @@ pays for its own reshard.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,7 +116,7 @@ def operator_cost(
     storage: StorageRule = PLAIN,
 ) -> OperatorCost:
     """The cost of an operator under each assignment, with its parameters stored by a rule."""
-    evaluation = _Evaluation(terms, placement, assignments)
+    evaluation = _Evaluation(terms, ShardCounts(placement, assignments))
     for reduction in terms.reductions:
         evaluation.add_reduction(reduction, storage)
     for halo in terms.halos:
@@ -127,23 +127,32 @@ def operator_cost(
     return evaluation.cost()
 
 
+def stateless_cost(
+    terms: OperatorTerms,
+    split: ShardCounts,
+    reductions: Iterable[Reduction],
+) -> OperatorCost:
+    """The cost of an operator's kernels, halos and some of its reductions."""
+    evaluation = _Evaluation(terms, split)
+    for reduction in reductions:
+        evaluation.add_reduction(reduction, PLAIN)
+    for halo in terms.halos:
+        evaluation.add_halo(halo)
+    return evaluation.cost()
+
+
 class _Evaluation:
     """The cost of an operator under assignments, added up term by term."""
 
-    def __init__(
-        self,
-        terms: OperatorTerms,
-        placement: Placement,
-        assignments: Sequence[Assignment],
-    ) -> None:
+    def __init__(self, terms: OperatorTerms, split: ShardCounts) -> None:
         self.terms = terms
-        self.placement = placement
-        self.machine = placement.machine
-        self.assignments = assignments
-        self.compiler = compiler_of(placement.machine.backend)
+        self.placement = split.placement
+        self.machine = split.placement.machine
+        self.assignments = split.assignments
+        self.compiler = compiler_of(self.machine.backend)
         self.variables = {variable.tensor: variable for variable in terms.stored}
-        self.split = ShardCounts(placement, assignments)
-        count = len(assignments)
+        self.split = split
+        count = split.count
         self.kernel_seconds = _kernel_seconds(terms, self.machine, self.split)
         self.exchange_seconds = np.zeros((len(PHASES), count))
         self.gradient_sum_seconds = np.zeros(count)
@@ -218,10 +227,10 @@ class _Evaluation:
 
         Where `sliced`, the sum is a reduce-scatter.
         """
-        seconds = _added_seconds(self.placement, kind, nbytes, axes)
+        seconds = added_seconds(self.placement, kind, nbytes, axes)
         if sliced is None or kind != "all_reduce":
             return seconds
-        scattered = _added_seconds(self.placement, "reduce_scatter", nbytes, axes)
+        scattered = added_seconds(self.placement, "reduce_scatter", nbytes, axes)
         return np.where(sliced, scattered, seconds)
 
     def add_halo(self, halo: Halo) -> None:
@@ -400,7 +409,7 @@ def _kernel_seconds(
 ) -> np.ndarray:
     """Seconds of kernels, [phase, assignment]: measured, fitted or by the roofline."""
     if not terms.work:
-        return np.zeros((len(PHASES), len(split.assignments)))
+        return np.zeros((len(PHASES), split.count))
     roofline = _roofline(terms, machine, split)
     in_phase = [[float(work.phase == phase) for work in terms.work] for phase in PHASES]
     trips_by_phase = np.array(in_phase) * roofline.trips
@@ -522,10 +531,15 @@ class ShardCounts:
         self.by_factor: dict[int, np.ndarray] = {}
         self.by_factors: dict[Factors, np.ndarray] = {}
 
+    @property
+    def count(self) -> int:
+        """Number of assignments."""
+        return len(self.assignments)
+
     def shards(self, factors: Factors) -> np.ndarray:
         """[assignment]: shards of a tensor with these factors."""
         if factors not in self.by_factors:
-            shards = np.ones(len(self.assignments))
+            shards = np.ones(self.count)
             for factor in factors:
                 shards = shards * self._shards_of_one(factor)
             self.by_factors[factors] = shards
@@ -545,7 +559,7 @@ class ShardCounts:
         bytes_by_factors: dict[Factors, int] = {}
         for nbytes, factors in tensors:
             bytes_by_factors[factors] = bytes_by_factors.get(factors, 0) + nbytes
-        total = np.zeros(len(self.assignments))
+        total = np.zeros(self.count)
         for factors, nbytes in bytes_by_factors.items():
             total = total + nbytes / self.shards(factors)
         return total
@@ -569,7 +583,7 @@ def _seconds(
     return collective_seconds(placement.machine, kind, nbytes, placement.group(axes))
 
 
-def _added_seconds(
+def added_seconds(
     placement: Placement,
     kind: str,
     nbytes: np.ndarray,

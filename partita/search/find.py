@@ -55,6 +55,7 @@ from partita.search.portfolio import (
     SearchSpace,
     elimination,
 )
+from partita.search.relaxation import least_step_seconds
 from partita.search.rematerialization import (
     activations_free,
     groupings,
@@ -337,14 +338,15 @@ def _runnable(
 def bound_of_all_plans(network: CostNetwork, bound_seconds: float) -> float:
     """Lower bound on all plans, given that on plans of the network's states.
 
-    On large meshes axes are dealt out several at a time. The work of the kernels bounds the plans
-    between.
+    On large meshes axes are dealt out several at a time. The relaxation of all choices bounds the
+    plans between, or else the work of the kernels.
     """
     if network.deals_singly:
         return bound_seconds
-    machine = network.placement.machine
-    kernels = lower_bound_seconds(network.terms, machine, network.placement.mesh.size)
-    return min(bound_seconds, kernels)
+    placement = network.placement
+    kernels = lower_bound_seconds(network.terms, placement.machine, placement.mesh.size)
+    relaxation = least_step_seconds(network.graph, placement, network.terms)
+    return min(bound_seconds, max(kernels, relaxation))
 
 
 def _or_rematerialized(

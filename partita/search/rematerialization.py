@@ -138,7 +138,14 @@ def _with_runs(
     changed = rematerialized(graph, useful)
     plan = replace(plan, recompute=useful)
     layout = layout_of(changed, plan)
-    return Rematerialized(plan, memory(changed, plan.mesh, layout, machine.backend).peak)
+    peak = memory(
+        changed,
+        plan.mesh,
+        layout,
+        machine.backend,
+        device_bytes=machine.memory_bytes,
+    )
+    return Rematerialized(plan, peak.peak)
 
 
 def rematerialization_notes(

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 from partita.capture.program import capture_program
+from partita.cost.terms import cost_terms
 from partita.machine import load
 from partita.planning import predict_plan
-from partita.search.find import capacity, find
+from partita.plans.baselines import BASELINES
+from partita.search.find import capacity, find, mesh_of
+from partita.search.rematerialization import groupings, smallest_and_fastest
 
 SAMPLES, WIDTH, HIDDEN, BLOCKS = 1 << 18, 64, 256, 6
 
@@ -74,3 +77,15 @@ def test_the_bound_holds_for_plans_with_and_without_rematerialization(results):
     for size in (900, 720):
         assert results[size].bound_seconds <= results[size].prediction.seconds
         assert results[size].bound_seconds <= free.prediction.seconds
+
+
+def test_the_peak_of_runs_counts_values_that_a_full_device_computes_again(graph):
+    for size in (4096, 320, 160):
+        machine = machine_of(size)
+        mesh = mesh_of(machine)
+        plan = BASELINES["data parallel"](graph, machine.name, mesh)
+        terms = cost_terms(graph, machine.backend)
+        smaller = smallest_and_fastest(
+            graph, machine, plan, predict_plan(graph, machine, plan), groupings(graph, terms), 0
+        )
+        assert smaller.peak_bytes == predict_plan(graph, machine, smaller.plan).peak_bytes

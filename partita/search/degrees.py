@@ -1,0 +1,339 @@
+"""Choices by numbers of axes: all choices of an operator, with a lower bound on the cost of each.
+
+Axes of one level and size are interchangeable (a *kind* of axes). The *degrees* of a choice are
+the numbers of axes of each kind that split each factor. An operator costs the same under all
+choices of equal degrees, so all its choices are a few thousand rows of an array, where axes by name
+are millions. Storage is bounded per variable, over any number of axes that do not split it.
+
+Reshards depend on the names of axes. Their least seconds follow from the bytes that must cross a
+level of the machine: a device, or all devices of a node together, needs a part of the tensor, and
+holds at most the overlap of both parts before.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from partita.cost.backends import compiler_of
+from partita.cost.evaluate import (
+    PARTS,
+    PHASES,
+    ShardCounts,
+    added_seconds,
+    stateless_cost,
+)
+from partita.cost.moves import Placement
+from partita.cost.partial import Factors
+from partita.cost.reshard import Axes
+from partita.cost.terms import Move, OperatorTerms, Reduction, StoredVariable
+from partita.machine.collectives import collective_lines
+from partita.search.base import Array
+
+SUM = PARTS.index(("sum", "backward"))
+UPDATE = PARTS.index(("compute", "update"))
+GATHERS = [PARTS.index(("gather", phase)) for phase in PHASES]
+
+
+@dataclass(frozen=True, eq=False)
+class AxisKinds:
+    """The axes of a mesh by level and size. `levels`, `sizes` and `counts` are arrays, [kind]."""
+
+    placement: Placement
+    axes: tuple[Axes, ...]
+    levels: Array
+    sizes: Array
+    counts: Array
+
+    @staticmethod
+    def of(placement: Placement) -> AxisKinds:
+        """The kinds of axes that are devices."""
+        kinds: dict[tuple[int, int], list[int]] = {}
+        for number, axis in enumerate(placement.mesh.axes):
+            if axis.level >= 0:
+                kinds.setdefault((axis.level, axis.size), []).append(number)
+        return AxisKinds(
+            placement=placement,
+            axes=tuple(map(tuple, kinds.values())),
+            levels=np.array([level for level, _ in kinds]),
+            sizes=np.array([size for _, size in kinds]),
+            counts=np.array([len(axes) for axes in kinds.values()]),
+        )
+
+    def first(self, numbers: Sequence[int] | Array) -> Axes:
+        """The first axes of each kind, `numbers` of them."""
+        pairs = zip(self.axes, numbers, strict=True)
+        return tuple(itertools.chain(*(axes[:number] for axes, number in pairs)))
+
+    def shards(self, degrees: Array) -> Array:
+        """Shards by degrees, whose last dim is that of kinds."""
+        return np.prod(self.sizes.astype(float) ** degrees, axis=-1)
+
+    def all_degrees(self, sizes: Sequence[int]) -> Array:
+        """The degrees of all choices for factors of some sizes, [choice, factor, kind]."""
+        degrees = np.zeros((1, len(sizes), 0), np.int64)
+        for size, count in zip(self.sizes, self.counts, strict=True):
+            dealt = np.array(list(_at_most(int(count), len(sizes))), np.int64)
+            dealt = dealt.reshape(-1, len(sizes))
+            before = np.prod(self.sizes[: degrees.shape[2]] ** degrees, axis=2)
+            shards = before[:, None, :] * size ** dealt[None]
+            rows, columns = np.nonzero((np.array(sizes) % shards == 0).all(axis=2))
+            degrees = np.concatenate([degrees[rows], dealt[columns][:, :, None]], axis=2)
+        return degrees
+
+
+def _at_most(total: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """All tuples of `parts` numbers whose sum is at most `total`.
+
+    >>> list(_at_most(1, 2))
+    [(0, 0), (0, 1), (1, 0)]
+    """
+    if parts == 0:
+        yield ()
+        return
+    for first in range(total + 1):
+        for rest in _at_most(total - first, parts - 1):
+            yield (first, *rest)
+
+
+class DegreeCounts(ShardCounts):
+    """Numbers of shards by degrees instead of assignments."""
+
+    def __init__(self, kinds: AxisKinds, factors: Factors, degrees: Array) -> None:
+        super().__init__(kinds.placement, ())
+        self.kinds = kinds
+        self.degrees = degrees
+        self._position = {factor: number for number, factor in enumerate(factors)}
+        shards = kinds.shards(degrees)
+        self.by_factor = {factor: shards[:, n] for factor, n in self._position.items()}
+
+    @property
+    def count(self) -> int:
+        return len(self.degrees)
+
+    def numbers(self, factors: Factors) -> Array:
+        """Numbers of axes that split any of the factors, [choice, kind]."""
+        positions = [self._position[factor] for factor in factors if factor in self._position]
+        return self.degrees[:, positions].sum(axis=1)
+
+    def by_axes(self, *factors: int) -> list[tuple[Axes, Array]]:
+        """Axes as many as split the factors, with the choices that split over as many."""
+        rows, index = np.unique(self.numbers(factors), axis=0, return_inverse=True)
+        groups = []
+        for n, row in enumerate(rows):
+            if row.any():
+                groups.append((self.kinds.first(row), np.flatnonzero(index.reshape(-1) == n)))
+        return groups
+
+
+def least_operator_seconds(terms: OperatorTerms, split: DegreeCounts, weights: Array) -> Array:
+    """[choice]: least sum of an operator's seconds, its PARTS weighted, over all storages.
+
+    Reshards inside the operator are left out.
+    """
+    stored = {variable.tensor: variable for variable in terms.stored}
+    sums: dict[int, list[Reduction]] = {tensor: [] for tensor in stored}
+    others = []
+    for reduction in terms.reductions:
+        if reduction.parameter in stored and reduction.trips == 1:
+            sums[reduction.parameter].append(reduction)
+        else:
+            others.append(reduction)
+    seconds = weights @ stateless_cost(terms, split, others).parts()
+    for variable in terms.stored:
+        storage = _Storage(variable, split, sums[variable.tensor], weights)
+        seconds = seconds + storage.least_seconds()
+    return seconds
+
+
+class _Storage:
+    """The storage of a variable by degrees, with the sums of its gradient."""
+
+    def __init__(
+        self,
+        variable: StoredVariable,
+        split: DegreeCounts,
+        reductions: Sequence[Reduction],
+        weights: Array,
+    ) -> None:
+        self.variable = variable
+        self.split = split
+        self.weights = weights
+        self.factors = tuple(factor for factor in variable.label if factor >= 0)
+        self.shards = split.shards(self.factors)
+        self.sums = [_Sum.of(one, factors, split) for one in reductions for factors in _groups(one)]
+
+    def least_seconds(self) -> Array:
+        """[choice]: least weighted seconds of sums, gathers and the shortened update."""
+        kinds = self.split.kinds
+        spare = kinds.counts - self.split.numbers(self.factors)
+        whole = np.zeros(self.split.count)
+        for each in self.sums:
+            whole += self.weights[SUM] * each.whole
+        least = whole
+        for numbers in itertools.product(*(range(count + 1) for count in kinds.counts)):
+            if any(numbers):
+                seconds = self._seconds(np.array(numbers))
+                is_spare = (spare >= numbers).all(axis=1)
+                least = np.where(is_spare, np.minimum(least, seconds), least)
+        return least
+
+    def _seconds(self, numbers: Array) -> Array:
+        """[choice]: weighted seconds where the variable is stored over this many axes."""
+        variable, weights = self.variable, self.weights
+        placement = self.split.placement
+        axes = self.split.kinds.first(numbers)
+        for_passes = weights[GATHERS[: variable.passes]].sum() * _gather_seconds(
+            placement, variable.gathered / self.shards, axes
+        )
+        after_update = weights[GATHERS[-1]] * _gather_seconds(
+            placement, variable.nbytes / self.shards, axes
+        )
+        parts = placement.shard_count(axes)
+        saved_bytes = variable.traffic / self.shards * (1 - 1 / parts)
+        saved_seconds = saved_bytes / placement.machine.memory_bandwidth
+        seconds = np.minimum(for_passes, after_update) - weights[UPDATE] * saved_seconds
+        for each in self.sums:
+            is_slice = (each.numbers == numbers).all(axis=1)
+            seconds += weights[SUM] * np.where(is_slice, each.scattered, each.whole)
+        return seconds
+
+
+def _groups(reduction: Reduction) -> list[Factors]:
+    """The factors of each collective of a reduction."""
+    if reduction.together:
+        return [reduction.reduced]
+    return [(factor,) for factor in reduction.reduced]
+
+
+def _gather_seconds(placement: Placement, nbytes: Array, axes: Axes) -> Array:
+    distinct, index = np.unique(nbytes, return_inverse=True)
+    group = placement.group(axes)
+    seconds = [placement.seconds("all_gather", float(value), group) for value in distinct]
+    return np.array(seconds)[index.reshape(-1)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Sum:
+    """A sum of a gradient, as a whole or in slices."""
+
+    numbers: Array
+    """[choice, kind]: axes over which it sums."""
+    whole: Array
+    """[choice]: seconds of the sum."""
+    scattered: Array
+    """[choice]: seconds of the reduce-scatter, where the compiler has one."""
+
+    @staticmethod
+    def of(reduction: Reduction, factors: Factors, split: DegreeCounts) -> _Sum:
+        placement = split.placement
+        scatters = compiler_of(placement.machine.backend).scatters
+        whole = np.zeros(split.count)
+        scattered = np.zeros(split.count)
+        local_bytes = reduction.nbytes / split.shards(reduction.factors)
+        for axes, choices in split.by_axes(*factors):
+            nbytes = local_bytes[choices]
+            if reduction.kind == "all_gather":
+                nbytes = nbytes * placement.shard_count(axes)
+            whole[choices] = added_seconds(placement, reduction.kind, nbytes, axes)
+            scattered[choices] = whole[choices]
+            if scatters and reduction.kind == "all_reduce":
+                scattered[choices] = added_seconds(placement, "reduce_scatter", nbytes, axes)
+        return _Sum(split.numbers(factors), whole, scattered)
+
+
+# ---------------------------------------------------------------- moves
+
+
+def least_move_table(move: Move, kinds: AxisKinds, sources: Array, targets: Array) -> Array:
+    """Least seconds of a move between degrees of its labels, [source, target].
+
+    `sources` and `targets`: [sharding, entry of the label, kind].
+    """
+    count = sources.shape[1] - move.sums
+    source_dims, target_dims = sources[:, :count], targets[:, :count]
+    moved = move.trips / move.share * _least_reshard(move, kinds, source_dims, target_dims)
+    if not move.sums:
+        return moved
+    moved *= move.share
+    summed = sources[:, count:].sum(axis=1)
+    whole = _sum_seconds(move, kinds, source_dims, summed, "all_reduce")
+    sums = np.where(_equal(source_dims, target_dims), whole[:, None] / move.share, whole[:, None])
+    if move.scatters:
+        scattered = _sum_seconds(move, kinds, source_dims, summed, "reduce_scatter") / move.share
+        is_slice = _equal(source_dims.sum(axis=1) + summed, target_dims.sum(axis=1))
+        is_slice &= summed.any(axis=1)[:, None]
+        sums = np.where(is_slice, np.minimum(sums, scattered[:, None]), sums)
+    return np.where(_equal(sources, targets), 0.0, moved + sums)
+
+
+def _equal(left: Array, right: Array) -> Array:
+    """[left, right]: whether rows are equal."""
+    number: dict[bytes, int] = {}
+    lefts = [number.setdefault(row.tobytes(), len(number)) for row in left]
+    rights = [number.setdefault(row.tobytes(), len(number)) for row in right]
+    return np.equal.outer(lefts, rights)
+
+
+def _sum_seconds(
+    move: Move, kinds: AxisKinds, source_dims: Array, summed: Array, collective: str
+) -> Array:
+    """[source]: seconds of the sum of a partial sum."""
+    placement = kinds.placement
+    shards = kinds.shards(source_dims).prod(axis=1)
+    rows, index = np.unique(np.column_stack([shards, summed]), axis=0, return_inverse=True)
+    seconds = []
+    for parts, *numbers in rows.tolist():
+        group = placement.group(kinds.first(list(map(int, numbers))))
+        seconds.append(placement.seconds(collective, move.nbytes / parts, group) if group else 0.0)
+    return move.trips * np.array(seconds)[index.reshape(-1)]
+
+
+def _least_reshard(move: Move, kinds: AxisKinds, sources: Array, targets: Array) -> Array:
+    """Least seconds of a reshard of a whole tensor, [source, target].
+
+    At each level, the devices of a part of the machine need their shards of the target. Of these
+    they hold at most the overlap with their shards of the source, dim by dim. The rest crosses
+    links of this level or of those outside.
+    """
+    seconds_per_byte = _least_seconds_per_byte(kinds)
+    least = np.zeros((len(sources), len(targets)))
+    for level in np.unique(kinds.levels):
+        is_outside = kinds.levels <= level
+        before = kinds.shards(np.where(is_outside, sources, 0))
+        after = kinds.shards(np.where(is_outside, targets, 0))
+        overlap = np.ones(least.shape)
+        for dim in range(before.shape[1]):
+            overlap *= np.maximum.outer(before[:, dim], after[:, dim])
+        missing = 1 / after.prod(axis=1) - 1 / overlap
+        inside = kinds.shards(np.where(is_outside, 0, kinds.counts))
+        factor = move.nbytes / inside * seconds_per_byte[int(level)]
+        np.maximum(least, factor * missing, out=least)
+    return least
+
+
+def _least_seconds_per_byte(kinds: AxisKinds) -> dict[int, float]:
+    """Level -> least seconds in which a device receives a byte over it or a level outside.
+
+    The levels of a torus or mesh work at once.
+    """
+    machine = kinds.placement.machine
+    of_level: dict[int, float] = {}
+    for level, size, count in zip(kinds.levels, kinds.sizes, kinds.counts, strict=True):
+        for number in range(1, int(count) + 1):
+            members = int(size) ** number
+            lines = collective_lines(machine.levels, "all_gather", ((int(level), members),))
+            least = min(line.per_byte for line in lines) * members / (members - 1)
+            of_level[int(level)] = min(of_level.get(int(level), np.inf), least)
+    reaches_all = [level.fabric in ("switch", "tree", "bus") for level in machine.levels]
+    result = {}
+    for level in of_level:
+        outside = [seconds for other, seconds in of_level.items() if other <= level]
+        if all(reaches_all):
+            result[level] = min(outside)
+        else:
+            result[level] = 1 / sum(1 / seconds for seconds in outside)
+    return result

@@ -1,0 +1,269 @@
+"""A lower bound on every plan of one program, whose operators have any choice and storage.
+
+The cost network of all choices, by numbers of axes (`search.degrees`), is too large to be solved,
+so a dual of its linear relaxation is raised: potentials of the shardings of every move, which pay
+the operator that writes the tensor and the one that reads it. For any potentials, the least
+entries of operators and moves sum to a lower bound. Equal moves share theirs, so the number of
+blocks of a network does not matter.
+
+Potentials are raised by block-coordinate ascent: Globerson and Jaakkola, "Fixing Max-Product:
+Convergent Message Passing Algorithms for MAP LP-Relaxations" (NIPS 2007), with one potential per
+sharding instead of one per state, which makes a table of a few hundred squared out of one of a few
+thousand squared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numba import njit
+
+from partita.cost.evaluate import PARTS
+from partita.cost.moves import Placement
+from partita.cost.terms import Move, Terms
+from partita.graph.operator_graph import Label, OperatorGraph
+from partita.search.base import Array, numbered
+from partita.search.degrees import (
+    AxisKinds,
+    DegreeCounts,
+    least_move_table,
+    least_operator_seconds,
+)
+
+MAX_ENTRIES = 40_000_000
+"""Entries of all tables above which there is no bound: on about 1024 devices."""
+SWEEPS = 24
+LEAST_RISE = 1e-3
+"""Relative rise of a sweep below which the bound is left as it is."""
+HOME, READER = 0, 1
+"""The two sides of a move."""
+
+
+def least_step_seconds(graph: OperatorGraph, placement: Placement, terms: Terms) -> float:
+    """Lower bound on the simulated step of every plan without stages; 0 where none is computed.
+
+    Kernels count whole, and collectives for the time that they block kernels. There is no bound for
+    machines with measured operators or several kinds of devices, and none of too large tables.
+    """
+    if placement.machine.times is not None or placement.machine.kinds:
+        return 0.0
+    visible = 1 - placement.machine.backend.overlap
+    weights = np.array([1.0 if kind == "compute" else visible for kind, _ in PARTS])
+    problem = _Relaxation(graph, placement, terms, weights)
+    if problem.entries > MAX_ENTRIES:
+        return 0.0
+    problem.add_tables(visible)
+    bound = 0.0
+    for _ in range(SWEEPS):
+        raised = problem.sweep()
+        if raised <= bound * (1 + LEAST_RISE):
+            return max(bound, raised)
+        bound = raised
+    return bound
+
+
+@dataclass(eq=False)
+class _View:
+    """A tensor under a label: its degrees, and the number of those of each choice."""
+
+    degrees: Array
+    """[sharding, entry of the label, kind]."""
+    number: Array
+    """[choice]: its sharding."""
+
+
+@dataclass(eq=False)
+class _Operators:
+    """Operators with equal choices and costs and equal moves."""
+
+    count: int
+    seconds: Array
+    """[choice]: seconds, and the potentials of all moves."""
+    moves: Counter[tuple[int, int]]
+    """(class of moves, side) -> number of them at each operator."""
+
+
+@dataclass(eq=False)
+class _Moves:
+    """Equal moves between equal operators, with the potentials of both sides."""
+
+    move: Move
+    views: tuple[_View, _View]
+    potentials: list[Array] = field(default_factory=list)
+    table: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    """Seconds, [sharding at home, sharding of the reader]."""
+    operators: tuple[list[_Operators], list[_Operators]] = field(default_factory=lambda: ([], []))
+
+    @cached_property
+    def key(self) -> tuple[object, ...]:
+        """Equal for moves with equal tables."""
+        return (*_size(self.move), *(view.degrees.tobytes() for view in self.views))
+
+
+def _size(move: Move) -> tuple[object, ...]:
+    """All of a move but its ends and labels."""
+    return move.nbytes, move.trips, move.sums, move.scatters, move.share
+
+
+class _Relaxation:
+    """The relaxed problem of a graph and its potentials, at first 0."""
+
+    def __init__(
+        self,
+        graph: OperatorGraph,
+        placement: Placement,
+        terms: Terms,
+        weights: Array,
+    ) -> None:
+        self.graph = graph
+        self.kinds = AxisKinds.of(placement)
+        self.terms = terms
+        self._views: dict[tuple[int, tuple[int, ...]], _View] = {}
+        self._operator_kinds = numbered((operator.digest,) for operator in terms.operators)
+        self._degrees: dict[int, Array] = {}
+        seconds: dict[int, Array] = {}
+        for operator, kind in zip(terms.operators, self._operator_kinds, strict=True):
+            if kind not in seconds:
+                sizes = [graph.factors[factor].size for factor in operator.factors]
+                self._degrees[kind] = self.kinds.all_degrees(sizes)
+                split = DegreeCounts(self.kinds, operator.factors, self._degrees[kind])
+                seconds[kind] = least_operator_seconds(operator, split, weights)
+        self.moves: list[_Moves] = []
+        self.operators: list[_Operators] = []
+        self._join(seconds)
+
+    @property
+    def entries(self) -> int:
+        """Entries of the different tables of all moves."""
+        sizes = {}
+        for moves in self.moves:
+            home, reader = moves.views
+            sizes[moves.key] = len(home.degrees) * len(reader.degrees)
+        return sum(sizes.values())
+
+    def _join(self, seconds: Mapping[int, Array]) -> None:
+        """Fills `moves` and `operators`."""
+        of_operator: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        number: dict[tuple[object, ...], int] = {}
+        for move in self.terms.edges:
+            source = self._positions(move.home, move.source)
+            target = self._positions(move.reader, move.target)
+            home = self._operator_kinds[move.home]
+            reader = self._operator_kinds[move.reader]
+            key = (home, reader, source, target, *_size(move))
+            if key not in number:
+                number[key] = len(self.moves)
+                views = (self._view(home, source), self._view(reader, target))
+                self.moves.append(_Moves(move, views))
+            of_operator[move.home].append((number[key], HOME))
+            of_operator[move.reader].append((number[key], READER))
+        keys = []
+        for operator, kind in enumerate(self._operator_kinds):
+            keys.append((kind, tuple(sorted(of_operator[operator]))))
+        for (kind, sides), count in Counter(keys).items():
+            operators = _Operators(count, seconds[kind].copy(), Counter(sides))
+            self.operators.append(operators)
+            for number_of_moves, side in operators.moves:
+                self.moves[number_of_moves].operators[side].append(operators)
+
+    def _positions(self, operator: int, label: Label) -> tuple[int, ...]:
+        """Positions of a label's factors among those of an operator, -1 for others."""
+        factors = self.terms.operators[operator].factors
+        position = {factor: number for number, factor in enumerate(factors)}
+        return tuple(position.get(factor, -1) for factor in label)
+
+    def _view(self, kind: int, positions: tuple[int, ...]) -> _View:
+        """A tensor of an operator of a kind under a label."""
+        if (kind, positions) not in self._views:
+            degrees = self._degrees[kind]
+            unsplit = np.zeros((len(degrees), 1, degrees.shape[2]), np.int64)
+            entries = np.concatenate([degrees, unsplit], axis=1)[:, list(positions)]
+            rows, number = np.unique(entries, axis=0, return_inverse=True)
+            self._views[kind, positions] = _View(rows, number.reshape(-1))
+        return self._views[kind, positions]
+
+    def add_tables(self, visible: float) -> None:
+        """Adds the tables of all moves: the seconds that they block kernels."""
+        tables: dict[tuple[object, ...], Array] = {}
+        for moves in self.moves:
+            degrees = [view.degrees for view in moves.views]
+            if moves.key not in tables:
+                tables[moves.key] = visible * least_move_table(moves.move, self.kinds, *degrees)
+            moves.table = tables[moves.key]
+            moves.potentials = [np.zeros(len(rows)) for rows in degrees]
+
+    def sweep(self) -> float:
+        """Raises the potentials of all moves; the lower bound."""
+        for number in range(len(self.moves)):
+            self._raise(number)
+        for number in reversed(range(len(self.moves))):
+            self._raise(number)
+        return sum(each.count * float(each.seconds.min()) for each in self.operators)
+
+    def _raise(self, number: int) -> None:
+        """Best potentials of one class of moves for the operators that most of them connect."""
+        moves = self.moves[number]
+        home, reader = (max(moves.operators[side], key=_count) for side in (HOME, READER))
+        raised = _raised(
+            home.seconds,
+            moves.views[HOME].number,
+            moves.potentials[HOME],
+            reader.seconds,
+            moves.views[READER].number,
+            moves.potentials[READER],
+            moves.table,
+        )
+        for side, potentials in enumerate(raised):
+            change = (potentials - moves.potentials[side])[moves.views[side].number]
+            for operators in moves.operators[side]:
+                operators.seconds += operators.moves[number, side] * change
+            moves.potentials[side] = potentials
+
+
+def _count(operators: _Operators) -> int:
+    return operators.count
+
+
+@njit(cache=True, fastmath={"nnan", "nsz"})
+def _raised(
+    home_seconds,
+    home_number,
+    home_potentials,
+    reader_seconds,
+    reader_number,
+    reader_potentials,
+    table,
+):
+    """Potentials (at home, of the reader) that divide the least sums of a table evenly.
+
+    No two of them sum to more than the table's entry.
+    """
+    home = _least(home_seconds, home_number, home_potentials)
+    reader = _least(reader_seconds, reader_number, reader_potentials)
+    through_reader = np.full(len(home), np.inf)
+    through_home = np.full(len(reader), np.inf)
+    for s in range(len(home)):
+        row = table[s]
+        given = home[s]
+        least = np.inf
+        for t in range(len(reader)):
+            least = min(least, row[t] + reader[t])
+        through_reader[s] = least
+        for t in range(len(reader)):
+            cost = row[t] + given
+            through_home[t] = min(through_home[t], cost)
+    return (through_reader - home) / 2, (through_home - reader) / 2
+
+
+@njit(cache=True)
+def _least(seconds, number, potentials):
+    """[sharding]: least seconds of the choices with it, without its own potential."""
+    least = np.full(len(potentials), np.inf)
+    for choice in range(len(seconds)):
+        sharding = number[choice]
+        least[sharding] = min(least[sharding], seconds[choice] - potentials[sharding])
+    return least
