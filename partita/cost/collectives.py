@@ -35,7 +35,14 @@ from partita.graph.operator_graph import (
     per_graph,
 )
 from partita.machine import Backend
-from partita.plans.layout import Layout, Sharding, label_sharding, over_devices, time_axes
+from partita.plans.layout import (
+    Layout,
+    Sharding,
+    label_sharding,
+    local_shape,
+    over_devices,
+    time_axes,
+)
 from partita.plans.plan import Mesh
 
 DEFAULT = Backend()
@@ -60,18 +67,6 @@ class Collective:
     def total(self) -> int:
         """Bytes per device and step."""
         return self.nbytes * self.trips
-
-
-def local_shape(
-    shape: Sequence[int],
-    sharding: Sharding,
-    sizes: Sequence[int],
-) -> tuple[int, ...]:
-    """Shape of one device's shard. A dim that does not divide evenly is rounded up."""
-    return tuple(
-        -(-size // math.prod(sizes[axis] for axis in axes))
-        for size, axes in zip(shape, sharding, strict=True)
-    )
 
 
 def local_bytes(

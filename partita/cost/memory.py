@@ -26,11 +26,12 @@ import numpy as np
 
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import ProductShape
-from partita.cost.collectives import DEFAULT, emitted_sums, local_shape
+from partita.cost.collectives import DEFAULT, emitted_sums
 from partita.cost.fusion import ALONE, GENERATED, Fusion, fused_under, producers, reads, transposes
 from partita.cost.partial import Factors, gradients, operand_labels, reduced_factors, split_axes
 from partita.cost.recomputed import Lifetime, Recomputable, drops
 from partita.cost.reshard import Axes
+from partita.cost.sums import LaidOutProgram
 from partita.cost.work import filled_ratio, group_factors
 from partita.graph.flat import LIBRARY_CALLS, readers_of
 from partita.graph.operator_graph import (
@@ -41,7 +42,7 @@ from partita.graph.operator_graph import (
     per_graph,
 )
 from partita.machine import Backend
-from partita.plans.layout import Layout, Sharding
+from partita.plans.layout import Layout, Sharding, local_shape
 from partita.plans.plan import Mesh
 
 MARGIN = 1.05
@@ -570,6 +571,8 @@ class _Allocator:
         self.backend = backend
         self.compiler = compiler_of(backend)
         self.lifetimes = lifetimes
+        self.orders = self.compiler.orders(LaidOutProgram(graph, mesh, layout))
+        """Tensor -> the order of its dims in memory."""
         self.program = _program(graph)
         self.arguments = {argument.tensor for argument in graph.arguments}
         self.targets = {reader: read.target for read in layout.reads for reader in read.readers}
@@ -606,7 +609,8 @@ class _Allocator:
         if sharding is None:
             sharding = self.layout.shardings[tensor]
         shape = local_shape(value.shape, sharding, self.mesh.sizes)
-        return self.compiler.stored_bytes(shape, itemsize or ITEMSIZE.get(value.dtype, 4))
+        itemsize = itemsize or ITEMSIZE.get(value.dtype, 4)
+        return self.compiler.stored_bytes(shape, itemsize, self.orders.get(tensor))
 
     def _add(
         self,

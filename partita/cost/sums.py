@@ -15,7 +15,7 @@ one. A backend (`cost.backends`) is a sequence of passes, named as in XLA:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -106,13 +106,19 @@ def loop_sums(graph: OperatorGraph) -> dict[int, LoopSum]:
     return sums
 
 
-def fold(sums: Sequence[Sum]) -> list[Sum]:
-    """Sums of which those of the same tensor over several axes are one."""
+def fold(
+    program: LaidOutProgram,
+    sums: Sequence[Sum],
+    folds: Callable[[Instruction], bool],
+) -> list[Sum]:
+    """Sums of which those of the same tensor over several axes are one, if its instruction folds
+    them."""
     folded: dict[int, Sum] = {}
     others = []
     for total in sums:
         earlier = folded.get(total.tensor)
-        if total.kind != "all_reduce":
+        is_folded = folds(program.graph.instructions[total.instruction])
+        if total.kind != "all_reduce" or not is_folded:
             others.append(total)
         elif earlier is None:
             folded[total.tensor] = total

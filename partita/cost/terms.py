@@ -598,7 +598,7 @@ class _Collector:
                 trips,
                 instruction.phase,
                 self.parameter_of.get(tensor, -1),
-                together=self.compiler.folds and kind == "all_reduce",
+                together=kind == "all_reduce" and self.compiler.folds(instruction),
             )
             self.terms.operators[operator].reductions.append(reduction)
 

@@ -123,6 +123,11 @@ class Window:
     base: Size
     """Dilation of the dim."""
 
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether position p reads element p alone."""
+        return self.step == self.reach == self.base == 1
+
     def halo_elements(self, parts: int) -> tuple[int, int]:
         """The largest halo of a device when the dim is split into `parts`.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
@@ -60,6 +60,18 @@ class Layout:
 def label_sharding(label: Label, assignment: Mapping[int, tuple[int, ...]]) -> Sharding:
     """The sharding of a tensor with this label: per dim the axes of its factor."""
     return tuple(assignment.get(factor, ()) for factor in label)
+
+
+def local_shape(
+    shape: Sequence[int],
+    sharding: Sharding,
+    sizes: Sequence[int],
+) -> tuple[int, ...]:
+    """Shape of one device's shard. A dim that does not divide evenly is rounded up."""
+    return tuple(
+        -(-size // math.prod(sizes[axis] for axis in axes))
+        for size, axes in zip(shape, sharding, strict=True)
+    )
 
 
 @lru_cache(maxsize=64)

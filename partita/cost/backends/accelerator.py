@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from partita.cost.backends.base import Buffers, Compiler
 from partita.cost.sums import LaidOutProgram, Sum, fold, join_additions, leave_loops, scatter
 from partita.graph.flat import Reader, readers_of
-from partita.graph.operator_graph import ITEMSIZE, OperatorGraph
+from partita.graph.operator_graph import ITEMSIZE, Instruction, OperatorGraph
 
 COMBINED_BYTES = 30 << 20
 """Bytes of a combined collective (xla/service/collective_utils.h)."""
@@ -18,7 +18,7 @@ class XlaAccelerator(Compiler):
 
     def sums(self, program: LaidOutProgram, sums: Sequence[Sum]) -> list[Sum]:
         """The sums folded, moved out of loops, joined by additions, narrowed to slices."""
-        moved = join_additions(program, leave_loops(program, fold(sums)))
+        moved = join_additions(program, leave_loops(program, fold(program, sums, self.folds)))
         return join_additions(program, scatter(program, moved)) if self.scatters else moved
 
     @property
@@ -50,8 +50,7 @@ class XlaAccelerator(Compiler):
             return itemsize
         return min(itemsize, ITEMSIZE.get(graph.tensors[result].dtype, itemsize))
 
-    @property
-    def folds(self) -> bool:
+    def folds(self, instruction: Instruction) -> bool:
         """A tensor is summed over all its axes at once."""
         return True
 

@@ -6,12 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from partita.cost.sums import LaidOutProgram, Sum
 from partita.graph.flat import Reader
-from partita.graph.operator_graph import ITEMSIZE, OperatorGraph
+from partita.graph.operator_graph import ITEMSIZE, Instruction, OperatorGraph
 from partita.machine import Backend
 
 
@@ -64,6 +65,13 @@ class Buffers:
     window is the operand with zeros in its holes, and the other operand has a copy."""
 
 
+class DimOrder(NamedTuple):
+    """The dims of a tensor that are tiled in memory."""
+
+    minor: int
+    second: int
+
+
 @dataclass(frozen=True)
 class ProductShape:
     """The local sizes of a product of matrices."""
@@ -94,10 +102,9 @@ class Compiler(ABC):
     def buffers(self) -> Buffers:
         """What it stores beside values."""
 
-    @property
     @abstractmethod
-    def folds(self) -> bool:
-        """Whether sums of a tensor over several factors are one sum (`sums.fold`)."""
+    def folds(self, instruction: Instruction) -> bool:
+        """Whether sums of an instruction's result over several factors are one (`sums.fold`)."""
 
     @property
     @abstractmethod
@@ -134,7 +141,16 @@ class Compiler(ABC):
         """Whether kernels that pass over the same values are one kernel (`cost.joined`)."""
         return False
 
-    def stored_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+    def orders(self, program: LaidOutProgram) -> dict[int, DimOrder]:
+        """Tensor -> the order of its dims in memory, where more than its shape decides it."""
+        return {}
+
+    def stored_bytes(
+        self,
+        shape: Sequence[int],
+        itemsize: int,
+        order: DimOrder | None = None,
+    ) -> int:
         """Bytes in memory of an array of a local shape."""
         return itemsize * math.prod(shape)
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from partita.cost.backends.base import Buffers, Compiler, FusionRules
 from partita.cost.sums import LaidOutProgram, Sum
+from partita.graph.operator_graph import Instruction
 
 
 class XlaCpu(Compiler):
@@ -38,8 +39,7 @@ class XlaCpu(Compiler):
             copied_slots=True,
         )
 
-    @property
-    def folds(self) -> bool:
+    def folds(self, instruction: Instruction) -> bool:
         """There is a sum for each factor."""
         return False
 

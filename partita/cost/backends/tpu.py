@@ -1,7 +1,10 @@
 """XLA:TPU, as of libtpu 0.0.52, compiled for v5e slices.
 
 Its memory is tiled: the minor dim is padded to 128 and the next one to 8. Any two dims can be
-these, and those that pad least are.
+these, and those that pad least are. Of an image, samples and channels are. Samples are the minor
+dim if that pads less for one image that a convolution reads or writes, among all to which it passes
+its order of dims, although others grow: seen in programs of a U-Net and of ResNet50, split by
+channels, by rows and by samples.
 
 Vector memory on the chip holds most temporaries of a small step. Half of it is counted: of 128 MiB,
 steps of ResNet-50 use 77 (data parallel) to 104 (ZeRO-3), where all would fit. The program takes
@@ -22,9 +25,12 @@ from itertools import permutations
 import numpy as np
 
 from partita.cost.backends.accelerator import XlaAccelerator
-from partita.cost.backends.base import Buffers, FusionRules
+from partita.cost.backends.base import Buffers, DimOrder, FusionRules
+from partita.cost.sums import LaidOutProgram
 from partita.graph.flat import Reader, readers_of
-from partita.graph.operator_graph import OperatorGraph
+from partita.graph.images import images
+from partita.graph.operator_graph import Instruction, OperatorGraph
+from partita.plans.layout import local_shape
 
 PRODUCTS = {"dot_general", "convolution"}
 LANES = 128
@@ -58,13 +64,57 @@ class XlaTpu(XlaAccelerator):
         """A product also computes the metric that reads its result."""
         return replace(super().buffers, early_reductions=True)
 
-    def stored_bytes(self, shape: Sequence[int], itemsize: int) -> int:
-        """Bytes of whole tiles, in the order of dims that pads least."""
+    def folds(self, instruction: Instruction) -> bool:
+        """Not those of a weight gradient whose window moves over the rows that it sums: the sum
+        over rows lists devices, that over samples names axes of the mesh."""
+        rule = instruction.rule
+        if rule is None or instruction.name != "convolution":
+            return True
+        windows = (window for factor, window in instruction.windows if factor in rule.reduction)
+        return all(window.is_pointwise for window in windows)
+
+    def orders(self, program: LaidOutProgram) -> dict[int, DimOrder]:
+        """Those of images: samples are the minor dim of a group of images if that pads less for one
+        that a convolution reads or writes, else channels are."""
+        found = images(program.graph)
+        moved = program.moved_reads()
+        by_samples: set[int] = set()
+        """Groups of images whose minor dim are the samples."""
+        for tensor, reader in found.convolved:
+            sharding = program.layout.shardings[tensor]
+            if reader in moved:
+                sharding = moved[reader]
+            shape = local_shape(program.graph.tensors[tensor].shape, sharding, program.mesh.sizes)
+            samples, channels = found.dims[tensor]
+            if _elements_in_tiles(shape, samples, channels) < _elements_in_tiles(
+                shape, channels, samples
+            ):
+                by_samples.add(found.group[tensor])
+        arguments = {argument.tensor for argument in program.graph.arguments}
+        orders = {}
+        for tensor, (samples, channels) in found.dims.items():
+            if tensor in arguments:
+                continue
+            if found.group[tensor] in by_samples:
+                orders[tensor] = DimOrder(samples, channels)
+            elif tensor not in found.divided:
+                orders[tensor] = DimOrder(channels, samples)
+        return orders
+
+    def stored_bytes(
+        self,
+        shape: Sequence[int],
+        itemsize: int,
+        order: DimOrder | None = None,
+    ) -> int:
+        """Bytes of whole tiles, by default in the order of dims that pads least."""
         if not shape:
             return itemsize
         if len(shape) == 1:
             return itemsize * _padded(shape[0], LANES)
-        return itemsize * _tiled_elements(tuple(shape))
+        if order is not None:
+            return itemsize * _elements_in_tiles(shape, *order)
+        return itemsize * _least_elements_in_tiles(tuple(shape))
 
     def temporary_bytes(self, live_bytes: np.ndarray, kernels: int) -> np.ndarray:
         """Bytes that do not fit on the chip, and those of the program."""
@@ -100,17 +150,20 @@ def _padded(size: int, multiple: int) -> int:
 
 
 @lru_cache(maxsize=1 << 12)
-def _tiled_elements(shape: tuple[int, ...]) -> int:
+def _least_elements_in_tiles(shape: tuple[int, ...]) -> int:
+    """Elements of whole tiles in the order of dims that pads least."""
+    orders = permutations(range(len(shape)), 2)
+    return min(_elements_in_tiles(shape, minor, second) for minor, second in orders)
+
+
+def _elements_in_tiles(shape: Sequence[int], minor: int, second: int) -> int:
     """Elements of whole tiles. A short second dim has a tile of its own, of a power of two."""
     size = math.prod(shape)
     if not size:
         return 0
-    least = []
-    for minor, second in permutations(shape, 2):
-        sublanes = min(SUBLANES, 1 << (second - 1).bit_length())
-        rest = size // (minor * second)
-        least.append(rest * _padded(minor, LANES) * _padded(second, sublanes))
-    return min(least)
+    sublanes = min(SUBLANES, 1 << (shape[second] - 1).bit_length())
+    rest = size // (shape[minor] * shape[second])
+    return rest * _padded(shape[minor], LANES) * _padded(shape[second], sublanes)
 
 
 def _feeds_products(graph: OperatorGraph, readers: Sequence[Reader]) -> bool:
