@@ -331,12 +331,14 @@ def operator_costs(
 
 @dataclass(frozen=True)
 class _Roofline:
-    """Seconds of an operator's kernels by the roofline, without overhead."""
+    """Seconds of an operator's kernels by the roofline."""
 
     compute: np.ndarray
     """[kernel, assignment]: seconds of its FLOPs."""
     memory: np.ndarray
     """[kernel, assignment]: seconds of its traffic."""
+    overhead: np.ndarray
+    """[kernel, 1]: seconds of its launch."""
     trips: np.ndarray
     """[kernel]."""
     flops: np.ndarray
@@ -378,6 +380,7 @@ def _roofline(
     return _Roofline(
         full_seconds[:, None] * share[columns],
         local_traffic / machine.bandwidth_for(local_traffic),
+        machine.overhead * np.array([[float(work.launches)] for work in terms.work]),
         np.array([float(work.trips) for work in terms.work]),
         local_flops,
         local_traffic,
@@ -415,7 +418,7 @@ def _kernel_seconds(
     trips_by_phase = np.array(in_phase) * roofline.trips
     times = machine.times
     if times is None:
-        seconds = np.maximum(roofline.compute, roofline.memory) + machine.overhead
+        seconds = np.maximum(roofline.compute, roofline.memory) + roofline.overhead
         if machine.attached:
             seconds, _ = kernels_by_part(
                 machine,
@@ -432,7 +435,7 @@ def _kernel_seconds(
     fitted = (
         compute_factors * roofline.compute
         + memory_factors * roofline.memory
-        + times.factor(START) * machine.overhead
+        + times.factor(START) * roofline.overhead
     )
     seconds = trips_by_phase @ fitted * times.corrections.get(terms.digest, 1.0)
     for i, assignment in enumerate(split.assignments):
@@ -458,7 +461,7 @@ def attached_uses(
         if not operator.work:
             continue
         sides = _roofline(operator, machine, ShardCounts(placement, [assignment]))
-        on_device = np.maximum(sides.compute, sides.memory) + machine.overhead
+        on_device = np.maximum(sides.compute, sides.memory) + sides.overhead
         fastest, places = kernels_by_part(
             machine,
             operator.work,
@@ -511,7 +514,7 @@ def roofline_features(
     """
     split = ShardCounts(placement, [assignment])
     roofline = _roofline(terms, placement.machine, split)
-    features = {START: float(sum(roofline.trips)) * placement.machine.overhead}
+    features = {START: float(roofline.trips @ roofline.overhead[:, 0])}
     for cause, sides in zip(CAUSES, (roofline.compute, roofline.memory), strict=True):
         for work, seconds, trips in zip(terms.work, sides[:, 0], roofline.trips, strict=True):
             name = feature(work.kind, cause)

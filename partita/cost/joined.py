@@ -6,15 +6,20 @@ once, and does not read its own results. Batch normalization reads its input onc
 moments, and once for both sums of its backward pass.
 
 Kernels are joined if they pass over equally many elements and neither needs the other's result.
+
+The libraries of products add a bias to the result before they write it (CudnnFusedConvRewriter,
+GemmRewriter).
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from partita.cost.fusion import FREE, Fusion, reads
-from partita.graph.flat import HEAVY, LIBRARY_CALLS
+from partita.cost.fusion import FREE, PRODUCTS, Fusion, reads
+from partita.graph.flat import HEAVY, LIBRARY_CALLS, Reader
 from partita.graph.operator_graph import OperatorGraph
 
 SEPARATE = {
@@ -32,19 +37,79 @@ SEPARATE = {
     *LIBRARY_CALLS,
 }
 """Roots of kernels that are not joined."""
+SPREADING = {"broadcast_in_dim", "reshape", "convert"}
+"""Instructions that bring a bias to the shape and dtype of a product."""
 Roots = list[int]
 
 
-def joined_reads(graph: OperatorGraph, fused: Fusion) -> frozenset[tuple[int, int]]:
+@dataclass(frozen=True)
+class Joined:
+    """The kernels of a graph that are a part of another kernel."""
+
+    saved: frozenset[tuple[int, int]]
     """(root of a kernel, tensor) of the reads from memory that joining saves."""
-    return _Joiner(graph, fused).saved_reads()
+    parts: frozenset[int]
+    """Roots of the kernels that are not launched by themselves."""
+
+
+def joined_kernels(graph: OperatorGraph, fused: Fusion, biases: frozenset[int]) -> Joined:
+    """The kernels that are joined.
+
+    `biases` are the roots of kernels that a product's library replaces (`bias_kernels`).
+    """
+    return _Joiner(graph, fused, biases).joined()
+
+
+def bias_kernels(graph: OperatorGraph, fused: Fusion) -> frozenset[int]:
+    """Roots of the kernels that only add a bias to a product, which its library does.
+
+    A bias is a vector along the minor dim. Products of one operand that are merged
+    (`FusionRules.merges_products`) leave theirs to another kernel, and so does a product with
+    other readers.
+    """
+    producer = {tensor: i for i, x in enumerate(graph.instructions) for tensor in x.results}
+    readers: dict[int, Roots] = defaultdict(list)
+    reads_of: dict[int, dict[int, list[Reader]]] = {}
+    for root, kernel in fused.kernels.items():
+        reads_of[root] = reads(graph, kernel)
+        for tensor in reads_of[root]:
+            readers[tensor].append(root)
+    roots = []
+    for root, kernel in fused.kernels.items():
+        names = [graph.instructions[i].name for i in kernel]
+        computing = [name for name in names if name not in SPREADING]
+        if computing != ["add"] or graph.instructions[root].name not in ("add", "reshape"):
+            continue
+        operands = sorted(reads_of[root], key=lambda tensor: len(graph.tensors[tensor].shape))
+        if len(operands) != 2 or len(graph.tensors[operands[0]].shape) > 1:
+            continue
+        product = producer.get(operands[1], -1)
+        is_product = product >= 0 and graph.instructions[product].name in PRODUCTS
+        if (
+            is_product
+            and readers[operands[1]] == [root]
+            and not _is_merged(graph, readers, product)
+        ):
+            roots.append(root)
+    return frozenset(roots)
+
+
+def _is_merged(graph: OperatorGraph, readers: Mapping[int, Roots], product: int) -> bool:
+    """Whether a matrix product reads an operand that other matrix products read first, too."""
+    operand = graph.instructions[product].operands[0]
+    alike = 0
+    for reader in readers[operand]:
+        instruction = graph.instructions[reader]
+        alike += instruction.name == "dot_general" and instruction.operands[0] == operand
+    return alike > 1
 
 
 class _Joiner:
     """Kernels with the tensors that they read, and their ancestors as sets of bits."""
 
-    def __init__(self, graph: OperatorGraph, fused: Fusion) -> None:
+    def __init__(self, graph: OperatorGraph, fused: Fusion, biases: frozenset[int]) -> None:
         self.graph = graph
+        self.biases = biases
         self.reads = {root: set(reads(graph, kernel)) for root, kernel in fused.kernels.items()}
         self.producer = {
             tensor: root for root in fused.kernels for tensor in graph.instructions[root].results
@@ -59,7 +124,7 @@ class _Joiner:
                     found |= self.bit[source] | self.ancestors[source]
             self.ancestors[root] = found
 
-    def saved_reads(self) -> frozenset[tuple[int, int]]:
+    def joined(self) -> Joined:
         """The reads that siblings share, and those of a producer's result in its own kernel."""
         readers: dict[int, Roots] = defaultdict(list)
         for root in sorted(self.reads):
@@ -67,18 +132,20 @@ class _Joiner:
                 for tensor in self.reads[root]:
                     readers[tensor].append(root)
         saved: set[tuple[int, int]] = set()
+        parts: set[int] = set()
         for tensor, roots in readers.items():
             size = self.graph.tensors[tensor].size
             whole = [root for root in roots if self._passes_over(root) == size]
             for group in self._independent(whole):
                 kept = 0 if self._joins_producer(tensor, size, group) else 1
                 saved.update((root, tensor) for root in group[kept:])
-        return frozenset(saved)
+                parts.update(group[kept:])
+        return Joined(frozenset(saved), frozenset(parts))
 
     def _passes_over(self, root: int) -> int:
         """Elements that a kernel passes over, 0 if it is not joined."""
         instruction = self.graph.instructions[root]
-        if instruction.name in SEPARATE or instruction.name in FREE:
+        if root in self.biases or instruction.name in SEPARATE or instruction.name in FREE:
             return 0
         tensors = instruction.results
         if instruction.name == "reduce":

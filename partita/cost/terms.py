@@ -21,7 +21,7 @@ from hashlib import sha256
 from partita.cost.backends import compiler_of
 from partita.cost.collectives import DEFAULT, reaches
 from partita.cost.fusion import EXPENSIVE, FREE, fusion, reads, transposes
-from partita.cost.joined import joined_reads
+from partita.cost.joined import Joined, bias_kernels, joined_kernels
 from partita.cost.partial import (
     Factors,
     Gradient,
@@ -95,10 +95,12 @@ class Work:
     """Of `stored_bytes`: those of variables that the step does not change."""
     written_bytes: int = 0
     """Of `traffic`: bytes of results."""
+    launches: bool = True
+    """Whether it is a kernel of its own, not the part of one that starts elsewhere."""
 
     def key(self, renumber: Renumber) -> tuple[object, ...]:
         """Equal for equal work of equal operators."""
-        return (
+        key = (
             self.op_class,
             self.dtype,
             self.flops,
@@ -109,6 +111,7 @@ class Work:
             self.kind,
             self.groups,
         )
+        return key if self.launches else (*key, "part")
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,22 +389,32 @@ class _Collector:
 
     def add_work(self) -> None:
         """Adds every kernel, in parts if it is fused across operators."""
-        saved: frozenset[tuple[int, int]] = frozenset()
+        joined = Joined(frozenset(), frozenset())
+        biases: frozenset[int] = frozenset()
         if self.compiler.joins_kernels:
-            saved = joined_reads(self.graph, self.fused)
+            biases = bias_kernels(self.graph, self.fused)
+            joined = joined_kernels(self.graph, self.fused, biases)
         for root, kernel in self.fused.kernels.items():
             instruction = self.graph.instructions[root]
-            if instruction.name in ("while", "case", "if", "optimization_barrier", *FREE):
+            if root in biases or instruction.name in (
+                "while",
+                "case",
+                "if",
+                "optimization_barrier",
+                *FREE,
+            ):
                 continue
             if self._is_constant(instruction):
                 continue
             outside = {
                 tensor: readers
                 for tensor, readers in reads(self.graph, kernel).items()
-                if (root, tensor) not in saved
+                if (root, tensor) not in joined.saved
             }
             for operator, members in self._members_by_operator(root, kernel).items():
-                self._add_kernel(root, operator, members, outside)
+                is_part = root in joined.parts or root not in members
+                launches = not (is_part and self.compiler.joins_kernels)
+                self._add_kernel(root, operator, members, outside, launches)
 
     def _members_by_operator(self, root: int, kernel: Sequence[int]) -> dict[int, list[int]]:
         """Operator -> its instructions in a kernel.
@@ -423,6 +436,7 @@ class _Collector:
         operator: int,
         members: list[int],
         outside: dict[int, list[Reader]],
+        launches: bool,
     ) -> None:
         """Adds an operator's part of a kernel. `outside` are the kernel's reads from memory."""
         graph = self.graph
@@ -472,6 +486,7 @@ class _Collector:
             _bytes_of(traffic, self.variables),
             _bytes_of(traffic, self.frozen),
             _bytes_of(traffic, instruction.results if root in members else ()),
+            launches,
         )
         self.terms.operators[operator].work.append(work)
 

@@ -9,7 +9,7 @@ import pytest
 from partita.capture.jax_functions import Leaf, capture_step
 from partita.cost.backends import compiler_of
 from partita.cost.fusion import fusion
-from partita.cost.joined import joined_reads
+from partita.cost.joined import bias_kernels, joined_kernels
 from partita.cost.terms import cost_terms
 from partita.machine import load
 
@@ -39,7 +39,8 @@ def graph():
 def saved(graph):
     fused = fusion(graph, compiler_of(GPU.backend).fusion_rules)
     names = graph.instructions
-    return {(names[root].name, tensor) for root, tensor in joined_reads(graph, fused)}
+    joined = joined_kernels(graph, fused, bias_kernels(graph, fused))
+    return {(names[root].name, tensor) for root, tensor in joined.saved}
 
 
 def test_both_moments_read_the_product_once(graph):
@@ -60,3 +61,55 @@ def test_a_result_is_not_read_by_its_own_kernel(graph):
 def traffic(graph, backend):
     works = [work for operator in cost_terms(graph, backend).operators for work in operator.work]
     return [entry for work in works for entry in work.traffic]
+
+
+@pytest.fixture(scope="module")
+def biased():
+    """Two products and a convolution with biases, the update of their variables in one kernel."""
+
+    def step(state, x):
+        def loss(variables):
+            first, second, third, bias = variables
+            window = jax.lax.conv_general_dilated(
+                x.reshape(4, 8, 8, WIDTH),
+                third,
+                (1, 1),
+                "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            rows = (window + bias).reshape(ROWS, WIDTH)
+            return jnp.einsum("ra,rb->ab", rows @ first + bias, rows @ second + bias).sum()
+
+        value, gradients = jax.value_and_grad(loss)(state)
+        return {"loss": value}, tuple(w - g * g for w, g in zip(state, gradients, strict=True))
+
+    shape = jax.ShapeDtypeStruct
+    sizes = ((WIDTH, WIDTH), (WIDTH, WIDTH), (3, 3, WIDTH, WIDTH), (WIDTH,))
+    names = ("first", "second", "third", "bias")
+    return capture_step(
+        step,
+        tuple(shape(size, "float32") for size in sizes),
+        shape((ROWS, WIDTH), "float32"),
+        [Leaf(name, "parameter") for name in names],
+        batch_size=ROWS,
+    ).graph
+
+
+def test_the_library_of_a_product_adds_its_bias(biased):
+    roots = bias_kernels(biased, fusion(biased, compiler_of(GPU.backend).fusion_rules))
+    results = [biased.tensors[biased.instructions[root].results[0]].shape for root in roots]
+    # Of the convolution alone, for the products of its rows; these are merged, and share a kernel
+    # for their biases.
+    assert results == [(ROWS, WIDTH)]
+    assert all(biased.instructions[root].name == "reshape" for root in roots)
+
+
+def test_a_part_of_a_kernel_is_not_launched(graph):
+    launches = {backend.platform: count(graph, backend) for backend in (CPU, GPU.backend)}
+    # Both moments are one kernel on a GPU.
+    assert launches["cuda"] < launches["cpu"]
+
+
+def count(graph, backend):
+    works = [work for operator in cost_terms(graph, backend).operators for work in operator.work]
+    return sum(work.launches for work in works)

@@ -65,6 +65,11 @@ class XlaAccelerator(Compiler):
         return True
 
     @property
+    def joins_kernels(self) -> bool:
+        """MultiOutputFusion joins siblings, and producers with consumers; products add biases."""
+        return True
+
+    @property
     def scatters(self) -> bool:
         """Unless the machine's description forbids reduce-scatters."""
         return self.backend.reduce_scatter

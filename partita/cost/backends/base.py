@@ -138,7 +138,8 @@ class Compiler(ABC):
 
     @property
     def joins_kernels(self) -> bool:
-        """Whether kernels that pass over the same values are one kernel (`cost.joined`)."""
+        """Whether kernels that pass over the same values are one kernel, and products add biases
+        (`cost.joined`)."""
         return False
 
     def orders(self, program: LaidOutProgram) -> dict[int, DimOrder]:

@@ -72,8 +72,3 @@ class XlaGpu(XlaAccelerator):
     def temporary_limit_bytes(self, device_bytes: float, argument_bytes: int) -> float:
         """The limit of its scheduler."""
         return LIMIT_SLOP * max(0.0, PROGRAM_SHARE * device_bytes - argument_bytes)
-
-    @property
-    def joins_kernels(self) -> bool:
-        """MultiOutputFusion joins siblings, and producers with consumers."""
-        return True

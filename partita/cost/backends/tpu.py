@@ -49,8 +49,7 @@ SELECTING = {"reshape", "transpose", "convert", "copy", "gather", "select", "rev
 
 
 class XlaTpu(XlaAccelerator):
-    """XLA:TPU. Variables are gathered one by one, asynchronously. Whether it joins kernels is not
-    known from compiled programs."""
+    """XLA:TPU. Variables are gathered one by one, asynchronously."""
 
     @property
     def fusion_rules(self) -> FusionRules:
