@@ -13,7 +13,6 @@ GemmRewriter).
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -110,6 +109,7 @@ class _Joiner:
     def __init__(self, graph: OperatorGraph, fused: Fusion, biases: frozenset[int]) -> None:
         self.graph = graph
         self.biases = biases
+        self.kernels = fused.kernels
         self.reads = {root: set(reads(graph, kernel)) for root, kernel in fused.kernels.items()}
         self.producer = {
             tensor: root for root in fused.kernels for tensor in graph.instructions[root].results
@@ -132,25 +132,34 @@ class _Joiner:
                 for tensor in self.reads[root]:
                     readers[tensor].append(root)
         saved: set[tuple[int, int]] = set()
-        parts: set[int] = set()
+        start_of: dict[int, int] = {}
+        """Kernel that is a part -> one that it is a part of."""
+        whole_readers: dict[int, Roots] = {}
         for tensor, roots in readers.items():
             size = self.graph.tensors[tensor].size
             whole = [root for root in roots if self._passes_over(root) == size]
+            whole_readers[tensor] = whole
             for group in self._independent(whole):
-                kept = 0 if self._joins_producer(tensor, size, group) else 1
-                saved.update((root, tensor) for root in group[kept:])
-                parts.update(group[kept:])
-        return Joined(frozenset(saved), frozenset(parts))
+                starts = (
+                    [self.producer[tensor]] if self._joins_producer(tensor, size, group) else []
+                )
+                start, *parts = [*starts, *group]
+                saved.update((root, tensor) for root in parts)
+                start_of.update((root, start) for root in parts if root not in start_of)
+        for tensor, whole in whole_readers.items():
+            saved.update((root, tensor) for root in _repeated(whole, start_of))
+        return Joined(frozenset(saved), frozenset(start_of))
 
     def _passes_over(self, root: int) -> int:
         """Elements that a kernel passes over, 0 if it is not joined."""
         instruction = self.graph.instructions[root]
         if root in self.biases or instruction.name in SEPARATE or instruction.name in FREE:
             return 0
-        tensors = instruction.results
-        if instruction.name == "reduce":
-            tensors = instruction.operands
-        return max(math.prod(self.graph.tensors[tensor].shape) for tensor in tensors)
+        tensors = list(instruction.results)
+        for i in self.kernels[root]:
+            if self.graph.instructions[i].name == "reduce":
+                tensors += self.graph.instructions[i].operands
+        return max(self.graph.tensors[tensor].size for tensor in tensors)
 
     def _independent(self, roots: Roots) -> list[Roots]:
         """Groups of kernels of which none needs another's result."""
@@ -181,3 +190,17 @@ class _Joiner:
                 if between is not None and self.ancestors[between] & self.bit[source]:
                     return False
         return True
+
+
+def _repeated(roots: Roots, start_of: Mapping[int, int]) -> Roots:
+    """Of kernels that read a tensor, those that are parts of a kernel with an earlier one."""
+    starts: set[int] = set()
+    repeated = []
+    for root in roots:
+        start = root
+        while start in start_of:
+            start = start_of[start]
+        if start in starts:
+            repeated.append(root)
+        starts.add(start)
+    return repeated

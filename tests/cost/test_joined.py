@@ -113,3 +113,19 @@ def test_a_part_of_a_kernel_is_not_launched(graph):
 def count(graph, backend):
     works = [work for operator in cost_terms(graph, backend).operators for work in operator.work]
     return sum(work.launches for work in works)
+
+
+def test_a_kernel_that_joins_its_producer_reads_their_operand_once():
+    """x^3 from a stored x^2: one kernel reads x and writes both."""
+
+    def step(state, x):
+        square = (x + state[0]) ** 2
+        return {"square": square, "cube": square * x}, (state[0] + 1.0,)
+
+    shape = jax.ShapeDtypeStruct
+    state = (shape((WIDTH,), "float32"),)
+    leaves = [Leaf("w", "parameter")]
+    powers = capture_step(step, state, shape((ROWS, WIDTH), "float32"), leaves, batch_size=ROWS)
+    table = ROWS * WIDTH * 4
+    whole = [nbytes for nbytes, _ in traffic(powers.graph, GPU.backend) if nbytes >= table]
+    assert sum(whole) == 3 * table
