@@ -3,7 +3,8 @@
 A place is a pipeline stage, or the devices of operators that a plan pins to the same slices. The
 cut needs no marks in the model. A statement runs where its operator is placed and when its class
 says (`plans.phases`). A piece takes a statement unless two pieces would then wait for each other;
-in that case a new piece begins. A pipeline has one piece per stage and phase. Clipping by the
+in that case a new piece begins. A pipeline has one piece per stage and phase; without
+stages, both passes of a microbatch may be one piece (`is_whole_pass`). Clipping by the
 global norm gets one more: the update of all stages but the last needs a norm of all.
 
 Rematerialized forward statements are copied into the backward piece. As pieces are programs of
@@ -22,7 +23,13 @@ from functools import cached_property
 from typing import Literal
 
 from partita.plans.phases import LIGHT, Class, DataFlow
-from partita.plans.pipeline import Place, is_pipeline, operator_places, rematerialized_runs
+from partita.plans.pipeline import (
+    Place,
+    is_pipeline,
+    is_whole_pass,
+    operator_places,
+    rematerialized_runs,
+)
 from partita.plans.plan import Plan
 
 PiecePhase = Literal["forward", "backward", "update"]
@@ -164,6 +171,8 @@ class _Cutter:
         self.is_pipeline = is_pipeline(plan)
         self.place_of_operator = place_of_operator
         self.run_of = rematerialized_runs(flow.graph, plan)
+        self.is_whole = is_whole_pass(plan)
+        """Whether both passes of a microbatch are one piece."""
         self.classes: list[Class] = list(flow.classes)
         self.place: list[int] = []
         """[statement]: its place."""
@@ -270,6 +279,8 @@ class _Cutter:
             phase = self.classes[k]
             if phase == "copied":
                 continue
+            if phase == "forward" and self.is_whole:
+                phase = "backward"
             needs = self._needs(k)
             key: tuple[object, ...] = (self.place[k], phase)
             if not self.is_pipeline and phase != "update":

@@ -239,6 +239,16 @@ def is_one_program(plan: Plan) -> bool:
     return not is_pipeline(plan) and not stage_axes(plan)
 
 
+def is_whole_pass(plan: Plan) -> bool:
+    """Whether forward and backward pass of a microbatch run as one program: on a GPU or TPU,
+    without stages and rematerialized runs, whose copies XLA would merge with the originals.
+
+    Values between the passes are then temporaries, which a compiler may compute again.
+    """
+    is_single = is_accelerator(plan.target) and stage_count(plan) == 1
+    return is_single and is_pipeline(plan) and not plan.recompute
+
+
 def is_pipeline(plan: Plan) -> bool:
     """Whether a plan has microbatches, or rematerialized operators that one program cannot have."""
     if plan.microbatches > 1:

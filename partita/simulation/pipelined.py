@@ -300,6 +300,7 @@ class PipelinedStep(SimulatedStep):
             mesh=self.stage_plan.mesh,
             layout=self.layout,
             backend=self.machine.backend,
+            device_bytes=self.machine.memory_bytes,
             content=self._stage_content,
         ).stages()
 

@@ -57,7 +57,8 @@ class _Moment(NamedTuple):
 class PieceMemories:
     """The memory of all stages of a cut.
 
-    `mesh` and `layout` are those of one microbatch inside a stage. `content` names the operators
+    `mesh` and `layout` are those of one microbatch inside a stage, `device_bytes` the memory of a
+    device, by which a compiler decides to compute values again. `content` names the operators
     and splits of a stage; the pieces of stages with equal content have equal temporaries.
     """
 
@@ -66,6 +67,7 @@ class PieceMemories:
     mesh: Mesh
     layout: Layout
     backend: Backend
+    device_bytes: float
     content: Callable[[int], Hashable]
 
     def stages(self) -> list[StageMemory]:
@@ -219,7 +221,7 @@ class PieceMemories:
             graph, layout = piece_graph(
                 self.cut.flow, piece, self.layout, self._summed, self._late_statements
             )
-            peak = memory(graph, self.mesh, layout, self.backend)
+            peak = memory(graph, self.mesh, layout, self.backend, None, self.device_bytes)
             arguments = peak.parameters + peak.optimizer + peak.state + peak.batch
             nbytes = peak.peak - arguments + self._copied_slots(piece)
             self._cache[key] = nbytes, peak.operator

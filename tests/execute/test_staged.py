@@ -127,14 +127,17 @@ def test_two_stages_in_four_microbatches_equal_one_device(schedule: str):
     assert largest < 1e-5
 
 
-def test_microbatches_on_one_device_are_gradient_accumulation():
+@pytest.mark.parametrize(
+    ("target", "phases"),
+    [("", ["forward", "backward", "update"]), ("cuda", ["backward", "update"])],
+)
+def test_microbatches_on_one_device_are_gradient_accumulation(target: str, phases: list[str]):
     def plan(graph):
-        return replace(
-            stages_plan(graph, [None] * len(graph.operators), microbatches=2), mesh=Mesh(())
-        )
+        whole = stages_plan(graph, [None] * len(graph.operators), microbatches=2, target=target)
+        return replace(whole, mesh=Mesh(()))
 
     step, largest = compare(mlp(), plan)
-    assert [piece.phase for piece in step.cut.pieces] == ["forward", "backward", "update"]
+    assert [piece.phase for piece in step.cut.pieces] == phases
     assert largest < 1e-5
 
 
