@@ -36,7 +36,19 @@ MIN_PLANS = 6
 ROUNDS = 5
 """Measured rounds."""
 
+MAX_PLANS = 1000
+"""Largest number of plans of a model, by default more than there are."""
+
 Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Size of a measurement."""
+
+    rounds: int = ROUNDS
+    plans: int = MAX_PLANS
+    """Largest number of plans of a model: the chosen one, data parallel, a random one, others."""
 
 
 def _report_nothing(text: str) -> None:
@@ -228,11 +240,13 @@ def plans_of(
     baselines: Mapping[str, Plan],
     chosen: Plan,
     by_rates: Plan,
+    most: int = MAX_PLANS,
 ) -> tuple[dict[str, Plan], str]:
     """(plans to measure, each a distinct program; name of the chosen one).
 
     The plans are the baselines, `chosen` (found with timed operators), `by_rates` (found without),
-    and random plans, at least one and enough to reach `MIN_PLANS`. One device has one plan.
+    and random plans, at least one and enough to reach `MIN_PLANS`. One device has one plan. At
+    most `most` remain, in the order of `Effort.plans`.
     """
     if machine.devices == 1:
         return {"one device": baselines["one device"]}, "one device"
@@ -246,7 +260,11 @@ def plans_of(
         if missing and program(plan) not in by_program:
             by_program[program(plan)] = (f"random {seed}", plan)
             missing -= 1
-    return dict(by_program.values()), by_program[program(chosen)][0]
+    plans = dict(by_program.values())
+    chosen_name = by_program[program(chosen)][0]
+    preferred = dict.fromkeys([chosen_name, "data parallel", list(plans)[-1], *plans])
+    names = [name for name in preferred if name in plans]
+    return {name: plans[name] for name in names[:most]}, chosen_name
 
 
 def program(plan: Plan) -> str:
@@ -304,7 +322,7 @@ class MeasuredModel:
 
 
 def run(
-    models: Sequence[str], rounds: int = ROUNDS, report: Report = _report_nothing
+    models: Sequence[str], effort: Effort = Effort(), report: Report = _report_nothing
 ) -> list[Step]:
     """The steps of these models on the devices of this machine.
 
@@ -318,13 +336,13 @@ def run(
     rates = calibrate(at_hand(), lambda subject: report(f"measuring {subject}"))
     values = json.loads(from_first("rates", lambda: json.dumps(rates.values)))
     machine = at_hand().revised(values, "measured for this run")
-    return measured(models, machine, rounds, report)
+    return measured(models, machine, effort, report)
 
 
 def measured(
     models: Sequence[str],
     machine: Machine,
-    rounds: int = ROUNDS,
+    effort: Effort = Effort(),
     report: Report = _report_nothing,
 ) -> list[Step]:
     """`run` for a machine with measured rates and links."""
@@ -333,12 +351,12 @@ def measured(
     measurements = []
     for number, name in enumerate(models, 1):
         title = f"model {number} of {len(models)}, {name}"
-        measurements.append(_measure_model(name, machine, rounds, title, report))
+        measurements.append(_measure_model(name, machine, effort, title, report))
     return predictions(measurements, machine) if is_first() else []
 
 
 def _measure_model(
-    name: str, machine: Machine, rounds: int, title: str, report: Report
+    name: str, machine: Machine, effort: Effort, title: str, report: Report
 ) -> MeasuredModel:
     from partita.execute.measure import step_seconds
     from partita.execute.operators import measured_operators
@@ -348,7 +366,9 @@ def _measure_model(
     model, batch = MODELS[name]()
     captured = capture_program(model, batch)
     result = search_measured(captured, machine)
-    text = from_first("plans to measure", lambda: _plans_to_measure(captured, result, machine))
+    text = from_first(
+        "plans to measure", lambda: _plans_to_measure(captured, result, machine, effort.plans)
+    )
     chosen, plan_texts = json.loads(text)
     plans = {plan_name: Plan.from_json(value) for plan_name, value in plan_texts.items()}
     timed = measured_operators(
@@ -357,7 +377,7 @@ def _measure_model(
         list(plans.values()),
     )
     report(f"{title}: compiling and timing {len(plans)} plan{'s' if len(plans) > 1 else ''}")
-    seconds = step_seconds(captured, plans, rounds)
+    seconds = step_seconds(captured, plans, effort.rounds)
     return MeasuredModel(
         name,
         captured.graph,
@@ -372,6 +392,7 @@ def _plans_to_measure(
     captured: Any,
     result: Any,
     machine: Machine,
+    most: int,
 ) -> str:
     """JSON of (name of the chosen plan, plans by name).
 
@@ -392,6 +413,7 @@ def _plans_to_measure(
         baselines,
         chosen_plan,
         by_rates,
+        most,
     )
     return json.dumps([chosen, {name: plan.to_json() for name, plan in plans.items()}])
 

@@ -15,6 +15,7 @@ from partita.bench import fidelity
 from partita.bench.fidelity import (
     MIN_PLANS,
     MODELS,
+    Effort,
     Step,
     chosen_models,
     chosen_over_best,
@@ -128,6 +129,11 @@ def test_plans_are_programs_of_their_own_and_at_least_as_many_as_asked_for() -> 
         known["one device"],
     )
     assert len(few) == MIN_PLANS and chosen == "data parallel"
+    three, chosen = plans_of(
+        GRAPH, machine, known, known["tensor parallel"], known["ZeRO-3"], most=3
+    )
+    assert list(three)[:2] == ["tensor parallel", "data parallel"] and chosen == "tensor parallel"
+    assert len(three) == 3 and list(three)[2].startswith("random")
     assert plans_of(GRAPH, host(1, 8 << 30), known, known["ZeRO-3"], known["ZeRO-3"]) == (
         {"one device": known["one device"]},
         "one device",
@@ -207,7 +213,7 @@ def test_the_command_shows_every_step_with_three_predictions_and_how_good_they_a
                 [
                     vars(s)
                     for s in fidelity.measured(
-                        said["--models"].split(","), host(devices, 8 << 30), 1
+                        said["--models"].split(","), host(devices, 8 << 30), Effort(rounds=1)
                     )
                 ]
             )
