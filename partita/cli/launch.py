@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any
 
 from partita.cli.survivors import Survivors, is_killed
@@ -38,6 +39,17 @@ SHOWN_LINES = 20
 """Lines of the standard error of a failed process that are printed."""
 PARENT_DEATH_SIGNAL = 1
 """Linux's option of `prctl` for the signal at the end of the parent process."""
+
+
+@dataclass(frozen=True)
+class Managed:
+    """A group that goes on without lost processes."""
+
+    board: Board
+    address: str
+    """Where the launcher coordinates it."""
+    returns: int
+    """Lost processes that are started again, at most."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ def launch(
     the others go on without it first, and all are started again when none is left. `after_loss` is
     said when a loss has ended the run.
     """
-    run_group = _run_with_board if survives else _run_group
+    run_group = partial(_run_with_board, returns=restarts) if survives else _run_group
     seed = os.environ.get("PARTITA_SEED", str(random.SystemRandom().randrange(2**31)))
     for restart in range(1, restarts + 1):
         outcome = run_group(count, arguments, devices, seed, say)
@@ -87,14 +99,17 @@ def _run_with_board(
     devices: int | None,
     seed: str,
     say: Callable[[str], None],
+    returns: int,
 ) -> Outcome:
-    """A group that any process may leave: this one coordinates it, and tells who is lost."""
+    """A group that any process may leave: this one coordinates it, tells who is lost, and starts
+    lost ones again, at most `returns` times."""
     from partita.cli.survivors import coordination, new_board
 
     address = _free_address()
     with new_board(count) as board, coordination(address, count):
         more = [*arguments[:1], "--board", str(board.folder), *arguments[1:]]
-        return _run_group(count, more, devices, seed, say, board, address)
+        managed = Managed(board, address, returns)
+        return _run_group(count, more, devices, seed, say, managed)
 
 
 def _run_group(
@@ -103,8 +118,7 @@ def _run_group(
     devices: int | None,
     seed: str,
     say: Callable[[str], None],
-    board: Board | None = None,
-    address: str | None = None,
+    managed: Managed | None = None,
 ) -> Outcome:
     """Starts the processes and watches them until all have ended."""
     if devices is not None and devices % count:
@@ -115,27 +129,39 @@ def _run_group(
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     share = max(1, len(cores) // count)
     local_devices = devices // count if devices else share
-    environment = _common_environment(address or _free_address(), count, local_devices, seed)
+    address = managed.address if managed is not None else _free_address()
+    environment = _common_environment(address, count, local_devices, seed)
     processes: list[subprocess.Popen[bytes]] = []
     errors: list[IO[bytes] | None] = []
-    outputs = (os.dup(1), os.dup(2)) if board is not None else ()
+    outputs = (os.dup(1), os.dup(2)) if managed is not None else ()
+
+    def start(number: int, prints: bool = False) -> tuple[subprocess.Popen[bytes], Any]:
+        """(a process, the file of its standard error if it does not print)."""
+        own_cores = [cores[(number * share + k) % len(cores)] for k in range(share) if cores]
+        stderr = None if prints else tempfile.TemporaryFile()  # noqa: SIM115
+        process = subprocess.Popen(
+            [sys.executable, "-m", "partita", *arguments],
+            env={**environment, "JAX_PROCESS_ID": str(number)},
+            stdout=None if prints else subprocess.DEVNULL,
+            stderr=stderr,
+            preexec_fn=_initializer(set(own_cores)),
+            pass_fds=outputs,
+        )
+        return process, stderr
+
+    def start_again(number: int) -> subprocess.Popen[bytes]:
+        process, errors[number] = start(number)
+        return process
+
     try:
         for number in range(count):
-            own_cores = [cores[(number * share + k) % len(cores)] for k in range(share) if cores]
-            stderr = tempfile.TemporaryFile() if number else None  # noqa: SIM115
-            errors.append(stderr)
-            process = subprocess.Popen(
-                [sys.executable, "-m", "partita", *arguments],
-                env={**environment, "JAX_PROCESS_ID": str(number)},
-                stdout=subprocess.DEVNULL if number else None,
-                stderr=stderr,
-                preexec_fn=_initializer(set(own_cores)),
-                pass_fds=outputs,
-            )
+            process, stderr = start(number, prints=number == 0)
             processes.append(process)
+            errors.append(stderr)
         survivors = None
-        if board is not None:
-            survivors = Survivors(processes, board, outputs, say)
+        if managed is not None:
+            again = start_again if managed.returns else None
+            survivors = Survivors(processes, managed.board, outputs, say, again, managed.returns)
         with _signals_raised():
             return _watch(processes, errors, say, survivors)
     finally:

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from partita.execute.board import Board, Loss, Progress, Start
+from partita.execute.board import Board, Event, Progress, Start, living
 
 MEDIANS = 10
 """Median steps that the others wait for a process, before it counts as hung."""
@@ -61,38 +61,58 @@ class Survivors:
         board: Where losses are reported.
         outputs: File descriptors of the launcher's standard output and error, which all processes
             have inherited.
+        start_again: Starts a lost process again; None if none is.
+        returns: Lost processes that are started again, at most.
     """
 
     def __init__(
         self,
-        processes: Sequence[subprocess.Popen[bytes]],
+        processes: list[subprocess.Popen[bytes]],
         board: Board,
         outputs: Sequence[int],
         say: Callable[[str], None],
+        start_again: Callable[[int], subprocess.Popen[bytes]] | None = None,
+        returns: int = 0,
     ) -> None:
         self.processes = processes
         self.board = board
-        self.losses: list[Loss] = []
+        self.events: list[Event] = []
         self._say = say
-        self._hangs = [Hang(partial(processor_time, process.pid)) for process in processes]
-        ids = tuple(process.pid for process in processes)
-        output, errors = outputs
-        board.write_start(Start(ids, output, errors))
+        self._outputs = outputs
+        self._start_again = start_again
+        self._returns = returns
+        self._coming: set[int] = set()
+        """Processes that were started again, and that the others have not taken in."""
+        self._write_start()
+
+    def _write_start(self) -> None:
+        self._hangs = [Hang(partial(processor_time, process.pid)) for process in self.processes]
+        ids = tuple(process.pid for process in self.processes)
+        output, errors = self._outputs
+        self.board.write_start(Start(ids, output, errors, self._start_again is not None))
 
     @property
     def lost(self) -> set[int]:
-        """The numbers of the lost processes."""
-        return {loss.process for loss in self.losses}
+        """The numbers of the processes that are lost, or not taken in again yet."""
+        live = living(len(self.processes), self.events)
+        return set(range(len(self.processes))) - set(live) | self._coming
 
     def look(self) -> None:
-        """Reports processes that were killed since the last look; kills one that hangs."""
-        running = [n for n, process in enumerate(self.processes) if process.poll() is None]
+        """Reports processes that were killed since the last look, kills one that hangs, and starts
+        lost ones again."""
+        self._look_at_coming()
         for number, process in enumerate(self.processes):
-            code = process.returncode
+            code = process.poll()
             if number not in self.lost and code is not None and is_killed(code):
-                self._report(Loss(number, f"was killed ({signal.Signals(-code).name})"))
-        if len(running) < 2:
-            return
+                self._report(number, f"was killed ({signal.Signals(-code).name})")
+        running = [n for n, process in enumerate(self.processes) if process.poll() is None]
+        running = [number for number in running if number not in self.lost]
+        if running:
+            self._start_lost()
+        if len(running) > 1:
+            self._kill_hung(running)
+
+    def _kill_hung(self, running: Sequence[int]) -> None:
         progress = {number: self.board.progress(number) for number in running}
         now = time.monotonic()
         for number in running:
@@ -100,24 +120,64 @@ class Survivors:
             medians = MEDIANS * max(each.step_seconds for each in progress.values())
             cause = self._hangs[number].cause(waited, medians, progress[number].in_step, now)
             if cause:
-                self.processes[number].kill()
-                self.processes[number].wait()
-                self._report(Loss(number, cause))
+                self._kill(number)
+                self._report(number, cause)
                 return
 
-    def _report(self, loss: Loss) -> None:
-        self.losses.append(loss)
+    def _kill(self, number: int) -> None:
+        self.processes[number].kill()
+        self.processes[number].wait()
+
+    # ---------------------------------------------------------------------------------- returns
+
+    def _start_lost(self) -> None:
+        """Starts lost processes again, as often as allowed."""
+        for number in sorted(self.lost - self._coming):
+            if self._start_again is None or self._returns == 0:
+                return
+            self._returns -= 1
+            self.board.write_progress(number, Progress(is_coming=True))
+            self.processes[number] = self._start_again(number)
+            self._coming.add(number)
+            self._write_start()
+
+    def _look_at_coming(self) -> None:
+        """Announces processes that wait to be taken in, and forgets those that were or that have
+        ended."""
+        announced = living(len(self.processes), self.events)
+        for number in sorted(self._coming):
+            progress = self.board.progress(number)
+            if self.processes[number].poll() is not None:
+                self._coming.discard(number)
+                self._say(f"process {number}, which was started again, has ended.")
+                if number in announced:
+                    self.events.append(Event(number, "ended before it was taken in"))
+                    self.board.write_events(self.events)
+            elif number not in announced and progress.waits:
+                self.events.append(Event(number))
+                self.board.write_events(self.events)
+            elif number in announced and not progress.is_coming:
+                self._coming.discard(number)
+
+    def _report(self, number: int, cause: str) -> None:
+        for other in sorted(self._coming):
+            # It may be about to meet the lost one: it begins again.
+            self._coming.discard(other)
+            self._kill(other)
+            if other in living(len(self.processes), self.events):
+                self.events.append(Event(other, "was not taken in yet"))
+        self.events.append(Event(number, cause))
         count = len(self.processes)
-        left = count - len(self.losses)
+        left = count - len(self.lost)
         if left == 0:
             self._say(
-                f"process {loss.process} of {count} {loss.cause}: no process is left to go on. The "
-                "last save is complete: start again from it."
+                f"process {number} of {count} {cause}: no process is left to go on. The last save "
+                "is complete: start again from it."
             )
         else:
             others = "the other one goes" if left == 1 else f"{left} others go"
-            self._say(f"process {loss.process} of {count} {loss.cause}; {others} on.")
-        self.board.write_lost(self.losses)
+            self._say(f"process {number} of {count} {cause}; {others} on.")
+        self.board.write_events(self.events)
 
 
 def is_killed(code: int | None) -> bool:

@@ -19,20 +19,21 @@ from partita.files.schema import items, record
 from partita.files.writing import write_text
 
 STARTED = "started.json"
-LOST = "lost.json"
+EVENTS = "events.json"
 PROGRESS = "progress"
-RECORD = struct.Struct("<qqdd")
+RECORD = struct.Struct("<qqddqq")
 """A process's record in the file of progress."""
 KIND = FileKind("the notice board of a run", "start the run again", by_hand=False)
 
 
 @dataclass(frozen=True)
-class Loss:
-    """A process that is gone."""
+class Event:
+    """A process is gone, or back."""
 
     process: int
-    cause: str
-    """"was killed (SIGKILL)", "made no step for 3.1 s while the others waited"."""
+    cause: str = ""
+    """Of a loss: "was killed (SIGKILL)", "made no step for 3.1 s while the others waited". Empty
+    for a process that was started again, and waits to train with the others."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Start:
     """File descriptor of the launcher's standard output."""
     errors: int
     """File descriptor of its standard error."""
+    returns: bool = False
+    """Whether a lost process is started again."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,13 @@ class Progress:
     """The moment of its last step's begin or end, seconds of the monotonic clock."""
     step_seconds: float = 0.0
     """Median time of a step; 0 before two of them."""
+    waits: bool = False
+    """Whether it was started again, and stands at its first step."""
+    is_coming: bool = False
+    """Whether it was started again, and does not train with the others yet."""
 
 
-LOSSES = items(record(Loss))
+EVENT_LIST = items(record(Event))
 
 
 class Board:
@@ -70,8 +77,8 @@ class Board:
     def __init__(self, folder: Path, count: int) -> None:
         self.folder = folder
         self.count = count
-        self._lost_time = 0
-        self._lost: tuple[Loss, ...] = ()
+        self._events_time = 0
+        self._events: tuple[Event, ...] = ()
         path = folder / PROGRESS
         size = RECORD.size * count
         if not path.exists():
@@ -80,7 +87,7 @@ class Board:
             self._progress = mmap.mmap(file.fileno(), size)
 
     def write_start(self, start: Start) -> None:
-        """Written by the launcher, once all processes are started."""
+        """Written by the launcher, once all processes are started, and whenever one is again."""
         write_text(self.folder / STARTED, json.dumps(astuple(start)))
 
     def start(self) -> Start:
@@ -90,28 +97,43 @@ class Board:
             time.sleep(0.005)
         return read_json(path, KIND, record(Start))
 
-    def write_lost(self, losses: Iterable[Loss]) -> None:
-        """Written by the launcher: all losses so far."""
-        write_text(self.folder / LOST, json.dumps([astuple(loss) for loss in losses]))
+    def write_events(self, events: Iterable[Event]) -> None:
+        """Written by the launcher: all losses and returns so far."""
+        write_text(self.folder / EVENTS, json.dumps([astuple(event) for event in events]))
 
-    def lost(self) -> tuple[Loss, ...]:
-        """All losses so far; costs one `stat` while nothing is new."""
-        path = self.folder / LOST
+    def events(self) -> tuple[Event, ...]:
+        """All losses and returns so far; costs one `stat` while nothing is new."""
+        path = self.folder / EVENTS
         try:
             changed = path.stat().st_mtime_ns
         except OSError:
             return ()
-        if changed != self._lost_time:
-            self._lost = tuple(read_json(path, KIND, LOSSES))
-            self._lost_time = changed
-        return self._lost
+        if changed != self._events_time:
+            self._events = tuple(read_json(path, KIND, EVENT_LIST))
+            self._events_time = changed
+        return self._events
 
     def write_progress(self, process: int, progress: Progress) -> None:
         """Written by each process, twice a step: about 2 us."""
-        values = (progress.step, progress.in_step, progress.since, progress.step_seconds)
-        RECORD.pack_into(self._progress, process * RECORD.size, *values)
+        RECORD.pack_into(self._progress, process * RECORD.size, *astuple(progress))
 
     def progress(self, process: int) -> Progress:
         """The last words of a process on its steps."""
-        step, in_step, since, seconds = RECORD.unpack_from(self._progress, process * RECORD.size)
-        return Progress(step, bool(in_step), since, seconds)
+        values = RECORD.unpack_from(self._progress, process * RECORD.size)
+        step, in_step, since, seconds, waits, is_coming = values
+        return Progress(step, bool(in_step), since, seconds, bool(waits), bool(is_coming))
+
+
+def living(count: int, events: Iterable[Event]) -> tuple[int, ...]:
+    """The processes that are there after some events, the longest there first.
+
+    >>> living(3, [Event(0, "was killed"), Event(0)])
+    (1, 2, 0)
+    """
+    there = list(range(count))
+    for event in events:
+        if event.process in there:
+            there.remove(event.process)
+        if not event.cause:
+            there.append(event.process)
+    return tuple(there)

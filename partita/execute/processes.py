@@ -297,6 +297,8 @@ def join(membership: ProcessGroup, say: Callable[[str], None], board: Board | No
     try:
         with service:
             jax.distributed.initialize(**_join_options(membership))
+            if board is not None and board.events():
+                _forget_topology(membership)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ProcessError(
@@ -312,6 +314,13 @@ def join(membership: ProcessGroup, say: Callable[[str], None], board: Board | No
     # On a CPU, the question for the backend has started gloo.
     if jax.default_backend() == "cpu":
         _let_compute_first()
+
+
+def _forget_topology(membership: ProcessGroup) -> None:
+    """Lets process 0, which is started again, write the list of all devices anew: JAX writes it
+    once, and would end the process."""
+    if membership.index == 0:
+        _store().key_value_delete("cpu:global_topology/cpu")
 
 
 @contextmanager
@@ -652,6 +661,8 @@ def from_first(
     `seconds` is the time limit of the others. An error of the first process is raised in all
     processes, as a ProcessError in the others.
     """
+    if members.is_returning():
+        return _recalled(name, make)
     if alone():
         return make()
     key = _key(name)
@@ -668,6 +679,23 @@ def from_first(
     if status == "error":
         raise ProcessError(value)
     return value
+
+
+def _recalled(name: str, make: Callable[[], str]) -> str:
+    """The first process's result at the same point of the script, while this one catches up."""
+    board = members.board()
+    assert board is not None
+    last = len(board.events())
+    for generation in range(last + 1):
+        use = generation, name
+        key = f"partita/{generation}/{name}/{_uses.get(use, 0) + 1}"
+        try:
+            answer = _store().key_value_try_get(key)
+        except jax.errors.JaxRuntimeError:
+            continue
+        _uses[use] = _uses.get(use, 0) + 1
+        return str(answer).partition(" ")[2]
+    return make()
 
 
 def exchanged(name: str, value: str) -> list[str]:

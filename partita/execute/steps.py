@@ -30,6 +30,13 @@ from partita.execute.processes import (
     whole,
 )
 from partita.execute.program import runnable_step
+from partita.execute.rejoining import (
+    Handover,
+    Results,
+    wait_for_handover,
+    with_bytes,
+    write_handover,
+)
 from partita.execute.shares import check_shares, shares_step
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
@@ -86,9 +93,15 @@ class LiveGroup:
         end = time.monotonic() + seconds
         while not members.news() and members.board() is not None and time.monotonic() < end:
             time.sleep(PERIOD)
-        losses = members.news()
-        members.leave(losses)
-        return {loss.process: loss.cause for loss in losses}
+        return {loss.process: loss.cause for loss in members.leave()}
+
+    def returned(self) -> int:
+        """Number of all losses and returns, if the last ones are returns that are not followed."""
+        return members.returned()
+
+    def alive_after(self, number: int) -> tuple[int, ...]:
+        """The live processes once a number of losses and returns is followed."""
+        return members.alive_after(number)
 
 
 class StepRunner:
@@ -120,6 +133,13 @@ class StepRunner:
         self.others: dict[Hashable, Callable[[Any, Any], tuple[Any, Any]]] = {}
         """Evaluations, by key: `(state, batch) -> (outputs, state)`. A manager counts and repeats
         them as steps."""
+        self.metrics_group: int | None = None
+        """The part of a state that metrics are in; None where a process that was started again
+        cannot be taken in."""
+        self.results = Results()
+        """Of the steps so far, for a process that is started again."""
+        self._handover: Handover | None = None
+        """Where this process is taken in, if it was started again."""
         self.running: Any = None
         """The entry of `steps` that ran last: the state is on its mesh."""
         self._running_key: Any = None
@@ -127,8 +147,8 @@ class StepRunner:
         self._on_state = on_state
         self._state: Any = None
         """The state that the last step returned, placed as the plan says."""
-        self._ready: dict[tuple[Any, frozenset[int]], Any] = {}
-        """Steps for losses that may come, by key and the lost processes."""
+        self._ready: dict[tuple[Any, frozenset[int], int], Any] = {}
+        """Steps for losses that may come, by key, the lost processes and the generation."""
         self._outdated: set[Any] = set()
         """Keys of steps that are to be compiled for a new plan."""
         self._earlier: dict[Any, list[Any]] = {}
@@ -169,6 +189,8 @@ class StepRunner:
         outputs, state = self.execute(key, state, batch)
         seconds = time.perf_counter() - start
         self.step += 1
+        if members.has_returns() and self.metrics_group is not None:
+            self.results.add(outputs, jax.tree.leaves(state[self.metrics_group]))
         manager.after_step(self, key, state, batch, seconds)
         return outputs, state
 
@@ -265,7 +287,10 @@ class StepRunner:
             plan = fit_plan(self._plan_without_lost(plan_for, len(devices)), captured.graph)
             planned = runnable_step(captured, plan, devices)
             lost = members.lost() | {process}
-            self._ready[key, lost] = replace(step, planned=planned, program=planned.compile())
+            generation = members.generation() + 1
+            self._ready[key, lost, generation] = replace(
+                step, planned=planned, program=planned.compile()
+            )
 
     def _plan_without_lost(self, plan_for: PlanFor, devices: int) -> Plan:
         """The plan for fewer devices, by the step with the largest batch."""
@@ -296,7 +321,7 @@ class StepRunner:
 
     def _known(self, key: Hashable, plan: Plan, captured: Any) -> Any:
         """The compiled step of a plan that ran before or is ready for a loss; None without one."""
-        ready = self._ready.get((key, members.lost()))
+        ready = self._ready.get((key, members.lost(), members.generation()))
         for step in (ready, *self._earlier[key]):
             if step is None or step.planned.plan != plan or step.planned.captured is not captured:
                 continue
@@ -341,6 +366,55 @@ class StepRunner:
             shared = replace(shared, planned=shared.planned.with_shares(self._shares))
             self._shared[id(step)] = step, shared
         return shared
+
+    # ------------------------------------------------------------------------------------- returns
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether a process that was started again can be taken in."""
+        return self.metrics_group is not None and len(self.results.numbers) == self.step
+
+    def grow(self, event: int, plan: Plan, leaves: Sequence[np.ndarray]) -> None:
+        """Trains with all processes that are there after a number of events, from this state on."""
+        members.follow(event)
+        if is_first():
+            write_handover(Handover(event, self.step, plan, self.results, leaves))
+        self.change_members(lambda graph, before, devices: plan)
+        self.meet_others()
+
+    def meet_others(self) -> None:
+        """Waits for the processes that train from now on together."""
+        exchanged("grown", "")
+        members.note_taken_in()
+
+    def repeated(self, state: Any) -> tuple[Any, Any] | None:
+        """(outputs, state) of a step that the others have made, with their metrics; None at the
+        step at which they take this process in."""
+        if self._handover is None:
+            self._handover = wait_for_handover()
+        results = self._handover.results
+        if self.step == self._handover.step:
+            return None
+        assert self.metrics_group is not None
+        groups = list(state)
+        tree = jax.tree.structure(groups[self.metrics_group])
+        metrics = results.metrics[self.step]
+        # Keras makes some metrics in the first step.
+        if tree.num_leaves == len(metrics):
+            groups[self.metrics_group] = jax.tree.unflatten(tree, metrics)
+        outputs = results.numbers[self.step]
+        self.step += 1
+        return outputs, tuple(groups)
+
+    def join(self, state: Any) -> Any:
+        """The state of the others; from here on this process trains with them."""
+        handover = self._handover
+        assert handover is not None
+        self.plan = handover.plan
+        self.results = handover.results
+        self._handover = None
+        members.follow(handover.event)
+        return with_bytes(state, handover.leaves)
 
     # ---------------------------------------------------------------------------------------- host
 

@@ -83,6 +83,7 @@ class Checkpoint(keras.callbacks.Callback):
             )
         self.every = every
         self._unsaved_epoch: int | None = None
+        self._resumed_epoch: int | None = None
         self._order_seed = 0
         try:
             import orbax.checkpoint as ocp
@@ -93,8 +94,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.folder = Path(folder).absolute()
         self._ocp = ocp
         self._keep = keep
-        self._generation = members.generation()
-        """The generation of the group that `_manager` is for."""
+        self._follow_generation()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = self._new_manager()
@@ -114,7 +114,7 @@ class Checkpoint(keras.callbacks.Callback):
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep, enable_async_checkpointing=False
         )
-        if self._generation:
+        if self._is_own:
             options.create = False
             options.multiprocessing_options = ocp.options.MultiprocessingOptions(
                 primary_host=0, active_processes={0}
@@ -126,7 +126,7 @@ class Checkpoint(keras.callbacks.Callback):
     def _as_counted(self) -> Iterator[None]:
         """Inside, after a loss, Orbax takes this process for process 0, which alone writes arrays
         of NumPy."""
-        if not self._generation:
+        if not self._is_own:
             yield
             return
         library: Any = import_module("orbax.checkpoint._src.multihost.multihost")
@@ -140,19 +140,35 @@ class Checkpoint(keras.callbacks.Callback):
     def _follow_members(self) -> None:
         """Has a manager for the live processes, which knows their last save."""
         if self._generation != members.generation():
-            self._generation = members.generation()
+            self._follow_generation()
             self._manager = self._new_manager()
-        elif self._generation:
+        elif self._is_own:
             with self._as_counted():
                 self._manager.reload()
 
+    def _follow_generation(self) -> None:
+        self._generation = members.generation()
+        """The generation of the group that `_manager` is for."""
+        self._is_own = self._generation > 0 or members.is_returning()
+        """Whether the manager is for this process alone."""
+
     def on_train_begin(self, logs: Any = None) -> None:
         self._follow_members()
-        epoch = self._manager.latest_step()
+        last = from_first("last epoch saved", lambda: json.dumps(self._manager.latest_step()))
+        self._resumed_epoch = json.loads(last)
         self._order_seed = int(np.random.randint(2**31))
-        if epoch is None:
+        if self._resumed_epoch is None:
             return
+        # A process that was started again gets the weights from the others.
+        if not members.is_returning():
+            self._restore(self._resumed_epoch)
+        self._order_seed = int(from_first("order of samples", lambda: str(self._order_seed)))
         model: Any = self.model
+        # Keras's own BackupAndRestore sets the first epoch like this.
+        model._initial_epoch = self._resumed_epoch + 1
+
+    def _restore(self, epoch: int) -> None:
+        """Sets the variables, and the order of samples, as they were after an epoch."""
         variables = self._variables()
         saved_names = self._check_same_model(epoch, variables)
         target = {}
@@ -172,8 +188,6 @@ class Checkpoint(keras.callbacks.Callback):
                 self._order_seed = ORDER(self._saved_json(epoch, "order"))["seed"]
         for name, variable in variables.items():
             variable.assign(state[saved_names[name]])
-        # Keras's own BackupAndRestore sets the first epoch like this.
-        model._initial_epoch = epoch + 1
 
     def _check_same_model(self, epoch: int, variables: dict[str, Any]) -> dict[str, str]:
         """Per variable its name in a checkpoint. PartitaError if that has other variables."""
@@ -204,6 +218,8 @@ class Checkpoint(keras.callbacks.Callback):
             self._unsaved_epoch = epoch
 
     def _save(self, epoch: int) -> None:
+        if members.is_returning():
+            return
         self._follow_members()
         variables = self._variables()
         values = {name: self._saved_value(variable.value) for name, variable in variables.items()}
@@ -216,7 +232,7 @@ class Checkpoint(keras.callbacks.Callback):
             order=ocp.args.JsonSave(with_checksum({"seed": self._order_seed})),
             checksums=ocp.args.JsonSave(checksums),
         )
-        if self._generation:
+        if self._is_own:
             from_first(f"checkpoint of epoch {epoch}", lambda: self._write(epoch, args))
         else:
             self._write(epoch, args)
@@ -224,7 +240,7 @@ class Checkpoint(keras.callbacks.Callback):
     def _saved_value(self, value: Any) -> Any:
         """The array that Orbax gets: of all processes if it is split, else of NumPy."""
         is_split = not is_local(value) and not is_of_group(value)
-        return value if is_split and not self._generation else whole(value)
+        return value if is_split and not self._is_own else whole(value)
 
     def _write(self, epoch: int, args: Any) -> str:
         """Writes a checkpoint; PartitaError where that fails."""

@@ -107,7 +107,7 @@ def attach(
             f"'{owner.__name__}' makes its own train function, which cannot be planned. Override "
             "train_step instead of make_train_function."
         )
-    if not alone():
+    if members.is_returning() or not alone():
         save_once()
         model.__dict__["jax_state_sync"] = functools.partial(_sync, model)
     fit = PlannedFit(model, planner, report, verifier, activity)
@@ -173,6 +173,7 @@ class PlannedFit:
         self.activity = activity
         self.runner = StepRunner(str(model.name), owns_state=True, on_state=self._keep)
         self.runner.manager = session_manager()
+        self.runner.metrics_group = _STATE_GROUPS.index("metrics_variables")
         self.planned_microbatches = 1
         """Of the first plan."""
         self.verified: Verification | None = None
@@ -265,6 +266,13 @@ class PlannedFit:
         return self.runner.attempt(state, lambda state: self._attempt(state, batch))
 
     def _attempt(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        joins = members.is_returning()
+        if joins:
+            repeated = self.runner.repeated(state)
+            if repeated is not None:
+                return repeated
+            self._recompiled = False
+            state = self.runner.join(state)
         if not self.runner.is_placed(state):
             self._state_key = _shapes_key(state)
         key = (self._state_key, _shapes_key(batch))
@@ -275,6 +283,8 @@ class PlannedFit:
             if sentence:
                 self._warn(sentence)
             self._step_start = None
+        if joins:
+            self.runner.meet_others()
         if self.steps[key] is None:
             return self._step_by_keras(key, state, batch)
         self._time_step()
@@ -305,7 +315,8 @@ class PlannedFit:
             )
         plan = self._plan(captured)
         self._tell_microbatches(plan, captured.graph.batch_size)
-        same_everywhere(captured, plan, (state, batch))
+        if not members.generation():
+            same_everywhere(captured, plan, (state, batch))
         if plan.devices > len(members.devices()):
             raise PlanError(
                 f"The plan '{plan.name}' is for {plan.devices} devices, and JAX has "
@@ -431,7 +442,8 @@ class PlannedFit:
                     return results if alone() else jax.tree.map(whole, results), state
 
             def step_on_mesh(state: Any, batch: Any) -> tuple[Any, Any]:
-                if self.running is None:
+                catches_up = members.is_returning() and self.runner.step > 0
+                if self.running is None and not catches_up:
                     return step(state, batch)
                 if self.runner.manager is None:
                     return evaluate(state, batch)
@@ -467,9 +479,10 @@ class PlannedFit:
         self.runner.others[key] = as_step
         metrics = state[2] if count > 2 else [v.value for v in model.metrics_variables]
         optimizer = [variable.value for variable in model.optimizer.variables]
-        outputs, after = self.runner.attempt(
-            (state[0], state[1], optimizer, metrics),
-            lambda before: self.runner.run(key, before, batch),
+        whole_state = (state[0], state[1], optimizer, metrics)
+        repeated = self.runner.repeated(whole_state) if members.is_returning() else None
+        outputs, after = repeated or self.runner.attempt(
+            whole_state, lambda before: self.runner.run(key, before, batch)
         )
         for variable, value in zip(model.optimizer.variables, after[2], strict=True):
             if variable.value is not value:

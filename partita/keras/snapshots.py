@@ -93,7 +93,7 @@ class Snapshots(Checkpoint):
     def on_train_begin(self, logs: Any = None) -> None:
         super().on_train_begin(logs)
         self._has_space = from_first("space for snapshots", self._space_text) == ""
-        epoch = self._manager.latest_step()
+        epoch = self._resumed_epoch
         if epoch is None:
             return
         record = Record(**read_json(self.folder / RECORD, KIND, SCHEMA))

@@ -159,9 +159,14 @@ class Balance:
         raise error
 
     def _begin(self, training: Training, key: Hashable) -> None:
-        """Begins to watch a set of processes."""
+        """Begins to watch a set of processes. One that is back knows nothing of earlier times, so
+        the others forget them too: all decide alike."""
         self._alive = training.group.alive
         self._key = key
+        self._correction = RecursiveLeastSquares(1, forgetting=0.9, prior=1.0)
+        self._slow_lengths = []
+        self._slow_since = None
+        self._told = frozenset()
         self._forget(training)
 
     def _forget(self, training: Training) -> None:

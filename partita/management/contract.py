@@ -33,7 +33,7 @@ class Group(Protocol):
 
     @property
     def alive(self) -> tuple[int, ...]:
-        """The numbers of the live processes, ascending."""
+        """The numbers of the live processes, the longest there first."""
         ...
 
     @property
@@ -61,6 +61,15 @@ class Group(Protocol):
 
     def has_news(self) -> bool:
         """Whether the launcher has reported a loss that this process has not left yet."""
+        ...
+
+    def returned(self) -> int:
+        """Number of all losses and returns so far, if the last ones are returns of processes that
+        were started again and not taken in; else 0."""
+        ...
+
+    def alive_after(self, number: int) -> tuple[int, ...]:
+        """The live processes once a number of losses and returns is followed."""
         ...
 
 
@@ -105,6 +114,16 @@ class Training(Protocol):
 
         A training whose first step is not yet compiled is planned anew.
         """
+        ...
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether a process that was started again can be taken in."""
+        ...
+
+    def grow(self, event: int, plan: Plan, leaves: Sequence[np.ndarray]) -> None:
+        """Trains with all processes that are there after a number of losses and returns, by a plan
+        for their devices, from this state on."""
         ...
 
     def prepare(self, key: Hashable, plan_for: PlanFor) -> None:

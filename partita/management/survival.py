@@ -68,6 +68,16 @@ class Replayed:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """A process that is back is to be taken in."""
+
+    key: Hashable
+    """Of the coming step."""
+    event: int
+    """Losses and returns until then."""
+
+
+@dataclass(frozen=True)
 class SurvivorPlan:
     """A plan for the devices that a loss leaves."""
 
@@ -101,6 +111,10 @@ class Survival:
         self._step_seconds: deque[float] = deque(maxlen=25)
         self._refusal = ""
         """Why there are no snapshots."""
+        self._growth: Growth | None = None
+        """Agreed at the last snapshot, and to be carried out."""
+        self._used: dict[int, Plan] = {}
+        """The last plan for each number of devices."""
 
     # ------------------------------------------------------------------------------------- steps
 
@@ -110,7 +124,10 @@ class Survival:
         if self._alive and alive != self._alive:
             raise LostProcessError("A process was lost in another training.")
         self._alive = alive
-        if self._refusal or len(alive) == 1:
+        if training.plan is not None:
+            self._used[training.group.devices_of(alive)] = training.plan
+        is_done = len(alive) == 1 and not training.group.returned()
+        if self._refusal or is_done:
             self._forget()
             return
         leaves = training.leaves(state)
@@ -119,7 +136,7 @@ class Survival:
             return
         batch = training.batch_copy(batch)
         if replaced is None or training.step >= self._next_snapshot:
-            self._take(training, state, batch, is_new=replaced is None)
+            self._take(training, key, state, batch, is_new=replaced is None)
         if self.is_ready and key not in self._prepared:
             self._prepared.add(key)
             self._prepare(training, key)
@@ -179,21 +196,30 @@ class Survival:
         self._decide(training, Decision(training.step, "stay", self._refusal, figures))
         return False
 
-    def _take(self, training: Training, state: Any, batch: Any, is_new: bool) -> None:
+    def _take(
+        self, training: Training, key: Hashable, state: Any, batch: Any, is_new: bool
+    ) -> None:
         """Takes a snapshot, and sets the step of the next one; a new state makes older ones
-        useless."""
+        useless. A LostProcessError leads to `lost` where a process that is back is taken in."""
         start = time.monotonic()
         snapshot = Snapshot(training.step, training.to_host(state))
         seconds = time.monotonic() - start
         steps = self._interval(training, seconds, snapshot, batch)
-        answers = training.group.exchanged("snapshot", str(steps))
+        can_grow = training.can_grow and not training.is_evaluation(key)
+        event = training.group.returned() if can_grow else 0
+        message = json.dumps([steps, event])
+        answers = [json.loads(text) for text in training.group.exchanged("snapshot", message)]
         if is_new:
             self._forget()
         self._snapshots.append(snapshot)
         self._taken += 1
-        self._next_snapshot = training.step + max(map(int, answers))
+        self._next_snapshot = training.step + max(steps for steps, _ in answers)
         while self._replayed and self._replayed[0].step < self._snapshots[0].step:
             self._replayed.popleft()
+        event = min(event for _, event in answers)
+        if event and training.plan is not None:
+            self._growth = Growth(key, event)
+            raise LostProcessError("A process that was started again is taken in.")
 
     def _interval(self, training: Training, seconds: float, snapshot: Snapshot, batch: Any) -> int:
         """Steps to the next snapshot, by the time that this one has taken."""
@@ -214,6 +240,12 @@ class Survival:
         Another loss meanwhile begins it again.
         """
         start = time.monotonic()
+        growth, self._growth = self._growth, None
+        if growth is not None:
+            try:
+                return self._grown(training, state, growth)
+            except LostProcessError as another:
+                error = another
         causes: dict[int, str] = {}
         while True:
             causes.update(training.group.leave_lost(WORD_SECONDS))
@@ -257,6 +289,26 @@ class Survival:
         self._last = training.leaves(state)
         return with_replaced(training, state, replaced or {}), step, len(steps)
 
+    def _grown(self, training: Training, state: Any, growth: Growth) -> Any:
+        """The state for all processes that are there after an event, of the snapshot that was just
+        taken."""
+        start = time.monotonic()
+        assert training.plan is not None
+        before = set(training.group.alive)
+        devices = training.group.devices_of(training.group.alive_after(growth.event))
+        plan = self._planner(training)(training.graph(growth.key), training.plan, devices)
+        leaves = self._snapshots[-1].leaves
+        training.grow(growth.event, plan, leaves)
+        state = training.with_leaves(state, leaves)
+        # The others begin here, and all do alike.
+        self._forget()
+        self._prepared.clear()
+        self._taken = 0
+        self._alive = training.group.alive
+        back = sorted(set(self._alive) - before)
+        self._decide(training, grow_decision(training, back, time.monotonic() - start))
+        return state
+
     def _own_snapshot(self, training: Training, leaves: Sequence[Any]) -> list[Snapshot]:
         """A snapshot of a state that this process has whole, as before the first step."""
         copies = [training.own_copy(leaf) for leaf in leaves]
@@ -284,7 +336,9 @@ class Survival:
         """Compiles for the loss of any one process; says so if nothing fits after one."""
         try:
             training.prepare(key, self._planner(training))
-        except MemoryBudgetError as error:
+        except LostProcessError:
+            raise
+        except PartitaError as error:
             sentence = f"a lost process ends the run: {error}"
             self._decide(training, Decision(training.step, "stay", sentence))
 
@@ -308,6 +362,8 @@ class Survival:
         self, training: Training, graph: OperatorGraph, plan: Plan, devices: int
     ) -> str:
         """The plan for fewer devices, or the reason why there is none, as JSON."""
+        if devices in self._used:
+            return json.dumps(self._used[devices].to_json())
         for known in self._plans:
             if known.devices == devices and known.before == plan:
                 return json.dumps(known.chosen.to_json())
@@ -348,7 +404,7 @@ def shrink_decision(
     plan = f"{plan} {devices} device{'s' if devices > 1 else ''}"
     again = f"{count} step{'s' if count != 1 else ''} run again"
     sentence = (
-        f"{lost}; {listed(alive)} go{'es' if len(alive) == 1 else ''} on after "
+        f"{lost}; {listed(sorted(alive))} go{'es' if len(alive) == 1 else ''} on after "
         f"{format_seconds(seconds)}, {plan}, {again} from the snapshot of step {snapshot_step}"
     )
     figures = {
@@ -360,6 +416,19 @@ def shrink_decision(
         "seconds": seconds,
     }
     return Decision(training.step, "shrink", sentence, figures)
+
+
+def grow_decision(training: Training, back: Sequence[int], seconds: float) -> Decision:
+    """The decision to take processes in that are back, once it has been carried out."""
+    alive = training.group.alive
+    devices = training.group.devices_of(alive)
+    assert training.plan is not None
+    sentence = (
+        f"{listed(back)} {'are' if len(back) > 1 else 'is'} back; {listed(sorted(alive))} go on "
+        f"after {format_seconds(seconds)}, {training.plan.name} over {devices} devices"
+    )
+    figures = {"back": list(back), "alive": list(alive), "devices": devices, "seconds": seconds}
+    return Decision(training.step, "grow", sentence, figures)
 
 
 def listed(processes: Sequence[int]) -> str:

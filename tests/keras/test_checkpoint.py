@@ -12,6 +12,7 @@ import pytest
 import partita
 from partita.errors import PartitaError
 from partita.execute import members
+from partita.execute.board import Event
 
 pytest.importorskip("orbax.checkpoint")
 X = np.random.default_rng(0).standard_normal((32, 8)).astype("float32")
@@ -46,7 +47,7 @@ def test_the_first_live_process_writes_after_a_loss(
         # As process 1 of 2, after the loss of process 0.
         patch.setattr(jax, "process_count", lambda: 2)
         patch.setattr(jax, "process_index", lambda: 1)
-        patch.setattr(members._group, "lost", frozenset({0}))
+        patch.setattr(members._group, "events", (Event(0, "was killed"),))
         _, middle = fit(tmp_path / "parts", 2)
     _, rest = fit(tmp_path / "parts", 4)
     assert (middle.epoch, rest.epoch) == ([1], [2, 3])

@@ -1,11 +1,15 @@
-"""When the launcher counts a process as hung."""
+"""When the launcher counts a process as hung, and how it starts lost ones again."""
 
 import random
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from partita.cli.survivors import FROZEN_SECONDS, IDLE_SECONDS, Hang, Survivors
-from partita.execute.board import Board, Loss, Progress
+from partita.errors import ProcessError
+from partita.execute.board import Board, Event, Progress, living
+from partita.execute.members import device_order
 
 MEDIANS = 0.5
 LOOK = 0.01
@@ -51,15 +55,15 @@ def test_a_launcher_that_was_stopped_itself_suspects_nobody() -> None:
 def test_a_board_gives_what_was_written(tmp_path: Path) -> None:
     board = Board(tmp_path, 3)
     other = Board(tmp_path, 3)
-    assert other.lost() == () and other.progress(2) == Progress()
+    assert other.events() == () and other.progress(2) == Progress()
     progress = Progress(step=random.Random(0).randrange(10**9), in_step=True, since=2.5)
     board.write_progress(2, progress)
     assert other.progress(2) == progress and other.progress(1) == Progress()
-    losses = (Loss(1, "was killed (SIGKILL)"), Loss(0, "hung"))
-    board.write_lost(losses[:1])
-    assert other.lost() == losses[:1]
-    board.write_lost(losses)
-    assert other.lost() == losses
+    events = (Event(1, "was killed (SIGKILL)"), Event(0, "hung"))
+    board.write_events(events[:1])
+    assert other.events() == events[:1]
+    board.write_events(events)
+    assert other.events() == events
 
 
 def test_the_launcher_tells_who_is_killed_and_when_nobody_is_left(tmp_path: Path) -> None:
@@ -73,10 +77,63 @@ def test_the_launcher_tells_who_is_killed_and_when_nobody_is_left(tmp_path: Path
         processes[number].wait()
         survivors.look()
     survivors.look()
-    assert [loss.process for loss in board.lost()] == [1, 0, 2]
+    assert [event.process for event in board.events()] == [1, 0, 2]
     assert said == [
         "process 1 of 3 was killed (SIGKILL); 2 others go on.",
         "process 0 of 3 was killed (SIGKILL); the other one goes on.",
         "process 2 of 3 was killed (SIGKILL): no process is left to go on. The last save is "
         "complete: start again from it.",
     ]
+
+
+def test_a_process_that_is_started_again_comes_back_once_it_waits(tmp_path: Path) -> None:
+    def sleeper(number: int = 0) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(["sleep", "60"])
+
+    processes = [sleeper() for _ in range(3)]
+    board = Board(tmp_path, 3)
+    survivors = Survivors(processes, board, (1, 2), [].append, sleeper, returns=3)
+
+    def kill(number: int) -> None:
+        processes[number].kill()
+        processes[number].wait()
+        survivors.look()
+
+    kill(1)
+    assert survivors.lost == {1} and board.start().process_ids[1] == processes[1].pid
+    board.write_progress(1, Progress(waits=True, is_coming=True))
+    survivors.look()
+    assert living(3, board.events()) == (0, 2, 1) and survivors.lost == {1}, "not taken in yet"
+    second = processes[1]
+    kill(2)
+    assert second.poll() is not None and living(3, board.events()) == (0,), "it begins again"
+    for number in (1, 2):
+        board.write_progress(number, Progress(waits=True, is_coming=True))
+    survivors.look()
+    assert living(3, board.events()) == (0, 1, 2) and survivors.lost == {1, 2}
+    for number in (1, 2):
+        board.write_progress(number, Progress())
+    survivors.look()
+    assert survivors.lost == set()
+    kill(0)
+    assert survivors.lost == {0} and processes[0].poll() is not None, "three were started again"
+    for process in processes:
+        process.kill()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_devices_never_meet_twice_in_one_order(seed: int) -> None:
+    draw = random.Random(seed)
+    events: list[Event] = []
+    orders: list[tuple[int, ...]] = []
+    with pytest.raises(ProcessError, match="have met in all orders after losses of others"):
+        while True:
+            there = [list(living(4, events[:length])) for length in range(len(events) + 1)]
+            orders.append(device_order([sorted(each) for each in there]))
+            assert sorted(orders[-1]) == sorted(there[-1])
+            gone = set(range(4)) - set(there[-1])
+            if gone and (len(gone) == 2 or draw.random() < 0.5):
+                events.append(Event(draw.choice(sorted(gone))))
+            else:
+                events.append(Event(draw.choice(there[-1]), "was killed"))
+    assert len(set(orders)) == len(orders) > 12

@@ -48,6 +48,9 @@ class PlayedGroup:
         self.alive = tuple(number for number in self.alive if number not in news)
         return news
 
+    def returned(self) -> int:
+        return 0
+
     def has_news(self) -> bool:
         return bool(self.news)
 
@@ -57,6 +60,10 @@ class PlayedTraining:
 
     name = "played"
     plan = None
+    can_grow = False
+
+    def is_evaluation(self, key: Any) -> bool:
+        return False
 
     def __init__(self) -> None:
         self.step = 0
