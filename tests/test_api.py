@@ -4,6 +4,8 @@ plain Keras layout.
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import keras
 import pytest
 from keras import layers
@@ -105,6 +107,30 @@ def test_a_baseline_is_run_by_its_name() -> None:
     assert searched == make_planner(machine=machine)(captured)
     with pytest.raises(PlanError, match="no plan file and no plan named 'ddp'. Give a file that"):
         make_planner("ddp", machine=machine)
+
+
+def test_the_old_state_may_hold_an_array_twice_or_share_it_with_the_batch() -> None:
+    def step(state, target, x):
+        weights, average = state
+        slope = jax.grad(lambda w: ((x @ w - x @ target) ** 2).mean())(weights)
+        weights = weights - 0.1 * (slope + average)
+        return (weights, 0.9 * average + 0.1 * weights), weights.sum()
+
+    def losses(run):
+        weights = jnp.ones((4, 8))
+        average = target = weights
+        found = []
+        for number in range(4):
+            if number == 2:
+                average = target = weights
+            (weights, average), loss = run((weights, average), target, x)
+            found.append(float(loss))
+        return found
+
+    x, w = jnp.ones((8, 4)), jnp.ones((4, 8))
+    plan = resolve_plan("dp", capture_program(step, args=((w, w), w, x)).graph, host(4, 1 << 30))
+    split = partita.parallelize(step, ((w, w), w, x), plan=plan, say=str)
+    assert losses(split) == pytest.approx(losses(jax.jit(step)))
 
 
 def test_an_option_that_a_verb_lacks_is_a_type_error_with_the_nearest_one() -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from partita.errors import LostProcessError
@@ -200,12 +201,12 @@ class StepRunner:
             return self.others[key](state, batch)
         step = self._with_shares(key)
         start = time.perf_counter()
-        batch = step.planned.place_batch(batch)
+        placed_batch = step.planned.place_batch(batch)
         with together("a step"), uninterrupted():
             if not self.is_placed(state) or step is not self.running:
-                state = self._placed(state, step)
+                state = self._placed(_unshared(state, batch), step)
                 self._on_state(state)
-            outputs, state = step.program(state, batch)
+            outputs, state = step.program(state, placed_batch)
             self.running = step
             self._running_key = key
             self._state = state
@@ -454,6 +455,30 @@ class StepRunner:
                 else:
                     copies.append(self.own_copy(gathered.get(id(leaf), leaf)))
             return copies
+
+
+def _unshared(state: Any, batch: Any) -> Any:
+    """The state, with a copy of every array that it holds twice or that the batch holds too.
+
+    A step frees the arrays of its old state. Weights that start as a target network's or as their
+    own average are one array until the first step.
+    """
+    used = {id(x) for x in jax.tree.leaves(batch)}
+    leaves, tree = jax.tree.flatten(state)
+    for position, leaf in enumerate(leaves):
+        if id(leaf) in used:
+            leaves[position] = _copied(leaf)
+        used.add(id(leaf))
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _copied(leaf: Any) -> Any:
+    """A copy of an array; other values get new arrays when they are placed."""
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    if is_of_group(leaf):
+        return np.array(whole(leaf))
+    return jnp.copy(leaf)
 
 
 def _free(old: Any, new: Any) -> None:
