@@ -21,19 +21,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from partita.capture.jax_functions import Captured, Text
 from partita.execute import members
 from partita.execute.annotate import Annotator
-from partita.execute.dispatch import (
-    Dispatch,
-    Output,
-    RunAction,
-    TransferAction,
-    Value,
-    dispatch,
-)
+from partita.execute.dispatch import Dispatch, TransferAction, Value, dispatch
 from partita.execute.microbatches import microbatch_of
 from partita.execute.piece_function import piece_function
 from partita.execute.piece_text import aval, piece_text
 from partita.execute.processes import alone, digest, put, same
 from partita.execute.sharding import device_mesh, named_sharding
+from partita.execute.slots import SlotOutput, SlotRun, SlotSchedule, slot_schedule
 from partita.execute.transport import Between, Local, SharedOutput
 from partita.plans.layout import Layout, layout_of, layout_over, shard_bytes
 from partita.plans.phases import DataFlow
@@ -116,8 +110,21 @@ class PlaceDevices:
 
     def sharding(self, tensor: int) -> NamedSharding:
         """The sharding of a tensor on this place."""
-        source = self.sharding_source.get(tensor, tensor)
-        return named_sharding(self.layout.shardings[source], self.mesh, self.devices)
+        if tensor not in self._shardings:
+            source = self.sharding_source.get(tensor, tensor)
+            sharding = self.layout.shardings[source]
+            self._shardings[tensor] = named_sharding(sharding, self.mesh, self.devices)
+        return self._shardings[tensor]
+
+    @cached_property
+    def _shardings(self) -> dict[int, NamedSharding]:
+        return {}
+
+    def destination(self, tensor: int) -> Any:
+        """The sharding of a tensor on this place, or the place's only device: `device_put` takes
+        half of Python's time then.
+        """
+        return self.sharding(tensor) if self.mesh.size > 1 else self.devices.devices.flat[0]
 
     @cached_property
     def is_here(self) -> bool:
@@ -136,33 +143,39 @@ class StagedProgram:
 
     def __call__(self, state: Any, batch: dict[Value, Any]) -> tuple[Any, Any]:
         step = self.step
+        schedule = step.schedule
+        arrays: list[Any] = [None] * schedule.count
         leaves = jax.tree.leaves(state)
-        values: dict[Value, Any] = dict(batch)
-        for argument, value in step.dispatch.state.items():
-            if step.places[value.place].is_here:
-                values[value] = leaves[step.leaf_of[argument]]
+        for leaf, slot in step.state_slots:
+            arrays[slot] = leaves[leaf]
+        for value, array in batch.items():
+            arrays[schedule.slot_of[value]] = array
         transport = step.transport
         transport.start_step()
-        for action in step.dispatch.actions:
-            if isinstance(action, RunAction):
+        for action in schedule.actions:
+            if isinstance(action, SlotRun):
                 if self.programs[action.piece] is not None:
-                    self._run(action, values)
+                    self._run(action, arrays)
             else:
-                array = transport.move(action, values.get(action.source))
-                if array is not None:
-                    values[action.target] = array
-            for value in action.frees:
-                values.pop(value, None)
-        return step.results(values)
+                moved = transport.move(action.actions, [arrays[slot] for slot in action.sources])
+                for slot, array in zip(action.targets, moved, strict=True):
+                    arrays[slot] = array
+            for slot in action.frees:
+                arrays[slot] = None
+        return step.results(arrays)
 
-    def _run(self, run: RunAction, values: dict[Value, Any]) -> None:
-        role = self.step.dispatch.roles[run.piece]
-        donated = [values[run.reads[n]] for n in role.donated]
-        others = [values[run.reads[n]] for n in self.step.others(run.piece)]
-        sums = [values[value] if value in values else self.step.zeros(value) for value in run.sums]
+    def _run(self, run: SlotRun, arrays: list[Any]) -> None:
+        donated = [arrays[slot] for slot in run.donated]
+        others = [arrays[slot] for slot in run.others]
+        if run.is_first and run.sums:
+            sums = self.step.zeros(run.piece)
+        else:
+            sums = [arrays[slot] for slot in run.sums]
         given, totals = self.programs[run.piece](donated, others, sums)
-        values.update(zip(run.gives, given, strict=True))
-        values.update(zip(run.sums, totals, strict=True))
+        for slot, array in zip(run.gives, given, strict=True):
+            arrays[slot] = array
+        for slot, array in zip(run.sums, totals, strict=True):
+            arrays[slot] = array
         if self.step.is_awaited:
             jax.block_until_ready((given, totals))
 
@@ -218,26 +231,44 @@ class StagedStep(StepInPieces):
             placed[value] = put(array, sharding)
         return placed
 
-    def zeros(self, value: Value) -> Any:
-        """An empty sum of gradients."""
-        return self._zeros[value.tensor, value.place]()
+    @cached_property
+    def schedule(self) -> SlotSchedule:
+        """The actions of a step over slots."""
+        return slot_schedule(self.dispatch)
 
     @cached_property
-    def _zeros(self) -> dict[tuple[int, int], Callable[[], Any]]:
-        """(tensor, place) -> a compiled function that makes its zeros."""
-        makers = {}
-        for action in self.dispatch.actions:
-            for value in action.sums if isinstance(action, RunAction) else ():
-                shape = aval(self.cut.flow.graph.tensors[value.tensor])
-                makers[value.tensor, value.place] = jax.jit(
-                    lambda shape=shape: jnp.zeros(shape.shape, shape.dtype),
-                    out_shardings=self.places[value.place].sharding(value.tensor),
-                )
-        return makers
+    def state_slots(self) -> tuple[tuple[int, int], ...]:
+        """(leaf of the state, its slot) pairs of the variables of this process."""
+        pairs = []
+        for argument, value in self.dispatch.state.items():
+            if self.places[value.place].is_here:
+                pairs.append((self.leaf_of[argument], self.schedule.slot_of[value]))
+        return tuple(pairs)
 
-    def results(self, values: dict[Value, Any]) -> tuple[Any, Any]:
-        """(outputs, new state) from the values after the last action."""
-        flat = [_combined(output, values) for output in self.dispatch.outputs]
+    def zeros(self, piece: int) -> list[Any]:
+        """The empty sums of a piece."""
+        if piece not in self._zeros:
+            self._zeros[piece] = self._zeros_of(piece)
+        return self._zeros[piece]()
+
+    @cached_property
+    def _zeros(self) -> dict[int, Callable[[], list[Any]]]:
+        """Piece -> a compiled function that makes its empty sums."""
+        return {}
+
+    def _zeros_of(self, piece: int) -> Callable[[], list[Any]]:
+        gives = self.cut.pieces[piece].gives
+        place = self.places[self.cut.pieces[piece].place]
+        tensors = [gives[n] for n in self.dispatch.roles[piece].sums]
+        shapes = [aval(self.cut.flow.graph.tensors[t]) for t in tensors]
+        return jax.jit(
+            lambda: [jnp.zeros(shape.shape, shape.dtype) for shape in shapes],
+            out_shardings=[place.sharding(t) for t in tensors],
+        )
+
+    def results(self, arrays: Sequence[Any]) -> tuple[Any, Any]:
+        """(outputs, new state) from the arrays of all slots after the last action."""
+        flat = [_combined(output, arrays) for output in self.schedule.outputs]
         outputs = self.transport.everywhere(flat[: self.output_count])
         state = []
         results = self.dispatch.outputs[self.output_count :]
@@ -338,16 +369,13 @@ class StagedStep(StepInPieces):
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
-def _combined(output: Output, values: dict[Value, Any]) -> Any:
+def _combined(output: SlotOutput, arrays: Sequence[Any]) -> Any:
     """A result of the step; None if another process has it."""
-    if output.values[-1] not in values:
-        return None
-    arrays = [values[value] for value in output.values]
-    if output.combination == "mean":
-        return _mean(arrays)
-    if output.combination == "concatenate":
-        return jnp.concatenate(arrays)
-    return arrays[-1]
+    last = arrays[output.slots[-1]]
+    if last is None or output.combination == "last":
+        return last
+    parts = [arrays[slot] for slot in output.slots]
+    return _mean(parts) if output.combination == "mean" else jnp.concatenate(parts)
 
 
 @jax.jit

@@ -38,6 +38,8 @@ class HasSharding(Protocol):
 
     def sharding(self, tensor: int) -> NamedSharding: ...
 
+    def destination(self, tensor: int) -> Any: ...
+
 
 class Local:
     """Copies between devices of one process, asynchronous."""
@@ -48,10 +50,11 @@ class Local:
     def start_step(self) -> None:
         """Nothing to prepare."""
 
-    def move(self, action: TransferAction, array: Any) -> Any:
-        """The array as the place of the action's target stores it."""
-        target = action.target
-        return jax.device_put(array, self.places[target.place].sharding(target.tensor))
+    def move(self, actions: Sequence[TransferAction], arrays: Sequence[Any]) -> list[Any]:
+        """The arrays as the places of the actions' targets store them."""
+        targets = [action.target for action in actions]
+        places = [self.places[target.place].destination(target.tensor) for target in targets]
+        return jax.device_put(list(arrays), places)
 
     def everywhere(self, outputs: Sequence[Any]) -> list[Any]:
         """Outputs of the step, which the process has."""
@@ -170,11 +173,15 @@ class Between:
 
     # ---------------------------------------------------------------------------------- transfers
 
-    def move(self, action: TransferAction, array: Any) -> Any:
-        """The array as the place of the action's target stores it; None if that is elsewhere.
+    def move(self, actions: Sequence[TransferAction], arrays: Sequence[Any]) -> list[Any]:
+        """The arrays as the places of the actions' targets store them; None if that is elsewhere.
 
-        `array` is None in processes that do not have it.
+        An array is None in processes that do not have it.
         """
+        return [self._move(*move) for move in zip(actions, arrays, strict=True)]
+
+    def _move(self, action: TransferAction, array: Any) -> Any:
+        """The array of one transfer."""
         route = self.routes[action.target]
         if array is not None and route.gathers:
             array = replicated(array)
