@@ -1,4 +1,4 @@
-"""Numbers with units, for people: `parse` reads "80 GiB", the `format_*` functions write "512.0
+"""Numbers with units, for people: `parse` reads "80 GiB", the `format_*` functions write "512
 MiB".
 
 Inside Partita every number is plain, in the base unit of its dimension: bytes, bytes per second,
@@ -160,6 +160,17 @@ def exact(value: float, dimension: str) -> str:
     return min(texts, key=len)
 
 
+def three_digits(value: float) -> str:
+    """A number from 1 to 1000 with three digits.
+
+    >>> three_digits(4.2), three_digits(12.345), three_digits(895.36)
+    ('4.20', '12.3', '895')
+    """
+    size = abs(value)
+    decimals = 2 if size < 9.995 else 1 if size < 99.95 else 0
+    return f"{value:.{decimals}f}"
+
+
 def format_bytes(count: float) -> str:
     """Bytes with a binary prefix.
 
@@ -178,7 +189,7 @@ def format_bandwidth(rate: float) -> str:
     """Bytes per second with a decimal prefix, as vendors write them.
 
     >>> format_bandwidth(300e9)
-    '300.0 GB/s'
+    '300 GB/s'
     """
     return _prefixed(
         rate,
@@ -192,7 +203,7 @@ def format_seconds(seconds: float) -> str:
     """Seconds, as s, ms, us or ns.
 
     >>> format_seconds(0.0123), format_seconds(4.2e-6), format_seconds(90), format_seconds(1e-15)
-    ('12.30 ms', '4.20 us', '90.00 s', '0 s')
+    ('12.3 ms', '4.20 us', '90.0 s', '0 s')
     """
     if not math.isfinite(seconds):
         return f"{seconds:g} s"
@@ -200,28 +211,28 @@ def format_seconds(seconds: float) -> str:
         return "0 s"
     for unit in ("s", "ms", "us"):
         if abs(seconds) >= UNITS["s"][unit]:
-            return f"{seconds / UNITS['s'][unit]:.2f} {unit}"
-    return f"{seconds / UNITS['s']['ns']:.2f} ns"
+            return f"{three_digits(seconds / UNITS['s'][unit])} {unit}"
+    return f"{three_digits(seconds / UNITS['s']['ns'])} ns"
 
 
 def format_joules(joules: float) -> str:
     """Joules with a decimal prefix, or mJ, uJ.
 
     >>> format_joules(0.0123), format_joules(4.2e-6), format_joules(90), format_joules(15e3)
-    ('12.30 mJ', '4.20 uJ', '90.00 J', '15.00 kJ')
+    ('12.3 mJ', '4.20 uJ', '90.0 J', '15.0 kJ')
     """
     scales = UNITS["J"]
     for unit in ("MJ", "kJ", "J", "mJ"):
         if abs(joules) >= scales[unit]:
-            return f"{joules / scales[unit]:.2f} {unit}"
-    return f"{joules / scales['uJ']:.2f} uJ"
+            return f"{three_digits(joules / scales[unit])} {unit}"
+    return f"{three_digits(joules / scales['uJ'])} uJ"
 
 
 def format_flops(count: float) -> str:
     """Floating-point operations (add "/s" for a rate).
 
     >>> format_flops(7.7e9), format_flops(312e12) + "/s"
-    ('7.7 GFLOP', '312.0 TFLOP/s')
+    ('7.7 GFLOP', '312 TFLOP/s')
     """
     return _prefixed(
         count,
@@ -242,4 +253,5 @@ def _prefixed(
         return f"{value:.4g} {unit}"
     fitting = [(s, p) for p, s in prefixes.items() if p != "k" and s <= abs(value)]
     scale, prefix = max(fitting)
-    return f"{value / scale:.1f} {prefix}{unit}"
+    decimals = 1 if abs(value) < 99.95 * scale else 0
+    return f"{value / scale:.{decimals}f} {prefix}{unit}"

@@ -24,12 +24,14 @@ from partita.units import format_seconds
 LEAST_COLUMNS = 80
 """Columns of the narrowest table. In a narrower terminal its lines run over; Rich would drop the
 names of the layers."""
+FILE_COLUMNS = 120
+"""Columns of a table in a file or a pipe, where `COLUMNS` does not say otherwise."""
 
 
 def _wide(console: Console) -> Console:
     """A console for tables."""
-    if console.width < LEAST_COLUMNS:
-        console.width = LEAST_COLUMNS
+    in_file = not console.is_terminal and "COLUMNS" not in os.environ
+    console.width = max(console.width, FILE_COLUMNS if in_file else LEAST_COLUMNS)
     return console
 
 

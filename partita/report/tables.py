@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from partita.cost.evaluate import PHASES
 from partita.machine import KINDS
 from partita.plans.pipeline import stage_axes
 from partita.plans.plan import Plan
@@ -25,6 +26,7 @@ from partita.units import (
     format_flops,
     format_joules,
     format_seconds,
+    three_digits,
 )
 
 EXCHANGES = ("activations", "gradients", "moves")
@@ -286,8 +288,7 @@ def ratio_text(ratio: float) -> str:
     >>> ratio_text(1.5), ratio_text(13.73), ratio_text(214.2)
     ('1.50 x', '13.7 x', '214 x')
     """
-    decimals = 0 if ratio >= 100 else 1 if ratio >= 10 else 2
-    return f"{ratio:.{decimals}f} x"
+    return f"{three_digits(ratio)} x"
 
 
 def offers_table(
@@ -350,7 +351,6 @@ WAITS = {
     "bubble": "waiting for other devices",
 }
 """Names of the causes of idle time."""
-PHASES = ("forward", "backward", "update")
 
 
 def timeline_table(timeline: Timeline) -> Table:

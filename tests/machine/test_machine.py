@@ -126,7 +126,7 @@ def test_host_divides_its_memory():
 
 def test_print():
     assert str(load("p100-cluster")).splitlines()[:4] == [
-        "machine p100-cluster: 16 x NVIDIA P100 SXM2 16 GB, 16.0 GiB at 549.0 GB/s each",
+        "machine p100-cluster: 16 x NVIDIA P100 SXM2 16 GB, 16.0 GiB at 549 GB/s each",
         "  nodes: 4 by switch, 12.5 GB/s, 2.00 us, shared by 4",
         "  node: 4 by switch, 60.0 GB/s, 2.00 us",
         "  * *: 3.2 TFLOP/s of 10.6 TFLOP/s",

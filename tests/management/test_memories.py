@@ -134,7 +134,7 @@ def test_years_of_endurance() -> None:
     use = AttachedUse(PART, kernels=2, seconds=1.0)
     assert use.note(4.0, trained_bytes=100.0) == (
         "pim runs 2 kernels, 25% of the step; training is limited by writes: new weights take "
-        "500.00 ms a step, and cells that are written in every step last 0.13 years"
+        "500 ms a step, and cells that are written in every step last 0.13 years"
     )
     assert replace(use, kernels=0).note(4.0, 0.0) == "pim runs no kernel: the devices are faster"
 

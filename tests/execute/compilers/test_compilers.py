@@ -94,7 +94,7 @@ def test_a_plan_compiles_for_a_cpu_and_stays_in_the_cache(cache, monkeypatch):
     assert compiled.flops == pytest.approx(compiled.planned_flops, rel=0.03)
     assert compiled.memory.aliased >= WIDTH * WIDTH * 4  # the new weights take the place of the old
     assert compiled.fits and json.loads(json.dumps(compiled.to_json()))["fits"] is True
-    assert "all-reduce: 256.0 KiB planned, 256.0 KiB" in str(compiled)
+    assert "all-reduce: 256 KiB planned, 256 KiB" in str(compiled)
 
     def no_child(*arguments):
         raise AssertionError("it was compiled before")
