@@ -11,11 +11,10 @@ from importlib import resources
 
 import numpy as np
 
+from partita.cost.evaluate import PHASES
 from partita.cost.terms import OperatorTerms, cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Backend
-
-PHASES = ("forward", "backward", "update")
 
 
 @dataclass(frozen=True, slots=True)

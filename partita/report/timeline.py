@@ -17,6 +17,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from partita.cost.evaluate import PHASES
 from partita.report.elements import (
     Html,
     asset,
@@ -33,7 +34,6 @@ from partita.report.tables import PARTS, WAITS
 from partita.simulation.timeline import KERNELS, LINKS, Span, Timeline
 from partita.units import format_bytes
 
-PHASES = ("forward", "backward", "update")
 COLORS = {
     **{phase: f"kernels, {phase}" for phase in PHASES},
     **{kind: text for kind, text in PARTS.items() if kind != "compute"},

@@ -170,6 +170,8 @@ class _Climb:
         if equal_devices and step.lower_bound_seconds >= self.best_seconds:
             return None
         self.patience -= 1
+        if step.dispatch_seconds >= self.best_seconds:
+            return None
         if step.seconds >= self.best_seconds or not self.fits(step):
             return None
         self.patience = self.max_patience

@@ -15,6 +15,9 @@ from partita.machine import Machine
 from partita.plans.plan import Plan
 from partita.simulation.timeline import Timeline
 
+DISPATCH_SECONDS = 1e-4
+"""Python's time to run a piece of some twenty arrays, seconds (`benchmarks/staged_overhead.py`)."""
+
 
 class SimulatedStep(ABC):
     """One step of a graph under a plan on a machine. Values are computed on first use."""

@@ -47,7 +47,7 @@ from partita.plans.pipeline import (
     stage_plan,
 )
 from partita.plans.plan import TIME, Plan
-from partita.simulation.base import SimulatedStep
+from partita.simulation.base import DISPATCH_SECONDS, SimulatedStep
 from partita.simulation.engine import Times, critical, run
 from partita.simulation.pipeline_tasks import (
     PipelineTasks,
@@ -60,9 +60,6 @@ from partita.simulation.stage_memory import PieceMemories, StageMemory
 from partita.simulation.structure import Slot, step_structure
 from partita.simulation.tasks import slot_seconds, step_tasks
 from partita.simulation.timeline import KERNELS, LINKS, Span, Timeline
-
-DISPATCH_SECONDS = 1e-4
-"""Python's time to run a piece of some twenty arrays, seconds (`benchmarks/staged_overhead.py`)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """Placement: forks of graphs, and placed plans that are simulated, fit, and are faster."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,11 @@ def place(
     return best.step
 
 
+def slow_to_start(machine: Machine) -> Machine:
+    """The machine with kernels so slow to start that Python's time to start programs is little."""
+    return replace(machine, device=replace(machine.device, overhead=1e-4))
+
+
 @pytest.fixture(scope="module")
 def block() -> OperatorGraph:
     return inception()
@@ -95,7 +101,7 @@ def test_branches_are_what_need_not_wait_for_each_other(block: OperatorGraph) ->
 def test_branches_of_a_block_are_placed_and_faster_than_anything_split(
     block: OperatorGraph,
 ) -> None:
-    where = load("h100:4")
+    where = slow_to_start(load("h100:4"))
     plain, found = find(block, where), find(block, where, stages=True, seconds=3)
     assert found.prediction.seconds < plain.prediction.seconds * (1 - MIN_GAIN)
     plan = check(Plan.from_json(found.plan.to_json()), block)
@@ -105,8 +111,16 @@ def test_branches_of_a_block_are_placed_and_faster_than_anything_split(
     assert "programs of their own" in found.plan.notes[-1]
 
 
-def test_what_does_not_gain_or_does_not_fit_is_not_found(block: OperatorGraph) -> None:
+def test_a_step_shorter_than_the_start_of_its_programs_is_not_placed(block: OperatorGraph) -> None:
     where = load("h100:2")
+    terms = cost_terms(block, where.backend)
+    start = BASELINES["one device"](block, where.name, mesh_of(where))
+    seconds = predicted(block, where, start, terms).seconds
+    assert place(block, where, start, terms, seconds, lambda placed: True) is None
+
+
+def test_what_does_not_gain_or_does_not_fit_is_not_found(block: OperatorGraph) -> None:
+    where = slow_to_start(load("h100:2"))
     found, start = (
         cost_terms(block, where.backend),
         BASELINES["one device"](block, where.name, mesh_of(where)),
@@ -153,7 +167,7 @@ def test_what_is_placed_is_stored_over_other_axes() -> None:
 def test_ctrl_c_keeps_the_best_so_far(
     block: OperatorGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    where = load("h100:2")
+    where = slow_to_start(load("h100:2"))
     found, start = (
         cost_terms(block, where.backend),
         BASELINES["one device"](block, where.name, mesh_of(where)),
