@@ -27,6 +27,7 @@ import numpy as np
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import ProductShape
 from partita.cost.collectives import DEFAULT, emitted_sums
+from partita.cost.delayed import delayed_reductions
 from partita.cost.fusion import ALONE, GENERATED, Fusion, fused_under, producers, reads, transposes
 from partita.cost.partial import Factors, gradients, operand_labels, reduced_factors, split_axes
 from partita.cost.recomputed import Lifetime, Recomputable, drops
@@ -345,18 +346,28 @@ def _lifetimes(
     layout = layout_key.value
     program = _program(graph)
     fused = fused_under(graph, layout, compiler_of(backend).fusion_rules)
+    delayed: dict[int, set[int]] = {}
+    if compiler_of(backend).buffers.delayed_reductions:
+        delayed = delayed_reductions(graph, layout, fused)
+    backward = (i for i, x in enumerate(graph.instructions) if x.phase == "backward")
+    end_of_backward = max(backward, default=0)
     dies: dict[int, int] = {}
     for root in fused.kernels:
         last_reads = _last_reads(graph, program, fused, root, backend)
         if compiler_of(backend).buffers.early_reductions and _reduces(graph, root):
             ready = max((program.producer.get(tensor, -1) for tensor in last_reads), default=root)
             last_reads = dict.fromkeys(last_reads, max(ready, 0))
+        last_reads.update(dict.fromkeys(delayed.get(root, ()), end_of_backward))
         for tensor, last_read in last_reads.items():
             dies[tensor] = max(dies.get(tensor, -1), last_read)
     in_memory = fused.written(graph) - program.constants
     in_memory -= _read_through_barriers(graph, layout, dies)
     born = {tensor: program.producer.get(tensor, -1) for tensor in in_memory}
-    last_kernel = tuple(max(roots, default=i) for i, roots in enumerate(fused.computed_in))
+    runs_at = {root: end_of_backward if root in delayed else root for root in fused.kernels}
+    last_kernel = tuple(
+        max((runs_at[root] for root in roots), default=i)
+        for i, roots in enumerate(fused.computed_in)
+    )
     return _Lifetimes(born, dies, last_kernel)
 
 

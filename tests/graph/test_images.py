@@ -19,9 +19,9 @@ TPU = load("tpu-v5e:4")
 def graph():
     """8 channels, concatenated with themselves and normalized in groups, then 64 channels."""
     image = keras.Input((16, 16, 3))
-    x = keras.layers.Conv2D(8, 3, padding="same", activation="relu")(image)
-    x = keras.layers.Concatenate()([x, keras.layers.Activation("tanh")(x)])
-    x = keras.layers.Conv2D(64, 1)(keras.layers.GroupNormalization(2)(x))
+    x = keras.layers.Conv2D(8, 3, padding="same", activation="relu", name="few")(image)
+    x = keras.layers.Concatenate(name="joined")([x, keras.layers.Activation("tanh")(x)])
+    x = keras.layers.Conv2D(64, 1, name="many")(keras.layers.GroupNormalization(2)(x))
     model = keras.Model(image, keras.layers.GlobalAveragePooling2D()(x))
     model.compile("sgd", "mse")
     return capture_program(model, 64, target=TPU.target).graph
@@ -35,9 +35,9 @@ def results(graph, name, path):
 
 def test_instructions_that_keep_dims_pass_an_order_on(graph):
     found = images(graph)
-    (first,) = results(graph, "convolution", "conv2d")[:1]
-    (second,) = results(graph, "convolution", "conv2d_1")[:1]
-    (joined,) = results(graph, "concatenate", "concatenate")
+    (first,) = results(graph, "convolution", "few")[:1]
+    (second,) = results(graph, "convolution", "many")[:1]
+    (joined,) = results(graph, "concatenate", "joined")
     assert found.dims[first] == found.dims[joined] == TiledDims(0, 3)
     assert found.group[first] == found.group[joined] != found.group[second]
     assert [graph.tensors[t].shape for t in found.divided][0] == (64, 16, 16, 2, 8)
@@ -50,8 +50,8 @@ def test_samples_are_the_minor_dim_of_images_beside_one_of_few_channels(graph):
     layout = layout_of(graph, BASELINES["data parallel"](graph, TPU.name, mesh))
     tpu = compiler_of(TPU.backend)
     orders = tpu.orders(LaidOutProgram(graph, mesh, layout))
-    (joined,) = results(graph, "concatenate", "concatenate")
-    few, many = (results(graph, "convolution", name)[0] for name in ("conv2d", "conv2d_1"))
+    (joined,) = results(graph, "concatenate", "joined")
+    few, many = (results(graph, "convolution", name)[0] for name in ("few", "many"))
     assert orders[few] == orders[joined] == (0, 3)
     assert orders[many] == (3, 0)
     # 16 samples fill 128 lanes, 8 channels a tile's rows, for each of 16 x 16 pixels.

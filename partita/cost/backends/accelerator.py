@@ -29,6 +29,7 @@ class XlaAccelerator(Compiler):
             early_zeros=False,
             pool_positions=False,
             early_reductions=False,
+            delayed_reductions=False,
             early_runs=False,
             copied_slots=False,
         )

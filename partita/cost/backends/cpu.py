@@ -35,6 +35,7 @@ class XlaCpu(Compiler):
             early_zeros=True,
             pool_positions=True,
             early_reductions=False,
+            delayed_reductions=False,
             early_runs=True,
             copied_slots=True,
         )

@@ -54,7 +54,9 @@ class XlaGpu(XlaAccelerator):
         Of a transposed convolution's weight gradient the two operands are exchanged
         (AlgebraicSimplifier), and cuDNN has no dilated window (ConvPaddingLegalization).
         """
-        return replace(super().buffers, ordered_kernels=True, filled_gradients=True)
+        return replace(
+            super().buffers, delayed_reductions=True, ordered_kernels=True, filled_gradients=True
+        )
 
     @property
     def combined_gather_bytes(self) -> float:

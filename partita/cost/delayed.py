@@ -1,0 +1,88 @@
+"""Reductions of gradients that XLA:GPU delays to the end of the backward pass.
+
+Its scheduler starts from the end of the program and fills the time of collectives with kernels on
+which nothing waits (LatencyHidingScheduler). Where a device needs no sum over devices, the gradient
+of a bias or of a scale is such a kernel, and the values that it reads stay in memory until then.
+
+Two kinds of reductions:
+
+- One that is joined with another kernel runs with it and is not delayed (`cost.joined`). Nothing is
+  joined with a kernel of rows, as of a softmax.
+- One that sums the result of another one further, as the gradient of a group normalization's scale,
+  sums the operand of that other one in one pass (AlgebraicSimplifier), so it reads large values.
+"""
+
+from __future__ import annotations
+
+from partita.cost.fusion import Fusion, producers, reads
+from partita.cost.joined import bias_kernels, joined_kernels
+from partita.cost.partial import operand_labels, reduced_factors, split_axes
+from partita.graph.flat import readers_of
+from partita.graph.gradient_sums import PASSING
+from partita.graph.operator_graph import Instruction, OperatorGraph
+from partita.plans.layout import Layout
+
+
+def delayed_reductions(
+    graph: OperatorGraph,
+    layout: Layout,
+    fused: Fusion,
+) -> dict[int, set[int]]:
+    """Root of a delayed reduction -> the tensors that it reads from memory."""
+    late = [i for i in fused.kernels if _is_waited_for_by_updates(graph, layout, i)]
+    if not late:
+        return {}
+    source = producers(graph)
+    joined = {
+        root
+        for root, tensor in joined_kernels(graph, fused, bias_kernels(graph, fused)).saved
+        if not _computes_rows(graph, fused, source.get(tensor, -1))
+    }
+    delayed = {}
+    for root in late:
+        if root not in joined:
+            first = _first_reduction(graph, source, root)
+            delayed[root] = {
+                tensor for i in (root, first) for tensor in reads(graph, fused.kernels.get(i, ()))
+            }
+    return delayed
+
+
+def _is_waited_for_by_updates(graph: OperatorGraph, layout: Layout, i: int) -> bool:
+    """Whether an instruction is a reduction of the backward pass that no devices sum, and that
+    only updates read."""
+    instruction = graph.instructions[i]
+    if not _adds_up(instruction) or instruction.phase != "backward" or instruction.trips != 1:
+        return False
+    reduced = reduced_factors(instruction, operand_labels(graph, i))
+    if not reduced or split_axes(layout, graph.owner[i], reduced):
+        return False
+    readers = readers_of(graph).get(instruction.results[0], ())
+    while len(readers) == 1 and _passes_on(graph, readers[0][0]):
+        result = graph.instructions[readers[0][0]].results[0]
+        readers = readers_of(graph).get(result, ())
+    return bool(readers) and all(
+        reader >= 0 and graph.instructions[reader].phase == "update" for reader, _ in readers
+    )
+
+
+def _passes_on(graph: OperatorGraph, reader: int) -> bool:
+    return reader >= 0 and graph.instructions[reader].name in PASSING
+
+
+def _adds_up(instruction: Instruction) -> bool:
+    return instruction.name == "reduce" and instruction.adds and len(instruction.results) == 1
+
+
+def _computes_rows(graph: OperatorGraph, fused: Fusion, root: int) -> bool:
+    """Whether a kernel sums rows and writes more than the sums."""
+    names = [graph.instructions[i].name for i in fused.kernels.get(root, ())]
+    return "reduce" in names and names[-1] != "reduce"
+
+
+def _first_reduction(graph: OperatorGraph, source: dict[int, int], root: int) -> int:
+    """The reduction whose result another one sums further, -1 if it is none."""
+    first = source.get(graph.instructions[root].operands[0], -1)
+    while _passes_on(graph, first):
+        first = source.get(graph.instructions[first].operands[0], -1)
+    return first if first >= 0 and _adds_up(graph.instructions[first]) else -1

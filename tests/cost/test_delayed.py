@@ -1,0 +1,62 @@
+"""Reductions of gradients that XLA:GPU delays: what they keep in memory."""
+
+from dataclasses import replace
+
+import keras
+import pytest
+
+from partita.capture.program import capture_program
+from partita.cost.backends import compiler_of
+from partita.cost.delayed import delayed_reductions
+from partita.cost.fusion import fused_under
+from partita.cost.memory import memory
+from partita.machine import load
+from partita.plans.baselines import BASELINES
+from partita.plans.layout import layout_of
+from partita.search.find import mesh_of
+
+GPU = load("h100:4")
+
+
+@pytest.fixture(scope="module")
+def graph():
+    """A convolution, group normalization of its 32 x 32 x 16 images, and a softmax."""
+    image = keras.Input((32, 32, 4))
+    x = keras.layers.Conv2D(16, 3, padding="same")(image)
+    x = keras.layers.GroupNormalization(4, name="groups")(x)
+    x = keras.layers.Activation("relu")(x)
+    x = keras.layers.Conv2D(8, 1, activation="softmax", name="classes")(x)
+    model = keras.Model(image, x)
+    model.compile("sgd", "mse")
+    return capture_program(model, 16, target=GPU.target).graph
+
+
+def delayed(graph, baseline):
+    plan = BASELINES[baseline](graph, GPU.name, mesh_of(GPU))
+    layout = layout_of(graph, plan)
+    fused = fused_under(graph, layout, compiler_of(GPU.backend).fusion_rules)
+    return delayed_reductions(graph, layout, fused)
+
+
+def test_a_reduction_of_a_reduction_reads_the_whole_operand(graph):
+    shapes = {
+        graph.instructions[root].path.split("/")[-1]: {graph.tensors[t].shape for t in tensors}
+        for root, tensors in delayed(graph, "one device").items()
+    }
+    assert (16, 32, 32, 4, 4) in shapes["groups"]
+    assert (16, 32, 32, 8) in shapes["classes"]
+
+
+def test_a_reduction_that_devices_sum_is_not_delayed(graph):
+    assert not delayed(graph, "data parallel")
+
+
+def test_values_wait_for_delayed_reductions(graph, monkeypatch):
+    plan = BASELINES["one device"](graph, GPU.name, mesh_of(GPU))
+    layout = layout_of(graph, plan)
+    course = memory(graph, plan.mesh, layout, GPU.backend).course
+    monkeypatch.setattr("partita.cost.memory.delayed_reductions", lambda *_: {})
+    in_program_order = memory(graph, plan.mesh, replace(layout), GPU.backend).course
+    assert (course >= in_program_order).all()
+    images = 4 * 16 * 32 * 32 * 16
+    assert (course - in_program_order).max() >= images
