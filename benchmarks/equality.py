@@ -9,8 +9,9 @@ variable.
 With `--layers`, plans go beyond those of a search: every axis of a mesh of 2 to 8 devices splits
 any factor that it divides, in any order, and variables are stored over any free axes.
 
-With `--rematerialize`, random runs of operators are computed again in the backward pass. XLA:CPU
-merges a copy with its original if both are equal, so the results test the copies, not the memory.
+With `--rematerialize`, random runs of operators are computed again in the backward pass, and some
+variables are stored over a part of their free axes (HSDP). XLA:CPU merges a copy with its original
+if both are equal, so the results test the copies, not the memory.
 
 The optimizer is SGD with momentum, so that an updated variable and its slot are the gradient
 itself; Adam would turn the rounding of a gradient that is zero in mathematics (a bias before a
@@ -259,6 +260,15 @@ def with_random_runs(graph: OperatorGraph, plan: Plan, generator: random.Random)
     return replace(plan, recompute=useful_runs(graph, runs))
 
 
+def with_hybrid_storage(plan: Plan, generator: random.Random) -> Plan:
+    """The plan with some of its variables stored over a part of their axes."""
+    storage = {}
+    for path, stored in plan.storage.items():
+        count = generator.randint(1, len(stored.axes))
+        storage[path] = replace(stored, axes=stored.axes[-count:])
+    return replace(plan, storage=storage)
+
+
 def any_plan(graph: OperatorGraph, mesh: Mesh, generator: random.Random) -> Plan:
     """A valid plan that a search need not consider: any factor on any axis, any storage."""
     choices = {}
@@ -345,6 +355,7 @@ def pairs(
             plan = random_plan(comparison.captured.graph, mesh, generator)
             if rematerialize:
                 plan = with_random_runs(comparison.captured.graph, plan, generator)
+                plan = with_hybrid_storage(plan, generator)
             yield f"model {seed}", plan, comparison.difference(plan, precision)
 
 

@@ -161,7 +161,7 @@ def graph_of(
         arguments,
         program.outputs,
         batch_size,
-        separate_normalizations=target.platform != "cpu",
+        is_accelerated=target.platform != "cpu",
     )
     notes = tuple(dict.fromkeys(program.notes))
     return check(dataclasses.replace(graph, notes=notes, target=str(target)))

@@ -14,6 +14,7 @@ from jax.extend.mlir import deserialize_portable_artifact, ir
 
 from partita.capture.barriers import drop_barriers, split_barriers
 from partita.capture.conditionals import split_conditionals
+from partita.capture.fused_products import split_fused_products
 from partita.capture.instructions import adds, dot_dims
 from partita.capture.names import location_name, phase_of
 from partita.capture.stablehlo import (
@@ -58,6 +59,8 @@ def _prepared(module: ir.Module, platform: str) -> bytes:
     run(module, "builtin.module(cse)")
     _fold_transposes(module)
     _fold_sums(module)
+    if platform != "cpu":
+        split_fused_products(module)
     split_barriers(module)
     split_conditionals(module)
     run(module, "builtin.module(sdy-constant-or-scalar-splitter)")

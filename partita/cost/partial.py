@@ -227,6 +227,15 @@ def moved_sums(graph: OperatorGraph) -> dict[int, MovedSum]:
     return sums
 
 
+def _are_updates(graph: OperatorGraph, reads: Iterable[Reader]) -> bool:
+    """Whether reads belong to the update, which sums gradients as its variable is stored.
+
+    The concatenation of the gradients of a weight's slices has no storage of its own.
+    """
+    readers = [graph.instructions[reader] for reader, _ in reads]
+    return any(one.phase == "update" and one.name != "concatenate" for one in readers)
+
+
 def _moving_partial_sums(graph: OperatorGraph) -> dict[int, Factors]:
     """Partial sum that only one other operator reads -> the factors over which it is partial."""
     constants = constant_tensors(graph)
@@ -248,7 +257,6 @@ def _moving_partial_sums(graph: OperatorGraph) -> dict[int, Factors]:
         if not summed or len(around) != 1 or around[0].operator == graph.home[tensor]:
             continue
         reads = around[0].instructions
-        phases = {graph.instructions[reader].phase for reader, _ in reads}
-        if set(readers_of(graph)[tensor]) == set(reads) and "update" not in phases:
+        if set(readers_of(graph)[tensor]) == set(reads) and not _are_updates(graph, reads):
             moving[tensor] = summed
     return moving

@@ -438,8 +438,10 @@ class OperatorFactors:
         members: Sequence[int],
         heavy: int,
         first_factor: int,
+        weights: frozenset[int],
     ) -> None:
         self.program = program
+        self.weights = weights
         self.operator = operator
         self.members = members
         self.dims = OperatorDims(program, members)
@@ -499,10 +501,9 @@ class OperatorFactors:
         return self.program.instructions[index].name in HEAVY
 
     def _parameter_atoms(self) -> set[int]:
-        """The atoms of parameters."""
-        parameters = {a.tensor for a in self.program.arguments if a.role == "parameter"}
+        """The atoms of weights."""
         atoms = set()
-        for tensor in parameters:
+        for tensor in self.weights:
             for view in self.dims.views.get(tensor, ()):
                 for dim in view.dims:
                     atoms.update(self.atoms.resolve(dim))

@@ -25,6 +25,7 @@ from partita.graph.operator_graph import (
     Use,
 )
 from partita.graph.ownership import assign_owners
+from partita.graph.weight_slices import weight_slices, weights_of
 
 
 def group(
@@ -35,12 +36,13 @@ def group(
     arguments: Sequence[Argument],
     outputs: Sequence[int],
     batch_size: int = 0,
-    separate_normalizations: bool = False,
+    is_accelerated: bool = False,
 ) -> OperatorGraph:
     """The operator graph of a flat program.
 
     `batch_size`: size of dim 0 of the batch arguments, for information only.
-    `separate_normalizations`: whether normalizations after products are operators of their own.
+    `is_accelerated`: whether normalizations after products, and slices of a weight, are operators
+    of their own, as on GPUs and TPUs.
     """
     if not any(instruction.phase == "forward" for instruction in instructions):
         # A step without a gradient is all forward.
@@ -52,12 +54,13 @@ def group(
         loops,
         arguments,
     )
-    owner, heavy = assign_owners(program, outputs, separate_normalizations)
+    slices = weight_slices(program) if is_accelerated else []
+    owner, heavy = assign_owners(program, outputs, is_accelerated, slices)
     members: list[list[int]] = [[] for _ in heavy]
     for index, operator in enumerate(owner):
         if operator >= 0:
             members[operator].append(index)
-    labels = _Labels(program)
+    labels = _Labels(program, weights_of(program, slices))
     for operator, indices in enumerate(members):
         labels.add_operator(operator, indices, heavy[operator])
     samples = _sample_factors(program, labels.labels, labels.uses)
@@ -109,8 +112,9 @@ def _with_forward_loops(
 class _Labels:
     """Labels of all tensors and uses, collected operator by operator."""
 
-    def __init__(self, program: FlatProgram) -> None:
+    def __init__(self, program: FlatProgram, weights: frozenset[int]) -> None:
         self.program = program
+        self.weights = weights
         self.labels: list[Label] = [(-1,) * len(tensor.shape) for tensor in program.tensors]
         self.home = [-1] * len(program.tensors)
         self.factors: list[Factor] = []
@@ -131,6 +135,7 @@ class _Labels:
             members,
             heavy,
             first,
+            self.weights,
         )
         self.factors += own_factors.factors
         self.operator_factors.append(tuple(range(first, len(self.factors))))

@@ -14,11 +14,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from partita.graph.flat import EDGE_KERNELS, FlatProgram
 from partita.graph.gradient_sums import gradient_sums
 from partita.graph.normalizations import normalizations
+from partita.graph.weight_slices import WeightSlices, product_readers
 
 IndexSets = dict[int, set[int]]
 """Tensor or operator -> a set of operators, instructions or tensors."""
@@ -28,16 +29,18 @@ def assign_owners(
     program: FlatProgram,
     outputs: Sequence[int],
     separate_normalizations: bool = False,
+    slices: Sequence[WeightSlices] = (),
 ) -> tuple[list[int], list[int]]:
     """The operator of every instruction (-1: none), and the heavy instruction of every operator.
 
     `separate_normalizations`: whether normalizations after products are operators of their own.
+    `slices`: slices of weights, which are operators of their own.
     """
-    heavy = _heavy_instructions(program)
+    heavy = _heavy_instructions(program, [one.instructions[0] for one in slices])
     owner = [-1] * len(program.instructions)
     for operator, index in enumerate(heavy):
         owner[index] = operator
-    owners = _Owners(program, owner)
+    owners = _Owners(program, owner, slices)
     owners.own_forward()
     if separate_normalizations:
         heavy = owners.separate_normalizations(heavy)
@@ -50,10 +53,13 @@ def assign_owners(
     return owner, heavy
 
 
-def _heavy_instructions(program: FlatProgram) -> list[int]:
-    """One instruction per operator; without heavy ones, the one with the largest result."""
+def _heavy_instructions(program: FlatProgram, others: Collection[int]) -> list[int]:
+    """One instruction per operator; without heavy ones, the one with the largest result.
+
+    `others`: light instructions that make an operator too.
+    """
     forward = program.top_level("forward")
-    heavy = [index for index in forward if program.is_heavy(index)]
+    heavy = [index for index in forward if program.is_heavy(index) or index in others]
     if heavy:
         return heavy
     with_results = [index for index in forward if program.instructions[index].results]
@@ -69,9 +75,12 @@ def _heavy_instructions(program: FlatProgram) -> list[int]:
 class _Owners:
     """The owner of every instruction, assigned phase by phase."""
 
-    def __init__(self, program: FlatProgram, owner: list[int]) -> None:
+    def __init__(
+        self, program: FlatProgram, owner: list[int], slices: Sequence[WeightSlices]
+    ) -> None:
         self.program = program
         self.owner = owner
+        self.slices = slices
 
     def largest_operand_owner(
         self,
@@ -126,6 +135,9 @@ class _Owners:
 
     def own_forward(self) -> None:
         """Light instructions belong with their largest operand, else with their first reader."""
+        for slices in self.slices:
+            for index in slices.instructions:
+                self.owner[index] = self.owner[slices.instructions[0]]
         order = self.program.top_level("forward")
         for index in order:
             if self.owner[index] < 0:
@@ -188,7 +200,9 @@ class _Owners:
             if owned:
                 self.owner[index] = owned[0]
                 continue
-            self.owner[index] = self.largest_operand_owner(index)
+            self.owner[index] = self._sliced_gradient_owner(index)
+            if self.owner[index] < 0:
+                self.owner[index] = self.largest_operand_owner(index)
             if self.owner[index] < 0:
                 continue
             for tensor in shaped:
@@ -196,6 +210,25 @@ class _Owners:
                 if tensor not in program.producer:
                     argument_owner[tensor] = self.owner[index]
         self.own_by_readers(order)
+
+    def _sliced_gradient_owner(self, index: int) -> int:
+        """The owner of a weight's slices, for the concatenation of their gradients, else -1.
+
+        The operators of the gradients read the slices.
+        """
+        program = self.program
+        instruction = program.instructions[index]
+        if instruction.name != "concatenate":
+            return -1
+        shape = program.tensors[instruction.results[0]].shape
+        owners = {self.owner[program.producer[tensor]] for tensor in instruction.operands}
+        for slices in self.slices:
+            if program.tensors[slices.parameter].shape != shape:
+                continue
+            readers = product_readers(program, slices)
+            if owners <= {self.owner[reader] for reader in readers}:
+                return self.owner[slices.instructions[0]]
+        return -1
 
     def own_rest(self) -> None:
         """Remaining instructions belong with their operands, else to the last operator.

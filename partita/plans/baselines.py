@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from partita.graph.normalizations import NORMALIZATION
 from partita.graph.operator_graph import Factor, FactorKind, Operator, OperatorGraph
+from partita.graph.weight_slices import WEIGHT_SLICES
 from partita.plans.check import illegal_reason
 from partita.plans.layout import label_sharding, operator_assignments, spare_axes
 from partita.plans.plan import Axis, Mesh, Plan, Storage
@@ -166,9 +167,24 @@ def zero(stage: int) -> Baseline:
         mesh: Mesh,
     ) -> Plan:
         plan = data_parallel(graph, machine, mesh)
+        if stage == 3:
+            plan = replace(plan, choices={**plan.choices, **_slices_by_row(graph, mesh)})
         return replace(plan, name=f"ZeRO-{stage}", storage=storage_for(graph, plan, stage))
 
     return zero_plan
+
+
+def _slices_by_row(graph: OperatorGraph, mesh: Mesh) -> dict[str, Choice]:
+    """Operator -> its choice, for slices of weights: their rows split over all axes.
+
+    Devices gather the slices that they use, and never the whole weight.
+    """
+    axes = range(len(mesh.axes))
+    choices = {}
+    for operator in graph.operators:
+        if operator.kind == WEIGHT_SLICES:
+            choices[operator.name] = choice_by_kinds(graph, operator, mesh, [("P", axes)])
+    return choices
 
 
 def storage_for(
@@ -274,7 +290,8 @@ def megatron(
             choice = {**_as_table(graph, index, choices, mesh), **choice}
         choices[operator.name] = choice
         splits = any(mesh.axes[number].name in choice for number in inner)
-        is_split.append(splits and kind in ("P", "A"))
+        is_product = operator.kind != WEIGHT_SLICES
+        is_split.append(splits and kind in ("P", "A") and is_product)
     return _plan(graph, machine, mesh, name, choices)
 
 
