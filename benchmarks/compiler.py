@@ -112,6 +112,23 @@ def gpt_bfloat16():
     return keras.Model(tokens, logits), (np.zeros((16, 512), "int32"),) * 2
 
 
+def gpt_fused():
+    """The same with one product for query, key and value, and one for gate and up, with biases."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    tokens = keras.Input((512,), dtype="int32")
+    x = layers.Embedding(8192, 512)(tokens)
+    for _ in range(2):
+        a = layers.Dense(1536)(layers.LayerNormalization()(x))
+        heads = [ops.reshape(one, (-1, 512, 8, 64)) for one in ops.split(a, 3, -1)]
+        attended = ops.dot_product_attention(*heads, is_causal=True)
+        x = x + layers.Dense(512)(ops.reshape(attended, (-1, 512, 512)))
+        gate, up = ops.split(layers.Dense(4096)(layers.LayerNormalization()(x)), 2, -1)
+        x = x + layers.Dense(512)(ops.silu(gate) * up)
+    logits = layers.Dense(8192, activation="softmax", dtype="float32")(x)
+    keras.config.set_dtype_policy("float32")
+    return keras.Model(tokens, logits), (np.zeros((16, 512), "int32"),) * 2
+
+
 class Experts(layers.Layer):
     """Eight dense layers, of which a token takes the one with the highest weight."""
 
@@ -195,6 +212,7 @@ MODELS = {
     "gpt": gpt,
     "towers": towers,
     "gpt_bfloat16": gpt_bfloat16,
+    "gpt_fused": gpt_fused,
     "mixture": mixture,
     "resnet50": application("ResNet50"),
     "mobilenetv3small": application("MobileNetV3Small"),

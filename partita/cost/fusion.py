@@ -241,6 +241,9 @@ class _Fuser:
             return _sums_rows(instruction)
         if instruction.name == "concatenate":
             # Joined along the minor dim, every element would ask which operand it is from.
+            if self.rules.reads_written and instruction.phase == "update":
+                # The gradients of a weight's slices: seen in Adam's kernels (XLA:GPU).
+                return True
             operand, result = instruction.operands[0], instruction.results[0]
             tensors = self.graph.tensors
             return tensors[operand].shape[-1] == tensors[result].shape[-1]

@@ -29,7 +29,7 @@ from typing import TypeVar
 from partita.errors import PlanError
 from partita.graph.check import check
 from partita.graph.clones import BARRIER
-from partita.graph.flat import HEAVY, Reader, readers_of
+from partita.graph.flat import HEAVY, SHAPE_ONLY, Reader, readers_of
 from partita.graph.operator_graph import (
     CONDITIONALS,
     IdentityKey,
@@ -248,21 +248,43 @@ class _Chooser:
     ) -> None:
         """Follows needed values to the inputs of their run."""
         pending = list(needed)
+        extremes: set[int] = set()
         while pending:
             tensor = pending.pop()
             if tensor in self.fixed:
                 continue
-            if tensor in self.stored or not self._is_copyable(tensor):
+            is_stored = tensor in self.stored and tensor not in extremes
+            if is_stored or not self._is_copyable(tensor):
                 inputs.add(tensor)
                 continue
             index = self.producers[tensor]
             if index in instructions:
                 continue
-            if self.run_of.get(self.graph.owner[index]) == run:
+            if self.run_of.get(self.graph.owner[index]) == run or tensor in extremes:
                 instructions.add(index)
+                extremes |= self._compared_extremes(index)
                 pending += self.graph.instructions[index].operands
             else:
                 outside.add(tensor)
+
+    def _compared_extremes(self, index: int) -> set[int]:
+        """The maxima with which an instruction compares, with the tensors between.
+
+        They are computed again with the compared values: a copy may round differently, and would
+        equal no stored maximum.
+        """
+        instruction = self.graph.instructions[index]
+        extremes: set[int] = set()
+        for operand in instruction.operands if instruction.name == "compare" else ():
+            between = [operand]
+            while (source := self.producers.get(between[-1], -1)) >= 0:
+                producer = self.graph.instructions[source]
+                if producer.name == "reduce" and not producer.adds:
+                    extremes.update(between)
+                if producer.name not in SHAPE_ONLY:
+                    break
+                between.append(producer.operands[0])
+        return extremes
 
     def _light_chain(self, tensor: int, available: Collection[int]) -> set[int] | None:
         """Light instructions that compute a value of another operator from available ones, None
@@ -280,7 +302,8 @@ class _Chooser:
                     return None
                 continue
             index = self.producers[one]
-            if self.graph.instructions[index].name in HEAVY or len(chain) >= LONGEST_CHAIN:
+            is_heavy = self.graph.instructions[index].name in HEAVY
+            if is_heavy or len(chain) >= LONGEST_CHAIN or self._compared_extremes(index):
                 return None
             chain.add(index)
             pending += self.graph.instructions[index].operands
