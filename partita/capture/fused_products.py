@@ -78,7 +78,9 @@ class _Splitter:
         their weights."""
         slices = [use.owner for use in value.uses]
         cut = _cut_of(slices, value.type.shape)
-        if cut is None or not _reads_weights(value, cut.dim, len(slices)):
+        if cut is None or not all(map(_is_forward, slices)):
+            return
+        if not _reads_weights(value, cut.dim, len(slices)):
             return
         for operation in sorted(slices, key=lambda one: _slice_range(one, cut.dim)):
             part = self._part(value, cut.dim, _slice_range(operation, cut.dim), operation)
@@ -94,7 +96,9 @@ class _Splitter:
             operands = list(operation.operands)
             if operation.name == DOT:
                 side, operand_dim = _free_operand(operation, dim)
-                operands[side] = self._weight_part(operands[side], operand_dim, part, reader)
+                weight = operands[side]
+                operands[side] = _weight_part(weight, operand_dim, part, reader)
+                self.slices[weight, operand_dim, part] = operands[side]
             else:
                 operands = [self._part(operand, dim, part, reader) for operand in operands]
             return _resized(operation, operands, dim, size, reader)
@@ -106,19 +110,6 @@ class _Splitter:
             return _resized(operation, [source], dim, size, reader)
         return _slice(value, dim, part, reader, reader)
 
-    def _weight_part(self, weight: Any, dim: int, part: Range, product: Any) -> Any:
-        """A range of a weight, the same for all products."""
-        key = (weight, dim, part)
-        if key not in self.slices:
-            conversion = _producer(weight)
-            if conversion is not None and conversion.name == CONVERT:
-                whole = _slice(conversion.operands[0], dim, part, conversion, product)
-                size = part[1] - part[0]
-                self.slices[key] = _resized(conversion, [whole], dim, size, product)
-            else:
-                self.slices[key] = _slice(weight, dim, part, product, product)
-        return self.slices[key]
-
     # ---- the backward pass
 
     def _is_fused_gradient(self, concatenation: Any) -> bool:
@@ -128,15 +119,18 @@ class _Splitter:
         value = concatenation.results[0]
         if not _is_distributable(value, dim):
             return False
-        for use in value.uses:
-            if use.owner.name != DOT:
-                continue
-            side = 0 if use.owner.operands[0] == value else 1
-            weight = use.owner.operands[1 - side]
-            weight_dim = _contracted_with(use.owner, side, dim)
-            if all((weight, weight_dim, part) in self.slices for part in _ranges(concatenation)):
-                return True
-        return False
+        products = [use.owner for use in value.uses if use.owner.name == DOT]
+        contracting = []
+        for product in products:
+            side = 0 if product.operands[0] == value else 1
+            weight_dim = _contracted_with(product, side, dim)
+            if weight_dim >= 0:
+                contracting.append((product.operands[1 - side], weight_dim))
+        return bool(contracting) and all(
+            (weight, weight_dim, part) in self.slices
+            for weight, weight_dim in contracting
+            for part in _ranges(concatenation)
+        )
 
     def _distribute(self, concatenation: Any) -> None:
         """Replaces the readers of a concatenation by readers of its parts."""
@@ -165,7 +159,7 @@ class _Splitter:
         total = None
         for part, place in zip(concatenation.operands, _ranges(concatenation), strict=True):
             operands = [part, part]
-            operands[1 - side] = self._weight_part(other, other_dim, place, product)
+            operands[1 - side] = self.slices[other, other_dim, place]
             one = _clone(product, operands, product.results[0].type, product)
             if total is None:
                 total = one
@@ -182,6 +176,21 @@ class _Splitter:
 
 
 # ---- slices in the forward pass
+
+
+def _is_forward(operation: Any) -> bool:
+    """Whether an operation is of the forward pass, or repeats it (`jax.checkpoint`)."""
+    name = location_name(operation)
+    return phase_of(name) == "forward" or "rematted_computation" in name
+
+
+def _weight_part(weight: Any, dim: int, part: Range, product: Any) -> Any:
+    """A range of a weight for a product."""
+    conversion = _producer(weight)
+    if conversion is None or conversion.name != CONVERT:
+        return _slice(weight, dim, part, product, product)
+    whole = _slice(conversion.operands[0], dim, part, conversion, product)
+    return _resized(conversion, [whole], dim, part[1] - part[0], product)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ the copies. A copy belongs to the operator of its original and is split like it.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from partita.graph.operator_graph import Instruction
@@ -20,13 +21,14 @@ def originals(instructions: Sequence[Instruction], loop_of: Mapping[int, int]) -
         instructions: A step in program order.
         loop_of: Instructions inside loops, which are left out.
 
-    Instructions are compared by name, rule and operands, not by attributes: two slices of one
-    tensor are taken for the same. That suffices for ownership and for shardings.
+    Instructions are compared by name, rule and operands, not by attributes. Of several that are
+    equal so, as slices of one tensor, each repeats the one with its position among them.
     """
     original: dict[int, int] = {}
     if not any(instruction.name == BARRIER for instruction in instructions):
         return original
-    first: dict[tuple[object, ...], Instruction] = {}
+    first: dict[tuple[object, ...], list[Instruction]] = defaultdict(list)
+    repeated: Counter[tuple[object, ...]] = Counter()
     for index, instruction in enumerate(instructions):
         if index in loop_of:
             continue
@@ -36,10 +38,13 @@ def originals(instructions: Sequence[Instruction], loop_of: Mapping[int, int]) -
             continue
         operands = tuple(original.get(tensor, tensor) for tensor in instruction.operands)
         if operands == instruction.operands:
-            first.setdefault(_key(instruction, operands), instruction)
+            first[_key(instruction, operands)].append(instruction)
             continue
-        source = first.get(_key(instruction, operands))
-        if source is not None:
+        sources = first.get(_key(instruction, operands))
+        if sources:
+            key = _key(instruction, instruction.operands)
+            source = sources[min(repeated[key], len(sources) - 1)]
+            repeated[key] += 1
             original.update(zip(instruction.results, source.results, strict=True))
     return original
 

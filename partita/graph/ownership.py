@@ -304,11 +304,13 @@ class _BackwardOwners:
                     self.owner[index] = self.owner[program.producer[original]]
 
     def _bases(self, index: int) -> set[int]:
-        """The tensors that an instruction reads, without rearrangements and scalars."""
+        """The tensors that an instruction reads, without rearrangements and scalars, repeated ones
+        as their originals."""
         bases = set()
         for tensor in self.program.instructions[index].operands:
             if not self.program.is_scalar(tensor):
-                bases.add(self.program.base(tensor))
+                base = self.program.base(tensor)
+                bases.add(self.program.originals.get(base, base))
         return bases
 
     def _own_products(self) -> None:
