@@ -35,12 +35,13 @@ from partita.search.branches import Fork, branches
 from partita.search.portfolio import Limits
 from partita.simulation.placed import PlacedStep
 
-SECONDS = 5.0
-"""Time limit by default, seconds."""
 MOVES = 200
 """Single moves, at most."""
 INSTRUCTIONS = 50_000
 """Instructions of the steps that are simulated without a better one before the search ends."""
+ALL_INSTRUCTIONS = 500_000
+"""Instructions of all steps that are simulated, at most, unless there is a time limit: some seconds
+of work, so that a busy machine finds the same plan."""
 MIN_SIMULATIONS = 4
 """Simulated steps without a better one, at least, whatever their instructions."""
 NEIGHBOUR_SHARE = 0.3
@@ -59,16 +60,16 @@ def placements(
 ) -> Iterator[PlacedStep]:
     """Ever faster simulated steps with operators placed on the axes of `start`.
 
-    The simulation of a step is not interrupted by the time limit.
+    Without a time limit, the number of simulations depends on the graph alone. The simulation of a
+    step is not interrupted by the limit.
 
     Args:
-        limits: A time limit and the seed of moves.
+        limits: A time limit or none, and the seed of moves.
         limit_seconds: Seconds that a step must be faster than.
         fits: Whether a step fits in memory.
         bound: Lower bound of the step, for reports.
     """
-    time_limit = SECONDS if limits.seconds is None else limits.seconds
-    end = time.perf_counter() + time_limit
+    start_seconds = time.perf_counter()
     forks = branches(graph)
     if not (forks or machine.kinds) or not start.mesh.axes:
         return
@@ -82,7 +83,11 @@ def placements(
     )
     plans = _plans(climb, forks, random.Random(limits.seed))
     for plan in plans:
-        if time.perf_counter() > end or not climb.patience:
+        if limits.seconds is None:
+            ends = climb.simulated_instructions > ALL_INSTRUCTIONS
+        else:
+            ends = time.perf_counter() - start_seconds > limits.seconds
+        if ends or not climb.patience:
             return
         step = climb.improvement(plan)
         if step is not None:
@@ -127,6 +132,8 @@ class _Climb:
     fits: Callable[[PlacedStep], bool]
     best_seconds: float
     examined: set[tuple[object, ...]] = field(default_factory=set)
+    simulated_instructions: int = 0
+    """Instructions of all steps that were simulated."""
 
     def __post_init__(self) -> None:
         self.best_plan = self.start
@@ -170,6 +177,7 @@ class _Climb:
         if equal_devices and step.lower_bound_seconds >= self.best_seconds:
             return None
         self.patience -= 1
+        self.simulated_instructions += len(self.graph.instructions)
         if step.dispatch_seconds >= self.best_seconds:
             return None
         if step.seconds >= self.best_seconds or not self.fits(step):

@@ -1,5 +1,6 @@
 """The search for stages: what it finds fits, is what is simulated, and is no worse than without."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from partita.cost.moves import Placement
-from partita.cost.terms import Terms
+from partita.cost.terms import Terms, cost_terms
 from partita.errors import MemoryBudgetError, PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
@@ -16,6 +17,7 @@ from partita.plans.check import check
 from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Plan
 from partita.search import find as find_module
+from partita.search import pipelines as pipeline_search
 from partita.search import portfolio
 from partita.search.base import Progress
 from partita.search.bound import lower_bound_seconds
@@ -56,11 +58,22 @@ def small(graph: OperatorGraph, share: float, name: str = "k80-cluster:1") -> Ma
     )
 
 
+def test_a_busy_machine_finds_the_same_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, where = GRAPHS["mlp"], load("k80-cluster").with_devices(4)
+    terms = cost_terms(graph, where.backend)
+    limits = Limits(capacity(where))
+    best = fastest(graph, where, terms, limits)
+    hours = itertools.count(0, 3600)
+    monkeypatch.setattr(pipeline_search.time, "perf_counter", lambda: float(next(hours)))
+    again = fastest(graph, where, terms, limits)
+    assert best is not None and again is not None and again.plan == best.plan
+
+
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
 def test_what_is_found_fits_is_what_is_simulated_and_is_a_file(graph: OperatorGraph) -> None:
     where = load("k80-cluster").with_devices(8)
     network = find(graph, where).network
-    best = fastest(graph, where, network.terms, Limits(capacity(where), seconds=5))
+    best = fastest(graph, where, network.terms, Limits(capacity(where), seconds=1))
     assert best is not None
     plan = check(Plan.from_json(best.plan.to_json()), graph)
     assert not is_one_program(plan) and best.peak_bytes <= capacity(where)
