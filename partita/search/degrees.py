@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 
 from partita.cost.backends import compiler_of
 from partita.cost.evaluate import (
@@ -251,23 +252,69 @@ class _Sum:
 def least_move_table(move: Move, kinds: AxisKinds, sources: Array, targets: Array) -> Array:
     """Least seconds of a move between degrees of its labels, [source, target].
 
-    `sources` and `targets`: [sharding, entry of the label, kind].
+    `sources` and `targets`: [sharding, entry of the label, kind]. At each level, the devices of a
+    part of the machine need their shards of the target. Of these they hold at most the overlap with
+    their shards of the source, dim by dim. The rest crosses links of this level or outside it.
     """
     count = sources.shape[1] - move.sums
     source_dims, target_dims = sources[:, :count], targets[:, :count]
-    moved = move.trips / move.share * _least_reshard(move, kinds, source_dims, target_dims)
-    if not move.sums:
-        return moved
-    moved *= move.share
+    before = []
+    after = []
+    seconds = []
+    for level, seconds_per_byte in _least_seconds_per_byte(kinds).items():
+        is_outside = kinds.levels <= level
+        inside = kinds.shards(np.where(is_outside, 0, kinds.counts))
+        before.append(kinds.shards(np.where(is_outside, source_dims, 0)))
+        after.append(kinds.shards(np.where(is_outside, target_dims, 0)))
+        seconds.append(move.trips * move.nbytes / inside * seconds_per_byte)
+    moved = _reshard_table(np.array(before), np.array(after), np.array(seconds))
+    if move.sums:
+        _add_sums(moved, move, kinds, sources, targets)
+    else:
+        moved /= move.share
+    return moved
+
+
+@njit(cache=True)
+def _reshard_table(before, after, seconds):
+    """Least seconds of a reshard, [source, target].
+
+    `before` and `after` are shards, [level, sharding, dim]; `seconds` are those in which the whole
+    tensor crosses a level.
+    """
+    levels, sources, dims = before.shape
+    table = np.zeros((sources, after.shape[1]), np.float32)
+    for level in range(levels):
+        for t in range(after.shape[1]):
+            needed = 1.0
+            for dim in range(dims):
+                needed /= after[level, t, dim]
+            for s in range(sources):
+                overlap = 1.0
+                for dim in range(dims):
+                    overlap *= max(before[level, s, dim], after[level, t, dim])
+                least = seconds[level] * (needed - 1 / overlap)
+                table[s, t] = max(table[s, t], np.float32(least))
+    return table
+
+
+def _add_sums(table: Array, move: Move, kinds: AxisKinds, sources: Array, targets: Array) -> None:
+    """Adds the least seconds of partial sums to a table; none where they stay partial."""
+    count = sources.shape[1] - move.sums
+    source_dims, target_dims = sources[:, :count], targets[:, :count]
     summed = sources[:, count:].sum(axis=1)
-    whole = _sum_seconds(move, kinds, source_dims, summed, "all_reduce")
-    sums = np.where(_equal(source_dims, target_dims), whole[:, None] / move.share, whole[:, None])
+    whole = _sum_seconds(move, kinds, source_dims, summed, "all_reduce").astype(np.float32)
+    table += whole[:, None]
+    keeps = _equal(source_dims, target_dims)
+    table[keeps] = np.broadcast_to(whole[:, None] / move.share, table.shape)[keeps]
     if move.scatters:
         scattered = _sum_seconds(move, kinds, source_dims, summed, "reduce_scatter") / move.share
+        scattered = np.minimum(scattered, whole).astype(np.float32)
         is_slice = _equal(source_dims.sum(axis=1) + summed, target_dims.sum(axis=1))
         is_slice &= summed.any(axis=1)[:, None]
-        sums = np.where(is_slice, np.minimum(sums, scattered[:, None]), sums)
-    return np.where(_equal(sources, targets), 0.0, moved + sums)
+        saved = np.broadcast_to((whole - scattered)[:, None], table.shape)
+        table[is_slice] -= saved[is_slice]
+    table[_equal(sources, targets)] = 0.0
 
 
 def _equal(left: Array, right: Array) -> Array:
@@ -290,29 +337,6 @@ def _sum_seconds(
         group = placement.group(kinds.first(list(map(int, numbers))))
         seconds.append(placement.seconds(collective, move.nbytes / parts, group) if group else 0.0)
     return move.trips * np.array(seconds)[index.reshape(-1)]
-
-
-def _least_reshard(move: Move, kinds: AxisKinds, sources: Array, targets: Array) -> Array:
-    """Least seconds of a reshard of a whole tensor, [source, target].
-
-    At each level, the devices of a part of the machine need their shards of the target. Of these
-    they hold at most the overlap with their shards of the source, dim by dim. The rest crosses
-    links of this level or of those outside.
-    """
-    seconds_per_byte = _least_seconds_per_byte(kinds)
-    least = np.zeros((len(sources), len(targets)))
-    for level in np.unique(kinds.levels):
-        is_outside = kinds.levels <= level
-        before = kinds.shards(np.where(is_outside, sources, 0))
-        after = kinds.shards(np.where(is_outside, targets, 0))
-        overlap = np.ones(least.shape)
-        for dim in range(before.shape[1]):
-            overlap *= np.maximum.outer(before[:, dim], after[:, dim])
-        missing = 1 / after.prod(axis=1) - 1 / overlap
-        inside = kinds.shards(np.where(is_outside, 0, kinds.counts))
-        factor = move.nbytes / inside * seconds_per_byte[int(level)]
-        np.maximum(least, factor * missing, out=least)
-    return least
 
 
 def _least_seconds_per_byte(kinds: AxisKinds) -> dict[int, float]:

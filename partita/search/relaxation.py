@@ -15,7 +15,7 @@ thousand squared.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -34,8 +34,12 @@ from partita.search.degrees import (
     least_operator_seconds,
 )
 
-MAX_ENTRIES = 40_000_000
-"""Entries of all tables above which there is no bound: on about 1024 devices."""
+MAX_ENTRIES = 80_000_000
+"""Entries of all tables above which there is no bound: on 512 devices and more."""
+MAX_CHOICES = 20_000
+"""The same for choices of an operator by numbers of axes."""
+ROUNDED = 1 - 1e-6
+"""Factor that keeps a table below its entries when they are rounded to float32."""
 SWEEPS = 24
 LEAST_RISE = 1e-3
 """Relative rise of a sweep below which the bound is left as it is."""
@@ -53,7 +57,11 @@ def least_step_seconds(graph: OperatorGraph, placement: Placement, terms: Terms)
         return 0.0
     visible = 1 - placement.machine.backend.overlap
     weights = np.array([1.0 if kind == "compute" else visible for kind, _ in PARTS])
-    problem = _Relaxation(graph, placement, terms, weights)
+    kinds = AxisKinds.of(placement)
+    choices = _Choices.of(graph, kinds, terms)
+    if choices.most > MAX_CHOICES:
+        return 0.0
+    problem = _Relaxation(choices, terms, weights)
     if problem.entries > MAX_ENTRIES:
         return 0.0
     problem.add_tables(visible)
@@ -109,27 +117,44 @@ def _size(move: Move) -> tuple[object, ...]:
     return move.nbytes, move.trips, move.sums, move.scatters, move.share
 
 
+@dataclass(eq=False)
+class _Choices:
+    """The choices of all operators by degrees, once per kind of operator."""
+
+    kinds: AxisKinds
+    of_operator: Sequence[int]
+    """[operator]: its kind."""
+    degrees: Mapping[int, Array]
+    """Kind of operator -> degrees, [choice, factor, kind of axes]."""
+
+    @staticmethod
+    def of(graph: OperatorGraph, kinds: AxisKinds, terms: Terms) -> _Choices:
+        of_operator = numbered((operator.digest,) for operator in terms.operators)
+        degrees: dict[int, Array] = {}
+        for operator, kind in zip(terms.operators, of_operator, strict=True):
+            if kind not in degrees:
+                sizes = [graph.factors[factor].size for factor in operator.factors]
+                degrees[kind] = kinds.all_degrees(sizes)
+        return _Choices(kinds, of_operator, degrees)
+
+    @property
+    def most(self) -> int:
+        """Most choices of an operator."""
+        return max(map(len, self.degrees.values()), default=0)
+
+
 class _Relaxation:
     """The relaxed problem of a graph and its potentials, at first 0."""
 
-    def __init__(
-        self,
-        graph: OperatorGraph,
-        placement: Placement,
-        terms: Terms,
-        weights: Array,
-    ) -> None:
-        self.graph = graph
-        self.kinds = AxisKinds.of(placement)
+    def __init__(self, choices: _Choices, terms: Terms, weights: Array) -> None:
+        self.kinds = choices.kinds
         self.terms = terms
+        self._operator_kinds = choices.of_operator
+        self._degrees = choices.degrees
         self._views: dict[tuple[int, tuple[int, ...]], _View] = {}
-        self._operator_kinds = numbered((operator.digest,) for operator in terms.operators)
-        self._degrees: dict[int, Array] = {}
         seconds: dict[int, Array] = {}
         for operator, kind in zip(terms.operators, self._operator_kinds, strict=True):
             if kind not in seconds:
-                sizes = [graph.factors[factor].size for factor in operator.factors]
-                self._degrees[kind] = self.kinds.all_degrees(sizes)
                 split = DegreeCounts(self.kinds, operator.factors, self._degrees[kind])
                 seconds[kind] = least_operator_seconds(operator, split, weights)
         self.moves: list[_Moves] = []
@@ -192,7 +217,9 @@ class _Relaxation:
         for moves in self.moves:
             degrees = [view.degrees for view in moves.views]
             if moves.key not in tables:
-                tables[moves.key] = visible * least_move_table(moves.move, self.kinds, *degrees)
+                table = least_move_table(moves.move, self.kinds, *degrees)
+                table *= np.float32(ROUNDED * visible)
+                tables[moves.key] = table
             moves.table = tables[moves.key]
             moves.potentials = [np.zeros(len(rows)) for rows in degrees]
 

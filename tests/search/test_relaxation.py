@@ -120,7 +120,7 @@ def test_no_reshard_is_faster_than_its_least_seconds(data: st.DataObject) -> Non
     target = data.draw(shardings(axes, 3))
     degrees = [degrees_of(sharding, kinds)[None] for sharding in (source, target)]
     least = least_move_table(move, kinds, *degrees)
-    assert least[0, 0] <= move_seconds(move, placement, source, target) * (1 + 1e-9)
+    assert least[0, 0] <= move_seconds(move, placement, source, target) * (1 + 1e-6)
 
 
 def test_a_gather_inside_a_node_has_its_own_seconds_without_latency() -> None:
