@@ -34,6 +34,7 @@ from partita.capture.keras_models import capture_model
 from partita.capture.targets import CaptureTarget
 from partita.cost.collectives import collectives
 from partita.cost.memory import memory
+from partita.cost.predict import predict
 from partita.cost.terms import cost_terms
 from partita.cost.work import local_flops
 from partita.errors import PartitaError
@@ -246,6 +247,7 @@ class Row:
     planned_flops: float = 0
     compiled_flops: float = 0
     product_flops: float = 0
+    planned_kernel_seconds: float = 0
     estimated_seconds: float | None = None
     compile_seconds: float = 0
     compiler: str = ""
@@ -256,12 +258,15 @@ class Row:
         return self.target, self.model, self.plan
 
     def ratios(self) -> dict[str, float]:
-        """Planned / compiled."""
-        return {
+        """Planned / compiled; kernel seconds / seconds of the cycles that XLA:TPU estimates."""
+        ratios = {
             "traffic": ratio(self.planned_bytes, self.emitted_bytes),
             "memory": ratio(self.planned_peak, self.compiled_peak),
             "flops": ratio(self.planned_flops, self.compiled_flops),
         }
+        if self.estimated_seconds:
+            ratios["seconds"] = ratio(self.planned_kernel_seconds, self.estimated_seconds)
+        return ratios
 
 
 def ratio(planned: float, compiled: float) -> float:
@@ -313,6 +318,7 @@ def compared(captured, machine: Machine, target: str, model: str, plan_name: str
         planned_flops=local_flops(graph, plan.mesh, layout, machine.backend),
         compiled_flops=work.flops,
         product_flops=work.product_flops,
+        planned_kernel_seconds=predict(graph, machine, plan, None, layout).by_cause()["compute"],
         estimated_seconds=program_compiler(machine).seconds_of(work.cycles, machine),
         compile_seconds=program.seconds,
         compiler=f"{program.compiler}, {program.version}",
