@@ -351,6 +351,8 @@ WAITS = {
     "bubble": "waiting for other devices",
 }
 """Names of the causes of idle time."""
+COLLECTIVES = ("exchange", "sum", "gather", "move")
+"""Kinds of tasks that send between devices."""
 
 
 def timeline_table(timeline: Timeline) -> Table:
@@ -378,15 +380,9 @@ def timeline_table(timeline: Timeline) -> Table:
 
 
 def timeline_summary(timeline: Timeline, longest: int = 5) -> Iterable[str]:
-    """A simulated step in lines: idle time, memory at the peak, traffic, and the longest tasks
-    of the critical path."""
-    waits = [
-        f"{format_seconds(seconds)} {WAITS[kind]}"
-        for kind, seconds in timeline.idle.items()
-        if seconds > 0
-    ]
-    busy = f"kernels run {timeline.busy_part():.0%} of the step"
-    yield f"{busy}; {', '.join(waits)}" if waits else busy
+    """A simulated step in lines: its seconds as a sum, memory at the peak, traffic, and the longest
+    tasks of the critical path."""
+    yield from _seconds_lines(timeline)
     memory = [f"{format_bytes(size)} {kind}" for kind, size in timeline.held.items() if size]
     peak_layer = timeline.peak_operator or "the update"
     yield (
@@ -409,6 +405,27 @@ def timeline_summary(timeline: Timeline, longest: int = 5) -> Iterable[str]:
         yield f"energy of all devices: {format_joules(timeline.joules)} a step"
     yield f"source of the figures: {timeline.source}"
     yield from (f"note: {note}" for note in timeline.notes)
+
+
+def _seconds_lines(timeline: Timeline) -> Iterable[str]:
+    """The seconds of a device's step as a sum of kernels and idle time, and the hidden part of its
+    collectives."""
+    busy = timeline.busy_part()
+    terms = [f"{format_seconds(busy * timeline.seconds)} kernels ({busy:.0%})"]
+    terms += [
+        f"{format_seconds(seconds)} {WAITS[kind]}"
+        for kind, seconds in timeline.idle.items()
+        if seconds > 0
+    ]
+    yield f"step {format_seconds(timeline.seconds)} = {' + '.join(terms)}"
+    sent = sum(timeline.by_kind().get(kind, 0.0) for kind in COLLECTIVES)
+    if sent and "bubble" not in timeline.idle:
+        exposed = sum(timeline.idle.values())
+        hidden = max(0.0, sent - exposed)
+        yield (
+            f"collectives: {format_seconds(sent)}, of which {format_seconds(hidden)} "
+            f"({hidden / sent:.0%}) are hidden behind kernels"
+        )
 
 
 # ----------------------------------------------------------------------------------- measurements

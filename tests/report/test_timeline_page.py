@@ -17,6 +17,7 @@ from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
 from partita.plans.baselines import BASELINES
 from partita.report.html import timeline_page
+from partita.report.tables import timeline_summary
 from partita.report.timeline import COLORS
 from partita.search.find import mesh_of
 from partita.simulation.simulate import simulate
@@ -392,3 +393,14 @@ def test_every_stream_is_a_row_kernels_first(opened: Any) -> None:
     names = tab.eval_on_selector_all(".plot text.row", "all => all.map(x => x.textContent)")
     assert names[:4] == ["kernels", "stage 1, kernels", "stage 1, links", "links: collectives"]
     assert critical(tab) == len(made.critical_path())
+
+
+def test_the_seconds_of_a_step_are_a_sum():
+    shown = timeline(plan="ZeRO-3")
+    kernels = shown.busy_part() * shown.seconds
+    assert kernels + sum(shown.idle.values()) == pytest.approx(shown.seconds)
+    step, collectives = list(timeline_summary(shown))[:2]
+    assert re.fullmatch(r"step \S+ \S+ = \S+ \S+ kernels \(\d+%\)( \+ \S+ \S+ [a-z ]+)+", step)
+    assert re.fullmatch(
+        r"collectives: .*, of which .* \(\d+%\) are hidden behind kernels", collectives
+    )
