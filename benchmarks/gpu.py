@@ -137,17 +137,17 @@ def application(name: str, side: int, batch: int) -> Callable[[bool], tuple[Any,
 
 MODELS: dict[str, tuple[Callable[[bool], tuple[Any, int]], str]] = {
     "MLP": (mlp, "float32"),
-    "MLP, bfloat16": (mlp, "mixed_bfloat16"),
-    "GPT, bfloat16": (transformer, "mixed_bfloat16"),
-    "GPT": (transformer, "float32"),
-    "encoder, bfloat16": (encoder, "mixed_bfloat16"),
-    "LSTM": (lstm, "float32"),
-    "recommender": (recommender, "float32"),
     "ResNet50": (application("ResNet50", 224, 64), "float32"),
+    "GPT, bfloat16": (transformer, "mixed_bfloat16"),
+    "LSTM": (lstm, "float32"),
+    "MLP, bfloat16": (mlp, "mixed_bfloat16"),
     "ResNet50, bfloat16": (application("ResNet50", 224, 128), "mixed_bfloat16"),
+    "encoder, bfloat16": (encoder, "mixed_bfloat16"),
+    "recommender": (recommender, "float32"),
+    "GPT": (transformer, "float32"),
     "EfficientNetB0, bfloat16": (application("EfficientNetB0", 224, 128), "mixed_bfloat16"),
 }
-"""Name -> (model and batch size, dtype policy)."""
+"""Name -> (model and batch size, dtype policy), the most telling ones first."""
 SMALL_MODELS = ("MLP", "GPT, bfloat16")
 
 
