@@ -119,7 +119,8 @@ def memory(
     is_work_space = allocations.kind == WORK_SPACE
     live = allocations.course(present & ~is_work_space, count) * MARGIN
     live += _work_space(graph, allocations, present & is_work_space)
-    course = compiler.temporary_bytes(live, _kernels(graph, fused))
+    largest = int(allocations.nbytes[present & ~is_work_space].max(initial=0))
+    course = compiler.temporary_bytes(live, _kernels(graph, fused), largest)
     peak = int(np.argmax(course))
     operator = graph.owner[peak] if peak < count else -1
     by_kind = {}

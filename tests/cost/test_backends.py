@@ -112,6 +112,8 @@ def test_temporaries_that_fit_on_the_chip_take_no_main_memory():
     few, most, large = compiler_of(backend).temporary_bytes(live, kernels=1)
     assert few == most < 1 << 20
     assert large > (1 << 30) - (128 << 20)
+    beside = compiler_of(backend).temporary_bytes(live, kernels=1, largest_bytes=128 << 20)
+    assert list(np.diff(beside)) == list(np.diff(live))
     without = compiler_of(replace(backend, on_chip_memory=None)).temporary_bytes(live, kernels=1)
     assert list(np.diff(without)) == list(np.diff(live))
 

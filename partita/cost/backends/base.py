@@ -165,8 +165,16 @@ class Compiler(ABC):
         """Memory that the kernel of a product asks for beside its operands and its result."""
         return 0
 
-    def temporary_bytes(self, live_bytes: np.ndarray, kernels: int) -> np.ndarray:
-        """Bytes of temporaries in the main memory, given all that live at each time."""
+    def temporary_bytes(
+        self,
+        live_bytes: np.ndarray,
+        kernels: int,
+        largest_bytes: int = 0,
+    ) -> np.ndarray:
+        """Bytes of temporaries in the main memory, given all that live at each time.
+
+        `largest_bytes` are those of the largest temporary.
+        """
         return live_bytes
 
     def moved_itemsize(self, graph: OperatorGraph, tensor: int, readers: Sequence[Reader]) -> int:
