@@ -132,7 +132,11 @@ class JumpStage:
         y = self.stage(x[:, -self.width :], graph, training)
         if self.mode == "cat":
             return jnp.concatenate([x, y], axis=1)
-        return jnp.concatenate([jnp.maximum(x[:, : self.width], y), y], axis=1)
+        top = x[:, : self.width]
+        # The gradient of jnp.maximum compares its result with both arguments. XLA may compute an
+        # argument a second time for that, with other rounding: neither is equal, and the gradient
+        # is lost.
+        return jnp.concatenate([jnp.where(top >= y, top, y), y], axis=1)
 
 
 @dataclass(frozen=True)
