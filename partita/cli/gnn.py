@@ -103,7 +103,7 @@ Order = Annotated[
 ]
 Memory = Annotated[
     str | None,
-    typer.Option(help="Memory limit of the device, such as 4GiB.", show_default=False),
+    typer.Option(help="Memory limit of each device, such as 4GiB.", show_default=False),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the random numbers.", min=0)]
 Save = Annotated[

@@ -96,9 +96,8 @@ def _step_values(
     prepared = prepare(sample, PreparationKey(sample.digest, split, architecture))
     state = state_of(model)._replace(optimizer=[])
     step = partial(_differentiated_step, model, _aggregations(prepared))
-    if split.devices > 1:
-        step = on_each_device(step, split.devices, rows=False)
-    values = jax.jit(step)(state, prepared.data)
+    program = jax.jit(on_each_device(step, split.devices, (False, True), gives_own=False))
+    values = program(state, prepared.data)
     arrays = [leaf.addressable_data(0) for leaf in jax.tree.leaves(values)]
     floats = [array for array in arrays if jnp.issubdtype(array.dtype, jnp.floating)]
     return [np.asarray(array).astype(np.float64) for array in floats]

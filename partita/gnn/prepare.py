@@ -42,6 +42,7 @@ from partita.gnn.split.partition import (
     block_of_part,
     cut,
     near_training,
+    restored,
 )
 
 BY_EDGES = ("attention", "message")
@@ -304,10 +305,34 @@ class PreparedGraph:
         """
         return self.data.block.columns
 
+    def in_given_order(self, rows: np.ndarray) -> np.ndarray:
+        """[vertices, ...] in the user's numbers, of rows as steps give them."""
+        if self.parts is not None:
+            return self.parts.joined(rows)
+        return rows if self.order is None else restored(rows, self.order)
+
+    def tile(self, table: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
+        """float32 [rows, columns]: a tile of a table [vertices, columns] in the user's numbers.
+
+        Of several devices [devices, rows, columns], of the rows of each. Rows of padding are 0.
+        """
+        points = [0, self.numbered.vertices] if self.parts is None else self.parts.points
+        order = self.order if self.parts is None else self.parts.order
+        tiles = np.zeros((self.devices, *_size_of(rows, columns)), np.float32)
+        for i in range(self.devices):
+            first, last = (min(points[i] + row, points[i + 1]) for row in (rows.start, rows.stop))
+            vertices = slice(first, last) if order is None else order[first:last]
+            tiles[i, : last - first] = table[vertices, columns]
+        return tiles[0] if self.devices == 1 else tiles
+
     @property
     def device_bytes(self) -> int:
         """Bytes of the data on each device."""
         return sum(array.nbytes for array in jax.tree.leaves(self.data)) // self.devices
+
+
+def _size_of(rows: slice, columns: slice) -> tuple[int, int]:
+    return rows.stop - rows.start, columns.stop - columns.start
 
 
 def prepare(graph: Graph, key: PreparationKey) -> PreparedGraph:

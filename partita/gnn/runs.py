@@ -13,14 +13,21 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from partita.execute import processes
 from partita.gnn.kernels import stamp
-from partita.gnn.prepare import PreparedGraph, fits, mesh_of, resplit
+from partita.gnn.prepare import PreparedGraph, fits, resplit
 from partita.gnn.split.learned import Balance
-from partita.gnn.split.partition import by_vertices, restored
-from partita.gnn.step import CompiledSteps, StepState, state_of, store_state
+from partita.gnn.split.partition import by_vertices
+from partita.gnn.step import (
+    CompiledSteps,
+    StepState,
+    exchanged_bytes,
+    of_first_device,
+    on_all_devices,
+    state_of,
+    store_state,
+)
 
 
 class TrainingRun(ABC):
@@ -47,6 +54,10 @@ class TrainingRun(ABC):
         """float32 [vertices, classes]: the output of the model, in the user's numbers."""
 
     @abstractmethod
+    def traffic(self) -> int:
+        """Bytes of rows that the devices exchange in a training step, padding included."""
+
+    @abstractmethod
     def after_epoch(self, epochs_left: int) -> None:
         """Learns from the epoch that ended, and prepares for those left."""
 
@@ -61,16 +72,10 @@ class DeviceRun(TrainingRun):
         self.mover = None if prepared.sums is None else SplitMover(prepared, prepared.sums)
 
     def state(self) -> StepState:
-        state = state_of(self.model)
-        if self.prepared.devices == 1:
-            return state
-        everywhere = NamedSharding(mesh_of(self.prepared.devices), PartitionSpec())
-        return processes.put(state, everywhere)
+        return on_all_devices(state_of(self.model), self.prepared.devices)
 
     def store(self, state: StepState) -> None:
-        if self.prepared.devices > 1:
-            state = jax.tree.map(lambda array: array.addressable_data(0), state)
-        store_state(self.model, state)
+        store_state(self.model, of_first_device(state, self.prepared.devices))
 
     def train(self, state: StepState) -> tuple[dict[str, Any], StepState]:
         step = self.steps.train(self.prepared)
@@ -91,48 +96,22 @@ class DeviceRun(TrainingRun):
     def predict(self, state: StepState) -> np.ndarray:
         step = self.steps.predict(self.prepared)
         rows = processes.whole(step(_model_state(state), self.prepared.data))
-        if self.prepared.parts is not None:
-            return self.prepared.parts.joined(rows)
-        if self.prepared.order is not None:
-            return restored(rows, self.prepared.order)
-        return rows
+        return self.prepared.in_given_order(rows)
 
     def after_epoch(self, epochs_left: int) -> None:
         if self.mover is not None:
             self.prepared = self.mover.moved(self.prepared, epochs_left)
 
     def traffic(self) -> int:
-        """Bytes of rows that the devices exchange in a training step, padding included."""
         if self.prepared.parts is None:
             return 0
         traced = self.steps.train(self.prepared).trace(self.state(), self.prepared.data)
-        return _exchanged_bytes(traced.jaxpr, self.prepared.devices)
+        return exchanged_bytes(traced.jaxpr, self.prepared.devices)
 
 
 def _model_state(state: StepState) -> StepState:
     """A state without the optimizer's variables, which only training reads."""
     return state._replace(optimizer=[])
-
-
-def _exchanged_bytes(jaxpr: Any, devices: int) -> int:
-    """Bytes of the exchanges of a program and of its inner programs, over all devices."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name in ("ppermute", "all_to_all"):
-            groups = equation.params.get("axis_index_groups")
-            # A device sends no bytes of its own slice of an all-to-all.
-            stays = devices // len(groups[0]) if groups else 0
-            nbytes = sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
-            total += (devices - stays) * nbytes
-        for inner in jax.tree.leaves(equation.params, is_leaf=_is_program):
-            program = getattr(inner, "jaxpr", inner)
-            if hasattr(program, "eqns"):
-                total += _exchanged_bytes(program, devices)
-    return total
-
-
-def _is_program(value: Any) -> bool:
-    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
 class SplitMover:

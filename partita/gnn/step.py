@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import keras
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from partita.errors import GraphError
+from partita.execute import processes
 from partita.gnn.kernels.bridge import step_options
 from partita.gnn.nn.block import AXIS, recorded_calls
 from partita.gnn.prepare import GraphData, PreparedGraph, mesh_of
@@ -304,9 +305,8 @@ class CompiledSteps:
     ) -> Any:
         key = (*name, devices)
         if key not in self._programs:
-            function = step if devices == 1 else on_each_device(step, devices, rows)
             self._programs[key] = jax.jit(
-                function,
+                on_each_device(step, devices, (False, True), rows),
                 donate_argnums=0 if donates else (),
                 compiler_options=step_options(),
             )
@@ -317,22 +317,67 @@ class CompiledSteps:
 
 
 def on_each_device(
-    step: Callable[[StepState, GraphData], Any], devices: int, rows: bool
+    function: Callable[..., Any],
+    devices: int,
+    own: Sequence[bool],
+    gives_own: bool,
 ) -> Callable[..., Any]:
-    """A step in which each device computes on its slice of the data.
+    """A function that each of several devices computes; on one device, the function itself.
 
-    `rows`: its result has a row for each vertex.
+    own         for each argument, whether its arrays have a leading dim of devices, of which each
+                device is given its own entry. Every device is given other arguments whole.
+    gives_own   whether results have such a dim. Otherwise all devices give equal ones.
     """
+    if devices == 1:
+        return function
 
-    def one_device(state: StepState, data: GraphData) -> Any:
-        result = step(state, jax.tree.map(lambda array: array[0], data))
-        return result[None] if rows else result
+    def one_device(*arguments: Any) -> Any:
+        given = []
+        for argument, is_own in zip(arguments, own, strict=True):
+            given.append(jax.tree.map(lambda array: array[0], argument) if is_own else argument)
+        result = function(*given)
+        return jax.tree.map(lambda array: array[None], result) if gives_own else result
 
-    split = PartitionSpec(AXIS)
+    split, everywhere = PartitionSpec(AXIS), PartitionSpec()
     return jax.shard_map(
         one_device,
         mesh=mesh_of(devices),
-        in_specs=(PartitionSpec(), split),
-        out_specs=split if rows else PartitionSpec(),
+        in_specs=tuple(split if is_own else everywhere for is_own in own),
+        out_specs=split if gives_own else everywhere,
         check_vma=False,
     )
+
+
+def on_all_devices(state: StepState, devices: int) -> StepState:
+    """A state with a copy of every array on each of several devices."""
+    if devices == 1:
+        return state
+    return processes.put(state, NamedSharding(mesh_of(devices), PartitionSpec()))
+
+
+def of_first_device(state: StepState, devices: int) -> StepState:
+    """A state that several devices have equally, as arrays of the first one."""
+    if devices == 1:
+        return state
+    return jax.tree.map(lambda array: array.addressable_data(0), state)
+
+
+def exchanged_bytes(jaxpr: Any, devices: int) -> int:
+    """Bytes of the exchanges of a program and of its inner programs, over all devices."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("ppermute", "all_to_all"):
+            groups = equation.params.get("axis_index_groups")
+            # A device sends no bytes of its own slice of an all-to-all.
+            stays = devices // len(groups[0]) if groups else 0
+            nbytes = sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
+            total += (devices - stays) * nbytes
+        for inner in jax.tree.leaves(equation.params, is_leaf=_is_program):
+            program = getattr(inner, "jaxpr", inner)
+            if hasattr(program, "eqns"):
+                total += exchanged_bytes(program, devices)
+    return total
+
+
+def _is_program(value: Any) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")

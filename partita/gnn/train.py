@@ -136,9 +136,8 @@ class FullGraphTraining:
                     that rows that are
                     read together lie together. Results are in your numbers, split points in those
                     of the order.
-        memory      "4GiB" or bytes of one device. The rest goes to the host and comes back, by a
-                    plan that
-                    `model.memory.facts()` reports.
+        memory      "4GiB" or bytes of each device. The rest goes to the host and comes back, by a
+                    plan that `model.memory.facts()` reports.
         class_weight, vertex_weight
                     weights of vertices in the training loss, by class or one for each, as in Keras:
                     the weighted sum is divided by the number of training vertices
@@ -264,7 +263,7 @@ class FullGraphTraining:
 
     def traffic(self, graph: Graph) -> int:
         """Bytes of rows that the devices exchange in a training step, padding included."""
-        return self._graph_trainer.on_devices(graph, "train").traffic()
+        return self._graph_trainer.run_of(graph, "train").traffic()
 
     @property
     def epoch_seconds(self) -> list[float]:
@@ -274,8 +273,8 @@ class FullGraphTraining:
     @property
     def parts(self) -> Parts | None:
         """Contents of each device; None on one device or before the first graph."""
-        device = self._graph_trainer.device
-        return None if device is None else device.prepared.parts
+        prepared = self._graph_trainer.prepared
+        return None if prepared is None else prepared.parts
 
     @property
     def columns(self) -> tuple[tuple[int, int], ...]:
@@ -283,14 +282,14 @@ class FullGraphTraining:
 
         () on one device.
         """
-        device = self._graph_trainer.device
-        return () if device is None else device.prepared.columns
+        prepared = self._graph_trainer.prepared
+        return () if prepared is None else prepared.columns
 
     @property
     def prepare_seconds(self) -> float:
-        """Seconds of preparing the data of the last graph; 0 with a memory plan."""
-        device = self._graph_trainer.device
-        return 0.0 if device is None else device.prepared.seconds
+        """Seconds of preparing the data of the last graph."""
+        prepared = self._graph_trainer.prepared
+        return 0.0 if prepared is None else prepared.seconds
 
     @property
     def balance(self) -> Balance | None:

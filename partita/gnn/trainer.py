@@ -9,11 +9,13 @@ At most `GRAPHS` graphs stay on the devices, and earlier ones only within `SPARE
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from partita.errors import GraphError
+from partita.execute import processes
 from partita.gnn.agreement import check_agreement
 from partita.gnn.data.graph import Graph, check
 from partita.gnn.fitting import check_fits
@@ -21,6 +23,7 @@ from partita.gnn.prepare import (
     Architecture,
     Numbers,
     PreparationKey,
+    PreparedGraph,
     Split,
     architecture_of,
     check_weights_suit,
@@ -61,6 +64,13 @@ class GraphTrainer:
         self._agreements: set[tuple[Architecture, int]] = set()
         self._importance: tuple[str, Numbers] | None = None
 
+    @property
+    def prepared(self) -> PreparedGraph | None:
+        """The data of the last graph."""
+        if self.memory is not None:
+            return self.memory.prepared
+        return None if self.device is None else self.device.prepared
+
     def compiled_anew(self) -> None:
         """Forgets everything that depends on optimizer, loss, metrics or layers.
 
@@ -82,16 +92,8 @@ class GraphTrainer:
 
         `importance`: float32 [vertices], weight of each vertex in the training loss.
         """
-        if memory is not None and split.order is not None:
-            raise GraphError(
-                "order cannot be combined with memory: a memory plan trains a graph as it is "
-                "numbered. Give fit graph.relabelled(order), and remove order."
-            )
-        if memory is not None and split.devices > 1:
-            raise GraphError(
-                f"devices={split.devices} cannot be combined with memory: a memory plan is for one "
-                "device. Remove memory, or use devices=1."
-            )
+        if memory is not None:
+            _check_planned(split)
         self.split = split
         weighted = importance is not None
         self._importance = (graph.digest, Numbers.of(importance)) if weighted else None
@@ -198,26 +200,31 @@ class GraphTrainer:
     def _within(self, graph: Graph, budget: int, mask: str | None) -> MemoryRun:
         """The run within a budget of memory in bytes. Graphs on the devices are dropped for it."""
         memory = self.memory if self._memory_is_valid else None
-        importance = self._importance_of(graph.digest)
-        reused = (
-            memory is not None
-            and memory.budget == budget
-            and memory.serves(graph)
-            and memory.importance == importance
-        )
+        reused = memory is not None and memory.budget == budget and memory.serves(graph)
         if not reused:
             self._check(graph)
+        key = self._planned_key(graph)
         if mask is not None:
             _check_mask(self.model, graph, mask)
-        if memory is None or not reused:
+        if memory is None or not reused or memory.key != key:
             self.memory = None
+            self._check_agreement(graph, key)
             self.model.optimizer.build(self.model.trainable_variables)
             self._runs.clear()
             self.device = None
             self._features = graph.feature_count
-            memory = self.memory = MemoryRun(self.model, graph, budget, importance)
+            memory = self.memory = MemoryRun(self.model, graph, budget, key)
             self._memory_is_valid = True
         return memory
+
+    def _planned_key(self, graph: Graph) -> PreparationKey:
+        """The key of a memory plan: no split features, and aggregations over all edges."""
+        key = self._key(graph)
+        return replace(
+            key,
+            split=replace(key.split, columns=1),
+            architecture=replace(key.architecture, by_vertex=False),
+        )
 
     def _architecture(self, graph: Graph) -> Architecture:
         kind = _kind_of(graph)
@@ -255,6 +262,25 @@ def _kind_of(graph: Graph) -> tuple[int, bool, int, bool]:
         edge_features,
         graph.members is not None,
     )
+
+
+def _check_planned(split: Split) -> None:
+    """GraphError for a split that a memory plan cannot train by."""
+    if not processes.alone():
+        raise GraphError(
+            "memory cannot be combined with several processes: a memory plan is for the devices "
+            "of one. Remove memory, or start one process."
+        )
+    if split.learns:
+        raise GraphError(
+            "partition='learned' cannot be combined with memory: a memory plan is for fixed parts. "
+            "Use 'edges', 'vertices' or 'metis', or remove memory."
+        )
+    if split.columns not in (None, 1):
+        raise GraphError(
+            f"columns={split.columns} cannot be combined with memory: a memory plan splits "
+            "vertices alone. Remove columns, or memory."
+        )
 
 
 def _check_mask(model: Any, graph: Graph, mask: str) -> None:

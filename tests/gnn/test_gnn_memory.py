@@ -250,10 +250,10 @@ def few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "FINENESS", (1, 3))
 
 
-def same(make: Callable[..., Any], graph: gnn.Graph, budget: int) -> Any:
+def same(make: Callable[..., Any], graph: gnn.Graph, budget: int, **how: Any) -> Any:
     """A model trained within a budget, which gives the numbers of training without."""
     alone, history = trained(make, graph)
-    model, planned_history = trained(make, graph, memory=budget)
+    model, planned_history = trained(make, graph, memory=budget, **how)
     for name, values in history.items():
         np.testing.assert_allclose(
             planned_history[name], values, rtol=1e-4, atol=1e-6, err_msg=name
@@ -297,7 +297,7 @@ def test_an_accelerator_saves_to_memory_of_the_host_that_it_reads_itself(
         SimpleNamespace(platform="gpu", addressable_memories=cpu.addressable_memories)
     )  # type: ignore[arg-type]
     monkeypatch.setattr(hosts, "host_of", lambda device: host)
-    model = same(models.MODELS["gatedgraph"], drawn(), 130_000)
+    model = same(models.MODELS["gatedgraph"], drawn(), 130_000, order="degree")
     assert isinstance(host, hosts.PinnedHost) and model.memory.host is host
     saved = {a.name for a in model.memory.plan.actions if a.kind == "save"}
     assert saved and saved <= set(host.arrays)
@@ -405,9 +405,23 @@ def test_a_model_with_a_call_of_its_own_is_refused() -> None:
         trained(Mine, drawn(), memory="1GiB")
 
 
-def test_several_devices_are_refused() -> None:
-    with pytest.raises(
-        GraphError,
-        match="devices=2 cannot be combined with memory: a memory plan is for one device",
-    ):
-        trained(models.GCN, drawn(), memory="1GiB", devices=2)
+def test_parts_within_memory_give_the_numbers_of_one_device() -> None:
+    """Dropout, penalties, exchanged rows and padding included, by any part of each vertex."""
+    graph = drawn(weights=True)
+    parts = np.random.default_rng(1).integers(0, 2, graph.vertices)
+    two_layers = lambda **options: models.GCN(**options | {"layers": 2})
+    model = same(two_layers, graph, 80_000, devices=2, partition=parts)
+    assert len(model.memory.work.operators) > 20 and model.traffic(graph) > 0
+    assert model.memory.moved >= 4 * 9 * graph.vertices / 2  # the features of a device
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ({"partition": "learned"}, "partition='learned' cannot be combined with memory.*'edges'"),
+        ({"columns": 2}, "columns=2 cannot be combined with memory.*Remove columns"),
+    ],
+)
+def test_splits_that_move_or_cut_features_are_refused(how: dict[str, Any], text: str) -> None:
+    with pytest.raises(GraphError, match=text):
+        trained(models.GCN, drawn(), memory="1GiB", devices=2, **how)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import keras
 
 from partita.errors import GraphError
+from partita.gnn.nn.block import AXIS
 from partita.gnn.nn.pieces import BlockPiece, by_rows
 from partita.gnn.prepare import GraphData
 from partita.gnn.step import StepState, build_metrics
@@ -232,7 +233,8 @@ def _traced(
         )
 
     tables = [shapes[name] for name in piece.reads]
-    trace = jax.make_jaxpr(run, return_shape=True)
+    axes = [(AXIS, data.block.parts)]
+    trace = jax.make_jaxpr(run, axis_env=axes, return_shape=True)
     program, (written, changed) = trace(
         state.trainable,
         state.others,

@@ -7,7 +7,6 @@ import tempfile
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -18,7 +17,7 @@ class FileHost:
         # The file is open as long as the run lives.
         self.file: Any = tempfile.TemporaryFile(prefix="partita-", buffering=0)  # noqa: SIM115
         self.positions: dict[str, int] = {}
-        self.shapes: dict[str, Any] = {}
+        self.layouts: dict[str, Any] = {}
         self.end = 0
 
     def save(self, name: str, array: jax.Array) -> None:
@@ -26,16 +25,16 @@ class FileHost:
         if name not in self.positions:
             self.positions[name] = self.end
             self.end += array.nbytes
-        self.shapes[name] = (array.shape, array.dtype)
+        self.layouts[name] = (array.shape, array.dtype, array.sharding)
         self.file.seek(self.positions[name])
         np.asarray(array).tofile(self.file)
 
     def load(self, name: str) -> jax.Array:
-        """An array on the device."""
-        shape, dtype = self.shapes[name]
+        """An array where it was."""
+        shape, dtype, sharding = self.layouts[name]
         self.file.seek(self.positions[name])
         values = np.fromfile(self.file, dtype, math.prod(shape))
-        return jnp.array(values.reshape(shape), copy=True)
+        return jax.device_put(values.reshape(shape), sharding, may_alias=False)
 
 
 class PinnedHost:
@@ -53,7 +52,7 @@ class PinnedHost:
         self.arrays[name] = jax.block_until_ready(jax.device_put(array, pinned))
 
     def load(self, name: str) -> jax.Array:
-        """An array on the device."""
+        """An array where it was."""
         array = self.arrays[name]
         return jax.device_put(array, array.sharding.with_memory_kind("device"))
 

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from partita.gnn.nn.block import Block
 from partita.gnn.prepare import GraphData
 from partita.gnn.spill.groups import GroupedModel, PieceGroup, run_group
-from partita.gnn.step import loss_sum, metric_counts, zero_counts
+from partita.gnn.step import loss_sum, metric_counts, sum_over_devices, zero_counts
 
 KINDS = ("train", "evaluate", "predict")
 """Kinds of steps: training, evaluation over the vertices of the training mask, prediction."""
@@ -57,13 +58,16 @@ class Carry:
         return replace(self, total=total)
 
 
-def first_carry(model: Any, trainable: Any, others: Any) -> Carry:
-    """The carry at the begin of a step: the penalty of the weights and its gradients."""
+def first_carry(model: Any, parts: int, trainable: Any, others: Any) -> Carry:
+    """The carry at the begin of a step: the penalty of the weights and its gradients.
+
+    Each of `parts` devices begins with its share of both.
+    """
 
     def penalty(trainable: Any) -> Any:
         values = list(zip(model.trainable_variables, trainable, strict=True))
         with keras.StatelessScope(state_mapping=values):
-            return sum(model.losses, start=jnp.zeros(()))
+            return sum(model.losses, start=jnp.zeros(())) / parts
 
     value, gradients = jax.value_and_grad(penalty)(trainable)
     copies = [jnp.array(v, copy=True) for v in others]
@@ -72,6 +76,18 @@ def first_carry(model: Any, trainable: Any, others: Any) -> Carry:
         gradients,
         value,
         zero_counts(model),
+    )
+
+
+def last_carry(carry: Carry, data: GraphData) -> Carry:
+    """The carry at the end of a step: the sums of all devices."""
+    sums = (carry.total, carry.loss, carry.counts)
+    total, loss, counts = sum_over_devices(sums, data)
+    return Carry(
+        carry.others,
+        total,
+        loss,
+        counts,
     )
 
 
@@ -362,7 +378,7 @@ def _run(
     graph = inputs.data.block
     column = inputs.first
     if group.by == "rows":
-        graph = replace(graph, first=inputs.first.reshape(1))
+        graph = _rows_of(graph, inputs)
         column = 0
     return run_group(
         model,
@@ -374,12 +390,24 @@ def _run(
     )
 
 
+def _rows_of(graph: Block, inputs: JobInputs) -> Block:
+    """The block with the numbers of the vertices of a range of rows, which dropout reads."""
+    if graph.vertex is None:
+        return replace(graph, first=graph.first + inputs.first)
+    return replace(graph, vertex=_range_of(inputs)(graph.vertex))
+
+
+def _range_of(inputs: JobInputs) -> Callable[[Any], Any]:
+    """A function of a table that gives the range of rows of a job."""
+    return partial(jax.lax.dynamic_slice_in_dim, start_index=inputs.first, slice_size=inputs.size)
+
+
 def _part(group: PieceGroup, inputs: JobInputs) -> GraphData:
     """The data with labels and training mask of the range of rows."""
     data = inputs.data
     if group.by != "rows":
         return data
-    slices = partial(jax.lax.dynamic_slice_in_dim, start_index=inputs.first, slice_size=inputs.size)
+    slices = _range_of(inputs)
     importance = None if data.importance is None else slices(data.importance)
     masks = {"train": slices(data.masks["train"])}
     return replace(data, labels=slices(data.labels), masks=masks, importance=importance)
@@ -392,7 +420,8 @@ def _loss_share(
     data: GraphData,
 ) -> Any:
     """The share of the mean loss over the training mask of the rows of a part."""
-    return loss_sum(model, rows, part, "train", part.importance) / data.masks["train"].sum()
+    count = sum_over_devices(data.masks["train"].sum(), data)
+    return loss_sum(model, rows, part, "train", part.importance) / count
 
 
 def _replaced(values: Sequence[Any], numbers: Sequence[int], new: Sequence[Any]) -> list[Any]:

@@ -15,14 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from partita.gnn.kernels.bridge import step_options
-from partita.gnn.prepare import GraphData
+from partita.gnn.nn.block import AXIS
+from partita.gnn.prepare import GraphData, mesh_of
 from partita.gnn.spill.groups import GroupedModel, PieceGroup
 from partita.gnn.spill.jobs import Carry, Job, JobInputs, first_carry, jobs_of
 from partita.gnn.spill.plan import LayerOperator, StepWork
 from partita.gnn.spill.tables import Table, TileCuts, array_bytes, is_tiled, ranges
-from partita.gnn.step import StepState
+from partita.gnn.step import StepState, exchanged_bytes, on_each_device
 
 FINENESS = (1, 2, 4, 8, 16)
 """Numbers of columns that tables may be cut into, with twice that number of rows; 1 is uncut."""
@@ -39,11 +41,12 @@ NARROW = 4
 class Run:
     """An operator as it runs.
 
-    program         `program(carry, trainable, others, data, first, *tables)`
+    program         `program(carry, (data, tables), (trainable, others, first))`
     first           number of the first row or column
     reads, writes   its tiles
     read_cuts       how these tiles lie in the tables that it reads
     write_cuts      how these tiles lie in the tables that it writes
+    exchanged_bytes bytes of rows that the devices exchange, padding included
     """
 
     program: Any
@@ -52,6 +55,7 @@ class Run:
     writes: tuple[str, ...]
     read_cuts: tuple[TileCuts, ...] = ()
     write_cuts: tuple[TileCuts, ...] = ()
+    exchanged_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,48 @@ class CompiledStep:
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """A model with the shapes of its variables, and the data of a graph without features."""
+    """A model with the shapes of its variables, and of the data of a graph without features.
+
+    data    of one device, of `data.block.parts`
+    """
 
     model: Any
     state: StepState
     data: GraphData
 
     @property
+    def devices(self) -> int:
+        return self.data.block.parts
+
+    def own(self, shapes: Any) -> Any:
+        """The shapes of arrays of which each device has its own."""
+        if self.devices == 1:
+            return shapes
+        sharding = NamedSharding(mesh_of(self.devices), PartitionSpec(AXIS))
+
+        def stacked(shape: Any) -> jax.ShapeDtypeStruct:
+            dims = (self.devices, *shape.shape)
+            return jax.ShapeDtypeStruct(dims, shape.dtype, sharding=sharding)
+
+        return jax.tree.map(stacked, shapes)
+
+    def equal(self, shapes: Any) -> Any:
+        """The shapes of arrays that are equal on every device."""
+        if self.devices == 1:
+            return shapes
+        sharding = NamedSharding(mesh_of(self.devices), PartitionSpec())
+
+        def replicated(shape: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+        return jax.tree.map(replicated, shapes)
+
+    @property
     def fixed_bytes(self) -> int:
-        """Bytes that are always allocated: data, variables before and after the step, gradients."""
+        """Bytes that are always allocated on a device.
+
+        Data, variables before and after the step, gradients.
+        """
         trainable, others, optimizer = self.state
         once = jax.tree.leaves((self.data, others, others))
         twice = jax.tree.leaves((trainable, optimizer, trainable))
@@ -156,7 +193,7 @@ def compiled_step(
     fineness: int,
 ) -> CompiledStep:
     """The operators of a step of this kind (`jobs.KINDS`), each compiled."""
-    begin = partial(first_carry, shapes.model)
+    begin = partial(first_carry, shapes.model, shapes.devices)
     carry = jax.eval_shape(begin, shapes.state.trainable, shapes.state.others)
     assembly = _Assembly(
         shapes,
@@ -172,6 +209,15 @@ def compiled_step(
     return CompiledStep(work, assembly.runs, assembly.features)
 
 
+@dataclass(frozen=True)
+class _Program:
+    """A compiled job: bytes of its scratch, and those that devices exchange."""
+
+    run: Any
+    scratch: int
+    exchanged_bytes: int
+
+
 @dataclass
 class _Assembly:
     """The operators of a step while they are compiled."""
@@ -184,7 +230,7 @@ class _Assembly:
     runs: dict[str, Run] = field(default_factory=dict)
     tile_bytes: dict[str, int] = field(default_factory=dict)
     features: dict[str, tuple[slice, slice]] = field(default_factory=dict)
-    programs: dict[tuple[str, int, int], tuple[Any, int]] = field(default_factory=dict)
+    programs: dict[tuple[str, int, int], _Program] = field(default_factory=dict)
 
     def add(self, job: Job) -> None:
         """Adds the operators of a job, one for each range."""
@@ -229,12 +275,13 @@ class _Assembly:
         write_cuts = tuple(self.tables[table].cuts(by) for table, _ in job.writes)
         reads = self._tiles(job.reads, by, k)
         writes = self._tiles(job.writes, by, k)
-        program, scratch = self._program(
+        program = self._program(
             job,
             part.stop - part.start,
             inputs,
             outputs,
         )
+        scratch = program.scratch
         if job.kind == "predict":
             rows = [self.tables[table].part(by, k) for table in group.writes]
             scratch += sum(map(array_bytes, rows))
@@ -252,12 +299,13 @@ class _Assembly:
         )
         first = np.int32(part.start)
         self.runs[name] = Run(
-            program,
+            program.run,
             first,
             reads,
             writes,
             read_cuts,
             write_cuts,
+            program.exchanged_bytes,
         )
 
     def _tiles(self, names: Sequence[tuple[str, str]], by: str, k: int) -> tuple[str, ...]:
@@ -279,33 +327,36 @@ class _Assembly:
         size: int,
         inputs: Sequence[Any],
         outputs: Sequence[Any],
-    ) -> tuple[Any, int]:
-        """(compiled program, bytes of its scratch) of a job on a range of this size."""
+    ) -> _Program:
+        """The program of a job on a range of this size."""
         key = (job.kind, job.number, size)
         if key not in self.programs:
-            state = self.shapes.state
-            function = jax.jit(
+            shapes = self.shapes
+            function = on_each_device(
                 _separate(job.function, size),
-                donate_argnums=0,
-                compiler_options=step_options(),
+                shapes.devices,
+                (True, True, False),
+                gives_own=True,
             )
+            step = jax.jit(function, donate_argnums=0, compiler_options=step_options())
             number = jax.ShapeDtypeStruct((), jnp.int32)
-            lowered = function.lower(
-                self.carry,
-                state.trainable,
-                state.others,
-                self.shapes.data,
-                number,
-                *inputs,
+            traced = step.trace(
+                shapes.own(self.carry),
+                shapes.own((shapes.data, list(inputs))),
+                shapes.equal((shapes.state.trainable, shapes.state.others, number)),
             )
-            program = lowered.compile()
+            program: Any = traced.lower().compile()
             table_bytes = sum(map(array_bytes, [*inputs, *outputs]))
-            self.programs[key] = (program, _scratch_bytes(program, table_bytes))
+            self.programs[key] = _Program(
+                program,
+                _scratch_bytes(program, table_bytes),
+                exchanged_bytes(traced.jaxpr, shapes.devices),
+            )
         return self.programs[key]
 
     def add_update(self) -> None:
         """Adds the optimizer's update of the variables."""
-        state = self.shapes.state
+        state = self.shapes.equal(self.shapes.state)
         apply = jax.jit(self.shapes.model.optimizer.stateless_apply)
         program: Any = apply.lower(state.optimizer, state.trainable, state.trainable).compile()
         self.operators.append(
@@ -326,12 +377,11 @@ def _separate(
 
     def program(
         carry: Carry,
-        trainable: Any,
-        others: Any,
-        data: GraphData,
-        first: Any,
-        *tables: Any,
+        own: tuple[GraphData, list[Any]],
+        equal: tuple[Any, Any, Any],
     ) -> Any:
+        data, tables = own
+        trainable, others, first = equal
         inputs = JobInputs(
             carry,
             trainable,
@@ -340,7 +390,7 @@ def _separate(
             first,
             size,
         )
-        carry, results = function(inputs, tables)
+        carry, results = function(inputs, tuple(tables))
         arrays = jax.tree.leaves((trainable, others, data, first, tables))
         given = {id(array) for array in arrays}
         separate = []

@@ -4,6 +4,10 @@ Tensors that a plan saves lie in a temporary file ($TMPDIR), or, for an accelera
 memory of the host (`hosts`). Features are read from the arrays of the graph. The graph's edges,
 weights and the optimizer's state are always on the device. The budget counts arrays, and the
 scratch that XLA reports for its programs, but not the memory that a kernel takes inside.
+
+Several devices follow one plan, each over the vertices of its part: every device runs the same
+operator on the same range of its own rows or columns, and rows of other devices are exchanged
+inside of operators.
 """
 
 from __future__ import annotations
@@ -18,20 +22,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from partita.gnn.data.graph import Graph
-from partita.gnn.prepare import GraphData, Numbers, data_of
+from partita.gnn.nn.block import AXIS
+from partita.gnn.prepare import GraphData, PreparationKey, mesh_of, prepare
 from partita.gnn.runs import TrainingRun
 from partita.gnn.spill import hosts
 from partita.gnn.spill.groups import GroupedModel, grouped_model, stages_of
-from partita.gnn.spill.jobs import Carry, first_carry
+from partita.gnn.spill.jobs import Carry, first_carry, last_carry
 from partita.gnn.spill.operators import CompiledStep, ModelShapes, Run, compiled_step, fitted_step
 from partita.gnn.spill.plan import Action, MemoryPlan, StepWork, lru_plan, plan_memory
 from partita.gnn.spill.tables import joined, split
-from partita.gnn.step import StepState, logs_of, state_of, store_state
+from partita.gnn.step import (
+    StepState,
+    logs_of,
+    of_first_device,
+    on_all_devices,
+    on_each_device,
+    state_of,
+    store_state,
+)
 
 FIRST_BANDWIDTH = 1e10
 """Bytes per second between host and device before any were measured."""
+
+
+def _of_one_device(data: GraphData) -> GraphData:
+    """The shapes of the data of one device."""
+    dims = 0 if data.block.parts == 1 else 1
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[dims:], a.dtype), data)
 
 
 @dataclass
@@ -55,24 +75,26 @@ class Execution:
 
 
 class MemoryRun(TrainingRun):
-    """The steps of a built model on a graph, within `budget` bytes of one device."""
+    """The steps of a built model on a graph, within `budget` bytes of each device.
 
-    def __init__(
-        self, model: Any, graph: Graph, budget: int, importance: Numbers | None = None
-    ) -> None:
+    The split of the key has vertices in the numbers of the graph, and no split features.
+    """
+
+    def __init__(self, model: Any, graph: Graph, budget: int, key: PreparationKey) -> None:
         stages_of(model)
         self.model = model
         self.graph = graph
-        self.digest = graph.digest
+        self.key = key
         self.budget = budget
-        self.importance = importance
-        vertex_weights = None if importance is None else importance.values
-        data = data_of(graph.as_it_is(), vertex_weights)
-        self.data: GraphData = jax.device_put(replace(data, x=None))
+        self.prepared = prepare(replace(graph, features=None), key)
+        devices = key.split.devices
+        self.data: GraphData = self.prepared.data
         state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state_of(model))
-        self.shapes = ModelShapes(model, state, self.data)
+        self.shapes = ModelShapes(model, state, _of_one_device(self.data))
         self.host = hosts.host_of(jax.local_devices()[0])
-        self.begin = jax.jit(partial(first_carry, model))
+        first, last = partial(first_carry, model, devices), last_carry
+        self.begin = jax.jit(on_each_device(first, devices, (False, False), gives_own=True))
+        self.end = jax.jit(on_each_device(last, devices, (True, True), gives_own=False))
         self.fineness, self.training = fitted_step(self.shapes, self._grouped(True), budget)
         self.plan: MemoryPlan = plan_memory(self.work, budget, FIRST_BANDWIDTH)
         self.lru = lru_plan(self.work, budget)
@@ -86,28 +108,30 @@ class MemoryRun(TrainingRun):
         return self.training.work
 
     def _grouped(self, training: bool) -> GroupedModel:
-        features = self.graph.features
-        assert features is not None
         return grouped_model(
             self.model,
-            features.shape,
-            self.data,
+            (self.shapes.data.block.rows, self.graph.feature_count),
+            self.shapes.data,
             self.shapes.state,
             training,
         )
 
+    @property
+    def devices(self) -> int:
+        return self.key.split.devices
+
     def serves(self, graph: Graph) -> bool:
         """Whether this run is of an equal graph, whose arrays have not changed since."""
-        unchanged = self.graph is graph or self.graph.digest == self.digest
-        return graph.digest == self.digest and unchanged
+        unchanged = self.graph is graph or self.graph.digest == self.key.graph
+        return graph.digest == self.key.graph and unchanged
 
     # ------------------------------------------------------------------------------- the contract
 
     def state(self) -> StepState:
-        return state_of(self.model)
+        return on_all_devices(state_of(self.model), self.devices)
 
     def store(self, state: StepState) -> None:
-        store_state(self.model, state)
+        store_state(self.model, of_first_device(state, self.devices))
 
     def train(self, state: StepState) -> tuple[dict[str, Any], StepState]:
         execution = self._executed(
@@ -118,7 +142,7 @@ class MemoryRun(TrainingRun):
         )
         self.last = execution
         update = self.training.runs["update"].program
-        carry = execution.carry
+        carry = self.end(execution.carry, self.data)
         trainable, optimizer = update(state.optimizer, carry.total, state.trainable)
         logs = logs_of(self.model, carry.loss, carry.counts)
         return logs, StepState(trainable, carry.others, optimizer)
@@ -126,11 +150,18 @@ class MemoryRun(TrainingRun):
     def evaluate(self, state: StepState, mask: str) -> dict[str, Any]:
         masks = self.data.masks | {"train": self.data.masks[mask]}
         data = replace(self.data, masks=masks, importance=None)
-        carry = self._executed(*self._other("evaluate"), state, data).carry
+        execution = self._executed(*self._other("evaluate"), state, data)
+        carry = self.end(execution.carry, data)
         return logs_of(self.model, carry.loss, carry.counts)
 
     def predict(self, state: StepState) -> np.ndarray:
-        return np.concatenate(self._executed(*self._other("predict"), state, self.data).rows)
+        tiles = self._executed(*self._other("predict"), state, self.data).rows
+        return self.prepared.in_given_order(np.concatenate(tiles, axis=-2))
+
+    def traffic(self) -> int:
+        runs = self.training.runs
+        names = [a.name for a in self.plan.actions if a.kind in ("run", "rematerialize")]
+        return sum(runs[name].exchanged_bytes for name in names)
 
     def after_epoch(self, epochs_left: int) -> None:
         """Plans again with rematerialization, once, by the seconds measured in the first step."""
@@ -198,7 +229,7 @@ class MemoryRun(TrainingRun):
             execution.device[name] = self._loaded(step, name)
         else:
             self.host.save(name, execution.device[name])
-        execution.copied_bytes += execution.device[name].nbytes
+        execution.copied_bytes += execution.device[name].nbytes // self.devices
         execution.copy_seconds += time.perf_counter() - began
 
     def _loaded(self, step: CompiledStep, name: str) -> Any:
@@ -206,10 +237,16 @@ class MemoryRun(TrainingRun):
         position = step.features.get(name)
         if position is None:
             return jax.block_until_ready(self.host.load(name))
-        features = self.graph.features
-        assert features is not None
-        tile = np.asarray(features[position], np.float32)
-        return jax.block_until_ready(jnp.array(tile, copy=True))
+        return jax.block_until_ready(self._features(*position))
+
+    def _features(self, rows: slice, columns: slice) -> Any:
+        """A tile of the features, on the devices."""
+        assert self.graph.features is not None
+        tile = self.prepared.tile(self.graph.features, rows, columns)
+        if self.devices == 1:
+            return jnp.array(tile, copy=True)
+        sharding = NamedSharding(mesh_of(self.devices), PartitionSpec(AXIS))
+        return jax.device_put(tile, sharding, may_alias=False)
 
     def _run(
         self,
@@ -223,11 +260,8 @@ class MemoryRun(TrainingRun):
         # No name holds the joined tables, so that their memory is free before tiles are split.
         execution.carry, written = run.program(
             execution.carry,
-            state.trainable,
-            state.others,
-            data,
-            run.first,
-            *joined(run.read_cuts, [device[tile] for tile in run.reads]),
+            (data, joined(run.read_cuts, [device[tile] for tile in run.reads])),
+            (state.trainable, state.others, run.first),
         )
         jax.block_until_ready((execution.carry, written))
         if run.writes:

@@ -1,6 +1,7 @@
 """Tables of vertices in tiles, the tensors of a memory plan.
 
-A tile has a range of the rows and a range of the columns of a table.
+A tile has a range of the rows and a range of the columns of a table. Over several devices, each has
+a table of its vertices, and the arrays of tiles have a leading dim of devices.
 """
 
 from __future__ import annotations
@@ -111,10 +112,10 @@ def _bounds(parts: Sequence[slice]) -> tuple[tuple[int | None, int | None], ...]
 
 @partial(jax.jit, static_argnums=0)
 def _concatenated(columns: int, tiles: list[Any]) -> Any:
-    rows = [jnp.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles), columns)]
-    return jnp.concatenate(rows, 0)
+    rows = [jnp.concatenate(tiles[i : i + columns], -1) for i in range(0, len(tiles), columns)]
+    return jnp.concatenate(rows, -2)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _cut(rows: Any, columns: Any, table: Any) -> list[Any]:
-    return [table[slice(*row), slice(*column)] for row in rows for column in columns]
+    return [table[..., slice(*row), slice(*column)] for row in rows for column in columns]
