@@ -273,7 +273,7 @@ class _Computed:
         if total.kind == "all_gather":
             group_size = math.prod(self.mesh.sizes[axis] for axis in total.axes)
         else:
-            itemsize = self.compiler.sum_itemsize(tensor.dtype)
+            itemsize = self.compiler.sum_itemsize(self.graph, total.tensor)
         shard_bytes = local_bytes(tensor.shape, itemsize, total.sharding, self.mesh.sizes)
         return Collective(
             total.kind,

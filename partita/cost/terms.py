@@ -605,9 +605,13 @@ class _Collector:
             if result in after_loop:
                 tensor = after_loop[result].tensor
                 trips //= after_loop[result].trips
+            value = self.graph.tensors[tensor]
+            nbytes = value.nbytes
+            if kind == "all_reduce":
+                nbytes = min(nbytes, value.size * self.compiler.sum_itemsize(self.graph, tensor))
             reduction = Reduction(
                 kind,
-                self.graph.tensors[tensor].nbytes,
+                nbytes,
                 _split(self.graph.labels[tensor]),
                 summed,
                 trips,

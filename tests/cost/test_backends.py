@@ -196,6 +196,27 @@ def test_a_conversion_that_one_instruction_reads_moves_before_the_reshard(uses, 
     assert compiler_of(CPU.backend).moved_itemsize(graph, weights, [(conversion, 0)]) == 4
 
 
+@pytest.mark.parametrize(
+    ("follow", "itemsize"),
+    [
+        (lambda total, w: total.astype("bfloat16"), 2),
+        (lambda total, w: total @ w.T, 2),
+        (lambda total, w: total + 1, 4),
+        (lambda total, w: total.astype("bfloat16") + jnp.sum(total).astype("bfloat16"), 4),
+    ],
+)
+def test_a_tpu_converts_a_sum_before_devices_add_it_up(follow, itemsize):
+    def step(w, x):
+        return w, follow(x @ w, w)
+
+    args = (jax.ShapeDtypeStruct((64, 8), "float32"), jax.ShapeDtypeStruct((16, 64), "float32"))
+    graph = capture_program(step, args=args).graph
+    product = next(x for x in graph.instructions if x.name == "dot_general")
+    tpu = compiler_of(load("tpu-v5e:4").backend)
+    assert tpu.sum_itemsize(graph, product.results[0]) == itemsize
+    assert compiler_of(GPU.backend).sum_itemsize(graph, product.results[0]) == 4
+
+
 def test_the_weight_gradient_of_a_transposed_convolution_is_dense_on_a_gpu():
     """XLA:GPU convolves with 7 x 7 elements of an image of 4 x 4, dilated twice, zeros included."""
     kernel_shape = jax.ShapeDtypeStruct((3, 3, 5, 2), jnp.float32)

@@ -187,8 +187,9 @@ class Compiler(ABC):
         itemsize = ITEMSIZE.get(value.dtype, 4)
         return value.nbytes * self.moved_itemsize(graph, tensor, readers) // itemsize
 
-    def sum_itemsize(self, dtype: str) -> int:
-        """Bytes of an element of a dtype while it is summed over devices."""
+    def sum_itemsize(self, graph: OperatorGraph, tensor: int) -> int:
+        """Bytes of an element of a tensor while it is summed over devices."""
+        dtype = graph.tensors[tensor].dtype
         if dtype in ("bfloat16", "float16") and self.backend.promotes_16_bit_all_reduce:
             return 4
         return ITEMSIZE.get(dtype, 4)

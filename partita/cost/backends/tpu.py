@@ -29,7 +29,7 @@ from partita.cost.backends.base import Buffers, DimOrder, FusionRules
 from partita.cost.sums import LaidOutProgram
 from partita.graph.flat import Reader, readers_of
 from partita.graph.images import images
-from partita.graph.operator_graph import Instruction, OperatorGraph
+from partita.graph.operator_graph import ITEMSIZE, Instruction, OperatorGraph
 from partita.plans.layout import local_shape
 
 PRODUCTS = {"dot_general", "convolution"}
@@ -139,6 +139,20 @@ class XlaTpu(XlaAccelerator):
         readers = readers_of(graph).get(tensor, ())
         operands = [(i, position) for i, position in readers if not _is_reduction(graph, i)]
         return 2 if _feeds_products(graph, operands) else super().stored_itemsize(graph, tensor)
+
+    def sum_itemsize(self, graph: OperatorGraph, tensor: int) -> int:
+        """That of the narrower dtype to which the only reader converts, and two bytes for operands
+        of products alone: the kernel before the sum converts."""
+        readers = readers_of(graph).get(tensor, ())
+        itemsize = min(
+            super().sum_itemsize(graph, tensor), self.moved_itemsize(graph, tensor, readers)
+        )
+        if len(readers) == 1 and readers[0][0] >= 0:
+            reader = graph.instructions[readers[0][0]]
+            if reader.name == "convert":
+                dtype = graph.tensors[reader.results[0]].dtype
+                itemsize = min(itemsize, ITEMSIZE.get(dtype, itemsize))
+        return itemsize
 
     @property
     def _narrows_products(self) -> bool:
