@@ -86,7 +86,11 @@ def resolve_machine(machine: str | Machine | None, devices: int | None = None) -
 
         return detect(devices)
     whole = machine if isinstance(machine, Machine) else load(machine)
-    return whole.with_devices(devices) if devices else whole
+    if not devices or devices == whole.devices:
+        return whole
+    part = whole.with_devices(devices)
+    kind, _, count = whole.name.rpartition(":")
+    return replace(part, name=f"{kind}:{devices}") if count == str(whole.devices) else part
 
 
 def check_measurable(machine: str | Machine | None) -> None:

@@ -129,7 +129,7 @@ def test_the_old_state_may_hold_an_array_twice_or_share_it_with_the_batch() -> N
 
     x, w = jnp.ones((8, 4)), jnp.ones((4, 8))
     plan = resolve_plan("dp", capture_program(step, args=((w, w), w, x)).graph, host(4, 1 << 30))
-    split = partita.parallelize(step, ((w, w), w, x), plan=plan, say=str)
+    split = partita.parallelize(step, ((w, w), w, x), plan=plan, say=print)
     assert losses(split) == pytest.approx(losses(jax.jit(step)))
 
 

@@ -39,6 +39,14 @@ def test_an_option_that_there_is_not_is_not_taken_for_the_script(command: str, s
     ), said
 
 
+def test_a_number_of_devices_below_one_is_one_sentence(script: str) -> None:
+    done = partita("plan", "--devices", "0", script)
+    assert (done.exit_code, done.output) == (
+        2,
+        "error: --devices is 0: give a number of at least 1.\n",
+    )
+
+
 def test_an_option_of_the_script_that_is_nearly_one_of_the_commands_is_pointed_at(
     tmp_path: Path,
 ) -> None:

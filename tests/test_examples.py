@@ -75,8 +75,11 @@ def test_every_example_is_short_and_has_stored_output() -> None:
 
 
 if __name__ == "__main__":
+    import argparse
     import tempfile
 
+    description = "Store what the examples print in examples/output."
+    argparse.ArgumentParser(description=description).parse_args()
     for output in OUTPUTS:
         first = output.read_text().split("\n", 1)[0]
         with tempfile.TemporaryDirectory() as empty:

@@ -11,7 +11,7 @@ from partita import planning
 from partita.capture.functions import call_of, capture_call
 from partita.capture.jax_functions import Captured
 from partita.machine import host
-from partita.planning import search_fitting_plan, search_plan
+from partita.planning import resolve_machine, search_fitting_plan, search_plan
 
 SMALL = host(2, 2_000_000)
 LARGE = host(2, 2_000_000_000)
@@ -59,3 +59,8 @@ def test_a_plan_that_can_run_comes_before_a_faster_one(monkeypatch: pytest.Monke
     assert result.plan.microbatches == 1
     assert "a faster plan (8 of 8 operators by S, " in result.plan.notes[-1]
     assert "cannot run: The loss of step is not a mean" in result.plan.notes[-1]
+
+
+def test_a_part_of_a_machine_is_named_as_the_machine_of_that_size() -> None:
+    assert resolve_machine("h100:4", 2).name == "h100:2"
+    assert resolve_machine("dgx-h100:2", 8).name == "dgx-h100:2"

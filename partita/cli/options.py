@@ -19,7 +19,8 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from partita.cli.terminal import say
+from partita.cli.terminal import errors, say
+from partita.errors import PartitaError
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Typer's settings of a command that passes unknown options on to a script."""
@@ -158,6 +159,15 @@ def note_slips(context: typer.Context) -> None:
 
 # ---------------------------------------------------------------------------------------- options
 
+
+def _check_number(parameter: typer.CallbackParam, number: int | None) -> int | None:
+    """The number; a message and exit code 2 for one below 1."""
+    with errors():
+        if number is not None and number < 1:
+            raise PartitaError(f"{parameter.opts[0]} is {number}: give a number of at least 1.")
+    return number
+
+
 Script = Annotated[
     Path,
     typer.Argument(
@@ -168,10 +178,15 @@ Script = Annotated[
 ]
 Devices = Annotated[
     int | None,
-    typer.Option(help="Number of devices.", min=1, show_default="all local devices"),
+    typer.Option(
+        help="Number of devices.", callback=_check_number, show_default="all local devices"
+    ),
 ]
 Processes = Annotated[
-    int, typer.Option(help="Processes on this host, each with a share of its cores.", min=1)
+    int,
+    typer.Option(
+        help="Processes on this host, each with a share of its cores.", callback=_check_number
+    ),
 ]
 Restarts = Annotated[int, typer.Option(help="Times to start again after a lost process.", min=0)]
 Manage = Annotated[
@@ -252,4 +267,6 @@ class Pricing:
             show_default="device hours are counted",
         ),
     ] = ""
-    samples: Annotated[int, typer.Option(help="Samples of an epoch.", min=1)] = 1_000_000
+    samples: Annotated[int, typer.Option(help="Samples of an epoch.", callback=_check_number)] = (
+        1_000_000
+    )

@@ -20,6 +20,8 @@ from partita.files.schema import FieldError, Schema
 
 DIGITS = 4300
 """Digits of the longest whole number that Python converts."""
+LONGEST_REASON = 200
+"""Characters of another library's error that a message repeats."""
 
 
 @dataclass(frozen=True)
@@ -135,3 +137,13 @@ def fail_field(path: str | Path, kind: FileKind, error: FieldError) -> NoReturn:
 def fail(path: str | Path, kind: FileKind, problem: str, fix: str = "") -> NoReturn:
     """Raises the error of a kind of file for a file that is wrong as a whole."""
     raise kind.error(f"{path} is {problem}: {fix or kind.fix}.") from None
+
+
+def short_reason(text: str) -> str:
+    """The first line of another library's error, without its full stop, for a message of ours.
+
+    >>> short_reason("Bad CRC-32 for file 'x.npy'.\\nSee the log.")
+    "Bad CRC-32 for file 'x.npy'"
+    """
+    line = text.strip().partition("\n")[0].rstrip(".")
+    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]} ..."

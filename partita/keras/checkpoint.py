@@ -38,12 +38,11 @@ from partita.files.checksums import (
     sealed,
     with_checksum,
 )
+from partita.files.reading import short_reason
 from partita.files.schema import FieldError, items, mapping, row, table, text, whole_number
 
 SETTLING = 0.3
 """Time in which threads of a failed read report their errors, seconds."""
-LONGEST_REASON = 200
-"""Characters of another library's error that a message repeats."""
 
 Description = dict[str, tuple[tuple[int, ...], str]]
 """Shape and dtype of each variable, by its name."""
@@ -403,8 +402,4 @@ def _reason(error: Exception) -> str:
     is_key = isinstance(error, KeyError) and error.args
     text = str(error.args[0] if is_key else error).strip()
     # TensorStore adds its whole configuration.
-    text = text.partition(" [")[0]
-    if not text:
-        return type(error).__name__
-    line = text.splitlines()[0].rstrip(".")
-    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]} ..."
+    return short_reason(text.partition(" [")[0]) or type(error).__name__

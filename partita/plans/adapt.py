@@ -6,14 +6,14 @@ were parts of products get choices for them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from partita.errors import PlanError
 from partita.graph.normalizations import NORMALIZATION
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
-from partita.plans.check import illegal_reason
+from partita.plans.check import first_names, illegal_reason
 from partita.plans.plan import Axis, Mesh, Plan, Storage, placed_slice
 
 
@@ -49,10 +49,10 @@ def fit_plan(plan: Plan, graph: OperatorGraph) -> Plan:
     if reduced:
         notes.append(
             f"at batch size {graph.batch_size} split fewer ways, because sizes do not divide: "
-            f"{_first_names(reduced)}"
+            f"{first_names(reduced)}"
         )
     if dropped:
-        notes.append(f"storage not split: {_first_names(dropped)}")
+        notes.append(f"storage not split: {first_names(dropped)}")
     microbatches = plan.microbatches
     while graph.batch_size % microbatches:
         microbatches -= 1
@@ -150,12 +150,6 @@ def _divides(
     for name in storage.axes:
         ways *= plan.mesh.axes[plan.mesh.index[name]].size
     return storage.dim < len(shape) and shape[storage.dim] % ways == 0
-
-
-def _first_names(names: Sequence[str]) -> str:
-    """The first five names, and the number of the others."""
-    text = ", ".join(names[:5])
-    return text if len(names) <= 5 else f"{text} and {len(names) - 5} more"
 
 
 def fit_mesh(plan: Plan, machine: Machine) -> Plan:

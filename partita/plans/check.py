@@ -40,9 +40,9 @@ def _check_names(plan: Plan, graph: OperatorGraph) -> None:
     unknown = [name for name in plan.choices if name not in names]
     reasons = []
     if unknown:
-        reasons.append(f"the model has no {_first_names(unknown)}")
+        reasons.append(f"the model has no {first_names(unknown)}")
     if missing:
-        reasons.append(f"the plan has no choice for {_first_names(missing)}")
+        reasons.append(f"the plan has no choice for {first_names(missing)}")
     if reasons:
         raise PlanError(
             f"The plan was made for {_other(plan, graph)}: {'; '.join(reasons)}. Plan again."
@@ -243,8 +243,8 @@ def _is_grouped(graph: OperatorGraph, operator: int) -> bool:
     return any(rule.sizes[factor] > 1 for factor in shared)
 
 
-def _first_names(names: Iterable[str]) -> str:
-    """The first five names, and the number of the others."""
+def first_names(names: Iterable[str]) -> str:
+    """The first five names, in quotes, and the number of the others."""
     quoted = [shown(name, SHOWN_NAME) for name in names]
     text = ", ".join(quoted[:5])
     return text if len(quoted) <= 5 else f"{text} and {len(quoted) - 5} more"

@@ -158,7 +158,7 @@ def test_a_plan_fitted_to_a_smaller_batch_keeps_even_splits():
     assert fitted.choices[name] == {"a": "S"}
     assert fitted.batch_size == 6
     assert fitted.notes == (
-        f"at batch size 6 split fewer ways, because sizes do not divide: {name}",
+        f"at batch size 6 split fewer ways, because sizes do not divide: {name!r}",
     )
     assert fit_plan(plan, captured(16).graph).choices == plan.choices
     odd = captured(5).graph
@@ -175,5 +175,5 @@ def test_an_unknown_operator_is_not_split_and_a_variable_that_does_not_divide_is
     fitted = check(fit_plan(unknown, graph), graph)
     assert [dict(c) for c in fitted.choices.values()] == [{}]
     assert fitted.storage == {}
-    assert fitted.notes[-1] == "storage not split: w, gone"
+    assert fitted.notes[-1] == "storage not split: 'w', 'gone'"
     assert Traffic("all_reduce", 1, 1).layers == ()

@@ -24,6 +24,7 @@ import numpy.lib.format as npy
 import scipy.sparse
 
 from partita.errors import GraphError
+from partita.files.reading import short_reason
 from partita.gnn.data.arrays import ARRAYS, MASKS
 from partita.gnn.data.drafts import open_drafts
 from partita.gnn.data.graph import Graph, check
@@ -36,8 +37,6 @@ MOST_FEATURES = 2**34
 """Elements of the largest feature table that is made dense."""
 DIMS = {"features": (2,), "labels": (1, 2), "edge_features": (2,)}
 """Numbers of dims of arrays that are not plain lists."""
-LONGEST_REASON = 200
-"""Characters of another library's error that a message repeats."""
 END_OF_ARCHIVE = b"PK\x05\x06"
 """Signature of the record at the end of a zip archive; 6 bytes later is the number of entries."""
 MOST_END_BYTES = 22 + 2**16
@@ -144,8 +143,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         OverflowError,
         MemoryError,
     ) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        reason = line[:LONGEST_REASON].rstrip(".")
+        reason = short_reason(str(error)) or type(error).__name__
     raise GraphError(
         f"{str(path)!r} is truncated or no .npz file: {reason}. Save plain arrays with numpy.savez."
     )
