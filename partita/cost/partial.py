@@ -19,7 +19,7 @@ from functools import lru_cache
 
 from partita.cost.reshard import Axes
 from partita.graph.flat import LIBRARY_CALLS, Reader, readers_of
-from partita.graph.gradient_sums import GradientSum, gradient_sums
+from partita.graph.gradient_sums import GradientSum, gradient_sums, is_partial_sum
 from partita.graph.operator_graph import (
     IdentityKey,
     Instruction,
@@ -157,6 +157,29 @@ def _pending_sums(
                 totals.pop(tensor, None)
             totals[result] = i
     return PendingSums(pending, totals)
+
+
+def unsummed(
+    graph: OperatorGraph,
+    layout: Layout,
+    tensors: Iterable[int],
+) -> dict[int, Axes]:
+    """Tensor -> the mesh axes over which it can stay a partial sum, of tensors that are only added
+    up further: the gradients of several microbatches.
+    """
+    producer = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
+    axes_of: dict[int, Axes] = {}
+    for tensor in tensors:
+        i = producer[tensor]
+        instruction = graph.instructions[i]
+        is_alone = len(instruction.results) == 1 and instruction.trips == 1
+        if not is_alone or not is_partial_sum(instruction, graph.instructions, producer):
+            continue
+        reduced = reduced_factors(instruction, operand_labels(graph, i))
+        axes = split_axes(layout, graph.home[tensor], reduced)
+        if axes:
+            axes_of[tensor] = axes
+    return axes_of
 
 
 def _operands_stay(

@@ -7,7 +7,7 @@ propagation decides nothing, and XLA's partitioner emits the planned collectives
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jax.extend.mlir import ir
@@ -16,7 +16,7 @@ from partita.capture import stablehlo
 from partita.capture.barriers import BARRIER, join_barriers
 from partita.capture.conditionals import join_conditionals
 from partita.cost.partial import PendingSums, pending_sums
-from partita.cost.reshard import reshard_steps
+from partita.cost.reshard import Axes, reshard_steps
 from partita.execute.local_calls import write_local_calls
 from partita.graph.flat import HEAVY
 from partita.graph.operator_graph import Instruction, OperatorGraph
@@ -25,7 +25,6 @@ from partita.plans.plan import Mesh
 
 MESH = "partita_mesh"
 LOOPS = {"while", "case", "if"}
-NO_SUMS = PendingSums({}, {})
 
 Source = tuple[int, int]
 """(tensor, gradient that its reshard waits for or -1)."""
@@ -56,8 +55,8 @@ def join_split(block: Any) -> None:
 class Annotator:
     """Writes a layout into modules of a captured program.
 
-    In a piece of a step (not `is_whole`), every gradient is summed over devices where it is
-    computed, and no reshard waits for a gradient.
+    In a piece of a step, a gradient is summed over devices where it is computed, besides those in
+    `partial`, and no reshard waits for a gradient.
     """
 
     def __init__(
@@ -65,8 +64,11 @@ class Annotator:
         graph: OperatorGraph,
         mesh: Mesh,
         layout: Layout,
-        is_whole: bool = True,
+        partial: Mapping[int, Axes] | None = None,
     ) -> None:
+        """`partial`: for a piece of a step, the tensors that stay sums of a device, and the axes
+        over which they are to be summed.
+        """
         self.graph = graph
         self.mesh = mesh
         self.layout = layout
@@ -76,8 +78,9 @@ class Annotator:
         self.texts: dict[Sharding, str] = {}
         self.pinned: set[int] = set()
         self.arguments = {a.tensor: a.path for a in graph.arguments}
-        self.is_whole = is_whole
-        self.pending = pending_sums(graph, layout) if is_whole else NO_SUMS
+        self.is_whole = partial is None
+        pending = pending_sums(graph, layout) if partial is None else PendingSums(partial, {})
+        self.pending = pending
 
     def write(self, module: ir.Module) -> None:
         """Writes the whole layout into a module."""

@@ -189,7 +189,7 @@ class _Program:
         self.sums = sums
         flow = sums.flow
         text = plain.captured.text
-        annotator = Annotator(flow.graph, plain.plan.mesh, plain.layout, is_whole=False)
+        annotator = Annotator(flow.graph, plain.plan.mesh, plain.layout, partial={})
         self.rest = piece_text(text, flow, sums.rest, "rest", annotator)
         self.givens = piece_text(text, flow, sums.givens, "givens", None)
         self.samples = piece_text(sums.part_text, sums.part_flow, sums.samples, "samples", None)

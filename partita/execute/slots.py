@@ -9,13 +9,15 @@ Values only; no JAX.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from partita.execute.dispatch import (
     Action,
     Combination,
     Dispatch,
+    PieceRole,
     RunAction,
     TransferAction,
     Value,
@@ -35,6 +37,8 @@ class SlotRun:
     """Read, added to, and given."""
     is_first: bool
     """Whether it is the first run of its piece in the step: its sums are empty."""
+    partial: Slots
+    """Sums over microbatches to sum over devices before the run."""
     gives: Slots
     frees: Slots
 
@@ -67,13 +71,22 @@ class SlotSchedule:
     actions: tuple[SlotRun | SlotTransfers, ...]
     outputs: tuple[SlotOutput, ...]
 
+    @cached_property
+    def values(self) -> tuple[Value, ...]:
+        """[slot]: its value."""
+        return tuple(self.slot_of)
+
     def slots(self, values: Sequence[Value]) -> Slots:
         """The slots of values."""
         return tuple(self.slot_of[value] for value in values)
 
 
-def slot_schedule(dispatch: Dispatch) -> SlotSchedule:
-    """The actions of a step over slots."""
+def slot_schedule(dispatch: Dispatch, partial: Collection[int]) -> SlotSchedule:
+    """The actions of a step over slots.
+
+    `partial`: tensors whose sums over microbatches are those of a device. The first run that reads
+    one sums it over devices.
+    """
     numbers: dict[Value, int] = {}
     for value in _values(dispatch):
         numbers.setdefault(value, len(numbers))
@@ -81,6 +94,7 @@ def slot_schedule(dispatch: Dispatch) -> SlotSchedule:
     actions: list[SlotRun | SlotTransfers] = []
     started: set[int] = set()
     """Pieces that have run."""
+    waiting = set(partial)
     for is_run, group in itertools.groupby(dispatch.actions, lambda a: isinstance(a, RunAction)):
         if not is_run:
             actions.append(
@@ -89,7 +103,10 @@ def slot_schedule(dispatch: Dispatch) -> SlotSchedule:
             continue
         for run in group:
             assert isinstance(run, RunAction)
-            actions.append(_run(schedule, dispatch, run, run.piece not in started))
+            role = dispatch.roles[run.piece]
+            sums = [run.reads[n] for n in role.averaged if run.reads[n].tensor in waiting]
+            waiting.difference_update(value.tensor for value in sums)
+            actions.append(_run(schedule, role, run, sums, run.piece not in started))
             started.add(run.piece)
     outputs = [SlotOutput(schedule.slots(o.values), o.combination) for o in dispatch.outputs]
     return SlotSchedule(len(numbers), numbers, tuple(actions), tuple(outputs))
@@ -113,11 +130,12 @@ def _of_action(action: Action) -> tuple[Value, ...]:
 
 def _run(
     schedule: SlotSchedule,
-    dispatch: Dispatch,
+    role: PieceRole,
     run: RunAction,
+    partial: Sequence[Value],
     is_first: bool,
 ) -> SlotRun:
-    donated = dispatch.roles[run.piece].donated
+    donated = role.donated
     reads = schedule.slots(run.reads)
     return SlotRun(
         piece=run.piece,
@@ -125,6 +143,7 @@ def _run(
         others=tuple(slot for n, slot in enumerate(reads) if n not in donated),
         sums=schedule.slots(run.sums),
         is_first=is_first,
+        partial=schedule.slots(partial),
         gives=schedule.slots(run.gives),
         frees=schedule.slots(run.frees),
     )

@@ -19,11 +19,18 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from partita.capture.jax_functions import Captured, Text
+from partita.cost.partial import unsummed
+from partita.cost.reshard import Axes
 from partita.execute import members
 from partita.execute.annotate import Annotator
 from partita.execute.dispatch import Dispatch, TransferAction, Value, dispatch
 from partita.execute.microbatches import microbatch_of
-from partita.execute.piece_function import piece_function
+from partita.execute.piece_function import (
+    Names,
+    lower_device_sums,
+    lower_piece,
+    partial_sharding,
+)
 from partita.execute.piece_text import aval, piece_text
 from partita.execute.processes import alone, digest, put, same
 from partita.execute.sharding import device_mesh, named_sharding
@@ -74,17 +81,43 @@ class StepInPieces:
         """The number of a piece's runs in a step."""
         return self.plan.microbatches if self.cut.pieces[piece].is_repeated else 1
 
-    def others(self, piece: int) -> tuple[int, ...]:
-        """Positions of a piece's arguments that are not donated."""
-        return self._others[piece]
+    @cached_property
+    def partial_sums(self) -> dict[int, Axes]:
+        """Gradient that is added up over microbatches on each device by itself -> the axes of its
+        place over which the update sums it.
+        """
+        partial: dict[int, Axes] = {}
+        readers = self.cut.readers()
+        lasting = {*self.cut.flow.graph.outputs, *self.cut.carried}
+        for piece, role in zip(self.cut.pieces, self.dispatch.roles, strict=True):
+            if not role.sums or not lasting.isdisjoint(piece.gives):
+                continue
+            gradients = []
+            for n in set(role.sums) - set(role.raw):
+                tensor = piece.gives[n]
+                places = {self.cut.pieces[r].place for r in readers[tensor]}
+                if places == {piece.place}:
+                    gradients.append(tensor)
+            layout = self.layouts[piece.place].layout
+            partial.update(unsummed(self.cut.flow.graph, layout, gradients))
+        return partial
 
     @cached_property
-    def _others(self) -> list[tuple[int, ...]]:
-        result = []
-        for piece, role in zip(self.cut.pieces, self.dispatch.roles, strict=True):
-            donated = set(role.donated)
-            result.append(tuple(n for n in range(len(piece.reads)) if n not in donated))
-        return result
+    def schedule(self) -> SlotSchedule:
+        """The actions of a step over slots."""
+        return slot_schedule(self.dispatch, self.partial_sums)
+
+    def device_sums_of(self, piece: int) -> list[int]:
+        """The partial sums that a piece is the first to read."""
+        for action in self.schedule.actions:
+            if isinstance(action, SlotRun) and action.piece == piece:
+                return [self.schedule.values[slot].tensor for slot in action.partial]
+        return []
+
+    def partial_axes(self, tensor: int, place: int) -> Names:
+        """The names of the axes over which a sum stays partial."""
+        axes = self.layouts[place].mesh.axes
+        return tuple(axes[axis].name for axis in self.partial_sums.get(tensor, ()))
 
     def text(self, number: int) -> Text:
         """The program of a piece, with the layout inside its place written into it."""
@@ -93,7 +126,8 @@ class StepInPieces:
         annotator = None
         graph = self.cut.flow.graph
         if place.mesh.axes:
-            annotator = Annotator(graph, place.mesh, place.layout, is_whole=False)
+            own = {t: self.partial_sums[t] for t in piece.gives if t in self.partial_sums}
+            annotator = Annotator(graph, place.mesh, place.layout, own)
         name = f"{piece.phase}_{number}_of_place_{piece.place}"
         return piece_text(self.microbatch.text, self.cut.flow, piece, name, annotator)
 
@@ -166,6 +200,10 @@ class StagedProgram:
 
     def _run(self, run: SlotRun, arrays: list[Any]) -> None:
         donated = [arrays[slot] for slot in run.donated]
+        if run.partial:
+            sums = self.step.device_sums(run.piece)([arrays[slot] for slot in run.partial])
+            for slot, array in zip(run.partial, sums, strict=True):
+                arrays[slot] = array
         others = [arrays[slot] for slot in run.others]
         if run.is_first and run.sums:
             sums = self.step.zeros(run.piece)
@@ -232,11 +270,6 @@ class StagedStep(StepInPieces):
         return placed
 
     @cached_property
-    def schedule(self) -> SlotSchedule:
-        """The actions of a step over slots."""
-        return slot_schedule(self.dispatch)
-
-    @cached_property
     def state_slots(self) -> tuple[tuple[int, int], ...]:
         """(leaf of the state, its slot) pairs of the variables of this process."""
         pairs = []
@@ -261,10 +294,31 @@ class StagedStep(StepInPieces):
         place = self.places[self.cut.pieces[piece].place]
         tensors = [gives[n] for n in self.dispatch.roles[piece].sums]
         shapes = [aval(self.cut.flow.graph.tensors[t]) for t in tensors]
+        shardings = [place.sharding(t) for t in tensors]
+        if any(t in self.partial_sums for t in tensors):
+            names = [self.partial_axes(t, self.cut.pieces[piece].place) for t in tensors]
+            shardings = [
+                partial_sharding(sharding, len(shape.shape), axes)
+                for sharding, shape, axes in zip(shardings, shapes, names, strict=True)
+            ]
         return jax.jit(
             lambda: [jnp.zeros(shape.shape, shape.dtype) for shape in shapes],
-            out_shardings=[place.sharding(t) for t in tensors],
+            out_shardings=shardings,
         )
+
+    def device_sums(self, piece: int) -> Any:
+        """The sums over devices that a piece waits for, compiled."""
+        if piece not in self._device_sums:
+            place = self.cut.pieces[piece].place
+            tensors = self.device_sums_of(piece)
+            arrays = [self._shape(t, place) for t in tensors]
+            names = [self.partial_axes(t, place) for t in tensors]
+            self._device_sums[piece] = lower_device_sums(arrays, names).compile()
+        return self._device_sums[piece]
+
+    @cached_property
+    def _device_sums(self) -> dict[int, Any]:
+        return {}
 
     def results(self, arrays: Sequence[Any]) -> tuple[Any, Any]:
         """(outputs, new state) from the arrays of all slots after the last action."""
@@ -349,18 +403,16 @@ class StagedStep(StepInPieces):
     def _compiled(self, number: int) -> Any:
         piece = self.cut.pieces[number]
         role = self.dispatch.roles[number]
-        place = self.places[piece.place]
         text = self.text(number)
-        scale = 1 / self.plan.microbatches
-        function = piece_function(text.call, len(piece.reads), role, scale)
-        function.__name__ = text.fun_name
-        given = [place.sharding(piece.gives[n]) for n in role.raw]
-        totals = [place.sharding(piece.gives[n]) for n in role.sums]
-        step = jax.jit(function, out_shardings=(given, totals), donate_argnums=(0, 2))
-        return step.lower(
-            [self._shape(piece.reads[n], piece.place) for n in role.donated],
-            [self._shape(piece.reads[n], piece.place) for n in self.others(number)],
-            [self._shape(piece.gives[n], piece.place) for n in role.sums],
+        names = {n: self.partial_axes(t, piece.place) for n, t in enumerate(piece.gives)}
+        return lower_piece(
+            text.call,
+            text.fun_name,
+            role,
+            1 / self.plan.microbatches,
+            [self._shape(t, piece.place) for t in piece.reads],
+            [self._shape(t, piece.place) for t in piece.gives],
+            {n: axes for n, axes in names.items() if axes},
         ).compile()
 
     def _shape(self, tensor: int, place: int) -> jax.ShapeDtypeStruct:

@@ -7,6 +7,7 @@ step (`execute.piece_memory`).
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from partita.execute.verification import Traffic, Verification, compared_traffic
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Backend, Machine
 from partita.plans.adapt import fit_mesh
+from partita.plans.layout import shard_bytes
 from partita.plans.piece_graph import piece_graph
 from partita.plans.pipeline import is_pipeline
 from partita.simulation.pipelined import PipelinedStep
@@ -113,13 +115,35 @@ def transfer_bytes(step: StepInPieces) -> int:
 def planned_collectives(
     step: StepInPieces, numbers: Sequence[int], backend: Backend
 ) -> list[Collective]:
-    """The expected collectives of pieces, those of all their runs in a step."""
+    """The expected collectives of pieces, those of all their runs in a step.
+
+    Gradients that stay partial over microbatches are summed once.
+    """
     result = []
     for number in numbers:
         graph, place = planned_piece(step, number)
+        once = _partial_gradients(step, number, graph, place)
         for collective in collectives(graph, place.mesh, place.layout, backend):
-            result.append(replace(collective, trips=collective.trips * step.runs(number)))
+            key = (collective.cause, collective.path, collective.nbytes)
+            runs = step.runs(number)
+            if once[key]:
+                once[key] -= 1
+                runs = 1
+            result.append(replace(collective, trips=collective.trips * runs))
     return result
+
+
+def _partial_gradients(
+    step: StepInPieces, number: int, graph: OperatorGraph, place: PlaceLayout
+) -> Counter[tuple[str, str, int]]:
+    """(cause, layer, bytes) of the sums of gradients that stay partial in a piece."""
+    nbytes = shard_bytes(graph, place.mesh, place.layout)
+    gradients: Counter[tuple[str, str, int]] = Counter()
+    for tensor in step.cut.pieces[number].gives:
+        if tensor in step.partial_sums:
+            path = step.cut.flow.instruction(step.cut.flow.producer[tensor]).path
+            gradients["reduction", path, nbytes[tensor]] += 1
+    return gradients
 
 
 def planned_piece(step: StepInPieces, number: int) -> tuple[OperatorGraph, PlaceLayout]:
@@ -137,4 +161,6 @@ def _traffic(step: StagedStep, program: StagedProgram, backend: Backend) -> tupl
     for number in numbers:
         for collective in emitted(program.programs[number].as_text()):
             compiled.append(replace(collective, trips=collective.trips * step.runs(number)))
+        if step.device_sums_of(number):
+            compiled += emitted(step.device_sums(number).as_text())
     return compared_traffic(planned_collectives(step, numbers, backend), compiled)

@@ -15,7 +15,7 @@ Here: all candidates. Those that stay partial under a plan: `cost.partial`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from partita.graph.operator_graph import Instruction, Loop, carried_tensors
@@ -92,7 +92,7 @@ def _partial_sums(
         if len(instruction.results) != 1:
             continue
         result = instruction.results[0]
-        if _is_leaf(instruction, instructions, producer):
+        if is_partial_sum(instruction, instructions, producer):
             sums[result] = GradientSum((), (index,))
         elif instruction.name == "add":
             one, other = instruction.operands
@@ -110,12 +110,12 @@ def _added(
     return GradientSum((*additions, addition), (*one.leaves, *other.leaves))
 
 
-def _is_leaf(
+def is_partial_sum(
     instruction: Instruction,
     instructions: Sequence[Instruction],
-    producer: dict[int, int],
+    producer: Mapping[int, int],
 ) -> bool:
-    """Whether an instruction sums nothing but its own reads.
+    """Whether an instruction sums nothing but its own reads, so that its result can stay partial.
 
     A scatter adds to its first operand, which must be a constant.
     """

@@ -209,8 +209,15 @@ def test_stages_of_two_devices_equal_one_device(inner: str):
         }
         return replace(staged, mesh=mesh, choices=choices, storage=inside.storage)
 
-    _, largest = compare(mlp(), plan)
+    step, largest = compare(mlp(), plan)
     assert largest < 1e-5
+    traffic = {t.kind: t for t in check_staged(step, step.program).traffic}
+    assert all(t.planned == t.emitted for t in traffic.values())
+    gradients = 4 * (3 * (16 * 16 + 16) + 16 * 8 + 8)
+    loss_and_accuracy = 2 * (4 + 4)  # for each of two microbatches
+    if inner != "tensor parallel":
+        assert len(step.partial_sums) == 8
+        assert traffic["all_reduce"].emitted == gradients + loss_and_accuracy
 
 
 def test_a_stage_stores_its_own_variables_and_the_compiler_counts_them():

@@ -31,7 +31,7 @@ from partita.execute.compilers.request import (
     CompileRequest,
     SpecText,
 )
-from partita.execute.piece_function import piece_function
+from partita.execute.piece_function import lower_device_sums, lower_piece
 
 MEMORY = {
     "arguments": "argument_size_in_bytes",
@@ -80,28 +80,28 @@ def _lowered_step(request: CompileRequest, mesh: Mesh) -> Any:
 
 
 def _lowered_piece(request: CompileRequest, mesh: Mesh) -> Any:
-    """A piece of a step on a mesh, lowered, with the sums over microbatches around it."""
+    """A piece of a step on a mesh, or the sums over devices that it waits for, lowered."""
     piece = request.piece
     assert piece is not None, "a request of a piece"
-    call = program_of(request).call
-    role = piece.role
-    others = [n for n in range(len(request.inputs)) if n not in role.donated]
     inputs = [
         _shape(array, _named_sharding(spec, mesh))
         for array, spec in zip(request.inputs, request.shardings, strict=True)
     ]
+    if piece.role is None:
+        return lower_device_sums(inputs, piece.partial)
     outputs = [
         _shape(array, _named_sharding(spec, mesh))
         for array, spec in zip(request.outputs, piece.shardings, strict=True)
     ]
-    function = piece_function(lambda arguments: call(*arguments), len(inputs), role, piece.scale)
-    given = [outputs[n].sharding for n in role.raw]
-    totals = [outputs[n].sharding for n in role.sums]
-    step = jax.jit(function, out_shardings=(given, totals), donate_argnums=(0, 2))
-    return step.lower(
-        [inputs[n] for n in role.donated],
-        [inputs[n] for n in others],
-        [outputs[n] for n in role.sums],
+    call = program_of(request).call
+    return lower_piece(
+        lambda arguments: list(call(*arguments)),
+        "piece",
+        piece.role,
+        piece.scale,
+        inputs,
+        outputs,
+        {n: names for n, names in enumerate(piece.partial) if names},
     )
 
 

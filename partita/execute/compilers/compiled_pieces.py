@@ -11,7 +11,7 @@ from functools import cached_property
 
 from partita.execute.compiled_work import CompiledWork, work_of
 from partita.execute.compilers.base import CompileTarget
-from partita.execute.compilers.request import piece_request_of
+from partita.execute.compilers.request import device_sums_request_of, piece_request_of
 from partita.execute.compilers.run import CompiledProgram, compile_programs
 from partita.execute.emitted import Emitted, collectives_of
 from partita.execute.hlo import HloModule
@@ -26,6 +26,8 @@ class CompiledPieces:
     step: StepInPieces
     programs: tuple[CompiledProgram, ...]
     """Per piece."""
+    device_sums: tuple[CompiledProgram, ...]
+    """The sums over devices of gradients, once per step."""
 
     def peaks(self) -> list[PlacePeak]:
         """Per place the peak memory of a device."""
@@ -56,6 +58,8 @@ class CompiledPieces:
             for collective in collectives_of(module):
                 trips = collective.trips * self.step.runs(number)
                 result.append(replace(collective, trips=trips))
+        for program in self.device_sums:
+            result += collectives_of(HloModule.of(program.text))
         return result
 
     @cached_property
@@ -69,5 +73,10 @@ def compile_pieces(step: StepInPieces, target: CompileTarget) -> CompiledPieces:
     Raises the errors of `compile_program`.
     """
     numbers = range(len(step.cut.pieces))
-    programs = compile_programs([piece_request_of(step, n, target) for n in numbers])
-    return CompiledPieces(step, tuple(programs))
+    requests = [piece_request_of(step, n, target) for n in numbers]
+    for number in numbers:
+        if step.device_sums_of(number):
+            requests.append(device_sums_request_of(step, number, target))
+    programs = compile_programs(requests)
+    count = len(numbers)
+    return CompiledPieces(step, tuple(programs[:count]), tuple(programs[count:]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from partita.capture.jax_functions import Captured
 from partita.execute.annotate import annotate
 from partita.execute.compilers.base import CompileTarget
 from partita.execute.dispatch import PieceRole
+from partita.execute.piece_text import aval
 from partita.execute.program import check_one_program, leaf_shardings
 from partita.execute.rematerialize import rematerialized_step
 from partita.execute.staged import StepInPieces
@@ -43,17 +45,25 @@ ArrayText = tuple[list[int], str]
 class PieceRequest:
     """The part of a request that pieces of a step have beside their program."""
 
-    role: PieceRole
+    role: PieceRole | None
+    """None for the sums over devices that a piece waits for, which have no program."""
     scale: float
     """Factor of sums over microbatches."""
     shardings: tuple[SpecText, ...]
     """Of the outputs."""
+    partial: tuple[tuple[str, ...], ...]
+    """Per output the axes over which it stays a sum of a device, or, for sums over devices, over
+    which the input is one.
+    """
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> PieceRequest:
         """The value that `dataclasses.asdict` gave, from JSON."""
-        role = {name: tuple(positions) for name, positions in value["role"].items()}
-        return PieceRequest(PieceRole(**role), value["scale"], tuple(value["shardings"]))
+        role = value["role"]
+        if role is not None:
+            role = PieceRole(**{name: tuple(positions) for name, positions in role.items()})
+        partial = tuple(tuple(names) for names in value["partial"])
+        return PieceRequest(role, value["scale"], tuple(value["shardings"]), partial)
 
 
 @dataclass(frozen=True)
@@ -122,8 +132,8 @@ def request_of(captured: Captured, plan: Plan, target: CompileTarget) -> Compile
     shardings = [_spec(sharding, plan.mesh) for sharding in leaf_shardings(captured, layout)]
     return CompileRequest(
         program=annotate(text.mlir_module_serialized, graph, plan.mesh, layout),
-        inputs=tuple(_array(aval) for aval in text.in_avals),
-        outputs=tuple(_array(aval) for aval in text.out_avals),
+        inputs=tuple(_array(x) for x in text.in_avals),
+        outputs=tuple(_array(x) for x in text.out_avals),
         kept=tuple(text.module_kept_var_idx),
         state_count=len(jax.tree.leaves(captured.state)),
         axes=_axes(plan.mesh),
@@ -137,26 +147,52 @@ def piece_request_of(step: StepInPieces, number: int, target: CompileTarget) -> 
     piece = step.cut.pieces[number]
     place = step.layouts[piece.place]
     text = step.text(number)
-
-    def spec(tensor: int) -> SpecText:
-        stored_as = step.cut.argument_of.get(tensor, tensor)
-        return _spec(place.layout.shardings[stored_as], place.mesh)
-
     return CompileRequest(
         program=text.mlir_module_serialized,
-        inputs=tuple(_array(aval) for aval in text.in_avals),
-        outputs=tuple(_array(aval) for aval in text.out_avals),
+        inputs=tuple(_array(x) for x in text.in_avals),
+        outputs=tuple(_array(x) for x in text.out_avals),
         kept=tuple(text.module_kept_var_idx),
         state_count=0,
         axes=_axes(place.mesh),
-        shardings=tuple(spec(t) for t in piece.reads),
+        shardings=_stored_as(step, piece.place, piece.reads),
         target=target,
         piece=PieceRequest(
             role=step.dispatch.roles[number],
             scale=1 / step.plan.microbatches,
-            shardings=tuple(spec(t) for t in piece.gives),
+            shardings=_stored_as(step, piece.place, piece.gives),
+            partial=tuple(step.partial_axes(t, piece.place) for t in piece.gives),
         ),
     )
+
+
+def device_sums_request_of(
+    step: StepInPieces, number: int, target: CompileTarget
+) -> CompileRequest:
+    """The request for the sums over devices that a piece of a step waits for."""
+    tensors = step.device_sums_of(number)
+    place = step.cut.pieces[number].place
+    arrays = tuple(_array(aval(step.cut.flow.graph.tensors[t])) for t in tensors)
+    shardings = _stored_as(step, place, tensors)
+    partial = tuple(step.partial_axes(t, place) for t in tensors)
+    return CompileRequest(
+        program=b"",
+        inputs=arrays,
+        outputs=arrays,
+        kept=(),
+        state_count=0,
+        axes=_axes(step.layouts[place].mesh),
+        shardings=shardings,
+        target=target,
+        piece=PieceRequest(None, 1.0, shardings, partial),
+    )
+
+
+def _stored_as(step: StepInPieces, place: int, tensors: Sequence[int]) -> tuple[SpecText, ...]:
+    """The shardings of tensors on a place; new state is stored as the old."""
+    layout = step.layouts[place].layout
+    argument_of = step.cut.argument_of
+    shardings = [layout.shardings[argument_of.get(t, t)] for t in tensors]
+    return tuple(_spec(sharding, step.layouts[place].mesh) for sharding in shardings)
 
 
 def _spec(sharding: Sharding, mesh: Mesh) -> SpecText:

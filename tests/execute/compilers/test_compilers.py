@@ -286,7 +286,7 @@ def test_a_plan_that_never_fits_is_refused(cache, monkeypatch):
 
 
 def test_the_pieces_of_a_plan_compile_in_one_process(cache, monkeypatch):
-    """Two microbatches: a forward and backward piece each run twice, the update runs once."""
+    """Two microbatches: forward and backward run twice, the gradient's sum and the update once."""
     machine = host(4, 4 << 30)
     step, plan = planned("data parallel", machine)
     processes = []
@@ -298,10 +298,10 @@ def test_the_pieces_of_a_plan_compile_in_one_process(cache, monkeypatch):
 
     monkeypatch.setattr(run, "_run_child", counted)
     compiled = partita.compile_for(dataclasses.replace(plan, microbatches=2), step, machine=machine)
-    assert processes == [3]
+    assert processes == [4]
     (traffic,) = compiled.traffic
-    gradient_and_loss = WIDTH * WIDTH * 4 + 4
-    assert traffic.planned == traffic.emitted == 2 * gradient_and_loss
+    gradient_and_losses = WIDTH * WIDTH * 4 + 2 * 4
+    assert traffic.planned == traffic.emitted == gradient_and_losses
     assert compiled.product_flops == 2 * 2 * (BATCH // 4) * WIDTH * WIDTH
     ((planned_bytes, compiled_bytes),) = compiled.groups
     assert compiled_bytes == compiled.memory.peak > 2 * WIDTH * WIDTH * 4
