@@ -43,7 +43,7 @@ from partita.graph.operator_graph import (
     per_graph,
 )
 from partita.machine import Backend
-from partita.plans.layout import Layout, Sharding, local_shape
+from partita.plans.layout import Layout, Read, Sharding, local_shape
 from partita.plans.plan import Mesh
 
 MARGIN = 1.05
@@ -690,7 +690,7 @@ class _Allocator:
         """
         count = len(self.graph.instructions)
         gathered: list[_Resharded] = []
-        for read in self.layout.reads:
+        for read in self._copies():
             if read.tensor in self.program.constants:
                 continue
             readers = [i for i, _ in read.readers if i >= 0]
@@ -711,6 +711,20 @@ class _Allocator:
         for group in _combined(gathered, self.compiler.combined_gather_bytes):
             for value in group:
                 self._add(value.tensor, value.nbytes, group[0].start, value.stop)
+
+    def _copies(self) -> list[Read]:
+        """The reads under another sharding, as one where a compiler makes one copy of several.
+
+        Query, key and value read one gathered copy of their input.
+        """
+        if not self.compiler.joins_collectives:
+            return list(self.layout.reads)
+        copies: dict[tuple[int, Sharding, int], Read] = {}
+        for read in self.layout.reads:
+            key = (read.tensor, read.target, read.after)
+            readers = copies[key].readers if key in copies else ()
+            copies[key] = replace(read, readers=(*readers, *read.readers))
+        return list(copies.values())
 
     def _is_variable(self, tensor: int) -> bool:
         """Whether a tensor is an argument or the conversion of one."""
