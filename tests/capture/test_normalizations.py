@@ -9,6 +9,7 @@ from keras import layers
 
 import partita
 from partita.cost.collectives import collectives
+from partita.cost.memory import memory
 from partita.cost.moves import Placement, move_seconds, planned_moves
 from partita.cost.terms import cost_terms
 from partita.graph.operator_graph import OperatorGraph
@@ -134,3 +135,22 @@ def test_a_plan_without_normalizations_is_completed(graph):
     old = {name: c for name, c in plan.choices.items() if name not in normalization_names(graph)}
     completed = with_normalizations(old, graph)
     assert completed == plan.choices
+
+
+def test_query_key_and_value_read_one_gathered_copy(graph):
+    plan = BASELINES[SEQUENCE](graph, MACHINE.name, mesh_of(MACHINE))
+    layout = layout_of(graph, plan)
+    query = next(o for o in graph.operators if o.name == "attention0/query")
+    first_reads = [r for r in layout.reads if r.tensor in graph.instructions[query.heavy].operands]
+    (gathered,) = {
+        read.tensor for read in first_reads if graph.tensors[read.tensor].size > WIDTH**2
+    }
+    others = [read for read in layout.reads if read.tensor != gathered]
+    once = [next(read for read in layout.reads if read.tensor == gathered)]
+    courses = []
+    for reads in (layout.reads, (*others, *once), others):
+        one = replace(layout, reads=tuple(reads))
+        courses.append(memory(graph, plan.mesh, one, MACHINE.backend).course)
+    product = query.heavy
+    assert courses[0][product] == courses[1][product]
+    assert courses[1][product] - courses[2][product] == pytest.approx(VALUES, rel=0.1)
