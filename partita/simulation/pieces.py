@@ -1,5 +1,6 @@
 """The kernels of a step as nodes: one per operator and phase, or several pieces if other operators'
-work comes between.
+work comes between. On a GPU or TPU the weight gradients of an operator are a piece of their own:
+its scheduler runs them after the input gradient, beside the collectives that wait for that one.
 
 An instruction of no operator is a join: it takes no time, and only waits for its operands.
 """
@@ -14,8 +15,9 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-from partita.graph.flat import HEAVY
+from partita.graph.flat import HEAVY, readers_of
 from partita.graph.operator_graph import OperatorGraph, Phase, constant_tensors
+from partita.plans.layout import is_accelerated
 
 
 class Node(NamedTuple):
@@ -32,6 +34,8 @@ class Node(NamedTuple):
 
 FIRST_PIECE, LAST_PIECE = -1 << 20, 1 << 20
 """Numbers of the pieces before and after those with an operator's heavy instructions."""
+GRADIENT_PIECE = 1 << 19
+"""Number of the piece with an operator's weight gradients, after its other heavy instructions."""
 
 HomePhase = tuple[int, Phase]
 """(operator of an instruction, its phase)."""
@@ -59,7 +63,10 @@ def kernel_nodes(graph: OperatorGraph, placed: bool) -> list[Node | None]:
 
 def _whole_nodes(graph: OperatorGraph, placed: bool) -> list[Node | None]:
     """[instruction]: the node of its operator and phase. Joins in a row are one."""
-    outer_pieces = _outer_pieces(graph) if placed else {}
+    if placed:
+        pieces = _outer_pieces(graph)
+    else:
+        pieces = dict.fromkeys(_weight_gradients(graph), GRADIENT_PIECE)
     constants = constant_tensors(graph)
     producer = producers(graph)
     loops = {loop.instruction for loop in graph.loops}
@@ -70,7 +77,7 @@ def _whole_nodes(graph: OperatorGraph, placed: bool) -> list[Node | None]:
             continue
         operator = graph.owner[i]
         if operator >= 0:
-            piece = outer_pieces.get(i, 0)
+            piece = pieces.get(i, 0)
             nodes.append(Node("compute", operator, instruction.phase, piece))
             continue
         earlier = [producer[t] for t in instruction.operands if producer.get(t, i) < i]
@@ -81,6 +88,37 @@ def _whole_nodes(graph: OperatorGraph, placed: bool) -> list[Node | None]:
         else:
             nodes.append(Node("join", i, instruction.phase, 0))
     return nodes
+
+
+def _weight_gradients(graph: OperatorGraph) -> set[int]:
+    """The instructions of the backward pass of which only updates need the results, of operators
+    with another product in that pass; none if the program is one for a CPU.
+    """
+    if not is_accelerated(graph):
+        return set()
+    readers = readers_of(graph)
+    gradients: set[int] = set()
+    products: dict[int, set[bool]] = defaultdict(set)
+    """Operator -> whether a product of its backward pass is a weight gradient, for each."""
+    for i in reversed(range(len(graph.instructions))):
+        instruction = graph.instructions[i]
+        operator = graph.owner[i]
+        if instruction.phase != "backward" or operator < 0:
+            continue
+        places = [j for t in instruction.results for j, _ in readers.get(t, ())]
+        is_gradient = instruction.trips == 1 and all(
+            j >= 0
+            and (
+                graph.instructions[j].phase == "update"
+                or (j in gradients and graph.owner[j] == operator)
+            )
+            for j in places
+        )
+        if is_gradient:
+            gradients.add(i)
+        if instruction.name in HEAVY:
+            products[operator].add(is_gradient)
+    return {i for i in gradients if len(products[graph.owner[i]]) == 2}
 
 
 def producers(graph: OperatorGraph) -> dict[int, int]:

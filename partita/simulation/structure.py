@@ -27,7 +27,14 @@ from partita.cost.terms import Move, OperatorTerms, Reduction, Terms
 from partita.graph.flat import HEAVY
 from partita.graph.operator_graph import IdentityKey, OperatorGraph, Phase, constant_tensors
 from partita.plans.layout import prefetching_product
-from partita.simulation.pieces import LAST_PIECE, Node, kernel_nodes, kernel_work, producers
+from partita.simulation.pieces import (
+    GRADIENT_PIECE,
+    LAST_PIECE,
+    Node,
+    kernel_nodes,
+    kernel_work,
+    producers,
+)
 
 SlotKind = Literal["compute", "exchange", "sum", "gather", "move", "join"]
 
@@ -103,6 +110,8 @@ class _StructureBuilder:
         """Node -> its position in the program: an instruction, or between two."""
         self.last_kernels: dict[tuple[int, str], Node] = {}
         """(operator, phase) -> the last piece of its kernels that is not an outer one."""
+        self.gradient_kernels: dict[int, Node] = {}
+        """Operator -> the piece with its weight gradients, if they are apart."""
         self.move_source: dict[Node, Node | None] = {}
         """Move -> the node whose result it moves; None for an argument of the step."""
         self.first_product: dict[Node | None, int] = {}
@@ -123,7 +132,9 @@ class _StructureBuilder:
                 "compute", node.number, instruction.phase, share=work[node].share
             )
             self.position[node] = work[node].position
-            if 0 <= node.piece < LAST_PIECE:
+            if GRADIENT_PIECE <= node.piece < LAST_PIECE:
+                self.gradient_kernels[node.number] = node
+            elif 0 <= node.piece < LAST_PIECE:
                 last = self.last_kernels.setdefault((node.number, node.phase), node)
                 if node.piece > last.piece:
                     self.last_kernels[node.number, node.phase] = node
@@ -138,9 +149,13 @@ class _StructureBuilder:
                         last, Node("exchange", o, phase, 0), Slot("exchange", o, phase), 0.2
                     )
             last = self.last_kernels.get((o, "backward"))
+            gradient = self.gradient_kernels.get(o)
+            if last is not None and gradient is not None:
+                position = self.position[last] + 0.8
+                self.position[gradient] = max(self.position[gradient], position)
             if last is not None and _sums_gradients(operator_terms):
                 self._add_after(
-                    last, Node("sum", o, "backward", 0), Slot("sum", o, "backward"), 0.4
+                    gradient or last, Node("sum", o, "backward", 0), Slot("sum", o, "backward"), 0.4
                 )
             if operator_terms.stored:
                 self._add_gathers(o, operator_terms)
@@ -220,6 +235,9 @@ class _StructureBuilder:
         """
         if node is None:
             return []
+        if node.kind == "compute" and node == self.gradient_kernels.get(node.number):
+            total = Node("sum", node.number, node.phase, 0)
+            return [total] if total in self.slots else [node]
         if node.kind != "compute" or node != self.last_kernels.get((node.number, node.phase)):
             return [node]
         outlets = [Node("exchange", node.number, node.phase, 0)]
