@@ -3,7 +3,7 @@ then (`partita.files.writing`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,18 @@ def save_text(text: str, path: Path, kind: str) -> None:
 
 
 def save_page(
-    path: Path, plan: Plan | None, timeline: Timeline | None, measured: Any = None
+    path: Path,
+    plan: Plan | None,
+    timeline: Timeline | None,
+    measured: Any = None,
+    decisions: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Writes the page of a plan with its simulated step to a file; without a plan, the page of
-    the step alone."""
+    """Writes the page of a plan with its simulated step, and the decisions of its training, to a
+    file; without a plan, the page of the step alone."""
     from partita.report.html import page, timeline_page
 
     if plan is not None:
-        text = page(plan, measured, timeline)
+        text = page(plan, measured, timeline, decisions)
     else:
         assert timeline is not None, "a page shows a plan or a timeline"
         text = timeline_page(timeline)

@@ -37,6 +37,7 @@ from partita.cli.terminal import (
 from partita.errors import PartitaError
 from partita.machine import Machine
 from partita.management.contract import Manager
+from partita.management.decisions import Decision
 from partita.management.managers import ManageOptions, ManagerFactory, new_manager
 from partita.planning import SearchOptions, given_plan, make_planner, simulate_plan
 from partita.plans.plan import Plan
@@ -136,7 +137,7 @@ def run(
                 trained=record.trained,
                 activity=activity.show,
                 as_module=is_module(context),
-                manage=manager_factory(group, None if quiet else say),
+                manage=manager_factory(group, None if quiet else say, record.decisions),
             )
         record.finish()
     leave(code)
@@ -159,8 +160,11 @@ def check_manage(group: Group) -> None:
         say(f"--manage with one process: no other one can go on after its end; {restarts}.")
 
 
-def manager_factory(group: Group, tell: Callable[[str], None] | None) -> ManagerFactory:
-    """Gives a manager for each training of a run, by its own options or those of the command."""
+def manager_factory(
+    group: Group, tell: Callable[[str], None] | None, taken: list[Decision] | None = None
+) -> ManagerFactory:
+    """Gives a manager for each training of a run, by its own options or those of the command; their
+    decisions are added to `taken`."""
     options = ManageOptions(
         acts=group.manage != WATCH,
         ready=group.manage == READY,
@@ -170,7 +174,7 @@ def manager_factory(group: Group, tell: Callable[[str], None] | None) -> Manager
     def make(given: ManageOptions | None = None) -> Manager | None:
         if group.manage is None and given is None:
             return None
-        return new_manager(given or options, tell)
+        return new_manager(given or options, tell, taken)
 
     return make
 
@@ -196,6 +200,8 @@ class Record:
     """Whether to say that there is one device, and how to get more."""
     steps: list[tuple[Plan, Timeline]] = field(default_factory=list)
     """Plans with their simulated steps, for the pages."""
+    decisions: list[Decision] = field(default_factory=list)
+    """Decisions of --manage, for the next page."""
     pages: list[Path] = field(default_factory=list)
     """Pages that were written."""
     legend_printed: bool = False
@@ -239,7 +245,9 @@ class Record:
         if self.pages:
             path = path.with_name(f"{path.stem}-{len(self.pages) + 1}{path.suffix}")
         timelines = [timeline for plan, timeline in self.steps if plan is job.plan]
-        save_page(path, job.plan, timelines[0] if timelines else None, job.measured)
+        decisions = [decision.to_json() for decision in self.decisions]
+        self.decisions.clear()
+        save_page(path, job.plan, timelines[0] if timelines else None, job.measured, decisions)
         self.pages.append(path)
 
     def finish(self) -> None:

@@ -438,8 +438,8 @@ class StepRunner:
         return np.array(leaf.addressable_data(0))
 
     def batch_copy(self, batch: Any) -> Any:
-        """A batch in host memory that nobody else can change."""
-        return jax.tree.map(np.array, batch)
+        """A batch in host memory that nobody else can change: arrays of JAX as they are."""
+        return jax.tree.map(lambda x: x if is_constant(x) else np.array(x), batch)
 
     def to_host(self, state: Any) -> list[np.ndarray]:
         """Copies of the leaves of a state in host memory; all processes call it together."""
@@ -479,6 +479,15 @@ def _copied(leaf: Any) -> Any:
     if is_of_group(leaf):
         return np.array(whole(leaf))
     return jnp.copy(leaf)
+
+
+def is_constant(array: Any) -> bool:
+    """Whether nobody can change an array, nor the one that it shows."""
+    if isinstance(array, jax.Array):
+        return not array.is_deleted()
+    while isinstance(array, np.ndarray) and not array.flags.writeable:
+        array = array.base
+    return isinstance(array, bytes | jax.Array)
 
 
 def _free(old: Any, new: Any) -> None:

@@ -16,7 +16,7 @@ class Decision:
     step: int
     """The step before which it takes effect."""
     action: str
-    """"shrink", "switch", "shares", "stay"."""
+    """"shrink", "grow", "switch", "shares", "prepare", "measured", "stay"."""
     sentence: str
     """The reason and the change, without the step."""
     figures: Mapping[str, Any] = field(default_factory=dict)
@@ -33,13 +33,16 @@ class Decision:
 
 @dataclass(frozen=True)
 class DecisionLog:
-    """Takes decisions: prints them, and appends them to a file of JSON lines."""
+    """Takes decisions: keeps them, prints them, and appends them to a file of JSON lines."""
 
     say: Callable[[str], None] | None = None
     file: Path | None = None
+    taken: list[Decision] = field(default_factory=list)
+    """All decisions so far."""
 
     def add(self, decision: Decision) -> None:
         """Called in the first process alone."""
+        self.taken.append(decision)
         if self.say is not None:
             self.say(str(decision))
         if self.file is not None:

@@ -10,7 +10,7 @@ from typing import Any
 from partita.errors import LostProcessError
 from partita.management.balance import Balance
 from partita.management.contract import Manager, Training
-from partita.management.decisions import DecisionLog
+from partita.management.decisions import Decision, DecisionLog
 from partita.management.survival import Survival
 
 
@@ -35,9 +35,13 @@ ManagerFactory = Callable[..., Manager | None]
 """Gives a new manager for a training, by options of its own if it is called with some; or None."""
 
 
-def new_manager(options: ManageOptions, say: Callable[[str], None] | None) -> Manager:
-    """A manager for one training."""
-    log = DecisionLog(say, options.log)
+def new_manager(
+    options: ManageOptions,
+    say: Callable[[str], None] | None,
+    taken: list[Decision] | None = None,
+) -> Manager:
+    """A manager for one training, whose decisions are added to `taken`."""
+    log = DecisionLog(say, options.log, [] if taken is None else taken)
     managers: list[Manager] = []
     if options.survive and options.acts:
         managers.append(Survival(log, options.ready))

@@ -33,8 +33,8 @@ from partita.units import format_bytes, format_seconds
 
 KEPT = 2
 """Snapshots that are kept: a process may be lost while the others take the last one."""
-PACE = 300.0
-"""Least time between two snapshots, in durations of one: they cost a third of a percent."""
+PACE = 1000.0
+"""Least time between two snapshots, in durations of one: they cost a tenth of a percent."""
 LONGEST = 60.0
 """Most seconds between two snapshots: after a loss, so much is computed again at most."""
 FIRST_INTERVAL = 10
@@ -177,6 +177,10 @@ class Survival:
         return copies
 
     # --------------------------------------------------------------------------------- snapshots
+
+    def snapshot_at(self, step: int) -> None:
+        """Takes a snapshot before a step, and takes in who is back; all processes call it alike."""
+        self._next_snapshot = step
 
     def _fits(self, training: Training, leaves: Sequence[Any]) -> bool:
         """Whether snapshots fit in memory, the same in all processes; says so if not."""

@@ -27,7 +27,7 @@ from partita.report.elements import (
 from partita.report.gaps import PROVED, USELESS_GAP, gaps_of
 from partita.report.layers import Layer, layers_of
 from partita.simulation.timeline import Timeline
-from partita.units import format_bytes, format_flops
+from partita.units import format_bytes, format_flops, format_joules
 
 SHOWN = 15
 """Number of layers that a list shows before the rest is folded."""
@@ -40,12 +40,14 @@ def page(
     plan: Plan,
     measured: Measured | None = None,
     timeline: Timeline | None = None,
+    decisions: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """A page that shows a plan.
 
     `measured` may hold "seconds" (median of a step), "peak_bytes" (by the compiler),
     "traffic_bytes" by collective, and "flops". `timeline` is a simulated step of the plan.
-    Sections without data are left out.
+    `decisions` are those of a managed training, as its log has them. Sections without data are left
+    out.
     """
     measured = measured or {}
     layers = layers_of(plan)
@@ -57,6 +59,7 @@ def page(
         _traffic(plan, measured, layers),
         _comparison(plan, measured),
         _check(plan, measured),
+        _decisions(decisions),
         _alternatives(plan, layers),
         _sources(plan),
     ]
@@ -197,6 +200,17 @@ def _gain(baseline: float | None, seconds: float) -> str:
 # The headline
 
 
+def _decisions(decisions: Sequence[Mapping[str, Any]]) -> Html:
+    """What a managed training changed, and why."""
+    if not decisions:
+        return Html("")
+    rows = [(str(each["step"]), str(each["action"]), str(each["sentence"])) for each in decisions]
+    return section_of(
+        "Decisions during the training",
+        table_of("Decisions", ("before step", "action", "reason and effect"), rows),
+    )
+
+
 def _header(plan: Plan, measured: Measured) -> Html:
     return header(
         plan.graph,
@@ -234,6 +248,8 @@ def _facts(plan: Plan) -> dict[str, str | None]:
         facts["sent by a device"] = format_bytes(sum(predicted["traffic_bytes"].values()))
     if "flops" in predicted:
         facts["work a device"] = format_flops(predicted["flops"])
+    if "joules" in predicted:
+        facts["energy a step"] = format_joules(predicted["joules"])
     facts["proof"] = _proof(plan)
     return facts
 

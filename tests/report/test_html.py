@@ -5,6 +5,7 @@ and in the dark.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
+from partita.management.decisions import Decision
 from partita.planning import best_plan
 from partita.plans.plan import Mesh, Plan
 from partita.report.html import page
 from partita.simulation.simulate import simulate
+from partita.units import format_joules
 
 DATA = Path(__file__).parents[1] / "data"
 MEASURED = {
@@ -112,3 +115,15 @@ def test_the_page_says_what_was_measured_and_what_was_given_up() -> None:
     ):
         assert said in text, said
     assert "Nothing was measured" in page(plan("cnn"))
+
+
+def test_the_page_lists_decisions_and_energy() -> None:
+    decision = Decision(51, "shares", "process 1 is 4.4 x slower; shares even -> 13:3 & more")
+    made = plan("cnn")
+    made = replace(made, predicted={**made.predicted, "joules": 12.5})
+    shown = page(made, MEASURED, decisions=[decision.to_json()])
+    assert (
+        "<td>shares</td><td>process 1 is 4.4 x slower; shares even -&gt; 13:3 &amp; more" in shown
+    )
+    assert "energy a step" in shown and format_joules(12.5) in shown
+    assert "Decisions" not in page(made, MEASURED)
