@@ -4,7 +4,7 @@ Run: python benchmarks/gnn_parity.py --peer FOLDER, where FOLDER has torch and t
 (`pip install --target FOLDER torch torch_geometric`). Random directed graphs have repeated edges,
 repeated self edges and isolated vertices. PyG computes in float64. The table gives the largest
 difference, relative to the largest number of the result, of Partita on 1, 2, 3 and 4 parts and
-within a memory plan, and of PyG itself in float32. Gradients of all weights of a layer count as one
+within memory plans on 1 and 2 parts, and of PyG itself in float32. Gradients of all weights of a layer count as one
 result: the gradient of a single number, such as GIN's e, may be a sum that cancels.
 """
 
@@ -33,7 +33,8 @@ PARTS = (1, 2, 3, 4)
 class Case:
     """A layer or model and PyG's counterpart.
 
-    edges       'none', 'weights' or 'features' of the edges; 'ones': PyG takes weights of 1
+    edges       'none', 'weights', 'features' or 'relations' of the edges; 'ones': PyG takes weights
+                of 1
     pair        whether PyG takes a pair of rows, and ours too
     """
 
@@ -69,6 +70,9 @@ def random_inputs(case: Case, units: int, seed: int) -> Inputs:
     if case.edges == "features":
         features = random.standard_normal((count, EDGE_FEATURES))
         values["edge_features"] = features.astype(np.float32)
+    if case.edges == "relations":
+        kinds = random.integers(0, EDGE_FEATURES, count)
+        values["edge_features"] = np.eye(EDGE_FEATURES, dtype=np.float32)[kinds]
     return Inputs(edges, x, factor, values)
 
 
@@ -107,6 +111,7 @@ def layer_cases() -> Iterator[Case]:
                 )
     yield from isomorphism_cases()
     yield from attention_cases()
+    yield from relational_cases()
     for edges in ("none", "weights"):
         yield Case(
             "GatedGraphConv",
@@ -114,6 +119,26 @@ def layer_cases() -> Iterator[Case]:
             lambda: nn.GatedGraphConv(16, 2),
             edges,
         )
+
+
+def relational_cases() -> Iterator[Case]:
+    from torch_geometric import nn
+
+    from partita import gnn
+
+    kinds = EDGE_FEATURES
+    for aggregation in ("mean", "sum"):
+        for bases, root in ((None, True), (2, True), (None, False)):
+            yield Case(
+                f"RGCNConv {aggregation} bases={bases} root_weight={root}",
+                lambda a=aggregation, b=bases, r=root: gnn.RelationalConv(
+                    UNITS, kinds, aggregation=a, bases=b, root_weight=r
+                ),
+                lambda a=aggregation, b=bases, r=root: nn.RGCNConv(
+                    FEATURES, UNITS, kinds, num_bases=b, aggr=a, root_weight=r
+                ),
+                "relations",
+            )
 
 
 def _inputs(pair: bool) -> Any:
@@ -241,6 +266,8 @@ def torch_results(module: Any, case: Case, inputs: Inputs, number: Any) -> Any:
     x = torch.tensor(inputs.x).to(number)
     arguments = [(x, 2 * x) if case.pair else x, torch.tensor(inputs.edges)]
     edge_values = list(inputs.edge_values.values())
+    if case.edges == "relations":
+        arguments.append(torch.tensor(edge_values.pop().argmax(axis=1)))
     if case.edges == "ones":
         edge_values.append(np.ones(inputs.edges.shape[1], np.float32))
     arguments += [torch.tensor(values).to(number) for values in edge_values]
@@ -317,7 +344,8 @@ def largest_differences(case: Case, seed: int) -> tuple[float, float]:
 
     largest = 0.0
     ways: list[dict[str, Any]] = [{"devices": parts} for parts in PARTS]
-    for way in [*ways, {"memory": "4MiB"}]:
+    ways += [{"memory": "4MiB"}, {"memory": "4MiB", "devices": 2}]
+    for way in ways:
         gnn.load_pyg_state(layer, state)
         model.compile(keras.optimizers.SGD(1.0), loss)
         model.fit(graph, epochs=1, verbose=0, **way)
