@@ -106,12 +106,17 @@ def devices(without: int | None = None) -> list[Any]:
         events = (*events, Event(without, "may be lost"))
     if not events:
         return jax.devices()
-    history = []
+    by_id = {device.id: device for device in jax.devices()}
+    return [by_id[number] for number in device_order(_meetings(events))]
+
+
+def _meetings(events: Sequence[Event]) -> list[list[int]]:
+    """The devices that were there before and after each event, by their numbers."""
+    meetings = []
     for length in range(len(events) + 1):
         there = living(jax.process_count(), events[:length])
-        history.append([d.id for d in jax.devices() if d.process_index in there])
-    by_id = {device.id: device for device in jax.devices()}
-    return [by_id[number] for number in device_order(history)]
+        meetings.append([d.id for d in jax.devices() if d.process_index in there])
+    return meetings
 
 
 def device_order(history: Sequence[Sequence[int]]) -> tuple[int, ...]:
@@ -198,9 +203,13 @@ def has_returns() -> bool:
 
 def returned() -> int:
     """Number of all events so far, if the last ones are returns that this process has not
-    followed; else 0."""
+    followed; else 0. Also 0 where the devices have met in all orders: they cannot again."""
     unfollowed = _unfollowed()
     if not unfollowed or any(event.cause for event in unfollowed):
+        return 0
+    try:
+        device_order(_meetings((*_group.events, *unfollowed)))
+    except ProcessError:
         return 0
     return len(_group.events) + len(unfollowed)
 
