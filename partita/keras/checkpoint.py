@@ -180,11 +180,8 @@ class Checkpoint(keras.callbacks.Callback):
             )
         state = restored["state"]
         with self._readable(epoch):
-            # Checkpoints of older versions have neither checksums nor a seed.
-            if (self.folder / str(epoch) / "checksums").is_dir():
-                _compare_checksums(CHECKSUMS(self._saved_json(epoch, "checksums")), state)
-            if (self.folder / str(epoch) / "order").is_dir():
-                self._order_seed = ORDER(self._saved_json(epoch, "order"))["seed"]
+            _compare_checksums(CHECKSUMS(self._saved_json(epoch, "checksums")), state)
+            self._order_seed = ORDER(self._saved_json(epoch, "order"))["seed"]
         for name, variable in variables.items():
             variable.assign(state[saved_names[name]])
 

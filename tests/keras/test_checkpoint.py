@@ -1,6 +1,7 @@
 """Checkpoints match by structure, and a resumed run sees the samples in the same order."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,4 +71,9 @@ def test_a_checkpoint_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
     )
     checksums.write_text(changed)
     with pytest.raises(PartitaError, match=r"cannot be read: .00000 .*kernel. is damaged .*Delete"):
+        fit(tmp_path, 2)
+    shutil.rmtree(checksums.parent)
+    with pytest.raises(
+        PartitaError, match=r"The checkpoint of epoch 1 .* cannot be read: .*Delete"
+    ):
         fit(tmp_path, 2)
