@@ -23,7 +23,7 @@ from partita.cost.partial import unsummed
 from partita.cost.reshard import Axes
 from partita.execute import members
 from partita.execute.annotate import Annotator
-from partita.execute.dispatch import Dispatch, TransferAction, Value, dispatch
+from partita.execute.dispatch import Dispatch, RunAction, TransferAction, Value, dispatch
 from partita.execute.microbatches import microbatch_of
 from partita.execute.piece_function import (
     Names,
@@ -88,10 +88,7 @@ class StepInPieces:
         """
         partial: dict[int, Axes] = {}
         readers = self.cut.readers()
-        lasting = {*self.cut.flow.graph.outputs, *self.cut.carried}
         for piece, role in zip(self.cut.pieces, self.dispatch.roles, strict=True):
-            if not role.sums or not lasting.isdisjoint(piece.gives):
-                continue
             gradients = []
             for n in set(role.sums) - set(role.raw):
                 tensor = piece.gives[n]
@@ -320,8 +317,30 @@ class StagedStep(StepInPieces):
     def _device_sums(self) -> dict[int, Any]:
         return {}
 
-    def results(self, arrays: Sequence[Any]) -> tuple[Any, Any]:
+    @cached_property
+    def explicit_results(self) -> dict[int, NamedSharding]:
+        """Slot of a result that a piece with partial sums makes, on an explicit mesh -> its
+        sharding on the mesh of its place.
+        """
+        results = {slot for output in self.schedule.outputs for slot in output.slots}
+        shardings = {}
+        for action in self.dispatch.actions:
+            if not isinstance(action, RunAction):
+                continue
+            piece = self.cut.pieces[action.piece]
+            place = self.places[piece.place]
+            if not place.is_here or self.partial_sums.keys().isdisjoint(piece.gives):
+                continue
+            for value in action.gives:
+                slot = self.schedule.slot_of[value]
+                if slot in results:
+                    shardings[slot] = place.sharding(value.tensor)
+        return shardings
+
+    def results(self, arrays: list[Any]) -> tuple[Any, Any]:
         """(outputs, new state) from the arrays of all slots after the last action."""
+        for slot, sharding in self.explicit_results.items():
+            arrays[slot] = _with_sharding(arrays[slot], sharding)
         flat = [_combined(output, arrays) for output in self.schedule.outputs]
         outputs = self.transport.everywhere(flat[: self.output_count])
         state = []
@@ -419,6 +438,12 @@ class StagedStep(StepInPieces):
         shape = aval(self.cut.flow.graph.tensors[tensor])
         sharding = self.places[place].sharding(tensor)
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _with_sharding(array: Any, sharding: NamedSharding) -> Any:
+    """An array with an equal sharding on another mesh of the same devices."""
+    shards = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
 
 
 def _combined(output: SlotOutput, arrays: Sequence[Any]) -> Any:

@@ -220,6 +220,19 @@ def test_stages_of_two_devices_equal_one_device(inner: str):
         assert traffic["all_reduce"].emitted == gradients + loss_and_accuracy
 
 
+def test_passes_in_one_piece_sum_gradients_once_per_step():
+    """On accelerators both passes are one piece, which has the partial sums and the outputs."""
+
+    def plan(graph):
+        inside = BASELINES["data parallel"](graph, "host", Mesh.of((2,)))
+        return replace(inside, microbatches=2, target="cuda")
+
+    step, largest = compare(mlp(), plan)
+    assert len(step.cut.pieces) == 2 and len(step.partial_sums) == 8
+    assert step.explicit_results  # the loss and the metrics
+    assert largest < 1e-5
+
+
 def test_a_stage_stores_its_own_variables_and_the_compiler_counts_them():
     model = mlp()
     captured = capture_model(model, batch(model))
