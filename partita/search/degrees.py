@@ -100,6 +100,22 @@ def _at_most(total: int, parts: int) -> Iterator[tuple[int, ...]]:
             yield (first, *rest)
 
 
+def distinct_rows(rows: Array) -> tuple[Array, Array]:
+    """Distinct rows of whole numbers from 0 up, and the number of the one that each row equals.
+
+    Rows are numbered by their digits: sorting numbers takes a fifth of the time of sorting rows.
+    """
+    flat = rows.reshape(len(rows), -1)
+    bases = flat.max(axis=0, initial=0) + 1
+    if float(np.prod(bases.astype(float))) < 2**62:
+        places = np.cumprod(np.array([1, *bases[:-1]], np.int64)[: len(bases)])
+        keys = flat @ places
+    else:
+        keys = np.unique(flat, axis=0, return_inverse=True)[1].reshape(-1)
+    _, first, number = np.unique(keys, return_index=True, return_inverse=True)
+    return rows[first], number.reshape(-1)
+
+
 class DegreeCounts(ShardCounts):
     """Numbers of shards by degrees instead of assignments."""
 
@@ -122,11 +138,11 @@ class DegreeCounts(ShardCounts):
 
     def by_axes(self, *factors: int) -> list[tuple[Axes, Array]]:
         """Axes as many as split the factors, with the choices that split over as many."""
-        rows, index = np.unique(self.numbers(factors), axis=0, return_inverse=True)
+        rows, index = distinct_rows(self.numbers(factors))
         groups = []
         for n, row in enumerate(rows):
             if row.any():
-                groups.append((self.kinds.first(row), np.flatnonzero(index.reshape(-1) == n)))
+                groups.append((self.kinds.first(row), np.flatnonzero(index == n)))
         return groups
 
 
@@ -165,6 +181,7 @@ class _Storage:
         self.weights = weights
         self.factors = tuple(factor for factor in variable.label if factor >= 0)
         self.shards = split.shards(self.factors)
+        self._distinct_shards, self._shards_number = np.unique(self.shards, return_inverse=True)
         self.sums = [_Sum.of(one, factors, split) for one in reductions for factors in _groups(one)]
 
     def least_seconds(self) -> Array:
@@ -187,20 +204,28 @@ class _Storage:
         variable, weights = self.variable, self.weights
         placement = self.split.placement
         axes = self.split.kinds.first(numbers)
-        for_passes = weights[GATHERS[: variable.passes]].sum() * _gather_seconds(
-            placement, variable.gathered / self.shards, axes
-        )
-        after_update = weights[GATHERS[-1]] * _gather_seconds(
-            placement, variable.nbytes / self.shards, axes
+        for_passes = weights[GATHERS[: variable.passes]].sum()
+        gathers = np.minimum(
+            for_passes * self._gather_seconds(variable.gathered, axes),
+            weights[GATHERS[-1]] * self._gather_seconds(variable.nbytes, axes),
         )
         parts = placement.shard_count(axes)
         saved_bytes = variable.traffic / self.shards * (1 - 1 / parts)
         saved_seconds = saved_bytes / placement.machine.memory_bandwidth
-        seconds = np.minimum(for_passes, after_update) - weights[UPDATE] * saved_seconds
+        seconds = gathers - weights[UPDATE] * saved_seconds
         for each in self.sums:
             is_slice = (each.numbers == numbers).all(axis=1)
             seconds += weights[SUM] * np.where(is_slice, each.scattered, each.whole)
         return seconds
+
+    def _gather_seconds(self, nbytes: int, axes: Axes) -> Array:
+        """[choice]: seconds of a gather of the variable's shards."""
+        placement = self.split.placement
+        group = placement.group(axes)
+        seconds = []
+        for shards in self._distinct_shards.tolist():
+            seconds.append(placement.seconds("all_gather", nbytes / shards, group))
+        return np.array(seconds)[self._shards_number]
 
 
 def _groups(reduction: Reduction) -> list[Factors]:
@@ -208,13 +233,6 @@ def _groups(reduction: Reduction) -> list[Factors]:
     if reduction.together:
         return [reduction.reduced]
     return [(factor,) for factor in reduction.reduced]
-
-
-def _gather_seconds(placement: Placement, nbytes: Array, axes: Axes) -> Array:
-    distinct, index = np.unique(nbytes, return_inverse=True)
-    group = placement.group(axes)
-    seconds = [placement.seconds("all_gather", float(value), group) for value in distinct]
-    return np.array(seconds)[index.reshape(-1)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,16 +303,16 @@ def _reshard_table(before, after, seconds):
     levels, sources, dims = before.shape
     table = np.zeros((sources, after.shape[1]), np.float32)
     for level in range(levels):
-        for t in range(after.shape[1]):
-            needed = 1.0
-            for dim in range(dims):
-                needed /= after[level, t, dim]
-            for s in range(sources):
+        for s in range(sources):
+            row = table[s]
+            for t in range(after.shape[1]):
+                needed = 1.0
                 overlap = 1.0
                 for dim in range(dims):
+                    needed *= after[level, t, dim]
                     overlap *= max(before[level, s, dim], after[level, t, dim])
-                least = seconds[level] * (needed - 1 / overlap)
-                table[s, t] = max(table[s, t], np.float32(least))
+                least = seconds[level] * (1 / needed - 1 / overlap)
+                row[t] = max(row[t], np.float32(least))
     return table
 
 
@@ -319,10 +337,8 @@ def _add_sums(table: Array, move: Move, kinds: AxisKinds, sources: Array, target
 
 def _equal(left: Array, right: Array) -> Array:
     """[left, right]: whether rows are equal."""
-    number: dict[bytes, int] = {}
-    lefts = [number.setdefault(row.tobytes(), len(number)) for row in left]
-    rights = [number.setdefault(row.tobytes(), len(number)) for row in right]
-    return np.equal.outer(lefts, rights)
+    _, number = distinct_rows(np.concatenate([left, right]))
+    return np.equal.outer(number[: len(left)], number[len(left) :])
 
 
 def _sum_seconds(
@@ -331,12 +347,12 @@ def _sum_seconds(
     """[source]: seconds of the sum of a partial sum."""
     placement = kinds.placement
     shards = kinds.shards(source_dims).prod(axis=1)
-    rows, index = np.unique(np.column_stack([shards, summed]), axis=0, return_inverse=True)
+    rows, index = distinct_rows(np.column_stack([shards.astype(np.int64), summed]))
     seconds = []
     for parts, *numbers in rows.tolist():
         group = placement.group(kinds.first(list(map(int, numbers))))
         seconds.append(placement.seconds(collective, move.nbytes / parts, group) if group else 0.0)
-    return move.trips * np.array(seconds)[index.reshape(-1)]
+    return move.trips * np.array(seconds)[index]
 
 
 def _least_seconds_per_byte(kinds: AxisKinds) -> dict[int, float]:

@@ -68,6 +68,8 @@ from partita.units import format_bytes, format_seconds
 
 SAME_SPEED = 0.005
 """Relative difference below which two plans are as fast as each other in notes."""
+SMALL_GAP = 0.02
+"""Gap between two bounds below which the higher one is not worth its time."""
 RESERVE = 0.05
 """Share of a device's memory that is reserved for the runtime."""
 BUDGETS = 6
@@ -338,13 +340,15 @@ def _runnable(
 def bound_of_all_plans(network: CostNetwork, bound_seconds: float) -> float:
     """Lower bound on all plans, given that on plans of the network's states.
 
-    On large meshes axes are dealt out several at a time. The relaxation of all choices bounds the
-    plans between, or else the work of the kernels.
+    On large meshes axes are dealt out several at a time. The work of the kernels bounds the plans
+    between, or the relaxation of all choices where that may be much higher.
     """
     if network.deals_singly:
         return bound_seconds
     placement = network.placement
     kernels = lower_bound_seconds(network.terms, placement.machine, placement.mesh.size)
+    if kernels >= bound_seconds * (1 - SMALL_GAP):
+        return min(bound_seconds, kernels)
     relaxation = least_step_seconds(network.graph, placement, network.terms)
     return min(bound_seconds, max(kernels, relaxation))
 

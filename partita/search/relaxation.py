@@ -30,6 +30,7 @@ from partita.search.base import Array, numbered
 from partita.search.degrees import (
     AxisKinds,
     DegreeCounts,
+    distinct_rows,
     least_move_table,
     least_operator_seconds,
 )
@@ -207,8 +208,7 @@ class _Relaxation:
             degrees = self._degrees[kind]
             unsplit = np.zeros((len(degrees), 1, degrees.shape[2]), np.int64)
             entries = np.concatenate([degrees, unsplit], axis=1)[:, list(positions)]
-            rows, number = np.unique(entries, axis=0, return_inverse=True)
-            self._views[kind, positions] = _View(rows, number.reshape(-1))
+            self._views[kind, positions] = _View(*distinct_rows(entries))
         return self._views[kind, positions]
 
     def add_tables(self, visible: float) -> None:
