@@ -71,12 +71,19 @@ def loss_sum(
     `importance`, float32 [rows], multiplies the loss of each vertex. GraphError unless the loss has
     one value per vertex.
     """
+    check_output(model, predicted)
     loss: Any = keras.losses.get(model.loss)
     function = loss.call if isinstance(loss, keras.losses.Loss) else loss
     # A loss may have no gradient at the rows of other vertices, and 0 times NaN is NaN.
     counts = (data.masks[mask] > 0).reshape(-1, *[1] * (predicted.ndim - 1))
     safe = jnp.where(counts, predicted.astype(jnp.float32), 0.5)
-    values = function(labels_like(predicted, data), safe)
+    try:
+        values = function(labels_like(predicted, data), safe)
+    except ValueError as error:
+        raise GraphError(
+            f"The loss cannot be computed for labels {list(data.labels.shape)} and outputs "
+            f"{list(predicted.shape)}: {error}. Use a model with an output for each target."
+        ) from error
     if values.shape != data.masks[mask].shape:
         name = getattr(loss, "name", None) or getattr(loss, "__name__", type(loss).__name__)
         raise GraphError(
@@ -87,6 +94,17 @@ def loss_sum(
     if importance is not None:
         values = values * importance
     return jnp.where(data.masks[mask] > 0, values, 0).sum()
+
+
+def check_output(model: Any, predicted: Any) -> None:
+    """GraphError unless the output of a model is one array with a row per vertex."""
+    if getattr(predicted, "ndim", 0) > 0:
+        return
+    kind = "number" if hasattr(predicted, "ndim") else type(predicted).__name__
+    raise GraphError(
+        f"The output of '{model.name}' is a {kind}: return one array [rows, features]. Of several "
+        "outputs, return keras.ops.concatenate(outputs, axis=1), and give a loss that splits it."
+    )
 
 
 def labels_like(predicted: Any, data: GraphData) -> Any:
@@ -242,13 +260,15 @@ def evaluation_step(
 
 def prediction_step(model: Any, state: StepState, data: GraphData) -> Any:
     """[rows, classes]: the output of a model, without dropout."""
-    return model.stateless_call(
+    predicted = model.stateless_call(
         state.trainable,
         state.others,
         data.x,
         graph=data.block,
         training=False,
-    )[0].astype(jnp.float32)
+    )[0]
+    check_output(model, predicted)
+    return predicted.astype(jnp.float32)
 
 
 class CompiledSteps:

@@ -11,6 +11,7 @@ import pytest
 
 from partita import gnn
 from partita.errors import GraphError
+from partita.gnn.step import check_output
 
 VERTICES = 23
 
@@ -193,6 +194,14 @@ def test_outputs_must_fit_the_targets() -> None:
     graph = random_graph(labels=np.zeros((VERTICES, 3)))
     with pytest.raises(GraphError, match="3 targets per vertex, and the model has classes=2"):
         fitted(gnn.GCN(classes=2), graph, "mse")
+
+
+@pytest.mark.parametrize(
+    ("output", "kind"), [((jnp.ones(3), jnp.ones(3)), "tuple"), (jnp.ones(()), "number")]
+)
+def test_a_model_has_one_output_with_a_row_per_vertex(output: Any, kind: str) -> None:
+    with pytest.raises(GraphError, match=f"The output of 'net' is a {kind}: return one array"):
+        check_output(SimpleNamespace(name="net"), output)
 
 
 def test_weights_of_classes_and_vertices_multiply_the_loss() -> None:
