@@ -50,7 +50,7 @@ def attaching(
         try:
             attach(model, planner, report=report, verifier=verifier, activity=activity)
         except PartitaError as error:
-            report(str(error))
+            report(f"{error} It trains on one device, as Keras runs it.")
             return keras_train_function(model, force)
         models.append(model)
         model.make_train_function(force)

@@ -184,7 +184,8 @@ def test_a_model_that_makes_its_own_train_function_trains_alone_and_says_so(scri
     )
     assert seen()[0][1] == 1
     assert said == [
-        "'Own' makes its own train function, which cannot be planned. Override train_step instead of make_train_function."
+        "'Own' makes its own train function, which cannot be planned. Override "
+        "train_step instead of make_train_function. It trains on one device, as Keras runs it."
     ]
 
 
