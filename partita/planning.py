@@ -364,7 +364,11 @@ def given_plan(plan: Plan | str | Path) -> Plan | str | None:
 def _applied(given: Plan | str, graph: OperatorGraph, machine: Machine) -> Plan:
     """A given plan or baseline for a graph on a machine, checked."""
     if isinstance(given, str):
-        return BASELINES[given](graph, machine.name, mesh_of(machine))
+        plan = BASELINES[given](graph, machine.name, mesh_of(machine))
+        if plan.devices > 1 and not any(plan.choices.values()):
+            note = f"'{given}' splits no operator here: every device computes the whole step"
+            plan = replace(plan, notes=(*plan.notes, note))
+        return plan
     return check_plan(given, graph, machine)
 
 

@@ -11,7 +11,7 @@ from partita import planning
 from partita.capture.functions import call_of, capture_call
 from partita.capture.jax_functions import Captured
 from partita.machine import host
-from partita.planning import resolve_machine, search_fitting_plan, search_plan
+from partita.planning import resolve_machine, resolve_plan, search_fitting_plan, search_plan
 
 SMALL = host(2, 2_000_000)
 LARGE = host(2, 2_000_000_000)
@@ -64,3 +64,13 @@ def test_a_plan_that_can_run_comes_before_a_faster_one(monkeypatch: pytest.Monke
 def test_a_part_of_a_machine_is_named_as_the_machine_of_that_size() -> None:
     assert resolve_machine("h100:4", 2).name == "h100:2"
     assert resolve_machine("dgx-h100:2", 8).name == "dgx-h100:2"
+
+
+def test_a_baseline_that_splits_nothing_says_so() -> None:
+    step = jax.jit(lambda w: (w * 1.1, w.sum()))
+    weights = jax.ShapeDtypeStruct((7, 5), "float32")
+    graph = capture_call(step, call_of(step, (weights,), {})).captured.graph
+    plan = resolve_plan("dp", graph, host(4, 1 << 30))
+    assert plan.notes == (
+        "'data parallel' splits no operator here: every device computes the whole step",
+    )
