@@ -1,8 +1,9 @@
 """Runs that lose a process at a random moment of `fit`, and go on in the same processes:
 `partita run --manage=ready`.
 
-    python benchmarks/survive.py                       # 50 kills
+    python benchmarks/survive.py                       # 50 kills, half an hour on a quiet host
     python benchmarks/survive.py --losses 20 --signal STOP
+    python benchmarks/survive.py --first 30            # goes on with the 31st
 
 A run of three processes trains a network for some epochs. At a random moment of its training a
 random process gets SIGKILL, or SIGSTOP: it hangs then. Reported: runs that ended with the history of
@@ -75,6 +76,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--signal", choices=["KILL", "STOP"], default="KILL")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="losses that were made before")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     given = parser.parse_args()
     draw = random.Random(given.seed)
@@ -86,6 +88,8 @@ def main() -> int:
         batch = draw.randrange(1, batches - 2)
         pause = draw.uniform(0.0, 0.05)
         victim = draw.randrange(given.processes)
+        if number < given.first:
+            continue
         result = lose(given, victim, batch, pause, straight)
         results.append(result)
         state = "equal" if result.is_equal else f"DIFFERS\n{result.output}"
