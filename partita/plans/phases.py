@@ -77,9 +77,14 @@ class DataFlow:
 
     def instructions(self, statements: Sequence[int]) -> list[int]:
         """The instructions of statements, those in loops and branches included."""
+        starts = self._starts
+        return [n for k in statements for n in range(starts[k], starts[k + 1])]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """[statement]: its first instruction, and at the end the number of all."""
         starts = [statement.instruction for statement in self.statements]
-        ends = [*starts[1:], len(self.graph.instructions)]
-        return [n for k in statements for n in range(starts[k], ends[k])]
+        return [*starts, len(self.graph.instructions)]
 
     def owner(self, statement: int) -> int:
         """The operator of a statement, -1 for none."""

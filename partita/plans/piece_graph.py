@@ -84,6 +84,8 @@ class _PieceGraph:
         """The statements of the piece in the order in which they run."""
         flow = self.flow
         late = self.late.intersection(self.piece.statements)
+        if not late:
+            return list(self.piece.statements)
         ordered: dict[int, None] = {}
         for own in self.piece.statements:
             waiting = [] if own in late else [own]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -26,7 +26,8 @@ from partita.cost.moves import Placement
 from partita.cost.terms import Terms
 from partita.errors import PlanError
 from partita.graph.operator_graph import OperatorGraph, Phase
-from partita.plans.pipeline import is_pipeline
+from partita.plans.baselines import megatron
+from partita.plans.pipeline import is_pipeline, sample_factor
 from partita.plans.plan import TIME, Axis, Mesh, Plan
 from partita.search.base import Problem, Progress
 from partita.search.bound import lower_bounds_by_phase
@@ -103,7 +104,7 @@ def pipelines(
         if limits.seconds is not None:
             progress = (time.perf_counter() - start) / max(limits.seconds, 1e-9)
         must_find = math.isinf(best_seconds)
-        if not must_find and (simulations <= 0 or progress > 1):
+        if not must_find and (len(space.simulated) >= simulations or progress > 1):
             return
         candidate = queue.next(best_seconds, late=progress > SKETCH_SHARE)
         if candidate is None:
@@ -112,7 +113,6 @@ def pipelines(
             sketches += 1
             queue.put(space.sketch(candidate, limits.budget, TRIES))
             continue
-        simulations -= 1
         outcome = space.simulate(candidate)
         if isinstance(outcome, Sketch):
             queue.put(outcome)
@@ -249,6 +249,8 @@ class PipelineSpace:
     placement: Placement
     terms: Terms
     limit_bytes: float
+    simulated: set[int] = field(default_factory=set)
+    """Plans that were simulated."""
     _networks: dict[tuple[int, int], CostNetwork] = field(default_factory=dict)
     _independent: dict[int, bool] = field(default_factory=dict)
 
@@ -310,9 +312,12 @@ class PipelineSpace:
         return abs(math.log(shape.microbatches / usual)), shape.rematerialize
 
     def lower_bound(self, shape: PipelineShape) -> float:
-        """Seconds of a step with equal stages that send nothing."""
+        """Seconds of a step with equal stages that send nothing and rematerialize nothing.
+
+        A shape that rematerializes does so in as few runs as its memory demands.
+        """
         seconds = self.kernel_seconds
-        whole = shape.forward_passes * seconds["forward"] + seconds["backward"]
+        whole = seconds["forward"] + seconds["backward"]
         pipelined = whole * shape.passes / shape.microbatches
         return (pipelined + seconds["update"]) / self.mesh.size
 
@@ -353,18 +358,66 @@ class PipelineSpace:
         """The cost network inside a stage, of one microbatch."""
         key = (shape.axes, shape.microbatches)
         if key not in self._networks:
-            time_axes = [Axis(TIME, shape.microbatches, -1)] if shape.microbatches > 1 else []
+            time_axes = (Axis(TIME, shape.microbatches, -1),) if shape.microbatches > 1 else ()
+            inner = self.mesh.axes[shape.axes :]
             if len(self._networks) == NETWORKS:
                 oldest = next(iter(self._networks))
                 del self._networks[oldest]
             self._networks[key] = build(
                 self.graph,
                 self.placement.machine,
-                Mesh((*time_axes, *self.mesh.axes[shape.axes :])),
+                Mesh((*time_axes, *inner)),
+                baselines=list(self._experts(time_axes, inner)),
                 terms=self.terms,
                 limit=CHOICES,
             )
         return self._networks[key]
+
+    def _experts(self, time_axes: Sequence[Axis], axes: Sequence[Axis]) -> Iterator[Plan]:
+        """Tensor parallelism over devices of a node, samples over all other axes, where these
+        divide the samples of a microbatch. The candidates of large meshes leave some of it out.
+        """
+        innermost = [axis for axis in axes if axis.level == axes[-1].level] if axes else []
+        for count in range(1, len(innermost) + 1):
+            plan = megatron(
+                self.graph,
+                self.placement.machine.name,
+                Mesh(tuple(axes)),
+                "data x tensor",
+                sample_axes=len(axes) - count,
+            )
+            mesh = Mesh((*time_axes, *axes))
+            choices = [
+                self._in_time(number, time_axes) | dict(plan.choices[operator.name])
+                for number, operator in enumerate(self.graph.operators)
+            ]
+            if all(self._divides(number, mesh, choice) for number, choice in enumerate(choices)):
+                yield replace(
+                    plan, mesh=mesh, choices=dict(zip(plan.choices, choices, strict=True))
+                )
+
+    def _in_time(self, operator: int, time_axes: Sequence[Axis]) -> dict[str, str]:
+        """The use of axes of time by an operator: they split its samples."""
+        uses = {}
+        for axis in time_axes:
+            factor = sample_factor(self.graph, operator, {}, axis.size)
+            if factor >= 0:
+                uses[axis.name] = self.graph.factors[factor].name
+        return uses
+
+    def _divides(self, operator: int, mesh: Mesh, choice: Mapping[str, str]) -> bool:
+        """Whether the axes of a choice divide the sizes of its factors."""
+        size = {
+            self.graph.factors[f].name: self.graph.factors[f].size
+            for f in self.graph.operators[operator].factors
+        }
+        for axis in mesh.axes:
+            name = choice.get(axis.name)
+            if name is not None:
+                if size[name] % axis.size:
+                    return False
+                size[name] //= axis.size
+        return True
 
     def simulate(self, sketch: Sketch) -> PipelinedStep | Sketch | None:
         """The simulated step of a sketch, if it fits; else a sketch that needs less memory.
@@ -380,7 +433,7 @@ class PipelineSpace:
                 if division is None:
                     break
                 plan = self._plan(inner, sketch.shape, division)
-                if not is_pipeline(plan):
+                if not is_pipeline(plan) or self._is_known(plan):
                     return None
                 step = self._step(plan) if step is None else step.with_plan(plan)
                 if step.peak_bytes <= self.limit_bytes:
@@ -395,6 +448,16 @@ class PipelineSpace:
             sketch.tries,
             sketch.price,
         )
+
+    def _is_known(self, plan: Plan) -> bool:
+        """Whether a plan was simulated before: a shape that may rematerialize need not do it."""
+        choices = tuple(tuple(choice.items()) for choice in plan.choices.values())
+        storage = tuple(plan.storage.items())
+        key = hash((plan.microbatches, plan.recompute, choices, storage))
+        if key in self.simulated:
+            return True
+        self.simulated.add(key)
+        return False
 
     def _step(self, plan: Plan) -> PipelinedStep:
         return PipelinedStep.of(

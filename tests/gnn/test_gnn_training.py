@@ -118,8 +118,6 @@ def test_an_order_that_is_none_is_refused() -> None:
     ):
         with pytest.raises(GraphError, match=sentence):
             trained(models.GCN, drawn(), order=wrong)
-    with pytest.raises(GraphError, match=r"Give fit graph\.relabelled\(order\), and remove order"):
-        trained(models.GCN, drawn(), order="degree", memory="1GiB")
 
 
 def test_any_number_of_parts_gives_the_same_predictions() -> None:

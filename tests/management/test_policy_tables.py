@@ -45,7 +45,7 @@ def test_the_best_policy_comes_first() -> None:
     lines = [line.strip() for line in console.export_text().splitlines() if line.strip()]
     assert lines[0] == "mlp on phone, hardware as described: 1,200 steps"
     assert lines[3].split() == [
-        "oracle", "10.00", "J", "2.00", "s", "20", "500.0", "MFLOP", "85", "25%", "+0.0%",
+        "oracle", "10.0", "J", "2.00", "s", "20", "500", "MFLOP", "85", "25%", "+0.0%",
     ]  # fmt: skip
     assert lines[4].endswith("+50.0%")
 
