@@ -14,12 +14,12 @@ Two kinds of reductions:
 
 from __future__ import annotations
 
-from partita.cost.fusion import Fusion, producers, reads
+from partita.cost.fusion import Fusion, reads
 from partita.cost.joined import bias_kernels, joined_kernels
 from partita.cost.partial import operand_labels, reduced_factors, split_axes
 from partita.graph.flat import readers_of
 from partita.graph.gradient_sums import PASSING
-from partita.graph.operator_graph import Instruction, OperatorGraph
+from partita.graph.operator_graph import Instruction, OperatorGraph, producers
 from partita.plans.layout import Layout
 
 

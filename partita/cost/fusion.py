@@ -21,7 +21,12 @@ from partita.cost.backends.base import FusionRules
 from partita.cost.collectives import communicating
 from partita.cost.partial import pending_sums, split_axes
 from partita.graph.flat import EDGE_KERNELS, Reader
-from partita.graph.operator_graph import IdentityKey, Instruction, OperatorGraph, per_graph
+from partita.graph.operator_graph import (
+    IdentityKey,
+    Instruction,
+    OperatorGraph,
+    producers,
+)
 from partita.plans.layout import Layout
 
 ALONE = {
@@ -610,16 +615,6 @@ def _fused_under(
     for read in layout.reads:
         barriers.update(reader for reader in read.readers if reader[0] >= 0)
     return cut(graph, fusion(graph, rules, frozenset(ends)), barriers, ends)
-
-
-@per_graph
-def producers(graph: OperatorGraph) -> dict[int, int]:
-    """Tensor -> the instruction that produces it."""
-    return {
-        tensor: i
-        for i, instruction in enumerate(graph.instructions)
-        for tensor in instruction.results
-    }
 
 
 def reads(graph: OperatorGraph, kernel: Sequence[int]) -> dict[int, list[Reader]]:

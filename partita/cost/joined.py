@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from partita.cost.fusion import FREE, PRODUCTS, Fusion, reads
 from partita.graph.flat import HEAVY, LIBRARY_CALLS, Reader
-from partita.graph.operator_graph import OperatorGraph
+from partita.graph.operator_graph import OperatorGraph, producers
 
 SEPARATE = {
     "while",
@@ -66,7 +66,7 @@ def bias_kernels(graph: OperatorGraph, fused: Fusion) -> frozenset[int]:
     (`FusionRules.merges_products`) leave theirs to another kernel, and so does a product with
     other readers.
     """
-    producer = {tensor: i for i, x in enumerate(graph.instructions) for tensor in x.results}
+    producer = producers(graph)
     readers: dict[int, Roots] = defaultdict(list)
     reads_of: dict[int, dict[int, list[Reader]]] = {}
     for root, kernel in fused.kernels.items():

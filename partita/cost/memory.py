@@ -28,7 +28,7 @@ from partita.cost.backends import compiler_of
 from partita.cost.backends.base import ProductShape
 from partita.cost.collectives import DEFAULT, emitted_sums
 from partita.cost.delayed import delayed_reductions
-from partita.cost.fusion import ALONE, GENERATED, Fusion, fused_under, producers, reads, transposes
+from partita.cost.fusion import ALONE, GENERATED, Fusion, fused_under, reads, transposes
 from partita.cost.partial import Factors, gradients, operand_labels, reduced_factors, split_axes
 from partita.cost.recomputed import Lifetime, Recomputable, drops
 from partita.cost.reshard import Axes
@@ -41,6 +41,7 @@ from partita.graph.operator_graph import (
     OperatorGraph,
     constant_tensors,
     per_graph,
+    producers,
 )
 from partita.machine import Backend
 from partita.plans.layout import Layout, Read, Sharding, local_shape

@@ -28,6 +28,7 @@ from partita.graph.operator_graph import (
     Use,
     constant_tensors,
     per_graph,
+    producers,
 )
 from partita.plans.layout import Layout
 
@@ -167,7 +168,7 @@ def unsummed(
     """Tensor -> the mesh axes over which it can stay a partial sum, of tensors that are only added
     up further: the gradients of several microbatches.
     """
-    producer = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
+    producer = producers(graph)
     axes_of: dict[int, Axes] = {}
     for tensor in tensors:
         i = producer[tensor]

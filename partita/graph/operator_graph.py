@@ -517,6 +517,15 @@ def constant_tensors(graph: OperatorGraph) -> frozenset[int]:
     return frozenset(constants | of_scalars)
 
 
+@per_graph
+def producers(graph: OperatorGraph) -> dict[int, int]:
+    """Tensor -> the instruction that computes it."""
+    producer = {}
+    for index, instruction in enumerate(graph.instructions):
+        producer.update(dict.fromkeys(instruction.results, index))
+    return producer
+
+
 def carried_tensors(loops: Iterable[Loop]) -> set[int]:
     """All tensors of the loops' carried variables."""
     tensors: set[int] = set()

@@ -42,6 +42,7 @@ from partita.graph.operator_graph import (
     Tensor,
     Use,
     per_graph,
+    producers,
 )
 
 T = TypeVar("T")
@@ -121,15 +122,6 @@ def _rematerialized(key: IdentityKey[OperatorGraph], runs: tuple[Run, ...]) -> O
 
 
 @per_graph
-def _producers(graph: OperatorGraph) -> dict[int, int]:
-    """Tensor -> the instruction that computes it."""
-    producers = {}
-    for index, instruction in enumerate(graph.instructions):
-        producers.update(dict.fromkeys(instruction.results, index))
-    return producers
-
-
-@per_graph
 def _fixed(graph: OperatorGraph) -> frozenset[int]:
     """Tensors that depend on parameters and constants alone."""
     fixed = {a.tensor for a in graph.arguments if a.role == "parameter"}
@@ -155,7 +147,7 @@ class _Chooser:
     def __init__(self, graph: OperatorGraph, runs: Sequence[Run]) -> None:
         self.graph = graph
         self.runs = runs
-        self.producers = _producers(graph)
+        self.producers = producers(graph)
         self.fixed = _fixed(graph)
         self.outermost = _outermost(graph)
         numbers = {operator.name: number for number, operator in enumerate(graph.operators)}

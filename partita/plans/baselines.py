@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 from partita.graph.normalizations import NORMALIZATION
-from partita.graph.operator_graph import Factor, FactorKind, Operator, OperatorGraph
+from partita.graph.operator_graph import Factor, FactorKind, Operator, OperatorGraph, producers
 from partita.graph.weight_slices import WEIGHT_SLICES
 from partita.plans.check import illegal_reason
 from partita.plans.layout import label_sharding, operator_assignments, spare_axes
@@ -357,8 +357,8 @@ def _forward_producers(graph: OperatorGraph) -> dict[int, list[int]]:
 
     A gated layer reads its gate after its product, which does not split the product's input.
     """
-    producer = {t: i for i, x in enumerate(graph.instructions) for t in x.results}
-    producers: dict[int, list[int]] = {}
+    producer = producers(graph)
+    needed: dict[int, list[int]] = {}
     for number, operator in enumerate(graph.operators):
         pending = [operator.heavy]
         visited: set[int] = set()
@@ -370,10 +370,10 @@ def _forward_producers(graph: OperatorGraph) -> dict[int, list[int]]:
             for tensor in graph.instructions[index].operands:
                 home = graph.home[tensor]
                 if home >= 0 and home != number:
-                    producers.setdefault(number, []).append(home)
+                    needed.setdefault(number, []).append(home)
                 elif tensor in producer and graph.owner[producer[tensor]] == number:
                     pending.append(producer[tensor])
-    return producers
+    return needed
 
 
 def one_weird_trick(

@@ -23,6 +23,7 @@ from partita.graph.operator_graph import (
     Loop,
     OperatorGraph,
     per_graph,
+    producers,
 )
 from partita.plans.plan import Mesh, Plan, Storage, is_accelerator, placed_slice
 
@@ -303,7 +304,7 @@ class _LayoutBuilder:
 
     def _extend_families(self) -> None:
         arguments = {a.tensor: a for a in self.graph.arguments}
-        producers = _producers(self.graph)
+        producer = producers(self.graph)
         updates = set()
         for tensor, parameter in self.family.items():
             if parameter not in self.stored:
@@ -312,8 +313,8 @@ class _LayoutBuilder:
             if _is_stored_split(arguments.get(tensor), storage):
                 self.gathered[tensor] = self.shardings[tensor]
                 self.shardings[tensor] = sharding
-            if tensor in producers:
-                updates.add(producers[tensor])
+            if tensor in producer:
+                updates.add(producer[tensor])
         self.updates = sorted(updates)
 
     def read_in_updates(self) -> None:
@@ -419,7 +420,7 @@ def _is_copy(graph: OperatorGraph, instruction: Instruction, parameter: int) -> 
 def converted_gradients(graph: OperatorGraph) -> dict[int, int]:
     """Gradient that a conversion makes for one update alone -> its parameter."""
     families = update_families(graph)
-    producers = _producers(graph)
+    producer = producers(graph)
     gradients: dict[int, int] = {}
     for instruction in graph.instructions:
         parameters = {families[t] for t in instruction.results if t in families}
@@ -429,7 +430,7 @@ def converted_gradients(graph: OperatorGraph) -> dict[int, int]:
         for tensor in instruction.operands:
             if tensor in families or not _same_layout(graph, tensor, parameter):
                 continue
-            source = graph.instructions[producers[tensor]] if tensor in producers else None
+            source = graph.instructions[producer[tensor]] if tensor in producer else None
             if source is None or source.name != "convert" or source.trips != 1:
                 continue
             readers = [i for i, _ in readers_of(graph)[tensor] if i >= 0]
@@ -495,19 +496,19 @@ def _earlier_products(graph: OperatorGraph) -> tuple[int, ...]:
     Adjacent barriers are one for the compiler: a rematerialized value waits for the gradient behind
     the first of them.
     """
-    producers = _producers(graph)
+    producer = producers(graph)
     earlier: list[int] = []
     before = ""
     for index, instruction in enumerate(graph.instructions):
         last = earlier[-1] if before == instruction.name == BARRIER else -1
         before = instruction.name
         for tensor in instruction.operands:
-            producer = producers.get(tensor, index)
-            if producer < index:
-                source = graph.instructions[producer]
+            made_at = producer.get(tensor, index)
+            if made_at < index:
+                source = graph.instructions[made_at]
                 is_product = source.name in HEAVY and source.phase == "backward"
                 is_one = is_product and source.trips == 1
-                last = max(last, producer if is_one else earlier[producer])
+                last = max(last, made_at if is_one else earlier[made_at])
         earlier.append(last)
     return tuple(earlier)
 
@@ -530,16 +531,6 @@ def _is_stored_split(argument: Argument | None, storage: Storage) -> bool:
     if argument is None or argument.role == "optimizer":
         return True
     return storage.zero == 3
-
-
-@per_graph
-def _producers(graph: OperatorGraph) -> dict[int, int]:
-    """Tensor -> the instruction that computes it."""
-    producers = {}
-    for index, instruction in enumerate(graph.instructions):
-        for tensor in instruction.results:
-            producers[tensor] = index
-    return producers
 
 
 def _stored_parameters(

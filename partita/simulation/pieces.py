@@ -16,7 +16,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
 from partita.graph.flat import HEAVY, readers_of
-from partita.graph.operator_graph import OperatorGraph, Phase, constant_tensors
+from partita.graph.operator_graph import OperatorGraph, Phase, constant_tensors, producers
 from partita.plans.layout import is_accelerated
 
 
@@ -119,15 +119,6 @@ def _weight_gradients(graph: OperatorGraph) -> set[int]:
         if instruction.name in HEAVY:
             products[operator].add(is_gradient)
     return {i for i in gradients if len(products[graph.owner[i]]) == 2}
-
-
-def producers(graph: OperatorGraph) -> dict[int, int]:
-    """Tensor -> the instruction that computes it."""
-    producer = {}
-    for i, instruction in enumerate(graph.instructions):
-        for tensor in instruction.results:
-            producer[tensor] = i
-    return producer
 
 
 def _cut_cycles(graph: OperatorGraph, nodes: list[Node | None]) -> None:

@@ -25,16 +25,15 @@ import numpy as np
 from partita.cost.evaluate import PHASES
 from partita.cost.terms import Move, OperatorTerms, Reduction, Terms
 from partita.graph.flat import HEAVY
-from partita.graph.operator_graph import IdentityKey, OperatorGraph, Phase, constant_tensors
-from partita.plans.layout import prefetching_product
-from partita.simulation.pieces import (
-    GRADIENT_PIECE,
-    LAST_PIECE,
-    Node,
-    kernel_nodes,
-    kernel_work,
+from partita.graph.operator_graph import (
+    IdentityKey,
+    OperatorGraph,
+    Phase,
+    constant_tensors,
     producers,
 )
+from partita.plans.layout import prefetching_product
+from partita.simulation.pieces import GRADIENT_PIECE, LAST_PIECE, Node, kernel_nodes, kernel_work
 
 SlotKind = Literal["compute", "exchange", "sum", "gather", "move", "join"]
 
