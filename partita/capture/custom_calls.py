@@ -20,6 +20,7 @@ import numpy as np
 from jax.extend.mlir import ir
 
 from partita.capture.mosaic import grid_of
+from partita.capture.stablehlo import producer_of
 from partita.graph.flat import EDGE_KERNELS
 from partita.graph.operator_graph import DimFactors, Rule, Tensor
 
@@ -351,10 +352,10 @@ def _splash_flops(operation: Any) -> float:
 
 def _computed_blocks(mask: Any) -> float:
     """The fraction of blocks that a block mask does not leave out, 1 if it is not constant."""
-    owner = mask.owner
-    if isinstance(owner, ir.Block) or owner.operation.name != "stablehlo.constant":
+    constant = producer_of(mask)
+    if constant is None or constant.name != "stablehlo.constant":
         return 1.0
-    blocks = np.asarray(ir.DenseElementsAttr(owner.operation.attributes["value"]))
+    blocks = np.asarray(ir.DenseElementsAttr(constant.attributes["value"]))
     return float(np.count_nonzero(blocks) / max(1, blocks.size))
 
 

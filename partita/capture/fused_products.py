@@ -22,7 +22,7 @@ from jax.extend.mlir import ir
 
 from partita.capture.instructions import dot_dims
 from partita.capture.names import layer_path, location_name, phase_of
-from partita.capture.stablehlo import main_block, short
+from partita.capture.stablehlo import main_block, producer_of, short
 
 DOT = "stablehlo.dot_general"
 SLICE = "stablehlo.slice"
@@ -90,7 +90,7 @@ class _Splitter:
 
     def _part(self, value: Any, dim: int, part: Range, reader: Any) -> Any:
         """A range of a value along a dim, computed in front of a reader."""
-        operation = _producer(value)
+        operation = producer_of(value)
         size = part[1] - part[0]
         if _reads_weights(value, dim, sum(1 for _ in value.uses)):
             operands = list(operation.operands)
@@ -145,7 +145,7 @@ class _Splitter:
             is_converted = reader.name == CONVERT
             reader.results[0].replace_all_uses_with(result)
             reader.erase()
-            joined = _producer(result)
+            joined = producer_of(result)
             if is_converted:
                 self._distribute(joined)
             elif joined.name == CONCATENATE:
@@ -186,7 +186,7 @@ def _is_forward(operation: Any) -> bool:
 
 def _weight_part(weight: Any, dim: int, part: Range, product: Any) -> Any:
     """A range of a weight for a product."""
-    conversion = _producer(weight)
+    conversion = producer_of(weight)
     if conversion is None or conversion.name != CONVERT:
         return _slice(weight, dim, part, product, product)
     whole = _slice(conversion.operands[0], dim, part, conversion, product)
@@ -237,7 +237,7 @@ def _reads_weights(value: Any, dim: int, uses: int) -> bool:
 
     `uses`: number of reads of the value by those that are replaced: no other may read it.
     """
-    operation = _producer(value)
+    operation = producer_of(value)
     if operation is None or sum(1 for _ in value.uses) != uses:
         return False
     if operation.name in ELEMENTWISE:
@@ -277,7 +277,7 @@ def _join_pads(addition: Any) -> None:
 
 def _added_pads(value: Any, reader: Any) -> list[Any] | None:
     """The pads whose sum a value is, None if it is another one or is read elsewhere."""
-    operation = _producer(value)
+    operation = producer_of(value)
     if operation is None:
         return None
     if operation is not reader and sum(1 for _ in value.uses) != 1:
@@ -297,7 +297,7 @@ def _added_pads(value: Any, reader: Any) -> list[Any] | None:
 
 def _pad_place(pad: Any) -> tuple[int, Range] | None:
     """(dim, range) of a value in its padded form, None unless zeros surround it in one dim."""
-    zero = _producer(pad.operands[1])
+    zero = producer_of(pad.operands[1])
     if zero is None or zero.name != "stablehlo.constant":
         return None
     if np.any(np.asarray(ir.DenseElementsAttr(zero.attributes["value"]))):
@@ -348,7 +348,7 @@ def _joined_results(reader: Any, side: int, concatenation: Any) -> Any:
 
 def _move_to_update(gradient: Any) -> None:
     """Gives the operation of a joined gradient, and conversions of it, a name of the update."""
-    operation = _producer(gradient)
+    operation = producer_of(gradient)
     path = layer_path(location_name(operation))
     operation.location = ir.Location.name(f"{path}/{short(operation.name)}")
     for use in gradient.uses:
@@ -416,19 +416,14 @@ def _ranges(concatenation: Any) -> tuple[Range, ...]:
 # ---- operations
 
 
-def _producer(value: Any) -> Any:
-    """The operation that computes a value, None for an argument of a block."""
-    return None if isinstance(value.owner, ir.Block) else value.owner.operation
-
-
 def _is_parameter(value: Any) -> bool:
     """Whether a value is an argument of the step, rearranged or converted."""
-    operation = _producer(value)
+    operation = producer_of(value)
     while operation is not None:
         if operation.name not in REARRANGING:
             return False
         value = operation.operands[list(operation.results).index(value)]
-        operation = _producer(value)
+        operation = producer_of(value)
     return True
 
 
@@ -488,7 +483,7 @@ def _concatenate(parts: Sequence[Any], dim: int, kind: Any, reader: Any) -> Any:
 
 def _erase_unread(value: Any) -> None:
     """Erases the operation of a value that nothing reads, and those of its operands."""
-    operation = _producer(value)
+    operation = producer_of(value)
     if operation is None or any(True for result in operation.results for _ in result.uses):
         return
     operands = list(operation.operands)

@@ -24,6 +24,7 @@ from partita.capture.stablehlo import (
     functions_of,
     inner_blocks,
     main_block,
+    producer_of,
     replace_operands,
     run,
     serialize,
@@ -141,7 +142,7 @@ def _fold_transposes(module: ir.Module) -> None:
     for operation in list(walk(main_block(module))):
         if operation.name != "stablehlo.transpose":
             continue
-        dot = _producer(operation.operands[0])
+        dot = producer_of(operation.operands[0])
         if dot is None or dot.name != "stablehlo.dot_general" or "algorithm" in dot.attributes:
             continue
         if _use_count(dot) != 1:
@@ -213,7 +214,7 @@ def _reduce_as_reshape(reduce: Any) -> None:
     operand = reduce.operands[0]
     if math.prod(operand.type.shape) != math.prod(reduce.results[0].type.shape):
         return
-    start = _producer(reduce.operands[-1])
+    start = producer_of(reduce.operands[-1])
     if start is None or start.name != "stablehlo.constant":
         return
     if np.any(np.asarray(ir.DenseElementsAttr(start.attributes["value"]))):
@@ -232,7 +233,7 @@ def _reduce_as_reshape(reduce: Any) -> None:
 
 def _merge_reshapes(reshape: Any) -> None:
     """Skips the reshape that a reshape reads, and removes a reshape to the same shape."""
-    source = _producer(reshape.operands[0])
+    source = producer_of(reshape.operands[0])
     if source is not None and source.name == "stablehlo.reshape":
         reshape.operands[0] = source.operands[0]
         if not _use_count(source):
@@ -247,7 +248,7 @@ def _widen_product(convert: Any) -> None:
 
     Only if a backward addition is the only reader, and reads it converted.
     """
-    dot = _producer(convert.operands[0])
+    dot = producer_of(convert.operands[0])
     if dot is None or dot.name != "stablehlo.dot_general" or "algorithm" in dot.attributes:
         return
     readers = [use.owner for use in convert.results[0].uses]
@@ -314,18 +315,13 @@ def _copy_constants(operation: Any, inside: set[Any]) -> None:
     for position, operand in enumerate(operation.operands):
         if operand in inside:
             continue
-        source = _producer(operand)
+        source = producer_of(operand)
         if source is not None and source.name == "stablehlo.constant":
             copy = source.clone(ir.InsertionPoint(operation))
             operation.operands[position] = copy.results[0]
 
 
 # ---- operations
-
-
-def _producer(value: Any) -> Any:
-    """The operation that computes a value, None for an argument of a block."""
-    return None if isinstance(value.owner, ir.Block) else value.owner.operation
 
 
 def _use_count(operation: Any) -> int:

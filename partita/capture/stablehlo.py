@@ -119,6 +119,11 @@ def walk(block: ir.Block) -> Iterator[Any]:
                 yield from walk(inner)
 
 
+def producer_of(value: Any) -> Any:
+    """The operation that computes a value, None for an argument of a block."""
+    return None if isinstance(value.owner, ir.Block) else value.owner.operation
+
+
 def copy_operations(
     operations: Iterable[Any],
     position: ir.InsertionPoint,
