@@ -116,11 +116,7 @@ def operator_cost(
     storage: StorageRule = PLAIN,
 ) -> OperatorCost:
     """The cost of an operator under each assignment, with its parameters stored by a rule."""
-    evaluation = _Evaluation(terms, ShardCounts(placement, assignments))
-    for reduction in terms.reductions:
-        evaluation.add_reduction(reduction, storage)
-    for halo in terms.halos:
-        evaluation.add_halo(halo)
+    evaluation = _stateless(terms, ShardCounts(placement, assignments), terms.reductions, storage)
     evaluation.add_moves()
     for variable in terms.stored:
         evaluation.add_variable(variable, storage)
@@ -133,12 +129,22 @@ def stateless_cost(
     reductions: Iterable[Reduction],
 ) -> OperatorCost:
     """The cost of an operator's kernels, halos and some of its reductions."""
+    return _stateless(terms, split, reductions, PLAIN).cost()
+
+
+def _stateless(
+    terms: OperatorTerms,
+    split: ShardCounts,
+    reductions: Iterable[Reduction],
+    storage: StorageRule,
+) -> _Evaluation:
+    """The evaluation of an operator's kernels, halos and some of its reductions."""
     evaluation = _Evaluation(terms, split)
     for reduction in reductions:
-        evaluation.add_reduction(reduction, PLAIN)
+        evaluation.add_reduction(reduction, storage)
     for halo in terms.halos:
         evaluation.add_halo(halo)
-    return evaluation.cost()
+    return evaluation
 
 
 class _Evaluation:
