@@ -15,7 +15,7 @@ Two kinds of reductions:
 from __future__ import annotations
 
 from partita.cost.fusion import Fusion, reads
-from partita.cost.joined import bias_kernels, joined_kernels
+from partita.cost.joined import joined_kernels
 from partita.cost.partial import operand_labels, reduced_factors, split_axes
 from partita.graph.flat import readers_of
 from partita.graph.gradient_sums import PASSING
@@ -35,7 +35,7 @@ def delayed_reductions(
     source = producers(graph)
     joined = {
         root
-        for root, tensor in joined_kernels(graph, fused, bias_kernels(graph, fused)).saved
+        for root, tensor in joined_kernels(graph, fused).saved
         if not _computes_rows(graph, fused, source.get(tensor, -1))
     }
     delayed = {}

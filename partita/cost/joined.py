@@ -49,17 +49,23 @@ class Joined:
     """(root of a kernel, tensor) of the reads from memory that joining saves."""
     parts: frozenset[int]
     """Roots of the kernels that are not launched by themselves."""
+    biases: frozenset[int]
+    """Roots of the kernels that a product's library replaces."""
 
 
-def joined_kernels(graph: OperatorGraph, fused: Fusion, biases: frozenset[int]) -> Joined:
-    """The kernels that are joined.
-
-    `biases` are the roots of kernels that a product's library replaces (`bias_kernels`).
-    """
-    return _Joiner(graph, fused, biases).joined()
+NONE_JOINED = Joined(frozenset(), frozenset(), frozenset())
 
 
-def bias_kernels(graph: OperatorGraph, fused: Fusion) -> frozenset[int]:
+def joined_kernels(graph: OperatorGraph, fused: Fusion) -> Joined:
+    """The kernels that are joined."""
+    return _Joiner(graph, fused).joined()
+
+
+def _bias_kernels(
+    graph: OperatorGraph,
+    fused: Fusion,
+    reads_of: Mapping[int, Mapping[int, list[Reader]]],
+) -> frozenset[int]:
     """Roots of the kernels that only add a bias to a product, which its library does.
 
     A bias is a vector along the minor dim. Products of one operand that are merged
@@ -68,9 +74,7 @@ def bias_kernels(graph: OperatorGraph, fused: Fusion) -> frozenset[int]:
     """
     producer = producers(graph)
     readers: dict[int, Roots] = defaultdict(list)
-    reads_of: dict[int, dict[int, list[Reader]]] = {}
-    for root, kernel in fused.kernels.items():
-        reads_of[root] = reads(graph, kernel)
+    for root in fused.kernels:
         for tensor in reads_of[root]:
             readers[tensor].append(root)
     roots = []
@@ -106,11 +110,12 @@ def _is_merged(graph: OperatorGraph, readers: Mapping[int, Roots], product: int)
 class _Joiner:
     """Kernels with the tensors that they read, and their ancestors as sets of bits."""
 
-    def __init__(self, graph: OperatorGraph, fused: Fusion, biases: frozenset[int]) -> None:
+    def __init__(self, graph: OperatorGraph, fused: Fusion) -> None:
         self.graph = graph
-        self.biases = biases
         self.kernels = fused.kernels
-        self.reads = {root: set(reads(graph, kernel)) for root, kernel in fused.kernels.items()}
+        reads_of = {root: reads(graph, kernel) for root, kernel in fused.kernels.items()}
+        self.biases = _bias_kernels(graph, fused, reads_of)
+        self.reads = {root: set(tensors) for root, tensors in reads_of.items()}
         self.producer = {
             tensor: root for root in fused.kernels for tensor in graph.instructions[root].results
         }
@@ -148,7 +153,7 @@ class _Joiner:
                 start_of.update((root, start) for root in parts if root not in start_of)
         for tensor, whole in whole_readers.items():
             saved.update((root, tensor) for root in _repeated(whole, start_of))
-        return Joined(frozenset(saved), frozenset(start_of))
+        return Joined(frozenset(saved), frozenset(start_of), self.biases)
 
     def _passes_over(self, root: int) -> int:
         """Elements that a kernel passes over, 0 if it is not joined."""

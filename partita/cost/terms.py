@@ -21,7 +21,7 @@ from hashlib import sha256
 from partita.cost.backends import compiler_of
 from partita.cost.collectives import DEFAULT, reaches
 from partita.cost.fusion import EXPENSIVE, FREE, fusion, reads, transposes
-from partita.cost.joined import Joined, bias_kernels, joined_kernels
+from partita.cost.joined import NONE_JOINED, joined_kernels
 from partita.cost.partial import (
     Factors,
     Gradient,
@@ -389,14 +389,12 @@ class _Collector:
 
     def add_work(self) -> None:
         """Adds every kernel, in parts if it is fused across operators."""
-        joined = Joined(frozenset(), frozenset())
-        biases: frozenset[int] = frozenset()
+        joined = NONE_JOINED
         if self.compiler.joins_kernels:
-            biases = bias_kernels(self.graph, self.fused)
-            joined = joined_kernels(self.graph, self.fused, biases)
+            joined = joined_kernels(self.graph, self.fused)
         for root, kernel in self.fused.kernels.items():
             instruction = self.graph.instructions[root]
-            if root in biases or instruction.name in (
+            if root in joined.biases or instruction.name in (
                 "while",
                 "case",
                 "if",

@@ -9,7 +9,7 @@ import pytest
 from partita.capture.jax_functions import Leaf, capture_step
 from partita.cost.backends import compiler_of
 from partita.cost.fusion import fusion
-from partita.cost.joined import bias_kernels, joined_kernels
+from partita.cost.joined import joined_kernels
 from partita.cost.terms import cost_terms
 from partita.machine import load
 
@@ -39,7 +39,7 @@ def graph():
 def saved(graph):
     fused = fusion(graph, compiler_of(GPU.backend).fusion_rules)
     names = graph.instructions
-    joined = joined_kernels(graph, fused, bias_kernels(graph, fused))
+    joined = joined_kernels(graph, fused)
     return {(names[root].name, tensor) for root, tensor in joined.saved}
 
 
@@ -96,7 +96,8 @@ def biased():
 
 
 def test_the_library_of_a_product_adds_its_bias(biased):
-    roots = bias_kernels(biased, fusion(biased, compiler_of(GPU.backend).fusion_rules))
+    fused = fusion(biased, compiler_of(GPU.backend).fusion_rules)
+    roots = joined_kernels(biased, fused).biases
     results = [biased.tensors[biased.instructions[root].results[0]].shape for root in roots]
     # Of the convolution alone, for the products of its rows; these are merged, and share a kernel
     # for their biases.
