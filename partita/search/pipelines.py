@@ -18,7 +18,7 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -27,7 +27,7 @@ from partita.cost.terms import Terms
 from partita.errors import PlanError
 from partita.graph.operator_graph import OperatorGraph, Phase
 from partita.plans.baselines import megatron
-from partita.plans.pipeline import is_pipeline, sample_factor
+from partita.plans.pipeline import is_pipeline, sample_factor, stage_plan
 from partita.plans.plan import TIME, Axis, Mesh, Plan
 from partita.search.base import Problem, Progress
 from partita.search.bound import lower_bounds_by_phase
@@ -367,13 +367,13 @@ class PipelineSpace:
                 self.graph,
                 self.placement.machine,
                 Mesh((*time_axes, *inner)),
-                baselines=list(self._experts(time_axes, inner)),
+                baselines=list(self._experts(shape.microbatches, inner)),
                 terms=self.terms,
                 limit=CHOICES,
             )
         return self._networks[key]
 
-    def _experts(self, time_axes: Sequence[Axis], axes: Sequence[Axis]) -> Iterator[Plan]:
+    def _experts(self, microbatches: int, axes: Sequence[Axis]) -> Iterator[Plan]:
         """Tensor parallelism over devices of a node, samples over all other axes, where these
         divide the samples of a microbatch. The candidates of large meshes leave some of it out.
         """
@@ -386,37 +386,16 @@ class PipelineSpace:
                 "data x tensor",
                 sample_axes=len(axes) - count,
             )
-            mesh = Mesh((*time_axes, *axes))
-            choices = [
-                self._in_time(number, time_axes) | dict(plan.choices[operator.name])
-                for number, operator in enumerate(self.graph.operators)
-            ]
-            if all(self._divides(number, mesh, choice) for number, choice in enumerate(choices)):
-                yield replace(
-                    plan, mesh=mesh, choices=dict(zip(plan.choices, choices, strict=True))
-                )
+            staged = stage_plan(self.graph, replace(plan, microbatches=microbatches))
+            if microbatches == 1 or self._divides_samples(staged, microbatches):
+                yield staged
 
-    def _in_time(self, operator: int, time_axes: Sequence[Axis]) -> dict[str, str]:
-        """The use of axes of time by an operator: they split its samples."""
-        uses = {}
-        for axis in time_axes:
-            factor = sample_factor(self.graph, operator, {}, axis.size)
-            if factor >= 0:
-                uses[axis.name] = self.graph.factors[factor].name
-        return uses
-
-    def _divides(self, operator: int, mesh: Mesh, choice: Mapping[str, str]) -> bool:
-        """Whether the axes of a choice divide the sizes of its factors."""
-        size = {
-            self.graph.factors[f].name: self.graph.factors[f].size
-            for f in self.graph.operators[operator].factors
-        }
-        for axis in mesh.axes:
-            name = choice.get(axis.name)
-            if name is not None:
-                if size[name] % axis.size:
-                    return False
-                size[name] //= axis.size
+    def _divides_samples(self, staged: Plan, microbatches: int) -> bool:
+        """Whether microbatches split the samples of all operators that have them."""
+        for number, operator in enumerate(self.graph.operators):
+            has_samples = sample_factor(self.graph, number, {}, microbatches) >= 0
+            if has_samples and TIME not in staged.choices[operator.name]:
+                return False
         return True
 
     def simulate(self, sketch: Sketch) -> PipelinedStep | Sketch | None:
