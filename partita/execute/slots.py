@@ -65,11 +65,14 @@ class SlotOutput:
 class SlotSchedule:
     """The actions of one step over slots."""
 
-    count: int
-    """Number of slots."""
     slot_of: dict[Value, int]
-    actions: tuple[SlotRun | SlotTransfers, ...]
-    outputs: tuple[SlotOutput, ...]
+    actions: tuple[SlotRun | SlotTransfers, ...] = ()
+    outputs: tuple[SlotOutput, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of slots."""
+        return len(self.slot_of)
 
     @cached_property
     def values(self) -> tuple[Value, ...]:
@@ -90,7 +93,7 @@ def slot_schedule(dispatch: Dispatch, partial: Collection[int]) -> SlotSchedule:
     numbers: dict[Value, int] = {}
     for value in _values(dispatch):
         numbers.setdefault(value, len(numbers))
-    schedule = SlotSchedule(len(numbers), numbers, (), ())
+    schedule = SlotSchedule(numbers)
     actions: list[SlotRun | SlotTransfers] = []
     started: set[int] = set()
     """Pieces that have run."""
@@ -109,7 +112,7 @@ def slot_schedule(dispatch: Dispatch, partial: Collection[int]) -> SlotSchedule:
             actions.append(_run(schedule, role, run, sums, run.piece not in started))
             started.add(run.piece)
     outputs = [SlotOutput(schedule.slots(o.values), o.combination) for o in dispatch.outputs]
-    return SlotSchedule(len(numbers), numbers, tuple(actions), tuple(outputs))
+    return SlotSchedule(numbers, tuple(actions), tuple(outputs))
 
 
 def _values(dispatch: Dispatch) -> list[Value]:
