@@ -357,7 +357,7 @@ class Survival:
             if "error" in answer:
                 raise MemoryBudgetError(answer["error"])
             planned = SurvivorPlan(plan, devices, Plan.from_json(answer))
-            self._plans = [*self._plans, planned]
+            self._plans.append(planned)
             return planned.chosen
 
         return plan_for
