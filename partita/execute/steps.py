@@ -4,12 +4,14 @@ of a step, and asks a manager between steps (`management.contract`).
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -42,6 +44,7 @@ from partita.execute.shares import check_shares, shares_step
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
 from partita.management.contract import Manager, PlanFor
+from partita.management.program_table import ProgramTable
 from partita.plans.adapt import fit_plan
 from partita.plans.plan import Plan
 
@@ -148,8 +151,8 @@ class StepRunner:
         self._on_state = on_state
         self._state: Any = None
         """The state that the last step returned, placed as the plan says."""
-        self._ready: dict[tuple[Any, frozenset[int], int], Any] = {}
-        """Steps for losses that may come, by key, the lost processes and the generation."""
+        self.table = ProgramTable()
+        """Steps for losses and plans that may come, and for shares: see `prepare`."""
         self._outdated: set[Any] = set()
         """Keys of steps that are to be compiled for a new plan."""
         self._earlier: dict[Any, list[Any]] = {}
@@ -257,6 +260,11 @@ class StepRunner:
 
     def change(self, plan: Plan) -> None:
         """Trains by another plan, for all live devices, from the next step on."""
+        self.table.keep(lambda key: key[0] == "plan")
+        self._begin(plan)
+
+    def _begin(self, plan: Plan) -> None:
+        """Has all steps compiled for a plan, at their next use."""
         self.plan = plan
         self._shares = None
         self._outdated = {key for key, step in self.steps.items() if step is not None}
@@ -270,28 +278,39 @@ class StepRunner:
         # Their programs are for devices that are gone.
         self._earlier.clear()
         self._shared.clear()
-        self.change(self._plan_without_lost(plan_for, len(members.devices())))
+        lost, generation = members.lost(), members.generation()
+        self.table.keep(lambda key: key[0] == "loss" and key[2:] == (lost, generation))
+        self._begin(self._plan_without_lost(plan_for, len(members.devices())))
         self._state = None
         if self.running is not None:
             self.running = self._compiled(self._running_key)
 
-    def prepare(self, key: Hashable, plan_for: PlanFor) -> None:
-        """Compiles a step for the loss of any one other process."""
+    @property
+    def host_is_idle(self) -> bool:
+        """Whether a compilation beside a step is free: devices are not the host's cores."""
+        return jax.default_backend() != "cpu"
+
+    def prepare(self, key: Hashable, plan_for: PlanFor, beside: bool = False) -> None:
+        """Compiles a step for the loss of any one other process, now or beside the training."""
         step = self.steps.get(key)
         if self.plan is None or step is None:
             return
-        captured = step.planned.captured
         for process in members.alive():
             if process == members.index():
                 continue
             devices = members.devices(without=process)
-            plan = fit_plan(self._plan_without_lost(plan_for, len(devices)), captured.graph)
-            planned = runnable_step(captured, plan, devices)
-            lost = members.lost() | {process}
-            generation = members.generation() + 1
-            self._ready[key, lost, generation] = replace(
-                step, planned=planned, program=planned.compile()
-            )
+            plan = self._plan_without_lost(plan_for, len(devices))
+            state = "loss", key, members.lost() | {process}, members.generation() + 1
+            compiled = partial(_compiled_step, step, plan, devices)
+            if beside:
+                self.table.begin(state, compiled)
+            else:
+                self.table.make(state, compiled)
+
+    def prepare_plan(self, key: Hashable, plan: Plan) -> None:
+        """Compiles a step for another plan of all live devices, beside the training."""
+        compiled = partial(_compiled_step, self._compiled(key), plan, members.devices())
+        self.table.begin(("plan", key, json.dumps(plan.to_json())), compiled)
 
     def _plan_without_lost(self, plan_for: PlanFor, devices: int) -> Plan:
         """The plan for fewer devices, by the step with the largest batch."""
@@ -322,8 +341,9 @@ class StepRunner:
 
     def _known(self, key: Hashable, plan: Plan, captured: Any) -> Any:
         """The compiled step of a plan that ran before or is ready for a loss; None without one."""
-        ready = self._ready.get((key, members.lost(), members.generation()))
-        for step in (ready, *self._earlier[key]):
+        for_loss = self.table.get(("loss", key, members.lost(), members.generation()))
+        for_plan = self.table.get(("plan", key, json.dumps(plan.to_json())))
+        for step in (for_loss, for_plan, *self._earlier[key]):
             if step is None or step.planned.plan != plan or step.planned.captured is not captured:
                 continue
             if set(step.planned.mesh.devices.flat) <= set(members.devices()):
@@ -344,14 +364,18 @@ class StepRunner:
     def prepare_shares(self, key: Hashable) -> int:
         """Compiles the step for a key for any shares; the number of microbatches."""
         step = self._compiled(key)
-        planned = step.planned
-        devices = list(planned.mesh.devices.flat)
-        with self.compiling():
-            shared = shares_step(planned.captured, planned.plan, devices, donate=planned.donates)
-            program = shared.compile()
-        check_shares(shared, program)
-        self._shared[id(step)] = step, replace(step, planned=shared, program=program)
-        return shared.sums.part_count
+        known = self.table.get(("shares", id(step)))
+        if known is None:
+            with self.compiling():
+                known = _compiled_shares(step)
+        self._shared[id(step)] = known
+        return known[1].planned.sums.part_count
+
+    def begin_shares(self, key: Hashable) -> bool:
+        """Has `prepare_shares` compiled beside the training; whether that is done."""
+        step = self._compiled(key)
+        self.table.begin(("shares", id(step)), partial(_compiled_shares, step))
+        return self.table.is_done(("shares", id(step)))
 
     def change_shares(self, shares: Sequence[int] | None) -> None:
         """Gives each device its number of microbatches from the next step on."""
@@ -455,6 +479,24 @@ class StepRunner:
                 else:
                     copies.append(self.own_copy(gathered.get(id(leaf), leaf)))
             return copies
+
+
+def _compiled_step(step: Any, plan: Plan, devices: Sequence[Any]) -> Any:
+    """A value like `step` with another plan on some devices, compiled."""
+    captured = step.planned.captured
+    plan = fit_plan(plan, captured.graph)
+    planned = runnable_step(captured, plan, devices, donate=step.planned.donates)
+    return replace(step, planned=planned, program=planned.compile())
+
+
+def _compiled_shares(step: Any) -> tuple[Any, Any]:
+    """The step, and a value like it for any shares, compiled and checked."""
+    planned = step.planned
+    devices = list(planned.mesh.devices.flat)
+    shared = shares_step(planned.captured, planned.plan, devices, donate=planned.donates)
+    program = shared.compile()
+    check_shares(shared, program)
+    return step, replace(step, planned=shared, program=program)
 
 
 def _unshared(state: Any, batch: Any) -> Any:

@@ -138,8 +138,12 @@ class Balance:
             self._begin(training, key)
         if len(self._alive) < 2 or training.plan is None or key != self._key:
             return
-        if self.ready and self.acts and not self._refused and not training.has_shares(key):
-            self._prepare(training, key)
+        if self._lacks_shares(training, key):
+            # Later programs are compiled beside the training: after a loss nobody waits for them.
+            if training.step:
+                training.begin_shares(key)
+            else:
+                self._prepare(training, key)
         if training.step >= self._next_round:
             self._round(training, key)
 
@@ -182,8 +186,8 @@ class Balance:
         self._unexplained = None
         self._next_round = training.step + FEWEST_STEPS
 
-    def _prepare(self, training: Training, key: Hashable) -> None:
-        """Compiles the step for shares."""
+    def _prepare(self, training: Training, key: Hashable, where: str = "") -> None:
+        """Compiles the step for shares, or notes that it was compiled elsewhere."""
         start = time.perf_counter()
         refused = ""
         try:
@@ -201,9 +205,20 @@ class Balance:
             return
         sentence = (
             f"work can move between processes in {self._microbatches} microbatches "
-            f"(compiled in {seconds:.1f} s)"
+            f"(compiled {where or f'in {seconds:.1f} s'})"
         )
         self._add(training, "prepare", sentence, compile_seconds=seconds)
+
+    def _shares_are_done(self, training: Training, key: Hashable) -> bool:
+        """Whether this process has compiled the step for shares beside the training, and the others
+        do not know it yet."""
+        return self._lacks_shares(training, key) and training.begin_shares(key)
+
+    def _lacks_shares(self, training: Training, key: Hashable) -> bool:
+        """Whether the step is to be compiled for shares before a process is slow."""
+        if not self.ready or not self.acts or self._refused:
+            return False
+        return not training.has_shares(key)
 
     # ---------------------------------------------------------------------------------- decisions
 
@@ -220,10 +235,13 @@ class Balance:
             "plan": plan,
             "now": start,
             "compile": training.compile_seconds,
+            "shares": self._shares_are_done(training, key),
         }
         own = json.dumps(message)
         self._laps = []
         values = [json.loads(text) for text in training.group.exchanged("balance", own)]
+        if all(value["shares"] for value in values):
+            self._prepare(training, key, "beside the training")
         self._now = values[0]["now"]
         self._compile_seconds = values[0]["compile"]
         steps = min(len(value["laps"]) for value in values)

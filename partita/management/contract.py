@@ -22,6 +22,7 @@ import numpy as np
 from partita.errors import LostProcessError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
+from partita.management.program_table import ProgramTable
 from partita.plans.plan import Plan
 
 PlanFor = Callable[[OperatorGraph, Plan, int], Plan]
@@ -126,8 +127,22 @@ class Training(Protocol):
         for their devices, from this state on."""
         ...
 
-    def prepare(self, key: Hashable, plan_for: PlanFor) -> None:
+    table: ProgramTable
+    """Programs for states of the machine that may come, and plans that managers search; a change
+    of members forgets those that have become useless."""
+
+    @property
+    def host_is_idle(self) -> bool:
+        """Whether a compilation beside a step is free: devices are not the host's cores."""
+        ...
+
+    def prepare(self, key: Hashable, plan_for: PlanFor, beside: bool = False) -> None:
         """Compiles a step for the loss of any one other process, so that `change_members` finds it
+        ready: now, or beside the training."""
+        ...
+
+    def prepare_plan(self, key: Hashable, plan: Plan) -> None:
+        """Compiles a step for another plan, beside the training, so that `change` finds it
         ready."""
         ...
 
@@ -145,6 +160,10 @@ class Training(Protocol):
         PlanError with the reason for a plan or a step that has no shares, MemoryBudgetError where
         it does not fit.
         """
+        ...
+
+    def begin_shares(self, key: Hashable) -> bool:
+        """Has `prepare_shares` compiled beside the training; whether that is done."""
         ...
 
     def change_shares(self, shares: Sequence[int] | None) -> None:

@@ -18,12 +18,14 @@ import time
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from partita.errors import LostProcessError, MemoryBudgetError, PartitaError, ProcessError
 from partita.graph.operator_graph import OperatorGraph
+from partita.machine import Machine
 from partita.management.contract import PlanFor, Training
 from partita.management.decisions import Decision, DecisionLog
 from partita.management.free_memory import free_memory_bytes
@@ -77,15 +79,6 @@ class Growth:
     """Losses and returns until then."""
 
 
-@dataclass(frozen=True)
-class SurvivorPlan:
-    """A plan for the devices that a loss leaves."""
-
-    before: Plan
-    devices: int
-    chosen: Plan
-
-
 class Survival:
     """A manager that goes on without lost processes. `management.contract` states its methods."""
 
@@ -94,8 +87,13 @@ class Survival:
         self.log = log
         self.is_ready = is_ready
         self._prepared: set[Hashable] = set()
-        self._plans: list[SurvivorPlan] = []
-        """Plans for losses, as far as they are known."""
+        """Keys of steps that are prepared for losses, under a plan."""
+        self._prepared_plan: Plan | None = None
+        self._plans: dict[tuple[int, str], str] = {}
+        """Number of devices and plan before, as JSON -> plan for them or reason why there is none:
+        agreed for losses that may come."""
+        self._searched: set[int] = set()
+        """Numbers of devices whose plan is searched beside the training, by the first process."""
         self._alive: tuple[int, ...] = ()
         """The processes of the last step."""
         self._snapshots: deque[Snapshot] = deque(maxlen=KEPT)
@@ -137,7 +135,9 @@ class Survival:
         batch = training.batch_copy(batch)
         if replaced is None or training.step >= self._next_snapshot:
             self._take(training, key, state, batch, is_new=replaced is None)
-        if self.is_ready and key not in self._prepared:
+        if training.plan is not self._prepared_plan:
+            self._begin_again(training)
+        if key not in self._prepared and not training.is_evaluation(key):
             self._prepared.add(key)
             self._prepare(training, key)
         self._running = Replayed(training.step, key, batch, replaced or {})
@@ -211,16 +211,17 @@ class Survival:
         steps = self._interval(training, seconds, snapshot, batch)
         can_grow = training.can_grow and not training.is_evaluation(key)
         event = training.group.returned() if can_grow else 0
-        message = json.dumps([steps, event])
+        message = json.dumps([steps, event, self._found(training)])
         answers = [json.loads(text) for text in training.group.exchanged("snapshot", message)]
+        self._agree(training, answers[0][2])
         if is_new:
             self._forget()
         self._snapshots.append(snapshot)
         self._taken += 1
-        self._next_snapshot = training.step + max(steps for steps, _ in answers)
+        self._next_snapshot = training.step + max(steps for steps, *_ in answers)
         while self._replayed and self._replayed[0].step < self._snapshots[0].step:
             self._replayed.popleft()
-        event = min(event for _, event in answers)
+        event = min(event for _, event, _ in answers)
         if event and training.plan is not None:
             self._growth = Growth(key, event)
             raise LostProcessError("A process that was started again is taken in.")
@@ -291,6 +292,7 @@ class Survival:
             state = with_replaced(training, state, each.replaced)
             _, state = training.execute(each.key, state, each.batch)
         self._last = training.leaves(state)
+        self._begin_again(training)
         return with_replaced(training, state, replaced or {}), step, len(steps)
 
     def _grown(self, training: Training, state: Any, growth: Growth) -> Any:
@@ -306,7 +308,7 @@ class Survival:
         state = training.with_leaves(state, leaves)
         # The others begin here, and all do alike.
         self._forget()
-        self._prepared.clear()
+        self._begin_again(training)
         self._taken = 0
         self._alive = training.group.alive
         back = sorted(set(self._alive) - before)
@@ -337,14 +339,69 @@ class Survival:
     # ------------------------------------------------------------------------------------- plans
 
     def _prepare(self, training: Training, key: Hashable) -> None:
-        """Compiles for the loss of any one process; says so if nothing fits after one."""
-        try:
-            training.prepare(key, self._planner(training))
-        except LostProcessError:
-            raise
-        except PartitaError as error:
-            sentence = f"a lost process ends the run: {error}"
-            self._decide(training, Decision(training.step, "stay", sentence))
+        """Compiles for the loss of any one process: before the first step if that is to be ready;
+        later, or where it is free, beside the training."""
+        if training.plan is None:
+            return
+        if self.is_ready and training.step == 0:
+            try:
+                training.prepare(key, self._planner(training))
+            except LostProcessError:
+                raise
+            except PartitaError as error:
+                self._say_end(training, error)
+        elif (self.is_ready or training.host_is_idle) and training.group.is_first:
+            self._search(training, key)
+
+    def _search(self, training: Training, key: Hashable) -> None:
+        """Begins to search plans for the loss of any one process, beside the training."""
+        plan = training.plan
+        assert plan is not None
+        alive = training.group.alive
+        for process in alive:
+            devices = training.group.devices_of([other for other in alive if other != process])
+            if devices == 0:
+                continue
+            graph, machine = training.graph(key), training.machine(devices)
+            search = partial(self._survivor_plan, graph, plan, machine)
+            training.table.begin(("search", devices), search)
+            self._searched.add(devices)
+
+    def _found(self, training: Training) -> dict[str, str]:
+        """Number of devices -> plan, once all searches are done, for the others to know."""
+        searched = sorted(self._searched)
+        if not all(training.table.is_done(("search", devices)) for devices in searched):
+            return {}
+        self._searched.clear()
+        return {str(devices): training.table.get(("search", devices)) for devices in searched}
+
+    def _agree(self, training: Training, found: Mapping[str, str]) -> None:
+        """Notes plans that the first process has found, and compiles them beside the training."""
+        if not found or training.plan is None:
+            return
+        before = json.dumps(training.plan.to_json())
+        for devices, text in found.items():
+            self._plans[int(devices), before] = text
+        for key in self._prepared:
+            try:
+                training.prepare(key, self._agreed_plan, beside=True)
+            except PartitaError as error:
+                self._say_end(training, error)
+
+    def _agreed_plan(self, graph: OperatorGraph, plan: Plan, devices: int) -> Plan:
+        """The plan for fewer devices that all processes know."""
+        text = self._plans.get((devices, json.dumps(plan.to_json())))
+        return _read_plan(text or json.dumps({"error": f"no plan for {devices} devices is known"}))
+
+    def _say_end(self, training: Training, error: PartitaError) -> None:
+        sentence = f"a lost process ends the run: {error}"
+        self._decide(training, Decision(training.step, "stay", sentence))
+
+    def _begin_again(self, training: Training) -> None:
+        """Prepares for losses anew: there are other processes, or another plan."""
+        self._prepared_plan = training.plan
+        self._prepared.clear()
+        self._searched.clear()
 
     def _planner(self, training: Training) -> PlanFor:
         """Plans for fewer devices as the first live process does, which tells the others."""
@@ -352,27 +409,21 @@ class Survival:
         def plan_for(graph: OperatorGraph, plan: Plan, devices: int) -> Plan:
             text = ""
             if training.group.is_first:
-                text = self._survivor_plan(training, graph, plan, devices)
-            answer = json.loads(training.group.exchanged(f"plan for {devices} devices", text)[0])
-            if "error" in answer:
-                raise MemoryBudgetError(answer["error"])
-            planned = SurvivorPlan(plan, devices, Plan.from_json(answer))
-            self._plans.append(planned)
-            return planned.chosen
+                text = self._survivor_plan(graph, plan, training.machine(devices))
+            text = training.group.exchanged(f"plan for {devices} devices", text)[0]
+            self._plans[devices, json.dumps(plan.to_json())] = text
+            return _read_plan(text)
 
         return plan_for
 
-    def _survivor_plan(
-        self, training: Training, graph: OperatorGraph, plan: Plan, devices: int
-    ) -> str:
+    def _survivor_plan(self, graph: OperatorGraph, plan: Plan, machine: Machine) -> str:
         """The plan for fewer devices, or the reason why there is none, as JSON."""
-        if devices in self._used:
-            return json.dumps(self._used[devices].to_json())
-        for known in self._plans:
-            if known.devices == devices and known.before == plan:
-                return json.dumps(known.chosen.to_json())
+        if machine.devices in self._used:
+            return json.dumps(self._used[machine.devices].to_json())
+        known = self._plans.get((machine.devices, json.dumps(plan.to_json())))
+        if known is not None:
+            return known
         try:
-            machine = training.machine(devices)
             return json.dumps(survivor_plan(graph, plan, machine).to_json())
         except PartitaError as error:
             return json.dumps({"error": str(error)})
@@ -380,6 +431,14 @@ class Survival:
     def _decide(self, training: Training, decision: Decision) -> None:
         if training.group.is_first:
             self.log.add(decision)
+
+
+def _read_plan(text: str) -> Plan:
+    """The plan of a JSON text; MemoryBudgetError with the reason in place of one."""
+    answer = json.loads(text)
+    if "error" in answer:
+        raise MemoryBudgetError(answer["error"])
+    return Plan.from_json(answer)
 
 
 def batch_room(state_bytes: int) -> int:

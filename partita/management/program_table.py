@@ -1,0 +1,87 @@
+"""Programs for states of the machine that may come: compiled now, or in a thread beside the
+training.
+
+The thread compiles one program after another, at the lowest priority that Linux gives a thread.
+XLA's own threads keep theirs, and on a CPU they share the cores with the training: only where the
+host is idle during a step is this free.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
+
+LOWEST_PRIORITY = 19
+
+
+class ProgramTable:
+    """Results of functions by key. They compile programs, or search plans."""
+
+    def __init__(self) -> None:
+        self._results: dict[Hashable, Future[Any]] = {}
+        self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._lock = threading.Lock()
+        self._is_running = False
+
+    def make(self, key: Hashable, function: Callable[[], Any]) -> None:
+        """Calls the function now."""
+        result: Future[Any] = Future()
+        result.set_result(function())
+        self._results[key] = result
+
+    def begin(self, key: Hashable, function: Callable[[], Any]) -> None:
+        """Has the function called in the thread, after those that were begun before; nothing for a
+        key that is there."""
+        if key in self._results:
+            return
+        result: Future[Any] = Future()
+        self._results[key] = result
+        with self._lock:
+            self._waiting.append((result, function))
+            if not self._is_running:
+                self._is_running = True
+                threading.Thread(target=self._work).start()
+
+    def is_done(self, key: Hashable) -> bool:
+        """Whether `get` gives a result, or raises, at once."""
+        return key in self._results and self._results[key].done()
+
+    def get(self, key: Hashable) -> Any:
+        """The result of a function, or the error that it raised.
+
+        Waits for one that the thread is in. None for one that it has not reached, which is then
+        forgotten, and for an unknown key.
+        """
+        result = self._results.get(key)
+        if result is None or result.cancel():
+            self._results.pop(key, None)
+            return None
+        return result.result()
+
+    def keep(self, is_useful: Callable[[Any], bool]) -> None:
+        """Forgets the results of other keys; the thread leaves their functions out."""
+        for key in [key for key in self._results if not is_useful(key)]:
+            self._results.pop(key).cancel()
+
+    def _work(self) -> None:
+        """Calls the waiting functions until none is left, or the script has ended."""
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        while True:
+            with self._lock:
+                if not self._waiting or not threading.main_thread().is_alive():
+                    self._waiting.clear()
+                    self._is_running = False
+                    return
+                result, function = self._waiting.popleft()
+            if not result.set_running_or_notify_cancel():
+                continue
+            try:
+                result.set_result(function())
+            except BaseException as error:
+                result.set_exception(error)
