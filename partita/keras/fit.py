@@ -130,13 +130,17 @@ def attached(model: keras.Model) -> PlannedFit | None:
 def _sync(model: Any) -> None:
     """Keras's `jax_state_sync`, after which every process has all metrics.
 
-    Keras reads them in every process at the end of an epoch. Their values may be on the devices of
-    a stage. All processes call this at the same points.
+    Keras computes with them in every process at the end of an epoch, by operations of JAX that
+    compile anew for other devices: after a loss too, so they get arrays of one device. Their
+    values may be on the devices of a stage. All processes call this at the same points.
     """
     type(model).jax_state_sync(model)
     for variable in model.metrics_variables:
-        if is_of_group(variable.value):
-            variable.assign(whole(variable.value))
+        value = variable.value
+        if is_of_group(value):
+            variable.assign(whole(value))
+        elif isinstance(value, jax.Array) and value.is_fully_replicated:
+            variable.assign(value.addressable_data(0))
 
 
 def restore_state(model: Any, state: Any) -> None:

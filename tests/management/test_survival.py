@@ -2,6 +2,8 @@
 
 import json
 import random
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,9 +17,11 @@ from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.management import survival
 from partita.management.decisions import DecisionLog
+from partita.management.program_table import ProgramTable
 from partita.management.survival import Survival, listed
 from partita.management.survivor_plans import survivor_plan
 from partita.plans.baselines import data_parallel, zero
+from partita.plans.plan import Plan
 from partita.search.find import RESERVE, find, fits, mesh_of
 from partita.simulation.simulate import predicted
 
@@ -59,8 +63,13 @@ class PlayedTraining:
     """Each step multiplies a number and adds the batch; a step may lose a process midway."""
 
     name = "played"
-    plan = None
+    plan: Any = None
     can_grow = False
+    host_is_idle = False
+    graph: Any
+    machine: Any
+    table: Any
+    prepare: Any
 
     def is_evaluation(self, key: Any) -> bool:
         return False
@@ -215,6 +224,58 @@ def test_snapshots_take_a_bounded_share_of_the_time(monkeypatch: pytest.MonkeyPa
     train(training, Survival(DecisionLog()), steps=900)
     # 0.004 s in 400 steps of 0.01 s
     assert taken == [0, 10, 20, 30, 430, 830]
+
+
+def test_plans_for_losses_are_searched_beside_the_training_and_agreed_on() -> None:
+    graph = OperatorGraph.load(DATA / "mlp.graph.json")
+    training = PlayedTraining()
+    training.plan = zero(1)(graph, "h100:4", mesh_of(machine_of(4)))
+    training.host_is_idle = True
+    training.graph = lambda key: graph
+    training.machine = machine_of
+    training.table = ProgramTable()
+    prepared: dict[int, list[str]] = {}
+
+    def prepare(key: Any, plan_for: Any, beside: bool) -> None:
+        assert beside
+        plan = plan_for(graph, training.plan, 2)
+        prepared.setdefault(training.step, []).append(plan.name)
+
+    training.prepare = prepare
+    survival = Survival(DecisionLog())
+    train(training, survival, 10)
+    while not training.table.is_done(("search", 2)):
+        time.sleep(0.005)
+    assert prepared == {}
+    train(training, survival, 11)
+    # With the first snapshot after the search; no plan is searched twice.
+    assert prepared == {10: ["ZeRO-1"]}
+    (devices, before), text = next(iter(survival._plans.items()))
+    assert devices == 2 and Plan.from_json(json.loads(before)) == training.plan
+    assert Plan.from_json(json.loads(text)).devices == 2
+
+
+def test_results_are_made_in_turn_and_forgotten_where_they_are_of_no_use() -> None:
+    table = ProgramTable()
+    begun, may_end = threading.Event(), threading.Event()
+
+    def slow() -> str:
+        begun.set()
+        may_end.wait(10)
+        return "slow"
+
+    table.begin("slow", slow)
+    table.begin("next", lambda: "never")
+    table.begin("useless", lambda: "never")
+    begun.wait(10)
+    # The thread has not reached it, so the caller makes it.
+    assert table.get("next") is None and table.get("unknown") is None
+    table.make("next", lambda: "now")
+    table.keep(lambda key: key != "useless")
+    assert not table.is_done("slow")
+    may_end.set()
+    assert table.get("slow") == "slow" and table.get("next") == "now"
+    assert table.get("useless") is None
 
 
 def test_processes_as_a_phrase() -> None:
