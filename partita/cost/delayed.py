@@ -1,8 +1,9 @@
-"""Reductions of gradients that XLA:GPU delays to the end of the backward pass.
+"""Kernels that XLA:GPU delays: reductions of gradients, and forward values computed again.
 
-Its scheduler starts from the end of the program and fills the time of collectives with kernels on
-which nothing waits (LatencyHidingScheduler). Where a device needs no sum over devices, the gradient
-of a bias or of a scale is such a kernel, and the values that it reads stay in memory until then.
+Reductions of gradients wait for the end of the backward pass. Its scheduler starts from the end of
+the program and fills the time of collectives with kernels on which nothing waits
+(LatencyHidingScheduler). Where a device needs no sum over devices, the gradient of a bias or of a
+scale is such a kernel, and the values that it reads stay in memory until then.
 
 Two kinds of reductions:
 
@@ -10,6 +11,9 @@ Two kinds of reductions:
   joined with a kernel of rows, as of a softmax.
 - One that sums the result of another one further, as the gradient of a group normalization's scale,
   sums the operand of that other one in one pass (AlgebraicSimplifier), so it reads large values.
+
+A forward value that the backward pass computes again is often joined with the kernel of a gradient
+that reads the same tensor, as of an activation function. Then it is in memory beside that gradient.
 """
 
 from __future__ import annotations
@@ -46,6 +50,30 @@ def delayed_reductions(
                 tensor for i in (root, first) for tensor in reads(graph, fused.kernels.get(i, ()))
             }
     return delayed
+
+
+def joined_repetitions(graph: OperatorGraph, fused: Fusion) -> dict[int, int]:
+    """Forward value computed again in the backward pass -> the last root of its joined kernel."""
+    backward = (i for i, x in enumerate(graph.instructions) if x.phase == "backward")
+    first_backward = next(backward, len(graph.instructions))
+    repeated = [
+        root
+        for root in fused.kernels
+        if root > first_backward and graph.instructions[root].phase == "forward"
+    ]
+    if not repeated:
+        return {}
+    joined = joined_kernels(graph, fused)
+    last: dict[int, int] = {}
+    """Earliest root of a joined kernel -> its last one."""
+    for root in joined.parts:
+        start = joined.start(root)
+        last[start] = max(last.get(start, start), root)
+    ends = {}
+    for root in repeated:
+        end = last.get(joined.start(root), root)
+        ends.update(dict.fromkeys(graph.instructions[root].results, end))
+    return ends
 
 
 def _is_waited_for_by_updates(graph: OperatorGraph, layout: Layout, i: int) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from partita.cost.fusion import FREE, PRODUCTS, Fusion, reads
 from partita.graph.flat import HEAVY, LIBRARY_CALLS, Reader
@@ -47,13 +47,19 @@ class Joined:
 
     saved: frozenset[tuple[int, int]]
     """(root of a kernel, tensor) of the reads from memory that joining saves."""
-    parts: frozenset[int]
-    """Roots of the kernels that are not launched by themselves."""
+    parts: Mapping[int, int]
+    """Root of a kernel that is not launched by itself -> an earlier root of its joined kernel."""
     biases: frozenset[int]
     """Roots of the kernels that a product's library replaces."""
 
+    def start(self, root: int) -> int:
+        """The earliest root of the joined kernel of a root."""
+        while root in self.parts:
+            root = self.parts[root]
+        return root
 
-NONE_JOINED = Joined(frozenset(), frozenset(), frozenset())
+
+NONE_JOINED = Joined(frozenset(), {}, frozenset())
 
 
 def joined_kernels(graph: OperatorGraph, fused: Fusion) -> Joined:
@@ -151,9 +157,10 @@ class _Joiner:
                 start, *parts = [*starts, *group]
                 saved.update((root, tensor) for root in parts)
                 start_of.update((root, start) for root in parts if root not in start_of)
+        joined = Joined(frozenset(), start_of, self.biases)
         for tensor, whole in whole_readers.items():
-            saved.update((root, tensor) for root in _repeated(whole, start_of))
-        return Joined(frozenset(saved), frozenset(start_of), self.biases)
+            saved.update((root, tensor) for root in _repeated(whole, joined))
+        return replace(joined, saved=frozenset(saved))
 
     def _passes_over(self, root: int) -> int:
         """Elements that a kernel passes over, 0 if it is not joined."""
@@ -197,14 +204,12 @@ class _Joiner:
         return True
 
 
-def _repeated(roots: Roots, start_of: Mapping[int, int]) -> Roots:
+def _repeated(roots: Roots, joined: Joined) -> Roots:
     """Of kernels that read a tensor, those that are parts of a kernel with an earlier one."""
     starts: set[int] = set()
     repeated = []
     for root in roots:
-        start = root
-        while start in start_of:
-            start = start_of[start]
+        start = joined.start(root)
         if start in starts:
             repeated.append(root)
         starts.add(start)

@@ -9,8 +9,7 @@ A value takes memory from the kernel that computes it to the last one that reads
 - Reduced gradients wait for each other, because XLA combines their all-reduces. The sums are new
   values.
 
-The static part (readers of each value, in program order) is computed once per graph and cached.
-Another layout changes sizes only.
+When values are in memory says `cost.lifetimes`.
 """
 
 from __future__ import annotations
@@ -27,21 +26,17 @@ import numpy as np
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import ProductShape
 from partita.cost.collectives import DEFAULT, emitted_sums
-from partita.cost.delayed import delayed_reductions
-from partita.cost.fusion import ALONE, GENERATED, Fusion, fused_under, reads, transposes
-from partita.cost.partial import Factors, gradients, operand_labels, reduced_factors, split_axes
+from partita.cost.fusion import ALONE, GENERATED, Fusion, fused_under, reads
+from partita.cost.lifetimes import Lifetimes, lifetimes_under, static_lifetimes
+from partita.cost.partial import split_axes
 from partita.cost.recomputed import Lifetime, Recomputable, drops
 from partita.cost.reshard import Axes
 from partita.cost.sums import LaidOutProgram
 from partita.cost.work import filled_ratio, group_factors
-from partita.graph.flat import LIBRARY_CALLS, readers_of
 from partita.graph.operator_graph import (
     ITEMSIZE,
     IdentityKey,
     OperatorGraph,
-    constant_tensors,
-    per_graph,
-    producers,
 )
 from partita.machine import Backend
 from partita.plans.layout import Layout, Read, Sharding, local_shape
@@ -114,7 +109,7 @@ def memory(
     fused = fused_under(graph, layout, compiler.fusion_rules)
     limit = compiler.temporary_limit_bytes(device_bytes, constant)
     if limit < math.inf:
-        lifetimes = _lifetimes(IdentityKey(graph), IdentityKey(layout), backend)
+        lifetimes = lifetimes_under(IdentityKey(graph), IdentityKey(layout), backend)
         allocations = _within(graph, fused, lifetimes, allocations, is_present, limit)
     present = is_present[allocations.home]
     is_work_space = allocations.kind == WORK_SPACE
@@ -174,253 +169,6 @@ def _work_space(graph: OperatorGraph, allocations: _Allocations, chosen: np.ndar
     return course
 
 
-# ---- the program, before any layout
-
-
-@dataclass(frozen=True)
-class _CarriedLoop:
-    """A loop whose results take the place of its operands."""
-
-    end: int
-    """The last instruction of its body."""
-    operand_of: dict[int, int]
-    """Result -> operand."""
-
-
-@dataclass(frozen=True)
-class _FlippedKernel:
-    """A kernel that the input gradient of a convolution reads transposed."""
-
-    instruction: int
-    tensor: int
-    available: int
-    """The instruction from which on the kernel is in memory, -1 for an argument."""
-
-
-@dataclass(frozen=True)
-class _GradientSum:
-    """A reduction of gradients over factors."""
-
-    instruction: int
-    factors: Factors
-    result: int
-
-
-@dataclass(frozen=True)
-class _StaticMemory:
-    """The part of a graph's memory that does not depend on the layout.
-
-    Instructions stand for the time at which they run.
-    """
-
-    constants: frozenset[int]
-    """Tensors computed from scalars only.
-
-    Every device computes its own part of them, inside the readers.
-    """
-    producer: dict[int, int]
-    """Tensor -> instruction."""
-    gradient_sums: tuple[_GradientSum, ...]
-    pool_gradients: tuple[tuple[int, int], ...]
-    """(instruction, first position of its operand) of backward passes of pooling by maximum."""
-    kernel_gradients: tuple[int, ...]
-    """Weight gradients of convolutions."""
-    loops: dict[int, _CarriedLoop]
-    zeros: tuple[int, ...]
-    """Scatters into a constant, which XLA allocates at the start of the step."""
-    flipped: tuple[_FlippedKernel, ...]
-    work_spaces: frozenset[int]
-    """Results of library calls that nothing reads."""
-
-
-@per_graph
-def _program(graph: OperatorGraph) -> _StaticMemory:
-    constants = constant_tensors(graph)
-    producer = producers(graph)
-    pool_gradients = []
-    kernel_gradients = []
-    zeros = []
-    flipped = []
-    first_read: dict[int, int] = {}
-    for i, instruction in enumerate(graph.instructions):
-        for tensor in instruction.operands:
-            first_read.setdefault(tensor, i)
-    for i, instruction in enumerate(graph.instructions):
-        operands = instruction.operands
-        if transposes(instruction):
-            kernel_gradients.append(i)
-        elif instruction.name == "convolution" and instruction.phase == "backward":
-            available = _available(graph, operands[1], producer, first_read)
-            flipped.append(_FlippedKernel(i, operands[1], available))
-        if instruction.name == "select_and_scatter":
-            pool_gradients.append((i, _available(graph, operands[0], producer, first_read)))
-        if instruction.name == "scatter" and operands[0] in constants:
-            zeros.append(i)
-    return _StaticMemory(
-        constants,
-        producer,
-        _gradient_sums(graph),
-        tuple(pool_gradients),
-        tuple(kernel_gradients),
-        _loops(graph),
-        tuple(zeros),
-        tuple(flipped),
-        _work_spaces(graph),
-    )
-
-
-def _work_spaces(graph: OperatorGraph) -> frozenset[int]:
-    """The results of library calls that nothing reads."""
-    calls = (x for x in graph.instructions if x.name in LIBRARY_CALLS)
-    results = {tensor for call in calls for tensor in call.results}
-    return frozenset(results - readers_of(graph).keys())
-
-
-def _gradient_sums(graph: OperatorGraph) -> tuple[_GradientSum, ...]:
-    """Every reduction of gradients."""
-    sums = []
-    for i, instruction in enumerate(graph.instructions):
-        rule = instruction.rule
-        if instruction.phase != "backward" or instruction.trips != 1:
-            continue
-        if rule is None or not rule.reduction:
-            continue
-        factors = reduced_factors(instruction, operand_labels(graph, i))
-        if factors:
-            sums.append(_GradientSum(i, factors, instruction.results[0]))
-    for gradient in gradients(graph):
-        last_addition = gradient.additions[-1]
-        sums.append(_GradientSum(last_addition, gradient.reduced, gradient.result))
-    return tuple(sums)
-
-
-def _loops(graph: OperatorGraph) -> dict[int, _CarriedLoop]:
-    """While loops by instruction."""
-    loops = {}
-    for loop in graph.loops:
-        instruction = graph.instructions[loop.instruction]
-        if instruction.name == "while":
-            operand_of = dict(zip(instruction.results, instruction.operands, strict=False))
-            loops[loop.instruction] = _CarriedLoop(loop.body[1] - 1, operand_of)
-    return loops
-
-
-def _available(
-    graph: OperatorGraph,
-    tensor: int,
-    producer: dict[int, int],
-    first_read: dict[int, int],
-) -> int:
-    """The instruction that computes a tensor, of an argument the first reader.
-
-    A tensor that rearranges another is available from the other on.
-    """
-    while tensor in producer:
-        instruction = graph.instructions[producer[tensor]]
-        if instruction.name not in ("reverse", "transpose", "reshape", "convert", "pad"):
-            break
-        tensor = instruction.operands[0]
-    return producer.get(tensor, first_read[tensor])
-
-
-# ---- lifetimes under a layout
-
-
-@dataclass(frozen=True)
-class _Lifetimes:
-    """Lifetimes of values, as instructions."""
-
-    born: dict[int, int]
-    """Tensor in memory -> the instruction that computes it, -1 for an argument."""
-    dies: dict[int, int]
-    """Tensor -> the root of the last kernel that reads it."""
-    last_kernel: tuple[int, ...]
-    """Per instruction, the root of the last kernel that computes it."""
-
-
-@lru_cache(maxsize=2)
-def _lifetimes(
-    graph_key: IdentityKey[OperatorGraph],
-    layout_key: IdentityKey[Layout],
-    backend: Backend,
-) -> _Lifetimes:
-    graph = graph_key.value
-    layout = layout_key.value
-    program = _program(graph)
-    fused = fused_under(graph, layout, compiler_of(backend).fusion_rules)
-    delayed: dict[int, set[int]] = {}
-    if compiler_of(backend).buffers.delayed_reductions:
-        delayed = delayed_reductions(graph, layout, fused)
-    backward = (i for i, x in enumerate(graph.instructions) if x.phase == "backward")
-    end_of_backward = max(backward, default=0)
-    dies: dict[int, int] = {}
-    for root in fused.kernels:
-        last_reads = _last_reads(graph, program, fused, root, backend)
-        if compiler_of(backend).buffers.early_reductions and _reduces(graph, root):
-            ready = max((program.producer.get(tensor, -1) for tensor in last_reads), default=root)
-            last_reads = dict.fromkeys(last_reads, max(ready, 0))
-        last_reads.update(dict.fromkeys(delayed.get(root, ()), end_of_backward))
-        for tensor, last_read in last_reads.items():
-            dies[tensor] = max(dies.get(tensor, -1), last_read)
-    in_memory = fused.written(graph) - program.constants
-    in_memory -= _read_through_barriers(graph, layout, dies)
-    born = {tensor: program.producer.get(tensor, -1) for tensor in in_memory}
-    runs_at = {root: end_of_backward if root in delayed else root for root in fused.kernels}
-    last_kernel = tuple(
-        max((runs_at[root] for root in roots), default=i)
-        for i, roots in enumerate(fused.computed_in)
-    )
-    return _Lifetimes(born, dies, last_kernel)
-
-
-def _reduces(graph: OperatorGraph, root: int) -> bool:
-    """Whether a kernel after the backward pass reduces its operand, as a metric does."""
-    instruction = graph.instructions[root]
-    return instruction.phase == "update" and instruction.name == "reduce"
-
-
-def _read_through_barriers(
-    graph: OperatorGraph,
-    layout: Layout,
-    dies: dict[int, int],
-) -> set[int]:
-    """The results of optimization barriers, which are their operands. Extends the operands' `dies`.
-
-    A barrier between two shardings has a result of its own.
-    """
-    aliases = set()
-    for instruction in reversed(graph.instructions):
-        if instruction.name != "optimization_barrier":
-            continue
-        for operand, result in zip(instruction.operands, instruction.results, strict=True):
-            if layout.shardings[operand] == layout.shardings[result]:
-                dies[operand] = max(dies.get(operand, -1), dies.get(result, -1))
-                aliases.add(result)
-    return aliases
-
-
-def _last_reads(
-    graph: OperatorGraph,
-    program: _StaticMemory,
-    fused: Fusion,
-    root: int,
-    backend: Backend,
-) -> dict[int, int]:
-    """Tensor that a kernel reads from memory -> the instruction at which it is last read."""
-    instruction = graph.instructions[root]
-    readers = reads(graph, fused.kernels[root])
-    if not compiler_of(backend).buffers.transposed_copies or not transposes(instruction):
-        end = program.loops[root].end if root in program.loops else root
-        return dict.fromkeys(readers, end)
-    # Transposed copies of operands are made as soon as the operands exist, and stay in memory.
-    copy_times = sorted(program.producer.get(tensor, -1) for tensor in instruction.operands)
-    last_reads = {}
-    for tensor, reading in readers.items():
-        latest = max(program.producer.get(tensor, -1) if i == root else i for i, _ in reading)
-        last_reads[tensor] = next((time for time in copy_times if time >= latest), root)
-    return last_reads
-
-
 # ---- allocations under a layout
 
 
@@ -458,7 +206,7 @@ def _allocations(
     mesh: Mesh,
     backend: Backend,
 ) -> _Allocations:
-    lifetimes = _lifetimes(graph_key, layout_key, backend)
+    lifetimes = lifetimes_under(graph_key, layout_key, backend)
     allocator = _Allocator(graph_key.value, mesh, layout_key.value, backend, lifetimes)
     allocator.add_values()
     allocator.add_reshards()
@@ -481,7 +229,7 @@ def _allocations(
 def _within(
     graph: OperatorGraph,
     fused: Fusion,
-    lifetimes: _Lifetimes,
+    lifetimes: Lifetimes,
     allocations: _Allocations,
     is_present: np.ndarray,
     limit_bytes: float,
@@ -525,7 +273,7 @@ def _within(
 
 
 def _recomputable(
-    graph: OperatorGraph, fused: Fusion, lifetimes: _Lifetimes
+    graph: OperatorGraph, fused: Fusion, lifetimes: Lifetimes
 ) -> dict[int, Recomputable]:
     """Tensor -> how its kernel runs again, for kernels other than products and calls."""
     reads_of: dict[int, set[int]] = defaultdict(set)
@@ -576,7 +324,7 @@ class _Allocator:
         mesh: Mesh,
         layout: Layout,
         backend: Backend,
-        lifetimes: _Lifetimes,
+        lifetimes: Lifetimes,
     ) -> None:
         self.graph = graph
         self.mesh = mesh
@@ -586,7 +334,7 @@ class _Allocator:
         self.lifetimes = lifetimes
         self.orders = self.compiler.orders(LaidOutProgram(graph, mesh, layout))
         """Tensor -> the order of its dims in memory."""
-        self.program = _program(graph)
+        self.program = static_lifetimes(graph)
         self.arguments = {argument.tensor for argument in graph.arguments}
         self.targets = {reader: read.target for read in layout.reads for reader in read.readers}
         """Reader -> sharding of its reshard."""

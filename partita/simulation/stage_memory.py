@@ -25,7 +25,7 @@ from partita.machine import Backend
 from partita.plans.layout import Layout, shard_bytes
 from partita.plans.piece_graph import piece_graph
 from partita.plans.pieces import Cut, Piece
-from partita.plans.pipeline import in_flight, rematerialized_runs
+from partita.plans.pipeline import in_flight, is_whole_pass
 from partita.plans.plan import Mesh, Plan
 
 
@@ -219,7 +219,7 @@ class PieceMemories:
         key = (self.content(piece.place), piece.phase, order.index(number))
         if key not in self._cache:
             graph, layout = piece_graph(
-                self.cut.flow, piece, self.layout, self._summed, self._late_statements
+                self.cut.flow, piece, self.layout, self._summed, self._late_statements(piece)
             )
             peak = memory(graph, self.mesh, layout, self.backend, None, self.device_bytes)
             arguments = peak.parameters + peak.optimizer + peak.state + peak.batch
@@ -235,19 +235,13 @@ class PieceMemories:
         replaced = [self.cut.argument_of[t] for t in piece.gives if t in self.cut.argument_of]
         return self._size([t for t in replaced if roles[t] == "optimizer"])
 
-    @cached_property
-    def _late_statements(self) -> list[int]:
-        """The statements of rematerialized runs, if the compiler delays them."""
-        if compiler_of(self.backend).buffers.early_runs:
+    def _late_statements(self, piece: Piece) -> list[int]:
+        """The forward statements that a backward piece repeats, if the compiler delays them."""
+        is_delayed = not compiler_of(self.backend).buffers.early_runs
+        if not is_delayed or piece.phase != "backward" or is_whole_pass(self.plan):
             return []
-        flow = self.cut.flow
-        run_of = rematerialized_runs(flow.graph, self.plan)
-        owners = [flow.owner(k) for k in range(len(flow.statements))]
-        return [
-            k
-            for k, owner in enumerate(owners)
-            if owner >= 0 and run_of[owner] >= 0 and flow.classes[k] == "forward"
-        ]
+        classes = self.cut.flow.classes
+        return [k for k in piece.statements if classes[k] == "forward"]
 
     @cached_property
     def _cache(self) -> dict[Hashable, tuple[int, str]]:

@@ -1,13 +1,15 @@
-"""Reductions of gradients that XLA:GPU delays: what they keep in memory."""
+"""Kernels that XLA:GPU delays: reductions of gradients, and repeated forward values."""
 
 from dataclasses import replace
 
+import jax
 import keras
 import pytest
 
+from partita.capture.jax_functions import Leaf, capture_step
 from partita.capture.program import capture_program
 from partita.cost.backends import compiler_of
-from partita.cost.delayed import delayed_reductions
+from partita.cost.delayed import delayed_reductions, joined_repetitions
 from partita.cost.fusion import fused_under
 from partita.cost.memory import memory
 from partita.machine import load
@@ -55,8 +57,35 @@ def test_values_wait_for_delayed_reductions(graph, monkeypatch):
     plan = BASELINES["one device"](graph, GPU.name, mesh_of(GPU))
     layout = layout_of(graph, plan)
     course = memory(graph, plan.mesh, layout, GPU.backend).course
-    monkeypatch.setattr("partita.cost.memory.delayed_reductions", lambda *_: {})
+    monkeypatch.setattr("partita.cost.lifetimes.delayed_reductions", lambda *_: {})
     in_program_order = memory(graph, plan.mesh, replace(layout), GPU.backend).course
     assert (course >= in_program_order).all()
     images = 4 * 16 * 32 * 32 * 16
     assert (course - in_program_order).max() >= images
+
+
+def test_a_repeated_value_waits_for_the_gradient_that_reads_its_operand():
+    def step(state, x):
+        incoming = x @ state[0]
+        repeated = x * x
+        gradient = incoming * x
+        return {}, (state[0] + jax.numpy.einsum("bi,bj->ij", repeated, gradient),)
+
+    shape = jax.ShapeDtypeStruct
+    arrays = (shape((128, 128), "float32"),), shape((256, 128), "float32")
+    graph = capture_step(step, *arrays, [Leaf("w", "parameter")], batch_size=256).graph
+    of = {x.operands: n for n, x in enumerate(graph.instructions) if x.name == "multiply"}
+    repeated, gradient = sorted(of.values(), key=lambda n: len(set(graph.instructions[n].operands)))
+    phases = ["forward" if n == repeated else "backward" for n in range(len(graph.instructions))]
+    instructions = [
+        replace(instruction, phase=phase)
+        for instruction, phase in zip(graph.instructions, phases, strict=True)
+    ]
+    graph = replace(graph, instructions=tuple(instructions))
+    fused = fused_under(
+        graph,
+        layout_of(graph, BASELINES["one device"](graph, GPU.name, mesh_of(GPU))),
+        compiler_of(GPU.backend).fusion_rules,
+    )
+    assert repeated < gradient
+    assert joined_repetitions(graph, fused) == {graph.instructions[repeated].results[0]: gradient}
