@@ -305,7 +305,7 @@ class ParallelStep:
         in_place = bool(captured_call.roles.in_place)
         plan = self._plan(captured)
         donate = self.donates(args, kwargs, in_place)
-        same_everywhere(captured, plan, call.arrays)
+        same_everywhere(captured, plan, captured_call.split(call))
         planned, program, plan, verified = compiled_in_turn(
             captured,
             plan,

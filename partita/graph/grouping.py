@@ -63,7 +63,7 @@ def group(
     labels = _Labels(program, weights_of(program, slices))
     for operator, indices in enumerate(members):
         labels.add_operator(operator, indices, heavy[operator])
-    samples = _sample_factors(program, labels.labels, labels.uses)
+    samples = _sample_factors(labels)
     operators = []
     for operator, operator_name in enumerate(_operator_names(program, heavy)):
         instruction = instructions[heavy[operator]]
@@ -120,6 +120,9 @@ class _Labels:
         self.factors: list[Factor] = []
         self.operator_factors: list[tuple[int, ...]] = []
         self.uses: list[Use] = []
+        self.batch = {a.tensor for a in program.arguments if a.role == "batch"}
+        self.batch_factors: set[int] = set()
+        """Factors of the samples of batch arguments."""
 
     def add_operator(
         self,
@@ -145,6 +148,8 @@ class _Labels:
         for tensor, views in own_factors.dims.views.items():
             for view in views:
                 label = own_factors.label(view.dims)
+                if tensor in self.batch:
+                    self.batch_factors.update(own_factors.sample_factors(view.dims))
                 self._add_view(
                     tensor,
                     operator,
@@ -198,29 +203,22 @@ def _merged_uses(uses: Iterable[Use]) -> tuple[Use, ...]:
     return tuple(merged)
 
 
-def _sample_factors(
-    program: FlatProgram,
-    labels: Sequence[Label],
-    uses: Iterable[Use],
-) -> set[int]:
+def _sample_factors(labels: _Labels) -> set[int]:
     """The factors that index the batch.
 
-    These are reached from dim 0 of the batch arguments through Uses.
+    These are reached from the samples of the batch arguments through Uses.
     """
     linked: dict[int, set[int]] = defaultdict(set)
-    for use in uses:
-        for factor, used_factor in zip(labels[use.tensor], use.label, strict=True):
+    for use in labels.uses:
+        for factor, used_factor in zip(labels.labels[use.tensor], use.label, strict=True):
             if factor >= 0 and used_factor >= 0:
                 linked[factor].add(used_factor)
                 linked[used_factor].add(factor)
     samples: set[int] = set()
-    pending = []
-    for argument in program.arguments:
-        if argument.role == "batch" and labels[argument.tensor]:
-            pending.append(labels[argument.tensor][0])
+    pending = list(labels.batch_factors)
     while pending:
         factor = pending.pop()
-        if factor >= 0 and factor not in samples:
+        if factor not in samples:
             samples.add(factor)
             pending += linked[factor]
     return samples

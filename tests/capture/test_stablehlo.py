@@ -193,3 +193,15 @@ def test_the_largest_values_and_fourier_transforms_are_read_and_run() -> None:
     )
     outputs, _ = jax.jit(program.text.call)((w,), x)
     np.testing.assert_allclose(outputs["loss"], loss(w, x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(12, 4), (2, 6, 4)])
+def test_a_loop_over_microbatches_is_split_by_their_samples(shape):
+    def loss(w, x):
+        one = lambda total, x: (total + jnp.sum((x @ w) ** 2), None)
+        return jax.lax.scan(one, jnp.zeros(()), x.reshape(2, 6, 4))[0]
+
+    graph = captured(loss, (4, 8), batch=shape).graph
+    (operator,) = graph.operators
+    sizes = {graph.factors[factor].name: graph.factors[factor].size for factor in operator.factors}
+    assert operator.kind == "loop" and sizes["S"] == 6 and 8 in sizes.values()

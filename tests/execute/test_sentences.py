@@ -9,6 +9,7 @@ import pytest
 import partita
 from partita.execute.devices import one_device_sentence
 from partita.execute.function import MANY_SHAPES
+from partita.execute.processes import digest
 
 
 def step(weights: dict[str, jax.Array], x: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -53,3 +54,21 @@ def test_parallelize_warns_of_one_device_unless_it_was_asked_for(
     assert not recwarn.list
     with pytest.warns(UserWarning, match="JAX has one device"):
         partita.parallelize(step, arguments)
+
+
+def test_processes_compare_states_with_typed_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    digests: list[str] = []
+    compared = lambda captured, plan, values: digests.append(digest(values))
+    monkeypatch.setattr("partita.execute.function.same_everywhere", compared)
+
+    def dropped(
+        state: dict[str, jax.Array], x: jax.Array
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        key, _ = jax.random.split(state["key"])
+        weights, loss = step({"w": state["w"]}, x)
+        return {**weights, "key": key}, loss
+
+    for seed in (0, 0, 1):
+        state = {"w": jnp.ones((4, 4)), "key": jax.random.key(seed)}
+        partita.parallelize(dropped, (state, jnp.ones((8, 4))), devices=1)
+    assert digests[0] == digests[1] != digests[2]
