@@ -5,7 +5,7 @@
 All figures are simulated. For each program, learned policies are trained on the six others and on
 synthetic programs ("imitation seen": on all seven), on the hardware as described. A seed draws the
 kernels' efficiencies, which no policy knows. Prints the geometric mean of E x T over the oracle,
-its range over seeds, the worst program, the peak temperature, and the wall time of a decision.
+its range over seeds, the worst program, the peak temperature, and the processor time of a decision.
 """
 
 from __future__ import annotations

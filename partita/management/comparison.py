@@ -17,6 +17,7 @@ from partita.management.hardware import (
 from partita.management.power import PowerRun, run_policy
 from partita.management.program import Program, school_programs
 from partita.management.registry import LEARNED, POLICIES, RunContext
+from partita.management.schedule import best_schedule
 from partita.management.school import LearnedPolicy, train_policy
 from partita.management.workload import Workload, workload_of
 
@@ -104,10 +105,11 @@ def compare_policies(
     if steps is not None:
         passes = max(1, round(steps / described.steps_per_pass))
         described = workload_of(program, hardware, passes)
+    schedule = best_schedule(described)
     comparisons = []
     for name, deviation in HARDWARE.items():
         real = workload_of(program, hardware.deviating(deviation), passes, seed)
-        context = RunContext(described, real, tuple(programs), learned)
+        context = RunContext(described, schedule, real, tuple(programs), learned)
         comparisons.append(_comparison(name, context, policies))
     return comparisons
 

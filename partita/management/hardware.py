@@ -2,8 +2,11 @@
 
 A *cluster* is a group of a clock domain: devices with one clock and one voltage. A *setting* gives
 every cluster its active devices and its operating point. The fastest cluster may use any number of
-its devices (large ones a quarter of them at a time), all others none or all. A machine without
-clock domains whose devices have operating points is one cluster.
+its devices if they are few, all others none or all. A machine without clock domains whose devices
+have operating points is one cluster.
+
+Equal groups of a domain are exchangeable. On a grid they are places (`placement`): a setting says
+where operators run, and only the reflections of a setting are the same one.
 
 `Assumptions` are the figures that no description has. Results rest on them.
 """
@@ -23,6 +26,7 @@ from partita.machine import Leakage, Machine
 from partita.machine.parts import LEAKAGE_CELSIUS
 from partita.management.action import Setting
 from partita.management.heat import ThermalModel
+from partita.management.placement import Placement, placement_of
 
 MOST_SETTINGS = 4096
 SMALL_CLUSTER = 8
@@ -96,6 +100,16 @@ class Cluster:
             return self.idle_watts
         return self.leakage.watts(float(self.volts[point]), celsius)
 
+    def extra_leakage(self, point: int, celsius: float) -> float:
+        """Watts of leakage at a point and a temperature beyond those at 60 °C."""
+        return self.static_watts(point, celsius) - self.warm_watts[point]
+
+    @cached_property
+    def warm_watts(self) -> list[float]:
+        """[point]: power without activity at 60 °C, where `watts` are stated."""
+        numbers = range(len(self.frequencies))
+        return [self.static_watts(number, LEAKAGE_CELSIUS) for number in numbers]
+
 
 @dataclass(frozen=True, eq=False)
 class Hardware:
@@ -106,6 +120,8 @@ class Hardware:
     settings: tuple[Setting, ...]
     assumptions: Assumptions = Assumptions()
     deviation: Deviation = Deviation()
+    placement: Placement | None = None
+    """The groups of the clock domain on the machine's grid."""
     _rates: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
 
     def deviating(self, deviation: Deviation) -> Hardware:
@@ -135,12 +151,16 @@ class Hardware:
         return int(np.argmax(rates))
 
     def find(self, active: Sequence[int], points: Sequence[int]) -> Setting:
-        """The setting with these active devices and points; gated clusters have point 0."""
+        """The setting with these active devices and points; gated clusters have point 0.
+
+        It may have equal groups in another order.
+        """
         points = [point if count else 0 for count, point in zip(active, points, strict=True)]
-        return self._by_choice[_sorted_groups(self.clusters, tuple(active), tuple(points))]
+        choice = _same_choice(self.clusters, self.placement, tuple(active), tuple(points))
+        return self._by_choice[choice]
 
     @cached_property
-    def _by_choice(self) -> dict[tuple[tuple[int, ...], tuple[int, ...]], Setting]:
+    def _by_choice(self) -> dict[Choice, Setting]:
         return {(setting.active, setting.points): setting for setting in self.settings}
 
     def all_active(self, fractions: Sequence[float]) -> Setting:
@@ -211,6 +231,15 @@ class Hardware:
         longer = np.maximum(compute, memory)
         return longer + self.assumptions.exposed * np.minimum(compute, memory)
 
+    @cached_property
+    def grid_costs(self) -> np.ndarray:
+        """[2, setting]: seconds and joules of a byte of results that active groups exchange over
+        the grid; 0 without one."""
+        if self.placement is None:
+            return np.zeros((2, len(self.settings)))
+        costs = [self.placement.byte_costs(setting.active) for setting in self.settings]
+        return np.array(costs).T
+
     # ---- power
 
     @cached_property
@@ -232,9 +261,7 @@ class Hardware:
         """[setting, cluster]: watts at 60 °C without activity."""
         columns = []
         for c, cluster in enumerate(self.clusters):
-            numbers = range(len(cluster.frequencies))
-            static = np.array([cluster.static_watts(n, LEAKAGE_CELSIUS) for n in numbers])
-            running = static[self.points[:, c]]
+            running = np.array(cluster.warm_watts)[self.points[:, c]]
             watts = np.where(self.active[:, c] > 0, running, self._busy_watts[:, c])
             columns.append(np.minimum(watts, self._busy_watts[:, c]))
         return np.stack(columns, 1)
@@ -249,6 +276,14 @@ class Hardware:
         waiting = np.maximum(seconds - compute, 0.0)
         computing = compute + self.assumptions.waiting_activity * waiting
         return np.minimum(computing / seconds, 1.0)
+
+    def extra_leakage(self, setting: Setting, celsius: float) -> float:
+        """Watts of leakage of all active clusters beyond those at 60 °C."""
+        watts = 0.0
+        for c, cluster in enumerate(self.clusters):
+            if setting.active[c]:
+                watts += cluster.extra_leakage(setting.points[c], celsius)
+        return watts
 
     @cached_property
     def constant_watts(self) -> dict[str, float]:
@@ -275,7 +310,8 @@ def hardware_of(machine: Machine, assumptions: Assumptions | None = None) -> Har
     require_power(machine)
     assumptions = assumptions or Assumptions()
     clusters = _clusters(machine, assumptions)
-    settings = _settings(clusters)
+    placement = _placement(machine, clusters)
+    settings = _settings(clusters, placement)
     if len(settings) == 1:
         raise MachineError(
             f"'{machine.name}' has one operating point, so there is nothing to manage: describe "
@@ -286,7 +322,7 @@ def hardware_of(machine: Machine, assumptions: Assumptions | None = None) -> Har
             f"'{machine.name}' has {len(settings):,} settings of its clock domains, and the "
             f"simulator compares at most {MOST_SETTINGS:,}: describe fewer operating points."
         )
-    return Hardware(machine, clusters, settings, assumptions)
+    return Hardware(machine, clusters, settings, assumptions, placement=placement)
 
 
 def _any_rate(machine: Machine, cluster: Cluster) -> float:
@@ -351,9 +387,16 @@ def _board_cluster(machine: Machine) -> Cluster:
     )
 
 
-def _settings(clusters: Sequence[Cluster]) -> tuple[Setting, ...]:
-    """All combinations of active devices and points with at least one device active, those of
-    equal groups once."""
+def _placement(machine: Machine, clusters: Sequence[Cluster]) -> Placement | None:
+    """The clusters on the machine's grid, if they are the groups of one domain of all devices."""
+    if len(clusters) < 2 or len({cluster.domain for cluster in clusters}) > 1 or machine.kinds:
+        return None
+    return placement_of(machine, clusters[0].devices)
+
+
+def _settings(clusters: Sequence[Cluster], placement: Placement | None) -> tuple[Setting, ...]:
+    """All combinations of active devices and points with at least one device active, equal ones
+    once."""
     fastest = max(clusters, key=lambda cluster: cluster.devices * float(cluster.watts[-1, -1]))
     several = len(clusters) > 1
     options = []
@@ -369,7 +412,7 @@ def _settings(clusters: Sequence[Cluster]) -> tuple[Setting, ...]:
         active = tuple(count for count, _ in choice)
         points = tuple(point for _, point in choice)
         if any(active):
-            choices[_sorted_groups(clusters, active, points)] = None
+            choices[_same_choice(clusters, placement, active, points)] = None
     return tuple(Setting(index, *choice) for index, choice in enumerate(choices))
 
 
@@ -388,12 +431,26 @@ def _limited_product(
     return product(*options)
 
 
-def _sorted_groups(
-    clusters: Sequence[Cluster], active: tuple[int, ...], points: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """A choice with the groups of each domain in a fixed order: equal groups are exchangeable."""
-    by_domain: dict[str, list[tuple[int, int]]] = {}
-    for cluster, count, point in zip(clusters, active, points, strict=True):
-        by_domain.setdefault(cluster.domain, []).append((count, point))
-    pairs = [pair for group in by_domain.values() for pair in sorted(group, reverse=True)]
+Choice = tuple[tuple[int, ...], tuple[int, ...]]
+"""[cluster]: active devices, and operating point."""
+
+
+def _same_choice(
+    clusters: Sequence[Cluster],
+    placement: Placement | None,
+    active: tuple[int, ...],
+    points: tuple[int, ...],
+) -> Choice:
+    """The choice that stands for all equal ones: groups of a domain in another order, or on a grid
+    the reflections."""
+    pairs = list(zip(active, points, strict=True))
+    if placement is not None:
+        pairs = max([pairs[group] for group in order] for order in placement.symmetries)
+    else:
+        by_domain: dict[str, list[tuple[int, int]]] = {}
+        for cluster, pair in zip(clusters, pairs, strict=True):
+            by_domain.setdefault(cluster.domain, []).append(pair)
+        pairs = []
+        for group in by_domain.values():
+            pairs += sorted(group, reverse=True)
     return tuple(count for count, _ in pairs), tuple(point for _, point in pairs)

@@ -18,15 +18,18 @@ class RecursiveLeastSquares:
     a Student interval of the prediction errors so far, widened where x was seldom seen.
     """
 
-    def __init__(self, features: int, forgetting: float = 0.995, prior: float = 0.05) -> None:
-        """`prior`: variance of each weight before any observation.
+    def __init__(
+        self, features: int, forgetting: float = 0.995, prior: float | np.ndarray = 0.05
+    ) -> None:
+        """`prior`: variance of the weights before any observation, relative to the noise's; one for
+        all, or [feature].
 
         Forgetting lets variances grow where nothing is observed; they stay below the prior's sum.
         """
         self.weights = np.zeros(features)
-        self.covariance = np.eye(features) * prior
+        self.covariance = np.diag(np.broadcast_to(prior, features)).astype(float)
         self.forgetting = forgetting
-        self.most_variance = features * prior
+        self.most_variance = float(np.trace(self.covariance))
         self.observations = 0
         self._squares = START_VARIANCE
 

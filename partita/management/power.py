@@ -39,7 +39,7 @@ class PowerRun:
     throttled: float
     """Fraction of the snippets with a setting slower than the policy asked for."""
     decision_seconds: float
-    """Wall time of a decision on this computer, the mean."""
+    """Processor time of a decision on this computer, the mean."""
     settings: tuple[int, ...] = field(repr=False)
     """[snippet of the run]: index of the setting after throttling."""
     celsius: tuple[float, ...] = field(repr=False)
@@ -105,15 +105,14 @@ class _SimulatedMachine:
         """Joules and seconds of snippet `number` of the pass under a setting; heats the machine."""
         figures = self.workload.figures(number, setting)
         seconds = figures.seconds
-        memory_watts = figures.memory_watts
         switch_seconds = self._switch_seconds(setting)
         self.setting = setting
-        total = memory_watts + self._constant_watts
+        total = figures.transfer_watts + self._constant_watts
         inputs = self._constant_inputs.copy()
         for c, cluster in enumerate(self.hardware.clusters):
             cluster_watts = figures.watts[c]
-            if cluster.leakage is not None and setting.active[c]:
-                cluster_watts += self._extra_leakage(c, setting.points[c])
+            if setting.active[c]:
+                cluster_watts += cluster.extra_leakage(setting.points[c], self._celsius)
             total += cluster_watts
             if self.model is not None:
                 inputs[self._cluster_inputs[c]] += cluster_watts
@@ -122,13 +121,6 @@ class _SimulatedMachine:
             self._celsius = self.ambient + float(self.rise.max())
         seconds += switch_seconds
         return total * seconds, seconds
-
-    def _extra_leakage(self, cluster: int, point: int) -> float:
-        """Watts of leakage beyond those at 60 °C."""
-        leakage = self.hardware.clusters[cluster].leakage
-        assert leakage is not None
-        volts = float(self.hardware.clusters[cluster].volts[point])
-        return leakage.watts(volts, self._celsius) - leakage.watts(volts, LEAKAGE_CELSIUS)
 
     def _switch_seconds(self, setting: Setting) -> float:
         if self.setting is None or setting is self.setting:
@@ -174,9 +166,9 @@ def run_policy(workload: Workload, policy: Policy) -> PowerRun:
     count = len(workload.snippets)
     for position in range(workload.passes * count):
         number = position % count
-        started = time.perf_counter()
+        started = time.thread_time()
         asked = policy.decide(observation)
-        decision_seconds += time.perf_counter() - started
+        decision_seconds += time.thread_time() - started
         setting = machine.throttled(asked)
         throttled += setting is not asked
         snippet = workload.snippets[number]

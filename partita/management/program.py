@@ -28,6 +28,8 @@ class Kernel:
     flops: float
     nbytes: float
     """Bytes read and written in main memory."""
+    result_bytes: float = 0.0
+    """Of `nbytes`: bytes of results, which later kernels read."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,18 @@ def step_program(graph: OperatorGraph, backend: Backend) -> Program:
     for phase in PHASES:
         ordered: Sequence[OperatorTerms] = operators[::-1] if phase == "backward" else operators
         for operator in ordered:
-            work_by_engine: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+            work_by_engine: dict[tuple[str, str], list[float]] = defaultdict(
+                lambda: [0.0, 0.0, 0.0]
+            )
             for work in operator.work:
                 if work.phase == phase:
                     sums = work_by_engine[work.op_class, work.dtype]
                     sums[0] += work.trips * work.flops
                     sums[1] += work.trips * sum(nbytes for nbytes, _ in work.traffic)
-            for (op_class, dtype), (flops, nbytes) in work_by_engine.items():
+                    sums[2] += work.trips * work.written_bytes
+            for (op_class, dtype), (flops, nbytes, results) in work_by_engine.items():
                 if flops or nbytes:
-                    kernel = Kernel(operator.name, phase, op_class, dtype, flops, nbytes)
+                    kernel = Kernel(operator.name, phase, op_class, dtype, flops, nbytes, results)
                     kernels.append(kernel)
     return Program(graph.name, tuple(kernels))
 
@@ -76,8 +81,12 @@ def merged(program: Program, name: str) -> Program:
         is_small = kernel.flops < least_flops and kernel.nbytes < least_bytes
         if kernels and is_small:
             last = kernels[-1]
-            flops = last.flops + kernel.flops
-            kernels[-1] = replace(last, flops=flops, nbytes=last.nbytes + kernel.nbytes)
+            kernels[-1] = replace(
+                last,
+                flops=last.flops + kernel.flops,
+                nbytes=last.nbytes + kernel.nbytes,
+                result_bytes=last.result_bytes + kernel.result_bytes,
+            )
         else:
             kernels.append(kernel)
     return Program(name, tuple(kernels))
@@ -88,7 +97,8 @@ def program_rows(program: Program) -> list[list[object]]:
     rows: list[list[object]] = []
     for kernel in program.kernels:
         engine = [kernel.phase, kernel.op_class, kernel.dtype]
-        rows.append([*engine, round(kernel.flops), round(kernel.nbytes)])
+        figures = kernel.flops, kernel.nbytes, kernel.result_bytes
+        rows.append([*engine, *(round(figure) for figure in figures)])
     return rows
 
 
@@ -125,7 +135,8 @@ def synthetic_programs(seed: int = 0) -> tuple[Program, ...]:
             seconds = float(generator.uniform(0.02, 0.3))
             flops = seconds * min(1.5e10, 5e9 * intensity)
             nbytes = flops / intensity
-            kernels.append(Kernel(f"kernel-{k}", "forward", "dot", "float32", flops, nbytes))
+            name = f"kernel-{k}"
+            kernels.append(Kernel(name, "forward", "dot", "float32", flops, nbytes, nbytes / 3))
         programs.append(Program(f"synthetic-{number}", tuple(kernels)))
     return tuple(programs)
 

@@ -22,6 +22,7 @@ from partita.management.policies.schedutil import Schedutil
 from partita.management.policies.static import Static
 from partita.management.power import run_policy
 from partita.management.program import Program
+from partita.management.schedule import Schedule
 from partita.management.school import LearnedPolicy
 from partita.management.workload import Workload, workload_of
 
@@ -35,6 +36,8 @@ class RunContext:
 
     described: Workload
     """The workload on the hardware as described: known before the run."""
+    schedule: Schedule
+    """The best schedule of the described workload."""
     real: Workload
     """The workload on the hardware that runs it: known to the oracle only."""
     programs: tuple[Program, ...] = ()
@@ -47,10 +50,14 @@ class RunContext:
         assert self.learned is not None
         return Imitation(self.learned.tree, self.described)
 
+    def corrected(self) -> Corrected:
+        """The schedule of a description that measurements correct."""
+        return Corrected(self.described, self.schedule)
+
     def gated(self) -> Gated:
         """Imitation that asks the corrected model when it is unsure."""
         assert self.learned is not None
-        return Gated(self.imitation(), Corrected(self.described), self.learned.ranges)
+        return Gated(self.imitation(), self.corrected(), self.learned.ranges)
 
     def qlearning(self) -> QLearning:
         """Q-learning after some runs of the programs."""
@@ -64,9 +71,9 @@ class RunContext:
 
 
 POLICIES: dict[str, Callable[[RunContext], Policy]] = {
-    "oracle": lambda context: Oracle(context.described, context.real),
-    "schedule": lambda context: Scheduled(context.described),
-    "corrected": lambda context: Corrected(context.described),
+    "oracle": lambda context: Oracle(context.schedule, context.real),
+    "schedule": lambda context: Scheduled(context.schedule),
+    "corrected": RunContext.corrected,
     "imitation": RunContext.imitation,
     "gated": RunContext.gated,
     "qlearning": RunContext.qlearning,

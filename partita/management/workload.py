@@ -37,6 +37,8 @@ class Snippet:
     """[setting]: seconds in which cores compute, not waiting for memory."""
     watts: np.ndarray
     """[setting, cluster]: at 60 °C."""
+    transfer_joules: np.ndarray
+    """[setting]: energy of the bytes in main memory and on the grid."""
 
     @property
     def works(self) -> bool:
@@ -50,7 +52,7 @@ class SnippetFigures(NamedTuple):
     seconds: float
     watts: tuple[float, ...]
     """[cluster]: at 60 °C."""
-    memory_watts: float
+    transfer_watts: float
     transition: np.ndarray
     gain: np.ndarray
     """Matrices of `ThermalModel.propagator`; empty without a thermal model."""
@@ -79,7 +81,7 @@ class Workload:
             self._figures[key] = SnippetFigures(
                 seconds,
                 tuple(float(watts) for watts in snippet.watts[setting.index]),
-                memory_joules(snippet, self.hardware) / seconds,
+                float(snippet.transfer_joules[setting.index]) / seconds,
                 *((empty, empty) if model is None else model.propagator(seconds)),
             )
         return self._figures[key]
@@ -97,13 +99,8 @@ class Workload:
         joules = []
         for snippet in self.snippets:
             watts = snippet.watts.sum(1) + constant
-            joules.append(snippet.seconds * watts + memory_joules(snippet, hardware))
+            joules.append(snippet.seconds * watts + snippet.transfer_joules)
         return np.stack(joules), seconds
-
-
-def memory_joules(snippet: Snippet, hardware: Hardware) -> float:
-    """Energy of the bytes that a snippet reads and writes."""
-    return snippet.nbytes * hardware.memory_joules_per_byte
 
 
 def workload_of(
@@ -122,8 +119,7 @@ def workload_of(
     repeats = max(1, round(PASS_SECONDS / (merged * step_seconds)))
     kernels = []
     for kernel in program.kernels:
-        flops = kernel.flops * merged
-        kernels.append(replace(kernel, flops=flops, nbytes=kernel.nbytes * merged))
+        kernels.append(_times(kernel, merged))
     factors = np.ones(len(kernels))
     spread = hardware.deviation.efficiency_spread
     if spread:
@@ -150,8 +146,7 @@ def _parts(
     for kernel, factor in zip(kernels, factors, strict=True):
         seconds = _medium_seconds(kernel, hardware)
         pieces = max(1, round(seconds / length))
-        flops = kernel.flops / pieces
-        piece = replace(kernel, flops=flops, nbytes=kernel.nbytes / pieces)
+        piece = _times(kernel, 1 / pieces)
         for _ in range(pieces):
             current.append((piece, float(factor)))
             elapsed += seconds / pieces
@@ -164,12 +159,23 @@ def _parts(
     return parts
 
 
+def _times(kernel: Kernel, factor: float) -> Kernel:
+    """A kernel with a multiple of the work."""
+    return replace(
+        kernel,
+        flops=kernel.flops * factor,
+        nbytes=kernel.nbytes * factor,
+        result_bytes=kernel.result_bytes * factor,
+    )
+
+
 def _kernel_seconds(
     kernel: Kernel, hardware: Hardware, factor: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Seconds of a kernel, and those in which cores compute, both [setting]."""
     compute = kernel.flops * hardware.seconds_per_flop(kernel.op_class, kernel.dtype) / factor
-    return hardware.kernel_seconds(compute, kernel.nbytes / hardware.bandwidth), compute
+    memory = kernel.nbytes / hardware.bandwidth + kernel.result_bytes * hardware.grid_costs[0]
+    return hardware.kernel_seconds(compute, memory), compute
 
 
 def _medium_seconds(kernel: Kernel, hardware: Hardware) -> float:
@@ -186,12 +192,15 @@ def _snippet(part: Part, hardware: Hardware) -> Snippet:
         seconds += kernel_seconds
         compute_seconds += compute
     activity = hardware.activity(seconds, compute_seconds)
+    nbytes = sum(kernel.nbytes for kernel, _ in part)
+    results = sum(kernel.result_bytes for kernel, _ in part)
     return Snippet(
         flops=sum(kernel.flops for kernel, _ in part),
-        nbytes=sum(kernel.nbytes for kernel, _ in part),
+        nbytes=nbytes,
         seconds=seconds,
         compute_seconds=compute_seconds,
         watts=hardware.cluster_watts(activity),
+        transfer_joules=nbytes * hardware.memory_joules_per_byte + results * hardware.grid_costs[1],
     )
 
 
@@ -204,4 +213,5 @@ def _wait(hardware: Hardware) -> Snippet:
         seconds=np.full(count, hardware.assumptions.batch_seconds),
         compute_seconds=np.zeros(count),
         watts=hardware.cluster_watts(np.zeros(count)),
+        transfer_joules=np.zeros(count),
     )

@@ -19,13 +19,16 @@ from partita.machine import (
     Trip,
     load,
 )
+from partita.machine.routing import Tile
 from partita.management.comparison import compare_policies
 from partita.management.hardware import Assumptions, hardware_of
 from partita.management.heat import ThermalModel, active_trips
+from partita.management.placement import placement_of
 from partita.management.policies.performance import Performance
 from partita.management.power import run_policy
 from partita.management.program import Kernel, Program
 from partita.management.registry import POLICIES, RunContext, policy_names
+from partita.management.schedule import best_schedule
 from partita.management.workload import Workload, workload_of
 
 COMPUTE = Kernel("dense", "forward", "dot", "float32", 6e9, 1e6)
@@ -121,7 +124,7 @@ def test_joules_are_watts_times_seconds() -> None:
 
 
 def _context(workload: Workload) -> RunContext:
-    return RunContext(workload, workload)
+    return RunContext(workload, best_schedule(workload), workload)
 
 
 def test_no_policy_beats_the_oracle_and_the_schedule_is_near_it() -> None:
@@ -132,10 +135,47 @@ def test_no_policy_beats_the_oracle_and_the_schedule_is_near_it() -> None:
         assert set(regrets) == set(names)
         assert min(regrets.values()) == regrets["oracle"] == 0
         assert max(run.peak_celsius or 0.0 for run in comparison.runs) < 96
+    # Measurements correct the schedule of hardware that is not as described.
+    assert regrets["corrected"] < 0.02 < regrets["schedule"]
     regrets = {run.policy: described.regret(run) for run in described.runs}
     assert regrets["schedule"] < 0.01 < 0.1 < regrets["ondemand"]
     throttled = {run.policy: run.throttled for run in described.runs}
     assert throttled["performance"] > throttled["oracle"]
+
+
+def test_neighbours_exchange_results_for_less_energy_than_diagonal_groups() -> None:
+    """Mean hops within 4 x 4 tiles: 2 x 1.25. Of two groups in a row: 2.625 + 1.25, diagonal: half
+    of the messages stay in a group, the others go 4 + 4 hops."""
+    placement = placement_of(load("manycore-64"), 16)
+    assert placement is not None and placement.groups[3][0] == Tile(4, 4)
+    hop = 8 * 0.4e-12
+    costs = {
+        active: placement.byte_costs(active)
+        for active in ((1, 0, 0, 0), (1, 1, 0, 0), (0, 0, 1, 1), (1, 0, 0, 1), (1, 1, 1, 1))
+    }
+    assert costs[1, 0, 0, 0][1] == pytest.approx(2.5 * hop)
+    assert costs[1, 1, 0, 0] == pytest.approx((1 / 16 / 12.8e9, 3.875 * hop))
+    assert costs[0, 0, 1, 1] == costs[1, 1, 0, 0]
+    assert costs[1, 0, 0, 1][1] == pytest.approx(5.25 * hop)
+    assert costs[1, 1, 1, 1] == pytest.approx((1 / 32 / 12.8e9, 5.25 * hop))
+
+
+def test_a_schedule_places_operators_on_neighbouring_islands() -> None:
+    """Two islands draw all bandwidth of the memory, and a third one only adds power."""
+    manycore = load("manycore-64")
+    memory = replace(manycore.device.memories[0], bandwidth=32e9, efficiency=1.0, device_limit=1e9)
+    island = replace(manycore.domains[0], points=manycore.domains[0].points[:2])
+    machine = replace(
+        manycore,
+        device=replace(manycore.device, memories=(memory,)),
+        domains=(island, *manycore.domains[1:]),
+    )
+    hardware = hardware_of(machine, EXACT)
+    copy = Kernel("copy", "forward", "elementwise", "float32", 1.0, 16e9, 8e9)
+    schedule = best_schedule(workload_of(Program("copy", (copy,)), hardware))
+    islands = {tuple(count > 0 for count in setting.active) for setting in schedule.settings[1:]}
+    assert len(islands) == 1
+    assert islands.pop() in {(True, True, False, False), (True, False, True, False)}
 
 
 def test_boards_switch_between_their_points() -> None:

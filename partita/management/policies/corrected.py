@@ -1,14 +1,18 @@
-"""The schedule of a model that measurements correct: recursive least squares on log ratios.
+"""The schedule of a description that the run's own measurements correct.
 
-Before a snippet, every setting gets its seconds and watts by the description, times correction
-factors exp(w . x). The least E + w T wins, with the w of the least corrected E x T, found anew in
-every pass. After a snippet, the logs
-of measured over described seconds and watts update the weights. x: one, the logarithm of the
-fastest cluster's clock, the fractions of active devices, and whether the clock is in the upper
-half. Each snippet of the pass has an offset of its own besides, the smoothed rest of its residuals.
+Seconds and watts of every setting are those of the description times correction factors
+exp(w . x). After a snippet, the logs of measured over described seconds and watts update w by
+recursive least squares; watts are compared at one temperature. x: one, the logarithm of the fastest
+cluster's clock, the fractions of active devices, and an indicator of each snippet of the pass.
+
+The first pass runs the schedule of the description, the second one runs it at lower clocks, to see
+how time and power depend on them. Before the third pass, and twice later, the simulator finds the
+best schedule of the corrected description, with heat.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,13 +21,19 @@ from partita.management.hardware import Hardware
 from partita.management.least_squares import RecursiveLeastSquares
 from partita.management.observation import Observation
 from partita.management.policies.base import Policy
-from partita.management.schedule import best_schedule, least_product
-from partita.management.workload import Workload, memory_joules
+from partita.management.schedule import Schedule, best_schedule
+from partita.management.workload import Workload
 
 PROBED_PASS = 1
-"""The pass that runs the schedule at lower clocks, to see how time and power depend on them."""
-SMOOTHING = 0.3
-"""Part of a residual that goes into the offset of its snippet."""
+"""The pass that runs the schedule at lower clocks."""
+SEARCHED_PASSES = (2, 4, 12)
+"""Passes before which the schedule is found anew."""
+DEVIATIONS = (0.3, 0.5, 0.3, 0.3)
+"""Standard deviations of the weights of `setting_features` before any measurement."""
+SNIPPET_DEVIATION = 0.2
+"""Of the weight of a snippet: its kernels are more or less efficient than described."""
+NOISE = 0.03
+"""Standard deviation of a log ratio that the features do not explain."""
 
 
 class Corrected(Policy):
@@ -31,31 +41,51 @@ class Corrected(Policy):
 
     name = "corrected"
 
-    def __init__(self, described: Workload) -> None:
+    def __init__(self, described: Workload, schedule: Schedule) -> None:
+        self.described = described
         self.hardware = described.hardware
-        self.schedule = best_schedule(described)
-        self.works = [snippet.works for snippet in described.snippets]
+        self.settings = schedule.settings
         self.features = setting_features(self.hardware)
         self.log_seconds, self.log_watts = described_logs(described)
-        self.seconds = RecursiveLeastSquares(self.features.shape[1])
-        self.watts = RecursiveLeastSquares(self.features.shape[1])
-        self.offsets = np.zeros((2, len(self.works)))
+        deviations = [*DEVIATIONS, *[SNIPPET_DEVIATION] * len(described.snippets)]
+        prior = (np.array(deviations) / NOISE) ** 2
+        self.seconds = RecursiveLeastSquares(len(prior), forgetting=1.0, prior=prior)
+        self.watts = RecursiveLeastSquares(len(prior), forgetting=1.0, prior=prior)
         self.passes = 0
-        self.cost_watts = 0.0
-        """w, of the corrected model; 0 before its first use."""
-        points = self.hardware.points[:, self.hardware.fastest]
-        highest = self.schedule.highest
-        self.excluded = np.where(points > (points.max() if highest is None else highest), np.inf, 0)
 
     def decide(self, observation: Observation) -> Setting:
-        if observation.is_first:
-            return self.schedule.settings[observation.coming]
-        self.learn(observation)
+        if not observation.is_first:
+            self.learn(observation)
+        return self.best(observation.coming)
+
+    def best(self, number: int) -> Setting:
+        """The setting of a snippet by the present schedule."""
+        if self.passes == PROBED_PASS:
+            return self._slower(self.settings[number])
+        return self.settings[number]
+
+    def learn(self, observation: Observation) -> None:
+        """Corrects the description by the last snippet; finds the schedule anew at some passes."""
+        number = observation.last
+        if self.described.snippets[number].works:
+            self._update(number, observation)
         if observation.coming == 0:
             self.passes += 1
-        if self.passes == PROBED_PASS:
-            return self._slower(self.schedule.settings[observation.coming])
-        return self.best(observation.coming)
+            if self.passes in SEARCHED_PASSES:
+                self.settings = best_schedule(self.corrected()).settings
+
+    def _update(self, number: int, observation: Observation) -> None:
+        setting = self.hardware.settings[observation.setting]
+        x = np.zeros(len(self.seconds.weights))
+        x[: self.features.shape[1]] = self.features[setting.index]
+        x[self.features.shape[1] + number] = 1.0
+        watts = observation.watts
+        if observation.celsius:
+            watts -= self.hardware.extra_leakage(setting, observation.celsius)
+        seconds_ratio = np.log(observation.seconds) - self.log_seconds[number, setting.index]
+        watts_ratio = np.log(watts) - self.log_watts[number, setting.index]
+        self.seconds.update(x, seconds_ratio - x @ self.seconds.weights)
+        self.watts.update(x, watts_ratio - x @ self.watts.weights)
 
     def _slower(self, setting: Setting) -> Setting:
         """A setting with the fastest domain at a third less of its points."""
@@ -66,67 +96,58 @@ class Corrected(Policy):
             points.append(max(point - drop, 0))
         return self.hardware.find(setting.active, points)
 
-    def learn(self, observation: Observation) -> None:
-        """Corrects the model by the last snippet."""
-        number = observation.last
-        if not self.works[number]:
-            return
-        x = self.features[observation.setting]
-        measured = (np.log(observation.seconds), np.log(observation.watts))
-        models = (self.seconds, self.watts)
-        described = (self.log_seconds, self.log_watts)
-        for k, (model, logs, value) in enumerate(zip(models, described, measured, strict=True)):
-            ratio = value - logs[number, observation.setting]
-            model.update(x, ratio - self.offsets[k, number] - x @ model.weights)
-            rest = ratio - x @ model.weights
-            self.offsets[k, number] += SMOOTHING * (rest - self.offsets[k, number])
+    def corrected(self) -> Workload:
+        """The workload as the corrected description predicts it."""
+        snippets = []
+        for number, snippet in enumerate(self.described.snippets):
+            if snippet.works:
+                seconds, watts = self._factors(number)
+                snippet = replace(
+                    snippet,
+                    seconds=snippet.seconds * seconds,
+                    watts=snippet.watts * watts[:, None],
+                )
+            snippets.append(snippet)
+        return replace(self.described, snippets=tuple(snippets), _figures={})
 
-    def best(self, number: int) -> Setting:
-        """The setting of a snippet with the least corrected E + w T."""
-        if number == 0 or self.cost_watts == 0:
-            seconds, watts = self._corrected(slice(None))
-            self.cost_watts = least_product(seconds * watts, seconds)
-        seconds, watts = self._corrected(slice(number, number + 1))
-        costs = seconds[0] * (watts[0] + self.schedule.weight * self.cost_watts)
-        return self.hardware.settings[int((costs + self.excluded).argmin())]
-
-    def _corrected(self, numbers: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Corrected seconds and watts of some snippets, [snippet, setting]."""
-        corrected = []
-        works = np.array(self.works[numbers])[:, None]
-        models = (self.seconds, self.watts)
-        logs = (self.log_seconds, self.log_watts)
-        for k, (model, described) in enumerate(zip(models, logs, strict=True)):
-            correction = self.features @ model.weights + self.offsets[k, numbers, None]
-            corrected.append(np.exp(described[numbers] + np.where(works, correction, 0.0)))
-        return corrected[0], corrected[1]
+    def _factors(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Correction factors on the seconds and the watts of a snippet, each [setting]."""
+        count = self.features.shape[1]
+        factors = []
+        for model in (self.seconds, self.watts):
+            common = self.features @ model.weights[:count]
+            factors.append(np.exp(common + model.weights[count + number]))
+        return factors[0], factors[1]
 
 
 def setting_features(hardware: Hardware) -> np.ndarray:
-    """[setting, feature]: the features of the correction."""
-    fastest = hardware.fastest
-    cluster = hardware.clusters[fastest]
-    frequency = cluster.frequencies[hardware.points[:, fastest]]
-    relative = frequency / cluster.frequencies[-1]
-    runs = hardware.active[:, fastest] > 0
+    """[setting, feature]: the features of the correction.
+
+    The fastest domain counts as one: its clock is the mean over its active devices.
+    """
+    fastest = hardware.clusters[hardware.fastest]
+    in_domain = np.array([one.domain == fastest.domain for one in hardware.clusters])
     devices = np.array([one.devices for one in hardware.clusters])
+    active = hardware.active * in_domain
+    relative = fastest.frequencies[np.minimum(hardware.points, len(fastest.frequencies) - 1)]
+    runs = active.sum(1) > 0
+    clock = (active * relative).sum(1) / np.maximum(active.sum(1), 1) / fastest.frequencies[-1]
     columns = [
         np.ones(len(runs)),
-        np.where(runs, np.log(2 * relative), 0.0),
-        hardware.active[:, fastest] / devices[fastest],
+        np.log(2 * np.where(runs, clock, 0.5)),
+        active.sum(1) / devices[in_domain].sum(),
         hardware.active.sum(1) / devices.sum(),
-        np.where(runs & (relative > 0.5), 1.0, 0.0),
     ]
     return np.stack(columns, 1)
 
 
 def described_logs(described: Workload) -> tuple[np.ndarray, np.ndarray]:
-    """Logarithms of the described seconds and watts, [snippet, setting]."""
+    """Logarithms of the described seconds and watts at 60 °C, [snippet, setting]."""
     hardware = described.hardware
     constant = sum(hardware.constant_watts.values())
     seconds = np.stack([snippet.seconds for snippet in described.snippets])
     watts = []
     for snippet in described.snippets:
-        memory_watts = memory_joules(snippet, hardware) / snippet.seconds
-        watts.append(snippet.watts.sum(1) + constant + memory_watts)
+        transfer_watts = snippet.transfer_joules / snippet.seconds
+        watts.append(snippet.watts.sum(1) + constant + transfer_watts)
     return np.log(seconds), np.log(np.stack(watts))

@@ -14,7 +14,8 @@ class Oracle(FixedSchedule):
 
     name = "oracle"
 
-    def __init__(self, described: Workload, real: Workload) -> None:
+    def __init__(self, described: Schedule, real: Workload) -> None:
+        """`described`: the best schedule of the hardware as described, a candidate."""
         count = len(real.snippets)
-        candidates = [best_schedule(described), Schedule((best_setting(real),) * count)]
+        candidates = [described, Schedule((best_setting(real),) * count)]
         super().__init__(best_schedule(real, candidates))

@@ -5,14 +5,10 @@ Partita knows the program, so nothing is learned or measured.
 
 from __future__ import annotations
 
-from partita.management.schedule import FixedSchedule, best_schedule
-from partita.management.workload import Workload
+from partita.management.schedule import FixedSchedule
 
 
 class Scheduled(FixedSchedule):
-    """The settings with the least simulated E x T on the hardware as described."""
+    """The schedule with the least simulated E x T on the hardware as described."""
 
     name = "schedule"
-
-    def __init__(self, described: Workload) -> None:
-        super().__init__(best_schedule(described))
