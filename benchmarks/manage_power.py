@@ -44,7 +44,7 @@ class Figures:
         )
 
 
-def measure(machine: Machine, seeds: int, passes: list[str]) -> dict[tuple[str, str], Figures]:
+def measure(machine: Machine, seeds: range, passes: list[str]) -> dict[tuple[str, str], Figures]:
     """(hardware, policy) -> figures."""
     figures: dict[tuple[str, str], Figures] = defaultdict(Figures)
     hardware = hardware_of(machine)
@@ -53,7 +53,7 @@ def measure(machine: Machine, seeds: int, passes: list[str]) -> dict[tuple[str, 
         program = captured_programs()[name]
         others = school_programs(without=name)
         unseen = train_policy(hardware, others)
-        for seed in range(1, seeds + 1):
+        for seed in seeds:
             policies = [*UNTRAINED, "imitation", "gated"]
             if seed == 1:
                 policies.append("qlearning")  # it trains anew for each run
@@ -75,10 +75,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--machine", default="odroid-xu3")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first", type=int, default=1, help="the first seed")
     parser.add_argument("--programs", nargs="+", default=list(captured_programs()))
     arguments = parser.parse_args()
     machine = load(arguments.machine)
-    figures = measure(machine, arguments.seeds, arguments.programs)
+    seeds = range(arguments.first, arguments.first + arguments.seeds)
+    figures = measure(machine, seeds, arguments.programs)
     print("E x T over the oracle: mean, range over seeds, worst program; peak; decision")
     for (hardware, policy), row in figures.items():
         print(f"{hardware:18} {policy:16} {row.row()}")
