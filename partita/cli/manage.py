@@ -32,6 +32,10 @@ class SimulatedRun:
         Path | None,
         typer.Option("--learned", help="A trained policy, of 'partita manage train'."),
     ] = None
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write temperatures and decisions to this .html file."),
+    ] = None
 
 
 @command(app, "simulate", context_settings=PASS_THROUGH, cls=ScriptCommand)
@@ -71,9 +75,14 @@ def simulate(
             raise PlanError(
                 "Policies act on simulated machines, and none is named: add --machine odroid-xu3."
             )
+        if trace is not None and run.report is not None:
+            raise PlanError(
+                "A report shows clocks, a trace changes plans: remove --report or --trace."
+            )
         if trace is not None:
             _replay(context, script, target, trace, policy, as_json)
             return
+        check_writable(report=run.report)
         trained = None if run.learned is None else load_policy(run.learned)
         names = policy_names(policy, has_file=trained is not None)
         activity = Activity(not as_json)
@@ -88,6 +97,10 @@ def simulate(
                 seed=run.seed,
                 learned=trained,
             )
+        if run.report is not None:
+            from partita.report.policy_page import policy_page
+
+            save_text(policy_page(comparisons), run.report, "report")
         if as_json:
             print(json.dumps([comparison.to_json() for comparison in comparisons]))
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from partita.machine import Machine
@@ -12,6 +12,7 @@ from partita.management.hardware import (
     NOT_AS_DESCRIBED,
     Assumptions,
     Deviation,
+    Hardware,
     hardware_of,
 )
 from partita.management.power import PowerRun, run_policy
@@ -45,6 +46,8 @@ class PolicyComparison:
     """Status of the least certain figure that seconds depend on, for instance "recalled"."""
     power_status: str
     """Status of the least certain figure of power and heat."""
+    simulated: Hardware = field(repr=False)
+    """The hardware of the runs, with its settings."""
 
     def regret(self, run: PowerRun) -> float:
         """Relative excess of E x T over the oracle's."""
@@ -134,4 +137,5 @@ def _comparison(name: str, context: RunContext, policies: Sequence[str]) -> Poli
         oracle=oracle,
         status=machine.weakest_status(),
         power_status=machine.weakest_power_status(),
+        simulated=real.hardware,
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,19 @@ from partita.management.workload import Workload
 
 START_CELSIUS = 50.0
 """Temperature of all nodes at the start of a run."""
+
+
+class Moment(NamedTuple):
+    """A snippet of a run."""
+
+    setting: int
+    """Index of the setting that ran."""
+    asked: int
+    """Index of the setting that the policy asked for; another one if trips limit clocks."""
+    seconds: float
+    joules: float
+    celsius: float
+    """The hottest node after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +53,8 @@ class PowerRun:
     """Fraction of the snippets with a setting slower than the policy asked for."""
     decision_seconds: float
     """Processor time of a decision on this computer, the mean."""
-    settings: tuple[int, ...] = field(repr=False)
-    """[snippet of the run]: index of the setting after throttling."""
-    celsius: tuple[float, ...] = field(repr=False)
-    """[snippet of the run]: the hottest node after it."""
+    moments: tuple[Moment, ...] = field(repr=False)
+    """[snippet of the run]."""
 
     @property
     def energy_delay(self) -> float:
@@ -157,11 +168,9 @@ def run_policy(workload: Workload, policy: Policy) -> PowerRun:
     machine = _SimulatedMachine(workload)
     has_heat = machine.model is not None
     observation = Observation(coming=0, celsius=machine.celsius if has_heat else 0.0)
-    settings: list[int] = []
-    temperatures: list[float] = []
+    moments: list[Moment] = []
     joules = 0.0
     clock = 0.0
-    throttled = 0
     decision_seconds = 0.0
     count = len(workload.snippets)
     for position in range(workload.passes * count):
@@ -170,13 +179,12 @@ def run_policy(workload: Workload, policy: Policy) -> PowerRun:
         asked = policy.decide(observation)
         decision_seconds += time.thread_time() - started
         setting = machine.throttled(asked)
-        throttled += setting is not asked
         snippet = workload.snippets[number]
         snippet_joules, seconds = machine.run(number, setting)
         joules += snippet_joules
         clock += seconds
-        settings.append(setting.index)
-        temperatures.append(machine.celsius)
+        moment = Moment(setting.index, asked.index, seconds, snippet_joules, machine.celsius)
+        moments.append(moment)
         observation = Observation(
             coming=(number + 1) % count,
             setting=setting.index,
@@ -190,13 +198,13 @@ def run_policy(workload: Workload, policy: Policy) -> PowerRun:
             mean_watts=joules / clock,
             celsius=machine.celsius if has_heat else 0.0,
         )
+    throttled = sum(moment.setting != moment.asked for moment in moments)
     return PowerRun(
         policy=policy.name,
         joules=joules,
         seconds=clock,
-        peak_celsius=max(temperatures) if has_heat else None,
-        throttled=throttled / len(settings),
-        decision_seconds=decision_seconds / len(settings),
-        settings=tuple(settings),
-        celsius=tuple(temperatures),
+        peak_celsius=max(moment.celsius for moment in moments) if has_heat else None,
+        throttled=throttled / len(moments),
+        decision_seconds=decision_seconds / len(moments),
+        moments=tuple(moments),
     )

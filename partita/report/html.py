@@ -97,11 +97,12 @@ def timeline_page(timeline: Timeline) -> str:
 def document(
     title: str,
     body: Iterable[Html],
-    has_timeline: bool,
+    has_timeline: bool = False,
+    styles: Iterable[str] = (),
 ) -> str:
     """The whole file: content, style, and a policy that allows nothing else."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    style = asset("page.css")
+    style = "".join(asset(name) for name in ("page.css", *styles))
     script: Html | str = ""
     if has_timeline:
         policy += f"; script-src '{picture.script_hash()}'"

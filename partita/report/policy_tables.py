@@ -8,6 +8,7 @@ from rich.table import Table
 
 from partita.management.comparison import PolicyComparison
 from partita.management.hardware import Assumptions
+from partita.management.power import PowerRun
 from partita.management.replay import Replay
 from partita.report.tables import add_columns, add_row, new_table
 from partita.units import format_flops, format_joules, format_seconds
@@ -22,23 +23,40 @@ def policy_table(comparison: PolicyComparison) -> Table:
         f"{comparison.program} on {comparison.machine}, hardware {comparison.hardware}: "
         f"{comparison.steps:,} steps"
     )
-    table.add_column("policy", no_wrap=True)
+    name, *figures = policy_columns(comparison)
+    table.add_column(name, no_wrap=True)
+    add_columns(table, *figures)
+    for run in by_product(comparison):
+        add_row(table, *policy_row(comparison, run))
+    return table
+
+
+def by_product(comparison: PolicyComparison) -> list[PowerRun]:
+    """The runs of a comparison by their energy-delay product, the best one first."""
+    return sorted(comparison.runs, key=lambda run: run.energy_delay)
+
+
+def policy_columns(comparison: PolicyComparison) -> list[str]:
+    """Names of the columns of `policy_row`."""
     has_heat = comparison.oracle.peak_celsius is not None
     heat_columns = ("peak °C", "throttled") if has_heat else ()
-    add_columns(table, "energy", "time", "J s", "per J", *heat_columns, "regret")
-    for run in sorted(comparison.runs, key=lambda run: run.energy_delay):
-        heat = [f"{run.peak_celsius:.0f}", f"{run.throttled:.0%}"] if has_heat else []
-        add_row(
-            table,
-            run.policy,
-            format_joules(run.joules),
-            format_seconds(run.seconds),
-            f"{run.energy_delay:,.0f}",
-            format_flops(comparison.flops_per_joule(run)),
-            *heat,
-            f"{comparison.regret(run):+.1%}",
-        )
-    return table
+    return ["policy", "energy", "time", "J s", "per J", *heat_columns, "regret"]
+
+
+def policy_row(comparison: PolicyComparison, run: PowerRun) -> list[str]:
+    """The figures of a run as text."""
+    heat = []
+    if run.peak_celsius is not None:
+        heat = [f"{run.peak_celsius:.0f}", f"{run.throttled:.0%}"]
+    return [
+        run.policy,
+        format_joules(run.joules),
+        format_seconds(run.seconds),
+        f"{run.energy_delay:,.0f}",
+        format_flops(comparison.flops_per_joule(run)),
+        *heat,
+        f"{comparison.regret(run):+.1%}",
+    ]
 
 
 def policy_summary(comparisons: Sequence[PolicyComparison]) -> list[str]:

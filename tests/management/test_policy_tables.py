@@ -2,13 +2,18 @@
 
 import io
 import json
+import re
+from dataclasses import replace
 
 from rich.console import Console
 from typer.testing import CliRunner
 
 from partita.cli.main import app
+from partita.machine import load
 from partita.management.comparison import PolicyComparison
-from partita.management.power import PowerRun
+from partita.management.hardware import hardware_of
+from partita.management.power import Moment, PowerRun
+from partita.report.policy_page import policy_page
 from partita.report.policy_tables import policy_summary, policy_table
 
 
@@ -20,8 +25,7 @@ def run(policy: str, joules: float, seconds: float) -> PowerRun:
         peak_celsius=85.4,
         throttled=0.25,
         decision_seconds=1e-6,
-        settings=(0,),
-        celsius=(85.4,),
+        moments=(Moment(0, 0, seconds, joules, 85.4),),
     )
 
 
@@ -36,6 +40,7 @@ COMPARISON = PolicyComparison(
     oracle=ORACLE,
     status="recalled",
     power_status="verified",
+    simulated=hardware_of(load("odroid-xu3")),
 )
 
 
@@ -65,3 +70,33 @@ def test_a_machine_must_be_named() -> None:
     done = CliRunner().invoke(app, ["manage", "simulate", "train.py"])
     assert done.exit_code == 2
     assert "Policies act on simulated machines, and none is named" in done.stderr
+
+
+def test_the_page_shows_temperature_limits_and_decisions() -> None:
+    """0.5 s on the fastest setting, then 1.5 s on the one that a trip leaves."""
+    hardware = COMPARISON.simulated
+    fastest = hardware.all_active([1.0, 1.0])
+    limited = hardware.limited(fastest, {"big": 1e9})
+    moments = (
+        Moment(fastest.index, fastest.index, 0.5, 4.0, 91.0),
+        Moment(limited.index, fastest.index, 1.5, 6.0, 88.0),
+    )
+    hot = replace(ORACLE, policy="performance <b>", moments=moments)
+    html = policy_page([replace(COMPARISON, runs=(hot,), oracle=hot)])
+    assert "performance &lt;b&gt;" in html and "performance <b>" not in html
+    # x: a quarter of the time is over at 250 of 1000.
+    assert re.search(r'd="M250\.0 [0-9]+H1000\.0" class="throttled"', html)
+    assert html.count('class="trip"') == 3
+    rows = re.findall(r'<th scope="row">([0-9.]+ s)</th><td>(.*?)</td><td>(.*?)</td>', html)
+    assert rows == [
+        ("0.0 s", "big 4 × 2 GHz, little 4 × 1.4 GHz", "91 °C"),
+        ("0.5 s", "big 4 × 1 GHz, little 4 × 1.4 GHz", "88 °C"),
+    ]
+    assert "a trip limits big 4 × 2 GHz, little 4 × 1.4 GHz" in html
+
+
+def test_a_report_shows_clocks_and_not_changes_of_plans() -> None:
+    arguments = ["train.py", "--machine", "h100:4", "--trace", "t", "--report", "r.html"]
+    done = CliRunner().invoke(app, ["manage", "simulate", *arguments])
+    assert done.exit_code == 2
+    assert "remove --report or --trace" in " ".join(done.stderr.split())
