@@ -174,11 +174,13 @@ class ShapeCosts:
         others = self.shape.microbatches - 1
         pace = (others * stage_seconds + once).max()
         seconds = float(stage_seconds.sum() + pace)
-        # A stage begins after those before it have passed one microbatch on, and ends before they
-        # take the last one back.
+        # A stage begins after those before it have passed one microbatch on. They take the last one
+        # back while it updates its variables.
+        exposed_forward = np.add.reduceat(figures.exposed_forward, begins)
+        earlier_forward = np.cumsum(exposed_forward) - exposed_forward
         earlier = np.cumsum(exposed) - exposed
-        stage_ends = earlier + (others + 1) * exposed + once
-        return Estimate(seconds, float(stage_ends.max()), runs)
+        ends = (others + 1) * exposed + np.maximum(earlier, earlier_forward + once)
+        return Estimate(seconds, float(ends.max()), runs)
 
     def _hop_seconds(
         self,

@@ -37,19 +37,18 @@ class Transfer(NamedTuple):
 
 
 class StagePasses(NamedTuple):
-    """Seconds of a stage for one microbatch.
-
-    The last backward pass includes gradient sums and the update.
-    """
+    """Seconds of a stage for one microbatch, and once per step."""
 
     forward: float
     backward: float
-    last_backward: float
+    update: float
+    """Gradient sums and update, after the last backward pass. Earlier stages do not wait for them.
+    """
 
 
 class PipelineTask(NamedTuple):
-    """A pass of a stage over a microbatch, or the transfer of its results to the stage `target` (-1
-    for a pass).
+    """A pass of a stage over a microbatch, its update after the last one, or the transfer of the
+    results to the stage `target` (-1 for a pass or update).
     """
 
     stage: int
@@ -146,12 +145,7 @@ class _PipelineTasksBuilder:
         if phase == "backward":
             waits.add(self.numbers[PipelineTask(stage, "forward", microbatch)])
         stage_passes = self.passes[stage]
-        if phase == "forward":
-            seconds = stage_passes.forward
-        elif microbatch == self.last_microbatch:
-            seconds = stage_passes.last_backward
-        else:
-            seconds = stage_passes.backward
+        seconds = stage_passes.forward if phase == "forward" else stage_passes.backward
         self._add(
             PipelineTask(stage, phase, microbatch),
             seconds,
@@ -159,11 +153,14 @@ class _PipelineTasksBuilder:
             stage,
             [],
         )
+        if phase == "backward" and microbatch == self.last_microbatch:
+            name = PipelineTask(stage, phase, microbatch)
+            update = PipelineTask(stage, "update", microbatch)
+            self._add(update, stage_passes.update, [self.numbers[name]], stage, [])
 
     def _source(self, edge: StageEdge, microbatch: int) -> PipelineTask:
-        """The pass that computes the values of an edge. The last backward pass has the update."""
-        phase: Phase = "forward" if edge.phase == "forward" else "backward"
-        return PipelineTask(edge.source, phase, microbatch)
+        """The pass that computes the values of an edge."""
+        return PipelineTask(edge.source, edge.phase, microbatch)
 
     def add_update_transfers(self) -> None:
         """Adds transfers of values that the update reads, after the last microbatch."""

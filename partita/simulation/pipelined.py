@@ -212,10 +212,11 @@ class PipelinedStep(SimulatedStep):
             if key not in by_seconds:
                 stage_seconds = np.where(stage_of_slot == stage, seconds, 0.0)
                 repeated_seconds = length(stage_seconds, repeated) if repeated.any() else 0.0
+                backward = length(stage_seconds, ~forward & ~once)
                 by_seconds[key] = StagePasses(
                     forward=length(stage_seconds, forward),
-                    backward=repeated_seconds + length(stage_seconds, ~forward & ~once),
-                    last_backward=repeated_seconds + length(stage_seconds, ~forward),
+                    backward=repeated_seconds + backward,
+                    update=length(stage_seconds, ~forward) - backward,
                 )
             passes.append(self._as_executed(by_seconds[key], stage))
         return passes
@@ -233,7 +234,7 @@ class PipelinedStep(SimulatedStep):
         return StagePasses(
             forward=max(passes.forward, DISPATCH_SECONDS),
             backward=max(passes.backward + adding, DISPATCH_SECONDS),
-            last_backward=max(passes.last_backward + adding, DISPATCH_SECONDS),
+            update=passes.update,
         )
 
     def _stage_of_slot(self, slot: Slot) -> int:
@@ -496,7 +497,9 @@ class PipelinedStep(SimulatedStep):
             if seconds <= 0:
                 continue
             stage = f"stage {task.stage}"
-            name = f"{stage} {task.phase}, microbatch {task.microbatch + 1} of {count}"
+            name = f"{stage} {task.phase}"
+            if task.phase != "update":
+                name += f", microbatch {task.microbatch + 1} of {count}"
             if not task.is_pass:
                 name += f", sent to stage {task.target}"
             yield Span(
@@ -521,7 +524,7 @@ class PipelinedStep(SimulatedStep):
                 continue
             if task.phase == "forward":
                 changes.append((float(self.times.start[k]), 1))
-            else:
+            elif task.phase == "backward":
                 changes.append((float(self.times.end[k]), -1))
         changes.sort()
         stage_memory = self.memories[stage]
