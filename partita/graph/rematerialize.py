@@ -20,7 +20,7 @@ not copied.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -155,6 +155,7 @@ class _Chooser:
         self.run_of = {o: run for run, members in enumerate(self.members) for o in members}
         self.stored = self._stored()
         """Forward values that are in memory in the backward pass."""
+        self.backward_instructions = self._backward_instructions()
         self.backward_readers = self._backward_readers()
 
     def _stored(self) -> set[int]:
@@ -169,18 +170,26 @@ class _Chooser:
         return stored
 
     def _is_in_a_run(self, index: int) -> bool:
-        is_backward = self.graph.instructions[index].phase == "backward"
-        return is_backward and self.graph.owner[index] in self.run_of
+        return self._is_backward(index) and self.graph.owner[index] in self.run_of
 
-    def _backward_readers(self) -> dict[int, list[Reader]]:
-        """Run -> its reads of forward values in the backward pass, in program order."""
-        readers: dict[int, list[Reader]] = {run: [] for run in range(len(self.runs))}
-        for index, instruction in enumerate(self.graph.instructions):
-            if not self._is_in_a_run(index):
-                continue
-            for position, tensor in enumerate(instruction.operands):
-                if self._is_copyable(tensor):
-                    readers[self.run_of[self.graph.owner[index]]].append((index, position))
+    def _backward_instructions(self) -> list[list[int]]:
+        """[run]: its instructions of the backward pass, in program order."""
+        instructions: list[list[int]] = [[] for _ in self.runs]
+        for index in range(len(self.graph.instructions)):
+            if self._is_in_a_run(index):
+                instructions[self.run_of[self.graph.owner[index]]].append(index)
+        return instructions
+
+    def _backward_readers(self) -> list[list[Reader]]:
+        """[run]: its reads of forward values in the backward pass, in program order."""
+        readers: list[list[Reader]] = []
+        for instructions in self.backward_instructions:
+            reads: list[Reader] = []
+            for index in instructions:
+                for position, tensor in enumerate(self.graph.instructions[index].operands):
+                    if self._is_copyable(tensor):
+                        reads.append((index, position))
+            readers.append(reads)
         return readers
 
     def _is_copyable(self, tensor: int) -> bool:
@@ -311,21 +320,32 @@ class _Chooser:
         return read - computed - self.fixed
 
     def _gradient(self, run: int, position: int) -> int:
-        """The latest gradient in front of a position that the run reads after it, -1 for none."""
-        latest = (False, -1, -1)
-        for index in range(position, len(self.graph.instructions)):
-            instruction = self.graph.instructions[index]
-            if instruction.phase != "backward":
-                continue
-            is_own = self.run_of.get(self.graph.owner[index]) == run
-            for tensor in instruction.operands:
-                producer = self.producers.get(tensor, -1)
-                if not 0 <= producer < position or self.outermost[producer] != producer:
-                    continue
-                is_backward = self.graph.instructions[producer].phase == "backward"
-                if is_backward and self.graph.tensors[tensor].shape:
-                    latest = max(latest, (is_own, producer, tensor))
-        return latest[2]
+        """The latest gradient in front of a position that the run reads after it, else the latest
+        that any instruction does; -1 for none.
+        """
+        own = self.backward_instructions[run]
+        read = []
+        for index in own[bisect_left(own, position) :]:
+            read += self.graph.instructions[index].operands
+        latest = [(self.producers[t], t) for t in read if self._is_gradient(t, position)]
+        if latest:
+            return max(latest)[1]
+        for producer in range(position - 1, -1, -1):
+            for tensor in reversed(self.graph.instructions[producer].results):
+                readers = readers_of(self.graph).get(tensor, ())
+                backward = [i for i, _ in readers if self._is_backward(i) and i >= position]
+                if backward and self._is_gradient(tensor, position):
+                    return tensor
+        return -1
+
+    def _is_gradient(self, tensor: int, position: int) -> bool:
+        """Whether a tensor with dims is computed by the backward pass in front of a position."""
+        producer = self.producers.get(tensor, -1)
+        is_before = 0 <= producer < position and self.outermost[producer] == producer
+        return is_before and self._is_backward(producer) and bool(self.graph.tensors[tensor].shape)
+
+    def _is_backward(self, index: int) -> bool:
+        return self.graph.instructions[index].phase == "backward"
 
     def _readers_behind(self, gradient: int, position: int) -> tuple[Reader, ...]:
         """The readers of a gradient from a position on, without loops and barriers."""

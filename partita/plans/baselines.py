@@ -10,7 +10,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 from partita.graph.normalizations import NORMALIZATION
-from partita.graph.operator_graph import Factor, FactorKind, Operator, OperatorGraph, producers
+from partita.graph.operator_graph import (
+    Factor,
+    FactorKind,
+    Operator,
+    OperatorGraph,
+    Use,
+    per_graph,
+    producers,
+)
 from partita.graph.weight_slices import WEIGHT_SLICES
 from partita.plans.check import illegal_reason
 from partita.plans.layout import label_sharding, operator_assignments, spare_axes
@@ -303,10 +311,8 @@ def _split_by_producers(
     The heads, where attention is before a product that sums heads and channels of a head.
     """
     factors = set()
-    for use in graph.uses:
+    for use in _reads_of_earlier(graph).get(operator, ()):
         home = graph.home[use.tensor]
-        if use.operator != operator or not 0 <= home < operator:
-            continue
         split_names = set(choices[graph.operators[home].name].values())
         for own, factor in zip(graph.labels[use.tensor], use.label, strict=True):
             if own >= 0 and factor >= 0 and graph.factors[own].name in split_names:
@@ -336,10 +342,8 @@ def _as_table(
 
     The logits of a model whose words and logits share a table are split by word.
     """
-    for use in graph.uses:
+    for use in _reads_of_earlier(graph).get(index, ()):
         home = graph.home[use.tensor]
-        if use.operator != index or not 0 <= home < index:
-            continue
         choice = {}
         factor_at = dict(zip(graph.labels[use.tensor], use.label, strict=True))
         names = {graph.factors[f].name: f for f in graph.operators[home].factors}
@@ -352,6 +356,17 @@ def _as_table(
     return {}
 
 
+@per_graph
+def _reads_of_earlier(graph: OperatorGraph) -> dict[int, list[Use]]:
+    """Operator -> its uses of tensors of earlier operators."""
+    uses: dict[int, list[Use]] = {}
+    for use in graph.uses:
+        if 0 <= graph.home[use.tensor] < use.operator:
+            uses.setdefault(use.operator, []).append(use)
+    return uses
+
+
+@per_graph
 def _forward_producers(graph: OperatorGraph) -> dict[int, list[int]]:
     """Operator -> the other operators whose values its heavy instruction needs.
 

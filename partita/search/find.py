@@ -78,6 +78,9 @@ BUDGET_MARGIN = 0.98
 """Margin of a lowered budget: plans come in steps of bytes."""
 REMATERIALIZED_PLANS = 4
 """Plans above the memory of a device, the fastest first, for which runs are rematerialized."""
+REMATERIALIZED_INSTRUCTIONS = 50_000
+"""Instructions above which the search for stages alone rematerializes runs, if it follows: plans of
+one stage are among its shapes, and their peak memory takes seconds there."""
 STATE_SHARES = (1.0, 0.7)
 """Shares of the memory for variables alone, in plans whose activations may be rematerialized."""
 RUNNABLE_SHARE = 0.5
@@ -192,10 +195,11 @@ def find(
         excess,
         seed,
         _Clock(seconds),
+        stages and machine.devices > 1,
     )
     baselines = _baselines(request)
     request.clock.check(graph, machine)
-    if stages and machine.devices > 1:
+    if request.stages:
         result = _runnable(
             request,
             baselines,
@@ -257,6 +261,8 @@ class _Request:
     excess: float
     seed: int
     clock: _Clock
+    stages: bool
+    """Whether stages are searched, too."""
 
     @property
     def limit_bytes(self) -> int:
@@ -369,6 +375,8 @@ def _or_rematerialized(
     free = SearchSpace(activations_free(network), baselines.space.baselines)
     bound = min(result.bound_seconds, elimination(free, limits).bound)
     result = replace(result, bound_seconds=bound)
+    if request.stages and len(request.graph.instructions) > REMATERIALIZED_INSTRUCTIONS:
+        return result
     choices = groupings(request.graph, network.terms)
     if not choices:
         return result
@@ -376,7 +384,12 @@ def _or_rematerialized(
     for share in STATE_SHARES:
         shared = replace(limits, budget=limits.budget * share)
         states.append(elimination(free, shared).states)
-    large = [replace(plan, name="found") for plan, _ in baselines.values()]
+    large = []
+    for name, plan in baselines.plans.items():
+        own_states = baselines.states[name]
+        variables = 0.0 if own_states is None else free.network.problem.memory_bytes(own_states)
+        if variables <= request.limit_bytes:
+            large.append(replace(plan, name="found"))
     large += [network.plan(one) for one in states if one not in baselines.states.values()]
     return _fastest_rematerialized(request, result, large, choices)
 

@@ -113,7 +113,7 @@ def pipelines(
             sketches += 1
             queue.put(space.sketch(candidate, limits.budget, TRIES))
             continue
-        outcome = space.simulate(candidate)
+        outcome = space.simulate(candidate, best_seconds)
         if isinstance(outcome, Sketch):
             queue.put(outcome)
         elif outcome is not None and outcome.seconds < best_seconds:
@@ -398,10 +398,15 @@ class PipelineSpace:
                 return False
         return True
 
-    def simulate(self, sketch: Sketch) -> PipelinedStep | Sketch | None:
+    def simulate(
+        self,
+        sketch: Sketch,
+        best_seconds: float = math.inf,
+    ) -> PipelinedStep | Sketch | None:
         """The simulated step of a sketch, if it fits; else a sketch that needs less memory.
 
-        None if there is neither, or if the plan is no pipeline.
+        None if there is neither, if the plan is no pipeline, or if its step takes `best_seconds` or
+        more: a peak takes longer to compute than a step.
         """
         inner = sketch.network.plan(sketch.states)
         limit_bytes = sketch.limit_bytes
@@ -415,9 +420,11 @@ class PipelineSpace:
                 if not is_pipeline(plan) or self._is_known(plan):
                     return None
                 step = self._step(plan) if step is None else step.with_plan(plan)
+                # The simulation runs here: stages that wait for each other are a PlanError.
+                if step.seconds >= best_seconds:
+                    return None
                 if step.peak_bytes <= self.limit_bytes:
-                    # The simulation runs here: stages that wait for each other are a PlanError.
-                    return step if step.seconds < math.inf else None
+                    return step
                 limit_bytes *= min(0.98, self.limit_bytes / step.peak_bytes)
         except PlanError:
             return None
