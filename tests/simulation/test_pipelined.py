@@ -210,7 +210,7 @@ def test_the_timeline_has_a_row_per_stage_and_the_predicted_length() -> None:
             (s for s in timeline.spans if s.group == group and s.kind == "compute"),
             key=lambda s: s.start,
         )
-        assert len(spans) == 8 and all(
+        assert len(spans) == 9 and all(
             a.end <= b.start * (1 + 1e-9) for a, b in zip(spans, spans[1:], strict=False)
         )
     assert timeline.idle["bubble"] > 0 and max(n for _, n in timeline.memory) == timeline.peak_bytes
