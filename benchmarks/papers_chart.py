@@ -22,10 +22,12 @@ COLORS = {
     "rnnlm": "#3ca951",
     "nmt": "#a463f2",
 }
-CLUSTERS = ("k80-cluster", "p100-cluster")
+CLUSTERS = ("k80-cluster", "k80-flat", "p100-cluster")
 COUNTS = (4, 8, 16, 32, 64)
 TOP, BOTTOM, WIDTH = 50, 310, 320
 """Vertical range and width of a panel, pixels."""
+PITCH = 400
+"""Pixels from one panel to the next."""
 OUTPUT = Path(__file__).parents[1] / "docs" / "found-vs-data-parallel.svg"
 
 Gains = Mapping[tuple[str, str], Mapping[int, float]]
@@ -51,17 +53,18 @@ def chart(gains: Gains) -> str:
     largest = max(gain for by_count in gains.values() for gain in by_count.values())
     top = math.ceil(largest * 100) / 100
     ticks = [1 + i * (top - 1) / 4 for i in range(5)]
+    legend = 35 + PITCH * len(CLUSTERS)
     lines = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 360" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {legend + 125} 360" '
         'font-family="sans-serif" font-size="13">',
         '<rect width="100%" height="100%" fill="white"/>',
     ]
     for number, cluster in enumerate(CLUSTERS):
-        lines += _panel(cluster, 60 + 400 * number, ticks, gains)
+        lines += _panel(cluster, 60 + PITCH * number, ticks, gains)
     for number, (network, color) in enumerate(COLORS.items()):
         y = 60 + 22 * number
-        lines.append(f'<circle cx="835" cy="{y}" r="5" fill="{color}"/>')
-        lines.append(f'<text x="848" y="{y + 4}">{network}</text>')
+        lines.append(f'<circle cx="{legend}" cy="{y}" r="5" fill="{color}"/>')
+        lines.append(f'<text x="{legend + 13}" y="{y + 4}">{network}</text>')
     caption = "devices; simulated seconds of a step, data parallel / found"
     lines.append(f'<text x="60" y="354" fill="#555">{caption}</text></svg>')
     return "\n".join(lines) + "\n"

@@ -18,6 +18,9 @@ from partita.plans.baselines import BASELINES, choice_by_kinds
 from partita.plans.check import check
 from partita.plans.plan import Mesh, Plan
 
+AXES_OF_A_NODE = 2
+"""Axes of a node where a machine has one level: four devices, as on FlexFlow's clusters."""
+
 
 def expert(
     graph: OperatorGraph,
@@ -44,6 +47,7 @@ def layers_on_devices(
     mesh: Mesh,
 ) -> Plan:
     """Samples over nodes (the outermost level); in a node each recurrent layer on its own device.
+    Where a machine has one level, its last axes are those of a node.
 
     Embeddings are on the device of the layer that reads them. Operators behind the recurrent layers
     are split over the devices of the node, the softmax's weights by word (arXiv 1609.08144, section
@@ -51,6 +55,9 @@ def layers_on_devices(
     """
     outer = [n for n, axis in enumerate(mesh.axes) if axis.level == 0]
     inner = [n for n, axis in enumerate(mesh.axes) if axis.level > 0]
+    if not inner:
+        inner = outer[-AXES_OF_A_NODE:]
+        outer = outer[:-AXES_OF_A_NODE]
     devices_in_node = math.prod(mesh.sizes[n] for n in inner)
     layer_of = {}
     for operator in graph.operators:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from partita.cost.evaluate import PHASES
 from partita.cost.terms import Terms
 from partita.errors import PlanError
 from partita.graph.operator_graph import OperatorGraph
@@ -33,6 +34,7 @@ from partita.search.base import Progress
 from partita.search.bound import lower_bounds_by_operator
 from partita.search.branches import Fork, branches
 from partita.search.portfolio import Limits
+from partita.simulation.base import DISPATCH_SECONDS
 from partita.simulation.placed import PlacedStep
 
 MOVES = 200
@@ -72,6 +74,8 @@ def placements(
     start_seconds = time.perf_counter()
     forks = branches(graph)
     if not (forks or machine.kinds) or not start.mesh.axes:
+        return
+    if limit_seconds <= len(PHASES) * 2 * DISPATCH_SECONDS:
         return
     climb = _Climb(
         graph,
@@ -160,6 +164,8 @@ class _Climb:
         key = tuple(tuple(choice.items()) for choice in plan.choices.values())
         if key in self.examined:
             return None
+        if _dispatch_seconds(plan) >= self.best_seconds:
+            return None
         if self.floor is not None and self.floor.seconds(plan) >= self.best_seconds:
             return None
         self.examined.add(key)
@@ -178,8 +184,6 @@ class _Climb:
             return None
         self.patience -= 1
         self.simulated_instructions += len(self.graph.instructions)
-        if step.dispatch_seconds >= self.best_seconds:
-            return None
         if step.seconds >= self.best_seconds or not self.fits(step):
             return None
         self.patience = self.max_patience
@@ -237,6 +241,16 @@ def _slices(choice: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
         if placed_slice(use) is not None:
             slices.append((axis, use))
     return tuple(sorted(slices))
+
+
+def _dispatch_seconds(plan: Plan) -> float:
+    """Python's seconds to start the programs of a step, which no device waits less for.
+
+    Operators on different slices run as programs of their own: a forward, a backward and an update
+    at every place.
+    """
+    places = len({_slices(choice) for choice in plan.choices.values()})
+    return len(PHASES) * places * DISPATCH_SECONDS if places > 1 else 0.0
 
 
 # ---------------------------------------------------------------- plans

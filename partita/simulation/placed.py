@@ -21,7 +21,7 @@ from itertools import chain, product
 import numpy as np
 
 from partita.cost.collectives import collectives
-from partita.cost.evaluate import PHASES, OperatorCost, compute_source, operator_costs
+from partita.cost.evaluate import OperatorCost, compute_source, operator_costs
 from partita.cost.memory import PeakMemory, memory
 from partita.cost.moves import Placement
 from partita.cost.predict import OperatorPrediction, Prediction, build_prediction, with_energy
@@ -37,7 +37,7 @@ from partita.plans.layout import (
     operator_assignments,
 )
 from partita.plans.plan import Mesh, Plan
-from partita.simulation.base import DISPATCH_SECONDS, SimulatedStep
+from partita.simulation.base import SimulatedStep
 from partita.simulation.crossing import Crossing, PlacedMove, Route, reshard_axes, routes
 from partita.simulation.engine import Times, run
 from partita.simulation.groups import DeviceGroups, Slices, folded, slices_of, unfolded
@@ -389,16 +389,6 @@ class PlacedStep(SimulatedStep):
     @property
     def seconds(self) -> float:
         return self.times.seconds
-
-    @property
-    def dispatch_seconds(self) -> float:
-        """Python's seconds to start the programs of the step, which no device waits less for.
-
-        Operators on different slices run as programs of their own: a forward, a backward and an
-        update at every place.
-        """
-        places = len({tuple(sorted(slices.items())) for slices in self.slices})
-        return len(PHASES) * places * DISPATCH_SECONDS if places > 1 else 0.0
 
     @cached_property
     def traffic(self) -> dict[str, float]:
