@@ -4,6 +4,7 @@ several processes fewer and more of them.
     python benchmarks/actions.py                  # 3 models x 5 seeds, 20 actions each
     python benchmarks/actions.py --models mlp --seeds 1 --actions 6
     python benchmarks/actions.py --processes 3    # half an hour: a process is killed, and comes back
+    python benchmarks/actions.py --processes 3 --first 7   # goes on with the 8th training
 
 Each training runs on 4 devices of one process, or on one device of each process. Before a random half
 of its steps the manager changes the plan, the shares, or goes back to even shares. With several
@@ -259,6 +260,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--actions", type=int, default=20)
     parser.add_argument("--processes", type=int, choices=(1, PROCESSES), default=1)
+    parser.add_argument("--first", type=int, default=0, help="trainings that were made before")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.inside is not None:
@@ -266,10 +268,13 @@ def main() -> int:
         return 0
     worst = 0.0
     steps = 3 * given.actions
-    for name in given.models.split(","):
+    for number, name in enumerate(given.models.split(",")):
+        first = given.first - number * given.seeds
+        if first >= given.seeds:
+            continue
         straight = losses(name, PLANS[0], None, steps)
         noise = largest(losses(name, PLANS[2], None, steps), straight)
-        for seed in range(given.seeds):
+        for seed in range(max(0, first), given.seeds):
             if given.processes > 1:
                 values, counted = run_in_processes(name, seed, given.actions)
             else:

@@ -33,9 +33,9 @@ def compilations():
     """The compilations so far, one entry each."""
     entries: list[float] = []
 
-    def note(event: str, seconds: float, **more: Any) -> None:
+    def note(event: str, duration_secs: float, **more: Any) -> None:
         if event == COMPILATION:
-            entries.append(seconds)
+            entries.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(note)
     yield entries
@@ -47,7 +47,7 @@ def plan_of(name: str, graph: Any, devices: int) -> Plan:
     return BASELINES[name](graph, "host", mesh)
 
 
-def training() -> tuple[StepRunner, list[Any], np.ndarray, Any]:
+def training() -> tuple[StepRunner, Any, Any, Any]:
     """A runner with a step on four devices, the state before it, and a batch."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4)])
