@@ -137,6 +137,8 @@ class StepRunner:
         self.others: dict[Hashable, Callable[[Any, Any], tuple[Any, Any]]] = {}
         """Evaluations, by key: `(state, batch) -> (outputs, state)`. A manager counts and repeats
         them as steps."""
+        self.owns_batches = False
+        """Whether nobody else can change the arrays of a batch, other than those that are views."""
         self.metrics_group: int | None = None
         """The part of a state that metrics are in; None where a process that was started again
         cannot be taken in."""
@@ -462,8 +464,14 @@ class StepRunner:
         return np.array(leaf.addressable_data(0))
 
     def batch_copy(self, batch: Any) -> Any:
-        """A batch in host memory that nobody else can change: arrays of JAX as they are."""
-        return jax.tree.map(lambda x: x if is_constant(x) else np.array(x), batch)
+        """A batch in host memory that nobody else can change: arrays of JAX, and new ones, as they
+        are."""
+
+        def kept(x: Any) -> Any:
+            is_new = self.owns_batches and isinstance(x, np.ndarray) and x.base is None
+            return x if is_new or is_constant(x) else np.array(x)
+
+        return jax.tree.map(kept, batch)
 
     def to_host(self, state: Any) -> list[np.ndarray]:
         """Copies of the leaves of a state in host memory; all processes call it together."""

@@ -29,6 +29,7 @@ import jax
 import keras
 import numpy as np
 from keras.src.backend.jax.trainer import JAXTrainer
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.trainer import model_supports_jit
 
 from partita.capture.jax_functions import Captured
@@ -143,6 +144,12 @@ def _sync(model: Any) -> None:
             variable.assign(value.addressable_data(0))
 
 
+def makes_new_batches(iterator: Any) -> bool:
+    """Whether an iterator is that of Keras's arrays: rows that it picks in a random order are new
+    arrays, and slices in order are views of the user's."""
+    return getattr(iterator, "gi_code", None) is ArrayDataAdapter._get_iterator.__code__
+
+
 def restore_state(model: Any, state: Any) -> None:
     """Puts a state into the variables, which Keras empties for a step: an error must lose none."""
     if not any(x.is_deleted() for x in jax.tree.leaves(state)):
@@ -236,6 +243,7 @@ class PlannedFit:
 
         def train_function(state: Any, iterator: Iterator[Any]) -> tuple[Any, Any]:
             self._undonated_state = state
+            self.runner.owns_batches = makes_new_batches(iterator)
             try:
                 return function(state, iterator)
             except BaseException:

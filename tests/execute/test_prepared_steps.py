@@ -1,4 +1,5 @@
-"""Steps that are compiled beforehand: a loss, another plan and shares then compile nothing."""
+"""Steps that are compiled beforehand: a loss, another plan and shares then compile nothing. Batches
+that are kept for a loss."""
 
 import time
 from dataclasses import dataclass
@@ -8,12 +9,14 @@ import jax
 import keras
 import numpy as np
 import pytest
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
 from partita.capture.keras_models import ModelVariables, capture_model
 from partita.errors import PlanError
 from partita.execute import members
 from partita.execute.program import runnable_step
 from partita.execute.steps import StepRunner
+from partita.keras.fit import makes_new_batches
 from partita.plans.baselines import BASELINES
 from partita.plans.plan import Mesh, Plan
 
@@ -132,3 +135,21 @@ def test_an_error_beside_the_training_is_that_of_preparing_shares(
         time.sleep(0.005)
     with pytest.raises(PlanError, match="ZeRO-3"):
         runner.prepare_shares("key")
+
+
+@pytest.mark.parametrize("source", ["shuffled", "in order", "generator"])
+def test_a_batch_that_is_kept_for_a_loss_cannot_change(source: str) -> None:
+    x = np.zeros((12, 2), "float32")
+    if source == "generator":
+        batches = ((x[rows], x) for rows in [slice(0, 4)])
+    else:
+        adapter = ArrayDataAdapter(x, x, batch_size=4, shuffle=source == "shuffled")
+        batches = adapter.get_jax_iterator()
+    runner = StepRunner("test")
+    runner.owns_batches = makes_new_batches(batches)
+    batch = next(batches)
+    kept = runner.batch_copy(batch)
+    x[:] = 1.0
+    assert [array.max() for array in kept] == [0.0, 0.0]
+    is_copied = [copy is not array for copy, array in zip(kept, batch, strict=True)]
+    assert is_copied == [source != "shuffled"] * 2
