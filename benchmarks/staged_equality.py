@@ -33,7 +33,9 @@ from equality import difference, random_model
 from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import ModelVariables, capture_model
 from partita.errors import PlanError
-from partita.execute.processes import group, join, whole
+from partita.execute.joining import join
+from partita.execute.process_arrays import whole
+from partita.execute.process_group import group
 from partita.execute.program import runnable_step
 from partita.graph.operator_graph import OperatorGraph
 from partita.plans.plan import Mesh, Plan

@@ -295,7 +295,7 @@ def manage(
 def _tell_of_devices(say: Callable[[str], None] | None) -> None:
     """Says that JAX has one device, if so, and how to get more; without `say` as a warning."""
     from partita.execute.devices import one_device_sentence
-    from partita.execute.processes import group
+    from partita.execute.process_group import group
 
     if group() is not None:
         return

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from partita.errors import PartitaError
-from partita.execute.processes import group
+from partita.execute.process_group import group
 
 SCRIPT = """
     import os, signal, sys, keras, numpy as np

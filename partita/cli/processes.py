@@ -47,7 +47,7 @@ def run_in_processes(
 
 def _check_ungrouped() -> None:
     """PartitaError if another program has started this process as one of several."""
-    from partita.execute.processes import group
+    from partita.execute.process_group import group
 
     if group() is not None:
         raise PartitaError(
@@ -75,7 +75,9 @@ def join_processes(board: Path | None = None) -> bool:
     """Waits for the other processes, if there are any, and seeds Keras alike in all; whether
     this process prints. `board` is the folder of the launcher's notice board, if it has one."""
     from partita.execute.board import Board
-    from partita.execute.processes import from_first, group, is_first, join
+    from partita.execute.joining import join
+    from partita.execute.process_group import group
+    from partita.execute.processes import from_first, is_first
 
     membership = group()
     if membership is None:

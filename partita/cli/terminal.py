@@ -58,8 +58,8 @@ def say_timing(done: int, total: int) -> None:
 def leave(code: int) -> NoReturn:
     """Ends with an exit code. One of several processes ends at once: JAX would wait for the
     others to end well too."""
-    processes = sys.modules.get("partita.execute.processes")
-    if code and processes is not None and processes.joined:
+    joining = sys.modules.get("partita.execute.joining")
+    if code and joining is not None and joining.joined:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -35,7 +35,7 @@ from partita.execute.calibration_sizes import (
     CalibrationSizes,
     sizes_of,
 )
-from partita.execute.processes import put
+from partita.execute.process_arrays import put
 from partita.files.checksums import KEY, checksum, sealed
 from partita.files.reading import FileKind, checked, parse_toml, read_text
 from partita.files.schema import mapping, plain, positive_number, table

@@ -22,7 +22,8 @@ import jax
 
 from partita.errors import MachineError
 from partita.execute import members
-from partita.execute.processes import alone, group
+from partita.execute.process_group import group
+from partita.execute.processes import alone
 from partita.machine import Machine, host, load, read
 
 PRESETS = (

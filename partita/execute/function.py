@@ -22,7 +22,8 @@ from partita.capture.functions import Call, CapturedCall, call_of, capture_call
 from partita.capture.jax_functions import Captured
 from partita.capture.targets import CaptureTarget
 from partita.errors import CaptureError, MemoryBudgetError
-from partita.execute.processes import alone, digest, same
+from partita.execute.process_arrays import digest
+from partita.execute.processes import alone, same
 from partita.execute.program import RunnableStep, runnable_step
 from partita.execute.steps import StepRunner, settled
 from partita.execute.verify import Verification, check_compiled

@@ -11,7 +11,7 @@ import jax
 from partita.capture.jax_functions import Captured, Text
 from partita.errors import PlanError
 from partita.execute.annotate import annotate
-from partita.execute.processes import put
+from partita.execute.process_arrays import put
 from partita.execute.rematerialize import rematerialized_step
 from partita.execute.sharding import device_mesh, named_sharding
 from partita.execute.staged import StagedStep, staged_step

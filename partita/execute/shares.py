@@ -28,7 +28,7 @@ from partita.execute.annotate import Annotator
 from partita.execute.devices import detect
 from partita.execute.emitted import peak_bytes
 from partita.execute.piece_text import aval, piece_text
-from partita.execute.processes import put
+from partita.execute.process_arrays import put
 from partita.execute.program import PlannedStep, check_one_program, planned_step
 from partita.execute.sample_sums import SampleSums, sample_sums
 from partita.execute.sharding import named_sharding

@@ -32,7 +32,8 @@ from partita.execute.piece_function import (
     partial_sharding,
 )
 from partita.execute.piece_text import aval, piece_text
-from partita.execute.processes import alone, digest, put, same
+from partita.execute.process_arrays import digest, put
+from partita.execute.processes import alone, same
 from partita.execute.sharding import device_mesh, named_sharding
 from partita.execute.slots import SlotOutput, SlotRun, SlotSchedule, slot_schedule
 from partita.execute.transport import Between, Local, SharedOutput

@@ -21,17 +21,8 @@ import numpy as np
 from partita.errors import LostProcessError
 from partita.execute import members
 from partita.execute.devices import detect
-from partita.execute.processes import (
-    check_losses,
-    exchanged,
-    is_first,
-    is_local,
-    is_of_group,
-    put,
-    replicated,
-    together,
-    whole,
-)
+from partita.execute.process_arrays import is_local, is_of_group, put, replicated, whole
+from partita.execute.processes import check_losses, exchanged, is_first, together
 from partita.execute.program import runnable_step
 from partita.execute.rejoining import (
     Handover,

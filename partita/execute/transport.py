@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from partita.execute import members
 from partita.execute.dispatch import TransferAction, Value
 from partita.execute.piece_text import aval
-from partita.execute.processes import channel, replicated
+from partita.execute.process_arrays import channel, replicated
 from partita.plans.phases import DataFlow
 
 Index = tuple[tuple[int, int], ...]

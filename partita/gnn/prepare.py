@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from partita.errors import GraphError
-from partita.execute import processes
+from partita.execute import process_arrays, processes
 from partita.execute.devices import at_hand, detect
 from partita.gnn.data.arrays import MASKS
 from partita.gnn.data.digest import array_digest
@@ -702,4 +702,4 @@ def first_part(graph: Graph, key: PreparationKey) -> GraphData:
 def _digest(graph: Graph, parts: Parts) -> str:
     """Digest of everything that processes must have in common."""
     sizes = np.array([graph.vertices, graph.edges, graph.feature_count])
-    return processes.digest([sizes, parts.points, parts.edges, parts.fetched])
+    return process_arrays.digest([sizes, parts.points, parts.edges, parts.fetched])

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from partita.execute import processes
+from partita.execute import process_arrays, processes
 from partita.gnn.kernels import stamp
 from partita.gnn.prepare import PreparedGraph, fits, resplit
 from partita.gnn.split.learned import Balance
@@ -95,7 +95,7 @@ class DeviceRun(TrainingRun):
 
     def predict(self, state: StepState) -> np.ndarray:
         step = self.steps.predict(self.prepared)
-        rows = processes.whole(step(_model_state(state), self.prepared.data))
+        rows = process_arrays.whole(step(_model_state(state), self.prepared.data))
         return self.prepared.in_given_order(rows)
 
     def after_epoch(self, epochs_left: int) -> None:

@@ -19,7 +19,7 @@ import keras
 from jax.sharding import NamedSharding, PartitionSpec
 
 from partita.errors import GraphError
-from partita.execute import processes
+from partita.execute import process_arrays
 from partita.gnn.kernels.bridge import step_options
 from partita.gnn.nn.block import AXIS, recorded_calls
 from partita.gnn.prepare import GraphData, PreparedGraph, mesh_of
@@ -372,7 +372,7 @@ def on_all_devices(state: StepState, devices: int) -> StepState:
     """A state with a copy of every array on each of several devices."""
     if devices == 1:
         return state
-    return processes.put(state, NamedSharding(mesh_of(devices), PartitionSpec()))
+    return process_arrays.put(state, NamedSharding(mesh_of(devices), PartitionSpec()))
 
 
 def of_first_device(state: StepState, devices: int) -> StepState:

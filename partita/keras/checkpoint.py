@@ -24,14 +24,8 @@ import numpy as np
 
 from partita.errors import PartitaError
 from partita.execute import members
-from partita.execute.processes import (
-    alone,
-    from_first,
-    is_local,
-    is_of_group,
-    together,
-    whole,
-)
+from partita.execute.process_arrays import is_local, is_of_group, whole
+from partita.execute.processes import alone, from_first, together
 from partita.files.checksums import (
     MODULUS,
     array_checksum,

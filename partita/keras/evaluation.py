@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from partita.execute.processes import is_of_group, put, settle
+from partita.execute.process_arrays import is_of_group, put, settle
 
 
 def state_on_mesh(state: Any, mesh: Mesh) -> Any:

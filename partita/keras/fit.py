@@ -43,7 +43,8 @@ from partita.execute.function import (
     session_manager,
     shapes_sentence,
 )
-from partita.execute.processes import alone, is_of_group, together, whole
+from partita.execute.process_arrays import is_of_group, whole
+from partita.execute.processes import alone, together
 from partita.execute.program import RunnableStep
 from partita.execute.steps import StepRunner, settled
 from partita.execute.verify import Verification, check_compiled

@@ -15,7 +15,8 @@ import keras
 import numpy as np
 from keras.src import backend
 
-from partita.execute.processes import from_first, is_first, whole
+from partita.execute.process_arrays import whole
+from partita.execute.processes import from_first, is_first
 
 
 @functools.cache

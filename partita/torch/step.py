@@ -11,7 +11,8 @@ import jax
 
 from partita import api
 from partita.errors import CaptureError
-from partita.execute.processes import alone, whole
+from partita.execute.process_arrays import whole
+from partita.execute.processes import alone
 from partita.machine import Machine
 from partita.plans.plan import Plan
 from partita.torch.extra import Package

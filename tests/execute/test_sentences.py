@@ -9,7 +9,7 @@ import pytest
 import partita
 from partita.execute.devices import one_device_sentence
 from partita.execute.function import MANY_SHAPES
-from partita.execute.processes import digest
+from partita.execute.process_arrays import digest
 
 
 def step(weights: dict[str, jax.Array], x: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:

@@ -88,13 +88,15 @@ PEER = """
     import os, sys, time, jax
     from jax.sharding import SingleDeviceSharding
     from partita.errors import ProcessError
-    from partita.execute import processes
-    from partita.execute.processes import group, join, together
+    from partita.execute import joining, process_arrays
+    from partita.execute.joining import join
+    from partita.execute.process_group import group
+    from partita.execute.processes import together
 
-    processes.WAIT_SECONDS = 2
-    processes.HEARTBEAT = 12
+    process_arrays.WAIT_SECONDS = 2
+    joining.HEARTBEAT = 12
     join(group(), print)
-    channel = processes.channel()
+    channel = process_arrays.channel()
     array = jax.numpy.arange(3.0)
     if jax.process_index() == 1:
         channel.offer(7, [array], copies=False)
