@@ -28,7 +28,7 @@ from partita.plans.adapt import (
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
 from partita.plans.pipeline import is_one_program, is_pipeline, stage_count
-from partita.plans.plan import Plan, choice_text, placed_slice
+from partita.plans.plan import Plan, choice_text, offload_text, placed_slice
 from partita.search.alternatives import alternatives
 from partita.search.base import Report
 from partita.search.find import PlanResult, find, mesh_of
@@ -539,6 +539,8 @@ def describe(plan: Plan) -> str:
         parts.append(f"{plan.microbatches} microbatches")
     if plan.recompute:
         parts.append("rematerialization")
+    if plan.offload:
+        parts.append(offload_text(plan.offload))
     return ", ".join(parts)
 
 

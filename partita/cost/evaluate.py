@@ -287,6 +287,11 @@ class _Evaluation:
         parameter_shards = extra_shards if storage.zero == 3 else 1
         parameter_bytes = variable.nbytes / shards / parameter_shards
         slot_bytes = variable.slots / shards / extra_shards
+        host = self.machine.host_memory
+        if storage.offloads(variable) and host is not None:
+            # The update reads slots over the link to the host, while the last new ones go back.
+            self.kernel_seconds[-1] += slot_bytes / host.device_bandwidth
+            slot_bytes = 0.0
         self.state_bytes = self.state_bytes + parameter_bytes + slot_bytes
 
     def _add_gathers(
@@ -325,7 +330,8 @@ def operator_costs(
         splits = sorted((position[factor], axes) for factor, axes in assignment.items())
         stored = dict(storage.planned)
         axes = [stored.get(variable.path) for variable in operator.stored]
-        key = (operator.digest, storage.zero, tuple(axes), *splits)
+        offload = [storage.offloads(variable) for variable in operator.stored]
+        key = (operator.digest, storage.zero, tuple(axes), tuple(offload), *splits)
         if key not in cache:
             cache[key] = operator_cost(operator, placement, [assignment], storage)
         costs.append(cache[key])

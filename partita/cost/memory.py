@@ -214,6 +214,7 @@ def _allocations(
     if buffers.transposed_copies:
         allocator.add_transposed_copies()
     allocator.add_gradient_sums()
+    allocator.add_offloaded()
     allocator.add_work_spaces()
     if buffers.ordered_kernels:
         allocator.add_ordered_kernels()
@@ -355,6 +356,7 @@ class _Allocator:
         arguments = tuple(
             (ROLES[argument.role], self.graph.home[argument.tensor], self._bytes(argument.tensor))
             for argument in self.graph.arguments
+            if argument.tensor not in self.layout.host
         )
         columns = np.array(self.entries, np.int64).reshape(-1, 6).T.copy()
         return _Allocations(arguments, *columns)
@@ -514,6 +516,25 @@ class _Allocator:
                 meeting = self.meeting[value.tensor]
                 nbytes = int(value.nbytes * part)
                 self._add(value.tensor, nbytes, meeting, meeting, KINDS.index("gradients"))
+
+    def add_offloaded(self) -> None:
+        """Adds new optimizer slots on their way to the memory of the host.
+
+        The update of a variable reads the old ones there. The new ones are copied while the update
+        of the next variable runs.
+        """
+        written: dict[str, list[int]] = defaultdict(list)
+        for argument in self.graph.arguments:
+            if argument.result in self.layout.host and argument.parameter:
+                written[argument.parameter].append(argument.result)
+        updates = []
+        for slots in written.values():
+            updates.append((max(self.program.producer.get(slot, 0) for slot in slots), slots))
+        updates.sort()
+        ends = [time for time, _ in updates[1:]] + [len(self.graph.instructions)]
+        for (time, slots), end in zip(updates, ends, strict=True):
+            for slot in slots:
+                self._add(slot, self._bytes(slot), time, end)
 
     def add_work_spaces(self) -> None:
         """Adds the work space of products while they run."""

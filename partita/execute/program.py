@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from partita.errors import PlanError
 from partita.execute.annotate import annotate
 from partita.execute.process_arrays import put
 from partita.execute.rematerialize import rematerialized_step
-from partita.execute.sharding import device_mesh, named_sharding
+from partita.execute.sharding import HOST_MEMORY, device_mesh, moved, named_sharding
 from partita.execute.staged import StagedStep, staged_step
 from partita.graph.operator_graph import OperatorGraph
 from partita.plans.check import check
@@ -106,8 +106,9 @@ def planned_step(
         plan,
         mesh,
     )
+    host = host_leaves(captured, layout)
     step = jax.jit(
-        text.call,
+        offloading(text.call, host) if host else text.call,
         in_shardings=(state_shardings, batch_shardings),
         out_shardings=(None, state_shardings),
         donate_argnums=0 if donate else (),
@@ -136,6 +137,28 @@ def leaf_shardings(captured: Captured, layout: Layout) -> list[Sharding]:
     return shardings
 
 
+def host_leaves(captured: Captured, layout: Layout) -> frozenset[int]:
+    """Positions of the leaves of the state that are in the memory of the host."""
+    leaves = captured.text.module_kept_var_idx
+    return frozenset(leaf for tensor, leaf in enumerate(leaves) if tensor in layout.host)
+
+
+def offloading(step: Callable[..., Any], host: frozenset[int]) -> Callable[..., Any]:
+    """A step whose state has some leaves (positions) in the memory of the host.
+
+    The copies are those of XLA: on a GPU, the update reads old leaves over the link.
+    """
+
+    def offloaded_step(state: Any, batch: Any) -> tuple[Any, Any]:
+        leaves, tree = jax.tree.flatten(state)
+        on_device = moved(leaves, host, jax.memory.Space.Device)
+        outputs, new_state = step(jax.tree.unflatten(tree, on_device), batch)
+        leaves, tree = jax.tree.flatten(new_state)
+        return outputs, jax.tree.unflatten(tree, moved(leaves, host, jax.memory.Space.Host))
+
+    return offloaded_step
+
+
 def _check_platform(graph: OperatorGraph, mesh: jax.sharding.Mesh) -> None:
     """PlanError if a step was captured for another platform than that of the devices."""
     captured_for = graph.target.partition(":")[0]
@@ -159,4 +182,6 @@ def _argument_shardings(
     shardings = [
         named_sharding(sharding, plan.mesh, mesh) for sharding in leaf_shardings(captured, layout)
     ]
+    for leaf in host_leaves(captured, layout):
+        shardings[leaf] = shardings[leaf].with_memory_kind(HOST_MEMORY)
     return jax.tree.unflatten(tree, shardings)

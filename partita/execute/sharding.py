@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,15 @@ def device_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.shardin
         names,
         axis_types=(AxisType.Auto,) * len(names),
     )
+
+
+HOST_MEMORY = "pinned_host"
+"""JAX's memory kind for arrays in the memory of the host, which devices read over their link."""
+
+
+def moved(leaves: Sequence[Any], chosen: Collection[int], space: jax.memory.Space) -> list[Any]:
+    """Inside a traced step: arrays, the chosen ones (positions) in another memory space."""
+    return [jax.device_put(x, space) if n in chosen else x for n, x in enumerate(leaves)]
 
 
 def named_sharding(

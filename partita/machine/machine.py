@@ -30,6 +30,7 @@ from partita.machine.parts import (
     Domain,
     Grid,
     Level,
+    Memory,
     Source,
     Thermal,
     Value,
@@ -41,6 +42,8 @@ from partita.machine.times import OperatorTimes
 from partita.units import exact, format_bandwidth, format_bytes, format_flops, format_seconds
 
 POWER_SECTIONS = ("domain.", "thermal.")
+HOST_MEMORY = "host"
+"""Name of the memory of a device's host, which takes offloaded optimizer slots."""
 POWER_FIELDS = (".energy_per_bit", ".power", ".idle_power", ".voltage", ".watts")
 
 
@@ -110,13 +113,21 @@ class Machine:
         """Achievable bytes per second of one device to its main memory."""
         return self.device.memories[0].device_bandwidth
 
+    @property
+    def host_memory(self) -> Memory | None:
+        """The memory of the host that devices read over their own link; None if not described."""
+        others = self.device.memories[1:]
+        return next((memory for memory in others if memory.name == HOST_MEMORY), None)
+
     def bandwidth_for(self, nbytes: np.ndarray) -> np.ndarray:
         """Achievable bytes per second of one device for kernels that touch `nbytes` bytes.
 
-        Each kernel uses the fastest memory with enough capacity.
+        Each kernel uses the fastest memory with enough capacity, other than the host's.
         """
         bandwidth = np.full(np.shape(nbytes), self.memory_bandwidth)
         for memory in self.device.memories[1:]:
+            if memory.name == HOST_MEMORY:
+                continue
             fits = np.asarray(nbytes) <= memory.capacity / memory.shared_by
             faster = np.maximum(bandwidth, memory.device_bandwidth)
             bandwidth = np.where(fits, faster, bandwidth)

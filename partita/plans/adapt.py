@@ -62,6 +62,7 @@ def fit_plan(plan: Plan, graph: OperatorGraph) -> Plan:
         plan,
         choices=choices,
         storage=storage,
+        offload=tuple(path for path in plan.offload if path in shapes),
         microbatches=microbatches,
         batch_size=graph.batch_size,
         predicted={},

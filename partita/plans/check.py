@@ -10,7 +10,7 @@ from partita.errors import PlanError
 from partita.files.schema import SHOWN_NAME, shown
 from partita.graph.operator_graph import Argument, OperatorGraph
 from partita.graph.rematerialize import copies_of
-from partita.plans.pipeline import check_stages, is_pipeline
+from partita.plans.pipeline import check_stages, is_pipeline, stage_axes
 from partita.plans.plan import Mesh, Plan, Storage, placed_slice
 
 
@@ -28,6 +28,7 @@ def check(plan: Plan, graph: OperatorGraph) -> Plan:
             plan.choices[operator.name],
         )
     _check_storage(plan, graph)
+    _check_offload(plan, graph)
     check_stages(plan, graph)
     if plan.recompute and not is_pipeline(plan):
         copies_of(graph, plan.recompute)
@@ -148,6 +149,21 @@ def _check_storage(plan: Plan, graph: OperatorGraph) -> None:
                 f"have. {_similar_variable(path, arguments)}"
             )
         _check_stored(plan, graph, arguments[path], storage)
+
+
+def _check_offload(plan: Plan, graph: OperatorGraph) -> None:
+    with_slots = {argument.parameter for argument in graph.arguments if argument.parameter}
+    for path in plan.offload:
+        if path not in with_slots:
+            raise PlanError(
+                f"The plan offloads the optimizer slots of {shown(path, SHOWN_NAME)}, which has "
+                f"none. {_similar_variable(path, with_slots)}"
+            )
+    if plan.offload and (is_pipeline(plan) or stage_axes(plan)):
+        raise PlanError(
+            f"The plan '{plan.name}' runs in pieces, and pieces have no optimizer slots in host "
+            "memory. Plan with --no-stages."
+        )
 
 
 def _similar_variable(path: str, paths: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from partita.plans.plan import Plan, choice_text, mesh_text, runs_text
+from partita.plans.plan import Plan, choice_text, mesh_text, offload_text, runs_text
 from partita.units import format_bytes, format_seconds
 
 
@@ -29,6 +29,9 @@ def _differences(left: Plan, right: Plan) -> Iterator[str]:
         yield f"schedule: {left.schedule} -> {right.schedule}"
     if left.recompute != right.recompute:
         yield f"rematerialized: {runs_text(left.recompute)} -> {runs_text(right.recompute)}"
+    if left.offload != right.offload:
+        before, after = (offload_text(plan.offload) for plan in (left, right))
+        yield f"offloaded: {before} -> {after}"
     for key, format_figure in (("seconds", format_seconds), ("peak_bytes", format_bytes)):
         before = left.predicted.get(key)
         after = right.predicted.get(key)

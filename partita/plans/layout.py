@@ -56,6 +56,8 @@ class Layout:
     """Reads under another sharding than the tensor's own."""
     assignments: tuple[Assignment, ...]
     """Per operator."""
+    host: frozenset[int] = frozenset()
+    """Offloaded optimizer slots, before and after the update: tensors in the memory of the host."""
 
 
 def label_sharding(label: Label, assignment: Mapping[int, tuple[int, ...]]) -> Sharding:
@@ -234,7 +236,18 @@ def layout_of(graph: OperatorGraph, plan: Plan) -> Layout:
     for (tensor, operator, target), readers in builder.reads.items():
         read = Read(tensor, operator, target, tuple(readers))
         reads += _gathered_again(graph, read) if tensor in builder.slices else [read]
-    return Layout(tuple(builder.shardings), tuple(reads), builder.assignments)
+    host = offloaded(graph, plan)
+    return Layout(tuple(builder.shardings), tuple(reads), builder.assignments, host)
+
+
+def offloaded(graph: OperatorGraph, plan: Plan) -> frozenset[int]:
+    """The optimizer slots that a plan offloads, before and after the update."""
+    tensors: set[int] = set()
+    paths = set(plan.offload)
+    for argument in graph.arguments:
+        if argument.parameter in paths and argument.result is not None:
+            tensors.update((argument.tensor, argument.result))
+    return frozenset(tensors)
 
 
 def layout_over(layout: Layout, mesh: Mesh, part: Mesh) -> Layout:

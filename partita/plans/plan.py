@@ -156,6 +156,8 @@ class Plan:
     recompute: tuple[tuple[str, str], ...] = ()
     """Rematerialized runs of operators (first, last; in model order): their forward values are not
     stored, the backward pass computes them again."""
+    offload: tuple[str, ...] = ()
+    """Paths of variables whose optimizer slots are in the memory of the host."""
     target: str = ""
     """The platform of the graph ("cpu", "cuda", "tpu"), "" in files that do not say."""
 
@@ -191,12 +193,14 @@ class Plan:
         }
         if self.target:
             value["target"] = self.target
-        # Most plans have neither microbatches nor rematerialization: their files stay short.
+        # Most plans have no microbatches, rematerialization and offload: their files stay short.
         if self.microbatches > 1:
             value["microbatches"] = self.microbatches
             value["schedule"] = self.schedule
         if self.recompute:
             value["recompute"] = [list(run) for run in self.recompute]
+        if self.offload:
+            value["offload"] = list(self.offload)
         return value
 
     @staticmethod
@@ -237,6 +241,7 @@ def _plan_of(fields: Mapping[str, Any]) -> Plan:
         choices=fields["operators"],
         storage=storage,
         recompute=fields.get("recompute", ()),
+        offload=tuple(fields.get("offload", ())),
         **{name: fields[name] for name in others if name in fields},
     )
 
@@ -313,5 +318,19 @@ def _storage_lines(plan: Plan) -> Iterator[str]:
         text = f"ZeRO-{storage.zero} over {','.join(storage.axes)}"
         counts[text] = counts.get(text, 0) + 1
     for text, count in counts.items():
-        noun = "variable" if count == 1 else "variables"
-        yield f"  {count} {noun} stored {text}"
+        yield f"  {_variables(count)} stored {text}"
+    if plan.offload:
+        yield f"  {offload_text(plan.offload)}"
+
+
+def _variables(count: int) -> str:
+    return f"{count} variable" if count == 1 else f"{count} variables"
+
+
+def offload_text(offload: Sequence[str]) -> str:
+    """Offloaded optimizer slots as text.
+
+    >>> offload_text(["dense/kernel"])
+    'optimizer slots of 1 variable in host memory'
+    """
+    return f"optimizer slots of {_variables(len(offload))} in host memory"

@@ -107,6 +107,7 @@ _PLAN = table(
         "microbatches": whole_number(1, 2**20),
         "schedule": one_of(*SCHEDULES),
         "recompute": items(row(text(), text())),
+        "offload": items(text()),
         "target": text(80, r"(cpu|cuda|tpu)(:\d+\.\d+)?", "'cpu', 'cuda' or 'tpu'"),
     },
 )

@@ -32,6 +32,7 @@ from partita.execute.compilers.request import (
     SpecText,
 )
 from partita.execute.piece_function import lower_device_sums, lower_piece
+from partita.execute.sharding import HOST_MEMORY, moved
 
 MEMORY = {
     "arguments": "argument_size_in_bytes",
@@ -67,13 +68,22 @@ def compile_request(request: CompileRequest) -> tuple[dict[str, Any], str]:
 
 def _lowered_step(request: CompileRequest, mesh: Mesh) -> Any:
     """A whole step on a mesh, lowered."""
-    shardings = tuple(_named_sharding(spec, mesh) for spec in request.shardings)
+    shardings = [_named_sharding(spec, mesh) for spec in request.shardings]
+    for leaf in request.host:
+        shardings[leaf] = shardings[leaf].with_memory_kind(HOST_MEMORY)
     state_count = request.state_count
     other_outputs = len(request.outputs) - state_count
+    call = program_of(request).call
+
+    def step_of_leaves(*inputs: Any) -> list[Any]:
+        outputs = call(*moved(inputs, request.host, jax.memory.Space.Device))
+        host = {other_outputs + leaf for leaf in request.host}
+        return moved(outputs, host, jax.memory.Space.Host)
+
     step = jax.jit(
-        program_of(request).call,
-        in_shardings=shardings,
-        out_shardings=(None,) * other_outputs + shardings[:state_count],
+        step_of_leaves if request.host else call,
+        in_shardings=tuple(shardings),
+        out_shardings=(*((None,) * other_outputs), *shardings[:state_count]),
         donate_argnums=tuple(range(state_count)),
     )
     return step.lower(*(_shape(array) for array in request.inputs))

@@ -21,7 +21,7 @@ from partita.execute.annotate import annotate
 from partita.execute.compilers.base import CompileTarget
 from partita.execute.dispatch import PieceRole
 from partita.execute.piece_text import aval
-from partita.execute.program import check_one_program, leaf_shardings
+from partita.execute.program import check_one_program, host_leaves, leaf_shardings
 from partita.execute.rematerialize import rematerialized_step
 from partita.execute.staged import StepInPieces
 from partita.plans.check import check
@@ -83,6 +83,8 @@ class CompileRequest:
     shardings: tuple[SpecText, ...]
     """Of the inputs."""
     target: CompileTarget
+    host: tuple[int, ...] = ()
+    """The inputs of the state in the memory of the host."""
     piece: PieceRequest | None = None
     """For a piece of a step, which has no state: its inputs are its arguments."""
 
@@ -90,6 +92,8 @@ class CompileRequest:
         """All but the program."""
         values = asdict(self)
         del values["program"]
+        if not self.host:
+            del values["host"]
         return values
 
     def digest(self, compiler_version: str, flags: str) -> str:
@@ -117,6 +121,7 @@ class CompileRequest:
             axes=tuple((name, size) for name, size in values["axes"]),
             shardings=tuple(values["shardings"]),
             target=CompileTarget(**values["target"]),
+            host=tuple(values.get("host", ())),
             piece=PieceRequest.from_json(values["piece"]) if values["piece"] else None,
         )
 
@@ -139,6 +144,7 @@ def request_of(captured: Captured, plan: Plan, target: CompileTarget) -> Compile
         axes=_axes(plan.mesh),
         shardings=tuple(shardings),
         target=target,
+        host=tuple(sorted(host_leaves(captured, layout))),
     )
 
 
