@@ -2,7 +2,7 @@
 devices that need not be here.
 
     python benchmarks/compiler.py --models resnet50,gpt --plans "data parallel,found"
-    python benchmarks/compiler.py --target h100 --plans "ZeRO-3,ZeRO-3 rematerialized"
+    python benchmarks/compiler.py --target h100 --plans "ZeRO-3,ZeRO-3 rematerialized,ZeRO-1 offloaded"
     python benchmarks/compiler.py --target h100 --json rows.json --texts folder --continue
 
 Ratios are planned / compiled: a line per pair as it is done, then medians and worst cases. The
@@ -228,6 +228,8 @@ UNSEEN = {"unet", "vit", "mixer"}
 """Models from whose programs no rule of the cost model was made."""
 REMATERIALIZED = " rematerialized"
 """End of the name of a plan whose runs, all of the longest ones, are rematerialized."""
+OFFLOADED = " offloaded"
+"""End of the name of a plan whose optimizer slots are in host memory."""
 PLANS = ["data parallel", "ZeRO-3", "tensor parallel", "spatial", "found"]
 
 
@@ -282,11 +284,14 @@ def compared(captured, machine: Machine, target: str, model: str, plan_name: str
         if plan_name == "found":
             plan = find(graph, machine).plan
         else:
-            baseline = plan_name.removesuffix(REMATERIALIZED)
+            baseline = plan_name.removesuffix(REMATERIALIZED).removesuffix(OFFLOADED)
             plan = BASELINES[baseline](graph, machine.name, mesh_of(machine))
         if plan_name.endswith(REMATERIALIZED):
             runs = groupings(graph, cost_terms(graph, machine.backend))[-1]
             plan = replace(plan, recompute=runs)
+        if plan_name.endswith(OFFLOADED):
+            with_slots = dict.fromkeys(a.parameter for a in graph.arguments if a.parameter)
+            plan = replace(plan, offload=tuple(with_slots))
         request = request_of(captured, plan, program_compiler(machine).target(machine))
         program = compile_program(request)
     except PartitaError as error:

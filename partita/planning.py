@@ -233,7 +233,8 @@ def _timed_operators(machine: Machine) -> set[Any] | None:
 def with_reasons(result: PlanResult) -> Plan:
     """The plan of a search with the reasons that `partita explain` shows: per operator its cost
     and its alternatives."""
-    chosen = result.plan if result.plan.mesh.axes else result.baselines["one device"][0]
+    is_searched = result.plan.mesh.axes or result.plan.offload
+    chosen = result.plan if is_searched else result.baselines["one device"][0]
     operators = {}
     for cost, others in zip(
         result.prediction.operators,
@@ -262,11 +263,11 @@ def _figures(cost: OperatorPrediction) -> dict[str, float]:
 
 
 def _alternative(
-    result: PlanResult, choice: Mapping[str, str], zero: int, seconds: float, nbytes: float
+    result: PlanResult, choice: Mapping[str, str], storage: str, seconds: float, nbytes: float
 ) -> dict[str, Any]:
     text = choice_text(choice, result.network.placement.mesh)
-    if zero:
-        text += f" ZeRO-{zero}"
+    if storage:
+        text += f" {storage}"
     return {"choice": text, "seconds": seconds, "bytes": nbytes}
 
 

@@ -532,7 +532,7 @@ class _Allocator:
             updates.append((max(self.program.producer.get(slot, 0) for slot in slots), slots))
         updates.sort()
         ends = [time for time, _ in updates[1:]] + [len(self.graph.instructions)]
-        for (time, slots), end in zip(updates, ends, strict=True):
+        for (time, slots), end in zip(updates, ends, strict=False):
             for slot in slots:
                 self._add(slot, self._bytes(slot), time, end)
 

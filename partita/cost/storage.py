@@ -69,7 +69,7 @@ def storage_axes(
     return spare_axes(variable.shape, sharding, mesh, outermost)
 
 
-def storage_rules(mesh: Mesh, within_nodes: bool, offload: bool) -> tuple[StorageRule, ...]:
+def storage_rules(mesh: Mesh, within_nodes: bool, offload: bool = False) -> tuple[StorageRule, ...]:
     """The rules that a search tries: plain, ZeRO-1, ZeRO-3, and ZeRO-3 inside each inner level;
     with `offload` each with optimizer slots in the memory of the host too.
     """

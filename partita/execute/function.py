@@ -54,7 +54,8 @@ def shapes_sentence(name: str, count: int) -> str:
 
 def is_split(plan: Plan) -> bool:
     """Whether a plan differs from a run on one device."""
-    return bool(plan.storage) or any(plan.choices.values()) or is_pipeline(plan)
+    has_states = bool(plan.storage or plan.offload)
+    return has_states or any(plan.choices.values()) or is_pipeline(plan)
 
 
 def compiled_in_turn(

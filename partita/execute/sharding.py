@@ -31,8 +31,8 @@ HOST_MEMORY = "pinned_host"
 """JAX's memory kind for arrays in the memory of the host, which devices read over their link."""
 
 
-def moved(leaves: Sequence[Any], chosen: Collection[int], space: jax.memory.Space) -> list[Any]:
-    """Inside a traced step: arrays, the chosen ones (positions) in another memory space."""
+def moved(leaves: Sequence[Any], chosen: Collection[int], space: Any) -> list[Any]:
+    """Inside a traced step: arrays, the chosen ones (positions) in another `jax.memory.Space`."""
     return [jax.device_put(x, space) if n in chosen else x for n, x in enumerate(leaves)]
 
 

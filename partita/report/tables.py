@@ -19,6 +19,7 @@ from partita.plans.pipeline import stage_axes
 from partita.plans.plan import Plan
 from partita.report.folding import LayerRow, folded
 from partita.report.gaps import PROVED, USELESS_GAP, Gaps, gaps_of
+from partita.report.layers import owner_of
 from partita.simulation.timeline import Timeline
 from partita.units import (
     format_bandwidth,
@@ -31,6 +32,8 @@ from partita.units import (
 
 EXCHANGES = ("activations", "gradients", "moves")
 """Causes of a layer's time besides its kernels."""
+OFFLOADED = " slots in host memory"
+"""Text of a layer whose optimizer slots are in the memory of the host."""
 SAME_SPEED = 0.005
 """Relative difference from which a plan is faster or slower than another, as printed."""
 
@@ -114,13 +117,17 @@ def _layer_rows(plan: Plan) -> list[LayerRow]:
 
 
 def _storage_texts(plan: Plan) -> dict[str, str]:
-    """Per operator with variables stored in parts, how they are stored."""
+    """Per operator with variables stored in parts or slots in host memory, how they are stored."""
     texts: dict[str, str] = {}
     for path, storage in plan.storage.items():
-        owners = [name for name in plan.choices if path.startswith(name.split(":")[0] + "/")]
-        if owners:
-            owner = max(owners, key=len)
+        owner = owner_of(path, plan)
+        if owner is not None:
             texts[owner] = f"ZeRO-{storage.zero}:{','.join(storage.axes)}"
+    for path in plan.offload:
+        owner = owner_of(path, plan)
+        if owner is not None:
+            stored = texts.get(owner, "").removesuffix(OFFLOADED)
+            texts[owner] = f"{stored}{OFFLOADED}"
     return texts
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Plan
 from partita.search.candidates import names_of
-from partita.search.network import CostNetwork, storage_of
+from partita.search.network import CostNetwork, OperatorState, storage_of
 
-Alternative = tuple[dict[str, str], int, float, float]
-"""(choice, ZeRO level, extra seconds, extra bytes)."""
+Alternative = tuple[dict[str, str], str, float, float]
+"""(choice, storage of variables in words, extra seconds, extra bytes)."""
 
 
 def alternatives(
@@ -66,9 +66,17 @@ def _alternatives(
         choice = network.choice(operator, i)
         alternative = (
             names_of(network.graph, network.placement.mesh, choice),
-            state.zero,
+            _storage_text(state),
             float(seconds[i] - seconds[planned]),
             float(nbytes[i] - nbytes[planned]),
         )
         listed.append(alternative)
     return listed
+
+
+def _storage_text(state: OperatorState) -> str:
+    """The storage of variables in a state, "" for the plain one."""
+    texts = [f"ZeRO-{state.zero}"] if state.zero else []
+    if state.offload:
+        texts.append("slots in host memory")
+    return ", ".join(texts)

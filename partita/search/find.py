@@ -4,7 +4,8 @@ Stages, in order (`find`):
 
     baselines          plans that an expert would write
     network            candidates per operator and their costs (`search.network`)
-    exact search       the least sum of costs within a budget of bytes (`search.elimination`)
+    exact search       the least sum of costs within a budget of bytes (`search.elimination`), on a
+                       GPU with optimizer slots in host memory too, if memory limits plans
     MCMC               the shortest simulated step, from several plans (`search.mcmc`)
     rematerialization  runs of operators, if memory limits plans (`search.rematerialization`)
     memory check       real peak memory (`cost.memory`), which is no sum of parts
@@ -44,6 +45,7 @@ from partita.search.base import Progress, Report, SearchResult
 from partita.search.baselines import HOPELESS, Baselines, peak_bytes
 from partita.search.bound import lower_bound_seconds
 from partita.search.network import CostNetwork, build
+from partita.search.offload import fewest_offloaded, offload_notes
 from partita.search.optional import PLACEMENT, STAGES, BestStep, OptionalPart
 from partita.search.pipelines import pipelines
 from partita.search.placement import placements
@@ -286,8 +288,21 @@ class _Request:
 # ---------------------------------------------------------------- plans that can run
 
 
-def _baselines(request: _Request) -> Baselines:
-    """The baselines, and the cost network that has their choices among its candidates."""
+def _can_offload(request: _Request) -> bool:
+    """Whether optimizer slots may be in the memory of the host.
+
+    XLA:GPU reads them from there; XLA:TPU copies all of them to the device before the update.
+    """
+    machine = request.machine
+    is_gpu = request.graph.target.partition(":")[0] == "cuda"
+    return is_gpu and machine.host_memory is not None and not machine.kinds
+
+
+def _baselines(request: _Request, offload: bool = False) -> Baselines:
+    """The baselines, and the cost network that has their choices among its candidates.
+
+    `offload`: whether optimizer slots in the memory of the host are among them.
+    """
     graph, machine = request.graph, request.machine
     mesh = mesh_of(machine)
     plans = {name: make(graph, machine.name, mesh) for name, make in baselines_of(graph).items()}
@@ -296,6 +311,7 @@ def _baselines(request: _Request) -> Baselines:
         machine,
         mesh,
         list(plans.values()),
+        offload=offload,
     )
     return Baselines(network, plans)
 
@@ -307,7 +323,6 @@ def _runnable(
     time_share: float,
 ) -> PlanResult:
     """The best plan that all devices run at once. `fits` is False if none fits in memory."""
-    network = baselines.network
     limit_bytes = request.limit_bytes
 
     def limits(budget: float) -> Limits:
@@ -319,6 +334,10 @@ def _runnable(
         limit_bytes,
         limits,
     )
+    if max(peaks.values()) > limit_bytes and not searched.stopped and _can_offload(request):
+        baselines = _baselines(request, offload=True)
+        searched, peaks = _search_within_memory(baselines, search, limit_bytes, limits)
+    network = baselines.network
     plan = network.plan(searched.states)
     result = PlanResult(
         plan=plan,
@@ -338,6 +357,11 @@ def _runnable(
         failures=searched.failures,
     )
     result = _or_baseline(result, limit_bytes)
+    if result.plan.offload and result.fits:
+        plan, prediction = fewest_offloaded(
+            request.graph, request.machine, result.plan, result.prediction, limit_bytes
+        )
+        result = replace(result, plan=plan, prediction=prediction)
     if max(peaks.values()) > limit_bytes and is_accelerated(request.graph):
         result = _or_rematerialized(request, result, limits(limit_bytes), peaks)
     return _or_one_device(request, result) if result.fits else result
@@ -501,7 +525,7 @@ def _or_one_device(request: _Request, result: PlanResult) -> PlanResult:
     if plan.mesh.size == 1:
         return result
     alone_seconds = baselines.seconds("one device")
-    split = any(plan.choices.values()) or bool(plan.storage)
+    split = any(plan.choices.values()) or bool(plan.storage or plan.offload)
     if split:
         if result.prediction.seconds < alone_seconds:
             return result
@@ -650,6 +674,7 @@ def _noted(request: _Request, result: PlanResult) -> PlanResult:
     notes = [*result.plan.notes, *request.graph.notes]
     notes += _speedup(request, result)
     notes += rematerialization_notes(request.graph, request.machine, result.plan, result.prediction)
+    notes += offload_notes(request.graph, request.machine, result.plan, result.prediction)
     if not is_one_program(result.plan):
         notes.append(IN_PIECES)
     else:

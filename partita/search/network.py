@@ -51,7 +51,7 @@ MoveKey = tuple[int, int, Phase, Phase]
 
 @dataclass(frozen=True)
 class OperatorState:
-    """One way to run an operator: its choice and a ZeRO level.
+    """One way to run an operator: its choice, a ZeRO level, and the memory of optimizer slots.
 
     `choice`: per mesh axis the position, among the operator's own factors, of the factor that the
     axis splits; -1 for none.
@@ -61,11 +61,13 @@ class OperatorState:
     zero: int
     outermost: int = 0
     """The outermost level of the machine over which variables are stored in slices."""
+    offload: bool = False
+    """Whether optimizer slots are in the memory of the host."""
 
     @property
     def storage(self) -> StorageRule:
         """The storage of the operator's variables."""
-        return StorageRule(self.zero, self.outermost)
+        return StorageRule(self.zero, self.outermost, offload=self.offload)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +121,15 @@ class CostNetwork(EqualByContent):
         """The plan with these states."""
         choices: dict[str, dict[str, str]] = {}
         storage: dict[str, Storage] = {}
+        offload: list[str] = []
         for o, i in enumerate(states):
             choice = self.choice(o, i)
             operator_name = self.graph.operators[o].name
             choices[operator_name] = names_of(self.graph, self.placement.mesh, choice)
             if self.states[o][i].zero:
                 storage |= storage_of(self, o, i)
+            if self.states[o][i].offload:
+                offload += [v.path for v in self.terms.operators[o].stored if v.slots]
         return Plan(
             self.graph.name,
             self.placement.machine.name,
@@ -135,6 +140,7 @@ class CostNetwork(EqualByContent):
             self.graph.batch_size,
             notes=notes,
             target=self.graph.target,
+            offload=tuple(offload),
         )
 
     def states_of(self, plan: Plan) -> tuple[int, ...] | None:
@@ -153,7 +159,13 @@ class CostNetwork(EqualByContent):
         choice = choice_of(self.graph, operator, self.placement.mesh, named)
         rule = planned_rule(self.terms.operators[operator], plan)
         outermost = self._outermost(rule, operator, choice)
-        return OperatorState(_positions(self.graph, operator, choice), rule.zero, outermost)
+        positions = _positions(self.graph, operator, choice)
+        with_slots = {v.path for v in self.terms.operators[operator].stored if v.slots}
+        if not rule.planned_offload:
+            return OperatorState(positions, rule.zero, outermost)
+        if rule.planned_offload != with_slots:
+            outermost = -1
+        return OperatorState(positions, rule.zero, outermost, offload=True)
 
     def _outermost(self, rule: StorageRule, operator: int, choice: Choice) -> int:
         """The outermost level of a plan's storage, -1 if no search tries this storage."""
@@ -201,6 +213,7 @@ def build(
     baselines: Sequence[Plan] = (),
     terms: Terms | None = None,
     limit: int = LIMIT,
+    offload: bool = False,
 ) -> CostNetwork:
     """The cost network of a graph on a machine's mesh.
 
@@ -208,6 +221,7 @@ def build(
         baselines: plans whose choices are all among the candidates.
         terms: cost terms of the graph, if they exist already.
         limit: approximate maximum of choices per operator.
+        offload: whether optimizer slots in the memory of the host are in the space.
     """
     placement = Placement(machine, mesh)
     if terms is None:
@@ -231,7 +245,7 @@ def build(
             deals_singly = deals_singly and are_dealt_singly(graph, o, mesh, limit)
             choices = candidates(graph, o, mesh, extras[o], limit)
             operator_terms = terms.operators[o]
-            by_kind[kind] = _state_costs(graph, o, placement, operator_terms, choices)
+            by_kind[kind] = _state_costs(graph, o, placement, operator_terms, choices, offload)
     costs = [by_kind[kind] for kind in kinds]
     states = [cost.states for cost in costs]
     tables = _MoveTables(graph, placement, states, kinds)
@@ -276,11 +290,13 @@ def _state_costs(
     placement: Placement,
     terms: OperatorTerms,
     choices: Sequence[Choice],
+    offload: bool,
 ) -> _StateCosts:
     """The states and costs of an operator, and of all operators of its kind."""
     rules = (PLAIN,)
     if terms.stored:
-        rules = storage_rules(placement.mesh, is_accelerated(graph))
+        with_slots = any(variable.slots for variable in terms.stored)
+        rules = storage_rules(placement.mesh, is_accelerated(graph), offload and with_slots)
     assignments = [assignment_of(choice) for choice in choices]
     costs = [operator_cost(terms, placement, assignments, rule) for rule in rules]
     positions = [_positions(graph, operator, choice) for choice in choices]
@@ -290,7 +306,9 @@ def _state_costs(
         gradients.append(float(sum(nbytes)))
     pairs = itertools.product(rules, positions)
     return _StateCosts(
-        states=[OperatorState(choice, rule.zero, rule.outermost) for rule, choice in pairs],
+        states=[
+            OperatorState(choice, rule.zero, rule.outermost, rule.offload) for rule, choice in pairs
+        ],
         seconds=np.concatenate([cost.seconds for cost in costs]),
         nbytes=np.concatenate([cost.nbytes for cost in costs]),
         parts=np.concatenate([cost.parts() for cost in costs], axis=1),

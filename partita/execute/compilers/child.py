@@ -75,10 +75,10 @@ def _lowered_step(request: CompileRequest, mesh: Mesh) -> Any:
     other_outputs = len(request.outputs) - state_count
     call = program_of(request).call
 
-    def step_of_leaves(*inputs: Any) -> list[Any]:
-        outputs = call(*moved(inputs, request.host, jax.memory.Space.Device))
+    def step_of_leaves(*inputs: Any) -> tuple[Any, ...]:
+        outputs: Any = call(*moved(inputs, request.host, jax.memory.Space.Device))
         host = {other_outputs + leaf for leaf in request.host}
-        return moved(outputs, host, jax.memory.Space.Host)
+        return tuple(moved(outputs, host, jax.memory.Space.Host))
 
     step = jax.jit(
         step_of_leaves if request.host else call,
