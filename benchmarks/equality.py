@@ -5,6 +5,7 @@ variable.
     python benchmarks/equality.py --models 60 --plans 5 --float64  # the same in float64, to 1e-9
     python benchmarks/equality.py --models 100 --plans 3 --layers  # kinds of `layer_models.py`
     python benchmarks/equality.py --models 60 --plans 5 --rematerialize
+    python benchmarks/equality.py --models 60 --plans 5 --offload
 
 With `--layers`, plans go beyond those of a search: every axis of a mesh of 2 to 8 devices splits
 any factor that it divides, in any order, and variables are stored over any free axes.
@@ -12,6 +13,9 @@ any factor that it divides, in any order, and variables are stored over any free
 With `--rematerialize`, random runs of operators are computed again in the backward pass, and some
 variables are stored over a part of their free axes (HSDP). XLA:CPU merges a copy with its original
 if both are equal, so the results test the copies, not the memory.
+
+With `--offload`, the slots of random variables are in host memory (`pinned_host` of a CPU), and
+some variables are stored over a part of their free axes.
 
 The optimizer is SGD with momentum, so that an updated variable and its slot are the gradient
 itself; Adam would turn the rounding of a gradient that is zero in mathematics (a bias before a
@@ -27,7 +31,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -57,6 +61,10 @@ from partita.search.candidates import candidates, names_of
 TOLERANCE = {"float32": 2e-3, "float64": 1e-9}
 MESHES = ((2,), (3,), (2, 2), (5,), (2, 3), (3, 2), (6,), (7,), (8,), (2, 4), (4, 2), (2, 2, 2))
 """Devices of each level of a mesh, outermost first."""
+
+
+Change = Callable[[OperatorGraph, Plan, random.Random], Plan]
+"""Adds random states to a plan."""
 
 
 class Standardize(keras.layers.Layer):
@@ -257,7 +265,15 @@ def with_random_runs(graph: OperatorGraph, plan: Plan, generator: random.Random)
         if generator.random() < 0.7:
             runs.append((names[first], names[last]))
         first = last + 1
-    return replace(plan, recompute=useful_runs(graph, runs))
+    plan = replace(plan, recompute=useful_runs(graph, runs))
+    return with_hybrid_storage(plan, generator)
+
+
+def with_random_offload(graph: OperatorGraph, plan: Plan, generator: random.Random) -> Plan:
+    """The plan with the optimizer slots of some variables in host memory."""
+    with_slots = dict.fromkeys(a.parameter for a in graph.arguments if a.parameter)
+    offload = tuple(path for path in with_slots if generator.random() < 0.6)
+    return with_hybrid_storage(replace(plan, offload=offload), generator)
 
 
 def with_hybrid_storage(plan: Plan, generator: random.Random) -> Plan:
@@ -342,8 +358,12 @@ def difference(left, right, precision: str) -> float:
     return worst
 
 
+def plain(graph: OperatorGraph, plan: Plan, generator: random.Random) -> Plan:
+    return plan
+
+
 def pairs(
-    models: int, plans: int, precision: str, first: int = 0, rematerialize: bool = False
+    models: int, plans: int, precision: str, first: int = 0, change: Change = plain
 ) -> Iterator[tuple[str, Plan, float]]:
     """(name of the model, plan, difference) of every pair of a model and a plan of a search."""
     mesh = mesh_for((8,))
@@ -353,14 +373,12 @@ def pairs(
         generator = random.Random(1000 + seed)
         for _ in range(plans):
             plan = random_plan(comparison.captured.graph, mesh, generator)
-            if rematerialize:
-                plan = with_random_runs(comparison.captured.graph, plan, generator)
-                plan = with_hybrid_storage(plan, generator)
+            plan = change(comparison.captured.graph, plan, generator)
             yield f"model {seed}", plan, comparison.difference(plan, precision)
 
 
 def layer_pairs(
-    models: int, plans: int, precision: str, first: int = 0, rematerialize: bool = False
+    models: int, plans: int, precision: str, first: int = 0, change: Change = plain
 ) -> Iterator[tuple[str, Plan, float]]:
     """The same for the kinds of `layer_models.py`, under any valid plans of 2 to 8 devices."""
     for seed in range(first, first + models):
@@ -370,8 +388,7 @@ def layer_pairs(
         for _ in range(plans):
             mesh = mesh_for(generator.choice(MESHES))
             plan = any_plan(comparison.captured.graph, mesh, generator)
-            if rematerialize:
-                plan = with_random_runs(comparison.captured.graph, plan, generator)
+            plan = change(comparison.captured.graph, plan, generator)
             yield f"model {seed} ({case.kind})", plan, comparison.difference(plan, precision)
 
 
@@ -401,7 +418,9 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="first seed")
     parser.add_argument("--float64", action="store_true")
     parser.add_argument("--layers", action="store_true", help="models of layer_models.py")
-    parser.add_argument("--rematerialize", action="store_true", help="plans with random runs")
+    changed = parser.add_mutually_exclusive_group()
+    changed.add_argument("--rematerialize", action="store_true", help="plans with random runs")
+    changed.add_argument("--offload", action="store_true", help="plans with slots in host memory")
     arguments = parser.parse_args()
     precision = "float64" if arguments.float64 else "float32"
     if arguments.float64:
@@ -413,8 +432,13 @@ def main() -> int:
     failed = 0
     count = 0
     chosen = layer_pairs if arguments.layers else pairs
+    change = plain
+    if arguments.rematerialize:
+        change = with_random_runs
+    elif arguments.offload:
+        change = with_random_offload
     for name, plan, error in chosen(
-        arguments.models, arguments.plans, precision, arguments.first, arguments.rematerialize
+        arguments.models, arguments.plans, precision, arguments.first, change
     ):
         count += 1
         if count % 30 == 0:

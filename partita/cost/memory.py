@@ -108,7 +108,8 @@ def memory(
     compiler = compiler_of(backend)
     fused = fused_under(graph, layout, compiler.fusion_rules)
     limit = compiler.temporary_limit_bytes(device_bytes, constant)
-    if limit < math.inf:
+    # With slots in host memory, XLA:GPU's second computations freed nothing in compiled programs.
+    if limit < math.inf and not layout.host:
         lifetimes = lifetimes_under(IdentityKey(graph), IdentityKey(layout), backend)
         allocations = _within(graph, fused, lifetimes, allocations, is_present, limit)
     present = is_present[allocations.home]
