@@ -90,7 +90,10 @@ def resolve_machine(machine: str | Machine | None, devices: int | None = None) -
         return whole
     part = whole.with_devices(devices)
     kind, _, count = whole.name.rpartition(":")
-    return replace(part, name=f"{kind}:{devices}") if count == str(whole.devices) else part
+    name = f"{whole.name}, {devices} devices"
+    if count.isdecimal() and devices * int(count) % whole.devices == 0:
+        name = f"{kind}:{devices * int(count) // whole.devices}"
+    return replace(part, name=name)
 
 
 def check_measurable(machine: str | Machine | None) -> None:

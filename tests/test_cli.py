@@ -39,12 +39,19 @@ def test_an_option_that_there_is_not_is_not_taken_for_the_script(command: str, s
     ), said
 
 
-def test_a_number_of_devices_below_one_is_one_sentence(script: str) -> None:
-    done = partita("plan", "--devices", "0", script)
-    assert (done.exit_code, done.output) == (
-        2,
-        "error: --devices is 0: give a number of at least 1.\n",
-    )
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("plan --devices 0 train.py", "--devices is 0: give a number of at least 1."),
+        ("bench fidelity --plans x", "--plans is x: give a whole number."),
+        ("manage simulate --steps 1.5", "--steps is 1.5: give a whole number."),
+        ("plan --seconds soon train.py", "--seconds is soon: give a number."),
+        ("gnn train --dropout 2", "--dropout is 2: give a number of at most 0.99."),
+    ],
+)
+def test_a_wrong_number_is_one_sentence(words: str, sentence: str) -> None:
+    done = partita(*words.split())
+    assert (done.exit_code, done.output) == (2, f"error: {sentence}\n")
 
 
 def test_an_option_of_the_script_that_is_nearly_one_of_the_commands_is_pointed_at(

@@ -63,7 +63,8 @@ def test_a_plan_that_can_run_comes_before_a_faster_one(monkeypatch: pytest.Monke
 
 def test_a_part_of_a_machine_is_named_as_the_machine_of_that_size() -> None:
     assert resolve_machine("h100:4", 2).name == "h100:2"
-    assert resolve_machine("dgx-h100:2", 8).name == "dgx-h100:2"
+    assert resolve_machine("dgx-h100:2", 8).name == "dgx-h100:1"
+    assert resolve_machine("dgx-h100:2", 4).name == "dgx-h100:2, 4 devices"
 
 
 def test_a_baseline_that_splits_nothing_says_so() -> None:

@@ -11,7 +11,7 @@ import typer
 
 from partita.cli import bench, gnn, machine, manage
 from partita.cli.compare import compare
-from partita.cli.options import PASS_THROUGH, ScriptCommand, command
+from partita.cli.options import PASS_THROUGH, ScriptCommand, SentenceGroup, command
 from partita.cli.plan import plan
 from partita.cli.run import run
 from partita.cli.saved import diff, explain
@@ -23,6 +23,7 @@ OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """Errors of a standard output that cannot be written."""
 
 app = typer.Typer(
+    cls=SentenceGroup,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

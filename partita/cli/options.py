@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from partita.cli.terminal import errors, say
 from partita.errors import PartitaError
@@ -117,6 +117,36 @@ class ScriptCommand(TyperCommand):
         return None
 
 
+class SentenceGroup(TyperGroup):
+    """A group of commands that answers a wrong number by one sentence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            fix = _number_fix(error)
+            if not fix or error.param is None:
+                raise
+            with errors():
+                raise PartitaError(f"{error.param.opts[0]} is {fix}") from None
+
+
+def _number_fix(error: typer.BadParameter) -> str:
+    """The given word and the right numbers, "" for an error that is not of a number."""
+    details = getattr(error.__cause__, "errors", None)
+    if details is None:
+        return ""
+    detail = details()[0]
+    kind = detail["type"]
+    bounds = detail.get("ctx", {})
+    right = {"int_parsing": "whole number", "float_parsing": "number"}.get(kind)
+    if kind == "greater_than_equal":
+        right = f"number of at least {bounds['ge']:g}"
+    elif kind == "less_than_equal":
+        right = f"number of at most {bounds['le']:g}"
+    return f"{detail['input']}: give a {right}." if right else ""
+
+
 def is_module(context: typer.Context) -> bool:
     """Whether the script is given as a module: `-m package.train`."""
     return bool(context.meta.get(_MODULE))
@@ -160,14 +190,6 @@ def note_slips(context: typer.Context) -> None:
 # ---------------------------------------------------------------------------------------- options
 
 
-def _check_number(parameter: typer.CallbackParam, number: int | None) -> int | None:
-    """The number; a message and exit code 2 for one below 1."""
-    with errors():
-        if number is not None and number < 1:
-            raise PartitaError(f"{parameter.opts[0]} is {number}: give a number of at least 1.")
-    return number
-
-
 Script = Annotated[
     Path,
     typer.Argument(
@@ -178,15 +200,11 @@ Script = Annotated[
 ]
 Devices = Annotated[
     int | None,
-    typer.Option(
-        help="Number of devices.", callback=_check_number, show_default="all local devices"
-    ),
+    typer.Option(help="Number of devices.", min=1, show_default="all local devices"),
 ]
 Processes = Annotated[
     int,
-    typer.Option(
-        help="Processes on this host, each with a share of its cores.", callback=_check_number
-    ),
+    typer.Option(help="Processes on this host, each with a share of its cores.", min=1),
 ]
 Restarts = Annotated[int, typer.Option(help="Times to start again after a lost process.", min=0)]
 Manage = Annotated[
@@ -267,6 +285,4 @@ class Pricing:
             show_default="device hours are counted",
         ),
     ] = ""
-    samples: Annotated[int, typer.Option(help="Samples of an epoch.", callback=_check_number)] = (
-        1_000_000
-    )
+    samples: Annotated[int, typer.Option(help="Samples of an epoch.", min=1)] = 1_000_000
