@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from partita.capture.names import MODULE_SCOPE
 from partita.errors import CaptureError
 from partita.torch.extra import Package
+from partita.torch.recurrent import CELLS, network
 
 if TYPE_CHECKING:
     import torch
@@ -83,19 +84,17 @@ def environment() -> Environment:
     for convolution in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d):
         by_group = functools.partial(_transposed_convolution, convolution)
         completed.override_op_definition(convolution, by_group)
-    for cell in _RECURRENT:
+    for cell in (f"{kind}_cell" for kind in CELLS):
         function = getattr(torch, cell)
         completed.override_op_definition(function, functools.partial(_trusted, function))
+    for kind in CELLS:
+        by_loop = functools.partial(_recurrent, kind)
+        completed.override_op_definition(getattr(torch, kind), by_loop)
     return completed
 
 
-_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-_RECURRENT += ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
-"""Functions of torch that change views of their own temporary values in place."""
-
-
 def _trusted(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """A function of PyTorch, with its changes of views in place."""
+    """A function of PyTorch that changes views of its own temporary values in place."""
     traced: Any = environment()
     traced.trusts = True
     try:
@@ -325,6 +324,29 @@ def named_scopes(module: torch.nn.Module) -> Iterator[None]:
 def _detach(tensor: Tensor) -> Tensor:
     """`torch.detach`: the same values without a gradient."""
     return _tensor(jax.lax.stop_gradient(tensor.jax()))
+
+
+def _recurrent(kind: str, inputs: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """`torch.lstm` and its like, by a loop over time; packed sequences unrolled."""
+    if isinstance(args[2], (list, tuple)):
+        return _trusted(getattr(torch, kind), inputs, *args)
+    states, weights, has_biases, _, dropout, training, is_bidirectional, batch_first = args
+    sequence = inputs.jax()
+
+    def between(values: jax.Array) -> jax.Array:
+        return torch.nn.functional.dropout(_tensor(values), dropout, training).jax()
+
+    outputs, last = network(
+        kind,
+        jnp.swapaxes(sequence, 0, 1) if batch_first else sequence,
+        [state.jax() for state in (states if kind == "lstm" else [states])],
+        [weight.jax() for weight in weights],
+        has_biases,
+        2 if is_bidirectional else 1,
+        between,
+    )
+    outputs = jnp.swapaxes(outputs, 0, 1) if batch_first else outputs
+    return (_tensor(outputs), *map(_tensor, last))
 
 
 def _batch_norm(

@@ -233,6 +233,41 @@ def test_operations_that_torchax_lacks_are_those_of_torch() -> None:
     assert_equal_states(step.state_dict(), module)
 
 
+class Recurrent(nn.Module):
+    """Recurrent layers of all kinds, with given and learned first states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 8, num_layers=2, proj_size=3, bidirectional=True)
+        self.gru = nn.GRU(6, 5, batch_first=True, bias=False)
+        self.rnn = nn.RNN(5, CLASSES, num_layers=2, nonlinearity="relu", batch_first=True)
+        self.start = nn.Parameter(torch.zeros(4, 1, 3))
+
+    def forward(self, x: Any) -> Any:
+        hidden = self.start.expand(-1, x.shape[0], -1).contiguous()
+        inputs = x.reshape(-1, 3, 4).transpose(0, 1)
+        states, _ = self.lstm(inputs, (hidden, torch.ones(4, x.shape[0], 8)))
+        states, _ = self.gru(states.transpose(0, 1))
+        _, last = self.rnn(states)
+        return last[-1] + last[0]
+
+
+def test_recurrent_layers_are_loops_with_the_losses_of_torch() -> None:
+    torch.manual_seed(0)
+    module = Recurrent()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    data = batches()
+    ours = [float(step(batch)) for batch in data]
+    theirs = trained_by_torch(module, sgd(module), data)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert_equal_states(step.state_dict(), module)
+    graph = partita.capture_program(step.function, args=step.arguments(data[0])).graph
+    forward = [
+        loop for loop in graph.loops if graph.instructions[loop.instruction].phase == "forward"
+    ]
+    assert [loop.trips for loop in forward] == [3] * 7
+
+
 def test_operators_are_named_by_module_path() -> None:
     torch.manual_seed(0)
     module = Tied()
