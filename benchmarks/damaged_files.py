@@ -2,6 +2,7 @@
 
     python benchmarks/damaged_files.py                      # 3,000 files, seed 0
     python benchmarks/damaged_files.py --files 200 --seed 7 --kinds plan,npz
+    python benchmarks/damaged_files.py --files 200 --kinds "checkpoint of two processes"
 
 A file is written, damaged (cut, bits flipped, bytes replaced, tokens inserted, values exchanged),
 and read. The reader must raise a PartitaError of one line, or return a right value. Kinds with a
@@ -15,8 +16,10 @@ Then every writer is stopped by a full disk at a random byte; the old file must 
 from __future__ import annotations
 
 import argparse
+import atexit
 import gzip
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -24,8 +27,10 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 import traceback
 from collections import Counter
@@ -59,6 +64,8 @@ from partita.simulation.simulate import simulate
 
 CPU_SECONDS = 20
 """CPU time after which reading one file counts as a hang."""
+PAIR_SECONDS = 120
+"""Time after which two processes that restore one checkpoint count as hanging."""
 LONGEST = 600
 """Characters of the longest message that counts as one sentence."""
 TOKENS = (
@@ -472,6 +479,86 @@ def _read_checkpoint(path: Path) -> Any:
     return [values, checkpoint._order_seed if model._initial_epoch else 0]
 
 
+def _pair_checkpoint() -> Kind:
+    """The checkpoint that two processes write, each its parts; two processes restore it."""
+    pair = _pair()
+    folder = pair.folder / "written"
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    first = next(name for name in files if "/state/" in name)
+    return Kind({first: files.pop(first), **files}, _read_by_pair)
+
+
+@dataclass
+class _Pair:
+    """Two processes of `partita run` that restore checkpoints on request."""
+
+    folder: Path
+    """Requests and answers, numbered, and the checkpoint that the pair wrote at first."""
+    job: subprocess.Popen[bytes]
+    requests: int = 0
+
+    def answers(self, path: Path) -> list[Any]:
+        """The answer of each process to a checkpoint; Hang if they are silent."""
+        number = self.requests
+        self.requests += 1
+        save_text(json.dumps(str(path)), self.folder / f"{number}.request", "request")
+        places = [self.folder / f"{number}.{process}" for process in range(2)]
+        end = time.monotonic() + PAIR_SECONDS
+        while not all(place.exists() for place in places):
+            if time.monotonic() > end or self.job.poll() is not None:
+                _pair.cache_clear()
+                self.job.terminate()
+                raise Hang
+            time.sleep(0.01)
+        return [json.loads(place.read_text()) for place in places]
+
+
+@cache
+def _pair() -> _Pair:
+    """A pair of processes; its answer to request 0 says that its own checkpoint is written."""
+    folder = Path(tempfile.mkdtemp())
+    command = [sys.executable, "-m", "partita", "run", "--processes", "2", "--devices", "2"]
+    command += ["--quiet", "--plan", "zero-3", __file__, "--serve", str(folder)]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(job.terminate)
+    pair = _Pair(folder, job)
+    pair.answers(folder / "written" / "run" / "0")
+    return pair
+
+
+def _read_by_pair(path: Path) -> Any:
+    """The value that both processes restore, or the error that both raise."""
+    first, second = _pair().answers(path)
+    if first.keys() != second.keys():
+        raise AssertionError(f"process 0: {first}, process 1: {second}")
+    if "refused" in first:
+        raise PartitaError(max(first["refused"], second["refused"], key=len))
+    if "error" in first:
+        raise AssertionError(first["error"])
+    return [first["value"], second["value"]]
+
+
+def serve(folder: Path) -> None:
+    """One of a pair: trains an epoch with a checkpoint, then restores those that are requested."""
+    me = os.environ["JAX_PROCESS_ID"]
+    x = np.random.default_rng(0).random((8, 8), dtype="float32")
+    checkpoint = partita.Checkpoint(folder / "written" / "run", keep=1)
+    _small_model().fit(x, x[:, :2], epochs=1, verbose=0, callbacks=[checkpoint])
+    for number in itertools.count():
+        request = folder / f"{number}.request"
+        while not request.exists():
+            time.sleep(0.01)
+        try:
+            answer = {"value": _read_checkpoint(Path(json.loads(request.read_text())))}
+        except PartitaError as error:
+            answer = {"refused": str(error)}
+        except Exception as error:  # any other error is the finding
+            answer = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+        save_text(json.dumps(answer), folder / f"{number}.{me}", "answer")
+
+
 KINDS: dict[str, Callable[[], Kind]] = {
     "plan": _plan,
     "machine": _machine,
@@ -489,9 +576,12 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "ogb npz": _ogb_npz,
     "parquet": _parquet,
     "checkpoint": _checkpoint,
+    "checkpoint of two processes": _pair_checkpoint,
 }
-NEEDS = {"parquet": "pyarrow", "checkpoint": "orbax"}
+NEEDS = {"parquet": "pyarrow", "checkpoint": "orbax", "checkpoint of two processes": "orbax"}
 """Kinds that need a package that may be absent."""
+ON_REQUEST = ("checkpoint of two processes",)
+"""Kinds that are examined only if they are named: they start processes."""
 
 
 # -------------------------------------------------------------------------------------- damage
@@ -684,10 +774,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=3000, help="damaged files in all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", help="names, separated by commas; by default all")
+    parser.add_argument("--kinds", help="names, separated by commas")
     parser.add_argument("--writes", type=int, default=200, help="writes to a full disk")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    names = arguments.kinds.split(",") if arguments.kinds else list(KINDS)
+    if arguments.serve:
+        serve(arguments.serve)
+    names = [name for name in KINDS if name not in ON_REQUEST]
+    if arguments.kinds:
+        names = arguments.kinds.split(",")
     absent = [n for n in names if n in NEEDS and importlib.util.find_spec(NEEDS[n]) is None]
     for name in absent:
         print(f"{name}: left out, because {NEEDS[name]} is not installed")
