@@ -444,7 +444,6 @@ class OperatorFactors:
         self.weights = weights
         self.operator = operator
         self.members = members
-        self.heavy = heavy
         self.dims = OperatorDims(program, members)
         self.atoms = self.dims.atoms
         self.factor_of: dict[int, int] = {}
@@ -535,17 +534,6 @@ class OperatorFactors:
             factor = self.factor_of.get(atoms[0], -1) if atoms else -1
             label.append(-1 if factor in excluded else factor)
         return tuple(label)
-
-    def sample_factors(self, dims: Dims) -> list[int]:
-        """The factor of the samples of a batch argument with some dims, none if there is none.
-
-        It is the major factor of dim 0. A loop over microbatches never splits their number: the
-        samples are then those of a microbatch, minor in dim 0 or in the next dim.
-        """
-        atoms = self.atoms.resolve(dims[0] if dims else ())[:1]
-        if self.program.instructions[self.heavy].name == "while":
-            atoms = self.atoms.resolve(atom for dim in dims[:2] for atom in dim)
-        return [self.factor_of[atom] for atom in atoms if atom in self.factor_of][:1]
 
     def restricted_uses(self) -> list[Use]:
         """Reads by instructions that merge dims, without factors that are minor in their tensors.

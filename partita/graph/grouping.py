@@ -6,8 +6,9 @@ flat program -> owners of instructions (`ownership`) -> factors of operators (`f
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from partita.graph.factors import OperatorFactors
@@ -63,7 +64,7 @@ def group(
     labels = _Labels(program, weights_of(program, slices))
     for operator, indices in enumerate(members):
         labels.add_operator(operator, indices, heavy[operator])
-    samples = _sample_factors(labels)
+    samples = _sample_factors(program, labels.labels, labels.uses)
     operators = []
     for operator, operator_name in enumerate(_operator_names(program, heavy)):
         instruction = instructions[heavy[operator]]
@@ -120,9 +121,6 @@ class _Labels:
         self.factors: list[Factor] = []
         self.operator_factors: list[tuple[int, ...]] = []
         self.uses: list[Use] = []
-        self.batch = {a.tensor for a in program.arguments if a.role == "batch"}
-        self.batch_factors: set[int] = set()
-        """Factors of the samples of batch arguments."""
 
     def add_operator(
         self,
@@ -148,8 +146,6 @@ class _Labels:
         for tensor, views in own_factors.dims.views.items():
             for view in views:
                 label = own_factors.label(view.dims)
-                if tensor in self.batch:
-                    self.batch_factors.update(own_factors.sample_factors(view.dims))
                 self._add_view(
                     tensor,
                     operator,
@@ -203,25 +199,91 @@ def _merged_uses(uses: Iterable[Use]) -> tuple[Use, ...]:
     return tuple(merged)
 
 
-def _sample_factors(labels: _Labels) -> set[int]:
+def _sample_factors(
+    program: FlatProgram,
+    labels: Sequence[Label],
+    uses: Iterable[Use],
+) -> set[int]:
     """The factors that index the batch.
 
     These are reached from the samples of the batch arguments through Uses.
     """
     linked: dict[int, set[int]] = defaultdict(set)
-    for use in labels.uses:
-        for factor, used_factor in zip(labels.labels[use.tensor], use.label, strict=True):
+    for use in uses:
+        for factor, used_factor in zip(labels[use.tensor], use.label, strict=True):
             if factor >= 0 and used_factor >= 0:
                 linked[factor].add(used_factor)
                 linked[used_factor].add(factor)
     samples: set[int] = set()
-    pending = list(labels.batch_factors)
+    pending = _batch_factors(program, labels, uses)
     while pending:
         factor = pending.pop()
         if factor not in samples:
             samples.add(factor)
             pending += linked[factor]
     return samples
+
+
+def _batch_factors(
+    program: FlatProgram,
+    labels: Sequence[Label],
+    uses: Iterable[Use],
+) -> list[int]:
+    """The factors of dim 0 of the batch arguments.
+
+    A step that accumulates gradients slices dim 0, which then is in one piece: its samples are
+    those of the slices.
+    """
+    arguments = [a.tensor for a in program.arguments if a.role == "batch"]
+    pending = [(tensor, 0) for tensor in arguments if labels[tensor]]
+    readings: dict[int, list[Label]] = defaultdict(list)
+    for use in uses:
+        readings[use.tensor].append(use.label)
+    factors = []
+    while pending:
+        tensor, dim = pending.pop()
+        found = [label[dim] for label in (labels[tensor], *readings[tensor]) if label[dim] >= 0]
+        factors += found
+        if not found:
+            pending += _microbatches(program, tensor, dim)
+    return factors
+
+
+def _microbatches(program: FlatProgram, tensor: int, dim: int) -> Iterator[tuple[int, int]]:
+    """(tensor, dim) of the slices of a tensor along a dim, and of the dims that it becomes."""
+    for loop in program.loops:
+        for before, inside, _, _ in loop.carried:
+            if before == tensor != inside:
+                yield inside, dim
+    shape = program.tensors[tensor].shape
+    for reader in program.readers[tensor]:
+        instruction = program.instructions[reader]
+        if instruction.operands[:1] != (tensor,):
+            continue
+        if instruction.name in ("slice", "dynamic_slice", "convert"):
+            yield instruction.results[0], dim
+        elif instruction.name == "reshape":
+            result = instruction.results[0]
+            reshaped = program.tensors[result].shape
+            for position in _dims_after_reshape(shape, reshaped, dim):
+                yield result, position
+
+
+def _dims_after_reshape(shape: Sequence[int], reshaped: Sequence[int], dim: int) -> Iterator[int]:
+    """The dims that a dim becomes; for a dim of size 1 that is dropped, the next one.
+
+    >>> list(_dims_after_reshape((64, 8), (4, 16, 8), 0))
+    [0, 1]
+    >>> list(_dims_after_reshape((1, 16, 8), (16, 8), 0))
+    [0]
+    """
+    start = math.prod(shape[:dim])
+    end = start * max(2, shape[dim])
+    before = 1
+    for position, size in enumerate(reshaped):
+        if start <= before < end and size > 1:
+            yield position
+        before *= size
 
 
 def _named_factors(

@@ -56,6 +56,15 @@ def _named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
     yield from module.named_buffers(remove_duplicate=False)
 
 
+def _places(module: torch.nn.Module) -> Iterator[str]:
+    """The names of a module's tensors without those by a second path to the same submodule."""
+    for path, child in module.named_modules():
+        for name, _ in child.named_parameters(path, recurse=False, remove_duplicate=False):
+            yield name
+        for name, _ in child.named_buffers(path, recurse=False, remove_duplicate=False):
+            yield name
+
+
 def names_of(module: torch.nn.Module) -> Names:
     """The names of a module's parameters and buffers."""
     trained = []
@@ -178,7 +187,7 @@ class ModuleNetwork:
     def _call(self, trained: Arrays, fixed: Arrays, inputs: Any) -> tuple[Any, Arrays]:
         """(outputs, the arrays after the call)."""
         tensors = wrapped({**trained, **fixed})
-        every = {name: tensors[first] for name, first in self.names.first.items()}
+        every = {name: tensors[self.names.first[name]] for name in _places(self.module)}
         args: tuple[Any, ...] = ()
         kwargs: dict[str, Any] = {}
         if isinstance(inputs, dict):

@@ -195,13 +195,23 @@ def test_the_largest_values_and_fourier_transforms_are_read_and_run() -> None:
     np.testing.assert_allclose(outputs["loss"], loss(w, x), rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(12, 4), (2, 6, 4)])
-def test_a_loop_over_microbatches_is_split_by_their_samples(shape):
+@pytest.mark.parametrize("form", ["rows", "stacked", "slices", "unrolled"])
+def test_microbatches_are_split_by_their_samples(form):
+    shape = (2, 6, 4) if form == "stacked" else (12, 4)
+
     def loss(w, x):
         one = lambda total, x: (total + jnp.sum((x @ w) ** 2), None)
-        return jax.lax.scan(one, jnp.zeros(()), x.reshape(2, 6, 4))[0]
+        part = lambda i, total: one(total, jax.lax.dynamic_slice_in_dim(x, 6 * i, 6))[0]
+        zero = jnp.zeros(())
+        if form == "unrolled":
+            return one(one(zero, x[:6])[0], x[6:])[0]
+        if form == "slices":
+            return jax.lax.fori_loop(0, 2, part, zero)
+        return jax.lax.scan(one, zero, x.reshape(2, 6, 4))[0]
 
     graph = captured(loss, (4, 8), batch=shape).graph
-    (operator,) = graph.operators
-    sizes = {graph.factors[factor].name: graph.factors[factor].size for factor in operator.factors}
-    assert operator.kind == "loop" and sizes["S"] == 6 and 8 in sizes.values()
+    factors = [
+        {graph.factors[f].name: graph.factors[f].size for f in o.factors} for o in graph.operators
+    ]
+    assert all(sizes["S"] == 6 and 8 in sizes.values() for sizes in factors)
+    assert len(factors) == (2 if form == "unrolled" else 1)

@@ -233,6 +233,18 @@ def test_operations_that_torchax_lacks_are_those_of_torch() -> None:
     assert_equal_states(step.state_dict(), module)
 
 
+def test_a_submodule_of_two_names_is_the_users_own_afterwards() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
+    module.again = module[0]
+    before = list(module.parameters())
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    ours = [float(step(batch)) for batch in batches()]
+    assert all(x is y for x, y in zip(before, module.parameters(), strict=True))
+    np.testing.assert_allclose(ours, trained_by_torch(module, sgd(module), batches()), rtol=1e-5)
+    assert_equal_states(step.state_dict(), module)
+
+
 class Recurrent(nn.Module):
     """Recurrent layers of all kinds, with given and learned first states."""
 
