@@ -20,6 +20,7 @@ from partita.comparison import Comparison, compare_plans
 from partita.errors import PartitaError
 from partita.machine import Machine
 from partita.planning import (
+    PlanListener,
     SearchOptions,
     check_measurable,
     make_planner,
@@ -207,7 +208,7 @@ def parallelize(
             measure_operators=options.get("measure_operators", False),
             report=options.get("report"),
         )
-        planner = make_planner(plan, devices, machine, search)
+        planner = make_planner(plan, devices, machine, search, _teller_of_idleness(say))
     program: Any = model
     if is_keras_model(program):
         from partita.keras.fit import attach, attached
@@ -304,6 +305,20 @@ def _tell_of_devices(say: Callable[[str], None] | None) -> None:
         say(sentence)
     elif sentence:
         warnings.warn(sentence, stacklevel=3)
+
+
+def _teller_of_idleness(say: Callable[[str], None] | None) -> PlanListener | None:
+    """A listener that says why a plan leaves all devices but one idle; None without `say`."""
+    from partita.execute.function import is_split
+
+    if say is None:
+        return None
+
+    def tell(captured: Any, target: Machine, plan: Plan) -> None:
+        if target.devices > 1 and plan.notes and not is_split(plan):
+            say(f"'{captured.graph.name}': {plan.notes[0]}.")
+
+    return tell
 
 
 def _check_names(verb: str, known: type, options: Mapping[str, Any]) -> None:

@@ -72,3 +72,14 @@ def test_processes_compare_states_with_typed_keys(monkeypatch: pytest.MonkeyPatc
         state = {"w": jnp.ones((4, 4)), "key": jax.random.key(seed)}
         partita.parallelize(dropped, (state, jnp.ones((8, 4))), devices=1)
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [("found", "one of 4 devices is used"), ("tp", "'tensor parallel' splits no operator here")],
+)
+def test_a_plan_for_one_device_says_why(plan: str, reason: str) -> None:
+    said: list[str] = []
+    arguments = ({"w": jnp.ones((1, 1))}, jnp.ones((8, 1)))
+    partita.parallelize(step, arguments, devices=4, plan=plan, say=said.append)
+    assert said[0].startswith(f"'step': {reason}"), said
