@@ -267,15 +267,58 @@ class _Sum:
 # ---------------------------------------------------------------- moves
 
 
-def least_move_table(move: Move, kinds: AxisKinds, sources: Array, targets: Array) -> Array:
-    """Least seconds of a move between degrees of its labels, [source, target].
+@dataclass(frozen=True, eq=False)
+class Shardings:
+    """Shardings of a tensor by degrees, in classes.
 
-    `sources` and `targets`: [sharding, entry of the label, kind]. At each level, the devices of a
-    part of the machine need their shards of the target. Of these they hold at most the overlap with
-    their shards of the source, dim by dim. The rest crosses links of this level or outside it.
+    A class has one sharding, or several that differ in a few axes where all would be too many.
     """
-    count = sources.shape[1] - move.sums
-    source_dims, target_dims = sources[:, :count], targets[:, :count]
+
+    degrees: Array
+    """[sharding, entry of the label, kind]."""
+    classes: Array
+    """[sharding]: its class."""
+    least: Array
+    """[class, entry of the label, kind]: least degrees of its shardings."""
+    most: Array
+    """[class, entry of the label, kind]: most degrees."""
+
+    @staticmethod
+    def of(degrees: Array, kinds: AxisKinds, apart: int | None = None) -> Shardings:
+        """Classes of shardings with equal degrees.
+
+        Of each kind of axes the `apart` largest degrees and 0 are apart, all of them without a
+        number, and the degrees between are one class.
+        """
+        if apart is None:
+            return Shardings(degrees, np.arange(len(degrees)), degrees, degrees)
+        first_apart = kinds.counts - apart + 1
+        is_between = (degrees > 0) & (degrees < first_apart)
+        least, classes = distinct_rows(np.where(is_between, 1, degrees))
+        is_class = (least > 0) & (least < first_apart)
+        return Shardings(degrees, classes, least, np.where(is_class, first_apart - 1, least))
+
+    @property
+    def count(self) -> int:
+        """Number of classes."""
+        return len(self.least)
+
+    def least_of_classes(self, seconds: Array) -> Array:
+        """[class]: the least of the seconds of its shardings."""
+        least = np.full(self.count, np.inf)
+        np.minimum.at(least, self.classes, seconds)
+        return least
+
+
+def least_move_table(move: Move, kinds: AxisKinds, sources: Shardings, targets: Shardings) -> Array:
+    """Least seconds of a move between classes of shardings, [source, target].
+
+    At each level, the devices of a part of the machine need their shards of the target. Of these
+    they hold at most the overlap with their shards of the source, dim by dim. The rest crosses
+    links of this level or outside it: least where the source is split least, the target most.
+    """
+    count = sources.least.shape[1] - move.sums
+    source_dims, target_dims = sources.least[:, :count], targets.most[:, :count]
     before = []
     after = []
     seconds = []
@@ -316,23 +359,39 @@ def _reshard_table(before, after, seconds):
     return table
 
 
-def _add_sums(table: Array, move: Move, kinds: AxisKinds, sources: Array, targets: Array) -> None:
-    """Adds the least seconds of partial sums to a table; none where they stay partial."""
-    count = sources.shape[1] - move.sums
-    source_dims, target_dims = sources[:, :count], targets[:, :count]
-    summed = sources[:, count:].sum(axis=1)
-    whole = _sum_seconds(move, kinds, source_dims, summed, "all_reduce").astype(np.float32)
+def _add_sums(
+    table: Array, move: Move, kinds: AxisKinds, sources: Shardings, targets: Shardings
+) -> None:
+    """Adds the least seconds of partial sums to a table; none where they may stay partial."""
+    count = sources.least.shape[1] - move.sums
+    dims = sources.degrees[:, :count]
+    summed = sources.degrees[:, count:].sum(axis=1)
+    sum_seconds = _sum_seconds(move, kinds, dims, summed, "all_reduce")
+    whole = sources.least_of_classes(sum_seconds).astype(np.float32)
     table += whole[:, None]
-    keeps = _equal(source_dims, target_dims)
+    keeps = _equal(sources.least[:, :count], targets.least[:, :count])
     table[keeps] = np.broadcast_to(whole[:, None] / move.share, table.shape)[keeps]
     if move.scatters:
-        scattered = _sum_seconds(move, kinds, source_dims, summed, "reduce_scatter") / move.share
-        scattered = np.minimum(scattered, whole).astype(np.float32)
-        is_slice = _equal(source_dims.sum(axis=1) + summed, target_dims.sum(axis=1))
-        is_slice &= summed.any(axis=1)[:, None]
+        scattered = _sum_seconds(move, kinds, dims, summed, "reduce_scatter") / move.share
+        scattered = np.minimum(sources.least_of_classes(scattered), whole).astype(np.float32)
+        is_slice = _overlap(
+            (sources.least.sum(axis=1), sources.most.sum(axis=1)),
+            (targets.least[:, :count].sum(axis=1), targets.most[:, :count].sum(axis=1)),
+        )
+        is_slice &= (sources.most[:, count:].sum(axis=(1, 2)) > 0)[:, None]
         saved = np.broadcast_to((whole - scattered)[:, None], table.shape)
         table[is_slice] -= saved[is_slice]
-    table[_equal(sources, targets)] = 0.0
+    np.maximum(table, 0, out=table)
+    table[_equal(sources.least, targets.least)] = 0.0
+
+
+def _overlap(left: tuple[Array, Array], right: tuple[Array, Array]) -> Array:
+    """[left, right]: whether degrees of every kind may be equal, given the least and the most."""
+    result = np.ones((len(left[0]), len(right[0])), bool)
+    for kind in range(left[0].shape[1]):
+        result &= np.less_equal.outer(left[0][:, kind], right[1][:, kind])
+        result &= np.greater_equal.outer(left[1][:, kind], right[0][:, kind])
+    return result
 
 
 def _equal(left: Array, right: Array) -> Array:

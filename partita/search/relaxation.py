@@ -30,15 +30,16 @@ from partita.search.base import Array, numbered
 from partita.search.degrees import (
     AxisKinds,
     DegreeCounts,
+    Shardings,
     distinct_rows,
     least_move_table,
     least_operator_seconds,
 )
 
 MAX_ENTRIES = 80_000_000
-"""Entries of all tables above which there is no bound: on 512 devices and more."""
-MAX_CHOICES = 20_000
-"""The same for choices of an operator by numbers of axes."""
+"""Entries of all tables, at most: with more, shardings that differ in few axes are one class."""
+MAX_CHOICES = 150_000
+"""Choices of an operator by numbers of axes above which there is no bound."""
 ROUNDED = 1 - 1e-6
 """Factor that keeps a table below its entries when they are rounded to float32."""
 SWEEPS = 24
@@ -63,26 +64,30 @@ def least_step_seconds(graph: OperatorGraph, placement: Placement, terms: Terms)
     if choices.most > MAX_CHOICES:
         return 0.0
     problem = _Relaxation(choices, terms, weights)
-    if problem.entries > MAX_ENTRIES:
-        return 0.0
     problem.add_tables(visible)
     bound = 0.0
+    before = -np.inf
     for _ in range(SWEEPS):
         raised = problem.sweep()
-        if raised <= bound * (1 + LEAST_RISE):
-            return max(bound, raised)
-        bound = raised
+        bound = max(bound, raised)
+        if raised <= before + LEAST_RISE * abs(before):
+            break
+        before = raised
     return bound
 
 
 @dataclass(eq=False)
 class _View:
-    """A tensor under a label: its degrees, and the number of those of each choice."""
+    """A tensor under a label: its shardings, and the one of each choice."""
 
-    degrees: Array
-    """[sharding, entry of the label, kind]."""
-    number: Array
+    shardings: Shardings
+    number_of_choice: Array
     """[choice]: its sharding."""
+
+    @property
+    def number(self) -> Array:
+        """[choice]: the class of its sharding."""
+        return self.shardings.classes[self.number_of_choice]
 
 
 @dataclass(eq=False)
@@ -110,7 +115,13 @@ class _Moves:
     @cached_property
     def key(self) -> tuple[object, ...]:
         """Equal for moves with equal tables."""
-        return (*_size(self.move), *(view.degrees.tobytes() for view in self.views))
+        return (*_size(self.move), *(view.shardings.degrees.tobytes() for view in self.views))
+
+    @property
+    def entries(self) -> int:
+        """Entries of the table."""
+        home, reader = self.views
+        return home.shardings.count * reader.shardings.count
 
 
 def _size(move: Move) -> tuple[object, ...]:
@@ -161,15 +172,20 @@ class _Relaxation:
         self.moves: list[_Moves] = []
         self.operators: list[_Operators] = []
         self._join(seconds)
+        self._fit()
 
     @property
     def entries(self) -> int:
         """Entries of the different tables of all moves."""
-        sizes = {}
-        for moves in self.moves:
-            home, reader = moves.views
-            sizes[moves.key] = len(home.degrees) * len(reader.degrees)
-        return sum(sizes.values())
+        return sum({moves.key: moves.entries for moves in self.moves}.values())
+
+    def _fit(self) -> None:
+        """Joins shardings to classes until all tables have `MAX_ENTRIES` or less."""
+        for apart in range(int(self.kinds.counts.max(initial=0)) - 1, 0, -1):
+            if self.entries <= MAX_ENTRIES:
+                return
+            for view in self._views.values():
+                view.shardings = Shardings.of(view.shardings.degrees, self.kinds, apart)
 
     def _join(self, seconds: Mapping[int, Array]) -> None:
         """Fills `moves` and `operators`."""
@@ -208,20 +224,21 @@ class _Relaxation:
             degrees = self._degrees[kind]
             unsplit = np.zeros((len(degrees), 1, degrees.shape[2]), np.int64)
             entries = np.concatenate([degrees, unsplit], axis=1)[:, list(positions)]
-            self._views[kind, positions] = _View(*distinct_rows(entries))
+            rows, number = distinct_rows(entries)
+            self._views[kind, positions] = _View(Shardings.of(rows, self.kinds), number)
         return self._views[kind, positions]
 
     def add_tables(self, visible: float) -> None:
         """Adds the tables of all moves: the seconds that they block kernels."""
         tables: dict[tuple[object, ...], Array] = {}
         for moves in self.moves:
-            degrees = [view.degrees for view in moves.views]
+            shardings = [view.shardings for view in moves.views]
             if moves.key not in tables:
-                table = least_move_table(moves.move, self.kinds, *degrees)
+                table = least_move_table(moves.move, self.kinds, *shardings)
                 table *= np.float32(ROUNDED * visible)
                 tables[moves.key] = table
             moves.table = tables[moves.key]
-            moves.potentials = [np.zeros(len(rows)) for rows in degrees]
+            moves.potentials = [np.zeros(each.count) for each in shardings]
 
     def sweep(self) -> float:
         """Raises the potentials of all moves; the lower bound."""
@@ -236,10 +253,10 @@ class _Relaxation:
         moves = self.moves[number]
         home, reader = (max(moves.operators[side], key=_count) for side in (HOME, READER))
         raised = _raised(
-            home.seconds,
+            home.seconds / home.moves[number, HOME],
             moves.views[HOME].number,
             moves.potentials[HOME],
-            reader.seconds,
+            reader.seconds / reader.moves[number, READER],
             moves.views[READER].number,
             moves.potentials[READER],
             moves.table,

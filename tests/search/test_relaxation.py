@@ -17,10 +17,13 @@ from partita.cost.terms import Move, cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
 from partita.plans.layout import Sharding
+from partita.search import relaxation
+from partita.search.bound import lower_bound_seconds
 from partita.search.candidates import REPLICATE, assignment_of, candidates
 from partita.search.degrees import (
     AxisKinds,
     DegreeCounts,
+    Shardings,
     least_move_table,
     least_operator_seconds,
 )
@@ -50,6 +53,26 @@ def test_the_bound_is_below_the_best_candidates_and_near_them(name: str) -> None
     best = eliminate(relaxed(network)).seconds
     bound = least_step_seconds(graph, network.placement, network.terms)
     assert 0.8 * best <= bound <= best * (1 + 1e-9)
+
+
+def test_shardings_in_classes_keep_the_largest_degrees_apart_and_lower_the_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    placement = placement_on("dgx-h100:16")
+    kinds = AxisKinds.of(placement)
+    degrees = np.array([[[n, 0]] for n in range(5)])
+    views = Shardings.of(degrees, kinds, 2)
+    assert views.classes.tolist() == [0, 1, 1, 2, 3]
+    assert views.least[:, 0, 0].tolist() == [0, 1, 3, 4]
+    assert views.most[:, 0, 0].tolist() == [0, 2, 3, 4]
+    graph = GRAPHS["transformer"]
+    terms = cost_terms(graph, placement.machine.backend)
+    bounds = []
+    for entries in (80_000_000, 10_000, 1):
+        monkeypatch.setattr(relaxation, "MAX_ENTRIES", entries)
+        bounds.append(least_step_seconds(graph, placement, terms))
+    kernels = lower_bound_seconds(terms, placement.machine, 128)
+    assert bounds[0] >= bounds[1] >= bounds[2] >= kernels * (1 - 1e-6)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -118,9 +141,11 @@ def test_no_reshard_is_faster_than_its_least_seconds(data: st.DataObject) -> Non
     axes = len(placement.mesh.axes)
     source = data.draw(shardings(axes, 3))
     target = data.draw(shardings(axes, 3))
+    seconds = move_seconds(move, placement, source, target)
     degrees = [degrees_of(sharding, kinds)[None] for sharding in (source, target)]
-    least = least_move_table(move, kinds, *degrees)
-    assert least[0, 0] <= move_seconds(move, placement, source, target) * (1 + 1e-6)
+    for apart in (None, 2, 1):
+        views = [Shardings.of(each, kinds, apart) for each in degrees]
+        assert least_move_table(move, kinds, *views)[0, 0] <= seconds * (1 + 1e-6)
 
 
 def test_a_gather_inside_a_node_has_its_own_seconds_without_latency() -> None:
@@ -130,6 +155,7 @@ def test_a_gather_inside_a_node_has_its_own_seconds_without_latency() -> None:
     source, target = np.zeros((2, 1, 2, 2), np.int64)
     source[0, 0] = (1, 3)
     target[0, 0] = (1, 0)
-    least = least_move_table(move, kinds, source, target)[0, 0]
+    views = [Shardings.of(degrees, kinds) for degrees in (source, target)]
+    least = least_move_table(move, kinds, *views)[0, 0]
     seconds = move_seconds(move, placement, ((0, 1, 2, 3), ()), ((0,), ()))
     assert 0.9 * seconds < least <= seconds
