@@ -1,16 +1,19 @@
-"""Plans that experts would write for transformers beside the found plan, by the same simulator.
+"""Plans that experts would write beside the found plan, by the same simulator.
 
     python benchmarks/hand_plans.py
     python benchmarks/hand_plans.py --only llama --stages
 
 Forty plans a case: tensor parallelism with sequence parallelism over 1 to 8 devices of a node,
-ZeRO, pipeline stages with 1F1B, recomputation of every block. A plan counts if it fits in memory.
+ZeRO, pipeline stages with 1F1B, recomputation of every block. Forty more for experts, tables of
+words and volumes, whose experts, words or planes are divided over 8 or all devices, and samples
+elsewhere. A plan counts if it fits in memory.
 The found plan should be as fast as all of them, and none may be below the lower bound.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import time
@@ -32,7 +35,7 @@ from partita.graph.normalizations import NORMALIZATION
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.plans.baselines import choice_by_kinds, megatron, storage_for
-from partita.plans.check import check
+from partita.plans.check import check, illegal_reason
 from partita.plans.plan import Mesh, Plan
 from partita.search.bound import lower_bound_seconds
 from partita.search.find import capacity, find, mesh_of
@@ -73,15 +76,74 @@ def llama(width: int, blocks: int, positions: int, words: int = 32_000) -> keras
     return keras.Model(tokens, dense(words, name="logits")(x), name="llama")
 
 
+class Experts(layers.Layer):
+    """Experts of two dense layers, each for an equal share of the tokens of a sample.
+
+    Positions are dealt to experts in order, as by a router without collisions.
+    """
+
+    def __init__(self, experts: int, hidden: int, **named: object) -> None:
+        super().__init__(**named)
+        self.experts = experts
+        self.hidden = hidden
+
+    def build(self, shape: tuple[int, ...]) -> None:
+        width = shape[-1]
+        self.up = self.add_weight(shape=(self.experts, width, self.hidden), name="up")
+        self.down = self.add_weight(shape=(self.experts, self.hidden, width), name="down")
+
+    def call(self, x):
+        width = x.shape[-1]
+        dealt = keras.ops.reshape(x, (-1, self.experts, x.shape[1] // self.experts, width))
+        hidden = keras.ops.gelu(keras.ops.einsum("btcd,tdh->btch", dealt, self.up))
+        back = keras.ops.einsum("btch,thd->btcd", hidden, self.down)
+        return keras.ops.reshape(back, (-1, x.shape[1], width))
+
+
+def experts(width: int, blocks: int, positions: int, number: int) -> keras.Model:
+    """Blocks of experts between norms, without attention."""
+    x = inputs = keras.Input((positions, width))
+    for i in range(blocks):
+        normal = layers.RMSNormalization(name=f"b{i}_norm")(x)
+        x = x + Experts(number, 4 * width, name=f"b{i}_experts")(normal)
+        x = x + layers.Dense(width, name=f"b{i}_mix")(layers.RMSNormalization(name=f"b{i}_n")(x))
+    return keras.Model(inputs, layers.Dense(1000, name="logits")(x), name="experts")
+
+
+def tables(words: int, width: int, number: int, hidden: int) -> keras.Model:
+    """A recommender: tables of embeddings, their concatenation, dense layers."""
+    tokens = [keras.Input((8,), dtype="int32") for _ in range(number)]
+    rows = []
+    for i, one in enumerate(tokens):
+        row = layers.Embedding(words, width, name=f"b{i}_table")(one)
+        rows.append(layers.GlobalAveragePooling1D(name=f"b{i}_mean")(row))
+    x = layers.Concatenate(name="joined")(rows)
+    for i in range(3):
+        x = layers.Dense(hidden, "relu", name=f"b{number}_dense{i}")(x)
+    return keras.Model(tokens, layers.Dense(2, name="logits")(x), name="tables")
+
+
+def volumes(filters: int, blocks: int, side: int) -> keras.Model:
+    """Convolutions of volumes, then a sum over all planes."""
+    x = inputs = keras.Input((side, side, side, 2))
+    for i in range(blocks):
+        x = layers.Conv3D(filters, 3, padding="same", activation="relu", name=f"b{i}_conv")(x)
+    x = layers.GlobalAveragePooling3D(name="mean")(x)
+    return keras.Model(inputs, layers.Dense(10, name="logits")(x), name="volumes")
+
+
 @dataclass(frozen=True)
 class Case:
-    """A transformer on a machine. `batch` is that of all devices."""
+    """A network on a machine. `batch` is that of all devices."""
 
     model: Callable[[], keras.Model]
     name: str
     blocks: int
     machine: str
     batch: int
+    divides: tuple[str, ...] = ()
+    """Factors that plans may divide instead of Megatron's; operators without them are split by
+    sample. None for transformers."""
 
 
 CASES = (
@@ -93,6 +155,40 @@ CASES = (
     Case(partial(llama, 8192, 4, 2048), "llama, width 8192", 4, "dgx-a100:16", 128),
     Case(partial(gpt, 4096, 4, 512), "gpt, width 4096", 4, "dgx-h100:32", 256),
     Case(partial(gpt, 4096, 4, 512), "gpt, width 4096", 4, "dgx-h100:512", 4096),
+    Case(
+        partial(experts, 2048, 4, 1024, 8),
+        "experts, 8 of width 2048",
+        4,
+        "dgx-h100:1",
+        32,
+        ("P1", "A"),
+    ),
+    Case(
+        partial(experts, 4096, 4, 1024, 64),
+        "experts, 64 of width 4096",
+        4,
+        "dgx-h100:8",
+        64,
+        ("P1", "A"),
+    ),
+    Case(
+        partial(tables, 1 << 20, 128, 16, 1024),
+        "tables of 1 M words",
+        17,
+        "dgx-h100:1",
+        8192,
+        ("R", "P"),
+    ),
+    Case(
+        partial(tables, 1 << 22, 128, 16, 1024),
+        "tables of 4 M words",
+        17,
+        "dgx-h100:8",
+        65536,
+        ("R", "P"),
+    ),
+    Case(partial(volumes, 32, 4, 128), "volumes of side 128", 4, "dgx-h100:1", 8, ("A1", "A2")),
+    Case(partial(volumes, 32, 4, 256), "volumes of side 256", 4, "dgx-h100:8", 8, ("A1", "A2")),
 )
 SMALL = Case(partial(gpt, 256, 1, 64, 512), "gpt, width 256", 1, "dgx-h100:1", 32)
 
@@ -105,20 +201,24 @@ class Hand:
     stages: int
     zero: int
     recompute: bool
+    divides: str = ""
+    """The factor that the inner devices divide instead of Megatron's."""
 
     def __str__(self) -> str:
-        text = f"TP {self.tensor}, PP {self.stages}, ZeRO-{self.zero}"
+        name = f"{self.divides} over" if self.divides else "TP"
+        text = f"{name} {self.tensor}, PP {self.stages}, ZeRO-{self.zero}"
         return f"{text}, recomputed" if self.recompute else text
 
 
-def hands() -> Iterator[Hand]:
-    """Forty of them."""
-    for tensor in (1, 2, 4, 8):
-        for recompute in (False, True):
+def hands(divides: tuple[str, ...], devices: int) -> Iterator[Hand]:
+    """Forty of them, and as many again for factors that they divide."""
+    for way in ("", *divides):
+        numbers = (8, devices) if way else (1, 2, 4, 8)
+        for tensor, recompute in itertools.product(numbers, (False, True)):
             for zero in (0, 1, 3):
-                yield Hand(tensor, 1, zero, recompute)
+                yield Hand(tensor, 1, zero, recompute, way)
             for stages in (2, 4):
-                yield Hand(tensor, stages, 0, recompute)
+                yield Hand(tensor, stages, 0, recompute, way)
 
 
 def axes_of(mesh: Mesh, ways: int, numbers: Sequence[int]) -> list[int]:
@@ -165,8 +265,16 @@ def hand_plan(graph: OperatorGraph, machine: Machine, case: Case, hand: Hand) ->
     plan = megatron(graph, machine.name, part, "hand", len(samples))
     choices = dict(plan.choices)
     positions = range(len(samples), len(part.axes))
+    for operator in graph.operators if hand.divides else ():
+        choice = choice_by_kinds(graph, operator, part, [("S", range(len(samples)))])
+        choice |= {part.axes[n].name: hand.divides for n in positions}
+        names = {graph.factors[f].name: graph.factors[f].operator for f in operator.factors}
+        index = names.get(hand.divides)
+        if index is None or illegal_reason(graph, index, choice, part) is not None:
+            choice = choice_by_kinds(graph, operator, part, [("S", range(len(part.axes)))])
+        choices[operator.name] = choice
     for operator in graph.operators:
-        if operator.kind == NORMALIZATION:
+        if operator.kind == NORMALIZATION and not hand.divides:
             split = [("S", range(len(samples))), ("A", positions)]
             choices[operator.name] = choice_by_kinds(graph, operator, part, split)
     for operator, stage in zip(
@@ -209,7 +317,7 @@ def compared(case: Case, stages: bool) -> str:
     fastest: tuple[float, str] = (float("inf"), "none fits")
     fitting = 0
     below = 0
-    for hand in hands():
+    for hand in hands(case.divides, machine.devices):
         try:
             step = simulated_step(graph, machine, hand_plan(graph, machine, case, hand))
             seconds, peak = step.seconds, step.peak_bytes
