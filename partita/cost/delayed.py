@@ -23,7 +23,7 @@ from partita.cost.joined import joined_kernels
 from partita.cost.partial import operand_labels, reduced_factors, split_axes
 from partita.graph.flat import readers_of
 from partita.graph.gradient_sums import PASSING
-from partita.graph.operator_graph import Instruction, OperatorGraph, producers
+from partita.graph.operator_graph import Instruction, OperatorGraph, constant_tensors, producers
 from partita.plans.layout import Layout
 
 
@@ -54,7 +54,13 @@ def delayed_reductions(
 
 def joined_repetitions(graph: OperatorGraph, fused: Fusion) -> dict[int, int]:
     """Forward value computed again in the backward pass -> the last root of its joined kernel."""
-    backward = (i for i, x in enumerate(graph.instructions) if x.phase == "backward")
+    # Constants of the backward pass stand anywhere before it.
+    constants = constant_tensors(graph)
+    backward = (
+        i
+        for i, x in enumerate(graph.instructions)
+        if x.phase == "backward" and not constants.issuperset(x.results)
+    )
     first_backward = next(backward, len(graph.instructions))
     repeated = [
         root
