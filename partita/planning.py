@@ -154,7 +154,7 @@ def _that_runs(
     plan = result.plan
     if is_one_program(plan):
         return result
-    from partita.execute.dispatch import changed_meanings
+    from partita.execute.dispatch import changed_meanings, joint_updates
     from partita.execute.staged import in_pieces
 
     try:
@@ -162,7 +162,8 @@ def _that_runs(
     except PlanError as error:
         reason = str(error)
     else:
-        return _with_notes(result, changed_meanings(step.cut, plan))
+        notes = [*changed_meanings(step.cut, plan), *joint_updates(step.cut)]
+        return _with_notes(result, notes)
     seconds = format_seconds(result.prediction.seconds)
     try:
         other = without_stages()

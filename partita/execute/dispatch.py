@@ -159,6 +159,32 @@ def changed_meanings(cut: Cut, plan: Plan) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def joint_updates(cut: Cut) -> tuple[str, ...]:
+    """Notes on instructions of the update that read values of several places, and replace state.
+
+    A conditional around the whole update, or one vector of all gradients, runs on one place, which
+    then stores that state. Sums of the gradients of tied weights are no such instructions.
+    """
+    flow = cut.flow
+    maker = cut.maker()
+    notes = []
+    for piece in cut.pieces:
+        for k in () if piece.is_repeated else piece.statements:
+            statement = flow.statements[k]
+            arrays = [t for t in statement.reads if flow.graph.tensors[t].shape]
+            computed = [t for t in arrays if t in flow.producer]
+            sources = {cut.pieces[maker[t]].place if t in maker else piece.place for t in computed}
+            if len(sources) < 2 or flow.instruction(k).name == "add":
+                continue
+            notes.append(
+                f"the update reads gradients of device groups {min(sources)} and {max(sources)} in "
+                f"one instruction ({flow.instruction(k).name}), so group {piece.place} stores the "
+                "state that follows from it: update each variable by itself to store it where it "
+                "is read"
+            )
+    return tuple(dict.fromkeys(notes))
+
+
 def _names(layers: Sequence[str]) -> str:
     """The first layers' names, and the number of the others.
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from partita.cost.collectives import Collective, collectives
 from partita.errors import MemoryBudgetError
 from partita.execute.devices import detect
-from partita.execute.dispatch import RunAction, changed_meanings
+from partita.execute.dispatch import RunAction, changed_meanings, joint_updates
 from partita.execute.emitted import emitted
 from partita.execute.piece_memory import PieceBytes, compiled_peaks
 from partita.execute.processes import alone, exchanged
@@ -55,7 +55,7 @@ def check_staged(step: StagedStep, program: StagedProgram) -> Verification:
             figures += f", {format_bytes(planned[number])} planned"
         notes.append(f"device group {number}: {pieces} pieces, {figures}")
     notes.append(f"between device groups: {format_bytes(transfer_bytes(step))} per step")
-    notes += changed_meanings(step.cut, step.plan)
+    notes += [*changed_meanings(step.cut, step.plan), *joint_updates(step.cut)]
     return Verification(
         peak_bytes=peaks[fullest],
         capacity_bytes=machine.memory_bytes,

@@ -10,7 +10,7 @@ from partita.errors import PlanError
 from partita.files.schema import SHOWN_NAME, shown
 from partita.graph.operator_graph import Argument, OperatorGraph
 from partita.graph.rematerialize import copies_of
-from partita.plans.pipeline import check_stages, is_pipeline, stage_axes
+from partita.plans.pipeline import check_stages, is_pipeline, loop_hint, stage_axes
 from partita.plans.plan import Mesh, Plan, Storage, placed_slice
 
 
@@ -45,8 +45,9 @@ def _check_names(plan: Plan, graph: OperatorGraph) -> None:
     if missing:
         reasons.append(f"the plan has no choice for {first_names(missing)}")
     if reasons:
+        hint = loop_hint(graph) if stage_axes(plan) else ""
         raise PlanError(
-            f"The plan was made for {_other(plan, graph)}: {'; '.join(reasons)}. Plan again."
+            f"The plan was made for {_other(plan, graph)}: {'; '.join(reasons)}. Plan again.{hint}"
         )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -259,14 +259,49 @@ def is_pipeline(plan: Plan) -> bool:
 def check_stages(plan: Plan, graph: OperatorGraph) -> None:
     """Raise PlanError if places, microbatches or rematerialized runs do not fit the graph."""
     if is_pipeline(plan):
-        operator_stages(graph, plan)
+        _check_used(operator_stages(graph, plan), plan, graph)
     _check_stored_places(plan, graph)
     if graph.batch_size and graph.batch_size % plan.microbatches:
+        divisors = [m for m in range(1, graph.batch_size + 1) if graph.batch_size % m == 0]
+        nearest = min(divisors, key=lambda m: (abs(m - plan.microbatches), m))
         raise PlanError(
             f"A batch of {graph.batch_size} cannot be cut into {plan.microbatches} microbatches. "
-            "Use a number that divides it."
+            f"Use a number that divides it, as {nearest}."
         )
     _check_runs(plan, graph)
+
+
+def _check_used(stage_of: Sequence[int], plan: Plan, graph: OperatorGraph) -> None:
+    """PlanError for a stage without operators."""
+    empty = sorted(set(range(stage_count(plan))) - set(stage_of))
+    if empty:
+        raise PlanError(
+            f"Stage {empty[0]} of the plan has no operators. Place at least one on every stage, "
+            f"or use fewer stages.{loop_hint(graph)}"
+        )
+
+
+def loop_hint(graph: OperatorGraph) -> str:
+    """A sentence on the operator that computes several layers in one loop, "" if there is none.
+
+    Such a loop reads a slice of a variable in each turn (`jax.lax.scan` over stacked weights).
+    """
+    variables = {a.tensor for a in graph.arguments if a.role == "parameter"}
+    for loop in graph.loops:
+        instruction = graph.instructions[loop.instruction]
+        operator = graph.owner[loop.instruction]
+        stacked = [
+            t
+            for t in variables.intersection(instruction.operands)
+            if graph.tensors[t].shape[:1] == (loop.trips,)
+        ]
+        if operator >= 0 and instruction.phase == "forward" and stacked:
+            return (
+                f" '{graph.operators[operator].name}' computes {loop.trips} layers in one loop "
+                "(lax.scan), which is one operator and has no stages: call the layers one after "
+                "another to divide them."
+            )
+    return ""
 
 
 def _check_stored_places(plan: Plan, graph: OperatorGraph) -> None:

@@ -17,11 +17,12 @@ from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import ModelVariables, capture_model
 from partita.errors import PlanError
 from partita.execute.devices import detect
-from partita.execute.dispatch import TransferAction, changed_meanings
+from partita.execute.dispatch import TransferAction, changed_meanings, joint_updates
 from partita.execute.program import runnable_step
 from partita.execute.staged import StagedStep, in_pieces
 from partita.execute.staged_verify import check_staged, place_peaks, planned_peaks, transfer_bytes
 from partita.plans.baselines import BASELINES
+from partita.plans.check import check
 from partita.plans.plan import Axis, Mesh, Plan
 
 FLOOR = 1e-3
@@ -296,6 +297,55 @@ def test_a_jax_step_returns_the_mean_loss_and_all_samples():
 def sum_step(weight, x):
     gradient = jax.grad(lambda w: jnp.sum((x @ w) ** 2))(weight)
     return weight - 0.01 * gradient
+
+
+def mean_loss(weights, x, y):
+    for weight in weights:
+        x = jnp.tanh(x @ weight)
+    return jnp.mean((x - y) ** 2)
+
+
+def captured_step(optimizer, loss, weights):
+    def step(state, x, y):
+        weights, slots = state
+        value, gradients = jax.value_and_grad(loss)(weights, x, y)
+        updates, slots = optimizer.update(gradients, slots, weights)
+        return value, (optax.apply_updates(weights, updates), slots)
+
+    x = jax.ShapeDtypeStruct((8, 16), "float32")
+    slots = jax.eval_shape(optimizer.init, weights)
+    return capture_call(step, call_of(step, ((weights, slots), x, x), {})).captured
+
+
+def test_an_update_of_all_variables_at_once_has_a_note():
+    shape = jax.ShapeDtypeStruct((16, 16), "float32")
+    captured = captured_step(optax.flatten(optax.adam(0.1)), mean_loss, [shape, shape])
+    step = in_pieces(captured, stages_plan(captured.graph, [0, 1], microbatches=2))
+    (note,) = joint_updates(step.cut)
+    assert note.startswith(
+        "the update reads gradients of device groups 0 and 1 in one instruction (concatenate), so "
+        "group 1 stores the state that follows from it"
+    )
+    separate = captured_step(optax.adam(0.1), mean_loss, [shape, shape])
+    step = in_pieces(separate, stages_plan(separate.graph, [0, 1], microbatches=2))
+    assert joint_updates(step.cut) == ()
+
+
+def test_layers_in_one_loop_have_no_stages():
+    def loss(weights, x, y):
+        x, _ = jax.lax.scan(lambda x, weight: (jnp.tanh(x @ weight), None), x, weights)
+        return jnp.mean((x - y) ** 2)
+
+    shape = jax.ShapeDtypeStruct((4, 16, 16), "float32")
+    captured = captured_step(optax.sgd(0.1), loss, shape)
+    (name,) = [operator.name for operator in captured.graph.operators]
+    plan = stages_plan(captured.graph, [0], microbatches=2)
+    in_two = replace(plan, mesh=Mesh.of((2,)))
+    reason = rf"'{name}' computes 4 layers in one loop \(lax.scan\), which is one operator"
+    with pytest.raises(PlanError, match=rf"Stage 1 of the plan has no operators.*{reason}"):
+        check(in_two, captured.graph)
+    with pytest.raises(PlanError, match=rf"the model has no 'first'.*{reason}"):
+        check(replace(in_two, choices={"first": {"a": "at(0)"}}), captured.graph)
 
 
 def test_a_sum_over_samples_is_refused():

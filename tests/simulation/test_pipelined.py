@@ -250,7 +250,12 @@ def test_invalid_stages_are_refused_with_one_sentence() -> None:
             "choices": {**plan.choices, first: {other: "S"}},
             "microbatches": 2,
         },
-        f"A batch of {graph.batch_size} cannot be cut into 7 microbatches": {"microbatches": 7},
+        f"A batch of {graph.batch_size} cannot be cut into 7 microbatches. "
+        "Use a number that divides it, as 8.": {"microbatches": 7},
+        "Stage 1 of the plan has no operators.": {
+            "choices": {name: {axis: "at(0)"} for name in plan.choices},
+            "microbatches": 2,
+        },
         "The plan rematerializes 'nobody', which the model does not have": {
             "recompute": (("nobody", last),)
         },
