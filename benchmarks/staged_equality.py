@@ -3,6 +3,7 @@ metrics, and every updated variable.
 
     python benchmarks/staged_equality.py --pairs 200
     python benchmarks/staged_equality.py --pairs 30 --processes 2
+    python benchmarks/staged_equality.py --nmt 8
 
 The models are those of equality.py. One device runs the same microbatches: each from the same
 weights and slots, with the moving statistics, seeds and metrics that the one before left. SGD with
@@ -13,6 +14,10 @@ largest value of all.
 In several processes the devices of a plan come from the processes in turn, or half from each, so
 that transfers and collectives cross between them. Every process compares with one device of its
 own.
+
+With `--nmt`, the only pair is FlexFlow's NMT of that many steps, and its expert plan for one node of
+4 devices: every recurrent layer is on a device of its own, and the attention and the dense layers
+behind it are split over all of them.
 """
 
 from __future__ import annotations
@@ -27,18 +32,21 @@ import sys
 import time
 
 import jax
+import keras
 import numpy as np
 from equality import difference, random_model
 
+from partita.bench.networks import nmt
+from partita.bench.published import expert
 from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import ModelVariables, capture_model
 from partita.errors import PlanError
 from partita.execute.joining import join
 from partita.execute.process_arrays import whole
 from partita.execute.process_group import group
-from partita.execute.program import runnable_step
+from partita.execute.program import RunnableStep, runnable_step
 from partita.graph.operator_graph import OperatorGraph
-from partita.plans.plan import Mesh, Plan
+from partita.plans.plan import Axis, Mesh, Plan
 from partita.search.candidates import candidates, names_of
 
 TOLERANCE = 1e-5
@@ -96,7 +104,8 @@ def on_one_device(part: Captured, state: tuple, batch: tuple, microbatches: int)
     running = state
     logs = None
     for number in range(microbatches):
-        own = tuple(values[number * size : (number + 1) * size] for values in batch)
+        samples = slice(number * size, (number + 1) * size)
+        own = jax.tree.map(lambda values, samples=samples: values[samples], batch)
         start = tuple(
             state[group] if group in LINEAR_GROUPS else running[group] for group in range(4)
         )
@@ -119,6 +128,14 @@ def pair(seed: int) -> tuple[Plan, float] | None:
     except PlanError as error:
         print(f"model {seed}: {error}", flush=True)
         return None
+    return plan, largest_difference(model, batch, captured, step)
+
+
+def largest_difference(
+    model: keras.Model, batch: tuple, captured: Captured, step: RunnableStep
+) -> float:
+    """The largest difference between a step and one device after one step."""
+    plan = step.plan
     state = tuple(
         [np.asarray(v.value) for v in group] for group in ModelVariables.of(model).groups()
     )
@@ -129,7 +146,22 @@ def pair(seed: int) -> tuple[Plan, float] | None:
     expected = on_one_device(part, state, batch, plan.microbatches)
     ours = step.step(step.place_state(state), step.place_batch(batch))
     ours = jax.block_until_ready(ours)
-    return plan, difference(expected, jax.tree.map(whole, ours), "float32")
+    return difference(expected, jax.tree.map(whole, ours), "float32")
+
+
+def expert_nmt(steps: int) -> tuple[Plan, float]:
+    """(the expert plan of a narrow NMT on 4 devices, the largest difference)."""
+    keras.utils.set_random_seed(0)
+    model = nmt(width=16, steps=steps, words=48)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), loss)
+    source, target = np.random.default_rng(0).integers(0, 48, (2, 8, steps)).astype("int32")
+    batch = ([source, target], np.roll(target, -1, 1))
+    captured = capture_model(model, batch)
+    node = Mesh((Axis("a", 2, 1), Axis("b", 2, 1)))
+    plan = expert(captured.graph, "node", node, "recurrent")
+    step = runnable_step(captured, plan, devices_of(plan, random.Random(0)))
+    return plan, largest_difference(model, batch, captured, step)
 
 
 def devices_of(plan: Plan, r: random.Random) -> list:
@@ -166,12 +198,17 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="first seed")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--nmt", type=int, metavar="STEPS", help="the expert plan of an NMT")
     arguments = parser.parse_args()
     membership = group()
     if arguments.processes > 1 and membership is None:
         return run_processes(arguments.processes, sys.argv[1:])
     if membership is not None:
         join(membership, print)
+    if arguments.nmt:
+        plan, error = expert_nmt(arguments.nmt)
+        print(f"{plan}\nlargest difference {error:.3g}; {jax.process_count()} processes")
+        return int(not error <= TOLERANCE)
     start = time.time()
     worst = 0.0
     failed = 0

@@ -1,9 +1,13 @@
 """Python's time to run a piece of a plan in stages, by the CPU time of its thread.
 
     python benchmarks/staged_overhead.py --blocks 4 --microbatches 8
+    python benchmarks/staged_overhead.py --plain --width 256 --samples 32
 
 A transformer of small layers on two devices of one process: the pieces compute in other threads. A
 step with its transfers is divided by the number of runs of pieces.
+
+With `--plain`, a step in one stage and one microbatch is compared with the jitted step: the
+processor time of all threads, in turns.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Callable
+from typing import Any
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["XLA_FLAGS"] = (
@@ -22,6 +28,7 @@ import keras
 import numpy as np
 from keras import layers
 
+from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import ModelVariables, capture_model
 from partita.execute.dispatch import RunAction
 from partita.execute.program import runnable_step
@@ -29,36 +36,73 @@ from partita.execute.staged import StagedStep
 from partita.graph.operator_graph import OperatorGraph
 from partita.plans.plan import Mesh, Plan
 
-WIDTH = 32
 LENGTH = 16
 
 
-def transformer(blocks: int) -> keras.Model:
+def transformer(blocks: int, width: int) -> keras.Model:
     """Blocks of attention and a dense layer, with Adam."""
-    inputs = keras.Input((LENGTH, WIDTH))
+    inputs = keras.Input((LENGTH, width))
     x = inputs
     for _ in range(blocks):
         normal = layers.LayerNormalization()(x)
-        x = x + layers.MultiHeadAttention(2, WIDTH // 2)(normal, normal)
-        x = x + layers.Dense(WIDTH, activation="gelu")(layers.LayerNormalization()(x))
-    model = keras.Model(inputs, layers.Dense(WIDTH)(x))
+        x = x + layers.MultiHeadAttention(2, width // 2)(normal, normal)
+        x = x + layers.Dense(width, activation="gelu")(layers.LayerNormalization()(x))
+    model = keras.Model(inputs, layers.Dense(width)(x))
     model.compile("adam", "mse")
     return model
 
 
-def in_halves(graph: OperatorGraph, microbatches: int) -> Plan:
-    """The first half of the operators on one device, the others on the other."""
+def in_runs(graph: OperatorGraph, stages: int, microbatches: int) -> Plan:
+    """The operators in equal runs on the devices."""
+    count = len(graph.operators)
     choices = {}
     for number, operator in enumerate(graph.operators):
-        choices[operator.name] = {"a": f"at({int(2 * number >= len(graph.operators))})"}
+        choices[operator.name] = {"a": f"at({stages * number // count})"}
     return Plan(
         graph.name,
-        "host:2",
-        Mesh.of((2,)),
+        f"host:{stages}",
+        Mesh.of((stages,)),
         choices,
         batch_size=graph.batch_size,
         microbatches=microbatches,
     )
+
+
+def seconds_per_step(step: Callable[[Any], Any], state: Any, steps: int) -> tuple[float, Any]:
+    """(processor time of all threads for a step, the state after all steps)."""
+    start = time.process_time()
+    for _ in range(steps):
+        state = step(state)
+    jax.block_until_ready(state)
+    return (time.process_time() - start) / steps, state
+
+
+def compare_with_plain(
+    captured: Captured, values: list[np.ndarray], batch: Any, rounds: int, steps: int
+) -> None:
+    """Prints the processor time of one stage and one microbatch, of the plain step, and the ratio.
+
+    The first round of both compiles.
+    """
+    staged = runnable_step(captured, in_runs(captured.graph, 1, 1))
+    assert isinstance(staged, StagedStep)
+    state = jax.tree.unflatten(jax.tree.structure(captured.state), values)
+    plain = jax.jit(captured.text.call, donate_argnums=0)
+    plain_state = jax.device_put(state)
+    staged_state = staged.place_state(state)
+    plain_batch, staged_batch = jax.device_put(batch), staged.place_batch(batch)
+    ratios = []
+    for number in range(rounds + 1):
+        ours, staged_state = seconds_per_step(
+            lambda old: staged.step(old, staged_batch)[1], staged_state, steps
+        )
+        theirs, plain_state = seconds_per_step(
+            lambda old: plain(old, plain_batch)[1], plain_state, steps
+        )
+        if number:
+            ratios.append(ours / theirs)
+            print(f"{1e3 * ours:.2f} ms in pieces, {1e3 * theirs:.2f} ms plain", flush=True)
+    print(f"{len(staged.cut.pieces)} pieces, median ratio {np.median(ratios):.3f}")
 
 
 def main() -> None:
@@ -67,14 +111,21 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=2, help="samples of a microbatch")
+    parser.add_argument("--plain", action="store_true", help="compare with the plain step")
     arguments = parser.parse_args()
-    model = transformer(arguments.blocks)
-    x = np.ones((2 * arguments.microbatches, LENGTH, WIDTH), "float32")
+    model = transformer(arguments.blocks, arguments.width)
+    count = arguments.samples * (1 if arguments.plain else arguments.microbatches)
+    x = np.ones((count, LENGTH, arguments.width), "float32")
     captured = capture_model(model, (x, x))
-    step = runnable_step(captured, in_halves(captured.graph, arguments.microbatches))
-    assert isinstance(step, StagedStep)
     groups = ModelVariables.of(model).groups()
     values = [np.array(variable.value) for group in groups for variable in group]
+    if arguments.plain:
+        compare_with_plain(captured, values, (x, x), arguments.rounds, arguments.steps)
+        return
+    step = runnable_step(captured, in_runs(captured.graph, 2, arguments.microbatches))
+    assert isinstance(step, StagedStep)
     state = step.place_state(jax.tree.unflatten(jax.tree.structure(captured.state), values))
     runs = [action for action in step.dispatch.actions if isinstance(action, RunAction)]
     arrays = sum(len(run.reads) + len(run.gives) + len(run.sums) for run in runs) / len(runs)

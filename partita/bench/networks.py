@@ -171,20 +171,22 @@ def rnnlm(
     )
 
 
-def nmt(width: int = 1024, depth: int = 2) -> keras.Model:
+def nmt(
+    width: int = 1024, depth: int = 2, steps: int = STEPS, words: int = VOCABULARY
+) -> keras.Model:
     """Translation: encoder and decoder of two LSTM layers each, attention, a softmax at every
     step.
     """
-    source = keras.Input((STEPS,), dtype="int32", name="source")
-    target = keras.Input((STEPS,), dtype="int32", name="target")
+    source = keras.Input((steps,), dtype="int32", name="source")
+    target = keras.Input((steps,), dtype="int32", name="target")
     states = []
-    h = layers.Embedding(VOCABULARY, width, name="source_embedding")(source)
+    h = layers.Embedding(words, width, name="source_embedding")(source)
     for i in range(depth):
         h, *state = layers.LSTM(
             width, return_sequences=True, return_state=True, unroll=True, name=f"encoder{i}"
         )(h)
         states.append(state)
-    d = layers.Embedding(VOCABULARY, width, name="target_embedding")(target)
+    d = layers.Embedding(words, width, name="target_embedding")(target)
     for i in range(depth):
         d = layers.LSTM(width, return_sequences=True, unroll=True, name=f"decoder{i}")(
             d, initial_state=states[i]
@@ -195,7 +197,7 @@ def nmt(width: int = 1024, depth: int = 2) -> keras.Model:
     )
     return keras.Model(
         [source, target],
-        layers.Dense(VOCABULARY, name="logits")(d),
+        layers.Dense(words, name="logits")(d),
         name="nmt",
     )
 

@@ -66,6 +66,7 @@ HELP = (
     "processes",
     "restarts",
     "shares",
+    "staged_processes",
     "survive",
 )
 """Scripts that need root, compilers or other frameworks: only their help is printed."""
