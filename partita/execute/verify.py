@@ -20,6 +20,7 @@ from partita.cost.work import local_flops
 from partita.errors import MemoryBudgetError
 from partita.execute.devices import detect
 from partita.execute.emitted import emitted, peak_bytes
+from partita.execute.process_arrays import whole
 from partita.execute.program import PlannedStep, RunnableStep
 from partita.execute.staged import StagedStep
 from partita.execute.staged_verify import check_staged
@@ -116,7 +117,7 @@ def check_and_compare(
         "largest differences"
     )
     lines = [f"  {difference}" for difference in differences[:SHOWN_VALUES]]
-    return replace(verification, notes=(title, *lines))
+    return replace(verification, notes=(*verification.notes, title, *lines))
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,16 @@ def compare_steps(
     which do not change.
 
     One for each log (loss, metrics) and each variable after the step, in the order of the program.
+    Each process compares with a device of its own, and has the variables of all processes for it.
     """
-    state, batch = jax.tree.map(lambda x: np.array(x, copy=True), (state, batch))
-    device = step.mesh.devices.flat[0]
+    state, batch = jax.tree.map(lambda x: np.array(whole(x), copy=True), (state, batch))
+    devices = step.mesh.devices.flat
+    device = next(d for d in (*devices, *jax.local_devices()) if d in jax.local_devices())
     run_on_one = jax.jit(captured.text.call)
     on_one = run_on_one(jax.device_put(state, device), jax.device_put(batch, device))
     on_one = jax.tree.map(np.array, on_one)
     planned = step.step(step.place_state(state), step.place_batch(batch))
-    planned = jax.tree.map(np.array, planned)
+    planned = jax.tree.map(whole, planned)
     leaves = jax.tree_util.tree_flatten_with_path(on_one)[0]
     state_names = _state_names(captured)
     first_state = len(leaves) - len(state_names)

@@ -52,6 +52,8 @@ def train(folder: Path, epochs: int, *options: str) -> list[float]:
         command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
+    text = done.stdout + done.stderr
+    assert ("one step as planned and on one device" in text) == ("--verify" in options)
     return figures(done.stdout)
 
 
@@ -73,7 +75,7 @@ def test_a_pipeline_over_two_processes_resumes_on_one_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "whole").mkdir()
-    two = train(tmp_path, 1, "--plan", "pipeline.json", "--processes", "2")
+    two = train(tmp_path, 1, "--plan", "pipeline.json", "--processes", "2", "--verify")
     monkeypatch.chdir(tmp_path)
     resumed = here(2, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path / "whole")
