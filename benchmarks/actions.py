@@ -11,7 +11,7 @@ of its steps the manager changes the plan, the shares, or goes back to even shar
 processes it also kills one of them, and takes it in again some steps later. Reported: the largest
 difference of a loss from a training that never acts, and of one by another plan that never acts: the
 noise of two plans; with several processes also whether each batch was seen once by the callbacks of
-all.
+all, and whether a `partita.Checkpoint` has saved the last epoch.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from typing import Any
 import keras
 import numpy as np
 
+import partita
 from partita.capture.jax_functions import Captured
 from partita.errors import LostProcessError, PlanError
 from partita.execute import members
@@ -52,6 +53,8 @@ from partita.plans.plan import Mesh, Plan, mesh_for
 
 PLANS = ("data parallel", "ZeRO-1", "tensor parallel", "ZeRO-3")
 BATCH = 48
+BATCHES = 8
+"""Of an epoch."""
 LIMIT = 1e-5
 PROCESSES = 3
 MOST_LOSSES = 5
@@ -85,7 +88,7 @@ def attention() -> tuple[keras.Model, np.ndarray]:
 
 
 def vectors(shape: Sequence[int]) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((BATCH * 8, *shape)).astype("float32")
+    return np.random.default_rng(0).standard_normal((BATCH * BATCHES, *shape)).astype("float32")
 
 
 MODELS: dict[str, Callable[[], tuple[keras.Model, np.ndarray]]] = {
@@ -189,9 +192,11 @@ def plan_for(graph: Any, name: str, count: int) -> Plan:
 
 
 def losses(
-    name: str, plan: str, manager: Manager | None, steps: int, count: int = 4
+    name: str, plan: str, manager: Manager | None, steps: int, folder: Path | None = None
 ) -> list[float]:
-    """The losses of a training on some devices, a step each."""
+    """The losses of a training, a step each: on 4 devices, or, with checkpoints in a folder, on a
+    device of each process."""
+    count = 4 if folder is None else PROCESSES
     keras.utils.set_random_seed(0)
     model, x = MODELS[name]()
     y = np.random.default_rng(1).standard_normal((len(x), 8)).astype("float32")
@@ -213,9 +218,17 @@ def losses(
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             values.append(float(logs["loss"]))
 
-    epochs = -(-steps * BATCH // len(x))
-    model.fit(x, y, BATCH, epochs, verbose=0, shuffle=False, callbacks=[Losses()])
+    callbacks: list[keras.callbacks.Callback] = [Losses()]
+    if folder is not None:
+        callbacks.append(partita.Checkpoint(folder / "kept"))
+    epochs = epochs_of(steps)
+    model.fit(x, y, BATCH, epochs, verbose=0, shuffle=False, callbacks=callbacks)
     return values
+
+
+def epochs_of(steps: int) -> int:
+    """Epochs with at least a number of steps."""
+    return -(-steps // BATCHES)
 
 
 def largest(ours: Sequence[float], theirs: Sequence[float]) -> float:
@@ -237,6 +250,8 @@ def run_in_processes(name: str, seed: int, actions: int) -> tuple[list[float], d
         if done.returncode:
             raise SystemExit(f"{name}, seed {seed}: the run failed:\n{done.stdout}{done.stderr}")
         values = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+        saved = [int(path.name) for path in Path(folder, "kept").iterdir() if path.name.isdigit()]
+    assert max(saved) == epochs_of(3 * actions) - 1, "the last epoch is saved"
     assert len(values) == PROCESSES, "each process ends"
     assert all(value["losses"] == values[0]["losses"] for value in values), "all saw the same"
     most = max(values, key=lambda value: sum(value["counts"].values()))
@@ -247,7 +262,7 @@ def inside(folder: Path, name: str, seed: int, actions: int) -> None:
     """A training of this process with the others."""
     survival = Survival(DecisionLog(lambda line: print(line, file=sys.stderr)))
     manager = RandomActions(seed, actions, survival)
-    values = losses(name, PLANS[0], Managers([survival, manager]), 3 * actions, PROCESSES)
+    values = losses(name, PLANS[0], Managers([survival, manager]), 3 * actions, folder)
     result = {"losses": values, "counts": manager.counts}
     (folder / f"{os.environ['JAX_PROCESS_ID']}.json").write_text(json.dumps(result))
 
