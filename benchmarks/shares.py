@@ -3,6 +3,7 @@
     python benchmarks/shares.py                       # needs root: a quota of the cpu controller
     python benchmarks/shares.py --quota 0.5 --steps 60
     python benchmarks/shares.py --calm 2000           # no event: actions, and CPU time by --manage
+    python benchmarks/shares.py --slow 10000          # a slow process is not taken for a hung one
 
 Two processes train a small network as `partita run --processes 2 --manage=ready --plan dp`, each on a core
 of its own. Process 1 puts itself under a quota (period 10 ms) after some steps, and takes it away
@@ -11,6 +12,9 @@ the change, and after the quota; the decisions. Without --manage the same run sh
 
 With --calm no quota is set; the CPU time of a step with --manage is compared with one without, in
 runs that take turns.
+
+With --slow process 1 stays under the quota for a number of steps, and its work where it is: reported
+are processes that were killed although they did not hang.
 """
 
 from __future__ import annotations
@@ -34,8 +38,11 @@ import jax
 import keras
 import numpy as np
 
+import partita
+
 steps, quota, batch, width = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 group = Path(sys.argv[5])
+slow = int(sys.argv[6]) if len(sys.argv) > 6 else 0
 PERIOD = 10_000
 
 
@@ -58,7 +65,7 @@ class Clock(keras.callbacks.Callback):
         self.is_slow = jax.process_index() == 1 and quota < 1
 
     def on_train_batch_begin(self, batch, logs=None):
-        if self.is_slow and self.count in (steps, 2 * steps):
+        if self.is_slow and self.count in (steps, steps + (slow or steps)):
             limit(quota if self.count == steps else 1)
         self.start = time.perf_counter()
 
@@ -81,9 +88,11 @@ layers = [keras.layers.Dense(2 * width, activation="tanh") for _ in range(2)]
 model = keras.Sequential([keras.Input((width,)), *layers, keras.layers.Dense(10)])
 model.compile(keras.optimizers.SGD(0.02), "mse")
 clock = Clock()
-rounds = 3 if quota < 1 else 1
+if slow:
+    partita.manage(model, shares=False, log="decisions.jsonl")
+count = 2 * steps + (slow or steps) if quota < 1 else steps
 model.fit(
-    x, y, batch_size=batch, epochs=-(-rounds * steps // 16), shuffle=False, verbose=0,
+    x, y, batch_size=batch, epochs=-(-count // 16), shuffle=False, verbose=0,
     callbacks=[clock],
 )
 result = {"seconds": clock.seconds, "losses": clock.losses, "cpu": clock.cpu}
@@ -104,6 +113,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--calm", type=int, default=0, help="steps of a run without an event")
+    parser.add_argument("--slow", type=int, default=0, help="steps under the quota, not moved")
     parser.add_argument("--turns", type=int, default=3, help="runs of each kind with --calm")
     given = parser.parse_args()
     size = [str(given.batch), str(given.width)]
@@ -114,6 +124,8 @@ def main() -> int:
         print("The cpu controller of cgroups is not writable here: run as root, or use --calm.")
         return 1
     try:
+        if given.slow:
+            return slow(given.slow, given.quota, size, group)
         plain, _ = train([str(given.steps), str(given.quota), *size, str(group)], manage=False)
         managed, decisions = train([str(given.steps), str(given.quota), *size, str(group)])
     finally:
@@ -144,6 +156,20 @@ def show(plain: dict[str, Any], managed: dict[str, Any], steps: int, quota: floa
     differences = zip(plain["losses"], managed["losses"], strict=True)
     largest = max(abs(a - b) for a, b in differences)
     print(f"ideal shares: {ideal:.2f} x; largest difference of a loss: {largest:.1e}")
+
+
+def slow(steps: int, quota: float, size: list[str], group: Path) -> int:
+    """Prints the kills in a run with a slow process, and how slow its steps were."""
+    arguments = [str(SETTLED), str(quota), *size, str(group), str(steps)]
+    times, decisions = train(arguments)
+    kills = sum(decision["action"] == "shrink" for decision in decisions)
+    before = statistics.median(times["seconds"][WARM_UP:SETTLED])
+    during = statistics.median(times["seconds"][2 * SETTLED : steps])
+    print(
+        f"{kills} kills in {steps} steps with process 1 at {quota:.0%} of a core: a step took "
+        f"{before * 1e3:.1f} ms, then {during * 1e3:.1f} ms ({during / before:.1f} x)"
+    )
+    return 1 if kills else 0
 
 
 def calm(steps: int, turns: int, size: list[str]) -> int:
