@@ -302,7 +302,10 @@ class StepRunner:
 
     def prepare_plan(self, key: Hashable, plan: Plan) -> None:
         """Compiles a step for another plan of all live devices, beside the training."""
-        compiled = partial(_compiled_step, self._compiled(key), plan, members.devices())
+        step = self._compiled(key)
+        if plan == self.plan:
+            return
+        compiled = partial(_compiled_step, step, plan, members.devices())
         self.table.begin(("plan", key, json.dumps(plan.to_json())), compiled)
 
     def _plan_without_lost(self, plan_for: PlanFor, devices: int) -> Plan:

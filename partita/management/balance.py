@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean, median
 from typing import Any
 
@@ -30,8 +31,14 @@ from partita.management.least_squares import RecursiveLeastSquares
 from partita.management.monitor import SlowProcesses, StepChanges, ThreadClock, ThreadTimes
 from partita.management.policies.rule import Rule
 from partita.management.policies.waiting import Slowdown, WaitingPolicy
-from partita.management.replanning import Proposal, Replanner, Situation
+from partita.management.replanning import (
+    Proposal,
+    Replanner,
+    Situation,
+    plan_for_slow_links,
+)
 from partita.management.shares import MICROBATCHES, relative_seconds, shares_of
+from partita.plans.plan import Plan
 
 FEWEST_STEPS = 5
 """Steps between two exchanges, at least."""
@@ -120,6 +127,8 @@ class Balance:
         """(seconds over the usual ones, rounds ago) of a change of steps that no slow process
         explains."""
         self._replanner = Replanner()
+        self._prepared: Plan | None = None
+        """A plan for slow links that is compiled beside the training."""
         self._compile_seconds = 0.0
         """Of the first process's last compilation."""
         self._now = 0.0
@@ -184,6 +193,7 @@ class Balance:
         self._change = None
         self._changes.restart()
         self._unexplained = None
+        self._prepared = None
         self._next_round = training.step + FEWEST_STEPS
 
     def _prepare(self, training: Training, key: Hashable, where: str = "") -> None:
@@ -220,6 +230,23 @@ class Balance:
             return False
         return not training.has_shares(key)
 
+    def _plan_for_slow_links(self, training: Training, key: Hashable) -> dict[str, Any] | None:
+        """The plan to prepare for slow links, once the first process has found it beside the
+        training; that of the training if none is better. On a CPU the search would slow the
+        training down, whether links do or not."""
+        plan = training.plan
+        is_wanted = self.acts and training.host_is_idle and training.group.is_first
+        if plan is None or self._prepared is not None or not is_wanted:
+            return None
+        search = partial(plan_for_slow_links, training.graph(key), training.machine(), plan)
+        training.table.begin(("search", "links"), search)
+        if not training.table.is_done(("search", "links")):
+            return None
+        try:
+            return training.table.get(("search", "links")).to_json()
+        except PartitaError:
+            return plan.to_json()
+
     # ---------------------------------------------------------------------------------- decisions
 
     def _round(self, training: Training, key: Hashable) -> None:
@@ -236,12 +263,16 @@ class Balance:
             "now": start,
             "compile": training.compile_seconds,
             "shares": self._shares_are_done(training, key),
+            "prepare": self._plan_for_slow_links(training, key),
         }
         own = json.dumps(message)
         self._laps = []
         values = [json.loads(text) for text in training.group.exchanged("balance", own)]
         if all(value["shares"] for value in values):
             self._prepare(training, key, "beside the training")
+        if values[0]["prepare"] is not None:
+            self._prepared = Plan.from_json(values[0]["prepare"])
+            training.prepare_plan(key, self._prepared)
         self._now = values[0]["now"]
         self._compile_seconds = values[0]["compile"]
         steps = min(len(value["laps"]) for value in values)
@@ -372,6 +403,7 @@ class Balance:
             earlier_seconds=self._changes.usual,
             earlier_factor=self._replanner.factor,
             change_seconds=self._compile_seconds,
+            prepared=self._prepared,
         )
         self._replanner.begin(situation)
 

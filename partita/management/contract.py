@@ -142,8 +142,8 @@ class Training(Protocol):
         ...
 
     def prepare_plan(self, key: Hashable, plan: Plan) -> None:
-        """Compiles a step for another plan, beside the training, so that `change` finds it
-        ready."""
+        """Compiles a step for a plan, beside the training, so that `change` finds it ready; nothing
+        for the present plan."""
         ...
 
     def device_processes(self, key: Hashable) -> tuple[int, ...]:

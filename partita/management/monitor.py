@@ -58,7 +58,8 @@ class ThreadTimes(NamedTuple):
 
 
 class ThreadClock:
-    """Reads the times of this process's threads."""
+    """Reads the times of this process's threads: of those that have the caller's priority, and not
+    of those that compile beside the training."""
 
     def __init__(self, tasks: Path = TASKS) -> None:
         self.tasks = tasks
@@ -99,6 +100,8 @@ class ThreadClock:
         for folder in self.tasks.iterdir():
             if folder.name not in self._files:
                 try:
+                    if _gives_way(folder.name):
+                        continue
                     file = os.open(folder / "schedstat", os.O_RDONLY)
                 except OSError:
                     continue
@@ -107,6 +110,11 @@ class ThreadClock:
     def _close(self, name: str) -> None:
         os.close(self._files.pop(name))
         self._last.pop(name, None)
+
+
+def _gives_way(thread: str) -> bool:
+    """Whether a thread has a lower priority than the caller."""
+    return os.getpriority(os.PRIO_PROCESS, int(thread)) > os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def _times(file: int) -> ThreadTimes | None:

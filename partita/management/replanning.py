@@ -35,6 +35,8 @@ LEAST_GAIN = 1.1
 """Predicted gain from which a plan is changed."""
 SLOWEST_LINK = 1e-4
 """Smallest factor of a link's bandwidth that is looked for."""
+LIKELY_FACTOR = 0.2
+"""Part of the bandwidth of the outermost links in the likely state that a plan is prepared for."""
 HALVINGS = 24
 """Halvings of the interval in which a link's factor is looked for."""
 
@@ -55,6 +57,8 @@ class Situation:
     """Of the bandwidth of the outermost links before the change."""
     change_seconds: float
     """Price of another plan: its compilation, mostly."""
+    prepared: Plan | None = None
+    """A plan that is compiled beforehand: a change to it is free."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +114,20 @@ def propose(
     """
     policy = policy or Rule()
     factor = link_factor(situation, costs)
+    machine = _with_links(situation.machine, factor)
     timed = []
-    for plan in _candidates(situation, _with_links(situation.machine, factor)):
+    for plan in _candidates(situation.graph, machine, situation.plan):
         timed.append((_seconds(situation, plan, factor, costs), plan))
     best, plan = min(timed, key=lambda pair: pair[0])
+    change_seconds = situation.change_seconds
+    if situation.prepared is not None:
+        seconds = _seconds(situation, situation.prepared, factor, costs)
+        if seconds < LEAST_GAIN * best:
+            best, plan, change_seconds = seconds, situation.prepared, 0.0
     now = _seconds(situation, situation.plan, factor, costs)
     if now < LEAST_GAIN * best:
         return None
-    slowdown = Slowdown(now, best, situation.change_seconds, ())
+    slowdown = Slowdown(now, best, change_seconds, ())
     level = situation.machine.levels[0].name
     times = situation.step_seconds / situation.earlier_seconds
     speed = f"{times:.1f} x longer" if times > 1 else f"{1 / times:.1f} x shorter"
@@ -125,9 +135,16 @@ def propose(
     return Proposal(plan, reason, now / best, policy.wait(slowdown), factor)
 
 
-def _candidates(situation: Situation, machine: Machine) -> list[Plan]:
+def plan_for_slow_links(graph: OperatorGraph, machine: Machine, plan: Plan) -> Plan:
+    """The best plan for outermost links with LIKELY_FACTOR of their bandwidth, of as many devices
+    as the plan so far."""
+    slow = _with_links(machine, LIKELY_FACTOR)
+    candidates = [plan, *_candidates(graph, slow, plan)]
+    return min(candidates, key=lambda other: predicted(graph, slow, other).seconds)
+
+
+def _candidates(graph: OperatorGraph, machine: Machine, plan: Plan) -> list[Plan]:
     """The plan that a search finds, and expert plans, of as many devices as the plan so far."""
-    graph, plan = situation.graph, situation.plan
     candidates = [find(graph, machine).plan]
     for baseline in BASELINES.values():
         try:

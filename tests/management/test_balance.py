@@ -3,15 +3,18 @@
 import json
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from partita.errors import PlanError
+from partita.management import balance as module
 from partita.management.balance import Balance
 from partita.management.decisions import Decision, DecisionLog
 from partita.management.monitor import ThreadClock, ThreadTimes
 from partita.management.policies.waiting import Slowdown, WaitingPolicy
+from partita.management.program_table import ProgramTable
 from partita.management.shares import relative_seconds
 from partita.plans.plan import Mesh, Plan
 
@@ -70,6 +73,23 @@ class Training:
         self.refusal = refusal
         self.shares: tuple[int, ...] | None = None
         self.is_prepared = False
+        self.is_compiled = False
+        """Whether the program for shares is compiled beside the training."""
+        self.table = ProgramTable()
+        self.host_is_idle = False
+        self.prepared: list[Plan] = []
+
+    def graph(self, key: Hashable) -> str:
+        return "graph"
+
+    def machine(self) -> str:
+        return "machine"
+
+    def prepare_plan(self, key: Hashable, plan: Plan) -> None:
+        self.prepared.append(plan)
+
+    def begin_shares(self, key: Hashable) -> bool:
+        return self.is_compiled
 
     def device_processes(self, key: Hashable) -> tuple[int, ...]:
         return (0, 0, 1, 1)
@@ -105,6 +125,14 @@ def balance(
 ) -> tuple[Balance, list[Decision]]:
     log = Log()
     return Balance(log, acts, ready, Clock(), policy), vars(log)["decisions"]
+
+
+@pytest.fixture(autouse=True)
+def searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search for slow links finds a plan by another name."""
+    monkeypatch.setattr(
+        module, "plan_for_slow_links", lambda graph, machine, plan: replace(plan, name="slow links")
+    )
 
 
 def test_work_moves_away_from_a_slow_process_and_back():
@@ -144,6 +172,32 @@ class Waits(WaitingPolicy):
     def wait(self, slowdown: Slowdown) -> float:
         self.asked.append(slowdown)
         return self.seconds
+
+
+def test_after_a_loss_shares_are_compiled_beside_the_training_and_used_once_all_have_them():
+    training = Training()
+    manager, decisions = balance()
+    training.run(manager, 10)
+    training.is_prepared = False
+    training.group.alive, training.group.stretches = (1, 0), []
+    training.run(manager, 20)
+    assert [decision.action for decision in decisions] == ["prepare"]
+    training.is_compiled = True
+    training.run(manager, 10)
+    assert [decision.action for decision in decisions] == ["prepare", "prepare"]
+    assert decisions[1].sentence.endswith("16 microbatches (compiled beside the training)")
+
+
+def test_a_plan_for_slow_links_is_prepared_once():
+    training = Training()
+    training.host_is_idle = True
+    manager, _ = balance()
+    training.run(manager, 400)
+    assert [plan.name for plan in training.prepared] == ["slow links"]
+    training = Training()
+    manager, _ = balance()
+    training.run(manager, 400)
+    assert training.prepared == []
 
 
 def test_a_program_that_is_not_ready_is_compiled_after_the_wait_of_the_policy():

@@ -1,5 +1,6 @@
 """Plans for links that explain the seconds of a step: laws on a simulated machine."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,14 @@ from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
 from partita.management.plan_costs import CorrectedCosts
 from partita.management.plan_table import in_state
-from partita.management.replanning import Proposal, Replanner, Situation, link_factor, propose
+from partita.management.replanning import (
+    Proposal,
+    Replanner,
+    Situation,
+    link_factor,
+    plan_for_slow_links,
+    propose,
+)
 from partita.management.traces import MachineState
 from partita.plans.baselines import BASELINES
 from partita.plans.plan import Plan
@@ -21,9 +29,14 @@ MACHINE = load("host:4")
 LEVEL = MACHINE.levels[0].name
 
 
+@functools.cache
+def best_plan() -> Plan:
+    return find(GRAPH, MACHINE).plan
+
+
 def slowed(factor: float) -> Situation:
     """The best plan's step, before and after the links have a part of their bandwidth."""
-    plan = find(GRAPH, MACHINE).plan
+    plan = best_plan()
     machine = in_state(MACHINE, MachineState(links=((LEVEL, factor),)), MACHINE.devices)
     earlier = predicted(GRAPH, MACHINE, plan).seconds
     now = predicted(GRAPH, machine, plan).seconds
@@ -55,6 +68,22 @@ def test_no_expert_plan_of_as_many_devices_is_faster_than_the_proposal():
     assert proposal.wait_seconds == pytest.approx(2.0 / lost, rel=0.05)
     assert f"x longer, as with '{LEVEL}' at 2% of its bandwidth" in proposal.reason
     assert Proposal.from_json(proposal.to_json()) == proposal
+
+
+def test_a_plan_that_is_prepared_for_slow_links_is_taken_at_once():
+    situation = slowed(0.1)
+    prepared = plan_for_slow_links(GRAPH, MACHINE, situation.plan)
+    proposal = propose(replace(situation, prepared=prepared), CorrectedCosts())
+    assert proposal is not None and proposal.plan == prepared != situation.plan
+    assert proposal.wait_seconds == 0.0
+    # A plan that is not among the fastest is not taken because it is free.
+    machine = in_state(MACHINE, MachineState(links=((LEVEL, 0.1),)), MACHINE.devices)
+    slow = max(
+        (BASELINES[name](GRAPH, "host", situation.plan.mesh) for name in ("ZeRO-3", "ZeRO-1")),
+        key=lambda plan: predicted(GRAPH, machine, plan).seconds,
+    )
+    proposal = propose(replace(situation, prepared=slow), CorrectedCosts())
+    assert proposal is not None and proposal.plan != slow and proposal.wait_seconds > 0
 
 
 def test_a_link_that_recovers_has_its_bandwidth_again():
