@@ -362,9 +362,13 @@ class Survival:
             devices = training.group.devices_of([other for other in alive if other != process])
             if devices == 0:
                 continue
-            graph, machine = training.graph(key), training.machine(devices)
-            search = partial(self._survivor_plan, graph, plan, machine)
-            training.table.begin(("search", devices), search)
+            known = self._known_plan(plan, devices)
+            if known:
+                training.table.make(("search", devices), lambda known=known: known)
+            else:
+                machine = training.machine(devices)
+                search = partial(_searched_plan, training.graph(key), plan, machine)
+                training.table.begin(("search", devices), search)
             self._searched.add(devices)
 
     def _found(self, training: Training) -> dict[str, str]:
@@ -409,28 +413,33 @@ class Survival:
         def plan_for(graph: OperatorGraph, plan: Plan, devices: int) -> Plan:
             text = ""
             if training.group.is_first:
-                text = self._survivor_plan(graph, plan, training.machine(devices))
+                # A machine with a process that is back is not there before its plan is.
+                known = self._known_plan(plan, devices)
+                text = known or _searched_plan(graph, plan, training.machine(devices))
             text = training.group.exchanged(f"plan for {devices} devices", text)[0]
             self._plans[devices, json.dumps(plan.to_json())] = text
             return _read_plan(text)
 
         return plan_for
 
-    def _survivor_plan(self, graph: OperatorGraph, plan: Plan, machine: Machine) -> str:
-        """The plan for fewer devices, or the reason why there is none, as JSON."""
-        if machine.devices in self._used:
-            return json.dumps(self._used[machine.devices].to_json())
-        known = self._plans.get((machine.devices, json.dumps(plan.to_json())))
-        if known is not None:
-            return known
-        try:
-            return json.dumps(survivor_plan(graph, plan, machine).to_json())
-        except PartitaError as error:
-            return json.dumps({"error": str(error)})
+    def _known_plan(self, plan: Plan, devices: int) -> str:
+        """The plan for a number of devices, as JSON, if it was used or agreed on before; else
+        empty."""
+        if devices in self._used:
+            return json.dumps(self._used[devices].to_json())
+        return self._plans.get((devices, json.dumps(plan.to_json())), "")
 
     def _decide(self, training: Training, decision: Decision) -> None:
         if training.group.is_first:
             self.log.add(decision)
+
+
+def _searched_plan(graph: OperatorGraph, plan: Plan, machine: Machine) -> str:
+    """The plan for fewer devices, or the reason why there is none, as JSON."""
+    try:
+        return json.dumps(survivor_plan(graph, plan, machine).to_json())
+    except PartitaError as error:
+        return json.dumps({"error": str(error)})
 
 
 def _read_plan(text: str) -> Plan:

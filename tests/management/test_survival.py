@@ -226,6 +226,11 @@ def test_snapshots_take_a_bounded_share_of_the_time(monkeypatch: pytest.MonkeyPa
     assert taken == [0, 10, 20, 30, 430, 830]
 
 
+def machine_plan(devices: int) -> Plan:
+    graph = OperatorGraph.load(DATA / "mlp.graph.json")
+    return data_parallel(graph, f"h100:{devices}", mesh_of(machine_of(devices)))
+
+
 def test_plans_for_losses_are_searched_beside_the_training_and_agreed_on() -> None:
     graph = OperatorGraph.load(DATA / "mlp.graph.json")
     training = PlayedTraining()
@@ -250,6 +255,10 @@ def test_plans_for_losses_are_searched_beside_the_training_and_agreed_on() -> No
     train(training, survival, 11)
     # With the first snapshot after the search; no plan is searched twice.
     assert prepared == {10: ["ZeRO-1"]}
+    # The plan of before a loss is known where a process is back: nobody looks at its machine.
+    training.machine = None
+    back = survival._planner(training)(graph, machine_plan(2), 3)  # type: ignore[arg-type]
+    assert back == training.plan
     (devices, before), text = next(iter(survival._plans.items()))
     assert devices == 2 and Plan.from_json(json.loads(before)) == training.plan
     assert Plan.from_json(json.loads(text)).devices == 2
