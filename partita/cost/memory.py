@@ -253,16 +253,19 @@ def _within(
         for index, column in enumerate(columns)
         if column[0] >= 0 and present[index]
     }
-    dropped = drops(values, _recomputable(graph, fused, lifetimes), live, limit_bytes)
+    recomputed = drops(values, _recomputable(graph, fused, lifetimes), live, limit_bytes)
+    dropped = recomputed.drops
     index = np.array([drop.allocation for drop in dropped], np.int64)
     stop = allocations.stop.copy()
+    stop[list(recomputed.stops)] = list(recomputed.stops.values())
+    stop_again = stop[index]
     stop[index] = [drop.last for drop in dropped]
     again = replace(
         allocations,
         home=allocations.home[index],
         nbytes=allocations.nbytes[index],
         start=np.array([drop.next for drop in dropped], np.int64),
-        stop=allocations.stop[index],
+        stop=stop_again,
         kind=np.full(len(index), TEMPORARY),
         tensor=allocations.tensor[index],
     )

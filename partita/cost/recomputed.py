@@ -3,7 +3,8 @@
 XLA:GPU has a limit for the buffers of a program (`Compiler.temporary_limit_bytes`). If a schedule
 exceeds it, HloRematerialization takes kernels other than products and calls, drops their results
 after the forward pass, and runs them once more before their next readers. The values that such a
-kernel reads stay in memory until then.
+kernel reads stay in memory until then; those that would not are stored longer if they are smaller
+than its result, as the bfloat16 input of a normalization in float32.
 """
 
 from __future__ import annotations
@@ -49,12 +50,21 @@ class Drop(NamedTuple):
     """The instruction for which it is computed again."""
 
 
+@dataclass(frozen=True)
+class Recomputation:
+    """The values that are computed again, and those that stay in memory longer for it."""
+
+    drops: tuple[Drop, ...]
+    stops: Mapping[int, int]
+    """Index of an allocation -> its later last instruction."""
+
+
 def drops(
     lifetimes: Mapping[int, Lifetime],
     recomputable: Mapping[int, Recomputable],
     live_bytes: np.ndarray,
     limit_bytes: float,
-) -> list[Drop]:
+) -> Recomputation:
     """The values to drop so that no instruction has more than `limit_bytes` in memory.
 
     `lifetimes` maps the index of an allocation to its value, `live_bytes` are the bytes of all
@@ -65,7 +75,7 @@ def drops(
     while True:
         peak = int(np.argmax(chosen.live_bytes))
         if chosen.live_bytes[peak] <= limit_bytes or not chosen.drop_at(peak, limit_bytes):
-            return list(chosen.by_tensor.values())
+            return Recomputation(tuple(chosen.by_tensor.values()), chosen.stops)
 
 
 class _Dropper:
@@ -77,7 +87,7 @@ class _Dropper:
         recomputable: Mapping[int, Recomputable],
         live_bytes: np.ndarray,
     ) -> None:
-        self.lifetimes = lifetimes
+        self.lifetimes = dict(lifetimes)
         self.recomputable = recomputable
         self.live_bytes = live_bytes
         self.reads = {tensor: list(value.reads) for tensor, value in recomputable.items()}
@@ -86,8 +96,14 @@ class _Dropper:
         """Dropped tensor -> its drop."""
         self.stop: dict[int, int] = defaultdict(int)
         """Tensor -> the last instruction at which it is in memory."""
-        for lifetime in lifetimes.values():
-            self.stop[lifetime.tensor] = max(self.stop[lifetime.tensor], lifetime.stop)
+        self.stops: dict[int, int] = {}
+        """Index of an allocation that is stored longer -> its last instruction."""
+        self.last: dict[int, int] = {}
+        """Tensor -> its allocation with the latest end."""
+        for index, lifetime in lifetimes.items():
+            if lifetime.stop >= self.stop[lifetime.tensor]:
+                self.stop[lifetime.tensor] = lifetime.stop
+                self.last[lifetime.tensor] = index
         self.largest_first = sorted(
             (index for index, value in lifetimes.items() if value.tensor in recomputable),
             key=lambda index: (-lifetimes[index].nbytes, lifetimes[index].start),
@@ -114,11 +130,25 @@ class _Dropper:
             return
         drop = Drop(index, reads[position - 1] if position else lifetime.start, reads[position])
         sources = self.recomputable[tensor].sources
-        if any(self.stop[source] < drop.next for source in sources):
+        ended = [source for source in sources if self.stop[source] < drop.next]
+        if any(source not in self.last for source in ended):
             return
+        if sum(self.lifetimes[self.last[source]].nbytes for source in ended) >= lifetime.nbytes:
+            return
+        for source in ended:
+            self._store_longer(source, drop.next)
         self.by_tensor[tensor] = drop
         self.live_bytes[drop.last + 1 : drop.next] -= lifetime.nbytes
         self._read_sources(tensor, drop.next)
+
+    def _store_longer(self, tensor: int, stop: int) -> None:
+        """Stores a value until an instruction that computes another one from it again."""
+        index = self.last[tensor]
+        lifetime = self.lifetimes[index]
+        self.live_bytes[lifetime.stop + 1 : stop + 1] += lifetime.nbytes
+        self.lifetimes[index] = lifetime._replace(stop=stop)
+        self.stop[tensor] = stop
+        self.stops[index] = stop
 
     def _read_sources(self, tensor: int, time: int) -> None:
         """Keeps the sources of a value in memory at a time at which it is computed again."""

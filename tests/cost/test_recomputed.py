@@ -7,7 +7,7 @@ import numpy as np
 
 from partita.cost.backends import compiler_of
 from partita.cost.memory import memory
-from partita.cost.recomputed import Drop, Lifetime, Recomputable, drops
+from partita.cost.recomputed import Drop, Lifetime, Recomputable, Recomputation, drops
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
 from partita.plans.baselines import BASELINES
@@ -34,24 +34,31 @@ def course(lifetimes):
     return live
 
 
+def dropped(lifetimes, limit_bytes):
+    return drops(lifetimes, RECOMPUTABLE, course(lifetimes), limit_bytes)
+
+
 def test_nothing_is_dropped_within_the_limit():
-    assert drops(LIFETIMES, RECOMPUTABLE, course(LIFETIMES), 29) == []
+    assert dropped(LIFETIMES, 29) == Recomputation((), {})
 
 
 def test_the_largest_value_is_dropped_between_its_readers():
-    assert drops(LIFETIMES, RECOMPUTABLE, course(LIFETIMES), 24) == [Drop(2, 3, 7)]
+    assert dropped(LIFETIMES, 24).drops == (Drop(2, 3, 7),)
 
 
 def test_a_dropped_source_is_back_for_a_value_that_needs_it():
     # The gate, read again at 9, is needed at 7 to compute the output.
-    found = drops(LIFETIMES, RECOMPUTABLE, course(LIFETIMES), 15)
-    assert found == [Drop(2, 3, 7), Drop(1, 2, 7)]
+    assert dropped(LIFETIMES, 15).drops == (Drop(2, 3, 7), Drop(1, 2, 7))
 
 
-def test_a_value_whose_source_is_gone_stays():
+def test_a_value_stays_if_its_source_is_gone_and_larger():
     short = {**LIFETIMES, 0: Lifetime(PRODUCT, 10, 0, 6)}
-    found = drops(short, RECOMPUTABLE, course(short), 0)
-    assert found == []
+    assert dropped(short, 0) == Recomputation((), {})
+
+
+def test_a_smaller_source_is_stored_until_the_value_is_computed_again():
+    short = {**LIFETIMES, 0: Lifetime(PRODUCT, 5, 0, 6)}
+    assert dropped(short, 20) == Recomputation((Drop(2, 3, 7),), {0: 7})
 
 
 def test_a_step_on_a_smaller_gpu_takes_less():
