@@ -20,8 +20,6 @@ import os
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-if "PARTITA_LAUNCHED" not in os.environ:
-    os.environ["JAX_NUM_CPU_DEVICES"] = "4"
 
 import argparse
 import json
@@ -35,6 +33,7 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import keras
 import numpy as np
 
@@ -56,7 +55,7 @@ BATCH = 48
 BATCHES = 8
 """Of an epoch."""
 LIMIT = 1e-5
-PROCESSES = 3
+DEVICES, PROCESSES = 4, 3
 MOST_LOSSES = 5
 """Gloo lets three processes meet six times."""
 RETURN_SECONDS = 300
@@ -245,7 +244,6 @@ def run_in_processes(name: str, seed: int, actions: int) -> tuple[list[float], d
         command += ["--restarts", "50", __file__, "--inside", folder, "--models", name]
         command += ["--seeds", str(seed), "--actions", str(actions)]
         environment = {**os.environ, "PARTITA_SEED": "0"}
-        del environment["JAX_NUM_CPU_DEVICES"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{name}, seed {seed}: the run failed:\n{done.stdout}{done.stderr}")
@@ -281,6 +279,7 @@ def main() -> int:
     if given.inside is not None:
         inside(given.inside, given.models, given.seeds, given.actions)
         return 0
+    jax.config.update("jax_num_cpu_devices", DEVICES)
     worst = 0.0
     steps = 3 * given.actions
     for number, name in enumerate(given.models.split(",")):
