@@ -17,11 +17,12 @@ memory (`simulation.stage_memory`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from partita.plans.borders import least_crossing
 from partita.plans.phases import LIGHT, Class, DataFlow
 from partita.plans.pipeline import (
     Place,
@@ -168,6 +169,8 @@ class _Cutter:
     ) -> None:
         self.flow = flow
         self.nbytes = nbytes
+        self.microbatches = plan.microbatches
+        self.outputs = frozenset(flow.graph.outputs)
         self.is_pipeline = is_pipeline(plan)
         self.place_of_operator = place_of_operator
         self.run_of = rematerialized_runs(flow.graph, plan)
@@ -204,7 +207,59 @@ class _Cutter:
                 self.place = [last if place < 0 else place for place in self.place]
         self._place_argument_readers()
         self._place_own_updates()
+        if self.is_pipeline:
+            self._move_over_borders()
         self._sum_once_per_step()
+
+    def _move_over_borders(self) -> None:
+        """Moves light statements over the borders of stages so that fewest bytes cross, and
+        variables that only they read with them.
+        """
+        places = least_crossing(self.flow, self.classes, self.place, self.nbytes, self.microbatches)
+        if places == self.place:
+            return
+        self.place = places
+        read_at: dict[int, set[int]] = defaultdict(set)
+        for k, statement in enumerate(self.flow.statements):
+            if self.classes[k] in ("forward", "backward"):
+                for t in self._inputs(statement.reads)[0]:
+                    if self.flow.roles.get(t) == "parameter":
+                        read_at[t].add(places[k])
+        moved = {
+            t: stages.pop()
+            for t, stages in read_at.items()
+            if len(stages) == 1 and stages != {self.homes[t]}
+        }
+        self._move_updates(moved)
+        self._place_argument_readers()
+
+    def _move_updates(self, moved: Mapping[int, int]) -> None:
+        """Moves the updates of variables and of their optimizer slots.
+
+        `moved`: variable -> its new place. An instruction whose results only moved updates of one
+        place read goes there too.
+        """
+        flow = self.flow
+        arguments = flow.graph.arguments
+        path_place = {a.path: moved[a.tensor] for a in arguments if a.tensor in moved}
+        target: dict[int | None, int] = {}
+        """New value of a variable or slot -> its place."""
+        for argument in arguments:
+            place = path_place.get(argument.parameter or argument.path)
+            if place is not None:
+                target[argument.result] = place
+        to: dict[int, int] = {}
+        """Moved statement -> its place."""
+        for k in reversed(range(len(flow.statements))) if moved else ():
+            if self.classes[k] != "update":
+                continue
+            makes = flow.statements[k].makes
+            places = {to.get(r, -1) for t in makes for r in flow.readers.get(t, ())}
+            places |= {target.get(t, -1) for t in makes if t in self.outputs}
+            if len(places) == 1 and -1 not in places:
+                to[k] = places.pop()
+        for k, place in to.items():
+            self.place[k] = place
 
     def _place_own_updates(self) -> None:
         """Puts the next value of state that depends on nothing else (a seed) where it is read."""

@@ -20,7 +20,7 @@ from itertools import chain
 import numpy as np
 
 from partita.cost.collectives import Collective, collectives
-from partita.cost.evaluate import PARTS, OperatorCost, compute_source, operator_costs
+from partita.cost.evaluate import PARTS, PHASES, OperatorCost, compute_source, operator_costs
 from partita.cost.memory import KINDS, memory
 from partita.cost.moves import (
     Placement,
@@ -151,35 +151,49 @@ class PipelinedStep(SimulatedStep):
 
     @cached_property
     def transfers(self) -> Mapping[StageEdge, Transfer]:
-        """Transfers from stage to stage for every microbatch: each value once, as its first reader
-        is sharded.
-        """
-        by_tensor: dict[tuple[StageEdge, int], float] = {}
+        """Transfers from stage to stage for every microbatch, each value once."""
+        total = self._crossing_bytes
         sums: dict[StageEdge, float] = defaultdict(float)
         """Seconds in which partial sums are summed before they are sent."""
         for move in self.terms.edges:
             if self._same_stage(move):
                 continue
-            nbytes = move.trips * self._local_bytes(
-                move.nbytes,
-                move.dims[1],
-                move.reader,
-            )
             source = self.stage_of[move.home]
             target = self.stage_of[move.reader]
             edge = StageEdge(source, target, move.phase, move.read_phase)
-            by_tensor[edge, move.tensor] = max(by_tensor.get((edge, move.tensor), 0.0), nbytes)
             home = label_sharding(move.source, self.layout.assignments[move.home])
             sums[edge] += home_sum_seconds(move, self.placement, home)
-        total: dict[StageEdge, float] = defaultdict(float)
-        for (edge, _), nbytes in by_tensor.items():
-            total[edge] += nbytes
         links = group_of(stage_axes(self.plan), self.plan.mesh)
         transfers = {}
         for edge, nbytes in total.items():
             seconds = self.placement.seconds("collective_permute", nbytes, links)
             transfers[edge] = Transfer(sums[edge] + seconds, nbytes)
         return transfers
+
+    @cached_property
+    def _crossing_bytes(self) -> dict[StageEdge, float]:
+        """Bytes of a device that go from piece to piece of different stages.
+
+        A value that both passes of a stage read is sent once, for the forward pass.
+        """
+        total: dict[StageEdge, float] = defaultdict(float)
+        sent: set[tuple[int, int]] = set()
+        """(stage, tensor)."""
+        maker = self.cut.maker()
+        for phase in PHASES:
+            for piece in self.cut.pieces:
+                for t in piece.reads if piece.phase == phase else ():
+                    source = self.cut.pieces[maker[t]] if t in maker else piece
+                    if source.place != piece.place and (piece.place, t) not in sent:
+                        sent.add((piece.place, t))
+                        edge = StageEdge(source.place, piece.place, source.phase, phase)
+                        total[edge] += self._piece_bytes[t]
+        return dict(total)
+
+    @cached_property
+    def _piece_bytes(self) -> list[int]:
+        """[tensor]: bytes of a device for one microbatch."""
+        return shard_bytes(self.graph, self.stage_plan.mesh, self.layout)
 
     @cached_property
     def passes(self) -> list[StagePasses]:
@@ -279,8 +293,7 @@ class PipelinedStep(SimulatedStep):
     @cached_property
     def cut(self) -> Cut:
         """The pieces of the step."""
-        nbytes = shard_bytes(self.graph, self.stage_plan.mesh, self.layout)
-        return cut(DataFlow.of(self.graph), self.plan, nbytes)
+        return cut(DataFlow.of(self.graph), self.plan, self._piece_bytes)
 
     @cached_property
     def memories(self) -> list[StageMemory]:

@@ -216,7 +216,13 @@ class PieceMemories:
         """(bytes of a piece's temporaries, the operator at their peak)."""
         piece = self.cut.pieces[number]
         order = [n for n, other in enumerate(self.cut.pieces) if other.place == piece.place]
-        key = (self.content(piece.place), piece.phase, order.index(number))
+        key = (
+            self.content(piece.place),
+            piece.phase,
+            order.index(number),
+            len(piece.statements),
+            len(piece.reads),
+        )
         if key not in self._cache:
             graph, layout = piece_graph(
                 self.cut.flow, piece, self.layout, self._summed, self._late_statements(piece)

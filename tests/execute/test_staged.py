@@ -21,9 +21,11 @@ from partita.execute.dispatch import TransferAction, changed_meanings, joint_upd
 from partita.execute.program import runnable_step
 from partita.execute.staged import StagedStep, in_pieces
 from partita.execute.staged_verify import check_staged, place_peaks, planned_peaks, transfer_bytes
+from partita.machine import host
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
 from partita.plans.plan import Axis, Mesh, Plan
+from partita.simulation.pipelined import PipelinedStep
 
 FLOOR = 1e-3
 """Differences are relative to the largest value of a variable, and at least to this."""
@@ -42,6 +44,15 @@ def stages_plan(graph, stages: Sequence[int | None], **more) -> Plan:
 def halves(graph) -> list[int]:
     count = len(graph.operators)
     return [int(2 * n >= count) for n in range(count)]
+
+
+def halves_apart(graph, **more) -> Plan:
+    return stages_plan(graph, halves(graph), **more)
+
+
+def first_apart(graph, **more) -> Plan:
+    """The first operator on a stage of its own."""
+    return stages_plan(graph, [int(n > 0) for n in range(len(graph.operators))], **more)
 
 
 def compiled(outputs, inputs, **more) -> keras.Model:
@@ -76,6 +87,15 @@ def towers() -> keras.Model:
         right = layers.Dense(16, activation="tanh", name=f"right{n}")(right)
     outputs = layers.Dense(8, name="head")(layers.Concatenate()([left, right]))
     return compiled(outputs, inputs)
+
+
+def normalized() -> keras.Model:
+    """A residual sum, normalized for two layers."""
+    x = inputs = keras.Input((16,))
+    x = x + layers.Dense(16, activation="relu", name="first")(x)
+    normal = layers.LayerNormalization(name="norm")(x)
+    x = x + layers.Dense(16, name="left")(normal) * layers.Dense(16, name="right")(normal)
+    return compiled(layers.Dense(8, name="out")(x), inputs)
 
 
 def batch(model: keras.Model, count: int = 8):
@@ -120,10 +140,10 @@ def compare(model: keras.Model, plan_of: Callable[..., Plan], steps: int = 2):
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 def test_two_stages_in_four_microbatches_equal_one_device(schedule: str):
-    def plan(graph):
-        return stages_plan(graph, halves(graph), microbatches=4, schedule=schedule)
-
-    step, largest = compare(mlp(), plan)
+    model, plan_of = (mlp, halves_apart) if schedule == "1f1b" else (normalized, first_apart)
+    step, largest = compare(
+        model(), lambda graph: plan_of(graph, microbatches=4, schedule=schedule)
+    )
     assert len(step.cut.pieces) == 6
     assert largest < 1e-5
 
@@ -140,6 +160,23 @@ def test_microbatches_on_one_device_are_gradient_accumulation(target: str, phase
     step, largest = compare(mlp(), plan)
     assert [piece.phase for piece in step.cut.pieces] == phases
     assert largest < 1e-5
+
+
+def test_a_normalization_between_stages_runs_where_one_value_crosses():
+    model = normalized()
+    captured = capture_model(model, batch(model))
+    graph = captured.graph
+    plan = first_apart(graph, microbatches=2)
+    simulated = PipelinedStep.of(graph, host(2, 1 << 30), plan)
+    # Forward the residual sum crosses, backward its gradient: 4 samples of 16 values.
+    assert [(edge.phase, sent.nbytes) for edge, sent in simulated.transfers.items()] == [
+        ("forward", 4 * 16 * 4),
+        ("backward", 4 * 16 * 4),
+    ]
+    of_norm = [a.tensor for a in graph.arguments if "norm" in a.path]
+    assert {simulated.cut.homes[t] for t in of_norm} == {1}
+    iteration = 4
+    assert transfer_bytes(in_pieces(captured, plan)) == 2 * 2 * 4 * 16 * 4 + iteration
 
 
 def test_the_global_norm_splits_one_update_in_two():
