@@ -6,8 +6,8 @@
 A transformer of small layers on two devices of one process: the pieces compute in other threads. A
 step with its transfers is divided by the number of runs of pieces.
 
-With `--plain`, a step in one stage and one microbatch is compared with the jitted step: the
-processor time of all threads, in turns.
+With `--plain`, a plan of one stage and one microbatch is compared with the jitted step: as the one
+program that it is, and cut into pieces all the same. Processor time of all threads, in turns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["XLA_FLAGS"] = (
@@ -31,8 +31,8 @@ from keras import layers
 from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import ModelVariables, capture_model
 from partita.execute.dispatch import RunAction
-from partita.execute.program import runnable_step
-from partita.execute.staged import StagedStep
+from partita.execute.program import RunnableStep, runnable_step
+from partita.execute.staged import StagedStep, staged_step
 from partita.graph.operator_graph import OperatorGraph
 from partita.plans.plan import Mesh, Plan
 
@@ -68,41 +68,49 @@ def in_runs(graph: OperatorGraph, stages: int, microbatches: int) -> Plan:
     )
 
 
-def seconds_per_step(step: Callable[[Any], Any], state: Any, steps: int) -> tuple[float, Any]:
+def seconds_per_step(step: RunnableStep, state: Any, batch: Any, steps: int) -> tuple[float, Any]:
     """(processor time of all threads for a step, the state after all steps)."""
     start = time.process_time()
     for _ in range(steps):
-        state = step(state)
+        _, state = step.step(state, batch)
     jax.block_until_ready(state)
     return (time.process_time() - start) / steps, state
+
+
+class PlainStep(NamedTuple):
+    """The jitted step, with the methods of a planned one."""
+
+    step: Callable[[Any, Any], Any]
+    place_state: Callable[[Any], Any] = jax.device_put
+    place_batch: Callable[[Any], Any] = jax.device_put
 
 
 def compare_with_plain(
     captured: Captured, values: list[np.ndarray], batch: Any, rounds: int, steps: int
 ) -> None:
-    """Prints the processor time of one stage and one microbatch, of the plain step, and the ratio.
+    """Prints the processor time of a step in one stage and one microbatch, of the same step in
+    pieces, and the ratios to the plain step.
 
-    The first round of both compiles.
+    The first round compiles.
     """
-    staged = runnable_step(captured, in_runs(captured.graph, 1, 1))
-    assert isinstance(staged, StagedStep)
+    plan = in_runs(captured.graph, 1, 1)
+    programs: dict[str, Any] = {
+        "plain": PlainStep(jax.jit(captured.text.call, donate_argnums=0)),
+        "one stage": runnable_step(captured, plan),
+        "in pieces": staged_step(captured, plan),
+    }
     state = jax.tree.unflatten(jax.tree.structure(captured.state), values)
-    plain = jax.jit(captured.text.call, donate_argnums=0)
-    plain_state = jax.device_put(state)
-    staged_state = staged.place_state(state)
-    plain_batch, staged_batch = jax.device_put(batch), staged.place_batch(batch)
-    ratios = []
-    for number in range(rounds + 1):
-        ours, staged_state = seconds_per_step(
-            lambda old: staged.step(old, staged_batch)[1], staged_state, steps
-        )
-        theirs, plain_state = seconds_per_step(
-            lambda old: plain(old, plain_batch)[1], plain_state, steps
-        )
-        if number:
-            ratios.append(ours / theirs)
-            print(f"{1e3 * ours:.2f} ms in pieces, {1e3 * theirs:.2f} ms plain", flush=True)
-    print(f"{len(staged.cut.pieces)} pieces, median ratio {np.median(ratios):.3f}")
+    states = {name: step.place_state(state) for name, step in programs.items()}
+    batches = {name: step.place_batch(batch) for name, step in programs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(rounds + 1):
+        for name, step in programs.items():
+            spent, states[name] = seconds_per_step(step, states[name], batches[name], steps)
+            seconds[name].append(spent)
+    plain = np.array(seconds["plain"][1:])
+    for name, spent in seconds.items():
+        ratio = np.median(np.array(spent[1:]) / plain)
+        print(f"{name}: {1e3 * np.median(spent[1:]):.2f} ms, {ratio:.3f} of the plain step")
 
 
 def main() -> None:

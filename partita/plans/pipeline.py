@@ -234,9 +234,10 @@ def is_one_program(plan: Plan) -> bool:
     """Whether a plan runs as one program on all devices.
 
     Plans with placed operators or microbatches run in pieces; for a CPU, plans with
-    rematerialization too, because XLA:CPU would merge the copies with the originals.
+    rematerialization too, because XLA:CPU would merge the copies with the originals. The only slice
+    of an axis is all of it.
     """
-    return not is_pipeline(plan) and not stage_axes(plan)
+    return not is_pipeline(plan) and stage_count(plan) == 1
 
 
 def is_whole_pass(plan: Plan) -> bool:

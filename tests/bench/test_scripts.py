@@ -24,7 +24,7 @@ SMALL = {
     "hand_plans": ["--small"],
     "published": ["--only", "dense layers"],
     "gpu": ["--device", "cpu", "--small", "--parts", "models", "--only", "MLP"],
-    "staged_equality": ["--pairs", "1", "--first", "4"],
+    "staged_equality": ["--nmt", "1"],
     "manage_costs": ["--graphs", "mlp", "--draws", "1", "--plans", "8"],
     "staged_memory": ["--only", "dense"],
     "staged_overhead": ["--blocks", "2", "--rounds", "1", "--steps", "1"],

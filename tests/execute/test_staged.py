@@ -24,6 +24,7 @@ from partita.execute.staged_verify import check_staged, place_peaks, planned_pea
 from partita.machine import host
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
+from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Axis, Mesh, Plan
 from partita.simulation.pipelined import PipelinedStep
 
@@ -177,6 +178,14 @@ def test_a_normalization_between_stages_runs_where_one_value_crosses():
     assert {simulated.cut.homes[t] for t in of_norm} == {1}
     iteration = 4
     assert transfer_bytes(in_pieces(captured, plan)) == 2 * 2 * 4 * 16 * 4 + iteration
+
+
+def test_one_stage_without_microbatches_is_one_program():
+    graph = capture_model(mlp(), batch(mlp())).graph
+    plan = stages_plan(graph, [0] * len(graph.operators))
+    assert is_one_program(plan)
+    assert not is_one_program(replace(plan, microbatches=2))
+    assert not is_one_program(halves_apart(graph))
 
 
 def test_the_global_norm_splits_one_update_in_two():
