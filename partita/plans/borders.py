@@ -52,6 +52,52 @@ def least_crossing(
     return moved
 
 
+def crossing_tensors(flow: DataFlow, ends: Sequence[int]) -> list[list[int]]:
+    """Per end of a stage the tensors that cross it in every microbatch, with fewest bytes.
+
+    `ends`: the last operator before each.
+    """
+    operators = np.array(_operators(flow))
+    nbytes = [tensor.nbytes for tensor in flow.graph.tensors]
+    tensors, first, last = _operators_of_tensors(flow, operators)
+    result = []
+    for end in ends:
+        places = (operators > end).astype(int).tolist()
+        near = tensors[(first <= end) & (end < last)].tolist()
+        border = _Border(flow, flow.classes, places, nbytes, 1, 0)
+        moved = border.places_with_least_crossing(near)
+        for k in border.node:
+            near += [*flow.statements[k].reads, *flow.statements[k].makes]
+        after = _Border(flow, flow.classes, moved, nbytes, 1, 0)
+        result.append([t for t in dict.fromkeys(near) if after.is_sent(t)])
+    return result
+
+
+def _operators(flow: DataFlow) -> list[int]:
+    """[statement]: its operator, or the last one of its operands, or the first one; see
+    `pieces` for the places of a plan.
+    """
+    operators: list[int] = []
+    for k, statement in enumerate(flow.statements):
+        before = [operators[flow.producer[t]] for t in statement.reads if t in flow.producer]
+        operators.append(flow.owner(k) if flow.owner(k) >= 0 else max(before, default=0))
+    return operators
+
+
+def _operators_of_tensors(
+    flow: DataFlow, operators: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tensors, the first operator that computes or reads each, the last one)."""
+    rows = []
+    for t, k in flow.producer.items():
+        if flow.classes[k] in ("forward", "backward"):
+            readers = [r for r in flow.readers.get(t, ()) if flow.classes[r] != "copied"]
+            own = operators[[k, *readers]]
+            rows.append((t, own.min(), own.max()))
+    tensors, first, last = np.array(rows, int).reshape(-1, 3).T
+    return tensors, first, last
+
+
 def _crossing(flow: DataFlow, classes: Sequence[Class], places: Sequence[int]) -> list[int]:
     """The tensors that one stage computes and another one reads."""
     crossing = []
@@ -127,6 +173,14 @@ class _Border:
 
     def _is_later(self, statement: int) -> bool:
         return self.places[statement] > self.stage
+
+    def is_sent(self, tensor: int) -> bool:
+        """Whether a tensor of a pass crosses for another pass, in every microbatch."""
+        source = self._producer(tensor)
+        if source < 0 or self.classes[source] == "update":
+            return False
+        repeated = [r for r in self._readers(tensor) if self.classes[r] != "update"]
+        return any(self._is_later(r) != self._is_later(source) for r in repeated)
 
     def _crosses(self, tensor: int) -> bool:
         is_later = self._is_later(self._producer(tensor))

@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from partita.cost.terms import Move, Terms
-from partita.graph.operator_graph import Label, OperatorGraph
+from partita.cost.terms import Terms
+from partita.graph.operator_graph import Label, OperatorGraph, Phase
+from partita.plans.borders import crossing_tensors
+from partita.plans.phases import DataFlow
 from partita.plans.pipeline import sample_factor
 
 NARROW = 1.2
@@ -50,7 +52,7 @@ class Cuts:
         graph: OperatorGraph,
         terms: Terms,
     ) -> None:
-        self.terms = terms
+        self.graph = graph
         self.values = _forward_values(terms)
         self.ends = _narrow_ends(len(graph.operators), self.values)
 
@@ -66,32 +68,31 @@ class Cuts:
 
     @cached_property
     def forward(self) -> list[list[CutValue]]:
-        """Per cut, the values that the forward pass sends, as their next reader needs them."""
-        return self._sent(forward=True)
+        """Per cut, the values that the forward pass sends."""
+        return self._sent("forward")
 
     @cached_property
     def backward(self) -> list[list[CutValue]]:
-        """Per cut, the values that the backward pass sends, as their next reader needs them."""
-        return self._sent(forward=False)
+        """Per cut, the values that the backward pass sends."""
+        return self._sent("backward")
 
-    def _sent(self, forward: bool) -> list[list[CutValue]]:
-        readers: dict[tuple[int, int], list[CutValue]] = {}
-        for move in self.terms.edges:
-            in_pass = (move.phase == "forward") == forward
-            if not (in_pass and _is_sent(move)):
-                continue
-            _, target = move.dims
-            reader = CutValue(move.reader, target, move.nbytes * move.trips)
-            readers.setdefault((move.tensor, move.home), []).append(reader)
-        crossing: list[list[CutValue]] = [[] for _ in self.ends]
-        for (_, home), values in readers.items():
-            in_order = sorted(values, key=lambda value: value.operator, reverse=not forward)
-            position = home
-            for value in in_order:
-                for cut in self._between(position, value.operator):
-                    crossing[cut].append(value)
-                position = value.operator
-        return crossing
+    @cached_property
+    def _crossing(self) -> list[list[int]]:
+        return crossing_tensors(DataFlow.of(self.graph), self.ends)
+
+    def _sent(self, phase: Phase) -> list[list[CutValue]]:
+        flow = DataFlow.of(self.graph)
+        sent: list[list[CutValue]] = []
+        for tensors in self._crossing:
+            values = []
+            for t in tensors:
+                source = flow.producer[t]
+                operator = self.graph.home[t] if self.graph.home[t] >= 0 else flow.owner(source)
+                if flow.classes[source] == phase and operator >= 0:
+                    nbytes = self.graph.tensors[t].nbytes
+                    values.append(CutValue(operator, self.graph.labels[t], nbytes))
+            sent.append(values)
+        return sent
 
     def _between(
         self,
@@ -102,13 +103,6 @@ class Cuts:
         first = bisect_left(self.ends, min(one, other))
         last = bisect_left(self.ends, max(one, other))
         return range(first, last)
-
-
-def _is_sent(move: Move) -> bool:
-    """Whether a value goes forward to a later operator, or backward to an earlier one."""
-    if move.phase != move.read_phase or move.phase == "update":
-        return False
-    return (move.phase == "forward") == (move.home < move.reader)
 
 
 def _forward_values(terms: Terms) -> list[ForwardValue]:

@@ -67,6 +67,9 @@ FAR = 1.25
 """Slowdown of a number of stages beyond which larger numbers are skipped."""
 CHOICES = 50
 """Choices per operator inside a stage, about: fewer than in a search without stages."""
+NEIGHBOUR = 0.99
+"""Guessed seconds of shapes with half or twice the microbatches of the fastest sketch with as many
+stages, relative to that sketch: they are sketched before it is simulated."""
 NETWORKS = 4
 """Cost networks in memory: shapes with and without rematerialization share theirs."""
 
@@ -170,6 +173,8 @@ class _Queue:
         self.excess: dict[int, dict[int, float]] = {}
         # Axes -> seconds of the fastest sketch.
         self.fastest: dict[int, float] = {}
+        # Axes -> microbatches of that sketch.
+        self.fastest_microbatches: dict[int, int] = {}
 
     def put(self, sketch: Sketch | None) -> None:
         if sketch is None:
@@ -179,8 +184,9 @@ class _Queue:
         shape = sketch.shape
         excess = sketch.seconds / self.space.lower_bound(shape)
         self.excess.setdefault(shape.axes, {}).setdefault(shape.microbatches, excess)
-        fastest = self.fastest.get(shape.axes, math.inf)
-        self.fastest[shape.axes] = min(sketch.seconds, fastest)
+        if sketch.seconds < self.fastest.get(shape.axes, math.inf):
+            self.fastest[shape.axes] = sketch.seconds
+            self.fastest_microbatches[shape.axes] = shape.microbatches
 
     def next(
         self,
@@ -218,6 +224,13 @@ class _Queue:
         fastest = min(self.fastest.values(), default=math.inf)
         return self.fastest.get(axes - 1, 0.0) > FAR * fastest
 
+    def _is_next_to_fastest(self, shape: PipelineShape) -> bool:
+        """Whether the fastest sketch of as many stages has half or twice the microbatches. A power
+        of microbatches says little there: between them memory may demand rematerialization.
+        """
+        fastest = self.fastest_microbatches[shape.axes]
+        return fastest in (2 * shape.microbatches, shape.microbatches, shape.microbatches / 2)
+
     def _guess(self, shape: PipelineShape) -> float:
         """Seconds of a shape before its sketch, about."""
         lower_bound = self.space.lower_bound(shape)
@@ -225,6 +238,8 @@ class _Queue:
         if excess is None:
             return math.inf if self._far(shape.axes) else lower_bound
         microbatches = shape.microbatches
+        if self._is_next_to_fastest(shape):
+            return NEIGHBOUR * self.fastest[shape.axes]
 
         def distance(sketched: int) -> float:
             return abs(math.log(sketched / microbatches))
