@@ -2,8 +2,9 @@
 
 A step over a small random graph runs as `fit` would run it, and on one device over all edges. Loss,
 gradients and changed variables must agree up to rounding. They differ if the network combines
-vertices outside of the aggregations of `graph`: keras's BatchNormalization and Dropout, penalties
-on features, means over rows. The price: two small compilations, once per model and split.
+vertices outside of the aggregations of `graph`: Keras's BatchNormalization and Dropout, penalties
+on features, means over rows. They differ on any number of devices above one, so that one number is
+tested. The price: two small compilations, once per model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import numpy as np
 
 from partita.errors import GraphError
 from partita.gnn.data.graph import Graph
-from partita.gnn.nn.vertices import VertexDropout
+from partita.gnn.nn.rows import is_by_rows
+from partita.gnn.nn.vertices import PairDropout, VertexDropout
 from partita.gnn.prepare import Architecture, PreparationKey, PreparedGraph, Split, prepare
 from partita.gnn.step import StepState, differentiated, on_each_device, state_of
 
@@ -37,6 +39,10 @@ def check_agreement(
     architecture: Architecture,
 ) -> None:
     """GraphError, which names the layer, if a step would not give one device's numbers."""
+    layers = model._flatten_layers()
+    if split.devices > 1 and any(map(_penalizes, layers)):
+        # It divides by the rows of each device, padding included: a small error, but never none.
+        raise GraphError(_refusal(model, split.devices, architecture))
     sample = _sample(graph, split.devices)
     alone = replace(architecture, by_vertex=False)
     expected = _step_values(model, sample, Split(), alone)
@@ -113,6 +119,13 @@ def _differentiated_step(model: Any, aggregations: int, state: StepState, data: 
     return value, gradients, others
 
 
+def is_known_to_agree(model: Any) -> bool:
+    """Whether a model is of this package, with no layer that may combine vertices by itself."""
+    if not type(model).__module__.startswith("partita."):
+        return False
+    return all(map(is_by_rows, model._flatten_layers(include_self=False)))
+
+
 def _refusal(model: Any, devices: int, architecture: Architecture) -> str:
     name = type(model).__name__
     suspects = [text for text in map(_suspicion, model._flatten_layers()) if text]
@@ -133,6 +146,11 @@ ADVICE = (
 )
 
 
+def _penalizes(layer: Any) -> bool:
+    """Whether Keras penalizes a layer's result."""
+    return getattr(layer, "activity_regularizer", None) is not None
+
+
 def _suspicion(layer: Any) -> str | None:
     """Why a layer's numbers depend on the devices, and its replacement; None if they do not."""
     title = f"{type(layer).__name__} {layer.name!r}"
@@ -140,11 +158,12 @@ def _suspicion(layer: Any) -> str | None:
         return (
             f"{title} averages over the vertices of each device. Use gnn.VertexBatchNormalization"
         )
-    if getattr(layer, "activity_regularizer", None) is not None:
+    if _penalizes(layer):
         return (
             f"{title} penalizes the rows of each device. Use "
             "self.add_loss(graph.vertex_sum(penalties)) in the model's call"
         )
-    if getattr(layer, "seed_generator", None) is not None and not isinstance(layer, VertexDropout):
+    by_vertex = isinstance(layer, (VertexDropout, PairDropout))
+    if getattr(layer, "seed_generator", None) is not None and not by_vertex:
         return f"{title} draws random numbers on each device. Use gnn.VertexDropout"
     return None

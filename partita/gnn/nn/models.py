@@ -18,6 +18,7 @@ from partita.gnn.nn.attention import GATConv, GATv2Conv
 from partita.gnn.nn.block import READOUTS, Block, as_block
 from partita.gnn.nn.isomorphism import GINConv
 from partita.gnn.nn.layers import PACKAGE, GatedGraphConv
+from partita.gnn.nn.rows import is_by_rows
 from partita.gnn.nn.stages import (
     FirstColumns,
     JumpStage,
@@ -119,7 +120,8 @@ class GraphModel(FullGraphTraining, keras.Model):
         self.norms = []
         self.leave: Any = None
         self._make_layers()
-        if self.norm == "batch" or self.readout is not None:
+        inner = self._flatten_layers(include_self=False)
+        if self.readout is not None or any(map(reads_all_rows, inner)):
             # these need the rows of all vertices, not only of those near training
             self.by_vertex = False
         if self.links:
@@ -231,6 +233,11 @@ class GraphModel(FullGraphTraining, keras.Model):
             "links": self.links,
             "layer_options": dict(self.layer_options),
         }
+
+
+def reads_all_rows(layer: Any) -> bool:
+    """Whether a layer, or its penalty, reads the rows of all vertices outside of aggregations."""
+    return isinstance(layer, VertexBatchNormalization) or not is_by_rows(layer)
 
 
 def layer_widths(

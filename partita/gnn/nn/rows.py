@@ -61,6 +61,13 @@ def apply_layers(layers: Sequence[Any], x: Any, graph: Any, training: bool) -> A
     return x
 
 
+def is_by_rows(layer: Any) -> bool:
+    """Whether a layer combines the rows of vertices by the block's aggregations alone."""
+    ours = type(layer).__module__.startswith("partita.")
+    penalizes = getattr(layer, "activity_regularizer", None) is not None
+    return (ours or type(layer) in BY_ROWS) and not penalizes
+
+
 def are_by_rows(layers: Sequence[Any]) -> bool:
     """Whether no layer mixes the rows of vertices."""
     return all(type(layer) in BY_ROWS for layer in layers)

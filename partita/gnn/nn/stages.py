@@ -41,8 +41,8 @@ class LayerStage:
     def pieces(self, width: int, training: bool) -> Sequence[BlockPiece] | None:
         """The stage on rows of `width` features, in pieces; None if it cannot be cut.
 
-        Reasons: a layer with a `call` of its own, an activation that is no function of Keras, or
-        numbers other than float32.
+        Reasons: a layer with a `call` of its own, an activation that is no function of Keras,
+        numbers other than float32, or a penalty of the layer's result.
         """
         pieces = self._layer_pieces(width, training)
         if pieces is None or self.dropout is None:
@@ -54,7 +54,7 @@ class LayerStage:
         activation = layer.activation
         if not inspect.isfunction(activation) or not activation.__module__.startswith("keras."):
             return None
-        if layer.compute_dtype != "float32":
+        if layer.compute_dtype != "float32" or layer.activity_regularizer is not None:
             return None
         if type(layer) is keras.layers.Dense:
             return [by_rows("x", "y", layer)]

@@ -27,7 +27,10 @@ from partita.gnn.step import StepState, build_metrics
 class StagePiece:
     """A piece with the names of tables of the whole model.
 
-    `used`: numbers of the trainable variables that it reads.
+    stage       number of the stage
+    used        numbers of the trainable variables that it reads
+    changed     numbers of the other variables that it changes
+    penalizes   whether it adds to the loss
 
     Tables are "x0", the features, to "xn", the output, after the stages, and "name.i" inside stage
     i.
@@ -36,13 +39,16 @@ class StagePiece:
     stage: int
     piece: BlockPiece
     used: tuple[int, ...]
+    changed: tuple[int, ...]
+    penalizes: bool
 
 
 @dataclass(frozen=True)
 class PieceGroup:
     """Pieces that are one operator.
 
-    `used`: numbers of the trainable variables that it reads.
+    used        numbers of the trainable variables that it reads
+    penalizes   whether a layer of it adds to the loss, as by `add_loss`
     """
 
     by: str
@@ -50,11 +56,12 @@ class PieceGroup:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     used: tuple[int, ...]
+    penalizes: bool = False
 
     @property
     def linear(self) -> bool:
         """Whether the gradient does not depend on the values of the tables."""
-        return all(piece.linear for piece in self.pieces)
+        return not self.penalizes and all(piece.linear for piece in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -85,11 +92,11 @@ def run_group(
     graph: Any,
     column: Any,
     tables: dict[str, Any],
-) -> tuple[list[Any], dict[int, Any]]:
-    """(tables written, other variables that changed by their number).
+) -> tuple[list[Any], dict[int, Any], list[Any]]:
+    """(tables written, other variables that changed by their number, penalties).
 
     `variables`: (trainable, others), from which each piece begins; `column`: the number of the
-    first column.
+    first column. Penalties are those that layers add to the loss, scalars.
     """
     trainable, others = variables
     values = [
@@ -98,16 +105,18 @@ def run_group(
     ]
     tables = dict(tables)
     changed: dict[int, Any] = {}
+    penalties: list[Any] = []
     for piece in group.pieces:
-        with keras.StatelessScope(state_mapping=values) as scope:
+        with keras.StatelessScope(state_mapping=values, collect_losses=True) as scope:
             before = [scope.get_current_value(v) for v in model.non_trainable_variables]
             results = piece.function(graph, column, *(tables[name] for name in piece.reads))
         tables.update(zip(piece.writes, results, strict=True))
+        penalties += scope.losses
         for k, variable in enumerate(model.non_trainable_variables):
             value = scope.get_current_value(variable)
             if value is not before[k]:
                 changed[k] = value
-    return [tables[name] for name in group.writes], changed
+    return [tables[name] for name in group.writes], changed, penalties
 
 
 def grouped_model(
@@ -126,38 +135,69 @@ def grouped_model(
     stages = stages_of(model)
     shapes: dict[str, Any] = {"x0": jax.ShapeDtypeStruct(features, jnp.float32)}
     stage_pieces: list[StagePiece] = []
-    owners: dict[int, int] = {}
+    trace = partial(_traced, model, data, state)
     for i, stage in enumerate(stages):
         width = shapes[f"x{i}"].shape[-1]
-        for piece in _pieces(
+        pieces = _pieces(
             stage,
             width,
             training,
             is_last=i == len(stages) - 1,
-        ):
-            named = replace(
-                piece,
-                reads=tuple(_table_name(i, name) for name in piece.reads),
-                writes=tuple(_table_name(i, name) for name in piece.writes),
-            )
-            written, changed, used = _traced(
-                model,
-                named,
-                data,
-                state,
-                shapes,
-            )
-            shapes |= zip(named.writes, written, strict=True)
-            stage_pieces.append(StagePiece(i, named, used))
-            for k in changed:
-                if owners.setdefault(k, i) != i:
-                    path = model.non_trainable_variables[k].path
-                    raise GraphError(
-                        f"Stages {owners[k]} and {i} both change {path}, and a memory plan runs "
-                        "stages by themselves: give each stage layers of its own, or remove memory."
-                    )
+        )
+        members, shapes_after = _members(trace, i, pieces, shapes)
+        if any(member.penalizes and member.piece.by != "whole" for member in members):
+            # A penalty may be of all rows together, such as a mean.
+            pieces = [_whole_piece(stage, training)]
+            members, shapes_after = _members(trace, i, pieces, shapes)
+        stage_pieces += members
+        shapes = shapes_after
+    _check_owners(model, stage_pieces)
     jax.eval_shape(partial(build_metrics, model), data, shapes[f"x{len(stages)}"])
     return GroupedModel(_grouped(stage_pieces), shapes)
+
+
+def _members(
+    trace: Any,
+    stage: int,
+    pieces: Sequence[BlockPiece],
+    shapes: dict[str, Any],
+) -> tuple[list[StagePiece], dict[str, Any]]:
+    """(pieces of a stage with the model's names, shapes of all tables so far)."""
+    shapes = dict(shapes)
+    members = []
+    for piece in pieces:
+        named = replace(
+            piece,
+            reads=tuple(_table_name(stage, name) for name in piece.reads),
+            writes=tuple(_table_name(stage, name) for name in piece.writes),
+        )
+        written, changed, used, penalizes = trace(named, shapes)
+        shapes |= zip(named.writes, written, strict=True)
+        members.append(StagePiece(stage, named, used, changed, penalizes))
+    return members, shapes
+
+
+def _check_owners(model: Any, stage_pieces: Sequence[StagePiece]) -> None:
+    """GraphError if two stages change one variable."""
+    owners: dict[int, int] = {}
+    for member in stage_pieces:
+        for k in member.changed:
+            owner = owners.setdefault(k, member.stage)
+            if owner != member.stage:
+                path = model.non_trainable_variables[k].path
+                raise GraphError(
+                    f"Stages {owner} and {member.stage} both change {path}, and a memory plan runs "
+                    "stages by themselves: give each stage layers of its own, or remove memory."
+                )
+
+
+def _whole_piece(stage: Any, training: bool) -> BlockPiece:
+    """A stage as one piece on all vertices."""
+
+    def whole(graph: Any, column: Any, x: Any) -> tuple[Any]:
+        return (stage(x, graph, training),)
+
+    return BlockPiece("whole", ("x",), ("y",), whole)
 
 
 def _pieces(
@@ -172,18 +212,7 @@ def _pieces(
     """
     pieces = stage.pieces(width, training) if hasattr(stage, "pieces") else None
     if pieces is None:
-
-        def whole(graph: Any, column: Any, x: Any) -> tuple[Any]:
-            return (stage(x, graph, training),)
-
-        pieces = [
-            BlockPiece(
-                "whole",
-                ("x",),
-                ("y",),
-                whole,
-            )
-        ]
+        return [_whole_piece(stage, training)]
     if not is_last or pieces[-1].by != "columns":
         return pieces
     renamed = []
@@ -202,12 +231,12 @@ def _table_name(stage: int, name: str) -> str:
 
 def _traced(
     model: Any,
-    piece: BlockPiece,
     data: GraphData,
     state: StepState,
+    piece: BlockPiece,
     shapes: dict[str, Any],
-) -> tuple[list[Any], list[int], tuple[int, ...]]:
-    """(shapes of tables written, numbers of other variables that change, those used) of a piece."""
+) -> tuple[list[Any], tuple[int, ...], tuple[int, ...], bool]:
+    """(shapes of tables written, numbers of other variables that change, those used, penalizes)."""
     alone = PieceGroup(
         piece.by,
         (piece,),
@@ -235,7 +264,7 @@ def _traced(
     tables = [shapes[name] for name in piece.reads]
     axes = [(AXIS, data.block.parts)]
     trace = jax.make_jaxpr(run, axis_env=axes, return_shape=True)
-    program, (written, changed) = trace(
+    program, (written, changed, penalties) = trace(
         state.trainable,
         state.others,
         data.block,
@@ -246,7 +275,7 @@ def _traced(
         read |= {id(variable) for variable in equation.invars}
     numbers = range(len(state.trainable))
     used = tuple(k for k in numbers if id(program.jaxpr.invars[k]) in read)
-    return written, list(changed), used
+    return written, tuple(changed), used, bool(penalties)
 
 
 def _grouped(stage_pieces: Sequence[StagePiece]) -> tuple[PieceGroup, ...]:
@@ -281,4 +310,5 @@ def _group(members: Sequence[StagePiece], later: set[str]) -> PieceGroup:
         reads=tuple(dict.fromkeys(outer)),
         writes=tuple(name for name in inner if name in later),
         used=tuple(sorted(used)),
+        penalizes=any(member.penalizes for member in members),
     )

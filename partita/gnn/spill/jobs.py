@@ -3,6 +3,7 @@
 A training step runs every group forward, then the last one in both directions with the loss between
 ("turn"), then the others backward. A backward job computes its group again by itself. An evaluation
 or prediction runs forward only. Values that add up from job to job are in a `Carry`.
+Penalties of layers count in the one job that no plan runs again: in training, the backward one.
 """
 
 from __future__ import annotations
@@ -45,8 +46,10 @@ class Carry:
         """With other values of variables, by number."""
         return replace(self, others=[changed.get(k, v) for k, v in enumerate(self.others)])
 
-    def with_loss(self, loss: Any, counts: list[Any]) -> Carry:
-        """With more loss and more counts."""
+    def with_loss(self, loss: Any, counts: Sequence[Any] | None = None) -> Carry:
+        """With more loss, and more counts if given."""
+        if counts is None:
+            return replace(self, loss=self.loss + loss)
         sums = [a + b for a, b in zip(self.counts, counts, strict=True)]
         return replace(self, loss=self.loss + loss, counts=sums)
 
@@ -141,11 +144,12 @@ class Backward:
 def jobs_of(model: Any, grouped: GroupedModel, kind: str) -> Iterator[Job]:
     """The jobs of a step of this kind, in order."""
     last = len(grouped.groups) - 1
+    forward = _forward_once if kind == "evaluate" else _forward
     for i, group in enumerate(grouped.groups[:-1]):
         yield Job(
             "forward",
             i,
-            partial(_forward, model, group),
+            partial(forward, model, group),
             _same(group.reads),
             _same(group.writes),
         )
@@ -195,7 +199,7 @@ def _learning_jobs(model: Any, groups: Sequence[PieceGroup]) -> Iterator[Job]:
         sums = [(name, gradients[name]) for name in targets if name in gradients]
         for name in targets:
             gradients[name] = gradients[name] + "+" if name in gradients else f"d{name}"
-        if not targets and not group.used:
+        if not targets and not group.used and not group.penalizes:
             continue
         backward = Backward(
             group,
@@ -213,10 +217,13 @@ def _learning_jobs(model: Any, groups: Sequence[PieceGroup]) -> Iterator[Job]:
 
 
 def _differentiated(groups: Sequence[PieceGroup]) -> set[str]:
-    """Tables that depend on trainable variables, and so have a gradient."""
+    """Tables that depend on trainable variables, and so have a gradient.
+
+    A group with a penalty alone has a backward job too, which counts the penalty.
+    """
     tables: set[str] = set()
     for group in groups:
-        if group.used or tables & set(group.reads):
+        if group.used or group.penalizes or tables & set(group.reads):
             tables |= set(group.writes)
     return tables
 
@@ -236,7 +243,7 @@ def _forward(
 ) -> Any:
     """(carry, tables written)."""
     named = dict(zip(group.reads, tables, strict=True))
-    written, changed = _run(
+    written, changed, _ = _run(
         model,
         group,
         inputs,
@@ -244,6 +251,24 @@ def _forward(
         named,
     )
     return inputs.carry.with_others(changed), written
+
+
+def _forward_once(
+    model: Any,
+    group: PieceGroup,
+    inputs: JobInputs,
+    tables: tuple[Any, ...],
+) -> Any:
+    """(carry with penalties, tables written), of an evaluation."""
+    named = dict(zip(group.reads, tables, strict=True))
+    written, _, penalties = _run(
+        model,
+        group,
+        inputs,
+        inputs.trainable,
+        named,
+    )
+    return inputs.carry.with_loss(_penalty_share(penalties, inputs)), written
 
 
 def _predict(
@@ -254,7 +279,7 @@ def _predict(
 ) -> Any:
     """(carry, rows of the model's output)."""
     named = dict(zip(group.reads, tables, strict=True))
-    rows, _ = _run(
+    rows, _, _ = _run(
         model,
         group,
         inputs,
@@ -272,7 +297,7 @@ def _evaluate(
 ) -> Any:
     """(carry with loss and metrics, no tables)."""
     named = dict(zip(group.reads, tables, strict=True))
-    (rows,), _ = _run(
+    (rows,), _, penalties = _run(
         model,
         group,
         inputs,
@@ -280,7 +305,7 @@ def _evaluate(
         named,
     )
     part = _part(group, inputs)
-    loss = _loss_share(
+    loss = _penalty_share(penalties, inputs) + _loss_share(
         model,
         rows,
         part,
@@ -302,19 +327,20 @@ def _turn(
 
     def loss(weights: Any, target_tables: dict[str, Any]) -> Any:
         trainable = _replaced(inputs.trainable, group.used, weights)
-        (rows,), changed = _run(
+        (rows,), changed, penalties = _run(
             model,
             group,
             inputs,
             trainable,
             named | target_tables,
         )
-        return _loss_share(
+        value = _penalty_share(penalties, inputs) + _loss_share(
             model,
             rows,
             part,
             inputs.data,
-        ), (rows, changed)
+        )
+        return value, (rows, changed)
 
     weights = [inputs.trainable[k] for k in group.used]
     target_tables = {name: named[name] for name in targets}
@@ -348,23 +374,30 @@ def _backward(
 
     def run(weights: Any, target_tables: dict[str, Any]) -> Any:
         trainable = _replaced(inputs.trainable, group.used, weights)
-        return _run(
+        written, _, penalties = _run(
             model,
             group,
             inputs,
             trainable,
             named | target_tables,
-        )[0]
+        )
+        return written, _penalty_share(penalties, inputs)
 
     weights = [inputs.trainable[k] for k in group.used]
     target_tables = {name: named[name] for name in backward.targets}
-    _, pull_back = jax.vjp(run, weights, target_tables)
-    of_weights, of_tables = pull_back(above)
+    (_, penalty), pull_back = jax.vjp(run, weights, target_tables)
+    of_weights, of_tables = pull_back((above, jnp.ones_like(penalty)))
     gradients = []
     for name in backward.targets:
         gradient = of_tables[name]
         gradients.append(gradient + before[name] if name in before else gradient)
-    return inputs.carry.with_gradients(group.used, of_weights), gradients
+    carry = inputs.carry.with_loss(penalty)
+    return carry.with_gradients(group.used, of_weights), gradients
+
+
+def _penalty_share(penalties: Sequence[Any], inputs: JobInputs) -> Any:
+    """A device's share of penalties, whose sum over the devices is the penalty."""
+    return sum(penalties, start=jnp.zeros(())) / inputs.data.block.parts
 
 
 def _run(
