@@ -82,8 +82,8 @@ class Experts(layers.Layer):
     Positions are dealt to experts in order, as by a router without collisions.
     """
 
-    def __init__(self, experts: int, hidden: int, **named: object) -> None:
-        super().__init__(**named)
+    def __init__(self, experts: int, hidden: int, name: str) -> None:
+        super().__init__(name=name)
         self.experts = experts
         self.hidden = hidden
 
