@@ -21,7 +21,7 @@ import numpy as np
 from partita.errors import GraphError
 from partita.gnn.data.graph import Graph
 from partita.gnn.nn.rows import is_by_rows
-from partita.gnn.nn.vertices import PairDropout, VertexDropout
+from partita.gnn.nn.vertices import SeededDropout
 from partita.gnn.prepare import Architecture, PreparationKey, PreparedGraph, Split, prepare
 from partita.gnn.step import StepState, differentiated, on_each_device, state_of
 
@@ -163,7 +163,7 @@ def _suspicion(layer: Any) -> str | None:
             f"{title} penalizes the rows of each device. Use "
             "self.add_loss(graph.vertex_sum(penalties)) in the model's call"
         )
-    by_vertex = isinstance(layer, (VertexDropout, PairDropout))
+    by_vertex = isinstance(layer, SeededDropout)
     if getattr(layer, "seed_generator", None) is not None and not by_vertex:
         return f"{title} draws random numbers on each device. Use gnn.VertexDropout"
     return None

@@ -20,7 +20,7 @@ SMALL = {
     "damaged_files": ["--files", "64", "--writes", "8"],
     "equality": ["--layers", "--models", "1", "--plans", "1", "--first", "4", "--rematerialize"],
     "gnn_exact": ["--parts", "2", "--partitioners", "edges", "--models", "gcn"],
-    "gnn_memory": ["--models", "gcn", "--scale", "8", "--epochs", "3"],
+    "gnn_memory": ["--models", "gcn", "--scale", "8", "--epochs", "3", "--layers", "2"],
     "hand_plans": ["--small"],
     "published": ["--only", "dense layers"],
     "gpu": ["--device", "cpu", "--small", "--parts", "models", "--only", "MLP"],

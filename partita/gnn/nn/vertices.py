@@ -13,26 +13,57 @@ from partita.gnn.nn.block import Block
 from partita.gnn.nn.layers import PACKAGE
 
 
-@keras.saving.register_keras_serializable(PACKAGE)
-class VertexDropout(keras.layers.Layer):
-    """Dropout whose pattern depends on the vertex and not on the device.
+class SeededDropout(keras.layers.Layer):
+    """Dropout with a seed that is saved, so that loaded training continues.
 
-    The numbers are the same however a graph is split.
+    Keras's own Dropout forgets its seed. Without a rate there is none.
     """
 
     def __init__(self, rate: float, **options: Any) -> None:
         super().__init__(**options)
         self.rate = rate
-        self.seed_generator = keras.random.SeedGenerator()
+        self.seed_generator = keras.random.SeedGenerator() if self.draws() else None
         self.built = True
+
+    def draws(self) -> bool:
+        """Whether the layer has a seed."""
+        return self.rate > 0
+
+    def next_seed(self) -> Any:
+        """uint32 [2]: the next seed."""
+        assert self.seed_generator is not None
+        return jnp.asarray(self.seed_generator.next()).astype(jnp.uint32)
+
+    def save_own_variables(self, store: Any) -> None:
+        if self.seed_generator is not None:
+            store["seed"] = np.asarray(self.seed_generator.state.value)
+
+    def load_own_variables(self, store: Any) -> None:
+        if self.seed_generator is not None:
+            self.seed_generator.state.assign(np.asarray(store["seed"]))
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "rate": self.rate}
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class VertexDropout(SeededDropout):
+    """Dropout whose pattern depends on the vertex and not on the device.
+
+    The numbers are the same however a graph is split.
+    """
+
+    def draws(self) -> bool:
+        return True
 
     def call(self, x: Any, graph: Block, training: bool = False, column: Any = 0) -> Any:
         """x [rows, columns] after dropout; `column` is the number of its first column."""
         if not training or not self.rate:
             return x
-        seed = jnp.asarray(self.seed_generator.next()).astype(jnp.uint32)
+        seed = self.next_seed()
         vertex = graph.vertex
         if vertex is None:
+            # a memory plan gives some rows of the block
             vertex = graph.first[0] + jnp.arange(x.shape[0], dtype=jnp.int32)
         first_column = jnp.asarray(column).astype(jnp.uint32)
         columns = jnp.arange(x.shape[1], dtype=jnp.uint32) + first_column
@@ -44,29 +75,13 @@ class VertexDropout(keras.layers.Layer):
     def compute_output_shape(self, input_shape: Any, *_: Any) -> Any:
         return input_shape
 
-    def save_own_variables(self, store: Any) -> None:
-        """Saves the seed, which Keras's own Dropout forgets: loaded training continues."""
-        store["seed"] = np.asarray(self.seed_generator.state.value)
-
-    def load_own_variables(self, store: Any) -> None:
-        self.seed_generator.state.assign(np.asarray(store["seed"]))
-
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "rate": self.rate}
-
 
 @keras.saving.register_keras_serializable(PACKAGE)
-class PairDropout(keras.layers.Layer):
+class PairDropout(SeededDropout):
     """Dropout of values per edge and head, whose pattern depends on the numbers of both vertices.
 
     The numbers are the same however a graph is split.
     """
-
-    def __init__(self, rate: float, **options: Any) -> None:
-        super().__init__(**options)
-        self.rate = rate
-        self.seed_generator = keras.random.SeedGenerator() if rate else None
-        self.built = True
 
     def pattern(self, training: bool, first_head: Any) -> Callable[[Any, Any, Any], Any]:
         """A function of values [n, heads] and of both vertices, int32 [n], with one seed.
@@ -75,7 +90,7 @@ class PairDropout(keras.layers.Layer):
         """
         if self.seed_generator is None or not training:
             return lambda values, source, target: values
-        seed = jnp.asarray(self.seed_generator.next()).astype(jnp.uint32)
+        seed = self.next_seed()
 
         def dropped(values: Any, source: Any, target: Any) -> Any:
             source_bits = _mix(source.astype(jnp.uint32) ^ seed[0])
@@ -86,18 +101,6 @@ class PairDropout(keras.layers.Layer):
             return jnp.where(stays, values / (1 - self.rate), 0)
 
         return dropped
-
-    def save_own_variables(self, store: Any) -> None:
-        """Saves the seed, so that loaded training continues."""
-        if self.seed_generator is not None:
-            store["seed"] = np.asarray(self.seed_generator.state.value)
-
-    def load_own_variables(self, store: Any) -> None:
-        if self.seed_generator is not None:
-            self.seed_generator.state.assign(np.asarray(store["seed"]))
-
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "rate": self.rate}
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

@@ -74,24 +74,14 @@ def first_carry(model: Any, parts: int, trainable: Any, others: Any) -> Carry:
 
     value, gradients = jax.value_and_grad(penalty)(trainable)
     copies = [jnp.array(v, copy=True) for v in others]
-    return Carry(
-        copies,
-        gradients,
-        value,
-        zero_counts(model),
-    )
+    return Carry(copies, gradients, value, zero_counts(model))
 
 
 def last_carry(carry: Carry, data: GraphData) -> Carry:
     """The carry at the end of a step: the sums of all devices."""
     sums = (carry.total, carry.loss, carry.counts)
     total, loss, counts = sum_over_devices(sums, data)
-    return Carry(
-        carry.others,
-        total,
-        loss,
-        counts,
-    )
+    return Carry(carry.others, total, loss, counts)
 
 
 @dataclass(frozen=True)
@@ -143,35 +133,19 @@ class Backward:
 
 def jobs_of(model: Any, grouped: GroupedModel, kind: str) -> Iterator[Job]:
     """The jobs of a step of this kind, in order."""
-    last = len(grouped.groups) - 1
-    forward = _forward_once if kind == "evaluate" else _forward
-    for i, group in enumerate(grouped.groups[:-1]):
-        yield Job(
-            "forward",
-            i,
-            partial(forward, model, group),
-            _same(group.reads),
-            _same(group.writes),
-        )
-    end = grouped.groups[last]
-    if kind == "evaluate":
-        yield Job(
-            kind,
-            last,
-            partial(_evaluate, model, end),
-            _same(end.reads),
-            [],
-        )
-    elif kind == "predict":
-        yield Job(
-            kind,
-            last,
-            partial(_predict, model, end),
-            _same(end.reads),
-            [],
-        )
-    else:
+    *inner, end = grouped.groups
+    counts_penalties = kind == "evaluate"
+    for i, group in enumerate(inner):
+        function = partial(_forward, model, group, counts_penalties)
+        yield Job("forward", i, function, _same(group.reads), _same(group.writes))
+    if kind == "train":
         yield from _learning_jobs(model, grouped.groups)
+        return
+    if kind == "evaluate":
+        function = partial(_evaluate, model, end)
+    else:
+        function = partial(_forward, model, end, counts_penalties)
+    yield Job(kind, len(inner), function, _same(end.reads), [])
 
 
 def _learning_jobs(model: Any, groups: Sequence[PieceGroup]) -> Iterator[Job]:
@@ -201,12 +175,7 @@ def _learning_jobs(model: Any, groups: Sequence[PieceGroup]) -> Iterator[Job]:
             gradients[name] = gradients[name] + "+" if name in gradients else f"d{name}"
         if not targets and not group.used and not group.penalizes:
             continue
-        backward = Backward(
-            group,
-            targets,
-            reads,
-            [name for name, _ in sums],
-        )
+        backward = Backward(group, targets, reads, [name for name, _ in sums])
         yield Job(
             "backward",
             i,
@@ -238,79 +207,25 @@ def _same(tables: Sequence[str]) -> list[tuple[str, str]]:
 def _forward(
     model: Any,
     group: PieceGroup,
+    counts_penalties: bool,
     inputs: JobInputs,
     tables: tuple[Any, ...],
 ) -> Any:
-    """(carry, tables written)."""
+    """(carry, tables written), with penalties in the carry if they count here."""
     named = dict(zip(group.reads, tables, strict=True))
-    written, changed, _ = _run(
-        model,
-        group,
-        inputs,
-        inputs.trainable,
-        named,
-    )
-    return inputs.carry.with_others(changed), written
+    written, changed, penalties = _run(model, group, inputs, inputs.trainable, named)
+    carry = inputs.carry.with_others(changed)
+    if counts_penalties:
+        carry = carry.with_loss(_penalty_share(penalties, inputs))
+    return carry, written
 
 
-def _forward_once(
-    model: Any,
-    group: PieceGroup,
-    inputs: JobInputs,
-    tables: tuple[Any, ...],
-) -> Any:
-    """(carry with penalties, tables written), of an evaluation."""
-    named = dict(zip(group.reads, tables, strict=True))
-    written, _, penalties = _run(
-        model,
-        group,
-        inputs,
-        inputs.trainable,
-        named,
-    )
-    return inputs.carry.with_loss(_penalty_share(penalties, inputs)), written
-
-
-def _predict(
-    model: Any,
-    group: PieceGroup,
-    inputs: JobInputs,
-    tables: tuple[Any, ...],
-) -> Any:
-    """(carry, rows of the model's output)."""
-    named = dict(zip(group.reads, tables, strict=True))
-    rows, _, _ = _run(
-        model,
-        group,
-        inputs,
-        inputs.trainable,
-        named,
-    )
-    return inputs.carry, rows
-
-
-def _evaluate(
-    model: Any,
-    group: PieceGroup,
-    inputs: JobInputs,
-    tables: tuple[Any, ...],
-) -> Any:
+def _evaluate(model: Any, group: PieceGroup, inputs: JobInputs, tables: tuple[Any, ...]) -> Any:
     """(carry with loss and metrics, no tables)."""
     named = dict(zip(group.reads, tables, strict=True))
-    (rows,), _, penalties = _run(
-        model,
-        group,
-        inputs,
-        inputs.trainable,
-        named,
-    )
+    (rows,), _, penalties = _run(model, group, inputs, inputs.trainable, named)
     part = _part(group, inputs)
-    loss = _penalty_share(penalties, inputs) + _loss_share(
-        model,
-        rows,
-        part,
-        inputs.data,
-    )
+    loss = _penalty_share(penalties, inputs) + _loss_share(model, rows, part, inputs.data)
     return inputs.carry.with_loss(loss, metric_counts(model, rows, part, "train")), []
 
 
@@ -327,20 +242,10 @@ def _turn(
 
     def loss(weights: Any, target_tables: dict[str, Any]) -> Any:
         trainable = _replaced(inputs.trainable, group.used, weights)
-        (rows,), changed, penalties = _run(
-            model,
-            group,
-            inputs,
-            trainable,
-            named | target_tables,
-        )
-        value = _penalty_share(penalties, inputs) + _loss_share(
-            model,
-            rows,
-            part,
-            inputs.data,
-        )
-        return value, (rows, changed)
+        given = named | target_tables
+        (rows,), changed, penalties = _run(model, group, inputs, trainable, given)
+        of_rows = _loss_share(model, rows, part, inputs.data)
+        return of_rows + _penalty_share(penalties, inputs), (rows, changed)
 
     weights = [inputs.trainable[k] for k in group.used]
     target_tables = {name: named[name] for name in targets}
@@ -374,13 +279,8 @@ def _backward(
 
     def run(weights: Any, target_tables: dict[str, Any]) -> Any:
         trainable = _replaced(inputs.trainable, group.used, weights)
-        written, _, penalties = _run(
-            model,
-            group,
-            inputs,
-            trainable,
-            named | target_tables,
-        )
+        given = named | target_tables
+        written, _, penalties = _run(model, group, inputs, trainable, given)
         return written, _penalty_share(penalties, inputs)
 
     weights = [inputs.trainable[k] for k in group.used]
@@ -413,14 +313,7 @@ def _run(
     if group.by == "rows":
         graph = _rows_of(graph, inputs)
         column = 0
-    return run_group(
-        model,
-        group,
-        (trainable, inputs.others),
-        graph,
-        column,
-        tables,
-    )
+    return run_group(model, group, (trainable, inputs.others), graph, column, tables)
 
 
 def _rows_of(graph: Block, inputs: JobInputs) -> Block:
