@@ -89,26 +89,23 @@ class ModelShapes:
 
     def own(self, shapes: Any) -> Any:
         """The shapes of arrays of which each device has its own."""
-        if self.devices == 1:
-            return shapes
-        sharding = NamedSharding(mesh_of(self.devices), PartitionSpec(AXIS))
-
-        def stacked(shape: Any) -> jax.ShapeDtypeStruct:
-            dims = (self.devices, *shape.shape)
-            return jax.ShapeDtypeStruct(dims, shape.dtype, sharding=sharding)
-
-        return jax.tree.map(stacked, shapes)
+        return self._placed(shapes, PartitionSpec(AXIS), (self.devices,))
 
     def equal(self, shapes: Any) -> Any:
         """The shapes of arrays that are equal on every device."""
+        return self._placed(shapes, PartitionSpec(), ())
+
+    def _placed(self, shapes: Any, spec: PartitionSpec, before: tuple[int, ...]) -> Any:
+        """The shapes with dims `before` theirs, over several devices."""
         if self.devices == 1:
             return shapes
-        sharding = NamedSharding(mesh_of(self.devices), PartitionSpec())
+        sharding = NamedSharding(mesh_of(self.devices), spec)
 
-        def replicated(shape: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+        def placed(shape: Any) -> jax.ShapeDtypeStruct:
+            dims = (*before, *shape.shape)
+            return jax.ShapeDtypeStruct(dims, shape.dtype, sharding=sharding)
 
-        return jax.tree.map(replicated, shapes)
+        return jax.tree.map(placed, shapes)
 
     @property
     def fixed_bytes(self) -> int:
@@ -135,12 +132,7 @@ def fitted_step(
         step = compiled_step(shapes, grouped, "train", fineness)
         if step.work.smallest_budget() <= budget:
             return fineness, step
-    return options[-1], compiled_step(
-        shapes,
-        grouped,
-        "train",
-        options[-1],
-    )
+    return options[-1], compiled_step(shapes, grouped, "train", options[-1])
 
 
 def _estimated_bytes(grouped: GroupedModel, fineness: int) -> int:
@@ -195,12 +187,7 @@ def compiled_step(
     """The operators of a step of this kind (`jobs.KINDS`), each compiled."""
     begin = partial(first_carry, shapes.model, shapes.devices)
     carry = jax.eval_shape(begin, shapes.state.trainable, shapes.state.others)
-    assembly = _Assembly(
-        shapes,
-        grouped,
-        cut_tables(grouped, fineness),
-        carry,
-    )
+    assembly = _Assembly(shapes, grouped, cut_tables(grouped, fineness), carry)
     for job in jobs_of(shapes.model, grouped, kind):
         assembly.add(job)
     if kind == "train":
@@ -242,14 +229,7 @@ class _Assembly:
             parts.reverse()
         for k, part in parts:
             name = f"{family}[{k}]" if several else family
-            self._add_operator(
-                name,
-                family,
-                job,
-                group,
-                k,
-                part,
-            )
+            self._add_operator(name, family, job, group, k, part)
 
     def _ranges(self, group: PieceGroup) -> Sequence[slice]:
         """The ranges that an operator runs on one after the other."""
@@ -275,12 +255,7 @@ class _Assembly:
         write_cuts = tuple(self.tables[table].cuts(by) for table, _ in job.writes)
         reads = self._tiles(job.reads, by, k)
         writes = self._tiles(job.writes, by, k)
-        program = self._program(
-            job,
-            part.stop - part.start,
-            inputs,
-            outputs,
-        )
+        program = self._program(job, part.stop - part.start, inputs, outputs)
         scratch = program.scratch
         if job.kind == "predict":
             rows = [self.tables[table].part(by, k) for table in group.writes]
@@ -288,15 +263,7 @@ class _Assembly:
         joined_bytes = _tiled_bytes(inputs, read_cuts)
         split_bytes = _tiled_bytes(outputs, write_cuts)
         scratch = max(scratch + joined_bytes, split_bytes)
-        self.operators.append(
-            LayerOperator(
-                name,
-                reads,
-                writes,
-                scratch,
-                family=family,
-            )
-        )
+        self.operators.append(LayerOperator(name, reads, writes, scratch, family=family))
         first = np.int32(part.start)
         self.runs[name] = Run(
             program.run,
@@ -359,14 +326,7 @@ class _Assembly:
         state = self.shapes.equal(self.shapes.state)
         apply = jax.jit(self.shapes.model.optimizer.stateless_apply)
         program: Any = apply.lower(state.optimizer, state.trainable, state.trainable).compile()
-        self.operators.append(
-            LayerOperator(
-                "update",
-                (),
-                (),
-                _scratch_bytes(program, 0),
-            )
-        )
+        self.operators.append(LayerOperator("update", (), (), _scratch_bytes(program, 0)))
         self.runs["update"] = Run(program, None, (), ())
 
 
@@ -382,14 +342,7 @@ def _separate(
     ) -> Any:
         data, tables = own
         trainable, others, first = equal
-        inputs = JobInputs(
-            carry,
-            trainable,
-            others,
-            data,
-            first,
-            size,
-        )
+        inputs = JobInputs(carry, trainable, others, data, first, size)
         carry, results = function(inputs, tuple(tables))
         arrays = jax.tree.leaves((trainable, others, data, first, tables))
         given = {id(array) for array in arrays}
