@@ -78,7 +78,8 @@ class MachineState:
         parts = [f"device {device} at {factor:.0%}" for device, factor in self.slow]
         parts += [f"{level} at {factor:.0%}" for level, factor in self.links]
         if self.lost:
-            parts.append(f"without {', '.join(map(str, sorted(self.lost)))}")
+            noun = "device" if len(self.lost) == 1 else "devices"
+            parts.append(f"without {noun} {', '.join(map(str, sorted(self.lost)))}")
         return "; ".join(parts) or "as described"
 
 
@@ -130,11 +131,19 @@ class Trace:
                     f"The trace names level '{event.level}' at {event.second:g} s, and "
                     f"'{machine.name}' has {', '.join(levels)}: use one of them."
                 )
+            if event.kind == "back" and event.device not in state.lost:
+                raise PlanError(
+                    f"The trace brings device {event.device} back at {event.second:g} s, and it "
+                    "was not lost: add its loss or remove the return."
+                )
             state = state.after(event)
             if len(state.lost) == machine.devices:
+                lost = (
+                    f"all {machine.devices} devices" if machine.devices > 1 else "the only device"
+                )
                 raise PlanError(
-                    f"The trace has lost all {machine.devices} devices at {event.second:g} s, and "
-                    "nothing can run: let a device come back before."
+                    f"The trace has lost {lost} at {event.second:g} s, and nothing can run: let a "
+                    "device come back before."
                 )
 
     def to_text(self) -> str:

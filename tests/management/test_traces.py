@@ -128,6 +128,11 @@ def test_sentences(tmp_path: Path) -> None:
     lost = [json.dumps({"second": 1, "event": "lost", "device": device}) for device in range(4)]
     with pytest.raises(PlanError, match="has lost all 4 devices at 1 s, and nothing can run"):
         loaded(*lost).check(four)
+    with pytest.raises(PlanError, match="has lost the only device at 1 s, and nothing can run"):
+        loaded(lost[0]).check(load("h100:1"))
+    with pytest.raises(PlanError, match="brings device 2 back at 1 s, and it was not lost: add"):
+        loaded('{"second": 1, "event": "back", "device": 2}').check(four)
+    assert str(MachineState(lost=frozenset({5, 3}))) == "without devices 3, 5"
     with pytest.raises(PlanError, match="line 1: event 'slow' lacks its factor: add \"factor\""):
         loaded('{"second": 1, "event": "slow", "device": 1}')
     with pytest.raises(PlanError, match="line 2: second 1 is before 2 of the line above: sort"):
