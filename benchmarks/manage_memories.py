@@ -9,6 +9,7 @@ runs; all figures rest on recalled or assumed numbers of the presets (`partita m
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,7 +83,8 @@ def main() -> None:
                 for size in sizes:
                     device, memory = seconds(machine, product(case, rows, size, frozen))
                     mark = "*" if memory < device else " "
-                    cells.append(f"{size}: {device * 1e6:10.1f} / {memory * 1e6:10.1f} {mark}")
+                    inside = f"{memory * 1e6:10.1f}" if math.isfinite(memory) else "too large"
+                    cells.append(f"{size}: {device * 1e6:10.1f} / {inside:>10} {mark}")
                 print(f"  {rows:3} vectors  " + "   ".join(cells))
 
 

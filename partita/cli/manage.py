@@ -120,12 +120,13 @@ def _replay(
 ) -> None:
     """Replays a trace under policies that change plans, and prints the steps of each."""
     from partita.management.plan_table import plan_table
-    from partita.management.replay import WAITING, Prices, clairvoyant, replay, waiting_names
+    from partita.management.policies.names import chosen_names
+    from partita.management.replay import WAITING, Prices, clairvoyant, replay
     from partita.management.traces import load_trace
     from partita.report.policy_tables import replay_table
 
     events = load_trace(trace)
-    names = waiting_names(policy)
+    names = chosen_names(policy, ("oracle", *WAITING), "policy of plan changes")
     assert target.machine is not None
     events.check(load(target.machine))
     activity = Activity(not as_json)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from partita.errors import PlanError
 from partita.management.policies.base import Policy
 from partita.management.policies.corrected import Corrected
 from partita.management.policies.gated import Gated
 from partita.management.policies.imitation import Imitation
+from partita.management.policies.names import chosen_names
 from partita.management.policies.ondemand import Ondemand
 from partita.management.policies.oracle import Oracle
 from partita.management.policies.performance import Performance
@@ -95,19 +94,8 @@ def policy_names(text: str, has_file: bool = False) -> tuple[str, ...]:
 
     "all" names all of them, without those that need scikit-learn where it is not installed.
     """
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if names == ("all",):
-        can_learn = has_file or find_spec("sklearn") is not None
-        return tuple(name for name in POLICIES if can_learn or name not in LEARNED)
-    for name in names:
-        if name not in POLICIES:
-            raise _unknown_policy(name, tuple(POLICIES))
-    if not names:
-        raise PlanError(f"No policy is named: use all, or some of {', '.join(POLICIES)}.")
-    return names
-
-
-def _unknown_policy(name: str, known: Sequence[str]) -> PlanError:
-    near = difflib.get_close_matches(name, known, 1)
-    meant = f"did you mean '{near[0]}'? " if near else ""
-    return PlanError(f"There is no policy '{name}': {meant}Use all, or some of {', '.join(known)}.")
+    names = chosen_names(text, tuple(POLICIES), "policy")
+    can_learn = has_file or find_spec("sklearn") is not None
+    if text.strip() != "all" or can_learn:
+        return names
+    return tuple(name for name in names if name not in LEARNED)

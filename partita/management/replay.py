@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from partita.errors import PlanError
 from partita.management.plan_table import PlanTable
 from partita.management.policies.at_once import AtOnce
 from partita.management.policies.never import Never
@@ -185,17 +184,3 @@ def _change_price(
         return 0.0
     price = prices.move + (0.0 if target in compiled else prices.compile)
     return price if can_stay else price + prices.restart
-
-
-def waiting_names(text: str) -> tuple[str, ...]:
-    """The policies of plan changes of a list with commas; "all" names all. PlanError for others."""
-    names = tuple(name.strip() for name in text.split(",") if name.strip() and name != "oracle")
-    if names == ("all",):
-        return tuple(WAITING)
-    for name in names:
-        if name not in WAITING:
-            raise PlanError(
-                f"'{name}' is no policy that changes plans: with --trace, use all, or some of "
-                f"{', '.join(WAITING)}."
-            )
-    return names

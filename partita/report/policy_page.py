@@ -56,7 +56,7 @@ def policy_page(comparisons: Sequence[PolicyComparison]) -> str:
     )
     title = f"{first.steps:,} training steps on a simulated {first.machine}"
     facts = {
-        "best policy": best.policy,
+        "best as described": best.policy,
         "energy": format_joules(best.joules),
         "time": seconds_text(best.seconds),
         "hottest": None if best.peak_celsius is None else f"{best.peak_celsius:.0f} °C",
@@ -92,7 +92,8 @@ def _legend(comparison: PolicyComparison) -> Html:
         keys.append(marked("p-celsius", "hottest node"))
         temperatures = sorted({f"{trip.temperature:g}" for trip in thermal.trips})
         if temperatures:
-            keys.append(marked("p-trip", f"trips at {', '.join(temperatures)} °C"))
+            noun = "trip" if len(temperatures) == 1 else "trips"
+            keys.append(marked("p-trip", f"{noun} at {', '.join(temperatures)} °C"))
             keys.append(marked("p-throttled", "a trip limits clocks"))
     keys.append(marked("p-watts", "power"))
     keys.append(marked("p-clock", "clock: stronger is faster"))

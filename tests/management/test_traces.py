@@ -11,10 +11,11 @@ from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
 from partita.management.plan_table import PlanTable, in_state, plan_table
 from partita.management.policies.at_once import AtOnce
+from partita.management.policies.names import chosen_names
 from partita.management.policies.never import Never
 from partita.management.policies.rule import Rule, learned_wait
 from partita.management.policies.waiting import Slowdown
-from partita.management.replay import WAITING, Prices, clairvoyant, replay, waiting_names
+from partita.management.replay import WAITING, Prices, clairvoyant, replay
 from partita.management.traces import Event, MachineState, Trace, load_trace, slow_downs
 
 GRAPH = OperatorGraph.load(Path(__file__).parents[1] / "data" / "mlp.graph.json")
@@ -141,6 +142,6 @@ def test_sentences(tmp_path: Path) -> None:
         loaded('{"second": 1, "event": "sloww"}')
     with pytest.raises(PlanError, match="has no events: write a JSON object a line"):
         loaded("")
-    with pytest.raises(PlanError, match="'ondemand' is no policy that changes plans: with --trace"):
-        waiting_names("ondemand")
+    with pytest.raises(PlanError, match="There is no policy of plan changes 'ondemand': use all"):
+        chosen_names("ondemand", tuple(WAITING), "policy of plan changes")
     assert math.isinf(Never().wait(Slowdown(2.0, 1.0, 1.0, ())))

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from partita.management.action import Setting
-from partita.management.hardware import Hardware
-from partita.management.observation import Observation
-from partita.management.policies.base import Policy
+from partita.management.policies.base import Governor
 
 UP_THRESHOLD = 0.8
 """Utilization above which the highest frequency is set (Linux's default)."""
 
 
-class Ondemand(Policy):
+class Ondemand(Governor):
     """All devices; frequency by the utilization of the last snippet."""
 
     name = "ondemand"
 
-    def __init__(self, hardware: Hardware) -> None:
-        self.hardware = hardware
-
-    def decide(self, observation: Observation) -> Setting:
-        load = observation.utilization
-        fraction = 1.0 if load > UP_THRESHOLD else load
-        return self.hardware.all_active([fraction] * len(self.hardware.clusters))
+    def fraction(self, utilization: float) -> float:
+        return 1.0 if utilization > UP_THRESHOLD else utilization
