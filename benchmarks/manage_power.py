@@ -12,16 +12,22 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from partita.machine import Machine, load
-from partita.management.comparison import compare_policies
-from partita.management.hardware import hardware_of
+from partita.management.comparison import HARDWARE
+from partita.management.hardware import Deviation, Hardware, hardware_of
+from partita.management.policies.imitation import Imitation
+from partita.management.policies.static import Static
+from partita.management.power import PowerRun, run_policy
 from partita.management.program import captured_programs, school_programs
-from partita.management.registry import POLICIES
-from partita.management.school import train_policy
+from partita.management.registry import POLICIES, RunContext
+from partita.management.schedule import best_schedule
+from partita.management.school import LearnedPolicy, train_policy
+from partita.management.workload import workload_of
 
 UNTRAINED = tuple(name for name in POLICIES if name not in ("imitation", "gated", "qlearning"))
 
@@ -44,31 +50,54 @@ class Figures:
         )
 
 
-def measure(machine: Machine, seeds: range, passes: list[str]) -> dict[tuple[str, str], Figures]:
-    """(hardware, policy) -> figures."""
+class Case:
+    """A program and what is computed once for all seeds."""
+
+    def __init__(self, name: str, hardware: Hardware, seen: LearnedPolicy) -> None:
+        self.program = captured_programs()[name]
+        self.hardware = hardware
+        self.described = workload_of(self.program, hardware)
+        self.schedule = best_schedule(self.described)
+        self.static = Static(self.described)
+        self.others = school_programs(without=name)
+        self.unseen = train_policy(hardware, self.others)
+        self.seen = seen
+
+    def runs(self, deviation: Deviation, seed: int, names: Sequence[str]) -> dict[str, PowerRun]:
+        """Policy -> its run on hardware with a deviation; the oracle first."""
+        hardware = self.hardware.deviating(deviation)
+        real = workload_of(self.program, hardware, self.described.passes, seed)
+        context = RunContext(self.described, self.schedule, real, self.others, self.unseen)
+        runs = {}
+        for name in names:
+            policy = self.static if name == "static" else POLICIES[name](context)
+            runs[name] = run_policy(real, policy)
+        runs["imitation seen"] = run_policy(real, Imitation(self.seen.tree, self.described))
+        return runs
+
+
+def measure(machine: Machine, seeds: range, programs: Sequence[str]) -> None:
+    """Prints the figures of all policies on both hardware after each seed."""
     figures: dict[tuple[str, str], Figures] = defaultdict(Figures)
     hardware = hardware_of(machine)
     seen = train_policy(hardware, school_programs())
-    for name in passes:
-        program = captured_programs()[name]
-        others = school_programs(without=name)
-        unseen = train_policy(hardware, others)
-        for seed in seeds:
-            policies = [*UNTRAINED, "imitation", "gated"]
-            if seed == 1:
-                policies.append("qlearning")  # it trains anew for each run
-            runs = compare_policies(
-                program, machine, policies, seed=seed, programs=others, learned=unseen
-            )
-            again = compare_policies(program, machine, ["imitation"], seed=seed, learned=seen)
-            for comparison in (*runs, *again):
-                for run in comparison.runs:
-                    label = f"{run.policy} seen" if comparison in again else run.policy
-                    row = figures[comparison.hardware, label]
-                    row.regrets[seed].append(float(np.log1p(comparison.regret(run))))
+    cases = [Case(name, hardware, seen) for name in programs]
+    for seed in seeds:
+        names = list(UNTRAINED) + ["imitation", "gated"]
+        if seed == 1:
+            names.append("qlearning")  # it trains anew for each run
+        for label, deviation in HARDWARE.items():
+            for case in cases:
+                runs = case.runs(deviation, seed, names)
+                for name, run in runs.items():
+                    row = figures[label, name]
+                    regret = run.energy_delay / runs["oracle"].energy_delay
+                    row.regrets[seed].append(float(np.log(regret)))
                     row.celsius = max(row.celsius, run.peak_celsius or 0.0)
                     row.decision_seconds.append(run.decision_seconds)
-    return figures
+        print(f"after seed {seed}: mean, range over seeds, worst program; peak; decision")
+        for (label, name), row in figures.items():
+            print(f"{label:18} {name:16} {row.row()}", flush=True)
 
 
 def main() -> None:
@@ -80,10 +109,7 @@ def main() -> None:
     arguments = parser.parse_args()
     machine = load(arguments.machine)
     seeds = range(arguments.first, arguments.first + arguments.seeds)
-    figures = measure(machine, seeds, arguments.programs)
-    print("E x T over the oracle: mean, range over seeds, worst program; peak; decision")
-    for (hardware, policy), row in figures.items():
-        print(f"{hardware:18} {policy:16} {row.row()}")
+    measure(machine, seeds, arguments.programs)
 
 
 if __name__ == "__main__":
