@@ -123,19 +123,24 @@ class Corrected(Policy):
 def setting_features(hardware: Hardware) -> np.ndarray:
     """[setting, feature]: the features of the correction.
 
-    The fastest domain counts as one: its clock is the mean over its active devices.
+    The clock is the mean of log(2 x relative clock) over the clusters of the fastest domain, each
+    weighted by its share of the power: the slope of the log of watts if power grows with another
+    exponent of the clock than described.
     """
-    fastest = hardware.clusters[hardware.fastest]
-    in_domain = np.array([one.domain == fastest.domain for one in hardware.clusters])
-    devices = np.array([one.devices for one in hardware.clusters])
-    active = hardware.active * in_domain
-    relative = fastest.frequencies[np.minimum(hardware.points, len(fastest.frequencies) - 1)]
-    runs = active.sum(1) > 0
-    clock = (active * relative).sum(1) / np.maximum(active.sum(1), 1) / fastest.frequencies[-1]
+    domain = hardware.clusters[hardware.fastest].domain
+    devices = np.array([cluster.devices for cluster in hardware.clusters])
+    watts = hardware.cluster_watts(np.ones(len(hardware.settings)))
+    shares = watts / watts.sum(1, keepdims=True)
+    in_domain = np.array([cluster.domain == domain for cluster in hardware.clusters])
+    clock = np.zeros(len(hardware.settings))
+    for c, cluster in enumerate(hardware.clusters):
+        if in_domain[c]:
+            relative = cluster.frequencies[hardware.points[:, c]] / cluster.frequencies[-1]
+            clock += np.where(hardware.active[:, c], shares[:, c] * np.log(2 * relative), 0.0)
     columns = [
-        np.ones(len(runs)),
-        np.log(2 * np.where(runs, clock, 0.5)),
-        active.sum(1) / devices[in_domain].sum(),
+        np.ones(len(clock)),
+        clock,
+        (hardware.active * in_domain).sum(1) / devices[in_domain].sum(),
         hardware.active.sum(1) / devices.sum(),
     ]
     return np.stack(columns, 1)
