@@ -54,9 +54,9 @@ class RunContext:
         return Corrected(self.described, self.schedule)
 
     def gated(self) -> Gated:
-        """Imitation that asks the corrected model when it is unsure."""
+        """Imitation that asks the simulator when it is unsure."""
         assert self.learned is not None
-        return Gated(self.imitation(), self.corrected(), self.learned.ranges)
+        return Gated(self.imitation(), self.schedule, self.learned.ranges)
 
     def qlearning(self) -> QLearning:
         """Q-learning after some runs of the programs."""

@@ -56,13 +56,8 @@ class Corrected(Policy):
     def decide(self, observation: Observation) -> Setting:
         if not observation.is_first:
             self.learn(observation)
-        return self.best(observation.coming)
-
-    def best(self, number: int) -> Setting:
-        """The setting of a snippet by the present schedule."""
-        if self.passes == PROBED_PASS:
-            return self._slower(self.settings[number])
-        return self.settings[number]
+        setting = self.settings[observation.coming]
+        return self._slower(setting) if self.passes == PROBED_PASS else setting
 
     def learn(self, observation: Observation) -> None:
         """Corrects the description by the last snippet; finds the schedule anew at some passes."""

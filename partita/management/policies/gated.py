@@ -1,4 +1,4 @@
-"""Imitation that asks the corrected model when it is unsure.
+"""Imitation that asks the simulator when it is unsure.
 
 It is unsure outside the range of its examples, and in leaves of mixed labels. This is no statement
 of probability: a new program is not drawn from those of the training.
@@ -12,31 +12,27 @@ from partita.management.action import Setting
 from partita.management.features import features_of
 from partita.management.observation import Observation
 from partita.management.policies.base import Policy
-from partita.management.policies.corrected import Corrected
 from partita.management.policies.imitation import Imitation
+from partita.management.schedule import Schedule
 
 SURE = 0.9
 """Share of a leaf's most frequent label from which it is followed."""
 
 
 class Gated(Policy):
-    """Imitation where it is sure, else the corrected model."""
+    """Imitation where it is sure, else the simulator's schedule."""
 
     name = "gated"
 
     def __init__(
-        self, imitation: Imitation, corrected: Corrected, ranges: Sequence[tuple[float, float]]
+        self, imitation: Imitation, schedule: Schedule, ranges: Sequence[tuple[float, float]]
     ) -> None:
         """`ranges`: [feature], least and greatest value of the examples."""
         self.imitation = imitation
-        self.corrected = corrected
+        self.schedule = schedule
         self.ranges = ranges
-        self.asked = 0
 
     def decide(self, observation: Observation) -> Setting:
-        if observation.is_first:
-            return self.corrected.decide(observation)
-        self.corrected.learn(observation)
         imitation = self.imitation
         row = features_of(observation, imitation.workload, imitation.with_coming)
         known = all(
@@ -44,5 +40,4 @@ class Gated(Policy):
         )
         if known and imitation.tree.shares[imitation.tree.leaf(row)] >= SURE:
             return imitation.decide(observation)
-        self.asked += 1
-        return self.corrected.best(observation.coming)
+        return self.schedule.settings[observation.coming]
