@@ -8,7 +8,7 @@ from itertools import chain
 
 from partita.errors import PlanError
 from partita.files.schema import SHOWN_NAME, shown
-from partita.graph.operator_graph import Argument, OperatorGraph
+from partita.graph.operator_graph import Argument, OperatorGraph, per_graph
 from partita.graph.rematerialize import copies_of
 from partita.plans.pipeline import check_stages, is_pipeline, loop_hint, stage_axes
 from partita.plans.plan import Mesh, Plan, Storage, placed_slice
@@ -236,17 +236,42 @@ def illegal_reason(
     if graph.operators[operator].kind != "conv" or not device_axes:
         return None
     choice = {axis: use for axis, use in choice.items() if axis in device_axes}
-    factors = [graph.factors[f] for f in graph.operators[operator].factors]
-    kind_of = {factor.name: factor.kind for factor in factors}
-    kinds = {kind_of[name] for name in choice.values() if name in kind_of}
+    indices = graph.operators[operator].factors
+    names = set(choice.values())
+    split = {f for f in indices if graph.factors[f].name in names}
+    samples = {f for f in split if graph.factors[f].kind == "S"}
+    space = {f for f in split if graph.factors[f].kind == "A"}
+    space |= split & _window_factors(graph).get(operator, frozenset())
     uses_all_axes = len(choice) == len(device_axes)
-    splits_space = "A" in kinds
-    if splits_space and not (uses_all_axes and kinds <= {"S", "A"}):
-        return "a convolution that is split in space (A) must split every other axis by S or A too"
-    splits_samples_only = uses_all_axes and kinds == {"S"}
-    if kinds and _is_grouped(graph, operator) and not splits_samples_only:
+    if space and not (uses_all_axes and split == samples | space):
+        return (
+            "a convolution that is split in space must split every other axis by samples (S) or "
+            "in space too"
+        )
+    splits_samples_only = uses_all_axes and split == samples
+    if split and _is_grouped(graph, operator) and not splits_samples_only:
         return "a grouped convolution can only be split by S, over every axis"
     return None
+
+
+@per_graph
+def _window_factors(graph: OperatorGraph) -> dict[int, frozenset[int]]:
+    """Convolution -> the factors of its result's positions.
+
+    Their kind is P where a later weight of the operator has height and width, too (a normalization
+    over images).
+    """
+    factors = {}
+    for number, operator in enumerate(graph.operators):
+        instruction = graph.instructions[operator.heavy]
+        rule = instruction.rule
+        if operator.kind != "conv" or rule is None:
+            continue
+        windowed = {f for dim, _ in instruction.windows for f in rule.operands[0][dim]}
+        label = graph.labels[instruction.results[0]]
+        dims = zip(label, rule.results[0], strict=True)
+        factors[number] = frozenset(f for f, dim in dims if not windowed.isdisjoint(dim))
+    return factors
 
 
 def _is_grouped(graph: OperatorGraph, operator: int) -> bool:

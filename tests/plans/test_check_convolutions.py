@@ -1,0 +1,48 @@
+"""Splits of convolutions that XLA's partitioner computes wrong are refused."""
+
+import keras
+import numpy as np
+import pytest
+
+from partita.capture.keras_models import capture_model
+from partita.graph.operator_graph import OperatorGraph
+from partita.plans.check import illegal_reason
+from partita.plans.plan import mesh_for
+
+MESH = mesh_for((2, 2))
+
+
+@pytest.fixture(scope="module")
+def graph() -> OperatorGraph:
+    """Convolutions, the first with weights by height and width behind it, the second grouped."""
+    image = keras.Input((6, 6, 4))
+    x = keras.layers.Conv2D(8, 3, padding="same", name="normalized")(image)
+    x = keras.layers.LayerNormalization(axis=(1, 2, 3))(x)
+    x = keras.layers.Conv2D(8, 3, padding="same", groups=2, name="grouped")(x)
+    model = keras.Model(image, keras.layers.Dense(4)(keras.layers.Flatten()(x)))
+    model.compile("sgd", "mse")
+    return capture_model(model, (np.zeros((8, 6, 6, 4)), np.zeros((8, 4)))).graph
+
+
+@pytest.mark.parametrize(
+    ("layer", "choice", "problem"),
+    [
+        ("normalized", {"a": "S"}, ""),
+        ("normalized", {"a": "S", "b": "P1"}, ""),
+        ("normalized", {"a": "P2", "b": "P1"}, ""),
+        ("normalized", {"a": "P3"}, ""),
+        ("normalized", {"a": "P1"}, "split in space"),
+        ("normalized", {"a": "P3", "b": "P1"}, "split in space"),
+        ("normalized", {"a": "R", "b": "P2"}, "split in space"),
+        ("grouped", {"a": "S", "b": "S"}, ""),
+        ("grouped", {"a": "S"}, "grouped"),
+    ],
+)
+def test_a_convolution_is_split_over_all_axes_where_xla_sums_over_all(
+    graph: OperatorGraph, layer: str, choice: dict[str, str], problem: str
+) -> None:
+    number = [operator.name for operator in graph.operators].index(layer)
+    names = {graph.factors[f].name for f in graph.operators[number].factors}
+    assert set(choice.values()) <= names
+    reason = illegal_reason(graph, number, choice, MESH)
+    assert (reason is None) == (not problem) and problem in (reason or "")
