@@ -117,7 +117,7 @@ def run(
         run_in_processes(group.processes, devices, group.restarts, survives, after_loss)
         prints = join_processes(group.board) and not quiet
         start_devices(devices)
-        from partita.keras.script import run_script
+        from partita.keras.script import Script, run_script
 
         activity = Activity(prints)
         record = Record(files, prints, group.devices is None and given is None)
@@ -129,14 +129,12 @@ def run(
         report = say if prints else say_nothing
         with _snapshots_in(group.snapshots, report):
             code = run_script(
-                script,
-                context.args,
+                Script(script, context.args, is_module(context)),
                 make_planner(given, group.devices, options=options, on_plan=record.planned),
                 report=report,
                 verify=verify,
                 trained=record.trained,
                 activity=activity.show,
-                as_module=is_module(context),
                 manage=manager_factory(group, None if quiet else say, record.decisions),
             )
         record.finish()

@@ -38,13 +38,13 @@ def capture_script(
         start_devices(target.devices)
     else:
         _leave_accelerators()
-    from partita.keras.script import plan_script
+    from partita.keras.script import Script, plan_script
     from partita.planning import resolve_machine
 
     machine = resolve_machine(machine, target.devices)
     with activity.show(f"running {script} up to its first training step"):
         capture_target = "" if execute else machine.target
-        captured = plan_script(script, context.args, capture_target, is_module(context))
+        captured = plan_script(Script(script, context.args, is_module(context)), capture_target)
     return captured, machine
 
 

@@ -45,6 +45,20 @@ NOTHING_PARALLEL = (
 
 
 @dataclass(frozen=True)
+class Script:
+    """A user's program, and the arguments that it gets."""
+
+    path: str | Path
+    """A file, or the dotted name of a module."""
+    arguments: Sequence[str] = ()
+    as_module: bool = False
+    """Whether it runs as by `python -m`."""
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True)
 class Trained:
     """A program that a script trained: its plan, and its measurements as a report takes them."""
 
@@ -60,15 +74,13 @@ def _say_nothing(sentence: str) -> None:
 
 
 def run_script(
-    path: str | Path,
-    arguments: Sequence[str],
+    script: Script,
     planner: Planner,
     *,
     report: Callable[[str], None] = _say_nothing,
     verify: bool = False,
     trained: Callable[[Trained], None] | None = None,
     activity: Activity | None = None,
-    as_module: bool = False,
     manage: ManagerFactory | None = None,
 ) -> int:
     """The exit code of a script whose training is planned by `planner`.
@@ -81,7 +93,6 @@ def run_script(
         verify: Whether to run one step of each program on one device too, and compare.
         trained: Called in the end with each program that was trained.
         activity: Shows a text during long activities.
-        as_module: Whether `path` is the dotted name of a module, run as by `python -m`.
         manage: Gives the manager of a training; by default none has one.
     """
     select_jax(report)
@@ -103,15 +114,15 @@ def run_script(
         report(sentence)
 
     models = attaching(plan_step, report_model, verifier, activity or no_activity)
-    if not as_module:
-        _read(path)
+    if not script.as_module:
+        _read(script.path)
     try:
         with (
             running(Session(plan_step, report, manage=manage or no_manager)) as session,
             models as attached_models,
         ):
             try:
-                _execute(path, arguments, report, as_module)
+                _execute(script, report)
             finally:
                 jobs = [attached(model) for model in attached_models]
                 started = [*filter(None, jobs), *session.started]
@@ -122,7 +133,7 @@ def run_script(
     except SystemExit as stop:
         return _exit_code(stop)
     except KeyboardInterrupt:
-        report(f"{path} was interrupted; its models keep the training up to then.")
+        report(f"{script} was interrupted; its models keep the training up to then.")
         return INTERRUPTED
     except PartitaError:
         raise
@@ -140,17 +151,15 @@ def _is_ending_well() -> bool:
     return error is None or (isinstance(error, SystemExit) and not error.code)
 
 
-def _execute(
-    path: str | Path, arguments: Sequence[str], say: Callable[[str], None], as_module: bool
-) -> None:
+def _execute(script: Script, say: Callable[[str], None]) -> None:
     """Runs a script's source, or a module's, as `__main__`."""
     from partita.keras.aliases import tensorflow_names
 
-    with _as_main(path, arguments, as_module) as main, tensorflow_names(say):
-        if as_module:
-            code = _code_of_module(str(path), main)
+    with _as_main(script) as main, tensorflow_names(say):
+        if script.as_module:
+            code = _code_of_module(str(script), main)
         else:
-            code = compile(_read(path), str(path), "exec", dont_inherit=True)
+            code = compile(_read(script.path), str(script), "exec", dont_inherit=True)
         try:
             exec(code, vars(main))
         finally:
@@ -183,9 +192,7 @@ class _Stop(BaseException):
     """Ends a script at its first training call; no Exception, so that scripts do not catch it."""
 
 
-def plan_script(
-    path: str | Path, arguments: Sequence[str], target: str = "", as_module: bool = False
-) -> Captured:
+def plan_script(script: Script, target: str = "") -> Captured:
     """The captured step of a script's first training call: `fit`, `train_on_batch` or
     `parallelize`.
 
@@ -197,8 +204,8 @@ def plan_script(
     from partita.execute.function import Session, running
     from partita.keras.hooks import first_step
 
-    if not as_module:
-        _read(path)
+    if not script.as_module:
+        _read(script.path)
     steps: list[Captured] = []
     capture_target = CaptureTarget.of(target) if target else None
 
@@ -210,7 +217,7 @@ def plan_script(
     try:
         session = Session(stop, _say_nothing, target=capture_target)
         with first_step(stop, capture_target), running(session):
-            _execute(path, arguments, _say_nothing, as_module)
+            _execute(script, _say_nothing)
     except _Stop:
         pass
     except SystemExit as error:
@@ -225,9 +232,11 @@ def plan_script(
     if steps:
         return steps[0]
     if end != "ended":
-        raise CaptureError(f"{path} {end} before it trained anything, so there is nothing to plan.")
+        raise CaptureError(
+            f"{script} {end} before it trained anything, so there is nothing to plan."
+        )
     raise CaptureError(
-        f"{path} ended without calling fit or train_on_batch of a Keras model or "
+        f"{script} ended without calling fit or train_on_batch of a Keras model or "
         "partita.parallelize(step, ...), so there is nothing to plan. Give the script that trains."
     )
 
@@ -250,17 +259,17 @@ def _read(path: str | Path) -> bytes:
 
 
 @contextmanager
-def _as_main(
-    path: str | Path, arguments: Sequence[str], as_module: bool
-) -> Iterator[types.ModuleType]:
-    """A `__main__` module, `sys.argv` and `sys.path` for a script or a module; all are put back
-    afterwards."""
+def _as_main(script: Script) -> Iterator[types.ModuleType]:
+    """A `__main__` module, `sys.argv` and `sys.path` for a script; all are put back afterwards."""
     main = types.ModuleType("__main__")
-    vars(main).update(__file__=str(path), __builtins__=__builtins__, __spec__=None, __cached__=None)
+    vars(main).update(
+        __file__=str(script), __builtins__=__builtins__, __spec__=None, __cached__=None
+    )
     before = sys.modules["__main__"], sys.argv, sys.path[:]
     sys.modules["__main__"] = main
-    sys.argv = [str(path), *arguments]
-    sys.path[0:1] = [os.getcwd() if as_module else str(Path(path).resolve().parent)]
+    sys.argv = [str(script), *script.arguments]
+    folder = os.getcwd() if script.as_module else str(Path(script.path).resolve().parent)
+    sys.path[0:1] = [folder]
     try:
         yield main
     finally:

@@ -11,7 +11,7 @@ import pytest
 
 from partita.errors import CaptureError, PartitaError
 from partita.execute.devices import accelerator, detect, request_cpu_devices
-from partita.keras.script import NOTHING_PARALLEL, plan_script, run_script
+from partita.keras.script import NOTHING_PARALLEL, Script, plan_script, run_script
 from partita.plans.baselines import BASELINES
 from partita.plans.plan import mesh_for
 
@@ -72,7 +72,7 @@ def test_a_script_trains_as_planned_and_everything_is_put_back(script):
         keras.Model.make_train_function,
     )
     said = []
-    assert run_script(path, ["--epochs", "2"], plan, report=said.append, verify=True) == 0
+    assert run_script(Script(path, ["--epochs", "2"]), plan, report=said.append, verify=True) == 0
     ((loss, devices, file, arguments),) = seen()
     assert (len(loss), devices, file, arguments) == (2, 4, str(path), [str(path), "--epochs", "2"])
     assert "all_reduce: 200 B planned, 200 B emitted" in said
@@ -90,36 +90,36 @@ def test_a_script_trains_as_planned_and_everything_is_put_back(script):
     [("sys.exit(7)", 7, ""), ("sys.exit('bye')", 1, "bye\n"), ("sys.exit()", 0, "")],
 )
 def test_sys_exit_is_passed_on(script, capsys, end, code, printed):
-    assert run_script(script(before=end), [], plan) == code
+    assert run_script(Script(script(before=end)), plan) == code
     assert capsys.readouterr().err == printed
 
 
 def test_an_error_of_the_script_shows_the_scripts_frames_only(script, capsys):
     path = script(before="raise ValueError('mine')")
-    assert run_script(path, [], plan) == 1
+    assert run_script(Script(path), plan) == 1
     shown = capsys.readouterr().err
     assert shown.startswith(
         f'Traceback (most recent call last):\n  File "{path}", line 19, in <module>\n'
     )
     assert shown.endswith("ValueError: mine\n")
-    assert run_script(script(callback="raise ValueError('in training')"), [], plan) == 1
+    assert run_script(Script(script(callback="raise ValueError('in training')")), plan) == 1
     shown = capsys.readouterr().err
     assert "partita/keras" not in shown
     assert shown.endswith("ValueError: in training\n")
     path.write_text("x = 1\ndef f(:\n")
-    assert run_script(path, [], plan) == 1
+    assert run_script(Script(path), plan) == 1
     assert capsys.readouterr().err.startswith(f'  File "{path}", line 2\n')
 
 
 def test_ctrl_c_in_training_is_one_sentence_and_130(script):
     said = []
     path = script(callback="raise KeyboardInterrupt")
-    assert run_script(path, [], plan, report=said.append) == 130
+    assert run_script(Script(path), plan, report=said.append) == 130
     assert said[-1] == f"{path} was interrupted; its models keep the training up to then."
 
 
 def test_plan_script_stops_at_the_first_training_call(script):
-    captured = plan_script(script(after="raise SystemError('went on')"), [])
+    captured = plan_script(Script(script(after="raise SystemError('went on')")))
     assert captured.graph.batch_size == 8
     assert seen() == []
     assert keras.Model.fit.__qualname__ == "JAXTrainer.fit"
@@ -145,22 +145,22 @@ def test_plan_script_stops_at_the_first_training_call(script):
 )
 def test_a_script_without_training_has_nothing_to_plan(script, before, says):
     with pytest.raises(CaptureError, match=says):
-        plan_script(script(before=before), [])
+        plan_script(Script(script(before=before)))
 
 
 def test_a_script_that_does_not_exist_or_does_not_train(tmp_path):
     with pytest.raises(
         PartitaError, match="There is no script 'nowhere.py'. Give the path of a Python file."
     ):
-        run_script("nowhere.py", [], plan)
+        run_script(Script("nowhere.py"), plan)
     with pytest.raises(PartitaError, match="cannot be read: Is a directory"):
-        run_script(tmp_path, [], plan)
+        run_script(Script(tmp_path), plan)
     (tmp_path / "still.py").write_text("x = 1\n")
-    assert run_script(tmp_path / "still.py", [], plan) == 0
+    assert run_script(Script(tmp_path / "still.py"), plan) == 0
     with pytest.raises(
         CaptureError, match="ended without calling fit or train_on_batch of a Keras model"
     ):
-        plan_script(tmp_path / "still.py", [])
+        plan_script(Script(tmp_path / "still.py"))
 
 
 def test_keras_on_another_backend_is_refused(monkeypatch):
@@ -169,7 +169,7 @@ def test_keras_on_another_backend_is_refused(monkeypatch):
         PartitaError,
         match="already imported on the torch backend, .* Set KERAS_BACKEND=jax before importing",
     ):
-        run_script("train.py", [], plan)
+        run_script(Script("train.py"), plan)
 
 
 def test_a_model_that_makes_its_own_train_function_trains_alone_and_says_so(script):
@@ -178,7 +178,9 @@ def test_a_model_that_makes_its_own_train_function_trains_alone_and_says_so(scri
     before = f"model.__class__ = type('Own', (keras.Sequential,), {{}}); {own}"
     assert (
         run_script(
-            script(before=before + "; model.compile('sgd', 'mse')"), [], plan, report=said.append
+            Script(script(before=before + "; model.compile('sgd', 'mse')")),
+            plan,
+            report=said.append,
         )
         == 0
     )
@@ -202,7 +204,7 @@ print(step(1.0, jax.numpy.ones(3)))
 def test_a_loop_of_ones_own_is_told_how_to_become_parallel(tmp_path, end):
     (tmp_path / "loop.py").write_text(OWN_LOOP + end)
     said = []
-    assert run_script(tmp_path / "loop.py", [], plan, report=said.append) == 0
+    assert run_script(Script(tmp_path / "loop.py"), plan, report=said.append) == 0
     assert said == [
         "The script sets KERAS_BACKEND=torch, and Keras runs on JAX here",
         NOTHING_PARALLEL,
@@ -212,7 +214,7 @@ def test_a_loop_of_ones_own_is_told_how_to_become_parallel(tmp_path, end):
 def test_a_script_that_fails_is_not_told_about_devices(tmp_path):
     (tmp_path / "loop.py").write_text("raise SystemExit(3)")
     said = []
-    assert run_script(tmp_path / "loop.py", [], plan, report=said.append) == 3
+    assert run_script(Script(tmp_path / "loop.py"), plan, report=said.append) == 3
     assert said == []
 
 
@@ -227,7 +229,7 @@ def test_a_module_runs_as_after_python_m(tmp_path, monkeypatch, capsys):
     (package / "__main__.py").write_text("print('the package', __package__)")
     try:
         assert run_script("ownpackage.train", ["--epochs", "3"], plan, as_module=True) == 0
-        assert run_script("ownpackage", [], plan, as_module=True) == 0
+        assert run_script(Script("ownpackage", as_module=True), plan) == 0
     finally:
         sys.modules.pop("ownpackage", None)
         sys.modules.pop("ownpackage.data", None)
@@ -240,7 +242,7 @@ def test_a_module_runs_as_after_python_m(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["nopackage.train", "nopackage", "json.nothing", "keras"])
 def test_a_module_that_does_not_exist_is_named(name):
     with pytest.raises(PartitaError, match=f"There is no module '{name}' to run"):
-        run_script(name, [], plan, as_module=True)
+        run_script(Script(name, as_module=True), plan)
 
 
 def test_devices_at_hand():
