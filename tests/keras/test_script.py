@@ -228,7 +228,8 @@ def test_a_module_runs_as_after_python_m(tmp_path, monkeypatch, capsys):
     (package / "train.py").write_text(f"import sys\nfrom .data import size\n{names}")
     (package / "__main__.py").write_text("print('the package', __package__)")
     try:
-        assert run_script("ownpackage.train", ["--epochs", "3"], plan, as_module=True) == 0
+        train = Script("ownpackage.train", ["--epochs", "3"], as_module=True)
+        assert run_script(train, plan) == 0
         assert run_script(Script("ownpackage", as_module=True), plan) == 0
     finally:
         sys.modules.pop("ownpackage", None)
