@@ -1,23 +1,28 @@
 """Programs for states of the machine that may come: compiled now, or in a thread beside the
 training.
 
-The thread compiles one program after another. It keeps its priority: at a low one it would hold
-Python's lock while it waits for a core. Python's threads take turns more often meanwhile, because a
-step takes the lock many times. On a CPU, XLA's threads share the cores with the training: only
-where the host is idle during a step is this free.
+The thread compiles one program after another. Its priority is one below the training's, by which
+`monitor.ThreadClock` knows it; at a much lower one it would hold Python's lock while it waits for a
+core. Python's threads take turns more often meanwhile, because a step takes the lock many times. On
+a CPU, XLA's threads share the cores with the training: only where the host is idle during a step is
+this free.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 SWITCH_SECONDS = 5e-4
 """Longest time that the thread holds Python's lock while another one waits for it."""
+USUAL_SWITCH_SECONDS = sys.getswitchinterval()
+"""The same without such a thread."""
 
 
 class ProgramTable:
@@ -28,7 +33,6 @@ class ProgramTable:
         self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._lock = threading.Lock()
         self._is_running = False
-        self._usual_switch_seconds = sys.getswitchinterval()
 
     def make(self, key: Hashable, function: Callable[[], Any]) -> None:
         """Calls the function now."""
@@ -72,13 +76,16 @@ class ProgramTable:
 
     def _work(self) -> None:
         """Calls the waiting functions until none is left, or the script has ended."""
+        with suppress(OSError):
+            priority = os.getpriority(os.PRIO_PROCESS, 0) + 1
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), priority)
         sys.setswitchinterval(SWITCH_SECONDS)
         while True:
             with self._lock:
                 if not self._waiting or not threading.main_thread().is_alive():
                     self._waiting.clear()
                     self._is_running = False
-                    sys.setswitchinterval(self._usual_switch_seconds)
+                    sys.setswitchinterval(USUAL_SWITCH_SECONDS)
                     return
                 result, function = self._waiting.popleft()
             if not result.set_running_or_notify_cancel():

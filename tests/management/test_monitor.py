@@ -14,6 +14,7 @@ from partita.management.monitor import (
     ThreadClock,
     ThreadTimes,
 )
+from partita.management.program_table import ProgramTable
 
 NOISE = 0.3
 """Spread of the logarithm of a stretch by other programs on the cores."""
@@ -129,3 +130,23 @@ def test_a_thread_of_low_priority_does_not_count():
     clock.close()
     end.set()
     thread.join()
+
+
+def test_a_thread_that_compiles_beside_the_training_does_not_count():
+    ready, end = threading.Event(), threading.Event()
+
+    def compiled() -> str:
+        ready.set()
+        end.wait(10)
+        return str(threading.get_native_id())
+
+    table = ProgramTable()
+    table.begin("a program", compiled)
+    ready.wait(10)
+    clock = ThreadClock()
+    clock.lap()
+    counted = set(clock._files)
+    clock.close()
+    end.set()
+    assert str(threading.get_native_id()) in counted
+    assert table.get("a program") not in counted
