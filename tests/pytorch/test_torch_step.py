@@ -62,6 +62,14 @@ def assert_equal_states(ours: dict[str, Any], module: Any) -> None:
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def assert_trains_as_torch(step: Any, module: nn.Module, data: list[Any]) -> None:
+    """Losses and last state are those of PyTorch, which trains the module afterwards."""
+    ours = [float(step(batch)) for batch in data]
+    theirs = trained_by_torch(module, sgd(module), data)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert_equal_states(step.state_dict(), module)
+
+
 @pytest.mark.parametrize("devices", [None, 1, 4])
 def test_losses_weights_and_running_statistics_are_those_of_torch(devices: int | None) -> None:
     module = perceptron()
@@ -72,10 +80,7 @@ def test_losses_weights_and_running_statistics_are_those_of_torch(devices: int |
             module, functional.cross_entropy, sgd(module), devices=devices
         )
     data = batches()
-    ours = [float(step(batch)) for batch in data]
-    theirs = trained_by_torch(module, sgd(module), data)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-    assert_equal_states(step.state_dict(), module)
+    assert_trains_as_torch(step, module, data)
     module.eval()
     torch.testing.assert_close(
         step.predict(data[0][0]), module(data[0][0]).detach(), rtol=1e-4, atol=1e-5
@@ -192,11 +197,7 @@ def test_tied_and_frozen_weights_and_stopped_gradients_are_those_of_torch() -> N
     module = Tied()
     step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
     assert "head.weight" not in step.state.params
-    data = batches()
-    ours = [float(step(batch)) for batch in data]
-    theirs = trained_by_torch(module, sgd(module), data)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-    assert_equal_states(step.state_dict(), module)
+    assert_trains_as_torch(step, module, batches())
     module.load_state_dict(step.state_dict())
 
 
@@ -226,11 +227,7 @@ def test_operations_that_torchax_lacks_are_those_of_torch() -> None:
     torch.manual_seed(0)
     module = Gaps()
     step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
-    data = batches()
-    ours = [float(step(batch)) for batch in data]
-    theirs = trained_by_torch(module, sgd(module), data)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-    assert_equal_states(step.state_dict(), module)
+    assert_trains_as_torch(step, module, batches())
 
 
 def test_a_submodule_of_two_names_is_the_users_own_afterwards() -> None:
@@ -269,10 +266,7 @@ def test_recurrent_layers_are_loops_with_the_losses_of_torch() -> None:
     module = Recurrent()
     step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
     data = batches()
-    ours = [float(step(batch)) for batch in data]
-    theirs = trained_by_torch(module, sgd(module), data)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-    assert_equal_states(step.state_dict(), module)
+    assert_trains_as_torch(step, module, data)
     graph = partita.capture_program(step.function, args=step.arguments(data[0])).graph
     forward = [
         loop for loop in graph.loops if graph.instructions[loop.instruction].phase == "forward"
