@@ -20,7 +20,7 @@ import numpy as np
 
 from partita.errors import GraphError
 from partita.gnn.data.graph import Graph
-from partita.gnn.nn.rows import is_by_rows
+from partita.gnn.nn.rows import is_by_rows, is_ours, penalizes
 from partita.gnn.nn.vertices import SeededDropout
 from partita.gnn.prepare import Architecture, PreparationKey, PreparedGraph, Split, prepare
 from partita.gnn.step import StepState, differentiated, on_each_device, state_of
@@ -40,7 +40,7 @@ def check_agreement(
 ) -> None:
     """GraphError, which names the layer, if a step would not give one device's numbers."""
     layers = model._flatten_layers()
-    if split.devices > 1 and any(map(_penalizes, layers)):
+    if split.devices > 1 and any(map(penalizes, layers)):
         # It divides by the rows of each device, padding included: a small error, but never none.
         raise GraphError(_refusal(model, split.devices, architecture))
     sample = _sample(graph, split.devices)
@@ -121,9 +121,8 @@ def _differentiated_step(model: Any, aggregations: int, state: StepState, data: 
 
 def is_known_to_agree(model: Any) -> bool:
     """Whether a model is of this package, with no layer that may combine vertices by itself."""
-    if not type(model).__module__.startswith("partita."):
-        return False
-    return all(map(is_by_rows, model._flatten_layers(include_self=False)))
+    inner = model._flatten_layers(include_self=False)
+    return is_ours(model) and all(map(is_by_rows, inner))
 
 
 def _refusal(model: Any, devices: int, architecture: Architecture) -> str:
@@ -146,11 +145,6 @@ ADVICE = (
 )
 
 
-def _penalizes(layer: Any) -> bool:
-    """Whether Keras penalizes a layer's result."""
-    return getattr(layer, "activity_regularizer", None) is not None
-
-
 def _suspicion(layer: Any) -> str | None:
     """Why a layer's numbers depend on the devices, and its replacement; None if they do not."""
     title = f"{type(layer).__name__} {layer.name!r}"
@@ -158,7 +152,7 @@ def _suspicion(layer: Any) -> str | None:
         return (
             f"{title} averages over the vertices of each device. Use gnn.VertexBatchNormalization"
         )
-    if _penalizes(layer):
+    if penalizes(layer):
         return (
             f"{title} penalizes the rows of each device. Use "
             "self.add_loss(graph.vertex_sum(penalties)) in the model's call"

@@ -63,9 +63,17 @@ def apply_layers(layers: Sequence[Any], x: Any, graph: Any, training: bool) -> A
 
 def is_by_rows(layer: Any) -> bool:
     """Whether a layer combines the rows of vertices by the block's aggregations alone."""
-    ours = type(layer).__module__.startswith("partita.")
-    penalizes = getattr(layer, "activity_regularizer", None) is not None
-    return (ours or type(layer) in BY_ROWS) and not penalizes
+    return (is_ours(layer) or type(layer) in BY_ROWS) and not penalizes(layer)
+
+
+def is_ours(layer: Any) -> bool:
+    """Whether a layer or model is of this package."""
+    return type(layer).__module__.startswith("partita.")
+
+
+def penalizes(layer: Any) -> bool:
+    """Whether Keras penalizes a layer's result."""
+    return getattr(layer, "activity_regularizer", None) is not None
 
 
 def are_by_rows(layers: Sequence[Any]) -> bool:

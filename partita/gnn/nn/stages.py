@@ -17,7 +17,7 @@ import keras
 from partita.gnn.nn.block import Block
 from partita.gnn.nn.layers import AbstractConv
 from partita.gnn.nn.pieces import BlockPiece, by_rows
-from partita.gnn.nn.rows import apply_layer, are_by_rows
+from partita.gnn.nn.rows import apply_layer, are_by_rows, penalizes
 from partita.gnn.nn.vertices import VertexDropout
 
 Stage = Callable[[Any, Block, bool], Any]
@@ -54,7 +54,7 @@ class LayerStage:
         activation = layer.activation
         if not inspect.isfunction(activation) or not activation.__module__.startswith("keras."):
             return None
-        if layer.compute_dtype != "float32" or layer.activity_regularizer is not None:
+        if layer.compute_dtype != "float32" or penalizes(layer):
             return None
         if type(layer) is keras.layers.Dense:
             return [by_rows("x", "y", layer)]
