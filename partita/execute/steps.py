@@ -306,7 +306,7 @@ class StepRunner:
         if plan == self.plan:
             return
         compiled = partial(_compiled_step, step, plan, members.devices())
-        self.table.begin(("plan", key, json.dumps(plan.to_json())), compiled)
+        self.table.begin(_plan_state(key, plan), compiled)
 
     def _plan_without_lost(self, plan_for: PlanFor, devices: int) -> Plan:
         """The plan for fewer devices, by the step with the largest batch."""
@@ -338,7 +338,7 @@ class StepRunner:
     def _known(self, key: Hashable, plan: Plan, captured: Any) -> Any:
         """The compiled step of a plan that ran before or is ready for a loss; None without one."""
         for_loss = self.table.get(("loss", key, members.lost(), members.generation()))
-        for_plan = self.table.get(("plan", key, json.dumps(plan.to_json())))
+        for_plan = self.table.get(_plan_state(key, plan))
         for step in (for_loss, for_plan, *self._earlier[key]):
             if step is None or step.planned.plan != plan or step.planned.captured is not captured:
                 continue
@@ -481,6 +481,11 @@ class StepRunner:
                 else:
                     copies.append(self.own_copy(gathered.get(id(leaf), leaf)))
             return copies
+
+
+def _plan_state(key: Hashable, plan: Plan) -> Hashable:
+    """The key in the table of programs of a step under another plan."""
+    return "plan", key, json.dumps(plan.to_json())
 
 
 def _compiled_step(step: Any, plan: Plan, devices: Sequence[Any]) -> Any:

@@ -383,9 +383,8 @@ class Survival:
         """Notes plans that the first process has found, and compiles them beside the training."""
         if not found or training.plan is None:
             return
-        before = json.dumps(training.plan.to_json())
         for devices, text in found.items():
-            self._plans[int(devices), before] = text
+            self._plans[_key(training.plan, int(devices))] = text
         for key in self._prepared:
             try:
                 training.prepare(key, self._agreed_plan, beside=True)
@@ -394,7 +393,7 @@ class Survival:
 
     def _agreed_plan(self, graph: OperatorGraph, plan: Plan, devices: int) -> Plan:
         """The plan for fewer devices that all processes know."""
-        text = self._plans.get((devices, json.dumps(plan.to_json())))
+        text = self._plans.get(_key(plan, devices))
         return _read_plan(text or json.dumps({"error": f"no plan for {devices} devices is known"}))
 
     def _say_end(self, training: Training, error: PartitaError) -> None:
@@ -417,7 +416,7 @@ class Survival:
                 known = self._known_plan(plan, devices)
                 text = known or _searched_plan(graph, plan, training.machine(devices))
             text = training.group.exchanged(f"plan for {devices} devices", text)[0]
-            self._plans[devices, json.dumps(plan.to_json())] = text
+            self._plans[_key(plan, devices)] = text
             return _read_plan(text)
 
         return plan_for
@@ -427,11 +426,16 @@ class Survival:
         empty."""
         if devices in self._used:
             return json.dumps(self._used[devices].to_json())
-        return self._plans.get((devices, json.dumps(plan.to_json())), "")
+        return self._plans.get(_key(plan, devices), "")
 
     def _decide(self, training: Training, decision: Decision) -> None:
         if training.group.is_first:
             self.log.add(decision)
+
+
+def _key(plan: Plan, devices: int) -> tuple[int, str]:
+    """The key of the plan for a number of devices after another plan."""
+    return devices, json.dumps(plan.to_json())
 
 
 def _searched_plan(graph: OperatorGraph, plan: Plan, machine: Machine) -> str:
