@@ -54,8 +54,7 @@ def shapes_sentence(name: str, count: int) -> str:
 
 def is_split(plan: Plan) -> bool:
     """Whether a plan differs from a run on one device."""
-    has_states = bool(plan.storage or plan.offload)
-    return has_states or any(plan.choices.values()) or is_pipeline(plan)
+    return plan.is_split or is_pipeline(plan)
 
 
 def compiled_in_turn(

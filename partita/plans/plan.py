@@ -208,6 +208,11 @@ class Plan:
         """The plan of a JSON value. PlanError names the wrong field and its fix."""
         return _plan_of(checked(value, plan_fields, where, PLAN_FILE))
 
+    @property
+    def is_split(self) -> bool:
+        """Whether operators or variables are split, or optimizer slots are in host memory."""
+        return any(self.choices.values()) or bool(self.storage or self.offload)
+
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
         write_text(path, json.dumps(self.to_json(), indent=1) + "\n")

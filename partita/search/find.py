@@ -525,8 +525,7 @@ def _or_one_device(request: _Request, result: PlanResult) -> PlanResult:
     if plan.mesh.size == 1:
         return result
     alone_seconds = baselines.seconds("one device")
-    split = any(plan.choices.values()) or bool(plan.storage or plan.offload)
-    if split:
+    if plan.is_split:
         if result.prediction.seconds < alone_seconds:
             return result
         if baselines["one device"][1].peak_bytes > capacity(request.machine):

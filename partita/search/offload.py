@@ -16,7 +16,7 @@ from partita.cost.predict import Prediction
 from partita.graph.operator_graph import ITEMSIZE, OperatorGraph
 from partita.machine import Machine
 from partita.plans.layout import layout_of, local_shape
-from partita.plans.plan import Plan
+from partita.plans.plan import Plan, offload_text
 from partita.simulation.simulate import predicted
 from partita.units import format_bytes, format_seconds
 
@@ -58,10 +58,8 @@ def offload_notes(
     nbytes = sum(_offloaded_bytes(graph, plan).values())
     stored = predicted(graph, machine, replace(plan, offload=()))
     added = max(0.0, prediction.seconds - stored.seconds)
-    count = len(plan.offload)
-    variables = "1 variable" if count == 1 else f"{count} variables"
     return [
-        f"optimizer slots of {variables} in host memory add {format_seconds(added)} to a step of "
+        f"{offload_text(plan.offload)} add {format_seconds(added)} to a step of "
         f"{format_seconds(stored.seconds)} and free {format_bytes(nbytes)} a device"
     ]
 
