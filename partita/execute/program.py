@@ -13,7 +13,7 @@ from partita.errors import PlanError
 from partita.execute.annotate import annotate
 from partita.execute.process_arrays import put
 from partita.execute.rematerialize import rematerialized_step
-from partita.execute.sharding import HOST_MEMORY, device_mesh, moved, named_sharding
+from partita.execute.sharding import PINNED_HOST, device_mesh, moved, named_sharding
 from partita.execute.staged import StagedStep, staged_step
 from partita.graph.operator_graph import OperatorGraph
 from partita.plans.check import check
@@ -183,5 +183,5 @@ def _argument_shardings(
         named_sharding(sharding, plan.mesh, mesh) for sharding in leaf_shardings(captured, layout)
     ]
     for leaf in host_leaves(captured, layout):
-        shardings[leaf] = shardings[leaf].with_memory_kind(HOST_MEMORY)
+        shardings[leaf] = shardings[leaf].with_memory_kind(PINNED_HOST)
     return jax.tree.unflatten(tree, shardings)

@@ -27,7 +27,7 @@ def device_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.shardin
     )
 
 
-HOST_MEMORY = "pinned_host"
+PINNED_HOST = "pinned_host"
 """JAX's memory kind for arrays in the memory of the host, which devices read over their link."""
 
 

@@ -123,11 +123,9 @@ def _storage_texts(plan: Plan) -> dict[str, str]:
         owner = owner_of(path, plan)
         if owner is not None:
             texts[owner] = f"ZeRO-{storage.zero}:{','.join(storage.axes)}"
-    for path in plan.offload:
-        owner = owner_of(path, plan)
+    for owner in {owner_of(path, plan) for path in plan.offload}:
         if owner is not None:
-            stored = texts.get(owner, "").removesuffix(OFFLOADED)
-            texts[owner] = f"{stored}{OFFLOADED}"
+            texts[owner] = texts.get(owner, "") + OFFLOADED
     return texts
 
 

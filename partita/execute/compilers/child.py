@@ -32,7 +32,7 @@ from partita.execute.compilers.request import (
     SpecText,
 )
 from partita.execute.piece_function import lower_device_sums, lower_piece
-from partita.execute.sharding import HOST_MEMORY, moved
+from partita.execute.sharding import PINNED_HOST, moved
 
 MEMORY = {
     "arguments": "argument_size_in_bytes",
@@ -70,7 +70,7 @@ def _lowered_step(request: CompileRequest, mesh: Mesh) -> Any:
     """A whole step on a mesh, lowered."""
     shardings = [_named_sharding(spec, mesh) for spec in request.shardings]
     for leaf in request.host:
-        shardings[leaf] = shardings[leaf].with_memory_kind(HOST_MEMORY)
+        shardings[leaf] = shardings[leaf].with_memory_kind(PINNED_HOST)
     state_count = request.state_count
     other_outputs = len(request.outputs) - state_count
     call = program_of(request).call
