@@ -31,6 +31,8 @@ import subprocess
 import sys
 import time
 
+os.environ["KERAS_BACKEND"] = "jax"
+
 import jax
 import keras
 import numpy as np
