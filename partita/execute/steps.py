@@ -128,8 +128,9 @@ class StepRunner:
         self.others: dict[Hashable, Callable[[Any, Any], tuple[Any, Any]]] = {}
         """Evaluations, by key: `(state, batch) -> (outputs, state)`. A manager counts and repeats
         them as steps."""
-        self.owns_batches = False
-        """Whether nobody else can change the arrays of a batch, other than those that are views."""
+        self.keeps_batches = False
+        """Whether arrays of a batch are kept for a loss without a copy: new ones, and slices in
+        order of arrays that `fit` trains on."""
         self.metrics_group: int | None = None
         """The part of a state that metrics are in; None where a process that was started again
         cannot be taken in."""
@@ -458,12 +459,12 @@ class StepRunner:
         return np.array(leaf.addressable_data(0))
 
     def batch_copy(self, batch: Any) -> Any:
-        """A batch in host memory that nobody else can change: arrays of JAX, and new ones, as they
-        are."""
+        """A batch in host memory, to be run again: arrays of JAX, and those of Keras's arrays, as
+        they are."""
 
         def kept(x: Any) -> Any:
-            is_new = self.owns_batches and isinstance(x, np.ndarray) and x.base is None
-            return x if is_new or is_constant(x) else np.array(x)
+            is_kept = self.keeps_batches and isinstance(x, np.ndarray) and x.flags.c_contiguous
+            return x if is_kept or is_constant(x) else np.array(x)
 
         return jax.tree.map(kept, batch)
 

@@ -145,9 +145,9 @@ def _sync(model: Any) -> None:
             variable.assign(value.addressable_data(0))
 
 
-def makes_new_batches(iterator: Any) -> bool:
-    """Whether an iterator is that of Keras's arrays: rows that it picks in a random order are new
-    arrays, and slices in order are views of the user's."""
+def is_of_arrays(iterator: Any) -> bool:
+    """Whether an iterator gives batches of arrays: rows in a random order are new arrays, slices in
+    order are views of the arrays that `fit` was given."""
     return getattr(iterator, "gi_code", None) is ArrayDataAdapter._get_iterator.__code__
 
 
@@ -244,7 +244,7 @@ class PlannedFit:
 
         def train_function(state: Any, iterator: Iterator[Any]) -> tuple[Any, Any]:
             self._undonated_state = state
-            self.runner.owns_batches = makes_new_batches(iterator)
+            self.runner.keeps_batches = is_of_arrays(iterator)
             try:
                 return function(state, iterator)
             except BaseException:

@@ -118,6 +118,8 @@ class Balance:
         """Seconds of the steps since the last reading."""
         self._laps: list[tuple[float, ThreadTimes]] = []
         """(seconds of a step, times of threads) of the readings since the last exchange."""
+        self._was_disturbed = False
+        """Whether a thread has compiled or searched beside a step since the last exchange."""
         self._next_round = 0
         self._round_seconds: deque[float] = deque([0.001], maxlen=10)
         """Of the last exchanges; most contain waiting for another process."""
@@ -162,6 +164,8 @@ class Balance:
         """Notes the times of the step, and of the work in front of it."""
         if key != self._key:
             return
+        is_disturbed = training.table.is_working or self._replanner.is_searching
+        self._was_disturbed = self._was_disturbed or is_disturbed
         self._unread.append(seconds)
         if len(self._unread) >= self._stride:
             self._laps.append((mean(self._unread), self.clock.lap()))
@@ -264,9 +268,11 @@ class Balance:
             "compile": training.compile_seconds,
             "shares": self._shares_are_done(training, key),
             "prepare": self._plan_for_slow_links(training, key),
+            "disturbed": self._was_disturbed,
         }
         own = json.dumps(message)
         self._laps = []
+        self._was_disturbed = False
         values = [json.loads(text) for text in training.group.exchanged("balance", own)]
         if all(value["shares"] for value in values):
             self._prepare(training, key, "beside the training")
@@ -277,13 +283,13 @@ class Balance:
         self._compile_seconds = values[0]["compile"]
         steps = min(len(value["laps"]) for value in values)
         rows = [[value["laps"][n] for value in values] for n in range(steps)]
-        for row in rows:
-            stretches = [ThreadTimes(running, queued).stretch for _, running, queued in row]
-            self._slow.add(dict(zip(self._alive, stretches, strict=True)))
         step_seconds = median(row[0][0] for row in rows) if rows else 0.0
+        # A thread that compiles or searches takes processor time from the steps of its process.
+        is_disturbed = any(value["disturbed"] for value in values)
         if values[0]["plan"] is not None:
             self._change_plan(training, Proposal.from_json(values[0]["plan"]))
-        elif rows:
+        elif rows and not is_disturbed:
+            self._add_stretches(rows)
             self._measure(training, step_seconds)
             self._decide(training, key, step_seconds)
             self._look_for_plans(training, key, [row[0][0] for row in rows])
@@ -292,6 +298,12 @@ class Balance:
         reading = max(value["reading"] for value in values)
         self._stride = _steps_between(reading, step_seconds, fewest=1)
         self._round_seconds.append(time.perf_counter() - start)
+
+    def _add_stretches(self, rows: Sequence[Sequence[Sequence[float]]]) -> None:
+        """Takes in the times [step, process, (seconds, running, queued)] of an exchange."""
+        for row in rows:
+            stretches = [ThreadTimes(running, queued).stretch for _, running, queued in row]
+            self._slow.add(dict(zip(self._alive, stretches, strict=True)))
 
     def _decide(self, training: Training, key: Hashable, step_seconds: float) -> None:
         """Changes shares where that is predicted to be faster."""

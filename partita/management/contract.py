@@ -194,7 +194,8 @@ class Training(Protocol):
         ...
 
     def batch_copy(self, batch: Any) -> Any:
-        """A batch in host memory that nobody else can change."""
+        """A batch in host memory, to be run again. Its arrays are this process's own, but for views
+        of arrays that a training was given."""
         ...
 
 

@@ -58,8 +58,7 @@ class ThreadTimes(NamedTuple):
 
 
 class ThreadClock:
-    """Reads the times of this process's threads: of those that have the caller's priority, and not
-    of those that compile beside the training."""
+    """Reads the times of this process's threads."""
 
     def __init__(self, tasks: Path = TASKS) -> None:
         self.tasks = tasks
@@ -100,8 +99,6 @@ class ThreadClock:
         for folder in self.tasks.iterdir():
             if folder.name not in self._files:
                 try:
-                    if _gives_way(folder.name):
-                        continue
                     file = os.open(folder / "schedstat", os.O_RDONLY)
                 except OSError:
                     continue
@@ -110,11 +107,6 @@ class ThreadClock:
     def _close(self, name: str) -> None:
         os.close(self._files.pop(name))
         self._last.pop(name, None)
-
-
-def _gives_way(thread: str) -> bool:
-    """Whether a thread has a lower priority than the caller."""
-    return os.getpriority(os.PRIO_PROCESS, int(thread)) > os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def _times(file: int) -> ThreadTimes | None:

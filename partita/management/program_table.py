@@ -1,22 +1,19 @@
 """Programs for states of the machine that may come: compiled now, or in a thread beside the
 training.
 
-The thread compiles one program after another. Its priority is one below the training's, by which
-`monitor.ThreadClock` knows it; at a much lower one it would hold Python's lock while it waits for a
-core. Python's threads take turns more often meanwhile, because a step takes the lock many times. On
-a CPU, XLA's threads share the cores with the training: only where the host is idle during a step is
-this free.
+The thread compiles one program after another, at the priority of the training: at a lower one it
+would hold Python's lock while it waits for a core. Python's threads take turns more often
+meanwhile, because a step takes the lock many times. On a CPU, XLA's threads share the cores with
+the training, so `balance` judges no speeds meanwhile; this is free only where the host is idle.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any
 
 SWITCH_SECONDS = 5e-4
@@ -33,6 +30,11 @@ class ProgramTable:
         self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._lock = threading.Lock()
         self._is_running = False
+
+    @property
+    def is_working(self) -> bool:
+        """Whether the thread calls a function, or has one to call."""
+        return self._is_running
 
     def make(self, key: Hashable, function: Callable[[], Any]) -> None:
         """Calls the function now."""
@@ -76,9 +78,6 @@ class ProgramTable:
 
     def _work(self) -> None:
         """Calls the waiting functions until none is left, or the script has ended."""
-        with suppress(OSError):
-            priority = os.getpriority(os.PRIO_PROCESS, 0) + 1
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), priority)
         sys.setswitchinterval(SWITCH_SECONDS)
         while True:
             with self._lock:

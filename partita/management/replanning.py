@@ -181,9 +181,14 @@ class Replanner:
         self._proposal: Proposal | None = None
         self._due = 0.0
 
+    @property
+    def is_searching(self) -> bool:
+        """Whether a search is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
     def begin(self, situation: Situation) -> None:
         """Starts to search; a search under way goes on instead."""
-        if self._thread is not None and self._thread.is_alive():
+        if self.is_searching:
             return
         self._proposal = None
         self._thread = threading.Thread(target=self._search, args=(situation,), daemon=True)

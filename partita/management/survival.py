@@ -47,6 +47,8 @@ UNTIMED = 3
 """Snapshots whose time does not count: they compile the programs that gather variables."""
 LEAST_BATCH_BYTES = 2**26
 """Memory that batches may take in any case."""
+SAMPLES = 64
+"""Values by which a change of an array that is kept without a copy is noticed."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Replayed:
     replaced: Mapping[int, np.ndarray] = field(default_factory=dict)
     """Leaf -> its new value, where others than the step before have set it: a callback, or Keras
     when it resets metrics."""
+    samples: Sequence[bytes] = ()
+    """Of each array in the batch that is a view of the user's."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ class Survival:
         self._step_seconds: deque[float] = deque(maxlen=25)
         self._refusal = ""
         """Why there are no snapshots."""
+        self._batch_room = LEAST_BATCH_BYTES
+        """Memory for the batches since a snapshot, bytes, equal in all processes."""
         self._growth: Growth | None = None
         """Agreed at the last snapshot, and to be carried out."""
         self._used: dict[int, Plan] = {}
@@ -140,7 +146,8 @@ class Survival:
         if key not in self._prepared and not training.is_evaluation(key):
             self._prepared.add(key)
             self._prepare(training, key)
-        self._running = Replayed(training.step, key, batch, replaced or {})
+        samples = samples_of(training.leaves(batch))
+        self._running = Replayed(training.step, key, batch, replaced or {}, samples)
 
     def after_step(
         self, training: Training, key: Hashable, state: Any, batch: Any, seconds: float
@@ -185,7 +192,8 @@ class Survival:
     def _fits(self, training: Training, leaves: Sequence[Any]) -> bool:
         """Whether snapshots fit in memory, the same in all processes; says so if not."""
         state_bytes = sum(int(leaf.nbytes) for leaf in leaves)
-        needed = (KEPT + 1) * state_bytes + batch_room(state_bytes)
+        self._batch_room = max(LEAST_BATCH_BYTES, state_bytes)
+        needed = (KEPT + 1) * state_bytes + self._batch_room
         free = free_memory_bytes() // len(training.group.alive)
         answers = training.group.exchanged("memory for snapshots", str(free))
         least = min(map(int, answers))
@@ -208,7 +216,7 @@ class Survival:
         start = time.monotonic()
         snapshot = Snapshot(training.step, training.to_host(state))
         seconds = time.monotonic() - start
-        steps = self._interval(training, seconds, snapshot, batch)
+        steps = self._interval(training, seconds, batch)
         can_grow = training.can_grow and not training.is_evaluation(key)
         event = training.group.returned() if can_grow else 0
         message = json.dumps([steps, event, self._found(training)])
@@ -226,16 +234,15 @@ class Survival:
             self._growth = Growth(key, event)
             raise LostProcessError("A process that was started again is taken in.")
 
-    def _interval(self, training: Training, seconds: float, snapshot: Snapshot, batch: Any) -> int:
+    def _interval(self, training: Training, seconds: float, batch: Any) -> int:
         """Steps to the next snapshot, by the time that this one has taken."""
         if self._taken < UNTIMED or not self._step_seconds:
             return FIRST_INTERVAL
         ordered = sorted(self._step_seconds)
         step_seconds = ordered[len(ordered) // 2]
         steps = math.ceil(min(PACE * seconds, LONGEST) / max(step_seconds, 1e-6))
-        room = batch_room(sum(leaf.nbytes for leaf in snapshot.leaves))
-        batch_bytes = sum(leaf.nbytes for leaf in training.leaves(batch))
-        return max(1, min(steps, room // (KEPT * max(1, batch_bytes))))
+        batch_bytes = sum(leaf.nbytes for leaf in training.leaves(batch) if not is_view(leaf))
+        return max(1, min(steps, self._batch_room // (KEPT * max(1, batch_bytes))))
 
     # -------------------------------------------------------------------------------------- loss
 
@@ -283,11 +290,12 @@ class Survival:
         step = self._agreed_step(training)
         while self._snapshots[-1].step > step:
             self._snapshots.pop()
+        steps = [each for each in self._replayed if each.step >= step]
+        check_unchanged(training, steps)
         training.change_members(self._planner(training))
         # Gloo waits 30 s for the others of a new group, who may compile longer than this one.
         training.group.exchanged("survivors' program", "")
         state = training.with_leaves(state, self._snapshots[-1].leaves)
-        steps = [each for each in self._replayed if each.step >= step]
         for each in steps:
             state = with_replaced(training, state, each.replaced)
             _, state = training.execute(each.key, state, each.batch)
@@ -454,9 +462,28 @@ def _read_plan(text: str) -> Plan:
     return Plan.from_json(answer)
 
 
-def batch_room(state_bytes: int) -> int:
-    """Memory for the batches since a snapshot, bytes."""
-    return max(LEAST_BATCH_BYTES, state_bytes)
+def is_view(leaf: Any) -> bool:
+    """Whether an array shows another one's memory."""
+    return isinstance(leaf, np.ndarray) and leaf.base is not None
+
+
+def samples_of(leaves: Sequence[Any]) -> list[bytes]:
+    """About SAMPLES values of each view among the arrays of a batch."""
+    samples = []
+    for view in filter(is_view, leaves):
+        samples.append(view.ravel()[:: max(1, view.size // SAMPLES)].tobytes())
+    return samples
+
+
+def check_unchanged(training: Training, steps: Sequence[Replayed]) -> None:
+    """ProcessError if a batch that was kept without a copy has changed."""
+    for each in steps:
+        if samples_of(training.leaves(each.batch)) != each.samples:
+            raise ProcessError(
+                "A process was lost, and a callback has changed arrays that 'fit' trains on, so "
+                f"the batch of step {each.step} cannot be run again. Start again from the last "
+                "save, or give 'fit' a generator or shuffle=True: their batches are copies."
+            )
 
 
 def with_replaced(training: Training, state: Any, replaced: Mapping[int, np.ndarray]) -> Any:

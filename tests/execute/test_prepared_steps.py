@@ -16,7 +16,8 @@ from partita.errors import PlanError
 from partita.execute import members
 from partita.execute.program import runnable_step
 from partita.execute.steps import StepRunner
-from partita.keras.fit import makes_new_batches
+from partita.keras.fit import is_of_arrays
+from partita.management.survival import samples_of
 from partita.plans.baselines import BASELINES
 from partita.plans.plan import Mesh, Plan
 
@@ -138,7 +139,7 @@ def test_an_error_beside_the_training_is_that_of_preparing_shares(
 
 
 @pytest.mark.parametrize("source", ["shuffled", "in order", "generator"])
-def test_a_batch_that_is_kept_for_a_loss_cannot_change(source: str) -> None:
+def test_a_batch_is_kept_for_a_loss_and_copied_where_others_may_write_in_it(source: str) -> None:
     x = np.zeros((12, 2), "float32")
     if source == "generator":
         batches = ((x[rows], x) for rows in [slice(0, 4)])
@@ -146,10 +147,14 @@ def test_a_batch_that_is_kept_for_a_loss_cannot_change(source: str) -> None:
         adapter = ArrayDataAdapter(x, x, batch_size=4, shuffle=source == "shuffled")
         batches = adapter.get_jax_iterator()
     runner = StepRunner("test")
-    runner.owns_batches = makes_new_batches(batches)
-    batch = next(batches)
+    runner.keeps_batches = is_of_arrays(batches)
+    batch: Any = next(batches)
     kept = runner.batch_copy(batch)
+    samples = samples_of(kept)
     x[:] = 1.0
-    assert [array.max() for array in kept] == [0.0, 0.0]
     is_copied = [copy is not array for copy, array in zip(kept, batch, strict=True)]
-    assert is_copied == [source != "shuffled"] * 2
+    assert is_copied == [source == "generator"] * 2
+    # The slices have changed, and that is noticed.
+    is_slice = source == "in order"
+    assert [array.max() for array in kept] == [float(is_slice)] * 2
+    assert (samples_of(kept) != samples) == is_slice

@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+import time
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -186,6 +188,23 @@ def test_after_a_loss_shares_are_compiled_beside_the_training_and_used_once_all_
     training.run(manager, 10)
     assert [decision.action for decision in decisions] == ["prepare", "prepare"]
     assert decisions[1].sentence.endswith("16 microbatches (compiled beside the training)")
+
+
+def test_nobody_is_slow_while_a_thread_compiles_beside_the_training():
+    training = Training()
+    manager, decisions = balance()
+    training.run(manager, 20)
+    may_end = threading.Event()
+    training.table.begin("program", lambda: may_end.wait(10))
+    training.group.speed = 0.25
+    training.run(manager, 60)
+    assert [decision.action for decision in decisions] == ["prepare"]
+    may_end.set()
+    training.table.get("program")
+    while training.table.is_working:
+        time.sleep(0.001)
+    training.run(manager, 60)
+    assert training.shares == (7, 7, 1, 1)
 
 
 def test_a_plan_for_slow_links_is_prepared_once():

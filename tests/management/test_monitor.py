@@ -1,7 +1,5 @@
 """Changes of steps and names of slow processes, from synthetic and recorded times."""
 
-import os
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ from partita.management.monitor import (
     ThreadClock,
     ThreadTimes,
 )
-from partita.management.program_table import ProgramTable
 
 NOISE = 0.3
 """Spread of the logarithm of a stretch by other programs on the cores."""
@@ -107,46 +104,3 @@ def test_a_lasting_change_of_a_steps_seconds_is_found_and_an_outlier_is_not():
     assert min(found) >= 3000 and max(found) < 3020
     assert found[max(found)] == pytest.approx(2, rel=0.15)
     assert changes.reference == pytest.approx(2 * (changes.usual or 0), rel=0.15)
-
-
-def test_a_thread_of_low_priority_does_not_count():
-    ready, end = threading.Event(), threading.Event()
-    names: list[str] = []
-
-    def work() -> None:
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, 0) + 1)
-        names.append(str(thread))
-        ready.set()
-        end.wait(10)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    ready.wait(10)
-    clock = ThreadClock()
-    clock.lap()
-    assert str(threading.get_native_id()) in clock._files
-    assert names[0] not in clock._files
-    clock.close()
-    end.set()
-    thread.join()
-
-
-def test_a_thread_that_compiles_beside_the_training_does_not_count():
-    ready, end = threading.Event(), threading.Event()
-
-    def compiled() -> str:
-        ready.set()
-        end.wait(10)
-        return str(threading.get_native_id())
-
-    table = ProgramTable()
-    table.begin("a program", compiled)
-    ready.wait(10)
-    clock = ThreadClock()
-    clock.lap()
-    counted = set(clock._files)
-    clock.close()
-    end.set()
-    assert str(threading.get_native_id()) in counted
-    assert table.get("a program") not in counted

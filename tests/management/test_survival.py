@@ -183,6 +183,20 @@ def test_survivors_split_weights_that_do_not_fit_whole() -> None:
         survivor_plan(graph, plan, machine_of(2, 1024))
 
 
+def test_batches_that_a_callback_has_changed_are_not_run_again() -> None:
+    data = np.arange(60.0).reshape(60, 1)
+    training = PlayedTraining()
+    training.batch_copy = lambda batch: batch  # type: ignore[method-assign]
+    manager = Survival(DecisionLog())
+    state = [np.zeros(1), np.zeros(1)]
+    training.lost_at = [18]
+    sentence = r"changed arrays that 'fit' trains on, so the batch of step 15 cannot be run again\."
+    with pytest.raises(ProcessError, match=sentence):
+        for step in range(20):
+            data[15] += step == 17
+            state = training.run(manager, state, data[step])
+
+
 def test_without_a_common_snapshot_the_run_ends_with_a_sentence() -> None:
     training = PlayedTraining()
     training.lost_at = [21]
