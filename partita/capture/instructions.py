@@ -122,13 +122,18 @@ def rule_of(
     name: str,
     operands: list[Tensor],
     results: list[Tensor],
+    shardy_rules: dict[Any, Rule],
 ) -> Rule | None:
     """The sharding rule of an instruction, None if it has none.
 
-    It is Shardy's, corrected for scatters.
+    It is Shardy's, corrected for scatters. `shardy_rules` caches Shardy's by their attribute:
+    thousands of instructions have the same.
     """
     if "sdy.sharding_rule" in operation.attributes:
-        rule = _shardy_rule(operation)
+        attribute = operation.attributes["sdy.sharding_rule"]
+        if attribute not in shardy_rules:
+            shardy_rules[attribute] = _shardy_rule(attribute)
+        rule = shardy_rules[attribute]
         if name == "select_and_scatter":
             return _select_and_scatter_rule(operation, operands, rule)
         if name == "scatter":
@@ -158,9 +163,9 @@ def _identity(rank: int) -> DimFactors:
     return tuple((dim,) for dim in range(rank))
 
 
-def _shardy_rule(operation: Any) -> Rule:
-    """Shardy's rule of an instruction."""
-    rule = sdy.OpShardingRuleAttr(operation.attributes["sdy.sharding_rule"])
+def _shardy_rule(attribute: Any) -> Rule:
+    """Shardy's rule in an attribute."""
+    rule = sdy.OpShardingRuleAttr(attribute)
     return Rule(
         tuple(rule.factor_sizes),
         _shardy_mappings(rule.operand_mappings),

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from jax.extend.mlir import ir
+
 from partita.graph.operator_graph import Phase
 
 MODULE_SCOPE = "torch:"
@@ -28,8 +30,8 @@ def location_name(operation: Any) -> str:
 
     For example `jit(train_step)/jvp(conv1)/conv_general_dilated`.
     """
-    match = re.match(r'loc\("((?:[^"\\]|\\.)*)"', str(operation.location))
-    return match.group(1) if match else ""
+    location = operation.location
+    return location.name_str if isinstance(location, ir.NameLoc) else ""
 
 
 def split_name(name: str) -> list[str]:

@@ -30,7 +30,7 @@ from partita.capture.stablehlo import (
     run,
     short,
 )
-from partita.graph.operator_graph import CONDITIONALS, Instruction, Loop, Tensor
+from partita.graph.operator_graph import CONDITIONALS, Instruction, Loop, Rule, Tensor
 
 
 @dataclass
@@ -67,12 +67,19 @@ class _Reader:
         """Value -> tensor."""
         self.constants: dict[int, int] = {}
         """Tensor of an integer constant -> its value."""
+        self.types: dict[Any, Tensor] = {}
+        """MLIR type -> its shape and dtype."""
+        self.shardy_rules: dict[Any, Rule] = {}
+        """Attribute of an instruction -> the rule in it."""
 
     def tensor(self, value: Any) -> int:
         """The number of a value, which is new at its first use."""
         if value not in self.ids:
             self.ids[value] = len(self.program.tensors)
-            self.program.tensors.append(tensor_of(value.type))
+            kind = value.type
+            if kind not in self.types:
+                self.types[kind] = tensor_of(kind)
+            self.program.tensors.append(self.types[kind])
         return self.ids[value]
 
     def block(self, block: ir.Block, trips: int) -> list[int]:
@@ -107,7 +114,7 @@ class _Reader:
                 self.constants[results[0]] = value
         operand_tensors = [program.tensors[tensor] for tensor in operands]
         result_tensors = [program.tensors[tensor] for tensor in results]
-        rule = rule_of(operation, name, operand_tensors, result_tensors)
+        rule = rule_of(operation, name, operand_tensors, result_tensors, self.shardy_rules)
         full_name = location_name(operation)
         instruction = Instruction(
             name,
