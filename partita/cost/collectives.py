@@ -18,7 +18,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from partita.cost.backends import Compiler, compiler_of
-from partita.cost.partial import Factors, operand_labels, pending_sums, reduced_factors
+from partita.cost.partial import (
+    Factors,
+    dilates_operand,
+    operand_labels,
+    pending_sums,
+    reduced_factors,
+)
 from partita.cost.reshard import Axes, emitted_steps, step_bytes
 from partita.cost.sums import LaidOutProgram, Sum
 from partita.graph.flat import LIBRARY_CALLS, Reader, readers_of
@@ -101,13 +107,38 @@ def emitted_sums(
 
 
 @dataclass(frozen=True, slots=True)
+class Reversal:
+    """A reversed dim: where it is split, devices exchange whole shards, the first with the last."""
+
+    size: int
+
+    def halo_elements(self, parts: int) -> tuple[int, int]:
+        """Elements that a device receives when the dim is split into `parts`, and 0."""
+        return -(-self.size // parts), 0
+
+
+@dataclass(frozen=True, slots=True)
 class Reach:
-    """A window over a dim of operand 0 that may be split."""
+    """A window over a dim of an operand that may be split."""
 
     factor: int
     """The graph's factor of the dim."""
     dim: int
     window: Window
+    label: Label
+    """The factors that split the operand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """The elements of an operand that a device receives where a dim is split."""
+
+    operand: int
+    """Position of the operand."""
+    factor: int
+    """The graph's factor of the dim."""
+    dim: int
+    window: Window | Reversal
     label: Label
     """The factors that split the operand."""
 
@@ -138,6 +169,36 @@ def reaches(
         if window.halo_elements(2) != (0, 0):
             result_reaches.append(Reach(factor, dim, window, label))
     return tuple(result_reaches)
+
+
+def exchanges(
+    instruction: Instruction,
+    labels: Sequence[Label],
+    result: Label,
+    compiler: Compiler,
+) -> list[Exchange]:
+    """The exchanges of an instruction between neighbours; labels as for `reaches`.
+
+    Where the compiler fills a dilated operand, it first exchanges the operands of the weight
+    gradient, which reverses both (AlgebraicSimplifier's SwapConvOperands). The window then moves
+    over the second.
+    """
+    rule = instruction.rule
+    if rule is None or not (compiler.buffers.filled_gradients and dilates_operand(instruction)):
+        windows = reaches(instruction, labels, result)
+        return [Exchange(0, r.factor, r.dim, r.window, r.label) for r in windows]
+    found = []
+    for windowed, window in instruction.windows:
+        for operand, moved in enumerate((None, window.transposed())):
+            label = labels[operand]
+            dim = rule.operands[operand].index((windowed,))
+            if label[dim] < 0:
+                continue
+            size = window.count if moved else window.size
+            found.append(Exchange(operand, label[dim], dim, Reversal(size), label))
+            if moved:
+                found.append(Exchange(operand, label[dim], dim, moved, label))
+    return found
 
 
 def _split_like_result(
@@ -289,18 +350,21 @@ class _Computed:
 
     def _halos(self, communication: Communicating) -> Iterator[Collective]:
         assignment = self.layout.assignments[communication.operator]
-        instruction = self.graph.instructions[communication.instruction]
-        for reach in communication.reaches:
-            axes = assignment.get(reach.factor, ())
+        number = communication.instruction
+        instruction = self.graph.instructions[number]
+        labels = operand_labels(self.graph, number)
+        result = self.graph.labels[instruction.results[0]]
+        for exchange in exchanges(instruction, labels, result, self.compiler):
+            axes = assignment.get(exchange.factor, ())
             if not axes:
                 continue
-            tensor = self.graph.tensors[instruction.operands[0]]
+            tensor = self.graph.tensors[instruction.operands[exchange.operand]]
             shards = math.prod(self.mesh.sizes[axis] for axis in axes)
-            sharding = label_sharding(reach.label, assignment)
+            sharding = label_sharding(exchange.label, assignment)
             shard_bytes = local_bytes(tensor.shape, _itemsize(tensor), sharding, self.mesh.sizes)
-            shard_rows = -(-tensor.shape[reach.dim] // shards)
+            shard_rows = -(-tensor.shape[exchange.dim] // shards)
             row_bytes = shard_bytes // shard_rows
-            for rows in reach.window.halo_elements(shards):
+            for rows in exchange.window.halo_elements(shards):
                 if not rows:
                     continue
                 yield Collective(

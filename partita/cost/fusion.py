@@ -19,7 +19,7 @@ from functools import lru_cache
 
 from partita.cost.backends.base import FusionRules
 from partita.cost.collectives import communicating
-from partita.cost.partial import pending_sums, split_axes
+from partita.cost.partial import pending_sums, split_axes, transposes
 from partita.graph.flat import EDGE_KERNELS, Reader
 from partita.graph.operator_graph import (
     IdentityKey,
@@ -133,17 +133,6 @@ def _fusion(
     split_rows: frozenset[int],
 ) -> Fusion:
     return _Fuser(key.value, rules, split_rows).run()
-
-
-def transposes(instruction: Instruction) -> bool:
-    """Whether an instruction transposes its operands first, and so computes them once more.
-
-    The weight gradient of a convolution does: it sums away the batch, dim 0 of its first operand.
-    """
-    rule = instruction.rule
-    if instruction.name != "convolution" or rule is None:
-        return False
-    return any(factor in rule.reduction for factor in rule.operands[0][0])
 
 
 def _sums_rows(instruction: Instruction) -> bool:

@@ -13,8 +13,14 @@ from functools import lru_cache
 
 from partita.cost.backends import compiler_of
 from partita.cost.delayed import delayed_reductions, joined_repetitions
-from partita.cost.fusion import Fusion, fused_under, reads, transposes
-from partita.cost.partial import Factors, gradients, operand_labels, reduced_factors
+from partita.cost.fusion import Fusion, fused_under, reads
+from partita.cost.partial import (
+    Factors,
+    gradients,
+    operand_labels,
+    reduced_factors,
+    transposes,
+)
 from partita.graph.flat import LIBRARY_CALLS, readers_of
 from partita.graph.operator_graph import (
     IdentityKey,

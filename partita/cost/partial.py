@@ -8,7 +8,8 @@ the program this is Shardy's `unreduced`, which XLA's partitioner respects.
 A partial sum of activations that another operator reads is summed on its way there
 (`moved_sums`), and sums that meet in additions are joined.
 
-Also: the labels under which an instruction reads its operands, and the factors that it sums away.
+Also: the labels under which an instruction reads its operands, the factors that it sums away, and
+whether it is the weight gradient of a convolution.
 """
 
 from __future__ import annotations
@@ -63,6 +64,23 @@ def reduced_factors(instruction: Instruction, labels: Sequence[Label]) -> Factor
             if factor >= 0 and dim and dim[0] in rule.reduction:
                 factors[factor] = None
     return tuple(factors)
+
+
+def transposes(instruction: Instruction) -> bool:
+    """Whether an instruction transposes its operands first, and so computes them once more.
+
+    The weight gradient of a convolution does: it sums away the batch, dim 0 of its first operand.
+    """
+    rule = instruction.rule
+    if instruction.name != "convolution" or rule is None:
+        return False
+    return any(factor in rule.reduction for factor in rule.operands[0][0])
+
+
+def dilates_operand(instruction: Instruction) -> bool:
+    """Whether an instruction is a weight gradient over a dilated operand, that of a transposed
+    convolution."""
+    return transposes(instruction) and any(window.base > 1 for _, window in instruction.windows)
 
 
 @dataclass(frozen=True)

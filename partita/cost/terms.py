@@ -19,8 +19,8 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 from partita.cost.backends import compiler_of
-from partita.cost.collectives import DEFAULT, reaches
-from partita.cost.fusion import EXPENSIVE, FREE, fusion, reads, transposes
+from partita.cost.collectives import DEFAULT, Reversal, exchanges
+from partita.cost.fusion import EXPENSIVE, FREE, fusion, reads
 from partita.cost.joined import NONE_JOINED, joined_kernels
 from partita.cost.partial import (
     Factors,
@@ -30,6 +30,7 @@ from partita.cost.partial import (
     operand_labels,
     read_labels,
     reduced_factors,
+    transposes,
 )
 from partita.cost.sums import loop_sums
 from partita.cost.work import filled_ratio, group_factors
@@ -160,7 +161,7 @@ class Halo:
     """Factors that index a row."""
     split: int
     """The factor that the window reaches over."""
-    window: Window
+    window: Window | Reversal
     trips: int
     phase: Phase
 
@@ -626,15 +627,15 @@ class _Collector:
         labels: Sequence[Label],
     ) -> None:
         result_label = self.graph.labels[instruction.results[0]]
-        for reach in reaches(instruction, labels, result_label):
-            tensor = self.graph.tensors[instruction.operands[0]]
-            rows = tensor.shape[reach.dim]
+        for exchange in exchanges(instruction, labels, result_label, self.compiler):
+            tensor = self.graph.tensors[instruction.operands[exchange.operand]]
+            rows = tensor.shape[exchange.dim]
             halo = Halo(
                 tensor.nbytes // rows,
                 rows,
-                tuple(factor for factor in _split(reach.label) if factor != reach.factor),
-                reach.factor,
-                reach.window,
+                tuple(factor for factor in _split(exchange.label) if factor != exchange.factor),
+                exchange.factor,
+                exchange.window,
                 instruction.trips,
                 instruction.phase,
             )

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from partita.cost.backends import compiler_of
 from partita.cost.collectives import DEFAULT, Collective, Reach, collectives, reaches
-from partita.cost.fusion import fused_under, transposes
-from partita.cost.partial import Factors, operand_labels
+from partita.cost.fusion import fused_under
+from partita.cost.partial import Factors, dilates_operand, operand_labels
 from partita.graph.operator_graph import Instruction, Label, OperatorGraph, per_graph
 from partita.machine import Backend
 from partita.plans.layout import Layout, Sharding
@@ -80,7 +80,7 @@ def filled_ratio(instruction: Instruction) -> float:
 
     1 for other instructions, which skip the holes.
     """
-    if not transposes(instruction):
+    if not dilates_operand(instruction):
         return 1.0
     return math.prod(
         ((window.size - 1) * window.base + 1) / window.size for _, window in instruction.windows

@@ -128,6 +128,15 @@ class Window:
         """Whether position p reads element p alone."""
         return self.step == self.reach == self.base == 1
 
+    def transposed(self) -> Window:
+        """The positions that read each element, as a window over positions.
+
+        >>> Window(32, 64, 1, 2, 3, 2).transposed()
+        Window(size=64, count=32, step=2, low=0, reach=3, base=1)
+        """
+        low = self.reach - 1 - self.low
+        return Window(self.count, self.size, self.base, low, self.reach, self.step)
+
     def halo_elements(self, parts: int) -> tuple[int, int]:
         """The largest halo of a device when the dim is split into `parts`.
 

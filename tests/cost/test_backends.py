@@ -217,8 +217,9 @@ def test_a_tpu_converts_a_sum_before_devices_add_it_up(follow, itemsize):
     assert compiler_of(GPU.backend).sum_itemsize(graph, product.results[0]) == 4
 
 
-def test_the_weight_gradient_of_a_transposed_convolution_is_dense_on_a_gpu():
-    """XLA:GPU convolves with 7 x 7 elements of an image of 4 x 4, dilated twice, zeros included."""
+@pytest.fixture(scope="module")
+def transposed_convolution():
+    """A step of a transposed convolution, from images of 4 x 4 to 8 x 8."""
     kernel_shape = jax.ShapeDtypeStruct((3, 3, 5, 2), jnp.float32)
     image = jax.ShapeDtypeStruct((8, 4, 4, 2), jnp.float32)
 
@@ -236,7 +237,12 @@ def test_the_weight_gradient_of_a_transposed_convolution_is_dense_on_a_gpu():
 
         return kernel - jax.grad(loss)(kernel)
 
-    graph = capture_program(step, args=(kernel_shape, image)).graph
+    return capture_program(step, args=(kernel_shape, image)).graph
+
+
+def test_the_weight_gradient_of_a_transposed_convolution_is_dense_on_a_gpu(transposed_convolution):
+    """XLA:GPU convolves with 7 x 7 elements of an image of 4 x 4, dilated twice, zeros included."""
+    graph = transposed_convolution
     (gradient,) = (i for i in graph.instructions if filled_ratio(i) != 1)
     assert filled_ratio(gradient) == (7 / 4) ** 2
     plan = BASELINES["one device"](graph, GPU.name, mesh_of(GPU))
@@ -245,6 +251,17 @@ def test_the_weight_gradient_of_a_transposed_convolution_is_dense_on_a_gpu():
         local_flops(graph, plan.mesh, layout, machine.backend) for machine in (CPU, GPU)
     )
     assert filled - with_holes == pytest.approx(gradient.flops * ((7 / 4) ** 2 - 1))
+
+
+def test_a_gpu_reverses_both_operands_of_that_gradient_where_rows_are_split(transposed_convolution):
+    """Two devices exchange their halves of both images, and a row of the larger one."""
+    graph = transposed_convolution
+    machine = load("h100:2")
+    plan = BASELINES["spatial"](graph, machine.name, mesh_of(machine))
+    found = collectives(graph, plan.mesh, layout_of(graph, plan), machine.backend)
+    exchanged = [c.nbytes for c in found if c.kind == "collective_permute" if c.phase == "backward"]
+    row = 8 * 8 * 5 * 4
+    assert sorted(exchanged) == [8 * 2 * 4 * 2 * 4, row, 4 * row]
 
 
 def test_a_gpu_keeps_a_copy_of_a_kernel_until_the_input_gradient():
