@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from partita.cost.backends import compiler_of
 from partita.cost.collectives import DEFAULT, Collective, Reach, collectives, reaches
 from partita.cost.fusion import fused_under
-from partita.cost.partial import Factors, dilates_operand, operand_labels
-from partita.graph.operator_graph import Instruction, Label, OperatorGraph, per_graph
+from partita.cost.partial import Factors, dilates_operand, is_grouped, operand_labels, transposes
+from partita.graph.operator_graph import Instruction, Label, OperatorGraph, Window, per_graph
 from partita.machine import Backend
 from partita.plans.layout import Layout, Sharding
 from partita.plans.plan import Mesh
@@ -45,15 +45,17 @@ def local_flops(
         kernels = max(1, len(fused.computed_in[computation.instruction]))
         trips = 1 if loops_once else instruction.trips
         flops = instruction.flops * kernels * trips
-        if compiler.buffers.filled_gradients:
-            flops *= filled_ratio(instruction)
         if operator < 0:
             total += flops
             continue
         assignment = layout.assignments[operator]
-        for reach in computation.reaches:
-            if assignment.get(reach.factor):
-                flops *= reach.window.padding_ratio()
+        if instruction.windows:
+            split = [
+                (reach.window, math.prod(mesh.sizes[axis] for axis in assignment[reach.factor]))
+                for reach in computation.reaches
+                if assignment.get(reach.factor)
+            ]
+            flops *= _window_ratio(instruction, split, compiler.buffers.filled_gradients)
         results = tuple(layout.shardings[tensor] for tensor in instruction.results)
         if backend.dense_grouped_gradients and instruction.batch_groups > 1:
             split = math.prod(
@@ -75,16 +77,43 @@ def local_flops(
     return total
 
 
-def filled_ratio(instruction: Instruction) -> float:
-    """Elements of a weight gradient's dilated operand with zeros in its holes, over those without.
+def _window_ratio(
+    instruction: Instruction, split: Sequence[tuple[Window, int]], fills: bool
+) -> float:
+    """FLOPs of windows as they are computed, over those without padding and holes.
 
-    1 for other instructions, which skip the holes.
+    `split` are the windows over split dims, each with its number of parts. There, halos make
+    padding explicit. `fills` says whether the compiler writes the holes of a dilated operand.
     """
-    if not dilates_operand(instruction):
-        return 1.0
-    return math.prod(
-        ((window.size - 1) * window.base + 1) / window.size for _, window in instruction.windows
-    )
+    ratio = filled_ratio(instruction) if fills else 1.0
+    if fills and _is_filled_by_group(instruction):
+        return ratio
+    for window, parts in split:
+        ratio *= window.padding_ratio()
+        if fills and dilates_operand(instruction):
+            ratio *= window.filled_ratio(parts) / window.filled_ratio()
+    return ratio
+
+
+def filled_ratio(instruction: Instruction) -> float:
+    """FLOPs of a convolution over a dilated operand with zeros in its holes, over those without.
+
+    cuDNN has no dilated operand. Of an input gradient without groups it skips the holes, so 1.
+    """
+    if dilates_operand(instruction):
+        return math.prod(window.filled_ratio() for _, window in instruction.windows)
+    if _is_filled_by_group(instruction):
+        return math.prod(w.base * w.padding_ratio() for _, w in instruction.windows)
+    return 1.0
+
+
+def _is_filled_by_group(instruction: Instruction) -> bool:
+    """Whether an instruction is the input gradient of a grouped convolution with strides.
+
+    XLA:GPU writes its holes and its padding into memory (ConvPaddingLegalization).
+    """
+    is_dilated = any(window.base > 1 for _, window in instruction.windows)
+    return is_dilated and is_grouped(instruction) and not transposes(instruction)
 
 
 class _Shards:

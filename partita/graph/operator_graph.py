@@ -168,6 +168,11 @@ class Window:
             inside += max(0, min(last, self.size - 1) - max(first, 0) + 1)
         return self.count * self.reach / self.base / inside if inside else 1.0
 
+    def filled_ratio(self, parts: int = 1) -> float:
+        """Elements of a part of the dilated dim with zeros in its holes, over those without."""
+        elements = -(-self.size // parts)
+        return ((elements - 1) * self.base + 1) / elements
+
     def _elements(self, first_position: int, last_position: int) -> tuple[int, int]:
         """First and last element that a range of positions reads, with padding outside the dim."""
         first = -((self.low - first_position * self.step) // self.base)

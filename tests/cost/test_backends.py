@@ -264,6 +264,36 @@ def test_a_gpu_reverses_both_operands_of_that_gradient_where_rows_are_split(tran
     assert sorted(exchanged) == [8 * 2 * 4 * 2 * 4, row, 4 * row]
 
 
+def test_the_input_gradient_of_a_depthwise_convolution_is_dense_on_a_gpu():
+    """Every pixel of an image of 4 x 4 meets 3 x 3 elements, of which most are holes."""
+    kernel_shape = jax.ShapeDtypeStruct((3, 3, 1, 6), jnp.float32)
+    image = jax.ShapeDtypeStruct((8, 4, 4, 6), jnp.float32)
+
+    def step(image, kernel):
+        def loss(image):
+            result = jax.lax.conv_general_dilated(
+                image,
+                kernel,
+                (2, 2),
+                "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=6,
+            )
+            return (result**2).sum()
+
+        return image - jax.grad(loss)(image)
+
+    graph = capture_program(step, args=(image, kernel_shape)).graph
+    (gradient,) = (i for i in graph.instructions if filled_ratio(i) != 1)
+    plan = BASELINES["one device"](graph, GPU.name, mesh_of(GPU))
+    layout = layout_of(graph, plan)
+    with_holes, filled = (
+        local_flops(graph, plan.mesh, layout, machine.backend) for machine in (CPU, GPU)
+    )
+    dense_flops = 2 * 8 * 4 * 4 * 6 * 3 * 3
+    assert filled - with_holes == pytest.approx(dense_flops - gradient.flops)
+
+
 def test_a_gpu_keeps_a_copy_of_a_kernel_until_the_input_gradient():
     kernel = jax.ShapeDtypeStruct((3, 3, 64, 64), jnp.float32)
     images = jax.ShapeDtypeStruct((1, 4, 4, 64), jnp.float32)
