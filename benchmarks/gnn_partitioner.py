@@ -14,16 +14,13 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from children import below
+from limits import control_groups, enter, limit_cores
 
 PERIOD = 4_000
 """Microseconds after which a quota of processor time is renewed."""
-
-VERSION_1 = Path("/sys/fs/cgroup/cpu")
-"""The control groups of processor time, if they are of version 1."""
 
 
 def arguments_of() -> argparse.Namespace:
@@ -38,42 +35,6 @@ def arguments_of() -> argparse.Namespace:
 
 
 arguments = arguments_of()
-
-
-class Shares:
-    """Control groups, one for each process, of version 1 or 2; `cores` of each."""
-
-    def __init__(self, cores: list[float]) -> None:
-        root = VERSION_1 if VERSION_1.is_dir() else Path("/sys/fs/cgroup")
-        self.folders = [root / f"partita-{os.getpid()}-{i}" for i in range(len(cores))]
-        for folder, share in zip(self.folders, cores, strict=True):
-            try:
-                self._make(folder, int(share * PERIOD))
-            except OSError as error:
-                self.end()
-                sys.exit(
-                    f"{folder} cannot be used: {error.strerror}. Run this as root, on a system "
-                    "with control groups for processor time."
-                )
-
-    def _make(self, folder: Path, quota: int) -> None:
-        """A group with a quota in microseconds of each period."""
-        folder.mkdir()
-        if VERSION_1.is_dir():
-            (folder / "cpu.cfs_period_us").write_text(str(PERIOD))
-            (folder / "cpu.cfs_quota_us").write_text(str(quota))
-        else:
-            (folder / "cpu.max").write_text(f"{quota} {PERIOD}")
-
-    def take(self, pids: list[int]) -> None:
-        """Moves a process into each group."""
-        for folder, pid in zip(self.folders, pids, strict=True):
-            (folder / "cgroup.procs").write_text(str(pid))
-
-    def end(self) -> None:
-        """Removes the groups."""
-        for folder in filter(Path.is_dir, self.folders):
-            folder.rmdir()
 
 
 def command_of(partition: str) -> list[str]:
@@ -92,20 +53,22 @@ def trained(partition: str) -> dict[str, Any]:
     command = command_of(partition)
     each = (os.cpu_count() or 1) / arguments.devices
     last = each if arguments.even else each / 2
-    shares = Shares([each] * (arguments.devices - 1) + [last])
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        workers = below(run.pid)
-        while run.poll() is None and len(workers) < arguments.devices:
-            time.sleep(0.05)
+    with control_groups("cpu", arguments.devices) as groups:
+        for group in groups:
+            limit_cores(group, last if group is groups[-1] else each, PERIOD)
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
             workers = below(run.pid)
-        if run.poll() is None:
-            shares.take(workers)
-        output, _ = run.communicate()
-    finally:
-        run.kill()
-        run.wait()
-        shares.end()
+            while run.poll() is None and len(workers) < arguments.devices:
+                time.sleep(0.05)
+                workers = below(run.pid)
+            if run.poll() is None:
+                for group, worker in zip(groups, workers, strict=True):
+                    enter(group, worker)
+            output, _ = run.communicate()
+        finally:
+            run.kill()
+            run.wait()
     if run.returncode:
         sys.exit(f"{' '.join(command)} ended with {run.returncode}.")
     return json.loads(output[output.index("{") :])

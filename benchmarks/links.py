@@ -12,21 +12,21 @@ and without --manage.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
 from typing import Any
 
+from limits import network
 from shares import managed_run
 
 SCRIPT = """
-import json, subprocess, sys, time
+import json, sys, time
 from pathlib import Path
 
 import jax
 import keras
 import numpy as np
+from limits import shape_loopback
 
 steps, rate, width = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 
@@ -38,8 +38,7 @@ class Clock(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None):
         if len(self.seconds) == steps and jax.process_index() == 0:
-            shape = ["tbf", "rate", rate, "burst", "256kb", "latency", "400ms"]
-            subprocess.run(["tc", "qdisc", "change", "dev", "lo", "root", *shape], check=True)
+            shape_loopback(rate)
         self.start = time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
@@ -97,17 +96,9 @@ def main() -> int:
 
 def train(given: argparse.Namespace, manage: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(the times of process 0, the decisions) of a run in a network of its own."""
-    name = f"partita-{os.getpid()}"
-    shape = ["tbf", "rate", given.before, "burst", "256kb", "latency", "400ms"]
     arguments = [str(given.steps), given.after, str(given.width)]
-    try:
-        subprocess.run(["ip", "netns", "add", name], check=True)
-        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
-        subprocess.run(["tc", "-n", name, "qdisc", "add", "dev", "lo", "root", *shape], check=True)
-        inside = ["ip", "netns", "exec", name]
+    with network(given.before) as inside:
         return managed_run(SCRIPT, arguments, "--manage" if manage else "", inside)
-    finally:
-        subprocess.run(["ip", "netns", "del", name], check=False)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from limits import network
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -73,41 +74,6 @@ def peer(models: list[str], rounds: int) -> None:
                 "RESULT " + json.dumps({"model": name, "seconds": statistics.median(times[1:])}),
                 flush=True,
             )
-
-
-@contextmanager
-def namespace(rate: str) -> Iterator[list[str]]:
-    """A network namespace with a loopback of this rate, as the start of a command; none for full
-    speed.
-    """
-    if not rate:
-        yield []
-        return
-    name = f"slow{os.getpid()}"
-    run = lambda *words: subprocess.run(words, check=True)
-    run("ip", "netns", "add", name)
-    try:
-        run("ip", "-n", name, "link", "set", "lo", "up")
-        run(
-            "tc",
-            "-n",
-            name,
-            "qdisc",
-            "add",
-            "dev",
-            "lo",
-            "root",
-            "tbf",
-            "rate",
-            rate,
-            "burst",
-            "256kb",
-            "latency",
-            "400ms",
-        )
-        yield ["ip", "netns", "exec", name]
-    finally:
-        run("ip", "netns", "del", name)
 
 
 def peers(start: list[str], models: list[str], rounds: int) -> dict[str, float]:
@@ -185,7 +151,7 @@ def main() -> int:
             "--rounds",
             rounds,
         ]
-        with namespace(LINKS[link]) as start:
+        with network(LINKS[link]) as start:
             done = subprocess.run(
                 [*start, *bench, "--models", ",".join(given.models), "--json"],
                 check=True,

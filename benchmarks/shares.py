@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from limits import control_groups, with_limits
+
 SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
@@ -37,24 +38,13 @@ from pathlib import Path
 import jax
 import keras
 import numpy as np
+from limits import enter, limit_cores
 
 import partita
 
 steps, quota, batch, width = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 group = Path(sys.argv[5])
 slow = int(sys.argv[6]) if len(sys.argv) > 6 else 0
-PERIOD = 10_000
-
-
-def limit(part):
-    period = PERIOD if part < 1 else 100_000
-    if (group / "cpu.max").exists():
-        (group / "cpu.max").write_text(f"{int(part * period) if part < 1 else 'max'} {period}")
-    else:
-        (group / "cpu.cfs_quota_us").write_text("-1")
-        (group / "cpu.cfs_period_us").write_text(str(period))
-        if part < 1:
-            (group / "cpu.cfs_quota_us").write_text(str(max(1000, int(part * period))))
 
 
 class Clock(keras.callbacks.Callback):
@@ -66,7 +56,7 @@ class Clock(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None):
         if self.is_slow and self.count in (steps, steps + (slow or steps)):
-            limit(quota if self.count == steps else 1)
+            limit_cores(group, quota if self.count == steps else None)
         self.start = time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
@@ -77,7 +67,7 @@ class Clock(keras.callbacks.Callback):
 
 
 if quota < 1 and jax.process_index() == 1:
-    (group / "cgroup.procs").write_text(str(os.getpid()))
+    enter(group, os.getpid())
 cores = sorted(os.sched_getaffinity(0))
 os.sched_setaffinity(0, {cores[jax.process_index() % len(cores)]})
 keras.utils.set_random_seed(0)
@@ -119,17 +109,11 @@ def main() -> int:
     size = [str(given.batch), str(given.width)]
     if given.calm:
         return calm(given.calm, given.turns, size)
-    group = new_group()
-    if group is None:
-        print("The cpu controller of cgroups is not writable here: run as root, or use --calm.")
-        return 1
-    try:
+    with control_groups("cpu", 1) as (group,):
         if given.slow:
             return slow(given.slow, given.quota, size, group)
         plain, _ = train([str(given.steps), str(given.quota), *size, str(group)], manage=False)
         managed, decisions = train([str(given.steps), str(given.quota), *size, str(group)])
-    finally:
-        group.rmdir()
     for decision in decisions:
         print(f"  step {decision['step']}: {decision['sentence']}")
     show(plain, managed, given.steps, given.quota)
@@ -191,21 +175,6 @@ def calm(steps: int, turns: int, size: list[str]) -> int:
     return 0 if actions == 0 else 1
 
 
-def new_group() -> Path | None:
-    """A new control group for a process; None where that is not possible."""
-    root = Path("/sys/fs/cgroup")
-    parent = root if (root / "cgroup.controllers").exists() else root / "cpu"
-    group = parent / f"partita-shares-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError:
-        return None
-    if (group / "cpu.max").exists() or (group / "cpu.cfs_quota_us").exists():
-        return group
-    group.rmdir()
-    return None
-
-
 def train(arguments: list[str], manage: bool = True) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(the times of process 0, the decisions) of a run."""
     return managed_run(SCRIPT, arguments, "--manage=ready" if manage else "")
@@ -228,7 +197,7 @@ def managed_run(
         done = subprocess.run(
             [*inside, *command, "train.py", *arguments],
             cwd=folder,
-            env={**os.environ, "NPROC": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={**with_limits(), "NPROC": "1", "OPENBLAS_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             check=False,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from processes import namespace
+from limits import control_groups, limit_memory, network, with_limits
 
 from partita.plans.plan import Mesh, Plan
 
@@ -38,13 +37,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from limits import enter
 
 import partita
 
 width, layers, samples, steps = map(int, sys.argv[1:5])
 index = jax.process_index()
-if sys.argv[5:]:
-    (Path(sys.argv[5]) / str(index) / "cgroup.procs").write_text(str(os.getpid()))
+groups = sys.argv[5:]
+if groups:
+    enter(Path(groups[index]), os.getpid())
 cores = sorted(os.sched_getaffinity(0))
 os.sched_setaffinity(0, {cores[index % len(cores)]})
 
@@ -133,7 +134,7 @@ def train(
     processes: int,
     plan: str,
     inside: Sequence[str] = (),
-    groups: Path | None = None,
+    groups: Sequence[Path] = (),
 ) -> tuple[list[dict[str, Any]], str] | None:
     """(the results of all processes, the output of the run); None if it did not end well."""
     command = [sys.executable, "-m", "partita", "run", "--devices", str(processes), "--plan", plan]
@@ -141,10 +142,10 @@ def train(
         command += ["--processes", str(processes)]
     numbers = [str(number) for number in shape]
     done = subprocess.run(
-        [*inside, *command, "train.py", *numbers, *([str(groups)] if groups else [])],
+        [*inside, *command, "train.py", *numbers, *map(str, groups)],
         cwd=folder,
         env={
-            **os.environ,
+            **with_limits(),
             "NPROC": "1",
             "OPENBLAS_NUM_THREADS": "1",
             "MALLOC_MMAP_THRESHOLD_": "1000000",
@@ -175,7 +176,7 @@ def compare_on_link(shape: Shape, folder: Path, rate: str, turns: int, microbatc
     pipeline(shape, 2, microbatches).save(folder / "pipeline.json")
     seconds: dict[str, list[float]] = {"pipeline.json": [], "dp": []}
     losses: dict[str, list[float]] = {}
-    with namespace(rate) as inside:
+    with network(rate) as inside:
         for _ in range(turns):
             for plan in seconds:
                 done = train(shape, folder, 2, plan, inside)
@@ -200,15 +201,14 @@ def compare_memory(shape: Shape, folder: Path, limit_bytes: int, microbatches: i
     print(f"state {shape.state_bytes / 1e9:.2f} GB, limit {limit_bytes / 1e9:.2f} GB a process")
     ended = []
     for processes in (1, 2, 4):
-        groups = memory_groups(processes, limit_bytes)
         name = "one device"
         if processes > 1:
             name = f"pipeline{processes}.json"
             pipeline(shape, processes, microbatches).save(folder / name)
-        try:
+        with control_groups("memory", processes) as groups:
+            for group in groups:
+                limit_memory(group, limit_bytes)
             done = train(shape, folder, processes, name, groups=groups)
-        finally:
-            remove(groups)
         ended.append(done is not None)
         if done is None:
             print(f"{processes} processes: stopped", flush=True)
@@ -220,26 +220,6 @@ def compare_memory(shape: Shape, folder: Path, limit_bytes: int, microbatches: i
             print(f"process {n} of {processes}: {peak}, {planned.get(str(n))} planned", flush=True)
         print(f"losses {results[0]['losses']}", flush=True)
     return ended[1:] == [True, True]
-
-
-def memory_groups(processes: int, limit_bytes: int) -> Path:
-    """A folder of control groups with a memory limit, one per process."""
-    root = Path("/sys/fs/cgroup")
-    is_unified = (root / "cgroup.controllers").exists()
-    parent = (root if is_unified else root / "memory") / f"partita-memory-{os.getpid()}"
-    parent.mkdir()
-    for n in range(processes):
-        group = parent / str(n)
-        group.mkdir()
-        limit = group / ("memory.max" if is_unified else "memory.limit_in_bytes")
-        limit.write_text(str(limit_bytes))
-    return parent
-
-
-def remove(groups: Path) -> None:
-    """Removes empty control groups."""
-    for group in [*(path for path in groups.iterdir() if path.is_dir()), groups]:
-        group.rmdir()
 
 
 def main() -> int:
