@@ -34,7 +34,7 @@ class SimulatedRun:
     ] = None
     report: Annotated[
         Path | None,
-        typer.Option(help="Write temperatures and decisions to this .html file."),
+        typer.Option(help="Write events and decisions over time to this .html file."),
     ] = None
 
 
@@ -62,7 +62,8 @@ def simulate(
 
     With --trace, devices and links become slow, are lost and return; policies change the plan.
 
-    Example: partita manage simulate train.py --machine dgx-h100:4 --trace events.jsonl
+    Example: partita manage simulate train.py --machine dgx-h100:4 --trace events.jsonl --report
+    runs.html
     """
     with errors():
         from partita.management.comparison import compare_policies
@@ -75,14 +76,10 @@ def simulate(
             raise PlanError(
                 "Policies act on simulated machines, and none is named: add --machine odroid-xu3."
             )
-        if trace is not None and run.report is not None:
-            raise PlanError(
-                "A report shows clocks, a trace changes plans: remove --report or --trace."
-            )
-        if trace is not None:
-            _replay(context, script, target, trace, policy, as_json)
-            return
         check_writable(report=run.report)
+        if trace is not None:
+            _replay(context, script, target, trace, policy, run.report, as_json)
+            return
         trained = None if run.learned is None else load_policy(run.learned)
         names = policy_names(policy, has_file=trained is not None)
         activity = Activity(not as_json)
@@ -116,6 +113,7 @@ def _replay(
     target: Target,
     trace: Path,
     policy: str,
+    report: Path | None,
     as_json: bool,
 ) -> None:
     """Replays a trace under policies that change plans, and prints the steps of each."""
@@ -137,6 +135,11 @@ def _replay(
     runs = [replay(events, table, WAITING[name]()) for name in WAITING]
     chosen = [run for run in runs if run.policy in names]
     replays = [clairvoyant(events, table, others=runs), *chosen]
+    if report is not None:
+        from partita.report.replay_page import replay_page
+
+        page = replay_page(captured.graph.name, machine.name, events, replays)
+        save_text(page, report, "report")
     if as_json:
         print(json.dumps([run.to_json() for run in replays]))
         return

@@ -48,6 +48,16 @@ class Change:
         return f"{self.second:.0f} s: {self.reason}; {self.plan}, costs {self.price:g} s"
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """A time in which a run does not change."""
+
+    seconds: float
+    plan: str
+    rate: float
+    """Steps per second; 0 while the plan changes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Replay:
     """The result of a replay."""
@@ -57,6 +67,8 @@ class Replay:
     seconds: float
     """Of the trace."""
     changes: tuple[Change, ...] = field(repr=False)
+    stretches: tuple[Stretch, ...] = field(default=(), repr=False)
+    """In order; none of the oracle, whose changes are not known."""
 
     def to_json(self) -> dict[str, Any]:
         changes = []
@@ -84,6 +96,7 @@ class _Run:
         self.pause = 0.0
         """Seconds of a change that are still to come."""
         self.changes: list[Change] = []
+        self.stretches: list[Stretch] = []
         self.slow_since: dict[str, float] = {}
         """Plan -> since when another one is faster."""
         self.lengths: dict[str, list[float]] = {}
@@ -135,6 +148,9 @@ class _Run:
         paused = min(seconds, self.pause)
         self.pause -= paused
         self.steps += (seconds - paused) / step_seconds
+        for length, rate in ((paused, 0.0), (seconds - paused, 1 / step_seconds)):
+            if length > 0:
+                self.stretches.append(Stretch(length, self.plan, rate))
 
 
 def replay(
@@ -146,7 +162,13 @@ def replay(
     for segment in segments:
         run.segment(segment)
     seconds = sum(segment.seconds for segment in segments)
-    return Replay(policy=policy.name, steps=run.steps, seconds=seconds, changes=tuple(run.changes))
+    return Replay(
+        policy=policy.name,
+        steps=run.steps,
+        seconds=seconds,
+        changes=tuple(run.changes),
+        stretches=tuple(run.stretches),
+    )
 
 
 def clairvoyant(

@@ -48,6 +48,14 @@ class Event:
     factor: float = 1.0
     """Of the speed of the device or of the level's bandwidth."""
 
+    def __str__(self) -> str:
+        if self.kind == "end":
+            return "the trace ends"
+        if self.kind in ("lost", "back"):
+            return f"device {self.device} is {self.kind}"
+        part = f"at {self.factor:.0%}" if self.factor != 1.0 else "as described"
+        return f"{self.level or f'device {self.device}'} {part}"
+
 
 @dataclass(frozen=True)
 class MachineState:
@@ -136,6 +144,11 @@ class Trace:
                     f"The trace brings device {event.device} back at {event.second:g} s, and it "
                     "was not lost: add its loss or remove the return."
                 )
+            if event.kind == "lost" and event.device in state.lost:
+                raise PlanError(
+                    f"The trace loses device {event.device} at {event.second:g} s, and it was lost "
+                    "before: remove the loss or bring the device back first."
+                )
             state = state.after(event)
             if len(state.lost) == machine.devices:
                 lost = (
@@ -166,6 +179,8 @@ def load_trace(path: str | Path) -> Trace:
     events = tuple(_events(read_text(path, TRACE_FILE), path))
     if not events:
         raise PlanError(f"{path} has no events: {TRACE_FILE.fix}.")
+    if events[-1].kind == "end" and events[-1].second == 0:
+        raise PlanError(f"{path} ends at 0 s, so nothing runs: give its end a later second.")
     return Trace(events)
 
 
@@ -181,12 +196,16 @@ NEEDED = {
 
 def _events(content: str, path: str | Path) -> Iterator[Event]:
     before = 0.0
+    has_ended = False
     for number_, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number_}"
         fields = checked(parse_json(line, where, TRACE_FILE), _EVENT, where, TRACE_FILE)
         kind = fields["event"]
+        if has_ended:
+            raise PlanError(f"{where}: the trace has ended: move 'end' to the last line.")
+        has_ended = kind == "end"
         for name in NEEDED[kind]:
             if name not in fields:
                 raise PlanError(f"{where}: event '{kind}' lacks its {name}: add \"{name}\".")

@@ -25,10 +25,9 @@ from partita.report.elements import (
 )
 from partita.report.html import document, header
 from partita.report.policy_tables import by_product, policy_columns, policy_row, policy_summary
+from partita.report.strips import UNITS, axis_row, strip_row
 from partita.units import exact, format_joules
 
-UNITS = 1000
-"""Width of a strip, units."""
 HEIGHTS = {"celsius": 72, "watts": 40, "lane": 14, "gap": 6}
 """In pixels."""
 PALEST = 0.25
@@ -81,7 +80,7 @@ def _section(comparison: PolicyComparison) -> Html:
         table_of(f"Policies, hardware {comparison.hardware}", policy_columns(comparison), rows),
         tag("h3", "The runs over time"),
         _legend(comparison),
-        tag("div", _axis(scales), strips, class_="runs"),
+        tag("div", axis_row(scales.seconds), strips, class_="runs"),
     )
 
 
@@ -113,16 +112,6 @@ def _scales(comparison: PolicyComparison) -> Scales:
     )
 
 
-def _axis(scales: Scales) -> Html:
-    """Four marks of the time, at the top of all strips."""
-    marks = []
-    for quarter in range(4):
-        text = f"{quarter * scales.seconds / 4:.0f} s"
-        marks.append(tag("span", text, style=f"left:{25 * quarter}%"))
-    end = tag("span", f"{scales.seconds:.0f} s", style="right:0")
-    return tag("div", tag("span", "time"), tag("div", marks, end, class_="axis"), class_="row")
-
-
 # A run
 
 
@@ -132,12 +121,14 @@ def _strip(comparison: PolicyComparison, run: PowerRun, scales: Scales) -> Html:
     parts: list[Html] = []
     if run.peak_celsius is not None:
         named = f"hottest node, up to {run.peak_celsius:.0f} °C"
-        parts.append(_row(named, _temperature(hardware, run, scales), HEIGHTS["celsius"]))
+        parts.append(strip_row(named, _temperature(hardware, run, scales), HEIGHTS["celsius"]))
     watts = run.joules / run.seconds
-    parts.append(_row(f"power, {watts:.1f} W in the mean", _power(run, scales), HEIGHTS["watts"]))
+    parts.append(
+        strip_row(f"power, {watts:.1f} W in the mean", _power(run, scales), HEIGHTS["watts"])
+    )
     for number, cluster in enumerate(hardware.clusters):
         lane = _lane(hardware, run, number, scales)
-        parts.append(_row(cluster.name, lane, HEIGHTS["lane"]))
+        parts.append(strip_row(cluster.name, lane, HEIGHTS["lane"]))
     regret = f"{comparison.regret(run):+.1%}".replace("%", " %")
     figures = f"{format_joules(run.joules)} in {seconds_text(run.seconds)}, {regret}"
     return tag(
@@ -147,20 +138,6 @@ def _strip(comparison: PolicyComparison, run: PowerRun, scales: Scales) -> Html:
         _decisions(hardware, run),
         class_="run",
     )
-
-
-def _row(name: str, drawing: Sequence[Html], height: int) -> Html:
-    picture = tag(
-        "svg",
-        drawing,
-        viewBox=f"0 0 {UNITS} {height}",
-        preserveAspectRatio="none",
-        height=height,
-        width="100%",
-        role="img",
-        aria_label=name,
-    )
-    return tag("div", tag("span", name), picture, class_="row")
 
 
 def _temperature(hardware: Hardware, run: PowerRun, scales: Scales) -> list[Html]:

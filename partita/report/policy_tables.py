@@ -82,17 +82,27 @@ def policy_summary(comparisons: Sequence[PolicyComparison]) -> list[str]:
 def replay_table(replays: Sequence[Replay], title: str) -> Table:
     """A row per policy of plan changes; the first replay is the oracle's."""
     table = new_table(title)
-    table.add_column("policy", no_wrap=True)
-    add_columns(table, "steps", "changes", "price", "behind the oracle")
+    name, *figures = replay_columns()
+    table.add_column(name, no_wrap=True)
+    add_columns(table, *figures)
     for run in sorted(replays, key=lambda run: -run.steps):
-        is_oracle = run is replays[0]
-        price = sum(change.price for change in run.changes)
-        add_row(
-            table,
-            run.policy,
-            f"{run.steps:,.0f}",
-            "" if is_oracle else f"{len(run.changes)}",
-            "" if is_oracle else format_seconds(price),
-            f"{1 - run.steps / replays[0].steps:.1%}",
-        )
+        add_row(table, *replay_row(run, replays[0]))
     return table
+
+
+def replay_columns() -> list[str]:
+    """Names of the columns of `replay_row`."""
+    return ["policy", "steps", "changes", "price", "behind the oracle"]
+
+
+def replay_row(run: Replay, oracle: Replay) -> list[str]:
+    """The figures of a replay as text."""
+    is_oracle = run is oracle
+    price = sum(change.price for change in run.changes)
+    return [
+        run.policy,
+        f"{run.steps:,.0f}",
+        "" if is_oracle else f"{len(run.changes)}",
+        "" if is_oracle else format_seconds(price),
+        f"{1 - run.steps / oracle.steps:.1%}",
+    ]

@@ -71,17 +71,8 @@ HELP = (
     "survive",
 )
 """Scripts that need root, compilers or other frameworks: only their help is printed."""
-ELSEWHERE = {
-    "applications",
-    "children",
-    "limits",
-    "papers_chart",
-    "proof",
-    "search",
-    "simulator",
-    "stages",
-}
-ELSEWHERE |= {"hub_models", "layer_models", "torch_equality", "within", "zoo"}
+ELSEWHERE = {"applications", "children", "papers_chart", "proof", "search", "simulator", "stages"}
+ELSEWHERE |= {"hub_models", "layer_models", "limits", "torch_equality", "within", "zoo"}
 """Modules of scripts, and scripts with tests of their own: here, in `test_benchmark_search.py`, in
 `tests/test_zoo.py` and in `tests/pytorch`.
 """

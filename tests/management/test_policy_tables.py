@@ -13,8 +13,11 @@ from partita.machine import load
 from partita.management.comparison import PolicyComparison
 from partita.management.hardware import hardware_of
 from partita.management.power import Moment, PowerRun
+from partita.management.replay import Change, Replay, Stretch
+from partita.management.traces import Event, Trace
 from partita.report.policy_page import policy_page
 from partita.report.policy_tables import policy_summary, policy_table
+from partita.report.replay_page import replay_page
 
 
 def run(policy: str, joules: float, seconds: float) -> PowerRun:
@@ -95,8 +98,30 @@ def test_the_page_shows_temperature_limits_and_decisions() -> None:
     assert "a trip limits big 4 × 2 GHz, little 4 × 1.4 GHz" in html
 
 
-def test_a_report_shows_clocks_and_not_changes_of_plans() -> None:
-    arguments = ["train.py", "--machine", "h100:4", "--trace", "t", "--report", "r.html"]
-    done = CliRunner().invoke(app, ["manage", "simulate", *arguments])
-    assert done.exit_code == 2
-    assert "remove --report or --trace" in " ".join(done.stderr.split())
+def test_a_page_shows_the_events_of_a_trace_and_the_decisions_of_policies() -> None:
+    """100 s as described, 50 s at half speed, 50 s of which 10 are a change, then the end."""
+    trace = Trace((Event(100.0, "slow", 3, factor=0.5), Event(200.0, "end")))
+    reason = "device 3 at 50%: 1.60 x faster"
+    run = Replay(
+        policy="rule <b>",
+        steps=160.0,
+        seconds=200.0,
+        changes=(Change(150.0, "fewer", 10.0, reason),),
+        stretches=(
+            Stretch(100.0, "all", 1.0),
+            Stretch(50.0, "all", 0.5),
+            Stretch(10.0, "fewer", 0.0),
+            Stretch(40.0, "fewer", 0.8),
+        ),
+    )
+    oracle = Replay(policy="oracle", steps=170.0, seconds=200.0, changes=())
+    html = replay_page("mlp", "h100:4", trace, [oracle, run])
+    assert "rule &lt;b&gt;" in html and "rule <b>" not in html
+    assert "<dt>behind the oracle</dt><dd>5.9 %</dd>" in html
+    # The device is slow from 500 to 1000 of 1000 units, by half: 0.2 + 0.8 x 0.5.
+    assert 'd="M500.0 0h500.00v14h-500.00z" class="lost" fill-opacity="0.60"' in html
+    # Rates of 1, 0.5 and 0.8 of 48 pixels; none during the change.
+    heights = re.findall(r'd="M([0-9.]+) 48V([0-9.]+)h', html)
+    assert heights == [("0.0", "0.0"), ("500.0", "24.0"), ("800.0", "9.6")]
+    assert '<th scope="row">100 s</th><td>device 3 at 50%</td>' in html
+    assert f'<th scope="row">150 s</th><td>{reason}</td><td>fewer</td><td>10.0 s</td>' in html

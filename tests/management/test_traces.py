@@ -64,6 +64,9 @@ def test_no_policy_beats_the_clairvoyant(length: float) -> None:
     runs = [replay(trace, TABLE, WAITING[name](), PRICES) for name in WAITING]
     oracle = clairvoyant(trace, TABLE, PRICES)
     assert max(run.steps for run in runs) <= oracle.steps * (1 + 1e-9)
+    for run in runs:
+        assert sum(part.seconds for part in run.stretches) == pytest.approx(run.seconds)
+        assert sum(part.seconds * part.rate for part in run.stretches) == pytest.approx(run.steps)
     by_name = {run.policy: run.steps for run in runs}
     assert by_name["rule"] > 0.75 * oracle.steps
 
@@ -137,7 +140,17 @@ def test_sentences(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="line 1: event 'slow' lacks its factor: add \"factor\""):
         loaded('{"second": 1, "event": "slow", "device": 1}')
     with pytest.raises(PlanError, match="line 2: second 1 is before 2 of the line above: sort"):
-        loaded('{"second": 2, "event": "end"}', '{"second": 1, "event": "end"}')
+        loaded('{"second": 2, "event": "back", "device": 1}', '{"second": 1, "event": "end"}')
+    with pytest.raises(PlanError, match="line 2: the trace has ended: move 'end' to the last line"):
+        loaded('{"second": 2, "event": "end"}', '{"second": 3, "event": "end"}')
+    with pytest.raises(
+        PlanError, match="ends at 0 s, so nothing runs: give its end a later second"
+    ):
+        loaded('{"second": 0, "event": "end"}')
+    with pytest.raises(PlanError, match="loses device 0 at 1 s, and it was lost before: remove"):
+        loaded(lost[0], lost[0]).check(four)
+    with pytest.raises(PlanError, match=r"line 1 is not a trace of events .*: write a JSON object"):
+        loaded("hello")
     with pytest.raises(PlanError, match="line 1: event is 'sloww'"):
         loaded('{"second": 1, "event": "sloww"}')
     with pytest.raises(PlanError, match="has no events: write a JSON object a line"):
