@@ -28,6 +28,7 @@ from partita.gnn.kernels.bridge import (
     cube,
     ints,
     matrix,
+    parts_of,
     result,
     rows_of,
 )
@@ -97,15 +98,9 @@ def _largest_degree(offsets, first, stop):
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
-def _attend_rows(
-    first,
-    stop,
-    edges,
-    rows,
-    out,
-    log,
-):
+def _attend_rows(span, edges, rows, out, log):
     """Scores of all heads edge by edge, then the softmax of a vertex, then the sums."""
+    first, stop = span
     offsets, ids, self_correction = edges
     l, r, a = rows
     heads, columns = l.shape[1], l.shape[2]
@@ -173,16 +168,9 @@ def _softmax(shares, count, log):
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
-def _by_destination_rows(
-    first,
-    stop,
-    edges,
-    rows,
-    gradient,
-    dr,
-    da,
-):
+def _by_destination_rows(span, edges, rows, gradient, dr, da):
     """Writes dr of the rows, and adds to da [heads, columns]."""
+    first, stop = span
     offsets, ids, self_correction = edges
     l, r, a = rows
     log, dots, dy = gradient
@@ -226,18 +214,12 @@ def _by_destination_rows(
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
-def _by_source_rows(
-    first,
-    stop,
-    edges,
-    rows,
-    gradient,
-    dl,
-):
+def _by_source_rows(span, edges, rows, gradient, dl):
     """Writes dl of the rows.
 
     Edges are by source and their ids are destinations, which are the first of the sources.
     """
+    first, stop = span
     offsets, ids, self_correction = edges
     l, r, a = rows
     log, dots, dy = gradient
@@ -285,60 +267,12 @@ def _by_source_rows(
                 )
 
 
-@njit(nogil=True, parallel=True, cache=True)
-def _attend_threads(threads, edges, rows, out, log):
-    for part in prange(threads):
-        first, stop = rows_of(edges.offsets, part, threads)
-        _attend_rows(
-            first,
-            stop,
-            edges,
-            rows,
-            out,
-            log,
-        )
-
-
-@njit(nogil=True, parallel=True, cache=True)
-def _by_destination_threads(
-    threads,
-    edges,
-    rows,
-    gradient,
-    dr,
-    da,
-):
-    heads, columns = da.shape
-    shares = np.zeros((threads, heads, columns), np.float32)
-    for part in prange(threads):
-        first, stop = rows_of(edges.offsets, part, threads)
-        _by_destination_rows(
-            first,
-            stop,
-            edges,
-            rows,
-            gradient,
-            dr,
-            shares[part],
-        )
-    for part in range(threads):
-        for h in range(heads):
-            for c in range(columns):
-                da[h, c] += shares[part, h, c]
-
-
-@njit(nogil=True, parallel=True, cache=True)
-def _by_source_threads(threads, edges, rows, gradient, dl):
-    for part in prange(threads):
-        first, stop = rows_of(edges.offsets, part, threads)
-        _by_source_rows(
-            first,
-            stop,
-            edges,
-            rows,
-            gradient,
-            dl,
-        )
+@njit(nogil=True, cache=True)
+def _add_up(parts, out):
+    """Writes the sum of parts [n, heads, columns] to out [heads, columns]."""
+    out[:] = ZERO
+    for part in parts:
+        out += part
 
 
 @njit(nogil=True, inline="always")
@@ -373,135 +307,73 @@ def _gradient(frame):
 
 def _handlers(version: int, threaded: bool) -> dict[str, Any]:
     """Handlers by name; argument 0 is the number of threads, int32 [1]."""
-    handlers = _threaded_handlers(version) if threaded else _handlers_alone(version)
-    names = (
-        "partita_gnn_attend",
-        "partita_gnn_attend_by_destination",
-        "partita_gnn_attend_by_source",
-    )
-    return dict(zip(names, handlers, strict=True))
 
-
-def _handlers_alone(version: int) -> tuple[Any, Any, Any]:
-    def attend_alone(frame):  # type: ignore[no-untyped-def]
+    def forward(frame):  # type: ignore[no-untyped-def]
         if not answers_metadata(frame, version):
-            edges = _edges(frame)
+            edges, rows = _edges(frame), _rows(frame)
             out, log = cube(result(frame, 0)), matrix(result(frame, 1))
-            _attend_rows(
-                0,
-                len(edges.offsets) - 1,
-                edges,
-                _rows(frame),
-                out,
-                log,
-            )
+            parts = parts_of(frame, threaded)
+            for part in prange(parts):
+                _attend_rows(rows_of(edges.offsets, part, parts), edges, rows, out, log)
         return 0
 
-    def by_destination_alone(frame):  # type: ignore[no-untyped-def]
+    def by_destination(frame):  # type: ignore[no-untyped-def]
         if not answers_metadata(frame, version):
-            edges = _edges(frame)
-            rows, gradient = _rows(frame), _gradient(frame)
+            edges, rows, gradient = _edges(frame), _rows(frame), _gradient(frame)
             dr, da = cube(result(frame, 0)), matrix(result(frame, 1))
-            da[:] = ZERO
-            _by_destination_rows(
-                0,
-                len(edges.offsets) - 1,
-                edges,
-                rows,
-                gradient,
-                dr,
-                da,
-            )
+            parts = parts_of(frame, threaded)
+            shares = np.zeros((parts, da.shape[0], da.shape[1]), np.float32)
+            for part in prange(parts):
+                span = rows_of(edges.offsets, part, parts)
+                _by_destination_rows(span, edges, rows, gradient, dr, shares[part])
+            _add_up(shares, da)
         return 0
 
-    def by_source_alone(frame):  # type: ignore[no-untyped-def]
+    def by_source(frame):  # type: ignore[no-untyped-def]
         if not answers_metadata(frame, version):
-            edges = _edges(frame)
-            rows, gradient = _rows(frame), _gradient(frame)
+            edges, rows, gradient = _edges(frame), _rows(frame), _gradient(frame)
             dl = cube(result(frame, 0))
-            _by_source_rows(
-                0,
-                len(edges.offsets) - 1,
-                edges,
-                rows,
-                gradient,
-                dl,
-            )
+            parts = parts_of(frame, threaded)
+            for part in prange(parts):
+                _by_source_rows(rows_of(edges.offsets, part, parts), edges, rows, gradient, dl)
         return 0
 
-    return attend_alone, by_destination_alone, by_source_alone
-
-
-def _threaded_handlers(version: int) -> tuple[Any, Any, Any]:
-    def attend_threaded(frame):  # type: ignore[no-untyped-def]
-        if not answers_metadata(frame, version):
-            threads = ints(argument(frame, 0))[0]
-            out, log = cube(result(frame, 0)), matrix(result(frame, 1))
-            _attend_threads(threads, _edges(frame), _rows(frame), out, log)
-        return 0
-
-    def by_destination_threaded(frame):  # type: ignore[no-untyped-def]
-        if not answers_metadata(frame, version):
-            threads = ints(argument(frame, 0))[0]
-            dr, da = cube(result(frame, 0)), matrix(result(frame, 1))
-            da[:] = ZERO
-            _by_destination_threads(
-                threads,
-                _edges(frame),
-                _rows(frame),
-                _gradient(frame),
-                dr,
-                da,
-            )
-        return 0
-
-    def by_source_threaded(frame):  # type: ignore[no-untyped-def]
-        if not answers_metadata(frame, version):
-            threads = ints(argument(frame, 0))[0]
-            dl = cube(result(frame, 0))
-            _by_source_threads(threads, _edges(frame), _rows(frame), _gradient(frame), dl)
-        return 0
-
-    return attend_threaded, by_destination_threaded, by_source_threaded
+    return {
+        "partita_gnn_attend": forward,
+        "partita_gnn_attend_by_destination": by_destination,
+        "partita_gnn_attend_by_source": by_source,
+    }
 
 
 def _self_test() -> None:
     """Registers the kernels and tries the forward one; AssertionError for a wrong result."""
-    bridge.register(_handlers(bridge.version(), bridge.threads() > 1))
+    bridge.register(_handlers)
     offsets = np.array([0, 2, 2, 4], np.int32)
     ids = np.array([1, 2, 0, 1], np.int32)
-    self_correction = np.array([1, 0, 1], np.int32)
+    edges = AttentionEdges(offsets, ids, np.array([1, 0, 1], np.int32))
     random = np.random.default_rng(0)
-    l = random.standard_normal((3, 1, 3)).astype(np.float32)
-    r = random.standard_normal((3, 1, 3)).astype(np.float32)
-    a = random.standard_normal((1, 3)).astype(np.float32)
+    l, r = random.standard_normal((2, 3, 1, 3)).astype(np.float32)
+    rows = AttentionRows(l, r, random.standard_normal((1, 3)).astype(np.float32))
     with jax.ensure_compile_time_eval():
-        out, _ = _forward((offsets, ids), self_correction, l, r, a)
-        expected = _plain_attention((offsets, ids), self_correction, l, r, a)
-        assert np.allclose(out, expected, atol=1e-5), "attention is wrong"
+        out, _ = _forward(edges, rows)
+        assert np.allclose(out, _plain_attention(edges, rows), atol=1e-5), "attention is wrong"
 
 
 def _float32(like: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(like.shape, jnp.float32)
 
 
-def _forward(edges: Any, self_correction: Any, l: Any, r: Any, a: Any) -> Any:
+def _forward(edges: AttentionEdges, rows: AttentionRows) -> Any:
     """(out, log) by the kernel."""
-    log = jax.ShapeDtypeStruct(r.shape[:2], jnp.float32)
-    kernel = bridge.kernel("partita_gnn_attend", (_float32(r), log))
-    return kernel(
-        bridge.thread_argument(),
-        *edges,
-        self_correction,
-        l,
-        r,
-        a,
-    )
+    log = jax.ShapeDtypeStruct(rows.r.shape[:2], jnp.float32)
+    kernel = bridge.kernel("partita_gnn_attend", (_float32(rows.r), log))
+    return kernel(bridge.thread_argument(), *edges, *rows)
 
 
-def _plain_attention(edges: Any, self_correction: Any, l: Any, r: Any, a: Any) -> Any:
+def _plain_attention(edges: AttentionEdges, tables: AttentionRows) -> Any:
     """`out` by XLA's own operations."""
-    offsets, ids = edges
+    offsets, ids, self_correction = edges
+    l, r, a = tables
     rows = r.shape[0]
     vertices = jnp.arange(rows, dtype=jnp.int32)
     self_targets = jnp.where(self_correction != 0, vertices, rows)
@@ -520,87 +392,36 @@ def _plain_attention(edges: Any, self_correction: Any, l: Any, r: Any, a: Any) -
 
 
 @jax.custom_vjp
-def _attend(
-    edges: Any,
-    back: Any,
-    self_correction: Any,
-    l: Any,
-    r: Any,
-    a: Any,
-) -> Any:
-    return _forward(edges, self_correction, l, r, a)[0]
+def _attend(edges: AttentionEdges, back: AttentionEdges, rows: AttentionRows) -> Any:
+    return _forward(edges, rows)[0]
 
 
-def _attend_forward(
-    edges: Any,
-    back: Any,
-    self_correction: Any,
-    l: Any,
-    r: Any,
-    a: Any,
-) -> Any:
-    out, log = _forward(edges, self_correction, l, r, a)
-    return out, (edges, back, self_correction, l, r, a, out, log)
+def _attend_forward(edges: AttentionEdges, back: AttentionEdges, rows: AttentionRows) -> Any:
+    out, log = _forward(edges, rows)
+    return out, (edges, back, rows, out, log)
 
 
 def _attend_backward(saved: Any, dy: Any) -> Any:
-    edges, back, self_correction, l, r, a, out, log = saved
-    dot = (dy * out).sum(axis=2)
+    edges, back, rows, out, log = saved
+    gradient = AttentionGradient(log, (dy * out).sum(axis=2), dy)
     threads = bridge.thread_argument()
-    shapes = (_float32(r), _float32(a))
+    shapes = (_float32(rows.r), _float32(rows.a))
     by_destination = bridge.kernel("partita_gnn_attend_by_destination", shapes)
-    dr, da = by_destination(
-        threads,
-        *edges,
-        self_correction,
-        l,
-        r,
-        a,
-        log,
-        dot,
-        dy,
-    )
-    by_source = bridge.kernel("partita_gnn_attend_by_source", _float32(l))
-    dl = by_source(
-        threads,
-        *back,
-        self_correction,
-        l,
-        r,
-        a,
-        log,
-        dot,
-        dy,
-    )
-    return None, None, None, dl, dr, da
+    dr, da = by_destination(threads, *edges, *rows, *gradient)
+    by_source = bridge.kernel("partita_gnn_attend_by_source", _float32(rows.l))
+    dl = by_source(threads, *back, *rows, *gradient)
+    return None, None, AttentionRows(dl, dr, da)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def attend(
-    edges: Any,
-    back: Any,
-    self_correction: Any,
-    l: Any,
-    r: Any,
-    a: Any,
-) -> Any:
-    """float32 [rows, heads, columns]: attention, differentiable in l, r and a.
+def attend(edges: AttentionEdges, back: AttentionEdges, rows: AttentionRows) -> Any:
+    """float32 [rows, heads, columns]: attention, differentiable in `rows`.
 
-    edges       (offsets [rows + 1], ids [edges]) by destination
-    back        the same edges by source
-    l           [vertices, heads, columns], its first rows those of the destinations
-    r           [rows, heads, columns]
-    a           [heads, columns]
+    `edges` are by destination, `back` the same ones by source. The first rows of l are those of the
+    destinations.
     """
     if bridge.works(_self_test, "attention"):
-        return _attend(
-            edges,
-            back,
-            self_correction,
-            l,
-            r,
-            a,
-        )
-    return _plain_attention(edges, self_correction, l, r, a)
+        return _attend(edges, back, rows)
+    return _plain_attention(edges, rows)

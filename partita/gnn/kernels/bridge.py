@@ -123,8 +123,8 @@ def cube(buffer):
 def version() -> int:
     """Version of the interface as one word: minor in the upper half, major in the lower.
 
-    Handlers have it as a variable of their closure: numba's cache on disk knows a function's text
-    and its closure's variables, but not its globals.
+    Handlers have it, and whether they are threaded, as variables of their closure: numba's cache on
+    disk knows a function's text and its closure's variables, but not its globals.
     """
     header = (Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
 
@@ -144,6 +144,12 @@ def answers_metadata(frame, version):
         return False
     carray(words_at(word(extension, 3)), (4,))[3] = version
     return True
+
+
+@njit(nogil=True, inline="always")
+def parts_of(frame, threaded):
+    """Parts that a kernel runs over: argument 0, the number of threads."""
+    return np.int64(ints(argument(frame, 0))[0]) if threaded else np.int64(1)
 
 
 @njit(nogil=True, inline="always")
@@ -210,15 +216,17 @@ _registered: list[Any] = []
 """Handlers that XLA may call, for the life of the process."""
 
 
-def register(handlers: dict[str, Any]) -> None:
-    """Makes `jax.ffi.ffi_call(name, ...)` call each function.
+def register(handlers: Callable[[int, bool], dict[str, Any]]) -> None:
+    """Makes `jax.ffi.ffi_call(name, ...)` call each of `handlers(version, threaded)`.
 
-    It is compiled here or read from numba's cache. A function takes the frame's address and returns
-    0. Only threaded handlers may contain `prange`: reading such code ends the process where numba
-    has no threads to run it.
+    A function takes the frame's address and returns 0. It is compiled here or read from numba's
+    cache. Its `prange` over `parts_of(frame, threaded)` is a plain loop unless threaded: reading
+    parallel code ends the process where numba has no threads to run it.
     """
-    for name, function in handlers.items():
-        register_handler(name, cfunc(types.int64(types.int64), cache=True)(function))
+    threaded = threads() > 1
+    for name, function in handlers(version(), threaded).items():
+        compiled = cfunc(types.int64(types.int64), cache=True, parallel=threaded)
+        register_handler(name, compiled(function))
 
 
 def register_handler(name: str, handler: Any) -> None:

@@ -21,6 +21,7 @@ from partita.gnn.kernels.bridge import (
     int_matrix,
     ints,
     matrix,
+    parts_of,
     result,
     rows_of,
 )
@@ -28,15 +29,8 @@ from partita.gnn.kernels.total import targets
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
-def _max_rows(
-    first,
-    stop,
-    offsets,
-    ids,
-    x,
-    out,
-    winner,
-):
+def _max_rows(span, offsets, ids, x, out, winner):
+    first, stop = span
     columns = x.shape[1]
     for v in range(first, stop):
         for q in range(columns):
@@ -53,15 +47,8 @@ def _max_rows(
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
-def _back_rows(
-    first,
-    stop,
-    offsets,
-    ids,
-    winner,
-    dy,
-    dx,
-):
+def _back_rows(span, offsets, ids, winner, dy, dx):
+    first, stop = span
     columns = dy.shape[1]
     for u in range(first, stop):
         for q in range(columns):
@@ -74,136 +61,43 @@ def _back_rows(
                 dx[u, q] += dy[v, q] if winner[v, q] == u else np.float32(0)
 
 
-@njit(nogil=True, parallel=True, cache=True)
-def _max_threads(
-    threads,
-    offsets,
-    ids,
-    x,
-    out,
-    winner,
-):
-    for part in prange(threads):
-        first, stop = rows_of(offsets, part, threads)
-        _max_rows(
-            first,
-            stop,
-            offsets,
-            ids,
-            x,
-            out,
-            winner,
-        )
-
-
-@njit(nogil=True, parallel=True, cache=True)
-def _back_threads(
-    threads,
-    offsets,
-    ids,
-    winner,
-    dy,
-    dx,
-):
-    for part in prange(threads):
-        first, stop = rows_of(offsets, part, threads)
-        _back_rows(
-            first,
-            stop,
-            offsets,
-            ids,
-            winner,
-            dy,
-            dx,
-        )
-
-
 @njit(nogil=True, inline="always")
 def _edges(frame):
-    """Arguments 0 to 2 of both: threads, offsets [rows + 1], ids [edges]."""
-    return ints(argument(frame, 0))[0], ints(argument(frame, 1)), ints(argument(frame, 2))
-
-
-@njit(nogil=True, inline="always")
-def _max_arrays(frame):
-    """Argument x [vertices, columns]; results float32 and int32 [rows, columns]."""
-    return matrix(argument(frame, 3)), matrix(result(frame, 0)), int_matrix(result(frame, 1))
-
-
-@njit(nogil=True, inline="always")
-def _back_arrays(frame):
-    """Arguments winner, dy [rows, columns]; result [vertices, columns]."""
-    return int_matrix(argument(frame, 3)), matrix(argument(frame, 4)), matrix(result(frame, 0))
+    """Arguments 1 and 2 of both: offsets [rows + 1], ids [edges]."""
+    return ints(argument(frame, 1)), ints(argument(frame, 2))
 
 
 def _handlers(version: int, threaded: bool) -> dict[str, Any]:
-    def max_alone(frame):  # type: ignore[no-untyped-def]
+    """Handlers by name; argument 0 is the number of threads, int32 [1]."""
+
+    def maxima(frame):  # type: ignore[no-untyped-def]
+        """Argument x [vertices, columns]; results float32 and int32 [rows, columns]."""
         if not answers_metadata(frame, version):
-            threads, offsets, ids = _edges(frame)
-            x, out, winner = _max_arrays(frame)
-            _max_rows(
-                0,
-                len(offsets) - 1,
-                offsets,
-                ids,
-                x,
-                out,
-                winner,
-            )
+            offsets, ids = _edges(frame)
+            x = matrix(argument(frame, 3))
+            out, winner = matrix(result(frame, 0)), int_matrix(result(frame, 1))
+            parts = parts_of(frame, threaded)
+            for part in prange(parts):
+                _max_rows(rows_of(offsets, part, parts), offsets, ids, x, out, winner)
         return 0
 
-    def max_threaded(frame):  # type: ignore[no-untyped-def]
+    def gradients(frame):  # type: ignore[no-untyped-def]
+        """Arguments winner, dy [rows, columns]; result [vertices, columns]."""
         if not answers_metadata(frame, version):
-            threads, offsets, ids = _edges(frame)
-            x, out, winner = _max_arrays(frame)
-            _max_threads(
-                threads,
-                offsets,
-                ids,
-                x,
-                out,
-                winner,
-            )
+            offsets, ids = _edges(frame)
+            winner, dy = int_matrix(argument(frame, 3)), matrix(argument(frame, 4))
+            dx = matrix(result(frame, 0))
+            parts = parts_of(frame, threaded)
+            for part in prange(parts):
+                _back_rows(rows_of(offsets, part, parts), offsets, ids, winner, dy, dx)
         return 0
 
-    def back_alone(frame):  # type: ignore[no-untyped-def]
-        if not answers_metadata(frame, version):
-            threads, offsets, ids = _edges(frame)
-            winner, dy, dx = _back_arrays(frame)
-            _back_rows(
-                0,
-                len(offsets) - 1,
-                offsets,
-                ids,
-                winner,
-                dy,
-                dx,
-            )
-        return 0
-
-    def back_threaded(frame):  # type: ignore[no-untyped-def]
-        if not answers_metadata(frame, version):
-            threads, offsets, ids = _edges(frame)
-            winner, dy, dx = _back_arrays(frame)
-            _back_threads(
-                threads,
-                offsets,
-                ids,
-                winner,
-                dy,
-                dx,
-            )
-        return 0
-
-    return {
-        "partita_gnn_largest": max_threaded if threaded else max_alone,
-        "partita_gnn_largest_back": back_threaded if threaded else back_alone,
-    }
+    return {"partita_gnn_largest": maxima, "partita_gnn_largest_back": gradients}
 
 
 def _self_test() -> None:
     """Registers the kernels and tries them on a small graph; AssertionError for a wrong result."""
-    bridge.register(_handlers(bridge.version(), bridge.threads() > 1))
+    bridge.register(_handlers)
     offsets = np.array([0, 2, 2, 5], np.int32)
     ids = np.array([1, 2, 0, 0, 1], np.int32)
     back_offsets = np.array([0, 2, 4, 5], np.int32)

@@ -18,7 +18,7 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 
 from partita.gnn.kernels import bridge
-from partita.gnn.kernels.bridge import answers_metadata, argument, cube, ints, matrix, result
+from partita.gnn.kernels.bridge import answers_metadata, argument, cube, matrix, parts_of, result
 from partita.gnn.kernels.codegen import (
     FLOAT,
     LONG,
@@ -178,35 +178,25 @@ def _product(x, y, first, stop, out):
             column += width
 
 
-@njit(nogil=True, parallel=True, cache=True)
-def _product_threads(threads, x, y, out):
-    rows = x.shape[0]
-    for part in prange(threads):
-        _product(x, y, rows * part // threads, rows * (part + 1) // threads, out[part])
-
-
 def _handlers(version: int, threaded: bool) -> dict[str, Any]:
     """Arguments: threads int32 [1], x [rows, a], y [rows, b]; result [threads, a, b], to add up."""
 
-    def product_alone(frame):  # type: ignore[no-untyped-def]
+    def products(frame):  # type: ignore[no-untyped-def]
         if not answers_metadata(frame, version):
-            x = matrix(argument(frame, 1))
-            _product(x, matrix(argument(frame, 2)), 0, x.shape[0], cube(result(frame, 0))[0])
-        return 0
-
-    def product_threaded(frame):  # type: ignore[no-untyped-def]
-        if not answers_metadata(frame, version):
-            threads = ints(argument(frame, 0))[0]
             x, y = matrix(argument(frame, 1)), matrix(argument(frame, 2))
-            _product_threads(threads, x, y, cube(result(frame, 0)))
+            out = cube(result(frame, 0))
+            rows = x.shape[0]
+            parts = parts_of(frame, threaded)
+            for part in prange(parts):
+                _product(x, y, rows * part // parts, rows * (part + 1) // parts, out[part])
         return 0
 
-    return {"partita_gnn_tall": product_threaded if threaded else product_alone}
+    return {"partita_gnn_tall": products}
 
 
 def _self_test() -> None:
     """Registers the kernel and tries it on small tables; AssertionError for a wrong product."""
-    bridge.register(_handlers(bridge.version(), bridge.threads() > 1))
+    bridge.register(_handlers)
     for rows, a, b in ((3, 1, 1), (70, 5, 7), (200, 6, 90)):
         x = np.sin(np.arange(rows * a, dtype=np.float32)).reshape(rows, a)
         y = np.sin(np.arange(rows * b, dtype=np.float32)).reshape(rows, b)

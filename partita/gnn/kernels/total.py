@@ -36,6 +36,7 @@ from partita.gnn.kernels.bridge import (
     floats,
     ints,
     matrix,
+    parts_of,
     result,
     rows_of,
 )
@@ -240,15 +241,9 @@ def _block_columns(columns, remaining):
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
-def sum_rows(
-    first,
-    stop,
-    edges,
-    scale,
-    x,
-    out,
-):
-    """Rows from `first` to before `stop` of `total`, of SumEdges and a RowScale."""
+def sum_rows(span, edges, scale, x, out):
+    """Rows from the first to before the second of a span, of SumEdges and a RowScale."""
+    first, stop = span
     offsets, ids, weights, order = edges
     last = np.int64(offsets[len(offsets) - 1]) - 1
     columns = x.shape[1]
@@ -293,39 +288,11 @@ def sum_rows(
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
-def sum_range(
-    first,
-    stop,
-    offsets,
-    ids,
-    x,
-    out,
-):
-    """Writes plain sums over the edges of rows `first` to before `stop` to `out`, on one core."""
+def sum_range(span, offsets, ids, x, out):
+    """Writes plain sums over the edges of a span of rows to `out`, on one core."""
     no_floats = np.zeros(0, np.float32)
     edges = SumEdges(offsets, ids, no_floats, np.zeros(0, np.int32))
-    sum_rows(
-        first,
-        stop,
-        edges,
-        RowScale(no_floats, no_floats),
-        x,
-        out,
-    )
-
-
-@njit(nogil=True, parallel=True, cache=True)
-def _sum_threads(threads, edges, scale, x, out):
-    for part in prange(threads):
-        first, stop = rows_of(edges.offsets, part, threads)
-        sum_rows(
-            first,
-            stop,
-            edges,
-            scale,
-            x,
-            out,
-        )
+    sum_rows(span, edges, RowScale(no_floats, no_floats), x, out)
 
 
 @njit(nogil=True, inline="always")
@@ -348,33 +315,21 @@ def _scale(frame):
 def _handlers(version: int, threaded: bool) -> dict[str, Any]:
     """Arguments: threads int32 [1], those of `_edges` and `_scale`, x; result [rows, columns]."""
 
-    def sum_alone(frame):  # type: ignore[no-untyped-def]
+    def sums(frame):  # type: ignore[no-untyped-def]
         if not answers_metadata(frame, version):
-            edges = _edges(frame)
+            edges, scale = _edges(frame), _scale(frame)
             x, out = matrix(argument(frame, 7)), matrix(result(frame, 0))
-            sum_rows(
-                0,
-                len(edges.offsets) - 1,
-                edges,
-                _scale(frame),
-                x,
-                out,
-            )
+            parts = parts_of(frame, threaded)
+            for part in prange(parts):
+                sum_rows(rows_of(edges.offsets, part, parts), edges, scale, x, out)
         return 0
 
-    def sum_threaded(frame):  # type: ignore[no-untyped-def]
-        if not answers_metadata(frame, version):
-            threads = ints(argument(frame, 0))[0]
-            x, out = matrix(argument(frame, 7)), matrix(result(frame, 0))
-            _sum_threads(threads, _edges(frame), _scale(frame), x, out)
-        return 0
-
-    return {"partita_gnn_sum": sum_threaded if threaded else sum_alone}
+    return {"partita_gnn_sum": sums}
 
 
 def _self_test() -> None:
     """Registers the kernel and sums a small graph by it; AssertionError for a wrong sum."""
-    bridge.register(_handlers(bridge.version(), bridge.threads() > 1))
+    bridge.register(_handlers)
     offsets = np.array([0, 2, 2, 5], np.int32)
     ids = np.array([1, 2, 0, 0, 1], np.int32)
     order = np.arange(5, dtype=np.int32)[::-1].copy()

@@ -23,7 +23,7 @@ import numpy as np
 from partita.errors import GraphError
 from partita.gnn.data.graph import Graph
 from partita.gnn.kernels import stamp
-from partita.gnn.kernels.attention import attend
+from partita.gnn.kernels.attention import AttentionEdges, AttentionRows, attend
 from partita.gnn.nn.sums import (
     Edges,
     edge_max,
@@ -350,17 +350,10 @@ class Block:
         aggregation = self._next_aggregation(heads * width, "attention")
         sources = self._sources(aggregation, l.reshape(rows, heads * width))
         edges = aggregation.edges
-        by_destination = (edges.offsets, edges.ids)
-        by_source = (edges.back_offsets, edges.back_ids)
-        source_rows = sources.reshape(-1, heads, width)
-        return attend(
-            by_destination,
-            by_source,
-            correction,
-            source_rows,
-            r,
-            a,
-        ).astype(kind)
+        by_destination = AttentionEdges(edges.offsets, edges.ids, correction)
+        by_source = AttentionEdges(edges.back_offsets, edges.back_ids, correction)
+        tables = AttentionRows(sources.reshape(-1, heads, width), r, a)
+        return attend(by_destination, by_source, tables).astype(kind)
 
     def ends(self, x: Any, target: Any = None, kind: str = "message") -> EdgeEnds:
         """The rows at both ends of every in-edge, for messages along edges.

@@ -480,14 +480,7 @@ def _timed_sums(graph: Graph, width: int) -> Callable[[int, int], float]:
 
     def timed(first: int, last: int) -> float:
         began = time.perf_counter()
-        sum_range(
-            first,
-            last,
-            offsets,
-            ids,
-            x,
-            out,
-        )
+        sum_range((first, last), offsets, ids, x, out)
         return time.perf_counter() - began
 
     return timed
