@@ -123,8 +123,8 @@ def _attend_rows(span, edges, rows, out, log):
                 fetch_ahead(l_rows + ids[e + AHEAD] * row_bytes)  # type: ignore[reportCallIssue]
             for h in range(heads):
                 b = h * head_bytes
-                source = l_rows + u * row_bytes + b
-                shares[count, h] = score(source, r_rows + v * row_bytes + b, a_rows + b, columns)
+                tables = (l_rows + u * row_bytes + b, r_rows + v * row_bytes + b, a_rows + b)
+                shares[count, h] = score(tables, (), columns)
             count += 1
         _softmax(shares, count, log[v])
         out[v] = ZERO
@@ -137,8 +137,8 @@ def _attend_rows(span, edges, rows, out, log):
                 continue
             for h in range(heads):
                 b = h * head_bytes
-                result = out_rows + v * row_bytes + b
-                add_scaled(result, l_rows + u * row_bytes + b, shares[count, h], columns)
+                tables = (out_rows + v * row_bytes + b, l_rows + u * row_bytes + b)
+                add_scaled(tables, (shares[count, h],), columns)
             count += 1
 
 
@@ -196,21 +196,16 @@ def _by_destination_rows(span, edges, rows, gradient, dr, da):
             source = l_rows + u * row_bytes
             for h in range(heads):
                 b = h * head_bytes
-                shares[h] = score(source + b, r_rows + target + b, a_rows + b, columns) - log[v, h]
+                tables = (source + b, r_rows + target + b, a_rows + b)
+                shares[h] = score(tables, (), columns) - log[v, h]
             for h in range(heads):
                 shares[h] = exponential(shares[h])
             for h in range(heads):
                 b = h * head_bytes
-                ds = shares[h] * (dot(dy_rows + target + b, source + b, columns) - dots[v, h])
-                add_destination(
-                    source + b,
-                    r_rows + target + b,
-                    a_rows + b,
-                    dr_rows + target + b,
-                    da_rows + b,
-                    ds,
-                    columns,
-                )
+                left, right = source + b, r_rows + target + b
+                of_share = dot((dy_rows + target + b, left), (), columns)
+                tables = (left, right, a_rows + b, dr_rows + target + b, da_rows + b)
+                add_destination(tables, (shares[h] * (of_share - dots[v, h]),), columns)
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
@@ -247,24 +242,16 @@ def _by_source_rows(span, edges, rows, gradient, dl):
             target = v * row_bytes
             for h in range(heads):
                 b = h * head_bytes
-                left, right = l_rows + source + b, r_rows + target + b
-                shares[h] = score(left, right, a_rows + b, columns) - log[v, h]
+                tables = (l_rows + source + b, r_rows + target + b, a_rows + b)
+                shares[h] = score(tables, (), columns) - log[v, h]
             for h in range(heads):
                 shares[h] = exponential(shares[h])
             for h in range(heads):
                 b = h * head_bytes
                 left, above = l_rows + source + b, dy_rows + target + b
-                ds = shares[h] * (dot(above, left, columns) - dots[v, h])
-                add_source(
-                    left,
-                    r_rows + target + b,
-                    a_rows + b,
-                    above,
-                    dl_rows + source + b,
-                    shares[h],
-                    ds,
-                    columns,
-                )
+                ds = shares[h] * (dot((above, left), (), columns) - dots[v, h])
+                tables = (left, r_rows + target + b, a_rows + b, above, dl_rows + source + b)
+                add_source(tables, (shares[h], ds), columns)
 
 
 @njit(nogil=True, cache=True)

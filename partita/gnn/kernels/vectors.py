@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-from partita.gnn.kernels.codegen import FLOAT, pointer, prefetch, spread
+from partita.gnn.kernels.codegen import FLOAT, number, pointer, prefetch, spread
 
 SLOPE = 0.2
 """Slope of the leaky ReLU below zero."""
@@ -77,28 +78,42 @@ class Block:
         return self.builder.call(function, [zero, x], fastmath=FAST)
 
 
-def _operation(
-    generate: Callable[..., Any], width: int, addresses: int, factors: int, returns: bool
-) -> Any:
-    """A numba function of addresses, int64, and factors, float32, on one block."""
-    result = types.float32 if returns else types.void
-    signature = result(*[types.int64] * addresses, *[types.float32] * factors)
+def _operation(code: Callable[..., Any]) -> Any:
+    """A numba function of (addresses, int64; factors, float32; columns), both of them tuples.
 
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value = generate(Block(builder, width), *arguments)
-        return value if returns else context.get_dummy_value()
+    It runs `code(block, *addresses, *factors)` on blocks of columns. The result is the sum of the
+    numbers that it returns.
+    """
 
-    # numba reads the number of arguments from the function's text
-    if (addresses, factors) == (3, 0):
-        return intrinsic(lambda typing, i, j, k: (signature, emit))
-    if (addresses, factors) == (2, 0):
-        return intrinsic(lambda typing, i, j: (signature, emit))
-    if (addresses, factors) == (2, 1):
-        return intrinsic(lambda typing, i, j, f: (signature, emit))
-    if (addresses, factors) == (5, 1):
-        return intrinsic(lambda typing, i, j, k, m, n, f: (signature, emit))
-    assert (addresses, factors) == (5, 2)
-    return intrinsic(lambda typing, i, j, k, m, n, f, g: (signature, emit))
+    def operation(typing: Any, addresses: Any, factors: Any, columns: Any) -> Any:
+        return types.float32(addresses, factors, columns), generate
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        addresses, factors = (cgutils.unpack_tuple(builder, given) for given in arguments[:2])
+        columns = context.cast(builder, arguments[2], signature.args[2], types.int64)
+        column = cgutils.alloca_once_value(builder, number(0))
+        total = cgutils.alloca_once_value(builder, ir.Constant(FLOAT, 0.0))
+        for width in (16, 8, 4, 1):
+            body = builder.append_basic_block("columns")
+            end = builder.append_basic_block("end")
+
+            def fits(width: int = width) -> Any:
+                left = builder.sub(columns, builder.load(column))
+                return builder.icmp_signed(">=", left, number(width))
+
+            builder.cbranch(fits(), body, end)
+            builder.position_at_end(body)
+            offset = builder.mul(builder.load(column), number(4))
+            places = [builder.add(address, offset) for address in addresses]
+            value = code(Block(builder, width), *places, *factors)
+            if value is not None:
+                builder.store(builder.fadd(builder.load(total), value), total)
+            builder.store(builder.add(builder.load(column), number(width)), column)
+            builder.cbranch(fits(), body, end)
+            builder.position_at_end(end)
+        return builder.load(total)
+
+    return intrinsic(operation)
 
 
 def _score_block(block: Block, l: Any, r: Any, a: Any) -> Any:
@@ -130,120 +145,22 @@ def _source_block(block: Block, l: Any, r: Any, a: Any, dy: Any, dl: Any, w: Any
     block.store(block.add(block.load(dl), block.add(of_score, of_row)), dl)
 
 
-def _blocks(generate: Callable[..., Any], addresses: int, factors: int, returns: bool) -> Any:
-    """The operation on blocks of 16, 8, 4 and 1 columns."""
-    return [_operation(generate, w, addresses, factors, returns) for w in (16, 8, 4, 1)]
+score = _operation(_score_block)
+"""score((l, r, a), (), columns): the sum over columns of a * leaky(l + r)."""
 
+dot = _operation(_dot_block)
+"""dot((x, y), (), columns): the sum over columns of x * y."""
 
-_score_16, _score_8, _score_4, _score_1 = _blocks(_score_block, 3, 0, True)
-_dot_16, _dot_8, _dot_4, _dot_1 = _blocks(_dot_block, 2, 0, True)
-_add_16, _add_8, _add_4, _add_1 = _blocks(_add_block, 2, 1, False)
-_destination_16, _destination_8, _destination_4, _destination_1 = _blocks(
-    _destination_block, 5, 1, False
-)
-_source_16, _source_8, _source_4, _source_1 = _blocks(_source_block, 5, 2, False)
+add_scaled = _operation(_add_block)
+"""add_scaled((out, x), (w,), columns) adds w * x to out."""
 
+add_destination = _operation(_destination_block)
+"""add_destination((l, r, a, dr, da), (ds,), columns) adds ds times the derivatives of a score in r
+and a to dr and da."""
 
-@njit(nogil=True, inline="always")
-def score(l, r, a, columns):
-    """The sum over columns of a * leaky(l + r)."""
-    total = np.float32(0)
-    c = 0
-    while columns - c >= 16:
-        total += _score_16(l + 4 * c, r + 4 * c, a + 4 * c)
-        c += 16
-    if columns - c >= 8:
-        total += _score_8(l + 4 * c, r + 4 * c, a + 4 * c)
-        c += 8
-    if columns - c >= 4:
-        total += _score_4(l + 4 * c, r + 4 * c, a + 4 * c)
-        c += 4
-    while c < columns:
-        total += _score_1(l + 4 * c, r + 4 * c, a + 4 * c)
-        c += 1
-    return total
-
-
-@njit(nogil=True, inline="always")
-def dot(x, y, columns):
-    """The sum over columns of x * y."""
-    total = np.float32(0)
-    c = 0
-    while columns - c >= 16:
-        total += _dot_16(x + 4 * c, y + 4 * c)
-        c += 16
-    if columns - c >= 8:
-        total += _dot_8(x + 4 * c, y + 4 * c)
-        c += 8
-    if columns - c >= 4:
-        total += _dot_4(x + 4 * c, y + 4 * c)
-        c += 4
-    while c < columns:
-        total += _dot_1(x + 4 * c, y + 4 * c)
-        c += 1
-    return total
-
-
-@njit(nogil=True, inline="always")
-def add_scaled(out, x, w, columns):
-    """Adds w * x to out."""
-    c = 0
-    while columns - c >= 16:
-        _add_16(out + 4 * c, x + 4 * c, w)
-        c += 16
-    if columns - c >= 8:
-        _add_8(out + 4 * c, x + 4 * c, w)
-        c += 8
-    if columns - c >= 4:
-        _add_4(out + 4 * c, x + 4 * c, w)
-        c += 4
-    while c < columns:
-        _add_1(out + 4 * c, x + 4 * c, w)
-        c += 1
-
-
-@njit(nogil=True, inline="always")
-def add_destination(l, r, a, dr, da, ds, columns):
-    """Adds ds times the derivatives of a score in r and a to dr and da."""
-    c = 0
-    while columns - c >= 16:
-        b = 4 * c
-        _destination_16(l + b, r + b, a + b, dr + b, da + b, ds)
-        c += 16
-    if columns - c >= 8:
-        b = 4 * c
-        _destination_8(l + b, r + b, a + b, dr + b, da + b, ds)
-        c += 8
-    if columns - c >= 4:
-        b = 4 * c
-        _destination_4(l + b, r + b, a + b, dr + b, da + b, ds)
-        c += 4
-    while c < columns:
-        b = 4 * c
-        _destination_1(l + b, r + b, a + b, dr + b, da + b, ds)
-        c += 1
-
-
-@njit(nogil=True, inline="always")
-def add_source(l, r, a, dy, dl, w, ds, columns):
-    """Adds w * dy and ds times the derivative of a score in l to dl."""
-    c = 0
-    while columns - c >= 16:
-        b = 4 * c
-        _source_16(l + b, r + b, a + b, dy + b, dl + b, w, ds)
-        c += 16
-    if columns - c >= 8:
-        b = 4 * c
-        _source_8(l + b, r + b, a + b, dy + b, dl + b, w, ds)
-        c += 8
-    if columns - c >= 4:
-        b = 4 * c
-        _source_4(l + b, r + b, a + b, dy + b, dl + b, w, ds)
-        c += 4
-    while c < columns:
-        b = 4 * c
-        _source_1(l + b, r + b, a + b, dy + b, dl + b, w, ds)
-        c += 1
+add_source = _operation(_source_block)
+"""add_source((l, r, a, dy, dl), (w, ds), columns) adds w * dy, and ds times the derivative of a
+score in l, to dl."""
 
 
 @intrinsic
