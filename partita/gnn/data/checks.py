@@ -6,7 +6,7 @@ MiB of memory beside the arrays.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -24,6 +24,20 @@ def pieces_of(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     rows = max(1, PIECE // row_size)
     for start in range(0, len(array), rows):
         yield start, array[start : start + rows]
+
+
+def _first(table: np.ndarray, is_bad: Callable[[np.ndarray], np.ndarray]) -> tuple[int, ...] | None:
+    """The position of the first entry that `is_bad` marks, bool of a piece's shape; or None."""
+    for start, piece in pieces_of(table):
+        bad = is_bad(piece)
+        if bad.any():
+            row, *columns = np.unravel_index(np.argmax(bad), bad.shape)
+            return (start + int(row), *map(int, columns))
+    return None
+
+
+def _is_not_finite(numbers: np.ndarray) -> np.ndarray:
+    return ~np.isfinite(numbers)
 
 
 def check_edges(offsets: np.ndarray, sources: np.ndarray) -> None:
@@ -61,15 +75,13 @@ def _check_sources(offsets: np.ndarray, sources: np.ndarray) -> None:
     vertices = len(offsets) - 1
     if not len(sources) or (sources.min() >= 0 and sources.max() < vertices):
         return
-    for start, piece in pieces_of(sources):
-        outside = (piece < 0) | (piece >= vertices)
-        if outside.any():
-            e = start + int(np.argmax(outside))
-            v = int(np.searchsorted(offsets, e, "right")) - 1
-            raise GraphError(
-                f"Edge {e:,} into vertex {v:,} comes from vertex {sources[e]:,}: use ids from 0 to "
-                f"{vertices - 1:,}."
-            )
+    bad = _first(sources, lambda ids: (ids < 0) | (ids >= vertices))
+    assert bad is not None
+    v = int(np.searchsorted(offsets, bad[0], "right")) - 1
+    raise GraphError(
+        f"Edge {bad[0]:,} into vertex {v:,} comes from vertex {sources[bad]:,}: use ids from 0 to "
+        f"{vertices - 1:,}."
+    )
 
 
 def check_weights(weights: np.ndarray, edges: int) -> None:
@@ -79,11 +91,9 @@ def check_weights(weights: np.ndarray, edges: int) -> None:
             f"weights is {weights.dtype} {list(weights.shape)}: use float32 [{edges}], one per "
             "edge."
         )
-    for start, piece in pieces_of(weights):
-        finite = np.isfinite(piece)
-        if not finite.all():
-            e = start + int(np.argmin(finite))
-            raise GraphError(f"The weight of edge {e:,} is {weights[e]}: use finite weights.")
+    bad = _first(weights, _is_not_finite)
+    if bad is not None:
+        raise GraphError(f"The weight of edge {bad[0]:,} is {weights[bad]}: use finite weights.")
 
 
 def check_edge_features(features: np.ndarray, edges: int) -> None:
@@ -94,14 +104,11 @@ def check_edge_features(features: np.ndarray, edges: int) -> None:
             f"edge_features is {features.dtype} {list(shape)}: use float32 [{edges}, features], "
             "one row per edge."
         )
-    for start, piece in pieces_of(features):
-        finite = np.isfinite(piece)
-        if not finite.all():
-            row, column = (int(i) for i in np.argwhere(~finite)[0])
-            raise GraphError(
-                f"Feature {column:,} of edge {start + row:,} is {piece[row, column]}: use finite "
-                "numbers."
-            )
+    bad = _first(features, _is_not_finite)
+    if bad is not None:
+        raise GraphError(
+            f"Feature {bad[1]:,} of edge {bad[0]:,} is {features[bad]}: use finite numbers."
+        )
 
 
 def check_transpose(transposed: Transposed, vertices: int, edges: int) -> None:
@@ -189,25 +196,21 @@ def _check_members(members: np.ndarray) -> None:
 
 def _check_targets(targets: np.ndarray) -> None:
     """Targets are finite, or NaN where there is none."""
-    for start, piece in pieces_of(targets):
-        infinite = np.isinf(piece)
-        if infinite.any():
-            row, column = (int(i) for i in np.argwhere(infinite)[0])
-            raise GraphError(
-                f"Target {column:,} of vertex {start + row:,} is {piece[row, column]}: use finite "
-                "numbers, or NaN for no target."
-            )
+    bad = _first(targets, np.isinf)
+    if bad is not None:
+        raise GraphError(
+            f"Target {bad[1]:,} of vertex {bad[0]:,} is {targets[bad]}: use finite numbers, or NaN "
+            "for no target."
+        )
 
 
 def _check_finite(features: np.ndarray) -> None:
-    for start, piece in pieces_of(features):
-        finite = np.isfinite(piece)
-        if not finite.all():
-            row, column = (int(i) for i in np.argwhere(~finite)[0])
-            raise GraphError(
-                f"Feature {column:,} of vertex {start + row:,} is {piece[row, column]}: replace it "
-                "with a finite number, for example with numpy.nan_to_num."
-            )
+    bad = _first(features, _is_not_finite)
+    if bad is not None:
+        raise GraphError(
+            f"Feature {bad[1]:,} of vertex {bad[0]:,} is {features[bad]}: replace it with a finite "
+            "number, for example with numpy.nan_to_num."
+        )
 
 
 def _no_label(labels: np.ndarray) -> str:

@@ -135,16 +135,6 @@ def _transpose(
                 order[k] = e
 
 
-@njit(cache=True)
-def clear_self_edges(offsets, sources, missing, first):
-    """Sets `missing[v]` to False where row v, vertex `first + v`, has an edge from itself."""
-    for v in range(len(offsets) - 1):
-        for e in range(offsets[v], offsets[v + 1]):
-            if sources[e] == first + v:
-                missing[v] = False
-                break
-
-
 EPSILON = np.finfo(np.float32).eps
 """Distance from 1 to the next float32."""
 
@@ -176,24 +166,6 @@ def correct_self_edges(
         if correction == 1 and not missing:
             correction += EPSILON
         out[v] = correction
-
-
-@njit(cache=True)
-def add_self_edges(
-    offsets,
-    sources,
-    missing,
-    new_offsets,
-    out,
-):
-    """Copies rows to their new offsets and appends v to row v where `missing[v]`."""
-    for v in range(len(offsets) - 1):
-        k = new_offsets[v]
-        for e in range(offsets[v], offsets[v + 1]):
-            out[k] = sources[e]
-            k += 1
-        if missing[v]:
-            out[k] = v
 
 
 @njit(cache=True)
@@ -230,23 +202,6 @@ def append_rows(
             k += 1
         for e in range(other_offsets[v], other_offsets[v + 1]):
             out[k] = other_values[e]
-            k += 1
-
-
-@njit(cache=True)
-def relabel_rows(
-    offsets,
-    sources,
-    order,
-    number,
-    new_offsets,
-    out,
-):
-    """Copies row `order[i]` to row i, its ids replaced by `number[id]`."""
-    for i in range(len(order)):
-        k = new_offsets[i]
-        for e in range(offsets[order[i]], offsets[order[i] + 1]):
-            out[k] = number[sources[e]]
             k += 1
 
 

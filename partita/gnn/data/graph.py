@@ -13,7 +13,7 @@ Arrays may be memory-mapped files; nothing here changes one or copies one whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Unpack
@@ -113,19 +113,20 @@ class Graph:
         degrees = np.zeros(vertices, np.int64)
         csr.count(target, degrees)
         offsets = offsets_of(degrees)
-        sorted_sources = np.empty(len(source), id_type(vertices))
-        csr.fill(target, source, offsets[:-1].copy(), sorted_sources)
-        sorted_weights = None
+
+        def by_target(values: np.ndarray, kind: Any) -> np.ndarray:
+            out = np.empty(len(source), kind)
+            csr.fill(target, values, offsets[:-1].copy(), out)
+            return out
+
+        arrays: dict[str, Any] = as_tables(tables, vertices)
         if edge_weights is not None:
-            sorted_weights = np.empty(len(source), np.float32)
-            csr.fill(target, edge_weights, offsets[:-1].copy(), sorted_weights)
+            arrays["weights"] = by_target(edge_weights, np.float32)
         edge_table = as_edge_features(edge_features, len(source))
         if edge_table is not None:
-            order = np.argsort(target, kind="stable")
-            edge_table = edge_table[order].astype(np.float32)
-        arrays: dict[str, Any] = as_tables(tables, vertices)
-        arrays |= {"weights": sorted_weights, "edge_features": edge_table}
-        return check(Graph(offsets, sorted_sources, **arrays, name=name))
+            rows = by_target(np.arange(len(source)), np.int64)
+            arrays["edge_features"] = edge_table[rows].astype(np.float32)
+        return check(Graph(offsets, by_target(source, id_type(vertices)), **arrays, name=name))
 
     @staticmethod
     def from_relations(
@@ -294,12 +295,6 @@ class Graph:
         csr.count(self.sources, degrees)
         return degrees
 
-    def without_self_edge(self, first: int, last: int) -> np.ndarray:
-        """bool [last - first]: vertices from `first` to before `last` without a self edge."""
-        missing = np.ones(last - first, np.bool_)
-        csr.clear_self_edges(self.offsets[first : last + 1], self.sources, missing, first)
-        return missing
-
     def self_edge_corrections(self, first: int, last: int) -> np.ndarray:
         """float32 [last - first]: weight to add to a vertex's self edges so that one counts.
 
@@ -361,23 +356,32 @@ class Graph:
         >>> Graph.from_edges([0, 1], [1, 1]).with_self_edges().sources
         array([0, 0, 1], dtype=int32)
         """
-        missing = self.without_self_edge(0, self.vertices)
+        missing = self.self_edge_corrections(0, self.vertices) == 1
         offsets = offsets_of(self.in_degrees() + missing)
-        sources = np.empty(offsets[-1], self.sources.dtype)
-        csr.add_self_edges(self.offsets, self.sources, missing, offsets, sources)
-        weights = None
-        if self.weights is not None:
-            weights = np.empty(offsets[-1], np.float32)
-            csr.widen_rows(self.offsets, self.weights, offsets, weights, np.float32(1))
-        edge_features = self.edge_features
-        if edge_features is not None:
-            rows = np.empty(offsets[-1], np.int64)
-            csr.widen_rows(self.offsets, np.arange(self.edges), offsets, rows, np.int64(self.edges))
-            padded = np.pad(edge_features, ((0, 1), (0, 0)))
-            edge_features = padded[rows]
-        return replace(
-            self, offsets=offsets, sources=sources, weights=weights, edge_features=edge_features
-        )
+
+        def widened(values: np.ndarray, padding: int) -> np.ndarray:
+            out = np.empty(offsets[-1], values.dtype)
+            csr.widen_rows(self.offsets, values, offsets, out, values.dtype.type(padding))
+            return out
+
+        sources = widened(self.sources, 0)
+        sources[offsets[1:][missing] - 1] = np.flatnonzero(missing)
+        return replace(self, offsets=offsets, sources=sources, **self.edge_tables(widened))
+
+    def edge_tables(self, take: Callable[[np.ndarray, int], np.ndarray]) -> dict[str, Any]:
+        """Weights and edge features of a graph of other edges.
+
+        `take(values, padding)` gives values [edges] in the order of those edges. A new one has the
+        padding: weight 1 and features of 0.
+        """
+        weights = None if self.weights is None else take(self.weights, 1)
+        features = self.edge_features
+        if features is not None:
+            rows = take(np.arange(self.edges), self.edges)
+            if rows.max(initial=-1) == self.edges:
+                features = np.pad(features, ((0, 1), (0, 0)))
+            features = features[rows]
+        return {"weights": weights, "edge_features": features}
 
     def with_reverse_edges(self) -> Graph:
         """The graph with the reverse of every edge added, of the same weight.
@@ -385,44 +389,18 @@ class Graph:
         An undirected graph that is stored in one direction becomes the graph it stands for.
         """
         back = self.transposed()
+        assert back.order is not None
+        order = back.order
         offsets = self.offsets + back.offsets
-        sources = np.empty(offsets[-1], self.sources.dtype)
-        csr.append_rows(
-            self.offsets,
-            self.sources,
-            back.offsets,
-            back.destinations,
-            offsets,
-            sources,
-        )
-        weights = None
-        if self.weights is not None:
-            weights = np.empty(offsets[-1], np.float32)
-            back_weights = self.weights[back.order]
-            csr.append_rows(
-                self.offsets,
-                self.weights,
-                back.offsets,
-                back_weights,
-                offsets,
-                weights,
-            )
-        edge_features = self.edge_features
-        if edge_features is not None:
-            rows = np.empty(offsets[-1], np.int64)
-            order = np.asarray(back.order, np.int64)
-            csr.append_rows(
-                self.offsets,
-                np.arange(self.edges),
-                back.offsets,
-                order,
-                offsets,
-                rows,
-            )
-            edge_features = edge_features[rows]
-        return replace(
-            self, offsets=offsets, sources=sources, weights=weights, edge_features=edge_features
-        )
+
+        def joined(values: np.ndarray, back_values: np.ndarray) -> np.ndarray:
+            out = np.empty(offsets[-1], values.dtype)
+            csr.append_rows(self.offsets, values, back.offsets, back_values, offsets, out)
+            return out
+
+        sources = joined(self.sources, back.destinations)
+        tables = self.edge_tables(lambda values, padding: joined(values, values[order]))
+        return replace(self, offsets=offsets, sources=sources, **tables)
 
     def relabelled(self, order: Any) -> Graph:
         """The same graph with new vertex numbers: vertex i of the result is vertex `order[i]` here.
@@ -439,27 +417,16 @@ class Graph:
         number = np.empty(self.vertices, self.sources.dtype)
         number[order] = np.arange(self.vertices, dtype=self.sources.dtype)
         offsets = offsets_of(self.in_degrees()[order])
-        sources = np.empty(self.edges, self.sources.dtype)
-        csr.relabel_rows(
-            self.offsets,
-            self.sources,
-            order,
-            number,
-            offsets,
-            sources,
-        )
-        weights = None
-        if self.weights is not None:
-            weights = np.empty(self.edges, np.float32)
-            csr.permute_rows(self.offsets, self.weights, order, offsets, weights)
-        tables: dict[str, Any] = {}
-        if self.edge_features is not None:
-            rows = np.empty(self.edges, np.int64)
-            csr.permute_rows(self.offsets, np.arange(self.edges), order, offsets, rows)
-            tables["edge_features"] = self.edge_features[rows]
+
+        def permuted(values: np.ndarray, padding: int = 0) -> np.ndarray:
+            out = np.empty(self.edges, values.dtype)
+            csr.permute_rows(self.offsets, values, order, offsets, out)
+            return out
+
+        tables = self.edge_tables(permuted)
         for name, table in self.tables().items():
             tables[name] = None if table is None else table[order]
-        return replace(self, offsets=offsets, sources=sources, weights=weights, **tables)
+        return replace(self, offsets=offsets, sources=number[permuted(self.sources)], **tables)
 
 
 def _check_order(order: np.ndarray, vertices: int) -> np.ndarray:

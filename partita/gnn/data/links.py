@@ -198,10 +198,6 @@ def split_links(
 def _with_edges(graph: Graph, stays: np.ndarray) -> Graph:
     """The graph with some of its edges, bool [edges]."""
     before = np.append(0, np.cumsum(stays))
-    tables = {}
-    for name in ("weights", "edge_features"):
-        table = getattr(graph, name)
-        tables[name] = None if table is None else table[stays]
     return replace(
         graph,
         offsets=before[graph.offsets],
@@ -210,7 +206,7 @@ def _with_edges(graph: Graph, stays: np.ndarray) -> Graph:
         train=None,
         validation=None,
         test=None,
-        **tables,
+        **graph.edge_tables(lambda values, padding: values[stays]),
     )
 
 
