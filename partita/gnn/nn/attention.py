@@ -43,6 +43,16 @@ class AttentionConv(AbstractConv):
     in-edges.
     """
 
+    OPTIONS = (
+        "heads",
+        "concat",
+        "self_edges",
+        "residual",
+        "dropout",
+        "edge_dim",
+        "negative_slope",
+    )
+
     def __init__(
         self,
         units: int,
@@ -71,6 +81,11 @@ class AttentionConv(AbstractConv):
         self.heads = heads
 
     @property
+    def dropout(self) -> float:
+        """Rate of dropped attention."""
+        return self.attention_dropout.rate
+
+    @property
     def head_width(self) -> int:
         """Features of a head."""
         return self.units // self.heads if self.concat else self.units
@@ -88,6 +103,11 @@ class AttentionConv(AbstractConv):
         array: Any = keras.ops.convert_to_tensor(variable, "float32")
         return jax.lax.dynamic_slice_in_dim(array, column // self.head_width, heads)
 
+    def edge_rows(self, edges: Any, column: Any, columns: int) -> Any:
+        """Features of edges times the edge matrix, some of its columns."""
+        matrix: Any = keras.ops.convert_to_tensor(self.edge_kernel, "float32")
+        return edges @ jax.lax.dynamic_slice_in_dim(matrix, column, columns, 1)
+
     def finish(self, t: Any, s: Any) -> Any:
         """The result of attended rows s and of the vertices' own rows t."""
         if not self.concat:
@@ -100,18 +120,6 @@ class AttentionConv(AbstractConv):
             return by_rows(f"{target} s", "y", self.finish)
         return by_rows("s", "y", lambda s: self.finish(None, s))
 
-    def get_config(self) -> dict[str, Any]:
-        options = {
-            "heads": self.heads,
-            "concat": self.concat,
-            "self_edges": self.self_edges,
-            "residual": self.residual,
-            "dropout": self.attention_dropout.rate,
-            "edge_dim": self.edge_dim,
-            "negative_slope": self.negative_slope,
-        }
-        return {**super().get_config(), **options}
-
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class GATv2Conv(AttentionConv):
@@ -120,6 +128,8 @@ class GATv2Conv(AttentionConv):
     `head_bias` adds biases to the rows of both ends, as in PyG. `share_weights` uses one matrix for
     both ends.
     """
+
+    OPTIONS = ("head_bias", "share_weights")
 
     def __init__(
         self,
@@ -185,16 +195,10 @@ class GATv2Conv(AttentionConv):
         def scores(sources: Any, targets: Any, edges: Any) -> Any:
             z = self.by_heads(sources) + self.by_heads(targets)
             if edges is not None:
-                all_columns: Any = keras.ops.convert_to_tensor(self.edge_kernel, "float32")
-                kernel = jax.lax.dynamic_slice_in_dim(all_columns, column, l.shape[1], 1)
-                z = z + self.by_heads(edges @ kernel)
+                z = z + self.by_heads(self.edge_rows(edges, column, l.shape[1]))
             return (self.leaky(z) * score).sum(axis=2)
 
         return edge_attention(self, graph, AttendedRows(l, r, column), scores, training)
-
-    def get_config(self) -> dict[str, Any]:
-        options = {"head_bias": self.head_bias, "share_weights": self.share_weights}
-        return {**super().get_config(), **options}
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -245,9 +249,7 @@ class GATConv(AttentionConv):
         def scores(sources: Any, targets: Any, edges: Any) -> Any:
             z = share(sources, self.source_score) + targets
             if edges is not None:
-                all_columns: Any = keras.ops.convert_to_tensor(self.edge_kernel, "float32")
-                kernel = jax.lax.dynamic_slice_in_dim(all_columns, column, l.shape[1], 1)
-                z = z + share(edges @ kernel, self.edge_score)
+                z = z + share(self.edge_rows(edges, column, l.shape[1]), self.edge_score)
             return self.leaky(z)
 
         target_share = share(r.astype(jnp.float32), self.target_score)

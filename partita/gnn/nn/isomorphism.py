@@ -33,6 +33,8 @@ class GINConv(AbstractConv):
     epsilon     first value of e, which is trained unless `train_epsilon=False`
     """
 
+    OPTIONS = ("train_epsilon",)
+
     def __init__(
         self,
         units: int,
@@ -127,7 +129,6 @@ class GINConv(AbstractConv):
         options = {
             "mlp": rows.layers_config(self.mlp),
             "epsilon": self.first_epsilon,
-            "train_epsilon": self.train_epsilon,
         }
         return {**super().get_config(), **options}
 
@@ -139,6 +140,8 @@ class GINEConv(GINConv):
     The edge features, or weights, have the width of the rows. With `edge_dim`, their number, they
     first pass a dense layer to that width.
     """
+
+    OPTIONS = ("edge_dim",)
 
     def __init__(self, units: int, *, edge_dim: int | None = None, **options: Any) -> None:
         super().__init__(units, **options)
@@ -161,9 +164,6 @@ class GINEConv(GINConv):
             edge = with_bias(product(edge, self.edge_kernel), self.edge_shift)
         messages: Any = keras.ops.relu(ends.source + edge)
         return (edge_sum(ends.by_edge, messages.astype(jnp.float32)).astype(x.dtype),)
-
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "edge_dim": self.edge_dim}
 
 
 def checked_edges(layer: Any, features: Any, width: int) -> Any:

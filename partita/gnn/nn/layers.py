@@ -20,7 +20,7 @@ the second, for graphs whose two kinds of vertices have different features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,9 @@ class AbstractConv(keras.layers.Layer):
 
     SAGEConv, GINConv and layers of attention take a pair (x_source, x_target), both [rows, ...].
     """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ()
+    """Options of this class beside its parent's: attributes of the same names."""
 
     def __init__(
         self,
@@ -127,13 +130,17 @@ class AbstractConv(keras.layers.Layer):
         return (*source[:-1], self.units)
 
     def get_config(self) -> dict[str, Any]:
-        return {
+        config = {
             **super().get_config(),
             "units": self.units,
             "use_bias": self.use_bias,
             "activation": keras.activations.serialize(self.activation),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
         }
+        for kind in reversed(type(self).__mro__):
+            for option in vars(kind).get("OPTIONS", ()):
+                config[option] = getattr(self, option)
+        return config
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -144,6 +151,8 @@ class GCNConv(AbstractConv):
     as given. `improved` gives added self edges the weight 2. `normalize=False` sums the rows of
     in-edges, and adds no self edge either.
     """
+
+    OPTIONS = ("normalize", "self_edges", "improved")
 
     def __init__(
         self,
@@ -193,14 +202,6 @@ class GCNConv(AbstractConv):
         share = graph.corrected_self_edges(missing) if self.self_edges else None
         return graph.sum(rows, before=scale, share=share, after=scale)
 
-    def get_config(self) -> dict[str, Any]:
-        options = {
-            "normalize": self.normalize,
-            "self_edges": self.self_edges,
-            "improved": self.improved,
-        }
-        return {**super().get_config(), **options}
-
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class SAGEConv(AbstractConv):
@@ -210,6 +211,8 @@ class SAGEConv(AbstractConv):
     results by their Euclidean norm, before the activation. `root_weight=False` leaves the vertex's
     own row out.
     """
+
+    OPTIONS = ("aggregation", "project", "normalize", "root_weight")
 
     def __init__(
         self,
@@ -261,15 +264,6 @@ class SAGEConv(AbstractConv):
         norm = jnp.sqrt(jnp.maximum((y**2).sum(axis=1, keepdims=True), 1e-24))
         return self.activation(y / norm)
 
-    def get_config(self) -> dict[str, Any]:
-        options = {
-            "aggregation": self.aggregation,
-            "project": self.project,
-            "normalize": self.normalize,
-            "root_weight": self.root_weight,
-        }
-        return {**super().get_config(), **options}
-
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class CommNetConv(AbstractConv):
@@ -297,6 +291,8 @@ class GatedGraphConv(AbstractConv):
     The input of a step is the sum over in-edges of rows times that step's matrix. Rows begin as the
     vertex's, padded with zeros to `units` features; they must not be wider.
     """
+
+    OPTIONS = ("steps",)
 
     def __init__(self, units: int, steps: int = 2, **options: Any) -> None:
         super().__init__(units, **options)
@@ -342,9 +338,6 @@ class GatedGraphConv(AbstractConv):
         r = jax.nn.sigmoid(message_r + state_r)
         z = jax.nn.sigmoid(message_z + state_z)
         return z * state + (1 - z) * jnp.tanh(message_n + r * state_n)
-
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "steps": self.steps}
 
 
 def sum_of_edges(graph: Block, column: Any, rows: Any) -> Any:

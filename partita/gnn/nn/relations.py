@@ -24,6 +24,8 @@ class RelationalConv(AbstractConv):
     them. The sums pass over all edges once for each kind.
     """
 
+    OPTIONS = ("relations", "aggregation", "bases", "root_weight")
+
     def __init__(
         self,
         units: int,
@@ -84,12 +86,3 @@ class RelationalConv(AbstractConv):
         shares: Any = keras.ops.convert_to_tensor(self.shares, x.dtype)
         of_bases = jnp.einsum("vrf,rb->vbf", rows, shares)
         return jnp.einsum("vbf,bfu->vu", of_bases, kernels)
-
-    def get_config(self) -> dict[str, Any]:
-        options = {
-            "relations": self.relations,
-            "aggregation": self.aggregation,
-            "bases": self.bases,
-            "root_weight": self.root_weight,
-        }
-        return {**super().get_config(), **options}
