@@ -31,15 +31,18 @@ from partita.gnn.step import (
 
 
 class TrainingRun(ABC):
-    """The steps of a model on one graph."""
+    """The steps of a model on one graph, prepared for its devices."""
 
-    @abstractmethod
+    model: Any
+    prepared: PreparedGraph
+
     def state(self) -> StepState:
         """The model's variables where the steps read them."""
+        return on_all_devices(state_of(self.model), self.prepared.devices)
 
-    @abstractmethod
     def store(self, state: StepState) -> None:
         """Puts a state back into the model's variables."""
+        store_state(self.model, of_first_device(state, self.prepared.devices))
 
     @abstractmethod
     def train(self, state: StepState) -> tuple[dict[str, Any], StepState]:
@@ -70,12 +73,6 @@ class DeviceRun(TrainingRun):
         self.steps = steps
         self.prepared = prepared
         self.mover = None if prepared.sums is None else SplitMover(prepared, prepared.sums)
-
-    def state(self) -> StepState:
-        return on_all_devices(state_of(self.model), self.prepared.devices)
-
-    def store(self, state: StepState) -> None:
-        store_state(self.model, of_first_device(state, self.prepared.devices))
 
     def train(self, state: StepState) -> tuple[dict[str, Any], StepState]:
         step = self.steps.train(self.prepared)

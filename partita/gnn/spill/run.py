@@ -37,11 +37,8 @@ from partita.gnn.spill.tables import joined, split
 from partita.gnn.step import (
     StepState,
     logs_of,
-    of_first_device,
-    on_all_devices,
     on_each_device,
     state_of,
-    store_state,
 )
 
 FIRST_BANDWIDTH = 1e10
@@ -126,12 +123,6 @@ class MemoryRun(TrainingRun):
         return graph.digest == self.key.graph and unchanged
 
     # ------------------------------------------------------------------------------- the contract
-
-    def state(self) -> StepState:
-        return on_all_devices(state_of(self.model), self.devices)
-
-    def store(self, state: StepState) -> None:
-        store_state(self.model, of_first_device(state, self.devices))
 
     def train(self, state: StepState) -> tuple[dict[str, Any], StepState]:
         execution = self._executed(
