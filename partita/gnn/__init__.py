@@ -118,9 +118,8 @@ def require_jax() -> None:
     backend = running_backend() or chosen_backend()
     if backend not in (None, "jax"):
         raise GraphError(
-            f"Keras's backend is {backend!r} and graph networks need 'jax': set "
-            "KERAS_BACKEND=jax before "
-            "Keras is imported."
+            f"Keras's backend is {backend!r} and graph networks need 'jax': set KERAS_BACKEND=jax "
+            "before Keras is imported."
         )
 
 

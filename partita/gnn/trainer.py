@@ -307,6 +307,5 @@ def _check_mask(model: Any, graph: Graph, mask: str) -> None:
         vertex = int(np.argmax(graph.labels >= classes))
         raise GraphError(
             f"Vertex {vertex:,} has the label {graph.labels[vertex]}, and the model has {classes} "
-            f"classes, 0 to {classes - 1}: make it with "
-            f"classes={graph.labels.max() + 1}."
+            f"classes, 0 to {classes - 1}: make it with classes={graph.labels.max() + 1}."
         )

@@ -136,8 +136,7 @@ def as_mask(name: str, values: np.ndarray, vertices: int) -> np.ndarray:
     if values.size and values.dtype.kind not in "biu" or values.ndim != 1:
         raise GraphError(
             f"{name} is {values.dtype} {list(values.shape)}: give one bool per vertex, or a list "
-            "of "
-            "vertices."
+            "of vertices."
         )
     if values.dtype == np.bool_ or _is_byte_mask(values, vertices):
         return values.astype(np.bool_, copy=False)
@@ -182,8 +181,7 @@ def as_labels(values: np.ndarray) -> np.ndarray:
         v = int(np.argmax((values >= NARROW) | (values < -NARROW)))
         raise GraphError(
             f"Label {values[v]} of vertex {v:,} is out of range: use 0 to {NARROW - 1:,}, or -1 "
-            "for "
-            "no label."
+            "for no label."
         )
     return values.astype(np.int32)
 
@@ -215,8 +213,7 @@ def check_plausible(largest: int, edges: int) -> None:
     if largest >= 2**28 and largest > 256 * edges:
         raise GraphError(
             f"The largest id is {largest:,} for {edges:,} edges: number the vertices from 0 "
-            "without "
-            "gaps, or give vertices=."
+            "without gaps, or give vertices=."
         )
 
 
@@ -233,6 +230,5 @@ def check_ids(source: np.ndarray, target: np.ndarray, vertices: int, position: i
         i = min(first_bad)
         raise GraphError(
             f"Edge {position + i:,} from {source[i]:,} to {target[i]:,} is outside the "
-            f"{vertices:,} "
-            f"vertices: use ids from 0 to {vertices - 1:,}."
+            f"{vertices:,} vertices: use ids from 0 to {vertices - 1:,}."
         )

@@ -61,8 +61,7 @@ def check_edges(offsets: np.ndarray, sources: np.ndarray) -> None:
         v = int(np.argmax(decreasing))
         raise GraphError(
             f"offsets fall from {offsets[v]:,} to {offsets[v + 1]:,} at vertex {v:,}: they must "
-            "not "
-            "decrease."
+            "not decrease."
         )
     if offsets[-1] != len(sources):
         raise GraphError(

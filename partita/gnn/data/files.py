@@ -146,9 +146,8 @@ def _kind(path: Path) -> str:
     has_zero_byte = not first_block[:4096].all()
     if has_zero_byte:
         raise GraphError(
-            f"{str(path)!r} is no text: name a .lux, .npz or .parquet file, an edge list in "
-            "text, or an "
-            "OGB folder."
+            f"{str(path)!r} is no text: name a .lux, .npz or .parquet file, an edge list in text, "
+            "or an OGB folder."
         )
     return "text"
 

@@ -32,9 +32,8 @@ def scipy_edges(matrix: Any) -> dict[str, Any]:
     rows, columns = matrix.shape
     if rows != columns:
         raise GraphError(
-            f"The matrix has {rows:,} rows and {columns:,} columns: give a square one, with a "
-            "row and "
-            "a column per vertex."
+            f"The matrix has {rows:,} rows and {columns:,} columns: give a square one, with a row "
+            "and a column per vertex."
         )
     entries = matrix.tocoo()
     plain = (entries.data == 1).all()

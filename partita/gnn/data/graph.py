@@ -103,8 +103,7 @@ class Graph:
         if len(source) != len(target):
             raise GraphError(
                 f"source has {len(source):,} entries and target has {len(target):,}: give one of "
-                "each "
-                "per edge."
+                "each per edge."
             )
         if vertices is None:
             vertices = vertex_count(source, target, tables)

@@ -119,8 +119,7 @@ def _read_edges(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if length < HEADER:
         raise GraphError(
             f"{str(path)!r} has {length} bytes: a .lux file begins with {HEADER} bytes, the "
-            "numbers of "
-            "vertices and edges."
+            "numbers of vertices and edges."
         )
     with path.open("rb") as file:
         vertices = int.from_bytes(file.read(4), "little")
@@ -189,8 +188,7 @@ def _read_table(path: Path, name: str, vertices: int, edges: int) -> np.ndarray 
         if size % column_bytes:
             raise GraphError(
                 f"{str(file)!r} is truncated or of another graph: {size:,} bytes are no multiple "
-                "of "
-                f"{column_bytes:,}, a float32 for each of {vertices:,} vertices."
+                f"of {column_bytes:,}, a float32 for each of {vertices:,} vertices."
             )
         return _map(file, "<f4", 0, (vertices, size // column_bytes))
     rows = edges if name == "weights" else vertices

@@ -62,8 +62,7 @@ def open_npz(path: Path) -> Graph:
     names = ", ".join(sorted(arrays)) or "none"
     raise GraphError(
         f"{str(path)!r} has the arrays {names}: a graph needs source and target (Planetoid), or "
-        "offsets "
-        "and sources (Partita)."
+        "offsets and sources (Partita)."
     )
 
 

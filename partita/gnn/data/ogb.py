@@ -50,8 +50,7 @@ def ogb_edges(folder: Path, split: str | None = None) -> EdgeStream:
     if (raw / "triplet-type-list.csv.gz").exists():
         raise GraphError(
             f"{str(folder)!r} has several kinds of vertices: use a data set with one kind of "
-            "vertex and "
-            "of edge."
+            "vertex and of edge."
         )
     if (raw / "edge.csv.gz").exists():
         edges, tables = _read_text(folder)
@@ -121,9 +120,8 @@ def _checked_count(path: Path, counts: np.ndarray) -> int:
 def _labels(path: Path, labels: np.ndarray) -> Iterable[np.ndarray]:
     if labels.ndim == 2 and labels.shape[1] != 1:
         raise GraphError(
-            f"{str(path)!r} has {labels.shape[1]} labels per vertex: use a data set with one "
-            "class per "
-            "vertex."
+            f"{str(path)!r} has {labels.shape[1]} labels per vertex: use a data set with one class "
+            "per vertex."
         )
     return [as_labels(labels)]
 
@@ -198,8 +196,7 @@ def _split_file(folder: Path, stem: str) -> Path:
             return path
     if (folder / "split_dict.pt").exists():
         raise GraphError(
-            f"{str(folder)!r} has no {stem}.csv.gz, only a pickle, and Partita unpickles "
-            "nothing: save "
-            "the lists of vertices as text."
+            f"{str(folder)!r} has no {stem}.csv.gz, only a pickle, and Partita unpickles nothing: "
+            "save the lists of vertices as text."
         )
     raise GraphError(f"{str(folder)!r} has no {stem}.csv.gz: download the data set again.")

@@ -33,8 +33,7 @@ def parquet_edges(path: Path) -> EdgeStream:
     if source is None or target is None:
         raise GraphError(
             f"{str(path)!r} has the columns {', '.join(names)}: call the ends of an edge source "
-            "and "
-            "target, and its weight weight."
+            "and target, and its weight weight."
         )
     columns = [source, target] if weight is None else [source, target, weight]
 
@@ -94,9 +93,8 @@ def _open_parquet(path: Path) -> Any:
         parquet: Any = import_module("pyarrow.parquet")
     except ImportError:
         raise GraphError(
-            f"{str(path)!r} is a Parquet file, which needs pyarrow: run `pip install pyarrow`, "
-            "or save "
-            "the edges as text or .npz."
+            f"{str(path)!r} is a Parquet file, which needs pyarrow: run `pip install pyarrow`, or "
+            "save the edges as text or .npz."
         ) from None
     try:
         return parquet.ParquetFile(path, page_checksum_verification=True)

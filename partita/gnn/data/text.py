@@ -144,8 +144,7 @@ def blocks(path: Path) -> Iterator[np.ndarray]:
                 if not end and len(rest) + len(block) > LONGEST + BYTES:
                     raise GraphError(
                         f"{str(path)!r} has a line of more than {LONGEST:,} bytes: it is no text "
-                        "of "
-                        "numbers."
+                        "of numbers."
                     )
                 if end:
                     yield np.frombuffer(rest + block[:end], np.uint8)

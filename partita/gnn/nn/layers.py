@@ -302,9 +302,8 @@ class GatedGraphConv(AbstractConv):
         width = self.width_of(input_shape)
         if width > self.units:
             raise GraphError(
-                f"Rows of {width} features exceed the {self.units} units of "
-                "GatedGraphConv: "
-                "use more units, or a Dense layer before it."
+                f"Rows of {width} features exceed the {self.units} units of GatedGraphConv: use "
+                "more units, or a Dense layer before it."
             )
         self.kernels = []
         for i in range(self.steps):

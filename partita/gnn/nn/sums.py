@@ -45,8 +45,7 @@ def edges_of(offsets: np.ndarray, ids: np.ndarray, back: Transposed) -> Edges:
     if len(ids) > MAX_EDGES:
         raise GraphError(
             f"{len(ids):,} edges exceed the {MAX_EDGES:,} that one device can have: split the "
-            "graph "
-            "over more devices."
+            "graph over more devices."
         )
     order = None if back.order is None else _as_int32(back.order)
     return Edges(
