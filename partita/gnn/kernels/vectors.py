@@ -93,7 +93,7 @@ def _operation(code: Callable[..., Any]) -> Any:
         columns = context.cast(builder, arguments[2], signature.args[2], types.int64)
         column = cgutils.alloca_once_value(builder, number(0))
         total = cgutils.alloca_once_value(builder, ir.Constant(FLOAT, 0.0))
-        for width in (16, 8, 4, 1):
+        for width, repeats in ((16, True), (8, False), (4, False), (1, True)):
             body = builder.append_basic_block("columns")
             end = builder.append_basic_block("end")
 
@@ -109,7 +109,7 @@ def _operation(code: Callable[..., Any]) -> Any:
             if value is not None:
                 builder.store(builder.fadd(builder.load(total), value), total)
             builder.store(builder.add(builder.load(column), number(width)), column)
-            builder.cbranch(fits(), body, end)
+            builder.cbranch(fits(), body, end) if repeats else builder.branch(end)
             builder.position_at_end(end)
         return builder.load(total)
 
