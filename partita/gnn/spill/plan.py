@@ -17,7 +17,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -153,32 +153,13 @@ def plan_memory(work: StepWork, budget: int, bandwidth: float) -> MemoryPlan:
     """
     best = lru_plan(work, budget)
     compulsory = work.compulsory()
+    if best.cost > compulsory:
+        best = _best_cache(work, budget, bandwidth, best)
     if best.cost == compulsory:
-        return MemoryPlan(
-            best.actions,
-            best.traffic,
-            best.cost,
-            True,
-        )
-    best = _best_cache(work, budget, bandwidth, best)
-    if best.cost == compulsory:
-        return MemoryPlan(
-            best.actions,
-            best.traffic,
-            best.cost,
-            True,
-        )
-    if len(work.bytes) <= SMALL:
-        return (
-            _searched(
-                work,
-                budget,
-                bandwidth,
-                best.cost,
-            )
-            or best
-        )
-    return best
+        return replace(best, exact=True)
+    if len(work.bytes) > SMALL:
+        return best
+    return _searched(work, budget, bandwidth, best.cost) or best
 
 
 def _best_cache(
