@@ -354,7 +354,7 @@ def prepare(graph: Graph, key: PreparationKey) -> PreparedGraph:
     if split.devices == 1:
         near = _near(numbered, key.architecture)
         parts = None
-        data = _on_one_device(numbered, order, near, _importance(key, order))
+        data = jax.device_put(_whole(numbered, order, near, _importance(key, order)))
     else:
         graph_cut = _cut(
             numbered,
@@ -622,21 +622,13 @@ def _tables(graph: Graph) -> tuple[Any, Any, dict[str, Any]]:
     return graph.features, labels, masks
 
 
-def _on_one_device(
-    graph: Graph,
-    order: np.ndarray | None,
-    near: Sequence[np.ndarray],
-    importance: np.ndarray | None,
-) -> GraphData:
-    return jax.device_put(_whole(graph, order, near, importance))
-
-
 def _whole(
     graph: Graph,
     order: np.ndarray | None,
     near: Sequence[np.ndarray],
     importance: np.ndarray | None,
 ) -> GraphData:
+    """The data of a graph on one device, as arrays of NumPy."""
     data = data_of(graph, importance)
     kinds = [AggregationKind(near=edges, keep=keep) for edges, keep in enumerate(near)]
     whole = cut(
