@@ -87,27 +87,19 @@ __all__ = [
     "with_pairs",
 ]
 
-_IMPORTED_ON_USE = {
-    "partita.gnn.nn.attention": ("GATConv", "GATv2Conv"),
-    "partita.gnn.nn.isomorphism": ("GINConv", "GINEConv"),
-    "partita.gnn.nn.layers": ("CommNetConv", "GatedGraphConv", "GCNConv", "SAGEConv"),
-    "partita.gnn.nn.messages": ("MessagePassing",),
-    "partita.gnn.nn.models": (
-        "GAT",
-        "GCN",
-        "GIN",
-        "SAGE",
-        "CommNet",
-        "GatedGraph",
-        "GATv2",
-        "GraphModel",
-    ),
-    "partita.gnn.nn.pyg_weights": ("load_pyg_state", "pyg_state"),
-    "partita.gnn.nn.relations": ("RelationalConv",),
-    "partita.gnn.nn.vertices": ("VertexBatchNormalization", "VertexDropout"),
-    "partita.gnn.plans": ("GraphPlan", "GraphPlans", "plan"),
-    "partita.gnn.train": ("normalised",),
+_MODULES = {
+    "partita.gnn.nn.attention": "GATConv GATv2Conv",
+    "partita.gnn.nn.isomorphism": "GINConv GINEConv",
+    "partita.gnn.nn.layers": "CommNetConv GatedGraphConv GCNConv SAGEConv",
+    "partita.gnn.nn.messages": "MessagePassing",
+    "partita.gnn.nn.models": "GAT GCN GIN SAGE CommNet GatedGraph GATv2 GraphModel",
+    "partita.gnn.nn.pyg_weights": "load_pyg_state pyg_state",
+    "partita.gnn.nn.relations": "RelationalConv",
+    "partita.gnn.nn.vertices": "VertexBatchNormalization VertexDropout",
+    "partita.gnn.plans": "GraphPlan GraphPlans plan",
+    "partita.gnn.train": "normalised",
 }
+"""Names that are imported at their first use, by module."""
 
 
 def require_jax() -> None:
@@ -124,8 +116,8 @@ def require_jax() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _IMPORTED_ON_USE.items():
-        if name in names:
+    for module, names in _MODULES.items():
+        if name in names.split():
             require_jax()
             return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module 'partita.gnn' has no attribute {name!r}")
