@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,10 +37,10 @@ def importance_of(
 
 def _vertex_weights(graph: Graph, vertex_weight: Any) -> np.ndarray:
     weights = as_array(vertex_weight)
-    if weights.shape != (graph.vertices,):
+    if weights.shape != (graph.vertices,) or weights.dtype.kind not in "fiub":
         raise GraphError(
-            f"vertex_weight has the shape {list(weights.shape)}: give one weight for each of the "
-            f"{graph.vertices:,} vertices."
+            f"vertex_weight is {weights.dtype} {list(weights.shape)}: give one weight for each of "
+            f"the {graph.vertices:,} vertices."
         )
     bad = ~(np.isfinite(weights) & (weights >= 0))
     if bad.any():
@@ -57,6 +58,11 @@ def _class_weights(graph: Graph, class_weight: Mapping[int, float]) -> np.ndarra
             f"class_weight needs classes, and '{graph.name}' has "
             f"{'targets' if graph.has_targets else 'no labels'}: use vertex_weight."
         )
+    if not isinstance(class_weight, Mapping):
+        raise GraphError(
+            f"class_weight is a {type(class_weight).__name__}: give a dict, such as "
+            "{0: 1.0, 1: 3.0}."
+        )
     weights = np.ones(graph.classes + 1, np.float32)
     for label, weight in class_weight.items():
         if label not in range(graph.classes):
@@ -64,7 +70,7 @@ def _class_weights(graph: Graph, class_weight: Mapping[int, float]) -> np.ndarra
                 f"class_weight has the class {label!r}, and '{graph.name}' has the classes 0 to "
                 f"{graph.classes - 1}: remove it."
             )
-        if not (np.isfinite(weight) and weight >= 0):
+        if not isinstance(weight, numbers.Real) or not (np.isfinite(weight) and weight >= 0):
             raise GraphError(
                 f"The class_weight of class {label} is {weight}: use finite weights that are not "
                 "negative."

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from partita.errors import GraphError
 from partita.execute import process_arrays, processes
 from partita.execute.devices import at_hand, detect
-from partita.gnn.data.arrays import MASKS
+from partita.gnn.data.arrays import MASKS, as_count, as_ids
 from partita.gnn.data.digest import array_digest
 from partita.gnn.data.graph import Graph
 from partita.gnn.data.order import order_of
@@ -108,15 +108,21 @@ class Split:
     order: Any = None
 
     def __post_init__(self) -> None:
-        if self.columns is not None and (self.columns < 1 or self.devices % self.columns):
+        as_count("devices", self.devices, 1)
+        if self.columns is not None and self.devices % as_count("columns", self.columns, 1):
             raise GraphError(
                 f"columns={self.columns} does not divide {self.devices} devices: "
                 f"use a divisor of {self.devices}."
             )
         for field_name in ("partition", "order"):
             value = getattr(self, field_name)
-            if value is not None and not isinstance(value, (str, Numbers)):
-                object.__setattr__(self, field_name, Numbers.of(value))
+            if isinstance(value, (str, Numbers)) or (field_name == "order" and value is None):
+                continue
+            if np.ndim(value) == 0:
+                raise GraphError(
+                    f"{field_name}={value!r} is unknown: give a name, or a list of integers."
+                )
+            object.__setattr__(self, field_name, Numbers.of(as_ids(field_name, value)))
 
     @property
     def learns(self) -> bool:

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 
 from partita.errors import GraphError, PartitaError
-from partita.gnn.data.arrays import MASKS
+from partita.gnn.data.arrays import MASKS, as_count
 from partita.gnn.data.graph import Graph
 from partita.gnn.importance import importance_of
 from partita.gnn.prepare import Split, all_devices
@@ -150,6 +150,10 @@ class FullGraphTraining:
         _check_graph(graph, "fit")
         split_options: dict[str, Any] = dict(options)
         _check_options(split_options)
+        epochs = as_count("epochs", epochs, 0)
+        initial_epoch = as_count("initial_epoch", initial_epoch, 0)
+        validation_freq = as_count("validation_freq", validation_freq, 1)
+        _check_reports(callbacks, verbose)
         class_weight = split_options.pop("class_weight", None)
         vertex_weight = split_options.pop("vertex_weight", None)
         importance = importance_of(graph, class_weight, vertex_weight)
@@ -343,6 +347,20 @@ def _check_graph(graph: Any, method: str) -> None:
             f"{method} was given a {type(graph).__name__}: give a gnn.Graph, as "
             "gnn.Graph.from_edges(source, target, features=x, labels=y) makes it."
         )
+
+
+def _check_reports(callbacks: Any, verbose: Any) -> None:
+    """GraphError for callbacks, or a `verbose`, that are none of Keras."""
+    if verbose not in ("auto", 0, 1, 2):
+        raise GraphError(f"verbose={verbose!r} is unknown: use 'auto', 0, 1 or 2.")
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        return
+    for callback in keras.tree.flatten(callbacks or []):
+        if not isinstance(callback, keras.callbacks.Callback):
+            raise GraphError(
+                f"callbacks has a {type(callback).__name__}: give a list of "
+                "keras.callbacks.Callback."
+            )
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from partita.errors import GraphError
 from partita.execute import processes
 from partita.gnn.agreement import check_agreement, is_known_to_agree
+from partita.gnn.data.arrays import as_count
 from partita.gnn.data.graph import Graph, check
 from partita.gnn.fitting import check_fits
 from partita.gnn.prepare import (
@@ -101,8 +102,7 @@ class GraphTrainer:
             self.memory = None
             run: TrainingRun = self.on_devices(graph, "train")
         else:
-            budget = int(parse(memory, "B") if isinstance(memory, str) else memory)
-            run = self._within(graph, budget, "train")
+            run = self._within(graph, _budget(memory), "train")
         self.model.optimizer.build(self.model.trainable_variables)
         return run
 
@@ -261,6 +261,13 @@ def _kind_of(graph: Graph) -> tuple[int, bool, int, bool]:
         edge_features,
         graph.members is not None,
     )
+
+
+def _budget(memory: str | int) -> int:
+    """Bytes of a memory plan, of a text or a number."""
+    if isinstance(memory, str):
+        memory = int(parse(memory, "B"))
+    return as_count("memory", memory, 1, 'give bytes, or a text such as "4GiB"')
 
 
 def _check_planned(split: Split) -> None:

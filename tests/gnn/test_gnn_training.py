@@ -525,6 +525,30 @@ def test_what_cannot_be_learnt_is_one_sentence(broken: dict[str, Any], sentence:
     assert sentence in str(error.value)
 
 
+def test_bad_options_of_fit_are_one_sentence() -> None:
+    for options, sentence in (
+        ({"epochs": 1.5}, "epochs=1.5 is out of range: give a whole number of at least 0."),
+        ({"initial_epoch": -1}, "initial_epoch=-1 is out of range: give a whole number of at"),
+        ({"validation_freq": 0}, "validation_freq=0 is out of range: give a whole number of at"),
+        ({"devices": True}, "devices=True is out of range: give a whole number of at least 1."),
+        ({"columns": "2"}, "columns='2' is out of range: give a whole number of at least 1."),
+        ({"memory": "-1GiB"}, 'give bytes, or a text such as "4GiB".'),
+        ({"partition": None}, "partition=None is unknown: give a name, or a list of integers."),
+        ({"partition": [0, 1.5, 23]}, "partition is float64 [3]: give a list of integers."),
+        ({"order": ["a"] * 23}, "order is <U1 [23]: give a list of integers."),
+        ({"class_weight": [1, 2]}, "class_weight is a list: give a dict, such as {0: 1.0, 1: 3.0}"),
+        ({"class_weight": {0: "a"}}, "The class_weight of class 0 is a: use finite weights"),
+        ({"vertex_weight": ["a"] * 23}, "vertex_weight is <U1 [23]: give one weight for each"),
+        ({"callbacks": ["early"]}, "callbacks has a str: give a list of keras.callbacks.Callback."),
+        ({"verbose": "loud"}, "verbose='loud' is unknown: use 'auto', 0, 1 or 2."),
+    ):
+        model: Any = models.GCN(4, 3)
+        model.compile()
+        with pytest.raises(GraphError) as error:
+            model.fit(drawn(), **{"verbose": 0} | options)
+        assert sentence in str(error.value)
+
+
 def test_bad_splits_are_one_sentence() -> None:
     with pytest.raises(
         GraphError,

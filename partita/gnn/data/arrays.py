@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from partita.errors import GraphError
+from partita.files.reading import short_reason
 from partita.gnn.data.csr import NARROW
 
 TABLES: dict[str, type[np.generic]] = {
@@ -61,12 +62,25 @@ def as_array(values: Any) -> Any:
 
 def as_ids(name: str, values: Any) -> np.ndarray:
     """Vertex ids, an integer array [n]; GraphError for anything else."""
-    ids = as_array(values)
+    ids = np.asarray(as_array(values))
     if ids.size == 0:
         return np.zeros(0, np.int64)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise GraphError(f"{name} is {ids.dtype} {list(ids.shape)}: give a list of integers.")
     return ids
+
+
+def as_count(name: str, value: Any, least: int, fix: str = "") -> int:
+    """A whole number of at least `least`; GraphError, with another `fix` if given, for others.
+
+    >>> as_count("epochs", np.int32(3), 0)
+    3
+    """
+    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_whole or value < least:
+        fix = fix or f"give a whole number of at least {least}"
+        raise GraphError(f"{name}={short_reason(repr(value))} is out of range: {fix}.")
+    return int(value)
 
 
 def as_weights(values: Any, edges: int) -> np.ndarray | None:
