@@ -33,7 +33,7 @@ from partita.cost.partial import (
     transposes,
 )
 from partita.cost.sums import loop_sums
-from partita.cost.work import filled_ratio, group_factors
+from partita.cost.work import dense_ratio, group_factors
 from partita.graph.flat import EDGE_KERNELS, HEAVY, LIBRARY_CALLS, Reader, readers_of
 from partita.graph.operator_graph import (
     ITEMSIZE,
@@ -455,7 +455,7 @@ class _Collector:
             ]
             member_flops = member.flops
             if self.fills_gradients:
-                member_flops *= filled_ratio(member)
+                member_flops *= dense_ratio(member)
             if member_flops:
                 flops += member_flops
                 if not self._is_constant(member):

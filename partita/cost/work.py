@@ -85,35 +85,54 @@ def _window_ratio(
     `split` are the windows over split dims, each with its number of parts. There, halos make
     padding explicit. `fills` says whether the compiler writes the holes of a dilated operand.
     """
-    ratio = filled_ratio(instruction) if fills else 1.0
+    ratio = dense_ratio(instruction) if fills else 1.0
     if fills and _is_filled_by_group(instruction):
         return ratio
     for window, parts in split:
-        ratio *= window.padding_ratio()
+        if not (fills and _pads(instruction, window)):
+            ratio *= window.padding_ratio()
         if fills and dilates_operand(instruction):
             ratio *= window.filled_ratio(parts) / window.filled_ratio()
     return ratio
 
 
 def filled_ratio(instruction: Instruction) -> float:
-    """FLOPs of a convolution over a dilated operand with zeros in its holes, over those without.
+    """Elements of a weight gradient's dilated operand with zeros in its holes, over those without.
 
-    cuDNN has no dilated operand. Of an input gradient without groups it skips the holes, so 1.
+    1 for other instructions.
     """
-    if dilates_operand(instruction):
-        return math.prod(window.filled_ratio() for _, window in instruction.windows)
+    if not dilates_operand(instruction):
+        return 1.0
+    return math.prod(window.filled_ratio() for _, window in instruction.windows)
+
+
+def dense_ratio(instruction: Instruction) -> float:
+    """FLOPs of a convolution by cuDNN, over those without padding and holes.
+
+    cuDNN has no dilated operand, except in the input gradient of a convolution without groups, and
+    pads both ends alike. XLA writes all other holes and padding into memory as zeros.
+    """
     if _is_filled_by_group(instruction):
         return math.prod(w.base * w.padding_ratio() for _, w in instruction.windows)
-    return 1.0
+    ratio = filled_ratio(instruction)
+    for _, window in instruction.windows:
+        if _pads(instruction, window):
+            ratio *= window.padding_ratio()
+    return ratio
 
 
 def _is_filled_by_group(instruction: Instruction) -> bool:
-    """Whether an instruction is the input gradient of a grouped convolution with strides.
-
-    XLA:GPU writes its holes and its padding into memory (ConvPaddingLegalization).
-    """
+    """Whether an instruction is the input gradient of a grouped convolution with strides."""
     is_dilated = any(window.base > 1 for _, window in instruction.windows)
     return is_dilated and is_grouped(instruction) and not transposes(instruction)
+
+
+def _pads(instruction: Instruction, window: Window) -> bool:
+    """Whether XLA pads an operand of a convolution (ConvPaddingLegalization)."""
+    if instruction.name != "convolution":
+        return False
+    moved = window.transposed() if dilates_operand(instruction) else window
+    return not moved.is_padded_evenly
 
 
 class _Shards:

@@ -128,6 +128,16 @@ class Window:
         """Whether position p reads element p alone."""
         return self.step == self.reach == self.base == 1
 
+    @property
+    def is_padded_evenly(self) -> bool:
+        """Whether the padding after the last element may be as large as that before the first.
+
+        Elements that a step leaves unread may hide a part of it.
+        """
+        dilated = (self.size - 1) * self.base + 1
+        high = (self.count - 1) * self.step + self.reach - self.low - dilated
+        return high <= self.low < high + self.step
+
     def transposed(self) -> Window:
         """The positions that read each element, as a window over positions.
 
