@@ -1,9 +1,13 @@
-"""Kernels that XLA:GPU delays: reductions of gradients, and forward values computed again.
+"""Kernels that XLA:GPU delays: gradients of parameters, and forward values computed again.
 
-Reductions of gradients wait for the end of the backward pass. Its scheduler starts from the end of
-the program and fills the time of collectives with kernels on which nothing waits
-(LatencyHidingScheduler). Where a device needs no sum over devices, the gradient of a bias or of a
-scale is such a kernel, and the values that it reads stay in memory until then.
+Its scheduler starts from the end of the program and fills the time of collectives with kernels on
+which nothing but an update waits (LatencyHidingScheduler). The values that a delayed kernel reads
+stay in memory until then:
+
+- The gradient of a bias or of a scale, a reduction that needs no sum over devices, waits for the
+  end of the backward pass.
+- The product for the gradient of a weight waits for a collective that the backward pass needs. The
+  last collective takes the last gradients before it, the one before takes those before them.
 
 Two kinds of reductions:
 
@@ -18,13 +22,77 @@ that reads the same tensor, as of an activation function. Then it is in memory b
 
 from __future__ import annotations
 
-from partita.cost.fusion import Fusion, reads
+from collections import defaultdict
+from dataclasses import dataclass
+
+from partita.cost.fusion import PRODUCTS, Fusion, reads
 from partita.cost.joined import joined_kernels
 from partita.cost.partial import operand_labels, reduced_factors, split_axes
-from partita.graph.flat import readers_of
+from partita.graph.flat import Reader, readers_of
 from partita.graph.gradient_sums import PASSING
-from partita.graph.operator_graph import Instruction, OperatorGraph, constant_tensors, producers
+from partita.graph.operator_graph import (
+    Instruction,
+    OperatorGraph,
+    constant_tensors,
+    per_graph,
+    producers,
+)
 from partita.plans.layout import Layout
+
+GRADIENTS_PER_COLLECTIVE = 3
+"""Weight gradients that run during one collective.
+
+The scheduler counts a collective as long as five kernels (GpuLatencyEstimator: 5000 for a
+collective, 1000 for a library call or a loop). A gradient brings its update, so the third fills it.
+"""
+
+
+@dataclass(frozen=True)
+class Delay:
+    """A kernel that runs later than in program order."""
+
+    time: int
+    """The instruction at which it runs."""
+    reads: frozenset[int]
+    """The tensors that it reads from memory."""
+
+
+@per_graph
+def first_backward(graph: OperatorGraph) -> int:
+    """The first instruction of the backward pass that computes no constant.
+
+    Constants of the backward pass stand anywhere before it.
+    """
+    constants = constant_tensors(graph)
+    backward = (
+        i
+        for i, x in enumerate(graph.instructions)
+        if x.phase == "backward" and not constants.issuperset(x.results)
+    )
+    return next(backward, len(graph.instructions))
+
+
+def delayed_kernels(graph: OperatorGraph, layout: Layout, fused: Fusion) -> dict[int, Delay]:
+    """Root of a delayed kernel -> its delay.
+
+    Copies of offloaded slots to the host are collectives of every update to the scheduler, so a
+    plan with some delays nothing.
+    """
+    if layout.host:
+        return {}
+    delays = {
+        root: Delay(_end_of_backward(graph), frozenset(tensors))
+        for root, tensors in delayed_reductions(graph, layout, fused).items()
+    }
+    for root, time in _delayed_products(graph, layout, fused).items():
+        delays[root] = Delay(time, frozenset(reads(graph, fused.kernels[root])))
+    return delays
+
+
+def _end_of_backward(graph: OperatorGraph) -> int:
+    """The last instruction of the backward pass."""
+    backward = (i for i, x in enumerate(graph.instructions) if x.phase == "backward")
+    return max(backward, default=0)
 
 
 def delayed_reductions(
@@ -33,7 +101,13 @@ def delayed_reductions(
     fused: Fusion,
 ) -> dict[int, set[int]]:
     """Root of a delayed reduction -> the tensors that it reads from memory."""
-    late = [i for i in fused.kernels if _is_waited_for_by_updates(graph, layout, i)]
+    late = [
+        root
+        for root in fused.kernels
+        if _adds_up(graph.instructions[root])
+        and _is_gradient(graph, root)
+        and not sums_over_devices(graph, layout, root)
+    ]
     if not late:
         return {}
     source = producers(graph)
@@ -52,20 +126,95 @@ def delayed_reductions(
     return delayed
 
 
+def _delayed_products(graph: OperatorGraph, layout: Layout, fused: Fusion) -> dict[int, int]:
+    """Product for the gradient of a weight -> the instruction at which it runs, if it is delayed.
+
+    Inputs' gradients wait for merged products of mixed precision: there the updates also convert
+    the weights that they read. So the sum of such a product over devices is a collective that the
+    backward pass needs. Other sums end together, after the backward pass.
+    """
+    gradients = _weight_gradients(graph, layout, fused)
+    waiting = [products for products in gradients if not _converts_weights(graph, products)]
+    if not waiting:
+        return {}
+    times = set(_awaited_sums(graph, layout))
+    for products in gradients:
+        if sums_over_devices(graph, layout, products[0]):
+            is_awaited = _converts_weights(graph, products)
+            times.add(max(products) if is_awaited else _end_of_backward(graph))
+    delayed: dict[int, int] = {}
+    for time in sorted(times, reverse=True):
+        ready = [products for products in waiting if max(products) < time]
+        for products in ready[-GRADIENTS_PER_COLLECTIVE:]:
+            delayed.update(dict.fromkeys(products, time))
+            waiting.remove(products)
+    return delayed
+
+
+def _weight_gradients(graph: OperatorGraph, layout: Layout, fused: Fusion) -> list[tuple[int, ...]]:
+    """Products that only updates wait for, in their order; those of one operand are merged.
+
+    Not those of which a device keeps a slice, as for a stored weight.
+    """
+    source = producers(graph)
+    sliced = {source.get(read.tensor) for read in layout.reads}
+    merged: dict[int, list[int]] = defaultdict(list)
+    """Shared operand -> products that read it."""
+    for root in sorted(fused.kernels):
+        instruction = graph.instructions[root]
+        if instruction.name in PRODUCTS and root not in sliced and _is_gradient(graph, root):
+            merged[_shared_operand(graph, root)].append(root)
+    return sorted((tuple(products) for products in merged.values()), key=max)
+
+
+def _converts_weights(graph: OperatorGraph, products: tuple[int, ...]) -> bool:
+    """Whether products are merged gradients of weights that are read in a lower precision."""
+    return len(products) > 1 and any(_is_converted(graph, root) for root in products)
+
+
+def _shared_operand(graph: OperatorGraph, root: int) -> int:
+    """The operand of a weight gradient that the forward pass computes, by which it is merged."""
+    source = producers(graph)
+    for operand in graph.instructions[root].operands:
+        if operand not in source or source[operand] < first_backward(graph):
+            return operand
+    return graph.instructions[root].operands[0]
+
+
+def _awaited_sums(graph: OperatorGraph, layout: Layout) -> list[int]:
+    """The instructions before sums over devices that the backward pass waits for, in their order.
+
+    Sums that meet in an addition are one.
+    """
+    partial: dict[int, int] = {}
+    """Tensor that is summed over devices -> the instruction that computes it."""
+    for i in range(first_backward(graph), len(graph.instructions)):
+        instruction = graph.instructions[i]
+        if instruction.phase == "update" or len(instruction.results) != 1:
+            continue
+        operands = set(instruction.operands)
+        if sums_over_devices(graph, layout, i):
+            partial[instruction.results[0]] = i
+        elif _joins(graph, instruction) and partial.keys() >= operands:
+            for operand in operands:
+                del partial[operand]
+            partial[instruction.results[0]] = i
+    return [i for i in partial.values() if not _is_waited_for_by_updates(graph, i)]
+
+
+def _joins(graph: OperatorGraph, instruction: Instruction) -> bool:
+    """Whether an instruction adds or passes on values that nothing else reads."""
+    if instruction.name != "add" and instruction.name not in PASSING:
+        return False
+    return all(len(readers_of(graph)[tensor]) == 1 for tensor in instruction.operands)
+
+
 def joined_repetitions(graph: OperatorGraph, fused: Fusion) -> dict[int, int]:
     """Forward value computed again in the backward pass -> the last root of its joined kernel."""
-    # Constants of the backward pass stand anywhere before it.
-    constants = constant_tensors(graph)
-    backward = (
-        i
-        for i, x in enumerate(graph.instructions)
-        if x.phase == "backward" and not constants.issuperset(x.results)
-    )
-    first_backward = next(backward, len(graph.instructions))
     repeated = [
         root
         for root in fused.kernels
-        if root > first_backward and graph.instructions[root].phase == "forward"
+        if root > first_backward(graph) and graph.instructions[root].phase == "forward"
     ]
     if not repeated:
         return {}
@@ -82,22 +231,44 @@ def joined_repetitions(graph: OperatorGraph, fused: Fusion) -> dict[int, int]:
     return ends
 
 
-def _is_waited_for_by_updates(graph: OperatorGraph, layout: Layout, i: int) -> bool:
-    """Whether an instruction is a reduction of the backward pass that no devices sum, and that
-    only updates read."""
+def _is_gradient(graph: OperatorGraph, i: int) -> bool:
+    """Whether an instruction sums in the backward pass, and only updates wait for it."""
     instruction = graph.instructions[i]
-    if not _adds_up(instruction) or instruction.phase != "backward" or instruction.trips != 1:
+    if instruction.phase != "backward" or instruction.trips != 1:
         return False
     reduced = reduced_factors(instruction, operand_labels(graph, i))
-    if not reduced or split_axes(layout, graph.owner[i], reduced):
-        return False
-    readers = readers_of(graph).get(instruction.results[0], ())
-    while len(readers) == 1 and _passes_on(graph, readers[0][0]):
-        result = graph.instructions[readers[0][0]].results[0]
-        readers = readers_of(graph).get(result, ())
+    return bool(reduced) and _is_waited_for_by_updates(graph, i)
+
+
+def sums_over_devices(graph: OperatorGraph, layout: Layout, i: int) -> bool:
+    """Whether the result of an instruction is summed over devices."""
+    reduced = reduced_factors(graph.instructions[i], operand_labels(graph, i))
+    return bool(reduced and split_axes(layout, graph.owner[i], reduced))
+
+
+def _is_waited_for_by_updates(graph: OperatorGraph, i: int) -> bool:
+    """Whether only updates read the result of an instruction."""
+    readers = _last_readers(graph, i)[1]
     return bool(readers) and all(
         reader >= 0 and graph.instructions[reader].phase == "update" for reader, _ in readers
     )
+
+
+def _is_converted(graph: OperatorGraph, i: int) -> bool:
+    """Whether the result of an instruction is read in another dtype."""
+    last = _last_readers(graph, i)[0]
+    result = graph.instructions[i].results[0]
+    return graph.tensors[last].dtype != graph.tensors[result].dtype
+
+
+def _last_readers(graph: OperatorGraph, i: int) -> tuple[int, tuple[Reader, ...]]:
+    """The result of an instruction as it is passed on, and its readers."""
+    result = graph.instructions[i].results[0]
+    readers = readers_of(graph).get(result, ())
+    while len(readers) == 1 and _passes_on(graph, readers[0][0]):
+        result = graph.instructions[readers[0][0]].results[0]
+        readers = readers_of(graph).get(result, ())
+    return result, tuple(readers)
 
 
 def _passes_on(graph: OperatorGraph, reader: int) -> bool:

@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from partita.cost.backends import compiler_of
-from partita.cost.delayed import delayed_reductions, joined_repetitions
+from partita.cost.delayed import (
+    Delay,
+    delayed_kernels,
+    joined_repetitions,
+    sums_over_devices,
+)
 from partita.cost.fusion import Fusion, fused_under, reads
 from partita.cost.partial import (
     Factors,
@@ -191,28 +196,33 @@ class Lifetimes:
     """Per instruction, the root of the last kernel that computes it."""
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def lifetimes_under(
     graph_key: IdentityKey[OperatorGraph],
     layout_key: IdentityKey[Layout],
     backend: Backend,
+    in_order: bool = False,
 ) -> Lifetimes:
+    """The lifetimes of all values; `in_order` if a compiler delays no kernel."""
     graph = graph_key.value
     layout = layout_key.value
     program = static_lifetimes(graph)
     fused = fused_under(graph, layout, compiler_of(backend).fusion_rules)
-    delayed: dict[int, set[int]] = {}
-    if compiler_of(backend).buffers.delayed_reductions:
-        delayed = delayed_reductions(graph, layout, fused)
-    backward = (i for i, x in enumerate(graph.instructions) if x.phase == "backward")
-    end_of_backward = max(backward, default=0)
+    delayed: dict[int, Delay] = {}
+    hides_collectives = compiler_of(backend).buffers.hides_collectives
+    if hides_collectives and not in_order:
+        delayed = delayed_kernels(graph, layout, fused)
     dies: dict[int, int] = {}
     for root in fused.kernels:
         last_reads = _last_reads(graph, program, fused, root, backend)
-        if compiler_of(backend).buffers.early_reductions and _reduces(graph, root):
+        is_early = compiler_of(backend).buffers.early_reductions or (
+            hides_collectives and sums_over_devices(graph, layout, root)
+        )
+        if is_early and _reduces(graph, root):
             ready = max((program.producer.get(tensor, -1) for tensor in last_reads), default=root)
             last_reads = dict.fromkeys(last_reads, max(ready, 0))
-        last_reads.update(dict.fromkeys(delayed.get(root, ()), end_of_backward))
+        if root in delayed:
+            last_reads.update(dict.fromkeys(delayed[root].reads, delayed[root].time))
         for tensor, last_read in last_reads.items():
             dies[tensor] = max(dies.get(tensor, -1), last_read)
     if not compiler_of(backend).buffers.early_runs:
@@ -220,8 +230,11 @@ def lifetimes_under(
             dies[tensor] = max(dies.get(tensor, -1), end)
     in_memory = fused.written(graph) - program.constants
     in_memory -= _read_through_barriers(graph, layout, dies)
-    born = {tensor: program.producer.get(tensor, -1) for tensor in in_memory}
-    runs_at = {root: end_of_backward if root in delayed else root for root in fused.kernels}
+    runs_at = {root: delayed[root].time if root in delayed else root for root in fused.kernels}
+    born = {}
+    for tensor in in_memory:
+        producer = program.producer.get(tensor, -1)
+        born[tensor] = runs_at.get(producer, producer)
     last_kernel = tuple(
         max((runs_at[root] for root in roots), default=i)
         for i, roots in enumerate(fused.computed_in)

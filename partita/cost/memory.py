@@ -26,6 +26,7 @@ import numpy as np
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import ProductShape
 from partita.cost.collectives import DEFAULT, emitted_sums
+from partita.cost.delayed import first_backward
 from partita.cost.fusion import ALONE, GENERATED, Fusion, fused_under, reads
 from partita.cost.lifetimes import Lifetimes, lifetimes_under, static_lifetimes
 from partita.cost.partial import split_axes
@@ -95,7 +96,8 @@ def memory(
     `operators` are those of the device, by default all. `device_bytes` is the main memory of a
     device: compilers compute values again where a step exceeds it.
     """
-    allocations = _allocations(IdentityKey(graph), IdentityKey(layout), mesh, backend)
+    keys = IdentityKey(graph), IdentityKey(layout)
+    allocations = _allocations(*keys, mesh, backend)
     count = len(graph.instructions)
     is_present = np.full(len(graph.operators) + 1, operators is None)
     if operators is not None:
@@ -108,14 +110,18 @@ def memory(
     compiler = compiler_of(backend)
     fused = fused_under(graph, layout, compiler.fusion_rules)
     limit = compiler.temporary_limit_bytes(device_bytes, constant)
-    # With slots in host memory, XLA:GPU's second computations freed nothing in compiled programs.
-    if limit < math.inf and not layout.host:
-        lifetimes = lifetimes_under(IdentityKey(graph), IdentityKey(layout), backend)
-        allocations = _within(graph, fused, lifetimes, allocations, is_present, limit)
     present = is_present[allocations.home]
+    live = allocations.live(present, count)
+    # With slots in host memory, XLA:GPU's second computations freed nothing in compiled programs.
+    if live.max() > limit and not layout.host:
+        # Kernels are delayed up to the limit, and computed again beyond it.
+        lifetimes = lifetimes_under(*keys, backend, in_order=True)
+        allocations = _allocations(*keys, mesh, backend, in_order=True)
+        allocations = _within(graph, fused, lifetimes, allocations, is_present, limit)
+        present = is_present[allocations.home]
+        live = np.maximum(allocations.live(present, count), np.minimum(live, limit))
     is_work_space = allocations.kind == WORK_SPACE
-    live = allocations.course(present & ~is_work_space, count) * MARGIN
-    live += _work_space(graph, allocations, present & is_work_space)
+    live = live * MARGIN + _work_space(graph, allocations, present & is_work_space)
     largest = int(allocations.nbytes[present & ~is_work_space].max(initial=0))
     course = compiler.temporary_bytes(live, _kernels(graph, fused), largest)
     peak = int(np.argmax(course))
@@ -199,15 +205,20 @@ class _Allocations:
         np.subtract.at(change, self.stop[chosen] + 1, self.nbytes[chosen])
         return np.cumsum(change)
 
+    def live(self, present: np.ndarray, instructions: int) -> np.ndarray:
+        """[instruction]: bytes of present allocations other than work space."""
+        return self.course(present & (self.kind != WORK_SPACE), instructions)
 
-@lru_cache(maxsize=2)
+
+@lru_cache(maxsize=4)
 def _allocations(
     graph_key: IdentityKey[OperatorGraph],
     layout_key: IdentityKey[Layout],
     mesh: Mesh,
     backend: Backend,
+    in_order: bool = False,
 ) -> _Allocations:
-    lifetimes = lifetimes_under(graph_key, layout_key, backend)
+    lifetimes = lifetimes_under(graph_key, layout_key, backend, in_order)
     allocator = _Allocator(graph_key.value, mesh, layout_key.value, backend, lifetimes)
     allocator.add_values()
     allocator.add_reshards()
@@ -238,7 +249,7 @@ def _within(
 ) -> _Allocations:
     """The allocations of present operators when values are computed again to respect a limit."""
     present = is_present[allocations.home]
-    live = allocations.course(present & (allocations.kind != WORK_SPACE), len(graph.instructions))
+    live = allocations.live(present, len(graph.instructions))
     if live.max() <= limit_bytes:
         return allocations
     columns = zip(
@@ -397,8 +408,6 @@ class _Allocator:
         variables = {
             argument.result for argument in self.graph.arguments if argument.result is not None
         }
-        backward = (i for i, x in enumerate(self.graph.instructions) if x.phase == "backward")
-        first_backward = next(backward, len(self.graph.instructions))
         for tensor, born in self.lifetimes.born.items():
             if tensor in self.arguments or tensor in variables:
                 continue
@@ -413,7 +422,7 @@ class _Allocator:
             start, stop = lifetime
             if tensor in self.scattered:
                 stop = self.meeting.get(tensor, stop)
-            is_activation = start < first_backward <= stop
+            is_activation = start < first_backward(self.graph) <= stop
             kind = KINDS.index("activations") if is_activation else TEMPORARY
             itemsize = self.compiler.stored_itemsize(self.graph, tensor)
             nbytes = self._bytes(tensor, itemsize=itemsize)

@@ -145,7 +145,7 @@ def test_products_of_a_gpu_have_work_space(mlp):
     peaks = [
         memory(mlp, plan.mesh, layout_of(mlp, plan), machine.backend).peak for machine in (GPU, CPU)
     ]
-    assert 30 << 20 < peaks[0] - peaks[1] <= 32 << 20
+    assert 30 << 20 < peaks[0] - peaks[1] < 33 << 20
 
 
 def test_the_work_space_of_a_recurrent_layer_is_not_summed():

@@ -1,4 +1,4 @@
-"""Kernels that XLA:GPU delays: reductions of gradients, and repeated forward values."""
+"""Kernels that XLA:GPU delays: gradients of parameters, and repeated forward values."""
 
 from dataclasses import replace
 
@@ -9,7 +9,13 @@ import pytest
 from partita.capture.jax_functions import Leaf, capture_step
 from partita.capture.program import capture_program
 from partita.cost.backends import compiler_of
-from partita.cost.delayed import delayed_reductions, joined_repetitions
+from partita.cost.backends.gpu import PROGRAM_SHARE
+from partita.cost.delayed import (
+    GRADIENTS_PER_COLLECTIVE,
+    delayed_kernels,
+    delayed_reductions,
+    joined_repetitions,
+)
 from partita.cost.fusion import fused_under
 from partita.cost.memory import memory
 from partita.graph.operator_graph import constant_tensors
@@ -58,11 +64,63 @@ def test_values_wait_for_delayed_reductions(graph, monkeypatch):
     plan = BASELINES["one device"](graph, GPU.name, mesh_of(GPU))
     layout = layout_of(graph, plan)
     course = memory(graph, plan.mesh, layout, GPU.backend).course
-    monkeypatch.setattr("partita.cost.lifetimes.delayed_reductions", lambda *_: {})
+    monkeypatch.setattr("partita.cost.lifetimes.delayed_kernels", lambda *_: {})
     in_program_order = memory(graph, plan.mesh, replace(layout), GPU.backend).course
-    assert (course >= in_program_order).all()
     images = 4 * 16 * 32 * 32 * 16
     assert (course - in_program_order).max() >= images
+
+
+@pytest.fixture(scope="module")
+def perceptron():
+    """Four residual blocks of two products each."""
+    x = vectors = keras.Input((64,))
+    for block in range(4):
+        wide = keras.layers.Dense(256, activation="relu", name=f"up_{block}")(x)
+        x = x + keras.layers.Dense(64, name=f"down_{block}")(wide)
+    model = keras.Model(vectors, x)
+    model.compile("adam", "mse")
+    return capture_program(model, 4096, target=GPU.target).graph
+
+
+def weight_gradients(graph, plan):
+    """Block of a delayed product -> the instruction at which it runs."""
+    layout = layout_of(graph, plan)
+    fused = fused_under(graph, layout, compiler_of(GPU.backend).fusion_rules)
+    delays = delayed_kernels(graph, layout, fused)
+    assert all(root < delay.time for root, delay in delays.items())
+    products = [root for root in delays if graph.instructions[root].name == "dot_general"]
+    return {graph.instructions[root].path.split("/")[-1]: delays[root].time for root in products}
+
+
+def test_weight_gradients_wait_for_the_last_sums_of_the_backward_pass(perceptron):
+    plan = BASELINES["tensor parallel"](perceptron, GPU.name, mesh_of(GPU))
+    times = weight_gradients(perceptron, plan)
+    assert GRADIENTS_PER_COLLECTIVE == 3
+    # The backward pass sums the inputs' gradients of up_3, up_2 and up_1. The last sum takes the
+    # three gradients before it, the one before takes the rest, and block 0 follows all sums.
+    before, last = sorted(set(times.values()))
+    assert {name for name, time in times.items() if time == last} == {"up_1", "down_1", "up_2"}
+    assert {name for name, time in times.items() if time == before} == {"down_2", "up_3", "down_3"}
+    assert times.keys() == {"up_1", "down_1", "up_2", "down_2", "up_3", "down_3"}
+
+
+def test_delays_stop_at_the_memory_of_a_device(perceptron):
+    plan = BASELINES["tensor parallel"](perceptron, GPU.name, mesh_of(GPU))
+    layout = layout_of(perceptron, plan)
+    delayed = memory(perceptron, plan.mesh, layout, GPU.backend)
+    in_order = memory(perceptron, plan.mesh, layout, GPU.backend, device_bytes=1)
+    work_space = 32 << 20
+    between = (delayed.peak + in_order.peak) / 2 - work_space
+    limited = memory(
+        perceptron, plan.mesh, layout, GPU.backend, device_bytes=between / PROGRAM_SHARE
+    )
+    assert in_order.peak < limited.peak < delayed.peak
+
+
+def test_offloaded_slots_delay_nothing(perceptron):
+    plan = BASELINES["tensor parallel"](perceptron, GPU.name, mesh_of(GPU))
+    parameters = tuple({a.parameter for a in perceptron.arguments if a.parameter})
+    assert not weight_gradients(perceptron, replace(plan, offload=parameters))
 
 
 @pytest.mark.parametrize("has_gradients", [True, False])

@@ -29,7 +29,7 @@ class XlaAccelerator(Compiler):
             early_zeros=False,
             pool_positions=False,
             early_reductions=False,
-            delayed_reductions=False,
+            hides_collectives=False,
             early_runs=False,
             copied_slots=False,
         )

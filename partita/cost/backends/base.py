@@ -52,8 +52,9 @@ class Buffers:
     """The backward pass of pooling by maximum stores the positions of maxima."""
     early_reductions: bool
     """A metric is computed as soon as its operand exists, not in the order of the program."""
-    delayed_reductions: bool
-    """Reductions that only updates read run at the end of the backward pass (`cost.delayed`)."""
+    hides_collectives: bool
+    """Gradients for which only updates wait run late, beside collectives (`cost.delayed`), and a
+    metric with a collective runs as soon as its operand exists."""
     early_runs: bool
     """Rematerialized values are computed as soon as their operands exist, all runs at once. If
     False: a run is computed just before its first reader."""

@@ -35,7 +35,7 @@ class XlaCpu(Compiler):
             early_zeros=True,
             pool_positions=True,
             early_reductions=False,
-            delayed_reductions=False,
+            hides_collectives=False,
             early_runs=True,
             copied_slots=True,
         )

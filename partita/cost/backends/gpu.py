@@ -55,7 +55,7 @@ class XlaGpu(XlaAccelerator):
         (AlgebraicSimplifier), and cuDNN has no dilated window (ConvPaddingLegalization).
         """
         return replace(
-            super().buffers, delayed_reductions=True, ordered_kernels=True, filled_gradients=True
+            super().buffers, hides_collectives=True, ordered_kernels=True, filled_gradients=True
         )
 
     @property
