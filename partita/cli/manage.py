@@ -67,6 +67,7 @@ def simulate(
     """
     with errors():
         from partita.management.comparison import compare_policies
+        from partita.management.hardware import hardware_of
         from partita.management.program import step_program
         from partita.management.registry import policy_names
         from partita.management.school import load_policy
@@ -78,10 +79,18 @@ def simulate(
             )
         check_writable(report=run.report)
         if trace is not None:
+            if run.learned is not None or run.steps is not None:
+                raise PlanError(
+                    "--learned and --steps are for operating points, and a trace is replayed by "
+                    "policies that change plans: remove them, or remove --trace."
+                )
             _replay(context, script, target, trace, policy, run.report, as_json)
             return
         trained = None if run.learned is None else load_policy(run.learned)
         names = policy_names(policy, has_file=trained is not None)
+        hardware = hardware_of(load(target.machine))
+        if trained is not None:
+            trained.check(hardware)
         activity = Activity(not as_json)
         captured, machine = capture_script(context, script, target, activity)
         program = step_program(captured.graph, machine.backend)

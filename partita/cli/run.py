@@ -54,6 +54,8 @@ WATCH = "watch"
 """Values of --manage; without one it acts."""
 WOULD_GO_ON = "with --manage, the other processes would go on from a snapshot in their memory."
 """Said after a loss under --manage=watch."""
+STARTS_AGAIN = "start again from the last save; --restarts 3 does so by itself."
+"""Said after a loss that has ended a run whose processes might have gone on."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,11 @@ def run(
             devices = given.devices
         check_manage(group)
         survives = group.manage in (ACT, READY) and group.processes > 1
-        after_loss = WOULD_GO_ON if group.manage == WATCH and group.processes > 1 else ""
+        after_loss = ""
+        if group.manage == WATCH and group.processes > 1:
+            after_loss = WOULD_GO_ON
+        elif survives and not group.restarts:
+            after_loss = STARTS_AGAIN
         run_in_processes(group.processes, devices, group.restarts, survives, after_loss)
         prints = join_processes(group.board) and not quiet
         start_devices(devices)

@@ -170,10 +170,7 @@ class Survivors:
         count = len(self.processes)
         left = count - len(self.lost)
         if left == 0:
-            self._say(
-                f"process {number} of {count} {cause}: no process is left to go on. The last save "
-                "is complete: start again from it."
-            )
+            self._say(f"process {number} of {count} {cause}; no process is left to go on.")
         else:
             others = "the other one goes" if left == 1 else f"{left} others go"
             self._say(f"process {number} of {count} {cause}; {others} on.")

@@ -81,8 +81,7 @@ def test_the_launcher_tells_who_is_killed_and_when_nobody_is_left(tmp_path: Path
     assert said == [
         "process 1 of 3 was killed (SIGKILL); 2 others go on.",
         "process 0 of 3 was killed (SIGKILL); the other one goes on.",
-        "process 2 of 3 was killed (SIGKILL): no process is left to go on. The last save is "
-        "complete: start again from it.",
+        "process 2 of 3 was killed (SIGKILL); no process is left to go on.",
     ]
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 from typer.testing import CliRunner
@@ -14,10 +15,14 @@ from partita.management.comparison import PolicyComparison
 from partita.management.hardware import hardware_of
 from partita.management.power import Moment, PowerRun
 from partita.management.replay import Change, Replay, Stretch
+from partita.management.school import LearnedPolicy
 from partita.management.traces import Event, Trace
+from partita.management.tree import LEAF, DecisionTree
 from partita.report.policy_page import policy_page
 from partita.report.policy_tables import policy_summary, policy_table
 from partita.report.replay_page import replay_page
+
+STUMP = DecisionTree((LEAF,), (0.0,), (LEAF,), (LEAF,), (3,), (1.0,))
 
 
 def run(policy: str, joules: float, seconds: float) -> PowerRun:
@@ -73,6 +78,17 @@ def test_a_machine_must_be_named() -> None:
     done = CliRunner().invoke(app, ["manage", "simulate", "train.py"])
     assert done.exit_code == 2
     assert "Policies act on simulated machines, and none is named" in done.stderr
+
+
+def test_wrong_options_are_said_before_the_script_is_captured(tmp_path: Path) -> None:
+    policy = LearnedPolicy("rk3588", 197, ("mlp",), tree=STUMP, ranges=((0.0, 1.0),) * 12)
+    path = tmp_path / "policy.json"
+    path.write_text(policy.to_text())
+    arguments = ["manage", "simulate", "absent.py", "--learned", str(path), "--machine"]
+    done = CliRunner().invoke(app, [*arguments, "odroid-xu3"])
+    assert "The policy was trained for 'rk3588' with 197 settings, and" in done.stderr
+    done = CliRunner().invoke(app, [*arguments, "h100:4", "--trace", "events.jsonl"])
+    assert "--learned and --steps are for operating points, and a trace is" in done.stderr
 
 
 def test_the_page_shows_temperature_limits_and_decisions() -> None:
