@@ -4,6 +4,7 @@
     python benchmarks/shares.py --quota 0.5 --steps 60
     python benchmarks/shares.py --calm 2000           # no event: actions, and CPU time by --manage
     python benchmarks/shares.py --slow 10000          # a slow process is not taken for a hung one
+    python benchmarks/shares.py --slow 300 --batch 512
 
 Two processes train a small network as `partita run --processes 2 --manage=ready --plan dp`, each on a core
 of its own. Process 1 puts itself under a quota (period 10 ms) after some steps, and takes it away
@@ -13,8 +14,9 @@ the change, and after the quota; the decisions. Without --manage the same run sh
 With --calm no quota is set; the CPU time of a step with --manage is compared with one without, in
 runs that take turns.
 
-With --slow process 1 stays under the quota for a number of steps, and its work where it is: reported
-are processes that were killed although they did not hang.
+With --slow process 1 stays under the quota for a number of steps: reported are processes that were
+killed although they did not hang, wrong names, and the steps after which it was named, and after
+which shares were even again.
 """
 
 from __future__ import annotations
@@ -39,8 +41,6 @@ import jax
 import keras
 import numpy as np
 from limits import enter, limit_cores
-
-import partita
 
 steps, quota, batch, width = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 group = Path(sys.argv[5])
@@ -78,8 +78,6 @@ layers = [keras.layers.Dense(2 * width, activation="tanh") for _ in range(2)]
 model = keras.Sequential([keras.Input((width,)), *layers, keras.layers.Dense(10)])
 model.compile(keras.optimizers.SGD(0.02), "mse")
 clock = Clock()
-if slow:
-    partita.manage(model, shares=False, log="decisions.jsonl")
 count = 2 * steps + (slow or steps) if quota < 1 else steps
 model.fit(
     x, y, batch_size=batch, epochs=-(-count // 16), shuffle=False, verbose=0,
@@ -103,7 +101,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--calm", type=int, default=0, help="steps of a run without an event")
-    parser.add_argument("--slow", type=int, default=0, help="steps under the quota, not moved")
+    parser.add_argument("--slow", type=int, default=0, help="steps under the quota")
     parser.add_argument("--turns", type=int, default=3, help="runs of each kind with --calm")
     given = parser.parse_args()
     size = [str(given.batch), str(given.width)]
@@ -143,17 +141,27 @@ def show(plain: dict[str, Any], managed: dict[str, Any], steps: int, quota: floa
 
 
 def slow(steps: int, quota: float, size: list[str], group: Path) -> int:
-    """Prints the kills in a run with a slow process, and how slow its steps were."""
-    arguments = [str(SETTLED), str(quota), *size, str(group), str(steps)]
+    """Prints the decisions of a long run with a slow process."""
+    begin, end = 2 * SETTLED, 2 * SETTLED + steps
+    arguments = [str(begin), str(quota), *size, str(group), str(steps)]
     times, decisions = train(arguments)
     kills = sum(decision["action"] == "shrink" for decision in decisions)
-    before = statistics.median(times["seconds"][WARM_UP:SETTLED])
-    during = statistics.median(times["seconds"][2 * SETTLED : steps])
+    names = [decision for decision in decisions if decision.get("slow")]
+    wrong = [each for each in names if set(each["slow"]) != {"1"} or not begin < each["step"]]
+    changes = [decision for decision in decisions if decision["action"] == "shares"]
+    even = [each["step"] - end for each in changes if not each["shares"] and each["step"] > end]
+    for decision in decisions:
+        print(f"  step {decision['step']}: {decision['sentence']}")
+    before = statistics.median(times["seconds"][WARM_UP:begin])
+    during = statistics.median(times["seconds"][begin + SETTLED : end])
+    named = f"named after {names[0]['step'] - begin} steps" if names else "not named"
+    again = f"even again after {even[0]} steps" if even else "not even again"
     print(
-        f"{kills} kills in {steps} steps with process 1 at {quota:.0%} of a core: a step took "
+        f"{kills} kills, {len(wrong)} wrong names, {len(changes)} changes of shares in {steps} "
+        f"steps with process 1 at {quota:.0%} of a core; {named}, {again}; a step took "
         f"{before * 1e3:.1f} ms, then {during * 1e3:.1f} ms ({during / before:.1f} x)"
     )
-    return 1 if kills else 0
+    return 1 if kills or wrong else 0
 
 
 def calm(steps: int, turns: int, size: list[str]) -> int:

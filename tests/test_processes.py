@@ -500,6 +500,70 @@ def test_a_run_goes_on_after_the_loss_of_a_process(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["died", "train.py"]
 
 
+RETURNING = """
+    import os, signal, sys, time, keras, numpy as np
+    from pathlib import Path
+    from partita.execute import members
+
+    me = os.environ["JAX_PROCESS_ID"]
+
+    class LoseAndReturn(keras.callbacks.Callback):
+        batches = 0
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.batches += 1
+            if self.batches == 3 and me == "1" and not Path("died").exists():
+                Path("died").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            while self.batches == 6 and me == "0" and not members.returned():
+                time.sleep(0.01)
+
+    x = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
+    start = keras.initializers.Zeros()
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(2, use_bias=False, kernel_initializer=start)])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    callback = LoseAndReturn()
+    history = model.fit(x, x[:, :2], batch_size=16, epochs=10, shuffle=False, verbose=0, callbacks=[callback])
+    Path("losses-" + me).write_text(" ".join(map(repr, [callback.batches, *history.history["loss"]])))
+"""
+
+
+def mean_losses(epochs: int) -> list[float]:
+    """The losses of RETURNING, by hand."""
+    x = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
+    weights = np.zeros((8, 2))
+    losses = []
+    for _ in range(epochs):
+        epoch = []
+        for part in (x[:16], x[16:]):
+            error = part @ weights - part[:, :2]
+            epoch.append(float(np.mean(error**2)))
+            weights -= 0.1 * part.T @ error / 16
+        losses.append(float(np.mean(epoch)))
+    return losses
+
+
+def test_a_lost_process_comes_back_into_the_training(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(textwrap.dedent(RETURNING))
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "NPROC")}
+    command = [sys.executable, "-m", "partita", "run", "--processes=2", "--devices=2", "--plan=dp"]
+    done = subprocess.run(
+        [*command, "--manage", "--restarts", "1", "train.py"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "process 1 was killed (SIGKILL); process 0 goes on after" in done.stderr
+    assert "process 1 is back; processes 0 and 1 go on after" in done.stderr
+    for number in range(2):
+        batches, *losses = map(float, (tmp_path / f"losses-{number}").read_text().split())
+        assert batches == 20
+        np.testing.assert_allclose(losses, mean_losses(10), rtol=1e-5)
+
+
 def test_a_checkpoint_that_cannot_be_written_is_said_and_the_weights_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
