@@ -48,16 +48,25 @@ SCRIPT = """
 """
 
 
+UNTRAINED = """
+    import os
+
+    me = int(os.environ["JAX_PROCESS_ID"])
+    {fault}
+"""
+
+
 def start(
     folder: Path,
     processes: int,
     fault: str = "pass",
     seed: str = "0",
     more: Sequence[str] = (),
+    script: str = SCRIPT,
     **said: str,
 ) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
-    (folder / "train.py").write_text(textwrap.dedent(SCRIPT).format(fault=fault, seed=seed))
+    (folder / "train.py").write_text(textwrap.dedent(script).format(fault=fault, seed=seed))
     environment = {
         k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "NPROC")
     } | {"PARTITA_SEED": "5", **said}
@@ -355,9 +364,9 @@ def test_what_a_launcher_does_not_say_is_asked_for(said: dict[str, str], error: 
 def test_processes_do_not_outlive_the_one_that_started_them(
     sent: signal.Signals, code: int, tmp_path: Path
 ) -> None:
-    job = start(
-        tmp_path, 2, "open(f'{me}.pid', 'w').write(str(os.getpid())); __import__('time').sleep(60)"
-    )
+    fault = "open(f'{me}.pid', 'w').write(str(os.getpid())); __import__('time').sleep(60)"
+    script = SCRIPT if sent == signal.SIGTERM else UNTRAINED
+    job = start(tmp_path, 2, fault, script=script)
     until = time.monotonic() + 100
     while not all(
         (tmp_path / f"{i}.pid").exists() and (tmp_path / f"{i}.pid").read_text() for i in range(2)

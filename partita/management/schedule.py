@@ -70,7 +70,7 @@ def best_schedule(workload: Workload, candidates: Sequence[Schedule] = ()) -> Sc
             if settings not in seen:
                 seen.add(settings)
                 tried.append(Schedule(settings, weight, highest))
-    return min(tried, key=lambda schedule: simulated_product(workload, schedule))
+    return min(tried, key=lambda schedule: _product(workload, schedule))
 
 
 def best_setting(workload: Workload) -> Setting:
@@ -80,7 +80,7 @@ def best_setting(workload: Workload) -> Setting:
     settings = workload.hardware.settings
     close = [s for s in settings if products[s.index] < MUCH_WORSE * products.min()]
     count = len(workload.snippets)
-    return min(close, key=lambda setting: simulated_product(workload, Schedule((setting,) * count)))
+    return min(close, key=lambda setting: _product(workload, Schedule((setting,) * count)))
 
 
 def least_product(joules: np.ndarray, seconds: np.ndarray) -> float:
@@ -106,6 +106,5 @@ def least_product(joules: np.ndarray, seconds: np.ndarray) -> float:
     return best_watts
 
 
-def simulated_product(workload: Workload, schedule: Schedule) -> float:
-    """E x T of the run of a schedule, with heat, J s."""
+def _product(workload: Workload, schedule: Schedule) -> float:
     return run_policy(workload, FixedSchedule(schedule)).energy_delay

@@ -7,8 +7,7 @@ cluster's clock, the fractions of active devices, and an indicator of each snipp
 
 The first pass runs the schedule of the description. In the second one a few snippets run at lower
 clocks, to see how time and power depend on them. Before the third pass, and twice later, the
-simulator finds the best schedule of the corrected description, with heat; it is taken if it is
-predicted to be better than the present one by more than the correction is sure of.
+simulator finds the best schedule of the corrected description, with heat.
 """
 
 from __future__ import annotations
@@ -22,15 +21,13 @@ from partita.management.hardware import Hardware
 from partita.management.least_squares import RecursiveLeastSquares
 from partita.management.observation import Observation
 from partita.management.policies.base import Policy
-from partita.management.schedule import Schedule, best_schedule, simulated_product
+from partita.management.schedule import Schedule, best_schedule
 from partita.management.workload import Workload
 
 PROBED_PASS = 1
 """The pass that runs some snippets at lower clocks."""
 PROBE_STRIDE = 6
 """Of this number of snippets in the probed pass, one runs at lower clocks."""
-LEAST_GAIN = 1.01
-"""Predicted gain of E x T from which another schedule is taken."""
 SEARCHED_PASSES = (2, 4, 12)
 """Passes before which the schedule is found anew."""
 DEVIATIONS = (0.3, 0.5, 0.3, 0.3)
@@ -73,15 +70,7 @@ class Corrected(Policy):
         if observation.coming == 0:
             self.passes += 1
             if self.passes in SEARCHED_PASSES:
-                self._search()
-
-    def _search(self) -> None:
-        """Takes the best schedule of the corrected description, if it is better."""
-        workload = self.corrected()
-        found = best_schedule(workload)
-        product = simulated_product(workload, Schedule(self.settings))
-        if product > LEAST_GAIN * simulated_product(workload, found):
-            self.settings = found.settings
+                self.settings = best_schedule(self.corrected()).settings
 
     def _update(self, number: int, observation: Observation) -> None:
         setting = self.hardware.settings[observation.setting]
