@@ -1,6 +1,7 @@
 """Policies for operating points against a clairvoyant oracle, leave-one-out over seven programs.
 
     python benchmarks/manage_power.py --machine odroid-xu3 --seeds 10
+    python benchmarks/manage_power.py --untrained            # all but learned policies: two minutes
 
 All figures are simulated. For each program, learned policies are trained on the six others and on
 synthetic programs ("imitation seen": on all seven), on the hardware as described. A seed draws the
@@ -53,14 +54,14 @@ class Figures:
 class Case:
     """A program and what is computed once for all seeds."""
 
-    def __init__(self, name: str, hardware: Hardware, seen: LearnedPolicy) -> None:
+    def __init__(self, name: str, hardware: Hardware, seen: LearnedPolicy | None) -> None:
         self.program = captured_programs()[name]
         self.hardware = hardware
         self.described = workload_of(self.program, hardware)
         self.schedule = best_schedule(self.described)
         self.static = Static(self.described)
         self.others = school_programs(without=name)
-        self.unseen = train_policy(hardware, self.others)
+        self.unseen = None if seen is None else train_policy(hardware, self.others)
         self.seen = seen
 
     def runs(self, deviation: Deviation, seed: int, names: Sequence[str]) -> dict[str, PowerRun]:
@@ -72,19 +73,22 @@ class Case:
         for name in names:
             policy = self.static if name == "static" else POLICIES[name](context)
             runs[name] = run_policy(real, policy)
-        runs["imitation seen"] = run_policy(real, Imitation(self.seen.tree, self.described))
+        if self.seen is not None:
+            runs["imitation seen"] = run_policy(real, Imitation(self.seen.tree, self.described))
         return runs
 
 
-def measure(machine: Machine, seeds: range, programs: Sequence[str]) -> None:
+def measure(machine: Machine, seeds: range, programs: Sequence[str], trains: bool) -> None:
     """Prints the figures of all policies on both hardware after each seed."""
     figures: dict[tuple[str, str], Figures] = defaultdict(Figures)
     hardware = hardware_of(machine)
-    seen = train_policy(hardware, school_programs())
+    seen = train_policy(hardware, school_programs()) if trains else None
     cases = [Case(name, hardware, seen) for name in programs]
     for seed in seeds:
-        names = list(UNTRAINED) + ["imitation", "gated"]
-        if seed == 1:
+        names = list(UNTRAINED)
+        if trains:
+            names += ["imitation", "gated"]
+        if trains and seed == 1:
             names.append("qlearning")  # it trains anew for each run
         for label, deviation in HARDWARE.items():
             for case in cases:
@@ -105,11 +109,12 @@ def main() -> None:
     parser.add_argument("--machine", default="odroid-xu3")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=1, help="the first seed")
+    parser.add_argument("--untrained", action="store_true", help="train no policies")
     parser.add_argument("--programs", nargs="+", default=list(captured_programs()))
     arguments = parser.parse_args()
     machine = load(arguments.machine)
     seeds = range(arguments.first, arguments.first + arguments.seeds)
-    measure(machine, seeds, arguments.programs)
+    measure(machine, seeds, arguments.programs, trains=not arguments.untrained)
 
 
 if __name__ == "__main__":
