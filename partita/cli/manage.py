@@ -128,9 +128,9 @@ def _replay(
     """Replays a trace under policies that change plans, and prints the steps of each."""
     from partita.management.plan_table import plan_table
     from partita.management.policies.names import chosen_names
-    from partita.management.replay import WAITING, Prices, clairvoyant, replay
+    from partita.management.replay import WAITING, clairvoyant, replay
     from partita.management.traces import load_trace
-    from partita.report.policy_tables import replay_table
+    from partita.report.policy_tables import replay_note, replay_table
 
     events = load_trace(trace)
     names = chosen_names(policy, ("oracle", *WAITING), "policy of plan changes")
@@ -157,12 +157,7 @@ def _replay(
     for run in chosen:
         for change in run.changes:
             out.print(f"{run.policy}, {change}", soft_wrap=True)
-    prices = Prices()
-    out.print(
-        f"Assumed: a plan compiles in {prices.compile:g} s and the state moves in "
-        f"{prices.move:g} s; a restart costs {prices.restart:g} s.",
-        soft_wrap=True,
-    )
+    out.print(replay_note(), soft_wrap=True)
 
 
 @app.command("train")

@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import jax
 
@@ -25,6 +24,7 @@ from partita.execute import members
 from partita.execute.process_group import group
 from partita.execute.processes import alone
 from partita.machine import Machine, host, load, read
+from partita.machine.host_memory import host_memory_bytes
 
 PRESETS = (
     (r"B200", "b200"),
@@ -187,28 +187,6 @@ def _preset_of(kind: str) -> str | None:
         if re.search(pattern, kind, re.IGNORECASE):
             return preset
     return None
-
-
-def host_memory_bytes() -> int:
-    """Memory of this host in bytes, or of this process's control group if that is less."""
-    limits = []
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = _text(path).strip()
-        if text.isdigit():
-            limits.append(int(text))
-    total = re.search(r"MemTotal:\s*(\d+) kB", _text("/proc/meminfo"))
-    if total:
-        limits.append(int(total[1]) * 1024)
-    else:
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return min(limits)
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
 
 
 def _platforms() -> str | None:

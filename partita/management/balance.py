@@ -164,8 +164,7 @@ class Balance:
         """Notes the times of the step, and of the work in front of it."""
         if key != self._key:
             return
-        is_disturbed = training.table.is_working or self._replanner.is_searching
-        self._was_disturbed = self._was_disturbed or is_disturbed
+        self._was_disturbed = self._was_disturbed or training.table.is_working
         self._unread.append(seconds)
         if len(self._unread) >= self._stride:
             self._laps.append((mean(self._unread), self.clock.lap()))
@@ -417,7 +416,7 @@ class Balance:
             change_seconds=self._compile_seconds,
             prepared=self._prepared,
         )
-        self._replanner.begin(situation)
+        self._replanner.begin(situation, training.table)
 
     def _change_plan(self, training: Training, proposal: Proposal) -> None:
         """Changes the plan, or says what would be done."""

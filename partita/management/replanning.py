@@ -3,17 +3,17 @@ name: its links have changed.
 
 The seconds of a step before and after give the bandwidth of the machine's outermost links: the
 factor by which the prediction, corrected by measured steps (`management.plan_costs`), grows as the
-measurement did. The best plan for these links is searched in a thread of the first process, which
+measurement did. The first process searches the best plan for these links beside the training, and
 tells the others; it takes effect after the wait of a policy (`policies.rule`). A plan that sends
 nothing over a link cannot show that the link has recovered.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from partita.errors import PartitaError, PlanError
@@ -23,6 +23,7 @@ from partita.management.plan_costs import CorrectedCosts
 from partita.management.plan_table import in_state
 from partita.management.policies.rule import Rule
 from partita.management.policies.waiting import Slowdown, WaitingPolicy
+from partita.management.program_table import ProgramTable
 from partita.management.traces import MachineState
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
@@ -37,6 +38,8 @@ SLOWEST_LINK = 1e-4
 """Smallest factor of a link's bandwidth that is looked for."""
 LIKELY_FACTOR = 0.2
 """Part of the bandwidth of the outermost links in the likely state that a plan is prepared for."""
+SEARCH = ("search", "plan")
+"""The key of a search in the table of programs."""
 HALVINGS = 24
 """Halvings of the interval in which a link's factor is looked for."""
 
@@ -177,22 +180,15 @@ class Replanner:
         self.costs = CorrectedCosts()
         self.factor = 1.0
         """Of the bandwidth of the outermost links, as the present plan was chosen for."""
-        self._thread: threading.Thread | None = None
         self._proposal: Proposal | None = None
         self._due = 0.0
 
-    @property
-    def is_searching(self) -> bool:
-        """Whether a search is under way."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def begin(self, situation: Situation) -> None:
-        """Starts to search; a search under way goes on instead."""
-        if self.is_searching:
-            return
+    def begin(self, situation: Situation, table: ProgramTable) -> None:
+        """Begins a search in the thread of a table; one under way goes on instead."""
+        if table.is_done(SEARCH):
+            table.keep(lambda key: key != SEARCH)
         self._proposal = None
-        self._thread = threading.Thread(target=self._search, args=(situation,), daemon=True)
-        self._thread.start()
+        table.begin(SEARCH, partial(self._search, situation))
 
     def _search(self, situation: Situation) -> None:
         start = self.clock()

@@ -26,9 +26,9 @@ import numpy as np
 from partita.errors import LostProcessError, MemoryBudgetError, PartitaError, ProcessError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
+from partita.machine.host_memory import free_memory_bytes
 from partita.management.contract import PlanFor, Training
 from partita.management.decisions import Decision, DecisionLog
-from partita.management.free_memory import free_memory_bytes
 from partita.management.survivor_plans import survivor_plan
 from partita.plans.plan import Plan
 from partita.units import format_bytes, format_seconds

@@ -9,7 +9,7 @@ from rich.table import Table
 from partita.management.comparison import PolicyComparison
 from partita.management.hardware import Assumptions
 from partita.management.power import PowerRun
-from partita.management.replay import Replay
+from partita.management.replay import Prices, Replay
 from partita.report.tables import add_columns, add_row, new_table
 from partita.units import format_flops, format_joules, format_seconds
 
@@ -93,6 +93,15 @@ def replay_table(replays: Sequence[Replay], title: str) -> Table:
 def replay_columns() -> list[str]:
     """Names of the columns of `replay_row`."""
     return ["policy", "steps", "changes", "price", "behind the oracle"]
+
+
+def replay_note() -> str:
+    """The prices that replays rest on."""
+    prices = Prices()
+    return (
+        f"Assumed: a plan compiles in {prices.compile:g} s and the state moves in "
+        f"{prices.move:g} s; a restart costs {prices.restart:g} s. All figures are simulated."
+    )
 
 
 def replay_row(run: Replay, oracle: Replay) -> list[str]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from partita.management.replay import Prices, Replay
+from partita.management.replay import Replay
 from partita.management.traces import MachineState, Trace
 from partita.report.elements import Html, marked, section_of, table_of, tag
 from partita.report.html import document, header
-from partita.report.policy_tables import replay_columns, replay_row
+from partita.report.policy_tables import replay_columns, replay_note, replay_row
 from partita.report.strips import UNITS, axis_row, strip_row
 from partita.units import format_seconds
 
@@ -43,11 +43,6 @@ def replay_page(program: str, machine: str, trace: Trace, replays: Sequence[Repl
         marked("p-watts", "steps per second"),
         marked("p-trip", "the plan changes"),
     )
-    prices = Prices()
-    assumed = (
-        f"Assumed: a plan compiles in {prices.compile:g} s and the state moves in "
-        f"{prices.move:g} s; a restart costs {prices.restart:g} s. All figures are simulated."
-    )
     body = [
         header(program, f"{oracle.seconds:,.0f} s on a simulated {machine} that changes", facts),
         section_of("Policies", table_of("Policies of plan changes", replay_columns(), rows)),
@@ -56,7 +51,9 @@ def replay_page(program: str, machine: str, trace: Trace, replays: Sequence[Repl
             tag("p", legend, class_="keys"),
             tag("div", axis_row(oracle.seconds), strips, class_="runs"),
         ),
-        section_of("What the figures mean", tag("p", assumed)),
+        section_of(
+            "What the figures mean", tag("p", f"{replay_note()} All figures are simulated.")
+        ),
     ]
     return document(f"A changing {machine}", body, styles=("policies.css",))
 

@@ -1,6 +1,7 @@
 """Plans for links that explain the seconds of a step: laws on a simulated machine."""
 
 import functools
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
 from partita.management.plan_costs import CorrectedCosts
 from partita.management.plan_table import in_state
+from partita.management.program_table import ProgramTable
 from partita.management.replanning import (
+    SEARCH,
     Proposal,
     Replanner,
     Situation,
@@ -108,19 +111,24 @@ def test_an_unchanged_link_proposes_nothing():
     assert propose(slowed(1.0), CorrectedCosts()) is None
 
 
+def wait_for_search(table: ProgramTable) -> None:
+    while not table.is_done(SEARCH):
+        time.sleep(0.001)
+
+
 def test_a_proposal_is_due_after_its_wait_once():
     seconds = [0.0]
     replanner = Replanner(lambda: seconds[0])
     situation = slowed(0.02)
-    replanner.begin(situation)
-    assert replanner._thread is not None
-    replanner._thread.join()
+    table = ProgramTable()
+    replanner.begin(situation, table)
+    wait_for_search(table)
     assert replanner.due() is None
     seconds[0] = 1000.0
     proposal = replanner.due()
     assert proposal is not None and isinstance(proposal.plan, Plan)
     assert replanner.due() is None
-    replanner.begin(replace(situation, change_seconds=0.0))
-    replanner._thread.join()
+    replanner.begin(replace(situation, change_seconds=0.0), table)
+    wait_for_search(table)
     replanner.cancel()
     assert replanner.due() is None
