@@ -39,7 +39,7 @@ def replay_page(program: str, machine: str, trace: Trace, replays: Sequence[Repl
     highest = max((stretch.rate for run in runs for stretch in run.stretches), default=1.0)
     strips += [_policy_strip(run, highest) for run in runs]
     legend = (
-        marked("p-throttled", "slower or lost"),
+        marked("p-throttled", "slower or lost: stronger is slower"),
         marked("p-watts", "steps per second"),
         marked("p-trip", "the plan changes"),
     )
@@ -51,9 +51,7 @@ def replay_page(program: str, machine: str, trace: Trace, replays: Sequence[Repl
             tag("p", legend, class_="keys"),
             tag("div", axis_row(oracle.seconds), strips, class_="runs"),
         ),
-        section_of(
-            "What the figures mean", tag("p", f"{replay_note()} All figures are simulated.")
-        ),
+        section_of("What the figures mean", tag("p", replay_note())),
     ]
     return document(f"A changing {machine}", body, styles=("policies.css",))
 
