@@ -1,8 +1,8 @@
 """Plans the training of a transformer with 8 billion parameters for eight H200s, without allocating
 one of them.
 
-python examples/abstract_llama.py python examples/abstract_llama.py --machine dgx-h200:16 --batch
-128 --save llama.json
+    python examples/abstract_llama.py
+    python examples/abstract_llama.py --machine dgx-h200:16 --batch 128 --save llama.json
 """
 
 import argparse

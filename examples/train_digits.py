@@ -1,8 +1,8 @@
 """An ordinary Keras script that knows nothing of Partita: a small CNN on scikit-learn's handwritten
 digits.
 
-python examples/train_digits.py --epochs 3 partita run --devices 4 examples/train_digits.py --epochs
-3
+    python examples/train_digits.py --epochs 3
+    partita run --devices 4 examples/train_digits.py --epochs 3
 """
 
 import argparse
