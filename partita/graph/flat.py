@@ -110,7 +110,7 @@ class FlatProgram:
             for _, inside, yielded, _ in loop.carried:
                 self.producer.setdefault(inside, loop.instruction)
                 self.readers[yielded].append(loop.instruction)
-        self.constants = _constants(instructions, loops)
+        self.constants = constant_results(instructions, loops)
         """Tensors that depend on no argument (a causal mask). XLA folds them."""
         self.loop_of = _outermost_loops(loops)
         """Instruction -> number of the outermost loop around it."""
@@ -191,7 +191,7 @@ class FlatProgram:
         return False
 
 
-def _constants(instructions: Sequence[Instruction], loops: Sequence[Loop]) -> set[int]:
+def constant_results(instructions: Sequence[Instruction], loops: Sequence[Loop]) -> set[int]:
     """Tensors computed from no argument and not carried by a loop."""
     carried = carried_tensors(loops)
     constants: set[int] = set()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from partita.graph.factors import OperatorFactors
-from partita.graph.flat import KIND, FlatProgram
+from partita.graph.flat import KIND, FlatProgram, constant_results
 from partita.graph.operator_graph import (
     Argument,
     Factor,
@@ -100,11 +100,17 @@ def _with_forward_loops(
 ) -> list[Instruction]:
     """The instructions, with loops around forward instructions marked forward.
 
-    A loop over microbatches has whole passes in its body.
+    A loop over microbatches has whole passes in its body. A constant says nothing: equal ones of
+    both passes and the update are one, with the label of the first.
     """
+    constants = constant_results(instructions, loops)
+    forward = set()
+    for index, instruction in enumerate(instructions):
+        if instruction.phase == "forward" and not constants.issuperset(instruction.results):
+            forward.add(index)
     marked = list(instructions)
     for loop in loops:
-        has_forward = any(instructions[i].phase == "forward" for i in range(*loop.body))
+        has_forward = not forward.isdisjoint(range(*loop.body))
         if has_forward and marked[loop.instruction].phase == "update":
             marked[loop.instruction] = replace(marked[loop.instruction], phase="forward")
     return marked

@@ -197,6 +197,15 @@ def test_the_global_norm_splits_one_update_in_two():
     assert largest < 1e-5
 
 
+def test_gradients_that_keras_accumulates_are_those_of_whole_batches():
+    def plan(graph):
+        return stages_plan(graph, halves(graph), microbatches=2)
+
+    step, largest = compare(mlp(gradient_accumulation_steps=2), plan)
+    assert len(step.cut.pieces) == 6
+    assert largest < 1e-5
+
+
 def test_gradients_of_tied_weights_are_sent_once_per_step():
     def plan(graph):
         return stages_plan(graph, halves(graph), microbatches=4)
