@@ -324,24 +324,24 @@ class _BackwardOwners:
             if self.program.is_heavy(index) and self.owner[index] < 0:
                 products[index] = self._bases(index)
         siblings = self._sibling_reads(products)
+        given: set[tuple[int, frozenset[int]]] = set()
+        """Operators with the reads of their products. Two uses of a layer on values that are added
+        or subtracted have products of equal reads, those of the last use first."""
         for index, bases in products.items():
             candidates = self._reversed_kernel(index)
             for tensor in bases if not candidates else ():
                 candidates |= readers[tensor]
-            best_score = (0, 0, False, 0)
+            best_score = (0, 0, False, 0, False)
             best = -1
             for operator in sorted(candidates) or range(len(self.heavy)):
-                score = self._score(
-                    index,
-                    operator,
-                    bases,
-                    siblings[index],
-                )
-                if score >= best_score:
-                    best_score = score
+                fit = self._score(index, operator, bases, siblings[index])
+                is_new = (operator, frozenset(bases)) not in given
+                if any(fit) and (*fit, is_new) >= best_score:
+                    best_score = (*fit, is_new)
                     best = operator
-            if any(best_score):
+            if best >= 0:
                 self.owner[index] = best
+                given.add((best, frozenset(bases)))
 
     def _reversed_kernel(self, index: int) -> set[int]:
         """The operator of the kernel over edges that a backward kernel passes in reverse, if any.
@@ -379,11 +379,12 @@ class _BackwardOwners:
         heavy = self.program.instructions[self.heavy[operator]]
         reads = self.reads[operator]
         operators = self.path_operators.get(path, Counter())
+        has_path = path == heavy.path
         return (
             len(bases & reads),
             len(sibling_bases & reads),
-            path == heavy.path,
-            operators[operator],
+            has_path,
+            0 if has_path else operators[operator],
         )
 
     def _sibling_reads(self, products: IndexSets) -> IndexSets:

@@ -215,3 +215,24 @@ def test_microbatches_are_split_by_their_samples(form):
     ]
     assert all(sizes["S"] == 6 and 8 in sizes.values() for sizes in factors)
     assert len(factors) == (2 if form == "unrolled" else 1)
+
+
+def test_each_use_of_a_layer_in_a_difference_owns_its_products() -> None:
+    def step(weights, batch):
+        def loss(weights):
+            with jax.named_scope("encoder"):
+                one, other = (jnp.tanh(x @ weights[0]) @ weights[1] for x in batch)
+            return jnp.mean((one - other) ** 2)
+
+        return jax.tree.map(lambda w, g: w - g, weights, jax.grad(loss)(weights))
+
+    weights = [jnp.ones((4, 8)), jnp.ones((8, 4))]
+    leaves = [Leaf("hidden", "parameter"), Leaf("out", "parameter")]
+    x = jnp.ones((16, 4))
+    graph = capture_step(lambda w, b: (None, step(w, b)), weights, [x, x], leaves, "siamese").graph
+    products = []
+    for operator in graph.operators:
+        names = [graph.instructions[index].name for index in operator.instructions]
+        products.append(names.count("dot_general"))
+    # The hidden layers have no gradient of the batch.
+    assert sorted(products) == [2, 2, 3, 3]
