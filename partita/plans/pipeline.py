@@ -267,7 +267,7 @@ def check_stages(plan: Plan, graph: OperatorGraph) -> None:
         nearest = min(divisors, key=lambda m: (abs(m - plan.microbatches), m))
         raise PlanError(
             f"A batch of {graph.batch_size} cannot be cut into {plan.microbatches} microbatches. "
-            f"Use a number that divides it, as {nearest}."
+            f"Use a number that divides it, such as {nearest}."
         )
     _check_runs(plan, graph)
 

@@ -251,7 +251,7 @@ def test_invalid_stages_are_refused_with_one_sentence() -> None:
             "microbatches": 2,
         },
         f"A batch of {graph.batch_size} cannot be cut into 7 microbatches. "
-        "Use a number that divides it, as 8.": {"microbatches": 7},
+        "Use a number that divides it, such as 8.": {"microbatches": 7},
         "Stage 1 of the plan has no operators.": {
             "choices": {name: {axis: "at(0)"} for name in plan.choices},
             "microbatches": 2,
