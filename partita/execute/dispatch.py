@@ -23,7 +23,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from partita.errors import PlanError
-from partita.graph.operator_graph import OperatorGraph, Phase
+from partita.graph.operator_graph import Argument, OperatorGraph, Phase
 from partita.plans.pieces import Cut, Piece
 from partita.plans.pipeline import order
 from partita.plans.plan import Plan
@@ -32,6 +32,8 @@ STEP = -1
 """In place of a microbatch: once per step."""
 
 Combination = Literal["last", "mean", "concatenate"]
+TOTALS = frozenset({"add", "maximum", "minimum", "convert", "reshape"})
+"""Instructions that add values to a total, or leave it as it is."""
 
 
 class Value(NamedTuple):
@@ -129,17 +131,22 @@ def dispatch(
 def changed_meanings(cut: Cut, plan: Plan) -> tuple[str, ...]:
     """Notes on layers that mean something else by a batch: they see one microbatch.
 
-    The statistics of a layer and the state of random numbers change with every microbatch.
+    The statistics of a layer, the state of random numbers, and averages of a loss change with every
+    microbatch. Sums do too, to the same result.
     """
     if plan.microbatches == 1:
         return ()
     graph = cut.flow.graph
     statistics = []
     draws = []
+    replaced = []
     repeated = {t for piece in cut.pieces if piece.is_repeated for t in piece.gives}
     for argument in graph.arguments:
-        is_carried = argument.role == "state" and argument.result in repeated
-        if not is_carried or graph.home[argument.tensor] < 0:
+        if argument.role != "state" or argument.result not in repeated:
+            continue
+        if graph.home[argument.tensor] < 0:
+            if _is_floating(graph, argument.tensor) and not _is_total(cut, argument):
+                replaced.append(argument.path)
             continue
         kinds = statistics if _is_floating(graph, argument.tensor) else draws
         layer = argument.path.rpartition("/")[0] or argument.path
@@ -156,7 +163,25 @@ def changed_meanings(cut: Cut, plan: Plan) -> tuple[str, ...]:
             f"{_names(draws)} draws anew for each microbatch: other numbers than one device, of "
             "the same distribution"
         )
+    if replaced:
+        notes.append(
+            f"{_names(replaced)} changes with every microbatch, {plan.microbatches} times per "
+            "step, and is no sum: other values than one device"
+        )
     return tuple(notes)
+
+
+def _is_total(cut: Cut, argument: Argument) -> bool:
+    """Whether a state's new value is its old one with others added, or the largest or smallest of
+    them: the same over microbatches as over their batch.
+    """
+    totals = {argument.tensor}
+    for statement in cut.flow.statements:
+        if totals.isdisjoint(statement.reads):
+            continue
+        if cut.flow.graph.instructions[statement.instruction].name in TOTALS:
+            totals.update(statement.makes)
+    return argument.result in totals
 
 
 def joint_updates(cut: Cut) -> tuple[str, ...]:

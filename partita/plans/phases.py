@@ -10,7 +10,7 @@ statements of equal dependence:
 | copied | on weights alone, and light | in each reader |
 | forward | on the batch and on no gradient; or labelled so; or only a metric's | per microbatch |
 | backward | on the batch, and labelled so or between two gradients | per microbatch |
-| update | all others | once per step |
+| update | all others, and scalars between the loss and the update | once per step |
 
 Not here: where a statement runs (`plans.pieces`).
 """
@@ -196,6 +196,7 @@ def _classes(flow: DataFlow) -> list[Class]:
             repeated = repeated or not forward_only.isdisjoint(statement.reads)
             result.append("forward" if repeated else "update")
     _run_before_readers(flow, result, of_gradient)
+    _run_scalars_of_update(flow, result)
     return result
 
 
@@ -260,3 +261,19 @@ def _run_before_readers(flow: DataFlow, result: list[Class], of_gradient: set[in
             continue
         if any(result[r] in ("forward", "backward") for t in makes for r in flow.readers[t]):
             result[k] = "forward"
+
+
+def _run_scalars_of_update(flow: DataFlow, result: list[Class]) -> None:
+    """Moves scalars of the loss that only the update reads into it: it reads the mean loss.
+
+    An update that depends on the loss (a smaller learning rate on a plateau) has them.
+    """
+    for k in reversed(range(len(result))):
+        statement = flow.statements[k]
+        if result[k] != "forward" or flow.instruction(k).phase != "update":
+            continue
+        if any(_shape(flow, t) for t in statement.reads if t in flow.of_batch):
+            continue
+        readers = {result[r] for t in statement.makes for r in flow.readers[t]}
+        if readers == {"update"}:
+            result[k] = "update"

@@ -349,6 +349,37 @@ def test_a_jax_step_returns_the_mean_loss_and_all_samples():
     assert difference(again, jax_step(*expected[:2], *arguments[2:])) < 1e-5
 
 
+def averaging_step(state, x, y):
+    """A smaller step where the loss is above its average; `seen` is an average that none reads."""
+    weights, average, seen = state
+
+    def loss_of(weights):
+        return jnp.mean((jnp.tanh(x @ weights[0]) @ weights[1] - y) ** 2)
+
+    loss, gradients = jax.value_and_grad(loss_of)(weights)
+    average = 0.9 * average + 0.1 * loss
+    rate = 0.1 * jnp.minimum(1.0, average / loss)
+    weights = [w - rate * g for w, g in zip(weights, gradients, strict=True)]
+    return (weights, average, 0.5 * seen + 0.5 * loss), loss
+
+
+def test_an_average_of_the_loss_that_the_update_reads_is_that_of_the_batch():
+    _, _, x, y = jax_arguments()
+    first, last = jax_arguments()[0].values()
+    state = ([first, last], jnp.float32(0.5), jnp.float32(0))
+    graph = capture_call(averaging_step, call_of(averaging_step, (state, x, y), {})).captured.graph
+    plan = stages_plan(graph, halves(graph), microbatches=4)
+    said: list[str] = []
+    step = partita.parallelize(averaging_step, (state, x, y), plan=plan, say=said.append)
+    expected = averaging_step(state, x, y)
+    (weights, average, _), loss = step(state, x, y)
+    assert difference((weights, average, loss), (*expected[0][:2], expected[1])) < 1e-5
+    assert said[-1] == (
+        "'state/2' changes with every microbatch, 4 times per step, and is no sum: other values "
+        "than one device"
+    )
+
+
 def sum_step(weight, x):
     gradient = jax.grad(lambda w: jnp.sum((x @ w) ** 2))(weight)
     return weight - 0.01 * gradient
