@@ -213,11 +213,16 @@ class _Cutter:
 
     def _move_over_borders(self) -> None:
         """Moves light statements over the borders of stages so that fewest bytes cross, and
-        variables that only they read with them.
+        variables that only they read with them, and then gradients of these variables.
         """
+        if self._move_statements_over_borders():
+            self._move_statements_over_borders()
+
+    def _move_statements_over_borders(self) -> bool:
+        """Whether variables moved with the statements."""
         places = least_crossing(self.flow, self.classes, self.place, self.nbytes, self.microbatches)
         if places == self.place:
-            return
+            return False
         self.place = places
         read_at: dict[int, set[int]] = defaultdict(set)
         for k, statement in enumerate(self.flow.statements):
@@ -232,6 +237,7 @@ class _Cutter:
         }
         self._move_updates(moved)
         self._place_argument_readers()
+        return bool(moved)
 
     def _move_updates(self, moved: Mapping[int, int]) -> None:
         """Moves the updates of variables and of their optimizer slots.

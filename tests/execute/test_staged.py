@@ -15,6 +15,7 @@ import partita
 from partita.capture.functions import call_of, capture_call
 from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import ModelVariables, capture_model
+from partita.capture.targets import CaptureTarget
 from partita.errors import PlanError
 from partita.execute.devices import detect
 from partita.execute.dispatch import TransferAction, changed_meanings, joint_updates
@@ -178,6 +179,28 @@ def test_a_normalization_between_stages_runs_where_one_value_crosses():
     assert {simulated.cut.homes[t] for t in of_norm} == {1}
     iteration = 4
     assert transfer_bytes(in_pieces(captured, plan)) == 2 * 2 * 4 * 16 * 4 + iteration
+
+
+def test_the_gradient_of_a_bias_is_computed_where_the_bias_moved():
+    """The sum with the bias belongs to the later stage, and runs on the earlier one."""
+    tokens = keras.Input((4,), dtype="int32")
+    x = layers.Embedding(8, 16)(tokens)
+    x = x + layers.Dense(16, name="first")(x)
+    normal = layers.LayerNormalization(name="norm")(x)
+    x = x + layers.MultiHeadAttention(2, 8)(normal, normal)
+    model = compiled(layers.Dense(8, name="out")(x), tokens)
+    captured = capture_model(model, batch(model), CaptureTarget.of("cuda"))
+    graph = captured.graph
+    first = [operator.name for operator in graph.operators].index("norm")
+    stages = [int(n >= first) for n in range(len(graph.operators))]
+    step = in_pieces(captured, stages_plan(graph, stages, microbatches=2))
+    maker = step.cut.maker()
+    bias = next(a for a in graph.arguments if a.path == "first/bias")
+    assert step.cut.homes[bias.tensor] == 0
+    for piece in step.cut.pieces:
+        if piece.phase == "update":
+            arrays = [t for t in piece.reads if t in maker and graph.tensors[t].shape]
+            assert {step.cut.pieces[maker[t]].place for t in arrays} == {piece.place}
 
 
 def test_one_stage_without_microbatches_is_one_program():
