@@ -22,12 +22,13 @@ that reads the same tensor, as of an activation function. Then it is in memory b
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
 from partita.cost.fusion import PRODUCTS, Fusion, reads
 from partita.cost.joined import joined_kernels
-from partita.cost.partial import operand_labels, reduced_factors, split_axes
+from partita.cost.partial import Factors, operand_labels, reduced_factors, split_axes
 from partita.graph.flat import Reader, readers_of
 from partita.graph.gradient_sums import PASSING
 from partita.graph.operator_graph import (
@@ -39,12 +40,9 @@ from partita.graph.operator_graph import (
 )
 from partita.plans.layout import Layout
 
-GRADIENTS_PER_COLLECTIVE = 3
-"""Weight gradients that run during one collective.
-
-The scheduler counts a collective as long as five kernels (GpuLatencyEstimator: 5000 for a
-collective, 1000 for a library call or a loop). A gradient brings its update, so the third fills it.
-"""
+KERNELS_PER_COLLECTIVE = 5
+"""Library calls and loops that run during one collective (GpuLatencyEstimator counts 5000 for a
+collective, 1000 for each of them)."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,8 @@ def first_backward(graph: OperatorGraph) -> int:
 def delayed_kernels(graph: OperatorGraph, layout: Layout, fused: Fusion) -> dict[int, Delay]:
     """Root of a delayed kernel -> its delay.
 
-    Copies of offloaded slots to the host are collectives of every update to the scheduler, so a
-    plan with some delays nothing.
+    None in a plan with offloaded slots: compiled with tensor parallelism, it delays nothing. (On
+    one device, all weight gradients follow those of inputs then, below the peak.)
     """
     if layout.host:
         return {}
@@ -105,7 +103,7 @@ def delayed_reductions(
         root
         for root in fused.kernels
         if _adds_up(graph.instructions[root])
-        and _is_gradient(graph, root)
+        and root in _gradients(graph)
         and not sums_over_devices(graph, layout, root)
     ]
     if not late:
@@ -131,24 +129,39 @@ def _delayed_products(graph: OperatorGraph, layout: Layout, fused: Fusion) -> di
 
     Inputs' gradients wait for merged products of mixed precision: there the updates also convert
     the weights that they read. So the sum of such a product over devices is a collective that the
-    backward pass needs. Other sums end together, after the backward pass.
+    backward pass needs. The other sums follow it. Those of one dtype are joined, and while they
+    run, the gradients of another dtype are computed. An update follows its gradient in the time of
+    the same collective, unless devices sum gradients.
     """
     gradients = _weight_gradients(graph, layout, fused)
     waiting = [products for products in gradients if not _converts_weights(graph, products)]
     if not waiting:
         return {}
+    dtypes = _summed_dtypes(graph, layout, fused)
     times = set(_awaited_sums(graph, layout))
     for products in gradients:
-        if sums_over_devices(graph, layout, products[0]):
-            is_awaited = _converts_weights(graph, products)
-            times.add(max(products) if is_awaited else _end_of_backward(graph))
+        if dtypes and _converts_weights(graph, products):
+            times.add(max(products))
+    if len(dtypes) > 1:
+        times.add(_end_of_backward(graph))
+    kernels_per_gradient = 1 if dtypes else 2
+    room = math.ceil(KERNELS_PER_COLLECTIVE / kernels_per_gradient)
     delayed: dict[int, int] = {}
     for time in sorted(times, reverse=True):
         ready = [products for products in waiting if max(products) < time]
-        for products in ready[-GRADIENTS_PER_COLLECTIVE:]:
+        for products in ready[-room:]:
             delayed.update(dict.fromkeys(products, time))
             waiting.remove(products)
     return delayed
+
+
+def _summed_dtypes(graph: OperatorGraph, layout: Layout, fused: Fusion) -> set[str]:
+    """The dtypes of gradients of parameters that devices sum."""
+    return {
+        graph.tensors[graph.instructions[root].results[0]].dtype
+        for root in fused.kernels
+        if root in _gradients(graph) and sums_over_devices(graph, layout, root)
+    }
 
 
 def _weight_gradients(graph: OperatorGraph, layout: Layout, fused: Fusion) -> list[tuple[int, ...]]:
@@ -162,7 +175,7 @@ def _weight_gradients(graph: OperatorGraph, layout: Layout, fused: Fusion) -> li
     """Shared operand -> products that read it."""
     for root in sorted(fused.kernels):
         instruction = graph.instructions[root]
-        if instruction.name in PRODUCTS and root not in sliced and _is_gradient(graph, root):
+        if instruction.name in PRODUCTS and root not in sliced and root in _gradients(graph):
             merged[_shared_operand(graph, root)].append(root)
     return sorted((tuple(products) for products in merged.values()), key=max)
 
@@ -231,19 +244,33 @@ def joined_repetitions(graph: OperatorGraph, fused: Fusion) -> dict[int, int]:
     return ends
 
 
-def _is_gradient(graph: OperatorGraph, i: int) -> bool:
-    """Whether an instruction sums in the backward pass, and only updates wait for it."""
-    instruction = graph.instructions[i]
-    if instruction.phase != "backward" or instruction.trips != 1:
-        return False
-    reduced = reduced_factors(instruction, operand_labels(graph, i))
-    return bool(reduced) and _is_waited_for_by_updates(graph, i)
+@per_graph
+def _reduced(graph: OperatorGraph) -> dict[int, Factors]:
+    """Instruction -> the factors that it sums away, where it does."""
+    reduced = {}
+    for i, instruction in enumerate(graph.instructions):
+        factors = reduced_factors(instruction, operand_labels(graph, i))
+        if factors:
+            reduced[i] = factors
+    return reduced
+
+
+@per_graph
+def _gradients(graph: OperatorGraph) -> frozenset[int]:
+    """The instructions that sum in the backward pass, and for which only updates wait."""
+    gradients = set()
+    for i in _reduced(graph):
+        instruction = graph.instructions[i]
+        is_backward = instruction.phase == "backward" and instruction.trips == 1
+        if is_backward and _is_waited_for_by_updates(graph, i):
+            gradients.add(i)
+    return frozenset(gradients)
 
 
 def sums_over_devices(graph: OperatorGraph, layout: Layout, i: int) -> bool:
     """Whether the result of an instruction is summed over devices."""
-    reduced = reduced_factors(graph.instructions[i], operand_labels(graph, i))
-    return bool(reduced and split_axes(layout, graph.owner[i], reduced))
+    reduced = _reduced(graph).get(i)
+    return reduced is not None and bool(split_axes(layout, graph.owner[i], reduced))
 
 
 def _is_waited_for_by_updates(graph: OperatorGraph, i: int) -> bool:

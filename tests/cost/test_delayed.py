@@ -11,7 +11,7 @@ from partita.capture.program import capture_program
 from partita.cost.backends import compiler_of
 from partita.cost.backends.gpu import PROGRAM_SHARE
 from partita.cost.delayed import (
-    GRADIENTS_PER_COLLECTIVE,
+    KERNELS_PER_COLLECTIVE,
     delayed_kernels,
     delayed_reductions,
     joined_repetitions,
@@ -95,13 +95,19 @@ def weight_gradients(graph, plan):
 def test_weight_gradients_wait_for_the_last_sums_of_the_backward_pass(perceptron):
     plan = BASELINES["tensor parallel"](perceptron, GPU.name, mesh_of(GPU))
     times = weight_gradients(perceptron, plan)
-    assert GRADIENTS_PER_COLLECTIVE == 3
+    assert KERNELS_PER_COLLECTIVE == 5
     # The backward pass sums the inputs' gradients of up_3, up_2 and up_1. The last sum takes the
-    # three gradients before it, the one before takes the rest, and block 0 follows all sums.
+    # three gradients before it, five kernels with their updates. The one before takes the rest,
+    # and block 0 follows all sums.
     before, last = sorted(set(times.values()))
     assert {name for name, time in times.items() if time == last} == {"up_1", "down_1", "up_2"}
     assert {name for name, time in times.items() if time == before} == {"down_2", "up_3", "down_3"}
     assert times.keys() == {"up_1", "down_1", "up_2", "down_2", "up_3", "down_3"}
+
+
+def test_gradients_of_one_joined_sum_are_not_delayed(perceptron):
+    plan = BASELINES["data parallel"](perceptron, GPU.name, mesh_of(GPU))
+    assert not weight_gradients(perceptron, plan)
 
 
 def test_delays_stop_at_the_memory_of_a_device(perceptron):
