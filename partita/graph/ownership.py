@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
+from itertools import accumulate
+from operator import mul
 
 from partita.graph.flat import EDGE_KERNELS, FlatProgram
 from partita.graph.gradient_sums import gradient_sums
@@ -440,11 +442,10 @@ class _BackwardOwners:
         other = self._backward_owner(instruction.operands[1])
         if one < 0 or other < 0 or one == other:
             return -1
-        result = instruction.results[0]
-        size = self.program.tensors[result].size
+        shape = self.program.tensors[instruction.results[0]].shape
         candidates: set[int] = set()
         for tensor in imports[one] | imports[other]:
-            if self.program.tensors[tensor].size != size:
+            if not _is_rearranged(self.program.tensors[tensor].shape, shape):
                 continue
             producer = self.program.producer[tensor]
             operator = self.owner[producer]
@@ -496,3 +497,19 @@ class _BackwardOwners:
             if operator >= 0:
                 return operator
         return self.owners.largest_operand_owner(index)
+
+
+def _is_rearranged(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether a reshape that merges or splits neighbouring dims turns one shape into another, or a
+    transpose.
+
+    >>> _is_rearranged((2, 6, 5), (2, 3, 2, 5)), _is_rearranged((2, 6, 5), (5, 6, 2))
+    (True, True)
+    >>> _is_rearranged((2, 6, 5), (2, 3, 5, 2))
+    False
+    """
+    if sorted(shape) == sorted(other):
+        return True
+    bounds = set(accumulate(shape, mul, initial=1))
+    other_bounds = set(accumulate(other, mul, initial=1))
+    return max(bounds) == max(other_bounds) and (bounds <= other_bounds or other_bounds <= bounds)

@@ -54,6 +54,32 @@ def test_a_gradient_of_which_devices_read_slices_is_scattered(mlp):
     assert totals(mlp, GPU, "data parallel") == totals(mlp, CPU, "data parallel")
 
 
+def test_gradients_of_a_scan_over_time_stay_on_the_devices_of_their_samples():
+    """Half of the states, [4, 4, 6, 2], have as many elements as the input of both products,
+    [4, 8, 6], but sums of their gradients are none of the input's."""
+
+    def step(weights, tokens):
+        def loss(weights):
+            x = jnp.tanh(tokens @ weights[0])
+            rate = jax.nn.softplus(x @ weights[1])
+            entering, leaving = jnp.split(x @ weights[2], 2, -1)
+            decay = jnp.exp(-rate[..., None] * jnp.exp(weights[3]))
+            inputs = (rate * x)[..., None] * entering[:, :, None, :]
+
+            def combine(left, right):
+                return left[0] * right[0], right[0] * left[1] + right[1]
+
+            _, states = jax.lax.associative_scan(combine, (decay, inputs), axis=1)
+            return ((states * leaving[:, :, None, :]).sum(-1) ** 2).sum()
+
+        return jax.tree.map(jnp.subtract, weights, jax.grad(loss)(weights))
+
+    shapes = [(4, 8, 5), (5, 6), (6, 6), (6, 4), (6, 2)]
+    tokens, *weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    graph = capture_program(step, args=(weights, tokens)).graph
+    assert set(totals(graph, GPU, "data parallel")) == {"all_reduce"}
+
+
 def test_a_machine_may_have_no_reduce_scatter(mlp):
     forbidden = replace(GPU, backend=replace(GPU.backend, reduce_scatter=False))
     assert totals(mlp, forbidden, "ZeRO-3") == totals(mlp, CPU, "ZeRO-3")
