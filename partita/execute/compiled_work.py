@@ -224,5 +224,22 @@ def _other_flops(module: HloModule, visit: Visit) -> float:
         return float(module.operand_shapes(visit)[-1].size)
     if opcode == "reduce-window":
         window = _listed(r"window=\{size=([\dx]*)", instruction.line)
-        return float(shapes[0].size * (math.prod(window) - 1))
+        return _window_sum_flops(shapes[0].dims, window)
     return 0.0
+
+
+def _window_sum_flops(dims: Sequence[int], window: Sequence[int]) -> float:
+    """FLOPs of sums over windows.
+
+    A window of 2 n - 1 elements covers a dim of n wherever it stands. XLA:TPU writes a sum over the
+    dim, repeated n times, in this way (of a softmax), and computes it once.
+    """
+    positions = 1
+    summed = 1
+    for size, elements in zip(dims, window, strict=True):
+        if elements == 2 * size - 1:
+            summed *= size
+        else:
+            positions *= size
+            summed *= elements
+    return float(positions * (summed - 1))

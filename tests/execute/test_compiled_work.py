@@ -57,6 +57,15 @@ def test_the_convolutions_of_a_layer_have_equal_work(target, operands, result):
     assert flops == 2 * 22 * 22 * 4 * 16 * 3
 
 
+def test_a_window_over_a_whole_dim_is_one_sum():
+    lines = (
+        "%a = f32[4,24,16] parameter(0)",
+        "%z = f32[] constant(0)",
+        "%b = f32[4,24,16] reduce-window(%a, %z), window={size=1x1x31 pad=0_0x0_0x15_15}, to_apply=%add",
+    )
+    assert work(*lines).flops == 4 * 24 * 15
+
+
 def test_fused_attention_has_two_products_and_five_backward():
     forward = work(*ATTENTION).product_flops
     assert forward == 2 * 2 * 2 * 8 * 512 * 512 * 64
