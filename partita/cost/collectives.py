@@ -191,7 +191,10 @@ def exchanges(
     for windowed, window in instruction.windows:
         for operand, moved in enumerate((None, window.transposed())):
             label = labels[operand]
-            dim = rule.operands[operand].index((windowed,))
+            mapping = rule.operands[operand]
+            if (windowed,) not in mapping:  # a kernel of its operand's size
+                continue
+            dim = mapping.index((windowed,))
             if label[dim] < 0:
                 continue
             size = window.count if moved else window.size

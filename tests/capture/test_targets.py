@@ -338,3 +338,14 @@ def test_a_plan_of_another_platform_names_the_operators_that_differ():
         "'multi_head_attention'; the plan has no choice for 'multi_head_attention:1', "
         "'multi_head_attention:2'. Plan again."
     )
+
+
+def test_a_transposed_convolution_with_a_kernel_of_its_results_size_is_planned():
+    def step(kernel, x):
+        def loss(kernel):
+            return jnp.mean(jax.lax.conv_transpose(x, kernel, (2, 2), "SAME") ** 2)
+
+        return kernel - jax.grad(loss)(kernel)
+
+    args = (jnp.ones((4, 4, 2, 3)), jnp.ones((8, 2, 2, 2)))
+    assert partita.plan(step, args=args, machine="h100:2", stages=False).predicted["seconds"] > 0
