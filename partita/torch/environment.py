@@ -2,8 +2,9 @@
 
 torchax 0.0.13 differs from PyTorch in silence. Mended here: running statistics of batch
 normalizations, gradients through `torch.detach` and `torch.no_grad`, grouped transposed
-convolutions, tensors made without a device. Refused here: custom backward functions, `tensor.data`,
-and changes in place that another tensor would show, because JAX's arrays share no memory.
+convolutions, bags of embeddings, tensors made without a device. Refused here: custom backward
+functions, `tensor.data`, and changes in place that another tensor would show, because JAX's arrays
+share no memory.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -81,6 +82,7 @@ def environment() -> Environment:
     completed.override_op_definition(torch.ops.aten.detach, _detach)
     completed.override_op_definition(torch.ops.aten.detach.default, _detach)
     completed.override_op_definition(torch.nn.functional.batch_norm, _batch_norm)
+    completed.override_op_definition(torch.nn.functional.embedding_bag, _embedding_bag)
     for convolution in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d):
         by_group = functools.partial(_transposed_convolution, convolution)
         completed.override_op_definition(convolution, by_group)
@@ -382,6 +384,47 @@ def _batch_norm(
     if bias is not None:
         result = result + bias.jax().reshape(shape)
     return _tensor(result.astype(values.dtype))
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """`torch.nn.functional.embedding_bag` of bags of equal length; torchax leaves out weights."""
+    if offsets is not None or input.dim() != 2:
+        raise CaptureError(
+            "EmbeddingBag was given bags of several lengths (offsets). A compiled step has fixed "
+            "shapes: give a tensor [bags, words], shorter bags filled up with padding_idx."
+        )
+    if max_norm is not None or scale_grad_by_freq:
+        raise CaptureError(
+            "EmbeddingBag with max_norm or scale_grad_by_freq has no counterpart in JAX. Leave the "
+            "option away."
+        )
+    words = input.jax()
+    rows = weight.jax()[words]
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.jax()[..., None]
+    is_word = jnp.ones(words.shape, bool)
+    if padding_idx is not None:
+        is_word = words != padding_idx % weight.shape[0]
+    count = jnp.sum(is_word, axis=1)[:, None]
+    if mode == "max":
+        largest = jnp.max(jnp.where(is_word[..., None], rows, -jnp.inf), axis=1)
+        return _tensor(jnp.where(count > 0, largest, 0).astype(rows.dtype))
+    total = jnp.sum(jnp.where(is_word[..., None], rows, 0), axis=1)
+    if mode == "mean":
+        total = total / jnp.maximum(count, 1)
+    return _tensor(total.astype(rows.dtype))
 
 
 def _transposed_convolution(

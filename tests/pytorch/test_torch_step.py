@@ -209,9 +209,12 @@ class Gaps(nn.Module):
         self.scales = torch.linspace(0.5, 1.5, 12)
         self.up = nn.ConvTranspose1d(4, 6, 2, stride=2, groups=2)
         self.lstm = nn.LSTM(6, 5, batch_first=True)
+        self.bag = nn.EmbeddingBag(12, CLASSES, mode="sum", padding_idx=0)
         self.head = nn.Linear(5, CLASSES)
 
     def forward(self, x: Any) -> Any:
+        words = (3 * x[:, :4].abs()).long().clamp(max=11)
+        bags = self.bag(words, per_sample_weights=x[:, 4:8])
         x = x * self.scales + torch.arange(12) / 10
         with torch.no_grad():
             first = x[:, :1]
@@ -220,7 +223,7 @@ class Gaps(nn.Module):
         states, _ = self.lstm(channels.transpose(1, 2))
         logits = self.head(states[:, -1]).clone()
         logits[:, 1] += likeness.sum(1) * first[:, 0]
-        return logits
+        return logits + bags
 
 
 def test_operations_that_torchax_lacks_are_those_of_torch() -> None:
@@ -351,6 +354,12 @@ class OwnBackward(Branches):
         return Clip.apply(self.dense(x))
 
 
+class Bags(Branches):
+    def forward(self, x: Any) -> Any:
+        words = torch.zeros(16, dtype=torch.long)
+        return functional.embedding_bag(words, self.dense.weight.T, torch.arange(16))
+
+
 class View(Branches):
     def forward(self, x: Any) -> Any:
         y = self.dense(x)
@@ -360,6 +369,7 @@ class View(Branches):
 
 REFUSED = {
     "changes a view in place": (View, sgd),
+    "bags of several lengths": (Bags, sgd),
     "running statistics of an instance": (
         lambda: nn.InstanceNorm1d(12, affine=True, track_running_stats=True),
         sgd,
