@@ -21,17 +21,13 @@ NAMES = (
     "log10 FLOP/B of the coming snippet",
     "the coming snippet works",
 )
-COMING = 2
-"""Features about the coming snippet, the last ones: known to who runs the program, not to counters
-of the last 100 ms."""
 
 
-def features_of(observation: Observation, workload: Workload, with_coming: bool) -> list[float]:
+def features_of(observation: Observation, workload: Workload) -> list[float]:
     """The features before a decision, in the order of NAMES.
 
-    Args:
-        workload: The program, for the FLOPs and bytes of the coming snippet.
-        with_coming: Whether the last features are given.
+    The last ones, about the coming snippet, are known to who runs the program (`workload`), not to
+    counters of the last 100 ms.
     """
     hardware = workload.hardware
     seconds = observation.seconds or 1.0
@@ -41,7 +37,8 @@ def features_of(observation: Observation, workload: Workload, with_coming: bool)
         active = setting.active[hardware.fastest]
         points = setting.points[hardware.fastest]
         total = sum(setting.active)
-    row = [
+    coming = workload.snippets[observation.coming]
+    return [
         observation.flops / seconds / 1e9,
         observation.nbytes / seconds / 1e9,
         observation.compute_seconds / seconds,
@@ -52,11 +49,9 @@ def features_of(observation: Observation, workload: Workload, with_coming: bool)
         float(active),
         float(points),
         float(total),
+        intensity(coming.flops, coming.nbytes),
+        float(coming.works),
     ]
-    if with_coming:
-        coming = workload.snippets[observation.coming]
-        row += [intensity(coming.flops, coming.nbytes), float(coming.works)]
-    return row
 
 
 def intensity(flops: float, nbytes: float) -> float:

@@ -30,18 +30,15 @@ class _Recorded(Policy):
 
     name = "recorded"
 
-    def __init__(
-        self, policy: Policy, oracle: FixedSchedule, workload: Workload, with_coming: bool
-    ) -> None:
+    def __init__(self, policy: Policy, oracle: FixedSchedule, workload: Workload) -> None:
         self.policy = policy
         self.oracle = oracle
         self.workload = workload
-        self.with_coming = with_coming
         self.rows: list[list[float]] = []
         self.labels: list[int] = []
 
     def decide(self, observation: Observation) -> Setting:
-        self.rows.append(features_of(observation, self.workload, self.with_coming))
+        self.rows.append(features_of(observation, self.workload))
         self.labels.append(self.oracle.decide(observation).index)
         return self.policy.decide(observation)
 
@@ -54,16 +51,10 @@ class Imitated:
     ranges: tuple[tuple[float, float], ...]
 
 
-def dagger(
-    workloads: Sequence[Workload], with_coming: bool = True, rounds: int = ROUNDS
-) -> Imitated:
+def dagger(workloads: Sequence[Workload], rounds: int = ROUNDS) -> Imitated:
     """The tree that imitates the oracles of some workloads of one machine.
 
-    Args:
-        with_coming: Whether it may know the operators of the coming snippet.
-
-    Raises:
-        PartitaError: scikit-learn is not installed.
+    PartitaError if scikit-learn is not installed.
     """
     oracles = [FixedSchedule(best_schedule(workload)) for workload in workloads]
     rows: list[list[float]] = []
@@ -73,8 +64,8 @@ def dagger(
         for workload, oracle in zip(workloads, oracles, strict=True):
             policy: Policy = oracle
             if tree is not None:
-                policy = Imitation(tree, workload, with_coming)
-            recorded = _Recorded(policy, oracle, workload, with_coming)
+                policy = Imitation(tree, workload)
+            recorded = _Recorded(policy, oracle, workload)
             run_policy(workload, recorded)
             rows += recorded.rows
             labels += recorded.labels

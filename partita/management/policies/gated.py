@@ -34,7 +34,7 @@ class Gated(Policy):
 
     def decide(self, observation: Observation) -> Setting:
         imitation = self.imitation
-        row = features_of(observation, imitation.workload, imitation.with_coming)
+        row = features_of(observation, imitation.workload)
         known = all(
             low <= value <= high for value, (low, high) in zip(row, self.ranges, strict=True)
         )

@@ -19,13 +19,11 @@ class Imitation(Policy):
 
     name = "imitation"
 
-    def __init__(self, tree: DecisionTree, workload: Workload, with_coming: bool = True) -> None:
-        """`with_coming`: whether the tree knows the operators of the coming snippet."""
+    def __init__(self, tree: DecisionTree, workload: Workload) -> None:
         self.tree = tree
         self.workload = workload
-        self.with_coming = with_coming
 
     def decide(self, observation: Observation) -> Setting:
-        row = features_of(observation, self.workload, self.with_coming)
+        row = features_of(observation, self.workload)
         label = self.tree.labels[self.tree.leaf(row)]
         return self.workload.hardware.settings[label]
