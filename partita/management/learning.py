@@ -51,7 +51,7 @@ class Imitated:
     ranges: tuple[tuple[float, float], ...]
 
 
-def dagger(workloads: Sequence[Workload], rounds: int = ROUNDS) -> Imitated:
+def dagger(workloads: Sequence[Workload]) -> Imitated:
     """The tree that imitates the oracles of some workloads of one machine.
 
     PartitaError if scikit-learn is not installed.
@@ -60,7 +60,7 @@ def dagger(workloads: Sequence[Workload], rounds: int = ROUNDS) -> Imitated:
     rows: list[list[float]] = []
     labels: list[int] = []
     tree: DecisionTree | None = None
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for workload, oracle in zip(workloads, oracles, strict=True):
             policy: Policy = oracle
             if tree is not None:

@@ -7,6 +7,8 @@ import math
 import numpy as np
 from scipy import stats
 
+CONFIDENCE = 0.9
+"""Probability that an interval holds an observation."""
 START_VARIANCE = 0.02
 """Variance of the residuals before any was seen: 14 % of a ratio."""
 
@@ -50,9 +52,9 @@ class RecursiveLeastSquares:
         self.observations += 1
         self._squares += residual**2 / (1 + spread)
 
-    def half_width(self, x: np.ndarray, confidence: float = 0.9) -> float:
-        """Half of the interval that holds an observation at x with a probability."""
+    def half_width(self, x: np.ndarray) -> float:
+        """Half of the interval that holds an observation at x with CONFIDENCE."""
         variance = self._squares / (1 + self.observations)
         spread = float(x @ self.covariance @ x)
-        quantile = float(stats.t.ppf((1 + confidence) / 2, 1 + self.observations))
+        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, 1 + self.observations))
         return quantile * math.sqrt(variance * (1 + spread))

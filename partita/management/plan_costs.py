@@ -44,11 +44,11 @@ class CorrectedCosts:
         residual = math.log(measured_seconds / prediction.seconds) - log_factor
         self.model.update(gradient, residual)
 
-    def seconds(self, prediction: Prediction, confidence: float = 0.9) -> CorrectedSeconds:
+    def seconds(self, prediction: Prediction) -> CorrectedSeconds:
         """The corrected seconds of a plan."""
         log_factor, gradient = self._linearized(prediction)
         seconds = prediction.seconds * math.exp(log_factor)
-        width = math.exp(self.model.half_width(gradient, confidence))
+        width = math.exp(self.model.half_width(gradient))
         return CorrectedSeconds(seconds, seconds / width, seconds * width)
 
     def _linearized(self, prediction: Prediction) -> tuple[float, np.ndarray]:
