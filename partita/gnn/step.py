@@ -154,13 +154,6 @@ def logs_of(model: Any, loss: Any, counts: Sequence[Any]) -> dict[str, Any]:
         return {"loss": loss, **metrics.result()}
 
 
-def sum_over_devices(values: Any, data: GraphData) -> Any:
-    """The sums of values over the devices of a step."""
-    if data.block.parts == 1:
-        return values
-    return data.block.leave(jax.lax.psum(data.block.enter(values), AXIS))
-
-
 def _logs_over_devices(
     model: Any,
     loss: Any,
@@ -171,7 +164,7 @@ def _logs_over_devices(
     """Loss and metrics by name, of the loss of all devices and this device's predicted rows."""
     build_metrics(model, data, predicted)
     counts = metric_counts(model, predicted, data, mask)
-    return logs_of(model, loss, [sum_over_devices(count, data) for count in counts])
+    return logs_of(model, loss, [data.block.sum_over_devices(count) for count in counts])
 
 
 # ------------------------------------------------------------------------------------- the steps
@@ -211,7 +204,7 @@ def differentiated(
     the last ones.
     """
     trainable, others, _ = state
-    count = sum_over_devices(data.masks["train"].sum(), data)
+    count = data.block.sum_over_devices(data.masks["train"].sum())
 
     def loss(trainable: Any) -> Any:
         with recorded_calls(aggregations):
@@ -228,7 +221,7 @@ def differentiated(
         return value + penalty, (value + penalty, predicted, others_after)
 
     gradients, (value, predicted, others) = jax.grad(loss, has_aux=True)(trainable)
-    gradients, value = sum_over_devices((gradients, value), data)
+    gradients, value = data.block.sum_over_devices((gradients, value))
     return gradients, value, predicted, others
 
 
@@ -248,7 +241,7 @@ def evaluation_step(
         return_losses=True,
     )
     sums = (loss_sum(model, predicted, data, mask), data.masks[mask].sum())
-    total, count = sum_over_devices(sums, data)
+    total, count = data.block.sum_over_devices(sums)
     return _logs_over_devices(
         model,
         total / count + sum(penalties),

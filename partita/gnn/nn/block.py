@@ -88,6 +88,13 @@ class Aggregation:
     columns: int = field(default=1, metadata={"static": True})
     near: int = field(default=-1, metadata={"static": True})
 
+    @property
+    def edge_table(self) -> Any:
+        """float32 [edges, D]: features of `edges`, or their weights with D = 1; or None."""
+        if self.features is None and self.weights is not None:
+            return self.weights[:, None]
+        return self.features
+
 
 @dataclass(frozen=True)
 class EdgeEnds:
@@ -187,10 +194,13 @@ class Block:
         be part of a layer, or of a penalty by `add_loss`.
         """
         is_vertex = (jnp.arange(self.rows) < self.count[0]).reshape(-1, *[1] * (x.ndim - 1))
-        total = jnp.where(is_vertex, x, 0).sum(axis=0)
+        return self.sum_over_devices(jnp.where(is_vertex, x, 0).sum(axis=0))
+
+    def sum_over_devices(self, values: Any) -> Any:
+        """The sums of values over the devices of a step."""
         if self.parts == 1:
-            return total
-        return self.leave(jax.lax.psum(self.enter(total), AXIS))
+            return values
+        return self.leave(jax.lax.psum(self.enter(values), AXIS))
 
     def readout(self, x: Any, aggregation: str = "mean") -> Any:
         """[rows, F]: the 'sum', 'mean' or 'max' of x [rows, F] over the graph of each vertex.
@@ -221,9 +231,7 @@ class Block:
     def _sums_of_graphs(self, rows: Any, member: Any) -> Any:
         """float32 [graphs, F]: sums of the rows of all devices."""
         sums = jax.ops.segment_sum(rows, member, self.graphs + 1)[: self.graphs]
-        if self.parts == 1:
-            return sums
-        return self.leave(jax.lax.psum(self.enter(sums), AXIS))
+        return self.sum_over_devices(sums)
 
     def _largest_of_graphs(self, rows: Any, member: Any) -> Any:
         """float32 [graphs, F]: maxima of the rows of all devices."""
@@ -233,7 +241,7 @@ class Block:
             return largest
         of_parts = jnp.zeros((self.parts, *largest.shape), jnp.float32)
         of_parts = of_parts.at[jax.lax.axis_index(AXIS)].set(largest)
-        return self.leave(jax.lax.psum(self.enter(of_parts), AXIS)).max(axis=0)
+        return self.sum_over_devices(of_parts).max(axis=0)
 
     def vertex_mean(self, x: Any) -> Any:
         """[...]: the mean of x [rows, ...] over all vertices."""
@@ -313,9 +321,7 @@ class Block:
         GraphError without edge features, or weights.
         """
         aggregation = self._next_aggregation(x.shape[1], "message")
-        features = aggregation.features
-        if features is None and aggregation.weights is not None:
-            features = aggregation.weights[:, None]
+        features = aggregation.edge_table
         if features is None:
             raise GraphError(
                 "Sums by edge features need some: give Graph.from_edges(edge_features=...), or use "
@@ -366,9 +372,7 @@ class Block:
         target = x if target is None else target
         sources = self._sources(aggregation, x.astype(jnp.float32))
         by_edge = edges_by_position(edges)
-        features = aggregation.features
-        if features is None and aggregation.weights is not None:
-            features = aggregation.weights[:, None]
+        features = aggregation.edge_table
         return EdgeEnds(
             taken(edges, sources).astype(x.dtype),
             spread(by_edge, target.astype(jnp.float32)).astype(x.dtype),

@@ -20,7 +20,7 @@ import keras
 from partita.gnn.nn.block import Block
 from partita.gnn.prepare import GraphData
 from partita.gnn.spill.groups import GroupedModel, PieceGroup, run_group
-from partita.gnn.step import loss_sum, metric_counts, sum_over_devices, zero_counts
+from partita.gnn.step import loss_sum, metric_counts, zero_counts
 
 KINDS = ("train", "evaluate", "predict")
 """Kinds of steps: training, evaluation over the vertices of the training mask, prediction."""
@@ -80,7 +80,7 @@ def first_carry(model: Any, parts: int, trainable: Any, others: Any) -> Carry:
 def last_carry(carry: Carry, data: GraphData) -> Carry:
     """The carry at the end of a step: the sums of all devices."""
     sums = (carry.total, carry.loss, carry.counts)
-    total, loss, counts = sum_over_devices(sums, data)
+    total, loss, counts = data.block.sum_over_devices(sums)
     return Carry(carry.others, total, loss, counts)
 
 
@@ -346,7 +346,7 @@ def _loss_share(
     data: GraphData,
 ) -> Any:
     """The share of the mean loss over the training mask of the rows of a part."""
-    count = sum_over_devices(data.masks["train"].sum(), data)
+    count = data.block.sum_over_devices(data.masks["train"].sum())
     return loss_sum(model, rows, part, "train", part.importance) / count
 
 
