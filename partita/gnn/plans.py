@@ -3,7 +3,7 @@
 `plan(model, graph, machine)` prices the step for each number of parts that the machine allows. The
 parts are those of training with vertices split: every device computes the largest one. Kernels over
 edges read a row for every edge at the speed of memory, as if no cache held any. An epoch is one
-step. Predicted memory was compared with compilers, seconds with no measured epoch yet.
+step. Memory was compared with compilers, seconds with epochs on CPUs (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
