@@ -501,6 +501,27 @@ def test_messages_train_alike_on_devices_and_within_memory(aggregate: str) -> No
             np.testing.assert_allclose(value, expected, rtol=1e-3, atol=1e-5)
 
 
+class Maxima(gnn.MessagePassing):
+    """The largest rows of in-neighbours."""
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+
+class MaximaNetwork(gnn.GraphModel):
+    def conv(self, last: bool, **options: Any) -> Any:
+        return Maxima("max", name=options["name"])
+
+
+def test_a_layer_of_messages_is_a_layer_of_a_model() -> None:
+    graph = random_graph()
+    model = MaximaNetwork(hidden=5, classes=5, layers=2)
+    layer: Any = Maxima("max")
+    given: Any = model(graph.features, graph=graph)
+    once: Any = layer(graph.features, graph=graph)
+    np.testing.assert_array_equal(given, layer(once, graph=graph))
+
+
 def test_edge_features_follow_their_edges() -> None:
     graph = graph_with_edge_features()
     order = np.random.default_rng(0).permutation(VERTICES)

@@ -34,9 +34,7 @@ class LayerStage:
     def __call__(self, x: Any, graph: Block, training: bool) -> Any:
         if self.dropout is not None:
             x = self.dropout(x, graph=graph, training=training)
-        if isinstance(self.layer, AbstractConv):
-            return self.layer(x, graph=graph, training=training)
-        return self.layer(x)
+        return apply_layer(self.layer, x, graph, training)
 
     def pieces(self, width: int, training: bool) -> Sequence[BlockPiece] | None:
         """The stage on rows of `width` features, in pieces; None if it cannot be cut.
@@ -51,7 +49,7 @@ class LayerStage:
 
     def _layer_pieces(self, width: int, training: bool) -> Sequence[BlockPiece] | None:
         layer = self.layer
-        activation = layer.activation
+        activation = getattr(layer, "activation", None)
         if not inspect.isfunction(activation) or not activation.__module__.startswith("keras."):
             return None
         if layer.compute_dtype != "float32" or penalizes(layer):
