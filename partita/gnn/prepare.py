@@ -467,12 +467,7 @@ def _first_points(sums: np.ndarray, features: int, key: PreparationKey) -> np.nd
         return json.dumps([row, edge])
 
     row, edge = json.loads(processes.from_first("rows and edges", seconds))
-    return initial_points(
-        sums,
-        key.split.devices,
-        row,
-        edge,
-    )
+    return initial_points(sums, key.split.devices, row, edge)
 
 
 # --------------------------------------------------------------------------------------- cutting

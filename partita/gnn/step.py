@@ -181,13 +181,7 @@ def train_step(
     trainable, optimizer = model.optimizer.stateless_apply(
         state.optimizer, gradients, state.trainable
     )
-    logs = _logs_over_devices(
-        model,
-        value,
-        predicted,
-        data,
-        "train",
-    )
+    logs = _logs_over_devices(model, value, predicted, data, "train")
     return logs, StepState(trainable, others, optimizer)
 
 

@@ -407,16 +407,7 @@ class GatedGraph(GraphModel):
             raise GraphError(
                 "GatedGraph has no norm, jk, residual and readout: use GCN, SAGE, GIN or GAT."
             )
-        super().__init__(
-            hidden,
-            classes,
-            0,
-            dropout,
-            l2,
-            output,
-            activation,
-            **options,
-        )
+        super().__init__(hidden, classes, 0, dropout, l2, output, activation, **options)
         self.depth = 2 if layers is None else layers
         self.drop = VertexDropout(dropout, name="dropout")
         self.last_drop = VertexDropout(dropout, name="last_dropout")

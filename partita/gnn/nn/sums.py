@@ -100,14 +100,7 @@ def scaled_sum(edges: Edges, before: Any, share: Any, after: Any, x: Any) -> Any
     y is before * x. One pass over the edges. With a share, row v belongs to column v. The factors
     are float32 [rows]; None stands for 1, 0 and 1. They are constants without a gradient.
     """
-    return _scaled_total(
-        edges.offsets,
-        edges.ids,
-        before,
-        share,
-        after,
-        x,
-    )
+    return _scaled_total(edges.offsets, edges.ids, before, share, after, x)
 
 
 def _scaled_total(
@@ -121,15 +114,7 @@ def _scaled_total(
     if before is None:
         return total(offsets, ids, x, share=share, factor=after)
     scaled_share = None if share is None else share * before
-    return total(
-        offsets,
-        ids,
-        x,
-        before,
-        ids,
-        scaled_share,
-        after,
-    )
+    return total(offsets, ids, x, before, ids, scaled_share, after)
 
 
 def _scaled_forward(edges: Edges, before: Any, share: Any, after: Any, x: Any) -> Any:
@@ -138,14 +123,7 @@ def _scaled_forward(edges: Edges, before: Any, share: Any, after: Any, x: Any) -
 
 def _scaled_backward(saved: Any, dy: Any) -> Any:
     edges, before, share, after = saved
-    dx = _scaled_total(
-        edges.back_offsets,
-        edges.back_ids,
-        after,
-        share,
-        before,
-        dy,
-    )
+    dx = _scaled_total(edges.back_offsets, edges.back_ids, after, share, before, dy)
     return None, None, None, None, dx
 
 

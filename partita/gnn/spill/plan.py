@@ -181,13 +181,8 @@ def _best_cache(
     rematerialized: frozenset[str] = frozenset()
     for family in dict.fromkeys(families):
         try:
-            plan = _Cache(
-                work,
-                budget,
-                bandwidth,
-                weight,
-                rematerialized | {family},
-            ).plan()
+            cache = _Cache(work, budget, bandwidth, weight, rematerialized | {family})
+            plan = cache.plan()
         except _OverBudgetError:
             continue
         if plan.cost < best.cost:
@@ -345,12 +340,7 @@ class _Cache:
                 if self._next_use(tensor, i + 1) is None:
                     self._drop(tensor)
         cost = self.traffic + self.extra_cost
-        return MemoryPlan(
-            tuple(self.actions),
-            self.traffic,
-            cost,
-            False,
-        )
+        return MemoryPlan(tuple(self.actions), self.traffic, cost, False)
 
     def _provide(self, tensors: tuple[str, ...], needed: frozenset[str]) -> None:
         """Rematerializes or loads missing tensors, and drops none that is `needed`."""
@@ -514,12 +504,7 @@ class _Moves:
             size = self.work.bytes[tensor]
             if size <= free:
                 after = state._replace(device=state.device | {tensor})
-                yield _Move(
-                    after,
-                    (Action("load", tensor),),
-                    size,
-                    float(size),
-                )
+                yield _Move(after, (Action("load", tensor),), size, float(size))
         for tensor in sorted(state.device):
             drop = Action("drop", tensor)
             after = state._replace(device=state.device - {tensor})
@@ -527,12 +512,7 @@ class _Moves:
             if tensor not in state.host:
                 size = self.work.bytes[tensor]
                 saved = after._replace(host=state.host | {tensor})
-                yield _Move(
-                    saved,
-                    (Action("save", tensor), drop),
-                    size,
-                    float(size),
-                )
+                yield _Move(saved, (Action("save", tensor), drop), size, float(size))
 
     def _run(self, state: _State, i: int, free: int) -> _Move | None:
         """The move of running operator i, the next one or an earlier one; None if it is no use."""
@@ -551,12 +531,7 @@ class _Moves:
         drops = [Action("drop", tensor) for tensor in sorted(dead)]
         after = _State(done, device - dead, state.host & self.needed[done])
         cost = (operator.seconds or 0.0) * self.bandwidth if again else 0.0
-        return _Move(
-            after,
-            (run, *drops),
-            0,
-            cost,
-        )
+        return _Move(after, (run, *drops), 0, cost)
 
     def _may_rematerialize(
         self, state: _State, operator: LayerOperator, new: frozenset[str]

@@ -125,12 +125,7 @@ class MemoryRun(TrainingRun):
     # ------------------------------------------------------------------------------- the contract
 
     def train(self, state: StepState) -> tuple[dict[str, Any], StepState]:
-        execution = self._executed(
-            self.training,
-            self.plan,
-            state,
-            self.data,
-        )
+        execution = self._executed(self.training, self.plan, state, self.data)
         self.last = execution
         update = self.training.runs["update"].program
         carry = self.end(execution.carry, self.data)
