@@ -240,6 +240,11 @@ def is_one_program(plan: Plan) -> bool:
     return not is_pipeline(plan) and stage_count(plan) == 1
 
 
+def is_placed(plan: Plan) -> bool:
+    """Whether operators are on slices of axes, and no stages of microbatches."""
+    return not is_one_program(plan) and not is_pipeline(plan)
+
+
 def is_whole_pass(plan: Plan) -> bool:
     """Whether forward and backward pass of a microbatch run as one program: on a GPU or TPU,
     without stages and rematerialized runs, whose copies XLA would merge with the originals.

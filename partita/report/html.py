@@ -567,7 +567,7 @@ def _sources(plan: Plan) -> Html:
     if staged_bound:
         seconds = seconds_text(staged_bound)
         rows["lower bound with stages"] = (
-            f"no plan with stages and placement takes less than {seconds}"
+            f"no plan with {gaps_of(plan).space} takes less than {seconds}"
         )
     rows["model"] = plan.graph
     rows["machine"] = plan.machine

@@ -167,14 +167,14 @@ def proofs(gaps: Gaps) -> Iterable[str]:
     """The proofs that the lower bounds of the two spaces give for a plan.
 
     >>> list(proofs(Gaps(0.0, 0.25)))
-    ['proved optimal', 'within 25.0% of the lower bound with stages and placement']
+    ['proved optimal', 'within 25.0% of the lower bound with stages']
     >>> list(proofs(Gaps(20.3, None)))
     ['no useful lower bound is known']
     """
     if gaps.runnable is not None:
         yield _proof(gaps.runnable)
     if gaps.staged is not None and PROVED <= gaps.staged <= USELESS_GAP:
-        yield f"{_proof(gaps.staged)} with stages and placement"
+        yield f"{_proof(gaps.staged)} with {gaps.space}"
 
 
 def _proof(gap: float) -> str:

@@ -7,7 +7,7 @@ work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -25,11 +25,13 @@ def lower_bound_seconds(terms: Terms, machine: Machine, devices: int) -> float:
     return sum(lower_bounds_by_operator(terms, machine)) / devices
 
 
-def lower_bounds_by_operator(terms: Terms, machine: Machine) -> list[float]:
-    """Per operator, least seconds of its kernels on one device."""
+def lower_bounds_by_operator(
+    terms: Terms, machine: Machine, phases: Collection[Phase] = PHASES
+) -> list[float]:
+    """Per operator, least seconds of its kernels of some phases on one device."""
     bounds = []
     for kernels in _kernel_seconds(terms, machine):
-        bounds.append(sum(seconds for _, seconds in kernels))
+        bounds.append(sum(seconds for phase, seconds in kernels if phase in phases))
     return bounds
 
 

@@ -41,7 +41,10 @@ GATHERS = [PARTS.index(("gather", phase)) for phase in PHASES]
 
 @dataclass(frozen=True, eq=False)
 class AxisKinds:
-    """The axes of a mesh by level and size. `levels`, `sizes` and `counts` are arrays, [kind]."""
+    """The axes of a mesh by level and size. `levels`, `sizes` and `counts` are arrays, [kind].
+
+    Microbatches are an axis of level -1. No choice may deal it, so its kind counts no axes.
+    """
 
     placement: Placement
     axes: tuple[Axes, ...]
@@ -51,18 +54,22 @@ class AxisKinds:
 
     @staticmethod
     def of(placement: Placement) -> AxisKinds:
-        """The kinds of axes that are devices."""
+        """The kinds of the axes of a mesh."""
         kinds: dict[tuple[int, int], list[int]] = {}
         for number, axis in enumerate(placement.mesh.axes):
-            if axis.level >= 0:
-                kinds.setdefault((axis.level, axis.size), []).append(number)
+            kinds.setdefault((axis.level, axis.size), []).append(number)
         return AxisKinds(
             placement=placement,
             axes=tuple(map(tuple, kinds.values())),
             levels=np.array([level for level, _ in kinds]),
             sizes=np.array([size for _, size in kinds]),
-            counts=np.array([len(axes) for axes in kinds.values()]),
+            counts=np.array([len(axes) if level >= 0 else 0 for (level, _), axes in kinds.items()]),
         )
+
+    @property
+    def are_devices(self) -> Array:
+        """[kind]: whether its axes are devices, not microbatches."""
+        return self.levels >= 0
 
     def first(self, numbers: Sequence[int] | Array) -> Axes:
         """The first axes of each kind, `numbers` of them."""
@@ -73,8 +80,12 @@ class AxisKinds:
         """Shards by degrees, whose last dim is that of kinds."""
         return np.prod(self.sizes.astype(float) ** degrees, axis=-1)
 
-    def all_degrees(self, sizes: Sequence[int]) -> Array:
-        """The degrees of all choices for factors of some sizes, [choice, factor, kind]."""
+    def all_degrees(self, sizes: Sequence[int], samples: Sequence[int] = ()) -> Array:
+        """The degrees of all choices for factors of some sizes, [choice, factor, kind].
+
+        Microbatches split the first of the factors `samples` that they divide, as in
+        `plans.pipeline.stage_plan`.
+        """
         degrees = np.zeros((1, len(sizes), 0), np.int64)
         for size, count in zip(self.sizes, self.counts, strict=True):
             dealt = np.array(list(_at_most(int(count), len(sizes))), np.int64)
@@ -83,6 +94,13 @@ class AxisKinds:
             shards = before[:, None, :] * size ** dealt[None]
             rows, columns = np.nonzero((np.array(sizes) % shards == 0).all(axis=2))
             degrees = np.concatenate([degrees[rows], dealt[columns][:, :, None]], axis=2)
+        for kind in np.flatnonzero(~self.are_devices):
+            is_split = np.zeros(len(degrees), bool)
+            for factor in samples:
+                shards = self.shards(degrees[:, factor]) * self.sizes[kind]
+                splits = (sizes[factor] % shards == 0) & ~is_split
+                degrees[splits, factor, kind] = 1
+                is_split |= splits
         return degrees
 
 
@@ -166,6 +184,19 @@ def least_operator_seconds(terms: OperatorTerms, split: DegreeCounts, weights: A
     return seconds
 
 
+def least_addition_seconds(terms: OperatorTerms, split: DegreeCounts) -> Array:
+    """[choice]: least seconds in which a microbatch adds its gradients to their sums.
+
+    An addition reads the gradient and the sum, and writes the sum.
+    """
+    bandwidth = split.placement.machine.bandwidth_for(np.zeros(1))
+    local_bytes = np.zeros(split.count)
+    for variable in terms.stored:
+        factors = tuple(factor for factor in variable.label if factor >= 0)
+        local_bytes += variable.nbytes / split.shards(factors)
+    return 3 * local_bytes / bandwidth
+
+
 class _Storage:
     """The storage of a variable by degrees, with the sums of its gradient."""
 
@@ -187,7 +218,7 @@ class _Storage:
     def least_seconds(self) -> Array:
         """[choice]: least weighted seconds of sums, gathers and the shortened update."""
         kinds = self.split.kinds
-        spare = kinds.counts - self.split.numbers(self.factors)
+        spare = np.maximum(kinds.counts - self.split.numbers(self.factors), 0)
         whole = np.zeros(self.split.count)
         for each in self.sums:
             whole += self.weights[SUM] * each.whole
@@ -240,7 +271,7 @@ class _Sum:
     """A sum of a gradient, as a whole or in slices."""
 
     numbers: Array
-    """[choice, kind]: axes over which it sums."""
+    """[choice, kind]: axes of devices over which it sums."""
     whole: Array
     """[choice]: seconds of the sum."""
     scattered: Array
@@ -261,7 +292,8 @@ class _Sum:
             scattered[choices] = whole[choices]
             if scatters and reduction.kind == "all_reduce":
                 scattered[choices] = added_seconds(placement, "reduce_scatter", nbytes, axes)
-        return _Sum(split.numbers(factors), whole, scattered)
+        numbers = split.numbers(factors) * split.kinds.are_devices
+        return _Sum(numbers, whole, scattered)
 
 
 # ---------------------------------------------------------------- moves
@@ -322,18 +354,30 @@ def least_move_table(move: Move, kinds: AxisKinds, sources: Shardings, targets: 
     before = []
     after = []
     seconds = []
+    nbytes = move.nbytes / _most_microbatches(kinds, sources, targets)
     for level, seconds_per_byte in _least_seconds_per_byte(kinds).items():
-        is_outside = kinds.levels <= level
-        inside = kinds.shards(np.where(is_outside, 0, kinds.counts))
+        is_outside = (kinds.levels <= level) & kinds.are_devices
+        inside = kinds.shards(np.where(kinds.levels <= level, 0, kinds.counts))
         before.append(kinds.shards(np.where(is_outside, source_dims, 0)))
         after.append(kinds.shards(np.where(is_outside, target_dims, 0)))
-        seconds.append(move.trips * move.nbytes / inside * seconds_per_byte)
+        seconds.append(move.trips * nbytes / inside * seconds_per_byte)
+    if not seconds:
+        return np.zeros((sources.count, targets.count), np.float32)
     moved = _reshard_table(np.array(before), np.array(after), np.array(seconds))
     if move.sums:
         _add_sums(moved, move, kinds, sources, targets)
     else:
         moved /= move.share
     return moved
+
+
+def _most_microbatches(kinds: AxisKinds, sources: Shardings, targets: Shardings) -> float:
+    """The most microbatches into which a sharding splits its tensor."""
+    most = [1.0]
+    for shardings in (sources, targets):
+        over_time = np.where(kinds.are_devices, 0, shardings.degrees)
+        most.append(float(kinds.shards(over_time).prod(axis=1).max(initial=1.0)))
+    return max(most)
 
 
 @njit(cache=True)
@@ -374,9 +418,13 @@ def _add_sums(
     if move.scatters:
         scattered = _sum_seconds(move, kinds, dims, summed, "reduce_scatter") / move.share
         scattered = np.minimum(sources.least_of_classes(scattered), whole).astype(np.float32)
+        devices = kinds.are_devices
         is_slice = _overlap(
-            (sources.least.sum(axis=1), sources.most.sum(axis=1)),
-            (targets.least[:, :count].sum(axis=1), targets.most[:, :count].sum(axis=1)),
+            (sources.least.sum(axis=1) * devices, sources.most.sum(axis=1) * devices),
+            (
+                targets.least[:, :count].sum(axis=1) * devices,
+                targets.most[:, :count].sum(axis=1) * devices,
+            ),
         )
         is_slice &= (sources.most[:, count:].sum(axis=(1, 2)) > 0)[:, None]
         saved = np.broadcast_to((whole - scattered)[:, None], table.shape)

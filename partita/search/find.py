@@ -16,8 +16,8 @@ If a plan exceeds device memory, the budget is lowered in proportion and the exa
 again. MCMC matters only where collectives hide behind kernels: elsewhere a step is the sum of its
 parts, and the exact plan is proved best.
 
-Plans with pipeline stages or placement run in pieces (`execute.staged`). They are a larger space
-with a lower bound of its own, so the result has two.
+Plans with pipeline stages or placement run in pieces (`execute.staged`). They are larger spaces
+with lower bounds of their own (`search.staged_bound`, `search.bound`), so the result has three.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from partita.graph.rematerialize import Run
 from partita.machine import Machine
 from partita.plans.baselines import baselines_of
 from partita.plans.layout import is_accelerated, layout_of
-from partita.plans.pipeline import is_one_program
+from partita.plans.pipeline import is_one_program, is_placed
 from partita.plans.plan import Mesh, Plan, mesh_for
 from partita.search.base import Progress, Report, SearchResult
 from partita.search.baselines import HOPELESS, Baselines, peak_bytes
@@ -64,6 +64,7 @@ from partita.search.rematerialization import (
     rematerialization_notes,
     smallest_and_fastest,
 )
+from partita.search.staged_bound import StagedBound
 from partita.simulation.base import SimulatedStep
 from partita.simulation.simulate import predicted
 from partita.units import format_bytes, format_seconds
@@ -111,7 +112,9 @@ class PlanResult:
     bound_seconds: float
     """Lower bound of the step of every plan that can run, seconds."""
     staged_bound_seconds: float | None = None
-    """The same for plans with stages and placement too, seconds; None if they were not searched."""
+    """The same for plans with stages and microbatches too, seconds; None if not searched."""
+    placed_bound_seconds: float | None = None
+    """The same for plans with placed operators too, seconds; None if not searched."""
     stopped: bool = False
     """Whether Ctrl-C ended the search."""
     history: tuple[Progress, ...] = ()
@@ -123,7 +126,7 @@ class PlanResult:
     def gap(self) -> float:
         """Relative excess over the lower bound of the plan's space, 0 if proved best.
 
-        That of plans that can run, or of the larger space for a plan that cannot.
+        That of plans of one program, or of the larger space for another plan.
         """
         staged_gap = self.staged_gap
         if staged_gap is not None and not is_one_program(self.plan):
@@ -131,11 +134,18 @@ class PlanResult:
         return _gap(self.prediction.seconds, self.bound_seconds)
 
     @property
+    def larger_bound_seconds(self) -> float | None:
+        """Lower bound of plans with stages, and of placed operators if the plan has some, seconds.
+
+        None if they were not searched.
+        """
+        return self.placed_bound_seconds if is_placed(self.plan) else self.staged_bound_seconds
+
+    @property
     def staged_gap(self) -> float | None:
         """Relative excess over the lower bound of the larger space, None if it was not searched."""
-        if self.staged_bound_seconds is None:
-            return None
-        return _gap(self.prediction.seconds, self.staged_bound_seconds)
+        bound_seconds = self.larger_bound_seconds
+        return None if bound_seconds is None else _gap(self.prediction.seconds, bound_seconds)
 
 
 def _gap(seconds: float, bound_seconds: float) -> float:
@@ -582,9 +592,19 @@ def _with_larger_space(request: _Request, result: PlanResult) -> PlanResult:
     terms, machine = result.network.terms, request.machine
     bound = min(result.bound_seconds, lower_bound_seconds(terms, machine, machine.devices))
     start = result.plan
-    result = replace(result, staged_bound_seconds=bound)
-    staged = _with_stages(request, result)
-    return _with_placement(request, staged, start)
+    result = replace(result, placed_bound_seconds=bound)
+    result = _with_stages(request, result)
+    result = _with_placement(request, result, start)
+    return replace(result, staged_bound_seconds=_staged_bound(request, result))
+
+
+def _staged_bound(request: _Request, result: PlanResult) -> float | None:
+    """Lower bound of plans with stages; of kernels alone if the devices differ or time is up."""
+    if request.machine.kinds or request.clock.share(1.0) == 0.0:
+        return result.placed_bound_seconds
+    network = result.network
+    staged = StagedBound(request.graph, network.placement, network.terms)
+    return min(result.bound_seconds, staged.seconds(result.bound_seconds))
 
 
 def _with_stages(request: _Request, result: PlanResult) -> PlanResult:
@@ -597,7 +617,7 @@ def _with_stages(request: _Request, result: PlanResult) -> PlanResult:
         result.network.terms,
         request.limits(request.limit_bytes, STAGES_SHARE),
         limit_seconds=_seconds_to_beat(result),
-        bound=result.staged_bound_seconds or 0.0,
+        bound=result.placed_bound_seconds or 0.0,
     )
     return _faster(result, STAGES, steps)
 
@@ -629,7 +649,7 @@ def _with_placement(
         request.limits(request.limit_bytes, 1.0),
         limit_seconds=_seconds_to_beat(result),
         fits=fits_memory,
-        bound=result.staged_bound_seconds or 0.0,
+        bound=result.placed_bound_seconds or 0.0,
     )
     return _faster(result, PLACEMENT, steps)
 
@@ -722,8 +742,8 @@ def _predicted(result: PlanResult) -> dict[str, Any]:
     seconds = result.prediction.seconds
     entry = result.prediction.to_json()
     entry["bound_seconds"] = min(result.bound_seconds, seconds)
-    if result.staged_bound_seconds is not None:
-        entry["staged_bound_seconds"] = min(result.staged_bound_seconds, seconds)
+    if result.larger_bound_seconds is not None:
+        entry["staged_bound_seconds"] = min(result.larger_bound_seconds, seconds)
     return entry
 
 

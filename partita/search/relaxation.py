@@ -32,6 +32,7 @@ from partita.search.degrees import (
     DegreeCounts,
     Shardings,
     distinct_rows,
+    least_addition_seconds,
     least_move_table,
     least_operator_seconds,
 )
@@ -55,25 +56,77 @@ def least_step_seconds(graph: OperatorGraph, placement: Placement, terms: Terms)
     Kernels count whole, and collectives for the time that they block kernels. There is no bound for
     machines with measured operators or several kinds of devices, and none of too large tables.
     """
+    relaxed = relax(graph, placement, terms, Times(once=1.0, repeated=1.0))
+    return max(0.0, relaxed.seconds) if relaxed else 0.0
+
+
+@dataclass(frozen=True)
+class Times:
+    """The numbers of times that the parts of a step count in its relaxation."""
+
+    once: float
+    """Times of the update, of the sums of gradients, and of moves to the update."""
+    repeated: float
+    """Times of the passes over a microbatch."""
+    additions: float = 0.0
+    """Times that gradients are added to their sum."""
+
+    def of_parts(self, visible: float) -> Array:
+        """[PARTS]: times of each part; collectives count for the time that they block kernels."""
+        times = []
+        for kind, phase in PARTS:
+            is_once = phase == "update" or kind == "sum"
+            part = self.once if is_once else self.repeated
+            times.append(part if kind == "compute" else visible * part)
+        return np.array(times)
+
+    def of_move(self, move: Move) -> float:
+        """Times of a move."""
+        return self.once if "update" in (move.phase, move.read_phase) else self.repeated
+
+
+@dataclass(frozen=True, eq=False)
+class Relaxed:
+    """The relaxed problem with raised potentials. Sums of its parts are lower bounds."""
+
+    of_operator: Array
+    """[operator]: least seconds, the potentials of its moves included."""
+    of_moves: Array
+    """[move of the terms]: most that both its potentials add to its operators, seconds."""
+
+    @property
+    def seconds(self) -> float:
+        """Lower bound of a step in which all moves are made."""
+        return float(self.of_operator.sum())
+
+
+def relax(graph: OperatorGraph, placement: Placement, terms: Terms, times: Times) -> Relaxed | None:
+    """The relaxed problem of all choices on a mesh; None where none is computed.
+
+    An axis of microbatches splits samples, as in `plans.pipeline.stage_plan`.
+    """
     if placement.machine.times is not None or placement.machine.kinds:
-        return 0.0
-    visible = 1 - placement.machine.backend.overlap
-    weights = np.array([1.0 if kind == "compute" else visible for kind, _ in PARTS])
+        return None
     kinds = AxisKinds.of(placement)
     choices = _Choices.of(graph, kinds, terms)
     if choices.most > MAX_CHOICES:
-        return 0.0
-    problem = _Relaxation(choices, terms, weights)
-    problem.add_tables(visible)
-    bound = 0.0
+        return None
+    problem = _Relaxation(choices, terms, times)
+    problem.add_tables()
+    best = problem.relaxed()
     before = -np.inf
     for _ in range(SWEEPS):
-        raised = problem.sweep()
-        bound = max(bound, raised)
-        if raised <= before + LEAST_RISE * abs(before):
+        problem.sweep()
+        raised = problem.relaxed()
+        best = max(best, raised, key=_seconds)
+        if raised.seconds <= before + LEAST_RISE * abs(before):
             break
-        before = raised
-    return bound
+        before = raised.seconds
+    return best
+
+
+def _seconds(relaxed: Relaxed) -> float:
+    return relaxed.seconds
 
 
 @dataclass(eq=False)
@@ -106,6 +159,8 @@ class _Moves:
     """Equal moves between equal operators, with the potentials of both sides."""
 
     move: Move
+    times: float
+    """Times that the seconds of a move count."""
     views: tuple[_View, _View]
     potentials: list[Array] = field(default_factory=list)
     table: Array = field(default_factory=lambda: np.zeros((0, 0)))
@@ -115,7 +170,8 @@ class _Moves:
     @cached_property
     def key(self) -> tuple[object, ...]:
         """Equal for moves with equal tables."""
-        return (*_size(self.move), *(view.shardings.degrees.tobytes() for view in self.views))
+        degrees = (view.shardings.degrees.tobytes() for view in self.views)
+        return (self.times, *_size(self.move), *degrees)
 
     @property
     def entries(self) -> int:
@@ -145,8 +201,10 @@ class _Choices:
         degrees: dict[int, Array] = {}
         for operator, kind in zip(terms.operators, of_operator, strict=True):
             if kind not in degrees:
-                sizes = [graph.factors[factor].size for factor in operator.factors]
-                degrees[kind] = kinds.all_degrees(sizes)
+                factors = [graph.factors[factor] for factor in operator.factors]
+                sizes = [factor.size for factor in factors]
+                samples = [number for number, one in enumerate(factors) if one.kind == "S"]
+                degrees[kind] = kinds.all_degrees(sizes, samples)
         return _Choices(kinds, of_operator, degrees)
 
     @property
@@ -158,9 +216,12 @@ class _Choices:
 class _Relaxation:
     """The relaxed problem of a graph and its potentials, at first 0."""
 
-    def __init__(self, choices: _Choices, terms: Terms, weights: Array) -> None:
+    def __init__(self, choices: _Choices, terms: Terms, times: Times) -> None:
         self.kinds = choices.kinds
         self.terms = terms
+        self.times = times
+        self._visible = 1 - self.kinds.placement.machine.backend.overlap
+        weights = times.of_parts(self._visible)
         self._operator_kinds = choices.of_operator
         self._degrees = choices.degrees
         self._views: dict[tuple[int, tuple[int, ...]], _View] = {}
@@ -169,8 +230,13 @@ class _Relaxation:
             if kind not in seconds:
                 split = DegreeCounts(self.kinds, operator.factors, self._degrees[kind])
                 seconds[kind] = least_operator_seconds(operator, split, weights)
+                seconds[kind] += times.additions * least_addition_seconds(operator, split)
         self.moves: list[_Moves] = []
         self.operators: list[_Operators] = []
+        self._of_operator: list[int] = []
+        """[operator]: its number in `operators`."""
+        self._of_move: list[int] = []
+        """[move of the terms]: its number in `moves`."""
         self._join(seconds)
         self._fit()
 
@@ -196,17 +262,22 @@ class _Relaxation:
             target = self._positions(move.reader, move.target)
             home = self._operator_kinds[move.home]
             reader = self._operator_kinds[move.reader]
-            key = (home, reader, source, target, *_size(move))
+            times = self.times.of_move(move)
+            key = (home, reader, source, target, times, *_size(move))
             if key not in number:
                 number[key] = len(self.moves)
                 views = (self._view(home, source), self._view(reader, target))
-                self.moves.append(_Moves(move, views))
+                self.moves.append(_Moves(move, times * self._visible, views))
+            self._of_move.append(number[key])
             of_operator[move.home].append((number[key], HOME))
             of_operator[move.reader].append((number[key], READER))
         keys = []
         for operator, kind in enumerate(self._operator_kinds):
             keys.append((kind, tuple(sorted(of_operator[operator]))))
-        for (kind, sides), count in Counter(keys).items():
+        counts = Counter(keys)
+        position = {key: n for n, key in enumerate(counts)}
+        self._of_operator = [position[key] for key in keys]
+        for (kind, sides), count in counts.items():
             operators = _Operators(count, seconds[kind].copy(), Counter(sides))
             self.operators.append(operators)
             for number_of_moves, side in operators.moves:
@@ -228,25 +299,31 @@ class _Relaxation:
             self._views[kind, positions] = _View(Shardings.of(rows, self.kinds), number)
         return self._views[kind, positions]
 
-    def add_tables(self, visible: float) -> None:
+    def add_tables(self) -> None:
         """Adds the tables of all moves: the seconds that they block kernels."""
         tables: dict[tuple[object, ...], Array] = {}
         for moves in self.moves:
             shardings = [view.shardings for view in moves.views]
             if moves.key not in tables:
                 table = least_move_table(moves.move, self.kinds, *shardings)
-                table *= np.float32(ROUNDED * visible)
+                table *= np.float32(ROUNDED * moves.times)
                 tables[moves.key] = table
             moves.table = tables[moves.key]
             moves.potentials = [np.zeros(each.count) for each in shardings]
 
-    def sweep(self) -> float:
-        """Raises the potentials of all moves; the lower bound."""
+    def sweep(self) -> None:
+        """Raises the potentials of all moves."""
         for number in range(len(self.moves)):
             self._raise(number)
         for number in reversed(range(len(self.moves))):
             self._raise(number)
-        return sum(each.count * float(each.seconds.min()) for each in self.operators)
+
+    def relaxed(self) -> Relaxed:
+        """The least entries of operators, and the most of moves."""
+        operators = np.array([float(each.seconds.min()) for each in self.operators])
+        moves = np.array([sum(float(p.max()) for p in each.potentials) for each in self.moves])
+        of_move = np.array(self._of_move, np.int64)
+        return Relaxed(operators[self._of_operator], moves[of_move])
 
     def _raise(self, number: int) -> None:
         """Best potentials of one class of moves for the operators that most of them connect."""

@@ -20,7 +20,7 @@ def test_a_plan_that_can_run_is_compared_with_both_bounds() -> None:
     plan = replace(PLAN, predicted={**PLAN.predicted, "staged_bound_seconds": 0.88})
     first = next(iter(summary(plan)))
     runnable = "within 10.0% of the lower bound"
-    staged = "within 25.0% of the lower bound with stages and placement"
+    staged = "within 25.0% of the lower bound with stages"
     assert f"{runnable}; {staged}" in first
     assert "stages" not in next(iter(summary(PLAN)))
 
