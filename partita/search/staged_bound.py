@@ -87,11 +87,13 @@ class StagedBound:
     def seconds(self, one_program_seconds: float = 0.0) -> float:
         """Lower bound of a step under every plan whose operators all have a stage.
 
-        `one_program_seconds`: the same for plans without stages and microbatches.
+        `one_program_seconds`: the same for plans without stages and microbatches. Microbatches
+        alone add work, unless they fit in a faster memory.
         """
         heap = []
         for shape in self.shapes():
-            known = one_program_seconds if shape.passes == 1 else 0.0
+            is_known = one_program_seconds > 0 and shape.stages == 1 and self._has_one_bandwidth
+            known = one_program_seconds if is_known or shape.passes == 1 else 0.0
             heap.append((max(known, self.of_kernels(shape)), known > 0, shape))
         heapq.heapify(heap)
         for _ in range(MOST_RELAXED):
@@ -188,6 +190,12 @@ class StagedBound:
     @cached_property
     def spine(self) -> Spine:
         return Spine.of(self.graph, self._pass_seconds)
+
+    @property
+    def _has_one_bandwidth(self) -> bool:
+        """Whether small kernels read their operands no faster than large ones."""
+        machine = self.placement.machine
+        return float(machine.bandwidth_for(np.zeros(1))[0]) == machine.memory_bandwidth
 
     @cached_property
     def _kernel_seconds(self) -> Array:
