@@ -70,6 +70,8 @@ class Times:
     """Times of the passes over a microbatch."""
     additions: float = 0.0
     """Times that gradients are added to their sum."""
+    most_move_seconds: float = np.inf
+    """Seconds that a move counts, at most."""
 
     def of_parts(self, visible: float) -> Array:
         """[PARTS]: times of each part; collectives count for the time that they block kernels."""
@@ -307,6 +309,7 @@ class _Relaxation:
             if moves.key not in tables:
                 table = least_move_table(moves.move, self.kinds, *shardings)
                 table *= np.float32(ROUNDED * moves.times)
+                np.minimum(table, np.float32(self.times.most_move_seconds), out=table)
                 tables[moves.key] = table
             moves.table = tables[moves.key]
             moves.potentials = [np.zeros(each.count) for each in shardings]

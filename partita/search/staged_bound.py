@@ -19,13 +19,14 @@ other, the one of most work. All operators of any other stage lie between two ne
 spine, so its work is small.
 
 Shapes are bounded by their kernels first. The lowest one is then relaxed, until the lowest bound is
-that of a relaxed shape. Not covered: operators on some slices of an axis that others use as a whole
-(placement), whose bound is that of kernels alone (`search.bound`).
+that of a relaxed shape. The work of a shape bounds that of shapes with more microbatches too.
+
+Not covered: operators on some slices of an axis that others use as a whole (placement), whose bound
+is that of kernels alone (`search.bound`).
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 from collections import defaultdict
@@ -51,6 +52,11 @@ from partita.simulation.base import DISPATCH_SECONDS
 
 MOST_RELAXED = 40
 """Shapes that are relaxed, at most: the others keep the bound of their kernels."""
+FEWER = 4
+"""Microbatches of a shape over those of the one that is relaxed first: the same choices have at
+least as much work in more microbatches."""
+BORDER_SHARE = 0.02
+"""Share of the work that moves between stages may take off a bound, at most."""
 FLOW_UNITS = 1 << 28
 """Units of the heaviest cut: flows are whole numbers."""
 
@@ -70,10 +76,26 @@ class StagedShape(NamedTuple):
         """Length of a step of equal stages, in passes of one microbatch through a stage."""
         return self.microbatches + self.stages - 1
 
+    def has_more_work(self, other: StagedShape) -> bool:
+        """Whether microbatches of another shape on the same devices are cut into smaller ones."""
+        is_cut = self.microbatches % other.microbatches == 0
+        return self.inner == other.inner and is_cut
+
     def capacity(self, stages: int) -> float:
         """Seconds of work that some stages in a row do in a step of one second, at most."""
         share = 1 / self.microbatches
         return self.microbatches * (1 - (1 - share) ** stages)
+
+
+class Work(NamedTuple):
+    """Least work of the stages of a shape."""
+
+    of_operator: Array
+    """[operator]: seconds of its stage."""
+    between: float
+    """Seconds of moves between stages among them, at most."""
+    waits: bool
+    """Whether stages wait for all of the work; it has no sums of gradients and no update, then."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,19 +112,29 @@ class StagedBound:
         `one_program_seconds`: the same for plans without stages and microbatches. Microbatches
         alone add work, unless they fit in a faster memory.
         """
-        heap = []
+        bounds = {}
+        proved = set()
         for shape in self.shapes():
-            is_known = one_program_seconds > 0 and shape.stages == 1 and self._has_one_bandwidth
-            known = one_program_seconds if is_known or shape.passes == 1 else 0.0
-            heap.append((max(known, self.of_kernels(shape)), known > 0, shape))
-        heapq.heapify(heap)
+            bounds[shape] = self.of_kernels(shape)
+            is_known = shape.stages == 1 and self._has_one_bandwidth
+            if shape.passes == 1 or is_known:
+                bounds[shape] = max(bounds[shape], one_program_seconds)
+                if one_program_seconds > 0:
+                    proved.add(shape)
         for _ in range(MOST_RELAXED):
-            seconds, is_relaxed, shape = heap[0]
-            if is_relaxed:
+            lowest = min(bounds, key=lambda shape: bounds[shape])
+            if lowest in proved:
                 break
-            seconds = max(seconds, self.relaxed(shape))
-            heapq.heapreplace(heap, (seconds, True, shape))
-        return heap[0][0]
+            fewer = lowest._replace(microbatches=lowest.microbatches // FEWER)
+            enough = min((bounds[shape] for shape in proved), default=math.inf)
+            is_useful = fewer not in proved and bounds.get(fewer, math.inf) < enough
+            shape = fewer if is_useful else lowest
+            work = self.relaxed(shape)
+            proved.add(shape)
+            for other in bounds if self._has_one_bandwidth else [shape]:
+                if other.has_more_work(shape):
+                    bounds[other] = max(bounds[other], self.of_work(other, work))
+        return min(bounds.values())
 
     def shapes(self) -> Iterator[StagedShape]:
         """All shapes: stages over any number of axes, those of the slowest links first."""
@@ -137,23 +169,29 @@ class StagedBound:
         passes = self._pass_seconds + self._addition_seconds * _additions(shape)
         return self._waiting(shape, passes / devices, 0.0)
 
-    def relaxed(self, shape: StagedShape) -> float:
-        """Lower bound of a shape by the relaxation of all choices; 0 where none is computed."""
+    def relaxed(self, shape: StagedShape) -> Work | None:
+        """The work of a shape by the relaxation of all choices; None where none is computed."""
         waits = self._kernels_waiting(shape) > self._kernels_at_work(shape)
         times = Times(
             once=0.0 if waits else 1.0,
             repeated=float(shape.microbatches),
             additions=_additions(shape),
+            most_move_seconds=self._most_move_seconds(shape),
         )
         time = (Axis(TIME, shape.microbatches, -1),) if shape.microbatches > 1 else ()
         placement = Placement(self.placement.machine, Mesh((*time, *shape.inner)))
         relaxed = relax(self.graph, placement, self.terms, times)
         if relaxed is None:
+            return None
+        return Work(relaxed.of_operator, self._between_stages(relaxed, shape.stages), waits)
+
+    def of_work(self, shape: StagedShape, work: Work | None) -> float:
+        """Lower bound of a shape with this work, or more."""
+        if work is None:
             return 0.0
-        between = self._between_stages(relaxed, shape.stages)
-        if waits:
-            return self._waiting(shape, relaxed.of_operator, between)
-        return (relaxed.seconds - between) / shape.stages
+        if work.waits:
+            return self._waiting(shape, work.of_operator, work.between)
+        return (float(work.of_operator.sum()) - work.between) / shape.stages
 
     def _waiting(self, shape: StagedShape, seconds: Array, between: float) -> float:
         """Lower bound of a shape whose operators take these seconds of a stage, or more.
@@ -174,22 +212,49 @@ class StagedBound:
         """Most seconds that the potentials of moves between stages add."""
         if stages == 1:
             return 0.0
+        cut, unordered = self._heaviest_cut(np.maximum(relaxed.of_moves, 0.0))
+        return (stages - 1) * cut + unordered
+
+    def _heaviest_cut(self, of_moves: Array) -> tuple[float, float]:
+        """(most weight of moves that one border cuts, weight of moves that any border may cut)."""
         weights: dict[tuple[int, int], float] = defaultdict(float)
         unordered = 0.0
-        for move, seconds in zip(self.terms.edges, relaxed.of_moves, strict=True):
+        for move, weight in zip(self.terms.edges, of_moves.tolist(), strict=True):
             one, other = sorted((move.home, move.reader))
-            if self.spine.is_before(one, other):
-                weights[one, other] += max(0.0, float(seconds))
+            if self._are_ordered[one, other]:
+                weights[one, other] += weight
             else:
-                unordered += max(0.0, float(seconds))
-        cut = heaviest_cut(self.spine.forward, weights)
-        return unordered + min((stages - 1) * cut, sum(weights.values()))
+                unordered += weight
+        return heaviest_cut(self.spine.forward, weights), unordered
+
+    def _most_move_seconds(self, shape: StagedShape) -> float:
+        """Seconds of a move above which it counts as a move between stages.
+
+        Those of all borders are a small share of the work, then.
+        """
+        cut, unordered = self._cut_moves
+        moves = (shape.stages - 1) * cut + unordered * (shape.stages > 1)
+        if not moves:
+            return math.inf
+        work = self._kernel_seconds + self._addition_seconds * _additions(shape)
+        return BORDER_SHARE * float(work.sum()) * shape.stages / self.placement.mesh.size / moves
 
     # ------------------------------------------------------------ what all shapes share
 
     @cached_property
     def spine(self) -> Spine:
         return Spine.of(self.graph, self._pass_seconds)
+
+    @cached_property
+    def _cut_moves(self) -> tuple[float, float]:
+        """Numbers of moves that one border cuts, at most, and that any border may cut."""
+        return self._heaviest_cut(np.ones(len(self.terms.edges)))
+
+    @cached_property
+    def _are_ordered(self) -> dict[tuple[int, int], bool]:
+        """Ends of moves -> whether the larger one waits for the smaller one."""
+        ends = {tuple(sorted((move.home, move.reader))) for move in self.terms.edges}
+        return {(one, other): self.spine.is_before(one, other) for one, other in ends}
 
     @property
     def _has_one_bandwidth(self) -> bool:

@@ -76,7 +76,7 @@ def test_no_plan_with_stages_is_below_the_bound_of_its_shape(name: str, overlap:
     shapes = [s for s in bound.shapes() if s.microbatches > 1]
     ratios = []
     for shape in draw.sample(shapes, SHAPES):
-        least = max(bound.of_kernels(shape), bound.relaxed(shape))
+        least = max(bound.of_kernels(shape), bound.of_work(shape, bound.relaxed(shape)))
         for plan in random_plans(bound, shape, draw):
             try:
                 step = PipelinedStep.of(bound.graph, machine, plan, bound.terms)
