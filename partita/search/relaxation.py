@@ -36,6 +36,7 @@ from partita.search.degrees import (
     least_move_table,
     least_operator_seconds,
 )
+from partita.search.exposed import Exposed
 
 MAX_ENTRIES = 80_000_000
 """Entries of all tables, at most: with more, shardings that differ in few axes are one class."""
@@ -46,6 +47,8 @@ ROUNDED = 1 - 1e-6
 SWEEPS = 24
 LEAST_RISE = 1e-3
 """Relative rise of a sweep below which the bound is left as it is."""
+OF_VARIABLES = np.array([kind in ("sum", "gather") for kind, _ in PARTS])
+"""[PARTS]: whether they are collectives of variables."""
 HOME, READER = 0, 1
 """The two sides of a move."""
 
@@ -113,7 +116,8 @@ def relax(graph: OperatorGraph, placement: Placement, terms: Terms, times: Times
     choices = _Choices.of(graph, kinds, terms)
     if choices.most > MAX_CHOICES:
         return None
-    problem = _Relaxation(choices, terms, times)
+    exposed = Exposed.of(graph, terms, placement.machine.backend)
+    problem = _Relaxation(choices, terms, times, exposed)
     problem.add_tables()
     best = problem.relaxed()
     before = -np.inf
@@ -218,12 +222,13 @@ class _Choices:
 class _Relaxation:
     """The relaxed problem of a graph and its potentials, at first 0."""
 
-    def __init__(self, choices: _Choices, terms: Terms, times: Times) -> None:
+    def __init__(self, choices: _Choices, terms: Terms, times: Times, exposed: Exposed) -> None:
         self.kinds = choices.kinds
         self.terms = terms
         self.times = times
-        self._visible = 1 - self.kinds.placement.machine.backend.overlap
-        weights = times.of_parts(self._visible)
+        self._exposed = exposed
+        weights = times.of_parts(exposed.visible)
+        small_weights = np.where(OF_VARIABLES, 0.0, weights)
         self._operator_kinds = choices.of_operator
         self._degrees = choices.degrees
         self._views: dict[tuple[int, tuple[int, ...]], _View] = {}
@@ -231,7 +236,8 @@ class _Relaxation:
         for operator, kind in zip(terms.operators, self._operator_kinds, strict=True):
             if kind not in seconds:
                 split = DegreeCounts(self.kinds, operator.factors, self._degrees[kind])
-                seconds[kind] = least_operator_seconds(operator, split, weights)
+                counted = small_weights if exposed.leaves_out(operator) else weights
+                seconds[kind] = least_operator_seconds(operator, split, counted)
                 seconds[kind] += times.additions * least_addition_seconds(operator, split)
         self.moves: list[_Moves] = []
         self.operators: list[_Operators] = []
@@ -264,12 +270,12 @@ class _Relaxation:
             target = self._positions(move.reader, move.target)
             home = self._operator_kinds[move.home]
             reader = self._operator_kinds[move.reader]
-            times = self.times.of_move(move)
+            times = self.times.of_move(move) * self._exposed.share(move)
             key = (home, reader, source, target, times, *_size(move))
             if key not in number:
                 number[key] = len(self.moves)
                 views = (self._view(home, source), self._view(reader, target))
-                self.moves.append(_Moves(move, times * self._visible, views))
+                self.moves.append(_Moves(move, times, views))
             self._of_move.append(number[key])
             of_operator[move.home].append((number[key], HOME))
             of_operator[move.reader].append((number[key], READER))
