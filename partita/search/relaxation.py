@@ -176,8 +176,7 @@ class _Moves:
     @cached_property
     def key(self) -> tuple[object, ...]:
         """Equal for moves with equal tables."""
-        degrees = (view.shardings.degrees.tobytes() for view in self.views)
-        return (self.times, *_size(self.move), *degrees)
+        return (*_size(self.move), *(view.shardings.degrees.tobytes() for view in self.views))
 
     @property
     def entries(self) -> int:
@@ -313,10 +312,7 @@ class _Relaxation:
         for moves in self.moves:
             shardings = [view.shardings for view in moves.views]
             if moves.key not in tables:
-                table = least_move_table(moves.move, self.kinds, *shardings)
-                table *= np.float32(ROUNDED * moves.times)
-                np.minimum(table, np.float32(self.times.most_move_seconds), out=table)
-                tables[moves.key] = table
+                tables[moves.key] = least_move_table(moves.move, self.kinds, *shardings)
             moves.table = tables[moves.key]
             moves.potentials = [np.zeros(each.count) for each in shardings]
 
@@ -346,6 +342,8 @@ class _Relaxation:
             moves.views[READER].number,
             moves.potentials[READER],
             moves.table,
+            np.float32(ROUNDED * moves.times),
+            np.float32(ROUNDED * self.times.most_move_seconds),
         )
         for side, potentials in enumerate(raised):
             change = (potentials - moves.potentials[side])[moves.views[side].number]
@@ -367,10 +365,12 @@ def _raised(
     reader_number,
     reader_potentials,
     table,
+    times,
+    most_seconds,
 ):
     """Potentials (at home, of the reader) that divide the least sums of a table evenly.
 
-    No two of them sum to more than the table's entry.
+    No two of them sum to more than the table's entry, `times` over, and at most `most_seconds`.
     """
     home = _least(home_seconds, home_number, home_potentials)
     reader = _least(reader_seconds, reader_number, reader_potentials)
@@ -381,10 +381,11 @@ def _raised(
         given = home[s]
         least = np.inf
         for t in range(len(reader)):
-            least = min(least, row[t] + reader[t])
+            seconds = min(times * row[t], most_seconds)
+            least = min(least, seconds + reader[t])
         through_reader[s] = least
         for t in range(len(reader)):
-            cost = row[t] + given
+            cost = min(times * row[t], most_seconds) + given
             through_home[t] = min(through_home[t], cost)
     return (through_reader - home) / 2, (through_home - reader) / 2
 
