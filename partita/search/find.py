@@ -390,7 +390,7 @@ def bound_of_all_plans(network: CostNetwork, bound_seconds: float) -> float:
     if kernels >= bound_seconds * (1 - SMALL_GAP):
         return min(bound_seconds, kernels)
     relaxation = least_step_seconds(network.graph, placement, network.terms)
-    return min(bound_seconds, max(kernels, relaxation))
+    return max(kernels, relaxation)
 
 
 def _or_rematerialized(
