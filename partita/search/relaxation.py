@@ -47,8 +47,6 @@ ROUNDED = 1 - 1e-6
 SWEEPS = 24
 LEAST_RISE = 1e-3
 """Relative rise of a sweep below which the bound is left as it is."""
-OF_VARIABLES = np.array([kind in ("sum", "gather") for kind, _ in PARTS])
-"""[PARTS]: whether they are collectives of variables."""
 HOME, READER = 0, 1
 """The two sides of a move."""
 
@@ -227,7 +225,6 @@ class _Relaxation:
         self.times = times
         self._exposed = exposed
         weights = times.of_parts(exposed.visible)
-        small_weights = np.where(OF_VARIABLES, 0.0, weights)
         self._operator_kinds = choices.of_operator
         self._degrees = choices.degrees
         self._views: dict[tuple[int, tuple[int, ...]], _View] = {}
@@ -235,8 +232,7 @@ class _Relaxation:
         for operator, kind in zip(terms.operators, self._operator_kinds, strict=True):
             if kind not in seconds:
                 split = DegreeCounts(self.kinds, operator.factors, self._degrees[kind])
-                counted = small_weights if exposed.leaves_out(operator) else weights
-                seconds[kind] = least_operator_seconds(operator, split, counted)
+                seconds[kind] = least_operator_seconds(operator, split, weights)
                 seconds[kind] += times.additions * least_addition_seconds(operator, split)
         self.moves: list[_Moves] = []
         self.operators: list[_Operators] = []
