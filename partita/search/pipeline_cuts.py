@@ -18,6 +18,7 @@ from partita.graph.operator_graph import Label, OperatorGraph, Phase
 from partita.plans.borders import crossing_tensors
 from partita.plans.phases import DataFlow
 from partita.plans.pipeline import sample_factor
+from partita.search.base import numbered
 
 NARROW = 1.2
 """Bytes that cross a cut at most, relative to the narrowest place around."""
@@ -25,6 +26,8 @@ MIN_REACH = 4
 """Operators on either side of a place, at least, that it is compared with."""
 REACH_SHARE = 64
 """The same as a share of all operators: one in 64."""
+NEAR = 16
+"""Operators on either side of a cut that decide which values cross it."""
 
 
 class CutValue(NamedTuple):
@@ -53,46 +56,91 @@ class Cuts:
         terms: Terms,
     ) -> None:
         self.graph = graph
+        self.digests = [operator.digest for operator in terms.operators]
         self.values = _forward_values(terms)
         self.ends = _narrow_ends(len(graph.operators), self.values)
 
     @cached_property
     def stored(self) -> list[list[CutValue]]:
         """Per cut, the forward values that cross it, as their home stores them."""
-        crossing: list[list[CutValue]] = [[] for _ in self.ends]
-        for value in self.values:
-            stored = CutValue(value.home, value.label, value.nbytes)
-            for cut in self._between(value.home, value.last_reader):
-                crossing[cut].append(stored)
-        return crossing
+        stored = []
+        for values in self._crossing_values:
+            stored.append([CutValue(value.home, value.label, value.nbytes) for value in values])
+        return stored
 
     @cached_property
     def forward(self) -> list[list[CutValue]]:
         """Per cut, the values that the forward pass sends."""
-        return self._sent("forward")
+        return [sent["forward"] for sent in self._sent]
 
     @cached_property
     def backward(self) -> list[list[CutValue]]:
         """Per cut, the values that the backward pass sends."""
-        return self._sent("backward")
+        return [sent["backward"] for sent in self._sent]
 
     @cached_property
-    def _crossing(self) -> list[list[int]]:
-        return crossing_tensors(DataFlow.of(self.graph), self.ends)
+    def _crossing_values(self) -> list[list[ForwardValue]]:
+        """Per cut, the forward values that cross it."""
+        crossing: list[list[ForwardValue]] = [[] for _ in self.ends]
+        for value in self.values:
+            for cut in self._between(value.home, value.last_reader):
+                crossing[cut].append(value)
+        return crossing
 
-    def _sent(self, phase: Phase) -> list[list[CutValue]]:
+    @cached_property
+    def _sent(self) -> list[dict[Phase, list[CutValue]]]:
+        """Per cut, the values that each pass sends: one minimum cut for equal surroundings."""
+        kinds = numbered(map(self._surroundings, range(len(self.ends))))
+        first = [kinds.index(kind) for kind in range(len(set(kinds)))]
         flow = DataFlow.of(self.graph)
-        sent: list[list[CutValue]] = []
-        for tensors in self._crossing:
-            values = []
-            for t in tensors:
-                source = flow.producer[t]
-                operator = self.graph.home[t] if self.graph.home[t] >= 0 else flow.owner(source)
-                if flow.classes[source] == phase and operator >= 0:
-                    nbytes = self.graph.tensors[t].nbytes
-                    values.append(CutValue(operator, self.graph.labels[t], nbytes))
-            sent.append(values)
+        crossing = crossing_tensors(flow, [self.ends[cut] for cut in first])
+        of_kind = [self._sent_tensors(flow, tensors) for tensors in crossing]
+        sent = []
+        for end, kind in zip(self.ends, kinds, strict=True):
+            distance = end - self.ends[first[kind]]
+            moved: dict[Phase, list[CutValue]] = {}
+            for phase, values in of_kind[kind].items():
+                moved[phase] = [self._moved(v, end - distance, distance) for v in values]
+            sent.append(moved)
         return sent
+
+    def _sent_tensors(self, flow: DataFlow, tensors: Sequence[int]) -> dict[Phase, list[CutValue]]:
+        """The values of tensors, by the pass that sends them."""
+        sent: dict[Phase, list[CutValue]] = {"forward": [], "backward": []}
+        for t in tensors:
+            source = flow.producer[t]
+            operator = self.graph.home[t] if self.graph.home[t] >= 0 else flow.owner(source)
+            phase = flow.classes[source]
+            if phase in sent and operator >= 0:
+                nbytes = self.graph.tensors[t].nbytes
+                sent[phase].append(CutValue(operator, self.graph.labels[t], nbytes))
+        return sent
+
+    def _surroundings(self, cut: int) -> tuple[object, ...]:
+        """Equal for cuts between equal operators, that equal values cross."""
+        end = self.ends[cut]
+        begin = max(0, end + 1 - NEAR)
+        values = []
+        for value in self._crossing_values[cut]:
+            home = end - value.home if end - value.home < NEAR else -value.home - 1
+            reader = min(NEAR, value.last_reader - end)
+            values.append((home, reader, value.nbytes))
+        return end - begin, *self.digests[begin : end + NEAR], *sorted(values)
+
+    def _moved(self, value: CutValue, end: int, distance: int) -> CutValue:
+        """The value of a cut at `end` in the surroundings of an equal one, operators further on.
+
+        Operators far away are the same ones.
+        """
+        if not distance or abs(end - value.operator) >= NEAR:
+            return value
+        operators = self.graph.operators
+        operator = value.operator + distance
+        factors = dict(
+            zip(operators[value.operator].factors, operators[operator].factors, strict=True)
+        )
+        label = tuple(factors.get(factor, factor) for factor in value.label)
+        return CutValue(operator, label, value.nbytes)
 
     def _between(
         self,
