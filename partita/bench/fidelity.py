@@ -27,7 +27,9 @@ from partita.planning import predict_plan, search_measured
 from partita.plans.check import check
 from partita.plans.plan import Mesh, Plan
 from partita.search.candidates import candidates, names_of
-from partita.search.find import find, mesh_of
+from partita.search.find import PlanResult, find, mesh_of
+from partita.search.pipelines import PipelineSpace, Sketch
+from partita.simulation.pipelined import PipelinedStep
 
 WAYS = ("rates", "fitted", "measured")
 """Basis of a prediction: rates and links, a fit to other models' operators, timed operators."""
@@ -36,6 +38,8 @@ MIN_PLANS = 6
 ROUNDS = 5
 """Measured rounds."""
 
+MICROBATCHES = 2
+"""Microbatches per stage of the measured pipeline."""
 MAX_PLANS = 1000
 """Largest number of plans of a model, by default more than there are."""
 
@@ -244,9 +248,9 @@ def plans_of(
 ) -> tuple[dict[str, Plan], str]:
     """(plans to measure, each a distinct program; name of the chosen one).
 
-    The plans are the baselines, `chosen` (found with timed operators), `by_rates` (found without),
-    and random plans, at least one and enough to reach `MIN_PLANS`. One device has one plan. At
-    most `most` remain, in the order of `Effort.plans`.
+    The plans are the baselines, with a pipeline, `chosen` (found with timed operators), `by_rates`
+    (found without), and random plans, at least one and enough to reach `MIN_PLANS`. One device has
+    one plan. At most `most` remain, in the order of `Effort.plans`.
     """
     if machine.devices == 1:
         return {"one device": baselines["one device"]}, "one device"
@@ -273,7 +277,23 @@ def program(plan: Plan) -> str:
     Data x tensor is data parallel on two devices, and ZeRO-2 is ZeRO-1.
     """
     stored = sorted((path, s.dim, s.axes, s.zero == 3) for path, s in plan.storage.items())
-    return repr((plan.devices, plan.to_json()["operators"], stored))
+    return repr((plan.devices, plan.microbatches, plan.to_json()["operators"], stored))
+
+
+def pipeline(graph: OperatorGraph, result: PlanResult) -> Plan | None:
+    """The fastest plan with a stage per device of the first axis and two microbatches a stage.
+
+    None on one device, and for a step that cannot be cut.
+    """
+    network = result.network
+    space = PipelineSpace(graph, network.placement, network.terms, math.inf)
+    for shape in space.shapes(1) if space.mesh.axes else ():
+        if shape.rematerialize or shape.microbatches != MICROBATCHES * shape.stages:
+            continue
+        sketch = space.sketch(shape, math.inf, tries=1)
+        step = space.simulate(sketch) if isinstance(sketch, Sketch) else None
+        return check(step.plan, graph) if isinstance(step, PipelinedStep) else None
+    return None
 
 
 def random_plan(
@@ -401,6 +421,9 @@ def _plans_to_measure(
     from partita.execute.processes import alone
 
     baselines = {name: plan for name, (plan, _) in result.baselines.items()}
+    staged = pipeline(captured.graph, result)
+    if staged is not None:
+        baselines["pipeline"] = staged
 
     def usable(plan: Plan) -> Plan:
         return plan if plan.devices > 1 or alone() else baselines["one device"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from partita.capture.jax_functions import Captured
 from partita.execute.processes import meet
-from partita.execute.program import planned_step
+from partita.execute.program import runnable_step
 from partita.plans.plan import Plan
 
 
@@ -50,8 +50,8 @@ def step_seconds(
 
 def _start(captured: Captured, plan: Plan) -> _Running:
     """The compiled step of a plan with values on the devices."""
-    step = planned_step(captured, plan)
-    compiled = step.lower().compile()
+    step = runnable_step(captured, plan)
+    compiled = step.compile()
     state = step.place_state(_constants(captured.state))
     batch = step.place_batch(_constants(captured.batch))
     return _Running(compiled, state, batch)

@@ -45,6 +45,7 @@ from partita.graph.operator_graph import OperatorGraph, constant_tensors
 from partita.machine import Machine, fitted_times
 from partita.machine.times import OperatorKey
 from partita.plans.layout import label_sharding, operator_assignments
+from partita.plans.pipeline import is_pipeline, stage_plan
 from partita.plans.plan import Mesh as PlanMesh
 from partita.plans.plan import Plan
 
@@ -265,13 +266,14 @@ def _requests(
     plans: Sequence[Plan],
     seconds_of: Mapping[Any, float],
 ) -> Iterator[Request]:
-    """The plans' operators without a time, each once."""
+    """The plans' operators without a time, each once; those of pipelines on a microbatch."""
     graph = captured.graph
     terms = cost_terms(graph, machine.backend)
     keys = set(seconds_of)
     with stablehlo.context(), ir.Location.unknown():
         cutter = Cutter(stablehlo.parse(captured.text.mlir_module_serialized), graph)
         for plan in plans:
+            plan = stage_plan(graph, plan) if is_pipeline(plan) else plan
             placement = Placement(machine, plan.mesh)
             for o, assignment in enumerate(operator_assignments(graph, plan)):
                 operator_terms = terms.operators[o]

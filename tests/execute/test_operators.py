@@ -9,6 +9,7 @@ from jax.extend.mlir import ir
 from keras import layers
 
 import partita
+from partita.bench.fidelity import pipeline
 from partita.capture import stablehlo
 from partita.capture.program import capture_program
 from partita.errors import PlanError
@@ -80,6 +81,15 @@ def test_every_operator_of_every_plan_is_measured_with_its_status(captured):
     assert all(
         o.compute > 0 for o in result.prediction.operators if o.name.startswith(("conv", "dense"))
     )
+
+
+def test_operators_of_a_pipeline_are_measured_on_a_microbatch(captured):
+    machine = detect(2)
+    plan = pipeline(captured.graph, find(captured.graph, machine))
+    assert plan is not None and plan.microbatches == 4
+    timed = operators.measured_operators(captured, machine, [plan])
+    predicted = predict_plan(captured.graph, timed, plan)
+    assert {operator.source for operator in predicted.operators} == {"measured"}
 
 
 def test_times_are_stored_for_equal_operators_of_other_models(captured):
