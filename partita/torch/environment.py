@@ -407,8 +407,8 @@ def _embedding_bag(
         )
     if max_norm is not None or scale_grad_by_freq:
         raise CaptureError(
-            "EmbeddingBag with max_norm or scale_grad_by_freq has no counterpart in JAX. Leave the "
-            "option away."
+            "EmbeddingBag with max_norm or scale_grad_by_freq has no counterpart in JAX. Remove "
+            "the option."
         )
     words = input.jax()
     rows = weight.jax()[words]
