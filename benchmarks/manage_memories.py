@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from partita.cost.attached import attached_seconds, kernel_bytes
-from partita.cost.terms import Work
+from partita.cost.operator_terms import Work
 from partita.machine import Machine, load
 
 ROWS = (1, 2, 3, 4, 8, 64)

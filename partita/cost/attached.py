@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from partita.cost.terms import Work
+from partita.cost.operator_terms import Work
 from partita.machine import Attached, Machine
 from partita.machine.parts import DTYPES, FULL_FLOAT32
 from partita.units import format_seconds

@@ -16,17 +16,11 @@ import numpy as np
 from partita.cost.attached import AttachedUse, kernels_by_part
 from partita.cost.backends import compiler_of
 from partita.cost.moves import Placement, move_seconds
+from partita.cost.operator_terms import Halo, OperatorTerms, Reduction, StoredVariable, Work
 from partita.cost.partial import Factors
 from partita.cost.reshard import Axes
 from partita.cost.storage import PLAIN, StorageRule, planned_rule
-from partita.cost.terms import (
-    Halo,
-    OperatorTerms,
-    Reduction,
-    StoredVariable,
-    Terms,
-    Work,
-)
+from partita.cost.terms import Terms
 from partita.errors import MachineError
 from partita.graph.operator_graph import Phase
 from partita.machine import FULL_FLOAT32, Machine, collective_seconds

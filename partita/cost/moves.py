@@ -17,8 +17,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from partita.cost.operator_terms import Move
 from partita.cost.reshard import Axes, emitted_steps
-from partita.cost.terms import Move
 from partita.machine import Machine, collective_seconds
 from partita.machine.collectives import Group
 from partita.plans.layout import Layout, Sharding, label_sharding, over_devices, time_axes

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from partita.cost.operator_terms import OperatorTerms, StoredVariable
 from partita.cost.reshard import Axes
-from partita.cost.terms import OperatorTerms, StoredVariable
 from partita.plans.layout import label_sharding, spare_axes
 from partita.plans.plan import Mesh, Plan
 

@@ -12,7 +12,8 @@ from importlib import resources
 import numpy as np
 
 from partita.cost.evaluate import PHASES
-from partita.cost.terms import OperatorTerms, cost_terms
+from partita.cost.operator_terms import OperatorTerms
+from partita.cost.terms import cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Backend
 

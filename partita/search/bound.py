@@ -12,7 +12,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from partita.cost.evaluate import PHASES, engine_dtype
-from partita.cost.terms import OperatorTerms, Terms, Work
+from partita.cost.operator_terms import OperatorTerms, Work
+from partita.cost.terms import Terms
 from partita.graph.operator_graph import Phase
 from partita.machine import Machine
 

@@ -28,9 +28,9 @@ from partita.cost.evaluate import (
     stateless_cost,
 )
 from partita.cost.moves import Placement
+from partita.cost.operator_terms import Move, OperatorTerms, Reduction, StoredVariable
 from partita.cost.partial import Factors
 from partita.cost.reshard import Axes
-from partita.cost.terms import Move, OperatorTerms, Reduction, StoredVariable
 from partita.machine.collectives import collective_lines
 from partita.search.base import Array
 

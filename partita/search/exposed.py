@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from partita.cost.terms import Move, Terms
+from partita.cost.operator_terms import Move
+from partita.cost.terms import Terms
 from partita.graph.operator_graph import IdentityKey, OperatorGraph, Phase
 from partita.machine import Backend
 from partita.simulation.structure import Slot, Structure, step_structure

@@ -18,8 +18,9 @@ import numpy as np
 
 from partita.cost.evaluate import Assignment, operator_cost
 from partita.cost.moves import Placement, move_table
+from partita.cost.operator_terms import Move, OperatorTerms, StoredVariable
 from partita.cost.storage import PLAIN, StorageRule, planned_rule, storage_axes, storage_rules
-from partita.cost.terms import Move, OperatorTerms, StoredVariable, Terms, cost_terms
+from partita.cost.terms import Terms, cost_terms
 from partita.graph.operator_graph import Label, OperatorGraph, Phase
 from partita.machine import Machine
 from partita.plans.layout import Sharding, is_accelerated, label_sharding

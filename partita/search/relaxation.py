@@ -24,7 +24,8 @@ from numba import njit
 
 from partita.cost.evaluate import PARTS
 from partita.cost.moves import Placement
-from partita.cost.terms import Move, Terms
+from partita.cost.operator_terms import Move
+from partita.cost.terms import Terms
 from partita.graph.operator_graph import Label, OperatorGraph
 from partita.search.base import Array, numbered
 from partita.search.degrees import (

@@ -20,7 +20,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from partita.cost.moves import Placement, move_seconds
-from partita.cost.terms import Move
+from partita.cost.operator_terms import Move
 from partita.plans.layout import Sharding
 from partita.simulation.groups import DeviceGroups, Slices, index_of
 

@@ -29,8 +29,9 @@ from partita.cost.moves import (
     move_seconds,
     planned_moves,
 )
+from partita.cost.operator_terms import Move
 from partita.cost.predict import OperatorPrediction, Prediction, build_prediction, with_energy
-from partita.cost.terms import Move, Terms, cost_terms
+from partita.cost.terms import Terms, cost_terms
 from partita.cost.work import local_flops
 from partita.errors import PlanError
 from partita.graph.operator_graph import Label, OperatorGraph

@@ -24,9 +24,10 @@ from partita.cost.collectives import collectives
 from partita.cost.evaluate import OperatorCost, compute_source, operator_costs
 from partita.cost.memory import PeakMemory, memory
 from partita.cost.moves import Placement
+from partita.cost.operator_terms import Reduction
 from partita.cost.predict import OperatorPrediction, Prediction, build_prediction, with_energy
 from partita.cost.storage import storage_axes
-from partita.cost.terms import Reduction, Terms, cost_terms
+from partita.cost.terms import Terms, cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
 from partita.plans.layout import (

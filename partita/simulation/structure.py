@@ -23,7 +23,8 @@ from typing import Literal
 import numpy as np
 
 from partita.cost.evaluate import PHASES
-from partita.cost.terms import Move, OperatorTerms, Reduction, Terms
+from partita.cost.operator_terms import Move, OperatorTerms, Reduction
+from partita.cost.terms import Terms
 from partita.graph.flat import HEAVY
 from partita.graph.operator_graph import (
     IdentityKey,

@@ -26,7 +26,7 @@ import numpy as np
 
 from partita.cost.evaluate import PARTS, OperatorCost
 from partita.cost.moves import Placement, move_seconds, planned_moves
-from partita.cost.terms import Move
+from partita.cost.operator_terms import Move
 from partita.graph.operator_graph import IdentityKey, Phase
 from partita.plans.layout import Layout, label_sharding
 from partita.simulation.engine import Tasks

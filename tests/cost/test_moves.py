@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partita.cost.moves import Placement, move_seconds, move_table
-from partita.cost.terms import Move
+from partita.cost.operator_terms import Move
 from partita.machine import load
 from partita.plans.plan import TIME, Axis, Mesh
 from partita.search.find import mesh_of

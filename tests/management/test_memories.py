@@ -15,7 +15,7 @@ from partita.cost.attached import (
     kernel_bytes,
 )
 from partita.cost.energy import DeviceActivity, missing_power, step_energy
-from partita.cost.terms import Work
+from partita.cost.operator_terms import Work
 from partita.machine import Attached, Engine, Machine, load
 
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from partita.cost.evaluate import PARTS, operator_cost
 from partita.cost.moves import Placement, move_seconds
+from partita.cost.operator_terms import Move
 from partita.cost.reshard import Axes
 from partita.cost.storage import storage_rules
-from partita.cost.terms import Move, cost_terms
+from partita.cost.terms import cost_terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
 from partita.plans.layout import Sharding
