@@ -88,8 +88,8 @@ class AxisKinds:
         """
         degrees = np.zeros((1, len(sizes), 0), np.int64)
         for size, count in zip(self.sizes, self.counts, strict=True):
-            dealt = np.array(list(_at_most(int(count), len(sizes))), np.int64)
-            dealt = dealt.reshape(-1, len(sizes))
+            tuples = list(_at_most(int(count), len(sizes)))
+            dealt = np.array(tuples, np.int64).reshape(len(tuples), len(sizes))
             before = np.prod(self.sizes[: degrees.shape[2]] ** degrees, axis=2)
             shards = before[:, None, :] * size ** dealt[None]
             rows, columns = np.nonzero((np.array(sizes) % shards == 0).all(axis=2))

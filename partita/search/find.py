@@ -51,11 +51,13 @@ from partita.search.pipelines import pipelines
 from partita.search.placement import placements
 from partita.search.portfolio import (
     MIN_GAIN,
+    ROUNDING,
     SEARCHES,
     Limits,
     Search,
     SearchSpace,
     elimination,
+    without_idle_splits,
 )
 from partita.search.relaxation import least_step_seconds
 from partita.search.rematerialization import (
@@ -347,6 +349,11 @@ def _runnable(
     if max(peaks.values()) > limit_bytes and not searched.stopped and _can_offload(request):
         baselines = _baselines(request, offload=True)
         searched, peaks = _search_within_memory(baselines, search, limit_bytes, limits)
+    states = without_idle_splits(baselines.space, searched.states)
+    if states not in peaks:
+        peaks[states] = peak_bytes(baselines.network, baselines.network.plan(states))
+    if peaks[states] <= limit_bytes:
+        searched = replace(searched, states=states)
     network = baselines.network
     plan = network.plan(searched.states)
     result = PlanResult(
@@ -536,7 +543,7 @@ def _or_one_device(request: _Request, result: PlanResult) -> PlanResult:
         return result
     alone_seconds = baselines.seconds("one device")
     if plan.is_split:
-        if result.prediction.seconds < alone_seconds:
+        if result.prediction.seconds < alone_seconds * (1 - ROUNDING):
             return result
         if baselines["one device"][1].peak_bytes > capacity(request.machine):
             return result

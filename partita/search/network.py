@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -112,6 +112,12 @@ class CostNetwork(EqualByContent):
         factors = (*self.graph.operators[operator].factors, -1)
         positions = self.states[operator][state].choice
         return tuple(factors[position] for position in positions)
+
+    def whole(self, operator: int, state: int) -> int | None:
+        """The state with the same storage whose choice splits nothing, None if there is none."""
+        split = self.states[operator][state]
+        whole = replace(split, choice=(-1,) * len(split.choice))
+        return self._state_numbers[self.problem.kinds[operator]].get(whole)
 
     def plan(
         self,

@@ -19,7 +19,7 @@ from functools import cached_property
 
 import numpy as np
 
-from partita.search.base import Problem, Report, SearchResult
+from partita.search.base import Problem, Report, SearchResult, States
 from partita.search.elimination import eliminate
 from partita.search.exhaustive import prove
 from partita.search.mcmc import run_chains
@@ -36,6 +36,8 @@ MIN_GAIN = 0.01
 
 A smaller gain is below the error of predictions.
 """
+ROUNDING = 1e-6
+"""Relative difference of seconds within which two plans are equally fast."""
 SMALL = 24
 """Operators of a network up to which the portfolio tries a proof."""
 NODES = 3_000_000
@@ -108,6 +110,32 @@ class SearchSpace:
         seconds = self.simulated.seconds(result.states)
         result = replace(result, seconds=seconds, bound=min(lower.bound, seconds))
         return result, self.reduced_relaxed.lift(lower.states)
+
+
+def without_idle_splits(space: SearchSpace, states: States) -> tuple[int, ...]:
+    """The states with those operators whole whose splits save neither time nor memory.
+
+    All of them together make the step longer by ROUNDING at most.
+    """
+    network = space.network
+    problem = network.problem
+    step_seconds = space.simulated.seconds if space.overlaps else problem.cost
+    seconds = step_seconds(states)
+    chosen = list(states)
+    for o, state in enumerate(states):
+        whole = network.whole(o, state)
+        if whole in (None, state) or problem.nbytes[o][whole] > problem.nbytes[o][state]:
+            continue
+        added_seconds = problem.seconds[o][whole] - problem.seconds[o][state]
+        for neighbour, table in network.neighbours[o]:
+            moves = table[:, chosen[neighbour]]
+            added_seconds += moves[whole] - moves[state]
+        if added_seconds > seconds * ROUNDING:
+            continue
+        chosen[o] = whole
+        if step_seconds(chosen) > seconds * (1 + ROUNDING):
+            chosen[o] = state
+    return tuple(chosen)
 
 
 Search = Callable[[SearchSpace, Limits], SearchResult]

@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from partita.cost.predict import predict
@@ -19,6 +20,7 @@ from partita.search.alternatives import alternatives
 from partita.search.candidates import REPLICATE, candidates, names_of
 from partita.search.find import PlanResult, bound_of_all_plans, find, mesh_of
 from partita.search.network import build
+from partita.search.portfolio import SearchSpace, without_idle_splits
 from partita.simulation.simulate import predicted
 
 DATA = Path(__file__).parents[1] / "data"
@@ -97,6 +99,33 @@ def test_one_device_can_be_the_answer_and_says_why() -> None:
     result = find(GRAPHS["mlp"], slow)
     assert result.plan.mesh == Mesh(())
     assert "one of 8 devices is used: splitting does not pay" in result.plan.notes[0]
+
+
+def test_a_split_that_saves_less_than_rounding_leaves_one_device() -> None:
+    figures = {"device.overhead": 1e6, "level.process.bandwidth": 1e30, "level.process.latency": 0}
+    result = find(GRAPHS["mlp"], eight().revised(figures, "launches alone take time"))
+    assert result.plan.mesh == Mesh(())
+    assert "one of 8 devices is used" in result.plan.notes[0]
+
+
+def test_operators_stay_whole_where_a_split_saves_neither_time_nor_memory() -> None:
+    network = build(GRAPHS["mlp"], eight(), mesh_of(eight()))
+    states = tuple(len(costs) - 1 for costs in network.problem.seconds)
+    whole = tuple(network.whole(o, state) for o, state in enumerate(states))
+    free = replace(
+        network.problem,
+        seconds=[np.zeros_like(costs) for costs in network.problem.seconds],
+        nbytes=[np.zeros_like(nbytes) for nbytes in network.problem.nbytes],
+        tables={ends: np.zeros_like(table) for ends, table in network.problem.tables.items()},
+    )
+    space = SearchSpace(replace(network, problem=free), [])
+    assert states != whole == without_idle_splits(space, states)
+    for costs in ("seconds", "nbytes"):
+        first = np.zeros_like(free.seconds[0])
+        first[whole[0]] = 1.0
+        dear = replace(free, **{costs: [first, *getattr(free, costs)[1:]]})
+        space = SearchSpace(replace(network, problem=dear), [])
+        assert without_idle_splits(space, states) == (states[0], *whole[1:])
 
 
 def test_more_bandwidth_never_hurts() -> None:

@@ -115,6 +115,11 @@ def test_all_degrees_are_the_ways_to_divide_factors() -> None:
     assert {rows.tobytes() for rows in degrees} == expected
 
 
+def test_an_operator_without_factors_has_one_choice() -> None:
+    kinds = AxisKinds.of(placement_on("dgx-h100:2"))
+    assert kinds.all_degrees([]).shape == (1, 0, len(kinds.sizes))
+
+
 def degrees_of(split: Sequence[Axes], kinds: AxisKinds) -> np.ndarray:
     """Numbers of axes of each kind, [entry of the split, kind]."""
     rows = [[sum(axis in entry for axis in axes) for axes in kinds.axes] for entry in split]
