@@ -19,7 +19,8 @@ def importance_of(
     """float32 [vertices]: the product of both weights of each vertex; None without weights.
 
     A class that is not listed has the weight 1, as in Keras. GraphError for weights that are
-    negative, not finite, or of classes or vertices that the graph does not have.
+    negative, not finite, 0 for all training vertices, or of classes or vertices that the graph does
+    not have.
 
     >>> graph = Graph.from_edges([0], [1], labels=[0, 1])
     >>> importance_of(graph, {1: 3.0}, [1.0, 0.5]).tolist()
@@ -32,6 +33,14 @@ def importance_of(
         importance *= _vertex_weights(graph, vertex_weight)
     if class_weight is not None:
         importance *= _class_weights(graph, class_weight)
+    trained = graph.train
+    if trained is not None and trained.any() and not importance[trained].any():
+        weights = {"vertex_weight": vertex_weight, "class_weight": class_weight}
+        given = " and ".join(name for name, value in weights.items() if value is not None)
+        raise GraphError(
+            f"By {given} all {np.count_nonzero(trained):,} training vertices of '{graph.name}' "
+            "have the weight 0, so nothing would be trained: give some of them a positive weight."
+        )
     return importance
 
 

@@ -228,6 +228,12 @@ def test_weights_of_classes_and_vertices_multiply_the_loss() -> None:
         ({"vertex_weight": -np.ones(VERTICES)}, "vertex_weight of vertex 0 is -1"),
         ({"class_weight": {7: 1.0}}, "class_weight has the class 7"),
         ({"class_weight": {1: np.inf}}, "class_weight of class 1 is inf"),
+        (
+            {"vertex_weight": np.zeros(VERTICES)},
+            r"By vertex_weight all \d+ training vertices of '.*' have the weight 0, so nothing "
+            "would be trained: give some of them a positive weight.",
+        ),
+        ({"class_weight": dict.fromkeys(range(4), 0.0)}, "By class_weight all"),
     ],
 )
 def test_bad_weights_are_refused(options: Any, sentence: str) -> None:
