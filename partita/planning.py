@@ -242,7 +242,7 @@ def with_reasons(result: PlanResult) -> Plan:
     operators = {}
     for cost, others in zip(
         result.prediction.operators,
-        alternatives(result.network, chosen, ALTERNATIVES),
+        alternatives(result.baselines.space, chosen, ALTERNATIVES),
         strict=True,
     ):
         shown = [_alternative(result, *other) for other in others]

@@ -12,27 +12,29 @@ import numpy as np
 from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Plan
 from partita.search.candidates import names_of
-from partita.search.network import CostNetwork, OperatorState, storage_of
+from partita.search.network import OperatorState, storage_of
+from partita.search.portfolio import SearchSpace
 
 Alternative = tuple[dict[str, str], str, float, float]
-"""(choice, storage of variables in words, extra seconds, extra bytes)."""
+"""(choice, storage of variables in words, extra seconds of a step, extra bytes)."""
 
 
 def alternatives(
-    network: CostNetwork,
+    space: SearchSpace,
     plan: Plan,
     limit: int = 8,
 ) -> list[list[Alternative]]:
-    """Per operator, at most `limit` other choices, fastest first.
+    """Per operator, at most `limit` other choices, fastest first: those that cost least alone.
 
     There are none for a plan with stages or placement.
     """
+    network = space.network
     states = network.states_of(plan) if is_one_program(plan) else None
     if states is None:
         return [[] for _ in network.states]
     return [
         _alternatives(
-            network,
+            space,
             states,
             o,
             limit,
@@ -42,11 +44,12 @@ def alternatives(
 
 
 def _alternatives(
-    network: CostNetwork,
+    space: SearchSpace,
     states: Sequence[int],
     operator: int,
     limit: int,
 ) -> list[Alternative]:
+    network = space.network
     problem = network.problem
     nbytes = problem.nbytes[operator]
     seconds = problem.seconds[operator]
@@ -54,6 +57,16 @@ def _alternatives(
         moves = table[:, states[neighbour]]
         seconds = seconds + moves
     planned = states[operator]
+    step_seconds = space.simulated.seconds(states) if space.overlaps else 0.0
+
+    def added_seconds(state: int) -> float:
+        """Where collectives overlap, a step is no sum of its parts."""
+        if not space.overlaps:
+            return float(seconds[state] - seconds[planned])
+        changed = [*states]
+        changed[operator] = state
+        return space.simulated.seconds(changed) - step_seconds
+
     listed: list[Alternative] = []
     for i in np.argsort(seconds, kind="stable"):
         if len(listed) == limit:
@@ -67,11 +80,11 @@ def _alternatives(
         alternative = (
             names_of(network.graph, network.placement.mesh, choice),
             _storage_text(state),
-            float(seconds[i] - seconds[planned]),
+            added_seconds(i),
             float(nbytes[i] - nbytes[planned]),
         )
         listed.append(alternative)
-    return listed
+    return sorted(listed, key=lambda alternative: alternative[2])
 
 
 def _storage_text(state: OperatorState) -> str:

@@ -72,9 +72,23 @@ def test_found_and_baseline_plans_fit_their_graph(found: PlanResult) -> None:
 
 
 def test_no_other_choice_for_one_layer_is_faster(found: PlanResult) -> None:
-    every = alternatives(found.network, found.plan)
+    every = alternatives(found.baselines.space, found.plan)
     assert len(every) == len(found.network.graph.operators) and any(every)
     assert all(seconds >= -1e-12 for others in every for _, _, seconds, _ in others)
+
+
+def test_an_alternative_costs_the_difference_of_two_steps() -> None:
+    graph, machine = GRAPHS["cnn"], load("h100:8")
+    result = find(graph, machine)
+    plan, prediction = result.baselines["data parallel"]
+    for o, others in enumerate(alternatives(result.baselines.space, plan, limit=2)):
+        for choice, storage, added_seconds, _ in others:
+            if storage:
+                continue
+            name = graph.operators[o].name
+            other = predicted(graph, machine, replace(plan, choices={**plan.choices, name: choice}))
+            difference = other.seconds - prediction.seconds
+            assert added_seconds == pytest.approx(difference, rel=1e-6, abs=1e-12)
 
 
 def test_less_memory_never_makes_a_plan_faster_and_too_little_is_refused() -> None:
