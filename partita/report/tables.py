@@ -206,16 +206,17 @@ def explain_table(plan: Plan, layer: str) -> Table:
         add_row(
             table,
             other["choice"],
-            _added_seconds(other["seconds"]),
+            _signed_seconds(other["seconds"]),
             f"{sign}{format_bytes(abs(other['bytes']))}",
         )
     if any(other["seconds"] < 0 for other in alternatives):
-        table.caption = "no gain: faster by its own cost, but not in the step, or it does not fit."
+        table.caption = "-: faster within the error of predictions, or too large for the memory."
     return table
 
 
-def _added_seconds(seconds: float) -> str:
-    return f"+{format_seconds(seconds)}" if seconds >= 0 else "no gain"
+def _signed_seconds(seconds: float) -> str:
+    sign = "+" if seconds >= 0 else "-"
+    return f"{sign}{format_seconds(abs(seconds))}"
 
 
 # ----------------------------------------------------------------------------- plans side by side
@@ -265,6 +266,8 @@ def _comparison_cells(row: Mapping[str, Any], base_seconds: float | None) -> dic
         cells["memory"] += " (does not fit)"
     if row.get("seconds_compute") is not None:
         compute = row["seconds_compute"]
+        if math.isclose(compute, seconds):
+            compute = seconds
         # Above the step, it adds up device groups that compute at the same time.
         is_of_device = compute <= seconds
         cells["compute"] = format_seconds(compute) if is_of_device else "-"
