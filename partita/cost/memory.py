@@ -34,6 +34,7 @@ from partita.cost.recomputed import Lifetime, Recomputable, drops
 from partita.cost.reshard import Axes
 from partita.cost.sums import LaidOutProgram
 from partita.cost.work import filled_ratio, group_factors
+from partita.graph.clones import BARRIER
 from partita.graph.operator_graph import (
     ITEMSIZE,
     IdentityKey,
@@ -291,7 +292,13 @@ def _within(
 def _recomputable(
     graph: OperatorGraph, fused: Fusion, lifetimes: Lifetimes
 ) -> dict[int, Recomputable]:
-    """Tensor -> how its kernel runs again, for kernels other than products and calls."""
+    """Tensor -> how its kernel runs again, for kernels other than products and calls.
+
+    What a rematerialized run reads behind a barrier is part of a tuple. XLA does not compute that
+    again, because it does not follow readers of tuples.
+    """
+    barriers = (x for x in graph.instructions if x.name == BARRIER)
+    behind_barriers = {tensor for barrier in barriers for tensor in barrier.operands}
     reads_of: dict[int, set[int]] = defaultdict(set)
     sources: dict[int, tuple[int, ...]] = {}
     for root, kernel in fused.kernels.items():
@@ -305,7 +312,7 @@ def _recomputable(
     return {
         tensor: Recomputable(read, tuple(sorted(reads_of[tensor])))
         for tensor, read in sources.items()
-        if tensor in lifetimes.born
+        if tensor in lifetimes.born and tensor not in behind_barriers
     }
 
 

@@ -1,10 +1,15 @@
 """Values that a compiler computes again because a step exceeds the memory of a device.
 
-XLA:GPU has a limit for the buffers of a program (`Compiler.temporary_limit_bytes`). If a schedule
-exceeds it, HloRematerialization takes kernels other than products and calls, drops their results
-after the forward pass, and runs them once more before their next readers. The values that such a
-kernel reads stay in memory until then; those that would not are stored longer if they are smaller
-than its result, as the bfloat16 input of a normalization in float32.
+XLA:GPU has a limit for the buffers of a program (`Compiler.temporary_limit_bytes`). Its pass
+HloRematerialization goes through the instructions in their order. At each one beyond the limit it
+takes kernels other than products and calls whose results this instruction does not read, drops
+them, and runs the kernels once more before their next readers. The values that such a kernel reads
+stay in memory until then. Those that are gone at this instruction are stored longer if they are
+smaller than its result, as the bfloat16 input of a normalization in float32.
+
+To move a kernel to its first reader costs nothing, so kernels whose results nothing has read go
+first. As bytes count at this instruction only, the sum of a large gradient waits for the collective
+that reads it, and the gradient stays in memory with it.
 """
 
 from __future__ import annotations
@@ -68,14 +73,14 @@ def drops(
     """The values to drop so that no instruction has more than `limit_bytes` in memory.
 
     `lifetimes` maps the index of an allocation to its value, `live_bytes` are the bytes of all
-    allocations at each instruction. At the instruction with the most bytes the largest values go
-    first, until it is within the limit or nothing is left.
+    allocations at each instruction. At each instruction beyond the limit, values that nothing has
+    read go first, then the largest ones, until it is within the limit or nothing is left.
     """
     chosen = _Dropper(lifetimes, recomputable, live_bytes.copy())
-    while True:
-        peak = int(np.argmax(chosen.live_bytes))
-        if chosen.live_bytes[peak] <= limit_bytes or not chosen.drop_at(peak, limit_bytes):
-            return Recomputation(tuple(chosen.by_tensor.values()), chosen.stops)
+    for time in range(len(live_bytes)):
+        if chosen.live_bytes[time] > limit_bytes:
+            chosen.drop_at(time, limit_bytes)
+    return Recomputation(tuple(chosen.by_tensor.values()), chosen.stops)
 
 
 class _Dropper:
@@ -104,42 +109,59 @@ class _Dropper:
             if lifetime.stop >= self.stop[lifetime.tensor]:
                 self.stop[lifetime.tensor] = lifetime.stop
                 self.last[lifetime.tensor] = index
-        self.largest_first = sorted(
+        self.later = sorted(
             (index for index, value in lifetimes.items() if value.tensor in recomputable),
-            key=lambda index: (-lifetimes[index].nbytes, lifetimes[index].start),
+            key=lambda index: -lifetimes[index].start,
         )
+        """Allocations that start at a later instruction, the next one last."""
+        self.candidates: list[int] = []
+        """Allocations that may be dropped at this instruction or a later one."""
 
-    def drop_at(self, peak: int, limit_bytes: float) -> bool:
-        """Drops values at an instruction. Whether there was any."""
-        count = len(self.by_tensor)
-        for index in self.largest_first:
-            if self.live_bytes[peak] <= limit_bytes:
-                break
-            lifetime = self.lifetimes[index]
-            if lifetime.start < peak < lifetime.stop and lifetime.tensor not in self.by_tensor:
-                self._drop(index, peak)
-        return len(self.by_tensor) > count
+    def drop_at(self, time: int, limit_bytes: float) -> None:
+        """Drops values at an instruction until it is within the limit or nothing is left."""
+        while self.later and self.lifetimes[self.later[-1]].start < time:
+            self.candidates.append(self.later.pop())
+        remaining = []
+        for index in sorted(self.candidates, key=lambda index: self._rank(index, time)):
+            is_beyond = self.live_bytes[time] > limit_bytes
+            if not (is_beyond and self._is_settled(index, time)):
+                remaining.append(index)
+        self.candidates = remaining
 
-    def _drop(self, index: int, peak: int) -> None:
-        """Drops a value around an instruction if its kernel can run again afterwards."""
+    def _rank(self, index: int, time: int) -> tuple[bool, int, int]:
+        """The order of candidates: those that nothing has read, then by size."""
+        lifetime = self.lifetimes[index]
+        reads = self.reads[lifetime.tensor]
+        return bool(reads and reads[0] <= time), -lifetime.nbytes, lifetime.start
+
+    def _is_settled(self, index: int, time: int) -> bool:
+        """Drops a value at an instruction if its kernel can run again afterwards.
+
+        Whether it is dropped now, or never: False if the instruction itself reads it.
+        """
         lifetime = self.lifetimes[index]
         tensor = lifetime.tensor
         reads = self.reads[tensor]
-        position = bisect.bisect_left(reads, peak)
-        if position == len(reads) or reads[position] == peak:
-            return
-        drop = Drop(index, reads[position - 1] if position else lifetime.start, reads[position])
+        position = bisect.bisect_left(reads, time)
+        if position == len(reads) or lifetime.stop <= time or tensor in self.by_tensor:
+            return True
+        if reads[position] == time:
+            return False
+        last = reads[position - 1] if position else lifetime.start
+        drop = Drop(index, last, min(reads[position], lifetime.stop))
         sources = self.recomputable[tensor].sources
         ended = [source for source in sources if self.stop[source] < drop.next]
         if any(source not in self.last for source in ended):
-            return
-        if sum(self.lifetimes[self.last[source]].nbytes for source in ended) >= lifetime.nbytes:
-            return
+            return True
+        gone = [self.last[source] for source in ended if self.stop[source] < time]
+        if sum(self.lifetimes[source].nbytes for source in gone) >= lifetime.nbytes:
+            return True
         for source in ended:
             self._store_longer(source, drop.next)
         self.by_tensor[tensor] = drop
         self.live_bytes[drop.last + 1 : drop.next] -= lifetime.nbytes
         self._read_sources(tensor, drop.next)
+        return True
 
     def _store_longer(self, tensor: int, stop: int) -> None:
         """Stores a value until an instruction that computes another one from it again."""

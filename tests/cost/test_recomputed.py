@@ -1,18 +1,25 @@
 """Values that a compiler computes again, by hand."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from partita.cost.backends import compiler_of
-from partita.cost.memory import memory
+from partita.cost.fusion import fused_under
+from partita.cost.lifetimes import lifetimes_under
+from partita.cost.memory import _recomputable, memory
 from partita.cost.recomputed import Drop, Lifetime, Recomputable, Recomputation, drops
-from partita.graph.operator_graph import OperatorGraph
+from partita.cost.terms import cost_terms
+from partita.graph.clones import BARRIER
+from partita.graph.operator_graph import IdentityKey, OperatorGraph
+from partita.graph.rematerialize import rematerialized
 from partita.machine import load
 from partita.plans.baselines import BASELINES
 from partita.plans.layout import layout_of
 from partita.search.find import mesh_of
+from partita.search.rematerialization import groupings
 
 PRODUCT, GATE, OUTPUT, LOSS = range(4)
 LIFETIMES = {
@@ -48,12 +55,50 @@ def test_the_largest_value_is_dropped_between_its_readers():
 
 def test_a_dropped_source_is_back_for_a_value_that_needs_it():
     # The gate, read again at 9, is needed at 7 to compute the output.
-    assert dropped(LIFETIMES, 15).drops == (Drop(2, 3, 7), Drop(1, 2, 7))
+    assert dropped(LIFETIMES, 15).drops == (Drop(1, 2, 7), Drop(2, 3, 7))
 
 
 def test_a_value_stays_if_its_source_is_gone_and_larger():
-    short = {**LIFETIMES, 0: Lifetime(PRODUCT, 10, 0, 6)}
+    short = {**LIFETIMES, 0: Lifetime(PRODUCT, 10, 0, 2)}
     assert dropped(short, 0) == Recomputation((), {})
+
+
+def test_a_value_stays_where_the_instruction_reads_it():
+    output = {2: LIFETIMES[2]}
+    often_read = {OUTPUT: Recomputable((), (3, 4, 5, 6, 7))}
+    assert drops(output, often_read, course(output), 0) == Recomputation((), {})
+    read_twice = {OUTPUT: Recomputable((), (4, 7))}
+    assert drops(output, read_twice, course(output), 0).drops == (Drop(2, 2, 4),)
+
+
+def test_a_sum_that_nothing_has_read_keeps_its_gradient_in_memory():
+    # Instruction 3 reads the gradient, too, so that storing it longer seems to cost nothing.
+    gradient, total = range(2)
+    lifetimes = {0: Lifetime(gradient, 10, 0, 3), 1: Lifetime(total, 1, 1, 8)}
+    sums = {total: Recomputable((gradient,), (8,))}
+    moved = drops(lifetimes, sums, course(lifetimes), 9)
+    assert moved == Recomputation((Drop(1, 1, 8),), {0: 8})
+    short = {**lifetimes, 0: Lifetime(gradient, 10, 0, 1)}
+    assert drops(short, sums, course(short), 9) == Recomputation((), {})
+
+
+def test_what_a_rematerialized_run_reads_behind_its_barrier_stays():
+    graph = OperatorGraph.load(Path(__file__).parents[1] / "data/transformer.graph.json")
+    machine = load("h100:4")
+    runs = groupings(graph, cost_terms(graph, machine.backend))[-1]
+    again = rematerialized(graph, runs)
+    plan = BASELINES["data parallel"](graph, machine.name, mesh_of(machine))
+    layout = layout_of(again, replace(plan, recompute=runs))
+    fused = fused_under(again, layout, compiler_of(machine.backend).fusion_rules)
+    keys = IdentityKey(again), IdentityKey(layout)
+    recomputable = _recomputable(again, fused, lifetimes_under(*keys, machine.backend))
+    stored = set()
+    for instruction in again.instructions:
+        if instruction.name == BARRIER:
+            stored.update(instruction.operands)
+    assert stored
+    assert recomputable
+    assert stored.isdisjoint(recomputable)
 
 
 def test_a_smaller_source_is_stored_until_the_value_is_computed_again():
