@@ -3,6 +3,7 @@ metrics, and every updated variable.
 
     python benchmarks/staged_equality.py --pairs 200
     python benchmarks/staged_equality.py --pairs 30 --processes 2
+    python benchmarks/staged_equality.py --pairs 40 --optimizers
     python benchmarks/staged_equality.py --nmt 8
 
 The models are those of equality.py. One device runs the same microbatches: each from the same
@@ -14,6 +15,11 @@ largest value of all.
 In several processes the devices of a plan come from the processes in turn, or half from each, so
 that transfers and collectives cross between them. Every process compares with one device of its
 own.
+
+With `--optimizers`, the models and optimizers are those of random_optimizers.py. One device runs
+the whole batch, for a few steps: the mean of the gradients of microbatches is the gradient of the
+batch, whatever the optimizer does with it. A difference is then relative to the largest value of its
+variable, and at least to 0.001.
 
 With `--nmt`, the only pair is FlexFlow's NMT of that many steps, and its expert plan for one node of
 4 devices: every recurrent layer is on a device of its own, and the attention and the dense layers
@@ -30,6 +36,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 os.environ["KERAS_BACKEND"] = "jax"
 
@@ -37,6 +44,7 @@ import jax
 import keras
 import numpy as np
 from equality import difference, random_model
+from random_optimizers import random_case
 
 from partita.bench.networks import nmt
 from partita.bench.published import expert
@@ -52,6 +60,8 @@ from partita.plans.plan import Axis, Mesh, Plan
 from partita.search.candidates import candidates, names_of
 
 TOLERANCE = 1e-5
+FLOOR = 1e-3
+"""A difference is at least relative to this, with `--optimizers`."""
 LINEAR_GROUPS = (0, 2)
 """Groups of a Keras state that are linear in the gradient: weights and optimizer slots."""
 
@@ -133,6 +143,44 @@ def pair(seed: int) -> tuple[Plan, float] | None:
     return plan, largest_difference(model, batch, captured, step)
 
 
+def optimizer_pair(seed: int) -> tuple[Plan, float] | None:
+    """The same for a random optimizer, after a few steps."""
+    r = random.Random(9000 + seed)
+    case = random_case(seed)
+    plan = r.choice([random_pipeline, random_pipeline, random_placement])(case.captured.graph, r)
+    try:
+        step = runnable_step(case.captured, plan, devices_of(plan, r))
+    except PlanError as error:
+        print(f"model {seed} ({case.name}): {error}", flush=True)
+        return None
+    one_device = jax.jit(case.captured.text.call)
+    expected = case.state
+    state = step.place_state(case.state)
+    worst = 0.0
+    for batch in case.batches:
+        logs, expected = one_device(expected, batch)
+        own_logs, state = step.step(state, step.place_batch(batch))
+        ours = jax.tree.map(whole, (own_logs, state))
+        worst = max(worst, _relative_difference((logs, expected), ours))
+    if not worst <= TOLERANCE:
+        print(f"model {seed} ({case.name})", flush=True)
+    return plan, worst
+
+
+def _relative_difference(expected: Any, ours: Any) -> float:
+    """The largest difference of any leaf; infinite where one is not a number on one side only."""
+    worst = 0.0
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(ours), strict=True):
+        a = np.asarray(a, "float64")
+        b = np.asarray(b, "float64")
+        if (np.isfinite(a) != np.isfinite(b)).any():
+            return float("inf")
+        a = np.where(np.isfinite(a), a, 0)
+        b = np.where(np.isfinite(b), b, 0)
+        worst = max(worst, float(np.abs(a - b).max() / max(np.abs(a).max(), FLOOR)))
+    return worst
+
+
 def largest_difference(
     model: keras.Model, batch: tuple, captured: Captured, step: RunnableStep
 ) -> float:
@@ -201,6 +249,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="first seed")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--nmt", type=int, metavar="STEPS", help="the expert plan of an NMT")
+    parser.add_argument("--optimizers", action="store_true", help="random optimizers")
     arguments = parser.parse_args()
     membership = group()
     if arguments.processes > 1 and membership is None:
@@ -217,8 +266,9 @@ def main() -> int:
     refused = 0
     count = 0
     seed = arguments.first
+    compare = optimizer_pair if arguments.optimizers else pair
     while count < arguments.pairs:
-        result = pair(seed)
+        result = compare(seed)
         if result is None:
             refused += 1
         else:

@@ -513,8 +513,30 @@ class _Dispatcher:
         return PieceRole(tuple(raw), tuple(sums), tuple(averaged), tuple(donated))
 
     def _is_read_last(self, piece: int, position: int, last_reads: dict[Value, int]) -> bool:
-        """Whether every run of a piece is the last reader of one of its arguments."""
-        return all(last_reads[run.reads[position]] == n for n, run in self._runs_of[piece])
+        """Whether every run of a piece is the last reader of one of its arguments, and of copies
+        in the same memory.
+        """
+        for n, run in self._runs_of[piece]:
+            value = run.reads[position]
+            ends = [last_reads.get(v, n) for v in (value, *self._shared[value])]
+            if max(ends) > n:
+                return False
+        return True
+
+    @cached_property
+    def _shared(self) -> dict[Value, list[Value]]:
+        """Value -> its copies on places that have some of its devices. There, `device_put` of JAX
+        makes another array of the same memory, so that both end when one is donated.
+        """
+        shared: dict[Value, list[Value]] = defaultdict(list)
+        for action in self.actions:
+            if not isinstance(action, TransferAction):
+                continue
+            slices = dict(self.cut.places[action.source.place])
+            target = self.cut.places[action.target.place]
+            if all(slices.get(axis, number) == number for axis, number in target):
+                shared[action.source].append(action.target)
+        return shared
 
     @cached_property
     def _runs_of(self) -> dict[int, list[tuple[int, RunAction]]]:
