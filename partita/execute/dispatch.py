@@ -23,7 +23,8 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from partita.errors import PlanError
-from partita.graph.operator_graph import Argument, OperatorGraph, Phase
+from partita.graph.operator_graph import OperatorGraph, Phase
+from partita.plans.phases import is_total
 from partita.plans.pieces import Cut, Piece
 from partita.plans.pipeline import order
 from partita.plans.plan import Plan
@@ -32,8 +33,6 @@ STEP = -1
 """In place of a microbatch: once per step."""
 
 Combination = Literal["last", "mean", "concatenate"]
-TOTALS = frozenset({"add", "maximum", "minimum", "convert", "reshape"})
-"""Instructions that add values to a total, or leave it as it is."""
 
 
 class Value(NamedTuple):
@@ -145,7 +144,7 @@ def changed_meanings(cut: Cut, plan: Plan) -> tuple[str, ...]:
         if argument.role != "state" or argument.result not in repeated:
             continue
         if graph.home[argument.tensor] < 0:
-            if _is_floating(graph, argument.tensor) and not _is_total(cut, argument):
+            if _is_floating(graph, argument.tensor) and not is_total(cut.flow, argument):
                 replaced.append(argument.path)
             continue
         kinds = statistics if _is_floating(graph, argument.tensor) else draws
@@ -169,19 +168,6 @@ def changed_meanings(cut: Cut, plan: Plan) -> tuple[str, ...]:
             "step, and is no sum: other values than one device"
         )
     return tuple(notes)
-
-
-def _is_total(cut: Cut, argument: Argument) -> bool:
-    """Whether a state's new value is its old one with others added, or the largest or smallest of
-    them: the same over microbatches as over their batch.
-    """
-    totals = {argument.tensor}
-    for statement in cut.flow.statements:
-        if totals.isdisjoint(statement.reads):
-            continue
-        if cut.flow.graph.instructions[statement.instruction].name in TOTALS:
-            totals.update(statement.makes)
-    return argument.result in totals
 
 
 def joint_updates(cut: Cut) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ statements of equal dependence:
 | copied | on weights alone, and light | in each reader |
 | forward | on the batch and on no gradient; or labelled so; or only a metric's | per microbatch |
 | backward | on the batch, and labelled so or between two gradients | per microbatch |
-| update | all others, and scalars between the loss and the update | once per step |
+| update | all others, and scalars between the loss and the update or state | once per step |
 
 Not here: where a statement runs (`plans.pieces`).
 """
@@ -25,6 +25,7 @@ from typing import Literal
 
 from partita.graph.operator_graph import (
     CONDITIONALS,
+    Argument,
     Instruction,
     OperatorGraph,
     constant_tensors,
@@ -42,6 +43,8 @@ LIGHT = frozenset(
     | {"slice", "concatenate", "pad"}
 )
 """Instructions that are computed again rather than stored or sent, where their operands are."""
+TOTALS = frozenset({"add", "maximum", "minimum", "convert", "reshape"})
+"""Instructions that add values to a total, or leave it as it is."""
 
 
 @dataclass(frozen=True)
@@ -264,10 +267,12 @@ def _run_before_readers(flow: DataFlow, result: list[Class], of_gradient: set[in
 
 
 def _run_scalars_of_update(flow: DataFlow, result: list[Class]) -> None:
-    """Moves scalars of the loss that only the update reads into it: it reads the mean loss.
+    """Moves scalars of the loss into the update if only the update reads them, or if they are
+    state: they are then those of the mean loss.
 
-    An update that depends on the loss (a smaller learning rate on a plateau) has them.
+    A smaller learning rate on a plateau has such scalars, and a moving average of the loss.
     """
+    of_means = _of_means(flow)
     for k in reversed(range(len(result))):
         statement = flow.statements[k]
         if result[k] != "forward" or flow.instruction(k).phase != "update":
@@ -275,5 +280,82 @@ def _run_scalars_of_update(flow: DataFlow, result: list[Class]) -> None:
         if any(_shape(flow, t) for t in statement.reads if t in flow.of_batch):
             continue
         readers = {result[r] for t in statement.makes for r in flow.readers[t]}
-        if readers == {"update"}:
+        returned = _outputs(flow).intersection(statement.makes)
+        if readers - {"update"} or not (readers or returned):
+            continue
+        if all(_is_of_mean(flow, k, t, of_means) for t in returned):
             result[k] = "update"
+
+
+def _is_of_mean(flow: DataFlow, statement: int, output: int, of_means: frozenset[int]) -> bool:
+    """Whether a scalar that a step returns is computed from the mean loss of its microbatches.
+
+    That is so for state, except for layers' and for totals of other values than returned means.
+    """
+    if _shape(flow, output) or output not in flow.of_batch:
+        return False
+    if output in of_means:
+        return True
+    argument = _replaced(flow).get(output)
+    if argument is None or flow.graph.home[argument.tensor] >= 0 or is_total(flow, argument):
+        return False
+    return not any(_is_sum(flow, t) for t in flow.statements[statement].reads)
+
+
+def _of_means(flow: DataFlow) -> frozenset[int]:
+    """Scalars that depend on the batch by returned means alone, these excluded.
+
+    A returned scalar of a batch, and of no state, is taken for a mean if it is no bare sum.
+    """
+    state = [t for t, role in flow.roles.items() if role == "state"]
+    of_state = flow.dependent([t for t in state if _is_floating(flow, t)])
+    means = set()
+    for t in (_outputs(flow) & flow.of_batch) - of_state - flow.roles.keys():
+        if not _shape(flow, t) and not _is_sum(flow, t):
+            means.add(t)
+    of_means: set[int] = set()
+    for k, statement in enumerate(flow.statements):
+        of_batch = flow.of_batch.intersection(statement.reads)
+        is_last = flow.instruction(k).phase == "update"
+        if is_last and of_batch and of_batch <= means | of_means:
+            of_means.update(statement.makes)
+    return frozenset(of_means)
+
+
+def _is_sum(flow: DataFlow, tensor: int) -> bool:
+    """Whether a scalar is a sum, a maximum or a count over samples, or no floating number at all
+    that the passes compute.
+    """
+    k = flow.producer.get(tensor)
+    if k is None or tensor not in flow.of_batch:
+        return False
+    instruction = flow.instruction(k)
+    if instruction.name in ("convert", "reshape"):
+        return _is_sum(flow, instruction.operands[0])
+    is_number = _is_floating(flow, tensor) or instruction.phase == "update"
+    return instruction.name == "reduce" or not is_number
+
+
+def _is_floating(flow: DataFlow, tensor: int) -> bool:
+    return flow.graph.tensors[tensor].dtype.startswith(("float", "bfloat"))
+
+
+def _outputs(flow: DataFlow) -> frozenset[int]:
+    return frozenset(flow.graph.outputs)
+
+
+def _replaced(flow: DataFlow) -> dict[int, Argument]:
+    """New value -> the state that it replaces."""
+    arguments = flow.graph.arguments
+    return {a.result: a for a in arguments if a.role == "state" and a.result is not None}
+
+
+def is_total(flow: DataFlow, argument: Argument) -> bool:
+    """Whether a state's new value is its old one with others added, or the largest or smallest of
+    them: the same over microbatches as over their batch.
+    """
+    totals = {argument.tensor}
+    for k, statement in enumerate(flow.statements):
+        if flow.instruction(k).name in TOTALS and not totals.isdisjoint(statement.reads):
+            totals.update(statement.makes)
+    return argument.result in totals

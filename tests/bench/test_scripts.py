@@ -24,7 +24,7 @@ SMALL = {
     "hand_plans": ["--small"],
     "published": ["--only", "dense layers"],
     "gpu": ["--device", "cpu", "--small", "--parts", "models", "--only", "MLP"],
-    "staged_equality": ["--nmt", "1"],
+    "staged_equality": ["--optimizers", "--pairs", "2", "--first", "1"],
     "manage_costs": ["--graphs", "mlp", "--draws", "1", "--plans", "8"],
     "staged_memory": ["--only", "dense"],
     "staged_overhead": ["--blocks", "2", "--rounds", "1", "--steps", "1"],
@@ -72,7 +72,8 @@ HELP = (
 )
 """Scripts that need root, compilers or other frameworks: only their help is printed."""
 ELSEWHERE = {"applications", "children", "papers_chart", "proof", "search", "simulator", "stages"}
-ELSEWHERE |= {"hub_models", "layer_models", "limits", "torch_equality", "within", "zoo"}
+ELSEWHERE |= {"hub_models", "layer_models", "limits", "random_optimizers", "torch_equality"}
+ELSEWHERE |= {"within", "zoo"}
 """Modules of scripts, and scripts with tests of their own: here, in `test_benchmark_search.py`, in
 `tests/test_zoo.py` and in `tests/pytorch`.
 """

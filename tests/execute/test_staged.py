@@ -373,8 +373,8 @@ def test_a_jax_step_returns_the_mean_loss_and_all_samples():
 
 
 def averaging_step(state, x, y):
-    """A smaller step where the loss is above its average; `seen` is an average that none reads."""
-    weights, average, seen = state
+    """A smaller step where the loss is above its average; no update reads the other state."""
+    weights, average, seen, total, best, waited, peak = state
 
     def loss_of(weights):
         return jnp.mean((jnp.tanh(x @ weights[0]) @ weights[1] - y) ** 2)
@@ -383,22 +383,28 @@ def averaging_step(state, x, y):
     average = 0.9 * average + 0.1 * loss
     rate = 0.1 * jnp.minimum(1.0, average / loss)
     weights = [w - rate * g for w, g in zip(weights, gradients, strict=True)]
-    return (weights, average, 0.5 * seen + 0.5 * loss), loss
+    seen = 0.5 * seen + 0.5 * loss
+    waited = jnp.where(loss < best, 0, waited + 1)
+    peak = 0.5 * peak + jnp.max(jnp.abs(x))
+    best = jnp.minimum(best, loss)
+    return (weights, average, seen, total + loss, best, waited, peak), loss
 
 
-def test_an_average_of_the_loss_that_the_update_reads_is_that_of_the_batch():
+def test_state_that_follows_the_loss_follows_that_of_the_batch():
     _, _, x, y = jax_arguments()
     first, last = jax_arguments()[0].values()
-    state = ([first, last], jnp.float32(0.5), jnp.float32(0))
+    zero = jnp.float32(0)
+    state = ([first, last], jnp.float32(0.5), zero, zero, zero, jnp.int32(3), zero)
     graph = capture_call(averaging_step, call_of(averaging_step, (state, x, y), {})).captured.graph
     plan = stages_plan(graph, halves(graph), microbatches=4)
     said: list[str] = []
     step = partita.parallelize(averaging_step, (state, x, y), plan=plan, say=said.append)
     expected = averaging_step(state, x, y)
-    (weights, average, _), loss = step(state, x, y)
-    assert difference((weights, average, loss), (*expected[0][:2], expected[1])) < 1e-5
+    result, loss = step(state, x, y)
+    assert difference((result[:-1], loss), (expected[0][:-1], expected[1])) < 1e-5
+    assert result[5] == 4
     assert said[-1] == (
-        "'state/2' changes with every microbatch, 4 times per step, and is no sum: other values "
+        "'state/6' changes with every microbatch, 4 times per step, and is no sum: other values "
         "than one device"
     )
 
