@@ -90,9 +90,13 @@ def collectives(
     mesh: Mesh,
     layout: Layout,
     backend: Backend = DEFAULT,
+    in_pieces: bool = False,
 ) -> list[Collective]:
-    """Every collective of one step under the layout, in program order of their causes."""
-    computed = _Computed(graph, mesh, layout, backend)
+    """Every collective of one step under the layout, in program order of their causes.
+
+    `in_pieces`: whether the update is a program of its own.
+    """
+    computed = _Computed(graph, mesh, layout, backend, in_pieces)
     return [*computed.collectives(), *_reshards(graph, mesh, layout, compiler_of(backend))]
 
 
@@ -261,10 +265,12 @@ class _Computed:
         mesh: Mesh,
         layout: Layout,
         backend: Backend,
+        in_pieces: bool = False,
     ) -> None:
         self.graph = graph
         self.mesh = mesh
         self.layout = layout
+        self.in_pieces = in_pieces
         self.compiler = compiler_of(backend)
         self.pending_sums = pending_sums(graph, layout)
 
@@ -285,7 +291,7 @@ class _Computed:
             results = self.graph.instructions[communication.instruction].results
             if self.pending_sums.axes.keys().isdisjoint(results):
                 partitioned += self._sums(communication)
-        program = LaidOutProgram(self.graph, self.mesh, self.layout)
+        program = LaidOutProgram(self.graph, self.mesh, self.layout, self.in_pieces)
         return self.compiler.sums(program, partitioned)
 
     def _communicating(self) -> Iterator[Communicating]:

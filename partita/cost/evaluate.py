@@ -9,7 +9,7 @@ pays for its own reshard.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -208,7 +208,8 @@ class _Evaluation:
         None if its sums are no reduce-scatters.
         """
         variable = self.variables.get(parameter)
-        if variable is None or not storage.zero or not self.compiler.scatters:
+        scatters = self.compiler.scatters and not storage.in_pieces
+        if variable is None or not storage.zero or not scatters:
             return None
         sliced = []
         for choice in choices:
@@ -311,15 +312,17 @@ def operator_costs(
     placement: Placement,
     layout: Layout,
     plan: Plan,
+    in_pieces: bool = False,
 ) -> list[OperatorCost]:
     """The cost of every operator under a plan.
 
-    Equal operators that are split alike share theirs.
+    Equal operators that are split alike share theirs. In pieces, the update is a program of its
+    own: gradients are summed in front of it by all-reduces, whatever slices it reads.
     """
     cache: dict[tuple[object, ...], OperatorCost] = {}
     costs = []
     for operator, assignment in zip(terms.operators, layout.assignments, strict=True):
-        storage = planned_rule(operator, plan)
+        storage = replace(planned_rule(operator, plan), in_pieces=in_pieces)
         position = {factor: n for n, factor in enumerate(operator.factors)}
         splits = sorted((position[factor], axes) for factor, axes in assignment.items())
         stored = dict(storage.planned)

@@ -29,6 +29,8 @@ class StorageRule:
     """Whether optimizer slots are in the memory of the host."""
     planned_offload: frozenset[str] | None = None
     """Paths of the variables whose slots a plan offloads, which replace `offload`."""
+    in_pieces: bool = False
+    """Whether the program that slices a gradient is another one than the program that sums it."""
 
     def offloads(self, variable: StoredVariable) -> bool:
         """Whether the slots of a variable are in the memory of the host."""

@@ -53,6 +53,8 @@ class LaidOutProgram:
     graph: OperatorGraph
     mesh: Mesh
     layout: Layout
+    in_pieces: bool = False
+    """Whether the update is a program of its own."""
 
     def moved_reads(self) -> dict[Reader, Sharding]:
         """Reader -> its sharding, where that is not the tensor's."""
@@ -191,8 +193,11 @@ def _is_sliced(
     total: Sum,
     targets: dict[Reader, Sharding],
 ) -> bool:
-    """Whether every reader of a sum first slices it over exactly its axes, without remainder."""
+    """Whether every reader of a sum first slices it over exactly its axes, without remainder, in
+    the program that sums."""
     tensor = _last_form(program.graph, total.tensor, targets)
+    if program.in_pieces and _is_updating(program.graph, tensor):
+        return False
     shape = program.graph.tensors[tensor].shape
     sizes = program.mesh.sizes
     source = total.sharding if tensor == total.tensor else program.layout.shardings[tensor]
@@ -211,6 +216,12 @@ def _is_sliced(
         if size % math.prod(sizes[axis] for axis in after):
             return False
     return tuple(sorted(new_axes)) == tuple(sorted(total.axes))
+
+
+def _is_updating(graph: OperatorGraph, tensor: int) -> bool:
+    """Whether an update reads a tensor."""
+    readers = readers_of(graph).get(tensor, ())
+    return any(i >= 0 and graph.instructions[i].phase == "update" for i, _ in readers)
 
 
 def _last_form(graph: OperatorGraph, tensor: int, moved: dict[Reader, Sharding]) -> int:

@@ -109,7 +109,9 @@ class PipelinedStep(SimulatedStep):
             layout=layout,
             stage_of=operator_stages(graph, plan),
             run_of=rematerialized_runs(graph, plan),
-            costs=operator_costs(terms, placement, layout, inner_plan),
+            costs=operator_costs(
+                terms, placement, layout, inner_plan, in_pieces=not is_one_program(plan)
+            ),
         )
 
     def with_plan(self, plan: Plan) -> PipelinedStep:
@@ -399,6 +401,7 @@ class PipelinedStep(SimulatedStep):
             self.stage_plan.mesh,
             self.layout,
             self.machine.backend,
+            in_pieces=not is_one_program(self.plan),
         )
 
     def _traffic(self) -> tuple[dict[str, float], np.ndarray]:
@@ -412,9 +415,9 @@ class PipelinedStep(SimulatedStep):
         for collective in self._collectives:
             if all(axis == time_axis for axis in collective.axes):
                 continue
-            # A sum over microbatches is sent once, after the last one.
-            times = 1 if time_axis in collective.axes else microbatches
-            nbytes = collective.total * times
+            # A sum over microbatches is sent once, after the last one, and so are new variables.
+            is_sent_once = time_axis in collective.axes or collective.phase == "update"
+            nbytes = collective.total * (1 if is_sent_once else microbatches)
             traffic[collective.kind] += nbytes / self.stages
             operator_bytes[collective.operator] += nbytes
         transfer_bytes = microbatches * sum(t.nbytes for t in self.transfers.values())

@@ -37,6 +37,7 @@ from partita.plans.layout import (
     layout_of,
     operator_assignments,
 )
+from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Mesh, Plan
 from partita.simulation.base import SimulatedStep
 from partita.simulation.crossing import Crossing, PlacedMove, Route, reshard_axes, routes
@@ -139,7 +140,8 @@ class PlacedStep(SimulatedStep):
             if axes not in by_axes:
                 mesh = _without_links(self.plan.mesh, axes)
                 placement = Placement(machine.with_senders(self._senders(axes)), mesh)
-                by_axes[axes] = operator_costs(self.terms, placement, layout, self.plan)
+                in_pieces = not is_one_program(self.plan)
+                by_axes[axes] = operator_costs(self.terms, placement, layout, self.plan, in_pieces)
             costs.append(by_axes[axes][o])
         return costs
 
@@ -417,6 +419,7 @@ class PlacedStep(SimulatedStep):
             self.plan.mesh,
             layout,
             self.machine.backend,
+            in_pieces=not is_one_program(self.plan),
         ):
             nbytes = float(collective.total * operator_devices[collective.operator])
             traffic.append((collective.operator, collective.kind, nbytes))

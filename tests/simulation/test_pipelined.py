@@ -199,6 +199,27 @@ def test_stored_shards_are_gathered_once_under_zero_1_and_per_microbatch_under_z
     assert variables[0] > plain[0] and variables[1] == plain[1]
 
 
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_gradients_of_stored_shards_are_all_reduced_in_front_of_an_update_of_its_own(
+    microbatches: int,
+) -> None:
+    graph, where = GRAPHS["mlp"], machine()
+    one_program = BASELINES["ZeRO-1"](graph, where.name, mesh_of(where))
+    assert "reduce_scatter" in predicted(graph, where, one_program).traffic
+    whole, slots, variables = (
+        predicted(graph, where, in_two(graph, where, inner, microbatches))
+        for inner in ("data parallel", "ZeRO-1", "ZeRO-3")
+    )
+    for stored in (slots, variables):
+        assert "reduce_scatter" not in stored.traffic
+        assert stored.traffic["all_reduce"] == whole.traffic["all_reduce"]
+    # New variables are gathered once per step, variables in shards for each microbatch.
+    gathers = variables.traffic["all_gather"]
+    assert gathers == microbatches * slots.traffic["all_gather"]
+    for operator, plain in zip(slots.operators, whole.operators, strict=True):
+        assert operator.gradients >= plain.gradients
+
+
 def test_the_timeline_has_a_row_per_stage_and_the_predicted_length() -> None:
     graph, where = GRAPHS["transformer"], machine(0.5)
     plan = in_two(graph, where, microbatches=4)
