@@ -6,7 +6,8 @@ from itertools import chain
 
 from partita.capture.jax_functions import Captured
 from partita.errors import PlanError
-from partita.execute.piece_text import constant_operands
+from partita.execute.piece_text import constant_operands, other_numbers
+from partita.plans.phases import DataFlow, scalars_of_step
 from partita.plans.plan import Plan
 
 
@@ -42,6 +43,19 @@ def microbatch_of(captured: Captured, plan: Plan) -> Captured:
     return part
 
 
+def numbers_of_step(
+    whole: Captured, part: Captured, flow: DataFlow
+) -> dict[tuple[int, int], float]:
+    """(Statement of the step on a microbatch, operand) -> the number there on the whole batch, for
+    scalars that change once per step: a counter of samples adds those of the batch.
+    """
+    once = scalars_of_step(flow)
+    if whole is part or not once:
+        return {}
+    numbers = other_numbers(whole.text.mlir_module_serialized, part.text.mlir_module_serialized)
+    return {place: number for place, number in numbers.items() if place[0] in once}
+
+
 def _has_means(whole: Captured, part: Captured, microbatches: int) -> bool:
     """Whether an instruction has a number that is `microbatches` times larger or smaller for the
     whole batch than for a microbatch: the divisor of a mean.
@@ -52,7 +66,11 @@ def _has_means(whole: Captured, part: Captured, microbatches: int) -> bool:
     of_part = constant_operands(part.text.mlir_module_serialized)
     if [len(numbers) for numbers in of_whole] != [len(numbers) for numbers in of_part]:
         return True
-    for large, small in zip(chain(*of_whole), chain(*of_part), strict=True):
+    numbers_of_whole = chain.from_iterable(numbers.values() for numbers in of_whole)
+    numbers_of_part = chain.from_iterable(numbers.values() for numbers in of_part)
+    for large, small in zip(numbers_of_whole, numbers_of_part, strict=True):
+        if not isinstance(large, float):
+            continue
         for scaled in (large / microbatches, large * microbatches):
             if large != small and abs(scaled - small) <= 1e-5 * abs(small):
                 return True

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -37,36 +38,80 @@ def statements(source: bytes) -> tuple[Statement, ...]:
         return tuple(result)
 
 
-def constant_operands(source: bytes) -> list[tuple[float, ...]]:
-    """Per instruction the floating-point numbers among its operands, broadcast ones included.
+def constant_operands(source: bytes) -> list[dict[int, float]]:
+    """Per instruction the numbers among its operands, broadcast ones included: position -> number.
 
     Constants and their broadcasts are no instructions here, so that programs for batches of several
     sizes have the same list but for the numbers that depend on the size.
     """
     with stablehlo.context(), ir.Location.unknown():
         module = stablehlo.parse(source)
-        numbers: dict[Any, float] = {}
-        operands = []
-        for operation in stablehlo.walk(stablehlo.main_block(module)):
-            if operation.name == "stablehlo.constant":
-                number = _number(operation)
-                if number is not None:
-                    numbers[operation.results[0]] = number
-            elif (
-                operation.name == "stablehlo.broadcast_in_dim" and operation.operands[0] in numbers
-            ):
-                numbers[operation.results[0]] = numbers[operation.operands[0]]
-            else:
-                operands.append(tuple(numbers[v] for v in operation.operands if v in numbers))
-        return operands
+        operations = stablehlo.walk(stablehlo.main_block(module))
+        return [numbers for _, numbers in _with_numbers(operations)]
+
+
+def other_numbers(whole: bytes, part: bytes) -> dict[tuple[int, int], float]:
+    """The numbers of a program that another one has in place of those of `part`.
+
+    (Statement of `part`, position among its operands) -> number in `whole`. None for programs of
+    other statements.
+    """
+    with stablehlo.context(), ir.Location.unknown():
+        programs = []
+        for source in (whole, part):
+            module = stablehlo.parse(source)
+            block = stablehlo.main_block(module)
+            programs.append(list(_with_numbers(_statements_of(block))))
+        of_whole, of_part = programs
+        if len(of_whole) != len(of_part):
+            return {}
+        other = {}
+        for (_, large), (k, small) in zip(of_whole, of_part, strict=True):
+            for position, number in large.items():
+                if small.get(position, number) != number:
+                    other[k, position] = number
+        return other
+
+
+def _with_numbers(operations: Iterable[Any]) -> Iterator[tuple[int, dict[int, float]]]:
+    """(number of an operation, its operands that are numbers); none for constants."""
+    numbers: dict[Any, float] = {}
+    for n, operation in enumerate(operations):
+        operands = list(operation.operands)
+        if operation.name == "stablehlo.constant":
+            number = _number(operation)
+            if number is not None:
+                numbers[operation.results[0]] = number
+        elif operation.name == "stablehlo.broadcast_in_dim" and operands[0] in numbers:
+            numbers[operation.results[0]] = numbers[operands[0]]
+        else:
+            yield n, {i: numbers[value] for i, value in enumerate(operands) if value in numbers}
 
 
 def _number(constant: Any) -> float | None:
-    """The floating-point number that all elements of a constant are."""
+    """The number that all elements of a constant are."""
     value = ir.DenseElementsAttr(constant.attributes["value"])
-    if value.is_splat and isinstance(value.get_splat_value(), ir.FloatAttr):
-        return ir.FloatAttr(value.get_splat_value()).value
+    if not value.is_splat:
+        return None
+    element = value.get_splat_value()
+    for kind in (ir.FloatAttr, ir.IntegerAttr):
+        if isinstance(element, kind):
+            return kind(element).value
     return None
+
+
+def _replace_number(operation: Any, position: int, number: float) -> None:
+    """Gives an operation another constant operand."""
+    kind = operation.operands[position].type
+    element = ir.RankedTensorType(kind).element_type
+    is_integer = isinstance(element, ir.IntegerType)
+    value = ir.IntegerAttr.get(element, int(number)) if is_integer else None
+    attribute = ir.DenseElementsAttr.get_splat(kind, value or ir.FloatAttr.get(element, number))
+    with ir.InsertionPoint(operation):
+        constant = ir.Operation.create(
+            "stablehlo.constant", results=[kind], attributes={"value": attribute}
+        )
+    operation.operands[position] = constant.results[0]
 
 
 def _statements_of(block: Any) -> list[Any]:
@@ -90,10 +135,12 @@ def piece_text(
     piece: Piece,
     name: str,
     annotator: Annotator | None,
+    numbers: Mapping[tuple[int, int], float] = MappingProxyType({}),
 ) -> Text:
     """A piece as a function from the list of its `reads` to the list of its `gives`.
 
-    With an annotator, the layout inside the piece is written into it.
+    With an annotator, the layout inside the piece is written into it. `numbers`: (statement,
+    position) -> a number in place of the constant operand there.
     """
     with stablehlo.context(), ir.Location.unknown():
         module = stablehlo.parse(text.mlir_module_serialized)
@@ -101,6 +148,8 @@ def piece_text(
         values, _ = stablehlo.numbered(block)
         operations = [op.operation for op in block]
         assert len(operations) == len(flow.statements) + 1, "the text has the flow's statements"
+        for (k, position), number in numbers.items():
+            _replace_number(operations[k], position, number)
         if annotator is not None:
             annotator.annotate(module)
         kept = {operations[k] for k in piece.statements}

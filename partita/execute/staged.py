@@ -24,7 +24,7 @@ from partita.cost.reshard import Axes
 from partita.execute import members
 from partita.execute.annotate import Annotator
 from partita.execute.dispatch import Dispatch, RunAction, TransferAction, Value, dispatch
-from partita.execute.microbatches import microbatch_of
+from partita.execute.microbatches import microbatch_of, numbers_of_step
 from partita.execute.piece_function import (
     Names,
     lower_device_sums,
@@ -127,7 +127,12 @@ class StepInPieces:
             own = {t: self.partial_sums[t] for t in piece.gives if t in self.partial_sums}
             annotator = Annotator(graph, place.mesh, place.layout, own)
         name = f"{piece.phase}_{number}_of_place_{piece.place}"
-        return piece_text(self.microbatch.text, self.cut.flow, piece, name, annotator)
+        numbers = self._numbers
+        return piece_text(self.microbatch.text, self.cut.flow, piece, name, annotator, numbers)
+
+    @cached_property
+    def _numbers(self) -> dict[tuple[int, int], float]:
+        return numbers_of_step(self.captured, self.microbatch, self.cut.flow)
 
 
 @dataclass(frozen=True)

@@ -302,10 +302,9 @@ def _is_of_mean(flow: DataFlow, statement: int, output: int, of_means: frozenset
     return not any(_is_sum(flow, t) for t in flow.statements[statement].reads)
 
 
-def _of_means(flow: DataFlow) -> frozenset[int]:
-    """Scalars that depend on the batch by returned means alone, these excluded.
-
-    A returned scalar of a batch, and of no state, is taken for a mean if it is no bare sum.
+def _returned_means(flow: DataFlow) -> set[int]:
+    """Scalars of the batch, and of no state, that a step returns. They are taken for means if they
+    are no bare sums.
     """
     state = [t for t, role in flow.roles.items() if role == "state"]
     of_state = flow.dependent([t for t in state if _is_floating(flow, t)])
@@ -313,6 +312,12 @@ def _of_means(flow: DataFlow) -> frozenset[int]:
     for t in (_outputs(flow) & flow.of_batch) - of_state - flow.roles.keys():
         if not _shape(flow, t) and not _is_sum(flow, t):
             means.add(t)
+    return means
+
+
+def _of_means(flow: DataFlow) -> frozenset[int]:
+    """Scalars that depend on the batch by returned means alone, these excluded."""
+    means = _returned_means(flow)
     of_means: set[int] = set()
     for k, statement in enumerate(flow.statements):
         of_batch = flow.of_batch.intersection(statement.reads)
@@ -338,6 +343,25 @@ def _is_sum(flow: DataFlow, tensor: int) -> bool:
 
 def _is_floating(flow: DataFlow, tensor: int) -> bool:
     return flow.graph.tensors[tensor].dtype.startswith(("float", "bfloat"))
+
+
+def scalars_of_step(flow: DataFlow) -> frozenset[int]:
+    """Statements of scalar state and returned means alone that run once per step, such as a counter
+    of samples. A number in them that is the size of the batch is that of the whole batch.
+    """
+    of_step = (_scalars(flow) & flow.readers.keys()) | _returned_means(flow)
+    constants: set[int] = set()
+    statements = set()
+    for k, statement in enumerate(flow.statements):
+        if constants.issuperset(statement.reads):
+            constants.update(statement.makes)
+        is_once = flow.classes[k] in ("update", "copied")
+        is_scalar = not any(_shape(flow, t) for t in (*statement.reads, *statement.makes))
+        others = set(statement.reads) - constants
+        if is_once and is_scalar and others and others <= of_step:
+            statements.add(k)
+            of_step.update(statement.makes)
+    return frozenset(statements)
 
 
 def _outputs(flow: DataFlow) -> frozenset[int]:

@@ -409,6 +409,32 @@ def test_state_that_follows_the_loss_follows_that_of_the_batch():
     )
 
 
+def counting_step(state, x, y):
+    """Counts samples, and divides its rate by their number."""
+    weights, samples, total = state
+
+    def loss_of(weights):
+        return jnp.mean((jnp.tanh(x @ weights[0]) @ weights[1] - y) ** 2)
+
+    loss, gradients = jax.value_and_grad(loss_of)(weights)
+    samples = samples + x.shape[0]
+    weights = [w - g / samples for w, g in zip(weights, gradients, strict=True)]
+    return (weights, samples, total + x.shape[0] * loss), loss
+
+
+def test_a_counter_of_samples_counts_those_of_the_batch():
+    _, _, x, y = jax_arguments()
+    first, last = jax_arguments()[0].values()
+    state = ([first, last], jnp.int32(0), jnp.float32(0))
+    graph = capture_call(counting_step, call_of(counting_step, (state, x, y), {})).captured.graph
+    plan = stages_plan(graph, halves(graph), microbatches=4)
+    step = partita.parallelize(counting_step, (state, x, y), plan=plan)
+    expected = counting_step(state, x, y)
+    result = step(state, x, y)
+    assert result[0][1] == 8
+    assert difference(result, expected) < 1e-5
+
+
 def sum_step(weight, x):
     gradient = jax.grad(lambda w: jnp.sum((x @ w) ** 2))(weight)
     return weight - 0.01 * gradient
