@@ -27,6 +27,7 @@ from partita.simulation import pipelined
 from partita.simulation.engine import run
 from partita.simulation.pipeline_tasks import StageEdge, StagePasses, Transfer, pipeline_tasks
 from partita.simulation.pipelined import DISPATCH_SECONDS, PipelinedStep
+from partita.simulation.placed import PlacedStep
 from partita.simulation.simulate import predicted, simulate
 
 DATA = Path(__file__).parents[1] / "data"
@@ -216,8 +217,20 @@ def test_gradients_of_stored_shards_are_all_reduced_in_front_of_an_update_of_its
     # New variables are gathered once per step, variables in shards for each microbatch.
     gathers = variables.traffic["all_gather"]
     assert gathers == microbatches * slots.traffic["all_gather"]
-    for operator, plain in zip(slots.operators, whole.operators, strict=True):
-        assert operator.gradients >= plain.gradients
+
+
+def test_sums_of_stored_shards_take_the_seconds_of_all_reduces_in_pieces_only() -> None:
+    graph, where = GRAPHS["mlp"], machine()
+
+    def sum_seconds(plan: Plan) -> float:
+        step = PlacedStep.of(graph, where, plan)
+        return float(sum(cost.gradient_sum_seconds[0] for cost in step.costs))
+
+    names = ("data parallel", "ZeRO-1")
+    staged = [sum_seconds(in_two(graph, where, inner)) for inner in names]
+    whole = [sum_seconds(BASELINES[name](graph, where.name, mesh_of(where))) for name in names]
+    assert staged[1] == staged[0] > 0
+    assert whole[1] < whole[0]
 
 
 def test_the_timeline_has_a_row_per_stage_and_the_predicted_length() -> None:
