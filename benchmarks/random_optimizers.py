@@ -191,8 +191,8 @@ def random_chain(r: random.Random) -> tuple[optax.GradientTransformation, str, b
         )
     chain = optax.chain(*steps)
     around = r.choice(["", "", *AROUND])
-    if around == "skip" and (last or base == "polyak"):
-        around = "steps"  # MultiSteps passes no loss on where it may skip.
+    if around in MULTI_STEPS and (last or base == "polyak"):
+        around = "finite"  # MultiSteps passes no loss on.
     if around:
         chain = AROUND[around](chain)
     description = " ".join([*names, base, *last, around])
@@ -247,6 +247,9 @@ AROUND: dict[str, Callable[[Any], Any]] = {
     "finite": lambda chain: optax.apply_if_finite(chain, 3),
     "flat": optax.flatten,
 }
+
+
+MULTI_STEPS = ("steps", "steps of 3", "skip")
 
 
 @dataclass(frozen=True)
