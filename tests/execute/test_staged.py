@@ -229,6 +229,17 @@ def test_gradients_that_keras_accumulates_are_those_of_whole_batches():
     assert largest < 1e-5
 
 
+def test_scalars_that_several_places_of_one_device_read_are_kept():
+    def plan(graph):
+        return stages_plan(graph, [None, 0, 0, 1])
+
+    model = mlp()
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=64.0)
+    model.compile(scaled, model.loss)
+    _, largest = compare(model, plan)
+    assert largest < 1e-5
+
+
 def test_gradients_of_tied_weights_are_sent_once_per_step():
     def plan(graph):
         return stages_plan(graph, halves(graph), microbatches=4)
