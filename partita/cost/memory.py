@@ -221,7 +221,7 @@ def _allocations(
 ) -> _Allocations:
     lifetimes = lifetimes_under(graph_key, layout_key, backend, in_order)
     allocator = _Allocator(graph_key.value, mesh, layout_key.value, backend, lifetimes)
-    allocator.add_values()
+    allocator.add_values(scalars=in_order)
     allocator.add_reshards()
     buffers = compiler_of(backend).buffers
     if buffers.transposed_copies:
@@ -410,8 +410,11 @@ class _Allocator:
         value = tensor if written else -1
         self.entries.append((self.graph.home[tensor], nbytes, start, stop, kind, value))
 
-    def add_values(self) -> None:
-        """Adds the values that kernels write. New variables take the place of the old ones."""
+    def add_values(self, scalars: bool) -> None:
+        """Adds the values that kernels write. New variables take the place of the old ones.
+
+        Scalars take no memory to speak of, but their kernels may run again (`cost.recomputed`).
+        """
         variables = {
             argument.result for argument in self.graph.arguments if argument.result is not None
         }
@@ -421,7 +424,7 @@ class _Allocator:
             if tensor in self.program.work_spaces:
                 self._add(tensor, self._bytes(tensor), born, born, WORK_SPACE)
                 continue
-            if not self.graph.tensors[tensor].shape:
+            if not scalars and not self.graph.tensors[tensor].shape:
                 continue
             lifetime = self._lifetime(tensor, born)
             if lifetime is None:

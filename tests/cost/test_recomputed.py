@@ -9,7 +9,7 @@ import numpy as np
 from partita.cost.backends import compiler_of
 from partita.cost.fusion import fused_under
 from partita.cost.lifetimes import lifetimes_under
-from partita.cost.memory import _recomputable, memory
+from partita.cost.memory import _allocations, _recomputable, memory
 from partita.cost.recomputed import Drop, Lifetime, Recomputable, Recomputation, drops
 from partita.cost.terms import cost_terms
 from partita.graph.clones import BARRIER
@@ -118,6 +118,20 @@ def test_a_step_on_a_smaller_gpu_takes_less():
     ample = peak(machine.backend, math.inf)
     assert peak(machine.backend, machine.memory_bytes) == ample
     assert peak(machine.backend, 0) < ample
+
+
+def test_the_sum_of_the_loss_may_move_beyond_the_limit():
+    graph = OperatorGraph.load(Path(__file__).parents[1] / "data/transformer.graph.json")
+    machine = load("h100:4")
+    plan = BASELINES["data parallel"](graph, machine.name, mesh_of(machine))
+    keys = IdentityKey(graph), IdentityKey(layout_of(graph, plan))
+
+    def has_scalars(in_order):
+        allocated = _allocations(*keys, plan.mesh, machine.backend, in_order).tensor
+        return any(graph.tensors[tensor].shape == () for tensor in allocated if tensor >= 0)
+
+    assert has_scalars(in_order=True)
+    assert not has_scalars(in_order=False)
 
 
 def test_the_limit_is_that_of_the_scheduler():
