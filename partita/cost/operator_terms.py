@@ -191,12 +191,22 @@ class StoredVariable:
     """Bytes that its update reads and writes."""
     gathered: int
     """Bytes of the whole parameter while it is gathered from slices."""
+    added: int
+    """Bytes that adding the gradient of a microbatch to the sum of all reads and writes."""
     passes: int = 1
     """Passes of a step that gather it from slices."""
 
     def key(self, renumber: Renumber) -> tuple[object, ...]:
         """Equal for equal variables of equal operators."""
-        key = self.shape, renumber(self.label), self.nbytes, self.slots, self.traffic
+        key: tuple[object, ...] = (
+            self.shape,
+            renumber(self.label),
+            self.nbytes,
+            self.slots,
+            self.traffic,
+        )
+        if self.added != 3 * self.nbytes:
+            key += ("added", self.added)
         if self.gathered == self.nbytes and self.passes == 1:
             return key
         return *key, self.gathered, self.passes

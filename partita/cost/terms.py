@@ -16,6 +16,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 
 from partita.cost.backends import compiler_of
@@ -556,11 +557,61 @@ class _Collector:
                     slot_bytes,
                     3 * tensor.nbytes + 2 * slot_bytes,
                     self._gathered_bytes(argument.tensor),
+                    self._added_bytes(argument.tensor),
                     gathering_passes(graph)[argument.tensor],
                 )
                 self.terms.operators[home].stored.append(variable)
             elif argument.tensor not in self.families:
                 self.terms.operators[home].resident.append((tensor.nbytes, _split(label)))
+
+    def _added_bytes(self, parameter: int) -> int:
+        """Bytes that adding the gradient of a microbatch to the sum of all reads and writes.
+
+        An addition reads the gradient, in the dtype in which it was computed, and the sum, and
+        writes the sum. A product that adds its result to the sum only reads the sum as well.
+        """
+        sum_bytes = self.graph.tensors[parameter].nbytes
+        source = self.gradient_sources.get(parameter, -1)
+        if source < 0:
+            return 3 * sum_bytes
+        if source in self.added_products:
+            return sum_bytes
+        return self.graph.tensors[source].nbytes + 2 * sum_bytes
+
+    @cached_property
+    def gradient_sources(self) -> dict[int, int]:
+        """Parameter -> its gradient, before changes of shape and dtype."""
+        sources = {}
+        for i in self.graph.instructions:
+            for tensor in i.results:
+                parameter = self.parameter_of.get(tensor, -1)
+                if parameter >= 0 and not _keeps_elements(self.graph, i):
+                    sources[parameter] = tensor
+        return sources
+
+    @cached_property
+    def added_products(self) -> set[int]:
+        """Gradients that their product adds to another value of the same dtype.
+
+        Products of one operand are merged: each adds a slice of the result.
+        """
+        if not self.compiler.fusion_rules.adds_in_products:
+            return set()
+        sources = set(self.gradient_sources.values())
+        products = set()
+        by_operand: dict[int, list[int]] = defaultdict(list)
+        for i in self.graph.instructions:
+            if i.name == "dot_general" and i.results[0] in sources:
+                products.add(i.results[0])
+                for operand in set(i.operands):
+                    by_operand[operand].append(i.results[0])
+        merged = {t for results in by_operand.values() if len(results) > 1 for t in results}
+        tensors = self.graph.tensors
+        added = set()
+        for parameter, source in self.gradient_sources.items():
+            if source in products and tensors[source].dtype == tensors[parameter].dtype:
+                added.add(source)
+        return added - merged
 
     def _gathered_bytes(self, parameter: int) -> int:
         """Bytes of a parameter when it is gathered for readers other than its update."""

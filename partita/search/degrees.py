@@ -185,16 +185,13 @@ def least_operator_seconds(terms: OperatorTerms, split: DegreeCounts, weights: A
 
 
 def least_addition_seconds(terms: OperatorTerms, split: DegreeCounts) -> Array:
-    """[choice]: least seconds in which a microbatch adds its gradients to their sums.
-
-    An addition reads the gradient and the sum, and writes the sum.
-    """
+    """[choice]: least seconds in which a microbatch adds its gradients to their sums."""
     bandwidth = split.placement.machine.bandwidth_for(np.zeros(1))
     local_bytes = np.zeros(split.count)
     for variable in terms.stored:
         factors = tuple(factor for factor in variable.label if factor >= 0)
-        local_bytes += variable.nbytes / split.shards(factors)
-    return 3 * local_bytes / bandwidth
+        local_bytes += variable.added / split.shards(factors)
+    return local_bytes / bandwidth
 
 
 class _Storage:

@@ -241,12 +241,10 @@ class PipelinedStep(SimulatedStep):
     def _as_executed(self, passes: StagePasses, stage: int) -> StagePasses:
         """The passes of a stage with the costs of microbatches: each backward pass adds its
         gradients to their sum, and Python starts each pass.
-
-        An addition reads the gradient and the sum, and writes the sum.
         """
         if self.plan.microbatches == 1:
             return passes
-        nbytes = 3 * self._gradient_bytes(self._members(stage))
+        nbytes = self._added_bytes(self._members(stage))
         adding = nbytes / float(self.machine.bandwidth_for(np.array(nbytes)))
         return StagePasses(
             forward=max(passes.forward, DISPATCH_SECONDS),
@@ -333,13 +331,13 @@ class PipelinedStep(SimulatedStep):
     def peak_bytes(self) -> int:
         return self.memories[self.fullest].peak.peak
 
-    def _gradient_bytes(self, operators: Sequence[int]) -> int:
-        """Bytes of the gradients of operators' variables."""
+    def _added_bytes(self, operators: Sequence[int]) -> float:
+        """Bytes that operators read and write to add their gradients to the sums."""
         nbytes = 0.0
         for o in operators:
             for variable in self.terms.operators[o].stored:
-                nbytes += self._local_bytes(variable.nbytes, variable.label, o)
-        return int(nbytes)
+                nbytes += self._local_bytes(variable.added, variable.label, o)
+        return nbytes
 
     def _content(self, operators: Sequence[int]) -> tuple[object, ...]:
         """A key of operators, the same for equal ones that are split and stored alike."""

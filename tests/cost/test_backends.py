@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 
+from partita.capture.jax_functions import Leaf, capture_step
 from partita.capture.program import capture_program
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import ProductShape
@@ -18,6 +19,7 @@ from partita.cost.collectives import collectives
 from partita.cost.fusion import fused_under
 from partita.cost.memory import memory
 from partita.cost.predict import predict
+from partita.cost.terms import cost_terms
 from partita.cost.work import local_flops
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Backend, load
@@ -340,3 +342,29 @@ def test_a_gpu_keeps_a_copy_of_a_kernel_until_the_input_gradient():
     _, second, *_ = (i for i, x in enumerate(graph.instructions) if x.name == "convolution")
     kernel_bytes = 4 * 3 * 3 * 64 * 64
     assert course[second + 1] - course[0] >= kernel_bytes
+
+
+def test_products_of_a_gpu_add_gradients_to_the_sum_of_all_microbatches():
+    """[query, key, output]: bytes per byte of a variable. XLA:GPU makes one product of the gradients
+    of query and key; a gradient in bfloat16 is converted by the addition."""
+
+    def step(state, x):
+        def loss(state):
+            query, key, output = [weight.astype(x.dtype) for weight in state]
+            return jnp.sum(jnp.tanh((x @ query) * (x @ key)) @ output).astype("float32")
+
+        gradients = jax.grad(loss)(state)
+        return {}, jax.tree.map(lambda weight, gradient: weight - gradient, state, gradients)
+
+    def passes(dtype: str, machine: str) -> list[float]:
+        shape = jax.ShapeDtypeStruct
+        state = tuple(shape((64, 64), "float32") for _ in range(3))
+        leaves = [Leaf(name, "parameter") for name in ("query", "key", "output")]
+        graph = capture_step(step, state, shape((32, 64), dtype), leaves, batch_size=32).graph
+        operators = cost_terms(graph, load(machine).backend).operators
+        added = {v.path: v.added / v.nbytes for operator in operators for v in operator.stored}
+        return [added[leaf.path] for leaf in leaves]
+
+    assert passes("float32", "h100:2") == [3, 3, 1]
+    assert passes("float32", "host:2") == [3, 3, 3]
+    assert passes("bfloat16", "h100:2") == [2.5, 2.5, 2.5]

@@ -35,6 +35,8 @@ class FusionRules:
     """A product or a convolution computes its operands, even those that others read too."""
     merges_products: bool = False
     """Products of one operand with several are one product, which also converts these others."""
+    adds_in_products: bool = False
+    """A product adds its result to another value of the same dtype, which it replaces."""
     longest_chain: float = math.inf
     """Instructions, one after another, that are computed again for another reader, at most."""
 

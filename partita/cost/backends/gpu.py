@@ -35,8 +35,8 @@ class XlaGpu(XlaAccelerator):
 
         It fuses a producer into all of its readers, or writes it, and computes slow elementwise
         instructions again. A softmax is one kernel (SoftmaxRewriterTriton). Queries, keys and
-        values are one product (DotMerger). The code of an error function is too long to be computed
-        again, that of other functions is not.
+        values are one product (DotMerger). cuBLAS adds a product to a sum (GemmRewriter). The code
+        of an error function is too long to be computed again, that of other functions is not.
         """
         return FusionRules(
             duplicates=False,
@@ -44,6 +44,7 @@ class XlaGpu(XlaAccelerator):
             reads_written=True,
             row_kernels=True,
             merges_products=True,
+            adds_in_products=True,
             longest_chain=LONGEST_CHAIN,
         )
 
