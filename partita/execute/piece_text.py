@@ -148,10 +148,10 @@ def piece_text(
         values, _ = stablehlo.numbered(block)
         operations = [op.operation for op in block]
         assert len(operations) == len(flow.statements) + 1, "the text has the flow's statements"
-        for (k, position), number in numbers.items():
-            _replace_number(operations[k], position, number)
         if annotator is not None:
             annotator.annotate(module)
+        for (k, position), number in numbers.items():
+            _replace_number(operations[k], position, number)
         kept = {operations[k] for k in piece.statements}
         own = set(operations)
         _replace_interface(block, values, piece)

@@ -433,12 +433,14 @@ def counting_step(state, x, y):
     return (weights, samples, total + x.shape[0] * loss), loss
 
 
-def test_a_counter_of_samples_counts_those_of_the_batch():
+@pytest.mark.parametrize("inner", [1, 2])
+def test_a_counter_of_samples_counts_those_of_the_batch(inner: int):
     _, _, x, y = jax_arguments()
     first, last = jax_arguments()[0].values()
     state = ([first, last], jnp.int32(0), jnp.float32(0))
     graph = capture_call(counting_step, call_of(counting_step, (state, x, y), {})).captured.graph
-    plan = stages_plan(graph, halves(graph), microbatches=4)
+    plan = stages_plan(graph, halves(graph), microbatches=2)
+    plan = replace(plan, mesh=Mesh.of((2, inner)))
     step = partita.parallelize(counting_step, (state, x, y), plan=plan)
     expected = counting_step(state, x, y)
     result = step(state, x, y)
