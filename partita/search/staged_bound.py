@@ -277,8 +277,8 @@ class StagedBound:
     def _addition_seconds(self) -> Array:
         """[operator]: seconds in which one device adds its gradients."""
         bandwidth = float(self.placement.machine.bandwidth_for(np.zeros(1))[0])
-        nbytes = [sum(v.nbytes for v in operator.stored) for operator in self.terms.operators]
-        return 3 * np.array(nbytes, float) / bandwidth
+        nbytes = [sum(v.added for v in operator.stored) for operator in self.terms.operators]
+        return np.array(nbytes, float) / bandwidth
 
 
 def _additions(shape: StagedShape) -> int:

@@ -13,11 +13,12 @@ from partita.cost.terms import cost_terms
 from partita.errors import PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
-from partita.plans.baselines import storage_for
+from partita.plans.baselines import BASELINES, storage_for
 from partita.plans.plan import Mesh, Plan
 from partita.search.candidates import candidates, names_of
 from partita.search.find import mesh_of
 from partita.search.staged_bound import Spine, StagedBound, StagedShape, heaviest_cut
+from partita.simulation import pipelined
 from partita.simulation.pipelined import PipelinedStep
 
 DATA = Path(__file__).parents[1] / "data"
@@ -84,6 +85,21 @@ def test_no_plan_with_stages_is_below_the_bound_of_its_shape(name: str, overlap:
             except PlanError:
                 continue
     assert ratios and max(ratios) <= 1 + 1e-9
+
+
+def test_additions_of_gradients_are_those_of_the_simulator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipelined, "DISPATCH_SECONDS", 0.0)
+    machine = load("h100:1")
+    bound = staged_bound(GRAPHS["mlp"], machine)
+    plan = BASELINES["one device"](bound.graph, machine.name, mesh_of(machine))
+    plan = replace(plan, microbatches=4)
+    (adding,) = PipelinedStep.of(bound.graph, machine, plan).passes
+    monkeypatch.setattr(PipelinedStep, "_added_bytes", lambda *_: 0)
+    (plain,) = PipelinedStep.of(bound.graph, machine, plan).passes
+    seconds = adding.backward - plain.backward
+    assert bound._addition_seconds.sum() == pytest.approx(seconds)
 
 
 def test_waiting_of_a_chain_by_hand() -> None:
