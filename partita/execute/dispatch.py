@@ -144,10 +144,10 @@ def changed_meanings(cut: Cut, plan: Plan) -> tuple[str, ...]:
         if argument.role != "state" or argument.result not in repeated:
             continue
         if graph.home[argument.tensor] < 0:
-            if _is_floating(graph, argument.tensor) and not is_total(cut.flow, argument):
+            if graph.tensors[argument.tensor].is_floating and not is_total(cut.flow, argument):
                 replaced.append(argument.path)
             continue
-        kinds = statistics if _is_floating(graph, argument.tensor) else draws
+        kinds = statistics if graph.tensors[argument.tensor].is_floating else draws
         layer = argument.path.rpartition("/")[0] or argument.path
         if layer not in kinds:
             kinds.append(layer)
@@ -451,11 +451,11 @@ class _Dispatcher:
     def _combination(self, tensor: int, whole_shape: tuple[int, ...]) -> Combination:
         """The rule for an output that every microbatch computes."""
         flow = self.cut.flow
-        state = [t for t in self.cut.carried.values() if _is_floating(self.graph, t)]
+        state = [t for t in self.cut.carried.values() if self.graph.tensors[t].is_floating]
         if tensor in flow.dependent(state) or tensor not in flow.of_batch:
             return "last"
         shape = self.graph.tensors[tensor].shape
-        if not shape and _is_floating(self.graph, tensor):
+        if not shape and self.graph.tensors[tensor].is_floating:
             return "mean"
         if shape and whole_shape[0] == self.count * shape[0]:
             return "concatenate"
@@ -538,7 +538,3 @@ def _reads(action: Action) -> tuple[Value, ...]:
     if isinstance(action, TransferAction):
         return (action.source,)
     return (*action.reads, *action.sums)
-
-
-def _is_floating(graph: OperatorGraph, tensor: int) -> bool:
-    return graph.tensors[tensor].dtype.startswith(("float", "bfloat"))

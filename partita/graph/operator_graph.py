@@ -82,6 +82,11 @@ class Tensor:
         """Bytes of all elements."""
         return self.size * ITEMSIZE.get(self.dtype, 4)
 
+    @property
+    def is_floating(self) -> bool:
+        """Whether its elements are floating-point numbers."""
+        return self.dtype.startswith(("float", "bfloat"))
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:

@@ -307,7 +307,7 @@ def _returned_means(flow: DataFlow) -> set[int]:
     are no bare sums.
     """
     state = [t for t, role in flow.roles.items() if role == "state"]
-    of_state = flow.dependent([t for t in state if _is_floating(flow, t)])
+    of_state = flow.dependent([t for t in state if flow.graph.tensors[t].is_floating])
     means = set()
     for t in (_outputs(flow) & flow.of_batch) - of_state - flow.roles.keys():
         if not _shape(flow, t) and not _is_sum(flow, t):
@@ -337,12 +337,8 @@ def _is_sum(flow: DataFlow, tensor: int) -> bool:
     instruction = flow.instruction(k)
     if instruction.name in ("convert", "reshape"):
         return _is_sum(flow, instruction.operands[0])
-    is_number = _is_floating(flow, tensor) or instruction.phase == "update"
+    is_number = flow.graph.tensors[tensor].is_floating or instruction.phase == "update"
     return instruction.name == "reduce" or not is_number
-
-
-def _is_floating(flow: DataFlow, tensor: int) -> bool:
-    return flow.graph.tensors[tensor].dtype.startswith(("float", "bfloat"))
 
 
 def scalars_of_step(flow: DataFlow) -> frozenset[int]:
