@@ -13,7 +13,7 @@ does not compute, and writes its result.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -598,20 +598,21 @@ class _Collector:
         if not self.compiler.fusion_rules.adds_in_products:
             return set()
         sources = set(self.gradient_sources.values())
-        products = set()
-        by_operand: dict[int, list[int]] = defaultdict(list)
+        products = []
         for i in self.graph.instructions:
             if i.name == "dot_general" and i.results[0] in sources:
-                products.add(i.results[0])
-                for operand in set(i.operands):
-                    by_operand[operand].append(i.results[0])
-        merged = {t for results in by_operand.values() if len(results) > 1 for t in results}
+                products.append(i)
+        readers: Counter[int] = Counter()
+        for product in products:
+            readers.update(set(product.operands))
         tensors = self.graph.tensors
         added = set()
-        for parameter, source in self.gradient_sources.items():
-            if source in products and tensors[source].dtype == tensors[parameter].dtype:
-                added.add(source)
-        return added - merged
+        for product in products:
+            (result,) = product.results
+            has_dtype = tensors[result].dtype == tensors[self.parameter_of[result]].dtype
+            if has_dtype and all(readers[operand] == 1 for operand in product.operands):
+                added.add(result)
+        return added
 
     def _gathered_bytes(self, parameter: int) -> int:
         """Bytes of a parameter when it is gathered for readers other than its update."""
