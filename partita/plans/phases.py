@@ -273,6 +273,7 @@ def _run_scalars_of_update(flow: DataFlow, result: list[Class]) -> None:
     A smaller learning rate on a plateau has such scalars, and a moving average of the loss.
     """
     of_means = _of_means(flow)
+    outputs = frozenset(flow.graph.outputs)
     for k in reversed(range(len(result))):
         statement = flow.statements[k]
         if result[k] != "forward" or flow.instruction(k).phase != "update":
@@ -280,7 +281,7 @@ def _run_scalars_of_update(flow: DataFlow, result: list[Class]) -> None:
         if any(_shape(flow, t) for t in statement.reads if t in flow.of_batch):
             continue
         readers = {result[r] for t in statement.makes for r in flow.readers[t]}
-        returned = _outputs(flow).intersection(statement.makes)
+        returned = outputs.intersection(statement.makes)
         if readers - {"update"} or not (readers or returned):
             continue
         if all(_is_of_mean(flow, k, t, of_means) for t in returned):
@@ -309,7 +310,7 @@ def _returned_means(flow: DataFlow) -> set[int]:
     state = [t for t, role in flow.roles.items() if role == "state"]
     of_state = flow.dependent([t for t in state if flow.graph.tensors[t].is_floating])
     means = set()
-    for t in (_outputs(flow) & flow.of_batch) - of_state - flow.roles.keys():
+    for t in flow.of_batch.intersection(flow.graph.outputs) - of_state - flow.roles.keys():
         if not _shape(flow, t) and not _is_sum(flow, t):
             means.add(t)
     return means
@@ -358,10 +359,6 @@ def scalars_of_step(flow: DataFlow) -> frozenset[int]:
             statements.add(k)
             of_step.update(statement.makes)
     return frozenset(statements)
-
-
-def _outputs(flow: DataFlow) -> frozenset[int]:
-    return frozenset(flow.graph.outputs)
 
 
 def _replaced(flow: DataFlow) -> dict[int, Argument]:
