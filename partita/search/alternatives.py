@@ -32,11 +32,13 @@ def alternatives(
     states = network.states_of(plan) if is_one_program(plan) else None
     if states is None:
         return [[] for _ in network.states]
+    step_seconds = space.simulated.seconds(states) if space.overlaps else 0.0
     return [
         _alternatives(
             space,
             states,
             o,
+            step_seconds,
             limit,
         )
         for o in range(len(network.states))
@@ -47,8 +49,10 @@ def _alternatives(
     space: SearchSpace,
     states: Sequence[int],
     operator: int,
+    step_seconds: float,
     limit: int,
 ) -> list[Alternative]:
+    """`step_seconds`: the simulated step of the plan, where collectives overlap."""
     network = space.network
     problem = network.problem
     nbytes = problem.nbytes[operator]
@@ -57,7 +61,6 @@ def _alternatives(
         moves = table[:, states[neighbour]]
         seconds = seconds + moves
     planned = states[operator]
-    step_seconds = space.simulated.seconds(states) if space.overlaps else 0.0
 
     def added_seconds(state: int) -> float:
         """Where collectives overlap, a step is no sum of its parts."""
