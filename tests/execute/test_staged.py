@@ -52,6 +52,10 @@ def halves_apart(graph, **more) -> Plan:
     return stages_plan(graph, halves(graph), **more)
 
 
+def in_two_microbatches(graph) -> Plan:
+    return halves_apart(graph, microbatches=2)
+
+
 def first_apart(graph, **more) -> Plan:
     """The first operator on a stage of its own."""
     return stages_plan(graph, [int(n > 0) for n in range(len(graph.operators))], **more)
@@ -212,19 +216,13 @@ def test_one_stage_without_microbatches_is_one_program():
 
 
 def test_the_global_norm_splits_one_update_in_two():
-    def plan(graph):
-        return stages_plan(graph, halves(graph), microbatches=2)
-
-    step, largest = compare(mlp(global_clipnorm=0.1), plan)
+    step, largest = compare(mlp(global_clipnorm=0.1), in_two_microbatches)
     assert len(step.cut.pieces) == 7
     assert largest < 1e-5
 
 
 def test_gradients_that_keras_accumulates_are_those_of_whole_batches():
-    def plan(graph):
-        return stages_plan(graph, halves(graph), microbatches=2)
-
-    step, largest = compare(mlp(gradient_accumulation_steps=2), plan)
+    step, largest = compare(mlp(gradient_accumulation_steps=2), in_two_microbatches)
     assert len(step.cut.pieces) == 6
     assert largest < 1e-5
 
@@ -242,7 +240,7 @@ def test_scalars_that_several_places_of_one_device_read_are_kept():
 
 def test_gradients_of_tied_weights_are_sent_once_per_step():
     def plan(graph):
-        return stages_plan(graph, halves(graph), microbatches=4)
+        return halves_apart(graph, microbatches=4)
 
     step, largest = compare(tied(), plan)
     weight = next(a for a in step.cut.flow.graph.arguments if "embedding" in a.path)
@@ -261,7 +259,7 @@ def test_rematerialized_dropout_draws_the_same_mask():
     def plan(graph):
         names = [operator.name for operator in graph.operators]
         recompute = ((names[0], names[1]),)
-        return stages_plan(graph, halves(graph), recompute=recompute)
+        return halves_apart(graph, recompute=recompute)
 
     step, largest = compare(mlp(dropout=True), plan)
     repeated = {
@@ -293,7 +291,7 @@ def test_stages_of_two_devices_equal_one_device(inner: str):
     def plan(graph):
         mesh = Mesh((Axis("a", 2), Axis("b", 2)))
         inside = BASELINES[inner](graph, "host", Mesh(mesh.axes[1:]))
-        staged = stages_plan(graph, halves(graph), microbatches=2)
+        staged = halves_apart(graph, microbatches=2)
         choices = {
             name: {**staged.choices[name], **inside.choices[name]} for name in staged.choices
         }
@@ -327,7 +325,7 @@ def test_a_stage_stores_its_own_variables_and_the_compiler_counts_them():
     model = mlp()
     captured = capture_model(model, batch(model))
     graph = captured.graph
-    step = runnable_step(captured, stages_plan(graph, halves(graph), microbatches=2))
+    step = runnable_step(captured, halves_apart(graph, microbatches=2))
     assert isinstance(step, StagedStep)
     stored = [0, 0]
     for argument, value in step.dispatch.state.items():
@@ -374,7 +372,7 @@ def jax_arguments():
 def test_a_jax_step_returns_the_mean_loss_and_all_samples():
     arguments = jax_arguments()
     graph = capture_call(jax_step, call_of(jax_step, arguments, {})).captured.graph
-    plan = stages_plan(graph, halves(graph), microbatches=4)
+    plan = halves_apart(graph, microbatches=4)
     step = partita.parallelize(jax_step, arguments, plan=plan)
     expected = jax_step(*arguments)
     result = step(*arguments)
@@ -407,7 +405,7 @@ def test_state_that_follows_the_loss_follows_that_of_the_batch():
     zero = jnp.float32(0)
     state = ([first, last], jnp.float32(0.5), zero, zero, zero, jnp.int32(3), zero)
     graph = capture_call(averaging_step, call_of(averaging_step, (state, x, y), {})).captured.graph
-    plan = stages_plan(graph, halves(graph), microbatches=4)
+    plan = halves_apart(graph, microbatches=4)
     said: list[str] = []
     step = partita.parallelize(averaging_step, (state, x, y), plan=plan, say=said.append)
     expected = averaging_step(state, x, y)
@@ -439,7 +437,7 @@ def test_a_counter_of_samples_counts_those_of_the_batch(inner: int):
     first, last = jax_arguments()[0].values()
     state = ([first, last], jnp.int32(0), jnp.float32(0))
     graph = capture_call(counting_step, call_of(counting_step, (state, x, y), {})).captured.graph
-    plan = stages_plan(graph, halves(graph), microbatches=2)
+    plan = halves_apart(graph, microbatches=2)
     plan = replace(plan, mesh=Mesh.of((2, inner)))
     step = partita.parallelize(counting_step, (state, x, y), plan=plan)
     expected = counting_step(state, x, y)
@@ -534,7 +532,7 @@ def test_fit_trains_in_stages_with_a_ragged_last_batch():
         model = mlp()
         if staged:
             graph = capture_model(model, (x[:8], y[:8])).graph
-            plan = stages_plan(graph, halves(graph), microbatches=4)
+            plan = halves_apart(graph, microbatches=4)
             partita.parallelize(model, plan=plan, say=lines.append)
         history = model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0).history
         losses.append([*history["loss"], *history["accuracy"], *model.evaluate(x, y, verbose=0)])
@@ -552,7 +550,7 @@ def test_layers_that_see_a_microbatch_are_named_with_the_compilers_figures():
     x = layers.Dropout(0.5, name="drop")(x)
     model = compiled(layers.Dense(8, name="out")(x), inputs)
     graph = capture_model(model, batch(model)).graph
-    plan = stages_plan(graph, halves(graph), microbatches=4)
+    plan = halves_apart(graph, microbatches=4)
     pieces = in_pieces(capture_model(model, batch(model)), plan).cut
     statistics, draws = changed_meanings(pieces, plan)
     assert statistics == (
