@@ -94,6 +94,8 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--calm", type=int, default=0, help="steps without a loss")
     given = parser.parse_args()
+    if given.first >= given.losses:
+        parser.error(f"--first {given.first} leaves none of --losses {given.losses}")
     if given.calm:
         for source in SOURCES:
             print(f"{source}: {survival_seconds(source, given.calm) / STEP_SECONDS:.2%} of a step")
