@@ -1,15 +1,19 @@
-"""Pipelines over processes: on a slow link against data parallelism, and with a state that does not
-fit the memory limit of one process.
+"""Pipelines over processes: stages that work at the same time, a slow link against data
+parallelism, and a state that does not fit the memory limit of one process.
 
+    python benchmarks/staged_processes.py overlap --width 1024 --layers 8 --samples 1024
     sudo python benchmarks/staged_processes.py link --rate 200mbit --width 4096 --layers 3
     sudo python benchmarks/staged_processes.py memory --width 4096 --layers 8 --limit-gigabytes 1.2
 
-Dense layers of equal width, SGD with momentum, a process per core. `link`: in a network namespace
-whose loopback `tc tbf` shapes, two processes train by a pipeline and by data parallelism, in turns;
-medians and losses. `memory`: control groups limit the memory of each process; one process, two and
-four train by pipelines. A process is expected to be killed if its state does not fit. Peaks are
-anonymous memory without that of Python, JAX and programs, which is what a process has beside its
-state between two steps. Planned peaks are beside them. Needs root.
+Dense layers of equal width, SGD with momentum, a process per core. `overlap`: two processes train
+with 1, 4 and 8 microbatches of --samples samples. One microbatch takes 2 (f + b), for f and b the
+seconds of a forward and a backward pass of a stage; m microbatches should take (m + 1) (f + b).
+`link`: in a network namespace whose loopback `tc tbf` shapes, two processes train by a pipeline and
+by data parallelism, in turns; medians and losses. `memory`: control groups limit the memory of each
+process; one process, two and four train by pipelines. A process is expected to be killed if its
+state does not fit. Peaks are anonymous memory without that of Python, JAX and programs, which is
+what a process has beside its state between two steps. Planned peaks are beside them. `link` and
+`memory` need root.
 """
 
 from __future__ import annotations
@@ -171,6 +175,26 @@ def write_weights(shape: Shape, folder: Path) -> None:
         np.save(folder / f"{n}.npy", values / np.float32(shape.width**0.5))
 
 
+def compare_microbatches(shape: Shape, folder: Path) -> bool:
+    """Steps of 4 and 8 microbatches against one. Whether they are within 5 % of full overlap."""
+    seconds = {}
+    for microbatches in (1, 4, 8):
+        batch = shape._replace(samples=microbatches * shape.samples)
+        name = f"pipeline-{microbatches}.json"
+        pipeline(batch, 2, microbatches).save(folder / name)
+        done = train(batch, folder, 2, name)
+        if done is None:
+            return False
+        seconds[microbatches] = statistics.median(done[0][0]["seconds"])
+    ratios = {m: seconds[m] / ((m + 1) / 2 * seconds[1]) for m in seconds if m > 1}
+    for microbatches, ratio in ratios.items():
+        print(
+            f"{microbatches} microbatches {seconds[microbatches]:.3f} s, one {seconds[1]:.3f} s: "
+            f"{ratio:.3f} of (m + 1) (f + b)"
+        )
+    return max(ratios.values()) < 1.05
+
+
 def compare_on_link(shape: Shape, folder: Path, rate: str, turns: int, microbatches: int) -> bool:
     """Trains by both plans in turns. Whether the losses are equal."""
     pipeline(shape, 2, microbatches).save(folder / "pipeline.json")
@@ -226,7 +250,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["link", "memory"])
+    parser.add_argument("part", choices=["overlap", "link", "memory"])
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--samples", type=int, default=32)
@@ -240,7 +264,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="partita-stages-") as name:
         folder = Path(name)
         write_weights(shape, folder)
-        if given.part == "link":
+        if given.part == "overlap":
+            right = compare_microbatches(shape, folder)
+        elif given.part == "link":
             right = compare_on_link(shape, folder, given.rate, given.turns, given.microbatches)
         else:
             limit_bytes = int(given.limit_gigabytes * 1e9)
