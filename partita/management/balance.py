@@ -55,8 +55,8 @@ LEAST_EXPONENT = 0.05
 differ for another reason."""
 LEAST_CHANGE = 1.3
 """Seconds of a step over the usual ones, from which another plan is looked for."""
-ROUNDS_TO_NAME = 2
-"""Exchanges after a change of a step's seconds in which a slow process may be named."""
+STEPS_TO_NAME = 5
+"""Readings after a change of a step's seconds in which a slow process may be named."""
 ONE = np.ones(1)
 
 
@@ -126,7 +126,7 @@ class Balance:
         self._change: Change | None = None
         self._changes = StepChanges()
         self._unexplained: tuple[float, int] | None = None
-        """(seconds over the usual ones, rounds ago) of a change of steps that no slow process
+        """(seconds over the usual ones, readings since) of a change of steps that no slow process
         explains."""
         self._replanner = Replanner()
         self._prepared: Plan | None = None
@@ -293,7 +293,8 @@ class Balance:
             self._decide(training, key, step_seconds)
             self._look_for_plans(training, key, [row[0][0] for row in rows])
         cost = max(value["round"] for value in values)
-        self._next_round = training.step + _steps_between(cost, step_seconds)
+        fewest = 1 if is_disturbed or self._unexplained is not None else FEWEST_STEPS
+        self._next_round = training.step + _steps_between(cost, step_seconds, fewest)
         reading = max(value["reading"] for value in values)
         self._stride = _steps_between(reading, step_seconds, fewest=1)
         self._round_seconds.append(time.perf_counter() - start)
@@ -390,9 +391,9 @@ class Balance:
             self._replanner.cancel()
             return
         if self._unexplained is not None:
-            factor, rounds = self._unexplained
-            self._unexplained = factor, rounds + 1
-            if rounds >= ROUNDS_TO_NAME:
+            factor, readings = self._unexplained
+            self._unexplained = factor, readings + len(seconds)
+            if self._unexplained[1] >= STEPS_TO_NAME:
                 self._unexplained = None
                 if training.group.is_first:
                     self._begin_search(training, key)
@@ -459,10 +460,10 @@ class Balance:
             self.log.add(Decision(training.step, action, sentence, figures))
 
 
-def _steps_between(cost_seconds: float, step_seconds: float, fewest: int = FEWEST_STEPS) -> int:
+def _steps_between(cost_seconds: float, step_seconds: float, fewest: int) -> int:
     """Steps from one exchange or reading to the next, for a cost of at most OVERHEAD.
 
-    >>> _steps_between(0.001, 0.1), _steps_between(0.001, 0.01), _steps_between(0.001, 0.0)
+    >>> _steps_between(0.001, 0.1, 5), _steps_between(0.001, 0.01, 5), _steps_between(0.001, 0.0, 5)
     (5, 50, 200)
     """
     if step_seconds <= 0:

@@ -207,6 +207,23 @@ def test_nobody_is_slow_while_a_thread_compiles_beside_the_training():
     assert training.shares == (7, 7, 1, 1)
 
 
+def test_a_plan_is_searched_soon_after_links_have_slowed_down(monkeypatch: pytest.MonkeyPatch):
+    begun: list[int] = []
+    monkeypatch.setattr(Training, "seconds", property(lambda self: self.link_seconds + 0.01))
+    monkeypatch.setattr(
+        module.Replanner, "begin", lambda self, situation, table: begun.append(training.step)
+    )
+    training = Training()
+    training.link_seconds = 0.1  # type: ignore[attr-defined]
+    manager, _ = balance()
+    training.run(manager, 60)
+    assert not begun
+    training.link_seconds = 0.5  # type: ignore[attr-defined]
+    training.run(manager, 60)
+    # Five steps to the next exchange, five in which a slow process may be named.
+    assert len(begun) == 1 and begun[0] <= 71
+
+
 def test_a_plan_for_slow_links_is_prepared_once():
     training = Training()
     training.host_is_idle = True
