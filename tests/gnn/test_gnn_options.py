@@ -271,6 +271,10 @@ def test_bad_options_are_refused(make: Any, sentence: str) -> None:
         ),
         (lambda: gnn.GATConv(4, 2), {"att_src", "att_dst", "bias", "lin.weight"}),
         (
+            lambda: gnn.GATv2Conv(4, 2, head_bias=True, share_weights=True),
+            {"att", "bias", "lin_l.weight", "lin_l.bias", "lin_r.weight", "lin_r.bias"},
+        ),
+        (
             lambda: gnn.GCN(4, 3, norm="batch"),
             {"convs.0.lin.weight", "convs.0.bias", "convs.1.lin.weight", "convs.1.bias"}
             | {f"norms.0.module.{name}" for name in ("weight", "bias", "running_mean")}
@@ -287,6 +291,16 @@ def test_names_of_pyg(make: Any, names: set[str]) -> None:
     for name, value in gnn.pyg_state(layer).items():
         if "tracked" not in name:
             np.testing.assert_array_equal(value, state[name])
+
+
+def test_two_matrices_for_a_shared_one_are_refused() -> None:
+    model = gnn.GATv2(4, 3, heads=2, layer_options={"share_weights": True})
+    model.build((None, 5))
+    state = gnn.pyg_state(model)
+    changed = {**state, "convs.0.lin_r.weight": state["convs.0.lin_r.weight"] + 1}
+    sentence = r"convs\.0\.lin_l\.weight and convs\.0\.lin_r\.weight differ, and .* has one weight"
+    with pytest.raises(GraphError, match=sentence):
+        gnn.load_pyg_state(model, changed)
 
 
 def test_stacked_weights_of_another_size_are_refused() -> None:

@@ -47,7 +47,8 @@ def pyg_state(layer: Any) -> dict[str, np.ndarray]:
 def load_pyg_state(layer: Any, state: Mapping[str, Any]) -> None:
     """Puts the weights of a PyG module into a built layer or model of the same options.
 
-    GraphError if a name is missing or unknown, or a shape differs; then nothing has changed.
+    GraphError if a name is missing or unknown, a shape differs, or names of one weight have several
+    values; then nothing has changed.
     """
     entries = _entries(layer)
     unknown = sorted(set(state) - set(entries))
@@ -64,6 +65,12 @@ def load_pyg_state(layer: Any, state: Mapping[str, Any]) -> None:
             raise GraphError(
                 f"{name} has the shape {list(arrays[name].shape)}, and {layer.name!r} needs "
                 f"{list(entry.array.shape)}: make both layers with the same options."
+            )
+        first = next(other for other, known in entries.items() if known is entry)
+        if first != name and not np.array_equal(arrays[first], arrays[name]):
+            raise GraphError(
+                f"{first} and {name} differ, and {layer.name!r} has one weight for both: make both "
+                "layers with the same options."
             )
     for name, entry in entries.items():
         entry.assign(arrays[name])
@@ -189,6 +196,13 @@ def _entries(layer: Any) -> dict[str, StateEntry]:
             entries[name] = entry(variable)
     if isinstance(layer, GATConv):
         entries |= _gat_matrices(layer)
+    if isinstance(layer, GATv2Conv) and layer.share_weights:
+        # The state of a module has its shared matrix under both names.
+        entries |= {
+            name.replace("lin_l", "lin_r"): entry
+            for name, entry in entries.items()
+            if name.startswith("lin_l")
+        }
     if isinstance(layer, VertexBatchNormalization):
         entries["num_batches_tracked"] = StateEntry(np.zeros((), np.int64), lambda given: None)
     if isinstance(layer, GINConv) and layer.mlp is not None:
