@@ -73,6 +73,19 @@ TOKENS = (
     b"\xef\xbb\xbf", b"+", b"\x00", b"\r", b"0x1", b"1_0", "\u0661".encode(), b"\\ud800", b"-0",
     b"#", b"1e-400", b"[" * 5000, b"18446744073709551616", b" ", b"\n", b",", b"'",
 )  # fmt: skip
+BACKEND = {
+    "reduce_scatter": True,
+    "overlap": {"value": 0.0, "source": "set in code", "status": "assumed"},
+    "promotes_16_bit_all_reduce": False,
+    "float32_products": "float32",
+    "dense_grouped_gradients": False,
+    "recomputes": False,
+    "transposed_copies": False,
+    "platform": "",
+    "compute_capability": "",
+    "combines": True,
+}
+"""The defaults of the keys of a machine file's `[backend]`."""
 VALUES = (None, True, -1, 0, 2**63, 1e308, "", "x", [], {}, [[]], "\ud800", 0.5, "a" * 200)
 """Values that replace one of a JSON file."""
 
@@ -222,9 +235,15 @@ def _read_machine(path: Path) -> Any:
 def _right_machine(files: Files) -> Any:
     (content,) = files.values()
     try:
-        return _quantities(tomllib.loads(content.decode("utf-8-sig")))
+        value = tomllib.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
+    backend = value.get("backend", {})
+    if type(backend) is dict:
+        value["backend"] = {**BACKEND, **backend}
+    for domain in value.get("domain", {}).values():
+        domain.setdefault("members", "")
+    return _quantities(value)
 
 
 def _quantities(value: Any) -> Any:
