@@ -18,7 +18,7 @@ from partita.capture import stablehlo
 from partita.capture.prepare import prepare
 from partita.capture.reader import Program, read
 from partita.capture.targets import CaptureTarget, choices_for
-from partita.errors import CaptureError
+from partita.errors import CaptureError, PartitaError
 from partita.graph.check import check
 from partita.graph.grouping import group
 from partita.graph.operator_graph import Argument, OperatorGraph
@@ -294,6 +294,8 @@ _CHECKS = [export.DisabledSafetyCheck.custom_call("ALL"), export.DisabledSafetyC
 
 
 def reason(error: Exception) -> str:
-    """The type and the first line of an error."""
+    """The type and the first line of an error; an error of ours is a sentence without its type."""
+    if isinstance(error, PartitaError):
+        return str(error)
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -30,4 +30,9 @@ class Package:
                 f"PyTorch modules need {self._name}, which is not installed. Install the extra: "
                 "pip install 'partita[torch]'."
             ) from None
+        except (AttributeError, ImportError) as error:
+            raise PartitaError(
+                f"{self._name} does not work with the installed packages ({error}). Install the "
+                "versions of the extra: pip install 'partita[torch]'."
+            ) from error
         return getattr(package, attribute)

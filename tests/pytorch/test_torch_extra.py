@@ -1,5 +1,7 @@
 """The parts of `partita.torch` that need no PyTorch: these tests run everywhere."""
 
+from pathlib import Path
+
 import pytest
 
 import partita
@@ -14,6 +16,19 @@ def test_a_missing_package_is_named_in_a_sentence_when_it_is_used() -> None:
     assert str(error.value) == (
         "PyTorch modules need surely_not_installed, which is not installed. Install the extra: "
         "pip install 'partita[torch]'."
+    )
+
+
+def test_a_package_of_an_unfit_version_is_named_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "of_an_older_torch.py").write_text("import json\n\njson.dim_Dimname\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(partita.PartitaError) as error:
+        Package("of_an_older_torch").tensor  # noqa: B018
+    assert str(error.value) == (
+        "of_an_older_torch does not work with the installed packages (module 'json' has no "
+        "attribute 'dim_Dimname'). Install the versions of the extra: pip install 'partita[torch]'."
     )
 
 
