@@ -389,6 +389,7 @@ def plan(
     target: Target,
     partition: Partition = "edges",
     order: Order = None,
+    memory: Memory = None,
     report: Annotated[
         Path | None,
         typer.Option(help="Write a page about the best plan to this .html file."),
@@ -398,7 +399,8 @@ def plan(
     """Predict graph training on a machine that need not be here.
 
     Prints seconds per epoch, memory of a device against what a step may use, and traffic, for each
-    number of parts. Nothing is trained.
+    number of parts. Nothing is trained. A step within a memory limit, or one that does not fit, is
+    predicted with a memory plan, and its copies to and from the host.
 
     Example: partita gnn plan graph.lux --model sage --hidden 256 --machine h100:8
     """
@@ -420,6 +422,7 @@ def plan(
             devices=target.devices,
             partition=partition,
             order=order,
+            memory=memory,
         )
         best = plans.best
         if report is not None and best is not None:
@@ -437,7 +440,7 @@ def _print_plans(plans: Any) -> None:
     from partita.report.tables import add_columns, add_row, new_table, timeline_summary
 
     table = new_table(f"{plans.graph} on {plans.machine}: predicted training, one step an epoch")
-    add_columns(table, "parts", "epoch", "memory", "of", "fits", "traffic")
+    add_columns(table, "parts", "epoch", "memory", "of", "fits", "traffic", "host", "copies")
     for one in plans.plans:
         add_row(
             table,
@@ -447,6 +450,8 @@ def _print_plans(plans: Any) -> None:
             format_bytes(one.available_bytes),
             "yes" if one.fits else "no",
             format_bytes(one.timeline.total_traffic),
+            format_bytes(one.host_bytes) if one.memory else "-",
+            format_seconds(one.host_seconds) if one.memory else "-",
             style="bold" if one is plans.best else None,
         )
     out.print(table)

@@ -16,7 +16,14 @@ import numpy as np
 from partita.cost.attached import AttachedUse, kernels_by_part
 from partita.cost.backends import compiler_of
 from partita.cost.moves import Placement, move_seconds
-from partita.cost.operator_terms import Halo, OperatorTerms, Reduction, StoredVariable, Work
+from partita.cost.operator_terms import (
+    HOST,
+    Halo,
+    OperatorTerms,
+    Reduction,
+    StoredVariable,
+    Work,
+)
 from partita.cost.partial import Factors
 from partita.cost.reshard import Axes
 from partita.cost.storage import PLAIN, StorageRule, planned_rule
@@ -384,11 +391,15 @@ def _roofline(
     for kernel, position, nbytes in traffic_entries:
         traffic[kernel, position] += nbytes
     local_traffic = traffic @ share
+    bandwidth = machine.bandwidth_for(local_traffic)
+    copies = [kernel for kernel, work in enumerate(terms.work) if work.op_class == HOST]
+    if copies:
+        bandwidth[copies] = machine.host_bandwidth()
     local_flops = np.array(flops)[:, None] * share[columns]
     full_seconds = np.array(flops) / np.array(rates)
     return _Roofline(
         full_seconds[:, None] * share[columns],
-        local_traffic / machine.bandwidth_for(local_traffic),
+        local_traffic / bandwidth,
         machine.overhead * np.array([[float(work.launches)] for work in terms.work]),
         np.array([float(work.trips) for work in terms.work]),
         local_flops,

@@ -12,6 +12,9 @@ from partita.cost.collectives import Reversal
 from partita.cost.partial import Factors
 from partita.graph.operator_graph import Label, OperatorGraph, Phase, Window
 
+HOST = "host"
+"""Class of a copy between device and host."""
+
 Renumber = Callable[[Factors], Factors]
 """Factors of the graph -> their positions among those of an operator, -1 for others."""
 

@@ -9,16 +9,19 @@ step. Memory was compared with compilers, seconds with epochs on CPUs (benchmark
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from partita.capture.jax_functions import Captured
 from partita.capture.targets import CaptureTarget
-from partita.errors import MachineError
+from partita.errors import GraphError, MachineError
 from partita.gnn.capture import capture_training
 from partita.gnn.data.graph import Graph
-from partita.gnn.prepare import PreparationKey, Split
+from partita.gnn.prepare import PreparationKey, Split, within_memory
+from partita.gnn.spill.priced import PlannedMemory, planned_memory
+from partita.gnn.spill.run import budget_of
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
 from partita.planning import resolve_machine, simulate_plan
@@ -35,6 +38,7 @@ class GraphPlan:
     parts           number of devices
     plan            the split of every operator
     available_bytes bytes of a device that a step may use
+    memory          the memory plan of the step, None without one
     """
 
     parts: int
@@ -42,10 +46,13 @@ class GraphPlan:
     available_bytes: int
     captured: Captured = field(repr=False, compare=False)
     machine: Machine = field(repr=False, compare=False)
+    memory: PlannedMemory | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def timeline(self) -> Timeline:
         """The simulated step."""
+        if self.memory is not None:
+            return self.memory.timeline(self.captured.graph, self.machine, self.plan)
         return simulate_plan(self.captured, self.machine, self.plan)
 
     @property
@@ -57,6 +64,16 @@ class GraphPlan:
     def needed_bytes(self) -> int:
         """Bytes of each device at the peak of the step."""
         return self.timeline.peak_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes between each device and the host in a step."""
+        return 0 if self.memory is None else self.memory.plan.traffic
+
+    @property
+    def host_seconds(self) -> float:
+        """Seconds of these copies."""
+        return self.timeline.idle.get("host", 0.0)
 
     @property
     def fits(self) -> bool:
@@ -71,6 +88,8 @@ class GraphPlan:
             "available_bytes": self.available_bytes,
             "fits": self.fits,
             "traffic_bytes": self.timeline.total_traffic,
+            "host_bytes": self.host_bytes,
+            "host_seconds": self.host_seconds,
             "joules": self.timeline.joules,
         }
 
@@ -120,12 +139,15 @@ def plan(
     devices: int | None = None,
     partition: Any = "edges",
     order: Any = None,
+    memory: str | int | None = None,
 ) -> GraphPlans:
     """The step of a compiled graph model on a machine, for each number of parts.
 
     Nothing is trained and no device is used. With `devices`, for that number of parts alone. The
-    other options are those of `fit`; a learned split is priced as "edges". GraphError for a graph
-    that does not suit the model; MachineError for a machine that has no such number of devices.
+    other options are those of `fit`; a learned split is priced as "edges". Without `memory`, a step
+    that does not fit has a memory plan for the memory that a step may use, where that is possible.
+    GraphError for a graph that does not suit the model; MachineError for a machine that has no such
+    number of devices.
     """
     model._assert_compile_called("plan")
     if isinstance(partition, str) and partition == "learned":
@@ -136,7 +158,16 @@ def plan(
     for count in counts:
         split = Split(count, partition, 1, order)
         key = model._graph_trainer.checked_key(graph, split)
-        plans.append(plan_of(model, graph, key, whole.with_devices(count)))
+        part = whole.with_devices(count)
+        if memory is not None:
+            plans.append(_limited_plan(model, graph, key, part, budget_of(memory)))
+            continue
+        planned = plan_of(model, graph, key, part)
+        if not planned.fits:
+            # The limit may be too small, the model in one piece, the link to the host unknown.
+            with suppress(GraphError, MachineError):
+                planned = _limited_plan(model, graph, key, part, planned.available_bytes)
+        plans.append(planned)
     return GraphPlans(graph.name, whole.name, tuple(plans))
 
 
@@ -151,6 +182,16 @@ def plan_of(model: Any, graph: Graph, key: PreparationKey, machine: Machine) -> 
         captured,
         machine,
     )
+
+
+def _limited_plan(
+    model: Any, graph: Graph, key: PreparationKey, machine: Machine, budget: int
+) -> GraphPlan:
+    """The plan of a prepared split within `budget` bytes of each device."""
+    key = within_memory(key)
+    machine.host_bandwidth()  # before the memory plan, which takes longer
+    memory = planned_memory(model, graph, key, budget)
+    return replace(plan_of(model, graph, key, machine), memory=memory)
 
 
 def _counts(machine: Machine, graph: Graph) -> Iterator[int]:

@@ -265,6 +265,15 @@ class PreparationKey:
     importance: Numbers | None = None
 
 
+def within_memory(key: PreparationKey) -> PreparationKey:
+    """The key of a memory plan: no split features, and aggregations over all edges."""
+    return replace(
+        key,
+        split=replace(key.split, columns=1),
+        architecture=replace(key.architecture, by_vertex=False),
+    )
+
+
 # ------------------------------------------------------------------------------------- the value
 
 

@@ -9,7 +9,6 @@ At most `GRAPHS` graphs stay on the devices, and earlier ones only within `SPARE
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ import numpy as np
 from partita.errors import GraphError
 from partita.execute import processes
 from partita.gnn.agreement import check_agreement, is_known_to_agree
-from partita.gnn.data.arrays import as_count
 from partita.gnn.data.graph import Graph, check
 from partita.gnn.fitting import check_fits
 from partita.gnn.prepare import (
@@ -29,11 +27,11 @@ from partita.gnn.prepare import (
     architecture_of,
     check_weights_suit,
     prepare,
+    within_memory,
 )
 from partita.gnn.runs import DeviceRun, TrainingRun
-from partita.gnn.spill.run import MemoryRun
+from partita.gnn.spill.run import MemoryRun, budget_of
 from partita.gnn.step import CompiledSteps
-from partita.units import parse
 
 GRAPHS = 4
 """Prepared graphs of a model that stay on the devices at most."""
@@ -102,7 +100,7 @@ class GraphTrainer:
             self.memory = None
             run: TrainingRun = self.on_devices(graph, "train")
         else:
-            run = self._within(graph, _budget(memory), "train")
+            run = self._within(graph, budget_of(memory), "train")
         self.model.optimizer.build(self.model.trainable_variables)
         return run
 
@@ -202,7 +200,7 @@ class GraphTrainer:
         reused = memory is not None and memory.budget == budget and memory.serves(graph)
         if not reused:
             self._check(graph)
-        key = self._planned_key(graph)
+        key = within_memory(self._key(graph))
         if mask is not None:
             _check_mask(self.model, graph, mask)
         if memory is None or not reused or memory.key != key:
@@ -215,15 +213,6 @@ class GraphTrainer:
             memory = self.memory = MemoryRun(self.model, graph, budget, key)
             self._memory_is_valid = True
         return memory
-
-    def _planned_key(self, graph: Graph) -> PreparationKey:
-        """The key of a memory plan: no split features, and aggregations over all edges."""
-        key = self._key(graph)
-        return replace(
-            key,
-            split=replace(key.split, columns=1),
-            architecture=replace(key.architecture, by_vertex=False),
-        )
 
     def _architecture(self, graph: Graph) -> Architecture:
         kind = _kind_of(graph)
@@ -261,13 +250,6 @@ def _kind_of(graph: Graph) -> tuple[int, bool, int, bool]:
         edge_features,
         graph.members is not None,
     )
-
-
-def _budget(memory: str | int) -> int:
-    """Bytes of a memory plan, of a text or a number."""
-    if isinstance(memory, str):
-        memory = int(parse(memory, "B"))
-    return as_count("memory", memory, 1, 'give bytes, or a text such as "4GiB"')
 
 
 def _check_planned(split: Split) -> None:

@@ -119,6 +119,22 @@ class Machine:
         others = self.device.memories[1:]
         return next((memory for memory in others if memory.name == HOST_MEMORY), None)
 
+    def host_bandwidth(self) -> float:
+        """Achievable bytes per second of copies between one device and the host.
+
+        A CPU's device memory is the host's: a copy reads and writes there. MachineError for another
+        device whose link to the host is not described.
+        """
+        host = self.host_memory
+        if host is not None:
+            return host.device_bandwidth
+        if self.backend.platform == "cpu":
+            return self.memory_bandwidth / 2
+        raise MachineError(
+            f"'{self.name}' describes no link to the host: add [device.memory.host] with its "
+            "capacity and bandwidth."
+        )
+
     def bandwidth_for(self, nbytes: np.ndarray) -> np.ndarray:
         """Achievable bytes per second of one device for kernels that touch `nbytes` bytes.
 

@@ -350,6 +350,7 @@ PARTS = {
     "sum": "sums of gradients",
     "gather": "gathering stored variables",
     "held up": "kernels held up by collectives",
+    "host": "copies to and from the host",
 }
 """Names of the kinds of spans of a timeline."""
 WAITS = {
@@ -357,6 +358,7 @@ WAITS = {
     "held up": "held up by collectives",
     "end": "waiting for the last collectives",
     "bubble": "waiting for other devices",
+    "host": "copying to and from the host",
 }
 """Names of the causes of idle time."""
 COLLECTIVES = ("exchange", "sum", "gather", "move")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from partita import gnn  # before Keras, which it starts on JAX
 from partita.cli.main import app
-from partita.errors import GraphError
+from partita.errors import GraphError, MachineError
 from partita.gnn.fitting import check_fits, least_bytes
 from partita.gnn.prepare import Split
 from partita.machine import Machine, load
@@ -84,14 +84,75 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "fastest that fits: 2 parts" in done.stdout
     assert "conv_0" in page.read_text()
+    done = CliRunner().invoke(app, [*command, "--memory", "200 kB", "--report", str(page)])
+    assert done.exit_code == 0, done.output
+    assert "copying to and from the host" in done.stdout
+    assert "host copies" in page.read_text()
     done = CliRunner().invoke(app, command[:3])
     assert done.exit_code and "give --machine, such as h100:8" in done.stderr
 
 
+LIMIT = 200_000
+"""Bytes of a device in which GCN's step over half of the graph has to copy."""
+
+
+def test_a_memory_plan_is_priced_with_its_copies(plans: gnn.GraphPlans) -> None:
+    limited = gnn.plan(compiled(gnn.GCN), GRAPH, "h100:2", memory=LIMIT).plans
+    for plan, free in zip(limited, plans.plans, strict=True):
+        assert plan.needed_bytes <= LIMIT and plan.host_bytes > 0
+        link = plan.machine.host_bandwidth()
+        assert plan.host_bytes / link <= plan.host_seconds <= 2 * plan.host_bytes / link + 1e-4
+        assert plan.seconds >= free.seconds + plan.host_seconds
+        copies = [span for span in plan.timeline.spans if span.kind == "host"]
+        assert sum(span.seconds for span in copies) == pytest.approx(plan.host_seconds)
+        assert {span.phase for span in copies} <= {"forward", "backward"}
+        busy = plan.timeline.busy_part() * plan.seconds
+        assert busy + sum(plan.timeline.idle.values()) == pytest.approx(plan.seconds)
+
+
+@pytest.mark.parametrize("kind", [gnn.GCN, gnn.SAGE, gnn.GATv2])
+def test_the_priced_traffic_is_near_that_of_training(kind: Any) -> None:
+    graph = gnn.generate.erdos_renyi(2000, 4000, classes=4, features=32).graph()
+    model = kind(hidden=32, classes=4, layers=4)
+    model.compile("adam")
+    model.fit(graph, verbose=0, memory="900 kB")
+    facts = model.memory.facts()
+    planned = gnn.plan(model, graph, "h100:1", memory="900 kB").plans[0]
+    assert facts["traffic"] > 0
+    assert planned.host_bytes == pytest.approx(facts["traffic"], rel=0.35)
+
+
+def test_a_faster_link_to_the_host_makes_copies_faster() -> None:
+    plan = gnn.plan(compiled(gnn.GCN), GRAPH, "h100:1", memory=LIMIT).plans[0]
+    memories = [replace(m, bandwidth=8 * m.bandwidth) for m in plan.machine.device.memories]
+    device = replace(plan.machine.device, memories=(plan.machine.device.memories[0], memories[1]))
+    faster = replace(plan, machine=replace(plan.machine, device=device))
+    assert faster.host_seconds < plan.host_seconds and faster.host_bytes == plan.host_bytes
+
+
+def test_a_step_that_does_not_fit_has_a_memory_plan() -> None:
+    small = with_memory("h100:1", 2**18)
+    (plan,) = gnn.plan(compiled(gnn.GCN), GRAPH, small).plans
+    assert plan.fits and plan.host_bytes > 0
+    smaller = with_memory("h100:1", 2**16)
+    (plan,) = gnn.plan(compiled(gnn.GCN), GRAPH, smaller).plans
+    assert not plan.fits and plan.host_bytes == 0
+
+
+def test_a_machine_without_a_link_to_its_host_is_refused() -> None:
+    with pytest.raises(MachineError) as raised:
+        gnn.plan(compiled(gnn.GCN), GRAPH, "tpu-v5e:4", devices=1, memory=LIMIT)
+    assert str(raised.value) == (
+        "'tpu-v5e:4' describes no link to the host: add [device.memory.host] with its capacity "
+        "and bandwidth."
+    )
+
+
 def with_memory(name: str, nbytes: int) -> Machine:
     machine = load(name)
-    memories = [replace(memory, capacity=nbytes) for memory in machine.device.memories]
-    return replace(machine, device=replace(machine.device, memories=tuple(memories)))
+    main, *others = machine.device.memories
+    memories = (replace(main, capacity=nbytes), *others)
+    return replace(machine, device=replace(machine.device, memories=memories))
 
 
 def test_a_step_that_certainly_fits_or_does_not_is_told_by_sizes_alone(

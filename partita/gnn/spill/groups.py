@@ -49,6 +49,7 @@ class PieceGroup:
 
     used        numbers of the trainable variables that it reads
     penalizes   whether a layer of it adds to the loss, as by `add_loss`
+    stage       number of the stage of its last piece
     """
 
     by: str
@@ -57,6 +58,7 @@ class PieceGroup:
     writes: tuple[str, ...]
     used: tuple[int, ...]
     penalizes: bool = False
+    stage: int = 0
 
     @property
     def linear(self) -> bool:
@@ -311,4 +313,5 @@ def _group(members: Sequence[StagePiece], later: set[str]) -> PieceGroup:
         writes=tuple(name for name in inner if name in later),
         used=tuple(sorted(used)),
         penalizes=any(member.penalizes for member in members),
+        stage=members[-1].stage,
     )

@@ -76,12 +76,15 @@ class CompiledStep:
 class ModelShapes:
     """A model with the shapes of its variables, and of the data of a graph without features.
 
-    data    of one device, of `data.block.parts`
+    data        of one device, of `data.block.parts`
+    compiles    whether operators are compiled, to run; else their scratch is their inputs and
+                outputs, and no device is needed
     """
 
     model: Any
     state: StepState
     data: GraphData
+    compiles: bool = True
 
     @property
     def devices(self) -> int:
@@ -297,6 +300,9 @@ class _Assembly:
     ) -> _Program:
         """The program of a job on a range of this size."""
         key = (job.kind, job.number, size)
+        table_bytes = sum(map(array_bytes, [*inputs, *outputs]))
+        if not self.shapes.compiles:
+            return _Program(None, table_bytes, 0)
         if key not in self.programs:
             shapes = self.shapes
             function = on_each_device(
@@ -313,7 +319,6 @@ class _Assembly:
                 shapes.equal((shapes.state.trainable, shapes.state.others, number)),
             )
             program: Any = traced.lower().compile()
-            table_bytes = sum(map(array_bytes, [*inputs, *outputs]))
             self.programs[key] = _Program(
                 program,
                 _scratch_bytes(program, table_bytes),
@@ -323,6 +328,9 @@ class _Assembly:
 
     def add_update(self) -> None:
         """Adds the optimizer's update of the variables."""
+        if not self.shapes.compiles:
+            self.operators.append(LayerOperator("update", (), ()))
+            return
         state = self.shapes.equal(self.shapes.state)
         apply = jax.jit(self.shapes.model.optimizer.stateless_apply)
         program: Any = apply.lower(state.optimizer, state.trainable, state.trainable).compile()

@@ -35,6 +35,9 @@ SMALL = 24
 LIMIT = 20_000
 """States after which a search ends."""
 
+FIRST_BANDWIDTH = 1e10
+"""Bytes per second between host and device before any were measured."""
+
 WEIGHTS = (1.0, 1.5, 2.0, 3.0)
 """Preferences of a cache for dropping a tensor with a copy on the host over one that would have to
 be saved first."""
@@ -142,6 +145,38 @@ class MemoryPlan:
     traffic: int
     cost: float
     exact: bool
+
+
+@dataclass(frozen=True)
+class OperatorMemory:
+    """The memory of a device around one operator of a plan.
+
+    copied_bytes    bytes between host and device before the operator runs
+    allocated_bytes bytes while it runs, scratch included
+    """
+
+    operator: LayerOperator
+    copied_bytes: int
+    allocated_bytes: int
+
+
+def followed(work: StepWork, plan: MemoryPlan) -> Iterator[OperatorMemory]:
+    """The operators of a plan as they run, with the copies before each."""
+    operators = {operator.name: operator for operator in work.operators}
+    device: set[str] = set()
+    copied_bytes = 0
+    for action in plan.actions:
+        if action.kind == "drop":
+            device.remove(action.name)
+        elif action.kind in ("load", "save"):
+            device.add(action.name)
+            copied_bytes += work.bytes[action.name]
+        else:
+            operator = operators[action.name]
+            device.update(operator.writes)
+            allocated_bytes = work.fixed + work.size(device) + operator.scratch
+            yield OperatorMemory(operator, copied_bytes, allocated_bytes)
+            copied_bytes = 0
 
 
 def plan_memory(work: StepWork, budget: int, bandwidth: float) -> MemoryPlan:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from partita.gnn.data.arrays import as_count
 from partita.gnn.data.graph import Graph
 from partita.gnn.nn.block import AXIS
 from partita.gnn.prepare import GraphData, PreparationKey, mesh_of, prepare
@@ -32,7 +33,14 @@ from partita.gnn.spill import hosts
 from partita.gnn.spill.groups import GroupedModel, grouped_model, stages_of
 from partita.gnn.spill.jobs import Carry, first_carry, last_carry
 from partita.gnn.spill.operators import CompiledStep, ModelShapes, Run, compiled_step, fitted_step
-from partita.gnn.spill.plan import Action, MemoryPlan, StepWork, lru_plan, plan_memory
+from partita.gnn.spill.plan import (
+    FIRST_BANDWIDTH,
+    Action,
+    MemoryPlan,
+    StepWork,
+    lru_plan,
+    plan_memory,
+)
 from partita.gnn.spill.tables import joined, split
 from partita.gnn.step import (
     StepState,
@@ -40,9 +48,7 @@ from partita.gnn.step import (
     on_each_device,
     state_of,
 )
-
-FIRST_BANDWIDTH = 1e10
-"""Bytes per second between host and device before any were measured."""
+from partita.units import parse
 
 
 def _of_one_device(data: GraphData) -> GraphData:
@@ -69,6 +75,13 @@ class Execution:
     copied_bytes: int = 0
     copy_seconds: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+def budget_of(memory: str | int) -> int:
+    """Bytes of a memory limit, of a text or a number."""
+    if isinstance(memory, str):
+        memory = int(parse(memory, "B"))
+    return as_count("memory", memory, 1, 'give bytes, or a text such as "4GiB"')
 
 
 class MemoryRun(TrainingRun):
