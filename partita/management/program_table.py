@@ -22,6 +22,16 @@ USUAL_SWITCH_SECONDS = sys.getswitchinterval()
 """The same without such a thread."""
 
 
+class EndedScriptError(Exception):
+    """The script has ended while a thread worked for it."""
+
+
+def check_script() -> None:
+    """EndedScriptError once the script has ended, whose process waits for its threads."""
+    if not threading.main_thread().is_alive():
+        raise EndedScriptError
+
+
 class ProgramTable:
     """Results of functions by key. They compile programs, or search plans."""
 

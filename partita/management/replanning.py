@@ -23,7 +23,7 @@ from partita.management.plan_costs import CorrectedCosts
 from partita.management.plan_table import in_state
 from partita.management.policies.rule import Rule
 from partita.management.policies.waiting import Slowdown, WaitingPolicy
-from partita.management.program_table import ProgramTable
+from partita.management.program_table import ProgramTable, check_script
 from partita.management.traces import MachineState
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
@@ -147,9 +147,13 @@ def plan_for_slow_links(graph: OperatorGraph, machine: Machine, plan: Plan) -> P
 
 
 def _candidates(graph: OperatorGraph, machine: Machine, plan: Plan) -> list[Plan]:
-    """The plan that a search finds, and expert plans, of as many devices as the plan so far."""
-    candidates = [find(graph, machine).plan]
+    """The plan that a search finds, and expert plans, of as many devices as the plan so far.
+
+    EndedScriptError, soon after the script has ended.
+    """
+    candidates = [find(graph, machine, lambda progress: check_script()).plan]
     for baseline in BASELINES.values():
+        check_script()
         try:
             candidates.append(check(baseline(graph, machine.name, plan.mesh), graph))
         except PlanError:

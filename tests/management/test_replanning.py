@@ -1,6 +1,8 @@
 """Plans for links that explain the seconds of a step: laws on a simulated machine."""
 
 import functools
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +29,8 @@ from partita.plans.plan import Plan
 from partita.search.find import find
 from partita.simulation.simulate import predicted
 
-GRAPH = OperatorGraph.load(Path(__file__).parents[1] / "data" / "mlp.graph.json")
+DATA = Path(__file__).parents[1] / "data" / "mlp.graph.json"
+GRAPH = OperatorGraph.load(DATA)
 MACHINE = load("host:4")
 LEVEL = MACHINE.levels[0].name
 
@@ -132,3 +135,32 @@ def test_a_proposal_is_due_after_its_wait_once():
     wait_for_search(table)
     replanner.cancel()
     assert replanner.due() is None
+
+
+def test_a_search_ends_with_the_script():
+    code = f"""
+import threading
+from pathlib import Path
+from partita.graph.operator_graph import OperatorGraph
+from partita.machine import load
+from partita.management.program_table import ProgramTable
+from partita.management.replanning import plan_for_slow_links
+from partita.plans.baselines import BASELINES
+from partita.plans.plan import mesh_for
+
+graph, machine = OperatorGraph.load(Path({str(DATA)!r})), load("host:4")
+plan = BASELINES["data parallel"](graph, "host", mesh_for((4,)))
+
+begins = threading.Event()
+
+def search():
+    begins.set()
+    threading.main_thread().join()
+    plan_for_slow_links(graph, machine, plan)
+    print("the search has a result")
+
+ProgramTable().begin("search", search)
+begins.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
