@@ -31,9 +31,12 @@ class Decision:
         return {**head, **self.figures}
 
 
-@dataclass(frozen=True)
+@dataclass
 class DecisionLog:
-    """Takes decisions: keeps them, prints them, and appends them to a file of JSON lines."""
+    """Takes decisions: keeps them, prints them, and appends them to a file of JSON lines.
+
+    A file that can no longer be written is given up with a sentence: the training goes on.
+    """
 
     say: Callable[[str], None] | None = None
     file: Path | None = None
@@ -46,5 +49,14 @@ class DecisionLog:
         if self.say is not None:
             self.say(str(decision))
         if self.file is not None:
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(decision.to_json()) + "\n")
+            self._append(json.dumps(decision.to_json()) + "\n", self.file)
+
+    def _append(self, line: str, path: Path) -> None:
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            self.file = None
+            if self.say is not None:
+                reason = error.strerror or str(error)
+                self.say(f"{str(path)!r} takes no more decisions: {reason}. They are printed only.")

@@ -16,7 +16,7 @@ from partita.errors import LostProcessError, MemoryBudgetError, ProcessError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.management import survival
-from partita.management.decisions import DecisionLog
+from partita.management.decisions import Decision, DecisionLog
 from partita.management.program_table import ProgramTable
 from partita.management.survival import Survival, listed
 from partita.management.survivor_plans import survivor_plan
@@ -221,6 +221,16 @@ def test_snapshots_that_do_not_fit_are_refused_with_figures(
         "snapshots do not fit in memory: each of 3 processes needs 64.0 MiB, and has 1.0 MiB "
         "free, so a lost process ends the run. Add --restarts 3, which saves on the disk."
     )
+
+
+def test_a_file_of_decisions_that_cannot_be_written_is_given_up(tmp_path: Path) -> None:
+    said: list[str] = []
+    file = tmp_path / "removed" / "decisions.jsonl"
+    log = DecisionLog(said.append, file)
+    for step in range(2):
+        log.add(Decision(step, "stay", "nothing to do"))
+    reason = f"'{file}' takes no more decisions: No such file or directory. They are printed only."
+    assert said == ["step 0: nothing to do", reason, "step 1: nothing to do"]
 
 
 def test_snapshots_take_a_bounded_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
