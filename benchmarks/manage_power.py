@@ -2,6 +2,7 @@
 
     python benchmarks/manage_power.py --machine odroid-xu3 --seeds 10
     python benchmarks/manage_power.py --untrained            # all but learned policies: two minutes
+    python benchmarks/manage_power.py --learned              # policies that imitate the oracle
 
 All figures are simulated. For each program, learned policies are trained on the six others and on
 synthetic programs ("imitation seen": on all seven), on the hardware as described. A seed draws the
@@ -25,12 +26,12 @@ from partita.management.policies.imitation import Imitation
 from partita.management.policies.static import Static
 from partita.management.power import PowerRun, run_policy
 from partita.management.program import captured_programs, school_programs
-from partita.management.registry import POLICIES, RunContext
+from partita.management.registry import LEARNED, POLICIES, RunContext
 from partita.management.schedule import best_schedule
 from partita.management.school import LearnedPolicy, train_policy
 from partita.management.workload import workload_of
 
-UNTRAINED = tuple(name for name in POLICIES if name not in ("imitation", "gated", "qlearning"))
+UNTRAINED = tuple(name for name in POLICIES if name not in (*LEARNED, "qlearning"))
 
 
 @dataclass
@@ -78,18 +79,18 @@ class Case:
         return runs
 
 
-def measure(machine: Machine, seeds: range, programs: Sequence[str], trains: bool) -> None:
-    """Prints the figures of all policies on both hardware after each seed."""
+def measure(
+    machine: Machine, seeds: range, programs: Sequence[str], policies: Sequence[str]
+) -> None:
+    """Prints the figures of the policies on both hardware after each seed."""
     figures: dict[tuple[str, str], Figures] = defaultdict(Figures)
     hardware = hardware_of(machine)
+    trains = any(name in LEARNED for name in policies)
     seen = train_policy(hardware, school_programs()) if trains else None
     cases = [Case(name, hardware, seen) for name in programs]
     for seed in seeds:
-        names = list(UNTRAINED)
-        if trains:
-            names += ["imitation", "gated"]
-        if trains and seed == 1:
-            names.append("qlearning")  # it trains anew for each run
+        # Q-learning trains anew for each run.
+        names = [name for name in policies if name != "qlearning" or seed == seeds[0]]
         for label, deviation in HARDWARE.items():
             for case in cases:
                 runs = case.runs(deviation, seed, names)
@@ -110,11 +111,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=1, help="the first seed")
     parser.add_argument("--untrained", action="store_true", help="train no policies")
+    parser.add_argument("--learned", action="store_true", help="only the oracle and its imitations")
     parser.add_argument("--programs", nargs="+", default=list(captured_programs()))
     arguments = parser.parse_args()
     machine = load(arguments.machine)
     seeds = range(arguments.first, arguments.first + arguments.seeds)
-    measure(machine, seeds, arguments.programs, trains=not arguments.untrained)
+    policies = UNTRAINED if arguments.untrained else tuple(POLICIES)
+    if arguments.learned:
+        policies = ("oracle", *LEARNED)
+    measure(machine, seeds, arguments.programs, policies)
 
 
 if __name__ == "__main__":
