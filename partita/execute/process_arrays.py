@@ -76,8 +76,7 @@ def _put(value: Any, sharding: Any) -> Any:
             return _resharded(sharding)(value)
         value = whole(value)
     array = np.asarray(value)
-    if isinstance(value, (bool, int, float, complex)):
-        array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+    array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
     return jax.make_array_from_callback(
         array.shape,
         sharding,

@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import partita
 from partita.execute.devices import one_device_sentence
 from partita.execute.function import MANY_SHAPES
-from partita.execute.process_arrays import digest
+from partita.execute.process_arrays import digest, put
 
 
 def step(weights: dict[str, jax.Array], x: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -72,6 +73,14 @@ def test_processes_compare_states_with_typed_keys(monkeypatch: pytest.MonkeyPatc
         state = {"w": jnp.ones((4, 4)), "key": jax.random.key(seed)}
         partita.parallelize(dropped, (state, jnp.ones((8, 4))), devices=1)
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.filterwarnings("error")
+def test_values_of_64_bits_are_put_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("partita.execute.process_arrays.alone", lambda: False)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    labels, weights, step = put((np.arange(4), np.ones(4), 3), device)
+    assert (labels.dtype, weights.dtype, step.dtype) == ("int32", "float32", "int32")
 
 
 @pytest.mark.parametrize(
