@@ -30,7 +30,14 @@ from partita.gnn.data.graph import Graph
 from partita.gnn.data.order import order_of
 from partita.gnn.kernels import stamp
 from partita.gnn.kernels.bridge import symbolic
-from partita.gnn.nn.block import AXIS, Block, block_of, of_vertices, recorded_calls
+from partita.gnn.nn.block import (
+    AXIS,
+    Block,
+    block_of,
+    of_vertices,
+    recorded_calls,
+    refuse_unread_weights,
+)
 from partita.gnn.split.choice import columns_of, edge_seconds, row_seconds
 from partita.gnn.split.learned import initial_points, prefix_sums
 from partita.gnn.split.partition import (
@@ -47,9 +54,6 @@ from partita.gnn.split.partition import (
 
 BY_EDGES = ("attention", "message")
 """Kinds of aggregations whose features cannot be split over devices."""
-
-IGNORE_WEIGHTS = ("max", "attention")
-"""Kinds of aggregations that do not read edge weights."""
 
 DEGREE_TOLERANCE = 1e-5
 """Share of the largest weight by which rounding may take a degree of 0 below 0."""
@@ -225,12 +229,7 @@ def check_weights_suit(graph: Graph, architecture: Architecture) -> None:
             "reads one of them: make the weights a column of the edge features."
         )
     for _, kind in architecture.aggregations:
-        if kind in IGNORE_WEIGHTS:
-            raise GraphError(
-                f"'{graph.name}' has edge weights, and the model has an aggregation ({kind}) that "
-                "does not read them: use sums or means (GCN, SAGE, GIN, CommNet, GatedGraph), or "
-                "remove the weights with dataclasses.replace(graph, weights=None)."
-            )
+        refuse_unread_weights(f"'{graph.name}'", kind)
     if not architecture.normalizes or graph.weights.min(initial=0) >= 0:
         return
     _, self_correction, load = of_vertices(graph, 0, graph.vertices)

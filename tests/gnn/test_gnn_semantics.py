@@ -1,5 +1,6 @@
 """Definitions of layers, losses and weights: dense references, and refusals of silent errors."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -137,6 +138,14 @@ def test_attention_and_maxima_refuse_edge_weights() -> None:
     for model, kind in ((gnn.GATv2(), "attention"), (gnn.SAGE(aggregation="max"), "max")):
         with pytest.raises(GraphError, match=rf"an aggregation \({kind}\) that does not read them"):
             fitted(model, random_graph(weighted=True))
+
+
+@pytest.mark.parametrize("layer", [gnn.GATConv(4), gnn.GATv2Conv(4), gnn.SAGEConv(4, "max")])
+def test_layers_called_on_a_graph_refuse_edge_weights_that_they_do_not_read(layer: Any) -> None:
+    graph = random_graph(weighted=True)
+    with pytest.raises(GraphError, match=r"an aggregation \(\w+\) that does not read them"):
+        layer(graph.features, graph=graph)
+    layer(graph.features, graph=dataclasses.replace(graph, weights=None))
 
 
 def test_an_edge_attribute_of_pyg_is_the_weight() -> None:

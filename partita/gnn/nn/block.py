@@ -39,6 +39,9 @@ from partita.gnn.nn.sums import (
 READOUTS = ("sum", "mean", "max")
 """Aggregations over the vertices of a graph."""
 
+IGNORE_WEIGHTS = ("max", "attention")
+"""Aggregations that do not read edge weights."""
+
 SMALLEST = -3e38
 """A number below all rows, which stays finite when it is added to zeros."""
 
@@ -392,7 +395,11 @@ class Block:
     def _next_aggregation(self, width: int, operation: str) -> Aggregation:
         """The aggregation to use for the next call, which is recorded."""
         calls = _calls.get()
-        if calls is not None:
+        if calls is None:
+            # A layer that is called on a graph, outside of training, which checks all layers first.
+            if self.aggregations[0].weights is not None:
+                refuse_unread_weights("The graph", operation)
+        else:
             calls.aggregations.append((width, operation))
             if calls.total:
                 enough = [a for a in self.aggregations if a.near >= calls.later]
@@ -472,6 +479,16 @@ def _sent_to_all(rows: Any, parts: int) -> Any:
 def _sum(edges: Edges, weights: Any, x: Any) -> Any:
     """The sum over edges, with weights if given."""
     return edge_sum(edges, x) if weights is None else weighted_sum(edges, weights, x)
+
+
+def refuse_unread_weights(title: str, operation: str) -> None:
+    """GraphError if an aggregation does not read the edge weights of a graph."""
+    if operation in IGNORE_WEIGHTS:
+        raise GraphError(
+            f"{title} has edge weights, and the model has an aggregation ({operation}) that does "
+            "not read them: use sums or means (GCN, SAGE, GIN, CommNet, GatedGraph), or remove the "
+            "weights with dataclasses.replace(graph, weights=None)."
+        )
 
 
 def block_of(graph: Graph) -> Block:
