@@ -27,7 +27,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from partita.cost.fusion import PRODUCTS, Fusion, reads
-from partita.cost.joined import joined_kernels
+from partita.cost.joined import computes_rows, joined_kernels
 from partita.cost.partial import Factors, operand_labels, reduced_factors, split_axes
 from partita.graph.flat import Reader, readers_of
 from partita.graph.gradient_sums import PASSING
@@ -112,7 +112,7 @@ def delayed_reductions(
     joined = {
         root
         for root, tensor in joined_kernels(graph, fused).saved
-        if not _computes_rows(graph, fused, source.get(tensor, -1))
+        if not computes_rows(graph, fused, source.get(tensor, -1))
     }
     delayed = {}
     for root in late:
@@ -304,12 +304,6 @@ def _passes_on(graph: OperatorGraph, reader: int) -> bool:
 
 def _adds_up(instruction: Instruction) -> bool:
     return instruction.name == "reduce" and instruction.adds and len(instruction.results) == 1
-
-
-def _computes_rows(graph: OperatorGraph, fused: Fusion, root: int) -> bool:
-    """Whether a kernel sums rows and writes more than the sums."""
-    names = [graph.instructions[i].name for i in fused.kernels.get(root, ())]
-    return "reduce" in names and names[-1] != "reduce"
 
 
 def _first_reduction(graph: OperatorGraph, source: dict[int, int], root: int) -> int:

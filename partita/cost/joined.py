@@ -16,10 +16,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from partita.cost.fusion import FREE, PRODUCTS, Fusion, reads
 from partita.graph.flat import HEAVY, LIBRARY_CALLS, Reader
-from partita.graph.operator_graph import OperatorGraph, producers
+from partita.graph.operator_graph import (
+    IdentityKey,
+    OperatorGraph,
+    constant_tensors,
+    producers,
+)
 
 SEPARATE = {
     "while",
@@ -51,6 +57,9 @@ class Joined:
     """Root of a kernel that is not launched by itself -> an earlier root of its joined kernel."""
     biases: frozenset[int]
     """Roots of the kernels that a product's library replaces."""
+    together: tuple[tuple[int, ...], ...]
+    """Roots that one kernel computes. An operand that depends on no argument joins none, because
+    each kernel computes its own part of it."""
 
     def start(self, root: int) -> int:
         """The earliest root of the joined kernel of a root."""
@@ -59,12 +68,46 @@ class Joined:
         return root
 
 
-NONE_JOINED = Joined(frozenset(), {}, frozenset())
+NONE_JOINED = Joined(frozenset(), {}, frozenset(), ())
 
 
 def joined_kernels(graph: OperatorGraph, fused: Fusion) -> Joined:
     """The kernels that are joined."""
-    return _Joiner(graph, fused).joined()
+    return _joined_kernels(IdentityKey(graph), IdentityKey(fused))
+
+
+@lru_cache(maxsize=2)
+def _joined_kernels(
+    graph_key: IdentityKey[OperatorGraph], fused_key: IdentityKey[Fusion]
+) -> Joined:
+    return _Joiner(graph_key.value, fused_key.value).joined()
+
+
+def computes_rows(graph: OperatorGraph, fused: Fusion, root: int) -> bool:
+    """Whether a kernel sums rows and writes more than the sums."""
+    names = [graph.instructions[i].name for i in fused.kernels.get(root, ())]
+    return "reduce" in names and names[-1] != "reduce"
+
+
+def joined_ends(graph: OperatorGraph, fused: Fusion) -> dict[int, int]:
+    """Result of a joined kernel that some kernel reads -> the root at which the joined one runs.
+
+    That is the first of its roots after all its operands. All its results are in memory then.
+    """
+    producer = producers(graph)
+    read = {tensor for kernel in fused.kernels.values() for tensor in reads(graph, kernel)}
+    ends = {}
+    for roots in joined_kernels(graph, fused).together:
+        sources = {
+            producer.get(tensor, -1)
+            for root in roots
+            for tensor in reads(graph, fused.kernels[root])
+        }
+        ready = max(sources.difference(roots), default=-1)
+        time = next(root for root in roots if root > ready)
+        results = {tensor for root in roots for tensor in graph.instructions[root].results}
+        ends.update(dict.fromkeys(results & read, time))
+    return ends
 
 
 def _bias_kernels(
@@ -118,6 +161,7 @@ class _Joiner:
 
     def __init__(self, graph: OperatorGraph, fused: Fusion) -> None:
         self.graph = graph
+        self.fused = fused
         self.kernels = fused.kernels
         reads_of = {root: reads(graph, kernel) for root, kernel in fused.kernels.items()}
         self.biases = _bias_kernels(graph, fused, reads_of)
@@ -137,6 +181,7 @@ class _Joiner:
 
     def joined(self) -> Joined:
         """The reads that siblings share, and those of a producer's result in its own kernel."""
+        constants = constant_tensors(self.graph)
         readers: dict[int, Roots] = defaultdict(list)
         for root in sorted(self.reads):
             if self._passes_over(root) > 0:
@@ -145,6 +190,8 @@ class _Joiner:
         saved: set[tuple[int, int]] = set()
         start_of: dict[int, int] = {}
         """Kernel that is a part -> one that it is a part of."""
+        links: dict[int, int] = {}
+        """The same for kernels that share a computed tensor or an argument."""
         whole_readers: dict[int, Roots] = {}
         for tensor, roots in readers.items():
             size = self.graph.tensors[tensor].size
@@ -157,10 +204,42 @@ class _Joiner:
                 start, *parts = [*starts, *group]
                 saved.update((root, tensor) for root in parts)
                 start_of.update((root, start) for root in parts if root not in start_of)
-        joined = Joined(frozenset(), start_of, self.biases)
+                if tensor not in constants:
+                    links.update((root, start) for root in parts if root not in links)
+        joined = Joined(frozenset(), start_of, self.biases, self._together(links))
         for tensor, whole in whole_readers.items():
             saved.update((root, tensor) for root in _repeated(whole, joined))
         return replace(joined, saved=frozenset(saved))
+
+    def _together(self, links: Mapping[int, int]) -> tuple[tuple[int, ...], ...]:
+        """The roots of joined kernels.
+
+        Kernels of rows, as of a softmax, are not joined, nor kernels that would wait for their own
+        results.
+        """
+        group_of: dict[int, Roots] = {}
+        for root in sorted(links):
+            start = links[root]
+            group = group_of.setdefault(start, [start])
+            has_rows = any(computes_rows(self.graph, self.fused, one) for one in (root, start))
+            trips = {self.graph.instructions[one].trips for one in (root, start)}
+            if not has_rows and len(trips) == 1 and self._is_free([*group, root]):
+                group.append(root)
+                group_of[root] = group
+        groups = {id(group): tuple(group) for group in group_of.values()}
+        return tuple(group for group in groups.values() if len(group) > 1)
+
+    def _is_free(self, roots: Roots) -> bool:
+        """Whether no result needs another one as a sum, or through another kernel."""
+        needed = 0
+        for root in roots:
+            for tensor in self.reads[root]:
+                source = self.producer.get(tensor)
+                if source is None:
+                    continue
+                if source not in roots or self.graph.instructions[source].name == "reduce":
+                    needed |= self.bit[source] | self.ancestors[source]
+        return not any(needed & self.bit[root] for root in roots)
 
     def _passes_over(self, root: int) -> int:
         """Elements that a kernel passes over, 0 if it is not joined."""

@@ -19,6 +19,7 @@ from partita.cost.delayed import (
     sums_over_devices,
 )
 from partita.cost.fusion import Fusion, fused_under, reads
+from partita.cost.joined import joined_ends
 from partita.cost.partial import (
     Factors,
     gradients,
@@ -225,9 +226,8 @@ def lifetimes_under(
             last_reads.update(dict.fromkeys(delayed[root].reads, delayed[root].time))
         for tensor, last_read in last_reads.items():
             dies[tensor] = max(dies.get(tensor, -1), last_read)
-    if not compiler_of(backend).buffers.early_runs:
-        for tensor, end in joined_repetitions(graph, fused).items():
-            dies[tensor] = max(dies.get(tensor, -1), end)
+    for tensor, end in _joined_ends(graph, fused, backend).items():
+        dies[tensor] = max(dies.get(tensor, -1), end)
     in_memory = fused.written(graph) - program.constants
     in_memory -= _read_through_barriers(graph, layout, dies)
     runs_at = {root: delayed[root].time if root in delayed else root for root in fused.kernels}
@@ -240,6 +240,14 @@ def lifetimes_under(
         for i, roots in enumerate(fused.computed_in)
     )
     return Lifetimes(born, dies, last_kernel)
+
+
+def _joined_ends(graph: OperatorGraph, fused: Fusion, backend: Backend) -> dict[int, int]:
+    """Result of a joined kernel -> the instruction at which that still has it in memory."""
+    buffers = compiler_of(backend).buffers
+    if buffers.joined_results:
+        return joined_ends(graph, fused)
+    return {} if buffers.early_runs else joined_repetitions(graph, fused)
 
 
 def _reduces(graph: OperatorGraph, root: int) -> bool:

@@ -28,6 +28,7 @@ from partita.cost.backends.base import ProductShape
 from partita.cost.collectives import DEFAULT, emitted_sums
 from partita.cost.delayed import first_backward
 from partita.cost.fusion import ALONE, GENERATED, Fusion, fused_under, reads
+from partita.cost.joined import joined_kernels
 from partita.cost.lifetimes import Lifetimes, lifetimes_under, static_lifetimes
 from partita.cost.partial import split_axes
 from partita.cost.recomputed import Lifetime, Recomputable, drops
@@ -289,31 +290,37 @@ def _within(
     return replace(allocations, **joined)
 
 
-def _recomputable(
-    graph: OperatorGraph, fused: Fusion, lifetimes: Lifetimes
-) -> dict[int, Recomputable]:
-    """Tensor -> how its kernel runs again, for kernels other than products and calls.
+def _recomputable(graph: OperatorGraph, fused: Fusion, lifetimes: Lifetimes) -> list[Recomputable]:
+    """The kernels that can run again: those other than products and calls.
 
     What a rematerialized run reads behind a barrier is part of a tuple. XLA does not compute that
     again, because it does not follow readers of tuples.
     """
-    barriers = (x for x in graph.instructions if x.name == BARRIER)
-    behind_barriers = {tensor for barrier in barriers for tensor in barrier.operands}
+    stored = {argument.result for argument in graph.arguments}
+    for instruction in graph.instructions:
+        if instruction.name == BARRIER:
+            stored.update(instruction.operands)
     reads_of: dict[int, set[int]] = defaultdict(set)
-    sources: dict[int, tuple[int, ...]] = {}
-    for root, kernel in fused.kernels.items():
-        read = reads(graph, kernel)
-        for tensor in read:
+    """Tensor -> roots of the kernels that read it."""
+    read_by = {root: reads(graph, kernel) for root, kernel in fused.kernels.items()}
+    for root, tensors in read_by.items():
+        for tensor in tensors:
             reads_of[tensor].add(root)
-        instruction = graph.instructions[root]
-        if instruction.name not in ALONE and instruction.trips == 1:
-            computed = tuple(tensor for tensor in read if lifetimes.born.get(tensor, -1) >= 0)
-            sources[instruction.results[0]] = computed
-    return {
-        tensor: Recomputable(read, tuple(sorted(reads_of[tensor])))
-        for tensor, read in sources.items()
-        if tensor in lifetimes.born and tensor not in behind_barriers
-    }
+    groups = list(joined_kernels(graph, fused).together)
+    together = {root for roots in groups for root in roots}
+    groups += [(root,) for root in fused.kernels if root not in together]
+    kernels = []
+    for roots in groups:
+        instructions = [graph.instructions[root] for root in roots]
+        if any(x.name in ALONE or x.trips != 1 for x in instructions):
+            continue
+        written = [x.results[0] for x in instructions if x.results[0] in lifetimes.born]
+        if not written or not stored.isdisjoint(written):
+            continue
+        computed = {t for root in roots for t in read_by[root] if lifetimes.born.get(t, -1) >= 0}
+        results = {tensor: tuple(sorted(reads_of[tensor].difference(roots))) for tensor in written}
+        kernels.append(Recomputable(results, tuple(sorted(computed.difference(written)))))
+    return kernels
 
 
 class _Resharded(NamedTuple):

@@ -1,6 +1,7 @@
 """Kernels that XLA:GPU joins: reads that siblings and producers save, on a normalized product."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,17 @@ import pytest
 
 from partita.capture.jax_functions import Leaf, capture_step
 from partita.cost.backends import compiler_of
-from partita.cost.fusion import fusion
+from partita.cost.fusion import fused_under, fusion, reads
 from partita.cost.joined import joined_kernels
+from partita.cost.lifetimes import lifetimes_under
 from partita.cost.terms import cost_terms
+from partita.graph.operator_graph import IdentityKey, OperatorGraph, constant_tensors
+from partita.graph.rematerialize import rematerialized
 from partita.machine import load
+from partita.plans.baselines import BASELINES
+from partita.plans.layout import layout_of
+from partita.search.find import mesh_of
+from partita.search.rematerialization import groupings
 
 GPU = load("h100:1")
 CPU = replace(GPU.backend, platform="cpu")
@@ -130,3 +138,76 @@ def test_a_kernel_that_joins_its_producer_reads_their_operand_once():
     table = ROWS * WIDTH * 4
     whole = [nbytes for nbytes, _ in traffic(powers.graph, GPU.backend) if nbytes >= table]
     assert sum(whole) == 3 * table
+
+
+def products_of(values):
+    """The graph of a step with a product of each value of x, and the lifetimes of its values."""
+
+    def step(state, x):
+        w = state[0]
+        return {"loss": sum((value @ w).sum() for value in values(x, w))}, (w + 1.0,)
+
+    shape = jax.ShapeDtypeStruct
+    state = (shape((WIDTH, WIDTH), "float32"),)
+    leaves = [Leaf("w", "parameter")]
+    graph = capture_step(
+        step, state, shape((ROWS, WIDTH), "float32"), leaves, batch_size=ROWS
+    ).graph
+    layout = layout_of(graph, BASELINES["one device"](graph, GPU.name, mesh_of(GPU)))
+    fused = fused_under(graph, layout, compiler_of(GPU.backend).fusion_rules)
+    together = [
+        tuple(graph.instructions[root].name for root in roots)
+        for roots in joined_kernels(graph, fused).together
+    ]
+    return graph, together, lifetimes_under(IdentityKey(graph), IdentityKey(layout), GPU.backend)
+
+
+def roots_named(graph, *names):
+    """The instructions of each name, which has one."""
+    return [next(i for i, x in enumerate(graph.instructions) if x.name == name) for name in names]
+
+
+def test_a_kernel_runs_after_the_operands_of_all_its_results():
+    def values(x, w):
+        yield jnp.tanh(x)
+        yield x * (x @ w.T)
+
+    graph, together, lifetimes = products_of(values)
+    assert together == [("tanh", "multiply")]
+    tanh, multiply = roots_named(graph, "tanh", "multiply")
+    (first,) = graph.instructions[tanh].results
+    product = next(i for i, x in enumerate(graph.instructions) if first in x.operands)
+    assert product < multiply
+    assert lifetimes.dies[first] == multiply, "its result is in memory beside the other one"
+
+
+def test_a_kernel_needs_none_of_its_results_through_another():
+    def values(x, w):
+        other = x @ w.T
+        first = jnp.tanh(x)
+        yield first
+        yield x * other
+        # Reads what the second kernel reads, and the first one's product.
+        yield jnp.cos(other) * (first @ w.T)
+
+    graph, together, _ = products_of(values)
+    assert together == [("tanh", "multiply")]
+
+
+def test_constants_join_no_kernels():
+    graph = OperatorGraph.load(Path(__file__).parents[1] / "data/transformer.graph.json")
+    runs = groupings(graph, cost_terms(graph, GPU.backend))[0]
+    again = rematerialized(graph, runs)
+    constants = constant_tensors(again)
+    fused = fusion(again, compiler_of(GPU.backend).fusion_rules)
+    reads_of = {root: set(reads(again, kernel)) for root, kernel in fused.kernels.items()}
+    # A rematerialized run shares constants with its original.
+    assert any(tensors & constants for tensors in reads_of.values())
+    for roots in joined_kernels(again, fused).together:
+        for root in roots:
+            own = reads_of[root] - constants | set(again.instructions[root].results)
+            others = set().union(*(reads_of[other] for other in roots if other != root))
+            results = {
+                t for other in roots if other != root for t in again.instructions[other].results
+            }
+            assert own & (others | results)

@@ -28,10 +28,10 @@ LIFETIMES = {
     2: Lifetime(OUTPUT, 8, 2, 7),
     3: Lifetime(LOSS, 5, 4, 5),
 }
-RECOMPUTABLE = {
-    GATE: Recomputable((PRODUCT,), (2, 9)),
-    OUTPUT: Recomputable((PRODUCT, GATE), (3, 7)),
-}
+RECOMPUTABLE = [
+    Recomputable({GATE: (2, 9)}, (PRODUCT,)),
+    Recomputable({OUTPUT: (3, 7)}, (PRODUCT, GATE)),
+]
 
 
 def course(lifetimes):
@@ -63,11 +63,24 @@ def test_a_value_stays_if_its_source_is_gone_and_larger():
     assert dropped(short, 0) == Recomputation((), {})
 
 
+def test_results_of_one_kernel_are_dropped_together_until_one_is_read():
+    joined = [Recomputable({GATE: (2, 9), OUTPUT: (3, 7)}, (PRODUCT,))]
+    # Both results are in memory from instruction 2 on, and again from the first read of either.
+    both = drops(LIFETIMES, joined, course(LIFETIMES), 24)
+    assert both.drops == (Drop(1, 2, 7), Drop(2, 3, 7))
+
+
+def test_results_of_one_kernel_stay_where_the_instruction_reads_one():
+    joined = [Recomputable({GATE: (2, 5, 9), OUTPUT: (3, 4, 6, 7)}, (PRODUCT,))]
+    # Instructions 4 and 5 are beyond the limit; at each, one of the results is read.
+    assert drops(LIFETIMES, joined, course(LIFETIMES), 24) == Recomputation((), {})
+
+
 def test_a_value_stays_where_the_instruction_reads_it():
     output = {2: LIFETIMES[2]}
-    often_read = {OUTPUT: Recomputable((), (3, 4, 5, 6, 7))}
+    often_read = [Recomputable({OUTPUT: (3, 4, 5, 6, 7)}, ())]
     assert drops(output, often_read, course(output), 0) == Recomputation((), {})
-    read_twice = {OUTPUT: Recomputable((), (4, 7))}
+    read_twice = [Recomputable({OUTPUT: (4, 7)}, ())]
     assert drops(output, read_twice, course(output), 0).drops == (Drop(2, 2, 4),)
 
 
@@ -75,7 +88,7 @@ def test_a_sum_that_nothing_has_read_keeps_its_gradient_in_memory():
     # Instruction 3 reads the gradient, too, so that storing it longer seems to cost nothing.
     gradient, total = range(2)
     lifetimes = {0: Lifetime(gradient, 10, 0, 3), 1: Lifetime(total, 1, 1, 8)}
-    sums = {total: Recomputable((gradient,), (8,))}
+    sums = [Recomputable({total: (8,)}, (gradient,))]
     moved = drops(lifetimes, sums, course(lifetimes), 9)
     assert moved == Recomputation((Drop(1, 1, 8),), {0: 8})
     short = {**lifetimes, 0: Lifetime(gradient, 10, 0, 1)}
@@ -98,7 +111,7 @@ def test_what_a_rematerialized_run_reads_behind_its_barrier_stays():
             stored.update(instruction.operands)
     assert stored
     assert recomputable
-    assert stored.isdisjoint(recomputable)
+    assert stored.isdisjoint(tensor for kernel in recomputable for tensor in kernel.results)
 
 
 def test_a_smaller_source_is_stored_until_the_value_is_computed_again():

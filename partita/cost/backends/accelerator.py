@@ -31,6 +31,7 @@ class XlaAccelerator(Compiler):
             early_reductions=False,
             hides_collectives=False,
             early_runs=False,
+            joined_results=False,
             copied_slots=False,
         )
 

@@ -60,6 +60,8 @@ class Buffers:
     early_runs: bool
     """Rematerialized values are computed as soon as their operands exist, all runs at once. If
     False: a run is computed just before its first reader."""
+    joined_results: bool
+    """All results of a joined kernel are in memory when it runs (`cost.joined`)."""
     copied_slots: bool
     """An update copies optimizer slots that a kernel reads after they are replaced."""
     ordered_kernels: bool = False

@@ -37,6 +37,7 @@ class XlaCpu(Compiler):
             early_reductions=False,
             hides_collectives=False,
             early_runs=True,
+            joined_results=False,
             copied_slots=True,
         )
 

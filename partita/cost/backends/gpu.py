@@ -53,10 +53,15 @@ class XlaGpu(XlaAccelerator):
         """Kernels with their input channels last, as cuDNN reads them.
 
         Of a transposed convolution's weight gradient the two operands are exchanged
-        (AlgebraicSimplifier), and cuDNN has no dilated window (ConvPaddingLegalization).
+        (AlgebraicSimplifier), and cuDNN has no dilated window (ConvPaddingLegalization). A
+        joined kernel writes all its results at once (MultiOutputFusion).
         """
         return replace(
-            super().buffers, hides_collectives=True, ordered_kernels=True, filled_gradients=True
+            super().buffers,
+            hides_collectives=True,
+            joined_results=True,
+            ordered_kernels=True,
+            filled_gradients=True,
         )
 
     @property
