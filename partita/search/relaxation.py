@@ -15,7 +15,7 @@ thousand squared.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -104,10 +104,17 @@ class Relaxed:
         return float(self.of_operator.sum())
 
 
-def relax(graph: OperatorGraph, placement: Placement, terms: Terms, times: Times) -> Relaxed | None:
+def relax(
+    graph: OperatorGraph,
+    placement: Placement,
+    terms: Terms,
+    times: Times,
+    is_enough: Callable[[Relaxed], bool] = lambda _: False,
+) -> Relaxed | None:
     """The relaxed problem of all choices on a mesh; None where none is computed.
 
-    An axis of microbatches splits samples, as in `plans.pipeline.stage_plan`.
+    An axis of microbatches splits samples, as in `plans.pipeline.stage_plan`. The first one that
+    `is_enough` is not raised further.
     """
     if placement.machine.times is not None or placement.machine.kinds:
         return None
@@ -124,6 +131,8 @@ def relax(graph: OperatorGraph, placement: Placement, terms: Terms, times: Times
         problem.sweep()
         raised = problem.relaxed()
         best = max(best, raised, key=_seconds)
+        if is_enough(raised):
+            return raised
         if raised.seconds <= before + LEAST_RISE * abs(before):
             break
         before = raised.seconds

@@ -129,8 +129,9 @@ class StagedBound:
             enough = min((bounds[shape] for shape in proved), default=math.inf)
             is_useful = fewer not in proved and bounds.get(fewer, math.inf) < enough
             shape = fewer if is_useful else lowest
-            work = self.relaxed(shape)
-            proved.add(shape)
+            work = self.relaxed(shape, enough)
+            if self.of_work(shape, work) < enough:
+                proved.add(shape)
             for other in bounds if self._has_one_bandwidth else [shape]:
                 if other.has_more_work(shape):
                     bounds[other] = max(bounds[other], self.of_work(other, work))
@@ -169,8 +170,11 @@ class StagedBound:
         passes = self._pass_seconds + self._addition_seconds * _additions(shape)
         return self._waiting(shape, passes / devices, 0.0)
 
-    def relaxed(self, shape: StagedShape) -> Work | None:
-        """The work of a shape by the relaxation of all choices; None where none is computed."""
+    def relaxed(self, shape: StagedShape, enough: float = math.inf) -> Work | None:
+        """The work of a shape by the relaxation of all choices; None where none is computed.
+
+        It is the least work that the relaxation proves, or one whose bound is `enough` seconds.
+        """
         waits = self._kernels_waiting(shape) > self._kernels_at_work(shape)
         times = Times(
             once=0.0 if waits else 1.0,
@@ -180,10 +184,15 @@ class StagedBound:
         )
         time = (Axis(TIME, shape.microbatches, -1),) if shape.microbatches > 1 else ()
         placement = Placement(self.placement.machine, Mesh((*time, *shape.inner)))
-        relaxed = relax(self.graph, placement, self.terms, times)
-        if relaxed is None:
-            return None
-        return Work(relaxed.of_operator, self._between_stages(relaxed, shape.stages), waits)
+
+        def work_of(relaxed: Relaxed) -> Work:
+            return Work(relaxed.of_operator, self._between_stages(relaxed, shape.stages), waits)
+
+        def is_enough(relaxed: Relaxed) -> bool:
+            return self.of_work(shape, work_of(relaxed)) >= enough
+
+        relaxed = relax(self.graph, placement, self.terms, times, is_enough)
+        return work_of(relaxed) if relaxed else None
 
     def of_work(self, shape: StagedShape, work: Work | None) -> float:
         """Lower bound of a shape with this work, or more."""
