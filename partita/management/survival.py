@@ -49,6 +49,10 @@ LEAST_BATCH_BYTES = 2**26
 """Memory that batches may take in any case."""
 SAMPLES = 64
 """Values by which a change of an array that is kept without a copy is noticed."""
+SUM_SHARE = 0.003
+"""Largest part of a step's time in which all of its values are summed, too."""
+SUM_SPEED = 20e9
+"""Bytes that one core sums in a second, from main memory."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,10 @@ class Replayed:
     replaced: Mapping[int, np.ndarray] = field(default_factory=dict)
     """Leaf -> its new value, where others than the step before have set it: a callback, or Keras
     when it resets metrics."""
-    samples: Sequence[bytes] = ()
-    """Of each array in the batch that is a view of the user's."""
+    fingerprint: Sequence[bytes] = ()
+    """Of the arrays in the batch that are views of the user's."""
+    is_summed: bool = False
+    """Whether the fingerprint has the sums of all values."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +152,11 @@ class Survival:
         if key not in self._prepared and not training.is_evaluation(key):
             self._prepared.add(key)
             self._prepare(training, key)
-        samples = samples_of(training.leaves(batch))
-        self._running = Replayed(training.step, key, batch, replaced or {}, samples)
+        arrays = training.leaves(batch)
+        is_summed = self._can_sum(arrays)
+        fingerprint = fingerprint_of(arrays, is_summed)
+        replaced = replaced or {}
+        self._running = Replayed(training.step, key, batch, replaced, fingerprint, is_summed)
 
     def after_step(
         self, training: Training, key: Hashable, state: Any, batch: Any, seconds: float
@@ -238,11 +247,21 @@ class Survival:
         """Steps to the next snapshot, by the time that this one has taken."""
         if self._taken < UNTIMED or not self._step_seconds:
             return FIRST_INTERVAL
-        ordered = sorted(self._step_seconds)
-        step_seconds = ordered[len(ordered) // 2]
-        steps = math.ceil(min(PACE * seconds, LONGEST) / max(step_seconds, 1e-6))
+        steps = math.ceil(min(PACE * seconds, LONGEST) / max(self._median_step(), 1e-6))
         batch_bytes = sum(leaf.nbytes for leaf in training.leaves(batch) if not is_view(leaf))
         return max(1, min(steps, self._batch_room // (KEPT * max(1, batch_bytes))))
+
+    def _median_step(self) -> float:
+        """Seconds of a step."""
+        ordered = sorted(self._step_seconds)
+        return ordered[len(ordered) // 2]
+
+    def _can_sum(self, arrays: Sequence[Any]) -> bool:
+        """Whether a step lasts long enough for a sum of all values in the views of its batch."""
+        if not self._step_seconds:
+            return True
+        nbytes = sum(view.nbytes for view in filter(is_view, arrays))
+        return nbytes <= SUM_SHARE * SUM_SPEED * self._median_step()
 
     # -------------------------------------------------------------------------------------- loss
 
@@ -467,18 +486,34 @@ def is_view(leaf: Any) -> bool:
     return isinstance(leaf, np.ndarray) and leaf.base is not None
 
 
-def samples_of(leaves: Sequence[Any]) -> list[bytes]:
-    """About SAMPLES values of each view among the arrays of a batch."""
-    samples = []
-    for view in filter(is_view, leaves):
-        samples.append(view.ravel()[:: max(1, view.size // SAMPLES)].tobytes())
-    return samples
+def fingerprint_of(arrays: Sequence[Any], is_summed: bool) -> list[bytes]:
+    """About SAMPLES values of each view among the arrays of a batch, and the sum of its words.
+
+    A sum shows a change of any one value; samples show values in another order.
+
+    >>> batch = np.arange(999.0)[:500]
+    >>> before = fingerprint_of([batch], is_summed=True)
+    >>> batch[13] += 1
+    >>> before == fingerprint_of([batch], is_summed=True)
+    False
+    """
+    fingerprint = []
+    for view in filter(is_view, arrays):
+        values = view.reshape(-1)
+        fingerprint.append(values[:: max(1, view.size // SAMPLES)].tobytes())
+        if is_summed:
+            octets = values.view(np.uint8)
+            end = len(octets) // 8 * 8
+            fingerprint.append(octets[:end].view(np.uint64).sum().tobytes())
+            fingerprint.append(octets[end:].tobytes())
+    return fingerprint
 
 
 def check_unchanged(training: Training, steps: Sequence[Replayed]) -> None:
     """ProcessError if a batch that was kept without a copy has changed."""
     for each in steps:
-        if samples_of(training.leaves(each.batch)) != each.samples:
+        fingerprint = fingerprint_of(training.leaves(each.batch), each.is_summed)
+        if fingerprint != each.fingerprint:
             raise ProcessError(
                 "A process was lost, and a callback has changed arrays that 'fit' trains on, so "
                 f"the batch of step {each.step} cannot be run again. Start again from the last "

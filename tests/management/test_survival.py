@@ -183,8 +183,9 @@ def test_survivors_split_weights_that_do_not_fit_whole() -> None:
         survivor_plan(graph, plan, machine_of(2, 1024))
 
 
-def test_batches_that_a_callback_has_changed_are_not_run_again() -> None:
-    data = np.arange(60.0).reshape(60, 1)
+@pytest.mark.parametrize("column", [0, 150])
+def test_batches_that_a_callback_has_changed_are_not_run_again(column: int) -> None:
+    data = np.arange(60.0 * 300).reshape(60, 300)
     training = PlayedTraining()
     training.batch_copy = lambda batch: batch  # type: ignore[method-assign]
     manager = Survival(DecisionLog())
@@ -193,8 +194,21 @@ def test_batches_that_a_callback_has_changed_are_not_run_again() -> None:
     sentence = r"changed arrays that 'fit' trains on, so the batch of step 15 cannot be run again\."
     with pytest.raises(ProcessError, match=sentence):
         for step in range(20):
-            data[15] += step == 17
+            data[15, column] += step == 17
             state = training.run(manager, state, data[step])
+
+
+def test_views_are_summed_where_that_takes_a_small_part_of_a_step() -> None:
+    data = np.zeros((8, 2**17))
+    manager = Survival(DecisionLog())
+    # 64 KiB in a step of 10 ms, then 1 MiB
+    training = PlayedTraining()
+    training.batch_copy = lambda batch: batch  # type: ignore[method-assign]
+    state = [np.zeros(2**13), np.zeros(1)]
+    for batch in (data[0, : 2**13], data[0, : 2**13], data[1], data[2, : 2**13]):
+        state = [np.zeros(batch.shape), state[1]]
+        state = training.run(manager, state, batch)
+    assert [each.is_summed for each in manager._replayed][-3:] == [True, False, True]
 
 
 def test_without_a_common_snapshot_the_run_ends_with_a_sentence() -> None:
