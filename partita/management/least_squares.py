@@ -9,8 +9,8 @@ from scipy import stats
 
 CONFIDENCE = 0.9
 """Probability that an interval holds an observation."""
-START_VARIANCE = 0.02
-"""Variance of the residuals before any was seen: 14 % of a ratio."""
+START_VARIANCE = 0.0025
+"""Variance of the residuals before any was seen: 5 % of a ratio."""
 
 
 class RecursiveLeastSquares:

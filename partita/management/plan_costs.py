@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from partita.cost.predict import CAUSES, Prediction
-from partita.management.least_squares import RecursiveLeastSquares
+from partita.management.least_squares import START_VARIANCE, RecursiveLeastSquares
 
 PRIOR = 1.0
 """Variance of the logarithm of a factor: kernels and links are often off by a factor of 2.7."""
@@ -36,7 +36,8 @@ class CorrectedCosts:
     """Predictions of plans, corrected by the plans that were measured."""
 
     def __init__(self) -> None:
-        self.model = RecursiveLeastSquares(len(CAUSES), forgetting=1.0, prior=PRIOR)
+        prior = PRIOR / START_VARIANCE
+        self.model = RecursiveLeastSquares(len(CAUSES), forgetting=1.0, prior=prior)
 
     def probe(self, prediction: Prediction, measured_seconds: float) -> None:
         """Takes in a measured plan."""

@@ -48,6 +48,16 @@ def test_probes_find_the_factors_of_kernels_and_links(predictions: list[Predicti
     assert costs.seconds(predictions[0]).low < measured(predictions[0], 2.0, 0.5)
 
 
+def test_one_probe_corrects_its_own_plan(predictions: list[Prediction]) -> None:
+    costs = CorrectedCosts()
+    prediction = predictions[0]
+    costs.probe(prediction, 2.0 * prediction.seconds)
+    corrected = costs.seconds(prediction)
+    assert corrected.seconds == pytest.approx(2.0 * prediction.seconds, rel=0.02)
+    # Other plans have kernels and links in other parts.
+    assert costs.seconds(predictions[1]).high / costs.seconds(predictions[1]).low > 1.2
+
+
 def test_a_scaled_prediction_needs_no_new_factor(predictions: list[Prediction]) -> None:
     costs = CorrectedCosts()
     costs.probe(predictions[0], predictions[0].seconds)
