@@ -1,4 +1,4 @@
-"""Kernels that XLA:GPU delays: gradients of parameters, and forward values computed again.
+"""Kernels that XLA:GPU delays: gradients of parameters, losses, and forward values computed again.
 
 Its scheduler starts from the end of the program and fills the time of collectives with kernels on
 which nothing but an update waits (LatencyHidingScheduler). The values that a delayed kernel reads
@@ -8,6 +8,8 @@ stay in memory until then:
   end of the backward pass.
 - The product for the gradient of a weight waits for a collective that the backward pass needs. The
   last collective takes the last gradients before it, the one before takes those before them.
+- The loss, for whose number no gradient waits, is computed at the end of the backward pass where
+  its sum over devices is joined with the sums of gradients.
 
 Two kinds of reductions:
 
@@ -84,7 +86,43 @@ def delayed_kernels(graph: OperatorGraph, layout: Layout, fused: Fusion) -> dict
     }
     for root, time in _delayed_products(graph, layout, fused).items():
         delays[root] = Delay(time, frozenset(reads(graph, fused.kernels[root])))
+    for root in _delayed_losses(graph, layout, fused):
+        tensors = frozenset(reads(graph, fused.kernels[root]))
+        delays[root] = Delay(_end_of_backward(graph), tensors)
     return delays
+
+
+def _delayed_losses(graph: OperatorGraph, layout: Layout, fused: Fusion) -> list[int]:
+    """Kernels of a loss that devices sum, those for which no gradient waits.
+
+    The sum of its scalar over devices is joined with sums of gradients. One of more numbers is a
+    collective of its own, which runs as soon as it can.
+    """
+    awaited = _awaited_by_gradients(graph)
+    if not awaited:
+        return []
+    roots = []
+    for root in fused.kernels:
+        if graph.instructions[root].phase == "forward" and root not in awaited:
+            roots.append(root)
+    instructions = {i for root in roots for i in fused.kernels[root]} - awaited
+    summed = [i for i in instructions if sums_over_devices(graph, layout, i)]
+    results = [tensor for i in summed for tensor in graph.instructions[i].results]
+    is_joined = bool(results) and not any(graph.tensors[tensor].shape for tensor in results)
+    return roots if is_joined else []
+
+
+@per_graph
+def _awaited_by_gradients(graph: OperatorGraph) -> frozenset[int]:
+    """The instructions on which the backward pass depends, and its own."""
+    source = producers(graph)
+    awaited: set[int] = set()
+    for i in reversed(range(len(graph.instructions))):
+        instruction = graph.instructions[i]
+        if instruction.phase == "backward" or i in awaited:
+            awaited.add(i)
+            awaited.update(source[tensor] for tensor in instruction.operands if tensor in source)
+    return frozenset(awaited)
 
 
 def _end_of_backward(graph: OperatorGraph) -> int:

@@ -129,6 +129,41 @@ def test_offloaded_slots_delay_nothing(perceptron):
     assert not weight_gradients(perceptron, replace(plan, offload=parameters))
 
 
+@pytest.fixture(scope="module")
+def classifier():
+    """A dense layer of 64 classes, its softmax and its loss."""
+    x = keras.Input((32,))
+    model = keras.Model(x, keras.layers.Dense(64, activation="softmax", name="classes")(x))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    return capture_program(model, 256, target=GPU.target).graph
+
+
+def delayed_losses(graph, baseline):
+    """Delays of kernels of the forward pass."""
+    layout = layout_of(graph, BASELINES[baseline](graph, GPU.name, mesh_of(GPU)))
+    fused = fused_under(graph, layout, compiler_of(GPU.backend).fusion_rules)
+    delays = delayed_kernels(graph, layout, fused)
+    return [delay for root, delay in delays.items() if graph.instructions[root].phase == "forward"]
+
+
+def test_a_summed_loss_reads_its_logits_at_the_end_of_the_backward_pass(classifier):
+    last = max(i for i, x in enumerate(classifier.instructions) if x.phase == "backward")
+    losses = delayed_losses(classifier, "data parallel")
+    assert {loss.time for loss in losses} == {last}
+    shapes = {classifier.tensors[tensor].shape for loss in losses for tensor in loss.reads}
+    assert (256, 64) in shapes
+
+
+@pytest.mark.parametrize("baseline", ["one device", "tensor parallel"])
+def test_a_loss_whose_scalar_no_devices_sum_is_not_delayed(classifier, baseline):
+    assert not delayed_losses(classifier, baseline)
+
+
+def test_a_program_without_a_backward_pass_delays_no_loss(classifier):
+    forward = tuple(replace(x, phase="forward") for x in classifier.instructions)
+    assert not delayed_losses(replace(classifier, instructions=forward), "data parallel")
+
+
 @pytest.mark.parametrize("has_gradients", [True, False])
 def test_a_repeated_value_waits_for_the_gradient_that_reads_its_operand(has_gradients):
     def step(state, x):
