@@ -15,6 +15,7 @@ from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.plans.baselines import BASELINES, storage_for
 from partita.plans.plan import Mesh, Plan
+from partita.search import relaxation
 from partita.search.candidates import candidates, names_of
 from partita.search.find import mesh_of
 from partita.search.staged_bound import Spine, StagedBound, StagedShape, heaviest_cut
@@ -85,6 +86,24 @@ def test_no_plan_with_stages_is_below_the_bound_of_its_shape(name: str, overlap:
             except PlanError:
                 continue
     assert ratios and max(ratios) <= 1 + 1e-9
+
+
+def test_relaxations_stop_at_a_bound_that_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = relaxation._Relaxation.sweep
+    swept: list[relaxation._Relaxation] = []
+
+    def counted(problem: relaxation._Relaxation) -> None:
+        swept.append(problem)
+        sweep(problem)
+
+    monkeypatch.setattr(relaxation._Relaxation, "sweep", counted)
+    bound = staged_bound(GRAPHS["transformer"], load("dgx-h100:2"))
+    shape = next(s for s in bound.shapes() if s.stages == 2 and s.microbatches == 4)
+    most = bound.of_work(shape, bound.relaxed(shape))
+    sweeps = len(swept)
+    swept.clear()
+    assert 0.5 * most <= bound.of_work(shape, bound.relaxed(shape, 0.5 * most)) <= most
+    assert len(swept) < sweeps
 
 
 def test_additions_of_gradients_are_those_of_the_simulator(
