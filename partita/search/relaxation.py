@@ -14,10 +14,11 @@ thousand squared.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -26,7 +27,8 @@ from partita.cost.evaluate import PARTS
 from partita.cost.moves import Placement
 from partita.cost.operator_terms import Move
 from partita.cost.terms import Terms
-from partita.graph.operator_graph import Label, OperatorGraph
+from partita.graph.operator_graph import IdentityKey, Label, OperatorGraph
+from partita.machine import Backend
 from partita.search.base import Array, numbered
 from partita.search.degrees import (
     AxisKinds,
@@ -119,11 +121,11 @@ def relax(
     if placement.machine.times is not None or placement.machine.kinds:
         return None
     kinds = AxisKinds.of(placement)
-    choices = _Choices.of(graph, kinds, terms)
+    parts = _equal_parts(IdentityKey(graph), IdentityKey(terms), placement.machine.backend)
+    choices = _Choices.of(graph, kinds, parts, terms)
     if choices.most > MAX_CHOICES:
         return None
-    exposed = Exposed.of(graph, terms, placement.machine.backend)
-    problem = _Relaxation(choices, terms, times, exposed)
+    problem = _Relaxation(choices, parts, terms, times)
     problem.add_tables()
     best = problem.relaxed()
     before = -np.inf
@@ -198,27 +200,98 @@ def _size(move: Move) -> tuple[object, ...]:
     return move.nbytes, move.trips, move.sums, move.scatters, move.share
 
 
+class _EqualMoves(NamedTuple):
+    """Moves that are equal on every mesh."""
+
+    move: Move
+    """One of them."""
+    share: float
+    """Share of their seconds that counts."""
+    home: int
+    """Kind of the operator that writes the tensor."""
+    reader: int
+    """Kind of the one that reads it."""
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    """Positions of the labels' factors among those of the operators, -1 for others."""
+
+
+@dataclass(frozen=True, eq=False)
+class _EqualParts:
+    """Equal moves and operators of a step, the same on every mesh."""
+
+    visible: float
+    """Share of a collective that other kernels may hide."""
+    kind_of_operator: tuple[int, ...]
+    """[operator]: equal for equal costs."""
+    moves: Sequence[_EqualMoves]
+    of_move: Array
+    """[move of the terms]: its number in `moves`."""
+    operators: Sequence[tuple[int, Sequence[tuple[int, int]]]]
+    """(kind, (number of a move, side of the operator) of each of its moves)."""
+    of_operator: Array
+    """[operator]: its number in `operators`."""
+
+
+@lru_cache(maxsize=2)
+def _equal_parts(
+    graph: IdentityKey[OperatorGraph], terms: IdentityKey[Terms], backend: Backend
+) -> _EqualParts:
+    exposed = Exposed.of(graph.value, terms.value, backend)
+    operators, edges = terms.value.operators, terms.value.edges
+    kinds = numbered((operator.digest,) for operator in operators)
+    moves: list[_EqualMoves] = []
+    number: dict[tuple[object, ...], int] = {}
+    of_move = []
+    ends: list[list[tuple[int, int]]] = [[] for _ in operators]
+    for move in edges:
+        source = _positions(operators[move.home].factors, move.source)
+        target = _positions(operators[move.reader].factors, move.target)
+        equal = _EqualMoves(
+            move, exposed.share(move), kinds[move.home], kinds[move.reader], source, target
+        )
+        key = (*equal[1:], move.phase, move.read_phase, *_size(move))
+        if key not in number:
+            number[key] = len(moves)
+            moves.append(equal)
+        of_move.append(number[key])
+        ends[move.home].append((number[key], HOME))
+        ends[move.reader].append((number[key], READER))
+    keys = [(kind, tuple(sorted(one))) for kind, one in zip(kinds, ends, strict=True)]
+    return _EqualParts(
+        exposed.visible,
+        kinds,
+        moves,
+        np.array(of_move, np.int64),
+        list(dict.fromkeys(keys)),
+        np.array(numbered(keys), np.int64),
+    )
+
+
+def _positions(factors: Sequence[int], label: Label) -> tuple[int, ...]:
+    """Positions of a label's factors among those of an operator, -1 for others."""
+    position = {factor: number for number, factor in enumerate(factors)}
+    return tuple(position.get(factor, -1) for factor in label)
+
+
 @dataclass(eq=False)
 class _Choices:
     """The choices of all operators by degrees, once per kind of operator."""
 
     kinds: AxisKinds
-    of_operator: Sequence[int]
-    """[operator]: its kind."""
     degrees: Mapping[int, Array]
     """Kind of operator -> degrees, [choice, factor, kind of axes]."""
 
     @staticmethod
-    def of(graph: OperatorGraph, kinds: AxisKinds, terms: Terms) -> _Choices:
-        of_operator = numbered((operator.digest,) for operator in terms.operators)
+    def of(graph: OperatorGraph, kinds: AxisKinds, parts: _EqualParts, terms: Terms) -> _Choices:
         degrees: dict[int, Array] = {}
-        for operator, kind in zip(terms.operators, of_operator, strict=True):
+        for operator, kind in zip(terms.operators, parts.kind_of_operator, strict=True):
             if kind not in degrees:
                 factors = [graph.factors[factor] for factor in operator.factors]
                 sizes = [factor.size for factor in factors]
                 samples = [number for number, one in enumerate(factors) if one.kind == "S"]
                 degrees[kind] = kinds.all_degrees(sizes, samples)
-        return _Choices(kinds, of_operator, degrees)
+        return _Choices(kinds, degrees)
 
     @property
     def most(self) -> int:
@@ -229,26 +302,24 @@ class _Choices:
 class _Relaxation:
     """The relaxed problem of a graph and its potentials, at first 0."""
 
-    def __init__(self, choices: _Choices, terms: Terms, times: Times, exposed: Exposed) -> None:
+    def __init__(self, choices: _Choices, parts: _EqualParts, terms: Terms, times: Times) -> None:
         self.kinds = choices.kinds
-        self.terms = terms
         self.times = times
-        self._exposed = exposed
-        weights = times.of_parts(exposed.visible)
-        self._operator_kinds = choices.of_operator
+        self._parts = parts
+        weights = times.of_parts(parts.visible)
         self._degrees = choices.degrees
         self._views: dict[tuple[int, tuple[int, ...]], _View] = {}
         seconds: dict[int, Array] = {}
-        for operator, kind in zip(terms.operators, self._operator_kinds, strict=True):
+        for operator, kind in zip(terms.operators, parts.kind_of_operator, strict=True):
             if kind not in seconds:
                 split = DegreeCounts(self.kinds, operator.factors, self._degrees[kind])
                 seconds[kind] = least_operator_seconds(operator, split, weights)
                 seconds[kind] += times.additions * least_addition_seconds(operator, split)
         self.moves: list[_Moves] = []
         self.operators: list[_Operators] = []
-        self._of_operator: list[int] = []
+        self._of_operator = np.zeros(0, np.int64)
         """[operator]: its number in `operators`."""
-        self._of_move: list[int] = []
+        self._of_move = np.zeros(0, np.int64)
         """[move of the terms]: its number in `moves`."""
         self._join(seconds)
         self._fit()
@@ -268,39 +339,33 @@ class _Relaxation:
 
     def _join(self, seconds: Mapping[int, Array]) -> None:
         """Fills `moves` and `operators`."""
-        of_operator: dict[int, list[tuple[int, int]]] = defaultdict(list)
         number: dict[tuple[object, ...], int] = {}
-        for move in self.terms.edges:
-            source = self._positions(move.home, move.source)
-            target = self._positions(move.reader, move.target)
-            home = self._operator_kinds[move.home]
-            reader = self._operator_kinds[move.reader]
-            times = self.times.of_move(move) * self._exposed.share(move)
-            key = (home, reader, source, target, times, *_size(move))
+        number_of: list[int] = []
+        """[equal moves]: their number in `moves`."""
+        for equal in self._parts.moves:
+            times = self.times.of_move(equal.move) * equal.share
+            ends = (equal.home, equal.source), (equal.reader, equal.target)
+            key = (*ends, times, *_size(equal.move))
             if key not in number:
                 number[key] = len(self.moves)
-                views = (self._view(home, source), self._view(reader, target))
-                self.moves.append(_Moves(move, times, views))
-            self._of_move.append(number[key])
-            of_operator[move.home].append((number[key], HOME))
-            of_operator[move.reader].append((number[key], READER))
+                views = (self._view(*ends[HOME]), self._view(*ends[READER]))
+                self.moves.append(_Moves(equal.move, times, views))
+            number_of.append(number[key])
+        self._of_move = np.array(number_of, np.int64)[self._parts.of_move]
         keys = []
-        for operator, kind in enumerate(self._operator_kinds):
-            keys.append((kind, tuple(sorted(of_operator[operator]))))
-        counts = Counter(keys)
+        for kind, ends_of_moves in self._parts.operators:
+            keys.append((kind, tuple(sorted((number_of[n], side) for n, side in ends_of_moves))))
+        counts: Counter[tuple[int, tuple[tuple[int, int], ...]]] = Counter()
+        for key, count in zip(keys, np.bincount(self._parts.of_operator), strict=True):
+            counts[key] += int(count)
         position = {key: n for n, key in enumerate(counts)}
-        self._of_operator = [position[key] for key in keys]
+        of_equal = np.array([position[key] for key in keys], np.int64)
+        self._of_operator = of_equal[self._parts.of_operator]
         for (kind, sides), count in counts.items():
             operators = _Operators(count, seconds[kind].copy(), Counter(sides))
             self.operators.append(operators)
             for number_of_moves, side in operators.moves:
                 self.moves[number_of_moves].operators[side].append(operators)
-
-    def _positions(self, operator: int, label: Label) -> tuple[int, ...]:
-        """Positions of a label's factors among those of an operator, -1 for others."""
-        factors = self.terms.operators[operator].factors
-        position = {factor: number for number, factor in enumerate(factors)}
-        return tuple(position.get(factor, -1) for factor in label)
 
     def _view(self, kind: int, positions: tuple[int, ...]) -> _View:
         """A tensor of an operator of a kind under a label."""
@@ -333,8 +398,7 @@ class _Relaxation:
         """The least entries of operators, and the most of moves."""
         operators = np.array([float(each.seconds.min()) for each in self.operators])
         moves = np.array([sum(float(p.max()) for p in each.potentials) for each in self.moves])
-        of_move = np.array(self._of_move, np.int64)
-        return Relaxed(operators[self._of_operator], moves[of_move])
+        return Relaxed(operators[self._of_operator], moves[self._of_move])
 
     def _raise(self, number: int) -> None:
         """Best potentials of one class of moves for the operators that most of them connect."""
