@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from partita.errors import PlanError
+from partita.files.checksums import sealed, with_checksum
 from partita.files.reading import FileKind, read_json
 from partita.files.schema import (
     FieldError,
@@ -37,25 +38,27 @@ POLICY_FILE = FileKind(
 )
 _NODES = items(whole_number(LEAF, MOST_NODES), MOST_NODES, least=1)
 _RANGE = items(number(), 2, least=2)
-_POLICY = table(
-    {
-        "partita_policy": version(VERSION, "update Partita"),
-        "machine": text(),
-        "settings": whole_number(2),
-        "programs": items(text()),
-        "features": items(one_of(*NAMES), len(NAMES), least=len(NAMES)),
-        "ranges": items(_RANGE, len(NAMES), least=len(NAMES)),
-        "tree": table(
-            {
-                "features": _NODES,
-                "thresholds": items(number(), MOST_NODES),
-                "left": _NODES,
-                "right": _NODES,
-                "labels": items(whole_number(0, MOST_NODES), MOST_NODES),
-                "shares": items(number(0, 1), MOST_NODES),
-            }
-        ),
-    }
+_POLICY = sealed(
+    table(
+        {
+            "partita_policy": version(VERSION, "update Partita"),
+            "machine": text(),
+            "settings": whole_number(2),
+            "programs": items(text()),
+            "features": items(one_of(*NAMES), len(NAMES), least=len(NAMES)),
+            "ranges": items(_RANGE, len(NAMES), least=len(NAMES)),
+            "tree": table(
+                {
+                    "features": _NODES,
+                    "thresholds": items(number(), MOST_NODES),
+                    "left": _NODES,
+                    "right": _NODES,
+                    "labels": items(whole_number(0, MOST_NODES), MOST_NODES),
+                    "shares": items(number(0, 1), MOST_NODES),
+                }
+            ),
+        }
+    )
 )
 
 
@@ -75,11 +78,15 @@ class LearnedPolicy:
     def check(self, hardware: Hardware) -> None:
         """PlanError unless it was trained for this machine."""
         name = hardware.machine.name
-        if self.machine != name or self.settings != len(hardware.settings):
+        reason = ""
+        if self.machine != name:
+            reason = f"not for '{name}'"
+        elif self.settings != len(hardware.settings):
+            reason = f"with {self.settings} settings instead of {len(hardware.settings)}"
+        if reason:
             raise PlanError(
-                f"The policy was trained for '{self.machine}' with {self.settings} settings, and "
-                f"'{name}' has {len(hardware.settings)}: train one with 'partita manage train "
-                f"--machine {name} --save policy.json'."
+                f"The policy was trained for '{self.machine}', {reason}: train one with 'partita "
+                f"manage train --machine {name} --save policy.json'."
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -94,8 +101,8 @@ class LearnedPolicy:
         }
 
     def to_text(self) -> str:
-        """The JSON text, a line per field."""
-        return json.dumps(self.to_json(), indent=1)
+        """The JSON text with its checksum, a line per field."""
+        return json.dumps(with_checksum(self.to_json()), indent=1)
 
 
 def load_policy(path: str | Path) -> LearnedPolicy:
@@ -104,6 +111,8 @@ def load_policy(path: str | Path) -> LearnedPolicy:
     fields = value["tree"]
     tree = DecisionTree(**{name: tuple(values) for name, values in fields.items()})
     try:
+        if tuple(value["features"]) != NAMES:
+            raise FieldError("in another order", POLICY_FILE.fix).inside("features")
         _check_tree(tree, value["settings"])
     except FieldError as error:
         raise PlanError(f"{path}: {error}") from None

@@ -108,9 +108,16 @@ def test_sentences_of_policy_files(tmp_path: Path) -> None:
     endless = {**POLICY.to_json()["tree"], "left": [0, LEAF, LEAF]}
     with pytest.raises(PlanError, match="tree is no tree at node 0: give a file"):
         load_policy(changed(tmp_path, tree=endless))
+    with pytest.raises(PlanError, match="features is in another order: give a file"):
+        load_policy(changed(tmp_path, features=POLICY.to_json()["features"][::-1]))
+    path = tmp_path / "policy.json"
+    path.write_text(POLICY.to_text().replace(f'"settings": {POLICY.settings}', '"settings": 999'))
+    with pytest.raises(PlanError, match="checksum is '.*', and its content has .*: give a file"):
+        load_policy(path)
+    hardware = hardware_of(load("odroid-xu3"))
     other = replace(POLICY, machine="rk3588")
-    message = (
-        "trained for 'rk3588' with 197 settings, and 'odroid-xu3' has 197: train one with 'par"
-    )
+    message = "trained for 'rk3588', not for 'odroid-xu3': train one with 'partita manage train"
     with pytest.raises(PlanError, match=message):
-        other.check(hardware_of(load("odroid-xu3")))
+        other.check(hardware)
+    with pytest.raises(PlanError, match=r"'odroid-xu3', with 9 settings instead of \d+: train one"):
+        replace(POLICY, machine="odroid-xu3", settings=9).check(hardware)
