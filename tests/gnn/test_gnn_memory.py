@@ -441,6 +441,22 @@ def test_a_regularizer_of_results_reads_the_rows_of_all_vertices() -> None:
         trained(make, graph, devices=2)
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_weights_of_vertices_within_memory_count_in_training_alone(devices: int) -> None:
+    graph = drawn()
+    weights = {"class_weight": {0: 3.0}, "vertex_weight": np.linspace(0.5, 2, 500)}
+    results = []
+    for limit in (None, "1MiB"):
+        keras.utils.set_random_seed(0)
+        model = gnn.GCN(8, graph.classes)
+        model.compile("adam", metrics=["accuracy"])
+        done = model.fit(graph, 2, verbose=0, devices=devices, memory=limit, **weights)
+        logs = [*done.history.values(), model.evaluate(graph, "train")]
+        results.append((np.concatenate(logs), model.predict(graph)))
+    for free, limited in zip(*results, strict=True):
+        np.testing.assert_allclose(limited, free, rtol=1e-5, atol=1e-6)
+
+
 def test_parts_within_memory_give_the_numbers_of_one_device() -> None:
     """Dropout, penalties, exchanged rows and padding included, by any part of each vertex."""
     graph = drawn(weights=True)

@@ -117,6 +117,11 @@ class MemoryRun(TrainingRun):
         """The work of a training step."""
         return self.training.work
 
+    @property
+    def unweighted(self) -> GraphData:
+        """The data without weights of vertices, which count in training alone."""
+        return replace(self.data, importance=None)
+
     def _grouped(self, training: bool) -> GroupedModel:
         return grouped_model(
             self.model,
@@ -148,13 +153,13 @@ class MemoryRun(TrainingRun):
 
     def evaluate(self, state: StepState, mask: str) -> dict[str, Any]:
         masks = self.data.masks | {"train": self.data.masks[mask]}
-        data = replace(self.data, masks=masks, importance=None)
+        data = replace(self.unweighted, masks=masks)
         execution = self._executed(*self._other("evaluate"), state, data)
         carry = self.end(execution.carry, data)
         return logs_of(self.model, carry.loss, carry.counts)
 
     def predict(self, state: StepState) -> np.ndarray:
-        tiles = self._executed(*self._other("predict"), state, self.data).rows
+        tiles = self._executed(*self._other("predict"), state, self.unweighted).rows
         return self.prepared.in_given_order(np.concatenate(tiles, axis=-2))
 
     def traffic(self) -> int:
@@ -183,12 +188,8 @@ class MemoryRun(TrainingRun):
     def _other(self, kind: str) -> tuple[CompiledStep, MemoryPlan]:
         """(step, plan) of an evaluation ('evaluate') or a prediction ('predict')."""
         if kind not in self._others:
-            step = compiled_step(
-                self.shapes,
-                self._grouped(False),
-                kind,
-                self.fineness,
-            )
+            shapes = replace(self.shapes, data=_of_one_device(self.unweighted))
+            step = compiled_step(shapes, self._grouped(False), kind, self.fineness)
             plan = plan_memory(step.work, self.budget, FIRST_BANDWIDTH)
             self._others[kind] = (step, plan)
         return self._others[kind]
