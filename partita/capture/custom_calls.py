@@ -44,6 +44,9 @@ EDGE_FLOPS = {
     "edge_attend": 7,
     "edge_attend_by_destination": 11,
     "edge_attend_by_source": 12,
+    "edge_attend_dropped": 7,
+    "edge_attend_dropped_by_destination": 11,
+    "edge_attend_dropped_by_source": 12,
 }
 """Kernel over edges -> FLOPs of an edge for each element of the row that it reads.
 

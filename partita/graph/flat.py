@@ -27,6 +27,9 @@ EDGE_KERNELS = {
     "edge_attend": (4,),
     "edge_attend_by_destination": (4,),
     "edge_attend_by_source": (5, 7, 8, 9),
+    "edge_attend_dropped": (4, 7),
+    "edge_attend_dropped_by_destination": (4, 7),
+    "edge_attend_dropped_by_source": (5, 8, 12, 13, 14),
 }
 """Kernel over the edges of a graph -> its operands of which it reads a row for every edge. Operand
 2 has the number of such a row for each edge. See `gnn.kernels`."""

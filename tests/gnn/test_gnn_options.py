@@ -18,6 +18,7 @@ from test_gnn_semantics import (
 
 from partita import gnn
 from partita.errors import GraphError
+from partita.gnn.nn.block import as_block
 from partita.gnn.nn.stages import JumpStage
 
 
@@ -172,6 +173,43 @@ def test_attention_dropout_keeps_the_mean() -> None:
     np.testing.assert_allclose(kept, 1, rtol=1e-4)
     assert 0.9 < dropped.mean() < 1.1
     assert 0.08 < dropped.std() < 0.13  # sqrt(0.4 / 0.6 / 60) = 0.105
+
+
+@pytest.mark.parametrize("self_edges", [False, True])
+@pytest.mark.parametrize("devices", [1, 2, 3, 4])
+def test_attention_dropout_in_kernels_equals_that_by_edges(devices: int, self_edges: bool) -> None:
+    graph: Any = random_graph()
+    trained = []
+    for slope in (0.2, 0.2 + 1e-9):  # kernels have the slope 0.2
+        keras.utils.set_random_seed(3)
+        options = {"dropout": 0.4, "self_edges": self_edges, "negative_slope": slope}
+        model = gnn.GATv2(8, 4, heads=2, layers=3, dropout=0.0, layer_options=options)
+        model.compile(keras.optimizers.SGD(0.1))
+        history = model.fit(graph, epochs=3, devices=devices, order="degree", verbose=0)
+        trained.append([history.history["loss"], *model.get_weights()])
+    for by_kernel, by_edges in zip(*trained, strict=True):
+        np.testing.assert_allclose(by_kernel, by_edges, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_dropped_attention_equal_those_by_edges() -> None:
+    graph: Any = random_graph()
+    block = as_block(graph)
+    results = []
+    for slope in (0.2, 0.2 + 1e-9):
+        keras.utils.set_random_seed(5)
+        layer = gnn.GATv2Conv(6, 2, dropout=0.5, negative_slope=slope)
+        layer.build((None, graph.feature_count))
+        weights = [variable.value for variable in layer.trainable_variables]
+        others = [variable.value for variable in layer.non_trainable_variables]
+
+        def loss(weights: Any, x: Any, layer: Any = layer, others: Any = others) -> Any:
+            y, _ = layer.stateless_call(weights, others, x, graph=block, training=True)
+            return (y * jnp.arange(y.size).reshape(y.shape) ** 0.5).sum() / 10
+
+        results.append(jax.tree.leaves(jax.grad(loss, (0, 1))(weights, array(graph.features))))
+    largest = max(map(np.linalg.norm, results[1]))
+    for by_kernel, by_edges in zip(*results, strict=True):
+        assert np.linalg.norm(by_kernel - by_edges) <= 1e-6 * largest
 
 
 def deep_gcn() -> gnn.GraphModel:

@@ -9,11 +9,15 @@ Row v of l is the source of a self edge of v. `self_correction[v]` is 1 where a 
 be added; if it is -k, k of its self edges do not count, so that exactly one does. The forward pass
 stores the logarithm of the softmax's denominator. The backward pass rematerializes scores: once by
 destination for r and a, once by source for l.
+
+With a `PairPattern` (dropout) an edge counts by its factor after the softmax. That is compiled by
+itself, so that kernels without it stay as fast.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +35,13 @@ from partita.gnn.kernels.bridge import (
     parts_of,
     result,
     rows_of,
+)
+from partita.gnn.kernels.pairs import (
+    PairPattern,
+    pair_bits,
+    pair_factor,
+    pair_factors,
+    pattern_at,
 )
 from partita.gnn.kernels.total import targets
 from partita.gnn.kernels.vectors import (
@@ -98,8 +109,11 @@ def _largest_degree(offsets, first, stop):
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
-def _attend_rows(span, edges, rows, out, log):
-    """Scores of all heads edge by edge, then the softmax of a vertex, then the sums."""
+def _attend_rows(span, edges, rows, pattern, out, log):
+    """Scores of all heads edge by edge, then the softmax of a vertex, then the sums.
+
+    `pattern` is a `PairPattern`, or None: numba compiles both by themselves.
+    """
     first, stop = span
     offsets, ids, self_correction = edges
     l, r, a = rows
@@ -135,6 +149,10 @@ def _attend_rows(span, edges, rows, out, log):
             if u == v and skipped > 0:
                 skipped -= 1
                 continue
+            if pattern is not None:
+                bits = pair_bits(pattern, u, v)
+                for h in range(heads):
+                    shares[count, h] *= pair_factor(pattern, bits, h)
             for h in range(heads):
                 b = h * head_bytes
                 tables = (out_rows + v * row_bytes + b, l_rows + u * row_bytes + b)
@@ -168,7 +186,7 @@ def _softmax(shares, count, log):
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
-def _by_destination_rows(span, edges, rows, gradient, dr, da):
+def _by_destination_rows(span, edges, rows, pattern, gradient, dr, da):
     """Writes dr of the rows, and adds to da [heads, columns]."""
     first, stop = span
     offsets, ids, self_correction = edges
@@ -200,16 +218,20 @@ def _by_destination_rows(span, edges, rows, gradient, dr, da):
                 shares[h] = score(tables, (), columns) - log[v, h]
             for h in range(heads):
                 shares[h] = exponential(shares[h])
+            if pattern is not None:
+                bits = pair_bits(pattern, u, v)
             for h in range(heads):
                 b = h * head_bytes
                 left, right = source + b, r_rows + target + b
                 of_share = dot((dy_rows + target + b, left), (), columns)
+                if pattern is not None:
+                    of_share *= pair_factor(pattern, bits, h)
                 tables = (left, right, a_rows + b, dr_rows + target + b, da_rows + b)
                 add_destination(tables, (shares[h] * (of_share - dots[v, h]),), columns)
 
 
 @njit(nogil=True, boundscheck=False, cache=True)
-def _by_source_rows(span, edges, rows, gradient, dl):
+def _by_source_rows(span, edges, rows, pattern, gradient, dl):
     """Writes dl of the rows.
 
     Edges are by source and their ids are destinations, which are the first of the sources.
@@ -246,12 +268,20 @@ def _by_source_rows(span, edges, rows, gradient, dl):
                 shares[h] = score(tables, (), columns) - log[v, h]
             for h in range(heads):
                 shares[h] = exponential(shares[h])
+            if pattern is not None:
+                bits = pair_bits(pattern, u, v)
             for h in range(heads):
                 b = h * head_bytes
                 left, above = l_rows + source + b, dy_rows + target + b
-                ds = shares[h] * (dot((above, left), (), columns) - dots[v, h])
+                of_share = dot((above, left), (), columns)
+                share = shares[h]
+                if pattern is not None:
+                    factor = pair_factor(pattern, bits, h)
+                    of_share *= factor
+                    share *= factor
+                ds = shares[h] * (of_share - dots[v, h])
                 tables = (left, r_rows + target + b, a_rows + b, above, dl_rows + source + b)
-                add_source(tables, (shares[h], ds), columns)
+                add_source(tables, (share, ds), columns)
 
 
 @njit(nogil=True, cache=True)
@@ -283,58 +313,83 @@ def _rows(frame):
 
 
 @njit(nogil=True, inline="always")
-def _gradient(frame):
-    """Arguments 7 to 9, of both gradients."""
+def _gradient(frame, first):
+    """Arguments from `first` on, of both gradients."""
     return AttentionGradient(
-        matrix(argument(frame, 7)),
-        matrix(argument(frame, 8)),
-        cube(argument(frame, 9)),
+        matrix(argument(frame, first)),
+        matrix(argument(frame, first + 1)),
+        cube(argument(frame, first + 2)),
     )
 
 
-def _handlers(version: int, threaded: bool) -> dict[str, Any]:
-    """Handlers by name; argument 0 is the number of threads, int32 [1]."""
+def _handlers(drops: bool, version: int, threaded: bool) -> dict[str, Any]:
+    """Handlers by name; argument 0 is the number of threads, int32 [1].
+
+    With `drops` a pattern comes before the arguments of gradients.
+    """
+    first = 12 if drops else 7
 
     def forward(frame):  # type: ignore[no-untyped-def]
         if not answers_metadata(frame, version):
             edges, rows = _edges(frame), _rows(frame)
+            pattern = pattern_at(frame, 7) if drops else None
             out, log = cube(result(frame, 0)), matrix(result(frame, 1))
             parts = parts_of(frame, threaded)
             for part in prange(parts):
-                _attend_rows(rows_of(edges.offsets, part, parts), edges, rows, out, log)
+                span = rows_of(edges.offsets, part, parts)
+                _attend_rows(span, edges, rows, pattern, out, log)
         return 0
 
     def by_destination(frame):  # type: ignore[no-untyped-def]
         if not answers_metadata(frame, version):
-            edges, rows, gradient = _edges(frame), _rows(frame), _gradient(frame)
+            edges, rows, gradient = _edges(frame), _rows(frame), _gradient(frame, first)
+            pattern = pattern_at(frame, 7) if drops else None
             dr, da = cube(result(frame, 0)), matrix(result(frame, 1))
             parts = parts_of(frame, threaded)
             shares = np.zeros((parts, da.shape[0], da.shape[1]), np.float32)
             for part in prange(parts):
                 span = rows_of(edges.offsets, part, parts)
-                _by_destination_rows(span, edges, rows, gradient, dr, shares[part])
+                _by_destination_rows(span, edges, rows, pattern, gradient, dr, shares[part])
             _add_up(shares, da)
         return 0
 
     def by_source(frame):  # type: ignore[no-untyped-def]
         if not answers_metadata(frame, version):
-            edges, rows, gradient = _edges(frame), _rows(frame), _gradient(frame)
+            edges, rows, gradient = _edges(frame), _rows(frame), _gradient(frame, first)
+            pattern = pattern_at(frame, 7) if drops else None
             dl = cube(result(frame, 0))
             parts = parts_of(frame, threaded)
             for part in prange(parts):
-                _by_source_rows(rows_of(edges.offsets, part, parts), edges, rows, gradient, dl)
+                span = rows_of(edges.offsets, part, parts)
+                _by_source_rows(span, edges, rows, pattern, gradient, dl)
         return 0
 
     return {
-        "partita_gnn_attend": forward,
-        "partita_gnn_attend_by_destination": by_destination,
-        "partita_gnn_attend_by_source": by_source,
+        _name(drops): forward,
+        _name(drops, "_by_destination"): by_destination,
+        _name(drops, "_by_source"): by_source,
     }
+
+
+def _name(drops: bool, gradient: str = "") -> str:
+    """The name of a handler."""
+    return f"partita_gnn_attend{'_dropped' if drops else ''}{gradient}"
 
 
 def _self_test() -> None:
     """Registers the kernels and tries the forward one; AssertionError for a wrong result."""
-    bridge.register(_handlers)
+    _try(None)
+
+
+def _dropped_self_test() -> None:
+    """`_self_test` of the kernels with dropout."""
+    numbers = np.arange(3, dtype=np.int32)
+    least, scale = np.array([1 << 30], np.int32), np.array([1.5], np.float32)
+    _try(PairPattern(numbers, numbers, np.array([7], np.int32), least, scale))
+
+
+def _try(pattern: PairPattern | None) -> None:
+    bridge.register(partial(_handlers, pattern is not None))
     offsets = np.array([0, 2, 2, 4], np.int32)
     ids = np.array([1, 2, 0, 1], np.int32)
     edges = AttentionEdges(offsets, ids, np.array([1, 0, 1], np.int32))
@@ -342,22 +397,25 @@ def _self_test() -> None:
     l, r = random.standard_normal((2, 3, 1, 3)).astype(np.float32)
     rows = AttentionRows(l, r, random.standard_normal((1, 3)).astype(np.float32))
     with jax.ensure_compile_time_eval():
-        out, _ = _forward(edges, rows)
-        assert np.allclose(out, _plain_attention(edges, rows), atol=1e-5), "attention is wrong"
+        out, _ = _forward(edges, rows, pattern)
+        plain = _plain_attention(edges, rows, pattern)
+        assert np.allclose(out, plain, atol=1e-5), "attention is wrong"
 
 
 def _float32(like: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(like.shape, jnp.float32)
 
 
-def _forward(edges: AttentionEdges, rows: AttentionRows) -> Any:
+def _forward(edges: AttentionEdges, rows: AttentionRows, pattern: PairPattern | None) -> Any:
     """(out, log) by the kernel."""
     log = jax.ShapeDtypeStruct(rows.r.shape[:2], jnp.float32)
-    kernel = bridge.kernel("partita_gnn_attend", (_float32(rows.r), log))
-    return kernel(bridge.thread_argument(), *edges, *rows)
+    kernel = bridge.kernel(_name(pattern is not None), (_float32(rows.r), log))
+    return kernel(bridge.thread_argument(), *edges, *rows, *(pattern or ()))
 
 
-def _plain_attention(edges: AttentionEdges, tables: AttentionRows) -> Any:
+def _plain_attention(
+    edges: AttentionEdges, tables: AttentionRows, pattern: PairPattern | None
+) -> Any:
     """`out` by XLA's own operations."""
     offsets, ids, self_correction = edges
     l, r, a = tables
@@ -374,41 +432,61 @@ def _plain_attention(edges: AttentionEdges, tables: AttentionRows) -> Any:
     top = jax.lax.stop_gradient(jax.ops.segment_max(score, v, rows + 1))
     w = jnp.exp(score - jnp.where(jnp.isfinite(top), top, 0)[v])
     denominator = jax.ops.segment_sum(w, v, rows + 1)[:rows]
+    if pattern is not None:
+        ends = pattern.source[u], pattern.target[jnp.minimum(v, rows - 1)]
+        w = w * pair_factors(pattern, *ends)
     numerator = jax.ops.segment_sum(w[:, :, None] * l[u], v, rows + 1)[:rows]
     return numerator / jnp.where(denominator > 0, denominator, 1)[:, :, None]
 
 
 @jax.custom_vjp
-def _attend(edges: AttentionEdges, back: AttentionEdges, rows: AttentionRows) -> Any:
-    return _forward(edges, rows)[0]
+def _attend(
+    edges: AttentionEdges,
+    back: AttentionEdges,
+    rows: AttentionRows,
+    pattern: PairPattern | None,
+) -> Any:
+    return _forward(edges, rows, pattern)[0]
 
 
-def _attend_forward(edges: AttentionEdges, back: AttentionEdges, rows: AttentionRows) -> Any:
-    out, log = _forward(edges, rows)
-    return out, (edges, back, rows, out, log)
+def _attend_forward(
+    edges: AttentionEdges,
+    back: AttentionEdges,
+    rows: AttentionRows,
+    pattern: PairPattern | None,
+) -> Any:
+    out, log = _forward(edges, rows, pattern)
+    return out, (edges, back, rows, pattern, out, log)
 
 
 def _attend_backward(saved: Any, dy: Any) -> Any:
-    edges, back, rows, out, log = saved
+    edges, back, rows, pattern, out, log = saved
     gradient = AttentionGradient(log, (dy * out).sum(axis=2), dy)
     threads = bridge.thread_argument()
+    drops, dropped = pattern is not None, pattern or ()
     shapes = (_float32(rows.r), _float32(rows.a))
-    by_destination = bridge.kernel("partita_gnn_attend_by_destination", shapes)
-    dr, da = by_destination(threads, *edges, *rows, *gradient)
-    by_source = bridge.kernel("partita_gnn_attend_by_source", _float32(rows.l))
-    dl = by_source(threads, *back, *rows, *gradient)
-    return None, None, AttentionRows(dl, dr, da)
+    by_destination = bridge.kernel(_name(drops, "_by_destination"), shapes)
+    dr, da = by_destination(threads, *edges, *rows, *dropped, *gradient)
+    by_source = bridge.kernel(_name(drops, "_by_source"), _float32(rows.l))
+    dl = by_source(threads, *back, *rows, *dropped, *gradient)
+    return None, None, AttentionRows(dl, dr, da), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def attend(edges: AttentionEdges, back: AttentionEdges, rows: AttentionRows) -> Any:
+def attend(
+    edges: AttentionEdges,
+    back: AttentionEdges,
+    rows: AttentionRows,
+    pattern: PairPattern | None = None,
+) -> Any:
     """float32 [rows, heads, columns]: attention, differentiable in `rows`.
 
     `edges` are by destination, `back` the same ones by source. The first rows of l are those of the
-    destinations.
+    destinations. `pattern`: the edges that count for each head after the softmax, by default all.
     """
-    if bridge.works(_self_test, "attention"):
-        return _attend(edges, back, rows)
-    return _plain_attention(edges, rows)
+    self_test = _self_test if pattern is None else _dropped_self_test
+    if bridge.works(self_test, "attention"):
+        return _attend(edges, back, rows, pattern)
+    return _plain_attention(edges, rows, pattern)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +22,8 @@ import jax.numpy as jnp
 import keras
 
 from partita.errors import GraphError
-from partita.gnn.nn.block import Block, EdgeEnds
+from partita.gnn.kernels.pairs import pair_factors
+from partita.gnn.nn.block import Block, EdgeEnds, halves, whole
 from partita.gnn.nn.isomorphism import checked_edges
 from partita.gnn.nn.layers import PACKAGE, AbstractConv, product, widths_of, with_bias
 from partita.gnn.nn.pieces import BlockPiece, by_columns, by_rows
@@ -84,6 +86,10 @@ class AttentionConv(AbstractConv):
     def dropout(self) -> float:
         """Rate of dropped attention."""
         return self.attention_dropout.rate
+
+    def drops(self, training: bool) -> bool:
+        """Whether attention is dropped."""
+        return training and self.dropout > 0
 
     @property
     def head_width(self) -> int:
@@ -187,9 +193,15 @@ class GATv2Conv(AttentionConv):
         """[rows, columns]: attention of the heads from a column on."""
         heads = l.shape[1] // self.head_width
         score = self.heads_of(self.score, column, heads)
-        dropped = training and self.attention_dropout.rate > 0
-        if self.edge_dim is None and not dropped and self.negative_slope == 0.2:
-            out = graph.attention(self.by_heads(l), self.by_heads(r), score, self.self_edges)
+        if self.edge_dim is None and self.negative_slope == 0.2:
+            drop = self.attention_dropout.pattern
+            out = graph.attention(
+                self.by_heads(l),
+                self.by_heads(r),
+                score,
+                self.self_edges,
+                partial(drop, heads, column // self.head_width) if self.drops(training) else None,
+            )
             return out.reshape(l.shape)
 
         def scores(sources: Any, targets: Any, edges: Any) -> Any:
@@ -280,7 +292,7 @@ def edge_attention(
     """
     kind = rows.source.dtype
     source, target = (array.astype(jnp.float32) for array in (rows.source, rows.target))
-    numbers = _halves(graph.vertex_numbers())
+    numbers = halves(graph.vertex_numbers())
     edge_dim = layer.edge_dim
     ends = graph.ends(
         jnp.concatenate([source, numbers], axis=1),
@@ -305,16 +317,22 @@ def edge_attention(
         top = jnp.where(has_edges, jnp.maximum(top, self_top), self_top)
     shares = jnp.exp(edge_scores - spread(ends.by_edge, top))
     total = edge_sum(ends.by_edge, shares)
-    drop = layer.attention_dropout.pattern(training, rows.column // layer.head_width)
-    sources_numbers = _whole(ends.source[:, columns:])
-    target_numbers = _whole(ends.target[:, target.shape[1] :])
-    sums = _weighted(ends, drop(shares, sources_numbers, target_numbers), source_rows, heads)
-    if self_scores is not None:
-        self_shares = jnp.exp(self_scores - top)
+    self_shares = None if self_scores is None else jnp.exp(self_scores - top)
+    if self_shares is not None:
         total = total + self_shares
+    if layer.drops(training):
         own = graph.vertex_numbers()
-        dropped = drop(self_shares, own, own)
-        sums = sums + dropped[:, :, None] * source.reshape(-1, heads, columns // heads)
+        sources = jnp.concatenate([whole(ends.source[:, columns:]), own])
+        targets = jnp.concatenate([whole(ends.target[:, target.shape[1] :]), own])
+        first_head = rows.column // layer.head_width
+        pattern = layer.attention_dropout.pattern(heads, first_head, sources, targets)
+        factors = pair_factors(pattern, pattern.source, pattern.target)
+        shares = shares * factors[: shares.shape[0]]
+        if self_shares is not None:
+            self_shares = self_shares * factors[shares.shape[0] :]
+    sums = _weighted(ends, shares, source_rows, heads)
+    if self_shares is not None:
+        sums = sums + self_shares[:, :, None] * source.reshape(-1, heads, columns // heads)
     out = sums / jnp.where(total > 0, total, 1)[:, :, None]
     return out.reshape(-1, columns).astype(kind)
 
@@ -337,14 +355,3 @@ def _mean_of_others(ends: EdgeEnds, counts: Any, features: Any) -> Any:
     ones = counts.astype(jnp.float32)
     sums = edge_sum(ends.by_edge, features.astype(jnp.float32) * ones)
     return sums / jnp.maximum(edge_sum(ends.by_edge, ones), 1)
-
-
-def _halves(numbers: Any) -> Any:
-    """float32 [n, 2] of int32: both halves of each number, which float32 represents exactly."""
-    return jnp.stack([numbers >> 16, numbers & 0xFFFF], axis=1).astype(jnp.float32)
-
-
-def _whole(halves: Any) -> Any:
-    """int32 [n] of both halves."""
-    high, low = jax.lax.stop_gradient(halves).astype(jnp.int32).T
-    return (high << 16) | low

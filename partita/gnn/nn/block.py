@@ -10,7 +10,7 @@ are exact for directed graphs, repeated edges and self edges.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -24,6 +24,7 @@ from partita.errors import GraphError
 from partita.gnn.data.graph import Graph
 from partita.gnn.kernels import stamp
 from partita.gnn.kernels.attention import AttentionEdges, AttentionRows, attend
+from partita.gnn.kernels.pairs import PairPattern
 from partita.gnn.nn.sums import (
     Edges,
     edge_max,
@@ -345,11 +346,19 @@ class Block:
         maxima = self._returned(aggregation, edge_max(aggregation.edges, sources))
         return maxima[:, : x.shape[1]].astype(x.dtype)
 
-    def attention(self, l: Any, r: Any, a: Any, self_edges: bool = True) -> Any:
+    def attention(
+        self,
+        l: Any,
+        r: Any,
+        a: Any,
+        self_edges: bool = True,
+        pattern: Callable[..., PairPattern] | None = None,
+    ) -> Any:
         """[rows, heads, features]: attention over in-edges and a self edge (`kernels.attention`).
 
         l and r are [rows, heads, features], a is [heads, features]. Without `self_edges` it is over
-        the edges as given.
+        the edges as given. `pattern(sources, targets)` gives the pattern of dropout for the numbers
+        of the vertices that edges begin and end at.
         """
         correction = self.self_correction.astype(jnp.int32)
         correction = correction if self_edges else jnp.zeros_like(correction)
@@ -362,7 +371,11 @@ class Block:
         by_destination = AttentionEdges(edges.offsets, edges.ids, correction)
         by_source = AttentionEdges(edges.back_offsets, edges.back_ids, correction)
         tables = AttentionRows(sources.reshape(-1, heads, width), r, a)
-        return attend(by_destination, by_source, tables).astype(kind)
+        dropped = None
+        if pattern is not None:
+            numbers = self.vertex_numbers()
+            dropped = pattern(whole(self._sources(aggregation, halves(numbers))), numbers)
+        return attend(by_destination, by_source, tables, dropped).astype(kind)
 
     def ends(self, x: Any, target: Any = None, kind: str = "message") -> EdgeEnds:
         """The rows at both ends of every in-edge, for messages along edges.
@@ -468,6 +481,17 @@ class Block:
         if not self.timed:
             return local, received
         return stamp.meet(local, received, jax.lax.axis_index(AXIS))
+
+
+def halves(numbers: Any) -> Any:
+    """float32 [n, 2] of int32: both halves of each number, which float32 represents exactly."""
+    return jnp.stack([numbers >> 16, numbers & 0xFFFF], axis=1).astype(jnp.float32)
+
+
+def whole(both: Any) -> Any:
+    """int32 [n] of both halves."""
+    high, low = jax.lax.stop_gradient(both).astype(jnp.int32).T
+    return (high << 16) | low
 
 
 def _sent_to_all(rows: Any, parts: int) -> Any:

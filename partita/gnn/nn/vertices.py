@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import keras
 import numpy as np
 
+from partita.gnn.kernels.pairs import PairPattern, least_bits, mix
 from partita.gnn.nn.block import Block
 from partita.gnn.nn.layers import PACKAGE
 
@@ -67,10 +67,10 @@ class VertexDropout(SeededDropout):
             vertex = graph.first[0] + jnp.arange(x.shape[0], dtype=jnp.int32)
         first_column = jnp.asarray(column).astype(jnp.uint32)
         columns = jnp.arange(x.shape[1], dtype=jnp.uint32) + first_column
-        row_bits = _mix(vertex.astype(jnp.uint32) ^ seed[0])
-        column_bits = _mix(columns + seed[1])
-        bits = _mix(row_bits[:, None] + column_bits)
-        return jnp.where(_stay(bits, self.rate), x / (1 - self.rate), 0)
+        row_bits = mix(vertex.astype(jnp.uint32) ^ seed[0])
+        column_bits = mix(columns + seed[1])
+        bits = mix(row_bits[:, None] + column_bits)
+        return jnp.where(bits >= least_bits(self.rate), x / (1 - self.rate), 0)
 
     def compute_output_shape(self, input_shape: Any, *_: Any) -> Any:
         return input_shape
@@ -83,24 +83,20 @@ class PairDropout(SeededDropout):
     The numbers are the same however a graph is split.
     """
 
-    def pattern(self, training: bool, first_head: Any) -> Callable[[Any, Any, Any], Any]:
-        """A function of values [n, heads] and of both vertices, int32 [n], with one seed.
+    def pattern(self, heads: int, first_head: Any, source: Any, target: Any) -> PairPattern:
+        """The pattern of the next seed, for heads from `first_head` on.
 
-        It returns the values after dropout; `first_head` is the number of their first head.
+        `source` and `target`, int32, are the numbers of the vertices at the ends of edges.
         """
-        if self.seed_generator is None or not training:
-            return lambda values, source, target: values
         seed = self.next_seed()
-
-        def dropped(values: Any, source: Any, target: Any) -> Any:
-            source_bits = _mix(source.astype(jnp.uint32) ^ seed[0])
-            pair_bits = _mix(source_bits + target.astype(jnp.uint32))
-            heads = jnp.arange(values.shape[1], dtype=jnp.uint32)
-            head_bits = _mix(heads + jnp.asarray(first_head).astype(jnp.uint32) + seed[1])
-            stays = _stay(_mix(pair_bits[:, None] ^ head_bits), self.rate)
-            return jnp.where(stays, values / (1 - self.rate), 0)
-
-        return dropped
+        numbers = jnp.arange(heads, dtype=jnp.uint32) + jnp.asarray(first_head).astype(jnp.uint32)
+        return PairPattern(
+            mix(source.astype(jnp.uint32) ^ seed[0]).astype(jnp.int32),
+            target,
+            mix(numbers + seed[1]).astype(jnp.int32),
+            jnp.full(1, least_bits(self.rate)).astype(jnp.int32),
+            jnp.full(1, 1 / (1 - self.rate), jnp.float32),
+        )
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -152,15 +148,3 @@ class VertexBatchNormalization(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "momentum": self.momentum, "epsilon": self.epsilon}
-
-
-def _stay(bits: Any, rate: float) -> Any:
-    """Whether numbers with these bits stay."""
-    return bits >= jnp.uint32(min(rate * 2.0**32, 2**32 - 1))
-
-
-def _mix(bits: Any) -> Any:
-    """Every bit of a uint32 spread over all others (the integer hash 'lowbias32' of C. Wellons)."""
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
-    bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
-    return bits ^ (bits >> 16)
