@@ -28,16 +28,7 @@ if TYPE_CHECKING:
     from partita.gnn.nn.isomorphism import GINConv, GINEConv
     from partita.gnn.nn.layers import CommNetConv, GatedGraphConv, GCNConv, SAGEConv
     from partita.gnn.nn.messages import MessagePassing
-    from partita.gnn.nn.models import (
-        GAT,
-        GCN,
-        GIN,
-        SAGE,
-        CommNet,
-        GatedGraph,
-        GATv2,
-        GraphModel,
-    )
+    from partita.gnn.nn.models import GAT, GCN, GIN, SAGE, CommNet, GatedGraph, GATv2, GraphModel
     from partita.gnn.nn.pyg_weights import load_pyg_state, pyg_state
     from partita.gnn.nn.relations import RelationalConv
     from partita.gnn.nn.vertices import VertexBatchNormalization, VertexDropout

@@ -32,12 +32,7 @@ ROUNDING = 1e-5
 """Share of the largest result below which differences are rounding."""
 
 
-def check_agreement(
-    model: Any,
-    graph: Graph,
-    split: Split,
-    architecture: Architecture,
-) -> None:
+def check_agreement(model: Any, graph: Graph, split: Split, architecture: Architecture) -> None:
     """GraphError, which names the layer, if a step would not give one device's numbers."""
     layers = model._flatten_layers()
     if split.devices > 1 and any(map(penalizes, layers)):
@@ -93,10 +88,7 @@ def _edge_features(graph: Graph, edges: int, random: np.random.Generator) -> Any
 
 
 def _step_values(
-    model: Any,
-    sample: Graph,
-    split: Split,
-    architecture: Architecture,
+    model: Any, sample: Graph, split: Split, architecture: Architecture
 ) -> list[np.ndarray]:
     """Loss, gradients and variables after a step on a sample, those that are no integers."""
     prepared = prepare(sample, PreparationKey(sample.digest, split, architecture))

@@ -26,10 +26,7 @@ from partita.gnn.step import StepState, state_of, train_step
 
 
 def capture_training(
-    model: Any,
-    graph: Graph,
-    key: PreparationKey,
-    target: CaptureTarget | None = None,
+    model: Any, graph: Graph, key: PreparationKey, target: CaptureTarget | None = None
 ) -> Captured:
     """The training step of a compiled, built model over the parts of a key.
 

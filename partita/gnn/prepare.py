@@ -188,13 +188,7 @@ def architecture_of(model: Any, graph: Graph) -> Architecture:
     )
 
     def predict(trainable: Any, others: Any, data: GraphData) -> Any:
-        return model.stateless_call(
-            trainable,
-            others,
-            data.x,
-            graph=data.block,
-            training=False,
-        )[0]
+        return model.stateless_call(trainable, others, data.x, graph=data.block, training=False)[0]
 
     with recorded_calls() as calls, symbolic():
         jax.eval_shape(
@@ -370,13 +364,7 @@ def prepare(graph: Graph, key: PreparationKey) -> PreparedGraph:
         parts = None
         data = jax.device_put(_whole(numbered, order, near, _importance(key, order)))
     else:
-        graph_cut = _cut(
-            numbered,
-            order,
-            key,
-            near=near,
-            points=points,
-        )
+        graph_cut = _cut(numbered, order, key, near=near, points=points)
         near = graph_cut.near
         parts = graph_cut.parts
         data = _on_devices(graph_cut, key)
@@ -406,12 +394,7 @@ def resplit(
     began = time.perf_counter()
     key = prepared.key
     graph_cut = _cut(
-        prepared.numbered,
-        prepared.order,
-        key,
-        prepared.near,
-        points=points,
-        capacity=capacity,
+        prepared.numbered, prepared.order, key, prepared.near, points=points, capacity=capacity
     )
     data = _on_devices(graph_cut, key)
     return replace(
@@ -515,19 +498,8 @@ def _cut(
         near = _near(graph, key.architecture)
     columns = _columns(graph, points, key)
     kinds = _aggregation_kinds(key.architecture, dict(columns), near)
-    parts = cut(
-        graph,
-        points,
-        capacity,
-        kinds,
-        moves=split.learns,
-    )
-    return GraphCut(
-        graph,
-        replace(parts, order=order),
-        columns,
-        near,
-    )
+    parts = cut(graph, points, capacity, kinds, moves=split.learns)
+    return GraphCut(graph, replace(parts, order=order), columns, near)
 
 
 def _partition_inside(split: Split, numbered: Graph, order: np.ndarray | None) -> Any:
@@ -546,14 +518,7 @@ def _columns(graph: Graph, points: np.ndarray, key: PreparationKey) -> tuple[tup
     if split.columns is None and not split.learns:
 
         def cheapest() -> str:
-            return json.dumps(
-                columns_of(
-                    aggregations,
-                    graph,
-                    points,
-                    detect(split.devices),
-                )
-            )
+            return json.dumps(columns_of(aggregations, graph, points, detect(split.devices)))
 
         chosen = json.loads(processes.from_first("columns", cheapest))
         return tuple((width, columns) for width, columns in chosen)
@@ -575,14 +540,7 @@ def _aggregation_kinds(
         AggregationKind(columns=count, apart=apart and count == 1) for count in sorted(used or {1})
     ]
     for edges, vertices in enumerate(near):
-        kinds.append(
-            AggregationKind(
-                columns=1,
-                near=edges,
-                keep=vertices,
-                apart=apart,
-            )
-        )
+        kinds.append(AggregationKind(columns=1, near=edges, keep=vertices, apart=apart))
     return kinds
 
 
@@ -597,13 +555,7 @@ def mesh_of(devices: int) -> Mesh:
 def data_of(graph: Graph, importance: np.ndarray | None = None) -> GraphData:
     """The data of a whole graph, as arrays of NumPy."""
     x, labels, masks = _tables(graph)
-    return GraphData(
-        x,
-        labels,
-        masks,
-        block_of(graph),
-        importance,
-    )
+    return GraphData(x, labels, masks, block_of(graph), importance)
 
 
 def _importance(key: PreparationKey, order: np.ndarray | None) -> np.ndarray | None:
@@ -640,12 +592,7 @@ def _whole(
     """The data of a graph on one device, as arrays of NumPy."""
     data = data_of(graph, importance)
     kinds = [AggregationKind(near=edges, keep=keep) for edges, keep in enumerate(near)]
-    whole = cut(
-        graph,
-        np.array([0, graph.vertices]),
-        None,
-        kinds,
-    )
+    whole = cut(graph, np.array([0, graph.vertices]), None, kinds)
     block = replace(
         data.block,
         aggregations=(*data.block.aggregations, *aggregations_of_part(graph, whole, 0)),
@@ -659,9 +606,7 @@ def _on_devices(graph_cut: GraphCut, key: PreparationKey) -> GraphData:
     graph, parts = graph_cut.graph, graph_cut.parts
     split = key.split
     processes.same(
-        "Graphs, or their splits,",
-        _digest(graph, parts),
-        "Read the same file in all processes.",
+        "Graphs, or their splits,", _digest(graph, parts), "Read the same file in all processes."
     )
     mesh = mesh_of(split.devices)
     pieces = []

@@ -151,10 +151,7 @@ class SplitMover:
         if not epochs_left:
             return prepared
         move = self.balance.better(
-            epochs_left,
-            making_seconds,
-            compiling_seconds,
-            lambda points: fits(prepared, points),
+            epochs_left, making_seconds, compiling_seconds, lambda points: fits(prepared, points)
         )
         if move is None:
             return prepared

@@ -59,13 +59,7 @@ def store_state(model: Any, state: StepState) -> None:
 # ------------------------------------------------------------------------------ loss and metrics
 
 
-def loss_sum(
-    model: Any,
-    predicted: Any,
-    data: GraphData,
-    mask: str,
-    importance: Any = None,
-) -> Any:
+def loss_sum(model: Any, predicted: Any, data: GraphData, mask: str, importance: Any = None) -> Any:
     """The sum of the loss over the vertices of a mask, a scalar.
 
     `importance`, float32 [rows], multiplies the loss of each vertex. GraphError unless the loss has
@@ -128,12 +122,7 @@ def zero_counts(model: Any) -> list[Any]:
     return [jnp.zeros(v.shape, v.dtype) for v in metrics.variables]
 
 
-def metric_counts(
-    model: Any,
-    predicted: Any,
-    data: GraphData,
-    mask: str,
-) -> list[Any]:
+def metric_counts(model: Any, predicted: Any, data: GraphData, mask: str) -> list[Any]:
     """The metrics' variables over the vertices of a mask; those of several sets add up."""
     metrics = model._compile_metrics
     if metrics is None:
@@ -155,11 +144,7 @@ def logs_of(model: Any, loss: Any, counts: Sequence[Any]) -> dict[str, Any]:
 
 
 def _logs_over_devices(
-    model: Any,
-    loss: Any,
-    predicted: Any,
-    data: GraphData,
-    mask: str,
+    model: Any, loss: Any, predicted: Any, data: GraphData, mask: str
 ) -> dict[str, Any]:
     """Loss and metrics by name, of the loss of all devices and this device's predicted rows."""
     build_metrics(model, data, predicted)
@@ -170,12 +155,7 @@ def _logs_over_devices(
 # ------------------------------------------------------------------------------------- the steps
 
 
-def train_step(
-    model: Any,
-    aggregations: int,
-    state: StepState,
-    data: GraphData,
-) -> Any:
+def train_step(model: Any, aggregations: int, state: StepState, data: GraphData) -> Any:
     """(logs, state after) of one step over the training mask, as `differentiated` computes it."""
     gradients, value, predicted, others = differentiated(model, aggregations, state, data)
     trainable, optimizer = model.optimizer.stateless_apply(
@@ -186,10 +166,7 @@ def train_step(
 
 
 def differentiated(
-    model: Any,
-    aggregations: int,
-    state: StepState,
-    data: GraphData,
+    model: Any, aggregations: int, state: StepState, data: GraphData
 ) -> tuple[Any, Any, Any, Any]:
     """(gradients, loss, this device's output, other variables after) over the training mask.
 
@@ -203,12 +180,7 @@ def differentiated(
     def loss(trainable: Any) -> Any:
         with recorded_calls(aggregations):
             predicted, others_after, penalties = model.stateless_call(
-                trainable,
-                others,
-                data.x,
-                graph=data.block,
-                training=True,
-                return_losses=True,
+                trainable, others, data.x, graph=data.block, training=True, return_losses=True
             )
         value = loss_sum(model, predicted, data, "train", data.importance) / count
         penalty = sum(penalties) / data.block.parts
@@ -219,40 +191,20 @@ def differentiated(
     return gradients, value, predicted, others
 
 
-def evaluation_step(
-    model: Any,
-    mask: str,
-    state: StepState,
-    data: GraphData,
-) -> dict[str, Any]:
+def evaluation_step(model: Any, mask: str, state: StepState, data: GraphData) -> dict[str, Any]:
     """Logs over the vertices of a mask, without dropout."""
     predicted, _, penalties = model.stateless_call(
-        state.trainable,
-        state.others,
-        data.x,
-        graph=data.block,
-        training=False,
-        return_losses=True,
+        state.trainable, state.others, data.x, graph=data.block, training=False, return_losses=True
     )
     sums = (loss_sum(model, predicted, data, mask), data.masks[mask].sum())
     total, count = data.block.sum_over_devices(sums)
-    return _logs_over_devices(
-        model,
-        total / count + sum(penalties),
-        predicted,
-        data,
-        mask,
-    )
+    return _logs_over_devices(model, total / count + sum(penalties), predicted, data, mask)
 
 
 def prediction_step(model: Any, state: StepState, data: GraphData) -> Any:
     """[rows, classes]: the output of a model, without dropout."""
     predicted = model.stateless_call(
-        state.trainable,
-        state.others,
-        data.x,
-        graph=data.block,
-        training=False,
+        state.trainable, state.others, data.x, graph=data.block, training=False
     )[0]
     check_output(model, predicted)
     return predicted.astype(jnp.float32)
@@ -272,12 +224,7 @@ class CompiledSteps:
         """The training step, which reuses the memory of the state that is given."""
         aggregations = len(prepared.key.architecture.aggregations)
         step = partial(train_step, self.model, aggregations)
-        return self._program(
-            ("train", aggregations),
-            step,
-            prepared.devices,
-            donates=True,
-        )
+        return self._program(("train", aggregations), step, prepared.devices, donates=True)
 
     def evaluate(self, prepared: PreparedGraph, mask: str) -> Any:
         """The evaluation step of a mask. Only the state without the optimizer's is read."""
@@ -287,12 +234,7 @@ class CompiledSteps:
     def predict(self, prepared: PreparedGraph) -> Any:
         """The prediction step; over several devices its result has a leading dim of devices."""
         step = partial(prediction_step, self.model)
-        return self._program(
-            ("predict",),
-            step,
-            prepared.devices,
-            rows=True,
-        )
+        return self._program(("predict",), step, prepared.devices, rows=True)
 
     def programs(self) -> int:
         """Number of compiled programs."""
@@ -324,10 +266,7 @@ class CompiledSteps:
 
 
 def on_each_device(
-    function: Callable[..., Any],
-    devices: int,
-    own: Sequence[bool],
-    gives_own: bool,
+    function: Callable[..., Any], devices: int, own: Sequence[bool], gives_own: bool
 ) -> Callable[..., Any]:
     """A function that each of several devices computes; on one device, the function itself.
 

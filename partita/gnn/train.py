@@ -89,12 +89,7 @@ class FullGraphTraining:
         _check_steps(type(self))
         masked = [*(metrics or []), *(weighted_metrics or [])]
         keras_model: Any = super()
-        keras_model.compile(
-            optimizer,
-            loss,
-            weighted_metrics=masked or None,
-            **named,
-        )
+        keras_model.compile(optimizer, loss, weighted_metrics=masked or None, **named)
         self._graph_trainer.compiled_anew()
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
@@ -234,12 +229,7 @@ class FullGraphTraining:
         return numbers, state
 
     def evaluate(
-        self,
-        graph: Graph,
-        mask: str = "test",
-        *,
-        return_dict: bool = False,
-        verbose: Any = 0,
+        self, graph: Graph, mask: str = "test", *, return_dict: bool = False, verbose: Any = 0
     ) -> Any:
         """Loss and metrics over the vertices of a mask: 'train', 'validation' or 'test'."""
         model: Any = self

@@ -163,12 +163,7 @@ class GraphTrainer:
         as_one_device = key.split.devices == 1 and not key.architecture.by_vertex
         if as_one_device or is_known_to_agree(self.model) or tested in self._agreements:
             return
-        check_agreement(
-            self.model,
-            graph,
-            key.split,
-            key.architecture,
-        )
+        check_agreement(self.model, graph, key.split, key.architecture)
         self._agreements.add(tested)
 
     def _key(self, graph: Graph) -> PreparationKey:

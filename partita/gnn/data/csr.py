@@ -72,13 +72,7 @@ def transpose_csr(
     back_offsets = offsets_of(degrees)
     rows = aligned(len(ids), ids.dtype)
     order = aligned(len(ids) if ordered else 0, position_type(len(ids)))
-    _transpose(
-        offsets,
-        ids,
-        back_offsets[:-1].copy(),
-        rows,
-        order,
-    )
+    _transpose(offsets, ids, back_offsets[:-1].copy(), rows, order)
     return Transposed(back_offsets, rows, order if ordered else None)
 
 
@@ -117,13 +111,7 @@ def targets_of(offsets, begin, out):
 
 
 @njit(cache=True)
-def _transpose(
-    offsets,
-    ids,
-    cursor,
-    rows,
-    order,
-):
+def _transpose(offsets, ids, cursor, rows, order):
     ordered = len(order) > 0
     for v in range(len(offsets) - 1):
         for e in range(offsets[v], offsets[v + 1]):
@@ -140,13 +128,7 @@ EPSILON = np.finfo(np.float32).eps
 
 
 @njit(cache=True)
-def correct_self_edges(
-    offsets,
-    sources,
-    weights,
-    first,
-    out,
-):
+def correct_self_edges(offsets, sources, weights, first, out):
     """Writes the weight to add to each row's self edges so that exactly one of them counts.
 
     Row v is vertex `first + v`. Without a self edge the weight is 1; otherwise the last one counts.
@@ -169,13 +151,7 @@ def correct_self_edges(
 
 
 @njit(cache=True)
-def widen_rows(
-    offsets,
-    values,
-    new_offsets,
-    out,
-    padding,
-):
+def widen_rows(offsets, values, new_offsets, out, padding):
     """Copies rows to longer ones and fills the rest of each with `padding`."""
     for v in range(len(offsets) - 1):
         k = new_offsets[v]
@@ -186,14 +162,7 @@ def widen_rows(
 
 
 @njit(cache=True)
-def append_rows(
-    offsets,
-    values,
-    other_offsets,
-    other_values,
-    new_offsets,
-    out,
-):
+def append_rows(offsets, values, other_offsets, other_values, new_offsets, out):
     """Copies each row of the first table, and the same row of the other one behind it."""
     for v in range(len(offsets) - 1):
         k = new_offsets[v]
@@ -206,13 +175,7 @@ def append_rows(
 
 
 @njit(cache=True)
-def permute_rows(
-    offsets,
-    values,
-    order,
-    new_offsets,
-    out,
-):
+def permute_rows(offsets, values, order, new_offsets, out):
     """Copies row `order[i]` to row i."""
     for i in range(len(order)):
         k = new_offsets[i]

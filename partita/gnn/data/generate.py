@@ -220,14 +220,7 @@ def _below(bits, n):
 
 
 @njit(cache=True)
-def _draw_rmat(
-    seed,
-    begin,
-    scale,
-    cuts,
-    source,
-    target,
-):
+def _draw_rmat(seed, begin, scale, cuts, source, target):
     low_bits = np.uint64(0xFFFFFFFF)
     for i in range(len(source)):
         state = _mix(seed ^ _mix(np.uint64(begin + i)))
@@ -258,15 +251,7 @@ def _draw_uniform(seed, begin, vertices, source, target):
 
 
 @njit(cache=True)
-def _draw_blocks(
-    seed,
-    begin,
-    vertices,
-    classes,
-    threshold,
-    source,
-    target,
-):
+def _draw_blocks(seed, begin, vertices, classes, threshold, source, target):
     """`threshold` of 2^32 edges begin in the block of their target."""
     for i in range(len(source)):
         state = _mix(seed ^ _mix(np.uint64(begin + i)))

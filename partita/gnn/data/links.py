@@ -24,13 +24,7 @@ DRAWS = 100
 """Rounds of drawing pairs without an edge, after which the graph counts as complete."""
 
 
-def with_pairs(
-    graph: Graph,
-    source: Any,
-    target: Any,
-    labels: Any = None,
-    **masks: Any,
-) -> Graph:
+def with_pairs(graph: Graph, source: Any, target: Any, labels: Any = None, **masks: Any) -> Graph:
     """The graph with a vertex for each pair (`source[i]`, `target[i]`), behind its own vertices.
 
     labels      0 or 1 of each pair, or None

@@ -128,28 +128,14 @@ def _read_edges(path: Path) -> tuple[np.ndarray, np.ndarray]:
     source_types = {4: "<i4"} if vertices <= NARROW else {4: "<u4", 8: "<i8"}
     widths = [width for width in source_types if start + width * edges == length]
     if not widths:
-        raise GraphError(
-            _wrong_length(
-                path,
-                length,
-                vertices,
-                edges,
-                max(source_types),
-            )
-        )
+        raise GraphError(_wrong_length(path, length, vertices, edges, max(source_types)))
     offsets = np.zeros(vertices + 1, np.int64)
     offsets[1:] = _map(path, "<i8", HEADER, (vertices,))
     sources = _map(path, source_types[widths[0]], start, (edges,))
     return offsets, sources.astype(id_type(vertices), copy=False)
 
 
-def _wrong_length(
-    path: Path,
-    length: int,
-    vertices: int,
-    edges: int,
-    width: int,
-) -> str:
+def _wrong_length(path: Path, length: int, vertices: int, edges: int, width: int) -> str:
     """Message for a .lux file whose length contradicts its header."""
     start = HEADER + 8 * vertices
     needed = lux_size(vertices, edges)
@@ -168,13 +154,7 @@ def _map(path: Path, dtype: str, start: int, shape: tuple[int, ...]) -> np.ndarr
     """A section of a file as an array that is read on access."""
     if not np.prod(shape):
         return np.empty(shape, dtype)  # there is no empty map
-    return np.memmap(
-        path,
-        dtype,
-        "r",
-        start,
-        shape,
-    ).view(np.ndarray)
+    return np.memmap(path, dtype, "r", start, shape).view(np.ndarray)
 
 
 def _read_table(path: Path, name: str, vertices: int, edges: int) -> np.ndarray | None:
@@ -251,13 +231,7 @@ def _read_text_masks(file: Path) -> dict[str, np.ndarray]:
 def _load_numbers(file: Path, dtype: Any, delimiter: str | None) -> np.ndarray:
     """Numbers of a text file, [lines, numbers per line]."""
     try:
-        return np.loadtxt(
-            file,
-            dtype,
-            delimiter=delimiter,
-            ndmin=2,
-            encoding="utf-8",
-        )
+        return np.loadtxt(file, dtype, delimiter=delimiter, ndmin=2, encoding="utf-8")
     except (ValueError, UnicodeDecodeError) as error:
         raise GraphError(f"{str(file)!r} cannot be read: {error}") from None
 

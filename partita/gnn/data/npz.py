@@ -84,11 +84,7 @@ def _planetoid(path: Path, arrays: Mapping[str, np.ndarray]) -> Graph:
         tables["features"] = _csr_features(path, arrays)
     try:
         return Graph.from_edges(
-            arrays["source"],
-            arrays["target"],
-            labels=arrays.get("label"),
-            name=path.stem,
-            **tables,
+            arrays["source"], arrays["target"], labels=arrays.get("label"), name=path.stem, **tables
         )
     except GraphError as error:
         raise GraphError(f"{str(path)!r}: {error}") from None

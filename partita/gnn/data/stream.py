@@ -110,13 +110,7 @@ class EdgeStream:
             tables["weights"] = np.concatenate(weights)
         source = _join_ids(sources)
         target = _join_ids(targets)
-        return Graph.from_edges(
-            source,
-            target,
-            self.vertices,
-            name=self.name,
-            **tables,
-        )
+        return Graph.from_edges(source, target, self.vertices, name=self.name, **tables)
 
     def save(self, path: Path, report: Report = silent, memory: int = MEMORY) -> Graph:
         """The graph as a .lux file with its tables beside it, memory-mapped.
@@ -133,34 +127,16 @@ class EdgeStream:
         with open_drafts(path, size) as drafts:
             for name, table in self.tables.items():
                 with drafts.open(companion(path, FILES[name])) as file:
-                    self._write_table(
-                        name,
-                        table(),
-                        file,
-                        vertices,
-                        report,
-                    )
+                    self._write_table(name, table(), file, vertices, report)
             weights_path = companion(path, FILES["weights"])
-            _sort(
-                self.pieces,
-                sorting,
-                drafts,
-                path,
-                weights_path,
-                report,
-            )
+            _sort(self.pieces, sorting, drafts, path, weights_path, report)
             report("checking", 0, None)
             check(read_lux(drafts.path(path)))
             remove_stale(drafts, path)
         return read_lux(path)
 
     def _write_table(
-        self,
-        name: str,
-        pieces: Iterable[np.ndarray],
-        file: BinaryIO,
-        vertices: int,
-        report: Report,
+        self, name: str, pieces: Iterable[np.ndarray], file: BinaryIO, vertices: int, report: Report
     ) -> None:
         done = 0
         for rows in pieces:
@@ -228,14 +204,7 @@ def save_transpose(path: Path, report: Report = silent, memory: int = MEMORY) ->
     order_bytes = np.dtype(positions).itemsize * graph.edges
     size = lux_size(graph.vertices, graph.edges) + order_bytes + sorting.scratch_bytes
     with open_drafts(edges_path, size) as drafts:
-        _sort(
-            pieces,
-            sorting,
-            drafts,
-            edges_path,
-            order_path,
-            report,
-        )
+        _sort(pieces, sorting, drafts, edges_path, order_path, report)
     return read_lux(path)
 
 

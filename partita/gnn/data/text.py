@@ -65,12 +65,7 @@ def _edges(path: Path) -> Iterator[Piece]:
         target = np.empty(lines, np.int64)
         weights = np.empty(lines, np.float32)
         edges, weighted, problem, position = _parse_edges(
-            text,
-            lines_before == 0,
-            weighted,
-            source,
-            target,
-            weights,
+            text, lines_before == 0, weighted, source, target, weights
         )
         if problem:
             line = _describe_line(path, text, lines_before, position)
@@ -284,14 +279,7 @@ def _is_comment(text, i):
 
 
 @njit(cache=True)
-def _parse_edges(
-    text,
-    first_block,
-    weighted,
-    source,
-    target,
-    weights,
-):
+def _parse_edges(text, first_block, weighted, source, target, weights):
     """Parses whole lines into edges.
 
     Returns their number, whether they have weights (1, 0, or -1: unknown so far), a problem or

@@ -45,15 +45,7 @@ class AttentionConv(AbstractConv):
     in-edges.
     """
 
-    OPTIONS = (
-        "heads",
-        "concat",
-        "self_edges",
-        "residual",
-        "dropout",
-        "edge_dim",
-        "negative_slope",
-    )
+    OPTIONS = ("heads", "concat", "self_edges", "residual", "dropout", "edge_dim", "negative_slope")
 
     def __init__(
         self,

@@ -455,12 +455,7 @@ class Block:
         groups = [list(range(i, i + columns)) for i in range(0, self.parts, columns)]
         return self.leave(
             jax.lax.all_to_all(
-                self.enter(x),
-                AXIS,
-                split_dim,
-                join_dim,
-                axis_index_groups=groups,
-                tiled=True,
+                self.enter(x), AXIS, split_dim, join_dim, axis_index_groups=groups, tiled=True
             )
         )
 

@@ -126,10 +126,7 @@ class GINConv(AbstractConv):
         return BlockPiece(by, (target, "s"), ("y",), network)
 
     def get_config(self) -> dict[str, Any]:
-        options = {
-            "mlp": rows.layers_config(self.mlp),
-            "epsilon": self.first_epsilon,
-        }
+        options = {"mlp": rows.layers_config(self.mlp), "epsilon": self.first_epsilon}
         return {**super().get_config(), **options}
 
 

@@ -188,10 +188,7 @@ class GCNConv(AbstractConv):
                 by_columns("p", "s", self._sum),
                 by_rows("s", "y", finish),
             )
-        return (
-            by_columns("x", "s", self._sum),
-            by_rows("s", "y", multiply_and_finish),
-        )
+        return (by_columns("x", "s", self._sum), by_rows("s", "y", multiply_and_finish))
 
     def _sum(self, graph: Block, column: Any, rows: Any) -> Any:
         """The sum over in-edges, by default divided by the square roots of both ends' degrees."""
@@ -405,7 +402,4 @@ def _own_and_aggregated(
             by_columns("j", "s", aggregate, linear),
             by_rows(f"{target} s", "y", add_rows),
         )
-    return (
-        by_columns("x", "s", aggregate, linear),
-        by_rows(f"{target} s", "y", add_rows),
-    )
+    return (by_columns("x", "s", aggregate, linear), by_rows(f"{target} s", "y", add_rows))

@@ -49,25 +49,14 @@ def by_rows(reads: str, writes: str, function: Callable[..., Any]) -> BlockPiece
 
 
 def by_columns(
-    reads: str,
-    writes: str,
-    function: Callable[..., Any],
-    linear: bool = True,
-    grain: int = 1,
+    reads: str, writes: str, function: Callable[..., Any], linear: bool = True, grain: int = 1
 ) -> BlockPiece:
     """A piece cut by columns that writes one table: `function(graph, column, *tables)`."""
 
     def columns(graph: Any, column: Any, *tables: Any) -> tuple[Any, ...]:
         return (function(graph, column, *tables),)
 
-    return BlockPiece(
-        "columns",
-        tuple(reads.split()),
-        (writes,),
-        columns,
-        linear,
-        grain,
-    )
+    return BlockPiece("columns", tuple(reads.split()), (writes,), columns, linear, grain)
 
 
 def run(pieces: Sequence[BlockPiece], graph: Any, tables: dict[str, Any]) -> Any:

@@ -103,14 +103,7 @@ def scaled_sum(edges: Edges, before: Any, share: Any, after: Any, x: Any) -> Any
     return _scaled_total(edges.offsets, edges.ids, before, share, after, x)
 
 
-def _scaled_total(
-    offsets: Any,
-    ids: Any,
-    before: Any,
-    share: Any,
-    after: Any,
-    x: Any,
-) -> Any:
+def _scaled_total(offsets: Any, ids: Any, before: Any, share: Any, after: Any, x: Any) -> Any:
     if before is None:
         return total(offsets, ids, x, share=share, factor=after)
     scaled_share = None if share is None else share * before

@@ -122,11 +122,7 @@ def run_group(
 
 
 def grouped_model(
-    model: Any,
-    features: tuple[int, ...],
-    data: GraphData,
-    state: StepState,
-    training: bool,
+    model: Any, features: tuple[int, ...], data: GraphData, state: StepState, training: bool
 ) -> GroupedModel:
     """The groups of a model, from features of this shape.
 
@@ -140,12 +136,7 @@ def grouped_model(
     trace = partial(_traced, model, data, state)
     for i, stage in enumerate(stages):
         width = shapes[f"x{i}"].shape[-1]
-        pieces = _pieces(
-            stage,
-            width,
-            training,
-            is_last=i == len(stages) - 1,
-        )
+        pieces = _pieces(stage, width, training, is_last=i == len(stages) - 1)
         members, shapes_after = _members(trace, i, pieces, shapes)
         if any(member.penalizes and member.piece.by != "whole" for member in members):
             # A penalty may be of all rows together, such as a mean.
@@ -159,10 +150,7 @@ def grouped_model(
 
 
 def _members(
-    trace: Any,
-    stage: int,
-    pieces: Sequence[BlockPiece],
-    shapes: dict[str, Any],
+    trace: Any, stage: int, pieces: Sequence[BlockPiece], shapes: dict[str, Any]
 ) -> tuple[list[StagePiece], dict[str, Any]]:
     """(pieces of a stage with the model's names, shapes of all tables so far)."""
     shapes = dict(shapes)
@@ -202,12 +190,7 @@ def _whole_piece(stage: Any, training: bool) -> BlockPiece:
     return BlockPiece("whole", ("x",), ("y",), whole)
 
 
-def _pieces(
-    stage: Any,
-    width: int,
-    training: bool,
-    is_last: bool,
-) -> Sequence[BlockPiece]:
+def _pieces(stage: Any, width: int, training: bool, is_last: bool) -> Sequence[BlockPiece]:
     """The pieces of a stage, from rows of `width` features.
 
     The last one of the model is cut by rows or whole.
@@ -232,45 +215,20 @@ def _table_name(stage: int, name: str) -> str:
 
 
 def _traced(
-    model: Any,
-    data: GraphData,
-    state: StepState,
-    piece: BlockPiece,
-    shapes: dict[str, Any],
+    model: Any, data: GraphData, state: StepState, piece: BlockPiece, shapes: dict[str, Any]
 ) -> tuple[list[Any], tuple[int, ...], tuple[int, ...], bool]:
     """(shapes of tables written, numbers of other variables that change, those used, penalizes)."""
-    alone = PieceGroup(
-        piece.by,
-        (piece,),
-        piece.reads,
-        piece.writes,
-        (),
-    )
+    alone = PieceGroup(piece.by, (piece,), piece.reads, piece.writes, ())
 
-    def run(
-        trainable: Any,
-        others: Any,
-        graph: Any,
-        *tables: Any,
-    ) -> Any:
+    def run(trainable: Any, others: Any, graph: Any, *tables: Any) -> Any:
         named = dict(zip(piece.reads, tables, strict=True))
-        return run_group(
-            model,
-            alone,
-            (trainable, others),
-            graph,
-            0,
-            named,
-        )
+        return run_group(model, alone, (trainable, others), graph, 0, named)
 
     tables = [shapes[name] for name in piece.reads]
     axes = [(AXIS, data.block.parts)]
     trace = jax.make_jaxpr(run, axis_env=axes, return_shape=True)
     program, (written, changed, penalties) = trace(
-        state.trainable,
-        state.others,
-        data.block,
-        *tables,
+        state.trainable, state.others, data.block, *tables
     )
     read = {id(variable) for variable in program.jaxpr.outvars}
     for equation in program.jaxpr.eqns:

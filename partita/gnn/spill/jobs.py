@@ -257,12 +257,7 @@ def _turn(
     return carry.with_gradients(group.used, of_weights), [of_tables[name] for name in targets]
 
 
-def _backward(
-    model: Any,
-    backward: Backward,
-    inputs: JobInputs,
-    tables: tuple[Any, ...],
-) -> Any:
+def _backward(model: Any, backward: Backward, inputs: JobInputs, tables: tuple[Any, ...]) -> Any:
     """(carry, gradients of the target tables, added to those so far).
 
     `tables` are those read, then the gradients of those written, then the sums so far.
@@ -301,11 +296,7 @@ def _penalty_share(penalties: Sequence[Any], inputs: JobInputs) -> Any:
 
 
 def _run(
-    model: Any,
-    group: PieceGroup,
-    inputs: JobInputs,
-    trainable: Any,
-    tables: dict[str, Any],
+    model: Any, group: PieceGroup, inputs: JobInputs, trainable: Any, tables: dict[str, Any]
 ) -> Any:
     """A group on the range of a job, as `run_group` gives it."""
     graph = inputs.data.block
@@ -339,12 +330,7 @@ def _part(group: PieceGroup, inputs: JobInputs) -> GraphData:
     return replace(data, labels=slices(data.labels), masks=masks, importance=importance)
 
 
-def _loss_share(
-    model: Any,
-    rows: Any,
-    part: GraphData,
-    data: GraphData,
-) -> Any:
+def _loss_share(model: Any, rows: Any, part: GraphData, data: GraphData) -> Any:
     """The share of the mean loss over the training mask of the rows of a part."""
     count = data.block.sum_over_devices(data.masks["train"].sum())
     return loss_sum(model, rows, part, "train", part.importance) / count

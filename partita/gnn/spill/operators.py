@@ -182,10 +182,7 @@ def _cut_table(shape: Any, groups: Sequence[PieceGroup], fineness: int) -> Table
 
 
 def compiled_step(
-    shapes: ModelShapes,
-    grouped: GroupedModel,
-    kind: str,
-    fineness: int,
+    shapes: ModelShapes, grouped: GroupedModel, kind: str, fineness: int
 ) -> CompiledStep:
     """The operators of a step of this kind (`jobs.KINDS`), each compiled."""
     begin = partial(first_carry, shapes.model, shapes.devices)
@@ -242,13 +239,7 @@ class _Assembly:
         return table.columns if group.by == "columns" else (slice(0, 0),)
 
     def _add_operator(
-        self,
-        name: str,
-        family: str,
-        job: Job,
-        group: PieceGroup,
-        k: int,
-        part: slice,
+        self, name: str, family: str, job: Job, group: PieceGroup, k: int, part: slice
     ) -> None:
         """Adds the operator of a job on its k-th range."""
         by = group.by
@@ -269,13 +260,7 @@ class _Assembly:
         self.operators.append(LayerOperator(name, reads, writes, scratch, family=family))
         first = np.int32(part.start)
         self.runs[name] = Run(
-            program.run,
-            first,
-            reads,
-            writes,
-            read_cuts,
-            write_cuts,
-            program.exchanged_bytes,
+            program.run, first, reads, writes, read_cuts, write_cuts, program.exchanged_bytes
         )
 
     def _tiles(self, names: Sequence[tuple[str, str]], by: str, k: int) -> tuple[str, ...]:
@@ -292,11 +277,7 @@ class _Assembly:
         return tuple(tiles)
 
     def _program(
-        self,
-        job: Job,
-        size: int,
-        inputs: Sequence[Any],
-        outputs: Sequence[Any],
+        self, job: Job, size: int, inputs: Sequence[Any], outputs: Sequence[Any]
     ) -> _Program:
         """The program of a job on a range of this size."""
         key = (job.kind, job.number, size)
@@ -306,10 +287,7 @@ class _Assembly:
         if key not in self.programs:
             shapes = self.shapes
             function = on_each_device(
-                _separate(job.function, size),
-                shapes.devices,
-                (True, True, False),
-                gives_own=True,
+                _separate(job.function, size), shapes.devices, (True, True, False), gives_own=True
             )
             step = jax.jit(function, donate_argnums=0, compiler_options=step_options())
             number = jax.ShapeDtypeStruct((), jnp.int32)
@@ -343,11 +321,7 @@ def _separate(
 ) -> Callable[..., Any]:
     """A job's function for ranges of a size. Each array that it gives can be deleted by itself."""
 
-    def program(
-        carry: Carry,
-        own: tuple[GraphData, list[Any]],
-        equal: tuple[Any, Any, Any],
-    ) -> Any:
+    def program(carry: Carry, own: tuple[GraphData, list[Any]], equal: tuple[Any, Any, Any]) -> Any:
         data, tables = own
         trainable, others, first = equal
         inputs = JobInputs(carry, trainable, others, data, first, size)

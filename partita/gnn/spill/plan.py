@@ -197,12 +197,7 @@ def plan_memory(work: StepWork, budget: int, bandwidth: float) -> MemoryPlan:
     return _searched(work, budget, bandwidth, best.cost) or best
 
 
-def _best_cache(
-    work: StepWork,
-    budget: int,
-    bandwidth: float,
-    best: MemoryPlan,
-) -> MemoryPlan:
+def _best_cache(work: StepWork, budget: int, bandwidth: float, best: MemoryPlan) -> MemoryPlan:
     """The best of a plan and of caches that know the future.
 
     Families are rematerialized one after the other, while the cost falls.
@@ -481,12 +476,7 @@ class _Move(NamedTuple):
     cost: float
 
 
-def _searched(
-    work: StepWork,
-    budget: int,
-    bandwidth: float,
-    most: float,
-) -> MemoryPlan | None:
+def _searched(work: StepWork, budget: int, bandwidth: float, most: float) -> MemoryPlan | None:
     """The cheapest plan (Dijkstra's algorithm), if it costs `most` or less.
 
     None where the search is too long.
@@ -593,9 +583,4 @@ def _traced(state: _State, before: dict[_State, tuple[_State, _Move]], cost: flo
         state, move = before[state]
         moves.append(move)
     actions = [action for move in reversed(moves) for action in move.actions]
-    return MemoryPlan(
-        tuple(actions),
-        sum(move.traffic for move in moves),
-        cost,
-        True,
-    )
+    return MemoryPlan(tuple(actions), sum(move.traffic for move in moves), cost, True)

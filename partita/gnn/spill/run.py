@@ -42,12 +42,7 @@ from partita.gnn.spill.plan import (
     plan_memory,
 )
 from partita.gnn.spill.tables import joined, split
-from partita.gnn.step import (
-    StepState,
-    logs_of,
-    on_each_device,
-    state_of,
-)
+from partita.gnn.step import StepState, logs_of, on_each_device, state_of
 from partita.units import parse
 
 
@@ -197,11 +192,7 @@ class MemoryRun(TrainingRun):
     # --------------------------------------------------------------------------- following a plan
 
     def _executed(
-        self,
-        step: CompiledStep,
-        plan: MemoryPlan,
-        state: StepState,
-        data: GraphData,
+        self, step: CompiledStep, plan: MemoryPlan, state: StepState, data: GraphData
     ) -> Execution:
         """The result of following a plan, but for the optimizer's update."""
         execution = Execution(self.begin(state.trainable, state.others))
@@ -212,12 +203,7 @@ class MemoryRun(TrainingRun):
                 self._copy(step, action, execution)
             elif action.name != "update":
                 began = time.perf_counter()
-                self._run(
-                    step.runs[action.name],
-                    execution,
-                    state,
-                    data,
-                )
+                self._run(step.runs[action.name], execution, state, data)
                 execution.seconds[action.name] = time.perf_counter() - began
         return execution
 
@@ -248,13 +234,7 @@ class MemoryRun(TrainingRun):
         sharding = NamedSharding(mesh_of(self.devices), PartitionSpec(AXIS))
         return jax.device_put(tile, sharding, may_alias=False)
 
-    def _run(
-        self,
-        run: Run,
-        execution: Execution,
-        state: StepState,
-        data: GraphData,
-    ) -> None:
+    def _run(self, run: Run, execution: Execution, state: StepState, data: GraphData) -> None:
         """Runs an operator."""
         device = execution.device
         # No name holds the joined tables, so that their memory is free before tiles are split.

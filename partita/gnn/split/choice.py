@@ -43,10 +43,7 @@ EDGE_SHARE = 0.25
 
 
 def columns_of(
-    calls: Sequence[tuple[int, str]],
-    graph: Graph,
-    points: np.ndarray,
-    machine: Machine,
+    calls: Sequence[tuple[int, str]], graph: Graph, points: np.ndarray, machine: Machine
 ) -> tuple[tuple[int, int], ...]:
     """(features, columns) of the aggregations that are faster with more than one column.
 
@@ -62,13 +59,7 @@ def columns_of(
         capacity = exchange_of(graph, points, AggregationKind(columns)).capacity
         if columns > 1 and 8 * capacity.edges > EDGE_SHARE * machine.memory_bytes:
             continue
-        sums = _GroupSums(
-            machine,
-            parts,
-            rows,
-            columns,
-            capacity,
-        )
+        sums = _GroupSums(machine, parts, rows, columns, capacity)
         seconds[columns] = [sums.seconds(width) for width in widths]
     chosen = []
     for i, width in enumerate(widths):
@@ -102,12 +93,7 @@ class _GroupSums:
     """Sums over in-edges by groups of `columns` of `parts` devices, with `rows` rows each."""
 
     def __init__(
-        self,
-        machine: Machine,
-        parts: int,
-        rows: int,
-        columns: int,
-        capacity: AggregationCapacity,
+        self, machine: Machine, parts: int, rows: int, columns: int, capacity: AggregationCapacity
     ) -> None:
         self.machine = machine
         self.rows = rows
@@ -122,22 +108,12 @@ class _GroupSums:
         slice_bytes = 4 * -(-width // self.columns)
         seconds = self.capacity.edges * (slice_bytes + EDGE_BYTES) / machine.memory_bandwidth
         seconds += sum(
-            collective_seconds(
-                machine,
-                "collective_permute",
-                rows * slice_bytes,
-                self.everyone,
-            )
+            collective_seconds(machine, "collective_permute", rows * slice_bytes, self.everyone)
             for _, rows in self.capacity.rounds
         )
         if self.columns > 1:
             row_bytes = self.rows * 4 * width
-            seconds += 2 * collective_seconds(
-                machine,
-                "all_to_all",
-                row_bytes,
-                self.group,
-            )
+            seconds += 2 * collective_seconds(machine, "all_to_all", row_bytes, self.group)
         return seconds
 
 

@@ -38,10 +38,7 @@ COLUMNS = ("partitioner", "slowest part", "imbalance", "rows fetched", "bytes pe
 
 
 def compare(
-    graph: Graph,
-    devices: int,
-    width: int,
-    report: Callable[..., Any] | None = None,
+    graph: Graph, devices: int, width: int, report: Callable[..., Any] | None = None
 ) -> dict[str, Any]:
     """The partitioners on a graph, as JSON has them.
 
@@ -55,13 +52,7 @@ def compare(
     partitioners = {}
     for name in TITLES:
         if name != "metis" or importlib.util.find_spec("pymetis") is not None:
-            partitioners[name] = _facts(
-                graph,
-                name,
-                sums,
-                cost,
-                width,
-            )
+            partitioners[name] = _facts(graph, name, sums, cost, width)
     return {
         "graph": graph.name,
         "vertices": graph.vertices,
@@ -74,13 +65,7 @@ def compare(
     }
 
 
-def _facts(
-    graph: Graph,
-    name: str,
-    sums: np.ndarray,
-    cost: Cost,
-    width: int,
-) -> dict[str, Any]:
+def _facts(graph: Graph, name: str, sums: np.ndarray, cost: Cost, width: int) -> dict[str, Any]:
     """One partitioner on a graph, as JSON has it."""
     order = None
     if name == "learned":

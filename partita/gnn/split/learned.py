@@ -72,13 +72,7 @@ OUTLIER = 3.0
 
 
 @njit(nogil=True, cache=True)
-def _add_up(
-    offsets,
-    sources,
-    hot,
-    span,
-    out,
-):
+def _add_up(offsets, sources, hot, span, out):
     for v in range(len(offsets) - 1):
         runs = 0
         ranges = 0
@@ -110,13 +104,7 @@ def prefix_sums(graph: Graph) -> np.ndarray:
     if cold > 0:
         hot[np.argpartition(graph.out_degrees(), cold)[:cold]] = False
     out = np.zeros((graph.vertices + 1, len(NAMES) - 1))
-    _add_up(
-        graph.offsets,
-        graph.sources,
-        hot,
-        RANGE,
-        out,
-    )
+    _add_up(graph.offsets, graph.sources, hot, RANGE, out)
     return out
 
 
@@ -157,10 +145,7 @@ class EdgeLimit(NamedTuple):
 
 
 def best_points(
-    sums: np.ndarray,
-    cost: Cost,
-    rows: int | None = None,
-    edges: int | None = None,
+    sums: np.ndarray, cost: Cost, rows: int | None = None, edges: int | None = None
 ) -> np.ndarray:
     """int64 [devices + 1]: the split points with the least seconds of the slowest device.
 
@@ -189,10 +174,7 @@ def _row_counts(vertices: int, cost: Cost) -> list[int]:
 
 
 def _fastest(
-    before: np.ndarray,
-    cost: Cost,
-    rows: int,
-    edges: EdgeLimit | None = None,
+    before: np.ndarray, cost: Cost, rows: int, edges: EdgeLimit | None = None
 ) -> np.ndarray:
     """The fastest split points with at most that many vertices, and edges, in each part.
 
@@ -201,20 +183,10 @@ def _fastest(
     constant = cost.weights[0] * rows
     low = 0.0
     high = float(cost.slowness.max() * (before[-1] + constant))
-    best = _sweep(
-        before,
-        high * (1 + 1e-9) / cost.slowness - constant,
-        rows,
-        edges,
-    )
+    best = _sweep(before, high * (1 + 1e-9) / cost.slowness - constant, rows, edges)
     for _ in range(64):
         middle = (low + high) / 2
-        points = _sweep(
-            before,
-            middle / cost.slowness - constant,
-            rows,
-            edges,
-        )
+        points = _sweep(before, middle / cost.slowness - constant, rows, edges)
         if points[-1] == len(before) - 1:
             high = middle
             best = points
@@ -227,10 +199,7 @@ def _fastest(
 
 
 def _sweep(
-    before: np.ndarray,
-    budgets: np.ndarray,
-    rows: int,
-    edges: EdgeLimit | None,
+    before: np.ndarray, budgets: np.ndarray, rows: int, edges: EdgeLimit | None
 ) -> np.ndarray:
     """Split points where each device in turn gets all vertices that its budget allows."""
     points = np.zeros(len(budgets) + 1, np.int64)
@@ -249,10 +218,7 @@ def _up_to(sums: np.ndarray, first: np.int64, most: float) -> Any:
 
 
 def initial_points(
-    sums: np.ndarray,
-    parts: int,
-    row_seconds: float,
-    edge_seconds: float,
+    sums: np.ndarray, parts: int, row_seconds: float, edge_seconds: float
 ) -> np.ndarray:
     """int64 [parts + 1]: split points before anything is measured, of devices that are alike.
 
@@ -360,20 +326,9 @@ class Learner:
         for _ in range(ITERATIONS):
             root = np.sqrt(trust)
             rows = (root * slowness[device])[:, None] * x
-            weights = _fitted_weights(
-                rows,
-                root * y,
-                pull,
-                toward,
-            )
+            weights = _fitted_weights(rows, root * y, pull, toward)
             plain = x @ weights
-            slowness = _fitted_slowness(
-                plain,
-                y,
-                device,
-                trust,
-                self.devices,
-            )
+            slowness = _fitted_slowness(plain, y, device, trust, self.devices)
             logarithms.append(np.log(np.maximum(slowness, 1e-3)))
             logarithms[-1] -= logarithms[-1].mean()
             if len(logarithms) == 4:
@@ -389,10 +344,7 @@ class Learner:
 
 
 def _fitted_weights(
-    rows: np.ndarray,
-    seconds: np.ndarray,
-    pull: float,
-    toward: np.ndarray,
+    rows: np.ndarray, seconds: np.ndarray, pull: float, toward: np.ndarray
 ) -> np.ndarray:
     """[6]: coefficients, none negative, of rows [n, 6] and seconds [n].
 
@@ -408,11 +360,7 @@ def _fitted_weights(
 
 
 def _fitted_slowness(
-    plain: np.ndarray,
-    seconds: np.ndarray,
-    device: np.ndarray,
-    trust: np.ndarray,
-    devices: int,
+    plain: np.ndarray, seconds: np.ndarray, device: np.ndarray, trust: np.ndarray, devices: int
 ) -> np.ndarray:
     """[devices]: factors of devices, pulled to 1.
 
@@ -440,10 +388,7 @@ RANGES = 48
 
 
 def calibrated(
-    graph: Graph,
-    sums: np.ndarray,
-    width: int,
-    report: Callable[..., Any] | None = None,
+    graph: Graph, sums: np.ndarray, width: int, report: Callable[..., Any] | None = None
 ) -> tuple[np.ndarray, float]:
     """(weights [6], relative error) of sums over random contiguous ranges, timed on one core.
 
@@ -618,15 +563,7 @@ class Balance:
             points = np.array(split[1:], np.int64)
             candidates.append(Candidate(seconds, points, split[0] != self.rows))
         now = cost.seconds(self.sums, self.points, self.rows).max()
-        way = (
-            best_points(
-                self.sums,
-                cost,
-                self.rows,
-                self.edges,
-            )
-            - self.points
-        )
+        way = best_points(self.sums, cost, self.rows, self.edges) - self.points
         targets: list[tuple[np.ndarray, int | None]] = []
         for share in STEPS:
             targets.append((self.points + (share * way).astype(np.int64), self.rows))

@@ -321,14 +321,7 @@ def cut(
         if exchange.kind.columns == 1:
             fetched = np.array([sum(map(len, rows)) for rows in exchange.needed])
             break
-    return Parts(
-        points,
-        vertices,
-        edges,
-        fetched,
-        capacity,
-        exchanges,
-    )
+    return Parts(points, vertices, edges, fetched, capacity, exchanges)
 
 
 def exchange_of(graph: Graph, points: np.ndarray, kind: AggregationKind) -> Exchange:
@@ -338,12 +331,7 @@ def exchange_of(graph: Graph, points: np.ndarray, kind: AggregationKind) -> Exch
     needed = []
     far = []
     for i in range((len(points) - 1) // kind.columns):
-        vertices, far_edges = _needed(
-            graph,
-            ends,
-            i,
-            kind.keep,
-        )
+        vertices, far_edges = _needed(graph, ends, i, kind.keep)
         needed.append(vertices)
         far.append(far_edges)
     rounds = []
@@ -354,9 +342,7 @@ def exchange_of(graph: Graph, points: np.ndarray, kind: AggregationKind) -> Exch
     edges = _edges_before(graph, kind.keep)[ends]
     group_edges = np.diff(edges) - (np.array(far) if kind.apart else 0)
     capacity = AggregationCapacity(
-        edges=int(group_edges.max()),
-        rounds=tuple(rounds),
-        far=max(far) if kind.apart else 0,
+        edges=int(group_edges.max()), rounds=tuple(rounds), far=max(far) if kind.apart else 0
     )
     return Exchange(kind, needed, capacity)
 
@@ -369,10 +355,7 @@ def _edges_before(graph: Graph, keep: np.ndarray | None) -> np.ndarray:
 
 
 def _needed(
-    graph: Graph,
-    points: np.ndarray,
-    i: int,
-    keep: np.ndarray | None,
+    graph: Graph, points: np.ndarray, i: int, keep: np.ndarray | None
 ) -> tuple[list[np.ndarray], int]:
     """(vertices whose rows part i needs, edges from them).
 
@@ -380,14 +363,7 @@ def _needed(
     """
     parts = len(points) - 1
     marked = np.zeros(graph.vertices, np.bool_)
-    far = _mark(
-        graph.offsets,
-        graph.sources,
-        points[i],
-        points[i + 1],
-        _keep(keep),
-        marked,
-    )
+    far = _mark(graph.offsets, graph.sources, points[i], points[i + 1], _keep(keep), marked)
     ids = np.flatnonzero(marked)
     between = np.searchsorted(ids, points)
     others = [(i - k) % parts for k in range(parts)]
@@ -400,14 +376,7 @@ def _keep(keep: np.ndarray | None) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
-def _mark(
-    offsets,
-    sources,
-    first,
-    last,
-    keep,
-    marked,
-):
+def _mark(offsets, sources, first, last, keep, marked):
     """The number of edges into a part from outside, whose sources are marked."""
     count = 0
     for v in range(first, last):
@@ -435,22 +404,12 @@ def near_training(graph: Graph, most: int) -> list[np.ndarray]:
             break
         near.append(reached)
         reached = reached.copy()
-        _reach(
-            graph.offsets,
-            graph.sources,
-            near[-1],
-            reached,
-        )
+        _reach(graph.offsets, graph.sources, near[-1], reached)
     return near
 
 
 @njit(nogil=True, cache=True)
-def _reach(
-    offsets,
-    sources,
-    into,
-    reached,
-):
+def _reach(offsets, sources, into, reached):
     """Marks the sources of all edges into marked vertices."""
     for v in range(len(into)):
         if into[v]:
@@ -484,16 +443,7 @@ def block_of_part(graph: Graph, parts: Parts, i: int) -> Block:
 def aggregations_of_part(graph: Graph, parts: Parts, i: int) -> tuple[Aggregation, ...]:
     """The aggregations of part i, one for each of `parts.exchanges`."""
     pairs = zip(parts.exchanges, parts.capacity.kinds, strict=True)
-    return tuple(
-        _aggregation(
-            graph,
-            parts,
-            exchange,
-            capacity,
-            i,
-        )
-        for exchange, capacity in pairs
-    )
+    return tuple(_aggregation(graph, parts, exchange, capacity, i) for exchange, capacity in pairs)
 
 
 class GraphArrays(NamedTuple):
@@ -513,11 +463,7 @@ class EdgeArrays(NamedTuple):
 
 
 def _aggregation(
-    graph: Graph,
-    parts: Parts,
-    exchange: Exchange,
-    capacity: AggregationCapacity,
-    i: int,
+    graph: Graph, parts: Parts, exchange: Exchange, capacity: AggregationCapacity, i: int
 ) -> Aggregation:
     """One aggregation of part i."""
     kind = exchange.kind
@@ -525,13 +471,7 @@ def _aggregation(
     group = i // columns
     ends = parts.points[group * columns : (group + 1) * columns + 1]
     group_rows = columns * parts.rows
-    column_of, halos, width = _halos(
-        graph,
-        parts,
-        exchange,
-        capacity,
-        group,
-    )
+    column_of, halos, width = _halos(graph, parts, exchange, capacity, group)
     edge_features = _edge_features(graph, kind, (int(ends[0]), int(ends[-1])), capacity.edges)
     apart = kind.apart and bool(halos)
     weighted = graph.weights is not None
@@ -562,10 +502,7 @@ def _aggregation(
 
 
 def _edge_features(
-    graph: Graph,
-    kind: AggregationKind,
-    vertices: tuple[int, int],
-    edges: int,
+    graph: Graph, kind: AggregationKind, vertices: tuple[int, int], edges: int
 ) -> np.ndarray | None:
     """float32 [edges, D]: features of the in-edges of a range of vertices, of those in `keep`."""
     if graph.edge_features is None or kind.columns > 1:
@@ -579,11 +516,7 @@ def _edge_features(
 
 
 def _halos(
-    graph: Graph,
-    parts: Parts,
-    exchange: Exchange,
-    capacity: AggregationCapacity,
-    group: int,
+    graph: Graph, parts: Parts, exchange: Exchange, capacity: AggregationCapacity, group: int
 ) -> tuple[np.ndarray, list[HaloMessage], int]:
     """(column of every vertex that a group reads, its messages, the number of columns).
 
@@ -620,16 +553,7 @@ def _empty_edges(rows: int, most: int, weighted: bool) -> EdgeArrays:
 
 
 @njit(nogil=True, cache=True)
-def _fill(
-    graph,
-    vertices,
-    keep,
-    column_of,
-    first_far,
-    column_edges,
-    near,
-    far,
-):
+def _fill(graph, vertices, keep, column_of, first_far, column_edges, near, far):
     """Fills in the in-edges of a range of vertices, of those in `keep`.
 
     Edges from columns from `first_far` on go to `far`, counted from there. `column_edges` counts
