@@ -193,6 +193,8 @@ def _check_stored(plan: Plan, graph: OperatorGraph, argument: Argument, storage:
         raise PlanError(
             f"The plan splits dim {storage.dim} of {path!r}, which has {len(shape)} dims."
         )
+    if storage.zero not in (1, 2, 3):
+        raise PlanError(f"The plan stores {path!r} with ZeRO stage {storage.zero}: give 1, 2 or 3.")
     operator = graph.operators[home].name
     choice = plan.choices[operator]
     label = graph.labels[argument.tensor]

@@ -180,6 +180,7 @@ def test_a_mesh_has_small_prime_axes_slow_levels_first() -> None:
 @pytest.mark.parametrize(
     ("storage", "reason"),
     [
+        (Storage(0, ("a",), 4), "with ZeRO stage 4: give 1, 2 or 3."),
         (Storage(0, ("a", "a"), 3), "an axis is twice. Store it over other axes."),
         (Storage(0, ("b",), 3), "splits it over 'b' already. Store it over other axes."),
         (Storage(9, ("a",), 3), "The plan splits dim 9 of"),
