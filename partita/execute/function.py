@@ -26,7 +26,7 @@ from partita.execute.process_arrays import digest
 from partita.execute.processes import alone, same
 from partita.execute.program import RunnableStep, runnable_step
 from partita.execute.steps import StepRunner, settled
-from partita.execute.verify import Verification, check_compiled
+from partita.execute.verify import Verification, Verifier, check_compiled
 from partita.management.contract import Manager
 from partita.management.managers import ManageOptions, ManagerFactory, new_manager
 from partita.plans.adapt import fit_plan
@@ -134,6 +134,8 @@ class Session:
     """The platform to capture steps for, by default that of the local devices."""
     manage: ManagerFactory = no_manager
     """Gives a new manager for a training; None without --manage."""
+    verifier: Verifier = check_compiled
+    """Checks each compiled step before it runs."""
 
 
 _sessions: list[Session] = []
@@ -306,12 +308,19 @@ class ParallelStep:
         in_place = bool(captured_call.roles.in_place)
         plan = self._plan(captured)
         donate = self.donates(args, kwargs, in_place)
-        same_everywhere(captured, plan, captured_call.split(call))
+        state, batch = captured_call.split(call)
+        same_everywhere(captured, plan, (state, batch))
+
+        def verify(planned: RunnableStep, program: Any) -> Verification:
+            session = current()
+            verifier = session.verifier if session is not None else check_compiled
+            return verifier(planned, program, state, batch)
+
         planned, program, plan, verified = compiled_in_turn(
             captured,
             plan,
             self.planner,
-            check_compiled,
+            verify,
             self._say,
             donate,
         )

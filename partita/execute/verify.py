@@ -6,7 +6,7 @@ FLOPs. `compare_steps` runs one step as planned and on one device, and compares 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,10 @@ from partita.execute.staged_verify import check_staged
 from partita.execute.verification import Verification, compared_traffic
 from partita.units import format_bytes
 
+Verifier = Callable[[RunnableStep, Any, Any, Any], Verification]
+"""Called with a planned step, its compiled program, and the state and batch (not yet placed) of its
+first run, which it must leave as they are. Its result is reported; it raises to refuse the step
+before anything has run."""
 SHOWN_VALUES = 5
 """Values that are listed after a comparison with one device."""
 FLOPS_IN_LOOPS = 0.01

@@ -47,17 +47,13 @@ from partita.execute.process_arrays import is_of_group, whole
 from partita.execute.processes import alone, together
 from partita.execute.program import RunnableStep
 from partita.execute.steps import StepRunner, settled
-from partita.execute.verify import Verification, check_compiled
+from partita.execute.verify import Verification, Verifier, check_compiled
 from partita.keras.evaluation import batch_axes, split_batch, state_on_mesh
 from partita.keras.saving import save_once
 from partita.plans.adapt import fit_plan, microbatches_note
 from partita.plans.check import check
 from partita.plans.plan import Plan
 
-Verifier = Callable[[RunnableStep, Any, Any, Any], Verification]
-"""Called with a planned step, its compiled program, and the state and batch (not yet placed) of its
-first run, which it must leave as they are. Its result is reported; it raises to refuse the step
-before anything has run."""
 Activity = Callable[[str], AbstractContextManager[None]]
 """A context manager that shows a text while something takes long."""
 

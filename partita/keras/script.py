@@ -113,14 +113,12 @@ def run_script(
         told.append(sentence)
         report(sentence)
 
+    session = Session(plan_step, report, manage=manage or no_manager, verifier=verifier)
     models = attaching(plan_step, report_model, verifier, activity or no_activity)
     if not script.as_module:
         _read(script.path)
     try:
-        with (
-            running(Session(plan_step, report, manage=manage or no_manager)) as session,
-            models as attached_models,
-        ):
+        with running(session), models as attached_models:
             try:
                 _execute(script, report)
             finally:

@@ -85,6 +85,26 @@ def test_a_script_trains_as_planned_and_everything_is_put_back(script):
     assert str(path.parent) not in sys.path
 
 
+def test_a_step_of_jax_is_compared_with_one_device(tmp_path):
+    path = tmp_path / "step.py"
+    path.write_text(
+        textwrap.dedent("""
+        import jax, numpy as np, partita
+
+        def step(w, x):
+            loss, gradient = jax.value_and_grad(lambda w: jax.numpy.mean((x @ w) ** 2))(w)
+            return w - 0.1 * gradient, loss
+
+        x = np.ones((8, 4), "float32")
+        partita.parallelize(step, (x[:4], x))(x[:4], x)
+        """)
+    )
+    said = []
+    assert run_script(Script(path), plan, report=said.append, verify=True) == 0
+    title = "one step as planned and on one device: 2 values compared, largest differences"
+    assert title in said
+
+
 @pytest.mark.parametrize(
     ("end", "code", "printed"),
     [("sys.exit(7)", 7, ""), ("sys.exit('bye')", 1, "bye\n"), ("sys.exit()", 0, "")],
