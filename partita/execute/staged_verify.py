@@ -24,7 +24,7 @@ from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Backend, Machine
 from partita.plans.adapt import fit_mesh
 from partita.plans.layout import shard_bytes
-from partita.plans.piece_graph import piece_graph
+from partita.plans.piece_graph import piece_graph, returned_reads
 from partita.plans.pipeline import is_pipeline
 from partita.simulation.pipelined import PipelinedStep
 from partita.units import format_bytes
@@ -151,7 +151,8 @@ def planned_piece(step: StepInPieces, number: int) -> tuple[OperatorGraph, Place
     piece = step.cut.pieces[number]
     place = step.layouts[piece.place]
     graph, layout = piece_graph(step.cut.flow, piece, place.layout, step.cut.summed, ())
-    return graph, PlaceLayout(place.mesh, layout)
+    reads = (*layout.reads, *returned_reads(graph, place.layout))
+    return graph, PlaceLayout(place.mesh, replace(layout, reads=reads))
 
 
 def _traffic(step: StagedStep, program: StagedProgram, backend: Backend) -> tuple[Traffic, ...]:

@@ -30,6 +30,20 @@ def piece_graph(
     return _PieceGraph(flow, piece, layout, summed, late).build()
 
 
+def returned_reads(graph: OperatorGraph, layout: Layout) -> tuple[Read, ...]:
+    """The reads of a step's layout by which results of a piece come under the sharding of the
+    arguments that they replace, as new variables whose updates are split (ZeRO-1).
+
+    `piece_graph` leaves them out, because such results are stored outside of the piece.
+    """
+    positions = {tensor: position for position, tensor in enumerate(graph.outputs)}
+    returned = []
+    for read in layout.reads:
+        if read.tensor in positions and any(i < 0 for i, _ in read.readers):
+            returned.append(replace(read, readers=((-1, positions[read.tensor]),)))
+    return tuple(returned)
+
+
 class _PieceGraph:
     def __init__(
         self,

@@ -286,7 +286,7 @@ def test_towers_on_devices_of_their_own_equal_one_device(stem: int | None):
     assert largest == 0
 
 
-@pytest.mark.parametrize("inner", ["data parallel", "tensor parallel", "ZeRO-3"])
+@pytest.mark.parametrize("inner", ["data parallel", "tensor parallel", "ZeRO-1", "ZeRO-3"])
 def test_stages_of_two_devices_equal_one_device(inner: str):
     def plan(graph):
         mesh = Mesh((Axis("a", 2), Axis("b", 2)))
@@ -306,6 +306,8 @@ def test_stages_of_two_devices_equal_one_device(inner: str):
     if inner != "tensor parallel":
         assert len(step.partial_sums) == 8
         assert traffic["all_reduce"].emitted == gradients + loss_and_accuracy
+    # Each device gathers the new variables from their slices.
+    assert ("all_gather" in traffic) == inner.startswith("ZeRO")
 
 
 def test_passes_in_one_piece_sum_gradients_once_per_step():
