@@ -11,9 +11,9 @@ seconds of a forward and a backward pass of a stage; m microbatches should take 
 `link`: in a network namespace whose loopback `tc tbf` shapes, two processes train by a pipeline and
 by data parallelism, in turns; medians and losses. `memory`: control groups limit the memory of each
 process; one process, two and four train by pipelines. A process is expected to be killed if its
-state does not fit. Peaks are anonymous memory without that of Python, JAX and programs, which is
-what a process has beside its state between two steps. Planned peaks are beside them. `link` and
-`memory` need root.
+state does not fit. Peaks are those of the kernel, without the memory of Python, JAX and programs,
+which is what a process has beside its state between two steps. Planned peaks are beside them.
+`link` and `memory` need root.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from limits import control_groups, limit_memory, network, with_limits
 from partita.plans.plan import Mesh, Plan
 
 SCRIPT = """
-import json, os, sys, threading, time
+import json, os, sys, time
 from pathlib import Path
 
 import jax
@@ -54,15 +54,9 @@ cores = sorted(os.sched_getaffinity(0))
 os.sched_setaffinity(0, {cores[index % len(cores)]})
 
 
-def anonymous_bytes():
+def resident_bytes(field):
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
-
-def watch():
-    while True:
-        peak[0] = max(peak[0], anonymous_bytes())
-        time.sleep(0.01)
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def loss(weights, x, y):
@@ -84,7 +78,6 @@ momentum = {name: np.zeros((width, width), "float32") for name in weights}
 rng = np.random.default_rng(0)
 x, y = rng.standard_normal((2, samples, width)).astype("float32")
 step = partita.parallelize(train_step, (weights, momentum, x, y), say=print, donate=True)
-peak = [0]
 seconds, losses = [], []
 for number in range(steps + 1):
     start = time.perf_counter()
@@ -94,11 +87,13 @@ for number in range(steps + 1):
     if number:
         seconds.append(time.perf_counter() - start)
     else:
-        # Python, JAX and compiled programs: all but the state between two steps.
+        # Python, JAX and compiled programs: all but the state between two steps. JAX frees the sums
+        # of gradients and temporaries in threads of its own, some time after the step.
         shards = [s for a in jax.tree.leaves((weights, momentum)) for s in a.addressable_shards]
-        other_bytes = anonymous_bytes() - sum(shard.data.nbytes for shard in shards)
-        threading.Thread(target=watch, daemon=True).start()
-result = {"seconds": seconds, "losses": losses, "peak": peak[0] - other_bytes}
+        time.sleep(1)
+        other_bytes = resident_bytes("VmRSS") - sum(shard.data.nbytes for shard in shards)
+        Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak starts anew
+result = {"seconds": seconds, "losses": losses, "peak": resident_bytes("VmHWM") - other_bytes}
 Path(f"result-{index}.json").write_text(json.dumps(result))
 """
 
