@@ -19,7 +19,16 @@ from partita.errors import LostProcessError, ProcessError
 from partita.execute import members
 from partita.execute.process_group import TIMEOUT
 
-LOST = ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "Connection closed", "heartbeat")
+LOST = (
+    "Gloo",
+    "gloo",
+    "NCCL",
+    "UNAVAILABLE",
+    "Connection closed",
+    "recv() failed",
+    "send() failed",
+    "heartbeat",
+)
 """Words in JAX's errors after a process has ended."""
 
 

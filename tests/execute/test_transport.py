@@ -7,10 +7,13 @@ import sys
 import textwrap
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from partita.cli.launch import _free_address
+from partita.errors import LostProcessError
+from partita.execute import processes
 from partita.plans.plan import Mesh, Plan
 
 TRAIN = """
@@ -84,6 +87,18 @@ def test_a_pipeline_over_two_processes_resumes_on_one_device(
     np.testing.assert_allclose(first_epoch, [one[0], one[2], one[4]], rtol=1e-5)
     of_second_epoch = [one[1], one[3], one[5], *one[6:]]
     np.testing.assert_allclose(resumed, of_second_epoch, rtol=1e-5)
+
+
+@pytest.mark.parametrize("call", ["recv", "send"])
+def test_a_broken_connection_means_a_lost_process(call: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(processes, "alone", lambda: False)
+    with (
+        pytest.raises(LostProcessError, match="in the middle of a step"),
+        processes.together("a step"),
+    ):
+        raise jax.errors.JaxRuntimeError(
+            f"INTERNAL: -1 = {call}() failed errno: 107 err: Transport endpoint is not connected"
+        )
 
 
 PEER = """
