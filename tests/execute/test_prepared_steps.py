@@ -17,7 +17,7 @@ from partita.execute import members
 from partita.execute.program import runnable_step
 from partita.execute.steps import StepRunner
 from partita.keras.fit import is_of_arrays
-from partita.management.survival import samples_of
+from partita.management.survival import fingerprint_of
 from partita.plans.baselines import BASELINES
 from partita.plans.plan import Mesh, Plan
 
@@ -150,11 +150,11 @@ def test_a_batch_is_kept_for_a_loss_and_copied_where_others_may_write_in_it(sour
     runner.keeps_batches = is_of_arrays(batches)
     batch: Any = next(batches)
     kept = runner.batch_copy(batch)
-    samples = samples_of(kept)
+    fingerprint = fingerprint_of(kept, is_summed=False)
     x[:] = 1.0
     is_copied = [copy is not array for copy, array in zip(kept, batch, strict=True)]
     assert is_copied == [source == "generator"] * 2
     # The slices have changed, and that is noticed.
     is_slice = source == "in order"
     assert [array.max() for array in kept] == [float(is_slice)] * 2
-    assert (samples_of(kept) != samples) == is_slice
+    assert (fingerprint_of(kept, is_summed=False) != fingerprint) == is_slice
