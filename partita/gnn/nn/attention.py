@@ -94,7 +94,7 @@ class AttentionConv(AbstractConv):
 
     def by_heads(self, x: Any) -> Any:
         """[rows, heads, head_width] of rows of any number of heads."""
-        return x.reshape(x.shape[0], -1, self.head_width)
+        return x.reshape(x.shape[0], x.shape[1] // self.head_width, self.head_width)
 
     def heads_of(self, variable: Any, column: Any, heads: int) -> Any:
         """The rows of a variable [heads, ...] for `heads` heads from a column on."""
