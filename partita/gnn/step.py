@@ -111,7 +111,11 @@ def build_metrics(model: Any, data: GraphData, predicted: Any) -> None:
     """Makes the variables of the metrics if there are none yet."""
     metrics = model._compile_metrics
     if metrics is not None and not metrics.built:
-        metrics.build(labels_like(predicted, data), predicted)
+        labels = labels_like(predicted, data)
+        metrics.build(labels, predicted)
+        # Some metrics, as F1 scores, make theirs when they are updated.
+        with keras.StatelessScope():
+            metrics.update_state(labels, predicted)
 
 
 def zero_counts(model: Any) -> list[Any]:

@@ -12,6 +12,7 @@ import pytest
 
 from partita import gnn
 from partita.errors import GraphError
+from partita.gnn.nn.block import block_of
 from partita.gnn.step import check_output
 
 VERTICES = 23
@@ -60,8 +61,6 @@ def with_one_self_edge(graph: gnn.Graph) -> np.ndarray:
 
 def output(layer: Any, graph: gnn.Graph, x: Any = None, **options: Any) -> np.ndarray:
     """The result of a layer on the features of a whole graph."""
-    from partita.gnn.nn.block import block_of
-
     block = jax.tree.map(jnp.asarray, block_of(graph))
     rows = graph.features if x is None else x
     tables = jax.tree.map(jnp.asarray, rows)
@@ -188,15 +187,25 @@ def test_the_loss_of_a_regression_is_the_mean_over_the_mask() -> None:
 def test_micro_f1_is_over_the_vertices_of_the_mask() -> None:
     labels = np.random.default_rng(4).integers(0, 2, (VERTICES, 3))
     graph: Any = random_graph(labels=labels, test=np.arange(VERTICES) % 2 == 1)
-    for devices in (1, 2):
+    for devices, memory in ((1, None), (2, None), (1, "1MiB")):
         model = gnn.GCN(hidden=4, classes=3, output="sigmoid")
         metric = keras.metrics.F1Score("micro", threshold=0.5, name="f1")
         model.compile("adam", "binary_crossentropy", metrics=[metric])
-        model.fit(graph, epochs=1, verbose=0, devices=devices)
+        model.fit(graph, epochs=1, verbose=0, devices=devices, memory=memory)
         given = model.predict(graph)[graph.test] > 0.5
         expected = labels[graph.test] > 0
         hits = 2 * (given & expected).sum() / (given.sum() + expected.sum())
         assert model.evaluate(graph, return_dict=True)["f1"] == pytest.approx(hits, rel=1e-5)
+
+
+def test_vertices_without_edges_attend_to_themselves() -> None:
+    x = np.random.default_rng(1).standard_normal((5, 3))
+    given: Any = {"features": x, "labels": np.arange(5) % 2, "train": np.arange(5)}
+    graph = gnn.Graph.from_edges([], [], 5, **given)
+    model = gnn.GAT(hidden=4, classes=2, heads=2)
+    fitted(model, graph, "sparse_categorical_crossentropy")
+    own = gnn.Graph.from_edges(np.arange(5), np.arange(5), 5, **given)
+    np.testing.assert_allclose(model.predict(graph), model.predict(own), rtol=1e-5)
 
 
 def test_outputs_must_fit_the_targets() -> None:
