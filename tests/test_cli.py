@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -375,3 +378,9 @@ def test_the_legend_is_printed_once_however_many_plans_a_run_has() -> None:
             record.planned(None, load("h100:4"), plan)  # pyright: ignore
     assert capture.get().count("S by sample") == 1
     assert tables.get().count("on h100:4") == 2
+
+
+def test_a_closed_output_is_no_error() -> None:
+    command = f"{shlex.quote(sys.executable)} -m partita machine list >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
