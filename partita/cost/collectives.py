@@ -68,6 +68,8 @@ class Collective:
     cause: str
     path: str
     itemsize: int = 4
+    tensor: int = -1
+    """The tensor that a sum over devices computes, -1 for other collectives."""
 
     @property
     def total(self) -> int:
@@ -355,6 +357,7 @@ class _Computed:
             "reduction",
             instruction.path,
             itemsize,
+            total.tensor,
         )
 
     def _halos(self, communication: Communicating) -> Iterator[Collective]:

@@ -62,6 +62,10 @@ class OperatorCost:
     """[phase, choice]: reductions and halos of activations, reshards inside the operator."""
     gradient_sum_seconds: np.ndarray
     """[choice]: reductions of gradients, before overlap."""
+    microbatch_sum_seconds: np.ndarray
+    """[choice]: those of them that every one of several microbatches has."""
+    waiting_sum_seconds: np.ndarray
+    """[choice]: the others, as sums of what several microbatches have added up."""
     gather_seconds: np.ndarray
     """[phase, choice]: all-gathers of stored parameters, before overlap. Those of the update return
     parameters of which only the slots are stored in slices."""
@@ -163,6 +167,8 @@ class _Evaluation:
         self.kernel_seconds = _kernel_seconds(terms, self.machine, self.split)
         self.exchange_seconds = np.zeros((len(PHASES), count))
         self.gradient_sum_seconds = np.zeros(count)
+        self.microbatch_sum_seconds = np.zeros(count)
+        self.waiting_sum_seconds = np.zeros(count)
         self.gather_seconds = np.zeros((len(PHASES), count))
         self.state_bytes = self.split.local_bytes(terms.resident)
 
@@ -173,6 +179,8 @@ class _Evaluation:
             self.kernel_seconds,
             self.exchange_seconds,
             self.gradient_sum_seconds,
+            self.microbatch_sum_seconds,
+            self.waiting_sum_seconds,
             self.gather_seconds,
             self.state_bytes,
             self.split.local_bytes(self.terms.activations),
@@ -199,6 +207,12 @@ class _Evaluation:
                     sliced = self._sliced(reduction.parameter, axes, choices, storage)
                     seconds = self._gradient_sum_seconds(reduction.kind, nbytes, axes, sliced)
                     self.gradient_sum_seconds[choices] += seconds
+                    if not reduction.waiting_nbytes:
+                        self.microbatch_sum_seconds[choices] += seconds
+                        continue
+                    waiting_bytes = nbytes * (reduction.waiting_nbytes / reduction.nbytes)
+                    seconds = added_seconds(self.placement, reduction.kind, waiting_bytes, axes)
+                    self.waiting_sum_seconds[choices] += seconds
                 else:
                     seconds = _seconds(self.placement, reduction.kind, nbytes, axes)
                     self.exchange_seconds[phase, choices] += seconds * reduction.trips

@@ -82,6 +82,9 @@ class Reduction:
     """The parameter (argument tensor) whose gradient this is, -1 for an activation."""
     together: bool = False
     """Whether one collective sums over all factors; else there is one for each."""
+    waiting_nbytes: int = 0
+    """Bytes of the gradient that devices add up over microbatches before they sum it; 0 where they
+    sum the result of each microbatch."""
 
     def key(self, renumber: Renumber) -> tuple[object, ...]:
         """Equal for equal reductions of equal operators."""
@@ -94,6 +97,7 @@ class Reduction:
             self.phase,
             self.parameter >= 0,
             self.together,
+            self.waiting_nbytes,
         )
 
 

@@ -20,7 +20,7 @@ from functools import lru_cache
 
 from partita.cost.reshard import Axes
 from partita.graph.flat import LIBRARY_CALLS, Reader, readers_of
-from partita.graph.gradient_sums import GradientSum, gradient_sums, is_partial_sum
+from partita.graph.gradient_sums import PASSING, GradientSum, gradient_sums, is_partial_sum
 from partita.graph.operator_graph import (
     IdentityKey,
     Instruction,
@@ -195,20 +195,85 @@ def unsummed(
 ) -> dict[int, Axes]:
     """Tensor -> the mesh axes over which it can stay a partial sum, of tensors that are only added
     up further: the gradients of several microbatches.
+
+    With each come the values of which it is a sum or another form.
     """
+    moved_reads = {reader for read in layout.reads for reader in read.readers}
     producer = producers(graph)
     axes_of: dict[int, Axes] = {}
     for tensor in tensors:
-        i = producer[tensor]
-        instruction = graph.instructions[i]
-        is_alone = len(instruction.results) == 1 and instruction.trips == 1
-        if not is_alone or not is_partial_sum(instruction, graph.instructions, producer):
-            continue
-        reduced = reduced_factors(instruction, operand_labels(graph, i))
-        axes = split_axes(layout, graph.home[tensor], reduced)
-        if axes:
-            axes_of[tensor] = axes
+        values = summed_values(graph, tensor)
+        splits: set[Axes] = set()
+        for value in values:
+            i = producer[value]
+            instruction = graph.instructions[i]
+            if instruction.name == "add":
+                stays = _operands_stay(layout, i, instruction.operands, value, moved_reads)
+                splits.update([] if stays else [()])
+            elif not keeps_elements(graph, instruction):
+                reduced = reduced_factors(instruction, operand_labels(graph, i))
+                splits.add(split_axes(layout, graph.home[value], reduced))
+        if len(splits) == 1 and all(splits):
+            axes_of.update(dict.fromkeys(values, splits.pop()))
     return axes_of
+
+
+@per_graph
+def waiting_sums(graph: OperatorGraph) -> dict[int, int]:
+    """Tensor -> gradient, for the gradients that devices can add up over microbatches before they
+    sum them, and the values of which they are sums or other forms.
+    """
+    producer = producers(graph)
+    waiting: dict[int, int] = {}
+    for instruction in graph.instructions:
+        for tensor in instruction.operands if instruction.phase == "update" else ():
+            if tensor in producer and graph.instructions[producer[tensor]].phase == "backward":
+                waiting.update(dict.fromkeys(summed_values(graph, tensor), tensor))
+    return waiting
+
+
+def summed_values(graph: OperatorGraph, tensor: int) -> list[int]:
+    """A value and those of which it is a sum or another form, back to instructions that sum nothing
+    but their own reads; empty where it is more than that.
+    """
+    values = []
+    pending = [tensor]
+    while pending:
+        value = pending.pop()
+        values.append(value)
+        i = producers(graph).get(value, -1)
+        instruction = graph.instructions[i]
+        if i < 0 or len(instruction.results) != 1 or instruction.trips > 1:
+            return []
+        is_added = instruction.name == "add" and len(set(instruction.operands)) == 2
+        if is_added or keeps_elements(graph, instruction):
+            parts = instruction.operands if is_added else instruction.operands[:1]
+            if any(len(readers_of(graph)[part]) > 1 for part in parts):
+                return []
+            pending += parts
+        elif not is_partial_sum(instruction, graph.instructions, producers(graph)):
+            return []
+    return values
+
+
+def summed_leaves(graph: OperatorGraph, tensor: int) -> list[int]:
+    """The results of those instructions."""
+    leaves = []
+    for value in summed_values(graph, tensor):
+        instruction = graph.instructions[producers(graph)[value]]
+        if instruction.name != "add" and not keeps_elements(graph, instruction):
+            leaves.append(value)
+    return leaves
+
+
+def keeps_elements(graph: OperatorGraph, instruction: Instruction) -> bool:
+    """Whether an instruction changes the shape, dtype or sign of its operand only."""
+    if instruction.name in PASSING:
+        return True
+    if instruction.name != "reduce" or len(instruction.results) != 1:
+        return False
+    operand = graph.tensors[instruction.operands[0]]
+    return operand.size == graph.tensors[instruction.results[0]].size
 
 
 def _operands_stay(

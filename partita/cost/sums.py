@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from partita.cost.partial import keeps_elements
 from partita.cost.reshard import Axes, emitted_steps
 from partita.graph.flat import Reader, readers_of
 from partita.graph.gradient_sums import PASSING
@@ -26,6 +27,8 @@ from partita.graph.operator_graph import Instruction, OperatorGraph, per_graph
 from partita.plans.layout import Layout, Sharding
 from partita.plans.plan import Mesh
 
+CHANGES = ("convert", "negate", "copy")
+"""Instructions behind which a compiler does not look for slices of a sum."""
 SumKind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 
 
@@ -231,16 +234,6 @@ def _last_form(graph: OperatorGraph, tensor: int, moved: dict[Reader, Sharding])
         if len(readers) != 1 or readers[0][0] < 0 or readers[0] in moved:
             return tensor
         instruction = graph.instructions[readers[0][0]]
-        if not _keeps_elements(graph, instruction):
+        if instruction.name in CHANGES or not keeps_elements(graph, instruction):
             return tensor
         tensor = instruction.results[0]
-
-
-def _keeps_elements(graph: OperatorGraph, instruction: Instruction) -> bool:
-    """Whether an instruction changes the shape of its operand only."""
-    if instruction.name in ("reshape", "transpose"):
-        return True
-    if instruction.name != "reduce" or len(instruction.results) != 1:
-        return False
-    operand = graph.tensors[instruction.operands[0]]
-    return operand.size == graph.tensors[instruction.results[0]].size

@@ -28,11 +28,14 @@ from partita.cost.partial import (
     Factors,
     Gradient,
     gradients,
+    keeps_elements,
     moved_sums,
     operand_labels,
     read_labels,
     reduced_factors,
+    summed_leaves,
     transposes,
+    waiting_sums,
 )
 from partita.cost.sums import loop_sums
 from partita.cost.work import dense_ratio, group_factors
@@ -334,8 +337,20 @@ class _Collector:
                 "backward",
                 self.parameter_of.get(gradient.result, -1),
                 together=True,
+                waiting_nbytes=self._waiting_nbytes(gradient.result),
             )
             self.terms.operators[gradient.operator].reductions.append(reduction)
+
+    def _waiting_nbytes(self, tensor: int) -> int:
+        """Bytes of the gradient in which the sum of a tensor waits for the last microbatch, or its
+        share of them if several sums meet there; 0 if it does not wait.
+        """
+        gradient = waiting_sums(self.graph).get(tensor, -1)
+        if gradient < 0:
+            return 0
+        nbytes = self.graph.tensors[gradient].nbytes
+        summands = summed_leaves(self.graph, gradient)
+        return nbytes // len(summands) if tensor in summands else nbytes
 
     def add_reductions_and_halos(self) -> None:
         """Adds the communication of every instruction."""
@@ -386,6 +401,7 @@ class _Collector:
                 instruction.phase,
                 self.parameter_of.get(tensor, -1),
                 together=kind == "all_reduce" and self.compiler.folds(instruction),
+                waiting_nbytes=self._waiting_nbytes(result),
             )
             self.terms.operators[operator].reductions.append(reduction)
 
@@ -585,7 +601,7 @@ class _Collector:
         for i in self.graph.instructions:
             for tensor in i.results:
                 parameter = self.parameter_of.get(tensor, -1)
-                if parameter >= 0 and not _keeps_elements(self.graph, i):
+                if parameter >= 0 and not keeps_elements(self.graph, i):
                     sources[parameter] = tensor
         return sources
 
@@ -683,7 +699,7 @@ def _gradient_parameters(graph: OperatorGraph, families: dict[int, int]) -> dict
             tensor = operand
             while _is_gradient(graph, tensor, producer, families):
                 parameters[tensor] = parameter
-                if not _keeps_elements(graph, producer[tensor]):
+                if not keeps_elements(graph, producer[tensor]):
                     break
                 tensor = producer[tensor].operands[0]
     return parameters
@@ -699,13 +715,3 @@ def _is_gradient(
     if tensor not in producer or tensor in families:
         return False
     return producer[tensor].phase == "backward" and bool(graph.tensors[tensor].shape)
-
-
-def _keeps_elements(graph: OperatorGraph, instruction: Instruction) -> bool:
-    """Whether an instruction changes the shape or dtype of its operand only, or its sign."""
-    if instruction.name in ("reshape", "transpose", "convert", "negate"):
-        return True
-    if instruction.name != "reduce":
-        return False
-    operand = graph.tensors[instruction.operands[0]]
-    return operand.size == graph.tensors[instruction.results[0]].size

@@ -124,7 +124,9 @@ class StepInPieces:
         annotator = None
         graph = self.cut.flow.graph
         if place.mesh.axes:
-            own = {t: self.partial_sums[t] for t in piece.gives if t in self.partial_sums}
+            producer = self.cut.flow.producer
+            sums = self.partial_sums.items()
+            own = {t: axes for t, axes in sums if producer[t] in piece.statements}
             annotator = Annotator(graph, place.mesh, place.layout, own)
         name = f"{piece.phase}_{number}_of_place_{piece.place}"
         numbers = self._numbers

@@ -7,11 +7,11 @@ step (`execute.piece_memory`).
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 from partita.cost.collectives import Collective, collectives
+from partita.cost.partial import summed_values
 from partita.errors import MemoryBudgetError
 from partita.execute.devices import detect
 from partita.execute.dispatch import RunAction, changed_meanings, joint_updates
@@ -122,28 +122,24 @@ def planned_collectives(
     result = []
     for number in numbers:
         graph, place = planned_piece(step, number)
-        once = _partial_gradients(step, number, graph, place)
+        gradients = step.cut.pieces[number].gives
+        sums = {
+            value: gradient
+            for gradient in step.partial_sums.keys() & gradients
+            for value in summed_values(graph, gradient)
+        }
+        nbytes = shard_bytes(graph, place.mesh, place.layout)
+        summed = set()
         for collective in collectives(graph, place.mesh, place.layout, backend):
-            key = (collective.cause, collective.path, collective.nbytes)
-            runs = step.runs(number)
-            if once[key]:
-                once[key] -= 1
-                runs = 1
-            result.append(replace(collective, trips=collective.trips * runs))
+            if collective.tensor in sums:
+                gradient = sums[collective.tensor]
+                if gradient not in summed:
+                    summed.add(gradient)
+                    result.append(replace(collective, nbytes=nbytes[gradient]))
+            else:
+                trips = collective.trips * step.runs(number)
+                result.append(replace(collective, trips=trips))
     return result
-
-
-def _partial_gradients(
-    step: StepInPieces, number: int, graph: OperatorGraph, place: PlaceLayout
-) -> Counter[tuple[str, str, int]]:
-    """(cause, layer, bytes) of the sums of gradients that stay partial in a piece."""
-    nbytes = shard_bytes(graph, place.mesh, place.layout)
-    gradients: Counter[tuple[str, str, int]] = Counter()
-    for tensor in step.cut.pieces[number].gives:
-        if tensor in step.partial_sums:
-            path = step.cut.flow.instruction(step.cut.flow.producer[tensor]).path
-            gradients["reduction", path, nbytes[tensor]] += 1
-    return gradients
 
 
 def planned_piece(step: StepInPieces, number: int) -> tuple[OperatorGraph, PlaceLayout]:

@@ -78,12 +78,16 @@ class Times:
     """Seconds that a move counts, at most."""
 
     def of_parts(self, visible: float) -> Array:
-        """[PARTS]: times of each part; collectives count for the time that they block kernels."""
+        """[PARTS]: times of each part; collectives count for the time that they block kernels.
+
+        Of several microbatches, a sum of gradients is either hidden by every backward pass or runs
+        alone, before the update.
+        """
         times = []
         for kind, phase in PARTS:
-            is_once = phase == "update" or kind == "sum"
-            part = self.once if is_once else self.repeated
-            times.append(part if kind == "compute" else visible * part)
+            part = self.once if phase == "update" else self.repeated
+            share = 1.0 if kind == "compute" else visible
+            times.append(min(self.once, share * part) if kind == "sum" else share * part)
         return np.array(times)
 
     def of_move(self, move: Move) -> float:

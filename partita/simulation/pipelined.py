@@ -30,6 +30,7 @@ from partita.cost.moves import (
     planned_moves,
 )
 from partita.cost.operator_terms import Move
+from partita.cost.partial import waiting_sums
 from partita.cost.predict import OperatorPrediction, Prediction, build_prediction, with_energy
 from partita.cost.terms import Terms, cost_terms
 from partita.cost.work import local_flops
@@ -214,6 +215,11 @@ class PipelinedStep(SimulatedStep):
         forward = np.array([slot.phase == "forward" for slot in step.slots]) & ~once
         repeated = forward & np.array([self._rematerialized(slot) for slot in step.slots])
         stage_of_slot = np.array([self._stage_of_slot(slot) for slot in step.slots])
+        update_sums = np.zeros(len(seconds))
+        """Sums over devices in front of the update, by a program of their own."""
+        for n, slot in enumerate(step.slots):
+            if slot.kind == "sum":
+                seconds[n], update_sums[n] = self._sum_seconds(self.costs[slot.operator])
 
         def length(stage_seconds: np.ndarray, chosen: np.ndarray) -> float:
             """Seconds of a device for the chosen slots."""
@@ -225,18 +231,32 @@ class PipelinedStep(SimulatedStep):
         by_seconds: dict[bytes, StagePasses] = {}
         passes = []
         for stage in range(self.stages):
-            key = seconds[stage_of_slot == stage].tobytes()
+            own = stage_of_slot == stage
+            key = seconds[own].tobytes()
             if key not in by_seconds:
-                stage_seconds = np.where(stage_of_slot == stage, seconds, 0.0)
+                stage_seconds = np.where(own, seconds - update_sums, 0.0)
                 repeated_seconds = length(stage_seconds, repeated) if repeated.any() else 0.0
                 backward = length(stage_seconds, ~forward & ~once)
+                if is_one_program(self.plan):
+                    update = length(stage_seconds, ~forward) - backward
+                else:
+                    update = float(update_sums[own].sum()) + length(stage_seconds, once)
                 by_seconds[key] = StagePasses(
                     forward=length(stage_seconds, forward),
                     backward=repeated_seconds + backward,
-                    update=length(stage_seconds, ~forward) - backward,
+                    update=update,
                 )
             passes.append(self._as_executed(by_seconds[key], stage))
         return passes
+
+    def _sum_seconds(self, cost: OperatorCost) -> tuple[float, float]:
+        """Seconds of an operator's sums of gradients: in a backward pass, in front of the update.
+
+        Devices add up the gradients of several microbatches before they sum them, where they can.
+        """
+        if self.plan.microbatches == 1:
+            return float(cost.gradient_sum_seconds[0]), 0.0
+        return float(cost.microbatch_sum_seconds[0]), float(cost.waiting_sum_seconds[0])
 
     def _as_executed(self, passes: StagePasses, stage: int) -> StagePasses:
         """The passes of a stage with the costs of microbatches: each backward pass adds its
@@ -259,15 +279,14 @@ class PipelinedStep(SimulatedStep):
         return slot.operator >= 0 and self.run_of[slot.operator] >= 0
 
     def _once_per_step(self, slot: Slot) -> bool:
-        """Whether a slot runs once in a step: the update, sums of gradients, and gathers of whole
-        variables.
+        """Whether a slot runs once in a step: the update, and gathers of whole variables.
 
         Variables that are stored in shards are gathered for every microbatch. If only their
         optimizer slots are, they are gathered once, after the update.
         """
         if slot.kind == "gather":
             return not self._stores_shards(slot.operator)
-        return slot.phase == "update" or slot.kind == "sum"
+        return slot.phase == "update"
 
     def _stores_shards(self, operator: int) -> bool:
         """Whether an operator has a variable that is stored in shards (ZeRO level 3)."""
@@ -408,14 +427,21 @@ class PipelinedStep(SimulatedStep):
         """
         microbatches = self.plan.microbatches
         time_axis = self.stage_plan.mesh.index.get(TIME, -1)
+        waiting = waiting_sums(self.graph) if microbatches > 1 else {}
+        summed: set[int] = set()
         traffic: dict[str, float] = defaultdict(float)
         operator_bytes = np.zeros(len(self.graph.operators))
         for collective in self._collectives:
             if all(axis == time_axis for axis in collective.axes):
                 continue
-            # A sum over microbatches is sent once, after the last one, and so are new variables.
-            is_sent_once = time_axis in collective.axes or collective.phase == "update"
-            nbytes = collective.total * (1 if is_sent_once else microbatches)
+            if collective.tensor in waiting:
+                gradient = waiting[collective.tensor]
+                nbytes = 0 if gradient in summed else self._piece_bytes[gradient]
+                summed.add(gradient)
+            elif collective.phase == "update":
+                nbytes = collective.total
+            else:
+                nbytes = microbatches * collective.total
             traffic[collective.kind] += nbytes / self.stages
             operator_bytes[collective.operator] += nbytes
         transfer_bytes = microbatches * sum(t.nbytes for t in self.transfers.values())
@@ -438,7 +464,9 @@ class PipelinedStep(SimulatedStep):
             compute_seconds = seconds["compute"]
             if self.run_of[o] >= 0:
                 compute_seconds += repeated_seconds
-            gradient_seconds = (seconds["sum"] + seconds["gather"]) * (1 - cost.overlap)
+            in_pass, in_update = self._sum_seconds(cost)
+            overlapping = self.plan.microbatches * in_pass + seconds["gather"]
+            gradient_seconds = in_update + overlapping * (1 - cost.overlap)
             operators.append(
                 OperatorPrediction(
                     name=self.graph.operators[o].name,

@@ -1,5 +1,6 @@
 """Steps in pieces equal the step on one device: stages, microbatches, places, rematerialization."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from partita.capture.functions import call_of, capture_call
 from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import ModelVariables, capture_model
 from partita.capture.targets import CaptureTarget
+from partita.cost.partial import unsummed, waiting_sums
 from partita.errors import PlanError
 from partita.execute.devices import detect
 from partita.execute.dispatch import TransferAction, changed_meanings, joint_updates
@@ -308,6 +310,55 @@ def test_stages_of_two_devices_equal_one_device(inner: str):
         assert traffic["all_reduce"].emitted == gradients + loss_and_accuracy
     # Each device gathers the new variables from their slices.
     assert ("all_gather" in traffic) == inner.startswith("ZeRO")
+
+
+def convolutions() -> keras.Model:
+    x = inputs = keras.Input((16,))
+    x = layers.Reshape((4, 4, 1))(x)
+    x = layers.Conv2D(4, 3, padding="same", name="image")(x)
+    x = layers.BatchNormalization(name="norm")(x)
+    return compiled(layers.Dense(8, name="out")(layers.Flatten()(x)), inputs)
+
+
+def recurrent() -> keras.Model:
+    inputs = keras.Input((16,))
+    x = layers.LSTM(8, name="lstm", unroll=True)(layers.Reshape((4, 4))(inputs))
+    return compiled(layers.Dense(8, name="out")(x), inputs)
+
+
+def in_bfloat16() -> keras.Model:
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        return mlp()
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize("model_of", [mlp, tied, normalized, convolutions, recurrent, in_bfloat16])
+def test_the_gradients_that_wait_for_the_last_microbatch_are_those_planned(model_of):
+    captured = capture_model(model := model_of(), batch(model))
+    inside = BASELINES["data parallel"](captured.graph, "host", Mesh.of((2,)))
+    step = in_pieces(captured, replace(inside, microbatches=2))
+    assert step.partial_sums
+    graph, layout = step.cut.flow.graph, step.layout
+    planned = {value for value in waiting_sums(graph) if unsummed(graph, layout, [value])}
+    assert step.partial_sums.keys() == planned
+
+
+@pytest.mark.parametrize("model_of", [tied, recurrent, in_bfloat16])
+def test_sums_of_added_or_converted_gradients_are_sent_once_per_step(model_of):
+    def plan(graph):
+        inside = BASELINES["data parallel"](graph, "host", Mesh.of((2,)))
+        return replace(inside, microbatches=2)
+
+    model = model_of()
+    step, largest = compare(model, plan)
+    assert largest < (0.02 if model_of is in_bfloat16 else 1e-5)
+    (sums,) = check_staged(step, step.program).traffic
+    gradients = sum(4 * math.prod(v.shape) for v in model.trainable_variables)
+    loss_and_accuracy = 2 * (4 + 4)  # for each of two microbatches
+    assert sums.kind == "all_reduce"
+    assert sums.planned == sums.emitted == gradients + loss_and_accuracy
 
 
 def test_passes_in_one_piece_sum_gradients_once_per_step():

@@ -237,6 +237,20 @@ def test_sums_of_stored_shards_take_the_seconds_of_all_reduces_in_pieces_only() 
     assert whole[1] < whole[0]
 
 
+def test_gradients_of_several_microbatches_are_summed_alone_before_the_update() -> None:
+    graph, where = GRAPHS["mlp"], machine(0.9)
+    once, several = (
+        PipelinedStep.of(graph, where, in_two(graph, where, microbatches=count)) for count in (1, 2)
+    )
+    for stage in range(2):
+        sum_seconds = float(
+            sum(several.costs[o].waiting_sum_seconds[0] for o in several._members(stage))
+        )
+        update_seconds = several.passes[stage].update - sum_seconds
+        assert sum_seconds > 0
+        assert update_seconds == pytest.approx(once.passes[stage].update)
+
+
 def test_the_timeline_has_a_row_per_stage_and_the_predicted_length() -> None:
     graph, where = GRAPHS["transformer"], machine(0.5)
     plan = in_two(graph, where, microbatches=4)
