@@ -132,6 +132,31 @@ def _fixed(graph: OperatorGraph) -> frozenset[int]:
 
 
 @per_graph
+def compared_extremes(graph: OperatorGraph) -> dict[int, frozenset[int]]:
+    """Comparison -> the maxima with which it compares, with the tensors between.
+
+    They are computed again with the compared values: a copy may round differently, and would equal
+    no stored maximum.
+    """
+    producer = producers(graph)
+    comparisons = {}
+    for index, instruction in enumerate(graph.instructions):
+        extremes: set[int] = set()
+        for operand in instruction.operands if instruction.name == "compare" else ():
+            between = [operand]
+            while (source := producer.get(between[-1], -1)) >= 0:
+                made_by = graph.instructions[source]
+                if made_by.name == "reduce" and not made_by.adds:
+                    extremes.update(between)
+                if made_by.name not in SHAPE_ONLY:
+                    break
+                between.append(made_by.operands[0])
+        if extremes:
+            comparisons[index] = frozenset(extremes)
+    return comparisons
+
+
+@per_graph
 def _outermost(graph: OperatorGraph) -> tuple[int, ...]:
     """[instruction]: the outermost loop around it, or the instruction itself."""
     outermost = list(range(len(graph.instructions)))
@@ -149,6 +174,7 @@ class _Chooser:
         self.runs = runs
         self.producers = producers(graph)
         self.fixed = _fixed(graph)
+        self.extremes = compared_extremes(graph)
         self.outermost = _outermost(graph)
         numbers = {operator.name: number for number, operator in enumerate(graph.operators)}
         self.members = [range(numbers[first], numbers[last] + 1) for first, last in runs]
@@ -263,29 +289,10 @@ class _Chooser:
                 continue
             if self.run_of.get(self.graph.owner[index]) == run or tensor in extremes:
                 instructions.add(index)
-                extremes |= self._compared_extremes(index)
+                extremes |= self.extremes.get(index, frozenset())
                 pending += self.graph.instructions[index].operands
             else:
                 outside.add(tensor)
-
-    def _compared_extremes(self, index: int) -> set[int]:
-        """The maxima with which an instruction compares, with the tensors between.
-
-        They are computed again with the compared values: a copy may round differently, and would
-        equal no stored maximum.
-        """
-        instruction = self.graph.instructions[index]
-        extremes: set[int] = set()
-        for operand in instruction.operands if instruction.name == "compare" else ():
-            between = [operand]
-            while (source := self.producers.get(between[-1], -1)) >= 0:
-                producer = self.graph.instructions[source]
-                if producer.name == "reduce" and not producer.adds:
-                    extremes.update(between)
-                if producer.name not in SHAPE_ONLY:
-                    break
-                between.append(producer.operands[0])
-        return extremes
 
     def _light_chain(self, tensor: int, available: Collection[int]) -> set[int] | None:
         """Light instructions that compute a value of another operator from available ones, None
@@ -304,7 +311,7 @@ class _Chooser:
                 continue
             index = self.producers[one]
             is_heavy = self.graph.instructions[index].name in HEAVY
-            if is_heavy or len(chain) >= LONGEST_CHAIN or self._compared_extremes(index):
+            if is_heavy or len(chain) >= LONGEST_CHAIN or index in self.extremes:
                 return None
             chain.add(index)
             pending += self.graph.instructions[index].operands

@@ -17,11 +17,12 @@ memory (`simulation.stage_memory`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from partita.graph.rematerialize import compared_extremes
 from partita.plans.borders import least_crossing
 from partita.plans.phases import LIGHT, Class, DataFlow
 from partita.plans.pipeline import (
@@ -174,6 +175,10 @@ class _Cutter:
         self.is_pipeline = is_pipeline(plan)
         self.place_of_operator = place_of_operator
         self.run_of = rematerialized_runs(flow.graph, plan)
+        comparisons = compared_extremes(flow.graph)
+        numbers = {one.instruction: k for k, one in enumerate(flow.statements)}
+        self.compared = {numbers[i]: t for i, t in comparisons.items() if i in numbers}
+        """Statement of a comparison -> the maxima that it reads, with the tensors between."""
         self.is_whole = is_whole_pass(plan)
         """Whether both passes of a microbatch are one piece."""
         self.classes: list[Class] = list(flow.classes)
@@ -378,11 +383,15 @@ class _Cutter:
         return needs
 
     def _inputs(
-        self, tensors: Iterable[int], repeated: Iterable[int] = ()
+        self,
+        tensors: Iterable[int],
+        repeated: Iterable[int] = (),
+        anew: Collection[int] = (),
     ) -> tuple[list[int], set[int]]:
         """(the tensors from which these are computed by copied statements, those statements).
 
-        `repeated` are statements that are copied too, but for values that leave their run.
+        `repeated` are statements that are copied too, but for values that leave their run; those
+        `anew` are copied in any case.
         """
         also = set(repeated)
         inputs: dict[int, None] = {}
@@ -391,8 +400,10 @@ class _Cutter:
         while waiting:
             t = waiting.pop()
             k = self.flow.producer.get(t)
-            is_copied = k is not None and (self.classes[k] == "copied" or k in also)
-            if k is None or not is_copied or (k in also and self._leaves_run(k, t)):
+            is_copied = k in anew or (k is not None and self.classes[k] == "copied")
+            if k in also and not is_copied:
+                is_copied = not self._leaves_run(k, t)
+            if k is None or not is_copied:
                 inputs[t] = None
             elif k not in statements:
                 statements.add(k)
@@ -482,13 +493,35 @@ class _Cutter:
         own = set(draft.statements)
         makes = {t for k in own for t in self.flow.statements[k].makes}
         reads = {t for k in own for t in self.flow.statements[k].reads} - makes
-        repeated = self._rematerialized(draft) if draft.phase == "backward" else []
-        inputs, copied = self._inputs(reads, repeated)
-        inner = set(inputs) - makes
-        if draft.phase == "backward":
-            inner, light = self._with_light_repeated(draft.place, inner)
-            copied |= light
-        return sorted(own | copied), sorted(inner)
+        if draft.phase != "backward":
+            inputs, copied = self._inputs(reads)
+            return sorted(own | copied), sorted(set(inputs) - makes)
+        repeated = self._rematerialized(draft)
+        anew: set[int] = set()
+        while True:
+            inputs, copied = self._inputs(reads, repeated, anew)
+            inner, light = self._with_light_repeated(draft.place, set(inputs) - makes)
+            statements = own | copied | light
+            extremes = self._extremes_of_copies(draft.place, statements, inner)
+            if extremes <= anew:
+                return sorted(statements), sorted(inner)
+            anew |= extremes
+
+    def _extremes_of_copies(self, place: int, statements: set[int], stored: set[int]) -> set[int]:
+        """The statements between stored maxima and comparisons with values computed again.
+
+        They have to be repeated: a copy may round differently, and would equal no stored maximum.
+        """
+        extremes: set[int] = set()
+        for k, compared in self.compared.items():
+            if k not in statements or compared.isdisjoint(stored):
+                continue
+            operands = set(self.flow.statements[k].reads) - compared
+            makers = {self.flow.producer.get(t, -1) for t in operands}
+            if any(n in statements and self.classes[n] == "forward" for n in makers):
+                makers = {self.flow.producer[t] for t in compared}
+                extremes |= {n for n in makers if self.place[n] == place}
+        return extremes
 
     def _rematerialized(self, draft: _Draft) -> list[int]:
         """The forward statements of a place that its backward pass repeats."""
