@@ -195,6 +195,24 @@ def test_from_pyg_reads_data_with_edge_index() -> None:
     assert equal(Graph.from_pyg(data), PLAIN)
 
 
+def test_from_pyg_makes_edge_types_edge_features() -> None:
+    data = SimpleNamespace(edge_index=Tensor([SOURCE, TARGET]), edge_type=Tensor([0, 2, 0, 1]))
+    relations = {"a": ([0, 2], [1, 0]), "b": ([2], [1]), "c": ([1], [2])}
+    assert equal(Graph.from_pyg(data), Graph.from_relations(relations))
+    data.edge_attr = Tensor([[1.0, 2.0]] * 4)
+    with pytest.raises(GraphError, match="edge_type and edge_attr"):
+        Graph.from_pyg(data)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"), [([-2.0, 3, 0], [[-2.0], [3], [0]]), ([-1.0, 3, 0], [-1, 3, 0])]
+)
+def test_whole_numbers_below_minus_one_are_targets(labels: Any, expected: Any) -> None:
+    graph = Graph.from_edges([0], [1], labels=np.array(labels))
+    assert graph.labels is not None
+    assert graph.labels.tolist() == expected
+
+
 @pytest.mark.parametrize("torch_sparse", [True, False])
 def test_from_pyg_reads_data_with_adj_t(torch_sparse: bool) -> None:
     heavy = Tensor([1.0, 2, 3, 4])

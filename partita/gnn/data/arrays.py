@@ -176,8 +176,9 @@ def _is_byte_mask(values: np.ndarray, vertices: int) -> bool:
 def as_labels(values: np.ndarray) -> np.ndarray:
     """Classes, int32 [vertices], or targets, float32 [vertices, n].
 
-    Integers, or floats without fractions, [vertices] or [vertices, 1] are classes. NaN, which OGB's
-    papers100M uses, is no label: -1. Other floats and several numbers per vertex are targets.
+    Integers, or floats without fractions that are not below -1, [vertices] or [vertices, 1] are
+    classes. NaN, which OGB's papers100M uses, is no label: -1. Other floats and several numbers per
+    vertex are targets.
     """
     if values.ndim not in (1, 2) or values.dtype.kind not in "iufb" or 0 in values.shape[1:]:
         raise GraphError(
@@ -188,7 +189,7 @@ def as_labels(values: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(values, np.float32)
     values = values.reshape(-1)
     if values.dtype.kind == "f":
-        if _have_fractions(values):
+        if _are_no_classes(values):
             return values.astype(np.float32).reshape(-1, 1)
         values = np.where(np.isnan(values), -1, values)
     if len(values) and (values.max() >= NARROW or values.min() < -NARROW):
@@ -200,10 +201,10 @@ def as_labels(values: np.ndarray) -> np.ndarray:
     return values.astype(np.int32)
 
 
-def _have_fractions(values: np.ndarray) -> bool:
-    """Whether some number is no integer; infinities count, NaN does not."""
+def _are_no_classes(values: np.ndarray) -> bool:
+    """Whether some number is no integer or below -1; infinities count, NaN does not."""
     given = values[~np.isnan(values)]
-    return bool((~np.isfinite(given) | (given != np.floor(given))).any())
+    return bool((~np.isfinite(given) | (given != np.floor(given)) | (given < -1)).any())
 
 
 def vertex_count(source: np.ndarray, target: np.ndarray, tables: Mapping[str, Any]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from partita.errors import GraphError
-from partita.gnn.data.arrays import MASKS, as_array
+from partita.gnn.data.arrays import MASKS, as_array, as_ids
 
 PYG_NAMES = {
     "features": "x",
@@ -145,11 +145,32 @@ def _pyg_weights(data: Any) -> Any:
 
 
 def _pyg_edge_features(data: Any) -> Any:
-    """A PyG Data's edge_attr of several numbers per edge of its edge_index, or None."""
+    """A PyG Data's edge_attr of several numbers per edge of its edge_index, or None.
+
+    An edge_type becomes a column for each type, as `Graph.from_relations` makes them.
+    """
     attributes = as_array(getattr(data, "edge_attr", None))
-    if attributes is None or getattr(data, "edge_index", None) is None:
+    types = as_array(getattr(data, "edge_type", None))
+    if getattr(data, "edge_index", None) is None:
+        return None
+    if types is not None:
+        return _columns_of_types(types, attributes)
+    if attributes is None:
         return None
     return attributes if attributes.ndim == 2 and attributes.shape[1] > 1 else None
+
+
+def _columns_of_types(types: np.ndarray, attributes: np.ndarray | None) -> np.ndarray:
+    """float32 [edges, types]: 1 in the column of an edge's type, 0 in the others."""
+    if attributes is not None:
+        raise GraphError(
+            "The data has edge_type and edge_attr, and edges have one table of features: make one "
+            "of them, and set the other one to None."
+        )
+    numbers = as_ids("edge_type", types)
+    if numbers.min(initial=0) < 0:
+        raise GraphError(f"edge_type has {numbers.min()}: number the types from 0.")
+    return np.eye(int(numbers.max(initial=0)) + 1, dtype=np.float32)[numbers]
 
 
 def _without_edges(data: Any) -> str:

@@ -183,7 +183,8 @@ class Graph:
         """The graph of a PyG `Data` with edge_index or adj_t.
 
         Takes x, y, train_mask, val_mask, test_mask and edge_weight where the data has them. An
-        edge_attr of one number per edge stands for edge_weight, of several for edge features.
+        edge_attr of one number per edge stands for edge_weight, of several for edge features. An
+        edge_type becomes a column of edge features for each type, as in `from_relations`.
         """
         return Graph.from_edges(**foreign.pyg_edges(data), name=name)
 

@@ -534,9 +534,24 @@ def block_of(graph: Graph) -> Block:
     )
 
 
-def as_block(graph: Any) -> Any:
-    """The block of a whole graph if a `Graph` is given, so that a layer can be called on one."""
-    return jax.tree.map(jnp.asarray, block_of(graph)) if isinstance(graph, Graph) else graph
+def as_block(graph: Any, x: Any) -> Any:
+    """The block of a whole graph if a `Graph` is given, so that a layer can be called on one.
+
+    GraphError unless x, one table or a pair, has a row for every vertex of the graph.
+    """
+    if isinstance(graph, Block):
+        return graph
+    if not isinstance(graph, Graph):
+        raise GraphError(
+            f"graph is a {type(graph).__name__}: give a gnn.Graph, as "
+            "gnn.Graph.from_edges(source, target) makes it."
+        )
+    if not isinstance(x, (tuple, list)) and x.shape[0] != graph.vertices:
+        raise GraphError(
+            f"{x.shape[0]:,} rows were given for the {graph.vertices:,} vertices of "
+            f"'{graph.name}': give a row for every vertex."
+        )
+    return jax.tree.map(jnp.asarray, block_of(graph))
 
 
 def of_vertices(graph: Graph, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

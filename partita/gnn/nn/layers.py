@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import keras
 
 from partita.errors import GraphError
+from partita.gnn.data.arrays import as_count
 from partita.gnn.data.graph import Graph
 from partita.gnn.kernels import tall
 from partita.gnn.nn.block import Block, as_block
@@ -77,7 +78,7 @@ class AbstractConv(keras.layers.Layer):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.units = units
+        self.units = as_count("units", units, 1)
         self.use_bias = use_bias
         self.activation = keras.activations.get(activation)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
@@ -118,7 +119,7 @@ class AbstractConv(keras.layers.Layer):
         raise NotImplementedError
 
     def call(self, x: Any, graph: Block | Graph, training: bool = False) -> Any:
-        graph = as_block(graph)
+        graph = as_block(graph, x)
         if not isinstance(x, (tuple, list)):
             return run(self.pieces(x.shape[-1], training), graph, {"x": x})
         source, target = x

@@ -44,11 +44,21 @@ class MessagePassing(keras.layers.Layer):
     def message(self, x_source: Any, x_target: Any, edge: Any) -> Any:
         """Messages [edges, ...] of the rows at the ends of edges, both [edges, features].
 
+        By default they are the rows that edges begin at, times the weights of the edges.
+
         `edge` is [edges, D]: the graph's edge features, or its weights with D = 1, or None. With
         'softmax', a pair (scores, values): scores [edges, heads] weight values [edges, heads, F],
         and an array alone is its own scores (Li et al. 2020, GENConv).
         """
-        return x_source
+        if edge is None:
+            return x_source
+        if edge.shape[1] != 1:
+            raise GraphError(
+                f"The graph has {edge.shape[1]} edge features, and the message of "
+                f"{type(self).__name__} does not read them: write a message(x_source, x_target, "
+                "edge) of your own."
+            )
+        return x_source * edge
 
     def update(self, x: Any, aggregated: Any) -> Any:
         """Result [rows, ...] of the vertices' own rows and their aggregated messages."""
@@ -62,7 +72,7 @@ class MessagePassing(keras.layers.Layer):
 
         A `call` that transforms rows first, once per vertex and not per edge, returns this.
         """
-        graph = as_block(graph)
+        graph = as_block(graph, x)
         ends = graph.ends(x)
         messages = self.message(ends.source, ends.target, ends.features)
         if self.aggregate == "softmax":

@@ -12,6 +12,7 @@ from typing import Any, TypedDict, Unpack
 import keras
 
 from partita.errors import GraphError
+from partita.gnn.data.arrays import as_count
 from partita.gnn.data.graph import Graph
 from partita.gnn.nn import layers
 from partita.gnn.nn.attention import GATConv, GATv2Conv
@@ -96,8 +97,10 @@ class GraphModel(FullGraphTraining, keras.Model):
         links = keras_options.pop("links", False)
         layer_options = dict(keras_options.pop("layer_options", None) or {})
         super().__init__(**keras_options)
-        self.hidden = hidden if isinstance(hidden, int) else list(hidden)
-        self.classes = classes
+        self.hidden = _known_widths(hidden)
+        self.classes = as_count("classes", classes, 1)
+        if layers is not None:
+            as_count("layers", layers, 0)
         self.dropout = dropout
         self.l2 = l2
         self.links = links
@@ -211,7 +214,7 @@ class GraphModel(FullGraphTraining, keras.Model):
         return ResidualStage(stage, norm, activation, self.residual)
 
     def call(self, x: Any, graph: Block | Graph, training: bool = False) -> Any:
-        block: Block = as_block(graph)
+        block: Block = as_block(graph, x)
         for stage in self.stages():
             x = stage(x, block, training)
         return x
@@ -262,6 +265,13 @@ def layer_widths(
     if jumps and len(set(widths)) > 1:
         raise GraphError(f"hidden={list(hidden)} with jk needs equal widths: use one number.")
     return widths
+
+
+def _known_widths(hidden: Any) -> int | list[int]:
+    """One number of features, or a list of them; GraphError for anything else."""
+    if isinstance(hidden, (list, tuple)):
+        return [as_count("hidden", width, 1) for width in hidden]
+    return as_count("hidden", hidden, 1, "give a whole number of at least 1, or a list of them")
 
 
 def _known(option: str, value: Any, known: Sequence[str]) -> Any:

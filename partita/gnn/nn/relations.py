@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import keras
 
 from partita.errors import GraphError
+from partita.gnn.data.arrays import as_count
 from partita.gnn.nn.block import Block
 from partita.gnn.nn.layers import PACKAGE, AbstractConv, product
 from partita.gnn.nn.pieces import BlockPiece
@@ -39,9 +40,9 @@ class RelationalConv(AbstractConv):
         super().__init__(units, **options)
         if aggregation not in ("mean", "sum"):
             raise GraphError(f"aggregation={aggregation!r} is unknown: use 'mean' or 'sum'.")
-        self.relations = relations
+        self.relations = as_count("relations", relations, 1)
         self.aggregation = aggregation
-        self.bases = bases
+        self.bases = None if bases is None else as_count("bases", bases, 1)
         self.root_weight = root_weight
 
     def build(self, input_shape: Any) -> None:

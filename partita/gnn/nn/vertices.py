@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import jax.numpy as jnp
 import keras
 import numpy as np
 
+from partita.errors import GraphError
 from partita.gnn.kernels.pairs import PairPattern, least_bits, mix
 from partita.gnn.nn.block import Block
 from partita.gnn.nn.layers import PACKAGE
@@ -21,6 +23,10 @@ class SeededDropout(keras.layers.Layer):
 
     def __init__(self, rate: float, **options: Any) -> None:
         super().__init__(**options)
+        if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
+            raise GraphError(
+                f"The dropout of {rate!r} is out of range: give a number from 0 to below 1."
+            )
         self.rate = rate
         self.seed_generator = keras.random.SeedGenerator() if self.draws() else None
         self.built = True
